@@ -1,0 +1,11 @@
+"""A sans-I/O protocol library for confidential VMs: attest at boot, receive disk passphrases, keep proving.
+
+Nothing here opens a socket, reads a clock or draws randomness; see README.md, "Where is…", for the map of the rooms.
+Rooms import what they need; this file imports nothing, so that ``import chutes_proto.quote`` stays cheap.
+"""
+
+__version__ = "0.1.0"
+
+
+class ChutesError(Exception):
+    """Root of every error that this distribution raises on purpose (the tree is in ``chutes_proto.errors``)."""

@@ -1,0 +1,1 @@
+"""Who is speaking: client certificates, report data, hotkeys and signed headers."""

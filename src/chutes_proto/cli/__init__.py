@@ -1,0 +1,1 @@
+"""The ``chutes-proto`` command, one file per command."""

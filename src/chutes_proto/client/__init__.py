@@ -1,0 +1,1 @@
+"""What a VM does, as flows."""

@@ -1,0 +1,60 @@
+"""The closed list of ``code`` words in an error's answer, with the status each one always has.
+
+A client may branch on a code; the words never change their meaning. They are coarse on purpose: what exactly was wrong
+with a quote stands in the operator's log under the verifier's own codes (``quote/errors.py``).
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Code(StrEnum):
+    """One word per kind of refusal: its value goes on the wire, ``status`` with it, ``meaning`` into the documents."""
+
+    status: int
+    meaning: str
+
+    def __new__(cls, value: str, status: int, meaning: str) -> Code:
+        self = str.__new__(cls, value)
+        self._value_ = value
+        self.status = status
+        self.meaning = meaning
+        return self
+
+    BAD_REQUEST = "bad_request", 400, "not HTTP/1.1 as RFC 9112 has it, or a header given twice"
+    BOOT_TOKEN_REQUIRED = "boot_token_required", 400, "the X-Boot-Token header is missing"
+    HOTKEY_REQUIRED = "hotkey_required", 400, "no hotkey in header or query"
+    HOTKEY_CONFLICT = "hotkey_conflict", 400, "header and query name different hotkeys"
+    VOLUMES_REQUIRED = "volumes_required", 400, "volumes is empty"
+    VOLUME_UNKNOWN = "volume_unknown", 400, "a volume that this server does not serve"
+    REKEY_NOT_SUBSET = "rekey_not_subset", 400, "rekey names a volume that volumes does not"
+    NONCE_MISMATCH = "nonce_mismatch", 400, "the quote's report data holds another nonce"
+    NONCE_INVALID = "nonce_invalid", 401, "not a nonce of this server, too old, bound to another caller, or used"
+    CLIENT_CERTIFICATE_REQUIRED = "client_certificate_required", 401, "no client certificate, or a key type not accepted"
+    BOOT_TOKEN_INVALID = "boot_token_invalid", 401, "unknown, expired or spent boot token, or one of another key"
+    HOTKEY_MISMATCH = "hotkey_mismatch", 401, "the boot token is another hotkey's"
+    VM_NAME_MISMATCH = "vm_name_mismatch", 401, "the boot token is another VM's"
+    SIGNATURE_INVALID = "signature_invalid", 401, "the hotkey signature is missing or does not hold"
+    QUOTE_MALFORMED = "quote_malformed", 403, "not base64, or not a TDX quote"
+    CERTIFICATE_MISMATCH = "certificate_mismatch", 403, "the quote's report data binds another TLS key"
+    QUOTE_REJECTED = "quote_rejected", 403, "the quote or its platform does not verify"
+    TCB_REJECTED = "tcb_rejected", 403, "the platform's TCB status or an advisory is not accepted"
+    ATTRIBUTES_REJECTED = "attributes_rejected", 403, "debug, or TD attributes that are not accepted"
+    MEASUREMENT_MISMATCH = "measurement_mismatch", 403, "no accepted measurement profile; the text names the register"
+    HOTKEY_REJECTED = "hotkey_rejected", 403, "not a canonical SS58 address of prefix 42, or not known here"
+    PLATFORM_MISMATCH = "platform_mismatch", 403, "this VM's name belongs to another platform or owner"
+    EXCHANGE_DOWNGRADE = "exchange_downgrade", 403, "a VM once served two-phase gets no boot token again"
+    NOT_FOUND = "not_found", 404, "no such path"
+    KEY_NOT_FOUND = "key_not_found", 404, "no passphrase is kept for this VM"
+    METHOD_NOT_ALLOWED = "method_not_allowed", 405, "another verb; see Allow"
+    REQUEST_TIMEOUT = "request_timeout", 408, "the request took longer than the server waits"
+    BODY_TOO_LARGE = "body_too_large", 413, "more body than the server reads"
+    VALIDATION_ERROR = "validation_error", 422, "the detail lists each problem of the request"
+    HEAD_TOO_LARGE = "head_too_large", 431, "more request line and headers than the server reads"
+    BUSY = "busy", 503, "too many verifications at once; try again"
+    STORE_UNAVAILABLE = "store_unavailable", 503, "the store does not answer; try again"
+    COLLATERAL_UNAVAILABLE = "collateral_unavailable", 503, "no collateral for this platform now; try again"
+    KEY_UNAVAILABLE = "key_unavailable", 503, "this server lacks a key-encryption key; try again"
+    DRAINING = "draining", 503, "the server is stopping; try again"
+    SERVER_FAULT = "server_fault", 503, "a fault of the server's; the request id is in its log"

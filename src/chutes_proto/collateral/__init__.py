@@ -1,0 +1,1 @@
+"""Which collateral is at hand for a platform."""

@@ -1,0 +1,148 @@
+"""Flows and effects: functions that say what they need from the outside world and never fetch it themselves.
+
+A flow is a plain generator. ``reply = yield from Effect(...)`` asks for one of the closed list of effects below; all the
+rest of a flow is arithmetic. `run` and `run_async` drive a flow with a ``perform`` function that carries effects out.
+
+Rules kept here:
+
+* this is the only file of the pure part, next to ``store/rows.py``, with a bare ``yield``;
+* an effect is a frozen value: two equal effects ask for the same thing, so a playbook can compare them;
+* whatever ``perform`` raises is thrown into the flow at the place that asked, so a flow handles faults like replies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Generator
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
+
+from attrs import field, frozen
+
+if TYPE_CHECKING:
+    from chutes_proto.log import Record
+    from chutes_proto.quote.collateral import VerifiedCollateral
+    from chutes_proto.quote.pck import PckIdentity
+    from chutes_proto.store.run import Unit
+    from chutes_proto.wire.http import HttpRequest, HttpResponse
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Effect(Generic[T_co]):
+    """One thing that only the outside world can do; ``yield from`` it for the reply, which has the type ``T_co``."""
+
+    __slots__ = ()
+
+    def __iter__(self) -> Generator[Effect[Any], Any, T_co]:
+        reply: T_co = yield self
+        return reply
+
+
+Flow: TypeAlias = Generator[Effect[Any], Any, T]
+"""What a flow is: it yields effects, is sent replies, and returns ``T``."""
+
+
+@frozen
+class Send(Effect["HttpResponse"]):
+    """Send one HTTP request to the server that the driver was made for, and reply with its whole answer.
+
+    Raises `TransportError` in the flow when there is no answer; never for a status.
+    """
+
+    request: HttpRequest
+
+
+@frozen
+class MakeQuote(Effect[bytes]):
+    """Have the platform quote 64 bytes of report data; the reply is the quote. Raises `QuoteUnavailable`."""
+
+    report_data: bytes
+
+
+@frozen
+class Sleep(Effect[None]):
+    """Wait for this many seconds."""
+
+    seconds: float
+
+
+@frozen
+class Now(Effect[int]):
+    """The wall clock, in whole unix seconds."""
+
+
+@frozen
+class Uptime(Effect[float]):
+    """A clock in seconds that never steps; only differences mean anything. `HttpRequest.arrived` is on this clock."""
+
+
+@frozen
+class Entropy(Effect[bytes]):
+    """This many bytes from the operating system's random source. The reply is secret unless the flow says otherwise."""
+
+    size: int
+
+
+@frozen
+class FetchCollateral(Effect["VerifiedCollateral"]):
+    """Verified collateral for the platform of a quote whose PCK chain was checked. Raises `CollateralUnavailable`."""
+
+    identity: PckIdentity
+    now: int
+
+
+@frozen
+class Transact(Effect[T_co]):
+    """Run one unit as one serializable transaction; the reply is what its script returns.
+
+    What the script raises comes out unchanged after a roll-back. Raises `StoreError` when the store is at fault;
+    `StoreBusy`, when trying again may help.
+    """
+
+    unit: Unit[T_co]
+
+
+@frozen
+class Log(Effect[None]):
+    """Tell the operator. A record never holds a secret."""
+
+    record: Record = field()
+
+
+def run(flow: Flow[T], perform: Callable[[Effect[Any]], Any]) -> T:
+    """Drive ``flow`` to its end with a synchronous ``perform``."""
+    try:
+        effect = next(flow)
+        while True:
+            try:
+                reply = perform(effect)
+            except Exception as exc:
+                effect = flow.throw(exc)
+            else:
+                effect = flow.send(reply)
+    except StopIteration as stop:
+        result: T = stop.value
+        return result
+    finally:
+        flow.close()
+
+
+async def run_async(flow: Flow[T], perform: Callable[[Effect[Any]], Awaitable[Any]]) -> T:
+    """Drive ``flow`` to its end with an asynchronous ``perform``, under any event loop.
+
+    A cancellation comes out of ``perform``, passes by the flow's ``except Exception`` and closes the flow.
+    """
+    try:
+        effect = next(flow)
+        while True:
+            try:
+                reply = await perform(effect)
+            except Exception as exc:
+                effect = flow.throw(exc)
+            else:
+                effect = flow.send(reply)
+    except StopIteration as stop:
+        result: T = stop.value
+        return result
+    finally:
+        flow.close()

@@ -1,0 +1,181 @@
+"""The tree of errors. A test holds it against the classes::
+
+    ChutesError
+    ├── LocalProtocolError             you called us wrong
+    │   └── ConfigurationError         a file of yours says something it cannot say
+    ├── RemoteProtocolError            the peer's bytes are not the protocol
+    ├── Refusal                        an answer of the server that is no grant
+    │   ├── BadRequest                 400, 405, 408, 413, 422, 431: the request itself
+    │   ├── Refused                    401, 403, 404, 409: this caller, quote, token or name; final
+    │   └── Unavailable                429, 5xx: not now; ``retry_after`` says when
+    ├── TransportError                 no answer; ``maybe_delivered`` says whether the request may have arrived
+    ├── QuoteUnavailable               this machine cannot make a quote
+    ├── CollateralUnavailable          no collateral for a platform
+    ├── StoreError                     the store cannot do its work
+    │   └── StoreBusy                  … now; trying again may help
+    ├── KeyUnavailable                 a row is sealed under a key-encryption key that is not at hand
+    ├── SealBroken                     a sealed row does not open: altered, or not the row it says it is
+    └── QuoteError                     ``chutes_proto.quote.errors`` has its branches
+
+The server raises a `Refusal` and answers with it; the client turns the answer back into an equal one. What the peer may
+know is in ``detail`` and ``code``, what only the operator reads is in ``reason``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from chutes_proto import ChutesError
+from chutes_proto.codes import Code
+from chutes_proto.quote.errors import QuoteError
+
+__all__ = [
+    "BadRequest",
+    "ChutesError",
+    "CollateralUnavailable",
+    "ConfigurationError",
+    "KeyUnavailable",
+    "LocalProtocolError",
+    "QuoteError",
+    "QuoteUnavailable",
+    "Refusal",
+    "Refused",
+    "RemoteProtocolError",
+    "SealBroken",
+    "StoreBusy",
+    "StoreError",
+    "TransportError",
+    "Unavailable",
+    "ValidationProblem",
+    "refusal",
+]
+
+ValidationProblem = dict[str, object]
+"""One problem of a 422: ``{"type": str, "loc": list of str and int, "msg": str}``."""
+
+
+class LocalProtocolError(ChutesError):
+    """The caller used this library in a way it cannot be used."""
+
+
+class ConfigurationError(LocalProtocolError):
+    """A configuration file or option is wrong; the text names the key and says what it takes."""
+
+
+class RemoteProtocolError(ChutesError):
+    """The peer's bytes are not the protocol."""
+
+
+class Refusal(ChutesError):
+    """An answer that is no grant.
+
+    ``status`` and ``code`` go on the wire with ``detail`` (a text, or the list of problems of a 422); ``reason`` is for the
+    operator's log alone. On the client's side ``reason`` repeats the text, and ``code`` is a plain string if the server
+    is of another make or version.
+    """
+
+    def __init__(
+        self,
+        code: Code | str,
+        detail: str | Sequence[ValidationProblem],
+        *,
+        reason: str = "",
+        status: int | None = None,
+        request_id: str | None = None,
+        headers: Sequence[tuple[str, str]] = (),
+    ) -> None:
+        super().__init__(code, detail)
+        if status is None:
+            if not isinstance(code, Code):
+                raise LocalProtocolError("a refusal with a code of another server needs its status")
+            status = code.status
+        self.code = code
+        self.detail = detail
+        self.reason = reason or (detail if isinstance(detail, str) else str(list(detail)))
+        self.status = status
+        self.request_id = request_id
+        self.headers = tuple(headers)
+
+    def __str__(self) -> str:
+        text = self.detail if isinstance(self.detail, str) else "; ".join(_problem_text(p) for p in self.detail)
+        suffix = f", request {self.request_id}" if self.request_id else ""
+        return f"{text} ({self.status} {self.code}{suffix})"
+
+
+class BadRequest(Refusal):
+    """The request itself is wrong; sending it again will not help."""
+
+
+class Refused(Refusal):
+    """The caller is refused; final for this request, quote, token or name."""
+
+
+class Unavailable(Refusal):
+    """Not now: a fault or a limit on the server's side; try again after ``retry_after`` seconds."""
+
+    def __init__(
+        self,
+        code: Code | str,
+        detail: str | Sequence[ValidationProblem],
+        *,
+        retry_after: int = 2,
+        reason: str = "",
+        status: int | None = None,
+        request_id: str | None = None,
+        headers: Sequence[tuple[str, str]] = (),
+    ) -> None:
+        super().__init__(code, detail, reason=reason, status=status, request_id=request_id, headers=headers)
+        self.retry_after = retry_after
+
+
+def refusal(
+    status: int,
+    code: Code | str,
+    detail: str | Sequence[ValidationProblem],
+    *,
+    retry_after: int = 2,
+    request_id: str | None = None,
+) -> Refusal:
+    """The refusal that an answer with this status is: the one rule of which status is which class."""
+    if status >= 500 or status == 429:
+        return Unavailable(code, detail, retry_after=retry_after, status=status, request_id=request_id)
+    kind = Refused if status in (401, 403, 404, 409) else BadRequest
+    return kind(code, detail, status=status, request_id=request_id)
+
+
+class TransportError(ChutesError):
+    """There is no answer. ``maybe_delivered``: the request may have reached the server and taken effect."""
+
+    def __init__(self, message: str, *, maybe_delivered: bool) -> None:
+        super().__init__(message)
+        self.maybe_delivered = maybe_delivered
+
+
+class QuoteUnavailable(ChutesError):
+    """This machine cannot make a quote; the text says what was tried."""
+
+
+class CollateralUnavailable(ChutesError):
+    """No collateral for a platform: none there, or none that verifies."""
+
+
+class StoreError(ChutesError):
+    """The store cannot do its work."""
+
+
+class StoreBusy(StoreError):
+    """The store cannot do its work now; trying again may help."""
+
+
+class KeyUnavailable(ChutesError):
+    """A row is sealed under a key-encryption key that this process does not have."""
+
+
+class SealBroken(ChutesError):
+    """A sealed row does not open under its own key: its bytes were altered, or it is not the row it says it is."""
+
+
+def _problem_text(problem: ValidationProblem) -> str:
+    loc = problem.get("loc")
+    where = ".".join(str(part) for part in loc) if isinstance(loc, (list, tuple)) else str(loc)
+    return f"{where}: {problem.get('msg')}"

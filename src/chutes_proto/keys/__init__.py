@@ -1,0 +1,1 @@
+"""Passphrases: how they are sealed and what becomes of their generations."""

@@ -1,0 +1,1 @@
+"""What the key server does, as flows."""

@@ -1,0 +1,1 @@
+"""Rows, row operations, their SQL, and the memory store."""

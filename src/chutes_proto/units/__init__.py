@@ -1,0 +1,1 @@
+"""Every change of rows, one transaction each."""

@@ -1,0 +1,1 @@
+"""The wire: messages, their JSON, the endpoint table, HTTP values."""

@@ -1,0 +1,51 @@
+"""HTTP requests and answers as values: what transports make and flows eat."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from attrs import field, frozen
+
+if TYPE_CHECKING:
+    from cryptography.x509 import Certificate
+
+Headers = tuple[tuple[str, str], ...]
+
+
+@frozen
+class HttpRequest:
+    """One whole request.
+
+    ``target`` is the origin form of RFC 9112 section 3.2.1, still percent-encoded. Header names are lower case and
+    values Latin-1 text, in the order of arrival. ``peer_certificate`` is what the peer presented in the TLS handshake:
+    possession of its key is proved, nothing else. ``peer_address`` is an IP address or empty. ``arrived`` is when its first
+    byte came, in seconds of the `Uptime` clock (0 on the client's side).
+    """
+
+    method: str
+    target: str
+    headers: Headers = ()
+    body: bytes = field(default=b"", repr=False)
+    peer_certificate: Certificate | None = field(default=None, repr=False, eq=False)
+    peer_address: str = ""
+    arrived: float = field(default=0.0, eq=False)
+
+    def header_values(self, name: str) -> tuple[str, ...]:
+        """All values of a header; ``name`` in lower case."""
+        return tuple(value for key, value in self.headers if key == name)
+
+
+@frozen
+class HttpResponse:
+    """One whole answer; header names in lower case. Transports add ``content-length``.
+
+    ``("connection", "close")`` among the headers ends the connection after the answer.
+    """
+
+    status: int
+    headers: Headers = ()
+    body: bytes = field(default=b"", repr=False)
+
+    def header(self, name: str) -> str | None:
+        """The first value of a header, or None; ``name`` in lower case."""
+        return next((value for key, value in self.headers if key == name), None)
