@@ -31,7 +31,7 @@ class Code(StrEnum):
     REKEY_NOT_SUBSET = "rekey_not_subset", 400, "rekey names a volume that volumes does not"
     NONCE_MISMATCH = "nonce_mismatch", 400, "the quote's report data holds another nonce"
     NONCE_INVALID = "nonce_invalid", 401, "not a nonce of this server, too old, bound to another caller, or used"
-    CLIENT_CERTIFICATE_REQUIRED = "client_certificate_required", 401, "no client certificate, or a key type not accepted"
+    CLIENT_CERTIFICATE_REQUIRED = "client_certificate_required", 401, "no client certificate, or a key not accepted"
     BOOT_TOKEN_INVALID = "boot_token_invalid", 401, "unknown, expired or spent boot token, or one of another key"
     HOTKEY_MISMATCH = "hotkey_mismatch", 401, "the boot token is another hotkey's"
     VM_NAME_MISMATCH = "vm_name_mismatch", 401, "the boot token is another VM's"

@@ -1,7 +1,7 @@
 """Flows and effects: functions that say what they need from the outside world and never fetch it themselves.
 
-A flow is a plain generator. ``reply = yield from Effect(...)`` asks for one of the closed list of effects below; all the
-rest of a flow is arithmetic. `run` and `run_async` drive a flow with a ``perform`` function that carries effects out.
+A flow is a plain generator. ``reply = yield from Effect(...)`` asks for one of the closed list of effects below; all
+the rest of a flow is arithmetic. `run` and `run_async` drive a flow with a ``perform`` function that carries effects out.
 
 Rules kept here:
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Generator
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
-from attrs import field, frozen
+from attrs import frozen
 
 if TYPE_CHECKING:
     from chutes_proto.log import Record
@@ -106,7 +106,7 @@ class Transact(Effect[T_co]):
 class Log(Effect[None]):
     """Tell the operator. A record never holds a secret."""
 
-    record: Record = field()
+    record: Record
 
 
 def run(flow: Flow[T], perform: Callable[[Effect[Any]], Any]) -> T:

@@ -24,6 +24,7 @@ know is in ``detail`` and ``code``, what only the operator reads is in ``reason`
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 from chutes_proto import ChutesError
 from chutes_proto.codes import Code
@@ -69,8 +70,8 @@ class RemoteProtocolError(ChutesError):
 class Refusal(ChutesError):
     """An answer that is no grant.
 
-    ``status`` and ``code`` go on the wire with ``detail`` (a text, or the list of problems of a 422); ``reason`` is for the
-    operator's log alone. On the client's side ``reason`` repeats the text, and ``code`` is a plain string if the server
+    ``status`` and ``code`` go on the wire with ``detail`` (a text, or the list of problems of a 422); ``reason`` is for
+    the operator's log alone. On the client's side ``reason`` repeats the text, and ``code`` is a plain string if the server
     is of another make or version.
     """
 
@@ -177,5 +178,5 @@ class SealBroken(ChutesError):
 
 def _problem_text(problem: ValidationProblem) -> str:
     loc = problem.get("loc")
-    where = ".".join(str(part) for part in loc) if isinstance(loc, (list, tuple)) else str(loc)
+    where = ".".join(str(part) for part in cast("list[object]", loc)) if isinstance(loc, list) else str(loc)
     return f"{where}: {problem.get('msg')}"

@@ -1,0 +1,329 @@
+"""Messages to HTTP and back, for both sides, driven by the endpoint table.
+
+Rules kept here:
+
+* a request is decoded whole or not at all, and one 422 lists all that is wrong with it, without repeating the input;
+* types are strict: a number is not a string, a string is not a list;
+* members that a message does not know are ignored;
+* a declared header or query parameter that comes twice is a 400: two readers could see two callers;
+* an answer of the server that does not decode is a `RemoteProtocolError`, never half a value.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import operator
+import re
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any, NoReturn, TypeVar, cast
+from urllib.parse import parse_qsl, quote, urlencode
+
+import attrs
+from attrs import AttrsInstance, frozen
+from cattrs import ClassValidationError, Converter
+
+from chutes_proto.codes import Code
+from chutes_proto.errors import BadRequest, Refusal, Refused, RemoteProtocolError, ValidationProblem, refusal
+from chutes_proto.secret import Secret
+from chutes_proto.wire import endpoints, json, messages
+from chutes_proto.wire.answers import JSON_HEADERS
+from chutes_proto.wire.endpoints import Endpoint
+from chutes_proto.wire.http import Headers, HttpRequest, HttpResponse
+
+M = TypeVar("M")
+
+_JSON_TYPE = re.compile(r"\s*application/(?:json|[!-~]+\+json)\s*(?:;.*)?", re.IGNORECASE)
+_PLACES = ("path", "query", "header", "body")
+
+
+# --- requests ---
+
+
+def encode_request(endpoint: Endpoint, message: messages.Request, headers: Headers = ()) -> HttpRequest:
+    """The request that asks ``message`` of ``endpoint``; fields that are None are left out."""
+    values: dict[str, dict[str, Any]] = {place: {} for place in _PLACES}
+    for attribute in attrs.fields(type(message)):
+        value = getattr(message, attribute.name)
+        if value is not None:
+            values[attribute.metadata[messages.PLACE]][messages.wire_name(attribute)] = value
+    path = "/".join(
+        quote(values["path"][segment[1:-1]], safe="") if segment.startswith("{") else segment
+        for segment in endpoint.path.split("/")
+    )
+    target = f"{path}?{urlencode(values['query'])}" if values["query"] else path
+    fields = tuple((name.lower(), value) for name, value in values["header"].items())
+    if endpoint.method == "GET":
+        return HttpRequest(endpoint.method, target, (*fields, *headers))
+    content = json.encode(values["body"])
+    return HttpRequest(endpoint.method, target, (*fields, *JSON_HEADERS, *headers), content)
+
+
+def decode_request(match: endpoints.Match, request: HttpRequest) -> messages.Request:
+    """The message that ``request`` asks. Raises `BadRequest` (400, 422)."""
+    message_type = match.endpoint.request
+    fields = attrs.fields(message_type)
+    names = {place: {messages.wire_name(f) for f in fields if _place(f) == place} for place in _PLACES}
+    sources: dict[str, dict[str, Any]] = {
+        "path": dict(match.parameters),
+        "query": _query(request, names["query"]),
+        "header": _headers(request, names["header"]),
+        "body": _body(request) if names["body"] else {},
+    }
+    raw = {
+        attribute.name: sources[_place(attribute)][messages.wire_name(attribute)]
+        for attribute in fields
+        if messages.wire_name(attribute) in sources[_place(attribute)]
+    }
+    try:
+        return _converter().structure(raw, message_type)
+    except ClassValidationError as exc:
+        raise BadRequest(Code.VALIDATION_ERROR, _problems(exc, message_type)) from None
+
+
+def decode_quote(text: str) -> bytes:
+    """The quote of an attestation: standard base64 with its padding (RFC 4648 section 4), nothing else."""
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise Refused(Code.QUOTE_MALFORMED, "Invalid base64 quote.") from None
+
+
+def encode_quote(data: bytes) -> str:
+    """What `decode_quote` takes."""
+    return base64.b64encode(data).decode("ascii")
+
+
+# --- answers ---
+
+
+def encode_answer(endpoint: Endpoint, answer: messages.Answer) -> HttpResponse:
+    """The answer on the wire: compact JSON, members in the documented order."""
+    return HttpResponse(endpoint.status, JSON_HEADERS, _answer_content(answer))
+
+
+def _answer_content(answer: messages.Answer) -> bytes:
+    match answer:
+        case messages.ApiDescriptionAnswer(document=document):
+            return document
+        case messages.VolumeSyncAnswer(passphrases=passphrases, in_use=in_use):
+            members: dict[str, object] = {volume: _plain(secret) for volume, secret in passphrases}
+            return json.encode({**members, messages.VolumeSyncAnswer.IN_USE: list(in_use)})
+        case _:
+            content: dict[str, object] = {}
+            for attribute in attrs.fields(type(answer)):
+                value = getattr(answer, attribute.name)
+                if value is not None or attribute.default is attrs.NOTHING:
+                    content[attribute.name] = _plain(value)
+            return json.encode(content)
+
+
+def _plain(value: object) -> object:
+    return value.reveal().decode("ascii") if isinstance(value, Secret) else value
+
+
+def decode_answer(endpoint: Endpoint, response: HttpResponse) -> messages.Answer:
+    """The answer in ``response``.
+
+    Raises the `Refusal` that the server raised, or `RemoteProtocolError` where the bytes are neither.
+    """
+    if response.status != endpoint.status:
+        raise _refusal(response)
+    if endpoint.answer is messages.ApiDescriptionAnswer:
+        return messages.ApiDescriptionAnswer(document=response.body)
+    content = _answer_object(response)
+    if endpoint.answer is messages.VolumeSyncAnswer:
+        in_use = content.pop(messages.VolumeSyncAnswer.IN_USE, [])
+        content = {"passphrases": list(content.items()), "in_use": in_use}
+    try:
+        return _converter().structure(content, endpoint.answer)
+    except ClassValidationError as exc:
+        names = ", ".join(
+            ".".join(str(part) for part in cast("list[object]", p["loc"])[1:]) for p in _problems(exc, endpoint.answer)
+        )
+        raise RemoteProtocolError(f"the server's answer lacks, or has wrongly: {names}") from None
+
+
+def _answer_object(response: HttpResponse) -> dict[str, Any]:
+    try:
+        content = json.decode(response.body)
+    except json.JsonError as exc:
+        raise RemoteProtocolError(f"the server answered {response.status} with what is not JSON: {exc}") from None
+    if not isinstance(content, dict):
+        raise RemoteProtocolError(f"the server answered {response.status} with JSON that is no object")
+    return cast("dict[str, Any]", content)
+
+
+def _refusal(response: HttpResponse) -> Refusal:
+    """An answer that is no grant, from this server or from a proxy in front of it."""
+    if not 400 <= response.status < 600:
+        raise RemoteProtocolError(f"the server answered {response.status}, which is neither a grant nor a refusal")
+    detail: Any = None
+    code: Any = None
+    request_id: Any = None
+    try:
+        content = _answer_object(response)
+        detail, code, request_id = content.get("detail"), content.get("code"), content.get("request_id")
+    except RemoteProtocolError:
+        pass  # a proxy's error page: the status still tells
+    if isinstance(detail, list) and all(isinstance(item, dict) for item in cast("list[object]", detail)):
+        problems = cast("list[ValidationProblem]", detail)
+    else:
+        problems = None
+    text = problems if problems is not None else detail if isinstance(detail, str) else f"HTTP status {response.status}"
+    return refusal(
+        response.status,
+        code if isinstance(code, str) else "unknown",
+        text,
+        retry_after=_retry_after(response),
+        request_id=request_id if isinstance(request_id, str) else None,
+    )
+
+
+def _retry_after(response: HttpResponse) -> int:
+    """Seconds of ``Retry-After``; the form with a date (RFC 9110 section 10.2.3) counts as the default."""
+    text = response.header("retry-after") or ""
+    return int(text) if re.fullmatch(r"[0-9]{1,5}", text) else 2
+
+
+# --- the parts of a request ---
+
+
+def _place(attribute: attrs.Attribute[Any]) -> str:
+    return cast("str", attribute.metadata[messages.PLACE])
+
+
+def _query(request: HttpRequest, names: set[str]) -> dict[str, str]:
+    pairs = parse_qsl(request.target.partition("?")[2], keep_blank_values=True, encoding="utf-8", errors="replace")
+    values: dict[str, str] = {}
+    for name, value in pairs:
+        if name in values:
+            raise BadRequest(Code.BAD_REQUEST, f"The query parameter {name} is given twice")
+        if name in names:
+            values[name] = value
+    return values
+
+
+def _headers(request: HttpRequest, names: set[str]) -> dict[str, str]:
+    values: dict[str, str] = {}
+    for name in names:
+        match request.header_values(name.lower()):
+            case ():
+                pass
+            case (value,):
+                values[name] = value
+            case _:
+                raise BadRequest(Code.BAD_REQUEST, f"The header {name} is given twice")
+    return values
+
+
+def _body(request: HttpRequest) -> dict[str, Any]:
+    types = request.header_values("content-type")
+    if len(types) > 1:
+        raise BadRequest(Code.BAD_REQUEST, "The header Content-Type is given twice")
+    not_an_object = "Input should be a valid dictionary or object to extract fields from"
+    if types and not _JSON_TYPE.fullmatch(types[0]):
+        _invalid_body("model_attributes_type", not_an_object)
+    if not request.body:
+        _invalid_body("missing", "Field required")
+    try:
+        value = json.decode(request.body)
+    except json.JsonError as exc:
+        _invalid_body("json_invalid", f"JSON decode error: {exc}")
+    if not isinstance(value, dict):
+        _invalid_body("model_attributes_type", not_an_object)
+    return cast("dict[str, Any]", value)
+
+
+def _invalid_body(kind: str, msg: str) -> NoReturn:
+    raise BadRequest(Code.VALIDATION_ERROR, [{"type": kind, "loc": ["body"], "msg": msg}])
+
+
+# --- strict structuring ---
+
+
+@frozen
+class _Problem(Exception):
+    """One thing that is wrong with a value, and where inside it."""
+
+    kind: str
+    msg: str
+    inner: tuple[int | str, ...] = ()
+
+
+def _string(value: object, _: object) -> str:
+    if not isinstance(value, str):
+        raise _Problem("string_type", "Input should be a valid string")
+    return value
+
+
+def _name(value: object, _: object) -> str:
+    text = _string(value, _)
+    if not re.fullmatch(messages.NAME_PATTERN, text, re.ASCII):
+        raise _Problem("string_pattern_mismatch", f"String should match pattern '{messages.NAME_PATTERN}'")
+    return text
+
+
+def _secret(value: object, _: object) -> Secret:
+    text = _string(value, _)
+    if not text or not text.isascii() or not text.isprintable():
+        raise _Problem("value_error", "Input should be printable ASCII, and not empty")
+    return Secret(text.encode("ascii"))
+
+
+def _list_of(item: Callable[[object, object], M]) -> Callable[[object, object], tuple[M, ...]]:
+    def structure(value: object, _: object) -> tuple[M, ...]:
+        if not isinstance(value, list):
+            raise _Problem("list_type", "Input should be a valid list")
+        items: list[M] = []
+        for index, member in enumerate(cast("list[object]", value)):
+            try:
+                items.append(item(member, _))
+            except _Problem as exc:
+                raise _Problem(exc.kind, exc.msg, (index, *exc.inner)) from None
+        return tuple(items)
+
+    return structure
+
+
+def _passphrase(value: object, _: object) -> tuple[str, Secret]:
+    name, secret = cast("tuple[object, object]", value)
+    try:
+        return _string(name, _), _secret(secret, _)
+    except _Problem as exc:
+        raise _Problem(exc.kind, exc.msg, (str(name),)) from None
+
+
+@cache
+def _converter() -> Converter:
+    converter = Converter(detailed_validation=True)
+    hooks: tuple[tuple[Any, Callable[[Any, Any], Any]], ...] = (
+        (str, _string),
+        (messages.Name, _name),
+        (Secret, _secret),
+        (tuple[str, ...], _list_of(_string)),
+        (tuple[tuple[str, Secret], ...], _list_of(_passphrase)),
+    )
+    for kind, hook in hooks:
+        converter.register_structure_hook_func(partial(operator.eq, kind), hook)
+    return converter
+
+
+def _problems(error: ClassValidationError, message_type: type[AttrsInstance]) -> list[ValidationProblem]:
+    """What is wrong, in the order of the message's fields."""
+    fields = attrs.fields_dict(message_type)
+    order = {name: index for index, name in enumerate(fields)}
+    found: list[tuple[int, ValidationProblem]] = []
+    for exc, note in error.group_exceptions()[0]:
+        attribute = fields[note.name]
+        loc = [_place(attribute), messages.wire_name(attribute)]
+        match exc:
+            case _Problem(kind, msg, inner):
+                problem: ValidationProblem = {"type": kind, "loc": [*loc, *inner], "msg": msg}
+            case KeyError():
+                problem = {"type": "missing", "loc": loc, "msg": "Field required"}
+            case _:
+                raise exc
+        found.append((order[note.name], problem))
+    return [problem for _, problem in sorted(found, key=lambda pair: pair[0])]

@@ -1,0 +1,206 @@
+"""The endpoint table: the one list of operations.
+
+The client's encoder, the server's router and decoder, the OpenAPI document and the README's table are made from it.
+
+Rules of routing: a fixed path wins over one with parameters; ``%2F`` never stands for a separator and matches nothing;
+another verb is 405 with ``Allow``; a path that only lacks or has too much of a final slash is redirected with 307.
+"""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import unquote_to_bytes
+
+from attrs import Factory, field, frozen
+
+from chutes_proto.codes import Code
+from chutes_proto.wire import messages
+
+_SEGMENT = r"((?:[^/%]|%[0-9A-Fa-f]{2})+)"
+_PARAMETER = re.compile(r"\{([a-z_]+)\}")
+
+
+def _pattern(endpoint: Endpoint) -> re.Pattern[str]:
+    parts = _PARAMETER.split(endpoint.path)  # fixed text and parameter names by turns
+    return re.compile("".join(_SEGMENT if index % 2 else re.escape(part) for index, part in enumerate(parts)))
+
+
+@frozen
+class Endpoint:
+    """One operation: where it is, what it takes, what it gives, what it may refuse with."""
+
+    number: int
+    operation: str
+    method: str
+    path: str
+    request: type[messages.Request]
+    answer: type[messages.Answer]
+    authentication: str
+    summary: str
+    codes: tuple[Code, ...] = ()
+    status: int = 200
+    pattern: re.Pattern[str] = field(init=False, eq=False, repr=False, default=Factory(_pattern, takes_self=True))
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The names in braces, in order."""
+        return tuple(_PARAMETER.findall(self.path))
+
+
+_QUOTE_CODES = (
+    Code.NONCE_MISMATCH,
+    Code.NONCE_INVALID,
+    Code.CLIENT_CERTIFICATE_REQUIRED,
+    Code.QUOTE_MALFORMED,
+    Code.CERTIFICATE_MISMATCH,
+    Code.QUOTE_REJECTED,
+    Code.TCB_REJECTED,
+    Code.ATTRIBUTES_REJECTED,
+    Code.MEASUREMENT_MISMATCH,
+    Code.PLATFORM_MISMATCH,
+    Code.COLLATERAL_UNAVAILABLE,
+    Code.BUSY,
+)
+_TOKEN_CODES = (
+    Code.BOOT_TOKEN_REQUIRED,
+    Code.HOTKEY_REQUIRED,
+    Code.HOTKEY_CONFLICT,
+    Code.BOOT_TOKEN_INVALID,
+    Code.HOTKEY_MISMATCH,
+    Code.VM_NAME_MISMATCH,
+)
+_STORE_CODES = (Code.STORE_UNAVAILABLE, Code.KEY_UNAVAILABLE)
+
+COMMON_CODES = (Code.BAD_REQUEST, Code.REQUEST_TIMEOUT, Code.BODY_TOO_LARGE, Code.HEAD_TOO_LARGE, Code.SERVER_FAULT)
+"""What any request may be answered with, before or beside its operation."""
+
+BOOT_NONCE = Endpoint(
+    1,
+    "get_boot_nonce",
+    "GET",
+    "/servers/nonce",
+    messages.BootNonceRequest,
+    messages.NonceAnswer,
+    "none",
+    "A nonce for a boot attestation",
+    (Code.DRAINING,),
+)
+BOOT_ATTESTATION = Endpoint(
+    2,
+    "verify_boot_attestation",
+    "POST",
+    "/servers/boot/attestation",
+    messages.BootAttestationRequest,
+    messages.BootAttestationAnswer,
+    "quote, client certificate, nonce",
+    "Verify a boot quote and release the root passphrase",
+    (
+        *_QUOTE_CODES,
+        Code.HOTKEY_REJECTED,
+        Code.SIGNATURE_INVALID,
+        Code.EXCHANGE_DOWNGRADE,
+        *_STORE_CODES,
+        Code.DRAINING,
+    ),
+)
+CACHE_PASSPHRASE = Endpoint(
+    3,
+    "get_cache_passphrase",
+    "GET",
+    "/servers/{vm_name}/luks",
+    messages.CachePassphraseRequest,
+    messages.CachePassphraseAnswer,
+    "boot token",
+    "The passphrase of the first volume (older images)",
+    (*_TOKEN_CODES, Code.KEY_NOT_FOUND, *_STORE_CODES),
+)
+VOLUME_SYNC = Endpoint(
+    4,
+    "sync_volumes",
+    "POST",
+    "/servers/{vm_name}/luks",
+    messages.VolumeSyncRequest,
+    messages.VolumeSyncAnswer,
+    "boot token (spent)",
+    "The passphrases of the VM's volumes, made where there are none",
+    (*_TOKEN_CODES, Code.VOLUMES_REQUIRED, Code.VOLUME_UNKNOWN, Code.REKEY_NOT_SUBSET, *_STORE_CODES),
+)
+API_DESCRIPTION = Endpoint(
+    16,
+    "get_api_description",
+    "GET",
+    "/openapi.json",
+    messages.ApiDescriptionRequest,
+    messages.ApiDescriptionAnswer,
+    "none",
+    "This API as an OpenAPI 3.1 document",
+)
+
+ENDPOINTS: tuple[Endpoint, ...] = (BOOT_NONCE, BOOT_ATTESTATION, CACHE_PASSPHRASE, VOLUME_SYNC, API_DESCRIPTION)
+
+
+@frozen
+class Match:
+    """The operation that a request is for, with the path's parameters, percent-decoded."""
+
+    endpoint: Endpoint
+    parameters: dict[str, str]
+
+
+@frozen
+class WrongMethod:
+    """The path is known, under these other verbs."""
+
+    allow: tuple[str, ...]
+
+
+@frozen
+class Redirect:
+    """The path is known with, or without, a final slash."""
+
+    path: str
+
+
+def route(method: str, path: str) -> Match | WrongMethod | Redirect | None:
+    """What a request line asks for; ``path`` still percent-encoded and without its query."""
+    here = _matches(path)
+    for endpoint, values in here:
+        if endpoint.method == method:
+            parameters = _parameters(endpoint, values)
+            return None if parameters is None else Match(endpoint, parameters)
+    if here:
+        return WrongMethod(tuple(dict.fromkeys(endpoint.method for endpoint, _ in here)))
+    other = path.removesuffix("/") if path.endswith("/") else path + "/"
+    return Redirect(other) if _matches(other) else None
+
+
+def _matches(path: str) -> list[tuple[Endpoint, tuple[str, ...]]]:
+    """The endpoints of the first template that fits the path, fixed ones first."""
+    for template in _TEMPLATES:
+        match = template[0].pattern.fullmatch(path)
+        if match is not None:
+            return [(endpoint, match.groups()) for endpoint in template]
+    return []
+
+
+def _parameters(endpoint: Endpoint, values: tuple[str, ...]) -> dict[str, str] | None:
+    decoded: dict[str, str] = {}
+    for name, value in zip(endpoint.parameters, values, strict=True):
+        try:
+            text = unquote_to_bytes(value).decode("utf-8")
+        except UnicodeDecodeError:
+            return None
+        if "/" in text or text in (".", ".."):
+            return None
+        decoded[name] = text
+    return decoded
+
+
+def _templates() -> tuple[tuple[Endpoint, ...], ...]:
+    by_path: dict[str, list[Endpoint]] = {}
+    for endpoint in ENDPOINTS:
+        by_path.setdefault(endpoint.path, []).append(endpoint)
+    return tuple(tuple(by_path[path]) for path in sorted(by_path, key=lambda path: path.count("{")))
+
+
+_TEMPLATES = _templates()

@@ -1,0 +1,129 @@
+"""The OpenAPI 3.1 document of this API: made from the endpoint table and the messages, nothing of it by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast, get_args, get_origin
+
+import attrs
+
+from chutes_proto import __version__
+from chutes_proto.codes import Code
+from chutes_proto.secret import Secret
+from chutes_proto.wire import json, messages
+from chutes_proto.wire.endpoints import COMMON_CODES, ENDPOINTS, Endpoint
+
+_TITLE = "chutes-proto key server"
+_ERROR = {"$ref": "#/components/schemas/Error"}
+_INVALID = {"$ref": "#/components/schemas/ValidationError"}
+
+
+def document(endpoints: Sequence[Endpoint] = ENDPOINTS) -> bytes:
+    """The document, as the server answers it."""
+    paths: dict[str, dict[str, object]] = {}
+    for endpoint in endpoints:
+        paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = _operation(endpoint)
+    return json.encode(
+        {
+            "openapi": "3.1.0",
+            "info": {"title": _TITLE, "version": __version__},
+            "paths": paths,
+            "components": {"schemas": _schemas()},
+        }
+    )
+
+
+def _operation(endpoint: Endpoint) -> dict[str, object]:
+    fields = [f for f in attrs.fields(endpoint.request) if f.metadata[messages.PLACE] != "body"]
+    has_body = len(fields) < len(attrs.fields(endpoint.request))
+    operation: dict[str, object] = {
+        "operationId": endpoint.operation,
+        "summary": endpoint.summary,
+        "description": f"Authentication: {endpoint.authentication}.",
+        "parameters": [_parameter(field) for field in fields],
+    }
+    if has_body:
+        content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{endpoint.request.__name__}"}}}
+        operation["requestBody"] = {"required": True, "content": content}
+    operation["responses"] = _responses(endpoint, takes_input=bool(fields) or has_body)
+    return operation
+
+
+def _parameter(field: attrs.Attribute[Any]) -> dict[str, object]:
+    place = field.metadata[messages.PLACE]
+    return {
+        "name": messages.wire_name(field),
+        "in": place,
+        "required": place == "path" or field.metadata[messages.DOCUMENTED_AS_REQUIRED],
+        "description": field.metadata[messages.DESCRIPTION],
+        "schema": {"type": "string"} if place != "path" else _schema(field.type),
+    }
+
+
+def _responses(endpoint: Endpoint, *, takes_input: bool) -> dict[str, object]:
+    granted = {"$ref": f"#/components/schemas/{endpoint.answer.__name__}"}
+    codes = [*endpoint.codes, *COMMON_CODES, *([Code.VALIDATION_ERROR] if takes_input else [])]
+    responses: dict[str, object] = {
+        str(endpoint.status): {"description": "Granted", "content": {"application/json": {"schema": granted}}}
+    }
+    for status in sorted({code.status for code in codes}):
+        lines = [f"`{code}`: {code.meaning}" for code in dict.fromkeys(codes) if code.status == status]
+        schema = _INVALID if status == Code.VALIDATION_ERROR.status else _ERROR
+        responses[str(status)] = {
+            "description": "; ".join(lines),
+            "content": {"application/json": {"schema": schema}},
+        }
+    return responses
+
+
+def _schemas() -> dict[str, object]:
+    schemas: dict[str, object] = {}
+    for endpoint in ENDPOINTS:
+        for message in (endpoint.request, endpoint.answer):
+            fields = [f for f in attrs.fields(message) if f.metadata[messages.PLACE] == "body"]
+            if fields:
+                schemas[message.__name__] = _object(message, fields)
+    schemas["Error"] = _error({"type": "string"})
+    loc = {"type": "array", "items": {"type": ["string", "integer"]}}
+    problem = {"type": {"type": "string"}, "loc": loc, "msg": {"type": "string"}}
+    listed = {"type": "object", "properties": problem, "required": list(problem)}
+    schemas["ValidationError"] = _error({"type": "array", "items": listed})
+    return schemas
+
+
+def _object(message: type[Any], fields: Sequence[attrs.Attribute[Any]]) -> dict[str, object]:
+    if message is messages.ApiDescriptionAnswer:
+        return {"type": "object", "description": "An OpenAPI 3.1 document"}
+    if message is messages.VolumeSyncAnswer:
+        in_use = {"type": "array", "items": {"type": "string"}}
+        return {
+            "type": "object",
+            "description": "One member per volume with its passphrase, then `in_use`.",
+            "properties": {messages.VolumeSyncAnswer.IN_USE: in_use},
+            "required": [messages.VolumeSyncAnswer.IN_USE],
+            "additionalProperties": {"type": "string"},
+        }
+    properties = {f.name: {**_schema(f.type), "description": f.metadata[messages.DESCRIPTION]} for f in fields}
+    required = [f.name for f in fields if f.default is attrs.NOTHING]
+    return {"type": "object", "properties": properties, "required": required}
+
+
+def _error(detail: dict[str, object]) -> dict[str, object]:
+    code = {"type": "string", "enum": [str(code) for code in Code]}
+    properties = {"detail": detail, "code": code, "request_id": {"type": "string"}}
+    return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+def _schema(kind: object) -> dict[str, object]:
+    """The JSON schema of a field's type."""
+    if kind is messages.Name:
+        return {"type": "string", "pattern": messages.NAME_PATTERN}
+    if kind is str or kind is Secret:
+        return {"type": "string"}
+    if get_origin(kind) is tuple:
+        return {"type": "array", "items": _schema(get_args(kind)[0])}
+    variants = [variant for variant in get_args(kind) if variant is not type(None)]
+    if len(variants) != 1:
+        raise TypeError(f"no JSON schema for {kind!r}")
+    schema = _schema(variants[0])
+    return {**schema, "type": [cast("str", schema["type"]), "null"]}
