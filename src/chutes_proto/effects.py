@@ -1,7 +1,7 @@
 """Flows and effects: functions that say what they need from the outside world and never fetch it themselves.
 
 A flow is a plain generator. ``reply = yield from Effect(...)`` asks for one of the closed list of effects below; all
-the rest of a flow is arithmetic. `run` and `run_async` drive a flow with a ``perform`` function that carries effects out.
+the rest of a flow is arithmetic. `run` and `run_async` drive a flow with a ``perform`` that carries effects out.
 
 Rules kept here:
 

@@ -71,8 +71,8 @@ class Refusal(ChutesError):
     """An answer that is no grant.
 
     ``status`` and ``code`` go on the wire with ``detail`` (a text, or the list of problems of a 422); ``reason`` is for
-    the operator's log alone. On the client's side ``reason`` repeats the text, and ``code`` is a plain string if the server
-    is of another make or version.
+    the operator's log alone. On the client's side ``reason`` repeats the text, and ``code`` is a plain string if the
+    server is of another make or version.
     """
 
     def __init__(

@@ -13,26 +13,21 @@ from __future__ import annotations
 
 import base64
 import binascii
-import operator
 import re
-from collections.abc import Callable
-from functools import cache, partial
-from typing import Any, NoReturn, TypeVar, cast
+from functools import cache
+from typing import Any, NoReturn, cast
 from urllib.parse import parse_qsl, quote, urlencode
 
 import attrs
-from attrs import AttrsInstance, frozen
-from cattrs import ClassValidationError, Converter
 
 from chutes_proto.codes import Code
 from chutes_proto.errors import BadRequest, Refusal, Refused, RemoteProtocolError, ValidationProblem, refusal
 from chutes_proto.secret import Secret
+from chutes_proto.strict import MismatchError, ProblemsError, Structurer, list_of, string
 from chutes_proto.wire import endpoints, json, messages
 from chutes_proto.wire.answers import JSON_HEADERS
 from chutes_proto.wire.endpoints import Endpoint
 from chutes_proto.wire.http import Headers, HttpRequest, HttpResponse
-
-M = TypeVar("M")
 
 _JSON_TYPE = re.compile(r"\s*application/(?:json|[!-~]+\+json)\s*(?:;.*)?", re.IGNORECASE)
 _PLACES = ("path", "query", "header", "body")
@@ -77,9 +72,13 @@ def decode_request(match: endpoints.Match, request: HttpRequest) -> messages.Req
         if messages.wire_name(attribute) in sources[_place(attribute)]
     }
     try:
-        return _converter().structure(raw, message_type)
-    except ClassValidationError as exc:
-        raise BadRequest(Code.VALIDATION_ERROR, _problems(exc, message_type)) from None
+        return _structurer().structure(raw, message_type)
+    except ProblemsError as exc:
+        places = {f.name: [_place(f), messages.wire_name(f)] for f in fields}
+        problems: list[ValidationProblem] = [
+            {"type": p.kind, "loc": [*places[str(p.path[0])], *p.path[1:]], "msg": p.msg} for p in exc.problems
+        ]
+        raise BadRequest(Code.VALIDATION_ERROR, problems) from None
 
 
 def decode_quote(text: str) -> bytes:
@@ -137,12 +136,9 @@ def decode_answer(endpoint: Endpoint, response: HttpResponse) -> messages.Answer
         in_use = content.pop(messages.VolumeSyncAnswer.IN_USE, [])
         content = {"passphrases": list(content.items()), "in_use": in_use}
     try:
-        return _converter().structure(content, endpoint.answer)
-    except ClassValidationError as exc:
-        names = ", ".join(
-            ".".join(str(part) for part in cast("list[object]", p["loc"])[1:]) for p in _problems(exc, endpoint.answer)
-        )
-        raise RemoteProtocolError(f"the server's answer lacks, or has wrongly: {names}") from None
+        return _structurer().structure(content, endpoint.answer)
+    except ProblemsError as exc:
+        raise RemoteProtocolError(f"the server's answer is not what it should be: {exc}") from None
 
 
 def _answer_object(response: HttpResponse) -> dict[str, Any]:
@@ -243,87 +239,33 @@ def _invalid_body(kind: str, msg: str) -> NoReturn:
 # --- strict structuring ---
 
 
-@frozen
-class _Problem(Exception):
-    """One thing that is wrong with a value, and where inside it."""
-
-    kind: str
-    msg: str
-    inner: tuple[int | str, ...] = ()
-
-
-def _string(value: object, _: object) -> str:
-    if not isinstance(value, str):
-        raise _Problem("string_type", "Input should be a valid string")
-    return value
-
-
-def _name(value: object, _: object) -> str:
-    text = _string(value, _)
+def _name(value: object, _: Any) -> str:
+    text = string(value, _)
     if not re.fullmatch(messages.NAME_PATTERN, text, re.ASCII):
-        raise _Problem("string_pattern_mismatch", f"String should match pattern '{messages.NAME_PATTERN}'")
+        raise MismatchError("string_pattern_mismatch", f"String should match pattern '{messages.NAME_PATTERN}'")
     return text
 
 
-def _secret(value: object, _: object) -> Secret:
-    text = _string(value, _)
+def _secret(value: object, _: Any) -> Secret:
+    text = string(value, _)
     if not text or not text.isascii() or not text.isprintable():
-        raise _Problem("value_error", "Input should be printable ASCII, and not empty")
+        raise MismatchError("value_error", "Input should be printable ASCII, and not empty")
     return Secret(text.encode("ascii"))
 
 
-def _list_of(item: Callable[[object, object], M]) -> Callable[[object, object], tuple[M, ...]]:
-    def structure(value: object, _: object) -> tuple[M, ...]:
-        if not isinstance(value, list):
-            raise _Problem("list_type", "Input should be a valid list")
-        items: list[M] = []
-        for index, member in enumerate(cast("list[object]", value)):
-            try:
-                items.append(item(member, _))
-            except _Problem as exc:
-                raise _Problem(exc.kind, exc.msg, (index, *exc.inner)) from None
-        return tuple(items)
-
-    return structure
-
-
-def _passphrase(value: object, _: object) -> tuple[str, Secret]:
-    name, secret = cast("tuple[object, object]", value)
+def _passphrase(value: object, _: Any) -> tuple[str, Secret]:
+    name, secret = cast("tuple[str, object]", value)
     try:
-        return _string(name, _), _secret(secret, _)
-    except _Problem as exc:
-        raise _Problem(exc.kind, exc.msg, (str(name),)) from None
+        return name, _secret(secret, _)
+    except MismatchError as exc:
+        raise MismatchError(exc.kind, exc.msg, (name,)) from None
 
 
 @cache
-def _converter() -> Converter:
-    converter = Converter(detailed_validation=True)
-    hooks: tuple[tuple[Any, Callable[[Any, Any], Any]], ...] = (
-        (str, _string),
+def _structurer() -> Structurer:
+    hooks = (
         (messages.Name, _name),
         (Secret, _secret),
-        (tuple[str, ...], _list_of(_string)),
-        (tuple[tuple[str, Secret], ...], _list_of(_passphrase)),
+        (tuple[tuple[str, Secret], ...], list_of(_passphrase)),
     )
-    for kind, hook in hooks:
-        converter.register_structure_hook_func(partial(operator.eq, kind), hook)
-    return converter
-
-
-def _problems(error: ClassValidationError, message_type: type[AttrsInstance]) -> list[ValidationProblem]:
-    """What is wrong, in the order of the message's fields."""
-    fields = attrs.fields_dict(message_type)
-    order = {name: index for index, name in enumerate(fields)}
-    found: list[tuple[int, ValidationProblem]] = []
-    for exc, note in error.group_exceptions()[0]:
-        attribute = fields[note.name]
-        loc = [_place(attribute), messages.wire_name(attribute)]
-        match exc:
-            case _Problem(kind, msg, inner):
-                problem: ValidationProblem = {"type": kind, "loc": [*loc, *inner], "msg": msg}
-            case KeyError():
-                problem = {"type": "missing", "loc": loc, "msg": "Field required"}
-            case _:
-                raise exc
-        found.append((order[note.name], problem))
-    return [problem for _, problem in sorted(found, key=lambda pair: pair[0])]
+    return Structurer(hooks)

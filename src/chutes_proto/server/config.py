@@ -1,0 +1,222 @@
+"""The key server's configuration file: TOML in, values out; what it cannot mean is an error that names the key.
+
+Rules kept here:
+
+* an unknown key is an error, in every table;
+* a key for something that this version does not do is an error, never ignored: an operator who sets it relies on it;
+* nothing here reads a file: paths stay paths, and ``blocking/files.py`` makes a `ServerSetup` of them.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
+
+import attrs
+from attrs import field, frozen
+
+from chutes_proto.errors import ConfigurationError
+from chutes_proto.strict import ProblemsError, Structurer, list_of, literal, string
+
+_VOLUME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+RESERVED_VOLUMES = frozenset({"root", "k3s"})
+ANSWER_MEMBERS = frozenset(
+    {
+        "key",
+        "boot_token",
+        "luks_quote_nonce",
+        "passphrase",
+        "in_use",
+        "nonce",
+        "expires_at",
+        "detail",
+        "code",
+        "request_id",
+        "volumes",
+        "confirm_nonce",
+        "current",
+        "next",
+        "status",
+    }
+)
+"""Names that no volume may bear: deployed clients cut ``"name":"…"`` out of answers and must find it only once."""
+
+
+@frozen
+class TlsFiles:
+    """Paths of the server's certificate chain and key, PEM."""
+
+    certificate: str
+    key: str
+
+
+@frozen
+class CollateralSource:
+    """Where collateral comes from: a directory of files."""
+
+    directory: str
+
+
+@frozen
+class NonceOptions:
+    """``expected_key_ids``: ids of MAC keys that other processes of this server use already."""
+
+    bind_address: bool = False
+    expected_key_ids: tuple[int, ...] = ()
+
+
+@frozen
+class RegistrationOptions:
+    """What a registration must show."""
+
+    evidence: Literal["link", "boot"] = "link"
+
+
+@frozen
+class RuntimeOptions:
+    """When a runtime attestation counts as fresh."""
+
+    fresh_seconds: int = 3600
+
+
+@frozen
+class LimitOptions:
+    """Bounds on what peers can make the server do."""
+
+    connections: int = 1024
+    verifications: int = 64
+    body_bytes: int = 64 * 1024
+    head_bytes: int = 16 * 1024
+    request_seconds: int = 30
+    claims_per_platform: int = 64
+
+
+@frozen
+class ServerConfig:
+    """One configuration file, checked as far as one can without reading other files."""
+
+    tls: TlsFiles
+    store: str
+    kek_file: str
+    collateral: CollateralSource
+    measurements: tuple[str, ...]
+    hotkeys: tuple[str, ...] | Literal["*"]
+    listen: str = "127.0.0.1:8443"
+    kek_previous_file: str | None = None
+    roots: str = "intel"
+    volumes: tuple[str, ...] = ("storage", "tdx-cache")
+    netuid: int = 64
+    platform_binding: Literal["pin", "off"] = "pin"
+    exchange_downgrade: Literal["refuse", "allow"] = "refuse"
+    pruned: Literal["revive", "new"] = "revive"
+    retention_days: int = 90
+    signatures: Literal["compatible", "request"] = "compatible"
+    nonce: NonceOptions = field(factory=NonceOptions)
+    registration: RegistrationOptions = field(factory=RegistrationOptions)
+    runtime: RuntimeOptions = field(factory=RuntimeOptions)
+    limits: LimitOptions = field(factory=LimitOptions)
+    profile_defaults: Mapping[str, object] = field(factory=dict[str, object])
+
+    @property
+    def listen_address(self) -> tuple[str, int]:
+        """Host and port of ``listen``; port 0 means any free one."""
+        return _listen_address(self.listen)
+
+    @property
+    def sqlite_path(self) -> str:
+        """The file of ``store``."""
+        return self.store.removeprefix("sqlite:")
+
+    @classmethod
+    def from_toml(cls, data: bytes) -> ServerConfig:
+        """The configuration in ``data``. Raises `ConfigurationError`, which lists all that is wrong."""
+        try:
+            content = tomllib.loads(data.decode("utf-8"))
+        except (UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
+            raise ConfigurationError(f"not TOML: {exc}") from None
+        _refuse_not_served(content)
+        try:
+            config = _structurer().structure(content, cls)
+        except ProblemsError as exc:
+            raise ConfigurationError(str(exc)) from None
+        problems = list(_problems(config))
+        if problems:
+            raise ConfigurationError("; ".join(problems))
+        return config
+
+
+def _refuse_not_served(content: Mapping[str, Any]) -> None:
+    collateral = content.get("collateral")
+    if isinstance(collateral, dict) and "upstreams" in collateral:
+        raise ConfigurationError(
+            "collateral.upstreams: this version takes collateral from a directory only; "
+            'say collateral = { directory = "…" }'
+        )
+    if "proxy" in content:
+        raise ConfigurationError(
+            "proxy: this version ends TLS itself and takes no certificate from a proxy; "
+            "remove the table and let clients connect directly"
+        )
+    registration = content.get("registration")
+    if isinstance(registration, dict) and cast("dict[str, object]", registration).get("evidence") == "callback":
+        raise ConfigurationError('registration.evidence: this version does not fetch evidence; take "link" or "boot"')
+
+
+def _problems(config: ServerConfig) -> list[str]:
+    found: list[str] = []
+    if config.store.startswith("postgresql:"):
+        found.append('store: this version keeps its rows in SQLite only; say "sqlite:/path/to/keys.db"')
+    elif not config.store.startswith("sqlite:") or not config.sqlite_path:
+        found.append('store: say "sqlite:/path/to/keys.db"')
+    try:
+        _ = config.listen_address
+    except ConfigurationError as exc:
+        found.append(str(exc))
+    if not config.volumes:
+        found.append("volumes: name at least one")
+    for volume in config.volumes:
+        if not _VOLUME.fullmatch(volume):
+            found.append(f"volumes: {volume!r} is not [A-Za-z0-9_.-]{{1,64}}")
+        if volume in RESERVED_VOLUMES | ANSWER_MEMBERS:
+            found.append(f"volumes: {volume!r} is a reserved name")
+    if len(set(config.volumes)) != len(config.volumes):
+        found.append("volumes: a name is given twice")
+    if not config.measurements:
+        found.append("measurements: name at least one file of measurement profiles")
+    if not config.hotkeys:
+        found.append('hotkeys: name at least one, or say "*" for every hotkey')
+    if config.retention_days < 1:
+        found.append("retention_days: at least 1")
+    limits = attrs.asdict(config.limits)
+    found.extend(f"limits.{name}: at least 1" for name, value in limits.items() if value < 1)
+    if any(not 0 <= key_id <= 63 for key_id in config.nonce.expected_key_ids):
+        found.append("nonce.expected_key_ids: ids are 0 to 63")
+    return found
+
+
+def _listen_address(text: str) -> tuple[str, int]:
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > 65535:
+        raise ConfigurationError('listen: say "address:port", for example "0.0.0.0:8443" or "[::]:8443"')
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+# --- strict structuring ---
+
+
+def _hotkeys(value: object, _: Any) -> tuple[str, ...] | str:
+    return "*" if value == "*" else list_of(string)(value, _)
+
+
+@cache
+def _structurer() -> Structurer:
+    literals = [
+        (kind, literal(*get_args(kind)))
+        for table in (ServerConfig, RegistrationOptions)
+        for kind in get_type_hints(table).values()
+        if get_origin(kind) is Literal
+    ]
+    return Structurer([(tuple[str, ...] | Literal["*"], _hotkeys), *literals], forbid_extra_keys=True)
