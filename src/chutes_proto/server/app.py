@@ -1,0 +1,142 @@
+"""The key server as one flow per request: route, decode, do, answer; and what becomes of every error.
+
+Rules kept here:
+
+* whatever happens, the peer gets an answer of the documented shape; a fault of ours is a 503, never a 4xx, because deployed
+  clients power off on a 4xx and try again on a 5xx;
+* the peer hears the refusal's text and code, the operator its reason too, under the same request id;
+* a refused attestation ends its connection.
+"""
+
+from __future__ import annotations
+
+import re
+import traceback
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from attrs import define
+
+from chutes_proto.codes import Code
+from chutes_proto.effects import Entropy, Log, Uptime
+from chutes_proto.errors import BadRequest, KeyUnavailable, Refusal, Refused, SealBroken, StoreError, Unavailable
+from chutes_proto.log import Level, Record
+from chutes_proto.server.boot import attest_boot, issue_boot_nonce
+from chutes_proto.server.volumes import read_cache_passphrase, sync_volumes
+from chutes_proto.wire import endpoints, openapi
+from chutes_proto.wire.answers import error_response
+from chutes_proto.wire.codec import decode_request, encode_answer
+from chutes_proto.wire.http import HttpResponse
+from chutes_proto.wire.messages import ApiDescriptionAnswer, ApiDescriptionRequest
+
+if TYPE_CHECKING:
+    from chutes_proto.effects import Flow
+    from chutes_proto.log import Value
+    from chutes_proto.server.service import Service
+    from chutes_proto.wire.http import HttpRequest
+    from chutes_proto.wire.messages import Answer
+
+_HOST = re.compile(r"[A-Za-z0-9.\-]+(?::[0-9]+)?|\[[0-9A-Fa-f:.]+\](?::[0-9]+)?")
+_DRAINED = (endpoints.BOOT_NONCE, endpoints.BOOT_ATTESTATION)
+
+
+def describe_api(
+    service: Service, request: HttpRequest, message: ApiDescriptionRequest, request_id: str
+) -> Flow[ApiDescriptionAnswer]:
+    """Operation 16."""
+    yield from ()
+    return ApiDescriptionAnswer(document=openapi.document())
+
+
+_HANDLERS: Mapping[endpoints.Endpoint, Callable[[Service, HttpRequest, Any, str], Flow[Answer]]] = {
+    endpoints.BOOT_NONCE: issue_boot_nonce,
+    endpoints.BOOT_ATTESTATION: attest_boot,
+    endpoints.CACHE_PASSPHRASE: read_cache_passphrase,
+    endpoints.VOLUME_SYNC: sync_volumes,
+    endpoints.API_DESCRIPTION: describe_api,
+}
+
+
+@define
+class App:
+    """One key server. ``draining``: boots are sent away (503), what deployed clients ask only once is still served."""
+
+    service: Service
+    draining: bool = False
+
+    def handle(self, request: HttpRequest) -> Flow[HttpResponse]:
+        """The answer to ``request``; raises nothing but what ends the process."""
+        request_id = (yield from Entropy(16)).hex()
+        try:
+            return (yield from self._answer(request, request_id))
+        except Refusal as exc:
+            refusal = exc
+        except StoreError as exc:
+            text = "The store does not answer. Retry shortly."
+            refusal = Unavailable(Code.STORE_UNAVAILABLE, text, reason=f"{type(exc).__name__}: {exc}")
+        except (KeyUnavailable, SealBroken) as exc:
+            text = "A key of this server is not available. Retry shortly."
+            refusal = Unavailable(Code.KEY_UNAVAILABLE, text, reason=f"{type(exc).__name__}: {exc}", retry_after=30)
+        except Exception as exc:  # noqa: BLE001 - a defect of ours must not become a 4xx, nor end the connection silently
+            refusal = Unavailable(Code.SERVER_FAULT, "A fault of the server's. Retry shortly.", reason=_where(exc))
+        yield from self._tell(request, request_id, refusal)
+        return error_response(refusal, request_id)
+
+    def refuse(self, refusal: Refusal) -> HttpResponse:
+        """The answer to bytes that never became a request."""
+        return error_response(refusal, "none")
+
+    def _answer(self, request: HttpRequest, request_id: str) -> Flow[HttpResponse]:
+        path, mark, query = request.target.partition("?")
+        match endpoints.route(request.method, path):
+            case endpoints.Match() as match:
+                pass
+            case endpoints.WrongMethod(allow):
+                headers = [("allow", ", ".join(allow))]
+                raise BadRequest(Code.METHOD_NOT_ALLOWED, "Method Not Allowed", headers=headers)
+            case endpoints.Redirect(other):
+                return HttpResponse(307, (("location", _origin(request) + other + mark + query),))
+            case None:
+                raise Refused(Code.NOT_FOUND, "Not Found")
+        if self.draining and match.endpoint in _DRAINED:
+            raise Unavailable(Code.DRAINING, "The server is stopping. Retry shortly.", retry_after=5)
+        message = decode_request(match, request)
+        try:
+            answer = yield from _HANDLERS[match.endpoint](self.service, request, message, request_id)
+        except Refusal as exc:
+            if match.endpoint is endpoints.BOOT_ATTESTATION:
+                exc.headers = (*exc.headers, ("connection", "close"))
+            raise
+        return encode_answer(match.endpoint, answer)
+
+    def _tell(self, request: HttpRequest, request_id: str, refusal: Refusal) -> Flow[None]:
+        """The operator's line. Anyone can cause refusals, so many at once are counted instead."""
+        held_back = self.service.refusals.admits((yield from Uptime()))
+        ours = isinstance(refusal, Unavailable)
+        if held_back is None and not ours:
+            return
+        fields: dict[str, Value] = {
+            "request_id": request_id,
+            "method": request.method[:16],
+            "path": request.target.partition("?")[0][:200],
+            "peer": request.peer_address,
+            "status": refusal.status,
+            "code": str(refusal.code),
+            "reason": refusal.reason[:4000],
+        }
+        if held_back:
+            fields["held_back"] = held_back
+        yield from Log(Record(Level.ERROR if ours else Level.WARNING, "refused", fields))
+
+
+def _origin(request: HttpRequest) -> str:
+    """``https://host`` of the request, or nothing, for a relative redirect, where its Host is not a plain one."""
+    host = "".join(request.header_values("host")[:1])
+    return f"https://{host}" if _HOST.fullmatch(host) else ""
+
+
+def _where(exc: Exception) -> str:
+    """Type and place of a defect. Its text stays out: it could repeat what a peer sent, or a secret."""
+    frames = traceback.extract_tb(exc.__traceback__)
+    places = [f"{frame.filename.rpartition('chutes_proto')[2].lstrip('/')}:{frame.lineno}" for frame in frames[-4:]]
+    return f"{type(exc).__name__} at {' < '.join(reversed(places))}"

@@ -1,0 +1,46 @@
+"""How long an operation waits for the store, and from when on it starts nothing new.
+
+Deployed clients give up 30 s after they asked and try these operations only once. So a busy store is waited for, up to
+`PATIENCE`; and no transaction starts later than `LAST_START` after the request came, because its answer would reach nobody.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeVar
+
+from chutes_proto.codes import Code
+from chutes_proto.effects import Sleep, Transact, Uptime
+from chutes_proto.errors import StoreBusy, Unavailable
+
+if TYPE_CHECKING:
+    from chutes_proto.effects import Flow
+    from chutes_proto.store.run import Unit
+
+T = TypeVar("T")
+
+PATIENCE = 20.0
+LAST_START = 25.0
+_STEP = 0.5
+
+
+def transact_patiently(unit: Unit[T], arrived: float) -> Flow[T]:
+    """Run ``unit``, waiting for a busy store. ``arrived`` is when the request's first byte came, on the `Uptime` clock.
+
+    Raises `Unavailable` when the store stays busy or the time is over, and what the unit raises.
+    """
+    began = yield from Uptime()
+    while True:
+        if (yield from Uptime()) - arrived > LAST_START:
+            raise Unavailable(
+                Code.STORE_UNAVAILABLE, "Too late to begin. Retry shortly.",
+                reason=f"no transaction starts {LAST_START:.0f} s after its request",
+            )
+        try:
+            return (yield from Transact(unit))
+        except StoreBusy as exc:
+            if (yield from Uptime()) - began + _STEP > PATIENCE:
+                raise Unavailable(
+                    Code.STORE_UNAVAILABLE, "The store does not answer. Retry shortly.",
+                    reason=f"the store stayed busy for {PATIENCE:.0f} s: {exc}",
+                ) from None
+        yield from Sleep(_STEP)

@@ -1,0 +1,92 @@
+"""What the server's flows know: values made once from the configuration, and small counters that may be lost.
+
+The store is the state. `Slots` and `Quiet` only bound what peers can make one process do and print.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Literal
+
+from attrs import define, field, frozen
+
+from chutes_proto.codes import Code
+from chutes_proto.errors import Unavailable
+from chutes_proto.server.config import LimitOptions
+
+if TYPE_CHECKING:
+    from chutes_proto.keys.vault import Vault
+    from chutes_proto.quote.policy import Policy
+    from chutes_proto.quote.roots import TrustedRoot
+    from chutes_proto.server.nonces import NonceMint
+    from chutes_proto.server.profiles import ServedProfile
+
+
+@define
+class Slots:
+    """At most ``size`` at once; the next one is told to come again."""
+
+    size: int
+    taken: int = 0
+
+    @contextmanager
+    def one(self) -> Generator[None]:
+        """Hold a slot. Raises `Unavailable` when none is free."""
+        if self.taken >= self.size:
+            raise Unavailable(Code.BUSY, "Too many verifications at once. Retry shortly.")
+        self.taken += 1
+        try:
+            yield
+        finally:
+            self.taken -= 1
+
+
+@define
+class Quiet:
+    """Lets ``burst`` log lines through at once and one more each ``seconds``; says how many it held back since."""
+
+    burst: int = 20
+    seconds: float = 1.0
+    _tokens: float = field(init=False)
+    _at: float = field(init=False, default=0.0)
+    _held_back: int = field(init=False, default=0)
+
+    def __attrs_post_init__(self) -> None:
+        self._tokens = self.burst
+
+    def admits(self, now: float) -> int | None:
+        """None: hold this line back. Else the number of lines held back since the last one; ``now`` never steps."""
+        self._tokens = min(self.burst, self._tokens + (now - self._at) / self.seconds)
+        self._at = now
+        if self._tokens < 1:
+            self._held_back += 1
+            return None
+        self._tokens -= 1
+        held_back, self._held_back = self._held_back, 0
+        return held_back
+
+
+@frozen
+class Service:
+    """One key server.
+
+    ``policy`` holds the measurement profiles, ``profiles`` what is served under each, by name. ``trust`` says which root
+    quotes are verified to: it stands in every grant's log line, so that no one runs on a simulated platform unawares.
+    """
+
+    vault: Vault
+    mint: NonceMint
+    root: TrustedRoot
+    trust: str
+    policy: Policy
+    profiles: Mapping[str, ServedProfile]
+    hotkeys: frozenset[str] | Literal["*"]
+    volumes: tuple[str, ...] = ("storage", "tdx-cache")
+    netuid: int = 64
+    platform_binding: Literal["pin", "off"] = "pin"
+    exchange_downgrade: Literal["refuse", "allow"] = "refuse"
+    pruned: Literal["revive", "new"] = "revive"
+    limits: LimitOptions = field(factory=LimitOptions)
+    verifications: Slots = field(factory=lambda: Slots(LimitOptions().verifications))
+    refusals: Quiet = field(factory=Quiet)
