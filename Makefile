@@ -16,6 +16,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 FUZZ_INSTALLED := $(VENV)/.installed-fuzz
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input --retries 10
+RESOLVE := $(VENV)-uv/bin/uv pip compile --quiet --universal --python-version 3.11 --upgrade --generate-hashes \
+	--no-annotate --custom-compile-command "make constraints"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -37,6 +39,39 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PIP) install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
+demo: $(INSTALLED) ## a VM boots against a key server, and refusals, end to end on this machine
+	@$(BIN)/chutes-proto demo
+
+test: $(INSTALLED) ## all tests; a run without PYTEST_ARGS also checks the floor of coverage
+ifeq ($(strip $(PYTEST_ARGS)),)
+	@$(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report=
+	@$(BIN)/python tests/coverage_floor.py 95
+else
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+endif
+
+lint: $(INSTALLED) ## ruff, mypy, basedpyright; shellcheck where it is installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/basedpyright --warnings
+	@if command -v shellcheck >/dev/null; then echo "shellcheck .ci/run"; shellcheck .ci/run; \
+	else echo "shellcheck is not installed: .ci/run is not checked"; fi
+
+fuzz: $(FUZZ_INSTALLED) ## coverage-guided fuzzing, FUZZ_SECONDS for each of FUZZ_TARGETS
+	@$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS) $(FUZZ_TARGETS)
+
+$(FUZZ_INSTALLED): tests/fuzz/requirements.txt $(INSTALLED)
+	@echo "==> $(VENV): atheris, checked against its hash (there are wheels for Linux on x86-64)"
+	@$(PIP) install --quiet --require-hashes --only-binary :all: --requirement $<
+	@touch $@
+
+constraints: ## resolve all pins anew, for every Python from 3.11 on, and hash them
+	@$(PYTHON) -m venv $(VENV)-uv
+	@$(VENV)-uv/bin/python -m pip --disable-pip-version-check install --quiet uv
+	@$(RESOLVE) --all-extras --group build pyproject.toml --output-file constraints.txt
+	@$(RESOLVE) --group fuzz --output-file tests/fuzz/requirements.txt
+
 clean: ## remove the environment and everything that was made
-	rm -rf $(VENV) build dist .coverage .coverage.* htmlcov .hypothesis .pytest_cache .mypy_cache .ruff_cache .fuzz
+	rm -rf $(VENV) $(VENV)-uv build dist .coverage .coverage.* htmlcov .hypothesis .pytest_cache .mypy_cache .ruff_cache .fuzz
 	find src tests examples -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,49 @@
+"""What all tests share: Hypothesis profiles, real programs, the test vectors."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+ROOT = Path(__file__).resolve().parent.parent
+CI = os.environ.get("CI", "").lower() in ("1", "true", "yes")
+
+# A shared or slow machine must not turn into a failure, so no profile has a deadline. Another profile is chosen with
+# `--hypothesis-profile NAME`.
+_PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("default", _PATIENT, max_examples=50)
+settings.register_profile("ci", _PATIENT, max_examples=50, derandomize=True, database=None, print_blob=True)
+settings.register_profile("soak", _PATIENT, max_examples=10_000)
+settings.load_profile("ci" if CI else "default")
+
+
+@pytest.fixture(scope="session")
+def require_program() -> Callable[[str], str]:
+    """Gives the path of a real program; where it is missing the test is skipped, or fails when ``CI`` is set.
+
+    Use it as ``cryptsetup = require_program("cryptsetup")``.
+    """
+
+    def require(name: str) -> str:
+        # Debian keeps some programs where only root's PATH looks.
+        path = shutil.which(name) or shutil.which(name, path="/usr/local/sbin:/usr/sbin:/sbin")
+        if path is None:
+            refuse = pytest.fail if CI else pytest.skip
+            refuse(f"the program {name} is not installed")
+        return path
+
+    return require
+
+
+@pytest.fixture(scope="session")
+def vectors() -> Path:
+    """The folder of test vectors beside the project (its README says what they are); skips where there is none."""
+    folder = ROOT.parent / "shared" / "vectors"
+    if not folder.is_dir():
+        pytest.skip(f"no test vectors: {folder} is not there")
+    return folder

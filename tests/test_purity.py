@@ -1,0 +1,185 @@
+"""The core never touches the outside world, and rooms depend on one another in one direction only.
+
+The rules stand in the tables below; `violations` holds a module's syntax tree against them, so nothing is imported and
+an import inside a function, or only for types, counts like any other.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SRC = Path(__file__).resolve().parent.parent / "src"
+CORE, BINDINGS = "chutes_proto", ("chutes_proto_asyncio", "chutes_proto_trio")
+
+IMPURE = ("chutes_proto.blocking", "chutes_proto.cli", "chutes_proto.__main__")
+"""The parts of the core package that may do I/O; nothing pure imports them."""
+
+OUTSIDE_WORLD = frozenset(
+    "anyio asyncio builtins concurrent fcntl ftplib getpass glob http.client http.server httpcore httpx importlib "
+    "logging mmap multiprocessing os pathlib pty queue random requests resource sched secrets select selectors shutil "
+    "signal smtplib socket socketserver sqlite3 ssl subprocess sys syslog tempfile threading time trio urllib.request "
+    "uuid".split()
+)
+"""Modules that reach files, sockets, clocks, entropy, processes, threads or event loops."""
+
+FORBIDDEN_CALLS = frozenset("__import__ breakpoint eval exec input open print".split())
+CLOCKS = frozenset("now today utcnow".split())
+ENTROPY = frozenset("generate_key generate_private_key random_serial_number".split())
+
+ASYNC_FILES = frozenset({"chutes_proto.effects", "chutes_proto.transport.asgi"})
+"""Drivers written against awaitables that they are handed."""
+
+YIELD_FILES = frozenset({"chutes_proto.effects", "chutes_proto.store.rows"})
+"""Where a bare ``yield`` makes an effect or a row operation; anywhere else it would bypass their types."""
+
+NEVER_IMPORTS: dict[str, tuple[str, ...]] = {
+    "chutes_proto.wire": ("chutes_proto.client", "chutes_proto.server", "chutes_proto.effects"),
+    "chutes_proto.auth": ("chutes_proto.client", "chutes_proto.server", "chutes_proto.effects"),
+    "chutes_proto.keys": ("chutes_proto.client", "chutes_proto.server", "chutes_proto.effects"),
+    "chutes_proto.client": ("chutes_proto.server",),
+    "chutes_proto.server": ("chutes_proto.client",),
+    "chutes_proto_asyncio": ("chutes_proto_trio",),
+    "chutes_proto_trio": ("chutes_proto_asyncio",),
+}
+"""Which room never imports which others."""
+
+QUOTE = "chutes_proto.quote"
+QUOTE_MAY_IMPORT = ("attr", "attrs", "cryptography", QUOTE, f"{CORE}.ChutesError")
+"""The verifier can be taken out and used alone: this and the (pure part of the) standard library is all it knows."""
+
+
+def within(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+def is_pure(module: str) -> bool:
+    return within(module, CORE) and not any(within(module, impure) for impure in IMPURE)
+
+
+def imported_names(tree: ast.AST, package: str) -> Iterator[tuple[int, str]]:
+    """Every ``module`` of ``import module`` and ``module.name`` of ``from module import name``, made absolute."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = package.split(".")
+                base = ".".join([*parents[: len(parents) - node.level + 1], *([base] if base else [])])
+            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+
+
+def _import_violation(module: str, name: str) -> str | None:
+    if is_pure(module):
+        if any(within(name, outside) for outside in OUTSIDE_WORLD):
+            return f"imports {name}, which reaches the outside world"
+        if any(within(name, impure) for impure in (*IMPURE, *BINDINGS)):
+            return f"imports {name}, which is not pure"
+    for room, others in NEVER_IMPORTS.items():
+        if within(module, room) and any(within(name, other) for other in others):
+            return f"imports {name}, of which {room} knows nothing"
+    if within(module, QUOTE):
+        root = name.partition(".")[0]
+        if root not in sys.stdlib_module_names and not any(within(name, allowed) for allowed in QUOTE_MAY_IMPORT):
+            return f"imports {name}, of which {QUOTE} knows nothing"
+    return None
+
+
+def _node_violation(module: str, node: ast.AST) -> str | None:
+    match node:
+        case ast.Call(func=ast.Name(id=name)) if name in FORBIDDEN_CALLS:
+            return f"calls {name}()"
+        case ast.Attribute(attr=name) if name in CLOCKS:
+            return f"reads a clock (.{name})"
+        case ast.Attribute(attr=name) | ast.Name(id=name) if name in ENTROPY:
+            return f"draws entropy ({name})"
+        case ast.AsyncFunctionDef(name=name) if module not in ASYNC_FILES:
+            return f"async def {name}"
+        case ast.Yield() if module not in YIELD_FILES:
+            return "a bare yield"
+        case _:
+            return None
+
+
+def violations(module: str, source: str, *, is_package: bool = False) -> list[str]:
+    """What the module, by its dotted name, does that it must not: one ``line: what`` each."""
+    tree = ast.parse(source)
+    package = module if is_package else module.rpartition(".")[0]
+    found = [(line, _import_violation(module, name)) for line, name in imported_names(tree, package)]
+    if is_pure(module):
+        found += [(getattr(node, "lineno", 0), _node_violation(module, node)) for node in ast.walk(tree)]
+    return [f"{line}: {what}" for line, what in sorted(f for f in found if f[1] is not None)]
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(SRC).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@pytest.mark.parametrize("path", sorted(SRC.rglob("*.py")), ids=module_name)
+def test_module_keeps_the_rules(path: Path) -> None:
+    found = violations(module_name(path), path.read_text("utf-8"), is_package=path.name == "__init__.py")
+    assert not found, "\n".join(f"{path.relative_to(SRC.parent)}:{line}" for line in found)
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "what"),
+    [
+        ("chutes_proto.units.boot", "import time", "imports time"),
+        ("chutes_proto.units.boot", "import os.path as p", "imports os.path"),
+        ("chutes_proto.units.boot", "from socket import socket", "imports socket.socket"),
+        ("chutes_proto.wire.http", "from urllib.request import urlopen", "imports urllib.request.urlopen"),
+        ("chutes_proto.wire.http", "def f():\n  import secrets", "2: imports secrets"),
+        ("chutes_proto.units.boot", "from chutes_proto.blocking.sqlite import X", "is not pure"),
+        ("chutes_proto.units.boot", "from chutes_proto import cli", "is not pure"),
+        ("chutes_proto.units.boot", "from ..blocking import sqlite", "imports chutes_proto.blocking.sqlite"),
+        ("chutes_proto.units.boot", "from .. import blocking", "imports chutes_proto.blocking"),
+        ("chutes_proto.testing.network", "import chutes_proto_trio", "is not pure"),
+        ("chutes_proto.units.boot", "x = open('f')", "calls open()"),
+        ("chutes_proto.units.boot", "print('x')", "calls print()"),
+        ("chutes_proto.units.boot", "x = datetime.now(tz=UTC)", "reads a clock (.now)"),
+        ("chutes_proto.units.boot", "f = datetime.datetime.utcnow", "reads a clock (.utcnow)"),
+        ("chutes_proto.auth.certificates", "k = ec.generate_private_key(c)", "draws entropy"),
+        ("chutes_proto.client.flows", "async def f(): ...", "async def f"),
+        ("chutes_proto.client.flows", "def f():\n  yield Sleep(1)", "2: a bare yield"),
+        ("chutes_proto.client.flows", "def f():\n  x = yield", "2: a bare yield"),
+        ("chutes_proto.quote.verify", "from chutes_proto.wire import http", "of which chutes_proto.quote knows"),
+        ("chutes_proto.quote.verify", "from chutes_proto import errors", "of which chutes_proto.quote knows"),
+        ("chutes_proto.quote.verify", "import cattrs", "of which chutes_proto.quote knows"),
+        ("chutes_proto.wire.codec", "from chutes_proto.server import app", "of which chutes_proto.wire knows"),
+        ("chutes_proto.auth.binding", "import chutes_proto.client.flows", "of which chutes_proto.auth knows"),
+        ("chutes_proto.keys.vault", "from chutes_proto.effects import Flow", "of which chutes_proto.keys knows"),
+        ("chutes_proto.client.flows", "from chutes_proto.server.app import X", "of which chutes_proto.client knows"),
+        ("chutes_proto.server.app", "from ..client import flows", "of which chutes_proto.server knows"),
+        ("chutes_proto_trio.server", "import chutes_proto_asyncio.server", "of which chutes_proto_trio knows"),
+        ("chutes_proto_asyncio", "from chutes_proto_trio import serve", "of which chutes_proto_asyncio knows"),
+    ],
+)
+def test_violations_are_found(module: str, source: str, what: str) -> None:
+    found = violations(module, source)
+    assert len(found) == 1
+    assert what in found[0]
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("chutes_proto.blocking.files", "import os, time\nx = open('f')"),
+        ("chutes_proto.cli.main", "import sys\nimport chutes_proto_trio\nprint(1)"),
+        ("chutes_proto_trio.server", "import trio\nasync def f(): ..."),
+        ("chutes_proto.effects", "async def f(): ...\ndef g():\n  yield 1"),
+        ("chutes_proto.transport.asgi", "async def f(): ..."),
+        ("chutes_proto.store.rows", "def g():\n  yield 1"),
+        ("chutes_proto.client.flows", "def f():\n  r = yield from Sleep(1)"),
+        ("chutes_proto.wire.http", "from urllib.parse import quote\nimport timeit_like"),
+        ("chutes_proto.quote.verify", "import struct\nfrom chutes_proto import ChutesError\nfrom .errors import X"),
+        ("chutes_proto.quote", "from .verify import verify"),
+    ],
+)
+def test_what_is_allowed_is_not_reported(module: str, source: str) -> None:
+    assert violations(module, source, is_package=module.count(".") == 1) == []

@@ -1,0 +1,68 @@
+"""The tools that guard the project do guard it."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+
+
+def complaints(source: str, folder: Path) -> list[tuple[int, str]]:
+    """Line and rule of everything that basedpyright, as configured for this project, has to say."""
+    snippet = folder / "snippet.py"
+    _ = snippet.write_text(source, "utf-8")
+    checker = Path(sys.executable).parent / "basedpyright"
+    done = subprocess.run([checker, "--outputjson", snippet], cwd=ROOT, capture_output=True, text=True, check=False)
+    return [(d["range"]["start"]["line"] + 1, d["rule"]) for d in json.loads(done.stdout)["generalDiagnostics"]]
+
+
+def test_a_forgotten_yield_from_is_reported(tmp_path: Path) -> None:
+    source = """
+from chutes_proto.effects import Entropy, Flow
+
+def flow() -> Flow[bytes]:
+    Entropy(32)
+    return (yield from Entropy(32))
+"""
+    assert complaints(source, tmp_path) == [(5, "reportUnusedCallResult")]
+    assert complaints(source.replace("    Entropy", "    _ = yield from Entropy"), tmp_path) == []
+
+
+def test_every_dependency_is_pinned_with_hashes() -> None:
+    constraints = (ROOT / "constraints.txt").read_text("utf-8")
+    pins = re.findall(r"^([a-z0-9-]+)==\S+.*\\\n(?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+", constraints, re.M)
+    assert len(pins) == len(re.findall(r"^\S+==", constraints, re.M))
+    extras = PROJECT["project"]["optional-dependencies"].values()
+    lists = [PROJECT["project"]["dependencies"], PROJECT["build-system"]["requires"], *extras]
+    names = {re.split(r"[^A-Za-z0-9-]", dependency)[0].lower() for listed in lists for dependency in listed}
+    assert names - {"chutes-proto"} <= set(pins)
+
+
+def test_the_command_and_the_module_are_installed() -> None:
+    assert PROJECT["project"]["scripts"] == {"chutes-proto": "chutes_proto.cli.main:main"}
+    for command in ([Path(sys.executable).parent / "chutes-proto"], [sys.executable, "-m", "chutes_proto"]):
+        done = subprocess.run([*command, "--help"], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("usage: chutes-proto ")
+
+
+def test_each_package_is_marked_as_typed() -> None:
+    packages = [path for path in (ROOT / "src").iterdir() if path.is_dir() and not path.name.startswith((".", "__"))]
+    assert {path.name for path in packages} == {"chutes_proto", "chutes_proto_asyncio", "chutes_proto_trio"}
+    assert all((path / "py.typed").is_file() for path in packages)
+    assert all((path / "__init__.py").is_file() for path in packages)
+
+
+def test_make_help_names_every_target(require_program: Callable[[str], str]) -> None:
+    make = [require_program("make"), "--no-print-directory", "help"]
+    done = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True)
+    phony = re.search(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text("utf-8"), re.M)
+    assert phony
+    assert set(re.findall(r"^  (\w+) +\w", done.stdout, re.M)) == set(phony[1].split())
