@@ -1,0 +1,80 @@
+"""Routing: what matches, what redirects, what is another verb, and what is nothing."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chutes_proto.wire import endpoints
+from chutes_proto.wire.endpoints import ENDPOINTS, Match, Redirect, WrongMethod, route
+
+
+def test_each_operation_is_where_the_table_says() -> None:
+    for endpoint in ENDPOINTS:
+        path = endpoint.path.replace("{vm_name}", "vm-1")
+        assert route(endpoint.method, path) == Match(endpoint, dict.fromkeys(endpoint.parameters, "vm-1"))
+
+
+def test_numbers_and_names_are_unique() -> None:
+    assert len({e.number for e in ENDPOINTS}) == len({e.operation for e in ENDPOINTS}) == len(ENDPOINTS)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allow"),
+    [
+        ("POST", "/servers/nonce", ("GET",)),
+        ("HEAD", "/servers/nonce", ("GET",)),
+        ("PUT", "/servers/vm/luks", ("GET", "POST")),
+        ("get", "/openapi.json", ("GET",)),
+    ],
+)
+def test_another_verb(method: str, path: str, allow: tuple[str, ...]) -> None:
+    assert route(method, path) == WrongMethod(allow)
+
+
+@pytest.mark.parametrize(
+    ("path", "other"), [("/servers/nonce/", "/servers/nonce"), ("/servers/vm/luks/", "/servers/vm/luks")]
+)
+def test_a_final_slash_is_redirected(path: str, other: str) -> None:
+    assert route("GET", path) == Redirect(other)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "",
+        "/",
+        "//",
+        "*",
+        "/servers",
+        "/servers//luks",
+        "/servers/a/b/luks",
+        "/servers/a%2Fb/luks",
+        "/servers/a%2fb/luks",
+        "/servers/../luks",
+        "/servers/%2e%2e/luks",
+        "/servers/./luks",
+        "/servers/%ff/luks",
+        "/servers/%zz/luks",
+        "/servers/%/luks",
+        "/Servers/nonce",
+        "/servers/nonce//",
+        "/servers/nonce%00",
+        "http://host/servers/nonce",
+    ],
+)
+def test_paths_that_are_nothing(path: str) -> None:
+    assert route("GET", path) is None
+
+
+def test_parameters_are_decoded_once() -> None:
+    match route("GET", "/servers/a%2541/luks"):
+        case Match(endpoints.CACHE_PASSPHRASE, {"vm_name": name}):
+            assert name == "a%41"
+        case other:
+            pytest.fail(str(other))
+
+
+@given(st.text(max_size=60))
+def test_any_path(path: str) -> None:
+    _ = route("GET", path)
+    _ = route("GET", "/servers/" + path + "/luks")

@@ -1,0 +1,65 @@
+"""The OpenAPI document says what the endpoint table says."""
+
+import json
+import re
+
+import pytest
+
+from chutes_proto.codes import Code
+from chutes_proto.wire import openapi
+from chutes_proto.wire.endpoints import ENDPOINTS
+
+DOCUMENT = json.loads(openapi.document())
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS, ids=lambda e: e.operation)
+def test_every_operation_is_described(endpoint):
+    operation = DOCUMENT["paths"][endpoint.path][endpoint.method.lower()]
+    assert operation["operationId"] == endpoint.operation
+    assert {str(code.status) for code in endpoint.codes} | {str(endpoint.status)} <= set(operation["responses"])
+    assert [p["name"] for p in operation["parameters"] if p["in"] == "path"] == list(endpoint.parameters)
+
+
+# The published reference of the API: operation, parameter, required.
+REFERENCE = {
+    "get_boot_nonce": {},
+    "verify_boot_attestation": {
+        "X-Chutes-Nonce": False,
+        "body.quote": True,
+        "body.miner_hotkey": True,
+        "body.vm_name": True,
+    },
+    "get_cache_passphrase": {"vm_name": True, "hotkey": True, "X-Boot-Token": False},
+    "sync_volumes": {
+        "vm_name": True,
+        "X-Chutes-Hotkey": False,
+        "X-Boot-Token": False,
+        "body.volumes": True,
+        "body.rekey": False,
+    },
+}
+
+
+@pytest.mark.parametrize("operation_id", REFERENCE)
+def test_parameters_are_those_of_the_published_reference(operation_id):
+    operation = next(
+        o for path in DOCUMENT["paths"].values() for o in path.values() if o["operationId"] == operation_id
+    )
+    said = {p["name"]: p["required"] for p in operation["parameters"]}
+    if "requestBody" in operation:
+        name = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+        schema = DOCUMENT["components"]["schemas"][name]
+        said |= {f"body.{field}": field in schema["required"] for field in schema["properties"]}
+    assert REFERENCE[operation_id].items() <= said.items()
+    assert "200" in operation["responses"]
+    if REFERENCE[operation_id]:
+        assert "422" in operation["responses"]
+
+
+def test_every_reference_resolves():
+    names = set(re.findall(r'"#/components/schemas/(\w+)"', openapi.document().decode()))
+    assert names == set(DOCUMENT["components"]["schemas"])
+
+
+def test_the_codes_are_the_closed_list():
+    assert DOCUMENT["components"]["schemas"]["Error"]["properties"]["code"]["enum"] == [str(code) for code in Code]
