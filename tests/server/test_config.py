@@ -1,0 +1,107 @@
+"""The configuration file: what it says, and that every mistake names its key."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chutes_proto.errors import ConfigurationError
+from chutes_proto.server.config import ServerConfig
+
+GOOD = """
+tls = { certificate = "chain.pem", key = "key.pem" }
+store = "sqlite:/var/lib/chutes/keys.db"
+kek_file = "kek"
+collateral = { directory = "collateral" }
+measurements = ["profiles.toml"]
+hotkeys = "*"
+"""
+
+
+def problem(text: str) -> str:
+    with pytest.raises(ConfigurationError) as caught:
+        ServerConfig.from_toml(text.encode())
+    return str(caught.value)
+
+
+def test_defaults_are_the_documented_ones():
+    config = ServerConfig.from_toml(GOOD.encode())
+    assert config.volumes == ("storage", "tdx-cache")
+    assert (config.platform_binding, config.pruned, config.exchange_downgrade) == ("pin", "revive", "refuse")
+    assert (config.roots, config.netuid, config.hotkeys) == ("intel", 64, "*")
+    assert config.listen_address == ("127.0.0.1", 8443)
+    assert config.sqlite_path == "/var/lib/chutes/keys.db"
+
+
+@pytest.mark.parametrize(
+    ("listen", "address"),
+    [("0.0.0.0:8443", ("0.0.0.0", 8443)), ("[::]:0", ("::", 0)), ("host.example:65535", ("host.example", 65535))],
+)
+def test_listen(listen, address):
+    assert ServerConfig.from_toml(f'listen = "{listen}"\n{GOOD}'.encode()).listen_address == address
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("hotkys = 1", "hotkys: Unknown key"),
+        ('listen = "8443"', "listen"),
+        ('listen = "host:99999"', "listen"),
+        ('listen = ":1"', "listen"),
+        ('netuid = "64"', "netuid"),
+        ("netuid = true", "netuid"),
+        ("netuid = 6.4", "netuid"),
+        ('platform_binding = "Pin"', "platform_binding"),
+        ('pruned = ""', "pruned"),
+        ("volumes = []", "volumes"),
+        ("volumes = [1]", "volumes.0"),
+        ('volumes = "storage"', "volumes"),
+        ('volumes = ["root"]', "reserved"),
+        ('volumes = ["key"]', "reserved"),
+        ('volumes = ["in_use"]', "reserved"),
+        ('volumes = ["a b"]', "volumes"),
+        ('volumes = ["a", "a"]', "twice"),
+        ("retention_days = 0", "retention_days"),
+        ("limits = { connections = 0 }", "limits.connections"),
+        ("limits = { connexions = 1 }", "limits.connexions"),
+        ("limits = 3", "limits"),
+        ("nonce = { expected_key_ids = [64] }", "nonce.expected_key_ids"),
+        ("nonce = { bind_address = 1 }", "nonce.bind_address"),
+        ('proxy = { networks = ["10.0.0.0/8"] }', "proxy"),
+        ('registration = { evidence = "callback" }', "registration.evidence"),
+        ("roots = 1", "roots"),
+    ],
+)
+def test_a_mistake_names_its_key(line, named):
+    assert named in problem(f"{line}\n{GOOD}")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("store", '"postgresql://db/keys"', "SQLite"),
+        ("store", '"keys.db"', "sqlite:"),
+        ("store", '"sqlite:"', "sqlite:"),
+        ("collateral", '{ upstreams = ["https://pccs"] }', "collateral.upstreams"),
+        ("collateral", '"dir"', "collateral"),
+        ("collateral", "{ }", "collateral.directory"),
+        ("hotkeys", "[]", "hotkeys"),
+        ("hotkeys", '"5F"', "hotkeys"),
+        ("measurements", "[]", "measurements"),
+        ("tls", '{ certificate = "a" }', "tls.key"),
+    ],
+)
+def test_a_wrong_value_names_its_key(key, value, named):
+    lines = [f"{key} = {value}" if line.startswith(f"{key} ") else line for line in GOOD.splitlines()]
+    assert named in problem("\n".join(lines))
+
+
+def test_all_missing_keys_are_named_at_once():
+    text = problem("")
+    for key in ("tls", "store", "kek_file", "collateral", "measurements", "hotkeys"):
+        assert f"{key}: Field required" in text
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes(data):
+    with pytest.raises(ConfigurationError):
+        ServerConfig.from_toml(data)
