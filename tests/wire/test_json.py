@@ -23,6 +23,7 @@ from chutes_proto.wire import json
         b'{"x":{"a":1,"a":1}}',
         b"[NaN]",
         b"[-Infinity]",
+        b"[1e999]",
         b'["\\ud800"]',
         b'{"\\udfff":1}',
         b"[" * 17 + b"]" * 17,

@@ -1,13 +1,15 @@
 """JSON as this API takes and gives it.
 
-Taken: RFC 8259 in UTF-8, nested at most 16 deep, no member twice, no NaN, no lone surrogates. Given: compact, because
-deployed VM images cut answers apart with ``grep``. Bounds hold before the parser runs.
+Taken: RFC 8259 in UTF-8, nested at most 16 deep, no member twice, no NaN and no number too large for a float, no lone
+surrogates. Given: compact, because deployed VM images cut answers apart with ``grep``. Bounds hold before the parser
+runs.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from math import isinf
 from typing import Any, NoReturn
 
 MAX_DEPTH = 16
@@ -34,7 +36,7 @@ def decode(data: bytes) -> Any:
     except UnicodeDecodeError:
         raise JsonError("not UTF-8") from None
     try:
-        value = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
+        value = json.loads(text, object_pairs_hook=_object, parse_float=_number, parse_constant=_constant)
     except JsonError:
         raise
     except ValueError as exc:
@@ -55,6 +57,13 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         raise JsonError("an object has one member twice")
     return result
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if isinf(value):
+        raise JsonError("a number too large")
+    return value
 
 
 def _constant(_: str) -> NoReturn:
