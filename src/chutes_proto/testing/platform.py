@@ -55,6 +55,8 @@ Ca: TypeAlias = Literal["platform", "processor"]
 COLLATERAL_SECONDS: Final = 30 * 86400
 """How long collateral is valid from the time it was made."""
 
+_TCB_SIGNER: Final = "TCB signing"
+
 
 def _measured(label: str) -> bytes:
     return sha384(f"simulated {label}".encode()).digest()
@@ -218,7 +220,7 @@ class SimulatedPlatform:
         return draft
 
     def _tcb_signer(self) -> CertificateDraft:
-        draft = CertificateDraft(common_name=TCB_SIGNING, key="TCB signing", issuer=ROOT_CA, signer="root")
+        draft = CertificateDraft(common_name=TCB_SIGNING, key=_TCB_SIGNER, issuer=ROOT_CA, signer="root")
         for fault in self.faults:
             draft = fault.tcb_signer(draft)
         return draft
@@ -272,7 +274,7 @@ class SimulatedPlatform:
 
     def _stated(self, name: str, statement: Statement) -> dict[str, str]:
         text = statement.text()
-        signature = self._keys.sign_raw(statement.signer, text.encode())
+        signature = self._keys.sign_raw(_TCB_SIGNER, text.encode())
         if statement.flip_signature:
             signature = flipped(signature)
         return {name: statement.alter(text), f"{name}_signature": signature.hex()}

@@ -49,10 +49,6 @@ def tee_tcb_svn(status: str | None = "UpToDate", *, module: str | None = "UpToDa
     return bytes([0 if module is None else SVN_LADDER[module], module_version, svn, *[0] * 13])
 
 
-def same_text(text: str) -> str:
-    return text
-
-
 @frozen(kw_only=True)
 class TcbLevel:
     """One TCB level of a platform."""
@@ -92,10 +88,9 @@ class Statement:
     version: int
     issued: int
     next_update: int
-    signer: str = "TCB signing"
     leave_out: str = ""
-    respell: Respelling = same_text
-    alter: Respelling = same_text
+    respell: Respelling = str
+    alter: Respelling = str
     flip_signature: bool = False
 
     def members(self) -> dict[str, object]:
@@ -109,7 +104,6 @@ class Statement:
             "version": self.version,
             "issueDate": _rfc3339(self.issued),
             "nextUpdate": _rfc3339(self.next_update),
-            "tcbEvaluationDataNumber": EVALUATION_NUMBER,
             **self.members(),
         }
         document = {name: value for name, value in document.items() if name != self.leave_out}
@@ -132,6 +126,7 @@ class TcbInfo(Statement):
             "fmspc": self.fmspc.hex().upper(),
             "pceId": self.pce_id.hex().upper(),
             "tcbType": self.tcb_type,
+            "tcbEvaluationDataNumber": EVALUATION_NUMBER,
             "tdxModule": _module(),
             "tdxModuleIdentities": [{"id": "TDX_01", **_module(), "tcbLevels": _svn_levels(SVN_LADDER)}],
             "tcbLevels": [level.document() for level in self.levels],
@@ -153,6 +148,7 @@ class QeIdentity(Statement):
 
     def members(self) -> dict[str, object]:
         return {
+            "tcbEvaluationDataNumber": EVALUATION_NUMBER,
             "miscselect": "00000000",
             "miscselectMask": "FFFFFFFF",
             "attributes": "11000000000000000000000000000000",
