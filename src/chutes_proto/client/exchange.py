@@ -1,0 +1,109 @@
+"""The boot exchange as one table: the states a VM is in, what can happen to it, and where that leads.
+
+Rules kept here:
+
+* the table is the only place that says what follows what; the flows look their next step up by the state, and put
+  every outcome to the machine before they act on it;
+* an input that is not in the table raises `LocalProtocolError` and changes nothing;
+* a lost answer of the attestation costs its nonce, so it begins again; a lost answer of the sync costs nothing, because
+  the same token, body and certificate are answered again: so it stays where it is and sends the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+from types import MappingProxyType
+
+from chutes_proto.codes import Code
+from chutes_proto.errors import ChutesError, LocalProtocolError, Refusal, Unavailable
+
+
+class State(Enum):
+    """Where a VM stands; the value is the name in the diagram."""
+
+    START = "start"
+    NONCE_HELD = "nonce_held"
+    QUOTED = "quoted"
+    TOKEN_HELD = "token_held"
+    SYNCED = "synced"
+    STOPPED = "stopped"
+
+
+class Input(Enum):
+    """What can happen; the value is the label in the diagram."""
+
+    NONCE = "nonce"
+    QUOTE = "quote"
+    GRANT = "grant"
+    PASSPHRASE = "cache passphrase"
+    KEYS = "keys"
+    NOT_NOW = "not now"
+    TOKEN_GONE = "token gone"
+    FINAL = "refused"
+
+
+_AGAIN = {Input.NOT_NOW: State.START, Input.FINAL: State.STOPPED}
+_GRANTED = {Input.KEYS: State.SYNCED, Input.TOKEN_GONE: State.START, Input.FINAL: State.STOPPED}
+
+TRANSITIONS: Mapping[State, Mapping[Input, State]] = MappingProxyType(
+    {
+        State.START: MappingProxyType({Input.NONCE: State.NONCE_HELD, **_AGAIN}),
+        State.NONCE_HELD: MappingProxyType({Input.QUOTE: State.QUOTED, **_AGAIN}),
+        State.QUOTED: MappingProxyType({Input.GRANT: State.TOKEN_HELD, **_AGAIN}),
+        State.TOKEN_HELD: MappingProxyType(
+            {Input.PASSPHRASE: State.TOKEN_HELD, Input.NOT_NOW: State.TOKEN_HELD, **_GRANTED}
+        ),
+        State.SYNCED: MappingProxyType({Input.NOT_NOW: State.SYNCED, **_GRANTED}),
+        State.STOPPED: MappingProxyType({}),
+    }
+)
+"""The table. `Input.KEYS` spends the token, `Input.PASSPHRASE` does not; a sync repeated as it was is `KEYS` again."""
+
+
+class Exchange:
+    """The machine: one VM's place in the table."""
+
+    def __init__(self, state: State = State.START) -> None:
+        self._state = state
+
+    @property
+    def state(self) -> State:
+        """Where the VM stands now."""
+        return self._state
+
+    def take(self, happened: Input) -> State:
+        """Go where the table says, and say where that is. Raises `LocalProtocolError`, changing nothing."""
+        following = TRANSITIONS[self._state].get(happened)
+        if following is None:
+            raise LocalProtocolError(f"{happened.value!r} cannot happen to a VM in state {self._state.value}")
+        self._state = following
+        return following
+
+
+_OTHERS_TOKEN = (Code.HOTKEY_MISMATCH, Code.VM_NAME_MISMATCH)
+
+
+def failure(state: State, error: ChutesError) -> Input:
+    """Which input a failed step is: the one rule of what is final and what is tried again.
+
+    What a server answers with a 4xx other than 429 is final, but for a boot token that it no longer takes. Everything
+    else may go better next time: 5xx, 429, no answer, an answer that is not the protocol, no quote.
+    """
+    if not isinstance(error, Refusal) or isinstance(error, Unavailable):
+        return Input.NOT_NOW
+    if error.status == 401 and Input.TOKEN_GONE in TRANSITIONS[state] and error.code not in _OTHERS_TOKEN:
+        return Input.TOKEN_GONE
+    return Input.FINAL
+
+
+def mermaid() -> str:
+    """The table as a Mermaid state diagram, one line per pair of states."""
+    lines = ["stateDiagram-v2", f"    [*] --> {State.START.value}"]
+    for state, row in TRANSITIONS.items():
+        arrows: dict[State, list[str]] = {}
+        for happened, following in row.items():
+            arrows.setdefault(following, []).append(happened.value)
+        lines += [f"    {state.value} --> {end.value}: {', '.join(labels)}" for end, labels in arrows.items()]
+    lines += [f"    {state.value} --> [*]" for state in (State.SYNCED, State.STOPPED)]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,105 @@
+"""When to try again: a policy as a value, and the budget of one exchange that spends it.
+
+Rules kept here:
+
+* the wait doubles from ``base`` to ``cap``; its upper half is drawn, so that a fleet does not come back in step;
+* a ``Retry-After`` is the least wait, never a longer deadline;
+* no attempt begins after the deadline: where the wait would reach beyond it, the last error is raised at once.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import NoReturn
+
+from attrs import frozen
+
+from chutes_proto.effects import Entropy, Flow, Log, Sleep, Uptime
+from chutes_proto.errors import ChutesError, LocalProtocolError, Refusal, Unavailable
+from chutes_proto.log import Level, Record, Value
+from chutes_proto.secret import Secret
+
+_JITTER_SIZE = 4
+_TEXT_SIZE = 200
+
+
+@frozen
+class RetryPolicy:
+    """How often and how long: at most ``attempts``, none begun later than ``deadline`` seconds after the first.
+
+    The ``n``-th wait is between half and the whole of ``min(cap, base * 2 ** (n - 1))`` seconds.
+    """
+
+    attempts: int = 8
+    base: float = 1.0
+    cap: float = 30.0
+    deadline: float = 300.0
+
+    def __attrs_post_init__(self) -> None:
+        if self.attempts < 1 or not 0 < self.base <= self.cap or self.deadline <= 0:
+            raise LocalProtocolError("a retry policy needs an attempt, 0 < base <= cap, and a deadline")
+
+    def delay(self, failures: int, jitter: bytes, retry_after: float = 0.0) -> float:
+        """Seconds to wait after the ``failures``-th failure (counted from 1); ``jitter`` is random bytes."""
+        bound = min(self.cap, math.ldexp(self.base, min(failures - 1, 62)))
+        share = int.from_bytes(jitter, "big") / (1 << 8 * len(jitter))
+        return max(bound / 2, retry_after) + share * bound / 2
+
+
+DEFAULT_RETRY = RetryPolicy()
+
+
+class Budget:
+    """The attempts and the time of one exchange."""
+
+    def __init__(self, policy: RetryPolicy, started: float) -> None:
+        self._policy = policy
+        self._started = started
+        self._failures = 0
+
+    def announce(self, step: str) -> Flow[None]:
+        """Tell the operator which step begins, in which attempt, and how long the exchange may still take."""
+        yield from Log(Record(Level.INFO, "boot_step", self._told(step, (yield from self._left()))))
+
+    def pause(self, step: str, error: ChutesError, hidden: Secret | None) -> Flow[None]:
+        """Wait before the next attempt. Raises ``error`` where the policy allows none."""
+        jitter = yield from Entropy(_JITTER_SIZE)
+        left = yield from self._left()
+        asked = error.retry_after if isinstance(error, Unavailable) else 0
+        delay = self._policy.delay(self._failures + 1, jitter, asked)
+        if self._failures + 1 >= self._policy.attempts or delay >= left:
+            yield from self.give_up(step, error, hidden)
+        fields = {**self._told(step, left), "wait": round(delay, 1), **described(error, hidden)}
+        yield from Log(Record(Level.WARNING, "boot_delayed", fields))
+        yield from Sleep(delay)
+        self._failures += 1
+
+    def give_up(self, step: str, error: ChutesError, hidden: Secret | None) -> Flow[NoReturn]:
+        """Tell the operator why the exchange ends, and raise ``error``."""
+        fields = {**self._told(step, (yield from self._left())), **described(error, hidden)}
+        yield from Log(Record(Level.ERROR, "boot_stopped", fields))
+        raise error
+
+    def _left(self) -> Flow[float]:
+        return self._policy.deadline - ((yield from Uptime()) - self._started)
+
+    def _told(self, step: str, left: float) -> dict[str, Value]:
+        attempt = f"{self._failures + 1}/{self._policy.attempts}"
+        return {"step": step, "attempt": attempt, "seconds_left": round(max(left, 0.0), 1)}
+
+
+def begin(policy: RetryPolicy) -> Flow[Budget]:
+    """A budget that runs from now on."""
+    return Budget(policy, (yield from Uptime()))
+
+
+def described(error: ChutesError, hidden: Secret | None = None) -> dict[str, Value]:
+    """An error as fields of a log record: what the peer said cut short, and ``hidden`` never in it."""
+    texts = {"error": type(error).__name__, "reason": str(error)}
+    if isinstance(error, Refusal):
+        texts = {"reason": error.reason, "code": str(error.code), "request_id": error.request_id or ""}
+    if hidden is not None:
+        secret = re.compile(re.escape(hidden.reveal().decode("ascii")), re.IGNORECASE)
+        texts = {name: secret.sub("***", text) for name, text in texts.items()}
+    return {name: text[:_TEXT_SIZE] for name, text in texts.items()}
