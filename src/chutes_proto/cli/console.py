@@ -1,0 +1,95 @@
+"""What every command shares: how it speaks and how its options are read.
+
+Rules kept here:
+
+* a text from a peer or a file reaches the terminal without control characters;
+* results go to standard output, progress and complaints to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import textwrap
+from typing import Any, Protocol
+
+GRANTED, REFUSED, USAGE, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
+"""Exit codes. The last two are what a shell makes of a program that died of SIGINT and of SIGPIPE."""
+
+
+class Subparsers(Protocol):
+    """Where a command adds its parser."""
+
+    def add_parser(self, name: str, **kwargs: Any) -> argparse.ArgumentParser: ...
+
+
+def command(
+    subparsers: Subparsers, name: str, summary: str, description: str, examples: str
+) -> argparse.ArgumentParser:
+    """A parser for one command, whose help ends with ``examples``."""
+    return subparsers.add_parser(
+        name,
+        help=summary,
+        description=textwrap.dedent(description).strip(),
+        epilog="examples:\n" + textwrap.indent(textwrap.dedent(examples).strip(), "  "),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def clean(text: str) -> str:
+    """``text`` with everything that is not printable spelled out, so that it cannot steer a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def say(text: str = "") -> None:
+    """One line of the result."""
+    print(clean(text), flush=True)
+
+
+def say_json(value: object) -> None:
+    """The result as one JSON object on one line."""
+    print(json.dumps(value), flush=True)
+
+
+def tell(text: str) -> None:
+    """One line beside the result: progress, or what is wrong."""
+    print(clean(text), file=sys.stderr, flush=True)
+
+
+# --- types of options ---
+
+
+def report_data(text: str) -> bytes:
+    """64 bytes in hex, in either case."""
+    if not re.fullmatch(r"[0-9a-fA-F]{128}", text):
+        raise argparse.ArgumentTypeError("report data is 64 bytes, so 128 hex digits")
+    return bytes.fromhex(text)
+
+
+def unix_time(text: str) -> int:
+    """Whole seconds since 1970, up to the year 9999."""
+    if not re.fullmatch(r"[0-9]{1,12}", text) or int(text) > 253_402_300_799:
+        raise argparse.ArgumentTypeError("a time is whole unix seconds, for example 1780000000")
+    return int(text)
+
+
+def add(parser: argparse.ArgumentParser, *names: str, **settings: Any) -> None:
+    """`argparse.ArgumentParser.add_argument`, whose result no one needs."""
+    _ = parser.add_argument(*names, **settings)
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    add(parser, "--json", action="store_true", help="print one JSON object instead of lines for people")
+
+
+def add_platform(parser: argparse.ArgumentParser) -> None:
+    add(
+        parser,
+        "--platform",
+        metavar="DIR",
+        help="where the simulated platform is kept (default: $XDG_STATE_HOME/chutes-proto/platform, which is"
+        " ~/.local/state/chutes-proto/platform where that is not set); made if missing",
+    )

@@ -1,0 +1,66 @@
+"""The command ``chutes-proto``: which command, and what becomes of every way to end.
+
+Rules kept here:
+
+* exit code 0: done, granted, accepted; 1: refused; 2: usage, or a file that cannot be opened; a command's help says
+  what else it means by them;
+* an error is a readable line that says what to do, never a traceback; an interruption ends quietly;
+* rooms are imported by the command that needs them, so that help is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from chutes_proto import ChutesError, __version__
+from chutes_proto.cli import console, openapi, simulate
+
+_COMMANDS: tuple[Any, ...] = (simulate, openapi)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the result is the exit code of the process."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = _run(argv)
+        print(end="", flush=True)
+    except BrokenPipeError:
+        # Who reads has seen enough. What is still buffered would fail again when Python ends.
+        _ = os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return console.BROKEN_PIPE
+    except KeyboardInterrupt:
+        return console.INTERRUPTED
+    except ChutesError as exc:
+        console.tell(f"chutes-proto: {exc}")
+        return console.USAGE
+    return code
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    try:
+        options = _parser().parse_args(argv)
+    except SystemExit as exc:  # argparse has said what there is to say
+        return exc.code if isinstance(exc.code, int) else console.USAGE
+    code: int = options.run(options)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="chutes-proto",
+        description="A VM boots: it proves with a TDX quote what it is, and receives the passphrases of its disks.",
+        epilog="`chutes-proto COMMAND --help` has examples. Start with: chutes-proto demo",
+        allow_abbrev=False,
+    )
+    console.add(parser, "--version", action="version", version=f"chutes-proto {__version__}")
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for module in _COMMANDS:
+        module.add(subparsers).set_defaults(run=module.run)
+    return parser
