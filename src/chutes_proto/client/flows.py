@@ -23,6 +23,8 @@ import attrs
 from attrs import field, frozen
 
 from chutes_proto.auth.binding import report_data
+from chutes_proto.auth.hotkey import Hotkey, HotkeyError
+from chutes_proto.auth.signing import body_message
 from chutes_proto.client.exchange import Exchange, Input, State, failure
 from chutes_proto.client.retry import DEFAULT_RETRY, RetryPolicy, begin
 from chutes_proto.effects import Flow, Log, MakeQuote, Send
@@ -70,6 +72,11 @@ class BootSettings:
             raise LocalProtocolError("a hotkey is an SS58 address")
         if not re.fullmatch(messages.NAME_PATTERN, self.vm_name):
             raise LocalProtocolError(f"a VM's name has the form {messages.NAME_PATTERN}")
+        if self.signer is not None:
+            try:
+                _ = Hotkey.parse(self.miner_hotkey)
+            except HotkeyError as exc:
+                raise LocalProtocolError(f"a signer needs a hotkey: {exc}") from None
         if len(self.spki_sha256) != hashlib.sha256().digest_size:
             raise LocalProtocolError("the digest of the client key is 32 bytes")
 
@@ -186,7 +193,7 @@ def attest_boot(settings: BootSettings, nonce: bytes, quote: bytes) -> Flow[Boot
         nonce=nonce.hex(),
     )
     if settings.signer is not None:
-        message = _signed(message, settings.signer)
+        message = _signed(message, nonce, settings.signer)
     answer = yield from _ask(endpoints.BOOT_ATTESTATION, message, messages.BootAttestationAnswer)
     if (answer.boot_token is None) == (answer.luks_quote_nonce is None):
         raise RemoteProtocolError("the server's grant has both a boot token and a quote nonce, or neither")
@@ -293,11 +300,11 @@ def _ask(endpoint: Endpoint, message: messages.Request, kind: type[A]) -> Flow[A
     return cast("A", codec.decode_answer(endpoint, response))
 
 
-def _signed(message: messages.BootAttestationRequest, signer: Signer) -> messages.BootAttestationRequest:
+def _signed(message: messages.BootAttestationRequest, nonce: bytes, signer: Signer) -> messages.BootAttestationRequest:
     """The same message with the proof of its hotkey; the headers are not part of the body that is signed."""
     body = codec.encode_request(endpoints.BOOT_ATTESTATION, message).body
-    text = f"{message.miner_hotkey}:{message.nonce}:{hashlib.sha256(body).hexdigest()}"
-    return attrs.evolve(message, hotkey=message.miner_hotkey, signature=signer(text.encode("ascii")).hex())
+    signature = signer(body_message(Hotkey.parse(message.miner_hotkey), nonce.hex(), body))
+    return attrs.evolve(message, hotkey=message.miner_hotkey, signature=signature.hex())
 
 
 def _token(grant: BootGrant) -> str:

@@ -1,0 +1,129 @@
+"""`Send` by httpx: the request and the answer as httpx has them, its errors as ours, its limits.
+
+Rules kept here, for all three drivers:
+
+* the one map from what httpx raises to `TransportError` is here;
+* a request goes to the one origin its sender was made for, over https, and follows no redirect;
+* an answer is bounded in size; content codings are neither asked for nor undone, so it cannot swell.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+
+import httpx
+from attrs import frozen
+
+from chutes_proto.errors import LocalProtocolError, TransportError
+from chutes_proto.wire.http import HttpRequest, HttpResponse
+
+MAX_ANSWER = 1 << 20
+"""Bytes of body that an answer may have."""
+
+_NOT_DELIVERED = (
+    httpx.ConnectError,
+    httpx.ConnectTimeout,
+    httpx.PoolTimeout,
+    httpx.ProxyError,
+    httpx.UnsupportedProtocol,
+)
+
+
+@frozen
+class TimeLimits:
+    """Seconds for making a connection, for each read or write, and for the whole of one request and its answer.
+
+    The server may work on a request for 25 s before it gives up.
+    """
+
+    connect: float = 10.0
+    read: float = 30.0
+    total: float = 60.0
+
+    def exceeded(self, body: bytearray) -> TransportError:
+        """The error for an answer of which this much had come when it was given up: too slow, or too large."""
+        if len(body) > MAX_ANSWER:
+            return TransportError(f"the server's answer has more than {MAX_ANSWER} bytes", maybe_delivered=True)
+        return TransportError(f"no whole answer within {self.total:g} s", maybe_delivered=True)
+
+
+class HttpxSender:
+    """Performs `Send` with an `httpx.Client`, whose TLS context is the caller's choice.
+
+    ``url`` is the server's origin, ``https://host:port``. Without an event loop nothing can interrupt a read: the whole
+    may take one ``read`` longer than ``total``, and the head of an answer that drips is only bounded in its size.
+    """
+
+    def __init__(self, client: httpx.Client, url: str, limits: TimeLimits = TimeLimits()) -> None:
+        self._client = client
+        self._origin = origin(url)
+        self._limits = limits
+
+    def __call__(self, request: HttpRequest) -> HttpResponse:
+        """The whole answer. Raises `TransportError`."""
+        end = time.monotonic() + self._limits.total
+        body = bytearray()
+        with transport_errors():
+            prepared = prepare(self._client, self._origin, request, self._limits)
+            response = self._client.send(prepared, stream=True, follow_redirects=False)
+            try:
+                for chunk in response.iter_raw():
+                    body += chunk
+                    if len(body) > MAX_ANSWER or time.monotonic() > end:
+                        raise self._limits.exceeded(body)
+            finally:
+                response.close()
+        return received(response, body)
+
+
+def origin(url: str) -> httpx.URL:
+    """The origin that ``url`` is. Raises `LocalProtocolError` for anything but ``https://host`` or ``https://host:port``."""
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL as exc:
+        raise LocalProtocolError(f"not a URL: {exc}") from None
+    if parsed.scheme != "https" or not parsed.host or parsed.userinfo or parsed.raw_path != b"/" or parsed.fragment:
+        raise LocalProtocolError("the server's URL has the form https://host:port")
+    return parsed
+
+
+def prepare(
+    client: httpx.Client | httpx.AsyncClient, where: httpx.URL, request: HttpRequest, limits: TimeLimits
+) -> httpx.Request:
+    """The request as httpx has it: the target exactly as it stands, and no coding of the answer."""
+    return client.build_request(
+        request.method,
+        where.copy_with(raw_path=request.target.encode("ascii")),
+        headers=[*request.headers, ("accept-encoding", "identity")],
+        content=request.body,
+        timeout=httpx.Timeout(limits.read, connect=limits.connect),
+    )
+
+
+def received(response: httpx.Response, body: bytearray) -> HttpResponse:
+    """The answer as ours."""
+    headers = tuple((name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in response.headers.raw)
+    return HttpResponse(response.status_code, headers, bytes(body))
+
+
+@contextmanager
+def transport_errors() -> Generator[None]:
+    """Turns what httpx and the operating system raise into `TransportError`."""
+    try:
+        yield
+    except httpx.LocalProtocolError as exc:
+        raise LocalProtocolError(f"not a request that HTTP/1.1 can carry: {exc}") from exc
+    except _NOT_DELIVERED as exc:
+        raise TransportError(_text(exc), maybe_delivered=False) from exc
+    except (httpx.TransportError, OSError) as exc:
+        raise TransportError(_text(exc), maybe_delivered=True) from exc
+
+
+def _text(exc: Exception) -> str:
+    """What happened, in the words of the first error on the way down that has any."""
+    cause: BaseException | None = exc
+    while cause is not None and not str(cause):
+        cause = cause.__cause__ or cause.__context__
+    return f"{type(exc).__name__}: {cause}" if cause is not None else type(exc).__name__

@@ -1,0 +1,123 @@
+"""The driver without an event loop: it carries out the effects of a flow, one after the other, in this thread.
+
+Rules kept here:
+
+* the list of effects is closed; one that is not in it, or whose part this driver was not given, is a
+  `LocalProtocolError`;
+* what a part raises is ours already when it reaches the flow: each part translates what its libraries raise.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
+
+from chutes_proto.blocking.quoting import Quoter, take_quote
+from chutes_proto.effects import (
+    Effect,
+    Entropy,
+    FetchCollateral,
+    Flow,
+    Log,
+    MakeQuote,
+    Now,
+    Send,
+    Sleep,
+    Transact,
+    Uptime,
+    run,
+)
+from chutes_proto.errors import LocalProtocolError
+from chutes_proto.log import Record
+
+if TYPE_CHECKING:
+    from chutes_proto.quote.collateral import VerifiedCollateral
+    from chutes_proto.quote.pck import PckIdentity
+    from chutes_proto.store.run import Store
+    from chutes_proto.wire.http import HttpRequest, HttpResponse
+
+T = TypeVar("T")
+
+
+class CollateralSource(Protocol):
+    """What performs `FetchCollateral`; it may block, and may be called from several threads at once."""
+
+    def fetch(self, identity: PckIdentity, now: int) -> VerifiedCollateral:
+        """Verified collateral for a platform. Raises `CollateralUnavailable`."""
+        ...
+
+
+class Missing:
+    """The place of a part that a driver was not given: each of its uses raises `LocalProtocolError`."""
+
+    def __init__(self, part: str) -> None:
+        self._part = part
+
+    def __call__(self, *_: object) -> NoReturn:
+        """In place of a function."""
+        raise LocalProtocolError(f"a flow needs the part {self._part!r}, which this driver was not given")
+
+    transact = fetch = __call__
+
+
+def log_record(record: Record) -> None:
+    """Hand a record to the standard library's ``logging``, logger ``chutes_proto``."""
+    fields = (f"{name}={json.dumps(value)}" for name, value in record.fields.items())
+    logging.getLogger("chutes_proto").log(record.level, "%s", " ".join([record.event, *fields]))
+
+
+def unknown(effect: Effect[Any]) -> LocalProtocolError:
+    """The error for what is not in the closed list of effects."""
+    return LocalProtocolError(f"{type(effect).__name__} is not an effect that drivers know")
+
+
+class Performer:
+    """Carries out effects with the parts that it is given."""
+
+    def __init__(
+        self,
+        *,
+        send: Callable[[HttpRequest], HttpResponse] | None = None,
+        quoter: Quoter | None = None,
+        store: Store | None = None,
+        collateral: CollateralSource | None = None,
+        log: Callable[[Record], None] = log_record,
+    ) -> None:
+        self._send = send or Missing("send")
+        self._quoter = quoter or Missing("quoter")
+        self._store = store or Missing("store")
+        self._collateral = collateral or Missing("collateral")
+        self._log = log
+
+    def run(self, flow: Flow[T]) -> T:
+        """Drive ``flow`` to its end."""
+        return run(flow, self.perform)
+
+    def perform(self, effect: Effect[Any]) -> object:
+        """Carry out one effect; the reply is as the effect's documentation says."""
+        match effect:
+            case Send(request):
+                return self._send(request)
+            case MakeQuote(report_data):
+                return take_quote(self._quoter, report_data)
+            case Sleep(seconds):
+                time.sleep(seconds)
+            case Now():
+                return int(time.time())
+            case Uptime():
+                return time.monotonic()
+            case Entropy(size):
+                return os.urandom(size)
+            case FetchCollateral(identity, now):
+                return self._collateral.fetch(identity, now)
+            case Transact(unit):
+                return self._store.transact(unit)
+            case Log(record):
+                self._log(record)
+            case _:
+                raise unknown(effect)
+        return None

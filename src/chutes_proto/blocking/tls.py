@@ -1,0 +1,61 @@
+"""TLS as a client: the throw-away client certificate from memory, the server's name and chain always checked."""
+
+from __future__ import annotations
+
+import os
+import ssl
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+from chutes_proto.auth.certificates import ClientIdentity
+from chutes_proto.errors import ConfigurationError
+
+_MEMORY = "/proc/self/fd/{}"
+
+
+def client_context(identity: ClientIdentity | None = None, ca_pem: bytes | None = None) -> ssl.SSLContext:
+    """A context for TLS 1.2 or newer that presents ``identity`` and trusts ``ca_pem`` (None: the system's CAs).
+
+    Raises `ConfigurationError` for a CA bundle that holds no certificate.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # checks chain and host name
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if ca_pem is None:
+        context.load_default_certs()
+    else:
+        try:
+            context.load_verify_locations(cadata=ca_pem.decode("ascii"))
+        except (ssl.SSLError, ValueError) as exc:
+            raise ConfigurationError("the CA bundle is not one or more PEM certificates") from exc
+    if identity is not None:
+        with _as_file(identity.certificate_pem + identity.key_pem.reveal()) as path:
+            context.load_cert_chain(path)
+    return context
+
+
+@contextmanager
+def _as_file(content: bytes) -> Generator[str]:
+    """A path under which OpenSSL reads ``content``: memory where the system can, else a private file, gone at once."""
+    descriptor, path, is_on_disk = _open()
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            _ = file.write(content)
+            file.flush()
+            yield path
+    finally:
+        if is_on_disk:
+            Path(path).unlink()
+
+
+def _open() -> tuple[int, str, bool]:
+    try:
+        descriptor = os.memfd_create("client-identity")
+    except (AttributeError, OSError):  # not Linux, or not allowed
+        return *tempfile.mkstemp(), True
+    path = _MEMORY.format(descriptor)
+    if Path(path).exists():
+        return descriptor, path, False
+    os.close(descriptor)  # no /proc here
+    return *tempfile.mkstemp(), True

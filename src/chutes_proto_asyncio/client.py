@@ -1,0 +1,94 @@
+"""The boot agent on asyncio."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+
+import httpx
+
+from chutes_proto.auth.certificates import ENTROPY_SIZE, ClientIdentity, make_client_identity
+from chutes_proto.blocking.http import TimeLimits
+from chutes_proto.blocking.perform import log_record
+from chutes_proto.blocking.quoting import Quoter
+from chutes_proto.blocking.tls import client_context
+from chutes_proto.client.flows import (
+    BootGrant,
+    BootSettings,
+    Signer,
+    VolumeKeys,
+    boot,
+    boot_and_sync,
+    read_cache_passphrase,
+)
+from chutes_proto.client.retry import DEFAULT_RETRY, RetryPolicy
+from chutes_proto.errors import LocalProtocolError
+from chutes_proto.log import Record
+from chutes_proto.secret import Secret
+from chutes_proto_asyncio.perform import HttpxSender, Performer
+
+
+class BootAgent:
+    """One VM's boot against one key server: an asynchronous context manager.
+
+    ``url`` is ``https://host:port``, ``quoter`` makes a quote of 64 bytes of report data (it may block), ``ca_pem`` is
+    the CA bundle to trust instead of the system's, ``signer`` proves the hotkey. The agent makes a throw-away client
+    key, or takes ``identity``. An own ``client`` must present the certificate of the ``identity`` that comes with it,
+    and stays open.
+
+    The methods raise as the flows of ``chutes_proto.client.flows`` do.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        hotkey: str,
+        vm_name: str,
+        quoter: Quoter,
+        ca_pem: bytes | None = None,
+        signer: Signer | None = None,
+        identity: ClientIdentity | None = None,
+        client: httpx.AsyncClient | None = None,
+        retry: RetryPolicy = DEFAULT_RETRY,
+        limits: TimeLimits = TimeLimits(),
+        log: Callable[[Record], None] = log_record,
+    ) -> None:
+        if client is not None and identity is None:
+            raise LocalProtocolError("an own client comes with the identity whose certificate it presents")
+        identity = identity or make_client_identity(int(time.time()), os.urandom(ENTROPY_SIZE))
+        self._settings = BootSettings(hotkey, vm_name, identity.spki_sha256, signer, retry)
+        self._owned = None
+        if client is None:
+            client = self._owned = httpx.AsyncClient(verify=client_context(identity, ca_pem), trust_env=False)
+        self._performer = Performer(send=HttpxSender(client, url, limits), quoter=quoter, log=log)
+        self._grant: BootGrant | None = None
+
+    async def __aenter__(self) -> BootAgent:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._owned is not None:
+            await self._owned.aclose()
+
+    async def boot(self) -> BootGrant:
+        """Attest until the server grants."""
+        self._grant = await self._performer.run(boot(self._settings))
+        return self._grant
+
+    async def sync(
+        self, volumes: Sequence[str], *, rekey: Sequence[str] = (), formatted: Sequence[str] | None = None
+    ) -> VolumeKeys:
+        """The passphrases of the VM's volumes; boots first where there is no grant yet, or where its token has died."""
+        flow = boot_and_sync(self._settings, volumes, rekey, formatted, grant=self._grant)
+        self._grant, keys = await self._performer.run(flow)
+        return keys
+
+    async def cache_passphrase(self) -> Secret:
+        """The passphrase of the server's first volume; boots first where there is no grant yet."""
+        grant = self._grant or await self.boot()
+        return await self._performer.run(read_cache_passphrase(grant, retry=self._settings.retry))

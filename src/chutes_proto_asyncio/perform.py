@@ -1,0 +1,115 @@
+"""The driver on asyncio: it carries out the effects of a flow; what blocks runs in a worker thread.
+
+Nothing is decided here. A cancellation waits for a transaction that has begun, and for nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import anyio
+import httpx
+
+from chutes_proto.blocking.http import MAX_ANSWER, TimeLimits, origin, prepare, received, transport_errors
+from chutes_proto.blocking.perform import CollateralSource, Missing, log_record, unknown
+from chutes_proto.blocking.quoting import Quoter, take_quote
+from chutes_proto.effects import (
+    Effect,
+    Entropy,
+    FetchCollateral,
+    Flow,
+    Log,
+    MakeQuote,
+    Now,
+    Send,
+    Sleep,
+    Transact,
+    Uptime,
+    run_async,
+)
+from chutes_proto.log import Record
+from chutes_proto.store.run import Store
+from chutes_proto.wire.http import HttpRequest, HttpResponse
+
+T = TypeVar("T")
+
+
+class HttpxSender:
+    """Performs `Send` with an `httpx.AsyncClient`, whose TLS context is the caller's choice.
+
+    ``url`` is the server's origin, ``https://host:port``.
+    """
+
+    def __init__(self, client: httpx.AsyncClient, url: str, limits: TimeLimits = TimeLimits()) -> None:
+        self._client = client
+        self._origin = origin(url)
+        self._limits = limits
+
+    async def __call__(self, request: HttpRequest) -> HttpResponse:
+        """The whole answer. Raises `TransportError`."""
+        body = bytearray()
+        with anyio.move_on_after(self._limits.total) as scope, transport_errors():
+            prepared = prepare(self._client, self._origin, request, self._limits)
+            response = await self._client.send(prepared, stream=True, follow_redirects=False)
+            try:
+                async for chunk in response.aiter_raw():
+                    body += chunk
+                    if len(body) > MAX_ANSWER:
+                        scope.cancel()  # unwinds httpx's generators from inside, which leaving the loop would not
+            finally:
+                await response.aclose()
+            if len(body) <= MAX_ANSWER:
+                return received(response, body)
+        raise self._limits.exceeded(body)
+
+
+class Performer:
+    """Carries out effects with the parts that it is given; quoter, store and collateral source may block."""
+
+    def __init__(
+        self,
+        *,
+        send: Callable[[HttpRequest], Awaitable[HttpResponse]] | None = None,
+        quoter: Quoter | None = None,
+        store: Store | None = None,
+        collateral: CollateralSource | None = None,
+        log: Callable[[Record], None] = log_record,
+    ) -> None:
+        self._send = send or Missing("send")
+        self._quoter = quoter or Missing("quoter")
+        self._store = store or Missing("store")
+        self._collateral = collateral or Missing("collateral")
+        self._log = log
+
+    async def run(self, flow: Flow[T]) -> T:
+        """Drive ``flow`` to its end."""
+        return await run_async(flow, self.perform)
+
+    async def perform(self, effect: Effect[Any]) -> object:
+        """Carry out one effect; the reply is as the effect's documentation says."""
+        match effect:
+            case Send(request):
+                return await self._send(request)
+            case MakeQuote(report_data):
+                return await anyio.to_thread.run_sync(take_quote, self._quoter, report_data, abandon_on_cancel=True)
+            case Sleep(seconds):
+                await anyio.sleep(seconds)
+            case Now():
+                return int(time.time())
+            case Uptime():
+                return anyio.current_time()
+            case Entropy(size):
+                return os.urandom(size)
+            case FetchCollateral(identity, now):
+                fetch = self._collateral.fetch
+                return await anyio.to_thread.run_sync(fetch, identity, now, abandon_on_cancel=True)
+            case Transact(unit):
+                return await anyio.to_thread.run_sync(self._store.transact, unit)
+            case Log(record):
+                self._log(record)
+            case _:
+                raise unknown(effect)
+        return None
