@@ -1,9 +1,122 @@
-"""The verifier's errors: to be completed by the room."""
+"""The verifier's errors, one tree::
+
+    QuoteError
+    ├── QuoteFormatError        the bytes are no quote of a kind that is read here
+    ├── CollateralFormatError   the bytes are no collateral file
+    ├── VerificationError       a step of verification refuses; ``steps.py`` has one class for each step
+    ├── AppraisalError          a verified quote is not what the policy accepts; ``refusals`` has all reasons
+    └── PolicyError             the caller's policy, profiles or root cannot mean what they say
+
+``code`` is a stable word of each: texts may change, codes do not.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import ClassVar, Literal, TypeAlias
+
+from attrs import frozen
+
 from chutes_proto import ChutesError
+
+__all__ = [
+    "AppraisalError",
+    "CollateralFormatError",
+    "PolicyError",
+    "QuoteError",
+    "QuoteFormatCode",
+    "QuoteFormatError",
+    "Refusal",
+    "VerificationError",
+    "shown",
+]
+
+QuoteFormatCode: TypeAlias = Literal[
+    "quote_too_short", "quote_version", "quote_tee_type", "quote_key_type", "quote_structure"
+]
+"""Too few bytes for any quote; a number in the header that is not read here; anything else."""
+
+Part: TypeAlias = Literal["tcb", "attributes", "measurement"]
+"""The parts of a policy."""
+
+
+def shown(value: object) -> str:
+    """A value as error texts print it: bytes in hex."""
+    return value.hex() if isinstance(value, bytes) else str(value)
 
 
 class QuoteError(ChutesError):
     """Root of everything that the verifier raises on purpose."""
+
+
+class QuoteFormatError(QuoteError):
+    """The bytes are no quote of a kind that is read here.
+
+    ``got`` is the number that was found: of bytes for ``quote_too_short``, in the header for ``quote_version``,
+    ``quote_tee_type`` and ``quote_key_type``, otherwise 0.
+    """
+
+    def __init__(self, code: QuoteFormatCode, message: str, got: int = 0) -> None:
+        super().__init__(message)
+        self.code: QuoteFormatCode = code
+        self.got = got
+
+
+class CollateralFormatError(QuoteError):
+    """The bytes are no collateral file; the text names the member."""
+
+    code = "collateral_format"
+
+
+class VerificationError(QuoteError):
+    """A step of verification refuses.
+
+    ``number``, ``code`` and ``rule`` are the step's (its row in ``steps.py``), ``subject`` the piece that fails it,
+    ``got`` and ``expected`` the values where there are any.
+    """
+
+    number: ClassVar[int] = 0
+    code: ClassVar[str] = "verification"
+    rule: ClassVar[str] = ""
+
+    def __init__(self, subject: str, problem: str, *, got: object = None, expected: object = None) -> None:
+        super().__init__(subject, problem)
+        self.subject = subject
+        self.problem = problem
+        self.got = got
+        self.expected = expected
+
+    def __str__(self) -> str:
+        values = [f"{name} {shown(v)}" for name, v in (("got", self.got), ("expected", self.expected)) if v is not None]
+        detail = f" ({', '.join(values)})" if values else ""
+        return f"{self.subject}: {self.problem}{detail} [step {self.number}: {self.rule}]"
+
+
+@frozen
+class Refusal:
+    """One reason why a policy does not accept a verified quote.
+
+    ``part`` is the part of the policy that refuses, ``register`` the measurement register if it is one, ``got`` and
+    ``expected`` are texts for people (registers in hex).
+    """
+
+    part: Part
+    code: str
+    detail: str
+    register: str | None = None
+    got: str | None = None
+    expected: str | None = None
+
+
+class AppraisalError(QuoteError):
+    """A verified quote is not what the policy accepts; ``refusals`` has all reasons, and at least one."""
+
+    def __init__(self, refusals: Sequence[Refusal]) -> None:
+        super().__init__("; ".join(f"{refusal.code}: {refusal.detail}" for refusal in refusals))
+        self.refusals = tuple(refusals)
+
+
+class PolicyError(QuoteError):
+    """A policy, measurement profiles or a trusted root cannot mean what they say; the text names the key."""
+
+    code = "policy"
