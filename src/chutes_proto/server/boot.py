@@ -56,9 +56,7 @@ def attest_boot(
 ) -> Flow[BootAttestationAnswer]:
     """Operation 2."""
     now = yield from Now()
-    nonce = service.mint.check(
-        message.nonce, "boot", now, hotkey=message.miner_hotkey, address=request.peer_address
-    )
+    nonce = service.mint.check(message.nonce, "boot", now, hotkey=message.miner_hotkey, address=request.peer_address)
     key = client_key(request.peer_certificate)
     evidence = yield from verify_evidence(service, nonce, key, message.quote, now)
     try:
@@ -84,14 +82,8 @@ def _claim(
     profile = service.profiles[measurements.name]
     hotkey = known_hotkey(service, message.miner_hotkey)
     proven = _is_signed(message)
-    if proven:
+    if proven or profile.require_hotkey_signature:
         check_body_signature(hotkey, message.hotkey, message.nonce, request.body, message.signature)
-    elif profile.require_hotkey_signature:
-        raise Refused(
-            Code.SIGNATURE_INVALID,
-            "Invalid request signature",
-            reason=f"profile {measurements.name!r} requires a hotkey signature and the request has none",
-        )
     root = None
     if profile.image_passphrase is None:
         root = FreshKey.from_entropy((yield from Entropy(FreshKey.SIZE)))

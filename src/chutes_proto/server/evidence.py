@@ -45,9 +45,7 @@ class Evidence:
     quote: bytes
 
 
-def verify_evidence(
-    service: Service, nonce: Nonce, key: ClientKey, quote_text: str, now: int
-) -> Flow[Evidence]:
+def verify_evidence(service: Service, nonce: Nonce, key: ClientKey, quote_text: str, now: int) -> Flow[Evidence]:
     """Steps 2 to 4. Raises `Refused`, or `Unavailable` when the fault is ours."""
     data = decode_quote(quote_text)
     try:
@@ -64,7 +62,9 @@ def verify_evidence(
             raise Refused(Code.QUOTE_REJECTED, _NOT_VERIFIED, reason=f"{exc.code}: {exc}") from None
         except CollateralUnavailable as exc:
             raise Unavailable(
-                Code.COLLATERAL_UNAVAILABLE, "No collateral for this platform now. Retry shortly.", reason=str(exc),
+                Code.COLLATERAL_UNAVAILABLE,
+                "No collateral for this platform now. Retry shortly.",
+                reason=str(exc),
                 retry_after=10,
             ) from None
     return Evidence(verdict, data)

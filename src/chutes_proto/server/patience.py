@@ -32,7 +32,8 @@ def transact_patiently(unit: Unit[T], arrived: float) -> Flow[T]:
     while True:
         if (yield from Uptime()) - arrived > LAST_START:
             raise Unavailable(
-                Code.STORE_UNAVAILABLE, "Too late to begin. Retry shortly.",
+                Code.STORE_UNAVAILABLE,
+                "Too late to begin. Retry shortly.",
                 reason=f"no transaction starts {LAST_START:.0f} s after its request",
             )
         try:
@@ -40,7 +41,8 @@ def transact_patiently(unit: Unit[T], arrived: float) -> Flow[T]:
         except StoreBusy as exc:
             if (yield from Uptime()) - began + _STEP > PATIENCE:
                 raise Unavailable(
-                    Code.STORE_UNAVAILABLE, "The store does not answer. Retry shortly.",
+                    Code.STORE_UNAVAILABLE,
+                    "The store does not answer. Retry shortly.",
                     reason=f"the store stayed busy for {PATIENCE:.0f} s: {exc}",
                 ) from None
         yield from Sleep(_STEP)

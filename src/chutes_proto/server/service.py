@@ -9,7 +9,7 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
-from attrs import define, field, frozen
+from attrs import Factory, define, field, frozen
 
 from chutes_proto.codes import Code
 from chutes_proto.errors import Unavailable
@@ -88,5 +88,5 @@ class Service:
     exchange_downgrade: Literal["refuse", "allow"] = "refuse"
     pruned: Literal["revive", "new"] = "revive"
     limits: LimitOptions = field(factory=LimitOptions)
-    verifications: Slots = field(factory=lambda: Slots(LimitOptions().verifications))
+    verifications: Slots = field(default=Factory(lambda self: Slots(self.limits.verifications), takes_self=True))
     refusals: Quiet = field(factory=Quiet)

@@ -1,0 +1,338 @@
+"""Operations 1 and 2 in process: order of checks, what is spent when, texts and codes."""
+
+import base64
+import hashlib
+import pytest
+from attrs import evolve
+from cryptography.x509 import load_pem_x509_certificate
+
+from chutes_proto.auth.certificates import make_client_identity
+from chutes_proto.auth.hotkey import HotkeyPair
+from chutes_proto.codes import Code
+from chutes_proto.effects import FetchCollateral, Transact
+from chutes_proto.errors import CollateralUnavailable, KeyUnavailable, StoreBusy, StoreError
+from chutes_proto.secret import Secret
+from chutes_proto.server.app import App
+from chutes_proto.server.config import LimitOptions
+from chutes_proto.server.profiles import ServedProfile
+from chutes_proto.server.service import Slots
+from chutes_proto.store.rows import AttestationRow, AuditRow, BootRow, NonceRow, VmRow
+from chutes_proto.wire import json
+
+from .world import HOTKEY, NOW, PROFILE, World, answer, content, refusal, service
+
+OTHER_HOTKEY = "5FHneW46xGXgs5mUiveU4sbTyGBzmstUspZC92UhjJM694ty"
+IDENTITY = make_client_identity(NOW, bytes(32))
+
+
+@pytest.fixture
+def world() -> World:
+    return World(certificate=load_pem_x509_certificate(IDENTITY.certificate_pem))
+
+
+def attest(world: World, nonce: str | None = None, fault: str | None = None, **members: Any):
+    good = world.platform
+    if fault:
+        world.platform = good.having(fault)
+    try:
+        return world.boot(nonce, **members)
+    finally:
+        world.platform = good
+
+
+def test_a_nonce_is_64_lowercase_hex_and_says_its_end(world):
+    members = answer(world.ask("GET", "/servers/nonce"))
+    assert list(members) == ["nonce", "expires_at"]
+    assert bytes.fromhex(members["nonce"]).hex() == members["nonce"]
+    assert members["expires_at"] == "2027-01-15T08:10:00+00:00"
+    assert not any(isinstance(effect, Transact) for effect in world.asked)  # issuing one writes nothing
+
+
+def test_a_boot_is_granted(world):
+    members = answer(world.boot())
+    assert list(members) == ["key", "boot_token"]
+    assert len(bytes.fromhex(members["key"])) == 64
+    assert len(bytes.fromhex(members["boot_token"])) == 32
+    (boot,) = world.rows(BootRow)
+    assert boot.token_digest == hashlib.sha256(members["boot_token"].encode()).digest()
+    assert boot.certificate == IDENTITY.spki_sha256
+    (attestation,) = world.rows(AttestationRow)
+    assert attestation.code is None
+    (granted,) = [record for record in world.log if record.event == "boot_granted"]
+    assert granted.fields["trust"] == "simulated"
+    assert granted.fields["request_id"] == boot.boot_id
+    everything = repr((world.log, world.rows(AuditRow), world.asked))
+    assert members["key"] not in everything
+    assert members["boot_token"] not in everything
+
+
+def test_the_root_passphrase_stays_the_same_and_is_each_vms_own(world):
+    first = answer(world.boot())["key"]
+    assert answer(world.boot())["key"] == first
+    assert answer(world.boot(vm_name="vm-2"))["key"] != first
+
+
+def test_the_images_passphrase_is_served_where_the_profile_says_so(world):
+    profile = ServedProfile(PROFILE, Secret(b"one for all"), False, False)
+    world.app = App(service(profiles={PROFILE.name: profile}))
+    assert answer(world.boot())["key"] == "one for all"
+    assert answer(world.boot(vm_name="vm-2"))["key"] == "one for all"
+
+
+@pytest.mark.parametrize("form", ["v4", "v5-td10", "v5-td15"])
+def test_every_form_of_quote(world, form):
+    world.platform = evolve(world.platform, form=form)
+    assert answer(world.boot())
+
+
+# Each row: what is wrong, and the status, code and text it gives. A request is made with this row's fault and those of
+# all rows below it: the upper one must win, so the table is the order of checks.
+NOT_VERIFIED = "Unable to parse provided quote for verification."
+NOT_EXPECTED = "Quote does not match expected measurements. Ensure you are running a supported VM."
+ORDER = [
+    ("body", 422, Code.VALIDATION_ERROR, None),
+    ("nonce", 401, Code.NONCE_INVALID, "Invalid nonce supplied"),
+    ("no certificate", 401, Code.CLIENT_CERTIFICATE_REQUIRED, "Invalid client certificate provided."),
+    ("base64", 403, Code.QUOTE_MALFORMED, "Invalid base64 quote."),
+    ("version", 403, Code.QUOTE_MALFORMED, "Invalid quote version: 6 (expected 4 or 5)"),
+    ("report_data_nonce", 400, Code.NONCE_MISMATCH, "Quote nonce does not match expected nonce."),
+    ("report_data_key", 403, Code.CERTIFICATE_MISMATCH, "Invalid client certificate provided."),
+    ("pck_expired", 403, Code.QUOTE_REJECTED, NOT_VERIFIED),
+    ("no collateral", 503, Code.COLLATERAL_UNAVAILABLE, None),
+    ("quote_signature", 403, Code.QUOTE_REJECTED, NOT_VERIFIED),
+    ("tcb_out_of_date", 403, Code.TCB_REJECTED, NOT_VERIFIED),
+    ("debug", 403, Code.ATTRIBUTES_REJECTED, NOT_VERIFIED),
+    ("rtmr1", 403, Code.MEASUREMENT_MISMATCH, NOT_EXPECTED + " (RTMR1)"),
+    ("hotkey", 403, Code.HOTKEY_REJECTED, "Invalid miner hotkey"),
+    ("signature", 401, Code.SIGNATURE_INVALID, None),
+    ("platform", 403, Code.PLATFORM_MISMATCH, None),
+    ("used nonce", 401, Code.NONCE_INVALID, "Invalid nonce supplied"),
+]
+PLATFORM_FAULTS = {
+    "version", "report_data_nonce", "report_data_key", "pck_expired", "quote_signature", "tcb_out_of_date", "debug", "rtmr1",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("first", range(len(ORDER)), ids=[row[0] for row in ORDER])
+def test_the_order_of_checks(world, first):
+    wrong = [name for name, *_ in ORDER[first:]]
+    good = world.platform
+    nonce = world.nonce()
+    if "used nonce" in wrong:
+        assert answer(world.boot(nonce, vm_name="vm-used"))
+    if "platform" in wrong:
+        world.platform = good.another(1)
+        assert answer(world.boot())  # the name is another platform's now
+    world.platform = good.having(*(name for name in wrong if name in PLATFORM_FAULTS))
+    body, headers = world.attestation(nonce)
+    world.platform = good
+    if "body" in wrong:
+        body["vm_name"] = 7
+    if "nonce" in wrong:
+        headers["x-chutes-nonce"] = "0" * 64
+    if "no certificate" in wrong:
+        world.certificate = None
+    if "base64" in wrong:
+        body["quote"] += "?"
+    if "no collateral" in wrong:
+        world.platform = good.another(2)  # whose collateral is all that there is
+    if "hotkey" in wrong:
+        body["miner_hotkey"] = HOTKEY[:-1] + "Z"
+    if "signature" in wrong:
+        headers |= {"x-chutes-hotkey": body["miner_hotkey"], "x-chutes-signature": "00" * 64}
+    before = world.rows(NonceRow), world.rows(BootRow), world.rows(VmRow)
+    response = world.ask("POST", "/servers/boot/attestation", body, headers=headers)
+    status, code, detail = refusal(response)
+    _, expected_status, expected_code, text = ORDER[first]
+    assert (status, code) == (expected_status, expected_code)
+    assert text is None or detail == text
+    assert response.header("connection") == "close"
+    assert (world.rows(NonceRow), world.rows(BootRow), world.rows(VmRow)) == before  # nothing is spent, nothing granted
+    recorded = [row.code for row in world.rows(AttestationRow) if row.code]
+    dcap_held = first > [name for name, *_ in ORDER].index("quote_signature")
+    assert recorded == ([expected_code] if dcap_held else [])
+
+
+def test_a_refusal_costs_no_nonce_and_a_grant_costs_it(world):
+    nonce = world.nonce()
+    assert refusal(attest(world, nonce, "rtmr2"))[1] == Code.MEASUREMENT_MISMATCH
+    assert answer(world.boot(nonce))
+    assert refusal(world.boot(nonce)) == (401, Code.NONCE_INVALID, "Invalid nonce supplied")
+
+
+def test_a_nonce_bound_to_a_hotkey(world):
+    nonce = world.nonce(f"?miner_hotkey={HOTKEY}")
+    assert refusal(world.boot(nonce, miner_hotkey=OTHER_HOTKEY))[1] == Code.NONCE_INVALID
+    assert answer(world.boot(nonce))
+
+
+@pytest.mark.parametrize(
+    ("quote", "detail"),
+    [
+        (b"", "Quote too short: 0 bytes"),
+        (b"\4\0" + bytes(629), "Quote too short: 631 bytes"),
+        (b"\7\0\2\0\x81" + bytes(700), "Invalid quote version: 7 (expected 4 or 5)"),
+        (b"\4\0\2\0\0\0\0\0" + bytes(700), "Invalid TEE type: 00000000 (expected 0x81 for TDX)"),
+        (b"\4\0\5\0\x81\0\0\0" + bytes(700), "Invalid attestation key type: 5"),
+        (
+            b"\4\0\2\0\x81\0\0\0" + bytes(4) + bytes.fromhex("939a7233f79c4ca9940a0db3957f0607") + bytes(700),
+            "Failed to parse quote: its structure is not that of a TDX quote",
+        ),
+    ],
+)
+def test_texts_of_quotes_that_do_not_parse(world, quote, detail):
+    response = world.boot(quote=base64.b64encode(quote).decode())
+    assert refusal(response) == (403, Code.QUOTE_MALFORMED, detail)
+
+
+@pytest.mark.parametrize("register", ["mrtd", "rtmr0", "rtmr1", "rtmr2", "rtmr3"])
+def test_a_wrong_measurement_names_its_register_and_no_value(world, register):
+    response = attest(world, fault=register)
+    assert refusal(response) == (403, Code.MEASUREMENT_MISMATCH, f"{NOT_EXPECTED} ({register.upper()})")
+    (record,) = [record for record in world.log if record.event == "refused"]
+    assert register.upper() in str(record.fields["reason"])
+    assert record.fields["request_id"] == content(response)["request_id"]
+
+
+@pytest.mark.parametrize("fault", ["profiling", "reserved_tud", "reserved_sec", "migratable", "servtd_ext", "xfam"])
+def test_attributes_that_are_never_accepted(world, fault):
+    assert refusal(attest(world, fault=fault))[:2] == (403, Code.ATTRIBUTES_REJECTED)
+
+
+@pytest.mark.parametrize("fault", ["pck_revoked", "tcb_revoked", "qe_report_signature", "tcb_info_fmspc", "other_root"])
+def test_quotes_that_do_not_verify(world, fault):
+    world.platform = world.platform.having(fault)
+    status, code, _ = refusal(world.boot())
+    assert (status, code) in [(403, Code.QUOTE_REJECTED), (503, Code.COLLATERAL_UNAVAILABLE)]
+
+
+def test_names_are_bound_to_their_platform(world):
+    assert answer(world.boot())
+    world.platform = world.platform.another(1)
+    assert refusal(world.boot())[:2] == (403, Code.PLATFORM_MISMATCH)
+    assert answer(world.boot(vm_name="vm-2"))
+    world.app = App(service(platform_binding="off"))
+    assert answer(world.boot())
+
+
+def test_a_platform_has_so_many_names(world):
+    world.app = App(service(limits=LimitOptions(claims_per_platform=2)))
+    assert answer(world.boot(vm_name="a"))
+    assert answer(world.boot(vm_name="b"))
+    assert refusal(world.boot(vm_name="c"))[:2] == (403, Code.PLATFORM_MISMATCH)
+    assert answer(world.boot(vm_name="a"))
+
+
+def test_only_known_hotkeys(world):
+    world.app = App(service(hotkeys=frozenset({OTHER_HOTKEY})))
+    assert refusal(world.boot()) == (403, Code.HOTKEY_REJECTED, "Hotkey is not registered on netuid 64")
+    assert answer(world.boot(miner_hotkey=OTHER_HOTKEY))
+
+
+def signed(world: World, seed: bytes = b"s" * 32):
+    pair = HotkeyPair.from_seed(Secret(seed))
+    hotkey = pair.hotkey.address
+    body, headers = world.attestation(miner_hotkey=hotkey)
+    message = f"{hotkey}:{headers['x-chutes-nonce']}:{hashlib.sha256(json.encode(body)).hexdigest()}"
+    return body, headers | {"x-chutes-hotkey": hotkey, "x-chutes-signature": pair.sign(message.encode()).hex()}
+
+
+def test_a_signed_boot_proves_the_hotkey(world):
+    body, headers = signed(world)
+    assert answer(world.ask("POST", "/servers/boot/attestation", body, headers=headers))
+    (row,) = world.rows(VmRow)
+    assert row.proven
+
+
+def test_a_signature_that_does_not_hold(world):
+    body, headers = signed(world)
+    body["vm_name"] = "vm-2"
+    assert refusal(world.ask("POST", "/servers/boot/attestation", body, headers=headers))[:2] == (
+        401,
+        Code.SIGNATURE_INVALID,
+    )
+
+
+def test_a_signature_of_another_hotkey(world):
+    body, headers = signed(world)
+    headers["x-chutes-hotkey"] = HOTKEY
+    assert refusal(world.ask("POST", "/servers/boot/attestation", body, headers=headers))[1] == Code.SIGNATURE_INVALID
+
+
+def test_a_profile_can_demand_a_signature(world):
+    world.app = App(service(profiles={PROFILE.name: ServedProfile(PROFILE, None, True, False)}))
+    assert refusal(world.boot())[:2] == (401, Code.SIGNATURE_INVALID)
+    body, headers = signed(world)
+    assert answer(world.ask("POST", "/servers/boot/attestation", body, headers=headers))
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (StoreBusy("locked"), Code.STORE_UNAVAILABLE),
+        (StoreError("full"), Code.STORE_UNAVAILABLE),
+        (KeyUnavailable("kek"), Code.KEY_UNAVAILABLE),
+        (RuntimeError("a secret"), Code.SERVER_FAULT),
+    ],
+)
+def test_our_faults_are_503_and_spend_nothing(world, error, code):
+    nonce = world.nonce()
+
+    def fail(effect):
+        if isinstance(effect, Transact):
+            raise error
+
+    world.before = fail
+    response = world.boot(nonce)
+    assert refusal(response)[:2] == (503, code)
+    assert int(response.header("retry-after")) > 0
+    assert "a secret" not in repr((response.body, world.log))
+    world.before = lambda _: None
+    assert answer(world.boot(nonce))
+
+
+def test_a_refusal_that_cannot_be_recorded_is_the_same_refusal(world):
+    def fail(effect):
+        if isinstance(effect, Transact):
+            raise StoreBusy("locked")
+
+    world.before = fail
+    assert refusal(attest(world, fault="rtmr0"))[1] == Code.MEASUREMENT_MISMATCH
+    assert [record.event for record in world.log] == ["refusal_not_recorded", "refused"]
+
+
+def test_missing_collateral_is_our_fault_and_spends_nothing(world):
+    nonce = world.nonce()
+
+    def fail(effect):
+        if isinstance(effect, FetchCollateral):
+            raise CollateralUnavailable("none for this FMSPC")
+
+    world.before = fail
+    assert refusal(world.boot(nonce))[:2] == (503, Code.COLLATERAL_UNAVAILABLE)
+    world.before = lambda _: None
+    assert answer(world.boot(nonce))
+
+
+def test_verifications_at_once_are_bounded(world):
+    world.app = App(service(verifications=Slots(1)))
+    body, headers = world.attestation()
+    seen = []
+
+    def again(effect):
+        if isinstance(effect, FetchCollateral):
+            world.before = lambda _: None
+            seen.append(world.ask("POST", "/servers/boot/attestation", body, headers=headers))
+
+    world.before = again
+    assert answer(world.ask("POST", "/servers/boot/attestation", body, headers=headers))
+    assert refusal(seen[0])[:2] == (503, Code.BUSY)
+    assert world.app.service.verifications.taken == 0
+
+
+def test_draining_sends_boots_away_and_serves_what_is_asked_once(world):
+    token = world.token()
+    world.app.draining = True
+    assert refusal(world.ask("GET", "/servers/nonce"))[:2] == (503, Code.DRAINING)
+    assert refusal(world.ask("POST", "/servers/boot/attestation", {}))[:2] == (503, Code.DRAINING)
+    assert answer(world.sync(token, {"volumes": ["storage"]}))

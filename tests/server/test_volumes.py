@@ -1,0 +1,279 @@
+"""Operations 3, 4 and 16, and the frame of all: routing, patience, what is logged."""
+
+import pytest
+from cryptography.x509 import load_pem_x509_certificate
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chutes_proto.auth.certificates import make_client_identity
+from chutes_proto.codes import Code
+from chutes_proto.effects import Transact
+from chutes_proto.errors import StoreBusy
+from chutes_proto.server.app import App
+from chutes_proto.server.profiles import ServedProfile
+from chutes_proto.store.rows import GenerationRow
+from chutes_proto.wire import openapi
+
+from .world import HOTKEY, NOW, PROFILE, World, answer, content, refusal, service
+
+CERTIFICATES = [load_pem_x509_certificate(make_client_identity(NOW, bytes([n]) * 32).certificate_pem) for n in range(2)]
+BOTH = {"volumes": ["storage", "tdx-cache"]}
+
+
+@pytest.fixture
+def world() -> World:
+    return World(certificate=CERTIFICATES[0])
+
+
+def legacy(world: World, token: str, query: str = f"?hotkey={HOTKEY}", vm: str = "vm-1"):
+    return world.ask("GET", f"/servers/{vm}/luks{query}", headers={"x-boot-token": token})
+
+
+def test_a_sync_makes_keys_and_gives_them_again(world):
+    first = answer(world.sync(world.token(), BOTH))
+    assert list(first) == ["storage", "tdx-cache", "in_use"]
+    assert len({first["storage"], first["tdx-cache"]}) == 2
+    assert all(len(bytes.fromhex(first[name])) == 64 for name in BOTH["volumes"])
+    second = answer(world.sync(world.token(), {"volumes": ["tdx-cache", "storage", "storage"]}))
+    assert list(second) == ["tdx-cache", "storage", "in_use"]
+    assert second["storage"] == first["storage"]
+    assert first["storage"] not in repr((world.log, world.rows(GenerationRow)))
+
+
+def test_operation_3_reads_and_does_not_spend(world):
+    token = world.token()
+    assert refusal(legacy(world, token))[:2] == (404, Code.KEY_NOT_FOUND)
+    keys = answer(world.sync(token, BOTH))
+    token = world.token()
+    assert answer(legacy(world, token)) == {"passphrase": keys["storage"]}
+    assert answer(legacy(world, token)) == {"passphrase": keys["storage"]}
+    world.certificate = None  # as deployed clients ask
+    assert answer(legacy(world, token)) == {"passphrase": keys["storage"]}
+    assert answer(world.sync(token, BOTH))["storage"] == keys["storage"]
+    assert refusal(legacy(world, token))[:2] == (401, Code.BOOT_TOKEN_INVALID)
+
+
+@pytest.mark.parametrize(
+    ("headers", "query", "expected"),
+    [
+        ({}, f"?hotkey={HOTKEY}", (400, Code.BOOT_TOKEN_REQUIRED, "Boot token is required (X-Boot-Token header)")),
+        ({"x-boot-token": ""}, "", (400, Code.BOOT_TOKEN_REQUIRED, "Boot token is required (X-Boot-Token header)")),
+        ({"x-boot-token": "t"}, "", (400, Code.HOTKEY_REQUIRED, "Hotkey is required")),
+        ({"x-boot-token": "t"}, "?hotkey=", (400, Code.HOTKEY_REQUIRED, "Hotkey is required")),
+        (
+            {"x-boot-token": "t", "x-chutes-hotkey": "a"},
+            "?hotkey=b",
+            (400, Code.HOTKEY_CONFLICT, "Hotkey differs between header and query"),
+        ),
+        (
+            {"x-boot-token": "t"},
+            f"?hotkey={HOTKEY}",
+            (401, Code.BOOT_TOKEN_INVALID, "Boot token not found or expired"),
+        ),
+    ],
+)
+def test_credentials(world, headers, query, expected):
+    assert refusal(world.ask("GET", f"/servers/vm-1/luks{query}", headers=headers)) == expected
+    assert refusal(world.ask("POST", f"/servers/vm-1/luks{query}", BOTH, headers=headers)) == expected
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ({"volumes": []}, (400, Code.VOLUMES_REQUIRED, "volumes is required and must be non-empty")),
+        (
+            {"volumes": ["storage", "x"]},
+            (400, Code.VOLUME_UNKNOWN, "Invalid volume name(s): ['x']. Supported: ['storage', 'tdx-cache']"),
+        ),
+        (
+            {"volumes": ["storage"], "rekey": ["tdx-cache"]},
+            (400, Code.REKEY_NOT_SUBSET, "rekey must be a subset of volumes; not in volumes: ['tdx-cache']"),
+        ),
+        (
+            {"volumes": ["storage"], "formatted": ["root"]},
+            (
+                400,
+                Code.VOLUME_UNKNOWN,
+                "Invalid formatted volume name(s): ['root']. Supported: ['storage', 'tdx-cache']",
+            ),
+        ),
+    ],
+)
+def test_what_needs_no_rows_is_checked_before_the_token(world, body, expected):
+    token = world.token()
+    assert refusal(world.sync(token, body)) == expected
+    assert refusal(world.sync("not a token", body)) == expected
+    assert answer(world.sync(token, BOTH))  # the token was not spent
+
+
+def test_a_token_is_one_vms_of_one_hotkey(world):
+    token = world.token()
+    other = "5FHneW46xGXgs5mUiveU4sbTyGBzmstUspZC92UhjJM694ty"
+    mismatch = refusal(world.sync(token, BOTH, hotkey=other))
+    assert mismatch == (401, Code.HOTKEY_MISMATCH, "Hotkey does not match boot token")
+    assert refusal(world.sync(token, BOTH, vm="vm-2")) == (
+        401,
+        Code.VM_NAME_MISMATCH,
+        "VM name does not match boot token",
+    )
+    world.certificate = CERTIFICATES[1]
+    assert refusal(world.sync(token, BOTH))[:2] == (401, Code.BOOT_TOKEN_INVALID)
+    world.certificate = CERTIFICATES[0]
+    assert answer(world.sync(token, BOTH))
+
+
+def test_a_token_ends(world):
+    token = world.token()
+    world.now += 600
+    assert refusal(world.sync(token, BOTH))[:2] == (401, Code.BOOT_TOKEN_INVALID)
+
+
+def test_a_lost_answer_is_given_again_to_its_caller_alone(world):
+    token = world.token()
+    body = b'{"volumes":["storage","tdx-cache"],"rekey":["storage"]}'
+    first = world.sync(token, body)
+    again = world.sync(token, body)
+    assert answer(first)
+    assert again.body == first.body
+    assert len(world.rows(GenerationRow)) == 3  # storage, tdx-cache, and root: nothing was done twice
+    assert refusal(world.sync(token, body + b" "))[:2] == (401, Code.BOOT_TOKEN_INVALID)  # other bytes
+    world.certificate = None
+    assert refusal(world.sync(token, body))[:2] == (401, Code.BOOT_TOKEN_INVALID)
+
+
+def test_a_profile_can_demand_the_certificate(world):
+    world.app = App(service(profiles={PROFILE.name: ServedProfile(PROFILE, None, False, True)}))
+    token = world.token()
+    world.certificate = None
+    assert refusal(world.sync(token, BOTH))[:2] == (401, Code.BOOT_TOKEN_INVALID)
+    assert refusal(legacy(world, token))[:2] == (401, Code.BOOT_TOKEN_INVALID)
+    world.certificate = CERTIFICATES[0]
+    assert answer(world.sync(token, BOTH))
+
+
+def test_rekey_prune_and_revive(world):
+    first = answer(world.sync(world.token(), BOTH))
+    rekeyed = answer(world.sync(world.token(), BOTH | {"rekey": ["storage"]}))
+    assert rekeyed["storage"] != first["storage"]
+    assert rekeyed["tdx-cache"] == first["tdx-cache"]
+    assert list(answer(world.sync(world.token(), {"volumes": ["storage"]}))) == ["storage", "in_use"]
+    revived = answer(world.sync(world.token(), BOTH))
+    assert revived["tdx-cache"] == first["tdx-cache"]  # the disk was only missing for one boot
+    world.app = App(service(pruned="new"))
+    assert answer(world.sync(world.token(), {"volumes": ["storage"]}))
+    assert answer(world.sync(world.token(), BOTH))["tdx-cache"] != first["tdx-cache"]
+    assert all(row.sealed for row in world.rows(GenerationRow))  # nothing is ever removed
+
+
+def test_in_use_says_which_disks_hold_data(world):
+    assert answer(world.sync(world.token(), BOTH | {"formatted": []}))["in_use"] == []
+    assert answer(world.sync(world.token(), BOTH | {"formatted": ["storage"]}))["in_use"] == ["storage"]
+    assert answer(world.sync(world.token(), BOTH | {"formatted": []}))["in_use"] == ["storage"]
+
+
+def busy_for(world: World, times: int):
+    left = [times]
+
+    def fail(effect):
+        if isinstance(effect, Transact) and left[0]:
+            left[0] -= 1
+            raise StoreBusy("locked")
+
+    world.before = fail
+
+
+def test_a_busy_store_is_waited_for(world):
+    token = world.token()
+    busy_for(world, 30)
+    start = world.uptime
+    assert answer(world.sync(token, BOTH))
+    assert 14 < world.uptime - start < 16
+
+
+def test_but_not_longer_than_the_client_waits(world):
+    token = world.token()
+    busy_for(world, 1000)
+    start = world.uptime
+    response = world.sync(token, BOTH)
+    assert refusal(response)[:2] == (503, Code.STORE_UNAVAILABLE)
+    assert response.header("retry-after")
+    assert world.uptime - start <= 20
+    world.before = lambda _: None
+    assert answer(world.sync(token, BOTH))
+
+
+def test_no_transaction_starts_too_late(world):
+    token = world.token()
+    transactions = len([effect for effect in world.asked if isinstance(effect, Transact)])
+    headers = {"x-boot-token": token, "x-chutes-hotkey": HOTKEY}
+    late = world.ask("POST", "/servers/vm-1/luks", BOTH, headers=headers, arrived=world.uptime - 25.1)
+    assert refusal(late)[:2] == (503, Code.STORE_UNAVAILABLE)
+    assert len([effect for effect in world.asked if isinstance(effect, Transact)]) == transactions
+    assert answer(world.ask("POST", "/servers/vm-1/luks", BOTH, headers=headers, arrived=world.uptime - 24.9))
+
+
+def test_the_description_is_served(world):
+    assert world.ask("GET", "/openapi.json").body == openapi.document()
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "expected"),
+    [
+        ("GET", "/", (404, Code.NOT_FOUND, "Not Found")),
+        ("GET", "/servers/a%2Fb/luks", (404, Code.NOT_FOUND, "Not Found")),
+        ("HEAD", "/servers/nonce", (405, Code.METHOD_NOT_ALLOWED, "Method Not Allowed")),
+        ("PUT", "/servers/vm-1/luks", (405, Code.METHOD_NOT_ALLOWED, "Method Not Allowed")),
+    ],
+)
+def test_other_paths_and_verbs(world, method, target, expected):
+    response = world.ask(method, target)
+    assert refusal(response) == expected
+    assert (response.header("allow") is not None) == (expected[0] == 405)
+
+
+@pytest.mark.parametrize(
+    ("host", "location"),
+    [
+        ("keys.example:8443", "https://keys.example:8443/servers/nonce?a=1"),
+        ("[2001:db8::1]:8443", "https://[2001:db8::1]:8443/servers/nonce?a=1"),
+        ("evil/\r\nx", "/servers/nonce?a=1"),
+        ("", "/servers/nonce?a=1"),
+    ],
+)
+def test_a_final_slash_is_redirected(world, host, location):
+    response = world.ask("GET", "/servers/nonce/?a=1", headers={"host": host})
+    assert (response.status, response.header("location"), response.body) == (307, location, b"")
+
+
+def test_the_operator_reads_the_reason_under_the_request_id(world):
+    response = world.sync("x", BOTH)
+    (record,) = [record for record in world.log if record.event == "refused"]
+    assert record.fields["request_id"] == content(response)["request_id"]
+    assert record.fields["code"] == Code.BOOT_TOKEN_INVALID
+
+
+def test_many_refusals_are_counted_not_printed(world):
+    for _ in range(100):
+        assert refusal(world.ask("GET", "/nothing"))
+    assert len(world.log) == 20
+    world.uptime += 1
+    assert refusal(world.ask("GET", "/nothing"))
+    assert world.log[-1].fields["held_back"] == 80
+
+
+@given(
+    method=st.sampled_from(["GET", "POST", "DELETE", "HEAD", "x"]),
+    target=st.sampled_from(["/servers/nonce", "/servers/boot/attestation", "/servers/vm-1/luks"])
+    | st.text(max_size=40),
+    headers=st.dictionaries(
+        st.sampled_from(["x-boot-token", "x-chutes-hotkey", "x-chutes-nonce", "x-chutes-signature", "content-type"]),
+        st.text(st.characters(max_codepoint=255), max_size=80),
+    ),
+    body=st.binary(max_size=100),
+)
+def test_any_request_gets_an_answer_of_the_documented_shape(method, target, headers, body):
+    world = World(certificate=CERTIFICATES[0])
+    response = world.ask(method, target, body, headers=headers)
+    assert response.status < 500
+    if response.status >= 400:
+        assert refusal(response)

@@ -1,0 +1,153 @@
+"""A key server in a test's hand: the real app, store, verifier and platform, with a clock and a random source that it owns."""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+from attrs import define, evolve, field
+
+from chutes_proto.auth.binding import report_data
+from chutes_proto.auth.certificates import spki_sha256
+from chutes_proto.effects import Effect, Entropy, FetchCollateral, Log, Now, Sleep, Transact, Uptime, run
+from chutes_proto.errors import CollateralUnavailable
+from chutes_proto.keys.vault import KeyEncryptionKey, Vault
+from chutes_proto.log import Record
+from chutes_proto.quote.collateral import Collateral
+from chutes_proto.quote.measurements import Profile
+from chutes_proto.quote.policy import Policy
+from chutes_proto.quote.roots import TrustedRoot
+from chutes_proto.quote.verify import verify_collateral
+from chutes_proto.server.app import App
+from chutes_proto.server.nonces import NonceMint
+from chutes_proto.server.profiles import ServedProfile
+from chutes_proto.server.service import Service
+from chutes_proto.store.memory import MemoryStore
+from chutes_proto.store.rows import Row, Scan
+from chutes_proto.store.run import Script, Unit
+from chutes_proto.testing.platform import BOOT_RTMRS, MRTD, RUNTIME_RTMRS, SimulatedPlatform
+from chutes_proto.wire import json
+from chutes_proto.wire.codec import encode_quote
+from chutes_proto.wire.http import HttpRequest, HttpResponse
+
+NOW = 1_800_000_000
+HOTKEY = "5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY"
+PROFILE = Profile(name="simulated", version="1", mrtd=MRTD, boot=BOOT_RTMRS, runtime=RUNTIME_RTMRS)
+PLATFORM = SimulatedPlatform(b"a world for tests" * 2)
+
+
+@define(eq=False)
+class ScanAll(Unit[tuple[Row, ...]]):
+    kind: type[Row]
+
+    def script(self) -> Script[tuple[Row, ...]]:
+        return (yield from Scan(self.kind))
+
+
+def service(**changes: Any) -> Service:
+    vault = Vault(KeyEncryptionKey.from_bytes(b"k" * 32))
+    values: dict[str, Any] = {
+        "vault": vault,
+        "mint": NonceMint.of(vault),
+        "root": TrustedRoot.from_der(PLATFORM.root_der),
+        "trust": "simulated",
+        "policy": Policy(profiles=(PROFILE,)),
+        "profiles": {PROFILE.name: ServedProfile(PROFILE, None, False, False)},
+        "hotkeys": "*",
+    }
+    return Service(**(values | changes))
+
+
+@define(eq=False)
+class World:
+    app: App = field(factory=lambda: App(service()))
+    store: Any = field(factory=MemoryStore)
+    platform: SimulatedPlatform = PLATFORM
+    now: int = NOW
+    uptime: float = 1000.0
+    log: list[Record] = field(factory=list)
+    asked: list[Effect[Any]] = field(factory=list)
+    before: Callable[[Effect[Any]], None] = lambda _: None
+    certificate: Any = None
+    _drawn: int = 0
+
+    def perform(self, effect: Effect[Any]) -> Any:
+        self.asked.append(effect)
+        self.before(effect)
+        match effect:
+            case Now():
+                return self.now
+            case Uptime():
+                return self.uptime
+            case Entropy(size):
+                self._drawn += 1
+                return hashlib.shake_256(b"%d" % self._drawn).digest(size)
+            case Sleep(seconds):
+                self.uptime += seconds
+            case Log(record):
+                self.log.append(record)
+            case Transact(unit):
+                return self.store.transact(unit)
+            case FetchCollateral(identity, now):
+                if identity.fmspc != self.platform.fmspc:
+                    raise CollateralUnavailable("of another platform")
+                collateral = Collateral.from_json(self.platform.collateral_json(self.now))
+                return verify_collateral(collateral, now=now, root=self.app.service.root)
+            case _:
+                raise AssertionError(effect)
+        return None
+
+    def ask(
+        self, method: str, target: str, body: Any = None, *, headers: dict[str, str] | None = None, **changes: Any
+    ) -> HttpResponse:
+        """Send one request; ``body`` is encoded unless it is bytes already."""
+        content = b"" if body is None else body if isinstance(body, bytes) else json.encode(body)
+        fields = {"host": "keys.example", **(headers or {})}
+        request = HttpRequest(
+            method, target, tuple(fields.items()), content, self.certificate, "192.0.2.1", arrived=self.uptime
+        )
+        return run(self.app.handle(evolve(request, **changes)), self.perform)
+
+    def nonce(self, query: str = "") -> str:
+        return answer(self.ask("GET", "/servers/nonce" + query))["nonce"]
+
+    def attestation(self, nonce: str | None = None, **members: Any) -> tuple[dict[str, Any], dict[str, str]]:
+        """Body and headers of a good attestation by this world's platform and certificate, but for ``members``."""
+        nonce = nonce or self.nonce()
+        quote = self.platform.quote(report_data(bytes.fromhex(nonce), spki_sha256(self.certificate)))
+        body = {"quote": encode_quote(quote), "miner_hotkey": HOTKEY, "vm_name": "vm-1"}
+        return body | members, {"x-chutes-nonce": nonce, "content-type": "application/json"}
+
+    def boot(self, nonce: str | None = None, **members: Any) -> HttpResponse:
+        body, headers = self.attestation(nonce, **members)
+        return self.ask("POST", "/servers/boot/attestation", body, headers=headers)
+
+    def token(self, **members: Any) -> str:
+        return answer(self.boot(**members))["boot_token"]
+
+    def sync(self, token: str, body: Any, *, hotkey: str = HOTKEY, vm: str = "vm-1") -> HttpResponse:
+        headers = {"x-boot-token": token, "x-chutes-hotkey": hotkey, "content-type": "application/json"}
+        return self.ask("POST", f"/servers/{vm}/luks", body, headers=headers)
+
+    def rows(self, kind: type[Row]) -> tuple[Row, ...]:
+        return self.store.transact(ScanAll(kind))
+
+
+def answer(response: HttpResponse) -> Any:
+    """The members of a 200, which must be compact JSON."""
+    assert response.status == 200, response.body
+    return content(response)
+
+
+def refusal(response: HttpResponse) -> tuple[int, str, Any]:
+    """Status, code and detail of an error, which must have the documented shape."""
+    assert response.status >= 400
+    members = content(response)
+    assert list(members) == ["detail", "code", "request_id"]
+    return response.status, members["code"], members["detail"]
+
+
+def content(response: HttpResponse) -> Any:
+    assert response.header("content-type") == "application/json"
+    members = json.decode(response.body)
+    assert json.encode(members) == response.body
+    return members
