@@ -1,0 +1,41 @@
+"""Report data: how a quote is bound to one nonce and one TLS key.
+
+The 64 bytes are the nonce (32) followed by SHA-256 of the DER SubjectPublicKeyInfo of the client certificate (32). Both
+halves are compared in constant time, the nonce first.
+"""
+
+from __future__ import annotations
+
+import hmac
+from typing import TYPE_CHECKING, Final
+
+from chutes_proto.codes import Code
+from chutes_proto.errors import BadRequest, LocalProtocolError, Refused
+
+if TYPE_CHECKING:
+    from chutes_proto.auth.certificates import ClientKey
+
+_HALF: Final = 32
+
+
+def report_data(nonce: bytes, spki_sha256: bytes) -> bytes:
+    """The 64 bytes to be quoted. Raises `LocalProtocolError` unless both halves have 32 bytes."""
+    if len(nonce) != _HALF or len(spki_sha256) != _HALF:
+        raise LocalProtocolError(f"report data is {_HALF} bytes of nonce and {_HALF} of digest")
+    return nonce + spki_sha256
+
+
+def check_report_data(quoted: bytes, nonce: bytes, key: ClientKey) -> None:
+    """Hold a quote's 64 bytes of report data against the nonce and the client key.
+
+    Raises `BadRequest` unless ``quoted`` begins with ``nonce``, then `Refused` unless it ends with the key's digest.
+    """
+    expected = report_data(nonce, key.digest)
+    if not hmac.compare_digest(quoted[:_HALF], expected[:_HALF]):
+        raise BadRequest(Code.NONCE_MISMATCH, "Quote nonce does not match expected nonce.")
+    if not hmac.compare_digest(quoted[_HALF:], expected[_HALF:]):
+        raise Refused(
+            Code.CERTIFICATE_MISMATCH,
+            "Invalid client certificate provided.",
+            reason="the quote's report data binds another TLS key than the client certificate's",
+        )

@@ -1,0 +1,153 @@
+"""Hotkeys: SS58 addresses of sr25519 keys, and their signatures.
+
+Rules kept here:
+
+* an address has one spelling: network prefix 42, a key of 32 bytes, the checksum of the SS58 format (the first two
+  bytes of BLAKE2b-512 over ``SS58PRE``, prefix and key), base58 without anything around it;
+* signatures are schnorrkel's with the signing context ``substrate``, 64 bytes;
+* sr25519 comes from py-sr25519-bindings, which is imported only where a signature is made or checked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from typing import Final, Protocol, cast
+
+from attrs import Factory, field, frozen
+
+from chutes_proto.errors import LocalProtocolError
+from chutes_proto.secret import Secret
+
+PREFIX: Final = 42
+KEY_SIZE: Final = 32
+SEED_SIZE: Final = 32
+SIGNATURE_SIZE: Final = 64
+
+_ALPHABET: Final = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
+_DIGITS: Final = {character: number for number, character in enumerate(_ALPHABET)}
+_CHECKSUM_SIZE: Final = 2
+_LONGEST: Final = 64  # no SS58 address of a 32-byte key is as long; bounds the arithmetic
+
+
+class HotkeyError(ValueError):
+    """A text that is no hotkey, or a signature that is not the hotkey's; the text says why."""
+
+
+def _public_key_size(_: object, __: object, value: bytes) -> None:
+    if len(value) != KEY_SIZE:
+        raise HotkeyError(f"a public key has {KEY_SIZE} bytes, not {len(value)}")
+
+
+@frozen
+class Hotkey:
+    """A hotkey by its public key, 32 bytes; ``address`` is its one SS58 spelling."""
+
+    public_key: bytes = field(validator=_public_key_size, repr=False)
+    address: str = field(init=False, eq=False, default=Factory(lambda self: _address(self.public_key), takes_self=True))
+
+    @classmethod
+    def parse(cls, address: str) -> Hotkey:
+        """The hotkey of an SS58 address. Raises `HotkeyError` for every text but the one that `address` would give."""
+        data = _unbase58(address)
+        _expect_prefix(data)
+        if len(data) != 1 + KEY_SIZE + _CHECKSUM_SIZE:
+            raise HotkeyError(f"not the address of a {KEY_SIZE}-byte key: it has {len(data)} bytes in all")
+        payload, checksum = data[:-_CHECKSUM_SIZE], data[-_CHECKSUM_SIZE:]
+        if not hmac.compare_digest(_checksum(payload), checksum):
+            raise HotkeyError("the address's checksum does not hold")
+        return cls(payload[1:])
+
+    def check_signature(self, message: bytes, signature: bytes) -> None:
+        """Raises `HotkeyError` unless ``signature`` is this hotkey's over ``message``."""
+        try:
+            holds = _sr25519().verify(signature, message, self.public_key)
+        except ValueError:  # not the encoding of a signature or of a key
+            holds = False
+        if not holds:
+            raise HotkeyError(f"not a signature of {self.address} over this message")
+
+
+@frozen
+class HotkeyPair:
+    """A hotkey with its expanded secret key, 64 bytes: what signs."""
+
+    hotkey: Hotkey
+    secret_key: Secret
+
+    @classmethod
+    def from_seed(cls, seed: Secret) -> HotkeyPair:
+        """The pair of a 32-byte seed (a "mini secret key"). Raises `HotkeyError` for another size."""
+        if len(seed) != SEED_SIZE:
+            raise HotkeyError(f"a seed has {SEED_SIZE} bytes, not {len(seed)}")
+        public_key, secret_key = _sr25519().pair_from_seed(seed.reveal())
+        return cls(Hotkey(public_key), Secret(secret_key))
+
+    def sign(self, message: bytes) -> bytes:
+        """A signature over ``message``, 64 bytes, another one each time."""
+        return _sr25519().sign((self.hotkey.public_key, self.secret_key.reveal()), message)
+
+
+class _Sr25519(Protocol):
+    """What this room needs of an sr25519 implementation."""
+
+    def verify(self, signature: bytes, message: bytes, pubkey: bytes, /) -> bool: ...
+
+    def sign(self, keypair: tuple[bytes, bytes], message: bytes, /) -> bytes: ...
+
+    def pair_from_seed(self, seed: bytes, /) -> tuple[bytes, bytes]: ...
+
+
+def _sr25519() -> _Sr25519:
+    try:
+        import sr25519  # pyright: ignore[reportMissingTypeStubs] - `_Sr25519` is what it has
+    except ImportError:
+        raise LocalProtocolError(
+            "signatures of hotkeys need py-sr25519-bindings: pip install 'chutes-proto[hotkey]'"
+        ) from None
+    return cast("_Sr25519", sr25519)
+
+
+def _address(public_key: bytes) -> str:
+    payload = bytes([PREFIX]) + public_key
+    return _base58(payload + _checksum(payload))
+
+
+def _checksum(payload: bytes) -> bytes:
+    return hashlib.blake2b(b"SS58PRE" + payload, digest_size=64).digest()[:_CHECKSUM_SIZE]
+
+
+def _expect_prefix(data: bytes) -> None:
+    # The SS58 format: first bytes 0-63 are a prefix, 64-127 begin one of two bytes, the rest is reserved.
+    match data[:2]:
+        case bytes() as start if not start:
+            raise HotkeyError("an empty address")
+        case bytes() as start if start[0] == PREFIX:
+            return
+        case bytes() as start if start[0] < 64:
+            raise HotkeyError(f"an address of network prefix {start[0]}, not {PREFIX}")
+        case _:
+            raise HotkeyError(f"an address of another network than prefix {PREFIX}")
+
+
+def _base58(data: bytes) -> str:
+    number = int.from_bytes(data, "big")
+    characters: list[str] = []
+    while number:
+        number, digit = divmod(number, 58)
+        characters.append(_ALPHABET[digit])
+    zeros = len(data) - len(data.lstrip(b"\0"))
+    return _ALPHABET[0] * zeros + "".join(reversed(characters))
+
+
+def _unbase58(text: str) -> bytes:
+    if len(text) > _LONGEST:
+        raise HotkeyError(f"longer than {_LONGEST} characters")
+    number = 0
+    for character in text:
+        digit = _DIGITS.get(character)
+        if digit is None:
+            raise HotkeyError("has a character that is not base58")
+        number = number * 58 + digit
+    zeros = len(text) - len(text.lstrip(_ALPHABET[0]))
+    return b"\0" * zeros + number.to_bytes((number.bit_length() + 7) // 8, "big")
