@@ -1,14 +1,10 @@
 """Random schedules of failures: a boot with its sync ends, in time, and tells no secret on the way.
 
-The server here is a model of the few rules the client relies on: a nonce is good once, a token dies, a sync that was
-taken is answered again to the same bytes. Each request meets a drawn mood of the server's and a drawn fate on the way.
+Each request meets a drawn mood of the server's (``model.py``) and a drawn fate on the way.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator
 from typing import Any
 
 import attrs
@@ -21,69 +17,12 @@ from chutes_proto.client.retry import RetryPolicy
 from chutes_proto.effects import Effect, Send, run
 from chutes_proto.errors import BadRequest, QuoteUnavailable, Refused, RemoteProtocolError, TransportError, Unavailable
 from chutes_proto.testing.network import Fate, SimulatedNetwork
-from chutes_proto.wire.http import HttpRequest, HttpResponse
+from chutes_proto.wire.http import HttpResponse
 from tests.client import talk
+from tests.client.model import BAD_MOODS, CANARY, FINAL_MOODS, VOLUMES, WELL, ModelServer
 
-VOLUMES = ("storage", "tdx-cache")
-CANARY = "c4na5y"
 POLICY = RetryPolicy(attempts=6, base=1.0, cap=20.0, deadline=120.0)
 TIMEOUT = 30.0
-
-WELL = "well"
-BAD_MOODS = (500, 502, 503, 429, "garbage", "empty", "redirect", "endless wait", "token dies", "echo")
-FINAL_MOODS = (400, 403, 404, 409, 422)
-
-
-class ModelServer:
-    """One VM's server; every secret it gives away begins with the canary."""
-
-    def __init__(self, moods: Iterator[object]) -> None:
-        self._moods = moods
-        self._count = 0
-        self._nonces = set[str]()
-        self._tokens = dict[str, bytes | None]()
-
-    def __call__(self, request: HttpRequest) -> HttpResponse:
-        mood = next(self._moods, WELL)
-        if mood == "garbage":
-            return HttpResponse(200, talk.JSON, f'{{"key":"{CANARY}'.encode())
-        if mood == "empty":
-            return talk.answer({"key": "", "boot_token": CANARY, "storage": "", "in_use": [], "nonce": CANARY})
-        if mood == "redirect":
-            return HttpResponse(307, (("location", "http://elsewhere.example/"),))
-        if mood == "endless wait":
-            return talk.refused(503, "busy", retry_after="99999")
-        if mood == "token dies":
-            self._tokens.clear()
-        if mood == "echo":  # a server that repeats what it was sent, wherever it can
-            text = str(request.header_values("x-boot-token")) + request.body.decode()
-            return talk.answer({"detail": text, "code": text, "request_id": text}, 500)
-        if isinstance(mood, int):
-            return talk.refused(mood)
-        return self._serve(request)
-
-    def _serve(self, request: HttpRequest) -> HttpResponse:
-        self._count += 1
-        if request.target.startswith("/servers/nonce"):
-            nonce = hashlib.sha256(b"nonce %d" % self._count).hexdigest()
-            self._nonces.add(nonce)
-            return talk.nonce_answer(bytes.fromhex(nonce))
-        if request.target == "/servers/boot/attestation":
-            (nonce,) = request.header_values("x-chutes-nonce")
-            if nonce not in self._nonces:
-                return talk.refused(401, "nonce_invalid")
-            self._nonces.remove(nonce)
-            token = hashlib.sha256(b"token %d" % self._count).hexdigest()
-            self._tokens[token] = None
-            return talk.answer({"key": f"{CANARY}-root", "boot_token": token})
-        (token,) = request.header_values("x-boot-token")
-        if token not in self._tokens or self._tokens[token] not in (None, request.body):
-            return talk.refused(401, "boot_token_invalid")
-        self._tokens[token] = request.body
-        return talk.answer({**{name: f"{CANARY}-{name}" for name in json.loads(request.body)["volumes"]}, "in_use": []})
-
-    def tokens(self) -> set[str]:
-        return {*self._tokens}
 
 
 def _also_final(effect: Effect[Any]) -> tuple[int, ...]:

@@ -1,0 +1,226 @@
+"""The boot agents and the examples over real TLS, with the client certificate demanded, against the model server."""
+
+from __future__ import annotations
+
+import importlib.util
+import ssl
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import anyio
+import httpx
+import pytest
+import trio
+
+import chutes_proto_asyncio.client
+import chutes_proto_trio.client
+from chutes_proto.auth.certificates import ClientIdentity, make_client_identity
+from chutes_proto.blocking.tls import client_context
+from chutes_proto.client.retry import RetryPolicy
+from chutes_proto.errors import LocalProtocolError, Refused
+from chutes_proto.log import Record
+from chutes_proto.wire.http import HttpRequest
+from tests.blocking.peers import Credentials, make_credentials, peer, read_request
+from tests.client import talk
+from tests.client.model import CANARY, VOLUMES, ModelServer
+
+QUICK = RetryPolicy(attempts=5, base=0.01, cap=0.02, deadline=20.0)
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+@pytest.fixture(scope="module")
+def credentials(tmp_path_factory: pytest.TempPathFactory) -> Credentials:
+    return make_credentials(tmp_path_factory.mktemp("tls"))
+
+
+@pytest.fixture(scope="module")
+def identity() -> ClientIdentity:
+    return make_client_identity(int(time.time()) - 60, bytes(32))
+
+
+def over_http(model: ModelServer) -> Callable[[ssl.SSLSocket], None]:
+    """The model server as a peer that keeps its connection open."""
+
+    def behave(stream: ssl.SSLSocket) -> None:
+        while True:
+            try:
+                head, _, body = read_request(stream).partition(b"\r\n\r\n")
+            except ValueError:
+                return
+            (method, target, _), *fields = [line.split(" ", 2) for line in head.decode().split("\r\n")]
+            headers = tuple((name.rstrip(":").lower(), value) for name, value in fields)
+            response = model(HttpRequest(method, target, headers, body))
+            lines = [f"HTTP/1.1 {response.status} -", *(f"{name}: {value}" for name, value in response.headers)]
+            lines += [f"content-length: {len(response.body)}", "", ""]
+            stream.sendall("\r\n".join(lines).encode() + response.body)
+
+    return behave
+
+
+def on_trio(work: Callable[[Any], Any], *arguments: Any, **options: Any) -> Any:
+    async def main() -> Any:
+        async with chutes_proto_trio.client.BootAgent(*arguments, **options) as agent:
+            return await work(agent)
+
+    return trio.run(main)
+
+
+def on_asyncio(work: Callable[[Any], Any], *arguments: Any, **options: Any) -> Any:
+    async def main() -> Any:
+        async with chutes_proto_asyncio.client.BootAgent(*arguments, **options) as agent:
+            return await work(agent)
+
+    return anyio.run(main)
+
+
+Runner = Callable[..., Any]
+both_loops = pytest.mark.parametrize("runner", [on_trio, on_asyncio])
+
+
+def run_agent(
+    runner: Runner,
+    work: Callable[[Any], Any],
+    model: ModelServer,
+    credentials: Credentials,
+    identity: ClientIdentity,
+    **options: Any,
+) -> Any:
+    with peer(credentials, over_http(model), client_ca=identity.certificate_pem) as (url, ended):
+        result = runner(
+            work,
+            url,
+            hotkey=talk.HOTKEY,
+            vm_name=talk.VM,
+            quoter=lambda report_data: b"quote over " + report_data,
+            ca_pem=credentials.ca_pem,
+            identity=identity,
+            retry=QUICK,
+            **options,
+        )
+    assert ended
+    return result
+
+
+@both_loops
+def test_a_boot_with_its_volumes(runner: Runner, credentials: Credentials, identity: ClientIdentity) -> None:
+    async def work(agent: Any) -> Any:
+        return await agent.boot(), await agent.sync(VOLUMES, formatted=[]), await agent.sync(VOLUMES, formatted=[])
+
+    grant, keys, again = run_agent(runner, work, ModelServer(iter(())), credentials, identity)
+    assert grant.root_passphrase.reveal() == f"{CANARY}-root".encode()
+    assert [keys.passphrases[name].reveal() for name in VOLUMES] == [f"{CANARY}-{name}".encode() for name in VOLUMES]
+    assert again == keys
+
+
+@both_loops
+def test_an_agent_boots_by_itself_when_it_must(
+    runner: Runner, credentials: Credentials, identity: ClientIdentity
+) -> None:
+    async def work(agent: Any) -> Any:
+        first = await agent.sync(VOLUMES)
+        other = await agent.sync(["storage"])  # the token is spent: a new boot
+        return first, other
+
+    records: list[Record] = []
+    options = {"log": records.append}
+    first, other = run_agent(runner, work, ModelServer(iter(())), credentials, identity, **options)
+    assert [*first.passphrases] == [*VOLUMES]
+    assert [*other.passphrases] == ["storage"]
+    assert [r.event for r in records].count("grant_received") == 2
+    assert CANARY not in str(records)
+
+
+@both_loops
+def test_bad_moods_are_survived(runner: Runner, credentials: Credentials, identity: ClientIdentity) -> None:
+    async def work(agent: Any) -> Any:
+        return await agent.boot(), await agent.sync(VOLUMES)
+
+    model = ModelServer(iter([503, "well", "garbage", "well", "well", 500, "redirect"]))
+    grant, keys = run_agent(runner, work, model, credentials, identity)
+    assert grant.boot_token is not None
+    assert [*keys.passphrases] == [*VOLUMES]
+
+
+@both_loops
+def test_a_refusal_ends_it(runner: Runner, credentials: Credentials, identity: ClientIdentity) -> None:
+    async def work(agent: Any) -> Any:
+        with pytest.raises(Refused, match="403"):
+            await agent.boot()
+        return "refused"
+
+    model = ModelServer(iter(["well", 403]))
+    assert run_agent(runner, work, model, credentials, identity) == "refused"
+
+
+@both_loops
+def test_the_older_read(runner: Runner, credentials: Credentials, identity: ClientIdentity) -> None:
+    async def work(agent: Any) -> Any:
+        return await agent.cache_passphrase(), await agent.cache_passphrase()
+
+    one, again = run_agent(runner, work, ModelServer(iter(())), credentials, identity)
+    assert one == again
+    assert one.reveal() == f"{CANARY}-storage".encode()
+
+
+def test_an_own_client_stays_open(credentials: Credentials, identity: ClientIdentity) -> None:
+    async def main(url: str) -> bool:
+        async with httpx.AsyncClient(verify=client_context(identity, credentials.ca_pem), trust_env=False) as client:
+            agent = chutes_proto_trio.client.BootAgent(
+                url,
+                hotkey=talk.HOTKEY,
+                vm_name=talk.VM,
+                quoter=lambda _: b"quote",
+                identity=identity,
+                client=client,
+            )
+            async with agent:
+                _ = await agent.boot()
+            return client.is_closed
+
+    with peer(credentials, over_http(ModelServer(iter(()))), client_ca=identity.certificate_pem) as (url, _):
+        assert trio.run(main, url) is False
+
+
+def test_an_own_client_without_its_identity() -> None:
+    for agent in (chutes_proto_trio.client.BootAgent, chutes_proto_asyncio.client.BootAgent):
+        with pytest.raises(LocalProtocolError, match="identity"):
+            _ = agent(
+                "https://localhost",
+                hotkey=talk.HOTKEY,
+                vm_name=talk.VM,
+                quoter=lambda _: b"",
+                client=httpx.AsyncClient(),
+            )
+
+
+def example(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["boot_agent_sync", "boot_agent_trio"])
+def test_the_examples(name: str, credentials: Credentials) -> None:
+    opened: list[tuple[str, bytes]] = []
+
+    def open_disk(volume: str, passphrase: bytes) -> None:
+        opened.append((volume, passphrase))
+
+    unlock = example(name).unlock
+    with peer(credentials, over_http(ModelServer(iter(())))) as (url, _):
+        arguments: Sequence[Any] = (
+            url,
+            talk.HOTKEY,
+            talk.VM,
+            lambda _: b"quote",
+            credentials.ca_pem,
+            VOLUMES,
+            open_disk,
+        )
+        _ = trio.run(unlock, *arguments) if name.endswith("trio") else unlock(*arguments)
+    assert opened == [(name, f"{CANARY}-{name}".encode()) for name in ("root", *VOLUMES)]
