@@ -164,23 +164,23 @@ def test_the_older_read(runner: Runner, credentials: Credentials, identity: Clie
     assert one.reveal() == f"{CANARY}-storage".encode()
 
 
-def test_an_own_client_stays_open(credentials: Credentials, identity: ClientIdentity) -> None:
+@pytest.mark.parametrize(
+    ("loop", "agent_type"),
+    [(trio.run, chutes_proto_trio.client.BootAgent), (anyio.run, chutes_proto_asyncio.client.BootAgent)],
+    ids=["trio", "asyncio"],
+)
+def test_an_own_client_stays_open(
+    loop: Callable[..., bool], agent_type: Any, credentials: Credentials, identity: ClientIdentity
+) -> None:
     async def main(url: str) -> bool:
         async with httpx.AsyncClient(verify=client_context(identity, credentials.ca_pem), trust_env=False) as client:
-            agent = chutes_proto_trio.client.BootAgent(
-                url,
-                hotkey=talk.HOTKEY,
-                vm_name=talk.VM,
-                quoter=lambda _: b"quote",
-                identity=identity,
-                client=client,
-            )
-            async with agent:
+            who = {"hotkey": talk.HOTKEY, "vm_name": talk.VM, "identity": identity}
+            async with agent_type(url, **who, quoter=lambda _: b"quote", client=client) as agent:
                 _ = await agent.boot()
             return client.is_closed
 
     with peer(credentials, over_http(ModelServer(iter(()))), client_ca=identity.certificate_pem) as (url, _):
-        assert trio.run(main, url) is False
+        assert loop(main, url) is False
 
 
 def test_an_own_client_without_its_identity() -> None:

@@ -427,6 +427,11 @@ def test_settings_that_no_request_could_carry(wrong: dict[str, Any]) -> None:
         BootSettings(**{**good, **wrong})
 
 
+def test_a_signer_needs_a_hotkey() -> None:
+    with pytest.raises(LocalProtocolError, match="checksum"):
+        _ = BootSettings(talk.HOTKEY[:-1] + "1", talk.VM, talk.DIGEST, signer=lambda _: bytes(64))
+
+
 def test_what_is_secret_is_not_shown() -> None:
     for value in (talk.GRANT, KEYS):
         for secret in (talk.ROOT, talk.TOKEN, talk.STORAGE, talk.CACHE):
