@@ -19,10 +19,10 @@ import attrs
 from attrs import field, frozen
 
 from chutes_proto.errors import ConfigurationError
+from chutes_proto.keys.generations import RESERVED_VOLUMES
 from chutes_proto.strict import ProblemsError, Structurer, list_of, literal, string
 
 _VOLUME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-RESERVED_VOLUMES = frozenset({"root", "k3s"})
 ANSWER_MEMBERS = frozenset(
     {
         "key",

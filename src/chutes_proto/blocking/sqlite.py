@@ -1,0 +1,236 @@
+"""The store in one SQLite file.
+
+Rules kept here:
+
+* an answer leaves only after its transaction is on the disk: write-ahead log, ``synchronous=FULL``, and never a file
+  that was moved away or replaced under us;
+* one transaction at a time, from its first read on (``BEGIN IMMEDIATE``): serializable, and no script runs twice;
+* the file is private (0600) from its first byte; an existing file of another kind or schema version is refused, and
+  neither changed nor migrated;
+* what SQLite raises becomes `StoreBusy` (come again) or `StoreError` (an operator must look), with the file's name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Generator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from chutes_proto.errors import StoreBusy, StoreError
+from chutes_proto.store.run import run_script
+from chutes_proto.store.sql import READ_VERSION, SCHEMA_VERSION, decode, schema, statement
+
+if TYPE_CHECKING:
+    from chutes_proto.store.rows import StoreOp
+    from chutes_proto.store.run import Unit
+
+T = TypeVar("T")
+
+_OLDEST_SQLITE = (3, 35)  # the first with RETURNING
+
+_BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
+
+_FAULTS = {
+    sqlite3.SQLITE_BUSY: "another transaction takes too long",
+    sqlite3.SQLITE_LOCKED: "another transaction takes too long",
+    sqlite3.SQLITE_FULL: "the disk is full; nothing was changed",
+    sqlite3.SQLITE_READONLY: "it is read-only, or its directory is; the server must be able to write both",
+    sqlite3.SQLITE_PERM: "this user may not open it",
+    sqlite3.SQLITE_CANTOPEN: "it cannot be opened; is its directory there, and may this user write it?",
+    sqlite3.SQLITE_CORRUPT: "it is damaged; stop the server, keep the file, and restore a backup",
+    sqlite3.SQLITE_NOTADB: "it is not an SQLite database, or it is damaged; it was left as it is",
+    sqlite3.SQLITE_IOERR: "reading or writing it failed",
+}
+
+_SETTINGS: tuple[tuple[str, str | int], ...] = (
+    ("journal_mode", "wal"),
+    ("synchronous", 2),  # FULL
+    ("fullfsync", 1),  # where fsync does not reach the disk without it
+    ("foreign_keys", 1),
+    ("trusted_schema", 0),
+)
+
+_MAKING = threading.Lock()
+
+
+class SqliteStore:
+    """Rows in the SQLite file at ``path``, which is made if it is not there. May be used from several threads.
+
+    ``busy_seconds`` is how long one transaction waits for another, of this process or of another one, before it is
+    `StoreBusy`. Raises `StoreError` where the file cannot be a store.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, busy_seconds: float = 5.0) -> None:
+        self.path = Path(path).resolve()
+        self._busy_seconds = busy_seconds
+        self._turn = threading.Lock()
+        self._connection: sqlite3.Connection | None = None
+        self._closed = False
+        self._place = 0, 0
+        if sqlite3.sqlite_version_info < _OLDEST_SQLITE:
+            raise StoreError(f"SQLite {sqlite3.sqlite_version} is too old for the store; it takes 3.35 or newer")
+        with self._my_turn():
+            self._connection = self._open()
+
+    def transact(self, unit: Unit[T]) -> T:
+        """Run ``unit`` as one transaction; see `chutes_proto.store.run.Store`."""
+        with self._my_turn(), self._transaction() as connection:
+
+            def perform(op: StoreOp[Any]) -> object:
+                text, values = statement(op)
+                return decode(op, connection.execute(text, values).fetchall())
+
+            return run_script(unit.script(), perform)
+
+    def check(self) -> None:
+        """Read the whole file. Raises `StoreError` for damage, another schema, or a file that is no longer there."""
+        with self._my_turn(), self._transaction() as connection:
+            _ = self._check_schema(connection)
+            (verdict,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
+            if verdict != "ok" or connection.execute("PRAGMA foreign_key_check").fetchone():
+                raise self._fault(_FAULTS[sqlite3.SQLITE_CORRUPT])
+
+    def close(self) -> None:
+        """Close the file; afterwards every call raises `StoreError`. Waits for a running transaction."""
+        with self._turn:
+            self._closed = True
+            self._drop()
+
+    @contextlib.contextmanager
+    def _my_turn(self) -> Generator[None]:
+        if not self._turn.acquire(timeout=self._busy_seconds):
+            raise StoreBusy(f"store {self.path}: other transactions take too long")
+        try:
+            yield
+        finally:
+            self._turn.release()
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Generator[sqlite3.Connection]:
+        """Begin, and commit what was done inside; roll back whatever is raised there."""
+        with self._translated():
+            if self._closed:
+                raise self._fault("it was closed")
+            if self._connection is None:
+                self._connection = self._open()
+            connection = self._connection
+            _ = connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield connection
+                self._check_place()
+                _ = connection.execute("COMMIT")
+            except BaseException:
+                self._roll_back(connection)
+                raise
+
+    def _roll_back(self, connection: sqlite3.Connection) -> None:
+        try:
+            if connection.in_transaction:  # SQLite rolls back by itself after some faults
+                _ = connection.execute("ROLLBACK")
+        except sqlite3.Error:
+            self._drop()
+
+    def _drop(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with contextlib.suppress(sqlite3.Error):
+                connection.close()
+
+    def _open(self) -> sqlite3.Connection:
+        with self._translated():
+            self._make_file()
+            found = self.path.stat()
+            connection = sqlite3.connect(
+                self.path, timeout=self._busy_seconds, isolation_level=None, check_same_thread=False
+            )
+            try:
+                self._prepare_patiently(connection)
+            except BaseException:
+                connection.close()
+                raise
+            self._place = found.st_dev, found.st_ino
+            return connection
+
+    def _make_file(self) -> None:
+        # Closing any descriptor of a file drops all locks that this process holds on it (POSIX), SQLite's too. So the
+        # descriptor must be closed before another thread can have opened the file, and none is opened if it is there.
+        with _MAKING, contextlib.suppress(FileExistsError):
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+
+    def _prepare_patiently(self, connection: sqlite3.Connection) -> None:
+        """Prepare. SQLite does not wait by itself when two processes switch a new file to the write-ahead log."""
+        until = time.monotonic() + self._busy_seconds
+        while True:
+            try:
+                return self._prepare(connection)
+            except sqlite3.OperationalError as exc:
+                if _code_of(exc) not in _BUSY or time.monotonic() > until:
+                    raise
+            time.sleep(0.01)
+
+    def _prepare(self, connection: sqlite3.Connection) -> None:
+        _ = self._check_schema(connection)  # before anything is changed: the file may be another program's
+        for setting, wanted in _SETTINGS:
+            _ = connection.execute(f"PRAGMA {setting} = {wanted}").fetchone()
+            found = connection.execute(f"PRAGMA {setting}").fetchone()
+            if found != (wanted,):
+                raise self._fault(f"SQLite does not take {setting} = {wanted} there; is it on a local disk?")
+        _ = connection.execute("BEGIN IMMEDIATE")
+        try:
+            if not self._check_schema(connection):
+                for text in schema("sqlite"):
+                    _ = connection.execute(text)
+            _ = connection.execute("COMMIT")
+        except BaseException:
+            self._roll_back(connection)
+            raise
+
+    def _check_schema(self, connection: sqlite3.Connection) -> bool:
+        """Whether the file has our schema; False if it is empty. Raises `StoreError` for any other."""
+        tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
+        if not tables:
+            return False
+        version = connection.execute(READ_VERSION).fetchone() if "fact" in tables else None
+        if version is None:
+            raise self._fault("it is another program's database; give the store a file of its own")
+        if version != (SCHEMA_VERSION,):
+            raise self._fault(
+                f"it has schema version {version[0]}, and this release knows version {SCHEMA_VERSION}; run the release"
+                " that made it, or migrate it on purpose; it was left as it is"
+            )
+        return True
+
+    def _check_place(self) -> None:
+        """What is committed to a file without a name is lost at the next start."""
+        try:
+            found = self.path.stat()
+        except OSError:
+            found = None
+        if found is None or (found.st_dev, found.st_ino) != self._place:
+            raise self._fault("it was moved, removed or replaced while in use; restart the server when it is back")
+
+    def _fault(self, what: str) -> StoreError:
+        return StoreError(f"store {self.path}: {what}")
+
+    @contextlib.contextmanager
+    def _translated(self) -> Generator[None]:
+        try:
+            yield
+        except sqlite3.Error as exc:
+            code = _code_of(exc)
+            text = _FAULTS.get(code, "SQLite refused")
+            kind = StoreBusy if code in _BUSY else StoreError
+            raise kind(f"store {self.path}: {text} ({exc})") from exc
+        except OSError as exc:
+            raise self._fault(f"{_FAULTS[sqlite3.SQLITE_CANTOPEN]} ({exc.strerror})") from exc
+
+
+def _code_of(exc: sqlite3.Error) -> int:
+    """SQLite's primary result code; 0 for what Python's module raises by itself."""
+    code: int = getattr(exc, "sqlite_errorcode", 0)
+    return code & 0xFF

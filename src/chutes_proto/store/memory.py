@@ -1,0 +1,187 @@
+"""A store that keeps nothing when the process ends: for tests, and to read what each operation means.
+
+Rules kept here:
+
+* a transaction works on a copy, which takes the place of the rows when the script returns: what raises leaves no trace;
+* what the SQL schema refuses by keys and unique indexes is refused here too, with a `StoreError`;
+* one transaction at a time; callers from several threads bring a lock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar, cast
+
+from attrs import define, evolve, field
+
+from chutes_proto.errors import LocalProtocolError, StoreError
+from chutes_proto.store.rows import (
+    ROWS,
+    AttestationRow,
+    BootRow,
+    BootVolumeRow,
+    CountClaims,
+    CountRefusals,
+    FindBoot,
+    GenerationRow,
+    Insert,
+    NonceRow,
+    Put,
+    R,
+    RaiseHorizon,
+    ReadBootVolumes,
+    ReadGenerations,
+    ReadHorizon,
+    ReadVm,
+    ReadVolumes,
+    RedeemNonce,
+    Row,
+    Scan,
+    SpendToken,
+    StoreOp,
+    SweepNonces,
+    UpdateGeneration,
+    VmRow,
+    VoidTokens,
+    VolumeRow,
+)
+from chutes_proto.store.run import Unit, run_script
+from chutes_proto.store.sql import key_of
+
+T = TypeVar("T")
+Key = tuple[Any, ...]
+
+
+@define
+class Tables:
+    """All rows, by kind and key."""
+
+    horizon: int = 0
+    rows: dict[type[Any], dict[Key, Row]] = field(factory=lambda: {kind: {} for kind in ROWS})
+
+    def copy(self) -> Tables:
+        """The same rows; a change of one is none of the other. Rows are frozen, so they are shared."""
+        return Tables(self.horizon, {kind: dict(rows) for kind, rows in self.rows.items()})
+
+    def perform(self, op: StoreOp[Any]) -> object:
+        """Carry out one operation."""
+        match op:
+            case Insert(row):
+                self._insert(row)
+            case Put(row):
+                self._set(row)
+            case RedeemNonce(row):
+                return self._redeem(row)
+            case SweepNonces(redeemed_until, limit):
+                return self._sweep(redeemed_until, limit)
+            case ReadHorizon():
+                return self.horizon
+            case RaiseHorizon(to):
+                self.horizon = max(self.horizon, to)
+            case ReadVm(vm):
+                return _first(self._where(VmRow, lambda row: row.vm == vm))
+            case CountClaims(pin):
+                return len(self._where(VmRow, lambda row: row.pin == pin))
+            case FindBoot(digest):
+                return _first(self._where(BootRow, lambda row: row.token_digest == digest))
+            case SpendToken(boot_id, at, body_digest):
+                unspent = self._where(BootRow, lambda row: row.boot_id == boot_id and row.spent_at is None)
+                for boot in unspent:
+                    self._set(evolve(boot, spent_at=at, body_digest=body_digest))
+                return bool(unspent)
+            case VoidTokens(vm, at):
+                for boot in self._where(BootRow, lambda row: vm in (None, row.vm) and row.voided_at is None):
+                    self._set(evolve(boot, voided_at=at))
+            case ReadBootVolumes(boot_id):
+                given = self._where(BootVolumeRow, lambda row: row.boot_id == boot_id)
+                return tuple(sorted(given, key=lambda row: row.position))
+            case ReadGenerations(vm):
+                return self._where(GenerationRow, lambda row: row.vm == vm)
+            case UpdateGeneration(row):
+                self._update(row)
+            case ReadVolumes(vm):
+                return self._where(VolumeRow, lambda row: row.vm == vm)
+            case CountRefusals(pin, since):
+                verdicts = self._where(AttestationRow, lambda row: row.pin == pin and row.created_at >= since)
+                return sum(row.code is not None for row in verdicts)
+            case Scan(kind):
+                return self._where(kind, lambda _: True)
+            case _:
+                raise TypeError(f"{type(op).__name__} is not a row operation")
+        return None
+
+    def _insert(self, row: Row) -> None:
+        rows = self.rows[type(row)]
+        key = key_of(row) or (len(rows),)
+        if key in rows:
+            raise StoreError(f"a {row.TABLE} row with this key is there already")
+        match row:
+            case BootRow() if self._where(BootRow, lambda other: other.token_digest == row.token_digest):
+                raise StoreError("two boots would have the same token")
+            case BootVolumeRow() if (row.boot_id,) not in self.rows[BootRow]:
+                raise StoreError("a boot_volume row would be of no boot")
+            case GenerationRow():
+                self._check_states(row)
+            case _:
+                pass
+        rows[key] = row
+
+    def _redeem(self, row: NonceRow) -> bool:
+        if key_of(row) in self.rows[NonceRow]:
+            return False
+        self._set(row)
+        return True
+
+    def _sweep(self, redeemed_until: int, limit: int) -> tuple[NonceRow, ...]:
+        old = self._where(NonceRow, lambda row: row.redeemed_at <= redeemed_until)
+        swept = sorted(old, key=lambda row: row.redeemed_at)[:limit]
+        for row in swept:
+            del self.rows[NonceRow][key_of(row)]
+        return tuple(sorted(swept, key=key_of))
+
+    def _update(self, row: GenerationRow) -> None:
+        kept = _first(self._where(GenerationRow, lambda other: key_of(other) == key_of(row)))
+        if kept is None:
+            return
+        self._check_states(row)
+        self._set(evolve(row, sealed=kept.sealed, kek_id=kept.kek_id, wrapped_key=kept.wrapped_key))
+
+    def _check_states(self, new: GenerationRow) -> None:
+        """The unique indexes of the ``generation`` table."""
+        if new.state not in ("active", "candidate"):
+            return
+        of_volume = self._where(GenerationRow, lambda row: (row.vm, row.volume) == (new.vm, new.volume))
+        if any(row.state == new.state and row.generation != new.generation for row in of_volume):
+            raise StoreError(f"a volume would have two keys in state {new.state}")
+
+    def _set(self, row: Row) -> None:
+        self.rows[type(row)][key_of(row)] = row
+
+    def _where(self, kind: type[R], holds: Callable[[R], bool]) -> tuple[R, ...]:
+        rows = cast("Iterable[R]", self.rows[kind].values())
+        return tuple(sorted(filter(holds, rows), key=key_of))
+
+
+class MemoryStore:
+    """A store in memory; see `chutes_proto.store.run.Store` for what `transact` guarantees."""
+
+    def __init__(self) -> None:
+        self._tables = Tables()
+        self._busy = False
+
+    def transact(self, unit: Unit[T]) -> T:
+        """Run ``unit``. Raises what its script raises, and `LocalProtocolError` where another one is running."""
+        if self._busy:
+            raise LocalProtocolError("a memory store runs one transaction at a time")
+        self._busy = True
+        try:
+            tables = self._tables.copy()
+            result = run_script(unit.script(), tables.perform)
+        finally:
+            self._busy = False
+        self._tables = tables
+        return result
+
+
+def _first(rows: tuple[R, ...]) -> R | None:
+    return rows[0] if rows else None

@@ -1,0 +1,372 @@
+"""The rows as SQL text: one schema and one set of statements for two dialects, without a connection.
+
+Rules kept here:
+
+* statements are written with ``?``; `placeholders` turns them into what a driver wants, and no statement has a ``?`` or
+  a ``%`` for anything else;
+* every value is a parameter; table and column names come from the row classes alone;
+* types are what both dialects have: TEXT, BIGINT, BOOLEAN and bytes; no TEXT is compared but for equality, because
+  collations differ, so order is made here;
+* `SCHEMA_VERSION` changes with every change of `SCHEMA`, and stands in the ``fact`` table.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator, Sequence
+from typing import Any, Final, Literal, TypeAlias, Union, get_args, get_origin
+
+import attrs
+
+from chutes_proto.store.rows import (
+    ROWS,
+    BootRow,
+    BootVolumeRow,
+    CountClaims,
+    CountRefusals,
+    FindBoot,
+    GenerationRow,
+    Insert,
+    NonceRow,
+    Pin,
+    Put,
+    RaiseHorizon,
+    ReadBootVolumes,
+    ReadGenerations,
+    ReadHorizon,
+    ReadVm,
+    ReadVolumes,
+    RedeemNonce,
+    Row,
+    Scan,
+    SpendToken,
+    StoreOp,
+    SweepNonces,
+    UpdateGeneration,
+    Vm,
+    VmRow,
+    VoidTokens,
+    VolumeRow,
+)
+
+Dialect: TypeAlias = Literal["sqlite", "postgresql"]
+Values: TypeAlias = tuple[Any, ...]
+
+SCHEMA_VERSION: Final = 1
+
+SCHEMA: Final = """
+CREATE TABLE fact (
+  name TEXT PRIMARY KEY,
+  value BIGINT NOT NULL
+);
+CREATE TABLE nonce (
+  value {bytes} PRIMARY KEY,
+  purpose TEXT NOT NULL,
+  issued_at BIGINT NOT NULL,
+  redeemed_at BIGINT NOT NULL
+);
+CREATE INDEX nonce_redeemed ON nonce (redeemed_at);
+CREATE TABLE vm (
+  hotkey TEXT NOT NULL,
+  vm TEXT NOT NULL,
+  platform_kind TEXT NOT NULL CHECK (platform_kind IN ('instance', 'ppid')),
+  platform_id {bytes} NOT NULL,
+  instance_id {bytes},
+  ppid {bytes} NOT NULL,
+  proven BOOLEAN NOT NULL,
+  exchange TEXT NOT NULL CHECK (exchange IN ('base', 'two-phase')),
+  created_at BIGINT NOT NULL,
+  last_boot_at BIGINT NOT NULL,
+  PRIMARY KEY (hotkey, vm)
+);
+CREATE INDEX vm_platform ON vm (platform_kind, platform_id);
+CREATE TABLE boot (
+  boot_id TEXT PRIMARY KEY,
+  hotkey TEXT NOT NULL,
+  vm TEXT NOT NULL,
+  platform_kind TEXT NOT NULL CHECK (platform_kind IN ('instance', 'ppid')),
+  platform_id {bytes} NOT NULL,
+  certificate {bytes} NOT NULL,
+  profile_name TEXT NOT NULL,
+  profile_version TEXT NOT NULL,
+  exchange TEXT NOT NULL CHECK (exchange IN ('base', 'two-phase')),
+  quote_digest {bytes} NOT NULL,
+  token_digest {bytes} NOT NULL UNIQUE,
+  token_expires_at BIGINT NOT NULL,
+  token_needs_certificate BOOLEAN NOT NULL,
+  peer_address TEXT NOT NULL,
+  created_at BIGINT NOT NULL,
+  spent_at BIGINT,
+  body_digest {bytes},
+  voided_at BIGINT,
+  CHECK ((spent_at IS NULL) = (body_digest IS NULL))
+);
+CREATE INDEX boot_vm ON boot (hotkey, vm);
+CREATE TABLE boot_volume (
+  boot_id TEXT NOT NULL REFERENCES boot (boot_id),
+  volume TEXT NOT NULL,
+  position BIGINT NOT NULL,
+  current_generation BIGINT,
+  next_generation BIGINT,
+  in_use BOOLEAN NOT NULL,
+  PRIMARY KEY (boot_id, volume)
+);
+CREATE TABLE generation (
+  hotkey TEXT NOT NULL,
+  vm TEXT NOT NULL,
+  volume TEXT NOT NULL,
+  generation BIGINT NOT NULL CHECK (generation > 0),
+  state TEXT NOT NULL CHECK (state IN ('active', 'candidate', 'retired', 'purged')),
+  sealed {bytes},
+  kek_id TEXT,
+  wrapped_key {bytes},
+  provisional BOOLEAN NOT NULL,
+  created_at BIGINT NOT NULL,
+  origin TEXT NOT NULL,
+  delivered_at BIGINT,
+  retired_at BIGINT,
+  retirement TEXT
+    CHECK (retirement IN ('rekey', 'prune', 'relisted', 'takeover', 'dropped', 'superseded')),
+  PRIMARY KEY (hotkey, vm, volume, generation),
+  CHECK ((state = 'purged') = (sealed IS NULL)),
+  CHECK ((sealed IS NULL) = (wrapped_key IS NULL) AND (sealed IS NULL) = (kek_id IS NULL)),
+  CHECK (state = 'purged' OR (state = 'retired') = (retired_at IS NOT NULL)),
+  CHECK ((retired_at IS NULL) = (retirement IS NULL))
+);
+CREATE UNIQUE INDEX generation_active ON generation (hotkey, vm, volume) WHERE state = 'active';
+CREATE UNIQUE INDEX generation_candidate ON generation (hotkey, vm, volume) WHERE state = 'candidate';
+CREATE TABLE volume (
+  hotkey TEXT NOT NULL,
+  vm TEXT NOT NULL,
+  volume TEXT NOT NULL,
+  in_use BOOLEAN NOT NULL,
+  format_allowed BOOLEAN NOT NULL,
+  PRIMARY KEY (hotkey, vm, volume)
+);
+CREATE TABLE attestation (
+  attestation_id TEXT PRIMARY KEY,
+  stage TEXT NOT NULL CHECK (stage IN ('boot', 'runtime')),
+  hotkey TEXT NOT NULL,
+  vm TEXT NOT NULL,
+  platform_kind TEXT NOT NULL CHECK (platform_kind IN ('instance', 'ppid')),
+  platform_id {bytes} NOT NULL,
+  code TEXT,
+  reason TEXT NOT NULL,
+  profile_name TEXT,
+  profile_version TEXT,
+  quote_digest {bytes} NOT NULL,
+  peer_address TEXT NOT NULL,
+  created_at BIGINT NOT NULL
+);
+CREATE INDEX attestation_platform ON attestation (platform_kind, platform_id, created_at);
+CREATE TABLE audit (
+  id {serial} PRIMARY KEY,
+  at BIGINT NOT NULL,
+  actor TEXT NOT NULL CHECK (actor IN ('vm', 'operator')),
+  event TEXT NOT NULL,
+  decision TEXT NOT NULL CHECK (decision IN ('granted', 'refused', 'replayed', 'done')),
+  reason TEXT NOT NULL,
+  hotkey TEXT,
+  vm TEXT,
+  boot_id TEXT,
+  request_id TEXT,
+  platform_kind TEXT,
+  platform_id {bytes},
+  profile TEXT,
+  quote_digest {bytes},
+  keys TEXT NOT NULL,
+  peer_address TEXT NOT NULL
+);
+INSERT INTO fact (name, value) VALUES ('nonce_horizon', 0);
+INSERT INTO fact (name, value) VALUES ('schema_version', {version});
+"""
+
+READ_VERSION: Final = "SELECT value FROM fact WHERE name = 'schema_version'"
+
+_TYPES: Final[dict[Dialect, dict[str, str]]] = {
+    "sqlite": {"bytes": "BLOB", "serial": "INTEGER"},
+    "postgresql": {"bytes": "BYTEA", "serial": "BIGINT GENERATED ALWAYS AS IDENTITY"},
+}
+
+
+def schema(dialect: Dialect) -> Iterator[str]:
+    """The statements that make an empty database ours, one at a time."""
+    text = SCHEMA.format(version=SCHEMA_VERSION, **_TYPES[dialect])
+    return (statement for part in text.split(";") if (statement := part.strip()))
+
+
+def placeholders(statement: str, dialect: Dialect) -> str:
+    """``statement`` with the parameter marks of the dialect's driver."""
+    return statement if dialect == "sqlite" else statement.replace("?", "%s")
+
+
+# --- rows and columns ---
+
+
+def _type_of(attribute: attrs.Attribute[Any]) -> Any:
+    """The type of a field, without its ``None``."""
+    kind: Any = attribute.type
+    if get_origin(kind) in (Union, types.UnionType):
+        (kind,) = (member for member in get_args(kind) if member is not types.NoneType)
+    return kind
+
+
+_COLUMNS_OF: Final[dict[Any, tuple[str, ...]]] = {Vm: ("hotkey", "vm"), Pin: ("platform_kind", "platform_id")}
+
+
+def columns(kind: type[Row]) -> tuple[str, ...]:
+    """The names of a row's columns, in the order of its values."""
+    fields = attrs.fields(kind)
+    return tuple(name for field in fields for name in _COLUMNS_OF.get(_type_of(field), (field.name,)))
+
+
+def encode(row: Row) -> Values:
+    """The values of a row, one for each column."""
+    return tuple(value for field in attrs.fields(type(row)) for value in _flat(field, getattr(row, field.name)))
+
+
+def _flat(field: attrs.Attribute[Any], value: Any) -> Values:
+    names = _COLUMNS_OF.get(_type_of(field))
+    if names is None:
+        return (value,)
+    return (None,) * len(names) if value is None else attrs.astuple(value)
+
+
+def decode_row(kind: type[Any], values: Sequence[Any]) -> Any:
+    """The row of ``kind`` that has these values; drivers without a boolean type give 0 and 1."""
+    left = iter(values)
+    return kind(*(_read(_type_of(field), left) for field in attrs.fields(kind)))
+
+
+def _read(kind: Any, left: Iterator[Any]) -> Any:
+    if kind in _COLUMNS_OF:
+        parts = [next(left) for _ in _COLUMNS_OF[kind]]
+        return None if parts[0] is None else kind(*parts)
+    value = next(left)
+    return bool(value) if kind is bool else value
+
+
+# --- statements ---
+
+
+def _select(kind: type[Row], where: str) -> str:
+    return f"SELECT {', '.join(columns(kind))} FROM {kind.TABLE} {where}"  # noqa: S608 - names of ours
+
+
+def _insert(kind: type[Row]) -> str:
+    names = columns(kind)
+    return f"INSERT INTO {kind.TABLE} ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})"  # noqa: S608
+
+
+def _put(kind: type[Row]) -> str:
+    changes = ", ".join(f"{name} = excluded.{name}" for name in columns(kind) if name not in kind.KEY)
+    return f"{_insert(kind)} ON CONFLICT ({', '.join(kind.KEY)}) DO UPDATE SET {changes}"
+
+
+_INSERTS: Final = {kind: _insert(kind) for kind in ROWS}
+_PUTS: Final = {kind: _put(kind) for kind in (VmRow, VolumeRow)}
+_SCANS: Final = {kind: _select(kind, "" if kind.KEY else "ORDER BY id") for kind in ROWS}
+_REDEEM = f"{_insert(NonceRow)} ON CONFLICT (value) DO NOTHING RETURNING value"
+_SWEEP = (
+    "DELETE FROM nonce"
+    " WHERE value IN (SELECT value FROM nonce WHERE redeemed_at <= ? ORDER BY redeemed_at LIMIT ?)"
+    " RETURNING value, purpose, issued_at, redeemed_at"
+)
+_READ_HORIZON = "SELECT value FROM fact WHERE name = 'nonce_horizon'"
+_RAISE_HORIZON = "UPDATE fact SET value = ? WHERE name = 'nonce_horizon' AND value < ?"
+_READ_VM = _select(VmRow, "WHERE hotkey = ? AND vm = ?")
+_COUNT_CLAIMS = "SELECT count(*) FROM vm WHERE platform_kind = ? AND platform_id = ?"
+_FIND_BOOT = _select(BootRow, "WHERE token_digest = ?")
+_SPEND = "UPDATE boot SET spent_at = ?, body_digest = ? WHERE boot_id = ? AND spent_at IS NULL RETURNING boot_id"
+_VOID_ALL = "UPDATE boot SET voided_at = ? WHERE voided_at IS NULL"
+_VOID = f"{_VOID_ALL} AND hotkey = ? AND vm = ?"
+_READ_BOOT_VOLUMES = _select(BootVolumeRow, "WHERE boot_id = ? ORDER BY position")
+_READ_GENERATIONS = _select(GenerationRow, "WHERE hotkey = ? AND vm = ?")
+_UPDATE_GENERATION = (
+    "UPDATE generation SET state = ?, provisional = ?, delivered_at = ?, retired_at = ?, retirement = ?"
+    " WHERE hotkey = ? AND vm = ? AND volume = ? AND generation = ?"
+)
+_READ_VOLUMES = _select(VolumeRow, "WHERE hotkey = ? AND vm = ?")
+_COUNT_REFUSALS = (
+    "SELECT count(*) FROM attestation"
+    " WHERE platform_kind = ? AND platform_id = ? AND code IS NOT NULL AND created_at >= ?"
+)
+
+
+def statement(op: StoreOp[Any]) -> tuple[str, Values]:
+    """The statement of an operation and its parameters."""
+    match op:
+        case Insert(row):
+            return _INSERTS[type(row)], encode(row)
+        case Put(row):
+            return _PUTS[type(row)], encode(row)
+        case RedeemNonce(row):
+            return _REDEEM, encode(row)
+        case SweepNonces(redeemed_until, limit):
+            return _SWEEP, (redeemed_until, limit)
+        case ReadHorizon():
+            return _READ_HORIZON, ()
+        case RaiseHorizon(to):
+            return _RAISE_HORIZON, (to, to)
+        case ReadVm(vm):
+            return _READ_VM, attrs.astuple(vm)
+        case CountClaims(pin):
+            return _COUNT_CLAIMS, attrs.astuple(pin)
+        case FindBoot(digest):
+            return _FIND_BOOT, (digest,)
+        case SpendToken(boot_id, at, body_digest):
+            return _SPEND, (at, body_digest, boot_id)
+        case VoidTokens(None, at):
+            return _VOID_ALL, (at,)
+        case VoidTokens(Vm() as vm, at):
+            return _VOID, (at, *attrs.astuple(vm))
+        case ReadBootVolumes(boot_id):
+            return _READ_BOOT_VOLUMES, (boot_id,)
+        case ReadGenerations(vm):
+            return _READ_GENERATIONS, attrs.astuple(vm)
+        case UpdateGeneration(row):
+            state = (row.state, row.provisional, row.delivered_at, row.retired_at, row.retirement)
+            return _UPDATE_GENERATION, (*state, *attrs.astuple(row.vm), row.volume, row.generation)
+        case ReadVolumes(vm):
+            return _READ_VOLUMES, attrs.astuple(vm)
+        case CountRefusals(pin, since):
+            return _COUNT_REFUSALS, (*attrs.astuple(pin), since)
+        case Scan(kind):
+            return _SCANS[kind], ()
+        case _:
+            raise TypeError(f"{type(op).__name__} is not a row operation")
+
+
+def decode(op: StoreOp[Any], rows: Sequence[Sequence[Any]]) -> Any:
+    """The reply to an operation, from what its statement returned (nothing, for one that returns no rows)."""
+    match op:
+        case ReadVm():
+            return decode_row(VmRow, rows[0]) if rows else None
+        case FindBoot():
+            return decode_row(BootRow, rows[0]) if rows else None
+        case RedeemNonce() | SpendToken():
+            return bool(rows)
+        case SweepNonces():
+            return _sorted(NonceRow, rows)
+        case ReadHorizon() | CountClaims() | CountRefusals():
+            return rows[0][0]
+        case ReadBootVolumes():
+            return tuple(decode_row(BootVolumeRow, values) for values in rows)
+        case ReadGenerations():
+            return _sorted(GenerationRow, rows)
+        case ReadVolumes():
+            return _sorted(VolumeRow, rows)
+        case Scan(kind):
+            return _sorted(kind, rows)
+        case _:
+            return None
+
+
+def key_of(row: Row) -> Values:
+    """The values of a row's primary key."""
+    values = dict(zip(columns(type(row)), encode(row), strict=True))
+    return tuple(values[name] for name in row.KEY)
+
+
+def _sorted(kind: type[Row], rows: Sequence[Sequence[Any]]) -> tuple[Any, ...]:
+    return tuple(sorted((decode_row(kind, values) for values in rows), key=key_of))

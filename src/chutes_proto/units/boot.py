@@ -1,0 +1,318 @@
+"""The transaction of a boot: claim, nonce, root passphrase, boot token and records, all or nothing.
+
+Rules kept here:
+
+* what is checked and what is written is one transaction; a refusal, or a key that cannot be opened, spends nothing;
+* a nonce is redeemed once. Redemptions are forgotten after a day, and then no nonce of that age is redeemed at all;
+* a VM's name belongs to the platform that booted it first. Only a hotkey that proves itself takes a name over that was
+  never proven, and gets none of the keys that were made under it;
+* a root passphrase is made once per VM and is the same at every boot.
+
+The order in which the server checks before it comes here is in ``server/boot.py``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from attrs import evolve, frozen
+
+from chutes_proto.codes import Code
+from chutes_proto.errors import Refused
+from chutes_proto.keys import generations
+from chutes_proto.store.rows import (
+    AttestationRow,
+    AuditRow,
+    BootRow,
+    CountClaims,
+    CountRefusals,
+    Exchange,
+    Insert,
+    NonceRow,
+    Platform,
+    Put,
+    RaiseHorizon,
+    ReadGenerations,
+    ReadHorizon,
+    ReadVm,
+    ReadVolumes,
+    RedeemNonce,
+    SweepNonces,
+    Vm,
+    VmRow,
+    VoidTokens,
+)
+from chutes_proto.store.run import Unit
+from chutes_proto.units.keys import Keeper, by_volume
+
+if TYPE_CHECKING:
+    from chutes_proto.keys.vault import FreshKey, Vault
+    from chutes_proto.secret import Secret
+    from chutes_proto.store.run import Script
+
+NONCE_KEPT_SECONDS = 86_400
+NONCES_SWEPT = 100
+REFUSALS_PER_DAY = 100
+DAY = 86_400
+
+
+@frozen
+class BootGrant:
+    """What a boot was granted; ``root`` is None where the measurement profile has the image's own passphrase."""
+
+    boot_id: str
+    root: Secret | None
+
+
+@frozen
+class GrantBoot(Unit[BootGrant]):
+    """Grant a boot whose evidence holds: check and take the claim, redeem the nonce, read or make the root passphrase.
+
+    ``nonce`` is 32 bytes whose tag, age and purpose hold; ``certificate`` the SHA-256 of the attested key's
+    SubjectPublicKeyInfo; ``hotkey_proven`` says that the request carried the hotkey's signature and that it holds;
+    ``root`` is the entropy for a root passphrase, None where the VM gets the image's; ``token_digest`` is what is kept
+    of the token: of the boot token, or with ``exchange="two-phase"`` of the quote nonce.
+
+    Raises `Refused` (``platform_mismatch``, ``exchange_downgrade``, ``nonce_invalid``), and `KeyUnavailable` or
+    `SealBroken` if the root passphrase is there and does not open.
+    """
+
+    now: int
+    boot_id: str
+    nonce: bytes
+    nonce_purpose: str
+    nonce_issued_at: int
+    vm: Vm
+    platform: Platform
+    hotkey_proven: bool
+    certificate: bytes
+    profile_name: str
+    profile_version: str
+    exchange: Exchange
+    token_needs_certificate: bool
+    token_digest: bytes
+    quote_digest: bytes
+    peer_address: str
+    vault: Vault
+    root: FreshKey | None = None
+    token_seconds: int = 600
+    platform_binding: Literal["pin", "off"] = "pin"
+    exchange_downgrade: Literal["refuse", "allow"] = "refuse"
+    claims_per_platform: int = 64
+
+    def script(self) -> Script[BootGrant]:
+        """Claim, nonce, root passphrase, boot, records."""
+        keeper = Keeper(self.vm, self.vault, self.now, self.boot_id)
+        how = yield from self._claim(keeper)
+        yield from self._redeem_nonce()
+        root = None
+        if self.root is not None:
+            rows = by_volume((yield from ReadGenerations(self.vm)))
+            supply = generations.fetch(rows[generations.ROOT_VOLUME], keeper.sealer(generations.ROOT_VOLUME, self.root))
+            root = yield from keeper.supply(supply)
+        yield from Insert(
+            BootRow(
+                boot_id=self.boot_id,
+                vm=self.vm,
+                pin=self.platform.pin,
+                certificate=self.certificate,
+                profile_name=self.profile_name,
+                profile_version=self.profile_version,
+                exchange=self.exchange,
+                quote_digest=self.quote_digest,
+                token_digest=self.token_digest,
+                token_expires_at=self.now + self.token_seconds,
+                token_needs_certificate=self.token_needs_certificate,
+                peer_address=self.peer_address,
+                created_at=self.now,
+            )
+        )
+        yield from Insert(
+            AttestationRow(
+                attestation_id=self.boot_id,
+                stage="boot",
+                vm=self.vm,
+                pin=self.platform.pin,
+                code=None,
+                reason=how,
+                profile_name=self.profile_name,
+                profile_version=self.profile_version,
+                quote_digest=self.quote_digest,
+                peer_address=self.peer_address,
+                created_at=self.now,
+            )
+        )
+        yield from Insert(
+            AuditRow(
+                at=self.now,
+                actor="vm",
+                event="boot",
+                decision="granted",
+                reason=how,
+                vm=self.vm,
+                boot_id=self.boot_id,
+                request_id=self.boot_id,
+                pin=self.platform.pin,
+                profile=f"{self.profile_name} {self.profile_version}",
+                quote_digest=self.quote_digest,
+                keys=keeper.told,
+                peer_address=self.peer_address,
+            )
+        )
+        return BootGrant(self.boot_id, root)
+
+    def _claim(self, keeper: Keeper) -> Script[str]:
+        """Check the claim and take it; the reply says in words on what ground the boot has the name."""
+        claim = yield from ReadVm(self.vm)
+        pin = self.platform.pin
+        if claim is None:
+            ground = yield from self._new_claim()
+            claim = self._claim_of_mine()
+        elif claim.pin == pin:
+            ground = "bound to this platform"
+            claim = evolve(
+                claim,
+                instance_id=self.platform.instance_id,
+                ppid=self.platform.ppid,
+                proven=claim.proven or self.hotkey_proven,
+            )
+        elif self.platform_binding == "off":
+            # The claim stays with who made it, so that switching the binding on hands no name to a later comer.
+            ground = f"bound to {claim.pin}, which is not enforced"
+        elif self.hotkey_proven and not claim.proven:
+            yield from self._check_room()
+            yield from self._disown(keeper)
+            ground = f"taken over from {claim.pin}, which never proved the hotkey; with new keys"
+            claim = self._claim_of_mine()
+        else:
+            proven = "a proven claim" if claim.proven else "a claim"
+            raise self._taken(f"{proven} binds it to {claim.pin}, and this boot comes from {pin}")
+        if claim.exchange == "two-phase" and self.exchange == "base" and self.exchange_downgrade == "refuse":
+            raise Refused(
+                Code.EXCHANGE_DOWNGRADE,
+                "This VM was served the two-phase exchange and gets no boot token again.",
+                reason=f"profile {self.profile_name!r} has exchange 'base', and {self.vm.name!r} was served two-phase",
+            )
+        exchange: Exchange = "two-phase" if "two-phase" in (claim.exchange, self.exchange) else "base"
+        yield from Put(evolve(claim, exchange=exchange, last_boot_at=self.now))
+        return ground
+
+    def _claim_of_mine(self) -> VmRow:
+        return VmRow(
+            vm=self.vm,
+            pin=self.platform.pin,
+            instance_id=self.platform.instance_id,
+            ppid=self.platform.ppid,
+            proven=self.hotkey_proven,
+            exchange=self.exchange,
+            created_at=self.now,
+            last_boot_at=self.now,
+        )
+
+    def _new_claim(self) -> Script[str]:
+        held = generations.holds_keys((yield from ReadGenerations(self.vm)))
+        if held and self.platform_binding == "pin" and not self.hotkey_proven:
+            raise self._taken("it holds keys and is bound to no platform; a hotkey signature or the operator opens it")
+        yield from self._check_room()
+        return "first claim, of a name that holds keys" if held else "first claim"
+
+    def _check_room(self) -> Script[None]:
+        claims = yield from CountClaims(self.platform.pin)
+        if claims >= self.claims_per_platform:
+            raise Refused(
+                Code.PLATFORM_MISMATCH,
+                "This platform holds as many VM names as it may.",
+                reason=f"{self.platform.pin} holds {claims} names, claims_per_platform is {self.claims_per_platform}",
+            )
+
+    def _disown(self, keeper: Keeper) -> Script[None]:
+        """Nothing of the name's former holder reaches the new one, nor the other way round."""
+        for rows in by_volume((yield from ReadGenerations(self.vm))).values():
+            yield from keeper.retire(generations.disown(rows, self.now))
+        for volume in (yield from ReadVolumes(self.vm)):
+            yield from Put(evolve(volume, in_use=False, format_allowed=False))
+        yield from VoidTokens(self.vm, self.now)
+
+    def _taken(self, why: str) -> Refused:
+        return Refused(
+            Code.PLATFORM_MISMATCH,
+            "This VM name is bound to another platform.",
+            reason=f"{self.vm.name!r} of {self.vm.hotkey}: {why}",
+        )
+
+    def _redeem_nonce(self) -> Script[None]:
+        horizon = yield from ReadHorizon()
+        if self.nonce_issued_at <= horizon:
+            raise _invalid_nonce(f"issued at {self.nonce_issued_at}, and the horizon is {horizon}")
+        row = NonceRow(self.nonce, self.nonce_purpose, self.nonce_issued_at, self.now)
+        if not (yield from RedeemNonce(row)):
+            raise _invalid_nonce("redeemed before")
+        swept = yield from SweepNonces(self.now - NONCE_KEPT_SECONDS, NONCES_SWEPT)
+        if swept:
+            yield from RaiseHorizon(max(row.issued_at for row in swept))
+
+
+@frozen
+class RecordRefusal(Unit[bool]):
+    """Keep a refusal of a quote whose DCAP verification held; returns whether it was recorded.
+
+    At most ``per_day`` are kept of one platform in one day (UTC). What the peer chose freely is kept as legible text of
+    bounded length.
+    """
+
+    now: int
+    request_id: str
+    vm: Vm
+    platform: Platform
+    code: str
+    reason: str
+    quote_digest: bytes
+    peer_address: str
+    per_day: int = REFUSALS_PER_DAY
+
+    def script(self) -> Script[bool]:
+        """Count, then write the verdict and its audit row."""
+        pin = self.platform.pin
+        if (yield from CountRefusals(pin, self.now - self.now % DAY)) >= self.per_day:
+            return False
+        vm = Vm(_legible(self.vm.hotkey, 64), _legible(self.vm.name, 128))
+        reason = _legible(self.reason, 2000)
+        yield from Insert(
+            AttestationRow(
+                attestation_id=self.request_id,
+                stage="boot",
+                vm=vm,
+                pin=pin,
+                code=self.code,
+                reason=reason,
+                profile_name=None,
+                profile_version=None,
+                quote_digest=self.quote_digest,
+                peer_address=self.peer_address,
+                created_at=self.now,
+            )
+        )
+        yield from Insert(
+            AuditRow(
+                at=self.now,
+                actor="vm",
+                event="boot",
+                decision="refused",
+                reason=f"{self.code}: {reason}",
+                vm=vm,
+                request_id=self.request_id,
+                pin=pin,
+                quote_digest=self.quote_digest,
+                peer_address=self.peer_address,
+            )
+        )
+        return True
+
+
+def _invalid_nonce(why: str) -> Refused:
+    return Refused(Code.NONCE_INVALID, "Invalid nonce supplied", reason=f"nonce {why}")
+
+
+def _legible(text: str, limit: int) -> str:
+    """``text`` as any store takes it: no control characters, no lone surrogates, not longer than ``limit``."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text[:limit])
