@@ -2,6 +2,8 @@
 
 import base64
 import hashlib
+from typing import Any
+
 import pytest
 from attrs import evolve
 from cryptography.x509 import load_pem_x509_certificate
@@ -109,8 +111,15 @@ ORDER = [
     ("used nonce", 401, Code.NONCE_INVALID, "Invalid nonce supplied"),
 ]
 PLATFORM_FAULTS = {
-    "version", "report_data_nonce", "report_data_key", "pck_expired", "quote_signature", "tcb_out_of_date", "debug", "rtmr1",
-}  # fmt: skip
+    "version",
+    "report_data_nonce",
+    "report_data_key",
+    "pck_expired",
+    "quote_signature",
+    "tcb_out_of_date",
+    "debug",
+    "rtmr1",
+}
 
 
 @pytest.mark.parametrize("first", range(len(ORDER)), ids=[row[0] for row in ORDER])

@@ -1,10 +1,16 @@
-"""A key server in a test's hand: the real app, store, verifier and platform, with a clock and a random source that it owns."""
+"""A key server in a test's hand: the real app, store, verifier and platform; clock and random source are the test's."""
 
 import hashlib
 from collections.abc import Callable
 from typing import Any
 
 from attrs import define, evolve, field
+from chutes_proto.quote.collateral import Collateral
+from chutes_proto.quote.measurements import Profile
+from chutes_proto.quote.policy import Policy
+from chutes_proto.quote.roots import TrustedRoot
+from chutes_proto.quote.verify import verify_collateral
+from chutes_proto.store.memory import MemoryStore
 
 from chutes_proto.auth.binding import report_data
 from chutes_proto.auth.certificates import spki_sha256
@@ -12,16 +18,10 @@ from chutes_proto.effects import Effect, Entropy, FetchCollateral, Log, Now, Sle
 from chutes_proto.errors import CollateralUnavailable
 from chutes_proto.keys.vault import KeyEncryptionKey, Vault
 from chutes_proto.log import Record
-from chutes_proto.quote.collateral import Collateral
-from chutes_proto.quote.measurements import Profile
-from chutes_proto.quote.policy import Policy
-from chutes_proto.quote.roots import TrustedRoot
-from chutes_proto.quote.verify import verify_collateral
 from chutes_proto.server.app import App
 from chutes_proto.server.nonces import NonceMint
 from chutes_proto.server.profiles import ServedProfile
 from chutes_proto.server.service import Service
-from chutes_proto.store.memory import MemoryStore
 from chutes_proto.store.rows import Row, Scan
 from chutes_proto.store.run import Script, Unit
 from chutes_proto.testing.platform import BOOT_RTMRS, MRTD, RUNTIME_RTMRS, SimulatedPlatform

@@ -2,8 +2,8 @@
 
 Rules kept here:
 
-* whatever happens, the peer gets an answer of the documented shape; a fault of ours is a 503, never a 4xx, because deployed
-  clients power off on a 4xx and try again on a 5xx;
+* whatever happens, the peer gets an answer of the documented shape; a fault of ours is a 503, never a 4xx, because
+  deployed clients power off on a 4xx and try again on a 5xx;
 * the peer hears the refusal's text and code, the operator its reason too, under the same request id;
 * a refused attestation ends its connection.
 """

@@ -2,13 +2,13 @@
 
 The order of checks of operation 2: ``evidence.py`` has steps 1 to 6; then
 
-7. the claim: a known hotkey in canonical form, the signature if there is one or must be one, the VM's name free or bound
-   to this platform;
-8. one transaction: the claim again and taken, the nonce redeemed, the passphrase read or made, the token issued, the record
-   and the audit row written (``units/boot.py``, which also is where step 7 reads the claim).
+7. the claim: a known hotkey in canonical form, the signature if there is one or must be one, the VM's name free or
+   bound to this platform;
+8. one transaction: the claim taken, the nonce redeemed, the passphrase read or made, the token issued, the record and
+   its audit row written (``units/boot.py``; that the name is free is read there too, first).
 
-Until step 8 nothing is spent. A refusal from step 5 on is recorded, capped per platform and day; before that it is a log
-line, held back when there are many, because anyone can cause it.
+Until step 8 nothing is spent. A refusal from step 5 on is recorded, capped per platform and day; before that it is a
+log line, held back when there are many, because anyone can cause it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from chutes_proto.auth.hotkey import Hotkey, HotkeyError
 from chutes_proto.auth.signing import check_body_signature
 from chutes_proto.codes import Code
 from chutes_proto.effects import Entropy, Log, Now, Transact
-from chutes_proto.errors import Refused, StoreError
+from chutes_proto.errors import LocalProtocolError, Refused, StoreError
 from chutes_proto.keys.vault import FreshKey
 from chutes_proto.log import Level, Record
 from chutes_proto.secret import Secret
@@ -84,9 +84,8 @@ def _claim(
     proven = _is_signed(message)
     if proven or profile.require_hotkey_signature:
         check_body_signature(hotkey, message.hotkey, message.nonce, request.body, message.signature)
-    root = None
-    if profile.image_passphrase is None:
-        root = FreshKey.from_entropy((yield from Entropy(FreshKey.SIZE)))
+    image = profile.image_passphrase
+    root = FreshKey.from_entropy((yield from Entropy(FreshKey.SIZE))) if image is None else None
     token = Secret((yield from Entropy(32)).hex().encode("ascii"))
     grant = yield from Transact(
         GrantBoot(
@@ -114,8 +113,6 @@ def _claim(
             vault=service.vault,
         )
     )
-    passphrase = profile.image_passphrase or grant.root
-    assert passphrase is not None
     yield from Log(
         Record(
             Level.INFO,
@@ -127,11 +124,14 @@ def _claim(
                 "hotkey_proven": proven,
                 "profile": measurements.name,
                 "tcb_status": str(evidence.verdict.tcb_status),
-                "platform": platform_of(evidence).pin.hex(),
+                "platform": str(platform_of(evidence).pin),
                 "trust": service.trust,
             },
         )
     )
+    passphrase = image if image is not None else grant.root
+    if passphrase is None:
+        raise LocalProtocolError("a boot with entropy for a root passphrase was granted none")
     return BootAttestationAnswer(key=passphrase, boot_token=token)
 
 

@@ -1,4 +1,4 @@
-"""Is this quote evidence of an approved TD that holds this TLS key? The order of checks stands here, once for every operation.
+"""Is this quote evidence of an approved TD that holds this TLS key? The order of checks stands here, once for all.
 
 1. the nonce: shape, tag, age, binding (`nonces.py`); the client certificate's key;
 2. base64 and the quote's structure;
@@ -7,7 +7,8 @@
 5. TCB status and attributes against the policy;
 6. measurements against the accepted profiles.
 
-Nothing here writes or spends. Texts are those that deployed clients print; what exactly was wrong is the operator's to read.
+Nothing here writes or spends. Texts are those that deployed clients print; what exactly was wrong is the operator's to
+read.
 """
 
 from __future__ import annotations

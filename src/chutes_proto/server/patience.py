@@ -1,7 +1,7 @@
 """How long an operation waits for the store, and from when on it starts nothing new.
 
 Deployed clients give up 30 s after they asked and try these operations only once. So a busy store is waited for, up to
-`PATIENCE`; and no transaction starts later than `LAST_START` after the request came, because its answer would reach nobody.
+`PATIENCE`; and no transaction starts later than `LAST_START` after the request came: its answer would reach nobody.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What the server does for each measurement profile: which root passphrase it serves and what it demands besides.
 
-These keys stand in the profile's table, or in the configuration's ``[profile_defaults]``; none has a default where a wrong
-guess could lose a disk: ``root_passphrase`` must be said.
+These keys stand in the profile's table, or in the configuration's ``[profile_defaults]``; none has a default where a
+wrong guess could lose a disk: ``root_passphrase`` must be said.
 """
 
 from __future__ import annotations

@@ -71,8 +71,9 @@ class Quiet:
 class Service:
     """One key server.
 
-    ``policy`` holds the measurement profiles, ``profiles`` what is served under each, by name. ``trust`` says which root
-    quotes are verified to: it stands in every grant's log line, so that no one runs on a simulated platform unawares.
+    ``policy`` holds the measurement profiles, ``profiles`` what is served under each, by name. ``trust`` says which
+    root quotes are verified to: it stands in every grant's log line, so that no one trusts a simulated platform
+    unawares.
     """
 
     vault: Vault

@@ -1,7 +1,7 @@
 """Operations 3 and 4: the passphrases of a VM's volumes, for the boot token of its last boot.
 
-What needs no rows is checked here, in the order in which deployed clients know the texts; the token and the keys are the
-unit's (``units/volumes.py``), where a token is spent in the same transaction as what it grants.
+What needs no rows is checked here, in the order in which deployed clients know the texts; the token and the keys are
+the unit's (``units/volumes.py``), where a token is spent in the same transaction as what it grants.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from chutes_proto.effects import Flow
+    from chutes_proto.log import Value
     from chutes_proto.server.service import Service
     from chutes_proto.wire.http import HttpRequest
 
@@ -96,7 +97,12 @@ def sync_volumes(
         ),
         request.arrived,
     )
-    fields = {**_who(request_id, vm), "volumes": list(volumes), "rekey": list(rekey), "replayed": keys.replayed}
+    fields: dict[str, Value] = {
+        **_who(request_id, vm),
+        "volumes": list(volumes),
+        "rekey": list(rekey),
+        "replayed": keys.replayed,
+    }
     yield from Log(Record(Level.INFO, "volumes_synced", fields))
     return VolumeSyncAnswer(passphrases=keys.passphrases, in_use=keys.in_use)
 
