@@ -1,6 +1,7 @@
-"""A boot agent without an event loop: the same flows, driven by a loop of function calls.
+"""A boot agent without an event loop: the same flows, driven by function calls; format only by consent.
 
-python examples/boot_agent_sync.py https://keys.example:8443 HOTKEY VM_NAME 'quote-command {report_data}' [ca.pem]
+python examples/boot_agent_sync.py https://keys.example:8443 HOTKEY VM_NAME 'quote-command {report_data}' ca.pem
+    storage=/dev/vdb tdx-cache=/dev/vdc
 """
 
 import os
@@ -18,24 +19,33 @@ from chutes_proto.blocking.tls import client_context
 from chutes_proto.client.flows import BootSettings, boot, sync_volumes
 
 
-def unlock(url, hotkey, vm_name, quoter, ca_pem, volumes, open_disk):
+def unlock(url, hotkey, vm_name, quoter, ca_pem, disks, open_disk):
+    formatted = [volume for volume, device in disks.items() if is_luks(device)]
     identity = make_client_identity(int(time.time()), os.urandom(ENTROPY_SIZE))
     settings = BootSettings(hotkey, vm_name, identity.spki_sha256)
     with httpx.Client(verify=client_context(identity, ca_pem), trust_env=False) as client:
         performer = Performer(send=HttpxSender(client, url), quoter=quoter)
         grant = performer.run(boot(settings))
-        open_disk("root", grant.root_passphrase.reveal())
-        keys = performer.run(sync_volumes(grant, volumes))
-        for volume, passphrase in keys.passphrases.items():
-            open_disk(volume, passphrase.reveal())
+        open_disk("root", grant.root_passphrase.reveal(), is_blank=False)
+        keys = performer.run(sync_volumes(grant, list(disks), formatted=formatted))
+    for volume, passphrase in keys.passphrases.items():
+        is_blank = volume not in formatted
+        if is_blank and volume in keys.in_use:
+            raise SystemExit(f"{volume}: the disk is blank, but the server knows it to hold data; nothing is formatted")
+        open_disk(volume, passphrase.reveal(), is_blank=is_blank)
 
 
-def open_disk(name, passphrase):
-    """Stands for ``cryptsetup open --key-file=- DEVICE NAME`` with the passphrase on its standard input."""
-    print(f"{name}: a passphrase of {len(passphrase)} bytes")
+def is_luks(device):
+    with Path(device).open("rb") as disk:
+        return disk.read(6) == b"LUKS\xba\xbe"
+
+
+def open_disk(volume, passphrase, *, is_blank):
+    """Stands for ``cryptsetup luksFormat`` and ``open`` with the passphrase on standard input (``--key-file=-``)."""
+    print(f"{volume}: {'format and open' if is_blank else 'open'} with a passphrase of {len(passphrase)} bytes")
 
 
 if __name__ == "__main__":
-    url, hotkey, vm_name, command, *ca = sys.argv[1:]
-    ca_pem = Path(ca[0]).read_bytes() if ca else None
-    unlock(url, hotkey, vm_name, CommandQuoter(command), ca_pem, ["storage", "tdx-cache"], open_disk)
+    url, hotkey, vm_name, command, ca, *disks = sys.argv[1:]
+    volumes = dict(disk.split("=", 1) for disk in disks)
+    unlock(url, hotkey, vm_name, CommandQuoter(command), Path(ca).read_bytes(), volumes, open_disk)

@@ -1,6 +1,7 @@
-"""A boot agent on trio: attest, print nothing secret, hand each passphrase to what opens the disk.
+"""A boot agent on trio: attest, hand each passphrase to what opens the disk, format only by consent.
 
-python examples/boot_agent_trio.py https://keys.example:8443 HOTKEY VM_NAME 'quote-command {report_data}' [ca.pem]
+python examples/boot_agent_trio.py https://keys.example:8443 HOTKEY VM_NAME 'quote-command {report_data}' ca.pem
+    storage=/dev/vdb tdx-cache=/dev/vdc
 """
 
 import sys
@@ -12,21 +13,30 @@ from chutes_proto.blocking.quoting import CommandQuoter
 from chutes_proto_trio import BootAgent
 
 
-async def unlock(url, hotkey, vm_name, quoter, ca_pem, volumes, open_disk):
+async def unlock(url, hotkey, vm_name, quoter, ca_pem, disks, open_disk):
+    formatted = [volume for volume, device in disks.items() if is_luks(device)]
     async with BootAgent(url, hotkey=hotkey, vm_name=vm_name, quoter=quoter, ca_pem=ca_pem) as agent:
         grant = await agent.boot()
-        open_disk("root", grant.root_passphrase.reveal())
-        keys = await agent.sync(volumes)
-        for volume, passphrase in keys.passphrases.items():
-            open_disk(volume, passphrase.reveal())
+        open_disk("root", grant.root_passphrase.reveal(), is_blank=False)
+        keys = await agent.sync(list(disks), formatted=formatted)
+    for volume, passphrase in keys.passphrases.items():
+        is_blank = volume not in formatted
+        if is_blank and volume in keys.in_use:
+            raise SystemExit(f"{volume}: the disk is blank, but the server knows it to hold data; nothing is formatted")
+        open_disk(volume, passphrase.reveal(), is_blank=is_blank)
 
 
-def open_disk(name, passphrase):
-    """Stands for ``cryptsetup open --key-file=- DEVICE NAME`` with the passphrase on its standard input."""
-    print(f"{name}: a passphrase of {len(passphrase)} bytes")
+def is_luks(device):
+    with Path(device).open("rb") as disk:
+        return disk.read(6) == b"LUKS\xba\xbe"
+
+
+def open_disk(volume, passphrase, *, is_blank):
+    """Stands for ``cryptsetup luksFormat`` and ``open`` with the passphrase on standard input (``--key-file=-``)."""
+    print(f"{volume}: {'format and open' if is_blank else 'open'} with a passphrase of {len(passphrase)} bytes")
 
 
 if __name__ == "__main__":
-    url, hotkey, vm_name, command, *ca = sys.argv[1:]
-    ca_pem = Path(ca[0]).read_bytes() if ca else None
-    trio.run(unlock, url, hotkey, vm_name, CommandQuoter(command), ca_pem, ["storage", "tdx-cache"], open_disk)
+    url, hotkey, vm_name, command, ca, *disks = sys.argv[1:]
+    volumes = dict(disk.split("=", 1) for disk in disks)
+    trio.run(unlock, url, hotkey, vm_name, CommandQuoter(command), Path(ca).read_bytes(), volumes, open_disk)

@@ -80,10 +80,11 @@ class BootAgent:
         self._grant = await self._performer.run(boot(self._settings))
         return self._grant
 
-    async def sync(
-        self, volumes: Sequence[str], *, rekey: Sequence[str] = (), formatted: Sequence[str] | None = None
-    ) -> VolumeKeys:
-        """The passphrases of the VM's volumes; boots first where there is no grant yet, or where its token has died."""
+    async def sync(self, volumes: Sequence[str], *, formatted: Sequence[str], rekey: Sequence[str] = ()) -> VolumeKeys:
+        """The passphrases of ``volumes``, the whole set; ``formatted`` names those with a LUKS header on their disks.
+
+        Boots first where there is no grant yet, or where its token has died.
+        """
         flow = boot_and_sync(self._settings, volumes, rekey, formatted, grant=self._grant)
         self._grant, keys = await self._performer.run(flow)
         return keys

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from chutes_proto.wire.http import HttpRequest, HttpResponse
 from tests.client import talk
@@ -22,8 +22,9 @@ FINAL_MOODS = (400, 403, 404, 409, 422)
 class ModelServer:
     """One VM's server; every secret it gives away begins with the canary."""
 
-    def __init__(self, moods: Iterator[object]) -> None:
+    def __init__(self, moods: Iterator[object], *, in_use: Sequence[str] = ()) -> None:
         self._moods = moods
+        self._in_use = [*in_use]
         self._count = 0
         self._nonces = set[str]()
         self._tokens = dict[str, bytes | None]()
@@ -67,7 +68,9 @@ class ModelServer:
         if request.method == "GET":
             return talk.answer({"passphrase": f"{CANARY}-{VOLUMES[0]}"})
         self._tokens[token] = request.body
-        return talk.answer({**{name: f"{CANARY}-{name}" for name in json.loads(request.body)["volumes"]}, "in_use": []})
+        return talk.answer(
+            {**{name: f"{CANARY}-{name}" for name in json.loads(request.body)["volumes"]}, "in_use": self._in_use}
+        )
 
     def tokens(self) -> set[str]:
         return {*self._tokens}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import ssl
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +119,8 @@ def test_an_agent_boots_by_itself_when_it_must(
     runner: Runner, credentials: Credentials, identity: ClientIdentity
 ) -> None:
     async def work(agent: Any) -> Any:
-        first = await agent.sync(VOLUMES)
-        other = await agent.sync(["storage"])  # the token is spent: a new boot
+        first = await agent.sync(VOLUMES, formatted=[])
+        other = await agent.sync(["storage"], formatted=[])  # the token is spent: a new boot
         return first, other
 
     records: list[Record] = []
@@ -135,7 +135,7 @@ def test_an_agent_boots_by_itself_when_it_must(
 @both_loops
 def test_bad_moods_are_survived(runner: Runner, credentials: Credentials, identity: ClientIdentity) -> None:
     async def work(agent: Any) -> Any:
-        return await agent.boot(), await agent.sync(VOLUMES)
+        return await agent.boot(), await agent.sync(VOLUMES, formatted=[])
 
     model = ModelServer(iter([503, "well", "garbage", "well", "well", 500, "redirect"]))
     grant, keys = run_agent(runner, work, model, credentials, identity)
@@ -204,23 +204,45 @@ def example(name: str) -> Any:
     return module
 
 
-@pytest.mark.parametrize("name", ["boot_agent_sync", "boot_agent_trio"])
-def test_the_examples(name: str, credentials: Credentials) -> None:
-    opened: list[tuple[str, bytes]] = []
+@pytest.fixture
+def disks(tmp_path: Path) -> dict[str, Path]:
+    """A LUKS header on one, nothing on the other."""
+    found = {name: tmp_path / name for name in VOLUMES}
+    for disk, content in zip(found.values(), (b"LUKS\xba\xbe\0\2", bytes(100)), strict=True):
+        _ = disk.write_bytes(content)
+    return found
 
-    def open_disk(volume: str, passphrase: bytes) -> None:
-        opened.append((volume, passphrase))
 
+def run_example(name: str, credentials: Credentials, model: ModelServer, *arguments: Any) -> None:
     unlock = example(name).unlock
-    with peer(credentials, over_http(ModelServer(iter(())))) as (url, _):
-        arguments: Sequence[Any] = (
-            url,
-            talk.HOTKEY,
-            talk.VM,
-            lambda _: b"quote",
-            credentials.ca_pem,
-            VOLUMES,
-            open_disk,
-        )
-        _ = trio.run(unlock, *arguments) if name.endswith("trio") else unlock(*arguments)
-    assert opened == [(name, f"{CANARY}-{name}".encode()) for name in ("root", *VOLUMES)]
+    with peer(credentials, over_http(model)) as (url, _):
+        everything = (url, talk.HOTKEY, talk.VM, lambda _: b"quote", credentials.ca_pem, *arguments)
+        _ = trio.run(unlock, *everything) if name.endswith("trio") else unlock(*everything)
+
+
+examples = pytest.mark.parametrize("name", ["boot_agent_sync", "boot_agent_trio"])
+
+
+@examples
+def test_the_examples(name: str, credentials: Credentials, disks: dict[str, Path]) -> None:
+    opened: list[tuple[str, bytes, bool]] = []
+
+    def open_disk(volume: str, passphrase: bytes, *, is_blank: bool) -> None:
+        opened.append((volume, passphrase, is_blank))
+
+    run_example(name, credentials, ModelServer(iter(())), disks, open_disk)
+    blank = {"root": False, "storage": False, "tdx-cache": True}
+    assert opened == [(volume, f"{CANARY}-{volume}".encode(), is_blank) for volume, is_blank in blank.items()]
+
+
+@examples
+def test_the_examples_do_not_format_what_is_in_use(name: str, credentials: Credentials, disks: dict[str, Path]) -> None:
+    opened: list[str] = []
+
+    def open_disk(volume: str, passphrase: bytes, *, is_blank: bool) -> None:
+        assert not is_blank
+        opened.append(volume)
+
+    with pytest.raises(SystemExit, match="tdx-cache: the disk is blank"):
+        run_example(name, credentials, ModelServer(iter(()), in_use=VOLUMES), disks, open_disk)
+    assert opened == ["root", "storage"]

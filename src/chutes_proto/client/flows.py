@@ -130,8 +130,10 @@ def sync_volumes(
     """The passphrases of ``volumes``, which is the whole set of the VM's volumes; the server retires all others.
 
     ``rekey`` names those that must get a new passphrase because they are about to be formatted, ``formatted`` those
-    that have a LUKS header (None: nobody looked). Raises as `boot` does; `Refused` with status 401 when the token is
-    gone: a new boot may then begin.
+    that have a LUKS header. With None for ``formatted`` the server takes all that are not in ``rekey`` for formatted,
+    and says of them from then on that they are in use.
+
+    Raises as `boot` does; `Refused` with status 401 when the token is gone: a new boot may then begin.
     """
     sync = _sync_step(volumes, rekey, formatted)
     held: tuple[BootGrant, VolumeKeys] = yield from _reach(Input.KEYS, {State.TOKEN_HELD: sync}, retry, grant)
