@@ -1,0 +1,334 @@
+"""An HTTP/1.1 server connection (RFC 9112) as bytes in, whole requests out; whole answers in, bytes out.
+
+The connection goes through these phases; each has a deadline, and `expire` says what its end means::
+
+    HANDSHAKE ─▶ IDLE ─▶ RECEIVING ─▶ HANDLING ─▶ ANSWERING ─▶ IDLE, or LINGERING ─▶ CLOSED
+
+Rules kept here:
+
+* limits hold before anything is parsed or kept: a head or body that is too large is refused (431, 413), a request that
+  takes too long (408), and what is no request, or one that two parsers could read differently (400). What an error's
+  answer looks like is not known here: the connection is given a function for it;
+* however the peer's bytes are cut, the requests are the same;
+* one request at a time: bytes of the next wait until the answer has been sent;
+* after the last answer the peer is told that there will be no more, and a bounded amount of what it still sends is
+  swallowed: closing at once could destroy the answer on its way (RFC 9112, section 9.6);
+* times are seconds of a clock that never steps, told by the caller at each call.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from enum import Enum, auto
+from typing import Final
+
+from attrs import frozen
+
+from chutes_proto.codes import Code
+from chutes_proto.errors import BadRequest, LocalProtocolError, Refusal, RemoteProtocolError
+from chutes_proto.transport.tls import TlsSession
+from chutes_proto.wire.http import HttpRequest, HttpResponse
+
+try:
+    import h11
+except ImportError:
+    raise LocalProtocolError("serving HTTP needs h11: pip install 'chutes-proto[tls]'") from None
+
+_CLOSE: Final = ("connection", "close")
+
+
+@frozen
+class Limits:
+    """What one peer can make a connection hold and wait for.
+
+    ``request_seconds`` is for a whole request from its first byte, ``idle_seconds`` for the first byte of the next one,
+    ``write_seconds`` for the peer to take an answer, ``linger_…`` for what follows the last answer.
+    """
+
+    head_bytes: int = 16 * 1024
+    body_bytes: int = 64 * 1024
+    handshake_seconds: float = 10.0
+    idle_seconds: float = 30.0
+    request_seconds: float = 30.0
+    write_seconds: float = 30.0
+    linger_seconds: float = 2.0
+    linger_bytes: int = 1024 * 1024
+
+
+DEFAULT_LIMITS: Final = Limits()
+
+
+class _Phase(Enum):
+    HANDSHAKE = auto()
+    IDLE = auto()
+    RECEIVING = auto()
+    HANDLING = auto()
+    ANSWERING = auto()
+    LINGERING = auto()
+    CLOSED = auto()
+
+
+class ServerConnection:
+    """One connection, the server's end of it.
+
+    ``refuse`` makes the answer to what never became a request. Until the connection is `closed`, a binding repeats:
+    take `next_request`, and if there is one, give its answer to `send_response`; send what `data_to_send` gives, or
+    where that is nothing, read some bytes for `receive_data`; and call `expire` when either was not done by the
+    `deadline`. Nothing that the peer does makes a method raise.
+    """
+
+    def __init__(
+        self,
+        refuse: Callable[[Refusal], HttpResponse],
+        now: float,
+        *,
+        tls: TlsSession | None = None,
+        limits: Limits = DEFAULT_LIMITS,
+        peer_address: str = "",
+    ) -> None:
+        self._refusal_answer = refuse
+        self._tls = tls
+        self._limits = limits
+        self._peer_address = peer_address
+        self._seconds: Mapping[_Phase, float] = {
+            _Phase.HANDSHAKE: limits.handshake_seconds,
+            _Phase.IDLE: limits.idle_seconds,
+            _Phase.RECEIVING: limits.request_seconds,
+            _Phase.ANSWERING: limits.write_seconds,
+            _Phase.LINGERING: limits.linger_seconds,
+        }
+        self._h11 = h11.Connection(h11.SERVER, max_incomplete_event_size=limits.head_bytes - 1)
+        self._inbox = bytearray()  # plaintext that h11 has not been given
+        self._outbox = bytearray()
+        self._in_flight = False  # the caller was given bytes to send and has not come back
+        self._head: h11.Request | None = None
+        self._body = bytearray()
+        self._arrived = now
+        self._ready: HttpRequest | None = None
+        self._peer_ended = False
+        self._end_told = False
+        self._draining = False
+        self._last = False  # nothing is answered any more
+        self._swallowed = 0
+        self._close_reason = ""
+        self._enter(_Phase.IDLE if tls is None else _Phase.HANDSHAKE, now)
+
+    @property
+    def closed(self) -> bool:
+        """There is nothing left to do but to close the socket."""
+        return self._phase is _Phase.CLOSED
+
+    @property
+    def close_reason(self) -> str:
+        """Why the connection ends before its time, for the operator; empty while it does not."""
+        return self._close_reason
+
+    @property
+    def deadline(self) -> float:
+        """When to stop waiting for the peer and call `expire`; infinity while it is not the peer that is waited for."""
+        return self._deadline
+
+    def receive_data(self, data: bytes, now: float) -> None:
+        """What the peer sent; ``b""`` when there will be no more."""
+        self._in_flight = False
+        self._peer_ended = self._peer_ended or not data
+        if self._last:
+            self._swallowed += len(data)
+            if self._phase is _Phase.LINGERING and (not data or self._swallowed >= self._limits.linger_bytes):
+                self._enter(_Phase.CLOSED, now)
+            return
+        self._inbox += self._decrypted(data, now)
+        if self._inbox and self._phase is _Phase.IDLE:
+            self._arrive(now)
+
+    def next_request(self, now: float) -> HttpRequest | None:
+        """The next whole request, once; None while there is none, and until the one before has been answered."""
+        self._in_flight = False
+        if self._phase is _Phase.ANSWERING and not self._outbox:
+            self._answered(now)
+        if self._phase in (_Phase.IDLE, _Phase.RECEIVING):
+            try:
+                self._parse(now)
+            except BadRequest as exc:
+                self._refuse(exc, now)
+            except h11.RemoteProtocolError as exc:
+                self._refuse(_not_http(exc), now)
+        request, self._ready = self._ready, None
+        return request
+
+    def send_response(self, response: HttpResponse, now: float) -> None:
+        """The answer to the request that `next_request` gave.
+
+        Raises `LocalProtocolError` if there is none to answer or the answer is none of HTTP's; that changes nothing.
+        """
+        if self._phase is not _Phase.HANDLING or self._ready is not None:
+            raise LocalProtocolError("there is no request to answer")
+        self._answer(response, now, last=self._draining)
+
+    def data_to_send(self) -> bytes:
+        """What to send to the peer now; it is given only once."""
+        data = bytes(self._outbox)
+        self._outbox.clear()
+        self._in_flight = bool(data)
+        return data
+
+    def drain(self) -> None:
+        """Make the next answer the last one."""
+        self._draining = True
+
+    def expire(self, now: float) -> None:
+        """The deadline has passed, whatever was waited for."""
+        if self._phase is _Phase.RECEIVING and not self._in_flight:
+            self._refuse(BadRequest(Code.REQUEST_TIMEOUT, "Request timeout"), now)
+        elif self._phase in (_Phase.HANDSHAKE, _Phase.IDLE) and not self._in_flight:
+            waited_for = "TLS handshake" if self._phase is _Phase.HANDSHAKE else "request"
+            self._finish(f"no {waited_for} in time", now)
+        elif self._phase is not _Phase.HANDLING:
+            # Bytes were to be sent and the peer did not take them, or it was waited for long enough after the last.
+            self._outbox.clear()
+            self._close_reason = self._close_reason or ("the peer does not read" if self._in_flight else "")
+            self._enter(_Phase.CLOSED, now)
+
+    # --- from here on: what the phases do ---
+
+    def _enter(self, phase: _Phase, now: float) -> None:
+        self._phase = phase
+        self._deadline = now + self._seconds.get(phase, math.inf)
+
+    def _arrive(self, now: float) -> None:
+        self._arrived = now
+        self._enter(_Phase.RECEIVING, now)
+
+    def _decrypted(self, data: bytes, now: float) -> bytes:
+        if self._tls is None:
+            return data
+        try:
+            plaintext = self._tls.receive_data(data)
+        except RemoteProtocolError as exc:
+            self._finish(str(exc), now)
+            return b""
+        self._outbox += self._tls.data_to_send()
+        self._peer_ended = self._peer_ended or self._tls.peer_closed
+        if self._phase is _Phase.HANDSHAKE and self._tls.established:
+            self._enter(_Phase.IDLE, now)
+        return plaintext
+
+    def _parse(self, now: float) -> None:
+        while True:
+            match self._next_event():
+                case h11.Request() as head:
+                    self._begin(head)
+                case h11.Data() as data:
+                    self._body += data.data
+                    if len(self._body) > self._limits.body_bytes:
+                        raise BadRequest(Code.BODY_TOO_LARGE, "Request body too large")
+                case h11.EndOfMessage() if self._head is not None:
+                    self._ready = self._request(self._head)
+                    self._enter(_Phase.HANDLING, now)
+                    return
+                case h11.ConnectionClosed():
+                    self._finish("", now)
+                    return
+                case _:
+                    if self._h11.they_are_waiting_for_100_continue:
+                        self._write(h11.InformationalResponse(status_code=100, headers=[]))
+                    return
+
+    def _next_event(self) -> object:
+        """The next event of h11, given no more than it may hold, so that its limit does not depend on cuts."""
+        event: object = self._h11.next_event()
+        while event is h11.NEED_DATA:
+            if self._inbox:
+                room = self._limits.head_bytes - len(self._h11.trailing_data[0])
+                self._h11.receive_data(bytes(self._inbox[:room]))
+                del self._inbox[:room]
+            elif self._peer_ended and not self._end_told:
+                self._end_told = True
+                self._h11.receive_data(b"")
+            else:
+                break
+            event = self._h11.next_event()
+        return event
+
+    def _begin(self, head: h11.Request) -> None:
+        self._head, self._body = head, bytearray()
+        headers = dict(head.headers)
+        if head.http_version not in (b"1.0", b"1.1"):
+            raise BadRequest(Code.BAD_REQUEST, "Bad Request", reason="neither HTTP/1.0 nor HTTP/1.1")
+        if not head.target.startswith(b"/"):
+            raise BadRequest(Code.BAD_REQUEST, "Bad Request", reason="the request's target is not in origin form")
+        if b"transfer-encoding" in headers and (b"content-length" in headers or head.http_version == b"1.0"):
+            # RFC 9112, section 6.3: what an attacker sends to make two parsers disagree.
+            raise BadRequest(Code.BAD_REQUEST, "Bad Request", reason="the request's body has two lengths")
+        if int(headers.get(b"content-length", b"0")) > self._limits.body_bytes:
+            raise BadRequest(Code.BODY_TOO_LARGE, "Request body too large")
+
+    def _request(self, head: h11.Request) -> HttpRequest:
+        return HttpRequest(
+            method=head.method.decode("ascii"),
+            target=head.target.decode("ascii"),
+            headers=tuple((name.decode("ascii"), value.decode("latin-1")) for name, value in head.headers),
+            body=bytes(self._body),
+            peer_certificate=None if self._tls is None else self._tls.peer_certificate,
+            peer_address=self._peer_address,
+            arrived=self._arrived,
+        )
+
+    def _refuse(self, refusal: Refusal, now: float) -> None:
+        self._answer(self._refusal_answer(refusal), now, last=True)
+        self._close_reason = refusal.reason
+
+    def _answer(self, response: HttpResponse, now: float, *, last: bool) -> None:
+        headers = [*response.headers, ("content-length", str(len(response.body)))]
+        if last and _CLOSE not in headers:
+            headers.append(_CLOSE)
+        try:
+            head = h11.Response(status_code=response.status, headers=headers)
+        except h11.LocalProtocolError as exc:
+            raise LocalProtocolError(f"not an answer of HTTP: {exc}") from exc
+        self._write(head)
+        if response.body and (self._head is None or self._head.method != b"HEAD"):
+            self._write(h11.Data(data=response.body))
+        self._write(h11.EndOfMessage())
+        self._head, self._body = None, bytearray()
+        if self._h11.our_state is h11.DONE and self._h11.their_state is h11.DONE:
+            self._h11.start_next_cycle()
+            self._enter(_Phase.ANSWERING, now)
+        else:
+            self._finish("", now)
+
+    def _write(self, event: h11.Event) -> None:
+        data = self._h11.send(event) or b""
+        if self._tls is None:
+            self._outbox += data
+        else:
+            self._tls.send_data(data)
+            self._outbox += self._tls.data_to_send()
+
+    def _finish(self, reason: str, now: float) -> None:
+        """Nothing more comes from our side than what is in the outbox."""
+        self._last = True
+        self._close_reason = reason
+        self._inbox.clear()
+        if self._tls is not None:
+            self._tls.close()
+            self._outbox += self._tls.data_to_send()
+        self._enter(_Phase.ANSWERING, now)
+
+    def _answered(self, now: float) -> None:
+        """The peer has been sent all there was."""
+        if not self._last:
+            self._enter(_Phase.IDLE, now)
+            if self._inbox or self._h11.trailing_data[0]:  # of a request sent ahead: its turn begins now
+                self._arrive(now)
+        elif self._peer_ended:
+            self._enter(_Phase.CLOSED, now)
+        else:
+            self._enter(_Phase.LINGERING, now)
+
+
+def _not_http(exc: h11.RemoteProtocolError) -> BadRequest:
+    if exc.error_status_hint == 431:
+        return BadRequest(Code.HEAD_TOO_LARGE, "Request head too large")
+    return BadRequest(Code.BAD_REQUEST, "Bad Request", reason=str(exc)[:200])

@@ -1,0 +1,171 @@
+"""TLS as bytes in, bytes out: the server's side of RFC 8446 and RFC 5246 over OpenSSL's memory buffers.
+
+Rules kept here:
+
+* TLS 1.2 or 1.3; no renegotiation, no session is kept or resumed, so every connection proves its key anew;
+* a client certificate is asked for and any is accepted, and so is none: the handshake proves possession of its key, and
+  the quote says whose it is. A certificate that RFC 5280 does not know counts as not presented;
+* what the peer does wrong is one error, `RemoteProtocolError`; the alert that tells it so is among the bytes to send.
+
+pyOpenSSL does this because Python's own ``ssl`` refuses every client certificate that it cannot chain to a CA.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+from chutes_proto.errors import ConfigurationError, LocalProtocolError, RemoteProtocolError
+from chutes_proto.secret import Secret
+
+try:
+    from OpenSSL import SSL
+except ImportError:
+    raise LocalProtocolError("TLS needs pyOpenSSL: pip install 'chutes-proto[tls]'") from None
+
+ServerContext = SSL.Context
+"""What the connections of one server have in common: its certificate and key, and the rules above."""
+
+_CHUNK: Final = 64 * 1024
+_NO_RENEGOTIATION: Final = 1 << 30  # SSL_OP_NO_RENEGOTIATION of openssl/ssl.h, which pyOpenSSL does not name
+
+
+def server_context(chain_pem: bytes, key_pem: Secret) -> ServerContext:
+    """A context for the certificate chain (the server's own first) and its key, in PEM.
+
+    Raises `ConfigurationError` for what is not PEM, an encrypted key, or a key that is not the certificate's.
+    """
+    try:
+        certificates = x509.load_pem_x509_certificates(chain_pem)
+    except ValueError as exc:
+        raise ConfigurationError(f"the TLS certificate chain is not PEM: {exc}") from None
+    try:
+        key = load_pem_private_key(key_pem.reveal(), password=None)
+    except (ValueError, TypeError, UnsupportedAlgorithm):  # without its text, which may speak of what is in the key
+        raise ConfigurationError("the TLS key is not a private key in PEM without a password") from None
+    context = SSL.Context(SSL.TLS_SERVER_METHOD)
+    context.set_min_proto_version(SSL.TLS1_2_VERSION)
+    _ = context.set_options(SSL.OP_NO_TICKET | SSL.OP_CIPHER_SERVER_PREFERENCE | _NO_RENEGOTIATION)
+    _ = context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
+    _ = context.set_mode(SSL.MODE_RELEASE_BUFFERS)
+    context.set_verify(SSL.VERIFY_PEER, _accept)
+    try:
+        context.use_certificate(certificates[0])
+        for certificate in certificates[1:]:
+            context.add_extra_chain_cert(certificate)
+        context.use_privatekey(key)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType] - else a TypeError
+        context.check_privatekey()
+    except (SSL.Error, TypeError):
+        raise ConfigurationError("the TLS key is not the one of the certificate, or is of no use for TLS") from None
+    return context
+
+
+class TlsSession:
+    """One TLS connection, the server's end of it.
+
+    Feed what the peer sent to `receive_data`, hand plaintext to `send_data`, and send the peer whatever `data_to_send`
+    gives after each. Nothing is kept from one call to the next but a record or a handshake message that is not yet
+    whole, which OpenSSL bounds.
+    """
+
+    def __init__(self, context: ServerContext) -> None:
+        self._connection = SSL.Connection(context, None)
+        self._connection.set_accept_state()
+        self._established = False
+        self._ended = False
+        self._peer_closed = False
+        self._peer_certificate: x509.Certificate | None = None
+
+    @property
+    def established(self) -> bool:
+        """The handshake is complete."""
+        return self._established
+
+    @property
+    def peer_closed(self) -> bool:
+        """The peer will send no more: it said so, or its bytes ended."""
+        return self._peer_closed
+
+    @property
+    def peer_certificate(self) -> x509.Certificate | None:
+        """The certificate whose key the peer proved to hold; None before the handshake is complete."""
+        return self._peer_certificate
+
+    def receive_data(self, data: bytes) -> bytes:
+        """Ciphertext in, ``b""`` when there will be no more; plaintext out, which may be empty.
+
+        Raises `RemoteProtocolError` once the peer breaks the protocol; the session is then at its end.
+        """
+        if self._ended or self._peer_closed:
+            return b""
+        if not data:
+            self._peer_closed = True
+            if not self._established:
+                self._ended = True
+                raise RemoteProtocolError("the peer's bytes ended within the TLS handshake")
+            return b""
+        try:
+            _ = self._connection.bio_write(data)
+            return self._read()
+        except SSL.Error as exc:
+            self._ended = True
+            raise RemoteProtocolError(f"TLS: {_text(exc)}") from None
+
+    def send_data(self, data: bytes) -> None:
+        """Plaintext for the peer. Raises `LocalProtocolError` before the handshake and after the end."""
+        if not self._established or self._ended:
+            raise LocalProtocolError("a TLS session carries data after its handshake and before its end")
+        if data:
+            _ = self._connection.sendall(data)
+
+    def close(self) -> None:
+        """Tell the peer that there will be no more (a close_notify alert). No more can be sent."""
+        if self._established and not self._ended:
+            _ = self._connection.shutdown()
+        self._ended = True
+
+    def data_to_send(self) -> bytes:
+        """Ciphertext for the peer since the last call: also handshake messages and alerts."""
+        ciphertext = bytearray()
+        try:
+            while True:
+                ciphertext += self._connection.bio_read(_CHUNK)
+        except SSL.WantReadError:
+            return bytes(ciphertext)
+
+    def _read(self) -> bytes:
+        plaintext = bytearray()
+        try:
+            if not self._established:
+                self._connection.do_handshake()
+                self._peer_certificate = self._presented()
+                self._established = True
+            while True:
+                plaintext += self._connection.recv(_CHUNK)
+        except SSL.WantReadError:
+            pass
+        except SSL.ZeroReturnError:
+            self._peer_closed = True
+        return bytes(plaintext)
+
+    def _presented(self) -> x509.Certificate | None:
+        try:
+            return self._connection.get_peer_certificate(as_cryptography=True)
+        except (ValueError, x509.InvalidVersion, UnsupportedAlgorithm):  # OpenSSL reads more than RFC 5280 allows
+            return None
+
+
+def _accept(*_: object) -> bool:
+    return True
+
+
+def _text(exc: SSL.Error) -> str:
+    """What OpenSSL says, without its file names and codes."""
+    match exc.args:
+        case ([*errors],):
+            return "; ".join(str(error[-1]) for error in errors)
+        case args:
+            return " ".join(map(str, args)) or type(exc).__name__

@@ -1,0 +1,271 @@
+"""TLS over memory buffers: the standard library's client on the other side."""
+
+from __future__ import annotations
+
+import ssl
+import warnings
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    PrivateFormat,
+    load_pem_private_key,
+)
+from hypothesis import example, given
+from hypothesis import strategies as st
+from OpenSSL import SSL
+
+from chutes_proto.auth.certificates import make_server_identity, spki_sha256
+from chutes_proto.errors import ConfigurationError, LocalProtocolError, RemoteProtocolError
+from chutes_proto.secret import Secret
+from chutes_proto.transport.tls import TlsSession, server_context
+from tests.keys import NEW_KEY, certificate_pem, key_pem, self_signed
+from tests.transport.tls_client import NOW, TlsClient, client_context, context, session
+
+IDENTITY = make_server_identity(NOW, bytes(32))
+
+
+def shake(client: TlsClient, server: TlsSession) -> bytes:
+    """Carry bytes to and fro until neither has more to say; what the server read."""
+    plaintext = b""
+    while data := client.data_to_send():
+        plaintext += server.receive_data(data)
+        client.receive_data(server.data_to_send())
+    return plaintext
+
+
+VERSIONS = [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("kind", ["rsa1024", "rsa2048", "p256", "p384", "p521", "ed25519", None])
+def test_any_client_certificate_is_accepted_and_seen(kind: str | None, version: ssl.TLSVersion, tmp_path: Path) -> None:
+    settings = client_context(version)
+    certificate = None
+    if kind is not None:
+        key = NEW_KEY[kind]()
+        certificate = self_signed(key, valid=False)
+        (tmp_path / "client.pem").write_bytes(certificate_pem(certificate) + key_pem(key))
+        settings.set_ciphers("DEFAULT@SECLEVEL=0")
+        settings.load_cert_chain(tmp_path / "client.pem")
+    client, server = TlsClient(settings), session()
+    client.send(b"hello")
+    assert shake(client, server) == b"hello"
+    assert server.established
+    assert client.tls.version() == version.name.replace("v1_", "v1.")
+    assert server.peer_certificate == certificate
+    server.send_data(b"answer")
+    client.receive_data(server.data_to_send())
+    assert client.received == b"answer"
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_close_in_both_directions(version: ssl.TLSVersion) -> None:
+    client, server = TlsClient(client_context(version)), session()
+    client.send(b"last")
+    shake(client, server)
+    client.close()
+    assert server.receive_data(client.data_to_send()) == b""
+    assert server.peer_closed
+    server.send_data(b"late answer")  # the other direction is still open
+    server.close()
+    client.receive_data(server.data_to_send())
+    assert client.ended
+    with pytest.raises(LocalProtocolError):
+        server.send_data(b"x")
+    assert server.receive_data(b"anything") == b""
+    server.close()
+    assert server.data_to_send() == b""
+
+
+def test_data_and_close_in_one_piece() -> None:
+    client, server = TlsClient(client_context()), session()
+    shake(client, server)
+    client.send(b"last")
+    client.close()
+    assert server.receive_data(client.data_to_send()) == b"last"
+    assert server.peer_closed
+
+
+def test_bytes_that_end_without_a_close() -> None:
+    client, server = TlsClient(client_context()), session()
+    shake(client, server)
+    assert server.receive_data(b"") == b""
+    assert server.peer_closed
+
+
+def test_a_handshake_that_ends_early() -> None:
+    client, server = TlsClient(client_context()), session()
+    hello = client.data_to_send()
+    assert server.receive_data(hello[:50]) == b""
+    with pytest.raises(RemoteProtocolError, match="handshake"):
+        server.receive_data(b"")
+    server.close()
+    assert server.data_to_send() == b""
+
+
+def test_nothing_is_sent_before_the_handshake() -> None:
+    with pytest.raises(LocalProtocolError):
+        session().send_data(b"x")
+
+
+@pytest.mark.parametrize("data", [b"GET / HTTP/1.1\r\nHost: h\r\n\r\n", b"\x16\x03\x01\x00\x02\x01\x00" + b"\xff" * 20])
+def test_what_is_no_tls_is_one_error_and_an_alert(data: bytes) -> None:
+    server = session()
+    with pytest.raises(RemoteProtocolError, match="TLS: "):
+        server.receive_data(data)
+    alert = server.data_to_send()
+    assert alert == b"" or alert[0] == 0x15
+    assert server.receive_data(b"more") == b""
+    assert not server.established
+    assert server.peer_certificate is None
+
+
+def hello() -> bytes:
+    return TlsClient(client_context()).data_to_send()
+
+
+def feed(server: TlsSession, pieces: list[bytes]) -> bytes:
+    """Give the pieces to the session until it refuses; what it sent."""
+    try:
+        for piece in pieces:
+            assert server.receive_data(piece) == b""
+    except RemoteProtocolError as exc:
+        assert str(exc)  # noqa: PT017 - whether it raises is the peer's choice
+    return server.data_to_send()
+
+
+@given(st.binary(max_size=600), st.integers(0, 600), st.binary(max_size=8))
+@example(b"\x80\x2e\x01\x03\x01", 0, b"")
+@example(b"\x16\x03\x01\xff\xff" + b"\0" * 600, 0, b"")
+def test_bytes_of_any_kind(data: bytes, keep: int, patch: bytes) -> None:
+    feed(session(), [data])
+    feed(session(), [data[i : i + 1] for i in range(len(data))] + [b""])
+    feed(session(), [hello()[:keep] + patch + hello()[keep + len(patch) :], data])
+
+
+@given(st.integers(0, 2000), st.integers(1, 255), st.booleans())
+def test_a_damaged_record_is_refused(at: int, flip: int, whole: bool) -> None:
+    client, server = TlsClient(client_context()), session()
+    shake(client, server)
+    client.send(b"x" * 1500)
+    record = bytearray(client.data_to_send())
+    record[at % len(record)] ^= flip
+    pieces = [bytes(record)] if whole else [bytes(record[i : i + 1]) for i in range(len(record))]
+    with pytest.raises(RemoteProtocolError):
+        assert not any(map(server.receive_data, [*pieces, more_than_a_record(client)]))
+
+
+def more_than_a_record(client: TlsClient) -> bytes:
+    """What a session waits for when it has seen a damaged length."""
+    client.send(b"y" * 70_000)
+    return client.data_to_send()
+
+
+def test_old_versions_are_refused() -> None:
+    settings = client_context()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        settings.minimum_version = settings.maximum_version = ssl.TLSVersion.TLSv1_1
+    settings.set_ciphers("ALL@SECLEVEL=0")
+    client, server = TlsClient(settings), session()
+    with pytest.raises(RemoteProtocolError, match="TLS: "):
+        server.receive_data(client.data_to_send())
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_no_session_is_resumed(version: ssl.TLSVersion) -> None:
+    shared, settings = context(), client_context(version)
+    client, server = TlsClient(settings), TlsSession(shared)
+    client.send(b"x")
+    shake(client, server)
+    server.send_data(b"y")
+    client.receive_data(server.data_to_send())
+    again = TlsClient(settings, resume=client.tls.session)
+    shake(again, TlsSession(shared))
+    assert again.tls.session_reused is False
+
+
+def test_renegotiation_is_refused() -> None:
+    settings = SSL.Context(SSL.TLS_CLIENT_METHOD)  # the standard library's client cannot renegotiate
+    settings.set_max_proto_version(SSL.TLS1_2_VERSION)
+    client, server = SSL.Connection(settings, None), session()
+    client.set_connect_state()
+
+    def handshake() -> None:
+        with suppress(SSL.WantReadError):
+            client.do_handshake()
+        assert server.receive_data(client.bio_read(100_000)) == b""
+        client.bio_write(server.data_to_send())
+
+    handshake()
+    handshake()
+    client.do_handshake()
+    assert server.established
+    assert client.renegotiate()
+    handshake()
+    with pytest.raises(SSL.Error, match="no renegotiation"):
+        client.do_handshake()
+
+
+def test_a_certificate_of_an_unknown_version_counts_as_not_presented(tmp_path: Path) -> None:
+    key = ec.generate_private_key(ec.SECP256R1())
+    der = self_signed(key).public_bytes(Encoding.DER)
+    assert der.count(b"\xa0\x03\x02\x01\x02") == 1
+    odd = der.replace(b"\xa0\x03\x02\x01\x02", b"\xa0\x03\x02\x01\x01")  # X.509 version 2
+    with pytest.raises(x509.InvalidVersion):
+        x509.load_der_x509_certificate(odd)
+    (tmp_path / "client.pem").write_bytes(ssl.DER_cert_to_PEM_cert(odd).encode() + key_pem(key))
+    settings = client_context()
+    settings.load_cert_chain(tmp_path / "client.pem")
+    client, server = TlsClient(settings), session()
+    client.send(b"hello")
+    assert shake(client, server) == b"hello"
+    assert server.peer_certificate is None
+
+
+def test_a_long_chain_is_accepted(tmp_path: Path) -> None:
+    key = NEW_KEY["p256"]()
+    certificate = self_signed(key)
+    others = b"".join(certificate_pem(self_signed(NEW_KEY["p256"](), f"other {n}")) for n in range(30))
+    (tmp_path / "client.pem").write_bytes(certificate_pem(certificate) + others + key_pem(key))
+    settings = client_context()
+    settings.load_cert_chain(tmp_path / "client.pem")
+    client, server = TlsClient(settings), session()
+    shake(client, server)
+    assert server.peer_certificate is not None
+    assert spki_sha256(server.peer_certificate) == spki_sha256(certificate)
+
+
+@pytest.mark.parametrize(
+    ("chain", "key", "why"),
+    [
+        (b"", IDENTITY.key_pem, "chain is not PEM"),
+        (b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n", IDENTITY.key_pem, "chain is not PEM"),
+        (IDENTITY.chain_pem, Secret(b""), "not a private key"),
+        (IDENTITY.chain_pem, Secret(IDENTITY.chain_pem), "not a private key"),
+        (IDENTITY.ca_pem, IDENTITY.key_pem, "not the one of the certificate"),
+    ],
+)
+def test_contexts_that_cannot_be(chain: bytes, key: Secret, why: str) -> None:
+    with pytest.raises(ConfigurationError, match=why):
+        server_context(chain, key)
+
+
+def test_an_encrypted_key_is_not_asked_for_its_password() -> None:
+    key = load_pem_private_key(IDENTITY.key_pem.reveal(), None)
+    encrypted = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"x"))
+    with pytest.raises(ConfigurationError, match="without a password"):
+        server_context(IDENTITY.chain_pem, Secret(encrypted))
+
+
+def test_intermediates_are_sent() -> None:
+    shared = server_context(IDENTITY.chain_pem + IDENTITY.ca_pem, IDENTITY.key_pem)
+    client = TlsClient(client_context())
+    shake(client, TlsSession(shared))
+    assert client.tls.version() is not None
