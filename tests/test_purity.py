@@ -94,7 +94,9 @@ def _node_violation(module: str, node: ast.AST) -> str | None:
     match node:
         case ast.Call(func=ast.Name(id=name)) if name in FORBIDDEN_CALLS:
             return f"calls {name}()"
-        case ast.Attribute(attr=name) if name in CLOCKS:
+        case ast.Attribute(
+            value=ast.Name(id="date" | "datetime") | ast.Attribute(attr="date" | "datetime"), attr=name
+        ) if name in CLOCKS:
             return f"reads a clock (.{name})"
         case ast.Attribute(attr=name) | ast.Name(id=name) if name in ENTROPY:
             return f"draws entropy ({name})"
@@ -176,6 +178,7 @@ def test_violations_are_found(module: str, source: str, what: str) -> None:
         ("chutes_proto.transport.asgi", "async def f(): ..."),
         ("chutes_proto.store.rows", "def g():\n  yield 1"),
         ("chutes_proto.client.flows", "def f():\n  r = yield from Sleep(1)"),
+        ("chutes_proto.units.boot", "x = self.now"),
         ("chutes_proto.wire.http", "from urllib.parse import quote\nimport timeit_like"),
         ("chutes_proto.quote.verify", "import struct\nfrom chutes_proto import ChutesError\nfrom .errors import X"),
         ("chutes_proto.quote", "from .verify import verify"),
