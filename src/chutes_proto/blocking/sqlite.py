@@ -83,7 +83,11 @@ class SqliteStore:
 
             def perform(op: StoreOp[Any]) -> object:
                 text, values = statement(op)
-                return decode(op, connection.execute(text, values).fetchall())
+                try:
+                    rows = connection.execute(text, values).fetchall()
+                except (OverflowError, UnicodeEncodeError) as exc:
+                    raise self._fault(f"a value of {type(op).__name__} cannot be kept: {type(exc).__name__}") from exc
+                return decode(op, rows)
 
             return run_script(unit.script(), perform)
 

@@ -1,0 +1,288 @@
+"""The SQLite store and its file: private, durable, refused when it is not ours, clear when something is wrong."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from attrs import frozen
+
+from chutes_proto.blocking.sqlite import SqliteStore
+from chutes_proto.errors import StoreBusy, StoreError
+from chutes_proto.store.rows import AuditRow, BootRow, Insert, RaiseHorizon, ReadHorizon, Scan
+from chutes_proto.store.run import Script, Unit
+from chutes_proto.testing.store_suite import NOW, VM, Ask, boot, dump, sync
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "keys.db"
+
+
+@pytest.fixture
+def store(path: Path) -> Iterator[SqliteStore]:
+    store = SqliteStore(path)
+    yield store
+    store.close()
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_files_are_private_whatever_the_umask(path: Path) -> None:
+    before = os.umask(0)
+    try:
+        with closing(SqliteStore(path)) as store:
+            store.transact(boot("first"))
+            assert {mode(file) for file in path.parent.iterdir()} == {0o600}
+            assert len(list(path.parent.iterdir())) == 3
+    finally:
+        os.umask(before)
+
+
+def test_commits_reach_the_disk(store: SqliteStore, path: Path) -> None:
+    connection = store._connection
+    assert connection is not None
+    assert connection.execute("PRAGMA synchronous").fetchone() == (2,)
+    assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    assert connection.execute("PRAGMA foreign_keys").fetchone() == (1,)
+
+
+def test_rows_are_there_after_closing_and_after_dying(path: Path) -> None:
+    with closing(SqliteStore(path)) as store:
+        granted = boot("first")
+        root = store.transact(granted).root
+    script = (
+        "import os, sys; from chutes_proto.blocking.sqlite import SqliteStore;"
+        "from chutes_proto.testing.store_suite import *;"
+        "SqliteStore(sys.argv[1]).transact(sync(boot('first'), 'body', 'storage')); os._exit(9)"
+    )
+    died = subprocess.run([sys.executable, "-c", script, str(path)], check=False)
+    assert died.returncode == 9
+    with closing(SqliteStore(path)) as store:
+        store.check()
+        answer = store.transact(sync(granted, "body", "storage"))
+        assert answer.replayed
+        assert store.transact(boot("second")).root == root
+
+
+def test_many_may_make_the_file_at_once(path: Path) -> None:
+    stores: list[SqliteStore] = []
+    threads = [threading.Thread(target=lambda: stores.append(SqliteStore(path))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(stores) == 8
+    stores[0].transact(Ask(RaiseHorizon(7)))
+    assert {store.transact(Ask(ReadHorizon())) for store in stores} == {7}
+    for store in stores:
+        store.close()
+
+
+def test_an_empty_file_becomes_a_store(path: Path) -> None:
+    path.touch()
+    with closing(SqliteStore(path)) as store:
+        assert store.transact(Ask(ReadHorizon())) == 0
+
+
+def test_an_unknown_schema_version_is_refused_and_left_alone(path: Path) -> None:
+    with closing(SqliteStore(path)) as store:
+        store.transact(boot("first"))
+    for version in (0, 2, 999):
+        with closing(sqlite3.connect(path)) as connection, connection:
+            connection.execute("UPDATE fact SET value = ? WHERE name = 'schema_version'", (version,))
+        before = path.read_bytes()
+        with pytest.raises(StoreError, match=f"has schema version {version}, and this release knows version 1; run"):
+            SqliteStore(path)
+        assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "statement", ["CREATE TABLE guests (name TEXT)", "CREATE TABLE fact (name TEXT, value BIGINT)"]
+)
+def test_another_programs_database_is_refused_and_left_alone(path: Path, statement: str) -> None:
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute(statement)
+    before = path.read_bytes()
+    with pytest.raises(StoreError, match="another program's database"):
+        SqliteStore(path)
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_what_is_no_database_is_refused_and_left_alone(path: Path) -> None:
+    content = b"passphrases of the year\n" * 400
+    path.write_bytes(content)
+    with pytest.raises(StoreError, match="not an SQLite database"):
+        SqliteStore(path)
+    assert path.read_bytes() == content
+
+
+def test_a_place_that_cannot_hold_a_file_is_said(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=r"cannot be opened; is its directory there"):
+        SqliteStore(tmp_path / "missing" / "keys.db")
+    with pytest.raises(StoreError, match="cannot be opened"):
+        SqliteStore(tmp_path)
+
+
+def test_a_full_disk_is_said_and_nothing_changes(store: SqliteStore) -> None:
+    connection = store._connection
+    assert connection is not None
+    granted = boot("first")
+    store.transact(granted)
+    before = dump(store)
+    (pages,) = connection.execute("PRAGMA page_count").fetchone()
+    connection.execute(f"PRAGMA max_page_count = {pages}")
+
+    @frozen
+    class Flood(Unit[None]):
+        def script(self) -> Script[None]:
+            for _ in range(1000):
+                yield from Insert(AuditRow(NOW, "vm", "flood", "granted", reason="x" * 1000))
+
+    with pytest.raises(StoreError, match="disk is full") as caught:
+        store.transact(Flood())
+    assert not isinstance(caught.value, StoreBusy)
+    assert dump(store) == before
+    connection.execute("PRAGMA max_page_count = 100000")
+    assert not store.transact(sync(granted, "body", "storage")).replayed
+
+
+def test_a_read_only_file_is_said(store: SqliteStore) -> None:
+    connection = store._connection
+    assert connection is not None
+    connection.execute("PRAGMA query_only = 1")
+    with pytest.raises(StoreError, match="read-only"):
+        store.transact(boot("first"))
+    connection.execute("PRAGMA query_only = 0")
+    store.transact(boot("first"))
+
+
+def open_and_check(path: Path) -> None:
+    with closing(SqliteStore(path)) as store:
+        store.check()
+
+
+def test_damage_is_said(path: Path) -> None:
+    with closing(SqliteStore(path)) as store:
+        for index in range(40):
+            store.transact(boot(str(index)))
+    content = bytearray(path.read_bytes())
+    content[4096 * 2 :] = b"\xa5" * len(content[4096 * 2 :])
+    path.write_bytes(content)
+    with pytest.raises(StoreError, match="damaged"):
+        open_and_check(path)
+
+
+def test_a_check_finds_what_points_nowhere(path: Path, store: SqliteStore) -> None:
+    store.check()
+    granted = boot("first")
+    store.transact(granted)
+    store.transact(sync(granted, "body", "storage"))
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("DELETE FROM boot")
+    with pytest.raises(StoreError, match="damaged"):
+        store.check()
+
+
+def test_a_file_that_is_gone_takes_no_more_keys(store: SqliteStore, path: Path) -> None:
+    store.transact(boot("first"))
+    path.rename(path.with_name("moved.db"))
+    for _ in range(2):
+        with pytest.raises(StoreError, match="moved, removed or replaced"):
+            store.transact(boot("second"))
+    path.write_bytes(b"")
+    with pytest.raises(StoreError, match="moved, removed or replaced"):
+        store.check()
+    path.unlink()
+    path.with_name("moved.db").rename(path)
+    assert [row.boot_id for row in store.transact(Ask(Scan(BootRow)))] == [boot("first").boot_id]
+
+
+def test_another_process_at_work_is_busy(path: Path) -> None:
+    with (
+        closing(SqliteStore(path, busy_seconds=0.05)) as store,
+        closing(sqlite3.connect(path, isolation_level=None)) as other,
+    ):
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(StoreBusy, match="another transaction takes too long"):
+            store.transact(boot("first"))
+        other.execute("ROLLBACK")
+        store.transact(boot("first"))
+
+
+def test_another_thread_at_work_is_busy(path: Path) -> None:
+    with closing(SqliteStore(path, busy_seconds=0.05)) as store:
+        inside, leave = threading.Event(), threading.Event()
+
+        @frozen
+        class Slow(Unit[None]):
+            def script(self) -> Script[None]:
+                yield from RaiseHorizon(1)
+                inside.set()
+                assert leave.wait(10)
+
+        thread = threading.Thread(target=lambda: store.transact(Slow()))
+        thread.start()
+        assert inside.wait(10)
+        with pytest.raises(StoreBusy, match="other transactions take too long"):
+            store.transact(Ask(ReadHorizon()))
+        leave.set()
+        thread.join()
+        assert store.transact(Ask(ReadHorizon())) == 1
+
+
+def test_a_closed_store_says_so(path: Path) -> None:
+    store = SqliteStore(path)
+    store.close()
+    store.close()
+    for call in (store.check, lambda: store.transact(boot("first"))):
+        with pytest.raises(StoreError, match="was closed"):
+            call()
+
+
+def test_a_connection_that_cannot_roll_back_is_replaced(store: SqliteStore) -> None:
+    @frozen
+    class Breaks(Unit[None]):
+        def script(self) -> Script[None]:
+            yield from RaiseHorizon(9)
+            assert store._connection is not None
+            store._connection.close()
+            raise LookupError
+
+    with pytest.raises(LookupError):
+        store.transact(Breaks())
+    assert store.transact(Ask(ReadHorizon())) == 0
+
+
+def test_what_sql_cannot_hold_is_the_stores_error(store: SqliteStore) -> None:
+    with pytest.raises(StoreError, match="cannot be kept"):
+        store.transact(Ask(Insert(AuditRow(2**63, "vm", "boot", "granted"))))
+    with pytest.raises(StoreError, match="cannot be kept"):
+        store.transact(Ask(Insert(AuditRow(0, "vm", "\ud800", "granted"))))
+    assert store.transact(Ask(Scan(AuditRow))) == ()
+    assert VM.name
+
+
+def test_too_old_a_library_is_said(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 34, 1))
+    with pytest.raises(StoreError, match="too old"):
+        SqliteStore(path)
+    assert not path.exists()
+
+
+def test_a_place_without_a_write_ahead_log_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda _, **options: connect(":memory:", **options))
+    with pytest.raises(StoreError, match="does not take journal_mode = wal"):
+        SqliteStore(path)

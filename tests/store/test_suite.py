@@ -1,0 +1,216 @@
+"""Every store keeps the contract; and a store that breaks it in any of many ways is found out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+from attrs import evolve
+
+from chutes_proto.store.memory import MemoryStore, Tables
+from chutes_proto.store.rows import (
+    CountClaims,
+    CountRefusals,
+    FindBoot,
+    GenerationRow,
+    Insert,
+    RaiseHorizon,
+    ReadBootVolumes,
+    ReadHorizon,
+    ReadVm,
+    RedeemNonce,
+    SpendToken,
+    StoreOp,
+    SweepNonces,
+    UpdateGeneration,
+    VoidTokens,
+)
+from chutes_proto.store.run import Unit, run_script
+from chutes_proto.store.sql import key_of
+from chutes_proto.testing.store_suite import CASES, Case, Harness
+from tests.store.harness import MemoryHarness, SharedSqliteHarness, SqliteHarness, together
+
+T = TypeVar("T")
+
+
+@pytest.fixture(params=["memory", "sqlite", "sqlite-shared"])
+def harness(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Harness]:
+    if request.param == "memory":
+        yield MemoryHarness()
+        return
+    harness = (SqliteHarness if request.param == "sqlite" else SharedSqliteHarness)(tmp_path)
+    yield harness
+    harness.close()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+def test_contract(case: Case, harness: Harness) -> None:
+    case(harness)
+
+
+# --- the suite bites ---
+
+Perform = Callable[[StoreOp[Any]], Any]
+Fault = Callable[[Tables, StoreOp[Any], Perform], Any]
+
+
+def forget(kind: type[StoreOp[Any]], reply: object = None) -> Fault:
+    """A store that does not carry out one kind of operation."""
+
+    def fault(_: Tables, op: StoreOp[Any], perform: Perform) -> object:
+        return reply if isinstance(op, kind) else perform(op)
+
+    return fault
+
+
+def spend_again(tables: Tables, op: StoreOp[Any], perform: Perform) -> object:
+    return perform(op) or isinstance(op, SpendToken)
+
+
+def void_all(tables: Tables, op: StoreOp[Any], perform: Perform) -> object:
+    return perform(evolve(op, vm=None) if isinstance(op, VoidTokens) else op)
+
+
+def prune_deletes(tables: Tables, op: StoreOp[Any], perform: Perform) -> object:
+    if isinstance(op, UpdateGeneration) and op.row.state == "retired":
+        return tables.rows[GenerationRow].pop(key_of(op.row), None)
+    return perform(op)
+
+
+def update_overwrites_key(tables: Tables, op: StoreOp[Any], perform: Perform) -> object:
+    if isinstance(op, UpdateGeneration):
+        tables.rows[GenerationRow][key_of(op.row)] = op.row
+        return None
+    return perform(op)
+
+
+def insert_overwrites(tables: Tables, op: StoreOp[Any], perform: Perform) -> object:
+    if isinstance(op, Insert) and (key := key_of(op.row)):
+        tables.rows[type(op.row)][key] = op.row
+        return None
+    return perform(op)
+
+
+def sweep_all(tables: Tables, op: StoreOp[Any], perform: Perform) -> object:
+    return perform(evolve(op, limit=10**6) if isinstance(op, SweepNonces) else op)
+
+
+def sweep_young(tables: Tables, op: StoreOp[Any], perform: Perform) -> object:
+    return perform(evolve(op, redeemed_until=10**12) if isinstance(op, SweepNonces) else op)
+
+
+def horizon_sinks(tables: Tables, op: StoreOp[Any], perform: Perform) -> object:
+    if isinstance(op, RaiseHorizon):
+        tables.horizon = op.to
+        return None
+    return perform(op)
+
+
+def volumes_backwards(tables: Tables, op: StoreOp[Any], perform: Perform) -> object:
+    reply = perform(op)
+    return reply[::-1] if isinstance(op, ReadBootVolumes) else reply
+
+
+class Faulty(MemoryStore):
+    """A memory store with one fault in its operations."""
+
+    def __init__(self, fault: Fault) -> None:
+        super().__init__()
+        self._fault = fault
+
+    def transact(self, unit: Unit[T]) -> T:
+        tables = self._tables.copy()
+        result = run_script(unit.script(), lambda op: self._fault(tables, op, tables.perform))
+        self._tables = tables
+        return result
+
+
+class NoRollBack(MemoryStore):
+    def transact(self, unit: Unit[T]) -> T:
+        return run_script(unit.script(), self._tables.perform)
+
+
+class CommitsAtRefusal(MemoryStore):
+    """Keeps what a refused script wrote: the classic of a ``finally: commit``."""
+
+    def transact(self, unit: Unit[T]) -> T:
+        tables = self._tables.copy()
+        try:
+            return run_script(unit.script(), tables.perform)
+        finally:
+            self._tables = tables
+
+
+class LastWriterWins(MemoryStore):
+    """Transactions that do not see one another: the last to commit undoes the others."""
+
+    def transact(self, unit: Unit[T]) -> T:
+        tables = self._tables.copy()
+        result = run_script(unit.script(), tables.perform)
+        time.sleep(0.005)
+        self._tables = tables
+        return result
+
+
+class Open:
+    """A harness without a lock around its store."""
+
+    together = staticmethod(together)
+
+    def __init__(self, store: MemoryStore) -> None:
+        self._store = store
+
+    def open(self) -> MemoryStore:
+        return self._store
+
+
+FAULTS: dict[str, Callable[[], Harness]] = {
+    **{
+        name: lambda fault=fault: MemoryHarness(Faulty(fault))  # type: ignore[misc]
+        for name, fault in {
+            "spend nothing": forget(SpendToken, True),
+            "spend twice": spend_again,
+            "redeem nothing": forget(RedeemNonce, True),
+            "void nothing": forget(VoidTokens),
+            "void all": void_all,
+            "sweep nothing": forget(SweepNonces, ()),
+            "sweep all": sweep_all,
+            "sweep young": sweep_young,
+            "no horizon": forget(RaiseHorizon),
+            "horizon sinks": horizon_sinks,
+            "horizon unread": forget(ReadHorizon, 0),
+            "no claims": forget(ReadVm),
+            "claims uncounted": forget(CountClaims, 0),
+            "refusals uncounted": forget(CountRefusals, 0),
+            "no boots": forget(FindBoot),
+            "nothing updated": forget(UpdateGeneration),
+            "prune deletes": prune_deletes,
+            "update overwrites the key": update_overwrites_key,
+            "insert overwrites": insert_overwrites,
+            "volumes backwards": volumes_backwards,
+        }.items()
+    },
+    "no roll-back": lambda: MemoryHarness(NoRollBack()),
+    "commits at a refusal": lambda: MemoryHarness(CommitsAtRefusal()),
+    "last writer wins": lambda: Open(LastWriterWins()),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_broken_store_is_found_out(fault: str) -> None:
+    assert any(_fails(case, FAULTS[fault]()) for case in CASES)
+
+
+def _fails(case: Case, harness: Harness) -> bool:
+    try:
+        case(harness)
+    except Exception:  # noqa: BLE001 - however a case fails
+        return True
+    return False
+
+
+def test_a_sound_store_behind_the_same_harness_is_not() -> None:
+    assert not any(_fails(case, MemoryHarness(Faulty(lambda _, op, perform: perform(op)))) for case in CASES)
