@@ -71,13 +71,14 @@ class CollateralFormatError(QuoteError):
 class VerificationError(QuoteError):
     """A step of verification refuses.
 
-    ``number``, ``code`` and ``rule`` are the step's (its row in ``steps.py``), ``subject`` the piece that fails it,
-    ``got`` and ``expected`` the values where there are any.
+    ``number``, ``code``, ``rule`` and ``faults`` are the step's, from its row in ``steps.py``; ``subject`` is the piece
+    that fails it, ``got`` and ``expected`` the values where there are any.
     """
 
     number: ClassVar[int] = 0
     code: ClassVar[str] = "verification"
     rule: ClassVar[str] = ""
+    faults: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, subject: str, problem: str, *, got: object = None, expected: object = None) -> None:
         super().__init__(subject, problem)

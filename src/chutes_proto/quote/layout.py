@@ -8,9 +8,9 @@ Rules kept here:
   (hosts pad) and ignored;
 * nothing is verified here: a parsed quote says what someone claims.
 
-All integers are little-endian. Sources: Intel TDX DCAP Quote Generation Library and Quote Verification Library, appendix 3
-(versions 4 and 5), Intel SGX ECDSA Quote Library Reference, appendix A (version 3), Intel TDX Module Base Architecture
-Specification (TD attributes, XFAM).
+All integers are little-endian. Sources: Intel TDX DCAP Quote Generation Library and Quote Verification Library,
+appendix 3 (versions 4 and 5), Intel SGX ECDSA Quote Library Reference, appendix A (version 3), Intel TDX Module Base
+Architecture Specification (TD attributes, XFAM).
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ MAX_QE_AUTH: Final = 4096
 
 _HEADER: Final = Struct("<HHIHH16s20s")
 _V5_BODY: Final = Struct("<HI")
-_U16: Final = Struct("<H")
 _U32: Final = Struct("<I")
 _CERTIFICATION: Final = Struct("<HI")
 _SGX_REPORT: Final = Struct("<16s4s28s16s32s32s32s96sHH60s64s")
@@ -168,8 +167,8 @@ TdReport: TypeAlias = TdReport10
 class Quote:
     """A parsed quote. Nothing in it is verified.
 
-    ``signed`` are the bytes that ``signature`` (r ‖ s) is over; ``attestation_key`` is x ‖ y. ``qe_report_bytes`` is the
-    quoting enclave's report as it was signed with ``qe_report_signature``; ``certification`` is what says whose
+    ``signed`` are the bytes that ``signature`` (r ‖ s) is over; ``attestation_key`` is x ‖ y. ``qe_report_bytes`` is
+    the quoting enclave's report as it was signed with ``qe_report_signature``; ``certification`` is what says whose
     signature that is, by ``certification_type``. ``trailing`` counts the bytes after the quote.
     """
 
@@ -228,7 +227,8 @@ def parse_quote(data: bytes, *, sgx: bool = False) -> Quote:
     cursor = _Cursor(data, _HEADER.size, size)
     body = _body(cursor, header.version)
     signed = data[: cursor.pos]
-    auth = cursor.inner(*cursor.unpack(_U32, "the length of the authentication data"), "authentication data")
+    (length,) = cursor.unpack(_U32, "the length of the authentication data")
+    auth = cursor.inner(length, "authentication data")
     signature, attestation_key = auth.unpack(_SIGNATURES, "the signature and attestation key")
     inner = auth
     if header.version != 3:
@@ -269,14 +269,15 @@ def _body(cursor: _Cursor, version: int) -> TdReport10 | SgxReport:
             raise _structure(f"body type {kind} is not a TD report")
         if size != _V5_SIZES[kind]:
             raise _structure(f"a body of type {kind} has {_V5_SIZES[kind]} bytes, not {size}")
-    td10 = cursor.unpack(_TD10, "the TD report")
-    fields = (*td10[:10], td10[10:14], td10[14])
+    (*head, rtmr0, rtmr1, rtmr2, rtmr3, report_data) = cursor.unpack(_TD10, "the TD report")
+    fields: Any = (*head, (rtmr0, rtmr1, rtmr2, rtmr3), report_data)
     if kind == 2:
         return TdReport10(*fields)
-    td15 = cursor.unpack(_TD15, "the TD report")
+    fields += cursor.unpack(_TD15, "the TD report")
     if kind == 3:
-        return TdReport15(*fields, *td15)
-    return TdReport15Ex(*fields, *td15, *cursor.unpack(_TD15_EX, "the TD report"))
+        return TdReport15(*fields)
+    fields += cursor.unpack(_TD15_EX, "the TD report")
+    return TdReport15Ex(*fields)
 
 
 _V5_SIZES: Final = {

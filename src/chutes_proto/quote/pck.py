@@ -1,0 +1,126 @@
+"""Who the platform is: the SGX extension of its PCK certificate.
+
+Rules kept here:
+
+* every item that Intel's profile has is there once, of its type and length; an unknown one is refused;
+* the components of the TCB, which decide about TCB levels, equal the CPUSVN.
+
+Source: Intel SGX PCK Certificate and CRL Profile Specification, 1.3.5.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Literal, TypeAlias
+
+from attrs import frozen
+
+from chutes_proto.quote import der
+from chutes_proto.quote.certificates import SGX_EXTENSION
+from chutes_proto.quote.der import DerError
+from chutes_proto.quote.layout import Tee
+
+Ca: TypeAlias = Literal["platform", "processor"]
+SgxType: TypeAlias = Literal["standard", "scalable", "scalable with integrity"]
+
+_SGX_TYPES: Final[tuple[SgxType, ...]] = ("standard", "scalable", "scalable with integrity")
+
+
+@frozen
+class PckIdentity:
+    """What the PCK certificate says of a platform, and so what collateral to ask for: ``fmspc``, ``ca`` and ``tee``.
+
+    The last three fields and ``platform_instance_id`` are known under the platform CA only.
+    """
+
+    fmspc: bytes
+    pce_id: bytes
+    ca: Ca
+    tee: Tee
+    ppid: bytes
+    cpu_svn: bytes
+    pce_svn: int
+    sgx_type: SgxType
+    platform_instance_id: bytes | None = None
+    dynamic_platform: bool | None = None
+    cached_keys: bool | None = None
+    smt: bool | None = None
+
+    @property
+    def components(self) -> bytes:
+        """The sixteen SVNs of the SGX TCB components, a byte each: they equal ``cpu_svn``."""
+        return self.cpu_svn
+
+
+def read_pck_extension(value: bytes, *, ca: Ca, tee: Tee) -> PckIdentity:
+    """The identity in the SGX extension's value. Raises `DerError`."""
+    items = _items(value, *der.only(value, 0, len(value), der.SEQUENCE), SGX_EXTENSION)
+    if not items.keys() >= {1, 2, 3, 4, 5} or not items.keys() <= set(range(1, 8)):
+        raise DerError("an item of the SGX extension is missing or not known")
+    cpu_svn, pce_svn = _tcb(value, items[2])
+    flags: dict[int, der.Element] = {}
+    if 7 in items:
+        if items[7][0] != der.SEQUENCE:
+            raise DerError("the platform configuration is no SEQUENCE")
+        flags = _items(value, items[7][2], items[7][3], SGX_EXTENSION + b"\x07")
+        if not flags.keys() <= {1, 2, 3}:
+            raise DerError("an item of the platform configuration is not known")
+    return PckIdentity(
+        ppid=_octets(value, items[1], 16, "PPID"),
+        cpu_svn=cpu_svn,
+        pce_svn=pce_svn,
+        pce_id=_octets(value, items[3], 2, "PCE-ID"),
+        fmspc=_octets(value, items[4], 6, "FMSPC"),
+        sgx_type=_sgx_type(value, items[5]),
+        platform_instance_id=_octets(value, items[6], 16, "platform instance id") if 6 in items else None,
+        dynamic_platform=_flag(value, flags.get(1)),
+        cached_keys=_flag(value, flags.get(2)),
+        smt=_flag(value, flags.get(3)),
+        ca=ca,
+        tee=tee,
+    )
+
+
+def _items(value: bytes, start: int, stop: int, prefix: bytes) -> dict[int, der.Element]:
+    """Pairs of an OID right below ``prefix`` and a value, by the OID's last arc."""
+    items: dict[int, der.Element] = {}
+    size = len(prefix) + 1
+    for tag, _, begin, end in der.elements(value, start, stop):
+        fields = der.several(value, begin, end, 2, 2)
+        if tag != der.SEQUENCE or fields[0][0] != der.OBJECT_IDENTIFIER:
+            raise DerError("an item of the SGX extension is no pair of OID and value")
+        oid = der.content(value, fields[0])
+        if len(oid) != size or oid[:-1] != prefix or oid[-1] in items:
+            raise DerError("an item of the SGX extension is not known, or there twice")
+        items[oid[-1]] = fields[1]
+    return items
+
+
+def _tcb(value: bytes, element: der.Element) -> tuple[bytes, int]:
+    if element[0] != der.SEQUENCE:
+        raise DerError("the TCB is no SEQUENCE")
+    items = _items(value, element[2], element[3], SGX_EXTENSION + b"\x02")
+    if items.keys() != set(range(1, 19)):
+        raise DerError("the TCB has not just sixteen components, PCESVN and CPUSVN")
+    components = bytes(der.unsigned(value, items[number], size=1)[-1] for number in range(1, 17))
+    cpu_svn = _octets(value, items[18], 16, "CPUSVN")
+    if components != cpu_svn:
+        raise DerError("the TCB components are not the CPUSVN")
+    return cpu_svn, int.from_bytes(der.unsigned(value, items[17], size=2))
+
+
+def _octets(value: bytes, element: der.Element, size: int, name: str) -> bytes:
+    octets = der.content(value, element)
+    if element[0] != der.OCTET_STRING or len(octets) != size:
+        raise DerError(f"the {name} is no OCTET STRING of {size} bytes")
+    return octets
+
+
+def _sgx_type(value: bytes, element: der.Element) -> SgxType:
+    number = der.content(value, element)
+    if element[0] != der.ENUMERATED or len(number) != 1 or number[0] >= len(_SGX_TYPES):
+        raise DerError("the SGX type is not one that is known")
+    return _SGX_TYPES[number[0]]
+
+
+def _flag(value: bytes, element: der.Element | None) -> bool | None:
+    return None if element is None else der.boolean(value, element)

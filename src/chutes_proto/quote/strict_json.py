@@ -1,0 +1,132 @@
+"""JSON that can mean one thing only.
+
+Rules kept here:
+
+* UTF-8, bounded in size and in depth;
+* no member twice, no number that is not whole, no number that is none;
+* whatever the bytes, `decode` returns or raises `JsonError`; members are read with a type that they must have.
+
+Source: RFC 8259; RFC 3339 for dates, as far as Intel's services use it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from functools import lru_cache
+from typing import Any, Final, NoReturn, TypeVar, cast
+
+from chutes_proto.quote.errors import QuoteError
+
+T = TypeVar("T")
+
+MAX_SIZE: Final = 1024 * 1024
+MAX_DEPTH: Final = 16
+
+_STRING: Final = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+_NOT_SKELETON: Final = bytes(set(range(256)) - set(b'[]{}"\\'))
+_DATE: Final = re.compile(r"([0-9]{4})-([0-9]{2})-([0-9]{2})T([0-9]{2}):([0-9]{2}):([0-9]{2})Z")
+
+
+class JsonError(QuoteError):
+    """The bytes are not the JSON that is expected; the text names the member."""
+
+
+def decode(data: bytes, *, limit: int = MAX_SIZE) -> object:
+    """The value in ``data``: numbers are whole."""
+    if len(data) > limit:
+        raise JsonError(f"more than {limit} bytes of JSON")
+    try:
+        _check_depth(data)
+        value: object = _DECODER.decode(data.decode("utf-8"))
+    except (ValueError, RecursionError) as exc:
+        raise JsonError(f"not JSON: {exc}") from None
+    return value
+
+
+def member(table: Mapping[str, object], name: str, kind: type[T]) -> T:
+    """The member of just this type (``true`` is no number)."""
+    value = table.get(name)
+    if type(value) is not kind:
+        raise JsonError(f"{name} is missing or no {_KINDS[kind]}")
+    return value
+
+
+def array(table: Mapping[str, object], name: str) -> list[Any]:
+    """The member that is an array."""
+    return cast("list[Any]", member(table, name, list))
+
+
+def number(table: Mapping[str, object], name: str, most: int) -> int:
+    """The member that is a whole number from 0 to ``most``."""
+    value = table.get(name)
+    if type(value) is not int or not 0 <= value <= most:
+        raise JsonError(f"{name} is missing or no number from 0 to {most}")
+    return value
+
+
+def hexadecimal(table: Mapping[str, object], name: str, size: int) -> bytes:
+    """The member that is so many bytes in hexadecimal digits of either case."""
+    text = member(table, name, str)
+    try:
+        value = bytes.fromhex(text)
+    except ValueError:
+        value = b""
+    if len(value) != size or len(text) != 2 * size:
+        raise JsonError(f"{name} is not {size} bytes in hexadecimal digits")
+    return value
+
+
+def date(table: Mapping[str, object], name: str) -> int:
+    """The member that is a date and time of UTC in whole seconds, ending with ``Z``, as unix seconds."""
+    try:
+        return _unix_seconds(member(table, name, str))
+    except ValueError:
+        raise JsonError(f"{name} is no date of the form YYYY-MM-DDThh:mm:ssZ") from None
+
+
+@lru_cache(maxsize=256)
+def _unix_seconds(text: str) -> int:
+    match = _DATE.fullmatch(text)
+    if match is None:
+        raise ValueError(text)
+    year, month, day, hour, minute, second = map(int, match.groups())
+    seconds = int(datetime(year, month, day, hour, minute, second, tzinfo=UTC).timestamp())
+    if seconds < 0:
+        raise ValueError(text)
+    return seconds
+
+
+def _check_depth(data: bytes) -> None:
+    """Take away the innermost pairs of brackets, again and again: each time is a level."""
+    skeleton = data.translate(None, _NOT_SKELETON).replace(b'""', b"")
+    if b'"' in skeleton or b"\\" in skeleton:  # brackets or quotes inside strings
+        skeleton = _STRING.sub(b"", data).translate(None, _NOT_SKELETON)
+    for _ in range(MAX_DEPTH):
+        skeleton = skeleton.replace(b"{}", b"").replace(b"[]", b"")
+    if skeleton:
+        raise ValueError(f"nested deeper than {MAX_DEPTH} levels, or brackets that do not match")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the member {next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return table
+
+
+def _refuse(text: str) -> NoReturn:
+    raise ValueError(f"{text[:20]} is not a whole number")
+
+
+_DECODER: Final = json.JSONDecoder(object_pairs_hook=_unique, parse_float=_refuse, parse_constant=_refuse)
+_KINDS: Final[dict[type, str]] = {
+    dict: "object",
+    list: "array",
+    str: "string",
+    int: "whole number",
+    bool: "true or false",
+}

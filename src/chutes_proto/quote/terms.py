@@ -1,0 +1,45 @@
+"""From when to when each piece is valid; all times are unix seconds, both ends inclusive (RFC 5280, 4.1.2.5)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeAlias
+
+from attrs import frozen
+
+from chutes_proto.quote.steps import (
+    CertificateExpired,
+    CertificateNotYetValid,
+    CollateralExpired,
+    CollateralNotYetValid,
+)
+
+Window: TypeAlias = tuple[int, int]
+
+
+@frozen
+class Term:
+    """The time of one piece: a certificate, or one of the collateral, which is made anew every few weeks."""
+
+    subject: str
+    begin: int
+    end: int
+    is_certificate: bool
+
+
+def check_terms(terms: Iterable[Term], now: int, grace: int = 0) -> None:
+    """Steps 9, 10, 19 and 20. ``grace`` seconds are added to the end of what is no certificate."""
+    for term in terms:
+        if now < term.begin:
+            step = CertificateNotYetValid if term.is_certificate else CollateralNotYetValid
+            raise step(term.subject, "its time has not begun", got=now, expected=f"at least {term.begin}")
+        if now > (term.end if term.is_certificate else term.end + grace):
+            step = CertificateExpired if term.is_certificate else CollateralExpired
+            raise step(term.subject, "its time has ended", got=now, expected=f"at most {term.end}")
+
+
+def window(terms: Iterable[Term], grace: int = 0) -> Window:
+    """The time that all the pieces have in common."""
+    terms = tuple(terms)
+    ends = (term.end if term.is_certificate else term.end + grace for term in terms)
+    return max(term.begin for term in terms), min(ends)

@@ -1,0 +1,504 @@
+"""Is this a genuine quote of a genuine platform, and how well is its TCB kept?
+
+    opened = open_quote(data, now=now)                               which collateral to ask for: opened.pck
+    verified = verify_collateral(collateral, now=now)                once for many quotes
+    verdict = verify_quote(opened, verified, now=now)                the answer; or all at once: verify(…)
+
+Rules kept here:
+
+* each stage returns a value that only it can make, or raises: what did not verify cannot look like what did;
+* the numbers beside the checks are those of the table in ``steps.py``; ``README.md`` beside this file has the rules;
+* ``now`` is the caller's clock in unix seconds, and all times are checked against it in every stage;
+* no chain is built: three certificates with fixed places, names compared as DER, the root pinned by its key;
+* what was verified may be remembered, by all the bytes that were: a check that passed for them passes for them always.
+  Times, CRLs, identities and TCB levels are not remembered; nor is what was refused.
+
+A verdict does not say that the quote is acceptable: look at its status, or better let a ``policy.Policy`` appraise it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from hashlib import sha256
+from hmac import compare_digest
+from typing import Final, TypeVar
+
+from attrs import frozen
+
+from chutes_proto.quote import certificates, ecdsa
+from chutes_proto.quote.certificates import Certificate, Kind
+from chutes_proto.quote.collateral import Collateral, VerifiedCollateral
+from chutes_proto.quote.der import DerError
+from chutes_proto.quote.ecdsa import EllipticCurvePublicKey
+from chutes_proto.quote.layout import (
+    CERTIFICATION_PCK_CHAIN,
+    INTEL_VENDOR_ID,
+    Quote,
+    SgxAttributes,
+    SgxReport,
+    Tee,
+    parse_quote,
+    parse_sgx_report,
+)
+from chutes_proto.quote.pck import Ca, PckIdentity, read_pck_extension
+from chutes_proto.quote.proof import PROOF, proven
+from chutes_proto.quote.roots import INTEL_ROOT, TrustedRoot, check_self_signed
+from chutes_proto.quote.statements import (
+    QeIdentity,
+    Stated,
+    StatementKindError,
+    TcbStatus,
+    read_qe_identity,
+    read_tcb_info,
+)
+from chutes_proto.quote.steps import (
+    AttestationKey,
+    CertificateFormat,
+    CertificateIssuer,
+    CertificateRevoked,
+    CertificateRole,
+    CertificateSignature,
+    CertificationType,
+    ChainForm,
+    CollateralCa,
+    CollateralTee,
+    CrlFormat,
+    CrlIssuer,
+    CrlSignature,
+    FmspcMismatch,
+    PceIdMismatch,
+    PckChainMismatch,
+    PckExtension,
+    PckRevoked,
+    QeDebug,
+    QeIdentityMismatch,
+    QeReportData,
+    QeReportSignature,
+    QeVendor,
+    QuoteSignature,
+    ReportDataMismatch,
+    RootMismatch,
+    StatementFormat,
+    StatementKind,
+    StatementSignature,
+    UntrustedRoot,
+)
+from chutes_proto.quote.strict_json import JsonError
+from chutes_proto.quote.tcb import assess
+from chutes_proto.quote.terms import Term, Window, check_terms, window
+
+__all__ = ["OpenedQuote", "Verdict", "forget", "open_quote", "verify", "verify_collateral", "verify_quote"]
+
+T = TypeVar("T")
+
+
+@frozen(eq=False)
+class PckChain:
+    """A PCK certificate that is the root's through its CA; ``chain`` is both in DER, without the root."""
+
+    leaf: Certificate
+    leaf_key: EllipticCurvePublicKey
+    issuer: Certificate
+    chain: tuple[bytes, ...]
+    identity: PckIdentity
+    terms: tuple[Term, ...]
+
+
+@frozen(kw_only=True, eq=False)
+class OpenedQuote:
+    """A quote whose PCK chain is the root's. The quote itself is not verified yet.
+
+    ``pck`` says which platform it claims to be of, and so what collateral to ask for.
+    """
+
+    quote: Quote
+    pck: PckIdentity
+    root: TrustedRoot
+    chain: PckChain
+    proof: None = proven()
+
+
+@frozen(kw_only=True, eq=False)
+class Verdict:
+    """A quote that is genuine, of a platform that is genuine; ``tcb_status`` says how well its TCB is kept.
+
+    Revoked TCBs have no verdict. ``advisory_ids`` are those of all parts; levels that are up to date may have some too.
+    ``tcb_date`` (unix seconds) is the earliest date of the parts' levels; ``platform``, ``module`` and ``qe`` are the
+    levels at launch, ``current_status`` is of the TCB at present where the report has it. ``evaluation_number`` is the
+    lower one of TCB info and QE identity. ``window`` is when all that was used is valid (unix seconds, inclusive, no
+    grace), ``verified_at`` the caller's ``now``.
+    """
+
+    quote: Quote
+    pck: PckIdentity
+    tcb_status: TcbStatus
+    current_status: TcbStatus | None
+    advisory_ids: tuple[str, ...]
+    tcb_date: int
+    platform: Stated
+    module: Stated | None
+    qe: Stated
+    evaluation_number: int
+    window: Window
+    verified_at: int
+    root: TrustedRoot
+    proof: None = proven()
+
+
+def open_quote(data: bytes | Quote, *, now: int, root: TrustedRoot = INTEL_ROOT) -> OpenedQuote:
+    """Steps 1 to 11: the quote's structure, and its PCK chain up to the root.
+
+    Bytes are parsed as a TDX quote; parse an SGX quote with ``parse_quote(data, sgx=True)`` and give that. Raises
+    `QuoteFormatError` and `VerificationError`.
+    """
+    quote = data if isinstance(data, Quote) else parse_quote(data)
+    if quote.header.qe_vendor_id != INTEL_VENDOR_ID:  # 1
+        raise QeVendor("quote", "another vendor", got=quote.header.qe_vendor_id, expected=INTEL_VENDOR_ID)
+    if quote.certification_type != CERTIFICATION_PCK_CHAIN:  # 2
+        got, expected = quote.certification_type, CERTIFICATION_PCK_CHAIN
+        raise CertificationType("quote", "the certification data is of another type", got=got, expected=expected)
+    chain = _pck_chain(root, quote.tee, quote.certification)  # 3-8, 11
+    check_terms(chain.terms, now)  # 9, 10
+    return OpenedQuote(quote=quote, pck=chain.identity, root=root, chain=chain, proof=PROOF)
+
+
+def verify_collateral(
+    collateral: Collateral, *, now: int, root: TrustedRoot = INTEL_ROOT, grace: int = 0
+) -> VerifiedCollateral:
+    """Steps 3 to 10 and 12 to 20: CRLs, TCB info and QE identity, and the certificates of who signed them.
+
+    ``grace`` seconds are added to the end of CRLs, TCB info and QE identity, never to a certificate's. Raises
+    `VerificationError`.
+    """
+    issuer, issuer_key, issuer_terms = _signer(root, collateral.pck_crl_issuer_chain, _PCK_CA)  # 3-8
+    tcb_signer, tcb_key, tcb_terms = _signer(root, collateral.tcb_info_issuer_chain, _TCB_SIGNER)
+    qe_signer, qe_key, qe_terms = _signer(root, collateral.qe_identity_issuer_chain, _TCB_SIGNER)
+    certificate_terms = (*issuer_terms, *tcb_terms, *qe_terms)
+    check_terms(certificate_terms, now)  # 9, 10
+    root_crl, revoked_by_root = _crl(collateral.root_ca_crl, "root CRL", root.name, _root_key(root))  # 12-14
+    pck_crl, revoked_pcks = _crl(collateral.pck_crl, "PCK CRL", issuer.subject, issuer_key)
+    _check_not_revoked("root certificate", root.serial, revoked_by_root)  # 15
+    for certificate, place in ((issuer, _PCK_CA), (tcb_signer, _TCB_SIGNER), (qe_signer, _TCB_SIGNER)):
+        _check_not_revoked(place.subject, certificate.serial, revoked_by_root)
+    tcb_info = _statement(  # 16-18
+        "TCB info", collateral.tcb_info, collateral.tcb_info_signature, tcb_key, read_tcb_info
+    )
+    qe_identity = _statement(
+        "QE identity", collateral.qe_identity, collateral.qe_identity_signature, qe_key, read_qe_identity
+    )
+    if qe_identity.tee != tcb_info.tee:  # 18
+        raise StatementKind("QE identity", "it is of another TEE", got=qe_identity.tee, expected=tcb_info.tee)
+    terms = (
+        *certificate_terms,
+        Term("root CRL", root_crl.this_update, root_crl.next_update, is_certificate=False),
+        Term("PCK CRL", pck_crl.this_update, pck_crl.next_update, is_certificate=False),
+        Term("TCB info", tcb_info.issued, tcb_info.next_update, is_certificate=False),
+        Term("QE identity", qe_identity.issued, qe_identity.next_update, is_certificate=False),
+    )
+    check_terms(terms, now, grace)  # 19, 20
+    beside = collateral.pck_certificate_chain
+    return VerifiedCollateral(
+        root=root,
+        ca=_ca(issuer),
+        tcb_info=tcb_info,
+        qe_identity=qe_identity,
+        issuer_name=issuer.subject,
+        issuer_point=issuer.point,
+        revoked_by_root=revoked_by_root,
+        revoked_pcks=revoked_pcks,
+        root_crl_number=root_crl.number,
+        pck_crl_number=pck_crl.number,
+        pck_chain=None if beside is None else _read_chain(beside, "PCK chain beside the collateral", 2),
+        terms=terms,
+        grace=grace,
+        proof=PROOF,
+    )
+
+
+def verify_quote(opened: OpenedQuote, verified: VerifiedCollateral, *, now: int) -> Verdict:
+    """Steps 9, 10, 15 and 19 to 36: the quote under collateral of its platform. Raises `VerificationError`."""
+    quote, chain, pck = opened.quote, opened.chain, opened.pck
+    if verified.root != opened.root:  # 21
+        raise RootMismatch("collateral", "it was verified under another root than the quote")
+    check_terms(chain.terms, now)  # 9, 10
+    check_terms(verified.terms, now, verified.grace)  # 9, 10, 19, 20
+    _check_belongs(quote, chain, verified)  # 22-26
+    _check_not_revoked(_PCK_CA.subject, chain.issuer.serial, verified.revoked_by_root)  # 15
+    if chain.leaf.serial in verified.revoked_pcks:  # 27
+        raise PckRevoked(_PCK.subject, "it is on the PCK CRL", got=chain.leaf.serial)
+    qe_report, attestation_key = _quoting_enclave(  # 28-30
+        chain, quote.qe_report_bytes, quote.qe_report_signature, quote.qe_auth, quote.attestation_key
+    )
+    _check_quoting_enclave(qe_report, verified.qe_identity)  # 31, 32
+    try:
+        ecdsa.verify_raw(attestation_key, quote.signature, quote.signed)  # 33
+    except ecdsa.InvalidSignature:
+        raise QuoteSignature("quote", "the attestation key did not sign it") from None
+    tcb = assess(verified.tcb_info, verified.qe_identity, pck, quote.body, qe_report)  # 34-36
+    return Verdict(
+        quote=quote,
+        pck=pck,
+        tcb_status=tcb.status,
+        current_status=tcb.current,
+        advisory_ids=tcb.advisory_ids,
+        tcb_date=tcb.date,
+        platform=tcb.platform,
+        module=tcb.module,
+        qe=tcb.qe,
+        evaluation_number=min(verified.tcb_info.evaluation_number, verified.qe_identity.evaluation_number),
+        window=window((*chain.terms, *verified.terms)),
+        verified_at=now,
+        root=opened.root,
+        proof=PROOF,
+    )
+
+
+def verify(
+    data: bytes | Quote,
+    collateral: Collateral,
+    *,
+    now: int,
+    expected_report_data: bytes | None,
+    root: TrustedRoot = INTEL_ROOT,
+    grace: int = 0,
+) -> Verdict:
+    """All stages, and step 37: the report data are the 64 bytes that the caller expects.
+
+    Pass None for ``expected_report_data`` only if something else binds the quote to whom you speak with: a genuine
+    quote of another machine verifies as well. Raises `QuoteFormatError` and `VerificationError`.
+    """
+    opened = open_quote(data, now=now, root=root)
+    verified = verify_collateral(collateral, now=now, root=root, grace=grace)
+    verdict = verify_quote(opened, verified, now=now)
+    got = verdict.quote.body.report_data
+    if expected_report_data is not None and not compare_digest(got, expected_report_data):  # 37
+        raise ReportDataMismatch("quote", "the report data is another", got=got, expected=expected_report_data)
+    return verdict
+
+
+def forget() -> None:
+    """Drop what is remembered of verified chains and quoting enclaves. It costs time, nothing else."""
+    for remembered in (_root_key, _check_root, _issued_by_root, _pck_chain, _quoting_enclave):
+        remembered.cache_clear()
+
+
+# --- certificates ---
+
+
+@frozen
+class _Place:
+    """A place in a chain: what a certificate in it must be called and be allowed to do."""
+
+    subject: str
+    names: frozenset[bytes]
+    kind: Kind
+
+
+_PCK_CA: Final = _Place("PCK CA certificate", frozenset({certificates.PLATFORM_CA, certificates.PROCESSOR_CA}), "CA")
+_PCK: Final = _Place("PCK certificate", frozenset({certificates.PCK}), "end entity")
+_TCB_SIGNER: Final = _Place("TCB signing certificate", frozenset({certificates.TCB_SIGNING}), "end entity")
+
+
+@lru_cache(maxsize=256)
+def _pck_chain(root: TrustedRoot, tee: Tee, certification: bytes) -> PckChain:
+    """Steps 3 to 8 and 11."""
+    leaf_der, issuer_der, *_ = ders = _read_chain(certification, "PCK chain", 2)
+    issuer, issuer_key = _issued_by_root(root, issuer_der, _PCK_CA)
+    leaf = _issued(leaf_der, _PCK, issuer.subject, issuer_key)
+    extension = leaf.extensions.get(certificates.SGX_EXTENSION)
+    if extension is None:  # 11
+        raise PckExtension(_PCK.subject, "there is no SGX extension")
+    try:
+        identity = read_pck_extension(extension, ca=_ca(issuer), tee=tee)
+    except DerError as exc:
+        raise PckExtension(_PCK.subject, str(exc)) from None
+    terms = (*_root_terms(root, ders[2:]), _term(issuer, _PCK_CA), _term(leaf, _PCK))
+    return PckChain(leaf, _key(leaf, _PCK.subject), issuer, ders[:2], identity, terms)
+
+
+def _signer(
+    root: TrustedRoot, pem: bytes, place: _Place
+) -> tuple[Certificate, EllipticCurvePublicKey, tuple[Term, ...]]:
+    """Steps 3 to 8 for a chain of a certificate and, or without, the root that issued it; with their terms."""
+    der, *above = _read_chain(pem, f"chain of the {place.subject}", 1)
+    certificate, key = _issued_by_root(root, der, place)
+    return certificate, key, (*_root_terms(root, above), _term(certificate, place))
+
+
+def _read_chain(pem: bytes, subject: str, least: int) -> tuple[bytes, ...]:
+    """Step 3: so many certificates, and the root or not."""
+    try:
+        ders = certificates.read_pem(pem)
+    except DerError as exc:
+        raise ChainForm(subject, str(exc)) from None
+    if not least <= len(ders) <= least + 1:
+        raise ChainForm(subject, "it is too short or too long", got=len(ders), expected=f"{least} or {least + 1}")
+    return ders
+
+
+def _root_terms(root: TrustedRoot, above: Sequence[bytes]) -> tuple[Term, ...]:
+    """When the root is valid, by the pin and by the certificate that came with a chain; step 6 for that one."""
+    pinned = Term("root certificate", root.not_before, root.not_after, is_certificate=True)
+    return (pinned, *(_check_root(root, der) for der in above))
+
+
+@lru_cache(maxsize=16)
+def _check_root(root: TrustedRoot, der: bytes) -> Term:
+    certificate = _read(der, "root certificate")
+    if certificate.subject != root.name or certificate.point != root.point:
+        raise UntrustedRoot("root certificate", "it is another", got=certificate.point, expected=root.point)
+    if sha256(der).digest() != root.digest:  # made anew with the same name and key
+        try:
+            check_self_signed(certificate)
+        except DerError as exc:
+            raise UntrustedRoot("root certificate", str(exc)) from None
+    return Term("root certificate", certificate.not_before, certificate.not_after, is_certificate=True)
+
+
+@lru_cache(maxsize=64)
+def _issued_by_root(root: TrustedRoot, der: bytes, place: _Place) -> tuple[Certificate, EllipticCurvePublicKey]:
+    certificate = _issued(der, place, root.name, _root_key(root))
+    return certificate, _key(certificate, place.subject)
+
+
+@lru_cache(maxsize=16)
+def _root_key(root: TrustedRoot) -> EllipticCurvePublicKey:
+    return ecdsa.load_point(root.point)
+
+
+def _issued(der: bytes, place: _Place, issuer: bytes, issuer_key: EllipticCurvePublicKey) -> Certificate:
+    """Steps 4, 5, 7 and 8."""
+    certificate = _read(der, place.subject)
+    try:
+        name = certificates.common_name(certificate.subject)
+        certificates.check_kind(certificate, place.kind)
+    except DerError as exc:
+        raise CertificateRole(place.subject, str(exc)) from None
+    if name not in place.names:
+        got, expected = name.decode("utf-8", "replace"), " or ".join(sorted(n.decode() for n in place.names))
+        raise CertificateRole(place.subject, "it is called something else", got=repr(got), expected=repr(expected))
+    if certificate.issuer != issuer:
+        raise CertificateIssuer(place.subject, "it names another issuer", got=certificate.issuer, expected=issuer)
+    try:
+        ecdsa.verify(issuer_key, certificate.signature, certificate.signed)
+    except ecdsa.InvalidSignature:
+        raise CertificateSignature(place.subject, "its issuer did not sign it") from None
+    return certificate
+
+
+def _read(der: bytes, subject: str) -> Certificate:
+    """Step 4."""
+    try:
+        return certificates.read_certificate(der)
+    except DerError as exc:
+        raise CertificateFormat(subject, str(exc)) from None
+
+
+def _key(certificate: Certificate, subject: str) -> EllipticCurvePublicKey:
+    try:
+        return ecdsa.load_point(certificate.point)
+    except ValueError:
+        raise CertificateFormat(subject, "its key is no point of P-256") from None
+
+
+def _term(certificate: Certificate, place: _Place) -> Term:
+    return Term(place.subject, certificate.not_before, certificate.not_after, is_certificate=True)
+
+
+def _ca(issuer: Certificate) -> Ca:
+    return "platform" if certificates.common_name(issuer.subject) == certificates.PLATFORM_CA else "processor"
+
+
+# --- collateral ---
+
+
+def _crl(
+    der: bytes, subject: str, issuer: bytes, issuer_key: EllipticCurvePublicKey
+) -> tuple[certificates.Crl, frozenset[bytes]]:
+    """Steps 12 to 14: the CRL and the serial numbers on it."""
+    try:
+        crl = certificates.read_crl(der)
+        if crl.issuer != issuer:
+            raise CrlIssuer(subject, "it names another issuer", got=crl.issuer, expected=issuer)
+        ecdsa.verify(issuer_key, crl.signature, crl.signed)
+        return crl, certificates.revoked_serials(crl)
+    except DerError as exc:
+        raise CrlFormat(subject, str(exc)) from None
+    except ecdsa.InvalidSignature:
+        raise CrlSignature(subject, "its issuer did not sign it") from None
+
+
+def _check_not_revoked(subject: str, serial: bytes, revoked: frozenset[bytes]) -> None:
+    """Step 15."""
+    if serial in revoked:
+        raise CertificateRevoked(subject, "it is on the root CRL", got=serial)
+
+
+def _statement(
+    subject: str, text: bytes, signature: bytes, key: EllipticCurvePublicKey, read: Callable[[bytes], T]
+) -> T:
+    """Steps 16 to 18: nothing is read that is not signed."""
+    try:
+        ecdsa.verify_raw(key, signature, text)
+        return read(text)
+    except ecdsa.InvalidSignature:
+        raise StatementSignature(subject, "the TCB signing key did not sign it") from None
+    except StatementKindError as exc:
+        raise StatementKind(subject, str(exc)) from None
+    except JsonError as exc:
+        raise StatementFormat(subject, str(exc)) from None
+
+
+# --- the quote ---
+
+
+def _check_belongs(quote: Quote, chain: PckChain, verified: VerifiedCollateral) -> None:
+    """Steps 22 to 26: the collateral is this platform's."""
+    info, pck = verified.tcb_info, chain.identity
+    if info.tee != quote.tee:  # 22
+        raise CollateralTee("collateral", "it is for another TEE", got=info.tee, expected=quote.tee)
+    if (chain.issuer.subject, chain.issuer.point) != (verified.issuer_name, verified.issuer_point):  # 23
+        raise CollateralCa("PCK CRL", "it is of another CA", got=verified.ca, expected=pck.ca)
+    if info.fmspc != pck.fmspc:  # 24
+        raise FmspcMismatch("TCB info", "it is for another FMSPC", got=info.fmspc, expected=pck.fmspc)
+    if info.pce_id != pck.pce_id:  # 25
+        raise PceIdMismatch("TCB info", "it is for another PCE-ID", got=info.pce_id, expected=pck.pce_id)
+    if verified.pck_chain is not None and verified.pck_chain[:2] != chain.chain:  # 26
+        raise PckChainMismatch("PCK chain beside the collateral", "it is not the quote's")
+
+
+@lru_cache(maxsize=256)
+def _quoting_enclave(
+    chain: PckChain, report: bytes, signature: bytes, auth: bytes, attestation_key: bytes
+) -> tuple[SgxReport, EllipticCurvePublicKey]:
+    """Steps 28 to 30: the attestation key is the quoting enclave's, the quoting enclave the platform's."""
+    try:
+        ecdsa.verify_raw(chain.leaf_key, signature, report)  # 28
+    except ecdsa.InvalidSignature:
+        raise QeReportSignature("QE report", "the PCK did not sign it") from None
+    qe_report = parse_sgx_report(report)
+    expected = sha256(attestation_key + auth).digest() + bytes(32)
+    if qe_report.report_data != expected:  # 29
+        got = qe_report.report_data
+        raise QeReportData("QE report", "its report data is not the attestation key's hash", got=got, expected=expected)
+    try:
+        return qe_report, ecdsa.load_point(attestation_key)  # 30
+    except ValueError:
+        raise AttestationKey("attestation key", "it is no point of P-256", got=attestation_key) from None
+
+
+def _check_quoting_enclave(report: SgxReport, identity: QeIdentity) -> None:
+    """Steps 31 and 32."""
+    if report.flags & SgxAttributes.DEBUG:
+        raise QeDebug("quoting enclave", "it is a debug enclave")
+    misc_select = int.from_bytes(report.misc_select, "little") & identity.misc_select_mask
+    attributes = int.from_bytes(report.attributes, "little") & identity.attributes_mask
+    for name, got, expected in (
+        ("MRSIGNER", report.mr_signer, identity.mr_signer),
+        ("ISVPRODID", report.isv_prod_id, identity.isv_prod_id),
+        ("MISCSELECT under its mask", misc_select, identity.misc_select),
+        ("ATTRIBUTES under their mask", attributes, identity.attributes),
+    ):
+        if got != expected:
+            raise QeIdentityMismatch("quoting enclave", f"{name} is another", got=got, expected=expected)
