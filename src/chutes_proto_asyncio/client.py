@@ -35,8 +35,8 @@ class BootAgent:
 
     ``url`` is ``https://host:port``, ``quoter`` makes a quote of 64 bytes of report data (it may block), ``ca_pem`` is
     the CA bundle to trust instead of the system's, ``signer`` proves the hotkey. The agent makes a throw-away client
-    key, or takes ``identity``. An own ``client`` must present the certificate of the ``identity`` that comes with it,
-    and stays open.
+    key, or takes ``identity``; it uses no proxy that the environment names. An own ``client`` must present the
+    certificate of the ``identity`` that comes with it, and stays open.
 
     The methods raise as the flows of ``chutes_proto.client.flows`` do.
     """
