@@ -12,12 +12,21 @@ from __future__ import annotations
 import os
 import secrets
 import stat
+import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from chutes_proto.errors import ConfigurationError
+from attrs import evolve, frozen
+
+from chutes_proto.collateral.library import Item, choose
+from chutes_proto.errors import CollateralUnavailable, ConfigurationError
+from chutes_proto.quote.collateral import Collateral, VerifiedCollateral
+from chutes_proto.quote.errors import QuoteError
+from chutes_proto.quote.pck import PckIdentity
+from chutes_proto.quote.roots import TrustedRoot
+from chutes_proto.quote.verify import verify_collateral
 from chutes_proto.testing.directory import PLATFORM_FILE, SEED_SIZE, PlatformRecord
 
 MAX_SIZE: Final = 4 * 1024 * 1024
@@ -38,11 +47,11 @@ def read_file(path: str | Path, *, limit: int = MAX_SIZE) -> bytes:
 
 
 def read_private(path: str | Path, *, limit: int = MAX_SIZE) -> bytes:
-    """The whole of a file that only its owner can read. Raises `ConfigurationError`."""
+    """The whole of a file that only its owner can get at. Raises `ConfigurationError`."""
     try:
         with Path(path).open("rb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-            if mode & 0o077:
+            if mode & _others(Path(path)):
                 raise ConfigurationError(f"{path}: its mode {mode:04o} lets others at a secret; run: chmod 600 {path}")
             return _bounded(path, file.read(limit + 1), limit)
     except (OSError, ValueError) as exc:
@@ -111,6 +120,79 @@ def open_platform(directory: str | Path, now: int) -> PlatformRecord:
         raise
     except ConfigurationError as exc:
         raise ConfigurationError(f"{file}: {exc}") from None
+
+
+@frozen
+class _Read:
+    """What was made of a file; ``stamp`` changes when the file does."""
+
+    stamp: tuple[int, int, int]
+    at: int
+    item: Item
+
+
+class CollateralDirectory:
+    """Collateral in the ``*.json`` files of a directory, one platform family a file (`Collateral.from_json`).
+
+    Files may come, go and change at any time. Each is read and verified once; one that does not verify is looked at
+    again after a while, because its time may not have begun. May be used from several threads.
+
+    A PCK certificate chain beside the collateral is left out: it is one machine's, and a file here serves many.
+    """
+
+    AGAIN_AFTER: Final = 60
+
+    def __init__(self, path: str | Path, root: TrustedRoot) -> None:
+        self.path = Path(path)
+        self._root = root
+        self._lock = threading.Lock()
+        self._read: dict[str, _Read] = {}
+
+    def fetch(self, identity: PckIdentity, now: int) -> VerifiedCollateral:
+        """The collateral for a platform at ``now``. Raises `CollateralUnavailable`."""
+        return choose(self.items(now), identity, now, str(self.path))
+
+    def items(self, now: int) -> tuple[Item, ...]:
+        """All files, by name. Raises `CollateralUnavailable` if the directory cannot be read."""
+        with self._lock:
+            try:
+                with os.scandir(self.path) as entries:
+                    names = sorted(e.name for e in entries if e.name.endswith(".json") and not e.name.startswith("."))
+            except OSError as exc:
+                raise CollateralUnavailable(f"collateral directory {self.path}: {exc.strerror}") from None
+            self._read = {name: self._current(name, now) for name in names}
+            return tuple(read.item for read in self._read.values())
+
+    def _current(self, name: str, now: int) -> _Read:
+        path = self.path / name
+        try:
+            found = path.stat()
+        except OSError as exc:
+            return _Read((0, 0, 0), now, Item(str(path), exc.strerror or "it cannot be read"))
+        stamp = (found.st_mtime_ns, found.st_size, found.st_ino)
+        known = self._read.get(name)
+        if known is not None and known.stamp == stamp:
+            is_verified = isinstance(known.item.content, VerifiedCollateral)
+            if is_verified or abs(now - known.at) < self.AGAIN_AFTER:
+                return known
+        return _Read(stamp, now, Item(str(path), self._verified(path, now)))
+
+    def _verified(self, path: Path, now: int) -> VerifiedCollateral | str:
+        try:
+            collateral = evolve(Collateral.from_json(read_file(path)), pck_certificate_chain=None)
+            return verify_collateral(collateral, now=now, root=self._root)
+        except (FileUnavailable, QuoteError) as exc:
+            return str(exc)
+
+
+def _others(path: Path) -> int:
+    """The bits of a mode that let others at a file.
+
+    A credential of systemd's (systemd.exec(5)) is its unit's alone by an access list, whose mask stands where the
+    group's bits do.
+    """
+    given = os.environ.get("CREDENTIALS_DIRECTORY")
+    return 0o007 if given and Path(given) in path.resolve().parents else 0o077
 
 
 def _bounded(path: str | Path, data: bytes, limit: int) -> bytes:

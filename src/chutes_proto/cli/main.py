@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from chutes_proto import ChutesError, __version__
-from chutes_proto.cli import console, openapi, simulate
+from chutes_proto.cli import boot, console, inspect, openapi, simulate
 
-_COMMANDS: tuple[Any, ...] = (simulate, openapi)
+_COMMANDS: tuple[Any, ...] = (boot, inspect, simulate, openapi)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,184 @@
+"""``chutes-proto boot``: the agent without disks, against a running server."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import TYPE_CHECKING
+
+from chutes_proto.cli import console
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from chutes_proto.blocking.quoting import Quoter
+    from chutes_proto.client.flows import BootGrant, VolumeKeys
+    from chutes_proto.errors import Refusal
+    from chutes_proto.log import Record
+
+NAME = "boot"
+_VOLUME = re.compile(r"(?!\.)[A-Za-z0-9_.-]{1,64}")
+
+
+def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
+    parser = console.command(
+        subparsers,
+        NAME,
+        "boot against a running server, as a VM without disks",
+        """
+        Do what a VM does when it boots: make a throw-away client key, get a nonce, have the platform quote both, hand
+        the quote in, and ask for the passphrases of the volumes. The passphrases are shown nowhere; with --keys they
+        go into files that only you can read, for a program like `cryptsetup --key-file`.
+
+        exit code: 0 granted; 1 the server refused, or was not available until the end of --wait; 2 usage, no answer,
+        or no quote
+        """,
+        """
+        chutes-proto serve --dev                       # in another terminal; prints URL and CA file
+        chutes-proto boot https://127.0.0.1:8443 --ca /tmp/.../ca.pem --hotkey 5Grw... --vm vm-1
+        chutes-proto boot https://keys.example:8443 --hotkey 5Grw... --vm vm-1 --quoter 'my-quoter {report_data}'
+        """,
+    )
+    console.add(parser, "url", metavar="URL", help="the server, https://host:port")
+    console.add(parser, "--ca", metavar="FILE", help="PEM certificates to trust (default: the system's)")
+    console.add(parser, "--hotkey", metavar="SS58", required=True, help="the hotkey that owns the VM")
+    console.add(parser, "--vm", metavar="NAME", required=True, help="the VM's name")
+    console.add(
+        parser,
+        "--quoter",
+        metavar="COMMAND",
+        default="simulated",
+        help="'simulated' (default), or a command that gets 64 bytes of report data in hex, on standard input and in"
+        " place of {report_data}, and writes the quote to standard output; no shell runs",
+    )
+    console.add(
+        parser,
+        "--volumes",
+        metavar="A,B",
+        type=_volumes,
+        default=("storage", "tdx-cache"),
+        help="all volumes of the VM (default: storage,tdx-cache); the server retires the keys of others",
+    )
+    console.add(parser, "--keys", metavar="DIR", help="write the passphrases into this directory, made if missing")
+    console.add(
+        parser, "--wait", metavar="SECONDS", type=float, default=30.0, help="try again for this long (default: 30)"
+    )
+    console.add_platform(parser)
+    console.add_json(parser)
+    return parser
+
+
+def run(options: argparse.Namespace) -> int:
+    import os
+    import time
+
+    import httpx
+
+    from chutes_proto.auth.certificates import ENTROPY_SIZE, make_client_identity
+    from chutes_proto.blocking.files import make_directory, read_file
+    from chutes_proto.blocking.http import HttpxSender
+    from chutes_proto.blocking.perform import Performer
+    from chutes_proto.blocking.tls import client_context
+    from chutes_proto.client.flows import BootSettings, boot, boot_and_sync
+    from chutes_proto.client.retry import RetryPolicy
+    from chutes_proto.errors import ConfigurationError, Refusal
+
+    if not 0 <= options.wait <= 86400:
+        raise ConfigurationError("--wait: 0 to 86400 seconds")
+    retry = RetryPolicy(deadline=options.wait) if options.wait else RetryPolicy(attempts=1)
+    now = int(time.time())
+    identity = make_client_identity(now, os.urandom(ENTROPY_SIZE))
+    settings = BootSettings(options.hotkey, options.vm, identity.spki_sha256, retry=retry)
+    quoter = _quoter(options, now)
+    keys_directory = make_directory(options.keys, mode=0o700) if options.keys else None
+    context = client_context(identity, read_file(options.ca) if options.ca else None)
+    with httpx.Client(verify=context, trust_env=False) as client:
+        performer = Performer(send=HttpxSender(client, options.url), quoter=quoter, log=_tell)
+        try:
+            grant = performer.run(boot(settings))
+            grant, keys = performer.run(boot_and_sync(settings, options.volumes, grant=grant))
+        except Refusal as exc:
+            return _refused(options, exc)
+    if keys_directory is not None:
+        _write_keys(keys_directory, grant, keys)
+    return _granted(options, grant, keys)
+
+
+def _quoter(options: argparse.Namespace, now: int) -> Quoter:
+    import os
+
+    from chutes_proto.blocking.files import open_platform, platform_directory
+    from chutes_proto.blocking.quoting import CommandQuoter
+
+    if options.quoter != "simulated":
+        return CommandQuoter(options.quoter)
+    return open_platform(options.platform or platform_directory(os.environ), now).platform.quote
+
+
+def _granted(options: argparse.Namespace, grant: BootGrant, keys: VolumeKeys) -> int:
+    volumes = {
+        name: {"passphrase_length": len(passphrase), "in_use": name in keys.in_use}
+        for name, passphrase in keys.passphrases.items()
+    }
+    if options.json:
+        console.say_json(
+            {
+                "granted": True,
+                "hotkey": grant.miner_hotkey,
+                "vm": grant.vm_name,
+                "root_passphrase_length": len(grant.root_passphrase),
+                "volumes": volumes,
+            }
+        )
+        return console.GRANTED
+    console.say(f"granted: {grant.vm_name} of {grant.miner_hotkey}")
+    console.say(f"root passphrase received, {len(grant.root_passphrase)} characters")
+    for name, volume in volumes.items():
+        used = "in use: do not format a blank disk" if volume["in_use"] else "not known to be in use"
+        console.say(f"{name}: passphrase received, {volume['passphrase_length']} characters; {used}")
+    return console.GRANTED
+
+
+def _refused(options: argparse.Namespace, refusal: Refusal) -> int:
+    if options.json:
+        console.say_json(
+            {
+                "granted": False,
+                "status": refusal.status,
+                "code": str(refusal.code),
+                "detail": refusal.detail,
+                "request_id": refusal.request_id,
+            }
+        )
+    else:
+        console.say(f"refused: {refusal}")
+        if refusal.request_id:
+            console.say(f"the server's log has the reason under request {refusal.request_id}")
+    return console.REFUSED
+
+
+def _write_keys(directory: Path, grant: BootGrant, keys: VolumeKeys) -> None:
+    from chutes_proto.blocking.files import write_file
+
+    for name, passphrase in {"root": grant.root_passphrase, **keys.passphrases}.items():
+        write_file(directory / name, passphrase.reveal(), mode=0o600)
+        console.tell(f"{name}: passphrase written to {directory / name}")
+
+
+def _tell(record: Record) -> None:
+    """Progress, one line a record. A client's records hold no secret."""
+    fields = dict(record.fields)
+    match record.event:
+        case "boot_step":
+            console.tell(f"{fields['step']} (attempt {fields['attempt']})")
+        case "boot_delayed":
+            console.tell(f"{fields['step']} failed: {fields['reason']}; next attempt in {fields['wait']} s")
+        case _:
+            pass
+
+
+def _volumes(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(text.split(",")))
+    if wrong := [name for name in names if not _VOLUME.fullmatch(name) or name == "root"]:
+        raise argparse.ArgumentTypeError(f"{wrong[0]!r} is not a volume's name; say for example storage,tdx-cache")
+    return names

@@ -1,0 +1,89 @@
+"""A quote and its platform as fields: members of a JSON object, or lines for people; `inspect` and `verify` show them.
+
+Bytes, and the 64-bit sets of flags, are lowercase hex in the order in which they stand in the quote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final, cast
+
+import attrs
+
+from chutes_proto.cli import console
+from chutes_proto.quote.certificates import PLATFORM_CA, SGX_EXTENSION, common_name, read_certificate, read_pem
+from chutes_proto.quote.der import DerError
+from chutes_proto.quote.layout import SgxAttributes, SgxReport, TdAttributes, TdReport10, TdReport15, TdReport15Ex
+from chutes_proto.quote.pck import PckIdentity, read_pck_extension
+
+if TYPE_CHECKING:
+    from chutes_proto.quote.layout import Quote
+    from chutes_proto.quote.pck import Ca
+
+_BODY_TYPES: Final = {SgxReport: "SGX", TdReport10: "TD10", TdReport15: "TD15", TdReport15Ex: "TD15Ex"}
+_FLAGS: Final = {"seam_attributes", "td_attributes", "xfam", "init_servtd_attributes", "current_servtd_attributes"}
+_WIDTH: Final = 26
+
+
+def quote_fields(quote: Quote) -> dict[str, object]:
+    """Header and body."""
+    header, body = quote.header, quote.body
+    fields: dict[str, object] = {
+        "version": header.version,
+        "tee": quote.tee,
+        "tee_type": header.tee_type,
+        "att_key_type": header.key_type,
+        "qe_vendor_id": header.qe_vendor_id.hex(),
+        "user_data": header.user_data.hex(),
+        "body_type": _BODY_TYPES[type(body)],
+    }
+    for attribute in attrs.fields(type(body)):
+        value: Any = getattr(body, attribute.name)
+        if attribute.name == "rtmrs":
+            fields |= {f"rtmr{number}": rtmr.hex() for number, rtmr in enumerate(value)}
+        elif not attribute.name.startswith("reserved"):
+            fields[attribute.name] = _shown(value.to_bytes(8, "little") if attribute.name in _FLAGS else value)
+    names = SgxAttributes(body.flags) if isinstance(body, SgxReport) else TdAttributes(body.td_attributes)
+    return {**fields, "attribute_names": [str(flag.name) for flag in names], "trailing_bytes": quote.trailing}
+
+
+def platform_fields(pck: PckIdentity | None) -> dict[str, object]:
+    """What a PCK certificate says of its platform."""
+    if pck is None:
+        return {"pck": None}
+    return {"pck": {name: _shown(value) for name, value in attrs.asdict(pck, recurse=False).items()}}
+
+
+def claimed_platform(quote: Quote) -> PckIdentity | None:
+    """What the PCK certificate in the quote says, whoever signed it; None where there is none that can be read."""
+    try:
+        leaf = read_certificate(read_pem(quote.certification)[0])
+        ca: Ca = "platform" if common_name(leaf.issuer) == PLATFORM_CA else "processor"
+        return read_pck_extension(leaf.extensions[SGX_EXTENSION], ca=ca, tee=quote.tee)
+    except (DerError, KeyError):
+        return None
+
+
+def say_fields(fields: Mapping[str, object]) -> None:
+    """One line each; a mapping's members are named after it, an empty list and None are a dash."""
+    for name, value in fields.items():
+        match value:
+            case dict():
+                members = cast("dict[str, object]", value)
+                say_fields({f"{name}.{member}": inner for member, inner in members.items()})
+            case None | []:
+                console.say(f"{name:{_WIDTH}} -")
+            case list():
+                console.say(f"{name:{_WIDTH}} {', '.join(map(str, cast('list[object]', value)))}")
+            case _:
+                console.say(f"{name:{_WIDTH}} {value}")
+
+
+def _shown(value: object) -> object:
+    match value:
+        case bytes():
+            return value.hex()
+        case tuple():
+            return [_shown(item) for item in cast("tuple[object, ...]", value)]
+        case _:
+            return value

@@ -1,0 +1,88 @@
+"""Which collateral serves a platform: never an old file, never another platform's, and an error that helps."""
+
+from __future__ import annotations
+
+import pytest
+from attrs import evolve
+
+from chutes_proto.collateral.library import Item, choose
+from chutes_proto.errors import CollateralUnavailable
+from chutes_proto.quote.collateral import Collateral, VerifiedCollateral
+from chutes_proto.quote.pck import PckIdentity
+from chutes_proto.quote.proof import PROOF
+from chutes_proto.quote.roots import TrustedRoot
+from chutes_proto.quote.verify import open_quote, verify_collateral
+from chutes_proto.testing.platform import COLLATERAL_SECONDS, SimulatedPlatform
+
+NOW = 1_780_000_000
+END = NOW + COLLATERAL_SECONDS
+PLATFORM = SimulatedPlatform(bytes(32))
+ROOT = TrustedRoot.from_der(PLATFORM.root_der)
+
+
+def identity(platform: SimulatedPlatform = PLATFORM) -> PckIdentity:
+    return open_quote(platform.quote(bytes(64)), now=NOW, root=ROOT).pck
+
+
+def verified(platform: SimulatedPlatform = PLATFORM, at: int = NOW) -> VerifiedCollateral:
+    return verify_collateral(Collateral.from_json(platform.collateral_json(at)), now=at, root=ROOT)
+
+
+def numbered(number: int, at: int = NOW) -> VerifiedCollateral:
+    content = verified(at=at)
+    return evolve(
+        content,
+        proof=PROOF,
+        tcb_info=evolve(content.tcb_info, evaluation_number=number),
+        qe_identity=evolve(content.qe_identity, evaluation_number=number),
+    )
+
+
+def missing(*items: Item, wanted: PckIdentity | None = None, now: int = NOW) -> str:
+    with pytest.raises(CollateralUnavailable) as caught:
+        _ = choose(items, wanted or identity(), now, "/shelf")
+    return str(caught.value)
+
+
+def test_each_platform_gets_its_own() -> None:
+    others = [PLATFORM.another(1), evolve(PLATFORM, ca="processor")]
+    items = [Item(str(index), verified(platform)) for index, platform in enumerate([PLATFORM, *others])]
+    for index, platform in enumerate([PLATFORM, *others]):
+        assert choose(items, identity(platform), NOW, "") is items[index].content
+    for platform in others:
+        text = missing(items[0], wanted=identity(platform))
+        assert f"no collateral for FMSPC {platform.fmspc.hex()}, {platform.ca} CA, TDX" in text
+    assert "SGX" in missing(items[0], wanted=evolve(identity(), tee="SGX"))
+
+
+@pytest.mark.parametrize("now", [NOW - 1, END + 1])
+def test_what_is_not_valid_now_is_missing_and_named(now: int) -> None:
+    text = missing(Item("/shelf/a.json", verified()), now=now)
+    assert "/shelf/a.json: FMSPC" in text
+    assert "valid 2026-05-28T20:26:40+00:00 to 2026-06-27T20:26:40+00:00" in text
+
+
+@pytest.mark.parametrize("now", [NOW, END])
+def test_both_ends_are_valid(now: int) -> None:
+    item = Item("a", verified())
+    assert choose([item], identity(), now, "") is item.content
+
+
+def test_an_old_file_beside_a_new_one_changes_nothing() -> None:
+    old, new, newest = numbered(4, at=NOW + 9), numbered(5), numbered(5, at=NOW + 5)
+    for order in ([old, new, newest], [newest, new, old]):
+        assert choose([Item("", content) for content in order], identity(), NOW + 10, "") is newest
+        assert choose([Item("", content) for content in order], identity(), NOW + 2, "") is new
+
+
+def test_files_of_no_use_are_named_unless_one_fits() -> None:
+    useless = [Item(f"/shelf/{number}.json", "not JSON") for number in range(7)]
+    text = missing(*useless)
+    assert "/shelf" in text
+    assert "/shelf/4.json: of no use: not JSON" in text
+    assert "/shelf/5.json" not in text
+    assert "not JSON" not in missing(*useless, Item("old", verified()), now=END + 1)
+
+
+def test_an_empty_place_is_named() -> None:
+    assert "/shelf" in missing()
