@@ -20,8 +20,7 @@ from chutes_proto.server.profiles import ServedProfile
 from chutes_proto.server.service import Slots
 from chutes_proto.store.rows import AttestationRow, AuditRow, BootRow, NonceRow, VmRow
 from chutes_proto.wire import json
-
-from .world import HOTKEY, NOW, PROFILE, World, answer, content, refusal, service
+from tests.server.world import HOTKEY, NOW, PROFILE, World, answer, content, refusal, service
 
 OTHER_HOTKEY = "5FHneW46xGXgs5mUiveU4sbTyGBzmstUspZC92UhjJM694ty"
 IDENTITY = make_client_identity(NOW, bytes(32))

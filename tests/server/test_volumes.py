@@ -13,8 +13,7 @@ from chutes_proto.server.app import App
 from chutes_proto.server.profiles import ServedProfile
 from chutes_proto.store.rows import GenerationRow
 from chutes_proto.wire import openapi
-
-from .world import HOTKEY, NOW, PROFILE, World, answer, content, refusal, service
+from tests.server.world import HOTKEY, NOW, PROFILE, World, answer, content, refusal, service
 
 CERTIFICATES = [load_pem_x509_certificate(make_client_identity(NOW, bytes([n]) * 32).certificate_pem) for n in range(2)]
 BOTH = {"volumes": ["storage", "tdx-cache"]}

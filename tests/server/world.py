@@ -5,12 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 from attrs import define, evolve, field
-from chutes_proto.quote.collateral import Collateral
 from chutes_proto.quote.measurements import Profile
 from chutes_proto.quote.policy import Policy
-from chutes_proto.quote.roots import TrustedRoot
-from chutes_proto.quote.verify import verify_collateral
-from chutes_proto.store.memory import MemoryStore
 
 from chutes_proto.auth.binding import report_data
 from chutes_proto.auth.certificates import spki_sha256
@@ -18,10 +14,14 @@ from chutes_proto.effects import Effect, Entropy, FetchCollateral, Log, Now, Sle
 from chutes_proto.errors import CollateralUnavailable
 from chutes_proto.keys.vault import KeyEncryptionKey, Vault
 from chutes_proto.log import Record
+from chutes_proto.quote.collateral import Collateral
+from chutes_proto.quote.roots import TrustedRoot
+from chutes_proto.quote.verify import verify_collateral
 from chutes_proto.server.app import App
 from chutes_proto.server.nonces import NonceMint
 from chutes_proto.server.profiles import ServedProfile
 from chutes_proto.server.service import Service
+from chutes_proto.store.memory import MemoryStore
 from chutes_proto.store.rows import Row, Scan
 from chutes_proto.store.run import Script, Unit
 from chutes_proto.testing.platform import BOOT_RTMRS, MRTD, RUNTIME_RTMRS, SimulatedPlatform

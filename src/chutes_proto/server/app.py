@@ -100,8 +100,8 @@ class App:
                 raise Refused(Code.NOT_FOUND, "Not Found")
         if self.draining and match.endpoint in _DRAINED:
             raise Unavailable(Code.DRAINING, "The server is stopping. Retry shortly.", retry_after=5)
-        message = decode_request(match, request)
         try:
+            message = decode_request(match, request)
             answer = yield from _HANDLERS[match.endpoint](self.service, request, message, request_id)
         except Refusal as exc:
             if match.endpoint is endpoints.BOOT_ATTESTATION:
