@@ -20,6 +20,7 @@ from chutes_proto.server.profiles import ServedProfile
 from chutes_proto.server.service import Slots
 from chutes_proto.store.rows import AttestationRow, AuditRow, BootRow, NonceRow, VmRow
 from chutes_proto.wire import json
+from chutes_proto.wire.http import HttpResponse
 from tests.server.world import HOTKEY, NOW, PROFILE, World, answer, content, refusal, service
 
 OTHER_HOTKEY = "5FHneW46xGXgs5mUiveU4sbTyGBzmstUspZC92UhjJM694ty"
@@ -31,7 +32,7 @@ def world() -> World:
     return World(certificate=load_pem_x509_certificate(IDENTITY.certificate_pem))
 
 
-def attest(world: World, nonce: str | None = None, fault: str | None = None, **members: Any):
+def attest(world: World, nonce: str | None = None, fault: str | None = None, **members: Any) -> HttpResponse:
     good = world.platform
     if fault:
         world.platform = good.having(fault)
@@ -237,7 +238,7 @@ def test_only_known_hotkeys(world):
     assert answer(world.boot(miner_hotkey=OTHER_HOTKEY))
 
 
-def signed(world: World, seed: bytes = b"s" * 32):
+def signed(world: World, seed: bytes = b"s" * 32) -> tuple[dict[str, Any], dict[str, str]]:
     pair = HotkeyPair.from_seed(Secret(seed))
     hotkey = pair.hotkey.address
     body, headers = world.attestation(miner_hotkey=hotkey)

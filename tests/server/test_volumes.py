@@ -13,6 +13,7 @@ from chutes_proto.server.app import App
 from chutes_proto.server.profiles import ServedProfile
 from chutes_proto.store.rows import GenerationRow
 from chutes_proto.wire import openapi
+from chutes_proto.wire.http import HttpResponse
 from tests.server.world import HOTKEY, NOW, PROFILE, World, answer, content, refusal, service
 
 CERTIFICATES = [load_pem_x509_certificate(make_client_identity(NOW, bytes([n]) * 32).certificate_pem) for n in range(2)]
@@ -24,7 +25,7 @@ def world() -> World:
     return World(certificate=CERTIFICATES[0])
 
 
-def legacy(world: World, token: str, query: str = f"?hotkey={HOTKEY}", vm: str = "vm-1"):
+def legacy(world: World, token: str, query: str = f"?hotkey={HOTKEY}", vm: str = "vm-1") -> HttpResponse:
     return world.ask("GET", f"/servers/{vm}/luks{query}", headers={"x-boot-token": token})
 
 
@@ -170,10 +171,10 @@ def test_in_use_says_which_disks_hold_data(world):
     assert answer(world.sync(world.token(), BOTH | {"formatted": []}))["in_use"] == ["storage"]
 
 
-def busy_for(world: World, times: int):
+def busy_for(world: World, times: int) -> None:
     left = [times]
 
-    def fail(effect):
+    def fail(effect: object) -> None:
         if isinstance(effect, Transact) and left[0]:
             left[0] -= 1
             raise StoreBusy("locked")

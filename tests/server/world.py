@@ -5,8 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 from attrs import define, evolve, field
-from chutes_proto.quote.measurements import Profile
-from chutes_proto.quote.policy import Policy
 
 from chutes_proto.auth.binding import report_data
 from chutes_proto.auth.certificates import spki_sha256
@@ -15,6 +13,8 @@ from chutes_proto.errors import CollateralUnavailable
 from chutes_proto.keys.vault import KeyEncryptionKey, Vault
 from chutes_proto.log import Record
 from chutes_proto.quote.collateral import Collateral
+from chutes_proto.quote.measurements import Profile
+from chutes_proto.quote.policy import Policy
 from chutes_proto.quote.roots import TrustedRoot
 from chutes_proto.quote.verify import verify_collateral
 from chutes_proto.server.app import App
@@ -108,7 +108,7 @@ class World:
         return run(self.app.handle(evolve(request, **changes)), self.perform)
 
     def nonce(self, query: str = "") -> str:
-        return answer(self.ask("GET", "/servers/nonce" + query))["nonce"]
+        return str(answer(self.ask("GET", "/servers/nonce" + query))["nonce"])
 
     def attestation(self, nonce: str | None = None, **members: Any) -> tuple[dict[str, Any], dict[str, str]]:
         """Body and headers of a good attestation by this world's platform and certificate, but for ``members``."""
@@ -122,13 +122,13 @@ class World:
         return self.ask("POST", "/servers/boot/attestation", body, headers=headers)
 
     def token(self, **members: Any) -> str:
-        return answer(self.boot(**members))["boot_token"]
+        return str(answer(self.boot(**members))["boot_token"])
 
     def sync(self, token: str, body: Any, *, hotkey: str = HOTKEY, vm: str = "vm-1") -> HttpResponse:
         headers = {"x-boot-token": token, "x-chutes-hotkey": hotkey, "content-type": "application/json"}
         return self.ask("POST", f"/servers/{vm}/luks", body, headers=headers)
 
-    def rows(self, kind: type[Row]) -> tuple[Row, ...]:
+    def rows(self, kind: type[Row]) -> Any:
         return self.store.transact(ScanAll(kind))
 
 
