@@ -1,6 +1,7 @@
-"""chutes-proto on trio: the boot agent, the driver of flows."""
+"""chutes-proto on trio: the boot agent, the key server, the driver of flows."""
 
 from chutes_proto_trio.client import BootAgent
 from chutes_proto_trio.perform import Performer
+from chutes_proto_trio.server import serve
 
-__all__ = ["BootAgent", "Performer"]
+__all__ = ["BootAgent", "Performer", "serve"]

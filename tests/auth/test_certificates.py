@@ -23,7 +23,7 @@ from chutes_proto.auth.certificates import (
 )
 from chutes_proto.codes import Code
 from chutes_proto.errors import LocalProtocolError, Refused
-from tests.keys import NEW_KEY, certificate_pem, self_signed
+from tests.certificates import NEW_KEY, certificate_pem, self_signed
 
 NOW = 1_800_000_000
 ENTROPY = bytes(range(32))

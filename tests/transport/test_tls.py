@@ -24,7 +24,7 @@ from chutes_proto.auth.certificates import make_server_identity, spki_sha256
 from chutes_proto.errors import ConfigurationError, LocalProtocolError, RemoteProtocolError
 from chutes_proto.secret import Secret
 from chutes_proto.transport.tls import TlsSession, server_context
-from tests.keys import NEW_KEY, certificate_pem, key_pem, self_signed
+from tests.certificates import NEW_KEY, certificate_pem, key_pem, self_signed
 from tests.transport.tls_client import NOW, TlsClient, client_context, context, session
 
 IDENTITY = make_server_identity(NOW, bytes(32))

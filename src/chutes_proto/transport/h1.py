@@ -21,7 +21,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from enum import Enum, auto
-from typing import Final
+from ipaddress import IPv6Address, ip_address
+from typing import TYPE_CHECKING, Final, Protocol
 
 from attrs import frozen
 
@@ -30,12 +31,30 @@ from chutes_proto.errors import BadRequest, LocalProtocolError, Refusal, RemoteP
 from chutes_proto.transport.tls import TlsSession
 from chutes_proto.wire.http import HttpRequest, HttpResponse
 
+if TYPE_CHECKING:
+    from chutes_proto.effects import Flow
+
 try:
     import h11
 except ImportError:
     raise LocalProtocolError("serving HTTP needs h11: pip install 'chutes-proto[tls]'") from None
 
+READ_SIZE: Final = 16 * 1024
+"""How many bytes a binding reads at a time: what one connection can make it hold beyond a request."""
+
 _CLOSE: Final = ("connection", "close")
+
+
+class Application(Protocol):
+    """What answers requests."""
+
+    def handle(self, request: HttpRequest, /) -> Flow[HttpResponse]:
+        """The answer to a request; raises nothing."""
+        ...
+
+    def refuse(self, refusal: Refusal, /) -> HttpResponse:
+        """The answer to bytes that never became a request."""
+        ...
 
 
 @frozen
@@ -315,6 +334,8 @@ class ServerConnection:
             self._tls.close()
             self._outbox += self._tls.data_to_send()
         self._enter(_Phase.ANSWERING, now)
+        if not self._outbox:
+            self._answered(now)
 
     def _answered(self, now: float) -> None:
         """The peer has been sent all there was."""
@@ -326,6 +347,20 @@ class ServerConnection:
             self._enter(_Phase.CLOSED, now)
         else:
             self._enter(_Phase.LINGERING, now)
+
+
+def peer_address(name: tuple[object, ...] | str | bytes) -> str:
+    """The IP address in what a socket says of its peer; empty where there is none, as for a unix socket."""
+    match name:
+        case (str(host), *_):
+            try:
+                address = ip_address(host.partition("%")[0])  # without the zone of RFC 4007
+            except ValueError:
+                return ""
+            mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
+            return str(mapped or address)
+        case _:
+            return ""
 
 
 def _not_http(exc: h11.RemoteProtocolError) -> BadRequest:

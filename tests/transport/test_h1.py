@@ -1,0 +1,524 @@
+"""The HTTP connection: what becomes of requests, of their limits, and of bytes that are none."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sys
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from chutes_proto.errors import LocalProtocolError
+from chutes_proto.transport.h1 import Limits, ServerConnection, peer_address
+from chutes_proto.wire import json
+from chutes_proto.wire.http import HttpRequest, HttpResponse
+from tests.transport.talk import JSON, Talk, answers, outcome, refuse
+
+GET = b"GET /servers/nonce HTTP/1.1\r\nHost: h\r\n\r\n"
+POST = b"POST /servers/vm/luks HTTP/1.1\r\nHost: h\r\n"
+LINGER = b"x" * 1000
+
+
+def bytewise(data: bytes) -> list[bytes]:
+    return [data[i : i + 1] for i in range(len(data))]
+
+
+def refusal(data: bytes, status: int, code: str) -> None:
+    """The bytes get this one refusal, however they are cut, and the connection ends, once the peer has heard it."""
+    for pieces in ([data], bytewise(data) if len(data) < 20_000 else [data[:7], data[7:]]):
+        talk = Talk()
+        sent = talk.feed(*pieces)
+        (answer,) = answers(sent)
+        assert (answer.status, talk.requests) == (status, [])
+        assert answer.headers["connection"] == "close"
+        assert answer.headers["content-type"] == "application/json"
+        content = json.decode(answer.body)
+        assert (list(content), content["code"], content["request_id"]) == (["detail", "code", "request_id"], code, "r1")
+        assert answer.body == json.encode(content)
+        assert talk.connection.close_reason
+        assert talk.feed(LINGER, GET) == b""
+        assert not talk.connection.closed
+        talk.feed(b"")
+        assert talk.connection.closed
+        assert talk.connection.data_to_send() == b""
+
+
+# --- requests and answers ---
+
+
+def test_a_request_and_its_answer() -> None:
+    talk = Talk(lambda _: HttpResponse(200, JSON, b'{"a":1}'))
+    talk.now = 1003.0
+    sent = talk.feed(b"POST /a%20b?c=d HTTP/1.1\r\nHOST: h\r\nX-Odd:  caf\xe9 \r\nContent-Length: 3\r\n\r\nabc")
+    assert talk.requests == [
+        HttpRequest(
+            "POST",
+            "/a%20b?c=d",
+            (("host", "h"), ("x-odd", "caf\xe9"), ("content-length", "3")),
+            b"abc",
+            peer_address="192.0.2.1",
+        )
+    ]
+    assert sent == b'HTTP/1.1 200 \r\ncontent-type: application/json\r\ncontent-length: 7\r\n\r\n{"a":1}'
+    assert (talk.connection.closed, talk.connection.close_reason) == (False, "")
+
+
+def test_a_request_arrives_with_its_first_byte() -> None:
+    talk = Talk()
+    talk.now = 1005.0
+    talk.feed(GET[:1])
+    talk.now = 1009.0
+    talk.feed(GET[1:])
+    talk.now = 1020.0
+    talk.feed(GET)
+    assert [request.arrived for request in talk.requests] == [1005.0, 1020.0]
+    assert {request.peer_certificate for request in talk.requests} == {None}
+
+
+def test_one_request_at_a_time() -> None:
+    connection = ServerConnection(refuse, 0.0)
+    connection.receive_data(GET + GET.replace(b"nonce", b"second"), 0.0)
+    assert connection.next_request(1.0) is not None
+    assert connection.next_request(1.0) is None
+    connection.receive_data(GET.replace(b"nonce", b"third"), 1.0)
+    connection.send_response(HttpResponse(200), 2.0)
+    assert connection.next_request(2.0) is None  # the first answer has not been sent
+    assert connection.data_to_send()
+    second = connection.next_request(3.0)
+    assert second is not None
+    assert (second.target, second.arrived) == ("/servers/second", 3.0)
+    connection.send_response(HttpResponse(200), 4.0)
+    assert connection.data_to_send()
+    third = connection.next_request(5.0)
+    assert third is not None
+    assert third.target == "/servers/third"
+
+
+def test_answers_to_pipelined_requests_are_in_order() -> None:
+    targets = [f"/{n}" for n in range(20)]
+    data = b"".join(b"GET %b HTTP/1.1\r\nHost: h\r\n\r\n" % target.encode() for target in targets)
+    sent = answers(Talk().feed(data))
+    assert [json.decode(answer.body)[1] for answer in sent] == targets
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "headers"),
+    [
+        (GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"), ()),
+        (GET, (("connection", "close"),)),
+        (b"GET / HTTP/1.0\r\n\r\n", ()),
+        (b"GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n", ()),
+    ],
+)
+def test_the_last_answer_says_so(request_bytes: bytes, headers: tuple[tuple[str, str], ...]) -> None:
+    talk = Talk(lambda _: HttpResponse(200, headers, b"x"))
+    (answer,) = answers(talk.feed(request_bytes + GET))
+    assert (answer.headers["connection"], answer.body) == ("close", b"x")
+    assert talk.feed(GET) == b""
+    assert not talk.connection.closed
+    talk.feed(b"")
+    assert talk.connection.closed
+    assert talk.connection.close_reason == ""
+    assert len(talk.requests) == 1
+
+
+def test_draining_makes_the_next_answer_the_last() -> None:
+    talk = Talk()
+    assert "connection" not in answers(talk.feed(GET))[0].headers
+    talk.connection.drain()
+    assert answers(talk.feed(GET + GET))[0].headers["connection"] == "close"
+    talk.feed(b"")
+    assert talk.connection.closed
+    assert len(talk.requests) == 2
+
+
+def test_head_has_no_body_and_keeps_the_framing() -> None:
+    talk = Talk(lambda request: HttpResponse(405 if request.method == "HEAD" else 200, JSON, b"{}"))
+    head = talk.feed(GET.replace(b"GET", b"HEAD"))
+    assert head == b"HTTP/1.1 405 \r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n"
+    assert answers(talk.feed(GET))[0].body == b"{}"
+
+
+def test_connect_and_upgrade_are_requests_like_others() -> None:
+    talk = Talk(lambda _: HttpResponse(405))
+    sent = talk.feed(GET.replace(b"GET", b"CONNECT") + GET.replace(b"\r\n\r\n", b"\r\nUpgrade: h2c\r\n\r\n"), GET)
+    assert [answer.status for answer in answers(sent)] == [405, 405, 405]
+
+
+def test_a_chunked_body() -> None:
+    talk = Talk()
+    body = b'5;x="y"\r\n{"vol\r\nA\r\numes":["a"\r\n2\r\n]}\r\n0\r\nTrailer: 1\r\n\r\n'
+    talk.feed(POST + b"Transfer-Encoding: Chunked\r\n\r\n" + body + GET)
+    assert [request.body for request in talk.requests] == [b'{"volumes":["a"]}', b""]
+    assert "trailer" not in dict(talk.requests[0].headers)
+
+
+def test_continue_is_said_to_who_waits_for_it() -> None:
+    talk = Talk()
+    head = POST + b"Expect: 100-continue\r\nContent-Length: 2\r\n\r\n"
+    assert talk.feed(head) == b"HTTP/1.1 100 \r\n\r\n"
+    assert [answer.status for answer in answers(talk.feed(b"{}"))] == [200]
+    assert [answer.status for answer in answers(talk.feed(head + b"{}"))] == [200]
+
+
+def test_an_answer_needs_a_request() -> None:
+    connection = ServerConnection(refuse, 0.0)
+    with pytest.raises(LocalProtocolError):
+        connection.send_response(HttpResponse(200), 0.0)
+    connection.receive_data(GET, 0.0)
+    with pytest.raises(LocalProtocolError):
+        connection.send_response(HttpResponse(200), 0.0)
+    assert connection.next_request(0.0) is not None
+    connection.send_response(HttpResponse(200), 0.0)
+    with pytest.raises(LocalProtocolError):
+        connection.send_response(HttpResponse(200), 0.0)
+
+
+@pytest.mark.parametrize(
+    "response",
+    [HttpResponse(200, (("x", "a\r\nSet-Cookie: b"),)), HttpResponse(99), HttpResponse(200, (("a b", "c"),))],
+)
+def test_an_answer_that_is_none_changes_nothing(response: HttpResponse) -> None:
+    connection = ServerConnection(refuse, 0.0)
+    connection.receive_data(GET, 0.0)
+    assert connection.next_request(0.0) is not None
+    with pytest.raises(LocalProtocolError, match="not an answer of HTTP"):
+        connection.send_response(response, 0.0)
+    assert connection.data_to_send() == b""
+    connection.send_response(HttpResponse(200), 0.0)
+    assert connection.data_to_send()
+
+
+# --- refusals ---
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\r\n\r\n",
+        b"\0\r\n\r\n",
+        b"hello\r\n\r\n",
+        b"GET\r\n\r\n",
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+        b"GET / HTTP/2.0\r\nHost: h\r\n\r\n",
+        b"GET / HTTP/0.9\r\nHost: h\r\n\r\n",
+        b"GET / http/1.1\r\nHost: h\r\n\r\n",
+        b"GET /a b HTTP/1.1\r\nHost: h\r\n\r\n",
+        b"GET /caf\xc3\xa9 HTTP/1.1\r\nHost: h\r\n\r\n",
+        b"GET http://h/servers/nonce HTTP/1.1\r\nHost: h\r\n\r\n",
+        b"OPTIONS * HTTP/1.1\r\nHost: h\r\n\r\n",
+        b"CONNECT h:443 HTTP/1.1\r\nHost: h\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: h\r\nNo colon\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: h\r\nSpace : x\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: h\r\nX: a\0b\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: h\r\nX: a\rb\r\n\r\n",
+        POST + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\nab",
+        POST + b"Content-Length: +1\r\n\r\na",
+        POST + b"Content-Length: -1\r\n\r\n",
+        POST + b"Content-Length: 0x1\r\n\r\na",
+        POST + b"Content-Length: \xb2\r\n\r\na",
+        POST + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n",
+        POST + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+        POST + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        POST + b"Transfer-Encoding: chunked\r\n\r\nxyz\r\n",
+        POST + b"Transfer-Encoding: chunked\r\n\r\n2\r\nabc\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
+    ],
+)
+def test_bytes_that_are_no_request(data: bytes) -> None:
+    refusal(data, 400, "bad_request")
+
+
+def head_of(size: int) -> bytes:
+    filler = size - len(GET) - len(b"X: \r\n")
+    return GET.replace(b"\r\n\r\n", b"\r\nX: " + b"a" * filler + b"\r\n\r\n")
+
+
+def test_the_head_has_a_limit() -> None:
+    largest = head_of(16 * 1024)
+    for pieces in ([largest], bytewise(largest), [GET + largest + GET]):
+        assert {answer.status for answer in answers(Talk().feed(*pieces))} == {200}
+    refusal(head_of(16 * 1024 + 1), 431, "head_too_large")
+    refusal(b"A" * 17_000, 431, "head_too_large")
+    refusal(b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 3000, 431, "head_too_large")
+    refusal(POST + b"Transfer-Encoding: chunked\r\n\r\n1;" + b"x" * 17_000, 431, "head_too_large")
+    refusal(POST + b"Transfer-Encoding: chunked\r\n\r\n0\r\nA: " + b"x" * 17_000, 431, "head_too_large")
+
+
+def test_a_body_that_is_announced_too_large_is_not_read() -> None:
+    for size in (b"65537", b"99999999999999999999"):
+        refusal(POST + b"Content-Length: " + size + b"\r\n\r\n", 413, "body_too_large")
+        refusal(POST + b"Expect: 100-continue\r\nContent-Length: " + size + b"\r\n\r\n", 413, "body_too_large")
+
+
+def test_a_chunked_body_has_the_same_limit() -> None:
+    chunked = POST + b"Transfer-Encoding: chunked\r\n\r\n"
+    piece = b"1000\r\n" + b"x" * 4096 + b"\r\n"
+    talk = Talk()
+    talk.feed(chunked + piece * 16 + b"0\r\n\r\n")
+    assert [len(request.body) for request in talk.requests] == [65536]
+    refusal(chunked + piece * 16 + b"1\r\nx\r\n", 413, "body_too_large")
+    refusal(chunked + b"FFFFFFFF\r\n" + b"x" * 70_000, 413, "body_too_large")
+
+
+def test_the_largest_body() -> None:
+    talk = Talk()
+    talk.feed(POST + b"Content-Length: 65536\r\n\r\n", *[b"x" * 1024] * 64)
+    assert [len(request.body) for request in talk.requests] == [65536]
+
+
+# --- the end of the peer's bytes ---
+
+
+def test_a_request_and_then_the_end_is_answered() -> None:
+    requests, sent, closed = outcome([GET])
+    assert (len(requests), [answer.status for answer in sent], closed) == (1, [200], True)
+
+
+def test_the_end_while_a_request_is_handled() -> None:
+    connection = ServerConnection(refuse, 0.0)
+    connection.receive_data(GET, 0.0)
+    assert connection.next_request(0.0) is not None
+    connection.receive_data(b"", 0.0)
+    connection.send_response(HttpResponse(200), 0.0)
+    assert connection.data_to_send().startswith(b"HTTP/1.1 200")
+    assert connection.next_request(0.0) is None
+    assert connection.closed
+
+
+@pytest.mark.parametrize("data", [GET[:1], GET[:-1], POST + b"Content-Length: 9\r\n\r\n12345678"])
+def test_a_request_that_ends_early(data: bytes) -> None:
+    requests, (answer,), closed = outcome([data])
+    assert (requests, answer.status, closed) == ([], 400, True)
+
+
+def test_no_bytes_at_all() -> None:
+    assert outcome([]) == ([], [], True)
+
+
+# --- deadlines ---
+
+
+def test_a_silent_peer_is_left() -> None:
+    talk = Talk()
+    assert talk.connection.deadline == 1030.0
+    assert talk.expire() == b""
+    assert talk.connection.close_reason == "no request in time"
+    talk.expire()
+    assert talk.connection.closed
+    assert talk.connection.deadline == math.inf
+
+
+def test_each_request_has_its_time() -> None:
+    talk = Talk()
+    talk.now = 1010.0
+    talk.feed(*bytewise(GET[:-2]))
+    for _ in range(10):
+        talk.now += 1
+        talk.feed(b"A: b\r\n")
+    assert talk.connection.deadline == 1040.0
+    (answer,) = answers(talk.expire())
+    assert (answer.status, json.decode(answer.body)["code"]) == (408, "request_timeout")
+    assert answer.headers["connection"] == "close"
+    assert talk.connection.deadline == talk.now + 2.0
+    assert talk.requests == []
+
+
+def test_the_time_begins_anew_after_an_answer() -> None:
+    talk = Talk()
+    talk.now = 1020.0
+    talk.feed(GET)
+    assert talk.connection.deadline == 1050.0
+    talk.now = 1049.0
+    talk.feed(POST)
+    assert talk.connection.deadline == 1079.0
+
+
+def test_no_deadline_while_the_application_works() -> None:
+    connection = ServerConnection(refuse, 0.0)
+    connection.receive_data(GET, 0.0)
+    assert connection.next_request(0.0) is not None
+    assert connection.deadline == math.inf
+    connection.expire(1e9)
+    connection.send_response(HttpResponse(200), 10.0)
+    assert connection.deadline == 40.0
+    assert connection.data_to_send()
+
+
+def test_a_peer_that_does_not_read_is_cut_off() -> None:
+    connection = ServerConnection(refuse, 0.0)
+    connection.receive_data(GET, 0.0)
+    assert connection.next_request(0.0) is not None
+    connection.send_response(HttpResponse(200), 10.0)
+    assert connection.data_to_send()
+    connection.expire(40.0)
+    assert (connection.closed, connection.close_reason) == (True, "the peer does not read")
+    assert connection.data_to_send() == b""
+    connection.expire(41.0)
+    connection.receive_data(GET, 42.0)
+    assert connection.next_request(42.0) is None
+
+
+def test_a_peer_that_does_not_read_a_continue_gets_no_second_text() -> None:
+    connection = ServerConnection(refuse, 0.0)
+    connection.receive_data(POST + b"Expect: 100-continue\r\nContent-Length: 2\r\n\r\n", 0.0)
+    assert connection.next_request(0.0) is None
+    assert connection.data_to_send()
+    connection.expire(30.0)
+    assert connection.closed
+    assert connection.data_to_send() == b""
+
+
+def test_lingering_is_bounded() -> None:
+    talk = Talk(limits=Limits(linger_bytes=5000))
+    talk.feed(b"\r\n\r\n")
+    assert talk.connection.deadline == talk.now + 2.0
+    talk.now += 1.0
+    talk.feed(LINGER)
+    assert talk.connection.deadline == talk.now + 1.0
+    talk.feed(*[LINGER] * 3)
+    assert not talk.connection.closed
+    talk.feed(LINGER)
+    assert talk.connection.closed
+    late = Talk()
+    late.feed(b"\r\n\r\n")
+    assert late.expire() == b""
+    assert late.connection.closed
+
+
+# --- any bytes, any cuts ---
+
+PARTS = [
+    GET,
+    POST,
+    b"\r\n",
+    b"\n",
+    b"\r",
+    b" ",
+    b"GET / HTTP/1.1\r\n",
+    b"HEAD /x HTTP/1.0\r\n",
+    b"Host: h\r\n",
+    b"Connection: close\r\n",
+    b"Connection: keep-alive, Upgrade\r\n",
+    b"Expect: 100-continue\r\n",
+    b"Content-Length: 5\r\n",
+    b"Content-Length: 70000\r\n",
+    b"Transfer-Encoding: chunked\r\n",
+    b"\r\n5\r\nhello\r\n",
+    b"0\r\n\r\n",
+    b"hello",
+    b"x" * 300,
+    b"\0",
+    b"\xff",
+]
+SMALL = Limits(head_bytes=256, body_bytes=64)
+
+
+@st.composite
+def cut(draw: st.DrawFn, data: st.SearchStrategy[bytes]) -> tuple[bytes, list[bytes]]:
+    whole = draw(data)
+    cuts = sorted(draw(st.lists(st.integers(0, len(whole)), max_size=8)))
+    return whole, [whole[a:b] for a, b in zip([0, *cuts], [*cuts, len(whole)], strict=True)]
+
+
+@given(cut(st.binary(max_size=400) | st.lists(st.sampled_from(PARTS), max_size=12).map(b"".join)))
+@example((GET + GET[:-2], [GET + GET[:-2]]))
+def test_cuts_change_nothing(data: tuple[bytes, list[bytes]]) -> None:
+    whole, pieces = data
+    expected = outcome([whole], SMALL)
+    assert expected == outcome(pieces, SMALL) == outcome(bytewise(whole), SMALL)
+    assert expected[2]
+    assert all(answer.status in (200, 400, 413, 431) for answer in expected[1])
+
+
+TOKEN = st.text("abcdefghijklmnopqrstuvwxyzABCXYZ0123456789!#$%&'*+-.^_`|~", min_size=1, max_size=12)
+VALUE = st.text(st.characters(min_codepoint=0x20, max_codepoint=0xFF, exclude_characters="\x7f")).map(str.strip)
+RESERVED = {"host", "connection", "content-length", "transfer-encoding", "expect", "upgrade"}
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> tuple[HttpRequest, bytes]:
+    """A request, and bytes that say it."""
+    method = draw(st.sampled_from(["GET", "POST", "PATCH", "DELETE", "PUT"]))
+    target = "/" + draw(st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), max_size=40))
+    fields = draw(st.lists(st.tuples(TOKEN.filter(lambda name: name.lower() not in RESERVED), VALUE), max_size=5))
+    body = draw(st.binary(max_size=200))
+    headers = [("Host", "h"), *fields]
+    if draw(st.booleans()):
+        headers.append(("Content-Length", str(len(body))))
+        content = body
+    else:
+        headers.append(("Transfer-Encoding", "chunked"))
+        size = draw(st.integers(1, 50))
+        chunks = [body[i : i + size] for i in range(0, len(body), size)]
+        content = b"".join(b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in chunks) + b"0\r\n\r\n"
+    lines = [f"{method} {target} HTTP/1.1", *(f"{name}: {value}" for name, value in headers)]
+    expected = tuple((name.lower(), value) for name, value in headers)
+    return (
+        HttpRequest(method, target, expected, body, peer_address="192.0.2.1"),
+        "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + content,
+    )
+
+
+@settings(max_examples=25)
+@given(st.lists(requests(), min_size=1, max_size=3), st.data())
+def test_every_request_arrives_as_it_was_said(said: list[tuple[HttpRequest, bytes]], data: st.DataObject) -> None:
+    _, pieces = data.draw(cut(st.just(b"".join(text for _, text in said))))
+    got, sent, closed = outcome(pieces)
+    assert got == [request for request, _ in said]
+    assert [answer.status for answer in sent] == [200] * len(said)
+    assert closed
+
+
+@given(st.lists(st.sampled_from([GET, GET[:9], b"\r\n\r\n", b"", "expire", "drain", "send"]), max_size=12))
+def test_no_order_of_calls_makes_it_raise(calls: list[bytes | str]) -> None:
+    connection = ServerConnection(refuse, 0.0)
+    for now, call in enumerate(calls, 1):
+        match call:
+            case bytes():
+                connection.receive_data(call, now)
+            case "expire":
+                connection.expire(now)
+            case "drain":
+                connection.drain()
+            case _:
+                connection.data_to_send()
+        if connection.next_request(now) is not None:
+            connection.send_response(HttpResponse(200), now)
+        assert connection.closed == (connection.deadline == math.inf)
+        if connection.closed:
+            assert connection.data_to_send() == b""
+
+
+# --- the rest ---
+
+
+@pytest.mark.parametrize(
+    ("name", "address"),
+    [
+        (("192.0.2.1", 1), "192.0.2.1"),
+        (("2001:DB8::1", 1, 0, 0), "2001:db8::1"),
+        (("fe80::1%eth0", 1, 0, 2), "fe80::1"),
+        (("::ffff:192.0.2.1", 1, 0, 0), "192.0.2.1"),
+        (("h", 1), ""),
+        ((), ""),
+        ("", ""),
+        (b"", ""),
+        ("/run/x.sock", ""),
+    ],
+)
+def test_peer_addresses(name: tuple[object, ...] | str | bytes, address: str) -> None:
+    assert peer_address(name) == address
+
+
+@pytest.mark.parametrize(("module", "package"), [("h1", "h11"), ("tls", "OpenSSL")])
+def test_a_missing_package_is_named(module: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, f"chutes_proto.transport.{module}")
+    with pytest.raises(LocalProtocolError, match=r"chutes-proto\[tls\]"):
+        importlib.import_module(f"chutes_proto.transport.{module}")
