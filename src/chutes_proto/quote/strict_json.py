@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import Any, Final, NoReturn, TypeVar, cast
+from typing import Any, Final, NoReturn, TypeVar
 
 from chutes_proto.quote.errors import QuoteError
 
@@ -56,7 +56,8 @@ def member(table: Mapping[str, object], name: str, kind: type[T]) -> T:
 
 def array(table: Mapping[str, object], name: str) -> list[Any]:
     """The member that is an array."""
-    return cast("list[Any]", member(table, name, list))
+    kind: type[list[Any]] = list
+    return member(table, name, kind)
 
 
 def number(table: Mapping[str, object], name: str, most: int) -> int:

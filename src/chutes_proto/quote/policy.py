@@ -1,0 +1,214 @@
+"""Is a verified quote acceptable? What a caller demands of the TCB, of the TD's attributes and of its measurements.
+
+    policy = Policy(profiles=profiles)
+    appraisal = policy.appraise(verdict, stage="boot")
+
+Rules kept here:
+
+* a policy is checked when it is made: what cannot mean anything is refused then, and nothing is ignored;
+* the defaults accept what is up to date and nothing less, and no measurement at all: profiles must be given, or the
+  policy must say that measurements are not its business (``measurements="unchecked"``);
+* an `Appraisal` is made by `Policy.appraise` only; an `AppraisalError` lists all that is not acceptable.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Final, Literal, get_args
+
+from attrs import field, frozen
+
+from chutes_proto.quote.attributes import AttributePolicy, read_attributes
+from chutes_proto.quote.errors import AppraisalError, PolicyError, Refusal
+from chutes_proto.quote.layout import SgxAttributes, SgxReport
+from chutes_proto.quote.measurements import Profile, Stage, read_profiles, read_toml
+from chutes_proto.quote.proof import PROOF, proven
+from chutes_proto.quote.statements import TcbStatus
+from chutes_proto.quote.tables import Table
+from chutes_proto.quote.verify import Verdict
+
+__all__ = ["Appraisal", "AttributePolicy", "Policy", "Profile", "TcbPolicy"]
+
+_ADVISORY: Final = re.compile(r"INTEL-[A-Z]+-[0-9]{5}")
+
+
+def _statuses(values: Any) -> frozenset[TcbStatus]:
+    try:
+        return frozenset(TcbStatus(value) for value in values)
+    except (TypeError, ValueError):
+        raise PolicyError(f"accepted_statuses: must be of {', '.join(_ACCEPTABLE)}") from None
+
+
+def _advisories(values: Any) -> frozenset[str]:
+    try:
+        names = [str(name).upper() for name in (() if isinstance(values, str) else values)]
+    except TypeError:
+        names = [""]
+    if isinstance(values, str) or not all(map(_ADVISORY.fullmatch, names)):
+        raise PolicyError('rejected_advisories: must be a list of identifiers like "INTEL-SA-00837"')
+    return frozenset(names)
+
+
+_ACCEPTABLE: Final = tuple(status for status in TcbStatus if status is not TcbStatus.REVOKED)
+
+
+@frozen(kw_only=True)
+class TcbPolicy:
+    """What the platform's TCB must be. Raises `PolicyError` for what contradicts itself.
+
+    ``accepted_statuses`` are `TcbStatus` or their texts; a revoked TCB never gets this far. Advisories are refused only
+    if they are listed. ``min_evaluation_number`` is a floor under the collateral that no clock can lower. The last
+    three flags, if false, refuse platforms that have, or may have, what they name.
+    """
+
+    accepted_statuses: frozenset[TcbStatus] = field(default=frozenset({TcbStatus.UP_TO_DATE}), converter=_statuses)
+    rejected_advisories: frozenset[str] = field(default=frozenset(), converter=_advisories)
+    min_evaluation_number: int = 0
+    allow_dynamic_platform: bool = True
+    allow_cached_keys: bool = True
+    allow_smt: bool = True
+
+    def __attrs_post_init__(self) -> None:
+        if not self.accepted_statuses or not self.accepted_statuses <= frozenset(_ACCEPTABLE):
+            raise PolicyError(f"accepted_statuses: must be some of {', '.join(_ACCEPTABLE)}")
+        if type(self.min_evaluation_number) is not int or self.min_evaluation_number < 0:
+            raise PolicyError("min_evaluation_number: must be a whole number that is not negative")
+        for name in ("allow_dynamic_platform", "allow_cached_keys", "allow_smt"):
+            if type(getattr(self, name)) is not bool:
+                raise PolicyError(f"{name}: must be true or false")
+
+    def refusals(self, verdict: Verdict) -> list[Refusal]:
+        """All that is not acceptable in the platform."""
+        found: list[Refusal] = []
+
+        def refuse(code: str, detail: str, got: object, expected: object) -> None:
+            text = f"{detail} (got {got}, expected {expected})"
+            found.append(Refusal("tcb", code, text, None, str(got), str(expected)))
+
+        if verdict.tcb_status not in self.accepted_statuses:
+            accepted = " or ".join(status for status in _ACCEPTABLE if status in self.accepted_statuses)
+            refuse("tcb_status", "the TCB status is not accepted", verdict.tcb_status, accepted)
+        rejected = sorted(a for a in verdict.advisory_ids if a.upper() in self.rejected_advisories)
+        if rejected:
+            refuse("advisory", "an advisory applies that is not accepted", ", ".join(rejected), "none of these")
+        if verdict.evaluation_number < self.min_evaluation_number:
+            floor = f"at least {self.min_evaluation_number}"
+            refuse("evaluation_number", "the collateral is of an old TCB recovery", verdict.evaluation_number, floor)
+        pck = verdict.pck
+        for name, allowed, has in (
+            ("dynamic_platform", self.allow_dynamic_platform, pck.dynamic_platform),
+            ("cached_keys", self.allow_cached_keys, pck.cached_keys),
+            ("smt", self.allow_smt, pck.smt),
+        ):
+            if not allowed and has is not False:
+                got = "unknown" if has is None else "yes"
+                refuse(name, f"{name} is not allowed and not excluded by the PCK certificate", got, "no")
+        return found
+
+
+@frozen(kw_only=True, eq=False)
+class Appraisal:
+    """A verdict that a policy accepts in a stage. ``matched`` is None if the policy leaves measurements unchecked."""
+
+    verdict: Verdict
+    stage: Stage
+    matched: Profile | None
+    proof: None = proven()
+
+    @property
+    def profile(self) -> Profile:
+        """The profile that the TD measures to. Raises `PolicyError` if measurements were left unchecked."""
+        if self.matched is None:
+            raise PolicyError("measurements were left unchecked, so no profile matched")
+        return self.matched
+
+
+@frozen(kw_only=True)
+class Policy:
+    """What a caller accepts. Raises `PolicyError` for what contradicts itself."""
+
+    tcb: TcbPolicy = TcbPolicy()
+    attributes: AttributePolicy = AttributePolicy()
+    profiles: tuple[Profile, ...] = ()
+    measurements: Literal["profiles", "unchecked"] = "profiles"
+
+    def __attrs_post_init__(self) -> None:
+        if self.measurements not in ("profiles", "unchecked"):
+            raise PolicyError('measurements: must be "profiles" or "unchecked"')
+        if self.measurements == "unchecked" and self.profiles:
+            raise PolicyError('measurements: "unchecked" goes without profiles')
+        if len({profile.name for profile in self.profiles}) != len(self.profiles):
+            raise PolicyError("profile: a name is there twice")
+
+    @classmethod
+    def from_toml(cls, data: bytes, *, extra_keys: frozenset[str] = frozenset()) -> Policy:
+        """The policy in a TOML file (its form is in ``README.md`` beside this file).
+
+        Profiles may have keys of ``extra_keys``, which mean nothing here. Raises `PolicyError` that names the key.
+        """
+        table = read_toml(data)
+        measurements: Any = table.take("measurements", str, "profiles")
+        tcb = _read_tcb(table.table("tcb", {}))
+        attributes = read_attributes(table.table("attributes", {}), unsafe=True)
+        profiles = tuple(profile for profile, _ in read_profiles(table, extra_keys=extra_keys))
+        table.finish()
+        return cls(tcb=tcb, attributes=attributes, profiles=profiles, measurements=measurements)
+
+    def appraise(self, verdict: Verdict, *, stage: Stage) -> Appraisal:
+        """The verdict as one that is acceptable in a stage. Raises `AppraisalError` with all that is not.
+
+        Of several profiles that the TD measures to, the first whose attributes accept it counts. Where it measures to
+        none, the refusals are against the one that differs in the fewest registers.
+        """
+        if stage not in get_args(Stage):
+            raise PolicyError(f"stage: must be one of {', '.join(get_args(Stage))}")
+        refusals = self.tcb.refusals(verdict)
+        body = verdict.quote.body
+        if isinstance(body, SgxReport):
+            refusals += self._of_enclave(body)
+            matched = None
+        else:
+            candidates = [
+                (profile.refusals(body, stage), (profile.attributes or self.attributes).refusals(body), profile)
+                for profile in self.profiles
+            ]
+            if not candidates:
+                measured = [] if self.measurements == "unchecked" else [_NO_PROFILES]
+                refused, matched = self.attributes.refusals(body) + measured, None
+            else:
+                measured, refused, matched = min(candidates, key=lambda found: (len(found[0]), len(found[1])))
+                refused = refused + measured
+            refusals += refused
+        if refusals:
+            raise AppraisalError(refusals)
+        return Appraisal(verdict=verdict, stage=stage, matched=matched, proof=PROOF)
+
+    def _of_enclave(self, body: SgxReport) -> list[Refusal]:
+        """An SGX enclave has no TD attributes and no RTMRs: profiles never accept it."""
+        found: list[Refusal] = []
+        if body.flags & SgxAttributes.DEBUG and not self.attributes.unsafe_allow_debug:
+            got, expected = f"0x{body.flags:016x}", "bit 1 clear"
+            detail = f"the enclave can be debugged by its host (got {got}, expected {expected})"
+            found.append(Refusal("attributes", "debug", detail, None, got, expected))
+        if self.measurements != "unchecked":
+            found.append(Refusal("measurement", "not_a_td", "an SGX enclave is not a TD and has none of its registers"))
+        return found
+
+
+_NO_PROFILES: Final = Refusal("measurement", "no_profiles", "the policy has no measurement profile to compare with")
+
+
+def _read_tcb(table: Table) -> TcbPolicy:
+    fields = table.given(
+        accepted_statuses=list,
+        rejected_advisories=list,
+        min_evaluation_number=int,
+        allow_dynamic_platform=bool,
+        allow_cached_keys=bool,
+        allow_smt=bool,
+    )
+    table.finish()
+    try:
+        return TcbPolicy(**fields)
+    except PolicyError as exc:
+        raise PolicyError(table.at(str(exc))) from None
