@@ -60,7 +60,8 @@ class Fault:
 
     ``what`` is one line for people. ``pck_chain`` and ``tcb_chain`` change lists of certificates in DER, ``quote`` a
     quote before its signatures are made, ``parts`` one after, ``raw`` its bytes, ``collateral`` the members of the JSON
-    form. ``chain_beside`` puts the PCK chain of the platform this many further on beside the collateral.
+    form. ``other_ca`` puts the CRL of the PCK CA that is not the platform's into the collateral, ``chain_beside`` the
+    PCK chain of the platform this many further on.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Fault:
     quote: Change[QuoteDraft] = unchanged
     parts: Change[QuoteParts] = unchanged
     raw: Change[bytes] = unchanged
+    other_ca: bool = False
     chain_beside: int | None = None
     collateral: Change[dict[str, str]] = unchanged
 
@@ -244,8 +246,18 @@ _TABLE = (
     _quote("header_altered", "a bit of the header's user data flipped after signing", parts=_flip("signed", 47)),
     _quote(
         "attestation_key",
-        "the quote signed by another attestation key than the QE vouched for",
-        quote=_set(attestation_key="another attestation key"),
+        "the quote signed by another key than its attestation key",
+        quote=_set(signing_key="another attestation key"),
+    ),
+    _quote(
+        "attestation_key_substituted",
+        "another attestation key than the QE vouched for, and the quote signed by it",
+        quote=_set(signing_key="another attestation key", attestation_key="another attestation key"),
+    ),
+    _quote(
+        "attestation_key_invalid",
+        "an attestation key that is no point of the curve, and vouched for",
+        quote=_set(attestation_point=bytes(64)),
     ),
     _quote("qe_report_signature", "one bit of the QE report signature flipped", parts=_flip("qe_signature")),
     _quote("qe_report_altered", "a bit of the QE report flipped after signing", parts=_flip("qe_report", 0)),
@@ -601,6 +613,13 @@ _TABLE = (
     _collateral("qe_identity_version", "a QE identity of version 3", qe_identity=_set(version=3)),
     _collateral("qe_identity_no_levels", "a QE identity without levels", qe_identity=_set(levels={})),
     # The collateral as a whole
+    _collateral(
+        "collateral_of_sgx",
+        "TCB info and QE identity for SGX",
+        tcb_info=_set(id="SGX"),
+        qe_identity=_set(id="QE"),
+    ),
+    _collateral("collateral_of_other_ca", "a PCK CRL, and its chain, of the other PCK CA", other_ca=True),
     _collateral(
         "pck_chain_other", "a PCK certificate chain beside the collateral that is not the quote's", chain_beside=1
     ),

@@ -21,6 +21,8 @@ from typing import Final, Literal, TypeAlias
 from attrs import evolve, field, frozen
 
 from chutes_proto.errors import LocalProtocolError
+from chutes_proto.quote.collateral import Collateral
+from chutes_proto.quote.roots import TrustedRoot
 from chutes_proto.testing.faults import FAULTS, Chain, Fault
 from chutes_proto.testing.pki import (
     PCK_CERTIFICATE,
@@ -49,8 +51,8 @@ from chutes_proto.testing.statements import (
     tee_tcb_svn,
 )
 
-Stage: TypeAlias = Literal["boot", "runtime"]
 Ca: TypeAlias = Literal["platform", "processor"]
+Stage: TypeAlias = Literal["boot", "runtime"]
 
 COLLATERAL_SECONDS: Final = 30 * 86400
 """How long collateral is valid from the time it was made."""
@@ -108,6 +110,11 @@ class SimulatedPlatform:
         return self._root().der(Keys(self.seed))
 
     @property
+    def root(self) -> TrustedRoot:
+        """`root_der` as the verifier takes it."""
+        return TrustedRoot.from_der(self.root_der)
+
+    @property
     def fmspc(self) -> bytes:
         return self._draw("FMSPC", 6)
 
@@ -135,10 +142,15 @@ class SimulatedPlatform:
             raw = fault.raw(raw)
         return raw
 
+    def collateral(self, now: int) -> Collateral:
+        """All collateral for this platform, valid from ``now`` for `COLLATERAL_SECONDS`."""
+        return Collateral.from_json(self.collateral_json(now))
+
     def collateral_json(self, now: int) -> bytes:
-        """All collateral for this platform as one JSON object, valid from ``now`` for `COLLATERAL_SECONDS`."""
+        """The file form of `collateral`."""
         root, tcb_signer = self._root(), self._tcb_signer()
-        intermediate = self._intermediate()
+        other_ca: Ca = "processor" if self.ca == "platform" else "platform"
+        intermediate = self._intermediate(other_ca if any(fault.other_ca for fault in self.faults) else self.ca)
         until = now + COLLATERAL_SECONDS
         root_crl = CrlDraft(
             issuer=root.common_name, signer=root.key, this_update=now, next_update=until, own=intermediate.key
@@ -193,10 +205,10 @@ class SimulatedPlatform:
             draft = fault.root(draft)
         return draft
 
-    def _intermediate(self) -> CertificateDraft:
+    def _intermediate(self, ca: Ca) -> CertificateDraft:
         draft = CertificateDraft(
-            common_name=PLATFORM_CA if self.ca == "platform" else PROCESSOR_CA,
-            key=f"{self.ca} CA",
+            common_name=PLATFORM_CA if ca == "platform" else PROCESSOR_CA,
+            key=f"{ca} CA",
             issuer=ROOT_CA,
             signer="root",
             ca=True,
@@ -207,7 +219,7 @@ class SimulatedPlatform:
         return draft
 
     def _pck(self) -> CertificateDraft:
-        intermediate = self._intermediate()
+        intermediate = self._intermediate(self.ca)
         draft = CertificateDraft(
             common_name=PCK_CERTIFICATE,
             key=f"PCK {self.index}",
@@ -243,12 +255,16 @@ class SimulatedPlatform:
         )
 
     def pck_chain(self) -> Chain:
-        chain: Chain = tuple(draft.der(self._keys) for draft in (self._pck(), self._intermediate(), self._root()))
+        """The certificates in its quotes, in DER: PCK, PCK CA, root."""
+        chain: Chain = tuple(
+            draft.der(self._keys) for draft in (self._pck(), self._intermediate(self.ca), self._root())
+        )
         for fault in self.faults:
             chain = fault.pck_chain(chain)
         return chain
 
     def _quote_draft(self, report_data: bytes, stage: Stage) -> QuoteDraft:
+        attestation_key = f"attestation key {self.index}"
         return QuoteDraft(
             form=self.form,
             header=HeaderDraft(version=4 if self.form == "v4" else 5, user_data=self._draw("QE id", 16) + bytes(4)),
@@ -266,8 +282,9 @@ class SimulatedPlatform:
                 mr_signer=self._qe_signer,
                 svn=SVN_LADDER["UpToDate"],
             ),
-            attestation_key=f"attestation key {self.index}",
-            vouched_key=f"attestation key {self.index}",
+            signing_key=attestation_key,
+            attestation_key=attestation_key,
+            vouched_key=attestation_key,
             pck_key=f"PCK {self.index}",
             cert_data=pem(self.pck_chain()).encode() + b"\0",
         )

@@ -96,7 +96,11 @@ class QeReportDraft:
 
 @frozen(kw_only=True)
 class QuoteDraft:
-    """A quote before its signatures. Keys are labels: ``vouched_key`` is the one that the QE report vouches for."""
+    """A quote before its signatures.
+
+    Keys are labels: of who signs the quote, of the attestation key in it, of the key that the QE report vouches for.
+    ``attestation_point`` stands in the place of the last two.
+    """
 
     form: Form
     header: HeaderDraft
@@ -105,8 +109,10 @@ class QuoteDraft:
     body_type: int | None = None
     body_size: int | None = None
     qe_auth: bytes = bytes(range(32))
+    signing_key: str
     attestation_key: str
     vouched_key: str
+    attestation_point: bytes | None = None
     pck_key: str
     cert_data: bytes
 
@@ -117,11 +123,13 @@ class QuoteDraft:
             kind = self.body_type if self.body_type is not None else {"v5-td10": 2, "v5-td15": 3}[self.form]
             descriptor = pack("<HI", kind, self.body_size if self.body_size is not None else len(body))
         signed = self.header.encode() + descriptor + body
-        qe_report = self.qe_report.encode(keys.public_point(self.vouched_key) + self.qe_auth)
+        point = self.attestation_point
+        vouched = keys.public_point(self.vouched_key) if point is None else point
+        qe_report = self.qe_report.encode(vouched + self.qe_auth)
         return QuoteParts(
             signed=signed,
-            signature=keys.sign_raw(self.attestation_key, signed),
-            attestation_key=keys.public_point(self.attestation_key),
+            signature=keys.sign_raw(self.signing_key, signed),
+            attestation_key=keys.public_point(self.attestation_key) if point is None else point,
             qe_report=qe_report,
             qe_signature=keys.sign_raw(self.pck_key, qe_report),
             qe_auth=self.qe_auth,

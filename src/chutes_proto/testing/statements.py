@@ -26,12 +26,12 @@ TCB_LADDER: Final = {
     "OutOfDateConfigurationNeeded": 3,
     "Revoked": 2,
 }
-"""TCB status by the SVN of the third TDX component (late microcode) that a platform needs for it."""
+"""TCB status by the SVN that a platform needs for it, in its first SGX and its third TDX component (microcode)."""
 
 SVN_LADDER: Final = {"UpToDate": 6, "OutOfDate": 4, "Revoked": 2}
 """Status by ISVSVN, of the quoting enclave and of the TDX module."""
 
-SGX_COMPONENTS: Final = (3, 3, 2, 2, 4, 1, 0, 5, 0, 0, 0, 0, 0, 0, 0, 0)
+SGX_COMPONENTS: Final = (8, 3, 2, 2, 4, 1, 0, 5, 0, 0, 0, 0, 0, 0, 0, 0)
 PCE_SVN: Final = 13
 EVALUATION_NUMBER: Final = 20
 _DATES: Final = {"UpToDate": "2025-08-13T00:00:00Z", "SWHardeningNeeded": "2025-08-13T00:00:00Z"}
@@ -77,7 +77,10 @@ def _svn_levels(ladder: Mapping[str, int]) -> list[dict[str, object]]:
 
 
 def _honest_levels() -> tuple[TcbLevel, ...]:
-    return tuple(TcbLevel(status=status, tdx=tcb_components(status)) for status in TCB_LADDER)
+    return tuple(
+        TcbLevel(status=status, sgx=(svn, *SGX_COMPONENTS[1:]), tdx=tcb_components(status))
+        for status, svn in TCB_LADDER.items()
+    )
 
 
 @frozen(kw_only=True)
