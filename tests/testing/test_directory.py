@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chutes_proto.errors import ConfigurationError
-from chutes_proto.testing.directory import PlatformRecord, simulation_files
-from chutes_proto.testing.platform import SimulatedPlatform
+from chutes_proto.quote.measurements import parse_profiles_toml
+from chutes_proto.quote.policy import Policy
+from chutes_proto.testing.directory import PlatformRecord, measurements_toml, simulation_files
+from chutes_proto.testing.platform import PROFILE, SimulatedPlatform
 
 NOW = 1_780_000_000
 RECORD = PlatformRecord(bytes(range(32)), NOW)
@@ -52,6 +54,11 @@ def test_other_bytes_are_an_error(data: bytes) -> None:
     except ConfigurationError:
         return
     assert record.encode() == data
+
+
+def test_the_measurements_read_back_as_profile_and_as_policy() -> None:
+    assert parse_profiles_toml(measurements_toml()) == ((PROFILE, {}),)
+    assert Policy.from_toml(measurements_toml()).profiles == (PROFILE,)
 
 
 def test_a_simulation_holds_what_a_verifier_needs() -> None:

@@ -10,8 +10,9 @@ import pytest
 from cryptography import x509
 
 from chutes_proto.errors import LocalProtocolError
+from chutes_proto.quote.pck import Ca
 from chutes_proto.testing.faults import FAULTS, Fault
-from chutes_proto.testing.platform import BOOT_RTMRS, COLLATERAL_SECONDS, MRTD, RUNTIME_RTMRS, Ca, SimulatedPlatform
+from chutes_proto.testing.platform import BOOT_RTMRS, COLLATERAL_SECONDS, MRTD, RUNTIME_RTMRS, SimulatedPlatform
 from chutes_proto.testing.quotes import Form
 
 NOW = 1_780_000_000

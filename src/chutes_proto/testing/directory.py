@@ -17,7 +17,8 @@ from typing import Final
 from attrs import frozen
 
 from chutes_proto.errors import ConfigurationError
-from chutes_proto.testing.platform import SimulatedPlatform, Stage
+from chutes_proto.quote.measurements import Stage
+from chutes_proto.testing.platform import PROFILE, SimulatedPlatform
 from chutes_proto.wire import json
 
 PLATFORM_FILE: Final = "platform.json"
@@ -56,6 +57,19 @@ class PlatformRecord:
         raise ConfigurationError(
             f"{PLATFORM_FILE} is not a simulated platform of format {_FORMAT}; remove it for a new one"
         )
+
+
+def measurements_toml() -> bytes:
+    """The measurement profile of simulated TDs as a file, which a server's configuration or a policy may be."""
+    lines = [
+        "[[profile]]",
+        f'name = "{PROFILE.name}"',
+        f'version = "{PROFILE.version}"',
+        f'mrtd = "{PROFILE.mrtd.hex()}"',
+    ]
+    for stage, rtmrs in (("boot", PROFILE.boot), ("runtime", PROFILE.runtime)):
+        lines += [f'{stage}.rtmr{number} = "{rtmr.hex()}"' for number, rtmr in enumerate(rtmrs)]
+    return "\n".join(lines).encode() + b"\n"
 
 
 def simulation_files(

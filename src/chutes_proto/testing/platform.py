@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import json
 from hashlib import sha384
-from typing import Final, Literal, TypeAlias
+from typing import Final
 
 from attrs import evolve, field, frozen
 
 from chutes_proto.errors import LocalProtocolError
 from chutes_proto.quote.collateral import Collateral
+from chutes_proto.quote.measurements import Profile, Stage
+from chutes_proto.quote.pck import Ca
 from chutes_proto.quote.roots import TrustedRoot
 from chutes_proto.testing.faults import FAULTS, Chain, Fault
 from chutes_proto.testing.pki import (
@@ -51,9 +53,6 @@ from chutes_proto.testing.statements import (
     tee_tcb_svn,
 )
 
-Ca: TypeAlias = Literal["platform", "processor"]
-Stage: TypeAlias = Literal["boot", "runtime"]
-
 COLLATERAL_SECONDS: Final = 30 * 86400
 """How long collateral is valid from the time it was made."""
 
@@ -67,7 +66,8 @@ def _measured(label: str) -> bytes:
 MRTD: Final = _measured("MRTD")
 BOOT_RTMRS: Final = (_measured("RTMR0"), _measured("RTMR1"), _measured("RTMR2"), bytes(48))
 RUNTIME_RTMRS: Final = (*BOOT_RTMRS[:3], _measured("RTMR3"))
-_RTMRS: Final = {"boot": BOOT_RTMRS, "runtime": RUNTIME_RTMRS}
+PROFILE: Final = Profile(name="simulated", version="1", mrtd=MRTD, boot=BOOT_RTMRS, runtime=RUNTIME_RTMRS)
+"""The image that all simulated TDs run."""
 
 
 @frozen
@@ -265,6 +265,7 @@ class SimulatedPlatform:
 
     def _quote_draft(self, report_data: bytes, stage: Stage) -> QuoteDraft:
         attestation_key = f"attestation key {self.index}"
+        mr_td, *rtmrs = PROFILE.registers(stage)
         return QuoteDraft(
             form=self.form,
             header=HeaderDraft(version=4 if self.form == "v4" else 5, user_data=self._draw("QE id", 16) + bytes(4)),
@@ -272,8 +273,8 @@ class SimulatedPlatform:
                 tee_tcb_svn=tee_tcb_svn(),
                 tee_tcb_svn_2=tee_tcb_svn(),
                 mr_seam=_measured("TDX module"),
-                mr_td=MRTD,
-                rtmrs=_RTMRS[stage],
+                mr_td=mr_td,
+                rtmrs=tuple(rtmrs),
                 report_data=report_data,
             ),
             qe_report=QeReportDraft(

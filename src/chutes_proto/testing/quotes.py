@@ -44,7 +44,7 @@ class TdReportDraft:
     td_attributes: int = SEPT_VE_DISABLE
     xfam: int = 0x602E7
     mr_td: bytes
-    rtmrs: tuple[bytes, bytes, bytes, bytes]
+    rtmrs: tuple[bytes, ...]
     report_data: bytes
     tee_tcb_svn_2: bytes
     mr_service_td: bytes = bytes(48)
