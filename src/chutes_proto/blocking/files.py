@@ -46,12 +46,15 @@ def read_file(path: str | Path, *, limit: int = MAX_SIZE) -> bytes:
         raise _unavailable(path, "cannot be read", exc) from None
 
 
-def read_private(path: str | Path, *, limit: int = MAX_SIZE) -> bytes:
-    """The whole of a file that only its owner can get at. Raises `ConfigurationError`."""
+def read_private(path: str | Path, *, limit: int = MAX_SIZE, group_may: bool = False) -> bytes:
+    """The whole of a file that only its owner, or with ``group_may`` its group too, can get at.
+
+    Raises `ConfigurationError`.
+    """
     try:
         with Path(path).open("rb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-            if mode & _others(Path(path)):
+            if mode & (0o007 if group_may or _is_credential(Path(path)) else 0o077):
                 raise ConfigurationError(f"{path}: its mode {mode:04o} lets others at a secret; run: chmod 600 {path}")
             return _bounded(path, file.read(limit + 1), limit)
     except (OSError, ValueError) as exc:
@@ -185,14 +188,13 @@ class CollateralDirectory:
             return str(exc)
 
 
-def _others(path: Path) -> int:
-    """The bits of a mode that let others at a file.
+def _is_credential(path: Path) -> bool:
+    """Whether it is a credential of systemd's (systemd.exec(5)).
 
-    A credential of systemd's (systemd.exec(5)) is its unit's alone by an access list, whose mask stands where the
-    group's bits do.
+    That is its unit's alone by an access list, whose mask stands where the group's bits of the mode do.
     """
     given = os.environ.get("CREDENTIALS_DIRECTORY")
-    return 0o007 if given and Path(given) in path.resolve().parents else 0o077
+    return given is not None and Path(given) in path.resolve().parents
 
 
 def _bounded(path: str | Path, data: bytes, limit: int) -> bytes:

@@ -81,7 +81,7 @@ def run(options: argparse.Namespace) -> int:
     from chutes_proto.blocking.tls import client_context
     from chutes_proto.client.flows import BootSettings, boot, boot_and_sync
     from chutes_proto.client.retry import RetryPolicy
-    from chutes_proto.errors import ConfigurationError, Refusal
+    from chutes_proto.errors import ConfigurationError, Refusal, TransportError
 
     if not 0 <= options.wait <= 86400:
         raise ConfigurationError("--wait: 0 to 86400 seconds")
@@ -96,9 +96,13 @@ def run(options: argparse.Namespace) -> int:
         performer = Performer(send=HttpxSender(client, options.url), quoter=quoter, log=_tell)
         try:
             grant = performer.run(boot(settings))
-            grant, keys = performer.run(boot_and_sync(settings, options.volumes, grant=grant))
+            grant, keys = performer.run(boot_and_sync(settings, options.volumes, formatted=(), grant=grant))
         except Refusal as exc:
             return _refused(options, exc)
+        except TransportError as exc:
+            raise ConfigurationError(
+                f"no answer from {options.url}: {exc}; is the server running there, and its CA in --ca?"
+            ) from None
     if keys_directory is not None:
         _write_keys(keys_directory, grant, keys)
     return _granted(options, grant, keys)

@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from chutes_proto import ChutesError, __version__
-from chutes_proto.cli import boot, console, inspect, openapi, simulate
+from chutes_proto.cli import boot, console, demo, inspect, openapi, serve, simulate, verify
 
-_COMMANDS: tuple[Any, ...] = (boot, inspect, simulate, openapi)
+_COMMANDS: tuple[Any, ...] = (demo, serve, boot, verify, inspect, simulate, openapi)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,10 +31,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = _run(argv)
         print(end="", flush=True)
-    except BrokenPipeError:
-        # Who reads has seen enough. What is still buffered would fail again when Python ends.
+    except OSError as exc:
+        # What is still buffered for standard output would fail again when Python ends.
         _ = os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return console.BROKEN_PIPE
+        if isinstance(exc, BrokenPipeError):  # who reads has seen enough
+            return console.BROKEN_PIPE
+        console.tell(f"chutes-proto: {exc}")
+        return console.USAGE
     except KeyboardInterrupt:
         return console.INTERRUPTED
     except ChutesError as exc:

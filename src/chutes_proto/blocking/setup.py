@@ -1,0 +1,235 @@
+"""From a configuration file to a key server that can start: all files that it names, read and checked together.
+
+Rules kept here:
+
+* everything that is wrong is told at once, one line each, with the key and the file;
+* relative paths begin at the configuration file's directory;
+* nothing is made or changed: a check leaves no trace.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Final, Literal, TypeVar
+
+from attrs import frozen
+
+from chutes_proto.auth.hotkey import Hotkey, HotkeyError
+from chutes_proto.blocking.files import CollateralDirectory, read_file, read_private
+from chutes_proto.blocking.sqlite import SqliteStore
+from chutes_proto.errors import ConfigurationError, QuoteError, StoreError
+from chutes_proto.keys.vault import KeyEncryptionKey, Vault
+from chutes_proto.quote.measurements import parse_profiles_json, parse_profiles_toml
+from chutes_proto.quote.policy import Policy
+from chutes_proto.quote.roots import INTEL_ROOT, TrustedRoot
+from chutes_proto.secret import Secret
+from chutes_proto.server.config import ServerConfig
+from chutes_proto.server.nonces import NonceMint
+from chutes_proto.server.profiles import EXTRA_KEYS, ServedProfile, serve_profile
+from chutes_proto.server.service import Service, Slots
+from chutes_proto.store.rows import GenerationRow, Scan
+from chutes_proto.store.run import Script, Unit
+from chutes_proto.transport.tls import ServerContext, server_context
+
+T = TypeVar("T")
+
+_JSON: Final = re.compile(rb"\s*(?:\{|\[\s*[{\]])")
+"""How JSON begins, and TOML cannot."""
+
+
+@frozen
+class ServerSetup:
+    """A key server that can start."""
+
+    config: ServerConfig
+    service: Service
+    collateral: CollateralDirectory
+    tls: ServerContext
+    store_path: Path
+
+
+def load_setup(path: str | Path) -> ServerSetup:
+    """The server that the configuration file at ``path`` describes.
+
+    Raises `FileUnavailable` if that file cannot be read, else `ConfigurationError` with all problems, one a line.
+    """
+    data = read_file(path)
+    problems = _Problems()
+    config = problems.attempt(str(path), lambda: ServerConfig.from_toml(data))
+    if config is None:
+        raise problems.error()
+    base = Path(path).resolve().parent
+    tls = problems.attempt("tls", lambda: _tls(config, base))
+    root = problems.attempt("roots", lambda: _root(config, base))
+    current = problems.attempt("kek_file", lambda: _kek(base / config.kek_file))
+    previous = None
+    if config.kek_previous_file is not None:
+        previous_path = base / config.kek_previous_file
+        previous = problems.attempt("kek_previous_file", lambda: _kek(previous_path))
+    profiles = _profiles(config, base, problems)
+    policy = problems.attempt("measurements", lambda: Policy(profiles=tuple(p.measurements for p in profiles)))
+    hotkeys: frozenset[str] | Literal["*"] | None = problems.attempt("hotkeys", lambda: _hotkeys(config.hotkeys))
+    collateral_path = base / config.collateral.directory
+    if not collateral_path.is_dir():
+        problems.add("collateral.directory", f"{collateral_path} is not a directory")
+    if tls is None or root is None or current is None or policy is None or hotkeys is None or problems.found:
+        raise problems.error()
+    vault = Vault(current, previous)
+    service = Service(
+        vault=vault,
+        mint=NonceMint.of(
+            vault,
+            bind_address=config.nonce.bind_address,
+            expected_key_ids=frozenset(config.nonce.expected_key_ids),
+        ),
+        root=root,
+        trust=trust(root, config.roots),
+        policy=policy,
+        profiles={profile.measurements.name: profile for profile in profiles},
+        hotkeys=hotkeys,
+        volumes=config.volumes,
+        netuid=config.netuid,
+        platform_binding=config.platform_binding,
+        exchange_downgrade=config.exchange_downgrade,
+        pruned=config.pruned,
+        limits=config.limits,
+        verifications=Slots(config.limits.verifications),
+    )
+    return ServerSetup(config, service, CollateralDirectory(collateral_path, root), tls, base / config.sqlite_path)
+
+
+def trust(root: TrustedRoot, name: str) -> str:
+    """Which root quotes are verified to, as the log says it at every start and with every grant."""
+    if root == INTEL_ROOT:
+        return "Intel SGX Root CA"
+    return f"NOT Intel's root but {name}, SHA-256 {root.digest.hex()}"
+
+
+def check_store(path: Path, vault: Vault) -> str:
+    """What is known of the store, in words, without making or changing it.
+
+    Raises `StoreError` for one that cannot be used, or holds keys that ``vault`` cannot open.
+    """
+    if not path.exists() or path.stat().st_size == 0:
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            raise StoreError(f"store {path}: its directory is not there, or this user may not write it")
+        return f"{path}: not made yet"
+    store = SqliteStore(path)
+    try:
+        store.check()
+        check_keys(store, vault)
+        sealed = store.transact(_KeyIds())
+    finally:
+        store.close()
+    return f"{path}: {sealed.total()} keys"
+
+
+def check_keys(store: SqliteStore, vault: Vault) -> None:
+    """Raises `StoreError` where the store holds keys that are sealed under another key-encryption key."""
+    sealed = store.transact(_KeyIds())
+    live = {key.kek_id for key in vault.live}
+    if lost := {kek_id: count for kek_id, count in sealed.items() if kek_id not in live}:
+        told = ", ".join(f"{count} under {kek_id}" for kek_id, count in sorted(lost.items()))
+        raise StoreError(
+            f"store {store.path}: keys are sealed under a key-encryption key that is neither kek_file nor"
+            f" kek_previous_file ({', '.join(sorted(live))}): {told}"
+        )
+
+
+@frozen
+class _KeyIds(Unit[Counter[str]]):
+    """How many keys are sealed under each key-encryption key."""
+
+    def script(self) -> Script[Counter[str]]:
+        rows = yield from Scan(GenerationRow)
+        return Counter(row.kek_id for row in rows if row.kek_id is not None)
+
+
+# --- the parts ---
+
+
+class _Problems:
+    """What is wrong so far."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    def add(self, key: str, text: str) -> None:
+        self.found.append(f"{key}: {text}")
+
+    def attempt(self, key: str, make: Callable[[], T]) -> T | None:
+        """What ``make`` gives; None, and a problem more, if it cannot."""
+        try:
+            return make()
+        except (ConfigurationError, QuoteError) as exc:
+            self.add(key, str(exc))
+            return None
+
+    def error(self) -> ConfigurationError:
+        return ConfigurationError("\n".join(self.found))
+
+
+def _tls(config: ServerConfig, base: Path) -> ServerContext:
+    chain = read_file(base / config.tls.certificate)
+    key = Secret(read_private(base / config.tls.key, group_may=True))
+    try:
+        return server_context(chain, key)
+    except ConfigurationError as exc:
+        raise ConfigurationError(f"{base / config.tls.certificate}, {base / config.tls.key}: {exc}") from None
+
+
+def _root(config: ServerConfig, base: Path) -> TrustedRoot:
+    if config.roots == "intel":
+        return INTEL_ROOT
+    data = read_file(base / config.roots)
+    try:
+        return TrustedRoot.from_der(data)
+    except QuoteError as exc:
+        raise ConfigurationError(f'{base / config.roots}: {exc}; say "intel", or name a DER file') from None
+
+
+def _kek(path: Path) -> KeyEncryptionKey:
+    data = read_private(path)
+    try:
+        return KeyEncryptionKey.from_bytes(data)
+    except ConfigurationError as exc:
+        raise ConfigurationError(f"{path}: {exc}") from None
+
+
+def _hotkeys(addresses: tuple[str, ...] | Literal["*"]) -> frozenset[str] | Literal["*"]:
+    if isinstance(addresses, str):
+        return "*"
+    for address in addresses:
+        try:
+            _ = Hotkey.parse(address)
+        except HotkeyError as exc:
+            raise ConfigurationError(f"{address!r} is no hotkey: {exc}") from None
+    return frozenset(addresses)
+
+
+def _profiles(config: ServerConfig, base: Path, problems: _Problems) -> list[ServedProfile]:
+    served: list[ServedProfile] = []
+    served_defaults = {key: value for key, value in config.profile_defaults.items() if key in EXTRA_KEYS}
+    defaults = {key: value for key, value in config.profile_defaults.items() if key not in EXTRA_KEYS}
+    for name in config.measurements:
+        data = problems.attempt("measurements", partial(read_file, base / name))
+        if data is None:
+            continue
+        key = f"measurements: {base / name}"
+        parse = parse_profiles_json if _JSON.match(data) else parse_profiles_toml
+        parsed = problems.attempt(key, partial(parse, data, extra_keys=EXTRA_KEYS, defaults=defaults))
+        for profile, extras in parsed or ():
+            read = partial(_read_under, base)
+            one = problems.attempt(key, partial(serve_profile, profile, extras, served_defaults, read))
+            if one is not None:
+                served.append(one)
+    return served
+
+
+def _read_under(base: Path, name: str) -> bytes:
+    return read_private(base / name)

@@ -1,0 +1,173 @@
+"""``chutes-proto serve``: the key server."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from chutes_proto.cli import console
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from chutes_proto.blocking.perform import CollateralSource
+    from chutes_proto.blocking.setup import ServerSetup
+
+NAME = "serve"
+
+_CONFIGURATION = """
+    listen = "0.0.0.0:8443"
+    tls = { certificate = "server.pem", key = "server.key" }
+    store = "sqlite:keys.db"
+    kek_file = "kek"                   # made with: (umask 077; head -c 32 /dev/urandom > kek)
+    roots = "intel"
+    collateral = { directory = "collateral" }
+    measurements = ["measurements.toml"]
+    hotkeys = ["5Grw..."]              # or "*"
+    [profile_defaults]
+    root_passphrase = "vm"             # or "image", with root_passphrase_file
+"""
+
+
+def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
+    parser = console.command(
+        subparsers,
+        NAME,
+        "serve keys",
+        """
+        Run the key server until SIGINT or SIGTERM. It prints its URLs on standard output and logs lines of JSON to
+        standard error. Relative paths in the configuration file begin at the file's directory.
+
+        --dev serves at once on a free loopback port, with a store that ends with it: it trusts the simulated platform
+        that `boot` and `simulate` use, and knows every hotkey. Never expose it.
+
+        exit code: 0 stopped by a signal, or --check found nothing wrong; 1 the configuration, or what it names, is
+        wrong; 2 usage, or the configuration file cannot be opened
+        """,
+        "chutes-proto serve --dev\n"
+        "chutes-proto serve --config /etc/chutes/server.toml --check\n"
+        "chutes-proto serve --config /etc/chutes/server.toml\n\n"
+        "a configuration file:\n" + _CONFIGURATION,
+    )
+    which = parser.add_mutually_exclusive_group(required=True)
+    _ = which.add_argument("--config", metavar="FILE", help="the configuration file (TOML)")
+    _ = which.add_argument("--dev", action="store_true", help="a server for development, on loopback")
+    console.add(parser, "--check", action="store_true", help="check files, store and keys, say what is found, and stop")
+    console.add_platform(parser)
+    return parser
+
+
+def run(options: argparse.Namespace) -> int:
+    from chutes_proto.blocking.files import FileUnavailable
+    from chutes_proto.blocking.setup import load_setup
+    from chutes_proto.errors import ConfigurationError
+
+    if options.dev:
+        return _develop(options)
+    if options.platform:
+        raise ConfigurationError("--platform goes with --dev; a configuration names its root under roots")
+    try:
+        setup = load_setup(options.config)
+    except FileUnavailable:
+        raise
+    except ConfigurationError as exc:
+        for problem in str(exc).splitlines():
+            console.tell(f"chutes-proto: {problem}")
+        return console.REFUSED
+    return _check(setup) if options.check else _serve(setup, setup.collateral, _announce)
+
+
+def _check(setup: ServerSetup) -> int:
+    """Say what there is; 1 if something of it cannot work."""
+    import time
+
+    from chutes_proto.blocking.setup import check_store
+    from chutes_proto.errors import CollateralUnavailable, StoreError
+
+    faults: list[str] = []
+    console.say(f"root: {setup.service.trust}")
+    for profile in setup.service.policy.profiles:
+        console.say(f"measurements: {profile.name}, version {profile.version}")
+    console.say(f"volumes: {', '.join(setup.service.volumes)}")
+    hotkeys = setup.service.hotkeys
+    console.say(f"hotkeys: {'every hotkey' if hotkeys == '*' else len(hotkeys)}")
+    try:
+        items = setup.collateral.items(int(time.time()))
+        for item in items:
+            console.say(f"collateral: {item}")
+            if isinstance(item.content, str):
+                faults.append(f"collateral: {item}")
+        if not items:
+            faults.append(f"collateral.directory: {setup.collateral.path} holds no *.json")
+    except CollateralUnavailable as exc:
+        faults.append(str(exc))
+    try:
+        console.say(f"store: {check_store(setup.store_path, setup.service.vault)}")
+    except StoreError as exc:
+        faults.append(str(exc))
+    for fault in faults:
+        console.tell(f"chutes-proto: {fault}")
+    return console.REFUSED if faults else console.GRANTED
+
+
+def _serve(setup: ServerSetup, collateral: CollateralSource, announce: Callable[[list[str]], None], *more: int) -> int:
+    import signal
+
+    from chutes_proto.blocking.setup import check_keys
+    from chutes_proto.blocking.sqlite import SqliteStore
+    from chutes_proto.cli.serving import run_trio, serve_until_signal
+    from chutes_proto.errors import ConfigurationError, StoreError
+
+    try:
+        store = SqliteStore(setup.store_path)
+        try:
+            check_keys(store, setup.service.vault)
+            signals = (signal.SIGINT, signal.SIGTERM, *map(signal.Signals, more))
+            run_trio(serve_until_signal, setup, store, collateral, announce, signals)
+        finally:
+            store.close()
+    except (ConfigurationError, StoreError) as exc:
+        console.tell(f"chutes-proto: {exc}")
+        return console.REFUSED
+    return console.GRANTED
+
+
+def _announce(urls: list[str]) -> None:
+    for url in urls:
+        console.say(url)
+
+
+def _develop(options: argparse.Namespace) -> int:
+    import os
+    import signal
+    import tempfile
+    import time
+    from pathlib import Path
+
+    from chutes_proto.blocking.files import open_platform, platform_directory
+    from chutes_proto.blocking.setup import load_setup
+    from chutes_proto.cli.development import AUTHORITY, CONFIGURATION, RenewedCollateral, write_server
+    from chutes_proto.errors import ConfigurationError
+
+    if options.check:
+        raise ConfigurationError("--check goes with --config")
+    now = int(time.time())
+    kept = Path(options.platform or platform_directory(os.environ))
+    platform = open_platform(kept, now).platform
+    with tempfile.TemporaryDirectory(prefix="chutes-proto-") as name:
+        directory = Path(name).resolve()
+        write_server(directory, platform, now)
+
+        def announce(urls: list[str]) -> None:
+            for url in urls:
+                console.say(f"key server: {url}")
+            console.say(f"CA certificate: {directory / AUTHORITY}")
+            console.say(
+                f"It trusts a SIMULATED platform (kept in {kept}) and knows every hotkey: for development only."
+            )
+            other = f" --platform {options.platform}" if options.platform else ""
+            boot = f"chutes-proto boot {urls[0]} --ca {directory / AUTHORITY}{other}"
+            console.say(f"try: {boot} --hotkey 5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY --vm vm-1")
+
+        setup = load_setup(directory / CONFIGURATION)
+        return _serve(setup, RenewedCollateral(setup.collateral, platform), announce, signal.SIGHUP)

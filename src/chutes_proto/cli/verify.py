@@ -1,0 +1,156 @@
+"""``chutes-proto verify``: is this quote genuine, and acceptable?"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from chutes_proto.cli import console
+
+if TYPE_CHECKING:
+    from chutes_proto.quote.policy import Policy
+    from chutes_proto.quote.roots import TrustedRoot
+
+NAME = "verify"
+
+
+def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
+    parser = console.command(
+        subparsers,
+        NAME,
+        "verify a quote against collateral, and appraise it",
+        """
+        Verify a TDX quote (version 4 or 5; also SGX, version 3): PCK chain up to Intel's root or to --root, CRLs, TCB
+        info, QE identity, signatures, TCB levels. Then appraise it: with --policy by that, else by what a policy says
+        without a word, measurements left unchecked: TCB UpToDate, no debugging, SEPT_VE_DISABLE, not migratable.
+        Needs no network.
+
+        exit code: 0 verified and accepted; 1 refused, also where quote or collateral do not parse; 2 usage, or a file
+        that cannot be opened
+        """,
+        """
+        chutes-proto verify quote.bin --collateral collateral.json
+        chutes-proto verify sim/quote.bin --collateral sim/collateral.json --root sim/root.der --at $(cat sim/now.txt)
+        chutes-proto verify quote.bin --collateral collateral.json --policy policy.toml --json
+        """,
+    )
+    console.add(parser, "quote", metavar="QUOTE", help="a file with the quote's bytes")
+    console.add(
+        parser,
+        "--collateral",
+        metavar="FILE",
+        required=True,
+        help="JSON: certificate chains, CRLs, TCB info, QE identity",
+    )
+    console.add(parser, "--at", type=console.unix_time, metavar="UNIX", help="the time to judge at (default: now)")
+    console.add(parser, "--root", metavar="DER", help="a root to trust instead of Intel's")
+    console.add(
+        parser, "--report-data", type=console.report_data, metavar="HEX", help="64 bytes that the quote must bind"
+    )
+    console.add(parser, "--policy", metavar="FILE", help="a policy in TOML: [tcb], [attributes], [[profile]]")
+    console.add(
+        parser, "--stage", choices=("boot", "runtime"), default="boot", help="for the policy's profiles (default: boot)"
+    )
+    console.add_json(parser)
+    return parser
+
+
+def run(options: argparse.Namespace) -> int:
+    import time
+
+    from chutes_proto.blocking.files import read_file
+
+    root = _root(options)
+    policy = _policy(options)
+    now = int(time.time()) if options.at is None else options.at
+    report = _judge(options, read_file(options.quote), read_file(options.collateral), now, root, policy)
+    if options.json:
+        console.say_json(report)
+    else:
+        _say(options, report)
+    return console.GRANTED if report["accepted"] else console.REFUSED
+
+
+def _root(options: argparse.Namespace) -> TrustedRoot:
+    from chutes_proto.blocking.files import read_file
+    from chutes_proto.errors import ConfigurationError, QuoteError
+    from chutes_proto.quote.roots import INTEL_ROOT, TrustedRoot
+
+    if options.root is None:
+        return INTEL_ROOT
+    data = read_file(options.root)
+    try:
+        return TrustedRoot.from_der(data)
+    except QuoteError as exc:
+        raise ConfigurationError(f"--root: {options.root}: {exc}") from None
+
+
+def _policy(options: argparse.Namespace) -> Policy:
+    from chutes_proto.blocking.files import read_file
+    from chutes_proto.errors import ConfigurationError, QuoteError
+    from chutes_proto.quote.policy import Policy
+    from chutes_proto.server.profiles import EXTRA_KEYS
+
+    if options.policy is None:
+        return Policy(measurements="unchecked")
+    data = read_file(options.policy)
+    try:
+        return Policy.from_toml(data, extra_keys=EXTRA_KEYS)
+    except QuoteError as exc:
+        raise ConfigurationError(f"--policy: {options.policy}: {exc}") from None
+
+
+def _judge(
+    options: argparse.Namespace, quote_data: bytes, collateral_data: bytes, now: int, root: TrustedRoot, policy: Policy
+) -> dict[str, Any]:
+    from chutes_proto.cli.quotes import claimed_platform, platform_fields, quote_fields
+    from chutes_proto.quote.collateral import Collateral
+    from chutes_proto.quote.errors import AppraisalError, CollateralFormatError, QuoteFormatError, VerificationError
+    from chutes_proto.quote.layout import parse_quote
+    from chutes_proto.quote.verify import verify
+
+    report: dict[str, Any] = {
+        "verified": False,
+        "accepted": False,
+        "tcb_status": None,
+        "advisory_ids": [],
+        "refusals": [],
+        "at": now,
+        "root": root.digest.hex(),
+    }
+    try:
+        quote = parse_quote(quote_data, sgx=True)
+        report |= quote_fields(quote) | platform_fields(claimed_platform(quote))
+        collateral = Collateral.from_json(collateral_data)
+        verdict = verify(quote, collateral, now=now, expected_report_data=options.report_data, root=root)
+        report |= {
+            "verified": True,
+            "tcb_status": str(verdict.tcb_status),
+            "advisory_ids": list(verdict.advisory_ids),
+            "tcb_date": verdict.tcb_date,
+            "evaluation_number": verdict.evaluation_number,
+            "valid_from": verdict.window[0],
+            "valid_until": verdict.window[1],
+        }
+        appraisal = policy.appraise(verdict, stage=options.stage)
+        report |= {"accepted": True, "profile": appraisal.matched.name if appraisal.matched else None}
+    except AppraisalError as exc:
+        report["refusals"] = [{"code": refusal.code, "detail": refusal.detail} for refusal in exc.refusals]
+    except (QuoteFormatError, CollateralFormatError, VerificationError) as exc:
+        report["refusals"] = [{"code": exc.code, "detail": str(exc)}]
+    return report
+
+
+def _say(options: argparse.Namespace, report: dict[str, Any]) -> None:
+    from chutes_proto.cli.quotes import say_fields
+
+    told = ("accepted", "verified", "refusals")
+    judged = "ACCEPTED" if report["accepted"] else "REFUSED"
+    console.say(f"{judged}: the quote {'verifies' if report['verified'] else 'does not verify'}")
+    for refusal in report["refusals"]:
+        console.say(f"{refusal['code']}: {refusal['detail']}")
+    if options.report_data is None:
+        console.say("The report data was not compared with anything: say --report-data to bind the quote.")
+    if options.policy is None:
+        console.say("Measurements were not compared with anything: say --policy with profiles to check them.")
+    say_fields({name: value for name, value in report.items() if name not in told})
