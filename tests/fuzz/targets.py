@@ -1,0 +1,248 @@
+"""What is fuzzed: everything that takes bytes of a peer, each with the promise it must keep for all of them.
+
+``make test`` runs these targets on inputs that Hypothesis makes of the seeds, ``make fuzz`` for longer on inputs that
+atheris finds by their coverage. A check raises only where a promise is broken.
+"""
+
+from __future__ import annotations
+
+import json as stdlib_json
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from itertools import chain
+
+from attrs import frozen
+
+from chutes_proto.errors import ChutesError, QuoteError, Refusal
+from chutes_proto.quote.certificates import (
+    SGX_EXTENSION,
+    check_kind,
+    common_name,
+    read_certificate,
+    read_crl,
+    revoked_serials,
+)
+from chutes_proto.quote.collateral import Collateral
+from chutes_proto.quote.layout import parse_quote
+from chutes_proto.quote.measurements import parse_profiles_json, parse_profiles_toml
+from chutes_proto.quote.pck import read_pck_extension
+from chutes_proto.quote.policy import Policy
+from chutes_proto.quote.roots import TrustedRoot
+from chutes_proto.quote.statements import read_qe_identity, read_tcb_info
+from chutes_proto.quote.verify import open_quote, verify_collateral
+from chutes_proto.testing.directory import measurements_toml
+from chutes_proto.testing.platform import SimulatedPlatform
+from chutes_proto.transport.h1 import ServerConnection
+from chutes_proto.wire import codec, endpoints, json
+from chutes_proto.wire.http import HttpRequest, HttpResponse
+
+NOW = 1_800_000_000
+PLATFORM = SimulatedPlatform(b"a world for fuzzing")
+ROOT = TrustedRoot.from_der(PLATFORM.root_der)
+_JSON = (("content-type", "application/json"),)
+
+
+@frozen
+class Target:
+    """One promise, and honest inputs to start from."""
+
+    check: Callable[[bytes], None]
+    seeds: Callable[[], list[bytes]]
+
+
+# --- the verifier ---
+
+
+def check_quote(data: bytes) -> None:
+    """A quote parses, and its PCK chain opens, or the verifier's one error says why not."""
+    with suppress(QuoteError):
+        _ = open_quote(parse_quote(data), now=NOW, root=ROOT)
+
+
+def quotes() -> list[bytes]:
+    return [
+        *(SimulatedPlatform(PLATFORM.seed, form=form).quote(bytes(64)) for form in ("v4", "v5-td10", "v5-td15")),
+        SimulatedPlatform(PLATFORM.seed, ca="processor").quote(bytes(64), padding=16),
+    ]
+
+
+def check_collateral(data: bytes) -> None:
+    """Collateral parses and verifies, or the verifier's one error says why not."""
+    with suppress(QuoteError):
+        _ = verify_collateral(Collateral.from_json(data), now=NOW, root=ROOT)
+
+
+def collaterals() -> list[bytes]:
+    return [PLATFORM.collateral_json(NOW - 1), SimulatedPlatform(PLATFORM.seed, ca="processor").collateral_json(NOW)]
+
+
+def check_der(data: bytes) -> None:
+    """A certificate, a revocation list or a PCK's SGX extension is read, or the verifier's one error says why not."""
+    with suppress(QuoteError):
+        certificate = read_certificate(data)
+        _ = common_name(certificate.subject)
+        check_kind(certificate, "CA")
+    with suppress(QuoteError):
+        _ = revoked_serials(read_crl(data))
+    with suppress(QuoteError):
+        _ = read_pck_extension(data, ca="platform", tee="TDX")
+
+
+def ders() -> list[bytes]:
+    chain = PLATFORM.pck_chain()
+    collateral = PLATFORM.collateral(NOW)
+    return [*chain, collateral.root_ca_crl, collateral.pck_crl, read_certificate(chain[0]).extensions[SGX_EXTENSION]]
+
+
+def check_statement(data: bytes) -> None:
+    """TCB info or QE identity, already signed, is read, or the verifier's one error says why not."""
+    for read in (read_tcb_info, read_qe_identity):
+        with suppress(QuoteError):
+            _ = read(data)
+
+
+def statements() -> list[bytes]:
+    collateral = PLATFORM.collateral(NOW)
+    return [collateral.tcb_info, collateral.qe_identity]
+
+
+def check_policy(data: bytes) -> None:
+    """A policy or a list of measurement profiles is read, or the verifier's one error says why not."""
+    for read in (Policy.from_toml, parse_profiles_toml, parse_profiles_json):
+        with suppress(QuoteError):
+            _ = read(data)
+
+
+def policies() -> list[bytes]:
+    registers = {f"rtmr{number}": "00" * 48 for number in range(4)}
+    profile = {"name": "p", "version": "1", "mrtd": "00" * 48, "boot_rtmrs": registers, "runtime_rtmrs": registers}
+    toml = b'[tcb]\naccepted_statuses = ["UpToDate"]\nmin_evaluation_number = 5\nallow_smt = true\n'
+    return [measurements_toml(), toml + measurements_toml(), json.encode([profile])]
+
+
+# --- the HTTP connection ---
+
+
+def exchange(pieces: Iterable[bytes]) -> tuple[list[HttpRequest], bytes]:
+    """The requests of a connection that gets these bytes and then the end, and what it sends; it ends by itself."""
+    arriving = chain(pieces, [b""] * 3)  # a socket at its end says so whenever it is asked
+    connection = ServerConnection(lambda refusal: HttpResponse(refusal.status, _JSON, str(refusal).encode()), 0.0)
+    requests: list[HttpRequest] = []
+    answers = bytearray()
+    while not connection.closed:
+        if (request := connection.next_request(0.0)) is not None:
+            requests.append(request)
+            connection.send_response(HttpResponse(200, _JSON, b"{}"), 0.0)
+        sent = connection.data_to_send()
+        if not sent and request is None:
+            connection.receive_data(next(arriving), 0.0)
+        answers += sent
+    # Whoever is asked for "100 Continue" need not say it when the body is there already.
+    return requests, bytes(answers).replace(b"HTTP/1.1 100 \r\n\r\n", b"")
+
+
+def check_http(data: bytes) -> None:
+    """However the bytes are cut, the connection sees the same requests, sends the same answers, and never raises."""
+    whole = exchange([data] if data else [])
+    assert whole == exchange(data[i : i + 1] for i in range(len(data)))
+    half = len(data) // 2
+    assert whole == exchange(filter(None, [data[:half], data[half:]]))
+
+
+def http_requests() -> list[bytes]:
+    get = b"GET /servers/nonce HTTP/1.1\r\nHost: h\r\n\r\n"
+    post = b"POST /servers/vm/luks HTTP/1.1\r\nHost: h\r\nContent-Type: application/json\r\n"
+    return [
+        get,
+        get + get.replace(b"\r\nHost", b"\r\nConnection: close\r\nHost") + get,
+        post + b'Content-Length: 15\r\n\r\n{"volumes":["a"]}',
+        post
+        + b'Transfer-Encoding: chunked\r\n\r\n5;x=y\r\n{"vol\r\nA\r\numes":["a"\r\n2\r\n]}\r\n0\r\nT: 1\r\n\r\n'
+        + get,
+        post + b"Expect: 100-continue\r\nContent-Length: 2\r\n\r\n{}",
+    ]
+
+
+# --- JSON bodies ---
+
+_BODIES = [endpoint for endpoint in endpoints.ENDPOINTS if endpoint.method == "POST"]
+_PATH = {"vm_name": "vm", "server_id": "s"}
+
+
+def check_request_body(data: bytes) -> None:
+    """A body decodes to a message that encodes to the same message again, or it is a refusal with a text."""
+    for endpoint in _BODIES:
+        match = endpoints.Match(endpoint, {name: _PATH[name] for name in endpoint.parameters})
+        try:
+            message = codec.decode_request(match, HttpRequest("POST", endpoint.path, _JSON, data))
+        except Refusal as exc:
+            _ = str(exc)
+        else:
+            assert codec.decode_request(match, codec.encode_request(endpoint, message)) == message
+
+
+def check_answer_body(data: bytes) -> None:
+    """What a server, or whoever answers in its place, sends becomes an answer or one of our errors."""
+    for endpoint in endpoints.ENDPOINTS:
+        for status in (endpoint.status, 307, 403, 422, 503):
+            try:
+                _ = codec.decode_answer(endpoint, HttpResponse(status, _JSON, data))
+            except ChutesError as exc:
+                _ = str(exc)
+
+
+def check_json(data: bytes) -> None:
+    """What is taken is what another parser takes, and comes out of the encoder to be taken again as the same value."""
+    try:
+        value = json.decode(data)
+    except json.JsonError as exc:
+        _ = str(exc)
+    else:
+        assert stdlib_json.loads(data) == value
+        assert json.decode(json.encode(value)) == value
+
+
+def json_bodies() -> list[bytes]:
+    values: list[object] = [
+        {"quote": "AAAA", "vm_name": "vm", "miner_hotkey": "h"},
+        {"volumes": ["a", "b"], "rekey": ["a"], "formatted": []},
+        {"key": "k", "boot_token": "t", "nonce": "n", "expires_at": "2027-01-15T08:00:00Z", "passphrase": "p"},
+        {"a": "p", "in_use": ["a"]},
+        {"detail": "Not found", "code": "not_found", "request_id": "r"},
+        {"detail": [{"type": "missing", "loc": ["body", "quote"], "msg": "Field required"}]},
+        [None, True, 1.5, -1e10, "\u20ac\\u0000"],
+    ]
+    return [*(json.encode(value) for value in values), b"[1e999,-0.0,1E+2]"]
+
+
+def check_target(data: bytes) -> None:
+    """Any request line is routed to an operation, nowhere, or once to another path; its query decodes or is refused."""
+    target = data.decode("latin-1")
+    match endpoints.route("GET", target.partition("?")[0]):
+        case endpoints.Redirect(path=path):
+            assert not isinstance(endpoints.route("GET", path), endpoints.Redirect)
+        case endpoints.Match() as match:
+            try:
+                _ = codec.decode_request(match, HttpRequest("GET", target))
+            except Refusal as exc:
+                _ = str(exc)
+        case _:
+            pass
+
+
+def targets() -> list[bytes]:
+    return [endpoint.path.format_map(_PATH).encode() + b"?hotkey=%C3%A9&x=1" for endpoint in endpoints.ENDPOINTS]
+
+
+TARGETS = {
+    "quote": Target(check_quote, quotes),
+    "collateral": Target(check_collateral, collaterals),
+    "der": Target(check_der, ders),
+    "statement": Target(check_statement, statements),
+    "policy": Target(check_policy, policies),
+    "http": Target(check_http, http_requests),
+    "json": Target(check_json, json_bodies),
+    "request-body": Target(check_request_body, json_bodies),
+    "answer-body": Target(check_answer_body, json_bodies),
+    "target": Target(check_target, targets),
+}

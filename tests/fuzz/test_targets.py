@@ -1,0 +1,72 @@
+"""The promises of the fuzz targets, on inputs that Hypothesis makes of the seeds."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chutes_proto.quote.collateral import Collateral
+from chutes_proto.quote.layout import parse_quote
+from chutes_proto.quote.measurements import parse_profiles_json
+from chutes_proto.quote.policy import Policy
+from chutes_proto.quote.verify import open_quote, verify_collateral
+from tests.fuzz import targets
+from tests.fuzz.targets import TARGETS
+
+SEEDS = cache(lambda name: TARGETS[name].seeds())
+
+names = pytest.mark.parametrize("name", TARGETS)
+
+
+@st.composite
+def mutations(draw: st.DrawFn, seeds: list[bytes]) -> bytes:
+    """A seed with some stretches of it removed, repeated, cut off or written over."""
+    data = bytearray(draw(st.sampled_from(seeds)))
+    for _ in range(draw(st.integers(1, 4))):
+        start = draw(st.integers(0, len(data)))
+        end = draw(st.integers(start, min(start + 64, len(data))))
+        match draw(st.sampled_from(["overwrite", "insert", "remove", "repeat", "truncate"])):
+            case "overwrite":
+                data[start:end] = draw(st.binary(min_size=end - start, max_size=end - start))
+            case "insert":
+                data[start:start] = draw(st.binary(max_size=16))
+            case "remove":
+                del data[start:end]
+            case "repeat":
+                data[start:start] = data[start:end]
+            case _:
+                del data[start:]
+    return bytes(data)
+
+
+def test_honest_inputs_get_through() -> None:
+    """Else a target would see no more than the first check of what it tests."""
+    for quote in targets.quotes():
+        _ = open_quote(parse_quote(quote), now=targets.NOW, root=targets.ROOT)
+    for collateral in targets.collaterals():
+        _ = verify_collateral(Collateral.from_json(collateral), now=targets.NOW, root=targets.ROOT)
+    first, with_tcb, listed = targets.policies()
+    assert Policy.from_toml(first).profiles == Policy.from_toml(with_tcb).profiles
+    assert parse_profiles_json(listed)
+    assert [len(targets.exchange([stream])[0]) for stream in targets.http_requests()] == [1, 2, 1, 2, 1]
+
+
+@names
+def test_seeds(name: str) -> None:
+    for seed in SEEDS(name):
+        TARGETS[name].check(seed)
+
+
+@names
+@given(data=st.data())
+def test_mutated_seeds(name: str, data: st.DataObject) -> None:
+    TARGETS[name].check(data.draw(mutations(SEEDS(name))))
+
+
+@names
+@given(data=st.binary(max_size=512))
+def test_any_bytes(name: str, data: bytes) -> None:
+    TARGETS[name].check(data)
