@@ -96,8 +96,8 @@ class Talk:
         return self.sent[before:]
 
 
-def outcome(pieces: Iterable[bytes], limits: Limits = DEFAULT_LIMITS) -> tuple[list[HttpRequest], list[Answer], bool]:
-    """Requests, final answers, and whether the connection is closed, after these pieces and the end of the bytes."""
+def outcome(pieces: Iterable[bytes], limits: Limits = DEFAULT_LIMITS) -> tuple[list[HttpRequest], bytes, bool]:
+    """Requests, what was sent, and whether the connection is closed, after these pieces and the end of the bytes."""
     talk = Talk(limits=limits)
     talk.feed(*filter(None, pieces), b"")
-    return talk.requests, [answer for answer in answers(talk.sent) if answer.status != 100], talk.connection.closed
+    return talk.requests, talk.sent, talk.connection.closed

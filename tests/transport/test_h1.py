@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import re
 import sys
 
 import pytest
@@ -155,12 +156,12 @@ def test_a_chunked_body() -> None:
     assert "trailer" not in dict(talk.requests[0].headers)
 
 
-def test_continue_is_said_to_who_waits_for_it() -> None:
+def test_continue_is_said_to_who_asks_for_it() -> None:
     talk = Talk()
     head = POST + b"Expect: 100-continue\r\nContent-Length: 2\r\n\r\n"
     assert talk.feed(head) == b"HTTP/1.1 100 \r\n\r\n"
     assert [answer.status for answer in answers(talk.feed(b"{}"))] == [200]
-    assert [answer.status for answer in answers(talk.feed(head + b"{}"))] == [200]
+    assert [answer.status for answer in answers(talk.feed(head + b"{}"))] == [100, 200]
 
 
 def test_an_answer_needs_a_request() -> None:
@@ -277,7 +278,7 @@ def test_the_largest_body() -> None:
 
 def test_a_request_and_then_the_end_is_answered() -> None:
     requests, sent, closed = outcome([GET])
-    assert (len(requests), [answer.status for answer in sent], closed) == (1, [200], True)
+    assert (len(requests), [answer.status for answer in answers(sent)], closed) == (1, [200], True)
 
 
 def test_the_end_while_a_request_is_handled() -> None:
@@ -293,12 +294,13 @@ def test_the_end_while_a_request_is_handled() -> None:
 
 @pytest.mark.parametrize("data", [GET[:1], GET[:-1], POST + b"Content-Length: 9\r\n\r\n12345678"])
 def test_a_request_that_ends_early(data: bytes) -> None:
-    requests, (answer,), closed = outcome([data])
+    requests, sent, closed = outcome([data])
+    (answer,) = answers(sent)
     assert (requests, answer.status, closed) == ([], 400, True)
 
 
 def test_no_bytes_at_all() -> None:
-    assert outcome([]) == ([], [], True)
+    assert outcome([]) == ([], b"", True)
 
 
 # --- deadlines ---
@@ -433,7 +435,7 @@ def test_cuts_change_nothing(data: tuple[bytes, list[bytes]]) -> None:
     expected = outcome([whole], SMALL)
     assert expected == outcome(pieces, SMALL) == outcome(bytewise(whole), SMALL)
     assert expected[2]
-    assert all(answer.status in (200, 400, 413, 431) for answer in expected[1])
+    assert set(re.findall(rb"HTTP/1.1 (\d+)", expected[1])) <= {b"100", b"200", b"400", b"413", b"431"}
 
 
 TOKEN = st.text("abcdefghijklmnopqrstuvwxyzABCXYZ0123456789!#$%&'*+-.^_`|~", min_size=1, max_size=12)
@@ -471,7 +473,7 @@ def test_every_request_arrives_as_it_was_said(said: list[tuple[HttpRequest, byte
     _, pieces = data.draw(cut(st.just(b"".join(text for _, text in said))))
     got, sent, closed = outcome(pieces)
     assert got == [request for request, _ in said]
-    assert [answer.status for answer in sent] == [200] * len(said)
+    assert [answer.status for answer in answers(sent)] == [200] * len(said)
     assert closed
 
 

@@ -9,7 +9,7 @@ Rules kept here:
 * limits hold before anything is parsed or kept: a head or body that is too large is refused (431, 413), a request that
   takes too long (408), and what is no request, or one that two parsers could read differently (400). What an error's
   answer looks like is not known here: the connection is given a function for it;
-* however the peer's bytes are cut, the requests are the same;
+* however the peer's bytes are cut, requests and answers are the same;
 * one request at a time: bytes of the next wait until the answer has been sent;
 * after the last answer the peer is told that there will be no more, and a bounded amount of what it still sends is
   swallowed: closing at once could destroy the answer on its way (RFC 9112, section 9.6);
@@ -238,6 +238,8 @@ class ServerConnection:
             match self._next_event():
                 case h11.Request() as head:
                     self._begin(head)
+                    if self._h11.they_are_waiting_for_100_continue:
+                        self._write(h11.InformationalResponse(status_code=100, headers=[]))
                 case h11.Data() as data:
                     self._body += data.data
                     if len(self._body) > self._limits.body_bytes:
@@ -250,8 +252,6 @@ class ServerConnection:
                     self._finish("", now)
                     return
                 case _:
-                    if self._h11.they_are_waiting_for_100_continue:
-                        self._write(h11.InformationalResponse(status_code=100, headers=[]))
                     return
 
     def _next_event(self) -> object:
