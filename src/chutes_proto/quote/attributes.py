@@ -41,7 +41,8 @@ class AttributePolicy:
     """What a TD's attributes and XFAM may be. Raises `PolicyError` for what contradicts itself.
 
     ``mr_service_td`` are the measurements (48 bytes each) of service TDs that a TD may be bound to; it goes with
-    ``migratable`` or ``service_td`` "allowed" and only with them. ``xfam_allowed`` are the bits XFAM may have.
+    ``migratable`` or ``service_td`` "allowed" and only with them. ``xfam_required`` are the bits that XFAM must have,
+    ``xfam_allowed`` all that it may have.
     """
 
     sept_ve_disable: Demand = "required"
@@ -49,6 +50,7 @@ class AttributePolicy:
     servtd_ext: Allowance = "refused"
     service_td: Allowance = "refused"
     mr_service_td: tuple[bytes, ...] = ()
+    xfam_required: int = XFAM_FIXED
     xfam_allowed: int = XFAM_KNOWN
     unsafe_allow_debug: bool = False
 
@@ -60,12 +62,11 @@ class AttributePolicy:
                 raise PolicyError(f'{name}: must be "refused" or "allowed"')
         if type(self.unsafe_allow_debug) is not bool:
             raise PolicyError("unsafe_allow_debug: must be true or false")
-        if (
-            type(self.xfam_allowed) is not int
-            or not 0 <= self.xfam_allowed < 1 << 64
-            or ~self.xfam_allowed & XFAM_FIXED
-        ):
-            raise PolicyError("xfam_allowed: must be a 64-bit number with the two lowest bits set")
+        for name in ("xfam_required", "xfam_allowed"):
+            if type(getattr(self, name)) is not int or not 0 <= getattr(self, name) < 1 << 64:
+                raise PolicyError(f"{name}: must be a number of 64 bits")
+        if self.xfam_required & ~self.xfam_allowed:
+            raise PolicyError("xfam_required: must be among the bits of xfam_allowed")
         if type(self.mr_service_td) is not tuple or any(
             type(value) is not bytes or len(value) != 48 or not any(value) for value in self.mr_service_td
         ):
@@ -99,13 +100,9 @@ class AttributePolicy:
             refuse("migratable", "the TD can be migrated", bits, "bit 29 clear")
         if self.servtd_ext == "refused" and bits & TdAttributes.SERVTD_EXT:
             refuse("servtd_ext", "SERVTD_EXT is set", bits, "bit 17 clear")
-        if body.xfam & XFAM_FIXED != XFAM_FIXED or body.xfam & ~self.xfam_allowed:
-            refuse(
-                "xfam",
-                "XFAM is not allowed",
-                body.xfam,
-                f"bits of 0x{self.xfam_allowed:x}, 0x{XFAM_FIXED:x} among them",
-            )
+        if self.xfam_required & ~body.xfam or body.xfam & ~self.xfam_allowed:
+            expected = f"bits of 0x{self.xfam_allowed:x}, those of 0x{self.xfam_required:x} set"
+            refuse("xfam", "XFAM is not allowed", body.xfam, expected)
         return found + self._service_td(body)
 
     def _service_td(self, body: TdReport10) -> list[Refusal]:
@@ -132,7 +129,9 @@ def read_attributes(table: Table, *, unsafe: bool = False) -> AttributePolicy:
 
     ``unsafe`` lets it have ``unsafe_allow_debug``. Raises `PolicyError`.
     """
-    fields = table.given(sept_ve_disable=str, migratable=str, servtd_ext=str, service_td=str, xfam_allowed=int)
+    fields = table.given(
+        sept_ve_disable=str, migratable=str, servtd_ext=str, service_td=str, xfam_required=int, xfam_allowed=int
+    )
     if unsafe:
         fields |= table.given(unsafe_allow_debug=bool)
     path = table.at("mr_service_td")

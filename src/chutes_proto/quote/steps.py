@@ -93,8 +93,11 @@ CollateralExpired = _step(
     "root_crl_expired pck_crl_expired tcb_info_expired qe_identity_expired")
 # verify_quote: the quote, held against the collateral
 RootMismatch = _step(21, "RootMismatch", "root_mismatch", "quote and collateral were verified under one root")
-CollateralTee = _step(22, "CollateralTee", "collateral_tee", "the collateral is for the quote's TEE")
-CollateralCa = _step(23, "CollateralCa", "collateral_ca", "the PCK CRL is of the CA that issued the PCK certificate")
+CollateralTee = _step(
+    22, "CollateralTee", "collateral_tee", "the collateral is for the quote's TEE", "collateral_of_sgx")
+CollateralCa = _step(
+    23, "CollateralCa", "collateral_ca", "the PCK CRL is of the CA that issued the PCK certificate",
+    "collateral_of_other_ca")
 FmspcMismatch = _step(24, "FmspcMismatch", "fmspc_mismatch", "the TCB info is for the FMSPC", "tcb_info_fmspc")
 PceIdMismatch = _step(25, "PceIdMismatch", "pce_id_mismatch", "the TCB info is for the PCE-ID", "tcb_info_pce_id")
 PckChainMismatch = _step(
@@ -105,8 +108,9 @@ QeReportSignature = _step(
     "qe_report_signature qe_report_altered")
 QeReportData = _step(
     29, "QeReportData", "qe_report_data", "the quoting enclave vouches for the attestation key",
-    "qe_report_data qe_report_data_tail qe_auth_altered")
-AttestationKey = _step(30, "AttestationKey", "attestation_key", "the attestation key is a point of P-256")
+    "qe_report_data qe_report_data_tail qe_auth_altered attestation_key_substituted")
+AttestationKey = _step(
+    30, "AttestationKey", "attestation_key", "the attestation key is a point of P-256", "attestation_key_invalid")
 QeDebug = _step(31, "QeDebug", "qe_debug", "the quoting enclave is no debug enclave", "qe_debug")
 QeIdentityMismatch = _step(
     32, "QeIdentityMismatch", "qe_identity_mismatch", "the quoting enclave is the one of the QE identity",

@@ -303,7 +303,8 @@ _TCB_SIGNER: Final = _Place("TCB signing certificate", frozenset({certificates.T
 @lru_cache(maxsize=256)
 def _pck_chain(root: TrustedRoot, tee: Tee, certification: bytes) -> PckChain:
     """Steps 3 to 8 and 11."""
-    leaf_der, issuer_der, *_ = ders = _read_chain(certification, "PCK chain", 2)
+    leaf_der, issuer_der, *above = _read_chain(certification, "PCK chain", 2)
+    root_terms = _root_terms(root, above)
     issuer, issuer_key = _issued_by_root(root, issuer_der, _PCK_CA)
     leaf = _issued(leaf_der, _PCK, issuer.subject, issuer_key)
     extension = leaf.extensions.get(certificates.SGX_EXTENSION)
@@ -313,8 +314,8 @@ def _pck_chain(root: TrustedRoot, tee: Tee, certification: bytes) -> PckChain:
         identity = read_pck_extension(extension, ca=_ca(issuer), tee=tee)
     except DerError as exc:
         raise PckExtension(_PCK.subject, str(exc)) from None
-    terms = (*_root_terms(root, ders[2:]), _term(issuer, _PCK_CA), _term(leaf, _PCK))
-    return PckChain(leaf, _key(leaf, _PCK.subject), issuer, ders[:2], identity, terms)
+    terms = (*root_terms, _term(issuer, _PCK_CA), _term(leaf, _PCK))
+    return PckChain(leaf, _key(leaf, _PCK.subject), issuer, (leaf_der, issuer_der), identity, terms)
 
 
 def _signer(
@@ -322,8 +323,9 @@ def _signer(
 ) -> tuple[Certificate, EllipticCurvePublicKey, tuple[Term, ...]]:
     """Steps 3 to 8 for a chain of a certificate and, or without, the root that issued it; with their terms."""
     der, *above = _read_chain(pem, f"chain of the {place.subject}", 1)
+    root_terms = _root_terms(root, above)
     certificate, key = _issued_by_root(root, der, place)
-    return certificate, key, (*_root_terms(root, above), _term(certificate, place))
+    return certificate, key, (*root_terms, _term(certificate, place))
 
 
 def _read_chain(pem: bytes, subject: str, least: int) -> tuple[bytes, ...]:
