@@ -54,7 +54,7 @@ def verify_evidence(service: Service, nonce: Nonce, key: ClientKey, quote_text: 
     except QuoteFormatError as exc:
         raise Refused(Code.QUOTE_MALFORMED, _format_text(exc), reason=str(exc)) from None
     check_report_data(quote.body.report_data, nonce.value, key)
-    with service.verifications.one():
+    with service.verifications:
         try:
             opened = open_quote(quote, now=now, root=service.root)
             collateral = yield from FetchCollateral(opened.pck, now)

@@ -5,8 +5,7 @@ The store is the state. `Slots` and `Quiet` only bound what peers can make one p
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 from attrs import Factory, define, field, frozen
@@ -25,21 +24,18 @@ if TYPE_CHECKING:
 
 @define
 class Slots:
-    """At most ``size`` at once; the next one is told to come again."""
+    """At most ``size`` at once: ``with slots:`` holds one, or raises `Unavailable` when none is free."""
 
     size: int
     taken: int = 0
 
-    @contextmanager
-    def one(self) -> Generator[None]:
-        """Hold a slot. Raises `Unavailable` when none is free."""
+    def __enter__(self) -> None:
         if self.taken >= self.size:
             raise Unavailable(Code.BUSY, "Too many verifications at once. Retry shortly.")
         self.taken += 1
-        try:
-            yield
-        finally:
-            self.taken -= 1
+
+    def __exit__(self, *_: object) -> None:
+        self.taken -= 1
 
 
 @define
