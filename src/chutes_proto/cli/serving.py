@@ -35,9 +35,9 @@ def run_trio(function: Callable[..., Awaitable[T]], *args: object) -> T:
         raise _first(group) from None
 
 
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    inner = group.exceptions[0]
-    return _first(inner) if isinstance(inner, BaseExceptionGroup) else inner
+def _first(exc: BaseException) -> BaseException:
+    members: tuple[BaseException, ...] = getattr(exc, "exceptions", ())
+    return _first(members[0]) if members else exc
 
 
 def log_line(record: Record) -> None:
