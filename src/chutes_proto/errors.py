@@ -3,6 +3,7 @@
     ChutesError
     ├── LocalProtocolError             you called us wrong
     │   └── ConfigurationError         a file of yours says something it cannot say
+    │       └── FileUnavailable        … or cannot be read; ``blocking/files.py`` raises it
     ├── RemoteProtocolError            the peer's bytes are not the protocol
     ├── Refusal                        an answer of the server that is no grant
     │   ├── BadRequest                 400, 405, 408, 413, 422, 431: the request itself

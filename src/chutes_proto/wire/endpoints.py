@@ -204,3 +204,10 @@ def _templates() -> tuple[tuple[Endpoint, ...], ...]:
 
 
 _TEMPLATES = _templates()
+
+
+def markdown_table() -> str:
+    """The table of operations as the README shows it."""
+    lines = ["| # | operation | method and path | authentication |", "|---|---|---|---|"]
+    lines.extend(f"| {e.number} | {e.operation} | `{e.method} {e.path}` | {e.authentication} |" for e in ENDPOINTS)
+    return "\n".join(lines)

@@ -19,12 +19,13 @@ class HttpRequest:
     ``target`` is the origin form of RFC 9112 section 3.2.1, still percent-encoded. Header names are lower case and
     values Latin-1 text, in the order of arrival. ``peer_certificate`` is what the peer presented in the TLS handshake:
     possession of its key is proved, nothing else. ``peer_address`` is an IP address or empty. ``arrived`` is when its
-    first byte came, in seconds of the `Uptime` clock (0 on the client's side).
+    first byte came, in seconds of the `Uptime` clock (0 on the client's side). Headers and body may hold secrets, so
+    neither is in the ``repr``.
     """
 
     method: str
     target: str
-    headers: Headers = ()
+    headers: Headers = field(default=(), repr=False)
     body: bytes = field(default=b"", repr=False)
     peer_certificate: Certificate | None = field(default=None, repr=False, eq=False)
     peer_address: str = ""
