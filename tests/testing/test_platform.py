@@ -1,4 +1,7 @@
-"""The simulated platform, as verifiers that know nothing of it see it: dcap-qvl and pyca/cryptography."""
+"""The simulated platform, as verifiers that know nothing of it see it: dcap-qvl and pyca/cryptography.
+
+What this project's own verifier makes of each fault stands with its steps, in ``tests/quote/test_steps.py``.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,25 @@ import pytest
 from cryptography import x509
 
 from chutes_proto.errors import LocalProtocolError
+from chutes_proto.quote.measurements import Stage
 from chutes_proto.quote.pck import Ca
+from chutes_proto.quote.policy import Policy
+from chutes_proto.quote.verify import verify
 from chutes_proto.testing.faults import FAULTS, Fault
-from chutes_proto.testing.platform import BOOT_RTMRS, COLLATERAL_SECONDS, MRTD, RUNTIME_RTMRS, SimulatedPlatform
+from chutes_proto.testing.platform import (
+    BOOT_RTMRS,
+    COLLATERAL_SECONDS,
+    MRTD,
+    PROFILE,
+    RUNTIME_RTMRS,
+    SimulatedPlatform,
+)
 from chutes_proto.testing.quotes import Form
 
 NOW = 1_780_000_000
 REPORT_DATA = bytes(range(64))
 HONEST = SimulatedPlatform(bytes(range(32)))
+STAGES: tuple[Stage, Stage] = ("boot", "runtime")
 
 ACCEPTED_BY_DCAP_QVL = {
     # It reads on where a length leaves bytes over, and does not look at the outer type.
@@ -88,6 +102,19 @@ def test_an_independent_verifier_accepts_every_form(form: Form, ca: Ca) -> None:
     platform = SimulatedPlatform(bytes(32), form=form, ca=ca)
     assert ask_dcap_qvl(platform, root=platform) == "UpToDate"
     assert ask_dcap_qvl(platform, root=platform, padding=70) == "UpToDate"
+
+
+@pytest.mark.parametrize("ca", ["platform", "processor"])
+@pytest.mark.parametrize("form", ["v4", "v5-td10", "v5-td15"])
+def test_this_verifier_accepts_every_form_and_names_the_machine(form: Form, ca: Ca) -> None:
+    machine = SimulatedPlatform(HONEST.seed, index=3, form=form, ca=ca)
+    for stage in STAGES:
+        quote = machine.quote(REPORT_DATA, stage=stage)
+        verdict = verify(quote, machine.collateral(NOW), now=NOW, expected_report_data=REPORT_DATA, root=HONEST.root)
+        assert Policy(profiles=(PROFILE,)).appraise(verdict, stage=stage).profile == PROFILE
+        pck = verdict.pck
+        assert (pck.ca, pck.fmspc, pck.ppid) == (ca, machine.fmspc, machine.ppid)
+        assert pck.platform_instance_id == machine.platform_instance_id
 
 
 def test_only_who_trusts_the_simulated_root_accepts() -> None:
@@ -174,10 +201,8 @@ def test_collateral_grows_old_and_is_made_anew_under_the_same_root() -> None:
 
 
 @pytest.mark.parametrize(("stage", "rtmrs"), [("boot", BOOT_RTMRS), ("runtime", RUNTIME_RTMRS)])
-def test_an_independent_parser_finds_the_measurements_of_the_stage(
-    stage: str, rtmrs: tuple[bytes, bytes, bytes, bytes]
-) -> None:
-    quote = HONEST.quote(REPORT_DATA, stage="boot" if stage == "boot" else "runtime")
+def test_an_independent_parser_finds_the_measurements_of_the_stage(stage: Stage, rtmrs: tuple[bytes, ...]) -> None:
+    quote = HONEST.quote(REPORT_DATA, stage=stage)
     report = dcap_qvl.parse_quote(quote).report
     assert (report.rt_mr0, report.rt_mr1, report.rt_mr2, report.rt_mr3) == rtmrs
     assert (report.mr_td, report.report_data) == (MRTD, REPORT_DATA)
