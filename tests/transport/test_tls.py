@@ -136,7 +136,7 @@ def feed(server: TlsSession, pieces: list[bytes]) -> bytes:
         for piece in pieces:
             assert server.receive_data(piece) == b""
     except RemoteProtocolError as exc:
-        assert str(exc)  # noqa: PT017 - whether it raises is the peer's choice
+        assert str(exc)
     return server.data_to_send()
 
 
