@@ -3,7 +3,7 @@
     ChutesError
     ├── LocalProtocolError             you called us wrong
     │   └── ConfigurationError         a file of yours says something it cannot say
-    │       └── FileUnavailable        … or cannot be read; ``blocking/files.py`` raises it
+    │       └── FileUnavailable        … or cannot be read or written
     ├── RemoteProtocolError            the peer's bytes are not the protocol
     ├── Refusal                        an answer of the server that is no grant
     │   ├── BadRequest                 400, 405, 408, 413, 422, 431: the request itself
@@ -36,6 +36,7 @@ __all__ = [
     "ChutesError",
     "CollateralUnavailable",
     "ConfigurationError",
+    "FileUnavailable",
     "KeyUnavailable",
     "LocalProtocolError",
     "QuoteError",
@@ -62,6 +63,10 @@ class LocalProtocolError(ChutesError):
 
 class ConfigurationError(LocalProtocolError):
     """A configuration file or option is wrong; the text names the key and says what it takes."""
+
+
+class FileUnavailable(ConfigurationError):
+    """A file cannot be read or written; the text names it and says what to do."""
 
 
 class RemoteProtocolError(ChutesError):

@@ -21,7 +21,7 @@ from typing import Final
 from attrs import evolve, frozen
 
 from chutes_proto.collateral.library import Item, choose
-from chutes_proto.errors import CollateralUnavailable, ConfigurationError
+from chutes_proto.errors import CollateralUnavailable, ConfigurationError, FileUnavailable
 from chutes_proto.quote.collateral import Collateral, VerifiedCollateral
 from chutes_proto.quote.errors import QuoteError
 from chutes_proto.quote.pck import PckIdentity
@@ -33,15 +33,16 @@ MAX_SIZE: Final = 4 * 1024 * 1024
 """No file that is read here needs more bytes."""
 
 
-class FileUnavailable(ConfigurationError):
-    """A file cannot be opened, read or written; the text names it and says why."""
-
-
 def read_file(path: str | Path, *, limit: int = MAX_SIZE) -> bytes:
     """The whole file. Raises `FileUnavailable`, also for one of more than ``limit`` bytes."""
+    return _bounded(path, read_head(path, limit + 1), limit)
+
+
+def read_head(path: str | Path, size: int) -> bytes:
+    """The first ``size`` bytes of the file, or all that it has. Raises `FileUnavailable`."""
     try:
         with Path(path).open("rb") as file:
-            return _bounded(path, file.read(limit + 1), limit)
+            return file.read(size)
     except (OSError, ValueError) as exc:  # ValueError: a NUL in the name
         raise _unavailable(path, "cannot be read", exc) from None
 
@@ -117,10 +118,9 @@ def open_platform(directory: str | Path, now: int) -> PlatformRecord:
     file = make_directory(directory, mode=0o700) / PLATFORM_FILE
     if not file.exists():
         create_private(file, PlatformRecord(secrets.token_bytes(SEED_SIZE), now).encode())
+    data = read_private(file)
     try:
-        return PlatformRecord.decode(read_private(file))
-    except FileUnavailable:
-        raise
+        return PlatformRecord.decode(data)
     except ConfigurationError as exc:
         raise ConfigurationError(f"{file}: {exc}") from None
 
