@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from attrs import evolve
 
-from chutes_proto.blocking.files import CollateralDirectory, FileUnavailable, read_file, read_private, write_file
+from chutes_proto.blocking.files import CollateralDirectory, read_file, read_private, write_file
 from chutes_proto.collateral.library import Item
-from chutes_proto.errors import CollateralUnavailable, ConfigurationError
+from chutes_proto.errors import CollateralUnavailable, ConfigurationError, FileUnavailable
 from chutes_proto.quote.collateral import VerifiedCollateral
 from chutes_proto.quote.pck import PckIdentity
 from chutes_proto.quote.roots import TrustedRoot

@@ -58,9 +58,8 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace) -> int:
-    from chutes_proto.blocking.files import FileUnavailable
     from chutes_proto.blocking.setup import load_setup
-    from chutes_proto.errors import ConfigurationError
+    from chutes_proto.errors import ConfigurationError, FileUnavailable
 
     if options.dev:
         return _develop(options)

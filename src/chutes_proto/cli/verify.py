@@ -58,12 +58,13 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> int:
     import time
 
-    from chutes_proto.blocking.files import read_file
+    from chutes_proto.blocking.files import MAX_SIZE, read_head
 
     root = _root(options)
     policy = _policy(options)
     now = int(time.time()) if options.at is None else options.at
-    report = _judge(options, read_file(options.quote), read_file(options.collateral), now, root, policy)
+    quote, collateral = (read_head(path, MAX_SIZE + 1) for path in (options.quote, options.collateral))
+    report = _judge(options, quote, collateral, now, root, policy)
     if options.json:
         console.say_json(report)
     else:
