@@ -67,7 +67,8 @@ class TlsClient:
                 self.tls.write(self._waiting)
                 self._waiting = b""
             try:
-                while True:
-                    self.received += self.tls.read(65536)
-            except ssl.SSLZeroReturnError:
-                self.ended = True
+                while piece := self.tls.read(65536):
+                    self.received += piece
+            except ssl.SSLZeroReturnError:  # as it is told after a close of one's own
+                pass
+            self.ended = True

@@ -306,10 +306,8 @@ class ServerConnection:
             head = h11.Response(status_code=response.status, headers=headers)
         except h11.LocalProtocolError as exc:
             raise LocalProtocolError(f"not an answer of HTTP: {exc}") from exc
-        self._write(head)
-        if response.body and (self._head is None or self._head.method != b"HEAD"):
-            self._write(h11.Data(data=response.body))
-        self._write(h11.EndOfMessage())
+        has_body = self._head is None or self._head.method != b"HEAD"
+        self._write(head, h11.Data(data=response.body if has_body else b""), h11.EndOfMessage())
         self._head, self._body = None, bytearray()
         if self._h11.our_state is h11.DONE and self._h11.their_state is h11.DONE:
             self._h11.start_next_cycle()
@@ -317,8 +315,8 @@ class ServerConnection:
         else:
             self._finish("", now)
 
-    def _write(self, event: h11.Event) -> None:
-        data = self._h11.send(event) or b""
+    def _write(self, *events: h11.Event) -> None:
+        data = b"".join(self._h11.send(event) or b"" for event in events)
         if self._tls is None:
             self._outbox += data
         else:
