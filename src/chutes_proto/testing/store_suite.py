@@ -189,10 +189,21 @@ class Interrupted(Unit[T]):
         raise Interruption
 
 
-def dump(store: Store) -> tuple[Any, ...]:
+@frozen
+class Everything(Unit[tuple[object, ...]]):
+    """The horizon, then all rows of each kind."""
+
+    def script(self) -> Script[tuple[object, ...]]:
+        """One scan after the other."""
+        found: list[object] = [(yield from ReadHorizon())]
+        for kind in ROWS:
+            found.append((yield from Scan(kind)))
+        return tuple(found)
+
+
+def dump(store: Store) -> tuple[object, ...]:
     """All that a store holds."""
-    horizon = store.transact(Ask(ReadHorizon()))
-    return horizon, *(store.transact(Ask(Scan(kind))) for kind in ROWS)
+    return store.transact(Everything())
 
 
 def expect(found: object, wanted: object, what: str) -> None:
