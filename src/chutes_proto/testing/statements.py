@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import datetime
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Final, TypeAlias
 
@@ -84,7 +85,7 @@ def _honest_levels() -> tuple[TcbLevel, ...]:
 
 
 @frozen(kw_only=True)
-class Statement:
+class Statement(ABC):
     """A signed document before it is text. ``respell`` acts before the signature is made, ``alter`` after it."""
 
     id: str
@@ -96,9 +97,9 @@ class Statement:
     alter: Respelling = str
     flip_signature: bool = False
 
+    @abstractmethod
     def members(self) -> dict[str, object]:
         """The members that the kind of document adds."""
-        raise NotImplementedError
 
     def text(self) -> str:
         """The text that is signed."""
