@@ -48,6 +48,8 @@ def shown(value: object) -> str:
 class QuoteError(ChutesError):
     """Root of everything that the verifier raises on purpose."""
 
+    code: str = "quote"
+
 
 class QuoteFormatError(QuoteError):
     """The bytes are no quote of a kind that is read here.
@@ -58,7 +60,7 @@ class QuoteFormatError(QuoteError):
 
     def __init__(self, code: QuoteFormatCode, message: str, got: int = 0) -> None:
         super().__init__(message)
-        self.code: QuoteFormatCode = code
+        self.code = code
         self.got = got
 
 
@@ -76,7 +78,7 @@ class VerificationError(QuoteError):
     """
 
     number: ClassVar[int] = 0
-    code: ClassVar[str] = "verification"
+    code = "verification"
     rule: ClassVar[str] = ""
     faults: ClassVar[tuple[str, ...]] = ()
 
@@ -111,6 +113,8 @@ class Refusal:
 
 class AppraisalError(QuoteError):
     """A verified quote is not what the policy accepts; ``refusals`` has all reasons, and at least one."""
+
+    code = "appraisal"
 
     def __init__(self, refusals: Sequence[Refusal]) -> None:
         super().__init__("; ".join(f"{refusal.code}: {refusal.detail}" for refusal in refusals))

@@ -29,7 +29,8 @@ from chutes_proto.quote.verify import Verdict
 
 __all__ = ["Appraisal", "AttributePolicy", "Policy", "Profile", "TcbPolicy"]
 
-_ADVISORY: Final = re.compile(r"INTEL-[A-Z]+-[0-9]{5}")
+_ADVISORY: Final = re.compile(r"INTEL-[A-Z]+-[0-9]{5}|(?!INTEL-)[A-Z]+(-[A-Z0-9]+)+")
+"""Intel's have five digits; other issuers', like the simulated platform's, are only held against the form."""
 
 
 def _statuses(values: Any) -> frozenset[TcbStatus]:

@@ -42,8 +42,10 @@ CertificateFormat = _step(
 CertificateRole = _step(
     5, "CertificateRole", "certificate_role", "a certificate has the name, constraints and key usage of its place",
     "chain_order chain_missing_intermediate intermediate_common_name intermediate_not_ca pck_common_name pck_is_ca "
-    "tcb_signer_common_name tcb_signer_is_ca tcb_chain_order pck_crl_chain")
-UntrustedRoot = _step(6, "UntrustedRoot", "untrusted_root", "a root certificate is the trusted one's", "other_root")
+    "tcb_signer_common_name tcb_signer_is_ca pck_crl_chain")
+UntrustedRoot = _step(
+    6, "UntrustedRoot", "untrusted_root", "a root certificate is the trusted one's",
+    "other_root tcb_chain_order")
 CertificateIssuer = _step(
     7, "CertificateIssuer", "certificate_issuer", "a certificate names its issuer as the issuer names itself",
     "intermediate_issuer pck_issuer pck_signed_by_root tcb_signer_issuer")

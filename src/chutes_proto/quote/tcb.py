@@ -93,13 +93,13 @@ def _module_identity(info: TcbInfo, major: int) -> ModuleIdentity | None:
 def _check_module(info: TcbInfo, body: TdReport10) -> None:
     major = body.tee_tcb_svn[1]
     identity = _module_identity(info, major)
-    if identity is None:
+    if identity is None:  # 34
         raise TdxModuleMismatch("TDX module", f"there is no identity TDX_{major:02X}")
-    if body.mr_signer_seam != identity.mr_signer:
+    if body.mr_signer_seam != identity.mr_signer:  # 34
         raise TdxModuleMismatch(
             "TDX module", "MRSIGNERSEAM is another", got=body.mr_signer_seam, expected=identity.mr_signer
         )
-    if body.seam_attributes != 0 or identity.attributes != 0:
+    if body.seam_attributes != 0 or identity.attributes != 0:  # 34
         got, expected = f"0x{body.seam_attributes:x}", f"0 and an identity with 0x{identity.attributes:x} = 0"
         raise TdxModuleMismatch("TDX module", "the SEAM attributes are not zero", got=got, expected=expected)
 
@@ -111,7 +111,7 @@ def _levels(info: TcbInfo, pck: PckIdentity, svn: bytes | None, when: str) -> tu
     if svn is not None and svn[1] > 0:
         start = 2
         identity = _module_identity(info, svn[1])
-        if identity is None:
+        if identity is None:  # 35
             raise TcbNotSupported(f"TDX module{when}", f"there is no identity TDX_{svn[1]:02X}")
         module = _svn_level(identity.levels, svn[0], f"TDX module{when}")
     components, tdx = pck.components, b"" if svn is None else svn[start:]
@@ -123,19 +123,19 @@ def _levels(info: TcbInfo, pck: PckIdentity, svn: bytes | None, when: str) -> tu
         ):
             return level.stated, module
     got = f"CPUSVN {pck.cpu_svn.hex()}, PCESVN {pck.pce_svn}" + ("" if svn is None else f", TEE_TCB_SVN {svn.hex()}")
-    raise TcbNotSupported(f"platform{when}", "it reaches no TCB level", got=got)
+    raise TcbNotSupported(f"platform{when}", "it reaches no TCB level", got=got)  # 35
 
 
 def _svn_level(levels: Iterable[SvnLevel], svn: int, subject: str) -> Stated:
     for level in levels:
         if svn >= level.svn:
             return level.stated
-    raise TcbNotSupported(subject, "it reaches no TCB level", got=f"SVN {svn}")
+    raise TcbNotSupported(subject, "it reaches no TCB level", got=f"SVN {svn}")  # 35
 
 
 def _check_not_revoked(platform: Stated, module: Stated | None, qe: Stated, when: str) -> None:
     for subject, stated in (("platform", platform), ("TDX module", module), ("quoting enclave", qe)):
-        if stated is not None and stated.status is TcbStatus.REVOKED:
+        if stated is not None and stated.status is TcbStatus.REVOKED:  # 36
             raise TcbRevoked(subject + when, "its TCB level is revoked")
 
 

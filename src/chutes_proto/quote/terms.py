@@ -30,10 +30,10 @@ class Term:
 def check_terms(terms: Iterable[Term], now: int, grace: int = 0) -> None:
     """Steps 9, 10, 19 and 20. ``grace`` seconds are added to the end of what is no certificate."""
     for term in terms:
-        if now < term.begin:
+        if now < term.begin:  # 9, 19
             step = CertificateNotYetValid if term.is_certificate else CollateralNotYetValid
             raise step(term.subject, "its time has not begun", got=now, expected=f"at least {term.begin}")
-        if now > (term.end if term.is_certificate else term.end + grace):
+        if now > (term.end if term.is_certificate else term.end + grace):  # 10, 20
             step = CertificateExpired if term.is_certificate else CollateralExpired
             raise step(term.subject, "its time has ended", got=now, expected=f"at most {term.end}")
 

@@ -311,7 +311,7 @@ def _pck_chain(root: TrustedRoot, tee: Tee, certification: bytes) -> PckChain:
     if extension is None:  # 11
         raise PckExtension(_PCK.subject, "there is no SGX extension")
     try:
-        identity = read_pck_extension(extension, ca=_ca(issuer), tee=tee)
+        identity = read_pck_extension(extension, ca=_ca(issuer), tee=tee)  # 11
     except DerError as exc:
         raise PckExtension(_PCK.subject, str(exc)) from None
     terms = (*root_terms, _term(issuer, _PCK_CA), _term(leaf, _PCK))
@@ -331,10 +331,10 @@ def _signer(
 def _read_chain(pem: bytes, subject: str, least: int) -> tuple[bytes, ...]:
     """Step 3: so many certificates, and the root or not."""
     try:
-        ders = certificates.read_pem(pem)
+        ders = certificates.read_pem(pem)  # 3
     except DerError as exc:
         raise ChainForm(subject, str(exc)) from None
-    if not least <= len(ders) <= least + 1:
+    if not least <= len(ders) <= least + 1:  # 3
         raise ChainForm(subject, "it is too short or too long", got=len(ders), expected=f"{least} or {least + 1}")
     return ders
 
@@ -348,9 +348,9 @@ def _root_terms(root: TrustedRoot, above: Sequence[bytes]) -> tuple[Term, ...]:
 @lru_cache(maxsize=16)
 def _check_root(root: TrustedRoot, der: bytes) -> Term:
     certificate = _read(der, "root certificate")
-    if certificate.subject != root.name or certificate.point != root.point:
+    if certificate.subject != root.name or certificate.point != root.point:  # 6
         raise UntrustedRoot("root certificate", "it is another", got=certificate.point, expected=root.point)
-    if sha256(der).digest() != root.digest:  # made anew with the same name and key
+    if sha256(der).digest() != root.digest:  # 6: made anew with the same name and key
         try:
             check_self_signed(certificate)
         except DerError as exc:
@@ -373,17 +373,17 @@ def _issued(der: bytes, place: _Place, issuer: bytes, issuer_key: EllipticCurveP
     """Steps 4, 5, 7 and 8."""
     certificate = _read(der, place.subject)
     try:
-        name = certificates.common_name(certificate.subject)
+        name = certificates.common_name(certificate.subject)  # 5
         certificates.check_kind(certificate, place.kind)
     except DerError as exc:
         raise CertificateRole(place.subject, str(exc)) from None
-    if name not in place.names:
+    if name not in place.names:  # 5
         got, expected = name.decode("utf-8", "replace"), " or ".join(sorted(n.decode() for n in place.names))
         raise CertificateRole(place.subject, "it is called something else", got=repr(got), expected=repr(expected))
-    if certificate.issuer != issuer:
+    if certificate.issuer != issuer:  # 7
         raise CertificateIssuer(place.subject, "it names another issuer", got=certificate.issuer, expected=issuer)
     try:
-        ecdsa.verify(issuer_key, certificate.signature, certificate.signed)
+        ecdsa.verify(issuer_key, certificate.signature, certificate.signed)  # 8
     except ecdsa.InvalidSignature:
         raise CertificateSignature(place.subject, "its issuer did not sign it") from None
     return certificate
@@ -392,14 +392,14 @@ def _issued(der: bytes, place: _Place, issuer: bytes, issuer_key: EllipticCurveP
 def _read(der: bytes, subject: str) -> Certificate:
     """Step 4."""
     try:
-        return certificates.read_certificate(der)
+        return certificates.read_certificate(der)  # 4
     except DerError as exc:
         raise CertificateFormat(subject, str(exc)) from None
 
 
 def _key(certificate: Certificate, subject: str) -> EllipticCurvePublicKey:
     try:
-        return ecdsa.load_point(certificate.point)
+        return ecdsa.load_point(certificate.point)  # 4
     except ValueError:
         raise CertificateFormat(subject, "its key is no point of P-256") from None
 
@@ -420,10 +420,10 @@ def _crl(
 ) -> tuple[certificates.Crl, frozenset[bytes]]:
     """Steps 12 to 14: the CRL and the serial numbers on it."""
     try:
-        crl = certificates.read_crl(der)
-        if crl.issuer != issuer:
+        crl = certificates.read_crl(der)  # 12
+        if crl.issuer != issuer:  # 13
             raise CrlIssuer(subject, "it names another issuer", got=crl.issuer, expected=issuer)
-        ecdsa.verify(issuer_key, crl.signature, crl.signed)
+        ecdsa.verify(issuer_key, crl.signature, crl.signed)  # 14
         return crl, certificates.revoked_serials(crl)
     except DerError as exc:
         raise CrlFormat(subject, str(exc)) from None
@@ -433,7 +433,7 @@ def _crl(
 
 def _check_not_revoked(subject: str, serial: bytes, revoked: frozenset[bytes]) -> None:
     """Step 15."""
-    if serial in revoked:
+    if serial in revoked:  # 15
         raise CertificateRevoked(subject, "it is on the root CRL", got=serial)
 
 
@@ -442,8 +442,8 @@ def _statement(
 ) -> T:
     """Steps 16 to 18: nothing is read that is not signed."""
     try:
-        ecdsa.verify_raw(key, signature, text)
-        return read(text)
+        ecdsa.verify_raw(key, signature, text)  # 16
+        return read(text)  # 17, 18
     except ecdsa.InvalidSignature:
         raise StatementSignature(subject, "the TCB signing key did not sign it") from None
     except StatementKindError as exc:
@@ -492,7 +492,7 @@ def _quoting_enclave(
 
 def _check_quoting_enclave(report: SgxReport, identity: QeIdentity) -> None:
     """Steps 31 and 32."""
-    if report.flags & SgxAttributes.DEBUG:
+    if report.flags & SgxAttributes.DEBUG:  # 31
         raise QeDebug("quoting enclave", "it is a debug enclave")
     misc_select = int.from_bytes(report.misc_select, "little") & identity.misc_select_mask
     attributes = int.from_bytes(report.attributes, "little") & identity.attributes_mask
@@ -502,5 +502,5 @@ def _check_quoting_enclave(report: SgxReport, identity: QeIdentity) -> None:
         ("MISCSELECT under its mask", misc_select, identity.misc_select),
         ("ATTRIBUTES under their mask", attributes, identity.attributes),
     ):
-        if got != expected:
+        if got != expected:  # 32
             raise QeIdentityMismatch("quoting enclave", f"{name} is another", got=got, expected=expected)

@@ -1,0 +1,33 @@
+"""A simulated platform and everything that it needs to be verified, for the tests of this room."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from chutes_proto.quote.collateral import Collateral, VerifiedCollateral
+from chutes_proto.quote.measurements import Profile
+from chutes_proto.quote.roots import TrustedRoot
+from chutes_proto.quote.verify import Verdict, verify, verify_collateral
+from chutes_proto.testing.platform import BOOT_RTMRS, MRTD, RUNTIME_RTMRS, SimulatedPlatform
+
+NOW: Final = 1_800_000_000
+REPORT_DATA: Final = bytes(range(64))
+PLATFORM: Final = SimulatedPlatform(b"the world of the verifier's tests")
+TD15: Final = SimulatedPlatform(PLATFORM.seed, form="v5-td15")
+ROOT: Final = TrustedRoot.from_der(PLATFORM.root_der)
+PROFILE: Final = Profile(name="simulated", version="1", mrtd=MRTD, boot=BOOT_RTMRS, runtime=RUNTIME_RTMRS)
+
+
+def collateral_of(platform: SimulatedPlatform, now: int = NOW) -> Collateral:
+    return Collateral.from_json(platform.collateral_json(now))
+
+
+def verified_of(platform: SimulatedPlatform, now: int = NOW) -> VerifiedCollateral:
+    return verify_collateral(collateral_of(platform, now), now=now, root=ROOT)
+
+
+def verdict_of(platform: SimulatedPlatform, *faults: str, **options: Any) -> Verdict:
+    """The verdict on a quote with these faults; the collateral is as the faults make it."""
+    platform = platform.having(*faults)
+    quote = platform.quote(REPORT_DATA, **options)
+    return verify(quote, collateral_of(platform), now=NOW, expected_report_data=REPORT_DATA, root=ROOT)

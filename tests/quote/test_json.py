@@ -1,0 +1,227 @@
+"""Strict JSON, collateral files and statements: a value or the one error of each, whatever the bytes."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chutes_proto.quote import strict_json
+from chutes_proto.quote.collateral import Collateral
+from chutes_proto.quote.errors import CollateralFormatError
+from chutes_proto.quote.statements import read_qe_identity, read_tcb_info
+from chutes_proto.quote.strict_json import MAX_DEPTH, JsonError, decode
+from tests.quote.simulated import PLATFORM, collateral_of
+
+FILE = PLATFORM.collateral_json(1_800_000_000)
+TCB_INFO = collateral_of(PLATFORM).tcb_info
+QE_IDENTITY = collateral_of(PLATFORM).qe_identity
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (b'{"a":1,"a":1}', "'a' is there twice"),
+        (b'{"a":1.0}', "whole number"),
+        (b'{"a":1e3}', "whole number"),
+        (b'{"a":NaN}', "whole number"),
+        (b"-Infinity", "whole number"),
+        (b"[" * 17 + b"]" * 17, "deeper"),
+        (b"[" * 100_000, "deeper"),
+        (b'{"a":' * 17 + b"1" + b"}" * 17, "deeper"),
+        (b"\xff", "not JSON"),
+        (b"\xef\xbb\xbf{}", "not JSON"),
+        (b"1" * 5000, "not JSON"),
+        (b"{} {}", "not JSON"),
+        (b" " * (strict_json.MAX_SIZE + 1), "more than"),
+    ],
+)
+def test_json_that_could_mean_two_things(text: bytes, problem: str) -> None:
+    with pytest.raises(JsonError, match=problem):
+        _ = decode(text)
+
+
+@pytest.mark.parametrize("value", ["[[[", '"]', "\\", '\\"[{', '[["]]', "{" * 50])
+def test_brackets_in_strings_are_no_depth(value: str) -> None:
+    deep: Any = value
+    for _ in range(MAX_DEPTH):
+        deep = [deep]
+    assert decode(json.dumps(deep).encode()) == deep
+    with pytest.raises(JsonError, match="deeper"):
+        _ = decode(json.dumps([deep]).encode())
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    )
+)
+def test_json_comes_back(value: Any) -> None:
+    assert decode(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")) == json.loads(
+        json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "unix"),
+    [("1970-01-01T00:00:00Z", 0), ("2026-06-01T00:00:00Z", 1780272000)],
+)
+def test_dates(text: str, unix: int) -> None:
+    assert strict_json.date({"at": text}, "at") == unix
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "2026-06-01T00:00:00+00:00",
+        "2026-06-01 00:00:00Z",
+        "2026-06-01T00:00:00z",
+        "2026-06-31T00:00:00Z",
+        "2026-06-01T24:00:00Z",
+        "2026-06-01T00:00:00.0Z",
+        "2026-6-1T0:0:0Z",
+        "1969-12-31T23:59:59Z",
+        "２026-06-01T00:00:00Z",
+        "2026-06-01T00:00:00Z\n",
+        "",
+        5,
+        None,
+    ],
+)
+def test_dates_that_are_none(text: object) -> None:
+    with pytest.raises(JsonError, match="at "):
+        _ = strict_json.date({"at": text}, "at")
+
+
+@pytest.mark.parametrize("text", ["00 1", "0x01", "１１11", "001", "00110", "zzzz", 11, None])
+def test_hexadecimal_that_is_none(text: object) -> None:
+    with pytest.raises(JsonError, match="value"):
+        _ = strict_json.hexadecimal({"value": text}, "value", 2)
+
+
+# --- statements ---
+
+
+def _edited(text: bytes, **changes: Any) -> bytes:
+    table = json.loads(text)
+    for path, value in changes.items():
+        *parents, last = path.split("__")
+        place = table
+        for parent in parents:
+            place = place[int(parent) if parent.isdigit() else parent]
+        place[int(last) if last.isdigit() else last] = value
+    return json.dumps(table).encode()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tcbLevels__0__tcb__sgxtcbcomponents__3": {"svn": True}},
+        {"tcbLevels__0__tcb__sgxtcbcomponents__3": {"svn": "1"}},
+        {"tcbLevels__0__tcb__sgxtcbcomponents__3": {}},
+        {"tcbLevels__0__tcb__sgxtcbcomponents__3": 3},
+        {"tcbLevels__0__tcb__sgxtcbcomponents": {"svn": 1}},
+        {"tcbLevels__0__tcb__pcesvn": 65536},
+        {"tcbLevels__0__tcb__pcesvn": True},
+        {"tcbLevels__0__tcb": []},
+        {"tcbLevels__0": None},
+        {"tcbLevels": []},
+        {"tcbLevels__0__advisoryIDs": [1]},
+        {"tcbLevels__0__advisoryIDs": "INTEL-SA-00001"},
+        {"tcbLevels__0__tcbStatus": "uptodate"},
+        {"tcbEvaluationDataNumber": -1},
+        {"fmspc": "00"},
+        {"tdxModule__attributes": "zz"},
+        {"tdxModuleIdentities__0__tcbLevels__0__tcbStatus": "ConfigurationNeeded"},
+        {"tdxModuleIdentities__0__tcbLevels": []},
+        {"version": "3"},
+    ],
+)
+def test_tcb_info_that_cannot_be(changes: dict[str, Any]) -> None:
+    with pytest.raises(JsonError):
+        _ = read_tcb_info(_edited(TCB_INFO, **changes))
+
+
+def test_levels_are_sorted_and_never_twice() -> None:
+    table = json.loads(TCB_INFO)
+    table["tcbLevels"].reverse()
+    table["tdxModuleIdentities"][0]["tcbLevels"].reverse()
+    table["tdxModuleIdentities"].append({**table["tdxModuleIdentities"][0], "id": "tdx_7f"})
+    info = read_tcb_info(json.dumps(table).encode())
+    assert info.levels == read_tcb_info(TCB_INFO).levels
+    assert info.modules["TDX_7F"].levels == next(iter(read_tcb_info(TCB_INFO).modules.values())).levels
+    table["tdxModuleIdentities"].append({**table["tdxModuleIdentities"][-1], "id": "TDX_7F"})
+    with pytest.raises(JsonError, match="TDX_7F"):
+        _ = read_tcb_info(json.dumps(table).encode())
+
+
+@given(st.sampled_from([TCB_INFO, QE_IDENTITY]), st.data())
+def test_mutated_statements(seed: bytes, data: st.DataObject) -> None:
+    mutated = bytearray(seed)
+    at = data.draw(st.integers(0, len(mutated) - 1))
+    mutated[at : at + data.draw(st.integers(0, 6))] = data.draw(
+        st.sampled_from([b"", b"null", b"[]", b"{}", b"-1", b"1", b'"', b"x"])
+    )
+    for read in (read_tcb_info, read_qe_identity):
+        with suppress(JsonError):
+            _ = read(bytes(mutated))
+
+
+# --- collateral files ---
+
+
+def test_a_collateral_file_comes_back() -> None:
+    collateral = Collateral.from_json(FILE)
+    assert Collateral.from_json(collateral.to_json()) == collateral
+    assert json.loads(collateral.to_json()) == json.loads(FILE)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"extra": "1"}, "'extra'"),
+        ({"pck_crl": "0"}, "pck_crl"),
+        ({"pck_crl": "00 11"}, "pck_crl"),
+        ({"tcb_info": {}}, "tcb_info"),
+        ({"tcb_info": None}, "tcb_info"),
+        ({"qe_identity": "\ud800"}, "qe_identity"),
+    ],
+)
+def test_a_collateral_file_that_is_none(change: dict[str, Any], problem: str) -> None:
+    with pytest.raises(CollateralFormatError, match=problem):
+        _ = Collateral.from_json(json.dumps({**json.loads(FILE), **change}).encode())
+
+
+@pytest.mark.parametrize("name", sorted(set(json.loads(FILE)) - {"pck_certificate_chain"}))
+def test_every_member_is_needed_once(name: str) -> None:
+    table = json.loads(FILE)
+    value = table.pop(name)
+    with pytest.raises(CollateralFormatError, match=f"{name} is missing"):
+        _ = Collateral.from_json(json.dumps(table).encode())
+    twice = json.dumps(table)[:-1] + f', "{name}": {json.dumps(value)}' * 2 + "}"
+    with pytest.raises(CollateralFormatError, match="twice"):
+        _ = Collateral.from_json(twice.encode())
+
+
+def test_pieces_that_are_no_text_are_not_written() -> None:
+    collateral = Collateral.from_json(FILE)
+    pieces = {name: getattr(collateral, name) for name in json.loads(FILE)}
+    with pytest.raises(CollateralFormatError, match="tcb_info"):
+        _ = Collateral(**{**pieces, "tcb_info": b"\xff"}).to_json()
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes(data: bytes) -> None:
+    with pytest.raises(CollateralFormatError):
+        _ = Collateral.from_json(data)
+
+
+@given(st.integers(0, len(FILE) - 1), st.binary(max_size=4))
+def test_a_mutated_collateral_file(at: int, value: bytes) -> None:
+    with suppress(CollateralFormatError):
+        _ = Collateral.from_json(FILE[:at] + value + FILE[at + len(value) :])

@@ -1,0 +1,113 @@
+"""A quote parses, or `QuoteFormatError` says why not, whatever the bytes."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from struct import pack
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chutes_proto.quote.errors import QuoteFormatError
+from chutes_proto.quote.layout import TdAttributes, TdReport10, TdReport15, parse_quote
+from tests.quote.simulated import PLATFORM, REPORT_DATA, TD15
+
+V4 = PLATFORM.quote(REPORT_DATA)
+V5 = TD15.quote(REPORT_DATA)
+AUTH_V4 = 48 + 584
+
+
+def _put(data: bytes, offset: int, value: bytes) -> bytes:
+    return data[:offset] + value + data[offset + len(value) :]
+
+
+def test_version_4() -> None:
+    quote = parse_quote(V4)
+    assert (quote.version, quote.tee, quote.trailing) == (4, "TDX", 0)
+    assert quote.body.report_data == REPORT_DATA
+    assert quote.signed == V4[:AUTH_V4]
+    assert quote.certification.startswith(b"-----BEGIN CERTIFICATE-----")
+
+
+def test_version_5_has_the_present_tcb_and_the_service_td() -> None:
+    quote = parse_quote(V5)
+    assert quote.version == 5
+    assert isinstance(quote.body, TdReport15)
+    assert (len(quote.body.tee_tcb_svn_2), len(quote.body.mr_service_td)) == (16, 48)
+    assert quote.signed == V5[: 48 + 6 + 648]
+
+
+def test_attributes_have_names() -> None:
+    body = parse_quote(V4).body
+    assert isinstance(body, TdReport10)
+    assert TdAttributes(body.td_attributes) == TdAttributes.SEPT_VE_DISABLE
+
+
+@pytest.mark.parametrize("padding", [1, 70, 3000])
+def test_bytes_after_the_quote_are_ignored(padding: int) -> None:
+    quote = parse_quote(V4 + b"\x5a" * padding)
+    assert quote.trailing == padding
+    assert quote.signed == V4[:AUTH_V4]
+
+
+@pytest.mark.parametrize(
+    ("data", "code", "got"),
+    [
+        (b"", "quote_too_short", 0),
+        (V4[:631], "quote_too_short", 631),
+        (b"\x06" * 631, "quote_too_short", 631),
+        (V4[:632], "quote_structure", 0),
+        (_put(V4, 0, pack("<H", 6)), "quote_version", 6),
+        (_put(V4, 0, pack("<H", 3)), "quote_version", 3),
+        (_put(_put(V4, 0, pack("<H", 9)), 4, bytes(4)), "quote_version", 9),
+        (_put(V4, 4, bytes(4)), "quote_tee_type", 0),
+        (_put(V4, 4, pack("<I", 0x8100)), "quote_tee_type", 0x8100),
+        (_put(V4, 2, pack("<H", 3)), "quote_key_type", 3),
+        (_put(V5, 48, pack("<H", 1)), "quote_structure", 0),
+        (_put(V5, 48, pack("<HI", 3, 649)), "quote_structure", 0),
+        (_put(V5, 48, pack("<HI", 4, 885)), "quote_structure", 0),
+        (_put(V4, AUTH_V4, b"\xff" * 4), "quote_structure", 0),
+        (_put(V4, AUTH_V4 + 4 + 128, pack("<H", 5)), "quote_structure", 0),
+        (_put(V4, AUTH_V4 + 4 + 128 + 6 + 448, pack("<H", 4097)), "quote_structure", 0),
+        (V4[:-1], "quote_structure", 0),
+    ],
+)
+def test_what_is_no_quote_has_a_code_and_the_number(data: bytes, code: str, got: int) -> None:
+    with pytest.raises(QuoteFormatError) as caught:
+        _ = parse_quote(data)
+    assert (caught.value.code, caught.value.got) == (code, got)
+
+
+def test_sgx_only_if_asked_for_and_only_in_version_3() -> None:
+    sgx = pack("<HHI", 3, 2, 0) + bytes(40 + 384)
+    with pytest.raises(QuoteFormatError, match="too few"):
+        _ = parse_quote(sgx)
+    with pytest.raises(QuoteFormatError, match="authentication data"):
+        _ = parse_quote(sgx, sgx=True)
+    for version, tee in ((3, 0x81), (4, 0), (5, 0)):
+        with pytest.raises(QuoteFormatError) as caught:
+            _ = parse_quote(pack("<HHI", version, 2, tee) + bytes(1000), sgx=True)
+        assert caught.value.code == "quote_tee_type"
+
+
+@pytest.mark.parametrize("data", [V4, V5])
+def test_every_cut_is_refused(data: bytes) -> None:
+    for size in range(len(data)):
+        with pytest.raises(QuoteFormatError):
+            _ = parse_quote(data[:size], sgx=True)
+
+
+@given(st.binary(max_size=2000), st.booleans())
+def test_any_bytes(data: bytes, sgx: bool) -> None:
+    with suppress(QuoteFormatError):
+        _ = parse_quote(data, sgx=sgx)
+
+
+@given(st.sampled_from([V4, V5]), st.integers(0, 1600), st.binary(max_size=8))
+def test_a_mutated_quote(data: bytes, offset: int, value: bytes) -> None:
+    try:
+        quote = parse_quote(_put(data, offset, value))
+    except QuoteFormatError:
+        return
+    assert len(quote.signature) == len(quote.attestation_key) == 64

@@ -1,0 +1,406 @@
+"""Policies: strict by default, checked when they are made, and refusing with all reasons."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chutes_proto.quote.attributes import RESERVED, AttributePolicy
+from chutes_proto.quote.errors import AppraisalError, PolicyError, Refusal
+from chutes_proto.quote.layout import SgxReport, TdAttributes, TdReport10, TdReport15
+from chutes_proto.quote.measurements import Stage
+from chutes_proto.quote.policy import Appraisal, Policy, TcbPolicy
+from chutes_proto.quote.statements import TcbStatus
+from chutes_proto.quote.verify import Verdict
+from chutes_proto.testing.platform import SimulatedPlatform
+from tests.quote.cases import ABSENT, FOLDER, cases
+from tests.quote.simulated import PLATFORM, PROFILE, TD15, verdict_of
+
+SERVICE_TD = b"\x51" * 48
+UNCHECKED = Policy(measurements="unchecked")
+POLICY = Policy(profiles=(PROFILE,))
+
+
+def _refused(policy: Policy, verdict: Verdict, stage: Stage = "boot") -> list[str]:
+    with pytest.raises(AppraisalError) as caught:
+        _ = policy.appraise(verdict, stage=stage)
+    for refusal in caught.value.refusals:
+        assert refusal.code in str(caught.value)
+        assert refusal.detail in str(caught.value)
+    return [refusal.code for refusal in caught.value.refusals]
+
+
+def _report(**changes: Any) -> TdReport15:
+    body = verdict_of(TD15).quote.body
+    assert isinstance(body, TdReport15)
+    return attrs.evolve(body, **changes)
+
+
+# --- the whole ---
+
+
+def test_an_honest_platform_is_accepted_in_its_stage() -> None:
+    boot, runtime = verdict_of(PLATFORM), verdict_of(PLATFORM, stage="runtime")
+    appraisal = POLICY.appraise(boot, stage="boot")
+    assert (appraisal.profile, appraisal.verdict, appraisal.stage) == (PROFILE, boot, "boot")
+    assert POLICY.appraise(runtime, stage="runtime").profile is PROFILE
+    assert _refused(POLICY, runtime, "boot") == _refused(POLICY, boot, "runtime") == ["measurement_mismatch"]
+    with pytest.raises(PolicyError, match="stage"):
+        _ = POLICY.appraise(boot, stage="later")  # type: ignore[arg-type]
+
+
+def test_an_appraisal_is_not_made_by_hand() -> None:
+    appraisal = POLICY.appraise(verdict_of(PLATFORM), stage="boot")
+    with pytest.raises(TypeError, match="proves a check"):
+        _ = Appraisal(verdict=appraisal.verdict, stage="boot", matched=PROFILE, proof=None)
+    with pytest.raises(TypeError, match="proves a check"):
+        _ = attrs.evolve(appraisal, stage="runtime")
+
+
+def test_without_profiles_nothing_is_accepted_unless_said() -> None:
+    assert _refused(Policy(), verdict_of(PLATFORM)) == ["no_profiles"]
+    appraisal = UNCHECKED.appraise(verdict_of(PLATFORM), stage="boot")
+    assert appraisal.matched is None
+    with pytest.raises(PolicyError, match="unchecked"):
+        _ = appraisal.profile
+
+
+def test_all_reasons_are_given() -> None:
+    verdict = verdict_of(PLATFORM, "debug", "tcb_out_of_date", "rtmr1", "rtmr3", "sept_ve_disable_clear")
+    with pytest.raises(AppraisalError) as caught:
+        _ = POLICY.appraise(verdict, stage="boot")
+    refusals = caught.value.refusals
+    assert [(refusal.part, refusal.code, refusal.register) for refusal in refusals] == [
+        ("tcb", "tcb_status", None),
+        ("attributes", "sept_ve_disable", None),
+        ("measurement", "measurement_mismatch", "RTMR1"),
+        ("measurement", "measurement_mismatch", "RTMR3"),
+    ]
+    body = verdict.quote.body
+    assert isinstance(body, TdReport10)
+    assert (refusals[2].got, refusals[2].expected) == (body.rtmrs[1].hex(), PROFILE.boot[1].hex())
+    assert "OutOfDate" in refusals[0].detail
+    assert "UpToDate" in refusals[0].detail
+
+
+def test_the_closest_profile_is_named() -> None:
+    far = attrs.evolve(PROFILE, name="far", mrtd=bytes(48), boot=(bytes(48),) * 4)
+    policy = Policy(profiles=(far, PROFILE))
+    with pytest.raises(AppraisalError) as caught:
+        _ = policy.appraise(verdict_of(PLATFORM, "rtmr0"), stage="boot")
+    assert [(refusal.register, "'simulated'" in refusal.detail) for refusal in caught.value.refusals] == [
+        ("RTMR0", True)
+    ]
+
+
+def test_a_profile_replaces_the_attributes() -> None:
+    lenient = attrs.evolve(PROFILE, name="lenient", attributes=AttributePolicy(sept_ve_disable="any"))
+    verdict = verdict_of(PLATFORM, "sept_ve_disable_clear")
+    assert Policy(profiles=(lenient,)).appraise(verdict, stage="boot").profile is lenient
+    assert Policy(profiles=(PROFILE, lenient)).appraise(verdict, stage="boot").profile is lenient
+    assert _refused(POLICY, verdict) == ["sept_ve_disable"]
+    strict = attrs.evolve(PROFILE, name="strict", attributes=AttributePolicy())
+    policy = Policy(profiles=(strict,), attributes=AttributePolicy(sept_ve_disable="any"))
+    assert _refused(policy, verdict) == ["sept_ve_disable"]
+
+
+def test_debug_only_by_an_unsafe_name() -> None:
+    unsafe = Policy(measurements="unchecked", attributes=AttributePolicy(unsafe_allow_debug=True))
+    for fault in ("debug", "profiling"):
+        assert unsafe.appraise(verdict_of(PLATFORM, fault), stage="boot").matched is None
+        assert _refused(UNCHECKED, verdict_of(PLATFORM, fault)) == [fault]
+    assert _refused(unsafe, verdict_of(PLATFORM, "reserved_tud")) == ["td_attributes_reserved"]
+
+
+@pytest.mark.skipif(not FOLDER.is_dir(), reason=ABSENT)
+def test_an_enclave_is_no_td() -> None:
+    (case,) = (case for case in cases("synthetic") if case.name.endswith("/valid-sgx-v3-platform"))
+    verdict = case.verify()
+    assert isinstance(verdict.quote.body, SgxReport)
+    accepting = TcbPolicy(accepted_statuses=frozenset({verdict.tcb_status}))
+    assert _refused(Policy(tcb=accepting, profiles=(PROFILE,)), verdict) == ["not_a_td"]
+    assert Policy(tcb=accepting, measurements="unchecked").appraise(verdict, stage="boot").matched is None
+    (debug,) = (case for case in cases("synthetic") if case.name.endswith("/attr-sgx-debug"))
+    assert _refused(Policy(tcb=accepting, measurements="unchecked"), debug.verify()) == ["debug"]
+
+
+# --- TCB ---
+
+
+@pytest.mark.parametrize("status", sorted(set(TcbStatus) - {TcbStatus.REVOKED, TcbStatus.UP_TO_DATE}))
+def test_only_up_to_date_unless_said(status: TcbStatus) -> None:
+    fault = {
+        "TDRelaunchAdvised": "relaunch_advised",
+        "TDRelaunchAdvisedConfigurationNeeded": "relaunch_advised_configuration_needed",
+        "SWHardeningNeeded": "tcb_sw_hardening_needed",
+        "ConfigurationNeeded": "tcb_configuration_needed",
+        "ConfigurationAndSWHardeningNeeded": "tcb_configuration_and_sw_hardening_needed",
+        "OutOfDate": "tcb_out_of_date",
+        "OutOfDateConfigurationNeeded": "tcb_out_of_date_configuration_needed",
+    }[status]
+    verdict = verdict_of(PLATFORM, fault)
+    assert _refused(UNCHECKED, verdict) == ["tcb_status"]
+    tcb = TcbPolicy(accepted_statuses=[str(status)])
+    assert Policy(tcb=tcb, measurements="unchecked").appraise(verdict, stage="boot").verdict is verdict
+    assert _refused(Policy(tcb=tcb, measurements="unchecked"), verdict_of(PLATFORM)) == ["tcb_status"]
+
+
+def test_advisories_are_refused_only_if_listed() -> None:
+    verdict = verdict_of(PLATFORM, "tcb_out_of_date")
+    assert verdict.advisory_ids
+    accepting = TcbPolicy(accepted_statuses=frozenset({TcbStatus.OUT_OF_DATE}))
+    assert Policy(tcb=accepting, measurements="unchecked").appraise(verdict, stage="boot")
+    rejecting = attrs.evolve(accepting, rejected_advisories=[verdict.advisory_ids[0].lower()])
+    assert _refused(Policy(tcb=rejecting, measurements="unchecked"), verdict) == ["advisory"]
+
+
+def test_a_floor_under_the_evaluation_number() -> None:
+    number = verdict_of(PLATFORM).evaluation_number
+    policy = Policy(tcb=TcbPolicy(min_evaluation_number=number), measurements="unchecked")
+    assert policy.appraise(verdict_of(PLATFORM), stage="boot")
+    policy = Policy(tcb=TcbPolicy(min_evaluation_number=number + 1), measurements="unchecked")
+    assert _refused(policy, verdict_of(PLATFORM)) == ["evaluation_number"]
+
+
+@pytest.mark.parametrize("name", ["dynamic_platform", "cached_keys", "smt"])
+def test_flags_of_the_platform(name: str) -> None:
+    policy = Policy(tcb=TcbPolicy(**{f"allow_{name}": False}), measurements="unchecked")
+    verdict = verdict_of(PLATFORM)
+    if getattr(verdict.pck, name):
+        assert _refused(policy, verdict) == [name]
+    else:
+        assert policy.appraise(verdict, stage="boot")
+    silent = verdict_of(SimulatedPlatform(PLATFORM.seed, ca="processor"))
+    assert getattr(silent.pck, name) is None
+    assert _refused(policy, silent) == [name]
+
+
+# --- attributes ---
+
+
+def _codes(refusals: list[Refusal]) -> list[str]:
+    return [refusal.code for refusal in refusals]
+
+
+@pytest.mark.parametrize("bit", range(64))
+def test_every_bit_of_the_attributes(bit: int) -> None:
+    """Bits 16, 18-22, 27, 28, 30, 31, 62 and 63 are free; all others have a reason to be refused."""
+    codes = _codes(AttributePolicy().refusals(_report(td_attributes=TdAttributes.SEPT_VE_DISABLE | 1 << bit)))
+    free = {16, 18, 19, 20, 21, 22, 27, 28, 30, 31, 62, 63}
+    named = {0: "debug", 4: "profiling", 5: "profiling", 6: "profiling", 17: "servtd_ext", 29: "migratable"}
+    assert codes == ([] if bit in free else [named.get(bit, "td_attributes_reserved")])
+    assert bool(RESERVED >> bit & 1) == (bit not in free and bit not in named)
+
+
+@pytest.mark.parametrize(
+    ("xfam", "accepted"),
+    [
+        (0x3, True),
+        (0x6DBE7, True),
+        (0x602E7, True),
+        (0, False),
+        (0x1, False),
+        (0x2, False),
+        (0x13, False),
+        (1 << 63 | 3, False),
+    ],
+)
+def test_xfam(xfam: int, accepted: bool) -> None:
+    assert _codes(AttributePolicy().refusals(_report(xfam=xfam))) == ([] if accepted else ["xfam"])
+    assert AttributePolicy(xfam_required=0, xfam_allowed=(1 << 64) - 1).refusals(_report(xfam=xfam)) == []
+
+
+SEPT = int(TdAttributes.SEPT_VE_DISABLE)
+MIGRATABLE = SEPT | int(TdAttributes.MIGRATABLE)
+LISTED = {"mr_service_td": (SERVICE_TD,)}
+
+
+@pytest.mark.parametrize(
+    ("allowed", "attributes", "bound", "codes"),
+    [
+        ({}, SEPT, bytes(48), []),
+        ({}, SEPT, SERVICE_TD, ["service_td"]),
+        ({}, MIGRATABLE, bytes(48), ["migratable"]),
+        ({}, MIGRATABLE, SERVICE_TD, ["migratable", "service_td"]),
+        ({"service_td": "allowed", **LISTED}, SEPT, SERVICE_TD, []),
+        ({"service_td": "allowed", **LISTED}, SEPT, bytes(48), []),
+        ({"service_td": "allowed", **LISTED}, SEPT, b"\x52" * 48, ["service_td"]),
+        ({"service_td": "allowed", **LISTED}, MIGRATABLE, SERVICE_TD, ["migratable"]),
+        ({"migratable": "allowed", **LISTED}, MIGRATABLE, SERVICE_TD, []),
+        ({"migratable": "allowed", **LISTED}, MIGRATABLE, bytes(48), ["service_td"]),
+        ({"migratable": "allowed", **LISTED}, MIGRATABLE, b"\x52" * 48, ["service_td"]),
+        ({"migratable": "allowed", **LISTED}, SEPT, SERVICE_TD, ["service_td"]),
+        ({"servtd_ext": "allowed"}, SEPT | int(TdAttributes.SERVTD_EXT), bytes(48), []),
+    ],
+)
+def test_who_may_hold_a_td(allowed: dict[str, Any], attributes: int, bound: bytes, codes: list[str]) -> None:
+    report = _report(td_attributes=attributes, mr_service_td=bound)
+    assert _codes(AttributePolicy(**allowed).refusals(report)) == codes
+
+
+def test_a_migratable_td_must_say_to_whom() -> None:
+    """A TD 1.0 report has no MRSERVICETD, so nothing vouches for who moves the TD."""
+    policy = AttributePolicy(migratable="allowed", **LISTED)  # type: ignore[arg-type]
+    body = verdict_of(PLATFORM, "migratable").quote.body
+    assert isinstance(body, TdReport10)
+    assert _codes(policy.refusals(body)) == ["service_td"]
+
+
+# --- what cannot be a policy ---
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: AttributePolicy(sept_ve_disable="Any"),  # type: ignore[arg-type]
+        lambda: AttributePolicy(migratable="yes"),  # type: ignore[arg-type]
+        lambda: AttributePolicy(migratable="allowed"),
+        lambda: AttributePolicy(service_td="allowed"),
+        lambda: AttributePolicy(mr_service_td=(SERVICE_TD,)),
+        lambda: AttributePolicy(service_td="allowed", mr_service_td=(bytes(48),)),
+        lambda: AttributePolicy(service_td="allowed", mr_service_td=(b"\1" * 47,)),
+        lambda: AttributePolicy(service_td="allowed", mr_service_td=[SERVICE_TD]),  # type: ignore[arg-type]
+        lambda: AttributePolicy(unsafe_allow_debug=1),  # type: ignore[arg-type]
+        lambda: AttributePolicy(xfam_allowed=1 << 64 | 3),
+        lambda: AttributePolicy(xfam_allowed=-1),
+        lambda: AttributePolicy(xfam_allowed=0x6DBE4),
+        lambda: TcbPolicy(accepted_statuses=frozenset()),
+        lambda: TcbPolicy(accepted_statuses={"UpToDate", "Uptodate"}),
+        lambda: TcbPolicy(accepted_statuses="UpToDate"),
+        lambda: TcbPolicy(accepted_statuses={TcbStatus.REVOKED}),
+        lambda: TcbPolicy(rejected_advisories="INTEL-SA-00837"),
+        lambda: TcbPolicy(rejected_advisories=["INTEL-SA-837"]),
+        lambda: TcbPolicy(rejected_advisories=5),
+        lambda: TcbPolicy(min_evaluation_number=-1),
+        lambda: TcbPolicy(min_evaluation_number=True),
+        lambda: TcbPolicy(allow_smt="no"),  # type: ignore[arg-type]
+        lambda: Policy(measurements="none"),  # type: ignore[arg-type]
+        lambda: Policy(measurements="unchecked", profiles=(PROFILE,)),
+        lambda: Policy(profiles=(PROFILE, PROFILE)),
+    ],
+)
+def test_what_contradicts_itself_is_no_policy(make: Any) -> None:
+    with pytest.raises(PolicyError):
+        _ = make()
+
+
+# --- TOML ---
+
+
+def _registers(values: tuple[bytes, ...]) -> str:
+    return "{" + ", ".join(f'rtmr{index} = "{value.hex()}"' for index, value in enumerate(values)) + "}"
+
+
+PROFILE_TOML = f"""
+[[profile]]
+name = "simulated"
+version = "1"
+mrtd = "{PROFILE.mrtd.hex()}"
+boot = {_registers(PROFILE.boot)}
+runtime = {_registers(PROFILE.runtime)}
+"""
+
+
+def test_an_empty_file_is_the_default() -> None:
+    assert Policy.from_toml(b"") == Policy()
+
+
+def test_everything_that_a_file_can_say() -> None:
+    text = f"""
+        [tcb]
+        accepted_statuses = ["UpToDate", "SWHardeningNeeded"]
+        rejected_advisories = ["INTEL-SA-00837"]
+        min_evaluation_number = 17
+        allow_dynamic_platform = false
+        allow_cached_keys = false
+        allow_smt = false
+        [attributes]
+        sept_ve_disable = "any"
+        migratable = "allowed"
+        servtd_ext = "allowed"
+        service_td = "allowed"
+        mr_service_td = ["{SERVICE_TD.hex()}"]
+        xfam_required = 0x7
+        xfam_allowed = 0xE7
+        unsafe_allow_debug = true
+        """
+    expected = Policy(
+        tcb=TcbPolicy(
+            accepted_statuses=frozenset({TcbStatus.UP_TO_DATE, TcbStatus.SW_HARDENING_NEEDED}),
+            rejected_advisories=frozenset({"INTEL-SA-00837"}),
+            min_evaluation_number=17,
+            allow_dynamic_platform=False,
+            allow_cached_keys=False,
+            allow_smt=False,
+        ),
+        attributes=AttributePolicy(
+            sept_ve_disable="any",
+            migratable="allowed",
+            servtd_ext="allowed",
+            service_td="allowed",
+            mr_service_td=(SERVICE_TD,),
+            xfam_required=0x7,
+            xfam_allowed=0xE7,
+            unsafe_allow_debug=True,
+        ),
+        profiles=(PROFILE,),
+    )
+    assert Policy.from_toml((text + PROFILE_TOML).encode()) == expected
+    assert Policy.from_toml(b'measurements = "unchecked"') == UNCHECKED
+
+
+def test_keys_of_the_callers_may_stand_in_profiles() -> None:
+    text = (PROFILE_TOML + 'root_passphrase = "vm"').encode()
+    assert Policy.from_toml(text, extra_keys=frozenset({"root_passphrase"})).profiles == (PROFILE,)
+    with pytest.raises(PolicyError, match="root_passphrase"):
+        _ = Policy.from_toml(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("tbc = 1", "tbc"),
+        ("tcb = 1", "tcb"),
+        ("measurements = 1", "measurements"),
+        ('measurements = "none"', "measurements"),
+        ("[tcb]\naccepted_status = []", "tcb.accepted_status"),
+        ("[tcb]\naccepted_statuses = []", "tcb.accepted_statuses"),
+        ('[tcb]\naccepted_statuses = ["Revoked"]', "tcb.accepted_statuses"),
+        ("[tcb]\naccepted_statuses = [[]]", "tcb.accepted_statuses"),
+        ('[tcb]\naccepted_statuses = "UpToDate"', "tcb.accepted_statuses"),
+        ("[tcb]\nrejected_advisories = [1]", "tcb.rejected_advisories"),
+        ('[tcb]\nmin_evaluation_number = "17"', "tcb.min_evaluation_number"),
+        ("[tcb]\nallow_smt = 0", "tcb.allow_smt"),
+        ('[attributes]\nsept_ve_disabled = "any"', "attributes.sept_ve_disabled"),
+        ("[attributes]\nsept_ve_disable = true", "attributes.sept_ve_disable"),
+        ('[attributes]\nmigratable = "allowed"', "attributes.mr_service_td"),
+        ('[attributes]\nservice_td = "allowed"\nmr_service_td = ["00"]', "attributes.mr_service_td"),
+        ("[attributes]\nmr_service_td = [1]", "attributes.mr_service_td"),
+        ("[attributes]\nxfam_allowed = 1.5", "attributes.xfam_allowed"),
+        ('[attributes]\nunsafe_allow_debug = "yes"', "attributes.unsafe_allow_debug"),
+        (
+            PROFILE_TOML + "[profile.attributes]\nunsafe_allow_debug = true",
+            "profile 'simulated': attributes.unsafe_allow_debug",
+        ),
+        ("= 1", "TOML"),
+        ("a = 1\na = 1", "TOML"),
+        ("\0", "TOML"),
+    ],
+)
+def test_an_error_names_the_key(text: str, key: str) -> None:
+    with pytest.raises(PolicyError) as caught:
+        _ = Policy.from_toml(text.encode())
+    assert str(caught.value).startswith((key + ":", f"not {key}"))
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes(data: bytes) -> None:
+    try:
+        policy = Policy.from_toml(data)
+    except PolicyError:
+        return
+    assert policy.tcb.accepted_statuses == {TcbStatus.UP_TO_DATE}

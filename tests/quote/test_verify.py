@@ -1,0 +1,219 @@
+"""The stages: what each guarantees, that time is checked in all of them, and that nothing else is remembered."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import suppress
+
+import attrs
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chutes_proto.quote import verify as stages
+from chutes_proto.quote.collateral import VerifiedCollateral
+from chutes_proto.quote.errors import QuoteFormatError, VerificationError
+from chutes_proto.quote.layout import parse_quote
+from chutes_proto.quote.roots import INTEL_ROOT, TrustedRoot
+from chutes_proto.quote.steps import (
+    CertificateExpired,
+    CertificateNotYetValid,
+    CollateralExpired,
+    CollateralNotYetValid,
+    PckRevoked,
+    ReportDataMismatch,
+    RootMismatch,
+    UntrustedRoot,
+)
+from chutes_proto.quote.verify import OpenedQuote, Verdict, open_quote, verify, verify_collateral, verify_quote
+from chutes_proto.testing.pki import EXPIRES, ISSUED
+from chutes_proto.testing.platform import COLLATERAL_SECONDS, SimulatedPlatform
+from tests.quote.simulated import NOW, PLATFORM, REPORT_DATA, ROOT, TD15, collateral_of, verdict_of, verified_of
+
+QUOTE = PLATFORM.quote(REPORT_DATA)
+
+
+@pytest.mark.parametrize("form", ["v4", "v5-td10", "v5-td15"])
+@pytest.mark.parametrize("ca", ["platform", "processor"])
+def test_an_honest_platform(form: str, ca: str) -> None:
+    platform = SimulatedPlatform(PLATFORM.seed, form=form, ca=ca)  # type: ignore[arg-type]
+    opened = open_quote(platform.quote(REPORT_DATA, padding=70), now=NOW, root=ROOT)
+    assert (opened.pck.fmspc, opened.pck.ca, opened.pck.tee) == (platform.fmspc, ca, "TDX")
+    assert (opened.pck.ppid, opened.pck.platform_instance_id) == (platform.ppid, platform.platform_instance_id)
+    verified = verified_of(platform)
+    assert (verified.fmspc, verified.ca, verified.tee) == (platform.fmspc, ca, "TDX")
+    verdict = verify_quote(opened, verified, now=NOW)
+    assert verdict.tcb_status == "UpToDate"
+    assert verdict.current_status == ("UpToDate" if form == "v5-td15" else None)
+    assert verdict.quote.body.report_data == REPORT_DATA
+    assert verdict.window == (NOW, NOW + COLLATERAL_SECONDS)
+    assert verdict.verified_at == NOW
+
+
+def test_one_collateral_serves_all_quotes_of_a_platform() -> None:
+    verified = verified_of(PLATFORM)
+    for number in range(3):
+        quote = PLATFORM.quote(bytes([number]) * 64)
+        assert verify_quote(open_quote(quote, now=NOW, root=ROOT), verified, now=NOW).tcb_status == "UpToDate"
+
+
+def test_report_data_must_be_said() -> None:
+    with pytest.raises(TypeError):
+        _ = verify(QUOTE, collateral_of(PLATFORM), now=NOW, root=ROOT)  # type: ignore[call-arg]
+    with pytest.raises(ReportDataMismatch) as caught:
+        _ = verify(QUOTE, collateral_of(PLATFORM), now=NOW, root=ROOT, expected_report_data=bytes(64))
+    assert (caught.value.got, caught.value.expected) == (REPORT_DATA, bytes(64))
+    _ = verify(QUOTE, collateral_of(PLATFORM), now=NOW, root=ROOT, expected_report_data=None)
+
+
+def test_another_root_is_only_trusted_by_name() -> None:
+    with pytest.raises(UntrustedRoot):
+        _ = open_quote(QUOTE, now=NOW)
+    with pytest.raises(UntrustedRoot):
+        _ = verify_collateral(collateral_of(PLATFORM), now=NOW)
+    other = SimulatedPlatform(b"another world, another root")
+    other_root = TrustedRoot.from_der(other.root_der)
+    verified = verify_collateral(collateral_of(other), now=NOW, root=other_root)
+    with pytest.raises(RootMismatch):
+        _ = verify_quote(open_quote(QUOTE, now=NOW, root=ROOT), verified, now=NOW)
+
+
+def test_intel_is_the_default() -> None:
+    assert INTEL_ROOT.point.hex().startswith("0ba9c4c0")
+    assert INTEL_ROOT != ROOT
+
+
+# --- values that prove a check ---
+
+
+def test_no_proof_can_be_made_by_hand() -> None:
+    opened = open_quote(QUOTE, now=NOW, root=ROOT)
+    verified = verified_of(PLATFORM)
+    verdict = verify_quote(opened, verified, now=NOW)
+    for value in (opened, verified, verdict):
+        fields = {field.name: getattr(value, field.name) for field in attrs.fields(type(value))}
+        with pytest.raises(TypeError, match="proves a check"):
+            _ = type(value)(**fields)
+        with pytest.raises(TypeError, match="proves a check"):
+            _ = attrs.evolve(value)
+        with pytest.raises(attrs.exceptions.FrozenInstanceError):
+            value.root = INTEL_ROOT  # type: ignore[misc]
+        assert "PROOF" not in repr(value)
+    assert copy.copy(verdict).tcb_status == verdict.tcb_status
+
+
+@pytest.mark.parametrize("kind", [OpenedQuote, VerifiedCollateral, Verdict])
+def test_the_proof_is_required(kind: type) -> None:
+    with pytest.raises(TypeError):
+        _ = kind()
+
+
+# --- time ---
+
+
+def test_time_is_checked_in_every_stage() -> None:
+    end = NOW + COLLATERAL_SECONDS
+    opened, verified = open_quote(QUOTE, now=NOW, root=ROOT), verified_of(PLATFORM)
+    for now in (NOW, end):
+        assert verify_collateral(collateral_of(PLATFORM), now=now, root=ROOT).window == (NOW, end)
+        assert verify_quote(opened, verified, now=now).verified_at == now
+    for now, step in ((NOW - 1, CollateralNotYetValid), (end + 1, CollateralExpired)):
+        with pytest.raises(step):
+            _ = verify_collateral(collateral_of(PLATFORM), now=now, root=ROOT)
+        with pytest.raises(step):
+            _ = verify_quote(opened, verified, now=now)
+    for now, certificate_step in ((ISSUED - 1, CertificateNotYetValid), (EXPIRES + 1, CertificateExpired)):
+        with pytest.raises(certificate_step):
+            _ = open_quote(QUOTE, now=now, root=ROOT)
+        with pytest.raises(certificate_step):
+            _ = verify_quote(opened, verified, now=now)
+
+
+def test_grace_extends_statements_and_never_certificates() -> None:
+    end = NOW + COLLATERAL_SECONDS
+    late = end + 3600
+    collateral = collateral_of(PLATFORM)
+    verified = verify_collateral(collateral, now=late, root=ROOT, grace=3600)
+    assert verified.window == (NOW, end)
+    assert verified.usable_until == late
+    opened = open_quote(QUOTE, now=late, root=ROOT)
+    assert verify_quote(opened, verified, now=late).window == (NOW, end)
+    with pytest.raises(CollateralExpired):
+        _ = verify_quote(opened, verified, now=late + 1)
+    with pytest.raises(CertificateExpired):
+        _ = verify_collateral(collateral, now=EXPIRES + 1, root=ROOT, grace=EXPIRES)
+
+
+# --- what is remembered ---
+
+
+def test_remembering_changes_no_answer() -> None:
+    honest = [verdict_of(PLATFORM).tcb_status for _ in range(2)]
+    stages.forget()
+    assert [verdict_of(PLATFORM).tcb_status, *honest] == ["UpToDate"] * 3
+    opened = open_quote(QUOTE, now=NOW, root=ROOT)
+    with pytest.raises(PckRevoked):
+        _ = verify_quote(opened, verified_of(PLATFORM.having("pck_revoked")), now=NOW)
+    assert verify_quote(opened, verified_of(PLATFORM), now=NOW).tcb_status == "UpToDate"
+
+
+def test_refusals_are_not_remembered() -> None:
+    stages.forget()
+    for fault in ("pck_signature", "qe_report_signature", "intermediate_signature", "chain_extra"):
+        with pytest.raises(VerificationError):
+            _ = verdict_of(PLATFORM, fault)
+        with pytest.raises(VerificationError):
+            _ = verdict_of(PLATFORM, fault)
+    assert verdict_of(PLATFORM).tcb_status == "UpToDate"
+
+
+def test_a_malleable_variant_is_another_one() -> None:
+    """(r, n - s) verifies as well: what is remembered is keyed by all bytes, and gives the same answer."""
+    order = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
+    signature = parse_quote(QUOTE).signature
+    variant = signature[:32] + (order - int.from_bytes(signature[32:])).to_bytes(32)
+    quote = QUOTE.replace(signature, variant)
+    assert quote != QUOTE
+    assert (
+        verify(quote, collateral_of(PLATFORM), now=NOW, expected_report_data=REPORT_DATA, root=ROOT).quote.trailing == 0
+    )
+
+
+# --- hostile bytes ---
+
+
+@given(st.integers(0, len(QUOTE) - 1), st.integers(1, 255))
+def test_no_byte_of_a_quote_can_be_changed(at: int, change: int) -> None:
+    mutated = QUOTE[:at] + bytes([QUOTE[at] ^ change]) + QUOTE[at + 1 :]
+    pem = QUOTE.index(b"-----BEGIN")
+    try:
+        verdict = verify(mutated, collateral_of(PLATFORM), now=NOW, expected_report_data=None, root=ROOT)
+    except (QuoteFormatError, VerificationError):
+        return
+    # White space in PEM says nothing; everything else is signed or declared.
+    assert at >= pem
+    assert verdict.quote.body == parse_quote(QUOTE).body
+
+
+@given(st.data())
+def test_a_mutated_chain(data: st.DataObject) -> None:
+    quote = parse_quote(QUOTE)
+    mutated = bytearray(quote.certification)
+    at = data.draw(st.integers(0, len(mutated) - 1))
+    mutated[at : at + data.draw(st.integers(0, 40))] = data.draw(st.binary(max_size=40))
+    with suppress(VerificationError):
+        _ = open_quote(attrs.evolve(quote, certification=bytes(mutated)), now=NOW, root=ROOT)
+
+
+@given(st.sampled_from(sorted(attrs.asdict(collateral_of(PLATFORM)))), st.data())
+def test_mutated_collateral_never_verifies_as_something_else(name: str, data: st.DataObject) -> None:
+    collateral = collateral_of(TD15)
+    piece: bytes | None = getattr(collateral, name)
+    mutated = bytearray(piece or b"")
+    at = data.draw(st.integers(0, len(mutated)))
+    mutated[at : at + data.draw(st.integers(0, 4))] = data.draw(st.binary(max_size=4))
+    with suppress(VerificationError):
+        verified = verify_collateral(attrs.evolve(collateral, **{name: bytes(mutated)}), now=NOW, root=ROOT)
+        honest = verified_of(TD15)
+        assert (verified.tcb_info, verified.qe_identity) == (honest.tcb_info, honest.qe_identity)
+        assert (verified.revoked_by_root, verified.revoked_pcks) == (honest.revoked_by_root, honest.revoked_pcks)
