@@ -83,18 +83,14 @@ def test_one_request_at_a_time() -> None:
     connection.receive_data(GET + GET.replace(b"nonce", b"second"), 0.0)
     assert connection.next_request(1.0) is not None
     assert connection.next_request(1.0) is None
-    connection.receive_data(GET.replace(b"nonce", b"third"), 1.0)
+    with pytest.raises(LocalProtocolError):
+        connection.receive_data(GET, 1.0)
     connection.send_response(HttpResponse(200), 2.0)
     assert connection.next_request(2.0) is None  # the first answer has not been sent
     assert connection.data_to_send()
     second = connection.next_request(3.0)
     assert second is not None
     assert (second.target, second.arrived) == ("/servers/second", 3.0)
-    connection.send_response(HttpResponse(200), 4.0)
-    assert connection.data_to_send()
-    third = connection.next_request(5.0)
-    assert third is not None
-    assert third.target == "/servers/third"
 
 
 def test_answers_to_pipelined_requests_are_in_order() -> None:
@@ -279,17 +275,6 @@ def test_the_largest_body() -> None:
 def test_a_request_and_then_the_end_is_answered() -> None:
     requests, sent, closed = outcome([GET])
     assert (len(requests), [answer.status for answer in answers(sent)], closed) == (1, [200], True)
-
-
-def test_the_end_while_a_request_is_handled() -> None:
-    connection = ServerConnection(refuse, 0.0)
-    connection.receive_data(GET, 0.0)
-    assert connection.next_request(0.0) is not None
-    connection.receive_data(b"", 0.0)
-    connection.send_response(HttpResponse(200), 0.0)
-    assert connection.data_to_send().startswith(b"HTTP/1.1 200")
-    assert connection.next_request(0.0) is None
-    assert connection.closed
 
 
 @pytest.mark.parametrize("data", [GET[:1], GET[:-1], POST + b"Content-Length: 9\r\n\r\n12345678"])

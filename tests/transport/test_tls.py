@@ -23,6 +23,7 @@ from OpenSSL import SSL
 from chutes_proto.auth.certificates import make_server_identity, spki_sha256
 from chutes_proto.errors import ConfigurationError, LocalProtocolError, RemoteProtocolError
 from chutes_proto.secret import Secret
+from chutes_proto.transport import tls
 from chutes_proto.transport.tls import TlsSession, server_context
 from tests.certificates import NEW_KEY, certificate_pem, key_pem, self_signed
 from tests.transport.tls_client import NOW, TlsClient, client_context, context, session
@@ -269,3 +270,15 @@ def test_intermediates_are_sent() -> None:
     client = TlsClient(client_context())
     shake(client, TlsSession(shared))
     assert client.tls.version() is not None
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (SSL.Error([("lib", "f", "bad record"), ("lib", "", "worse")]), "bad record; worse"),
+        (SSL.SysCallError(-1, "Unexpected EOF"), "-1 Unexpected EOF"),
+        (SSL.WantWriteError(), "WantWriteError"),
+    ],
+)
+def test_what_openssl_says_is_one_line(error: SSL.Error, text: str) -> None:
+    assert tls._text(error) == text

@@ -28,11 +28,11 @@ from attrs import frozen
 
 from chutes_proto.codes import Code
 from chutes_proto.errors import BadRequest, LocalProtocolError, Refusal, RemoteProtocolError
-from chutes_proto.transport.tls import TlsSession
 from chutes_proto.wire.http import HttpRequest, HttpResponse
 
 if TYPE_CHECKING:
     from chutes_proto.effects import Flow
+    from chutes_proto.transport.tls import TlsSession
 
 try:
     import h11
@@ -149,7 +149,12 @@ class ServerConnection:
         return self._deadline
 
     def receive_data(self, data: bytes, now: float) -> None:
-        """What the peer sent; ``b""`` when there will be no more."""
+        """What the peer sent; ``b""`` when there will be no more.
+
+        Raises `LocalProtocolError` while a request waits for its answer: what comes next is to be left in the socket.
+        """
+        if self._phase is _Phase.HANDLING:
+            raise LocalProtocolError("there is a request to answer")
         self._in_flight = False
         self._peer_ended = self._peer_ended or not data
         if self._last:

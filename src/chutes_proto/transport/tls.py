@@ -118,8 +118,7 @@ class TlsSession:
         """Plaintext for the peer. Raises `LocalProtocolError` before the handshake and after the end."""
         if not self._established or self._ended:
             raise LocalProtocolError("a TLS session carries data after its handshake and before its end")
-        if data:
-            _ = self._connection.sendall(data)
+        _ = self._connection.sendall(data)
 
     def close(self) -> None:
         """Tell the peer that there will be no more (a close_notify alert). No more can be sent."""
