@@ -1,0 +1,103 @@
+"""The command line as a user runs it: in this process, or as a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from attrs import define, frozen
+
+from chutes_proto.cli.main import main
+
+PROGRAM = [sys.executable, "-m", "chutes_proto"]
+HOTKEY = "5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY"
+
+
+@frozen
+class Ended:
+    """How a command ended and what it said."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """The one JSON object on standard output."""
+        (line,) = self.out.splitlines()
+        return json.loads(line)
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    """Runs one command in this process: ``command("verify", path, …)``."""
+
+    def run(*arguments: object) -> Ended:
+        _ = capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return Ended(code, captured.out, captured.err)
+
+    return run
+
+
+@define
+class Server:
+    """A server in a process of its own."""
+
+    process: subprocess.Popen[str]
+    url: str
+    ca: Path
+
+    def stop(self, signal: int) -> Ended:
+        """Send a signal, wait for the end, and hand out what else it said."""
+        self.process.send_signal(signal)
+        out, err = self.process.communicate(timeout=20)
+        return Ended(self.process.returncode, out, err)
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Server]]:
+    """Starts ``serve`` with more arguments, and reads its standard output until it has said what it is."""
+    started: list[subprocess.Popen[str]] = []
+
+    def run(*arguments: object, ca: Path | None = None) -> Server:
+        command = [*PROGRAM, "serve", *map(str, arguments)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        started.append(process)
+        assert process.stdout is not None
+        url = ""
+        while not url or ca is None:
+            line = process.stdout.readline()
+            assert line, process.communicate()[1]
+            last = line.split()[-1]
+            if last.startswith("https://"):
+                url = last
+            elif last.endswith(".pem"):
+                ca = Path(last)
+        return Server(process, url, ca)
+
+    yield run
+    for process in started:
+        process.kill()
+        _ = process.communicate()
+
+
+@pytest.fixture(autouse=True)
+def no_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Nothing here touches the platform of whoever runs the tests."""
+    state = tmp_path_factory.mktemp("state")
+    monkeypatch.setenv("XDG_STATE_HOME", str(state))
+    return state
+
+
+def is_root() -> bool:
+    """Root reads everything, so that what is unreadable cannot be tried."""
+    return os.geteuid() == 0

@@ -1,0 +1,267 @@
+"""`verify` and `inspect`: verdicts, exit codes, the shape of the JSON, and files that are none."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from attrs import evolve
+
+from chutes_proto.cli.development import write_server
+from chutes_proto.testing.directory import simulation_files
+from chutes_proto.testing.platform import MRTD, RUNTIME_RTMRS, SimulatedPlatform
+from tests.cli.conftest import Ended, is_root
+
+NOW = 1_780_000_000
+REPORT_DATA = bytes(range(64))
+PLATFORM = SimulatedPlatform(bytes(32))
+JUDGED = {"verified", "accepted", "tcb_status", "advisory_ids", "refusals"}
+
+Command = Callable[..., Ended]
+
+
+@pytest.fixture
+def verify(command: Command, tmp_path: Path) -> Command:
+    """Simulates with faults, then verifies with more options."""
+
+    def run(*options: object, faults: tuple[str, ...] = (), stage: Any = "boot", form: Any = "v4") -> Ended:
+        platform = evolve(PLATFORM, form=form).having(*faults)
+        for name, data in simulation_files(platform, REPORT_DATA, now=NOW, stage=stage).items():
+            _ = (tmp_path / name).write_bytes(data)
+        files = [tmp_path / "quote.bin", "--collateral", tmp_path / "collateral.json", "--root", tmp_path / "root.der"]
+        return command("verify", *files, "--at", NOW, *options)
+
+    return run
+
+
+def codes(ended: Ended) -> list[str]:
+    for refusal in ended.json["refusals"]:
+        assert refusal.keys() == {"code", "detail"}
+        assert refusal["detail"]
+    return [refusal["code"] for refusal in ended.json["refusals"]]
+
+
+@pytest.mark.parametrize("form", ["v4", "v5-td10", "v5-td15"])
+def test_what_is_genuine_and_acceptable_is_accepted(verify: Command, form: str) -> None:
+    ended = verify("--json", "--report-data", REPORT_DATA.hex().upper(), form=form)
+    assert ended.code == 0
+    said = ended.json
+    assert said.keys() >= JUDGED
+    assert (said["verified"], said["accepted"], said["tcb_status"], said["refusals"]) == (True, True, "UpToDate", [])
+    assert (said["mr_td"], said["report_data"], said["version"]) == (MRTD.hex(), REPORT_DATA.hex(), int(form[1]))
+    assert said["pck"]["fmspc"] == PLATFORM.fmspc.hex()
+    assert said["attribute_names"] == ["SEPT_VE_DISABLE"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "verified", "code"),
+    [
+        ("truncated_body", False, "quote_structure"),
+        ("truncated_auth", False, "quote_structure"),
+        ("version", False, "quote_version"),
+        ("quote_signature", False, "quote_signature"),
+        ("pck_revoked", False, "pck_revoked"),
+        ("other_root", False, "untrusted_root"),
+        ("tcb_info_expired", False, "collateral_expired"),
+        ("debug", True, "debug"),
+        ("tcb_out_of_date", True, "tcb_status"),
+    ],
+)
+def test_what_is_wrong_is_refused_with_its_code(verify: Command, fault: str, verified: bool, code: str) -> None:
+    ended = verify("--json", faults=(fault,))
+    assert ended.code == 1
+    assert (ended.json["verified"], ended.json["accepted"]) == (verified, False)
+    assert codes(ended) == [code]
+    assert (ended.json["tcb_status"] is not None) == verified
+
+
+def test_all_that_a_policy_refuses_is_told(verify: Command) -> None:
+    assert codes(verify("--json", faults=("tcb_out_of_date", "debug", "migratable"))) == [
+        "tcb_status",
+        "debug",
+        "migratable",
+    ]
+
+
+def test_people_get_lines(verify: Command) -> None:
+    accepted = verify()
+    assert accepted.code == 0
+    assert accepted.out.startswith("ACCEPTED: the quote verifies\n")
+    assert "--report-data" in accepted.out
+    refused = verify(faults=("pck_revoked",))
+    assert refused.code == 1
+    assert refused.out.startswith("REFUSED: the quote does not verify\npck_revoked: ")
+
+
+def test_the_quote_must_bind_the_expected_report_data(verify: Command) -> None:
+    ended = verify("--json", "--report-data", bytes(64).hex())
+    assert ended.code == 1
+    assert codes(ended) == ["report_data_mismatch"]
+
+
+def test_no_other_root_is_trusted_unasked(verify: Command, command: Command, tmp_path: Path) -> None:
+    assert verify().code == 0
+    ended = command(
+        "verify", tmp_path / "quote.bin", "--collateral", tmp_path / "collateral.json", "--at", NOW, "--json"
+    )
+    assert ended.code == 1
+    assert codes(ended) == ["untrusted_root"]
+
+
+def test_a_servers_measurements_are_a_policy(verify: Command, tmp_path: Path) -> None:
+    write_server(tmp_path, PLATFORM, NOW)
+    policy = tmp_path / "measurements.toml"
+    assert verify("--policy", policy, "--json").json["profile"] == "simulated"
+    wrong = verify("--policy", policy, "--json", faults=("rtmr1",))
+    assert codes(wrong) == ["measurement_mismatch"]
+    assert "RTMR1" in wrong.json["refusals"][0]["detail"]
+    assert verify("--policy", policy, stage="runtime").code == 1
+    assert verify("--policy", policy, "--stage", "runtime", stage="runtime").code == 0
+    _ = policy.write_text('[tcb]\naccepted_statuses = ["UpToDate", "OutOfDate"]\n' + policy.read_text())
+    assert verify("--policy", policy, faults=("tcb_out_of_date",)).code == 0
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", bytes(5_000_000), b"\xff" * 700, b"[" * 9000], ids=len)
+@pytest.mark.parametrize("name", ["quote.bin", "collateral.json"])
+def test_what_does_not_parse_is_refused_in_the_same_shape(
+    verify: Command, command: Command, tmp_path: Path, name: str, content: bytes
+) -> None:
+    _ = verify()
+    _ = (tmp_path / name).write_bytes(content)
+    ended = command("verify", tmp_path / "quote.bin", "--collateral", tmp_path / "collateral.json", "--json")
+    assert ended.code == 1
+    assert ended.json.keys() >= JUDGED
+    assert codes(ended)[0].startswith(name[:5])
+    assert (ended.json["verified"], ended.json["accepted"], ended.json["tcb_status"]) == (False, False, None)
+    assert ("mr_td" in ended.json) == (name != "quote.bin")
+
+
+def test_nothing_in_a_file_steers_the_terminal(verify: Command, command: Command, tmp_path: Path) -> None:
+    _ = verify()
+    _ = (tmp_path / "collateral.json").write_text(json.dumps({"\x1b[2J": "\x07"}))
+    ended = command("verify", tmp_path / "quote.bin", "--collateral", tmp_path / "collateral.json")
+    assert ended.code == 1
+    assert "\x1b" not in ended.out
+
+
+@pytest.mark.parametrize("option", ["quote", "--collateral", "--root", "--policy"])
+@pytest.mark.parametrize("what", ["missing", "directory", "unreadable"])
+def test_a_file_that_cannot_be_opened_is_2(
+    verify: Command, command: Command, tmp_path: Path, option: str, what: str
+) -> None:
+    if what == "unreadable" and is_root():
+        pytest.skip("root reads everything")
+    _ = verify()
+    bad = tmp_path / "bad"
+    if what == "directory":
+        bad.mkdir()
+    elif what == "unreadable":
+        bad.touch(0o000)
+    quote = bad if option == "quote" else tmp_path / "quote.bin"
+    options = {"--collateral": tmp_path / "collateral.json"} | ({} if option == "quote" else {option: bad})
+    ended = command("verify", quote, *(part for pair in options.items() for part in pair), "--json")
+    assert (ended.code, ended.out) == (2, "")
+    assert str(bad) in ended.err
+
+
+@pytest.mark.parametrize(
+    ("option", "content"),
+    [
+        ("--root", b""),
+        ("--root", b"\xff\xfe\0garbage"),
+        ("--policy", b"\xff\xfe\0garbage"),
+        ("--policy", b'x = "unknown"'),
+        ("--policy", b"[" * 100_000),
+        ("--policy", bytes(5_000_000)),
+    ],
+    ids=["empty root", "binary root", "binary policy", "unknown key", "deep policy", "huge policy"],
+)
+def test_a_root_or_policy_that_cannot_be_is_usage(verify: Command, tmp_path: Path, option: str, content: bytes) -> None:
+    bad = tmp_path / "bad"
+    _ = bad.write_bytes(content)
+    ended = verify(option, bad)
+    assert (ended.code, ended.out) == (2, "")
+    assert str(bad) in ended.err
+
+
+def test_an_empty_policy_has_no_profile_and_accepts_nothing(verify: Command, tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    assert codes(verify("--policy", tmp_path / "empty", "--json")) == ["no_profiles"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [(), ("--collateral",), ("--at", "-1"), ("--at", "x"), ("--report-data", "ab"), ("--stage", "x"), ("--nonsense",)],
+    ids=str,
+)
+def test_wrong_usage_is_2(verify: Command, command: Command, tmp_path: Path, options: tuple[str, ...]) -> None:
+    _ = verify()
+    collateral = () if not options else ("--collateral", tmp_path / "collateral.json")
+    assert command("verify", tmp_path / "quote.bin", *collateral, *options).code == 2
+
+
+# --- real quotes ---
+
+
+def test_real_quotes_get_the_verdict_that_is_expected(command: Command, vectors: Path) -> None:
+    cases = [case for case in sorted((vectors / "real").iterdir()) if not expected(case)["divergence"]]
+    assert cases
+    for case in cases:
+        wanted = expected(case)
+        ended = command(
+            "verify", case / "quote.bin", "--collateral", case / "collateral.json", "--json",
+            "--at", (case / "now.txt").read_text().strip(),
+        )  # fmt: skip
+        said = ended.json
+        assert (case.name, said["verified"], said["tcb_status"]) == (
+            case.name,
+            wanted["outcome"] == "ok",
+            wanted["tcb_status"],
+        )
+        assert sorted(said["advisory_ids"]) == sorted(wanted["advisory_ids"] or [])
+        assert ended.code == (0 if said["accepted"] else 1)
+        assert said["accepted"] == (not said["refusals"])
+        assert said["report_data"] == wanted["parsed"]["report"]["report_data"]
+
+
+def expected(case: Path) -> Any:
+    return json.loads((case / "expected.json").read_text())
+
+
+# --- inspect ---
+
+
+def test_inspect_decodes_and_says_that_it_verifies_nothing(verify: Command, command: Command, tmp_path: Path) -> None:
+    _ = verify(faults=("quote_signature", "debug"), stage="runtime", form="v5-td15")
+    ended = command("inspect", tmp_path / "quote.bin", "--json")
+    said = ended.json
+    assert (ended.code, said["parsed"], said["verified"]) == (0, True, False)
+    assert (said["version"], said["tee"], said["body_type"]) == (5, "TDX", "TD15")
+    assert [said[f"rtmr{number}"] for number in range(4)] == [rtmr.hex() for rtmr in RUNTIME_RTMRS]
+    assert said["attribute_names"] == ["DEBUG", "SEPT_VE_DISABLE"]
+    assert said["pck"]["ppid"] == PLATFORM.ppid.hex()
+    assert said["mr_service_td"] == "00" * 48
+    lines = command("inspect", tmp_path / "quote.bin").out.splitlines()
+    assert "Nothing of it was verified" in lines[0]
+    assert f"rtmr3                      {RUNTIME_RTMRS[3].hex()}" in lines
+
+
+@pytest.mark.parametrize("fault", ["chain_garbage", "sgx_extension_missing", "sgx_extension_deep"])
+def test_inspect_does_without_a_platform(verify: Command, command: Command, tmp_path: Path, fault: str) -> None:
+    _ = verify(faults=(fault,))
+    assert command("inspect", tmp_path / "quote.bin", "--json").json["pck"] is None
+    assert "pck                        -" in command("inspect", tmp_path / "quote.bin").out.splitlines()
+
+
+def test_inspect_of_what_is_no_quote(command: Command, tmp_path: Path) -> None:
+    _ = (tmp_path / "quote.bin").write_bytes(b"\x1b[2J" + bytes(1000))
+    ended = command("inspect", tmp_path / "quote.bin", "--json")
+    assert ended.code == 1
+    assert codes(ended) == ["quote_version"]
+    ended = command("inspect", tmp_path / "quote.bin")
+    assert ended.code == 1
+    assert "not a quote" in ended.out
+    assert command("inspect", tmp_path).code == 2
