@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -28,7 +29,8 @@ def test_a_quote_is_bytes_as_they_are() -> None:
 
 
 def test_a_command_line_is_cut_as_a_shell_cuts_it_but_no_shell_runs(tmp_path: Path) -> None:
-    quoter = CommandQuoter(f"{sys.executable} -c 'import sys; print(sys.argv[1:])' 'a b' '$(touch {tmp_path}/x)' ; |")
+    interpreter = shlex.quote(sys.executable)
+    quoter = CommandQuoter(f"{interpreter} -c 'import sys; print(sys.argv[1:])' 'a b' '$(touch {tmp_path}/x)' ; |")
     assert quoter(DATA) == f"['a b', '$(touch {tmp_path}/x)', ';', '|']\n".encode()
     assert list(tmp_path.iterdir()) == []
 

@@ -1,5 +1,6 @@
 """The server, driven as deployed images drive it: by curl, grep and openssl, against a real process."""
 
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -39,11 +40,10 @@ def boot(server: tuple[str, str, Path], vm: str, quote: Path) -> subprocess.Comp
 def quote_command(tmp_path: Path, platform: Path, *options: str) -> Path:
     """A program that writes the simulated platform's quote, as a VM's own quote program does."""
     script = tmp_path / "quote"
-    simulate = f"{sys.executable} -m chutes_proto simulate --platform {platform}"
-    script.write_text(
-        f'#!/bin/sh\nset -e\n{simulate} {" ".join(options)} --report-data "$1" --out {tmp_path}/out >/dev/null\n'
-        f"cat {tmp_path}/out/quote.bin\n"
-    )
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "chutes_proto", "simulate", "--platform", platform, "--out", out, *options]
+    simulate, cat = shlex.join(map(str, command)), shlex.join(["cat", str(out / "quote.bin")])
+    script.write_text(f'#!/bin/sh\nset -e\n{simulate} --report-data "$1" >/dev/null\n{cat}\n')
     script.chmod(0o755)
     return script
 
