@@ -7,7 +7,7 @@ Rules kept here:
 
 * hotkey, VM, volume and generation are associated data of both layers, so a row that is copied elsewhere does not open;
 * a nonce is never used twice under one key, even when a unit runs again and seals another generation from the same
-  entropy: data key and nonce are made from that entropy *and* the row's address;
+  entropy: nonces are made from that entropy *and* the row's address;
 * two key-encryption keys may be live; new rows are sealed under the current one. A row under any other is
   `KeyUnavailable`; nothing falls back to anything;
 * nothing secret is in a ``repr`` or in an error's text.
@@ -130,7 +130,7 @@ class Vault:
         """``fresh.passphrase`` for the row at ``address``, under the current key-encryption key."""
         passphrase_data, key_data = address.associated_data(b"passphrase"), address.associated_data(b"data key")
         seeds = fresh.nonce_seeds.reveal()
-        data_key = hmac.digest(fresh.data_key.reveal(), passphrase_data, "sha256")
+        data_key = fresh.data_key.reveal()
         inner = hmac.digest(seeds[:NONCE_SIZE], passphrase_data, "sha256")[:NONCE_SIZE]
         outer = hmac.digest(seeds[NONCE_SIZE:], key_data, "sha256")[:NONCE_SIZE]
         return Sealed(

@@ -195,10 +195,10 @@ class Everything(Unit[tuple[object, ...]]):
 
     def script(self) -> Script[tuple[object, ...]]:
         """One scan after the other."""
-        found: list[object] = [(yield from ReadHorizon())]
+        found: tuple[object, ...] = ((yield from ReadHorizon()),)
         for kind in ROWS:
-            found.append((yield from Scan(kind)))
-        return tuple(found)
+            found = (*found, (yield from Scan(kind)))
+        return found
 
 
 def dump(store: Store) -> tuple[object, ...]:
