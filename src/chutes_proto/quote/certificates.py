@@ -167,14 +167,14 @@ def read_crl(data: bytes) -> Crl:
 
 
 def revoked_serials(crl: Crl) -> frozenset[bytes]:
-    """The serial numbers on the list. Raises `DerError`."""
+    """The serial numbers on the list: what is on it is revoked, whatever else its entry says. Raises `DerError`."""
     data = crl.der
     serials: set[bytes] = set()
     for tag, _, start, stop in der.elements(data, *crl.entries):
-        fields = der.several(data, start, stop, 2, 3)
-        if tag != der.SEQUENCE:
+        end = start + 2 + data[start + 1] if stop - start > 2 else start
+        if tag != der.SEQUENCE or not start < end < stop:
             raise DerError("an entry that is none")
-        serials.add(der.unsigned(data, fields[0], size=20))
+        serials.add(der.unsigned(data, (data[start], start, start + 2, end), size=20))
     return frozenset(serials)
 
 

@@ -11,7 +11,7 @@ Source: ITU-T X.690, chapters 8 and 10; RFC 5280, 4.1.2.5 (times).
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import date
 from typing import Final, TypeAlias
 
 from chutes_proto.quote.errors import QuoteError
@@ -29,6 +29,8 @@ GENERALIZED_TIME: Final = 0x18
 SEQUENCE: Final = 0x30
 SET: Final = 0x31
 
+_EPOCH: Final = date(1970, 1, 1).toordinal()
+
 Element: TypeAlias = "tuple[int, int, int, int]"
 """Tag, where the element begins, where its content begins, and where both end."""
 
@@ -41,36 +43,48 @@ def elements(data: bytes, start: int, end: int) -> list[Element]:
     """The elements, one after the other, that fill ``data[start:end]`` exactly."""
     found: list[Element] = []
     pos = start
-    while pos < end:
-        if end - pos < 2:
-            raise DerError("an element is cut off")
-        tag = data[pos]
-        length = data[pos + 1]
-        content = pos + 2
-        if length > 0x7F:
-            size = length & 0x7F
-            if not 1 <= size <= 3 or end - content < size:
-                raise DerError("a length that is indefinite, too long or cut off")
-            length = int.from_bytes(data[content : content + size])
-            content += size
-            if length < 0x80 or length >> (8 * (size - 1)) == 0:
-                raise DerError("a length that is not in its shortest form")
-        if tag & 0x1F == 0x1F:
-            raise DerError("a tag of more than one byte")
-        stop = content + length
-        if stop > end:
-            raise DerError("an element is longer than what holds it")
-        found.append((tag, pos, content, stop))
-        pos = stop
+    try:
+        while pos < end:
+            tag = data[pos]
+            length = data[pos + 1]
+            content = pos + 2
+            if length > 0x7F:
+                size = length & 0x7F
+                if not 1 <= size <= 3:
+                    raise DerError("a length that is indefinite or too long")
+                length = int.from_bytes(data[content : content + size])
+                content += size
+                if length < 0x80 or length >> (8 * (size - 1)) == 0:
+                    raise DerError("a length that is not in its shortest form")
+            stop = content + length
+            if stop > end:
+                raise DerError("an element is longer than what holds it")
+            if tag & 0x1F == 0x1F:
+                raise DerError("a tag of more than one byte")
+            found.append((tag, pos, content, stop))
+            pos = stop
+    except IndexError:
+        raise DerError("an element is cut off") from None
     return found
+
+
+def single(data: bytes, start: int, end: int) -> Element:
+    """The one element that fills ``data[start:end]``."""
+    length = end - start - 2
+    if 0 <= length < 0x80 and data[start + 1] == length and data[start] & 0x1F != 0x1F:
+        return data[start], start, start + 2, end
+    found = elements(data, start, end)
+    if len(found) != 1:
+        raise DerError("not exactly one element")
+    return found[0]
 
 
 def only(data: bytes, start: int, end: int, tag: int) -> tuple[int, int]:
     """The content of the one element of this tag that fills ``data[start:end]``."""
-    found = elements(data, start, end)
-    if len(found) != 1 or found[0][0] != tag:
-        raise DerError(f"not exactly one element of tag 0x{tag:02x}")
-    return found[0][2], found[0][3]
+    found = single(data, start, end)
+    if found[0] != tag:
+        raise DerError(f"not an element of tag 0x{tag:02x}")
+    return found[2], found[3]
 
 
 def several(data: bytes, start: int, end: int, least: int, most: int) -> list[Element]:
@@ -84,7 +98,7 @@ def several(data: bytes, start: int, end: int, least: int, most: int) -> list[El
 def members(data: bytes, start: int, end: int, *tags: int) -> list[Element]:
     """The elements of just these tags that fill ``data[start:end]``."""
     found = elements(data, start, end)
-    if tuple(element[0] for element in found) != tags:
+    if [element[0] for element in found] != list(tags):
         raise DerError("a structure has other members than it should")
     return found
 
@@ -138,16 +152,12 @@ def time(data: bytes, element: Element) -> int:
         raise DerError("not a time")
     if len(text) != 15 or text[14:] != b"Z" or not text[:14].isdigit():
         raise DerError("a time that is not in seconds of UTC")
+    day, clock = divmod(int(text[:14]), 1000000)
+    hour, minute, second = clock // 10000, clock // 100 % 100, clock % 100
+    if hour > 23 or minute > 59 or second > 59:
+        raise DerError("a time that does not exist")
     try:
-        moment = datetime(
-            int(text[:4]),
-            int(text[4:6]),
-            int(text[6:8]),
-            int(text[8:10]),
-            int(text[10:12]),
-            int(text[12:14]),
-            tzinfo=UTC,
-        )
+        days = date(day // 10000, day // 100 % 100, day % 100).toordinal() - _EPOCH
     except ValueError:
         raise DerError("a time that does not exist") from None
-    return int(moment.timestamp())
+    return days * 86400 + hour * 3600 + minute * 60 + second

@@ -22,6 +22,8 @@ from chutes_proto.quote.layout import Tee
 Ca: TypeAlias = Literal["platform", "processor"]
 SgxType: TypeAlias = Literal["standard", "scalable", "scalable with integrity"]
 
+_INTEGERS: Final = tuple(bytes([der.INTEGER, 1, n] if n < 0x80 else [der.INTEGER, 2, 0, n]) for n in range(256))
+"""The DER of the numbers of one byte."""
 _SGX_TYPES: Final[tuple[SgxType, ...]] = ("standard", "scalable", "scalable with integrity")
 
 
@@ -83,15 +85,13 @@ def read_pck_extension(value: bytes, *, ca: Ca, tee: Tee) -> PckIdentity:
 def _items(value: bytes, start: int, stop: int, prefix: bytes) -> dict[int, der.Element]:
     """Pairs of an OID right below ``prefix`` and a value, by the OID's last arc."""
     items: dict[int, der.Element] = {}
-    size = len(prefix) + 1
+    head = bytes([der.OBJECT_IDENTIFIER, len(prefix) + 1]) + prefix
+    size = len(head)
     for tag, _, begin, end in der.elements(value, start, stop):
-        fields = der.several(value, begin, end, 2, 2)
-        if tag != der.SEQUENCE or fields[0][0] != der.OBJECT_IDENTIFIER:
-            raise DerError("an item of the SGX extension is no pair of OID and value")
-        oid = der.content(value, fields[0])
-        if len(oid) != size or oid[:-1] != prefix or oid[-1] in items:
-            raise DerError("an item of the SGX extension is not known, or there twice")
-        items[oid[-1]] = fields[1]
+        arc = begin + size
+        if tag != der.SEQUENCE or not value.startswith(head, begin) or arc >= end or value[arc] in items:
+            raise DerError("an item of the SGX extension is no pair of a known OID and a value, or is there twice")
+        items[value[arc]] = der.single(value, arc + 1, end)
     return items
 
 
@@ -101,10 +101,11 @@ def _tcb(value: bytes, element: der.Element) -> tuple[bytes, int]:
     items = _items(value, element[2], element[3], SGX_EXTENSION + b"\x02")
     if items.keys() != set(range(1, 19)):
         raise DerError("the TCB has not just sixteen components, PCESVN and CPUSVN")
-    components = bytes(der.unsigned(value, items[number], size=1)[-1] for number in range(1, 17))
     cpu_svn = _octets(value, items[18], 16, "CPUSVN")
-    if components != cpu_svn:
-        raise DerError("the TCB components are not the CPUSVN")
+    for number, svn in enumerate(cpu_svn, 1):
+        _, begin, _, end = items[number]
+        if value[begin:end] != _INTEGERS[svn]:
+            raise DerError(f"the TCB component {number} is not the INTEGER in the CPUSVN")
     return cpu_svn, int.from_bytes(der.unsigned(value, items[17], size=2))
 
 

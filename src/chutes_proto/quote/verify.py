@@ -279,7 +279,7 @@ def verify(
 
 def forget() -> None:
     """Drop what is remembered of verified chains and quoting enclaves. It costs time, nothing else."""
-    for remembered in (_root_key, _check_root, _issued_by_root, _pck_chain, _quoting_enclave):
+    for remembered in (_root_key, _check_root, _issued_by_root, _signer, _pck_chain, _quoting_enclave):
         remembered.cache_clear()
 
 
@@ -318,6 +318,7 @@ def _pck_chain(root: TrustedRoot, tee: Tee, certification: bytes) -> PckChain:
     return PckChain(leaf, _key(leaf, _PCK.subject), issuer, (leaf_der, issuer_der), identity, terms)
 
 
+@lru_cache(maxsize=64)
 def _signer(
     root: TrustedRoot, pem: bytes, place: _Place
 ) -> tuple[Certificate, EllipticCurvePublicKey, tuple[Term, ...]]:
