@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sqlite3
 import stat
@@ -221,6 +222,15 @@ def test_another_process_at_work_is_busy(path: Path) -> None:
         store.transact(boot("first"))
 
 
+def test_a_file_at_work_elsewhere_is_busy_when_opened(path: Path) -> None:
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(StoreBusy, match="another transaction takes too long"):
+            SqliteStore(path, busy_seconds=0.05)
+        other.execute("ROLLBACK")
+    SqliteStore(path).close()
+
+
 def test_another_thread_at_work_is_busy(path: Path) -> None:
     with closing(SqliteStore(path, busy_seconds=0.05)) as store:
         inside, leave = threading.Event(), threading.Event()
@@ -251,7 +261,7 @@ def test_a_closed_store_says_so(path: Path) -> None:
             call()
 
 
-def test_a_connection_that_cannot_roll_back_is_replaced(store: SqliteStore) -> None:
+def test_a_connection_that_cannot_roll_back_is_replaced(store: SqliteStore, path: Path) -> None:
     @frozen
     class Breaks(Unit[None]):
         def script(self) -> Script[None]:
@@ -263,6 +273,22 @@ def test_a_connection_that_cannot_roll_back_is_replaced(store: SqliteStore) -> N
     with pytest.raises(LookupError):
         store.transact(Breaks())
     assert store.transact(Ask(ReadHorizon())) == 0
+    with pytest.raises(LookupError):
+        store.transact(Breaks())
+    path.unlink()
+    for _ in range(2):
+        with pytest.raises(StoreError, match="moved, removed or replaced"):
+            store.transact(Ask(ReadHorizon()))
+    assert not path.exists()
+
+
+def test_a_file_that_was_emptied_is_damaged(store: SqliteStore, path: Path) -> None:
+    with closing(sqlite3.connect(path)) as connection, connection:
+        for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE name NOT LIKE 'sqlite%'").fetchall():
+            with contextlib.suppress(sqlite3.OperationalError):
+                connection.execute(f"DROP TABLE {name}")
+    with pytest.raises(StoreError, match="damaged"):
+        store.check()
 
 
 def test_what_sql_cannot_hold_is_the_stores_error(store: SqliteStore) -> None:

@@ -71,7 +71,7 @@ class SqliteStore:
         self._turn = threading.Lock()
         self._connection: sqlite3.Connection | None = None
         self._closed = False
-        self._place = 0, 0
+        self._place: tuple[int, int] | None = None
         if sqlite3.sqlite_version_info < _OLDEST_SQLITE:
             raise StoreError(f"SQLite {sqlite3.sqlite_version} is too old for the store; it takes 3.35 or newer")
         with self._my_turn():
@@ -94,9 +94,9 @@ class SqliteStore:
     def check(self) -> None:
         """Read the whole file. Raises `StoreError` for damage, another schema, or a file that is no longer there."""
         with self._my_turn(), self._transaction() as connection:
-            _ = self._check_schema(connection)
+            ours = self._check_schema(connection)
             (verdict,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
-            if verdict != "ok" or connection.execute("PRAGMA foreign_key_check").fetchone():
+            if not ours or verdict != "ok" or connection.execute("PRAGMA foreign_key_check").fetchone():
                 raise self._fault(_FAULTS[sqlite3.SQLITE_CORRUPT])
 
     def close(self) -> None:
@@ -147,8 +147,7 @@ class SqliteStore:
 
     def _open(self) -> sqlite3.Connection:
         with self._translated():
-            self._make_file()
-            found = self.path.stat()
+            self._find_place()
             connection = sqlite3.connect(
                 self.path, timeout=self._busy_seconds, isolation_level=None, check_same_thread=False
             )
@@ -157,8 +156,19 @@ class SqliteStore:
             except BaseException:
                 connection.close()
                 raise
-            self._place = found.st_dev, found.st_ino
             return connection
+
+    def _find_place(self) -> None:
+        """Make the file if there is none, and remember which it is; a store that is opened again opens the same one."""
+        if self._place is not None:
+            self._check_place()
+            return
+        try:
+            self._make_file()
+            found = self.path.stat()
+        except OSError as exc:
+            raise self._fault(f"{_FAULTS[sqlite3.SQLITE_CANTOPEN]} ({exc.strerror})") from exc
+        self._place = found.st_dev, found.st_ino
 
     def _make_file(self) -> None:
         # Closing any descriptor of a file drops all locks that this process holds on it (POSIX), SQLite's too. So the
@@ -230,8 +240,6 @@ class SqliteStore:
             text = _FAULTS.get(code, "SQLite refused")
             kind = StoreBusy if code in _BUSY else StoreError
             raise kind(f"store {self.path}: {text} ({exc})") from exc
-        except OSError as exc:
-            raise self._fault(f"{_FAULTS[sqlite3.SQLITE_CANTOPEN]} ({exc.strerror})") from exc
 
 
 def _code_of(exc: sqlite3.Error) -> int:

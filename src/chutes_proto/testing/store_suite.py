@@ -463,7 +463,7 @@ def what_is_raised_comes_out_unchanged(harness: Harness) -> None:
             raise self.exc
 
     store = harness.open()
-    for exc in (Refused(Code.NONCE_INVALID, "no"), ValueError("no"), KeyboardInterrupt()):
+    for exc in (Refused(Code.NONCE_INVALID, "no"), ValueError("no"), OSError("no"), KeyboardInterrupt()):
         try:
             store.transact(Raise(exc))
         except BaseException as caught:
