@@ -20,7 +20,7 @@ from chutes_proto.transport.h1 import (
     peer_address,
 )
 from chutes_proto.transport.tls import ServerContext, TlsSession
-from chutes_proto.wire.http import HttpRequest, HttpResponse
+from chutes_proto.wire.http import HttpRequest, HttpResponse, MalformedRequest
 from chutes_proto_trio.perform import Performer
 
 
@@ -50,7 +50,9 @@ async def serve(
 
 
 async def serve_connection(
-    stream: trio.abc.Stream, connection: ServerConnection, answer: Callable[[HttpRequest], Awaitable[HttpResponse]]
+    stream: trio.abc.Stream,
+    connection: ServerConnection,
+    answer: Callable[[HttpRequest | MalformedRequest], Awaitable[HttpResponse]],
 ) -> None:
     """Move the bytes of one connection until it is closed. What the stream raises, and ``answer``, comes out."""
     while not connection.closed:
@@ -75,14 +77,14 @@ async def _serve_stream(
 ) -> None:
     """One connection. Its faults end it and nothing else."""
 
-    async def answer(request: HttpRequest) -> HttpResponse:
+    async def answer(request: HttpRequest | MalformedRequest) -> HttpResponse:
         return await performer.run(app.handle(request))
 
     try:
         async with stream:
             peer = peer_address(stream.socket.getpeername())
             tls = TlsSession(context())
-            connection = ServerConnection(app.refuse, trio.current_time(), tls=tls, limits=limits, peer_address=peer)
+            connection = ServerConnection(trio.current_time(), tls=tls, limits=limits, peer_address=peer)
             await serve_connection(stream, connection, answer)
     except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
         pass  # the peer went away

@@ -34,7 +34,8 @@ from chutes_proto.testing.directory import measurements_toml
 from chutes_proto.testing.platform import SimulatedPlatform
 from chutes_proto.transport.h1 import ServerConnection
 from chutes_proto.wire import codec, endpoints, json
-from chutes_proto.wire.http import HttpRequest, HttpResponse
+from chutes_proto.wire.answers import error_response
+from chutes_proto.wire.http import HttpRequest, HttpResponse, MalformedRequest
 
 NOW = 1_800_000_000
 PLATFORM = SimulatedPlatform(b"a world for fuzzing")
@@ -126,13 +127,17 @@ def policies() -> list[bytes]:
 def exchange(pieces: Iterable[bytes]) -> tuple[list[HttpRequest], bytes]:
     """The requests of a connection that gets these bytes and then the end, and what it sends; it ends by itself."""
     arriving = chain(pieces, [b""] * 3)  # a socket at its end says so whenever it is asked
-    connection = ServerConnection(lambda refusal: HttpResponse(refusal.status, _JSON, str(refusal).encode()), 0.0)
+    connection = ServerConnection(0.0)
     requests: list[HttpRequest] = []
     answers = bytearray()
     while not connection.closed:
         if (request := connection.next_request(0.0)) is not None:
-            requests.append(request)
-            connection.send_response(HttpResponse(200, _JSON, b"{}"), 0.0)
+            if isinstance(request, MalformedRequest):
+                answer = error_response(request.refusal, "r")
+            else:
+                requests.append(request)
+                answer = HttpResponse(200, _JSON, b"{}")
+            connection.send_response(answer, 0.0)
         sent = connection.data_to_send()
         if not sent and request is None:
             connection.receive_data(next(arriving), 0.0)

@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 
 from chutes_proto.auth.certificates import make_client_identity
 from chutes_proto.codes import Code
-from chutes_proto.effects import Transact
-from chutes_proto.errors import StoreBusy
+from chutes_proto.effects import Transact, run
+from chutes_proto.errors import BadRequest, StoreBusy
 from chutes_proto.server.app import App
 from chutes_proto.server.profiles import ServedProfile
 from chutes_proto.store.rows import GenerationRow
 from chutes_proto.wire import openapi
-from chutes_proto.wire.http import HttpResponse
+from chutes_proto.wire.http import HttpResponse, MalformedRequest
 from tests.server.world import HOTKEY, NOW, PROFILE, World, answer, content, refusal, service
 
 CERTIFICATES = [load_pem_x509_certificate(make_client_identity(NOW, bytes([n]) * 32).certificate_pem) for n in range(2)]
@@ -277,3 +277,18 @@ def test_any_request_gets_an_answer_of_the_documented_shape(method, target, head
     assert response.status < 500
     if response.status >= 400:
         assert refusal(response)
+
+
+def test_bytes_that_never_became_a_request_have_an_id_and_a_line_too(world):
+    malformed = MalformedRequest(BadRequest(Code.REQUEST_TIMEOUT, "Request timeout"), "192.0.2.1")
+    response = run(world.app.handle(malformed), world.perform)
+    assert refusal(response) == (408, Code.REQUEST_TIMEOUT, "Request timeout")
+    (record,) = world.log
+    assert record.fields["request_id"] == content(response)["request_id"]
+    assert record.fields["peer"] == "192.0.2.1"
+
+
+def test_a_draining_server_ends_connections_with_their_next_answer(world):
+    assert world.ask("GET", "/openapi.json").header("connection") is None
+    world.app.draining = True
+    assert world.ask("GET", "/openapi.json").header("connection") == "close"

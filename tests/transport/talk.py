@@ -6,18 +6,13 @@ from collections.abc import Callable, Iterable
 
 from attrs import frozen
 
-from chutes_proto.errors import Refusal
 from chutes_proto.transport.h1 import DEFAULT_LIMITS, Limits, ServerConnection
 from chutes_proto.transport.tls import TlsSession
 from chutes_proto.wire import json
 from chutes_proto.wire.answers import error_response
-from chutes_proto.wire.http import HttpRequest, HttpResponse
+from chutes_proto.wire.http import HttpRequest, HttpResponse, MalformedRequest
 
 JSON = (("content-type", "application/json"),)
-
-
-def refuse(refusal: Refusal) -> HttpResponse:
-    return error_response(refusal, "r1")
 
 
 def echo(request: HttpRequest) -> HttpResponse:
@@ -63,7 +58,7 @@ class Talk:
         self.respond = respond
         self.requests: list[HttpRequest] = []
         self.sent = b""
-        self.connection = ServerConnection(refuse, self.now, tls=tls, limits=limits, peer_address="192.0.2.1")
+        self.connection = ServerConnection(self.now, tls=tls, limits=limits, peer_address="192.0.2.1")
 
     def feed(self, *pieces: bytes) -> bytes:
         """Receive each piece and do all there is to do; what was sent on it."""
@@ -78,9 +73,14 @@ class Talk:
     def pump(self) -> None:
         """Go on until the connection wants to read or is closed."""
         while True:
-            if (request := self.connection.next_request(self.now)) is not None:
-                self.requests.append(request)
-                self.connection.send_response(self.respond(request), self.now)
+            match self.connection.next_request(self.now):
+                case HttpRequest() as request:
+                    self.requests.append(request)
+                    self.connection.send_response(self.respond(request), self.now)
+                case MalformedRequest(refusal):
+                    self.connection.send_response(error_response(refusal, "r1"), self.now)
+                case None:
+                    pass
             data = self.connection.data_to_send()
             if not data:
                 return

@@ -16,13 +16,12 @@ from attrs import define, field
 
 from chutes_proto.auth.certificates import make_server_identity, spki_sha256
 from chutes_proto.effects import Flow, Sleep
-from chutes_proto.errors import Refusal
 from chutes_proto.log import Record
 from chutes_proto.transport.h1 import DEFAULT_LIMITS, Limits
 from chutes_proto.transport.tls import server_context
 from chutes_proto.wire import json
 from chutes_proto.wire.answers import error_response
-from chutes_proto.wire.http import HttpRequest, HttpResponse
+from chutes_proto.wire.http import HttpRequest, HttpResponse, MalformedRequest
 from chutes_proto_trio import Performer, serve
 from tests.transport.tls_client import NOW, client_context
 
@@ -36,7 +35,9 @@ class Echo:
 
     cancelled: list[str] = field(factory=list)
 
-    def handle(self, request: HttpRequest) -> Flow[HttpResponse]:
+    def handle(self, request: HttpRequest | MalformedRequest) -> Flow[HttpResponse]:
+        if isinstance(request, MalformedRequest):
+            return error_response(request.refusal, "r")
         if request.target == "/slow":
             try:
                 yield from Sleep(3600)
@@ -53,9 +54,6 @@ class Echo:
         }
         headers = (*JSON, ("connection", "close")) if request.target == "/last" else JSON
         return HttpResponse(200, headers, json.encode(content))
-
-    def refuse(self, refusal: Refusal) -> HttpResponse:
-        return error_response(refusal, "r")
 
 
 @define

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from attrs import define
+from attrs import define, evolve
 
 from chutes_proto.codes import Code
 from chutes_proto.effects import Entropy, Log, Uptime
@@ -26,14 +26,13 @@ from chutes_proto.server.volumes import read_cache_passphrase, sync_volumes
 from chutes_proto.wire import endpoints, openapi
 from chutes_proto.wire.answers import error_response
 from chutes_proto.wire.codec import decode_request, encode_answer
-from chutes_proto.wire.http import HttpResponse
+from chutes_proto.wire.http import HttpRequest, HttpResponse, MalformedRequest
 from chutes_proto.wire.messages import ApiDescriptionAnswer, ApiDescriptionRequest
 
 if TYPE_CHECKING:
     from chutes_proto.effects import Flow
     from chutes_proto.log import Value
     from chutes_proto.server.service import Service
-    from chutes_proto.wire.http import HttpRequest
     from chutes_proto.wire.messages import Answer
 
 _HOST = re.compile(r"[A-Za-z0-9.\-]+(?::[0-9]+)?|\[[0-9A-Fa-f:.]+\](?::[0-9]+)?")
@@ -64,10 +63,19 @@ class App:
     service: Service
     draining: bool = False
 
-    def handle(self, request: HttpRequest) -> Flow[HttpResponse]:
+    def handle(self, request: HttpRequest | MalformedRequest) -> Flow[HttpResponse]:
         """The answer to ``request``; raises nothing but what ends the process."""
         request_id = (yield from Entropy(16)).hex()
+        response = yield from self._respond(request, request_id)
+        if not self.draining:
+            return response
+        return evolve(response, headers=(*response.headers, ("connection", "close")))
+
+    def _respond(self, request: HttpRequest | MalformedRequest, request_id: str) -> Flow[HttpResponse]:
+        """An answer to everything, and a line for the operator about what is no grant."""
         try:
+            if isinstance(request, MalformedRequest):
+                raise request.refusal
             return (yield from self._answer(request, request_id))
         except Refusal as exc:
             refusal = exc
@@ -81,10 +89,6 @@ class App:
             refusal = Unavailable(Code.SERVER_FAULT, "A fault of the server's. Retry shortly.", reason=_where(exc))
         yield from self._tell(request, request_id, refusal)
         return error_response(refusal, request_id)
-
-    def refuse(self, refusal: Refusal) -> HttpResponse:
-        """The answer to bytes that never became a request."""
-        return error_response(refusal, "none")
 
     def _answer(self, request: HttpRequest, request_id: str) -> Flow[HttpResponse]:
         path, mark, query = request.target.partition("?")
@@ -109,17 +113,16 @@ class App:
             raise
         return encode_answer(match.endpoint, answer)
 
-    def _tell(self, request: HttpRequest, request_id: str, refusal: Refusal) -> Flow[None]:
+    def _tell(self, request: HttpRequest | MalformedRequest, request_id: str, refusal: Refusal) -> Flow[None]:
         """The operator's line. Anyone can cause refusals, so many at once are counted instead."""
         held_back = self.service.refusals.admits((yield from Uptime()))
         ours = isinstance(refusal, Unavailable)
         if held_back is None and not ours:
             return
-        fields: dict[str, Value] = {
-            "request_id": request_id,
-            "method": request.method[:16],
-            "path": request.target.partition("?")[0][:200],
-            "peer": request.peer_address,
+        fields: dict[str, Value] = {"request_id": request_id, "peer": request.peer_address}
+        if isinstance(request, HttpRequest):
+            fields |= {"method": request.method[:16], "path": request.target.partition("?")[0][:200]}
+        fields |= {
             "status": refusal.status,
             "code": str(refusal.code),
             "reason": refusal.reason[:4000],

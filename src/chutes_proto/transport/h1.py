@@ -8,7 +8,7 @@ Rules kept here:
 
 * limits hold before anything is parsed or kept: a head or body that is too large is refused (431, 413), a request that
   takes too long (408), and what is no request, or one that two parsers could read differently (400). What an error's
-  answer looks like is not known here: the connection is given a function for it;
+  answer looks like is not known here: it is asked for like the answer to a request;
 * however the peer's bytes are cut, requests and answers are the same;
 * one request at a time: bytes of the next wait until the answer has been sent;
 * after the last answer the peer is told that there will be no more, and a bounded amount of what it still sends is
@@ -19,7 +19,7 @@ Rules kept here:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from enum import Enum, auto
 from ipaddress import IPv6Address, ip_address
 from typing import TYPE_CHECKING, Final, Protocol
@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, Final, Protocol
 from attrs import frozen
 
 from chutes_proto.codes import Code
-from chutes_proto.errors import BadRequest, LocalProtocolError, Refusal, RemoteProtocolError
-from chutes_proto.wire.http import HttpRequest, HttpResponse
+from chutes_proto.errors import BadRequest, LocalProtocolError, RemoteProtocolError
+from chutes_proto.wire.http import HttpRequest, HttpResponse, MalformedRequest
 
 if TYPE_CHECKING:
     from chutes_proto.effects import Flow
@@ -48,12 +48,8 @@ _CLOSE: Final = ("connection", "close")
 class Application(Protocol):
     """What answers requests."""
 
-    def handle(self, request: HttpRequest, /) -> Flow[HttpResponse]:
-        """The answer to a request; raises nothing."""
-        ...
-
-    def refuse(self, refusal: Refusal, /) -> HttpResponse:
-        """The answer to bytes that never became a request."""
+    def handle(self, request: HttpRequest | MalformedRequest, /) -> Flow[HttpResponse]:
+        """The answer to a request, or to bytes that never became one; raises nothing."""
         ...
 
 
@@ -91,22 +87,19 @@ class _Phase(Enum):
 class ServerConnection:
     """One connection, the server's end of it.
 
-    ``refuse`` makes the answer to what never became a request. Until the connection is `closed`, a binding repeats:
-    take `next_request`, and if there is one, give its answer to `send_response`; send what `data_to_send` gives, or
-    where that is nothing, read some bytes for `receive_data`; and call `expire` when either was not done by the
-    `deadline`. Nothing that the peer does makes a method raise.
+    Until the connection is `closed`, a binding repeats: take `next_request`, and if there is one, give its answer to
+    `send_response`; send what `data_to_send` gives, or where that is nothing, read some bytes for `receive_data`; and
+    call `expire` when either was not done by the `deadline`. Nothing that the peer does makes a method raise.
     """
 
     def __init__(
         self,
-        refuse: Callable[[Refusal], HttpResponse],
         now: float,
         *,
         tls: TlsSession | None = None,
         limits: Limits = DEFAULT_LIMITS,
         peer_address: str = "",
     ) -> None:
-        self._refusal_answer = refuse
         self._tls = tls
         self._limits = limits
         self._peer_address = peer_address
@@ -124,7 +117,7 @@ class ServerConnection:
         self._head: h11.Request | None = None
         self._body = bytearray()
         self._arrived = now
-        self._ready: HttpRequest | None = None
+        self._ready: HttpRequest | MalformedRequest | None = None
         self._peer_ended = False
         self._end_told = False
         self._draining = False
@@ -166,8 +159,11 @@ class ServerConnection:
         if self._inbox and self._phase is _Phase.IDLE:
             self._arrive(now)
 
-    def next_request(self, now: float) -> HttpRequest | None:
-        """The next whole request, once; None while there is none, and until the one before has been answered."""
+    def next_request(self, now: float) -> HttpRequest | MalformedRequest | None:
+        """The next whole request, once; None while there is none, and until the one before has been answered.
+
+        What can never become a request comes as a `MalformedRequest`; its answer is the last one.
+        """
         self._in_flight = False
         if self._phase is _Phase.ANSWERING and not self._outbox:
             self._answered(now)
@@ -299,9 +295,11 @@ class ServerConnection:
             arrived=self._arrived,
         )
 
-    def _refuse(self, refusal: Refusal, now: float) -> None:
-        self._answer(self._refusal_answer(refusal), now, last=True)
+    def _refuse(self, refusal: BadRequest, now: float) -> None:
+        self.drain()
         self._close_reason = refusal.reason
+        self._ready = MalformedRequest(refusal, self._peer_address)
+        self._enter(_Phase.HANDLING, now)
 
     def _answer(self, response: HttpResponse, now: float, *, last: bool) -> None:
         headers = [*response.headers, ("content-length", str(len(response.body)))]
@@ -331,7 +329,7 @@ class ServerConnection:
     def _finish(self, reason: str, now: float) -> None:
         """Nothing more comes from our side than what is in the outbox."""
         self._last = True
-        self._close_reason = reason
+        self._close_reason = self._close_reason or reason
         self._inbox.clear()
         if self._tls is not None:
             self._tls.close()

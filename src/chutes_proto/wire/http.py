@@ -9,6 +9,8 @@ from attrs import field, frozen
 if TYPE_CHECKING:
     from cryptography.x509 import Certificate
 
+    from chutes_proto.errors import BadRequest
+
 Headers = tuple[tuple[str, str], ...]
 
 
@@ -34,6 +36,14 @@ class HttpRequest:
     def header_values(self, name: str) -> tuple[str, ...]:
         """All values of a header; ``name`` in lower case."""
         return tuple(value for key, value in self.headers if key == name)
+
+
+@frozen
+class MalformedRequest:
+    """Bytes that never became a request: what they are answered with, and whose they are."""
+
+    refusal: BadRequest
+    peer_address: str = ""
 
 
 @frozen
