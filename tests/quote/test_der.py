@@ -5,13 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 
+import attrs
 import pytest
 from cryptography import x509
 from hypothesis import given
 from hypothesis import strategies as st
 
 from chutes_proto.quote import certificates, der
-from chutes_proto.quote.certificates import SGX_EXTENSION, read_certificate, read_crl, read_pem, revoked_serials
+from chutes_proto.quote.certificates import (
+    SGX_EXTENSION,
+    Certificate,
+    Kind,
+    read_certificate,
+    read_crl,
+    read_pem,
+    revoked_serials,
+)
 from chutes_proto.quote.der import DerError
 from chutes_proto.quote.errors import PolicyError
 from chutes_proto.quote.pck import read_pck_extension
@@ -142,6 +151,114 @@ def test_a_root_must_be_a_self_signed_ca() -> None:
     for wrong in (CHAIN[0], CHAIN[1], CHAIN[2][:-1], CHAIN[2][:-1] + bytes([CHAIN[2][-1] ^ 1]), b""):
         with pytest.raises(PolicyError, match="root CA"):
             _ = TrustedRoot.from_der(wrong)
+
+
+# --- constraints, key usage, names ---
+
+BASIC_CONSTRAINTS, KEY_USAGE, KEY_ID = bytes.fromhex("551d13"), bytes.fromhex("551d0f"), bytes.fromhex("551d0e")
+END_ENTITY = read_certificate(PCK)
+
+
+def _with(extensions: dict[bytes, str | None]) -> Certificate:
+    changed = {name: bytes.fromhex(value) for name, value in extensions.items() if value is not None}
+    kept = {name: value for name, value in END_ENTITY.extensions.items() if name not in extensions}
+    return attrs.evolve(END_ENTITY, extensions={**kept, **changed})
+
+
+@pytest.mark.parametrize(
+    ("kind", "constraints", "usage", "problem"),
+    [
+        ("CA", "30060101ff020100", "03020106", None),
+        ("CA", "30030101ff", "03020186", None),
+        ("CA", "3000", "03020106", "not a CA's"),
+        ("CA", "30030101ff", "03020780", "not a CA's"),
+        ("CA", "30030101ff", "03020204", "not a CA's"),  # certificates but no CRLs
+        ("end entity", "3000", "030206c0", None),
+        ("end entity", "30030101ff", "030206c0", "are a CA's"),
+        ("end entity", "3000", "03020284", "signs statements"),
+        ("end entity", "3000", "03020640", "signs statements"),
+        ("end entity", "3003020100", "030206c0", "none"),  # a path length of no CA
+        ("end entity", "300301ff00", "030206c0", "a length"),
+        ("end entity", "3003010101", "030206c0", "BOOLEAN"),
+        ("end entity", "3000", "030106", "none"),
+        ("end entity", "3000", "03020880", "none"),
+        ("end entity", None, "030206c0", "missing"),
+        ("end entity", "3000", None, "missing"),
+    ],
+)
+def test_who_may_sign_what(kind: Kind, constraints: str | None, usage: str | None, problem: str | None) -> None:
+    certificate = _with({BASIC_CONSTRAINTS: constraints, KEY_USAGE: usage})
+    if problem is None:
+        certificates.check_kind(certificate, kind)
+    else:
+        with pytest.raises(DerError, match=problem):
+            certificates.check_kind(certificate, kind)
+
+
+def test_a_path_length_must_reach() -> None:
+    certificate = _with({BASIC_CONSTRAINTS: "30060101ff020100", KEY_USAGE: "03020106"})
+    with pytest.raises(DerError, match="not a CA's"):
+        certificates.check_kind(certificate, "CA", path_length=1)
+    with pytest.raises(DerError, match="missing"):
+        certificates.check_kind(_with({KEY_ID: None}), "end entity")
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("300d310b300906035504030c024341", None),
+        ("300d310b3009060355040313024341", None),
+        ("300d310b300906035504030402" + "4341", "no text"),
+        ("300d310b300906035504060c024341", "exactly one"),
+        ("301a" + "310b300906035504030c024341" * 2, "exactly one"),
+        ("300d300b300906035504030c024341", "none"),
+        ("3000", "exactly one"),
+    ],
+)
+def test_common_names(name: str, problem: str | None) -> None:
+    if problem is None:
+        assert certificates.common_name(bytes.fromhex(name)) == b"CA"
+    else:
+        with pytest.raises(DerError, match=problem):
+            _ = certificates.common_name(bytes.fromhex(name))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("a003020102", "a003020101"),  # version 2
+        ("06082a8648ce3d030107", "06082a8648ce3d030108"),  # another curve
+        ("300a06082a8648ce3d040302", "300a06082a8648ce3d040303"),  # another algorithm
+        ("0603551d13", "0603551d0f"),  # key usage twice
+        ("0603551d130101ff", "0603551d13010101"),  # a BOOLEAN that is neither
+    ],
+)
+def test_certificates_of_another_kind(old: str, new: str) -> None:
+    changed = PCK.replace(bytes.fromhex(old), bytes.fromhex(new))
+    assert changed != PCK
+    with pytest.raises(DerError):
+        _ = read_certificate(changed)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("020101300a0608", "020100300a0608"),  # version 1
+        ("0603551d14", "0603551d15"),  # no CRL number
+        ("0603551d23", "0603551d24"),  # no authority key identifier
+    ],
+)
+def test_crls_of_another_kind(old: str, new: str) -> None:
+    changed = CRL.replace(bytes.fromhex(old), bytes.fromhex(new), 1)
+    assert changed != CRL
+    with pytest.raises(DerError):
+        _ = read_crl(changed)
+
+
+def test_a_crl_without_entries_revokes_nothing() -> None:
+    assert revoked_serials(read_crl(collateral_of(PLATFORM).root_ca_crl)) == frozenset()
+    with pytest.raises(DerError, match="entry"):
+        _ = revoked_serials(attrs.evolve(read_crl(CRL), der=bytes.fromhex("30020500"), entries=(0, 4)))
 
 
 READERS: list[tuple[Callable[[bytes], object], bytes]] = [

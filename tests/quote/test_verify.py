@@ -17,6 +17,7 @@ from chutes_proto.quote.layout import parse_quote
 from chutes_proto.quote.roots import INTEL_ROOT, TrustedRoot
 from chutes_proto.quote.steps import (
     CertificateExpired,
+    CertificateFormat,
     CertificateNotYetValid,
     CollateralExpired,
     CollateralNotYetValid,
@@ -180,6 +181,12 @@ def test_a_malleable_variant_is_another_one() -> None:
 
 
 # --- hostile bytes ---
+
+
+def test_a_key_that_is_no_point_is_no_key() -> None:
+    certificate = attrs.evolve(open_quote(QUOTE, now=NOW, root=ROOT).chain.leaf, point=b"\x01" * 64)
+    with pytest.raises(CertificateFormat, match="no point"):
+        _ = stages._key(certificate, "PCK certificate")
 
 
 @given(st.integers(0, len(QUOTE) - 1), st.integers(1, 255))

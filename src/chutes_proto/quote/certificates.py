@@ -150,7 +150,7 @@ def read_crl(data: bytes) -> Crl:
         raise DerError("not a certificate revocation list of version 2")
     _check_algorithm(data, algorithm)
     extensions = _read_extensions(data, wrapped, _OF_CRLS)
-    if extensions.keys() != _OF_CRLS:
+    if not extensions.keys() >= _OF_CRLS:
         raise DerError("no CRL number, or no authority key identifier")
     number = extensions[_CRL_NUMBER]
     (value,) = der.members(number, 0, len(number), der.INTEGER)
@@ -238,7 +238,8 @@ def _read_extensions(data: bytes, wrapped: der.Element, known: frozenset[bytes])
         name = der.content(data, kind)
         if name in extensions:
             raise DerError("an extension twice")
-        if name not in known and len(fields) == 3 and der.boolean(data, fields[1]):
+        critical = len(fields) == 3 and der.boolean(data, fields[1])
+        if critical and name not in known:
             raise DerError("an unknown critical extension")
         extensions[name] = der.content(data, value)
     return extensions
