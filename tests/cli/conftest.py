@@ -55,6 +55,7 @@ class Server:
     process: subprocess.Popen[str]
     url: str
     ca: Path
+    said: list[str]
 
     def stop(self, signal: int) -> Ended:
         """Send a signal, wait for the end, and hand out what else it said."""
@@ -63,31 +64,38 @@ class Server:
         return Ended(self.process.returncode, out, err)
 
 
+def start_server(*arguments: object, ca: Path | None = None) -> Server:
+    """Start ``serve`` with more arguments, and read its standard output until it has said what it is."""
+    command = [*PROGRAM, "serve", *map(str, arguments)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    url = ""
+    said: list[str] = []
+    while not url or ca is None:
+        line = process.stdout.readline()
+        assert line, process.communicate()[1]
+        said.append(line)
+        last = line.split()[-1]
+        if last.startswith("https://"):
+            url = last
+        elif last.endswith(".pem"):
+            ca = Path(last)
+    return Server(process, url, ca, said)
+
+
 @pytest.fixture
 def start() -> Iterator[Callable[..., Server]]:
-    """Starts ``serve`` with more arguments, and reads its standard output until it has said what it is."""
-    started: list[subprocess.Popen[str]] = []
+    """`start_server`, for servers that end with the test."""
+    started: list[Server] = []
 
     def run(*arguments: object, ca: Path | None = None) -> Server:
-        command = [*PROGRAM, "serve", *map(str, arguments)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        started.append(process)
-        assert process.stdout is not None
-        url = ""
-        while not url or ca is None:
-            line = process.stdout.readline()
-            assert line, process.communicate()[1]
-            last = line.split()[-1]
-            if last.startswith("https://"):
-                url = last
-            elif last.endswith(".pem"):
-                ca = Path(last)
-        return Server(process, url, ca)
+        started.append(start_server(*arguments, ca=ca))
+        return started[-1]
 
     yield run
-    for process in started:
-        process.kill()
-        _ = process.communicate()
+    for server in started:
+        server.process.kill()
+        _ = server.process.communicate()
 
 
 @pytest.fixture(autouse=True)

@@ -42,7 +42,10 @@ class CommandQuoter:
     """
 
     def __init__(self, command: Sequence[str] | str, *, timeout: float = 30.0) -> None:
-        self._command = shlex.split(command) if isinstance(command, str) else list(command)
+        try:
+            self._command = shlex.split(command) if isinstance(command, str) else list(command)
+        except ValueError as exc:
+            raise QuoteUnavailable(f"the quote command cannot be cut into arguments: {exc}") from None
         self._timeout = timeout
         if not self._command:
             raise QuoteUnavailable("the quote command is empty")

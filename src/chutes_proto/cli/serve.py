@@ -158,12 +158,12 @@ def _develop(options: argparse.Namespace) -> int:
         write_server(directory, platform, now)
 
         def announce(urls: list[str]) -> None:
+            console.say(
+                f"This server trusts a SIMULATED platform ({kept}) and knows every hotkey: for development only."
+            )
             for url in urls:
                 console.say(f"key server: {url}")
             console.say(f"CA certificate: {directory / AUTHORITY}")
-            console.say(
-                f"It trusts a SIMULATED platform (kept in {kept}) and knows every hotkey: for development only."
-            )
             other = f" --platform {options.platform}" if options.platform else ""
             boot = f"chutes-proto boot {urls[0]} --ca {directory / AUTHORITY}{other}"
             console.say(f"try: {boot} --hotkey 5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY --vm vm-1")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Generator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, TypeVar
 
@@ -28,9 +29,16 @@ T = TypeVar("T")
 
 
 def run_trio(function: Callable[..., Awaitable[T]], *args: object) -> T:
-    """`trio.run`; what comes out of nurseries comes out as itself, the first where there are several."""
-    try:
+    """`trio.run`; what a nursery raises comes out unwrapped."""
+    with unwrapped():
         return trio.run(function, *args)
+
+
+@contextmanager
+def unwrapped() -> Generator[None]:
+    """What nurseries inside raise comes out as itself, the first where there are several."""
+    try:
+        yield
     except BaseExceptionGroup as group:
         raise _first(group) from None
 

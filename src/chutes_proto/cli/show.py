@@ -23,7 +23,7 @@ from chutes_proto.blocking.tls import client_context
 from chutes_proto.cli import console
 from chutes_proto.cli.development import AUTHORITY, CONFIGURATION, write_collateral, write_server
 from chutes_proto.cli.luks import HOW_TO_INSTALL, Cryptsetup, LuksError
-from chutes_proto.cli.serving import listen, serve_on, urls
+from chutes_proto.cli.serving import listen, serve_on, unwrapped, urls
 from chutes_proto.client.flows import BootSettings, attest_boot, boot, fetch_nonce, make_quote, sync_volumes
 from chutes_proto.client.retry import RetryPolicy
 from chutes_proto.codes import Code
@@ -81,7 +81,8 @@ async def show(directory: Path) -> bool:
     complaint = ""
     with trio.move_on_after(SECONDS) as limit:
         try:
-            await _Show(directory, steps).run()
+            with unwrapped():
+                await _Show(directory, steps).run()
         except (UnexpectedError, ChutesError, LuksError) as exc:
             complaint = str(exc)
     if limit.cancelled_caught:
@@ -90,7 +91,9 @@ async def show(directory: Path) -> bool:
         steps.say(complaint, done=False)
         console.say(f"After {steps.taken} steps, one did NOT go as it should.")
         return False
-    console.say(f"All {steps.taken} steps went as they should, in {steps.seconds:.1f} s.")
+    console.say(
+        f"All {steps.taken} steps went as they should, in {steps.seconds:.1f} s: two boots granted, six others refused."
+    )
     return True
 
 
@@ -116,7 +119,7 @@ class _Show:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(serve_on, listeners, setup, store, setup.collateral, self._log.append)
-                self._step(f"server: {self._url}, mutual TLS, on trio, keys in {setup.store_path}")
+                self._step(f"server: {self._url}, mutual TLS, on trio, store in SQLite at {setup.store_path}")
                 await self._boots()
                 for rebuff in self._rebuffs(revoked):
                     await self._refused(rebuff)

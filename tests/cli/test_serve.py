@@ -1,0 +1,358 @@
+"""`serve`: what is wrong is told with its key and file, a check changes nothing, a server stops on a signal."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import sqlite3
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from chutes_proto.auth.certificates import make_server_identity
+from chutes_proto.blocking.setup import load_setup
+from chutes_proto.blocking.sqlite import SqliteStore
+from chutes_proto.cli.development import RenewedCollateral, write_collateral, write_server
+from chutes_proto.errors import CollateralUnavailable
+from chutes_proto.keys.vault import KeyEncryptionKey
+from chutes_proto.quote.pck import PckIdentity
+from chutes_proto.quote.roots import INTEL_ROOT, TrustedRoot
+from chutes_proto.quote.verify import open_quote
+from chutes_proto.testing.platform import COLLATERAL_SECONDS, SimulatedPlatform
+from tests.cli.conftest import HOTKEY, Ended, Server
+
+PLATFORM = SimulatedPlatform(bytes(32))
+NOW = 1_780_000_000
+
+Command = Callable[..., Ended]
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """An operator's directory, with collateral of today."""
+    directory = tmp_path / "site"
+    directory.mkdir()
+    write_server(directory, PLATFORM, int(time.time()))
+    return directory
+
+
+def edit(site: Path, old: str, new: str, name: str = "server.toml") -> None:
+    text = (site / name).read_text()
+    assert old in text
+    _ = (site / name).write_text(text.replace(old, new))
+
+
+def check(command: Command, site: Path) -> Ended:
+    return command("serve", "--config", site / "server.toml", "--check")
+
+
+def listing(directory: Path) -> dict[str, tuple[int, int]]:
+    return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in directory.rglob("*")}
+
+
+# --- --check ---
+
+
+def test_a_check_says_what_is_there_and_makes_nothing(command: Command, site: Path) -> None:
+    before = listing(site)
+    ended = check(command, site)
+    assert (ended.code, ended.err) == (0, "")
+    assert listing(site) == before
+    assert "NOT Intel's root but simulated-root.der" in ended.out
+    assert "measurements: simulated" in ended.out
+    assert "volumes: storage, tdx-cache" in ended.out
+    assert "hotkeys: every hotkey" in ended.out
+    assert re.search(rf"collateral: .*{PLATFORM.fmspc.hex()}, platform CA, TDX, valid .* to ", ended.out)
+    assert "keys.db: not made yet" in ended.out
+
+
+def test_a_check_of_a_used_store_changes_nothing(command: Command, site: Path) -> None:
+    SqliteStore(site / "keys.db").close()
+    before = listing(site)
+    ended = check(command, site)
+    assert (ended.code, ended.err) == (0, "")
+    assert "keys.db: 0 keys" in ended.out
+    assert listing(site).keys() == before.keys()
+
+
+def test_an_empty_file_is_no_store_yet(command: Command, site: Path) -> None:
+    (site / "keys.db").touch()
+    assert check(command, site).code == 0
+    assert (site / "keys.db").read_bytes() == b""
+
+
+def _unreadable_kek(site: Path) -> None:
+    (site / "kek").chmod(0o640)
+
+
+def _short_kek(site: Path) -> None:
+    _ = (site / "kek").write_bytes(bytes(31))
+
+
+def _no_kek(site: Path) -> None:
+    (site / "kek").unlink()
+
+
+def _other_tls_key(site: Path) -> None:
+    _ = (site / "server.key").write_bytes(make_server_identity(NOW, bytes(32)).key_pem.reveal())
+
+
+def _open_tls_key(site: Path) -> None:
+    (site / "server.key").chmod(0o644)
+
+
+def _garbage(name: str) -> Callable[[Path], None]:
+    def change(site: Path) -> None:
+        _ = (site / name).write_bytes(b"\xff\xfe\0 garbage")
+
+    return change
+
+
+def _edited(old: str, new: str, name: str = "server.toml") -> Callable[[Path], None]:
+    return lambda site: edit(site, old, new, name)
+
+
+def _old_collateral(site: Path) -> None:
+    write_collateral(site / "collateral", PLATFORM, NOW - 365 * 86400)
+
+
+def _no_collateral(site: Path) -> None:
+    for path in (site / "collateral").iterdir():
+        path.unlink()
+
+
+def _other_database(site: Path) -> None:
+    connection = sqlite3.connect(site / "keys.db")
+    _ = connection.execute("CREATE TABLE theirs (x)")
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (_unreadable_kek, r"kek_file: .*/kek: .*0640.*chmod 600 .*/kek"),
+        (_short_kek, r"kek_file: .*/kek: .*32 raw bytes or 64 hex digits.*31 bytes"),
+        (_no_kek, r"kek_file: .*/kek: cannot be read: No such file"),
+        (_other_tls_key, r"tls: .*server\.pem.*server\.key.*not the one of the certificate"),
+        (_open_tls_key, r"tls: .*/server\.key: .*0644.*chmod 600"),
+        (_garbage("server.pem"), r"tls: .*server\.pem.*not PEM"),
+        (_garbage("server.key"), r"tls: .*server\.key.*not a private key"),
+        (_garbage("simulated-root.der"), r'roots: .*simulated-root\.der: .*say "intel"'),
+        (_garbage("measurements.toml"), r"measurements: .*measurements\.toml: not TOML"),
+        (_edited("[[profile]]", "[profile]", "measurements.toml"), r"measurements: .*measurements\.toml: profile"),
+        (_edited("mrtd", "mrtb", "measurements.toml"), r"measurements: .*mrt[bd]"),
+        (_edited('root_passphrase = "vm"', ""), r"measurements: .*'simulated'.*root_passphrase"),
+        (_edited('root_passphrase = "vm"', 'root_passphrase = "image"'), r"'simulated'.*root_passphrase_file"),
+        (
+            _edited('root_passphrase = "vm"', 'root_passphrase = "image"\nroot_passphrase_file = "none"'),
+            r"measurements: .*/none: cannot be read",
+        ),
+        (_edited('root_passphrase = "vm"', 'root_passphrase = "vm"\ncolour = 1'), r"measurements: .*colour"),
+        (_edited('hotkeys = "*"', 'hotkeys = ["5Grw"]'), r"hotkeys: '5Grw' is no hotkey"),
+        (_edited('"collateral"', '"elsewhere"'), r"collateral\.directory: .*/elsewhere is not a directory"),
+        (_edited('hotkeys = "*"', 'hotkeys = "*"\nnet_uid = 1'), r"/server\.toml: .*net_uid"),
+        (_garbage("server.toml"), r"/server\.toml: not TOML"),
+        (_old_collateral, r"collateral: .*\.json: of no use: .*time has ended"),
+        (_no_collateral, r"collateral\.directory: .* holds no \*\.json"),
+        (_other_database, r"keys\.db: it is another program's database"),
+        (_garbage("keys.db"), r"keys\.db: "),
+        (_edited("sqlite:keys.db", "sqlite:none/keys.db"), r"none/keys\.db: its directory is not there"),
+    ],
+)
+def test_what_is_wrong_is_told_with_key_and_file(
+    command: Command, site: Path, change: Callable[[Path], None], told: str
+) -> None:
+    change(site)
+    before = listing(site)
+    ended = check(command, site)
+    assert ended.code == 1
+    assert re.search(told, ended.err), ended.err
+    assert listing(site).keys() == before.keys()
+    secret = (site / "kek").read_bytes() if (site / "kek").exists() else b"none"
+    assert secret.hex() not in ended.err + ended.out
+
+
+def test_all_that_is_wrong_is_told_at_once(command: Command, site: Path) -> None:
+    for change in (_short_kek, _other_tls_key, _garbage("simulated-root.der"), _garbage("measurements.toml")):
+        change(site)
+    lines = check(command, site).err.splitlines()
+    assert [line.split()[1] for line in lines] == ["tls:", "roots:", "kek_file:", "measurements:"]
+
+
+def test_a_store_under_another_key_is_told(command: Command, site: Path, start: Callable[..., Server]) -> None:
+    server = start("--config", site / "server.toml", ca=site / "ca.pem")
+    boot = ["boot", server.url, "--ca", server.ca, "--hotkey", HOTKEY, "--vm", "vm-1", "--quoter", quoter(site)]
+    assert command(*boot).code == 0
+    _ = server.stop(signal.SIGTERM)
+    old = KeyEncryptionKey.from_bytes((site / "kek").read_bytes()).kek_id
+    _ = (site / "kek").rename(site / "kek.old")
+    _ = (site / "kek").write_bytes(os.urandom(32))
+    (site / "kek").chmod(0o600)
+    for arguments in (["--check"], []):
+        ended = command("serve", "--config", site / "server.toml", *arguments)
+        assert ended.code == 1
+        assert f"3 under {old}" in ended.err
+    edit(site, 'kek_file = "kek"', 'kek_file = "kek"\nkek_previous_file = "kek.old"')
+    ended = check(command, site)
+    assert ended.code == 0
+    assert "keys.db: 3 keys" in ended.out
+
+
+def quoter(site: Path) -> str:
+    """A command that quotes for this site's platform."""
+    script = site.parent / "quoter.py"
+    _ = script.write_text(
+        "import sys\n"
+        "from chutes_proto.testing.platform import SimulatedPlatform\n"
+        "sys.stdout.buffer.write(SimulatedPlatform(bytes(32)).quote(bytes.fromhex(sys.argv[1])))\n"
+    )
+    return f"{sys.executable} {script} {{report_data}}"
+
+
+# --- what is read ---
+
+
+def test_the_service_is_what_the_files_say(site: Path) -> None:
+    edit(
+        site, 'hotkeys = "*"', f'hotkeys = ["{HOTKEY}"]\nnetuid = 7\nplatform_binding = "off"\nlimits.verifications = 3'
+    )
+    setup = load_setup(site / "server.toml")
+    service = setup.service
+    assert service.hotkeys == frozenset({HOTKEY})
+    assert (service.netuid, service.platform_binding, service.verifications.size) == (7, "off", 3)
+    assert service.root == TrustedRoot.from_der(PLATFORM.root_der)
+    assert service.trust.endswith(service.root.digest.hex())
+    assert service.profiles["simulated"].image_passphrase is None
+    assert setup.store_path == site / "keys.db"
+    edit(site, '"simulated-root.der"', '"intel"')
+    service = load_setup(site / "server.toml").service
+    assert (service.root, service.trust) == (INTEL_ROOT, "Intel SGX Root CA")
+
+
+def test_profiles_may_be_a_json_list_with_the_defaults_of_the_configuration(site: Path) -> None:
+    rtmrs = {f"rtmr{number}": "ab" * 48 for number in range(4)}
+    profiles = [{"name": name, "mrtd": "cd" * 48, "boot_rtmrs": rtmrs, "runtime_rtmrs": rtmrs} for name in ("a", "b")]
+    _ = (site / "list").write_text(json.dumps(profiles))
+    _ = (site / "passphrase").write_bytes(b"the image's\n")
+    (site / "passphrase").chmod(0o600)
+    edit(site, '["measurements.toml"]', '["measurements.toml", "list"]')
+    edit(
+        site, 'root_passphrase = "vm"', 'version = "7"\nroot_passphrase = "image"\nroot_passphrase_file = "passphrase"'
+    )
+    service = load_setup(site / "server.toml").service
+    assert list(service.profiles) == ["simulated", "a", "b"]
+    assert service.profiles["a"].measurements.version == "7"
+    passphrase = service.profiles["b"].image_passphrase
+    assert passphrase is not None
+    assert passphrase.reveal() == b"the image's"
+
+
+def test_one_name_in_two_files_is_an_error(command: Command, site: Path) -> None:
+    edit(site, '["measurements.toml"]', '["measurements.toml", "measurements.toml"]')
+    ended = check(command, site)
+    assert ended.code == 1
+    assert "measurements: profile: a name is there twice" in ended.err
+
+
+# --- usage ---
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--config"],
+        ["--config", "none.toml"],
+        ["--config", "."],
+        ["--config", "none.toml", "--check"],
+        ["--dev", "--check"],
+        ["--dev", "--config", "server.toml"],
+        ["--config", "server.toml", "--platform", "."],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_is_2(command: Command, arguments: list[str], site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(site)
+    ended = command("serve", *arguments)
+    assert (ended.code, ended.out) == (2, "")
+    assert "chutes-proto" in ended.err
+
+
+def test_a_port_that_is_taken_is_told(command: Command, site: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        edit(site, "127.0.0.1:0", address)
+        ended = command("serve", "--config", site / "server.toml")
+    assert ended.code == 1
+    assert f"listen: {address}: Address already in use" in ended.err
+
+
+# --- processes ---
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_server_says_whom_it_trusts_and_stops_on_a_signal(
+    site: Path, start: Callable[..., Server], command: Command, number: int
+) -> None:
+    server = start("--config", site / "server.toml", ca=site / "ca.pem")
+    keys = site.parent / "received"
+    options = ["--hotkey", HOTKEY, "--vm", "vm-1", "--quoter", quoter(site), "--keys", keys]
+    booted = command("boot", server.url, "--ca", server.ca, *options)
+    assert booted.code == 0, booted.err
+    ended = server.stop(number)
+    assert (ended.code, ended.out) == (0, "")
+    records = [json.loads(line) for line in ended.err.splitlines()]
+    assert [record["event"] for record in records] == ["serving", "boot_granted", "volumes_synced", "stopped"]
+    assert records[0]["level"] == "warning"
+    for record in records[:2]:
+        assert record["trust"] == f"NOT Intel's root but simulated-root.der, SHA-256 {root_digest()}"
+    canaries = [path.read_text() for path in keys.iterdir()]
+    assert len(canaries) == 3
+    assert [path.stat().st_mode & 0o777 for path in keys.iterdir()] == [0o600] * 3
+    for canary in canaries:
+        assert canary not in ended.err + booted.out + booted.err
+
+
+def root_digest() -> str:
+    return TrustedRoot.from_der(PLATFORM.root_der).digest.hex()
+
+
+def test_two_servers_for_development_share_one_platform(
+    start: Callable[..., Server], command: Command, no_home: Path
+) -> None:
+    servers = [start("--dev"), start("--dev")]
+    assert (no_home / "chutes-proto/platform/platform.json").is_file()
+    for number, server in enumerate(servers):
+        directory = server.ca.parent
+        assert server.ca.is_absolute()
+        ended = command("boot", server.url, "--ca", server.ca, "--hotkey", HOTKEY, "--vm", "vm-1", "--json")
+        assert ended.code == 0, ended.err
+        said = server.stop((signal.SIGTERM, signal.SIGINT)[number])
+        assert said.code == 0
+        assert not directory.exists()
+        assert "SIMULATED" in server.said[0]
+
+
+# --- collateral for development ---
+
+
+def identity(platform: SimulatedPlatform) -> PckIdentity:
+    return open_quote(platform.quote(bytes(64)), now=NOW, root=TrustedRoot.from_der(PLATFORM.root_der)).pck
+
+
+def test_collateral_of_the_platform_is_made_anew_when_it_is_old(site: Path) -> None:
+    directory = load_setup(site / "server.toml").collateral
+    _no_collateral(site)
+    renewed = RenewedCollateral(directory, PLATFORM)
+    first = renewed.fetch(identity(PLATFORM), NOW)
+    assert renewed.fetch(identity(PLATFORM), NOW + COLLATERAL_SECONDS) is first
+    later = renewed.fetch(identity(PLATFORM), NOW + COLLATERAL_SECONDS + 1)
+    assert later.window[0] == NOW + COLLATERAL_SECONDS + 1
+    with pytest.raises(CollateralUnavailable):
+        _ = renewed.fetch(identity(PLATFORM.another(1)), NOW)
