@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 from attrs import define, frozen
@@ -64,10 +64,10 @@ class Server:
         return Ended(self.process.returncode, out, err)
 
 
-def start_server(*arguments: object, ca: Path | None = None) -> Server:
+def start_server(*arguments: object, ca: Path | None = None, stderr: int | IO[str] = subprocess.PIPE) -> Server:
     """Start ``serve`` with more arguments, and read its standard output until it has said what it is."""
     command = [*PROGRAM, "serve", *map(str, arguments)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
     assert process.stdout is not None
     url = ""
     said: list[str] = []
@@ -88,8 +88,8 @@ def start() -> Iterator[Callable[..., Server]]:
     """`start_server`, for servers that end with the test."""
     started: list[Server] = []
 
-    def run(*arguments: object, ca: Path | None = None) -> Server:
-        started.append(start_server(*arguments, ca=ca))
+    def run(*arguments: object, **settings: Any) -> Server:
+        started.append(start_server(*arguments, **settings))
         return started[-1]
 
     yield run

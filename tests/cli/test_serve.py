@@ -9,21 +9,26 @@ import signal
 import socket
 import sqlite3
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from chutes_proto.auth.certificates import make_server_identity
 from chutes_proto.blocking.setup import load_setup
 from chutes_proto.blocking.sqlite import SqliteStore
 from chutes_proto.cli.development import RenewedCollateral, write_collateral, write_server
-from chutes_proto.errors import CollateralUnavailable
+from chutes_proto.cli.main import main
+from chutes_proto.errors import CollateralUnavailable, ConfigurationError
 from chutes_proto.keys.vault import KeyEncryptionKey
 from chutes_proto.quote.pck import PckIdentity
 from chutes_proto.quote.roots import INTEL_ROOT, TrustedRoot
 from chutes_proto.quote.verify import open_quote
+from chutes_proto.server.config import ServerConfig
 from chutes_proto.testing.platform import COLLATERAL_SECONDS, SimulatedPlatform
 from tests.cli.conftest import HOTKEY, Ended, Server
 
@@ -260,6 +265,34 @@ def test_one_name_in_two_files_is_an_error(command: Command, site: Path) -> None
     assert "measurements: profile: a name is there twice" in ended.err
 
 
+def test_the_configuration_in_the_help_is_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--help"]) == 0
+    text = capsys.readouterr().out.partition("server.toml:\n")[2].partition("measurements.toml:\n")[0]
+    config = ServerConfig.from_toml(textwrap.dedent(text).encode())
+    assert config.measurements == ("measurements.toml",)
+
+
+FILES = ["server.toml", "measurements.toml", "server.pem", "server.key", "simulated-root.der", "kek"]
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=st.sampled_from(FILES),
+    content=st.one_of(
+        st.binary(max_size=300), st.text(max_size=100).map(str.encode), st.just(b"x = " + b"[" * 100_000)
+    ),
+)
+def test_whatever_is_in_a_file_is_told_or_read(site: Path, name: str, content: bytes) -> None:
+    kept = (site / name).read_bytes()
+    _ = (site / name).write_bytes(content)
+    try:
+        _ = load_setup(site / "server.toml")
+    except ConfigurationError as exc:
+        assert str(exc)
+    finally:
+        _ = (site / name).write_bytes(kept)
+
+
 # --- usage ---
 
 
@@ -337,6 +370,13 @@ def test_two_servers_for_development_share_one_platform(
         assert said.code == 0
         assert not directory.exists()
         assert "SIMULATED" in server.said[0]
+
+
+def test_a_full_disk_behind_the_log_stops_no_boot(start: Callable[..., Server], command: Command) -> None:
+    with Path("/dev/full").open("w") as full:
+        server = start("--dev", stderr=full)
+    ended = command("boot", server.url, "--ca", server.ca, "--hotkey", HOTKEY, "--vm", "vm-1", "--wait", 0)
+    assert ended.code == 0, ended.err
 
 
 # --- collateral for development ---

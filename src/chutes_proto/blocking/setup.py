@@ -63,7 +63,7 @@ def load_setup(path: str | Path) -> ServerSetup:
     config = problems.attempt(str(path), lambda: ServerConfig.from_toml(data))
     if config is None:
         raise problems.error()
-    base = Path(path).resolve().parent
+    base = Path(path).absolute().parent
     tls = problems.attempt("tls", lambda: _tls(config, base))
     root = problems.attempt("roots", lambda: _root(config, base))
     current = problems.attempt("kek_file", lambda: _kek(base / config.kek_file))
@@ -115,7 +115,11 @@ def check_store(path: Path, vault: Vault) -> str:
 
     Raises `StoreError` for one that cannot be used, or holds keys that ``vault`` cannot open.
     """
-    if not path.exists() or path.stat().st_size == 0:
+    try:
+        is_made = path.exists() and path.stat().st_size > 0
+    except OSError as exc:
+        raise StoreError(f"store {path}: {exc.strerror}") from None
+    if not is_made:
         if not os.access(path.parent, os.W_OK | os.X_OK):
             raise StoreError(f"store {path}: its directory is not there, or this user may not write it")
         return f"{path}: not made yet"

@@ -26,6 +26,15 @@ _CONFIGURATION = """
     hotkeys = ["5Grw..."]              # or "*"
     [profile_defaults]
     root_passphrase = "vm"             # or "image", with root_passphrase_file
+
+measurements.toml:
+
+    [[profile]]
+    name = "8xh200"
+    version = "1.0"
+    mrtd = "..."                       # 96 hex digits, as each register
+    boot = { rtmr0 = "...", rtmr1 = "...", rtmr2 = "...", rtmr3 = "..." }
+    runtime = { rtmr0 = "...", rtmr1 = "...", rtmr2 = "...", rtmr3 = "..." }
 """
 
 
@@ -47,7 +56,7 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
         "chutes-proto serve --dev\n"
         "chutes-proto serve --config /etc/chutes/server.toml --check\n"
         "chutes-proto serve --config /etc/chutes/server.toml\n\n"
-        "a configuration file:\n" + _CONFIGURATION,
+        "server.toml:\n" + _CONFIGURATION,
     )
     which = parser.add_mutually_exclusive_group(required=True)
     _ = which.add_argument("--config", metavar="FILE", help="the configuration file (TOML)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, TypeVar
 
@@ -49,9 +49,10 @@ def _first(exc: BaseException) -> BaseException:
 
 
 def log_line(record: Record) -> None:
-    """One line of JSON on standard error."""
+    """One line of JSON on standard error. A full disk behind it must not stop the server: the audit is in the store."""
     at = datetime.now(UTC).isoformat(timespec="milliseconds")
-    print(record.as_json(at), file=sys.stderr, flush=True)
+    with suppress(OSError):
+        print(record.as_json(at), file=sys.stderr, flush=True)
 
 
 async def listen(setup: ServerSetup) -> list[trio.SocketListener]:

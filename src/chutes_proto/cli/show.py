@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -104,6 +104,7 @@ class _Show:
         self._platform = SimulatedPlatform(os.urandom(32))
         self._url = ""
         self._log: list[Record] = []
+        self._secrets: tuple[Secret, ...] = ()
 
     async def run(self) -> None:
         """The key server, and all that happens to it."""
@@ -126,6 +127,7 @@ class _Show:
                 nursery.cancel_scope.cancel()
         finally:
             store.close()
+        self._look_for_secrets()
 
     # --- what is granted ---
 
@@ -148,7 +150,7 @@ class _Show:
             for volume in VOLUMES:
                 await trio.to_thread.run_sync(cryptsetup.open, self._image(volume), again[volume])
                 self._step(f"reboot: the passphrase received now opens {volume}")
-        self._look_for(received.values())
+        self._secrets = tuple(received.values())
 
     async def _boot(self, title: str, formatted: tuple[str, ...]) -> Mapping[str, Secret]:
         """One boot of the VM by the boot agent: the passphrases, the root's under ``root``."""
@@ -184,11 +186,11 @@ class _Show:
     def _image(self, volume: str) -> Path:
         return self._directory / f"{volume}.img"
 
-    def _look_for(self, secrets: Iterable[Secret]) -> None:
+    def _look_for_secrets(self) -> None:
         """No passphrase may stand in the clear where one is not meant to be."""
         logged = "\n".join(record.as_json("") for record in self._log).encode()
         stored = b"".join(path.read_bytes() for path in self._directory.glob("keys.db*"))
-        if any(secret.reveal() in logged + stored for secret in secrets):
+        if any(secret.reveal() in logged + stored for secret in self._secrets):
             raise UnexpectedError("a passphrase stands in the clear in the server's log or store")
         self._step(f"secrets: no passphrase in {len(self._log)} lines of log or in {len(stored)} bytes of store")
 
@@ -197,8 +199,8 @@ class _Show:
     def _rebuffs(self, revoked: SimulatedPlatform) -> tuple[Rebuff, ...]:
         honest, having = self._platform.quote, self._platform.having
         return (
-            Rebuff("a replayed nonce", _replay_nonce, honest, Code.NONCE_INVALID, "nonce"),
-            Rebuff("a quote for another TLS key", _quote_other_key, honest, Code.CERTIFICATE_MISMATCH, "key"),
+            Rebuff("a replayed nonce", _replay_nonce, honest, Code.NONCE_INVALID, "redeemed"),
+            Rebuff("a quote for another TLS key", _quote_other_key, honest, Code.CERTIFICATE_MISMATCH, "TLS key"),
             Rebuff("a wrong measurement", boot, having("rtmr1").quote, Code.MEASUREMENT_MISMATCH, "RTMR1"),
             Rebuff("a debug TD", boot, having("debug").quote, Code.ATTRIBUTES_REJECTED, "debug"),
             Rebuff("a revoked PCK certificate", boot, revoked.quote, Code.QUOTE_REJECTED, "pck_revoked"),
@@ -217,8 +219,10 @@ class _Show:
                 refusal = exc
             else:
                 raise UnexpectedError(f"{rebuff.what} was NOT refused")
-        reasons = [r.fields["reason"] for r in self._log if r.fields.get("request_id") == refusal.request_id]
-        operator = f"operator reads: {reasons[0] if reasons else 'nothing'}"
+        record = next(
+            (r for r in self._log if r.event == "refused" and r.fields["request_id"] == refusal.request_id), None
+        )
+        operator = f"operator reads: {'nothing' if record is None else record.fields['reason']}"
         text = f"refused: {rebuff.what}: {refusal.status} {refusal.code}; {operator}"
         if (refusal.code, refusal.status) != (rebuff.code, rebuff.code.status) or rebuff.reason not in operator:
             raise UnexpectedError(f"{text} (expected {rebuff.code.status} {rebuff.code} and {rebuff.reason!r})")

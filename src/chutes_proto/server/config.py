@@ -135,7 +135,7 @@ class ServerConfig:
         """The configuration in ``data``. Raises `ConfigurationError`, which lists all that is wrong."""
         try:
             content = tomllib.loads(data.decode("utf-8"))
-        except (UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
+        except (ValueError, RecursionError) as exc:
             raise ConfigurationError(f"not TOML: {exc}") from None
         _refuse_not_served(content)
         try:
