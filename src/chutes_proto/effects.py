@@ -53,6 +53,16 @@ class Send(Effect["HttpResponse"]):
 
 
 @frozen
+class Get(Effect["HttpResponse"]):
+    """GET a URL of any service, following no redirect, and reply with the whole answer.
+
+    Raises `TransportError` in the flow when there is no answer; never for a status.
+    """
+
+    url: str
+
+
+@frozen
 class MakeQuote(Effect[bytes]):
     """Have the platform quote 64 bytes of report data; the reply is the quote. Raises `QuoteUnavailable`."""
 

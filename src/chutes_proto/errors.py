@@ -5,6 +5,7 @@
     │   └── ConfigurationError         a file of yours says something it cannot say
     │       └── FileUnavailable        … or cannot be read or written
     ├── RemoteProtocolError            the peer's bytes are not the protocol
+    │   └── UpstreamError              … or a collateral service's answer is of no use
     ├── Refusal                        an answer of the server that is no grant
     │   ├── BadRequest                 400, 405, 408, 413, 422, 431: the request itself
     │   ├── Refused                    401, 403, 404, 409: this caller, quote, token or name; final
@@ -49,6 +50,7 @@ __all__ = [
     "StoreError",
     "TransportError",
     "Unavailable",
+    "UpstreamError",
     "ValidationProblem",
     "refusal",
 ]
@@ -71,6 +73,19 @@ class FileUnavailable(ConfigurationError):
 
 class RemoteProtocolError(ChutesError):
     """The peer's bytes are not the protocol."""
+
+
+class UpstreamError(RemoteProtocolError):
+    """What a collateral service answered is of no use.
+
+    ``unknown``: it says that it has nothing for this platform. ``retry_after``: it asks to be left alone for so many
+    seconds (None: it does not).
+    """
+
+    def __init__(self, message: str, *, unknown: bool = False, retry_after: int | None = None) -> None:
+        super().__init__(message)
+        self.unknown = unknown
+        self.retry_after = retry_after
 
 
 class Refusal(ChutesError):

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import anyio
 import httpx
 
-from chutes_proto.blocking.http import MAX_ANSWER, TimeLimits, origin, prepare, received, transport_errors
+from chutes_proto.blocking.http import MAX_ANSWER, TimeLimits, origin, prepare, prepare_get, received, transport_errors
 from chutes_proto.blocking.perform import CollateralSource, Missing, log_record, unknown
 from chutes_proto.blocking.quoting import Quoter, take_quote
 from chutes_proto.effects import (
@@ -21,6 +21,7 @@ from chutes_proto.effects import (
     Entropy,
     FetchCollateral,
     Flow,
+    Get,
     Log,
     MakeQuote,
     Now,
@@ -31,6 +32,8 @@ from chutes_proto.effects import (
     run_async,
 )
 from chutes_proto.log import Record
+from chutes_proto.quote.collateral import VerifiedCollateral
+from chutes_proto.quote.pck import PckIdentity
 from chutes_proto.store.run import Store
 from chutes_proto.wire.http import HttpRequest, HttpResponse
 
@@ -50,38 +53,60 @@ class HttpxSender:
 
     async def __call__(self, request: HttpRequest) -> HttpResponse:
         """The whole answer. Raises `TransportError`."""
-        body = bytearray()
-        with anyio.move_on_after(self._limits.total) as scope, transport_errors():
-            prepared = prepare(self._client, self._origin, request, self._limits)
-            response = await self._client.send(prepared, stream=True, follow_redirects=False)
-            try:
-                async for chunk in response.aiter_raw():
-                    body += chunk
-                    if len(body) > MAX_ANSWER:
-                        scope.cancel()  # unwinds httpx's generators from inside, which leaving the loop would not
-            finally:
-                await response.aclose()
-            if len(body) <= MAX_ANSWER:
-                return received(response, body)
-        raise self._limits.exceeded(body)
+        return await _answer(self._client, prepare(self._client, self._origin, request, self._limits), self._limits)
+
+
+class HttpxGetter:
+    """Performs `Get` with an `httpx.AsyncClient`, whose TLS context is the caller's choice."""
+
+    def __init__(self, client: httpx.AsyncClient, limits: TimeLimits = TimeLimits()) -> None:
+        self._client = client
+        self._limits = limits
+
+    async def __call__(self, url: str) -> HttpResponse:
+        """The whole answer. Raises `TransportError`."""
+        return await _answer(self._client, prepare_get(self._client, url, self._limits), self._limits)
+
+
+async def _answer(client: httpx.AsyncClient, request: httpx.Request, limits: TimeLimits) -> HttpResponse:
+    body = bytearray()
+    with anyio.move_on_after(limits.total) as scope, transport_errors():
+        response = await client.send(request, stream=True, follow_redirects=False)
+        try:
+            async for chunk in response.aiter_raw():
+                body += chunk
+                if len(body) > MAX_ANSWER:
+                    scope.cancel()  # unwinds httpx's generators from inside, which leaving the loop would not
+        finally:
+            await response.aclose()
+        if len(body) <= MAX_ANSWER:
+            return received(response, body)
+    raise limits.exceeded(body)
 
 
 class Performer:
-    """Carries out effects with the parts that it is given; quoter, store and collateral source may block."""
+    """Carries out effects with the parts that it is given; quoter, store and collateral source may block.
+
+    ``fetch`` is for a source of collateral that does not, in place of ``collateral``.
+    """
 
     def __init__(
         self,
         *,
         send: Callable[[HttpRequest], Awaitable[HttpResponse]] | None = None,
+        get: Callable[[str], Awaitable[HttpResponse]] | None = None,
         quoter: Quoter | None = None,
         store: Store | None = None,
         collateral: CollateralSource | None = None,
+        fetch: Callable[[PckIdentity, int], Awaitable[VerifiedCollateral]] | None = None,
         log: Callable[[Record], None] = log_record,
     ) -> None:
         self._send = send or Missing("send")
+        self._get = get or Missing("get")
         self._quoter = quoter or Missing("quoter")
         self._store = store or Missing("store")
         self._collateral = collateral or Missing("collateral")
+        self._fetch = fetch or self._fetch_in_thread
         self._log = log
 
     async def run(self, flow: Flow[T]) -> T:
@@ -103,9 +128,10 @@ class Performer:
                 return anyio.current_time()
             case Entropy(size):
                 return os.urandom(size)
+            case Get(url):
+                return await self._get(url)
             case FetchCollateral(identity, now):
-                fetch = self._collateral.fetch
-                return await anyio.to_thread.run_sync(fetch, identity, now, abandon_on_cancel=True)
+                return await self._fetch(identity, now)
             case Transact(unit):
                 return await anyio.to_thread.run_sync(self._store.transact, unit)
             case Log(record):
@@ -113,3 +139,6 @@ class Performer:
             case _:
                 raise unknown(effect)
         return None
+
+    async def _fetch_in_thread(self, identity: PckIdentity, now: int) -> VerifiedCollateral:
+        return await anyio.to_thread.run_sync(self._collateral.fetch, identity, now, abandon_on_cancel=True)

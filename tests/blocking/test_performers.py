@@ -21,6 +21,7 @@ from chutes_proto.effects import (
     Entropy,
     FetchCollateral,
     Flow,
+    Get,
     Log,
     MakeQuote,
     Now,
@@ -167,6 +168,7 @@ def test_a_record_is_logged(drive: Driver, caplog: pytest.LogCaptureFixture) -> 
     ("effect", "part"),
     [
         (Send(REQUEST), "send"),
+        (Get("https://localhost"), "get"),
         (MakeQuote(bytes(64)), "quoter"),
         (Transact(Answer()), "store"),
         (FetchCollateral(cast("Any", None), 0), "collateral"),

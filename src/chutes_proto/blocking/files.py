@@ -138,16 +138,18 @@ class CollateralDirectory:
     """Collateral in the ``*.json`` files of a directory, one platform family a file (`Collateral.from_json`).
 
     Files may come, go and change at any time. Each is read and verified once; one that does not verify is looked at
-    again after a while, because its time may not have begun. May be used from several threads.
+    again after a while, because its time may not have begun. Past its time collateral is used for ``grace`` seconds, as
+    long as there is none that is valid. May be used from several threads.
 
     A PCK certificate chain beside the collateral is left out: it is one machine's, and a file here serves many.
     """
 
     AGAIN_AFTER: Final = 60
 
-    def __init__(self, path: str | Path, root: TrustedRoot) -> None:
+    def __init__(self, path: str | Path, root: TrustedRoot, *, grace: int = 0) -> None:
         self.path = Path(path)
         self._root = root
+        self._grace = grace
         self._lock = threading.Lock()
         self._read: dict[str, _Read] = {}
 
@@ -183,7 +185,7 @@ class CollateralDirectory:
     def _verified(self, path: Path, now: int) -> VerifiedCollateral | str:
         try:
             collateral = evolve(Collateral.from_json(read_file(path)), pck_certificate_chain=None)
-            return verify_collateral(collateral, now=now, root=self._root)
+            return verify_collateral(collateral, now=now, root=self._root, grace=self._grace)
         except (FileUnavailable, QuoteError) as exc:
             return str(exc)
 

@@ -1,9 +1,9 @@
-"""`Send` by httpx: the request and the answer as httpx has them, its errors as ours, its limits.
+"""`Send` and `Get` by httpx: the request and the answer as httpx has them, its errors as ours, its limits.
 
 Rules kept here, for all three drivers:
 
 * the one map from what httpx raises to `TransportError` is here;
-* a request goes to the one origin its sender was made for, over https, and follows no redirect;
+* a request of `Send` goes to the one origin its sender was made for, over https; none follows a redirect;
 * an answer is bounded in size; content codings are neither asked for nor undone, so it cannot swell.
 """
 
@@ -63,19 +63,37 @@ class HttpxSender:
 
     def __call__(self, request: HttpRequest) -> HttpResponse:
         """The whole answer. Raises `TransportError`."""
-        end = time.monotonic() + self._limits.total
-        body = bytearray()
-        with transport_errors():
-            prepared = prepare(self._client, self._origin, request, self._limits)
-            response = self._client.send(prepared, stream=True, follow_redirects=False)
-            try:
-                for chunk in response.iter_raw():
-                    body += chunk
-                    if len(body) > MAX_ANSWER or time.monotonic() > end:
-                        raise self._limits.exceeded(body)
-            finally:
-                response.close()
-        return received(response, body)
+        return _answer(self._client, prepare(self._client, self._origin, request, self._limits), self._limits)
+
+
+class HttpxGetter:
+    """Performs `Get` with an `httpx.Client`, whose TLS context is the caller's choice.
+
+    Its limits hold as those of `HttpxSender` do.
+    """
+
+    def __init__(self, client: httpx.Client, limits: TimeLimits = TimeLimits()) -> None:
+        self._client = client
+        self._limits = limits
+
+    def __call__(self, url: str) -> HttpResponse:
+        """The whole answer. Raises `TransportError`."""
+        return _answer(self._client, prepare_get(self._client, url, self._limits), self._limits)
+
+
+def _answer(client: httpx.Client, request: httpx.Request, limits: TimeLimits) -> HttpResponse:
+    end = time.monotonic() + limits.total
+    body = bytearray()
+    with transport_errors():
+        response = client.send(request, stream=True, follow_redirects=False)
+        try:
+            for chunk in response.iter_raw():
+                body += chunk
+                if len(body) > MAX_ANSWER or time.monotonic() > end:
+                    raise limits.exceeded(body)
+        finally:
+            response.close()
+    return received(response, body)
 
 
 def origin(url: str) -> httpx.URL:
@@ -100,6 +118,12 @@ def prepare(
         content=request.body,
         timeout=httpx.Timeout(limits.read, connect=limits.connect),
     )
+
+
+def prepare_get(client: httpx.Client | httpx.AsyncClient, url: str, limits: TimeLimits) -> httpx.Request:
+    """The request of a `Get` as httpx has it."""
+    timeout = httpx.Timeout(limits.read, connect=limits.connect)
+    return client.build_request("GET", url, headers=[("accept-encoding", "identity")], timeout=timeout)
 
 
 def received(response: httpx.Response, body: bytearray) -> HttpResponse:

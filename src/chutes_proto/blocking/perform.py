@@ -22,6 +22,7 @@ from chutes_proto.effects import (
     Entropy,
     FetchCollateral,
     Flow,
+    Get,
     Log,
     MakeQuote,
     Now,
@@ -82,12 +83,14 @@ class Performer:
         self,
         *,
         send: Callable[[HttpRequest], HttpResponse] | None = None,
+        get: Callable[[str], HttpResponse] | None = None,
         quoter: Quoter | None = None,
         store: Store | None = None,
         collateral: CollateralSource | None = None,
         log: Callable[[Record], None] = log_record,
     ) -> None:
         self._send = send or Missing("send")
+        self._get = get or Missing("get")
         self._quoter = quoter or Missing("quoter")
         self._store = store or Missing("store")
         self._collateral = collateral or Missing("collateral")
@@ -112,6 +115,8 @@ class Performer:
                 return time.monotonic()
             case Entropy(size):
                 return os.urandom(size)
+            case Get(url):
+                return self._get(url)
             case FetchCollateral(identity, now):
                 return self._collateral.fetch(identity, now)
             case Transact(unit):

@@ -2,10 +2,12 @@
 
 Rules kept here:
 
-* collateral is for one FMSPC, one CA and one TEE; of several that serve, the one with the highest TCB evaluation data
-  number does, and of those the one that ends last: an old file beside a new one changes nothing;
-* what is not valid now is never handed out. That it has grown old is the operator's matter (`CollateralUnavailable`),
-  while a verifier that is given it must refuse the quote, and so the VM;
+* collateral is for one FMSPC, one CA and one TEE; of several that serve, one that is valid is before one whose time has
+  ended, then the one with the highest TCB evaluation data number, then the one that ends last: an old file beside a
+  new one changes nothing;
+* what is neither valid now nor within the grace that it was verified with is never handed out. That it has grown old is
+  the operator's matter (`CollateralUnavailable`), while a verifier that is given it must refuse the quote, and so the
+  VM;
 * the text of the error tells the operator which file it is about, and what to do.
 """
 
@@ -19,10 +21,34 @@ from attrs import frozen
 
 from chutes_proto.errors import CollateralUnavailable
 from chutes_proto.quote.collateral import VerifiedCollateral
-from chutes_proto.quote.pck import PckIdentity
+from chutes_proto.quote.layout import Tee
+from chutes_proto.quote.pck import Ca, PckIdentity
 
 _TOLD: Final = 5
 """How many files an error names."""
+
+
+@frozen
+class Family:
+    """All platforms that share collateral: those with one FMSPC (6 bytes), under one CA, for one TEE."""
+
+    fmspc: bytes
+    ca: Ca
+    tee: Tee
+
+    @classmethod
+    def of(cls, member: PckIdentity | VerifiedCollateral) -> Family:
+        """The family of a platform, or that of the platforms that collateral is for."""
+        return cls(member.fmspc, member.ca, member.tee)
+
+    @property
+    def name(self) -> str:
+        """A word for it, for file names."""
+        return f"{self.fmspc.hex()}-{self.ca}-{self.tee.lower()}"
+
+    def __str__(self) -> str:
+        """As the operator reads it."""
+        return f"FMSPC {self.fmspc.hex()}, {self.ca} CA, {self.tee}"
 
 
 @frozen
@@ -37,7 +63,7 @@ class Item:
         if isinstance(self.content, str):
             return f"{self.name}: of no use: {self.content}"
         begin, end = self.content.window
-        return f"{self.name}: {_platforms(self.content)}, valid {_date(begin)} to {_date(end)}"
+        return f"{self.name}: {Family.of(self.content)}, valid {date(begin)} to {date(end)}"
 
 
 def choose(items: Iterable[Item], identity: PckIdentity, now: int, where: str) -> VerifiedCollateral:
@@ -46,33 +72,26 @@ def choose(items: Iterable[Item], identity: PckIdentity, now: int, where: str) -
     Raises `CollateralUnavailable`.
     """
     items = tuple(items)
+    family = Family.of(identity)
     fitting = [
         (item, item.content)
         for item in items
-        if isinstance(item.content, VerifiedCollateral) and _serves(item.content, identity)
+        if isinstance(item.content, VerifiedCollateral) and Family.of(item.content) == family
     ]
-    if current := [content for _, content in fitting if content.window[0] <= now <= content.window[1]]:
-        return max(current, key=_preference)
+    if current := [content for _, content in fitting if content.window[0] <= now <= content.usable_until]:
+        return max(current, key=lambda content: _preference(content, now))
     doubtful = [item for item, _ in fitting] or [item for item in items if isinstance(item.content, str)]
     told = "".join(f"; {item}" for item in doubtful[:_TOLD])
     raise CollateralUnavailable(
-        f"no collateral for {_platforms(identity)} that is valid at {_date(now)} is in {where}: put a fresh file there"
-        + told
+        f"no collateral for {family} that is valid at {date(now)} is in {where}: put a fresh file there" + told
     )
 
 
-def _serves(content: VerifiedCollateral, identity: PckIdentity) -> bool:
-    return (content.fmspc, content.ca, content.tee) == (identity.fmspc, identity.ca, identity.tee)
-
-
-def _preference(content: VerifiedCollateral) -> tuple[int, int]:
-    number = min(content.tcb_info.evaluation_number, content.qe_identity.evaluation_number)
-    return number, content.window[1]
-
-
-def _platforms(of: VerifiedCollateral | PckIdentity) -> str:
-    return f"FMSPC {of.fmspc.hex()}, {of.ca} CA, {of.tee}"
-
-
-def _date(time: int) -> str:
+def date(time: int) -> str:
+    """A time (unix seconds) as the operator reads it."""
     return datetime.fromtimestamp(time, UTC).isoformat()
+
+
+def _preference(content: VerifiedCollateral, now: int) -> tuple[bool, int, int]:
+    number = min(content.tcb_info.evaluation_number, content.qe_identity.evaluation_number)
+    return now <= content.window[1], number, content.window[1]

@@ -5,7 +5,7 @@ Rules kept here:
 * a `Collateral` holds the pieces as they were signed, byte for byte, and says nothing about them;
 * its file form is one JSON object: certificate chains as PEM text, TCB info and QE identity as the signed text, their
   signatures and both CRLs in hexadecimal digits. An unknown or doubled member is refused;
-* a `VerifiedCollateral` is made by ``verify.verify_collateral`` only.
+* a `VerifiedCollateral` is made by ``verify.py`` only.
 
 Source of the pieces: Intel SGX and TDX Provisioning Certification Service API, version 4.
 """
@@ -78,7 +78,7 @@ class Collateral:
 
 @frozen(kw_only=True, eq=False)
 class VerifiedCollateral:
-    """Collateral that verified under ``root`` at the time it was verified; `Collateral`'s pieces as values.
+    """Collateral that verified under ``root``; `Collateral`'s pieces as values.
 
     Keep it and use it for as many quotes of its platforms as come until ``usable_until``: ``verify_quote`` checks all
     times again. Revoked serial numbers are the contents of their INTEGERs.

@@ -19,7 +19,7 @@ from attrs import frozen
 
 from chutes_proto.auth.binding import check_report_data
 from chutes_proto.codes import Code
-from chutes_proto.effects import FetchCollateral
+from chutes_proto.effects import FetchCollateral, Now
 from chutes_proto.errors import CollateralUnavailable, Refused, Unavailable
 from chutes_proto.quote.errors import AppraisalError, QuoteFormatError, VerificationError
 from chutes_proto.quote.layout import parse_quote
@@ -58,6 +58,7 @@ def verify_evidence(service: Service, nonce: Nonce, key: ClientKey, quote_text: 
         try:
             opened = open_quote(quote, now=now, root=service.root)
             collateral = yield from FetchCollateral(opened.pck, now)
+            now = yield from Now()  # collateral may be younger than the request
             verdict = verify_quote(opened, collateral, now=now)
         except VerificationError as exc:
             raise Refused(Code.QUOTE_REJECTED, _NOT_VERIFIED, reason=f"{exc.code}: {exc}") from None

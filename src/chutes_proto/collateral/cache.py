@@ -1,0 +1,384 @@
+"""Collateral from upstream services: when what is at hand is used, when and where it is fetched anew, when given up.
+
+    decision = cache.decide(family, now)         Use it, Use it and Refresh in the background, Fetch first, or GiveUp
+    kept = yield from fetch(cache, family)       one round: upstreams in their order, until one has it
+
+Rules kept here:
+
+* the cache is asked only for a platform whose PCK chain was verified up to the root: only real platforms cause fetches;
+* what is at hand is used until its time ends, and is refreshed long before that in the background; a fetch that fails
+  changes nothing about it;
+* past that time it is used only while it cannot be fetched, only within the operator's grace (none unless configured),
+  and never beyond;
+* nothing is replaced by what is older: lower TCB evaluation data or CRL numbers, while what is at hand is valid;
+* upstreams are asked in their order. One that does not answer, or asks for it (429, 503, ``Retry-After``), is left
+  alone for a while, longer each time; a family that nobody knows is remembered as such. While nothing may be asked,
+  everyone is told so at once;
+* there are bounds on families remembered and on fetches per minute, of which half are kept for families that were
+  fetched before: new platforms cannot make known ones grow old;
+* waits are spread by jitter, so that several servers that lost the same upstream do not come back in step.
+
+State changes in `CollateralCache` only. It has no lock: its driver calls it from one thread, and flies one `fetch` at a
+time for each family.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from hashlib import sha256
+from typing import TYPE_CHECKING, TypeAlias
+
+from attrs import define, evolve, frozen
+
+from chutes_proto.collateral.library import Family, date
+from chutes_proto.collateral.pcs import MAX_RETRY_AFTER, Update, Upstream, ask
+from chutes_proto.effects import Log, Now, Sleep
+from chutes_proto.errors import ConfigurationError, TransportError, UpstreamError
+from chutes_proto.log import Level, Record
+from chutes_proto.quote.errors import QuoteError
+from chutes_proto.quote.verify import authenticate_collateral
+
+if TYPE_CHECKING:
+    from chutes_proto.effects import Flow
+    from chutes_proto.log import Value
+    from chutes_proto.quote.collateral import Collateral, VerifiedCollateral
+    from chutes_proto.quote.roots import TrustedRoot
+
+
+@frozen(kw_only=True)
+class CachePolicy:
+    """Seconds, unless it says otherwise.
+
+    ``grace``: how long past its time collateral is used while it cannot be fetched. ``refresh``: when what is at hand
+    is fetched anew, at the latest after three quarters of the time it has left. ``unknown``: how long a family that no
+    upstream knows is remembered. ``retry`` and ``retry_most``: the wait after the first failure, and the longest.
+    ``wait``: how long one request waits for a fetch, which goes on after that. ``skew``: how far an upstream's clock
+    may be ahead. ``fetches_per_minute`` rounds, ``families`` remembered.
+    """
+
+    grace: int = 0
+    refresh: int = 86400
+    unknown: int = 600
+    retry: int = 5
+    retry_most: int = 60
+    wait: float = 15.0
+    skew: int = 5
+    fetches_per_minute: int = 30
+    families: int = 256
+
+
+@frozen
+class Use:
+    """Use this."""
+
+    collateral: VerifiedCollateral
+
+
+@frozen
+class Refresh:
+    """Use this, and let a `fetch` fly in the background."""
+
+    collateral: VerifiedCollateral
+
+
+@frozen
+class Fetch:
+    """Let a `fetch` fly if none does, wait so many seconds for its end, and ask `landed`."""
+
+    wait: float
+
+
+@frozen
+class GiveUp:
+    """There is none now: `CollateralUnavailable` with this reason."""
+
+    reason: str
+
+
+Decision: TypeAlias = Use | Refresh | Fetch | GiveUp
+
+
+@frozen
+class _Entry:
+    """What is known of a family. ``failures`` since the last success; nothing is fetched before ``due``."""
+
+    held: VerifiedCollateral | None = None
+    due: int = 0
+    failures: int = 0
+    why: str = ""
+
+
+@frozen
+class _Health:
+    """How an upstream did: failures since the last answer, and until when it is left alone."""
+
+    failures: int = 0
+    rests_until: int = 0
+
+
+@define
+class _Allowance:
+    """Fetches that are allowed still, and when that was counted."""
+
+    left: float
+    counted: int
+
+
+class CollateralCache:
+    """What is at hand, what is known of the upstreams, and what to do next.
+
+    ``root`` is what collateral is verified to; ``seed`` makes the jitter and is any bytes that other servers do not
+    have.
+    """
+
+    def __init__(
+        self,
+        upstreams: Sequence[Upstream],
+        *,
+        root: TrustedRoot,
+        policy: CachePolicy = CachePolicy(),
+        update: Update = "standard",
+        seed: bytes = b"",
+    ) -> None:
+        if not upstreams or len(set(upstreams)) != len(upstreams):
+            raise ConfigurationError("name at least one collateral service, and none twice")
+        self.upstreams = tuple(upstreams)
+        self.root = root
+        self.policy = policy
+        self.update: Update = update
+        self._seed = seed
+        self._entries: dict[Family, _Entry] = {}
+        self._health = {upstream: _Health() for upstream in self.upstreams}
+        self._allowance = _Allowance(float(policy.fetches_per_minute), 0)
+
+    # --- questions ---
+
+    def decide(self, family: Family, now: int) -> Decision:
+        """What to do for a platform of this family at ``now`` (unix seconds)."""
+        entry = self._touch(family)
+        held = entry.held
+        hindrance = self._hindrance(entry, now)
+        if held is not None and _is_valid(held, now):
+            return Use(held) if hindrance else Refresh(held)
+        if hindrance is None:
+            stale = held is not None and entry.failures and _is_usable(held, now)
+            return Refresh(held) if held is not None and stale else Fetch(self.policy.wait)
+        if held is not None and _is_usable(held, now):
+            return Use(held)
+        return GiveUp(f"no collateral for {family}: {hindrance}")
+
+    def landed(self, family: Family, now: int) -> Use | GiveUp:
+        """`decide` for who has waited for a fetch."""
+        entry = self._touch(family)
+        if entry.held is not None and _is_usable(entry.held, now):
+            return Use(entry.held)
+        why = entry.why or self._hindrance(entry, now) or "it is still being fetched"
+        return GiveUp(f"no collateral for {family}: {why}")
+
+    def held(self) -> tuple[VerifiedCollateral, ...]:
+        """All that is at hand, valid or not."""
+        return tuple(entry.held for entry in self._entries.values() if entry.held is not None)
+
+    # --- changes ---
+
+    def restore(self, kept: VerifiedCollateral) -> None:
+        """Take what an earlier process kept; it is used, and refreshed in the background at its first use."""
+        family = Family.of(kept)
+        self._put(family, evolve(self._entries.get(family, _Entry()), held=kept, due=0))
+
+    def begin(self, family: Family, now: int) -> tuple[Upstream, ...]:
+        """The upstreams that may be asked now, in order; none, if nothing may be fetched. Counts as a fetch."""
+        entry = self._entries.get(family, _Entry())
+        if self._hindrance(entry, now) is not None:
+            return ()
+        self._count(now)
+        self._allowance.left -= 1
+        return self._awake(now)
+
+    def take(self, family: Family, fetched: VerifiedCollateral, now: int) -> bool:
+        """Hold what was fetched, unless what is held is as good. Returns whether it is held now.
+
+        Raises `UpstreamError` for what must not take the place of what is held.
+        """
+        entry = self._entries.get(family, _Entry())
+        held = entry.held
+        if held is not None and _is_valid(held, now):
+            if any(new < old for new, old in zip(_numbers(fetched), _numbers(held), strict=True)):
+                raise UpstreamError("it is older than what is at hand")
+            if _numbers(fetched) == _numbers(held) and fetched.window[1] <= held.window[1]:
+                return False
+        elif held is not None and held.window[1] >= fetched.window[1]:
+            return False
+        self._put(family, evolve(entry, held=fetched))
+        return True
+
+    def succeeded(self, family: Family, upstream: Upstream, now: int) -> None:
+        """An upstream gave what is valid now: the round is over."""
+        self._health[upstream] = _Health()
+        entry = self._entries.get(family, _Entry())
+        left = max(0, entry.held.window[1] - now) if entry.held is not None else 0
+        wait = min(max(min(self.policy.refresh, left * 3 // 4), self.policy.retry_most), left + 1)
+        self._put(family, evolve(entry, due=now + self._spread(wait, family, 0), failures=0, why=""))
+
+    def failed(self, upstream: Upstream, error: Exception, now: int) -> None:
+        """An upstream was asked in vain. Is that the upstream's fault, or about the family only?"""
+        if isinstance(error, TransportError):
+            asked = 0
+        elif isinstance(error, UpstreamError) and error.retry_after is not None:
+            asked = error.retry_after
+        else:
+            self._health[upstream] = _Health()
+            return
+        failures = self._health[upstream].failures + 1
+        rest = max(asked, self._backoff(failures, upstream.url))
+        self._health[upstream] = _Health(failures, now + rest)
+
+    def gave_up(self, family: Family, why: str, now: int, *, unknown: bool) -> None:
+        """No upstream gave what is valid now: the round is over. ``unknown``: all of them say there is none."""
+        entry = self._entries.get(family, _Entry())
+        failures = entry.failures + 1
+        wait = self._spread(self.policy.unknown, family, failures) if unknown else self._backoff(failures, family)
+        self._put(family, evolve(entry, due=now + wait, failures=failures, why=why))
+
+    # --- the parts ---
+
+    def _hindrance(self, entry: _Entry, now: int) -> str | None:
+        """Why nothing is fetched for a family now, or None."""
+        if _rests(entry.due, now, max(self.policy.refresh, self.policy.unknown, self.policy.retry_most)):
+            return entry.why or "it was fetched just now"
+        if not self._awake(now):
+            return entry.why or "all upstreams are left alone for a while after they failed"
+        self._count(now)
+        reserve = 0 if entry.held is not None else self.policy.fetches_per_minute // 2
+        if self._allowance.left < 1 + reserve:
+            return "there were too many fetches in the last minute"
+        return None
+
+    def _awake(self, now: int) -> tuple[Upstream, ...]:
+        longest = max(MAX_RETRY_AFTER, self.policy.retry_most)
+        return tuple(u for u in self.upstreams if not _rests(self._health[u].rests_until, now, longest))
+
+    def _count(self, now: int) -> None:
+        """A minute's fetches come back in a minute, bit by bit; a clock that steps back gives none."""
+        most = self.policy.fetches_per_minute
+        passed = max(0, now - self._allowance.counted)
+        self._allowance.left = min(float(most), self._allowance.left + passed * most / 60)
+        self._allowance.counted = now
+
+    def _backoff(self, failures: int, what: object) -> int:
+        wait = min(self.policy.retry * 2 ** min(failures - 1, 16), self.policy.retry_most)
+        return self._spread(wait, what, failures)
+
+    def _spread(self, wait: int, what: object, count: int) -> int:
+        """Between three quarters of ``wait`` and the whole."""
+        digest = sha256(self._seed + f"{what}, {count}".encode()).digest()
+        share = int.from_bytes(digest[:4], "big") / 2**32
+        return math.ceil(wait * (0.75 + share / 4))
+
+    def _touch(self, family: Family) -> _Entry:
+        """What is known of a family, which becomes the one that is forgotten last."""
+        entry = self._entries.pop(family, None)
+        if entry is None:
+            return _Entry()
+        self._entries[family] = entry
+        return entry
+
+    def _put(self, family: Family, entry: _Entry) -> None:
+        _ = self._entries.pop(family, None)
+        self._entries[family] = entry
+        if len(self._entries) > self.policy.families:
+            useless = (other for other, known in self._entries.items() if known.held is None and other != family)
+            del self._entries[next(useless, next(iter(self._entries)))]
+
+
+def fetch(cache: CollateralCache, family: Family) -> Flow[Collateral | None]:
+    """One round for a family: ask upstreams until one gives what is valid now; what comes of it stands in the cache.
+
+    Returns what is worth keeping for the next process, or None. Raises nothing.
+    """
+    now = yield from Now()
+    kept: Collateral | None = None
+    problems: list[str] = []
+    unknown = True
+    upstreams = cache.begin(family, now)
+    for upstream in upstreams:
+        try:
+            collateral = yield from ask(upstream, family, cache.update)
+            verified = yield from _verified(cache, family, collateral)
+            now = yield from Now()
+            if cache.take(family, verified, now):
+                kept = collateral
+            if verified.window[1] < now:
+                raise UpstreamError(f"its time has ended at {date(verified.window[1])}")
+        except (TransportError, UpstreamError, QuoteError) as exc:
+            now = yield from Now()
+            cache.failed(upstream, exc, now)
+            unknown = unknown and isinstance(exc, UpstreamError) and exc.unknown
+            problems.append(f"{upstream.url}: {exc}")
+            yield from _log(Level.WARNING, "collateral_upstream_failed", family, upstream=upstream.url, error=str(exc))
+        else:
+            cache.succeeded(family, upstream, now)
+            end = date(verified.window[1])
+            yield from _log(Level.INFO, "collateral_fetched", family, upstream=upstream.url, valid_until=end)
+            return kept
+    if upstreams:
+        cache.gave_up(family, "; ".join(problems), now, unknown=unknown)
+    return kept
+
+
+def clock() -> Flow[int]:
+    """The time, for who asks the cache."""
+    return (yield from Now())
+
+
+def settle(cache: CollateralCache, family: Family) -> Flow[Use | GiveUp]:
+    """What became of a fetch that was waited for."""
+    return cache.landed(family, (yield from Now()))
+
+
+def _verified(cache: CollateralCache, family: Family, collateral: Collateral) -> Flow[VerifiedCollateral]:
+    """What an upstream gave, if it is the root's, this family's, and has begun.
+
+    Raises `UpstreamError` and `QuoteError`.
+    """
+    verified = authenticate_collateral(collateral, root=cache.root, grace=cache.policy.grace)
+    if Family.of(verified) != family:
+        raise UpstreamError(f"it is for {Family.of(verified)}")
+    now = yield from Now()
+    early = verified.window[0] - now
+    if early > cache.policy.skew:
+        raise UpstreamError(f"its time begins at {date(verified.window[0])}: is one of the clocks wrong?")
+    if early > 0:
+        yield from Sleep(early)
+    if verified.usable_until < now:
+        raise UpstreamError(f"its time has ended at {date(verified.window[1])}")
+    return verified
+
+
+def _log(level: Level, event: str, family: Family, **fields: Value) -> Log:
+    whose: dict[str, Value] = {"fmspc": family.fmspc.hex(), "ca": family.ca, "tee": family.tee}
+    return Log(Record(level, event, whose | fields))
+
+
+def _is_valid(held: VerifiedCollateral, now: int) -> bool:
+    begin, end = held.window
+    return begin <= now <= end
+
+
+def _is_usable(held: VerifiedCollateral, now: int) -> bool:
+    return held.window[0] <= now <= held.usable_until
+
+
+def _numbers(collateral: VerifiedCollateral) -> tuple[int, ...]:
+    return (
+        collateral.tcb_info.evaluation_number,
+        collateral.qe_identity.evaluation_number,
+        collateral.root_crl_number,
+        collateral.pck_crl_number,
+    )
+
+
+def _rests(until: int, now: int, longest: int) -> bool:
+    """Whether a time is yet to come; one further away than it can be was set before the clock stepped back."""
+    return now < until <= now + longest

@@ -1,0 +1,227 @@
+"""What Intel's PCS and a PCCS are asked for the collateral of a platform, and what their answers say.
+
+Rules kept here:
+
+* four answers make up collateral: TCB info, which says whether the service knows the platform at all, then QE identity,
+  PCK CRL and root CA CRL; that of a service which is asked for the first in vain is not asked for the rest;
+* TCB info and QE identity are kept as the exact text that was signed, cut out of the answer;
+* issuer chains are percent-encoded PEM in a header, whose name begins with ``SGX-`` or does not; CRLs are DER, PEM or
+  hexadecimal digits. The services differ in all this, and so do their versions;
+* nothing is believed: whatever the bytes, the parsers return or raise `UpstreamError`, and what they return is still
+  to be verified.
+
+Sources: Intel SGX and TDX Provisioning Certification Service API, version 4; Intel SGX/TDX Provisioning Certificate
+Caching Service (PCCS), design guide; RFC 3986, 2.1; RFC 7468; RFC 9110, 10.2.3.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from binascii import Error as Base64Error
+from binascii import a2b_base64
+from datetime import UTC
+from email.utils import parsedate_to_datetime
+from ipaddress import ip_address
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias, cast
+from urllib.parse import SplitResult, unquote_to_bytes, urlsplit
+
+from attrs import frozen
+
+from chutes_proto.effects import Get, Now
+from chutes_proto.errors import ConfigurationError, UpstreamError
+from chutes_proto.quote import strict_json
+from chutes_proto.quote.collateral import Collateral
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from chutes_proto.collateral.library import Family
+    from chutes_proto.effects import Flow
+    from chutes_proto.wire.http import HttpResponse
+
+Update: TypeAlias = Literal["standard", "early"]
+"""Whether TCB info and QE identity are those that count since a TCB recovery was announced, or already those after."""
+
+MAX_RETRY_AFTER: Final = 3600
+"""Seconds; longer than this no service is left alone because it asks for it."""
+
+_API: Final = "/certification/v4"
+_ROOT_CA_CRL: Final = f"/sgx{_API}/rootcacrl"
+_PATH: Final = re.compile(r"[A-Za-z0-9._~/-]*")
+_ENCODED: Final = re.compile(r"(?:[\x20-\x24\x26-\x7e]|%[0-9A-Fa-f]{2})+")
+_HEX: Final = re.compile(rb"\s*((?:[0-9A-Fa-f]{2})+)\s*")
+_PEM_CRL: Final = re.compile(rb"\s*-----BEGIN X509 CRL-----([A-Za-z0-9+/=\s]+)-----END X509 CRL-----\s*")
+_BLANK: Final = re.compile(r"[ \t\n\r]*")
+_SECONDS: Final = re.compile(r"[0-9]{1,9}")
+_scan: Final = json.JSONDecoder().raw_decode
+
+
+@frozen
+class Upstream:
+    """A collateral service: its URL up to ``/sgx/…`` and ``/tdx/…``, and the URL of the root CA's CRL."""
+
+    url: str
+    root_ca_crl: str
+
+    @classmethod
+    def parse(cls, url: str, root_ca_crl: str | None = None) -> Upstream:
+        """The service at ``url``; the tail ``/sgx/certification/v4`` may be there.
+
+        A PCCS has the root CA's CRL among its paths. Intel publishes it elsewhere: give ``root_ca_crl``, the URL of
+        that. Raises `ConfigurationError` for what is no URL of a service: https, or http to this machine only.
+        """
+        base = _checked(url).geturl().rstrip("/")
+        for tee in ("/sgx", "/tdx"):
+            base = base.removesuffix(tee + _API)
+        base = base.rstrip("/")
+        crl = base + _ROOT_CA_CRL if root_ca_crl is None else _checked(root_ca_crl).geturl()
+        return cls(base, crl)
+
+    def tcb_info(self, family: Family, update: Update) -> str:
+        """The URL of TCB info."""
+        fmspc = f"{self.url}/{family.tee.lower()}{_API}/tcb?fmspc={family.fmspc.hex()}"
+        return f"{fmspc}&update={update}" if update != "standard" else fmspc
+
+    def qe_identity(self, family: Family, update: Update) -> str:
+        """The URL of the quoting enclave's identity."""
+        identity = f"{self.url}/{family.tee.lower()}{_API}/qe/identity"
+        return f"{identity}?update={update}" if update != "standard" else identity
+
+    def pck_crl(self, family: Family) -> str:
+        """The URL of the PCK CRL."""
+        return f"{self.url}/sgx{_API}/pckcrl?ca={family.ca}&encoding=der"
+
+
+def ask(upstream: Upstream, family: Family, update: Update) -> Flow[Collateral]:
+    """The collateral that a service gives, not verified. Raises `TransportError` and `UpstreamError`."""
+    tcb_info = yield from _get(upstream.tcb_info(family, update), "TCB info", says_unknown=True)
+    info, info_signature = read_statement(tcb_info.body, "tcbInfo")
+    qe_identity = yield from _get(upstream.qe_identity(family, update), "QE identity")
+    identity, identity_signature = read_statement(qe_identity.body, "enclaveIdentity")
+    pck_crl = yield from _get(upstream.pck_crl(family), "PCK CRL")
+    root_ca_crl = yield from _get(upstream.root_ca_crl, "root CA CRL")
+    return Collateral(
+        pck_crl_issuer_chain=read_chain(pck_crl, "pck-crl-issuer-chain"),
+        root_ca_crl=read_crl(root_ca_crl.body),
+        pck_crl=read_crl(pck_crl.body),
+        tcb_info_issuer_chain=read_chain(tcb_info, "tcb-info-issuer-chain"),
+        tcb_info=info,
+        tcb_info_signature=info_signature,
+        qe_identity_issuer_chain=read_chain(qe_identity, "enclave-identity-issuer-chain"),
+        qe_identity=identity,
+        qe_identity_signature=identity_signature,
+    )
+
+
+def check_status(response: HttpResponse, what: str, now: int, *, says_unknown: bool = False) -> None:
+    """Raises `UpstreamError` for all but 200. ``says_unknown``: 404 means that the platform is not known there."""
+    if response.status == 200:
+        return
+    asked = _retry_after(response.header("retry-after"), now) if response.status in (429, 503) else None
+    if response.status == 429 or response.status >= 500:
+        raise UpstreamError(f"{what}: status {response.status}", retry_after=asked or 0)
+    raise UpstreamError(f"{what}: status {response.status}", unknown=says_unknown and response.status == 404)
+
+
+def read_statement(body: bytes, name: str) -> tuple[bytes, bytes]:
+    """The signed text and its signature (r ‖ s), of ``{name: {…}, "signature": hex}``. Raises `UpstreamError`."""
+    try:
+        table = strict_json.decode(body)
+        if not isinstance(table, dict):
+            raise strict_json.JsonError("not a JSON object")
+        members = cast("Mapping[str, object]", table)
+        kind: type[dict[str, object]] = dict
+        _ = strict_json.member(members, name, kind)
+        signature = strict_json.hexadecimal(members, "signature", 64)
+    except strict_json.JsonError as exc:
+        raise UpstreamError(f"{name}: {exc}") from None
+    return _member_text(body.decode("utf-8"), name).encode("utf-8"), signature
+
+
+def read_chain(response: HttpResponse, name: str) -> bytes:
+    """The chain of certificates in the header of this name, or ``sgx-`` and this. Raises `UpstreamError`."""
+    found = {value for key, value in response.headers if key in (name, f"sgx-{name}")}
+    if len(found) != 1:
+        raise UpstreamError(f"{name}: {'two different headers' if found else 'the header is missing'}")
+    value = found.pop()
+    if not _ENCODED.fullmatch(value):
+        raise UpstreamError(f"{name}: the header is not percent-encoded text")
+    chain = unquote_to_bytes(value)
+    if not chain.isascii():
+        raise UpstreamError(f"{name}: the header is no PEM")
+    return chain
+
+
+def read_crl(body: bytes) -> bytes:
+    """The DER of a CRL, which is DER already, hexadecimal digits, or PEM. Raises `UpstreamError`."""
+    if body.startswith(b"\x30"):  # a SEQUENCE; as a digit it would be "0", which no CRL begins with
+        return body
+    if digits := _HEX.fullmatch(body):
+        return bytes.fromhex(digits[1].decode("ascii"))
+    if block := _PEM_CRL.fullmatch(body):
+        try:
+            return a2b_base64(block[1].translate(None, b" \t\r\n"), strict_mode=True)
+        except Base64Error:
+            pass
+    raise UpstreamError("CRL: the answer is no DER, no PEM and no hexadecimal digits")
+
+
+def _get(url: str, what: str, *, says_unknown: bool = False) -> Flow[HttpResponse]:
+    response = yield from Get(url)
+    check_status(response, what, (yield from Now()), says_unknown=says_unknown)
+    return response
+
+
+def _member_text(text: str, name: str) -> str:
+    """The text of a member's value, of an object that is known to be well-formed and to have the member once."""
+    at = text.index("{") + 1
+    while True:
+        key, at = _scan(text, _after_blank(text, at))
+        start = _after_blank(text, _after_blank(text, at) + 1)
+        _, end = _scan(text, start)
+        if key == name:
+            return text[start:end]
+        at = _after_blank(text, end) + 1
+
+
+def _after_blank(text: str, at: int) -> int:
+    match = _BLANK.match(text, at)
+    return at if match is None else match.end()
+
+
+def _retry_after(text: str | None, now: int) -> int | None:
+    if text is None:
+        return None
+    if _SECONDS.fullmatch(text):
+        wait = int(text)
+    else:
+        try:
+            moment = parsedate_to_datetime(text)
+        except ValueError:
+            return None
+        wait = int(moment.replace(tzinfo=moment.tzinfo or UTC).timestamp()) - now
+    return max(0, min(wait, MAX_RETRY_AFTER))
+
+
+def _checked(url: str) -> SplitResult:
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError as exc:
+        raise ConfigurationError(f"{url!r} is no URL: {exc}") from None
+    host = parts.hostname
+    if not host or not url.isascii() or not url.isprintable() or " " in url:
+        raise ConfigurationError(f'{url!r} is no URL; say for example "https://pccs.example:8081"')
+    if parts.username is not None or parts.query or parts.fragment or not _PATH.fullmatch(parts.path):
+        raise ConfigurationError(f"the URL of {host}: a user, a query or a fragment does not belong there")
+    if parts.scheme != "https" and not (parts.scheme == "http" and _is_this_machine(host)):
+        raise ConfigurationError(f"{url!r}: https, please; http is for a service on this machine only")
+    return parts
+
+
+def _is_this_machine(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
