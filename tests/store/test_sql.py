@@ -41,7 +41,7 @@ def test_postgresql_gets_its_own_types_and_marks() -> None:
     text = "\n".join(schema("postgresql"))
     assert "BLOB" not in text
     assert "BYTEA" in text
-    assert f"('schema_version', {SCHEMA_VERSION})" in text
+    assert f"SET value = {SCHEMA_VERSION} WHERE name = 'schema_version'" in text
     assert placeholders(statement(Scan(AuditRow))[0], "postgresql") == statement(Scan(AuditRow))[0]
     insert, values = statement(Insert(AuditRow(1, "vm", "boot", "granted")))
     assert "%" not in insert

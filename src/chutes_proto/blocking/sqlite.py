@@ -4,9 +4,12 @@ Rules kept here:
 
 * an answer leaves only after its transaction is on the disk: write-ahead log, ``synchronous=FULL``, and never a file
   that was moved away or replaced under us;
-* one transaction at a time, from its first read on (``BEGIN IMMEDIATE``): serializable, and no script runs twice;
+* one writer at a time, from its first read on (``BEGIN IMMEDIATE``): serializable, and no script runs twice;
+* units that wait while another is written share the next commit: one of their threads runs all of them, one after the
+  other, each within a savepoint. What a script raises undoes that unit alone; where the commit fails, all of them fail,
+  and also what a unit was refused because of another one is no refusal then;
 * the file is private (0600) from its first byte; an existing file of another kind or schema version is refused, and
-  neither changed nor migrated;
+  neither changed nor, unless an operator asks for it, migrated;
 * what SQLite raises becomes `StoreBusy` (come again) or `StoreError` (an operator must look), with the file's name.
 """
 
@@ -21,9 +24,13 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from attrs import define
+
 from chutes_proto.errors import StoreBusy, StoreError
+from chutes_proto.store.rows import ROWS
 from chutes_proto.store.run import run_script
-from chutes_proto.store.sql import READ_VERSION, SCHEMA_VERSION, decode, schema, statement
+from chutes_proto.store.sql import decode, statement
+from chutes_proto.store.versions import Versions
 
 if TYPE_CHECKING:
     from chutes_proto.store.rows import StoreOp
@@ -58,17 +65,35 @@ _SETTINGS: tuple[tuple[str, str | int], ...] = (
 _MAKING = threading.Lock()
 
 
+@define(eq=False)
+class _Job:
+    """A unit that waits to be written, and what became of it: ``fault`` is what its caller gets, if anything."""
+
+    unit: Unit[Any]
+    done: bool = False
+    result: Any = None
+    fault: BaseException | None = None
+
+
 class SqliteStore:
     """Rows in the SQLite file at ``path``, which is made if it is not there. May be used from several threads.
 
     ``busy_seconds`` is how long one transaction waits for another, of this process or of another one, before it is
-    `StoreBusy`. Raises `StoreError` where the file cannot be a store.
+    `StoreBusy`. With ``migrate`` a file of an older schema version is brought to ours; ``found_version`` says which one
+    it had (None: it was empty), and ``commits`` how often something was committed. Raises `StoreError` where the file
+    cannot be a store.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, busy_seconds: float = 5.0) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, busy_seconds: float = 5.0, migrate: bool = False) -> None:
         self.path = Path(path).resolve()
+        self.name = str(self.path)
+        self.commits = 0
+        self.found_version: int | None = None
+        self._migrate = migrate
         self._busy_seconds = busy_seconds
-        self._turn = threading.Lock()
+        self._changed = threading.Condition()  # guards the next two
+        self._writing = False
+        self._waiting: list[_Job] = []
         self._connection: sqlite3.Connection | None = None
         self._closed = False
         self._place: tuple[int, int] | None = None
@@ -79,40 +104,116 @@ class SqliteStore:
 
     def transact(self, unit: Unit[T]) -> T:
         """Run ``unit`` as one transaction; see `chutes_proto.store.run.Store`."""
+        job = _Job(unit)
+        with self._my_turn(job) as mine:
+            if mine:
+                self._write()
+        if job.fault is not None:
+            raise job.fault
+        result: T = job.result
+        return result
+
+    def check(self) -> dict[str, int]:
+        """Read the whole file; returns how many rows each table has.
+
+        Raises `StoreError` for damage, another schema, or a file that is no longer there.
+        """
         with self._my_turn(), self._transaction() as connection:
-
-            def perform(op: StoreOp[Any]) -> object:
-                text, values = statement(op)
-                try:
-                    rows = connection.execute(text, values).fetchall()
-                except (OverflowError, UnicodeEncodeError) as exc:
-                    raise self._fault(f"a value of {type(op).__name__} cannot be kept: {type(exc).__name__}") from exc
-                return decode(op, rows)
-
-            return run_script(unit.script(), perform)
-
-    def check(self) -> None:
-        """Read the whole file. Raises `StoreError` for damage, another schema, or a file that is no longer there."""
-        with self._my_turn(), self._transaction() as connection:
-            ours = self._check_schema(connection)
-            (verdict,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
-            if not ours or verdict != "ok" or connection.execute("PRAGMA foreign_key_check").fetchone():
+            if self._versions(connection).found() is None:
                 raise self._fault(_FAULTS[sqlite3.SQLITE_CORRUPT])
+            self._versions(connection).require()
+            (verdict,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
+            if verdict != "ok" or connection.execute("PRAGMA foreign_key_check").fetchone():
+                raise self._fault(_FAULTS[sqlite3.SQLITE_CORRUPT])
+            counts = ((kind.TABLE, f"SELECT count(*) FROM {kind.TABLE}") for kind in ROWS)  # noqa: S608 - names of ours
+            return {table: connection.execute(text).fetchone()[0] for table, text in counts}
 
     def close(self) -> None:
         """Close the file; afterwards every call raises `StoreError`. Waits for a running transaction."""
-        with self._turn:
+        with self._my_turn(patient=True):
             self._closed = True
             self._drop()
 
+    # --- turns ---
+
     @contextlib.contextmanager
-    def _my_turn(self) -> Generator[None]:
-        if not self._turn.acquire(timeout=self._busy_seconds):
-            raise StoreBusy(f"store {self.path}: other transactions take too long")
+    def _my_turn(self, job: _Job | None = None, *, patient: bool = False) -> Generator[bool]:
+        """Wait until nobody writes, and be the writer inside; False where another one has done ``job`` meanwhile."""
+
+        def ready() -> bool:
+            return not self._writing or (job is not None and job.done)
+
+        with self._changed:
+            if job is not None:
+                self._waiting.append(job)
+            in_time = self._changed.wait_for(ready, None if patient else self._busy_seconds)
+            if not in_time and (job is None or job in self._waiting):
+                if job is not None:
+                    self._waiting.remove(job)
+                raise StoreBusy(f"store {self.name}: other transactions take too long")
+            if not in_time:  # a writer is at it, and what becomes of it must be known
+                _ = self._changed.wait_for(ready)
+            mine = job is None or not job.done
+            if mine:
+                self._writing = True
         try:
-            yield
+            yield mine
         finally:
-            self._turn.release()
+            if mine:
+                with self._changed:
+                    self._writing = False
+                    self._changed.notify_all()
+
+    def _take(self) -> list[_Job]:
+        with self._changed:
+            taken, self._waiting = self._waiting, []
+        return taken
+
+    def _write(self) -> None:
+        """Run all that waits, in one transaction."""
+        jobs: list[_Job] = []
+        try:
+            with self._transaction() as connection:
+                jobs = self._take()
+                for job in jobs:
+                    self._run(connection, job)
+        except BaseException as exc:
+            jobs = jobs or self._take()
+            seen = False
+            for job in jobs:  # a fault stands if nothing of this transaction, which is undone, can have led to it
+                seen |= job.fault is None
+                if seen:
+                    told = exc.args if isinstance(exc, StoreError) else (f"store {self.name}: interrupted",)
+                    job.fault = (type(exc) if isinstance(exc, StoreError) else StoreError)(*told)
+            if not isinstance(exc, StoreError):
+                raise
+        finally:
+            for job in jobs:
+                job.done = True
+
+    def _run(self, connection: sqlite3.Connection, job: _Job) -> None:
+        """Run one unit, and undo what it did if it raises. Raises what undid more than this unit."""
+
+        def perform(op: StoreOp[Any]) -> object:
+            text, values = statement(op)
+            try:
+                rows = connection.execute(text, values).fetchall()
+            except (OverflowError, UnicodeEncodeError) as exc:
+                raise self._fault(f"a value of {type(op).__name__} cannot be kept: {type(exc).__name__}") from exc
+            return decode(op, rows)
+
+        _ = connection.execute("SAVEPOINT unit")
+        try:
+            with self._translated():
+                job.result = run_script(job.unit.script(), perform)
+        except BaseException as exc:
+            job.fault = exc
+            if not connection.in_transaction:  # SQLite rolls all back by itself after some faults
+                raise
+            _ = connection.execute("ROLLBACK TO unit")
+        _ = connection.execute("RELEASE unit")
+
+    # --- the file ---
 
     @contextlib.contextmanager
     def _transaction(self) -> Generator[sqlite3.Connection]:
@@ -128,13 +229,14 @@ class SqliteStore:
                 yield connection
                 self._check_place()
                 _ = connection.execute("COMMIT")
+                self.commits += 1
             except BaseException:
                 self._roll_back(connection)
                 raise
 
     def _roll_back(self, connection: sqlite3.Connection) -> None:
         try:
-            if connection.in_transaction:  # SQLite rolls back by itself after some faults
+            if connection.in_transaction:
                 _ = connection.execute("ROLLBACK")
         except sqlite3.Error:
             self._drop()
@@ -188,7 +290,11 @@ class SqliteStore:
             time.sleep(0.01)
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
-        _ = self._check_schema(connection)  # before anything is changed: the file may be another program's
+        versions = self._versions(connection)
+        if (
+            versions.found() is not None and not self._migrate
+        ):  # before anything is changed: the file may be another program's
+            versions.require()
         for setting, wanted in _SETTINGS:
             _ = connection.execute(f"PRAGMA {setting} = {wanted}").fetchone()
             found = connection.execute(f"PRAGMA {setting}").fetchone()
@@ -196,28 +302,16 @@ class SqliteStore:
                 raise self._fault(f"SQLite does not take {setting} = {wanted} there; is it on a local disk?")
         _ = connection.execute("BEGIN IMMEDIATE")
         try:
-            if not self._check_schema(connection):
-                for text in schema("sqlite"):
-                    _ = connection.execute(text)
+            if self._migrate or versions.found() is None:  # a new file is made with our schema, which migrates nothing
+                self.found_version = versions.migrate()
+            versions.require()
             _ = connection.execute("COMMIT")
         except BaseException:
             self._roll_back(connection)
             raise
 
-    def _check_schema(self, connection: sqlite3.Connection) -> bool:
-        """Whether the file has our schema; False if it is empty. Raises `StoreError` for any other."""
-        tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
-        if not tables:
-            return False
-        version = connection.execute(READ_VERSION).fetchone() if "fact" in tables else None
-        if version is None:
-            raise self._fault("it is another program's database; give the store a file of its own")
-        if version != (SCHEMA_VERSION,):
-            raise self._fault(
-                f"it has schema version {version[0]}, and this release knows version {SCHEMA_VERSION}; run the release"
-                " that made it, or migrate it on purpose; it was left as it is"
-            )
-        return True
+    def _versions(self, connection: sqlite3.Connection) -> Versions:
+        return Versions(self.name, "sqlite", lambda text: connection.execute(text).fetchall())
 
     def _check_place(self) -> None:
         """What is committed to a file without a name is lost at the next start."""
@@ -229,7 +323,7 @@ class SqliteStore:
             raise self._fault("it was moved, removed or replaced while in use; restart the server when it is back")
 
     def _fault(self, what: str) -> StoreError:
-        return StoreError(f"store {self.path}: {what}")
+        return StoreError(f"store {self.name}: {what}")
 
     @contextlib.contextmanager
     def _translated(self) -> Generator[None]:
@@ -239,7 +333,7 @@ class SqliteStore:
             code = _code_of(exc)
             text = _FAULTS.get(code, "SQLite refused")
             kind = StoreBusy if code in _BUSY else StoreError
-            raise kind(f"store {self.path}: {text} ({exc})") from exc
+            raise kind(f"store {self.name}: {text} ({exc})") from exc
 
 
 def _code_of(exc: sqlite3.Error) -> int:

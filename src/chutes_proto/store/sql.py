@@ -7,7 +7,8 @@ Rules kept here:
 * every value is a parameter; table and column names come from the row classes alone;
 * types are what both dialects have: TEXT, BIGINT, BOOLEAN and bytes; no TEXT is compared but for equality, because
   collations differ, so order is made here;
-* `SCHEMA_VERSION` changes with every change of `SCHEMA`, and stands in the ``fact`` table.
+* a release that changes the schema adds a step to `STEPS`; the number of steps that made a database is its schema
+  version, and stands in the ``fact`` table.
 """
 
 from __future__ import annotations
@@ -52,9 +53,7 @@ from chutes_proto.store.rows import (
 Dialect: TypeAlias = Literal["sqlite", "postgresql"]
 Values: TypeAlias = tuple[Any, ...]
 
-SCHEMA_VERSION: Final = 1
-
-SCHEMA: Final = """
+_FIRST: Final = """
 CREATE TABLE fact (
   name TEXT PRIMARY KEY,
   value BIGINT NOT NULL
@@ -178,10 +177,21 @@ CREATE TABLE audit (
   peer_address TEXT NOT NULL
 );
 INSERT INTO fact (name, value) VALUES ('nonce_horizon', 0);
-INSERT INTO fact (name, value) VALUES ('schema_version', {version});
+INSERT INTO fact (name, value) VALUES ('schema_version', 0);
 """
 
+STEPS: Final = (_FIRST,)
+"""Step n brings a database of schema version n to version n + 1; an empty database has version 0."""
+
+SCHEMA_VERSION: Final = len(STEPS)
+
 READ_VERSION: Final = "SELECT value FROM fact WHERE name = 'schema_version'"
+_WRITE_VERSION: Final = "UPDATE fact SET value = {version} WHERE name = 'schema_version'"
+TABLES: Final[dict[Dialect, str]] = {
+    "sqlite": "SELECT name FROM sqlite_master",
+    "postgresql": "SELECT tablename FROM pg_tables WHERE schemaname = current_schema()",
+}
+"""What there is in a database, ours or not."""
 
 _TYPES: Final[dict[Dialect, dict[str, str]]] = {
     "sqlite": {"bytes": "BLOB", "serial": "INTEGER"},
@@ -189,9 +199,9 @@ _TYPES: Final[dict[Dialect, dict[str, str]]] = {
 }
 
 
-def schema(dialect: Dialect) -> Iterator[str]:
-    """The statements that make an empty database ours, one at a time."""
-    text = SCHEMA.format(version=SCHEMA_VERSION, **_TYPES[dialect])
+def schema(dialect: Dialect, since: int = 0) -> Iterator[str]:
+    """The statements that bring a database from schema version ``since`` to ours, one at a time."""
+    text = ";".join((*STEPS[since:], _WRITE_VERSION)).format(version=len(STEPS), **_TYPES[dialect])
     return (statement for part in text.split(";") if (statement := part.strip()))
 
 
