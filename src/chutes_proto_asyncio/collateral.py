@@ -12,7 +12,7 @@ import anyio
 import anyio.abc
 
 from chutes_proto.blocking.collateral import UpstreamCollateral
-from chutes_proto.blocking.perform import log_record
+from chutes_proto.blocking.perform import CollateralSource, log_record
 from chutes_proto.collateral.cache import Fetch, GiveUp, Refresh, clock, fetch, settle
 from chutes_proto.collateral.library import Family
 from chutes_proto.effects import Log
@@ -20,6 +20,7 @@ from chutes_proto.errors import CollateralUnavailable
 from chutes_proto.log import Level, Record
 from chutes_proto.quote.collateral import VerifiedCollateral
 from chutes_proto.quote.pck import PckIdentity
+from chutes_proto.store.run import Store
 from chutes_proto_asyncio.perform import HttpxGetter, Performer
 
 
@@ -39,6 +40,18 @@ async def open_collateral(
         async with anyio.create_task_group() as group:
             yield CollateralFetcher(source, performer, group)
             group.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def open_performer(
+    store: Store, source: CollateralSource | UpstreamCollateral, *, log: Callable[[Record], None] = log_record
+) -> AsyncGenerator[Performer]:
+    """What carries out a key server's effects, whether its collateral comes from files or from the network."""
+    if isinstance(source, UpstreamCollateral):
+        async with open_collateral(source, log=log) as fetcher:
+            yield Performer(store=store, fetch=fetcher.fetch, log=log)
+    else:
+        yield Performer(store=store, collateral=source, log=log)
 
 
 class CollateralFetcher:
@@ -86,5 +99,7 @@ class CollateralFetcher:
         finally:
             del self._flights[family]
             landed.set()
-        if fetched is not None and (record := await anyio.to_thread.run_sync(self._source.keep, family, fetched)):
-            _ = await self._performer.perform(Log(record))
+        if fetched is not None:
+            with anyio.CancelScope(shield=True):  # a server that stops now would have fetched in vain
+                if record := await anyio.to_thread.run_sync(self._source.keep, family, fetched):
+                    _ = await self._performer.perform(Log(record))

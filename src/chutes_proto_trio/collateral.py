@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 import trio
 
 from chutes_proto.blocking.collateral import UpstreamCollateral
-from chutes_proto.blocking.perform import log_record
+from chutes_proto.blocking.perform import CollateralSource, log_record
 from chutes_proto.collateral.cache import Fetch, GiveUp, Refresh, clock, fetch, settle
 from chutes_proto.collateral.library import Family
 from chutes_proto.effects import Log
@@ -19,6 +19,7 @@ from chutes_proto.errors import CollateralUnavailable
 from chutes_proto.log import Level, Record
 from chutes_proto.quote.collateral import VerifiedCollateral
 from chutes_proto.quote.pck import PckIdentity
+from chutes_proto.store.run import Store
 from chutes_proto_trio.perform import HttpxGetter, Performer
 
 
@@ -38,6 +39,18 @@ async def open_collateral(
         async with trio.open_nursery() as nursery:
             yield CollateralFetcher(source, performer, nursery)
             nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def open_performer(
+    store: Store, source: CollateralSource | UpstreamCollateral, *, log: Callable[[Record], None] = log_record
+) -> AsyncGenerator[Performer]:
+    """What carries out a key server's effects, whether its collateral comes from files or from the network."""
+    if isinstance(source, UpstreamCollateral):
+        async with open_collateral(source, log=log) as fetcher:
+            yield Performer(store=store, fetch=fetcher.fetch, log=log)
+    else:
+        yield Performer(store=store, collateral=source, log=log)
 
 
 class CollateralFetcher:
@@ -85,5 +98,7 @@ class CollateralFetcher:
         finally:
             del self._flights[family]
             landed.set()
-        if fetched is not None and (record := await trio.to_thread.run_sync(self._source.keep, family, fetched)):
-            _ = await self._performer.perform(Log(record))
+        if fetched is not None:
+            with trio.CancelScope(shield=True):  # a server that stops now would have fetched in vain
+                if record := await trio.to_thread.run_sync(self._source.keep, family, fetched):
+                    _ = await self._performer.perform(Log(record))

@@ -40,6 +40,17 @@ def test_listen(listen, address):
     assert ServerConfig.from_toml(f'listen = "{listen}"\n{GOOD}'.encode()).listen_address == address
 
 
+def test_collateral_from_services():
+    services = '["https://pccs", { url = "https://pcs/x", root_ca_crl = "https://crl/root.der" }]'
+    text = GOOD.replace('{ directory = "collateral" }', f'{{ upstreams = {services}, update = "early" }}')
+    options = ServerConfig.from_toml(text.encode()).collateral
+    assert [(service.url, service.root_ca_crl) for service in options.upstreams] == [
+        ("https://pccs", None),
+        ("https://pcs/x", "https://crl/root.der"),
+    ]
+    assert (options.directory, options.update, options.grace_seconds) == (None, "early", 0)
+
+
 @pytest.mark.parametrize(
     ("line", "named"),
     [
@@ -81,9 +92,19 @@ def test_a_mistake_names_its_key(line, named):
         ("store", '"postgresql://db/keys"', "SQLite"),
         ("store", '"keys.db"', "sqlite:"),
         ("store", '"sqlite:"', "sqlite:"),
-        ("collateral", '{ upstreams = ["https://pccs"] }', "collateral.upstreams"),
+        ("collateral", '{ directory = "a", upstreams = ["https://pccs"] }', "collateral: say"),
+        ("collateral", '{ directory = "a", cache = "b" }', "collateral.cache: goes with"),
+        ("collateral", '{ directory = "a", grace_seconds = -1 }', "collateral.grace_seconds"),
+        ("collateral", "{ upstreams = [] }", "collateral: say"),
+        ("collateral", "{ upstreams = [1] }", "collateral.upstreams.0"),
+        ("collateral", '{ upstreams = [{ url = "https://a", x = 1 }] }', "collateral.upstreams.0"),
+        ("collateral", '{ upstreams = ["http://pccs.example"] }', "collateral.upstreams: 'http://pccs.example'"),
+        ("collateral", '{ upstreams = ["https://a", "https://a"] }', "twice"),
+        ("collateral", '{ upstreams = ["https://a"], update = "late" }', "collateral.update"),
+        ("collateral", '{ upstreams = ["https://a"], refresh_seconds = 1 }', "collateral.refresh_seconds"),
+        ("collateral", '{ upstreams = ["https://a"], fetches_per_minute = 1 }', "collateral.fetches_per_minute"),
         ("collateral", '"dir"', "collateral"),
-        ("collateral", "{ }", "collateral.directory"),
+        ("collateral", "{ }", "collateral: say"),
         ("hotkeys", "[]", "hotkeys"),
         ("hotkeys", '"5F"', "hotkeys"),
         ("measurements", "[]", "measurements"),

@@ -20,8 +20,12 @@ from typing import Final, Literal, TypeVar
 from attrs import frozen
 
 from chutes_proto.auth.hotkey import Hotkey, HotkeyError
+from chutes_proto.blocking.collateral import UpstreamCollateral
 from chutes_proto.blocking.files import CollateralDirectory, read_file, read_private
 from chutes_proto.blocking.sqlite import SqliteStore
+from chutes_proto.blocking.tls import client_context
+from chutes_proto.collateral.cache import CachePolicy, CollateralCache
+from chutes_proto.collateral.pcs import Upstream
 from chutes_proto.errors import ConfigurationError, QuoteError, StoreError
 from chutes_proto.keys.vault import KeyEncryptionKey, Vault
 from chutes_proto.quote.measurements import parse_profiles_json, parse_profiles_toml
@@ -48,7 +52,7 @@ class ServerSetup:
 
     config: ServerConfig
     service: Service
-    collateral: CollateralDirectory
+    collateral: CollateralDirectory | UpstreamCollateral
     tls: ServerContext
     store_path: Path
 
@@ -74,10 +78,10 @@ def load_setup(path: str | Path) -> ServerSetup:
     profiles = _profiles(config, base, problems)
     policy = problems.attempt("measurements", lambda: Policy(profiles=tuple(p.measurements for p in profiles)))
     hotkeys: frozenset[str] | Literal["*"] | None = problems.attempt("hotkeys", lambda: _hotkeys(config.hotkeys))
-    collateral_path = base / config.collateral.directory
-    if not collateral_path.is_dir():
-        problems.add("collateral.directory", f"{collateral_path} is not a directory")
-    if tls is None or root is None or current is None or policy is None or hotkeys is None or problems.found:
+    collateral = None if root is None else problems.attempt("collateral", lambda: _collateral(config, base, root))
+    if tls is None or root is None or current is None or policy is None or hotkeys is None or collateral is None:
+        raise problems.error()
+    if problems.found:
         raise problems.error()
     vault = Vault(current, previous)
     service = Service(
@@ -100,7 +104,7 @@ def load_setup(path: str | Path) -> ServerSetup:
         limits=config.limits,
         verifications=Slots(config.limits.verifications),
     )
-    return ServerSetup(config, service, CollateralDirectory(collateral_path, root), tls, base / config.sqlite_path)
+    return ServerSetup(config, service, collateral, tls, base / config.sqlite_path)
 
 
 def trust(root: TrustedRoot, name: str) -> str:
@@ -195,6 +199,29 @@ def _root(config: ServerConfig, base: Path) -> TrustedRoot:
         return TrustedRoot.from_der(data)
     except QuoteError as exc:
         raise ConfigurationError(f'{base / config.roots}: {exc}; say "intel", or name a DER file') from None
+
+
+def _collateral(config: ServerConfig, base: Path, root: TrustedRoot) -> CollateralDirectory | UpstreamCollateral:
+    options = config.collateral
+    if options.directory is not None:
+        path = base / options.directory
+        if not path.is_dir():
+            raise ConfigurationError(f"directory: {path} is not a directory")
+        return CollateralDirectory(path, root, grace=options.grace_seconds)
+    cache = CollateralCache(
+        [Upstream.parse(service.url, service.root_ca_crl) for service in options.upstreams],
+        root=root,
+        policy=CachePolicy(
+            grace=options.grace_seconds,
+            refresh=options.refresh_seconds,
+            fetches_per_minute=options.fetches_per_minute,
+        ),
+        update=options.update,
+        seed=os.urandom(16),
+    )
+    ca_pem = None if options.ca_file is None else read_file(base / options.ca_file)
+    kept = None if options.cache is None else base / options.cache
+    return UpstreamCollateral(cache, client_context(None, ca_pem), kept)
 
 
 def _kek(path: Path) -> KeyEncryptionKey:

@@ -10,6 +10,7 @@ from chutes_proto.cli import console
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from chutes_proto.blocking.collateral import UpstreamCollateral
     from chutes_proto.blocking.perform import CollateralSource
     from chutes_proto.blocking.setup import ServerSetup
 
@@ -21,7 +22,7 @@ _CONFIGURATION = """
     store = "sqlite:keys.db"
     kek_file = "kek"                   # made with: (umask 077; head -c 32 /dev/urandom > kek)
     roots = "intel"
-    collateral = { directory = "collateral" }
+    collateral = { directory = "collateral" }    # or { upstreams = ["https://pccs.example:8081"], cache = "cache" }
     measurements = ["measurements.toml"]
     hotkeys = ["5Grw..."]              # or "*"
     [profile_defaults]
@@ -89,6 +90,7 @@ def _check(setup: ServerSetup) -> int:
     """Say what there is; 1 if something of it cannot work."""
     import time
 
+    from chutes_proto.blocking.collateral import UpstreamCollateral
     from chutes_proto.blocking.setup import check_store
     from chutes_proto.errors import CollateralUnavailable, StoreError
 
@@ -99,16 +101,20 @@ def _check(setup: ServerSetup) -> int:
     console.say(f"volumes: {', '.join(setup.service.volumes)}")
     hotkeys = setup.service.hotkeys
     console.say(f"hotkeys: {'every hotkey' if hotkeys == '*' else len(hotkeys)}")
-    try:
-        items = setup.collateral.items(int(time.time()))
-        for item in items:
-            console.say(f"collateral: {item}")
-            if isinstance(item.content, str):
-                faults.append(f"collateral: {item}")
-        if not items:
-            faults.append(f"collateral.directory: {setup.collateral.path} holds no *.json")
-    except CollateralUnavailable as exc:
-        faults.append(str(exc))
+    if isinstance(setup.collateral, UpstreamCollateral):
+        for upstream in setup.collateral.cache.upstreams:
+            console.say(f"collateral: from {upstream.url} (not asked now)")
+    else:
+        try:
+            items = setup.collateral.items(int(time.time()))
+            for item in items:
+                console.say(f"collateral: {item}")
+                if isinstance(item.content, str):
+                    faults.append(f"collateral: {item}")
+            if not items:
+                faults.append(f"collateral.directory: {setup.collateral.path} holds no *.json")
+        except CollateralUnavailable as exc:
+            faults.append(str(exc))
     try:
         console.say(f"store: {check_store(setup.store_path, setup.service.vault)}")
     except StoreError as exc:
@@ -118,7 +124,12 @@ def _check(setup: ServerSetup) -> int:
     return console.REFUSED if faults else console.GRANTED
 
 
-def _serve(setup: ServerSetup, collateral: CollateralSource, announce: Callable[[list[str]], None], *more: int) -> int:
+def _serve(
+    setup: ServerSetup,
+    collateral: CollateralSource | UpstreamCollateral,
+    announce: Callable[[list[str]], None],
+    *more: int,
+) -> int:
     import signal
 
     from chutes_proto.blocking.setup import check_keys
@@ -152,7 +163,7 @@ def _develop(options: argparse.Namespace) -> int:
     import time
     from pathlib import Path
 
-    from chutes_proto.blocking.files import open_platform, platform_directory
+    from chutes_proto.blocking.files import CollateralDirectory, open_platform, platform_directory
     from chutes_proto.blocking.setup import load_setup
     from chutes_proto.cli.development import AUTHORITY, CONFIGURATION, RenewedCollateral, write_server
     from chutes_proto.errors import ConfigurationError
@@ -178,4 +189,5 @@ def _develop(options: argparse.Namespace) -> int:
             console.say(f"try: {boot} --hotkey 5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY --vm vm-1")
 
         setup = load_setup(directory / CONFIGURATION)
-        return _serve(setup, RenewedCollateral(setup.collateral, platform), announce, signal.SIGHUP)
+        renewed = RenewedCollateral(CollateralDirectory(directory / "collateral", setup.service.root), platform)
+        return _serve(setup, renewed, announce, signal.SIGHUP)

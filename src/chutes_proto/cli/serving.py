@@ -17,9 +17,11 @@ from chutes_proto.log import Level, Record
 from chutes_proto.quote.roots import INTEL_ROOT
 from chutes_proto.server.app import App
 from chutes_proto.transport.h1 import Limits
-from chutes_proto_trio import Performer, serve
+from chutes_proto_trio import serve
+from chutes_proto_trio.collateral import open_performer
 
 if TYPE_CHECKING:
+    from chutes_proto.blocking.collateral import UpstreamCollateral
     from chutes_proto.blocking.perform import CollateralSource
     from chutes_proto.blocking.setup import ServerSetup
     from chutes_proto.blocking.sqlite import SqliteStore
@@ -74,27 +76,28 @@ async def serve_on(
     listeners: Sequence[trio.SocketListener],
     setup: ServerSetup,
     store: SqliteStore,
-    collateral: CollateralSource,
+    collateral: CollateralSource | UpstreamCollateral,
     log: Callable[[Record], None],
 ) -> None:
     """Serve until cancelled."""
     limits = setup.config.limits
-    await serve(
-        listeners,
-        App(setup.service),
-        Performer(store=store, collateral=collateral, log=log),
-        lambda: setup.tls,
-        limits=Limits(
-            head_bytes=limits.head_bytes, body_bytes=limits.body_bytes, request_seconds=limits.request_seconds
-        ),
-        connections=limits.connections,
-    )
+    async with open_performer(store, collateral, log=log) as performer:
+        await serve(
+            listeners,
+            App(setup.service),
+            performer,
+            lambda: setup.tls,
+            limits=Limits(
+                head_bytes=limits.head_bytes, body_bytes=limits.body_bytes, request_seconds=limits.request_seconds
+            ),
+            connections=limits.connections,
+        )
 
 
 async def serve_until_signal(
     setup: ServerSetup,
     store: SqliteStore,
-    collateral: CollateralSource,
+    collateral: CollateralSource | UpstreamCollateral,
     announce: Callable[[list[str]], None],
     signals: Sequence[signal.Signals],
 ) -> None:

@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 import attrs
 from attrs import field, frozen
 
+from chutes_proto.collateral.pcs import Upstream
 from chutes_proto.errors import ConfigurationError
 from chutes_proto.keys.generations import RESERVED_VOLUMES
-from chutes_proto.strict import ProblemsError, Structurer, list_of, literal, string
+from chutes_proto.strict import MismatchError, ProblemsError, Structurer, list_of, literal, string
 
 _VOLUME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 ANSWER_MEMBERS = frozenset(
@@ -54,10 +55,30 @@ class TlsFiles:
 
 
 @frozen
-class CollateralSource:
-    """Where collateral comes from: a directory of files."""
+class CollateralService:
+    """A service of the `CollateralOptions`: ``root_ca_crl`` is for one that has the root CA's CRL elsewhere."""
 
-    directory: str
+    url: str
+    root_ca_crl: str | None = None
+
+
+@frozen
+class CollateralOptions:
+    """Where collateral comes from: a ``directory`` of files, or services, asked in the order of ``upstreams``.
+
+    ``grace_seconds``: how long past its time collateral is used while there is no fresher. The rest is for services:
+    ``cache`` is a directory for what was fetched, ``ca_file`` the CAs to trust with their TLS certificates instead of
+    the system's.
+    """
+
+    directory: str | None = None
+    upstreams: tuple[CollateralService, ...] = ()
+    cache: str | None = None
+    ca_file: str | None = None
+    update: Literal["standard", "early"] = "standard"
+    grace_seconds: int = 0
+    refresh_seconds: int = 86400
+    fetches_per_minute: int = 30
 
 
 @frozen
@@ -101,7 +122,7 @@ class ServerConfig:
     tls: TlsFiles
     store: str
     kek_file: str
-    collateral: CollateralSource
+    collateral: CollateralOptions
     measurements: tuple[str, ...]
     hotkeys: tuple[str, ...] | Literal["*"]
     listen: str = "127.0.0.1:8443"
@@ -149,12 +170,6 @@ class ServerConfig:
 
 
 def _refuse_not_served(content: Mapping[str, Any]) -> None:
-    collateral = content.get("collateral")
-    if isinstance(collateral, dict) and "upstreams" in collateral:
-        raise ConfigurationError(
-            "collateral.upstreams: this version takes collateral from a directory only; "
-            'say collateral = { directory = "…" }'
-        )
     if "proxy" in content:
         raise ConfigurationError(
             "proxy: this version ends TLS itself and takes no certificate from a proxy; "
@@ -190,11 +205,35 @@ def _problems(config: ServerConfig) -> list[str]:
         found.append('hotkeys: name at least one, or say "*" for every hotkey')
     if config.retention_days < 1:
         found.append("retention_days: at least 1")
+    found.extend(_collateral_problems(config.collateral))
     limits = attrs.asdict(config.limits)
     found.extend(f"limits.{name}: at least 1" for name, value in limits.items() if value < 1)
     if any(not 0 <= key_id <= 63 for key_id in config.nonce.expected_key_ids):
         found.append("nonce.expected_key_ids: ids are 0 to 63")
     return found
+
+
+def _collateral_problems(options: CollateralOptions) -> Iterator[str]:
+    if (options.directory is None) == (not options.upstreams):
+        yield 'collateral: say { directory = "…" }, or { upstreams = ["https://…", …] }'
+    if options.directory is not None:
+        default = CollateralOptions()
+        for name in ("cache", "ca_file", "update", "refresh_seconds", "fetches_per_minute"):
+            if getattr(options, name) != getattr(default, name):
+                yield f"collateral.{name}: goes with collateral.upstreams"
+    for service in options.upstreams:
+        try:
+            _ = Upstream.parse(service.url, service.root_ca_crl)
+        except ConfigurationError as exc:
+            yield f"collateral.upstreams: {exc}"
+    if len({service.url for service in options.upstreams}) != len(options.upstreams):
+        yield "collateral.upstreams: a service is given twice"
+    if options.grace_seconds < 0:
+        yield "collateral.grace_seconds: at least 0"
+    if options.refresh_seconds < 60:
+        yield "collateral.refresh_seconds: at least 60"
+    if options.fetches_per_minute < 2:
+        yield "collateral.fetches_per_minute: at least 2"
 
 
 def _listen_address(text: str) -> tuple[str, int]:
@@ -211,12 +250,31 @@ def _hotkeys(value: object, _: Any) -> tuple[str, ...] | str:
     return "*" if value == "*" else list_of(string)(value, _)
 
 
+def _service(value: object, _: Any) -> CollateralService:
+    """A service is its URL, or a table."""
+    if isinstance(value, str):
+        return CollateralService(value)
+    members: dict[str, object] = cast("dict[str, object]", value) if isinstance(value, dict) else {}
+    match members:
+        case {"url": str(url), "root_ca_crl": str(crl)} if len(members) == 2:
+            return CollateralService(url, crl)
+        case {"url": str(url)} if len(members) == 1:
+            return CollateralService(url)
+        case _:
+            raise MismatchError("service_type", 'Input should be "https://…" or { url = "…", root_ca_crl = "…" }')
+
+
 @cache
 def _structurer() -> Structurer:
     literals = [
         (kind, literal(*get_args(kind)))
-        for table in (ServerConfig, RegistrationOptions)
+        for table in (ServerConfig, RegistrationOptions, CollateralOptions)
         for kind in get_type_hints(table).values()
         if get_origin(kind) is Literal
     ]
-    return Structurer([(tuple[str, ...] | Literal["*"], _hotkeys), *literals], forbid_extra_keys=True)
+    hooks = [
+        (tuple[str, ...] | Literal["*"], _hotkeys),
+        (tuple[CollateralService, ...], list_of(_service)),
+        *literals,
+    ]
+    return Structurer(hooks, forbid_extra_keys=True)

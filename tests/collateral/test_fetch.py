@@ -1,0 +1,460 @@
+"""Collateral over real HTTP, from the simulated service, on both bindings."""
+
+from __future__ import annotations
+
+import re
+import ssl
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+import trio
+from attrs import evolve, frozen
+
+import chutes_proto_asyncio.collateral
+import chutes_proto_trio.collateral
+from chutes_proto.blocking.collateral import UpstreamCollateral
+from chutes_proto.blocking.http import TimeLimits
+from chutes_proto.blocking.tls import client_context
+from chutes_proto.collateral import cache as caches
+from chutes_proto.collateral import pcs
+from chutes_proto.collateral.cache import CachePolicy, CollateralCache
+from chutes_proto.errors import CollateralUnavailable
+from chutes_proto.log import Record
+from chutes_proto.quote.collateral import VerifiedCollateral
+from chutes_proto.quote.pck import PckIdentity
+from chutes_proto.quote.verify import open_quote
+from chutes_proto.testing.platform import COLLATERAL_SECONDS, SimulatedPlatform
+from chutes_proto.testing.service import CollateralService
+from chutes_proto.wire.http import HttpRequest
+from tests.blocking.peers import Credentials, make_credentials
+from tests.collateral import network
+from tests.collateral.network import PLATFORM, ROOT, Fault, Upstream, running
+
+LIMITS = TimeLimits(connect=0.4, read=0.4, total=0.5)
+QUICK = CachePolicy(retry=0, retry_most=0, unknown=600, wait=5.0)
+"""Tries again at once, so that each call of a test is a fetch if it needs one."""
+
+UNKNOWN = PLATFORM.another(7)
+
+
+def identity(platform: SimulatedPlatform = PLATFORM) -> PckIdentity:
+    return open_quote(platform.quote(bytes(64)), now=int(time.time()), root=ROOT).pck
+
+
+def source(
+    *upstreams: Upstream, policy: CachePolicy = QUICK, directory: Path | None = None, context: Any = None
+) -> UpstreamCollateral:
+    parsed = [pcs.Upstream.parse(upstream.url) for upstream in upstreams]
+    cache = CollateralCache(parsed, root=ROOT, policy=policy, seed=b"of this test")
+    return UpstreamCollateral(cache, context or client_context(), directory, LIMITS)
+
+
+Ask = Callable[..., Awaitable[Any]]
+
+
+@frozen
+class Loop:
+    """One of the bindings: runs ``main(fetcher)``, with ``together(function, arguments)`` for many at once."""
+
+    module: Any
+    library: Any
+
+    def run(self, of: UpstreamCollateral, main: Callable[[Any], Awaitable[Any]]) -> tuple[Any, list[Record]]:
+        log: list[Record] = []
+
+        async def opened() -> Any:
+            async with self.module.open_collateral(of, log=log.append) as fetcher:
+                return await main(fetcher)
+
+        return (trio.run(opened) if self.library is trio else anyio.run(opened)), log
+
+    def fetch(self, of: UpstreamCollateral, *platforms: SimulatedPlatform) -> list[Any]:
+        """The outcome for each platform, one after the other."""
+
+        async def main(fetcher: Any) -> list[Any]:
+            return [await outcome(fetcher, platform) for platform in platforms or (PLATFORM,)]
+
+        result: list[Any] = self.run(of, main)[0]
+        return result
+
+    async def together(self, fetcher: Any, platforms: list[SimulatedPlatform]) -> list[Any]:
+        outcomes: list[Any] = []
+
+        async def one(who: PckIdentity) -> None:
+            outcomes.append(await outcome(fetcher, who))
+
+        group = trio.open_nursery() if self.library is trio else anyio.create_task_group()
+        identities = {platform.fmspc: identity(platform) for platform in platforms}
+        async with group as tasks:
+            for platform in platforms:
+                tasks.start_soon(one, identities[platform.fmspc])
+        return outcomes
+
+
+async def outcome(fetcher: Any, platform: SimulatedPlatform | PckIdentity) -> VerifiedCollateral | str:
+    who = identity(platform) if isinstance(platform, SimulatedPlatform) else platform
+    try:
+        collateral: VerifiedCollateral = await fetcher.fetch(who, int(time.time()))
+    except CollateralUnavailable as exc:
+        return str(exc)
+    return collateral
+
+
+@pytest.fixture(params=["trio", "asyncio"])
+def loop(request: pytest.FixtureRequest) -> Loop:
+    if request.param == "trio":
+        return Loop(chutes_proto_trio.collateral, trio)
+    return Loop(chutes_proto_asyncio.collateral, anyio)
+
+
+@pytest.fixture
+def upstream() -> Iterator[Upstream]:
+    with running(Upstream()) as one:
+        yield one
+
+
+@pytest.fixture
+def other() -> Iterator[Upstream]:
+    with running(Upstream()) as one:
+        yield one
+
+
+def test_fetched_once_and_used_again(loop: Loop, upstream: Upstream) -> None:
+    first, second, another = loop.fetch(source(upstream), PLATFORM, PLATFORM, PLATFORM.another(1))
+    assert first is second
+    assert (first.fmspc, first.ca, first.tee, first.root) == (PLATFORM.fmspc, "platform", "TDX", ROOT)
+    assert another.fmspc == PLATFORM.another(1).fmspc
+    assert upstream.asked[:4] == [
+        f"/tdx/certification/v4/tcb?fmspc={PLATFORM.fmspc.hex()}",
+        "/tdx/certification/v4/qe/identity",
+        "/sgx/certification/v4/pckcrl?ca=platform&encoding=der",
+        "/sgx/certification/v4/rootcacrl",
+    ]
+    assert upstream.rounds() == 2
+    assert len(upstream.asked) == 8
+
+
+def test_another_ca_and_another_place_of_the_root_crl(loop: Loop, upstream: Upstream) -> None:
+    parsed = pcs.Upstream.parse(f"{upstream.url}/sgx/certification/v4/", f"{upstream.url}/IntelSGXRootCA.der")
+    of = evolve(source(upstream), cache=CollateralCache([parsed], root=ROOT, update="early"))
+    (found,) = loop.fetch(of, evolve(PLATFORM, ca="processor"))
+    assert found.ca == "processor"
+    assert [target.partition("?")[2] for target in upstream.asked] == [
+        f"fmspc={PLATFORM.fmspc.hex()}&update=early",
+        "update=early",
+        "ca=processor&encoding=der",
+        "",
+    ]
+    assert upstream.asked[-1] == "/IntelSGXRootCA.der"
+
+
+FAULTS: dict[str, tuple[Fault, str, str]] = {
+    "slow": (network.slow, "", "ReadTimeout"),
+    "dripping": (network.dripping, "", r"no whole answer within 0\.5 s"),
+    "truncated": (network.truncated, "tcb", "RemoteProtocolError"),
+    "truncated CRL": (network.truncated, "pckcrl", "RemoteProtocolError"),
+    "oversized": (network.oversized, "", "more than 1048576 bytes"),
+    "redirect": (network.redirecting, "tcb", "TCB info: status 307"),
+    "garbage": (network.garbage, "tcb", "tcbInfo: not JSON"),
+    "garbage identity": (network.garbage, "identity", "enclaveIdentity: not JSON"),
+    "garbage CRL": (network.garbage, "pckcrl", "no DER, no PEM"),
+    "altered": (network.altered, "tcb", "the TCB signing key did not sign it"),
+    "altered CRL": (network.altered, "pckcrl", "PCK CRL"),
+    "no chain": (network.no_chain, "tcb", "the header is missing"),
+    "of another FMSPC": (network.of_another, "tcb", f"it is for FMSPC {PLATFORM.another(1).fmspc.hex()}"),
+    "404": (network.status(404), "tcb", "TCB info: status 404"),
+    "404 of the CRL": (network.status(404), "rootcacrl", "root CA CRL: status 404"),
+    "429": (network.status(429, ("retry-after", "7")), "", "status 429"),
+    "500": (network.status(500), "", "status 500"),
+    "503 of the identity": (network.status(503), "identity", "QE identity: status 503"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_told_and_the_next_upstream_asked(
+    loop: Loop, upstream: Upstream, other: Upstream, name: str
+) -> None:
+    upstream.fault, upstream.only, told = FAULTS[name]
+    (alone,) = loop.fetch(source(upstream))
+    assert isinstance(alone, str)
+
+    assert re.search(f"{re.escape(upstream.url)}: .*{told}", alone)
+    (found,) = loop.fetch(source(upstream, other))
+    assert isinstance(found, VerifiedCollateral)
+    assert other.rounds() == 1
+
+
+@pytest.mark.parametrize(
+    ("age", "told"),
+    [(COLLATERAL_SECONDS + 60, "its time has ended at 20"), (-3600, "its time begins at .*clocks wrong")],
+    ids=["expired", "not yet valid"],
+)
+def test_the_wrong_time(loop: Loop, upstream: Upstream, other: Upstream, age: int, told: str) -> None:
+
+    upstream.age = age
+    (alone,) = loop.fetch(source(upstream))
+    assert re.search(told, alone)
+    (found,) = loop.fetch(source(upstream, other))
+    assert found.fmspc == PLATFORM.fmspc
+
+
+def test_a_clock_that_is_a_little_ahead_is_waited_for(loop: Loop, upstream: Upstream) -> None:
+    upstream.age = -1
+    (found,) = loop.fetch(source(upstream))
+    assert found.window[0] <= time.time()
+
+
+def test_another_root_and_another_ca_are_refused(loop: Loop, upstream: Upstream) -> None:
+    upstream.service = CollateralService((evolve(PLATFORM, seed=b"another world" * 3),))
+    upstream.fault, upstream.only = (
+        lambda handler, _: handler.upstream.service.answer(
+            HttpRequest("GET", f"/tdx/certification/v4/tcb?fmspc={handler.upstream.service.platforms[0].fmspc.hex()}"),
+            int(time.time()),
+        ),
+        "tcb",
+    )
+    (told,) = loop.fetch(source(upstream))
+    assert "root" in told
+
+
+def test_an_upstream_that_asks_for_it_is_left_alone(loop: Loop, upstream: Upstream, other: Upstream) -> None:
+    upstream.fault = network.status(429, ("retry-after", "600"))
+    of = source(upstream, other)
+    found = loop.fetch(of, PLATFORM, PLATFORM.another(1))
+    assert all(isinstance(one, VerifiedCollateral) for one in found)
+    assert len(upstream.asked) == 1
+    alone = source(upstream)
+    told = loop.fetch(alone, PLATFORM, PLATFORM, PLATFORM.another(1))
+    assert len(upstream.asked) == 2
+    assert "429" in told[1]
+    assert "left alone" in told[2]
+
+
+def test_a_hundred_boots_of_a_known_family_are_one_fetch(loop: Loop, upstream: Upstream) -> None:
+    found, log = loop.run(source(upstream), lambda fetcher: loop.together(fetcher, [PLATFORM] * 100))
+    assert len(found) == 100
+    assert len(set(map(id, found))) == 1
+    assert isinstance(found[0], VerifiedCollateral)
+    assert len(upstream.asked) == 4
+    assert [record.event for record in log] == ["collateral_fetched"]
+
+
+def test_a_hundred_boots_of_an_unknown_family_are_one_fetch(loop: Loop, upstream: Upstream) -> None:
+    async def main(fetcher: Any) -> list[Any]:
+        return await loop.together(fetcher, [UNKNOWN] * 100) + [await outcome(fetcher, UNKNOWN)]
+
+    told, _ = loop.run(source(upstream), main)
+    assert len(told) == 101
+    assert all("status 404" in one for one in told)
+    assert upstream.asked == [f"/tdx/certification/v4/tcb?fmspc={UNKNOWN.fmspc.hex()}"]
+
+
+def test_fetches_for_new_families_are_bounded_and_known_ones_have_their_share(loop: Loop, upstream: Upstream) -> None:
+    of = source(upstream, policy=evolve(QUICK, fetches_per_minute=8, refresh=0))
+    strangers = [PLATFORM.another(index) for index in range(20, 60)]
+
+    async def main(fetcher: Any) -> list[Any]:
+        known = await outcome(fetcher, PLATFORM)
+        told = await loop.together(fetcher, strangers)
+        assert sum("too many fetches" in one for one in told) >= len(strangers) - 5
+        before = upstream.rounds()
+        assert before <= 5
+        assert await outcome(fetcher, PLATFORM) is known
+        await loop.library.sleep(0.3)
+        assert upstream.rounds() == before + 1
+        return told
+
+    _ = loop.run(of, main)
+
+
+def test_it_dies_and_comes_back(loop: Loop) -> None:
+    upstream = Upstream()
+    with running(upstream):
+        of = source(upstream)
+    assert "ConnectError" in loop.fetch(of)[0]  # without what is at hand: a 503
+    with running(upstream):
+        (warm,) = loop.fetch(of)
+        assert isinstance(warm, VerifiedCollateral)
+    cold, still = loop.fetch(of, PLATFORM.another(1), PLATFORM)  # what is at hand outlives its upstream
+    assert "ConnectError" in cold
+    assert still is warm
+    with running(upstream):
+        assert isinstance(loop.fetch(of, PLATFORM.another(1))[0], VerifiedCollateral)
+
+
+def test_the_plug_is_pulled_in_the_middle(loop: Loop, other: Upstream) -> None:
+    upstream = Upstream(fault=network.truncated, only="identity")
+    with running(upstream):
+        of = source(upstream, other)
+        found, _ = loop.run(of, lambda fetcher: loop.together(fetcher, [PLATFORM] * 20))
+    assert len(set(map(id, found))) == 1
+    assert isinstance(found[0], VerifiedCollateral)
+    assert other.rounds() == 1
+
+
+def test_refreshed_ahead_in_the_background(loop: Loop, upstream: Upstream) -> None:
+    upstream.age = 10
+    of = source(upstream, policy=evolve(QUICK, refresh=0))
+
+    async def main(fetcher: Any) -> None:
+        first = await outcome(fetcher, PLATFORM)
+        upstream.age = 0
+        upstream.fault = network.slow if loop.library is trio else None
+        assert await outcome(fetcher, PLATFORM) is first  # whoever asks does not wait
+        upstream.fault = None
+        with loop.library.move_on_after(5):
+            while await outcome(fetcher, PLATFORM) is first:
+                await loop.library.sleep(0.05)
+        now = await outcome(fetcher, PLATFORM)
+        assert isinstance(now, VerifiedCollateral)
+        assert isinstance(first, VerifiedCollateral)
+        assert now.window[0] >= first.window[0] + 10
+
+    _ = loop.run(of, main)
+
+
+def test_stale_only_within_the_grace_and_only_in_an_outage(loop: Loop, upstream: Upstream) -> None:
+    upstream.age = COLLATERAL_SECONDS + 60
+    (none,) = loop.fetch(source(upstream, policy=evolve(QUICK, grace=30)))
+    assert "its time has ended" in none
+    of = source(upstream, policy=evolve(QUICK, grace=600))
+    (stale,) = loop.fetch(of)
+    assert stale.window[1] < time.time() < stale.usable_until
+    upstream.age = 0
+
+    async def main(fetcher: Any) -> Any:
+        with loop.library.move_on_after(5):
+            while (found := await outcome(fetcher, PLATFORM)) is stale:
+                await loop.library.sleep(0.05)
+        return found
+
+    fresh, _ = loop.run(of, main)
+    assert isinstance(fresh, VerifiedCollateral)
+    assert fresh.window[1] > time.time()
+
+
+def test_kept_on_disk_and_verified_again(loop: Loop, tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    with running(Upstream()) as upstream:
+        (first,) = loop.fetch(source(upstream, directory=kept))
+    name = f"{PLATFORM.fmspc.hex()}-platform-tdx.json"
+    assert [path.name for path in kept.iterdir()] == [name]
+
+    async def main(fetcher: Any) -> list[Any]:
+        return [await outcome(fetcher, PLATFORM), await outcome(fetcher, PLATFORM.another(1))]
+
+    (again, none), log = loop.run(source(upstream, directory=kept), main)  # an outage, with a warm cache and without
+    assert (again.window, again.tcb_info) == (first.window, first.tcb_info)
+    assert "ConnectError" in none
+    assert log[0].fields["files"] == 1
+    text = (kept / name).read_bytes()
+    (kept / name).write_bytes(text.replace(b"UpToDate", b"UptoDate"))
+    (_, told), log = loop.run(source(upstream, directory=kept), main)
+    assert "ConnectError" in told
+    assert [record.event for record in log][:2] == ["collateral_restored", "collateral_not_restored"]
+    assert "did not sign" in str(log[1].fields["error"])
+
+
+def test_a_disk_that_fails_costs_nothing_but_a_line(loop: Loop, upstream: Upstream, tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    of = source(upstream, directory=kept)
+
+    async def main(fetcher: Any) -> Any:
+        kept.rmdir()
+        kept.write_bytes(b"")
+        found = await outcome(fetcher, PLATFORM)
+        with loop.library.move_on_after(5):
+            while "collateral_not_kept" not in [record.event for record in log]:
+                await loop.library.sleep(0.01)
+        return found
+
+    log: list[Record] = []
+
+    async def opened() -> Any:
+        async with loop.module.open_collateral(of, log=log.append) as fetcher:
+            return await main(fetcher)
+
+    assert isinstance(trio.run(opened) if loop.library is trio else anyio.run(opened), VerifiedCollateral)
+    assert log[-1].event == "collateral_not_kept"
+
+
+def test_a_slow_fetch_is_waited_for_so_long_and_goes_on(loop: Loop, upstream: Upstream) -> None:
+    upstream.fault, upstream.only = network.slow, "rootcacrl"
+    of = evolve(source(upstream, policy=evolve(QUICK, wait=0.1)), limits=TimeLimits(2.0, 2.0, 2.0))
+
+    async def main(fetcher: Any) -> None:
+        assert "still being fetched" in str(await outcome(fetcher, PLATFORM))
+        await loop.library.sleep(1)
+        assert isinstance(await outcome(fetcher, PLATFORM), VerifiedCollateral)
+        assert upstream.rounds() == 1
+
+    _ = loop.run(of, main)
+
+
+def test_who_is_cancelled_does_not_end_the_fetch_of_others(loop: Loop, upstream: Upstream) -> None:
+    upstream.fault, upstream.only = network.slow, "rootcacrl"
+    of = evolve(source(upstream), limits=TimeLimits(2.0, 2.0, 2.0))
+
+    async def main(fetcher: Any) -> None:
+        with loop.library.move_on_after(0.1):
+            _ = await outcome(fetcher, PLATFORM)
+            raise AssertionError("it was not slow")
+        assert isinstance(await outcome(fetcher, PLATFORM), VerifiedCollateral)
+        assert upstream.rounds() == 1
+
+    _ = loop.run(of, main)
+
+
+def test_a_defect_ends_one_fetch(loop: Loop, upstream: Upstream, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("a defect")
+
+    of = source(upstream)
+    with monkeypatch.context() as patch:
+        patch.setattr(caches, "authenticate_collateral", broken)
+        patch.setattr(of.cache, "take", broken)
+        told, log = loop.run(of, lambda fetcher: outcome(fetcher, PLATFORM))
+    assert "still being fetched" in told
+    assert log[0].event == "collateral_fetch_failed"
+    assert isinstance(loop.fetch(of)[0], VerifiedCollateral)
+
+
+@pytest.fixture(scope="module")
+def credentials(tmp_path_factory: pytest.TempPathFactory) -> Credentials:
+    return make_credentials(tmp_path_factory.mktemp("tls"))
+
+
+def test_tls_is_checked(loop: Loop, credentials: Credentials) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(credentials.chain)
+    with running(Upstream(), context) as upstream:
+        (told,) = loop.fetch(source(upstream))
+        assert "CERTIFICATE_VERIFY_FAILED" in told
+        assert upstream.asked == []
+        (found,) = loop.fetch(source(upstream, context=client_context(None, credentials.ca_pem)))
+        assert isinstance(found, VerifiedCollateral)
+
+
+def test_threads_are_left_alone(loop: Loop, upstream: Upstream) -> None:
+    before = threading.active_count()
+    upstream.fault, upstream.only = network.slow, "rootcacrl"
+    of = evolve(source(upstream), limits=TimeLimits(2.0, 2.0, 2.0))
+    counted: list[int] = []
+
+    async def main(fetcher: Any) -> None:
+        async def count() -> None:
+            await loop.library.sleep(0.3)
+            counted.append(threading.active_count())
+
+        group = trio.open_nursery() if loop.library is trio else anyio.create_task_group()
+        async with group as tasks:
+            tasks.start_soon(count)
+            tasks.start_soon(loop.together, fetcher, [PLATFORM] * 100)
+
+    _ = loop.run(of, main)
+    assert counted[0] <= before + 3  # a fetch is no thread, and a hundred who wait for it are none
