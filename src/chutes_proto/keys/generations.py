@@ -4,7 +4,9 @@ The text is in ``README.md`` beside this file. Rules kept here:
 
 * a boot call overwrites and deletes nothing: an old generation is retired, a new one gets the next number;
 * at most one generation is active and at most one is a candidate, also between the steps of a change;
-* at most one retired generation can be revived, the one that was active last, and none once a newer one was made.
+* at most one retired generation can be revived, the one that was active last, and none once a newer one was made;
+* a promotion is provisional until a boot that was given the new key confirms. Until then the key that it superseded is
+  *pinned* (retired as ``superseded`` and ``provisional``): it is handed out by turns and cannot be purged.
 
 Every function takes all generations of one volume, in any order, and returns a `Change`; none touches a store.
 """
@@ -47,9 +49,27 @@ class Supply(Change):
     current: GenerationRow = field(kw_only=True)
 
 
+@frozen
+class HandOut(Change):
+    """What a two-phase boot is given: the key that should open the disk, None where there is none, and the next one."""
+
+    current: GenerationRow | None = field(kw_only=True)
+    next: GenerationRow = field(kw_only=True)
+
+
 def active(rows: Generations) -> GenerationRow | None:
     """The active generation."""
     return next((row for row in rows if row.state == "active"), None)
+
+
+def candidate(rows: Generations) -> GenerationRow | None:
+    """The generation that was handed out as the next one and is not decided on."""
+    return next((row for row in rows if row.state == "candidate"), None)
+
+
+def pinned(rows: Generations) -> GenerationRow | None:
+    """The generation that a provisional promotion superseded: the disk may yet need it."""
+    return next((row for row in rows if row.provisional and row.retirement == "superseded"), None)
 
 
 def holds_keys(rows: Generations) -> bool:
@@ -78,6 +98,83 @@ def rekey(rows: Generations, seal: Seal, at: int) -> Supply:
     return _renew(rows, seal, at=at, word="rekeyed" if active(rows) else "created")
 
 
+def hand_out(rows: Generations, seal: Seal, pruned: Pruned = "revive", handed: int | None = None) -> HandOut:
+    """The current key and the next one of a two-phase boot.
+
+    Without an active key, and none that comes back as `fetch` has it, there is no current key, and the next one is
+    active at once. ``handed`` is the generation that the last boot was given as the current one and did not confirm:
+    where that was a provisional one, it is the pinned one's turn, and the provisional one is the next.
+    """
+    rows = tuple(rows)
+    supply = fetch(rows, seal, pruned)
+    if supply.word == "created":
+        return HandOut(supply.updated, supply.created, current=None, next=supply.current)
+    other = pinned(rows)
+    if other is not None and supply.current.generation == handed:
+        return HandOut(supply.updated, current=other, next=supply.current)
+    if following := candidate(rows):
+        return HandOut(supply.updated, current=supply.current, next=following)
+    created = evolve(seal(_following(rows)), state="candidate")
+    return HandOut(supply.updated, created, current=supply.current, next=created)
+
+
+def confirm(rows: Generations, current: int | None, following: int, *, rotated: bool, at: int) -> Change | None:
+    """A boot that was handed ``current`` and ``following`` says that ``current`` opened the disk, or formatted it.
+
+    ``rotated``: the disk has the key ``following`` too, which is active afterwards, and provisional; ``current`` is
+    pinned. None if ``following`` is neither active nor a candidate to be: something else was decided meanwhile. Not
+    ``rotated``: ``current`` is active afterwards and ``following`` retired, unless something else was decided meanwhile;
+    then that stands.
+    """
+    rows = tuple(rows)
+    by_number = {row.generation: row for row in rows}
+    opened = None if current is None else by_number[current]
+    after = by_number[following]
+    if opened is None:
+        return Change() if after.state == "active" or not rotated else None
+    if rotated and after.state == "active":
+        return Change()
+    if after.state == "candidate" and opened.state == "active":
+        unpinned = tuple(evolve(row, provisional=False) for row in (pinned(rows),) if row)
+        if not rotated:
+            dropped = evolve(after, state="retired", retired_at=at, retirement="dropped")
+            return Change((*unpinned, dropped, evolve(opened, provisional=False)))
+        superseded = evolve(opened, state="retired", retired_at=at, retirement="superseded", provisional=True)
+        return Change((*unpinned, superseded, evolve(after, state="active", provisional=True)))
+    if rotated:
+        return None
+    if after.state == "active" and opened == pinned(rows):
+        back = evolve(opened, state="active", provisional=False, retired_at=None, retirement=None)
+        fallen = (evolve(row, provisional=False) for row in _retired(rows, at, "dropped"))
+        return Change((*fallen, back))
+    return Change()
+
+
+def restore(rows: Generations, generation: int, at: int) -> Change | None:
+    """An operator's choice: ``generation`` is active afterwards. None where it is not there, purged, or active."""
+    rows = tuple(rows)
+    chosen = next((row for row in rows if row.generation == generation), None)
+    if chosen is None or chosen.state in ("purged", "active"):
+        return None
+    others = tuple(row for row in rows if row is not chosen)
+    back = evolve(chosen, state="active", provisional=False, retired_at=None, retirement=None)
+    fallen = (evolve(row, provisional=False) for row in _retired(others, at, "superseded"))
+    return Change((*fallen, *_outdated(others, "relisted"), back))
+
+
+def purgeable(rows: Generations, now: int, retention: int, keep: int) -> tuple[GenerationRow, ...]:
+    """What an operator may purge: retired for at least ``retention`` seconds, not pinned, not of the last ``keep``."""
+    ordered = sorted(rows, key=lambda row: row.generation)
+    return tuple(
+        row
+        for row in (ordered[:-keep] if keep else ordered)
+        if row.state == "retired"
+        and not row.provisional
+        and row.retired_at is not None
+        and now - row.retired_at >= retention
+    )
+
+
 def prune(rows: Generations, at: int) -> Change:
     """No key for a volume that a boot left out: the active one is retired so that it can be revived."""
     return Change(_retired(rows, at, "prune"))
@@ -86,15 +183,27 @@ def prune(rows: Generations, at: int) -> Change:
 def disown(rows: Generations, at: int) -> Change:
     """All keys of a name that goes to another owner: retired, and none to be revived."""
     rows = tuple(rows)
-    pruned = tuple(evolve(row, retirement="takeover") for row in rows if row.retirement == "prune")
-    return Change(_retired(rows, at, "takeover") + pruned)
+    retired = (evolve(row, provisional=False) for row in _retired(rows, at, "takeover"))
+    return Change((*retired, *_outdated(rows, "takeover")))
 
 
 def _renew(rows: tuple[GenerationRow, ...], seal: Seal, at: int | None, word: Literal["created", "rekeyed"]) -> Supply:
-    retired = () if at is None else _retired(rows, at, "rekey")
-    outdated = tuple(evolve(row, retirement="relisted") for row in rows if row.retirement == "prune")
-    created = seal(1 + max((row.generation for row in rows), default=0))
-    return Supply(retired + outdated, created, word=word, current=created)
+    retired = () if at is None else (evolve(row, provisional=False) for row in _retired(rows, at, "rekey"))
+    created = seal(_following(rows))
+    return Supply((*retired, *_outdated(rows, "relisted")), created, word=word, current=created)
+
+
+def _following(rows: tuple[GenerationRow, ...]) -> int:
+    return 1 + max((row.generation for row in rows), default=0)
+
+
+def _outdated(rows: tuple[GenerationRow, ...], why: Retirement) -> tuple[GenerationRow, ...]:
+    """The retired rows that an answer could yet bring back: from now on none of them can."""
+    return tuple(
+        evolve(row, provisional=False, retirement=why if row.retirement == "prune" else row.retirement)
+        for row in rows
+        if row.retirement == "prune" or (row.state == "retired" and row.provisional)
+    )
 
 
 def _retired(rows: Generations, at: int, why: Retirement) -> tuple[GenerationRow, ...]:

@@ -15,6 +15,7 @@ Rules kept here:
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import hmac
 import re
@@ -96,10 +97,24 @@ class FreshKey:
     @classmethod
     def from_entropy(cls, entropy: bytes) -> FreshKey:
         """The key of `SIZE` random bytes, which must serve nothing else. The passphrase is 128 lowercase hex digits."""
+        return cls._of(entropy[:64].hex().encode("ascii"), entropy)
+
+    @classmethod
+    def encryption_key(cls, entropy: bytes) -> FreshKey:
+        """The same, for a key of 32 bytes instead of a passphrase: as base64, which is what is sealed and handed out."""
+        return cls._of(base64.b64encode(entropy[:KEY_SIZE]), entropy)
+
+    @classmethod
+    def of_passphrase(cls, passphrase: Secret, entropy: bytes) -> FreshKey:
+        """The same, for a passphrase that is there already; ``entropy`` is what remains to be drawn for its envelope."""
+        return cls._of(passphrase.reveal(), entropy)
+
+    @classmethod
+    def _of(cls, passphrase: bytes, entropy: bytes) -> FreshKey:
         if len(entropy) != cls.SIZE:
             raise LocalProtocolError(f"a fresh key takes {cls.SIZE} bytes of entropy, not {len(entropy)}")
         return cls(
-            passphrase=Secret(entropy[:64].hex().encode("ascii")),
+            passphrase=Secret(passphrase),
             data_key=Secret(entropy[64 : 64 + KEY_SIZE]),
             nonce_seeds=Secret(entropy[64 + KEY_SIZE :]),
         )
@@ -145,18 +160,42 @@ class Vault:
         Raises `KeyUnavailable` if the row's key-encryption key is not live, and `SealBroken` if the row does not open:
         its bytes were altered, it is the row of another address, or it was purged.
         """
-        where = f"{address.vm.hotkey}/{address.vm.name}/{address.volume}/{address.generation}"
-        if row.sealed is None or row.wrapped_key is None or row.kek_id is None:
-            raise SealBroken(f"the key {where} was purged")
+        if row.sealed is None:
+            raise SealBroken(f"the key {_where(address)} was purged")
+        data_key = self._data_key(address, row)
+        try:
+            return Secret(_decrypt(data_key, row.sealed, address.associated_data(b"passphrase")))
+        except (InvalidTag, ValueError):
+            raise _broken(address) from None
+
+    def rewrap(self, address: Address, row: GenerationRow, nonce_seed: bytes) -> Sealed:
+        """The envelope of ``row`` with its data key wrapped under the current key-encryption key.
+
+        ``nonce_seed`` is `NONCE_SIZE` random bytes. The passphrase is not opened, and its layer stays as it is. Raises
+        as `open` does.
+        """
+        if row.sealed is None:
+            raise SealBroken(f"the key {_where(address)} was purged")
+        key_data = address.associated_data(b"data key")
+        data_key = self._data_key(address, row)
+        # the old wrapping is in the nonce, so that the same seed for the same row cannot meet another data key
+        nonce = hmac.digest(nonce_seed, key_data + (row.wrapped_key or b""), "sha256")[:NONCE_SIZE]
+        wrapped = nonce + AESGCM(self.current.key.reveal()).encrypt(nonce, data_key, key_data)
+        return Sealed(row.sealed, self.current.kek_id, wrapped)
+
+    def _data_key(self, address: Address, row: GenerationRow) -> bytes:
+        if row.wrapped_key is None or row.kek_id is None:
+            raise SealBroken(f"the key {_where(address)} was purged")
         key = next((key.key for key in self.live if key.kek_id == row.kek_id), None)
         if key is None:
             live = ", ".join(key.kek_id for key in self.live)
-            raise KeyUnavailable(f"the key {where} is sealed under key-encryption key {row.kek_id}; at hand: {live}")
+            raise KeyUnavailable(
+                f"the key {_where(address)} is sealed under key-encryption key {row.kek_id}; at hand: {live}"
+            )
         try:
-            data_key = _decrypt(key.reveal(), row.wrapped_key, address.associated_data(b"data key"))
-            return Secret(_decrypt(data_key, row.sealed, address.associated_data(b"passphrase")))
+            return _decrypt(key.reveal(), row.wrapped_key, address.associated_data(b"data key"))
         except (InvalidTag, ValueError):
-            raise SealBroken(f"the key {where} does not open: its row was altered or is another's") from None
+            raise _broken(address) from None
 
     def derive(self, label: str, size: int = KEY_SIZE) -> tuple[tuple[str, Secret], ...]:
         """For each live key-encryption key, the current one first: its id, and ``size`` bytes of its own for ``label``.
@@ -167,6 +206,14 @@ class Vault:
         return tuple(
             (key.kek_id, Secret(HKDF(SHA256(), size, None, info).derive(key.key.reveal()))) for key in self.live
         )
+
+
+def _where(address: Address) -> str:
+    return f"{address.vm.hotkey}/{address.vm.name}/{address.volume}/{address.generation}"
+
+
+def _broken(address: Address) -> SealBroken:
+    return SealBroken(f"the key {_where(address)} does not open: its row was altered or is another's")
 
 
 def _decrypt(key: bytes, box: bytes, associated_data: bytes) -> bytes:

@@ -9,6 +9,7 @@ Rules kept here:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, cast
 
@@ -22,19 +23,24 @@ from chutes_proto.store.rows import (
     BootVolumeRow,
     CountClaims,
     CountRefusals,
+    CountSealed,
     FindBoot,
+    FindConfirm,
     GenerationRow,
     Insert,
     NonceRow,
+    PurgeGeneration,
     Put,
     R,
     RaiseHorizon,
     ReadBootVolumes,
     ReadGenerations,
     ReadHorizon,
+    ReadOtherwiseSealed,
     ReadVm,
     ReadVolumes,
     RedeemNonce,
+    RewrapGeneration,
     Row,
     Scan,
     SpendToken,
@@ -84,6 +90,8 @@ class Tables:
                 return len(self._where(VmRow, lambda row: row.pin == pin))
             case FindBoot(digest):
                 return _first(self._where(BootRow, lambda row: row.token_digest == digest))
+            case FindConfirm(digest):
+                return _first(self._where(BootRow, lambda row: row.confirm_digest == digest))
             case SpendToken(boot_id, at, body_digest):
                 unspent = self._where(BootRow, lambda row: row.boot_id == boot_id and row.spent_at is None)
                 for boot in unspent:
@@ -99,6 +107,20 @@ class Tables:
                 return self._where(GenerationRow, lambda row: row.vm == vm)
             case UpdateGeneration(row):
                 self._update(row)
+            case RewrapGeneration(row):
+                for kept in self._where(GenerationRow, lambda other: key_of(other) == key_of(row)):
+                    if kept.sealed is not None:
+                        self._set(evolve(kept, kek_id=row.kek_id, wrapped_key=row.wrapped_key))
+            case PurgeGeneration(row):
+                for kept in self._where(GenerationRow, lambda other: key_of(other) == key_of(row)):
+                    if kept.state == "retired":
+                        gone = {"sealed": None, "kek_id": None, "wrapped_key": None}
+                        self._set(evolve(kept, state="purged", provisional=False, **gone))
+            case CountSealed():
+                sealed = self._where(GenerationRow, lambda row: row.kek_id is not None)
+                return tuple(sorted(Counter(row.kek_id for row in sealed).items()))
+            case ReadOtherwiseSealed(kek_id, limit):
+                return self._where(GenerationRow, lambda row: row.kek_id not in (None, kek_id))[:limit]
             case ReadVolumes(vm):
                 return self._where(VolumeRow, lambda row: row.vm == vm)
             case CountRefusals(pin, since):

@@ -7,7 +7,7 @@ Rules kept here:
 * a row class is its table: ``TABLE`` is the name, ``KEY`` the primary key, the fields are the columns in their order; a
   `Vm` is the two columns ``hotkey, vm`` and a `Pin` the two columns ``platform_kind, platform_id``;
 * nothing secret is in a row in the clear: passphrases are sealed, tokens and nonces of a boot are digests;
-* there is no operation that deletes a key or changes a sealed passphrase, and none that changes an audit row;
+* no operation changes a sealed passphrase; only `PurgeGeneration`, an operator's, deletes one. None changes an audit row;
 * this is the only file of the pure part, next to ``effects.py``, with a bare ``yield``.
 
 Times are integer unix seconds.
@@ -101,7 +101,7 @@ class VmRow:
     """A claim: this name of this hotkey belongs to this platform.
 
     ``proven``: a boot that was granted on this platform carried the hotkey's signature. ``exchange`` is ``two-phase``
-    once a boot was served so.
+    once a boot was served so. ``attested`` is the boot that attested its volumes last: the one whose confirmation counts.
     """
 
     TABLE: ClassVar[str] = "vm"
@@ -115,15 +115,17 @@ class VmRow:
     exchange: Exchange
     created_at: int
     last_boot_at: int
+    attested: str | None = None
 
 
 @frozen
 class BootRow:
-    """A granted boot and the one token that was issued to it.
+    """A granted boot and the one token that was issued to it: a boot token, or with ``two-phase`` a quote nonce.
 
     ``certificate`` is the SHA-256 of the attested key's SubjectPublicKeyInfo. A token is worth something while
     ``spent_at`` and ``voided_at`` are None and the time is before ``token_expires_at``; ``body_digest`` is the SHA-256
-    of the request body that spent it.
+    of the request body that spent it. A two-phase boot that attested its volumes has a confirm nonce too, good until
+    ``confirm_expires_at``; ``confirm_body_digest`` is of the request that confirmed.
     """
 
     TABLE: ClassVar[str] = "boot"
@@ -145,6 +147,9 @@ class BootRow:
     spent_at: int | None = None
     body_digest: bytes | None = None
     voided_at: int | None = None
+    confirm_digest: bytes | None = None
+    confirm_expires_at: int | None = None
+    confirm_body_digest: bytes | None = None
 
 
 @frozen
@@ -193,7 +198,10 @@ class GenerationRow:
 
 @frozen
 class VolumeRow:
-    """What is known of a volume's disk: whether it holds data, and whether one format of it is permitted even so."""
+    """What is known of a volume's disk: whether it holds data, and whether one format of it is permitted even so.
+
+    ``handed`` is the generation that the last attestation handed out as the current one, until a boot confirms.
+    """
 
     TABLE: ClassVar[str] = "volume"
     KEY: ClassVar[tuple[str, ...]] = ("hotkey", "vm", "volume")
@@ -202,6 +210,7 @@ class VolumeRow:
     volume: str
     in_use: bool
     format_allowed: bool
+    handed: int | None = None
 
 
 @frozen
@@ -279,7 +288,7 @@ class Insert(StoreOp[None]):
 class Put(StoreOp[None]):
     """Add a row, or replace the one with the same key."""
 
-    row: VmRow | VolumeRow
+    row: VmRow | BootRow | VolumeRow
 
 
 @frozen
@@ -331,6 +340,13 @@ class FindBoot(StoreOp[BootRow | None]):
 
 
 @frozen
+class FindConfirm(StoreOp[BootRow | None]):
+    """The boot that a confirm nonce was issued to, whatever became of it."""
+
+    confirm_digest: bytes
+
+
+@frozen
 class SpendToken(StoreOp[bool]):
     """Mark a boot's token as spent by a request body; False if it was spent before, and then nothing changes."""
 
@@ -366,6 +382,33 @@ class UpdateGeneration(StoreOp[None]):
     """Write state, ``provisional``, ``delivered_at``, ``retired_at`` and ``retirement`` of a row; nothing else."""
 
     row: GenerationRow
+
+
+@frozen
+class RewrapGeneration(StoreOp[None]):
+    """Write ``kek_id`` and ``wrapped_key`` of a row that has a sealed passphrase; nothing else."""
+
+    row: GenerationRow
+
+
+@frozen
+class PurgeGeneration(StoreOp[None]):
+    """Delete the sealed passphrase of a retired generation for ever; the row stays, in state ``purged``."""
+
+    row: GenerationRow
+
+
+@frozen
+class CountSealed(StoreOp[tuple[tuple[str, int], ...]]):
+    """How many passphrases are sealed under each key-encryption key, by ``kek_id``."""
+
+
+@frozen
+class ReadOtherwiseSealed(StoreOp[tuple[GenerationRow, ...]]):
+    """Up to ``limit`` generations whose passphrase is sealed under another key-encryption key than ``kek_id``."""
+
+    kek_id: str
+    limit: int
 
 
 @frozen

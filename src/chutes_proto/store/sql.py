@@ -25,19 +25,24 @@ from chutes_proto.store.rows import (
     BootVolumeRow,
     CountClaims,
     CountRefusals,
+    CountSealed,
     FindBoot,
+    FindConfirm,
     GenerationRow,
     Insert,
     NonceRow,
     Pin,
+    PurgeGeneration,
     Put,
     RaiseHorizon,
     ReadBootVolumes,
     ReadGenerations,
     ReadHorizon,
+    ReadOtherwiseSealed,
     ReadVm,
     ReadVolumes,
     RedeemNonce,
+    RewrapGeneration,
     Row,
     Scan,
     SpendToken,
@@ -180,7 +185,17 @@ INSERT INTO fact (name, value) VALUES ('nonce_horizon', 0);
 INSERT INTO fact (name, value) VALUES ('schema_version', 0);
 """
 
-STEPS: Final = (_FIRST,)
+_CONFIRMATIONS: Final = """
+ALTER TABLE vm ADD COLUMN attested TEXT;
+ALTER TABLE boot ADD COLUMN confirm_digest {bytes};
+ALTER TABLE boot ADD COLUMN confirm_expires_at BIGINT;
+ALTER TABLE boot ADD COLUMN confirm_body_digest {bytes};
+CREATE UNIQUE INDEX boot_confirm ON boot (confirm_digest);
+ALTER TABLE volume ADD COLUMN handed BIGINT;
+CREATE INDEX generation_kek ON generation (kek_id);
+"""
+
+STEPS: Final = (_FIRST, _CONFIRMATIONS)
 """Step n brings a database of schema version n to version n + 1; an empty database has version 0."""
 
 SCHEMA_VERSION: Final = len(STEPS)
@@ -274,7 +289,7 @@ def _put(kind: type[Row]) -> str:
 
 
 _INSERTS: Final = {kind: _insert(kind) for kind in ROWS}
-_PUTS: Final = {kind: _put(kind) for kind in (VmRow, VolumeRow)}
+_PUTS: Final = {kind: _put(kind) for kind in (VmRow, BootRow, VolumeRow)}
 _SCANS: Final = {kind: _select(kind, "" if kind.KEY else "ORDER BY id") for kind in ROWS}
 _REDEEM = f"{_insert(NonceRow)} ON CONFLICT (value) DO NOTHING RETURNING value"
 _SWEEP = (
@@ -287,6 +302,7 @@ _RAISE_HORIZON = "UPDATE fact SET value = ? WHERE name = 'nonce_horizon' AND val
 _READ_VM = _select(VmRow, "WHERE hotkey = ? AND vm = ?")
 _COUNT_CLAIMS = "SELECT count(*) FROM vm WHERE platform_kind = ? AND platform_id = ?"
 _FIND_BOOT = _select(BootRow, "WHERE token_digest = ?")
+_FIND_CONFIRM = _select(BootRow, "WHERE confirm_digest = ?")
 _SPEND = "UPDATE boot SET spent_at = ?, body_digest = ? WHERE boot_id = ? AND spent_at IS NULL RETURNING boot_id"
 _VOID_ALL = "UPDATE boot SET voided_at = ? WHERE voided_at IS NULL"
 _VOID = f"{_VOID_ALL} AND hotkey = ? AND vm = ?"
@@ -296,6 +312,14 @@ _UPDATE_GENERATION = (
     "UPDATE generation SET state = ?, provisional = ?, delivered_at = ?, retired_at = ?, retirement = ?"
     " WHERE hotkey = ? AND vm = ? AND volume = ? AND generation = ?"
 )
+_OF_GENERATION = "WHERE hotkey = ? AND vm = ? AND volume = ? AND generation = ?"
+_REWRAP = f"UPDATE generation SET kek_id = ?, wrapped_key = ? {_OF_GENERATION} AND sealed IS NOT NULL"  # noqa: S608
+_PURGE = (
+    "UPDATE generation SET state = 'purged', provisional = ?, sealed = NULL, kek_id = NULL, wrapped_key = NULL"  # noqa: S608
+    f" {_OF_GENERATION} AND state = 'retired'"
+)
+_COUNT_SEALED = "SELECT kek_id, count(*) FROM generation WHERE kek_id IS NOT NULL GROUP BY kek_id"
+_READ_OTHERWISE_SEALED = _select(GenerationRow, "WHERE kek_id IS NOT NULL AND kek_id <> ? LIMIT ?")
 _READ_VOLUMES = _select(VolumeRow, "WHERE hotkey = ? AND vm = ?")
 _COUNT_REFUSALS = (
     "SELECT count(*) FROM attestation"
@@ -324,6 +348,8 @@ def statement(op: StoreOp[Any]) -> tuple[str, Values]:
             return _COUNT_CLAIMS, attrs.astuple(pin)
         case FindBoot(digest):
             return _FIND_BOOT, (digest,)
+        case FindConfirm(digest):
+            return _FIND_CONFIRM, (digest,)
         case SpendToken(boot_id, at, body_digest):
             return _SPEND, (at, body_digest, boot_id)
         case VoidTokens(None, at):
@@ -337,6 +363,14 @@ def statement(op: StoreOp[Any]) -> tuple[str, Values]:
         case UpdateGeneration(row):
             state = (row.state, row.provisional, row.delivered_at, row.retired_at, row.retirement)
             return _UPDATE_GENERATION, (*state, *attrs.astuple(row.vm), row.volume, row.generation)
+        case RewrapGeneration(row):
+            return _REWRAP, (row.kek_id, row.wrapped_key, *attrs.astuple(row.vm), row.volume, row.generation)
+        case PurgeGeneration(row):
+            return _PURGE, (False, *attrs.astuple(row.vm), row.volume, row.generation)
+        case CountSealed():
+            return _COUNT_SEALED, ()
+        case ReadOtherwiseSealed(kek_id, limit):
+            return _READ_OTHERWISE_SEALED, (kek_id, limit)
         case ReadVolumes(vm):
             return _READ_VOLUMES, attrs.astuple(vm)
         case CountRefusals(pin, since):
@@ -352,7 +386,7 @@ def decode(op: StoreOp[Any], rows: Sequence[Sequence[Any]]) -> Any:
     match op:
         case ReadVm():
             return decode_row(VmRow, rows[0]) if rows else None
-        case FindBoot():
+        case FindBoot() | FindConfirm():
             return decode_row(BootRow, rows[0]) if rows else None
         case RedeemNonce() | SpendToken():
             return bool(rows)
@@ -362,7 +396,9 @@ def decode(op: StoreOp[Any], rows: Sequence[Sequence[Any]]) -> Any:
             return rows[0][0]
         case ReadBootVolumes():
             return tuple(decode_row(BootVolumeRow, values) for values in rows)
-        case ReadGenerations():
+        case CountSealed():
+            return tuple(sorted((kek_id, count) for kek_id, count in rows))
+        case ReadGenerations() | ReadOtherwiseSealed():
             return _sorted(GenerationRow, rows)
         case ReadVolumes():
             return _sorted(VolumeRow, rows)

@@ -9,12 +9,22 @@ from typing import TYPE_CHECKING
 from attrs import define, evolve, field
 
 from chutes_proto.keys.vault import Address
-from chutes_proto.store.rows import GenerationRow, Insert, UpdateGeneration, Vm
+from chutes_proto.store.rows import (
+    AuditRow,
+    GenerationRow,
+    Insert,
+    Put,
+    ReadVolumes,
+    UpdateGeneration,
+    Vm,
+    VolumeRow,
+)
 
 if TYPE_CHECKING:
-    from chutes_proto.keys.generations import Change, Seal, Supply
+    from chutes_proto.keys.generations import Change, HandOut, Seal, Supply
     from chutes_proto.keys.vault import FreshKey, Vault
     from chutes_proto.secret import Secret
+    from chutes_proto.store.rows import BootRow, Decision
     from chutes_proto.store.run import Script
 
 
@@ -71,6 +81,23 @@ class Keeper:
         self._told.append(f"{row.volume}/{row.generation} {supply.word}")
         return self.open(row)
 
+    def hand_out(self, pair: HandOut) -> Script[tuple[Secret | None, Secret]]:
+        """Write the rows of ``pair`` and open the current passphrase, if there is one, and the next one."""
+        yield from self._write(pair)
+        for what, row in (("current", pair.current), ("next", pair.next)):
+            if row is not None:
+                if row.delivered_at is None:
+                    yield from UpdateGeneration(evolve(row, delivered_at=self.now))
+                self._told.append(f"{row.volume}/{row.generation} {what}")
+        return None if pair.current is None else self.open(pair.current), self.open(pair.next)
+
+    def settle(self, volume: str, change: Change) -> Script[None]:
+        """Write the rows of ``change``, after which there is an active key."""
+        yield from self._write(change)
+        self._told.extend(f"{row.volume}/{row.generation} {row.state}" for row in change.updated)
+        if not change.updated:
+            self._told.append(f"{volume} unchanged")
+
     def retire(self, change: Change) -> Script[None]:
         """Write the rows of ``change``, after which there is no active key."""
         yield from self._write(change)
@@ -85,3 +112,35 @@ class Keeper:
             yield from UpdateGeneration(row)
         if change.created is not None:
             yield from Insert(change.created)
+
+
+def report(vm: Vm, volumes: Iterable[str], formatted: Iterable[str]) -> Script[tuple[str, ...]]:
+    """Keep which of ``volumes`` are reported to have a LUKS header; reply with those that must not be formatted."""
+    known = {row.volume: row for row in (yield from ReadVolumes(vm))}
+    in_use: list[str] = []
+    for volume in volumes:
+        before = known.get(volume) or VolumeRow(vm, volume, in_use=False, format_allowed=False)
+        reported = volume in formatted
+        if reported or (before.in_use and not before.format_allowed):
+            in_use.append(volume)
+        after = evolve(before, in_use=before.in_use or reported, format_allowed=False)
+        if after != before:
+            yield from Put(after)
+    return tuple(in_use)
+
+
+def audit(boot: BootRow, now: int, request_id: str, event: str, decision: Decision, keys: str) -> AuditRow:
+    """The audit row of what a VM's boot did."""
+    return AuditRow(
+        at=now,
+        actor="vm",
+        event=event,
+        decision=decision,
+        vm=boot.vm,
+        boot_id=boot.boot_id,
+        request_id=request_id,
+        pin=boot.pin,
+        profile=f"{boot.profile_name} {boot.profile_version}",
+        quote_digest=boot.quote_digest,
+        keys=keys,
+    )

@@ -24,27 +24,20 @@ from chutes_proto.errors import Refused
 from chutes_proto.keys import generations
 from chutes_proto.keys.generations import RESERVED_VOLUMES, Pruned, Supply
 from chutes_proto.store.rows import (
-    AuditRow,
     BootRow,
     BootVolumeRow,
-    Decision,
     FindBoot,
     GenerationRow,
     Insert,
-    Put,
     ReadBootVolumes,
     ReadGenerations,
-    ReadVolumes,
     SpendToken,
     Vm,
-    VolumeRow,
 )
 from chutes_proto.store.run import Unit
-from chutes_proto.units.keys import Keeper, by_volume
+from chutes_proto.units.keys import Keeper, audit, by_volume, report
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from chutes_proto.keys.vault import FreshKey, Vault
     from chutes_proto.secret import Secret
     from chutes_proto.store.run import Script
@@ -93,8 +86,8 @@ class ReadVolume(Unit["Secret"]):
             )
         keeper = Keeper(self.vm, self.vault, self.now, boot.boot_id)
         passphrase = yield from keeper.supply(Supply(word="kept", current=current))
-        _ = yield from _report(self.vm, (self.volume,), {self.volume})
-        yield from Insert(_audit(boot, self.now, self.request_id, "read", "granted", keeper.told))
+        _ = yield from report(self.vm, (self.volume,), {self.volume})
+        yield from Insert(audit(boot, self.now, self.request_id, "read", "granted", keeper.told))
         return passphrase
 
 
@@ -145,10 +138,10 @@ class SyncVolumes(Unit[VolumeKeys]):
         for volume in sorted(stored.keys() - given.keys() - RESERVED_VOLUMES):
             yield from keeper.retire(generations.prune(stored[volume], self.now))
         formatted = given.keys() - self.rekey if self.formatted is None else self.formatted
-        in_use = yield from _report(self.vm, given, formatted)
+        in_use = yield from report(self.vm, given, formatted)
         for position, (volume, generation) in enumerate(given.items()):
             yield from Insert(BootVolumeRow(boot.boot_id, volume, position, generation, None, volume in in_use))
-        yield from Insert(_audit(boot, self.now, self.request_id, "sync", "granted", keeper.told))
+        yield from Insert(audit(boot, self.now, self.request_id, "sync", "granted", keeper.told))
         return VolumeKeys(tuple(passphrases), in_use)
 
     def _replay(self, boot: BootRow) -> Script[VolumeKeys]:
@@ -163,7 +156,7 @@ class SyncVolumes(Unit[VolumeKeys]):
         rows: dict[tuple[str, int | None], GenerationRow] = {(row.volume, row.generation): row for row in stored}
         passphrases = tuple((item.volume, keeper.open(rows[item.volume, item.current_generation])) for item in given)
         told = ", ".join(f"{item.volume}/{item.current_generation} repeated" for item in given)
-        yield from Insert(_audit(boot, self.now, self.request_id, "sync", "replayed", told))
+        yield from Insert(audit(boot, self.now, self.request_id, "sync", "replayed", told))
         return VolumeKeys(passphrases, tuple(item.volume for item in given if item.in_use), replayed=True)
 
 
@@ -193,34 +186,3 @@ def _boot_of(token_digest: bytes, vm: Vm, certificate: bytes | None, now: int) -
 
 def _not_found(why: str) -> Refused:
     return Refused(Code.BOOT_TOKEN_INVALID, "Boot token not found or expired", reason=f"boot token: {why}")
-
-
-def _report(vm: Vm, volumes: Iterable[str], formatted: Iterable[str]) -> Script[tuple[str, ...]]:
-    """Keep which of ``volumes`` are reported to have a LUKS header; reply with those that must not be formatted."""
-    known = {row.volume: row for row in (yield from ReadVolumes(vm))}
-    in_use: list[str] = []
-    for volume in volumes:
-        before = known.get(volume) or VolumeRow(vm, volume, in_use=False, format_allowed=False)
-        reported = volume in formatted
-        if reported or (before.in_use and not before.format_allowed):
-            in_use.append(volume)
-        after = VolumeRow(vm, volume, in_use=before.in_use or reported, format_allowed=False)
-        if after != before:
-            yield from Put(after)
-    return tuple(in_use)
-
-
-def _audit(boot: BootRow, now: int, request_id: str, event: str, decision: Decision, keys: str) -> AuditRow:
-    return AuditRow(
-        at=now,
-        actor="vm",
-        event=event,
-        decision=decision,
-        vm=boot.vm,
-        boot_id=boot.boot_id,
-        request_id=request_id,
-        pin=boot.pin,
-        profile=f"{boot.profile_name} {boot.profile_version}",
-        quote_digest=boot.quote_digest,
-        keys=keys,
-    )
