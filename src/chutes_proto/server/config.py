@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
@@ -213,27 +213,26 @@ def _problems(config: ServerConfig) -> list[str]:
     return found
 
 
-def _collateral_problems(options: CollateralOptions) -> Iterator[str]:
+def _collateral_problems(options: CollateralOptions) -> list[str]:
+    found: list[str] = []
     if (options.directory is None) == (not options.upstreams):
-        yield 'collateral: say { directory = "…" }, or { upstreams = ["https://…", …] }'
+        found.append('collateral: say { directory = "…" }, or { upstreams = ["https://…", …] }')
     if options.directory is not None:
         default = CollateralOptions()
-        for name in ("cache", "ca_file", "update", "refresh_seconds", "fetches_per_minute"):
-            if getattr(options, name) != getattr(default, name):
-                yield f"collateral.{name}: goes with collateral.upstreams"
+        names = ("cache", "ca_file", "update", "refresh_seconds", "fetches_per_minute")
+        set_anyway = [name for name in names if getattr(options, name) != getattr(default, name)]
+        found.extend(f"collateral.{name}: goes with collateral.upstreams" for name in set_anyway)
     for service in options.upstreams:
         try:
             _ = Upstream.parse(service.url, service.root_ca_crl)
         except ConfigurationError as exc:
-            yield f"collateral.upstreams: {exc}"
+            found.append(f"collateral.upstreams: {exc}")
     if len({service.url for service in options.upstreams}) != len(options.upstreams):
-        yield "collateral.upstreams: a service is given twice"
-    if options.grace_seconds < 0:
-        yield "collateral.grace_seconds: at least 0"
-    if options.refresh_seconds < 60:
-        yield "collateral.refresh_seconds: at least 60"
-    if options.fetches_per_minute < 2:
-        yield "collateral.fetches_per_minute: at least 2"
+        found.append("collateral.upstreams: a service is given twice")
+    for name, least in (("grace_seconds", 0), ("refresh_seconds", 60), ("fetches_per_minute", 2)):
+        if getattr(options, name) < least:
+            found.append(f"collateral.{name}: at least {least}")
+    return found
 
 
 def _listen_address(text: str) -> tuple[str, int]:
