@@ -23,6 +23,7 @@ from chutes_proto.quote.certificates import (
     revoked_serials,
 )
 from chutes_proto.quote.collateral import Collateral
+from chutes_proto.quote.eventlog import first_difference, parse_event_log, replay
 from chutes_proto.quote.layout import parse_quote
 from chutes_proto.quote.measurements import parse_profiles_json, parse_profiles_toml
 from chutes_proto.quote.pck import read_pck_extension
@@ -36,6 +37,7 @@ from chutes_proto.transport.h1 import ServerConnection
 from chutes_proto.wire import codec, endpoints, json
 from chutes_proto.wire.answers import error_response
 from chutes_proto.wire.http import HttpRequest, HttpResponse, MalformedRequest
+from tests.quote.logs import EVENTS, grub, log, spec
 
 NOW = 1_800_000_000
 PLATFORM = SimulatedPlatform(b"a world for fuzzing")
@@ -119,6 +121,23 @@ def policies() -> list[bytes]:
     profile = {"name": "p", "version": "1", "mrtd": "00" * 48, "boot_rtmrs": registers, "runtime_rtmrs": registers}
     toml = b'[tcb]\naccepted_statuses = ["UpToDate"]\nmin_evaluation_number = 5\nallow_smt = true\n'
     return [measurements_toml(), toml + measurements_toml(), json.encode([profile])]
+
+
+def check_event_log(data: bytes) -> None:
+    """An event log parses, and replays to its own registers, or the verifier's one error says why not."""
+    with suppress(QuoteError):
+        parsed = parse_event_log(data)
+        assert first_difference(parsed, parsed) is None
+        boot = replay(parsed, parsed.rtmrs)
+        _ = (boot.secure_boot, boot.kernel_command_lines, boot.grub_commands, boot.boot_applications)
+
+
+def event_logs() -> list[bytes]:
+    return [
+        log(*EVENTS),
+        log(*EVENTS, first=spec((0xC, 48), vendor=b"vendor"), padding=b""),
+        log(grub("grub_cmd", b"")),
+    ]
 
 
 # --- the HTTP connection ---
@@ -245,6 +264,7 @@ TARGETS = {
     "der": Target(check_der, ders),
     "statement": Target(check_statement, statements),
     "policy": Target(check_policy, policies),
+    "event-log": Target(check_event_log, event_logs),
     "http": Target(check_http, http_requests),
     "json": Target(check_json, json_bodies),
     "request-body": Target(check_request_body, json_bodies),

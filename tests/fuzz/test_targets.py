@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chutes_proto.quote.collateral import Collateral
+from chutes_proto.quote.eventlog import parse_event_log
 from chutes_proto.quote.layout import parse_quote
 from chutes_proto.quote.measurements import parse_profiles_json
 from chutes_proto.quote.policy import Policy
@@ -48,6 +49,7 @@ def test_honest_inputs_get_through() -> None:
         _ = open_quote(parse_quote(quote), now=targets.NOW, root=targets.ROOT)
     for collateral in targets.collaterals():
         _ = verify_collateral(Collateral.from_json(collateral), now=targets.NOW, root=targets.ROOT)
+    assert all(parse_event_log(data).events for data in targets.event_logs())
     first, with_tcb, listed = targets.policies()
     assert Policy.from_toml(first).profiles == Policy.from_toml(with_tcb).profiles
     assert parse_profiles_json(listed)

@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from chutes_proto import ChutesError, __version__
-from chutes_proto.cli import boot, console, demo, inspect, openapi, serve, simulate, verify
+from chutes_proto.cli import boot, console, demo, inspect, openapi, replay, serve, simulate, verify
 
-_COMMANDS: tuple[Any, ...] = (demo, serve, boot, verify, inspect, simulate, openapi)
+_COMMANDS: tuple[Any, ...] = (demo, serve, boot, verify, inspect, replay, simulate, openapi)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,129 @@
+"""``chutes-proto replay``: is this event log what the RTMRs of a quote were extended with?"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any, cast
+
+from chutes_proto.cli import console
+
+if TYPE_CHECKING:
+    from chutes_proto.quote.eventlog import Difference, Event
+    from chutes_proto.quote.layout import TdReport10
+
+NAME = "replay"
+
+
+def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
+    parser = console.command(
+        subparsers,
+        NAME,
+        "replay a TD's event log against a quote, and find where a boot went another way",
+        """
+        Replay an event log (CCEL; Linux has it in /sys/firmware/acpi/tables/data/CCEL) and compare the result with
+        RTMR0 to RTMR3 of a TDX quote. With --against also compare it with the log of a known-good boot, and name the
+        first event that differs. The quote is not verified here; `chutes-proto verify` does that.
+
+        exit code: 0 the log is the quote's and, with --against, measures what the good log does; 1 it does not, also
+        where log or quote do not parse; 2 usage, or a file that cannot be opened
+        """,
+        """
+        chutes-proto replay CCEL --quote quote.bin
+        chutes-proto replay CCEL --quote quote.bin --against good/CCEL --json
+        """,
+    )
+    console.add(parser, "log", metavar="LOG", help="a file with the event log's bytes")
+    console.add(parser, "--quote", metavar="QUOTE", required=True, help="a file with the quote's bytes")
+    console.add(parser, "--against", metavar="GOOD", help="the event log of a known-good boot")
+    console.add_json(parser)
+    return parser
+
+
+def run(options: argparse.Namespace) -> int:
+    from chutes_proto.blocking.files import read_head
+    from chutes_proto.quote.eventlog import MAX_SIZE
+
+    names = (options.log, options.quote, *(() if options.against is None else (options.against,)))
+    report = _judge(*(read_head(name, MAX_SIZE + 1) for name in names))
+    if options.json:
+        console.say_json(report)
+    else:
+        _say(report)
+    return console.GRANTED if report["accepted"] else console.REFUSED
+
+
+def _judge(log_data: bytes, quote_data: bytes, good_data: bytes | None = None) -> dict[str, Any]:
+    from chutes_proto.quote.errors import QuoteFormatError
+    from chutes_proto.quote.eventlog import (
+        EventLogFormatError,
+        EventLogMismatch,
+        first_difference,
+        parse_event_log,
+        replay,
+    )
+    from chutes_proto.quote.layout import parse_quote
+
+    report: dict[str, Any] = {"accepted": False, "replayed": False, "refusals": []}
+
+    def refuse(code: str, detail: str) -> None:
+        report["refusals"].append({"code": code, "detail": detail})
+
+    try:
+        log = parse_event_log(log_data)
+        good = None if good_data is None else parse_event_log(good_data)
+        body = cast("TdReport10", parse_quote(quote_data).body)  # SGX quotes are not asked for
+        report |= {"events": len(log.events), "digests_verified": sum(event.digest_verified for event in log.events)}
+        report |= {f"rtmr{number}": rtmr.hex() for number, rtmr in enumerate(log.rtmrs)}
+        difference = None if good is None else first_difference(log, good)
+        if difference is not None:
+            report["difference"] = _difference(difference)
+            refuse("event_log_difference", f"the boots part at this event of {difference}")
+        replayed = replay(log, body.rtmrs)
+        report |= {
+            "replayed": True,
+            "secure_boot": replayed.secure_boot,
+            "kernel_command_lines": list(replayed.kernel_command_lines),
+            "grub_commands": list(replayed.grub_commands),
+            "boot_applications": [digest.hex() for digest in replayed.boot_applications],
+        }
+    except EventLogMismatch as exc:
+        report |= {"register": exc.register, "registers": list(exc.registers)}
+        refuse(exc.code, str(exc))
+    except (EventLogFormatError, QuoteFormatError) as exc:
+        refuse(exc.code, str(exc))
+    report["accepted"] = not report["refusals"]
+    return report
+
+
+def _difference(difference: Difference) -> dict[str, Any]:
+    return {
+        "register": difference.register,
+        "got": _event(difference.got),
+        "expected": _event(difference.expected),
+    }
+
+
+def _event(event: Event | None) -> dict[str, Any] | None:
+    if event is None:
+        return None
+    return {
+        "number": event.number,
+        "type": event.type_name,
+        "digest": event.digest.hex(),
+        "digest_verified": event.digest_verified,
+        "data": event.data[:4096].hex(),
+    }
+
+
+def _say(report: dict[str, Any]) -> None:
+    from chutes_proto.cli.quotes import say_fields
+
+    console.say(
+        f"{'ACCEPTED' if report['accepted'] else 'REFUSED'}: the log "
+        f"{'replays' if report['replayed'] else 'does not replay'} to the RTMRs of the quote"
+    )
+    for refusal in report["refusals"]:
+        console.say(f"{refusal['code']}: {refusal['detail']}")
+    console.say("The quote was not verified: `chutes-proto verify` does that.")
+    told = ("accepted", "replayed", "refusals", "difference")
+    say_fields({name: value for name, value in report.items() if name not in told})
