@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from tests import postgres
 
 ROOT = Path(__file__).resolve().parent.parent
 CI = os.environ.get("CI", "").lower() in ("1", "true", "yes")
@@ -38,6 +40,34 @@ def require_program() -> Callable[[str], str]:
         return path
 
     return require
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[postgres.Cluster]:
+    """A private PostgreSQL; where none is installed the test is skipped, or fails when ``CI`` is set."""
+    programs = postgres.programs()
+    if programs is None:
+        refuse = pytest.fail if CI else pytest.skip
+        refuse(f"no PostgreSQL: initdb is not installed (Debian: postgresql), and {postgres.VARIABLE} may name another")
+    cluster = postgres.Cluster(programs)
+    yield cluster
+    cluster.remove()
+
+
+@pytest.fixture(scope="session")
+def database(request: pytest.FixtureRequest) -> str:
+    """The URL of a PostgreSQL database in which tests may make schemas."""
+    if named := os.environ.get(postgres.VARIABLE):
+        return named
+    private: postgres.Cluster = request.getfixturevalue("cluster")
+    return private.url()
+
+
+@pytest.fixture
+def empty_schema(database: str) -> Iterator[str]:
+    """The URL of an empty schema in PostgreSQL, which ends with the test."""
+    with postgres.schema(database) as url:
+        yield url
 
 
 @pytest.fixture(scope="session")

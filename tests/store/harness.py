@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from chutes_proto.blocking.postgres import PostgresStore
 from chutes_proto.blocking.sqlite import SqliteStore
 from chutes_proto.store.memory import MemoryStore
 from chutes_proto.store.run import Store, Unit
@@ -88,3 +89,28 @@ class SqliteHarness:
         for store in self._stores:
             store.check()
             store.close()
+
+
+class PostgresHarness:
+    """Every handle is a store with connections of its own, as in several processes."""
+
+    together = staticmethod(together)
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._stores = [PostgresStore(url, connections=4, busy_seconds=30, migrate=True)]
+
+    def open(self) -> Store:
+        self._stores.append(PostgresStore(self._url, connections=1, busy_seconds=30))
+        return self._stores[-1]
+
+    def close(self) -> None:
+        for store in self._stores:
+            store.close()
+
+
+class SharedPostgresHarness(PostgresHarness):
+    """Every handle is the same object, as in the worker threads of one server."""
+
+    def open(self) -> Store:
+        return self._stores[0]

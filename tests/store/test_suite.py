@@ -31,17 +31,29 @@ from chutes_proto.store.rows import (
 from chutes_proto.store.run import Unit, run_script
 from chutes_proto.store.sql import key_of
 from chutes_proto.testing.store_suite import CASES, Case, Harness
-from tests.store.harness import MemoryHarness, SharedSqliteHarness, SqliteHarness, together
+from tests.store.harness import (
+    MemoryHarness,
+    PostgresHarness,
+    SharedPostgresHarness,
+    SharedSqliteHarness,
+    SqliteHarness,
+    together,
+)
 
 T = TypeVar("T")
 
 
-@pytest.fixture(params=["memory", "sqlite", "sqlite-shared"])
+@pytest.fixture(params=["memory", "sqlite", "sqlite-shared", "postgresql", "postgresql-shared"])
 def harness(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Harness]:
     if request.param == "memory":
         yield MemoryHarness()
         return
-    harness = (SqliteHarness if request.param == "sqlite" else SharedSqliteHarness)(tmp_path)
+    harness: SqliteHarness | SharedSqliteHarness | PostgresHarness
+    if request.param.startswith("sqlite"):
+        harness = (SqliteHarness if request.param == "sqlite" else SharedSqliteHarness)(tmp_path)
+    else:
+        url = request.getfixturevalue("empty_schema")
+        harness = (PostgresHarness if request.param == "postgresql" else SharedPostgresHarness)(url)
     yield harness
     harness.close()
 

@@ -1,0 +1,320 @@
+"""The store in a PostgreSQL database, which several server processes share.
+
+Rules kept here:
+
+* an answer leaves only after its transaction is durable: a session with ``synchronous_commit`` or a server with
+  ``fsync`` off is refused at its start;
+* every transaction is SERIALIZABLE; one that PostgreSQL could not serialize with others runs again, until
+  ``busy_seconds`` are over;
+* a transaction whose connection is lost before the commit was sent never was, and runs again on a new connection; one
+  whose connection is lost at the commit is never run again here, because it may be there;
+* at most ``connections`` are open; each is made by the caller who needs it, who is told why where it cannot be made;
+* a database without our schema is refused, and neither changed nor, unless an operator asks for it, migrated;
+* a password is in no name, error or log line.
+
+It takes the extra ``chutes-proto[postgres]``, a database or schema of its own with encoding UTF8, and direct
+connections or a pooler that keeps a session together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import random
+import threading
+import time
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
+
+from attrs import define, field
+
+from chutes_proto.errors import ConfigurationError, StoreBusy, StoreError
+from chutes_proto.store.rows import ROWS
+from chutes_proto.store.run import run_script
+from chutes_proto.store.sql import decode, placeholders, statement
+from chutes_proto.store.versions import Versions
+
+try:
+    import psycopg
+    from psycopg import conninfo, errors
+except ImportError as exc:
+    raise ConfigurationError(
+        f"a store in PostgreSQL takes psycopg, which cannot be imported ({exc});"
+        " install it with: pip install 'chutes-proto[postgres]'"
+    ) from None
+
+if TYPE_CHECKING:
+    from chutes_proto.store.rows import StoreOp
+    from chutes_proto.store.run import Unit
+
+T = TypeVar("T")
+
+_Connection: TypeAlias = "psycopg.Connection[tuple[Any, ...]]"
+
+_OLDEST_SERVER: Final = 12_00_00
+
+_DEFAULTS: Final[dict[str, str]] = {
+    "connect_timeout": "5",
+    "target_session_attrs": "read-write",  # of several hosts, the one that can write
+    "tcp_user_timeout": "10000",  # a host that is gone is noticed
+    "application_name": "chutes-proto",
+}
+"""What a connection has where the URL says nothing else."""
+
+_MUST_BE: Final[dict[str, tuple[str, ...]]] = {
+    "synchronous_commit": ("on", "remote_apply"),
+    "fsync": ("on",),
+    "server_encoding": ("UTF8",),
+}
+
+_SESSION: Final = (
+    # Of a transaction that reads a whole table every concurrent writer of that table is a conflict.
+    "SET enable_seqscan = off",
+    "SET default_transaction_isolation = 'serializable'",
+)
+
+_LOCK: Final = "SELECT pg_advisory_xact_lock(7163393186713182564)"  # one migration at a time
+
+_COME_AGAIN: Final = {
+    "40001": "other transactions got in the way every time",
+    "40P01": "other transactions got in the way every time",
+    "55P03": "another transaction takes too long",
+    "57014": "a statement was cancelled",
+    "57P01": "the database is shutting down",
+    "57P02": "the database is shutting down",
+    "57P03": "the database is starting up or shutting down",
+    "57P05": "the session was idle for too long",
+    "25P03": "the session was idle for too long",
+    "53300": "the database has no connection left",
+}
+"""SQLSTATEs of what passes."""
+
+_FAULTS: Final = {
+    "53100": "the database's disk is full; nothing was changed",
+    "25006": "the database is read-only; nothing was changed",
+    "42501": "the database's user may not do that; it must own the tables, or be granted to read and write them",
+    "42P01": "a table is missing; stop the server and restore a backup",
+    "XX001": "the database is damaged; stop the server and restore a backup",
+    "XX002": "the database is damaged; stop the server and restore a backup",
+}
+"""SQLSTATEs of what an operator must see to."""
+
+_AGAIN: Final = (errors.SerializationFailure, errors.DeadlockDetected, errors.UniqueViolation)
+"""What becomes of a transaction that is run beside others and would not have been alone. A row that is there already
+can be another transaction's of the same moment: then the next run sees it. If it is not, the next run says the same.
+See "Serialization Failure Handling" in PostgreSQL's documentation."""
+
+_RUNS_INTO_A_ROW: Final = 3
+
+
+@define(eq=False)
+class _Pool:
+    """Connections that nobody uses, the latest first, and how many more there may be."""
+
+    room: threading.BoundedSemaphore
+    idle: list[_Connection] = field(factory=list["_Connection"])
+
+    def drop(self) -> None:
+        """Close what nobody uses."""
+        while self.idle:
+            with contextlib.suppress(IndexError):
+                self.idle.pop().close()
+
+
+class PostgresStore:
+    """Rows in the database at ``url`` (``postgresql://user@host/database``). May be used from several threads.
+
+    The URL takes what libpq takes, a password file (``?passfile=/path``) among it. ``connections`` is how many may be
+    open at once, ``busy_seconds`` how long a transaction waits for a connection, and for others that get in its way,
+    before it is `StoreBusy`. With ``migrate`` an empty database, or one of an older schema version, is brought to ours;
+    ``found_version`` says which one it had (None: it was empty).
+
+    Raises `ConfigurationError` for what is no such URL, and `StoreError` where the database cannot be a store.
+    """
+
+    def __init__(self, url: str, *, connections: int = 16, busy_seconds: float = 5.0, migrate: bool = False) -> None:
+        self._conninfo, self.name = _parse(url)
+        self.found_version: int | None = None
+        self._busy_seconds = busy_seconds
+        self._pool = _Pool(threading.BoundedSemaphore(connections))
+        self._closed = False
+        # A migration must see what another one, for which it waited, has done.
+        begin = "BEGIN ISOLATION LEVEL READ COMMITTED" if migrate else "BEGIN"
+        with self._connection() as connection, self._transaction(connection, begin):
+            versions = self._versions(connection)
+            if migrate:
+                _ = connection.execute(_LOCK)
+                self.found_version = versions.migrate()
+            versions.require()
+
+    def transact(self, unit: Unit[T]) -> T:
+        """Run ``unit`` as one transaction; see `chutes_proto.store.run.Store`."""
+        until = time.monotonic() + self._busy_seconds
+        pause = 0.001
+        taken = 0
+        while True:
+            try:
+                with self._connection() as connection, self._transaction(connection):
+                    return self._run(connection, unit)
+            except _Again as exc:
+                taken += isinstance(exc.__cause__, errors.UniqueViolation)
+                if time.monotonic() + pause > until or taken > _RUNS_INTO_A_ROW:
+                    raise exc.fault from exc.__cause__
+            time.sleep(random.uniform(0, pause))  # noqa: S311 - not a secret
+            pause = min(2 * pause, 0.1)
+
+    def check(self) -> dict[str, int]:
+        """Read all rows; returns how many each table has. Raises `StoreError` for damage and for another schema."""
+        with self._connection() as connection, self._transaction(connection):
+            self._versions(connection).require()
+            # As text, so that every value is read whole.
+            texts = ((kind.TABLE, f"SELECT count(row::text) FROM {kind.TABLE} AS row") for kind in ROWS)  # noqa: S608
+            return {table: _rows(connection, text)[0][0] for table, text in texts}
+
+    def close(self) -> None:
+        """Close what nobody uses; afterwards every call raises `StoreError`. Running transactions end as usual."""
+        self._closed = True
+        self._pool.drop()
+
+    def _run(self, connection: _Connection, unit: Unit[T]) -> T:
+        def perform(op: StoreOp[Any]) -> object:
+            text, values = statement(op)
+            try:
+                cursor = connection.execute(_query(text), values)
+            except (psycopg.DataError, UnicodeEncodeError) as exc:
+                raise self._fault(f"a value of {type(op).__name__} cannot be kept: {type(exc).__name__}") from exc
+            return decode(op, cursor.fetchall() if cursor.description else ())
+
+        return run_script(unit.script(), perform)
+
+    def _versions(self, connection: _Connection) -> Versions:
+        return Versions(self.name, "postgresql", lambda text: _rows(connection, text))
+
+    # --- connections and transactions ---
+
+    @contextlib.contextmanager
+    def _connection(self) -> Generator[_Connection]:
+        """A connection that no one else uses meanwhile."""
+        if self._closed:
+            raise self._fault("it was closed")
+        if not self._pool.room.acquire(timeout=self._busy_seconds):
+            raise StoreBusy(f"store {self.name}: other transactions take too long")
+        try:
+            try:
+                connection = self._pool.idle.pop()
+            except IndexError:
+                connection = self._connect()
+            try:
+                yield connection
+            finally:
+                if connection.closed:
+                    self._pool.drop()  # what ended this one has most likely ended them all
+                elif self._closed or connection.info.transaction_status != psycopg.pq.TransactionStatus.IDLE:
+                    connection.close()
+                else:
+                    self._pool.idle.append(connection)
+        finally:
+            self._pool.room.release()
+
+    def _connect(self) -> _Connection:
+        try:
+            connection = psycopg.connect(self._conninfo, autocommit=True)
+        except psycopg.Error as exc:
+            told = " ".join(str(exc).split())
+            raise StoreBusy(f"store {self.name}: no connection to the database: {told}") from None
+        try:
+            self._prepare(connection)
+        except psycopg.Error as exc:
+            connection.close()
+            raise self._translated(exc) from exc
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _prepare(self, connection: _Connection) -> None:
+        if connection.info.server_version < _OLDEST_SERVER:
+            raise self._fault(f"PostgreSQL {_OLDEST_SERVER // 10_000} or newer is needed")
+        for setting, allowed in _MUST_BE.items():
+            ((found,),) = _rows(connection, f"SHOW {setting}")
+            if found not in allowed:
+                raise self._fault(f"{setting} is {found!r} there and must be {allowed[0]!r}, or keys may be lost")
+        for text in _SESSION:
+            _ = _rows(connection, text)
+        # Whoever hangs in the middle of a transaction holds others up no longer than one waits for them.
+        patience = int(1000 * self._busy_seconds)
+        for setting in ("lock_timeout", "idle_in_transaction_session_timeout"):
+            _ = _rows(connection, f"SET {setting} = {patience}")
+
+    @contextlib.contextmanager
+    def _transaction(self, connection: _Connection, begin: str = "BEGIN") -> Generator[None]:
+        """Begin, and commit what was done inside; roll back whatever is raised there."""
+        committing = False
+        try:
+            _ = _rows(connection, begin)
+            yield
+            committing = True
+            _ = connection.execute("COMMIT")
+        except psycopg.Error as exc:
+            self._roll_back(connection)
+            if connection.closed and committing:
+                what = "the connection was lost at the commit; what was to be changed may be changed or not"
+                raise self._fault(what) from exc
+            fault = self._translated(exc)
+            raise (_Again(fault) if connection.closed or isinstance(exc, _AGAIN) else fault) from exc
+        except BaseException:
+            self._roll_back(connection)
+            raise
+
+    def _roll_back(self, connection: _Connection) -> None:
+        try:
+            _ = connection.execute("ROLLBACK")
+        except psycopg.Error:
+            connection.close()
+
+    def _translated(self, exc: psycopg.Error) -> StoreError:
+        """Ours for PostgreSQL's; of its text only the first line, because others quote rows."""
+        state = exc.sqlstate or ""
+        lines = str(exc).splitlines()
+        told = exc.diag.message_primary or (lines[0] if lines else type(exc).__name__)
+        if text := _COME_AGAIN.get(state):
+            return StoreBusy(f"store {self.name}: {text} ({told})")
+        if not state:  # the driver says so, not the database
+            return StoreBusy(f"store {self.name}: the connection to the database failed ({told})")
+        return self._fault(f"{_FAULTS.get(state, 'PostgreSQL refused')} ({told})")
+
+    def _fault(self, what: str) -> StoreError:
+        return StoreError(f"store {self.name}: {what}")
+
+
+class _Again(Exception):
+    """A transaction that left no trace and may be run again; ``fault`` is for when there is no time left for it."""
+
+    def __init__(self, fault: StoreError) -> None:
+        super().__init__(fault)
+        self.fault = fault
+
+
+@functools.cache
+def _query(text: str) -> bytes:
+    return placeholders(text, "postgresql").encode()
+
+
+def _rows(connection: _Connection, text: str) -> list[tuple[Any, ...]]:
+    """The rows of a statement of ours; none for one that returns none."""
+    cursor = connection.execute(text.encode())
+    return cursor.fetchall() if cursor.description else []
+
+
+def _parse(url: str) -> tuple[str, str]:
+    """libpq's form of ``url``, and its name: where it leads and as whom, without a password."""
+    try:
+        if not url.startswith(("postgresql://", "postgres://")):
+            raise ValueError(url)
+        given: dict[str, Any] = conninfo.conninfo_to_dict(url)
+        full = conninfo.make_conninfo("", **{**_DEFAULTS, **given, "client_encoding": "UTF8"})
+    except (psycopg.Error, ValueError):  # whose text may quote the password
+        raise ConfigurationError('store: not a PostgreSQL URL; say "postgresql://user@host/database"') from None
+    user = f"{given['user']}@" if "user" in given else ""
+    port = f":{given['port']}" if "port" in given else ""
+    return full, f"postgresql://{user}{given.get('host', '')}{port}/{given.get('dbname', '')}"

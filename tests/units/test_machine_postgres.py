@@ -1,0 +1,41 @@
+"""The same calls in any order, on PostgreSQL too."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import ClassVar
+
+import pytest
+from hypothesis import settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from chutes_proto.blocking.postgres import PostgresStore
+from chutes_proto.testing.store_suite import dump
+from tests.postgres import schema
+from tests.units.test_machine import Calls
+
+
+class PostgresCalls(Calls):
+    """The outcomes on PostgreSQL are those on the other stores."""
+
+    database: ClassVar[str]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = ExitStack()
+        self.postgres = PostgresStore(self.stack.enter_context(schema(self.database)), migrate=True)
+        self.stores.append(self.postgres)
+
+    def teardown(self) -> None:
+        self.stores.remove(self.postgres)
+        super().teardown()
+        found = dump(self.postgres)
+        self.postgres.close()
+        self.stack.close()
+        assert found == dump(self.memory)
+
+
+def test_calls(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PostgresCalls, "database", database, raising=False)
+    few = settings(settings(), max_examples=settings.default.max_examples // 4, stateful_step_count=30)
+    run_state_machine_as_test(PostgresCalls, settings=few)
