@@ -10,13 +10,18 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 import attrs
 
+from chutes_proto.blocking.files import read_file
 from chutes_proto.cli import console
+from chutes_proto.errors import ConfigurationError, QuoteError
 from chutes_proto.quote.certificates import PLATFORM_CA, SGX_EXTENSION, common_name, read_certificate, read_pem
 from chutes_proto.quote.der import DerError
 from chutes_proto.quote.layout import SgxAttributes, SgxReport, TdAttributes, TdReport10, TdReport15, TdReport15Ex
 from chutes_proto.quote.pck import PckIdentity, read_pck_extension
+from chutes_proto.quote.roots import INTEL_ROOT, TrustedRoot
 
 if TYPE_CHECKING:
+    import argparse
+
     from chutes_proto.quote.layout import Quote
     from chutes_proto.quote.pck import Ca
 
@@ -62,6 +67,17 @@ def claimed_platform(quote: Quote) -> PckIdentity | None:
         return read_pck_extension(leaf.extensions[SGX_EXTENSION], ca=ca, tee=quote.tee)
     except (DerError, KeyError):
         return None
+
+
+def trusted_root(options: argparse.Namespace) -> TrustedRoot:
+    """The root of ``--root``, or Intel's. Raises `ConfigurationError`."""
+    if options.root is None:
+        return INTEL_ROOT
+    data = read_file(options.root)
+    try:
+        return TrustedRoot.from_der(data)
+    except QuoteError as exc:
+        raise ConfigurationError(f"--root: {options.root}: {exc}") from None
 
 
 def say_fields(fields: Mapping[str, object]) -> None:

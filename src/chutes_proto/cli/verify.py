@@ -59,8 +59,9 @@ def run(options: argparse.Namespace) -> int:
     import time
 
     from chutes_proto.blocking.files import MAX_SIZE, read_head
+    from chutes_proto.cli.quotes import trusted_root
 
-    root = _root(options)
+    root = trusted_root(options)
     policy = _policy(options)
     now = int(time.time()) if options.at is None else options.at
     quote, collateral = (read_head(path, MAX_SIZE + 1) for path in (options.quote, options.collateral))
@@ -70,20 +71,6 @@ def run(options: argparse.Namespace) -> int:
     else:
         _say(options, report)
     return console.GRANTED if report["accepted"] else console.REFUSED
-
-
-def _root(options: argparse.Namespace) -> TrustedRoot:
-    from chutes_proto.blocking.files import read_file
-    from chutes_proto.errors import ConfigurationError, QuoteError
-    from chutes_proto.quote.roots import INTEL_ROOT, TrustedRoot
-
-    if options.root is None:
-        return INTEL_ROOT
-    data = read_file(options.root)
-    try:
-        return TrustedRoot.from_der(data)
-    except QuoteError as exc:
-        raise ConfigurationError(f"--root: {options.root}: {exc}") from None
 
 
 def _policy(options: argparse.Namespace) -> Policy:
@@ -137,6 +124,7 @@ def _judge(
         report |= {"accepted": True, "profile": appraisal.matched.name if appraisal.matched else None}
     except AppraisalError as exc:
         report["refusals"] = [{"code": refusal.code, "detail": refusal.detail} for refusal in exc.refusals]
+        report["explanation"] = exc.explain()
     except (QuoteFormatError, CollateralFormatError, VerificationError) as exc:
         report["refusals"] = [{"code": exc.code, "detail": str(exc)}]
     return report
@@ -145,11 +133,13 @@ def _judge(
 def _say(options: argparse.Namespace, report: dict[str, Any]) -> None:
     from chutes_proto.cli.quotes import say_fields
 
-    told = ("accepted", "verified", "refusals")
+    told = ("accepted", "verified", "refusals", "explanation")
     judged = "ACCEPTED" if report["accepted"] else "REFUSED"
     console.say(f"{judged}: the quote {'verifies' if report['verified'] else 'does not verify'}")
     for refusal in report["refusals"]:
         console.say(f"{refusal['code']}: {refusal['detail']}")
+    if "explanation" in report:
+        console.say(report["explanation"])
     if options.report_data is None:
         console.say("The report data was not compared with anything: say --report-data to bind the quote.")
     if options.policy is None:

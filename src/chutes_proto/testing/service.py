@@ -18,17 +18,12 @@ from __future__ import annotations
 
 import textwrap
 from base64 import b64encode
-from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl, quote
 
 from attrs import evolve, frozen
 
-from chutes_proto.effects import Now
 from chutes_proto.testing.platform import SimulatedPlatform
-from chutes_proto.wire.http import Headers, HttpRequest, HttpResponse, MalformedRequest
-
-if TYPE_CHECKING:
-    from chutes_proto.effects import Flow
+from chutes_proto.wire.http import Headers, HttpRequest, HttpResponse
 
 
 @frozen
@@ -36,12 +31,6 @@ class CollateralService:
     """A service that knows ``platforms``, all of one world: at least one."""
 
     platforms: tuple[SimulatedPlatform, ...]
-
-    def handle(self, request: HttpRequest | MalformedRequest) -> Flow[HttpResponse]:
-        """`answer` at the time of the request: an `Application`."""
-        if isinstance(request, MalformedRequest):
-            return _text(request.refusal.status, str(request.refusal))
-        return self.answer(request, (yield from Now()))
 
     def answer(self, request: HttpRequest, now: int) -> HttpResponse:
         """The answer to a request at ``now`` (unix seconds)."""
