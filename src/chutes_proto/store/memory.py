@@ -21,28 +21,41 @@ from chutes_proto.store.rows import (
     AttestationRow,
     BootRow,
     BootVolumeRow,
+    Claim,
     CountClaims,
     CountRefusals,
     CountSealed,
+    CountServerRefusals,
+    DeleteServer,
     FindBoot,
     FindConfirm,
+    FindLastBoot,
+    FindLastBootFrom,
+    FindServer,
     GenerationRow,
+    GpuRow,
     Insert,
     NonceRow,
     PurgeGeneration,
     Put,
     R,
     RaiseHorizon,
+    ReadAttestation,
+    ReadBoot,
     ReadBootVolumes,
     ReadGenerations,
+    ReadGpu,
     ReadHorizon,
     ReadOtherwiseSealed,
+    ReadServer,
+    ReadServers,
     ReadVm,
     ReadVolumes,
     RedeemNonce,
     RewrapGeneration,
     Row,
     Scan,
+    ServerRow,
     SpendToken,
     StoreOp,
     SweepNonces,
@@ -75,6 +88,8 @@ class Tables:
             case Insert(row):
                 self._insert(row)
             case Put(row):
+                if isinstance(row, ServerRow) and self._conflicts(row):
+                    raise StoreError("two servers would have the same address or name")
                 self._set(row)
             case RedeemNonce(row):
                 return self._redeem(row)
@@ -126,6 +141,33 @@ class Tables:
             case CountRefusals(pin, since):
                 verdicts = self._where(AttestationRow, lambda row: row.pin == pin and row.created_at >= since)
                 return sum(row.code is not None for row in verdicts)
+            case Claim(row):
+                return self._claim(row)
+            case ReadServer(server_id):
+                return _first(self._where(ServerRow, lambda row: row.server_id == server_id))
+            case FindServer(address):
+                return _first(self._where(ServerRow, lambda row: row.address == address))
+            case ReadServers(hotkey):
+                return self._where(ServerRow, lambda row: row.hotkey == hotkey)
+            case DeleteServer(server_id):
+                for gpu in self._where(GpuRow, lambda row: row.server_id == server_id):
+                    del self.rows[GpuRow][key_of(gpu)]
+                self.rows[ServerRow].pop((server_id,), None)
+            case ReadGpu(uuid):
+                return _first(self._where(GpuRow, lambda row: row.uuid == uuid))
+            case ReadBoot(boot_id):
+                return _first(self._where(BootRow, lambda row: row.boot_id == boot_id))
+            case FindLastBoot(vm):
+                return _newest(self._where(BootRow, lambda row: row.vm == vm))
+            case FindLastBootFrom(hotkey, address):
+                return _newest(
+                    self._where(BootRow, lambda row: row.vm.hotkey == hotkey and row.peer_address == address)
+                )
+            case ReadAttestation(attestation_id):
+                return _first(self._where(AttestationRow, lambda row: row.attestation_id == attestation_id))
+            case CountServerRefusals(registration, since):
+                verdicts = self._where(AttestationRow, lambda row: row.registration == registration)
+                return sum(row.code is not None and row.created_at >= since for row in verdicts)
             case Scan(kind):
                 return self._where(kind, lambda _: True)
             case _:
@@ -147,6 +189,24 @@ class Tables:
             case _:
                 pass
         rows[key] = row
+
+    def _claim(self, row: ServerRow | GpuRow) -> bool:
+        if isinstance(row, GpuRow) and (row.server_id,) not in self.rows[ServerRow]:
+            raise StoreError("a gpu row would be of no server")
+        if key_of(row) in self.rows[type(row)] or (isinstance(row, ServerRow) and self._conflicts(row)):
+            return False
+        self._set(row)
+        return True
+
+    def _conflicts(self, new: ServerRow) -> bool:
+        """The unique constraints of the ``server`` table, beside its key."""
+        others = self._where(ServerRow, lambda row: row.server_id != new.server_id)
+        return any(
+            row.address == new.address
+            or row.registration == new.registration
+            or (row.hotkey, row.name) == (new.hotkey, new.name)
+            for row in others
+        )
 
     def _redeem(self, row: NonceRow) -> bool:
         if key_of(row) in self.rows[NonceRow]:
@@ -207,3 +267,7 @@ class MemoryStore:
 
 def _first(rows: tuple[R, ...]) -> R | None:
     return rows[0] if rows else None
+
+
+def _newest(rows: tuple[BootRow, ...]) -> BootRow | None:
+    return max(rows, key=lambda row: row.created_at, default=None)

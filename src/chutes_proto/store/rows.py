@@ -215,7 +215,11 @@ class VolumeRow:
 
 @frozen
 class AttestationRow:
-    """A verdict on a quote whose DCAP verification held: granted (``code`` is None), or refused and why."""
+    """A verdict on a quote: granted (``code`` is None), or refused and why.
+
+    A refusal at a boot is here only if DCAP verification held, so that a boot's row always has a platform. A runtime
+    quote's row names the server's ``registration``, and its ``vm`` is the server's owner and name.
+    """
 
     TABLE: ClassVar[str] = "attestation"
     KEY: ClassVar[tuple[str, ...]] = ("attestation_id",)
@@ -223,7 +227,7 @@ class AttestationRow:
     attestation_id: str
     stage: Literal["boot", "runtime"]
     vm: Vm
-    pin: Pin
+    pin: Pin | None
     code: str | None
     reason: str
     profile_name: str | None
@@ -231,6 +235,45 @@ class AttestationRow:
     quote_digest: bytes
     peer_address: str
     created_at: int
+    registration: str | None = None
+
+
+@frozen
+class ServerRow:
+    """A registered server. ``registration`` names this registration of the id, once for all time.
+
+    ``address`` is what ``host`` resolved to. ``boot_id`` is the boot that it was linked to at registration; ``pin`` the
+    platform that its first accepted runtime quote came from, where there is no link. ``attested`` is the newest verdict
+    on a runtime quote of it.
+    """
+
+    TABLE: ClassVar[str] = "server"
+    KEY: ClassVar[tuple[str, ...]] = ("server_id",)
+
+    server_id: str
+    registration: str
+    hotkey: str
+    name: str
+    host: str
+    address: str
+    boot_id: str | None
+    pin: Pin | None
+    created_at: int
+    updated_at: int | None = None
+    attested: str | None = None
+
+
+@frozen
+class GpuRow:
+    """A GPU of a server; ``declared`` is the JSON of all that its owner says of it."""
+
+    TABLE: ClassVar[str] = "gpu"
+    KEY: ClassVar[tuple[str, ...]] = ("uuid",)
+
+    uuid: str
+    server_id: str
+    identifier: str
+    declared: str
 
 
 @frozen
@@ -245,7 +288,7 @@ class AuditRow:
     KEY: ClassVar[tuple[str, ...]] = ()
 
     at: int
-    actor: Literal["vm", "operator"]
+    actor: Literal["vm", "miner", "operator"]
     event: str
     decision: Decision
     reason: str = ""
@@ -259,7 +302,18 @@ class AuditRow:
     peer_address: str = ""
 
 
-Row: TypeAlias = NonceRow | VmRow | BootRow | BootVolumeRow | GenerationRow | VolumeRow | AttestationRow | AuditRow
+Row: TypeAlias = (
+    NonceRow
+    | VmRow
+    | BootRow
+    | BootVolumeRow
+    | GenerationRow
+    | VolumeRow
+    | AttestationRow
+    | ServerRow
+    | GpuRow
+    | AuditRow
+)
 
 ROWS: tuple[type[Row], ...] = (
     NonceRow,
@@ -269,6 +323,8 @@ ROWS: tuple[type[Row], ...] = (
     GenerationRow,
     VolumeRow,
     AttestationRow,
+    ServerRow,
+    GpuRow,
     AuditRow,
 )
 
@@ -288,7 +344,7 @@ class Insert(StoreOp[None]):
 class Put(StoreOp[None]):
     """Add a row, or replace the one with the same key."""
 
-    row: VmRow | BootRow | VolumeRow
+    row: VmRow | BootRow | VolumeRow | ServerRow
 
 
 @frozen
@@ -423,6 +479,85 @@ class CountRefusals(StoreOp[int]):
     """How many refusals of a platform's quotes are recorded since a time, inclusive."""
 
     pin: Pin
+    since: int
+
+
+@frozen
+class Claim(StoreOp[bool]):
+    """Add a row, unless that would break one of its table's unique constraints: then False, and nothing changes."""
+
+    row: ServerRow | GpuRow
+
+
+@frozen
+class ReadServer(StoreOp[ServerRow | None]):
+    """A server, whosever it is."""
+
+    server_id: str
+
+
+@frozen
+class FindServer(StoreOp[ServerRow | None]):
+    """The server at an address."""
+
+    address: str
+
+
+@frozen
+class ReadServers(StoreOp[tuple[ServerRow, ...]]):
+    """All servers of a hotkey, by id."""
+
+    hotkey: str
+
+
+@frozen
+class DeleteServer(StoreOp[None]):
+    """Delete a server and its GPUs; its attestations and audit rows stay."""
+
+    server_id: str
+
+
+@frozen
+class ReadGpu(StoreOp[GpuRow | None]):
+    """A GPU, whosever it is."""
+
+    uuid: str
+
+
+@frozen
+class ReadBoot(StoreOp[BootRow | None]):
+    """A granted boot."""
+
+    boot_id: str
+
+
+@frozen
+class FindLastBoot(StoreOp[BootRow | None]):
+    """The newest granted boot of a VM."""
+
+    vm: Vm
+
+
+@frozen
+class FindLastBootFrom(StoreOp[BootRow | None]):
+    """The newest granted boot that names a hotkey and came from an address."""
+
+    hotkey: str
+    address: str
+
+
+@frozen
+class ReadAttestation(StoreOp[AttestationRow | None]):
+    """A verdict."""
+
+    attestation_id: str
+
+
+@frozen
+class CountServerRefusals(StoreOp[int]):
+    """How many refusals of a registration's runtime quotes are recorded since a time, inclusive."""
+
+    registration: str
     since: int
 
 

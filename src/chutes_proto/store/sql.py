@@ -21,30 +21,44 @@ import attrs
 
 from chutes_proto.store.rows import (
     ROWS,
+    AttestationRow,
     BootRow,
     BootVolumeRow,
+    Claim,
     CountClaims,
     CountRefusals,
     CountSealed,
+    CountServerRefusals,
+    DeleteServer,
     FindBoot,
     FindConfirm,
+    FindLastBoot,
+    FindLastBootFrom,
+    FindServer,
     GenerationRow,
+    GpuRow,
     Insert,
     NonceRow,
     Pin,
     PurgeGeneration,
     Put,
     RaiseHorizon,
+    ReadAttestation,
+    ReadBoot,
     ReadBootVolumes,
     ReadGenerations,
+    ReadGpu,
     ReadHorizon,
     ReadOtherwiseSealed,
+    ReadServer,
+    ReadServers,
     ReadVm,
     ReadVolumes,
     RedeemNonce,
     RewrapGeneration,
     Row,
     Scan,
+    ServerRow,
     SpendToken,
     StoreOp,
     SweepNonces,
@@ -106,6 +120,7 @@ CREATE TABLE boot (
   CHECK ((spent_at IS NULL) = (body_digest IS NULL))
 );
 CREATE INDEX boot_vm ON boot (hotkey, vm);
+CREATE INDEX boot_address ON boot (hotkey, peer_address);
 CREATE TABLE boot_volume (
   boot_id TEXT NOT NULL REFERENCES boot (boot_id),
   volume TEXT NOT NULL,
@@ -152,21 +167,46 @@ CREATE TABLE attestation (
   stage TEXT NOT NULL CHECK (stage IN ('boot', 'runtime')),
   hotkey TEXT NOT NULL,
   vm TEXT NOT NULL,
-  platform_kind TEXT NOT NULL CHECK (platform_kind IN ('instance', 'ppid')),
-  platform_id {bytes} NOT NULL,
+  platform_kind TEXT CHECK (platform_kind IN ('instance', 'ppid')),
+  platform_id {bytes},
   code TEXT,
   reason TEXT NOT NULL,
   profile_name TEXT,
   profile_version TEXT,
   quote_digest {bytes} NOT NULL,
   peer_address TEXT NOT NULL,
-  created_at BIGINT NOT NULL
+  created_at BIGINT NOT NULL,
+  registration TEXT,
+  CHECK (stage = 'runtime' OR platform_kind IS NOT NULL)
 );
 CREATE INDEX attestation_platform ON attestation (platform_kind, platform_id, created_at);
+CREATE INDEX attestation_registration ON attestation (registration, created_at);
+CREATE TABLE server (
+  server_id TEXT PRIMARY KEY,
+  registration TEXT NOT NULL UNIQUE,
+  hotkey TEXT NOT NULL,
+  name TEXT NOT NULL,
+  host TEXT NOT NULL,
+  address TEXT NOT NULL UNIQUE,
+  boot_id TEXT REFERENCES boot (boot_id),
+  platform_kind TEXT CHECK (platform_kind IN ('instance', 'ppid')),
+  platform_id {bytes},
+  created_at BIGINT NOT NULL,
+  updated_at BIGINT,
+  attested TEXT,
+  UNIQUE (hotkey, name)
+);
+CREATE TABLE gpu (
+  uuid TEXT PRIMARY KEY,
+  server_id TEXT NOT NULL REFERENCES server (server_id) ON DELETE CASCADE,
+  identifier TEXT NOT NULL,
+  declared TEXT NOT NULL
+);
+CREATE INDEX gpu_server ON gpu (server_id);
 CREATE TABLE audit (
   id {serial} PRIMARY KEY,
   at BIGINT NOT NULL,
-  actor TEXT NOT NULL CHECK (actor IN ('vm', 'operator')),
+  actor TEXT NOT NULL CHECK (actor IN ('vm', 'miner', 'operator')),
   event TEXT NOT NULL,
   decision TEXT NOT NULL CHECK (decision IN ('granted', 'refused', 'replayed', 'done')),
   reason TEXT NOT NULL,
@@ -289,7 +329,10 @@ def _put(kind: type[Row]) -> str:
 
 
 _INSERTS: Final = {kind: _insert(kind) for kind in ROWS}
-_PUTS: Final = {kind: _put(kind) for kind in (VmRow, BootRow, VolumeRow)}
+_PUTS: Final = {kind: _put(kind) for kind in (VmRow, BootRow, VolumeRow, ServerRow)}
+_CLAIMS: Final = {
+    kind: f"{_insert(kind)} ON CONFLICT DO NOTHING RETURNING {kind.KEY[0]}" for kind in (ServerRow, GpuRow)
+}
 _SCANS: Final = {kind: _select(kind, "" if kind.KEY else "ORDER BY id") for kind in ROWS}
 _REDEEM = f"{_insert(NonceRow)} ON CONFLICT (value) DO NOTHING RETURNING value"
 _SWEEP = (
@@ -320,6 +363,18 @@ _PURGE = (
 )
 _COUNT_SEALED = "SELECT kek_id, count(*) FROM generation WHERE kek_id IS NOT NULL GROUP BY kek_id"
 _READ_OTHERWISE_SEALED = _select(GenerationRow, "WHERE kek_id IS NOT NULL AND kek_id <> ? LIMIT ?")
+_READ_SERVER = _select(ServerRow, "WHERE server_id = ?")
+_FIND_SERVER = _select(ServerRow, "WHERE address = ?")
+_READ_SERVERS = _select(ServerRow, "WHERE hotkey = ?")
+_DELETE_SERVER = "DELETE FROM server WHERE server_id = ?"  # and its GPUs, by their reference
+_READ_GPU = _select(GpuRow, "WHERE uuid = ?")
+_READ_BOOT = _select(BootRow, "WHERE boot_id = ?")
+_LAST_BOOT_OF = _select(BootRow, "WHERE hotkey = ? AND vm = ? ORDER BY created_at DESC LIMIT 1")
+_LAST_BOOT_FROM = _select(BootRow, "WHERE hotkey = ? AND peer_address = ? ORDER BY created_at DESC LIMIT 1")
+_READ_ATTESTATION = _select(AttestationRow, "WHERE attestation_id = ?")
+_COUNT_SERVER_REFUSALS = (
+    "SELECT count(*) FROM attestation WHERE registration = ? AND created_at >= ? AND code IS NOT NULL"
+)
 _READ_VOLUMES = _select(VolumeRow, "WHERE hotkey = ? AND vm = ?")
 _COUNT_REFUSALS = (
     "SELECT count(*) FROM attestation"
@@ -375,6 +430,28 @@ def statement(op: StoreOp[Any]) -> tuple[str, Values]:
             return _READ_VOLUMES, attrs.astuple(vm)
         case CountRefusals(pin, since):
             return _COUNT_REFUSALS, (*attrs.astuple(pin), since)
+        case Claim(row):
+            return _CLAIMS[type(row)], encode(row)
+        case ReadServer(server_id):
+            return _READ_SERVER, (server_id,)
+        case FindServer(address):
+            return _FIND_SERVER, (address,)
+        case ReadServers(hotkey):
+            return _READ_SERVERS, (hotkey,)
+        case DeleteServer(server_id):
+            return _DELETE_SERVER, (server_id,)
+        case ReadGpu(uuid):
+            return _READ_GPU, (uuid,)
+        case ReadBoot(boot_id):
+            return _READ_BOOT, (boot_id,)
+        case FindLastBoot(vm):
+            return _LAST_BOOT_OF, attrs.astuple(vm)
+        case FindLastBootFrom(hotkey, address):
+            return _LAST_BOOT_FROM, (hotkey, address)
+        case ReadAttestation(attestation_id):
+            return _READ_ATTESTATION, (attestation_id,)
+        case CountServerRefusals(registration, since):
+            return _COUNT_SERVER_REFUSALS, (registration, since)
         case Scan(kind):
             return _SCANS[kind], ()
         case _:
@@ -386,13 +463,21 @@ def decode(op: StoreOp[Any], rows: Sequence[Sequence[Any]]) -> Any:
     match op:
         case ReadVm():
             return decode_row(VmRow, rows[0]) if rows else None
-        case FindBoot() | FindConfirm():
+        case FindBoot() | FindConfirm() | ReadBoot() | FindLastBoot() | FindLastBootFrom():
             return decode_row(BootRow, rows[0]) if rows else None
-        case RedeemNonce() | SpendToken():
+        case ReadServer() | FindServer():
+            return decode_row(ServerRow, rows[0]) if rows else None
+        case ReadGpu():
+            return decode_row(GpuRow, rows[0]) if rows else None
+        case ReadAttestation():
+            return decode_row(AttestationRow, rows[0]) if rows else None
+        case ReadServers():
+            return _sorted(ServerRow, rows)
+        case RedeemNonce() | SpendToken() | Claim():
             return bool(rows)
         case SweepNonces():
             return _sorted(NonceRow, rows)
-        case ReadHorizon() | CountClaims() | CountRefusals():
+        case ReadHorizon() | CountClaims() | CountRefusals() | CountServerRefusals():
             return rows[0][0]
         case ReadBootVolumes():
             return tuple(decode_row(BootVolumeRow, values) for values in rows)
