@@ -13,19 +13,20 @@ from chutes_proto.quote.attributes import RESERVED, AttributePolicy
 from chutes_proto.quote.errors import AppraisalError, PolicyError, Refusal
 from chutes_proto.quote.layout import SgxReport, TdAttributes, TdReport10, TdReport15
 from chutes_proto.quote.measurements import Stage
-from chutes_proto.quote.policy import Appraisal, Policy, TcbPolicy
+from chutes_proto.quote.policy import AllOf, AnyOf, AnyPolicy, Appraisal, IdentityPolicy, Policy, TcbPolicy
 from chutes_proto.quote.statements import TcbStatus
-from chutes_proto.quote.verify import Verdict
+from chutes_proto.quote.verify import Verdict, verify
 from chutes_proto.testing.platform import SimulatedPlatform
 from tests.quote.cases import ABSENT, FOLDER, cases
-from tests.quote.simulated import PLATFORM, PROFILE, TD15, verdict_of
+from tests.quote.simulated import PLATFORM, PROFILE, ROOT, TD15, collateral_of, verdict_of, verified_of
 
 SERVICE_TD = b"\x51" * 48
+MR = bytes(range(48))
 UNCHECKED = Policy(measurements="unchecked")
 POLICY = Policy(profiles=(PROFILE,))
 
 
-def _refused(policy: Policy, verdict: Verdict, stage: Stage = "boot") -> list[str]:
+def _refused(policy: AnyPolicy, verdict: Verdict, stage: Stage = "boot") -> list[str]:
     with pytest.raises(AppraisalError) as caught:
         _ = policy.appraise(verdict, stage=stage)
     for refusal in caught.value.refusals:
@@ -179,6 +180,129 @@ def test_flags_of_the_platform(name: str) -> None:
     assert _refused(policy, silent) == [name]
 
 
+OUT_OF_DATE = frozenset({TcbStatus.UP_TO_DATE, TcbStatus.OUT_OF_DATE})
+
+
+@pytest.mark.parametrize(
+    ("fault", "name", "part"),
+    [
+        ("tcb_out_of_date", "platform_grace", "platform"),
+        ("module_outdated", "platform_grace", "module"),
+        ("qe_outdated", "qe_grace", "qe"),
+    ],
+)
+def test_out_of_date_only_for_so_long(fault: str, name: str, part: str) -> None:
+    verdict = verdict_of(PLATFORM, fault)
+    age = verdict.verified_at - getattr(verdict, part).date
+    for grace, codes in ((age, []), (age - 1, [name])):
+        tcb: Any = TcbPolicy(accepted_statuses=OUT_OF_DATE, **{name: grace})
+        policy = Policy(tcb=tcb, measurements="unchecked")
+        assert policy.appraise(verdict, stage="boot") if not codes else _refused(policy, verdict) == codes
+    strict = TcbPolicy(accepted_statuses=OUT_OF_DATE, platform_grace=0, qe_grace=0)
+    assert Policy(tcb=strict, measurements="unchecked").appraise(verdict_of(PLATFORM), stage="boot")
+
+
+def test_collateral_past_its_end_only_for_so_long() -> None:
+    collateral = collateral_of(PLATFORM)
+    end = verified_of(PLATFORM).window[1]
+    verdict = verify(
+        PLATFORM.quote(bytes(64)), collateral, now=end + 10, expected_report_data=bytes(64), root=ROOT, grace=100
+    )
+    assert UNCHECKED.appraise(verdict, stage="boot")
+    accepting = Policy(tcb=TcbPolicy(collateral_grace=10), measurements="unchecked")
+    assert accepting.appraise(verdict, stage="boot")
+    assert _refused(Policy(tcb=TcbPolicy(collateral_grace=9), measurements="unchecked"), verdict) == [
+        "collateral_grace"
+    ]
+
+
+@pytest.mark.skipif(not FOLDER.is_dir(), reason=ABSENT)
+def test_a_floor_under_the_version_of_tcb_info() -> None:
+    case = next(case for case in cases("real") if case.hint == "tcb_info_v2")
+    verdict = case.verify()
+    assert verdict.tcb_info_version == 2
+    accepting = TcbPolicy(accepted_statuses=frozenset({verdict.tcb_status}))
+    assert Policy(tcb=accepting, measurements="unchecked").appraise(verdict, stage="boot")
+    strict = attrs.evolve(accepting, min_tcb_info_version=3)
+    assert _refused(Policy(tcb=strict, measurements="unchecked"), verdict) == ["tcb_info_version"]
+    identity = IdentityPolicy(mr_seam=(bytes(48),))
+    assert _refused(Policy(tcb=accepting, identity=identity, measurements="unchecked"), verdict) == ["mr_seam"]
+
+
+# --- identity ---
+
+
+@pytest.mark.parametrize(
+    ("name", "register"),
+    [
+        ("mr_seam", "MRSEAM"),
+        ("mr_config_id", "MRCONFIGID"),
+        ("mr_owner", "MROWNER"),
+        ("mr_owner_config", "MROWNERCONFIG"),
+        ("ppid", None),
+        ("platform_instance_id", None),
+    ],
+)
+def test_only_who_is_on_the_list(name: str, register: str | None) -> None:
+    verdict = verdict_of(PLATFORM)
+    got: bytes = getattr(verdict.quote.body if register else verdict.pck, name)
+    other = bytes(len(got) - 1) + b"\x07"
+    accepting = Policy(measurements="unchecked", identity=IdentityPolicy(**{name: (other, got)}))
+    assert accepting.appraise(verdict, stage="boot")
+    refusing = Policy(measurements="unchecked", identity=IdentityPolicy(**{name: (other,)}))
+    with pytest.raises(AppraisalError) as caught:
+        _ = refusing.appraise(verdict, stage="boot")
+    (refusal,) = caught.value.refusals
+    assert (refusal.code, refusal.register, refusal.got, refusal.expected) == (name, register, got.hex(), other.hex())
+    assert refusal.part == ("measurement" if register else "tcb")
+
+
+def test_a_platform_that_does_not_say_who_it_is_is_on_no_list() -> None:
+    silent = verdict_of(SimulatedPlatform(PLATFORM.seed, ca="processor"))
+    policy = Policy(measurements="unchecked", identity=IdentityPolicy(platform_instance_id=(bytes(16),)))
+    assert _refused(policy, silent) == ["platform_instance_id"]
+
+
+# --- several ---
+
+LENIENT = Policy(measurements="unchecked", attributes=AttributePolicy(unsafe_allow_debug=True))
+
+
+def test_all_of_these() -> None:
+    both = AllOf((UNCHECKED, POLICY))
+    assert both.appraise(verdict_of(PLATFORM), stage="boot").profile is PROFILE
+    assert _refused(AllOf((LENIENT, POLICY)), verdict_of(PLATFORM, "debug", "rtmr1")) == [
+        "debug",
+        "measurement_mismatch",
+    ]
+    assert _refused(AllOf((UNCHECKED, UNCHECKED)), verdict_of(PLATFORM, "debug")) == ["debug"]
+    with pytest.raises(PolicyError, match="stage"):
+        _ = both.appraise(verdict_of(PLATFORM), stage="later")  # type: ignore[arg-type]
+
+
+def test_any_of_these() -> None:
+    debug = verdict_of(PLATFORM, "debug")
+    either = AnyOf((POLICY, LENIENT))
+    assert either.appraise(verdict_of(PLATFORM), stage="boot").profile is PROFILE
+    assert either.appraise(debug, stage="boot").matched is None
+    assert _refused(AnyOf((POLICY, UNCHECKED)), debug) == ["debug"]
+    assert _refused(AllOf((either, AnyOf((POLICY,)))), debug) == ["debug"]
+
+
+def test_an_explanation_for_operators() -> None:
+    with pytest.raises(AppraisalError) as caught:
+        _ = POLICY.appraise(verdict_of(PLATFORM, "debug", "tcb_out_of_date", "rtmr1"), stage="boot")
+    text = caught.value.explain()
+    assert "\n" not in text
+    assert text.startswith("The quote is genuine, but the policy does not accept it, for 3 reasons. The TCB status is")
+    assert all(refusal.detail[1:] in text for refusal in caught.value.refusals)
+    assert all(about in text for about in ("about the machine", "how the TD is started", "what runs in the TD"))
+    with pytest.raises(AppraisalError) as caught:
+        _ = POLICY.appraise(verdict_of(PLATFORM, "debug"), stage="boot")
+    assert "for one reason. The TD can be debugged" in caught.value.explain()
+    assert "about the machine" not in caught.value.explain()
+
+
 # --- attributes ---
 
 
@@ -278,6 +402,23 @@ def test_a_migratable_td_must_say_to_whom() -> None:
         lambda: TcbPolicy(min_evaluation_number=-1),
         lambda: TcbPolicy(min_evaluation_number=True),
         lambda: TcbPolicy(allow_smt="no"),  # type: ignore[arg-type]
+        lambda: TcbPolicy(min_tcb_info_version=4),
+        lambda: TcbPolicy(min_tcb_info_version=True),
+        lambda: TcbPolicy(platform_grace=1),
+        lambda: TcbPolicy(qe_grace=1),
+        lambda: TcbPolicy(collateral_grace=-1),
+        lambda: TcbPolicy(collateral_grace=True),
+        lambda: IdentityPolicy(ppid=()),
+        lambda: IdentityPolicy(ppid=(bytes(15),)),
+        lambda: IdentityPolicy(mr_seam=bytes(48)),  # type: ignore[arg-type]
+        lambda: IdentityPolicy(mr_owner=("00" * 48,)),  # type: ignore[arg-type]
+        lambda: AllOf(()),
+        lambda: AnyOf(()),
+        lambda: AllOf([UNCHECKED]),  # type: ignore[arg-type]
+        lambda: AnyOf((TcbPolicy(),)),  # type: ignore[arg-type]
+        lambda: Policy(tcb=None),  # type: ignore[arg-type]
+        lambda: Policy(profiles=[PROFILE]),  # type: ignore[arg-type]
+        lambda: Policy(identity=AttributePolicy()),  # type: ignore[arg-type]
         lambda: Policy(measurements="none"),  # type: ignore[arg-type]
         lambda: Policy(measurements="unchecked", profiles=(PROFILE,)),
         lambda: Policy(profiles=(PROFILE, PROFILE)),
@@ -312,12 +453,23 @@ def test_an_empty_file_is_the_default() -> None:
 def test_everything_that_a_file_can_say() -> None:
     text = f"""
         [tcb]
-        accepted_statuses = ["UpToDate", "SWHardeningNeeded"]
+        accepted_statuses = ["UpToDate", "OutOfDate"]
         rejected_advisories = ["INTEL-SA-00837"]
         min_evaluation_number = 17
         allow_dynamic_platform = false
         allow_cached_keys = false
         allow_smt = false
+        min_tcb_info_version = 3
+        platform_grace = 86400
+        qe_grace = 0
+        collateral_grace = 3600
+        [identity]
+        mr_seam = ["{MR.hex()}"]
+        mr_config_id = ["{MR.hex()}", "{bytes(48).hex()}"]
+        mr_owner = ["{MR.hex()}"]
+        mr_owner_config = ["{MR.hex()}"]
+        ppid = ["{MR[:16].hex()}"]
+        platform_instance_id = ["{MR[:16].hex()}"]
         [attributes]
         sept_ve_disable = "any"
         migratable = "allowed"
@@ -330,12 +482,24 @@ def test_everything_that_a_file_can_say() -> None:
         """
     expected = Policy(
         tcb=TcbPolicy(
-            accepted_statuses=frozenset({TcbStatus.UP_TO_DATE, TcbStatus.SW_HARDENING_NEEDED}),
+            accepted_statuses=frozenset({TcbStatus.UP_TO_DATE, TcbStatus.OUT_OF_DATE}),
             rejected_advisories=frozenset({"INTEL-SA-00837"}),
             min_evaluation_number=17,
             allow_dynamic_platform=False,
             allow_cached_keys=False,
             allow_smt=False,
+            min_tcb_info_version=3,
+            platform_grace=86400,
+            qe_grace=0,
+            collateral_grace=3600,
+        ),
+        identity=IdentityPolicy(
+            mr_seam=(MR,),
+            mr_config_id=(MR, bytes(48)),
+            mr_owner=(MR,),
+            mr_owner_config=(MR,),
+            ppid=(MR[:16],),
+            platform_instance_id=(MR[:16],),
         ),
         attributes=AttributePolicy(
             sept_ve_disable="any",
@@ -375,6 +539,13 @@ def test_keys_of_the_callers_may_stand_in_profiles() -> None:
         ("[tcb]\nrejected_advisories = [1]", "tcb.rejected_advisories"),
         ('[tcb]\nmin_evaluation_number = "17"', "tcb.min_evaluation_number"),
         ("[tcb]\nallow_smt = 0", "tcb.allow_smt"),
+        ("[tcb]\nmin_tcb_info_version = 1", "tcb.min_tcb_info_version"),
+        ("[tcb]\nplatform_grace = 60", "tcb.platform_grace"),
+        ('[tcb]\ncollateral_grace = "1 h"', "tcb.collateral_grace"),
+        ('[identity]\nppids = ["00"]', "identity.ppids"),
+        ('[identity]\nppid = ["00"]', "identity.ppid"),
+        ("[identity]\nmr_seam = []", "identity.mr_seam"),
+        ('[identity]\nmr_owner = "00"', "identity.mr_owner"),
         ('[attributes]\nsept_ve_disabled = "any"', "attributes.sept_ve_disabled"),
         ("[attributes]\nsept_ve_disable = true", "attributes.sept_ve_disable"),
         ('[attributes]\nmigratable = "allowed"', "attributes.mr_service_td"),

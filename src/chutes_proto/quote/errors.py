@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal, TypeAlias
+from typing import ClassVar, Final, Literal, TypeAlias
 
 from attrs import frozen
 
@@ -119,6 +119,23 @@ class AppraisalError(QuoteError):
     def __init__(self, refusals: Sequence[Refusal]) -> None:
         super().__init__("; ".join(f"{refusal.code}: {refusal.detail}" for refusal in refusals))
         self.refusals = tuple(refusals)
+
+    def explain(self) -> str:
+        """A paragraph for an operator: all reasons, and what each part of the policy that refuses asks for."""
+        count = "one reason" if len(self.refusals) == 1 else f"{len(self.refusals)} reasons"
+        sentences = [f"The quote is genuine, but the policy does not accept it, for {count}."]
+        for part, advice in _ADVICE.items():
+            if details := [refusal.detail for refusal in self.refusals if refusal.part == part]:
+                sentences += [f"{'; '.join(details)[:1].upper()}{'; '.join(details)[1:]}.", advice]
+        return " ".join(sentences)
+
+
+_ADVICE: Final[dict[Part, str]] = {
+    "tcb": "This is about the machine: its owner updates or configures it, or the policy names what else it accepts.",
+    "attributes": "This is about how the TD is started: start it with other attributes.",
+    "measurement": "This is about what runs in the TD: run the image that was measured, or give the policy the"
+    " measurements of this one; `chutes-proto replay` finds where a boot went another way.",
+}
 
 
 class PolicyError(QuoteError):

@@ -14,20 +14,22 @@ Rules kept here:
 from __future__ import annotations
 
 import re
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Literal, TypeAlias, cast, get_args
 
 from attrs import field, frozen
 
 from chutes_proto.quote.attributes import AttributePolicy, read_attributes
 from chutes_proto.quote.errors import AppraisalError, PolicyError, Refusal
+from chutes_proto.quote.identity import IdentityPolicy, read_identity
 from chutes_proto.quote.layout import SgxAttributes, SgxReport
 from chutes_proto.quote.measurements import Profile, Stage, read_profiles, read_toml
 from chutes_proto.quote.proof import PROOF, proven
-from chutes_proto.quote.statements import TcbStatus
+from chutes_proto.quote.statements import Stated, TcbStatus
 from chutes_proto.quote.tables import Table
+from chutes_proto.quote.tcb import OUT_OF_DATE
 from chutes_proto.quote.verify import Verdict
 
-__all__ = ["Appraisal", "AttributePolicy", "Policy", "Profile", "TcbPolicy"]
+__all__ = ["AllOf", "AnyOf", "Appraisal", "AttributePolicy", "IdentityPolicy", "Policy", "Profile", "TcbPolicy"]
 
 _ADVISORY: Final = re.compile(r"INTEL-[A-Z]+-[0-9]{5}|(?!INTEL-)[A-Z]+(-[A-Z0-9]+)+")
 """Intel's have five digits; other issuers', like the simulated platform's, are only held against the form."""
@@ -58,16 +60,26 @@ class TcbPolicy:
     """What the platform's TCB must be. Raises `PolicyError` for what contradicts itself.
 
     ``accepted_statuses`` are `TcbStatus` or their texts; a revoked TCB never gets this far. Advisories are refused only
-    if they are listed. ``min_evaluation_number`` is a floor under the collateral that no clock can lower. The last
-    three flags, if false, refuse platforms that have, or may have, what they name.
+    if they are listed. ``min_evaluation_number`` is a floor under the collateral that no clock can lower,
+    ``min_tcb_info_version`` one under its form. The three flags, if false, refuse platforms that have, or may have,
+    what they name.
+
+    Graces are seconds and narrow what is accepted; None sets no limit. Where the status is out of date and accepted,
+    platform and TDX module (``platform_grace``) and the quoting enclave (``qe_grace``) may be so until so long after
+    the date of the level that they do reach. ``collateral_grace`` is how far past its end collateral may be that was
+    verified with a grace.
     """
 
     accepted_statuses: frozenset[TcbStatus] = field(default=frozenset({TcbStatus.UP_TO_DATE}), converter=_statuses)
     rejected_advisories: frozenset[str] = field(default=frozenset(), converter=_advisories)
     min_evaluation_number: int = 0
+    min_tcb_info_version: int = 2
     allow_dynamic_platform: bool = True
     allow_cached_keys: bool = True
     allow_smt: bool = True
+    platform_grace: int | None = None
+    qe_grace: int | None = None
+    collateral_grace: int | None = None
 
     def __attrs_post_init__(self) -> None:
         if not self.accepted_statuses or not self.accepted_statuses <= frozenset(_ACCEPTABLE):
@@ -77,6 +89,14 @@ class TcbPolicy:
         for name in ("allow_dynamic_platform", "allow_cached_keys", "allow_smt"):
             if type(getattr(self, name)) is not bool:
                 raise PolicyError(f"{name}: must be true or false")
+        if type(self.min_tcb_info_version) is not int or self.min_tcb_info_version not in (2, 3):
+            raise PolicyError("min_tcb_info_version: must be 2 or 3")
+        for name in ("platform_grace", "qe_grace", "collateral_grace"):
+            grace = getattr(self, name)
+            if grace is not None and (type(grace) is not int or grace < 0):
+                raise PolicyError(f"{name}: must be a whole number of seconds that is not negative")
+            if grace is not None and name != "collateral_grace" and not self.accepted_statuses & OUT_OF_DATE:
+                raise PolicyError(f"{name}: goes with an OutOfDate status in accepted_statuses")
 
     def refusals(self, verdict: Verdict) -> list[Refusal]:
         """All that is not acceptable in the platform."""
@@ -95,6 +115,18 @@ class TcbPolicy:
         if verdict.evaluation_number < self.min_evaluation_number:
             floor = f"at least {self.min_evaluation_number}"
             refuse("evaluation_number", "the collateral is of an old TCB recovery", verdict.evaluation_number, floor)
+        if verdict.tcb_info_version < self.min_tcb_info_version:
+            floor = f"at least {self.min_tcb_info_version}"
+            refuse("tcb_info_version", "the TCB info is of an old version", verdict.tcb_info_version, floor)
+        outdated = verdict.tcb_status in OUT_OF_DATE  # not where a relaunch cures it
+        now = verdict.verified_at
+        for code, grace, begin in (
+            ("platform_grace", self.platform_grace, _reached(verdict.platform, verdict.module) if outdated else None),
+            ("qe_grace", self.qe_grace, _reached(verdict.qe) if outdated else None),
+            ("collateral_grace", self.collateral_grace, verdict.window[1]),
+        ):
+            if grace is not None and begin is not None and now > begin + grace:
+                refuse(code, _GRACES[code], now, f"at most {begin + grace}")
         pck = verdict.pck
         for name, allowed, has in (
             ("dynamic_platform", self.allow_dynamic_platform, pck.dynamic_platform),
@@ -105,6 +137,18 @@ class TcbPolicy:
                 got = "unknown" if has is None else "yes"
                 refuse(name, f"{name} is not allowed and not excluded by the PCK certificate", got, "no")
         return found
+
+
+_GRACES: Final = {
+    "platform_grace": "platform or TDX module are out of date for too long",
+    "qe_grace": "the quoting enclave is out of date for too long",
+    "collateral_grace": "the collateral has ended too long ago",
+}
+
+
+def _reached(*parts: Stated | None) -> int | None:
+    """The earliest date of the levels that are out of date."""
+    return min((part.date for part in parts if part is not None and part.status in OUT_OF_DATE), default=None)
 
 
 @frozen(kw_only=True, eq=False)
@@ -132,8 +176,15 @@ class Policy:
     attributes: AttributePolicy = AttributePolicy()
     profiles: tuple[Profile, ...] = ()
     measurements: Literal["profiles", "unchecked"] = "profiles"
+    identity: IdentityPolicy = IdentityPolicy()
 
     def __attrs_post_init__(self) -> None:
+        for name, kind in (("tcb", TcbPolicy), ("attributes", AttributePolicy), ("identity", IdentityPolicy)):
+            if not isinstance(getattr(self, name), kind):
+                raise PolicyError(f"{name}: must be {kind.__name__}")
+        profiles: Any = self.profiles
+        if type(profiles) is not tuple or not all(isinstance(profile, Profile) for profile in cast("Any", profiles)):
+            raise PolicyError("profiles: must be a tuple of Profile")
         if self.measurements not in ("profiles", "unchecked"):
             raise PolicyError('measurements: must be "profiles" or "unchecked"')
         if self.measurements == "unchecked" and self.profiles:
@@ -151,9 +202,10 @@ class Policy:
         measurements: Any = table.take("measurements", str, "profiles")
         tcb = _read_tcb(table.table("tcb", {}))
         attributes = read_attributes(table.table("attributes", {}), unsafe=True)
+        identity = read_identity(table.table("identity", {}))
         profiles = tuple(profile for profile, _ in read_profiles(table, extra_keys=extra_keys))
         table.finish()
-        return cls(tcb=tcb, attributes=attributes, profiles=profiles, measurements=measurements)
+        return cls(tcb=tcb, attributes=attributes, profiles=profiles, measurements=measurements, identity=identity)
 
     def appraise(self, verdict: Verdict, *, stage: Stage) -> Appraisal:
         """The verdict as one that is acceptable in a stage. Raises `AppraisalError` with all that is not.
@@ -161,10 +213,9 @@ class Policy:
         Of several profiles that the TD measures to, the first whose attributes accept it counts. Where it measures to
         none, the refusals are against the one that differs in the fewest registers.
         """
-        if stage not in get_args(Stage):
-            raise PolicyError(f"stage: must be one of {', '.join(get_args(Stage))}")
-        refusals = self.tcb.refusals(verdict)
+        _check_stage(stage)
         body = verdict.quote.body
+        refusals = self.tcb.refusals(verdict) + self.identity.refusals(verdict.pck, body)
         if isinstance(body, SgxReport):
             refusals += self._of_enclave(body)
             matched = None
@@ -199,6 +250,77 @@ class Policy:
 _NO_PROFILES: Final = Refusal("measurement", "no_profiles", "the policy has no measurement profile to compare with")
 
 
+@frozen
+class AllOf:
+    """Accepts what all of these accept. Raises `PolicyError` for none."""
+
+    policies: tuple[AnyPolicy, ...]
+
+    def __attrs_post_init__(self) -> None:
+        _check_policies("AllOf", self.policies)
+
+    def appraise(self, verdict: Verdict, *, stage: Stage) -> Appraisal:
+        """The verdict as one that is acceptable; ``matched`` is the first profile that one of these matched.
+
+        Raises `AppraisalError` with all reasons of all of these.
+        """
+        _check_stage(stage)
+        matched: Profile | None = None
+        refusals: list[Refusal] = []
+        for policy in self.policies:
+            try:
+                matched = policy.appraise(verdict, stage=stage).matched if matched is None else matched
+            except AppraisalError as exc:
+                refusals += exc.refusals
+        if refusals:
+            raise AppraisalError(tuple(dict.fromkeys(refusals)))
+        return Appraisal(verdict=verdict, stage=stage, matched=matched, proof=PROOF)
+
+
+@frozen
+class AnyOf:
+    """Accepts what one of these accepts. Raises `PolicyError` for none."""
+
+    policies: tuple[AnyPolicy, ...]
+
+    def __attrs_post_init__(self) -> None:
+        _check_policies("AnyOf", self.policies)
+
+    def appraise(self, verdict: Verdict, *, stage: Stage) -> Appraisal:
+        """What the first of these that accepts the verdict makes of it.
+
+        Raises `AppraisalError` with all reasons of all of these.
+        """
+        _check_stage(stage)
+        refusals: list[Refusal] = []
+        for policy in self.policies:
+            try:
+                return policy.appraise(verdict, stage=stage)
+            except AppraisalError as exc:
+                refusals += exc.refusals
+        raise AppraisalError(tuple(dict.fromkeys(refusals)))
+
+
+AnyPolicy: TypeAlias = Policy | AllOf | AnyOf
+"""Whatever appraises."""
+
+
+def _check_policies(name: str, policies: object) -> None:
+    if type(policies) is not tuple or not all(map(_is_policy, cast("tuple[object, ...]", policies))):
+        raise PolicyError(f"{name}: must be a tuple of policies")
+    if not policies:
+        raise PolicyError(f"{name}: must have at least one policy")
+
+
+def _is_policy(value: object) -> bool:
+    return isinstance(value, (Policy, AllOf, AnyOf))
+
+
+def _check_stage(stage: Stage) -> None:
+    if stage not in get_args(Stage):
+        raise PolicyError(f"stage: must be one of {', '.join(get_args(Stage))}")
+
+
 def _read_tcb(table: Table) -> TcbPolicy:
     fields = table.given(
         accepted_statuses=list,
@@ -207,6 +329,10 @@ def _read_tcb(table: Table) -> TcbPolicy:
         allow_dynamic_platform=bool,
         allow_cached_keys=bool,
         allow_smt=bool,
+        min_tcb_info_version=int,
+        platform_grace=int,
+        qe_grace=int,
+        collateral_grace=int,
     )
     table.finish()
     try:

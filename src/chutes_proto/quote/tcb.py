@@ -29,7 +29,7 @@ from chutes_proto.quote.pck import PckIdentity
 from chutes_proto.quote.statements import ModuleIdentity, QeIdentity, Stated, SvnLevel, TcbInfo, TcbStatus
 from chutes_proto.quote.steps import TcbNotSupported, TcbRevoked, TdxModuleMismatch
 
-_OUT_OF_DATE: Final = frozenset({TcbStatus.OUT_OF_DATE, TcbStatus.OUT_OF_DATE_CONFIGURATION_NEEDED})
+OUT_OF_DATE: Final = frozenset({TcbStatus.OUT_OF_DATE, TcbStatus.OUT_OF_DATE_CONFIGURATION_NEEDED})
 _NEEDS_CONFIGURATION: Final = frozenset(
     {
         TcbStatus.CONFIGURATION_NEEDED,
@@ -149,7 +149,7 @@ def _converge(platform: Stated, module: Stated | None, qe: Stated) -> TcbStatus:
 
 
 def _relaunch(launch: TcbStatus, current: TcbStatus) -> TcbStatus:
-    if launch not in _OUT_OF_DATE or current in _OUT_OF_DATE:
+    if launch not in OUT_OF_DATE or current in OUT_OF_DATE:
         return launch
     if launch in _NEEDS_CONFIGURATION or current in _NEEDS_CONFIGURATION:
         return TcbStatus.TD_RELAUNCH_ADVISED_CONFIGURATION_NEEDED

@@ -135,8 +135,8 @@ class Verdict:
     Revoked TCBs have no verdict. ``advisory_ids`` are those of all parts; levels that are up to date may have some too.
     ``tcb_date`` (unix seconds) is the earliest date of the parts' levels; ``platform``, ``module`` and ``qe`` are the
     levels at launch, ``current_status`` is of the TCB at present where the report has it. ``evaluation_number`` is the
-    lower one of TCB info and QE identity. ``window`` is when all that was used is valid (unix seconds, inclusive, no
-    grace), ``verified_at`` the caller's ``now``.
+    lower one of TCB info and QE identity, ``tcb_info_version`` the version of the TCB info's form. ``window`` is when
+    all that was used is valid (unix seconds, inclusive, no grace), ``verified_at`` the caller's ``now``.
     """
 
     quote: Quote
@@ -149,6 +149,7 @@ class Verdict:
     module: Stated | None
     qe: Stated
     evaluation_number: int
+    tcb_info_version: int
     window: Window
     verified_at: int
     root: TrustedRoot
@@ -272,6 +273,7 @@ def verify_quote(opened: OpenedQuote, verified: VerifiedCollateral, *, now: int)
         module=tcb.module,
         qe=tcb.qe,
         evaluation_number=min(verified.tcb_info.evaluation_number, verified.qe_identity.evaluation_number),
+        tcb_info_version=verified.tcb_info.version,
         window=window((*chain.terms, *verified.terms)),
         verified_at=now,
         root=opened.root,
