@@ -78,7 +78,8 @@ def load_setup(path: str | Path) -> ServerSetup:
     profiles = _profiles(config, base, problems)
     policy = problems.attempt("measurements", lambda: Policy(profiles=tuple(p.measurements for p in profiles)))
     hotkeys: frozenset[str] | Literal["*"] | None = problems.attempt("hotkeys", lambda: _hotkeys(config.hotkeys))
-    collateral = None if root is None else problems.attempt("collateral", lambda: _collateral(config, base, root))
+    collateral_key = "collateral.ca_file" if config.collateral.directory is None else "collateral.directory"
+    collateral = None if root is None else problems.attempt(collateral_key, lambda: _collateral(config, base, root))
     if tls is None or root is None or current is None or policy is None or hotkeys is None or collateral is None:
         raise problems.error()
     if problems.found:
@@ -206,7 +207,7 @@ def _collateral(config: ServerConfig, base: Path, root: TrustedRoot) -> Collater
     if options.directory is not None:
         path = base / options.directory
         if not path.is_dir():
-            raise ConfigurationError(f"directory: {path} is not a directory")
+            raise ConfigurationError(f"{path} is not a directory")
         return CollateralDirectory(path, root, grace=options.grace_seconds)
     cache = CollateralCache(
         [Upstream.parse(service.url, service.root_ca_crl) for service in options.upstreams],
