@@ -49,7 +49,7 @@ class Cluster:
         password = self.folder / "password"
         password.write_text(PASSWORD)
         password.chmod(0o644)
-        initdb = [
+        initdb: list[str | Path] = [
             *(programs / "initdb", "--pgdata", self.folder / "data", "--no-sync", "--encoding=UTF8", "--locale=C"),
             *("--username=owner", "--auth=scram-sha-256", "--pwfile", password),
         ]
@@ -73,16 +73,17 @@ class Cluster:
             "log_min_messages": "fatal",
             **settings,
         }
-        command = [*(DEATHBED if shutil.which(DEATHBED[0]) else []), self._programs / "postgres"]
-        command += ["-D", self.folder / "data", *(f"--{name}={value}" for name, value in settings.items())]
-        self._process = subprocess.Popen(command, stderr=subprocess.DEVNULL, **self._as)
+        command = [*(DEATHBED if shutil.which(DEATHBED[0]) else []), str(self._programs / "postgres")]
+        command += ["-D", str(self.folder / "data"), *(f"--{name}={value}" for name, value in settings.items())]
+        process: subprocess.Popen[bytes] = subprocess.Popen(command, stderr=subprocess.DEVNULL, **self._as)
+        self._process = process
         until = time.monotonic() + 60
         while True:
             try:
                 psycopg.connect(self.url()).close()
                 return
             except psycopg.OperationalError:
-                assert self._process.poll() is None, "PostgreSQL does not start"
+                assert process.poll() is None, "PostgreSQL does not start"
                 assert time.monotonic() < until, "PostgreSQL does not answer"
             time.sleep(0.02)
 

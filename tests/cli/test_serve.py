@@ -234,7 +234,7 @@ def test_the_service_is_what_the_files_say(site: Path) -> None:
     assert service.root == TrustedRoot.from_der(PLATFORM.root_der)
     assert service.trust.endswith(service.root.digest.hex())
     assert service.profiles["simulated"].image_passphrase is None
-    assert setup.store_path == site / "keys.db"
+    assert setup.store.path == site / "keys.db"
     edit(site, '"simulated-root.der"', '"intel"')
     service = load_setup(site / "server.toml").service
     assert (service.root, service.trust) == (INTEL_ROOT, "Intel SGX Root CA")

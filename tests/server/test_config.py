@@ -29,7 +29,7 @@ def test_defaults_are_the_documented_ones():
     assert (config.platform_binding, config.pruned, config.exchange_downgrade) == ("pin", "revive", "refuse")
     assert (config.roots, config.netuid, config.hotkeys) == ("intel", 64, "*")
     assert config.listen_address == ("127.0.0.1", 8443)
-    assert config.sqlite_path == "/var/lib/chutes/keys.db"
+    assert config.store == "sqlite:/var/lib/chutes/keys.db"
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_a_mistake_names_its_key(line, named):
 @pytest.mark.parametrize(
     ("key", "value", "named"),
     [
-        ("store", '"postgresql://db/keys"', "SQLite"),
+        ("store", '"postgresql:db"', "postgresql://"),
         ("store", '"keys.db"', "sqlite:"),
         ("store", '"sqlite:"', "sqlite:"),
         ("collateral", '{ directory = "a", upstreams = ["https://pccs"] }', "collateral: say"),

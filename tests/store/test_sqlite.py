@@ -20,6 +20,7 @@ from chutes_proto.blocking.sqlite import SqliteStore
 from chutes_proto.errors import StoreBusy, StoreError
 from chutes_proto.store.rows import AuditRow, BootRow, Insert, RaiseHorizon, ReadHorizon, Scan
 from chutes_proto.store.run import Script, Unit
+from chutes_proto.store.sql import SCHEMA_VERSION
 from chutes_proto.testing.store_suite import NOW, VM, Ask, boot, dump, sync
 
 
@@ -99,11 +100,11 @@ def test_an_empty_file_becomes_a_store(path: Path) -> None:
 def test_an_unknown_schema_version_is_refused_and_left_alone(path: Path) -> None:
     with closing(SqliteStore(path)) as store:
         store.transact(boot("first"))
-    for version in (0, 2, 999):
+    for version in (0, SCHEMA_VERSION + 1, 999):
         with closing(sqlite3.connect(path)) as connection, connection:
             connection.execute("UPDATE fact SET value = ? WHERE name = 'schema_version'", (version,))
         before = path.read_bytes()
-        with pytest.raises(StoreError, match=f"has schema version {version}, and this release knows version 1; run"):
+        with pytest.raises(StoreError, match=f"schema version {version}, and this release knows version {SCHEMA_VERSION}; run"):
             SqliteStore(path)
         assert path.read_bytes() == before
 

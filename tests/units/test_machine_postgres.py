@@ -37,5 +37,5 @@ class PostgresCalls(Calls):
 
 def test_calls(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PostgresCalls, "database", database, raising=False)
-    few = settings(settings(), max_examples=settings.default.max_examples // 4, stateful_step_count=30)
+    few = settings(settings(), max_examples=settings().max_examples // 4, stateful_step_count=30)
     run_state_machine_as_test(PostgresCalls, settings=few)

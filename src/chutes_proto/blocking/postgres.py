@@ -23,7 +23,7 @@ import functools
 import random
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
 from attrs import define, field
@@ -140,22 +140,41 @@ class PostgresStore:
         self._closed = False
         # A migration must see what another one, for which it waited, has done.
         begin = "BEGIN ISOLATION LEVEL READ COMMITTED" if migrate else "BEGIN"
-        with self._connection() as connection, self._transaction(connection, begin):
-            versions = self._versions(connection)
-            if migrate:
-                _ = connection.execute(_LOCK)
-                self.found_version = versions.migrate()
-            versions.require()
+        try:
+            with self._connection() as connection, self._transaction(connection, begin):
+                versions = self._versions(connection)
+                if migrate:
+                    _ = connection.execute(_LOCK)
+                    self.found_version = versions.migrate()
+                versions.require()
+        except BaseException as exc:
+            self.close()
+            if isinstance(exc, _Again):
+                raise exc.fault from exc.__cause__
+            raise
 
     def transact(self, unit: Unit[T]) -> T:
         """Run ``unit`` as one transaction; see `chutes_proto.store.run.Store`."""
+        return self._patiently(lambda connection: self._run(connection, unit))
+
+    def check(self) -> dict[str, int]:
+        """Read all rows; returns how many each table has. Raises `StoreError` for damage and for another schema."""
+        return self._patiently(self._check)
+
+    def close(self) -> None:
+        """Close what nobody uses; afterwards every call raises `StoreError`. Running transactions end as usual."""
+        self._closed = True
+        self._pool.drop()
+
+    def _patiently(self, work: Callable[[_Connection], T]) -> T:
+        """Do ``work`` as one transaction, as often as it takes."""
         until = time.monotonic() + self._busy_seconds
         pause = 0.001
         taken = 0
         while True:
             try:
                 with self._connection() as connection, self._transaction(connection):
-                    return self._run(connection, unit)
+                    return work(connection)
             except _Again as exc:
                 taken += isinstance(exc.__cause__, errors.UniqueViolation)
                 if time.monotonic() + pause > until or taken > _RUNS_INTO_A_ROW:
@@ -163,18 +182,11 @@ class PostgresStore:
             time.sleep(random.uniform(0, pause))  # noqa: S311 - not a secret
             pause = min(2 * pause, 0.1)
 
-    def check(self) -> dict[str, int]:
-        """Read all rows; returns how many each table has. Raises `StoreError` for damage and for another schema."""
-        with self._connection() as connection, self._transaction(connection):
-            self._versions(connection).require()
-            # As text, so that every value is read whole.
-            texts = ((kind.TABLE, f"SELECT count(row::text) FROM {kind.TABLE} AS row") for kind in ROWS)  # noqa: S608
-            return {table: _rows(connection, text)[0][0] for table, text in texts}
-
-    def close(self) -> None:
-        """Close what nobody uses; afterwards every call raises `StoreError`. Running transactions end as usual."""
-        self._closed = True
-        self._pool.drop()
+    def _check(self, connection: _Connection) -> dict[str, int]:
+        self._versions(connection).require()
+        # As text, so that every value is read whole.
+        texts = ((kind.TABLE, f"SELECT count(row::text) FROM {kind.TABLE} AS row") for kind in ROWS)  # noqa: S608
+        return {table: _rows(connection, text)[0][0] for table, text in texts}
 
     def _run(self, connection: _Connection, unit: Unit[T]) -> T:
         def perform(op: StoreOp[Any]) -> object:

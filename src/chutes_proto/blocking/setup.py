@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,7 @@ from attrs import frozen
 from chutes_proto.auth.hotkey import Hotkey, HotkeyError
 from chutes_proto.blocking.collateral import UpstreamCollateral
 from chutes_proto.blocking.files import CollateralDirectory, read_file, read_private
-from chutes_proto.blocking.sqlite import SqliteStore
+from chutes_proto.blocking.stores import DurableStore, StorePlace
 from chutes_proto.blocking.tls import client_context
 from chutes_proto.collateral.cache import CachePolicy, CollateralCache
 from chutes_proto.collateral.pcs import Upstream
@@ -36,7 +35,7 @@ from chutes_proto.server.config import ServerConfig
 from chutes_proto.server.nonces import NonceMint
 from chutes_proto.server.profiles import EXTRA_KEYS, ServedProfile, serve_profile
 from chutes_proto.server.service import Service, Slots
-from chutes_proto.store.rows import GenerationRow, Scan
+from chutes_proto.store.rows import CountSealed
 from chutes_proto.store.run import Script, Unit
 from chutes_proto.transport.tls import ServerContext, server_context
 
@@ -54,7 +53,7 @@ class ServerSetup:
     service: Service
     collateral: CollateralDirectory | UpstreamCollateral
     tls: ServerContext
-    store_path: Path
+    store: StorePlace
 
 
 def load_setup(path: str | Path) -> ServerSetup:
@@ -105,7 +104,8 @@ def load_setup(path: str | Path) -> ServerSetup:
         limits=config.limits,
         verifications=Slots(config.limits.verifications),
     )
-    return ServerSetup(config, service, collateral, tls, base / config.sqlite_path)
+    place = StorePlace(config.store, base, config.limits.store_connections)
+    return ServerSetup(config, service, collateral, tls, place)
 
 
 def trust(root: TrustedRoot, name: str) -> str:
@@ -115,48 +115,41 @@ def trust(root: TrustedRoot, name: str) -> str:
     return f"NOT Intel's root but {name}, SHA-256 {root.digest.hex()}"
 
 
-def check_store(path: Path, vault: Vault) -> str:
+def check_store(place: StorePlace, vault: Vault) -> str:
     """What is known of the store, in words, without making or changing it.
 
     Raises `StoreError` for one that cannot be used, or holds keys that ``vault`` cannot open.
     """
+    if not place.is_made():
+        return f"{place.path}: not made yet"
+    store = place.open()
     try:
-        is_made = path.exists() and path.stat().st_size > 0
-    except OSError as exc:
-        raise StoreError(f"store {path}: {exc.strerror}") from None
-    if not is_made:
-        if not os.access(path.parent, os.W_OK | os.X_OK):
-            raise StoreError(f"store {path}: its directory is not there, or this user may not write it")
-        return f"{path}: not made yet"
-    store = SqliteStore(path)
-    try:
-        store.check()
-        check_keys(store, vault)
-        sealed = store.transact(_KeyIds())
+        _ = store.check()
+        sealed = check_keys(store, vault)
     finally:
         store.close()
-    return f"{path}: {sealed.total()} keys"
+    return f"{store.name}: {sum(sealed.values())} keys"
 
 
-def check_keys(store: SqliteStore, vault: Vault) -> None:
-    """Raises `StoreError` where the store holds keys that are sealed under another key-encryption key."""
-    sealed = store.transact(_KeyIds())
+def check_keys(store: DurableStore, vault: Vault) -> dict[str, int]:
+    """How many keys are sealed under each key-encryption key. Raises `StoreError` where one of these is not at hand."""
+    sealed = dict(store.transact(_CountKeys()))
     live = {key.kek_id for key in vault.live}
     if lost := {kek_id: count for kek_id, count in sealed.items() if kek_id not in live}:
         told = ", ".join(f"{count} under {kek_id}" for kek_id, count in sorted(lost.items()))
         raise StoreError(
-            f"store {store.path}: keys are sealed under a key-encryption key that is neither kek_file nor"
+            f"store {store.name}: keys are sealed under a key-encryption key that is neither kek_file nor"
             f" kek_previous_file ({', '.join(sorted(live))}): {told}"
         )
+    return sealed
 
 
 @frozen
-class _KeyIds(Unit[Counter[str]]):
+class _CountKeys(Unit[tuple[tuple[str, int], ...]]):
     """How many keys are sealed under each key-encryption key."""
 
-    def script(self) -> Script[Counter[str]]:
-        rows = yield from Scan(GenerationRow)
-        return Counter(row.kek_id for row in rows if row.kek_id is not None)
+    def script(self) -> Script[tuple[tuple[str, int], ...]]:
+        return (yield from CountSealed())
 
 
 # --- the parts ---

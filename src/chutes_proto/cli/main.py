@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from chutes_proto import ChutesError, __version__
-from chutes_proto.cli import boot, collateral, console, demo, inspect, openapi, replay, serve, simulate, verify
+from chutes_proto.cli import boot, collateral, console, demo, inspect, openapi, replay, serve, simulate, store, verify
 
-_COMMANDS: tuple[Any, ...] = (demo, serve, boot, verify, inspect, replay, collateral, simulate, openapi)
+_COMMANDS: tuple[Any, ...] = (demo, serve, boot, verify, inspect, replay, collateral, simulate, store, openapi)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,7 +19,7 @@ NAME = "serve"
 _CONFIGURATION = """
     listen = "0.0.0.0:8443"
     tls = { certificate = "server.pem", key = "server.key" }
-    store = "sqlite:keys.db"
+    store = "sqlite:keys.db"           # or "postgresql://user@host/database", made by `chutes-proto store migrate`
     kek_file = "kek"                   # made with: (umask 077; head -c 32 /dev/urandom > kek)
     roots = "intel"
     collateral = { directory = "collateral" }    # or { upstreams = ["https://pccs.example:8081"], cache = "cache" }
@@ -92,7 +92,7 @@ def _check(setup: ServerSetup) -> int:
 
     from chutes_proto.blocking.collateral import UpstreamCollateral
     from chutes_proto.blocking.setup import check_store
-    from chutes_proto.errors import CollateralUnavailable, StoreError
+    from chutes_proto.errors import CollateralUnavailable, ConfigurationError, StoreError
 
     faults: list[str] = []
     console.say(f"root: {setup.service.trust}")
@@ -116,8 +116,8 @@ def _check(setup: ServerSetup) -> int:
         except CollateralUnavailable as exc:
             faults.append(str(exc))
     try:
-        console.say(f"store: {check_store(setup.store_path, setup.service.vault)}")
-    except StoreError as exc:
+        console.say(f"store: {check_store(setup.store, setup.service.vault)}")
+    except (ConfigurationError, StoreError) as exc:
         faults.append(str(exc))
     for fault in faults:
         console.tell(f"chutes-proto: {fault}")
@@ -133,14 +133,13 @@ def _serve(
     import signal
 
     from chutes_proto.blocking.setup import check_keys
-    from chutes_proto.blocking.sqlite import SqliteStore
     from chutes_proto.cli.serving import run_trio, serve_until_signal
     from chutes_proto.errors import ConfigurationError, StoreError
 
     try:
-        store = SqliteStore(setup.store_path)
+        store = setup.store.open()
         try:
-            check_keys(store, setup.service.vault)
+            _ = check_keys(store, setup.service.vault)
             signals = (signal.SIGINT, signal.SIGTERM, *map(signal.Signals, more))
             run_trio(serve_until_signal, setup, store, collateral, announce, signals)
         finally:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from chutes_proto.blocking.collateral import UpstreamCollateral
     from chutes_proto.blocking.perform import CollateralSource
     from chutes_proto.blocking.setup import ServerSetup
-    from chutes_proto.blocking.sqlite import SqliteStore
+    from chutes_proto.blocking.stores import DurableStore
     from chutes_proto.log import Value
 
 T = TypeVar("T")
@@ -75,7 +75,7 @@ def urls(listeners: Sequence[trio.SocketListener]) -> list[str]:
 async def serve_on(
     listeners: Sequence[trio.SocketListener],
     setup: ServerSetup,
-    store: SqliteStore,
+    store: DurableStore,
     collateral: CollateralSource | UpstreamCollateral,
     log: Callable[[Record], None],
 ) -> None:
@@ -96,7 +96,7 @@ async def serve_on(
 
 async def serve_until_signal(
     setup: ServerSetup,
-    store: SqliteStore,
+    store: DurableStore,
     collateral: CollateralSource | UpstreamCollateral,
     announce: Callable[[list[str]], None],
     signals: Sequence[signal.Signals],
@@ -109,7 +109,7 @@ async def serve_until_signal(
             "urls": urls(listeners),
             "trust": service.trust,
             "profiles": list(service.profiles),
-            "store": str(store.path),
+            "store": store.name,
             "version": __version__,
         }
         log_line(Record(Level.INFO if service.root == INTEL_ROOT else Level.WARNING, "serving", fields))

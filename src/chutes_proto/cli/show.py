@@ -18,7 +18,6 @@ from chutes_proto import ChutesError
 from chutes_proto.auth.certificates import ENTROPY_SIZE, ClientIdentity, make_client_identity
 from chutes_proto.blocking.quoting import Quoter
 from chutes_proto.blocking.setup import load_setup
-from chutes_proto.blocking.sqlite import SqliteStore
 from chutes_proto.blocking.tls import client_context
 from chutes_proto.cli import console
 from chutes_proto.cli.development import AUTHORITY, CONFIGURATION, write_collateral, write_server
@@ -116,11 +115,11 @@ class _Show:
         setup = load_setup(self._directory / CONFIGURATION)
         listeners = await listen(setup)
         (self._url,) = urls(listeners)
-        store = SqliteStore(setup.store_path)
+        store = setup.store.open()
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(serve_on, listeners, setup, store, setup.collateral, self._log.append)
-                self._step(f"server: {self._url}, mutual TLS, on trio, store in SQLite at {setup.store_path}")
+                self._step(f"server: {self._url}, mutual TLS, on trio, store in SQLite at {store.name}")
                 await self._boots()
                 for rebuff in self._rebuffs(revoked):
                     await self._refused(rebuff)

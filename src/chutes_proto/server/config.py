@@ -105,7 +105,10 @@ class RuntimeOptions:
 
 @frozen
 class LimitOptions:
-    """Bounds on what peers can make the server do."""
+    """Bounds on what peers can make the server do.
+
+    ``store_connections``: how many one process may have open to a store in PostgreSQL.
+    """
 
     connections: int = 1024
     verifications: int = 64
@@ -113,6 +116,7 @@ class LimitOptions:
     head_bytes: int = 16 * 1024
     request_seconds: int = 30
     claims_per_platform: int = 64
+    store_connections: int = 16
 
 
 @frozen
@@ -120,7 +124,7 @@ class ServerConfig:
     """One configuration file, checked as far as one can without reading other files."""
 
     tls: TlsFiles
-    store: str
+    store: str = field(repr=False)  # a URL may hold a password
     kek_file: str
     collateral: CollateralOptions
     measurements: tuple[str, ...]
@@ -145,11 +149,6 @@ class ServerConfig:
     def listen_address(self) -> tuple[str, int]:
         """Host and port of ``listen``; port 0 means any free one."""
         return _listen_address(self.listen)
-
-    @property
-    def sqlite_path(self) -> str:
-        """The file of ``store``."""
-        return self.store.removeprefix("sqlite:")
 
     @classmethod
     def from_toml(cls, data: bytes) -> ServerConfig:
@@ -180,12 +179,16 @@ def _refuse_not_served(content: Mapping[str, Any]) -> None:
         raise ConfigurationError('registration.evidence: this version does not fetch evidence; take "link" or "boot"')
 
 
+def check_store_address(text: str) -> str | None:
+    """What is wrong with the address of a store, as far as one can say without opening it."""
+    if re.match("sqlite:.|postgresql://", text):
+        return None
+    return 'store: say "sqlite:/path/to/keys.db" or "postgresql://user@host/database"'
+
+
 def _problems(config: ServerConfig) -> list[str]:
     found: list[str] = []
-    if config.store.startswith("postgresql:"):
-        found.append('store: this version keeps its rows in SQLite only; say "sqlite:/path/to/keys.db"')
-    elif not config.store.startswith("sqlite:") or not config.sqlite_path:
-        found.append('store: say "sqlite:/path/to/keys.db"')
+    found.extend(filter(None, [check_store_address(config.store)]))
     try:
         _ = config.listen_address
     except ConfigurationError as exc:

@@ -1,0 +1,135 @@
+"""``chutes-proto store``: the database of a key server, which only its operator migrates."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from chutes_proto.cli import console
+
+if TYPE_CHECKING:
+    from chutes_proto.blocking.stores import StorePlace
+    from chutes_proto.keys.vault import Vault
+
+NAME = "store"
+
+_COUNTS = ("rows", "keys_sealed_under")
+
+
+def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
+    parser = console.command(
+        subparsers,
+        NAME,
+        "make, migrate and check a key server's store",
+        """
+        Commands for the database of a key server. A server itself never makes or changes the schema of a database in
+        PostgreSQL, and never migrates one of another release.
+        """,
+        "chutes-proto store migrate --config /etc/chutes/server.toml\n"
+        "chutes-proto store check --store sqlite:/var/lib/chutes/keys.db --json",
+    )
+    actions = parser.add_subparsers(metavar="ACTION", dest="action", required=True)
+    migrate = console.command(
+        actions,
+        "migrate",
+        "make the schema, or bring an older one to this release",
+        """
+        Make the schema in an empty database, or bring that of an older release to this one's, in one transaction. Back
+        the database up before, and stop the servers of the older release: they refuse a newer schema at their next
+        start. Where there is nothing to do, nothing is done.
+
+        exit code: 0 the schema is this release's now; 1 it cannot be made so, and was left as it is; 2 usage, or a file
+        that cannot be read
+        """,
+        "chutes-proto store migrate --config /etc/chutes/server.toml\n"
+        "chutes-proto store migrate --store 'postgresql://chutes@db.internal/keys?passfile=/etc/chutes/pgpass'",
+    )
+    check = console.command(
+        actions,
+        "check",
+        "read everything and say what is wrong",
+        """
+        Read the whole store: its schema version, whether it is damaged, how many rows it has, and with --config whether
+        the server's key-encryption keys are those that its keys are sealed under. Nothing is changed.
+
+        exit code: 0 nothing is wrong; 1 something is; 2 usage, or a file that cannot be read
+        """,
+        "chutes-proto store check --config /etc/chutes/server.toml",
+    )
+    for action in (migrate, check):
+        which = action.add_mutually_exclusive_group(required=True)
+        _ = which.add_argument("--config", metavar="FILE", help="the server's configuration file (TOML)")
+        _ = which.add_argument(
+            "--store",
+            metavar="URL",
+            help="sqlite:/path, or postgresql://user@host/database (no password: use passfile)",
+        )
+        console.add_json(action)
+    return parser
+
+
+def run(options: argparse.Namespace) -> int:
+    from chutes_proto.errors import StoreError
+
+    place, vault = _place(options)
+    try:
+        result = _migrate(place) if options.action == "migrate" else _check(place, vault)
+    except StoreError as exc:
+        if options.json:
+            console.say_json({"ok": False, "error": str(exc)})
+        console.tell(f"chutes-proto: {exc}")
+        return console.REFUSED
+    if options.json:
+        console.say_json({"ok": True, **result})
+    else:
+        for name, value in result.items():
+            told = ", ".join(f"{key} {count}" for key, count in value.items()) if name in _COUNTS else value
+            console.say(f"{name.replace('_', ' ')}: {told}")
+    return console.GRANTED
+
+
+def _place(options: argparse.Namespace) -> tuple[StorePlace, Vault | None]:
+    """The store, and with a configuration the server's key-encryption keys."""
+    import re
+    from pathlib import Path
+
+    from chutes_proto.blocking.setup import load_setup
+    from chutes_proto.blocking.stores import StorePlace
+    from chutes_proto.errors import ConfigurationError
+    from chutes_proto.server.config import check_store_address
+
+    if options.config:
+        setup = load_setup(options.config)
+        return setup.store, setup.service.vault
+    if problem := check_store_address(options.store):
+        raise ConfigurationError(f"--{problem}")
+    if re.search(r"//[^/@]*:[^/@]*@|[?&]password=", options.store):
+        raise ConfigurationError(
+            "--store: other users can read a command line; leave the password out, and say ?passfile=/path or --config"
+        )
+    return StorePlace(options.store, Path.cwd()), None
+
+
+def _migrate(place: StorePlace) -> dict[str, Any]:
+    from chutes_proto.store.sql import SCHEMA_VERSION
+
+    store = place.open(migrate=True)
+    store.close()
+    return {"store": store.name, "schema_version": SCHEMA_VERSION, "schema_version_before": store.found_version or 0}
+
+
+def _check(place: StorePlace, vault: Vault | None) -> dict[str, Any]:
+    from chutes_proto.blocking.setup import check_keys
+    from chutes_proto.errors import StoreError
+    from chutes_proto.store.sql import SCHEMA_VERSION
+
+    if not place.is_made():
+        raise StoreError(f"store {place.path}: not made yet; a server makes it, or `chutes-proto store migrate`")
+    store = place.open()
+    try:
+        found: dict[str, Any] = {"store": store.name, "schema_version": SCHEMA_VERSION, "rows": store.check()}
+        if vault is not None:
+            found["keys_sealed_under"] = check_keys(store, vault)
+    finally:
+        store.close()
+    return found

@@ -1,0 +1,165 @@
+"""`store`: an operator makes, migrates and checks a store; and `serve` in PostgreSQL, which does none of that."""
+
+from __future__ import annotations
+
+import signal
+import sqlite3
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from chutes_proto.blocking.postgres import PostgresStore
+from chutes_proto.blocking.sqlite import SqliteStore
+from chutes_proto.cli.development import write_server
+from chutes_proto.store.sql import SCHEMA_VERSION
+from chutes_proto.testing.platform import SimulatedPlatform
+from chutes_proto.testing.store_suite import boot
+from tests.cli.conftest import HOTKEY, Ended, Server
+from tests.postgres import PASSWORD, Cluster, schema
+
+PLATFORM = SimulatedPlatform(bytes(32))
+
+Command = Callable[..., Ended]
+
+
+@pytest.fixture
+def site(tmp_path: Path, empty_schema: str) -> Path:
+    """An operator's directory, with an empty schema in PostgreSQL for a store."""
+    directory = tmp_path / "site"
+    directory.mkdir()
+    write_server(directory, PLATFORM, int(time.time()))
+    configuration = directory / "server.toml"
+    text = configuration.read_text()
+    assert '"sqlite:keys.db"' in text
+    configuration.write_text(text.replace('"sqlite:keys.db"', f'"{empty_schema}"'))
+    return directory
+
+
+def quiet(*ends: Ended) -> None:
+    """No password, and no traceback."""
+    for end in ends:
+        assert PASSWORD not in end.out + end.err
+        assert "Traceback" not in end.err
+
+
+# --- SQLite ---
+
+
+def test_sqlite_is_made_checked_and_left_alone(command: Command, tmp_path: Path) -> None:
+    address = f"sqlite:{tmp_path}/keys.db"
+    missing = command("store", "check", "--store", address)
+    assert (missing.code, "not made yet" in missing.err) == (1, True)
+    assert list(tmp_path.iterdir()) == []
+    made = command("store", "migrate", "--store", address, "--json").json
+    assert (made["ok"], made["schema_version_before"], made["schema_version"]) == (True, 0, SCHEMA_VERSION)
+    with closing(SqliteStore(tmp_path / "keys.db")) as store:
+        store.transact(boot("first"))
+    again = command("store", "migrate", "--store", address)
+    assert again.code == 0
+    assert f"schema version before: {SCHEMA_VERSION}" in again.out
+    found = command("store", "check", "--store", address, "--json").json
+    assert (found["store"], found["rows"]["boot"], found["rows"]["volume"]) == (f"{tmp_path}/keys.db", 1, 0)
+    assert "generation 1" in command("store", "check", "--store", address).out
+
+
+def test_a_newer_schema_and_damage_are_refused_and_left_alone(command: Command, tmp_path: Path) -> None:
+    path = tmp_path / "keys.db"
+    with closing(SqliteStore(path)) as store:
+        for number in range(40):
+            store.transact(boot(str(number)))
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE fact SET value = 999 WHERE name = 'schema_version'")
+    before = path.read_bytes()
+    for action in ("check", "migrate"):
+        end = command("store", action, "--store", f"sqlite:{path}", "--json")
+        assert (end.code, end.json["ok"]) == (1, False)
+        assert "run the release that made it" in end.json["error"]
+        assert "run the release that made it" in end.err
+        assert path.read_bytes() == before
+    path.write_bytes(before[: 4096 * 2] + b"\xa5" * (len(before) - 4096 * 2))
+    assert command("store", "check", "--store", f"sqlite:{path}").code == 1
+
+
+# --- PostgreSQL ---
+
+
+def test_a_server_works_only_in_a_schema_that_was_made(
+    command: Command, start: Callable[..., Server], site: Path, empty_schema: str
+) -> None:
+    config = ("--config", site / "server.toml")
+    ends = [command("serve", *config), command("serve", *config, "--check"), command("store", "check", *config)]
+    for end in ends:
+        assert end.code == 1
+        assert "it is empty; run `chutes-proto store migrate`" in end.err
+    made = command("store", "migrate", *config)
+    assert made.code == 0, made.err
+    checked = command("serve", *config, "--check")
+    assert checked.code == 0, checked.err
+    server = start(*config, ca=site / "ca.pem")
+    simulated = site / "platform"
+    key = site.parent / "platform-of-vms"
+    assert not simulated.exists()
+    end = server.stop(signal.SIGTERM)
+    assert end.code == 0, end.err
+    found = command("store", "check", *config, "--json")
+    assert found.json["ok"]
+    with closing(PostgresStore(empty_schema)) as store:
+        store.transact(boot("first"))
+    refused = command("store", "check", *config)
+    assert refused.code == 1
+    assert "neither kek_file nor kek_previous_file" in refused.err
+    quiet(*ends, made, checked, end, found, refused)
+    assert not key.exists()
+    assert HOTKEY
+
+
+@pytest.mark.parametrize("version", [0, SCHEMA_VERSION + 1])
+def test_another_schema_version_is_refused(command: Command, site: Path, empty_schema: str, version: int) -> None:
+    PostgresStore(empty_schema, migrate=True).close()
+    with psycopg.connect(empty_schema) as connection:
+        connection.execute("UPDATE fact SET value = %s WHERE name = 'schema_version'", (version,))
+    for words in (["serve"], ["serve", "--check"], ["store", "migrate"], ["store", "check"]):
+        end = command(*words, "--config", site / "server.toml")
+        assert end.code == 1
+        assert f"schema version {version}" in end.err
+        quiet(end)
+
+
+# --- what is said, and what is not ---
+
+
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [
+        ("keys.db", '"sqlite:/path/to/keys.db" or "postgresql://user@host/database"'),
+        ("postgresql:keys", '"sqlite:/path/to/keys.db" or "postgresql://user@host/database"'),
+        (f"postgresql://me:{PASSWORD}@db/keys", "other users can read a command line"),
+        (f"postgresql://db/keys?password={PASSWORD}", "other users can read a command line"),
+        ("postgresql://db/keys?colour=red", "not a PostgreSQL URL"),
+    ],
+)
+def test_a_wrong_address_is_usage(command: Command, address: str, told: str) -> None:
+    for action in ("check", "migrate"):
+        end = command("store", action, "--store", address)
+        assert (end.code, told in end.err) == (2, True), end.err
+        quiet(end)
+
+
+def test_a_password_comes_from_a_file(command: Command, cluster: Cluster, tmp_path: Path) -> None:
+    passfile = tmp_path / "pgpass"
+    passfile.write_text(f"*:*:*:*:{PASSWORD}\n")
+    passfile.chmod(0o600)
+    with schema(cluster.url()) as url:
+        address = url.replace(f":{PASSWORD}@", "@") + f"&passfile={passfile}"
+        assert PASSWORD not in address
+        made = command("store", "migrate", "--store", address)
+        assert made.code == 0, made.err
+        passfile.write_text("*:*:*:*:another\n")
+        refused = command("store", "check", "--store", address)
+        assert refused.code == 1
+        assert "password authentication failed" in refused.err
+        quiet(made, refused)
