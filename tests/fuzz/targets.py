@@ -13,7 +13,8 @@ from itertools import chain
 
 from attrs import frozen
 
-from chutes_proto.errors import ChutesError, QuoteError, Refusal
+from chutes_proto.collateral import pcs
+from chutes_proto.errors import ChutesError, QuoteError, Refusal, UpstreamError
 from chutes_proto.quote.certificates import (
     SGX_EXTENSION,
     check_kind,
@@ -33,6 +34,7 @@ from chutes_proto.quote.statements import read_qe_identity, read_tcb_info
 from chutes_proto.quote.verify import open_quote, verify_collateral
 from chutes_proto.testing.directory import measurements_toml
 from chutes_proto.testing.platform import SimulatedPlatform
+from chutes_proto.testing.service import CollateralService
 from chutes_proto.transport.h1 import ServerConnection
 from chutes_proto.wire import codec, endpoints, json
 from chutes_proto.wire.answers import error_response
@@ -138,6 +140,34 @@ def event_logs() -> list[bytes]:
         log(*EVENTS, first=spec((0xC, 48), vendor=b"vendor"), padding=b""),
         log(grub("grub_cmd", b"")),
     ]
+
+
+# --- the answers of collateral services ---
+
+
+def check_collateral_answer(data: bytes) -> None:
+    """A body, or a header, of a service is read, or its one error says why not; a statement is cut out of its body."""
+    with suppress(UpstreamError):
+        text, signature = pcs.read_statement(data, "tcbInfo")
+        assert text in data
+        assert len(signature) == 64
+        assert stdlib_json.loads(text) == stdlib_json.loads(data)["tcbInfo"]
+    with suppress(UpstreamError):
+        assert pcs.read_crl(data)
+    with suppress(UpstreamError):
+        header = ("tcb-info-issuer-chain", data.decode("latin-1"))
+        assert pcs.read_chain(HttpResponse(200, (header,)), "tcb-info-issuer-chain").isascii()
+    with suppress(UpstreamError):
+        pcs.check_status(HttpResponse(429, (("retry-after", data.decode("latin-1")),)), "x", NOW)
+
+
+def collateral_answers() -> list[bytes]:
+    service = CollateralService((PLATFORM,))
+    paths = [f"/tdx/certification/v4/tcb?fmspc={PLATFORM.fmspc.hex()}", "/sgx/certification/v4/rootcacrl"]
+    paths += ["/sgx/certification/v4/pckcrl?ca=platform", "/sgx/certification/v4/pckcrl?ca=platform&encoding=der"]
+    answers = [service.answer(HttpRequest("GET", path), NOW) for path in paths]
+    chain = (answers[0].header("tcb-info-issuer-chain") or "").encode("latin-1")
+    return [*(answer.body for answer in answers), chain, b"120", b"Fri, 15 Jan 2027 08:00:30 GMT"]
 
 
 # --- the HTTP connection ---
@@ -265,6 +295,7 @@ TARGETS = {
     "statement": Target(check_statement, statements),
     "policy": Target(check_policy, policies),
     "event-log": Target(check_event_log, event_logs),
+    "collateral-answer": Target(check_collateral_answer, collateral_answers),
     "http": Target(check_http, http_requests),
     "json": Target(check_json, json_bodies),
     "request-body": Target(check_request_body, json_bodies),

@@ -198,7 +198,7 @@ def _retry_after(text: str | None, now: int) -> int | None:
     else:
         try:
             moment = parsedate_to_datetime(text)
-        except ValueError:
+        except (ValueError, TypeError, OverflowError):  # what it raises differs by what is wrong, and by version
             return None
         wait = int(moment.replace(tzinfo=moment.tzinfo or UTC).timestamp()) - now
     return max(0, min(wait, MAX_RETRY_AFTER))
