@@ -1,6 +1,7 @@
-"""chutes-proto on asyncio, by way of anyio: the boot agent and the driver of flows. There is no server here yet."""
+"""chutes-proto on asyncio, by way of anyio: the boot agent, the key server, the driver of flows."""
 
 from chutes_proto_asyncio.client import BootAgent
 from chutes_proto_asyncio.perform import Performer
+from chutes_proto_asyncio.server import Server, serve_until_stopped
 
-__all__ = ["BootAgent", "Performer"]
+__all__ = ["BootAgent", "Performer", "Server", "serve_until_stopped"]

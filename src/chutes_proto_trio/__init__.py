@@ -2,6 +2,6 @@
 
 from chutes_proto_trio.client import BootAgent
 from chutes_proto_trio.perform import Performer
-from chutes_proto_trio.server import serve
+from chutes_proto_trio.server import Server, serve_until_stopped
 
-__all__ = ["BootAgent", "Performer", "serve"]
+__all__ = ["BootAgent", "Performer", "Server", "serve_until_stopped"]

@@ -1,14 +1,17 @@
 """The key server on trio: it accepts connections, moves their bytes and runs the flows of their requests.
 
-Nothing is decided here: `ServerConnection` says when to wait and for how long, the application what to answer.
+Nothing is decided here: `ServerConnection` says when to wait and for how long, the application what to answer and when
+to end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from signal import Signals
 
 import trio
 
+from chutes_proto.blocking.sockets import ACCEPT_PAUSE, Listening
 from chutes_proto.effects import Log
 from chutes_proto.log import Level, Record
 from chutes_proto.transport.h1 import (
@@ -19,94 +22,118 @@ from chutes_proto.transport.h1 import (
     ServerConnection,
     peer_address,
 )
-from chutes_proto.transport.tls import ServerContext, TlsSession
 from chutes_proto.wire.http import HttpRequest, HttpResponse, MalformedRequest
 from chutes_proto_trio.perform import Performer
 
 
-async def serve(
-    listeners: Sequence[trio.SocketListener],
-    app: Application,
-    performer: Performer,
-    context: Callable[[], ServerContext],
-    *,
-    limits: Limits = DEFAULT_LIMITS,
-    connections: int = 1024,
-) -> None:
-    """Serve until cancelled.
+class Server:
+    """Serves an application, once; made within the loop.
 
-    ``context`` is asked at each connection, so that a certificate can be replaced while serving. At most
-    ``connections`` are open at once; more wait in the listeners' queues.
+    At most ``connections`` are open at once; more wait in the listeners' queues.
     """
-    slots = trio.Semaphore(connections)
 
-    async def handle(stream: trio.SocketStream) -> None:
+    def __init__(
+        self, app: Application, performer: Performer, *, limits: Limits = DEFAULT_LIMITS, connections: int = 1024
+    ) -> None:
+        self._app = app
+        self._performer = performer
+        self._limits = limits
+        self._slots = trio.Semaphore(connections)
+        self._serving = trio.CancelScope()
+        self._waiting: dict[ServerConnection, trio.CancelScope] = {}
+
+    async def serve(self, listening: Sequence[Listening]) -> None:
+        """Serve until cancelled, or until `stop` has taken its time; closes the sockets."""
+        with self._serving:
+            async with trio.open_nursery() as nursery:
+                for place in listening:
+                    nursery.start_soon(self._accept, place, nursery)
+
+    def stop(self) -> None:
+        """Tell the application to stop, which says when to end; connections end with their next answer."""
+        now = trio.current_time()
+        self._serving.deadline = self._app.stop(now)
+        for connection, waiting in self._waiting.items():
+            connection.drain(now)
+            waiting.deadline = connection.deadline
+
+    async def _accept(self, place: Listening, nursery: trio.Nursery) -> None:
+        listener = trio.SocketListener(trio.socket.from_stdlib_socket(place.socket))
+        async with listener:
+            while True:
+                await self._slots.acquire()
+                try:
+                    stream = await listener.accept()
+                except OSError as exc:  # the peer went away while it waited, or there are no file descriptors left
+                    self._slots.release()
+                    await self._complain("accept_failed", exc)
+                    await trio.sleep(ACCEPT_PAUSE)
+                else:
+                    nursery.start_soon(self._serve_stream, stream, place)
+
+    async def _serve_stream(self, stream: trio.SocketStream, place: Listening) -> None:
+        """One connection. Its faults end it and nothing else."""
         try:
-            await _serve_stream(stream, app, performer, context, limits)
+            async with stream:
+                peer = peer_address(stream.socket.getpeername())
+                connection = ServerConnection(
+                    trio.current_time(), tls=place.session(), limits=self._limits, peer_address=peer
+                )
+                try:
+                    await self._serve_connection(stream, connection)
+                finally:
+                    _ = self._waiting.pop(connection, None)
+        except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
+            pass  # the peer went away
+        except Exception as exc:  # noqa: BLE001 - a defect met in one connection must not end the others
+            await self._complain("connection_failed", exc)
         finally:
-            slots.release()
-
-    await trio.serve_listeners(handle, [_Bounded(listener, slots) for listener in listeners])
-
-
-async def serve_connection(
-    stream: trio.abc.Stream,
-    connection: ServerConnection,
-    answer: Callable[[HttpRequest | MalformedRequest], Awaitable[HttpResponse]],
-) -> None:
-    """Move the bytes of one connection until it is closed. What the stream raises, and ``answer``, comes out."""
-    while not connection.closed:
-        request = connection.next_request(trio.current_time())
-        if request is not None:
-            connection.send_response(await answer(request), trio.current_time())
-        with trio.move_on_at(connection.deadline) as waiting:
-            if data := connection.data_to_send():
-                await stream.send_all(data)
-            elif not connection.closed:
-                connection.receive_data(bytes(await stream.receive_some(READ_SIZE)), trio.current_time())
-        if waiting.cancelled_caught:
-            connection.expire(trio.current_time())
-
-
-async def _serve_stream(
-    stream: trio.SocketStream,
-    app: Application,
-    performer: Performer,
-    context: Callable[[], ServerContext],
-    limits: Limits,
-) -> None:
-    """One connection. Its faults end it and nothing else."""
-
-    async def answer(request: HttpRequest | MalformedRequest) -> HttpResponse:
-        return await performer.run(app.handle(request))
-
-    try:
-        async with stream:
-            peer = peer_address(stream.socket.getpeername())
-            tls = TlsSession(context())
-            connection = ServerConnection(trio.current_time(), tls=tls, limits=limits, peer_address=peer)
-            await serve_connection(stream, connection, answer)
-    except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
-        pass  # the peer went away
-    except Exception as exc:  # noqa: BLE001 - a defect met in one connection must not end the others
-        fields = {"error": f"{type(exc).__name__}: {exc}"}
-        _ = await performer.perform(Log(Record(Level.ERROR, "connection_failed", fields)))
-
-
-class _Bounded(trio.abc.Listener[trio.SocketStream]):
-    """A listener that accepts while there are slots; who serves the stream gives its slot back."""
-
-    def __init__(self, listener: trio.SocketListener, slots: trio.Semaphore) -> None:
-        self._listener = listener
-        self._slots = slots
-
-    async def accept(self) -> trio.SocketStream:
-        await self._slots.acquire()
-        try:
-            return await self._listener.accept()
-        except BaseException:
             self._slots.release()
-            raise
 
-    async def aclose(self) -> None:
-        await self._listener.aclose()
+    async def _serve_connection(self, stream: trio.abc.Stream, connection: ServerConnection) -> None:
+        while not connection.closed:
+            request = connection.next_request(trio.current_time())
+            if request is not None:
+                connection.send_response(await self._answer(request), trio.current_time())
+            with trio.CancelScope(deadline=connection.deadline) as waiting:
+                self._waiting[connection] = waiting
+                if data := connection.data_to_send():
+                    await stream.send_all(data)
+                elif not connection.closed:
+                    connection.receive_data(await _receive(stream), trio.current_time())
+            if waiting.cancelled_caught:
+                connection.expire(trio.current_time())
+
+    async def _answer(self, request: HttpRequest | MalformedRequest) -> HttpResponse:
+        return await self._performer.run(self._app.handle(request))
+
+    async def _complain(self, event: str, exc: Exception) -> None:
+        _ = await self._performer.perform(Log(Record(Level.ERROR, event, {"error": f"{type(exc).__name__}: {exc}"})))
+
+
+async def serve_until_stopped(
+    server: Server,
+    listening: Sequence[Listening],
+    signals: Mapping[Signals, Callable[[], None]],
+    ready: Callable[[], None],
+) -> None:
+    """Serve until the server is stopped, and call what stands in ``signals`` for each one that comes.
+
+    ``ready`` is called when a signal finds its function. Runs in the main thread.
+    """
+    with trio.open_signal_receiver(*signals) as received:
+        ready()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_call, received, signals)
+            await server.serve(listening)
+            nursery.cancel_scope.cancel()
+
+
+async def _call(received: AsyncIterator[int], signals: Mapping[Signals, Callable[[], None]]) -> None:
+    async for number in received:
+        signals[Signals(number)]()
+
+
+async def _receive(stream: trio.abc.ReceiveStream) -> bytes:
+    """What comes next; ``b""`` at the end."""
+    return bytes(await stream.receive_some(READ_SIZE))

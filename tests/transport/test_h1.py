@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from chutes_proto.errors import LocalProtocolError
-from chutes_proto.transport.h1 import Limits, ServerConnection, peer_address
+from chutes_proto.transport.h1 import LAST_CALL_SECONDS, Limits, ServerConnection, peer_address
 from chutes_proto.wire import json
 from chutes_proto.wire.http import HttpRequest, HttpResponse
 from tests.transport.talk import JSON, Talk, answers, outcome
@@ -124,11 +124,24 @@ def test_the_last_answer_says_so(request_bytes: bytes, headers: tuple[tuple[str,
 def test_draining_makes_the_next_answer_the_last() -> None:
     talk = Talk()
     assert "connection" not in answers(talk.feed(GET))[0].headers
-    talk.connection.drain()
+    talk.connection.drain(talk.now)
     assert answers(talk.feed(GET + GET))[0].headers["connection"] == "close"
     talk.feed(b"")
     assert talk.connection.closed
     assert len(talk.requests) == 2
+
+
+def test_draining_does_not_wait_long_for_a_request() -> None:
+    talk = Talk()
+    talk.connection.drain(talk.now)
+    assert talk.connection.deadline == talk.now + LAST_CALL_SECONDS
+    talk.feed(GET[:9])  # one that is under way has its time
+    assert talk.connection.deadline == talk.now + Limits().request_seconds
+    assert answers(talk.feed(GET[9:]))[0].headers["connection"] == "close"
+    idle = Talk()
+    idle.connection.drain(idle.now)
+    assert idle.expire() == b""
+    assert idle.connection.close_reason == "no request in time"
 
 
 def test_head_has_no_body_and_keeps_the_framing() -> None:
@@ -472,7 +485,7 @@ def test_no_order_of_calls_makes_it_raise(calls: list[bytes | str]) -> None:
             case "expire":
                 connection.expire(now)
             case "drain":
-                connection.drain()
+                connection.drain(now)
             case _:
                 connection.data_to_send()
         if connection.next_request(now) is not None:

@@ -31,9 +31,10 @@ from chutes_proto.quote.measurements import parse_profiles_json, parse_profiles_
 from chutes_proto.quote.policy import Policy
 from chutes_proto.quote.roots import INTEL_ROOT, TrustedRoot
 from chutes_proto.secret import Secret
-from chutes_proto.server.config import ServerConfig
+from chutes_proto.server.config import ProxyOptions, ServerConfig
 from chutes_proto.server.nonces import NonceMint
 from chutes_proto.server.profiles import EXTRA_KEYS, ServedProfile, serve_profile
+from chutes_proto.server.proxy import TrustedProxies
 from chutes_proto.server.service import Service, Slots
 from chutes_proto.store.rows import CountSealed
 from chutes_proto.store.run import Script, Unit
@@ -54,6 +55,16 @@ class ServerSetup:
     collateral: CollateralDirectory | UpstreamCollateral
     tls: ServerContext
     store: StorePlace
+    base: Path
+
+    def reload_tls(self) -> ServerContext:
+        """The certificate and key as the files have them now. Raises `ConfigurationError`."""
+        return _tls(self.config, self.base)
+
+    @property
+    def proxy_socket(self) -> Path | None:
+        """The unix socket to listen on for proxies."""
+        return None if self.config.proxy.unix is None else self.base / self.config.proxy.unix
 
 
 def load_setup(path: str | Path) -> ServerSetup:
@@ -77,11 +88,12 @@ def load_setup(path: str | Path) -> ServerSetup:
     profiles = _profiles(config, base, problems)
     policy = problems.attempt("measurements", lambda: Policy(profiles=tuple(p.measurements for p in profiles)))
     hotkeys: frozenset[str] | Literal["*"] | None = problems.attempt("hotkeys", lambda: _hotkeys(config.hotkeys))
+    proxies = problems.attempt("proxy.secret_file", lambda: _proxies(config.proxy, base))
     collateral_key = "collateral.ca_file" if config.collateral.directory is None else "collateral.directory"
     collateral = None if root is None else problems.attempt(collateral_key, lambda: _collateral(config, base, root))
     if tls is None or root is None or current is None or policy is None or hotkeys is None or collateral is None:
         raise problems.error()
-    if problems.found:
+    if proxies is None or problems.found:
         raise problems.error()
     vault = Vault(current, previous)
     service = Service(
@@ -101,11 +113,15 @@ def load_setup(path: str | Path) -> ServerSetup:
         platform_binding=config.platform_binding,
         exchange_downgrade=config.exchange_downgrade,
         pruned=config.pruned,
+        signatures=config.signatures,
+        registration_evidence=config.registration.evidence,
+        fresh_seconds=config.runtime.fresh_seconds,
+        proxies=proxies,
         limits=config.limits,
         verifications=Slots(config.limits.verifications),
     )
     place = StorePlace(config.store, base, config.limits.store_connections)
-    return ServerSetup(config, service, collateral, tls, place)
+    return ServerSetup(config, service, collateral, tls, place, base)
 
 
 def trust(root: TrustedRoot, name: str) -> str:
@@ -183,6 +199,22 @@ def _tls(config: ServerConfig, base: Path) -> ServerContext:
         return server_context(chain, key)
     except ConfigurationError as exc:
         raise ConfigurationError(f"{base / config.tls.certificate}, {base / config.tls.key}: {exc}") from None
+
+
+def _proxies(options: ProxyOptions, base: Path) -> TrustedProxies:
+    secrets: list[bytes] = []
+    if options.secret_file is not None:
+        path = base / options.secret_file
+        secrets = [line.strip() for line in read_private(path, group_may=True).splitlines() if line.strip()]
+        if not 1 <= len(secrets) <= 2 or not all(re.fullmatch(rb"[!-~]+", secret) for secret in secrets):
+            raise ConfigurationError(f"{path}: not one or two lines of printable ASCII without spaces")
+    return TrustedProxies(
+        networks=options.parsed_networks,
+        unix=options.unix is not None,
+        secrets=tuple(map(Secret, secrets)),
+        certificate_header=options.certificate_header.lower(),
+        address_header=options.address_header.lower(),
+    )
 
 
 def _root(config: ServerConfig, base: Path) -> TrustedRoot:

@@ -30,8 +30,9 @@ def run(options: argparse.Namespace) -> int:
     import tempfile
     from pathlib import Path
 
-    from chutes_proto.cli.serving import run_trio
+    import trio
+
     from chutes_proto.cli.show import show
 
     with tempfile.TemporaryDirectory(prefix="chutes-proto-demo-") as directory:
-        return console.GRANTED if run_trio(show, Path(directory)) else console.REFUSED
+        return console.GRANTED if trio.run(show, Path(directory)) else console.REFUSED

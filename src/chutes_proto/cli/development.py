@@ -37,6 +37,7 @@ roots = "simulated-root.der"
 collateral = { directory = "collateral" }
 measurements = ["measurements.toml"]
 hotkeys = "*"
+limits.drain_seconds = 0
 
 [profile_defaults]
 root_passphrase = "vm"

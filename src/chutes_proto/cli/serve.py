@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from chutes_proto.blocking.collateral import UpstreamCollateral
     from chutes_proto.blocking.perform import CollateralSource
     from chutes_proto.blocking.setup import ServerSetup
+    from chutes_proto.cli.serving import Transport
 
 NAME = "serve"
 
@@ -48,6 +49,9 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
         Run the key server until SIGINT or SIGTERM. It prints its URLs on standard output and logs lines of JSON to
         standard error. Relative paths in the configuration file begin at the file's directory.
 
+        A signal to stop sends boots away and serves the rest for limits.drain_seconds; a second one ends it at once.
+        SIGHUP takes the TLS certificate's files anew, and keeps the old ones where the new are of no use.
+
         --dev serves at once on a free loopback port, with a store that ends with it: it trusts the simulated platform
         that `boot` and `simulate` use, and knows every hotkey. Never expose it.
 
@@ -63,6 +67,7 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
     _ = which.add_argument("--config", metavar="FILE", help="the configuration file (TOML)")
     _ = which.add_argument("--dev", action="store_true", help="a server for development, on loopback")
     console.add(parser, "--check", action="store_true", help="check files, store and keys, say what is found, and stop")
+    console.add(parser, "--transport", choices=("trio", "asyncio"), default="trio", help="the event loop")
     console.add_platform(parser)
     return parser
 
@@ -83,7 +88,7 @@ def run(options: argparse.Namespace) -> int:
         for problem in str(exc).splitlines():
             console.tell(f"chutes-proto: {problem}")
         return console.REFUSED
-    return _check(setup) if options.check else _serve(setup, setup.collateral, _announce)
+    return _check(setup) if options.check else _serve(options.transport, setup, setup.collateral, _announce)
 
 
 def _check(setup: ServerSetup) -> int:
@@ -125,6 +130,7 @@ def _check(setup: ServerSetup) -> int:
 
 
 def _serve(
+    transport: Transport,
     setup: ServerSetup,
     collateral: CollateralSource | UpstreamCollateral,
     announce: Callable[[list[str]], None],
@@ -133,15 +139,15 @@ def _serve(
     import signal
 
     from chutes_proto.blocking.setup import check_keys
-    from chutes_proto.cli.serving import run_trio, serve_until_signal
+    from chutes_proto.cli.serving import serve_until_stopped
     from chutes_proto.errors import ConfigurationError, StoreError
 
     try:
         store = setup.store.open()
         try:
             _ = check_keys(store, setup.service.vault)
-            signals = (signal.SIGINT, signal.SIGTERM, *map(signal.Signals, more))
-            run_trio(serve_until_signal, setup, store, collateral, announce, signals)
+            stops = (signal.SIGINT, signal.SIGTERM, *map(signal.Signals, more))
+            serve_until_stopped(transport, setup, store, collateral, announce, stops)
         finally:
             store.close()
     except (ConfigurationError, StoreError) as exc:
@@ -189,4 +195,4 @@ def _develop(options: argparse.Namespace) -> int:
 
         setup = load_setup(directory / CONFIGURATION)
         renewed = RenewedCollateral(CollateralDirectory(directory / "collateral", setup.service.root), platform)
-        return _serve(setup, renewed, announce, signal.SIGHUP)
+        return _serve(options.transport, setup, renewed, announce, signal.SIGHUP)

@@ -1,24 +1,24 @@
-"""A key server in this process, on trio: for `serve` until a signal comes, for `demo` as long as it lasts."""
+"""A key server in this process, on either loop: for `serve` until it is stopped, for `demo` as long as it lasts."""
 
 from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Generator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
-import trio
+from attrs import define, field, frozen
 
 from chutes_proto import __version__
+from chutes_proto.blocking.sockets import Listening, listen_tls, listen_unix, urls
 from chutes_proto.errors import ConfigurationError
 from chutes_proto.log import Level, Record
 from chutes_proto.quote.roots import INTEL_ROOT
 from chutes_proto.server.app import App
 from chutes_proto.transport.h1 import Limits
-from chutes_proto_trio import serve
-from chutes_proto_trio.collateral import open_performer
 
 if TYPE_CHECKING:
     from chutes_proto.blocking.collateral import UpstreamCollateral
@@ -26,14 +26,39 @@ if TYPE_CHECKING:
     from chutes_proto.blocking.setup import ServerSetup
     from chutes_proto.blocking.stores import DurableStore
     from chutes_proto.log import Value
+    from chutes_proto.store.run import Store
+    from chutes_proto.transport.tls import ServerContext
 
-T = TypeVar("T")
+Transport = Literal["trio", "asyncio"]
 
 
-def run_trio(function: Callable[..., Awaitable[T]], *args: object) -> T:
-    """`trio.run`; what a nursery raises comes out unwrapped."""
-    with unwrapped():
-        return trio.run(function, *args)
+@frozen
+class Binding:
+    """What this module needs of an event loop: how it runs, and the parts of its binding."""
+
+    run: Callable[[Callable[[], Awaitable[Any]]], Any]
+    server: Callable[..., Any]
+    open_performer: Callable[..., AbstractAsyncContextManager[Any]]
+    serve_until_stopped: Callable[..., Awaitable[None]]
+
+
+def binding(transport: Transport) -> Binding:
+    """The binding to a loop. Raises `ConfigurationError` where it is not installed."""
+    try:
+        if transport == "trio":
+            import trio
+
+            from chutes_proto_trio import collateral, server
+
+            return Binding(trio.run, server.Server, collateral.open_performer, server.serve_until_stopped)
+        import anyio
+
+        from chutes_proto_asyncio import collateral as source
+        from chutes_proto_asyncio import server as bound
+
+        return Binding(anyio.run, bound.Server, source.open_performer, bound.serve_until_stopped)
+    except ModuleNotFoundError as exc:
+        raise ConfigurationError(f"{exc.name} is missing: pip install 'chutes-proto[{transport}]'") from None
 
 
 @contextmanager
@@ -57,65 +82,99 @@ def log_line(record: Record) -> None:
         print(record.as_json(at), file=sys.stderr, flush=True)
 
 
-async def listen(setup: ServerSetup) -> list[trio.SocketListener]:
+@define
+class Certificate:
+    """The TLS certificate that new connections get."""
+
+    setup: ServerSetup
+    context: ServerContext = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.context = self.setup.tls
+
+    def reload(self) -> Record:
+        """Take what the files have now; where that is of no use, keep what there is."""
+        try:
+            self.context = self.setup.reload_tls()
+        except ConfigurationError as exc:
+            return Record(Level.ERROR, "certificate_kept", {"error": str(exc)})
+        return Record(Level.INFO, "certificate_reloaded", {})
+
+
+def listen(setup: ServerSetup, certificate: Certificate) -> list[Listening]:
     """Listen where the configuration says. Raises `ConfigurationError`."""
-    host, port = setup.config.listen_address
+    listening = listen_tls(setup.config.listen_address, lambda: certificate.context)
     try:
-        return await trio.open_tcp_listeners(port, host=host)
-    except OSError as exc:
-        raise ConfigurationError(f"listen: {setup.config.listen}: {exc.strerror or exc}") from None
+        return listening if setup.proxy_socket is None else [*listening, listen_unix(setup.proxy_socket)]
+    except ConfigurationError:
+        for place in listening:
+            place.socket.close()
+        raise
 
 
-def urls(listeners: Sequence[trio.SocketListener]) -> list[str]:
-    """Where clients reach the listeners: ``https://host:port``."""
-    names = [listener.socket.getsockname() for listener in listeners]
-    return [f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}" for host, port, *_ in names]
-
-
-async def serve_on(
-    listeners: Sequence[trio.SocketListener],
+@asynccontextmanager
+async def open_server(
+    on: Binding,
     setup: ServerSetup,
-    store: DurableStore,
+    store: Store,
     collateral: CollateralSource | UpstreamCollateral,
     log: Callable[[Record], None],
-) -> None:
-    """Serve until cancelled."""
-    limits = setup.config.limits
-    async with open_performer(store, collateral, log=log) as performer:
-        await serve(
-            listeners,
-            App(setup.service),
-            performer,
-            lambda: setup.tls,
-            limits=Limits(
-                head_bytes=limits.head_bytes, body_bytes=limits.body_bytes, request_seconds=limits.request_seconds
-            ),
-            connections=limits.connections,
-        )
+) -> AsyncGenerator[Any]:
+    """The server of a binding."""
+    options = setup.config.limits
+    limits = Limits(
+        head_bytes=options.head_bytes, body_bytes=options.body_bytes, request_seconds=options.request_seconds
+    )
+    async with on.open_performer(store, collateral, log=log) as performer:
+        yield on.server(App(setup.service), performer, limits=limits, connections=options.connections)
 
 
-async def serve_until_signal(
+def serve_until_stopped(
+    transport: Transport,
     setup: ServerSetup,
     store: DurableStore,
     collateral: CollateralSource | UpstreamCollateral,
     announce: Callable[[list[str]], None],
-    signals: Sequence[signal.Signals],
+    stops: Sequence[signal.Signals],
 ) -> None:
-    """Listen, ``announce`` the URLs, and serve until one of the ``signals`` comes. Raises `ConfigurationError`."""
-    listeners = await listen(setup)
+    """Listen, ``announce`` the URLs, and serve until one of the signals ``stops`` has come and its time has passed.
+
+    SIGHUP, where it is none of them, takes the certificate's files anew. Raises `ConfigurationError`.
+    """
+    on = binding(transport)
+    certificate = Certificate(setup)
+    listening = listen(setup, certificate)
     service = setup.service
-    with trio.open_signal_receiver(*signals) as received:
+
+    def ready() -> None:
         fields: dict[str, Value] = {
-            "urls": urls(listeners),
+            "urls": urls(listening),
             "trust": service.trust,
             "profiles": list(service.profiles),
             "store": store.name,
             "version": __version__,
         }
         log_line(Record(Level.INFO if service.root == INTEL_ROOT else Level.WARNING, "serving", fields))
-        announce(urls(listeners))
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(serve_on, listeners, setup, store, collateral, log_line)
-            async for number in received:
-                log_line(Record(Level.INFO, "stopped", {"signal": signal.Signals(number).name}))
-                nursery.cancel_scope.cancel()
+        announce(urls(listening))
+
+    async def main() -> None:
+        async with open_server(on, setup, store, collateral, log_line) as server:
+
+            def stop(number: signal.Signals) -> None:
+                fields: dict[str, Value] = {"signal": number.name, "drain_seconds": service.limits.drain_seconds}
+                log_line(Record(Level.INFO, "stopping", fields))
+                server.stop()
+
+            signals: dict[signal.Signals, Callable[[], None]] = {signal.SIGHUP: lambda: log_line(certificate.reload())}
+            signals |= {number: partial(stop, number) for number in stops}
+            await on.serve_until_stopped(server, listening, signals, ready)
+
+    try:
+        with unwrapped():
+            on.run(main)
+    finally:
+        for place in listening:
+            place.socket.close()
+        if setup.proxy_socket is not None:
+            setup.proxy_socket.unlink(missing_ok=True)
+    log_line(Record(Level.INFO, "stopped", {}))

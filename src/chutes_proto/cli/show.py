@@ -18,11 +18,12 @@ from chutes_proto import ChutesError
 from chutes_proto.auth.certificates import ENTROPY_SIZE, ClientIdentity, make_client_identity
 from chutes_proto.blocking.quoting import Quoter
 from chutes_proto.blocking.setup import load_setup
+from chutes_proto.blocking.sockets import urls
 from chutes_proto.blocking.tls import client_context
 from chutes_proto.cli import console
 from chutes_proto.cli.development import AUTHORITY, CONFIGURATION, write_collateral, write_server
 from chutes_proto.cli.luks import HOW_TO_INSTALL, Cryptsetup, LuksError
-from chutes_proto.cli.serving import listen, serve_on, unwrapped, urls
+from chutes_proto.cli.serving import Certificate, binding, listen, open_server, unwrapped
 from chutes_proto.client.flows import BootSettings, attest_boot, boot, fetch_nonce, make_quote, sync_volumes
 from chutes_proto.client.retry import RetryPolicy
 from chutes_proto.codes import Code
@@ -113,12 +114,15 @@ class _Show:
         write_collateral(self._directory / "collateral", revoked.having("pck_revoked"), now)
         self._step("platform: a simulated one, whose root is not Intel's and is trusted by this server only")
         setup = load_setup(self._directory / CONFIGURATION)
-        listeners = await listen(setup)
-        (self._url,) = urls(listeners)
+        listening = listen(setup, Certificate(setup))
+        (self._url,) = urls(listening)
         store = setup.store.open()
         try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(serve_on, listeners, setup, store, setup.collateral, self._log.append)
+            async with (
+                open_server(binding("trio"), setup, store, setup.collateral, self._log.append) as server,
+                trio.open_nursery() as nursery,
+            ):
+                nursery.start_soon(server.serve, listening)
                 self._step(f"server: {self._url}, mutual TLS, on trio, store in SQLite at {store.name}")
                 await self._boots()
                 for rebuff in self._rebuffs(revoked):

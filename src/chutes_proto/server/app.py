@@ -63,6 +63,12 @@ class App:
     service: Service
     draining: bool = False
 
+    def stop(self, now: float) -> float:
+        """Begin to drain; returns when to end, ``limits.drain_seconds`` after ``now``. Told again, end at once."""
+        end = now if self.draining else now + self.service.limits.drain_seconds
+        self.draining = True
+        return end
+
     def handle(self, request: HttpRequest | MalformedRequest) -> Flow[HttpResponse]:
         """The answer to ``request``; raises nothing but what ends the process."""
         request_id = (yield from Entropy(16)).hex()
@@ -76,6 +82,7 @@ class App:
         try:
             if isinstance(request, MalformedRequest):
                 raise request.refusal
+            request = self.service.proxies.client_request(request)
             return (yield from self._answer(request, request_id))
         except Refusal as exc:
             refusal = exc

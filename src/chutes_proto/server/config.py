@@ -13,6 +13,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from functools import cache
+from ipaddress import ip_network
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 import attrs
@@ -21,8 +22,10 @@ from attrs import field, frozen
 from chutes_proto.collateral.pcs import Upstream
 from chutes_proto.errors import ConfigurationError
 from chutes_proto.keys.generations import RESERVED_VOLUMES
+from chutes_proto.server.proxy import CERTIFICATE_HEADERS, SECRET_HEADER, Network
 from chutes_proto.strict import MismatchError, ProblemsError, Structurer, list_of, literal, string
 
+_TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")  # RFC 9110, section 5.6.2
 _VOLUME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 ANSWER_MEMBERS = frozenset(
     {
@@ -38,6 +41,9 @@ ANSWER_MEMBERS = frozenset(
         "request_id",
         "volumes",
         "confirm_nonce",
+        "k3s_encryption_key",
+        "rotated",
+        "result",
         "current",
         "next",
         "status",
@@ -104,9 +110,31 @@ class RuntimeOptions:
 
 
 @frozen
+class ProxyOptions:
+    """The proxies that may say who their client is; none where neither ``networks`` nor ``unix`` is given.
+
+    ``networks``: whence they come over TLS, with a secret of ``secret_file``, which holds one, or two while it is being
+    changed, each on its line. ``unix``: the path of a socket where they speak plain HTTP. Each proxy sets exactly the
+    two headers named here.
+    """
+
+    networks: tuple[str, ...] = ()
+    unix: str | None = None
+    secret_file: str | None = None
+    certificate_header: str = "X-Client-Cert"
+    address_header: str = "X-Forwarded-For"
+
+    @property
+    def parsed_networks(self) -> tuple[Network, ...]:
+        """The ``networks`` as values. Raises `ConfigurationError`."""
+        return tuple(map(_network, self.networks))
+
+
+@frozen
 class LimitOptions:
     """Bounds on what peers can make the server do.
 
+    ``drain_seconds``: how long a server that was told to stop still serves what clients ask only once (0: not at all).
     ``store_connections``: how many one process may have open to a store in PostgreSQL.
     """
 
@@ -115,6 +143,7 @@ class LimitOptions:
     body_bytes: int = 64 * 1024
     head_bytes: int = 16 * 1024
     request_seconds: int = 30
+    drain_seconds: int = 25
     claims_per_platform: int = 64
     store_connections: int = 16
 
@@ -142,6 +171,7 @@ class ServerConfig:
     nonce: NonceOptions = field(factory=NonceOptions)
     registration: RegistrationOptions = field(factory=RegistrationOptions)
     runtime: RuntimeOptions = field(factory=RuntimeOptions)
+    proxy: ProxyOptions = field(factory=ProxyOptions)
     limits: LimitOptions = field(factory=LimitOptions)
     profile_defaults: Mapping[str, object] = field(factory=dict[str, object])
 
@@ -169,11 +199,6 @@ class ServerConfig:
 
 
 def _refuse_not_served(content: Mapping[str, Any]) -> None:
-    if "proxy" in content:
-        raise ConfigurationError(
-            "proxy: this version ends TLS itself and takes no certificate from a proxy; "
-            "remove the table and let clients connect directly"
-        )
     registration = content.get("registration")
     if isinstance(registration, dict) and cast("dict[str, object]", registration).get("evidence") == "callback":
         raise ConfigurationError('registration.evidence: this version does not fetch evidence; take "link" or "boot"')
@@ -210,9 +235,14 @@ def _problems(config: ServerConfig) -> list[str]:
         found.append("retention_days: at least 1")
     found.extend(_collateral_problems(config.collateral))
     limits = attrs.asdict(config.limits)
-    found.extend(f"limits.{name}: at least 1" for name, value in limits.items() if value < 1)
+    found.extend(
+        f"limits.{name}: at least {least}"
+        for name, value in limits.items()
+        if value < (least := 0 if name == "drain_seconds" else 1)
+    )
     if any(not 0 <= key_id <= 63 for key_id in config.nonce.expected_key_ids):
         found.append("nonce.expected_key_ids: ids are 0 to 63")
+    found.extend(_proxy_problems(config.proxy))
     return found
 
 
@@ -236,6 +266,36 @@ def _collateral_problems(options: CollateralOptions) -> list[str]:
         if getattr(options, name) < least:
             found.append(f"collateral.{name}: at least {least}")
     return found
+
+
+def _proxy_problems(proxy: ProxyOptions) -> list[str]:
+    found: list[str] = []
+    try:
+        _ = proxy.parsed_networks
+    except ConfigurationError as exc:
+        found.append(str(exc))
+    if proxy.networks and proxy.secret_file is None:
+        found.append("proxy.secret_file: a proxy that comes over the network shows a secret; name its file")
+    if proxy != ProxyOptions() and not proxy.networks and proxy.unix is None:
+        found.append("proxy: name networks or a unix socket that proxies come from")
+    if proxy.unix == "":
+        found.append("proxy.unix: name a path")
+    if proxy.certificate_header.lower() not in CERTIFICATE_HEADERS:
+        found.append('proxy.certificate_header: say "X-Client-Cert" or "Client-Cert"')
+    address_header = proxy.address_header.lower()
+    if not _TOKEN.fullmatch(address_header) or address_header in (*CERTIFICATE_HEADERS, SECRET_HEADER):
+        found.append('proxy.address_header: name the header of the client\'s address, for example "X-Forwarded-For"')
+    return found
+
+
+def _network(text: str) -> Network:
+    try:
+        network = ip_network(text)
+    except ValueError as exc:
+        raise ConfigurationError(f"proxy.networks: {exc}") from None
+    if network.prefixlen == 0:
+        raise ConfigurationError(f"proxy.networks: {text} is everybody")
+    return network
 
 
 def _listen_address(text: str) -> tuple[str, int]:

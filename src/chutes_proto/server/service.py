@@ -13,8 +13,10 @@ from attrs import Factory, define, field, frozen
 from chutes_proto.codes import Code
 from chutes_proto.errors import Unavailable
 from chutes_proto.server.config import LimitOptions
+from chutes_proto.server.proxy import TrustedProxies
 
 if TYPE_CHECKING:
+    from chutes_proto.auth.signing import SigningPolicy
     from chutes_proto.keys.vault import Vault
     from chutes_proto.quote.policy import Policy
     from chutes_proto.quote.roots import TrustedRoot
@@ -84,6 +86,10 @@ class Service:
     platform_binding: Literal["pin", "off"] = "pin"
     exchange_downgrade: Literal["refuse", "allow"] = "refuse"
     pruned: Literal["revive", "new"] = "revive"
+    signatures: SigningPolicy = "compatible"
+    registration_evidence: Literal["link", "boot"] = "link"
+    fresh_seconds: int = 3600
+    proxies: TrustedProxies = field(factory=TrustedProxies)
     limits: LimitOptions = field(factory=LimitOptions)
     verifications: Slots = field(default=Factory(lambda self: Slots(self.limits.verifications), takes_self=True))
     refusals: Quiet = field(factory=Quiet)

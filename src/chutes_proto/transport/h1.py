@@ -21,14 +21,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from enum import Enum, auto
-from ipaddress import IPv6Address, ip_address
 from typing import TYPE_CHECKING, Final, Protocol
 
 from attrs import frozen
 
 from chutes_proto.codes import Code
 from chutes_proto.errors import BadRequest, LocalProtocolError, RemoteProtocolError
-from chutes_proto.wire.http import HttpRequest, HttpResponse, MalformedRequest
+from chutes_proto.wire.http import HttpRequest, HttpResponse, MalformedRequest, plain_address
 
 if TYPE_CHECKING:
     from chutes_proto.effects import Flow
@@ -42,6 +41,9 @@ except ImportError:
 READ_SIZE: Final = 16 * 1024
 """How many bytes a binding reads at a time: what one connection can make it hold beyond a request."""
 
+LAST_CALL_SECONDS: Final = 1.0
+"""How long a connection that waits for a request stays open once it is draining."""
+
 _CLOSE: Final = ("connection", "close")
 
 
@@ -50,6 +52,10 @@ class Application(Protocol):
 
     def handle(self, request: HttpRequest | MalformedRequest, /) -> Flow[HttpResponse]:
         """The answer to a request, or to bytes that never became one; raises nothing."""
+        ...
+
+    def stop(self, now: float, /) -> float:
+        """Begin to stop; returns when to end, on the clock of ``now``. Told again, the end may come sooner."""
         ...
 
 
@@ -124,6 +130,7 @@ class ServerConnection:
         self._last = False  # nothing is answered any more
         self._swallowed = 0
         self._close_reason = ""
+        self._deadline = math.inf
         self._enter(_Phase.IDLE if tls is None else _Phase.HANDSHAKE, now)
 
     @property
@@ -193,9 +200,11 @@ class ServerConnection:
         self._in_flight = bool(data)
         return data
 
-    def drain(self) -> None:
-        """Make the next answer the last one."""
+    def drain(self, now: float) -> None:
+        """Make the next answer the last one, and do not wait long for a next request: only for one under way."""
         self._draining = True
+        if self._phase is _Phase.IDLE:
+            self._deadline = min(self._deadline, now + LAST_CALL_SECONDS)
 
     def expire(self, now: float) -> None:
         """The deadline has passed, whatever was waited for."""
@@ -296,7 +305,7 @@ class ServerConnection:
         )
 
     def _refuse(self, refusal: BadRequest, now: float) -> None:
-        self.drain()
+        self._draining = True
         self._close_reason = refusal.reason
         self._ready = MalformedRequest(refusal, self._peer_address)
         self._enter(_Phase.HANDLING, now)
@@ -355,11 +364,9 @@ def peer_address(name: tuple[object, ...] | str | bytes) -> str:
     match name:
         case (str(host), *_):
             try:
-                address = ip_address(host.partition("%")[0])  # without the zone of RFC 4007
+                return plain_address(host.partition("%")[0])  # without the zone of RFC 4007
             except ValueError:
                 return ""
-            mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
-            return str(mapped or address)
         case _:
             return ""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ipaddress import IPv6Address, ip_address
 from typing import TYPE_CHECKING
 
 from attrs import field, frozen
@@ -60,3 +61,16 @@ class HttpResponse:
     def header(self, name: str) -> str | None:
         """The first value of a header, or None; ``name`` in lower case."""
         return next((value for key, value in self.headers if key == name), None)
+
+
+def plain_address(text: str) -> str:
+    """An IP address as `HttpRequest.peer_address` has it: an IPv4 address mapped into IPv6 is the IPv4 address.
+
+    Raises `ValueError` for what is none, or has a zone (RFC 4007).
+    """
+    address = ip_address(text)
+    if isinstance(address, IPv6Address):
+        if address.scope_id is not None:
+            raise ValueError("an address with a zone is another host's matter")
+        return str(address.ipv4_mapped or address)
+    return str(address)

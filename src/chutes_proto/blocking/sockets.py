@@ -1,0 +1,103 @@
+"""Sockets that a server listens on, made before any event loop runs.
+
+Rules kept here:
+
+* a TCP socket carries TLS; a unix socket carries plain HTTP, because whoever may open it is trusted: its mode is 0660;
+* a unix socket that a server left behind is replaced; one on which somebody answers is not, nor any other file.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from attrs import frozen
+
+from chutes_proto.errors import ConfigurationError
+from chutes_proto.transport.tls import ServerContext, TlsSession
+
+ACCEPT_PAUSE: Final = 0.2
+"""Seconds to wait after a connection could not be accepted."""
+
+_BACKLOG: Final = 1024
+
+
+@frozen
+class Listening:
+    """A listening socket, and what makes the TLS session of a connection to it, or None where there is no TLS."""
+
+    socket: socket.socket
+    session: Callable[[], TlsSession | None]
+
+
+def listen_tls(address: tuple[str, int], context: Callable[[], ServerContext]) -> list[Listening]:
+    """Listen on every address that a host and port mean. ``context`` is asked at each connection.
+
+    Raises `ConfigurationError`.
+    """
+    host, port = address
+    listening: list[Listening] = []
+    try:
+        for family, _, _, _, name in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE):
+            bound = socket.create_server(name, family=family, backlog=_BACKLOG)
+            listening.append(Listening(bound, lambda: TlsSession(context())))
+    except OSError as exc:
+        for place in listening:
+            place.socket.close()
+        raise ConfigurationError(f"listen: {host}:{port}: {_text(exc)}") from None
+    return listening
+
+
+def listen_unix(path: Path) -> Listening:
+    """Listen on a unix socket for plain HTTP. Raises `ConfigurationError`."""
+    bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        _remove_left_behind(path)
+        before = os.umask(0o117)
+        try:
+            bound.bind(str(path))
+        finally:
+            _ = os.umask(before)
+        bound.listen(_BACKLOG)
+    except OSError as exc:
+        bound.close()
+        raise ConfigurationError(f"proxy.unix: {path}: {_text(exc)}") from None
+    return Listening(bound, lambda: None)
+
+
+def urls(listening: list[Listening]) -> list[str]:
+    """Where clients reach the sockets: ``https://host:port`` or ``unix:path``."""
+    found: list[str] = []
+    for place in listening:
+        match place.socket.getsockname():
+            case str(path):
+                found.append(f"unix:{path}")
+            case (host, port, *_):
+                found.append(f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}")
+    return found
+
+
+def _text(exc: OSError) -> str:
+    """Without the address, which some add."""
+    return str(exc.strerror) if isinstance(exc, socket.gaierror) or exc.errno is None else os.strerror(exc.errno)
+
+
+def _remove_left_behind(path: Path) -> None:
+    """Remove the socket of a server that is gone. Raises `OSError` where something else is in the way."""
+    try:
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise OSError(errno.EEXIST, os.strerror(errno.EEXIST))  # it is no socket
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
+            return
+    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))

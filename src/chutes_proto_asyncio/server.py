@@ -1,0 +1,144 @@
+"""The key server on asyncio: it accepts connections, moves their bytes and runs the flows of their requests.
+
+Nothing is decided here: `ServerConnection` says when to wait and for how long, the application what to answer and when
+to end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from signal import Signals
+
+import anyio
+import anyio.abc
+
+from chutes_proto.blocking.sockets import ACCEPT_PAUSE, Listening
+from chutes_proto.effects import Log
+from chutes_proto.log import Level, Record
+from chutes_proto.transport.h1 import (
+    DEFAULT_LIMITS,
+    READ_SIZE,
+    Application,
+    Limits,
+    ServerConnection,
+    peer_address,
+)
+from chutes_proto.wire.http import HttpRequest, HttpResponse, MalformedRequest
+from chutes_proto_asyncio.perform import Performer
+
+
+class Server:
+    """Serves an application, once; made within the loop.
+
+    At most ``connections`` are open at once; more wait in the listeners' queues.
+    """
+
+    def __init__(
+        self, app: Application, performer: Performer, *, limits: Limits = DEFAULT_LIMITS, connections: int = 1024
+    ) -> None:
+        self._app = app
+        self._performer = performer
+        self._limits = limits
+        self._slots = anyio.Semaphore(connections)
+        self._serving = anyio.CancelScope()
+        self._waiting: dict[ServerConnection, anyio.CancelScope] = {}
+
+    async def serve(self, listening: Sequence[Listening]) -> None:
+        """Serve until cancelled, or until `stop` has taken its time; closes the sockets."""
+        with self._serving:
+            async with anyio.create_task_group() as nursery:
+                for place in listening:
+                    nursery.start_soon(self._accept, place, nursery)
+
+    def stop(self) -> None:
+        """Tell the application to stop, which says when to end; connections end with their next answer."""
+        now = anyio.current_time()
+        self._serving.deadline = self._app.stop(now)
+        for connection, waiting in self._waiting.items():
+            connection.drain(now)
+            waiting.deadline = connection.deadline
+
+    async def _accept(self, place: Listening, nursery: anyio.abc.TaskGroup) -> None:
+        listener = await anyio.abc.SocketListener.from_socket(place.socket)
+        async with listener:
+            while True:
+                await self._slots.acquire()
+                try:
+                    stream = await listener.accept()
+                except OSError as exc:  # the peer went away while it waited, or there are no file descriptors left
+                    self._slots.release()
+                    await self._complain("accept_failed", exc)
+                    await anyio.sleep(ACCEPT_PAUSE)
+                else:
+                    nursery.start_soon(self._serve_stream, stream, place)
+
+    async def _serve_stream(self, stream: anyio.abc.SocketStream, place: Listening) -> None:
+        """One connection. Its faults end it and nothing else."""
+        try:
+            async with stream:
+                socket = stream.extra(anyio.abc.SocketAttribute.raw_socket)  # noqa: S610 - this is not Django's
+                peer = peer_address(socket.getpeername())
+                connection = ServerConnection(
+                    anyio.current_time(), tls=place.session(), limits=self._limits, peer_address=peer
+                )
+                try:
+                    await self._serve_connection(stream, connection)
+                finally:
+                    _ = self._waiting.pop(connection, None)
+        except (OSError, anyio.BrokenResourceError, anyio.ClosedResourceError):
+            pass  # the peer went away
+        except Exception as exc:  # noqa: BLE001 - a defect met in one connection must not end the others
+            await self._complain("connection_failed", exc)
+        finally:
+            self._slots.release()
+
+    async def _serve_connection(self, stream: anyio.abc.ByteStream, connection: ServerConnection) -> None:
+        while not connection.closed:
+            request = connection.next_request(anyio.current_time())
+            if request is not None:
+                connection.send_response(await self._answer(request), anyio.current_time())
+            with anyio.CancelScope(deadline=connection.deadline) as waiting:
+                self._waiting[connection] = waiting
+                if data := connection.data_to_send():
+                    await stream.send(data)
+                elif not connection.closed:
+                    connection.receive_data(await _receive(stream), anyio.current_time())
+            if waiting.cancelled_caught:
+                connection.expire(anyio.current_time())
+
+    async def _answer(self, request: HttpRequest | MalformedRequest) -> HttpResponse:
+        return await self._performer.run(self._app.handle(request))
+
+    async def _complain(self, event: str, exc: Exception) -> None:
+        _ = await self._performer.perform(Log(Record(Level.ERROR, event, {"error": f"{type(exc).__name__}: {exc}"})))
+
+
+async def serve_until_stopped(
+    server: Server,
+    listening: Sequence[Listening],
+    signals: Mapping[Signals, Callable[[], None]],
+    ready: Callable[[], None],
+) -> None:
+    """Serve until the server is stopped, and call what stands in ``signals`` for each one that comes.
+
+    ``ready`` is called when a signal finds its function. Runs in the main thread.
+    """
+    with anyio.open_signal_receiver(*signals) as received:
+        ready()
+        async with anyio.create_task_group() as nursery:
+            nursery.start_soon(_call, received, signals)
+            await server.serve(listening)
+            nursery.cancel_scope.cancel()
+
+
+async def _call(received: AsyncIterator[int], signals: Mapping[Signals, Callable[[], None]]) -> None:
+    async for number in received:
+        signals[Signals(number)]()
+
+
+async def _receive(stream: anyio.abc.ByteReceiveStream) -> bytes:
+    """What comes next; ``b""`` at the end."""
+    try:
+        return await stream.receive(READ_SIZE)
+    except anyio.EndOfStream:
+        return b""

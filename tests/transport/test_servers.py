@@ -1,0 +1,377 @@
+"""The servers of both bindings, over real sockets and with real programs. What runs the test runs on the same loop."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import ssl
+import subprocess
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.abc
+import pytest
+from anyio.streams.tls import TLSStream
+from attrs import define, field
+
+import chutes_proto_asyncio
+import chutes_proto_trio
+from chutes_proto.auth.certificates import make_server_identity, spki_sha256
+from chutes_proto.blocking.sockets import Listening, listen_tls, listen_unix
+from chutes_proto.effects import Flow, Sleep
+from chutes_proto.log import Record
+from chutes_proto.transport.h1 import DEFAULT_LIMITS, Limits
+from chutes_proto.transport.tls import server_context
+from chutes_proto.wire import json
+from chutes_proto.wire.answers import error_response
+from chutes_proto.wire.http import HttpRequest, HttpResponse, MalformedRequest
+from tests.transport.tls_client import NOW, client_context
+
+JSON = (("content-type", "application/json"),)
+GET = b"GET /a HTTP/1.1\r\nHost: h\r\n\r\n"
+IDENTITY = make_server_identity(NOW, bytes(32))
+CONTEXT = server_context(IDENTITY.chain_pem, IDENTITY.key_pem)
+GONE = (anyio.BrokenResourceError, anyio.EndOfStream)
+
+
+@define
+class Echo:
+    """An application that says whom it sees; ``/slow`` takes its time, ``/broken`` has a defect."""
+
+    slow: float = 3600.0
+    drain: float = math.inf
+    cancelled: list[str] = field(factory=list)
+
+    def stop(self, now: float) -> float:
+        end, self.drain = now + self.drain, 0.0
+        return end
+
+    def handle(self, request: HttpRequest | MalformedRequest) -> Flow[HttpResponse]:
+        if isinstance(request, MalformedRequest):
+            return error_response(request.refusal, "r")
+        if request.target == "/slow":
+            try:
+                yield from Sleep(self.slow)
+            except GeneratorExit:
+                self.cancelled.append(request.target)
+                raise
+        if request.target == "/broken":
+            raise RuntimeError("a defect")
+        certificate = request.peer_certificate
+        content = {
+            "target": request.target,
+            "body": hashlib.sha256(request.body).hexdigest(),
+            "peer": request.peer_address,
+            "key": None if certificate is None else spki_sha256(certificate).hex(),
+        }
+        headers = (*JSON, ("connection", "close")) if request.target == "/last" else JSON
+        return HttpResponse(200, headers, json.encode(content))
+
+
+@define
+class Running:
+    port: int
+    app: Echo
+    log: list[Record]
+    server: Any
+
+    async def plain(self) -> anyio.abc.SocketStream:
+        return await anyio.connect_tcp("127.0.0.1", self.port)
+
+    async def connect(self) -> TLSStream:
+        return await shaken(await self.plain())
+
+
+async def shaken(stream: anyio.abc.ByteStream) -> TLSStream:
+    return await TLSStream.wrap(
+        stream, hostname="localhost", ssl_context=client_context(), server_side=False, standard_compatible=False
+    )
+
+
+Loop = Any
+
+
+@pytest.fixture(params=["trio", "asyncio"])
+def loop(request: pytest.FixtureRequest) -> Loop:
+    return {"trio": chutes_proto_trio, "asyncio": chutes_proto_asyncio}[request.param]
+
+
+def run(loop: Loop, main: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+    return anyio.run(main, backend="trio" if loop is chutes_proto_trio else "asyncio")
+
+
+@asynccontextmanager
+async def running(
+    loop: Loop,
+    limits: Limits = DEFAULT_LIMITS,
+    connections: int = 100,
+    app: Echo | None = None,
+    more: tuple[Listening, ...] = (),
+) -> AsyncIterator[Running]:
+    app, log = app or Echo(), list[Record]()
+    listening = [*listen_tls(("127.0.0.1", 0), lambda: CONTEXT), *more]
+    port = listening[0].socket.getsockname()[1]
+    async with anyio.create_task_group() as nursery:
+        server = loop.Server(app, loop.Performer(log=log.append), limits=limits, connections=connections)
+        nursery.start_soon(server.serve, listening)
+        with anyio.fail_after(60):
+            yield Running(port, app, log, server)
+        nursery.cancel_scope.cancel()
+
+
+async def read_all(stream: anyio.abc.ByteReceiveStream) -> bytes:
+    data = bytearray()
+    try:
+        while True:
+            data += await stream.receive()
+    except anyio.EndOfStream:
+        return bytes(data)
+
+
+async def ask(stream: anyio.abc.ByteStream, request: bytes = GET) -> bytes:
+    await stream.send(request)
+    return await stream.receive()
+
+
+@pytest.mark.parametrize("kind", ["rsa:2048", "ec", "ed25519", None])
+def test_curl(loop: Loop, kind: str | None, tmp_path: Path, require_program: Callable[[str], str]) -> None:
+    curl, openssl = require_program("curl"), require_program("openssl")
+    (tmp_path / "ca.pem").write_bytes(IDENTITY.ca_pem)
+    body = b'{"a":1}' * 1000
+    (tmp_path / "body").write_bytes(body)
+    command = [curl, "-sS", "--fail", "--max-time", "20", "--cacert", f"{tmp_path}/ca.pem"]
+    command += ["--data-binary", f"@{tmp_path}/body"]
+    digest = None
+    if kind is not None:
+        options = ["-pkeyopt", "ec_paramgen_curve:P-256"] if kind == "ec" else []
+        key, certificate = f"{tmp_path}/k.pem", f"{tmp_path}/c.pem"
+        make = [openssl, "req", "-x509", "-newkey", kind, *options, "-nodes", "-days", "1", "-subj", "/CN=tdx-vm-1"]
+        subprocess.run([*make, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+        command += ["--cert", certificate, "--key", key]
+        read = [openssl, "x509", "-in", certificate, "-pubkey", "-noout"]
+        pem = subprocess.run(read, check=True, capture_output=True).stdout
+        encode = [openssl, "pkey", "-pubin", "-outform", "der"]
+        der = subprocess.run(encode, input=pem, check=True, capture_output=True).stdout
+        digest = hashlib.sha256(der).hexdigest()
+
+    async def main() -> bytes:
+        async with running(loop) as server:
+            urls = [f"https://{host}:{server.port}/a" for host in ("localhost", "127.0.0.1")]
+            return (await anyio.run_process([*command, "-4", *urls])).stdout
+
+    expected = {"target": "/a", "body": hashlib.sha256(body).hexdigest(), "peer": "127.0.0.1", "key": digest}
+    assert run(loop, main) == json.encode(expected) * 2
+
+
+def test_openssl_as_a_client(loop: Loop, require_program: Callable[[str], str], tmp_path: Path) -> None:
+    openssl = require_program("openssl")
+    (tmp_path / "ca.pem").write_bytes(IDENTITY.ca_pem)
+
+    async def main() -> str:
+        async with running(loop) as server:
+            command = [openssl, "s_client", "-connect", f"127.0.0.1:{server.port}", "-verify_ip", "127.0.0.1"]
+            command += ["-verify_return_error", "-CAfile", f"{tmp_path}/ca.pem", "-ign_eof"]
+            done = await anyio.run_process(command, input=GET.replace(b"/a", b"/last"))
+            return done.stdout.decode()
+
+    said = run(loop, main)
+    assert "Verify return code: 0 (ok)" in said
+    assert "HTTP/1.1 200" in said
+
+
+def test_connections_are_kept_and_ended(loop: Loop) -> None:
+    async def main() -> None:
+        async with running(loop) as server, await server.connect() as stream:
+            for _ in range(3):
+                assert (await ask(stream)).startswith(b"HTTP/1.1 200")
+            assert b"connection: close" in await ask(stream, GET.replace(b"/a", b"/last"))
+            assert await read_all(stream) == b""
+            assert server.log == []
+
+    run(loop, main)
+
+
+def test_a_unix_socket_speaks_plain_http(loop: Loop, tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+
+    async def main() -> bytes:
+        async with running(loop, more=(listen_unix(path),)) as server:
+            assert path.stat().st_mode & 0o777 == 0o660
+            async with await server.connect() as stream:
+                assert (await ask(stream)).startswith(b"HTTP/1.1 200")
+            async with await anyio.connect_unix(path) as plain:
+                return await ask(plain)
+
+    assert b'"peer":""' in run(loop, main)
+
+
+def test_deadlines_of_silent_and_slow_peers(loop: Loop) -> None:
+    limits = Limits(handshake_seconds=0.2, idle_seconds=0.2, request_seconds=0.2, linger_seconds=0.2)
+
+    async def main() -> None:
+        async with running(loop, limits) as server:
+            async with await server.plain() as silent:
+                assert await read_all(silent) == b""
+            async with await server.plain() as halfway:
+                await halfway.send(b"\x16\x03\x01\x02\x00\x01")
+                assert await read_all(halfway) == b""
+            async with await server.connect() as idle:
+                assert await read_all(idle) == b""
+            async with await server.connect() as slow:
+                await slow.send(GET[:10])
+                answer = await read_all(slow)
+                assert answer.startswith(b"HTTP/1.1 408")
+                assert b'"code":"request_timeout"' in answer
+            async with await server.connect() as drip:
+                with pytest.raises(GONE):
+                    for byte in GET * 20:  # a byte now and then does not buy time
+                        await drip.send(bytes([byte]))
+                        await anyio.sleep(0.02)
+                    await drip.receive()
+                    await drip.receive()
+
+    run(loop, main)
+
+
+def test_a_peer_that_does_not_read_is_cut_off(loop: Loop) -> None:
+    limits = Limits(write_seconds=0.3)
+
+    async def main() -> None:
+        async with running(loop, limits, connections=1) as server:
+            deaf = await server.connect()
+            with pytest.raises(anyio.BrokenResourceError):
+                for _ in range(10_000):  # requests without end, and no answer taken
+                    await deaf.send(GET * 1000)
+            await anyio.aclose_forcefully(deaf)
+            async with await server.connect() as other:  # its slot is free again
+                assert (await ask(other)).startswith(b"HTTP/1.1 200")
+
+    run(loop, main)
+
+
+def test_a_refusal_reaches_a_peer_that_goes_on_sending(loop: Loop) -> None:
+    async def main() -> None:
+        async with running(loop) as server:
+            stream = await server.connect()
+            await stream.send(b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 500000\r\n\r\n" + b"x" * 500_000)
+            answer = await stream.receive()
+            assert answer.startswith(b"HTTP/1.1 413")
+            assert b'"code":"body_too_large"' in answer
+            await anyio.aclose_forcefully(stream)
+
+    run(loop, main)
+
+
+def test_a_connection_waits_for_its_slot(loop: Loop) -> None:
+    async def main() -> None:
+        async with running(loop, connections=2) as server:
+            first, second = await server.connect(), await server.connect()
+            third = await server.plain()
+            with anyio.move_on_after(0.2) as waiting:
+                await shaken(third)
+            assert waiting.cancelled_caught
+            await anyio.aclose_forcefully(third)
+            assert (await ask(second)).startswith(b"HTTP/1.1 200")
+            await first.aclose()
+            async with await server.connect() as fourth:
+                assert (await ask(fourth)).startswith(b"HTTP/1.1 200")
+            await second.aclose()
+
+    run(loop, main)
+
+
+def test_faults_end_one_connection_and_are_logged(loop: Loop) -> None:
+    async def main() -> None:
+        async with running(loop, connections=2) as server:
+            async with await server.connect() as stream:
+                await stream.send(GET.replace(b"/a", b"/broken"))
+                with pytest.raises(GONE):
+                    await stream.receive()
+            for _ in range(5):
+                gone = await server.connect()
+                await gone.send(GET)
+                await anyio.aclose_forcefully(gone)
+                async with await server.plain() as garbage:
+                    await garbage.send(GET)
+            async with await server.connect() as stream:
+                assert (await ask(stream)).startswith(b"HTTP/1.1 200")
+            assert [(record.event, record.fields["error"]) for record in server.log] == [
+                ("connection_failed", "RuntimeError: a defect")
+            ]
+
+    run(loop, main)
+
+
+def test_cancellation_ends_the_flows_in_hand(loop: Loop) -> None:
+    async def main() -> Echo:
+        async with running(loop) as server:
+            stream = await server.connect()
+            await stream.send(GET.replace(b"/a", b"/slow"))
+            await anyio.sleep(0.1)
+            assert server.app.cancelled == []
+        with anyio.fail_after(5), pytest.raises(GONE):
+            await stream.receive()
+        await anyio.aclose_forcefully(stream)
+        return server.app
+
+    assert run(loop, main).cancelled == ["/slow"]
+
+
+# --- stopping ---
+
+
+def test_a_server_that_stops_ends_connections_with_their_answers(loop: Loop) -> None:
+    async def main() -> None:
+        async with running(loop, app=Echo(slow=0.5)) as server:
+            idle, busy, sending = await server.connect(), await server.connect(), await server.connect()
+            assert (await ask(idle)).startswith(b"HTTP/1.1 200")
+            await busy.send(GET.replace(b"/a", b"/slow"))
+            await sending.send(GET[:10])
+            await anyio.sleep(0.1)
+            server.server.stop()
+            await sending.send(GET[10:])
+            for stream in (sending, busy):  # what was under way is answered, for the last time
+                answer = await read_all(stream)
+                assert answer.startswith(b"HTTP/1.1 200")
+                assert b"connection: close" in answer
+            with anyio.fail_after(5):  # long before an idle connection would end
+                assert await read_all(idle) == b""
+            async with await server.connect() as late:  # the listener is open until the end
+                assert (await ask(late)).startswith(b"HTTP/1.1 200")
+            for stream in (idle, busy, sending):
+                await anyio.aclose_forcefully(stream)
+
+    run(loop, main)
+
+
+def test_what_is_not_done_in_time_is_cancelled(loop: Loop) -> None:
+    async def main() -> Echo:
+        async with running(loop, app=Echo(drain=0.3)) as server:
+            stream = await server.connect()
+            await stream.send(GET.replace(b"/a", b"/slow"))
+            await anyio.sleep(0.1)
+            server.server.stop()
+            with pytest.raises(GONE):
+                await stream.receive()
+            await anyio.aclose_forcefully(stream)
+            with pytest.raises(OSError):  # noqa: PT011 - whatever says that nobody listens
+                await server.plain()
+            return server.app
+
+    assert run(loop, main).cancelled == ["/slow"]
+
+
+def test_told_again_a_server_ends_at_once(loop: Loop) -> None:
+    async def main() -> None:
+        async with running(loop, app=Echo(drain=3600.0)) as server:
+            stream = await server.connect()
+            server.server.stop()
+            server.server.stop()
+            with pytest.raises((*GONE, ssl.SSLError)):
+                await stream.receive()
+            await anyio.aclose_forcefully(stream)
+
+    run(loop, main)
