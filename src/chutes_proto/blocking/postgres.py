@@ -71,6 +71,8 @@ _SESSION: Final = (
     # Of a transaction that reads a whole table every concurrent writer of that table is a conflict.
     "SET enable_seqscan = off",
     "SET default_transaction_isolation = 'serializable'",
+    # A process that hangs in the middle of a transaction does not hold up the others for long.
+    "SET idle_in_transaction_session_timeout = '10s'",
 )
 
 _LOCK: Final = "SELECT pg_advisory_xact_lock(7163393186713182564)"  # one migration at a time
@@ -253,10 +255,7 @@ class PostgresStore:
                 raise self._fault(f"{setting} is {found!r} there and must be {allowed[0]!r}, or keys may be lost")
         for text in _SESSION:
             _ = _rows(connection, text)
-        # Whoever hangs in the middle of a transaction holds others up no longer than one waits for them.
-        patience = int(1000 * self._busy_seconds)
-        for setting in ("lock_timeout", "idle_in_transaction_session_timeout"):
-            _ = _rows(connection, f"SET {setting} = {patience}")
+        _ = _rows(connection, f"SET lock_timeout = {int(1000 * self._busy_seconds)}")
 
     @contextlib.contextmanager
     def _transaction(self, connection: _Connection, begin: str = "BEGIN") -> Generator[None]:

@@ -1,0 +1,452 @@
+"""The PostgreSQL store: durable or refused, retried within bounds, clear when something is wrong; never a password."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from typing import Any
+
+import psycopg
+import pytest
+from attrs import evolve, field, frozen
+
+from chutes_proto.blocking import postgres
+from chutes_proto.blocking.postgres import PostgresStore
+from chutes_proto.errors import ConfigurationError, StoreBusy, StoreError
+from chutes_proto.store import sql
+from chutes_proto.store.rows import AuditRow, BootRow, Insert, RaiseHorizon, ReadHorizon, Scan
+from chutes_proto.store.run import Script, Unit
+from chutes_proto.testing.store_suite import NOW, Ask, boot, dump, sync
+from tests.postgres import PASSWORD, Cluster, schema
+from tests.store.harness import together
+
+
+@pytest.fixture
+def url(empty_schema: str) -> str:
+    """The URL of a schema with our tables."""
+    PostgresStore(empty_schema, migrate=True).close()
+    return empty_schema
+
+
+@pytest.fixture
+def store(url: str) -> Iterator[PostgresStore]:
+    with closing(PostgresStore(url)) as store:
+        yield store
+
+
+def ask(url: str, text: str) -> list[tuple[Any, ...]]:
+    """What PostgreSQL says to an operator."""
+    with psycopg.connect(url, autocommit=True) as connection:
+        cursor = connection.execute(text.encode())
+        return cursor.fetchall() if cursor.description else []
+
+
+def told(call: Callable[[], object], text: str, kind: type[StoreError] = StoreError) -> None:
+    """The call fails as exactly this kind, with this text, and without a password."""
+    with pytest.raises(StoreError, match=text) as caught:
+        call()
+    assert type(caught.value) is kind
+    assert PASSWORD not in str(caught.value)
+
+
+# --- what is refused at the start ---
+
+
+def test_an_empty_database_is_refused_and_left_alone(empty_schema: str) -> None:
+    told(lambda: PostgresStore(empty_schema), "it is empty; run `chutes-proto store migrate`")
+    assert ask(empty_schema, sql.TABLES["postgresql"]) == []
+
+
+def test_another_programs_database_is_refused_and_left_alone(empty_schema: str) -> None:
+    ask(empty_schema, "CREATE TABLE guests (name TEXT)")
+    for migrate in (False, True):
+        told(lambda: PostgresStore(empty_schema, migrate=migrate), "another program's database")  # noqa: B023
+    assert ask(empty_schema, sql.TABLES["postgresql"]) == [("guests",)]
+
+
+def test_a_newer_schema_is_refused_and_left_alone(url: str) -> None:
+    newer = sql.SCHEMA_VERSION + 1
+    ask(url, f"UPDATE fact SET value = {newer} WHERE name = 'schema_version'")
+    for migrate in (False, True):
+        told(lambda: PostgresStore(url, migrate=migrate), f"version {newer}, .*run the release that made it")  # noqa: B023
+
+
+@pytest.mark.parametrize(
+    ("option", "text"),
+    [
+        ("-csynchronous_commit%3Doff", "synchronous_commit is 'off' there and must be 'on'"),
+        ("-csynchronous_commit%3Dlocal", "synchronous_commit is 'local' there and must be 'on'"),
+    ],
+)
+def test_a_session_that_may_lose_keys_is_refused(url: str, option: str, text: str) -> None:
+    told(lambda: PostgresStore(f"{url}%20{option}"), text)
+
+
+def test_a_server_that_may_lose_keys_is_refused(cluster: Cluster) -> None:
+    with schema(cluster.url()) as url:
+        PostgresStore(url, migrate=True).close()
+        cluster.stop()
+        cluster.start(fsync="off")
+        try:
+            told(lambda: PostgresStore(url), "fsync is 'off' there and must be 'on'")
+        finally:
+            cluster.stop()
+            cluster.start()
+
+
+def test_an_encoding_that_cannot_hold_every_text_is_refused(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(postgres._MUST_BE, "server_encoding", ("EBCDIC",))
+    told(lambda: PostgresStore(database), "server_encoding is 'UTF8' there")
+
+
+def test_too_old_a_server_is_refused(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(postgres, "_OLDEST_SERVER", 99_00_00)
+    told(lambda: PostgresStore(database), "PostgreSQL 99 or newer is needed")
+
+
+def test_a_database_that_only_reads_is_refused(url: str) -> None:
+    told(lambda: PostgresStore(f"{url}%20-cdefault_transaction_read_only%3Don"), "session is read-only", StoreBusy)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        f"postgresql://me:{PASSWORD}%zz@host/keys",
+        f"postgresql://me@host/keys?passwort={PASSWORD}",
+        f"host=here password={PASSWORD}",
+        f"mysql://me:{PASSWORD}@host/keys",
+    ],
+)
+def test_what_is_no_url_is_said_without_repeating_it(address: str) -> None:
+    with pytest.raises(ConfigurationError, match="not a PostgreSQL URL") as caught:
+        PostgresStore(address)
+    assert PASSWORD not in str(caught.value)
+    assert caught.value.__cause__ is None
+
+
+def test_a_wrong_password_is_said_and_not_shown(cluster: Cluster) -> None:
+    wrong = cluster.url(password=f"wrong-{PASSWORD}")
+    told(lambda: PostgresStore(wrong), "password authentication failed", StoreBusy)
+    told(lambda: PostgresStore(cluster.url("nowhere")), 'database "nowhere" does not exist', StoreBusy)
+    told(lambda: PostgresStore(cluster.url(host="/nowhere")), "no connection to the database", StoreBusy)
+
+
+def test_a_name_says_where_and_as_whom_and_no_more(cluster: Cluster) -> None:
+    with schema(cluster.url()) as url, closing(PostgresStore(url, migrate=True)) as store:
+        assert store.name == f"postgresql://owner@{cluster.folder}/postgres"
+
+
+# --- migrations ---
+
+
+def test_many_may_migrate_at_once(empty_schema: str) -> None:
+    def migrate() -> str:
+        with closing(PostgresStore(empty_schema, migrate=True, busy_seconds=30)) as store:
+            store.transact(Ask(ReadHorizon()))
+            return str(store.found_version)
+
+    found = together([migrate] * 6)
+    assert sorted(map(str, found)) == [str(sql.SCHEMA_VERSION)] * 5 + ["None"]
+
+
+def test_a_migration_keeps_the_rows(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    granted = boot("first")
+    with closing(PostgresStore(url)) as store:
+        root = store.transact(granted).root
+    monkeypatch.setattr(sql, "STEPS", (*sql.STEPS, "CREATE TABLE owner (name TEXT)"))
+    monkeypatch.setattr(sql, "SCHEMA_VERSION", len(sql.STEPS))
+    told(lambda: PostgresStore(url), "run `chutes-proto store migrate`; it was left as it is")
+    with closing(PostgresStore(url, migrate=True)) as store:
+        assert store.found_version == len(sql.STEPS) - 1
+    with closing(PostgresStore(url)) as store:
+        assert store.transact(boot("second")).root == root
+    assert ("owner",) in ask(url, sql.TABLES["postgresql"])
+
+
+def test_a_migration_that_fails_leaves_no_trace(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = ask(url, sql.TABLES["postgresql"])
+    monkeypatch.setattr(sql, "STEPS", (*sql.STEPS, "CREATE TABLE owner (name TEXT); CREATE TABLE vm (name TEXT)"))
+    monkeypatch.setattr(sql, "SCHEMA_VERSION", len(sql.STEPS))
+    told(lambda: PostgresStore(url, migrate=True), 'relation "vm" already exists')
+    assert ask(url, sql.TABLES["postgresql"]) == before
+    assert ask(url, sql.READ_VERSION) == [(len(sql.STEPS) - 1,)]
+
+
+# --- bounds ---
+
+
+@frozen
+class Gate(Unit[None]):
+    """Stays in the middle of its transaction until it is let go."""
+
+    inside: threading.Event = field(factory=threading.Event)
+    leave: threading.Event = field(factory=threading.Event)
+
+    def script(self) -> Script[None]:
+        yield from RaiseHorizon(7)
+        self.inside.set()
+        assert self.leave.wait(20)
+
+
+@contextmanager
+def held(store: PostgresStore) -> Iterator[Gate]:
+    gate = Gate()
+    thread = threading.Thread(target=store.transact, args=(gate,))
+    thread.start()
+    assert gate.inside.wait(10)
+    try:
+        yield gate
+    finally:
+        gate.leave.set()
+        thread.join(20)
+
+
+def test_no_more_connections_than_allowed(url: str) -> None:
+    name = f"{url}&application_name=counted"
+    with closing(PostgresStore(name, connections=3, busy_seconds=30)) as store:
+        assert together([lambda: store.transact(Ask(ReadHorizon()))] * 16) == [0] * 16
+        count = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'counted'"
+        assert 1 <= ask(url, count)[0][0] <= 3
+
+
+def test_a_connection_that_is_not_to_be_had_is_busy(url: str) -> None:
+    with (
+        closing(PostgresStore(url, connections=1, busy_seconds=0.05)) as store,
+        held(store),
+    ):
+        told(lambda: store.transact(Ask(ReadHorizon())), "other transactions take too long", StoreBusy)
+
+
+def test_a_database_without_a_free_connection_is_busy(url: str, database: str) -> None:
+    ask(database, "CREATE ROLE crowded LOGIN SUPERUSER PASSWORD 'crowded'")
+    try:
+        ask(database, "ALTER ROLE crowded NOSUPERUSER CONNECTION LIMIT 0")
+        crowded = url.replace(f"owner:{PASSWORD}", "crowded:crowded")
+        told(lambda: PostgresStore(crowded), "too many connections", StoreBusy)
+    finally:
+        ask(database, "DROP ROLE crowded")
+
+
+def test_a_row_that_another_transaction_holds_is_busy(url: str) -> None:
+    with (
+        closing(PostgresStore(url, busy_seconds=0.2)) as store,
+        psycopg.connect(url) as other,
+    ):
+        other.execute("UPDATE fact SET value = 3 WHERE name = 'nonce_horizon'")
+        told(lambda: store.transact(Ask(RaiseHorizon(5))), "another transaction takes too long", StoreBusy)
+        other.rollback()
+        store.transact(Ask(RaiseHorizon(5)))
+
+
+def test_transactions_that_get_in_the_way_are_tried_for_so_long_only(url: str) -> None:
+    """Each run reads a row which another transaction changes before this one writes it."""
+
+    @frozen
+    class Unlucky(Unit[None]):
+        other: PostgresStore
+        runs: list[int] = field(factory=list[int])
+
+        def script(self) -> Script[None]:
+            horizon = yield from ReadHorizon()
+            self.other.transact(Ask(RaiseHorizon(horizon + 1)))
+            self.runs.append(horizon)
+            yield from RaiseHorizon(10**6)
+
+    with closing(PostgresStore(url, busy_seconds=0.3)) as store, closing(PostgresStore(url)) as other:
+        unit = Unlucky(other)
+        told(lambda: store.transact(unit), "other transactions got in the way every time", StoreBusy)
+        assert len(unit.runs) > 3
+        assert store.transact(Ask(ReadHorizon())) == len(unit.runs)
+
+
+# --- gone in the middle ---
+
+
+@frozen
+class Bereft(Unit[int]):
+    """A unit whose connection is ended from outside in the first of its runs, before it writes or at its end."""
+
+    url: str
+    at_end: bool
+    runs: list[int] = field(factory=list[int])
+
+    def script(self) -> Script[int]:
+        horizon = yield from ReadHorizon()
+        if not self.at_end:
+            self._end()
+        yield from RaiseHorizon(horizon + 1)
+        if self.at_end:
+            self._end()
+        return horizon
+
+    def _end(self) -> None:
+        self.runs.append(1)
+        if len(self.runs) == 1:
+            ask(
+                self.url,
+                "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
+                " WHERE application_name = 'bereft' AND state LIKE 'idle in transaction%'",
+            )
+
+
+def test_a_connection_lost_before_the_commit_is_replaced_and_the_unit_done_once(url: str) -> None:
+    with closing(PostgresStore(f"{url}&application_name=bereft")) as store:
+        unit = Bereft(url, at_end=False)
+        assert store.transact(unit) == 0
+        assert len(unit.runs) == 2
+        assert store.transact(Ask(ReadHorizon())) == 1
+
+
+def test_a_connection_lost_at_the_commit_is_said_and_nothing_is_done_again(url: str) -> None:
+    with closing(PostgresStore(f"{url}&application_name=bereft")) as store:
+        unit = Bereft(url, at_end=True)
+        told(lambda: store.transact(unit), "the connection was lost at the commit")
+        assert len(unit.runs) == 1
+        assert store.transact(Ask(ReadHorizon())) == 0
+
+
+def test_idle_connections_that_were_ended_are_replaced(url: str) -> None:
+    with closing(PostgresStore(f"{url}&application_name=ended")) as store:
+        assert together([lambda: store.transact(boot("one"))] + [lambda: store.transact(Ask(ReadHorizon()))] * 7)[1:]
+        ask(url, "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE application_name = 'ended'")
+        assert store.transact(Ask(ReadHorizon())) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGQUIT, signal.SIGKILL], ids=lambda number: number.name)
+def test_a_server_that_stops_is_busy_and_all_is_there_when_it_is_back(cluster: Cluster, number: signal.Signals) -> None:
+    with schema(cluster.url()) as url, closing(PostgresStore(url, migrate=True)) as store:
+        granted = boot("first")
+        store.transact(granted)
+        keys = store.transact(sync(granted, "body", "storage"))
+        cluster.stop(number)
+        try:
+            told(lambda: store.transact(boot("second")), "no connection to the database|failed", StoreBusy)
+        finally:
+            cluster.start()
+        assert store.transact(sync(granted, "body", "storage")) == evolve(keys, replayed=True)
+        store.transact(boot("second"))
+
+
+# --- what an operator must see to ---
+
+
+def fail_with(url: str, state: str) -> None:
+    """Every new audit row is refused with this SQLSTATE."""
+    ask(
+        url,
+        "CREATE OR REPLACE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS"
+        f" $$ BEGIN RAISE EXCEPTION 'so it is' USING ERRCODE = '{state}', DETAIL = 'row of a secret'; END $$",
+    )
+    ask(url, "CREATE OR REPLACE TRIGGER fail BEFORE INSERT ON audit EXECUTE FUNCTION fail()")
+
+
+@pytest.mark.parametrize(
+    ("state", "text", "kind"),
+    [
+        ("53100", "the database's disk is full; nothing was changed", StoreError),
+        ("25006", "the database is read-only; nothing was changed", StoreError),
+        ("XX001", "the database is damaged", StoreError),
+        ("42501", "the database's user may not do that", StoreError),
+        ("57014", "a statement was cancelled", StoreBusy),
+        ("53300", "the database has no connection left", StoreBusy),
+        ("XX000", "PostgreSQL refused", StoreError),
+    ],
+)
+def test_each_fault_is_said_and_nothing_changes(url: str, state: str, text: str, kind: type[StoreError]) -> None:
+    with closing(PostgresStore(url, busy_seconds=0.1)) as store:
+        granted = boot("first")
+        store.transact(granted)
+        before = dump(store)
+        fail_with(url, state)
+        with pytest.raises(StoreError, match=rf"{text}.* \(so it is\)") as caught:
+            store.transact(sync(granted, "body", "storage"))
+        assert type(caught.value) is kind
+        assert "secret" not in str(caught.value)
+        assert dump(store) == before
+        ask(url, "DROP TRIGGER fail ON audit")
+        assert not store.transact(sync(granted, "body", "storage")).replayed
+
+
+@pytest.mark.skipif("not __import__('os').geteuid() == 0", reason="only root may mount a small disk")
+def test_a_full_disk_is_said_and_nothing_changes(cluster: Cluster) -> None:
+    disk = cluster.folder / "disk"
+    disk.mkdir()
+    owner = cluster.folder.stat().st_uid
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size=2m,mode=700,uid={owner}", "tmpfs", disk], check=False
+    )
+    if mounted.returncode:
+        pytest.skip("this machine lets nobody mount a small disk")
+    try:
+        ask(cluster.url(), f"CREATE TABLESPACE small LOCATION '{disk}'")
+        with schema(cluster.url()) as url:
+            small = f"{url}%20-cdefault_tablespace%3Dsmall"
+            with closing(PostgresStore(small, migrate=True)) as store:
+                granted = boot("first")
+                store.transact(granted)
+                before = dump(store)
+
+                @frozen
+                class Flood(Unit[None]):
+                    def script(self) -> Script[None]:
+                        for _ in range(4000):
+                            yield from Insert(AuditRow(NOW, "vm", "flood", "granted", reason="x" * 1000))
+
+                told(lambda: store.transact(Flood()), "the database's disk is full; nothing was changed")
+                assert dump(store) == before
+                subprocess.run(["mount", "-o", "remount,size=32m", disk], check=True)
+                assert not store.transact(sync(granted, "body", "storage")).replayed
+        ask(cluster.url(), "DROP TABLESPACE small")
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_database_that_turns_read_only_is_said(store: PostgresStore) -> None:
+    store._pool.idle[0].execute("SET default_transaction_read_only = on")
+    told(lambda: store.transact(boot("first")), "the database is read-only; nothing was changed")
+
+
+def test_tables_that_vanish_are_said(store: PostgresStore, url: str) -> None:
+    ask(url, "DROP TABLE volume")
+    told(store.check, "a table is missing")
+
+
+def test_what_sql_cannot_hold_is_the_stores_error(store: PostgresStore) -> None:
+    for row in (
+        AuditRow(2**63, "vm", "boot", "granted"),
+        AuditRow(0, "vm", "\ud800", "granted"),
+        AuditRow(0, "vm", "\0", "granted"),
+    ):
+        told(lambda: store.transact(Ask(Insert(row))), "a value of Insert cannot be kept")  # noqa: B023
+    assert store.transact(Ask(Scan(AuditRow))) == ()
+
+
+# --- the rest ---
+
+
+def test_a_check_counts_the_rows(store: PostgresStore) -> None:
+    granted = boot("first")
+    store.transact(granted)
+    store.transact(sync(granted, "body", "storage", "tdx-cache"))
+    counts = store.check()
+    assert (counts["boot"], counts["generation"], counts["boot_volume"], counts["volume"]) == (1, 3, 2, 2)
+
+
+def test_a_closed_store_says_so(url: str) -> None:
+    store = PostgresStore(url)
+    with held(store):
+        store.close()
+        store.close()
+        for call in (store.check, lambda: store.transact(boot("first"))):
+            told(call, "was closed")
+    assert store._pool.idle == []
+
+
+def test_several_stores_are_one(url: str) -> None:
+    with closing(PostgresStore(url)) as one, closing(PostgresStore(url)) as other:
+        root = one.transact(boot("first")).root
+        assert other.transact(boot("second")).root == root
+        assert len(one.transact(Ask(Scan(BootRow)))) == 2
