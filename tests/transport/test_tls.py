@@ -24,7 +24,9 @@ from chutes_proto.auth.certificates import make_server_identity, spki_sha256
 from chutes_proto.errors import ConfigurationError, LocalProtocolError, RemoteProtocolError
 from chutes_proto.secret import Secret
 from chutes_proto.transport import tls
+from chutes_proto.transport.h1 import ServerConnection, _Phase
 from chutes_proto.transport.tls import TlsSession, server_context
+from chutes_proto.wire.http import HttpRequest, HttpResponse
 from tests.certificates import NEW_KEY, certificate_pem, key_pem, self_signed
 from tests.transport.tls_client import NOW, TlsClient, client_context, context, session
 
@@ -212,6 +214,66 @@ def test_renegotiation_is_refused() -> None:
     handshake()
     with pytest.raises(SSL.Error, match="no renegotiation"):
         client.do_handshake()
+
+
+class Stuck:
+    """What OpenSSL is like after a part of another hello, which no client library here can be made to cut in two."""
+
+    def sendall(self, _data: bytes) -> None:
+        raise SSL.WantReadError
+
+    def shutdown(self) -> None:
+        raise SSL.Error([("SSL routines", "", "shutdown while in init")])
+
+    def bio_read(self, _size: int) -> bytes:
+        raise SSL.WantReadError
+
+
+def in_another_handshake() -> TlsSession:
+    """A session whose peer has sent a part of another hello."""
+    client, server = TlsClient(client_context()), session()
+    client.send(b"hello")
+    assert shake(client, server) == b"hello"
+    server._connection = Stuck()  # type: ignore[assignment]
+    return server
+
+
+def test_within_another_handshake_no_data_is_sent_and_the_end_is_quiet() -> None:
+    server = in_another_handshake()
+    with pytest.raises(RemoteProtocolError):
+        server.send_data(b"answer")
+    server.close()
+    in_another_handshake().close()
+
+
+def test_a_connection_within_another_handshake_ends() -> None:
+    server = in_another_handshake()
+    connection = ServerConnection(0.0, tls=server)
+    connection._phase = _Phase.IDLE  # as after the first handshake
+    connection._inbox += b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"
+    assert isinstance(connection.next_request(0.0), HttpRequest)
+    connection.send_response(HttpResponse(200), 0.0)
+    assert connection.close_reason
+    assert connection.data_to_send() == b""
+
+
+def test_nothing_above_the_peers_own_certificate_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    depths: list[int] = []
+
+    def accept(_connection: object, _certificate: object, _error: int, depth: int, _ok: int) -> bool:
+        depths.append(depth)
+        return True
+
+    monkeypatch.setattr(tls, "_accept", accept)
+    chain = make_server_identity(NOW, bytes(32))
+    (tmp_path / "client.pem").write_bytes(chain.chain_pem + chain.ca_pem * 20 + chain.key_pem.reveal())
+    settings = client_context()
+    settings.load_cert_chain(tmp_path / "client.pem")
+    client, server = TlsClient(settings), TlsSession(server_context(chain.chain_pem, chain.key_pem))
+    client.send(b"hello")
+    assert shake(client, server) == b"hello"
+    assert depths
+    assert max(depths) <= 1
 
 
 def test_a_certificate_of_an_unknown_version_counts_as_not_presented(tmp_path: Path) -> None:

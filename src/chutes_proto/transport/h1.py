@@ -181,6 +181,8 @@ class ServerConnection:
                 self._refuse(exc, now)
             except h11.RemoteProtocolError as exc:
                 self._refuse(_not_http(exc), now)
+            except RemoteProtocolError as exc:
+                self._finish(str(exc), now)
         request, self._ready = self._ready, None
         return request
 
@@ -191,7 +193,10 @@ class ServerConnection:
         """
         if self._phase is not _Phase.HANDLING or self._ready is not None:
             raise LocalProtocolError("there is no request to answer")
-        self._answer(response, now, last=self._draining)
+        try:
+            self._answer(response, now, last=self._draining)
+        except RemoteProtocolError as exc:
+            self._finish(str(exc), now)
 
     def data_to_send(self) -> bytes:
         """What to send to the peer now; it is given only once."""

@@ -12,6 +12,7 @@ pyOpenSSL does this because Python's own ``ssl`` refuses every client certificat
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Final
 
 from cryptography import x509
@@ -52,6 +53,8 @@ def server_context(chain_pem: bytes, key_pem: Secret) -> ServerContext:
     _ = context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
     _ = context.set_mode(SSL.MODE_RELEASE_BUFFERS)
     context.set_verify(SSL.VERIFY_PEER, _accept)
+    # Nothing above the peer's own certificate is looked at: a long chain would cost much time and prove nothing.
+    context.set_verify_depth(0)
     try:
         context.use_certificate(certificates[0])
         for certificate in certificates[1:]:
@@ -115,15 +118,24 @@ class TlsSession:
             raise RemoteProtocolError(f"TLS: {_text(exc)}") from None
 
     def send_data(self, data: bytes) -> None:
-        """Plaintext for the peer. Raises `LocalProtocolError` before the handshake and after the end."""
+        """Plaintext for the peer.
+
+        Raises `LocalProtocolError` before the handshake and after the end, and `RemoteProtocolError`, at the end, where
+        the peer has begun another handshake and will take no data.
+        """
         if not self._established or self._ended:
             raise LocalProtocolError("a TLS session carries data after its handshake and before its end")
-        _ = self._connection.sendall(data)
+        try:
+            _ = self._connection.sendall(data)
+        except SSL.Error as exc:
+            self._ended = True
+            raise RemoteProtocolError(f"TLS: {_text(exc)}") from None
 
     def close(self) -> None:
         """Tell the peer that there will be no more (a close_notify alert). No more can be sent."""
         if self._established and not self._ended:
-            _ = self._connection.shutdown()
+            with suppress(SSL.Error):  # within a handshake that the peer began anew there is nothing to tell it
+                _ = self._connection.shutdown()
         self._ended = True
 
     def data_to_send(self) -> bytes:
