@@ -52,3 +52,19 @@ def certificate_pem(certificate: x509.Certificate) -> bytes:
 
 def key_pem(key: PrivateKey) -> bytes:
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+
+def chained(length: int) -> tuple[bytes, bytes]:
+    """A certificate and its key in PEM, with so many CAs above it, each issued by the next."""
+    keys = [ec.generate_private_key(ec.SECP256R1()) for _ in range(length + 1)]
+    names = [x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"level {level}")]) for level in range(length + 1)]
+    start = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
+    chain = b""
+    for level, key in enumerate(keys):
+        issuer = min(level + 1, length)
+        builder = x509.CertificateBuilder().subject_name(names[level]).issuer_name(names[issuer])
+        builder = builder.public_key(key.public_key()).serial_number(1 + level).not_valid_before(start)
+        builder = builder.not_valid_after(start + datetime.timedelta(days=30 * 365))
+        builder = builder.add_extension(x509.BasicConstraints(ca=level > 0, path_length=None), critical=True)
+        chain += certificate_pem(builder.sign(keys[issuer], hashes.SHA256()))
+    return chain, key_pem(keys[0])

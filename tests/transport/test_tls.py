@@ -27,7 +27,7 @@ from chutes_proto.transport import tls
 from chutes_proto.transport.h1 import ServerConnection, _Phase
 from chutes_proto.transport.tls import TlsSession, server_context
 from chutes_proto.wire.http import HttpRequest, HttpResponse
-from tests.certificates import NEW_KEY, certificate_pem, key_pem, self_signed
+from tests.certificates import NEW_KEY, certificate_pem, chained, key_pem, self_signed
 from tests.transport.tls_client import NOW, TlsClient, client_context, context, session
 
 IDENTITY = make_server_identity(NOW, bytes(32))
@@ -265,11 +265,11 @@ def test_nothing_above_the_peers_own_certificate_is_looked_at(tmp_path: Path, mo
         return True
 
     monkeypatch.setattr(tls, "_accept", accept)
-    chain = make_server_identity(NOW, bytes(32))
-    (tmp_path / "client.pem").write_bytes(chain.chain_pem + chain.ca_pem * 20 + chain.key_pem.reveal())
+    (tmp_path / "client.pem").write_bytes(b"".join(chained(10)))
     settings = client_context()
     settings.load_cert_chain(tmp_path / "client.pem")
-    client, server = TlsClient(settings), TlsSession(server_context(chain.chain_pem, chain.key_pem))
+    identity = make_server_identity(NOW, bytes(32))
+    client, server = TlsClient(settings), TlsSession(server_context(identity.chain_pem, identity.key_pem))
     client.send(b"hello")
     assert shake(client, server) == b"hello"
     assert depths
