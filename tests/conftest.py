@@ -14,6 +14,8 @@ from tests import postgres
 
 ROOT = Path(__file__).resolve().parent.parent
 CI = os.environ.get("CI", "").lower() in ("1", "true", "yes")
+SOAK = bool(os.environ.get("CHUTES_PROTO_SOAK"))
+"""Tests that have a long form take it; `make soak` sets this."""
 
 # A shared or slow machine must not turn into a failure, so no profile has a deadline. Another profile is chosen with
 # `--hypothesis-profile NAME`.

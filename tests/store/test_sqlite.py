@@ -104,7 +104,9 @@ def test_an_unknown_schema_version_is_refused_and_left_alone(path: Path) -> None
         with closing(sqlite3.connect(path)) as connection, connection:
             connection.execute("UPDATE fact SET value = ? WHERE name = 'schema_version'", (version,))
         before = path.read_bytes()
-        with pytest.raises(StoreError, match=f"schema version {version}, and this release knows version {SCHEMA_VERSION}; run"):
+        with pytest.raises(
+            StoreError, match=f"schema version {version}, and this release knows version {SCHEMA_VERSION}; run"
+        ):
             SqliteStore(path)
         assert path.read_bytes() == before
 
