@@ -18,16 +18,19 @@ from attrs import evolve, frozen
 import chutes_proto_asyncio.collateral
 import chutes_proto_trio.collateral
 from chutes_proto.blocking.collateral import UpstreamCollateral
+from chutes_proto.blocking.files import CollateralDirectory, write_file
 from chutes_proto.blocking.http import TimeLimits
 from chutes_proto.blocking.tls import client_context
 from chutes_proto.collateral import cache as caches
 from chutes_proto.collateral import pcs
 from chutes_proto.collateral.cache import CachePolicy, CollateralCache
+from chutes_proto.effects import FetchCollateral
 from chutes_proto.errors import CollateralUnavailable
 from chutes_proto.log import Record
 from chutes_proto.quote.collateral import VerifiedCollateral
 from chutes_proto.quote.pck import PckIdentity
 from chutes_proto.quote.verify import open_quote
+from chutes_proto.store.memory import MemoryStore
 from chutes_proto.testing.platform import COLLATERAL_SECONDS, SimulatedPlatform
 from chutes_proto.testing.service import CollateralService
 from chutes_proto.wire.http import HttpRequest
@@ -458,3 +461,16 @@ def test_threads_are_left_alone(loop: Loop, upstream: Upstream) -> None:
 
     _ = loop.run(of, main)
     assert counted[0] <= before + 3  # a fetch is no thread, and a hundred who wait for it are none
+
+
+def test_a_performer_for_files_or_for_services(loop: Loop, upstream: Upstream, tmp_path: Path) -> None:
+    write_file(tmp_path / "a.json", PLATFORM.collateral_json(int(time.time())))
+
+    async def main() -> None:
+        for collateral in (CollateralDirectory(tmp_path, ROOT), source(upstream)):
+            async with loop.module.open_performer(MemoryStore(), collateral, log=lambda _: None) as performer:
+                effect = FetchCollateral(identity(), int(time.time()) + 1)
+                assert (await performer.perform(effect)).fmspc == PLATFORM.fmspc
+
+    _ = trio.run(main) if loop.library is trio else anyio.run(main)
+    assert upstream.rounds() == 1

@@ -86,3 +86,15 @@ def test_files_of_no_use_are_named_unless_one_fits() -> None:
 
 def test_an_empty_place_is_named() -> None:
     assert "/shelf" in missing()
+
+
+def test_past_its_time_only_within_the_grace_and_only_where_nothing_is_valid() -> None:
+    stale = verify_collateral(PLATFORM.collateral(NOW), now=NOW, root=ROOT, grace=60)
+    ahead = evolve(
+        stale, proof=PROOF, tcb_info=evolve(stale.tcb_info, evaluation_number=99), qe_identity=stale.qe_identity
+    )
+    fresh = verified(at=NOW + 10)
+    assert choose([Item("", stale)], identity(), END + 60, "") is stale
+    assert "valid" in missing(Item("", stale), now=END + 61)
+    for items in ([ahead, fresh], [fresh, ahead]):
+        assert choose([Item("", content) for content in items], identity(), END + 1, "") is fresh
