@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from signal import Signals
 
 import anyio
-import anyio.abc
+from anyio.abc import SocketAttribute, SocketListener, SocketStream, TaskGroup
 
 from chutes_proto.blocking.sockets import ACCEPT_PAUSE, Listening
 from chutes_proto.effects import Log
@@ -48,7 +48,7 @@ class Server:
         with self._serving:
             async with anyio.create_task_group() as nursery:
                 for place in listening:
-                    nursery.start_soon(self._accept, place, nursery)
+                    _ = nursery.start_soon(self._accept, place, nursery)
 
     def stop(self) -> None:
         """Tell the application to stop, which says when to end; connections end with their next answer."""
@@ -58,8 +58,8 @@ class Server:
             connection.drain(now)
             waiting.deadline = connection.deadline
 
-    async def _accept(self, place: Listening, nursery: anyio.abc.TaskGroup) -> None:
-        listener = await anyio.abc.SocketListener.from_socket(place.socket)
+    async def _accept(self, place: Listening, nursery: TaskGroup) -> None:
+        listener = await SocketListener.from_socket(place.socket)
         async with listener:
             while True:
                 await self._slots.acquire()
@@ -70,13 +70,13 @@ class Server:
                     await self._complain("accept_failed", exc)
                     await anyio.sleep(ACCEPT_PAUSE)
                 else:
-                    nursery.start_soon(self._serve_stream, stream, place)
+                    _ = nursery.start_soon(self._serve_stream, stream, place)
 
-    async def _serve_stream(self, stream: anyio.abc.SocketStream, place: Listening) -> None:
+    async def _serve_stream(self, stream: SocketStream, place: Listening) -> None:
         """One connection. Its faults end it and nothing else."""
         try:
             async with stream:
-                socket = stream.extra(anyio.abc.SocketAttribute.raw_socket)  # noqa: S610 - this is not Django's
+                socket = stream.extra(SocketAttribute.raw_socket)  # noqa: S610 - this is not Django's
                 peer = peer_address(socket.getpeername())
                 connection = ServerConnection(
                     anyio.current_time(), tls=place.session(), limits=self._limits, peer_address=peer
@@ -92,7 +92,7 @@ class Server:
         finally:
             self._slots.release()
 
-    async def _serve_connection(self, stream: anyio.abc.ByteStream, connection: ServerConnection) -> None:
+    async def _serve_connection(self, stream: SocketStream, connection: ServerConnection) -> None:
         while not connection.closed:
             request = connection.next_request(anyio.current_time())
             if request is not None:
@@ -126,7 +126,7 @@ async def serve_until_stopped(
     with anyio.open_signal_receiver(*signals) as received:
         ready()
         async with anyio.create_task_group() as nursery:
-            nursery.start_soon(_call, received, signals)
+            _ = nursery.start_soon(_call, received, signals)
             await server.serve(listening)
             nursery.cancel_scope.cancel()
 
@@ -136,7 +136,7 @@ async def _call(received: AsyncIterator[int], signals: Mapping[Signals, Callable
         signals[Signals(number)]()
 
 
-async def _receive(stream: anyio.abc.ByteReceiveStream) -> bytes:
+async def _receive(stream: SocketStream) -> bytes:
     """What comes next; ``b""`` at the end."""
     try:
         return await stream.receive(READ_SIZE)

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from signal import Signals
 
 import trio
+from trio import Nursery, SocketStream
 
 from chutes_proto.blocking.sockets import ACCEPT_PAUSE, Listening
 from chutes_proto.effects import Log
@@ -57,7 +58,7 @@ class Server:
             connection.drain(now)
             waiting.deadline = connection.deadline
 
-    async def _accept(self, place: Listening, nursery: trio.Nursery) -> None:
+    async def _accept(self, place: Listening, nursery: Nursery) -> None:
         listener = trio.SocketListener(trio.socket.from_stdlib_socket(place.socket))
         async with listener:
             while True:
@@ -71,7 +72,7 @@ class Server:
                 else:
                     nursery.start_soon(self._serve_stream, stream, place)
 
-    async def _serve_stream(self, stream: trio.SocketStream, place: Listening) -> None:
+    async def _serve_stream(self, stream: SocketStream, place: Listening) -> None:
         """One connection. Its faults end it and nothing else."""
         try:
             async with stream:
@@ -90,7 +91,7 @@ class Server:
         finally:
             self._slots.release()
 
-    async def _serve_connection(self, stream: trio.abc.Stream, connection: ServerConnection) -> None:
+    async def _serve_connection(self, stream: SocketStream, connection: ServerConnection) -> None:
         while not connection.closed:
             request = connection.next_request(trio.current_time())
             if request is not None:
@@ -134,6 +135,6 @@ async def _call(received: AsyncIterator[int], signals: Mapping[Signals, Callable
         signals[Signals(number)]()
 
 
-async def _receive(stream: trio.abc.ReceiveStream) -> bytes:
+async def _receive(stream: SocketStream) -> bytes:
     """What comes next; ``b""`` at the end."""
     return bytes(await stream.receive_some(READ_SIZE))

@@ -18,7 +18,7 @@ from typing import Final
 
 from attrs import frozen
 
-from chutes_proto.errors import ConfigurationError
+from chutes_proto.errors import ConfigurationError, LocalProtocolError
 from chutes_proto.transport.tls import ServerContext, TlsSession
 
 ACCEPT_PAUSE: Final = 0.2
@@ -77,8 +77,10 @@ def urls(listening: list[Listening]) -> list[str]:
         match place.socket.getsockname():
             case str(path):
                 found.append(f"unix:{path}")
-            case (host, port, *_):
+            case (str(host), port, *_):
                 found.append(f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}")
+            case other:
+                raise LocalProtocolError(f"not a socket to serve on: {other!r}")
     return found
 
 

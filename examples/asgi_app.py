@@ -1,0 +1,39 @@
+"""A key server as an ASGI application, behind a proxy that ends TLS. Its configuration has a [proxy] table.
+
+    CHUTES_CONFIG=server.toml uvicorn --no-proxy-headers --uds keys.sock asgi_app:app
+    CHUTES_CONFIG=server.toml hypercorn --bind unix:keys.sock asgi_app:app
+    CHUTES_CONFIG=server.toml CHUTES_LOOP=trio hypercorn --worker-class trio --bind unix:keys.sock asgi_app:app
+
+`mounted` has it under a path of another application.
+"""
+
+import os
+from contextlib import asynccontextmanager
+
+from chutes_proto.blocking.setup import check_keys, load_setup
+from chutes_proto.server.app import App
+from chutes_proto.transport.asgi import AsgiApp
+
+if os.environ.get("CHUTES_LOOP") == "trio":
+    from chutes_proto_trio.collateral import open_performer
+else:
+    from chutes_proto_asyncio.collateral import open_performer
+
+setup = load_setup(os.environ["CHUTES_CONFIG"])
+store = setup.store.open()
+_ = check_keys(store, setup.service.vault)
+app = AsgiApp(App(setup.service), open_performer(store, setup.collateral))
+
+
+def mounted():
+    """A FastAPI application with the key server under /keys."""
+    from fastapi import FastAPI
+
+    @asynccontextmanager
+    async def lifespan(_):
+        async with app:
+            yield
+
+    fastapi = FastAPI(lifespan=lifespan)
+    fastapi.mount("/keys", app)
+    return fastapi

@@ -1,0 +1,168 @@
+"""An ASGI 3 application, for a key server behind a proxy that ends TLS, and to be mounted into another application.
+
+Rules kept here:
+
+* no event loop is named: whoever makes it brings what drives flows, so it runs wherever its server runs;
+* the limits are those of `ServerConnection`, and what breaks them is answered by the same application. Only a peer that
+  sends nothing at all is left to the ASGI server, because nothing wakes this end;
+* an ASGI server shows no client certificate: one comes in a header of a trusted proxy, or not at all
+  (``chutes_proto/server/proxy.py``). A peer without an address is one of a unix socket; an ASGI server that rewrites
+  addresses from headers (uvicorn, unless told ``--no-proxy-headers``) must not do so here;
+* mounted under a path, that path is not seen by the application.
+
+Source: the ASGI specification, version 3, and its HTTP and lifespan protocols.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from contextlib import AbstractAsyncContextManager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
+from urllib.parse import quote_from_bytes, unquote
+
+from chutes_proto.codes import Code
+from chutes_proto.effects import Uptime
+from chutes_proto.errors import BadRequest, LocalProtocolError
+from chutes_proto.transport.h1 import DEFAULT_LIMITS, Application, Limits
+from chutes_proto.wire.http import HttpRequest, MalformedRequest, plain_address
+
+if TYPE_CHECKING:
+    from chutes_proto.effects import Flow
+
+T = TypeVar("T")
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+_UNKNOWN: Final = "0.0.0.0"  # noqa: S104 - the unspecified address: of a peer that is not on a unix socket
+
+
+class Driver(Protocol):
+    """What drives flows: the `Performer` of a binding."""
+
+    async def run(self, flow: Flow[T], /) -> T:
+        """Drive ``flow`` to its end."""
+        ...
+
+
+class AsgiApp:
+    """``application`` as an ASGI application.
+
+    ``driver`` is entered when the ASGI server starts and left when it ends, as `open_performer` of a binding is meant
+    to be. An application that mounts this one hears of start and end in its place: it does ``async with`` this one.
+    """
+
+    def __init__(
+        self, application: Application, driver: AbstractAsyncContextManager[Driver], *, limits: Limits = DEFAULT_LIMITS
+    ) -> None:
+        self._application = application
+        self._opening = driver
+        self._opened: Driver | None = None
+        self._limits = limits
+
+    async def __aenter__(self) -> AsgiApp:
+        self._opened = await self._opening.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._opened = None
+        _ = await self._opening.__aexit__(kind, value, traceback)
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """One connection of the ASGI protocols ``http`` and ``lifespan``; another is a `LocalProtocolError`."""
+        match scope["type"]:
+            case "http":
+                await self._serve(scope, receive, send)
+            case "lifespan":
+                await self._live(receive, send)
+            case other:
+                raise LocalProtocolError(f"ASGI's {other} is not served")
+
+    async def _live(self, receive: Receive, send: Send) -> None:
+        _ = await receive()
+        async with self:
+            await send({"type": "lifespan.startup.complete"})
+            _ = await receive()
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async def _run(self, flow: Flow[T]) -> T:
+        if self._opened is None:
+            raise LocalProtocolError(
+                "not started: it needs the lifespan protocol, or whoever mounts it enters it"
+            )
+        return await self._opened.run(flow)
+
+    async def _serve(self, scope: Message, receive: Receive, send: Send) -> None:
+        request = await self._request(scope, receive)
+        if request is None:
+            return
+        response = await self._run(self._application.handle(request))
+        headers = [(name.encode("ascii"), value.encode("latin-1")) for name, value in response.headers]
+        if not scope.get("http_version", "1.1").startswith("1"):  # RFC 9113, section 8.2.2
+            headers = [(name, value) for name, value in headers if name != b"connection"]
+        headers.append((b"content-length", b"%d" % len(response.body)))
+        await send({"type": "http.response.start", "status": response.status, "headers": headers})
+        await send({"type": "http.response.body", "body": response.body})
+
+    async def _request(self, scope: Message, receive: Receive) -> HttpRequest | MalformedRequest | None:
+        """The whole request; None from a peer that went away."""
+        peer = _peer(scope)
+        arrived = await self._run(_uptime())
+        try:
+            target, headers = self._head(scope)
+            body = bytearray()
+            more = True
+            while more:
+                event = await receive()
+                if event["type"] != "http.request":
+                    return None
+                body += event.get("body", b"")
+                more = event.get("more_body", False)
+                if len(body) > self._limits.body_bytes:
+                    raise BadRequest(Code.BODY_TOO_LARGE, "Request body too large")
+                if more and await self._run(_uptime()) - arrived > self._limits.request_seconds:
+                    raise BadRequest(Code.REQUEST_TIMEOUT, "Request timeout")
+        except BadRequest as exc:
+            return MalformedRequest(exc, peer)
+        return HttpRequest(scope["method"], target, headers, bytes(body), peer_address=peer, arrived=arrived)
+
+    def _head(self, scope: Message) -> tuple[str, tuple[tuple[str, str], ...]]:
+        target = _target(scope)
+        fields: Iterable[tuple[bytes, bytes]] = scope["headers"]
+        headers = tuple((name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in fields)
+        if len(target) + sum(len(name) + len(value) + 4 for name, value in headers) > self._limits.head_bytes:
+            raise BadRequest(Code.HEAD_TOO_LARGE, "Request head too large")
+        if not target.startswith("/") or not target.isascii():
+            raise BadRequest(Code.BAD_REQUEST, "Bad Request", reason="the request's target is not in origin form")
+        return target, headers
+
+
+def _target(scope: Message) -> str:
+    """The request's target as it was sent, without the path of a mount."""
+    raw: bytes = scope.get("raw_path") or quote_from_bytes(scope["path"].encode("utf-8", "surrogateescape")).encode()
+    path = raw.partition(b"?")[0].decode("latin-1")
+    root: str = scope.get("root_path", "").rstrip("/")
+    segments = path.split("/")
+    depth = root.count("/")
+    if root and unquote("/".join(segments[: depth + 1])) == root:
+        path = "/" + "/".join(segments[depth + 1 :])
+    query: bytes = scope.get("query_string", b"")
+    return f"{path}?{query.decode('latin-1')}" if query else path
+
+
+def _peer(scope: Message) -> str:
+    client = scope.get("client")
+    if client is None:
+        return ""
+    try:
+        return plain_address(str(client[0]).partition("%")[0])
+    except ValueError:
+        return _UNKNOWN
+
+
+def _uptime() -> Flow[float]:
+    return (yield from Uptime())

@@ -1,0 +1,166 @@
+"""Who may say who the client is, and how: hostile headers from strangers, mistaken ones from proxies."""
+
+import base64
+from ipaddress import ip_network
+from urllib.parse import quote
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chutes_proto.errors import BadRequest
+from chutes_proto.secret import Secret
+from chutes_proto.server.app import App
+from chutes_proto.server.proxy import TrustedProxies
+from chutes_proto.wire.http import HttpRequest
+from tests.certificates import NEW_KEY, certificate_pem, self_signed
+from tests.server.world import World, refusal, service
+
+CERTIFICATE = self_signed(NEW_KEY["p256"]())
+OWN = self_signed(NEW_KEY["p256"]())
+PEM = quote(certificate_pem(CERTIFICATE), safe="")
+DER = f":{base64.b64encode(CERTIFICATE.public_bytes(Encoding.DER)).decode()}:"
+NETWORKS = tuple(map(ip_network, ("10.1.0.0/16", "2001:db8::/32")))
+BY_NETWORK = TrustedProxies(networks=NETWORKS, secrets=(Secret(b"new-secret"), Secret(b"old-secret")))
+BY_SOCKET = TrustedProxies(unix=True)
+ADDRESS = ("x-forwarded-for", "192.0.2.7")
+SECRET = ("x-attestation-proxy-auth", "old-secret")
+CERT = ("x-client-cert", PEM)
+
+
+def request(*headers, peer="10.1.2.3"):
+    return HttpRequest("GET", "/", (("host", "h"), *headers), peer_certificate=OWN, peer_address=peer)
+
+
+def refused(proxies, *headers, peer="10.1.2.3"):
+    with pytest.raises(BadRequest) as caught:
+        proxies.client_request(request(*headers, peer=peer))
+    exc = caught.value
+    assert (exc.status, exc.detail) == (400, "Bad Request")
+    for secret in ("new-secret", "old-secret", "guess"):
+        assert secret not in exc.reason
+    return exc.reason
+
+
+@pytest.mark.parametrize("secret", ["old-secret", "new-secret"])
+def test_a_proxy_of_the_network_speaks_for_its_client(secret):
+    got = BY_NETWORK.client_request(request(ADDRESS, CERT, ("x-attestation-proxy-auth", secret)))
+    assert got.peer_certificate == CERTIFICATE
+    assert got.peer_address == "192.0.2.7"
+    assert got.headers == (("host", "h"),)
+
+
+def test_a_client_without_a_certificate_has_none_and_not_the_proxys():
+    for empty in ([], [("x-client-cert", "")]):
+        got = BY_NETWORK.client_request(request(ADDRESS, SECRET, *empty))
+        assert got.peer_certificate is None
+
+
+def test_a_unix_socket_needs_no_secret_but_a_wrong_one_is_wrong():
+    got = BY_SOCKET.client_request(request(ADDRESS, CERT, peer=""))
+    assert (got.peer_certificate, got.peer_address) == (CERTIFICATE, "192.0.2.7")
+    assert "secret" in refused(BY_SOCKET, ADDRESS, CERT, SECRET, peer="")
+    assert "names no IP address" in refused(BY_SOCKET, peer="")
+
+
+def test_rfc_9440():
+    proxies = TrustedProxies(unix=True, certificate_header="client-cert", address_header="x-real-ip")
+    got = proxies.client_request(request(("client-cert", DER), ("x-real-ip", "2001:DB8::1"), peer=""))
+    assert (got.peer_certificate, got.peer_address) == (CERTIFICATE, "2001:db8::1")
+    assert "x-client-cert" in refused(proxies, CERT, ("x-real-ip", "192.0.2.7"), peer="")
+    assert "x-forwarded-for" in refused(proxies, ADDRESS, ("x-real-ip", "192.0.2.7"), peer="")
+
+
+@pytest.mark.parametrize("header", [ADDRESS, SECRET, CERT, ("client-cert", DER), ("x-client-cert", "")])
+@pytest.mark.parametrize("proxies", [TrustedProxies(), BY_NETWORK, BY_SOCKET])
+def test_nobody_else_may_set_any_of_them(proxies, header):
+    assert "from a peer that is none" in refused(proxies, header, peer="192.0.2.66")
+
+
+def test_a_direct_client_is_itself():
+    for proxies, peer in ((TrustedProxies(), "192.0.2.66"), (BY_NETWORK, "10.1.2.3"), (BY_SOCKET, "192.0.2.66")):
+        asked = request(peer=peer)
+        assert proxies.client_request(asked) is asked
+
+
+@pytest.mark.parametrize(
+    ("headers", "told"),
+    [
+        ([ADDRESS, CERT], "no secret"),
+        ([ADDRESS, CERT, ("x-attestation-proxy-auth", "guess")], "a wrong secret"),
+        ([ADDRESS, CERT, ("x-attestation-proxy-auth", "")], "a wrong secret"),
+        ([ADDRESS, CERT, ("x-attestation-proxy-auth", "é\xff")], "a wrong secret"),
+        ([ADDRESS, CERT, SECRET, SECRET], "more than once"),
+        ([ADDRESS, CERT, CERT, SECRET], "more than once"),
+        ([ADDRESS, ADDRESS, CERT, SECRET], "more than once"),
+        ([ADDRESS, CERT, ("client-cert", DER), SECRET], "client-cert"),
+        ([CERT, SECRET], "names no IP address"),
+        ([("x-forwarded-for", ""), CERT, SECRET], "names no IP address"),
+        ([("x-forwarded-for", "192.0.2.7, unknown"), CERT, SECRET], "names no IP address"),
+        ([("x-forwarded-for", "192.0.2.7:80"), CERT, SECRET], "names no IP address"),
+        ([("x-forwarded-for", "fe80::1%eth0"), CERT, SECRET], "names no IP address"),
+        ([ADDRESS, ("x-client-cert", PEM[:-40]), SECRET], "no certificate"),
+        ([ADDRESS, ("x-client-cert", PEM + PEM), SECRET], "no certificate"),
+        ([ADDRESS, ("x-client-cert", DER), SECRET], "no certificate"),
+        ([ADDRESS, ("x-client-cert", "%zz"), SECRET], "no certificate"),
+    ],
+)
+def test_a_proxys_mistakes(headers, told):
+    assert told in refused(BY_NETWORK, *headers)
+
+
+@pytest.mark.parametrize("value", [DER[1:], DER[:-1], ":", "::", ":!:", PEM, DER + DER, DER.replace(":", '"')])
+def test_what_is_no_byte_sequence(value):
+    assert "no certificate" in refused(
+        TrustedProxies(unix=True, certificate_header="client-cert"), ADDRESS, ("client-cert", value), peer=""
+    )
+
+
+@pytest.mark.parametrize(
+    ("said", "address"),
+    [
+        ("192.0.2.7", "192.0.2.7"),
+        ("203.0.113.9, 192.0.2.7", "192.0.2.7"),
+        ("nonsense, 192.0.2.7,10.1.0.9", "192.0.2.7"),
+        ("::ffff:192.0.2.7", "192.0.2.7"),
+        ("10.1.0.1, 10.1.0.2", "10.1.0.1"),
+        ("192.0.2.7, ::ffff:10.1.0.2, 2001:db8::5", "192.0.2.7"),
+    ],
+)
+def test_the_last_address_that_is_no_proxys(said, address):
+    got = BY_NETWORK.client_request(request(("x-forwarded-for", said), SECRET))
+    assert got.peer_address == address
+
+
+NAMES = st.sampled_from(["x-client-cert", "client-cert", "x-forwarded-for", "x-attestation-proxy-auth", "host"])
+VALUES = st.sampled_from([PEM, DER, "old-secret", "192.0.2.7", ""]) | st.text(st.characters(max_codepoint=255))
+
+
+@given(st.lists(st.tuples(NAMES, VALUES), max_size=5), st.sampled_from(["", "10.1.2.3", "192.0.2.66"]))
+def test_whatever_comes_is_a_request_or_a_400(headers, peer):
+    proxies = TrustedProxies(networks=NETWORKS, unix=True, secrets=BY_NETWORK.secrets)
+    try:
+        got = proxies.client_request(request(*headers, peer=peer))
+    except BadRequest as exc:
+        assert exc.status == 400
+        return
+    assert {name for name, _ in got.headers} <= {"host"}
+    if got.peer_certificate is not OWN:
+        assert peer == "" or ("x-attestation-proxy-auth", "old-secret") in headers
+        assert isinstance(got.peer_certificate, x509.Certificate | None)
+
+
+def test_the_app_answers_and_tells_the_operator_without_the_secret():
+    world = World(app=App(service(proxies=BY_NETWORK)))
+    headers = {"x-forwarded-for": "192.0.2.7", "x-attestation-proxy-auth": "guess"}
+    response = world.ask("GET", "/servers/nonce", headers=headers, peer_address="10.1.2.3")
+    assert refusal(response)[:2] == (400, "bad_request")
+    assert "a wrong secret" in str(world.log[-1].fields["reason"])
+    assert "guess" not in str(world.log)
+    headers["x-attestation-proxy-auth"] = "new-secret"
+    response = world.ask("GET", "/nowhere", headers=headers, peer_address="10.1.2.3")
+    assert response.status == 404
+    assert world.log[-1].fields["peer"] == "192.0.2.7"
+    assert "new-secret" not in str(world.log)
