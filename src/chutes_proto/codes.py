@@ -29,13 +29,27 @@ class Code(StrEnum):
     VOLUMES_REQUIRED = "volumes_required", 400, "volumes is empty"
     VOLUME_UNKNOWN = "volume_unknown", 400, "a volume that this server does not serve"
     REKEY_NOT_SUBSET = "rekey_not_subset", 400, "rekey names a volume that volumes does not"
+    HOST_INVALID = "host_invalid", 400, "the host is not a public address, nor a name that has only public ones"
+    GPU_INVALID = "gpu_invalid", 400, "a declared GPU is not what the GPU table or the measurement profile says"
     NONCE_MISMATCH = "nonce_mismatch", 400, "the quote's report data holds another nonce"
     NONCE_INVALID = "nonce_invalid", 401, "not a nonce of this server, too old, bound to another caller, or used"
     CLIENT_CERTIFICATE_REQUIRED = "client_certificate_required", 401, "no client certificate, or a key not accepted"
     BOOT_TOKEN_INVALID = "boot_token_invalid", 401, "unknown, expired or spent boot token, or one of another key"
     HOTKEY_MISMATCH = "hotkey_mismatch", 401, "the boot token is another hotkey's"
     VM_NAME_MISMATCH = "vm_name_mismatch", 401, "the boot token is another VM's"
+    QUOTE_NONCE_INVALID = (
+        "quote_nonce_invalid",
+        401,
+        "missing, unknown, expired or spent quote nonce, or another boot's",
+    )
+    CONFIRM_NONCE_INVALID = (
+        "confirm_nonce_invalid",
+        401,
+        "missing, unknown or expired confirm nonce, or an older boot's",
+    )
     SIGNATURE_INVALID = "signature_invalid", 401, "the hotkey signature is missing or does not hold"
+    SIGNATURE_STALE = "signature_stale", 401, "X-Chutes-Nonce is not the present time in unix seconds"
+    HOTKEY_UNKNOWN = "hotkey_unknown", 401, "the signature holds, and its hotkey is not known here"
     QUOTE_MALFORMED = "quote_malformed", 403, "not base64, or not a TDX quote"
     CERTIFICATE_MISMATCH = "certificate_mismatch", 403, "the quote's report data binds another TLS key"
     QUOTE_REJECTED = "quote_rejected", 403, "the quote or its platform does not verify"
@@ -45,10 +59,21 @@ class Code(StrEnum):
     HOTKEY_REJECTED = "hotkey_rejected", 403, "not a canonical SS58 address of prefix 42, or not known here"
     PLATFORM_MISMATCH = "platform_mismatch", 403, "this VM's name belongs to another platform or owner"
     EXCHANGE_DOWNGRADE = "exchange_downgrade", 403, "a VM once served two-phase gets no boot token again"
+    BOOT_REQUIRED = "boot_required", 403, "no verified boot of this hotkey belongs to the server"
     NOT_FOUND = "not_found", 404, "no such path"
     KEY_NOT_FOUND = "key_not_found", 404, "no passphrase is kept for this VM"
+    SERVER_NOT_FOUND = "server_not_found", 404, "the hotkey has no such server"
     METHOD_NOT_ALLOWED = "method_not_allowed", 405, "another verb; see Allow"
+    ROTATION_SUPERSEDED = (
+        "rotation_superseded",
+        409,
+        "the key that a VM says it added is no longer to be the active one",
+    )
     REQUEST_TIMEOUT = "request_timeout", 408, "the request took longer than the server waits"
+    HOST_TAKEN = "host_taken", 409, "another server is registered at this address"
+    GPU_TAKEN = "gpu_taken", 409, "a GPU belongs to another server"
+    SERVER_TAKEN = "server_taken", 409, "the server id is registered"
+    NAME_TAKEN = "name_taken", 409, "the name is another server's name or id"
     BODY_TOO_LARGE = "body_too_large", 413, "more body than the server reads"
     VALIDATION_ERROR = "validation_error", 422, "the detail lists each problem of the request"
     HEAD_TOO_LARGE = "head_too_large", 431, "more request line and headers than the server reads"

@@ -102,6 +102,13 @@ class FetchCollateral(Effect["VerifiedCollateral"]):
 
 
 @frozen
+class Resolve(Effect[tuple[str, ...]]):
+    """All IP addresses of a host name; none where it has none, or where nobody answers within 5 s."""
+
+    name: str
+
+
+@frozen
 class Transact(Effect[T_co]):
     """Run one unit as one serializable transaction; the reply is what its script returns.
 

@@ -67,6 +67,44 @@ class Structurer:
         except MismatchError as exc:
             raise ProblemsError([Problem(exc.inner, exc.kind, exc.msg)]) from None
 
+    def add_list(self, kind: type[Any]) -> None:
+        """Teach it ``tuple[kind, ...]``, made of a list of what ``kind`` is made of."""
+
+        def hook(value: object, _: Any) -> tuple[Any, ...]:
+            if not isinstance(value, list):
+                raise MismatchError("list_type", "Input should be a valid list")
+            items: list[Any] = []
+            problems: list[Problem] = []
+            for index, member in enumerate(cast("list[object]", value)):
+                try:
+                    items.append(self.structure(member, kind))
+                except ProblemsError as exc:
+                    problems.extend(attrs.evolve(problem, path=(index, *problem.path)) for problem in exc.problems)
+            if problems:
+                raise ProblemsError(problems)
+            return tuple(items)
+
+        self._register(tuple[kind, ...], hook)  # type: ignore[valid-type]
+
+    def add_mapping(self, kind: type[Any]) -> None:
+        """Teach it ``Mapping[str, kind]``, made of an object. A problem's path has the place: the name is input."""
+
+        def hook(value: object, _: Any) -> dict[str, Any]:
+            if not isinstance(value, dict):
+                raise MismatchError("dict_type", "Input should be a valid dictionary")
+            members: dict[str, Any] = {}
+            problems: list[Problem] = []
+            for index, (name, member) in enumerate(cast("dict[str, object]", value).items()):
+                try:
+                    members[name] = self.structure(member, kind)
+                except ProblemsError as exc:
+                    problems.extend(attrs.evolve(problem, path=(index, *problem.path)) for problem in exc.problems)
+            if problems:
+                raise ProblemsError(problems)
+            return members
+
+        self._register(cast("Any", Mapping)[str, kind], hook)
+
     def _register(self, kind: Any, hook: Hook) -> None:
         if isinstance(kind, type):
             self._converter.register_structure_hook(kind, hook)
@@ -153,6 +191,8 @@ def _flatten(error: ClassValidationError, kind: type[Any]) -> list[Problem]:
         match exc:
             case ClassValidationError():
                 found.extend(attrs.evolve(p, path=(note.name, *p.path)) for p in _flatten(exc, note.type))
+            case ProblemsError(problems=problems):
+                found.extend(attrs.evolve(p, path=(note.name, *p.path)) for p in problems)
             case MismatchError():
                 found.append(Problem((note.name, *exc.inner), exc.kind, exc.msg))
             case KeyError():

@@ -14,7 +14,15 @@ import httpx
 import trio
 
 from chutes_proto.blocking.http import MAX_ANSWER, TimeLimits, origin, prepare, prepare_get, received, transport_errors
-from chutes_proto.blocking.perform import CollateralSource, Missing, log_record, unknown
+from chutes_proto.blocking.perform import (
+    RESOLVE_SECONDS,
+    RESOLVERS,
+    CollateralSource,
+    Missing,
+    log_record,
+    resolve,
+    unknown,
+)
 from chutes_proto.blocking.quoting import Quoter, take_quote
 from chutes_proto.effects import (
     Effect,
@@ -25,6 +33,7 @@ from chutes_proto.effects import (
     Log,
     MakeQuote,
     Now,
+    Resolve,
     Send,
     Sleep,
     Transact,
@@ -108,6 +117,7 @@ class Performer:
         self._collateral = collateral or Missing("collateral")
         self._fetch = fetch or self._fetch_in_thread
         self._log = log
+        self._resolvers = trio.CapacityLimiter(RESOLVERS)
 
     async def run(self, flow: Flow[T]) -> T:
         """Drive ``flow`` to its end."""
@@ -132,6 +142,8 @@ class Performer:
                 return await self._get(url)
             case FetchCollateral(identity, now):
                 return await self._fetch(identity, now)
+            case Resolve(name):
+                return await self._resolve_in_thread(name)
             case Transact(unit):
                 return await trio.to_thread.run_sync(self._store.transact, unit)
             case Log(record):
@@ -142,3 +154,8 @@ class Performer:
 
     async def _fetch_in_thread(self, identity: PckIdentity, now: int) -> VerifiedCollateral:
         return await trio.to_thread.run_sync(self._collateral.fetch, identity, now, abandon_on_cancel=True)
+
+    async def _resolve_in_thread(self, name: str) -> tuple[str, ...]:
+        with trio.move_on_after(RESOLVE_SECONDS):
+            return await trio.to_thread.run_sync(resolve, name, abandon_on_cancel=True, limiter=self._resolvers)
+        return ()

@@ -8,7 +8,9 @@ from attrs import define, evolve, field
 
 from chutes_proto.auth.binding import report_data
 from chutes_proto.auth.certificates import spki_sha256
-from chutes_proto.effects import Effect, Entropy, FetchCollateral, Log, Now, Sleep, Transact, Uptime, run
+from chutes_proto.auth.hotkey import HotkeyPair
+from chutes_proto.auth.signing import Coverage, SigningPolicy, messages_to_sign
+from chutes_proto.effects import Effect, Entropy, FetchCollateral, Log, Now, Resolve, Sleep, Transact, Uptime, run
 from chutes_proto.errors import CollateralUnavailable
 from chutes_proto.keys.vault import KeyEncryptionKey, Vault
 from chutes_proto.log import Record
@@ -17,6 +19,7 @@ from chutes_proto.quote.measurements import Profile
 from chutes_proto.quote.policy import Policy
 from chutes_proto.quote.roots import TrustedRoot
 from chutes_proto.quote.verify import verify_collateral
+from chutes_proto.secret import Secret
 from chutes_proto.server.app import App
 from chutes_proto.server.nonces import NonceMint
 from chutes_proto.server.profiles import ServedProfile
@@ -30,6 +33,7 @@ from chutes_proto.wire.codec import encode_quote
 from chutes_proto.wire.http import HttpRequest, HttpResponse
 
 NOW = 1_800_000_000
+MINER = HotkeyPair.from_seed(Secret(b"a miner's seed for tests, thirty".ljust(32, b"!")))
 HOTKEY = "5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY"
 PROFILE = Profile(name="simulated", version="1", mrtd=MRTD, boot=BOOT_RTMRS, runtime=RUNTIME_RTMRS)
 PLATFORM = SimulatedPlatform(b"a world for tests" * 2)
@@ -68,6 +72,7 @@ class World:
     asked: list[Effect[Any]] = field(factory=list)
     before: Callable[[Effect[Any]], None] = lambda _: None
     certificate: Any = None
+    names: dict[str, tuple[str, ...]] = field(factory=dict)
     _drawn: int = 0
 
     def perform(self, effect: Effect[Any]) -> Any:
@@ -87,6 +92,8 @@ class World:
                 self.log.append(record)
             case Transact(unit):
                 return self.store.transact(unit)
+            case Resolve(name):
+                return self.names.get(name, ())
             case FetchCollateral(identity, now):
                 if identity.fmspc != self.platform.fmspc:
                     raise CollateralUnavailable("of another platform")
@@ -127,6 +134,31 @@ class World:
     def sync(self, token: str, body: Any, *, hotkey: str = HOTKEY, vm: str = "vm-1") -> HttpResponse:
         headers = {"x-boot-token": token, "x-chutes-hotkey": hotkey, "content-type": "application/json"}
         return self.ask("POST", f"/servers/{vm}/luks", body, headers=headers)
+
+    def ask_signed(
+        self,
+        method: str,
+        target: str,
+        body: Any = None,
+        *,
+        pair: HotkeyPair = MINER,
+        nonce: str | None = None,
+        coverage: Coverage | None = None,
+        policy: SigningPolicy = "compatible",
+        **changes: Any,
+    ) -> HttpResponse:
+        """Send a request signed by ``pair``, as operations of a miner are: POST over the body, others by purpose."""
+        content = b"" if body is None else body if isinstance(body, bytes) else json.encode(body)
+        nonce = nonce or str(self.now)
+        covered = coverage or ("body" if method == "POST" else "purpose")
+        message, *_ = messages_to_sign(covered, policy, pair.hotkey, nonce, method, target, content)
+        headers = {
+            "content-type": "application/json",
+            "x-chutes-hotkey": pair.hotkey.address,
+            "x-chutes-nonce": nonce,
+            "x-chutes-signature": pair.sign(message).hex(),
+        }
+        return self.ask(method, target, content, headers=headers, **changes)
 
     def rows(self, kind: type[Row]) -> Any:
         return self.store.transact(ScanAll(kind))

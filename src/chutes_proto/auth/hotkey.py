@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import json
+import re
 from typing import Final, Protocol, cast
 
 from attrs import Factory, field, frozen
@@ -27,6 +29,7 @@ SIGNATURE_SIZE: Final = 64
 _ALPHABET: Final = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 _DIGITS: Final = {character: number for number, character in enumerate(_ALPHABET)}
 _CHECKSUM_SIZE: Final = 2
+_SEED: Final = re.compile(r"(?:0x)?[0-9a-fA-F]{64}")
 _LONGEST: Final = 64  # no SS58 address of a 32-byte key is as long; bounds the arithmetic
 
 
@@ -82,6 +85,25 @@ class HotkeyPair:
             raise HotkeyError(f"a seed has {SEED_SIZE} bytes, not {len(seed)}")
         public_key, secret_key = _sr25519().pair_from_seed(seed.reveal())
         return cls(Hotkey(public_key), Secret(secret_key))
+
+    @classmethod
+    def from_json(cls, data: bytes) -> HotkeyPair:
+        """The pair in a hotkey file as wallets write it: JSON with ``secretSeed`` (hex) and ``ss58Address``.
+
+        Raises `HotkeyError`, whose text repeats nothing of the file, also where the address is another key's.
+        """
+        try:
+            content = json.loads(data)
+        except (ValueError, RecursionError):
+            raise HotkeyError("not a hotkey file: not JSON; an encrypted file must be decrypted first") from None
+        members = cast("dict[str, object]", content) if isinstance(content, dict) else {}
+        seed, address = members.get("secretSeed"), members.get("ss58Address")
+        if not isinstance(seed, str) or not _SEED.fullmatch(seed):
+            raise HotkeyError("not a hotkey file: it has no secretSeed of 32 bytes in hex")
+        pair = cls.from_seed(Secret(bytes.fromhex(seed.removeprefix("0x"))))
+        if address != pair.hotkey.address:
+            raise HotkeyError("the hotkey file's ss58Address is not that of its secretSeed")
+        return pair
 
     def sign(self, message: bytes) -> bytes:
         """A signature over ``message``, 64 bytes, another one each time."""

@@ -6,8 +6,13 @@ A signed message is ``{hotkey}:{nonce}:{third}``. Three schemes differ in what t
 * a body: SHA-256 of the raw body, in lowercase hex;
 * a request: ``request:`` and SHA-256, in lowercase hex, of ``{METHOD} {target}``, a line feed and the raw body.
 
+Of each operation the endpoint table says what its signature covers at least (`Coverage`); one over the whole request is
+always as good.
+
 Rules kept here:
 
+* the nonce of a signed request is the time in unix seconds, in ASCII digits, at most 600 s away from ours; only that
+  of a runtime attestation is the server's, and its age is the mint's to check;
 * a signature is 64 bytes as 128 ASCII hex digits of either case, without ``0x``;
 * a refusal never repeats the message or the signature.
 """
@@ -16,13 +21,30 @@ from __future__ import annotations
 
 import hashlib
 import re
-from typing import Final
+from collections.abc import Callable, Sequence
+from typing import Final, Literal, TypeAlias
 
 from chutes_proto.auth.hotkey import SIGNATURE_SIZE, Hotkey, HotkeyError
 from chutes_proto.codes import Code
 from chutes_proto.errors import Refused
 
 _SIGNATURE: Final = re.compile(rf"[0-9A-Fa-f]{{{2 * SIGNATURE_SIZE}}}")
+
+
+PURPOSE: Final = "tee"
+WINDOW: Final = 600
+"""Seconds that a signed request's time may be away from the server's."""
+
+_SECONDS: Final = re.compile(r"[0-9]{1,15}")
+
+Coverage: TypeAlias = Literal["body", "purpose", "nonce"]
+"""What the signature of an operation covers at least: the body; only the purpose; the server's nonce with either."""
+
+SigningPolicy: TypeAlias = Literal["compatible", "request"]
+"""Whether signatures over less than the whole request are taken, or made."""
+
+Signer: TypeAlias = Callable[[bytes], bytes]
+"""Signs a message with the hotkey (sr25519, Substrate context): message in, 64 bytes of signature out."""
 
 
 def purpose_message(hotkey: Hotkey, nonce: str, purpose: str) -> bytes:
@@ -41,6 +63,51 @@ def request_message(hotkey: Hotkey, nonce: str, method: str, target: str, body: 
     return purpose_message(hotkey, nonce, f"request:{digest}")
 
 
+def messages_to_sign(
+    coverage: Coverage, policy: SigningPolicy, hotkey: Hotkey, nonce: str, method: str, target: str, body: bytes
+) -> tuple[bytes, ...]:
+    """The messages of which one must be signed. A client signs the first, a server takes any."""
+    whole = request_message(hotkey, nonce, method, target, body)
+    if policy == "request":
+        return (whole,)
+    match coverage:
+        case "body":
+            return (body_message(hotkey, nonce, body), whole)
+        case "purpose":
+            return (purpose_message(hotkey, nonce, PURPOSE), whole)
+        case "nonce":
+            return (body_message(hotkey, nonce, body), purpose_message(hotkey, nonce, PURPOSE), whole)
+
+
+def check_time(nonce: str, now: int) -> None:
+    """Raises `Refused` unless ``nonce`` is a time in unix seconds, less than `WINDOW` away from ``now``."""
+    if not _SECONDS.fullmatch(nonce) or abs(now - int(nonce)) >= WINDOW:
+        raise Refused(
+            Code.SIGNATURE_STALE,
+            "Invalid nonce!",
+            reason=f"X-Chutes-Nonce is not a time in unix seconds less than {WINDOW} s away",
+        )
+
+
+def check_signature(hotkey: Hotkey, messages: Sequence[bytes], signature: str) -> None:
+    """Raises `Refused` unless ``signature``, a text of the wire, is the hotkey's over one of ``messages``."""
+    if not _SIGNATURE.fullmatch(signature):
+        raise Refused(
+            Code.SIGNATURE_INVALID,
+            "Invalid signature",
+            reason=f"the signature of {hotkey.address} is not {2 * SIGNATURE_SIZE} hex digits",
+        )
+    reason = ""
+    for message in messages:
+        try:
+            hotkey.check_signature(message, bytes.fromhex(signature))
+        except HotkeyError as exc:
+            reason = str(exc)
+        else:
+            return
+    raise _refused(hotkey, reason)
+
+
 def check_body_signature(
     hotkey: Hotkey, named: str | None, nonce: str | None, body: bytes, signature: str | None
 ) -> None:
@@ -53,16 +120,7 @@ def check_body_signature(
         raise _refused(hotkey, "the signature's hotkey is not the one that the request speaks for")
     if nonce is None or signature is None:
         raise _refused(hotkey, "the signature or its nonce is missing")
-    if not _SIGNATURE.fullmatch(signature):
-        raise Refused(
-            Code.SIGNATURE_INVALID,
-            "Invalid signature",
-            reason=f"the signature of {hotkey.address} is not {2 * SIGNATURE_SIZE} hex digits",
-        )
-    try:
-        hotkey.check_signature(body_message(hotkey, nonce, body), bytes.fromhex(signature))
-    except HotkeyError as exc:
-        raise _refused(hotkey, str(exc)) from None
+    check_signature(hotkey, (body_message(hotkey, nonce, body),), signature)
 
 
 def _refused(hotkey: Hotkey, reason: str) -> Refused:

@@ -12,9 +12,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol, TypeVar
 
 from chutes_proto.blocking.quoting import Quoter, take_quote
 from chutes_proto.effects import (
@@ -26,6 +27,7 @@ from chutes_proto.effects import (
     Log,
     MakeQuote,
     Now,
+    Resolve,
     Send,
     Sleep,
     Transact,
@@ -69,6 +71,21 @@ def log_record(record: Record) -> None:
     """Hand a record to the standard library's ``logging``, logger ``chutes_proto``."""
     fields = (f"{name}={json.dumps(value)}" for name, value in record.fields.items())
     logging.getLogger("chutes_proto").log(record.level, "%s", " ".join([record.event, *fields]))
+
+
+RESOLVE_SECONDS: Final = 5.0
+"""How long `Resolve` may take, where something can interrupt it."""
+RESOLVERS: Final = 4
+"""How many threads may wait for a resolver; an interrupted one waits on, so they are not those of the store."""
+
+
+def resolve(name: str) -> tuple[str, ...]:
+    """The addresses that this machine's resolver has for a name."""
+    try:
+        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return ()
+    return tuple(dict.fromkeys(str(address[0]).partition("%")[0] for *_, address in found))
 
 
 def unknown(effect: Effect[Any]) -> LocalProtocolError:
@@ -119,6 +136,8 @@ class Performer:
                 return self._get(url)
             case FetchCollateral(identity, now):
                 return self._collateral.fetch(identity, now)
+            case Resolve(name):
+                return resolve(name)
             case Transact(unit):
                 return self._store.transact(unit)
             case Log(record):

@@ -18,10 +18,21 @@ from typing import TYPE_CHECKING, Any
 from attrs import define, evolve
 
 from chutes_proto.codes import Code
-from chutes_proto.effects import Entropy, Log, Uptime
+from chutes_proto.effects import Entropy, Log, Now, Uptime
 from chutes_proto.errors import BadRequest, KeyUnavailable, Refusal, Refused, SealBroken, StoreError, Unavailable
 from chutes_proto.log import Level, Record
 from chutes_proto.server.boot import attest_boot, issue_boot_nonce
+from chutes_proto.server.callers import check_caller
+from chutes_proto.server.rotation import attest_volumes, confirm_volumes
+from chutes_proto.server.runtime import attest_runtime, issue_runtime_nonce, read_status
+from chutes_proto.server.servers import (
+    list_servers,
+    publish_measurements,
+    read_server,
+    register_server,
+    remove_server,
+    rename_server,
+)
 from chutes_proto.server.volumes import read_cache_passphrase, sync_volumes
 from chutes_proto.wire import endpoints, openapi
 from chutes_proto.wire.answers import error_response
@@ -30,6 +41,7 @@ from chutes_proto.wire.http import HttpRequest, HttpResponse, MalformedRequest
 from chutes_proto.wire.messages import ApiDescriptionAnswer, ApiDescriptionRequest
 
 if TYPE_CHECKING:
+    from chutes_proto.auth.hotkey import Hotkey
     from chutes_proto.effects import Flow
     from chutes_proto.log import Value
     from chutes_proto.server.service import Service
@@ -37,6 +49,7 @@ if TYPE_CHECKING:
 
 _HOST = re.compile(r"[A-Za-z0-9.\-]+(?::[0-9]+)?|\[[0-9A-Fa-f:.]+\](?::[0-9]+)?")
 _DRAINED = (endpoints.BOOT_NONCE, endpoints.BOOT_ATTESTATION)
+_ATTESTATIONS = (endpoints.BOOT_ATTESTATION, endpoints.RUNTIME_ATTESTATION)
 
 
 def describe_api(
@@ -52,7 +65,21 @@ _HANDLERS: Mapping[endpoints.Endpoint, Callable[[Service, HttpRequest, Any, str]
     endpoints.BOOT_ATTESTATION: attest_boot,
     endpoints.CACHE_PASSPHRASE: read_cache_passphrase,
     endpoints.VOLUME_SYNC: sync_volumes,
+    endpoints.VOLUME_ATTESTATION: attest_volumes,
+    endpoints.VOLUME_CONFIRMATION: confirm_volumes,
+    endpoints.MEASUREMENTS: publish_measurements,
     endpoints.API_DESCRIPTION: describe_api,
+}
+
+_SIGNED: Mapping[endpoints.Endpoint, Callable[[Service, HttpRequest, Any, str, Hotkey], Flow[Answer]]] = {
+    endpoints.REGISTER_SERVER: register_server,
+    endpoints.LIST_SERVERS: list_servers,
+    endpoints.RENAME_SERVER: rename_server,
+    endpoints.SERVER_DETAILS: read_server,
+    endpoints.REMOVE_SERVER: remove_server,
+    endpoints.RUNTIME_NONCE: issue_runtime_nonce,
+    endpoints.RUNTIME_ATTESTATION: attest_runtime,
+    endpoints.ATTESTATION_STATUS: read_status,
 }
 
 
@@ -112,19 +139,28 @@ class App:
         if self.draining and match.endpoint in _DRAINED:
             raise Unavailable(Code.DRAINING, "The server is stopping. Retry shortly.", retry_after=5)
         try:
-            message = decode_request(match, request)
-            answer = yield from _HANDLERS[match.endpoint](self.service, request, message, request_id)
+            answer = yield from self._handle(match, request, request_id)
         except Refusal as exc:
-            if match.endpoint is endpoints.BOOT_ATTESTATION:
+            if match.endpoint in _ATTESTATIONS:
                 exc.headers = (*exc.headers, ("connection", "close"))
             raise
         return encode_answer(match.endpoint, answer)
 
+    def _handle(self, match: endpoints.Match, request: HttpRequest, request_id: str) -> Flow[Answer]:
+        """Of a signed request nothing is looked at before its caller is known."""
+        if match.endpoint.signed is None:
+            message = decode_request(match, request)
+            return (yield from _HANDLERS[match.endpoint](self.service, request, message, request_id))
+        caller = check_caller(self.service, request, match.endpoint.signed, (yield from Now()))
+        message = decode_request(match, request)
+        return (yield from _SIGNED[match.endpoint](self.service, request, message, request_id, caller))
+
     def _tell(self, request: HttpRequest | MalformedRequest, request_id: str, refusal: Refusal) -> Flow[None]:
         """The operator's line. Anyone can cause refusals, so many at once are counted instead."""
-        held_back = self.service.refusals.admits((yield from Uptime()))
         ours = isinstance(refusal, Unavailable)
-        if held_back is None and not ours:
+        quiet = self.service.faults if ours else self.service.refusals
+        held_back = quiet.admits((yield from Uptime()))
+        if held_back is None:
             return
         fields: dict[str, Value] = {"request_id": request_id, "peer": request.peer_address}
         if isinstance(request, HttpRequest):

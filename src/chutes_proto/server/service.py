@@ -93,3 +93,4 @@ class Service:
     limits: LimitOptions = field(factory=LimitOptions)
     verifications: Slots = field(default=Factory(lambda self: Slots(self.limits.verifications), takes_self=True))
     refusals: Quiet = field(factory=Quiet)
+    faults: Quiet = field(factory=Quiet)

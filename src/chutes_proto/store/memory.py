@@ -129,8 +129,8 @@ class Tables:
             case PurgeGeneration(row):
                 for kept in self._where(GenerationRow, lambda other: key_of(other) == key_of(row)):
                     if kept.state == "retired":
-                        gone = {"sealed": None, "kek_id": None, "wrapped_key": None}
-                        self._set(evolve(kept, state="purged", provisional=False, **gone))
+                        gone = evolve(kept, sealed=None, kek_id=None, wrapped_key=None)
+                        self._set(evolve(gone, state="purged", provisional=False))
             case CountSealed():
                 sealed = self._where(GenerationRow, lambda row: row.kek_id is not None)
                 return tuple(sorted(Counter(row.kek_id for row in sealed).items()))
@@ -152,7 +152,7 @@ class Tables:
             case DeleteServer(server_id):
                 for gpu in self._where(GpuRow, lambda row: row.server_id == server_id):
                     del self.rows[GpuRow][key_of(gpu)]
-                self.rows[ServerRow].pop((server_id,), None)
+                _ = self.rows[ServerRow].pop((server_id,), None)
             case ReadGpu(uuid):
                 return _first(self._where(GpuRow, lambda row: row.uuid == uuid))
             case ReadBoot(boot_id):

@@ -14,7 +14,9 @@ from __future__ import annotations
 import base64
 import binascii
 import re
+from collections.abc import Iterable
 from functools import cache
+from math import isfinite
 from typing import Any, NoReturn, cast
 from urllib.parse import parse_qsl, quote, urlencode
 
@@ -42,14 +44,15 @@ def encode_request(endpoint: Endpoint, message: messages.Request, headers: Heade
     for attribute in attrs.fields(type(message)):
         value = getattr(message, attribute.name)
         if value is not None:
-            values[attribute.metadata[messages.PLACE]][messages.wire_name(attribute)] = value
+            plain = _plain(value) if _place(attribute) == "body" else value
+            values[_place(attribute)][messages.wire_name(attribute)] = plain
     path = "/".join(
         quote(values["path"][segment[1:-1]], safe="") if segment.startswith("{") else segment
         for segment in endpoint.path.split("/")
     )
     target = f"{path}?{urlencode(values['query'])}" if values["query"] else path
     fields = tuple((name.lower(), value) for name, value in values["header"].items())
-    if endpoint.method == "GET":
+    if not any(_place(attribute) == "body" for attribute in attrs.fields(endpoint.request)):
         return HttpRequest(endpoint.method, target, (*fields, *headers))
     content = json.encode(values["body"])
     return HttpRequest(endpoint.method, target, (*fields, *JSON_HEADERS, *headers), content)
@@ -63,7 +66,7 @@ def decode_request(match: endpoints.Match, request: HttpRequest) -> messages.Req
     sources: dict[str, dict[str, Any]] = {
         "path": dict(match.parameters),
         "query": _query(request, names["query"]),
-        "header": _headers(request, names["header"]),
+        "header": decode_headers(request, names["header"]),
         "body": _body(request) if names["body"] else {},
     }
     raw = {
@@ -110,16 +113,28 @@ def _answer_content(answer: messages.Answer) -> bytes:
             members: dict[str, object] = {volume: _plain(secret) for volume, secret in passphrases}
             return json.encode({**members, messages.VolumeSyncAnswer.IN_USE: list(in_use)})
         case _:
-            content: dict[str, object] = {}
-            for attribute in attrs.fields(type(answer)):
-                value = getattr(answer, attribute.name)
-                if value is not None or attribute.default is attrs.NOTHING:
-                    content[attribute.name] = _plain(value)
-            return json.encode(content)
+            name = messages.the_list(type(answer))
+            return json.encode(_plain(answer if name is None else getattr(answer, name)))
 
 
 def _plain(value: object) -> object:
-    return value.reveal().decode("ascii") if isinstance(value, Secret) else value
+    """``value`` as JSON has it; members that may be left out are, where they are None."""
+    match value:
+        case Secret():
+            return value.reveal().decode("ascii")
+        case tuple():
+            return [_plain(item) for item in cast("tuple[object, ...]", value)]
+        case dict():
+            return {name: _plain(item) for name, item in cast("dict[str, object]", value).items()}
+        case _ if attrs.has(type(value)):
+            content: dict[str, object] = {}
+            for attribute in attrs.fields(cast("Any", type(value))):
+                member = getattr(value, attribute.name)
+                if member is not None or attribute.default is attrs.NOTHING:
+                    content[attribute.name] = _plain(member)
+            return content
+        case _:
+            return value
 
 
 def decode_answer(endpoint: Endpoint, response: HttpResponse) -> messages.Answer:
@@ -131,7 +146,8 @@ def decode_answer(endpoint: Endpoint, response: HttpResponse) -> messages.Answer
         raise _refusal(response)
     if endpoint.answer is messages.ApiDescriptionAnswer:
         return messages.ApiDescriptionAnswer(document=response.body)
-    content = _answer_object(response)
+    name = messages.the_list(endpoint.answer)
+    content = _answer_object(response) if name is None else {name: _answer_json(response)}
     if endpoint.answer is messages.VolumeSyncAnswer:
         in_use = content.pop(messages.VolumeSyncAnswer.IN_USE, [])
         content = {"passphrases": list(content.items()), "in_use": in_use}
@@ -141,11 +157,15 @@ def decode_answer(endpoint: Endpoint, response: HttpResponse) -> messages.Answer
         raise RemoteProtocolError(f"the server's answer is not what it should be: {exc}") from None
 
 
-def _answer_object(response: HttpResponse) -> dict[str, Any]:
+def _answer_json(response: HttpResponse) -> Any:
     try:
-        content = json.decode(response.body)
+        return json.decode(response.body)
     except json.JsonError as exc:
         raise RemoteProtocolError(f"the server answered {response.status} with what is not JSON: {exc}") from None
+
+
+def _answer_object(response: HttpResponse) -> dict[str, Any]:
+    content = _answer_json(response)
     if not isinstance(content, dict):
         raise RemoteProtocolError(f"the server answered {response.status} with JSON that is no object")
     return cast("dict[str, Any]", content)
@@ -201,7 +221,8 @@ def _query(request: HttpRequest, names: set[str]) -> dict[str, str]:
     return values
 
 
-def _headers(request: HttpRequest, names: set[str]) -> dict[str, str]:
+def decode_headers(request: HttpRequest, names: Iterable[str]) -> dict[str, str]:
+    """Those of the headers ``names`` that are there. Raises `BadRequest` for one that is there twice."""
     values: dict[str, str] = {}
     for name in names:
         match request.header_values(name.lower()):
@@ -246,6 +267,16 @@ def _name(value: object, _: Any) -> str:
     return text
 
 
+def _number(value: object, _: Any) -> float:
+    """A finite number; JSON does not tell 1 from 1.0."""
+    try:
+        if type(value) in (int, float) and isfinite(number := float(cast("float", value))):
+            return number
+    except OverflowError:
+        pass
+    raise MismatchError("float_type", "Input should be a valid number")
+
+
 def _secret(value: object, _: Any) -> Secret:
     text = string(value, _)
     if not text or not text.isascii() or not text.isprintable():
@@ -265,7 +296,13 @@ def _passphrase(value: object, _: Any) -> tuple[str, Secret]:
 def _structurer() -> Structurer:
     hooks = (
         (messages.Name, _name),
+        (float, _number),
         (Secret, _secret),
         (tuple[tuple[str, Secret], ...], list_of(_passphrase)),
     )
-    return Structurer(hooks)
+    structurer = Structurer(hooks)
+    for kind in (messages.NodeArgs, messages.ServerAnswer, messages.Measurements):
+        structurer.add_list(kind)
+    for named in (messages.VolumePair, messages.VolumeConfirmation, messages.VolumeResult):
+        structurer.add_mapping(named)
+    return structurer

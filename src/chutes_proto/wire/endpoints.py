@@ -9,12 +9,16 @@ another verb is 405 with ``Allow``; a path that only lacks or has too much of a 
 from __future__ import annotations
 
 import re
+from typing import Literal, TypeAlias
 from urllib.parse import unquote_to_bytes
 
 from attrs import Factory, field, frozen
 
 from chutes_proto.codes import Code
 from chutes_proto.wire import messages
+
+Signed: TypeAlias = Literal["body", "purpose", "nonce"]
+"""What a hotkey signs of an operation, at least (``README.md``, "Signed requests")."""
 
 _SEGMENT = r"((?:[^/%]|%[0-9A-Fa-f]{2})+)"
 _PARAMETER = re.compile(r"\{([a-z_]+)\}")
@@ -39,6 +43,7 @@ class Endpoint:
     summary: str
     codes: tuple[Code, ...] = ()
     status: int = 200
+    signed: Signed | None = None
     pattern: re.Pattern[str] = field(init=False, eq=False, repr=False, default=Factory(_pattern, takes_self=True))
 
     @property
@@ -125,6 +130,155 @@ VOLUME_SYNC = Endpoint(
     "The passphrases of the VM's volumes, made where there are none",
     (*_TOKEN_CODES, Code.VOLUMES_REQUIRED, Code.VOLUME_UNKNOWN, Code.REKEY_NOT_SUBSET, *_STORE_CODES),
 )
+_SIGNATURE_CODES = (Code.SIGNATURE_INVALID, Code.SIGNATURE_STALE, Code.HOTKEY_UNKNOWN)
+_OWN_SERVER_CODES = (*_SIGNATURE_CODES, Code.SERVER_NOT_FOUND, Code.STORE_UNAVAILABLE)
+_TEE = "hotkey signature, purpose tee"
+
+REGISTER_SERVER = Endpoint(
+    5,
+    "register_server",
+    "POST",
+    "/servers/",
+    messages.RegisterServerRequest,
+    messages.MessageAnswer,
+    "hotkey signature over the body",
+    "Register a server with its GPUs",
+    (
+        *_SIGNATURE_CODES,
+        Code.HOST_INVALID,
+        Code.GPU_INVALID,
+        Code.BOOT_REQUIRED,
+        Code.HOST_TAKEN,
+        Code.GPU_TAKEN,
+        Code.SERVER_TAKEN,
+        Code.NAME_TAKEN,
+        Code.STORE_UNAVAILABLE,
+    ),
+    status=201,
+    signed="body",
+)
+LIST_SERVERS = Endpoint(
+    6,
+    "list_servers",
+    "GET",
+    "/servers/",
+    messages.ListServersRequest,
+    messages.ServerListAnswer,
+    _TEE,
+    "The caller's servers, newest first",
+    (*_SIGNATURE_CODES, Code.STORE_UNAVAILABLE),
+    signed="purpose",
+)
+RENAME_SERVER = Endpoint(
+    7,
+    "rename_server",
+    "PATCH",
+    "/servers/{server_id}",
+    messages.RenameServerRequest,
+    messages.RenamedServerAnswer,
+    _TEE,
+    "Give a server another name; the keys of its VM are not touched",
+    (*_OWN_SERVER_CODES, Code.NAME_TAKEN),
+    signed="purpose",
+)
+SERVER_DETAILS = Endpoint(
+    8,
+    "get_server",
+    "GET",
+    "/servers/{server_id}",
+    messages.ServerDetailsRequest,
+    messages.ServerAnswer,
+    _TEE,
+    "One of the caller's servers",
+    _OWN_SERVER_CODES,
+    signed="purpose",
+)
+REMOVE_SERVER = Endpoint(
+    9,
+    "remove_server",
+    "DELETE",
+    "/servers/{server_name_or_id}",
+    messages.RemoveServerRequest,
+    messages.RemovedServerAnswer,
+    _TEE,
+    "Remove a server; the keys of its VM are kept",
+    _OWN_SERVER_CODES,
+    signed="purpose",
+)
+RUNTIME_NONCE = Endpoint(
+    10,
+    "get_runtime_nonce",
+    "GET",
+    "/servers/{server_id}/nonce",
+    messages.RuntimeNonceRequest,
+    messages.NonceAnswer,
+    _TEE,
+    "A nonce for a runtime attestation of this server",
+    _OWN_SERVER_CODES,
+    signed="purpose",
+)
+RUNTIME_ATTESTATION = Endpoint(
+    11,
+    "verify_runtime_attestation",
+    "POST",
+    "/servers/{server_id}/attestation",
+    messages.RuntimeAttestationRequest,
+    messages.RuntimeAttestationAnswer,
+    "hotkey signature over the server's nonce, quote, client certificate",
+    "Verify a runtime quote: an approved TD on the server's platform holds this TLS key, the booted one or another",
+    (*_QUOTE_CODES, *_OWN_SERVER_CODES),
+    signed="nonce",
+)
+ATTESTATION_STATUS = Endpoint(
+    12,
+    "get_attestation_status",
+    "GET",
+    "/servers/{server_id}/attestation/status",
+    messages.AttestationStatusRequest,
+    messages.AttestationStatusAnswer,
+    _TEE,
+    "The newest runtime verdict and its age",
+    _OWN_SERVER_CODES,
+    signed="purpose",
+)
+VOLUME_ATTESTATION = Endpoint(
+    13,
+    "attest_volumes",
+    "POST",
+    "/servers/{vm_name}/luks/attest",
+    messages.VolumeAttestationRequest,
+    messages.VolumeAttestationAnswer,
+    "quote, client certificate, quote nonce (spent)",
+    "The current and the next key of each volume, for a quote of the booted VM",
+    (*_QUOTE_CODES, Code.QUOTE_NONCE_INVALID, Code.VOLUMES_REQUIRED, Code.VOLUME_UNKNOWN, *_STORE_CODES),
+)
+VOLUME_CONFIRMATION = Endpoint(
+    14,
+    "confirm_volumes",
+    "POST",
+    "/servers/{vm_name}/luks/confirm",
+    messages.VolumeConfirmationRequest,
+    messages.VolumeConfirmationAnswer,
+    "confirm nonce",
+    "The volumes were opened; the next keys become active where they were added",
+    (
+        Code.CONFIRM_NONCE_INVALID,
+        Code.VOLUMES_REQUIRED,
+        Code.VOLUME_UNKNOWN,
+        Code.ROTATION_SUPERSEDED,
+        *_STORE_CODES,
+    ),
+)
+MEASUREMENTS = Endpoint(
+    15,
+    "get_measurements",
+    "GET",
+    "/servers/tee/measurements",
+    messages.MeasurementsRequest,
+    messages.MeasurementsAnswer,
+    "none",
+    "The accepted measurement profiles",
+)
 API_DESCRIPTION = Endpoint(
     16,
     "get_api_description",
@@ -136,7 +290,24 @@ API_DESCRIPTION = Endpoint(
     "This API as an OpenAPI 3.1 document",
 )
 
-ENDPOINTS: tuple[Endpoint, ...] = (BOOT_NONCE, BOOT_ATTESTATION, CACHE_PASSPHRASE, VOLUME_SYNC, API_DESCRIPTION)
+ENDPOINTS: tuple[Endpoint, ...] = (
+    BOOT_NONCE,
+    BOOT_ATTESTATION,
+    CACHE_PASSPHRASE,
+    VOLUME_SYNC,
+    REGISTER_SERVER,
+    LIST_SERVERS,
+    RENAME_SERVER,
+    SERVER_DETAILS,
+    REMOVE_SERVER,
+    RUNTIME_NONCE,
+    RUNTIME_ATTESTATION,
+    ATTESTATION_STATUS,
+    VOLUME_ATTESTATION,
+    VOLUME_CONFIRMATION,
+    MEASUREMENTS,
+    API_DESCRIPTION,
+)
 
 
 @frozen
@@ -199,7 +370,7 @@ def _parameters(endpoint: Endpoint, values: tuple[str, ...]) -> dict[str, str] |
 def _templates() -> tuple[tuple[Endpoint, ...], ...]:
     by_path: dict[str, list[Endpoint]] = {}
     for endpoint in ENDPOINTS:
-        by_path.setdefault(endpoint.path, []).append(endpoint)
+        by_path.setdefault(_PARAMETER.sub("{}", endpoint.path), []).append(endpoint)
     return tuple(tuple(by_path[path]) for path in sorted(by_path, key=lambda path: path.count("{")))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast, get_args, get_origin
 
 import attrs
@@ -56,7 +56,7 @@ def _parameter(field: attrs.Attribute[Any]) -> dict[str, object]:
         "in": place,
         "required": place == "path" or field.metadata[messages.DOCUMENTED_AS_REQUIRED],
         "description": field.metadata[messages.DESCRIPTION],
-        "schema": {"type": "string"} if place != "path" else _schema(field.type),
+        "schema": _schema(_present(field.type)),
     }
 
 
@@ -80,15 +80,25 @@ def _schemas() -> dict[str, object]:
     schemas: dict[str, object] = {}
     for endpoint in ENDPOINTS:
         for message in (endpoint.request, endpoint.answer):
-            fields = [f for f in attrs.fields(message) if f.metadata[messages.PLACE] == "body"]
-            if fields:
-                schemas[message.__name__] = _object(message, fields)
+            _describe(message, schemas)
     schemas["Error"] = _error({"type": "string"})
     loc = {"type": "array", "items": {"type": ["string", "integer"]}}
     problem = {"type": {"type": "string"}, "loc": loc, "msg": {"type": "string"}}
     listed = {"type": "object", "properties": problem, "required": list(problem)}
     schemas["ValidationError"] = _error({"type": "array", "items": listed})
     return schemas
+
+
+def _describe(message: type[Any], schemas: dict[str, object]) -> None:
+    """Add the schema of a message's body, and those of the values in it."""
+    fields = [f for f in attrs.fields(message) if f.metadata[messages.PLACE] == "body"]
+    if not fields or message.__name__ in schemas:
+        return
+    schemas[message.__name__] = _object(message, fields)
+    for field in fields:
+        for kind in (_present(field.type), *get_args(field.type)):
+            if attrs.has(cast("type[Any]", kind)):
+                _describe(cast("type[Any]", kind), schemas)
 
 
 def _object(message: type[Any], fields: Sequence[attrs.Attribute[Any]]) -> dict[str, object]:
@@ -103,6 +113,9 @@ def _object(message: type[Any], fields: Sequence[attrs.Attribute[Any]]) -> dict[
             "required": [messages.VolumeSyncAnswer.IN_USE],
             "additionalProperties": {"type": "string"},
         }
+    name = messages.the_list(message)
+    if name is not None:
+        return _schema(next(f.type for f in fields if f.name == name))
     properties = {f.name: {**_schema(f.type), "description": f.metadata[messages.DESCRIPTION]} for f in fields}
     required = [f.name for f in fields if f.default is attrs.NOTHING]
     return {"type": "object", "properties": properties, "required": required}
@@ -114,16 +127,31 @@ def _error(detail: dict[str, object]) -> dict[str, object]:
     return {"type": "object", "properties": properties, "required": list(properties)}
 
 
+_PLAIN = {str: "string", Secret: "string", int: "integer", float: "number", bool: "boolean"}
+
+
 def _schema(kind: object) -> dict[str, object]:
     """The JSON schema of a field's type."""
     if kind is messages.Name:
         return {"type": "string", "pattern": messages.NAME_PATTERN}
-    if kind is str or kind is Secret:
-        return {"type": "string"}
+    if isinstance(kind, type) and kind in _PLAIN:
+        return {"type": _PLAIN[kind]}
+    if isinstance(kind, type) and attrs.has(kind):
+        return {"$ref": f"#/components/schemas/{kind.__name__}"}
+    if get_origin(kind) is Mapping:
+        return {"type": "object", "additionalProperties": _schema(get_args(kind)[1])}
     if get_origin(kind) is tuple:
         return {"type": "array", "items": _schema(get_args(kind)[0])}
-    variants = [variant for variant in get_args(kind) if variant is not type(None)]
-    if len(variants) != 1:
+    variant = _present(kind)
+    if variant is kind:
         raise TypeError(f"no JSON schema for {kind!r}")
-    schema = _schema(variants[0])
+    schema = _schema(variant)
+    if "$ref" in schema:
+        return {"anyOf": [schema, {"type": "null"}]}
     return {**schema, "type": [cast("str", schema["type"]), "null"]}
+
+
+def _present(kind: object) -> object:
+    """A type without its ``None``."""
+    variants = [variant for variant in get_args(kind) if variant is not type(None)]
+    return variants[0] if type(None) in get_args(kind) and len(variants) == 1 else kind

@@ -1,0 +1,423 @@
+"""Servers of miners: registered, renamed, removed, attested at runtime; each change one transaction with its audit row.
+
+Rules kept here:
+
+* an id, an address, a GPU, and a name among one hotkey's servers belong to one server: the tables' own constraints;
+* a name is no other id of the same hotkey's, and an id no other name, so that either names one server;
+* a server is removed by its owner, or by a registration with better evidence: one linked to a boot that came from the
+  very address takes what a stranger's server holds that has neither link nor accepted runtime quote;
+* removing a server keeps the keys of its VM;
+* who is not the owner hears that there is no such server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
+
+from attrs import evolve, frozen
+
+from chutes_proto.codes import Code
+from chutes_proto.errors import BadRequest, Refused, StoreBusy
+from chutes_proto.store.rows import (
+    AttestationRow,
+    AuditRow,
+    BootRow,
+    Claim,
+    CountServerRefusals,
+    DeleteServer,
+    FindLastBoot,
+    FindLastBootFrom,
+    FindServer,
+    GpuRow,
+    Insert,
+    Pin,
+    Put,
+    ReadAttestation,
+    ReadBoot,
+    ReadGpu,
+    ReadServer,
+    ReadServers,
+    ReadVm,
+    ServerRow,
+    Vm,
+)
+from chutes_proto.store.run import Unit
+from chutes_proto.units.boot import DAY, REFUSALS_PER_DAY, legible
+from chutes_proto.units.nonces import redeem_nonce
+
+if TYPE_CHECKING:
+    from chutes_proto.quote.measurements import Profile
+    from chutes_proto.store.run import Script
+
+_TAKEN = "Conflict with an existing server. Please contact support to resolve."
+
+
+@frozen
+class RegisterServer(Unit[ServerRow]):
+    """Register a server with its GPUs, linked to its newest boot by name, else by address.
+
+    A boot counts while its VM's name is bound to the platform it came from (with ``platform_binding="off"``: always)
+    and its profile is one of ``profiles``, by name. ``gpus`` bear ``server_id``.
+
+    Raises `Refused` (``boot_required``, ``gpu_taken``, ``host_taken``, ``server_taken``, ``name_taken``) and
+    `BadRequest` (``gpu_invalid``) for GPUs that the linked boot's profile does not expect.
+    """
+
+    now: int
+    request_id: str
+    hotkey: str
+    server_id: str
+    name: str
+    host: str
+    address: str
+    gpus: tuple[GpuRow, ...]
+    profiles: Mapping[str, Profile]
+    peer_address: str
+    evidence: Literal["link", "boot"] = "link"
+    platform_binding: Literal["pin", "off"] = "pin"
+
+    def script(self) -> Script[ServerRow]:
+        """Link, conflicts, rows."""
+        link = yield from self._link()
+        if link is None and self.evidence == "boot":
+            raise Refused(Code.BOOT_REQUIRED, "Server registration failed - no verified boot belongs to this server.")
+        if link is not None:
+            self._check_gpus(self.profiles[link.profile_name])
+        yield from self._make_room(link)
+        server = ServerRow(
+            server_id=self.server_id,
+            registration=self.request_id,
+            hotkey=self.hotkey,
+            name=self.name,
+            host=self.host,
+            address=self.address,
+            boot_id=None if link is None else link.boot_id,
+            pin=None,
+            created_at=self.now,
+        )
+        rows: tuple[ServerRow | GpuRow, ...] = (server, *self.gpus)
+        for row in rows:
+            if not (yield from Claim(row)):  # somebody else's transaction came in between
+                raise StoreBusy(f"a {row.TABLE} row was claimed meanwhile")
+        linked = "no link" if link is None else f"linked to boot {link.boot_id} of {link.vm.name}"
+        yield from self._audit(
+            server, "register server", f"{linked}; {len(self.gpus)} GPUs", link.boot_id if link else None
+        )
+        return server
+
+    def _link(self) -> Script[BootRow | None]:
+        for question in (FindLastBoot(Vm(self.hotkey, self.name)), FindLastBootFrom(self.hotkey, self.address)):
+            boot = yield from question
+            if boot is None or boot.profile_name not in self.profiles:
+                continue
+            claim = yield from ReadVm(boot.vm)
+            if self.platform_binding == "off" or (claim is not None and claim.pin == boot.pin):
+                return boot
+        return None
+
+    def _check_gpus(self, profile: Profile) -> None:
+        got = {gpu.identifier for gpu in self.gpus}
+        expected = set(profile.expected_gpus)
+        about = f"for measurement config '{profile.name}'"
+        if expected and not got <= expected:
+            told = f"Expected GPUs {sorted(expected)}, but got {sorted(got)}"
+            raise BadRequest(Code.GPU_INVALID, f"Server registration failed - GPU mismatch {about}: {told}")
+        if profile.gpu_count is not None and len(self.gpus) != profile.gpu_count:
+            told = f"Expected {profile.gpu_count} GPUs, but got {len(self.gpus)}"
+            raise BadRequest(Code.GPU_INVALID, f"Server registration failed - GPU count mismatch {about}: {told}")
+
+    def _make_room(self, link: BootRow | None) -> Script[None]:
+        """See that nothing of this server is another's, or make who has no evidence yield to this boot."""
+        for gpu in self.gpus:
+            held = yield from ReadGpu(gpu.uuid)
+            if held is not None:
+                holder = yield from ReadServer(held.server_id)
+                text = "Nodes already exist in inventory, please contact chutes team to resolve: " + str([gpu.uuid])
+                yield from self._make_yield(holder, link, Refused(Code.GPU_TAKEN, text))
+        holder = yield from FindServer(self.address)
+        if holder is not None:
+            text = _TAKEN
+            if holder.hotkey == self.hotkey:
+                text = (
+                    f"IP {self.host} is already registered to your server {holder.server_id} ({holder.name})."
+                    " IPs must be unique across all servers."
+                )
+            yield from self._make_yield(holder, link, Refused(Code.HOST_TAKEN, text))
+        holder = yield from ReadServer(self.server_id)
+        if holder is not None:
+            text = "The server id is registered to you already." if holder.hotkey == self.hotkey else _TAKEN
+            yield from self._make_yield(holder, link, Refused(Code.SERVER_TAKEN, text))
+        yield from _check_name(self.hotkey, self.server_id, self.name)
+
+    def _make_yield(self, holder: ServerRow | None, link: BootRow | None, refusal: Refused) -> Script[None]:
+        if holder is None:
+            return
+        stranger = holder.hotkey != self.hotkey
+        evident = link is not None and link.peer_address == self.address
+        if not (stranger and evident and holder.boot_id is None and holder.pin is None):
+            refusal.reason = f"{refusal.detail}: held by server {holder.server_id} of {holder.hotkey}"
+            raise refusal
+        yield from DeleteServer(holder.server_id)
+        reason = f"had no evidence; server {self.server_id} of {self.hotkey} at {self.address} has a boot from there"
+        yield from self._audit(holder, "server yields", reason, link.boot_id if link else None)
+
+    def _audit(self, server: ServerRow, event: str, reason: str, boot_id: str | None) -> Script[None]:
+        yield from Insert(
+            AuditRow(
+                at=self.now,
+                actor="miner",
+                event=event,
+                decision="granted",
+                reason=f"server {server.server_id} at {server.address}: {reason}",
+                vm=Vm(server.hotkey, server.name),
+                boot_id=boot_id,
+                request_id=self.request_id,
+                peer_address=self.peer_address,
+            )
+        )
+
+
+@frozen
+class RenameServer(Unit[ServerRow]):
+    """Give a server of ``hotkey``'s another name. Raises `Refused` (``server_not_found``, ``name_taken``)."""
+
+    now: int
+    request_id: str
+    hotkey: str
+    server_id: str
+    name: str
+    peer_address: str
+
+    def script(self) -> Script[ServerRow]:
+        """Check, write."""
+        server = yield from read_own(self.hotkey, self.server_id)
+        if server.name == self.name:
+            return server
+        yield from _check_name(self.hotkey, self.server_id, self.name)
+        renamed = evolve(server, name=self.name, updated_at=self.now)
+        yield from Put(renamed)
+        yield from Insert(
+            AuditRow(
+                at=self.now,
+                actor="miner",
+                event="rename server",
+                decision="granted",
+                reason=f"server {server.server_id}: to {self.name}",
+                vm=Vm(server.hotkey, server.name),
+                request_id=self.request_id,
+                peer_address=self.peer_address,
+            )
+        )
+        return renamed
+
+
+@frozen
+class RemoveServer(Unit[ServerRow]):
+    """Remove the server of ``hotkey``'s that has this name or id. Raises `Refused` (``server_not_found``)."""
+
+    now: int
+    request_id: str
+    hotkey: str
+    name_or_id: str
+    peer_address: str
+
+    def script(self) -> Script[ServerRow]:
+        """Find, delete."""
+        servers = yield from ReadServers(self.hotkey)
+        server = next((row for row in servers if self.name_or_id in (row.server_id, row.name)), None)
+        if server is None:
+            raise not_found(self.name_or_id)
+        yield from DeleteServer(server.server_id)
+        yield from Insert(
+            AuditRow(
+                at=self.now,
+                actor="miner",
+                event="remove server",
+                decision="granted",
+                reason=f"server {server.server_id} at {server.address}; keys are kept",
+                vm=Vm(server.hotkey, server.name),
+                boot_id=server.boot_id,
+                request_id=self.request_id,
+                peer_address=self.peer_address,
+            )
+        )
+        return server
+
+
+@frozen
+class ListServers(Unit[tuple[ServerRow, ...]]):
+    """The servers of a hotkey, newest first."""
+
+    hotkey: str
+
+    def script(self) -> Script[tuple[ServerRow, ...]]:
+        """Read."""
+        servers = yield from ReadServers(self.hotkey)
+        return tuple(sorted(servers, key=lambda row: row.created_at, reverse=True))
+
+
+@frozen
+class ReadOwnServer(Unit[tuple[ServerRow, AttestationRow | None]]):
+    """A server of ``hotkey``'s with its newest runtime verdict. Raises `Refused` (``server_not_found``)."""
+
+    hotkey: str
+    server_id: str
+
+    def script(self) -> Script[tuple[ServerRow, AttestationRow | None]]:
+        """Read."""
+        server = yield from read_own(self.hotkey, self.server_id)
+        return server, None if server.attested is None else (yield from ReadAttestation(server.attested))
+
+
+@frozen
+class GrantRuntime(Unit[None]):
+    """Record an accepted runtime quote, and redeem its nonce.
+
+    With ``platform_binding="pin"`` the quote must come from the platform that the linked VM's name is bound to; without
+    a link, from the one that the first accepted quote came from. Raises `Refused` (``server_not_found``,
+    ``platform_mismatch``, ``nonce_invalid``).
+    """
+
+    now: int
+    request_id: str
+    server: ServerRow
+    pin: Pin
+    nonce: bytes
+    nonce_purpose: str
+    nonce_issued_at: int
+    profile_name: str
+    profile_version: str
+    quote_digest: bytes
+    peer_address: str
+    platform_binding: Literal["pin", "off"] = "pin"
+
+    def script(self) -> Script[None]:
+        """Platform, nonce, records."""
+        server = yield from _same(self.server)
+        bound = yield from self._bound_to(server)
+        if bound not in (None, self.pin) and self.platform_binding == "pin":
+            raise Refused(
+                Code.PLATFORM_MISMATCH,
+                "This server is bound to another platform.",
+                reason=f"server {server.server_id} is bound to {bound}, and this quote comes from {self.pin}",
+            )
+        yield from redeem_nonce(self.nonce, self.nonce_purpose, self.nonce_issued_at, self.now)
+        yield from Put(evolve(server, pin=self.pin if bound is None else server.pin, attested=self.request_id))
+        yield from _record(
+            server,
+            AttestationRow(
+                attestation_id=self.request_id,
+                stage="runtime",
+                vm=Vm(server.hotkey, server.name),
+                pin=self.pin,
+                code=None,
+                reason="",
+                profile_name=self.profile_name,
+                profile_version=self.profile_version,
+                quote_digest=self.quote_digest,
+                peer_address=self.peer_address,
+                created_at=self.now,
+                registration=server.registration,
+            ),
+            "",
+        )
+
+    def _bound_to(self, server: ServerRow) -> Script[Pin | None]:
+        if server.boot_id is None:
+            return server.pin
+        boot = yield from ReadBoot(server.boot_id)
+        claim = None if boot is None else (yield from ReadVm(boot.vm))
+        return server.pin if claim is None else claim.pin
+
+
+@frozen
+class RecordRuntimeRefusal(Unit[bool]):
+    """Keep a refusal of a runtime quote whose nonce held, at most ``per_day`` of a server; returns whether it was kept.
+
+    ``detail`` is what the caller was told, ``reason`` the operator's; ``pin`` is None where the quote did not verify.
+    """
+
+    now: int
+    request_id: str
+    server: ServerRow
+    pin: Pin | None
+    code: str
+    detail: str
+    reason: str
+    quote_digest: bytes
+    peer_address: str
+    per_day: int = REFUSALS_PER_DAY
+
+    def script(self) -> Script[bool]:
+        """Count, record."""
+        server = yield from _same(self.server)
+        if (yield from CountServerRefusals(server.registration, self.now - self.now % DAY)) >= self.per_day:
+            return False
+        yield from Put(evolve(server, attested=self.request_id))
+        row = AttestationRow(
+            attestation_id=self.request_id,
+            stage="runtime",
+            vm=Vm(server.hotkey, server.name),
+            pin=self.pin,
+            code=self.code,
+            reason=legible(self.detail, 2000),
+            profile_name=None,
+            profile_version=None,
+            quote_digest=self.quote_digest,
+            peer_address=self.peer_address,
+            created_at=self.now,
+            registration=server.registration,
+        )
+        yield from _record(server, row, f": {self.code}: {legible(self.reason, 2000)}")
+        return True
+
+
+def read_own(hotkey: str, server_id: str) -> Script[ServerRow]:
+    """A server of ``hotkey``'s. Raises `Refused`."""
+    server = yield from ReadServer(server_id)
+    if server is None or server.hotkey != hotkey:
+        raise not_found(server_id)
+    return server
+
+
+def not_found(name_or_id: str) -> Refused:
+    """The one answer for a server that is not there and for another's."""
+    return Refused(Code.SERVER_NOT_FOUND, f"Server {name_or_id} not found")
+
+
+def _same(before: ServerRow) -> Script[ServerRow]:
+    """The row as it is now, of the same registration."""
+    server = yield from read_own(before.hotkey, before.server_id)
+    if server.registration != before.registration:
+        raise not_found(before.server_id)
+    return server
+
+
+def _record(server: ServerRow, row: AttestationRow, why: str) -> Script[None]:
+    yield from Insert(row)
+    profile = None if row.profile_name is None else f"{row.profile_name} {row.profile_version}"
+    yield from Insert(
+        AuditRow(
+            at=row.created_at,
+            actor="miner",
+            event="attest server",
+            decision="granted" if row.code is None else "refused",
+            reason=f"server {server.server_id}{why}",
+            vm=row.vm,
+            boot_id=server.boot_id,
+            request_id=row.attestation_id,
+            pin=row.pin,
+            profile=profile,
+            quote_digest=row.quote_digest,
+            peer_address=row.peer_address,
+        )
+    )
+
+
+def _check_name(hotkey: str, server_id: str, name: str) -> Script[None]:
+    for other in (yield from ReadServers(hotkey)):
+        if other.server_id == server_id:
+            continue
+        if name in (other.name, other.server_id) or server_id == other.name:
+            raise Refused(Code.NAME_TAKEN, f"name '{name}' already in use by another server for this miner")
