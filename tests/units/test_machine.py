@@ -22,7 +22,7 @@ from hypothesis.stateful import (
 
 from chutes_proto.blocking.sqlite import SqliteStore
 from chutes_proto.codes import Code
-from chutes_proto.errors import Refused
+from chutes_proto.errors import Refusal
 from chutes_proto.keys import generations
 from chutes_proto.keys.generations import Change
 from chutes_proto.keys.vault import Address
@@ -99,7 +99,7 @@ class Calls(RuleBasedStateMachine):
         for store in self.stores:
             try:
                 outcomes.append(store.transact(unit))
-            except Refused as exc:
+            except Refusal as exc:
                 outcomes.append(exc.code)
         assert outcomes[1:] == outcomes[:-1]
         return outcomes[0]
@@ -153,6 +153,9 @@ class Calls(RuleBasedStateMachine):
             if not (free and room):
                 assert outcome == Code.PLATFORM_MISMATCH
                 return
+        if self.now <= self.restored:
+            assert outcome == Code.STORE_UNAVAILABLE
+            return
         if used or unit.nonce_issued_at <= self.restored:
             assert outcome == Code.NONCE_INVALID
             return
