@@ -75,6 +75,14 @@ def test_an_old_file_beside_a_new_one_changes_nothing() -> None:
         assert choose([Item("", content) for content in order], identity(), NOW + 2, "") is new
 
 
+def test_an_old_file_beside_a_new_one_hides_no_revocation() -> None:
+    old = PLATFORM.collateral(NOW - 86400)
+    revoking = evolve(old, pck_crl=PLATFORM.having("pck_revoked").collateral(NOW).pck_crl)
+    items = [Item(name, verify_collateral(each, now=NOW, root=ROOT)) for name, each in (("a", old), ("b", revoking))]
+    for order in (items, items[::-1]):
+        assert choose(order, identity(), NOW, "") is items[1].content
+
+
 def test_files_of_no_use_are_named_unless_one_fits() -> None:
     useless = [Item(f"/shelf/{number}.json", "not JSON") for number in range(7)]
     text = missing(*useless)

@@ -92,6 +92,8 @@ def date(time: int) -> str:
     return datetime.fromtimestamp(time, UTC).isoformat()
 
 
-def _preference(content: VerifiedCollateral, now: int) -> tuple[bool, int, int]:
+def _preference(content: VerifiedCollateral, now: int) -> tuple[bool, int, int, int, int]:
+    """Within its time, then the newest in each respect. CRLs go by their dates: Intel's all bear the number 1."""
     number = min(content.tcb_info.evaluation_number, content.qe_identity.evaluation_number)
-    return now <= content.window[1], number, content.window[1]
+    issued = {term.subject: term.begin for term in content.terms}
+    return now <= content.window[1], number, issued["PCK CRL"], issued["root CRL"], content.window[1]
