@@ -39,7 +39,7 @@ def query(description: str, *, wire_name: str | None = None, required: bool = Fa
 
 
 def header(name: str, description: str) -> Any:
-    """A header field; its absence never fails the decoding."""
+    """A header field; its absence never fails the decoding. None is shown in a ``repr``: some are secrets."""
     return _optional("header", description, name, required=False)
 
 
@@ -50,7 +50,7 @@ def body(description: str, **options: Any) -> Any:
 
 def _optional(place: str, description: str, wire_name: str | None, required: bool) -> Any:
     metadata = {PLACE: place, DESCRIPTION: description, WIRE_NAME: wire_name, DOCUMENTED_AS_REQUIRED: required}
-    return field(kw_only=True, default=None, metadata=metadata)
+    return field(kw_only=True, default=None, repr=place != "header", metadata=metadata)
 
 
 def wire_name(attribute: Attribute[Any]) -> str:
