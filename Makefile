@@ -4,6 +4,7 @@
 #   VENV          where the environment is                        (.venv)
 #   FUZZ_SECONDS  how long `make fuzz` runs each target           (60)
 #   FUZZ_TARGETS  which targets `make fuzz` runs                  (all of them)
+#   SOAK_TESTS    which tests `make soak` runs                   (tests/store tests/units)
 #   PYTEST_ARGS   more arguments for pytest in `make test`
 
 PYTHON ?= python3
@@ -11,6 +12,7 @@ VENV ?= .venv
 FUZZ_SECONDS ?= 60
 FUZZ_TARGETS ?=
 PYTEST_ARGS ?=
+SOAK_TESTS ?= tests/store tests/units
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -21,7 +23,7 @@ RESOLVE := $(VENV)-uv/bin/uv pip compile --quiet --universal --python-version 3.
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lint fuzz constraints clean
+.PHONY: help install demo test lint soak fuzz constraints clean
 
 help: ## this list
 	@echo "make TARGET, where TARGET is one of"
@@ -49,6 +51,9 @@ ifeq ($(strip $(PYTEST_ARGS)),)
 else
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 endif
+
+soak: $(INSTALLED) ## the tests of what must never be lost, in their long form: SOAK_TESTS for hours
+	@CHUTES_PROTO_SOAK=1 $(BIN)/python -m pytest -n auto --hypothesis-profile soak $(SOAK_TESTS)
 
 lint: $(INSTALLED) ## ruff, mypy, basedpyright; shellcheck where it is installed
 	$(BIN)/ruff check
