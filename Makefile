@@ -4,6 +4,7 @@
 #   VENV          where the environment is                        (.venv)
 #   FUZZ_SECONDS  how long `make fuzz` runs each target           (60)
 #   FUZZ_TARGETS  which targets `make fuzz` runs                  (all of them)
+#   BENCH_SUBJECTS  what `make bench` measures                    (everything)
 #   SOAK_TESTS    which tests `make soak` runs                   (tests/store tests/units)
 #   PYTEST_ARGS   more arguments for pytest in `make test`
 
@@ -11,6 +12,7 @@ PYTHON ?= python3
 VENV ?= .venv
 FUZZ_SECONDS ?= 60
 FUZZ_TARGETS ?=
+BENCH_SUBJECTS ?=
 PYTEST_ARGS ?=
 SOAK_TESTS ?= tests/store tests/units
 
@@ -23,7 +25,7 @@ RESOLVE := $(VENV)-uv/bin/uv pip compile --quiet --universal --python-version 3.
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lint soak fuzz constraints clean
+.PHONY: help install demo test lint soak fuzz bench constraints clean
 
 help: ## this list
 	@echo "make TARGET, where TARGET is one of"
@@ -65,6 +67,9 @@ lint: $(INSTALLED) ## ruff, mypy, basedpyright; shellcheck where it is installed
 
 fuzz: $(FUZZ_INSTALLED) ## coverage-guided fuzzing, FUZZ_SECONDS for each of FUZZ_TARGETS
 	@$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS) $(FUZZ_TARGETS)
+
+bench: $(INSTALLED) ## what takes how long, beside others and beside what cannot be done without; prints ratios
+	@$(BIN)/python -m bench $(BENCH_SUBJECTS)
 
 $(FUZZ_INSTALLED): tests/fuzz/requirements.txt $(INSTALLED)
 	@echo "==> $(VENV): atheris, checked against its hash (there are wheels for Linux on x86-64)"

@@ -37,6 +37,9 @@ _CRL_VERSION_2: Final = bytes.fromhex("020101")
 _P256_KEY: Final = bytes.fromhex("3059301306072a8648ce3d020106082a8648ce3d03010703420004")
 """SubjectPublicKeyInfo of a P-256 key as an uncompressed point, up to the point."""
 
+_TRUE: Final = bytes([der.BOOLEAN, 1, 0xFF])
+"""DER leaves a critical flag that is false out."""
+
 _COMMON_NAME: Final = bytes.fromhex("550403")
 _SUBJECT_KEY_ID: Final = bytes.fromhex("551d0e")
 _KEY_USAGE: Final = bytes.fromhex("551d0f")
@@ -100,6 +103,7 @@ def read_pem(data: bytes) -> tuple[bytes, ...]:
     return tuple(_read_block(block) for block in blocks)
 
 
+@lru_cache(maxsize=64)
 def _read_block(block: bytes) -> bytes:
     body, end, after = block.partition(b"-----END CERTIFICATE-----")
     if not end or after.strip():
@@ -231,17 +235,17 @@ def _check_algorithm(data: bytes, element: der.Element) -> None:
 def _read_extensions(data: bytes, wrapped: der.Element, known: frozenset[bytes]) -> dict[bytes, bytes]:
     extensions: dict[bytes, bytes] = {}
     for tag, _, start, stop in der.elements(data, *der.only(data, wrapped[2], wrapped[3], der.SEQUENCE)):
-        fields = der.several(data, start, stop, 2, 3)
-        kind, value = fields[0], fields[-1]
-        if tag != der.SEQUENCE or kind[0] != der.OBJECT_IDENTIFIER or value[0] != der.OCTET_STRING:
+        if tag != der.SEQUENCE or stop - start < 2 or data[start] != der.OBJECT_IDENTIFIER or data[start + 1] > 0x7F:
             raise DerError("an extension that is none")
-        name = der.content(data, kind)
+        end = start + 2 + data[start + 1]
+        name = data[start + 2 : end]
+        critical = data.startswith(_TRUE, end)
+        begin, end = der.only(data, end + len(_TRUE) if critical else end, stop, der.OCTET_STRING)
         if name in extensions:
             raise DerError("an extension twice")
-        critical = len(fields) == 3 and der.boolean(data, fields[1])
         if critical and name not in known:
             raise DerError("an unknown critical extension")
-        extensions[name] = der.content(data, value)
+        extensions[name] = data[begin:end]
     return extensions
 
 

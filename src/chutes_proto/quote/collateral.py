@@ -81,7 +81,8 @@ class VerifiedCollateral:
     """Collateral that verified under ``root``; `Collateral`'s pieces as values.
 
     Keep it and use it for as many quotes of its platforms as come until ``usable_until``: ``verify_quote`` checks all
-    times again. Revoked serial numbers are the contents of their INTEGERs.
+    times again. Revoked serial numbers are the contents of their INTEGERs. ``window`` is from when to when all pieces
+    are valid, in unix seconds, both inclusive, without any grace.
     """
 
     root: TrustedRoot
@@ -96,6 +97,7 @@ class VerifiedCollateral:
     pck_crl_number: int
     pck_chain: tuple[bytes, ...] | None = field(repr=False)
     terms: tuple[Term, ...]
+    window: Window
     grace: int
     proof: None = proven()
 
@@ -106,11 +108,6 @@ class VerifiedCollateral:
     @property
     def fmspc(self) -> bytes:
         return self.tcb_info.fmspc
-
-    @property
-    def window(self) -> Window:
-        """From when to when all pieces are valid, in unix seconds, both inclusive, without any grace."""
-        return window(self.terms)
 
     @property
     def usable_until(self) -> int:

@@ -42,6 +42,7 @@ class DerError(QuoteError):
 def elements(data: bytes, start: int, end: int) -> list[Element]:
     """The elements, one after the other, that fill ``data[start:end]`` exactly."""
     found: list[Element] = []
+    add = found.append
     pos = start
     try:
         while pos < end:
@@ -49,23 +50,28 @@ def elements(data: bytes, start: int, end: int) -> list[Element]:
             length = data[pos + 1]
             content = pos + 2
             if length > 0x7F:
-                size = length & 0x7F
-                if not 1 <= size <= 3:
-                    raise DerError("a length that is indefinite or too long")
-                length = int.from_bytes(data[content : content + size])
-                content += size
-                if length < 0x80 or length >> (8 * (size - 1)) == 0:
-                    raise DerError("a length that is not in its shortest form")
+                length, content = _long(data, content, length & 0x7F)
             stop = content + length
             if stop > end:
                 raise DerError("an element is longer than what holds it")
             if tag & 0x1F == 0x1F:
                 raise DerError("a tag of more than one byte")
-            found.append((tag, pos, content, stop))
+            add((tag, pos, content, stop))
             pos = stop
     except IndexError:
         raise DerError("an element is cut off") from None
     return found
+
+
+def _long(data: bytes, start: int, size: int) -> tuple[int, int]:
+    """A length of so many bytes, and where it ends."""
+    if not 1 <= size <= 3:
+        raise DerError("a length that is indefinite or too long")
+    content = start + size
+    length = int.from_bytes(data[start:content])
+    if length < 0x80 or length >> (8 * (size - 1)) == 0:
+        raise DerError("a length that is not in its shortest form")
+    return length, content
 
 
 def single(data: bytes, start: int, end: int) -> Element:

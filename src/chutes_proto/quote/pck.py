@@ -10,6 +10,7 @@ Source: Intel SGX PCK Certificate and CRL Profile Specification, 1.3.5.
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Final, Literal, TypeAlias
 
 from attrs import frozen
@@ -22,8 +23,29 @@ from chutes_proto.quote.layout import Tee
 Ca: TypeAlias = Literal["platform", "processor"]
 SgxType: TypeAlias = Literal["standard", "scalable", "scalable with integrity"]
 
+_TCB: Final = SGX_EXTENSION + b"\x02"
 _INTEGERS: Final = tuple(bytes([der.INTEGER, 1, n] if n < 0x80 else [der.INTEGER, 2, 0, n]) for n in range(256))
 """The DER of the numbers of one byte."""
+_NAMES: Final = tuple(bytes([der.OBJECT_IDENTIFIER, len(_TCB) + 1, *_TCB, arc]) for arc in range(1, 17))
+_HEADS: Final = tuple(tuple(bytes([der.SEQUENCE, len(name) + size]) + name for name in _NAMES) for size in (3, 4))
+"""What stands before the number of each component, by the size of that number's DER."""
+
+
+def _configuration(*flags: bool | None) -> bytes:
+    """The DER of the platform configuration with these flags; None leaves one out."""
+    content = b""
+    for arc, flag in enumerate(flags, 1):
+        if flag is not None:
+            name = SGX_EXTENSION + bytes([7, arc])
+            content += bytes([der.SEQUENCE, len(name) + 5, der.OBJECT_IDENTIFIER, len(name)]) + name
+            content += bytes([der.BOOLEAN, 1, 0xFF * flag])
+    return bytes([der.SEQUENCE, len(content)]) + content
+
+
+_FLAGS: Final = {b"": (None, None, None)} | {
+    _configuration(*flags): flags for flags in product((True, False, None), repeat=3)
+}
+"""Dynamic platform, cached keys and SMT, by the DER of the platform configuration; there are few."""
 _SGX_TYPES: Final[tuple[SgxType, ...]] = ("standard", "scalable", "scalable with integrity")
 
 
@@ -59,13 +81,9 @@ def read_pck_extension(value: bytes, *, ca: Ca, tee: Tee) -> PckIdentity:
     if not items.keys() >= {1, 2, 3, 4, 5} or not items.keys() <= set(range(1, 8)):
         raise DerError("an item of the SGX extension is missing or not known")
     cpu_svn, pce_svn = _tcb(value, items[2])
-    flags: dict[int, der.Element] = {}
-    if 7 in items:
-        if items[7][0] != der.SEQUENCE:
-            raise DerError("the platform configuration is no SEQUENCE")
-        flags = _items(value, items[7][2], items[7][3], SGX_EXTENSION + b"\x07")
-        if not flags.keys() <= {1, 2, 3}:
-            raise DerError("an item of the platform configuration is not known")
+    flags = _FLAGS.get(der.whole(value, items[7]) if 7 in items else b"")
+    if flags is None:
+        raise DerError("the platform configuration is not a SEQUENCE of the flags that are known, in their order")
     return PckIdentity(
         ppid=_octets(value, items[1], 16, "PPID"),
         cpu_svn=cpu_svn,
@@ -74,9 +92,9 @@ def read_pck_extension(value: bytes, *, ca: Ca, tee: Tee) -> PckIdentity:
         fmspc=_octets(value, items[4], 6, "FMSPC"),
         sgx_type=_sgx_type(value, items[5]),
         platform_instance_id=_octets(value, items[6], 16, "platform instance id") if 6 in items else None,
-        dynamic_platform=_flag(value, flags.get(1)),
-        cached_keys=_flag(value, flags.get(2)),
-        smt=_flag(value, flags.get(3)),
+        dynamic_platform=flags[0],
+        cached_keys=flags[1],
+        smt=flags[2],
         ca=ca,
         tee=tee,
     )
@@ -96,17 +114,18 @@ def _items(value: bytes, start: int, stop: int, prefix: bytes) -> dict[int, der.
 
 
 def _tcb(value: bytes, element: der.Element) -> tuple[bytes, int]:
-    if element[0] != der.SEQUENCE:
+    """CPUSVN and PCESVN; the components before them are just those that the CPUSVN has, in their order."""
+    tag, _, start, end = element
+    if tag != der.SEQUENCE or end - start < 16:
         raise DerError("the TCB is no SEQUENCE")
-    items = _items(value, element[2], element[3], SGX_EXTENSION + b"\x02")
-    if items.keys() != set(range(1, 19)):
+    cpu_svn = value[end - 16 : end]
+    components = b"".join([_HEADS[svn > 0x7F][i] + _INTEGERS[svn] for i, svn in enumerate(cpu_svn)])
+    if not value.startswith(components, start):
+        raise DerError("the TCB does not begin with the sixteen components in the CPUSVN at its end")
+    items = _items(value, start + len(components), end, _TCB)
+    if items.keys() != {17, 18}:
         raise DerError("the TCB has not just sixteen components, PCESVN and CPUSVN")
-    cpu_svn = _octets(value, items[18], 16, "CPUSVN")
-    for number, svn in enumerate(cpu_svn, 1):
-        _, begin, _, end = items[number]
-        if value[begin:end] != _INTEGERS[svn]:
-            raise DerError(f"the TCB component {number} is not the INTEGER in the CPUSVN")
-    return cpu_svn, int.from_bytes(der.unsigned(value, items[17], size=2))
+    return _octets(value, items[18], 16, "CPUSVN"), int.from_bytes(der.unsigned(value, items[17], size=2))
 
 
 def _octets(value: bytes, element: der.Element, size: int, name: str) -> bytes:
@@ -121,7 +140,3 @@ def _sgx_type(value: bytes, element: der.Element) -> SgxType:
     if element[0] != der.ENUMERATED or len(number) != 1 or number[0] >= len(_SGX_TYPES):
         raise DerError("the SGX type is not one that is known")
     return _SGX_TYPES[number[0]]
-
-
-def _flag(value: bytes, element: der.Element | None) -> bool | None:
-    return None if element is None else der.boolean(value, element)

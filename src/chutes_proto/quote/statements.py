@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import StrEnum
+from operator import itemgetter
 from typing import Any, Final, cast
 
 from attrs import frozen
@@ -46,6 +47,7 @@ OF_PLATFORMS: Final = frozenset(TcbStatus) - {
 }
 OF_MODULES: Final = frozenset({TcbStatus.UP_TO_DATE, TcbStatus.OUT_OF_DATE, TcbStatus.REVOKED})
 OF_ENCLAVES: Final = OF_MODULES | {TcbStatus.CONFIGURATION_NEEDED}
+_SVN: Final = itemgetter("svn")
 _STATUS: Final = {str(status): status for status in TcbStatus}
 
 
@@ -194,11 +196,11 @@ def _platform_levels(table: Mapping[str, object], version: int, *, tdx: bool) ->
 
 def _components(tcb: Mapping[str, object], name: str) -> bytes:
     try:
-        svns: list[Any] = [entry["svn"] for entry in array(tcb, name)]
+        svns = [*map(_SVN, array(tcb, name))]
         components = bytes(svns)
     except (TypeError, KeyError, ValueError):  # no object, no svn, no number, or out of range
         svns, components = [], b""
-    if len(components) != 16 or bool in map(type, svns):
+    if len(components) != 16 or {*map(type, svns)} != {int}:
         raise JsonError(f"{name} is not sixteen objects with an svn from 0 to 255")
     return components
 

@@ -86,7 +86,7 @@ from chutes_proto.quote.steps import (
 )
 from chutes_proto.quote.strict_json import JsonError
 from chutes_proto.quote.tcb import assess
-from chutes_proto.quote.terms import Term, Window, check_terms, window
+from chutes_proto.quote.terms import Term, Window, check_terms, common, window
 
 __all__ = [
     "OpenedQuote",
@@ -112,6 +112,7 @@ class PckChain:
     chain: tuple[bytes, ...]
     identity: PckIdentity
     terms: tuple[Term, ...]
+    window: Window
 
 
 @frozen(kw_only=True, eq=False)
@@ -237,6 +238,7 @@ def _collateral(collateral: Collateral, now: int | None, root: TrustedRoot, grac
         pck_crl_number=pck_crl.number,
         pck_chain=None if beside is None else _read_chain(beside, "PCK chain beside the collateral", 2),
         terms=terms,
+        window=window(terms),
         grace=grace,
         proof=PROOF,
     )
@@ -274,7 +276,7 @@ def verify_quote(opened: OpenedQuote, verified: VerifiedCollateral, *, now: int)
         qe=tcb.qe,
         evaluation_number=min(verified.tcb_info.evaluation_number, verified.qe_identity.evaluation_number),
         tcb_info_version=verified.tcb_info.version,
-        window=window((*chain.terms, *verified.terms)),
+        window=common(chain.window, verified.window),
         verified_at=now,
         root=opened.root,
         proof=PROOF,
@@ -342,7 +344,7 @@ def _pck_chain(root: TrustedRoot, tee: Tee, certification: bytes) -> PckChain:
     except DerError as exc:
         raise PckExtension(_PCK.subject, str(exc)) from None
     terms = (*root_terms, _term(issuer, _PCK_CA), _term(leaf, _PCK))
-    return PckChain(leaf, _key(leaf, _PCK.subject), issuer, (leaf_der, issuer_der), identity, terms)
+    return PckChain(leaf, _key(leaf, _PCK.subject), issuer, (leaf_der, issuer_der), identity, terms, window(terms))
 
 
 @lru_cache(maxsize=64)
@@ -375,14 +377,15 @@ def _root_terms(root: TrustedRoot, above: Sequence[bytes]) -> tuple[Term, ...]:
 
 @lru_cache(maxsize=16)
 def _check_root(root: TrustedRoot, der: bytes) -> Term:
+    if sha256(der).digest() == root.digest:  # 6
+        return Term("root certificate", root.not_before, root.not_after, is_certificate=True)
     certificate = _read(der, "root certificate")
     if certificate.subject != root.name or certificate.point != root.point:  # 6
         raise UntrustedRoot("root certificate", "it is another", got=certificate.point, expected=root.point)
-    if sha256(der).digest() != root.digest:  # 6: made anew with the same name and key
-        try:
-            check_self_signed(certificate)
-        except DerError as exc:
-            raise UntrustedRoot("root certificate", str(exc)) from None
+    try:
+        check_self_signed(certificate)  # 6: made anew with the same name and key
+    except DerError as exc:
+        raise UntrustedRoot("root certificate", str(exc)) from None
     return Term("root certificate", certificate.not_before, certificate.not_after, is_certificate=True)
 
 

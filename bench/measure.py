@@ -1,0 +1,38 @@
+"""Taking turns: what is compared is measured alternately, so that a slow moment is everyone's."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable, Mapping
+from statistics import median
+from time import perf_counter
+
+Work = Callable[[], object]
+
+
+def one_core() -> None:
+    """Keep this process on one core, where that can be said."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+
+
+def microseconds(works: Mapping[str, tuple[Work, Work]], turns: int = 40, each: int = 10) -> dict[str, float]:
+    """The median time of each work, in turns of some repetitions.
+
+    A work is what prepares, which is not measured, and what is.
+    """
+    times: dict[str, list[float]] = {name: [] for name in works}
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(turns):
+            for name, (prepare, work) in works.items():
+                for _ in range(each):
+                    _ = prepare()
+                    start = perf_counter()
+                    _ = work()
+                    times[name].append(perf_counter() - start)
+    finally:
+        gc.enable()
+    return {name: median(values) * 1e6 for name, values in times.items()}

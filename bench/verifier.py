@@ -1,0 +1,163 @@
+"""The verifier beside dcap-qvl's wheel and beside the bare P-256 checks that each step cannot do without.
+
+Steps: ``cold`` has seen nothing; ``collateral verified`` has it as a `VerifiedCollateral`; ``PCK leaf seen`` also
+remembers the PCK chain; ``QE report seen`` also the quoting enclave. The bare checks are the same keys and messages,
+each key loaded from its bytes where the step must load it. dcap-qvl has one step only: all of it, each time.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import dcap_qvl
+
+from bench.measure import Work, microseconds, one_core
+from chutes_proto.quote import certificates, ecdsa, verify
+from chutes_proto.quote.collateral import Collateral
+from chutes_proto.quote.layout import parse_quote
+from chutes_proto.quote.roots import INTEL_ROOT, TrustedRoot
+from chutes_proto.testing.platform import SimulatedPlatform
+
+VECTORS = Path(__file__).resolve().parent.parent.parent / "shared" / "vectors"
+NOW = 1_800_000_000
+MACHINES = 300
+VERDICTS = 6000
+
+STEPS = ("cold", "collateral verified", "PCK leaf seen", "QE report seen")
+
+
+def run() -> None:
+    one_core()
+    platform = SimulatedPlatform(b"a world to measure in")
+    _table("a simulated TDX v4 quote", platform.quote(bytes(64)), platform.collateral_json(NOW), NOW, platform.root_der)
+    for folder in sorted(VECTORS.glob("real/tdx-v4-*"))[-1:]:
+        quote, collateral = (folder / "quote.bin").read_bytes(), (folder / "collateral.json").read_bytes()
+        _table(folder.name, quote, collateral, int((folder / "now.txt").read_text()), None)
+    _imports()
+    _memory()
+
+
+def _table(title: str, quote: bytes, collateral: bytes, now: int, root_der: bytes | None) -> None:
+    root = INTEL_ROOT if root_der is None else TrustedRoot.from_der(root_der)
+    pieces = Collateral.from_json(collateral)
+    verified = verify.verify_collateral(pieces, now=now, root=root)
+    theirs = dcap_qvl.QuoteCollateralV3.from_json(collateral.decode())
+
+    def dcap() -> object:
+        if root_der is None:
+            return dcap_qvl.verify(quote, theirs, now)
+        return dcap_qvl.verify_with_root_ca(quote, theirs, root_der, now)
+
+    def whole() -> object:
+        return verify.verify(quote, pieces, now=now, expected_report_data=None, root=root)
+
+    def warm() -> object:
+        return verify.verify_quote(verify.open_quote(quote, now=now, root=root), verified, now=now)
+
+    def nothing() -> None:
+        pass
+
+    def forget_platform() -> None:
+        verify._pck_chain.cache_clear()
+        verify._quoting_enclave.cache_clear()
+
+    ours: dict[str, tuple[Work, Work]] = {
+        "cold": (verify.forget, whole),
+        "collateral verified": (forget_platform, warm),
+        "PCK leaf seen": (verify._quoting_enclave.cache_clear, warm),
+        "QE report seen": (nothing, warm),
+        "parse only": (nothing, lambda: parse_quote(quote)),
+    }
+    bare = _bare_checks(quote, pieces, root)
+    times = microseconds(
+        ours
+        | {f"bare {step}": (nothing, work) for step, work in bare.items()}
+        | {"dcap-qvl": (nothing, dcap), "dcap-qvl parse only": (nothing, lambda: dcap_qvl.parse_quote(quote))}
+    )
+    print(f"{title}: microseconds, medians; dcap-qvl {dcap_qvl.version if isinstance(dcap_qvl.version, str) else ''}")
+    print(
+        f"  {'step':<22}{'ours':>8}{'dcap-qvl':>10}{'ours/theirs':>13}{'theirs/ours':>13}{'bare':>8}{'ours/bare':>11}"
+    )
+    for step in (*STEPS, "parse only"):
+        mine = times[step]
+        other = times["dcap-qvl parse only" if step == "parse only" else "dcap-qvl"]
+        row = f"  {step:<22}{mine:>8.1f}{other:>10.1f}{mine / other:>13.2f}{other / mine:>13.2f}"
+        if step in bare:
+            row += f"{times[f'bare {step}']:>8.1f}{mine / times[f'bare {step}']:>11.2f}"
+        print(row)
+
+
+def _bare_checks(data: bytes, pieces: Collateral, root: TrustedRoot) -> dict[str, Callable[[], object]]:
+    """For each step the signatures that it cannot do without, and nothing else."""
+    quote = parse_quote(data)
+    leaf, issuer, *_ = map(certificates.read_certificate, certificates.read_pem(quote.certification))
+    tcb_signer = certificates.read_certificate(certificates.read_pem(pieces.tcb_info_issuer_chain)[0])
+    root_crl, pck_crl = certificates.read_crl(pieces.root_ca_crl), certificates.read_crl(pieces.pck_crl)
+    load, check, check_raw = ecdsa.load_point, ecdsa.verify, ecdsa.verify_raw
+    issuer_key, leaf_key, quote_key = load(issuer.point), load(leaf.point), load(quote.attestation_key)
+
+    def qe_report_seen() -> None:
+        check_raw(quote_key, quote.signature, quote.signed)
+
+    def leaf_seen() -> None:
+        check_raw(leaf_key, quote.qe_report_signature, quote.qe_report_bytes)
+        check_raw(load(quote.attestation_key), quote.signature, quote.signed)
+
+    def _platform(key: ecdsa.EllipticCurvePublicKey) -> None:
+        check(key, leaf.signature, leaf.signed)
+        check_raw(load(leaf.point), quote.qe_report_signature, quote.qe_report_bytes)
+        check_raw(load(quote.attestation_key), quote.signature, quote.signed)
+
+    def cold() -> None:
+        root_key = load(root.point)
+        check(root_key, root_crl.signature, root_crl.signed)
+        check(root_key, issuer.signature, issuer.signed)
+        key = load(issuer.point)
+        check(key, pck_crl.signature, pck_crl.signed)
+        check(root_key, tcb_signer.signature, tcb_signer.signed)
+        tcb_key = load(tcb_signer.point)
+        check_raw(tcb_key, pieces.tcb_info_signature, pieces.tcb_info)
+        check_raw(tcb_key, pieces.qe_identity_signature, pieces.qe_identity)
+        _platform(key)
+
+    works: list[Callable[[], object]] = [cold, lambda: _platform(issuer_key), leaf_seen, qe_report_seen]
+    return dict(zip(STEPS, works, strict=True))
+
+
+def _imports() -> None:
+    """What an import costs, each in processes of its own, in turns."""
+    names = ("cryptography.x509, attrs", "chutes_proto.quote.verify")
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(15):
+        for name in names:
+            text = f"import time\nstart = time.perf_counter()\nimport {name}\nprint(time.perf_counter() - start)"
+            done = subprocess.run([sys.executable, "-c", text], capture_output=True, check=True, text=True)
+            times[name].append(float(done.stdout))
+    base, ours = (median(times[name]) * 1e3 for name in names)
+    print(f"import chutes_proto.quote.verify: {ours:.1f} ms, {ours / base:.2f} x import cryptography.x509, attrs")
+
+
+def _memory() -> None:
+    """Verdicts in a row, of more machines than are remembered: memory must not grow once all have been seen."""
+    machines = [SimulatedPlatform(b"a world of many machines", index=index) for index in range(MACHINES)]
+    root = TrustedRoot.from_der(machines[0].root_der)
+    work: list[Any] = [(machine.quote(bytes(64)), machine.collateral(NOW)) for machine in machines]
+    sizes: list[int] = []
+    for number in range(VERDICTS):
+        quote, collateral = work[number % MACHINES]
+        _ = verify.verify(quote, collateral, now=NOW, expected_report_data=bytes(64), root=root)
+        if number in (VERDICTS // 3, VERDICTS - 1):
+            sizes.append(_resident())
+    print(f"memory: {VERDICTS} verdicts of {MACHINES} machines; after a third {sizes[0]} kB, at the end {sizes[1]} kB")
+
+
+def _resident() -> int:
+    """Resident memory in kB; 0 where the system does not say."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) for line in lines if line.startswith("VmRSS:")), 0)
