@@ -1,0 +1,257 @@
+"""Every operation of a VM over real sockets and real TLS, on each loop and each kind of store."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+import anyio
+import anyio.from_thread
+import pytest
+import trio
+from attrs import define
+from cryptography.x509 import load_pem_x509_certificate
+
+from chutes_proto.effects import Effect, Transact
+from chutes_proto.store.run import Unit
+from chutes_proto.wire import openapi
+from chutes_proto.wire.http import HttpRequest, HttpResponse
+from tests.scenario.operations import (
+    LOOPS,
+    VOLUMES,
+    Site,
+    Vm,
+    both_loops,
+    code,
+    everywhere,
+    open_store,
+    rows,
+    run,
+)
+from tests.server.world import HOTKEY, PLATFORM
+
+T = TypeVar("T")
+
+pytestmark = [both_loops, everywhere]
+
+Scene = Callable[[Callable[[Site], Coroutine[Any, Any, None]]], Site]
+
+
+@pytest.fixture
+def scene(loop: str, kind: str, tmp_path: Path) -> Scene:
+    """Plays a scene at a server of its own."""
+
+    def play(act: Callable[[Site], Coroutine[Any, Any, None]]) -> Site:
+        site = Site(LOOPS[loop], open_store(kind, tmp_path))
+
+        async def main() -> None:
+            async with site.serving():
+                await act(site)
+
+        run(loop, main)
+        return site
+
+    return play
+
+
+def test_boot_sync_and_what_comes_after(scene: Scene) -> None:
+    secrets: set[str] = set()
+
+    async def act(site: Site) -> None:
+        async with Vm(site) as vm:
+            nonce = await vm.nonce()
+            granted = await vm.attest(nonce)
+            grant = granted.json()
+            assert list(grant) == ["key", "boot_token"]
+            assert granted.text == json.dumps(grant, separators=(",", ":"))
+            assert code(await vm.attest(nonce)) == (401, "nonce_invalid")  # a nonce is redeemed once
+            assert code(await vm.read(grant["boot_token"])) == (404, "key_not_found")
+            synced = await vm.sync(grant["boot_token"])
+            keys = synced.json()
+            assert list(keys) == [*VOLUMES, "in_use"]
+            again = await vm.sync(grant["boot_token"])  # the answer was lost: the same one
+            assert (again.status_code, again.content) == (200, synced.content)
+            assert code(await vm.sync(grant["boot_token"], volumes=VOLUMES[:1])) == (401, "boot_token_invalid")
+            assert code(await vm.read(grant["boot_token"])) == (401, "boot_token_invalid")
+        async with vm.stranger() as rebooted:  # a new key at each boot, the same passphrases
+            grant = await rebooted.boot()
+            read = await rebooted.read(grant["boot_token"])
+            assert read.json() == {"passphrase": keys["storage"]}
+            secrets.update((*grant.values(), *(keys[name] for name in VOLUMES), granted.json()["boot_token"], nonce))
+            kept = (await rebooted.sync(grant["boot_token"])).json()
+            assert {name: kept[name] for name in VOLUMES} == {name: keys[name] for name in VOLUMES}
+
+    site = scene(act)
+    assert [record.event for record in site.log if record.event == "boot_granted"] == ["boot_granted"] * 2
+    logged = "".join(record.as_json("") for record in site.log)
+    assert len(secrets) == 6
+    assert not [secret for secret in secrets if secret in logged]
+
+
+def test_refusals(scene: Scene) -> None:
+    async def act(site: Site) -> None:
+        async with Vm(site) as vm, vm.bare() as bare, vm.stranger() as stranger:
+            nonce = await vm.nonce()
+            assert code(await bare.attest(nonce)) == (401, "client_certificate_required")
+            quote_of_vm = vm.attestation(nonce)["quote"]
+            assert code(await stranger.attest(nonce, quote=quote_of_vm)) == (403, "certificate_mismatch")
+            assert code(await vm.attest(nonce, quote="!")) == (403, "quote_malformed")
+            assert code(await vm.attest(nonce, PLATFORM.having("rtmr1"))) == (403, "measurement_mismatch")
+            assert code(await vm.attest(nonce, PLATFORM.having("debug"))) == (403, "attributes_rejected")
+            assert code(await vm.attest(nonce, miner_hotkey=HOTKEY[:-1])) == (403, "hotkey_rejected")
+            assert code(await vm.attest("0" * 64)) == (401, "nonce_invalid")
+            assert code(await vm.attest(nonce, vm_name=7)) == (422, "validation_error")
+            assert (await vm.attest(nonce)).status_code == 200  # no refusal spent it
+            assert code(await vm.sync("0" * 64)) == (401, "boot_token_invalid")
+            assert code(await vm.http.get("/nowhere")) == (404, "not_found")
+            assert code(await vm.http.get(f"/servers/a%2Fb/luks?hotkey={HOTKEY}")) == (404, "not_found")
+            wrong = await vm.http.put("/servers/vm-1/luks")
+            assert code(wrong) == (405, "method_not_allowed")
+            assert wrong.headers["allow"] == "GET, POST"
+            assert (await vm.http.get("/servers/nonce/")).headers["location"] == f"{site.url}/servers/nonce"
+            forged = await vm.http.get("/servers/nonce", headers={"x-client-cert": "x"})
+            assert code(forged) == (400, "bad_request")
+            large = await vm.http.post("/servers/vm-1/luks", content=b"x" * 70_000)
+            assert code(large) == (413, "body_too_large")
+            head = await vm.http.get("/servers/nonce", headers={"x": "x" * 20_000})
+            assert code(head) == (431, "head_too_large")
+
+    refused = {record.fields["code"] for record in scene(act).log if record.event == "refused"}
+    assert {"certificate_mismatch", "head_too_large", "nonce_invalid"} <= refused
+
+
+def test_the_description(scene: Scene) -> None:
+    async def act(site: Site) -> None:
+        async with Vm(site).bare() as anyone:
+            assert (await anyone.http.get("/openapi.json")).content == openapi.document()
+
+    scene(act)
+
+
+def test_while_draining_boots_are_sent_away_and_syncs_served(scene: Scene) -> None:
+    async def act(site: Site) -> None:
+        async with Vm(site) as vm, vm.stranger() as other:
+            grant = await vm.boot()
+            nonce = await other.nonce()
+            site.server.stop()
+            sent_away = await other.attest(nonce)
+            assert code(sent_away) == (503, "draining")
+            assert sent_away.headers["connection"] == "close"
+            assert "retry-after" in sent_away.headers
+            assert code(await other.http.get("/servers/nonce")) == (503, "draining")
+            assert (await vm.read(grant["boot_token"])).status_code == 404
+            synced = await vm.sync(grant["boot_token"])
+            assert synced.status_code == 200
+            assert synced.headers["connection"] == "close"
+
+    scene(act)
+
+
+# --- cancellation ---
+
+
+@define
+class Interruption:
+    """A cancellation at an effect: before it is carried out, or ``within`` its transaction. Also the store's place."""
+
+    site: Site
+    number: int
+    within: bool
+    count: int = 0
+    scope: Any = None
+    armed: bool = False
+
+    async def answer(self, request: HttpRequest) -> HttpResponse | None:
+        performer = self.site.loop.Performer(store=self, collateral=self.site.collateral, log=self.site.log.append)
+        perform = performer.perform
+
+        async def counted(effect: Effect[Any]) -> Any:
+            self.count += 1
+            if self.count == self.number and self.within and isinstance(effect, Transact):
+                self.armed = True
+            elif self.count == self.number:
+                self.scope.cancel()
+            return await perform(effect)
+
+        performer.perform = counted
+        with anyio.CancelScope() as self.scope:
+            answered: HttpResponse = await performer.run(self.site.app.handle(request))
+            return answered
+        return None
+
+    def transact(self, unit: Unit[T]) -> T:
+        if self.armed:
+            threads: Any = trio.from_thread if self.site.loop is LOOPS["trio"] else anyio.from_thread
+            threads.run_sync(self.scope.cancel)
+        result: T = self.site.store.transact(unit)
+        return result
+
+
+async def asked(vm: Vm, operation: str) -> tuple[HttpRequest, str]:
+    """The request for an operation and the nonce or token it rests on, after what must come before."""
+    if operation == "boot":
+        proof = await vm.nonce()
+        target, body = "/servers/boot/attestation", json.dumps(vm.attestation(proof))
+        headers = [("x-chutes-nonce", proof)]
+    else:
+        proof = (await vm.boot())["boot_token"]
+        if operation == "read":
+            assert (await vm.sync(proof)).status_code == 200
+            proof = (await vm.boot())["boot_token"]
+        target, body = "/servers/vm-1/luks", json.dumps({"volumes": VOLUMES}, separators=(",", ":"))
+        headers = [("x-boot-token", proof), ("x-chutes-hotkey", HOTKEY)]
+    assert vm.identity is not None
+    request = HttpRequest(
+        "GET" if operation == "read" else "POST",
+        target,
+        (("content-type", "application/json"), *headers),
+        body.encode(),
+        load_pem_x509_certificate(vm.identity.certificate_pem),
+        "127.0.0.1",
+        arrived=anyio.current_time(),
+    )
+    return request, proof
+
+
+@pytest.mark.parametrize("within", [False, True], ids=["before", "within"])
+@pytest.mark.parametrize("operation", ["boot", "sync", "read"])
+def test_a_cancellation_leaves_nothing_half_done(
+    operation: str, within: bool, loop: str, kind: str, tmp_path: Path
+) -> None:
+    """Whichever effect it hits: the store is as before or as after, and the VM gets what it asks for afterwards."""
+
+    async def play(number: int) -> tuple[bool, bool]:
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        site = Site(LOOPS[loop], open_store(kind, directory))
+        async with site.serving(), Vm(site) as vm:
+            request, proof = await asked(vm, operation)
+            before = rows(site.store)
+            response = await Interruption(site, number, within).answer(request)
+            after = rows(site.store)
+            changed = {name for name in after if after[name] != before[name]}
+            match operation:
+                case "boot" if changed:  # granted, and the answer lost: the nonce is spent, the next boot is granted
+                    assert {"NonceRow", "VmRow", "BootRow", "AttestationRow"} <= changed
+                    assert code(await vm.attest(proof)) == (401, "nonce_invalid")
+                    assert await vm.boot()
+                case "boot":
+                    assert (await vm.attest(proof)).status_code == 200
+                case "sync":
+                    assert not changed or {"BootRow", "BootVolumeRow", "GenerationRow", "VolumeRow"} <= changed
+                    assert (await vm.sync(proof)).status_code == 200
+                case _:
+                    assert (await vm.read(proof)).status_code == 200
+            return response is not None, bool(changed)
+
+    async def main() -> None:
+        seen: list[tuple[bool, bool]] = []
+        while not seen or not seen[-1][0]:
+            seen.append(await play(len(seen) + 1))
+        assert len(seen) > 3
+        committed = [changed for _, changed in seen]
+        assert committed == sorted(committed)  # what is committed stays so, however late the cancellation
+
+    run(loop, main)
