@@ -79,6 +79,15 @@ def messages_to_sign(
             return (body_message(hotkey, nonce, body), purpose_message(hotkey, nonce, PURPOSE), whole)
 
 
+def signature_headers(hotkey: Hotkey, nonce: str, message: bytes, signer: Signer) -> tuple[tuple[str, str], ...]:
+    """The three headers of a signed request, names in lower case."""
+    return (
+        ("x-chutes-hotkey", hotkey.address),
+        ("x-chutes-nonce", nonce),
+        ("x-chutes-signature", signer(message).hex()),
+    )
+
+
 def check_time(nonce: str, now: int) -> None:
     """Raises `Refused` unless ``nonce`` is a time in unix seconds, less than `WINDOW` away from ``now``."""
     if not _SECONDS.fullmatch(nonce) or abs(now - int(nonce)) >= WINDOW:

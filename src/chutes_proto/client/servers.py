@@ -1,0 +1,130 @@
+"""What a miner does with its servers, as flows: register, list, rename, remove; attest at runtime, ask what came of it.
+
+Rules kept here:
+
+* each request is signed by the hotkey, over the bytes that are sent;
+* a flow asks once: only its caller knows whether asking again does any harm; an attestation begins with a new nonce;
+* no answer makes a flow send its request anywhere else: a redirect is an error.
+
+All raise `Refusal`, `TransportError`, and `RemoteProtocolError` for an answer that is not the protocol;
+`LocalProtocolError`, before anything is sent, for values that no request could carry.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TypeVar, cast
+
+from attrs import evolve, field, frozen
+
+from chutes_proto.auth.binding import report_data
+from chutes_proto.auth.hotkey import Hotkey, HotkeyError
+from chutes_proto.auth.signing import Signer, SigningPolicy, messages_to_sign, signature_headers
+from chutes_proto.effects import Flow, MakeQuote, Now, Send
+from chutes_proto.errors import LocalProtocolError, RemoteProtocolError
+from chutes_proto.wire import codec, endpoints, messages
+from chutes_proto.wire.endpoints import Endpoint
+
+A = TypeVar("A", bound=messages.Answer)
+
+_HEX_32 = re.compile(r"[0-9a-f]{64}")
+
+
+def _parsed(address: str) -> Hotkey:
+    try:
+        return Hotkey.parse(address)
+    except HotkeyError as exc:
+        raise LocalProtocolError(f"a miner needs a hotkey: {exc}") from None
+
+
+@frozen
+class Miner:
+    """Whose servers: the hotkey, from its SS58 address, and what signs with it.
+
+    The ``signer`` may be `HotkeyPair.sign`, or call whatever holds the key. With ``signatures="request"`` each
+    signature is over the whole request and good for nothing else.
+    """
+
+    hotkey: Hotkey = field(converter=_parsed)
+    signer: Signer = field(repr=False)
+    signatures: SigningPolicy = "compatible"
+
+
+def register_server(
+    miner: Miner, *, server_id: str, host: str, gpus: Sequence[messages.NodeArgs], name: str | None = None
+) -> Flow[None]:
+    """Register a server; without ``name`` its id is its name."""
+    message = messages.RegisterServerRequest(
+        host=host, id=_name(server_id), name=None if name is None else _name(name), gpus=tuple(gpus)
+    )
+    _ = yield from _ask(miner, endpoints.REGISTER_SERVER, message, messages.MessageAnswer)
+
+
+def list_servers(miner: Miner) -> Flow[tuple[messages.ServerAnswer, ...]]:
+    """The miner's servers, newest first."""
+    request = messages.ListServersRequest()
+    answer = yield from _ask(miner, endpoints.LIST_SERVERS, request, messages.ServerListAnswer)
+    return answer.servers
+
+
+def rename_server(miner: Miner, server_id: str, name: str) -> Flow[messages.RenamedServerAnswer]:
+    """Give a server another name; the keys of its VM stay where they are."""
+    request = messages.RenameServerRequest(server_id=_name(server_id), server_name=_name(name))
+    return (yield from _ask(miner, endpoints.RENAME_SERVER, request, messages.RenamedServerAnswer))
+
+
+def read_server(miner: Miner, server_id: str) -> Flow[messages.ServerAnswer]:
+    """One server."""
+    request = messages.ServerDetailsRequest(server_id=_name(server_id))
+    return (yield from _ask(miner, endpoints.SERVER_DETAILS, request, messages.ServerAnswer))
+
+
+def remove_server(miner: Miner, name_or_id: str) -> Flow[str]:
+    """Remove a server; the reply is its name. The server keeps the keys of its VM."""
+    request = messages.RemoveServerRequest(server_name_or_id=_name(name_or_id))
+    answer = yield from _ask(miner, endpoints.REMOVE_SERVER, request, messages.RemovedServerAnswer)
+    return answer.name
+
+
+def attest_server(miner: Miner, server_id: str, spki_sha256: bytes) -> Flow[messages.RuntimeAttestationAnswer]:
+    """Prove that an approved TD holds the client key whose SPKI has this SHA-256: nonce, quote, attestation.
+
+    The connections must present that key's certificate. Raises `QuoteUnavailable`, too.
+    """
+    nonce_request = messages.RuntimeNonceRequest(server_id=_name(server_id))
+    given = yield from _ask(miner, endpoints.RUNTIME_NONCE, nonce_request, messages.NonceAnswer)
+    if not _HEX_32.fullmatch(given.nonce):
+        raise RemoteProtocolError("the server's nonce is not 64 lowercase hex digits")
+    quote = yield from MakeQuote(report_data(bytes.fromhex(given.nonce), spki_sha256))
+    request = messages.RuntimeAttestationRequest(server_id=_name(server_id), quote=codec.encode_quote(quote))
+    answer = messages.RuntimeAttestationAnswer
+    return (yield from _ask(miner, endpoints.RUNTIME_ATTESTATION, request, answer, given.nonce))
+
+
+def read_status(miner: Miner, server_id: str) -> Flow[messages.AttestationStatusAnswer]:
+    """What came of the newest runtime attestation, and whether it still counts."""
+    request = messages.AttestationStatusRequest(server_id=_name(server_id))
+    return (yield from _ask(miner, endpoints.ATTESTATION_STATUS, request, messages.AttestationStatusAnswer))
+
+
+def _ask(
+    miner: Miner, endpoint: Endpoint, message: messages.Request, kind: type[A], nonce: str | None = None
+) -> Flow[A]:
+    """One signed request and its answer, which the endpoint table says is a ``kind``."""
+    request = codec.encode_request(endpoint, message)
+    if endpoint.signed is None:
+        raise LocalProtocolError(f"{endpoint.operation} is not signed")
+    nonce = nonce or str((yield from Now()))
+    signed, *_ = messages_to_sign(
+        endpoint.signed, miner.signatures, miner.hotkey, nonce, request.method, request.target, request.body
+    )
+    headers = (*request.headers, *signature_headers(miner.hotkey, nonce, signed, miner.signer))
+    response = yield from Send(evolve(request, headers=headers))
+    return cast("A", codec.decode_answer(endpoint, response))
+
+
+def _name(text: str) -> messages.Name:
+    if not re.fullmatch(messages.NAME_PATTERN, text, re.ASCII):
+        raise LocalProtocolError(f"the id or name of a server has the form {messages.NAME_PATTERN}")
+    return messages.Name(text)

@@ -1,0 +1,109 @@
+"""A miner's client on trio."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+
+import httpx
+
+from chutes_proto.auth.certificates import ENTROPY_SIZE, ClientIdentity, make_client_identity
+from chutes_proto.auth.signing import Signer, SigningPolicy
+from chutes_proto.blocking.http import TimeLimits
+from chutes_proto.blocking.perform import log_record
+from chutes_proto.blocking.quoting import Quoter
+from chutes_proto.blocking.tls import client_context
+from chutes_proto.client.servers import (
+    Miner,
+    attest_server,
+    list_servers,
+    read_server,
+    read_status,
+    register_server,
+    remove_server,
+    rename_server,
+)
+from chutes_proto.errors import LocalProtocolError
+from chutes_proto.log import Record
+from chutes_proto.wire.messages import (
+    AttestationStatusAnswer,
+    NodeArgs,
+    RenamedServerAnswer,
+    RuntimeAttestationAnswer,
+    ServerAnswer,
+)
+from chutes_proto_trio.perform import HttpxSender, Performer
+
+
+class MinerClient:
+    """One miner's servers at one key server: an asynchronous context manager.
+
+    ``url`` is ``https://host:port``; ``hotkey`` is the SS58 address, and ``signer`` signs with it: `HotkeyPair.sign`,
+    or a function that asks whatever holds the key. ``ca_pem`` is the CA bundle to trust instead of the system's.
+    `attest` needs a ``quoter``, and proves the throw-away client key that the client makes, or that of ``identity``. An
+    own ``client`` must present the certificate of the ``identity`` that comes with it, and stays open.
+
+    The methods raise as the flows of ``chutes_proto.client.servers`` do.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        hotkey: str,
+        signer: Signer,
+        signatures: SigningPolicy = "compatible",
+        quoter: Quoter | None = None,
+        ca_pem: bytes | None = None,
+        identity: ClientIdentity | None = None,
+        client: httpx.AsyncClient | None = None,
+        limits: TimeLimits = TimeLimits(),
+        log: Callable[[Record], None] = log_record,
+    ) -> None:
+        if client is not None and identity is None:
+            raise LocalProtocolError("an own client comes with the identity whose certificate it presents")
+        self._miner = Miner(hotkey, signer, signatures)
+        self._identity = identity or make_client_identity(int(time.time()), os.urandom(ENTROPY_SIZE))
+        self._owned = None
+        if client is None:
+            client = self._owned = httpx.AsyncClient(verify=client_context(self._identity, ca_pem), trust_env=False)
+        self._performer = Performer(send=HttpxSender(client, url, limits), quoter=quoter, log=log)
+
+    async def __aenter__(self) -> MinerClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._owned is not None:
+            await self._owned.aclose()
+
+    async def register(self, server_id: str, *, host: str, gpus: Sequence[NodeArgs], name: str | None = None) -> None:
+        """Register a server; without ``name`` its id is its name."""
+        await self._performer.run(register_server(self._miner, server_id=server_id, host=host, gpus=gpus, name=name))
+
+    async def servers(self) -> tuple[ServerAnswer, ...]:
+        """All servers, newest first."""
+        return await self._performer.run(list_servers(self._miner))
+
+    async def server(self, server_id: str) -> ServerAnswer:
+        """One server."""
+        return await self._performer.run(read_server(self._miner, server_id))
+
+    async def rename(self, server_id: str, name: str) -> RenamedServerAnswer:
+        """Give a server another name."""
+        return await self._performer.run(rename_server(self._miner, server_id, name))
+
+    async def remove(self, name_or_id: str) -> str:
+        """Remove a server; the result is its name. The keys of its VM are kept."""
+        return await self._performer.run(remove_server(self._miner, name_or_id))
+
+    async def attest(self, server_id: str) -> RuntimeAttestationAnswer:
+        """Attest a server at runtime, with a quote that binds this client's key."""
+        return await self._performer.run(attest_server(self._miner, server_id, self._identity.spki_sha256))
+
+    async def status(self, server_id: str) -> AttestationStatusAnswer:
+        """What came of the newest runtime attestation, and whether it still counts."""
+        return await self._performer.run(read_status(self._miner, server_id))

@@ -1,0 +1,209 @@
+"""A miner's servers over real sockets and real TLS, by the client of each binding, on each kind of store."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Coroutine
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import anyio
+import httpx
+import pytest
+
+from chutes_proto.auth.certificates import make_client_identity
+from chutes_proto.auth.hotkey import HotkeyPair
+from chutes_proto.blocking.http import HttpxSender
+from chutes_proto.blocking.perform import Performer
+from chutes_proto.blocking.signing import HotkeyAuth, read_hotkey
+from chutes_proto.blocking.tls import client_context
+from chutes_proto.client import servers
+from chutes_proto.errors import BadRequest, ConfigurationError, LocalProtocolError, Refused
+from chutes_proto.secret import Secret
+from chutes_proto.server.app import App
+from chutes_proto.store.rows import ServerRow
+from chutes_proto.wire.messages import NodeArgs
+from tests.scenario.operations import LOOPS, SERVER, Site, both_loops, code, everywhere, open_store, run
+from tests.server.world import MINER, PLATFORM, ScanAll, service
+
+Scene = Callable[..., Site]
+
+OTHER = HotkeyPair.from_seed(Secret(bytes(range(32))))
+GPU = NodeArgs(
+    uuid="GPU-1",
+    name="NVIDIA H200",
+    memory=150_000_000_000,
+    clock_rate=1_980_000.0,
+    device_index=0,
+    gpu_identifier="h200",
+    verification_host="1.2.3.4",
+    verification_port=30443,
+)
+
+
+@pytest.fixture
+def scene(loop: str, kind: str, tmp_path: Path) -> Scene:
+    """Plays a scene at a server of its own."""
+
+    def play(act: Callable[[Site], Coroutine[Any, Any, None]], **policy: Any) -> Site:
+        site = Site(LOOPS[loop], open_store(kind, tmp_path), App(service(**policy)))
+
+        async def main() -> None:
+            async with site.serving():
+                await act(site)
+
+        run(loop, main)
+        return site
+
+    return play
+
+
+def client(site: Site, pair: HotkeyPair = MINER, **options: Any) -> Any:
+    quoter = partial(PLATFORM.quote, stage="runtime")
+    settings = {"ca_pem": SERVER.ca_pem, "quoter": quoter, "log": site.log.append} | options
+    return site.loop.MinerClient(site.url, hotkey=pair.hotkey.address, signer=pair.sign, **settings)
+
+
+@both_loops
+@everywhere
+@pytest.mark.parametrize("signatures", ["compatible", "request"])
+def test_the_life_of_a_server(scene: Scene, signatures: str) -> None:
+    async def act(site: Site) -> None:
+        async with client(site, signatures=signatures) as miner, client(site, OTHER, signatures=signatures) as other:
+            await miner.register("n1", host="1.2.3.4", gpus=[GPU], name="vm-1")
+            assert [server.server_id for server in await miner.servers()] == ["n1"]
+            assert (await miner.server("n1")).name == "vm-1"
+            assert (await miner.rename("n1", "vm-2")).name == "vm-2"
+            assert (await miner.status("n1")).attestation_status == "never_attested"
+            assert (await miner.attest("n1")).status == "verified"
+            status = await miner.status("n1")
+            assert (status.attestation_status, status.fresh, status.name) == ("verified", True, "vm-2")
+            assert status.last_attestation.verified
+            for refused in (other.server, other.remove, other.attest, other.status):
+                with pytest.raises(Refused) as caught:
+                    await refused("n1")
+                assert (caught.value.status, caught.value.code) == (404, "server_not_found")
+            with pytest.raises(Refused) as caught:
+                await other.register("n1", host="1.2.3.4", gpus=[GPU])
+            assert caught.value.status == 409
+            with pytest.raises(BadRequest, match="at least one"):
+                await other.register("n2", host="5.6.7.8", gpus=[])
+            assert await miner.remove("vm-2") == "vm-2"
+            assert await miner.servers() == ()
+
+    site = scene(act, signatures=signatures)
+    assert [record.event for record in site.log if record.event.startswith("server_")] == [
+        "server_registered",
+        "server_renamed",
+        "server_attested",
+        "server_removed",
+    ]
+    assert site.store.transact(ScanAll(ServerRow)) == ()
+
+
+@both_loops
+@everywhere
+def test_signed_requests_of_ones_own_client(scene: Scene) -> None:
+    auth = HotkeyAuth(MINER.hotkey.address, MINER.sign)
+
+    async def act(site: Site) -> None:
+        context = client_context(None, SERVER.ca_pem)
+        async with httpx.AsyncClient(base_url=site.url, verify=context, trust_env=False, auth=auth) as http:
+            body = {"host": "1.2.3.4", "id": "n1", "gpus": []}
+            assert code(await http.post("/servers/", json=body)) == (400, "gpu_invalid")  # the signature held
+            assert (await http.get("/servers/")).json() == []
+            assert code(await http.patch("/servers/n1", params={"server_name": "b c"})) == (422, "validation_error")
+            assert code(await http.delete("/servers/a%2Db")) == (404, "server_not_found")
+            nonce = {"x-chutes-nonce": "ab" * 32}
+            attested = await http.post("/servers/n1/attestation", json={"quote": ""}, headers=nonce)
+            assert code(attested) == (404, "server_not_found")
+            assert (await http.get("/servers/tee/measurements")).json()[0]["name"] == "simulated"
+
+    scene(act)
+
+
+@both_loops
+@everywhere
+def test_one_signature_over_a_request_is_enough(scene: Scene) -> None:
+    auth = HotkeyAuth(MINER.hotkey.address, MINER.sign, signatures="request")
+
+    async def act(site: Site) -> None:
+        context = client_context(None, SERVER.ca_pem)
+        async with httpx.AsyncClient(base_url=site.url, verify=context, trust_env=False) as http:
+            assert (await http.get("/servers/", auth=auth)).json() == []
+            weak = HotkeyAuth(MINER.hotkey.address, MINER.sign)
+            assert code(await http.get("/servers/", auth=weak)) == (401, "signature_invalid")
+
+    scene(act, signatures="request")
+
+
+def test_without_an_event_loop(tmp_path: Path) -> None:
+    """The flows on the synchronous driver, and `HotkeyAuth` on the synchronous client, in a thread."""
+    site = Site(LOOPS["trio"], open_store("memory", tmp_path))
+    identity = make_client_identity(int(time.time()) - 60, bytes(32))
+    miner = servers.Miner(MINER.hotkey.address, MINER.sign)
+    auth = HotkeyAuth(MINER.hotkey.address, MINER.sign)
+
+    def act() -> None:
+        with httpx.Client(verify=client_context(identity, SERVER.ca_pem), trust_env=False) as http:
+            performer = Performer(send=HttpxSender(http, site.url), quoter=partial(PLATFORM.quote, stage="runtime"))
+            performer.run(servers.register_server(miner, server_id="n1", host="1.2.3.4", gpus=[GPU]))
+            performer.run(servers.attest_server(miner, "n1", identity.spki_sha256))
+            assert performer.run(servers.read_status(miner, "n1")).fresh
+            assert http.get(f"{site.url}/servers/n1", auth=auth).json()["ip"] == "1.2.3.4"
+            assert performer.run(servers.remove_server(miner, "n1")) == "n1"
+
+    async def main() -> None:
+        async with site.serving():
+            await anyio.to_thread.run_sync(act)
+
+    run("trio", main)
+
+
+def test_a_hotkey_in_a_wallets_file(tmp_path: Path) -> None:
+    seed = bytes(range(32))
+    path = tmp_path / "hotkey"
+    content = {"secretSeed": "0x" + seed.hex(), "ss58Address": OTHER.hotkey.address, "secretPhrase": None}
+    path.write_text(json.dumps(content))
+    path.chmod(0o600)
+    assert read_hotkey(path).hotkey == OTHER.hotkey
+    wrong = [
+        "",
+        "$NACL...",
+        "[]",
+        "[" * 9000,
+        json.dumps(content | {"ss58Address": MINER.hotkey.address}),
+        json.dumps(content | {"secretSeed": "0x" + seed.hex()[:-1]}),
+        json.dumps(content | {"secretSeed": None}),
+        json.dumps({"secretSeed": seed.hex()}),
+    ]
+    for text in wrong:
+        path.write_text(text)
+        with pytest.raises(ConfigurationError) as caught:
+            read_hotkey(path)
+        assert seed.hex()[:-1] not in str(caught.value)
+    path.write_text(json.dumps(content))
+    path.chmod(0o644)
+    with pytest.raises(ConfigurationError):
+        read_hotkey(path)
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", "x" * 129, "a b", "\u0661", "a\n"])
+def test_what_no_request_could_carry_is_not_sent(name: str) -> None:
+    miner = servers.Miner(MINER.hotkey.address, MINER.sign)
+    performer = Performer()
+    for flow in (
+        servers.read_server(miner, name),
+        servers.remove_server(miner, name),
+        servers.rename_server(miner, "n1", name),
+        servers.attest_server(miner, name, bytes(32)),
+        servers.register_server(miner, server_id=name, host="1.2.3.4", gpus=[GPU]),
+    ):
+        with pytest.raises(LocalProtocolError, match="has the form"):
+            performer.run(flow)
+    with pytest.raises(LocalProtocolError, match="needs a hotkey"):
+        servers.Miner(MINER.hotkey.address + "1", MINER.sign)
+    with pytest.raises(LocalProtocolError, match="needs a hotkey"):
+        HotkeyAuth("x", MINER.sign)
