@@ -296,6 +296,17 @@ def test_nothing_is_replaced_by_what_is_older() -> None:
     assert world.fetch() is not None
 
 
+def test_no_younger_crl_is_replaced_by_an_older_one_of_the_same_number() -> None:
+    world = World()
+    terms = world.warm().terms
+    younger = tuple(evolve(term, begin=term.begin + (60 if term.subject == "PCK CRL" else 0)) for term in terms)
+    world.cache.restore(verified(NOW, terms=younger))
+    world.now += 61
+    world.age = 30
+    assert world.fetch() is None
+    assert "it is older than what is at hand" in str(world.log[-1].fields["error"])
+
+
 def test_the_same_again_is_no_news() -> None:
     world = World()
     held = world.warm()

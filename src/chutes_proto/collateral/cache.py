@@ -371,11 +371,15 @@ def _is_usable(held: VerifiedCollateral, now: int) -> bool:
 
 
 def _numbers(collateral: VerifiedCollateral) -> tuple[int, ...]:
+    """What must never fall. CRLs go by their dates as well: Intel's all bear the number 1."""
+    issued = {term.subject: term.begin for term in collateral.terms}
     return (
         collateral.tcb_info.evaluation_number,
         collateral.qe_identity.evaluation_number,
         collateral.root_crl_number,
         collateral.pck_crl_number,
+        issued["root CRL"],
+        issued["PCK CRL"],
     )
 
 
