@@ -1,0 +1,127 @@
+"""The example configuration of nginx, with a real nginx and a real server behind it."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from urllib.parse import quote
+
+import httpx
+import pytest
+from attrs import frozen
+
+from chutes_proto.auth.binding import report_data
+from chutes_proto.auth.certificates import ClientIdentity, make_client_identity
+from chutes_proto.blocking.tls import client_context
+from chutes_proto.cli.development import write_server
+from chutes_proto.testing.platform import SimulatedPlatform
+from chutes_proto.wire.codec import encode_quote
+from tests.cli.conftest import HOTKEY, start_server
+
+CONFIGURATION = Path(__file__).resolve().parents[2] / "examples" / "behind_nginx" / "nginx.conf"
+PLATFORM = SimulatedPlatform(bytes(32))
+
+
+@frozen
+class Site:
+    """nginx's URL, the folder of nginx and server, and the server's own URL."""
+
+    url: str
+    folder: Path
+    direct: str
+
+
+@pytest.fixture(scope="module", params=["trio", "asyncio"])
+def site(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, require_program: Callable[[str], str]
+) -> Iterator[Site]:
+    nginx = require_program("nginx")
+    folder = tmp_path_factory.mktemp("site")
+    write_server(folder, PLATFORM, int(time.time()))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    text = CONFIGURATION.read_text()
+    told = [line.lstrip("# ") for line in text.splitlines() if line.startswith("#     ")]  # what it says of the server
+    with (folder / "server.toml").open("a") as file:
+        _ = file.write("\n" + "\n".join(told) + "\n")
+    # Root's workers run as another user, who must get at the socket.
+    user = "user root;\n" if folder.owner() == "root" else ""
+    _ = (folder / "nginx.conf").write_text(user + text.replace("listen 8443 ssl", f"listen 127.0.0.1:{port} ssl"))
+    server = start_server("--config", folder / "server.toml", "--transport", request.param, ca=folder / "ca.pem")
+    try:
+        assert (folder / "keys.sock").is_socket()
+        command = [nginx, "-p", str(folder), "-c", "nginx.conf", "-e", "stderr", "-g", "daemon off;"]
+        with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True) as process:
+            try:
+                until_served(port, process)
+                yield Site(f"https://localhost:{port}", folder, server.url)
+            finally:
+                process.terminate()
+    finally:
+        server.process.terminate()
+        _ = server.process.communicate(timeout=20)
+    assert not (folder / "keys.sock").exists()
+
+
+def until_served(port: int, process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 10
+    while time.monotonic() < end and process.poll() is None:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+            return
+        time.sleep(0.05)
+    process.kill()
+    pytest.fail(process.communicate()[1])
+
+
+def client(url: str, folder: Path, identity: ClientIdentity | None) -> httpx.Client:
+    context = client_context(identity, (folder / "ca.pem").read_bytes())
+    return httpx.Client(base_url=url, verify=context, trust_env=False, timeout=20)
+
+
+def identity(number: int) -> ClientIdentity:
+    return make_client_identity(int(time.time()) - 60, bytes([number]) * 32)
+
+
+def attest(http: httpx.Client, bound: ClientIdentity, headers: dict[str, str] | None = None) -> httpx.Response:
+    """An attestation whose quote binds the key of ``bound``."""
+    nonce = http.get("/servers/nonce").json()["nonce"]
+    quote_ = PLATFORM.quote(report_data(bytes.fromhex(nonce), bound.spki_sha256))
+    body = {"quote": encode_quote(quote_), "miner_hotkey": HOTKEY, "vm_name": "vm-1"}
+    return http.post("/servers/boot/attestation", json=body, headers={"x-chutes-nonce": nonce, **(headers or {})})
+
+
+def code(response: httpx.Response) -> tuple[int, str]:
+    return response.status_code, response.json()["code"]
+
+
+def test_a_boot_and_its_sync(site: Site) -> None:
+    vm = identity(1)
+    with client(site.url, site.folder, vm) as http:
+        granted = attest(http, vm)
+        assert granted.status_code == 200, granted.text
+        headers = {"x-boot-token": granted.json()["boot_token"], "x-chutes-hotkey": HOTKEY}
+        synced = http.post("/servers/vm-1/luks", json={"volumes": ["storage"]}, headers=headers)
+        assert list(synced.json()) == ["storage", "in_use"]
+
+
+def test_a_forged_certificate_is_refused(site: Site) -> None:
+    victim, thief = identity(1), identity(2)
+    forged = {"x-client-cert": quote(victim.certificate_pem, safe="")}
+    with client(site.url, site.folder, None) as http:
+        assert code(attest(http, victim, forged)) == (401, "client_certificate_required")
+    with client(site.url, site.folder, thief) as http:
+        assert code(attest(http, victim, forged)) == (403, "certificate_mismatch")
+        assert code(attest(http, thief, {"client-cert": ":AAAA:"})) == (400, "bad_request")
+
+
+def test_past_nginx_nobody_is_believed(site: Site) -> None:
+    victim = identity(1)
+    with client(site.direct, site.folder, None) as http:
+        forged = {"x-client-cert": quote(victim.certificate_pem, safe="")}
+        assert code(attest(http, victim, forged)) == (400, "bad_request")
+        assert code(attest(http, victim, {"x-attestation-proxy-auth": "guess"})) == (400, "bad_request")
+        assert code(http.get("/servers/nonce", headers={"x-forwarded-for": "192.0.2.7"})) == (400, "bad_request")

@@ -1,0 +1,247 @@
+"""The ASGI application: messages in, messages out; then under real ASGI servers, and mounted into FastAPI."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any, cast
+
+import anyio
+import httpx
+import pytest
+from attrs import define, field
+from hypothesis import given
+from hypothesis import strategies as st
+
+import chutes_proto_asyncio
+from chutes_proto.cli.development import write_server
+from chutes_proto.effects import Flow
+from chutes_proto.errors import LocalProtocolError
+from chutes_proto.transport.asgi import AsgiApp
+from chutes_proto.transport.h1 import Limits
+from chutes_proto.wire.answers import error_response
+from chutes_proto.wire.http import HttpRequest, HttpResponse, MalformedRequest
+from tests.server.world import PLATFORM
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+@define
+class Recorder:
+    """Answers with the target, and keeps what it was asked."""
+
+    asked: list[HttpRequest | MalformedRequest] = field(factory=list)
+    headers: tuple[tuple[str, str], ...] = (("x", "y"), ("connection", "close"))
+
+    def stop(self, now: float) -> float:
+        return now
+
+    def handle(self, request: HttpRequest | MalformedRequest) -> Flow[HttpResponse]:
+        yield from ()
+        self.asked.append(request)
+        if isinstance(request, MalformedRequest):
+            return error_response(request.refusal, "r")
+        return HttpResponse(200, self.headers, request.target.encode("latin-1"))
+
+
+@asynccontextmanager
+async def performer() -> AsyncIterator[chutes_proto_asyncio.Performer]:
+    yield chutes_proto_asyncio.Performer()
+
+
+SCOPE = {
+    "type": "http",
+    "http_version": "1.1",
+    "method": "POST",
+    "path": "/a b",
+    "raw_path": b"/a%20b",
+    "query_string": b"c=%20",
+    "headers": [(b"host", b"h"), (b"x-a", b"\xe9"), (b"x-a", b"2")],
+    "client": ("192.0.2.1", 1),
+}
+
+
+def ask(
+    *pieces: bytes,
+    limits: Limits = Limits(),
+    events: list[dict[str, Any]] | None = None,
+    pause: float = 0,
+    **scope: Any,
+) -> tuple[HttpRequest | MalformedRequest | None, list[dict[str, Any]]]:
+    """What the application was asked, and what was sent."""
+    recorder, sent = Recorder(), list[dict[str, Any]]()
+    chunks = [*pieces[:-1], *pieces[-1:]] or [b""]
+    queue = events or [
+        {"type": "http.request", "body": piece, "more_body": index < len(chunks) - 1}
+        for index, piece in enumerate(chunks)
+    ]
+
+    async def receive() -> dict[str, Any]:
+        await anyio.sleep(pause)
+        return queue.pop(0)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def main() -> None:
+        async with AsgiApp(recorder, performer(), limits=limits) as app:
+            await app(dict(SCOPE) | scope, receive, send)
+
+    anyio.run(main)
+    return (recorder.asked[0] if recorder.asked else None), sent
+
+
+def test_a_request_and_its_answer() -> None:
+    request, sent = ask(b"a", b"", b"bc")
+    assert isinstance(request, HttpRequest)
+    assert (request.method, request.target, request.body) == ("POST", "/a%20b?c=%20", b"abc")
+    assert request.headers == (("host", "h"), ("x-a", "é"), ("x-a", "2"))
+    assert (request.peer_address, request.peer_certificate) == ("192.0.2.1", None)
+    assert request.arrived > 0
+    start, body = sent
+    assert start["status"] == 200
+    assert start["headers"] == [(b"x", b"y"), (b"connection", b"close"), (b"content-length", b"12")]
+    assert body["body"] == b"/a%20b?c=%20"
+
+
+def test_http_2_knows_no_connection_header() -> None:
+    assert ask(http_version="2")[1][0]["headers"] == [(b"x", b"y"), (b"content-length", b"12")]
+
+
+@pytest.mark.parametrize(
+    ("client", "address"),
+    [
+        (None, ""),
+        (("::ffff:192.0.2.1", 1), "192.0.2.1"),
+        (("fe80::1%eth0", 1), "fe80::1"),
+        (("testclient", 1), "0.0.0.0"),
+        (("", 0), "0.0.0.0"),
+    ],
+)
+def test_only_a_peer_without_an_address_is_one_of_a_unix_socket(client: Any, address: str) -> None:
+    request, _ = ask(client=client)
+    assert request is not None
+    assert request.peer_address == address
+
+
+@pytest.mark.parametrize(
+    ("root", "raw", "target"),
+    [
+        ("", b"/servers/a%2Fb/luks", "/servers/a%2Fb/luks?c=%20"),
+        ("/keys", b"/keys/servers/nonce", "/servers/nonce?c=%20"),
+        ("/my keys/x", b"/my%20keys/x/servers/nonce", "/servers/nonce?c=%20"),
+        ("/keys", b"/servers/nonce", "/servers/nonce?c=%20"),
+        ("/keys/", b"/keys/", "/?c=%20"),
+        ("/keys", b"/keysight", "/keysight?c=%20"),
+        ("", None, "/a%20b?c=%20"),
+    ],
+)
+def test_the_target_is_as_it_was_sent_without_the_mount(root: str, raw: bytes | None, target: str) -> None:
+    request, _ = ask(root_path=root, raw_path=raw)
+    assert isinstance(request, HttpRequest)
+    assert request.target == target
+
+
+def refused(*pieces: bytes, **options: Any) -> tuple[int, int]:
+    request, sent = ask(*pieces, **options)
+    assert isinstance(request, MalformedRequest)
+    return request.refusal.status, sent[0]["status"]
+
+
+def test_limits() -> None:
+    assert refused(b"x" * 40_000, b"x" * 40_000, b"") == (413, 413)
+    assert refused(headers=[(b"x", b"y" * 20_000)]) == (431, 431)
+    assert refused(raw_path=b"/" + b"x" * 20_000) == (431, 431)
+    assert refused(b"a", b"b", b"c", limits=Limits(request_seconds=0.01), pause=0.02) == (408, 408)
+    assert refused(raw_path=b"/\xff") == (400, 400)
+    assert refused(raw_path=b"*") == (400, 400)
+
+
+def test_a_peer_that_went_away_is_not_answered() -> None:
+    events: list[dict[str, Any]] = [
+        {"type": "http.request", "body": b"a", "more_body": True},
+        {"type": "http.disconnect"},
+    ]
+    assert ask(events=events) == (None, [])
+
+
+def test_other_protocols_and_an_application_that_was_not_started() -> None:
+    with pytest.raises(LocalProtocolError, match="websocket"):
+        ask(type="websocket")
+    with pytest.raises(LocalProtocolError, match="lifespan"):
+        anyio.run(cast("Any", AsgiApp(Recorder(), performer())), dict(SCOPE), None, None)
+
+
+@given(raw=st.binary(max_size=30), root=st.text(max_size=6), query=st.binary(max_size=6))
+def test_whatever_the_target_there_is_an_answer(raw: bytes, root: str, query: bytes) -> None:
+    request, sent = ask(raw_path=raw, root_path=root, query_string=query)
+    assert sent[0]["status"] in (200, 400)
+    assert not isinstance(request, HttpRequest) or request.target.startswith("/")
+
+
+# --- under real servers ---
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("site")
+    write_server(directory, PLATFORM, int(time.time()))
+    with (directory / "server.toml").open("a") as file:
+        _ = file.write('[proxy]\nunix = "unused.sock"\n')
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("command", "prefix"),
+    [
+        (["uvicorn", "--no-proxy-headers", "--log-level", "error", "--uds", "SOCKET", "asgi_app:app"], ""),
+        (["uvicorn", "--factory", "--log-level", "error", "--uds", "SOCKET", "asgi_app:mounted"], "/keys"),
+        (["hypercorn", "--bind", "unix:SOCKET", "asgi_app:app"], ""),
+        (["hypercorn", "--worker-class", "trio", "--bind", "unix:SOCKET", "asgi_app:app"], ""),
+    ],
+    ids=["uvicorn", "uvicorn-fastapi", "hypercorn", "hypercorn-trio"],
+)
+def test_the_example_under_a_server(command: list[str], prefix: str, site: Path, tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    program, *arguments = [part.replace("SOCKET", str(path)) for part in command]
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "PYTHONPATH": str(EXAMPLES),
+        "CHUTES_CONFIG": str(site / "server.toml"),
+        "CHUTES_LOOP": "trio" if "trio" in command else "asyncio",
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-m", program, *arguments], env=environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    try:
+        until_served(path, process)
+        with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url=f"http://keys{prefix}") as client:
+            proxied = {"x-forwarded-for": "192.0.2.7"}
+            nonce = client.get("/servers/nonce", headers=proxied)
+            assert (nonce.status_code, list(nonce.json())) == (200, ["nonce", "expires_at"])
+            assert client.get("/servers/nonce").json()["code"] == "bad_request"  # the proxy names no address
+            assert client.get("/servers/a%2Fb/luks", headers=proxied).status_code == 404
+            large = client.post("/servers/vm-1/luks", content=b"x" * 70_000, headers=proxied)
+            assert (large.status_code, large.json()["code"]) == (413, "body_too_large")
+            wrong = client.put("/servers/nonce", headers=proxied)
+            assert (wrong.status_code, wrong.headers["allow"]) == (405, "GET")
+    finally:
+        process.terminate()
+        _, said = process.communicate(timeout=20)
+    assert "Traceback" not in said
+
+
+def until_served(path: Path, process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 20
+    while time.monotonic() < end and process.poll() is None:
+        with socket.socket(socket.AF_UNIX) as probe, suppress(OSError):
+            probe.connect(str(path))
+            return
+        time.sleep(0.05)
+    process.kill()
+    pytest.fail(str(process.communicate()[1]))
