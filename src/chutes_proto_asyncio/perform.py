@@ -19,6 +19,7 @@ from chutes_proto.blocking.perform import (
     RESOLVERS,
     CollateralSource,
     Missing,
+    careful,
     log_record,
     resolve,
     unknown,
@@ -116,7 +117,7 @@ class Performer:
         self._store = store or Missing("store")
         self._collateral = collateral or Missing("collateral")
         self._fetch = fetch or self._fetch_in_thread
-        self._log = log
+        self._log = careful(log)
         self._resolvers = anyio.CapacityLimiter(RESOLVERS)
 
     async def run(self, flow: Flow[T]) -> T:

@@ -149,6 +149,18 @@ def test_collateral_is_fetched(drive: Driver) -> None:
     assert drive(ask(FetchCollateral(identity, 7)), collateral=Collateral()) == ("collateral", "a platform", 7)
 
 
+def test_a_log_that_fails_undoes_nothing(drive: Driver, caplog: pytest.LogCaptureFixture) -> None:
+    def full(_: Record) -> None:
+        raise OSError("No space left on device")
+
+    def flow() -> Flow[str]:
+        yield from Log(Record(Level.INFO, "granted"))
+        return "granted"
+
+    assert drive(flow(), log=full) == "granted"
+    assert "a log record was lost: granted" in caplog.text
+
+
 def test_a_record_is_logged(drive: Driver, caplog: pytest.LogCaptureFixture) -> None:
     record = Record(Level.WARNING, "boot_delayed", {"step": "nonce", "wait": 1.5, "volumes": ["a"], "reason": "a\nb"})
     told: list[Record] = []

@@ -73,6 +73,18 @@ def log_record(record: Record) -> None:
     logging.getLogger("chutes_proto").log(record.level, "%s", " ".join([record.event, *fields]))
 
 
+def careful(log: Callable[[Record], None]) -> Callable[[Record], None]:
+    """``log``, but its faults are told elsewhere: what was decided, and is perhaps committed, stays decided."""
+
+    def tell(record: Record) -> None:
+        try:
+            log(record)
+        except Exception:
+            logging.getLogger("chutes_proto").exception("a log record was lost: %s", record.event)
+
+    return tell
+
+
 RESOLVE_SECONDS: Final = 5.0
 """How long `Resolve` may take, where something can interrupt it."""
 RESOLVERS: Final = 4
@@ -111,7 +123,7 @@ class Performer:
         self._quoter = quoter or Missing("quoter")
         self._store = store or Missing("store")
         self._collateral = collateral or Missing("collateral")
-        self._log = log
+        self._log = careful(log)
 
     def run(self, flow: Flow[T]) -> T:
         """Drive ``flow`` to its end."""
