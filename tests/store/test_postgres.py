@@ -152,29 +152,6 @@ def test_many_may_migrate_at_once(empty_schema: str) -> None:
     assert sorted(map(str, found)) == [str(sql.SCHEMA_VERSION)] * 5 + ["None"]
 
 
-def test_a_migration_keeps_the_rows(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    granted = boot("first")
-    with closing(PostgresStore(url)) as store:
-        root = store.transact(granted).root
-    monkeypatch.setattr(sql, "STEPS", (*sql.STEPS, "CREATE TABLE owner (name TEXT)"))
-    monkeypatch.setattr(sql, "SCHEMA_VERSION", len(sql.STEPS))
-    told(lambda: PostgresStore(url), "run `chutes-proto store migrate`; it was left as it is")
-    with closing(PostgresStore(url, migrate=True)) as store:
-        assert store.found_version == len(sql.STEPS) - 1
-    with closing(PostgresStore(url)) as store:
-        assert store.transact(boot("second")).root == root
-    assert ("owner",) in ask(url, sql.TABLES["postgresql"])
-
-
-def test_a_migration_that_fails_leaves_no_trace(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = ask(url, sql.TABLES["postgresql"])
-    monkeypatch.setattr(sql, "STEPS", (*sql.STEPS, "CREATE TABLE owner (name TEXT); CREATE TABLE vm (name TEXT)"))
-    monkeypatch.setattr(sql, "SCHEMA_VERSION", len(sql.STEPS))
-    told(lambda: PostgresStore(url, migrate=True), 'relation "vm" already exists')
-    assert ask(url, sql.TABLES["postgresql"]) == before
-    assert ask(url, sql.READ_VERSION) == [(len(sql.STEPS) - 1,)]
-
-
 # --- bounds ---
 
 

@@ -1,0 +1,95 @@
+"""A store of an older release: refused with what to do, left alone, and migrated when an operator says so."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from chutes_proto.blocking.stores import StorePlace
+from chutes_proto.errors import StoreError
+from chutes_proto.store import sql
+from chutes_proto.testing.store_suite import boot, dump, sync
+
+CURRENT = sql.STEPS
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> StorePlace:
+    address: str = "sqlite:keys.db" if request.param == "sqlite" else request.getfixturevalue("empty_schema")
+    return StorePlace(address, tmp_path)
+
+
+def set_release(monkeypatch: pytest.MonkeyPatch, *steps: str) -> None:
+    """From here on this is a release with these steps."""
+    monkeypatch.setattr(sql, "STEPS", steps)
+    monkeypatch.setattr(sql, "SCHEMA_VERSION", len(steps))
+
+
+@pytest.mark.parametrize("version", range(1, len(CURRENT)))
+def test_each_older_schema_becomes_ours(place: StorePlace, version: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_release(monkeypatch, *CURRENT[:version])
+    place.open(migrate=True).close()
+    set_release(monkeypatch, *CURRENT)
+    with pytest.raises(
+        StoreError, match=f"schema version {version}, .*; run `chutes-proto store migrate`; it was left"
+    ):
+        place.open()
+    with closing(place.open(migrate=True)) as store:
+        assert store.found_version == version
+        granted = boot("first")
+        store.transact(granted)
+        store.transact(sync(granted, "body", "storage"))
+        assert store.check()["boot"] == 1
+
+
+def test_a_newer_release_keeps_the_rows_and_the_older_one_refuses_them(
+    place: StorePlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with closing(place.open(migrate=True)) as store:
+        assert store.found_version is None
+        store.transact(boot("first"))
+        before = dump(store)
+    set_release(monkeypatch, *CURRENT, "CREATE TABLE owner (name TEXT)")
+    with pytest.raises(StoreError, match="run `chutes-proto store migrate`"):
+        place.open()
+    with closing(place.open(migrate=True)) as store:
+        assert store.found_version == len(CURRENT)
+        assert dump(store) == before
+    with closing(place.open(migrate=True)) as store:
+        assert store.found_version == len(CURRENT) + 1
+    set_release(monkeypatch, *CURRENT)
+    for migrate in (False, True):
+        with pytest.raises(StoreError, match="run the release that made it"):
+            place.open(migrate=migrate)
+
+
+def test_a_step_that_fails_leaves_no_trace(place: StorePlace, monkeypatch: pytest.MonkeyPatch) -> None:
+    place.open(migrate=True).close()
+    set_release(monkeypatch, *CURRENT, "CREATE TABLE owner (name TEXT); CREATE TABLE vm (name TEXT)")
+    with pytest.raises(StoreError, match="already exists"):
+        place.open(migrate=True)
+    set_release(monkeypatch, *CURRENT)
+    with closing(place.open()) as store:
+        store.check()
+    set_release(monkeypatch, *CURRENT, "CREATE TABLE owner (name TEXT)")
+    place.open(migrate=True).close()
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.chmod(0), lambda path: path.write_bytes(b"no database" * 999)])
+def test_what_cannot_be_read_is_not_migrated(tmp_path: Path, damage: Callable[[Path], object]) -> None:
+    place = StorePlace("sqlite:keys.db", tmp_path)
+    place.open().close()
+    path = tmp_path / "keys.db"
+    damage(path)
+    content = path.read_bytes()
+    try:
+        place.open(migrate=True).close()
+    except StoreError:
+        assert path.read_bytes() == content
+    else:  # root may open what nobody may
+        with closing(sqlite3.connect(path)) as connection:
+            assert connection.execute(sql.READ_VERSION).fetchone() == (sql.SCHEMA_VERSION,)
