@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import asynccontextmanager
 from types import TracebackType
 
 import httpx
@@ -17,10 +18,13 @@ from chutes_proto.blocking.tls import client_context
 from chutes_proto.client.flows import (
     BootGrant,
     BootSettings,
+    Rotation,
     Signer,
     VolumeKeys,
+    attest_volumes,
     boot,
     boot_and_sync,
+    confirm_volumes,
     read_cache_passphrase,
 )
 from chutes_proto.client.retry import DEFAULT_RETRY, RetryPolicy
@@ -88,6 +92,24 @@ class BootAgent:
         flow = boot_and_sync(self._settings, volumes, rekey, formatted, grant=self._grant)
         self._grant, keys = await self._performer.run(flow)
         return keys
+
+    @asynccontextmanager
+    async def rotate(self, volumes: Sequence[str], *, formatted: Sequence[str]) -> AsyncGenerator[Rotation]:
+        """The current and the next keys of ``volumes``, confirmed when the block ends as the caller reported.
+
+        For profiles with the two-phase exchange; ``formatted`` names the volumes with a LUKS header on their disks.
+        Boots first where there is no grant yet, or where its keys were handed out. A block that raises confirms
+        nothing. What the confirmation raises comes out of the block, and then no key may be taken off a disk::
+
+            async with agent.rotate(["storage"], formatted=["storage"]) as rotation:
+                ...  # open the disk with rotation.keys["storage"].current, add .next
+                rotation.added("storage")
+            ...  # take the other keys off the disk
+        """
+        grant, self._grant = self._grant, None
+        rotation = await self._performer.run(attest_volumes(self._settings, volumes, formatted, grant=grant))
+        yield rotation
+        await self._performer.run(confirm_volumes(rotation, retry=self._settings.retry))
 
     async def cache_passphrase(self) -> Secret:
         """The passphrase of the server's first volume; boots first where there is no grant yet."""

@@ -22,7 +22,9 @@ FINAL_MOODS = (400, 403, 404, 409, 422)
 class ModelServer:
     """One VM's server; every secret it gives away begins with the canary."""
 
-    def __init__(self, moods: Iterator[object], *, in_use: Sequence[str] = ()) -> None:
+    def __init__(self, moods: Iterator[object], *, in_use: Sequence[str] = (), two_phase: bool = False) -> None:
+        self.confirmed: dict[str, object] | None = None
+        self._two_phase = two_phase
         self._moods = moods
         self._in_use = [*in_use]
         self._count = 0
@@ -61,7 +63,15 @@ class ModelServer:
             self._nonces.remove(nonce)
             token = hashlib.sha256(b"token %d" % self._count).hexdigest()
             self._tokens[token] = None
+            if self._two_phase:
+                return talk.answer({"key": f"{CANARY}-root", "boot_token": None, "luks_quote_nonce": token})
             return talk.answer({"key": f"{CANARY}-root", "boot_token": token})
+        if request.target.endswith("/luks/confirm"):
+            self.confirmed = json.loads(request.body)["volumes"]
+            results = {name: {"result": "promoted"} for name in json.loads(request.body)["volumes"]}
+            return talk.answer({"status": "confirmed", "volumes": results})
+        if request.target.endswith("/luks/attest"):
+            return self._hand_out(request)
         (token,) = request.header_values("x-boot-token")
         if token not in self._tokens or self._tokens[token] not in (None, request.body):
             return talk.refused(401, "boot_token_invalid")
@@ -71,6 +81,19 @@ class ModelServer:
         return talk.answer(
             {**{name: f"{CANARY}-{name}" for name in json.loads(request.body)["volumes"]}, "in_use": self._in_use}
         )
+
+    def _hand_out(self, request: HttpRequest) -> HttpResponse:
+        (nonce,) = request.header_values("x-quote-nonce")
+        if nonce not in self._tokens or self._tokens[nonce] not in (None, request.body):
+            return talk.refused(401, "quote_nonce_invalid")
+        self._tokens[nonce] = request.body
+        pairs = {
+            name: {"current": f"{CANARY}-{name}", "next": f"{CANARY}-{name}-next"}
+            for name in json.loads(request.body)["volumes"]
+        }
+        confirm = hashlib.sha256(nonce.encode()).hexdigest()
+        members = {"volumes": pairs, "confirm_nonce": confirm, "k3s_encryption_key": f"{CANARY}-k3s"}
+        return talk.answer({**members, "in_use": self._in_use})
 
     def tokens(self) -> set[str]:
         return {*self._tokens}

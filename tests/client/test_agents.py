@@ -155,6 +155,76 @@ def test_a_refusal_ends_it(runner: Runner, credentials: Credentials, identity: C
 
 
 @both_loops
+def test_a_rotation(runner: Runner, credentials: Credentials, identity: ClientIdentity) -> None:
+    async def work(agent: Any) -> Any:
+        async with agent.rotate(VOLUMES, formatted=["storage"]) as rotation:
+            for name, pair in rotation.keys.items():
+                assert pair.current.reveal() == f"{CANARY}-{name}".encode()
+                assert pair.next.reveal() == f"{CANARY}-{name}-next".encode()
+            rotation.added("storage")
+        return rotation
+
+    model = ModelServer(iter(["well", "well", 503, "well", 503, "garbage"]), in_use=["storage"], two_phase=True)
+    records: list[Record] = []
+    rotation = run_agent(runner, work, model, credentials, identity, log=records.append)
+    assert model.confirmed == {"storage": {"rotated": True}, "tdx-cache": {"rotated": False}}
+    assert rotation.in_use == {"storage"}
+    assert rotation.k3s_encryption_key.reveal() == f"{CANARY}-k3s".encode()
+    assert CANARY not in str(records)
+    assert not [token for token in model.tokens() if token in str(records)]
+
+
+@both_loops
+def test_a_rotation_that_fails_confirms_nothing(
+    runner: Runner, credentials: Credentials, identity: ClientIdentity
+) -> None:
+    async def work(agent: Any) -> Any:
+        with pytest.raises(OSError, match="disk"):
+            async with agent.rotate(VOLUMES, formatted=[]) as rotation:
+                rotation.added("storage")
+                raise OSError("the disk does not open")
+        return "raised"
+
+    model = ModelServer(iter(()), two_phase=True)
+    assert run_agent(runner, work, model, credentials, identity) == "raised"
+    assert model.confirmed is None
+
+
+@both_loops
+def test_a_confirmation_that_is_refused_comes_out(
+    runner: Runner, credentials: Credentials, identity: ClientIdentity
+) -> None:
+    async def work(agent: Any) -> Any:
+        with pytest.raises(Refused, match="409"):
+            async with agent.rotate(VOLUMES, formatted=[]) as rotation:
+                rotation.added("storage")
+        return "refused"
+
+    model = ModelServer(iter(["well", "well", "well", 409]), two_phase=True)
+    assert run_agent(runner, work, model, credentials, identity) == "refused"
+
+
+@both_loops
+def test_the_other_exchange_than_the_granted_one(
+    runner: Runner, credentials: Credentials, identity: ClientIdentity
+) -> None:
+    async def work(agent: Any) -> Any:
+        with pytest.raises(LocalProtocolError, match="rotate"):
+            await agent.sync(VOLUMES, formatted=[])
+        return "other"
+
+    assert run_agent(runner, work, ModelServer(iter(()), two_phase=True), credentials, identity) == "other"
+
+    async def rotate(agent: Any) -> Any:
+        with pytest.raises(LocalProtocolError, match="sync"):
+            async with agent.rotate(VOLUMES, formatted=[]):
+                pass
+        return "other"
+
+    assert run_agent(runner, rotate, ModelServer(iter(())), credentials, identity) == "other"
+
+
+@both_loops
 def test_the_older_read(runner: Runner, credentials: Credentials, identity: ClientIdentity) -> None:
     async def work(agent: Any) -> Any:
         return await agent.cache_passphrase(), await agent.cache_passphrase()

@@ -31,14 +31,14 @@ def test_every_state_can_be_reached_and_left_to_an_end() -> None:
         reached |= fresh
         fresh = {end for state in fresh for end in TRANSITIONS[state].values()} - reached
     assert reached == set(State)
-    assert [state for state in State if not TRANSITIONS[state]] == [State.STOPPED]
+    assert [state for state in State if not TRANSITIONS[state]] == [State.CONFIRMED, State.STOPPED]
 
 
 def test_whatever_a_failure_is_it_is_in_the_table() -> None:
     errors: list[ChutesError] = [refusal(status, "unknown", "No.") for status in (*range(400, 452), *range(500, 512))]
     errors += [refusal(code.status, code, "No.") for code in Code]
     errors += [TransportError("x", maybe_delivered=True), RemoteProtocolError("x"), QuoteUnavailable("x")]
-    for state in set(State) - {State.STOPPED}:
+    for state in set(State) - {State.CONFIRMED, State.STOPPED}:
         for error in errors:
             assert failure(state, error) in TRANSITIONS[state], (state, error)
 
@@ -53,6 +53,11 @@ def test_whatever_a_failure_is_it_is_in_the_table() -> None:
         (401, "hotkey_mismatch", State.TOKEN_HELD, Input.FINAL),
         (401, "vm_name_mismatch", State.TOKEN_HELD, Input.FINAL),
         (401, "boot_token_invalid", State.SYNCED, Input.TOKEN_GONE),
+        (401, "quote_nonce_invalid", State.REQUOTED, Input.NONCE_GONE),
+        (403, "platform_mismatch", State.REQUOTED, Input.FINAL),
+        (401, "confirm_nonce_invalid", State.HANDED, Input.FINAL),
+        (409, "rotation_superseded", State.HANDED, Input.FINAL),
+        (503, "store_unavailable", State.HANDED, Input.NOT_NOW),
         (404, "key_not_found", State.TOKEN_HELD, Input.FINAL),
         (422, "validation_error", State.QUOTED, Input.FINAL),
         (429, "unknown", State.START, Input.NOT_NOW),
@@ -94,4 +99,4 @@ def test_the_diagram_says_exactly_what_the_table_says() -> None:
     rows = TRANSITIONS.items()
     assert drawn == {(state.value, got.value, end.value) for state, row in rows for got, end in row.items()}
     assert mermaid().startswith("stateDiagram-v2\n    [*] --> start\n")
-    assert mermaid().endswith("    synced --> [*]\n    stopped --> [*]\n")
+    assert mermaid().endswith("    synced --> [*]\n    confirmed --> [*]\n    stopped --> [*]\n")

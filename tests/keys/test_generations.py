@@ -8,7 +8,22 @@ from attrs import evolve
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chutes_proto.keys.generations import Change, Supply, active, disown, fetch, holds_keys, prune, rekey
+from chutes_proto.keys.generations import (
+    Change,
+    HandOut,
+    Supply,
+    active,
+    confirm,
+    disown,
+    fetch,
+    hand_out,
+    holds_keys,
+    pinned,
+    prune,
+    purgeable,
+    rekey,
+    restore,
+)
 from chutes_proto.store.rows import GenerationRow, State, Vm
 
 VM = Vm("hotkey", "vm")
@@ -85,6 +100,99 @@ def test_a_name_that_goes_to_another_owner_takes_no_key_along() -> None:
         row(1, "retired", retirement="takeover"),
     )
     assert fetch(apply(rows, change), row).word == "created"
+
+
+def seal(number: int) -> GenerationRow:
+    return row(number)
+
+
+def superseded(number: int, at: int) -> GenerationRow:
+    return row(number, "retired", retirement="superseded", provisional=True, retired_at=at)
+
+
+def test_the_first_hand_out_is_active_at_once() -> None:
+    first = hand_out([], seal)
+    assert (first.current, first.next, first.created) == (None, row(1), row(1))
+    assert confirm([row(1)], None, 1, rotated=False, at=9) == Change()
+    assert confirm([row(1)], None, 1, rotated=True, at=9) == Change()
+    assert confirm([row(1, "retired"), row(2)], None, 1, rotated=True, at=9) is None
+    assert confirm([row(1, "retired"), row(2)], None, 1, rotated=False, at=9) == Change()
+
+
+def test_a_candidate_is_handed_out_until_it_is_decided_on() -> None:
+    out = hand_out([row(1)], seal)
+    assert (out.current, out.next) == (row(1), row(2, "candidate"))
+    again = hand_out([row(1), row(2, "candidate")], never)
+    assert again == HandOut(current=row(1), next=row(2, "candidate"))
+
+
+def test_what_was_pruned_comes_back_with_a_candidate_or_not() -> None:
+    pruned = [row(1, "retired", retirement="prune")]
+    back = hand_out(pruned, seal)
+    assert (back.updated, back.current, back.next) == ((row(1),), row(1), row(2, "candidate"))
+    anew = hand_out(pruned, seal, "new")
+    assert (anew.current, anew.next) == (None, row(2))
+
+
+def test_a_promotion_is_provisional_and_pins_what_it_superseded() -> None:
+    rows = [row(1), row(2, "candidate")]
+    promoted = confirm(rows, 1, 2, rotated=True, at=9)
+    assert promoted == Change((superseded(1, 9), row(2, provisional=True)))
+    rows = apply(rows, promoted)
+    assert hand_out(rows, seal, handed=None).current == row(2, provisional=True)
+    other = hand_out(rows, seal, handed=2)
+    assert (other.current, other.next) == (superseded(1, 9), row(2, provisional=True))
+    assert hand_out(rows, seal, handed=1).current == row(2, provisional=True)
+    assert confirm(rows, 1, 2, rotated=True, at=10) == Change()
+    rows.append(row(3, "candidate"))
+    back = confirm(rows, 1, 2, rotated=False, at=10)
+    assert back is not None
+    assert apply(rows, back) == [
+        row(1),
+        row(2, "retired", retirement="dropped", retired_at=10),
+        row(3, "retired", retirement="dropped", retired_at=10),
+    ]
+
+
+def test_a_confirmation_by_the_new_key_unpins_the_old_one() -> None:
+    rows = [superseded(1, 3), row(2, provisional=True), row(3, "candidate")]
+    kept = confirm(rows, 2, 3, rotated=False, at=9)
+    assert kept is not None
+    after = apply(rows, kept)
+    assert [(r.state, r.provisional) for r in after] == [("retired", False), ("active", False), ("retired", False)]
+    rotated = confirm(rows, 2, 3, rotated=True, at=9)
+    assert rotated is not None
+    assert pinned(apply(rows, rotated)) == superseded(2, 9)
+
+
+def test_what_was_decided_meanwhile_stands() -> None:
+    overtaken = [row(1, "retired"), row(2, "retired", retirement="dropped"), row(3)]
+    assert confirm(overtaken, 1, 2, rotated=True, at=9) is None
+    assert confirm(overtaken, 1, 2, rotated=False, at=9) == Change()
+
+
+def test_a_rekey_or_a_restore_unpins() -> None:
+    rows = [superseded(1, 3), row(2, provisional=True), row(3, "candidate")]
+    assert pinned(apply(rows, rekey(rows, seal, 9))) is None
+    assert pinned(apply(rows, disown(rows, 9))) is None
+    back = restore(rows, 1, 9)
+    assert back is not None
+    after = apply(rows, back)
+    assert (active(after), pinned(after)) == (row(1), None)
+    assert [(r.retirement, r.retired_at) for r in after[1:]] == [("superseded", 9), ("dropped", 9)]
+    assert not any(r.provisional for r in after)
+    for generation in (2, 9):
+        assert restore(rows, generation, 9) is None
+    assert restore([row(1, "purged"), row(2)], 1, 9) is None
+
+
+def test_what_may_be_purged() -> None:
+    rows = [row(n, "retired", retired_at=n) for n in range(1, 6)]
+    assert [r.generation for r in purgeable(rows, 102, 100, 3)] == [1, 2]
+    assert [r.generation for r in purgeable(rows, 101, 100, 3)] == [1]
+    assert [r.generation for r in purgeable(rows, 1000, 100, 0)] == [1, 2, 3, 4, 5]
+    held = [superseded(1, 1), row(2, provisional=True), row(3, "candidate"), row(4, "purged")]
+    assert purgeable(held, 1000, 100, 0) == ()
 
 
 def test_what_holds_keys() -> None:

@@ -11,16 +11,18 @@ from cryptography.x509 import load_pem_x509_certificate
 from chutes_proto.auth.certificates import make_client_identity
 from chutes_proto.auth.hotkey import HotkeyPair
 from chutes_proto.codes import Code
-from chutes_proto.effects import FetchCollateral, Transact
+from chutes_proto.effects import FetchCollateral, Transact, run
 from chutes_proto.errors import CollateralUnavailable, KeyUnavailable, StoreBusy, StoreError
+from chutes_proto.quote.verify import verify_collateral
 from chutes_proto.secret import Secret
 from chutes_proto.server.app import App
 from chutes_proto.server.config import LimitOptions
 from chutes_proto.server.profiles import ServedProfile
 from chutes_proto.server.service import Slots
 from chutes_proto.store.rows import AttestationRow, AuditRow, BootRow, NonceRow, VmRow
+from chutes_proto.units.operator import StoreRestored
 from chutes_proto.wire import json
-from chutes_proto.wire.http import HttpResponse
+from chutes_proto.wire.http import HttpRequest, HttpResponse
 from tests.server.world import HOTKEY, NOW, PROFILE, World, answer, content, refusal, service
 
 OTHER_HOTKEY = "5FHneW46xGXgs5mUiveU4sbTyGBzmstUspZC92UhjJM694ty"
@@ -345,3 +347,52 @@ def test_draining_sends_boots_away_and_serves_what_is_asked_once(world):
     assert refusal(world.ask("GET", "/servers/nonce"))[:2] == (503, Code.DRAINING)
     assert refusal(world.ask("POST", "/servers/boot/attestation", {}))[:2] == (503, Code.DRAINING)
     assert answer(world.sync(token, {"volumes": ["storage"]}))
+
+
+@pytest.mark.parametrize("now", [1000, 1_400_000_000])
+def test_a_clock_of_ours_that_is_behind_is_our_fault(world, now):
+    world.now = now
+    assert refusal(world.boot())[:2] == (503, Code.COLLATERAL_UNAVAILABLE)
+
+
+def test_collateral_that_ends_while_it_is_fetched_is_our_fault(world):
+    nonce = world.nonce()
+    body, headers = world.attestation(nonce)
+    collateral = world.platform.collateral(NOW - 30 * 86400 + 1)
+
+    def perform(effect):
+        match effect:
+            case FetchCollateral():
+                verified = verify_collateral(collateral, now=world.now, root=world.app.service.root)
+                world.now += 2
+                return verified
+            case _:
+                return world.perform(effect)
+
+    request = HttpRequest(
+        "POST", "/servers/boot/attestation", tuple(headers.items()), json.encode(body), world.certificate
+    )
+    assert refusal(run(world.app.handle(request), perform))[:2] == (503, Code.COLLATERAL_UNAVAILABLE)
+
+
+def test_quotes_with_a_genuine_chain_cannot_fill_the_log(world):
+    def fail(effect):
+        if isinstance(effect, FetchCollateral):
+            raise CollateralUnavailable("none for this FMSPC")
+
+    body, headers = world.attestation()
+    world.before = fail
+    for _ in range(100):
+        assert refusal(world.ask("POST", "/servers/boot/attestation", body, headers=headers))[0] == 503
+    assert len(world.log) == 20
+
+
+def test_for_a_minute_after_a_restore_boots_are_told_to_come_again(world):
+    token = world.token()
+    world.store.transact(StoreRestored(world.now))
+    nonce = world.nonce()
+    assert refusal(world.boot(nonce))[:2] == (503, Code.STORE_UNAVAILABLE)
+    assert refusal(world.sync(token, {"volumes": ["storage"]}))[:2] == (401, Code.BOOT_TOKEN_INVALID)
+    world.now += 61
+    assert refusal(world.boot(nonce))[:2] == (401, Code.NONCE_INVALID)
+    assert answer(world.boot())

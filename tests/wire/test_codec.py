@@ -63,6 +63,22 @@ requests = st.one_of(
         rekey=st.none() | VOLUMES,
         formatted=st.none() | VOLUMES,
     ),
+    st.builds(
+        m.VolumeAttestationRequest,
+        vm_name=NAMES,
+        hotkey=st.none() | HEADERS,
+        quote_nonce=st.none() | HEADERS,
+        quote=st.text(max_size=80).filter(lambda s: s.isprintable()),
+        volumes=VOLUMES,
+        formatted=st.none() | VOLUMES,
+    ),
+    st.builds(
+        m.VolumeConfirmationRequest,
+        vm_name=NAMES,
+        hotkey=st.none() | HEADERS,
+        confirm_nonce=st.none() | HEADERS,
+        volumes=st.dictionaries(NAMES, st.builds(m.VolumeConfirmation, rotated=st.booleans()), max_size=3),
+    ),
     st.just(m.ApiDescriptionRequest()),
 )
 
@@ -93,6 +109,18 @@ answers = st.one_of(
         ),
         in_use=st.lists(NAMES, max_size=3).map(tuple),
     ),
+    st.builds(
+        m.VolumeAttestationAnswer,
+        volumes=st.dictionaries(NAMES, st.builds(m.VolumePair, current=st.none() | SECRETS, next=SECRETS), max_size=3),
+        confirm_nonce=SECRETS,
+        k3s_encryption_key=SECRETS,
+        in_use=st.lists(NAMES, max_size=3).map(tuple),
+    ),
+    st.builds(
+        m.VolumeConfirmationAnswer,
+        status=HEADERS,
+        volumes=st.dictionaries(NAMES, st.builds(m.VolumeResult, result=HEADERS), max_size=3),
+    ),
 )
 
 
@@ -113,6 +141,35 @@ def test_answers_are_compact_and_in_order() -> None:
     keys = m.VolumeSyncAnswer(passphrases=(("tdx-cache", Secret(b"b")), ("storage", Secret(b"a"))), in_use=("storage",))
     body = codec.encode_answer(endpoints.VOLUME_SYNC, keys).body
     assert body == b'{"tdx-cache":"b","storage":"a","in_use":["storage"]}'
+    handed = m.VolumeAttestationAnswer(
+        volumes={
+            "storage": m.VolumePair(current=None, next=Secret(b"n")),
+            "tdx-cache": m.VolumePair(current=Secret(b"c"), next=Secret(b"d")),
+        },
+        confirm_nonce=Secret(b"m"),
+        k3s_encryption_key=Secret(b"k"),
+        in_use=("storage",),
+    )
+    assert codec.encode_answer(endpoints.VOLUME_ATTESTATION, handed).body == (
+        b'{"volumes":{"storage":{"current":null,"next":"n"},"tdx-cache":{"current":"c","next":"d"}},'
+        b'"confirm_nonce":"m","k3s_encryption_key":"k","in_use":["storage"]}'
+    )
+    older = b'{"volumes":{},"confirm_nonce":"m","k3s_encryption_key":"k"}'
+    decoded = codec.decode_answer(endpoints.VOLUME_ATTESTATION, HttpResponse(200, body=older))
+    assert decoded == m.VolumeAttestationAnswer(
+        volumes={}, confirm_nonce=Secret(b"m"), k3s_encryption_key=Secret(b"k"), in_use=()
+    )
+
+
+def test_all_problems_of_a_confirmation_come_in_one_answer() -> None:
+    body = b'{"volumes":{"a secret name":{"rotated":1},"b":{},"c":[],"d":{"rotated":true}}}'
+    assert problems(HttpRequest("POST", "/servers/vm/luks/confirm", (), body)) == [
+        ("bool_type", ["body", "volumes", 0, "rotated"]),
+        ("missing", ["body", "volumes", 1, "rotated"]),
+        ("dict_type", ["body", "volumes", 2]),
+    ]
+    listed = HttpRequest("POST", "/servers/vm/luks/confirm", (), b'{"volumes":["storage"]}')
+    assert problems(listed) == [("dict_type", ["body", "volumes"])]
 
 
 def test_all_problems_come_in_one_answer() -> None:

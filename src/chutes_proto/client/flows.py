@@ -5,6 +5,8 @@ Rules kept here:
 * the exchange table (``client/exchange.py``) decides what follows what, the retry policy (``client/retry.py``) when;
 * each attempt at a grant has a nonce of its own; each attempt at a sync sends the same bytes, which the server answers
   the same way once it has taken them, so a lost answer loses nothing;
+* the keys of the two-phase exchange are handed out once for a boot: their attestation is repeated as it was, and so is
+  their confirmation;
 * an answer is used only if it is whole: exactly the volumes that were asked for, no passphrase empty;
 * nothing secret is logged, and no answer makes a flow send its request anywhere else: a redirect is an error.
 
@@ -17,10 +19,11 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, TypeVar, cast
 
 import attrs
-from attrs import field, frozen
+from attrs import Factory, define, field, frozen
 
 from chutes_proto.auth.binding import report_data
 from chutes_proto.auth.hotkey import Hotkey, HotkeyError
@@ -106,6 +109,52 @@ class VolumeKeys:
     in_use: frozenset[str]
 
 
+@frozen
+class KeyPair:
+    """A volume's keys of the two-phase exchange.
+
+    ``current`` opens the disk; it is None where the volume never had a key, and then ``next`` formats it. Else ``next``
+    is added to the disk.
+    """
+
+    current: Secret | None
+    next: Secret
+
+
+@define
+class Rotation:
+    """What a two-phase boot was handed, and what it has to say of it.
+
+    The caller opens each volume's disk with ``current``, or formats a blank one that is not in ``in_use``, adds
+    ``next`` and calls `added`. A volume whose disk does not open is `left_out`, and its old keys stay as they are. Once
+    the confirmation is through, only the next key of an added volume is needed; where it is not, none may be taken off
+    the disk. ``k3s_encryption_key`` is 32 bytes in base64, the same at every boot.
+    """
+
+    keys: Mapping[str, KeyPair]
+    in_use: frozenset[str]
+    k3s_encryption_key: Secret
+    grant: BootGrant
+    confirm_nonce: Secret
+    report: dict[str, bool] = field(
+        init=False, default=Factory(lambda self: dict.fromkeys(self.keys, False), takes_self=True)
+    )
+
+    def added(self, volume: str) -> None:
+        """The disk of ``volume`` was opened, or formatted, and has the next key."""
+        self._check(volume)
+        self.report[volume] = True
+
+    def left_out(self, volume: str) -> None:
+        """The disk of ``volume`` was not opened: nothing is confirmed of it."""
+        self._check(volume)
+        del self.report[volume]
+
+    def _check(self, volume: str) -> None:
+        if volume not in self.report:
+            raise LocalProtocolError(f"{volume!r} is none of the volumes to confirm: {', '.join(self.report)}")
+
+
 # --- the whole exchange ---
 
 
@@ -115,7 +164,7 @@ def boot(settings: BootSettings) -> Flow[BootGrant]:
     Raises `Refused` or `BadRequest` at the first final answer, and, when attempts or time are used up, the last of
     `Unavailable`, `TransportError`, `RemoteProtocolError`, `QuoteUnavailable`.
     """
-    grant: BootGrant = yield from _reach(Input.GRANT, _boot_steps(settings), settings.retry)
+    grant: BootGrant = yield from _reach(_GRANTED, _boot_steps(settings), settings.retry)
     return grant
 
 
@@ -136,7 +185,7 @@ def sync_volumes(
     Raises as `boot` does; `Refused` with status 401 when the token is gone: a new boot may then begin.
     """
     sync = _sync_step(volumes, rekey, formatted)
-    held: tuple[BootGrant, VolumeKeys] = yield from _reach(Input.KEYS, {State.TOKEN_HELD: sync}, retry, grant)
+    held: tuple[BootGrant, VolumeKeys] = yield from _reach({Input.KEYS}, {State.TOKEN_HELD: sync}, retry, grant)
     return held[1]
 
 
@@ -153,7 +202,7 @@ def boot_and_sync(
     When the token has died before a sync was answered, a new boot begins. Raises as `boot` does.
     """
     steps = {**_boot_steps(settings), State.TOKEN_HELD: _sync_step(volumes, rekey, formatted)}
-    held: tuple[BootGrant, VolumeKeys] = yield from _reach(Input.KEYS, steps, settings.retry, grant)
+    held: tuple[BootGrant, VolumeKeys] = yield from _reach({Input.KEYS}, steps, settings.retry, grant)
     return held
 
 
@@ -162,8 +211,38 @@ def read_cache_passphrase(grant: BootGrant, *, retry: RetryPolicy = DEFAULT_RETR
 
     Raises as `sync_volumes` does; `Refused` with status 404 where no passphrase is kept.
     """
-    passphrase: Secret = yield from _reach(Input.PASSPHRASE, {State.TOKEN_HELD: _read_step()}, retry, grant)
+    passphrase: Secret = yield from _reach({Input.PASSPHRASE}, {State.TOKEN_HELD: _read_step()}, retry, grant)
     return passphrase
+
+
+def attest_volumes(
+    settings: BootSettings,
+    volumes: Sequence[str],
+    formatted: Sequence[str] | None = None,
+    *,
+    grant: BootGrant | None = None,
+) -> Flow[Rotation]:
+    """The current and the next key of each of ``volumes``, for a second quote; boots first where there is no ``grant``.
+
+    ``formatted`` names those that have a LUKS header; None says nothing of them. A lost answer is asked for again with
+    the same bytes; when the quote nonce has died before that, a new boot begins. What was handed out must be confirmed
+    with `confirm_volumes` once the disks are open.
+
+    Raises as `boot` does, and `LocalProtocolError` where the server granted the base exchange.
+    """
+    steps = {**_boot_steps(settings), **_attest_steps(settings, volumes, formatted)}
+    rotation: Rotation = yield from _reach({Input.PAIRS}, steps, settings.retry, grant)
+    return rotation
+
+
+def confirm_volumes(rotation: Rotation, *, retry: RetryPolicy = DEFAULT_RETRY) -> Flow[None]:
+    """Tell the server what the caller reported; it is through when this returns. Nothing is sent for no volume at all.
+
+    Raises `Refused` where the server decided otherwise meanwhile (401, 409) and `TransportError` where nothing is
+    known: in either case every key stays on the disk.
+    """
+    if rotation.report:
+        yield from _reach({Input.CONFIRMED}, {State.HANDED: _confirm_step()}, retry, rotation, State.HANDED)
 
 
 # --- single steps ---
@@ -258,6 +337,59 @@ def _sync_step(volumes: Sequence[str], rekey: Sequence[str], formatted: Sequence
     return _Step("sync", Input.KEYS, sync)
 
 
+def _attest_steps(
+    settings: BootSettings, volumes: Sequence[str], formatted: Sequence[str] | None
+) -> dict[State, _Step]:
+    """Raises `LocalProtocolError`, before anything was sent, for what no server could answer."""
+    asked = tuple(dict.fromkeys(volumes))
+    if not asked or not {*(formatted or ())} <= {*asked}:
+        raise LocalProtocolError("volumes must not be empty, and formatted must be among them")
+
+    def quote(grant: BootGrant) -> Flow[tuple[BootGrant, bytes]]:
+        return grant, (yield from make_quote(settings, bytes.fromhex(_quote_nonce(grant))))
+
+    def attest(held: tuple[BootGrant, bytes]) -> Flow[Rotation]:
+        grant, quoted = held
+        request = messages.VolumeAttestationRequest(
+            vm_name=messages.Name(grant.vm_name),
+            hotkey=grant.miner_hotkey,
+            quote_nonce=_quote_nonce(grant),
+            quote=codec.encode_quote(quoted),
+            volumes=asked,
+            formatted=None if formatted is None else tuple(formatted),
+        )
+        answer = yield from _ask(endpoints.VOLUME_ATTESTATION, request, messages.VolumeAttestationAnswer)
+        if {*answer.volumes} != {*asked} or not {*answer.in_use} <= {*asked}:
+            raise RemoteProtocolError(f"the server's answer is not about exactly the volumes {', '.join(asked)}")
+        if not _HEX_32.fullmatch(answer.confirm_nonce.reveal().decode("ascii")):
+            raise RemoteProtocolError("the server's confirm nonce is not 64 lowercase hex digits")
+        pairs = {name: KeyPair(answer.volumes[name].current, answer.volumes[name].next) for name in asked}
+        in_use = frozenset(answer.in_use)
+        fields: dict[str, Value] = {"volumes": list(asked), "in_use": sorted(in_use)}
+        yield from Log(Record(Level.INFO, "keys_received", fields))
+        return Rotation(pairs, in_use, answer.k3s_encryption_key, grant, answer.confirm_nonce)
+
+    return {
+        State.QUOTE_NONCE_HELD: _Step("runtime quote", Input.QUOTE, quote),
+        State.REQUOTED: _Step("volumes", Input.PAIRS, attest),
+    }
+
+
+def _confirm_step() -> _Step:
+    def confirm(rotation: Rotation) -> Flow[None]:
+        request = messages.VolumeConfirmationRequest(
+            vm_name=messages.Name(rotation.grant.vm_name),
+            hotkey=rotation.grant.miner_hotkey,
+            confirm_nonce=rotation.confirm_nonce.reveal().decode("ascii"),
+            volumes={name: messages.VolumeConfirmation(rotated=added) for name, added in rotation.report.items()},
+        )
+        answer = yield from _ask(endpoints.VOLUME_CONFIRMATION, request, messages.VolumeConfirmationAnswer)
+        fields: dict[str, Value] = {"volumes": [f"{name}: {part.result}" for name, part in answer.volumes.items()]}
+        yield from Log(Record(Level.INFO, "rotation_confirmed", fields))
+
+    return _Step("confirmation", Input.CONFIRMED, confirm)
+
+
 def _read_step() -> _Step:
     def read(grant: BootGrant) -> Flow[Secret]:
         request = messages.CachePassphraseRequest(
@@ -269,11 +401,24 @@ def _read_step() -> _Step:
     return _Step("passphrase", Input.PASSPHRASE, read)
 
 
-def _reach(goal: Input, steps: Mapping[State, _Step], policy: RetryPolicy, grant: BootGrant | None = None) -> Flow[Any]:
-    """Take step after step, as the exchange table says, until ``goal`` has happened; the reply is what it brought."""
-    exchange = Exchange(State.START if grant is None else State.TOKEN_HELD)
+_GRANTED = frozenset({Input.GRANT, Input.TWO_PHASE_GRANT})
+
+
+def _reach(
+    goals: AbstractSet[Input],
+    steps: Mapping[State, _Step],
+    policy: RetryPolicy,
+    held: Any = None,
+    begun: State | None = None,
+) -> Flow[Any]:
+    """Take step after step, as the exchange table says, until one of ``goals`` has happened; reply with its outcome.
+
+    ``held`` is what is there already, a grant or what the state ``begun`` holds.
+    """
+    exchange = Exchange(begun or (State.START if held is None else _granted(held)[1]))
+    if exchange.state not in steps:
+        raise _other_exchange(cast("BootGrant", held))
     budget = yield from begin(policy)
-    held: Any = grant
     while True:
         before = exchange.state
         step = steps[before]
@@ -283,12 +428,15 @@ def _reach(goal: Input, steps: Mapping[State, _Step], policy: RetryPolicy, grant
         except (Refusal, RemoteProtocolError, TransportError, QuoteUnavailable) as exc:
             error = exc
         else:
-            _ = exchange.take(step.done)
-            if step.done is goal:
+            done = _granted(brought)[0] if isinstance(brought, BootGrant) else step.done
+            following = exchange.take(done)
+            if done in goals:
                 return brought
+            if following not in steps:
+                raise _other_exchange(brought)
             held = brought
             continue
-        hidden = held.boot_token if isinstance(held, BootGrant) else None
+        hidden = _opener(held)
         if exchange.take(failure(before, error)) not in steps:
             yield from budget.give_up(step.name, error, hidden)
         yield from budget.pause(step.name, error, hidden)
@@ -309,7 +457,34 @@ def _signed(message: messages.BootAttestationRequest, nonce: bytes, signer: Sign
     return attrs.evolve(message, hotkey=message.miner_hotkey, signature=signature.hex())
 
 
+def _granted(grant: BootGrant) -> tuple[Input, State]:
+    """What a grant is to the exchange, and where it leads."""
+    if grant.boot_token is None:
+        return Input.TWO_PHASE_GRANT, State.QUOTE_NONCE_HELD
+    return Input.GRANT, State.TOKEN_HELD
+
+
+def _opener(held: Any) -> Secret | None:
+    """The nonce or token that the request of a state carries, which no error's text may repeat."""
+    if isinstance(held, Rotation):
+        return held.confirm_nonce
+    grant = cast("object", held[0] if isinstance(held, tuple) else held)
+    return grant.boot_token or grant.luks_quote_nonce if isinstance(grant, BootGrant) else None
+
+
 def _token(grant: BootGrant) -> str:
     if grant.boot_token is None:
-        raise LocalProtocolError("this boot was granted the two-phase exchange, which has no boot token")
+        raise _other_exchange(grant)
     return grant.boot_token.reveal().decode("ascii")
+
+
+def _quote_nonce(grant: BootGrant) -> str:
+    if grant.luks_quote_nonce is None:
+        raise _other_exchange(grant)
+    return grant.luks_quote_nonce.reveal().decode("ascii")
+
+
+def _other_exchange(grant: BootGrant) -> LocalProtocolError:
+    if grant.boot_token is None:
+        return LocalProtocolError("this boot was granted the two-phase exchange, which has no boot token: rotate")
+    return LocalProtocolError("this boot was granted the base exchange, which hands out no next keys: sync")

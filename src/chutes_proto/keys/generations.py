@@ -26,7 +26,8 @@ Seal: TypeAlias = Callable[[int], GenerationRow]
 """Makes the active row of a generation, given its number."""
 
 ROOT_VOLUME = "root"
-RESERVED_VOLUMES = frozenset({ROOT_VOLUME, "k3s"})
+K3S_VOLUME = "k3s"
+RESERVED_VOLUMES = frozenset({ROOT_VOLUME, K3S_VOLUME})
 """Keys of the VM itself: made once, never rekeyed, pruned or rotated; a volume never has such a name."""
 
 Pruned: TypeAlias = Literal["revive", "new"]
@@ -122,9 +123,9 @@ def confirm(rows: Generations, current: int | None, following: int, *, rotated: 
     """A boot that was handed ``current`` and ``following`` says that ``current`` opened the disk, or formatted it.
 
     ``rotated``: the disk has the key ``following`` too, which is active afterwards, and provisional; ``current`` is
-    pinned. None if ``following`` is neither active nor a candidate to be: something else was decided meanwhile. Not
-    ``rotated``: ``current`` is active afterwards and ``following`` retired, unless something else was decided meanwhile;
-    then that stands.
+    pinned. None if ``following`` is neither active nor a candidate to be: something else was decided meanwhile.
+    Not ``rotated``: ``current`` is active afterwards and ``following`` retired, unless something else was decided
+    meanwhile; then that stands.
     """
     rows = tuple(rows)
     by_number = {row.generation: row for row in rows}

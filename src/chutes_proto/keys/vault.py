@@ -101,12 +101,12 @@ class FreshKey:
 
     @classmethod
     def encryption_key(cls, entropy: bytes) -> FreshKey:
-        """The same, for a key of 32 bytes instead of a passphrase: as base64, which is what is sealed and handed out."""
+        """The same, for a key of 32 bytes instead of a passphrase: sealed and handed out as base64."""
         return cls._of(base64.b64encode(entropy[:KEY_SIZE]), entropy)
 
     @classmethod
     def of_passphrase(cls, passphrase: Secret, entropy: bytes) -> FreshKey:
-        """The same, for a passphrase that is there already; ``entropy`` is what remains to be drawn for its envelope."""
+        """The same, for a passphrase that is there already; of ``entropy`` only the envelope's part is used."""
         return cls._of(passphrase.reveal(), entropy)
 
     @classmethod

@@ -14,7 +14,7 @@ log line, held back when there are many, because anyone can cause it.
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from chutes_proto.auth.certificates import client_key
 from chutes_proto.auth.hotkey import Hotkey, HotkeyError
@@ -58,11 +58,12 @@ def attest_boot(
     now = yield from Now()
     nonce = service.mint.check(message.nonce, "boot", now, hotkey=message.miner_hotkey, address=request.peer_address)
     key = client_key(request.peer_certificate)
-    evidence = yield from verify_evidence(service, nonce, key, message.quote, now)
+    evidence = yield from verify_evidence(service, nonce.value, key, message.quote, now)
     try:
         grant = yield from _claim(service, request, message, request_id, nonce, key, evidence, now)
     except Refused as exc:
-        yield from _record(service, request, message, request_id, evidence, exc, now)
+        vm = Vm(message.miner_hotkey, message.vm_name)
+        yield from record_refusal(request, vm, request_id, evidence, exc, now, "boot")
         raise
     return grant
 
@@ -100,7 +101,7 @@ def _claim(
             certificate=key.digest,
             profile_name=measurements.name,
             profile_version=measurements.version,
-            exchange="base",
+            exchange=profile.exchange,
             token_needs_certificate=profile.token_needs_certificate,
             root=root,
             token_digest=token_digest(token.reveal()),
@@ -132,6 +133,8 @@ def _claim(
     passphrase = image if image is not None else grant.root
     if passphrase is None:
         raise LocalProtocolError("a boot with entropy for a root passphrase was granted none")
+    if profile.exchange == "two-phase":
+        return BootAttestationAnswer(key=passphrase, boot_token=None, luks_quote_nonce=token)
     return BootAttestationAnswer(key=passphrase, boot_token=token)
 
 
@@ -166,25 +169,26 @@ def _is_signed(message: BootAttestationRequest) -> bool:
     return message.hotkey is not None and message.signature is not None
 
 
-def _record(
-    service: Service,
+def record_refusal(
     request: HttpRequest,
-    message: BootAttestationRequest,
+    vm: Vm,
     request_id: str,
     evidence: Evidence,
     refusal: Refused,
     now: int,
+    stage: Literal["boot", "runtime"],
 ) -> Flow[None]:
     """Keep what was refused to a genuine TD. That it cannot be written does not change the refusal."""
     unit = RecordRefusal(
         now=now,
         request_id=request_id,
-        vm=Vm(message.miner_hotkey, message.vm_name),
+        vm=vm,
         platform=platform_of(evidence),
         code=str(refusal.code),
         reason=refusal.reason,
         quote_digest=hashlib.sha256(evidence.quote).digest(),
         peer_address=request.peer_address,
+        stage=stage,
     )
     try:
         _ = yield from Transact(unit)

@@ -1,6 +1,7 @@
 """Is this quote evidence of an approved TD that holds this TLS key? The order of checks stands here, once for all.
 
-1. the nonce: shape, tag, age, binding (`nonces.py`); the client certificate's key;
+1. the nonce: shape, tag, age, binding (`nonces.py`), or for the volumes of a two-phase boot that boot's
+   (`rotation.py`); the client certificate's key;
 2. base64 and the quote's structure;
 3. report data: the nonce, then the key;
 4. the PCK chain up to the trusted root; only then collateral for its platform; then the quote;
@@ -23,6 +24,7 @@ from chutes_proto.effects import FetchCollateral, Now
 from chutes_proto.errors import CollateralUnavailable, Refused, Unavailable
 from chutes_proto.quote.errors import AppraisalError, QuoteFormatError, VerificationError
 from chutes_proto.quote.layout import parse_quote
+from chutes_proto.quote.steps import CertificateNotYetValid, CollateralExpired, CollateralNotYetValid
 from chutes_proto.quote.verify import open_quote, verify_quote
 from chutes_proto.wire.codec import decode_quote
 
@@ -31,10 +33,11 @@ if TYPE_CHECKING:
     from chutes_proto.effects import Flow
     from chutes_proto.quote.policy import Appraisal
     from chutes_proto.quote.verify import Verdict
-    from chutes_proto.server.nonces import Nonce
     from chutes_proto.server.service import Service
 
 _NOT_VERIFIED = "Unable to parse provided quote for verification."
+_OUR_TIMES = (CollateralExpired, CollateralNotYetValid, CertificateNotYetValid)
+"""Collateral that ended while it was fetched, or a clock of ours that is behind: nothing that a VM could mend."""
 _NOT_EXPECTED = "Quote does not match expected measurements. Ensure you are running a supported VM."
 
 
@@ -46,14 +49,14 @@ class Evidence:
     quote: bytes
 
 
-def verify_evidence(service: Service, nonce: Nonce, key: ClientKey, quote_text: str, now: int) -> Flow[Evidence]:
+def verify_evidence(service: Service, nonce: bytes, key: ClientKey, quote_text: str, now: int) -> Flow[Evidence]:
     """Steps 2 to 4. Raises `Refused`, or `Unavailable` when the fault is ours."""
     data = decode_quote(quote_text)
     try:
         quote = parse_quote(data)
     except QuoteFormatError as exc:
         raise Refused(Code.QUOTE_MALFORMED, _format_text(exc), reason=str(exc)) from None
-    check_report_data(quote.body.report_data, nonce.value, key)
+    check_report_data(quote.body.report_data, nonce, key)
     with service.verifications:
         try:
             opened = open_quote(quote, now=now, root=service.root)
@@ -61,15 +64,17 @@ def verify_evidence(service: Service, nonce: Nonce, key: ClientKey, quote_text: 
             now = yield from Now()  # collateral may be younger than the request
             verdict = verify_quote(opened, collateral, now=now)
         except VerificationError as exc:
+            if isinstance(exc, _OUR_TIMES):
+                raise _no_collateral(f"{exc.code}: {exc}") from None
             raise Refused(Code.QUOTE_REJECTED, _NOT_VERIFIED, reason=f"{exc.code}: {exc}") from None
         except CollateralUnavailable as exc:
-            raise Unavailable(
-                Code.COLLATERAL_UNAVAILABLE,
-                "No collateral for this platform now. Retry shortly.",
-                reason=str(exc),
-                retry_after=10,
-            ) from None
+            raise _no_collateral(str(exc)) from None
     return Evidence(verdict, data)
+
+
+def _no_collateral(reason: str) -> Unavailable:
+    text = "No collateral for this platform now. Retry shortly."
+    return Unavailable(Code.COLLATERAL_UNAVAILABLE, text, reason=reason, retry_after=10)
 
 
 def appraise(service: Service, evidence: Evidence, stage: Literal["boot", "runtime"]) -> Appraisal:

@@ -1,6 +1,6 @@
-"""How long an operation waits for the store, and from when on it starts nothing new.
+"""How long an operation waits for the store or for collateral, and from when on it starts nothing new.
 
-Deployed clients give up 30 s after they asked and try these operations only once. So a busy store is waited for, up to
+Deployed clients give up 30 s after they asked and try these operations only once. So what is busy is waited for, up to
 `PATIENCE`; and no transaction starts later than `LAST_START` after the request came: its answer would reach nobody.
 """
 
@@ -13,6 +13,8 @@ from chutes_proto.effects import Sleep, Transact, Uptime
 from chutes_proto.errors import StoreBusy, Unavailable
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from chutes_proto.effects import Flow
     from chutes_proto.store.run import Unit
 
@@ -45,4 +47,20 @@ def transact_patiently(unit: Unit[T], arrived: float) -> Flow[T]:
                     "The store does not answer. Retry shortly.",
                     reason=f"the store stayed busy for {PATIENCE:.0f} s: {exc}",
                 ) from None
+        yield from Sleep(_STEP)
+
+
+def verify_patiently(attempt: Callable[[], Flow[T]], arrived: float) -> Flow[T]:
+    """What ``attempt`` returns, which is made again while it says that it cannot be done now.
+
+    Raises `Unavailable` as it did when `PATIENCE` is over, or when it is too late for a transaction to follow.
+    """
+    began = yield from Uptime()
+    while True:
+        try:
+            return (yield from attempt())
+        except Unavailable:
+            now = yield from Uptime()
+            if now - began + _STEP > PATIENCE or now - arrived + _STEP > LAST_START:
+                raise
         yield from Sleep(_STEP)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from attrs import frozen
 
 from chutes_proto.errors import ConfigurationError
 from chutes_proto.quote.measurements import Profile
 from chutes_proto.secret import Secret
+from chutes_proto.store.rows import Exchange
 from chutes_proto.strict import ProblemsError, Structurer, literal
 
 
@@ -24,7 +25,7 @@ class ServedOptions:
 
     root_passphrase: Literal["image", "vm"]
     root_passphrase_file: str | None = None
-    exchange: Literal["base"] = "base"
+    exchange: Exchange = "base"
     require_hotkey_signature: bool = False
     token_needs_certificate: bool = False
 
@@ -43,6 +44,7 @@ class ServedProfile:
     image_passphrase: Secret | None
     require_hotkey_signature: bool
     token_needs_certificate: bool
+    exchange: Exchange = "base"
 
 
 def serve_profile(
@@ -50,8 +52,6 @@ def serve_profile(
 ) -> ServedProfile:
     """Join a profile with its options; ``read`` gets a passphrase file. Raises `ConfigurationError`."""
     named = f"profile {profile.name!r}"
-    if (extras.get("exchange") or defaults.get("exchange")) == "two-phase":
-        raise ConfigurationError(f'{named}: exchange "two-phase" is not served by this version; say "base"')
     try:
         options = _structurer().structure({**defaults, **extras}, ServedOptions)
     except ProblemsError as exc:
@@ -63,7 +63,9 @@ def serve_profile(
         passphrase = _image_passphrase(named, read(options.root_passphrase_file))
     elif "root_passphrase_file" in extras:
         raise ConfigurationError(f'{named}: root_passphrase = "vm" makes its own; remove root_passphrase_file')
-    return ServedProfile(profile, passphrase, options.require_hotkey_signature, options.token_needs_certificate)
+    return ServedProfile(
+        profile, passphrase, options.require_hotkey_signature, options.token_needs_certificate, options.exchange
+    )
 
 
 def _image_passphrase(named: str, data: bytes) -> Secret:
@@ -80,6 +82,6 @@ def _image_passphrase(named: str, data: bytes) -> Secret:
 def _structurer() -> Structurer:
     hooks: list[tuple[Any, Any]] = [
         (Literal["image", "vm"], literal("image", "vm")),
-        (Literal["base"], literal("base")),
+        (Exchange, literal(*get_args(Exchange))),
     ]
     return Structurer(hooks, forbid_extra_keys=True)

@@ -68,11 +68,11 @@ def sync_volumes(
     rekey = tuple(dict.fromkeys(message.rekey or ()))
     if not volumes:
         raise BadRequest(Code.VOLUMES_REQUIRED, "volumes is required and must be non-empty")
-    _check_names("volume", volumes, service.volumes)
+    check_names("volume", volumes, service.volumes)
     if strangers := [volume for volume in rekey if volume not in volumes]:
         raise BadRequest(Code.REKEY_NOT_SUBSET, f"rekey must be a subset of volumes; not in volumes: {strangers}")
     if message.formatted is not None:
-        _check_names("formatted volume", message.formatted, service.volumes)
+        check_names("formatted volume", message.formatted, service.volumes)
     now = yield from Now()
     entropy = yield from Entropy(FreshKey.SIZE * len(volumes))
     fresh = {
@@ -119,7 +119,8 @@ def _credentials(token: str | None, in_header: str | None, in_query: str | None)
     return token.encode("latin-1", "replace"), hotkey
 
 
-def _check_names(what: str, names: Iterable[str], served: tuple[str, ...]) -> None:
+def check_names(what: str, names: Iterable[str], served: tuple[str, ...]) -> None:
+    """Raises `BadRequest` for a name that this server does not serve."""
     if unknown := [name for name in names if name not in served]:
         raise BadRequest(Code.VOLUME_UNKNOWN, f"Invalid {what} name(s): {unknown}. Supported: {list(served)}")
 

@@ -7,7 +7,8 @@ Rules kept here:
 * a row class is its table: ``TABLE`` is the name, ``KEY`` the primary key, the fields are the columns in their order; a
   `Vm` is the two columns ``hotkey, vm`` and a `Pin` the two columns ``platform_kind, platform_id``;
 * nothing secret is in a row in the clear: passphrases are sealed, tokens and nonces of a boot are digests;
-* no operation changes a sealed passphrase; only `PurgeGeneration`, an operator's, deletes one. None changes an audit row;
+* no operation changes a sealed passphrase, and only an operator's `PurgeGeneration` deletes one; none changes an audit
+  row;
 * this is the only file of the pure part, next to ``effects.py``, with a bare ``yield``.
 
 Times are integer unix seconds.
@@ -101,7 +102,7 @@ class VmRow:
     """A claim: this name of this hotkey belongs to this platform.
 
     ``proven``: a boot that was granted on this platform carried the hotkey's signature. ``exchange`` is ``two-phase``
-    once a boot was served so. ``attested`` is the boot that attested its volumes last: the one whose confirmation counts.
+    once a boot was served so. ``attested`` is the boot that attested its volumes last, whose confirmation counts.
     """
 
     TABLE: ClassVar[str] = "vm"

@@ -617,7 +617,7 @@ def a_nonce_is_refused_when_it_must_be(harness: Harness) -> None:
     expect(kept, [boot("a day later").nonce], "nonces that are remembered after a day")
     _all_refused(store, [(again, Code.NONCE_INVALID)])
     store.transact(StoreRestored(NOW + 90_000))
-    late = boot("late", now=NOW + 90_000)
+    late = boot("late", now=NOW + 90_061)
     _all_refused(store, [(evolve(late, nonce_issued_at=NOW + 90_060), Code.NONCE_INVALID)])
     _ = store.transact(evolve(late, nonce_issued_at=NOW + 90_061))
 

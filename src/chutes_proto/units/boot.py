@@ -28,30 +28,24 @@ from chutes_proto.store.rows import (
     CountRefusals,
     Exchange,
     Insert,
-    NonceRow,
     Platform,
     Put,
-    RaiseHorizon,
     ReadGenerations,
-    ReadHorizon,
     ReadVm,
     ReadVolumes,
-    RedeemNonce,
-    SweepNonces,
     Vm,
     VmRow,
     VoidTokens,
 )
 from chutes_proto.store.run import Unit
 from chutes_proto.units.keys import Keeper, by_volume
+from chutes_proto.units.nonces import redeem_nonce
 
 if TYPE_CHECKING:
     from chutes_proto.keys.vault import FreshKey, Vault
     from chutes_proto.secret import Secret
     from chutes_proto.store.run import Script
 
-NONCE_KEPT_SECONDS = 86_400
-NONCES_SWEPT = 100
 REFUSALS_PER_DAY = 100
 DAY = 86_400
 
@@ -104,7 +98,7 @@ class GrantBoot(Unit[BootGrant]):
         """Claim, nonce, root passphrase, boot, records."""
         keeper = Keeper(self.vm, self.vault, self.now, self.boot_id)
         how = yield from self._claim(keeper)
-        yield from self._redeem_nonce()
+        yield from redeem_nonce(self.nonce, self.nonce_purpose, self.nonce_issued_at, self.now)
         root = None
         if self.root is not None:
             rows = by_volume((yield from ReadGenerations(self.vm)))
@@ -186,7 +180,7 @@ class GrantBoot(Unit[BootGrant]):
             claim = self._claim_of_mine()
         else:
             proven = "a proven claim" if claim.proven else "a claim"
-            raise self._taken(f"{proven} binds it to {claim.pin}, and this boot comes from {pin}")
+            raise taken(self.vm, f"{proven} binds it to {claim.pin}, and this boot comes from {pin}")
         if claim.exchange == "two-phase" and self.exchange == "base" and self.exchange_downgrade == "refuse":
             raise Refused(
                 Code.EXCHANGE_DOWNGRADE,
@@ -212,7 +206,9 @@ class GrantBoot(Unit[BootGrant]):
     def _new_claim(self) -> Script[str]:
         held = generations.holds_keys((yield from ReadGenerations(self.vm)))
         if held and self.platform_binding == "pin" and not self.hotkey_proven:
-            raise self._taken("it holds keys and is bound to no platform; a hotkey signature or the operator opens it")
+            raise taken(
+                self.vm, "it holds keys and is bound to no platform; a hotkey signature or the operator opens it"
+            )
         yield from self._check_room()
         return "first claim, of a name that holds keys" if held else "first claim"
 
@@ -230,26 +226,8 @@ class GrantBoot(Unit[BootGrant]):
         for rows in by_volume((yield from ReadGenerations(self.vm))).values():
             yield from keeper.retire(generations.disown(rows, self.now))
         for volume in (yield from ReadVolumes(self.vm)):
-            yield from Put(evolve(volume, in_use=False, format_allowed=False))
+            yield from Put(evolve(volume, in_use=False, format_allowed=False, handed=None))
         yield from VoidTokens(self.vm, self.now)
-
-    def _taken(self, why: str) -> Refused:
-        return Refused(
-            Code.PLATFORM_MISMATCH,
-            "This VM name is bound to another platform.",
-            reason=f"{self.vm.name!r} of {self.vm.hotkey}: {why}",
-        )
-
-    def _redeem_nonce(self) -> Script[None]:
-        horizon = yield from ReadHorizon()
-        if self.nonce_issued_at <= horizon:
-            raise _invalid_nonce(f"issued at {self.nonce_issued_at}, and the horizon is {horizon}")
-        row = NonceRow(self.nonce, self.nonce_purpose, self.nonce_issued_at, self.now)
-        if not (yield from RedeemNonce(row)):
-            raise _invalid_nonce("redeemed before")
-        swept = yield from SweepNonces(self.now - NONCE_KEPT_SECONDS, NONCES_SWEPT)
-        if swept:
-            yield from RaiseHorizon(max(row.issued_at for row in swept))
 
 
 @frozen
@@ -268,6 +246,7 @@ class RecordRefusal(Unit[bool]):
     reason: str
     quote_digest: bytes
     peer_address: str
+    stage: Literal["boot", "runtime"] = "boot"
     per_day: int = REFUSALS_PER_DAY
 
     def script(self) -> Script[bool]:
@@ -275,12 +254,12 @@ class RecordRefusal(Unit[bool]):
         pin = self.platform.pin
         if (yield from CountRefusals(pin, self.now - self.now % DAY)) >= self.per_day:
             return False
-        vm = Vm(_legible(self.vm.hotkey, 64), _legible(self.vm.name, 128))
-        reason = _legible(self.reason, 2000)
+        vm = Vm(legible(self.vm.hotkey, 64), legible(self.vm.name, 128))
+        reason = legible(self.reason, 2000)
         yield from Insert(
             AttestationRow(
                 attestation_id=self.request_id,
-                stage="boot",
+                stage=self.stage,
                 vm=vm,
                 pin=pin,
                 code=self.code,
@@ -296,7 +275,7 @@ class RecordRefusal(Unit[bool]):
             AuditRow(
                 at=self.now,
                 actor="vm",
-                event="boot",
+                event="boot" if self.stage == "boot" else "attest volumes",
                 decision="refused",
                 reason=f"{self.code}: {reason}",
                 vm=vm,
@@ -309,10 +288,15 @@ class RecordRefusal(Unit[bool]):
         return True
 
 
-def _invalid_nonce(why: str) -> Refused:
-    return Refused(Code.NONCE_INVALID, "Invalid nonce supplied", reason=f"nonce {why}")
+def taken(vm: Vm, why: str) -> Refused:
+    """The refusal of a boot, or of what follows it, on another platform than the name's."""
+    return Refused(
+        Code.PLATFORM_MISMATCH,
+        "This VM name is bound to another platform.",
+        reason=f"{vm.name!r} of {vm.hotkey}: {why}",
+    )
 
 
-def _legible(text: str, limit: int) -> str:
+def legible(text: str, limit: int) -> str:
     """``text`` as any store takes it: no control characters, no lone surrogates, not longer than ``limit``."""
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text[:limit])
