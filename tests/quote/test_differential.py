@@ -1,0 +1,187 @@
+"""Beside dcap-qvl, an independent verifier: nothing is accepted here that it refuses, but for differences on purpose.
+
+Honest and faulty platforms of the simulator, and bytes of theirs that Hypothesis changes; verification and a policy
+that makes dcap-qvl's choices, against dcap-qvl's verdict under the same root.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import attrs
+import dcap_qvl
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chutes_proto.errors import QuoteError
+from chutes_proto.quote.certificates import read_pem
+from chutes_proto.quote.collateral import Collateral
+from chutes_proto.quote.layout import parse_quote
+from chutes_proto.quote.pck import Ca
+from chutes_proto.quote.verify import verify
+from chutes_proto.testing.faults import FAULTS
+from chutes_proto.testing.pki import pem
+from chutes_proto.testing.platform import SimulatedPlatform
+from chutes_proto.testing.quotes import Form
+from tests.quote.cases import DCAP_QVL_POLICY
+from tests.quote.simulated import NOW, PLATFORM, REPORT_DATA, ROOT
+
+FORMS: tuple[Form, ...] = ("v4", "v5-td10", "v5-td15")
+PIECES = [field.name for field in attrs.fields(Collateral) if field.name != "pck_certificate_chain"]
+IN_HEX = {"root_ca_crl", "pck_crl", "tcb_info_signature", "qe_identity_signature"}
+
+ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
+
+
+def _lacks_root(quote: bytes, collateral: Collateral) -> bool:
+    chains = (collateral.tcb_info_issuer_chain, collateral.qe_identity_issuer_chain, collateral.pck_crl_issuer_chain)
+    certification = parse_quote(quote).certification
+    return len(read_pem(certification)) < 3 or any(len(read_pem(chain)) < 2 for chain in chains)
+
+
+DIFFERENCES: dict[str, Callable[[bytes, Collateral], bool]] = {
+    "the root is pinned by its key, so a chain may leave its certificate out": _lacks_root,
+}
+"""What is accepted here on purpose though dcap-qvl may refuse it."""
+
+
+def ours(quote: bytes, collateral: Collateral) -> tuple[str, str]:
+    """The TCB status, or an empty text and why it is refused."""
+    try:
+        verdict = verify(quote, collateral, now=NOW, expected_report_data=None, root=ROOT)
+        _ = DCAP_QVL_POLICY.appraise(verdict, stage="boot")
+        return str(verdict.tcb_status), ""
+    except QuoteError as exc:
+        return "", str(exc)
+
+
+def theirs(quote: bytes, collateral: Collateral) -> tuple[str, str]:
+    try:
+        pieces = {name: getattr(collateral, name) for name in PIECES}
+        texts = {name: piece if name in IN_HEX else piece.decode() for name, piece in pieces.items()}
+        value = dcap_qvl.QuoteCollateralV3(**texts)
+        return str(dcap_qvl.verify_with_root_ca(quote, value, PLATFORM.root_der, NOW).status), ""
+    except ValueError as exc:  # UnicodeDecodeError too: its collateral holds text
+        return "", str(exc)
+
+
+def check(quote: bytes, collateral: Collateral) -> None:
+    """What is accepted here has the same status there, or differs on purpose."""
+    status, _ = ours(quote, collateral)
+    if status:
+        other, error = theirs(quote, collateral)
+        assert other == status or any(differs(quote, collateral) for differs in DIFFERENCES.values()), error
+
+
+@cache
+def made(form: Form, ca: Ca, faults: tuple[str, ...]) -> tuple[bytes, Collateral]:
+    platform = SimulatedPlatform(PLATFORM.seed, form=form, ca=ca).having(*faults)
+    return platform.quote(REPORT_DATA), attrs.evolve(platform.collateral(NOW), pck_certificate_chain=None)
+
+
+honest = st.builds(made, st.sampled_from(FORMS), st.sampled_from(["platform", "processor"]), st.just(()))
+
+
+@st.composite
+def edited(draw: st.DrawFn, data: bytes) -> bytes:
+    """The same bytes but for one or two small changes."""
+    for _ in range(draw(st.integers(1, 2))):
+        start = draw(st.integers(0, len(data)))
+        end = draw(st.integers(start, min(start + 4, len(data))))
+        data = data[:start] + draw(st.binary(max_size=4)) + data[end:]
+    return data
+
+
+@st.composite
+def rewrapped(draw: st.DrawFn, chain: bytes) -> bytes:
+    """The same certificates, or some of them, in PEM that is wrapped another way, with other things between."""
+    ders = draw(st.lists(st.sampled_from(read_pem(chain)), min_size=1, max_size=4) | st.just([*read_pem(chain)]))
+    separator = draw(st.sampled_from([b"", b"\n", b"\r\n", b" ", b"text\n", b"\0"]))
+    text = separator.join(pem([der]).encode() for der in ders)
+    return text.replace(b"\n", draw(st.sampled_from([b"\n", b"\r\n"]))) + draw(st.sampled_from([b"", b"\0", b"\n\0"]))
+
+
+def other_signature(signature: bytes) -> bytes:
+    """(r, n - s), which holds as well as (r, s)."""
+    return signature[:32] + (ORDER - int.from_bytes(signature[32:])).to_bytes(32)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault(fault: str) -> None:
+    for form in FORMS:
+        check(*made(form, "platform", (fault,)))
+
+
+def test_an_honest_platform_is_accepted_by_both() -> None:
+    for form in FORMS:
+        assert ours(*made(form, "platform", ())) == theirs(*made(form, "platform", ())) == ("UpToDate", "")
+
+
+@given(
+    st.sampled_from(FORMS), st.sampled_from(["platform", "processor"]), st.sets(st.sampled_from([*FAULTS]), max_size=3)
+)
+def test_several_faults(form: Form, ca: Ca, faults: set[str]) -> None:
+    check(*made(form, ca, tuple(sorted(faults))))
+
+
+@given(honest, st.data())
+def test_edited_quotes(pair: tuple[bytes, Collateral], data: st.DataObject) -> None:
+    quote, collateral = pair
+    check(data.draw(edited(quote)), collateral)
+
+
+@given(honest, st.data())
+def test_rewrapped_chains_in_quotes(pair: tuple[bytes, Collateral], data: st.DataObject) -> None:
+    quote, collateral = pair
+    parsed = parse_quote(quote)
+    chain = data.draw(rewrapped(parsed.certification))
+    check(with_chain(quote, chain), collateral)
+
+
+def with_chain(quote: bytes, chain: bytes) -> bytes:
+    """The quote with another PCK chain: outside all signatures, so that only lengths have to follow."""
+    parsed = parse_quote(quote)
+    start = len(parsed.signed)
+    inner = (
+        quote[start + 4 + 128 + 6 : quote.index(parsed.certification) - 4] + len(chain).to_bytes(4, "little") + chain
+    )
+    auth = quote[start + 4 : start + 4 + 128] + (6).to_bytes(2, "little") + len(inner).to_bytes(4, "little") + inner
+    return quote[:start] + len(auth).to_bytes(4, "little") + auth
+
+
+@given(honest, st.sampled_from(PIECES), st.data())
+def test_edited_collateral(pair: tuple[bytes, Collateral], piece: str, data: st.DataObject) -> None:
+    quote, collateral = pair
+    original: bytes = getattr(collateral, piece)
+    change: Any = edited(original)
+    if piece.endswith("chain"):
+        change |= rewrapped(original)
+    if piece.endswith("signature"):
+        change |= st.just(other_signature(original))
+    check(quote, attrs.evolve(collateral, **{piece: data.draw(change)}))
+
+
+@given(honest, honest, st.sets(st.sampled_from(PIECES)))
+def test_exchanged_collateral(one: tuple[bytes, Collateral], other: tuple[bytes, Collateral], pieces: set[str]) -> None:
+    exchanged: Any = {piece: getattr(other[1], piece) for piece in pieces}
+    check(one[0], attrs.evolve(one[1], **exchanged))
+
+
+def test_signatures_are_malleable_for_both() -> None:
+    quote, collateral = made("v4", "platform", ())
+    signature = parse_quote(quote).signature
+    changed = quote.replace(signature, other_signature(signature))
+    assert ours(changed, collateral) == theirs(changed, collateral) == ("UpToDate", "")
+
+
+def test_a_chain_without_its_root_differs_on_purpose() -> None:
+    """Else the table of differences would hide what it does not have to."""
+    quote, collateral = made("v4", "platform", ())
+    chain = b"".join(pem([der]).encode() for der in read_pem(parse_quote(quote).certification)[:2])
+    short = with_chain(quote, chain)
+    assert ours(short, collateral)[0] == "UpToDate"
+    assert _lacks_root(short, collateral)
+    assert not _lacks_root(quote, collateral)
