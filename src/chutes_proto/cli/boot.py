@@ -6,14 +6,12 @@ import argparse
 import re
 from typing import TYPE_CHECKING
 
-from chutes_proto.cli import console
+from chutes_proto.cli import console, quoter
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from chutes_proto.blocking.quoting import Quoter
     from chutes_proto.client.flows import BootGrant, VolumeKeys
-    from chutes_proto.errors import Refusal
     from chutes_proto.log import Record
 
 NAME = "boot"
@@ -43,14 +41,7 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
     console.add(parser, "--ca", metavar="FILE", help="PEM certificates to trust (default: the system's)")
     console.add(parser, "--hotkey", metavar="SS58", required=True, help="the hotkey that owns the VM")
     console.add(parser, "--vm", metavar="NAME", required=True, help="the VM's name")
-    console.add(
-        parser,
-        "--quoter",
-        metavar="COMMAND",
-        default="simulated",
-        help="'simulated' (default), or a command that gets 64 bytes of report data in hex, on standard input and in"
-        " place of {report_data}, and writes the quote to standard output; no shell runs",
-    )
+    quoter.add_quoter(parser)
     console.add(
         parser,
         "--volumes",
@@ -63,7 +54,6 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
     console.add(
         parser, "--wait", metavar="SECONDS", type=float, default=30.0, help="try again for this long (default: 30)"
     )
-    console.add_platform(parser)
     console.add_json(parser)
     return parser
 
@@ -89,16 +79,16 @@ def run(options: argparse.Namespace) -> int:
     now = int(time.time())
     identity = make_client_identity(now, os.urandom(ENTROPY_SIZE))
     settings = BootSettings(options.hotkey, options.vm, identity.spki_sha256, retry=retry)
-    quoter = _quoter(options, now)
+    quote = quoter.open_quoter(options, now)
     keys_directory = make_directory(options.keys, mode=0o700) if options.keys else None
     context = client_context(identity, read_file(options.ca) if options.ca else None)
     with httpx.Client(verify=context, trust_env=False) as client:
-        performer = Performer(send=HttpxSender(client, options.url), quoter=quoter, log=_tell)
+        performer = Performer(send=HttpxSender(client, options.url), quoter=quote, log=_tell)
         try:
             grant = performer.run(boot(settings))
             grant, keys = performer.run(boot_and_sync(settings, options.volumes, formatted=(), grant=grant))
         except Refusal as exc:
-            return _refused(options, exc)
+            return console.refused(options, exc)
         except TransportError as exc:
             raise ConfigurationError(
                 f"no answer from {options.url}: {exc}; is the server running there, and its CA in --ca?"
@@ -106,17 +96,6 @@ def run(options: argparse.Namespace) -> int:
     if keys_directory is not None:
         _write_keys(keys_directory, grant, keys)
     return _granted(options, grant, keys)
-
-
-def _quoter(options: argparse.Namespace, now: int) -> Quoter:
-    import os
-
-    from chutes_proto.blocking.files import open_platform, platform_directory
-    from chutes_proto.blocking.quoting import CommandQuoter
-
-    if options.quoter != "simulated":
-        return CommandQuoter(options.quoter)
-    return open_platform(options.platform or platform_directory(os.environ), now).platform.quote
 
 
 def _granted(options: argparse.Namespace, grant: BootGrant, keys: VolumeKeys) -> int:
@@ -141,24 +120,6 @@ def _granted(options: argparse.Namespace, grant: BootGrant, keys: VolumeKeys) ->
         used = "in use: do not format a blank disk" if volume["in_use"] else "not known to be in use"
         console.say(f"{name}: passphrase received, {volume['passphrase_length']} characters; {used}")
     return console.GRANTED
-
-
-def _refused(options: argparse.Namespace, refusal: Refusal) -> int:
-    if options.json:
-        console.say_json(
-            {
-                "granted": False,
-                "status": refusal.status,
-                "code": str(refusal.code),
-                "detail": refusal.detail,
-                "request_id": refusal.request_id,
-            }
-        )
-    else:
-        console.say(f"refused: {refusal}")
-        if refusal.request_id:
-            console.say(f"the server's log has the reason under request {refusal.request_id}")
-    return console.REFUSED
 
 
 def _write_keys(directory: Path, grant: BootGrant, keys: VolumeKeys) -> None:

@@ -13,7 +13,11 @@ import json
 import re
 import sys
 import textwrap
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from chutes_proto.errors import Refusal
 
 GRANTED, REFUSED, USAGE, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
 """Exit codes. The last two are what a shell makes of a program that died of SIGINT and of SIGPIPE."""
@@ -57,6 +61,33 @@ def say_json(value: object) -> None:
 def tell(text: str) -> None:
     """One line beside the result: progress, or what is wrong."""
     print(clean(text), file=sys.stderr, flush=True)
+
+
+def say_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Lines for people, in columns."""
+    table = [list(heads), *([clean(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[column]) for row in table) for column in range(len(heads))]
+    for row in table:
+        say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def refused(options: argparse.Namespace, refusal: Refusal) -> int:
+    """Say that the server refused, and why; the result is the exit code."""
+    if options.json:
+        say_json(
+            {
+                "granted": False,
+                "status": refusal.status,
+                "code": str(refusal.code),
+                "detail": refusal.detail,
+                "request_id": refusal.request_id,
+            }
+        )
+    else:
+        say(f"refused: {refusal}")
+        if refusal.request_id:
+            say(f"the server's log has the reason under request {refusal.request_id}")
+    return REFUSED
 
 
 # --- types of options ---

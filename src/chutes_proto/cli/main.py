@@ -18,9 +18,42 @@ from collections.abc import Sequence
 from typing import Any
 
 from chutes_proto import ChutesError, __version__
-from chutes_proto.cli import boot, collateral, console, demo, inspect, openapi, replay, serve, simulate, store, verify
+from chutes_proto.cli import (
+    attest,
+    boot,
+    collateral,
+    console,
+    demo,
+    hotkey,
+    inspect,
+    openapi,
+    register,
+    replay,
+    serve,
+    servers,
+    simulate,
+    status,
+    store,
+    verify,
+)
 
-_COMMANDS: tuple[Any, ...] = (demo, serve, boot, verify, inspect, replay, collateral, simulate, store, openapi)
+_COMMANDS: tuple[Any, ...] = (
+    demo,
+    serve,
+    boot,
+    register,
+    servers,
+    attest,
+    status,
+    hotkey,
+    verify,
+    inspect,
+    replay,
+    collateral,
+    simulate,
+    store,
+    openapi,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

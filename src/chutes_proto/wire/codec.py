@@ -84,6 +84,12 @@ def decode_request(match: endpoints.Match, request: HttpRequest) -> messages.Req
         raise BadRequest(Code.VALIDATION_ERROR, problems) from None
 
 
+def decode_nodes(data: bytes) -> tuple[messages.NodeArgs, ...]:
+    """The GPUs in a JSON list, as a registration has it. Raises `ValueError`, whose text repeats none of it."""
+    structurer, kind = _structurer(), tuple[messages.NodeArgs, ...]
+    return structurer.structure(json.decode(data), kind)
+
+
 def decode_quote(text: str) -> bytes:
     """The quote of an attestation: standard base64 with its padding (RFC 4648 section 4), nothing else."""
     try:

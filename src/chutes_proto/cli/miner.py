@@ -1,0 +1,80 @@
+"""What the commands of a miner share: whose servers, at which key server, and how a flow is run there."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+from chutes_proto.cli import console
+
+if TYPE_CHECKING:
+    from chutes_proto.auth.certificates import ClientIdentity
+    from chutes_proto.blocking.quoting import Quoter
+    from chutes_proto.client.servers import Miner
+    from chutes_proto.effects import Flow
+
+T = TypeVar("T")
+
+EXIT_CODES = (
+    "exit code: 0 done; 1 the server refused, or was not available; 2 usage, a file that cannot be read, or no answer"
+)
+
+
+def add_miner(parser: argparse.ArgumentParser) -> None:
+    """The options that `ask` reads."""
+    console.add(parser, "url", metavar="URL", help="the server, https://host:port")
+    console.add(
+        parser,
+        "--hotkey-file",
+        metavar="FILE",
+        required=True,
+        help="the hotkey as wallets write it, JSON with secretSeed and ss58Address; only you may read it",
+    )
+    console.add(parser, "--ca", metavar="FILE", help="PEM certificates to trust (default: the system's)")
+    console.add(
+        parser,
+        "--signatures",
+        choices=("compatible", "request"),
+        default="compatible",
+        help="sign as deployed servers want it (default), or the whole request, so that a captured signature is good"
+        " for nothing else",
+    )
+    console.add_json(parser)
+
+
+def ask(
+    options: argparse.Namespace,
+    flow: Callable[[Miner, ClientIdentity], Flow[T]],
+    *,
+    quoter: Callable[[int], Quoter] | None = None,
+) -> T:
+    """Run a flow against the server. Raises `Refusal`, and `ConfigurationError` where there is no answer."""
+    import os
+    import time
+
+    import httpx
+
+    from chutes_proto.auth.certificates import ENTROPY_SIZE, make_client_identity
+    from chutes_proto.blocking.files import read_file
+    from chutes_proto.blocking.http import HttpxSender
+    from chutes_proto.blocking.perform import Performer
+    from chutes_proto.blocking.signing import read_hotkey
+    from chutes_proto.blocking.tls import client_context
+    from chutes_proto.client.servers import Miner
+    from chutes_proto.errors import ConfigurationError, TransportError
+
+    pair = read_hotkey(options.hotkey_file)
+    now = int(time.time())
+    identity = make_client_identity(now, os.urandom(ENTROPY_SIZE))
+    miner = Miner(pair.hotkey.address, pair.sign, options.signatures)
+    context = client_context(identity, read_file(options.ca) if options.ca else None)
+    with httpx.Client(verify=context, trust_env=False) as client:
+        send = HttpxSender(client, options.url)
+        performer = Performer(send=send, quoter=None if quoter is None else quoter(now))
+        try:
+            return performer.run(flow(miner, identity))
+        except TransportError as exc:
+            raise ConfigurationError(
+                f"no answer from {options.url}: {exc}; is the server running there, and its CA in --ca?"
+            ) from None

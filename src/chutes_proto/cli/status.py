@@ -1,0 +1,51 @@
+"""``chutes-proto status``: what came of a server's newest runtime attestation."""
+
+from __future__ import annotations
+
+import argparse
+
+from chutes_proto.cli import console, miner
+
+NAME = "status"
+
+
+def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
+    parser = console.command(
+        subparsers,
+        NAME,
+        "what came of a server's newest runtime attestation",
+        f"""
+        Tell the newest verdict on a runtime quote of the server, how old it is, and whether it still counts.
+
+        {miner.EXIT_CODES}
+        """,
+        """
+        chutes-proto status https://keys.example:8443 n1 --hotkey-file h
+        chutes-proto status https://keys.example:8443 n1 --hotkey-file h --json
+        """,
+    )
+    miner.add_miner(parser)
+    console.add(parser, "id", metavar="ID", help="the server's id")
+    return parser
+
+
+def run(options: argparse.Namespace) -> int:
+    import attrs
+
+    from chutes_proto.client.servers import read_status
+    from chutes_proto.errors import Refusal
+
+    try:
+        answer = miner.ask(options, lambda who, _: read_status(who, options.id))
+    except Refusal as exc:
+        return console.refused(options, exc)
+    if options.json:
+        console.say_json({"granted": True, **attrs.asdict(answer)})
+        return console.GRANTED
+    words = answer.attestation_status.replace("_", " ")
+    if answer.age_seconds is not None:
+        words += f" {answer.age_seconds} s ago, {'fresh' if answer.fresh else 'not fresh'}"
+    console.say(f"{answer.server_id} ({answer.name}): {words}")
+    if answer.last_attestation is not None and answer.last_attestation.verification_error is not None:
+        console.say(f"reason: {answer.last_attestation.verification_error}")
+    return console.GRANTED
