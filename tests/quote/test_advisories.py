@@ -1,0 +1,159 @@
+"""Faults that verifiers in the field have had, each by the name under which it was published."""
+
+from __future__ import annotations
+
+import inspect
+import tracemalloc
+
+import attrs
+import pytest
+
+from chutes_proto.quote import steps
+from chutes_proto.quote.collateral import Collateral
+from chutes_proto.quote.errors import QuoteError, QuoteFormatError
+from chutes_proto.quote.layout import parse_quote
+from chutes_proto.quote.verify import open_quote, verify, verify_collateral, verify_quote
+from chutes_proto.testing.faults import Fault
+from chutes_proto.testing.quotes import HeaderDraft, QuoteDraft
+from tests.quote.simulated import NOW, PLATFORM, REPORT_DATA, ROOT, collateral_of, verdict_of
+
+
+@pytest.mark.parametrize(
+    ("fault", "step"),
+    [
+        ("qe_mrsigner", steps.QeIdentityMismatch),
+        ("qe_prod_id", steps.QeIdentityMismatch),
+        ("qe_misc_select", steps.QeIdentityMismatch),
+        ("qe_attributes", steps.QeIdentityMismatch),
+        ("qe_identity_signature", steps.StatementSignature),
+        ("qe_identity_altered", steps.StatementSignature),
+    ],
+)
+def test_cve_2026_22696_the_quoting_enclave_is_held_against_its_identity(fault: str, step: type[Exception]) -> None:
+    """dcap-qvl before 0.3.9 fetched the QE identity and never verified it."""
+    with pytest.raises(step):
+        _ = verdict_of(PLATFORM, fault)
+
+
+@pytest.mark.parametrize("fault", ["tcb_info_sgx_components_short", "tcb_info_tdx_components_short"])
+def test_ghsa_6q6c_vvf9_fj3w_a_short_list_of_components_matches_nothing(fault: str) -> None:
+    """dcap-qvl compared only as many components as the shorter list had."""
+    with pytest.raises(steps.StatementFormat):
+        _ = verdict_of(PLATFORM, fault)
+
+
+def test_cve_2026_33697_report_data_is_not_forgotten() -> None:
+    """Attested TLS took quotes that were bound to other keys: here the caller has to say what the quote must bind."""
+    parameter = inspect.signature(verify).parameters["expected_report_data"]
+    assert (parameter.kind, parameter.default) == (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.empty)
+    for other in (bytes(64), REPORT_DATA[:32], REPORT_DATA + b"\0", b""):
+        with pytest.raises(steps.ReportDataMismatch):
+            _ = verify(
+                PLATFORM.quote(REPORT_DATA), collateral_of(PLATFORM), now=NOW, expected_report_data=other, root=ROOT
+            )
+
+
+@pytest.mark.parametrize(
+    "fault", ["auth_length_huge", "outer_length_huge", "qe_auth_length_huge", "cert_length_huge", "body_size"]
+)
+def test_length_bombs_allocate_nothing(fault: str) -> None:
+    """dcap-qvl #129: memory was allocated by a length that the quote's maker chose."""
+    data = PLATFORM.having(fault).quote(REPORT_DATA)
+    tracemalloc.start()
+    try:
+        with pytest.raises(QuoteFormatError):
+            _ = parse_quote(data)
+        assert tracemalloc.get_traced_memory()[1] < 256 * 1024
+    finally:
+        tracemalloc.stop()
+
+
+def test_deep_nesting_is_no_recursion() -> None:
+    """dcap-qvl #130, #132, #136: DER of an attacker's was read recursively."""
+    with pytest.raises(steps.PckExtension):
+        _ = verdict_of(PLATFORM, "sgx_extension_deep")
+
+
+@pytest.mark.parametrize(
+    ("fault", "step"),
+    [
+        ("pck_revoked", steps.PckRevoked),
+        ("intermediate_revoked", steps.CertificateRevoked),
+        ("tcb_signer_revoked", steps.CertificateRevoked),
+        ("root_revoked", steps.CertificateRevoked),
+        ("pck_crl_expired", steps.CollateralExpired),
+        ("root_crl_expired", steps.CollateralExpired),
+        ("pck_crl_signature", steps.CrlSignature),
+        ("crls_swapped", steps.CrlIssuer),
+    ],
+)
+def test_revocation_is_not_optional(fault: str, step: type[Exception]) -> None:
+    """Several verifiers let CRLs be absent, old or another's."""
+    with pytest.raises(step):
+        _ = verdict_of(PLATFORM, fault)
+
+
+def test_no_crl_is_no_empty_crl() -> None:
+    for piece in ("root_ca_crl", "pck_crl"):
+        with pytest.raises(steps.CrlFormat):
+            _ = verify_collateral(attrs.evolve(collateral_of(PLATFORM), **{piece: b""}), now=NOW, root=ROOT)
+
+
+def test_a_revocation_counts_for_what_was_seen_before() -> None:
+    """What is remembered of a chain must not outlive its revocation."""
+    opened = open_quote(PLATFORM.quote(REPORT_DATA), now=NOW, root=ROOT)
+    assert verify_quote(opened, verify_collateral(collateral_of(PLATFORM), now=NOW, root=ROOT), now=NOW)
+    for fault in ("pck_revoked", "intermediate_revoked"):
+        with pytest.raises(QuoteError):
+            revoking = verify_collateral(collateral_of(PLATFORM.having(fault)), now=NOW, root=ROOT)
+            _ = verify_quote(opened, revoking, now=NOW)
+
+
+@pytest.mark.parametrize("fault", ["tcb_info_duplicate_key", "qe_identity_duplicate_key"])
+def test_duplicate_json_keys_have_no_meaning(fault: str) -> None:
+    with pytest.raises(steps.StatementFormat):
+        _ = verdict_of(PLATFORM, fault)
+
+
+def test_duplicate_json_keys_in_the_file() -> None:
+    file = PLATFORM.collateral_json(NOW).rstrip()
+    with pytest.raises(QuoteError, match="there twice"):
+        _ = Collateral.from_json(file[:-1] + b', "tcb_info": "{}"}')
+
+
+@attrs.frozen(kw_only=True)
+class _HeaderWithSvns(HeaderDraft):
+    def encode(self) -> bytes:
+        data = HeaderDraft.encode(self)
+        return data[:8] + b"\xff\xff\xff\xff" + data[12:]
+
+
+def _with_svns(draft: QuoteDraft) -> QuoteDraft:
+    return attrs.evolve(draft, header=_HeaderWithSvns(**attrs.asdict(draft.header)))
+
+
+@pytest.mark.parametrize("name", ["tcb_out_of_date", "qe_outdated", None])
+def test_svns_in_the_header_that_no_cpu_signed_change_nothing(name: str | None) -> None:
+    """QE SVN and PCE SVN of the header are the attestation key's word only: TCB levels do not look at them."""
+    platform = PLATFORM.having(*([name] if name else []))
+    lying = platform.having(Fault(name="header SVNs", side="quote", what="SVNs of 65535", quote=_with_svns))
+    honest = verify(
+        platform.quote(REPORT_DATA), collateral_of(platform), now=NOW, expected_report_data=REPORT_DATA, root=ROOT
+    )
+    verdict = verify(
+        lying.quote(REPORT_DATA), collateral_of(lying), now=NOW, expected_report_data=REPORT_DATA, root=ROOT
+    )
+    assert (verdict.quote.header.qe_svn, verdict.quote.header.pce_svn) == (0xFFFF, 0xFFFF)
+    assert (honest.quote.header.qe_svn, honest.quote.header.pce_svn) == (0, 0)
+    for part in ("tcb_status", "platform", "qe", "module", "tcb_date"):
+        assert getattr(verdict, part) == getattr(honest, part)
+
+
+def test_a_malleable_signature_is_no_other_quote_to_remember() -> None:
+    """(r, n - s) verifies as well: what is remembered by bytes only misses, and the verdict is the same."""
+    quote = PLATFORM.quote(REPORT_DATA)
+    signature = parse_quote(quote).qe_report_signature
+    order = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
+    other = signature[:32] + (order - int.from_bytes(signature[32:])).to_bytes(32)
+    for data in (quote, quote.replace(signature, other)):
+        assert verify(data, collateral_of(PLATFORM), now=NOW, expected_report_data=REPORT_DATA, root=ROOT)
