@@ -11,6 +11,7 @@ from types import TracebackType
 import httpx
 
 from chutes_proto.auth.certificates import ENTROPY_SIZE, ClientIdentity, make_client_identity
+from chutes_proto.auth.signing import Signer
 from chutes_proto.blocking.http import TimeLimits
 from chutes_proto.blocking.perform import log_record
 from chutes_proto.blocking.quoting import Quoter
@@ -19,7 +20,6 @@ from chutes_proto.client.flows import (
     BootGrant,
     BootSettings,
     Rotation,
-    Signer,
     VolumeKeys,
     attest_volumes,
     boot,

@@ -27,7 +27,7 @@ from attrs import Factory, define, field, frozen
 
 from chutes_proto.auth.binding import report_data
 from chutes_proto.auth.hotkey import Hotkey, HotkeyError
-from chutes_proto.auth.signing import body_message
+from chutes_proto.auth.signing import Signer, body_message
 from chutes_proto.client.exchange import Exchange, Input, State, failure
 from chutes_proto.client.retry import DEFAULT_RETRY, RetryPolicy, begin
 from chutes_proto.effects import Flow, Log, MakeQuote, Send
@@ -44,9 +44,6 @@ from chutes_proto.wire import codec, endpoints, messages
 from chutes_proto.wire.endpoints import Endpoint
 
 A = TypeVar("A", bound=messages.Answer)
-
-Signer = Callable[[bytes], bytes]
-"""Signs a message with the hotkey (sr25519, Substrate context): message in, 64 bytes of signature out."""
 
 _HEX_32 = re.compile(r"[0-9a-f]{64}")
 _PRINTABLE = re.compile(r"[!-~]{1,128}")
