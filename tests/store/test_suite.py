@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
+from inspect import getsource
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,6 +34,7 @@ from chutes_proto.store.run import Unit, run_script
 from chutes_proto.store.sql import key_of
 from chutes_proto.testing.store_suite import CASES, Case, Harness
 from tests.store.harness import (
+    BindingHarness,
     MemoryHarness,
     PostgresHarness,
     SharedPostgresHarness,
@@ -45,22 +48,39 @@ T = TypeVar("T")
 
 @pytest.fixture(params=["memory", "sqlite", "sqlite-shared", "postgresql", "postgresql-shared"])
 def harness(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Harness]:
-    if request.param == "memory":
-        yield MemoryHarness()
-        return
-    harness: SqliteHarness | SharedSqliteHarness | PostgresHarness
-    if request.param.startswith("sqlite"):
-        harness = (SqliteHarness if request.param == "sqlite" else SharedSqliteHarness)(tmp_path)
-    else:
-        url = request.getfixturevalue("empty_schema")
-        harness = (PostgresHarness if request.param == "postgresql" else SharedPostgresHarness)(url)
-    yield harness
-    harness.close()
+    with closing(make(request.param, request, tmp_path)) as harness:
+        yield harness
+
+
+def make(name: str, request: pytest.FixtureRequest, folder: Path) -> Any:
+    match name:
+        case "memory":
+            return MemoryHarness()
+        case "sqlite":
+            return SqliteHarness(folder)
+        case "sqlite-shared":
+            return SharedSqliteHarness(folder)
+        case _:
+            kind = PostgresHarness if name == "postgresql" else SharedPostgresHarness
+            return kind(request.getfixturevalue("empty_schema"))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
 def test_contract(case: Case, harness: Harness) -> None:
     case(harness)
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if "_race(" in getsource(case)], ids=lambda case: case.__name__
+)
+@pytest.mark.parametrize("binding", ["trio", "asyncio"])
+@pytest.mark.parametrize("store", ["memory", "sqlite-shared", "postgresql-shared"])
+def test_contract_behind_a_binding(
+    case: Case, binding: str, store: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """What is at stake when several ask at once, with each binding's performer between."""
+    with closing(BindingHarness(binding, make(store, request, tmp_path))) as harness:
+        case(harness)
 
 
 # --- the suite bites ---
