@@ -1,14 +1,22 @@
 """The README says nothing that the code does not: its tables are rendered, its symbols exist, its examples run."""
 
 import ast
+import json
 import re
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import trio
 
 from chutes_proto.client import exchange
 from chutes_proto.codes import Code
+from chutes_proto.quote.errors import VerificationError
+from chutes_proto.testing.directory import PLATFORM_FILE, PlatformRecord
+from chutes_proto.testing.platform import SimulatedPlatform
 from chutes_proto.wire import endpoints
+from tests.dev_server import dev_server
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -16,6 +24,37 @@ README = (ROOT / "README.md").read_text("utf-8")
 
 def section(title: str) -> str:
     return re.split(r"^## ", README.partition(f"\n## {title}\n")[2], flags=re.MULTILINE)[0]
+
+
+def code(number: int) -> dict[str, Any]:
+    """What the README's Python of this number defines."""
+    names: dict[str, Any] = {}
+    exec(re.findall(r"```python\n(.*?)```", README, re.DOTALL)[number], names)
+    return names
+
+
+def test_the_agent_of_the_readme_is_given_its_keys(tmp_path):
+    hotkey = "5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY"
+    with dev_server(tmp_path) as server:
+        quoter = PlatformRecord.decode((tmp_path / PLATFORM_FILE).read_bytes()).platform.quote
+        unlock = partial(code(0)["unlock"], server.url, hotkey, "vm-1", quoter, server.ca.read_bytes())
+        root, keys, in_use = trio.run(unlock)
+    assert len(root) == len(keys["storage"]) == len(keys["tdx-cache"]) == 128
+    assert in_use == {"storage"}
+
+
+def test_the_verifier_of_the_readme_trusts_intel_alone(vectors):
+    folder = vectors / "real" / "tdx-v4-00806f050000-00b2526a-20250611"
+    expected = json.loads((folder / "expected.json").read_bytes())
+    quote, collateral = (folder / "quote.bin").read_bytes(), (folder / "collateral.json").read_bytes()
+    now = int((folder / "now.txt").read_text())
+    status, mr_td = code(1)["check"](quote, collateral, now, bytes.fromhex(expected["parsed"]["report"]["report_data"]))
+    assert (status, mr_td.hex()) == (expected["tcb_status"], expected["parsed"]["report"]["mr_td"])
+    with pytest.raises(VerificationError):
+        code(1)["check"](quote, collateral, now, b"another report data, of 64 bytes".ljust(64))
+    platform = SimulatedPlatform(bytes(32))
+    with pytest.raises(VerificationError):
+        code(1)["check"](platform.quote(bytes(64)), platform.collateral_json(now), now, bytes(64))
 
 
 def test_it_is_short():

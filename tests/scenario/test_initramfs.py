@@ -8,32 +8,25 @@ from pathlib import Path
 
 import pytest
 
+from tests.dev_server import DevServer, dev_server
+
 SCRIPT = Path(__file__).with_name("initramfs.sh")
 HOTKEY = "5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY"
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str, Path]]:
-    """URL and CA file of a development server, and the folder of the platform that it trusts."""
-    platform = tmp_path_factory.mktemp("platform")
-    command = [sys.executable, "-m", "chutes_proto", "serve", "--dev", "--platform", str(platform)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        url = ca = ""
-        assert process.stdout is not None
-        while not (url and ca):
-            line = process.stdout.readline()
-            assert line, "the server ended before it said where it listens"
-            last = line.split()[-1]
-            url = last if last.startswith("https://") else url
-            ca = last if last.endswith(".pem") else ca
-        yield url, ca, platform
-        process.terminate()
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DevServer]:
+    with dev_server(tmp_path_factory.mktemp("platform")) as running:
+        yield running
 
 
-def boot(server: tuple[str, str, Path], vm: str, quote: Path) -> subprocess.CompletedProcess[str]:
-    url, ca, _ = server
+def boot(server: DevServer, vm: str, quote: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [SCRIPT, url, ca, HOTKEY, vm, str(quote)], capture_output=True, text=True, timeout=60, check=False
+        [SCRIPT, server.url, str(server.ca), HOTKEY, vm, str(quote)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
 
 
@@ -56,7 +49,7 @@ def programs(require_program: Callable[[str], str]) -> None:
 
 @pytest.mark.usefixtures("programs")
 def test_two_boots_get_the_same_keys(server, tmp_path):
-    quote = quote_command(tmp_path, server[2])
+    quote = quote_command(tmp_path, server.platform)
     first = boot(server, "vm-curl", quote)
     assert first.returncode == 0, first.stderr
     storage, cache, root, before, after = first.stdout.split()
@@ -70,7 +63,7 @@ def test_two_boots_get_the_same_keys(server, tmp_path):
 
 @pytest.mark.usefixtures("programs")
 def test_a_refusal_can_be_read(server, tmp_path):
-    refused = boot(server, "vm-refused", quote_command(tmp_path, server[2], "--fault", "rtmr1"))
+    refused = boot(server, "vm-refused", quote_command(tmp_path, server.platform, "--fault", "rtmr1"))
     assert refused.returncode == 1
     assert '"code":"measurement_mismatch"' in refused.stderr
     assert "(RTMR1)" in refused.stderr
