@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast, get_args, get_origin
 
@@ -19,10 +20,16 @@ _INVALID = {"$ref": "#/components/schemas/ValidationError"}
 
 
 def document(endpoints: Sequence[Endpoint] = ENDPOINTS) -> bytes:
-    """The document, as the server answers it."""
+    """The document, as the server answers it.
+
+    Templates that differ in their parameters' names only are one path (OpenAPI 3.1, section 4.8.8.2), the first one's.
+    """
+    templates: dict[str, Endpoint] = {}
     paths: dict[str, dict[str, object]] = {}
     for endpoint in endpoints:
-        paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = _operation(endpoint)
+        template = templates.setdefault(re.sub(r"\{\w+\}", "{}", endpoint.path), endpoint)
+        names = dict(zip(endpoint.parameters, template.parameters, strict=True))
+        paths.setdefault(template.path, {})[endpoint.method.lower()] = _operation(endpoint, names)
     return json.encode(
         {
             "openapi": "3.1.0",
@@ -33,14 +40,14 @@ def document(endpoints: Sequence[Endpoint] = ENDPOINTS) -> bytes:
     )
 
 
-def _operation(endpoint: Endpoint) -> dict[str, object]:
+def _operation(endpoint: Endpoint, names: Mapping[str, str]) -> dict[str, object]:
     fields = [f for f in attrs.fields(endpoint.request) if f.metadata[messages.PLACE] != "body"]
     has_body = len(fields) < len(attrs.fields(endpoint.request))
     operation: dict[str, object] = {
         "operationId": endpoint.operation,
         "summary": endpoint.summary,
         "description": f"Authentication: {endpoint.authentication}.",
-        "parameters": [_parameter(field) for field in fields],
+        "parameters": [_parameter(field, names) for field in fields],
     }
     if has_body:
         content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{endpoint.request.__name__}"}}}
@@ -49,10 +56,11 @@ def _operation(endpoint: Endpoint) -> dict[str, object]:
     return operation
 
 
-def _parameter(field: attrs.Attribute[Any]) -> dict[str, object]:
+def _parameter(field: attrs.Attribute[Any], names: Mapping[str, str]) -> dict[str, object]:
     place = field.metadata[messages.PLACE]
+    name = messages.wire_name(field)
     return {
-        "name": messages.wire_name(field),
+        "name": names.get(name, name) if place == "path" else name,
         "in": place,
         "required": place == "path" or field.metadata[messages.DOCUMENTED_AS_REQUIRED],
         "description": field.metadata[messages.DESCRIPTION],
