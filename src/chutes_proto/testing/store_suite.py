@@ -12,38 +12,53 @@ Rules kept here:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 from attrs import evolve, frozen
 
 from chutes_proto.codes import Code
 from chutes_proto.errors import Refused, StoreError
+from chutes_proto.keys.generations import K3S_VOLUME
 from chutes_proto.keys.vault import FreshKey, KeyEncryptionKey, Vault
+from chutes_proto.secret import Secret
 from chutes_proto.store.rows import (
     ROWS,
     AttestationRow,
     AuditRow,
     BootRow,
     BootVolumeRow,
+    Claim,
     CountClaims,
     CountRefusals,
+    CountServerRefusals,
+    DeleteServer,
     FindBoot,
+    FindLastBoot,
+    FindLastBootFrom,
+    FindServer,
     GenerationRow,
+    GpuRow,
     Insert,
     NonceRow,
     Pin,
     Platform,
     Put,
     RaiseHorizon,
+    ReadAttestation,
+    ReadBoot,
     ReadBootVolumes,
     ReadGenerations,
+    ReadGpu,
     ReadHorizon,
+    ReadServer,
+    ReadServers,
     ReadVm,
     ReadVolumes,
     RedeemNonce,
     Row,
     Scan,
+    ServerRow,
     SpendToken,
     StoreOp,
     SweepNonces,
@@ -56,6 +71,8 @@ from chutes_proto.store.rows import (
 from chutes_proto.store.run import Script, Store, Unit
 from chutes_proto.units.boot import GrantBoot
 from chutes_proto.units.operator import StoreRestored
+from chutes_proto.units.rotation import AttestVolumes, ConfirmNonce, ConfirmVolumes, Pair
+from chutes_proto.units.servers import RegisterServer
 from chutes_proto.units.volumes import ReadVolume, SyncVolumes, VolumeKeys
 
 T = TypeVar("T")
@@ -148,6 +165,44 @@ def read(granted: GrantBoot, volume: str) -> ReadVolume:
         token_digest=granted.token_digest,
         certificate=granted.certificate,
         volume=volume,
+        vault=VAULT,
+    )
+
+
+def attest(granted: GrantBoot, body: str, *volumes: str, formatted: Sequence[str] | None = None) -> AttestVolumes:
+    """An attestation of ``volumes`` with the quote nonce of ``granted``, a two-phase boot, one second later."""
+    nonce = entropy(f"confirm {granted.boot_id}", 32)
+    fresh_keys = {volume: fresh(f"{granted.boot_id} {body} {volume}") for volume in volumes}
+    return AttestVolumes(
+        now=granted.now + 1,
+        request_id=entropy(f"request {granted.boot_id} {body}", 16).hex(),
+        vm=granted.vm,
+        nonce_digest=granted.token_digest,
+        certificate=granted.certificate,
+        body_digest=entropy(f"body {body}", 32),
+        quote_digest=entropy(f"runtime quote {body}", 32),
+        profile_name=granted.profile_name,
+        profile_version=granted.profile_version,
+        pin=granted.platform.pin,
+        peer_address=granted.peer_address,
+        volumes=volumes,
+        formatted=None if formatted is None else frozenset(formatted),
+        fresh={**fresh_keys, K3S_VOLUME: fresh(f"{granted.boot_id} {body} k3s")},
+        confirm_nonces=(ConfirmNonce(Secret(nonce), hashlib.sha256(nonce).digest()),),
+        vault=VAULT,
+    )
+
+
+def confirm(attested: AttestVolumes, rotated: Mapping[str, bool]) -> ConfirmVolumes:
+    """The confirmation of what ``attested`` was handed, one second later."""
+    body = repr(sorted(rotated.items()))
+    return ConfirmVolumes(
+        now=attested.now + 1,
+        request_id=entropy(f"confirm {attested.request_id} {body}", 16).hex(),
+        vm=attested.vm,
+        nonce_digest=attested.confirm_nonces[0].digest,
+        body_digest=entropy(f"body {body}", 32),
+        rotated=tuple(rotated.items()),
         vault=VAULT,
     )
 
@@ -284,6 +339,19 @@ _REFUSAL = AttestationRow(
     created_at=NOW,
 )
 
+_SERVER = ServerRow(
+    server_id="n1",
+    registration="r1",
+    hotkey=VM.hotkey,
+    name="vm-0",
+    host="a.example",
+    address="1.2.3.4",
+    boot_id=None,
+    pin=None,
+    created_at=NOW,
+)
+_GPU = GpuRow("gpu-1", "n1", "h200", '{"uuid":"GPU-1"}')
+
 
 def rows_come_back_as_they_were(harness: Harness) -> None:
     """Every kind of row, with and without its optional values, through another handle; audit rows in their order."""
@@ -297,6 +365,7 @@ def rows_come_back_as_they_were(harness: Harness) -> None:
         evolve(_KEY, generation=3, state="purged", sealed=None, kek_id=None, wrapped_key=None),
         evolve(_KEY, generation=4, state="candidate", provisional=True),
         _REFUSAL,
+        evolve(_REFUSAL, attestation_id="a2", stage="runtime", pin=None, registration="r1"),
         AuditRow(NOW, "vm", "zuerst", "granted", vm=VM, pin=_PIN, quote_digest=bytes(32), keys="storage/1 created"),
         AuditRow(NOW - 1, "operator", "afterwards", "done"),
     )
@@ -305,11 +374,25 @@ def rows_come_back_as_they_were(harness: Harness) -> None:
     volume = VolumeRow(VM, "storage", in_use=True, format_allowed=False)
     for row in (_VM, volume):
         store.transact(Ask(Put(row)))
+    other_server = evolve(
+        _SERVER,
+        server_id="n2",
+        registration="r2",
+        name="b",
+        address="2001:db8::1",
+        boot_id="b0",
+        pin=_PIN,
+        updated_at=NOW,
+        attested="a2",
+    )
+    servers = (_SERVER, other_server, _GPU)
+    for claimed in servers:
+        expect(store.transact(Ask(Claim(claimed))), True, "a new row")
     nonce = NonceRow(bytes(32), "boot", NOW - 60, NOW)
     expect(store.transact(Ask(RedeemNonce(nonce))), True, "a new nonce")
     other = harness.open()
     for kind in ROWS:
-        wanted = tuple(row for row in (*rows, _VM, volume, nonce) if type(row) is kind)
+        wanted = tuple(row for row in (*rows, _VM, volume, nonce, *servers) if type(row) is kind)
         expect(other.transact(Ask(Scan(kind))), wanted, kind.TABLE)
 
 
@@ -383,6 +466,63 @@ def nonces_are_redeemed_once_and_swept(harness: Harness) -> None:
         expect(ask(Ask(ReadHorizon())), wanted, "the horizon")
 
 
+def servers_are_claimed_found_and_deleted(harness: Harness) -> None:
+    """What a server has is its own; all operations on servers; with a server go its GPUs, nothing else."""
+    ask = harness.open().transact
+    ask(Ask(Insert(_BOOT)))
+    ask(Ask(Insert(evolve(_BOOT, boot_id="b1", token_digest=bytes(32), created_at=NOW + 1))))
+    stranger = evolve(_BOOT, boot_id="b2", token_digest=b"2", vm=Vm("other", VM.name), created_at=NOW + 2)
+    ask(Ask(Insert(stranger)))
+    expect(ask(Ask(ReadBoot("b0"))), _BOOT, "a boot by its id")
+    expect(ask(Ask(ReadBoot("b9"))), None, "a boot that is not there")
+    for newest in (FindLastBoot(VM), FindLastBootFrom(VM.hotkey, _BOOT.peer_address)):
+        found = ask(Ask(newest))
+        expect(found and found.boot_id, "b1", "the newest boot")
+    expect(ask(Ask(FindLastBoot(Vm(VM.hotkey, "vm-1")))), None, "a boot of another name")
+    expect(ask(Ask(FindLastBootFrom(VM.hotkey, ""))), None, "a boot from another address")
+    expect(ask(Ask(Claim(_SERVER))), True, "a new server")
+    fresh_server = evolve(_SERVER, server_id="n2", registration="r2", name="b", address="5.6.7.8")
+    expect(ask(Ask(Claim(fresh_server))), True, "another server")
+    expect(ask(Ask(Claim(_GPU))), True, "a new GPU")
+    before = dump(harness.open())
+    third = evolve(_SERVER, server_id="n3", registration="r3", name="c", address="9.9.9.9")
+    taken = {"server_id": "n1", "registration": "r1", "name": "vm-0", "address": "1.2.3.4"}
+    for name, value in taken.items():
+        expect(ask(Ask(Claim(evolve(third, **{name: value})))), False, f"a second server with one {name}")
+    expect(ask(Ask(Claim(evolve(_GPU, server_id="n2")))), False, "a GPU of two servers")
+    expect(dump(harness.open()), before, "rows after what was not claimed")
+    expect(ask(Ask(Claim(evolve(third, hotkey="other", name="vm-0")))), True, "another hotkey's server of one name")
+    expect(ask(Ask(ReadServer("n1"))), _SERVER, "a server by its id")
+    expect(ask(Ask(ReadServer("n9"))), None, "a server that is not there")
+    expect(ask(Ask(FindServer("5.6.7.8"))), fresh_server, "the server at an address")
+    expect(ask(Ask(FindServer("5.6.7.9"))), None, "the server at no address")
+    expect(ask(Ask(ReadServers(VM.hotkey))), (_SERVER, fresh_server), "servers of a hotkey")
+    expect(ask(Ask(ReadGpu("gpu-1"))), _GPU, "a GPU")
+    expect(ask(Ask(ReadGpu("gpu-2"))), None, "a GPU that is not there")
+    refusal = evolve(_REFUSAL, stage="runtime", registration="r1")
+    ask(Ask(Insert(refusal)))
+    ask(Ask(Insert(evolve(refusal, attestation_id="a2", code=None))))
+    ask(Ask(Insert(evolve(refusal, attestation_id="a3", created_at=NOW - 1))))
+    ask(Ask(Insert(evolve(refusal, attestation_id="a4", registration="r2"))))
+    expect(ask(Ask(CountServerRefusals("r1", NOW))), 1, "refusals of a registration since a time")
+    expect(ask(Ask(ReadAttestation("a1"))), refusal, "a verdict")
+    expect(ask(Ask(ReadAttestation("a9"))), None, "a verdict that is not there")
+    renamed = evolve(_SERVER, name="z", updated_at=NOW, attested="a1", pin=_PIN)
+    ask(Ask(Put(renamed)))
+    expect(ask(Ask(ReadServer("n1"))), renamed, "a server that was replaced")
+    try:
+        ask(Ask(Put(evolve(renamed, name="b"))))
+    except StoreError:
+        expect(ask(Ask(ReadServer("n1"))), renamed, "a server after a name that is taken")
+    else:
+        raise AssertionError("taken: a name of two servers")
+    ask(Ask(DeleteServer("n1")))
+    expect(ask(Ask(ReadServer("n1"))), None, "a deleted server")
+    expect(ask(Ask(ReadGpu("gpu-1"))), None, "a GPU of a deleted server")
+    expect(len(ask(Ask(Scan(AttestationRow)))), 4, "verdicts after their server is gone")
+    expect(len(ask(Ask(Scan(ServerRow)))), 2, "servers after one is gone")
+
+
 def what_must_be_unique_is(harness: Harness) -> None:
     """A second row with a key, a second token, a second active key or candidate: `StoreError`, and nothing changes."""
     store = harness.open()
@@ -433,7 +573,11 @@ def what_raises_leaves_no_trace(harness: Harness) -> None:
     second = boot("second")
     _leaves_no_trace(store, second)
     _leaves_no_trace(store, sync(second, "second", "storage", rekey=["storage"]))
-    takeover = evolve(boot("third"), platform=platform("elsewhere"), hotkey_proven=True)
+    third = evolve(boot("third"), exchange="two-phase")
+    _ = store.transact(third)
+    _leaves_no_trace(store, attest(third, "third", "storage", "tdx-cache"))
+    _leaves_no_trace(store, confirm(attest(third, "third"), {"storage": True, "tdx-cache": False}))
+    takeover = evolve(boot("fourth"), platform=platform("elsewhere"), hotkey_proven=True)
     _leaves_no_trace(store, takeover)
 
 
@@ -536,6 +680,36 @@ def one_sync_sent_often_has_one_answer(harness: Harness) -> None:
     expect([(row.volume, row.generation) for row in keys], [("root", 1), ("storage", 1), ("tdx-cache", 1)], "keys")
 
 
+def one_quote_nonce_hands_out_once(harness: Harness) -> None:
+    """Many attestations with one quote nonce at once: those with one body agree, those with other bodies are refused."""
+    granted = evolve(boot("only"), exchange="two-phase")
+    _ = harness.open().transact(granted)
+    outcomes = _race(harness, [attest(granted, str(index % 2), "storage") for index in range(CALLERS)])
+    expect(_codes(outcomes), [Code.QUOTE_NONCE_INVALID] * (CALLERS // 2), "those that lost")
+    handed = [outcome for outcome in outcomes if not isinstance(outcome, Exception)]
+    expect([keys.volumes for keys in handed], [handed[0].volumes] * (CALLERS // 2), "keys that were handed out")
+    keys = harness.open().transact(Ask(Scan(GenerationRow)))
+    expect([row.volume for row in keys], ["k3s", "root", "storage"], "keys that were made")
+
+
+def boots_at_once_are_handed_the_same_keys(harness: Harness) -> None:
+    """Many two-phase boots of one VM attest at once: one first key, one candidate, and one of them may confirm."""
+    boots = [evolve(boot(str(index)), exchange="two-phase") for index in range(CALLERS)]
+    for granted in boots:
+        _ = harness.open().transact(granted)
+    attests = [attest(granted, "body", "storage") for granted in boots]
+    outcomes = _race(harness, attests)
+    expect(_codes(outcomes), [], "those that were refused")
+    pairs = [outcome.volumes[0][1] for outcome in outcomes if not isinstance(outcome, Exception)]
+    (first,) = [pair.next for pair in pairs if pair.current is None]
+    others = [pair for pair in pairs if pair.current is not None]
+    expect(others, [Pair(first, others[0].next)] * (CALLERS - 1), "keys of the others")
+    settled = _race(harness, [confirm(attested, {"storage": True}) for attested in attests])
+    expect(len(_codes(settled)), CALLERS - 1, "confirmations that do not count")
+    rows = [row for row in harness.open().transact(Ask(ReadGenerations(VM))) if row.volume == "storage"]
+    expect(sorted(row.state for row in rows), ["active", "retired"], "generations")
+
+
 def one_platform_gets_a_free_name(harness: Harness) -> None:
     """Boots of many platforms under one free name at once: one platform gets it."""
     outcomes = _race(harness, [evolve(boot(str(i)), platform=platform(str(i))) for i in range(CALLERS)])
@@ -547,6 +721,33 @@ def a_platform_gets_no_more_names_than_it_may(harness: Harness) -> None:
     names = [Vm(VM.hotkey, f"vm-{index}") for index in range(CALLERS)]
     outcomes = _race(harness, [evolve(boot(vm.name, vm=vm), claims_per_platform=3) for vm in names])
     expect(_codes(outcomes), [Code.PLATFORM_MISMATCH] * (CALLERS - 3), "those that lost")
+
+
+def servers_at_once_share_nothing(harness: Harness) -> None:
+    """Many registrations at once that want one address, one GPU or one id: one of each has it."""
+    for number, wanted in enumerate(("address", "gpu", "server_id")):
+        units = [_registration(f"{number}-{index}", f"{number}", wanted) for index in range(CALLERS)]
+        outcomes = _race(harness, units)
+        codes = {"address": Code.HOST_TAKEN, "gpu": Code.GPU_TAKEN, "server_id": Code.SERVER_TAKEN}
+        expect(_codes(outcomes), [codes[wanted]] * (CALLERS - 1), f"those that lost the {wanted}")
+        expect(len(harness.open().transact(Ask(Scan(ServerRow)))), number + 1, "servers")
+
+
+def _registration(own: str, shared: str, wanted: str) -> RegisterServer:
+    """A registration of hotkey ``own``, all of whose claims are its own but for the one that is ``wanted``."""
+    server_id = shared if wanted == "server_id" else own
+    return RegisterServer(
+        now=NOW,
+        request_id=entropy(own, 16).hex(),
+        hotkey=own,
+        server_id=server_id,
+        name="name",
+        host="a.example",
+        address=shared if wanted == "address" else own,
+        gpus=(GpuRow(shared if wanted == "gpu" else own, server_id, "h200", "{}"),),
+        profiles={},
+        peer_address="",
+    )
 
 
 def boots_and_syncs_at_once_keep_every_key(harness: Harness) -> None:
@@ -649,6 +850,7 @@ def keys_live_as_documented(harness: Harness) -> None:
 CASES: tuple[Case, ...] = (
     rows_come_back_as_they_were,
     operations_reply_what_they_say,
+    servers_are_claimed_found_and_deleted,
     tokens_are_spent_once_and_voided,
     nonces_are_redeemed_once_and_swept,
     what_must_be_unique_is,
@@ -660,8 +862,11 @@ CASES: tuple[Case, ...] = (
     boots_at_once_agree_on_one_root_passphrase,
     one_token_is_spent_once,
     one_sync_sent_often_has_one_answer,
+    one_quote_nonce_hands_out_once,
+    boots_at_once_are_handed_the_same_keys,
     one_platform_gets_a_free_name,
     a_platform_gets_no_more_names_than_it_may,
+    servers_at_once_share_nothing,
     boots_and_syncs_at_once_keep_every_key,
     a_token_is_refused_when_it_must_be,
     a_nonce_is_refused_when_it_must_be,
