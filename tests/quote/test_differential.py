@@ -13,7 +13,7 @@ from typing import Any
 import attrs
 import dcap_qvl
 import pytest
-from hypothesis import given
+from hypothesis import given, reject
 from hypothesis import strategies as st
 
 from chutes_proto.errors import QuoteError
@@ -124,7 +124,11 @@ def test_an_honest_platform_is_accepted_by_both() -> None:
     st.sampled_from(FORMS), st.sampled_from(["platform", "processor"]), st.sets(st.sampled_from([*FAULTS]), max_size=3)
 )
 def test_several_faults(form: Form, ca: Ca, faults: set[str]) -> None:
-    check(*made(form, ca, tuple(sorted(faults))))
+    try:
+        pair = made(form, ca, tuple(sorted(faults)))
+    except (IndexError, ValueError):  # one fault takes away what another would change
+        reject()
+    check(*pair)
 
 
 @given(honest, st.data())
