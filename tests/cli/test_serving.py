@@ -1,0 +1,163 @@
+"""A served server and its signals: it drains, ends, takes a new certificate; as a process, on both loops."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import ssl
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from chutes_proto.auth.certificates import ServerIdentity, make_server_identity
+from chutes_proto.blocking.setup import load_setup
+from chutes_proto.cli.development import write_server
+from chutes_proto.testing.platform import SimulatedPlatform
+from tests.cli.conftest import HOTKEY, Ended, Server
+
+PLATFORM = SimulatedPlatform(bytes(32))
+
+pytestmark = pytest.mark.parametrize("transport", ["trio", "asyncio"])
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    directory = tmp_path / "site"
+    directory.mkdir()
+    write_server(directory, PLATFORM, int(time.time()))
+    return directory
+
+
+@pytest.fixture
+def serve(site: Path, start: Callable[..., Server], transport: str) -> Callable[[int], Server]:
+    """Starts the site's server, which drains for that many seconds."""
+
+    def run(seconds: int) -> Server:
+        path = site / "server.toml"
+        _ = path.write_text(path.read_text().replace("drain_seconds = 0", f"drain_seconds = {seconds}"))
+        return start("--config", path, "--transport", transport, ca=site / "ca.pem")
+
+    return run
+
+
+def client(server: Server, ca_pem: bytes | None = None) -> httpx.Client:
+    context = ssl.create_default_context(cadata=(ca_pem or server.ca.read_bytes()).decode())
+    return httpx.Client(base_url=server.url, verify=context, trust_env=False, timeout=10)
+
+
+def records(ended: Ended) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in ended.err.splitlines()]
+
+
+def wait_for(event: str, server: Server) -> dict[str, Any]:
+    assert server.process.stderr is not None
+    while line := server.process.stderr.readline():
+        record: dict[str, Any] = json.loads(line)
+        if record["event"] == event:
+            return record
+    pytest.fail(f"the server ended without {event}")
+
+
+def test_a_server_that_is_told_to_stop_serves_on_for_a_while(serve: Callable[[int], Server]) -> None:
+    server = serve(3)
+    with client(server) as before:
+        assert before.get("/servers/nonce").status_code == 200
+        server.process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        stopping = wait_for("stopping", server)
+        assert (stopping["signal"], stopping["drain_seconds"]) == ("SIGTERM", 3)
+        with client(server) as late:
+            sent_away = late.get("/servers/nonce")
+            assert (sent_away.status_code, sent_away.json()["code"]) == (503, "draining")
+            assert sent_away.headers["connection"] == "close"
+            served = late.get("/servers/vm-1/luks", params={"hotkey": HOTKEY}, headers={"x-boot-token": "0" * 64})
+            assert (served.status_code, served.json()["code"]) == (401, "boot_token_invalid")
+    out, err = server.process.communicate(timeout=20)
+    assert 2.5 < time.monotonic() - began < 15
+    assert (server.process.returncode, out) == (0, "")
+    assert json.loads(err.splitlines()[-1])["event"] == "stopped"
+
+
+def test_a_second_signal_ends_it_at_once(serve: Callable[[int], Server]) -> None:
+    server = serve(600)
+    server.process.send_signal(signal.SIGTERM)
+    _ = wait_for("stopping", server)
+    began = time.monotonic()
+    ended = server.stop(signal.SIGINT)
+    assert time.monotonic() - began < 10
+    assert ended.code == 0
+    assert [record["event"] for record in records(ended)] == ["stopping", "stopped"]
+
+
+def put(site: Path, identity: ServerIdentity) -> None:
+    _ = (site / "server.pem").write_bytes(identity.chain_pem)
+    _ = (site / "server.key").write_bytes(identity.key_pem.reveal())
+
+
+def test_a_new_certificate_is_taken_and_a_bad_one_is_not(serve: Callable[[int], Server], site: Path) -> None:
+    server = serve(0)
+    with client(server) as kept:
+        assert kept.get("/servers/nonce").status_code == 200
+        new = make_server_identity(int(time.time()), os.urandom(32))
+        put(site, new)
+        server.process.send_signal(signal.SIGHUP)
+        _ = wait_for("certificate_reloaded", server)
+        with client(server, new.ca_pem) as fresh:
+            assert fresh.get("/servers/nonce").status_code == 200
+        with client(server) as old, pytest.raises(httpx.ConnectError):
+            _ = old.get("/servers/nonce")
+        assert kept.get("/servers/nonce").status_code == 200  # open connections stay
+        put(site, make_server_identity(int(time.time()), os.urandom(32)))
+        _ = (site / "server.pem").write_bytes(b"garbage")
+        server.process.send_signal(signal.SIGHUP)
+        told = wait_for("certificate_kept", server)
+        assert told["level"] == "error"
+        assert "server.pem" in told["error"]
+        (site / "server.key").chmod(0o644)
+        server.process.send_signal(signal.SIGHUP)
+        assert "chmod 600" in wait_for("certificate_kept", server)["error"]
+        with client(server, new.ca_pem) as fresh:
+            assert fresh.get("/servers/nonce").status_code == 200
+    assert server.stop(signal.SIGTERM).code == 0
+
+
+def test_a_proxys_socket_comes_and_goes_with_the_server(
+    start: Callable[..., Server], site: Path, transport: str
+) -> None:
+    with (site / "server.toml").open("a") as file:
+        _ = file.write('[proxy]\nunix = "keys.sock"\nnetworks = ["127.0.0.0/8"]\nsecret_file = "secret"\n')
+    (site / "secret").touch(0o600)
+    _ = (site / "secret").write_text("new\nold\n")
+    assert len(load_setup(site / "server.toml").service.proxies.secrets) == 2
+    server = start("--config", site / "server.toml", "--transport", transport, ca=site / "ca.pem")
+    transport_ = httpx.HTTPTransport(uds=str(site / "keys.sock"))
+    with httpx.Client(transport=transport_, base_url="http://keys") as proxy:
+        assert proxy.get("/servers/nonce", headers={"x-forwarded-for": "192.0.2.7"}).status_code == 200
+        assert proxy.get("/servers/nonce").status_code == 400
+    proxied = {"x-forwarded-for": "192.0.2.7", "x-attestation-proxy-auth": "old"}
+    with client(server) as proxy:
+        assert proxy.get("/servers/nonce", headers=proxied).status_code == 200
+        assert proxy.get("/servers/nonce", headers=proxied | {"x-attestation-proxy-auth": "older"}).status_code == 400
+    ended = server.stop(signal.SIGTERM)
+    assert ended.code == 0
+    assert "older" not in ended.err
+    assert not (site / "keys.sock").exists()
+
+
+@pytest.mark.parametrize("secret", ["", "a\nb\nc\n", "two words\n", "é\n"])
+def test_a_bad_secret_is_told_and_not_shown(
+    command: Callable[..., Ended], site: Path, transport: str, secret: str
+) -> None:
+    with (site / "server.toml").open("a") as file:
+        _ = file.write('[proxy]\nnetworks = ["127.0.0.0/8"]\nsecret_file = "secret"\n')
+    (site / "secret").touch(0o600)
+    _ = (site / "secret").write_text(secret)
+    ended = command("serve", "--config", site / "server.toml", "--transport", transport, "--check")
+    assert ended.code == 1
+    assert "proxy.secret_file: " in ended.err
+    assert "words" not in ended.err.replace("passwords", "")
