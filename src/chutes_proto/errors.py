@@ -92,8 +92,9 @@ class Refusal(ChutesError):
     """An answer that is no grant.
 
     ``status`` and ``code`` go on the wire with ``detail`` (a text, or the list of problems of a 422); ``reason`` is for
-    the operator's log alone. On the client's side ``reason`` repeats the text, and ``code`` is a plain string if the
-    server is of another make or version.
+    the operator's log alone. ``recorded``: the server's store keeps it, which bounds how many there can be. On the
+    client's side ``reason`` repeats the text, and ``code`` is a plain string if the server is of another make or
+    version.
     """
 
     def __init__(
@@ -117,6 +118,7 @@ class Refusal(ChutesError):
         self.status = status
         self.request_id = request_id
         self.headers = tuple(headers)
+        self.recorded = False
 
     def __str__(self) -> str:
         text = self.detail if isinstance(self.detail, str) else "; ".join(_problem_text(p) for p in self.detail)

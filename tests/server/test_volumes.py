@@ -292,3 +292,27 @@ def test_a_draining_server_ends_connections_with_their_next_answer(world):
     assert world.ask("GET", "/openapi.json").header("connection") is None
     world.app.draining = True
     assert world.ask("GET", "/openapi.json").header("connection") == "close"
+
+
+def test_junk_does_not_silence_the_line_about_a_genuine_vm(world):
+    for _ in range(50):
+        assert refusal(world.ask("GET", "/nothing"))
+    world.platform = world.platform.having("rtmr1")
+    response = world.boot()
+    assert refusal(response)[1] == Code.MEASUREMENT_MISMATCH
+    assert world.log[-1].fields["request_id"] == content(response)["request_id"]
+    assert "RTMR1" in str(world.log[-1].fields["reason"])
+
+
+def test_every_line_of_a_grant_says_which_root_is_trusted(world):
+    token = world.token()
+    assert answer(world.sync(token, BOTH))
+    assert answer(legacy(world, world.token()))
+    granted = [record for record in world.log if record.event in ("boot_granted", "volumes_synced", "passphrase_read")]
+    assert len(granted) == 4
+    assert {record.fields["trust"] for record in granted} == {"simulated"}
+
+
+@pytest.mark.parametrize("name", ["x-client-cert", "client-cert", "x-forwarded-for", "x-attestation-proxy-auth"])
+def test_without_a_proxy_nobody_may_speak_as_one(world, name):
+    assert refusal(world.ask("GET", "/servers/nonce", headers={name: "x"}))[:2] == (400, Code.BAD_REQUEST)

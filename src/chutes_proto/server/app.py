@@ -156,10 +156,10 @@ class App:
         return (yield from _SIGNED[match.endpoint](self.service, request, message, request_id, caller))
 
     def _tell(self, request: HttpRequest | MalformedRequest, request_id: str, refusal: Refusal) -> Flow[None]:
-        """The operator's line. Anyone can cause refusals, so many at once are counted instead."""
+        """The operator's line. Anyone can cause refusals, so many at once are counted, unless the store counts them."""
         ours = isinstance(refusal, Unavailable)
         quiet = self.service.faults if ours else self.service.refusals
-        held_back = quiet.admits((yield from Uptime()))
+        held_back = 0 if refusal.recorded else quiet.admits((yield from Uptime()))
         if held_back is None:
             return
         fields: dict[str, Value] = {"request_id": request_id, "peer": request.peer_address}

@@ -191,7 +191,7 @@ def record_refusal(
         stage=stage,
     )
     try:
-        _ = yield from Transact(unit)
+        refusal.recorded = yield from Transact(unit)
     except StoreError as exc:
         fields = {"request_id": request_id, "error": str(exc)}
         yield from Log(Record(Level.WARNING, "refusal_not_recorded", fields))

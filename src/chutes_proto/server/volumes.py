@@ -55,7 +55,7 @@ def read_cache_passphrase(
         ),
         request.arrived,
     )
-    yield from Log(Record(Level.INFO, "passphrase_read", {**_who(request_id, vm), "volume": volume}))
+    yield from Log(Record(Level.INFO, "passphrase_read", {**_who(service, request_id, vm), "volume": volume}))
     return CachePassphraseAnswer(passphrase=passphrase)
 
 
@@ -98,7 +98,7 @@ def sync_volumes(
         request.arrived,
     )
     fields: dict[str, Value] = {
-        **_who(request_id, vm),
+        **_who(service, request_id, vm),
         "volumes": list(volumes),
         "rekey": list(rekey),
         "replayed": keys.replayed,
@@ -130,5 +130,5 @@ def _presented(request: HttpRequest) -> bytes | None:
     return None if request.peer_certificate is None else spki_sha256(request.peer_certificate)
 
 
-def _who(request_id: str, vm: Vm) -> dict[str, str]:
-    return {"request_id": request_id, "vm": vm.name, "hotkey": vm.hotkey}
+def _who(service: Service, request_id: str, vm: Vm) -> dict[str, str]:
+    return {"request_id": request_id, "vm": vm.name, "hotkey": vm.hotkey, "trust": service.trust}
