@@ -132,8 +132,8 @@ def test_hotkeys(command: Command, tmp_path: Path) -> None:
     for message in (("--message", "text"), ("--message-file", tmp_path / "m")):
         checked = command("hotkey", "check", address, *message, "--signature", signature)
         assert (checked.code, checked.out.startswith("valid: ")) == (0, True)
-    for message, signed in (("other", signature), ("text", "00" * 64), ("text", "0x" + signature), ("text", "")):
-        wrong = command("hotkey", "check", address, "--message", message, "--signature", signed)
+    for text, signed in (("other", signature), ("text", "00" * 64), ("text", "0x" + signature), ("text", "")):
+        wrong = command("hotkey", "check", address, "--message", text, "--signature", signed)
         assert (wrong.code, wrong.out.startswith("invalid: ")) == (console.REFUSED, True)
     refused = command("hotkey", "inspect", address[:-1] + "1", "--json")
     assert (refused.code, refused.json["valid"]) == (console.REFUSED, False)

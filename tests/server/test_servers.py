@@ -36,7 +36,7 @@ def world() -> World:
     return World(certificate=load_pem_x509_certificate(IDENTITY.certificate_pem))
 
 
-def gpu(uuid: str = "GPU-0", **changes: Any) -> dict[str, Any]:
+def gpu(uuid: Any = "GPU-0", **changes: Any) -> dict[str, Any]:
     return {
         "uuid": uuid,
         "name": "NVIDIA H200",
@@ -410,15 +410,16 @@ SIGNED = [
 ]
 
 
-def spoilt(world: World, call: tuple[str, str, Any], pair: HotkeyPair = MINER, **headers: str | None) -> HttpResponse:
+def spoilt(world: World, call: tuple[str, str, Any], **headers: str | None) -> HttpResponse:
     """A signed call with some of its headers exchanged, or left out."""
     method, target, body = call
     content = b"" if body is None else json.encode(body)
     kept: list[HttpRequest] = []
-    good = world.app
-    world.app = _Catch(kept)  # type: ignore[assignment]
+    good: Any = world.app
+    catch: Any = _Catch(kept)
+    world.app = catch
     try:
-        world.ask_signed(method, target, content, pair=pair)
+        world.ask_signed(method, target, content)
     finally:
         world.app = good
     (request,) = kept
@@ -479,7 +480,7 @@ def test_each_part_of_the_signature_is_needed(world, call):
 @pytest.mark.parametrize("name", ["x-chutes-hotkey", "x-chutes-nonce", "x-chutes-signature"])
 def test_a_header_that_comes_twice(world, name):
     kept: list[HttpRequest] = []
-    good, world.app = world.app, _Catch(kept)  # type: ignore[assignment]
+    good, world.app = world.app, _Catch(kept)
     world.ask_signed("POST", "/servers/", server())
     world.app = good
     (request,) = kept
@@ -511,7 +512,7 @@ def test_the_policy_request_takes_nothing_else(world):
 def test_a_signature_over_a_request_is_for_that_request_alone(world):
     registered(register(world))
     kept: list[HttpRequest] = []
-    good, world.app = world.app, _Catch(kept)  # type: ignore[assignment]
+    good, world.app = world.app, _Catch(kept)
     world.ask_signed("GET", "/servers/n1", policy="request")
     world.app = good
     (request,) = kept

@@ -486,9 +486,14 @@ def servers_are_claimed_found_and_deleted(harness: Harness) -> None:
     expect(ask(Ask(Claim(_GPU))), True, "a new GPU")
     before = dump(harness.open())
     third = evolve(_SERVER, server_id="n3", registration="r3", name="c", address="9.9.9.9")
-    taken = {"server_id": "n1", "registration": "r1", "name": "vm-0", "address": "1.2.3.4"}
-    for name, value in taken.items():
-        expect(ask(Ask(Claim(evolve(third, **{name: value})))), False, f"a second server with one {name}")
+    taken = {
+        "id": evolve(third, server_id="n1"),
+        "registration": evolve(third, registration="r1"),
+        "name": evolve(third, name="vm-0"),
+        "address": evolve(third, address="1.2.3.4"),
+    }
+    for what, second in taken.items():
+        expect(ask(Ask(Claim(second))), False, f"a second server with one {what}")
     expect(ask(Ask(Claim(evolve(_GPU, server_id="n2")))), False, "a GPU of two servers")
     expect(dump(harness.open()), before, "rows after what was not claimed")
     expect(ask(Ask(Claim(evolve(third, hotkey="other", name="vm-0")))), True, "another hotkey's server of one name")
