@@ -542,6 +542,8 @@ def test_a_real_wallets_signature(world, vectors):
     rows = stdlib_json.loads((vectors / "signing.json").read_text())["rows"]
     seen = set()
     for row in rows:
+        if row["purpose"] is None and row["body"] is None:
+            continue  # another message than any request has; `hotkey check` is tried with it
         at_runtime = len(row["nonce"]) == 64  # a server's nonce; others are times
         world.now = NOW if at_runtime else int(row["nonce"])
         headers = {name: row[name.rpartition("-")[2]] for name in ("x-chutes-hotkey", "x-chutes-nonce")}
@@ -552,7 +554,7 @@ def test_a_real_wallets_signature(world, vectors):
         elif row["purpose"] is not None:
             response = world.ask("GET", "/servers/", headers=headers)
         else:
-            response = world.ask("POST", "/servers/", (row["body"] or "").encode(), headers=headers)
+            response = world.ask("POST", "/servers/", row["body"].encode(), headers=headers)
         assert (response.status != 401) == row["valid"], row
         seen.add((row["purpose"], row["valid"]))
     assert {valid for _, valid in seen} == {True, False}
