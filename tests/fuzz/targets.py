@@ -220,7 +220,7 @@ def http_requests() -> list[bytes]:
 # --- JSON bodies ---
 
 _BODIES = [endpoint for endpoint in endpoints.ENDPOINTS if endpoint.method == "POST"]
-_PATH = {"vm_name": "vm", "server_id": "s"}
+_PATH = {"vm_name": "vm", "server_id": "s", "server_name_or_id": "s"}
 
 
 def check_request_body(data: bytes) -> None:
