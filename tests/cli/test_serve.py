@@ -341,7 +341,13 @@ def test_a_server_says_whom_it_trusts_and_stops_on_a_signal(
     ended = server.stop(number)
     assert (ended.code, ended.out) == (0, "")
     records = [json.loads(line) for line in ended.err.splitlines()]
-    assert [record["event"] for record in records] == ["serving", "boot_granted", "volumes_synced", "stopping", "stopped"]
+    assert [record["event"] for record in records] == [
+        "serving",
+        "boot_granted",
+        "volumes_synced",
+        "stopping",
+        "stopped",
+    ]
     assert records[0]["level"] == "warning"
     for record in records[:2]:
         assert record["trust"] == f"NOT Intel's root but simulated-root.der, SHA-256 {root_digest()}"

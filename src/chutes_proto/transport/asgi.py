@@ -91,9 +91,7 @@ class AsgiApp:
 
     async def _run(self, flow: Flow[T]) -> T:
         if self._opened is None:
-            raise LocalProtocolError(
-                "not started: it needs the lifespan protocol, or whoever mounts it enters it"
-            )
+            raise LocalProtocolError("not started: it needs the lifespan protocol, or whoever mounts it enters it")
         return await self._opened.run(flow)
 
     async def _serve(self, scope: Message, receive: Receive, send: Send) -> None:
