@@ -33,8 +33,8 @@ from chutes_proto.store.rows import (
 from chutes_proto.store.run import Unit, run_script
 from chutes_proto.store.sql import key_of
 from chutes_proto.testing.store_suite import CASES, Case, Harness
+from tests.store.bindings import BindingHarness
 from tests.store.harness import (
-    BindingHarness,
     MemoryHarness,
     PostgresHarness,
     SharedPostgresHarness,
