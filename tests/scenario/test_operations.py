@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -15,11 +16,14 @@ from attrs import define
 from cryptography.x509 import load_pem_x509_certificate
 
 from chutes_proto.effects import Effect, Transact
+from chutes_proto.server.app import App
+from chutes_proto.server.profiles import ServedProfile
 from chutes_proto.store.run import Unit
 from chutes_proto.wire import openapi
 from chutes_proto.wire.http import HttpRequest, HttpResponse
 from tests.scenario.operations import (
     LOOPS,
+    SERVER,
     VOLUMES,
     Site,
     Vm,
@@ -30,7 +34,7 @@ from tests.scenario.operations import (
     rows,
     run,
 )
-from tests.server.world import HOTKEY, PLATFORM
+from tests.server.world import HOTKEY, PLATFORM, PROFILE, service
 
 T = TypeVar("T")
 
@@ -120,6 +124,36 @@ def test_refusals(scene: Scene) -> None:
 
     refused = {record.fields["code"] for record in scene(act).log if record.event == "refused"}
     assert {"certificate_mismatch", "head_too_large", "nonce_invalid"} <= refused
+
+
+def test_two_phases_by_the_boot_agent_also_while_draining(loop: str, kind: str, tmp_path: Path) -> None:
+    profiles = {PROFILE.name: ServedProfile(PROFILE, None, False, False, "two-phase")}
+    site = Site(LOOPS[loop], open_store(kind, tmp_path), App(service(profiles=profiles)))
+    stages: Any = itertools.cycle(["boot", "runtime"])
+
+    def quoter(data: bytes) -> bytes:
+        return PLATFORM.quote(data, stage=next(stages))
+
+    async def boot(formatted: list[str], *, stop: bool = False) -> Any:
+        settings: Any = {"hotkey": HOTKEY, "vm_name": "vm-1", "quoter": quoter, "ca_pem": SERVER.ca_pem}
+        async with site.loop.BootAgent(site.url, **settings, log=site.log.append) as agent:
+            await agent.boot()
+            if stop:
+                site.server.stop()
+            async with agent.rotate(VOLUMES, formatted=formatted) as rotation:
+                for volume in VOLUMES:
+                    rotation.added(volume)
+            return rotation
+
+    async def main() -> None:
+        async with site.serving():
+            first = await boot([])
+            second = await boot(VOLUMES, stop=True)
+            for volume in VOLUMES:
+                assert second.keys[volume].current == first.keys[volume].next
+                assert second.keys[volume].next != second.keys[volume].current
+
+    run(loop, main)
 
 
 def test_the_description(scene: Scene) -> None:
