@@ -72,6 +72,7 @@ def test_collateral_from_services():
         ('volumes = ["a b"]', "volumes"),
         ('volumes = ["a", "a"]', "twice"),
         ("retention_days = 0", "retention_days"),
+        ("runtime = { fresh_seconds = 0 }", "runtime.fresh_seconds"),
         ("limits = { connections = 0 }", "limits.connections"),
         ("limits = { connexions = 1 }", "limits.connexions"),
         ("limits = 3", "limits"),

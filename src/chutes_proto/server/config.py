@@ -233,6 +233,8 @@ def _problems(config: ServerConfig) -> list[str]:
         found.append('hotkeys: name at least one, or say "*" for every hotkey')
     if config.retention_days < 1:
         found.append("retention_days: at least 1")
+    if config.runtime.fresh_seconds < 1:
+        found.append("runtime.fresh_seconds: at least 1")
     found.extend(_collateral_problems(config.collateral))
     limits = attrs.asdict(config.limits)
     found.extend(

@@ -4,7 +4,8 @@ The order of checks of operation 11, after the signature (``callers.py``): the b
 nonce was issued for it; then as at a boot (``evidence.py``), at the runtime stage; then one transaction: the platform
 is the one that the server is bound to, the nonce redeemed, the verdict recorded (``units/servers.py``).
 
-A refusal is recorded once the nonce has held: it is the owner's own, so nobody else can make a server look failed.
+A refusal of a quote is recorded if the nonce has held and was not redeemed before: it is the owner's own, so nobody who
+sends again what the owner sent can make a server look failed.
 """
 
 from __future__ import annotations
@@ -63,13 +64,13 @@ def attest_runtime(
     nonce = service.mint.check(
         message.nonce, "runtime", now, hotkey=caller.address, address=request.peer_address, scope=server.server_id
     )
+    key = client_key(request.peer_certificate)
     evidence: Evidence | None = None
     try:
-        key = client_key(request.peer_certificate)
         evidence = yield from verify_evidence(service, nonce.value, key, message.quote, now)
         yield from _grant(service, request, request_id, server, nonce, evidence, now)
     except (Refused, BadRequest) as exc:
-        yield from _record(request, message, request_id, server, evidence, exc, now)
+        yield from _record(request, message, request_id, server, nonce, evidence, exc, now)
         raise
     return RuntimeAttestationAnswer(attestation_id=request_id, verified_at=rfc3339(now), status="verified")
 
@@ -148,6 +149,7 @@ def _record(
     message: RuntimeAttestationRequest,
     request_id: str,
     server: ServerRow,
+    nonce: Nonce,
     evidence: Evidence | None,
     refusal: Refused | BadRequest,
     now: int,
@@ -158,6 +160,7 @@ def _record(
         now=now,
         request_id=request_id,
         server=server,
+        nonce=nonce.value,
         pin=None if evidence is None else platform_of(evidence).pin,
         code=str(refusal.code),
         detail=str(refusal.detail),

@@ -35,6 +35,7 @@ from chutes_proto.store.rows import (
     GenerationRow,
     GpuRow,
     Insert,
+    IsRedeemed,
     NonceRow,
     PurgeGeneration,
     Put,
@@ -93,6 +94,8 @@ class Tables:
                 self._set(row)
             case RedeemNonce(row):
                 return self._redeem(row)
+            case IsRedeemed(value):
+                return (value,) in self.rows[NonceRow]
             case SweepNonces(redeemed_until, limit):
                 return self._sweep(redeemed_until, limit)
             case ReadHorizon():

@@ -356,6 +356,13 @@ class RedeemNonce(StoreOp[bool]):
 
 
 @frozen
+class IsRedeemed(StoreOp[bool]):
+    """Whether a nonce was redeemed, as far as that is remembered."""
+
+    value: bytes
+
+
+@frozen
 class SweepNonces(StoreOp[tuple[NonceRow, ...]]):
     """Delete up to ``limit`` nonces redeemed at or before ``redeemed_until``, oldest first, and reply with them."""
 

@@ -38,6 +38,7 @@ from chutes_proto.store.rows import (
     GenerationRow,
     GpuRow,
     Insert,
+    IsRedeemed,
     NonceRow,
     Pin,
     PurgeGeneration,
@@ -335,6 +336,7 @@ _CLAIMS: Final = {
 }
 _SCANS: Final = {kind: _select(kind, "" if kind.KEY else "ORDER BY id") for kind in ROWS}
 _REDEEM = f"{_insert(NonceRow)} ON CONFLICT (value) DO NOTHING RETURNING value"
+_IS_REDEEMED = "SELECT value FROM nonce WHERE value = ?"
 _SWEEP = (
     "DELETE FROM nonce"
     " WHERE value IN (SELECT value FROM nonce WHERE redeemed_at <= ? ORDER BY redeemed_at LIMIT ?)"
@@ -391,6 +393,8 @@ def statement(op: StoreOp[Any]) -> tuple[str, Values]:
             return _PUTS[type(row)], encode(row)
         case RedeemNonce(row):
             return _REDEEM, encode(row)
+        case IsRedeemed(value):
+            return _IS_REDEEMED, (value,)
         case SweepNonces(redeemed_until, limit):
             return _SWEEP, (redeemed_until, limit)
         case ReadHorizon():
@@ -473,7 +477,7 @@ def decode(op: StoreOp[Any], rows: Sequence[Sequence[Any]]) -> Any:
             return decode_row(AttestationRow, rows[0]) if rows else None
         case ReadServers():
             return _sorted(ServerRow, rows)
-        case RedeemNonce() | SpendToken() | Claim():
+        case RedeemNonce() | IsRedeemed() | SpendToken() | Claim():
             return bool(rows)
         case SweepNonces():
             return _sorted(NonceRow, rows)

@@ -40,6 +40,7 @@ from chutes_proto.store.rows import (
     GenerationRow,
     GpuRow,
     Insert,
+    IsRedeemed,
     NonceRow,
     Pin,
     Platform,
@@ -389,7 +390,9 @@ def rows_come_back_as_they_were(harness: Harness) -> None:
     for claimed in servers:
         expect(store.transact(Ask(Claim(claimed))), True, "a new row")
     nonce = NonceRow(bytes(32), "boot", NOW - 60, NOW)
+    expect(store.transact(Ask(IsRedeemed(nonce.value))), False, "a nonce that is not there")
     expect(store.transact(Ask(RedeemNonce(nonce))), True, "a new nonce")
+    expect(store.transact(Ask(IsRedeemed(nonce.value))), True, "a nonce that is there")
     other = harness.open()
     for kind in ROWS:
         wanted = tuple(row for row in (*rows, _VM, volume, nonce, *servers) if type(row) is kind)
@@ -686,7 +689,7 @@ def one_sync_sent_often_has_one_answer(harness: Harness) -> None:
 
 
 def one_quote_nonce_hands_out_once(harness: Harness) -> None:
-    """Many attestations with one quote nonce at once: those with one body agree, those with other bodies are refused."""
+    """Many attestations with one quote nonce at once: those with one body agree, the others are refused."""
     granted = evolve(boot("only"), exchange="two-phase")
     _ = harness.open().transact(granted)
     outcomes = _race(harness, [attest(granted, str(index % 2), "storage") for index in range(CALLERS)])

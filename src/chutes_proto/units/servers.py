@@ -31,6 +31,7 @@ from chutes_proto.store.rows import (
     FindServer,
     GpuRow,
     Insert,
+    IsRedeemed,
     Pin,
     Put,
     ReadAttestation,
@@ -333,14 +334,16 @@ class GrantRuntime(Unit[None]):
 
 @frozen
 class RecordRuntimeRefusal(Unit[bool]):
-    """Keep a refusal of a runtime quote whose nonce held, at most ``per_day`` of a server; returns whether it was kept.
+    """Keep a refusal of a runtime quote, at most ``per_day`` of a server; returns whether it was kept.
 
+    One whose ``nonce`` was redeemed is not: it may be a stranger's who sends again what the owner sent.
     ``detail`` is what the caller was told, ``reason`` the operator's; ``pin`` is None where the quote did not verify.
     """
 
     now: int
     request_id: str
     server: ServerRow
+    nonce: bytes
     pin: Pin | None
     code: str
     detail: str
@@ -352,6 +355,8 @@ class RecordRuntimeRefusal(Unit[bool]):
     def script(self) -> Script[bool]:
         """Count, record."""
         server = yield from _same(self.server)
+        if (yield from IsRedeemed(self.nonce)):
+            return False
         if (yield from CountServerRefusals(server.registration, self.now - self.now % DAY)) >= self.per_day:
             return False
         yield from Put(evolve(server, attested=self.request_id))
