@@ -94,8 +94,17 @@ def start() -> Iterator[Callable[..., Server]]:
 
     yield run
     for server in started:
-        server.process.kill()
-        _ = server.process.communicate()
+        end(server.process)
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """End a process as an operator does, so that it removes what it made; kill it only where it does not heed that."""
+    process.terminate()
+    try:
+        _ = process.communicate(timeout=20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        _ = process.communicate()
 
 
 @pytest.fixture(autouse=True)

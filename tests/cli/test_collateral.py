@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
-from chutes_proto.blocking.files import open_platform, write_file
+from chutes_proto.blocking.files import write_file
+from chutes_proto.blocking.platform import open_platform
 from chutes_proto.quote.collateral import Collateral
 from chutes_proto.quote.verify import verify_collateral
 from chutes_proto.testing.platform import COLLATERAL_SECONDS, SimulatedPlatform
-from tests.cli.conftest import PROGRAM, Ended
+from tests.cli.conftest import PROGRAM, Ended, end
 
 Command = Callable[..., Ended]
 MADE = 1_800_000_000  # 2027-01-15T08:00:00Z
@@ -59,8 +60,7 @@ def serve(no_home: Path) -> Iterator[Callable[..., tuple[str, subprocess.Popen[s
 
     yield run
     for process in started:
-        process.kill()
-        _ = process.communicate()
+        end(process)
 
 
 def test_fetched_shown_checked_and_served_until_a_signal(

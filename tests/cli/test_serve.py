@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import sqlite3
+import subprocess
 import sys
 import textwrap
 import time
@@ -30,7 +31,7 @@ from chutes_proto.quote.roots import INTEL_ROOT, TrustedRoot
 from chutes_proto.quote.verify import open_quote
 from chutes_proto.server.config import ServerConfig
 from chutes_proto.testing.platform import COLLATERAL_SECONDS, SimulatedPlatform
-from tests.cli.conftest import HOTKEY, Ended, Server
+from tests.cli.conftest import HOTKEY, Ended, Server, end
 
 PLATFORM = SimulatedPlatform(bytes(32))
 NOW = 1_780_000_000
@@ -402,3 +403,23 @@ def test_collateral_of_the_platform_is_made_anew_when_it_is_old(site: Path) -> N
     assert later.window[0] == NOW + COLLATERAL_SECONDS + 1
     with pytest.raises(CollateralUnavailable):
         _ = renewed.fetch(identity(PLATFORM.another(1)), NOW)
+
+
+def test_a_development_server_removes_its_keys_when_it_is_ended(start: Callable[..., Server]) -> None:
+    server = start("--dev")
+    assert server.ca.exists()
+    end(server.process)
+    assert server.process.returncode == 0
+    assert not server.ca.parent.exists()
+
+
+def test_a_server_of_an_operator_loads_no_simulator(site: Path) -> None:
+    program = (
+        "import sys; from chutes_proto.blocking.setup import load_setup; from chutes_proto.cli.serving import binding;"
+        " load_setup(sys.argv[1]); binding('trio'); binding('asyncio');"
+        " print(*[name for name in sys.modules if name.startswith('chutes_proto.testing')])"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program, str(site / "server.toml")], capture_output=True, text=True, check=False
+    )
+    assert (ended.stdout.strip(), ended.stderr) == ("", "")

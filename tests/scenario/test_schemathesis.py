@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from chutes_proto.wire.endpoints import ENDPOINTS
-from tests.cli.conftest import Server, start_server
+from tests.cli.conftest import Server, end, start_server
 
 SECONDS = 25
 CONFIGURATION = """
@@ -25,8 +25,7 @@ positive_data_acceptance.expected-statuses = ["2xx", 400, 401, 403, 404, 409, 42
 def server(tmp_path: Path) -> Iterator[Server]:
     started = start_server("--dev", "--platform", tmp_path / "platform")
     yield started
-    started.process.kill()
-    _ = started.process.communicate()
+    end(started.process)
 
 
 def test_a_live_server_is_as_its_document_says(server: Server, tmp_path: Path) -> None:

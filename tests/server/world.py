@@ -15,7 +15,6 @@ from chutes_proto.errors import CollateralUnavailable
 from chutes_proto.keys.vault import KeyEncryptionKey, Vault
 from chutes_proto.log import Record
 from chutes_proto.quote.collateral import Collateral
-from chutes_proto.quote.measurements import Profile
 from chutes_proto.quote.policy import Policy
 from chutes_proto.quote.roots import TrustedRoot
 from chutes_proto.quote.verify import verify_collateral
@@ -27,7 +26,7 @@ from chutes_proto.server.service import Service
 from chutes_proto.store.memory import MemoryStore
 from chutes_proto.store.rows import Row, Scan
 from chutes_proto.store.run import Script, Unit
-from chutes_proto.testing.platform import BOOT_RTMRS, MRTD, RUNTIME_RTMRS, SimulatedPlatform
+from chutes_proto.testing.platform import PROFILE, SimulatedPlatform
 from chutes_proto.wire import json
 from chutes_proto.wire.codec import encode_quote
 from chutes_proto.wire.http import HttpRequest, HttpResponse
@@ -35,7 +34,6 @@ from chutes_proto.wire.http import HttpRequest, HttpResponse
 NOW = 1_800_000_000
 MINER = HotkeyPair.from_seed(Secret(b"a miner's seed for tests, thirty".ljust(32, b"!")))
 HOTKEY = "5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY"
-PROFILE = Profile(name="simulated", version="1", mrtd=MRTD, boot=BOOT_RTMRS, runtime=RUNTIME_RTMRS)
 PLATFORM = SimulatedPlatform(b"a world for tests" * 2)
 
 

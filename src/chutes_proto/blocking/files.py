@@ -13,7 +13,6 @@ import os
 import secrets
 import stat
 import threading
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -27,7 +26,6 @@ from chutes_proto.quote.errors import QuoteError
 from chutes_proto.quote.pck import PckIdentity
 from chutes_proto.quote.roots import TrustedRoot
 from chutes_proto.quote.verify import verify_collateral
-from chutes_proto.testing.directory import PLATFORM_FILE, SEED_SIZE, PlatformRecord
 
 MAX_SIZE: Final = 4 * 1024 * 1024
 """No file that is read here needs more bytes."""
@@ -98,31 +96,6 @@ def make_directory(path: str | Path, *, mode: int = 0o755) -> Path:
     except (OSError, ValueError) as exc:
         raise _unavailable(path, "cannot be made", exc) from None
     return Path(path)
-
-
-def platform_directory(environment: Mapping[str, str]) -> Path:
-    """Where this user's simulated platform is kept (XDG Base Directory Specification, ``$XDG_STATE_HOME``)."""
-    state = environment.get("XDG_STATE_HOME", "")
-    try:
-        base = Path(state) if Path(state).is_absolute() else Path.home() / ".local" / "state"
-    except RuntimeError:
-        raise FileUnavailable("this user has no home directory; name a directory with --platform DIR") from None
-    return base / "chutes-proto" / "platform"
-
-
-def open_platform(directory: str | Path, now: int) -> PlatformRecord:
-    """The simulated platform that is kept in ``directory``, made there if it is missing.
-
-    Raises `ConfigurationError`. Whoever asks at the same moment gets the same platform.
-    """
-    file = make_directory(directory, mode=0o700) / PLATFORM_FILE
-    if not file.exists():
-        create_private(file, PlatformRecord(secrets.token_bytes(SEED_SIZE), now).encode())
-    data = read_private(file)
-    try:
-        return PlatformRecord.decode(data)
-    except ConfigurationError as exc:
-        raise ConfigurationError(f"{file}: {exc}") from None
 
 
 @frozen

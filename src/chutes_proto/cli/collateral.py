@@ -360,7 +360,7 @@ def _serve(options: argparse.Namespace) -> int:
     import threading
     import time
 
-    from chutes_proto.blocking.files import open_platform, platform_directory
+    from chutes_proto.blocking.platform import open_platform, platform_directory
     from chutes_proto.blocking.simulated import CollateralServer
     from chutes_proto.errors import ConfigurationError
     from chutes_proto.testing.faults import FAULTS

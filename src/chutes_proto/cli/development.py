@@ -17,7 +17,7 @@ from attrs import frozen
 from chutes_proto.auth.certificates import ENTROPY_SIZE, make_server_identity
 from chutes_proto.blocking.files import make_directory, write_file
 from chutes_proto.errors import CollateralUnavailable
-from chutes_proto.testing.platform import BOOT_RTMRS, MRTD, RUNTIME_RTMRS
+from chutes_proto.testing.directory import measurements_toml
 
 if TYPE_CHECKING:
     from chutes_proto.blocking.files import CollateralDirectory
@@ -52,7 +52,7 @@ def write_server(directory: Path, platform: SimulatedPlatform, now: int) -> None
     write_file(directory / "server.key", identity.key_pem.reveal(), mode=0o600)
     write_file(directory / "kek", os.urandom(32), mode=0o600)
     write_file(directory / "simulated-root.der", platform.root_der)
-    write_file(directory / "measurements.toml", _measurements().encode())
+    write_file(directory / "measurements.toml", measurements_toml())
     write_file(directory / CONFIGURATION, _SERVER.encode())
     write_collateral(make_directory(directory / "collateral"), platform, now)
 
@@ -60,13 +60,6 @@ def write_server(directory: Path, platform: SimulatedPlatform, now: int) -> None
 def write_collateral(directory: Path, platform: SimulatedPlatform, now: int) -> None:
     """Fresh collateral of ``platform``, in place of its older."""
     write_file(directory / f"{platform.fmspc.hex()}.json", platform.collateral_json(now))
-
-
-def _measurements() -> str:
-    lines = ["[[profile]]", 'name = "simulated"', 'version = "1"', f'mrtd = "{MRTD.hex()}"']
-    for stage, rtmrs in (("boot", BOOT_RTMRS), ("runtime", RUNTIME_RTMRS)):
-        lines += [f'{stage}.rtmr{number} = "{rtmr.hex()}"' for number, rtmr in enumerate(rtmrs)]
-    return "\n".join(lines) + "\n"
 
 
 @frozen

@@ -30,7 +30,7 @@ def open_quoter(options: argparse.Namespace, now: int, stage: Stage = "boot") ->
     import os
     from functools import partial
 
-    from chutes_proto.blocking.files import open_platform, platform_directory
+    from chutes_proto.blocking.platform import open_platform, platform_directory
     from chutes_proto.blocking.quoting import CommandQuoter
 
     if options.quoter != "simulated":

@@ -54,7 +54,8 @@ def run(options: argparse.Namespace) -> int:
 
     from attrs import evolve
 
-    from chutes_proto.blocking.files import make_directory, open_platform, platform_directory, write_file
+    from chutes_proto.blocking.files import make_directory, write_file
+    from chutes_proto.blocking.platform import open_platform, platform_directory
     from chutes_proto.errors import ConfigurationError
     from chutes_proto.testing.directory import simulation_files
     from chutes_proto.testing.faults import FAULTS
