@@ -1,11 +1,12 @@
 """The configuration file: what it says, and that every mistake names its key."""
 
+import attrs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from chutes_proto.errors import ConfigurationError
-from chutes_proto.server.config import ServerConfig
+from chutes_proto.server.config import LimitOptions, ServerConfig
 
 GOOD = """
 tls = { certificate = "chain.pem", key = "key.pem" }
@@ -71,7 +72,14 @@ def test_collateral_from_services():
         ('volumes = ["in_use"]', "reserved"),
         ('volumes = ["a b"]', "volumes"),
         ('volumes = ["a", "a"]', "twice"),
-        ("retention_days = 0", "retention_days"),
+        ("retention_days = 90", "retention_days: this server purges nothing"),
+        ('kek_previous_file = "kek"', "kek_previous_file: it is kek_file"),
+        ("limits = { body_bytes = 16383 }", "limits.body_bytes: at least 16384"),
+        ("limits = { head_bytes = 1023 }", "limits.head_bytes: at least 1024"),
+        ("limits = { request_seconds = 0 }", "limits.request_seconds: at least 1"),
+        ("limits = { verifications = 0 }", "limits.verifications: at least 1"),
+        ("limits = { claims_per_platform = 0 }", "limits.claims_per_platform: at least 1"),
+        ("limits = { store_connections = 0 }", "limits.store_connections: at least 1"),
         ("runtime = { fresh_seconds = 0 }", "runtime.fresh_seconds"),
         ("limits = { connections = 0 }", "limits.connections"),
         ("limits = { connexions = 1 }", "limits.connexions"),
@@ -117,7 +125,7 @@ def test_a_mistake_names_its_key(line, named):
         ("collateral", '"dir"', "collateral"),
         ("collateral", "{ }", "collateral: say"),
         ("hotkeys", "[]", "hotkeys"),
-        ("hotkeys", '"5F"', "hotkeys"),
+        ("hotkeys", '"5F"', 'hotkeys: Input should be a list, ["5F…"], or "*"'),
         ("measurements", "[]", "measurements"),
         ("tls", '{ certificate = "a" }', "tls.key"),
     ],
@@ -125,6 +133,21 @@ def test_a_mistake_names_its_key(line, named):
 def test_a_wrong_value_names_its_key(key, value, named):
     lines = [f"{key} = {value}" if line.startswith(f"{key} ") else line for line in GOOD.splitlines()]
     assert named in problem("\n".join(lines))
+
+
+def test_limits_may_be_the_least_that_works():
+    least = (
+        "limits = { connections = 1, body_bytes = 16384, head_bytes = 1024, request_seconds = 1, drain_seconds = 0 }"
+    )
+    limits = ServerConfig.from_toml(f"{least}\n{GOOD}".encode()).limits
+    assert (limits.body_bytes, limits.head_bytes, limits.drain_seconds) == (16384, 1024, 0)
+
+
+def test_every_limit_has_its_floor():
+    limits = "".join(f"\n{limit.name} = -1" for limit in attrs.fields(LimitOptions))
+    text = problem(f"{GOOD}[limits]{limits}")
+    for limit in attrs.fields(LimitOptions):
+        assert f"limits.{limit.name}: at least" in text
 
 
 def test_all_missing_keys_are_named_at_once():

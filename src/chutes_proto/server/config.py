@@ -14,7 +14,7 @@ import tomllib
 from collections.abc import Mapping
 from functools import cache
 from ipaddress import ip_network
-from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
+from typing import Any, Final, Literal, cast, get_args, get_origin, get_type_hints
 
 import attrs
 from attrs import field, frozen
@@ -166,7 +166,6 @@ class ServerConfig:
     platform_binding: Literal["pin", "off"] = "pin"
     exchange_downgrade: Literal["refuse", "allow"] = "refuse"
     pruned: Literal["revive", "new"] = "revive"
-    retention_days: int = 90
     signatures: Literal["compatible", "request"] = "compatible"
     nonce: NonceOptions = field(factory=NonceOptions)
     registration: RegistrationOptions = field(factory=RegistrationOptions)
@@ -199,9 +198,26 @@ class ServerConfig:
 
 
 def _refuse_not_served(content: Mapping[str, Any]) -> None:
+    if "retention_days" in content:
+        raise ConfigurationError(
+            "retention_days: this server purges nothing, whatever its age; to purge is an operator's command"
+        )
     registration = content.get("registration")
     if isinstance(registration, dict) and cast("dict[str, object]", registration).get("evidence") == "callback":
         raise ConfigurationError('registration.evidence: this version does not fetch evidence; take "link" or "boot"')
+
+
+_FLOORS: Final = {
+    "connections": (1, "or nobody is served"),
+    "verifications": (1, "or no quote is verified"),
+    "body_bytes": (16 * 1024, "which a quote in base64 needs"),
+    "head_bytes": (1024, "which the head of a request needs"),
+    "request_seconds": (1, "or no request is in time"),
+    "drain_seconds": (0, "which is: not at all"),
+    "claims_per_platform": (1, "or no VM can boot"),
+    "store_connections": (1, "or no request reaches the store"),
+}
+"""The least that each of the `LimitOptions` can be, and why."""
 
 
 def check_store_address(text: str) -> str | None:
@@ -214,6 +230,8 @@ def check_store_address(text: str) -> str | None:
 def _problems(config: ServerConfig) -> list[str]:
     found: list[str] = []
     found.extend(filter(None, [check_store_address(config.store)]))
+    if config.kek_previous_file == config.kek_file:
+        found.append("kek_previous_file: it is kek_file; name the file of the key before it, or remove this one")
     try:
         _ = config.listen_address
     except ConfigurationError as exc:
@@ -231,16 +249,12 @@ def _problems(config: ServerConfig) -> list[str]:
         found.append("measurements: name at least one file of measurement profiles")
     if not config.hotkeys:
         found.append('hotkeys: name at least one, or say "*" for every hotkey')
-    if config.retention_days < 1:
-        found.append("retention_days: at least 1")
     if config.runtime.fresh_seconds < 1:
         found.append("runtime.fresh_seconds: at least 1")
     found.extend(_collateral_problems(config.collateral))
     limits = attrs.asdict(config.limits)
     found.extend(
-        f"limits.{name}: at least {least}"
-        for name, value in limits.items()
-        if value < (least := 0 if name == "drain_seconds" else 1)
+        f"limits.{name}: at least {least}, {why}" for name, (least, why) in _FLOORS.items() if limits[name] < least
     )
     if any(not 0 <= key_id <= 63 for key_id in config.nonce.expected_key_ids):
         found.append("nonce.expected_key_ids: ids are 0 to 63")
@@ -311,7 +325,11 @@ def _listen_address(text: str) -> tuple[str, int]:
 
 
 def _hotkeys(value: object, _: Any) -> tuple[str, ...] | str:
-    return "*" if value == "*" else list_of(string)(value, _)
+    if value == "*":
+        return "*"
+    if isinstance(value, str):
+        raise MismatchError("hotkeys_type", 'Input should be a list, ["5F…"], or "*" for every hotkey')
+    return list_of(string)(value, _)
 
 
 def _service(value: object, _: Any) -> CollateralService:
