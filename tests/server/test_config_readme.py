@@ -1,0 +1,65 @@
+"""The document of the configuration: what it shows loads, it leaves no key out, and its defaults are the real ones."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+
+import chutes_proto.server
+from chutes_proto.server.config import CollateralOptions, ServerConfig
+from chutes_proto.server.profiles import EXTRA_KEYS, ServedOptions
+
+README = Path(chutes_proto.server.__path__[0], "README.md").read_text("utf-8")
+COMPLETE, SERVICES, PROFILE = re.findall(r"^```toml\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+NO_DEFAULTS = {"kek_previous_file", "networks", "unix", "secret_file"}
+
+
+def leaves(table: Any) -> Iterator[tuple[str, attrs.Attribute[Any]]]:
+    """The keys of a table of the configuration and of the tables in it."""
+    for key in attrs.fields(attrs.resolve_types(table)):
+        if isinstance(key.type, type) and attrs.has(key.type):
+            yield from leaves(key.type)
+        yield key.name, key
+
+
+def test_the_complete_configuration_loads():
+    config = ServerConfig.from_toml(COMPLETE.encode())
+    assert config.proxy.parsed_networks
+    assert set(config.profile_defaults) | {"root_passphrase_file"} == EXTRA_KEYS
+
+
+def test_collateral_of_services_loads():
+    without = "".join(line for line in COMPLETE.splitlines(True) if not line.startswith("collateral ="))
+    options = ServerConfig.from_toml(f"{without}\n{SERVICES}".encode()).collateral
+    assert len(options.upstreams) == 2
+    assert options.cache == "cache"
+    default = CollateralOptions()
+    for name in ("update", "grace_seconds", "refresh_seconds", "fetches_per_minute"):
+        assert getattr(options, name) == getattr(default, name)
+
+
+def test_the_profile_is_toml():
+    (profile,) = tomllib.loads(PROFILE)["profile"]
+    assert profile["root_passphrase"] == "image"
+
+
+@pytest.mark.parametrize("name", sorted({name for table in (ServerConfig, ServedOptions) for name, _ in leaves(table)}))
+def test_no_key_is_left_out(name: str):
+    text = f"{COMPLETE}\n{SERVICES}"
+    assert re.search(rf"(?:^|[{{ ]|# |\[){name}(?: =|\])", text, re.MULTILINE), name
+
+
+def test_what_is_shown_as_a_default_is_one():
+    shown = ServerConfig.from_toml(COMPLETE.encode())
+    for table in (shown, shown.nonce, shown.registration, shown.runtime, shown.proxy, shown.limits):
+        for key in attrs.fields(type(table)):
+            default = key.default
+            if default is attrs.NOTHING or isinstance(default, attrs.Factory) or key.name in NO_DEFAULTS:  # type: ignore[arg-type]
+                continue
+            assert getattr(table, key.name) == default, key.name
