@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 from attrs import evolve
 
+import chutes_proto.quote
 from chutes_proto.cli.development import write_server
+from chutes_proto.quote.collateral import Collateral
 from chutes_proto.testing.directory import simulation_files
 from chutes_proto.testing.platform import MRTD, RUNTIME_RTMRS, SimulatedPlatform
 from tests.cli.conftest import Ended, is_root
@@ -94,6 +99,58 @@ def test_people_get_lines(verify: Command) -> None:
     refused = verify(faults=("pck_revoked",))
     assert refused.code == 1
     assert refused.out.startswith("REFUSED: the quote does not verify\npck_revoked: ")
+
+
+def test_a_policys_refusal_leaves_the_quote_genuine(verify: Command) -> None:
+    refused = verify(faults=("debug",))
+    assert refused.code == 1
+    assert refused.out.startswith("REFUSED: the quote is genuine, but not acceptable\ndebug: ")
+
+
+@pytest.mark.parametrize("fault", ["tcb_info_expired", "root_crl_expired", "qe_identity_future", "pck_crl_future"])
+def test_collateral_out_of_its_time_says_nothing_about_the_quote(verify: Command, fault: str) -> None:
+    refused = verify(faults=(fault,))
+    assert refused.code == 1
+    assert refused.out.startswith("REFUSED: it cannot be judged with this collateral\ncollateral_")
+    assert "got 2026-05-28T20:26:40Z, expected at " in refused.out
+    assert "judge at another time with --at" in refused.out
+    assert "--at" in verify("--json", faults=(fault,)).json["hint"]
+
+
+def test_what_is_no_collateral_says_nothing_about_the_quote(verify: Command, tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    refused = verify("--collateral", tmp_path / "empty")
+    assert refused.out.startswith("REFUSED: it cannot be judged with this collateral\ncollateral_format: ")
+
+
+@pytest.mark.parametrize(
+    ("write", "hint"),
+    [
+        (base64.b64encode, "base64"),
+        (base64.encodebytes, "base64"),
+        (base64.urlsafe_b64encode, "base64"),
+        (bytes.hex, "hexadecimal"),
+        (lambda quote: f"0x{quote.hex().upper()}\n", "hexadecimal"),
+        (lambda quote: b"\0" + quote, None),
+    ],
+)
+def test_a_quote_as_text_gets_a_hint(
+    verify: Command, command: Command, tmp_path: Path, write: Callable[[bytes], bytes | str], hint: str | None
+) -> None:
+    _ = verify()
+    written = write((tmp_path / "quote.bin").read_bytes())
+    _ = (tmp_path / "quote.bin").write_bytes(written if isinstance(written, bytes) else written.encode())
+    ended = command("verify", tmp_path / "quote.bin", "--collateral", tmp_path / "collateral.json")
+    assert (ended.code, "The file looks like" in ended.out) == (1, hint is not None)
+    assert hint is None or f"looks like {hint} text" in ended.out
+
+
+def test_help_and_document_name_the_members_of_the_collateral_file(command: Command) -> None:
+    text = " ".join(command("verify", "--help").out.split())
+    readme = Path(chutes_proto.quote.__path__[0], "README.md").read_text("utf-8")
+    members = [attribute.name for attribute in attrs.fields(Collateral)]
+    assert all(re.search(rf"\b{member}\b", text) for member in members)
+    assert re.findall(r"^\| `(\w+)` \| .*(?:PEM|hex|text)", readme, re.MULTILINE) == members
 
 
 def test_the_quote_must_bind_the_expected_report_data(verify: Command) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+import re
+from typing import TYPE_CHECKING, Any, Final
 
 from chutes_proto.cli import console
 
 if TYPE_CHECKING:
+    from chutes_proto.quote.errors import QuoteError
     from chutes_proto.quote.policy import Policy
     from chutes_proto.quote.roots import TrustedRoot
 
 NAME = "verify"
+_SHORTEST: Final = 1024  # digits; no quote has fewer
 
 
 def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
@@ -40,7 +43,9 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
         "--collateral",
         metavar="FILE",
         required=True,
-        help="JSON: certificate chains, CRLs, TCB info, QE identity",
+        help="JSON with these members: pck_crl_issuer_chain, root_ca_crl, pck_crl, tcb_info_issuer_chain, tcb_info,"
+        " tcb_info_signature, qe_identity_issuer_chain, qe_identity, qe_identity_signature and, if you like,"
+        " pck_certificate_chain; README.md of the package chutes_proto.quote says in which form",
     )
     console.add(parser, "--at", type=console.unix_time, metavar="UNIX", help="the time to judge at (default: now)")
     console.add(parser, "--root", metavar="DER", help="a root to trust instead of Intel's")
@@ -125,21 +130,59 @@ def _judge(
     except AppraisalError as exc:
         report["refusals"] = [{"code": refusal.code, "detail": refusal.detail} for refusal in exc.refusals]
         report["explanation"] = exc.explain()
-    except (QuoteFormatError, CollateralFormatError, VerificationError) as exc:
+    except QuoteFormatError as exc:
         report["refusals"] = [{"code": exc.code, "detail": str(exc)}]
+        report |= _text_hint(quote_data)
+    except (CollateralFormatError, VerificationError) as exc:
+        report["refusals"] = [{"code": exc.code, "detail": str(exc)}]
+        report |= _collateral_hint(exc)
     return report
+
+
+def _text_hint(data: bytes) -> dict[str, str]:
+    """What to do with a quote that was written down as text."""
+    text = b"".join(data.split())
+    if len(text) < _SHORTEST:
+        return {}
+    if re.fullmatch(rb"(?:0x)?[0-9a-fA-F]+", text):
+        return {"hint": "The file looks like hexadecimal text; make bytes of it: xxd -r -p QUOTE quote.bin"}
+    if re.fullmatch(rb"[A-Za-z0-9+/_-]+={0,2}", text):
+        return {"hint": "The file looks like base64 text; make bytes of it: base64 -d QUOTE > quote.bin"}
+    return {}
+
+
+def _collateral_hint(exc: QuoteError) -> dict[str, object]:
+    """What to do where the collateral alone is at fault, so that nothing can be said about the quote."""
+    from chutes_proto.quote.errors import CollateralFormatError
+    from chutes_proto.quote.steps import CollateralExpired, CollateralNotYetValid
+
+    match exc:
+        case CollateralExpired() | CollateralNotYetValid():
+            hint = "Fetch it anew with `chutes-proto collateral fetch`, or judge at another time with --at."
+            return {"unjudged": True, "hint": hint}
+        case CollateralFormatError():
+            return {"unjudged": True, "hint": "Fetch it with `chutes-proto collateral fetch`, or see verify --help."}
+        case _:
+            return {}
 
 
 def _say(options: argparse.Namespace, report: dict[str, Any]) -> None:
     from chutes_proto.cli.quotes import say_fields
 
-    told = ("accepted", "verified", "refusals", "explanation")
-    judged = "ACCEPTED" if report["accepted"] else "REFUSED"
-    console.say(f"{judged}: the quote {'verifies' if report['verified'] else 'does not verify'}")
+    told = ("accepted", "verified", "refusals", "explanation", "unjudged", "hint")
+    if report["accepted"]:
+        console.say("ACCEPTED: the quote verifies")
+    elif report["verified"]:
+        console.say("REFUSED: the quote is genuine, but not acceptable")
+    elif "unjudged" in report:
+        console.say("REFUSED: it cannot be judged with this collateral")
+    else:
+        console.say("REFUSED: the quote does not verify")
     for refusal in report["refusals"]:
         console.say(f"{refusal['code']}: {refusal['detail']}")
-    if "explanation" in report:
-        console.say(report["explanation"])
+    for name in ("explanation", "hint"):
+        if name in report:
+            console.say(report[name])
     if options.report_data is None:
         console.say("The report data was not compared with anything: say --report-data to bind the quote.")
     if options.policy is None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TypeAlias
+from datetime import UTC, datetime
+from typing import Final, TypeAlias
 
 from attrs import frozen
 
@@ -15,6 +16,8 @@ from chutes_proto.quote.steps import (
 )
 
 Window: TypeAlias = tuple[int, int]
+
+_LAST: Final = 253_402_300_799  # 9999-12-31T23:59:59Z, the last time that a certificate can say
 
 
 @frozen
@@ -32,10 +35,17 @@ def check_terms(terms: Iterable[Term], now: int, grace: int = 0) -> None:
     for term in terms:
         if now < term.begin:  # 9, 19
             step = CertificateNotYetValid if term.is_certificate else CollateralNotYetValid
-            raise step(term.subject, "its time has not begun", got=now, expected=f"at least {term.begin}")
+            raise step(
+                term.subject, "its time has not begun", got=rfc3339(now), expected=f"at least {rfc3339(term.begin)}"
+            )
         if now > (term.end if term.is_certificate else term.end + grace):  # 10, 20
             step = CertificateExpired if term.is_certificate else CollateralExpired
-            raise step(term.subject, "its time has ended", got=now, expected=f"at most {term.end}")
+            raise step(term.subject, "its time has ended", got=rfc3339(now), expected=f"at most {rfc3339(term.end)}")
+
+
+def rfc3339(time: int) -> str:
+    """A time for people (RFC 3339, section 5.6)."""
+    return datetime.fromtimestamp(max(0, min(time, _LAST)), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def window(terms: Iterable[Term], grace: int = 0) -> Window:
