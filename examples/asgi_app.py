@@ -19,6 +19,8 @@ if os.environ.get("CHUTES_LOOP") == "trio":
 else:
     from chutes_proto_asyncio.collateral import open_performer
 
+if "CHUTES_CONFIG" not in os.environ:
+    raise SystemExit("usage: CHUTES_CONFIG=server.toml uvicorn --no-proxy-headers --uds keys.sock asgi_app:app")
 setup = load_setup(os.environ["CHUTES_CONFIG"])
 store = setup.store.open()
 _ = check_keys(store, setup.service.vault)

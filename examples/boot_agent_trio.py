@@ -37,6 +37,8 @@ def open_disk(volume, passphrase, *, is_blank):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 7 or not all("=" in disk for disk in sys.argv[6:]):
+        raise SystemExit(f"usage: {sys.argv[0]} URL HOTKEY VM_NAME QUOTE_COMMAND CA_PEM VOLUME=DEVICE...")
     url, hotkey, vm_name, command, ca, *disks = sys.argv[1:]
     volumes = dict(disk.split("=", 1) for disk in disks)
     trio.run(unlock, url, hotkey, vm_name, CommandQuoter(command), Path(ca).read_bytes(), volumes, open_disk)

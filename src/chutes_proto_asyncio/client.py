@@ -14,7 +14,7 @@ from chutes_proto.auth.certificates import ENTROPY_SIZE, ClientIdentity, make_cl
 from chutes_proto.auth.signing import Signer
 from chutes_proto.blocking.http import TimeLimits
 from chutes_proto.blocking.perform import log_record
-from chutes_proto.blocking.quoting import Quoter
+from chutes_proto.blocking.quoting import Quoter, check_quoter
 from chutes_proto.blocking.tls import client_context
 from chutes_proto.client.flows import (
     BootGrant,
@@ -62,6 +62,7 @@ class BootAgent:
     ) -> None:
         if client is not None and identity is None:
             raise LocalProtocolError("an own client comes with the identity whose certificate it presents")
+        check_quoter(quoter)
         identity = identity or make_client_identity(int(time.time()), os.urandom(ENTROPY_SIZE))
         self._settings = BootSettings(hotkey, vm_name, identity.spki_sha256, signer, retry)
         self._owned = None

@@ -140,8 +140,16 @@ def test_no_answer_is_2_and_says_what_to_look_at(boot: Command, command: Command
     assert f"no answer from {url}" in ended.err
     ended = command("boot", server.url, "--hotkey", HOTKEY, "--vm", "vm-1", "--wait", 0)
     assert ended.code == 2
-    assert "certificate verify failed" in ended.err
+    assert f"the certificate of {server.url} does not verify: " in ended.err
     assert "--ca" in ended.err
+
+
+def test_a_server_that_does_not_verify_is_not_tried_again(command: Command, server: Server, platform: Path) -> None:
+    options = ["--hotkey", HOTKEY, "--vm", "vm-1", "--platform", platform, "--wait", 3600]
+    ended = command("boot", server.url, *options)
+    assert ended.code == 2
+    assert ended.err.splitlines()[0] == "nonce (attempt 1/8)"
+    assert "does not verify" in ended.err.splitlines()[1]
 
 
 def test_it_tries_again_while_it_may(boot: Command) -> None:

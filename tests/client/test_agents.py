@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import ssl
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -316,3 +319,19 @@ def test_the_examples_do_not_format_what_is_in_use(name: str, credentials: Crede
     with pytest.raises(SystemExit, match="tdx-cache: the disk is blank"):
         run_example(name, credentials, ModelServer(iter(()), in_use=VOLUMES), disks, open_disk)
     assert opened == ["root", "storage"]
+
+
+@pytest.mark.parametrize("binding", [chutes_proto_trio.client, chutes_proto_asyncio.client])
+@pytest.mark.parametrize("quoter", ["quote-command", None, b"quote"])
+def test_a_quoter_that_cannot_be_called_is_refused_at_once(binding: Any, quoter: Any) -> None:
+    with pytest.raises(LocalProtocolError, match="cannot be called; for a command say CommandQuoter"):
+        binding.BootAgent("https://localhost", hotkey=talk.HOTKEY, vm_name="vm-1", quoter=quoter)
+
+
+@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_an_example_without_arguments_says_how_it_is_used(example: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "CHUTES_CONFIG"}
+    ended = subprocess.run([sys.executable, example], env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert len(ended.stderr.splitlines()) == 1
+    assert ended.stderr.startswith("usage: ")

@@ -50,7 +50,7 @@ def test_the_profile_is_toml():
 
 
 @pytest.mark.parametrize("name", sorted({name for table in (ServerConfig, ServedOptions) for name, _ in leaves(table)}))
-def test_no_key_is_left_out(name: str):
+def test_no_key_is_left_out(name: str) -> None:
     text = f"{COMPLETE}\n{SERVICES}"
     assert re.search(rf"(?:^|[{{ ]|# |\[){name}(?: =|\])", text, re.MULTILINE), name
 

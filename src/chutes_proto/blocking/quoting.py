@@ -11,7 +11,7 @@ import subprocess
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
-from chutes_proto.errors import QuoteUnavailable
+from chutes_proto.errors import LocalProtocolError, QuoteUnavailable
 
 Quoter: TypeAlias = "Callable[[bytes], bytes]"
 
@@ -20,6 +20,16 @@ MAX_QUOTE = 48 * 1024
 
 _PLACE = "{report_data}"
 _TAIL = 300
+
+
+def check_quoter(quoter: object) -> None:
+    """Raises `LocalProtocolError` for what cannot be a quoter, before anything is asked of a server."""
+    if not callable(quoter):
+        kind = type(quoter).__name__
+        raise LocalProtocolError(
+            f"a quoter is called with the report data and gives the quote, and {kind} cannot be called; for a command"
+            " say CommandQuoter(command)"
+        )
 
 
 def take_quote(quoter: Quoter, report_data: bytes) -> bytes:

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 from chutes_proto.cli import console, quoter
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from chutes_proto.client.flows import BootGrant, VolumeKeys
     from chutes_proto.log import Record
+    from chutes_proto.wire.http import HttpRequest, HttpResponse
 
 NAME = "boot"
 _VOLUME = re.compile(r"(?!\.)[A-Za-z0-9_.-]{1,64}")
@@ -28,8 +30,11 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
         the quote in, and ask for the passphrases of the volumes. The passphrases are shown nowhere; with --keys they
         go into files that only you can read, for a program like `cryptsetup --key-file`.
 
-        exit code: 0 granted; 1 the server refused, or was not available until the end of --wait; 2 usage, no answer,
-        or no quote
+        No answer, or one that says "not now", is waited for until the end of --wait; a refusal ends it, and so does a
+        server whose certificate does not verify.
+
+        exit code: 0 granted; 1 the server answered, and refused or was still not available at the end of --wait;
+        2 nothing was answered: wrong usage, no server there, a certificate that does not verify, or no quote to send
         """,
         """
         chutes-proto serve --dev                       # in another terminal; prints URL and CA file
@@ -83,7 +88,7 @@ def run(options: argparse.Namespace) -> int:
     keys_directory = make_directory(options.keys, mode=0o700) if options.keys else None
     context = client_context(identity, read_file(options.ca) if options.ca else None)
     with httpx.Client(verify=context, trust_env=False) as client:
-        performer = Performer(send=HttpxSender(client, options.url), quoter=quote, log=_tell)
+        performer = Performer(send=_verified(HttpxSender(client, options.url), options.url), quoter=quote, log=_tell)
         try:
             grant = performer.run(boot(settings))
             grant, keys = performer.run(boot_and_sync(settings, options.volumes, formatted=(), grant=grant))
@@ -96,6 +101,29 @@ def run(options: argparse.Namespace) -> int:
     if keys_directory is not None:
         _write_keys(keys_directory, grant, keys)
     return _granted(options, grant, keys)
+
+
+def _verified(send: Callable[[HttpRequest], HttpResponse], url: str) -> Callable[[HttpRequest], HttpResponse]:
+    """``send``, which raises `ConfigurationError`, that no flow tries again, where the certificate does not verify."""
+    import ssl
+
+    from chutes_proto.errors import ConfigurationError, TransportError
+
+    def sending(request: HttpRequest) -> HttpResponse:
+        try:
+            return send(request)
+        except TransportError as exc:
+            cause: BaseException | None = exc
+            while cause is not None:
+                if isinstance(cause, ssl.SSLCertVerificationError):
+                    told = cause.verify_message or str(cause)
+                    raise ConfigurationError(
+                        f"the certificate of {url} does not verify: {told}; is its CA the one in --ca?"
+                    ) from None
+                cause = cause.__cause__ or cause.__context__
+            raise
+
+    return sending
 
 
 def _granted(options: argparse.Namespace, grant: BootGrant, keys: VolumeKeys) -> int:
