@@ -13,8 +13,6 @@ import anyio
 from anyio.abc import SocketAttribute, SocketListener, SocketStream, TaskGroup
 
 from chutes_proto.blocking.sockets import ACCEPT_PAUSE, Listening
-from chutes_proto.effects import Log
-from chutes_proto.log import Level, Record
 from chutes_proto.transport.h1 import (
     DEFAULT_LIMITS,
     READ_SIZE,
@@ -110,7 +108,7 @@ class Server:
         return await self._performer.run(self._app.handle(request))
 
     async def _complain(self, event: str, exc: Exception) -> None:
-        _ = await self._performer.perform(Log(Record(Level.ERROR, event, {"error": f"{type(exc).__name__}: {exc}"})))
+        await self._performer.run(self._app.complain(event, exc))
 
 
 async def serve_until_stopped(

@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from chutes_proto.auth.certificates import make_server_identity
+from chutes_proto.blocking.files import CollateralDirectory
 from chutes_proto.blocking.setup import load_setup
 from chutes_proto.blocking.sqlite import SqliteStore
 from chutes_proto.cli.development import RenewedCollateral, write_collateral, write_server
@@ -397,6 +398,7 @@ def identity(platform: SimulatedPlatform) -> PckIdentity:
 
 def test_collateral_of_the_platform_is_made_anew_when_it_is_old(site: Path) -> None:
     directory = load_setup(site / "server.toml").collateral
+    assert isinstance(directory, CollateralDirectory)
     _no_collateral(site)
     renewed = RenewedCollateral(directory, PLATFORM)
     first = renewed.fetch(identity(PLATFORM), NOW)

@@ -19,6 +19,7 @@ from chutes_proto.effects import Effect, Transact
 from chutes_proto.server.app import App
 from chutes_proto.server.profiles import ServedProfile
 from chutes_proto.store.run import Unit
+from chutes_proto.testing.platform import PROFILE
 from chutes_proto.wire import openapi
 from chutes_proto.wire.http import HttpRequest, HttpResponse
 from tests.scenario.operations import (
@@ -34,7 +35,7 @@ from tests.scenario.operations import (
     rows,
     run,
 )
-from tests.server.world import HOTKEY, PLATFORM, PROFILE, service
+from tests.server.world import HOTKEY, PLATFORM, service
 
 T = TypeVar("T")
 

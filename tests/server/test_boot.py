@@ -20,10 +20,11 @@ from chutes_proto.server.config import LimitOptions
 from chutes_proto.server.profiles import ServedProfile
 from chutes_proto.server.service import Slots
 from chutes_proto.store.rows import AttestationRow, AuditRow, BootRow, NonceRow, VmRow
+from chutes_proto.testing.platform import PROFILE
 from chutes_proto.units.operator import StoreRestored
 from chutes_proto.wire import json
 from chutes_proto.wire.http import HttpRequest, HttpResponse
-from tests.server.world import HOTKEY, NOW, PROFILE, World, answer, content, refusal, service
+from tests.server.world import HOTKEY, NOW, World, answer, content, refusal, service
 
 OTHER_HOTKEY = "5FHneW46xGXgs5mUiveU4sbTyGBzmstUspZC92UhjJM694ty"
 IDENTITY = make_client_identity(NOW, bytes(32))

@@ -21,11 +21,11 @@ from chutes_proto.server.nonces import NonceMint
 from chutes_proto.server.profiles import ServedProfile
 from chutes_proto.server.service import Service, Slots
 from chutes_proto.store.rows import AttestationRow, AuditRow, BootRow, GenerationRow, Put, VmRow, VolumeRow
-from chutes_proto.testing.platform import SimulatedPlatform
+from chutes_proto.testing.platform import PROFILE, SimulatedPlatform
 from chutes_proto.testing.store_suite import Ask
 from chutes_proto.wire.codec import encode_quote
 from chutes_proto.wire.http import HttpResponse
-from tests.server.world import HOTKEY, NOW, PROFILE, World, answer, refusal, service
+from tests.server.world import HOTKEY, NOW, World, answer, refusal, service
 
 CERTIFICATES = [load_pem_x509_certificate(make_client_identity(NOW, bytes([n]) * 32).certificate_pem) for n in range(2)]
 OTHER_HOTKEY = "5FHneW46xGXgs5mUiveU4sbTyGBzmstUspZC92UhjJM694ty"

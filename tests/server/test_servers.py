@@ -22,9 +22,10 @@ from chutes_proto.secret import Secret
 from chutes_proto.server.app import App
 from chutes_proto.server.profiles import ServedProfile
 from chutes_proto.store.rows import AuditRow, BootRow, GenerationRow, GpuRow, ServerRow, VmRow
+from chutes_proto.testing.platform import PROFILE
 from chutes_proto.wire import json
 from chutes_proto.wire.http import HttpRequest, HttpResponse
-from tests.server.world import MINER, NOW, PROFILE, World, content, refusal, service
+from tests.server.world import MINER, NOW, World, content, refusal, service
 
 OTHER = HotkeyPair.from_seed(Secret(bytes(range(32))))
 IDENTITY = make_client_identity(NOW, bytes(32))

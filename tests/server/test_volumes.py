@@ -12,9 +12,10 @@ from chutes_proto.errors import BadRequest, StoreBusy
 from chutes_proto.server.app import App
 from chutes_proto.server.profiles import ServedProfile
 from chutes_proto.store.rows import GenerationRow
+from chutes_proto.testing.platform import PROFILE
 from chutes_proto.wire import openapi
 from chutes_proto.wire.http import HttpResponse, MalformedRequest
-from tests.server.world import HOTKEY, NOW, PROFILE, World, answer, content, refusal, service
+from tests.server.world import HOTKEY, NOW, World, answer, content, refusal, service
 
 CERTIFICATES = [load_pem_x509_certificate(make_client_identity(NOW, bytes([n]) * 32).certificate_pem) for n in range(2)]
 BOTH = {"volumes": ["storage", "tdx-cache"]}
@@ -316,3 +317,10 @@ def test_every_line_of_a_grant_says_which_root_is_trusted(world):
 @pytest.mark.parametrize("name", ["x-client-cert", "client-cert", "x-forwarded-for", "x-attestation-proxy-auth"])
 def test_without_a_proxy_nobody_may_speak_as_one(world, name):
     assert refusal(world.ask("GET", "/servers/nonce", headers={name: "x"}))[:2] == (400, Code.BAD_REQUEST)
+
+
+def test_faults_of_connections_cannot_fill_the_log(world):
+    for _ in range(100):
+        assert run(world.app.complain("connection_failed", RuntimeError("a defect")), world.perform) is None
+    assert len(world.log) == 20
+    assert world.log[0].fields == {"error": "RuntimeError: a defect"}

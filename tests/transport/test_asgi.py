@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 
 import chutes_proto_asyncio
 from chutes_proto.cli.development import write_server
-from chutes_proto.effects import Flow
+from chutes_proto.effects import Flow, Log
 from chutes_proto.errors import LocalProtocolError
+from chutes_proto.log import Level, Record
 from chutes_proto.transport.asgi import AsgiApp
 from chutes_proto.transport.h1 import Limits
 from chutes_proto.wire.answers import error_response
@@ -37,6 +38,9 @@ class Recorder:
 
     asked: list[HttpRequest | MalformedRequest] = field(factory=list)
     headers: tuple[tuple[str, str], ...] = (("x", "y"), ("connection", "close"))
+
+    def complain(self, event: str, error: Exception) -> Flow[None]:
+        yield from Log(Record(Level.ERROR, event, {"error": f"{type(error).__name__}: {error}"}))
 
     def stop(self, now: float) -> float:
         return now

@@ -21,8 +21,8 @@ import chutes_proto_asyncio
 import chutes_proto_trio
 from chutes_proto.auth.certificates import make_server_identity, spki_sha256
 from chutes_proto.blocking.sockets import Listening, listen_tls, listen_unix
-from chutes_proto.effects import Flow, Sleep
-from chutes_proto.log import Record
+from chutes_proto.effects import Flow, Log, Sleep
+from chutes_proto.log import Level, Record
 from chutes_proto.transport.h1 import DEFAULT_LIMITS, Limits
 from chutes_proto.transport.tls import server_context
 from chutes_proto.wire import json
@@ -44,6 +44,9 @@ class Echo:
     slow: float = 3600.0
     drain: float = math.inf
     cancelled: list[str] = field(factory=list)
+
+    def complain(self, event: str, error: Exception) -> Flow[None]:
+        yield from Log(Record(Level.ERROR, event, {"error": f"{type(error).__name__}: {error}"}))
 
     def stop(self, now: float) -> float:
         end, self.drain = now + self.drain, 0.0

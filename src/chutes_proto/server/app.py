@@ -96,6 +96,16 @@ class App:
         self.draining = True
         return end
 
+    def complain(self, event: str, error: Exception) -> Flow[None]:
+        """The operator's line about a fault of a connection; a peer may cause many, and then they are counted."""
+        held_back = self.service.faults.admits((yield from Uptime()))
+        if held_back is None:
+            return
+        fields: dict[str, Value] = {"error": f"{type(error).__name__}: {error}"}
+        if held_back:
+            fields["held_back"] = held_back
+        yield from Log(Record(Level.ERROR, event, fields))
+
     def handle(self, request: HttpRequest | MalformedRequest) -> Flow[HttpResponse]:
         """The answer to ``request``; raises nothing but what ends the process."""
         request_id = (yield from Entropy(16)).hex()

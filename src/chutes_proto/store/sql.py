@@ -280,28 +280,48 @@ def _type_of(attribute: attrs.Attribute[Any]) -> Any:
 _COLUMNS_OF: Final[dict[Any, tuple[str, ...]]] = {Vm: ("hotkey", "vm"), Pin: ("platform_kind", "platform_id")}
 
 
+Fields: TypeAlias = tuple[tuple[str, Any, tuple[str, ...]], ...]
+
+
+def _fields_of(kind: type[Any]) -> Fields:
+    named = ((field.name, _type_of(field)) for field in attrs.fields(kind))
+    return tuple((name, of, _COLUMNS_OF.get(of, (name,))) for name, of in named)
+
+
+_FIELDS: Final[dict[Any, Fields]] = {kind: _fields_of(kind) for kind in ROWS}
+"""Name, type and columns of each field."""
+
+_KEY_FIELDS: Final[dict[Any, Fields]] = {
+    kind: tuple(field for field in fields if set(field[2]) <= set(kind.KEY)) for kind, fields in _FIELDS.items()
+}
+"""The same, for the fields of the key; its columns stand in their order."""
+
+
 def columns(kind: type[Row]) -> tuple[str, ...]:
     """The names of a row's columns, in the order of its values."""
-    fields = attrs.fields(kind)
-    return tuple(name for field in fields for name in _COLUMNS_OF.get(_type_of(field), (field.name,)))
+    return tuple(column for _, _, names in _FIELDS[kind] for column in names)
 
 
 def encode(row: Row) -> Values:
     """The values of a row, one for each column."""
-    return tuple(value for field in attrs.fields(type(row)) for value in _flat(field, getattr(row, field.name)))
+    return _flat(row, _FIELDS[type(row)])
 
 
-def _flat(field: attrs.Attribute[Any], value: Any) -> Values:
-    names = _COLUMNS_OF.get(_type_of(field))
-    if names is None:
-        return (value,)
-    return (None,) * len(names) if value is None else attrs.astuple(value)
+def _flat(row: Row, fields: Fields) -> Values:
+    values: list[Any] = []
+    for name, _, names in fields:
+        value = getattr(row, name)
+        if len(names) == 1:
+            values.append(value)
+        else:
+            values.extend((None,) * len(names) if value is None else attrs.astuple(value))
+    return tuple(values)
 
 
 def decode_row(kind: type[Any], values: Sequence[Any]) -> Any:
     """The row of ``kind`` that has these values; drivers without a boolean type give 0 and 1."""
     left = iter(values)
-    return kind(*(_read(_type_of(field), left) for field in attrs.fields(kind)))
+    return kind(*(_read(of, left) for _, of, _ in _FIELDS[kind]))
 
 
 def _read(kind: Any, left: Iterator[Any]) -> Any:
@@ -499,8 +519,7 @@ def decode(op: StoreOp[Any], rows: Sequence[Sequence[Any]]) -> Any:
 
 def key_of(row: Row) -> Values:
     """The values of a row's primary key."""
-    values = dict(zip(columns(type(row)), encode(row), strict=True))
-    return tuple(values[name] for name in row.KEY)
+    return _flat(row, _KEY_FIELDS[type(row)])
 
 
 def _sorted(kind: type[Row], rows: Sequence[Sequence[Any]]) -> tuple[Any, ...]:

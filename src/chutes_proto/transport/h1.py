@@ -58,6 +58,10 @@ class Application(Protocol):
         """Begin to stop; returns when to end, on the clock of ``now``. Told again, the end may come sooner."""
         ...
 
+    def complain(self, event: str, error: Exception, /) -> Flow[None]:
+        """Tell the operator of a fault in accepting or serving a connection; raises nothing."""
+        ...
+
 
 @frozen
 class Limits:
