@@ -1,7 +1,7 @@
 """A sans-I/O protocol library for confidential VMs: attest at boot, receive disk passphrases, keep proving.
 
-Nothing here opens a socket, reads a clock or draws randomness; see README.md, "Where is…", for the map of the rooms.
-Rooms import what they need; this file imports nothing, so that ``import chutes_proto.quote`` stays cheap.
+But for the rooms ``blocking`` and ``cli``, nothing here opens a socket, reads a clock or draws randomness. Each room's
+``__init__`` says what it is for. This file imports nothing, so that ``import chutes_proto.quote`` stays cheap.
 """
 
 __version__ = "0.1.0"
