@@ -5,7 +5,7 @@
 #   FUZZ_SECONDS  how long `make fuzz` runs each target           (60)
 #   FUZZ_TARGETS  which targets `make fuzz` runs                  (all of them)
 #   BENCH_SUBJECTS  what `make bench` measures                    (everything)
-#   SOAK_TESTS    which tests `make soak` runs                   (tests/store tests/units)
+#   SOAK_TESTS    which tests `make soak` runs                   (tests/lifecycle tests/store tests/units)
 #   PYTEST_ARGS   more arguments for pytest in `make test`
 
 PYTHON ?= python3
@@ -14,7 +14,7 @@ FUZZ_SECONDS ?= 60
 FUZZ_TARGETS ?=
 BENCH_SUBJECTS ?=
 PYTEST_ARGS ?=
-SOAK_TESTS ?= tests/store tests/units
+SOAK_TESTS ?= tests/lifecycle tests/store tests/units
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed

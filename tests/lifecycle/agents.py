@@ -1,0 +1,130 @@
+"""What the VMs do: our agent, and the clients that are deployed, in the base exchange and in the two-phase one.
+
+Each function is one boot with one disk, from the granted boot on. It returns whether the VM is up, with its disk open.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TypeVar
+
+from attrs import evolve
+
+from chutes_proto.errors import Refused
+from chutes_proto.store.run import Unit
+from chutes_proto.testing.store_suite import attest, confirm, sync
+from chutes_proto.units.rotation import HandedKeys
+from chutes_proto.units.volumes import VolumeKeys
+from tests.lifecycle.world import OTHER, VOLUME, Choices, Killed, NoAnswer, World
+
+T = TypeVar("T")
+
+TRIES = 2
+"""How often our agent sends a request, the same one each time."""
+
+
+def boot_once(world: World, choices: Choices) -> bool:
+    """One boot under the world's policy."""
+    missing = choices.pick("disk", ("there", "missing")) == "missing"
+    agent = {
+        ("base", True): _base_ours,
+        ("base", False): _base_deployed,
+        ("two-phase", True): _two_phase_ours,
+        ("two-phase", False): _two_phase_deployed,
+    }[world.policy.exchange, world.policy.ours]
+    try:
+        up = agent(world, choices, missing)
+    except (Killed, NoAnswer, Refused):
+        up = False
+    world.deliver(choices)
+    return up
+
+
+def _base_ours(world: World, choices: Choices, missing: bool) -> bool:
+    granted = world.granted()
+    volumes = [OTHER] if missing else [VOLUME]
+    unit = sync(granted, "body", *volumes)
+    formatted = frozenset({VOLUME} if world.slots and not missing else ())
+    keys = _again(world, evolve(unit, formatted=formatted, pruned=world.policy.pruned), choices)
+    return not missing and _open_or_format(world, keys, choices, consent=True)
+
+
+def _base_deployed(world: World, choices: Choices, missing: bool) -> bool:
+    granted = world.granted()
+    if missing:
+        unit = sync(granted, "body", OTHER)
+    else:
+        unit = sync(granted, "body", VOLUME, rekey=[] if world.slots else [VOLUME])
+    keys = world.ask(evolve(unit, certificate=None, pruned=world.policy.pruned), choices)
+    return not missing and _open_or_format(world, keys, choices, consent=False)
+
+
+def _open_or_format(world: World, keys: VolumeKeys, choices: Choices, *, consent: bool) -> bool:
+    key = dict(keys.passphrases)[VOLUME].reveal()
+    if world.slots:
+        return key in world.slots
+    if consent and VOLUME in keys.in_use:
+        return False
+    return world.write(frozenset({key}), choices)
+
+
+def _two_phase_ours(world: World, choices: Choices, missing: bool) -> bool:
+    """Takes a key off the disk only once it heard that another is the active one."""
+    granted = world.granted()
+    formatted = [VOLUME] if world.slots and not missing else []
+    unit = attest(granted, "body", OTHER if missing else VOLUME, formatted=formatted)
+    handed = _again(world, evolve(unit, pruned=world.policy.pruned), choices)
+    if missing:
+        return False
+    current, following = _pair(handed)
+    if not world.slots:
+        if VOLUME in handed.in_use or not world.write(frozenset({current or following}), choices):
+            return False
+    elif (current or following) not in world.slots:
+        return False
+    added = following in world.slots or world.write(world.slots | {following}, choices)
+    try:
+        _ = _again(world, confirm(unit, {VOLUME: added}), choices)
+    except (NoAnswer, Refused):
+        return True
+    if added:
+        _ = world.write(frozenset({following}), choices)
+    return True
+
+
+def _two_phase_deployed(world: World, choices: Choices, missing: bool) -> bool:
+    """As image 1.3 does: asks once, acts on the status alone, and takes the new key off again if it is not 200."""
+    granted = world.granted()
+    unit = evolve(attest(granted, "body", OTHER if missing else VOLUME), pruned=world.policy.pruned)
+    handed = world.ask(unit, choices)
+    if missing:
+        return False
+    current, following = _pair(handed)
+    key, more = (following, None) if current is None else (current, following)
+    if not world.slots:
+        if not world.write(frozenset({key}), choices):
+            return False
+    elif key not in world.slots:
+        return False
+    added = more is not None and world.write(world.slots | {more}, choices)
+    try:
+        _ = world.ask(confirm(unit, {VOLUME: added}), choices)
+        confirmed = True
+    except (NoAnswer, Refused):
+        confirmed = False
+    if added and more is not None:
+        _ = world.write(world.slots - {key if confirmed else more}, choices)
+    return True
+
+
+def _pair(handed: HandedKeys) -> tuple[bytes | None, bytes]:
+    pair = dict(handed.volumes)[VOLUME]
+    return None if pair.current is None else pair.current.reveal(), pair.next.reveal()
+
+
+def _again(world: World, unit: Unit[T], choices: Choices) -> T:
+    """Ask until there is an answer."""
+    for _ in range(TRIES - 1):
+        with contextlib.suppress(NoAnswer):
+            return world.ask(unit, choices)
+    return world.ask(unit, choices)

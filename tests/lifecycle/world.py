@@ -1,0 +1,295 @@
+"""VM, server, disk and network, small enough to try all that can befall them.
+
+The server is the real units on a store in memory. The rest is a model: a network that loses, doubles and delays, a disk
+that is the set of passphrases in its LUKS header, agents that are written down from what they do. Whatever may happen
+in more than one way is a `Choices.pick`, and `explore` tries all ways.
+
+Rules kept here:
+
+* a server that is killed before a commit is a request that is lost, and after it an answer that is lost; there is
+  nothing of a unit in between;
+* a world is a value: each way that is tried begins from the same one;
+* two worlds with one `World.key` behave alike from then on, so what follows is tried once for both. The key leaves out
+  only what no step can see: entropy, times (nothing lives long enough here to expire; that a message comes too late is
+  that it is lost), and retired keys that nothing can bring back and no disk has.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from enum import Enum
+from typing import Any, TypeVar
+
+from attrs import define, evolve, field, frozen
+
+from chutes_proto.errors import Refused
+from chutes_proto.keys.generations import Pruned
+from chutes_proto.keys.vault import Address
+from chutes_proto.store.memory import MemoryStore
+from chutes_proto.store.rows import (
+    BootRow,
+    Exchange,
+    FindBoot,
+    FindConfirm,
+    GenerationRow,
+    ReadBootVolumes,
+    ReadGenerations,
+    ReadVm,
+    ReadVolumes,
+)
+from chutes_proto.store.run import Unit
+from chutes_proto.testing.store_suite import VAULT, VM, Ask, boot
+from chutes_proto.units.boot import GrantBoot
+from chutes_proto.units.rotation import AttestVolumes, ConfirmVolumes
+from chutes_proto.units.volumes import SyncVolumes
+
+T = TypeVar("T")
+VOLUME = "storage"
+OTHER = "tdx-cache"
+"""A volume that is always there, so that a VM whose disk is missing has something to ask for."""
+
+
+class Choices:
+    """One way through all that may happen: what is given, then always the first option, which is what usually happens.
+
+    At most ``mishaps`` times it is another one; None: any number of times.
+    """
+
+    def __init__(self, given: Sequence[int] = (), mishaps: int | None = None) -> None:
+        self.given = [*given]
+        self.mishaps = mishaps
+        self.taken: list[int] = []
+        self.widths: list[int] = []
+        self.told: list[str] = []
+
+    def pick(self, what: str, options: Sequence[T]) -> T:
+        """One of ``options``."""
+        place = len(self.taken)
+        index = self.given[place] if place < len(self.given) else 0
+        exhausted = self.mishaps is not None and sum(map(bool, self.taken)) >= self.mishaps
+        self.taken.append(index)
+        self.widths.append(1 if exhausted else len(options))
+        if index:
+            self.told.append(f"{what}: {options[index]}")
+        return options[index]
+
+
+def explore(run: Callable[[Choices], T], mishaps: int | None = None) -> Iterator[tuple[T, Choices]]:
+    """What ``run`` gives, for all choices with so many mishaps."""
+    given: list[int] = []
+    while True:
+        choices = Choices(given, mishaps)
+        yield run(choices), choices
+        while choices.taken and choices.taken[-1] + 1 == choices.widths[-1]:
+            _ = choices.taken.pop(), choices.widths.pop()
+        if not choices.taken:
+            return
+        given = [*choices.taken[:-1], choices.taken[-1] + 1]
+
+
+class Fate(Enum):
+    """What becomes of a request and its answer. The first is what usually does."""
+
+    ANSWERED = "answered"
+    REQUEST_LOST = "request lost"
+    ANSWER_LOST = "answer lost"
+    DOUBLED = "doubled"
+    DOUBLED_FIRST = "doubled, the first answer counts"
+    DELAYED = "delayed"
+    DOUBLED_LATE = "doubled, once later"
+
+
+_LATE = (Fate.DELAYED, Fate.DOUBLED_LATE)
+
+
+class Mishap(Enum):
+    """What becomes of a write to the disk, or of the VM beside it."""
+
+    NONE = "none"
+    FAILED = "failed"
+    KILLED_BEFORE = "killed before"
+    KILLED_AFTER = "killed after"
+
+
+class NoAnswer(Exception):
+    """The client waited for nothing."""
+
+
+class Killed(Exception):
+    """The VM is off."""
+
+
+@frozen
+class Policy:
+    """What is the same in a whole run."""
+
+    exchange: Exchange
+    pruned: Pruned
+    ours: bool
+
+    def __str__(self) -> str:
+        return f"{self.exchange}, pruned {self.pruned}, {'our agent' if self.ours else 'deployed client'}"
+
+
+@define
+class World:
+    """One instant; a boot changes a copy."""
+
+    policy: Policy
+    in_flight: int = 1
+    """How many messages may be under way and late at once."""
+    tables: Any = field(factory=lambda: MemoryStore()._tables)
+    slots: frozenset[bytes] = frozenset()
+    flight: tuple[Unit[Any], ...] = ()
+    boots: int = 0
+    data: bool = False
+    """Whether the disk was ever formatted: then it must open for ever."""
+
+    def copy(self) -> World:
+        return evolve(self)
+
+    def transact(self, unit: Unit[T]) -> T:
+        store = MemoryStore()
+        store._tables = self.tables
+        try:
+            return store.transact(unit)
+        finally:
+            self.tables = store._tables
+            self.check()
+
+    # --- the network ---
+
+    def granted(self) -> GrantBoot:
+        """A boot that is granted: nothing that is lost there says anything of a volume."""
+        self.boots += 1
+        unit = evolve(boot(str(self.boots)), exchange=self.policy.exchange)
+        _ = self.transact(unit)
+        return unit
+
+    def ask(self, unit: Unit[T], choices: Choices) -> T:
+        """Send ``unit`` to the server. Raises `NoAnswer`, and what the unit raises."""
+        self.deliver(choices)
+        if choices.pick("VM", (False, True)):
+            raise Killed
+        room = len(self.flight) < self.in_flight
+        fate = choices.pick(type(unit).__name__, tuple(Fate) if room else tuple(Fate)[: -len(_LATE)])
+        match fate:
+            case Fate.REQUEST_LOST:
+                raise NoAnswer
+            case Fate.DELAYED:
+                self.flight += (unit,)
+                raise NoAnswer
+            case Fate.ANSWER_LOST:
+                self.unheard(unit)
+                raise NoAnswer
+            case Fate.DOUBLED:
+                self.unheard(unit)
+                answer = self.transact(unit)
+            case Fate.DOUBLED_FIRST:
+                answer = self.transact(unit)
+                self.unheard(unit)
+            case Fate.DOUBLED_LATE:
+                self.flight += (unit,)
+                answer = self.transact(unit)
+            case Fate.ANSWERED:
+                answer = self.transact(unit)
+        return answer
+
+    def unheard(self, unit: Unit[Any]) -> None:
+        """A request whose answer nobody reads."""
+        with contextlib.suppress(Refused):
+            _ = self.transact(unit)
+
+    def deliver(self, choices: Choices) -> None:
+        """What is in flight may arrive now."""
+        for unit in self.flight:
+            if choices.pick(f"late {type(unit).__name__}", (False, True)):
+                self.flight = tuple(other for other in self.flight if other is not unit)
+                self.unheard(unit)
+
+    # --- the disk ---
+
+    def write(self, slots: frozenset[bytes], choices: Choices) -> bool:
+        """Make the disk's header hold these; False if that failed. Raises `Killed`."""
+        mishap = choices.pick("disk", tuple(Mishap))
+        if mishap is Mishap.KILLED_BEFORE:
+            raise Killed
+        if mishap is not Mishap.FAILED:
+            self.data = True
+            self.slots = slots
+            self.check()
+        if mishap is Mishap.KILLED_AFTER:
+            raise Killed
+        return mishap is not Mishap.FAILED
+
+    # --- what is there ---
+
+    def rows(self) -> list[GenerationRow]:
+        return [row for row in self.read(ReadGenerations(VM)) if row.volume == VOLUME]
+
+    def read(self, op: Any) -> Any:
+        return self.tables.perform(op)
+
+    def opens(self, row: GenerationRow) -> bool:
+        return row.sealed is not None and passphrase(row) in self.slots
+
+    def check(self) -> None:
+        """Some key that the server holds opens the disk."""
+        assert not self.data or any(self.opens(row) for row in self.rows()), "no key that is held opens the disk"
+
+    @property
+    def key(self) -> object:
+        """What decides over all that follows."""
+        kept = [
+            row
+            for row in self.rows()
+            if row.state != "retired" or row.provisional or row.retirement == "prune" or self.opens(row)
+        ]
+        numbers = {row.generation: index for index, row in enumerate(kept)}
+        claim = self.read(ReadVm(VM))
+        (known,) = [row for row in self.read(ReadVolumes(VM)) if row.volume == VOLUME] or [None]
+        flying = [self._flying(unit, numbers, claim and claim.attested) for unit in self.flight]
+        return (
+            self.policy,
+            tuple((row.state, row.provisional, row.retirement, self.opens(row)) for row in kept),
+            len(self.rows()) > 0,
+            (known.in_use, known.format_allowed, numbers.get(known.handed, known.handed)) if known else None,
+            len(self.slots),
+            self.data,
+            tuple(flying),
+        )
+
+    def _flying(self, unit: Unit[Any], numbers: dict[int, int], attested: str | None) -> object:
+        match unit:
+            case AttestVolumes() | SyncVolumes():
+                digest = unit.nonce_digest if isinstance(unit, AttestVolumes) else unit.token_digest
+                found: BootRow = self.read(FindBoot(digest))
+                more: object = (unit.volumes, unit.formatted, getattr(unit, "rekey", None))
+            case ConfirmVolumes():
+                found = self.read(FindConfirm(unit.nonce_digest))
+                more = unit.rotated
+            case _:
+                raise AssertionError(unit)
+        given = tuple(
+            (numbers.get(item.current_generation), numbers.get(item.next_generation))
+            for item in self.read(ReadBootVolumes(found.boot_id))
+            if item.volume == VOLUME
+        )
+        is_newest = found.boot_id == attested
+        return type(unit), more, given, is_newest, found.spent_at is None, found.confirm_body_digest is None
+
+
+_OPENED: dict[bytes, bytes] = {}
+
+
+def passphrase(row: GenerationRow) -> bytes:
+    """What a row holds; opened once, because rows do not change."""
+    assert row.sealed is not None
+    if row.sealed not in _OPENED:
+        address = Address(row.vm, row.volume, row.generation)
+        _OPENED[row.sealed] = VAULT.open(address, row).reveal()
+    return _OPENED[row.sealed]
+
+
+__all__ = ["OTHER", "VOLUME", "Ask", "Choices", "Killed", "NoAnswer", "Policy", "World", "explore", "passphrase"]
