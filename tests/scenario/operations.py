@@ -57,8 +57,21 @@ class FreshCollateral:
         return self.kept
 
 
+_OPEN: list[SqliteStore] = []
+
+
 def open_store(kind: str, directory: Path) -> Any:
-    return Locked(MemoryStore()) if kind == "memory" else SqliteStore(directory / "keys.db")
+    """A store that `close_stores` closes, which is done after each test."""
+    if kind == "memory":
+        return Locked(MemoryStore())
+    store = SqliteStore(directory / "keys.db")
+    _OPEN.append(store)
+    return store
+
+
+def close_stores() -> None:
+    while _OPEN:
+        _OPEN.pop().close()
 
 
 def rows(store: Store) -> dict[str, list[str]]:
