@@ -20,12 +20,14 @@ from typing import Any
 from chutes_proto import ChutesError, __version__
 from chutes_proto.cli import (
     attest,
+    audit,
     boot,
     collateral,
     console,
     demo,
     hotkey,
     inspect,
+    keys,
     openapi,
     register,
     replay,
@@ -35,6 +37,7 @@ from chutes_proto.cli import (
     status,
     store,
     verify,
+    vm,
 )
 
 _COMMANDS: tuple[Any, ...] = (
@@ -51,6 +54,9 @@ _COMMANDS: tuple[Any, ...] = (
     replay,
     collateral,
     simulate,
+    keys,
+    vm,
+    audit,
     store,
     openapi,
 )

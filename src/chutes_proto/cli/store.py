@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from chutes_proto.cli import console
+from chutes_proto.cli import console, operating
 
 if TYPE_CHECKING:
     from chutes_proto.blocking.stores import StorePlace
@@ -56,7 +56,20 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
         """,
         "chutes-proto store check --config /etc/chutes/server.toml",
     )
-    for action in (migrate, check):
+    restored = console.command(
+        actions,
+        "restored",
+        "tell the server that its store came back from a backup",
+        """
+        Say this after a restore from a backup, before a server starts on it: what was spent since the backup is
+        unknown, so all nonces and tokens of before are void. VMs boot again; no key is touched.
+
+        exit code: 0 done; 1 the store cannot be written; 2 usage, or a file that cannot be read
+        """,
+        "chutes-proto store restored --config /etc/chutes/server.toml --reason 'disk failure on db1'",
+    )
+    operating.add_reason(restored)
+    for action in (migrate, check, restored):
         which = action.add_mutually_exclusive_group(required=True)
         _ = which.add_argument("--config", metavar="FILE", help="the server's configuration file (TOML)")
         _ = which.add_argument(
@@ -73,7 +86,10 @@ def run(options: argparse.Namespace) -> int:
 
     place, vault = _place(options)
     try:
-        result = _migrate(place) if options.action == "migrate" else _check(place, vault)
+        if options.action == "migrate":
+            result = _migrate(place)
+        else:
+            result = _check(place, vault) if options.action == "check" else _restored(place, operating.reason(options))
     except StoreError as exc:
         if options.json:
             console.say_json({"ok": False, "error": str(exc)})
@@ -116,6 +132,20 @@ def _migrate(place: StorePlace) -> dict[str, Any]:
     store = place.open(migrate=True)
     store.close()
     return {"store": store.name, "schema_version": SCHEMA_VERSION, "schema_version_before": store.found_version or 0}
+
+
+def _restored(place: StorePlace, reason: str) -> dict[str, Any]:
+    from chutes_proto.errors import StoreError
+    from chutes_proto.units.operator import StoreRestored
+
+    if not place.is_made():
+        raise StoreError(f"store {place.path}: not made yet, so that there is nothing to restore")
+    store = place.open()
+    try:
+        store.transact(StoreRestored(operating.now(), reason))
+    finally:
+        store.close()
+    return {"store": store.name, "restored": "all nonces and tokens of before are void"}
 
 
 def _check(place: StorePlace, vault: Vault | None) -> dict[str, Any]:

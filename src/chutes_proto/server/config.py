@@ -166,6 +166,8 @@ class ServerConfig:
     platform_binding: Literal["pin", "off"] = "pin"
     exchange_downgrade: Literal["refuse", "allow"] = "refuse"
     pruned: Literal["revive", "new"] = "revive"
+    retention_days: int = 90
+    """How long a retired key is kept at least. A server purges nothing: this is for the command ``keys purge``."""
     signatures: Literal["compatible", "request"] = "compatible"
     nonce: NonceOptions = field(factory=NonceOptions)
     registration: RegistrationOptions = field(factory=RegistrationOptions)
@@ -198,10 +200,6 @@ class ServerConfig:
 
 
 def _refuse_not_served(content: Mapping[str, Any]) -> None:
-    if "retention_days" in content:
-        raise ConfigurationError(
-            "retention_days: this server purges nothing, whatever its age; to purge is an operator's command"
-        )
     registration = content.get("registration")
     if isinstance(registration, dict) and cast("dict[str, object]", registration).get("evidence") == "callback":
         raise ConfigurationError('registration.evidence: this version does not fetch evidence; take "link" or "boot"')
@@ -251,6 +249,8 @@ def _problems(config: ServerConfig) -> list[str]:
         found.append('hotkeys: name at least one, or say "*" for every hotkey')
     if config.runtime.fresh_seconds < 1:
         found.append("runtime.fresh_seconds: at least 1")
+    if config.retention_days < 1:
+        found.append("retention_days: at least 1")
     found.extend(_collateral_problems(config.collateral))
     limits = attrs.asdict(config.limits)
     found.extend(

@@ -32,10 +32,8 @@ from chutes_proto.store.rows import (
     Put,
     ReadGenerations,
     ReadVm,
-    ReadVolumes,
     Vm,
     VmRow,
-    VoidTokens,
 )
 from chutes_proto.store.run import Unit
 from chutes_proto.units.keys import Keeper, by_volume
@@ -175,7 +173,7 @@ class GrantBoot(Unit[BootGrant]):
             ground = f"bound to {claim.pin}, which is not enforced"
         elif self.hotkey_proven and not claim.proven:
             yield from self._check_room()
-            yield from self._disown(keeper)
+            yield from keeper.disown()
             ground = f"taken over from {claim.pin}, which never proved the hotkey; with new keys"
             claim = self._claim_of_mine()
         else:
@@ -220,14 +218,6 @@ class GrantBoot(Unit[BootGrant]):
                 "This platform holds as many VM names as it may.",
                 reason=f"{self.platform.pin} holds {claims} names, claims_per_platform is {self.claims_per_platform}",
             )
-
-    def _disown(self, keeper: Keeper) -> Script[None]:
-        """Nothing of the name's former holder reaches the new one, nor the other way round."""
-        for rows in by_volume((yield from ReadGenerations(self.vm))).values():
-            yield from keeper.retire(generations.disown(rows, self.now))
-        for volume in (yield from ReadVolumes(self.vm)):
-            yield from Put(evolve(volume, in_use=False, format_allowed=False, handed=None))
-        yield from VoidTokens(self.vm, self.now)
 
 
 @frozen

@@ -8,15 +8,18 @@ from typing import TYPE_CHECKING
 
 from attrs import define, evolve, field
 
+from chutes_proto.keys import generations
 from chutes_proto.keys.vault import Address
 from chutes_proto.store.rows import (
     AuditRow,
     GenerationRow,
     Insert,
     Put,
+    ReadGenerations,
     ReadVolumes,
     UpdateGeneration,
     Vm,
+    VoidTokens,
     VolumeRow,
 )
 
@@ -102,6 +105,14 @@ class Keeper:
         """Write the rows of ``change``, after which there is no active key."""
         yield from self._write(change)
         self._told.extend(f"{row.volume}/{row.generation} retired" for row in change.updated)
+
+    def disown(self) -> Script[None]:
+        """Nothing of the name's holder reaches the next one, nor the other way round: keys, disks or tokens."""
+        for rows in by_volume((yield from ReadGenerations(self.vm))).values():
+            yield from self.retire(generations.disown(rows, self.now))
+        for volume in (yield from ReadVolumes(self.vm)):
+            yield from Put(evolve(volume, in_use=False, format_allowed=False, handed=None))
+        yield from VoidTokens(self.vm, self.now)
 
     def open(self, row: GenerationRow) -> Secret:
         """The passphrase of a row of this VM."""

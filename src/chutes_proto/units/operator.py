@@ -1,14 +1,316 @@
-"""What an operator does to rows, each command one transaction with its audit row."""
+"""What an operator does to rows, each command one transaction with its audit row.
+
+Rules kept here:
+
+* no command but `PurgeKeys` deletes a passphrase, and it deletes none before its retention is over;
+* what changes which key a VM is handed, or whose a name is, says so in the audit row, with the operator's reason;
+* no passphrase leaves: what these units return may be shown.
+
+What cannot be done as asked is a `Refused`, after which nothing has changed.
+"""
 
 from __future__ import annotations
 
-from attrs import frozen
+from collections.abc import Mapping
 
-from chutes_proto.store.rows import AuditRow, Insert, RaiseHorizon, VoidTokens
+from attrs import evolve, frozen
+
+from chutes_proto.codes import Code
+from chutes_proto.errors import Refused
+from chutes_proto.keys import generations
+from chutes_proto.keys.vault import NONCE_SIZE, Address, FreshKey, Vault
+from chutes_proto.store.rows import (
+    AuditRow,
+    CountSealed,
+    GenerationRow,
+    Insert,
+    Platform,
+    PurgeGeneration,
+    Put,
+    RaiseHorizon,
+    ReadGenerations,
+    ReadOtherwiseSealed,
+    ReadVm,
+    ReadVolumes,
+    RewrapGeneration,
+    Scan,
+    UpdateGeneration,
+    Vm,
+    VmRow,
+    VoidTokens,
+    VolumeRow,
+)
 from chutes_proto.store.run import Script, Unit
+from chutes_proto.units.keys import Keeper, by_volume
 
 ISSUED_AHEAD = 60
 """How far ahead of our clock a nonce may have been issued."""
+
+KEPT = 3
+"""How many of a volume's newest generations no purge takes."""
+
+
+# --- what there is ---
+
+
+@frozen
+class Everyone(Unit[tuple[VmRow | Vm, ...]]):
+    """All claims, and after them the names that hold keys and are claimed by no one."""
+
+    def script(self) -> Script[tuple[VmRow | Vm, ...]]:
+        """Read both."""
+        claims = yield from Scan(VmRow)
+        claimed = {claim.vm for claim in claims}
+        keys = yield from Scan(GenerationRow)
+        return (*claims, *sorted({row.vm for row in keys} - claimed))
+
+
+@frozen
+class History(Unit[tuple[tuple[GenerationRow, ...], tuple[VolumeRow, ...]]]):
+    """All generations of a VM's keys, and what is known of its disks."""
+
+    vm: Vm
+
+    def script(self) -> Script[tuple[tuple[GenerationRow, ...], tuple[VolumeRow, ...]]]:
+        """Read both."""
+        return (yield from ReadGenerations(self.vm)), (yield from ReadVolumes(self.vm))
+
+
+@frozen
+class Audit(Unit[tuple[AuditRow, ...]]):
+    """The audit rows of this time (``until`` not included) and VM, in the order in which they were written."""
+
+    since: int
+    until: int
+    vm: Vm | None = None
+    event: str | None = None
+
+    def script(self) -> Script[tuple[AuditRow, ...]]:
+        """Read and choose."""
+        rows = yield from Scan(AuditRow)
+        return tuple(
+            row
+            for row in rows
+            if self.since <= row.at < self.until and self.vm in (None, row.vm) and self.event in (None, row.event)
+        )
+
+
+# --- keys ---
+
+
+@frozen
+class RestoreKey(Unit[GenerationRow]):
+    """Make a generation the active one again, whatever it was retired for; returns it as it is then."""
+
+    now: int
+    vm: Vm
+    volume: str
+    generation: int
+    reason: str
+
+    def script(self) -> Script[GenerationRow]:
+        """Retire what is active, activate the generation."""
+        rows = by_volume((yield from ReadGenerations(self.vm)))[self.volume]
+        change = generations.restore(rows, self.generation, self.now)
+        if change is None:
+            states = {row.generation: row.state for row in rows}
+            found = states.get(self.generation, "not there")
+            raise _refused(f"{self.volume}/{self.generation} of {_named(self.vm)} cannot be restored: it is {found}")
+        for row in change.updated:
+            yield from UpdateGeneration(row)
+        for known in (yield from ReadVolumes(self.vm)):
+            if known.volume == self.volume:
+                yield from Put(evolve(known, handed=None))
+        told = ", ".join(f"{row.volume}/{row.generation} {row.state}" for row in change.updated)
+        yield from Insert(_audit(self.now, "key restored", self.reason, self.vm, keys=told))
+        return change.updated[-1]
+
+
+@frozen
+class PurgeKeys(Unit[tuple[GenerationRow, ...]]):
+    """Delete the passphrases that were retired ``retention`` seconds ago or earlier, for ever; returns whose they were.
+
+    Kept are the newest three generations of a volume, and whatever a VM may yet be handed. With ``vm=None`` it is all
+    VMs'. Without ``carry_out`` nothing is done: what would be is returned.
+    """
+
+    now: int
+    retention: int
+    reason: str
+    vm: Vm | None = None
+    carry_out: bool = False
+
+    def script(self) -> Script[tuple[GenerationRow, ...]]:
+        """Choose; delete, with an audit row for each VM."""
+        rows = (yield from Scan(GenerationRow)) if self.vm is None else (yield from ReadGenerations(self.vm))
+        volumes: dict[tuple[Vm, str], list[GenerationRow]] = {}
+        for row in rows:
+            volumes.setdefault((row.vm, row.volume), []).append(row)
+        chosen: dict[Vm, list[GenerationRow]] = {}
+        for (vm, _), of_volume in volumes.items():
+            gone = generations.purgeable(of_volume, self.now, self.retention, KEPT)
+            chosen.setdefault(vm, []).extend(gone)
+        for vm, purged in chosen.items():
+            if purged and self.carry_out:
+                for row in purged:
+                    yield from PurgeGeneration(row)
+                told = ", ".join(f"{row.volume}/{row.generation} purged" for row in purged)
+                yield from Insert(_audit(self.now, "keys purged", self.reason, vm, keys=told))
+        return tuple(row for purged in chosen.values() for row in purged)
+
+
+@frozen
+class Rewrapped:
+    """How far it is: rows wrapped anew by this unit, and what is sealed under which key-encryption key afterwards."""
+
+    count: int
+    sealed: tuple[tuple[str, int], ...]
+
+
+@frozen
+class RewrapKeys(Unit[Rewrapped]):
+    """Wrap some rows under the current key-encryption key that are under another one.
+
+    To be repeated until it counts none: each is a transaction of its own, so that a server goes on meanwhile and what
+    was done stays done. ``entropy`` is `NONCE_SIZE` random bytes for each row. Raises `KeyUnavailable` where a row is
+    under a key that is not at hand.
+    """
+
+    now: int
+    entropy: bytes
+    vault: Vault
+    reason: str
+
+    def script(self) -> Script[Rewrapped]:
+        """Wrap as many as there is entropy for."""
+        current = self.vault.current.kek_id
+        rows = yield from ReadOtherwiseSealed(current, len(self.entropy) // NONCE_SIZE)
+        for index, row in enumerate(rows):
+            seed = self.entropy[NONCE_SIZE * index : NONCE_SIZE * (index + 1)]
+            wrapped = self.vault.rewrap(Address(row.vm, row.volume, row.generation), row, seed)
+            yield from RewrapGeneration(evolve(row, kek_id=wrapped.kek_id, wrapped_key=wrapped.wrapped_key))
+        if rows:
+            told = f"{len(rows)} under {current}"
+            yield from Insert(_audit(self.now, "keys rewrapped", self.reason, keys=told))
+        return Rewrapped(len(rows), (yield from CountSealed()))
+
+
+@frozen
+class AllowFormat(Unit[None]):
+    """Permit one format of a volume that is in use: the next answer that has it does not name it among those."""
+
+    now: int
+    vm: Vm
+    volume: str
+    reason: str
+
+    def script(self) -> Script[None]:
+        """Set the permission."""
+        known = {row.volume: row for row in (yield from ReadVolumes(self.vm))}.get(self.volume)
+        if known is None or not known.in_use:
+            raise _refused(f"{self.volume} of {_named(self.vm)} is not in use, so that a VM may format it as it is")
+        yield from Put(evolve(known, format_allowed=True))
+        yield from Insert(_audit(self.now, "format allowed", self.reason, self.vm, keys=self.volume))
+
+
+@frozen
+class ImportKeys(Unit[tuple[str, ...]]):
+    """Keys of a VM from another server, sealed anew; returns the volumes that had none and have these now.
+
+    A volume that has this very key already is left alone, so that an import can be repeated; one that has another key
+    is refused. With ``platform`` the name is bound to it, unless it is bound already; without, only a hotkey's
+    signature or an operator's `BindVm` opens it. The volumes are in use.
+    """
+
+    now: int
+    vm: Vm
+    keys: Mapping[str, FreshKey]
+    platform: Platform | None
+    vault: Vault
+    reason: str
+
+    def script(self) -> Script[tuple[str, ...]]:
+        """Make the generations, bind the name."""
+        keeper = Keeper(self.vm, self.vault, self.now, "import")
+        stored = by_volume((yield from ReadGenerations(self.vm)))
+        known = {row.volume: row for row in (yield from ReadVolumes(self.vm))}
+        made: list[str] = []
+        for volume, fresh in self.keys.items():
+            there = generations.active(stored[volume])
+            if there is not None and keeper.open(there) == fresh.passphrase:
+                continue
+            if generations.holds_keys(stored[volume]):
+                raise _refused(
+                    f"{volume} of {_named(self.vm)} has another key already; nothing of this VM was imported"
+                )
+            _ = yield from keeper.supply(generations.fetch((), keeper.sealer(volume, fresh)))
+            if volume not in generations.RESERVED_VOLUMES:
+                before = known.get(volume) or VolumeRow(self.vm, volume, in_use=True, format_allowed=False)
+                yield from Put(evolve(before, in_use=True))
+            made.append(volume)
+        claim = yield from ReadVm(self.vm)
+        bound = claim is None and self.platform is not None
+        if bound and self.platform is not None:
+            yield from Put(_claim(self.vm, self.platform, self.now))
+        if made or bound:
+            reason = f"{self.reason}; bound to {self.platform.pin}" if bound and self.platform else self.reason
+            yield from Insert(_audit(self.now, "keys imported", reason, self.vm, keys=keeper.told))
+        return tuple(made)
+
+
+# --- names ---
+
+
+@frozen
+class BindVm(Unit[None]):
+    """Bind a name that is bound to no platform; the keys that it holds stay with it."""
+
+    now: int
+    vm: Vm
+    platform: Platform
+    reason: str
+
+    def script(self) -> Script[None]:
+        """Write the claim."""
+        claim = yield from ReadVm(self.vm)
+        if claim is not None:
+            raise _refused(f"{_named(self.vm)} is bound to {claim.pin} already; rebind it", Code.PLATFORM_MISMATCH)
+        yield from Put(_claim(self.vm, self.platform, self.now))
+        yield from Insert(_audit(self.now, "vm bound", self.reason, self.vm, self.platform))
+
+
+@frozen
+class RebindVm(Unit[None]):
+    """Bind a name to another platform. All its tokens are void.
+
+    With ``keep_keys`` the disk moved, and its keys go along. Without, the name was another's: all generations are
+    retired, none comes back by itself, and what was known of its disks is forgotten.
+    """
+
+    now: int
+    vm: Vm
+    platform: Platform
+    keep_keys: bool
+    vault: Vault
+    reason: str
+
+    def script(self) -> Script[None]:
+        """Write the claim, void the tokens, retire the keys."""
+        claim = yield from ReadVm(self.vm)
+        if claim is None:
+            raise _refused(f"{_named(self.vm)} is bound to no platform; bind it", Code.PLATFORM_MISMATCH)
+        keeper = Keeper(self.vm, self.vault, self.now, "rebind")
+        if self.keep_keys:
+            yield from VoidTokens(self.vm, self.now)
+        else:
+            yield from keeper.disown()
+        moved = _claim(self.vm, self.platform, self.now)
+        yield from Put(
+            evolve(moved, created_at=claim.created_at, exchange=claim.exchange, last_boot_at=claim.last_boot_at)
+        )
+        how = "with its keys" if self.keep_keys else "with new keys"
+        reason = f"{self.reason}; from {claim.pin}, {how}"
+        yield from Insert(_audit(self.now, "vm rebound", reason, self.vm, self.platform, keys=keeper.told))
 
 
 @frozen
@@ -16,9 +318,46 @@ class StoreRestored(Unit[None]):
     """The store came back from a backup: what was spent since is unknown, so no nonce and no token of before counts."""
 
     now: int
+    reason: str = ""
 
     def script(self) -> Script[None]:
         """Raise the horizon, void all tokens."""
         yield from RaiseHorizon(self.now + ISSUED_AHEAD)
         yield from VoidTokens(None, self.now)
-        yield from Insert(AuditRow(at=self.now, actor="operator", event="store restored", decision="done"))
+        yield from Insert(_audit(self.now, "store restored", self.reason))
+
+
+def _claim(vm: Vm, platform: Platform, now: int) -> VmRow:
+    return VmRow(
+        vm=vm,
+        pin=platform.pin,
+        instance_id=platform.instance_id,
+        ppid=platform.ppid,
+        proven=False,
+        exchange="base",
+        created_at=now,
+        last_boot_at=now,
+    )
+
+
+def _named(vm: Vm) -> str:
+    return f"{vm.name!r} of {vm.hotkey}"
+
+
+def _refused(text: str, code: Code = Code.KEY_NOT_FOUND) -> Refused:
+    return Refused(code, text)
+
+
+def _audit(
+    now: int, event: str, reason: str, vm: Vm | None = None, platform: Platform | None = None, keys: str = ""
+) -> AuditRow:
+    return AuditRow(
+        at=now,
+        actor="operator",
+        event=event,
+        decision="done",
+        reason=reason,
+        vm=vm,
+        pin=None if platform is None else platform.pin,
+        keys=keys,
+    )

@@ -1,0 +1,102 @@
+"""``chutes-proto audit``: what was decided, for whom and why."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from chutes_proto.cli import console, operating
+
+if TYPE_CHECKING:
+    from chutes_proto.store.rows import AuditRow
+
+NAME = "audit"
+_END = 1 << 62
+
+
+def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
+    parser = console.command(
+        subparsers,
+        NAME,
+        "show and export the audit rows",
+        """
+        Each decision is kept in the same transaction as what it decided: who asked, which boot, what was decided and
+        why, measurement profile, digest of the quote, generations of keys. No secret is among it.
+
+        exit code: 0 done; 1 the store cannot be read; 2 usage, or a file that cannot be read
+        """,
+        "chutes-proto audit list --config /etc/chutes/server.toml --vm vm-1\n"
+        "chutes-proto audit export --config /etc/chutes/server.toml --since 1780000000 > audit.jsonl",
+    )
+    actions = parser.add_subparsers(metavar="ACTION", dest="action", required=True)
+    listed = console.command(
+        actions,
+        "list",
+        "show them for people, the newest last",
+        "Show one line for each decision, the newest last.",
+        "chutes-proto audit list --config /etc/chutes/server.toml --event boot --last 20",
+    )
+    export = console.command(
+        actions,
+        "export",
+        "write them as lines of JSON",
+        "Write one JSON object a line with all members, in the order in which the decisions were made.",
+        "chutes-proto audit export --config /etc/chutes/server.toml > audit.jsonl",
+    )
+    for action in (listed, export):
+        console.add(action, "--vm", metavar="VM", help="HOTKEY/NAME, or only NAME where one hotkey has it")
+        console.add(action, "--event", metavar="WORD", help="one event, for example boot or 'key restored'")
+        console.add(action, "--since", metavar="UNIX", type=console.unix_time, default=0, help="from this time on")
+        console.add(action, "--until", metavar="UNIX", type=console.unix_time, default=_END, help="before this time")
+        console.add(action, "--last", metavar="N", type=operating.days, help="only so many, the newest")
+        console.add(action, "--config", metavar="FILE", required=True, help="the server's configuration file (TOML)")
+    console.add_json(listed)
+    export.set_defaults(json=True)
+    return parser
+
+
+def run(options: argparse.Namespace) -> int:
+    return operating.refusing(_show, options)
+
+
+def _show(options: argparse.Namespace) -> int:
+    from chutes_proto.units.operator import Audit
+
+    with operating.opened(options) as (_, store):
+        vm = operating.find_vm(store, options.vm) if options.vm else None
+        rows = store.transact(Audit(options.since, options.until, vm, options.event))
+    rows = rows if options.last is None else rows[len(rows) - min(options.last, len(rows)) :]
+    if options.action == "list" and options.json:
+        console.say_json({"ok": True, "rows": [_members(row) for row in rows]})
+        return console.GRANTED
+    for row in rows:
+        if options.action == "export":
+            console.say_json(_members(row))
+        else:
+            console.say(_line(row))
+    return console.GRANTED
+
+
+def _members(row: AuditRow) -> dict[str, object]:
+    return {
+        "at": row.at,
+        "actor": row.actor,
+        "event": row.event,
+        "decision": row.decision,
+        "reason": row.reason,
+        "hotkey": None if row.vm is None else row.vm.hotkey,
+        "vm": None if row.vm is None else row.vm.name,
+        "boot_id": row.boot_id,
+        "request_id": row.request_id,
+        "platform": None if row.pin is None else str(row.pin),
+        "profile": row.profile,
+        "quote_digest": None if row.quote_digest is None else row.quote_digest.hex(),
+        "keys": row.keys,
+        "peer_address": row.peer_address,
+    }
+
+
+def _line(row: AuditRow) -> str:
+    vm = "" if row.vm is None else f"{row.vm.hotkey}/{row.vm.name}"
+    parts = (operating.shown(row.at), row.actor, row.event, row.decision, vm, row.keys, row.reason)
+    return "  ".join(part for part in parts if part)

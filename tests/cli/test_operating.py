@@ -1,0 +1,270 @@
+"""`keys`, `vm`, `audit` and `store restored`: what an operator sees and changes; no passphrase is ever shown."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from attrs import define, evolve
+from cryptography.fernet import Fernet
+
+from chutes_proto.blocking.setup import load_setup
+from chutes_proto.cli.development import write_server
+from chutes_proto.store.rows import GenerationRow, Scan, Vm
+from chutes_proto.testing.platform import SimulatedPlatform
+from chutes_proto.testing.store_suite import Ask, boot, sync
+from tests.cli.conftest import Ended
+
+PLATFORM = SimulatedPlatform(bytes(32))
+HOTKEY = "5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY"
+NOW = int(time.time())
+
+
+@define
+class Site:
+    """An operator's directory with a store in it, and the command line there."""
+
+    directory: Path
+    command: Callable[..., Ended]
+    secrets: list[bytes]
+    said: list[Ended]
+
+    @property
+    def configuration(self) -> Path:
+        return self.directory / "server.toml"
+
+    def do(self, *arguments: object) -> Ended:
+        self.said.append(self.command(*arguments, "--config", self.configuration))
+        return self.said[-1]
+
+    def json(self, *arguments: object) -> Any:
+        return self.do(*arguments, "--json").json
+
+    def boot(self, label: str, *, vm: Vm | None = None, rekey: tuple[str, ...] = (), at: int = NOW) -> bytes:
+        setup = load_setup(self.configuration)
+        granted = evolve(boot(label, now=at, vm=vm or Vm(HOTKEY, "vm-1")), vault=setup.service.vault)
+        with closing(setup.store.open()) as store:
+            root = store.transact(granted).root
+            keys = store.transact(evolve(sync(granted, "body", "storage", rekey=rekey), vault=setup.service.vault))
+        assert root is not None
+        self.secrets += [root.reveal(), keys.passphrases[0][1].reveal()]
+        return self.secrets[-1]
+
+    def rows(self) -> tuple[GenerationRow, ...]:
+        with closing(load_setup(self.configuration).store.open()) as store:
+            return store.transact(Ask(Scan(GenerationRow)))
+
+
+@pytest.fixture
+def site(tmp_path: Path, command: Callable[..., Ended]) -> Iterator[Site]:
+    write_server(tmp_path, PLATFORM, NOW)
+    site = Site(tmp_path, command, [], [])
+    yield site
+    shown = "".join(ended.out + ended.err for ended in site.said)
+    assert not [secret for secret in site.secrets if secret.decode() in shown], "a passphrase was shown"
+
+
+def test_a_rekeyed_key_is_restored(site: Site) -> None:
+    first = site.boot("1")
+    site.boot("2", rekey=("storage",))
+    history = site.json("keys", "history", "vm-1")
+    assert [(g["volume"], g["generation"], g["state"]) for g in history["generations"]] == [
+        ("root", 1, "active"),
+        ("storage", 1, "retired"),
+        ("storage", 2, "active"),
+    ]
+    assert "storage/1  retired" in site.do("keys", "history", f"{HOTKEY}/vm-1").out
+    assert site.do("keys", "restore", "vm-1", "storage", 1, "--reason", "not formatted").code == 0
+    assert site.boot("3") == first
+    (row,) = site.json("audit", "list", "--event", "key restored")["rows"]
+    assert row["reason"].endswith(": not formatted")
+    assert (row["vm"], row["keys"]) == ("vm-1", "storage/2 retired, storage/1 active")
+    wrong = site.do("keys", "restore", "vm-1", "storage", 9, "--json")
+    assert (wrong.code, wrong.json["ok"], "not there" in wrong.err) == (1, False, True)
+
+
+def test_a_purge_says_first_what_it_would_do(site: Site) -> None:
+    for label in "12345":
+        site.boot(label, rekey=("storage",), at=NOW - 100 * 86_400)
+    assert [g["generation"] for g in site.json("keys", "purge")["generations"]] == [1, 2]
+    assert all(row.sealed for row in site.rows())
+    assert site.json("keys", "purge", "--older-than", 101, "--yes")["generations"] == []
+    done = site.json("keys", "purge", "vm-1", "--yes")
+    assert (done["purged"], done["older_than_days"], len(done["generations"])) == (True, 90, 2)
+    assert [row.state for row in site.rows() if not row.sealed] == ["purged", "purged"]
+    assert "2 passphrases deleted" not in site.do("keys", "purge", "--yes").out
+
+
+def test_a_new_key_encryption_key(site: Site) -> None:
+    first = site.boot("1")
+    (site.directory / "kek").rename(site.directory / "kek.old")
+    (site.directory / "kek").write_bytes(os.urandom(32))
+    (site.directory / "kek").chmod(0o600)
+    text = site.configuration.read_text()
+    site.configuration.write_text(f'kek_previous_file = "kek.old"\n{text}')
+    done = site.do("keys", "rewrap")
+    assert (done.code, "2 keys wrapped" in done.out, "0 to do" in done.err) == (0, True, True)
+    assert site.json("keys", "rewrap")["rewrapped"] == 0
+    site.configuration.write_text(text)
+    assert site.boot("2") == first
+
+
+def test_rewrap_without_the_old_key_changes_nothing(site: Site) -> None:
+    site.boot("1")
+    before = site.rows()
+    (site.directory / "kek").write_bytes(os.urandom(32))
+    ended = site.do("keys", "rewrap")
+    assert (ended.code, "is sealed under" in ended.err) == (1, True)
+    assert site.rows() == before
+
+
+def test_one_format_is_allowed(site: Site) -> None:
+    site.boot("1")
+    assert site.do("keys", "allow-format", "vm-1", "storage").code == 0
+    assert site.json("keys", "history", "vm-1")["volumes"] == [
+        {"volume": "storage", "in_use": True, "format_allowed": True}
+    ]
+    assert site.do("keys", "allow-format", "vm-1", "tdx-cache").code == 1
+
+
+# --- import ---
+
+
+@pytest.fixture
+def reference(site: Site) -> dict[str, Path]:
+    """Rows of the reference system and their Fernet key."""
+    key = Fernet.generate_key()
+    fernet = Fernet(key)
+    canary = b"f" * 128
+    site.secrets.append(canary)
+    quote = base64.b64encode(PLATFORM.quote(bytes(64))).decode()
+    rows: list[dict[str, object]] = [
+        {"miner_hotkey": HOTKEY, "vm_name": "vm-1", "volume_passphrases": {"storage": fernet.encrypt(canary).decode()}},
+        {
+            "miner_hotkey": HOTKEY,
+            "vm_name": "vm-2",
+            "volume_passphrases": {"tdx-cache": fernet.encrypt(b"verbatim").decode()},
+            "last_boot_at": "2026-01-01T00:00:00Z",
+            "boot_quote": quote,
+        },
+    ]
+    files = {"rows": site.directory / "rows.jsonl", "key": site.directory / "fernet.key"}
+    files["rows"].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files["key"].write_bytes(key + b"\n")
+    files["key"].chmod(0o600)
+    return files
+
+
+def importing(site: Site, files: dict[str, Path], *more: object) -> Ended:
+    return site.do("keys", "import-fernet", files["rows"], "--fernet-key-file", files["key"], *more)
+
+
+def test_an_import(site: Site, reference: dict[str, Path]) -> None:
+    done = importing(site, reference, "--json").json
+    assert (done["ok"], done["imported"], done["there_already"]) == (True, 2, 0)
+    assert importing(site, reference, "--json").json["there_already"] == 2
+    listed = {row["vm"]: row["platform"] for row in site.json("vm", "list")["vms"]}
+    assert listed["vm-1"] is None
+    assert listed["vm-2"].startswith("instance:")
+    assert b"f" * 128 not in (site.directory / "keys.db").read_bytes()
+    # bound by the operator, the VM boots and is handed what it had
+    home = boot("x").platform
+    bound = ("--ppid", home.ppid.hex(), "--instance", (home.instance_id or b"").hex())
+    assert site.do("vm", "bind", "vm-1", *bound).code == 0
+    assert site.boot("1") == b"f" * 128
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda files: files["key"].write_bytes(Fernet.generate_key()), "does not open under this Fernet key"),
+        (lambda files: files["key"].write_bytes(b"x"), "44 characters"),
+        (lambda files: files["key"].chmod(0o644), "lets others at a secret"),
+        (lambda files: files["rows"].write_text("[]\n"), "not a JSON object"),
+        (lambda files: files["rows"].write_text("{\n"), "line 1"),
+        (lambda files: files["rows"].write_text('{"miner_hotkey":1}\n'), "it takes the texts"),
+        (
+            lambda files: files["rows"].write_text(files["rows"].read_text().replace("tdx-cache", "other")),
+            "not among the server's volumes",
+        ),
+        (
+            lambda files: files["rows"].write_text(
+                files["rows"].read_text().replace('"boot_quote": "', '"boot_quote": "A')
+            ),
+            "boot_quote",
+        ),
+    ],
+)
+def test_an_import_that_is_wrong_imports_nothing(
+    site: Site, reference: dict[str, Path], spoil: Callable[[dict[str, Path]], object], told: str
+) -> None:
+    site.boot("1", vm=Vm(HOTKEY, "another"))
+    before = site.rows()
+    spoil(reference)
+    ended = importing(site, reference)
+    assert (ended.code, told in ended.err) == (2, True), ended.err
+    assert site.rows() == before
+
+
+def test_an_import_over_other_keys(site: Site, reference: dict[str, Path]) -> None:
+    first = site.boot("1")
+    ended = importing(site, reference, "--json")
+    assert (ended.code, ended.json["imported"]) == (1, 1)
+    assert "another key already" in ended.json["refused"][0]
+    assert site.boot("2") == first
+
+
+# --- names, audit, store ---
+
+
+def test_vms_are_listed_and_rebound(site: Site) -> None:
+    first = site.boot("1")
+    assert f"{HOTKEY}/vm-1  instance:" in site.do("vm", "list").out
+    other = ("--ppid", "00" * 16)
+    assert site.do("vm", "bind", "vm-1", *other).code == 1
+    assert site.do("vm", "rebind", "vm-1", *other).code == 2  # say which
+    assert site.do("vm", "rebind", "vm-1", *other, "--keep-keys").code == 0
+    assert site.json("vm", "list")["vms"][0]["platform"] == "ppid:" + "00" * 16
+    home = boot("x").platform
+    back = ("--ppid", home.ppid.hex(), "--instance", (home.instance_id or b"").hex())
+    assert site.do("vm", "rebind", "vm-1", *back, "--new-keys").code == 0
+    assert site.boot("2") != first
+    assert site.do("vm", "rebind", "vm-1", "--ppid", "zz", "--keep-keys").code == 2
+
+
+def test_a_name_of_several_hotkeys(site: Site) -> None:
+    site.boot("1")
+    site.boot("2", vm=Vm("other", "vm-1"))
+    ended = site.do("keys", "history", "vm-1")
+    assert (ended.code, "several hotkeys" in ended.err) == (1, True)
+    assert site.do("keys", "history", "other/vm-1").code == 0
+    assert "no VM is named" in site.do("keys", "history", "vm-9").err
+
+
+def test_the_audit_rows(site: Site) -> None:
+    site.boot("1")
+    assert site.do("store", "restored", "--reason", "disk failure").code == 0
+    exported = [json.loads(line) for line in site.do("audit", "export").out.splitlines()]
+    assert [row["event"] for row in exported] == ["boot", "sync", "store restored"]
+    assert exported[0]["hotkey"] == HOTKEY
+    assert exported[0]["profile"] == "profile 1.0"
+    assert all(len(row["quote_digest"]) == 64 for row in exported[:2])
+    assert exported[1]["keys"] == "storage/1 created"
+    assert exported[2]["reason"].endswith(": disk failure")
+    assert len(site.do("audit", "list", "--last", 2).out.splitlines()) == 2
+    assert len(site.do("audit", "export", "--vm", "vm-1", "--event", "sync").out.splitlines()) == 1
+    assert site.do("audit", "export", "--until", NOW - 9).out == ""
+
+
+def test_there_must_be_a_store(site: Site) -> None:
+    for arguments in (("vm", "list"), ("audit", "export"), ("keys", "rewrap"), ("store", "restored")):
+        ended = site.do(*arguments)
+        assert (ended.code, "not made yet" in ended.err) == (1, True)
+    assert not (site.directory / "keys.db").exists()

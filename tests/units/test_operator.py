@@ -1,0 +1,238 @@
+"""What an operator's commands do to rows: keys, names, and the audit row of each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from attrs import evolve
+
+from chutes_proto.codes import Code
+from chutes_proto.errors import KeyUnavailable, Refused
+from chutes_proto.keys.vault import NONCE_SIZE, Address, FreshKey, KeyEncryptionKey, Vault
+from chutes_proto.secret import Secret
+from chutes_proto.store.memory import MemoryStore
+from chutes_proto.store.rows import AuditRow, GenerationRow, ReadGenerations, ReadVm, ReadVolumes, Scan, Vm
+from chutes_proto.store.run import Unit
+from chutes_proto.testing.store_suite import (
+    NOW,
+    VAULT,
+    VM,
+    Ask,
+    attest,
+    boot,
+    confirm,
+    dump,
+    entropy,
+    platform,
+    sync,
+)
+from chutes_proto.units.operator import (
+    AllowFormat,
+    Audit,
+    BindVm,
+    Everyone,
+    History,
+    ImportKeys,
+    PurgeKeys,
+    RebindVm,
+    RestoreKey,
+    RewrapKeys,
+    StoreRestored,
+)
+
+WHY = "operator: because"
+NEW = Vault(KeyEncryptionKey.from_bytes(b"n" * 32), VAULT.current)
+
+
+@pytest.fixture
+def store() -> MemoryStore:
+    return MemoryStore()
+
+
+def booted(store: MemoryStore, label: str, *volumes: str, **more: Any) -> dict[str, bytes]:
+    granted = boot(label)
+    store.transact(granted)
+    answer = store.transact(sync(granted, "body", *volumes, **more))
+    return {volume: passphrase.reveal() for volume, passphrase in answer.passphrases}
+
+
+def refused(store: MemoryStore, unit: Unit[Any]) -> Refused:
+    before = dump(store)
+    with pytest.raises(Refused) as caught:
+        store.transact(unit)
+    assert dump(store) == before
+    return caught.value
+
+
+def last_audit(store: MemoryStore) -> AuditRow:
+    row = store.transact(Ask(Scan(AuditRow)))[-1]
+    assert (row.actor, row.decision) == ("operator", "done")
+    return row
+
+
+def states(store: MemoryStore, volume: str = "storage") -> list[tuple[int, str, str | None]]:
+    rows = store.transact(Ask(ReadGenerations(VM)))
+    return [(row.generation, row.state, row.retirement) for row in rows if row.volume == volume]
+
+
+# --- keys ---
+
+
+def test_a_rekeyed_key_is_restored(store: MemoryStore) -> None:
+    first = booted(store, "1", "storage")
+    booted(store, "2", "storage", rekey=["storage"])
+    row = store.transact(RestoreKey(NOW + 9, VM, "storage", 1, WHY))
+    assert (row.generation, row.state, row.retired_at) == (1, "active", None)
+    assert states(store) == [(1, "active", None), (2, "retired", "superseded")]
+    assert booted(store, "3", "storage") == first
+    (audit,) = store.transact(Audit(0, NOW * 2, event="key restored"))
+    assert (audit.keys, audit.reason, audit.vm) == ("storage/2 retired, storage/1 active", WHY, VM)
+    for generation, state in ((1, "active"), (9, "not there")):
+        assert state in str(refused(store, RestoreKey(NOW, VM, "storage", generation, WHY)).detail)
+
+
+def test_a_restore_ends_a_rotation_that_is_open(store: MemoryStore) -> None:
+    for label in ("1", "2"):
+        granted = evolve(boot(label), exchange="two-phase")
+        store.transact(granted)
+        attested = attest(granted, "body", "storage")
+        store.transact(attested)
+        if label == "1":
+            store.transact(confirm(attested, {"storage": False}))
+    store.transact(RestoreKey(NOW + 2, VM, "storage", 2, WHY))
+    assert states(store) == [(1, "retired", "superseded"), (2, "active", None)]
+    store.transact(RestoreKey(NOW + 2, VM, "storage", 1, WHY))
+    assert refused(store, confirm(attested, {"storage": True})).code is Code.ROTATION_SUPERSEDED
+
+
+def test_a_purge_keeps_what_it_must(store: MemoryStore) -> None:
+    for label in "12345":
+        booted(store, label, "storage", rekey=["storage"])
+    late = NOW + 1000
+    assert store.transact(PurgeKeys(late, 1000, WHY)) == ()  # retired at NOW + 1
+    before = dump(store)
+    chosen = store.transact(PurgeKeys(late, 900, WHY))
+    assert [row.generation for row in chosen] == [1, 2]
+    assert dump(store) == before
+    assert store.transact(PurgeKeys(late, 900, WHY, Vm("other", "vm"), carry_out=True)) == ()
+    assert store.transact(PurgeKeys(late, 900, WHY, VM, carry_out=True)) == chosen
+    assert [state for _, state, _ in states(store)] == ["purged", "purged", "retired", "retired", "active"]
+    gone = store.transact(Ask(ReadGenerations(VM)))[1:3]
+    assert [(row.sealed, row.wrapped_key, row.kek_id) for row in gone] == [(None, None, None)] * 2
+    assert last_audit(store).keys == "storage/1 purged, storage/2 purged"
+    assert store.transact(PurgeKeys(late, 900, WHY, carry_out=True)) == ()
+    assert "purged" in str(refused(store, RestoreKey(NOW, VM, "storage", 1, WHY)).detail)
+    assert booted(store, "6", "storage")
+
+
+def test_a_rewrap_goes_on_where_it_stopped(store: MemoryStore) -> None:
+    for label in "123":
+        keys = booted(store, label, "storage", "tdx-cache", rekey=["storage"])
+    before = store.transact(Ask(Scan(GenerationRow)))
+    passphrases = [VAULT.open(Address(row.vm, row.volume, row.generation), row) for row in before]
+    first = store.transact(RewrapKeys(NOW, entropy("seeds", 2 * NONCE_SIZE), NEW, WHY))
+    assert first.count == 2
+    assert dict(first.sealed) == {NEW.current.kek_id: 2, VAULT.current.kek_id: len(before) - 2}
+    granted = boot("during")
+    store.transact(evolve(granted, vault=NEW))
+    answer = store.transact(evolve(sync(granted, "body", "storage", "tdx-cache"), vault=NEW))
+    assert {volume: passphrase.reveal() for volume, passphrase in answer.passphrases} == keys
+    rest = store.transact(RewrapKeys(NOW, entropy("more", 100 * NONCE_SIZE), NEW, WHY))
+    assert rest.count == len(before) - 2
+    assert dict(rest.sealed) == {NEW.current.kek_id: len(before)}
+    assert last_audit(store).keys == f"{rest.count} under {NEW.current.kek_id}"
+    after = store.transact(Ask(Scan(GenerationRow)))
+    assert [row.sealed for row in after] == [row.sealed for row in before]
+    alone = Vault(NEW.current)
+    assert [alone.open(Address(row.vm, row.volume, row.generation), row) for row in after] == passphrases
+    assert len({row.wrapped_key[:NONCE_SIZE] for row in after if row.wrapped_key}) == len(after)
+    audits = store.transact(Ask(Scan(AuditRow)))
+    assert store.transact(RewrapKeys(NOW, entropy("none", NONCE_SIZE), NEW, WHY)).count == 0
+    assert store.transact(Ask(Scan(AuditRow))) == audits
+    with pytest.raises(KeyUnavailable):
+        store.transact(RewrapKeys(NOW, entropy("lost", NONCE_SIZE), VAULT, WHY))
+
+
+def test_one_format_is_allowed(store: MemoryStore) -> None:
+    assert "not in use" in str(refused(store, AllowFormat(NOW, VM, "storage", WHY)).detail)
+    booted(store, "1", "storage")
+    store.transact(AllowFormat(NOW, VM, "storage", WHY))
+    (known,) = store.transact(Ask(ReadVolumes(VM)))
+    assert (known.in_use, known.format_allowed) == (True, True)
+    assert (last_audit(store).event, last_audit(store).keys) == ("format allowed", "storage")
+
+
+# --- import and names ---
+
+
+def imported(*keys: tuple[str, bytes], home: bool) -> ImportKeys:
+    made = {name: FreshKey.of_passphrase(Secret(text), entropy(name, FreshKey.SIZE)) for name, text in keys}
+    return ImportKeys(NOW, VM, made, platform("home") if home else None, VAULT, WHY)
+
+
+def test_an_import_with_its_platform(store: MemoryStore) -> None:
+    unit = imported(("storage", b"an older passphrase"), home=True)
+    assert store.transact(unit) == ("storage",)
+    assert (last_audit(store).keys, str(platform("home").pin) in last_audit(store).reason) == (
+        "storage/1 created",
+        True,
+    )
+    before = dump(store)
+    assert store.transact(unit) == ()  # again
+    assert dump(store) == before
+    assert refused(store, evolve(boot("thief"), platform=platform("elsewhere"))).code is Code.PLATFORM_MISMATCH
+    assert booted(store, "1", "storage") == {"storage": b"an older passphrase"}
+    (known,) = store.transact(Ask(ReadVolumes(VM)))
+    assert known.in_use
+    other = imported(("tdx-cache", b"new"), ("storage", b"another"), home=True)
+    assert "another key already" in str(refused(store, other).detail)
+
+
+def test_an_import_without_its_platform_opens_to_the_operator_or_the_hotkey(store: MemoryStore) -> None:
+    store.transact(imported(("storage", b"an older passphrase"), home=False))
+    assert refused(store, boot("anyone")).code is Code.PLATFORM_MISMATCH
+    assert store.transact(Everyone()) == (VM,)
+    store.transact(BindVm(NOW, VM, platform("home"), WHY))
+    assert (last_audit(store).event, last_audit(store).pin) == ("vm bound", platform("home").pin)
+    assert booted(store, "1", "storage") == {"storage": b"an older passphrase"}
+    assert refused(store, BindVm(NOW, VM, platform("home"), WHY)).code is Code.PLATFORM_MISMATCH
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_name_is_rebound(store: MemoryStore, keep: bool) -> None:
+    elsewhere = platform("elsewhere")
+    unit = RebindVm(NOW, VM, elsewhere, keep, VAULT, WHY)
+    assert refused(store, unit).code is Code.PLATFORM_MISMATCH
+    granted = boot("open")
+    store.transact(granted)
+    first = booted(store, "1", "storage")
+    store.transact(unit)
+    assert refused(store, sync(granted, "body", "storage")).code is Code.BOOT_TOKEN_INVALID  # voided
+    assert refused(store, boot("old place")).code is Code.PLATFORM_MISMATCH
+    moved = evolve(boot("moved"), platform=elsewhere)
+    store.transact(moved)
+    answer = store.transact(sync(moved, "body", "storage"))
+    assert (answer.passphrases[0][1].reveal() == first["storage"]) == keep
+    audit = store.transact(Audit(0, NOW * 2, VM, "vm rebound"))[0]
+    assert audit.pin == elsewhere.pin
+    assert ("with its keys" if keep else "with new keys") in audit.reason
+    assert ("retired" in audit.keys) != keep
+    claim = store.transact(Ask(ReadVm(VM)))
+    assert claim is not None
+    assert (claim.pin, claim.attested) == (elsewhere.pin, None)
+
+
+def test_what_is_shown(store: MemoryStore) -> None:
+    booted(store, "1", "storage")
+    rows, volumes = store.transact(History(VM))
+    assert [(row.volume, row.generation) for row in rows] == [("root", 1), ("storage", 1)]
+    assert [row.volume for row in volumes] == ["storage"]
+    store.transact(StoreRestored(NOW + 5, WHY))
+    assert last_audit(store).reason == WHY
+    everything = store.transact(Audit(0, NOW * 2))
+    assert [row.event for row in everything] == ["boot", "sync", "store restored"]
+    assert store.transact(Audit(NOW + 1, NOW + 5)) == everything[1:2]
+    assert store.transact(Audit(0, NOW * 2, VM)) == everything[:2]
+    assert store.transact(Audit(0, NOW * 2, event="boot")) == everything[:1]
+    assert store.transact(Audit(0, NOW * 2, Vm("other", "vm"))) == ()
