@@ -185,6 +185,10 @@ class Tables:
         match row:
             case BootRow() if self._where(BootRow, lambda other: other.token_digest == row.token_digest):
                 raise StoreError("two boots would have the same token")
+            case BootRow() if row.confirm_digest and self._where(
+                BootRow, lambda other: other.confirm_digest == row.confirm_digest
+            ):
+                raise StoreError("two boots would have the same confirm nonce")
             case BootVolumeRow() if (row.boot_id,) not in self.rows[BootRow]:
                 raise StoreError("a boot_volume row would be of no boot")
             case GenerationRow():

@@ -31,9 +31,11 @@ from chutes_proto.store.rows import (
     Claim,
     CountClaims,
     CountRefusals,
+    CountSealed,
     CountServerRefusals,
     DeleteServer,
     FindBoot,
+    FindConfirm,
     FindLastBoot,
     FindLastBootFrom,
     FindServer,
@@ -44,6 +46,7 @@ from chutes_proto.store.rows import (
     NonceRow,
     Pin,
     Platform,
+    PurgeGeneration,
     Put,
     RaiseHorizon,
     ReadAttestation,
@@ -52,11 +55,13 @@ from chutes_proto.store.rows import (
     ReadGenerations,
     ReadGpu,
     ReadHorizon,
+    ReadOtherwiseSealed,
     ReadServer,
     ReadServers,
     ReadVm,
     ReadVolumes,
     RedeemNonce,
+    RewrapGeneration,
     Row,
     Scan,
     ServerRow,
@@ -569,6 +574,51 @@ def a_sealed_key_never_changes(harness: Harness) -> None:
     expect(ask(Ask(Scan(GenerationRow))), (retired,), "a key after a change of state")
 
 
+def keys_are_wrapped_anew_and_purged(harness: Harness) -> None:
+    """`RewrapGeneration` changes the wrapping alone, `PurgeGeneration` a retired key alone; both are counted."""
+    ask = harness.open().transact
+    retired = evolve(_KEY, generation=2, state="retired", retired_at=NOW, retirement="superseded", provisional=True)
+    for row in (_KEY, retired):
+        ask(Ask(Insert(row)))
+    kek = _KEY.kek_id or ""
+    expect(ask(Ask(CountSealed())), ((kek, 2),), "keys under each key-encryption key")
+    expect(ask(Ask(ReadOtherwiseSealed(kek, 9))), (), "keys under another one")
+    expect(len(ask(Ask(ReadOtherwiseSealed("new", 1)))), 1, "as many keys as asked for")
+    expect(ask(Ask(ReadOtherwiseSealed("new", 9))), (_KEY, retired), "keys under another one, all")
+    wrapped = evolve(_KEY, kek_id="new", wrapped_key=b"anew")
+    ask(Ask(RewrapGeneration(evolve(wrapped, sealed=b"other", state="retired"))))
+    expect(ask(Ask(ReadGenerations(VM))), (wrapped, retired), "keys after one was wrapped anew")
+    expect(ask(Ask(CountSealed())), tuple(sorted([(kek, 1), ("new", 1)])), "keys under two key-encryption keys")
+    ask(Ask(PurgeGeneration(wrapped)))  # it is active
+    ask(Ask(PurgeGeneration(retired)))
+    nothing = evolve(retired, sealed=None, kek_id=None, wrapped_key=None)
+    purged = evolve(nothing, state="purged", provisional=False)
+    expect(ask(Ask(ReadGenerations(VM))), (wrapped, purged), "keys after one was purged")
+    ask(Ask(RewrapGeneration(retired)))
+    expect(ask(Ask(ReadGenerations(VM))), (wrapped, purged), "a purged key that was wrapped anew")
+
+
+def boots_are_found_by_their_confirm_nonce(harness: Harness) -> None:
+    """`FindConfirm`, and a boot's row that is replaced; two boots never have one confirm nonce."""
+    ask = harness.open().transact
+    ask(Ask(Insert(_BOOT)))
+    expect(ask(Ask(FindConfirm(bytes(32)))), None, "the boot of no confirm nonce")
+    ask(Ask(Insert(BootVolumeRow("b0", "storage", 0, 1, 2, in_use=True))))
+    attested = evolve(_BOOT, confirm_digest=bytes(32), confirm_expires_at=NOW + 300)
+    ask(Ask(Put(attested)))
+    expect(ask(Ask(FindConfirm(bytes(32)))), attested, "the boot of a confirm nonce")
+    confirmed = evolve(attested, confirm_body_digest=b"body")
+    ask(Ask(Put(confirmed)))
+    expect(ask(Ask(FindBoot(_BOOT.token_digest))), confirmed, "a boot that confirmed")
+    other = evolve(attested, boot_id="b9", token_digest=b"t" * 32)
+    try:
+        ask(Ask(Insert(other)))
+    except StoreError:
+        expect(ask(Ask(FindBoot(other.token_digest))), None, "a second boot with one confirm nonce")
+    else:
+        raise AssertionError("taken: two boots with one confirm nonce")
+
+
 # --- transactions ---
 
 
@@ -862,6 +912,8 @@ CASES: tuple[Case, ...] = (
     tokens_are_spent_once_and_voided,
     nonces_are_redeemed_once_and_swept,
     what_must_be_unique_is,
+    keys_are_wrapped_anew_and_purged,
+    boots_are_found_by_their_confirm_nonce,
     a_sealed_key_never_changes,
     what_raises_leaves_no_trace,
     what_is_raised_comes_out_unchanged,
