@@ -39,6 +39,7 @@ from tests.collateral import network
 from tests.collateral.network import PLATFORM, ROOT, Fault, Upstream, running
 
 LIMITS = TimeLimits(connect=0.4, read=0.4, total=0.5)
+PATIENT = TimeLimits(10.0, 10.0, 10.0)  # where an answer must come, however busy the machine is
 QUICK = CachePolicy(retry=0, retry_most=0, unknown=600, wait=5.0)
 """Tries again at once, so that each call of a test is a fetch if it needs one."""
 
@@ -227,11 +228,11 @@ def test_another_root_and_another_ca_are_refused(loop: Loop, upstream: Upstream)
 
 def test_an_upstream_that_asks_for_it_is_left_alone(loop: Loop, upstream: Upstream, other: Upstream) -> None:
     upstream.fault = network.status(429, ("retry-after", "600"))
-    of = source(upstream, other)
+    of = evolve(source(upstream, other), limits=PATIENT)
     found = loop.fetch(of, PLATFORM, PLATFORM.another(1))
     assert all(isinstance(one, VerifiedCollateral) for one in found)
     assert len(upstream.asked) == 1
-    alone = source(upstream)
+    alone = evolve(source(upstream), limits=PATIENT)
     told = loop.fetch(alone, PLATFORM, PLATFORM, PLATFORM.another(1))
     assert len(upstream.asked) == 2
     assert "429" in told[1]
