@@ -401,7 +401,7 @@ def test_a_round_as_a_dialogue() -> None:
         "upstream": "https://first",
         "error": "cut",
     }
-    assert told[1].fields["valid_until"] == "2027-02-14T08:00:00+00:00"
+    assert told[1].fields["valid_until"] == "2027-02-14T08:00:00Z"
     assert Playbook((Now, 7)).run(clock()) == 7
 
 

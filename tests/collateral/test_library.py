@@ -59,7 +59,7 @@ def test_each_platform_gets_its_own() -> None:
 def test_what_is_not_valid_now_is_missing_and_named(now: int) -> None:
     text = missing(Item("/shelf/a.json", verified()), now=now)
     assert "/shelf/a.json: FMSPC" in text
-    assert "valid 2026-05-28T20:26:40+00:00 to 2026-06-27T20:26:40+00:00" in text
+    assert "valid 2026-05-28T20:26:40Z to 2026-06-27T20:26:40Z" in text
 
 
 @pytest.mark.parametrize("now", [NOW, END])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chutes_proto.cli import console
+from chutes_proto.quote.terms import rfc3339
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -191,14 +192,14 @@ def _described(content: VerifiedCollateral | str) -> dict[str, Any]:
         "pce_id": info.pce_id.hex(),
         "tcb_evaluation_number": info.evaluation_number,
         "qe_evaluation_number": identity.evaluation_number,
-        "tcb_levels": [f"{level.stated.status} of {_date(level.stated.date)[:10]}" for level in info.levels],
+        "tcb_levels": [f"{level.stated.status} of {rfc3339(level.stated.date)[:10]}" for level in info.levels],
         "tdx_modules": sorted(info.modules),
         "root_crl_number": content.root_crl_number,
         "revoked_by_root": len(content.revoked_by_root),
         "pck_crl_number": content.pck_crl_number,
         "revoked_pcks": len(content.revoked_pcks),
-        "valid_from": _date(content.window[0]),
-        "valid_until": _date(content.window[1]),
+        "valid_from": rfc3339(content.window[0]),
+        "valid_until": rfc3339(content.window[1]),
     }
 
 
@@ -239,7 +240,7 @@ def _check(options: argparse.Namespace) -> int:
     at = int(time.time()) if options.at is None else options.at
     reports = [{"file": name} | _forecast(content, at, options.grace) for name, content in _read_all(options)]
     if options.json:
-        console.say_json({"at": _date(at), "files": reports})
+        console.say_json({"at": rfc3339(at), "files": reports})
     else:
         for report in reports:
             _say_forecast(report, at)
@@ -255,14 +256,14 @@ def _forecast(content: VerifiedCollateral | str, at: int, grace: int) -> dict[st
         "ca": content.ca,
         "tee": content.tee,
         "verifies": all(term.begin <= at <= _end(term, grace) for term in pieces),
-        "verifies_from": _date(max(term.begin for term in pieces)),
-        "verifies_until": _date(_end(pieces[0], grace)),
+        "verifies_from": rfc3339(max(term.begin for term in pieces)),
+        "verifies_until": rfc3339(_end(pieces[0], grace)),
         "first_to_end": pieces[0].subject,
         "pieces": [
             {
                 "piece": term.subject,
-                "from": _date(term.begin),
-                "until": _date(_end(term, grace)),
+                "from": rfc3339(term.begin),
+                "until": rfc3339(_end(term, grace)),
                 "verifies": term.begin <= at <= _end(term, grace),
             }
             for term in pieces
@@ -280,7 +281,7 @@ def _say_forecast(report: dict[str, Any], at: int) -> None:
         return
     judged = "verifies" if report["verifies"] else "DOES NOT VERIFY"
     console.say(
-        f"{report['file']}: FMSPC {report['fmspc']}, {report['ca']} CA, {report['tee']}: {judged} at {_date(at)}"
+        f"{report['file']}: FMSPC {report['fmspc']}, {report['ca']} CA, {report['tee']}: {judged} at {rfc3339(at)}"
     )
     for piece in report["pieces"]:
         mark = "ok" if piece["verifies"] else "NO"
@@ -425,8 +426,3 @@ def _address(text: str) -> tuple[str, int]:
     if not colon or not host or not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > 65535:
         raise argparse.ArgumentTypeError('say "address:port", for example "127.0.0.1:8081"')
     return host.removeprefix("[").removesuffix("]"), int(port)
-
-
-def _date(time: int) -> str:
-    """A time as it is told; what lies beyond the calendar is shown as its end."""
-    return datetime.fromtimestamp(min(time, 253_402_300_799), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

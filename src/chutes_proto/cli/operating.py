@@ -13,10 +13,10 @@ import argparse
 import re
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from chutes_proto.cli import console
+from chutes_proto.quote.terms import rfc3339
 
 if TYPE_CHECKING:
     from chutes_proto.blocking.setup import ServerSetup
@@ -134,7 +134,7 @@ def now() -> int:
 
 def shown(at: int | None) -> str:
     """A time for people, RFC 3339 in UTC."""
-    return "-" if at is None else datetime.fromtimestamp(at, UTC).isoformat().replace("+00:00", "Z")
+    return "-" if at is None else rfc3339(at)
 
 
 def days(text: str) -> int:

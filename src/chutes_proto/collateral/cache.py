@@ -31,12 +31,13 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from attrs import define, evolve, frozen
 
-from chutes_proto.collateral.library import Family, date
+from chutes_proto.collateral.library import Family
 from chutes_proto.collateral.pcs import MAX_RETRY_AFTER, Update, Upstream, ask
 from chutes_proto.effects import Log, Now, Sleep
 from chutes_proto.errors import ConfigurationError, TransportError, UpstreamError
 from chutes_proto.log import Level, Record
 from chutes_proto.quote.errors import QuoteError
+from chutes_proto.quote.terms import rfc3339
 from chutes_proto.quote.verify import authenticate_collateral
 
 if TYPE_CHECKING:
@@ -310,7 +311,7 @@ def fetch(cache: CollateralCache, family: Family) -> Flow[Collateral | None]:
             if cache.take(family, verified, now):
                 kept = collateral
             if verified.window[1] < now:
-                raise UpstreamError(f"its time has ended at {date(verified.window[1])}")
+                raise UpstreamError(f"its time has ended at {rfc3339(verified.window[1])}")
         except (TransportError, UpstreamError, QuoteError) as exc:
             now = yield from Now()
             cache.failed(upstream, exc, now)
@@ -319,7 +320,7 @@ def fetch(cache: CollateralCache, family: Family) -> Flow[Collateral | None]:
             yield from _log(Level.WARNING, "collateral_upstream_failed", family, upstream=upstream.url, error=str(exc))
         else:
             cache.succeeded(family, upstream, now)
-            end = date(verified.window[1])
+            end = rfc3339(verified.window[1])
             yield from _log(Level.INFO, "collateral_fetched", family, upstream=upstream.url, valid_until=end)
             return kept
     if upstreams:
@@ -348,11 +349,11 @@ def _verified(cache: CollateralCache, family: Family, collateral: Collateral) ->
     now = yield from Now()
     early = verified.window[0] - now
     if early > cache.policy.skew:
-        raise UpstreamError(f"its time begins at {date(verified.window[0])}: is one of the clocks wrong?")
+        raise UpstreamError(f"its time begins at {rfc3339(verified.window[0])}: is one of the clocks wrong?")
     if early > 0:
         yield from Sleep(early)
     if verified.usable_until < now:
-        raise UpstreamError(f"its time has ended at {date(verified.window[1])}")
+        raise UpstreamError(f"its time has ended at {rfc3339(verified.window[1])}")
     return verified
 
 

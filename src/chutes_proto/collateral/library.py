@@ -14,7 +14,6 @@ Rules kept here:
 from __future__ import annotations
 
 from collections.abc import Iterable
-from datetime import UTC, datetime
 from typing import Final
 
 from attrs import frozen
@@ -23,6 +22,7 @@ from chutes_proto.errors import CollateralUnavailable
 from chutes_proto.quote.collateral import VerifiedCollateral
 from chutes_proto.quote.layout import Tee
 from chutes_proto.quote.pck import Ca, PckIdentity
+from chutes_proto.quote.terms import rfc3339
 
 _TOLD: Final = 5
 """How many files an error names."""
@@ -63,7 +63,7 @@ class Item:
         if isinstance(self.content, str):
             return f"{self.name}: of no use: {self.content}"
         begin, end = self.content.window
-        return f"{self.name}: {Family.of(self.content)}, valid {date(begin)} to {date(end)}"
+        return f"{self.name}: {Family.of(self.content)}, valid {rfc3339(begin)} to {rfc3339(end)}"
 
 
 def choose(items: Iterable[Item], identity: PckIdentity, now: int, where: str) -> VerifiedCollateral:
@@ -83,13 +83,8 @@ def choose(items: Iterable[Item], identity: PckIdentity, now: int, where: str) -
     doubtful = [item for item, _ in fitting] or [item for item in items if isinstance(item.content, str)]
     told = "".join(f"; {item}" for item in doubtful[:_TOLD])
     raise CollateralUnavailable(
-        f"no collateral for {family} that is valid at {date(now)} is in {where}: put a fresh file there" + told
+        f"no collateral for {family} that is valid at {rfc3339(now)} is in {where}: put a fresh file there" + told
     )
-
-
-def date(time: int) -> str:
-    """A time (unix seconds) as the operator reads it."""
-    return datetime.fromtimestamp(time, UTC).isoformat()
 
 
 def _preference(content: VerifiedCollateral, now: int) -> tuple[bool, int, int, int, int]:

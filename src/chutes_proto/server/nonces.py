@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import hmac
 import re
-from datetime import UTC, datetime
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import TYPE_CHECKING, Literal
 
@@ -32,6 +31,7 @@ from attrs import frozen
 from chutes_proto.codes import Code
 from chutes_proto.errors import Refused, Unavailable
 from chutes_proto.secret import Secret
+from chutes_proto.wire.times import timestamp
 
 if TYPE_CHECKING:
     from chutes_proto.keys.vault import Vault
@@ -140,7 +140,7 @@ class NonceMint:
 
 def expires_at(issued_at: int) -> str:
     """When a nonce ends, as RFC 3339 in UTC with whole seconds."""
-    return datetime.fromtimestamp(issued_at + LIFETIME, UTC).isoformat()
+    return timestamp(issued_at + LIFETIME)
 
 
 def _tag(key: MacKey, head: bytes, purpose: str, hotkey: str | None, address: str, scope: str) -> bytes:

@@ -20,7 +20,6 @@ from chutes_proto.log import Level, Record
 from chutes_proto.server.boot import platform_of
 from chutes_proto.server.evidence import appraise, verify_evidence
 from chutes_proto.server.nonces import RANDOM_SIZE, expires_at
-from chutes_proto.server.servers import rfc3339
 from chutes_proto.units.servers import GrantRuntime, ReadOwnServer, RecordRuntimeRefusal
 from chutes_proto.wire.messages import (
     AttestationStatusAnswer,
@@ -31,6 +30,7 @@ from chutes_proto.wire.messages import (
     RuntimeAttestationRequest,
     RuntimeNonceRequest,
 )
+from chutes_proto.wire.times import timestamp
 
 if TYPE_CHECKING:
     from chutes_proto.auth.hotkey import Hotkey
@@ -72,7 +72,7 @@ def attest_runtime(
     except (Refused, BadRequest) as exc:
         yield from _record(request, message, request_id, server, nonce, evidence, exc, now)
         raise
-    return RuntimeAttestationAnswer(attestation_id=request_id, verified_at=rfc3339(now), status="verified")
+    return RuntimeAttestationAnswer(attestation_id=request_id, verified_at=timestamp(now), status="verified")
 
 
 def read_status(
@@ -94,7 +94,7 @@ def read_status(
 
 
 def _last(row: AttestationRow) -> LastAttestation:
-    at = rfc3339(row.created_at)
+    at = timestamp(row.created_at)
     verified = row.code is None
     return LastAttestation(
         attestation_id=row.attestation_id,

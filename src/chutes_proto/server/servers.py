@@ -6,7 +6,6 @@ registration the GPUs are checked first, then the host, then what needs rows.
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
 from chutes_proto.codes import Code
@@ -33,6 +32,7 @@ from chutes_proto.wire.messages import (
     ServerDetailsRequest,
     ServerListAnswer,
 )
+from chutes_proto.wire.times import timestamp
 
 if TYPE_CHECKING:
     from chutes_proto.auth.hotkey import Hotkey
@@ -101,8 +101,8 @@ def rename_server(
     return RenamedServerAnswer(
         name=server.name,
         ip=server.host,
-        created_at=rfc3339(server.created_at),
-        updated_at=None if server.updated_at is None else rfc3339(server.updated_at),
+        created_at=timestamp(server.created_at),
+        updated_at=None if server.updated_at is None else timestamp(server.updated_at),
     )
 
 
@@ -133,18 +133,13 @@ def publish_measurements(
     return MeasurementsAnswer(profiles=tuple(_published(profile) for profile in service.policy.profiles))
 
 
-def rfc3339(at: int) -> str:
-    """Unix seconds as the answers tell them."""
-    return datetime.fromtimestamp(at, UTC).isoformat()
-
-
 def _described(server: ServerRow) -> ServerAnswer:
     return ServerAnswer(
         server_id=server.server_id,
         name=server.name,
         ip=server.host,
-        created_at=rfc3339(server.created_at),
-        updated_at=None if server.updated_at is None else rfc3339(server.updated_at),
+        created_at=timestamp(server.created_at),
+        updated_at=None if server.updated_at is None else timestamp(server.updated_at),
     )
 
 
