@@ -186,7 +186,7 @@ def test_items_tell_an_operator_what_is_there(shelf: CollateralDirectory) -> Non
     (item,) = shelf.items(NOW)
     assert str(item) == (
         f"{shelf.path}/a.json: FMSPC {PLATFORM.fmspc.hex()}, platform CA, TDX,"
-        " valid 2026-05-28T20:26:40+00:00 to 2026-06-27T20:26:40+00:00"
+        " valid 2026-05-28T20:26:40Z to 2026-06-27T20:26:40Z"
     )
     assert str(evolve(item, content="why")) == f"{shelf.path}/a.json: of no use: why"
     assert isinstance(item, Item)
