@@ -19,6 +19,7 @@ SOAK_TESTS ?= tests/lifecycle tests/store tests/units
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 FUZZ_INSTALLED := $(VENV)/.installed-fuzz
+# The pins are complete and installed with --no-deps: an older pip would look for the newest release of an extra.
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input --retries 10
 RESOLVE := $(VENV)-uv/bin/uv pip compile --quiet --universal --python-version 3.11 --upgrade --generate-hashes \
 	--no-annotate --custom-compile-command "make constraints"
@@ -38,9 +39,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; say which one with make PYTHON=...")'
 	@$(PYTHON) -m venv $(VENV) || { echo "this Python makes no environments; on Debian: apt-get install python3-venv" >&2; exit 1; }
 	@echo "==> $(VENV): the packages of constraints.txt, each checked against its hash"
-	@$(PIP) install --quiet --require-hashes --requirement constraints.txt
+	@$(PIP) install --quiet --require-hashes --no-deps --requirement constraints.txt
 	@echo "==> $(VENV): chutes-proto itself, editable"
 	@$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	@$(PIP) check >/dev/null || { $(PIP) check; echo "constraints.txt lacks something; make constraints" >&2; exit 1; }
 	@touch $@
 
 demo: $(INSTALLED) ## a VM boots against a key server, and refusals, end to end on this machine
@@ -73,7 +75,7 @@ bench: $(INSTALLED) ## what takes how long, beside others and beside what cannot
 
 $(FUZZ_INSTALLED): tests/fuzz/requirements.txt $(INSTALLED)
 	@echo "==> $(VENV): atheris, checked against its hash (there are wheels for Linux on x86-64)"
-	@$(PIP) install --quiet --require-hashes --only-binary :all: --requirement $<
+	@$(PIP) install --quiet --require-hashes --no-deps --only-binary :all: --requirement $<
 	@touch $@
 
 constraints: ## resolve all pins anew, for every Python from 3.11 on, and hash them
