@@ -53,6 +53,14 @@ class Send(Effect["HttpResponse"]):
 
 
 @frozen
+class NextServer(Effect[str]):
+    """From now on `Send` goes to the next of the servers that the driver was made for; the reply is its origin.
+
+    The first follows the last. Only a driver for several servers carries it out.
+    """
+
+
+@frozen
 class Get(Effect["HttpResponse"]):
     """GET a URL of any service, following no redirect, and reply with the whole answer.
 

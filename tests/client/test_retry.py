@@ -7,10 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chutes_proto.client.retry import RetryPolicy, begin, described
-from chutes_proto.effects import Entropy, Flow, Log, Sleep, Uptime
+from chutes_proto.effects import Entropy, Flow, Log, NextServer, Sleep, Uptime
 from chutes_proto.errors import (
     ChutesError,
     LocalProtocolError,
+    QuoteUnavailable,
     RemoteProtocolError,
     TransportError,
     Unavailable,
@@ -111,3 +112,35 @@ def test_what_is_hidden_is_never_told(before: str, after: str) -> None:
     for text in texts:
         for error in (refusal(401, text, text, request_id=text), RemoteProtocolError(text)):
             assert token not in str(described(error, Secret(token.encode()))).lower()
+
+
+def shared(*script: tuple[object, object], uptime: float = 7.0, records: list[Record] | None = None) -> Playbook:
+    told = [] if records is None else records
+    return Playbook(
+        *script,  # type: ignore[arg-type]
+        aside={Uptime: lambda _: uptime, Entropy: lambda e: bytes(e.size), Log: lambda e: told.append(e.record)},
+    )
+
+
+def test_the_next_of_several_servers_is_asked_but_not_for_a_quote() -> None:
+    records: list[Record] = []
+    book = shared(
+        *[(NextServer(), "https://b"), (Sleep(0.5), None), (Sleep(1.0), None)],
+        *[(NextServer(), "https://a"), (Sleep(2.0), None)],
+        records=records,
+    )
+    book.run(fail(RetryPolicy(servers=2), CUT, QuoteUnavailable("busy"), RemoteProtocolError("garbage")))
+    moved = [record.fields.get("next_server") for record in records if record.event == "boot_delayed"]
+    assert moved == ["https://b", None, "https://a"]
+
+
+def test_what_one_server_asks_to_wait_is_nothing_to_another_until_all_were_asked() -> None:
+    busy = Unavailable("busy", "later", retry_after=86400, status=503)
+    book = shared((NextServer, "b"), (Sleep(0.5), None), (NextServer, "a"), (Sleep(30.0), None))
+    book.run(fail(RetryPolicy(servers=2), busy, busy))
+
+
+def test_several_exchanges_share_a_deadline() -> None:
+    with pytest.raises(TransportError):
+        shared(uptime=10.0).run(fail(RetryPolicy(deadline=5.0, started=5.1), CUT))
+    shared((Sleep, None), uptime=10.0).run(fail(RetryPolicy(deadline=5.0), CUT))

@@ -26,6 +26,7 @@ from chutes_proto.effects import (
     Get,
     Log,
     MakeQuote,
+    NextServer,
     Now,
     Resolve,
     Send,
@@ -113,6 +114,7 @@ class Performer:
         *,
         send: Callable[[HttpRequest], HttpResponse] | None = None,
         get: Callable[[str], HttpResponse] | None = None,
+        next_server: Callable[[], str] | None = None,
         quoter: Quoter | None = None,
         store: Store | None = None,
         collateral: CollateralSource | None = None,
@@ -120,6 +122,7 @@ class Performer:
     ) -> None:
         self._send = send or Missing("send")
         self._get = get or Missing("get")
+        self._next_server = next_server or Missing("next_server")
         self._quoter = quoter or Missing("quoter")
         self._store = store or Missing("store")
         self._collateral = collateral or Missing("collateral")
@@ -134,6 +137,8 @@ class Performer:
         match effect:
             case Send(request):
                 return self._send(request)
+            case NextServer():
+                return self._next_server()
             case MakeQuote(report_data):
                 return take_quote(self._quoter, report_data)
             case Sleep(seconds):

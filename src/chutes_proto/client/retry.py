@@ -4,7 +4,10 @@ Rules kept here:
 
 * the wait doubles from ``base`` to ``cap``; its upper half is drawn, so that a fleet does not come back in step;
 * a ``Retry-After`` is the least wait, never a longer deadline;
-* no attempt begins after the deadline: where the wait would reach beyond it, the last error is raised at once.
+* no attempt begins after the deadline: where the wait would reach beyond it, the last error is raised at once;
+* of several servers, which share one store, the next is asked after every failure that may pass, but for a quote that
+  this machine could not make. The exchange table says what is asked there: a new nonce, or the same bytes again. What
+  one server asks to wait is nothing to another, until all were asked.
 """
 
 from __future__ import annotations
@@ -15,8 +18,8 @@ from typing import NoReturn
 
 from attrs import frozen
 
-from chutes_proto.effects import Entropy, Flow, Log, Sleep, Uptime
-from chutes_proto.errors import ChutesError, LocalProtocolError, Refusal, Unavailable
+from chutes_proto.effects import Entropy, Flow, Log, NextServer, Sleep, Uptime
+from chutes_proto.errors import ChutesError, LocalProtocolError, QuoteUnavailable, Refusal, Unavailable
 from chutes_proto.log import Level, Record, Value
 from chutes_proto.secret import Secret
 
@@ -28,13 +31,17 @@ _TEXT_SIZE = 200
 class RetryPolicy:
     """How often and how long: at most ``attempts``, none begun later than ``deadline`` seconds after the first.
 
-    The ``n``-th wait is between half and the whole of ``min(cap, base * 2 ** (n - 1))`` seconds.
+    The ``n``-th wait is between half and the whole of ``min(cap, base * 2 ** (n - 1))`` seconds. ``servers`` is how
+    many the driver was made for. With ``started``, on the clock of `Uptime`, the deadline counts from there, so that
+    several exchanges can share it.
     """
 
     attempts: int = 8
     base: float = 1.0
     cap: float = 30.0
     deadline: float = 300.0
+    servers: int = 1
+    started: float | None = None
 
     def __attrs_post_init__(self) -> None:
         if self.attempts < 1 or not 0 < self.base <= self.cap or self.deadline <= 0:
@@ -66,11 +73,12 @@ class Budget:
         """Wait before the next attempt. Raises ``error`` where the policy allows none."""
         jitter = yield from Entropy(_JITTER_SIZE)
         left = yield from self._left()
-        asked = error.retry_after if isinstance(error, Unavailable) else 0
-        delay = self._policy.delay(self._failures + 1, jitter, asked)
+        delay = self._policy.delay(self._failures + 1, jitter, self._asked(error))
         if self._failures + 1 >= self._policy.attempts or delay >= left:
             yield from self.give_up(step, error, hidden)
         fields = {**self._told(step, left), "wait": round(delay, 1), **described(error, hidden)}
+        if self._policy.servers > 1 and not isinstance(error, QuoteUnavailable):
+            fields["next_server"] = yield from NextServer()
         yield from Log(Record(Level.WARNING, "boot_delayed", fields))
         yield from Sleep(delay)
         self._failures += 1
@@ -80,6 +88,13 @@ class Budget:
         fields = {**self._told(step, (yield from self._left())), **described(error, hidden)}
         yield from Log(Record(Level.ERROR, "boot_stopped", fields))
         raise error
+
+    def _asked(self, error: ChutesError) -> float:
+        """The wait that a ``Retry-After`` makes: with several servers, once all were asked, and no longer than any."""
+        asked = error.retry_after if isinstance(error, Unavailable) else 0
+        if self._policy.servers == 1:
+            return asked
+        return 0 if (self._failures + 1) % self._policy.servers else min(asked, self._policy.cap)
 
     def _left(self) -> Flow[float]:
         return self._policy.deadline - ((yield from Uptime()) - self._started)
@@ -91,7 +106,7 @@ class Budget:
 
 def begin(policy: RetryPolicy) -> Flow[Budget]:
     """A budget that runs from now on."""
-    return Budget(policy, (yield from Uptime()))
+    return Budget(policy, (yield from Uptime()) if policy.started is None else policy.started)
 
 
 def described(error: ChutesError, hidden: Secret | None = None) -> dict[str, Value]:
