@@ -135,10 +135,7 @@ def _piece(value: object, name: str) -> bytes:
     if not isinstance(value, str):
         raise CollateralFormatError(f"{name} is no string")
     if name not in _IN_HEX:
-        try:
-            return value.encode("utf-8")
-        except UnicodeEncodeError:
-            raise CollateralFormatError(f"{name} is no text") from None
+        return value.encode("utf-8")
     try:
         piece = bytes.fromhex(value)
     except ValueError:

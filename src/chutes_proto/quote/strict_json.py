@@ -2,9 +2,10 @@
 
 Rules kept here:
 
-* UTF-8, bounded in size and in depth;
-* no member twice, no number that is not whole, no number that is none;
-* whatever the bytes, `decode` returns or raises `JsonError`; members are read with a type that they must have.
+* UTF-8, bounded in size and in depth; no lone surrogates;
+* no member twice, no number that is none, none that is not whole unless fractions are asked for;
+* whatever the bytes, `decode` returns or raises `JsonError`, in time proportional to their number; its text repeats
+  none of them. Members are read with a type that they must have.
 
 Source: RFC 8259; RFC 3339 for dates, as far as Intel's services use it.
 """
@@ -16,7 +17,8 @@ import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import Any, Final, NoReturn, TypeVar
+from math import isinf
+from typing import Any, Final, NoReturn, TypeVar, cast
 
 from chutes_proto.quote.errors import QuoteError
 
@@ -25,24 +27,33 @@ T = TypeVar("T")
 MAX_SIZE: Final = 1024 * 1024
 MAX_DEPTH: Final = 16
 
-_STRING: Final = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+# Possessive, and with an optional end, so that no input makes it look at a byte twice.
+_STRING: Final = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 _NOT_SKELETON: Final = bytes(set(range(256)) - set(b'[]{}"\\'))
+_SURROGATE: Final = re.compile("[\ud800-\udfff]")
 _DATE: Final = re.compile(r"([0-9]{4})-([0-9]{2})-([0-9]{2})T([0-9]{2}):([0-9]{2}):([0-9]{2})Z")
 
 
 class JsonError(QuoteError):
-    """The bytes are not the JSON that is expected; the text names the member."""
+    """The bytes are not the JSON that is expected; the text names the member, if one was asked for."""
 
 
-def decode(data: bytes, *, limit: int = MAX_SIZE) -> object:
-    """The value in ``data``: numbers are whole."""
+def decode(data: bytes, *, limit: int = MAX_SIZE, fractions: bool = False) -> object:
+    """The value in ``data``. Numbers are whole; with ``fractions`` also what a float holds. Raises `JsonError`."""
     if len(data) > limit:
         raise JsonError(f"more than {limit} bytes of JSON")
+    _check_depth(data)
     try:
-        _check_depth(data)
-        value: object = _DECODER.decode(data.decode("utf-8"))
-    except (ValueError, RecursionError) as exc:
-        raise JsonError(f"not JSON: {exc}") from None
+        text = data.decode("utf-8")
+        value: object = (_FRACTIONS if fractions else _DECODER).decode(text)
+    except UnicodeDecodeError:
+        raise JsonError("not UTF-8") from None
+    except json.JSONDecodeError as exc:
+        raise JsonError(f"not JSON at character {exc.pos}") from None
+    except ValueError:  # what turns digits into a number has a bound
+        raise JsonError("a number too long") from None
+    if "\\u" in text and _has_surrogate(value):
+        raise JsonError("a lone surrogate")
     return value
 
 
@@ -108,22 +119,46 @@ def _check_depth(data: bytes) -> None:
     for _ in range(MAX_DEPTH):
         skeleton = skeleton.replace(b"{}", b"").replace(b"[]", b"")
     if skeleton:
-        raise ValueError(f"nested deeper than {MAX_DEPTH} levels, or brackets that do not match")
+        raise JsonError(f"not JSON: nested deeper than {MAX_DEPTH} levels, or brackets that do not match")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the member {next(name for name in names if names.count(name) > 1)!r} is there twice")
+        raise JsonError("an object has a member twice")
     return table
 
 
-def _refuse(text: str) -> NoReturn:
-    raise ValueError(f"{text[:20]} is not a whole number")
+def _float(text: str) -> float:
+    value = float(text)
+    if isinf(value):
+        raise JsonError("a number too large")
+    return value
 
 
-_DECODER: Final = json.JSONDecoder(object_pairs_hook=_unique, parse_float=_refuse, parse_constant=_refuse)
+def _refuse(_: str) -> NoReturn:
+    raise JsonError("a number that is not whole")
+
+
+def _none(_: str) -> NoReturn:
+    raise JsonError("NaN or Infinity")
+
+
+def _has_surrogate(value: Any) -> bool:
+    match value:
+        case str():
+            return _SURROGATE.search(value) is not None
+        case list():
+            return any(map(_has_surrogate, cast("list[object]", value)))
+        case dict():
+            table = cast("dict[str, object]", value)
+            return any(map(_has_surrogate, (*table, *table.values())))
+        case _:
+            return False
+
+
+_DECODER: Final = json.JSONDecoder(object_pairs_hook=_unique, parse_float=_refuse, parse_constant=_none)
+_FRACTIONS: Final = json.JSONDecoder(object_pairs_hook=_unique, parse_float=_float, parse_constant=_none)
 _KINDS: Final[dict[type, str]] = {
     dict: "object",
     list: "array",
