@@ -1,4 +1,7 @@
-"""`keys`, `vm`, `audit` and `store restored`: what an operator sees and changes; no passphrase is ever shown."""
+"""`keys`, `vm`, `audit` and `store restored`, in SQLite and PostgreSQL: what an operator sees and changes.
+
+No passphrase is ever shown, and none is in the store in the clear.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +20,9 @@ from attrs import define, evolve
 from cryptography.fernet import Fernet
 
 from chutes_proto.blocking.setup import load_setup
+from chutes_proto.blocking.sqlite import SqliteStore
 from chutes_proto.cli.development import write_server
-from chutes_proto.store.rows import GenerationRow, Scan, Vm
+from chutes_proto.store.rows import GenerationRow, RewrapGeneration, Scan, Vm
 from chutes_proto.testing.platform import SimulatedPlatform
 from chutes_proto.testing.store_suite import Ask, boot, sync
 from tests.cli.conftest import Ended
@@ -57,18 +62,29 @@ class Site:
         self.secrets += [root.reveal(), keys.passphrases[0][1].reveal()]
         return self.secrets[-1]
 
+    def spoil(self, row: GenerationRow) -> None:
+        """Alter how a row's data key is wrapped, as a fault of a disk would."""
+        assert row.wrapped_key is not None
+        with closing(load_setup(self.configuration).store.open()) as store:
+            store.transact(Ask(RewrapGeneration(evolve(row, wrapped_key=row.wrapped_key[:-1] + b"!"))))
+
     def rows(self) -> tuple[GenerationRow, ...]:
         with closing(load_setup(self.configuration).store.open()) as store:
             return store.transact(Ask(Scan(GenerationRow)))
 
 
-@pytest.fixture
-def site(tmp_path: Path, command: Callable[..., Ended]) -> Iterator[Site]:
+@pytest.fixture(params=["sqlite", "postgresql"])
+def site(request: pytest.FixtureRequest, tmp_path: Path, command: Callable[..., Ended]) -> Iterator[Site]:
     write_server(tmp_path, PLATFORM, NOW)
     site = Site(tmp_path, command, [], [])
+    if request.param == "postgresql":
+        text = site.configuration.read_text()
+        site.configuration.write_text(text.replace("sqlite:keys.db", request.getfixturevalue("empty_schema")))
+        assert site.do("store", "migrate").code == 0
     yield site
-    shown = "".join(ended.out + ended.err for ended in site.said)
-    assert not [secret for secret in site.secrets if secret.decode() in shown], "a passphrase was shown"
+    shown = "".join(ended.out + ended.err for ended in site.said).encode()
+    kept = b"".join(row.sealed or b"" for row in site.rows())
+    assert not [secret for secret in site.secrets if secret in shown + kept], "a passphrase in the clear"
 
 
 def test_a_rekeyed_key_is_restored(site: Site) -> None:
@@ -88,6 +104,7 @@ def test_a_rekeyed_key_is_restored(site: Site) -> None:
     assert (row["vm"], row["keys"]) == ("vm-1", "storage/2 retired, storage/1 active")
     wrong = site.do("keys", "restore", "vm-1", "storage", 9, "--json")
     assert (wrong.code, wrong.json["ok"], "not there" in wrong.err) == (1, False, True)
+    assert site.do("keys", "restore", "vm-1", "storage", 10**17).code == 1
 
 
 def test_a_purge_says_first_what_it_would_do(site: Site) -> None:
@@ -99,21 +116,46 @@ def test_a_purge_says_first_what_it_would_do(site: Site) -> None:
     done = site.json("keys", "purge", "vm-1", "--yes")
     assert (done["purged"], done["older_than_days"], len(done["generations"])) == (True, 90, 2)
     assert [row.state for row in site.rows() if not row.sealed] == ["purged", "purged"]
-    assert "2 passphrases deleted" not in site.do("keys", "purge", "--yes").out
+    assert "nothing to purge" in site.do("keys", "purge", "--yes").out
+    early = site.do("keys", "purge", "--older-than", 89, "--yes")
+    assert (early.code, "retention_days" in early.err) == (1, True)
+    gone = site.do("keys", "restore", "vm-1", "storage", 1)
+    assert (gone.code, "it is purged" in gone.err) == (1, True)
 
 
-def test_a_new_key_encryption_key(site: Site) -> None:
-    first = site.boot("1")
+def new_key(site: Site) -> str:
+    """A new key-encryption key, the old one beside it; returns the configuration without the old one."""
     (site.directory / "kek").rename(site.directory / "kek.old")
     (site.directory / "kek").write_bytes(os.urandom(32))
     (site.directory / "kek").chmod(0o600)
     text = site.configuration.read_text()
     site.configuration.write_text(f'kek_previous_file = "kek.old"\n{text}')
+    return text
+
+
+def test_a_new_key_encryption_key(site: Site) -> None:
+    first = site.boot("1")
+    text = new_key(site)
     done = site.do("keys", "rewrap")
     assert (done.code, "2 keys wrapped" in done.out, "0 to do" in done.err) == (0, True, True)
     assert site.json("keys", "rewrap")["rewrapped"] == 0
     site.configuration.write_text(text)
     assert site.boot("2") == first
+
+
+def test_a_broken_row_stops_no_rewrap(site: Site) -> None:
+    site.boot("1")
+    key = next(row for row in site.rows() if row.volume == "root")
+    kept = site.rows()
+    site.spoil(key)
+    new_key(site)
+    for done in (0, 1):  # the second run finds the rest done
+        ended = site.do("keys", "rewrap", "--json")
+        assert (ended.code, ended.json["ok"], ended.json["rewrapped"]) == (1, False, 1 - done)
+        assert ended.json["broken"] == [f"{HOTKEY}/vm-1 root/1"]
+        assert "root/1 does not open" in ended.err
+    assert "1 are under another" in site.do("keys", "rewrap").out
+    assert [row.sealed for row in site.rows()] == [row.sealed for row in kept]
 
 
 def test_rewrap_without_the_old_key_changes_nothing(site: Site) -> None:
@@ -131,7 +173,10 @@ def test_one_format_is_allowed(site: Site) -> None:
     assert site.json("keys", "history", "vm-1")["volumes"] == [
         {"volume": "storage", "in_use": True, "format_allowed": True}
     ]
-    assert site.do("keys", "allow-format", "vm-1", "tdx-cache").code == 1
+    unknown = site.do("keys", "allow-format", "vm-1", "tdx-cache")
+    assert (unknown.code, "no disk 'tdx-cache'" in unknown.err) == (1, True)
+    (row,) = site.json("audit", "list", "--event", "format allowed")["rows"]
+    assert (row["vm"], row["keys"]) == ("vm-1", "storage")
 
 
 # --- import ---
@@ -162,6 +207,12 @@ def reference(site: Site) -> dict[str, Path]:
     return files
 
 
+def rename(files: dict[str, Path], member: str, value: object) -> None:
+    """Another value in the last row."""
+    *rows, last = files["rows"].read_text().splitlines()
+    files["rows"].write_text("\n".join([*rows, json.dumps(json.loads(last) | {member: value})]))
+
+
 def importing(site: Site, files: dict[str, Path], *more: object) -> Ended:
     return site.do("keys", "import-fernet", files["rows"], "--fernet-key-file", files["key"], *more)
 
@@ -173,7 +224,6 @@ def test_an_import(site: Site, reference: dict[str, Path]) -> None:
     listed = {row["vm"]: row["platform"] for row in site.json("vm", "list")["vms"]}
     assert listed["vm-1"] is None
     assert listed["vm-2"].startswith("instance:")
-    assert b"f" * 128 not in (site.directory / "keys.db").read_bytes()
     # bound by the operator, the VM boots and is handed what it had
     home = boot("x").platform
     bound = ("--ppid", home.ppid.hex(), "--instance", (home.instance_id or b"").hex())
@@ -190,6 +240,14 @@ def test_an_import(site: Site, reference: dict[str, Path]) -> None:
         (lambda files: files["rows"].write_text("[]\n"), "not a JSON object"),
         (lambda files: files["rows"].write_text("{\n"), "line 1"),
         (lambda files: files["rows"].write_text('{"miner_hotkey":1}\n'), "it takes the texts"),
+        (lambda files: files["rows"].write_text('{"volume_passphrases":' + "[" * 9000), "line 1: "),
+        (lambda files: files["rows"].write_bytes(b"x" * 2**20), "a line: has more than"),
+        (lambda files: rename(files, "vm_name", "a/b"), "vm_name 'a/b': no boot can be of this name"),
+        (lambda files: rename(files, "vm_name", "x" * 10_000), "no boot can be of this name"),
+        (lambda files: rename(files, "vm_name", "\0"), "no boot can be of this name"),
+        (lambda files: rename(files, "miner_hotkey", HOTKEY + "1"), "is no hotkey"),
+        (lambda files: rename(files, "volume_passphrases", {"x" * 10_000: ""}), "not among the server's volumes"),
+        (lambda files: rename(files, "volume_passphrases", {"storage": None}), "does not open under"),
         (
             lambda files: files["rows"].write_text(files["rows"].read_text().replace("tdx-cache", "other")),
             "not among the server's volumes",
@@ -245,7 +303,14 @@ def test_a_name_of_several_hotkeys(site: Site) -> None:
     ended = site.do("keys", "history", "vm-1")
     assert (ended.code, "several hotkeys" in ended.err) == (1, True)
     assert site.do("keys", "history", "other/vm-1").code == 0
-    assert "no VM is named" in site.do("keys", "history", "vm-9").err
+    for nobody in ("vm-9", f"{HOTKEY}/vm-9"):
+        for words in (
+            ["keys", "history", nobody],
+            ["keys", "restore", nobody, "storage", 1],
+            ["keys", "purge", nobody],
+        ):
+            ended = site.do("keys", *words)
+            assert (ended.code, f"there is no VM '{nobody}'" in ended.err) == (1, True)
 
 
 def test_the_audit_rows(site: Site) -> None:
@@ -261,10 +326,73 @@ def test_the_audit_rows(site: Site) -> None:
     assert len(site.do("audit", "list", "--last", 2).out.splitlines()) == 2
     assert len(site.do("audit", "export", "--vm", "vm-1", "--event", "sync").out.splitlines()) == 1
     assert site.do("audit", "export", "--until", NOW - 9).out == ""
+    day = datetime.fromtimestamp(NOW, UTC)
+    for since in (day.isoformat(), day.strftime("%Y-%m-%dT%H:%M:%SZ"), day.strftime("%Y-%m-%d"), NOW):
+        assert len(site.do("audit", "list", "--since", since).out.splitlines()) == 3
+    assert site.do("audit", "list", "--since", "9999-01-01").out == ""
 
 
+PPID = ("--ppid", "00" * 16)
+
+
+def test_a_name_is_bound_before_it_boots(site: Site) -> None:
+    site.boot("1", vm=Vm(HOTKEY, "vm-2"))
+    assert site.do("vm", "bind", f"{HOTKEY}/vm-1", *PPID).code == 0
+    assert "not booted yet" in site.do("vm", "list").out
+    assert [row["last_boot_at"] for row in site.json("vm", "list")["vms"]] == [None, NOW]
+    refused = site.do("vm", "bind", "other/vm-1", *PPID)
+    assert (refused.code, "is no hotkey" in refused.err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "/", "a/", "/a", "a/..", "a b", "a\0", "x" * 10_000, "a/b\udcff", "h\u00e9/b", "a\n"]
+)
+def test_what_is_no_vm(site: Site, text: str) -> None:
+    commands: list[list[object]] = [
+        ["keys", "history", text],
+        ["keys", "restore", text, "storage", 1],
+        ["keys", "purge", text],
+        ["keys", "allow-format", text, "storage"],
+        ["vm", "bind", text, *PPID],
+        ["vm", "rebind", text, *PPID, "--keep-keys"],
+        ["audit", "list", "--vm", text],
+    ]
+    for words in commands:
+        ended = site.do(*words)
+        assert (ended.code, "a VM is HOTKEY/NAME or NAME" in ended.err) == (2, True), words
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["keys", "restore", "vm-1", "storage", "0"], "from 1 on"),
+        (["keys", "restore", "vm-1", "storage", "9" * 5000], "from 1 on"),
+        (["keys", "restore", "vm-1", "storage", "1", "--reason", "x" * 501], "one line of at most"),
+        (["keys", "rewrap", "--reason", "a\nb"], "one line of at most"),
+        (["store", "restored", "--reason", "\udcff"], "one line of at most"),
+        (["audit", "list", "--last", "x"], "a whole number"),
+        (["audit", "list", "--since", "yesterday"], "a time is for example"),
+        (["audit", "list", "--until", "9" * 40], "a time is for example"),
+    ],
+)
+def test_what_no_option_takes(site: Site, words: list[str], told: str) -> None:
+    ended = site.do(*words)
+    assert (ended.code, told in ended.err) == (2, True), ended.err
+
+
+def test_another_volumes_name_is_only_not_there(site: Site) -> None:
+    site.boot("1")
+    before = site.rows()
+    for volume in ("", "..", "a\0b", "x" * 10_000, "\udcff", "root"):
+        assert site.do("keys", "restore", "vm-1", volume, 1).code == 1
+        assert site.do("keys", "allow-format", "vm-1", volume).code == 1
+    assert site.rows() == before
+
+
+@pytest.mark.parametrize("site", ["sqlite"], indirect=True)
 def test_there_must_be_a_store(site: Site) -> None:
     for arguments in (("vm", "list"), ("audit", "export"), ("keys", "rewrap"), ("store", "restored")):
         ended = site.do(*arguments)
         assert (ended.code, "not made yet" in ended.err) == (1, True)
     assert not (site.directory / "keys.db").exists()
+    SqliteStore(site.directory / "keys.db").close()  # for the look at what was kept

@@ -13,6 +13,7 @@ import os
 import secrets
 import stat
 import threading
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -42,6 +43,16 @@ def read_head(path: str | Path, size: int) -> bytes:
         with Path(path).open("rb") as file:
             return file.read(size)
     except (OSError, ValueError) as exc:  # ValueError: a NUL in the name
+        raise _unavailable(path, "cannot be read", exc) from None
+
+
+def read_lines(path: str | Path, *, limit: int) -> Iterator[bytes]:
+    """The lines of a file of any size. Raises `FileUnavailable`, also for a line of more than ``limit`` bytes."""
+    try:
+        with Path(path).open("rb") as file:
+            while line := file.readline(limit + 1):
+                yield _bounded(f"{path}: a line", line, limit)
+    except (OSError, ValueError) as exc:
         raise _unavailable(path, "cannot be read", exc) from None
 
 

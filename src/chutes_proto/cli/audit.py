@@ -26,7 +26,7 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
         exit code: 0 done; 1 the store cannot be read; 2 usage, or a file that cannot be read
         """,
         "chutes-proto audit list --config /etc/chutes/server.toml --vm vm-1\n"
-        "chutes-proto audit export --config /etc/chutes/server.toml --since 1780000000 > audit.jsonl",
+        "chutes-proto audit export --config /etc/chutes/server.toml --since 2026-05-01 > audit.jsonl",
     )
     actions = parser.add_subparsers(metavar="ACTION", dest="action", required=True)
     listed = console.command(
@@ -44,11 +44,17 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
         "chutes-proto audit export --config /etc/chutes/server.toml > audit.jsonl",
     )
     for action in (listed, export):
-        console.add(action, "--vm", metavar="VM", help="HOTKEY/NAME, or only NAME where one hotkey has it")
+        console.add(
+            action,
+            "--vm",
+            metavar="VM",
+            type=operating.vm_name,
+            help="HOTKEY/NAME, or only NAME where one hotkey has it",
+        )
         console.add(action, "--event", metavar="WORD", help="one event, for example boot or 'key restored'")
-        console.add(action, "--since", metavar="UNIX", type=console.unix_time, default=0, help="from this time on")
-        console.add(action, "--until", metavar="UNIX", type=console.unix_time, default=_END, help="before this time")
-        console.add(action, "--last", metavar="N", type=operating.days, help="only so many, the newest")
+        console.add(action, "--since", metavar="TIME", type=operating.moment, default=0, help="from this time on")
+        console.add(action, "--until", metavar="TIME", type=operating.moment, default=_END, help="before this time")
+        console.add(action, "--last", metavar="N", type=operating.count, help="only so many, the newest")
         console.add(action, "--config", metavar="FILE", required=True, help="the server's configuration file (TOML)")
     console.add_json(listed)
     export.set_defaults(json=True)
@@ -63,7 +69,7 @@ def _show(options: argparse.Namespace) -> int:
     from chutes_proto.units.operator import Audit
 
     with operating.opened(options) as (_, store):
-        vm = operating.find_vm(store, options.vm) if options.vm else None
+        vm = operating.find_vm(store, options.vm, new=True) if options.vm else None
         rows = store.transact(Audit(options.since, options.until, vm, options.event))
     rows = rows if options.last is None else rows[len(rows) - min(options.last, len(rows)) :]
     if options.action == "list" and options.json:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 NAME = "keys"
 BATCH = 200
 _DAY = 86_400
+_LINE_BYTES = 256 * 1024  # a boot quote, the largest part, takes less than a tenth
 
 
 def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
@@ -54,8 +55,9 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
         "purge",
         "delete passphrases whose retention is over, for ever",
         """
-        Delete the passphrases that were retired long enough ago. Kept are each volume's three newest generations and
-        whatever a VM may yet be handed. Without --yes nothing is deleted: what would be is shown.
+        Delete the passphrases that were retired at least retention_days ago, as the configuration says. Kept are each
+        volume's three newest generations and whatever a VM may yet be handed. Without --yes nothing is deleted: what
+        would be is shown.
         """,
         "chutes-proto keys purge --config /etc/chutes/server.toml\n"
         "chutes-proto keys purge vm-1 --older-than 365 --yes --config /etc/chutes/server.toml",
@@ -88,7 +90,7 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
         VM's last verified boot quote in base64, whose platform the name is then bound to. The passphrases are sealed
         anew. The Fernet key comes from a file that only you can read. It may be stopped and begun again.
         """,
-        'psql -c "COPY (SELECT row_to_json(t) FROM vm_cache_configs t) TO STDOUT" > rows.jsonl\n'
+        'psql --tuples-only --no-align -c "SELECT row_to_json(t) FROM vm_cache_configs t" > rows.jsonl\n'
         "chutes-proto keys import-fernet rows.jsonl --fernet-key-file fernet.key --config /etc/chutes/server.toml",
     )
     for action in (history, restore, allow):
@@ -96,9 +98,15 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
     operating.add_vm(purge, optional=True)
     for action in (restore, allow):
         console.add(action, "volume", metavar="VOLUME", help="the volume's name")
-    console.add(restore, "generation", metavar="GENERATION", type=int, help="its number, as `history` shows it")
     console.add(
-        purge, "--older-than", metavar="DAYS", type=operating.days, help="retired so long ago (default: retention_days)"
+        restore, "generation", metavar="GENERATION", type=operating.generation, help="its number, as `history` shows it"
+    )
+    console.add(
+        purge,
+        "--older-than",
+        metavar="DAYS",
+        type=operating.count,
+        help="retired so long ago; retention_days of the configuration (90 by default) or more",
     )
     console.add(purge, "--yes", action="store_true", help="delete them")
     console.add(fernet, "file", metavar="FILE", help="the rows, one JSON object a line")
@@ -134,11 +142,12 @@ def _history(options: argparse.Namespace) -> int:
         console.say_json({"ok": True, **told})
         return console.GRANTED
     for row in rows:
+        handed = f"handed out {operating.shown(row.delivered_at)}" if row.delivered_at else "never handed out"
         retired = f"retired {operating.shown(row.retired_at)} ({row.retirement})" if row.retired_at else ""
         state = f"{row.state}{', provisional' if row.provisional else ''}"
         made = f"made {operating.shown(row.created_at)} by {row.origin}"
         sealed = f"under {row.kek_id}" if row.kek_id else ""
-        parts = (f"{row.volume}/{row.generation}", state, made, retired, sealed)
+        parts = (f"{row.volume}/{row.generation}", state, made, handed, retired, sealed)
         console.say("  ".join(part for part in parts if part))
     for volume in volumes:
         used = "in use" if volume.in_use else "not known to be in use"
@@ -172,11 +181,17 @@ def _restore(options: argparse.Namespace) -> int:
 
 
 def _purge(options: argparse.Namespace) -> int:
+    from chutes_proto.codes import Code
+    from chutes_proto.errors import Refused
     from chutes_proto.units.operator import PurgeKeys
 
     with operating.opened(options) as (setup, store):
         vm = operating.find_vm(store, options.vm) if options.vm else None
-        days = setup.config.retention_days if options.older_than is None else options.older_than
+        least = setup.config.retention_days
+        days = least if options.older_than is None else options.older_than
+        if days < least:
+            told = f"the configuration keeps retired keys for {least} days (retention_days); nothing younger is purged"
+            raise Refused(Code.KEY_NOT_FOUND, told)
         unit = PurgeKeys(operating.now(), days * _DAY, operating.reason(options), vm, options.yes)
         rows = store.transact(unit)
     if options.json:
@@ -185,7 +200,9 @@ def _purge(options: argparse.Namespace) -> int:
         return console.GRANTED
     for row in rows:
         console.say(f"{row.vm.hotkey}/{row.vm.name}  {row.volume}/{row.generation}  {operating.shown(row.retired_at)}")
-    if options.yes:
+    if not rows:
+        console.say(f"nothing to purge: no passphrase that may go was retired {days} days ago or earlier")
+    elif options.yes:
         console.say(f"{len(rows)} passphrases deleted that were retired {days} days ago or earlier")
     else:
         console.say(f"{len(rows)} passphrases were retired {days} days ago or earlier; with --yes they are deleted")
@@ -195,23 +212,32 @@ def _purge(options: argparse.Namespace) -> int:
 def _rewrap(options: argparse.Namespace) -> int:
     import os
 
-    from chutes_proto.keys.vault import NONCE_SIZE
+    from chutes_proto.keys.vault import NONCE_SIZE, Address
     from chutes_proto.units.operator import RewrapKeys
 
     done = 0
+    broken = frozenset[Address]()
     with operating.opened(options) as (setup, store):
         vault = setup.service.vault
         while True:
-            unit = RewrapKeys(operating.now(), os.urandom(NONCE_SIZE * BATCH), vault, operating.reason(options))
-            step = store.transact(unit)
-            if step.count == 0:
+            entropy = os.urandom(NONCE_SIZE * BATCH)
+            step = store.transact(RewrapKeys(operating.now(), entropy, vault, operating.reason(options), broken))
+            broken |= frozenset(step.broken)
+            if not step.count and not step.broken:
                 break
             done += step.count
             left = sum(count for kek_id, count in step.sealed if kek_id != vault.current.kek_id)
             console.tell(f"{done} keys wrapped under {vault.current.kek_id}, {left} to do")
+    told = sorted(f"{row.vm.hotkey}/{row.vm.name} {row.volume}/{row.generation}" for row in broken)
+    for row in told:
+        console.tell(f"chutes-proto: {row} does not open: its row was altered or is another's; it was left as it is")
     if options.json:
-        console.say_json({"ok": True, "rewrapped": done, "sealed_under": dict(step.sealed)})
-        return console.GRANTED
+        members = {"rewrapped": done, "sealed_under": dict(step.sealed), "broken": told}
+        console.say_json({"ok": not broken, **members})
+        return console.REFUSED if broken else console.GRANTED
+    if broken:
+        console.say(f"{done} keys wrapped; {len(broken)} are under another key-encryption key still")
+        return console.REFUSED
     console.say(f"{done} keys wrapped; no key is under another key-encryption key than {vault.current.kek_id}")
     if vault.previous is not None:
         console.say(f"{vault.previous.kek_id} is needed no more once its last nonces are 600 s old")
@@ -228,22 +254,23 @@ def _allow_format(options: argparse.Namespace) -> int:
 
 
 def _import_fernet(options: argparse.Namespace) -> int:
-    from chutes_proto.blocking.files import read_file, read_private
+    from chutes_proto.blocking.files import read_lines, read_private
     from chutes_proto.errors import ConfigurationError, Refused
     from chutes_proto.store.rows import Vm
     from chutes_proto.units.operator import ImportKeys
     from chutes_proto.wire.json import JsonError, decode
 
     key = read_private(options.fernet_key_file)
-    lines = [line for line in read_file(options.file).splitlines() if line.strip()]
     made = left = bound = 0
     refused: list[str] = []
     with operating.opened(options, new=True) as (setup, store):
         rows: list[tuple[Vm, dict[str, FreshKey], Platform | None]] = []
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(read_lines(options.file, limit=_LINE_BYTES), 1):
+            if not line.strip():
+                continue
             try:
                 rows.append(_row(decode(line), key, setup.service.root, setup.service.volumes))
-            except (JsonError, ValueError, KeyError) as exc:
+            except (JsonError, ValueError) as exc:
                 raise ConfigurationError(f"{options.file}, line {number}: {exc}; nothing was imported") from None
         for vm, keys, platform in rows:
             unit = ImportKeys(operating.now(), vm, keys, platform, setup.service.vault, operating.reason(options))
@@ -268,12 +295,15 @@ def _row(
 ) -> tuple[Any, dict[str, FreshKey], Platform | None]:
     """One VM of the reference system. Raises `ValueError`, whose text repeats no secret."""
     import os
+    import re
 
     from cryptography.fernet import Fernet, InvalidToken
 
+    from chutes_proto.auth.hotkey import Hotkey, HotkeyError
     from chutes_proto.keys.vault import FreshKey
     from chutes_proto.secret import Secret
     from chutes_proto.store.rows import Vm
+    from chutes_proto.wire.messages import NAME_PATTERN
 
     try:
         fernet = Fernet(fernet_key.strip())
@@ -282,16 +312,21 @@ def _row(
     if not isinstance(content, dict):
         raise ValueError("not a JSON object")  # noqa: TRY004 - what a line holds is a value
     members = cast("dict[str, Any]", content)
-    named = [members.get("miner_hotkey"), members.get("vm_name"), members.get("volume_passphrases")]
-    hotkey, name, tokens = named
+    hotkey, name, tokens = (members.get(key) for key in ("miner_hotkey", "vm_name", "volume_passphrases"))
     if not isinstance(hotkey, str) or not isinstance(name, str) or not isinstance(tokens, dict):
         raise ValueError(  # noqa: TRY004
             "it takes the texts miner_hotkey and vm_name, and the object volume_passphrases"
         )
+    if not re.fullmatch(NAME_PATTERN, name, re.ASCII):
+        raise ValueError(f"vm_name {name[:200]!r}: no boot can be of this name, which has the form {NAME_PATTERN}")
+    try:
+        _ = Hotkey.parse(hotkey)
+    except HotkeyError as exc:
+        raise ValueError(f"miner_hotkey {hotkey[:200]!r} is no hotkey: {exc}") from None
     keys: dict[str, FreshKey] = {}
     for volume, token in cast("dict[str, object]", tokens).items():
         if volume not in served:
-            raise ValueError(f"volume {volume!r} is not among the server's volumes: {', '.join(served)}")
+            raise ValueError(f"volume {volume[:200]!r} is not among the server's volumes: {', '.join(served)}")
         try:
             passphrase = fernet.decrypt(str(token).encode("ascii", "replace"))
         except InvalidToken:

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from chutes_proto.blocking.stores import DurableStore
     from chutes_proto.store.rows import Platform, Vm
 
-_DAYS = re.compile(r"[0-9]{1,5}")
+_COUNT = re.compile(r"[0-9]{1,5}")
+_HOTKEY = re.compile(r"[!-~]{1,128}")
+_REASON_LENGTH = 500
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +34,8 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def add_reason(parser: argparse.ArgumentParser) -> None:
-    console.add(parser, "--reason", metavar="TEXT", default="", help="why; kept in the audit row beside your user name")
+    told = "why; kept in the audit row beside your user name"
+    console.add(parser, "--reason", metavar="TEXT", type=_reason, default="", help=told)
 
 
 def add_vm(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
@@ -40,6 +43,7 @@ def add_vm(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
         parser,
         "vm",
         metavar="VM",
+        type=vm_name,
         nargs="?" if optional else None,
         help="HOTKEY/NAME, or only NAME where one hotkey has it" + (" (default: all VMs)" if optional else ""),
     )
@@ -78,22 +82,22 @@ def opened(options: argparse.Namespace, *, new: bool = False) -> Generator[tuple
         store.close()
 
 
-def find_vm(store: DurableStore, text: str) -> Vm:
-    """The VM that an operator names. Raises `Refused` for none, or more than one."""
+def find_vm(store: DurableStore, text: str, *, new: bool = False) -> Vm:
+    """The VM that an operator names; with its hotkey it may be ``new``. Raises `Refused` for none, or several."""
     from chutes_proto.codes import Code
     from chutes_proto.errors import Refused
     from chutes_proto.store.rows import Vm, VmRow
     from chutes_proto.units.operator import Everyone
 
     hotkey, slash, name = text.rpartition("/")
-    if slash:
+    if slash and new:
         return Vm(hotkey, name)
-    everyone = store.transact(Everyone())
-    found = [vm for vm in (row.vm if isinstance(row, VmRow) else row for row in everyone) if vm.name == text]
+    everyone = [row.vm if isinstance(row, VmRow) else row for row in store.transact(Everyone())]
+    found = [vm for vm in everyone if vm.name == name and hotkey in ("", vm.hotkey)]
     if len(found) == 1:
         return found[0]
     if not found:
-        raise Refused(Code.KEY_NOT_FOUND, f"no VM is named {text!r}; `chutes-proto vm list` shows those there are")
+        raise Refused(Code.KEY_NOT_FOUND, f"there is no VM {text!r}; `chutes-proto vm list` shows those there are")
     hotkeys = ", ".join(vm.hotkey for vm in found)
     raise Refused(Code.KEY_NOT_FOUND, f"several hotkeys have a VM {text!r}; say HOTKEY/{text} with one of: {hotkeys}")
 
@@ -137,11 +141,55 @@ def shown(at: int | None) -> str:
     return "-" if at is None else rfc3339(at)
 
 
-def days(text: str) -> int:
-    """A whole number of days."""
-    if not _DAYS.fullmatch(text):
-        raise argparse.ArgumentTypeError("a whole number of days, for example 90")
+# --- types of options ---
+
+
+def count(text: str) -> int:
+    """A number of something."""
+    if not _COUNT.fullmatch(text):
+        raise argparse.ArgumentTypeError("a whole number, for example 90")
     return int(text)
+
+
+def generation(text: str) -> int:
+    """The number of a generation."""
+    if not re.fullmatch(r"[1-9][0-9]{0,17}", text):
+        raise argparse.ArgumentTypeError("a generation is a number from 1 on, as `keys history` shows it")
+    return int(text)
+
+
+def moment(text: str) -> int:
+    """A time in unix seconds, or as `shown` and the log tell it."""
+    from datetime import UTC, datetime
+
+    try:
+        at = datetime.fromisoformat(text)
+        return int((at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp())
+    except (ValueError, OverflowError):
+        pass
+    try:
+        return console.unix_time(text)
+    except argparse.ArgumentTypeError:
+        told = "a time is for example 2026-05-01, 2026-05-01T12:00:00Z, or whole unix seconds"
+        raise argparse.ArgumentTypeError(told) from None
+
+
+def vm_name(text: str) -> str:
+    """A VM as `find_vm` takes it."""
+    from chutes_proto.wire.messages import NAME_PATTERN
+
+    hotkey, slash, name = text.rpartition("/")
+    if not re.fullmatch(NAME_PATTERN, name, re.ASCII) or (slash and not _HOTKEY.fullmatch(hotkey)):
+        raise argparse.ArgumentTypeError(
+            "a VM is HOTKEY/NAME or NAME, and its name has letters, digits, _ . and - only"
+        )
+    return text
+
+
+def _reason(text: str) -> str:
+    if not text.isprintable() or len(text) > _REASON_LENGTH:
+        raise argparse.ArgumentTypeError(f"a reason is one line of at most {_REASON_LENGTH} characters")
+    return text
 
 
 def _identifier(text: str) -> bytes:

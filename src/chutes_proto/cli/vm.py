@@ -82,7 +82,7 @@ def _list(options: argparse.Namespace) -> int:
                 "proven": claim.proven,
                 "exchange": claim.exchange,
                 "created_at": claim.created_at,
-                "last_boot_at": claim.last_boot_at,
+                "last_boot_at": claim.last_boot_at or None,
             }
             for claim in claims
         ]
@@ -91,7 +91,7 @@ def _list(options: argparse.Namespace) -> int:
         return console.GRANTED
     for claim in claims:
         proven = "hotkey proven" if claim.proven else "hotkey not proven"
-        last = f"last boot {operating.shown(claim.last_boot_at)}"
+        last = f"last boot {operating.shown(claim.last_boot_at)}" if claim.last_boot_at else "not booted yet"
         console.say(f"{claim.vm.hotkey}/{claim.vm.name}  {claim.pin}  {claim.exchange}  {proven}  {last}")
     for vm in unbound:
         console.say(f"{vm.hotkey}/{vm.name}  holds keys, and is bound to no platform")
@@ -99,11 +99,17 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _bind(options: argparse.Namespace) -> int:
+    from chutes_proto.auth.hotkey import Hotkey, HotkeyError
+    from chutes_proto.errors import ConfigurationError
     from chutes_proto.units.operator import BindVm
 
     platform = operating.platform(options)
     with operating.opened(options) as (_, store):
-        vm = operating.find_vm(store, options.vm)
+        vm = operating.find_vm(store, options.vm, new=True)
+        try:
+            _ = Hotkey.parse(vm.hotkey)
+        except HotkeyError as exc:
+            raise ConfigurationError(f"{vm.hotkey!r} is no hotkey: {exc}") from None
         store.transact(BindVm(operating.now(), vm, platform, operating.reason(options)))
     return _done(options, f"{vm.hotkey}/{vm.name} is bound to {platform.pin}")
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from attrs import evolve, frozen
 
 from chutes_proto.codes import Code
-from chutes_proto.errors import Refused
+from chutes_proto.errors import Refused, SealBroken
 from chutes_proto.keys import generations
 from chutes_proto.keys.vault import NONCE_SIZE, Address, FreshKey, Vault
 from chutes_proto.store.rows import (
@@ -161,10 +161,14 @@ class PurgeKeys(Unit[tuple[GenerationRow, ...]]):
 
 @frozen
 class Rewrapped:
-    """How far it is: rows wrapped anew by this unit, and what is sealed under which key-encryption key afterwards."""
+    """How far it is: rows wrapped anew by this unit, and what is sealed under which key-encryption key afterwards.
+
+    ``broken`` are rows that do not open, which were left as they are.
+    """
 
     count: int
     sealed: tuple[tuple[str, int], ...]
+    broken: tuple[Address, ...] = ()
 
 
 @frozen
@@ -172,27 +176,34 @@ class RewrapKeys(Unit[Rewrapped]):
     """Wrap some rows under the current key-encryption key that are under another one.
 
     To be repeated until it counts none: each is a transaction of its own, so that a server goes on meanwhile and what
-    was done stays done. ``entropy`` is `NONCE_SIZE` random bytes for each row. Raises `KeyUnavailable` where a row is
-    under a key that is not at hand.
+    was done stays done. ``entropy`` is `NONCE_SIZE` random bytes for each row; ``skip`` are rows that were found
+    broken. Raises `KeyUnavailable` where a row is under a key that is not at hand.
     """
 
     now: int
     entropy: bytes
     vault: Vault
     reason: str
+    skip: frozenset[Address] = frozenset()
 
     def script(self) -> Script[Rewrapped]:
         """Wrap as many as there is entropy for."""
         current = self.vault.current.kek_id
-        rows = yield from ReadOtherwiseSealed(current, len(self.entropy) // NONCE_SIZE)
-        for index, row in enumerate(rows):
-            seed = self.entropy[NONCE_SIZE * index : NONCE_SIZE * (index + 1)]
-            wrapped = self.vault.rewrap(Address(row.vm, row.volume, row.generation), row, seed)
+        limit = len(self.entropy) // NONCE_SIZE
+        rows = yield from ReadOtherwiseSealed(current, limit + len(self.skip))
+        addressed = [(Address(row.vm, row.volume, row.generation), row) for row in rows]
+        count, broken = 0, list[Address]()
+        for index, (address, row) in enumerate([pair for pair in addressed if pair[0] not in self.skip][:limit]):
+            try:
+                wrapped = self.vault.rewrap(address, row, self.entropy[NONCE_SIZE * index : NONCE_SIZE * (index + 1)])
+            except SealBroken:
+                broken.append(address)
+                continue
             yield from RewrapGeneration(evolve(row, kek_id=wrapped.kek_id, wrapped_key=wrapped.wrapped_key))
-        if rows:
-            told = f"{len(rows)} under {current}"
-            yield from Insert(_audit(self.now, "keys rewrapped", self.reason, keys=told))
-        return Rewrapped(len(rows), (yield from CountSealed()))
+            count += 1
+        if count:
+            yield from Insert(_audit(self.now, "keys rewrapped", self.reason, keys=f"{count} under {current}"))
+        return Rewrapped(count, (yield from CountSealed()), tuple(broken))
 
 
 @frozen
@@ -207,7 +218,11 @@ class AllowFormat(Unit[None]):
     def script(self) -> Script[None]:
         """Set the permission."""
         known = {row.volume: row for row in (yield from ReadVolumes(self.vm))}.get(self.volume)
-        if known is None or not known.in_use:
+        if known is None:
+            raise _refused(
+                f"no disk {self.volume!r} of {_named(self.vm)} is known; what is not in use needs no permission"
+            )
+        if not known.in_use:
             raise _refused(f"{self.volume} of {_named(self.vm)} is not in use, so that a VM may format it as it is")
         yield from Put(evolve(known, format_allowed=True))
         yield from Insert(_audit(self.now, "format allowed", self.reason, self.vm, keys=self.volume))
@@ -336,7 +351,7 @@ def _claim(vm: Vm, platform: Platform, now: int) -> VmRow:
         proven=False,
         exchange="base",
         created_at=now,
-        last_boot_at=now,
+        last_boot_at=0,
     )
 
 
