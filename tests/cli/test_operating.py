@@ -304,11 +304,7 @@ def test_a_name_of_several_hotkeys(site: Site) -> None:
     assert (ended.code, "several hotkeys" in ended.err) == (1, True)
     assert site.do("keys", "history", "other/vm-1").code == 0
     for nobody in ("vm-9", f"{HOTKEY}/vm-9"):
-        for words in (
-            ["keys", "history", nobody],
-            ["keys", "restore", nobody, "storage", 1],
-            ["keys", "purge", nobody],
-        ):
+        for words in (("history", nobody), ("restore", nobody, "storage", 1), ("purge", nobody)):
             ended = site.do("keys", *words)
             assert (ended.code, f"there is no VM '{nobody}'" in ended.err) == (1, True)
 

@@ -85,6 +85,8 @@ def load_setup(path: str | Path) -> ServerSetup:
     if config.kek_previous_file is not None:
         previous_path = base / config.kek_previous_file
         previous = problems.attempt("kek_previous_file", lambda: _kek(previous_path))
+    if previous is not None and previous == current:
+        problems.add("kek_previous_file", f"{base / str(config.kek_previous_file)} holds the same key as kek_file")
     profiles = _profiles(config, base, problems)
     policy = problems.attempt("measurements", lambda: Policy(profiles=tuple(p.measurements for p in profiles)))
     hotkeys: frozenset[str] | Literal["*"] | None = problems.attempt("hotkeys", lambda: _hotkeys(config.hotkeys))
