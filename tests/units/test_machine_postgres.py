@@ -12,7 +12,7 @@ from hypothesis.stateful import run_state_machine_as_test
 from chutes_proto.blocking.postgres import PostgresStore
 from chutes_proto.testing.store_suite import dump
 from tests.postgres import schema
-from tests.units.test_machine import Calls
+from tests.units.test_machine import STEPS, Calls
 
 
 class PostgresCalls(Calls):
@@ -27,8 +27,6 @@ class PostgresCalls(Calls):
         self.stores.append(self.postgres)
 
     def teardown(self) -> None:
-        self.stores.remove(self.postgres)
-        super().teardown()
         found = dump(self.postgres)
         self.postgres.close()
         self.stack.close()
@@ -37,5 +35,5 @@ class PostgresCalls(Calls):
 
 def test_calls(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PostgresCalls, "database", database, raising=False)
-    few = settings(settings(), max_examples=settings().max_examples // 4, stateful_step_count=30)
+    few = settings(settings(), max_examples=settings().max_examples // 4, stateful_step_count=STEPS)
     run_state_machine_as_test(PostgresCalls, settings=few)
