@@ -19,10 +19,11 @@ from attrs import frozen
 
 if TYPE_CHECKING:
     from chutes_proto.log import Record
+    from chutes_proto.luks.plan import Action, Disk, Keys
     from chutes_proto.quote.collateral import VerifiedCollateral
     from chutes_proto.quote.pck import PckIdentity
     from chutes_proto.store.run import Unit
-    from chutes_proto.wire.http import HttpRequest, HttpResponse
+    from chutes_proto.wire.http import Headers, HttpRequest, HttpResponse
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -117,6 +118,23 @@ class Resolve(Effect[tuple[str, ...]]):
 
 
 @frozen
+class FetchEvidence(Effect["tuple[HttpResponse, bytes]"]):
+    """GET ``target`` from a host's very ``address``, over TLS, and reply with the whole answer and its certificate.
+
+    Nothing is resolved: ``host`` is only told to the peer, as the name in SNI and Host. Whose the certificate (DER) is
+    stays for the flow to judge; that the peer holds its key, TLS has shown. Follows no redirect, takes at most
+    ``seconds``. Raises `TransportError` in the flow when there is no answer; never for a status.
+    """
+
+    address: str
+    port: int
+    host: str
+    target: str
+    headers: Headers
+    seconds: float
+
+
+@frozen
 class Transact(Effect[T_co]):
     """Run one unit as one serializable transaction; the reply is what its script returns.
 
@@ -125,6 +143,24 @@ class Transact(Effect[T_co]):
     """
 
     unit: Unit[T_co]
+
+
+@frozen
+class InspectDisk(Effect["Disk"]):
+    """Look what a disk holds and write nothing. Raises `DiskError`; `HeaderRejected`, for a LUKS header not allowed."""
+
+    device: str
+
+
+@frozen
+class ActOnDisk(Effect[T_co]):
+    """Carry out one action of a plan with the keys that it names; the reply is as the action says.
+
+    Raises `DiskError`; what was on the disk is then still there, and every key that opened it still does.
+    """
+
+    action: Action[T_co]
+    keys: Keys
 
 
 @frozen

@@ -13,6 +13,8 @@
     ├── TransportError                 no answer; ``maybe_delivered`` says whether the request may have arrived
     ├── QuoteUnavailable               this machine cannot make a quote
     ├── CollateralUnavailable          no collateral for a platform
+    ├── DiskError                      a disk cannot be used as it is
+    │   └── HeaderRejected             … because of what its LUKS2 header says
     ├── StoreError                     the store cannot do its work
     │   └── StoreBusy                  … now; trying again may help
     ├── KeyUnavailable                 a row is sealed under a key-encryption key that is not at hand
@@ -37,7 +39,9 @@ __all__ = [
     "ChutesError",
     "CollateralUnavailable",
     "ConfigurationError",
+    "DiskError",
     "FileUnavailable",
+    "HeaderRejected",
     "KeyUnavailable",
     "LocalProtocolError",
     "QuoteError",
@@ -181,6 +185,27 @@ class QuoteUnavailable(ChutesError):
 
 class CollateralUnavailable(ChutesError):
     """No collateral for a platform: none there, or none that verifies."""
+
+
+class DiskError(ChutesError):
+    """A disk cannot be used as it is, or a program failed on it; nothing on it was lost.
+
+    ``reason`` is a stable word, ``device`` the disk's path; the text names it and says what to do.
+    """
+
+    def __init__(self, reason: str, text: str, device: str) -> None:
+        super().__init__(f"{device}: {text}" if device else text)
+        self.reason = reason
+        self.device = device
+
+
+class HeaderRejected(DiskError):
+    """A LUKS2 header says what is not allowed. ``found`` is what it says, ``expected`` what it may say."""
+
+    def __init__(self, reason: str, found: object, expected: object, device: str) -> None:
+        super().__init__(reason, f"its LUKS2 header is refused ({reason}): found {found}, expected {expected}", device)
+        self.found = str(found)
+        self.expected = str(expected)
 
 
 class StoreError(ChutesError):

@@ -1,6 +1,9 @@
 """Secrets are a type of their own: what holds one does not show it, compare it in variable time or hash it.
 
 ``reveal()`` is the only way to the bytes, so that a search for it finds every place where a secret leaves.
+
+``wipe()`` overwrites the bytes that are held here. It is an effort, not a promise: what ``reveal()`` gave away, and
+what a parser or a TLS library held before, lies in memory until something else takes its place.
 """
 
 from __future__ import annotations
@@ -15,14 +18,28 @@ class Secret:
     __slots__ = ("_value",)
 
     def __init__(self, value: bytes) -> None:
-        self._value = bytes(value)
+        self._value: bytearray | None = bytearray(value)
 
     def reveal(self) -> bytes:
-        """The bytes, to put on the wire, into a cipher or into a pipe, and nowhere else."""
+        """The bytes, to put on the wire, into a cipher or into a pipe, and nowhere else.
+
+        Raises `ValueError` when they were wiped: nothing is ever encrypted with what is left of them.
+        """
+        return bytes(self._held())
+
+    def wipe(self) -> None:
+        """Overwrite the bytes; `reveal` has nothing more to give. Wiping twice does no harm."""
+        if self._value is not None:
+            self._value[:] = bytes(len(self._value))
+            self._value = None
+
+    def _held(self) -> bytearray:
+        if self._value is None:
+            raise ValueError("the secret was wiped")
         return self._value
 
     def __len__(self) -> int:
-        return len(self._value)
+        return len(self._held())
 
     def __repr__(self) -> str:
         return "***"
@@ -32,7 +49,7 @@ class Secret:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Secret):
             return NotImplemented
-        return hmac.compare_digest(self._value, other._value)
+        return hmac.compare_digest(self._held(), other._held())
 
     __hash__ = None  # type: ignore[assignment]
 

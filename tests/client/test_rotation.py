@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -26,7 +27,8 @@ def handed(**members: object) -> HttpResponse:
 
 
 def confirmed() -> HttpResponse:
-    return talk.answer({"status": "confirmed", "volumes": {"storage": {"result": "promoted"}}})
+    results = {"storage": {"result": "promoted"}, "tdx-cache": {"result": "discarded"}}
+    return talk.answer({"status": "confirmed", "volumes": results})
 
 
 def attest(*script: tuple[Any, object], grant: BootGrant | None = GRANT) -> Rotation:
@@ -133,29 +135,33 @@ def test_a_boot_that_is_granted_the_other_exchange_says_so() -> None:
     assert Playbook(*script, aside=talk.calm()).run(boot(talk.SETTINGS)).luks_quote_nonce == Secret(NONCE.encode())
 
 
-def confirm(*script: tuple[Any, object], rotation: Rotation | None = None) -> None:
+def confirm(*script: tuple[Any, object], rotation: Rotation | None = None) -> Mapping[str, str]:
     rotation = rotation or attest((MakeQuote, b"quote"), (Send, handed()))
     rotation.added("storage")
     flow = confirm_volumes(rotation, retry=talk.SETTINGS.retry)
-    Playbook(*script, aside=talk.patient()).run(flow)
+    return Playbook(*script, aside=talk.patient()).run(flow)
 
 
 def test_a_confirmation_is_repeated_as_it_was() -> None:
     headers = (("x-chutes-hotkey", talk.HOTKEY), ("x-confirm-nonce", CONFIRM), *talk.JSON)
     body = b'{"volumes":{"storage":{"rotated":true},"tdx-cache":{"rotated":false}}}'
     request = HttpRequest("POST", f"/servers/{talk.VM}/luks/confirm", headers, body)
-    confirm((Send(request), LOST), (Send(request), talk.refused(503)), (Send(request), confirmed()))
+    other = talk.answer({"status": "confirmed", "volumes": {"storage": {"result": "promoted"}}})
+    results = confirm(
+        (Send(request), LOST), (Send(request), talk.refused(503)), (Send(request), other), (Send(request), confirmed())
+    )
+    assert results == {"storage": "promoted", "tdx-cache": "discarded"}
 
 
 @pytest.mark.parametrize(("status", "code"), [(409, "rotation_superseded"), (401, "confirm_nonce_invalid")])
 def test_a_confirmation_that_is_refused(status: int, code: str) -> None:
     with pytest.raises(Refused, match=code):
-        confirm((Send, talk.refused(status, code)))
+        _ = confirm((Send, talk.refused(status, code)))
 
 
 def test_a_confirmation_that_stays_lost() -> None:
     with pytest.raises(TransportError):
-        confirm(*[(Send, LOST)] * talk.SETTINGS.retry.attempts)
+        _ = confirm(*[(Send, LOST)] * talk.SETTINGS.retry.attempts)
 
 
 def test_what_is_reported() -> None:
@@ -166,4 +172,4 @@ def test_what_is_reported() -> None:
             report("storage")
     assert rotation.report == {"tdx-cache": False}
     rotation.left_out("tdx-cache")
-    Playbook().run(confirm_volumes(rotation))  # nothing to say, nothing sent
+    assert Playbook().run(confirm_volumes(rotation)) == {}  # nothing to say, nothing sent

@@ -232,14 +232,43 @@ def attest_volumes(
     return rotation
 
 
-def confirm_volumes(rotation: Rotation, *, retry: RetryPolicy = DEFAULT_RETRY) -> Flow[None]:
+def receive_keys(
+    settings: BootSettings,
+    volumes: Sequence[str],
+    formatted: Sequence[str] | None = None,
+    *,
+    grant: BootGrant | None = None,
+) -> Flow[tuple[BootGrant, VolumeKeys] | Rotation]:
+    """The keys of ``volumes`` in whichever exchange the server grants: `boot_and_sync` or `attest_volumes`.
+
+    Arguments and errors are theirs.
+    """
+    steps = {
+        **_boot_steps(settings),
+        State.TOKEN_HELD: _sync_step(volumes, (), formatted),
+        **_attest_steps(settings, volumes, formatted),
+    }
+    received: tuple[BootGrant, VolumeKeys] | Rotation = yield from _reach(
+        {Input.KEYS, Input.PAIRS}, steps, settings.retry, grant
+    )
+    return received
+
+
+def confirm_volumes(rotation: Rotation, *, retry: RetryPolicy = DEFAULT_RETRY) -> Flow[Mapping[str, str]]:
     """Tell the server what the caller reported; it is through when this returns. Nothing is sent for no volume at all.
+
+    The reply is what came of each volume. Where it is ``promoted``, the next key alone is needed from now on; where it
+    is anything else, every key stays on the disk.
 
     Raises `Refused` where the server decided otherwise meanwhile (401, 409) and `TransportError` where nothing is
     known: in either case every key stays on the disk.
     """
-    if rotation.report:
-        yield from _reach({Input.CONFIRMED}, {State.HANDED: _confirm_step()}, retry, rotation, State.HANDED)
+    if not rotation.report:
+        return {}
+    results: Mapping[str, str] = yield from _reach(
+        {Input.CONFIRMED}, {State.HANDED: _confirm_step()}, retry, rotation, State.HANDED
+    )
+    return results
 
 
 # --- single steps ---
@@ -373,7 +402,7 @@ def _attest_steps(
 
 
 def _confirm_step() -> _Step:
-    def confirm(rotation: Rotation) -> Flow[None]:
+    def confirm(rotation: Rotation) -> Flow[Mapping[str, str]]:
         request = messages.VolumeConfirmationRequest(
             vm_name=messages.Name(rotation.grant.vm_name),
             hotkey=rotation.grant.miner_hotkey,
@@ -381,8 +410,14 @@ def _confirm_step() -> _Step:
             volumes={name: messages.VolumeConfirmation(rotated=added) for name, added in rotation.report.items()},
         )
         answer = yield from _ask(endpoints.VOLUME_CONFIRMATION, request, messages.VolumeConfirmationAnswer)
-        fields: dict[str, Value] = {"volumes": [f"{name}: {part.result}" for name, part in answer.volumes.items()]}
+        if {*answer.volumes} != {*rotation.report}:
+            raise RemoteProtocolError(
+                f"the server's answer is not about exactly the volumes {', '.join(rotation.report)}"
+            )
+        results = {name: part.result for name, part in answer.volumes.items()}
+        fields: dict[str, Value] = {"volumes": [f"{name}: {result}" for name, result in results.items()]}
         yield from Log(Record(Level.INFO, "rotation_confirmed", fields))
+        return results
 
     return _Step("confirmation", Input.CONFIRMED, confirm)
 

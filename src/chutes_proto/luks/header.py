@@ -1,0 +1,384 @@
+"""May this LUKS2 header be used? The host can write what it likes on a disk, so nothing runs on a header before this.
+
+    header = check_header(head, size, device)      a CheckedHeader, None where no header is, or HeaderRejected
+
+Rules kept here:
+
+* a header is accepted only if everything it says is on a list of what it may say: one encrypted segment, one cipher,
+  key slots whose cost is bounded, no token, no flag, no requirement, no member that is not known;
+* what a program is then given is `CheckedHeader.area`, which is written anew from what was checked, both copies alike:
+  nothing else can be read out of it;
+* every copy whose checksum holds is checked, so it does not matter which one counts; where they differ, the newer one
+  counts as it does for cryptsetup, and only if the older one differs by key slots that were added or taken off;
+* whatever the bytes, `check_header` returns or raises `HeaderRejected`.
+
+Source: LUKS2 On-Disk Format Specification, version 1.1.3; the numbers beside the checks are its sections.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+import struct
+from collections.abc import Mapping
+from hashlib import sha256
+from hmac import compare_digest
+from typing import Any, Final, cast
+
+from attrs import field, frozen
+
+from chutes_proto.errors import HeaderRejected
+from chutes_proto.quote import strict_json
+from chutes_proto.quote.proof import PROOF, proven
+
+PRIMARY: Final = b"LUKS\xba\xbe"
+SECONDARY: Final = b"SKUL\xba\xbe"
+SIZES: Final = (0x4000, 0x8000, 0x10000, 0x20000)
+"""Bytes of one copy, binary header and JSON (2.2). The specification goes on to 4 MiB, for which nobody has a use."""
+HEAD_SIZE: Final = 2 * SIZES[-1]
+"""So many bytes of a disk have both copies in them."""
+MAX_AREA: Final = 64 * 1024 * 1024
+"""Bytes of both copies and the key slots; cryptsetup makes it 16 MiB."""
+
+CIPHERS: Final[Mapping[str, int]] = {"aes-xts-plain64": 64}
+"""Ciphers of data and of key slots, each with the bytes of its key."""
+HASHES: Final = frozenset({"sha256", "sha512"})
+SECTOR_SIZES: Final = frozenset({512, 4096})
+STRIPES: Final = 4000
+MAX_SLOTS: Final = 8
+MAX_MEMORY: Final = 1024 * 1024
+"""KiB that Argon2 may take, cryptsetup's own bound."""
+MAX_PASSES: Final = 64 * MAX_MEMORY
+"""KiB × passes of Argon2, for all slots: half a minute or so."""
+MAX_ITERATIONS: Final = 50_000_000
+"""Iterations of PBKDF2, for all slots and the digest: half a minute or so."""
+
+_BINARY: Final = struct.Struct(">6sHQQ48s32s64s40s48sQ184s64s")
+_BINARY_SIZE: Final = 4096
+_CHECKSUM: Final = slice(448, 512)
+_ALGORITHM: Final = b"sha256".ljust(32, b"\0")
+_SECTOR: Final = 4096
+_UUID: Final = re.compile(rb"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})\0{4}")
+_DECIMAL: Final = re.compile(r"0|[1-9][0-9]{0,18}")
+_SLOT: Final = re.compile(r"[0-9]|[12][0-9]|3[01]")
+
+
+@frozen
+class CheckedHeader:
+    """A header that says only what is allowed; only `check_header` makes one.
+
+    ``offset`` is where the encrypted data begins and ``sector_size`` its unit, in bytes. ``whole`` says that both
+    copies are there and say the same. ``area`` is both copies written anew; the bytes of the key slots follow it on the
+    disk, up to ``end``.
+    """
+
+    uuid: str
+    cipher: str
+    sector_size: int
+    offset: int
+    keyslots: tuple[int, ...]
+    sequence: int
+    whole: bool
+    end: int
+    area: bytes = field(repr=False)
+    proof: None = proven()
+
+
+@frozen
+class _Copy:
+    """One copy whose checksum holds, and what it says."""
+
+    size: int
+    sequence: int
+    uuid: str
+    binary: bytes
+    json: bytes
+    told: Mapping[str, Any]
+
+
+def check_header(head: bytes, size: int, device: str) -> CheckedHeader | None:
+    """The header at the beginning of a disk of ``size`` bytes; None where there is no trace of one.
+
+    ``head`` is the first `HEAD_SIZE` bytes, or all there are. ``device`` is for the error's text. Raises
+    `HeaderRejected`.
+    """
+    return _Reader(device).read(head, size)
+
+
+class _Reader:
+    """Reads the header of one disk, and says in its errors which."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+
+    def read(self, head: bytes, size: int) -> CheckedHeader | None:
+        primary = self._copy(head, 0, PRIMARY)
+        places = SIZES if primary is None else (primary.size,)
+        secondary = next((copy for place in places if (copy := self._copy(head, place, SECONDARY))), None)
+        copies = [copy for copy in (primary, secondary) if copy]
+        if not copies:
+            if head[:6] == PRIMARY or any(head[place : place + 6] == SECONDARY for place in SIZES):
+                raise self._rejected("checksum", "no copy whose checksum holds", "one of two at least")
+            return None
+        for copy in copies:
+            self._check(copy, size)
+        newest = max(copies, key=lambda copy: copy.sequence)
+        whole = len(copies) == 2 and self._agree(*copies)
+        return self._checked(newest, whole)
+
+    # --- 2.1, 2.2: the binary header ---
+
+    def _copy(self, head: bytes, place: int, magic: bytes) -> _Copy | None:
+        """The copy at ``place``, or None if there is none or it was cut off while it was written."""
+        binary = head[place : place + _BINARY_SIZE]
+        if len(binary) < _BINARY_SIZE or not binary.startswith(magic):
+            return None
+        _, version, size, sequence, _, algorithm, _, uuid, _, offset, _, checksum = _BINARY.unpack_from(binary)
+        if version != 2:
+            raise self._rejected("version", version, 2)
+        if size not in SIZES or place not in (0, size) or len(head) < place + size:
+            return None
+        if algorithm != _ALGORITHM:
+            raise self._rejected("checksum_algorithm", _shown(algorithm), "sha256")
+        json = head[place + _BINARY_SIZE : place + size]
+        if not compare_digest(_checksum(binary, json), checksum):
+            return None
+        if offset != place:
+            raise self._rejected("header_offset", offset, place)
+        match = _UUID.fullmatch(uuid)
+        if match is None:
+            raise self._rejected("uuid", _shown(uuid), "a UUID in lower case")
+        return _Copy(size, sequence, match[1].decode(), binary, json, self._json(json))
+
+    def _agree(self, primary: _Copy, secondary: _Copy) -> bool:
+        """Whether they say the same; False where an update of key slots was cut off between them."""
+        if (primary.sequence, primary.json) == (secondary.sequence, secondary.json):
+            if primary.uuid != secondary.uuid:
+                raise self._rejected("copies", "two UUIDs", "one")
+            return True
+        if primary.sequence == secondary.sequence:
+            raise self._rejected("copies", f"two contents with the sequence number {primary.sequence}", "one")
+        ours, theirs = (copy.told["keyslots"] for copy in (primary, secondary))
+        shared = ours.keys() & theirs.keys()
+        if (
+            _lasting(primary) != _lasting(secondary)
+            or shared not in (ours.keys(), theirs.keys())
+            or any(ours[slot] != theirs[slot] for slot in shared)
+        ):
+            raise self._rejected("copies", "two contents", "ones that differ by key slots added or taken off only")
+        return False
+
+    def _checked(self, copy: _Copy, whole: bool) -> CheckedHeader:
+        segment = copy.told["segments"]["0"]
+        return CheckedHeader(
+            uuid=copy.uuid,
+            cipher=segment["encryption"],
+            sector_size=segment["sector_size"],
+            offset=int(segment["offset"]),
+            keyslots=tuple(sorted(map(int, copy.told["keyslots"]))),
+            sequence=copy.sequence,
+            whole=whole,
+            end=2 * copy.size + int(copy.told["config"]["keyslots_size"]),
+            area=_written(copy, PRIMARY, 0) + _written(copy, SECONDARY, copy.size),
+            proof=PROOF,
+        )
+
+    # --- 3: the JSON area ---
+
+    def _json(self, area: bytes) -> Mapping[str, Any]:
+        text, _, padding = area.partition(b"\0")
+        if len(text) == len(area) or padding.strip(b"\0"):
+            raise self._rejected("json", "text that is not ended by zeros to the end of its area", "zeros")
+        try:
+            value = strict_json.decode(text)
+        except strict_json.JsonError as exc:
+            raise self._rejected("json", exc, "JSON") from None
+        return self._object(value, "the JSON area", "config digests keyslots segments tokens")
+
+    def _check(self, copy: _Copy, size: int) -> None:
+        told = copy.told
+        slots_at = 2 * copy.size
+        config = self._object(told["config"], "config", "json_size keyslots_size", "flags requirements")
+        self._nothing("flags", config.get("flags", []), ([],))
+        self._nothing("requirements", config.get("requirements", {}), ({}, {"mandatory": []}))
+        self._equal("json_size", self._decimal(config, "json_size"), copy.size - _BINARY_SIZE)
+        end = slots_at + self._decimal(config, "keyslots_size")
+        if end > min(MAX_AREA, size) or end % _SECTOR:
+            raise self._rejected("keyslots_size", end - slots_at, f"sectors, up to {min(MAX_AREA, size) - slots_at}")
+        self._nothing("tokens", told["tokens"], ({},))
+        self._check_segment(told["segments"], end, size)
+        slots: Mapping[str, Any] = self._table(told["keyslots"], "keyslots")
+        if not 1 <= len(slots) <= MAX_SLOTS or not all(map(_SLOT.fullmatch, slots)):
+            raise self._rejected("keyslots", f"{len(slots)}: {', '.join(slots)[:80]}", f"1 to {MAX_SLOTS}")
+        areas = sorted(self._check_slot(f"keyslots.{name}", slot) for name, slot in slots.items())
+        for (begin, after), (following, _) in zip([(0, slots_at), *areas], [*areas, (end, end)], strict=True):
+            if following < after:
+                raise self._rejected("keyslot_area", f"{begin} to {after}, then {following}", "areas of their own")
+        self._check_digest(told["digests"], set(slots))
+        self._check_cost(told)
+
+    # 3.3
+    def _check_segment(self, value: object, end: int, size: int) -> None:
+        table = self._table(value, "segments")
+        if table.keys() != {"0"}:
+            raise self._rejected("segments", ", ".join(table)[:80] or "none", "one, named 0")
+        kind = self._table(table["0"], "segments.0")
+        self._equal("segment_type", kind.get("type"), "crypt")
+        if "integrity" in kind:
+            raise self._rejected("integrity", "an integrity layer", "none")
+        names = "encryption iv_tweak offset sector_size size type"
+        segment = self._object(kind, "segments.0", names, "flags")
+        self._nothing("segment_flags", segment.get("flags", []), ([],))
+        _ = self._cipher("cipher", segment)
+        self._equal("iv_tweak", segment["iv_tweak"], "0")
+        if type(unit := segment["sector_size"]) is not int or unit not in SECTOR_SIZES:
+            raise self._rejected("sector_size", str(unit)[:80], "512 or 4096")
+        offset = self._decimal(segment, "offset")
+        if not end <= offset < size or offset % _SECTOR:
+            raise self._rejected("segment_offset", offset, f"a sector from {end} to the end of the disk at {size}")
+        if segment["size"] != "dynamic":
+            length = self._decimal(segment, "size")
+            if not 0 < length <= size - offset or length % unit:
+                raise self._rejected("segment_size", length, f"sectors of {unit} bytes, {size - offset} at most")
+
+    # 3.2
+    def _check_slot(self, where: str, value: object) -> tuple[int, int]:
+        """Where its key material begins and ends."""
+        slot = self._object(value, where, "af area kdf key_size type", "priority")
+        self._equal("keyslot_type", slot["type"], "luks2")
+        self._equal("keyslot_priority", slot.get("priority", 1), 1)
+        area = self._object(slot["area"], f"{where}.area", "encryption key_size offset size type")
+        self._equal("keyslot_area", area["type"], "raw")
+        self._equal("keyslot_key_size", area["key_size"], self._cipher("keyslot_cipher", area))
+        self._equal("key_size", slot["key_size"], max(CIPHERS.values()))
+        splitter = self._object(slot["af"], f"{where}.af", "hash stripes type")
+        self._equal("af", (splitter["type"], splitter["stripes"]), ("luks1", STRIPES))
+        self._hash("af_hash", splitter)
+        kdf = self._table(slot["kdf"], f"{where}.kdf")
+        if kdf.get("type") == "pbkdf2":
+            self._hash("kdf_hash", self._object(kdf, f"{where}.kdf", "hash iterations salt type"))
+        elif kdf.get("type") == "argon2id":
+            _ = self._object(kdf, f"{where}.kdf", "cpus memory salt time type")
+            _ = self._number("kdf_cpus", kdf["cpus"], 64)
+        else:
+            raise self._rejected("kdf", str(kdf.get("type"))[:80], "argon2id or pbkdf2")
+        self._bytes("kdf_salt", kdf["salt"])
+        begin, length = self._decimal(area, "offset"), self._decimal(area, "size")
+        least = -(-slot["key_size"] * STRIPES // _SECTOR) * _SECTOR
+        if length < least or begin % _SECTOR or length % _SECTOR:
+            raise self._rejected("keyslot_area", f"{length} bytes at {begin}", f"sectors, {least} bytes at least")
+        return begin, begin + length
+
+    # 3.4
+    def _check_digest(self, value: object, slots: set[str]) -> None:
+        table = self._table(value, "digests")
+        if table.keys() != {"0"}:
+            raise self._rejected("digests", ", ".join(table)[:80] or "none", "one, named 0")
+        digest = self._object(table["0"], "digests.0", "digest hash iterations keyslots salt segments type")
+        self._equal("digest_type", digest["type"], "pbkdf2")
+        self._hash("digest_hash", digest)
+        self._equal("digest_segments", digest["segments"], ["0"])
+        named = digest["keyslots"]
+        if not isinstance(named, list) or sorted(map(str, cast("list[object]", named))) != sorted(slots):
+            raise self._rejected("digest_keyslots", str(cast("object", named))[:80], "every key slot once")
+        self._bytes("digest_salt", digest["salt"])
+        self._bytes("digest", digest["digest"])
+
+    def _check_cost(self, told: Mapping[str, Any]) -> None:
+        """All key slots may be tried, for one key after the other."""
+        kdfs: list[Any] = [slot["kdf"] for slot in told["keyslots"].values()]
+        iterations = [kdf for kdf in (*kdfs, told["digests"]["0"]) if kdf["type"] == "pbkdf2"]
+        rounds = sum(self._number("kdf_iterations", kdf["iterations"], MAX_ITERATIONS) for kdf in iterations)
+        passes = sum(
+            self._number("kdf_memory", kdf["memory"], MAX_MEMORY) * self._number("kdf_time", kdf["time"], MAX_PASSES)
+            for kdf in kdfs
+            if kdf["type"] == "argon2id"
+        )
+        if rounds > MAX_ITERATIONS:
+            raise self._rejected("kdf_iterations", f"{rounds} for all slots", f"{MAX_ITERATIONS} at most")
+        if passes > MAX_PASSES:
+            raise self._rejected("kdf_time", f"{passes} KiB in all passes of all slots", f"{MAX_PASSES} at most")
+
+    # --- members ---
+
+    def _table(self, value: object, where: str) -> dict[str, Any]:
+        if type(value) is not dict:
+            raise self._rejected("json", f"{where} that is no object", "an object")
+        return cast("dict[str, Any]", value)
+
+    def _object(self, value: object, where: str, names: str, more: str = "") -> dict[str, Any]:
+        """An object with the members ``names``, perhaps with some of ``more``, and none else."""
+        table = self._table(value, where)
+        missing, unknown = {*names.split()} - {*table}, {*table} - {*names.split(), *more.split()}
+        if missing or unknown:
+            found = [*(f"no {name}" for name in sorted(missing)), *sorted(unknown)]
+            raise self._rejected("members", f"{', '.join(found)[:80]} in {where}", names.replace(" ", ", "))
+        return table
+
+    def _equal(self, reason: str, found: object, expected: object) -> None:
+        if type(found) is not type(expected) or found != expected:
+            raise self._rejected(reason, str(found)[:80], expected)
+
+    def _nothing(self, reason: str, found: object, allowed: tuple[object, ...]) -> None:
+        if found not in allowed:
+            raise self._rejected(reason, str(found)[:80], "none")
+
+    def _cipher(self, reason: str, table: Mapping[str, object]) -> int:
+        """The bytes of its key."""
+        name = table["encryption"]
+        if not isinstance(name, str) or name not in CIPHERS:
+            what = f"{str(name)[:80]}, which encrypts nothing" if "cipher_null" in str(name) else str(name)[:80]
+            raise self._rejected(reason, what, " or ".join(CIPHERS))
+        return CIPHERS[name]
+
+    def _hash(self, reason: str, table: Mapping[str, object]) -> None:
+        if not isinstance(name := table["hash"], str) or name not in HASHES:
+            raise self._rejected(reason, str(name)[:80], " or ".join(sorted(HASHES)))
+
+    def _number(self, reason: str, value: object, most: int) -> int:
+        if type(value) is not int or not 1 <= value <= most:
+            raise self._rejected(reason, str(value)[:80], f"a number from 1 to {most}")
+        return value
+
+    def _decimal(self, table: Mapping[str, object], name: str) -> int:
+        value = table[name]
+        if not isinstance(value, str) or not _DECIMAL.fullmatch(value):
+            raise self._rejected(name, str(value)[:80], "a decimal number, as a string")
+        return int(value)
+
+    def _bytes(self, reason: str, value: object) -> None:
+        try:
+            size = len(base64.b64decode(value if isinstance(value, str) else "", validate=True))
+        except (binascii.Error, ValueError):
+            size = 0
+        if not 16 <= size <= 64:
+            raise self._rejected(reason, str(value)[:80], "16 to 64 bytes in base64")
+
+    def _rejected(self, reason: str, found: object, expected: object) -> HeaderRejected:
+        return HeaderRejected(reason, found, expected, self._device)
+
+
+def _lasting(copy: _Copy) -> object:
+    """What no update of key slots changes."""
+    digest = {**copy.told["digests"]["0"], "keyslots": None}
+    return copy.uuid, copy.size, copy.told["segments"], copy.told["config"], digest
+
+
+def _written(copy: _Copy, magic: bytes, offset: int) -> bytes:
+    """The copy as it stands at ``offset``: magic, offset and checksum are its own."""
+    binary = bytearray(copy.binary)
+    binary[:6] = magic
+    binary[256:264] = offset.to_bytes(8, "big")
+    binary[_CHECKSUM] = _checksum(binary, copy.json)
+    return bytes(binary) + copy.json
+
+
+def _checksum(binary: bytes | bytearray, json: bytes) -> bytes:
+    """2.3, in its field of 64 bytes."""
+    blank = binary[: _CHECKSUM.start] + bytes(64) + binary[_CHECKSUM.stop :]
+    return sha256(blank + json).digest().ljust(64, b"\0")
+
+
+def _shown(value: bytes) -> str:
+    return repr(value.rstrip(b"\0").decode("ascii", "replace"))[:80]

@@ -1,0 +1,234 @@
+"""What is done to disks: each action is a value first, which can be printed, and then is carried out.
+
+Rules kept here:
+
+* an action names keys by their part in the exchange and never holds one, so its text has no secret in it;
+* a disk is formatted only if it is blank and the server does not know it to be in use; one that holds anything else
+  stops the boot before any disk is touched;
+* a key is taken off a disk only when the server said that the next one is promoted, and the next one opens the disk.
+
+``luks/README.md`` says why.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from enum import Enum
+from typing import ClassVar, Final, Generic, TypeAlias, TypeVar
+
+from attrs import field, frozen
+
+from chutes_proto.errors import DiskError, LocalProtocolError
+from chutes_proto.luks.header import CheckedHeader
+from chutes_proto.secret import Secret
+
+T_co = TypeVar("T_co", covariant=True)
+
+_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
+
+
+class Key(Enum):
+    """A key by its part in the exchange. The base exchange, and the root disk, know one key: the current one."""
+
+    CURRENT = "current"
+    NEXT = "next"
+
+
+Keys: TypeAlias = Mapping[Key, Secret]
+
+
+@frozen
+class Volume:
+    """A volume by its name in the exchange, its device, and the name of its mapping in ``/dev/mapper``.
+
+    Raises `LocalProtocolError` for names that neither can have.
+    """
+
+    name: str
+    device: str
+    mapping: str = field(default="")
+
+    def __attrs_post_init__(self) -> None:
+        if not self.mapping:
+            object.__setattr__(self, "mapping", self.name)
+        for name in (self.name, self.mapping):
+            if not _NAME.fullmatch(name) or name == "control":
+                raise LocalProtocolError(f"{name!r} is no name of a volume: letters, digits, '_', '.', '-', at most 64")
+        if not self.device.startswith("/"):
+            raise LocalProtocolError(f"the device of {self.name} is a path that begins with '/', not {self.device!r}")
+
+
+# --- what a disk holds ---
+
+
+@frozen
+class Blank:
+    """Nothing that is known of: its first and last bytes are zero, or a format of it was begun and not ended."""
+
+    device: str
+    size: int
+    unfinished: bool = False
+
+    def __str__(self) -> str:
+        begun = "; a format of it was begun and not ended" if self.unfinished else ""
+        return f"{self.device}: blank, {self.size} bytes{begun}"
+
+
+@frozen
+class Luks:
+    """A LUKS2 volume whose header was checked."""
+
+    device: str
+    size: int
+    header: CheckedHeader
+
+    def __str__(self) -> str:
+        torn = "" if self.header.whole else "; its header copies differ, an update was cut off and the newer one counts"
+        slots = len(self.header.keyslots)
+        return f"{self.device}: LUKS2, UUID {self.header.uuid}, {slots} key slot{'s' * (slots != 1)}{torn}"
+
+
+@frozen
+class Foreign:
+    """Something else, which is never formatted. ``found`` is what it looks like."""
+
+    device: str
+    size: int
+    found: str
+
+    def __str__(self) -> str:
+        return f"{self.device}: neither blank nor LUKS2 ({self.found}), {self.size} bytes"
+
+
+Disk: TypeAlias = Blank | Luks | Foreign
+
+
+# --- what is done ---
+
+
+@frozen
+class Action(Generic[T_co]):
+    """One thing done to the disk of one volume; carrying it out replies with ``T_co``. `str` says what it does."""
+
+    name: ClassVar[str]
+
+    volume: str
+    device: str
+
+    def as_dict(self) -> dict[str, str]:
+        """The same for a program."""
+        return {"volume": self.volume, "action": self.name, "device": self.device, "text": str(self)}
+
+
+@frozen
+class Format(Action[None]):
+    """Make a blank disk a LUKS2 volume that ``key`` opens."""
+
+    name = "format"
+
+    key: Key
+
+    def __str__(self) -> str:
+        return f"{self.volume}: format {self.device} as LUKS2 with the {self.key.value} key"
+
+
+@frozen
+class Open(Action[Key]):
+    """Map the volume, trying ``keys`` in their order; the reply is the one that opened it."""
+
+    name = "open"
+
+    mapping: str
+    keys: tuple[Key, ...]
+
+    def __str__(self) -> str:
+        keys = ", else with the ".join(key.value for key in self.keys)
+        return f"{self.volume}: open {self.device} as /dev/mapper/{self.mapping} with the {keys} key"
+
+
+@frozen
+class AddKey(Action[None]):
+    """See to it that ``key`` opens the volume too, which some key already does."""
+
+    name = "add_key"
+
+    key: Key
+
+    def __str__(self) -> str:
+        return f"{self.volume}: add the {self.key.value} key to {self.device} unless it has it, and test it"
+
+
+@frozen
+class KeepKey(Action[None]):
+    """Take every key off the disk but ``key``, which must open it."""
+
+    name = "keep_key"
+
+    key: Key
+
+    def __str__(self) -> str:
+        return f"{self.volume}: take every key but the {self.key.value} one off {self.device}"
+
+
+Step: TypeAlias = Format | Open | AddKey | KeepKey
+Plan: TypeAlias = tuple[Step, ...]
+
+
+def plan_open(volume: Volume, disk: Disk, *, in_use: bool) -> Plan:
+    """The base exchange: open with the one key; format first if the disk is blank and the server consents.
+
+    ``in_use``: the server knows the disk to hold data. Raises `DiskError` where the boot must stop.
+    """
+    return _plan(volume, disk, in_use, (Key.CURRENT,))
+
+
+def plan_rotation(volume: Volume, disk: Disk, *, in_use: bool, first: bool) -> Plan:
+    """The two-phase exchange up to its confirmation: open with the current key, else the next; have the next one added.
+
+    ``first``: the server never had a key for it, and has the next one only. Raises `DiskError` where the boot must
+    stop.
+    """
+    if first:
+        return _plan(volume, disk, in_use, (Key.NEXT,))
+    return (*_plan(volume, disk, in_use, (Key.CURRENT, Key.NEXT)), AddKey(volume.name, volume.device, Key.NEXT))
+
+
+def plan_promoted(volume: Volume) -> Plan:
+    """After the server said that the next key is promoted."""
+    return (KeepKey(volume.name, volume.device, Key.NEXT),)
+
+
+def plan_root(volume: Volume, disk: Disk) -> Plan:
+    """The root disk: opened with the one key, never formatted. Raises `DiskError` where the boot must stop."""
+    if isinstance(disk, Blank):
+        raise DiskError(
+            "blank_root", "the root disk is blank; attach the right one, it is never formatted", volume.device
+        )
+    return _plan(volume, disk, True, (Key.CURRENT,))
+
+
+def _plan(volume: Volume, disk: Disk, in_use: bool, keys: tuple[Key, ...]) -> Plan:
+    match disk:
+        case Luks():
+            return (Open(volume.name, volume.device, volume.mapping, keys),)
+        case Blank() if in_use:
+            raise DiskError(
+                "blank_in_use",
+                f"the disk of {volume.name} is blank, but the server knows it to hold data: it is not formatted; attach"
+                f" the right disk, or have the operator say: keys allow-format VM {volume.name}",
+                volume.device,
+            )
+        case Blank():
+            key = keys[0]
+            return (
+                Format(volume.name, volume.device, key),
+                Open(volume.name, volume.device, volume.mapping, (key,)),
+            )
+        case Foreign(found=found):
+            raise DiskError(
+                "foreign",
+                f"the disk of {volume.name} is neither blank nor LUKS2 ({found}): it is not touched; attach the right"
+                " disk, or wipe this one if nothing on it is needed",
+                volume.device,
+            )
