@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from attrs import evolve
 
 from chutes_proto.blocking.stores import DurableStore, StorePlace
 from chutes_proto.keys.vault import Address
 from chutes_proto.store.rows import AttestationRow, AuditRow, BootRow, BootVolumeRow, GenerationRow, NonceRow, Scan, Vm
 from chutes_proto.testing.store_suite import VAULT, VM, Ask
 from tests.conftest import ROOT, SOAK
-from tests.store.worker import unit
+from tests.store.worker import pair, two_phase, unit
 
 KILLS = 200 if SOAK else 10
 THREADS = 8
@@ -43,9 +44,9 @@ def worker(address: str, what: str, name: str, number: int) -> Iterator[subproce
             process.kill()
 
 
-def begin(process: subprocess.Popen[str]) -> None:
+def begin(process: subprocess.Popen[str], given: object = None) -> None:
     assert process.stdin is not None
-    process.stdin.write("\n")
+    process.stdin.write(json.dumps(given) + "\n")
     process.stdin.flush()
 
 
@@ -75,22 +76,30 @@ def test_first_boots_through_four_processes_get_one_root_passphrase(address: str
 
 
 def test_a_killed_process_loses_nothing_and_leaves_no_half_unit(address: str) -> None:
+    """Killed in the middle of boots, syncs, attestations and confirmations."""
     chance = random.Random(0)
     answered: list[dict[str, Any]] = []
+    disks: dict[str, list[str]] = {}
     for number in range(KILLS):
-        with worker(address, "syncs", str(number), THREADS) as process:
-            begin(process)
+        with worker(address, "lives", str(number), THREADS) as process:
+            begin(process, disks)
             assert process.stdout is not None
             lines = [process.stdout.readline() for _ in range(chance.randint(1, 60))]
             process.send_signal(signal.SIGKILL)
             lines += process.stdout.readlines()
             assert process.wait(20) == -signal.SIGKILL
-        answered += [json.loads(line) for line in lines if line.endswith("\n")]
+        told = [json.loads(line) for line in lines if line.endswith("\n")]
+        answered += told
+        disks |= {answer["vm"]: answer["disk"] for answer in told if "disk" in answer}
+        for disk in disks.values():  # who heard nothing of a confirmation keeps both keys, or takes the new one off
+            del disk[chance.randint(1, len(disk)) :]
         with closing(StorePlace(address, Path.cwd()).open()) as store:
             store.check()
             nothing_is_half_done(store)
             nothing_is_lost(store, answered)
+            disks_open(store, str(number), disks)
     assert sum("sync" in answer for answer in answered) > KILLS
+    assert sum("rotated" in answer for answer in answered) > KILLS
 
 
 def nothing_is_lost(store: DurableStore, answered: list[dict[str, Any]]) -> None:
@@ -100,36 +109,61 @@ def nothing_is_lost(store: DurableStore, answered: list[dict[str, Any]]) -> None
         opened = VAULT.open(Address(row.vm, row.volume, row.generation), row)
         keys[row.vm.name, row.volume].add(opened.reveal().decode())
     for answer in answered:
-        for volume, passphrase in answer["keys"].items():
-            assert passphrase in keys[answer["vm"], volume]
+        for volume, passphrases in answer["keys"].items():
+            assert set(passphrases) <= keys[answer["vm"], volume]
     for answer in [answer for answer in answered if "sync" in answer][-5:]:
         label, vm, volumes, rekey = answer["sync"]
         again = store.transact(unit(label, vm, tuple(volumes), rekey))
         assert again.replayed
-        assert {volume: passphrase.reveal().decode() for volume, passphrase in again.passphrases} == answer["keys"]
+        assert {volume: [passphrase.reveal().decode()] for volume, passphrase in again.passphrases} == answer["keys"]
+
+
+def disks_open(store: DurableStore, name: str, disks: dict[str, list[str]]) -> None:
+    """Of two boots of a VM at least one is handed a key that is on its disk; the same request gets the same again."""
+    for vm, disk in disks.items():
+        openers: list[str] = []
+        for turn in range(2):
+            granted, attested = two_phase(f"{name}.again.{vm}.{turn}", vm, is_formatted=True)
+            _ = store.transact(granted)
+            handed = store.transact(attested)
+            assert store.transact(attested) == evolve(handed, replayed=True)
+            openers.append(pair(handed)[0])
+        assert set(openers) & set(disk)
 
 
 def nothing_is_half_done(store: DurableStore) -> None:
     """Of each boot and each sync there is all that its unit writes, or nothing."""
     boots = {row.boot_id: row for row in store.transact(Ask(Scan(BootRow)))}
-    assert {row.attestation_id for row in store.transact(Ask(Scan(AttestationRow)))} == boots.keys()
+    verdicts = store.transact(Ask(Scan(AttestationRow)))
+    assert {row.attestation_id for row in verdicts if row.stage == "boot"} == boots.keys()
     assert len(store.transact(Ask(Scan(NonceRow)))) == len(boots)
     audits = [row for row in store.transact(Ask(Scan(AuditRow))) if row.decision == "granted"]
-    told = {event: [row.boot_id for row in audits if row.event == event] for event in ("boot", "sync")}
-    assert sorted(map(str, told["boot"])) == sorted(boots)
+    told: dict[str, list[str]] = defaultdict(list)
+    for audit in audits:
+        told[audit.event].append(str(audit.boot_id))
+    assert sorted(told["boot"]) == sorted(boots)
     spent = sorted(boot_id for boot_id, row in boots.items() if row.spent_at is not None)
-    assert sorted(map(str, told["sync"])) == spent
+    attested = sorted(boot_id for boot_id in spent if boots[boot_id].exchange == "two-phase")
+    assert sorted(told["sync"] + told["attest volumes"]) == spent
+    assert sorted(told["attest volumes"]) == attested
+    assert sorted(row.reason.split()[-1] for row in verdicts if row.stage == "runtime") == attested
+    assert sorted(boot_id for boot_id, row in boots.items() if row.confirm_digest is not None) == attested
+    confirmed = sorted(boot_id for boot_id, row in boots.items() if row.confirm_body_digest is not None)
+    assert sorted(told["confirm volumes"]) == confirmed
     given = store.transact(Ask(Scan(BootVolumeRow)))
     assert sorted({row.boot_id for row in given}) == spent
     made = {(row.boot_id, words) for row in audits for words in row.keys.split(", ")}
     numbers: dict[tuple[Vm, str], list[GenerationRow]] = defaultdict(list)
     for row in store.transact(Ask(Scan(GenerationRow))):
         numbers[row.vm, row.volume].append(row)
-        words = {(row.origin, f"{row.volume}/{row.generation} {word}") for word in ("created", "rekeyed")}
+        words = {(row.origin, f"{row.volume}/{row.generation} {word}") for word in ("created", "rekeyed", "next")}
         assert words & made
     for own in numbers.values():
         assert [row.generation for row in own] == list(range(1, len(own) + 1))
         assert sum(row.state == "active" for row in own) <= 1
+        assert sum(row.state == "candidate" for row in own) <= 1
+        assert sum(row.provisional for row in own) in (0, 2)  # a promotion, and what it superseded
     for volume in given:
-        assert volume.current_generation is not None
-        assert volume.current_generation <= len(numbers[boots[volume.boot_id].vm, volume.volume])
+        handed = {volume.current_generation, volume.next_generation} - {None}
+        assert handed <= {row.generation for row in numbers[boots[volume.boot_id].vm, volume.volume]}
+        assert handed
