@@ -49,6 +49,9 @@ def codes(ended: Ended) -> list[str]:
     return [refusal["code"] for refusal in ended.json["refusals"]]
 
 
+XFAM = "X87 SSE AVX AVX512_OPMASK AVX512_ZMM_HI256 AVX512_HI16_ZMM PKRU TILECFG TILEDATA".split()
+
+
 @pytest.mark.parametrize("form", ["v4", "v5-td10", "v5-td15"])
 def test_what_is_genuine_and_acceptable_is_accepted(verify: Command, form: str) -> None:
     ended = verify("--json", "--report-data", REPORT_DATA.hex().upper(), form=form)
@@ -59,6 +62,14 @@ def test_what_is_genuine_and_acceptable_is_accepted(verify: Command, form: str) 
     assert (said["mr_td"], said["report_data"], said["version"]) == (MRTD.hex(), REPORT_DATA.hex(), int(form[1]))
     assert said["pck"]["fmspc"] == PLATFORM.fmspc.hex()
     assert said["attribute_names"] == ["SEPT_VE_DISABLE"]
+    assert said["xfam_names"] == XFAM
+    assert said["steps"] == [number for number in range(1, 38) if number != 26]  # no chain beside the collateral
+    assert {number for piece in said["checked"] for number in piece["steps"]} == set(said["steps"])
+    assert {piece["subject"] for piece in said["checked"] if piece["remembered"]} <= {
+        "chain of the TCB signing certificate",
+        "TCB signing certificate",
+        "PCK CA certificate",
+    }
 
 
 @pytest.mark.parametrize(
@@ -96,6 +107,7 @@ def test_people_get_lines(verify: Command) -> None:
     assert accepted.code == 0
     assert accepted.out.startswith("ACCEPTED: the quote verifies\n")
     assert "--report-data" in accepted.out
+    assert "steps                      1-25, 27-36\n" in accepted.out
     refused = verify(faults=("pck_revoked",))
     assert refused.code == 1
     assert refused.out.startswith("REFUSED: the quote does not verify\npck_revoked: ")

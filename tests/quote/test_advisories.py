@@ -117,7 +117,7 @@ def test_duplicate_json_keys_have_no_meaning(fault: str) -> None:
 
 def test_duplicate_json_keys_in_the_file() -> None:
     file = PLATFORM.collateral_json(NOW).rstrip()
-    with pytest.raises(QuoteError, match="there twice"):
+    with pytest.raises(QuoteError, match="twice"):
         _ = Collateral.from_json(file[:-1] + b', "tcb_info": "{}"}')
 
 

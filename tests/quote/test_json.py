@@ -25,7 +25,7 @@ QE_IDENTITY = collateral_of(PLATFORM).qe_identity
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        (b'{"a":1,"a":1}', "a member twice"),
+        (b'{"a":1,"a":1}', "a member twice: 'a'"),
         (b'{"a":1.0}', "not whole"),
         (b'{"a":1e3}', "not whole"),
         (b'{"a":NaN}', "NaN"),
@@ -38,6 +38,7 @@ QE_IDENTITY = collateral_of(PLATFORM).qe_identity
         (b"1" * 5000, "too long"),
         (b'["\\ud800"]', "surrogate"),
         (b'{"\\udfff":1}', "surrogate"),
+        (b"{" + b",".join(b'"%d":0' % n for n in range(60_000)) + b',"59999":0}', "twice: '59999'"),
         (b'["' + b'\\"' * 500_000, "not JSON"),
         (b'["' + b"\\" * 1_000_000, "not JSON"),
         (b"{} {}", "not JSON"),

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chutes_proto.quote.attributes import XFAM_KNOWN
 from chutes_proto.quote.errors import QuoteFormatError
-from chutes_proto.quote.layout import TdAttributes, TdReport10, TdReport15, parse_quote
+from chutes_proto.quote.layout import TdAttributes, TdReport10, TdReport15, Xfam, parse_quote
 from tests.quote.simulated import PLATFORM, REPORT_DATA, TD15
 
 V4 = PLATFORM.quote(REPORT_DATA)
@@ -42,6 +43,8 @@ def test_attributes_have_names() -> None:
     body = parse_quote(V4).body
     assert isinstance(body, TdReport10)
     assert TdAttributes(body.td_attributes) == TdAttributes.SEPT_VE_DISABLE
+    assert [flag.name for flag in Xfam(0b10_0000_0011)] == ["X87", "SSE", "PKRU"]
+    assert XFAM_KNOWN & ~sum(Xfam) == 0
 
 
 @pytest.mark.parametrize("padding", [1, 70, 3000])

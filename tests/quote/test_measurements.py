@@ -176,7 +176,7 @@ def test_a_list_says_something() -> None:
         _ = parse_profiles_json(b"[5]")
     with pytest.raises(PolicyError, match="profiles"):
         _ = parse_profiles_toml(_toml(_entry()).encode() + b"[profiles]\n")
-    with pytest.raises(PolicyError, match="'name' is there twice"):
+    with pytest.raises(PolicyError, match="a member twice: 'name'"):
         _ = parse_profiles_json(b'[{"name":"a","name":"b"}]')
 
 

@@ -294,7 +294,9 @@ def test_an_explanation_for_operators() -> None:
         _ = POLICY.appraise(verdict_of(PLATFORM, "debug", "tcb_out_of_date", "rtmr1"), stage="boot")
     text = caught.value.explain()
     assert "\n" not in text
-    assert text.startswith("The quote is genuine, but the policy does not accept it, for 3 reasons. The TCB status is")
+    assert text.startswith(
+        "The quote is genuine (it passed steps 1-25, 27-37), but the policy does not accept it, for 3"
+    )
     assert all(refusal.detail[1:] in text for refusal in caught.value.refusals)
     assert all(about in text for about in ("about the machine", "how the TD is started", "what runs in the TD"))
     with pytest.raises(AppraisalError) as caught:

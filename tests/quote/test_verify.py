@@ -84,6 +84,70 @@ def test_intel_is_the_default() -> None:
     assert INTEL_ROOT != ROOT
 
 
+# --- what was checked ---
+
+FRESH = {
+    "quote": (1, 2, 33),
+    "PCK chain": (3, 6, 9, 10),
+    "PCK certificate": (4, 5, 7, 8, 11),
+    "PCK CA certificate": (4, 5, 7, 8),
+    "chain of the PCK CA certificate": (3, 6),
+    "chain of the TCB signing certificate": (3, 6),
+    "TCB signing certificate": (4, 5, 7, 8),
+    "certificates of the collateral": (9, 10, 15),
+    "collateral": (19, 20),
+    "root CRL": (12, 13, 14),
+    "PCK CRL": (12, 13, 14),
+    "TCB info": (16, 17, 18),
+    "QE identity": (16, 17, 18),
+    "quote and collateral": (15, 21, 22, 23, 24, 25, 27),
+    "quoting enclave": (28, 29, 30, 31, 32),
+    "TCB": (34, 35, 36),
+}
+
+
+def _by_subject(verdict: Verdict, *, remembered: bool) -> dict[str, tuple[int, ...]]:
+    found: dict[str, set[int]] = {}
+    for piece in verdict.checked:
+        if piece.remembered is remembered:
+            found.setdefault(piece.subject, set()).update(piece.steps)
+    return {subject: tuple(sorted(steps)) for subject, steps in found.items()}
+
+
+def test_a_verdict_says_which_steps_were_taken() -> None:
+    stages.forget()
+    collateral = attrs.evolve(collateral_of(PLATFORM), pck_certificate_chain=None)
+    verdict = verify(QUOTE, collateral, now=NOW, root=ROOT, expected_report_data=REPORT_DATA)
+    assert verdict.steps == tuple(number for number in range(1, 38) if number != 26)
+    assert _by_subject(verdict, remembered=False) == FRESH | {"report data": (37,)}
+    unbound = verify(QUOTE, collateral, now=NOW, root=ROOT, expected_report_data=None)
+    assert set(verdict.steps) - set(unbound.steps) == {37}
+    beside = attrs.evolve(collateral, pck_certificate_chain=parse_quote(QUOTE).certification)
+    beside_too = verify(QUOTE, beside, now=NOW, root=ROOT, expected_report_data=REPORT_DATA)
+    assert beside_too.steps == tuple(range(1, 38))
+    untimed = stages.authenticate_collateral(collateral, root=ROOT)
+    assert {number for piece in untimed.checked for number in piece.steps}.isdisjoint({9, 10, 19, 20})
+
+
+def test_a_verdict_says_what_was_only_remembered() -> None:
+    stages.forget()
+    verified = verified_of(PLATFORM)
+    first, again = (verify_quote(open_quote(QUOTE, now=NOW, root=ROOT), verified, now=NOW) for _ in range(2))
+    remembered = {"PCK CA certificate": (4, 5, 7, 8)}  # of the collateral
+    twice = {
+        "chain of the TCB signing certificate": (3, 6),
+        "TCB signing certificate": (4, 5, 7, 8),
+    }  # of two statements
+    assert _by_subject(first, remembered=True) == remembered | twice
+    seen = {"PCK chain": (3, 6), "PCK certificate": (4, 5, 7, 8, 11), "quoting enclave": (28, 29, 30)}
+    assert _by_subject(again, remembered=True) == remembered | twice | seen
+    assert again.steps == first.steps
+    with pytest.raises(VerificationError):
+        _ = verdict_of(PLATFORM, "qe_report_signature")
+    stages.forget()
+    assert _by_subject(verdict_of(PLATFORM), remembered=True) == twice | remembered
+
+
 # --- values that prove a check ---
 
 

@@ -15,7 +15,7 @@ from chutes_proto.cli import console
 from chutes_proto.errors import ConfigurationError, QuoteError
 from chutes_proto.quote.certificates import PLATFORM_CA, SGX_EXTENSION, common_name, read_certificate, read_pem
 from chutes_proto.quote.der import DerError
-from chutes_proto.quote.layout import SgxAttributes, SgxReport, TdAttributes, TdReport10, TdReport15, TdReport15Ex
+from chutes_proto.quote.layout import SgxAttributes, SgxReport, TdAttributes, TdReport10, TdReport15, TdReport15Ex, Xfam
 from chutes_proto.quote.pck import PckIdentity, read_pck_extension
 from chutes_proto.quote.roots import INTEL_ROOT, TrustedRoot
 
@@ -48,8 +48,16 @@ def quote_fields(quote: Quote) -> dict[str, object]:
             fields |= {f"rtmr{number}": rtmr.hex() for number, rtmr in enumerate(value)}
         elif not attribute.name.startswith("reserved"):
             fields[attribute.name] = _shown(value.to_bytes(8, "little") if attribute.name in _FLAGS else value)
-    names = SgxAttributes(body.flags) if isinstance(body, SgxReport) else TdAttributes(body.td_attributes)
-    return {**fields, "attribute_names": [str(flag.name) for flag in names], "trailing_bytes": quote.trailing}
+    if isinstance(body, SgxReport):
+        fields["attribute_names"] = _names(SgxAttributes(body.flags))
+    else:
+        fields |= {"attribute_names": _names(TdAttributes(body.td_attributes)), "xfam_names": _names(Xfam(body.xfam))}
+    return {**fields, "trailing_bytes": quote.trailing}
+
+
+def _names(flags: TdAttributes | SgxAttributes | Xfam) -> list[str]:
+    """Those of the bits that have one."""
+    return [str(flag.name) for flag in flags]
 
 
 def platform_fields(pck: PckIdentity | None) -> dict[str, object]:

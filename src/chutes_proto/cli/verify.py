@@ -124,6 +124,11 @@ def _judge(
             "evaluation_number": verdict.evaluation_number,
             "valid_from": verdict.window[0],
             "valid_until": verdict.window[1],
+            "steps": list(verdict.steps),
+            "checked": [
+                {"subject": piece.subject, "steps": list(piece.steps), "remembered": piece.remembered}
+                for piece in verdict.checked
+            ],
         }
         appraisal = policy.appraise(verdict, stage=options.stage)
         report |= {"accepted": True, "profile": appraisal.matched.name if appraisal.matched else None}
@@ -168,8 +173,9 @@ def _collateral_hint(exc: QuoteError) -> dict[str, object]:
 
 def _say(options: argparse.Namespace, report: dict[str, Any]) -> None:
     from chutes_proto.cli.quotes import say_fields
+    from chutes_proto.quote.errors import spans
 
-    told = ("accepted", "verified", "refusals", "explanation", "unjudged", "hint")
+    told = ("accepted", "verified", "refusals", "explanation", "unjudged", "hint", "steps", "checked")
     if report["accepted"]:
         console.say("ACCEPTED: the quote verifies")
     elif report["verified"]:
@@ -187,4 +193,5 @@ def _say(options: argparse.Namespace, report: dict[str, Any]) -> None:
         console.say("The report data was not compared with anything: say --report-data to bind the quote.")
     if options.policy is None:
         console.say("Measurements were not compared with anything: say --policy with profiles to check them.")
-    say_fields({name: value for name, value in report.items() if name not in told})
+    fields = {name: value for name, value in report.items() if name not in told}
+    say_fields({"steps": spans(report["steps"]), **fields} if report["verified"] else fields)

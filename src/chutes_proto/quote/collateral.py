@@ -25,6 +25,7 @@ from chutes_proto.quote.pck import Ca
 from chutes_proto.quote.proof import proven
 from chutes_proto.quote.roots import TrustedRoot
 from chutes_proto.quote.statements import QeIdentity, TcbInfo
+from chutes_proto.quote.steps import Checked
 from chutes_proto.quote.terms import Term, Window, window
 
 MAX_SIZE: Final = 4 * 1024 * 1024
@@ -82,7 +83,7 @@ class VerifiedCollateral:
 
     Keep it and use it for as many quotes of its platforms as come until ``usable_until``: ``verify_quote`` checks all
     times again. Revoked serial numbers are the contents of their INTEGERs. ``window`` is from when to when all pieces
-    are valid, in unix seconds, both inclusive, without any grace.
+    are valid, in unix seconds, both inclusive, without any grace. ``checked`` says which steps each piece passed.
     """
 
     root: TrustedRoot
@@ -99,6 +100,7 @@ class VerifiedCollateral:
     terms: tuple[Term, ...]
     window: Window
     grace: int
+    checked: tuple[Checked, ...] = field(repr=False)
     proof: None = proven()
 
     @property

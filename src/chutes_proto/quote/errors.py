@@ -29,6 +29,7 @@ __all__ = [
     "Refusal",
     "VerificationError",
     "shown",
+    "spans",
 ]
 
 QuoteFormatCode: TypeAlias = Literal[
@@ -43,6 +44,17 @@ Part: TypeAlias = Literal["tcb", "attributes", "measurement"]
 def shown(value: object) -> str:
     """A value as error texts print it: bytes in hex."""
     return value.hex() if isinstance(value, bytes) else str(value)
+
+
+def spans(numbers: Sequence[int]) -> str:
+    """Ascending numbers for people: ``1-5, 7``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
 class QuoteError(ChutesError):
@@ -112,18 +124,23 @@ class Refusal:
 
 
 class AppraisalError(QuoteError):
-    """A verified quote is not what the policy accepts; ``refusals`` has all reasons, and at least one."""
+    """A verified quote is not what the policy accepts; ``refusals`` has all reasons, and at least one.
+
+    ``steps`` are the numbers of the steps of verification that it passed.
+    """
 
     code = "appraisal"
 
-    def __init__(self, refusals: Sequence[Refusal]) -> None:
+    def __init__(self, refusals: Sequence[Refusal], steps: Sequence[int]) -> None:
         super().__init__("; ".join(f"{refusal.code}: {refusal.detail}" for refusal in refusals))
         self.refusals = tuple(refusals)
+        self.steps = tuple(steps)
 
     def explain(self) -> str:
         """A paragraph for an operator: all reasons, and what each part of the policy that refuses asks for."""
         count = "one reason" if len(self.refusals) == 1 else f"{len(self.refusals)} reasons"
-        sentences = [f"The quote is genuine, but the policy does not accept it, for {count}."]
+        passed = f"The quote is genuine (it passed steps {spans(self.steps)})"
+        sentences = [f"{passed}, but the policy does not accept it, for {count}."]
         for part, advice in _ADVICE.items():
             if details := [refusal.detail for refusal in self.refusals if refusal.part == part]:
                 sentences += [f"{'; '.join(details)[:1].upper()}{'; '.join(details)[1:]}.", advice]

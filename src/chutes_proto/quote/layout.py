@@ -10,7 +10,8 @@ Rules kept here:
 
 All integers are little-endian. Sources: Intel TDX DCAP Quote Generation Library and Quote Verification Library,
 appendix 3 (versions 4 and 5), Intel SGX ECDSA Quote Library Reference, appendix A (version 3), Intel TDX Module Base
-Architecture Specification (TD attributes, XFAM).
+Architecture Specification (TD attributes, XFAM), Intel 64 and IA-32 Architectures Software Developer's Manual, volume
+1, chapter 13 (the bits of XCR0 and IA32_XSS, which are XFAM's).
 """
 
 from __future__ import annotations
@@ -64,6 +65,28 @@ class TdAttributes(IntFlag, boundary=KEEP):
     KL = 1 << 31
     TPA = 1 << 62
     PERFMON = 1 << 63
+
+
+class Xfam(IntFlag, boundary=KEEP):
+    """The extended features that a TD may use, those that have names: ``Xfam(body.xfam)``."""
+
+    X87 = 1 << 0
+    SSE = 1 << 1
+    AVX = 1 << 2
+    AVX512_OPMASK = 1 << 5
+    AVX512_ZMM_HI256 = 1 << 6
+    AVX512_HI16_ZMM = 1 << 7
+    PT = 1 << 8
+    PKRU = 1 << 9
+    PASID = 1 << 10
+    CET_U = 1 << 11
+    CET_S = 1 << 12
+    HDC = 1 << 13
+    UINTR = 1 << 14
+    LBR = 1 << 15
+    HWP = 1 << 16
+    TILECFG = 1 << 17
+    TILEDATA = 1 << 18
 
 
 class SgxAttributes(IntFlag, boundary=KEEP):

@@ -232,7 +232,7 @@ class Policy:
                 refused = refused + measured
             refusals += refused
         if refusals:
-            raise AppraisalError(refusals)
+            raise AppraisalError(refusals, verdict.steps)
         return Appraisal(verdict=verdict, stage=stage, matched=matched, proof=PROOF)
 
     def _of_enclave(self, body: SgxReport) -> list[Refusal]:
@@ -273,7 +273,7 @@ class AllOf:
             except AppraisalError as exc:
                 refusals += exc.refusals
         if refusals:
-            raise AppraisalError(tuple(dict.fromkeys(refusals)))
+            raise AppraisalError(tuple(dict.fromkeys(refusals)), verdict.steps)
         return Appraisal(verdict=verdict, stage=stage, matched=matched, proof=PROOF)
 
 
@@ -298,7 +298,7 @@ class AnyOf:
                 return policy.appraise(verdict, stage=stage)
             except AppraisalError as exc:
                 refusals += exc.refusals
-        raise AppraisalError(tuple(dict.fromkeys(refusals)))
+        raise AppraisalError(tuple(dict.fromkeys(refusals)), verdict.steps)
 
 
 AnyPolicy: TypeAlias = Policy | AllOf | AnyOf

@@ -9,7 +9,10 @@ CRLs, TCB info, QE identity, quote, TCB levels.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Final, TypeAlias, cast
+
+from attrs import frozen
 
 from chutes_proto.quote.errors import VerificationError
 
@@ -137,3 +140,18 @@ ReportDataMismatch = _step(
 
 STEPS: Final[tuple[Step, ...]] = tuple(VerificationError.__subclasses__())
 """The table, in order."""
+
+
+@frozen
+class Checked:
+    """What a piece passed: the numbers of the steps; ``remembered`` if not now, but earlier for the same bytes."""
+
+    subject: str
+    steps: tuple[int, ...]
+    remembered: bool
+
+
+@lru_cache(maxsize=256)
+def checked(subject: str, *steps: int, remembered: bool = False) -> Checked:
+    """The same `Checked` for the same words: there are few, and a verdict has many."""
+    return Checked(subject, steps, remembered)

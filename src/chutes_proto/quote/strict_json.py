@@ -4,8 +4,8 @@ Rules kept here:
 
 * UTF-8, bounded in size and in depth; no lone surrogates;
 * no member twice, no number that is none, none that is not whole unless fractions are asked for;
-* whatever the bytes, `decode` returns or raises `JsonError`, in time proportional to their number; its text repeats
-  none of them. Members are read with a type that they must have.
+* whatever the bytes, `decode` returns or raises `JsonError`, in time proportional to their number; members are read
+  with a type that they must have.
 
 Source: RFC 8259; RFC 3339 for dates, as far as Intel's services use it.
 """
@@ -35,7 +35,18 @@ _DATE: Final = re.compile(r"([0-9]{4})-([0-9]{2})-([0-9]{2})T([0-9]{2}):([0-9]{2
 
 
 class JsonError(QuoteError):
-    """The bytes are not the JSON that is expected; the text names the member, if one was asked for."""
+    """The bytes are not the JSON that is expected.
+
+    ``problem`` repeats none of them; the text also names the ``doubled`` member, if one is.
+    """
+
+    def __init__(self, problem: str, doubled: str | None = None) -> None:
+        super().__init__(problem)
+        self.problem = problem
+        self.doubled = doubled
+
+    def __str__(self) -> str:
+        return self.problem if self.doubled is None else f"{self.problem}: {self.doubled[:80]!r}"
 
 
 def decode(data: bytes, *, limit: int = MAX_SIZE, fractions: bool = False) -> object:
@@ -125,7 +136,10 @@ def _check_depth(data: bytes) -> None:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
-        raise JsonError("an object has a member twice")
+        seen: set[str] = set()
+        raise JsonError(
+            "an object has a member twice", next(name for name, _ in pairs if name in seen or seen.add(name))
+        )
     return table
 
 

@@ -18,7 +18,7 @@ A verdict does not say that the quote is acceptable: look at its status, or bett
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from hashlib import sha256
 from hmac import compare_digest
@@ -61,6 +61,7 @@ from chutes_proto.quote.steps import (
     CertificateSignature,
     CertificationType,
     ChainForm,
+    Checked,
     CollateralCa,
     CollateralTee,
     CrlFormat,
@@ -83,6 +84,7 @@ from chutes_proto.quote.steps import (
     StatementKind,
     StatementSignature,
     UntrustedRoot,
+    checked,
 )
 from chutes_proto.quote.strict_json import JsonError
 from chutes_proto.quote.tcb import assess
@@ -101,6 +103,26 @@ __all__ = [
 
 T = TypeVar("T")
 
+_OF_CERTIFICATES: Final = (4, 5, 7, 8)
+"""The steps that a certificate takes, but for its times."""
+
+
+class _Notes:
+    """What was checked for a value that is remembered: news for who takes it first, remembered for all others."""
+
+    __slots__ = ("_again", "_first", "_notes")
+
+    def __init__(self, *notes: Checked) -> None:
+        self._notes = notes
+        self._first: Iterator[tuple[Checked, ...]] = iter((notes,))
+        self._again: tuple[Checked, ...] = ()
+
+    def take(self) -> tuple[Checked, ...]:
+        notes = next(self._first, self._again)
+        if not notes:
+            notes = self._again = tuple(checked(n.subject, *n.steps, remembered=True) for n in self._notes)
+        return notes
+
 
 @frozen(eq=False)
 class PckChain:
@@ -113,6 +135,7 @@ class PckChain:
     identity: PckIdentity
     terms: tuple[Term, ...]
     window: Window
+    notes: _Notes
 
 
 @frozen(kw_only=True, eq=False)
@@ -126,6 +149,7 @@ class OpenedQuote:
     pck: PckIdentity
     root: TrustedRoot
     chain: PckChain
+    checked: tuple[Checked, ...]
     proof: None = proven()
 
 
@@ -137,7 +161,8 @@ class Verdict:
     ``tcb_date`` (unix seconds) is the earliest date of the parts' levels; ``platform``, ``module`` and ``qe`` are the
     levels at launch, ``current_status`` is of the TCB at present where the report has it. ``evaluation_number`` is the
     lower one of TCB info and QE identity, ``tcb_info_version`` the version of the TCB info's form. ``window`` is when
-    all that was used is valid (unix seconds, inclusive, no grace), ``verified_at`` the caller's ``now``.
+    all that was used is valid (unix seconds, inclusive, no grace), ``verified_at`` the caller's ``now``. ``checked``
+    says which steps each piece passed, in the order of the stages; a step that had nothing to check is not there.
     """
 
     quote: Quote
@@ -154,7 +179,13 @@ class Verdict:
     window: Window
     verified_at: int
     root: TrustedRoot
+    checked: tuple[Checked, ...]
     proof: None = proven()
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The numbers of all steps that were taken, in order."""
+        return tuple(sorted({number for piece in self.checked for number in piece.steps}))
 
 
 def open_quote(data: bytes | Quote, *, now: int, root: TrustedRoot = INTEL_ROOT) -> OpenedQuote:
@@ -171,7 +202,8 @@ def open_quote(data: bytes | Quote, *, now: int, root: TrustedRoot = INTEL_ROOT)
         raise CertificationType("quote", "the certification data is of another type", got=got, expected=expected)
     chain = _pck_chain(root, quote.tee, quote.certification)  # 3-8, 11
     check_terms(chain.terms, now)  # 9, 10
-    return OpenedQuote(quote=quote, pck=chain.identity, root=root, chain=chain, proof=PROOF)
+    notes = (_OPENED, *chain.notes.take(), _CHAIN_TIMES)
+    return OpenedQuote(quote=quote, pck=chain.identity, root=root, chain=chain, checked=notes, proof=PROOF)
 
 
 def verify_collateral(
@@ -196,9 +228,9 @@ def authenticate_collateral(
 
 
 def _collateral(collateral: Collateral, now: int | None, root: TrustedRoot, grace: int) -> VerifiedCollateral:
-    issuer, issuer_key, issuer_terms = _signer(root, collateral.pck_crl_issuer_chain, _PCK_CA)  # 3-8
-    tcb_signer, tcb_key, tcb_terms = _signer(root, collateral.tcb_info_issuer_chain, _TCB_SIGNER)
-    qe_signer, qe_key, qe_terms = _signer(root, collateral.qe_identity_issuer_chain, _TCB_SIGNER)
+    issuer, issuer_key, issuer_terms, issuer_notes = _signer(root, collateral.pck_crl_issuer_chain, _PCK_CA)  # 3-8
+    tcb_signer, tcb_key, tcb_terms, tcb_notes = _signer(root, collateral.tcb_info_issuer_chain, _TCB_SIGNER)
+    qe_signer, qe_key, qe_terms, qe_notes = _signer(root, collateral.qe_identity_issuer_chain, _TCB_SIGNER)
     certificate_terms = (*issuer_terms, *tcb_terms, *qe_terms)
     if now is not None:
         check_terms(certificate_terms, now)  # 9, 10
@@ -240,12 +272,23 @@ def _collateral(collateral: Collateral, now: int | None, root: TrustedRoot, grac
         terms=terms,
         window=window(terms),
         grace=grace,
+        checked=(
+            *issuer_notes.take(),
+            *tcb_notes.take(),
+            *qe_notes.take(),
+            *_COLLATERAL,
+            *(() if now is None else _COLLATERAL_TIMES),
+        ),
         proof=PROOF,
     )
 
 
 def verify_quote(opened: OpenedQuote, verified: VerifiedCollateral, *, now: int) -> Verdict:
     """Steps 9, 10, 15 and 19 to 36: the quote under collateral of its platform. Raises `VerificationError`."""
+    return _quote(opened, verified, now, None)
+
+
+def _quote(opened: OpenedQuote, verified: VerifiedCollateral, now: int, expected: bytes | None) -> Verdict:
     quote, chain, pck = opened.quote, opened.chain, opened.pck
     if verified.root != opened.root:  # 21
         raise RootMismatch("collateral", "it was verified under another root than the quote")
@@ -255,7 +298,7 @@ def verify_quote(opened: OpenedQuote, verified: VerifiedCollateral, *, now: int)
     _check_not_revoked(_PCK_CA.subject, chain.issuer.serial, verified.revoked_by_root)  # 15
     if chain.leaf.serial in verified.revoked_pcks:  # 27
         raise PckRevoked(_PCK.subject, "it is on the PCK CRL", got=chain.leaf.serial)
-    qe_report, attestation_key = _quoting_enclave(  # 28-30
+    qe_report, attestation_key, qe_notes = _quoting_enclave(  # 28-30
         chain, quote.qe_report_bytes, quote.qe_report_signature, quote.qe_auth, quote.attestation_key
     )
     _check_quoting_enclave(qe_report, verified.qe_identity)  # 31, 32
@@ -264,6 +307,9 @@ def verify_quote(opened: OpenedQuote, verified: VerifiedCollateral, *, now: int)
     except ecdsa.InvalidSignature:
         raise QuoteSignature("quote", "the attestation key did not sign it") from None
     tcb = assess(verified.tcb_info, verified.qe_identity, pck, quote.body, qe_report)  # 34-36
+    got = quote.body.report_data
+    if expected is not None and not compare_digest(got, expected):  # 37
+        raise ReportDataMismatch("quote", "the report data is another", got=got, expected=expected)
     return Verdict(
         quote=quote,
         pck=pck,
@@ -279,8 +325,39 @@ def verify_quote(opened: OpenedQuote, verified: VerifiedCollateral, *, now: int)
         window=common(chain.window, verified.window),
         verified_at=now,
         root=opened.root,
+        checked=(
+            *opened.checked,
+            *verified.checked,
+            _CHAIN_TIMES,
+            *_COLLATERAL_TIMES,
+            _BELONGS if verified.pck_chain is None else _BELONGS_BESIDE,
+            *qe_notes.take(),
+            _QE,
+            _SIGNED,
+            _TD_LEVELS if quote.tee == "TDX" else _ENCLAVE_LEVELS,
+            *(() if expected is None else (_REPORT_DATA,)),
+        ),
         proof=PROOF,
     )
+
+
+_OPENED: Final = checked("quote", 1, 2)
+_CHAIN_TIMES: Final = checked("PCK chain", 9, 10)
+_COLLATERAL: Final = (
+    checked("root CRL", 12, 13, 14),
+    checked("PCK CRL", 12, 13, 14),
+    checked("certificates of the collateral", 15),
+    checked("TCB info", 16, 17, 18),
+    checked("QE identity", 16, 17, 18),
+)
+_COLLATERAL_TIMES: Final = (checked("certificates of the collateral", 9, 10), checked("collateral", 19, 20))
+_BELONGS: Final = checked("quote and collateral", 15, 21, 22, 23, 24, 25, 27)
+_BELONGS_BESIDE: Final = checked("quote and collateral", 15, 21, 22, 23, 24, 25, 26, 27)
+_QE: Final = checked("quoting enclave", 31, 32)
+_SIGNED: Final = checked("quote", 33)
+_TD_LEVELS: Final = checked("TCB", 34, 35, 36)
+_ENCLAVE_LEVELS: Final = checked("TCB", 35, 36)
+_REPORT_DATA: Final = checked("report data", 37)
 
 
 def verify(
@@ -299,16 +376,12 @@ def verify(
     """
     opened = open_quote(data, now=now, root=root)
     verified = verify_collateral(collateral, now=now, root=root, grace=grace)
-    verdict = verify_quote(opened, verified, now=now)
-    got = verdict.quote.body.report_data
-    if expected_report_data is not None and not compare_digest(got, expected_report_data):  # 37
-        raise ReportDataMismatch("quote", "the report data is another", got=got, expected=expected_report_data)
-    return verdict
+    return _quote(opened, verified, now, expected_report_data)
 
 
 def forget() -> None:
     """Drop what is remembered of verified chains and quoting enclaves. It costs time, nothing else."""
-    for remembered in (_root_key, _check_root, _issued_by_root, _signer, _pck_chain, _quoting_enclave):
+    for remembered in (_root_key, _issued_by_root, _signer, _pck_chain, _quoting_enclave):
         remembered.cache_clear()
 
 
@@ -334,7 +407,7 @@ def _pck_chain(root: TrustedRoot, tee: Tee, certification: bytes) -> PckChain:
     """Steps 3 to 8 and 11."""
     leaf_der, issuer_der, *above = _read_chain(certification, "PCK chain", 2)
     root_terms = _root_terms(root, above)
-    issuer, issuer_key = _issued_by_root(root, issuer_der, _PCK_CA)
+    issuer, issuer_key, issuer_notes = _issued_by_root(root, issuer_der, _PCK_CA)
     leaf = _issued(leaf_der, _PCK, issuer.subject, issuer_key)
     extension = leaf.extensions.get(certificates.SGX_EXTENSION)
     if extension is None:  # 11
@@ -344,18 +417,23 @@ def _pck_chain(root: TrustedRoot, tee: Tee, certification: bytes) -> PckChain:
     except DerError as exc:
         raise PckExtension(_PCK.subject, str(exc)) from None
     terms = (*root_terms, _term(issuer, _PCK_CA), _term(leaf, _PCK))
-    return PckChain(leaf, _key(leaf, _PCK.subject), issuer, (leaf_der, issuer_der), identity, terms, window(terms))
+    form = checked("PCK chain", 3, 6) if above else checked("PCK chain", 3)
+    notes = _Notes(form, *issuer_notes.take(), checked(_PCK.subject, *_OF_CERTIFICATES, 11))
+    key = _key(leaf, _PCK.subject)
+    return PckChain(leaf, key, issuer, (leaf_der, issuer_der), identity, terms, window(terms), notes)
 
 
 @lru_cache(maxsize=64)
 def _signer(
     root: TrustedRoot, pem: bytes, place: _Place
-) -> tuple[Certificate, EllipticCurvePublicKey, tuple[Term, ...]]:
+) -> tuple[Certificate, EllipticCurvePublicKey, tuple[Term, ...], _Notes]:
     """Steps 3 to 8 for a chain of a certificate and, or without, the root that issued it; with their terms."""
-    der, *above = _read_chain(pem, f"chain of the {place.subject}", 1)
+    subject = f"chain of the {place.subject}"
+    der, *above = _read_chain(pem, subject, 1)
     root_terms = _root_terms(root, above)
-    certificate, key = _issued_by_root(root, der, place)
-    return certificate, key, (*root_terms, _term(certificate, place))
+    certificate, key, notes = _issued_by_root(root, der, place)
+    form = checked(subject, 3, 6) if above else checked(subject, 3)
+    return certificate, key, (*root_terms, _term(certificate, place)), _Notes(form, *notes.take())
 
 
 def _read_chain(pem: bytes, subject: str, least: int) -> tuple[bytes, ...]:
@@ -375,7 +453,6 @@ def _root_terms(root: TrustedRoot, above: Sequence[bytes]) -> tuple[Term, ...]:
     return (pinned, *(_check_root(root, der) for der in above))
 
 
-@lru_cache(maxsize=16)
 def _check_root(root: TrustedRoot, der: bytes) -> Term:
     if sha256(der).digest() == root.digest:  # 6
         return Term("root certificate", root.not_before, root.not_after, is_certificate=True)
@@ -390,9 +467,10 @@ def _check_root(root: TrustedRoot, der: bytes) -> Term:
 
 
 @lru_cache(maxsize=64)
-def _issued_by_root(root: TrustedRoot, der: bytes, place: _Place) -> tuple[Certificate, EllipticCurvePublicKey]:
+def _issued_by_root(root: TrustedRoot, der: bytes, place: _Place) -> tuple[Certificate, EllipticCurvePublicKey, _Notes]:
+    """Steps 4, 5, 7 and 8."""
     certificate = _issued(der, place, root.name, _root_key(root))
-    return certificate, _key(certificate, place.subject)
+    return certificate, _key(certificate, place.subject), _Notes(checked(place.subject, *_OF_CERTIFICATES))
 
 
 @lru_cache(maxsize=16)
@@ -504,7 +582,7 @@ def _check_belongs(quote: Quote, chain: PckChain, verified: VerifiedCollateral) 
 @lru_cache(maxsize=256)
 def _quoting_enclave(
     chain: PckChain, report: bytes, signature: bytes, auth: bytes, attestation_key: bytes
-) -> tuple[SgxReport, EllipticCurvePublicKey]:
+) -> tuple[SgxReport, EllipticCurvePublicKey, _Notes]:
     """Steps 28 to 30: the attestation key is the quoting enclave's, the quoting enclave the platform's."""
     try:
         ecdsa.verify_raw(chain.leaf_key, signature, report)  # 28
@@ -516,9 +594,10 @@ def _quoting_enclave(
         got = qe_report.report_data
         raise QeReportData("QE report", "its report data is not the attestation key's hash", got=got, expected=expected)
     try:
-        return qe_report, ecdsa.load_point(attestation_key)  # 30
+        key = ecdsa.load_point(attestation_key)  # 30
     except ValueError:
         raise AttestationKey("attestation key", "it is no point of P-256", got=attestation_key) from None
+    return qe_report, key, _Notes(checked("quoting enclave", 28, 29, 30))
 
 
 def _check_quoting_enclave(report: SgxReport, identity: QeIdentity) -> None:

@@ -21,7 +21,7 @@ def decode(data: bytes) -> Any:
     try:
         return strict_json.decode(data, fractions=True)
     except strict_json.JsonError as exc:
-        raise JsonError(str(exc)) from None
+        raise JsonError(exc.problem) from None
 
 
 def encode(value: object) -> bytes:
