@@ -1,0 +1,88 @@
+"""The boot agent's whole run, as flows: the root disk, then the volumes, here or in the booted system.
+
+Rules kept here:
+
+* all disks of a run are looked at before a server is asked for anything, and one that must not be opened ends it there;
+* everything that is asked shares one deadline;
+* the root passphrase opens the root disk and is wiped; the root disk is never formatted, for no answer permits that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from attrs import evolve, frozen
+
+from chutes_proto.client.disks import Forecast, OpenVolume, forecast, unlock, unlock_root
+from chutes_proto.client.flows import BootGrant, BootSettings, boot
+from chutes_proto.effects import Flow, InspectDisk, Uptime
+from chutes_proto.errors import DiskError, LocalProtocolError
+from chutes_proto.luks.plan import Disk, Volume, plan_root
+from chutes_proto.secret import Secret
+
+
+@frozen
+class Booted:
+    """What a run has done. ``grant`` is still of use where volumes are left to a later one, when it was made at ``at``.
+
+    ``k3s_encryption_key`` is of the two-phase exchange only.
+    """
+
+    grant: BootGrant
+    at: float
+    opened: tuple[OpenVolume, ...] = ()
+    k3s_encryption_key: Secret | None = None
+
+
+def run_agent(settings: BootSettings, root: Volume | None, volumes: Sequence[Volume]) -> Flow[Booted]:
+    """Boot and open what there is: the root disk, and the volumes, which are the whole set, or none to leave them.
+
+    Raises as `unlock` does, also before anything was asked, for a disk that must not be opened.
+    """
+    for seen in (yield from foresee(root, volumes)):
+        if seen.error is not None:
+            raise seen.error
+    at = yield from Uptime()
+    settings = evolve(settings, retry=evolve(settings.retry, started=at))
+    grant = yield from boot(settings)
+    at = yield from Uptime()
+    try:
+        opened = () if root is None else ((yield from unlock_root(root, grant)),)
+    finally:
+        grant.root_passphrase.wipe()
+    if not volumes:
+        return Booted(grant, at, opened)
+    return (yield from _go_on(settings, volumes, grant, at, opened))
+
+
+def resume_agent(settings: BootSettings, volumes: Sequence[Volume], grant: BootGrant) -> Flow[Booted]:
+    """Open the volumes that an earlier run left, with its grant. Raises as `unlock` does."""
+    if not volumes:
+        raise LocalProtocolError("there is nothing to go on with: no volumes")
+    at = yield from Uptime()
+    settings = evolve(settings, retry=evolve(settings.retry, started=at))
+    return (yield from _go_on(settings, volumes, grant, at, ()))
+
+
+def foresee(root: Volume | None, volumes: Sequence[Volume]) -> Flow[tuple[Forecast, ...]]:
+    """What `run_agent` would do to each disk, as far as no server need be asked; it raises nothing."""
+    first = () if root is None else ((yield from _foresee_root(root)),)
+    return (*first, *(yield from forecast(volumes)))
+
+
+def _foresee_root(root: Volume) -> Flow[Forecast]:
+    disk: Disk | None = None
+    try:
+        disk = yield from InspectDisk(root.device)
+        plan = plan_root(root, disk)
+    except DiskError as exc:
+        return Forecast(root, disk, error=exc)
+    return Forecast(root, disk, plan, plan)
+
+
+def _go_on(
+    settings: BootSettings, volumes: Sequence[Volume], grant: BootGrant, at: float, opened: tuple[OpenVolume, ...]
+) -> Flow[Booted]:
+    unlocked = yield from unlock(settings, volumes, grant=grant)
+    unlocked.grant.root_passphrase.wipe()
+    return Booted(unlocked.grant, at, (*opened, *unlocked.volumes), unlocked.k3s_encryption_key)
