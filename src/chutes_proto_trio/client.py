@@ -12,7 +12,7 @@ import httpx
 
 from chutes_proto.auth.certificates import ENTROPY_SIZE, ClientIdentity, make_client_identity
 from chutes_proto.auth.signing import Signer
-from chutes_proto.blocking.http import TimeLimits
+from chutes_proto.blocking.https import TimeLimits
 from chutes_proto.blocking.perform import log_record
 from chutes_proto.blocking.quoting import Quoter, check_quoter
 from chutes_proto.blocking.tls import client_context
@@ -110,7 +110,7 @@ class BootAgent:
         grant, self._grant = self._grant, None
         rotation = await self._performer.run(attest_volumes(self._settings, volumes, formatted, grant=grant))
         yield rotation
-        await self._performer.run(confirm_volumes(rotation, retry=self._settings.retry))
+        _ = await self._performer.run(confirm_volumes(rotation, retry=self._settings.retry))
 
     async def cache_passphrase(self) -> Secret:
         """The passphrase of the server's first volume; boots first where there is no grant yet."""

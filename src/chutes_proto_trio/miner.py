@@ -11,7 +11,7 @@ import httpx
 
 from chutes_proto.auth.certificates import ENTROPY_SIZE, ClientIdentity, make_client_identity
 from chutes_proto.auth.signing import Signer, SigningPolicy
-from chutes_proto.blocking.http import TimeLimits
+from chutes_proto.blocking.https import TimeLimits
 from chutes_proto.blocking.perform import log_record
 from chutes_proto.blocking.quoting import Quoter
 from chutes_proto.blocking.tls import client_context

@@ -17,9 +17,11 @@ import trio
 import chutes_proto_asyncio.perform
 import chutes_proto_trio.perform
 from chutes_proto.auth.certificates import make_client_identity
-from chutes_proto.blocking.http import MAX_ANSWER, HttpxSender, TimeLimits, origin
+from chutes_proto.blocking.http import origin
+from chutes_proto.blocking.https import HttpsSender, TimeLimits
 from chutes_proto.blocking.tls import client_context
 from chutes_proto.errors import LocalProtocolError, TransportError
+from chutes_proto.transport.client import MAX_ANSWER
 from chutes_proto.wire.http import HttpRequest, HttpResponse
 from tests.blocking.peers import Behaviour, Credentials, answering, peer, read_request
 
@@ -30,8 +32,8 @@ Sender = Callable[[str, ssl.SSLContext, HttpRequest, TimeLimits], HttpResponse]
 
 
 def by_blocking(url: str, context: ssl.SSLContext, request: HttpRequest, limits: TimeLimits) -> HttpResponse:
-    with httpx.Client(verify=context, trust_env=False) as client:
-        return HttpxSender(client, url, limits)(request)
+    with HttpsSender(context, url, limits) as send:
+        return send(request)
 
 
 def by_trio(url: str, context: ssl.SSLContext, request: HttpRequest, limits: TimeLimits) -> HttpResponse:

@@ -14,7 +14,7 @@ from itertools import chain
 from attrs import frozen
 
 from chutes_proto.collateral import pcs
-from chutes_proto.errors import ChutesError, QuoteError, Refusal, UpstreamError
+from chutes_proto.errors import ChutesError, QuoteError, Refusal, RemoteProtocolError, UpstreamError
 from chutes_proto.quote.certificates import (
     SGX_EXTENSION,
     check_kind,
@@ -35,6 +35,7 @@ from chutes_proto.quote.verify import open_quote, verify_collateral
 from chutes_proto.testing.directory import measurements_toml
 from chutes_proto.testing.platform import SimulatedPlatform
 from chutes_proto.testing.service import CollateralService
+from chutes_proto.transport.client import ClientConnection
 from chutes_proto.transport.h1 import ServerConnection
 from chutes_proto.wire import codec, endpoints, json
 from chutes_proto.wire.answers import error_response
@@ -245,6 +246,33 @@ def check_answer_body(data: bytes) -> None:
                 _ = str(exc)
 
 
+def answer_in(pieces: Iterable[bytes]) -> HttpResponse | None:
+    """What a client takes for the answer in a server's bytes, after which they end; None for none."""
+    connection = ClientConnection("h")
+    _ = connection.send_request(HttpRequest("GET", "/"))
+    with suppress(RemoteProtocolError):
+        for piece in chain(pieces, [b""]):
+            response = connection.receive_data(piece)
+            if response is not None:
+                return response
+    return None
+
+
+def check_http_answer(data: bytes) -> None:
+    """However the bytes are cut, the client takes the same answer, or its one error says why there is none."""
+    assert answer_in([data] if data else []) == answer_in(data[i : i + 1] for i in range(len(data)))
+
+
+def http_answers() -> list[bytes]:
+    return [
+        b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}HTTP/1.1 200 OK\r\n\r\n",
+        b"HTTP/1.1 102 Processing\r\n\r\nHTTP/1.1 503 Busy\r\nRetry-After: 2\r\nConnection: close\r\n\r\nbusy",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5;x=y\r\nhello\r\n0\r\nTrailer: t\r\n\r\n",
+        b"HTTP/1.0 307 Elsewhere\r\nLocation: /\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nX: " + b"y" * 20_000 + b"\r\n\r\n",
+    ]
+
+
 def check_json(data: bytes) -> None:
     """What is taken is what another parser takes, and comes out of the encoder to be taken again as the same value."""
     try:
@@ -297,6 +325,7 @@ TARGETS = {
     "event-log": Target(check_event_log, event_logs),
     "collateral-answer": Target(check_collateral_answer, collateral_answers),
     "http": Target(check_http, http_requests),
+    "http-answer": Target(check_http_answer, http_answers),
     "json": Target(check_json, json_bodies),
     "request-body": Target(check_request_body, json_bodies),
     "answer-body": Target(check_answer_body, json_bodies),

@@ -54,6 +54,8 @@ def test_honest_inputs_get_through() -> None:
     assert Policy.from_toml(first).profiles == Policy.from_toml(with_tcb).profiles
     assert parse_profiles_json(listed)
     assert [len(targets.exchange([stream])[0]) for stream in targets.http_requests()] == [1, 2, 1, 2, 1]
+    taken = [targets.answer_in([stream]) for stream in targets.http_answers()]
+    assert [answer and answer.status for answer in taken] == [200, 503, 200, 307, None]
 
 
 @names

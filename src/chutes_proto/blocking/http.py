@@ -14,13 +14,11 @@ from collections.abc import Generator
 from contextlib import contextmanager
 
 import httpx
-from attrs import frozen
 
+from chutes_proto.blocking.https import Origin, TimeLimits
 from chutes_proto.errors import LocalProtocolError, TransportError
+from chutes_proto.transport.client import MAX_ANSWER
 from chutes_proto.wire.http import HttpRequest, HttpResponse
-
-MAX_ANSWER = 1 << 20
-"""Bytes of body that an answer may have."""
 
 _NOT_DELIVERED = (
     httpx.ConnectError,
@@ -29,24 +27,6 @@ _NOT_DELIVERED = (
     httpx.ProxyError,
     httpx.UnsupportedProtocol,
 )
-
-
-@frozen
-class TimeLimits:
-    """Seconds for making a connection, for each read or write, and for the whole of one request and its answer.
-
-    The server may work on a request for 25 s before it gives up.
-    """
-
-    connect: float = 10.0
-    read: float = 30.0
-    total: float = 60.0
-
-    def exceeded(self, body: bytearray) -> TransportError:
-        """The error for an answer of which this much had come when it was given up: too slow, or too large."""
-        if len(body) > MAX_ANSWER:
-            return TransportError(f"the server's answer has more than {MAX_ANSWER} bytes", maybe_delivered=True)
-        return TransportError(f"no whole answer within {self.total:g} s", maybe_delivered=True)
 
 
 class HttpxSender:
@@ -97,14 +77,8 @@ def _answer(client: httpx.Client, request: httpx.Request, limits: TimeLimits) ->
 
 
 def origin(url: str) -> httpx.URL:
-    """The origin that ``url`` is. Raises `LocalProtocolError` for anything but ``https://host`` or ``https://host:port``."""
-    try:
-        parsed = httpx.URL(url)
-    except httpx.InvalidURL as exc:
-        raise LocalProtocolError(f"not a URL: {exc}") from None
-    if parsed.scheme != "https" or not parsed.host or parsed.userinfo or parsed.raw_path != b"/" or parsed.fragment:
-        raise LocalProtocolError("the server's URL has the form https://host:port")
-    return parsed
+    """The origin of ``https://host`` or ``https://host:port``. Raises `LocalProtocolError` for anything else."""
+    return httpx.URL(f"https://{Origin.parse(url).authority}")
 
 
 def prepare(

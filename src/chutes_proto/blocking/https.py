@@ -1,0 +1,279 @@
+"""`Send` and `Get` over the standard library's TLS and sockets, without an event loop: small enough for an initramfs.
+
+Rules kept here:
+
+* a request of `Send` goes to the one origin its sender was made for, over https; none follows a redirect;
+* nothing is sent before the server's chain and name are verified;
+* every wait ends: each address has its share of the time for a connection, and a peer that drips ends with the whole;
+* a failed request leaves no connection behind; one that is kept is used again only while the server is silent on it.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+import ssl
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+from attrs import frozen
+
+from chutes_proto.errors import LocalProtocolError, RemoteProtocolError, TransportError
+from chutes_proto.transport.client import MAX_ANSWER, ClientConnection
+from chutes_proto.wire.http import HttpRequest
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from chutes_proto.wire.http import HttpResponse
+
+_ORIGIN: Final = re.compile(r"https://(?:([A-Za-z0-9_.-]+)|\[([0-9A-Fa-f:.]+)\])(?::([0-9]{1,5}))?/?", re.IGNORECASE)
+_AUTHORITY: Final = re.compile("https://[^/?#]+", re.IGNORECASE)
+_PORT: Final = 443
+_READ_SIZE: Final = 16 * 1024
+
+
+@frozen
+class TimeLimits:
+    """Seconds for making a connection, for each read or write, and for the whole of one request and its answer.
+
+    The server may work on a request for 25 s before it gives up.
+    """
+
+    connect: float = 10.0
+    read: float = 30.0
+    total: float = 60.0
+
+    def exceeded(self, body: bytearray) -> TransportError:
+        """The error for an answer of which this much had come when it was given up: too slow, or too large."""
+        if len(body) > MAX_ANSWER:
+            return TransportError(f"the server's answer has more than {MAX_ANSWER} bytes", maybe_delivered=True)
+        return TransportError(f"no whole answer within {self.total:g} s", maybe_delivered=True)
+
+
+@frozen
+class Origin:
+    """A server: a host name or IP address, and a port."""
+
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, url: str) -> Origin:
+        """The origin of ``https://host`` or ``https://host:port``. Raises `LocalProtocolError` for anything else."""
+        match = _ORIGIN.fullmatch(url)
+        port = int(match[3] or _PORT) if match else 0
+        if match is None or not 0 < port < 1 << 16:
+            raise LocalProtocolError("the server's URL has the form https://host:port")
+        return cls((match[1] or match[2]).lower(), port)
+
+    @property
+    def authority(self) -> str:
+        """As ``Host`` has it."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == _PORT else f"{host}:{self.port}"
+
+
+class HttpsSender:
+    """Performs `Send` over connections of its own, one at a time, which it keeps for the next request.
+
+    ``url`` is the server's origin, ``https://host:port``; ``context``, which must verify it, is the caller's choice.
+    A sender is closed when it is done, or used as a context manager.
+    """
+
+    def __init__(self, context: ssl.SSLContext, url: str, limits: TimeLimits = TimeLimits()) -> None:
+        self._context = context
+        self._origin = Origin.parse(url)
+        self._limits = limits
+        self._kept: _Connection | None = None
+
+    def __enter__(self) -> HttpsSender:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection that was kept, if there is one."""
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            kept.close()
+
+    def __call__(self, request: HttpRequest) -> HttpResponse:
+        """The whole answer. Raises `TransportError`, and `LocalProtocolError` for what HTTP cannot carry."""
+        end = time.monotonic() + self._limits.total
+        connection, self._kept = self._kept, None
+        if connection is None or not connection.is_silent():
+            if connection is not None:
+                connection.close()
+            connection = self._connect(end)
+        try:
+            response = connection.exchange(request, self._limits.read, end)
+            if connection.http.reusable:
+                self._kept = connection
+            return response
+        except TimeoutError as exc:
+            if time.monotonic() >= end:
+                raise self._limits.exceeded(bytearray()) from exc
+            raise TransportError(f"the server was silent for {self._limits.read:g} s", maybe_delivered=True) from exc
+        except OSError as exc:
+            raise TransportError(f"the connection broke: {_why(exc)}", maybe_delivered=True) from exc
+        except RemoteProtocolError as exc:
+            raise TransportError(str(exc), maybe_delivered=True) from exc
+        finally:
+            if self._kept is not connection:
+                connection.close()
+
+    def _connect(self, end: float) -> _Connection:
+        """A connection whose peer is the origin. Raises `TransportError`."""
+        origin = self._origin
+        end = min(end, time.monotonic() + self._limits.connect)
+        try:
+            stream = self._wrapped(_connected(_addresses(origin, end), end))
+            try:
+                stream.settimeout(_left(end))
+                stream.do_handshake()
+            except BaseException:
+                stream.close()
+                raise
+        except TimeoutError as exc:
+            raise _unreachable(origin, f"none within {self._limits.connect:g} s") from exc
+        except (OSError, ValueError) as exc:  # ValueError: no name that a certificate could have
+            raise _unreachable(origin, _why(exc)) from exc
+        return _Connection(stream, ClientConnection(origin.authority))
+
+    def _wrapped(self, plain: socket.socket) -> ssl.SSLSocket:
+        with plain:  # what is wrapped has another owner
+            return self._context.wrap_socket(
+                plain, server_hostname=self._origin.host, do_handshake_on_connect=False, suppress_ragged_eofs=False
+            )
+
+
+class HttpsGetter:
+    """Performs `Get`, each over a connection of its own; ``context``, which must verify services, is the caller's."""
+
+    def __init__(self, context: ssl.SSLContext, limits: TimeLimits = TimeLimits()) -> None:
+        self._context = context
+        self._limits = limits
+
+    def __call__(self, url: str) -> HttpResponse:
+        """The whole answer. Raises as a sender does."""
+        origin = _AUTHORITY.match(url)
+        if origin is None:
+            raise LocalProtocolError("a service's URL begins with https://host")
+        with HttpsSender(self._context, origin[0], self._limits) as send:
+            return send(HttpRequest("GET", url[origin.end() :] or "/"))
+
+
+class _Connection:
+    """A TLS connection to the origin and the state of HTTP on it."""
+
+    def __init__(self, stream: ssl.SSLSocket, http: ClientConnection) -> None:
+        self._stream = stream
+        self.http = http
+
+    def exchange(self, request: HttpRequest, read: float, end: float) -> HttpResponse:
+        """Raises `OSError`, of which `TimeoutError` for what took longer, and `RemoteProtocolError`."""
+        unsent = memoryview(self.http.send_request(request))
+        while unsent:
+            self._stream.settimeout(min(read, _left(end)))
+            unsent = unsent[self._stream.send(unsent) :]
+        while True:
+            self._stream.settimeout(min(read, _left(end)))
+            response = self.http.receive_data(self._stream.recv(_READ_SIZE))
+            if response is not None:
+                return response
+
+    def is_silent(self) -> bool:
+        """Whether the server has said nothing, not even goodbye, since its last answer."""
+        self._stream.settimeout(0)
+        try:
+            _ = self._stream.recv(1)
+        except ssl.SSLWantReadError:
+            return True  # at most a message of TLS itself, as a session ticket
+        except OSError:
+            pass
+        return False
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def _addresses(origin: Origin, end: float) -> list[tuple[int, Any]]:
+    """Families and addresses to try, in the resolver's order. Raises `OSError`."""
+    try:
+        return _resolved(origin, socket.AI_NUMERICHOST)
+    except socket.gaierror:
+        pass
+    import threading  # only a name needs it
+
+    found: list[tuple[int, Any]] = []
+    errors: list[OSError] = []
+
+    def resolve() -> None:
+        try:
+            found.extend(_resolved(origin, 0))
+        except UnicodeError:
+            errors.append(OSError(f"{origin.host} is no host name"))
+        except OSError as exc:
+            errors.append(exc)
+
+    resolver = threading.Thread(target=resolve, daemon=True)  # nothing can interrupt it, so it may be left behind
+    resolver.start()
+    resolver.join(_left(end))
+    if found:
+        return found
+    raise errors[0] if errors else TimeoutError()
+
+
+def _resolved(origin: Origin, flags: int) -> list[tuple[int, Any]]:
+    found = socket.getaddrinfo(origin.host, origin.port, type=socket.SOCK_STREAM, flags=flags)
+    return [(family, address) for family, _, _, _, address in found]
+
+
+def _connected(addresses: list[tuple[int, Any]], end: float) -> socket.socket:
+    """A connection to the first address that answers in its share of the time. Raises the last one's `OSError`."""
+    error: OSError = TimeoutError()
+    for index, (family, address) in enumerate(addresses):
+        try:
+            plain = socket.socket(family, socket.SOCK_STREAM)
+            try:
+                plain.settimeout(_left(end) / (len(addresses) - index))
+                plain.connect(address)
+            except BaseException:
+                plain.close()
+                raise
+        except OSError as exc:
+            error = exc
+        else:
+            plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return plain
+    raise error
+
+
+def _left(end: float) -> float:
+    """Seconds until ``end``. Raises `TimeoutError` when there are none."""
+    left = end - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
+
+
+def _unreachable(origin: Origin, why: str) -> TransportError:
+    return TransportError(f"no connection to {origin.authority}: {why}", maybe_delivered=False)
+
+
+def _why(exc: Exception) -> str:
+    match exc:
+        case ssl.SSLCertVerificationError():
+            return f"the server's certificate does not verify: {exc.verify_message}"
+        case ssl.SSLEOFError():
+            return "the server ended it without a word of TLS"
+        case ssl.SSLError(reason=str(reason)):
+            return f"TLS: {reason.lower().replace('_', ' ')}"
+        case OSError(strerror=str(text)):
+            return text
+        case _:
+            return str(exc) or type(exc).__name__
