@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import random
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import closing
 from itertools import count
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 import trio
+from attrs import define, field
 
 from chutes_proto.auth.certificates import ENTROPY_SIZE, make_client_identity
 from chutes_proto.blocking.setup import load_setup
@@ -31,7 +33,7 @@ from tests.conftest import SOAK
 from tests.store.test_processes import nothing_is_half_done
 
 PLATFORM = SimulatedPlatform(bytes(32))
-KILLS = 200 if SOAK else 3
+KILLS = 200 if SOAK else 4
 VOLUMES = ("storage", "tdx-cache")
 
 Start = Callable[..., Server]
@@ -55,13 +57,13 @@ def serve(start: Start, site: Path) -> Server:
     return start("--config", site / "server.toml", ca=site / "ca.pem")
 
 
-def agent(server: Server, label: str, vm: str) -> BootAgent:
+def agent(server: Server, label: str, vm: str, quoter: Callable[[bytes], bytes] = PLATFORM.quote) -> BootAgent:
     """A VM's boot agent with a client key of its own."""
     return BootAgent(
         server.url,
         hotkey=HOTKEY,
         vm_name=vm,
-        quoter=PLATFORM.quote,
+        quoter=quoter,
         ca_pem=server.ca.read_bytes(),
         identity=make_client_identity(int(time.time()), entropy(label, ENTROPY_SIZE)),
         log=lambda _: None,
@@ -93,42 +95,91 @@ def test_first_boots_through_four_servers_get_one_root_passphrase(start: Start, 
         assert len(store.transact(Ask(Scan(GenerationRow)))) == 1
 
 
+@define
+class Fleet:
+    """VMs that boot again and again, and all that they were answered; ``disks`` are the keys in a header, by VM."""
+
+    chance: random.Random = field(factory=lambda: random.Random(0))
+    answered: set[tuple[str, str, bytes]] = field(factory=set[tuple[str, str, bytes]])
+    disks: defaultdict[str, list[bytes]] = field(factory=lambda: defaultdict[str, list[bytes]](list))
+    rotations: int = 0
+
+    async def sync(self, server: Server, label: str, index: int) -> None:
+        """One boot of one of four VMs in the base exchange."""
+        vm = f"vm-{self.chance.randrange(4)}"
+        volumes = tuple(self.chance.sample(VOLUMES, self.chance.randint(1, 2)))
+        rekey = [volume for volume in volumes if self.chance.random() < 0.3]
+        async with agent(server, label, vm) as booting:
+            grant = await booting.boot()
+            self.answered.add((vm, "root", grant.root_passphrase.reveal()))
+            keys = await booting.sync(volumes, formatted=(), rekey=rekey)
+            self.answered |= {(vm, volume, key.reveal()) for volume, key in keys.passphrases.items()}
+
+    async def rotate(self, server: Server, label: str, index: int) -> bool:
+        """One two-phase boot of a VM of its own; True if its disk opens."""
+        vm, stage = f"rotating-{index}", "boot"
+        disk = self.disks[vm]
+        async with agent(server, label, vm, lambda data: PLATFORM.quote(data, stage=stage)) as booting:  # type: ignore[arg-type]
+            _ = await booting.boot()
+            stage = "runtime"
+            async with booting.rotate(["storage"], formatted=["storage"] if disk else []) as rotation:
+                pair = rotation.keys["storage"]
+                opener, following = (pair.current or pair.next).reveal(), pair.next.reveal()
+                self.answered |= {(vm, "storage", opener), (vm, "storage", following)}
+                opens = opener in disk or not disk
+                if opens:
+                    disk[:] = [opener, following]
+                    rotation.added("storage")
+                else:
+                    rotation.left_out("storage")
+            if opens:  # and the confirmation is through
+                disk[:] = [following]
+                self.rotations += 1
+        return opens
+
+    def hear_nothing(self) -> None:
+        """Whoever heard nothing of a confirmation keeps both keys, or takes the new one off the disk."""
+        for disk in self.disks.values():
+            del disk[self.chance.randint(1, 2) :]
+
+
 # httpx leaves the socket of a handshake that fails or is cancelled to the garbage collector.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_killed_server_loses_nothing_and_leaves_no_half_unit(start: Start, site: Path) -> None:
-    chance = random.Random(0)
-    answered: list[tuple[str, dict[str, Any]]] = []
-    setup = load_setup(site / "server.toml")
+    """Killed by turns in the middle of syncs and of rotations; afterwards every disk opens."""
+    fleet, setup = Fleet(), load_setup(site / "server.toml")
+    configuration = (site / "server.toml").read_text()
 
-    async def work(server: Server, name: str, told: trio.MemorySendChannel[None]) -> None:
-        for turn in count():
-            vm = f"vm-{chance.randrange(4)}"
-            volumes = tuple(chance.sample(VOLUMES, chance.randint(1, 2)))
-            rekey = [volume for volume in volumes if chance.random() < 0.3]
-            async with agent(server, f"{name} {turn}", vm) as booting:
-                grant = await booting.boot()
-                answered.append((vm, {"root": grant.root_passphrase}))
-                keys = await booting.sync(volumes, formatted=(), rekey=rekey)
-                answered.append((vm, dict(keys.passphrases)))
-                await told.send(None)
+    def served(exchange: str) -> Server:
+        """A new process, which serves all boots so."""
+        _ = (site / "server.toml").write_text(f'{configuration}exchange = "{exchange}"\n')
+        return serve(start, site)
 
-    async def storm(server: Server, name: str) -> None:
+    async def storm(server: Server, work: Callable[..., Any], name: str) -> None:
         tell, told = trio.open_memory_channel[None](0)
+
+        async def go_on(index: int) -> None:
+            for turn in count():
+                await work(server, f"{name} {index} {turn}", index)
+                await tell.send(None)
+
         with trio.fail_after(120):
             async with trio.open_nursery() as nursery:
                 for index in range(6):
-                    nursery.start_soon(work, server, f"{name} {index}", tell)
-                for _ in range(chance.randint(3, 20)):
+                    nursery.start_soon(go_on, index)
+                for _ in range(fleet.chance.randint(3, 20)):
                     await told.receive()
                 server.process.kill()
                 nursery.cancel_scope.cancel()
 
     for number in range(KILLS):
-        server = serve(start, site)
+        exchange, work = (("base", fleet.sync), ("two-phase", fleet.rotate))[number % 2]
+        server = served(exchange)
         try:
-            trio.run(storm, server, str(number))
+            trio.run(storm, server, work, str(number))
         except* ChutesError:  # an agent saw the end first
             assert server.process.wait(20)
+        fleet.hear_nothing()
         gc.collect()
         with closing(setup.store.open()) as store:
             store.check()
@@ -138,4 +189,11 @@ def test_a_killed_server_loses_nothing_and_leaves_no_half_unit(start: Start, sit
                 (row.vm.name, row.volume, vault.open(Address(row.vm, row.volume, row.generation), row).reveal())
                 for row in store.transact(Ask(Scan(GenerationRow)))
             }
-        assert {(vm, volume, key.reveal()) for vm, keys in answered for volume, key in keys.items()} <= there
+        assert fleet.answered <= there
+    assert fleet.rotations
+
+    async def all_open(server: Server) -> None:
+        for index in range(6):
+            assert [await fleet.rotate(server, f"end {index} {turn}", index) for turn in range(3)][-2:] == [True, True]
+
+    trio.run(all_open, served("two-phase"))
