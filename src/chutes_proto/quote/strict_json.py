@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -136,10 +137,8 @@ def _check_depth(data: bytes) -> None:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
-        seen: set[str] = set()
-        raise JsonError(
-            "an object has a member twice", next(name for name, _ in pairs if name in seen or seen.add(name))
-        )
+        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise JsonError("an object has a member twice", name)
     return table
 
 
