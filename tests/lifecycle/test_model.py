@@ -17,13 +17,16 @@ from attrs import define, evolve, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chutes_proto.errors import Refused
 from chutes_proto.keys import generations
 from chutes_proto.keys.generations import Change, HandOut, Pruned
 from chutes_proto.store.rows import Exchange, ReadVm, UpdateGeneration, VmRow
+from chutes_proto.testing.store_suite import VM, boot
 from chutes_proto.units import rotation
+from chutes_proto.units.operator import RestoreKey
 from tests.conftest import SOAK
 from tests.lifecycle.agents import boot_once
-from tests.lifecycle.world import Choices, Policy, World, explore
+from tests.lifecycle.world import VOLUME, Choices, Policy, World, explore
 
 T = TypeVar("T")
 
@@ -132,6 +135,32 @@ def test_every_life_of_a_few_boots(policy: Policy) -> None:
     # the exceptions are reached where they are said to be, and nowhere else
     assert bool(search.excused) == (policy.exchange == "base" and not (policy.ours and policy.pruned == "revive"))
     assert search.slowest == (2 if policy.exchange == "two-phase" else 1)
+
+
+@pytest.mark.parametrize("ours", [True, False], ids=["our agent", "deployed client"])
+def test_the_way_back_to_the_base_exchange(ours: bool) -> None:
+    """It is refused, unless an operator allows it. Then the active key is given, and opens, but where the deployed
+    client did not hear of its last rotation: there the pinned key does, once it is restored or the VM comes back."""
+    policy = Policy("two-phase", "revive", ours)
+    formatted = World(policy)
+    assert undisturbed(formatted)
+    locked = 0
+    for world, _ in explore(partial(disturbed, formatted), 2):
+        with pytest.raises(Refused, match="gets no boot token again"):
+            world.copy().transact(boot("downgrade"))
+        back = evolve(world, policy=evolve(policy, exchange="base"))
+        opens = undisturbed(back)
+        if not opens:
+            locked += 1
+            pinned = generations.pinned(back.rows())
+            assert pinned
+            assert world.opens(pinned)
+            assert not generations.purgeable(back.rows(), 10**12, 0, 0)
+            restored = back.copy()
+            restored.transact(RestoreKey(0, VM, VOLUME, pinned.generation, ""))
+            assert comes_up(restored) == 1
+        assert comes_up(evolve(back, policy=policy)) is not None
+    assert bool(locked) != ours
 
 
 # --- random lives ---
