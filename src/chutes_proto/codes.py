@@ -30,6 +30,7 @@ class Code(StrEnum):
     VOLUME_UNKNOWN = "volume_unknown", 400, "a volume that this server does not serve"
     REKEY_NOT_SUBSET = "rekey_not_subset", 400, "rekey names a volume that volumes does not"
     HOST_INVALID = "host_invalid", 400, "the host is not a public address, nor a name that has only public ones"
+    EVIDENCE_UNAVAILABLE = "evidence_unavailable", 400, "the host that registers does not give its evidence when asked"
     GPU_INVALID = "gpu_invalid", 400, "a declared GPU is not what the GPU table or the measurement profile says"
     NONCE_MISMATCH = "nonce_mismatch", 400, "the quote's report data holds another nonce"
     NONCE_INVALID = "nonce_invalid", 401, "not a nonce of this server, too old, bound to another caller, or used"

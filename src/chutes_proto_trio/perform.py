@@ -1,6 +1,7 @@
 """The driver on trio: it carries out the effects of a flow; what blocks runs in a worker thread.
 
-Nothing is decided here. A cancellation waits for a transaction that has begun, and for nothing else.
+Nothing is decided here. A cancellation waits for a transaction or an action on a disk that has begun, and for nothing
+else.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from typing import Any, TypeVar
 import httpx
 import trio
 
-from chutes_proto.blocking.http import MAX_ANSWER, TimeLimits, origin, prepare, prepare_get, received, transport_errors
+from chutes_proto.blocking.disks import Disks
+from chutes_proto.blocking.evidence import any_certificate, evidence_limits, evidence_request, peer_certificate
+from chutes_proto.blocking.http import origin, prepare, prepare_get, received, transport_errors
+from chutes_proto.blocking.https import TimeLimits
 from chutes_proto.blocking.perform import (
     RESOLVE_SECONDS,
     RESOLVERS,
@@ -26,11 +30,14 @@ from chutes_proto.blocking.perform import (
 )
 from chutes_proto.blocking.quoting import Quoter, take_quote
 from chutes_proto.effects import (
+    ActOnDisk,
     Effect,
     Entropy,
     FetchCollateral,
+    FetchEvidence,
     Flow,
     Get,
+    InspectDisk,
     Log,
     MakeQuote,
     Now,
@@ -45,6 +52,7 @@ from chutes_proto.log import Record
 from chutes_proto.quote.collateral import VerifiedCollateral
 from chutes_proto.quote.pck import PckIdentity
 from chutes_proto.store.run import Store
+from chutes_proto.transport.client import MAX_ANSWER
 from chutes_proto.wire.http import HttpRequest, HttpResponse
 
 T = TypeVar("T")
@@ -78,6 +86,21 @@ class HttpxGetter:
         return await _answer(self._client, prepare_get(self._client, url, self._limits), self._limits)
 
 
+async def _fetch_evidence(asked: FetchEvidence) -> tuple[HttpResponse, bytes]:
+    limits, certificates = evidence_limits(asked), list[bytes]()
+    async with httpx.AsyncClient(verify=any_certificate(), trust_env=False) as client:
+        client.event_hooks = {"response": [_keep_certificate(certificates)]}
+        answer = await _answer(client, evidence_request(client, asked, limits), limits)
+    return answer, certificates[0]
+
+
+def _keep_certificate(certificates: list[bytes]) -> Callable[[httpx.Response], Awaitable[None]]:
+    async def keep(response: httpx.Response) -> None:
+        certificates.append(peer_certificate(response))
+
+    return keep
+
+
 async def _answer(client: httpx.AsyncClient, request: httpx.Request, limits: TimeLimits) -> HttpResponse:
     body = bytearray()
     with trio.move_on_after(limits.total) as scope, transport_errors():
@@ -109,6 +132,7 @@ class Performer:
         store: Store | None = None,
         collateral: CollateralSource | None = None,
         fetch: Callable[[PckIdentity, int], Awaitable[VerifiedCollateral]] | None = None,
+        disks: Disks | None = None,
         log: Callable[[Record], None] = log_record,
     ) -> None:
         self._send = send or Missing("send")
@@ -117,6 +141,7 @@ class Performer:
         self._store = store or Missing("store")
         self._collateral = collateral or Missing("collateral")
         self._fetch = fetch or self._fetch_in_thread
+        self._disks = disks or Missing("disks")
         self._log = careful(log)
         self._resolvers = trio.CapacityLimiter(RESOLVERS)
 
@@ -145,8 +170,14 @@ class Performer:
                 return await self._fetch(identity, now)
             case Resolve(name):
                 return await self._resolve_in_thread(name)
+            case FetchEvidence():
+                return await _fetch_evidence(effect)
             case Transact(unit):
                 return await trio.to_thread.run_sync(self._store.transact, unit)
+            case InspectDisk(device):
+                return await trio.to_thread.run_sync(self._disks.inspect, device)
+            case ActOnDisk(action, keys):
+                return await trio.to_thread.run_sync(self._disks.act, action, keys)
             case Log(record):
                 self._log(record)
             case _:

@@ -49,7 +49,7 @@ class Connected(World):
 
 
 def connected(fetcher: CollateralFetcher) -> Connected:
-    app = App(service(root=ROOT, verifications=Slots(200)))
+    app = App(service(root=ROOT, verifications=Slots(200, share=200)))
     return Connected(app=app, platform=PLATFORM, now=int(time.time()), certificate=CERTIFICATE, fetcher=fetcher)
 
 

@@ -327,7 +327,7 @@ def test_missing_collateral_is_our_fault_and_spends_nothing(world):
 
 
 def test_verifications_at_once_are_bounded(world):
-    world.app = App(service(verifications=Slots(1)))
+    world.app = App(service(verifications=Slots(1, share=1)))
     body, headers = world.attestation()
     seen = []
 
@@ -339,7 +339,31 @@ def test_verifications_at_once_are_bounded(world):
     world.before = again
     assert answer(world.ask("POST", "/servers/boot/attestation", body, headers=headers))
     assert refusal(seen[0])[:2] == (503, Code.BUSY)
-    assert world.app.service.verifications.taken == 0
+    assert not world.app.service.verifications.held
+
+
+def test_slow_collateral_of_one_kind_of_platform_leaves_the_others_their_turn(world):
+    """Half of the slots may wait for it; a quote of another kind, whose collateral is there, is verified meanwhile."""
+    world.app = App(service(limits=LimitOptions(verifications=4)))
+    slow, other = world.platform, world.platform.another(1)
+    seen: list[int] = []
+
+    def meanwhile(effect):
+        if not isinstance(effect, FetchCollateral) or effect.identity.fmspc != slow.fmspc or len(seen) > 1:
+            return
+        seen.append(world.app.service.verifications.held.total())
+        if len(seen) == 1:
+            assert answer(world.boot())  # waits too, in the second slot
+            return
+        assert refusal(world.boot(vm_name="vm-2"))[:2] == (503, Code.BUSY)
+        world.platform = other
+        assert answer(world.boot(vm_name="vm-3"))
+        world.platform = slow
+
+    world.before = meanwhile
+    assert answer(world.boot())
+    assert seen == [1, 2]
+    assert not world.app.service.verifications.held
 
 
 def test_draining_sends_boots_away_and_serves_what_is_asked_once(world):

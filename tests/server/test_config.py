@@ -97,7 +97,19 @@ def test_collateral_from_services():
         ('proxy = { unix = "p", address_header = "Client-Cert" }', "proxy.address_header"),
         ('proxy = { unix = "p", address_header = "a b" }', "proxy.address_header"),
         ('proxy = { unix = "p", secret = "s" }', "proxy.secret: Unknown key"),
-        ('registration = { evidence = "callback" }', "registration.evidence"),
+        ('registration = { evidence = "callback" }', "registration.hotkey_file"),
+        ('registration = { evidence = "ask" }', "registration.evidence"),
+        ('registration = { hotkey_file = "h" }', "registration.hotkey_file: goes with"),
+        ("registration = { evidence_port = 1 }", "registration.evidence_port: goes with"),
+        (
+            'registration = { evidence = "callback", hotkey_file = "h", evidence_port = 65536 }',
+            "registration.evidence_port",
+        ),
+        (
+            'registration = { unsafe_private_networks = ["::/0"] }',
+            "unsafe_private_networks: ::/0 is everybody",
+        ),
+        ('registration = { unsafe_private_networks = ["lab"] }', "registration.unsafe_private_networks"),
         ("roots = 1", "roots"),
     ],
 )

@@ -231,7 +231,7 @@ def test_what_is_busy_is_waited_for(world, busy, seconds, granted):
     nonce = quote_nonce(world)
     body = request_of(world, nonce)
     until = world.uptime + seconds
-    taken = Slots(0)
+    taken = Slots(0, share=64)
     world.app = App(two_phase(verifications=taken)) if busy == "slots" else world.app
 
     def before(effect):

@@ -19,11 +19,14 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol, TypeVar
 
 from chutes_proto.blocking.quoting import Quoter, take_quote
 from chutes_proto.effects import (
+    ActOnDisk,
     Effect,
     Entropy,
     FetchCollateral,
+    FetchEvidence,
     Flow,
     Get,
+    InspectDisk,
     Log,
     MakeQuote,
     NextServer,
@@ -39,6 +42,7 @@ from chutes_proto.errors import LocalProtocolError
 from chutes_proto.log import Record
 
 if TYPE_CHECKING:
+    from chutes_proto.blocking.disks import Disks
     from chutes_proto.quote.collateral import VerifiedCollateral
     from chutes_proto.quote.pck import PckIdentity
     from chutes_proto.store.run import Store
@@ -65,7 +69,7 @@ class Missing:
         """In place of a function."""
         raise LocalProtocolError(f"a flow needs the part {self._part!r}, which this driver was not given")
 
-    transact = fetch = __call__
+    transact = fetch = inspect = act = __call__
 
 
 def log_record(record: Record) -> None:
@@ -118,6 +122,7 @@ class Performer:
         quoter: Quoter | None = None,
         store: Store | None = None,
         collateral: CollateralSource | None = None,
+        disks: Disks | None = None,
         log: Callable[[Record], None] = log_record,
     ) -> None:
         self._send = send or Missing("send")
@@ -126,6 +131,7 @@ class Performer:
         self._quoter = quoter or Missing("quoter")
         self._store = store or Missing("store")
         self._collateral = collateral or Missing("collateral")
+        self._disks = disks or Missing("disks")
         self._log = careful(log)
 
     def run(self, flow: Flow[T]) -> T:
@@ -155,8 +161,16 @@ class Performer:
                 return self._collateral.fetch(identity, now)
             case Resolve(name):
                 return resolve(name)
+            case FetchEvidence():
+                from chutes_proto.blocking.evidence import fetch_evidence  # only this needs httpx
+
+                return fetch_evidence(effect)
             case Transact(unit):
                 return self._store.transact(unit)
+            case InspectDisk(device):
+                return self._disks.inspect(device)
+            case ActOnDisk(action, keys):
+                return self._disks.act(action, keys)
             case Log(record):
                 self._log(record)
             case _:

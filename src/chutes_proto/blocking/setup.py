@@ -21,6 +21,7 @@ from attrs import frozen
 from chutes_proto.auth.hotkey import Hotkey, HotkeyError
 from chutes_proto.blocking.collateral import UpstreamCollateral
 from chutes_proto.blocking.files import CollateralDirectory, read_file, read_private
+from chutes_proto.blocking.signing import read_hotkey
 from chutes_proto.blocking.stores import DurableStore, StorePlace
 from chutes_proto.blocking.tls import client_context
 from chutes_proto.collateral.cache import CachePolicy, CollateralCache
@@ -31,11 +32,12 @@ from chutes_proto.quote.measurements import parse_profiles_json, parse_profiles_
 from chutes_proto.quote.policy import Policy
 from chutes_proto.quote.roots import INTEL_ROOT, TrustedRoot
 from chutes_proto.secret import Secret
-from chutes_proto.server.config import ProxyOptions, ServerConfig
+from chutes_proto.server.callbacks import Callback
+from chutes_proto.server.config import ProxyOptions, RegistrationOptions, ServerConfig
 from chutes_proto.server.nonces import NonceMint
 from chutes_proto.server.profiles import EXTRA_KEYS, ServedProfile, serve_profile
 from chutes_proto.server.proxy import TrustedProxies
-from chutes_proto.server.service import Service, Slots
+from chutes_proto.server.service import Service
 from chutes_proto.store.rows import CountSealed
 from chutes_proto.store.run import Script, Unit
 from chutes_proto.transport.tls import ServerContext, server_context
@@ -91,6 +93,7 @@ def load_setup(path: str | Path) -> ServerSetup:
     policy = problems.attempt("measurements", lambda: Policy(profiles=tuple(p.measurements for p in profiles)))
     hotkeys: frozenset[str] | Literal["*"] | None = problems.attempt("hotkeys", lambda: _hotkeys(config.hotkeys))
     proxies = problems.attempt("proxy.secret_file", lambda: _proxies(config.proxy, base))
+    callback = problems.attempt("registration.hotkey_file", lambda: _callback(config.registration, base))
     collateral_key = "collateral.ca_file" if config.collateral.directory is None else "collateral.directory"
     collateral = None if root is None else problems.attempt(collateral_key, lambda: _collateral(config, base, root))
     if tls is None or root is None or current is None or policy is None or hotkeys is None or collateral is None:
@@ -120,7 +123,8 @@ def load_setup(path: str | Path) -> ServerSetup:
         fresh_seconds=config.runtime.fresh_seconds,
         proxies=proxies,
         limits=config.limits,
-        verifications=Slots(config.limits.verifications),
+        callback=callback,
+        unsafe_networks=config.registration.parsed_networks,
     )
     place = StorePlace(config.store, base, config.limits.store_connections)
     return ServerSetup(config, service, collateral, tls, place, base)
@@ -217,6 +221,13 @@ def _proxies(options: ProxyOptions, base: Path) -> TrustedProxies:
         certificate_header=options.certificate_header.lower(),
         address_header=options.address_header.lower(),
     )
+
+
+def _callback(options: RegistrationOptions, base: Path) -> Callback | None:
+    if options.hotkey_file is None:
+        return None
+    pair = read_hotkey(base / options.hotkey_file)
+    return Callback(pair.hotkey, pair.sign, options.evidence_port)
 
 
 def _root(config: ServerConfig, base: Path) -> TrustedRoot:

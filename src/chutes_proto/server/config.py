@@ -24,6 +24,7 @@ from chutes_proto.errors import ConfigurationError
 from chutes_proto.keys.generations import RESERVED_VOLUMES
 from chutes_proto.server.proxy import CERTIFICATE_HEADERS, SECRET_HEADER, Network
 from chutes_proto.strict import MismatchError, ProblemsError, Structurer, list_of, literal, string
+from chutes_proto.wire.evidence import PORT
 
 _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")  # RFC 9110, section 5.6.2
 _VOLUME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -97,9 +98,21 @@ class NonceOptions:
 
 @frozen
 class RegistrationOptions:
-    """What a registration must show."""
+    """What a registration must show.
 
-    evidence: Literal["link", "boot"] = "link"
+    With ``evidence="callback"`` its host is asked, on ``evidence_port``, in the name of the hotkey in ``hotkey_file``.
+    Hosts in ``unsafe_private_networks`` count as public ones, for a laboratory.
+    """
+
+    evidence: Literal["link", "boot", "callback"] = "link"
+    hotkey_file: str | None = None
+    evidence_port: int = PORT
+    unsafe_private_networks: tuple[str, ...] = ()
+
+    @property
+    def parsed_networks(self) -> tuple[Network, ...]:
+        """The ``unsafe_private_networks`` as values. Raises `ConfigurationError`."""
+        return tuple(_network("registration.unsafe_private_networks", text) for text in self.unsafe_private_networks)
 
 
 @frozen
@@ -127,7 +140,7 @@ class ProxyOptions:
     @property
     def parsed_networks(self) -> tuple[Network, ...]:
         """The ``networks`` as values. Raises `ConfigurationError`."""
-        return tuple(map(_network, self.networks))
+        return tuple(_network("proxy.networks", text) for text in self.networks)
 
 
 @frozen
@@ -139,7 +152,7 @@ class LimitOptions:
     """
 
     connections: int = 1024
-    verifications: int = 64
+    verifications: int = 256
     body_bytes: int = 64 * 1024
     head_bytes: int = 16 * 1024
     request_seconds: int = 30
@@ -188,7 +201,6 @@ class ServerConfig:
             content = tomllib.loads(data.decode("utf-8"))
         except (ValueError, RecursionError) as exc:
             raise ConfigurationError(f"not TOML: {exc}") from None
-        _refuse_not_served(content)
         try:
             config = _structurer().structure(content, cls)
         except ProblemsError as exc:
@@ -197,12 +209,6 @@ class ServerConfig:
         if problems:
             raise ConfigurationError("; ".join(problems))
         return config
-
-
-def _refuse_not_served(content: Mapping[str, Any]) -> None:
-    registration = content.get("registration")
-    if isinstance(registration, dict) and cast("dict[str, object]", registration).get("evidence") == "callback":
-        raise ConfigurationError('registration.evidence: this version does not fetch evidence; take "link" or "boot"')
 
 
 _FLOORS: Final = {
@@ -251,6 +257,7 @@ def _problems(config: ServerConfig) -> list[str]:
         found.append("runtime.fresh_seconds: at least 1")
     if config.retention_days < 1:
         found.append("retention_days: at least 1")
+    found.extend(_registration_problems(config.registration))
     found.extend(_collateral_problems(config.collateral))
     limits = attrs.asdict(config.limits)
     found.extend(
@@ -259,6 +266,24 @@ def _problems(config: ServerConfig) -> list[str]:
     if any(not 0 <= key_id <= 63 for key_id in config.nonce.expected_key_ids):
         found.append("nonce.expected_key_ids: ids are 0 to 63")
     found.extend(_proxy_problems(config.proxy))
+    return found
+
+
+def _registration_problems(options: RegistrationOptions) -> list[str]:
+    found: list[str] = []
+    if options.evidence == "callback" and options.hotkey_file is None:
+        found.append("registration.hotkey_file: hosts give evidence to a hotkey that they know; name its file")
+    if options.evidence != "callback":
+        default = RegistrationOptions()
+        names = ("hotkey_file", "evidence_port")
+        set_anyway = [name for name in names if getattr(options, name) != getattr(default, name)]
+        found.extend(f'registration.{name}: goes with evidence = "callback"' for name in set_anyway)
+    if not 1 <= options.evidence_port <= 65535:
+        found.append("registration.evidence_port: 1 to 65535")
+    try:
+        _ = options.parsed_networks
+    except ConfigurationError as exc:
+        found.append(str(exc))
     return found
 
 
@@ -304,13 +329,13 @@ def _proxy_problems(proxy: ProxyOptions) -> list[str]:
     return found
 
 
-def _network(text: str) -> Network:
+def _network(key: str, text: str) -> Network:
     try:
         network = ip_network(text)
     except ValueError as exc:
-        raise ConfigurationError(f"proxy.networks: {exc}") from None
+        raise ConfigurationError(f"{key}: {exc}") from None
     if network.prefixlen == 0:
-        raise ConfigurationError(f"proxy.networks: {text} is everybody")
+        raise ConfigurationError(f"{key}: {text} is everybody")
     return network
 
 

@@ -57,18 +57,18 @@ def verify_evidence(service: Service, nonce: bytes, key: ClientKey, quote_text: 
     except QuoteFormatError as exc:
         raise Refused(Code.QUOTE_MALFORMED, _format_text(exc), reason=str(exc)) from None
     check_report_data(quote.body.report_data, nonce, key)
-    with service.verifications:
-        try:
-            opened = open_quote(quote, now=now, root=service.root)
+    try:
+        opened = open_quote(quote, now=now, root=service.root)
+        with service.verifications.of((opened.pck.fmspc, opened.pck.ca)):
             collateral = yield from FetchCollateral(opened.pck, now)
-            now = yield from Now()  # collateral may be younger than the request
-            verdict = verify_quote(opened, collateral, now=now)
-        except VerificationError as exc:
-            if isinstance(exc, _OUR_TIMES):
-                raise _no_collateral(f"{exc.code}: {exc}") from None
-            raise Refused(Code.QUOTE_REJECTED, _NOT_VERIFIED, reason=f"{exc.code}: {exc}") from None
-        except CollateralUnavailable as exc:
-            raise _no_collateral(str(exc)) from None
+        now = yield from Now()  # collateral may be younger than the request
+        verdict = verify_quote(opened, collateral, now=now)
+    except VerificationError as exc:
+        if isinstance(exc, _OUR_TIMES):
+            raise _no_collateral(f"{exc.code}: {exc}") from None
+        raise Refused(Code.QUOTE_REJECTED, _NOT_VERIFIED, reason=f"{exc.code}: {exc}") from None
+    except CollateralUnavailable as exc:
+        raise _no_collateral(str(exc)) from None
     return Evidence(verdict, data)
 
 

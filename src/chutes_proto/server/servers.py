@@ -1,7 +1,8 @@
 """Operations 5 to 9 and 15: the miners' servers, and the measurements that are accepted.
 
 Who calls was checked before (``callers.py``); what is a server's is the units' to say (``units/servers.py``). Of a
-registration the GPUs are checked first, then the host, then what needs rows.
+registration the GPUs are checked first, then the host, then what the host shows, where it is asked (``callbacks.py``),
+then what needs rows.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from chutes_proto.codes import Code
 from chutes_proto.effects import Log, Now, Transact
 from chutes_proto.errors import BadRequest
 from chutes_proto.log import Level, Record
+from chutes_proto.server.callbacks import ask_host
 from chutes_proto.server.gpus import check_nodes
 from chutes_proto.server.hosts import locate
 from chutes_proto.store.rows import GpuRow
@@ -57,7 +59,10 @@ def register_server(
             [{"type": "value_error", "loc": ["body", "id"], "msg": "The id is reserved"}],
         )
     nodes = check_nodes(message.gpus)
-    address = yield from locate(message.host)
+    address = yield from locate(message.host, service.unsafe_networks)
+    shown = None
+    if service.callback is not None:
+        shown = yield from ask_host(service, service.callback, caller, message.host, address, request_id)
     now = yield from Now()
     server = yield from Transact(
         RegisterServer(
@@ -73,6 +78,7 @@ def register_server(
             peer_address=request.peer_address,
             evidence=service.registration_evidence,
             platform_binding=service.platform_binding,
+            shown=shown,
         )
     )
     yield from _tell("server_registered", request_id, server)

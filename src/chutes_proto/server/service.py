@@ -5,7 +5,8 @@ The store is the state. `Slots` and `Quiet` only bound what peers can make one p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Hashable, Mapping
 from typing import TYPE_CHECKING, Literal
 
 from attrs import Factory, define, field, frozen
@@ -20,24 +21,41 @@ if TYPE_CHECKING:
     from chutes_proto.keys.vault import Vault
     from chutes_proto.quote.policy import Policy
     from chutes_proto.quote.roots import TrustedRoot
+    from chutes_proto.server.callbacks import Callback
     from chutes_proto.server.nonces import NonceMint
     from chutes_proto.server.profiles import ServedProfile
+    from chutes_proto.server.proxy import Network
 
 
 @define
 class Slots:
-    """At most ``size`` at once: ``with slots:`` holds one, or raises `Unavailable` when none is free."""
+    """At most ``size`` at once, and ``share`` for one of those who come, so that none keeps all others out."""
 
     size: int
-    taken: int = 0
+    share: int
+    held: Counter[Hashable] = field(init=False, factory=Counter[Hashable])
+
+    def of(self, whose: Hashable) -> _Slot:
+        """``with slots.of(whose):`` holds one, or raises `Unavailable` when none is free."""
+        return _Slot(self, whose)
+
+
+@frozen
+class _Slot:
+    slots: Slots
+    whose: Hashable
 
     def __enter__(self) -> None:
-        if self.taken >= self.size:
+        held = self.slots.held
+        if held.total() >= self.slots.size or held[self.whose] >= self.slots.share:
             raise Unavailable(Code.BUSY, "Too many verifications at once. Retry shortly.")
-        self.taken += 1
+        held[self.whose] += 1
 
     def __exit__(self, *_: object) -> None:
-        self.taken -= 1
+        held = self.slots.held
+        held[self.whose] -= 1
+        if not held[self.whose]:
+            del held[self.whose]
 
 
 @define
@@ -65,13 +83,19 @@ class Quiet:
         return held_back
 
 
+def _verifications(service: Service) -> Slots:
+    """Half of the slots for one kind of platform: where its collateral is slow, the others' quotes have the rest."""
+    most = service.limits.verifications
+    return Slots(most, share=max(1, most // 2))
+
+
 @frozen
 class Service:
     """One key server.
 
     ``policy`` holds the measurement profiles, ``profiles`` what is served under each, by name. ``trust`` says which
     root quotes are verified to: it stands in every grant's log line, so that no one trusts a simulated platform
-    unawares.
+    unawares. ``callback`` goes with that ``registration_evidence``; addresses in ``unsafe_networks`` count as public.
     """
 
     vault: Vault
@@ -87,10 +111,13 @@ class Service:
     exchange_downgrade: Literal["refuse", "allow"] = "refuse"
     pruned: Literal["revive", "new"] = "revive"
     signatures: SigningPolicy = "compatible"
-    registration_evidence: Literal["link", "boot"] = "link"
+    registration_evidence: Literal["link", "boot", "callback"] = "link"
+    callback: Callback | None = None
+    unsafe_networks: tuple[Network, ...] = ()
     fresh_seconds: int = 3600
     proxies: TrustedProxies = field(factory=TrustedProxies)
     limits: LimitOptions = field(factory=LimitOptions)
-    verifications: Slots = field(default=Factory(lambda self: Slots(self.limits.verifications), takes_self=True))
+    verifications: Slots = field(default=Factory(_verifications, takes_self=True))
+    callbacks: Slots = field(factory=lambda: Slots(16, share=1))
     refusals: Quiet = field(factory=Quiet)
     faults: Quiet = field(factory=Quiet)

@@ -55,14 +55,26 @@ _TAKEN = "Conflict with an existing server. Please contact support to resolve."
 
 
 @frozen
+class HostQuote:
+    """A runtime quote that the host of a server gave when it was asked, verified; ``gpus`` is a text for the audit."""
+
+    pin: Pin
+    profile_name: str
+    profile_version: str
+    quote_digest: bytes
+    gpus: str
+
+
+@frozen
 class RegisterServer(Unit[ServerRow]):
     """Register a server with its GPUs, linked to its newest boot by name, else by address.
 
     A boot counts while its VM's name is bound to the platform it came from (with ``platform_binding="off"``: always)
-    and its profile is one of ``profiles``, by name. ``gpus`` bear ``server_id``.
+    and its profile is one of ``profiles``, by name. ``gpus`` bear ``server_id``. What the host has ``shown`` must come
+    from the linked boot's platform; it names no hotkey, so it is no better evidence and binds no platform.
 
-    Raises `Refused` (``boot_required``, ``gpu_taken``, ``host_taken``, ``server_taken``, ``name_taken``) and
-    `BadRequest` (``gpu_invalid``) for GPUs that the linked boot's profile does not expect.
+    Raises `Refused` (``boot_required``, ``platform_mismatch``, ``gpu_taken``, ``host_taken``, ``server_taken``,
+    ``name_taken``) and `BadRequest` (``gpu_invalid``) for GPUs that a profile does not expect.
     """
 
     now: int
@@ -75,16 +87,19 @@ class RegisterServer(Unit[ServerRow]):
     gpus: tuple[GpuRow, ...]
     profiles: Mapping[str, Profile]
     peer_address: str
-    evidence: Literal["link", "boot"] = "link"
+    evidence: Literal["link", "boot", "callback"] = "link"
     platform_binding: Literal["pin", "off"] = "pin"
+    shown: HostQuote | None = None
 
     def script(self) -> Script[ServerRow]:
-        """Link, conflicts, rows."""
+        """Link, what was shown, conflicts, rows."""
         link = yield from self._link()
         if link is None and self.evidence == "boot":
             raise Refused(Code.BOOT_REQUIRED, "Server registration failed - no verified boot belongs to this server.")
         if link is not None:
             self._check_gpus(self.profiles[link.profile_name])
+        if self.shown is not None:
+            self._check_shown(self.shown, link)
         yield from self._make_room(link)
         server = ServerRow(
             server_id=self.server_id,
@@ -101,10 +116,12 @@ class RegisterServer(Unit[ServerRow]):
         for row in rows:
             if not (yield from Claim(row)):  # somebody else's transaction came in between
                 raise StoreBusy(f"a {row.TABLE} row was claimed meanwhile")
-        linked = "no link" if link is None else f"linked to boot {link.boot_id} of {link.vm.name}"
-        yield from self._audit(
-            server, "register server", f"{linked}; {len(self.gpus)} GPUs", link.boot_id if link else None
-        )
+        told = "no link" if link is None else f"linked to boot {link.boot_id} of {link.vm.name}"
+        told += f"; {len(self.gpus)} GPUs"
+        if self.shown is not None:
+            yield from Insert(self._attestation(self.shown))
+            told += f"; its host gave a quote of {self.shown.pin}; {self.shown.gpus}"
+        yield from self._audit(server, "register server", told, link.boot_id if link else None, self.shown)
         return server
 
     def _link(self) -> Script[BootRow | None]:
@@ -127,6 +144,31 @@ class RegisterServer(Unit[ServerRow]):
         if profile.gpu_count is not None and len(self.gpus) != profile.gpu_count:
             told = f"Expected {profile.gpu_count} GPUs, but got {len(self.gpus)}"
             raise BadRequest(Code.GPU_INVALID, f"Server registration failed - GPU count mismatch {about}: {told}")
+
+    def _check_shown(self, shown: HostQuote, link: BootRow | None) -> None:
+        self._check_gpus(self.profiles[shown.profile_name])
+        if link is not None and self.platform_binding == "pin" and link.pin != shown.pin:
+            raise Refused(
+                Code.PLATFORM_MISMATCH,
+                "Server registration failed - the host's quote comes from another platform than the server's boot.",
+                reason=f"boot {link.boot_id} came from {link.pin}, and the host's quote from {shown.pin}",
+            )
+
+    def _attestation(self, shown: HostQuote) -> AttestationRow:
+        return AttestationRow(
+            attestation_id=self.request_id,
+            stage="runtime",
+            vm=Vm(self.hotkey, self.name),
+            pin=shown.pin,
+            code=None,
+            reason="",
+            profile_name=shown.profile_name,
+            profile_version=shown.profile_version,
+            quote_digest=shown.quote_digest,
+            peer_address=self.address,
+            created_at=self.now,
+            registration=self.request_id,
+        )
 
     def _make_room(self, link: BootRow | None) -> Script[None]:
         """See that nothing of this server is another's, or make who has no evidence yield to this boot."""
@@ -163,7 +205,9 @@ class RegisterServer(Unit[ServerRow]):
         reason = f"had no evidence; server {self.server_id} of {self.hotkey} at {self.address} has a boot from there"
         yield from self._audit(holder, "server yields", reason, link.boot_id if link else None)
 
-    def _audit(self, server: ServerRow, event: str, reason: str, boot_id: str | None) -> Script[None]:
+    def _audit(
+        self, server: ServerRow, event: str, reason: str, boot_id: str | None, shown: HostQuote | None = None
+    ) -> Script[None]:
         yield from Insert(
             AuditRow(
                 at=self.now,
@@ -174,6 +218,9 @@ class RegisterServer(Unit[ServerRow]):
                 vm=Vm(server.hotkey, server.name),
                 boot_id=boot_id,
                 request_id=self.request_id,
+                pin=None if shown is None else shown.pin,
+                profile=None if shown is None else f"{shown.profile_name} {shown.profile_version}",
+                quote_digest=None if shown is None else shown.quote_digest,
                 peer_address=self.peer_address,
             )
         )

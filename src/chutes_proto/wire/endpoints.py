@@ -52,10 +52,8 @@ class Endpoint:
         return tuple(_PARAMETER.findall(self.path))
 
 
-_QUOTE_CODES = (
+_QUOTE_REFUSALS = (
     Code.NONCE_MISMATCH,
-    Code.NONCE_INVALID,
-    Code.CLIENT_CERTIFICATE_REQUIRED,
     Code.QUOTE_MALFORMED,
     Code.CERTIFICATE_MISMATCH,
     Code.QUOTE_REJECTED,
@@ -66,6 +64,7 @@ _QUOTE_CODES = (
     Code.COLLATERAL_UNAVAILABLE,
     Code.BUSY,
 )
+_QUOTE_CODES = (*_QUOTE_REFUSALS, Code.NONCE_INVALID, Code.CLIENT_CERTIFICATE_REQUIRED)
 _TOKEN_CODES = (
     Code.BOOT_TOKEN_REQUIRED,
     Code.HOTKEY_REQUIRED,
@@ -147,6 +146,8 @@ REGISTER_SERVER = Endpoint(
         *_SIGNATURE_CODES,
         Code.HOST_INVALID,
         Code.GPU_INVALID,
+        Code.EVIDENCE_UNAVAILABLE,
+        *_QUOTE_REFUSALS,
         Code.BOOT_REQUIRED,
         Code.HOST_TAKEN,
         Code.GPU_TAKEN,

@@ -1,0 +1,51 @@
+"""What a key server asks of the host of a server that registers, and what the host answers: a quote and GPU evidence.
+
+::
+
+    GET https://{host}:30443/server/attest?nonce={64 hex}
+
+The server signs ``{hotkey}:{unix seconds}:attest`` with a hotkey of its own, in the three headers of a signed request.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from attrs import frozen
+
+from chutes_proto.errors import RemoteProtocolError
+from chutes_proto.wire import json
+
+if TYPE_CHECKING:
+    from chutes_proto.wire.http import HttpResponse
+
+PORT: Final = 30443
+PURPOSE: Final = "attest"
+
+
+@frozen
+class HostEvidence:
+    """``quote`` in base64; ``gpus``: what the GPUs say of themselves, JSON as the host's tool made it."""
+
+    quote: str
+    gpus: str
+
+
+def evidence_target(nonce: bytes) -> str:
+    """The target of the request."""
+    return f"/server/attest?nonce={nonce.hex()}"
+
+
+def decode_evidence(response: HttpResponse) -> HostEvidence:
+    """The evidence in an answer. Raises `RemoteProtocolError`, whose text repeats none of it."""
+    if response.status != 200:
+        raise RemoteProtocolError(f"the host answers {response.status}")
+    try:
+        match json.decode(response.body):
+            case {"tdx_quote": str(quote), "nvtrust_evidence": str(gpus)}:
+                _ = json.decode(gpus.encode())
+            case _:
+                raise RemoteProtocolError("the host's answer lacks tdx_quote or nvtrust_evidence, or they are no texts")
+    except json.JsonError as exc:
+        raise RemoteProtocolError(f"the host's answer is {exc}") from None
+    return HostEvidence(quote, gpus)

@@ -1,0 +1,259 @@
+"""Hosts that are asked for their evidence, in process: what is asked and in which order, and hosts that lie."""
+
+from __future__ import annotations
+
+import hashlib
+from ipaddress import ip_network
+from typing import Any
+
+import pytest
+from attrs import define, evolve, field
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509 import load_pem_x509_certificate
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chutes_proto.auth.binding import report_data
+from chutes_proto.auth.certificates import make_client_identity, spki_sha256
+from chutes_proto.auth.hotkey import HotkeyPair
+from chutes_proto.auth.signing import purpose_message
+from chutes_proto.codes import Code
+from chutes_proto.effects import Effect, FetchCollateral, FetchEvidence, Resolve, Transact
+from chutes_proto.errors import CollateralUnavailable, RemoteProtocolError, TransportError
+from chutes_proto.quote.policy import Policy
+from chutes_proto.secret import Secret
+from chutes_proto.server.app import App
+from chutes_proto.server.callbacks import SECONDS, Callback
+from chutes_proto.server.profiles import ServedProfile
+from chutes_proto.store.rows import AttestationRow, AuditRow, ServerRow
+from chutes_proto.testing.platform import PROFILE
+from chutes_proto.wire import json
+from chutes_proto.wire.codec import encode_quote
+from chutes_proto.wire.evidence import decode_evidence
+from chutes_proto.wire.http import HttpResponse
+from tests.server.test_servers import HOST, answer, boot, gpu, register, registered
+from tests.server.world import MINER, NOW, World, refusal, service
+
+VALIDATOR = HotkeyPair.from_seed(Secret(b"the key server's own hotkey".ljust(32, b"!")))
+CERTIFICATE = load_pem_x509_certificate(make_client_identity(NOW, bytes(range(32))).certificate_pem)
+OTHERS = load_pem_x509_certificate(make_client_identity(NOW, bytes(32)).certificate_pem)
+NO_EVIDENCE = (
+    400,
+    Code.EVIDENCE_UNAVAILABLE,
+    "Server registration failed - Failed to get evidence for attestation.",
+)
+
+
+@define(eq=False)
+class Hosted(World):
+    """A world in which hosts answer; ``lie`` changes what they say."""
+
+    lie: dict[str, Any] = field(factory=dict)
+    calls: list[FetchEvidence] = field(factory=list)
+
+    def perform(self, effect: Effect[Any]) -> Any:
+        if not isinstance(effect, FetchEvidence):
+            return super().perform(effect)
+        self.asked.append(effect)
+        self.before(effect)
+        self.calls.append(effect)
+        if (error := self.lie.get("error")) is not None:
+            raise error
+        nonce = self.lie.get("nonce") or bytes.fromhex(effect.target.rpartition("=")[2])
+        quote = self.platform.quote(
+            report_data(nonce, spki_sha256(CERTIFICATE)), stage=self.lie.get("stage", "runtime")
+        )
+        members = {"tdx_quote": encode_quote(quote), "nvtrust_evidence": "[]"} | self.lie.get("members", {})
+        body = self.lie.get("body", json.encode(members))
+        der = self.lie.get("certificate", CERTIFICATE.public_bytes(Encoding.DER))
+        return HttpResponse(self.lie.get("status", 200), (), body), der
+
+
+@pytest.fixture
+def world() -> Hosted:
+    return make_world()
+
+
+def make_world(**changes: Any) -> Hosted:
+    policy = {"registration_evidence": "callback", "callback": Callback(VALIDATOR.hotkey, VALIDATOR.sign)}
+    return Hosted(App(service(**(policy | changes))), certificate=OTHERS)
+
+
+def reasons(world: World) -> list[Any]:
+    return [record.fields["reason"] for record in world.log if record.event == "refused"]
+
+
+def test_a_host_shows_its_quote(world):
+    registered(register(world))
+    (call,) = world.calls
+    assert (call.address, call.host, call.port, call.seconds) == (HOST, HOST, 30443, SECONDS)
+    path, _, nonce = call.target.partition("=")
+    assert (path, len(nonce)) == ("/server/attest?nonce", 64)
+    headers = dict(call.headers)
+    assert (headers["x-chutes-hotkey"], headers["x-chutes-nonce"]) == (VALIDATOR.hotkey.address, str(NOW))
+    message = purpose_message(VALIDATOR.hotkey, str(NOW), "attest")
+    assert message.endswith(b":attest")
+    VALIDATOR.hotkey.check_signature(message, bytes.fromhex(headers["x-chutes-signature"]))
+    (row,) = world.rows(AttestationRow)
+    assert (row.stage, row.code, row.profile_name, row.peer_address) == ("runtime", None, PROFILE.name, HOST)
+    (audit,) = world.rows(AuditRow)
+    assert "GPU evidence NOT verified" in audit.reason
+    assert hashlib.sha256(b"[]").hexdigest() in audit.reason
+    assert (audit.pin, audit.quote_digest) == (row.pin, row.quote_digest)
+
+
+def test_what_a_host_shows_proves_no_owner(world):
+    """Nothing in it names the hotkey, so it neither binds a platform nor counts as the owner's attestation."""
+    registered(register(world))
+    (server,) = world.rows(ServerRow)
+    assert (server.pin, server.attested, server.boot_id) == (None, None, None)
+    other = HotkeyPair.from_seed(Secret(bytes(range(32))))
+    assert refusal(register(world, other, id="n2"))[0] == 409
+    boot(world, other, vm="mine")
+    registered(register(world, other, id="n2", name="mine"))  # a boot from there is better evidence
+    assert [row.server_id for row in world.rows(ServerRow)] == ["n2"]
+
+
+def test_a_name_is_resolved_once_and_pinned(world):
+    world.names["host.example"] = ("8.8.4.4",)
+
+    def rebind(effect: Effect[Any]) -> None:
+        if isinstance(effect, FetchEvidence):
+            world.names["host.example"] = ("127.0.0.1",)  # whoever asked again would be led inside
+
+    world.before = rebind
+    registered(register(world, host="host.example"))
+    assert world.asked.count(Resolve("host.example")) == 1
+    (call,) = world.calls
+    assert (call.address, call.host) == ("8.8.4.4", "host.example")
+    assert world.rows(ServerRow)[0].address == "8.8.4.4"
+
+
+def test_who_may_not_register_makes_nobody_be_asked(world):
+    wrong: tuple[dict[str, Any], ...] = ({"host": "127.0.0.1"}, {"gpus": []}, {"id": "nonce"})
+    for changes in wrong:
+        assert refusal(register(world, **changes))[0] in (400, 422)
+    world.app.service = service(hotkeys=frozenset(), callback=world.app.service.callback)
+    assert refusal(register(world))[:2] == (401, Code.HOTKEY_UNKNOWN)
+    assert world.calls == []
+
+
+def test_unsafe_networks_pass_for_public_ones(world):
+    world = make_world(unsafe_networks=(ip_network("127.0.0.0/8"),))
+    registered(register(world, host="127.0.0.1"))
+    assert refusal(register(world, host="10.0.0.1", id="n2"))[:2] == (400, Code.HOST_INVALID)
+
+
+@pytest.mark.parametrize(
+    ("lie", "told"),
+    [
+        ({"error": TransportError("no route to host", maybe_delivered=False)}, "no route to host"),
+        ({"error": TransportError("no whole answer within 20 s", maybe_delivered=True)}, "within 20 s"),
+        ({"error": RemoteProtocolError("x")}, "x"),
+        ({"status": 302}, "answers 302"),
+        ({"status": 500}, "answers 500"),
+        ({"body": b""}, "not JSON"),
+        ({"body": b"\xff"}, "not UTF-8"),
+        ({"body": b"[" * 10_000}, "deep"),
+        ({"body": b'{"tdx_quote":"","tdx_quote":"","nvtrust_evidence":""}'}, "twice"),
+        ({"members": {"tdx_quote": None}}, "lacks"),
+        ({"members": {"nvtrust_evidence": []}}, "lacks"),
+        ({"members": {"nvtrust_evidence": "{"}}, "not JSON"),
+        ({"members": {"nvtrust_evidence": "[" * 17 + "]" * 17}}, "deep"),
+        ({"certificate": b""}, "certificate"),
+        ({"certificate": b"\x30\x03\x02\x01\x01"}, "certificate"),
+    ],
+)
+def test_every_fault_of_a_host_is_told_alike(world, lie, told):
+    world.lie = lie
+    assert refusal(register(world)) == NO_EVIDENCE
+    (reason,) = reasons(world)
+    assert told in reason
+    assert HOST in reason
+    assert world.rows(ServerRow) == world.rows(AttestationRow) == world.rows(AuditRow) == ()
+
+
+@pytest.mark.parametrize(
+    ("lie", "status", "code"),
+    [
+        ({"nonce": bytes(32)}, 400, Code.NONCE_MISMATCH),
+        ({"certificate": OTHERS.public_bytes(Encoding.DER)}, 403, Code.CERTIFICATE_MISMATCH),
+        ({"members": {"tdx_quote": "AAAA"}}, 403, Code.QUOTE_MALFORMED),
+        ({"members": {"tdx_quote": "!"}}, 403, Code.QUOTE_MALFORMED),
+        ({"stage": "boot"}, 403, Code.MEASUREMENT_MISMATCH),
+    ],
+)
+def test_a_quote_that_is_not_this_hosts_for_this_question(world, lie, status, code):
+    world.lie = lie
+    got, word, detail = refusal(register(world))
+    assert (got, word) == (status, code)
+    assert detail.startswith("Server registration failed - ")
+    assert HOST in reasons(world)[0]
+    assert world.rows(ServerRow) == world.rows(AttestationRow) == world.rows(AuditRow) == ()
+
+
+@pytest.mark.parametrize(("fault", "code"), [("debug", "attributes_rejected"), ("rtmr1", "measurement_mismatch")])
+def test_a_td_that_is_not_accepted(world, fault, code):
+    world.platform = world.platform.having(fault)
+    assert refusal(register(world))[:2] == (403, code)
+
+
+def test_gpus_are_those_of_the_quotes_profile():
+    profile = evolve(PROFILE, expected_gpus=("h200",), gpu_count=2)
+    served = {profile.name: ServedProfile(profile, None, False, False)}
+    world = make_world(policy=Policy(profiles=(profile,)), profiles=served)
+    assert refusal(register(world))[:2] == (400, Code.GPU_INVALID)
+    registered(register(world, gpus=[gpu(), gpu("GPU-1", device_index=1)]))
+
+
+def test_the_linked_boots_platform_answers(world):
+    boot(world)
+    world.platform = world.platform.another(1)
+    assert refusal(register(world))[:2] == (403, Code.PLATFORM_MISMATCH)
+    assert world.rows(ServerRow) == ()
+    world.platform = World().platform
+    registered(register(world))
+
+
+def test_collateral_that_is_not_there_is_no_fault_of_the_hosts(world):
+    def gone(effect: Effect[Any]) -> None:
+        if isinstance(effect, FetchCollateral):
+            raise CollateralUnavailable("none")
+
+    world.before = gone
+    status, code, _ = refusal(register(world))
+    assert (status, code) == (503, Code.COLLATERAL_UNAVAILABLE)
+    assert not [effect for effect in world.asked if isinstance(effect, Transact)]
+
+
+def test_hosts_that_are_slow_leave_others_their_turn(world):
+    """While one host is asked, its miner waits; others do not, up to a number."""
+    seen: list[tuple[int, str]] = []
+
+    def meanwhile(effect: Effect[Any]) -> None:
+        if not isinstance(effect, FetchEvidence) or len(world.calls) != 0 or seen:
+            return
+        seen.append((0, ""))
+        seen.append(refusal(register(world, id="n2", name=None, host="5.6.7.8", gpus=[gpu("GPU-1")]))[:2])
+        other = HotkeyPair.from_seed(Secret(bytes(range(32))))
+        registered(register(world, other, id="n3", host="5.6.7.9", gpus=[gpu("GPU-2")]))
+
+    world.before = meanwhile
+    registered(register(world))
+    assert seen[1] == (503, Code.BUSY)
+    registered(register(world, id="n2", name=None, host="5.6.7.8", gpus=[gpu("GPU-1")]))  # the turn is given back
+
+
+@given(st.one_of(st.binary(max_size=200), st.text(max_size=50).map(str.encode)))
+def test_any_answer_is_evidence_or_one_error(body):
+    try:
+        evidence = decode_evidence(HttpResponse(200, (), body))
+    except RemoteProtocolError:
+        return
+    assert isinstance(evidence.quote, str)
+
+
+def test_a_status_is_as_before(world):
+    registered(register(world))
+    assert answer(world.ask_signed("GET", "/servers/n1/attestation/status"))["attestation_status"] == "never_attested"
+    assert MINER.hotkey.address == world.rows(ServerRow)[0].hotkey
