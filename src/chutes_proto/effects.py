@@ -19,7 +19,8 @@ from attrs import frozen
 
 if TYPE_CHECKING:
     from chutes_proto.log import Record
-    from chutes_proto.luks.plan import Action, Disk, Keys
+    from chutes_proto.luks.disk import Disk
+    from chutes_proto.luks.plan import Action, Keys
     from chutes_proto.quote.collateral import VerifiedCollateral
     from chutes_proto.quote.pck import PckIdentity
     from chutes_proto.store.run import Unit

@@ -23,14 +23,12 @@ from chutes_proto.client.retry import described
 from chutes_proto.effects import ActOnDisk, Flow, InspectDisk, Log
 from chutes_proto.errors import ChutesError, DiskError, LocalProtocolError
 from chutes_proto.log import Level, Record, Value
+from chutes_proto.luks.disk import Blank, Disk, Luks
 from chutes_proto.luks.plan import (
     Action,
-    Blank,
-    Disk,
     Format,
     Key,
     Keys,
-    Luks,
     Plan,
     Volume,
     plan_open,

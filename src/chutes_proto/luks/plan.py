@@ -20,7 +20,7 @@ from typing import ClassVar, Final, Generic, TypeAlias, TypeVar
 from attrs import field, frozen
 
 from chutes_proto.errors import DiskError, LocalProtocolError
-from chutes_proto.luks.header import CheckedHeader
+from chutes_proto.luks.disk import Blank, Disk, Foreign, Luks
 from chutes_proto.secret import Secret
 
 T_co = TypeVar("T_co", covariant=True)
@@ -57,54 +57,6 @@ class Volume:
                 raise LocalProtocolError(f"{name!r} is no name of a volume: letters, digits, '_', '.', '-', at most 64")
         if not self.device.startswith("/"):
             raise LocalProtocolError(f"the device of {self.name} is a path that begins with '/', not {self.device!r}")
-
-
-# --- what a disk holds ---
-
-
-@frozen
-class Blank:
-    """Nothing that is known of: its first and last bytes are zero, or a format of it was begun and not ended."""
-
-    device: str
-    size: int
-    unfinished: bool = False
-
-    def __str__(self) -> str:
-        begun = "; a format of it was begun and not ended" if self.unfinished else ""
-        return f"{self.device}: blank, {self.size} bytes{begun}"
-
-
-@frozen
-class Luks:
-    """A LUKS2 volume whose header was checked."""
-
-    device: str
-    size: int
-    header: CheckedHeader
-
-    def __str__(self) -> str:
-        torn = "" if self.header.whole else "; its header copies differ, an update was cut off and the newer one counts"
-        slots = len(self.header.keyslots)
-        return f"{self.device}: LUKS2, UUID {self.header.uuid}, {slots} key slot{'s' * (slots != 1)}{torn}"
-
-
-@frozen
-class Foreign:
-    """Something else, which is never formatted. ``found`` is what it looks like."""
-
-    device: str
-    size: int
-    found: str
-
-    def __str__(self) -> str:
-        return f"{self.device}: neither blank nor LUKS2 ({self.found}), {self.size} bytes"
-
-
-Disk: TypeAlias = Blank | Luks | Foreign
-
-
-# --- what is done ---
 
 
 @frozen

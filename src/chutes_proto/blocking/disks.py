@@ -1,0 +1,393 @@
+"""Disks, carried out: what `InspectDisk` and `ActOnDisk` do, with the program ``cryptsetup``.
+
+Rules kept here:
+
+* the program never reads the header on a disk, which the host can change at any moment. The header is copied into
+  memory, checked and written anew there; the program works on that copy;
+* what the program made of the copy is checked again, and tested with the key, before it goes back to the disk: first
+  the key slots, then one copy of the header, then the other, each flushed before the next, so that at every instant a
+  copy holds and the key slots that stay are whole;
+* a device is what it was when it was looked at, or nothing is done: its path is resolved once, and its node and its
+  number may not change, nor its size shrink;
+* a key goes through a pipe: into no argument, environment or file.
+
+``luks/README.md`` says what this is good against.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import stat
+import subprocess
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Final
+
+from attrs import frozen
+
+from chutes_proto.errors import DiskError, LocalProtocolError
+from chutes_proto.luks.disk import LOOKED_AT, UNFINISHED, Blank, Disk, Luks, judge
+from chutes_proto.luks.header import MAX_SLOTS, CheckedHeader, check_header
+from chutes_proto.luks.plan import Action, AddKey, Format, KeepKey, Key, Keys, Open
+from chutes_proto.secret import Secret
+
+HOW_TO_INSTALL: Final = "apt-get install cryptsetup-bin"
+
+_OFFSET: Final = 16 * 1024 * 1024
+"""Where the data of a disk begins that is formatted here, as `cryptsetup` would choose itself."""
+_LEAST: Final = _OFFSET + LOOKED_AT
+_CHUNK: Final = 64 * 1024
+_MAX_KEY: Final = 4096  # a pipe holds it
+_SECONDS: Final = 300.0
+_KDF: Final = ("--pbkdf", "pbkdf2", "--hash", "sha256", "--pbkdf-force-iterations", "1000")
+"""A passphrase has 512 random bits: to stretch it would cost time at each boot and add nothing."""
+_CIPHER: Final = ("--cipher", "aes-xts-plain64", "--key-size", "512")
+_REFUSED, _BUSY = 2, 5  # cryptsetup(8), RETURN CODES
+_SEALS: Final = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+
+
+class Disks:
+    """Looks at disks and acts on them, with the program at ``program`` (None: the installed one).
+
+    For tests and demonstrations: ``images`` allows regular files in place of block devices, and without ``mapping`` a
+    volume is not mapped, but its key is tried.
+    """
+
+    def __init__(self, program: str | None = None, *, images: bool = False, mapping: bool = True) -> None:
+        self._program = program or find_cryptsetup()
+        self._images = images
+        self._mapping = mapping
+        self._seen: dict[str, _Identity] = {}
+
+    def inspect(self, device: str) -> Disk:
+        """What the disk holds. Raises `DiskError`."""
+        with self._device(device) as disk:
+            return disk.judge()
+
+    def act(self, action: Action[Any], keys: Keys) -> object:
+        """Carry out one action. Raises `DiskError`."""
+        match action:
+            case Format():
+                self._format(action, keys[action.key])
+            case Open():
+                return self._open(action, keys)
+            case AddKey():
+                self._add(action, keys)
+            case KeepKey():
+                self._keep(action, keys[action.key])
+            case _:
+                raise LocalProtocolError(f"{type(action).__name__} is not an action that is known")
+        return None
+
+    # --- actions ---
+
+    def _format(self, action: Format, key: Secret) -> None:
+        with self._device(action.device, os.O_RDWR | os.O_EXCL) as disk, self._memory(_LEAST, disk) as copy:
+            found = disk.judge()
+            if not isinstance(found, Blank):
+                raise disk.error("not_blank", f"it was blank and now is {found}: nothing was written")
+            if disk.size < _LEAST:
+                raise disk.error("too_small", f"it has {disk.size} bytes; a volume needs {_LEAST} at least")
+            sector = "4096" if disk.size % 4096 == 0 else "512"
+            place = ("--sector-size", sector, "--offset", str(_OFFSET // 512))
+            _ = copy.run(
+                "luksFormat", "--type", "luks2", *_CIPHER, *_KDF, *place, "--key-file=-", copy.path, keys=[key]
+            )
+            header = copy.check()
+            copy.must_open(key)
+            disk.write(0, UNFINISHED)
+            disk.put(copy, header)
+
+    def _open(self, action: Open, keys: Keys) -> Key:
+        with self._copied(action.device, os.O_RDONLY) as (disk, copy, _):
+            copy.seal()
+            for key in action.keys:
+                arguments = ["open", "--type", "luks2", "--key-file=-"]
+                if self._mapping:
+                    arguments += ["--header", copy.path, disk.path, action.mapping]
+                else:
+                    arguments += ["--test-passphrase", copy.path]
+                if copy.run(*arguments, keys=[keys[key]], refusable=True):
+                    return key
+            names = [key.value for key in action.keys]
+            tried = f"the {names[0]} key does not open it" if len(names) == 1 else "no key opens it"
+            raise disk.error(
+                "key_refused",
+                f"{tried} ({', '.join(names)} tried): it is another disk, or its key was replaced on the server; there,"
+                " keys history shows what was, and keys restore brings one back",
+            )
+
+    def _add(self, action: AddKey, keys: Keys) -> None:
+        with self._copied(action.device, os.O_RDWR) as (disk, copy, header):
+            if copy.opens(keys[action.key]):
+                return
+            others = [secret for key, secret in keys.items() if key is not action.key]
+            opener = next((secret for secret in others if copy.opens(secret)), None)
+            if opener is None:
+                raise disk.error("key_refused", f"no key opens it that the {action.key.value} one could be added with")
+            if len(header.keyslots) == MAX_SLOTS:
+                self._remove(copy, opener, [slot for slot in header.keyslots if not copy.opens(opener, slot)])
+                disk.put(copy, copy.check())  # by itself: the two copies differ by slots added or by slots taken off
+            _ = copy.run("luksAddKey", *_KDF, "--key-file=-", copy.path, keys=[opener, keys[action.key]])
+            copy.must_open(keys[action.key])
+            copy.must_open(opener)
+            disk.put(copy, copy.check())
+
+    def _keep(self, action: KeepKey, key: Secret) -> None:
+        with self._copied(action.device, os.O_RDWR) as (disk, copy, header):
+            kept = next((slot for slot in header.keyslots if copy.opens(key, slot)), None)
+            if kept is None:
+                raise disk.error("key_refused", f"the {action.key.value} key does not open it: all keys stay on it")
+            others = [slot for slot in header.keyslots if slot != kept]
+            if others:
+                self._remove(copy, key, others)
+                disk.put(copy, copy.check())
+
+    @staticmethod
+    def _remove(copy: _Copy, key: Secret, slots: Sequence[int]) -> None:
+        for slot in slots:
+            _ = copy.run("luksKillSlot", "--batch-mode", "--key-file=-", copy.path, str(slot), keys=[key])
+        copy.must_open(key)
+
+    # --- devices and copies ---
+
+    @contextmanager
+    def _device(self, path: str, flags: int = os.O_RDONLY) -> Generator[_Device, None, None]:
+        """The device at ``path``, opened, and the same as ever. Raises `DiskError`."""
+        seen = self._seen.get(path)
+        try:
+            real = os.path.realpath(path, strict=True)
+            # Looked at before it is opened: to open a pipe or a tape would wait, or do something.
+            kind = os.lstat(real).st_mode
+            if not (stat.S_ISBLK(kind) or (self._images and stat.S_ISREG(kind))):
+                raise DiskError("kind", f"it is {_kind(kind)}, not a block device", path)
+            if not stat.S_ISBLK(kind):
+                flags &= ~os.O_EXCL
+            descriptor = os.open(real, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as exc:
+            raise DiskError("unavailable", f"it cannot be opened: {exc.strerror}", path) from exc
+        try:
+            size = os.lseek(descriptor, 0, os.SEEK_END)
+            identity = _Identity.of(real, os.fstat(descriptor), size)
+            if size == 0:
+                raise DiskError("empty", "it has no bytes: is a medium in it?", path)
+            if seen is not None:
+                seen.check(identity, path)
+            self._seen[path] = identity
+            yield _Device(path, real, descriptor, size)
+        except OSError as exc:
+            raise DiskError("unreadable", f"it cannot be read or written: {exc.strerror}", path) from exc
+        finally:
+            os.close(descriptor)
+
+    @contextmanager
+    def _copied(self, path: str, flags: int) -> Generator[tuple[_Device, _Copy, CheckedHeader], None, None]:
+        """The device, and its header in memory as it was checked."""
+        with ExitStack() as stack:
+            disk = stack.enter_context(self._device(path, flags))
+            found = disk.judge()
+            if not isinstance(found, Luks):
+                raise disk.error("changed", f"it was a LUKS2 volume and now is {found}")
+            header = found.header
+            copy = stack.enter_context(self._memory(header.offset + LOOKED_AT, disk))
+            copy.write(0, header.area)
+            for place in range(len(header.area), header.end, _CHUNK):
+                data = disk.read(place, min(_CHUNK, header.end - place))
+                if any(data):
+                    copy.write(place, data)
+            if flags & os.O_RDWR and not header.whole:
+                disk.put(copy, header)  # or the next update that is cut off leaves copies two updates apart
+            yield disk, copy, header
+
+    @contextmanager
+    def _memory(self, size: int, disk: _Device) -> Generator[_Copy, None, None]:
+        descriptor = os.memfd_create("luks2-header", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.truncate(descriptor, size)
+            yield _Copy(descriptor, self._program, disk)
+        finally:
+            os.close(descriptor)
+
+
+def find_cryptsetup() -> str | None:
+    """The installed program. Distributions keep it where only root's PATH looks."""
+    return shutil.which("cryptsetup") or shutil.which("cryptsetup", path="/usr/local/sbin:/usr/sbin:/sbin")
+
+
+@frozen
+class _Identity:
+    """What a path was when it was looked at."""
+
+    real: str
+    number: tuple[int, ...]
+    size: int
+
+    @classmethod
+    def of(cls, real: str, status: os.stat_result, size: int) -> _Identity:
+        return cls(real, (status.st_dev, status.st_ino, status.st_rdev), size)
+
+    def check(self, now: _Identity, path: str) -> None:
+        """Raises `DiskError` if ``now`` is another device, or a smaller one."""
+        if (self.real, self.number) != (now.real, now.number):
+            raise DiskError("changed", f"it led to {self.real}, and now leads to another device, {now.real}", path)
+        if now.size < self.size:
+            raise DiskError("shrunk", f"it had {self.size} bytes, and now has {now.size}", path)
+
+
+@frozen
+class _Device:
+    """An opened disk. ``name`` is its path as it was given, ``path`` as it was resolved."""
+
+    name: str
+    path: str
+    descriptor: int
+    size: int
+
+    def error(self, reason: str, text: str) -> DiskError:
+        return DiskError(reason, text, self.name)
+
+    def judge(self) -> Disk:
+        length = min(self.size, LOOKED_AT)
+        return judge(self.read(0, length), self.read(self.size - length, length), self.size, self.name)
+
+    def read(self, place: int, length: int) -> bytes:
+        data = _read(self.descriptor, place, length)
+        if len(data) < length:
+            raise self.error("shrunk", f"it ended at {place + len(data)} while it was read")
+        return data
+
+    def write(self, place: int, data: bytes) -> None:
+        _write(self.descriptor, place, data)
+
+    def put(self, copy: _Copy, header: CheckedHeader) -> None:
+        """Bring the header and the key slots of ``copy`` to the disk, in an order that a crash may cut off anywhere."""
+        size = len(header.area) // 2
+        for place in range(2 * size, header.end, _CHUNK):
+            length = min(_CHUNK, header.end - place)
+            data = _read(copy.descriptor, place, length)
+            if data != self.read(place, length):
+                self.write(place, data)
+        os.fsync(self.descriptor)
+        for place in (size, 0):
+            self.write(place, header.area[place : place + size])
+            os.fsync(self.descriptor)
+        os.posix_fadvise(self.descriptor, 0, header.end, os.POSIX_FADV_DONTNEED)
+        for place in range(0, header.end, _CHUNK):
+            length = min(_CHUNK, header.end - place)
+            expected = header.area[place : place + length] + _read(
+                copy.descriptor, max(place, 2 * size), max(0, place + length - max(place, 2 * size))
+            )
+            if self.read(place, length) != expected:
+                raise self.error("write_lost", "it does not keep what was written to it; have the disk looked at")
+
+
+@frozen
+class _Copy:
+    """A header in memory, and the program that works on it."""
+
+    descriptor: int
+    program: str | None
+    disk: _Device
+
+    @property
+    def path(self) -> str:
+        return f"/proc/self/fd/{self.descriptor}"
+
+    def write(self, place: int, data: bytes) -> None:
+        _write(self.descriptor, place, data)
+
+    def seal(self) -> None:
+        """From now on nothing changes it."""
+        _ = fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, _SEALS)
+
+    def check(self) -> CheckedHeader:
+        """What the program made of it."""
+        header = check_header(_read(self.descriptor, 0, LOOKED_AT), self.disk.size, self.disk.name)
+        if header is None:
+            raise self.disk.error("cryptsetup", "cryptsetup left no header")
+        return header
+
+    def opens(self, key: Secret, slot: int | None = None) -> bool:
+        """Whether the key opens it; with the slot, if that one does."""
+        only = () if slot is None else ("--key-slot", str(slot))
+        arguments = ("open", "--test-passphrase", "--type", "luks2", "--key-file=-", *only, self.path)
+        return self.run(*arguments, keys=[key], refusable=True)
+
+    def must_open(self, key: Secret) -> None:
+        if not self.opens(key):
+            raise self.disk.error("key_refused", "a key does not open what cryptsetup made: nothing was written")
+
+    def run(self, *arguments: str, keys: Sequence[Secret], refusable: bool = False) -> bool:
+        """Run the program; each key after the first is a key file, the last argument.
+
+        Whether it did what it was asked to; it did not only if ``refusable`` and the key does not fit. Raises
+        `DiskError`.
+        """
+        if self.program is None:
+            raise self.disk.error("no_cryptsetup", f"cryptsetup is not installed; get it with: {HOW_TO_INSTALL}")
+        pipes: list[int] = []
+        try:
+            pipes += (_pipe(key, self.disk) for key in keys)
+            more = [f"/proc/self/fd/{pipe}" for pipe in pipes[1:]]
+            done = subprocess.run(
+                [self.program, *arguments, *more],
+                stdin=pipes[0],
+                capture_output=True,
+                timeout=_SECONDS,
+                check=False,
+                pass_fds=[self.descriptor, *pipes[1:]],
+                env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"},
+            )
+        except subprocess.TimeoutExpired:
+            raise self.disk.error("timeout", f"cryptsetup {arguments[0]} did not end in {_SECONDS:g} s") from None
+        except OSError as exc:
+            raise self.disk.error("no_cryptsetup", f"{self.program} cannot be run: {exc.strerror}") from exc
+        finally:
+            for pipe in pipes:
+                os.close(pipe)
+        if done.returncode == 0:
+            return True
+        if refusable and done.returncode == _REFUSED:
+            return False
+        said = " ".join(done.stderr.decode("utf-8", "replace").split())[:200] or "it said nothing"
+        reason = "busy" if done.returncode == _BUSY else "cryptsetup"
+        raise self.disk.error(reason, f"cryptsetup {arguments[0]} ended with {done.returncode}: {said}")
+
+
+def _pipe(key: Secret, disk: _Device) -> int:
+    """The end of a pipe that holds the key and nothing after it."""
+    if not 0 < len(key) <= _MAX_KEY:
+        raise disk.error("key_size", f"a key of {len(key)} bytes; it may have 1 to {_MAX_KEY}")
+    reading, writing = os.pipe()
+    try:
+        _ = os.write(writing, key.reveal())
+    finally:
+        os.close(writing)
+    return reading
+
+
+def _read(descriptor: int, place: int, length: int) -> bytes:
+    data = bytearray()
+    while len(data) < length and (more := os.pread(descriptor, length - len(data), place + len(data))):
+        data += more
+    return bytes(data)
+
+
+def _write(descriptor: int, place: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(descriptor, view, place)
+        view, place = view[written:], place + written
+
+
+def _kind(mode: int) -> str:
+    kinds = (
+        (stat.S_ISREG, "a regular file"),
+        (stat.S_ISDIR, "a directory"),
+        (stat.S_ISCHR, "a character device"),
+        (stat.S_ISFIFO, "a pipe"),
+        (stat.S_ISSOCK, "a socket"),
+    )
+    return next((name for is_kind, name in kinds if is_kind(mode)), "something else")

@@ -1,0 +1,87 @@
+"""What a disk holds: nothing, a LUKS2 volume, or something that is not ours to touch.
+
+Rules kept here:
+
+* what is not surely blank is not blank: a disk counts as blank if its first and its last `LOOKED_AT` bytes are zero.
+  Partition tables, file systems, RAID, LVM, ZFS and LUKS all keep what they are known by within these;
+* one thing else is blank: a disk that begins with `UNFINISHED`, because a format of it was begun and cut off. A host
+  can write that, as it can write zeros; a disk that the server knows to be in use is formatted in neither case.
+"""
+
+from __future__ import annotations
+
+from typing import Final, TypeAlias
+
+from attrs import frozen
+
+from chutes_proto.luks.header import CheckedHeader, check_header
+
+LOOKED_AT: Final = 1024 * 1024
+UNFINISHED: Final = b"chutes-proto: a format of this disk was begun; it holds nothing\n".ljust(512, b"\0")
+"""The first sector while a disk is being formatted."""
+
+_SIGNATURES: Final = (
+    (0, b"XFSB", "XFS"),
+    (0x438, b"\x53\xef", "ext2, ext3 or ext4"),
+    (0x10040, b"_BHRfS_M", "Btrfs"),
+    (0x218, b"LVM2 001", "LVM"),
+    (0x200, b"EFI PART", "a GPT partition table"),
+    (0x1FE, b"\x55\xaa", "an MBR partition table, or a FAT or NTFS file system"),
+)
+
+
+@frozen
+class Blank:
+    """Nothing. ``unfinished``: a format of it was begun and cut off."""
+
+    device: str
+    size: int
+    unfinished: bool = False
+
+    def __str__(self) -> str:
+        return f"blank, {self.size} bytes{'; a format of it was begun and cut off' if self.unfinished else ''}"
+
+
+@frozen
+class Luks:
+    """A LUKS2 volume whose header was checked."""
+
+    device: str
+    size: int
+    header: CheckedHeader
+
+    def __str__(self) -> str:
+        slots = len(self.header.keyslots)
+        torn = "" if self.header.whole else "; an update of its header was cut off, the newest copy counts"
+        return f"LUKS2, UUID {self.header.uuid}, {slots} key slot{'s' * (slots != 1)}{torn}"
+
+
+@frozen
+class Foreign:
+    """Something else, which is never formatted. ``found`` is what it looks like."""
+
+    device: str
+    size: int
+    found: str
+
+    def __str__(self) -> str:
+        return f"neither blank nor LUKS2, but {self.found}, {self.size} bytes"
+
+
+Disk: TypeAlias = Blank | Luks | Foreign
+
+
+def judge(head: bytes, tail: bytes, size: int, device: str) -> Disk:
+    """What a disk of ``size`` bytes holds, of which ``head`` and ``tail`` are the first and the last `LOOKED_AT` bytes.
+
+    Each is the whole disk if that is smaller. Raises `HeaderRejected` for a LUKS header that is not allowed.
+    """
+    if head.startswith(UNFINISHED):
+        return Blank(device, size, unfinished=True)
+    header = check_header(head, size, device)
+    if header is not None:
+        return Luks(device, size, header)
+    if not any(head) and not any(tail):
+        return Blank(device, size)
+    known = (name for place, magic, name in _SIGNATURES if head[place : place + len(magic)] == magic)
+    return Foreign(device, size, next(known, "data of an unknown kind"))
