@@ -1,0 +1,252 @@
+"""An operator's premises: files, a store, a real server process, commands as processes; and VMs that speak plain HTTP.
+
+All that anyone could read of it is kept in ``heard``: what processes say, and every answer that hands out no key.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import subprocess
+import threading
+import time
+from base64 import b64encode
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psycopg
+from attrs import define, field
+from cryptography.fernet import Fernet
+
+from chutes_proto.auth.binding import report_data
+from chutes_proto.auth.certificates import ClientIdentity, make_client_identity
+from chutes_proto.blocking.files import write_file
+from chutes_proto.blocking.platform import open_platform
+from chutes_proto.blocking.setup import load_setup
+from chutes_proto.blocking.stores import DurableStore
+from chutes_proto.blocking.tls import client_context
+from chutes_proto.cli.development import write_server
+from chutes_proto.testing.platform import SimulatedPlatform
+from chutes_proto.wire.codec import encode_quote
+from tests.cli.conftest import HOTKEY, PROGRAM, Ended, Server, end, start_server
+
+VOLUMES = ("storage", "tdx-cache")
+
+
+@define
+class Premises:
+    """``directory`` is the operator's; beside it are the platform of the VMs and the server's log."""
+
+    directory: Path
+    store: str
+    platform: SimulatedPlatform = field(init=False)
+    heard: list[bytes] = field(factory=list[bytes])
+    server: Server | None = None
+
+    def __attrs_post_init__(self) -> None:
+        self.directory.mkdir()
+        self.platform = open_platform(self.platform_directory, int(time.time())).platform
+        write_server(self.directory, self.platform, int(time.time()))
+        self.edit("sqlite:keys.db", self.store)
+        assert self.do("store", "migrate").code == 0
+
+    @property
+    def configuration(self) -> Path:
+        return self.directory / "server.toml"
+
+    @property
+    def platform_directory(self) -> Path:
+        return self.directory.with_name("platform")
+
+    @property
+    def ca(self) -> Path:
+        return self.directory / "ca.pem"
+
+    @property
+    def url(self) -> str:
+        assert self.server is not None
+        return self.server.url
+
+    def edit(self, old: str, new: str) -> None:
+        text = self.configuration.read_text()
+        assert old in text
+        _ = self.configuration.write_text(text.replace(old, new))
+
+    def new_key(self) -> None:
+        """A new key-encryption key, with the old one beside it."""
+        _ = (self.directory / "kek").replace(self.directory / "kek.old")
+        write_file(self.directory / "kek", os.urandom(32), mode=0o600)
+        if "kek_previous_file" not in self.configuration.read_text():
+            self.edit('kek_file = "kek"', 'kek_file = "kek"\nkek_previous_file = "kek.old"')
+
+    def start(self, *options: str) -> None:
+        with (self.directory.with_name("log")).open("a") as log:
+            self.server = start_server("--config", self.configuration, *options, ca=self.ca, stderr=log)
+        self.heard += [line.encode() for line in self.server.said]
+
+    def stop(self) -> None:
+        if self.server is not None:
+            end(self.server.process)
+            assert self.server.process.returncode == 0
+            self.server = None
+
+    def kill(self) -> None:
+        """The server ends in the middle of whatever it does."""
+        assert self.server is not None
+        self.server.process.kill()
+        _ = self.server.process.communicate()
+
+    def close(self) -> None:
+        """Stop, and hear what the server had to say."""
+        if self.server is not None:
+            end(self.server.process)
+        log = self.directory.with_name("log")
+        self.heard.append(log.read_bytes() if log.exists() else b"")
+
+    def do(self, *words: object) -> Ended:
+        """A command of the operator's, in a process of its own."""
+        return self.run(*words, "--config", self.configuration)
+
+    def run(self, *words: object) -> Ended:
+        done = subprocess.run([*PROGRAM, *map(str, words)], capture_output=True, text=True, timeout=120, check=False)
+        self.heard += [done.stdout.encode(), done.stderr.encode()]
+        assert "Traceback" not in done.stderr, done.stderr
+        return Ended(done.returncode, done.stdout, done.stderr)
+
+    def killed_at(self, text: str, *words: object) -> str:
+        """A command that is killed once it has said ``text`` on standard error; what it said until then."""
+        command = [*PROGRAM, *map(str, words), "--config", str(self.configuration)]
+        said = ""
+        with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+            assert process.stderr is not None
+            while text not in said:
+                said += (line := process.stderr.readline())
+                assert line, f"it ended before: {said}"
+            process.kill()
+        self.heard.append(said.encode())
+        return said
+
+    def plant(self, passphrases: Mapping[str, Mapping[str, str]]) -> None:
+        """Import the passphrases of VMs by volume, as another server's, bound to the platform."""
+        key = Fernet.generate_key()
+        write_file(self.directory / "fernet.key", key, mode=0o600)
+        quote = b64encode(self.platform.quote(bytes(64))).decode()
+        rows = [
+            {
+                "miner_hotkey": HOTKEY,
+                "vm_name": vm,
+                "volume_passphrases": {
+                    name: Fernet(key).encrypt(text.encode()).decode() for name, text in named.items()
+                },
+                "boot_quote": quote,
+            }
+            for vm, named in passphrases.items()
+        ]
+        file = self.directory / "rows.jsonl"
+        _ = file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        done = self.do("keys", "import-fernet", file, "--fernet-key-file", self.directory / "fernet.key")
+        assert done.code == 0, done
+
+    def json(self, *words: object) -> Any:
+        ended = self.do(*words, "--json")
+        assert ended.code == 0, ended
+        return ended.json
+
+    def sql(self, statement: str) -> None:
+        """What an administrator of the database does behind the server's back."""
+        if self.store.startswith("sqlite:"):
+            with closing(sqlite3.connect(self.directory / "keys.db", timeout=20)) as connection, connection:
+                _ = connection.execute(statement)
+        else:
+            with psycopg.connect(self.store, autocommit=True) as database:
+                _ = database.execute(statement.encode())
+
+    def open(self) -> DurableStore:
+        return load_setup(self.configuration).store.open()
+
+    def vm(self, name: str = "vm-1") -> Vm:
+        return Vm(self, name)
+
+
+@define
+class Vm:
+    """A boot of a VM with a throw-away TLS key; each method is one request, and hands out its answer's members."""
+
+    premises: Premises
+    name: str
+    identity: ClientIdentity = field(factory=lambda: make_client_identity(int(time.time()) - 60, os.urandom(32)))
+
+    def ask(self, method: str, path: str, *, status: int = 200, **request: Any) -> dict[str, Any]:
+        context = client_context(self.identity, self.premises.ca.read_bytes())
+        with httpx.Client(base_url=self.premises.url, verify=context, trust_env=False, timeout=60) as http:
+            response = http.request(method, path, **request)
+        assert response.status_code == status, response.text
+        if status != 200 or path.endswith("confirm"):
+            self.premises.heard += [response.content, repr(response.headers.multi_items()).encode()]
+        members: dict[str, Any] = response.json()
+        return members
+
+    def nonce(self) -> str:
+        return str(self.ask("GET", "/servers/nonce", params={"miner_hotkey": HOTKEY})["nonce"])
+
+    def quote(self, nonce: str, stage: Any) -> str:
+        return encode_quote(
+            self.premises.platform.quote(report_data(bytes.fromhex(nonce), self.identity.spki_sha256), stage=stage)
+        )
+
+    def boot(self, nonce: str | None = None, *, status: int = 200, **members: Any) -> dict[str, Any]:
+        nonce = nonce or self.nonce()
+        body = {"quote": self.quote(nonce, "boot"), "miner_hotkey": HOTKEY, "vm_name": self.name} | members
+        headers = {"x-chutes-nonce": nonce}
+        return self.ask("POST", "/servers/boot/attestation", json=body, headers=headers, status=status)
+
+    def sync(self, token: str, *volumes: str, status: int = 200, **members: Any) -> dict[str, Any]:
+        headers = {"x-boot-token": token, "x-chutes-hotkey": HOTKEY}
+        body = {"volumes": list(volumes or VOLUMES)} | members
+        return self.ask("POST", f"/servers/{self.name}/luks", json=body, headers=headers, status=status)
+
+    def read(self, token: str, *, status: int = 200) -> dict[str, Any]:
+        headers = {"x-boot-token": token, "x-chutes-hotkey": HOTKEY}
+        return self.ask("GET", f"/servers/{self.name}/luks", headers=headers, status=status)
+
+    def attest(self, nonce: str, *volumes: str, status: int = 200, **members: Any) -> dict[str, Any]:
+        headers = {"x-quote-nonce": nonce, "x-chutes-hotkey": HOTKEY}
+        body = {"quote": self.quote(nonce, "runtime"), "volumes": list(volumes or VOLUMES)} | members
+        return self.ask("POST", f"/servers/{self.name}/luks/attest", json=body, headers=headers, status=status)
+
+    def confirm(self, nonce: str, *, status: int = 200, **rotated: bool) -> dict[str, Any]:
+        headers = {"x-confirm-nonce": nonce, "x-chutes-hotkey": HOTKEY}
+        body = {"volumes": {name.replace("_", "-"): {"rotated": value} for name, value in rotated.items()}}
+        return self.ask("POST", f"/servers/{self.name}/luks/confirm", json=body, headers=headers, status=status)
+
+
+@define
+class Watch:
+    """What anyone on the machine sees of its processes: all command lines and environments, looked at all the time."""
+
+    seen: set[bytes] = field(factory=set[bytes])
+    _over: threading.Event = field(factory=threading.Event)
+    _thread: threading.Thread | None = None
+
+    def __enter__(self) -> Watch:
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        assert self._thread is not None
+        self._thread.join(20)
+
+    def _look(self) -> None:
+        while not self._over.wait(0.02):
+            for process in Path("/proc").glob("[0-9]*"):
+                for name in ("cmdline", "environ"):
+                    try:
+                        self.seen.add((process / name).read_bytes())
+                    except OSError:
+                        continue

@@ -1,0 +1,218 @@
+"""The life of a disk: real LUKS2 images, a real server over TLS, an operator's commands.
+
+After each step some key that the server still hands out opens the image. Boots are played request by request, so that
+each of them can end anywhere.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from attrs import define
+
+from chutes_proto.cli.luks import Cryptsetup, LuksError
+from chutes_proto.secret import Secret
+from tests.scenario.premises import Premises
+
+
+@define
+class Disk:
+    """An image with what `cryptsetup` makes of it."""
+
+    image: Path
+    cryptsetup: Cryptsetup
+
+    @property
+    def formatted(self) -> list[str]:
+        """What a boot reports of it."""
+        luks = subprocess.run([self.cryptsetup.path, "isLuks", str(self.image)], check=False).returncode == 0
+        return ["storage"] if luks else []
+
+    def format(self, passphrase: str) -> None:
+        self.cryptsetup.format(self.image, Secret(passphrase.encode()))
+
+    def opens(self, passphrase: str | None) -> bool:
+        try:
+            self.cryptsetup.open(self.image, Secret((passphrase or "").encode()))
+        except LuksError:
+            return False
+        return True
+
+    def add(self, there: str, new: str) -> None:
+        options = ["--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000"]
+        self._change(["luksAddKey", *options, "--key-file={}", str(self.image), "{}"], there, new)
+
+    def remove(self, passphrase: str) -> None:
+        self._change(["luksRemoveKey", str(self.image), "{}"], passphrase)
+
+    def _change(self, arguments: list[str], *passphrases: str) -> None:
+        """Each ``{}`` is a file that holds one of the passphrases, in order."""
+        files = [os.memfd_create("key") for _ in passphrases]
+        for file, passphrase in zip(files, passphrases, strict=True):
+            _ = os.write(file, passphrase.encode())
+        paths = iter([f"/dev/fd/{file}" for file in files])
+        command = [a.replace("{}", next(paths)) if "{}" in a else a for a in arguments]
+        try:
+            done = subprocess.run([self.cryptsetup.path, *command], pass_fds=files, capture_output=True, check=False)
+            assert done.returncode == 0, done.stderr
+        finally:
+            for file in files:
+                os.close(file)
+
+
+@pytest.fixture
+def disk(require_program: Callable[[str], str], tmp_path: Path) -> Disk:
+    image = tmp_path / "storage.img"
+    image.touch()
+    return Disk(image, Cryptsetup(require_program("cryptsetup")))
+
+
+def key(premises: Premises, disk: Disk, **members: Any) -> str:
+    """What a boot with the base exchange is handed for the disk."""
+    vm = premises.vm()
+    answer = vm.sync(vm.boot()["boot_token"], formatted=disk.formatted, **members)
+    return str(answer["storage"])
+
+
+def pair(premises: Premises, disk: Disk) -> tuple[dict[str, Any], Callable[..., dict[str, Any]]]:
+    """The keys of the disk that a two-phase boot is handed, and how it confirms."""
+    vm = premises.vm()
+    answer = vm.attest(vm.boot()["luks_quote_nonce"], "storage", formatted=disk.formatted)
+    nonce = answer["confirm_nonce"]
+    return answer["volumes"]["storage"], lambda rotated: vm.confirm(nonce, storage=rotated)
+
+
+def test_the_base_exchange(premises: Premises, disk: Disk) -> None:
+    premises.start()
+    first = key(premises, disk)
+    disk.format(first)
+    assert disk.opens(key(premises, disk))
+    # rekey means: I am about to format
+    second = key(premises, disk, rekey=["storage"])
+    assert second != first
+    disk.format(second)
+    assert disk.opens(key(premises, disk))
+    # ... and one that was then not formatted takes an operator
+    assert not disk.opens(key(premises, disk, rekey=["storage"]))
+    assert premises.do("keys", "restore", "vm-1", "storage", 2, "--reason", "rekeyed, not formatted").code == 0
+    assert disk.opens(key(premises, disk))
+    # a disk that was missing at one boot, or at several
+    for _ in range(2):
+        vm = premises.vm()
+        _ = vm.sync(vm.boot()["boot_token"], "tdx-cache", formatted=[])
+    states = {g["generation"]: g["retirement"] for g in history(premises) if g["volume"] == "storage"}
+    assert states[2] == "prune"
+    assert disk.opens(key(premises, disk))
+    # a host swaps in a blank disk: the answer says that the volume is in use, so that nothing is formatted
+    kept = disk.image.with_name("kept.img")
+    _ = shutil.move(disk.image, kept)
+    disk.image.touch()
+    vm = premises.vm()
+    answer = vm.sync(vm.boot()["boot_token"], formatted=disk.formatted)
+    assert answer["in_use"] == ["storage"]
+    # the operator permits one format
+    assert premises.do("keys", "allow-format", "vm-1", "storage").code == 0
+    vm = premises.vm()
+    answer = vm.sync(vm.boot()["boot_token"], formatted=disk.formatted)
+    assert answer["in_use"] == []
+    disk.format(answer["storage"])
+    assert disk.opens(key(premises, disk))
+    assert Disk(kept, disk.cryptsetup).opens(key(premises, disk))  # nothing was made anew for it
+    # the server dies in between
+    premises.kill()
+    premises.start()
+    assert disk.opens(key(premises, disk))
+
+
+def test_the_two_phase_exchange(premises: Premises, disk: Disk) -> None:
+    premises.edit('root_passphrase = "vm"', 'root_passphrase = "vm"\nexchange = "two-phase"')
+    premises.start("--transport", "asyncio")
+    keys, confirm = pair(premises, disk)
+    assert keys["current"] is None
+    disk.format(keys["next"])
+    # the first confirmation does not arrive
+    keys, confirm = pair(premises, disk)
+    assert disk.opens(keys["current"])
+    # a rotation as it should be
+    disk.add(keys["current"], keys["next"])
+    assert confirm(True)["volumes"]["storage"]["result"] == "promoted"
+    disk.remove(keys["current"])
+    old = keys
+    keys, confirm = pair(premises, disk)
+    assert disk.opens(keys["current"])
+    _ = confirm(False)
+    # the confirmation is lost on its way to the server: both keys stay on the disk
+    keys, confirm = pair(premises, disk)
+    disk.add(keys["current"], keys["next"])
+    again, confirm = pair(premises, disk)
+    assert again == keys
+    assert disk.opens(again["current"])
+    # the confirmation arrives and its answer is lost: a deployed client takes the new key off again
+    _ = confirm(True)
+    disk.remove(keys["next"])
+    opened = 0
+    for _ in range(4):  # nobody confirms: by turns
+        keys, confirm = pair(premises, disk)
+        opened += disk.opens(keys["current"])
+    assert opened == 2
+    turns = (pair(premises, disk) for _ in range(2))
+    confirm = next(confirm for keys, confirm in turns if disk.opens(keys["current"]))
+    _ = confirm(False)
+    assert disk.opens(pair(premises, disk)[0]["current"])
+    # the server is killed before it has answered anything of the next
+    keys, confirm = pair(premises, disk)
+    disk.add(keys["current"], keys["next"])
+    premises.kill()
+    premises.start()
+    again, confirm = pair(premises, disk)
+    assert disk.opens(again["current"])
+    assert disk.opens(again["next"])
+    assert confirm(True)["status"] == "confirmed"
+    # the disk comes back from a backup that knows only the first key of all
+    disk.format(old["current"])
+    assert not disk.opens(pair(premises, disk)[0]["current"])
+    (first,) = [g["generation"] for g in history(premises) if g["volume"] == "storage" and g["generation"] == 1]
+    assert premises.do("keys", "restore", "vm-1", "storage", first).code == 0
+    assert disk.opens(pair(premises, disk)[0]["current"])
+
+
+def test_keys_are_wrapped_anew_while_disks_are_opened(premises: Premises, disk: Disk) -> None:
+    """`keys rewrap` is killed in the middle while a server goes on; the next one does the rest."""
+    premises.start()
+    disk.format(key(premises, disk))
+    premises.plant({f"other-{number}": {"storage": "x", "tdx-cache": "y"} for number in range(500)})
+    premises.stop()
+    premises.new_key()
+    premises.start()
+    before = _sealed_under(premises)
+    killed = premises.killed_at("to do", "keys", "rewrap")
+    assert "keys wrapped under" in killed
+    between = _sealed_under(premises)
+    assert len(between) == 2, f"it was killed too late: {before}, {between}"
+    assert sum(between.values()) == sum(before.values())
+    assert disk.opens(key(premises, disk))
+    done = premises.do("keys", "rewrap")
+    assert (done.code, "no key is under another" in done.out) == (0, True)
+    assert disk.opens(key(premises, disk))
+    premises.stop()
+    premises.edit('kek_previous_file = "kek.old"\n', "")
+    (premises.directory / "kek.old").unlink()
+    premises.start()
+    assert disk.opens(key(premises, disk))
+    assert list(_sealed_under(premises).values()) == [sum(before.values())]
+
+
+def history(premises: Premises) -> list[dict[str, Any]]:
+    generations: list[dict[str, Any]] = premises.json("keys", "history", "vm-1")["generations"]
+    return generations
+
+
+def _sealed_under(premises: Premises) -> dict[str, int]:
+    counted: dict[str, int] = premises.json("store", "check")["keys_sealed_under"]
+    return counted
