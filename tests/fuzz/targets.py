@@ -28,7 +28,7 @@ from chutes_proto.quote.eventlog import first_difference, parse_event_log, repla
 from chutes_proto.quote.layout import parse_quote
 from chutes_proto.quote.measurements import parse_profiles_json, parse_profiles_toml
 from chutes_proto.quote.pck import read_pck_extension
-from chutes_proto.quote.policy import Policy
+from chutes_proto.quote.policy import parse_policy_toml
 from chutes_proto.quote.roots import TrustedRoot
 from chutes_proto.quote.statements import read_qe_identity, read_tcb_info
 from chutes_proto.quote.verify import open_quote, verify_collateral
@@ -114,7 +114,7 @@ def statements() -> list[bytes]:
 
 def check_policy(data: bytes) -> None:
     """A policy or a list of measurement profiles is read, or the verifier's one error says why not."""
-    for read in (Policy.from_toml, parse_profiles_toml, parse_profiles_json):
+    for read in (parse_policy_toml, parse_profiles_toml, parse_profiles_json):
         with suppress(QuoteError):
             _ = read(data)
 
@@ -123,7 +123,8 @@ def policies() -> list[bytes]:
     registers = {f"rtmr{number}": "00" * 48 for number in range(4)}
     profile = {"name": "p", "version": "1", "mrtd": "00" * 48, "boot_rtmrs": registers, "runtime_rtmrs": registers}
     toml = b'[tcb]\naccepted_statuses = ["UpToDate"]\nmin_evaluation_number = 5\nallow_smt = true\n'
-    return [measurements_toml(), toml + measurements_toml(), json.encode([profile])]
+    either = b"[[any_of]]\n[any_of.identity]\nppid = ['" + b"00" * 16 + b"']\n[[any_of]]\n[[any_of.all_of]]\n"
+    return [measurements_toml(), toml + measurements_toml(), json.encode([profile]), either]
 
 
 def check_event_log(data: bytes) -> None:

@@ -12,7 +12,7 @@ from chutes_proto.quote.collateral import Collateral
 from chutes_proto.quote.eventlog import parse_event_log
 from chutes_proto.quote.layout import parse_quote
 from chutes_proto.quote.measurements import parse_profiles_json
-from chutes_proto.quote.policy import Policy
+from chutes_proto.quote.policy import AnyOf, Policy, parse_policy_toml
 from chutes_proto.quote.verify import open_quote, verify_collateral
 from tests.fuzz import targets
 from tests.fuzz.targets import TARGETS
@@ -50,8 +50,12 @@ def test_honest_inputs_get_through() -> None:
     for collateral in targets.collaterals():
         _ = verify_collateral(Collateral.from_json(collateral), now=targets.NOW, root=targets.ROOT)
     assert all(parse_event_log(data).events for data in targets.event_logs())
-    first, with_tcb, listed = targets.policies()
-    assert Policy.from_toml(first).profiles == Policy.from_toml(with_tcb).profiles
+    first, with_tcb, listed, either = targets.policies()
+    one, other = parse_policy_toml(first), parse_policy_toml(with_tcb)
+    assert isinstance(one, Policy)
+    assert isinstance(other, Policy)
+    assert one.profiles == other.profiles
+    assert isinstance(parse_policy_toml(either), AnyOf)
     assert parse_profiles_json(listed)
     assert [len(targets.exchange([stream])[0]) for stream in targets.http_requests()] == [1, 2, 1, 2, 1]
     taken = [targets.answer_in([stream]) for stream in targets.http_answers()]

@@ -13,7 +13,17 @@ from chutes_proto.quote.attributes import RESERVED, AttributePolicy
 from chutes_proto.quote.errors import AppraisalError, PolicyError, Refusal
 from chutes_proto.quote.layout import SgxReport, TdAttributes, TdReport10, TdReport15
 from chutes_proto.quote.measurements import Stage
-from chutes_proto.quote.policy import AllOf, AnyOf, AnyPolicy, Appraisal, IdentityPolicy, Policy, TcbPolicy
+from chutes_proto.quote.policy import (
+    MAX_DEPTH,
+    AllOf,
+    AnyOf,
+    AnyPolicy,
+    Appraisal,
+    IdentityPolicy,
+    Policy,
+    TcbPolicy,
+    parse_policy_toml,
+)
 from chutes_proto.quote.statements import TcbStatus
 from chutes_proto.quote.verify import Verdict, verify
 from chutes_proto.testing.platform import SimulatedPlatform
@@ -449,7 +459,7 @@ runtime = {_registers(PROFILE.runtime)}
 
 
 def test_an_empty_file_is_the_default() -> None:
-    assert Policy.from_toml(b"") == Policy()
+    assert parse_policy_toml(b"") == Policy()
 
 
 def test_everything_that_a_file_can_say() -> None:
@@ -515,20 +525,75 @@ def test_everything_that_a_file_can_say() -> None:
         ),
         profiles=(PROFILE,),
     )
-    assert Policy.from_toml((text + PROFILE_TOML).encode()) == expected
-    assert Policy.from_toml(b'measurements = "unchecked"') == UNCHECKED
+    assert parse_policy_toml((text + PROFILE_TOML).encode()) == expected
+    assert parse_policy_toml(b'measurements = "unchecked"') == UNCHECKED
 
 
 def test_keys_of_the_callers_may_stand_in_profiles() -> None:
     text = (PROFILE_TOML + 'root_passphrase = "vm"').encode()
-    assert Policy.from_toml(text, extra_keys=frozenset({"root_passphrase"})).profiles == (PROFILE,)
+    assert parse_policy_toml(text, extra_keys=frozenset({"root_passphrase"})) == POLICY
     with pytest.raises(PolicyError, match="root_passphrase"):
-        _ = Policy.from_toml(text)
+        _ = parse_policy_toml(text)
+
+
+def test_policies_of_policies() -> None:
+    text = f"""
+        [[any_of]]
+        measurements = "unchecked"
+        identity = {{ ppid = ["{PLATFORM.ppid.hex()}"] }}
+        [[any_of]]
+        [[any_of.all_of]]
+        {PROFILE_TOML.replace("[[profile]]", "[[any_of.all_of.profile]]")}
+        [[any_of.all_of]]
+        measurements = "unchecked"
+        tcb = {{ min_tcb_info_version = 3 }}
+        """
+    known = Policy(measurements="unchecked", identity=IdentityPolicy(ppid=(PLATFORM.ppid,)))
+    measured = AllOf((POLICY, Policy(measurements="unchecked", tcb=TcbPolicy(min_tcb_info_version=3))))
+    policy = parse_policy_toml(text.encode())
+    assert policy == AnyOf((known, measured))
+    assert policy.appraise(verdict_of(PLATFORM, "rtmr1"), stage="boot").matched is None
+    stranger = PLATFORM.another(1)
+    assert policy.appraise(verdict_of(stranger), stage="boot").profile == PROFILE
+    assert _refused(policy, verdict_of(stranger, "rtmr1")) == ["ppid", "measurement_mismatch"]
+
+
+def test_an_empty_policy_among_others_accepts_nothing() -> None:
+    assert _refused(parse_policy_toml(b"[[any_of]]"), verdict_of(PLATFORM)) == ["no_profiles"]
+
+
+def test_policies_of_policies_have_a_bottom() -> None:
+    def nested(levels: int) -> bytes:
+        return ("any_of = [{" * levels + "}]" * levels).encode()
+
+    assert parse_policy_toml(nested(MAX_DEPTH))
+    with pytest.raises(PolicyError, match=f"more than {MAX_DEPTH} levels"):
+        _ = parse_policy_toml(nested(MAX_DEPTH + 1))
+    for levels in (100, 10_000):
+        with pytest.raises(PolicyError):
+            _ = parse_policy_toml(nested(levels))
 
 
 @pytest.mark.parametrize(
     ("text", "key"),
     [
+        ("any_of = []", "any_of"),
+        ("all_of = []", "all_of"),
+        ("any_of = 1", "any_of"),
+        ("any_of = [1]", "any_of 1"),
+        ("anyof = []", "anyof"),
+        ("[any_of]", "any_of"),
+        ("[[any_of]]\n[[any_of]]\n[any_of.tbc]", "any_of 2.tbc"),
+        ("[[any_of]]\n[any_of.tcb]\nallow_smt = 0", "any_of 1.tcb.allow_smt"),
+        ('[[any_of]]\n[[any_of.all_of]]\nmeasurements = "none"', "any_of 1.all_of 1.measurements"),
+        ("[[any_of]]\nany_of = []", "any_of 1.any_of"),
+        ("[tcb]\n[[any_of]]", "tcb"),
+        ("[[all_of]]\n[[any_of]]", "any_of"),
+        ("[[any_of]]\n[[any_of.profile]]\nname = 1", "any_of 1.profile 1.name"),
+        (
+            "[[any_of]]\n" + PROFILE_TOML.replace("[[profile]]", "[[any_of.profile]]") + "x = 1",
+            "any_of 1.profile 'simulated': x",
+        ),
         ("tbc = 1", "tbc"),
         ("tcb = 1", "tcb"),
         ("measurements = 1", "measurements"),
@@ -566,14 +631,15 @@ def test_keys_of_the_callers_may_stand_in_profiles() -> None:
 )
 def test_an_error_names_the_key(text: str, key: str) -> None:
     with pytest.raises(PolicyError) as caught:
-        _ = Policy.from_toml(text.encode())
+        _ = parse_policy_toml(text.encode())
     assert str(caught.value).startswith((key + ":", f"not {key}"))
 
 
 @given(st.binary(max_size=200))
 def test_any_bytes(data: bytes) -> None:
     try:
-        policy = Policy.from_toml(data)
+        policy = parse_policy_toml(data)
     except PolicyError:
         return
+    assert isinstance(policy, Policy)
     assert policy.tcb.accepted_statuses == {TcbStatus.UP_TO_DATE}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from chutes_proto.errors import ConfigurationError
 from chutes_proto.quote.measurements import parse_profiles_toml
-from chutes_proto.quote.policy import Policy
+from chutes_proto.quote.policy import Policy, parse_policy_toml
 from chutes_proto.testing.directory import PlatformRecord, measurements_toml, simulation_files
 from chutes_proto.testing.platform import PROFILE, SimulatedPlatform
 
@@ -58,7 +58,7 @@ def test_other_bytes_are_an_error(data: bytes) -> None:
 
 def test_the_measurements_read_back_as_profile_and_as_policy() -> None:
     assert parse_profiles_toml(measurements_toml()) == ((PROFILE, {}),)
-    assert Policy.from_toml(measurements_toml()).profiles == (PROFILE,)
+    assert parse_policy_toml(measurements_toml()) == Policy(profiles=(PROFILE,))
 
 
 def test_a_simulation_holds_what_a_verifier_needs() -> None:

@@ -10,7 +10,7 @@ from chutes_proto.cli import console
 
 if TYPE_CHECKING:
     from chutes_proto.quote.errors import QuoteError
-    from chutes_proto.quote.policy import Policy
+    from chutes_proto.quote.policy import AnyPolicy
     from chutes_proto.quote.roots import TrustedRoot
 
 NAME = "verify"
@@ -52,7 +52,13 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
     console.add(
         parser, "--report-data", type=console.report_data, metavar="HEX", help="64 bytes that the quote must bind"
     )
-    console.add(parser, "--policy", metavar="FILE", help="a policy in TOML: [tcb], [attributes], [[profile]]")
+    console.add(
+        parser,
+        "--policy",
+        metavar="FILE",
+        help="a policy in TOML: [tcb], [identity], [attributes] and"
+        " [[profile]], or [[any_of]] or [[all_of]] with policies in it",
+    )
     console.add(
         parser, "--stage", choices=("boot", "runtime"), default="boot", help="for the policy's profiles (default: boot)"
     )
@@ -78,23 +84,28 @@ def run(options: argparse.Namespace) -> int:
     return console.GRANTED if report["accepted"] else console.REFUSED
 
 
-def _policy(options: argparse.Namespace) -> Policy:
+def _policy(options: argparse.Namespace) -> AnyPolicy:
     from chutes_proto.blocking.files import read_file
     from chutes_proto.errors import ConfigurationError, QuoteError
-    from chutes_proto.quote.policy import Policy
+    from chutes_proto.quote.policy import Policy, parse_policy_toml
     from chutes_proto.server.profiles import EXTRA_KEYS
 
     if options.policy is None:
         return Policy(measurements="unchecked")
     data = read_file(options.policy)
     try:
-        return Policy.from_toml(data, extra_keys=EXTRA_KEYS)
+        return parse_policy_toml(data, extra_keys=EXTRA_KEYS)
     except QuoteError as exc:
         raise ConfigurationError(f"--policy: {options.policy}: {exc}") from None
 
 
 def _judge(
-    options: argparse.Namespace, quote_data: bytes, collateral_data: bytes, now: int, root: TrustedRoot, policy: Policy
+    options: argparse.Namespace,
+    quote_data: bytes,
+    collateral_data: bytes,
+    now: int,
+    root: TrustedRoot,
+    policy: AnyPolicy,
 ) -> dict[str, Any]:
     from chutes_proto.cli.quotes import claimed_platform, platform_fields, quote_fields
     from chutes_proto.quote.collateral import Collateral

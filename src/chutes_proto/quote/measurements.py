@@ -110,7 +110,7 @@ def parse_profiles_json(
     if not isinstance(entries, list):
         raise PolicyError("the file: must be a list of profiles")
     values = cast("list[object]", entries)
-    return _not_empty(_profiles(values, ("boot_rtmrs", "runtime_rtmrs"), extra_keys, defaults or {}))
+    return _not_empty(_profiles(values, "profile", ("boot_rtmrs", "runtime_rtmrs"), extra_keys, defaults or {}))
 
 
 def read_toml(data: bytes) -> Table:
@@ -131,27 +131,31 @@ def read_profiles(
     if unknown := own.keys() - _DEFAULTABLE - extra_keys:
         raise PolicyError(f"{own.at(min(unknown))}: there is no such key, or it has no default")
     entries = table.tables("profile")
-    return _profiles(entries, ("boot", "runtime"), extra_keys, {**(defaults or {}), **own.rest()})
+    return _profiles(entries, table.at("profile"), ("boot", "runtime"), extra_keys, {**(defaults or {}), **own.rest()})
 
 
 def _profiles(
-    entries: Sequence[object], stages: tuple[str, str], extra_keys: frozenset[str], defaults: Mapping[str, object]
+    entries: Sequence[object],
+    path: str,
+    stages: tuple[str, str],
+    extra_keys: frozenset[str],
+    defaults: Mapping[str, object],
 ) -> tuple[ProfileAndExtras, ...]:
     profiles: dict[str, ProfileAndExtras] = {}
     for number, entry in enumerate(entries, 1):
-        profile, extras = _profile(Table(entry, f"profile {number}"), stages, extra_keys, defaults)
+        profile, extras = _profile(Table(entry, f"{path} {number}"), path, stages, extra_keys, defaults)
         if profile.name in profiles:
-            raise PolicyError(f"profile {profile.name!r}: the name is there twice")
+            raise PolicyError(f"{path} {profile.name!r}: the name is there twice")
         profiles[profile.name] = profile, extras
     return tuple(profiles.values())
 
 
 def _profile(
-    table: Table, stages: tuple[str, str], extra_keys: frozenset[str], defaults: Mapping[str, object]
+    table: Table, path: str, stages: tuple[str, str], extra_keys: frozenset[str], defaults: Mapping[str, object]
 ) -> ProfileAndExtras:
     name = table.take("name", str)
     own = {key: value for key, value in {**defaults, **table.rest()}.items() if value is not None}
-    table = Table(own, f"profile {name!r}: ")
+    table = Table(own, f"{path} {name!r}: ")
     fields: dict[str, Any] = {
         "version": table.take("version", str),
         "mrtd": table.octets("mrtd", 48),

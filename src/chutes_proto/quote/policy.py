@@ -29,7 +29,17 @@ from chutes_proto.quote.tables import Table
 from chutes_proto.quote.tcb import OUT_OF_DATE
 from chutes_proto.quote.verify import Verdict
 
-__all__ = ["AllOf", "AnyOf", "Appraisal", "AttributePolicy", "IdentityPolicy", "Policy", "Profile", "TcbPolicy"]
+__all__ = [
+    "AllOf",
+    "AnyOf",
+    "Appraisal",
+    "AttributePolicy",
+    "IdentityPolicy",
+    "Policy",
+    "Profile",
+    "TcbPolicy",
+    "parse_policy_toml",
+]
 
 _ADVISORY: Final = re.compile(r"INTEL-[A-Z]+-[0-9]{5}|(?!INTEL-)[A-Z]+(-[A-Z0-9]+)+")
 """Intel's have five digits; other issuers', like the simulated platform's, are only held against the form."""
@@ -192,21 +202,6 @@ class Policy:
         if len({profile.name for profile in self.profiles}) != len(self.profiles):
             raise PolicyError("profile: a name is there twice")
 
-    @classmethod
-    def from_toml(cls, data: bytes, *, extra_keys: frozenset[str] = frozenset()) -> Policy:
-        """The policy in a TOML file (its form is in ``README.md`` beside this file).
-
-        Profiles may have keys of ``extra_keys``, which mean nothing here. Raises `PolicyError` that names the key.
-        """
-        table = read_toml(data)
-        measurements: Any = table.take("measurements", str, "profiles")
-        tcb = _read_tcb(table.table("tcb", {}))
-        attributes = read_attributes(table.table("attributes", {}), unsafe=True)
-        identity = read_identity(table.table("identity", {}))
-        profiles = tuple(profile for profile, _ in read_profiles(table, extra_keys=extra_keys))
-        table.finish()
-        return cls(tcb=tcb, attributes=attributes, profiles=profiles, measurements=measurements, identity=identity)
-
     def appraise(self, verdict: Verdict, *, stage: Stage) -> Appraisal:
         """The verdict as one that is acceptable in a stage. Raises `AppraisalError` with all that is not.
 
@@ -319,6 +314,48 @@ def _is_policy(value: object) -> bool:
 def _check_stage(stage: Stage) -> None:
     if stage not in get_args(Stage):
         raise PolicyError(f"stage: must be one of {', '.join(get_args(Stage))}")
+
+
+# --- policies in TOML ---
+
+
+def parse_policy_toml(data: bytes, *, extra_keys: frozenset[str] = frozenset()) -> AnyPolicy:
+    """The policy in a TOML file (its form is in ``README.md`` beside this file).
+
+    Profiles may have keys of ``extra_keys``, which mean nothing here. Raises `PolicyError` that names the key.
+    """
+    return _read_policy(read_toml(data), extra_keys, MAX_DEPTH)
+
+
+def _read_policy(table: Table, extra_keys: frozenset[str], depth: int) -> AnyPolicy:
+    keys = table.keys()
+    for name, combine in _COMBINED.items():
+        if name not in keys:
+            continue
+        if other := sorted(keys - {name}):
+            raise PolicyError(f"{table.at(other[0])}: does not go beside {name}, whose members say all")
+        if not (entries := table.tables(name)):
+            raise PolicyError(f"{table.at(name)}: must have at least one policy")
+        if depth == 0:
+            raise PolicyError(f"{table.at(name)}: more than {MAX_DEPTH} levels of policies in policies")
+        inner = [Table(entry, f"{table.at(name)} {number}") for number, entry in enumerate(entries, 1)]
+        return combine(tuple(_read_policy(member, extra_keys, depth - 1) for member in inner))
+    fields: dict[str, Any] = {
+        "measurements": table.take("measurements", str, "profiles"),
+        "tcb": _read_tcb(table.table("tcb", {})),
+        "attributes": read_attributes(table.table("attributes", {}), unsafe=True),
+        "identity": read_identity(table.table("identity", {})),
+        "profiles": tuple(profile for profile, _ in read_profiles(table, extra_keys=extra_keys)),
+    }
+    table.finish()
+    try:
+        return Policy(**fields)
+    except PolicyError as exc:
+        raise PolicyError(table.at(str(exc))) from None
+
+
+MAX_DEPTH: Final = 4
+_COMBINED: Final[dict[str, type[AllOf | AnyOf]]] = {"all_of": AllOf, "any_of": AnyOf}
 
 
 def _read_tcb(table: Table) -> TcbPolicy:
