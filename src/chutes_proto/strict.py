@@ -3,32 +3,27 @@
 Rules kept here:
 
 * nothing is coerced: a number is no string, a string no list, ``true`` no number;
-* every problem is found, each with the path to it; none repeats the value.
+* every problem is found, up to `MOST`, each with the path to it; none repeats the value;
+* only attrs is needed: a boot agent has this on its way from the kernel to its first request.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias, TypeVar, cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import isfinite
+from types import NoneType, UnionType
+from typing import Any, Final, Literal, TypeAlias, TypeVar, Union, cast, get_args, get_origin
 
 import attrs
 from attrs import frozen
-from cattrs import ClassValidationError, Converter, ForbiddenExtraKeysError
-from cattrs.gen import make_dict_structure_fn
 
 T = TypeVar("T")
 
-Hook: TypeAlias = "Callable[[object, Any], Any]"
+Hook: TypeAlias = Callable[[object], Any]
+"""Makes one kind of value of plain data. Raises `ProblemsError`."""
 
-
-class MismatchError(ValueError):
-    """A value is not what it should be. ``kind`` is a stable word, ``inner`` the path inside the value."""
-
-    def __init__(self, kind: str, msg: str, inner: tuple[int | str, ...] = ()) -> None:
-        super().__init__(msg)
-        self.kind = kind
-        self.msg = msg
-        self.inner = inner
+MOST: Final = 100
+"""How many problems are told: a small body could have a great many."""
 
 
 @frozen
@@ -39,99 +34,95 @@ class Problem:
     kind: str
     msg: str
 
+    def __str__(self) -> str:
+        return ": ".join(filter(None, [".".join(map(str, self.path)), self.msg]))
+
 
 class ProblemsError(ValueError):
     """All that is wrong with a value."""
 
-    def __init__(self, problems: Sequence[Problem]) -> None:
-        super().__init__("; ".join(f"{'.'.join(map(str, problem.path))}: {problem.msg}" for problem in problems))
-        self.problems = tuple(problems)
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = tuple(problems)[:MOST]
+        super().__init__("; ".join(map(str, self.problems)))
+
+    def at(self, place: int | str) -> list[Problem]:
+        """The same problems of what this value is a part of."""
+        return [attrs.evolve(problem, path=(place, *problem.path)) for problem in self.problems]
+
+
+class MismatchError(ProblemsError):
+    """A value is not what it should be. ``kind`` is a stable word."""
+
+    def __init__(self, kind: str, msg: str) -> None:
+        super().__init__([Problem((), kind, msg)])
 
 
 class Structurer:
-    """Makes attrs values of plain data. ``hooks``: how types of the caller's are made, beside the usual ones."""
+    """Makes attrs values of plain data. ``hooks``: how types of the caller's are made, beside the usual ones.
+
+    A type may be optional, a ``Literal`` of words, a ``tuple[…, ...]``, or a ``Mapping[str, …]``, in whose problems'
+    paths the place stands for the name, which is input.
+    """
 
     def __init__(self, hooks: Sequence[tuple[Any, Hook]] = (), *, forbid_extra_keys: bool = False) -> None:
-        self._converter = Converter(detailed_validation=True, forbid_extra_keys=forbid_extra_keys)
+        self._hooks: dict[Any, Hook] = dict([*_USUAL, *hooks])
         self._forbid_extra_keys = forbid_extra_keys
-        _ = self._converter.register_structure_hook_factory(attrs.has, self._table)
-        for kind, hook in (*_USUAL, *hooks):
-            self._register(kind, hook)
 
     def structure(self, value: object, kind: type[T]) -> T:
         """``value`` as a ``kind``. Raises `ProblemsError`."""
-        try:
-            return self._converter.structure(value, kind)
-        except ClassValidationError as exc:
-            raise ProblemsError(_flatten(exc, kind)) from None
-        except MismatchError as exc:
-            raise ProblemsError([Problem(exc.inner, exc.kind, exc.msg)]) from None
+        made: T = self._hook(kind)(value)
+        return made
 
-    def add_list(self, kind: type[Any]) -> None:
-        """Teach it ``tuple[kind, ...]``, made of a list of what ``kind`` is made of."""
+    def _hook(self, kind: Any) -> Hook:
+        if kind not in self._hooks:
+            self._hooks[kind] = self._made_hook(kind)
+        return self._hooks[kind]
 
-        def hook(value: object, _: Any) -> tuple[Any, ...]:
-            if not isinstance(value, list):
-                raise MismatchError("list_type", "Input should be a valid list")
-            items: list[Any] = []
-            problems: list[Problem] = []
-            for index, member in enumerate(cast("list[object]", value)):
-                try:
-                    items.append(self.structure(member, kind))
-                except ProblemsError as exc:
-                    problems.extend(attrs.evolve(problem, path=(index, *problem.path)) for problem in exc.problems)
-            if problems:
-                raise ProblemsError(problems)
-            return tuple(items)
-
-        self._register(tuple[kind, ...], hook)  # type: ignore[valid-type]
-
-    def add_mapping(self, kind: type[Any]) -> None:
-        """Teach it ``Mapping[str, kind]``, made of an object. A problem's path has the place: the name is input."""
-
-        def hook(value: object, _: Any) -> dict[str, Any]:
-            if not isinstance(value, dict):
-                raise MismatchError("dict_type", "Input should be a valid dictionary")
-            members: dict[str, Any] = {}
-            problems: list[Problem] = []
-            for index, (name, member) in enumerate(cast("dict[str, object]", value).items()):
-                try:
-                    members[name] = self.structure(member, kind)
-                except ProblemsError as exc:
-                    problems.extend(attrs.evolve(problem, path=(index, *problem.path)) for problem in exc.problems)
-            if problems:
-                raise ProblemsError(problems)
-            return members
-
-        self._register(cast("Any", Mapping)[str, kind], hook)
-
-    def _register(self, kind: Any, hook: Hook) -> None:
-        if isinstance(kind, type):
-            self._converter.register_structure_hook(kind, hook)
-            return
-
-        def is_kind(candidate: Any) -> bool:
-            return bool(candidate == kind)
-
-        self._converter.register_structure_hook_func(is_kind, hook)
+    def _made_hook(self, kind: Any) -> Hook:
+        if attrs.has(kind):
+            return self._table(kind)
+        match get_origin(kind), get_args(kind):
+            case (origin, (one, none)) if origin in (Union, UnionType) and none is NoneType:
+                hook = self._hook(one)
+                return lambda value: None if value is None else hook(value)
+            case (origin, words) if origin is Literal:
+                return literal(*words)
+            case (origin, (item, end)) if origin is tuple and end is ...:
+                return list_of(self._hook(item))
+            case (origin, (key, item)) if origin is Mapping and key is str:
+                return _mapping_of(self._hook(item))
+            case _:
+                raise TypeError(f"nothing makes a {kind}")
 
     def _table(self, kind: type[Any]) -> Hook:
-        fields = make_dict_structure_fn(
-            kind, self._converter, _cattrs_forbid_extra_keys=self._forbid_extra_keys, _cattrs_detailed_validation=True
-        )
+        fields = attrs.fields(attrs.resolve_types(kind))
+        known = {field.name for field in fields}
 
-        def hook(value: object, _: Any) -> Any:
-            if not isinstance(value, dict):
-                raise MismatchError("dict_type", "Input should be a valid dictionary")
-            return fields(cast("dict[str, Any]", value), _)
+        def hook(value: object) -> Any:
+            table = _object(value)
+            made: dict[str, Any] = {}
+            problems: list[Problem] = []
+            for field in fields:
+                try:
+                    if field.name in table:
+                        made[field.alias] = self._hook(field.type)(table[field.name])
+                    elif field.default is attrs.NOTHING:
+                        raise MismatchError("missing", "Field required")
+                except ProblemsError as exc:
+                    problems += exc.at(field.name)
+            if self._forbid_extra_keys:
+                problems += [Problem((name,), "extra_forbidden", "Unknown key") for name in sorted({*table} - known)]
+            if problems:
+                raise ProblemsError(problems)
+            return kind(**made)
 
         return hook
 
 
-def exactly(kind: type[T], error: str, msg: str) -> Callable[[object, Any], T]:
+def exactly(kind: type[T], error: str, msg: str) -> Callable[[object], T]:
     """A hook for values of just this type."""
 
-    def hook(value: object, _: Any) -> T:
+    def hook(value: object) -> T:
         if type(value) is not kind:
             raise MismatchError(error, msg)
         return value
@@ -139,28 +130,22 @@ def exactly(kind: type[T], error: str, msg: str) -> Callable[[object, Any], T]:
     return hook
 
 
-def list_of(item: Callable[[object, Any], T]) -> Callable[[object, Any], tuple[T, ...]]:
+def list_of(item: Callable[[object], T]) -> Callable[[object], tuple[T, ...]]:
     """A hook that makes a tuple of a list."""
 
-    def hook(value: object, _: Any) -> tuple[T, ...]:
+    def hook(value: object) -> tuple[T, ...]:
         if not isinstance(value, list):
             raise MismatchError("list_type", "Input should be a valid list")
-        items: list[T] = []
-        for index, member in enumerate(cast("list[object]", value)):
-            try:
-                items.append(item(member, _))
-            except MismatchError as exc:
-                raise MismatchError(exc.kind, exc.msg, (index, *exc.inner)) from None
-        return tuple(items)
+        return tuple(_each(cast("list[object]", value), item))
 
     return hook
 
 
-def literal(*values: str) -> Callable[[object, Any], str]:
+def literal(*values: str) -> Callable[[object], str]:
     """A hook for one of a few words."""
     choices = " or ".join(f'"{value}"' for value in values)
 
-    def hook(value: object, _: Any) -> str:
+    def hook(value: object) -> str:
         if not isinstance(value, str) or value not in values:
             raise MismatchError("literal_error", f"Input should be {choices}")
         return value
@@ -168,41 +153,49 @@ def literal(*values: str) -> Callable[[object, Any], str]:
     return hook
 
 
+def number(value: object) -> float:
+    """A finite number: neither JSON nor TOML needs to tell 1 from 1.0."""
+    try:
+        if type(value) in (int, float) and isfinite(made := float(cast("float", value))):
+            return made
+    except OverflowError:
+        pass
+    raise MismatchError("float_type", "Input should be a valid number")
+
+
 string = exactly(str, "string_type", "Input should be a valid string")
 integer = exactly(int, "int_type", "Input should be a valid integer")
 boolean = exactly(bool, "bool_type", "Input should be a valid boolean")
+_object: Callable[[object], dict[str, object]] = exactly(dict, "dict_type", "Input should be a valid dictionary")
 
 _USUAL: tuple[tuple[Any, Hook], ...] = (
     (str, string),
     (int, integer),
     (bool, boolean),
-    (tuple[str, ...], list_of(string)),
-    (tuple[int, ...], list_of(integer)),
-    (Mapping[str, object], exactly(dict, "dict_type", "Input should be a valid dictionary")),
+    (float, number),
+    (Mapping[str, object], _object),
 )
 
 
-def _flatten(error: ClassValidationError, kind: type[Any]) -> list[Problem]:
-    """The problems of ``kind``'s fields, in the order of the fields; what is no field's comes last."""
-    order = {attribute.name: index for index, attribute in enumerate(attrs.fields(kind))}
-    noted, others = error.group_exceptions()
-    found: list[Problem] = []
-    for exc, note in sorted(noted, key=lambda pair: order[pair[1].name]):
-        match exc:
-            case ClassValidationError():
-                found.extend(attrs.evolve(p, path=(note.name, *p.path)) for p in _flatten(exc, note.type))
-            case ProblemsError(problems=problems):
-                found.extend(attrs.evolve(p, path=(note.name, *p.path)) for p in problems)
-            case MismatchError():
-                found.append(Problem((note.name, *exc.inner), exc.kind, exc.msg))
-            case KeyError():
-                found.append(Problem((note.name,), "missing", "Field required"))
-            case _:
-                raise exc
-    for exc in others:
-        match exc:
-            case ForbiddenExtraKeysError(extra_fields=extra):
-                found.extend(Problem((name,), "extra_forbidden", "Unknown key") for name in sorted(extra))
-            case _:
-                raise exc
-    return found
+def _mapping_of(item: Hook) -> Hook:
+    def hook(value: object) -> dict[str, Any]:
+        table = _object(value)
+        return dict(zip(table, _each(table.values(), item), strict=True))
+
+    return hook
+
+
+def _each(members: Iterable[object], item: Callable[[object], T]) -> list[T]:
+    """What ``item`` makes of each."""
+    made: list[T] = []
+    problems: list[Problem] = []
+    for index, member in enumerate(members):
+        try:
+            made.append(item(member))
+        except ProblemsError as exc:
+            problems += exc.at(index)
+            if len(problems) >= MOST:
+                break
+    if problems:
+        raise ProblemsError(problems)
+    return made

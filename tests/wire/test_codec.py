@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from chutes_proto.codes import Code
 from chutes_proto.errors import BadRequest, Refusal, Refused, RemoteProtocolError, Unavailable
 from chutes_proto.secret import Secret
+from chutes_proto.strict import MOST
 from chutes_proto.wire import codec, endpoints, json
 from chutes_proto.wire import messages as m
 from chutes_proto.wire.answers import error_response
@@ -177,9 +178,16 @@ def test_all_problems_come_in_one_answer() -> None:
     assert problems(sync(body, target="/servers/a%20b/luks")) == [
         ("string_pattern_mismatch", ["path", "vm_name"]),
         ("string_type", ["body", "volumes", 0]),
+        ("string_type", ["body", "volumes", 1]),
         ("list_type", ["body", "rekey"]),
         ("list_type", ["body", "formatted"]),
     ]
+
+
+def test_a_small_request_has_no_large_answer() -> None:
+    gpus = HttpRequest("POST", "/servers/", (), b'{"host":"h","id":"i","gpus":[' + b"{}," * 20_000 + b"{}]}")
+    assert len(problems(gpus)) == MOST
+    assert len(problems(sync(b'{"volumes":[' + b"0," * 30_000 + b"0]}"))) == MOST
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Mapping
-from functools import cache
-from math import isfinite
-from typing import Any, Final, Literal, TypeAlias, cast, get_args
+from typing import Any, Final, Literal, TypeAlias, cast
 
 from attrs import evolve, field, frozen
 
@@ -25,7 +23,7 @@ from chutes_proto.client.retry import RetryPolicy
 from chutes_proto.errors import ConfigurationError, LocalProtocolError
 from chutes_proto.luks.plan import Volume
 from chutes_proto.secret import Secret
-from chutes_proto.strict import MismatchError, Problem, ProblemsError, Structurer, literal
+from chutes_proto.strict import Problem, ProblemsError, Structurer
 from chutes_proto.wire import json
 from chutes_proto.wire.messages import NAME_PATTERN
 
@@ -124,7 +122,7 @@ class AgentSettings:
     """One settings file, checked as far as one can without looking at the machine.
 
     ``servers`` are origins of servers that share one store. ``volumes_at`` says which command opens the volumes: with
-    "resume", ``run`` opens the root disk only.
+    "resume", ``run`` opens the root disk only. ``disk_wait_seconds`` is how long disks may take to appear.
     """
 
     servers: tuple[str, ...]
@@ -134,6 +132,7 @@ class AgentSettings:
     vm_name: str | None = None
     signer: str | None = None
     volumes_at: Place = "run"
+    disk_wait_seconds: float = 10.0
     config_volume: ConfigVolume = field(factory=ConfigVolume)
     root: RootDisk = field(factory=RootDisk)
     volumes: Mapping[str, VolumeDisk] = field(factory=dict[str, VolumeDisk])
@@ -186,7 +185,7 @@ class AgentSettings:
         except (ValueError, RecursionError) as exc:
             raise ConfigurationError(f"not TOML: {exc}") from None
         try:
-            settings = _structurer().structure(content, cls)
+            settings = _STRUCTURER.structure(content, cls)
         except ProblemsError as exc:
             raise ConfigurationError(
                 str(ProblemsError([_named(problem, content) for problem in exc.problems]))
@@ -214,6 +213,8 @@ def _problems(settings: AgentSettings) -> list[str]:
         _ = settings.policy
     except LocalProtocolError:
         found.append("retry: attempts at least 1, 0 < base_seconds <= cap_seconds, and deadline_seconds above 0")
+    if not 0 <= settings.disk_wait_seconds <= _DAY:
+        found.append(f"disk_wait_seconds: 0 to {_DAY}")
     failure = settings.on_failure
     if not 0 <= failure.wait_seconds <= _DAY:
         found.append(f"on_failure.wait_seconds: 0 to {_DAY}")
@@ -346,18 +347,4 @@ def _wrong(name: str, what: str) -> ConfigurationError:
     return ConfigurationError(f"config volume: {name}: {what}")
 
 
-# --- strict structuring ---
-
-
-def _number(value: object, _: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
-        raise MismatchError("float_type", "Input should be a valid number")
-    return float(value)
-
-
-@cache
-def _structurer() -> Structurer:
-    words = [(kind, literal(*get_args(kind))) for kind in (Action, Place)]
-    structurer = Structurer([(float, _number), *words], forbid_extra_keys=True)
-    structurer.add_mapping(VolumeDisk)
-    return structurer
+_STRUCTURER: Final = Structurer(forbid_extra_keys=True)

@@ -12,9 +12,8 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Mapping
-from functools import cache
 from ipaddress import ip_network
-from typing import Any, Final, Literal, cast, get_args, get_origin, get_type_hints
+from typing import Final, Literal, cast
 
 import attrs
 from attrs import field, frozen
@@ -23,7 +22,7 @@ from chutes_proto.collateral.pcs import Upstream
 from chutes_proto.errors import ConfigurationError
 from chutes_proto.keys.generations import RESERVED_VOLUMES
 from chutes_proto.server.proxy import CERTIFICATE_HEADERS, SECRET_HEADER, Network
-from chutes_proto.strict import MismatchError, ProblemsError, Structurer, list_of, literal, string
+from chutes_proto.strict import MismatchError, ProblemsError, Structurer, list_of, string
 from chutes_proto.wire.evidence import PORT
 
 _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")  # RFC 9110, section 5.6.2
@@ -202,7 +201,7 @@ class ServerConfig:
         except (ValueError, RecursionError) as exc:
             raise ConfigurationError(f"not TOML: {exc}") from None
         try:
-            config = _structurer().structure(content, cls)
+            config = _STRUCTURER.structure(content, cls)
         except ProblemsError as exc:
             raise ConfigurationError(str(exc)) from None
         problems = list(_problems(config))
@@ -349,15 +348,15 @@ def _listen_address(text: str) -> tuple[str, int]:
 # --- strict structuring ---
 
 
-def _hotkeys(value: object, _: Any) -> tuple[str, ...] | str:
+def _hotkeys(value: object) -> tuple[str, ...] | str:
     if value == "*":
         return "*"
     if isinstance(value, str):
         raise MismatchError("hotkeys_type", 'Input should be a list, ["5F…"], or "*" for every hotkey')
-    return list_of(string)(value, _)
+    return list_of(string)(value)
 
 
-def _service(value: object, _: Any) -> CollateralService:
+def _service(value: object) -> CollateralService:
     """A service is its URL, or a table."""
     if isinstance(value, str):
         return CollateralService(value)
@@ -371,17 +370,6 @@ def _service(value: object, _: Any) -> CollateralService:
             raise MismatchError("service_type", 'Input should be "https://…" or { url = "…", root_ca_crl = "…" }')
 
 
-@cache
-def _structurer() -> Structurer:
-    literals = [
-        (kind, literal(*get_args(kind)))
-        for table in (ServerConfig, RegistrationOptions, CollateralOptions)
-        for kind in get_type_hints(table).values()
-        if get_origin(kind) is Literal
-    ]
-    hooks = [
-        (tuple[str, ...] | Literal["*"], _hotkeys),
-        (tuple[CollateralService, ...], list_of(_service)),
-        *literals,
-    ]
-    return Structurer(hooks, forbid_extra_keys=True)
+_STRUCTURER: Final = Structurer(
+    [(tuple[str, ...] | Literal["*"], _hotkeys), (CollateralService, _service)], forbid_extra_keys=True
+)

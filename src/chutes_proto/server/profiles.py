@@ -7,8 +7,7 @@ wrong guess could lose a disk: ``root_passphrase`` must be said.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cache
-from typing import Any, Literal, get_args
+from typing import Literal
 
 from attrs import frozen
 
@@ -16,7 +15,7 @@ from chutes_proto.errors import ConfigurationError
 from chutes_proto.quote.measurements import Profile
 from chutes_proto.secret import Secret
 from chutes_proto.store.rows import Exchange
-from chutes_proto.strict import ProblemsError, Structurer, literal
+from chutes_proto.strict import ProblemsError, Structurer
 
 
 @frozen
@@ -53,7 +52,7 @@ def serve_profile(
     """Join a profile with its options; ``read`` gets a passphrase file. Raises `ConfigurationError`."""
     named = f"profile {profile.name!r}"
     try:
-        options = _structurer().structure({**defaults, **extras}, ServedOptions)
+        options = _STRUCTURER.structure({**defaults, **extras}, ServedOptions)
     except ProblemsError as exc:
         raise ConfigurationError(f"{named}: {exc}") from None
     passphrase = None
@@ -78,10 +77,4 @@ def _image_passphrase(named: str, data: bytes) -> Secret:
     return Secret(value)
 
 
-@cache
-def _structurer() -> Structurer:
-    hooks: list[tuple[Any, Any]] = [
-        (Literal["image", "vm"], literal("image", "vm")),
-        (Exchange, literal(*get_args(Exchange))),
-    ]
-    return Structurer(hooks, forbid_extra_keys=True)
+_STRUCTURER = Structurer(forbid_extra_keys=True)

@@ -7,9 +7,8 @@ document read it from here and nowhere else. The order of an answer's fields is 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NewType, get_args
+from typing import Any, NewType
 
-import attrs
 from attrs import Attribute, field, frozen
 
 from chutes_proto.secret import Secret
@@ -463,11 +462,6 @@ Answer = (
     | MeasurementsAnswer
     | ApiDescriptionAnswer
 )
-
-_PARTS = (VolumePair, VolumeConfirmation, VolumeResult, NodeArgs, LastAttestation, Registers, Measurements)
-
-for _message in (*_PARTS, *get_args(Request), *get_args(Answer)):
-    _ = attrs.resolve_types(_message)  # the OpenAPI document is made from the types themselves
 
 
 def the_list(kind: type[Any]) -> str | None:

@@ -40,9 +40,15 @@ def document(endpoints: Sequence[Endpoint] = ENDPOINTS) -> bytes:
     )
 
 
+def _fields(message: type[Any]) -> Sequence[attrs.Attribute[Any]]:
+    """Of which also the types are looked at."""
+    fields: Sequence[attrs.Attribute[Any]] = attrs.fields(attrs.resolve_types(message))
+    return fields
+
+
 def _operation(endpoint: Endpoint, names: Mapping[str, str]) -> dict[str, object]:
-    fields = [f for f in attrs.fields(endpoint.request) if f.metadata[messages.PLACE] != "body"]
-    has_body = len(fields) < len(attrs.fields(endpoint.request))
+    fields = [f for f in _fields(endpoint.request) if f.metadata[messages.PLACE] != "body"]
+    has_body = len(fields) < len(_fields(endpoint.request))
     operation: dict[str, object] = {
         "operationId": endpoint.operation,
         "summary": endpoint.summary,
@@ -99,7 +105,7 @@ def _schemas() -> dict[str, object]:
 
 def _describe(message: type[Any], schemas: dict[str, object]) -> None:
     """Add the schema of a message's body, and those of the values in it."""
-    fields = [f for f in attrs.fields(message) if f.metadata[messages.PLACE] == "body"]
+    fields = [f for f in _fields(message) if f.metadata[messages.PLACE] == "body"]
     if not fields or message.__name__ in schemas:
         return
     schemas[message.__name__] = _object(message, fields)
