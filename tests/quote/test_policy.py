@@ -290,6 +290,31 @@ def test_all_of_these() -> None:
         _ = both.appraise(verdict_of(PLATFORM), stage="later")  # type: ignore[arg-type]
 
 
+OTHERS = (
+    Policy(profiles=(attrs.evolve(PROFILE, name="other", mrtd=bytes(48)),)),
+    Policy(measurements="unchecked", tcb=TcbPolicy(min_evaluation_number=1 << 20)),
+    Policy(profiles=(PROFILE,), attributes=AttributePolicy(xfam_allowed=0x3)),
+)
+"""Policies that refuse an honest platform, each in another part."""
+
+
+@given(st.lists(st.sampled_from([POLICY, LENIENT, UNCHECKED, *OTHERS]), min_size=1, max_size=4).map(tuple))
+def test_all_is_every_one_and_any_is_one_in_whatever_order(policies: tuple[AnyPolicy, ...]) -> None:
+    verdict = verdict_of(PLATFORM)
+    reasons = [_reasons(policy, verdict) for policy in policies]
+    every = list(dict.fromkeys(refusal for refusals in reasons for refusal in refusals))
+    assert _reasons(AllOf(policies), verdict) == every
+    assert _reasons(AnyOf(policies), verdict) == ([] if [] in reasons else every)
+
+
+def _reasons(policy: AnyPolicy, verdict: Verdict) -> list[Refusal]:
+    try:
+        _ = policy.appraise(verdict, stage="boot")
+    except AppraisalError as exc:
+        return list(exc.refusals)
+    return []
+
+
 def test_any_of_these() -> None:
     debug = verdict_of(PLATFORM, "debug")
     either = AnyOf((POLICY, LENIENT))

@@ -264,7 +264,8 @@ class AllOf:
         refusals: list[Refusal] = []
         for policy in self.policies:
             try:
-                matched = policy.appraise(verdict, stage=stage).matched if matched is None else matched
+                appraisal = policy.appraise(verdict, stage=stage)
+                matched = matched or appraisal.matched
             except AppraisalError as exc:
                 refusals += exc.refusals
         if refusals:
