@@ -152,7 +152,7 @@ def test_module_keeps_the_rules(path: Path) -> None:
         ("chutes_proto.client.flows", "def f():\n  x = yield", "2: a bare yield"),
         ("chutes_proto.quote.verify", "from chutes_proto.wire import http", "of which chutes_proto.quote knows"),
         ("chutes_proto.quote.verify", "from chutes_proto import errors", "of which chutes_proto.quote knows"),
-        ("chutes_proto.quote.verify", "import cattrs", "of which chutes_proto.quote knows"),
+        ("chutes_proto.quote.verify", "import h11", "of which chutes_proto.quote knows"),
         ("chutes_proto.wire.codec", "from chutes_proto.server import app", "of which chutes_proto.wire knows"),
         ("chutes_proto.auth.binding", "import chutes_proto.client.flows", "of which chutes_proto.auth knows"),
         ("chutes_proto.keys.vault", "from chutes_proto.effects import Flow", "of which chutes_proto.keys knows"),

@@ -35,6 +35,9 @@ from chutes_proto.secret import Secret
 ENTROPY_SIZE: Final = 32
 """Bytes of entropy that an identity is made of."""
 
+_P256_SIZE: Final = 32
+_P256_ORDER: Final = 0xFFFFFFFF_00000000_FFFFFFFF_FFFFFFFF_BCE6FAAD_A7179E84_F3B9CAC2_FC632551
+"""SP 800-186, section 3.2.1.3: cryptography before 45, which Debian 13 has, does not know it."""
 _MADE_HERE: Final = object()
 _DAY: Final = 24 * 60 * 60
 
@@ -179,10 +182,9 @@ def _derived(entropy: bytes, label: str, size: int) -> int:
 
 
 def _derived_key(entropy: bytes, label: str) -> ec.EllipticCurvePrivateKey:
-    curve = ec.SECP256R1()
     # 16 bytes more than the group's order make the remainder even over 1 … order - 1 (FIPS 186-5, A.2.1).
-    number = _derived(entropy, label, curve.key_size // 8 + 16)
-    return ec.derive_private_key(number % (curve.group_order - 1) + 1, curve)
+    number = _derived(entropy, label, _P256_SIZE + 16)
+    return ec.derive_private_key(number % (_P256_ORDER - 1) + 1, ec.SECP256R1())
 
 
 def _serial(entropy: bytes, label: str) -> int:
