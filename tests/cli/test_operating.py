@@ -9,20 +9,23 @@ import base64
 import json
 import os
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, redirect_stdout
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
-from attrs import define, evolve
+from attrs import define, evolve, frozen
 from cryptography.fernet import Fernet
 
 from chutes_proto.blocking.setup import load_setup
 from chutes_proto.blocking.sqlite import SqliteStore
 from chutes_proto.cli.development import write_server
-from chutes_proto.store.rows import GenerationRow, RewrapGeneration, Scan, Vm
+from chutes_proto.cli.main import main
+from chutes_proto.store.rows import AuditRow, GenerationRow, Insert, RewrapGeneration, Scan, Vm
+from chutes_proto.store.run import Script, Unit
 from chutes_proto.testing.platform import SimulatedPlatform
 from chutes_proto.testing.store_suite import Ask, boot, sync
 from tests.cli.conftest import Ended
@@ -326,6 +329,37 @@ def test_the_audit_rows(site: Site) -> None:
     for since in (day.isoformat(), day.strftime("%Y-%m-%dT%H:%M:%SZ"), day.strftime("%Y-%m-%d"), NOW):
         assert len(site.do("audit", "list", "--since", since).out.splitlines()) == 3
     assert site.do("audit", "list", "--since", "9999-01-01").out == ""
+
+
+@frozen
+class Flood(Unit[None]):
+    """Many audit rows, which are of ``size`` bytes and more together."""
+
+    size: int
+
+    def script(self) -> Script[None]:
+        for number in range(self.size // 2000):
+            yield from Insert(AuditRow(NOW, "vm", f"event {number}", "granted", reason="x" * 2000))
+
+
+def test_any_number_of_audit_rows(site: Site, tmp_path: Path) -> None:
+    """An export has a part of them in memory at a time; a list has the newest."""
+    size = 20_000_000
+    with closing(load_setup(site.configuration).store.open(migrate=True)) as store:
+        store.transact(Flood(size))
+    tracemalloc.start()
+    try:
+        with (tmp_path / "export").open("w") as file, redirect_stdout(file):
+            assert main(["audit", "export", "--config", str(site.configuration)]) == 0
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < size / 2
+    exported = [json.loads(line) for line in (tmp_path / "export").read_text().splitlines()]
+    assert [row["event"] for row in exported] == [f"event {number}" for number in range(size // 2000)]
+    listed = site.json("audit", "list", "--since", NOW)["rows"]
+    assert listed == exported[-1000:]
+    assert site.json("audit", "list", "--last", 1001, "--event", "event 3")["rows"] == exported[3:4]
 
 
 PPID = ("--ppid", "00" * 16)

@@ -361,7 +361,7 @@ class Calls(RuleBasedStateMachine):
         token = attested[which % len(attested)]
         assert token.attested is not None
         first, given = token.attested
-        unit = token.confirmed[0] if again and token.confirmed else confirm(first, rotated)
+        unit = token.confirmed[0] if again and token.confirmed else confirm(first, dict(sorted(rotated.items())))
         unit = evolve(unit, now=self.now, vm=vm or first.vm, request_id=self.label(), vault=self.vault)
         outcome = self.do(unit)
         known = self.vms[first.vm]

@@ -29,12 +29,12 @@ from chutes_proto.testing.store_suite import (
 )
 from chutes_proto.units.operator import (
     AllowFormat,
-    Audit,
     BindVm,
     Everyone,
     History,
     ImportKeys,
     PurgeKeys,
+    ReadAuditPage,
     RebindVm,
     RestoreKey,
     RewrapKeys,
@@ -71,6 +71,12 @@ def last_audit(store: MemoryStore) -> AuditRow:
     return row
 
 
+def audit(store: MemoryStore, **chosen: Any) -> tuple[AuditRow, ...]:
+    page = store.transact(ReadAuditPage(**chosen))
+    assert page.beyond is None
+    return page.rows
+
+
 def states(store: MemoryStore, volume: str = "storage") -> list[tuple[int, str, str | None]]:
     rows = store.transact(Ask(ReadGenerations(VM)))
     return [(row.generation, row.state, row.retirement) for row in rows if row.volume == volume]
@@ -86,8 +92,8 @@ def test_a_rekeyed_key_is_restored(store: MemoryStore) -> None:
     assert (row.generation, row.state, row.retired_at) == (1, "active", None)
     assert states(store) == [(1, "active", None), (2, "retired", "superseded")]
     assert booted(store, "3", "storage") == first
-    (audit,) = store.transact(Audit(0, NOW * 2, event="key restored"))
-    assert (audit.keys, audit.reason, audit.vm) == ("storage/2 retired, storage/1 active", WHY, VM)
+    (told,) = audit(store, event="key restored")
+    assert (told.keys, told.reason, told.vm) == ("storage/2 retired, storage/1 active", WHY, VM)
     for generation, state in ((1, "active"), (9, "not there")):
         assert state in str(refused(store, RestoreKey(NOW, VM, "storage", generation, WHY)).detail)
 
@@ -214,10 +220,10 @@ def test_a_name_is_rebound(store: MemoryStore, keep: bool) -> None:
     store.transact(moved)
     answer = store.transact(sync(moved, "body", "storage"))
     assert (answer.passphrases[0][1].reveal() == first["storage"]) == keep
-    audit = store.transact(Audit(0, NOW * 2, VM, "vm rebound"))[0]
-    assert audit.pin == elsewhere.pin
-    assert ("with its keys" if keep else "with new keys") in audit.reason
-    assert ("retired" in audit.keys) != keep
+    (told,) = audit(store, vm=VM, event="vm rebound")
+    assert told.pin == elsewhere.pin
+    assert ("with its keys" if keep else "with new keys") in told.reason
+    assert ("retired" in told.keys) != keep
     claim = store.transact(Ask(ReadVm(VM)))
     assert claim is not None
     assert (claim.pin, claim.attested) == (elsewhere.pin, None)
@@ -230,9 +236,27 @@ def test_what_is_shown(store: MemoryStore) -> None:
     assert [row.volume for row in volumes] == ["storage"]
     store.transact(StoreRestored(NOW + 5, WHY))
     assert last_audit(store).reason == WHY
-    everything = store.transact(Audit(0, NOW * 2))
+    everything = audit(store)
     assert [row.event for row in everything] == ["boot", "sync", "store restored"]
-    assert store.transact(Audit(NOW + 1, NOW + 5)) == everything[1:2]
-    assert store.transact(Audit(0, NOW * 2, VM)) == everything[:2]
-    assert store.transact(Audit(0, NOW * 2, event="boot")) == everything[:1]
-    assert store.transact(Audit(0, NOW * 2, Vm("other", "vm"))) == ()
+    assert audit(store, since=NOW + 1, until=NOW + 5) == everything[1:2]
+    assert audit(store, vm=VM) == everything[:2]
+    assert audit(store, event="boot") == everything[:1]
+    assert audit(store, vm=Vm("other", "vm")) == ()
+
+
+def test_audit_rows_are_read_in_pages(store: MemoryStore) -> None:
+    for index in range(10):
+        store.transact(StoreRestored(NOW + index, f"{index}"))
+    forwards: list[list[str]] = []
+    beyond: int | None = None
+    while not forwards or beyond is not None:
+        page = store.transact(ReadAuditPage(since=NOW + 1, until=NOW + 8, beyond=beyond, limit=3))
+        assert len(page.rows) <= 3
+        forwards.append([row.reason for row in page.rows])
+        beyond = page.beyond
+    assert forwards == [["1", "2"], ["3", "4", "5"], ["6", "7"], []]
+    newest = store.transact(ReadAuditPage(backwards=True, limit=4))
+    assert [row.reason for row in newest.rows] == ["9", "8", "7", "6"]
+    rest = store.transact(ReadAuditPage(backwards=True, limit=7, beyond=newest.beyond))
+    assert [row.reason for row in rest.rows] == ["5", "4", "3", "2", "1", "0"]
+    assert rest.beyond is None

@@ -8,10 +8,15 @@ from typing import TYPE_CHECKING
 from chutes_proto.cli import console, operating
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from chutes_proto.blocking.stores import DurableStore
     from chutes_proto.store.rows import AuditRow
+    from chutes_proto.units.operator import ReadAuditPage
 
 NAME = "audit"
 _END = 1 << 62
+_SHOWN = 1000
 
 
 def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
@@ -54,7 +59,9 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
         console.add(action, "--event", metavar="WORD", help="one event, for example boot or 'key restored'")
         console.add(action, "--since", metavar="TIME", type=operating.moment, default=0, help="from this time on")
         console.add(action, "--until", metavar="TIME", type=operating.moment, default=_END, help="before this time")
-        console.add(action, "--last", metavar="N", type=operating.count, help="only so many, the newest")
+        shown = _SHOWN if action is listed else None
+        told = f"only so many, the newest (default: {shown or 'all'})"
+        console.add(action, "--last", metavar="N", type=operating.count, default=shown, help=told)
         console.add(action, "--config", metavar="FILE", required=True, help="the server's configuration file (TOML)")
     console.add_json(listed)
     export.set_defaults(json=True)
@@ -66,21 +73,42 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace) -> int:
-    from chutes_proto.units.operator import Audit
+    from chutes_proto.units.operator import ReadAuditPage
 
     with operating.opened(options) as (_, store):
         vm = operating.find_vm(store, options.vm, new=True) if options.vm else None
-        rows = store.transact(Audit(options.since, options.until, vm, options.event))
-    rows = rows if options.last is None else rows[len(rows) - min(options.last, len(rows)) :]
-    if options.action == "list" and options.json:
-        console.say_json({"ok": True, "rows": [_members(row) for row in rows]})
-        return console.GRANTED
-    for row in rows:
-        if options.action == "export":
-            console.say_json(_members(row))
-        else:
-            console.say(_line(row))
+        unit = ReadAuditPage(options.since, options.until, vm, options.event)
+        rows = _every(store, unit) if options.last is None else _newest(store, unit, options.last)
+        if options.action == "list" and options.json:
+            console.say_json({"ok": True, "rows": [_members(row) for row in rows]})
+            return console.GRANTED
+        for row in rows:
+            if options.action == "export":
+                console.say_json(_members(row))
+            else:
+                console.say(_line(row))
     return console.GRANTED
+
+
+def _every(store: DurableStore, unit: ReadAuditPage) -> Iterator[AuditRow]:
+    """The rows one after the other, of which a page at a time is in memory."""
+    from attrs import evolve
+
+    while True:
+        page = store.transact(unit)
+        yield from page.rows
+        if page.beyond is None:
+            return
+        unit = evolve(unit, beyond=page.beyond)
+
+
+def _newest(store: DurableStore, unit: ReadAuditPage, count: int) -> list[AuditRow]:
+    """So many of the newest rows, the oldest of them first."""
+    from itertools import islice
+
+    from attrs import evolve
+
+    return [*islice(_every(store, evolve(unit, backwards=True)), count)][::-1]
 
 
 def _members(row: AuditRow) -> dict[str, object]:

@@ -19,6 +19,7 @@ from chutes_proto.errors import LocalProtocolError, StoreError
 from chutes_proto.store.rows import (
     ROWS,
     AttestationRow,
+    AuditRow,
     BootRow,
     BootVolumeRow,
     Claim,
@@ -42,6 +43,7 @@ from chutes_proto.store.rows import (
     R,
     RaiseHorizon,
     ReadAttestation,
+    ReadAudit,
     ReadBoot,
     ReadBootVolumes,
     ReadGenerations,
@@ -171,6 +173,11 @@ class Tables:
             case CountServerRefusals(registration, since):
                 verdicts = self._where(AttestationRow, lambda row: row.registration == registration)
                 return sum(row.code is not None and row.created_at >= since for row in verdicts)
+            case ReadAudit(beyond, limit, backwards):
+                numbered = [*enumerate(self._where(AuditRow, lambda _: True), 1)]
+                after = [item for item in numbered if item[0] > beyond]
+                before = [item for item in reversed(numbered) if item[0] < beyond]
+                return tuple((before if backwards else after)[:limit])
             case Scan(kind):
                 return self._where(kind, lambda _: True)
             case _:

@@ -570,6 +570,18 @@ class CountServerRefusals(StoreOp[int]):
 
 
 @frozen
+class ReadAudit(StoreOp[tuple[tuple[int, AuditRow], ...]]):
+    """Up to ``limit`` audit rows, each with its number, which grows in the order in which they were written.
+
+    They begin after the number ``beyond``; ``backwards``, before it, and then the newest comes first.
+    """
+
+    beyond: int
+    limit: int
+    backwards: bool = False
+
+
+@frozen
 class Scan(StoreOp[tuple[R, ...]], Generic[R]):
     """All rows of one kind, by key; audit rows in the order in which they were written."""
 

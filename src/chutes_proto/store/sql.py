@@ -22,6 +22,7 @@ import attrs
 from chutes_proto.store.rows import (
     ROWS,
     AttestationRow,
+    AuditRow,
     BootRow,
     BootVolumeRow,
     Claim,
@@ -45,6 +46,7 @@ from chutes_proto.store.rows import (
     Put,
     RaiseHorizon,
     ReadAttestation,
+    ReadAudit,
     ReadBoot,
     ReadBootVolumes,
     ReadGenerations,
@@ -385,6 +387,9 @@ _PURGE = (
 )
 _COUNT_SEALED = "SELECT kek_id, count(*) FROM generation WHERE kek_id IS NOT NULL GROUP BY kek_id"
 _READ_OTHERWISE_SEALED = _select(GenerationRow, "WHERE kek_id IS NOT NULL AND kek_id <> ? LIMIT ?")
+_AUDIT_COLUMNS = f"id, {', '.join(columns(AuditRow))}"
+_READ_AUDIT = f"SELECT {_AUDIT_COLUMNS} FROM audit WHERE id > ? ORDER BY id LIMIT ?"  # noqa: S608
+_READ_AUDIT_BACKWARDS = f"SELECT {_AUDIT_COLUMNS} FROM audit WHERE id < ? ORDER BY id DESC LIMIT ?"  # noqa: S608
 _READ_SERVER = _select(ServerRow, "WHERE server_id = ?")
 _FIND_SERVER = _select(ServerRow, "WHERE address = ?")
 _READ_SERVERS = _select(ServerRow, "WHERE hotkey = ?")
@@ -476,6 +481,8 @@ def statement(op: StoreOp[Any]) -> tuple[str, Values]:
             return _READ_ATTESTATION, (attestation_id,)
         case CountServerRefusals(registration, since):
             return _COUNT_SERVER_REFUSALS, (registration, since)
+        case ReadAudit(beyond, limit, backwards):
+            return _READ_AUDIT_BACKWARDS if backwards else _READ_AUDIT, (beyond, limit)
         case Scan(kind):
             return _SCANS[kind], ()
         case _:
@@ -511,6 +518,8 @@ def decode(op: StoreOp[Any], rows: Sequence[Sequence[Any]]) -> Any:
             return _sorted(GenerationRow, rows)
         case ReadVolumes():
             return _sorted(VolumeRow, rows)
+        case ReadAudit():
+            return tuple((values[0], decode_row(AuditRow, values[1:])) for values in rows)
         case Scan(kind):
             return _sorted(kind, rows)
         case _:

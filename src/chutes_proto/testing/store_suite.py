@@ -50,6 +50,7 @@ from chutes_proto.store.rows import (
     Put,
     RaiseHorizon,
     ReadAttestation,
+    ReadAudit,
     ReadBoot,
     ReadBootVolumes,
     ReadGenerations,
@@ -439,6 +440,15 @@ def operations_reply_what_they_say(harness: Harness) -> None:
     expect(ask(Ask(CountRefusals(_PIN, NOW))), 1, "refusals since a time")
     expect(ask(Ask(CountRefusals(_PIN, NOW - 1))), 2, "refusals since an earlier time")
     expect(ask(Ask(CountRefusals(evolve(_PIN, value=bytes(16)), 0))), 0, "another platform's refusals")
+    told = [AuditRow(NOW - number, "vm", f"event {number}", "granted") for number in range(5)]
+    for row in told:
+        ask(Ask(Insert(row)))
+    first = ask(Ask(ReadAudit(0, 3)))
+    rest = ask(Ask(ReadAudit(first[-1][0], 3)))
+    expect([row for _, row in (*first, *rest)], told, "audit rows in two pages")
+    newest = ask(Ask(ReadAudit(1 << 62, 4, backwards=True)))
+    oldest = ask(Ask(ReadAudit(newest[-1][0], 4, backwards=True)))
+    expect((*newest, *oldest), (*first, *rest)[::-1], "audit rows in two pages, backwards")
 
 
 def tokens_are_spent_once_and_voided(harness: Harness) -> None:

@@ -28,6 +28,7 @@ from chutes_proto.store.rows import (
     PurgeGeneration,
     Put,
     RaiseHorizon,
+    ReadAudit,
     ReadGenerations,
     ReadOtherwiseSealed,
     ReadVm,
@@ -77,22 +78,39 @@ class History(Unit[tuple[tuple[GenerationRow, ...], tuple[VolumeRow, ...]]]):
 
 
 @frozen
-class Audit(Unit[tuple[AuditRow, ...]]):
-    """The audit rows of this time (``until`` not included) and VM, in the order in which they were written."""
+class AuditPage:
+    """Audit rows, and the number to go on from; None where there are no more."""
 
-    since: int
-    until: int
+    rows: tuple[AuditRow, ...]
+    beyond: int | None
+
+
+@frozen
+class ReadAuditPage(Unit[AuditPage]):
+    """Of the next ``limit`` audit rows those of this time (``until`` not included), this VM and this event.
+
+    There may be any number of audit rows, so they are read in pages, each a transaction of its own; ``beyond`` and
+    ``backwards`` are those of `ReadAudit`.
+    """
+
+    since: int = 0
+    until: int = 1 << 62
     vm: Vm | None = None
     event: str | None = None
+    beyond: int | None = None
+    backwards: bool = False
+    limit: int = 1000
 
-    def script(self) -> Script[tuple[AuditRow, ...]]:
+    def script(self) -> Script[AuditPage]:
         """Read and choose."""
-        rows = yield from Scan(AuditRow)
-        return tuple(
+        begin = (1 << 62 if self.backwards else 0) if self.beyond is None else self.beyond
+        read = yield from ReadAudit(begin, self.limit, self.backwards)
+        chosen = tuple(
             row
-            for row in rows
+            for _, row in read
             if self.since <= row.at < self.until and self.vm in (None, row.vm) and self.event in (None, row.event)
         )
+        return AuditPage(chosen, read[-1][0] if len(read) == self.limit else None)
 
 
 # --- keys ---
