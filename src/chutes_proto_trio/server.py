@@ -13,6 +13,7 @@ import trio
 from trio import Nursery, SocketStream
 
 from chutes_proto.blocking.sockets import ACCEPT_PAUSE, Listening
+from chutes_proto.transport.connections import Connections
 from chutes_proto.transport.h1 import (
     DEFAULT_LIMITS,
     READ_SIZE,
@@ -28,7 +29,8 @@ from chutes_proto_trio.perform import Performer
 class Server:
     """Serves an application, once; made within the loop.
 
-    At most ``connections`` are open at once; more wait in the listeners' queues.
+    At most ``connections`` are open at once. Where there is no room, one that makes the server wait ends
+    (``chutes_proto.transport.connections``); where none does, more wait in the listeners' queues.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class Server:
         self._performer = performer
         self._limits = limits
         self._slots = trio.Semaphore(connections)
+        self._connections = Connections(connections)
         self._serving = trio.CancelScope()
         self._waiting: dict[ServerConnection, trio.CancelScope] = {}
 
@@ -81,6 +84,7 @@ class Server:
                 try:
                     await self._serve_connection(stream, connection)
                 finally:
+                    self._connections.remove(connection)
                     _ = self._waiting.pop(connection, None)
         except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
             pass  # the peer went away
@@ -94,6 +98,8 @@ class Server:
             request = connection.next_request(trio.current_time())
             if request is not None:
                 connection.send_response(await self._answer(request), trio.current_time())
+            for ended in self._connections.make_room(connection):
+                self._waiting[ended].deadline = ended.deadline
             with trio.CancelScope(deadline=connection.deadline) as waiting:
                 self._waiting[connection] = waiting
                 if data := connection.data_to_send():

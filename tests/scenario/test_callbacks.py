@@ -190,8 +190,13 @@ def test_faults_of_the_network_are_told_alike(
     behaviour, told = NETWORK[name]
     monkeypatch.setattr(callbacks, "SECONDS", 1.0)
     sites: list[Asking] = []
-    made = Asking.serving
-    monkeypatch.setattr(Asking, "serving", lambda self: (sites.append(self), made(self))[1])
+    serving = Asking.serving
+
+    def watched(site: Asking) -> Any:
+        sites.append(site)
+        return serving(site)
+
+    monkeypatch.setattr(Asking, "serving", watched)
     with pytest.raises(BadRequest) as caught:
         _ = register(loop, kind, tmp_path, credentials, behaviour)
     assert (caught.value.code, caught.value.detail) == (

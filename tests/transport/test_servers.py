@@ -269,19 +269,47 @@ def test_a_refusal_reaches_a_peer_that_goes_on_sending(loop: Loop) -> None:
 
 
 def test_a_connection_waits_for_its_slot(loop: Loop) -> None:
+    """Nobody's request is given up for another's sake."""
+
     async def main() -> None:
-        async with running(loop, connections=2) as server:
-            first, second = await server.connect(), await server.connect()
+        async with running(loop, connections=2, app=Echo(slow=2.0)) as server:
+            first = await server.connect()
+            await first.send(GET.replace(b"/a", b"/slow"))
+            second = await server.connect()
+            await second.send(GET.replace(b"/a", b"/slow"))
             third = await server.plain()
             with anyio.move_on_after(0.2) as waiting:
                 await shaken(third)
             assert waiting.cancelled_caught
             await anyio.aclose_forcefully(third)
-            assert (await ask(second)).startswith(b"HTTP/1.1 200")
-            await first.aclose()
-            async with await server.connect() as fourth:
+            for stream in (first, second):
+                assert (await stream.receive()).startswith(b"HTTP/1.1 200")
+            async with await server.connect() as fourth:  # their answers were given, so one of them yields
                 assert (await ask(fourth)).startswith(b"HTTP/1.1 200")
-            await second.aclose()
+            for stream in (first, second):
+                await anyio.aclose_forcefully(stream)
+
+    run(loop, main)
+
+
+def test_silent_peers_keep_nobody_out(loop: Loop) -> None:
+    """As many as there may be, in each state in which a peer can be silent; and who asks is answered at once."""
+
+    async def main() -> None:
+        async with running(loop, connections=8) as server:
+            silent: list[anyio.abc.ByteStream] = [await server.plain() for _ in range(10)]
+            halfway = await server.connect()
+            await halfway.send(GET[:10])
+            silent += [halfway, await server.connect()]
+            async with await server.connect() as stream:
+                with anyio.fail_after(5):  # long before any of them is late
+                    assert (await ask(stream)).startswith(b"HTTP/1.1 200")
+                silent += [await server.plain() for _ in range(20)]
+                with anyio.fail_after(5):  # who has asked stays before those who never did
+                    assert (await ask(stream)).startswith(b"HTTP/1.1 200")
+            for peer in silent:
+                await anyio.aclose_forcefully(peer)
+            assert server.log == []
 
     run(loop, main)
 

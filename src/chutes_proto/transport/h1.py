@@ -113,6 +113,7 @@ class ServerConnection:
         self._tls = tls
         self._limits = limits
         self._peer_address = peer_address
+        self._asked = False
         self._seconds: Mapping[_Phase, float] = {
             _Phase.HANDSHAKE: limits.handshake_seconds,
             _Phase.IDLE: limits.idle_seconds,
@@ -141,6 +142,21 @@ class ServerConnection:
     def closed(self) -> bool:
         """There is nothing left to do but to close the socket."""
         return self._phase is _Phase.CLOSED
+
+    @property
+    def peer_address(self) -> str:
+        """As in `HttpRequest.peer_address`."""
+        return self._peer_address
+
+    @property
+    def waits_for_peer(self) -> bool:
+        """There is no request to answer, nor an answer under way: what comes next, or does not, is the peer's."""
+        return self._phase in (_Phase.HANDSHAKE, _Phase.IDLE, _Phase.RECEIVING)
+
+    @property
+    def has_asked(self) -> bool:
+        """A whole request came at least once."""
+        return self._asked
 
     @property
     def close_reason(self) -> str:
@@ -215,6 +231,14 @@ class ServerConnection:
         if self._phase is _Phase.IDLE:
             self._deadline = min(self._deadline, now + LAST_CALL_SECONDS)
 
+    def abandon(self) -> None:
+        """End it now, without a word: its place is needed. The deadline has passed then."""
+        self._outbox.clear()
+        self._inbox.clear()
+        self._close_reason = "others needed its place"
+        self._last = True
+        self._phase, self._deadline = _Phase.CLOSED, -math.inf
+
     def expire(self, now: float) -> None:
         """The deadline has passed, whatever was waited for."""
         if self._phase is _Phase.RECEIVING and not self._in_flight:
@@ -265,6 +289,7 @@ class ServerConnection:
                         raise BadRequest(Code.BODY_TOO_LARGE, "Request body too large")
                 case h11.EndOfMessage() if self._head is not None:
                     self._ready = self._request(self._head)
+                    self._asked = True
                     self._enter(_Phase.HANDLING, now)
                     return
                 case h11.ConnectionClosed():
