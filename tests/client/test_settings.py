@@ -79,6 +79,7 @@ def test_what_is_said_and_what_is_not() -> None:
         ("on_failure.wait_seconds = -1", "on_failure.wait_seconds: 0 to 86400"),
         ("on_failure = { action = 'reboot', reboot = [] }", "on_failure.reboot: name the program"),
         ("on_failure = { action = 'shell', shell = [''] }", "on_failure.shell: name the program"),
+        ("disk_wait_seconds = -0.1", "disk_wait_seconds: 0 to 86400"),
         ("volumes_at = 'later'", "volumes_at: Input should be"),
         ("state.file = 'boot.json'", "state.file: say the whole path"),
         ("state.k3s_key_file = 'k3s'", "state.k3s_key_file: say the whole path"),

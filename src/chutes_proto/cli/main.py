@@ -5,7 +5,7 @@ Rules kept here:
 * exit code 0: done, granted, accepted; 1: refused; 2: usage, or a file that cannot be opened; a command's help says
   what else it means by them;
 * an error is a readable line that says what to do, never a traceback; an interruption ends quietly;
-* rooms are imported by the command that needs them, so that help is quick.
+* a command is imported where it is asked for, and the rooms by the command that needs them, so that each is quick.
 """
 
 from __future__ import annotations
@@ -15,60 +15,43 @@ import io
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from importlib import import_module
+from typing import Final
 
 from chutes_proto import ChutesError, __version__
-from chutes_proto.cli import (
-    attest,
-    audit,
-    boot,
-    collateral,
-    console,
-    demo,
-    hotkey,
-    inspect,
-    keys,
-    openapi,
-    register,
-    replay,
-    serve,
-    servers,
-    simulate,
-    status,
-    store,
-    verify,
-    vm,
+from chutes_proto.cli import console
+
+COMMANDS: Final = (
+    "demo",
+    "serve",
+    "boot",
+    "agent",
+    "register",
+    "servers",
+    "attest",
+    "status",
+    "hotkey",
+    "verify",
+    "inspect",
+    "replay",
+    "collateral",
+    "simulate",
+    "keys",
+    "vm",
+    "audit",
+    "store",
+    "openapi",
 )
-
-_COMMANDS: tuple[Any, ...] = (
-    demo,
-    serve,
-    boot,
-    register,
-    servers,
-    attest,
-    status,
-    hotkey,
-    verify,
-    inspect,
-    replay,
-    collateral,
-    simulate,
-    keys,
-    vm,
-    audit,
-    store,
-    openapi,
-)
+"""Each is a module beside this one, in the order of the help."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the result is the exit code of the process."""
+def main(argv: Sequence[str] | None = None, *, commands: Sequence[str] = COMMANDS) -> int:
+    """Run one of ``commands``; the result is the exit code of the process."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        code = _run(argv)
+        code = _run(sys.argv[1:] if argv is None else argv, commands)
         print(end="", flush=True)
     except OSError as exc:
         # What is still buffered for standard output would fail again when Python ends.
@@ -85,24 +68,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _run(argv: Sequence[str] | None) -> int:
+def _run(argv: Sequence[str], commands: Sequence[str]) -> int:
     try:
-        options = _parser().parse_args(argv)
+        options = _parser(argv, commands).parse_args(argv)
     except SystemExit as exc:  # argparse has said what there is to say
         return exc.code if isinstance(exc.code, int) else console.USAGE
     code: int = options.run(options)
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(argv: Sequence[str], commands: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="chutes-proto",
         description="A VM boots: it proves with a TDX quote what it is, and receives the passphrases of its disks.",
-        epilog="`chutes-proto COMMAND --help` has examples. Start with: chutes-proto demo",
+        epilog=f"`chutes-proto COMMAND --help` has examples. Start with: chutes-proto {commands[0]}",
         allow_abbrev=False,
     )
     console.add(parser, "--version", action="version", version=f"chutes-proto {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
-    for module in _COMMANDS:
+    for name in argv[:1] if argv and argv[0] in commands else commands:
+        module = import_module(f"chutes_proto.cli.{name}")
         module.add(subparsers).set_defaults(run=module.run)
     return parser

@@ -3,22 +3,26 @@
 Rules kept here:
 
 * all disks of a run are looked at before a server is asked for anything, and one that must not be opened ends it there;
-* everything that is asked shares one deadline;
+* everything shares one deadline, which counts from the beginning;
 * the root passphrase opens the root disk and is wiped; the root disk is never formatted, for no answer permits that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 from attrs import evolve, frozen
 
 from chutes_proto.client.disks import Forecast, OpenVolume, forecast, unlock, unlock_root
 from chutes_proto.client.flows import BootGrant, BootSettings, boot
-from chutes_proto.effects import Flow, InspectDisk, Uptime
+from chutes_proto.effects import Flow, InspectDisk, Sleep, Uptime
 from chutes_proto.errors import DiskError, LocalProtocolError
-from chutes_proto.luks.plan import Disk, Volume, plan_root
+from chutes_proto.luks.disk import Disk
+from chutes_proto.luks.plan import Volume, plan_root
 from chutes_proto.secret import Secret
+
+_LOOK_AGAIN: Final = 0.5
 
 
 @frozen
@@ -34,16 +38,16 @@ class Booted:
     k3s_encryption_key: Secret | None = None
 
 
-def run_agent(settings: BootSettings, root: Volume | None, volumes: Sequence[Volume]) -> Flow[Booted]:
+def run_agent(
+    settings: BootSettings, root: Volume | None, volumes: Sequence[Volume], *, patience: float = 0.0
+) -> Flow[Booted]:
     """Boot and open what there is: the root disk, and the volumes, which are the whole set, or none to leave them.
 
-    Raises as `unlock` does, also before anything was asked, for a disk that must not be opened.
+    ``patience`` is how many seconds disks may take to appear. Raises as `unlock` does, also before anything was asked,
+    for a disk that must not be opened.
     """
-    for seen in (yield from foresee(root, volumes)):
-        if seen.error is not None:
-            raise seen.error
-    at = yield from Uptime()
-    settings = evolve(settings, retry=evolve(settings.retry, started=at))
+    settings = yield from _begun(settings)
+    yield from _look(root, volumes, patience)
     grant = yield from boot(settings)
     at = yield from Uptime()
     try:
@@ -55,19 +59,39 @@ def run_agent(settings: BootSettings, root: Volume | None, volumes: Sequence[Vol
     return (yield from _go_on(settings, volumes, grant, at, opened))
 
 
-def resume_agent(settings: BootSettings, volumes: Sequence[Volume], grant: BootGrant) -> Flow[Booted]:
-    """Open the volumes that an earlier run left, with its grant. Raises as `unlock` does."""
+def resume_agent(
+    settings: BootSettings, volumes: Sequence[Volume], grant: BootGrant, *, patience: float = 0.0
+) -> Flow[Booted]:
+    """Open the volumes that an earlier run left, with its grant. Arguments and errors are those of `run_agent`."""
     if not volumes:
         raise LocalProtocolError("there is nothing to go on with: no volumes")
-    at = yield from Uptime()
-    settings = evolve(settings, retry=evolve(settings.retry, started=at))
-    return (yield from _go_on(settings, volumes, grant, at, ()))
+    settings = yield from _begun(settings)
+    yield from _look(None, volumes, patience)
+    return (yield from _go_on(settings, volumes, grant, (yield from Uptime()), ()))
 
 
 def foresee(root: Volume | None, volumes: Sequence[Volume]) -> Flow[tuple[Forecast, ...]]:
     """What `run_agent` would do to each disk, as far as no server need be asked; it raises nothing."""
     first = () if root is None else ((yield from _foresee_root(root)),)
     return (*first, *(yield from forecast(volumes)))
+
+
+def _begun(settings: BootSettings) -> Flow[BootSettings]:
+    """The same, with a deadline that counts from now for all that is asked."""
+    return evolve(settings, retry=evolve(settings.retry, started=(yield from Uptime())))
+
+
+def _look(root: Volume | None, volumes: Sequence[Volume], patience: float) -> Flow[None]:
+    """Raises the `DiskError` of the first disk that must not be opened, or has not appeared in time."""
+    began = yield from Uptime()
+    while True:
+        errors = [seen.error for seen in (yield from foresee(root, volumes)) if seen.error is not None]
+        if not errors:
+            return
+        missing = all(error.reason == "unavailable" for error in errors)
+        if not missing or (yield from Uptime()) - began >= patience:
+            raise errors[0]
+        yield from Sleep(_LOOK_AGAIN)
 
 
 def _foresee_root(root: Volume) -> Flow[Forecast]:

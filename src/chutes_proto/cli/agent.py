@@ -1,0 +1,390 @@
+"""``chutes-proto agent``: the boot agent of a VM, in the initramfs and in the booted system.
+
+Rules kept here:
+
+* every failure, also a fault of the agent's own, is told, closes what this run opened, and ends as the settings say;
+* what is left to a later stage is in a file in memory; a passphrase never is.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from chutes_proto.cli import console
+from chutes_proto.errors import (
+    ChutesError,
+    ConfigurationError,
+    DiskError,
+    LocalProtocolError,
+    Refusal,
+    Unavailable,
+)
+
+if TYPE_CHECKING:
+    from chutes_proto.auth.certificates import ClientIdentity
+    from chutes_proto.blocking.agent import Servers
+    from chutes_proto.blocking.disks import Disks
+    from chutes_proto.blocking.perform import Performer
+    from chutes_proto.cli.progress import Progress
+    from chutes_proto.client.agent import Booted
+    from chutes_proto.client.disks import Forecast
+    from chutes_proto.client.settings import AgentSettings, VmIdentity
+    from chutes_proto.log import Value
+    from chutes_proto.quote.measurements import Stage
+
+NAME = "agent"
+_MAX_SETTINGS = 64 * 1024
+
+_EXIT_CODES = """
+        exit code: 0 done; 1 refused by a server, or by this agent because of what a disk holds; 2 usage, a file that
+        cannot be read, no answer, or no quote; 130 interrupted. After a failure, on_failure of the settings comes first
+"""
+
+
+def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
+    parser = console.command(
+        subparsers,
+        NAME,
+        "the boot agent: attest, open the VM's disks, rotate their keys",
+        f"""
+        What a VM runs when it boots, as its settings file says (examples/agent.toml has every key): it looks at the
+        disks, has the platform quote a throw-away key, gets the passphrases from the first of its servers that answers,
+        opens the disks, and formats one only if it is blank and the server does not know it to hold data.
+        {_EXIT_CODES}
+        """,
+        """
+        chutes-proto agent run --config /etc/chutes/agent.toml --dry-run   # what would be done to which disk
+        chutes-proto agent run --config /etc/chutes/agent.toml
+        chutes-proto agent resume --config /etc/chutes/agent.toml          # in the booted system
+        """,
+    )
+    actions = parser.add_subparsers(metavar="ACTION", dest="action", required=True)
+    run_action = console.command(
+        actions,
+        "run",
+        "boot: open the root disk and the volumes",
+        f"""
+        The whole boot. With volumes_at = "resume" in the settings it opens the root disk only, and leaves to `agent
+        resume`, in a file in memory, what that needs to open the volumes.
+        {_EXIT_CODES}
+        """,
+        """
+        chutes-proto agent run --config /etc/chutes/agent.toml
+        chutes-proto agent run --config agent.toml --images --json   # a trial: disks may be files, nothing is mapped
+        """,
+    )
+    resume = console.command(
+        actions,
+        "resume",
+        "go on after `run`: open the volumes",
+        f"""
+        Open the volumes that `agent run` left, within ten minutes and in the same boot of the machine. The file that it
+        left is removed once they are open.
+        {_EXIT_CODES}
+        """,
+        "chutes-proto agent resume --config /etc/chutes/agent.toml",
+    )
+    console.add(
+        run_action,
+        "--dry-run",
+        action="store_true",
+        help="look at settings, config volume and disks, say what would be done, ask no server and write nothing",
+    )
+    for action in (run_action, resume):
+        console.add(action, "--config", metavar="FILE", required=True, help="the agent's settings, TOML")
+        console.add(
+            action,
+            "--images",
+            action="store_true",
+            help="for trials: disks may be image files; keys are tried, nothing is mapped",
+        )
+        console.add(action, "--json", action="store_true", help="print JSON objects, one a line, not lines for people")
+    return parser
+
+
+def run(options: argparse.Namespace) -> int:
+    from chutes_proto.cli.progress import Progress
+
+    settings = _settings(options.config)
+    if options.action == "run" and options.dry_run:
+        return _foresee(options, settings)
+    progress = Progress(as_json=options.json, seconds=settings.retry.deadline_seconds)
+    try:
+        booted = (_resume if options.action == "resume" else _run)(options, settings, progress)
+    except ChutesError as exc:
+        code = console.REFUSED if isinstance(exc, Refusal | DiskError) else console.USAGE
+        return _failed(options, settings, progress, exc, code)
+    except KeyboardInterrupt:
+        error = LocalProtocolError("interrupted at the console")
+        return _failed(options, settings, progress, error, console.INTERRUPTED)
+    except Exception as exc:  # noqa: BLE001 - whatever happens, the boot ends as the settings say
+        import traceback
+
+        traceback.print_exc()
+        error = LocalProtocolError(f"a fault of the agent's own, {type(exc).__name__}; its trace is above")
+        return _failed(options, settings, progress, error, console.USAGE)
+    _tell_done(options, settings, progress, booted)
+    return console.GRANTED
+
+
+def _settings(path: str) -> AgentSettings:
+    from chutes_proto.blocking.files import read_file
+    from chutes_proto.client.settings import AgentSettings
+
+    try:
+        return AgentSettings.from_toml(read_file(path, limit=_MAX_SETTINGS))
+    except ConfigurationError as exc:
+        text = str(exc)
+        raise ConfigurationError(text if text.startswith(path) else f"{path}: {text}") from None
+
+
+# --- what is done ---
+
+
+def _run(options: argparse.Namespace, settings: AgentSettings, progress: Progress) -> Booted:
+    import os
+    import time
+
+    from chutes_proto.auth.certificates import ENTROPY_SIZE, make_client_identity
+    from chutes_proto.blocking.agent import boot_id, check_place, make_signer, write_state
+    from chutes_proto.client.agent import run_agent
+    from chutes_proto.client.flows import BootSettings
+    from chutes_proto.client.handover import Handover
+
+    deadline = time.monotonic() + settings.retry.deadline_seconds
+    who = _identity(settings)
+    progress.tell(f"VM {who.vm_name} of hotkey {who.hotkey.address}")
+    leaves = settings.volumes_at == "resume"
+    state = settings.state
+    if leaves:
+        check_place(state.file, on_disk=state.on_disk)
+    if state.k3s_key_file is not None:
+        check_place(state.k3s_key_file, on_disk=state.on_disk)
+    signer = make_signer(settings.signer, who)
+    client = make_client_identity(int(time.time()), os.urandom(ENTROPY_SIZE))
+    boot_settings = BootSettings(who.hotkey.address, who.vm_name, client.spki_sha256, signer, settings.policy)
+    servers = _servers(settings, client, deadline)
+    performer = _performer(options, settings, progress, servers, "boot")
+    volumes = () if leaves else settings.disks
+    try:
+        booted = performer.run(
+            run_agent(boot_settings, settings.root_disk, volumes, patience=settings.disk_wait_seconds)
+        )
+    finally:
+        servers.close()
+    if leaves:
+        handover = Handover(servers.origin, booted.at, boot_id(), booted.grant, client)
+        write_state(state.file, handover.encode(), on_disk=state.on_disk)
+    _keep_k3s_key(settings, booted)
+    return booted
+
+
+def _resume(options: argparse.Namespace, settings: AgentSettings, progress: Progress) -> Booted:
+    import time
+
+    from chutes_proto.blocking.agent import boot_id, check_place, make_signer, read_state, remove_state
+    from chutes_proto.client.agent import resume_agent
+    from chutes_proto.client.flows import BootSettings
+    from chutes_proto.client.handover import MAX_SIZE, Handover
+
+    deadline = time.monotonic() + settings.retry.deadline_seconds
+    state = settings.state
+    try:
+        data = read_state(state.file, limit=MAX_SIZE)
+        left = Handover.decode(data, settings, boot_id=boot_id(), uptime=time.monotonic())
+    except ConfigurationError as exc:
+        text = str(exc)
+        raise ConfigurationError(text if text.startswith(state.file) else f"{state.file}: {text}") from None
+    grant, client = left.grant, left.identity
+    progress.tell(f"going on with the boot of VM {grant.vm_name} of hotkey {grant.miner_hotkey}")
+    if state.k3s_key_file is not None:
+        check_place(state.k3s_key_file, on_disk=state.on_disk)
+    signer = None if settings.signer is None else make_signer(settings.signer, _identity(settings))
+    boot_settings = BootSettings(grant.miner_hotkey, grant.vm_name, client.spki_sha256, signer, settings.policy)
+    servers = _servers(settings, client, deadline, first=left.server)
+    performer = _performer(options, settings, progress, servers, "runtime")
+    try:
+        booted = performer.run(resume_agent(boot_settings, settings.disks, grant, patience=settings.disk_wait_seconds))
+    except Refusal as exc:
+        if not isinstance(exc, Unavailable):  # final: the file is of no more use
+            remove_state(state.file)
+        raise
+    finally:
+        servers.close()
+    remove_state(state.file)
+    _keep_k3s_key(settings, booted)
+    return booted
+
+
+def _identity(settings: AgentSettings) -> VmIdentity:
+    from chutes_proto.blocking.agent import read_config_volume
+    from chutes_proto.client.settings import MAX_CONFIG_FILE, vm_identity
+
+    directory = settings.config_volume.directory
+    asked = settings.asked
+    files = read_config_volume(directory, asked, limit=MAX_CONFIG_FILE) if directory and asked else {}
+    return vm_identity(settings, files)
+
+
+def _servers(settings: AgentSettings, client: ClientIdentity, deadline: float, *, first: str = "") -> Servers:
+    from chutes_proto.blocking.agent import Servers
+    from chutes_proto.blocking.files import read_file
+    from chutes_proto.blocking.tls import client_context
+
+    context = client_context(client, read_file(settings.ca_file) if settings.ca_file else None)
+    return Servers(context, settings.servers, deadline, first=first)
+
+
+def _performer(
+    options: argparse.Namespace, settings: AgentSettings, progress: Progress, servers: Servers, stage: Stage
+) -> Performer:
+    from chutes_proto.blocking.perform import Performer
+    from chutes_proto.blocking.quoting import make_quoter
+
+    quoter = make_quoter(settings.quoter, tell=progress.tell, stage=stage)
+    progress.server = lambda: servers.origin
+    return Performer(send=servers, next_server=servers.next, quoter=quoter, disks=_disks(options), log=progress)
+
+
+def _disks(options: argparse.Namespace) -> Disks:
+    from chutes_proto.blocking.disks import Disks
+
+    return Disks(images=options.images, mapping=not options.images)
+
+
+def _keep_k3s_key(settings: AgentSettings, booted: Booted) -> None:
+    from chutes_proto.blocking.agent import write_state
+
+    path, key = settings.state.k3s_key_file, booted.k3s_encryption_key
+    if path is not None and key is not None:
+        write_state(path, key, on_disk=settings.state.on_disk)
+
+
+# --- what is told ---
+
+
+def _tell_done(options: argparse.Namespace, settings: AgentSettings, progress: Progress, booted: Booted) -> None:
+    from chutes_proto.client.handover import LIFE
+
+    fields: dict[str, Value] = {
+        "vm_name": booted.grant.vm_name,
+        "hotkey": booted.grant.miner_hotkey,
+        "opened": [f"{volume.name}: {volume.mapping}" for volume in booted.opened],
+        "formatted": [volume.name for volume in booted.opened if volume.formatted],
+    }
+    lines = [("", f"DONE: VM {booted.grant.vm_name} is booted")]
+    for volume in booted.opened:
+        new = ", formatted just now: it needs a file system" if volume.formatted else ""
+        opened = "its key fits" if options.images else f"open as {volume.mapping}"
+        lines.append((volume.name, f"{volume.device}: {opened}{new}"))
+    if settings.volumes and not any(volume.name in settings.volumes for volume in booted.opened):
+        fields["left"] = settings.state.file
+        lines.append(("volumes", f"left to `chutes-proto agent resume`, within {LIFE // 60} minutes"))
+    progress.finish("agent_done", fields, lines, failed=False)
+
+
+def _failed(
+    options: argparse.Namespace, settings: AgentSettings, progress: Progress, error: ChutesError, code: int
+) -> int:
+    from chutes_proto.blocking.agent import close_mappings, end_with
+    from chutes_proto.blocking.disks import find_cryptsetup
+    from chutes_proto.cli.progress import said
+    from chutes_proto.client.advice import advise
+
+    if progress.opened and not options.images:
+        mappings = {volume.name: volume.mapping for volume in (*filter(None, [settings.root_disk]), *settings.disks)}
+        for problem in close_mappings(find_cryptsetup(), [mappings[name] for name in progress.opened]):
+            progress.tell(f"could not be closed: {problem}")
+    advice, ending, facts = advise(error), settings.on_failure, said(error)
+    step = str(progress.stopped.get("step", "")) if not isinstance(error, DiskError) else ""
+    where = f" at step {step}, at {progress.server()}" if step else ""
+    lines = [("", f"BOOT FAILED{where}"), ("reason", facts["reason"])]
+    if "status" in facts:
+        lines.append(("code", f"{facts['code']} (status {facts['status']})"))
+    if facts.get("request_id"):
+        lines.append(("request", f"{facts['request_id']} (the server's log has the reason under it)"))
+    written = "; ".join(progress.written) or "nothing was written to any"
+    lines += [("means", advice.means), ("do", advice.do), ("disks", written)]
+    if ending.action != "exit":
+        lines.append(("next", f"{ending.action} in {ending.wait_seconds:g} s (Ctrl-C: at once)"))
+    fields: dict[str, Value] = {"step": step, "server": progress.server(), **facts}
+    fields |= {
+        "means": advice.means,
+        "do": advice.do,
+        "written": list(progress.written),
+        "next": ending.action,
+        "wait": ending.wait_seconds,
+        "exit_code": code,
+    }
+    progress.finish("agent_failed", fields, lines, failed=True)
+    if ending.action != "exit":
+        fault = end_with(ending.command, ending.wait_seconds)
+        if fault is not None:
+            progress.tell(f"{ending.action}: {fault}")
+    return code
+
+
+def _foresee(options: argparse.Namespace, settings: AgentSettings) -> int:
+    from chutes_proto.blocking.perform import Performer
+    from chutes_proto.blocking.quoting import make_quoter
+    from chutes_proto.client.agent import foresee
+
+    who = _identity(settings)
+    _ = make_quoter(settings.quoter)
+    if settings.ca_file is not None:
+        from chutes_proto.blocking.files import read_file
+        from chutes_proto.blocking.tls import client_context
+
+        _ = client_context(None, read_file(settings.ca_file))
+    seen = Performer(disks=_disks(options)).run(foresee(settings.root_disk, settings.disks))
+    stops = any(forecast.error is not None for forecast in seen)
+    if options.json:
+        console.say_json(
+            {
+                "vm_name": who.vm_name,
+                "hotkey": who.hotkey.address,
+                "servers": list(settings.servers),
+                "stops": stops,
+                "disks": [_forecast_json(forecast) for forecast in seen],
+            }
+        )
+        return console.REFUSED if stops else console.GRANTED
+    console.say(f"VM {who.vm_name} of hotkey {who.hotkey.address}")
+    console.say(f"servers: {', '.join(settings.servers)}")
+    console.say(f"quotes: {settings.quoter}")
+    for forecast in seen:
+        _say_forecast(forecast, settings)
+    if stops:
+        console.say("the boot would stop before a server is asked")
+    else:
+        console.say("not known without the server: which exchange, which volumes hold data, whether the keys fit")
+    return console.REFUSED if stops else console.GRANTED
+
+
+def _forecast_json(forecast: Forecast) -> dict[str, object]:
+    return {
+        "volume": forecast.volume.name,
+        "device": forecast.volume.device,
+        "holds": None if forecast.disk is None else str(forecast.disk),
+        "error": None if forecast.error is None else {"reason": forecast.error.reason, "text": str(forecast.error)},
+        "condition": forecast.condition,
+        "base": [action.as_dict() for action in forecast.base],
+        "two_phase": [action.as_dict() for action in forecast.two_phase],
+    }
+
+
+def _say_forecast(forecast: Forecast, settings: AgentSettings) -> None:
+    name = forecast.volume.name
+    console.say(f"{name}: {forecast.volume.device}" + (f": {forecast.disk}" if forecast.disk else ""))
+    if forecast.error is not None:
+        console.say(f"  stops: {forecast.error}")
+        return
+    if name in settings.volumes and settings.volumes_at == "resume":
+        console.say("  at `agent resume`:")
+    if forecast.condition:
+        console.say(f"  if {forecast.condition}:")
+    for action in forecast.base:
+        console.say(f"  {str(action).removeprefix(f'{name}: ')}")
+    for action in forecast.two_phase[len(forecast.base) :]:
+        console.say(f"  in the two-phase exchange: {str(action).removeprefix(f'{name}: ')}")

@@ -1,0 +1,164 @@
+"""What the boot agent says while it works: lines for who stands before a serial console, or one JSON object a line.
+
+Rules kept here:
+
+* lines have at most 79 characters of ASCII and nothing that steers a terminal, whatever a peer or a disk said;
+* each says how much time is left, and what failed says at which server, why, under which request, and what comes next;
+* progress goes to standard error; the JSON lines, which are all there is to read then, to standard output.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Final
+
+from chutes_proto.cli import console
+from chutes_proto.log import Level, Record, Value
+
+if TYPE_CHECKING:
+    from chutes_proto.errors import ChutesError
+
+WIDTH: Final = 79
+_INDENT: Final = 7  # "  299s "
+
+_STEPS: Final = {
+    "nonce": "asking {server} for a nonce",
+    "quote": "having the platform quote it",
+    "attestation": "attesting to {server}",
+    "sync": "asking {server} for the volumes' keys",
+    "runtime quote": "having the platform quote a second nonce",
+    "volumes": "attesting to {server} for the volumes' keys",
+    "confirmation": "telling {server} what became of the keys",
+}
+_ASCII: Final = str.maketrans({"…": "...", "–": "-", "—": "-", "“": '"', "”": '"', "‘": "'", "’": "'"})
+
+
+class Progress:
+    """Tells a boot's records. ``server`` says which server is asked now; the deadline is ``seconds`` from now.
+
+    ``stopped`` has the fields of the record that says why it ended, ``written`` what was done to disks, ``opened`` the
+    volumes that are open.
+    """
+
+    def __init__(self, *, as_json: bool, seconds: float, server: Callable[[], str] = str) -> None:
+        self._as_json = as_json
+        self._deadline = time.monotonic() + seconds
+        self.server = server
+        self.stopped: Mapping[str, Value] = {}
+        self.written: list[str] = []
+        self.opened: list[str] = []
+
+    def __call__(self, record: Record) -> None:
+        """One record: a line or two."""
+        fields = dict(record.fields)
+        if "step" in fields:
+            fields["server"] = self.server()
+        fields = {"seconds_left": self._left(), **fields}
+        match record.event, fields:
+            case "boot_stopped", _:
+                self.stopped = fields
+            case "disk_action", {"action": "format" | "add_key" | "keep_key", "text": str(text)}:
+                self.written.append(text)
+            case "disk_opened", {"volume": str(volume)}:
+                self.opened.append(volume)
+            case _:
+                pass
+        if self._as_json:
+            self._say_json(Record(record.level, record.event, fields))
+            return
+        for line in _lines(record.event, {name: _text(value) for name, value in fields.items()}):
+            self.tell(line)
+
+    def tell(self, text: str) -> None:
+        """One thing for people, with the time that is left before it."""
+        if self._as_json:
+            self._say_json(Record(Level.INFO, "told", {"text": text, "seconds_left": self._left()}))
+            return
+        write(text, first=f"{self._left():5.0f}s ", rest=" " * _INDENT)
+
+    def finish(self, event: str, fields: Mapping[str, Value], lines: list[tuple[str, str]], *, failed: bool) -> None:
+        """The last word: a record for programs, or lines of a name and a text for people."""
+        if self._as_json:
+            self._say_json(Record(Level.ERROR if failed else Level.INFO, event, fields))
+            return
+        print(file=sys.stderr)
+        width = max((len(name) for name, _ in lines[1:]), default=0) + 2
+        for index, (name, text) in enumerate(lines):
+            write(text, first=name.ljust(width if index else 0), rest=" " * (width if index else 0))
+
+    def _say_json(self, record: Record) -> None:
+        print(record.as_json(datetime.now(UTC).isoformat(timespec="milliseconds")), flush=True)
+
+    def _left(self) -> float:
+        return round(max(self._deadline - time.monotonic(), 0.0), 1)
+
+
+def write(text: str, *, first: str = "", rest: str = "") -> None:
+    """A text for people on standard error, cut into lines that a serial console has room for."""
+    plain = console.clean(text.translate(_ASCII)).encode("ascii", "backslashreplace").decode("ascii")
+    lines = textwrap.wrap(plain, WIDTH, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
+    print("\n".join(lines or [first.rstrip()]), file=sys.stderr, flush=True)
+
+
+def said(error: ChutesError) -> dict[str, str]:
+    """Reason, code and request of an error, as far as it has them."""
+    from chutes_proto.errors import DiskError, Refusal
+
+    match error:
+        case Refusal():
+            code = {"status": str(error.status), "code": str(error.code)}
+            return {"reason": error.reason, **code, "request_id": error.request_id or ""}
+        case DiskError():
+            return {"reason": str(error), "code": error.reason, "device": error.device}
+        case _:
+            return {"reason": str(error), "error": type(error).__name__}
+
+
+def _lines(event: str, fields: Mapping[str, str]) -> list[str]:
+    match event:
+        case "boot_step":
+            step = _STEPS.get(fields["step"], fields["step"]).format(server=fields["server"])
+            return [f"{step} (attempt {fields['attempt']})"]
+        case "boot_delayed":
+            again = f"trying again in {fields['wait']} s"
+            if "next_server" in fields:
+                again += f" at {fields['next_server']}"
+            return [f"NOT NOW: {_why(fields)}", again]
+        case "boot_stopped":
+            return [f"STOPPED: {_why(fields)}"]
+        case "grant_received":
+            return ["granted"]
+        case "volumes_received" | "keys_received":
+            used = f"; known to hold data: {fields['in_use']}" if fields["in_use"] else ""
+            return [f"keys received for {fields['volumes']}{used}"]
+        case "rotation_confirmed":
+            return [f"the server took note: {fields['volumes']}"]
+        case "rotation_undecided":
+            return [
+                f"the server did not take note of the new keys of {fields['volumes']}: {_why(fields)}",
+                "old and new keys stay on the disks; the next boot decides",
+            ]
+        case "disk_found":
+            return [f"{fields['volume']}: {fields['holds']}"]
+        case "disk_action":
+            return [fields["text"]]
+        case "disk_opened":
+            return [f"{fields['volume']}: open" + (", by the next key" if fields["key"] == "next" else "")]
+        case "disk_failed":
+            return [f"{fields['volume']}: FAILED: {fields['text']}"]
+        case _:
+            return [" ".join([event, *(f"{name}={json.dumps(value)}" for name, value in fields.items())])]
+
+
+def _why(fields: Mapping[str, str]) -> str:
+    request = f", request {fields['request_id']}" if fields.get("request_id") else ""
+    return f"{fields['reason']} ({fields['code']}{request})" if "code" in fields else fields["reason"]
+
+
+def _text(value: Value) -> str:
+    return ", ".join(value) if isinstance(value, list) else str(value)
