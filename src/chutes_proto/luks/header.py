@@ -21,7 +21,7 @@ import base64
 import binascii
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from hmac import compare_digest
 from typing import Any, Final, cast
@@ -119,7 +119,8 @@ class _Reader:
         copies = [copy for copy in (primary, secondary) if copy]
         if not copies:
             if head[:6] == PRIMARY or any(head[place : place + 6] == SECONDARY for place in SIZES):
-                raise self._rejected("checksum", "no copy whose checksum holds", "one of two at least")
+                sizes = f"{SIZES[0]} to {SIZES[-1]} bytes"
+                raise self._rejected("checksum", "none whole", f"a copy of {sizes} whose checksum holds")
             return None
         for copy in copies:
             self._check(copy, size)
@@ -215,8 +216,8 @@ class _Reader:
         for (begin, after), (following, _) in zip([(0, slots_at), *areas], [*areas, (end, end)], strict=True):
             if following < after:
                 raise self._rejected("keyslot_area", f"{begin} to {after}, then {following}", "areas of their own")
-        self._check_digest(told["digests"], set(slots))
-        self._check_cost(told)
+        digest = self._check_digest(told["digests"], set(slots))
+        self._check_cost([*(slot["kdf"] for slot in slots.values()), digest])
 
     # 3.3
     def _check_segment(self, value: object, end: int, size: int) -> None:
@@ -271,11 +272,12 @@ class _Reader:
         return begin, begin + length
 
     # 3.4
-    def _check_digest(self, value: object, slots: set[str]) -> None:
+    def _check_digest(self, value: object, slots: set[str]) -> Mapping[str, Any]:
         table = self._table(value, "digests")
-        if table.keys() != {"0"}:
-            raise self._rejected("digests", ", ".join(table)[:80] or "none", "one, named 0")
-        digest = self._object(table["0"], "digests.0", "digest hash iterations keyslots salt segments type")
+        if len(table) != 1 or not all(map(_SLOT.fullmatch, table)):
+            raise self._rejected("digests", ", ".join(table)[:80] or "none", "one")
+        (value,) = table.values()
+        digest = self._object(value, "digests", "digest hash iterations keyslots salt segments type")
         self._equal("digest_type", digest["type"], "pbkdf2")
         self._hash("digest_hash", digest)
         self._equal("digest_segments", digest["segments"], ["0"])
@@ -284,12 +286,13 @@ class _Reader:
             raise self._rejected("digest_keyslots", str(cast("object", named))[:80], "every key slot once")
         self._bytes("digest_salt", digest["salt"])
         self._bytes("digest", digest["digest"])
+        return digest
 
-    def _check_cost(self, told: Mapping[str, Any]) -> None:
+    def _check_cost(self, kdfs: Sequence[Mapping[str, Any]]) -> None:
         """All key slots may be tried, for one key after the other."""
-        kdfs: list[Any] = [slot["kdf"] for slot in told["keyslots"].values()]
-        iterations = [kdf for kdf in (*kdfs, told["digests"]["0"]) if kdf["type"] == "pbkdf2"]
-        rounds = sum(self._number("kdf_iterations", kdf["iterations"], MAX_ITERATIONS) for kdf in iterations)
+        rounds = sum(
+            self._number("kdf_iterations", kdf["iterations"], MAX_ITERATIONS) for kdf in kdfs if kdf["type"] == "pbkdf2"
+        )
         passes = sum(
             self._number("kdf_memory", kdf["memory"], MAX_MEMORY) * self._number("kdf_time", kdf["time"], MAX_PASSES)
             for kdf in kdfs
@@ -361,8 +364,8 @@ class _Reader:
 
 def _lasting(copy: _Copy) -> object:
     """What no update of key slots changes."""
-    digest = {**copy.told["digests"]["0"], "keyslots": None}
-    return copy.uuid, copy.size, copy.told["segments"], copy.told["config"], digest
+    digests = {name: {**digest, "keyslots": None} for name, digest in copy.told["digests"].items()}
+    return copy.uuid, copy.size, copy.told["segments"], copy.told["config"], digests
 
 
 def _written(copy: _Copy, magic: bytes, offset: int) -> bytes:
