@@ -6,6 +6,7 @@
 #   FUZZ_TARGETS  which targets `make fuzz` runs                  (all of them)
 #   BENCH_SUBJECTS  what `make bench` measures                    (everything)
 #   SOAK_TESTS    which tests `make soak` runs                   (tests/lifecycle tests/store tests/units)
+#   TARGET_PYTHON  whose byte code `make zipapp` carries         (/usr/bin/python3 where there is one)
 #   PYTEST_ARGS   more arguments for pytest in `make test`
 
 PYTHON ?= python3
@@ -14,6 +15,7 @@ FUZZ_SECONDS ?= 60
 FUZZ_TARGETS ?=
 BENCH_SUBJECTS ?=
 PYTEST_ARGS ?=
+TARGET_PYTHON ?= $(or $(wildcard /usr/bin/python3),$(PYTHON))
 SOAK_TESTS ?= tests/lifecycle tests/store tests/units
 
 BIN := $(VENV)/bin
@@ -26,7 +28,7 @@ RESOLVE := $(VENV)-uv/bin/uv pip compile --quiet --universal --python-version 3.
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lint soak fuzz bench constraints clean
+.PHONY: help install demo test lint soak fuzz bench zipapp constraints clean
 
 help: ## this list
 	@echo "make TARGET, where TARGET is one of"
@@ -72,6 +74,9 @@ fuzz: $(FUZZ_INSTALLED) ## coverage-guided fuzzing, FUZZ_SECONDS for each of FUZ
 
 bench: $(INSTALLED) ## what takes how long, beside others and beside what cannot be done without; prints ratios
 	@$(BIN)/python -m bench $(BENCH_SUBJECTS)
+
+zipapp: $(INSTALLED) ## the boot agent as one file, build/chutes-proto-agent.pyz, for TARGET_PYTHON and its cryptography
+	@$(BIN)/python -m tools.agent_zipapp build/chutes-proto-agent.pyz --python $(TARGET_PYTHON)
 
 $(FUZZ_INSTALLED): tests/fuzz/requirements.txt $(INSTALLED)
 	@echo "==> $(VENV): atheris, checked against its hash (there are wheels for Linux on x86-64)"

@@ -1,0 +1,112 @@
+"""The boot agent as one file, run by the system's Python in a clean environment."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import CI, ROOT
+from tools.agent_zipapp import build
+
+SYSTEM = "/usr/bin/python3"
+_NEEDED = "import sys, cryptography; sys.exit(sys.version_info < (3, 11))"
+
+
+@pytest.fixture(scope="module")
+def system() -> str:
+    """The system's interpreter, with its own cryptography."""
+    done = (
+        subprocess.run([SYSTEM, "-I", "-c", _NEEDED], capture_output=True, check=False)
+        if Path(SYSTEM).exists()
+        else None
+    )
+    if done is None or done.returncode != 0:
+        refuse = pytest.fail if CI else pytest.skip
+        refuse(f"{SYSTEM} is not Python 3.11 or newer with cryptography (Debian: python3-cryptography)")
+    return SYSTEM
+
+
+@pytest.fixture(scope="module")
+def agent(system: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("zipapp") / "agent.pyz"
+    build(out, system)
+    return out
+
+
+def run(
+    agent: Path, *arguments: str | Path, python: str = SYSTEM, flags: tuple[str, ...] = ("-I",)
+) -> tuple[int, str, str]:
+    """Exit code, output and error of the file in a clean environment, somewhere else."""
+    command = [python, *flags, agent, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env={}, cwd="/", timeout=120, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_it_is_the_agent_and_nothing_else(agent: Path) -> None:
+    assert run(agent, "--version")[:2] == (0, "chutes-proto 0.1.0\n")
+    assert run(agent, "agent", "run", "--help")[1].startswith("usage: chutes-proto agent run")
+    code, _, complaint = run(agent, "serve")
+    assert code == 2
+    assert "invalid choice: 'serve'" in complaint
+    done = subprocess.run([agent, "--version"], capture_output=True, text=True, env={}, check=True)
+    assert done.stdout == "chutes-proto 0.1.0\n"
+
+
+def test_byte_code_is_what_is_loaded(agent: Path, tmp_path: Path) -> None:
+    """Broken sources go unnoticed beside it, and only beside it."""
+    for suffixes, code in (((".py", ".pyc"), 0), ((".py",), 1)):
+        broken = tmp_path / f"broken-{code}.pyz"
+        with zipfile.ZipFile(agent) as whole, zipfile.ZipFile(broken, "w") as archive:
+            for entry in whole.infolist():
+                if entry.filename.endswith(suffixes):
+                    archive.writestr(entry, b"broken" if entry.filename.endswith(".py") else whole.read(entry))
+        assert run(broken, "agent", "run", "--help")[0] == code
+
+
+def test_another_python_takes_the_source(agent: Path) -> None:
+    ours = f"Python {sys.version_info.major}.{sys.version_info.minor}."
+    if run(agent, flags=("-V",))[1].startswith(ours):
+        pytest.skip("this Python is the system's")
+    flags = (
+        "-c",
+        f"import sys; sys.path.insert(0, {str(agent)!r}); import chutes_proto.errors as e; print(e.__file__)",
+    )
+    done = subprocess.run([sys.executable, "-I", *flags], capture_output=True, text=True, env={}, check=True)
+    assert done.stdout == f"{agent}/chutes_proto/errors.py\n"
+
+
+def test_the_same_sources_make_the_same_bytes(
+    agent: Path, system: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    build(Path("again") / "other.pyz", system)
+    again = (tmp_path / "again" / "other.pyz").read_bytes()
+    assert again == agent.read_bytes()
+    assert str(ROOT).encode() not in again
+    assert b"/tmp/" not in again
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    build(tmp_path / "later.pyz", system)
+    with zipfile.ZipFile(tmp_path / "later.pyz") as later, zipfile.ZipFile(agent) as first:
+        assert {entry.date_time for entry in later.infolist()} == {(2023, 11, 14, 22, 13, 20)}
+        assert later.namelist() == first.namelist() == sorted(first.namelist())
+
+
+def test_nothing_of_the_server_is_in_it(agent: Path) -> None:
+    with zipfile.ZipFile(agent) as archive:
+        names = [name.removesuffix(".py") for name in archive.namelist() if name.endswith(".py")]
+    rooms = {"/".join(name.split("/")[:2]) for name in names}
+    assert {name.split("/")[0] for name in names} == {"__main__", "attr", "attrs", "chutes_proto", "h11"}
+    assert rooms.isdisjoint(f"chutes_proto/{room}" for room in ("server", "store", "units", "keys"))
+
+
+def test_settings_that_cannot_be_read_are_named(agent: Path, tmp_path: Path) -> None:
+    settings = tmp_path / "agent.toml"
+    _ = settings.write_text(json.dumps("text"))
+    code, _, complaint = run(agent, "agent", "run", "--config", settings)
+    assert code == 2
+    assert complaint.startswith(f"chutes-proto: {settings}: not TOML")

@@ -1,0 +1,179 @@
+"""The boot agent as one file: ``python -m tools.agent_zipapp OUT --python TARGET``, or ``make zipapp``.
+
+The file runs with the target's own Python and cryptography; all else that it needs is in it, pure Python, with byte
+code for the target beside the source.
+
+Rules kept here:
+
+* what is in it follows from the imports of its commands: a module that needs what is not there is left out;
+* byte code is bound to its source by nothing but this file (PEP 552, unchecked), so it counts whatever the clock says;
+* the same sources and the same target make the same bytes: names sorted, times from ``SOURCE_DATE_EPOCH``, nothing
+  compressed, since an initramfs is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+PACKAGE = "chutes_proto"
+ROOTS = (f"{PACKAGE}.cli.main", f"{PACKAGE}.cli.agent")
+BUNDLED = ("attr", "attrs", "h11")
+THERE = ("cryptography",)
+"""What the target's own packages have."""
+
+MAIN = f"""\
+import sys
+
+from {PACKAGE}.cli.main import main
+
+sys.exit(main(commands=("agent",)))
+"""
+_FIRST_TIME = 315_532_800  # 1980-01-01, before which a ZIP file has no times
+
+
+def build(out: Path, python: str) -> None:
+    """Make the file at ``out`` for the interpreter ``python``. Raises `subprocess.CalledProcessError`, `OSError`."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="chutes-proto-zipapp-") as folder:
+        tree = Path(folder)
+        _gather(tree)
+        _compile(tree, python)
+        partial = out.with_name(f".{out.name}.partial")
+        _pack(tree, partial, python)
+        _ = partial.replace(out)
+
+
+def _gather(tree: Path) -> None:
+    for name in sorted(modules()):
+        source = _source(name)
+        _copy(source, tree / Path(*name.split(".")) / source.name if _is_package(source) else _place(tree, name))
+    for package in BUNDLED:
+        folder = _source(package).parent
+        for source in sorted(folder.rglob("*.py")):
+            if "tests" not in source.relative_to(folder).parts:
+                _copy(source, tree / package / source.relative_to(folder))
+    _ = (tree / "__main__.py").write_text(MAIN, "utf-8")
+
+
+def _place(tree: Path, name: str) -> Path:
+    return tree.joinpath(*name.split(".")).with_suffix(".py")
+
+
+def _copy(source: Path, place: Path) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    _ = shutil.copyfile(source, place)
+
+
+def _compile(tree: Path, python: str) -> None:
+    """Put ``module.pyc`` beside each ``module.py``, where `zipimport` looks first; no path of this machine is in it."""
+    options = ["-q", "-b", "-o", "0", "--invalidation-mode", "unchecked-hash", "-s", str(tree)]
+    command = [python, "-s", "-m", "compileall", *options, str(tree)]
+    _ = subprocess.run(command, check=True, env={"PATH": os.defpath, "PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8"})
+
+
+def _pack(tree: Path, out: Path, python: str) -> None:
+    moment = time.gmtime(max(int(os.environ.get("SOURCE_DATE_EPOCH", _FIRST_TIME)), _FIRST_TIME))[:6]
+    with out.open("wb") as file:
+        _ = file.write(f"#!{shutil.which(python) or python} -I\n".encode())
+        with zipfile.ZipFile(file, "w") as archive:
+            for path in sorted(tree.rglob("*.py*")):
+                entry = zipfile.ZipInfo(path.relative_to(tree).as_posix(), moment)
+                entry.external_attr = 0o100644 << 16
+                archive.writestr(entry, path.read_bytes())
+    out.chmod(0o755)
+
+
+# --- what is in it ---
+
+
+def modules() -> set[str]:
+    """The modules of the project that the commands need, with their packages."""
+    found: set[str] = set()
+    waiting = [*ROOTS]
+    while waiting:
+        name = waiting.pop()
+        if name in found:
+            continue
+        found.add(name)
+        here = _imports(name)
+        waiting += [other for other in here if other.startswith(PACKAGE) and _fits(other)]
+        waiting += [name.rpartition(".")[0]] if "." in name else []
+    return found
+
+
+def _fits(name: str) -> bool:
+    """Whether all that a module needs when it is imported is there."""
+    allowed = {PACKAGE, *BUNDLED, *THERE, *sys.stdlib_module_names}
+    return all(other.partition(".")[0] in allowed for other in _imports(name, later=False))
+
+
+def _imports(name: str, *, later: bool = True) -> list[str]:
+    """The modules that a module imports, when it is imported or also ``later``, but not for types alone."""
+    tree = ast.parse(_source(name).read_bytes())
+    return [found for node in _statements(tree, later=later) for found in _named(node)]
+
+
+def _statements(tree: ast.AST, *, later: bool) -> Iterator[ast.AST]:
+    for node in ast.iter_child_nodes(tree):
+        match node:
+            case ast.If(test=ast.Name(id="TYPE_CHECKING")):
+                continue
+            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.Lambda() if not later:
+                continue
+            case _:
+                yield node
+                yield from _statements(node, later=later)
+
+
+def _named(node: ast.AST) -> Iterator[str]:
+    match node:
+        case ast.Import(names=names):
+            yield from (alias.name for alias in names)
+        case ast.ImportFrom(module=str(module), level=0, names=names):
+            yield module
+            if module.startswith(PACKAGE):
+                submodules = (f"{module}.{alias.name}" for alias in names)
+                yield from (submodule for submodule in submodules if _is_module(submodule))
+        case _:
+            pass
+
+
+def _is_module(name: str) -> bool:
+    parent = find_spec(name.rpartition(".")[0])
+    return parent is not None and parent.submodule_search_locations is not None and find_spec(name) is not None
+
+
+def _is_package(source: Path) -> bool:
+    return source.name == "__init__.py"
+
+
+def _source(name: str) -> Path:
+    spec = find_spec(name)
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError(f"there is no module {name}")
+    return Path(spec.origin)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.agent_zipapp", description=__doc__.partition("\n")[0])
+    _ = parser.add_argument("out", type=Path, help="the file to make")
+    _ = parser.add_argument("--python", default=sys.executable, help="the target's interpreter (default: this one)")
+    options = parser.parse_args()
+    build(options.out, options.python)
+    version = subprocess.run([options.python, "--version"], capture_output=True, text=True, check=True).stdout.strip()
+    print(f"{options.out}: {options.out.stat().st_size // 1024} KiB, byte code for {version}")
+
+
+if __name__ == "__main__":
+    main()
