@@ -1,0 +1,282 @@
+"""A served server whose store fails under it: 503 with ``Retry-After``, and when it is back nothing is lost."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+import trio
+from attrs import define, field
+
+from chutes_proto.blocking.setup import load_setup
+from chutes_proto.cli.development import write_server
+from chutes_proto.client.retry import RetryPolicy
+from chutes_proto.codes import Code
+from chutes_proto.errors import Unavailable
+from chutes_proto.log import Record
+from chutes_proto.store.rows import GenerationRow, Scan
+from chutes_proto.testing.platform import SimulatedPlatform
+from chutes_proto.testing.store_suite import Ask
+from chutes_proto_trio import BootAgent
+from tests.cli.conftest import HOTKEY, Server
+from tests.postgres import Cluster, schema
+
+PLATFORM = SimulatedPlatform(bytes(32))
+VOLUMES = ("storage", "tdx-cache")
+ONCE = RetryPolicy(attempts=1)
+PATIENT = RetryPolicy(attempts=100, base=0.2, cap=1.0)
+
+Start = Callable[..., Server]
+
+
+@define
+class Agent:
+    """One boot of the VM, and what its agent logs."""
+
+    server: Server
+    retry: RetryPolicy = PATIENT
+    delayed: trio.Event = field(factory=trio.Event)
+    agent: BootAgent = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.agent = BootAgent(
+            self.server.url,
+            hotkey=HOTKEY,
+            vm_name="vm-1",
+            quoter=PLATFORM.quote,
+            ca_pem=self.server.ca.read_bytes(),
+            retry=self.retry,
+            log=self.log,
+        )
+
+    async def __aenter__(self) -> Agent:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.agent.__aexit__(None, None, None)
+
+    def log(self, record: Record) -> None:
+        if record.event == "boot_delayed":
+            self.delayed.set()
+
+    async def boot(self) -> bytes:
+        grant = await self.agent.boot()
+        return grant.root_passphrase.reveal()
+
+    async def sync(self) -> dict[str, bytes]:
+        keys = await self.agent.sync(VOLUMES, formatted=())
+        return {volume: passphrase.reveal() for volume, passphrase in keys.passphrases.items()}
+
+
+async def outlives(server: Server, begin: Callable[[], object], end: Callable[[], None], *, is_busy: bool) -> None:
+    """A boot before the fault, whose sync falls into it; one that is refused; one that begins in it; one afterwards.
+
+    ``is_busy``: the server waits for the store, before it answers a sync that it does not answer yet.
+    """
+    keys: dict[str, bytes] = {}
+    roots: list[bytes] = []
+
+    async def sync() -> None:
+        keys.update(await before.sync())
+
+    async def boot() -> None:
+        roots.append(await during.boot())
+
+    with trio.fail_after(150):
+        async with Agent(server) as before, Agent(server) as during:
+            roots.append(await before.boot())
+            begin()
+            try:
+                await refuses(server)
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(sync)
+                    nursery.start_soon(boot)
+                    await during.delayed.wait()
+                    if not is_busy:
+                        await before.delayed.wait()
+                    assert not keys
+                    end()
+            finally:
+                end()
+        assert {*keys} == {*VOLUMES}
+        assert roots == [roots[0]] * 2
+        assert await boot_and_sync(server) == (roots[0], keys)
+
+
+async def refuses(server: Server) -> None:
+    """A boot is told to come again."""
+    async with Agent(server, ONCE) as agent:
+        with pytest.raises(Unavailable) as caught:
+            _ = await agent.boot()
+    assert (caught.value.status, caught.value.code) == (503, Code.STORE_UNAVAILABLE)
+    assert caught.value.retry_after > 0
+
+
+async def boot_and_sync(server: Server) -> tuple[bytes, dict[str, bytes]]:
+    async with Agent(server) as agent:
+        return await agent.boot(), await agent.sync()
+
+
+def refused(server: Server) -> str:
+    """What the operator was told, after the end."""
+    return server.stop(signal.SIGTERM).err
+
+
+def nothing_twice(site: Path) -> None:
+    with closing(load_setup(site / "server.toml").store.open()) as store:
+        store.check()
+        rows = store.transact(Ask(Scan(GenerationRow)))
+    assert sorted((row.volume, row.generation) for row in rows) == [("root", 1), ("storage", 1), ("tdx-cache", 1)]
+
+
+def serve(start: Start, site: Path) -> Server:
+    return start("--config", site / "server.toml", ca=site / "ca.pem")
+
+
+def make_site(directory: Path, store: str) -> Path:
+    site = directory / "site"
+    site.mkdir()
+    write_server(site, PLATFORM, int(time.time()))
+    configuration = site / "server.toml"
+    _ = configuration.write_text(configuration.read_text().replace("sqlite:keys.db", store))
+    return site
+
+
+# --- PostgreSQL ---
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
+def test_a_database_that_stops(start: Start, cluster: Cluster, number: signal.Signals, tmp_path: Path) -> None:
+    stopped = False
+
+    def stop() -> None:
+        nonlocal stopped
+        cluster.stop(number)
+        stopped = True
+
+    def go_on() -> None:
+        nonlocal stopped
+        if stopped:
+            cluster.start()
+            stopped = False
+
+    with schema(cluster.url()) as url:
+        site = make_site(tmp_path, url)
+        load_setup(site / "server.toml").store.open(migrate=True).close()
+        server = serve(start, site)
+        trio.run(lambda: outlives(server, stop, go_on, is_busy=True))
+        assert "no connection to the database" in refused(server)
+        nothing_twice(site)
+
+
+# --- SQLite ---
+
+
+@contextmanager
+def small_disk(place: Path) -> Iterator[Path]:
+    """A disk of its own at ``place``; where none can be made the test is skipped."""
+    place.mkdir()
+    mounted = (
+        os.geteuid() == 0
+        and not subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=2m,mode=700", "tmpfs", place], check=False
+        ).returncode
+    )
+    if not mounted:
+        pytest.skip("only root may mount a small disk, where the machine lets it")
+    try:
+        yield place
+    finally:
+        _ = subprocess.run(["umount", "--lazy", place], check=True)
+
+
+def test_a_disk_that_is_full(start: Start, tmp_path: Path) -> None:
+    site = make_site(tmp_path, "sqlite:disk/keys.db")
+    with small_disk(site / "disk") as disk:
+        server = serve(start, site)
+        filler = disk / "filler"
+
+        def fill() -> None:
+            with filler.open("wb", buffering=0) as file:
+                for size in (65536, 1):
+                    try:
+                        while True:
+                            _ = file.write(bytes(size))
+                    except OSError:
+                        continue
+
+        trio.run(lambda: outlives(server, fill, lambda: filler.unlink(missing_ok=True), is_busy=False))
+        assert "the disk is full; nothing was changed" in refused(server)
+        nothing_twice(site)
+
+
+def test_a_file_that_another_program_holds(start: Start, tmp_path: Path) -> None:
+    site = make_site(tmp_path, "sqlite:keys.db")
+    server = serve(start, site)
+    with closing(sqlite3.connect(site / "keys.db", isolation_level=None, check_same_thread=False)) as other:
+
+        def release() -> None:
+            if other.in_transaction:
+                _ = other.execute("ROLLBACK")
+
+        trio.run(lambda: outlives(server, lambda: other.execute("BEGIN EXCLUSIVE"), release, is_busy=True))
+    assert "another transaction takes too long" in refused(server)
+    nothing_twice(site)
+
+
+def test_a_file_that_is_gone_for_a_while(start: Start, tmp_path: Path) -> None:
+    site = make_site(tmp_path, "sqlite:keys.db")
+    server = serve(start, site)
+    path, away = site / "keys.db", site / "away.db"
+
+    def bring_back() -> None:
+        if away.exists():
+            _ = away.rename(path)
+
+    trio.run(lambda: outlives(server, lambda: path.rename(away), bring_back, is_busy=False))
+    assert "it was moved, removed or replaced while in use" in refused(server)
+    nothing_twice(site)
+
+
+def test_a_file_that_is_damaged_under_a_server(start: Start, tmp_path: Path) -> None:
+    """It refuses and changes nothing more; the file stays for the operator, and a backup in its place serves again."""
+    site = make_site(tmp_path, "sqlite:keys.db")
+    path, backup = site / "keys.db", site / "backup.db"
+    first = serve(start, site)
+    given = trio.run(boot_and_sync, first)
+    _ = first.stop(signal.SIGTERM)
+    _ = shutil.copy(path, backup)
+    server = serve(start, site)
+    content = bytearray(path.read_bytes())
+    content[4096:] = b"\xa5" * len(content[4096:])
+    _ = path.write_bytes(content)
+    trio.run(refuses, server)
+    assert "damaged; stop the server, keep the file, and restore a backup" in refused(server)
+    assert path.read_bytes() == content
+    for beside in site.glob("keys.db*"):
+        _ = beside.rename(site / f"broken {beside.name}")
+    _ = shutil.copy(backup, path)
+    assert trio.run(boot_and_sync, serve(start, site)) == given
+
+
+def test_a_disk_that_only_reads(start: Start, tmp_path: Path) -> None:
+    site = make_site(tmp_path, "sqlite:disk/keys.db")
+    with small_disk(site / "disk") as disk:
+        first = serve(start, site)
+        given = trio.run(boot_and_sync, first)
+        _ = first.stop(signal.SIGTERM)
+        _ = subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        before = (disk / "keys.db").read_bytes()
+        with pytest.raises(AssertionError, match=r"cannot be opened; .*may this user write it"):
+            _ = serve(start, site)
+        assert (disk / "keys.db").read_bytes() == before
+        _ = subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
+        assert trio.run(boot_and_sync, serve(start, site)) == given
