@@ -37,6 +37,9 @@ _CRL_VERSION_2: Final = bytes.fromhex("020101")
 _P256_KEY: Final = bytes.fromhex("3059301306072a8648ce3d020106082a8648ce3d03010703420004")
 """SubjectPublicKeyInfo of a P-256 key as an uncompressed point, up to the point."""
 
+_MEMBERS: Final = (0xA0, der.INTEGER, *[der.SEQUENCE] * 5, 0xA3)
+"""The tags of a certificate's members."""
+
 _TRUE: Final = bytes([der.BOOLEAN, 1, 0xFF])
 """DER leaves a critical flag that is false out."""
 
@@ -109,7 +112,7 @@ def _read_block(block: bytes) -> bytes:
     if not end or after.strip():
         raise DerError("a PEM block that does not end, or text after one")
     try:
-        return a2b_base64(body.translate(None, b"\r\n"), strict_mode=True)
+        return a2b_base64(body.replace(b"\n", b"").replace(b"\r", b""), strict_mode=True)
     except Base64Error:
         raise DerError("a PEM block that is not base64") from None
 
@@ -117,9 +120,7 @@ def _read_block(block: bytes) -> bytes:
 def read_certificate(data: bytes) -> Certificate:
     """What the certificate in DER says. Raises `DerError`."""
     signed, signature = _split(data)
-    version, serial, algorithm, issuer, validity, subject, key, wrapped = der.members(
-        data, signed[2], signed[3], 0xA0, der.INTEGER, *[der.SEQUENCE] * 5, 0xA3
-    )
+    version, serial, algorithm, issuer, validity, subject, key, wrapped = der.members(data, *signed[2:], *_MEMBERS)
     if der.whole(data, version) != _VERSION_3:
         raise DerError("not an X.509 certificate of version 3")
     _check_algorithm(data, algorithm)
@@ -240,7 +241,7 @@ def _read_extensions(data: bytes, wrapped: der.Element, known: frozenset[bytes])
         end = start + 2 + data[start + 1]
         name = data[start + 2 : end]
         critical = data.startswith(_TRUE, end)
-        begin, end = der.only(data, end + len(_TRUE) if critical else end, stop, der.OCTET_STRING)
+        begin, end = der.only(data, end + 3 if critical else end, stop, der.OCTET_STRING)
         if name in extensions:
             raise DerError("an extension twice")
         if critical and name not in known:

@@ -87,6 +87,9 @@ def single(data: bytes, start: int, end: int) -> Element:
 
 def only(data: bytes, start: int, end: int, tag: int) -> tuple[int, int]:
     """The content of the one element of this tag that fills ``data[start:end]``."""
+    length = end - start - 2
+    if 0 <= length < 0x80 and data[start + 1] == length and data[start] == tag:
+        return start + 2, end
     found = single(data, start, end)
     if found[0] != tag:
         raise DerError(f"not an element of tag 0x{tag:02x}")

@@ -23,12 +23,17 @@ from chutes_proto.quote.layout import Tee
 Ca: TypeAlias = Literal["platform", "processor"]
 SgxType: TypeAlias = Literal["standard", "scalable", "scalable with integrity"]
 
-_TCB: Final = SGX_EXTENSION + b"\x02"
+_HEAD: Final = bytes([der.OBJECT_IDENTIFIER, len(SGX_EXTENSION) + 1]) + SGX_EXTENSION
+_TCB_HEAD: Final = bytes([der.OBJECT_IDENTIFIER, len(SGX_EXTENSION) + 2]) + SGX_EXTENSION + b"\x02"
 _INTEGERS: Final = tuple(bytes([der.INTEGER, 1, n] if n < 0x80 else [der.INTEGER, 2, 0, n]) for n in range(256))
 """The DER of the numbers of one byte."""
-_NAMES: Final = tuple(bytes([der.OBJECT_IDENTIFIER, len(_TCB) + 1, *_TCB, arc]) for arc in range(1, 17))
+_NAMES: Final = tuple(_TCB_HEAD + bytes([arc]) for arc in range(1, 17))
 _HEADS: Final = tuple(tuple(bytes([der.SEQUENCE, len(name) + size]) + name for name in _NAMES) for size in (3, 4))
 """What stands before the number of each component, by the size of that number's DER."""
+_ITEM: Final = len(_HEADS[0][0]) + 3
+_COMPONENTS: Final = b"".join(head + _INTEGERS[0] for head in _HEADS[0])
+"""The DER of sixteen components of which each has one byte: the last of each `_ITEM` bytes is its number."""
+_KNOWN: Final = frozenset(range(1, 8))
 
 
 def _configuration(*flags: bool | None) -> bytes:
@@ -77,8 +82,8 @@ class PckIdentity:
 
 def read_pck_extension(value: bytes, *, ca: Ca, tee: Tee) -> PckIdentity:
     """The identity in the SGX extension's value. Raises `DerError`."""
-    items = _items(value, *der.only(value, 0, len(value), der.SEQUENCE), SGX_EXTENSION)
-    if not items.keys() >= {1, 2, 3, 4, 5} or not items.keys() <= set(range(1, 8)):
+    items = _items(value, *der.only(value, 0, len(value), der.SEQUENCE), _HEAD)
+    if not _KNOWN - {6, 7} <= items.keys() <= _KNOWN:
         raise DerError("an item of the SGX extension is missing or not known")
     cpu_svn, pce_svn = _tcb(value, items[2])
     flags = _FLAGS.get(der.whole(value, items[7]) if 7 in items else b"")
@@ -100,10 +105,9 @@ def read_pck_extension(value: bytes, *, ca: Ca, tee: Tee) -> PckIdentity:
     )
 
 
-def _items(value: bytes, start: int, stop: int, prefix: bytes) -> dict[int, der.Element]:
-    """Pairs of an OID right below ``prefix`` and a value, by the OID's last arc."""
+def _items(value: bytes, start: int, stop: int, head: bytes) -> dict[int, der.Element]:
+    """Pairs of an OID that begins with ``head`` and a value, by the OID's last arc."""
     items: dict[int, der.Element] = {}
-    head = bytes([der.OBJECT_IDENTIFIER, len(prefix) + 1]) + prefix
     size = len(head)
     for tag, _, begin, end in der.elements(value, start, stop):
         arc = begin + size
@@ -119,10 +123,15 @@ def _tcb(value: bytes, element: der.Element) -> tuple[bytes, int]:
     if tag != der.SEQUENCE or end - start < 16:
         raise DerError("the TCB is no SEQUENCE")
     cpu_svn = value[end - 16 : end]
-    components = b"".join([_HEADS[svn > 0x7F][i] + _INTEGERS[svn] for i, svn in enumerate(cpu_svn)])
+    if cpu_svn.isascii():
+        table = bytearray(_COMPONENTS)
+        table[_ITEM - 1 :: _ITEM] = cpu_svn
+        components = bytes(table)
+    else:
+        components = b"".join([_HEADS[svn > 0x7F][i] + _INTEGERS[svn] for i, svn in enumerate(cpu_svn)])
     if not value.startswith(components, start):
         raise DerError("the TCB does not begin with the sixteen components in the CPUSVN at its end")
-    items = _items(value, start + len(components), end, _TCB)
+    items = _items(value, start + len(components), end, _TCB_HEAD)
     if items.keys() != {17, 18}:
         raise DerError("the TCB has not just sixteen components, PCESVN and CPUSVN")
     return _octets(value, items[18], 16, "CPUSVN"), int.from_bytes(der.unsigned(value, items[17], size=2))

@@ -13,9 +13,10 @@ version 3 ("TCB Info V2").
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
-from operator import itemgetter
+from itertools import chain, repeat
+from operator import attrgetter, itemgetter
 from typing import Any, Final, cast
 
 from attrs import frozen
@@ -48,6 +49,7 @@ OF_PLATFORMS: Final = frozenset(TcbStatus) - {
 OF_MODULES: Final = frozenset({TcbStatus.UP_TO_DATE, TcbStatus.OUT_OF_DATE, TcbStatus.REVOKED})
 OF_ENCLAVES: Final = OF_MODULES | {TcbStatus.CONFIGURATION_NEEDED}
 _SVN: Final = itemgetter("svn")
+_REACHED_WITH: Final = attrgetter("sgx", "pce_svn", "tdx")
 _STATUS: Final = {str(status): status for status in TcbStatus}
 
 
@@ -178,31 +180,28 @@ def read_qe_identity(text: bytes) -> QeIdentity:
 
 
 def _platform_levels(table: Mapping[str, object], version: int, *, tdx: bool) -> tuple[PlatformLevel, ...]:
-    levels: list[PlatformLevel] = []
-    for entry in _tables(table, "tcbLevels"):
-        tcb = _table(entry.get("tcb"), "tcb")
-        levels.append(
-            PlatformLevel(
-                _components(tcb, "sgxtcbcomponents") if version == 3 else _numbered_components(tcb),
-                number(tcb, "pcesvn", U16),
-                _components(tcb, "tdxtcbcomponents") if tdx else b"",
-                _stated(entry, OF_PLATFORMS),
-            )
-        )
-    levels.sort(key=lambda level: (level.sgx, level.pce_svn, level.tdx), reverse=True)
-    _check_levels("tcbLevels", [(level.sgx, level.pce_svn, level.tdx) for level in levels])
+    entries = _tables(table, "tcbLevels")
+    tcbs = [_table(entry.get("tcb"), "tcb") for entry in entries]
+    sgx = _components(tcbs, "sgxtcbcomponents") if version == 3 else map(_numbered_components, tcbs)
+    pce_svns = [number(tcb, "pcesvn", U16) for tcb in tcbs]
+    of_module = _components(tcbs, "tdxtcbcomponents") if tdx else repeat(b"", len(tcbs))
+    stated = [_stated(entry, OF_PLATFORMS) for entry in entries]
+    levels = sorted(map(PlatformLevel, sgx, pce_svns, of_module, stated), key=_REACHED_WITH, reverse=True)
+    _check_levels("tcbLevels", [*map(_REACHED_WITH, levels)])
     return tuple(levels)
 
 
-def _components(tcb: Mapping[str, object], name: str) -> bytes:
+def _components(tcbs: Sequence[Mapping[str, object]], name: str) -> list[bytes]:
+    """The components of each TCB, a byte each."""
+    arrays = [array(tcb, name) for tcb in tcbs]
     try:
-        svns = [*map(_SVN, array(tcb, name))]
+        svns = [*map(_SVN, chain.from_iterable(arrays))]
         components = bytes(svns)
     except (TypeError, KeyError, ValueError):  # no object, no svn, no number, or out of range
-        svns, components = [], b""
-    if len(components) != 16 or {*map(type, svns)} != {int}:
+        svns, components = [None], b""
+    if not {*map(len, arrays)} <= {16} or not {*map(type, svns)} <= {int}:
         raise JsonError(f"{name} is not sixteen objects with an svn from 0 to 255")
-    return components
+    return [components[at : at + 16] for at in range(0, len(components), 16)]
 
 
 def _numbered_components(tcb: Mapping[str, object]) -> bytes:

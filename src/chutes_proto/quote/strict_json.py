@@ -64,7 +64,7 @@ def decode(data: bytes, *, limit: int = MAX_SIZE, fractions: bool = False) -> ob
         raise JsonError(f"not JSON at character {exc.pos}") from None
     except ValueError:  # what turns digits into a number has a bound
         raise JsonError("a number too long") from None
-    if "\\u" in text and _has_surrogate(value):
+    if "\\" in text and _has_surrogate(value):
         raise JsonError("a lone surrogate")
     return value
 
@@ -128,13 +128,18 @@ def _check_depth(data: bytes) -> None:
     skeleton = data.translate(None, _NOT_SKELETON).replace(b'""', b"")
     if b'"' in skeleton or b"\\" in skeleton:  # brackets or quotes inside strings
         skeleton = _STRING.sub(b"", data).translate(None, _NOT_SKELETON)
-    for _ in range(MAX_DEPTH):
+    depth = 0
+    while skeleton and depth < MAX_DEPTH:
         skeleton = skeleton.replace(b"{}", b"").replace(b"[]", b"")
+        depth += 1
     if skeleton:
         raise JsonError(f"not JSON: nested deeper than {MAX_DEPTH} levels, or brackets that do not match")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) == 1:
+        ((name, value),) = pairs
+        return {name: value}
     table = dict(pairs)
     if len(table) != len(pairs):
         ((name, _),) = Counter(name for name, _ in pairs).most_common(1)

@@ -448,14 +448,17 @@ def _read_chain(pem: bytes, subject: str, least: int) -> tuple[bytes, ...]:
 
 
 def _root_terms(root: TrustedRoot, above: Sequence[bytes]) -> tuple[Term, ...]:
-    """When the root is valid, by the pin and by the certificate that came with a chain; step 6 for that one."""
-    pinned = Term("root certificate", root.not_before, root.not_after, is_certificate=True)
-    return (pinned, *(_check_root(root, der) for der in above))
+    """When the root is valid, by the pin and by another certificate of it that came with a chain; step 6 for that."""
+    pinned = _pinned(root)
+    return (*pinned, *(_check_root(root, der) for der in above if sha256(der).digest() != root.digest))  # 6
+
+
+@lru_cache(maxsize=16)
+def _pinned(root: TrustedRoot) -> tuple[Term, ...]:
+    return (Term("root certificate", root.not_before, root.not_after, is_certificate=True),)
 
 
 def _check_root(root: TrustedRoot, der: bytes) -> Term:
-    if sha256(der).digest() == root.digest:  # 6
-        return Term("root certificate", root.not_before, root.not_after, is_certificate=True)
     certificate = _read(der, "root certificate")
     if certificate.subject != root.name or certificate.point != root.point:  # 6
         raise UntrustedRoot("root certificate", "it is another", got=certificate.point, expected=root.point)
@@ -600,9 +603,12 @@ def _quoting_enclave(
     return qe_report, key, _Notes(checked("quoting enclave", 28, 29, 30))
 
 
+_DEBUG: Final = int(SgxAttributes.DEBUG)
+
+
 def _check_quoting_enclave(report: SgxReport, identity: QeIdentity) -> None:
     """Steps 31 and 32."""
-    if report.flags & SgxAttributes.DEBUG:  # 31
+    if report.flags & _DEBUG:  # 31
         raise QeDebug("quoting enclave", "it is a debug enclave")
     misc_select = int.from_bytes(report.misc_select, "little") & identity.misc_select_mask
     attributes = int.from_bytes(report.attributes, "little") & identity.attributes_mask
