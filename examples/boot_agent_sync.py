@@ -14,7 +14,7 @@ import httpx
 from chutes_proto.auth.certificates import ENTROPY_SIZE, make_client_identity
 from chutes_proto.blocking.http import HttpxSender
 from chutes_proto.blocking.perform import Performer
-from chutes_proto.blocking.quoting import CommandQuoter
+from chutes_proto.blocking.quoting import make_quoter
 from chutes_proto.blocking.tls import client_context
 from chutes_proto.client.flows import BootSettings, boot, sync_volumes
 
@@ -50,4 +50,4 @@ if __name__ == "__main__":
         raise SystemExit(f"usage: {sys.argv[0]} URL HOTKEY VM_NAME QUOTE_COMMAND CA_PEM VOLUME=DEVICE...")
     url, hotkey, vm_name, command, ca, *disks = sys.argv[1:]
     volumes = dict(disk.split("=", 1) for disk in disks)
-    unlock(url, hotkey, vm_name, CommandQuoter(command), Path(ca).read_bytes(), volumes, open_disk)
+    unlock(url, hotkey, vm_name, make_quoter(command), Path(ca).read_bytes(), volumes, open_disk)

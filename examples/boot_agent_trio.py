@@ -9,7 +9,7 @@ from pathlib import Path
 
 import trio
 
-from chutes_proto.blocking.quoting import CommandQuoter
+from chutes_proto.blocking.quoting import make_quoter
 from chutes_proto_trio import BootAgent
 
 
@@ -41,4 +41,4 @@ if __name__ == "__main__":
         raise SystemExit(f"usage: {sys.argv[0]} URL HOTKEY VM_NAME QUOTE_COMMAND CA_PEM VOLUME=DEVICE...")
     url, hotkey, vm_name, command, ca, *disks = sys.argv[1:]
     volumes = dict(disk.split("=", 1) for disk in disks)
-    trio.run(unlock, url, hotkey, vm_name, CommandQuoter(command), Path(ca).read_bytes(), volumes, open_disk)
+    trio.run(unlock, url, hotkey, vm_name, make_quoter(command), Path(ca).read_bytes(), volumes, open_disk)

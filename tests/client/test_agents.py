@@ -324,7 +324,7 @@ def test_the_examples_do_not_format_what_is_in_use(name: str, credentials: Crede
 @pytest.mark.parametrize("binding", [chutes_proto_trio.client, chutes_proto_asyncio.client])
 @pytest.mark.parametrize("quoter", ["quote-command", None, b"quote"])
 def test_a_quoter_that_cannot_be_called_is_refused_at_once(binding: Any, quoter: Any) -> None:
-    with pytest.raises(LocalProtocolError, match="cannot be called; for a command say CommandQuoter"):
+    with pytest.raises(LocalProtocolError, match="cannot be called; say make_quoter"):
         binding.BootAgent("https://localhost", hotkey=talk.HOTKEY, vm_name="vm-1", quoter=quoter)
 
 

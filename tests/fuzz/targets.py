@@ -14,7 +14,8 @@ from itertools import chain
 from attrs import frozen
 
 from chutes_proto.collateral import pcs
-from chutes_proto.errors import ChutesError, QuoteError, Refusal, RemoteProtocolError, UpstreamError
+from chutes_proto.errors import ChutesError, HeaderRejected, QuoteError, Refusal, RemoteProtocolError, UpstreamError
+from chutes_proto.luks.header import check_header
 from chutes_proto.quote.certificates import (
     SGX_EXTENSION,
     check_kind,
@@ -35,11 +36,14 @@ from chutes_proto.quote.verify import open_quote, verify_collateral
 from chutes_proto.testing.directory import measurements_toml
 from chutes_proto.testing.platform import SimulatedPlatform
 from chutes_proto.testing.service import CollateralService
+from chutes_proto.transport import qgs
 from chutes_proto.transport.client import ClientConnection
 from chutes_proto.transport.h1 import ServerConnection
 from chutes_proto.wire import codec, endpoints, json
 from chutes_proto.wire.answers import error_response
 from chutes_proto.wire.http import HttpRequest, HttpResponse, MalformedRequest
+from tests.luks import headers as luks
+from tests.qgs import qgs_answer
 from tests.quote.logs import EVENTS, grub, log, spec
 
 NOW = 1_800_000_000
@@ -170,6 +174,44 @@ def collateral_answers() -> list[bytes]:
     answers = [service.answer(HttpRequest("GET", path), NOW) for path in paths]
     chain = (answers[0].header("tcb-info-issuer-chain") or "").encode("latin-1")
     return [*(answer.body for answer in answers), chain, b"120", b"Fri, 15 Jan 2027 08:00:30 GMT"]
+
+
+# --- disks ---
+
+
+def check_luks(data: bytes) -> None:
+    """A header on a disk, or a JSON area in one whose checksums hold, is as it must be, or the one error says why not."""
+    for head in (data, luks.both(data[: luks.AREA - 4096])):
+        with suppress(HeaderRejected):
+            header = check_header(head, luks.SIZE, "/dev/vdb")
+            if header is not None:
+                again = check_header(header.area, luks.SIZE, "/dev/vdb")
+                assert again is not None
+                assert again.whole
+                assert (again.cipher, again.area) == ("aes-xts-plain64", header.area)
+
+
+def luks_headers() -> list[bytes]:
+    values = (luks.told(), luks.told(2), {**luks.told(), "keyslots": {"0": luks.slot(kdf=luks.ARGON2ID)}})
+    areas = [stdlib_json.dumps(value, separators=(",", ":")).encode() for value in values]
+    return [*areas, *(luks.both(area)[: 2 * luks.AREA] for area in areas)]
+
+
+# --- the answer of a quote generation service ---
+
+
+def check_qgs_answer(data: bytes) -> None:
+    """A framed answer gives a quote that stands at its end, or the one error for a peer's bytes says why not."""
+    with suppress(RemoteProtocolError):
+        size = qgs.message_size(data[:4])
+        quote = qgs.read_quote(data[4 : 4 + size])
+        assert quote
+        assert data[4 : 4 + size].endswith(quote)
+
+
+def qgs_answers() -> list[bytes]:
+    quote = PLATFORM.quote(bytes(64))
+    return [qgs_answer(quote), qgs_answer(quote, key_id=bytes(16), minor=0), qgs_answer(b"", error=0x12001)]
 
 
 # --- the HTTP connection ---
@@ -325,6 +367,8 @@ TARGETS = {
     "policy": Target(check_policy, policies),
     "event-log": Target(check_event_log, event_logs),
     "collateral-answer": Target(check_collateral_answer, collateral_answers),
+    "luks-header": Target(check_luks, luks_headers),
+    "qgs-answer": Target(check_qgs_answer, qgs_answers),
     "http": Target(check_http, http_requests),
     "http-answer": Target(check_http_answer, http_answers),
     "json": Target(check_json, json_bodies),

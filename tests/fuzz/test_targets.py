@@ -14,6 +14,7 @@ from chutes_proto.quote.layout import parse_quote
 from chutes_proto.quote.measurements import parse_profiles_json
 from chutes_proto.quote.policy import AnyOf, Policy, parse_policy_toml
 from chutes_proto.quote.verify import open_quote, verify_collateral
+from chutes_proto.transport.qgs import read_quote
 from tests.fuzz import targets
 from tests.fuzz.targets import TARGETS
 
@@ -57,6 +58,7 @@ def test_honest_inputs_get_through() -> None:
     assert one.profiles == other.profiles
     assert isinstance(parse_policy_toml(either), AnyOf)
     assert parse_profiles_json(listed)
+    assert read_quote(targets.qgs_answers()[0][4:]) == read_quote(targets.qgs_answers()[1][4:])
     assert [len(targets.exchange([stream])[0]) for stream in targets.http_requests()] == [1, 2, 1, 2, 1]
     taken = [targets.answer_in([stream]) for stream in targets.http_answers()]
     assert [answer and answer.status for answer in taken] == [200, 503, 200, 307, None]

@@ -1,25 +1,32 @@
 """Where quotes come from. A quoter is a callable: 64 bytes of report data in, the quote out; it may block.
 
-The simulated platform's quoter is its method ``SimulatedPlatform.quote``. Whatever goes wrong with a quoter reaches a
-flow as `QuoteUnavailable`, whose text says what was tried.
+`make_quoter` makes one of what a configuration names; the simulated platform's is its method
+``SimulatedPlatform.quote``. Whatever goes wrong with a quoter reaches a flow as `QuoteUnavailable`, whose text says
+what was tried.
+
+Rules kept here:
+
+* "auto" never chooses what only trials and the operator can mean: the simulated platform, and a program;
+* a kind of quoter is imported when one is made.
 """
 
 from __future__ import annotations
 
-import shlex
-import subprocess
+import re
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
-from chutes_proto.errors import LocalProtocolError, QuoteUnavailable
+from chutes_proto.errors import ConfigurationError, LocalProtocolError, QuoteUnavailable
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from chutes_proto.quote.measurements import Stage
 
 Quoter: TypeAlias = "Callable[[bytes], bytes]"
 
 MAX_QUOTE = 48 * 1024
 """No more than this fits, in base64, into the 64 KiB body that a server reads."""
-
-_PLACE = "{report_data}"
-_TAIL = 300
 
 
 def check_quoter(quoter: object) -> None:
@@ -27,8 +34,8 @@ def check_quoter(quoter: object) -> None:
     if not callable(quoter):
         kind = type(quoter).__name__
         raise LocalProtocolError(
-            f"a quoter is called with the report data and gives the quote, and {kind} cannot be called; for a command"
-            " say CommandQuoter(command)"
+            f"a quoter is called with the report data and gives the quote, and {kind} cannot be called; say"
+            ' make_quoter("auto"), or make_quoter(command)'
         )
 
 
@@ -43,38 +50,113 @@ def take_quote(quoter: Quoter, report_data: bytes) -> bytes:
     return quote
 
 
-class CommandQuoter:
-    """An external program as a quoter.
+def log_line(text: str) -> None:
+    """Hand a text to the standard library's ``logging``, logger ``chutes_proto``."""
+    import logging
 
-    ``command`` is a list of arguments, or a line that is cut as a shell would cut it (no shell runs). The program gets
-    the report data in hex, as one line on its standard input and wherever an argument says ``{report_data}``; it
-    writes the quote to its standard output and exits with 0 within ``timeout`` seconds.
+    logging.getLogger("chutes_proto").info("%s", text)
+
+
+class AutoQuoter:
+    """The first of some quoters that gives a quote; from then on, that one. ``tell`` hears which, and why not others.
+
+    Every quote is the server's to judge, so it does not matter for security which one it is.
     """
 
-    def __init__(self, command: Sequence[str] | str, *, timeout: float = 30.0) -> None:
-        try:
-            self._command = shlex.split(command) if isinstance(command, str) else list(command)
-        except ValueError as exc:
-            raise QuoteUnavailable(f"the quote command cannot be cut into arguments: {exc}") from None
-        self._timeout = timeout
-        if not self._command:
-            raise QuoteUnavailable("the quote command is empty")
+    def __init__(self, quoters: Sequence[Quoter], *, tell: Callable[[str], None] = log_line) -> None:
+        self._quoters = tuple(quoters)
+        self._tell = tell
+
+    def __str__(self) -> str:
+        return ", or else ".join(map(str, self._quoters))
 
     def __call__(self, report_data: bytes) -> bytes:
-        """The program's standard output. Raises `QuoteUnavailable` with its exit status and its last words."""
-        text = report_data.hex()
-        arguments = [argument.replace(_PLACE, text) for argument in self._command]
-        name = arguments[0]
-        try:
-            done = subprocess.run(
-                arguments, input=f"{text}\n".encode(), capture_output=True, timeout=self._timeout, check=False
-            )
-        except subprocess.TimeoutExpired:
-            raise QuoteUnavailable(f"the quote command {name} did not end within {self._timeout:g} s") from None
-        except OSError as exc:
-            raise QuoteUnavailable(f"the quote command {name} cannot be run: {exc.strerror}") from exc
-        if done.returncode != 0:
-            ended = f"with exit status {done.returncode}" if done.returncode > 0 else f"by signal {-done.returncode}"
-            said = done.stderr.decode("utf-8", "replace").strip()[-_TAIL:]
-            raise QuoteUnavailable(f"the quote command {name} ended {ended}: {said or 'it said nothing'}")
-        return done.stdout
+        """Its quote. Raises `QuoteUnavailable` with the reasons of all."""
+        reasons: list[str] = []
+        for quoter in self._quoters:
+            try:
+                quote = take_quote(quoter, report_data)
+            except QuoteUnavailable as exc:
+                reasons.append(str(exc))
+                continue
+            if len(self._quoters) > 1:
+                for reason in reasons:
+                    self._tell(f"no quote from {reason}")
+                self._tell(f"quotes come from {quoter}")
+                self._quoters = (quoter,)
+            return quote
+        raise QuoteUnavailable("; ".join(reasons))
+
+
+def make_quoter(
+    text: str,
+    *,
+    tell: Callable[[str], None] = log_line,
+    platform: str | Path | None = None,
+    stage: Stage = "boot",
+) -> Quoter:
+    """The quoter that ``text``, of a configuration or a command line, names.
+
+    ``auto``
+        the first of ``tsm`` and ``vsock`` that gives a quote; ``tell`` hears which
+    ``tsm``, ``tsm:DIR``
+        the kernel's configfs-TSM, in DIR if it is mounted elsewhere
+    ``vsock``, ``vsock:CID:PORT``
+        the TDX guest device, and a quote generation service over vsock (``2:4050``)
+    ``unix:PATH``
+        the TDX guest device, and a quote generation service at a Unix socket
+    ``command:LINE``, or any other text
+        a program, see `CommandQuoter`
+    ``simulated``, ``simulated:DIR``
+        the simulated platform in DIR (``platform``, or this user's), made if missing; a simulated TD measures as it
+        does at ``stage``
+
+    Raises `ConfigurationError`.
+    """
+    kind, colon, rest = text.partition(":")
+    match kind:
+        case "auto" if not colon:
+            return AutoQuoter([make_quoter("tsm"), make_quoter("vsock")], tell=tell)
+        case "tsm" if rest or not colon:
+            from chutes_proto.blocking.quoters.tsm import ROOT, TsmQuoter
+
+            return TsmQuoter(rest or ROOT)
+        case "vsock":
+            from chutes_proto.blocking.quoters.device import DeviceQuoter, VsockService
+
+            return DeviceQuoter(VsockService(*_vsock_address(text, rest)) if colon else VsockService())
+        case "unix" if rest:
+            from chutes_proto.blocking.quoters.device import DeviceQuoter, UnixService
+
+            return DeviceQuoter(UnixService(rest))
+        case "simulated" if rest or not colon:
+            return _simulated(rest or platform, stage)
+        case "auto" | "tsm" | "unix" | "simulated":
+            raise ConfigurationError(f"quoter {text!r}: {kind} is followed by {_FOLLOWED[kind]}")
+        case _:
+            from chutes_proto.blocking.quoters.command import CommandQuoter
+
+            return CommandQuoter(rest if kind == "command" and colon else text)
+
+
+_FOLLOWED = {"auto": "nothing", "tsm": "nothing, or :DIR", "unix": ":PATH", "simulated": "nothing, or :DIR"}
+
+
+def _vsock_address(text: str, address: str) -> tuple[int, int]:
+    found = re.fullmatch(r"([0-9]{1,10}):([0-9]{1,10})", address)
+    numbers = tuple(map(int, found.groups())) if found else (2**32,)
+    if max(numbers) >= 2**32:
+        raise ConfigurationError(f"quoter {text!r}: vsock is followed by nothing, or :CID:PORT, two numbers below 2^32")
+    cid, port = numbers
+    return cid, port
+
+
+def _simulated(directory: str | Path | None, stage: Stage) -> Quoter:
+    import os
+    import time
+    from functools import partial
+
+    from chutes_proto.blocking.platform import open_platform, platform_directory
+
+    record = open_platform(directory or platform_directory(os.environ), int(time.time()))
+    return partial(record.platform.quote, stage=stage)

@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
         answer = miner.ask(
             options,
             lambda who, identity: attest_server(who, options.id, identity.spki_sha256),
-            quoter=lambda now: quoter.open_quoter(options, now, "runtime"),
+            quoter=lambda: quoter.open_quoter(options, "runtime"),
         )
     except Refusal as exc:
         return console.refused(options, exc)

@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
     now = int(time.time())
     identity = make_client_identity(now, os.urandom(ENTROPY_SIZE))
     settings = BootSettings(options.hotkey, options.vm, identity.spki_sha256, retry=retry)
-    quote = quoter.open_quoter(options, now)
+    quote = quoter.open_quoter(options)
     keys_directory = make_directory(options.keys, mode=0o700) if options.keys else None
     context = client_context(identity, read_file(options.ca) if options.ca else None)
     with httpx.Client(verify=context, trust_env=False) as client:

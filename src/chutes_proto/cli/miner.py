@@ -47,7 +47,7 @@ def ask(
     options: argparse.Namespace,
     flow: Callable[[Miner, ClientIdentity], Flow[T]],
     *,
-    quoter: Callable[[int], Quoter] | None = None,
+    quoter: Callable[[], Quoter] | None = None,
 ) -> T:
     """Run a flow against the server. Raises `Refusal`, and `ConfigurationError` where there is no answer."""
     import os
@@ -71,7 +71,7 @@ def ask(
     context = client_context(identity, read_file(options.ca) if options.ca else None)
     with httpx.Client(verify=context, trust_env=False) as client:
         send = HttpxSender(client, options.url)
-        performer = Performer(send=send, quoter=None if quoter is None else quoter(now))
+        performer = Performer(send=send, quoter=None if quoter is None else quoter())
         try:
             return performer.run(flow(miner, identity))
         except TransportError as exc:

@@ -1,4 +1,4 @@
-"""The quoter that a command is told to use: the simulated platform, or a program."""
+"""The quoter that a command is told to use."""
 
 from __future__ import annotations
 
@@ -11,29 +11,23 @@ if TYPE_CHECKING:
     from chutes_proto.blocking.quoting import Quoter
     from chutes_proto.quote.measurements import Stage
 
+HELP = (
+    "where quotes come from: 'tsm' (the kernel's configfs-TSM), 'vsock' or 'vsock:CID:PORT' (the TDX guest device and"
+    " the host's quote generation service), 'unix:PATH' (that service at a Unix socket), 'auto' (the first of tsm and"
+    " vsock that gives one), 'simulated' (for trials), or a command that gets 64 bytes of report data in hex, on"
+    " standard input and in place of {report_data}, and writes the quote to standard output or to the file {output};"
+    " no shell runs"
+)
+
 
 def add_quoter(parser: argparse.ArgumentParser) -> None:
     """The options that `open_quoter` reads."""
-    console.add(
-        parser,
-        "--quoter",
-        metavar="COMMAND",
-        default="simulated",
-        help="'simulated' (default), or a command that gets 64 bytes of report data in hex, on standard input and in"
-        " place of {report_data}, and writes the quote to standard output; no shell runs",
-    )
+    console.add(parser, "--quoter", metavar="QUOTER", default="simulated", help=f"{HELP} (default: simulated)")
     console.add_platform(parser)
 
 
-def open_quoter(options: argparse.Namespace, now: int, stage: Stage = "boot") -> Quoter:
-    """The quoter; a simulated TD measures as it does at ``stage``."""
-    import os
-    from functools import partial
+def open_quoter(options: argparse.Namespace, stage: Stage = "boot") -> Quoter:
+    """The quoter; a simulated TD measures as it does at ``stage``. Raises `ConfigurationError`."""
+    from chutes_proto.blocking.quoting import make_quoter
 
-    from chutes_proto.blocking.platform import open_platform, platform_directory
-    from chutes_proto.blocking.quoting import CommandQuoter
-
-    if options.quoter != "simulated":
-        return CommandQuoter(options.quoter)
-    platform = open_platform(options.platform or platform_directory(os.environ), now).platform
-    return partial(platform.quote, stage=stage)
+    return make_quoter(options.quoter, tell=console.tell, platform=options.platform, stage=stage)
