@@ -15,7 +15,9 @@ from chutes_proto.blocking.https import TimeLimits
 from chutes_proto.blocking.perform import log_record
 from chutes_proto.blocking.quoting import Quoter
 from chutes_proto.blocking.tls import client_context
+from chutes_proto.client.retry import RetryPolicy
 from chutes_proto.client.servers import (
+    MINER_RETRY,
     Miner,
     attest_server,
     list_servers,
@@ -59,12 +61,13 @@ class MinerClient:
         ca_pem: bytes | None = None,
         identity: ClientIdentity | None = None,
         client: httpx.AsyncClient | None = None,
+        retry: RetryPolicy = MINER_RETRY,
         limits: TimeLimits = TimeLimits(),
         log: Callable[[Record], None] = log_record,
     ) -> None:
         if client is not None and identity is None:
             raise LocalProtocolError("an own client comes with the identity whose certificate it presents")
-        self._miner = Miner(hotkey, signer, signatures)
+        self._miner = Miner(hotkey, signer, signatures, retry)
         self._identity = identity or make_client_identity(int(time.time()), os.urandom(ENTROPY_SIZE))
         self._owned = None
         if client is None:

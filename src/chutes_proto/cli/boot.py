@@ -6,15 +6,12 @@ import argparse
 import re
 from typing import TYPE_CHECKING
 
-from chutes_proto.cli import console, quoter
+from chutes_proto.cli import console, quoter, sending
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     from chutes_proto.client.flows import BootGrant, VolumeKeys
-    from chutes_proto.log import Record
-    from chutes_proto.wire.http import HttpRequest, HttpResponse
 
 NAME = "boot"
 _VOLUME = re.compile(r"(?!\.)[A-Za-z0-9_.-]{1,64}")
@@ -56,9 +53,7 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
         help="all volumes of the VM (default: storage,tdx-cache); the server retires the keys of others",
     )
     console.add(parser, "--keys", metavar="DIR", help="write the passphrases into this directory, made if missing")
-    console.add(
-        parser, "--wait", metavar="SECONDS", type=float, default=30.0, help="try again for this long (default: 30)"
-    )
+    sending.add_wait(parser, 30.0)
     console.add_json(parser)
     return parser
 
@@ -75,12 +70,9 @@ def run(options: argparse.Namespace) -> int:
     from chutes_proto.blocking.perform import Performer
     from chutes_proto.blocking.tls import client_context
     from chutes_proto.client.flows import BootSettings, boot, boot_and_sync
-    from chutes_proto.client.retry import RetryPolicy
     from chutes_proto.errors import ConfigurationError, Refusal, TransportError
 
-    if not 0 <= options.wait <= 86400:
-        raise ConfigurationError("--wait: 0 to 86400 seconds")
-    retry = RetryPolicy(deadline=options.wait) if options.wait else RetryPolicy(attempts=1)
+    retry = sending.retry_policy(options)
     now = int(time.time())
     identity = make_client_identity(now, os.urandom(ENTROPY_SIZE))
     settings = BootSettings(options.hotkey, options.vm, identity.spki_sha256, retry=retry)
@@ -88,7 +80,8 @@ def run(options: argparse.Namespace) -> int:
     keys_directory = make_directory(options.keys, mode=0o700) if options.keys else None
     context = client_context(identity, read_file(options.ca) if options.ca else None)
     with httpx.Client(verify=context, trust_env=False) as client:
-        performer = Performer(send=_verified(HttpxSender(client, options.url), options.url), quoter=quote, log=_tell)
+        send = sending.verified(HttpxSender(client, options.url), options.url)
+        performer = Performer(send=send, quoter=quote, log=sending.tell)
         try:
             grant = performer.run(boot(settings))
             grant, keys = performer.run(boot_and_sync(settings, options.volumes, formatted=(), grant=grant))
@@ -101,29 +94,6 @@ def run(options: argparse.Namespace) -> int:
     if keys_directory is not None:
         _write_keys(keys_directory, grant, keys)
     return _granted(options, grant, keys)
-
-
-def _verified(send: Callable[[HttpRequest], HttpResponse], url: str) -> Callable[[HttpRequest], HttpResponse]:
-    """``send``, which raises `ConfigurationError`, that no flow tries again, where the certificate does not verify."""
-    import ssl
-
-    from chutes_proto.errors import ConfigurationError, TransportError
-
-    def sending(request: HttpRequest) -> HttpResponse:
-        try:
-            return send(request)
-        except TransportError as exc:
-            cause: BaseException | None = exc
-            while cause is not None:
-                if isinstance(cause, ssl.SSLCertVerificationError):
-                    told = cause.verify_message or str(cause)
-                    raise ConfigurationError(
-                        f"the certificate of {url} does not verify: {told}; is its CA the one in --ca?"
-                    ) from None
-                cause = cause.__cause__ or cause.__context__
-            raise
-
-    return sending
 
 
 def _granted(options: argparse.Namespace, grant: BootGrant, keys: VolumeKeys) -> int:
@@ -156,18 +126,6 @@ def _write_keys(directory: Path, grant: BootGrant, keys: VolumeKeys) -> None:
     for name, passphrase in {"root": grant.root_passphrase, **keys.passphrases}.items():
         write_file(directory / name, passphrase.reveal(), mode=0o600)
         console.tell(f"{name}: passphrase written to {directory / name}")
-
-
-def _tell(record: Record) -> None:
-    """Progress, one line a record. A client's records hold no secret."""
-    fields = dict(record.fields)
-    match record.event:
-        case "boot_step":
-            console.tell(f"{fields['step']} (attempt {fields['attempt']})")
-        case "boot_delayed":
-            console.tell(f"{fields['step']} failed: {fields['reason']}; next attempt in {fields['wait']} s")
-        case _:
-            pass
 
 
 def _volumes(text: str) -> tuple[str, ...]:

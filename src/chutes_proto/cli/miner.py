@@ -6,17 +6,19 @@ import argparse
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
-from chutes_proto.cli import console
+from chutes_proto.cli import console, sending
 
 if TYPE_CHECKING:
     from chutes_proto.auth.certificates import ClientIdentity
     from chutes_proto.blocking.quoting import Quoter
     from chutes_proto.client.servers import Miner
     from chutes_proto.effects import Flow
+    from chutes_proto.log import Record
 
 T = TypeVar("T")
 
 EXIT_CODES = (
+    'No answer, or one that says "not now", is waited for until the end of --wait.\n\n'
     "exit code: 0 done; 1 the server refused, or was not available; 2 usage, a file that cannot be read, or no answer"
 )
 
@@ -40,6 +42,7 @@ def add_miner(parser: argparse.ArgumentParser) -> None:
         help="sign as deployed servers want it (default), or the whole request, so that a captured signature is good"
         " for nothing else",
     )
+    sending.add_wait(parser, 10.0)
     console.add_json(parser)
 
 
@@ -67,14 +70,20 @@ def ask(
     pair = read_hotkey(options.hotkey_file)
     now = int(time.time())
     identity = make_client_identity(now, os.urandom(ENTROPY_SIZE))
-    miner = Miner(pair.hotkey.address, pair.sign, options.signatures)
+    miner = Miner(pair.hotkey.address, pair.sign, options.signatures, sending.retry_policy(options))
     context = client_context(identity, read_file(options.ca) if options.ca else None)
     with httpx.Client(verify=context, trust_env=False) as client:
-        send = HttpxSender(client, options.url)
-        performer = Performer(send=send, quoter=None if quoter is None else quoter())
+        send = sending.verified(HttpxSender(client, options.url), options.url)
+        performer = Performer(send=send, quoter=None if quoter is None else quoter(), log=_tell)
         try:
             return performer.run(flow(miner, identity))
         except TransportError as exc:
             raise ConfigurationError(
                 f"no answer from {options.url}: {exc}; is the server running there, and its CA in --ca?"
             ) from None
+
+
+def _tell(record: Record) -> None:
+    """Only what keeps one waiting."""
+    if record.event == "request_delayed":
+        sending.tell(record)

@@ -58,16 +58,17 @@ DEFAULT_RETRY = RetryPolicy()
 
 
 class Budget:
-    """The attempts and the time of one exchange."""
+    """The attempts and the time of one exchange; ``what`` begins the names of its log records."""
 
-    def __init__(self, policy: RetryPolicy, started: float) -> None:
+    def __init__(self, policy: RetryPolicy, started: float, what: str = "boot") -> None:
         self._policy = policy
         self._started = started
+        self._what = what
         self._failures = 0
 
     def announce(self, step: str) -> Flow[None]:
         """Tell the operator which step begins, in which attempt, and how long the exchange may still take."""
-        yield from Log(Record(Level.INFO, "boot_step", self._told(step, (yield from self._left()))))
+        yield from Log(Record(Level.INFO, f"{self._what}_step", self._told(step, (yield from self._left()))))
 
     def pause(self, step: str, error: ChutesError, hidden: Secret | None) -> Flow[None]:
         """Wait before the next attempt. Raises ``error`` where the policy allows none."""
@@ -79,14 +80,14 @@ class Budget:
         fields = {**self._told(step, left), "wait": round(delay, 1), **described(error, hidden)}
         if self._policy.servers > 1 and not isinstance(error, QuoteUnavailable):
             fields["next_server"] = yield from NextServer()
-        yield from Log(Record(Level.WARNING, "boot_delayed", fields))
+        yield from Log(Record(Level.WARNING, f"{self._what}_delayed", fields))
         yield from Sleep(delay)
         self._failures += 1
 
     def give_up(self, step: str, error: ChutesError, hidden: Secret | None) -> Flow[NoReturn]:
         """Tell the operator why the exchange ends, and raise ``error``."""
         fields = {**self._told(step, (yield from self._left())), **described(error, hidden)}
-        yield from Log(Record(Level.ERROR, "boot_stopped", fields))
+        yield from Log(Record(Level.ERROR, f"{self._what}_stopped", fields))
         raise error
 
     def _asked(self, error: ChutesError) -> float:
@@ -104,9 +105,9 @@ class Budget:
         return {"step": step, "attempt": attempt, "seconds_left": round(max(left, 0.0), 1)}
 
 
-def begin(policy: RetryPolicy) -> Flow[Budget]:
+def begin(policy: RetryPolicy, what: str = "boot") -> Flow[Budget]:
     """A budget that runs from now on."""
-    return Budget(policy, (yield from Uptime()) if policy.started is None else policy.started)
+    return Budget(policy, (yield from Uptime()) if policy.started is None else policy.started, what)
 
 
 def described(error: ChutesError, hidden: Secret | None = None) -> dict[str, Value]:

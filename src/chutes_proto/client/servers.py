@@ -2,8 +2,10 @@
 
 Rules kept here:
 
-* each request is signed by the hotkey, over the bytes that are sent;
-* a flow asks once: only its caller knows whether asking again does any harm; an attestation begins with a new nonce;
+* each request is signed by the hotkey, over the bytes that are sent, at the time when they are sent;
+* no answer, 429 and 5xx are tried again, as the retry policy says; a refusal is final. What the server may have done
+  before its answer was lost is not taken for a refusal: a registration that is found as it was asked for, and a removal
+  of what is gone, are done. An attestation begins again, with a new nonce;
 * no answer makes a flow send its request anywhere else: a redirect is an error.
 
 All raise `Refusal`, `TransportError`, and `RemoteProtocolError` for an answer that is not the protocol;
@@ -13,20 +15,33 @@ All raise `Refusal`, `TransportError`, and `RemoteProtocolError` for an answer t
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import TypeVar, cast
+from collections.abc import Callable, Sequence
+from typing import Final, TypeVar, cast
 
 from attrs import evolve, field, frozen
 
 from chutes_proto.auth.binding import report_data
 from chutes_proto.auth.hotkey import Hotkey, HotkeyError
 from chutes_proto.auth.signing import Signer, SigningPolicy, messages_to_sign, signature_headers
+from chutes_proto.client.retry import RetryPolicy, begin
+from chutes_proto.codes import Code
 from chutes_proto.effects import Flow, MakeQuote, Now, Send
-from chutes_proto.errors import LocalProtocolError, RemoteProtocolError
+from chutes_proto.errors import (
+    LocalProtocolError,
+    QuoteUnavailable,
+    Refused,
+    RemoteProtocolError,
+    TransportError,
+    Unavailable,
+)
 from chutes_proto.wire import codec, endpoints, messages
 from chutes_proto.wire.endpoints import Endpoint
 
+T = TypeVar("T")
 A = TypeVar("A", bound=messages.Answer)
+
+MINER_RETRY: Final = RetryPolicy(attempts=4, cap=10.0, deadline=60.0)
+"""What a person at a terminal, or a script, waits for."""
 
 _HEX_32 = re.compile(r"[0-9a-f]{64}")
 
@@ -43,12 +58,13 @@ class Miner:
     """Whose servers: the hotkey, from its SS58 address, and what signs with it.
 
     The ``signer`` may be `HotkeyPair.sign`, or call whatever holds the key. With ``signatures="request"`` each
-    signature is over the whole request and good for nothing else.
+    signature is over the whole request and good for nothing else. ``retry`` is for each flow by itself.
     """
 
     hotkey: Hotkey = field(converter=_parsed)
     signer: Signer = field(repr=False)
     signatures: SigningPolicy = "compatible"
+    retry: RetryPolicy = MINER_RETRY
 
 
 def register_server(
@@ -58,33 +74,54 @@ def register_server(
     message = messages.RegisterServerRequest(
         host=host, id=_name(server_id), name=None if name is None else _name(name), gpus=tuple(gpus)
     )
-    _ = yield from _ask(miner, endpoints.REGISTER_SERVER, message, messages.MessageAnswer)
+
+    def attempt(lost: bool) -> Flow[None]:
+        try:
+            _ = yield from _ask(miner, endpoints.REGISTER_SERVER, message, messages.MessageAnswer)
+        except Refused as exc:
+            # A GPU is the first thing that a registration meets of itself; another's would meet its id or host too.
+            if not lost or exc.code != Code.GPU_TAKEN or not (yield from _is_registered(miner, message)):
+                raise
+
+    yield from _persist(miner, endpoints.REGISTER_SERVER, attempt)
 
 
 def list_servers(miner: Miner) -> Flow[tuple[messages.ServerAnswer, ...]]:
     """The miner's servers, newest first."""
     request = messages.ListServersRequest()
-    answer = yield from _ask(miner, endpoints.LIST_SERVERS, request, messages.ServerListAnswer)
+    answer = yield from _repeat(miner, endpoints.LIST_SERVERS, request, messages.ServerListAnswer)
     return answer.servers
 
 
 def rename_server(miner: Miner, server_id: str, name: str) -> Flow[messages.RenamedServerAnswer]:
     """Give a server another name; the keys of its VM stay where they are."""
     request = messages.RenameServerRequest(server_id=_name(server_id), server_name=_name(name))
-    return (yield from _ask(miner, endpoints.RENAME_SERVER, request, messages.RenamedServerAnswer))
+    return (yield from _repeat(miner, endpoints.RENAME_SERVER, request, messages.RenamedServerAnswer))
 
 
 def read_server(miner: Miner, server_id: str) -> Flow[messages.ServerAnswer]:
     """One server."""
     request = messages.ServerDetailsRequest(server_id=_name(server_id))
-    return (yield from _ask(miner, endpoints.SERVER_DETAILS, request, messages.ServerAnswer))
+    return (yield from _repeat(miner, endpoints.SERVER_DETAILS, request, messages.ServerAnswer))
 
 
 def remove_server(miner: Miner, name_or_id: str) -> Flow[str]:
-    """Remove a server; the reply is its name. The server keeps the keys of its VM."""
+    """Remove a server; the reply is its name, or ``name_or_id`` where an answer was lost and then it was gone.
+
+    The key server keeps the keys of its VM.
+    """
     request = messages.RemoveServerRequest(server_name_or_id=_name(name_or_id))
-    answer = yield from _ask(miner, endpoints.REMOVE_SERVER, request, messages.RemovedServerAnswer)
-    return answer.name
+
+    def attempt(lost: bool) -> Flow[str]:
+        try:
+            answer = yield from _ask(miner, endpoints.REMOVE_SERVER, request, messages.RemovedServerAnswer)
+        except Refused as exc:
+            if lost and exc.status == 404:
+                return name_or_id
+            raise
+        return answer.name
+
+    return (yield from _persist(miner, endpoints.REMOVE_SERVER, attempt))
 
 
 def attest_server(miner: Miner, server_id: str, spki_sha256: bytes) -> Flow[messages.RuntimeAttestationAnswer]:
@@ -93,19 +130,50 @@ def attest_server(miner: Miner, server_id: str, spki_sha256: bytes) -> Flow[mess
     The connections must present that key's certificate. Raises `QuoteUnavailable`, too.
     """
     nonce_request = messages.RuntimeNonceRequest(server_id=_name(server_id))
-    given = yield from _ask(miner, endpoints.RUNTIME_NONCE, nonce_request, messages.NonceAnswer)
-    if not _HEX_32.fullmatch(given.nonce):
-        raise RemoteProtocolError("the server's nonce is not 64 lowercase hex digits")
-    quote = yield from MakeQuote(report_data(bytes.fromhex(given.nonce), spki_sha256))
-    request = messages.RuntimeAttestationRequest(server_id=_name(server_id), quote=codec.encode_quote(quote))
-    answer = messages.RuntimeAttestationAnswer
-    return (yield from _ask(miner, endpoints.RUNTIME_ATTESTATION, request, answer, given.nonce))
+
+    def attempt(_: bool) -> Flow[messages.RuntimeAttestationAnswer]:
+        given = yield from _ask(miner, endpoints.RUNTIME_NONCE, nonce_request, messages.NonceAnswer)
+        if not _HEX_32.fullmatch(given.nonce):
+            raise RemoteProtocolError("the server's nonce is not 64 lowercase hex digits")
+        quote = yield from MakeQuote(report_data(bytes.fromhex(given.nonce), spki_sha256))
+        request = messages.RuntimeAttestationRequest(server_id=_name(server_id), quote=codec.encode_quote(quote))
+        answer = messages.RuntimeAttestationAnswer
+        return (yield from _ask(miner, endpoints.RUNTIME_ATTESTATION, request, answer, given.nonce))
+
+    return (yield from _persist(miner, endpoints.RUNTIME_ATTESTATION, attempt))
 
 
 def read_status(miner: Miner, server_id: str) -> Flow[messages.AttestationStatusAnswer]:
     """What came of the newest runtime attestation, and whether it still counts."""
     request = messages.AttestationStatusRequest(server_id=_name(server_id))
-    return (yield from _ask(miner, endpoints.ATTESTATION_STATUS, request, messages.AttestationStatusAnswer))
+    return (yield from _repeat(miner, endpoints.ATTESTATION_STATUS, request, messages.AttestationStatusAnswer))
+
+
+def _is_registered(miner: Miner, message: messages.RegisterServerRequest) -> Flow[bool]:
+    """Whether the miner has this very server."""
+    request = messages.ServerDetailsRequest(server_id=message.id)
+    try:
+        found = yield from _ask(miner, endpoints.SERVER_DETAILS, request, messages.ServerAnswer)
+    except Refused:
+        return False
+    return (found.name, found.ip) == (message.id if message.name is None else message.name, message.host)
+
+
+def _repeat(miner: Miner, endpoint: Endpoint, message: messages.Request, kind: type[A]) -> Flow[A]:
+    """A request that does no more when it comes twice."""
+    return (yield from _persist(miner, endpoint, lambda _: _ask(miner, endpoint, message, kind)))
+
+
+def _persist(miner: Miner, endpoint: Endpoint, attempt: Callable[[bool], Flow[T]]) -> Flow[T]:
+    """Attempt after attempt, each told whether one before it may have had its effect, until one is answered."""
+    budget = yield from begin(miner.retry, "request")
+    lost = False
+    while True:
+        try:
+            return (yield from attempt(lost))
+        except (Unavailable, TransportError, RemoteProtocolError, QuoteUnavailable) as exc:
+            lost = lost or not isinstance(exc, TransportError) or exc.maybe_delivered
+            yield from budget.pause(endpoint.operation, exc, None)
 
 
 def _ask(
