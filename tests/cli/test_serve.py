@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from chutes_proto.auth.certificates import make_server_identity
+from chutes_proto.auth.hotkey import HotkeyPair
 from chutes_proto.blocking.files import CollateralDirectory
 from chutes_proto.blocking.setup import load_setup
 from chutes_proto.blocking.sqlite import SqliteStore
@@ -30,6 +31,7 @@ from chutes_proto.keys.vault import KeyEncryptionKey
 from chutes_proto.quote.pck import PckIdentity
 from chutes_proto.quote.roots import INTEL_ROOT, TrustedRoot
 from chutes_proto.quote.verify import open_quote
+from chutes_proto.secret import Secret
 from chutes_proto.server.config import ServerConfig
 from chutes_proto.testing.platform import COLLATERAL_SECONDS, SimulatedPlatform
 from tests.cli.conftest import HOTKEY, Ended, Server, end
@@ -240,6 +242,49 @@ def test_the_service_is_what_the_files_say(site: Path) -> None:
     edit(site, '"simulated-root.der"', '"intel"')
     service = load_setup(site / "server.toml").service
     assert (service.root, service.trust) == (INTEL_ROOT, "Intel SGX Root CA")
+
+
+CALLBACK = """
+[registration]
+evidence = "callback"
+hotkey_file = "validator"
+unsafe_private_networks = ["192.0.2.0/24"]
+"""
+
+
+def test_a_server_that_asks_hosts_has_a_hotkey_and_says_what_it_does_not_verify(command: Command, site: Path) -> None:
+    edit(site, "[profile_defaults]", f"{CALLBACK}[profile_defaults]")
+    ended = check(command, site)
+    assert ended.code == 1
+    assert "registration.hotkey_file" in ended.err
+    pair = HotkeyPair.from_seed(Secret(bytes(32)))
+    _ = (site / "validator").write_text(
+        json.dumps({"secretSeed": f"0x{bytes(32).hex()}", "ss58Address": pair.hotkey.address})
+    )
+    (site / "validator").chmod(0o600)
+    service = load_setup(site / "server.toml").service
+    assert service.callback is not None
+    assert (service.callback.hotkey, service.callback.port) == (pair.hotkey, 30443)
+    assert list(map(str, service.unsafe_networks)) == ["192.0.2.0/24"]
+    ended = check(command, site)
+    assert (ended.code, ended.err) == (0, "")
+    assert "warning: registration.unsafe_private_networks: hosts in 192.0.2.0/24 pass for public ones" in ended.out
+    assert "GPUs say of themselves is fetched and NOT verified" in ended.out
+
+
+def test_a_server_that_cannot_check_signatures_says_so(
+    site: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert load_setup(site / "server.toml").warnings == ()
+    monkeypatch.setitem(sys.modules, "sr25519", None)
+    assert main(["serve", "--config", str(site / "server.toml"), "--check"]) == 0
+    assert "warning: signed requests" in (said := capsys.readouterr().out)
+    assert "chutes-proto[hotkey]" in said
+    edit(site, "[profile_defaults]", f"{CALLBACK}[profile_defaults]")
+    _ = (site / "validator").write_text(json.dumps({"secretSeed": f"0x{bytes(32).hex()}", "ss58Address": "x"}))
+    (site / "validator").chmod(0o600)
+    with pytest.raises(ConfigurationError, match=r"registration.hotkey_file: .*chutes-proto\[hotkey\]"):
+        _ = load_setup(site / "server.toml")
 
 
 def test_profiles_may_be_a_json_list_with_the_defaults_of_the_configuration(site: Path) -> None:

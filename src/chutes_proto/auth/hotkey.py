@@ -120,6 +120,11 @@ class _Sr25519(Protocol):
     def pair_from_seed(self, seed: bytes, /) -> tuple[bytes, bytes]: ...
 
 
+def check_installed() -> None:
+    """Raises `LocalProtocolError`, which names the package, where signatures can neither be made nor checked."""
+    _ = _sr25519()
+
+
 def _sr25519() -> _Sr25519:
     try:
         import sr25519  # pyright: ignore[reportMissingTypeStubs] - `_Sr25519` is what it has

@@ -18,7 +18,7 @@ from typing import Final, Literal, TypeVar
 
 from attrs import frozen
 
-from chutes_proto.auth.hotkey import Hotkey, HotkeyError
+from chutes_proto.auth.hotkey import Hotkey, HotkeyError, check_installed
 from chutes_proto.blocking.collateral import UpstreamCollateral
 from chutes_proto.blocking.files import CollateralDirectory, read_file, read_private
 from chutes_proto.blocking.signing import read_hotkey
@@ -26,7 +26,7 @@ from chutes_proto.blocking.stores import DurableStore, StorePlace
 from chutes_proto.blocking.tls import client_context
 from chutes_proto.collateral.cache import CachePolicy, CollateralCache
 from chutes_proto.collateral.pcs import Upstream
-from chutes_proto.errors import ConfigurationError, QuoteError, StoreError
+from chutes_proto.errors import ConfigurationError, LocalProtocolError, QuoteError, StoreError
 from chutes_proto.keys.vault import KeyEncryptionKey, Vault
 from chutes_proto.quote.measurements import parse_profiles_json, parse_profiles_toml
 from chutes_proto.quote.policy import Policy
@@ -62,6 +62,22 @@ class ServerSetup:
     def reload_tls(self) -> ServerContext:
         """The certificate and key as the files have them now. Raises `ConfigurationError`."""
         return _tls(self.config, self.base)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What an operator should know before anybody else does."""
+        found: list[str] = []
+        try:
+            check_installed()
+        except LocalProtocolError as exc:
+            found.append(f"signed requests (operations 5 to 12, and boots that prove their hotkey) get 503: {exc}")
+        registration = self.config.registration
+        if registration.unsafe_private_networks:
+            told = ", ".join(registration.unsafe_private_networks)
+            found.append(f"registration.unsafe_private_networks: hosts in {told} pass for public ones")
+        if registration.evidence == "callback":
+            found.append('registration.evidence = "callback": what GPUs say of themselves is fetched and NOT verified')
+        return tuple(found)
 
     @property
     def proxy_socket(self) -> Path | None:
@@ -226,7 +242,12 @@ def _proxies(options: ProxyOptions, base: Path) -> TrustedProxies:
 def _callback(options: RegistrationOptions, base: Path) -> Callback | None:
     if options.hotkey_file is None:
         return None
-    pair = read_hotkey(base / options.hotkey_file)
+    try:
+        pair = read_hotkey(base / options.hotkey_file)
+    except ConfigurationError:
+        raise
+    except LocalProtocolError as exc:
+        raise ConfigurationError(str(exc)) from None
     return Callback(pair.hotkey, pair.sign, options.evidence_port)
 
 

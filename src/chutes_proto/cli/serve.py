@@ -125,6 +125,8 @@ def _check(setup: ServerSetup) -> int:
         console.say(f"store: {check_store(setup.store, setup.service.vault)}")
     except (ConfigurationError, StoreError) as exc:
         faults.append(str(exc))
+    for warning in setup.warnings:
+        console.say(f"warning: {warning}")
     for fault in faults:
         console.tell(f"chutes-proto: {fault}")
     return console.REFUSED if faults else console.GRANTED

@@ -155,6 +155,8 @@ def serve_until_stopped(
             "version": __version__,
         }
         log_line(Record(Level.INFO if service.root == INTEL_ROOT else Level.WARNING, "serving", fields))
+        for warning in setup.warnings:
+            log_line(Record(Level.WARNING, "warning", {"about": warning}))
         announce(urls(listening))
 
     async def main() -> None:
