@@ -12,12 +12,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import dcap_qvl
 
 from bench.measure import Work, microseconds, one_core
-from chutes_proto.quote import certificates, ecdsa, verify
+from chutes_proto.quote import certificates, ecdsa, strict_json, verify
 from chutes_proto.quote.collateral import Collateral
 from chutes_proto.quote.layout import parse_quote
 from chutes_proto.quote.roots import INTEL_ROOT, TrustedRoot
@@ -25,8 +24,6 @@ from chutes_proto.testing.platform import SimulatedPlatform
 
 VECTORS = Path(__file__).resolve().parent.parent.parent / "shared" / "vectors"
 NOW = 1_800_000_000
-MACHINES = 300
-VERDICTS = 6000
 
 STEPS = ("cold", "collateral verified", "PCK leaf seen", "QE report seen")
 
@@ -39,7 +36,6 @@ def run() -> None:
         quote, collateral = (folder / "quote.bin").read_bytes(), (folder / "collateral.json").read_bytes()
         _table(folder.name, quote, collateral, int((folder / "now.txt").read_text()), None)
     _imports()
-    _memory()
 
 
 def _table(title: str, quote: bytes, collateral: bytes, now: int, root_der: bytes | None) -> None:
@@ -62,12 +58,19 @@ def _table(title: str, quote: bytes, collateral: bytes, now: int, root_der: byte
     def nothing() -> None:
         pass
 
+    def forget() -> None:
+        verify.forget()
+        for pure in (certificates._read_block, certificates.common_name, strict_json._unix_seconds):
+            pure.cache_clear()
+
     def forget_platform() -> None:
         verify._pck_chain.cache_clear()
         verify._quoting_enclave.cache_clear()
+        certificates._read_block.cache_clear()
+        _ = certificates.read_pem(pieces.pck_crl_issuer_chain)  # of the collateral, which is seen
 
     ours: dict[str, tuple[Work, Work]] = {
-        "cold": (verify.forget, whole),
+        "cold": (forget, whole),
         "collateral verified": (forget_platform, warm),
         "PCK leaf seen": (verify._quoting_enclave.cache_clear, warm),
         "QE report seen": (nothing, warm),
@@ -140,24 +143,3 @@ def _imports() -> None:
             times[name].append(float(done.stdout))
     base, ours = (median(times[name]) * 1e3 for name in names)
     print(f"import chutes_proto.quote.verify: {ours:.1f} ms, {ours / base:.2f} x import cryptography.x509, attrs")
-
-
-def _memory() -> None:
-    """Verdicts in a row, of more machines than are remembered: memory must not grow once all have been seen."""
-    machines = [SimulatedPlatform(b"a world of many machines", index=index) for index in range(MACHINES)]
-    root = TrustedRoot.from_der(machines[0].root_der)
-    work: list[Any] = [(machine.quote(bytes(64)), machine.collateral(NOW)) for machine in machines]
-    sizes: list[int] = []
-    for number in range(VERDICTS):
-        quote, collateral = work[number % MACHINES]
-        _ = verify.verify(quote, collateral, now=NOW, expected_report_data=bytes(64), root=root)
-        if number in (VERDICTS // 3, VERDICTS - 1):
-            sizes.append(_resident())
-    print(f"memory: {VERDICTS} verdicts of {MACHINES} machines; after a third {sizes[0]} kB, at the end {sizes[1]} kB")
-
-
-def _resident() -> int:
-    """Resident memory in kB; 0 where the system does not say."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return next((int(line.split()[1]) for line in lines if line.startswith("VmRSS:")), 0)

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import inspect
 import tracemalloc
+from collections.abc import Callable
+from functools import partial
+from struct import pack
 
 import attrs
 import pytest
 
 from chutes_proto.quote import steps
+from chutes_proto.quote.certificates import common_name, read_certificate, read_crl
 from chutes_proto.quote.collateral import Collateral
 from chutes_proto.quote.errors import QuoteError, QuoteFormatError
+from chutes_proto.quote.eventlog import parse_event_log
 from chutes_proto.quote.layout import parse_quote
+from chutes_proto.quote.pck import read_pck_extension
 from chutes_proto.quote.verify import open_quote, verify, verify_collateral, verify_quote
 from chutes_proto.testing.faults import Fault
 from chutes_proto.testing.quotes import HeaderDraft, QuoteDraft
+from tests.quote.logs import spec
 from tests.quote.simulated import NOW, PLATFORM, REPORT_DATA, ROOT, collateral_of, verdict_of
 
 
@@ -63,6 +70,29 @@ def test_length_bombs_allocate_nothing(fault: str) -> None:
     try:
         with pytest.raises(QuoteFormatError):
             _ = parse_quote(data)
+        assert tracemalloc.get_traced_memory()[1] < 256 * 1024
+    finally:
+        tracemalloc.stop()
+
+
+HUGE = [
+    (read_certificate, b"\x30\x83\xff\xff\xff\x30\x83\xff\xff\xf0\xa0\x03\x02\x01\x02"),
+    (read_crl, b"\x30\x83\xff\xff\xff\x30\x83\xff\xff\xf0\x02\x01\x01"),
+    (common_name, b"\x30\x83\xff\xff\xff\x31\x83\xff\xff\xf0"),
+    (partial(read_pck_extension, ca="platform", tee="TDX"), b"\x30\x83\xff\xff\xff\x30\x83\xff\xff\xf0"),
+    (parse_event_log, spec() + pack("<IIIH", 1, 4, 0xFFFFFFFF, 0xC)),
+    (parse_event_log, spec() + pack("<IIIH", 1, 4, 1, 0xC) + bytes(48) + pack("<I", 0xFFFFFFFF)),
+    (parse_event_log, pack("<II20sI16sI4BI", 0, 3, b"", 0xFFFFFFFF, b"Spec ID Event03", 0, 0, 2, 0, 2, 0xFFFFFFFF)),
+]
+"""Lengths and counts of gigabytes, in a few bytes."""
+
+
+@pytest.mark.parametrize(("read", "data"), HUGE)
+def test_length_bombs_in_der_and_event_logs_allocate_nothing(read: Callable[[bytes], object], data: bytes) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(QuoteError):
+            _ = read(data)
         assert tracemalloc.get_traced_memory()[1] < 256 * 1024
     finally:
         tracemalloc.stop()

@@ -25,6 +25,7 @@ from chutes_proto.quote.der import DerError
 from chutes_proto.quote.errors import PolicyError
 from chutes_proto.quote.pck import read_pck_extension
 from chutes_proto.quote.roots import INTEL_ROOT, TrustedRoot
+from chutes_proto.testing.pki import nested, sgx_tcb
 from tests.quote.simulated import PLATFORM, collateral_of
 
 CHAIN = PLATFORM.pck_chain()
@@ -287,6 +288,55 @@ def test_mutated_bytes(reader: tuple[Callable[[bytes], object], bytes], data: st
         mutated[at : at + data.draw(st.integers(0, 2))] = data.draw(st.binary(max_size=3))
     with suppress(DerError):
         _ = read(bytes(mutated))
+
+
+def _tlv(tag: int, content: bytes) -> bytes:
+    size = len(content)
+    return bytes([tag, size] if size < 0x80 else [tag, 0x82, size >> 8, size & 0xFF]) + content
+
+
+def _with_tcb(tcb: bytes) -> bytes:
+    """The SGX extension with another TCB."""
+    items = der.elements(EXTENSION, *der.only(EXTENSION, 0, len(EXTENSION), der.SEQUENCE))
+    whole = [der.whole(EXTENSION, item) for item in items]
+    name = bytes([der.OBJECT_IDENTIFIER, len(SGX_EXTENSION) + 1]) + SGX_EXTENSION + b"\x02"
+    assert name in whole[1]
+    whole[1] = _tlv(der.SEQUENCE, name + tcb)
+    return _tlv(der.SEQUENCE, b"".join(whole))
+
+
+svns = st.one_of(
+    st.binary(min_size=16, max_size=16), st.lists(st.integers(0, 127), min_size=16, max_size=16).map(bytes)
+)
+
+
+@given(svns, st.integers(0, 0xFFFF), st.integers(0, 15), st.integers(1, 255))
+def test_components_are_numbers_of_a_byte_and_equal_the_cpusvn(svn: bytes, pce_svn: int, which: int, off: int) -> None:
+    identity = read_pck_extension(_with_tcb(sgx_tcb(tuple(svn), pce_svn, svn)), ca="platform", tee="TDX")
+    assert (identity.components, identity.cpu_svn, identity.pce_svn) == (svn, svn, pce_svn)
+    other = bytearray(svn)
+    other[which] ^= off
+    with pytest.raises(DerError, match="components"):
+        _ = read_pck_extension(_with_tcb(sgx_tcb(tuple(other), pce_svn, svn)), ca="platform", tee="TDX")
+
+
+@pytest.mark.parametrize("value", [-1, 256, 65536])
+def test_a_component_is_no_other_number(value: int) -> None:
+    for cpu_svn in (bytes(16), b"\xff" * 16):
+        with pytest.raises(DerError, match="components"):
+            _ = read_pck_extension(_with_tcb(sgx_tcb((value, *cpu_svn[1:]), 1, cpu_svn)), ca="platform", tee="TDX")
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_what_is_nested_deeply_is_not_descended_into(reader: tuple[Callable[[bytes], object], bytes]) -> None:
+    read, _ = reader
+    deep = nested(5000)
+    assert len(deep) > 2 * 5000
+    with pytest.raises(DerError):
+        _ = read(deep)
+    for tag in (b"\x30\x80", b"\xa0\x80", b"\x24\x80"):  # of indefinite length, constructed
+        with pytest.raises(DerError):
+            _ = read(tag * 5000)
 
 
 def test_every_flipped_bit_of_the_sgx_extension() -> None:
