@@ -239,7 +239,12 @@ def test_show(command: Command, shelf: Path, root: Path, platform: SimulatedPlat
     assert (shown["revoked_by_root"], shown["revoked_pcks"]) == (0, 1)
     assert any(level.startswith("UpToDate of 20") for level in shown["tcb_levels"])
     assert (shown["valid_from"], shown["valid_until"]) == ("2027-01-15T08:00:00Z", END)
-    assert platform.fmspc.hex() in command("collateral", "show", shelf, "--root", root).out
+    of_intel = {"root CRL": END, "PCK CRL": END, "TCB info": END, "QE identity": END}
+    of_ca = dict.fromkeys(("root certificate", "PCK CA certificate", "TCB signing certificate"), "2049-12-31T23:59:59Z")
+    assert shown["ends"] == of_ca | of_intel
+    said = command("collateral", "show", shelf, "--root", root).out
+    assert platform.fmspc.hex() in said
+    assert f"ends.TCB info              {END}" in said
 
 
 # --- a server ---

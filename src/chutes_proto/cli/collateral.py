@@ -154,7 +154,8 @@ def _add_show(subparsers: console.Subparsers) -> argparse.ArgumentParser:
         "show",
         "show what collateral says",
         """
-        Verify who signed collateral, up to Intel's root or to --root, whatever its time, and show what it says.
+        Verify who signed collateral, up to Intel's root or to --root, whatever its time, and show what it says and when
+        each piece of it ends.
 
         exit code: 0 shown; 1 one of the files is no collateral, or not the root's; 2 usage, or a file that cannot be
         opened
@@ -185,6 +186,7 @@ def _described(content: VerifiedCollateral | str) -> dict[str, Any]:
     if isinstance(content, str):
         return {"problem": content}
     info, identity = content.tcb_info, content.qe_identity
+    ends = sorted(((term.end, term.subject) for term in content.terms), reverse=True)
     return {
         "fmspc": content.fmspc.hex(),
         "ca": content.ca,
@@ -200,6 +202,7 @@ def _described(content: VerifiedCollateral | str) -> dict[str, Any]:
         "revoked_pcks": len(content.revoked_pcks),
         "valid_from": rfc3339(content.window[0]),
         "valid_until": rfc3339(content.window[1]),
+        "ends": {subject: rfc3339(end) for end, subject in ends},
     }
 
 
