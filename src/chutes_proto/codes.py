@@ -77,6 +77,7 @@ class Code(StrEnum):
     NAME_TAKEN = "name_taken", 409, "the name is another server's name or id"
     BODY_TOO_LARGE = "body_too_large", 413, "more body than the server reads"
     VALIDATION_ERROR = "validation_error", 422, "the detail lists each problem of the request"
+    RATE_LIMITED = "rate_limited", 429, "more requests of one address than the server takes; try again"
     HEAD_TOO_LARGE = "head_too_large", 431, "more request line and headers than the server reads"
     BUSY = "busy", 503, "too many verifications at once; try again"
     STORE_UNAVAILABLE = "store_unavailable", 503, "the store does not answer; try again"

@@ -41,6 +41,7 @@ from chutes_proto.transport.client import ClientConnection
 from chutes_proto.transport.h1 import ServerConnection
 from chutes_proto.wire import codec, endpoints, json
 from chutes_proto.wire.answers import error_response
+from chutes_proto.wire.evidence import decode_evidence
 from chutes_proto.wire.http import HttpRequest, HttpResponse, MalformedRequest
 from tests.luks import headers as luks
 from tests.qgs import qgs_answer
@@ -279,6 +280,20 @@ def check_request_body(data: bytes) -> None:
             assert codec.decode_request(match, codec.encode_request(endpoint, message)) == message
 
 
+def check_host_evidence(data: bytes) -> None:
+    """What a host that is asked for evidence says is evidence, or one error that repeats none of it."""
+    with suppress(RemoteProtocolError):
+        found = decode_evidence(HttpResponse(200, _JSON, data))
+        _ = json.decode(found.gpus.encode())
+
+
+def host_evidences() -> list[bytes]:
+    return [
+        b'{"tdx_quote":"QUJD","nvtrust_evidence":"[{\\"a\\":1}]"}',
+        b'{"tdx_quote":"","nvtrust_evidence":"\\u007b\\u007d"}',
+    ]
+
+
 def check_answer_body(data: bytes) -> None:
     """What a server, or whoever answers in its place, sends becomes an answer or one of our errors."""
     for endpoint in endpoints.ENDPOINTS:
@@ -374,5 +389,6 @@ TARGETS = {
     "json": Target(check_json, json_bodies),
     "request-body": Target(check_request_body, json_bodies),
     "answer-body": Target(check_answer_body, json_bodies),
+    "host-evidence": Target(check_host_evidence, host_evidences),
     "target": Target(check_target, targets),
 }

@@ -5,7 +5,8 @@ Rules kept here:
 * whatever happens, the peer gets an answer of the documented shape; a fault of ours is a 503, never a 4xx, because
   deployed clients power off on a 4xx and try again on a 5xx;
 * the peer hears the refusal's text and code, the operator its reason too, under the same request id;
-* a refused attestation ends its connection.
+* a refused attestation ends its connection;
+* one address may ask so often, but deployed clients that are asked to wait where they ask only once would give up.
 """
 
 from __future__ import annotations
@@ -49,6 +50,12 @@ if TYPE_CHECKING:
 
 _HOST = re.compile(r"[A-Za-z0-9.\-]+(?::[0-9]+)?|\[[0-9A-Fa-f:.]+\](?::[0-9]+)?")
 _DRAINED = (endpoints.BOOT_NONCE, endpoints.BOOT_ATTESTATION)
+_ASKED_ONCE = (
+    endpoints.CACHE_PASSPHRASE,
+    endpoints.VOLUME_SYNC,
+    endpoints.VOLUME_ATTESTATION,
+    endpoints.VOLUME_CONFIRMATION,
+)
 _ATTESTATIONS = (endpoints.BOOT_ATTESTATION, endpoints.RUNTIME_ATTESTATION)
 
 
@@ -136,7 +143,10 @@ class App:
 
     def _answer(self, request: HttpRequest, request_id: str) -> Flow[HttpResponse]:
         path, mark, query = request.target.partition("?")
-        match endpoints.route(request.method, path):
+        found = endpoints.route(request.method, path)
+        if not isinstance(found, endpoints.Match) or found.endpoint not in _ASKED_ONCE:
+            self.service.rates.take(request.peer_address, (yield from Uptime()))
+        match found:
             case endpoints.Match() as match:
                 pass
             case endpoints.WrongMethod(allow):
@@ -167,7 +177,7 @@ class App:
 
     def _tell(self, request: HttpRequest | MalformedRequest, request_id: str, refusal: Refusal) -> Flow[None]:
         """The operator's line. Anyone can cause refusals, so many at once are counted, unless the store counts them."""
-        ours = isinstance(refusal, Unavailable)
+        ours = refusal.status >= 500
         quiet = self.service.faults if ours else self.service.refusals
         held_back = 0 if refusal.recorded else quiet.admits((yield from Uptime()))
         if held_back is None:

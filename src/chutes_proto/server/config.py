@@ -146,6 +146,7 @@ class ProxyOptions:
 class LimitOptions:
     """Bounds on what peers can make the server do.
 
+    ``requests_per_minute``: of one address, but for what clients ask only once (0: as many as it likes).
     ``drain_seconds``: how long a server that was told to stop still serves what clients ask only once (0: not at all).
     ``store_connections``: how many one process may have open to a store in PostgreSQL.
     """
@@ -155,6 +156,7 @@ class LimitOptions:
     body_bytes: int = 64 * 1024
     head_bytes: int = 16 * 1024
     request_seconds: int = 30
+    requests_per_minute: int = 0
     drain_seconds: int = 25
     claims_per_platform: int = 64
     store_connections: int = 16
@@ -216,6 +218,7 @@ _FLOORS: Final = {
     "body_bytes": (16 * 1024, "which a quote in base64 needs"),
     "head_bytes": (1024, "which the head of a request needs"),
     "request_seconds": (1, "or no request is in time"),
+    "requests_per_minute": (0, "which is: as many as one likes"),
     "drain_seconds": (0, "which is: not at all"),
     "claims_per_platform": (1, "or no VM can boot"),
     "store_connections": (1, "or no request reaches the store"),

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import hmac
 import re
-from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import TYPE_CHECKING, Literal
 
 from attrs import frozen
@@ -31,6 +30,7 @@ from attrs import frozen
 from chutes_proto.codes import Code
 from chutes_proto.errors import Refused, Unavailable
 from chutes_proto.secret import Secret
+from chutes_proto.wire.http import address_prefix
 from chutes_proto.wire.times import timestamp
 
 if TYPE_CHECKING:
@@ -144,26 +144,9 @@ def expires_at(issued_at: int) -> str:
 
 
 def _tag(key: MacKey, head: bytes, purpose: str, hotkey: str | None, address: str, scope: str) -> bytes:
-    parts = (purpose.encode(), (hotkey or "").encode(), _network(address), scope.encode())
+    parts = (purpose.encode(), (hotkey or "").encode(), address_prefix(address), scope.encode())
     message = head + b"".join(len(part).to_bytes(4, "big") + part for part in parts)
     return hmac.digest(key.key.reveal(), message, "sha256")[:16]
-
-
-def _network(address: str) -> bytes:
-    """What of an address binds: an IPv4 address whole, of an IPv6 address the /64, which is one host's."""
-    if not address:
-        return b""
-    try:
-        parsed = ip_address(address)
-    except ValueError:
-        return address.encode()
-    match parsed:
-        case IPv4Address():
-            return parsed.packed
-        case IPv6Address(ipv4_mapped=IPv4Address() as mapped):
-            return mapped.packed
-        case _:
-            return parsed.packed[:8]
 
 
 def _invalid(reason: str) -> Refused:

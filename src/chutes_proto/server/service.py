@@ -15,6 +15,7 @@ from chutes_proto.codes import Code
 from chutes_proto.errors import Unavailable
 from chutes_proto.server.config import LimitOptions
 from chutes_proto.server.proxy import TrustedProxies
+from chutes_proto.server.rates import Rates
 
 if TYPE_CHECKING:
     from chutes_proto.auth.signing import SigningPolicy
@@ -119,5 +120,6 @@ class Service:
     limits: LimitOptions = field(factory=LimitOptions)
     verifications: Slots = field(default=Factory(_verifications, takes_self=True))
     callbacks: Slots = field(factory=lambda: Slots(16, share=1))
+    rates: Rates = field(default=Factory(lambda self: Rates(self.limits.requests_per_minute), takes_self=True))
     refusals: Quiet = field(factory=Quiet)
     faults: Quiet = field(factory=Quiet)

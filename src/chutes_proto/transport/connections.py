@@ -11,9 +11,9 @@ Rules kept here:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable
-from ipaddress import IPv6Address, IPv6Network, ip_address
 from typing import TYPE_CHECKING
+
+from chutes_proto.wire.http import address_prefix
 
 if TYPE_CHECKING:
     from chutes_proto.transport.h1 import ServerConnection
@@ -35,8 +35,9 @@ class Connections:
         others = [other for other in waiting if other.peer_address]
         if not others:
             return ()
-        crowd = Counter(map(_source, others))
-        ended = min(others, key=lambda other: (-crowd[_source(other)], other.has_asked))  # the first is the oldest
+        crowd = Counter(address_prefix(other.peer_address) for other in others)
+        # Of equal ones the first, which is the oldest.
+        ended = min(others, key=lambda other: (-crowd[address_prefix(other.peer_address)], other.has_asked))
         ended.abandon()
         self.remove(ended)
         return (ended,)
@@ -44,8 +45,3 @@ class Connections:
     def remove(self, connection: ServerConnection) -> None:
         """It has ended."""
         _ = self._open.pop(connection, None)
-
-
-def _source(connection: ServerConnection) -> Hashable:
-    address = ip_address(connection.peer_address)
-    return IPv6Network((address, 64), strict=False) if isinstance(address, IPv6Address) else address

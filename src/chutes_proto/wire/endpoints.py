@@ -75,7 +75,14 @@ _TOKEN_CODES = (
 )
 _STORE_CODES = (Code.STORE_UNAVAILABLE, Code.KEY_UNAVAILABLE)
 
-COMMON_CODES = (Code.BAD_REQUEST, Code.REQUEST_TIMEOUT, Code.BODY_TOO_LARGE, Code.HEAD_TOO_LARGE, Code.SERVER_FAULT)
+COMMON_CODES = (
+    Code.BAD_REQUEST,
+    Code.REQUEST_TIMEOUT,
+    Code.BODY_TOO_LARGE,
+    Code.RATE_LIMITED,
+    Code.HEAD_TOO_LARGE,
+    Code.SERVER_FAULT,
+)
 """What any request may be answered with, before or beside its operation."""
 
 BOOT_NONCE = Endpoint(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ipaddress import IPv6Address, ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import TYPE_CHECKING
 
 from attrs import field, frozen
@@ -74,3 +74,20 @@ def plain_address(text: str) -> str:
             raise ValueError("an address with a zone is another host's matter")
         return str(address.ipv4_mapped or address)
     return str(address)
+
+
+def address_prefix(address: str) -> bytes:
+    """What of an address is one host's: an IPv4 address whole, of IPv6 the /64; empty where there is none."""
+    if not address:
+        return b""
+    try:
+        parsed = ip_address(address)
+    except ValueError:
+        return address.encode()
+    match parsed:
+        case IPv4Address():
+            return parsed.packed
+        case IPv6Address(ipv4_mapped=IPv4Address() as mapped):
+            return mapped.packed
+        case _:
+            return parsed.packed[:8]

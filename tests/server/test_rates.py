@@ -1,0 +1,94 @@
+"""How often one address may ask: what is counted, of whom, and for how long."""
+
+from __future__ import annotations
+
+import pytest
+from cryptography.x509 import load_pem_x509_certificate
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chutes_proto.auth.certificates import make_client_identity
+from chutes_proto.codes import Code
+from chutes_proto.errors import Unavailable
+from chutes_proto.log import Level
+from chutes_proto.secret import Secret
+from chutes_proto.server.app import App
+from chutes_proto.server.config import LimitOptions
+from chutes_proto.server.proxy import TrustedProxies
+from chutes_proto.server.rates import Rates
+from tests.server.world import NOW, World, answer, refusal, service
+
+
+def world(per_minute: int, **changes: object) -> World:
+    certificate = load_pem_x509_certificate(make_client_identity(NOW, bytes(32)).certificate_pem)
+    limits = LimitOptions(requests_per_minute=per_minute)
+    return World(App(service(limits=limits, **changes)), certificate=certificate)
+
+
+def test_one_too_many_waits_and_others_do_not() -> None:
+    one = world(6)
+    for _ in range(6):
+        assert one.nonce()
+    refused = one.ask("GET", "/servers/nonce")
+    assert refusal(refused)[:2] == (429, Code.RATE_LIMITED)
+    assert refused.header("retry-after") == "10"
+    assert answer(one.ask("GET", "/servers/nonce", peer_address="192.0.2.2"))
+    one.uptime += 10
+    assert one.nonce()
+    assert refusal(one.ask("GET", "/nowhere"))[:2] == (429, Code.RATE_LIMITED)
+    assert [record.level for record in one.log if record.event == "refused"] == [Level.WARNING] * 2
+
+
+def test_by_default_nobody_is_counted() -> None:
+    one = world(0)
+    for _ in range(1000):
+        assert one.nonce()
+
+
+def test_what_is_asked_once_is_answered() -> None:
+    one = world(2)
+    token = one.token()  # a nonce and an attestation
+    assert refusal(one.ask("GET", "/servers/nonce"))[0] == 429
+    for _ in range(10):
+        assert answer(one.sync(token, {"volumes": ["storage"]}))
+    assert refusal(one.ask("POST", "/servers/vm-1/luks/confirm", {}))[0] != 429
+
+
+def test_behind_a_proxy_the_client_is_counted() -> None:
+    one = world(1, proxies=TrustedProxies(unix=True, secrets=(Secret(b"x"),)))
+    for address in ("198.51.100.1", "198.51.100.2"):
+        asked = [one.ask("GET", "/servers/nonce", headers={"x-forwarded-for": address}, peer_address="") for _ in "12"]
+        assert [response.status for response in asked] == [200, 429]
+
+
+def test_a_network_of_ipv6_is_one_host() -> None:
+    rates = Rates(1)
+    rates.take("2001:db8::1", 0.0)
+    with pytest.raises(Unavailable):
+        rates.take("2001:db8::2", 0.0)
+    rates.take("2001:db8:0:1::1", 0.0)
+    rates.take("", 0.0)
+    rates.take("", 0.0)
+
+
+def test_the_table_is_bounded() -> None:
+    rates = Rates(1, most=2)
+    for address in ("1.1.1.1", "2.2.2.2", "3.3.3.3"):
+        rates.take(address, 0.0)
+    with pytest.raises(Unavailable):
+        rates.take("3.3.3.3", 0.0)
+    rates.take("1.1.1.1", 0.0)  # forgotten
+
+
+@given(st.integers(1, 100), st.lists(st.floats(0, 5), max_size=200))
+def test_never_more_than_the_bucket_and_what_flows_in(per_minute: int, waits: list[float]) -> None:
+    rates, now, taken = Rates(per_minute), 0.0, 0
+    for wait in waits:
+        now += wait
+        try:
+            rates.take("1.1.1.1", now)
+        except Unavailable as exc:
+            assert exc.retry_after >= 1
+        else:
+            taken += 1
+        assert taken <= per_minute + now * per_minute / 60 + 1e-6
