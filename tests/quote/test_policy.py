@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import attrs
@@ -27,6 +28,7 @@ from chutes_proto.quote.policy import (
 from chutes_proto.quote.statements import TcbStatus
 from chutes_proto.quote.verify import Verdict, verify
 from chutes_proto.testing.platform import SimulatedPlatform
+from tests.conftest import ROOT as PROJECT
 from tests.quote.cases import ABSENT, FOLDER, cases
 from tests.quote.simulated import PLATFORM, PROFILE, ROOT, TD15, collateral_of, verdict_of, verified_of
 
@@ -552,6 +554,14 @@ def test_everything_that_a_file_can_say() -> None:
     )
     assert parse_policy_toml((text + PROFILE_TOML).encode()) == expected
     assert parse_policy_toml(b'measurements = "unchecked"') == UNCHECKED
+
+
+def test_the_readme_shows_the_defaults() -> None:
+    readme = (PROJECT / "src/chutes_proto/quote/README.md").read_text("utf-8")
+    block = re.findall(r"```toml\n(.*?)```", readme, re.DOTALL)[0]
+    assert parse_policy_toml(block.encode()) == Policy()
+    parts: list[type[Any]] = [TcbPolicy, IdentityPolicy, AttributePolicy]
+    assert all(field.name in block for part in parts for field in attrs.fields(part))
 
 
 def test_keys_of_the_callers_may_stand_in_profiles() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from datetime import datetime
+from typing import Any
 
 import pytest
 
 from chutes_proto.quote.collateral import Collateral
 from chutes_proto.quote.errors import AppraisalError, QuoteFormatError, VerificationError
+from chutes_proto.quote.layout import TdReport10
 from tests.conftest import ROOT
 from tests.quote.cases import ABSENT, DCAP_QVL_POLICY, DIFFERENCES, FOLDER, Case, cases, described
 
@@ -121,6 +124,25 @@ def test_every_difference_is_one() -> None:
 def test_every_difference_is_in_the_readme() -> None:
     readme = (ROOT / "src/chutes_proto/quote/README.md").read_text("utf-8")
     assert all(name.rpartition("/")[2] in readme for name in DIFFERENCES)
+
+
+def test_the_example_in_the_readme_runs() -> None:
+    """On a real quote that a policy without profiles accepts, with a profile of its own measurements."""
+    readme = (ROOT / "src/chutes_proto/quote/README.md").read_text("utf-8")
+    case = next(case for case in cases("real") if case.strict == ("ok", "UpToDate") and "tdx-v4" in case.name)
+    body = case.quote().body
+    assert isinstance(body, TdReport10)
+    rtmrs = "{" + ", ".join(f'rtmr{number} = "{rtmr.hex()}"' for number, rtmr in enumerate(body.rtmrs)) + "}"
+    head = f'[[profile]]\nname = "its own"\nversion = "1"\nmrtd = "{body.mr_td.hex()}"\n'
+    names: dict[str, Any] = {
+        "quote_bytes": case.quote_bytes,
+        "file_bytes": case.collateral_bytes,
+        "now": case.now,
+        "profile_bytes": f"{head}boot = {rtmrs}\nruntime = {rtmrs}\n".encode(),
+    }
+    exec(re.findall(r"```python\n(.*?)```", readme, re.DOTALL)[0], names)
+    assert names["appraisal"].profile.name == "its own"
+    assert names["verdict"].tcb_status == "UpToDate"
 
 
 @pytest.mark.parametrize("case", [case for case in PARSED if "parsed" in case.expected], ids=lambda case: case.name)
