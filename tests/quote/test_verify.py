@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from contextlib import suppress
 
 import attrs
@@ -82,6 +84,16 @@ def test_another_root_is_only_trusted_by_name() -> None:
 def test_intel_is_the_default() -> None:
     assert INTEL_ROOT.point.hex().startswith("0ba9c4c0")
     assert INTEL_ROOT != ROOT
+
+
+def test_an_import_brings_what_verification_needs_and_no_more() -> None:
+    text = "import sys, chutes_proto.quote.verify; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", text], capture_output=True, check=True, text=True).stdout.split()
+    of_project = {name for name in loaded if name.startswith("chutes_proto")}
+    assert {name for name in of_project if not name.startswith("chutes_proto.quote")} == {"chutes_proto"}
+    for lazy in ("eventlog", "policy", "measurements", "attributes", "identity", "tables"):
+        assert f"chutes_proto.quote.{lazy}" not in of_project
+    assert {"cattrs", "tomllib", "h11", "cryptography.x509", "logging", "asyncio"}.isdisjoint(loaded)
 
 
 # --- what was checked ---
