@@ -21,6 +21,8 @@ SOAK_TESTS ?= tests/lifecycle tests/store tests/units
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 FUZZ_INSTALLED := $(VENV)/.installed-fuzz
+SCRIPTS := .ci/run tests/scenario/initramfs.sh examples/initramfs/hooks/chutes-proto \
+	examples/initramfs/scripts/local-top/chutes-proto
 # The pins are complete and installed with --no-deps: an older pip would look for the newest release of an extra.
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input --retries 10
 RESOLVE := $(VENV)-uv/bin/uv pip compile --quiet --universal --python-version 3.11 --upgrade --generate-hashes \
@@ -66,8 +68,8 @@ lint: $(INSTALLED) ## ruff, mypy, basedpyright; shellcheck where it is installed
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/basedpyright --warnings
-	@if command -v shellcheck >/dev/null; then echo "shellcheck .ci/run"; shellcheck .ci/run; \
-	else echo "shellcheck is not installed: .ci/run is not checked"; fi
+	@if command -v shellcheck >/dev/null; then echo "shellcheck $(SCRIPTS)"; shellcheck $(SCRIPTS); \
+	else echo "shellcheck is not installed: $(SCRIPTS) are not checked"; fi
 
 fuzz: $(FUZZ_INSTALLED) ## coverage-guided fuzzing, FUZZ_SECONDS for each of FUZZ_TARGETS
 	@$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS) $(FUZZ_TARGETS)
