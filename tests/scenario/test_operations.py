@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,12 +16,15 @@ import trio
 from attrs import define
 from cryptography.x509 import load_pem_x509_certificate
 
+from chutes_proto.auth.binding import report_data
+from chutes_proto.auth.signing import Coverage, messages_to_sign, signature_headers
 from chutes_proto.effects import Effect, Transact
 from chutes_proto.server.app import App
 from chutes_proto.server.profiles import ServedProfile
 from chutes_proto.store.run import Unit
 from chutes_proto.testing.platform import PROFILE
 from chutes_proto.wire import openapi
+from chutes_proto.wire.codec import encode_quote
 from chutes_proto.wire.http import HttpRequest, HttpResponse
 from tests.scenario.operations import (
     LOOPS,
@@ -35,7 +39,8 @@ from tests.scenario.operations import (
     rows,
     run,
 )
-from tests.server.world import HOTKEY, PLATFORM, service
+from tests.server.test_servers import server
+from tests.server.world import HOTKEY, MINER, PLATFORM, service
 
 T = TypeVar("T")
 
@@ -248,6 +253,78 @@ async def asked(vm: Vm, operation: str) -> tuple[HttpRequest, str]:
         arrived=anyio.current_time(),
     )
     return request, proof
+
+
+def signed(method: str, target: str, body: bytes = b"", nonce: str = "", certificate: Any = None) -> HttpRequest:
+    """A request of a miner's."""
+    coverage: Coverage = "nonce" if nonce else "body" if method == "POST" else "purpose"
+    nonce = nonce or str(int(time.time()))
+    message, *_ = messages_to_sign(coverage, "compatible", MINER.hotkey, nonce, method, target, body)
+    headers = (("content-type", "application/json"), *signature_headers(MINER.hotkey, nonce, message, MINER.sign))
+    return HttpRequest(method, target, headers, body, certificate, "127.0.0.1", arrived=anyio.current_time())
+
+
+SIGNED: dict[str, tuple[int, set[str], int]] = {  # the status, the rows that change, and the status of doing it again
+    "register": (201, {"ServerRow", "GpuRow", "AuditRow"}, 409),
+    "rename": (200, {"ServerRow", "AuditRow"}, 200),
+    "remove": (200, {"ServerRow", "GpuRow", "AuditRow"}, 404),
+    "attest": (200, {"ServerRow", "AttestationRow", "NonceRow", "AuditRow"}, 401),
+}
+
+
+async def of_a_miner(site: Site, vm: Vm, operation: str) -> HttpRequest:
+    """The request for an operation of a miner's, after what must come before."""
+    performer = site.performer()
+    registration = signed("POST", "/servers/", json.dumps(server()).encode())
+    if operation == "register":
+        return registration
+    assert (await performer.run(site.app.handle(registration))).status == 201
+    match operation:
+        case "rename":
+            return signed("PATCH", "/servers/n1?server_name=vm-9")
+        case "remove":
+            return signed("DELETE", "/servers/n1")
+        case _:
+            issued = await performer.run(site.app.handle(signed("GET", "/servers/n1/nonce")))
+            nonce = json.loads(issued.body)["nonce"]
+            assert vm.identity is not None
+            data = report_data(bytes.fromhex(nonce), vm.identity.spki_sha256)
+            body = json.dumps({"quote": encode_quote(PLATFORM.quote(data, stage="runtime"))}).encode()
+            certificate = load_pem_x509_certificate(vm.identity.certificate_pem)
+            return signed("POST", "/servers/n1/attestation", body, nonce, certificate)
+
+
+@pytest.mark.parametrize("within", [False, True], ids=["before", "within"])
+@pytest.mark.parametrize("operation", list(SIGNED))
+def test_a_cancelled_call_of_a_miner_is_done_or_not(
+    operation: str, within: bool, loop: str, kind: str, tmp_path: Path
+) -> None:
+    status, rows_of_it, again = SIGNED[operation]
+
+    async def play(number: int) -> tuple[bool, bool]:
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        site = Site(LOOPS[loop], open_store(kind, directory))
+        async with site.serving(), Vm(site) as vm:
+            request = await of_a_miner(site, vm, operation)
+            before = rows(site.store)
+            response = await Interruption(site, number, within).answer(request)
+            after = rows(site.store)
+            changed = {name for name in after if after[name] != before[name]}
+            assert changed in (set(), rows_of_it)
+            later = await site.performer().run(site.app.handle(request))
+            assert later.status == (again if changed else status)
+            return response is not None, bool(changed)
+
+    async def main() -> None:
+        seen: list[tuple[bool, bool]] = []
+        while not seen or not seen[-1][0]:
+            seen.append(await play(len(seen) + 1))
+        assert len(seen) > 3
+        committed = [changed for _, changed in seen]
+        assert committed == sorted(committed)
+
+    run(loop, main)
 
 
 @pytest.mark.parametrize("within", [False, True], ids=["before", "within"])
