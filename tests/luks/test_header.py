@@ -13,7 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chutes_proto.errors import HeaderRejected
-from chutes_proto.luks.header import HEAD_SIZE, MAX_ITERATIONS, MAX_MEMORY, MAX_SLOTS, CheckedHeader, check_header
+from chutes_proto.luks.header import (
+    HEAD_SIZE,
+    MAX_ITERATIONS,
+    MAX_MEMORY,
+    MAX_SLOT,
+    MAX_SLOTS,
+    CheckedHeader,
+    check_header,
+)
 from tests.luks import headers
 from tests.luks.headers import AREA, SIZE, both, one_copy, told
 
@@ -43,7 +51,8 @@ def changed(change: Change, slots: int = 1) -> bytes:
 def test_an_ordinary_header() -> None:
     header = check(both(told(2)))
     assert (header.uuid, header.cipher, header.sector_size) == (headers.UUID, "aes-xts-plain64", 4096)
-    assert (header.offset, header.end, header.keyslots, header.sequence) == (16 << 20, 16 << 20, (0, 1), 3)
+    assert (header.offset, header.keyslots, header.sequence) == (16 << 20, (0, 1), 3)
+    assert header.slots == ((32768, 290816), (290816, 548864))
     assert header.whole
     assert len(header.area) == 2 * AREA
     assert header.area[:AREA] == both(told(2))[:AREA]
@@ -57,7 +66,7 @@ def test_no_header_is_none() -> None:
 def test_a_checked_header_is_not_made_by_hand() -> None:
     header = check(both(told()))
     with pytest.raises(TypeError):
-        _ = CheckedHeader("u", "cipher_null-ecb", 512, 0, (0,), 1, True, 0, b"")  # pyright: ignore[reportCallIssue]
+        _ = CheckedHeader("u", "cipher_null-ecb", 512, 0, (0,), 1, True, (), b"")  # pyright: ignore[reportCallIssue]
     with pytest.raises(TypeError):
         _ = attrs.evolve(header, cipher="cipher_null-ecb")
 
@@ -150,7 +159,8 @@ REFUSED: list[tuple[str, Change]] = [
     ("keyslot_area", keyslot("area", offset=str(2 * AREA + 512))),
     ("keyslot_area", keyslot("area", offset=str((16 << 20) - 4096))),
     ("keyslot_area", keyslot("area", size="253952")),
-    ("keyslot_area", keyslot("area", size=str(32 << 20))),
+    ("keyslot_area", keyslot("area", size=str(MAX_SLOT + 4096))),
+    ("keyslot_area", keyslot("area", offset=str((16 << 20) - 258048 + 4096))),
     ("keyslot_area", lambda v: v["keyslots"].update({"1": headers.slot(0)})),
     ("af", keyslot("af", stripes=1)),
     ("af", keyslot("af", type="none")),

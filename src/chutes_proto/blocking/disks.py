@@ -18,9 +18,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
 import stat
-import subprocess
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Final
@@ -38,7 +36,6 @@ HOW_TO_INSTALL: Final = "apt-get install cryptsetup-bin"
 _OFFSET: Final = 16 * 1024 * 1024
 """Where the data of a disk begins that is formatted here, as `cryptsetup` would choose itself."""
 _LEAST: Final = _OFFSET + LOOKED_AT
-_CHUNK: Final = 64 * 1024
 _MAX_KEY: Final = 4096  # a pipe holds it
 _SECONDS: Final = 300.0
 _KDF: Final = ("--pbkdf", "pbkdf2", "--hash", "sha256", "--pbkdf-force-iterations", "1000")
@@ -56,7 +53,7 @@ class Disks:
     """
 
     def __init__(self, program: str | None = None, *, images: bool = False, mapping: bool = True) -> None:
-        self._program = program or find_cryptsetup()
+        self._program = program
         self._images = images
         self._mapping = mapping
         self._seen: dict[str, _Identity] = {}
@@ -98,7 +95,7 @@ class Disks:
             header = copy.check()
             copy.must_open(key)
             disk.write(0, UNFINISHED)
-            disk.put(copy, header)
+            disk.put(copy, header, header)
 
     def _open(self, action: Open, keys: Keys) -> Key:
         with self._copied(action.device, os.O_RDONLY) as (disk, copy, _):
@@ -129,11 +126,13 @@ class Disks:
                 raise disk.error("key_refused", f"no key opens it that the {action.key.value} one could be added with")
             if len(header.keyslots) == MAX_SLOTS:
                 self._remove(copy, opener, [slot for slot in header.keyslots if not copy.opens(opener, slot)])
-                disk.put(copy, copy.check())  # by itself: the two copies differ by slots added or by slots taken off
+                fewer = copy.check()
+                disk.put(copy, fewer, header)  # by itself: copies differ by slots added or by slots taken off
+                header = fewer
             _ = copy.run("luksAddKey", *_KDF, "--key-file=-", copy.path, keys=[opener, keys[action.key]])
             copy.must_open(keys[action.key])
             copy.must_open(opener)
-            disk.put(copy, copy.check())
+            disk.put(copy, copy.check(), header)
 
     def _keep(self, action: KeepKey, key: Secret) -> None:
         with self._copied(action.device, os.O_RDWR) as (disk, copy, header):
@@ -143,7 +142,7 @@ class Disks:
             others = [slot for slot in header.keyslots if slot != kept]
             if others:
                 self._remove(copy, key, others)
-                disk.put(copy, copy.check())
+                disk.put(copy, copy.check(), header)
 
     @staticmethod
     def _remove(copy: _Copy, key: Secret, slots: Sequence[int]) -> None:
@@ -193,12 +192,10 @@ class Disks:
             header = found.header
             copy = stack.enter_context(self._memory(header.offset + LOOKED_AT, disk))
             copy.write(0, header.area)
-            for place in range(len(header.area), header.end, _CHUNK):
-                data = disk.read(place, min(_CHUNK, header.end - place))
-                if any(data):
-                    copy.write(place, data)
+            for begin, end in header.slots:
+                copy.write(begin, disk.read(begin, end - begin))
             if flags & os.O_RDWR and not header.whole:
-                disk.put(copy, header)  # or the next update that is cut off leaves copies two updates apart
+                disk.put(copy, header, header)  # or the next update that is cut off leaves copies two updates apart
             yield disk, copy, header
 
     @contextmanager
@@ -206,13 +203,15 @@ class Disks:
         descriptor = os.memfd_create("luks2-header", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.truncate(descriptor, size)
-            yield _Copy(descriptor, self._program, disk)
+            yield _Copy(descriptor, self._program or find_cryptsetup(), disk)
         finally:
             os.close(descriptor)
 
 
 def find_cryptsetup() -> str | None:
     """The installed program. Distributions keep it where only root's PATH looks."""
+    import shutil
+
     return shutil.which("cryptsetup") or shutil.which("cryptsetup", path="/usr/local/sbin:/usr/sbin:/sbin")
 
 
@@ -261,26 +260,24 @@ class _Device:
     def write(self, place: int, data: bytes) -> None:
         _write(self.descriptor, place, data)
 
-    def put(self, copy: _Copy, header: CheckedHeader) -> None:
-        """Bring the header and the key slots of ``copy`` to the disk, in an order that a crash may cut off anywhere."""
-        size = len(header.area) // 2
-        for place in range(2 * size, header.end, _CHUNK):
-            length = min(_CHUNK, header.end - place)
-            data = _read(copy.descriptor, place, length)
-            if data != self.read(place, length):
+    def put(self, copy: _Copy, header: CheckedHeader, before: CheckedHeader) -> None:
+        """Bring ``header`` and its key slots from ``copy`` to the disk, in an order that may be cut off anywhere.
+
+        ``before`` is the header on the disk: the slots that only it names are overwritten with what is left of them.
+        """
+        half = len(header.area) // 2
+        parts = {begin: _read(copy.descriptor, begin, end - begin) for begin, end in (*before.slots, *header.slots)}
+        for place, data in parts.items():
+            if data != self.read(place, len(data)):
                 self.write(place, data)
         os.fsync(self.descriptor)
-        for place in (size, 0):
-            self.write(place, header.area[place : place + size])
+        for place in (half, 0):
+            self.write(place, header.area[place : place + half])
             os.fsync(self.descriptor)
-        os.posix_fadvise(self.descriptor, 0, header.end, os.POSIX_FADV_DONTNEED)
-        for place in range(0, header.end, _CHUNK):
-            length = min(_CHUNK, header.end - place)
-            expected = header.area[place : place + length] + _read(
-                copy.descriptor, max(place, 2 * size), max(0, place + length - max(place, 2 * size))
-            )
-            if self.read(place, length) != expected:
-                raise self.error("write_lost", "it does not keep what was written to it; have the disk looked at")
+        os.posix_fadvise(self.descriptor, 0, header.offset, os.POSIX_FADV_DONTNEED)
+        parts[0] = header.area
+        if any(self.read(place, len(data)) != data for place, data in parts.items()):
+            raise self.error("write_lost", "it does not keep what was written to it; have the disk looked at")
 
 
 @frozen
@@ -327,6 +324,8 @@ class _Copy:
         """
         if self.program is None:
             raise self.disk.error("no_cryptsetup", f"cryptsetup is not installed; get it with: {HOW_TO_INSTALL}")
+        import subprocess
+
         pipes: list[int] = []
         try:
             pipes += (_pipe(key, self.disk) for key in keys)

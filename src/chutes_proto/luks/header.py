@@ -47,6 +47,8 @@ HASHES: Final = frozenset({"sha256", "sha512"})
 SECTOR_SIZES: Final = frozenset({512, 4096})
 STRIPES: Final = 4000
 MAX_SLOTS: Final = 8
+MAX_SLOT: Final = 1024 * 1024
+"""Bytes of the material of one key; cryptsetup takes a quarter of it."""
 MAX_MEMORY: Final = 1024 * 1024
 """KiB that Argon2 may take, cryptsetup's own bound."""
 MAX_PASSES: Final = 64 * MAX_MEMORY
@@ -69,8 +71,8 @@ class CheckedHeader:
     """A header that says only what is allowed; only `check_header` makes one.
 
     ``offset`` is where the encrypted data begins and ``sector_size`` its unit, in bytes. ``whole`` says that both
-    copies are there and say the same. ``area`` is both copies written anew; the bytes of the key slots follow it on the
-    disk, up to ``end``.
+    copies are there and say the same. ``area`` is both copies written anew, as they stand at the beginning of the disk;
+    ``slots`` is where on the disk each key slot begins and ends.
     """
 
     uuid: str
@@ -80,7 +82,7 @@ class CheckedHeader:
     keyslots: tuple[int, ...]
     sequence: int
     whole: bool
-    end: int
+    slots: tuple[tuple[int, int], ...]
     area: bytes = field(repr=False)
     proof: None = proven()
 
@@ -180,7 +182,7 @@ class _Reader:
             keyslots=tuple(sorted(map(int, copy.told["keyslots"]))),
             sequence=copy.sequence,
             whole=whole,
-            end=2 * copy.size + int(copy.told["config"]["keyslots_size"]),
+            slots=tuple(sorted(map(_place, copy.told["keyslots"].values()))),
             area=_written(copy, PRIMARY, 0) + _written(copy, SECONDARY, copy.size),
             proof=PROOF,
         )
@@ -267,9 +269,9 @@ class _Reader:
         self._bytes("kdf_salt", kdf["salt"])
         begin, length = self._decimal(area, "offset"), self._decimal(area, "size")
         least = -(-slot["key_size"] * STRIPES // _SECTOR) * _SECTOR
-        if length < least or begin % _SECTOR or length % _SECTOR:
-            raise self._rejected("keyslot_area", f"{length} bytes at {begin}", f"sectors, {least} bytes at least")
-        return begin, begin + length
+        if not least <= length <= MAX_SLOT or begin % _SECTOR or length % _SECTOR:
+            raise self._rejected("keyslot_area", f"{length} bytes at {begin}", f"sectors, {least} to {MAX_SLOT} bytes")
+        return _place(slot)
 
     # 3.4
     def _check_digest(self, value: object, slots: set[str]) -> Mapping[str, Any]:
@@ -360,6 +362,11 @@ class _Reader:
 
     def _rejected(self, reason: str, found: object, expected: object) -> HeaderRejected:
         return HeaderRejected(reason, found, expected, self._device)
+
+
+def _place(slot: Mapping[str, Any]) -> tuple[int, int]:
+    begin = int(slot["area"]["offset"])
+    return begin, begin + int(slot["area"]["size"])
 
 
 def _lasting(copy: _Copy) -> object:
