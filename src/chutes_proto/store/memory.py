@@ -10,7 +10,8 @@ Rules kept here:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from operator import itemgetter
 from typing import Any, TypeVar, cast
 
 from attrs import define, evolve, field
@@ -254,8 +255,9 @@ class Tables:
         self.rows[type(row)][key_of(row)] = row
 
     def _where(self, kind: type[R], holds: Callable[[R], bool]) -> tuple[R, ...]:
-        rows = cast("Iterable[R]", self.rows[kind].values())
-        return tuple(sorted(filter(holds, rows), key=key_of))
+        rows = cast("dict[Key, R]", self.rows[kind])
+        found = [(key, row) for key, row in rows.items() if holds(row)]
+        return tuple(row for _, row in sorted(found, key=itemgetter(0)))
 
 
 class MemoryStore:

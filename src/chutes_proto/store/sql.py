@@ -14,7 +14,8 @@ Rules kept here:
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from operator import attrgetter
 from typing import Any, Final, Literal, TypeAlias, Union, get_args, get_origin
 
 import attrs
@@ -280,18 +281,22 @@ def _type_of(attribute: attrs.Attribute[Any]) -> Any:
 
 
 _COLUMNS_OF: Final[dict[Any, tuple[str, ...]]] = {Vm: ("hotkey", "vm"), Pin: ("platform_kind", "platform_id")}
+_VM: Final[Callable[[Vm], Values]] = attrgetter("hotkey", "name")
+_PIN: Final[Callable[[Pin], Values]] = attrgetter("kind", "value")
+_PARTS: Final[dict[Any, Callable[[Any], Values]]] = {Vm: _VM, Pin: _PIN}
+"""The values of what has more than one column."""
 
 
-Fields: TypeAlias = tuple[tuple[str, Any, tuple[str, ...]], ...]
+Fields: TypeAlias = tuple[tuple[str, Any, tuple[str, ...], Callable[[Any], Values] | None], ...]
 
 
 def _fields_of(kind: type[Any]) -> Fields:
     named = ((field.name, _type_of(field)) for field in attrs.fields(kind))
-    return tuple((name, of, _COLUMNS_OF.get(of, (name,))) for name, of in named)
+    return tuple((name, of, _COLUMNS_OF.get(of, (name,)), _PARTS.get(of)) for name, of in named)
 
 
 _FIELDS: Final[dict[Any, Fields]] = {kind: _fields_of(kind) for kind in ROWS}
-"""Name, type and columns of each field."""
+"""Name, type, columns and parts of each field."""
 
 _KEY_FIELDS: Final[dict[Any, Fields]] = {
     kind: tuple(field for field in fields if set(field[2]) <= set(kind.KEY)) for kind, fields in _FIELDS.items()
@@ -301,7 +306,7 @@ _KEY_FIELDS: Final[dict[Any, Fields]] = {
 
 def columns(kind: type[Row]) -> tuple[str, ...]:
     """The names of a row's columns, in the order of its values."""
-    return tuple(column for _, _, names in _FIELDS[kind] for column in names)
+    return tuple(column for _, _, names, _ in _FIELDS[kind] for column in names)
 
 
 def encode(row: Row) -> Values:
@@ -311,27 +316,27 @@ def encode(row: Row) -> Values:
 
 def _flat(row: Row, fields: Fields) -> Values:
     values: list[Any] = []
-    for name, _, names in fields:
+    for name, _, names, parts in fields:
         value = getattr(row, name)
-        if len(names) == 1:
+        if parts is None:
             values.append(value)
         else:
-            values.extend((None,) * len(names) if value is None else attrs.astuple(value))
+            values += (None,) * len(names) if value is None else parts(value)
     return tuple(values)
 
 
 def decode_row(kind: type[Any], values: Sequence[Any]) -> Any:
     """The row of ``kind`` that has these values; drivers without a boolean type give 0 and 1."""
-    left = iter(values)
-    return kind(*(_read(of, left) for _, of, _ in _FIELDS[kind]))
-
-
-def _read(kind: Any, left: Iterator[Any]) -> Any:
-    if kind in _COLUMNS_OF:
-        parts = [next(left) for _ in _COLUMNS_OF[kind]]
-        return None if parts[0] is None else kind(*parts)
-    value = next(left)
-    return bool(value) if kind is bool else value
+    members: list[Any] = []
+    at = 0
+    for _, of, names, parts in _FIELDS[kind]:
+        value = values[at]
+        if parts is not None:
+            members.append(None if value is None else of(*values[at : at + len(names)]))
+        else:
+            members.append(bool(value) if of is bool else value)
+        at += len(names)
+    return kind(*members)
 
 
 # --- statements ---
@@ -427,9 +432,9 @@ def statement(op: StoreOp[Any]) -> tuple[str, Values]:
         case RaiseHorizon(to):
             return _RAISE_HORIZON, (to, to)
         case ReadVm(vm):
-            return _READ_VM, attrs.astuple(vm)
+            return _READ_VM, _VM(vm)
         case CountClaims(pin):
-            return _COUNT_CLAIMS, attrs.astuple(pin)
+            return _COUNT_CLAIMS, _PIN(pin)
         case FindBoot(digest):
             return _FIND_BOOT, (digest,)
         case FindConfirm(digest):
@@ -439,26 +444,26 @@ def statement(op: StoreOp[Any]) -> tuple[str, Values]:
         case VoidTokens(None, at):
             return _VOID_ALL, (at,)
         case VoidTokens(Vm() as vm, at):
-            return _VOID, (at, *attrs.astuple(vm))
+            return _VOID, (at, *_VM(vm))
         case ReadBootVolumes(boot_id):
             return _READ_BOOT_VOLUMES, (boot_id,)
         case ReadGenerations(vm):
-            return _READ_GENERATIONS, attrs.astuple(vm)
+            return _READ_GENERATIONS, _VM(vm)
         case UpdateGeneration(row):
             state = (row.state, row.provisional, row.delivered_at, row.retired_at, row.retirement)
-            return _UPDATE_GENERATION, (*state, *attrs.astuple(row.vm), row.volume, row.generation)
+            return _UPDATE_GENERATION, (*state, *_VM(row.vm), row.volume, row.generation)
         case RewrapGeneration(row):
-            return _REWRAP, (row.kek_id, row.wrapped_key, *attrs.astuple(row.vm), row.volume, row.generation)
+            return _REWRAP, (row.kek_id, row.wrapped_key, *_VM(row.vm), row.volume, row.generation)
         case PurgeGeneration(row):
-            return _PURGE, (False, *attrs.astuple(row.vm), row.volume, row.generation)
+            return _PURGE, (False, *_VM(row.vm), row.volume, row.generation)
         case CountSealed():
             return _COUNT_SEALED, ()
         case ReadOtherwiseSealed(kek_id, limit):
             return _READ_OTHERWISE_SEALED, (kek_id, limit)
         case ReadVolumes(vm):
-            return _READ_VOLUMES, attrs.astuple(vm)
+            return _READ_VOLUMES, _VM(vm)
         case CountRefusals(pin, since):
-            return _COUNT_REFUSALS, (*attrs.astuple(pin), since)
+            return _COUNT_REFUSALS, (*_PIN(pin), since)
         case Claim(row):
             return _CLAIMS[type(row)], encode(row)
         case ReadServer(server_id):
@@ -474,7 +479,7 @@ def statement(op: StoreOp[Any]) -> tuple[str, Values]:
         case ReadBoot(boot_id):
             return _READ_BOOT, (boot_id,)
         case FindLastBoot(vm):
-            return _LAST_BOOT_OF, attrs.astuple(vm)
+            return _LAST_BOOT_OF, _VM(vm)
         case FindLastBootFrom(hotkey, address):
             return _LAST_BOOT_FROM, (hotkey, address)
         case ReadAttestation(attestation_id):
