@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from attrs import evolve
 
-from chutes_proto.blocking.files import CollateralDirectory, read_file, read_private, write_file
+from chutes_proto.blocking.files import read_file, read_private, write_file
+from chutes_proto.blocking.shelf import CollateralDirectory
 from chutes_proto.collateral.library import Item
 from chutes_proto.errors import CollateralUnavailable, ConfigurationError, FileUnavailable
 from chutes_proto.quote.collateral import VerifiedCollateral
@@ -113,7 +114,7 @@ def test_a_file_is_verified_once(shelf: CollateralDirectory, monkeypatch: pytest
         calls.append(1)
         return verify_collateral(*args, **settings)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("chutes_proto.blocking.files.verify_collateral", counted)
+    monkeypatch.setattr("chutes_proto.blocking.shelf.verify_collateral", counted)
     threads = [threading.Thread(target=shelf.fetch, args=(identity(), NOW + n)) for n in range(8)]
     for thread in threads:
         thread.start()

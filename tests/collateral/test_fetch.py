@@ -18,8 +18,9 @@ from attrs import evolve, frozen
 import chutes_proto_asyncio.collateral
 import chutes_proto_trio.collateral
 from chutes_proto.blocking.collateral import UpstreamCollateral
-from chutes_proto.blocking.files import CollateralDirectory, write_file
+from chutes_proto.blocking.files import write_file
 from chutes_proto.blocking.https import TimeLimits
+from chutes_proto.blocking.shelf import CollateralDirectory
 from chutes_proto.blocking.tls import client_context
 from chutes_proto.collateral import cache as caches
 from chutes_proto.collateral import pcs

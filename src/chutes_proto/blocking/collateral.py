@@ -15,8 +15,9 @@ from typing import Final
 import httpx
 from attrs import field, frozen
 
-from chutes_proto.blocking.files import CollateralDirectory, make_directory, write_file
+from chutes_proto.blocking.files import make_directory, write_file
 from chutes_proto.blocking.https import TimeLimits
+from chutes_proto.blocking.shelf import CollateralDirectory
 from chutes_proto.collateral.cache import CollateralCache
 from chutes_proto.collateral.library import Family
 from chutes_proto.errors import FileUnavailable

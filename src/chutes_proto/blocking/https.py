@@ -68,6 +68,11 @@ class Origin:
         return cls((match[1] or match[2]).lower(), port)
 
     @property
+    def name(self) -> bytes:
+        """The host in ASCII: what is text would be encoded with tables that no ASCII name needs."""
+        return self.host.encode("ascii")
+
+    @property
     def authority(self) -> str:
         """As ``Host`` has it."""
         host = f"[{self.host}]" if ":" in self.host else self.host
@@ -147,7 +152,7 @@ class HttpsSender:
     def _wrapped(self, plain: socket.socket) -> ssl.SSLSocket:
         with plain:  # what is wrapped has another owner
             return self._context.wrap_socket(
-                plain, server_hostname=self._origin.host, do_handshake_on_connect=False, suppress_ragged_eofs=False
+                plain, server_hostname=self._origin.name, do_handshake_on_connect=False, suppress_ragged_eofs=False
             )
 
 
@@ -229,7 +234,7 @@ def _addresses(origin: Origin, end: float) -> list[tuple[int, Any]]:
 
 
 def _resolved(origin: Origin, flags: int) -> list[tuple[int, Any]]:
-    found = socket.getaddrinfo(origin.host, origin.port, type=socket.SOCK_STREAM, flags=flags)
+    found = socket.getaddrinfo(origin.name, origin.port, type=socket.SOCK_STREAM, flags=flags)
     return [(family, address) for family, _, _, _, address in found]
 
 

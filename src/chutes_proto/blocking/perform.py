@@ -9,8 +9,6 @@ Rules kept here:
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import socket
 import time
@@ -74,6 +72,9 @@ class Missing:
 
 def log_record(record: Record) -> None:
     """Hand a record to the standard library's ``logging``, logger ``chutes_proto``."""
+    import json
+    import logging
+
     fields = (f"{name}={json.dumps(value)}" for name, value in record.fields.items())
     logging.getLogger("chutes_proto").log(record.level, "%s", " ".join([record.event, *fields]))
 
@@ -85,6 +86,8 @@ def careful(log: Callable[[Record], None]) -> Callable[[Record], None]:
         try:
             log(record)
         except Exception:
+            import logging
+
             logging.getLogger("chutes_proto").exception("a log record was lost: %s", record.event)
 
     return tell

@@ -20,7 +20,8 @@ from attrs import frozen
 
 from chutes_proto.auth.hotkey import Hotkey, HotkeyError, check_installed
 from chutes_proto.blocking.collateral import UpstreamCollateral
-from chutes_proto.blocking.files import CollateralDirectory, read_file, read_private
+from chutes_proto.blocking.files import read_file, read_private
+from chutes_proto.blocking.shelf import CollateralDirectory
 from chutes_proto.blocking.signing import read_hotkey
 from chutes_proto.blocking.stores import DurableStore, StorePlace
 from chutes_proto.blocking.tls import client_context

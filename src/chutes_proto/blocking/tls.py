@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import ssl
-import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,9 +52,15 @@ def _open() -> tuple[int, str, bool]:
     try:
         descriptor = os.memfd_create("client-identity")
     except (AttributeError, OSError):  # not Linux, or not allowed
-        return *tempfile.mkstemp(), True
+        return _open_on_disk()
     path = _MEMORY.format(descriptor)
     if Path(path).exists():
         return descriptor, path, False
     os.close(descriptor)  # no /proc here
+    return _open_on_disk()
+
+
+def _open_on_disk() -> tuple[int, str, bool]:
+    import tempfile
+
     return *tempfile.mkstemp(), True

@@ -20,7 +20,7 @@ from chutes_proto.errors import CollateralUnavailable
 from chutes_proto.testing.directory import measurements_toml
 
 if TYPE_CHECKING:
-    from chutes_proto.blocking.files import CollateralDirectory
+    from chutes_proto.blocking.shelf import CollateralDirectory
     from chutes_proto.quote.collateral import VerifiedCollateral
     from chutes_proto.quote.pck import PckIdentity
     from chutes_proto.testing.platform import SimulatedPlatform

@@ -82,6 +82,7 @@ def _parser(argv: Sequence[str], commands: Sequence[str]) -> argparse.ArgumentPa
         prog="chutes-proto",
         description="A VM boots: it proves with a TDX quote what it is, and receives the passphrases of its disks.",
         epilog=f"`chutes-proto COMMAND --help` has examples. Start with: chutes-proto {commands[0]}",
+        formatter_class=console.Help,
         allow_abbrev=False,
     )
     console.add(parser, "--version", action="version", version=f"chutes-proto {__version__}")

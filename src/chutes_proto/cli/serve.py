@@ -171,9 +171,9 @@ def _develop(options: argparse.Namespace) -> int:
     import time
     from pathlib import Path
 
-    from chutes_proto.blocking.files import CollateralDirectory
     from chutes_proto.blocking.platform import open_platform, platform_directory
     from chutes_proto.blocking.setup import load_setup
+    from chutes_proto.blocking.shelf import CollateralDirectory
     from chutes_proto.cli.development import AUTHORITY, CONFIGURATION, RenewedCollateral, write_server
     from chutes_proto.errors import ConfigurationError
 
