@@ -1,4 +1,4 @@
-"""chutes-proto on asyncio, by way of anyio: the boot agent, a miner's client, the key server, the driver of flows."""
+"""chutes-proto on asyncio: the boot agent, a miner's client, the key server, the driver of flows."""
 
 from chutes_proto_asyncio.client import BootAgent
 from chutes_proto_asyncio.miner import MinerClient
