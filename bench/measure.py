@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 
@@ -36,3 +37,10 @@ def microseconds(works: Mapping[str, tuple[Work, Work]], turns: int = 40, each: 
     finally:
         gc.enable()
     return {name: median(values) * 1e6 for name, values in times.items()}
+
+
+def resident() -> int:
+    """Resident memory in kB; 0 where the system does not say."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) for line in lines if line.startswith("VmRSS:")), 0)

@@ -7,10 +7,9 @@ resident memory after the first tenth.
 
 from __future__ import annotations
 
-from pathlib import Path
 from time import perf_counter
 
-from bench.measure import one_core
+from bench.measure import one_core, resident
 from chutes_proto.quote.collateral import Collateral, VerifiedCollateral
 from chutes_proto.quote.roots import TrustedRoot
 from chutes_proto.quote.verify import open_quote, verify_collateral, verify_quote
@@ -39,7 +38,7 @@ def run() -> None:
             verified[which] = verify_collateral(collateral[which], now=NOW, root=root)
         _ = verify_quote(open_quote(quotes[which], now=NOW, root=root), verified[which], now=NOW)
         if (number + 1) % (VERDICTS // 10) == 0:
-            sizes.append(_resident())
+            sizes.append(resident())
     rate = VERDICTS / (perf_counter() - start)
     if not sizes[0]:
         print("memory: this system does not say how much is resident")
@@ -47,10 +46,3 @@ def run() -> None:
     shown = " ".join(f"{size / sizes[0]:.3f}" for size in sizes)
     print(f"memory: {VERDICTS} verdicts of {MACHINES} machines, {rate:.0f} a second; resident after each tenth, in")
     print(f"  ratios to the first ({sizes[0]} kB): {shown}")
-
-
-def _resident() -> int:
-    """Resident memory in kB; 0 where the system does not say."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return next((int(line.split()[1]) for line in lines if line.startswith("VmRSS:")), 0)

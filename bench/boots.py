@@ -1,0 +1,260 @@
+"""What a boot costs a key server: a real process on SQLite, over TLS; and what a nonce costs it.
+
+A boot is a connection of its own, nonce, attestation and sync; its platform was seen before, so that all which can be
+remembered of it is. CPU time is of the whole server process, and of each part that is timed within it: the TLS session,
+the checks of signatures, and the store's transactions (of which the units' own Python, sealing and audit rows among
+it, is shown as measured in memory). The rest is what is left: sockets, loop, HTTP, JSON, parsing, checks, log.
+
+Syncs are sent over connections that stay open, by client threads of one process, on the same machine.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Generator
+from contextlib import closing, contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from attrs import evolve
+
+from bench.measure import resident
+from chutes_proto.auth.binding import report_data
+from chutes_proto.auth.certificates import ENTROPY_SIZE, make_client_identity
+from chutes_proto.blocking.perform import Performer
+from chutes_proto.blocking.setup import load_setup
+from chutes_proto.blocking.sqlite import SqliteStore
+from chutes_proto.blocking.tls import client_context
+from chutes_proto.cli import serving
+from chutes_proto.cli.development import write_server
+from chutes_proto.effects import run as perform
+from chutes_proto.quote import ecdsa
+from chutes_proto.server.app import App
+from chutes_proto.store.memory import MemoryStore
+from chutes_proto.store.rows import Vm
+from chutes_proto.testing.platform import SimulatedPlatform
+from chutes_proto.testing.store_suite import VM, boot, platform, sync
+from chutes_proto.transport.tls import TlsSession
+from chutes_proto.wire.codec import encode_quote
+from chutes_proto.wire.http import HttpRequest
+
+BOOTS = 300
+SYNCS = 960
+CALLERS = (1, 16, 64)
+NONCES = 1_000_000
+VOLUMES = ("storage", "tdx-cache")
+PLATFORM = SimulatedPlatform(b"a world to measure in")
+
+
+def run() -> None:
+    with tempfile.TemporaryDirectory(prefix="chutes-proto-bench-") as name:
+        folder = Path(name)
+        write_server(folder, PLATFORM, int(time.time()))
+        _whole_boots(folder)
+        _syncs(folder)
+        _nonces(folder)
+
+
+# --- a whole boot ---
+
+
+def _whole_boots(folder: Path) -> None:
+    units = _units_alone()
+    print(f"CPU of the server for a whole boot, in ms; {BOOTS} boots, one after the other")
+    heads = ("loop", "boot", "in kernel", "TLS", "signatures", "database", "its units", "the rest", "share")
+    print("".join(head.rjust(12) for head in heads))
+    for transport in ("trio", "asyncio"):
+        with _server(folder, transport) as (url, parts):
+            for number in range(20):
+                _boot(folder, url, f"vm-{number % 10}")
+            before = parts()
+            for number in range(BOOTS):
+                _boot(folder, url, f"vm-{number % 10}")
+            after = parts()
+        whole, system, tls, signatures, store = (1e3 * (after[key] - before[key]) / BOOTS for key in after)
+        rest = whole - tls - signatures - store
+        times = "".join(f"{value:12.2f}" for value in (whole, system, tls, signatures, store, units, rest))
+        print(f"{transport:>12}{times}{rest / whole:11.0%}")
+
+
+def _boot(folder: Path, url: str, vm: str) -> None:
+    identity = make_client_identity(int(time.time()) - 60, os.urandom(ENTROPY_SIZE))
+    connection = _connection(folder, url, identity)
+    nonce = _ask(connection, "GET", "/servers/nonce")["nonce"]
+    quote = encode_quote(PLATFORM.quote(report_data(bytes.fromhex(nonce), identity.spki_sha256)))
+    body = {"quote": quote, "miner_hotkey": VM.hotkey, "vm_name": vm}
+    grant = _ask(connection, "POST", "/servers/boot/attestation", body, {"x-chutes-nonce": nonce})
+    headers = {"x-boot-token": grant["boot_token"], "x-chutes-hotkey": VM.hotkey}
+    _ = _ask(connection, "POST", f"/servers/{vm}/luks", {"volumes": VOLUMES}, headers)
+    connection.close()
+
+
+def _units_alone() -> float:
+    """CPU of a boot's two units on a store in memory, in ms."""
+    store = MemoryStore()
+    boots = [evolve(boot(str(number)), now=boot("").now) for number in range(BOOTS)]
+    syncs = [sync(granted, "body", *VOLUMES) for granted in boots]
+    start = time.process_time()
+    for granted, unit in zip(boots, syncs, strict=True):
+        _ = store.transact(granted)
+        _ = store.transact(unit)
+    return 1e3 * (time.process_time() - start) / BOOTS
+
+
+# --- the server, timed from within ---
+
+Parts = Callable[[], dict[str, float]]
+
+
+@contextmanager
+def _server(folder: Path, transport: str) -> Generator[tuple[str, Parts]]:
+    command = [sys.executable, "-m", "bench.boots", str(folder), transport]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        said = process.stdout
+
+        def parts() -> dict[str, float]:
+            process.send_signal(signal.SIGUSR1)
+            found: dict[str, float] = json.loads(said.readline())
+            return found
+
+        try:
+            yield said.readline().strip(), parts
+        finally:
+            process.terminate()
+
+
+def _serve(folder: str, transport: Any) -> None:
+    """A server that says at SIGUSR1 how much CPU time it and its parts have taken."""
+    spent = {"tls": 0.0, "signatures": 0.0, "store": 0.0}
+
+    def timed(part: str, owner: Any, *names: str) -> None:
+        for name in names:
+            setattr(owner, name, _timed(spent, part, getattr(owner, name)))
+
+    timed("tls", TlsSession, "__init__", "receive_data", "send_data", "close", "data_to_send")
+    timed("signatures", ecdsa, "load_point", "verify", "verify_raw")
+    timed("store", SqliteStore, "transact")
+    told = threading.Lock()
+
+    def tell(*_: object) -> None:
+        with told:
+            print(json.dumps({"whole": time.process_time(), "system": os.times().system, **spent}), flush=True)
+
+    _ = signal.signal(signal.SIGUSR1, tell)
+    setup = load_setup(Path(folder) / "server.toml")
+    with closing(setup.store.open()) as store:
+        announce = lambda urls: print(urls[0], flush=True)  # noqa: E731
+        serving.serve_until_stopped(transport, setup, store, setup.collateral, announce, (signal.SIGTERM,))
+
+
+def _timed(spent: dict[str, float], part: str, work: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(work)
+    def timing(*arguments: Any, **named: Any) -> Any:
+        start = time.thread_time()
+        try:
+            return work(*arguments, **named)
+        finally:
+            spent[part] += time.thread_time() - start
+
+    return timing
+
+
+# --- syncs over HTTP ---
+
+
+def _syncs(folder: Path) -> None:
+    print(f"\nSQLite over HTTP, one server; {SYNCS} syncs\n{'clients':>12}{'syncs/s':>12}{'ratio':>12}")
+    first = 0.0
+    setup = load_setup(folder / "server.toml")
+    runs = count()
+    with _server(folder, "trio") as (url, _):
+        for callers in CALLERS:
+            tokens = [f"{next(runs):064x}" for _ in range(SYNCS)]
+            with closing(setup.store.open()) as store:
+                for number, token in enumerate(tokens):
+                    caller = number % callers
+                    granted = evolve(
+                        boot(token, now=int(time.time()), vm=Vm(VM.hotkey, f"vm-{callers}-{caller}")),
+                        platform=platform(f"{callers} {caller}"),
+                        vault=setup.service.vault,
+                        token_digest=hashlib.sha256(token.encode()).digest(),
+                    )
+                    _ = store.transact(granted)
+            connections = [_connection(folder, url) for _ in range(callers)]
+            works = [
+                functools.partial(_sync_all, connections[caller], f"vm-{callers}-{caller}", tokens[caller::callers])
+                for caller in range(callers)
+            ]
+            threads = [threading.Thread(target=work) for work in works]
+            start = time.perf_counter()
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            rate = SYNCS / (time.perf_counter() - start)
+            first = first or rate
+            print(f"{callers:>12}{rate:>12.0f}{rate / first:>12.2f}")
+
+
+def _sync_all(connection: http.client.HTTPSConnection, vm: str, tokens: list[str]) -> None:
+    for token in tokens:
+        headers = {"x-boot-token": token, "x-chutes-hotkey": VM.hotkey}
+        _ = _ask(connection, "POST", f"/servers/{vm}/luks", {"volumes": VOLUMES}, headers)
+
+
+def _connection(folder: Path, url: str, identity: Any = None) -> http.client.HTTPSConnection:
+    context = client_context(identity, (folder / "ca.pem").read_bytes())
+    return http.client.HTTPSConnection(url.removeprefix("https://"), context=context, timeout=60)
+
+
+def _ask(
+    connection: http.client.HTTPSConnection, method: str, path: str, body: Any = None, headers: Any = None
+) -> dict[str, Any]:
+    sent = None if body is None else json.dumps(body)
+    connection.request(method, path, sent, {"content-type": "application/json", **(headers or {})})
+    answer = connection.getresponse()
+    data = answer.read()
+    assert answer.status == 200, data
+    members: dict[str, Any] = json.loads(data)
+    return members
+
+
+# --- nonces ---
+
+
+def _nonces(folder: Path) -> None:
+    """Nonces in a row, without HTTP: memory must not grow, and nothing is written."""
+    setup = load_setup(folder / "server.toml")
+    app = App(setup.service)
+    request = HttpRequest("GET", f"/servers/nonce?miner_hotkey={VM.hotkey}", peer_address="10.0.0.1")
+    with closing(setup.store.open()) as store:
+        performer = Performer(store=store)
+        before = store.check()
+        start = time.perf_counter()
+        sizes: list[int] = []
+        for number in range(NONCES):
+            response = perform(app.handle(request), performer.perform)
+            assert response.status == 200
+            if number in (NONCES // 100, NONCES - 1):
+                sizes.append(resident())
+        rate = NONCES / (time.perf_counter() - start)
+        rows = sum(store.check().values()) - sum(before.values())
+    print(f"\nnonces: {NONCES} issued, {rate:.0f} a second; {rows} rows written", end="")
+    print(f"; memory after a hundredth {sizes[0]} kB, at the end {sizes[1]} kB")
+
+
+if __name__ == "__main__":
+    _serve(*sys.argv[1:])
