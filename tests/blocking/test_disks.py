@@ -269,13 +269,17 @@ def test_a_device_that_shrinks(bench: Bench) -> None:
 
 def test_a_device_that_shrinks_while_it_is_read(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     seek = os.lseek
-    monkeypatch.setattr(os, "lseek", lambda *arguments: seek(*arguments) + 4096)
+
+    def boast(descriptor: int, place: int, whence: int) -> int:
+        return seek(descriptor, place, whence) + 4096
+
+    monkeypatch.setattr(os, "lseek", boast)
     assert f"it ended at {SIZE} while it was read" in str(bench.refused(bench.inspect, "shrunk"))
 
 
 def test_a_link_that_changes(bench: Bench, tmp_path: Path) -> None:
     link, other = tmp_path / "by-id", tmp_path / "other.img"
-    shutil.copyfile(bench.path, other)
+    _ = shutil.copyfile(bench.path, other)
     link.symlink_to(bench.path)
     assert isinstance(bench.disks.inspect(str(link)), Blank)
     link.unlink()

@@ -13,7 +13,8 @@ Rules kept here:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import TypeVar
 
 from attrs import frozen
@@ -96,7 +97,7 @@ def forecast(volumes: Sequence[Volume]) -> Flow[tuple[Forecast, ...]]:
 def unlock_root(root: Volume, grant: BootGrant) -> Flow[OpenVolume]:
     """Open the root disk with the grant's passphrase; it is never formatted. Raises `DiskError`."""
     disks = yield from _inspect([root])
-    plan = plan_root(root, disks[root.name])
+    plan = yield from _planned(root, partial(plan_root, root, disks[root.name]))
     _raise_unopened({root.name: (yield from _carry_out(plan, {Key.CURRENT: grant.root_passphrase}))})
     return _opened(root, plan)
 
@@ -115,8 +116,8 @@ def unlock(settings: BootSettings, volumes: Sequence[Volume], *, grant: BootGran
     if len(by_name) != len(volumes) or not volumes:
         raise LocalProtocolError("a boot needs volumes, each with a name of its own")
     disks = yield from _inspect(volumes)
-    for volume in volumes:
-        _ = plan_open(volume, disks[volume.name], in_use=False)  # no answer could make a foreign disk ours
+    for volume in volumes:  # no answer could make a foreign disk ours
+        _ = yield from _planned(volume, partial(plan_open, volume, disks[volume.name], in_use=False))
     formatted = [name for name, disk in disks.items() if isinstance(disk, Luks)]
     received = yield from receive_keys(settings, [*by_name], formatted, grant=grant)
     if isinstance(received, Rotation):
@@ -129,7 +130,10 @@ def _open(
 ) -> Flow[Unlocked]:
     keys = {name: {Key.CURRENT: passphrase} for name, passphrase in received.passphrases.items()}
     try:
-        plans = {n: plan_open(v, disks[n], in_use=n in received.in_use) for n, v in volumes.items()}
+        plans: dict[str, Plan] = {}
+        for name, volume in volumes.items():
+            plan = partial(plan_open, volume, disks[name], in_use=name in received.in_use)
+            plans[name] = yield from _planned(volume, plan)
         done = yield from _carry_out_all(plans, keys)
     finally:
         _wipe(keys.values())
@@ -145,12 +149,10 @@ def _rotate(
         for name, pair in rotation.keys.items()
     }
     try:
-        plans = {
-            name: plan_rotation(
-                volume, disks[name], in_use=name in rotation.in_use, first=rotation.keys[name].current is None
-            )
-            for name, volume in volumes.items()
-        }
+        plans: dict[str, Plan] = {}
+        for name, volume in volumes.items():
+            known = {"in_use": name in rotation.in_use, "first": rotation.keys[name].current is None}
+            plans[name] = yield from _planned(volume, partial(plan_rotation, volume, disks[name], **known))
         done = yield from _carry_out_all(plans, keys)
         for name, came in done.items():
             if came.error is None:
@@ -200,6 +202,14 @@ def _inspect(volumes: Sequence[Volume]) -> Flow[dict[str, Disk]]:
         yield from Log(Record(Level.INFO, "disk_found", fields))
         disks[volume.name] = disk
     return disks
+
+
+def _planned(volume: Volume, plan: Callable[[], Plan]) -> Flow[Plan]:
+    try:
+        return plan()
+    except DiskError as exc:
+        yield from _tell_failure(volume.name, exc)
+        raise
 
 
 def _carry_out_all(plans: Mapping[str, Plan], keys: Mapping[str, Keys]) -> Flow[dict[str, _Done]]:
