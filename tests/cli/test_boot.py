@@ -5,12 +5,15 @@ from __future__ import annotations
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from chutes_proto.blocking.platform import open_platform
 from chutes_proto.cli import console
+from chutes_proto.cli.development import write_server
 from tests.cli.conftest import HOTKEY, Ended, Server, start_server
 
 Command = Callable[..., Ended]
@@ -59,6 +62,7 @@ def test_a_boot_receives_its_passphrases_and_shows_none(boot: Command, tmp_path:
         "granted": True,
         "hotkey": HOTKEY,
         "vm": "vm-1",
+        "exchange": "base",
         "root_passphrase_length": 128,
         "volumes": {name: {"passphrase_length": 128, "in_use": False} for name in ("storage", "tdx-cache")},
     }
@@ -161,3 +165,32 @@ def test_it_tries_again_while_it_may(boot: Command) -> None:
 
 def test_a_peers_text_cannot_steer_the_terminal() -> None:
     assert console.clean("a\x1b[2Jb\r\n\u202ec\x85 é") == r"a\x1b[2Jb\r\n\u202ec\x85 é"
+
+
+def test_the_two_phase_exchange_confirms_nothing(command: Command, tmp_path: Path, platform: Path) -> None:
+    """The keys stay as they are: every boot is handed the same two."""
+    site = tmp_path / "site"
+    site.mkdir()
+    write_server(site, open_platform(platform, int(time.time())).platform, int(time.time()))
+    configuration = site / "server.toml"
+    text = configuration.read_text().replace("[profile_defaults]", '[profile_defaults]\nexchange = "two-phase"')
+    _ = configuration.write_text(text)
+    server = start_server("--config", configuration, ca=site / "ca.pem")
+    common = ["boot", server.url, "--ca", server.ca, "--hotkey", HOTKEY, "--vm", "vm-1", "--platform", platform]
+    handed: list[dict[str, str]] = []
+    said: list[Ended] = []
+    for number, json in enumerate(([], [], ["--json"])):
+        keys = tmp_path / f"keys-{number}"
+        said.append(command(*common, "--keys", keys, *json))
+        handed.append({path.name: path.read_text() for path in keys.iterdir()})
+    assert server.stop(signal.SIGTERM).code == 0
+    assert [ended.code for ended in said] == [0, 0, 0]
+    first, *later = handed
+    assert first.keys() == {"root", "storage", "tdx-cache"}
+    assert later[0] == later[1]
+    assert later[0] == {**first, "storage.next": later[0]["storage.next"], "tdx-cache.next": later[0]["tdx-cache.next"]}
+    assert len({*later[0].values()}) == 5
+    assert "storage: passphrase received, 128 characters, and the next one; not known to be in use" in said[1].out
+    assert "nothing is confirmed" in said[1].out
+    assert said[2].json["exchange"] == "two-phase"
+    assert not [key for key in later[0].values() for ended in said if key in ended.out + ended.err]

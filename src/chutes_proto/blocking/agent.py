@@ -17,7 +17,6 @@ import re
 import stat
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -275,14 +274,10 @@ def close_mappings(program: str | None, mappings: Iterable[str]) -> list[str]:
 
 
 def end_with(command: Sequence[str], wait: float, *, sleep: Callable[[float], None] = time.sleep) -> str | None:
-    """Wait, then run what follows a failed boot, until it ends; says what went wrong with it, if anything did.
-
-    An interruption ends the wait, not what it was for.
-    """
+    """Wait, then run what follows a failed boot, until it ends; says what went wrong with it, if anything did."""
     import subprocess
 
-    with suppress(KeyboardInterrupt):
-        sleep(wait)
+    sleep(wait)
     try:
         done = subprocess.run(command, check=False)
     except OSError as exc:

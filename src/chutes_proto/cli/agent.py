@@ -9,6 +9,8 @@ Rules kept here:
 from __future__ import annotations
 
 import argparse
+import signal
+import time
 from typing import TYPE_CHECKING
 
 from chutes_proto.cli import console
@@ -26,15 +28,16 @@ if TYPE_CHECKING:
     from chutes_proto.blocking.agent import Servers
     from chutes_proto.blocking.disks import Disks
     from chutes_proto.blocking.perform import Performer
+    from chutes_proto.blocking.quoting import Quoter
     from chutes_proto.cli.progress import Progress
     from chutes_proto.client.agent import Booted
     from chutes_proto.client.disks import Forecast
     from chutes_proto.client.settings import AgentSettings, VmIdentity
     from chutes_proto.log import Value
-    from chutes_proto.quote.measurements import Stage
 
 NAME = "agent"
 _MAX_SETTINGS = 64 * 1024
+_LOOK_AGAIN = 0.2
 
 _EXIT_CODES = """
         exit code: 0 done; 1 refused by a server, or by this agent because of what a disk holds; 2 usage, a file that
@@ -110,22 +113,63 @@ def run(options: argparse.Namespace) -> int:
     if options.action == "run" and options.dry_run:
         return _foresee(options, settings)
     progress = Progress(as_json=options.json, seconds=settings.retry.deadline_seconds)
+    before = signal.signal(signal.SIGINT, interruption := _Interruption())
+    try:
+        return _done(options, settings, progress, interruption)
+    finally:
+        _ = signal.signal(signal.SIGINT, before)
+
+
+class _Interruption:
+    """SIGINT ends a boot that runs; later only the wait for what follows a failure, which it never keeps away."""
+
+    def __init__(self) -> None:
+        self._ends_boot = True
+        self._came = False
+
+    def __call__(self, *_: object) -> None:
+        self._came = True
+        if self._ends_boot:
+            self._ends_boot = False
+            raise KeyboardInterrupt
+
+    def boot_has_ended(self) -> None:
+        self._ends_boot = self._came = False
+
+    def wait(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while not self._came and (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, _LOOK_AGAIN))
+
+
+def _done(options: argparse.Namespace, settings: AgentSettings, progress: Progress, interruption: _Interruption) -> int:
+    """The exit code, when all is done that follows a failure too."""
+    from chutes_proto.blocking.agent import end_with
+
     try:
         booted = (_resume if options.action == "resume" else _run)(options, settings, progress)
     except ChutesError as exc:
         code = console.REFUSED if isinstance(exc, Refusal | DiskError) else console.USAGE
-        return _failed(options, settings, progress, exc, code)
+        error: ChutesError = exc
     except KeyboardInterrupt:
-        error = LocalProtocolError("interrupted at the console")
-        return _failed(options, settings, progress, error, console.INTERRUPTED)
+        code, error = console.INTERRUPTED, LocalProtocolError("interrupted at the console")
     except Exception as exc:  # noqa: BLE001 - whatever happens, the boot ends as the settings say
         import traceback
 
         traceback.print_exc()
+        code = console.USAGE
         error = LocalProtocolError(f"a fault of the agent's own, {type(exc).__name__}; its trace is above")
-        return _failed(options, settings, progress, error, console.USAGE)
-    _tell_done(options, settings, progress, booted)
-    return console.GRANTED
+    else:
+        _tell_done(options, settings, progress, booted)
+        return console.GRANTED
+    interruption.boot_has_ended()
+    _tell_failure(options, settings, progress, error, code)
+    ending = settings.on_failure
+    if ending.action != "exit":
+        fault = end_with(ending.command, ending.wait_seconds, sleep=interruption.wait)
+        if fault is not None:
+            progress.tell(f"{ending.action}: {fault}")
+    return code
 
 
 def _settings(path: str) -> AgentSettings:
@@ -144,7 +188,6 @@ def _settings(path: str) -> AgentSettings:
 
 def _run(options: argparse.Namespace, settings: AgentSettings, progress: Progress) -> Booted:
     import os
-    import time
 
     from chutes_proto.auth.certificates import ENTROPY_SIZE, make_client_identity
     from chutes_proto.blocking.agent import boot_id, check_place, make_signer, write_state
@@ -165,7 +208,7 @@ def _run(options: argparse.Namespace, settings: AgentSettings, progress: Progres
     client = make_client_identity(int(time.time()), os.urandom(ENTROPY_SIZE))
     boot_settings = BootSettings(who.hotkey.address, who.vm_name, client.spki_sha256, signer, settings.policy)
     servers = _servers(settings, client, deadline)
-    performer = _performer(options, settings, progress, servers, "boot")
+    performer = _performer(options, settings, progress, servers)
     volumes = () if leaves else settings.disks
     try:
         booted = performer.run(
@@ -181,8 +224,6 @@ def _run(options: argparse.Namespace, settings: AgentSettings, progress: Progres
 
 
 def _resume(options: argparse.Namespace, settings: AgentSettings, progress: Progress) -> Booted:
-    import time
-
     from chutes_proto.blocking.agent import boot_id, check_place, make_signer, read_state, remove_state
     from chutes_proto.client.agent import resume_agent
     from chutes_proto.client.flows import BootSettings
@@ -203,7 +244,7 @@ def _resume(options: argparse.Namespace, settings: AgentSettings, progress: Prog
     signer = None if settings.signer is None else make_signer(settings.signer, _identity(settings))
     boot_settings = BootSettings(grant.miner_hotkey, grant.vm_name, client.spki_sha256, signer, settings.policy)
     servers = _servers(settings, client, deadline, first=left.server)
-    performer = _performer(options, settings, progress, servers, "runtime")
+    performer = _performer(options, settings, progress, servers)
     try:
         booted = performer.run(resume_agent(boot_settings, settings.disks, grant, patience=settings.disk_wait_seconds))
     except Refusal as exc:
@@ -236,15 +277,27 @@ def _servers(settings: AgentSettings, client: ClientIdentity, deadline: float, *
     return Servers(context, settings.servers, deadline, first=first)
 
 
-def _performer(
-    options: argparse.Namespace, settings: AgentSettings, progress: Progress, servers: Servers, stage: Stage
-) -> Performer:
+def _performer(options: argparse.Namespace, settings: AgentSettings, progress: Progress, servers: Servers) -> Performer:
     from chutes_proto.blocking.perform import Performer
+
+    progress.server = lambda: servers.origin
+    quoter = _quoter(settings, progress)
+    return Performer(send=servers, next_server=servers.next, quoter=quoter, disks=_disks(options), log=progress)
+
+
+def _quoter(settings: AgentSettings, progress: Progress) -> Quoter:
     from chutes_proto.blocking.quoting import make_quoter
 
-    quoter = make_quoter(settings.quoter, tell=progress.tell, stage=stage)
-    progress.server = lambda: servers.origin
-    return Performer(send=servers, next_server=servers.next, quoter=quoter, disks=_disks(options), log=progress)
+    quoter = make_quoter(settings.quoter, tell=progress.tell)
+    if not settings.quoter.startswith("simulated"):
+        return quoter
+    # A VM measures more between its two quotes; a simulated one has to be told.
+    later = make_quoter(settings.quoter, stage="runtime")
+
+    def quote(report_data: bytes) -> bytes:
+        return later(report_data) if progress.step == "runtime quote" else quoter(report_data)
+
+    return quote
 
 
 def _disks(options: argparse.Namespace) -> Disks:
@@ -284,10 +337,11 @@ def _tell_done(options: argparse.Namespace, settings: AgentSettings, progress: P
     progress.finish("agent_done", fields, lines, failed=False)
 
 
-def _failed(
+def _tell_failure(
     options: argparse.Namespace, settings: AgentSettings, progress: Progress, error: ChutesError, code: int
-) -> int:
-    from chutes_proto.blocking.agent import close_mappings, end_with
+) -> None:
+    """Close what this run has opened, and say what has happened, what it means and what comes next."""
+    from chutes_proto.blocking.agent import close_mappings
     from chutes_proto.blocking.disks import find_cryptsetup
     from chutes_proto.cli.progress import said
     from chutes_proto.client.advice import advise
@@ -318,11 +372,6 @@ def _failed(
         "exit_code": code,
     }
     progress.finish("agent_failed", fields, lines, failed=True)
-    if ending.action != "exit":
-        fault = end_with(ending.command, ending.wait_seconds)
-        if fault is not None:
-            progress.tell(f"{ending.action}: {fault}")
-    return code
 
 
 def _foresee(options: argparse.Namespace, settings: AgentSettings) -> int:

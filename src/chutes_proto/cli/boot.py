@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
+
+from attrs import field, frozen
 
 from chutes_proto.cli import console, quoter, sending
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from chutes_proto.client.flows import BootGrant, VolumeKeys
+    from chutes_proto.client.flows import BootGrant, Rotation, VolumeKeys
+    from chutes_proto.secret import Secret
 
 NAME = "boot"
 _VOLUME = re.compile(r"(?!\.)[A-Za-z0-9_.-]{1,64}")
@@ -26,6 +30,9 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
         Do what a VM does when it boots: make a throw-away client key, get a nonce, have the platform quote both, hand
         the quote in, and ask for the passphrases of the volumes. The passphrases are shown nowhere; with --keys they
         go into files that only you can read, for a program like `cryptsetup --key-file`.
+
+        In the two-phase exchange each volume has two keys; with --keys the next one goes into a second file, NAME.next.
+        Nothing is confirmed, because no disk was opened: the server keeps the keys as they are.
 
         No answer, or one that says "not now", is waited for until the end of --wait; a refusal ends it, and so does a
         server whose certificate does not verify.
@@ -69,14 +76,14 @@ def run(options: argparse.Namespace) -> int:
     from chutes_proto.blocking.http import HttpxSender
     from chutes_proto.blocking.perform import Performer
     from chutes_proto.blocking.tls import client_context
-    from chutes_proto.client.flows import BootSettings, boot, boot_and_sync
+    from chutes_proto.client.flows import BootSettings, boot, receive_keys
     from chutes_proto.errors import ConfigurationError, Refusal, TransportError
 
     retry = sending.retry_policy(options)
     now = int(time.time())
     identity = make_client_identity(now, os.urandom(ENTROPY_SIZE))
     settings = BootSettings(options.hotkey, options.vm, identity.spki_sha256, retry=retry)
-    quote = quoter.open_quoter(options)
+    quote, quote_again = quoter.open_quoter(options), quoter.open_quoter(options, stage="runtime")
     keys_directory = make_directory(options.keys, mode=0o700) if options.keys else None
     context = client_context(identity, read_file(options.ca) if options.ca else None)
     with httpx.Client(verify=context, trust_env=False) as client:
@@ -84,22 +91,46 @@ def run(options: argparse.Namespace) -> int:
         performer = Performer(send=send, quoter=quote, log=sending.tell)
         try:
             grant = performer.run(boot(settings))
-            grant, keys = performer.run(boot_and_sync(settings, options.volumes, formatted=(), grant=grant))
+            if grant.boot_token is None:
+                performer = Performer(send=send, quoter=quote_again, log=sending.tell)
+            received = performer.run(receive_keys(settings, options.volumes, (), grant=grant))
         except Refusal as exc:
             return console.refused(options, exc)
         except TransportError as exc:
             raise ConfigurationError(
                 f"no answer from {options.url}: {exc}; is the server running there, and its CA in --ca?"
             ) from None
+    handed = _handed(received)
     if keys_directory is not None:
-        _write_keys(keys_directory, grant, keys)
-    return _granted(options, grant, keys)
+        _write_keys(keys_directory, handed)
+    return _granted(options, handed)
 
 
-def _granted(options: argparse.Namespace, grant: BootGrant, keys: VolumeKeys) -> int:
+@frozen
+class _Handed:
+    """The passphrase of each volume, which opens it or formats it, and its next one in the two-phase exchange."""
+
+    exchange: str
+    grant: BootGrant
+    passphrases: Mapping[str, Secret]
+    in_use: frozenset[str]
+    next: Mapping[str, Secret] = field(factory=dict[str, "Secret"])
+
+
+def _handed(received: tuple[BootGrant, VolumeKeys] | Rotation) -> _Handed:
+    if isinstance(received, tuple):
+        grant, keys = received
+        return _Handed("base", grant, keys.passphrases, keys.in_use)
+    opening = {name: pair.current or pair.next for name, pair in received.keys.items()}
+    following = {name: pair.next for name, pair in received.keys.items() if pair.current is not None}
+    return _Handed("two-phase", received.grant, opening, received.in_use, following)
+
+
+def _granted(options: argparse.Namespace, handed: _Handed) -> int:
+    grant = handed.grant
     volumes = {
-        name: {"passphrase_length": len(passphrase), "in_use": name in keys.in_use}
-        for name, passphrase in keys.passphrases.items()
+        name: {"passphrase_length": len(passphrase), "in_use": name in handed.in_use}
+        for name, passphrase in handed.passphrases.items()
     }
     if options.json:
         console.say_json(
@@ -107,6 +138,7 @@ def _granted(options: argparse.Namespace, grant: BootGrant, keys: VolumeKeys) ->
                 "granted": True,
                 "hotkey": grant.miner_hotkey,
                 "vm": grant.vm_name,
+                "exchange": handed.exchange,
                 "root_passphrase_length": len(grant.root_passphrase),
                 "volumes": volumes,
             }
@@ -116,14 +148,18 @@ def _granted(options: argparse.Namespace, grant: BootGrant, keys: VolumeKeys) ->
     console.say(f"root passphrase received, {len(grant.root_passphrase)} characters")
     for name, volume in volumes.items():
         used = "in use: do not format a blank disk" if volume["in_use"] else "not known to be in use"
-        console.say(f"{name}: passphrase received, {volume['passphrase_length']} characters; {used}")
+        also = ", and the next one" if name in handed.next else ""
+        console.say(f"{name}: passphrase received, {volume['passphrase_length']} characters{also}; {used}")
+    if handed.exchange == "two-phase":
+        console.say("two-phase exchange: nothing is confirmed, because no disk was opened; the keys stay as they are")
     return console.GRANTED
 
 
-def _write_keys(directory: Path, grant: BootGrant, keys: VolumeKeys) -> None:
+def _write_keys(directory: Path, handed: _Handed) -> None:
     from chutes_proto.blocking.files import write_file
 
-    for name, passphrase in {"root": grant.root_passphrase, **keys.passphrases}.items():
+    following = {f"{name}.next": passphrase for name, passphrase in handed.next.items()}
+    for name, passphrase in {"root": handed.grant.root_passphrase, **handed.passphrases, **following}.items():
         write_file(directory / name, passphrase.reveal(), mode=0o600)
         console.tell(f"{name}: passphrase written to {directory / name}")
 

@@ -41,14 +41,15 @@ _ASCII: Final = str.maketrans({"…": "...", "–": "-", "—": "-", "“": '"',
 class Progress:
     """Tells a boot's records. ``server`` says which server is asked now; the deadline is ``seconds`` from now.
 
-    ``stopped`` has the fields of the record that says why it ended, ``written`` what was done to disks, ``opened`` the
-    volumes that are open.
+    ``step`` is what is asked now, ``stopped`` has the fields of the record that says why it ended, ``written`` what was
+    done to disks, ``opened`` the volumes that are open.
     """
 
     def __init__(self, *, as_json: bool, seconds: float, server: Callable[[], str] = str) -> None:
         self._as_json = as_json
         self._deadline = time.monotonic() + seconds
         self.server = server
+        self.step = ""
         self.stopped: Mapping[str, Value] = {}
         self.written: list[str] = []
         self.opened: list[str] = []
@@ -58,6 +59,7 @@ class Progress:
         fields = dict(record.fields)
         if "step" in fields:
             fields["server"] = self.server()
+            self.step = str(fields["step"])
         fields = {"seconds_left": self._left(), **fields}
         match record.event, fields:
             case "boot_stopped", _:
