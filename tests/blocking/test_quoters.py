@@ -123,6 +123,9 @@ def test_a_write_that_the_kernel_drops_is_noticed(kernel: GuestKernel, monkeypat
     kernel.faults["inblob"].append(fail(errno.EBUSY))
     assert TsmQuoter(kernel.reports)(DATA) == QUOTE
     assert len(kernel.made) == 2
+    kernel.faults["inblob"].append(fail(errno.EBUSY))
+    with pytest.raises(QuoteUnavailable, match="within 0 s: the kernel did not take the report data"):
+        _ = TsmQuoter(kernel.reports, timeout=0)(DATA)
 
 
 def test_an_entry_that_vanishes(kernel: GuestKernel) -> None:

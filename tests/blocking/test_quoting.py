@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -234,20 +235,26 @@ def test_a_program_that_does_not_end(code: str) -> None:
 
 
 def test_what_a_program_has_started_ends_with_it(tmp_path: Path) -> None:
-    """The child holds the lower end of a FIFO: its upper end is at its end when the child is."""
+    """Program and child hold one end of a FIFO: the other is at its end when both are gone."""
     fifo = tmp_path / "alive"
     os.mkfifo(fifo)
-    child = "import time, sys; held = open(sys.argv[1], 'w'); time.sleep(600)"
+    code = (
+        "held = os.open(sys.argv[1], os.O_WRONLY)\nos.set_inheritable(held, True)\n"
+        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], close_fds=False)\ntime.sleep(600)"
+    )
     watched = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
     try:
-        with pytest.raises(QuoteUnavailable, match=r"did not end within 2 s"):
-            _ = python(
-                f"subprocess.Popen([sys.executable, '-c', {child!r}, sys.argv[1]])\ntime.sleep(600)",
-                str(fifo),
-                timeout=2,
-            )(DATA)
-        os.set_blocking(watched, True)
-        assert os.read(watched, 1) == b""
+        with pytest.raises(QuoteUnavailable, match="did not end within 2 s"):
+            _ = python(code, str(fifo), timeout=2)(DATA)
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            try:
+                assert os.read(watched, 1) == b""
+                break
+            except BlockingIOError:
+                time.sleep(0.01)
+        else:
+            pytest.fail("what the program has started goes on")
     finally:
         os.close(watched)
 
