@@ -18,6 +18,9 @@ hotkeys = "*"
 """
 
 
+GPU = "memory_gb = 1, processors = 1, max_threads_per_processor = 1, clock_base_mhz = 3, clock_boost_mhz = 9"
+
+
 def problem(text: str) -> str:
     with pytest.raises(ConfigurationError) as caught:
         ServerConfig.from_toml(text.encode())
@@ -111,6 +114,13 @@ def test_collateral_from_services():
         ),
         ('registration = { unsafe_private_networks = ["lab"] }', "registration.unsafe_private_networks"),
         ("roots = 1", "roots"),
+        ("gpus = 1", "gpus"),
+        ("gpus = { a = 1 }", "gpus"),
+        (f'gpus = {{ x = {{ model = "(", {GPU} }} }}', "gpus.x.model: no regular expression"),
+        (f'gpus = {{ x = {{ model = "", {GPU} }} }}', "gpus.x.model: a pattern"),
+        (f'gpus = {{ X = {{ model = "a", {GPU} }} }}', "gpus: 'X' is not"),
+        (f'gpus = {{ x = {{ model = "a", {GPU.replace("= 9", "= 0")} }} }}', "gpus.x.clock_boost_mhz: at least 1"),
+        (f'gpus = {{ x = {{ model = "a", {GPU.replace("= 9", "= 2")} }} }}', "gpus.x.clock_boost_mhz: less than"),
     ],
 )
 def test_a_mistake_names_its_key(line, named):

@@ -13,6 +13,7 @@ import pytest
 
 import chutes_proto.server
 from chutes_proto.server.config import CollateralOptions, ServerConfig
+from chutes_proto.server.gpus import Gpu
 from chutes_proto.server.profiles import EXTRA_KEYS, ServedOptions
 
 README = Path(chutes_proto.server.__path__[0], "README.md").read_text("utf-8")
@@ -49,10 +50,12 @@ def test_the_profile_is_toml():
     assert profile["root_passphrase"] == "image"
 
 
-@pytest.mark.parametrize("name", sorted({name for table in (ServerConfig, ServedOptions) for name, _ in leaves(table)}))
+@pytest.mark.parametrize(
+    "name", sorted({name for table in (ServerConfig, ServedOptions, Gpu) for name, _ in leaves(table)})
+)
 def test_no_key_is_left_out(name: str) -> None:
     text = f"{COMPLETE}\n{SERVICES}"
-    assert re.search(rf"(?:^|[{{ ]|# |\[){name}(?: =|\])", text, re.MULTILINE), name
+    assert re.search(rf"(?:^|[{{ ]|# |\[){name}(?: =|\]|\.)", text, re.MULTILINE), name
 
 
 def test_what_is_shown_as_a_default_is_one():

@@ -20,6 +20,7 @@ from chutes_proto.quote.measurements import parse_profiles_json
 from chutes_proto.quote.policy import Policy
 from chutes_proto.secret import Secret
 from chutes_proto.server.app import App
+from chutes_proto.server.gpus import GPUS, Gpu
 from chutes_proto.server.profiles import ServedProfile
 from chutes_proto.store.rows import AuditRow, BootRow, GenerationRow, GpuRow, ServerRow, VmRow
 from chutes_proto.testing.platform import PROFILE
@@ -77,6 +78,17 @@ def boot(world: World, pair: HotkeyPair = MINER, vm: str = "vm-1", address: str 
 
 def everything(world: World) -> tuple[Any, ...]:
     return tuple(world.rows(kind) for kind in (ServerRow, GpuRow, AuditRow, VmRow, GenerationRow))
+
+
+def test_a_kind_of_gpu_that_the_configuration_knows(world):
+    declared = gpu(name="NVIDIA B300 SXM6", gpu_identifier="b300", memory=288 * 10**9, clock_rate=2e6)
+    assert refusal(register(world, gpus=[declared]))[:2] == (400, Code.GPU_INVALID)
+    world.app.service = service(gpus=GPUS | {"b300": Gpu(" B300", 288, 160, 2048, 1000, 2000)})
+    registered(register(world, gpus=[declared]))
+    (row,) = world.rows(GpuRow)
+    assert stdlib_json.loads(row.declared)["processors"] == 160
+    wrong = declared | {"uuid": "GPU-9", "name": "NVIDIA B200"}
+    assert refusal(register(world, id="n2", host="5.6.7.8", gpus=[wrong]))[:2] == (400, Code.GPU_INVALID)
 
 
 # --- the life of a server ---

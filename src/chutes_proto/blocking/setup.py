@@ -35,6 +35,7 @@ from chutes_proto.quote.roots import INTEL_ROOT, TrustedRoot
 from chutes_proto.secret import Secret
 from chutes_proto.server.callbacks import Callback
 from chutes_proto.server.config import ProxyOptions, RegistrationOptions, ServerConfig
+from chutes_proto.server.gpus import GPUS
 from chutes_proto.server.nonces import NonceMint
 from chutes_proto.server.profiles import EXTRA_KEYS, ServedProfile, serve_profile
 from chutes_proto.server.proxy import TrustedProxies
@@ -140,6 +141,7 @@ def load_setup(path: str | Path) -> ServerSetup:
         fresh_seconds=config.runtime.fresh_seconds,
         proxies=proxies,
         limits=config.limits,
+        gpus=GPUS | dict(config.gpus),
         callback=callback,
         unsafe_networks=config.registration.parsed_networks,
     )

@@ -21,6 +21,7 @@ from attrs import field, frozen
 from chutes_proto.collateral.pcs import Upstream
 from chutes_proto.errors import ConfigurationError
 from chutes_proto.keys.generations import RESERVED_VOLUMES
+from chutes_proto.server.gpus import Gpu
 from chutes_proto.server.proxy import CERTIFICATE_HEADERS, SECRET_HEADER, Network
 from chutes_proto.strict import MismatchError, ProblemsError, Structurer, list_of, string
 from chutes_proto.wire.evidence import PORT
@@ -188,6 +189,8 @@ class ServerConfig:
     runtime: RuntimeOptions = field(factory=RuntimeOptions)
     proxy: ProxyOptions = field(factory=ProxyOptions)
     limits: LimitOptions = field(factory=LimitOptions)
+    gpus: Mapping[str, Gpu] = field(factory=dict[str, Gpu])
+    """Kinds that the GPU table lacks, by ``gpu_identifier``."""
     profile_defaults: Mapping[str, object] = field(factory=dict[str, object])
 
     @property
@@ -260,6 +263,7 @@ def _problems(config: ServerConfig) -> list[str]:
     if config.retention_days < 1:
         found.append("retention_days: at least 1")
     found.extend(_registration_problems(config.registration))
+    found.extend(problem for name, gpu in config.gpus.items() for problem in _gpu_problems(name, gpu))
     found.extend(_collateral_problems(config.collateral))
     limits = attrs.asdict(config.limits)
     found.extend(
@@ -268,6 +272,23 @@ def _problems(config: ServerConfig) -> list[str]:
     if any(not 0 <= key_id <= 63 for key_id in config.nonce.expected_key_ids):
         found.append("nonce.expected_key_ids: ids are 0 to 63")
     found.extend(_proxy_problems(config.proxy))
+    return found
+
+
+def _gpu_problems(name: str, gpu: Gpu) -> list[str]:
+    found: list[str] = []
+    if not re.fullmatch(r"[a-z0-9_]{1,64}", name):
+        found.append(f"gpus: {name!r} is not [a-z0-9_]{{1,64}}")
+    try:
+        if not gpu.model:
+            found.append(f"gpus.{name}.model: a pattern of the model's name")
+        _ = re.compile(gpu.model)
+    except re.error as exc:
+        found.append(f"gpus.{name}.model: no regular expression: {exc}")
+    numbers = {key: value for key, value in attrs.asdict(gpu).items() if key != "model"}
+    found.extend(f"gpus.{name}.{key}: at least 1" for key, value in numbers.items() if value < 1)
+    if gpu.clock_boost_mhz < gpu.clock_base_mhz:
+        found.append(f"gpus.{name}.clock_boost_mhz: less than clock_base_mhz")
     return found
 
 

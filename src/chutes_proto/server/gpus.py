@@ -2,7 +2,8 @@
 
 Rules kept here:
 
-* a declaration must be what the table says of its ``gpu_identifier``: model, memory, processors, threads and clock;
+* a declaration must be what the table, or else the configuration, says of its ``gpu_identifier``: model, memory,
+  processors, threads and clock;
 * a server has at least one GPU, and none twice;
 * what a declaration leaves out of the table's facts is filled in from the table.
 """
@@ -10,7 +11,7 @@ Rules kept here:
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import attrs
@@ -28,14 +29,14 @@ _MOST: Final = 10
 
 @frozen
 class Gpu:
-    """Facts of one kind: a pattern of its model name, memory in GB, clock range in MHz."""
+    """Facts of one kind; ``model`` is a pattern of its name."""
 
     model: str
-    memory: int
+    memory_gb: int
     processors: int
-    max_threads: int
-    clock_base: int
-    clock_boost: int
+    max_threads_per_processor: int
+    clock_base_mhz: int
+    clock_boost_mhz: int
 
 
 GPUS: Final = {
@@ -66,7 +67,7 @@ GPUS: Final = {
     "mi300x": Gpu(r"gfx942:sramecc", 192, 304, 256, 1600, 2100),
     "b200": Gpu(r" B200", 192, 148, 1024, 1590, 1965),
 }
-"""By ``gpu_identifier``."""
+"""By ``gpu_identifier``. A configuration may have more: b300, for one, whose facts the published table lacked."""
 
 
 @frozen
@@ -78,39 +79,37 @@ class Node:
     declared: str
 
 
-def check_nodes(gpus: Sequence[NodeArgs]) -> tuple[Node, ...]:
+def check_nodes(gpus: Sequence[NodeArgs], table: Mapping[str, Gpu] = GPUS) -> tuple[Node, ...]:
     """The declared GPUs. Raises `BadRequest`, which names the first that cannot be, and all that is wrong with it."""
     if not gpus:
         raise _invalid("gpus must name at least one")
     if len({gpu.uuid.lower() for gpu in gpus}) != len(gpus):
         raise _invalid("gpus: a uuid is given twice")
-    return tuple(_node(index, gpu) for index, gpu in enumerate(gpus))
+    return tuple(_node(index, gpu, table) for index, gpu in enumerate(gpus))
 
 
-def _node(index: int, args: NodeArgs) -> Node:
-    gpu = GPUS.get(args.gpu_identifier)
+def _node(index: int, args: NodeArgs, table: Mapping[str, Gpu]) -> Node:
+    gpu = table.get(args.gpu_identifier)
     if gpu is None:
         raise _invalid(f"gpus.{index}: gpu_identifier is not in the GPU table")
     if wrong := _problems(args, gpu):
         raise _invalid(f"gpus.{index}: {', '.join(wrong)}")
-    filled = attrs.evolve(args, processors=gpu.processors, max_threads_per_processor=gpu.max_threads)
+    filled = attrs.evolve(args, processors=gpu.processors, max_threads_per_processor=gpu.max_threads_per_processor)
     return Node(args.uuid, args.gpu_identifier, json.encode(attrs.asdict(filled)).decode("ascii"))
 
 
 def _problems(args: NodeArgs, gpu: Gpu) -> list[str]:
     """The members that are not what the table says, or what no GPU could have."""
-    clock = args.clock_rate / 1000
+    clock, base, boost = args.clock_rate / 1000, gpu.clock_base_mhz, gpu.clock_boost_mhz
+    threads = gpu.max_threads_per_processor
     parts = [part for part in (args.major, args.minor) if part is not None]
     checks = {
         "uuid is not 1 to 128 visible ASCII characters": _UUID.fullmatch(args.uuid),
         "name is not that of the model": _TEXT.fullmatch(args.name) and re.search(gpu.model, args.name),
-        f"memory is not {gpu.memory} GB": gpu.memory - 1 <= args.memory // 10**9 <= gpu.memory * 1.024**3 + 1,
+        f"memory is not {gpu.memory_gb} GB": gpu.memory_gb - 1 <= args.memory // 10**9 <= gpu.memory_gb * 1.024**3 + 1,
         f"processors is not {gpu.processors}": args.processors in (None, gpu.processors),
-        f"max_threads_per_processor is not {gpu.max_threads}": args.max_threads_per_processor
-        in (None, gpu.max_threads),
-        f"clock_rate is not {gpu.clock_base} to {gpu.clock_boost} MHz": gpu.clock_base
-        <= clock
-        <= gpu.clock_boost * 1.1,
+        f"max_threads_per_processor is not {threads}": args.max_threads_per_processor in (None, threads),
+        f"clock_rate is not {base} to {boost} MHz": base <= clock <= boost * 1.1,
         f"device_index is not 0 to {_MOST - 1}": 0 <= args.device_index < _MOST,
         "major or minor is not 0 to 99": all(0 <= part <= 99 for part in parts),
         "verification_host is not 1 to 256 ASCII characters": _TEXT.fullmatch(args.verification_host),

@@ -11,7 +11,6 @@ from chutes_proto.codes import Code
 from chutes_proto.errors import Unavailable
 from chutes_proto.wire.http import address_prefix
 
-
 _Bucket = tuple[float, float]
 """Tokens, and when they were counted."""
 

@@ -58,7 +58,7 @@ def register_server(
             Code.VALIDATION_ERROR,
             [{"type": "value_error", "loc": ["body", "id"], "msg": "The id is reserved"}],
         )
-    nodes = check_nodes(message.gpus)
+    nodes = check_nodes(message.gpus, service.gpus)
     address = yield from locate(message.host, service.unsafe_networks)
     shown = None
     if service.callback is not None:

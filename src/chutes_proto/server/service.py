@@ -14,6 +14,7 @@ from attrs import Factory, define, field, frozen
 from chutes_proto.codes import Code
 from chutes_proto.errors import Unavailable
 from chutes_proto.server.config import LimitOptions
+from chutes_proto.server.gpus import GPUS, Gpu
 from chutes_proto.server.proxy import TrustedProxies
 from chutes_proto.server.rates import Rates
 
@@ -116,6 +117,7 @@ class Service:
     callback: Callback | None = None
     unsafe_networks: tuple[Network, ...] = ()
     fresh_seconds: int = 3600
+    gpus: Mapping[str, Gpu] = field(factory=lambda: GPUS)
     proxies: TrustedProxies = field(factory=TrustedProxies)
     limits: LimitOptions = field(factory=LimitOptions)
     verifications: Slots = field(default=Factory(_verifications, takes_self=True))
