@@ -17,11 +17,13 @@ import chutes_proto_asyncio.perform
 import chutes_proto_trio.perform
 from chutes_proto.blocking.perform import Performer
 from chutes_proto.effects import (
+    ActOnDisk,
     Effect,
     Entropy,
     FetchCollateral,
     Flow,
     Get,
+    InspectDisk,
     Log,
     MakeQuote,
     Now,
@@ -32,6 +34,9 @@ from chutes_proto.effects import (
 )
 from chutes_proto.errors import LocalProtocolError, QuoteUnavailable, StoreBusy, TransportError
 from chutes_proto.log import Level, Record
+from chutes_proto.luks.disk import Blank
+from chutes_proto.luks.plan import Action, KeepKey, Key, Keys
+from chutes_proto.secret import Secret
 from chutes_proto.store.run import Script, Unit
 from chutes_proto.wire.http import HttpRequest, HttpResponse
 
@@ -55,6 +60,19 @@ class Store:
     def transact(self, unit: Unit[T], /) -> T:
         self.threads.append(threading.get_ident())
         return cast("T", 42)
+
+
+class SimulatedDisks:
+    def __init__(self) -> None:
+        self.threads: list[int] = []
+
+    def inspect(self, device: str) -> Blank:
+        self.threads.append(threading.get_ident())
+        return Blank(device, 512)
+
+    def act(self, action: Action[Any], keys: Keys) -> object:
+        self.threads.append(threading.get_ident())
+        return action, keys
 
 
 class Collateral:
@@ -144,6 +162,14 @@ def test_a_transaction_is_run(drive: Driver) -> None:
         drive(ask(Transact(Answer())), store=Busy())
 
 
+def test_disks_are_looked_at_and_acted_on(drive: Driver) -> None:
+    disks = SimulatedDisks()
+    assert drive(ask(InspectDisk("/dev/vdb")), disks=disks) == Blank("/dev/vdb", 512)
+    action, keys = KeepKey("storage", "/dev/vdb", Key.NEXT), {Key.NEXT: Secret(b"n")}
+    assert drive(ask(ActOnDisk(action, keys)), disks=disks) == (action, keys)
+    assert (disks.threads == [threading.get_ident()] * 2) == (drive is by_blocking)
+
+
 def test_collateral_is_fetched(drive: Driver) -> None:
     identity: Any = "a platform"
     assert drive(ask(FetchCollateral(identity, 7)), collateral=Collateral()) == ("collateral", "a platform", 7)
@@ -184,6 +210,8 @@ def test_a_record_is_logged(drive: Driver, caplog: pytest.LogCaptureFixture) -> 
         (MakeQuote(bytes(64)), "quoter"),
         (Transact(Answer()), "store"),
         (FetchCollateral(cast("Any", None), 0), "collateral"),
+        (InspectDisk("/dev/vdb"), "disks"),
+        (ActOnDisk(KeepKey("storage", "/dev/vdb", Key.NEXT), {}), "disks"),
     ],
     ids=lambda value: type(value).__name__,
 )

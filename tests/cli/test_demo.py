@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from chutes_proto.cli.luks import Cryptsetup
+from chutes_proto.cli import show
 from chutes_proto.testing.platform import SimulatedPlatform
 from tests.cli.conftest import PROGRAM, Ended
 
@@ -45,7 +45,7 @@ def test_everything_goes_as_it_should_in_time_and_leaves_nothing(
 def test_without_cryptsetup_it_says_so_and_how_to_get_it(
     command: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Cryptsetup, "find", lambda: None)
+    monkeypatch.setattr(show, "find_cryptsetup", lambda: None)
     ended = command("demo")
     assert ended.code == 0
     (line,) = [line for line in ended.out.splitlines() if "cryptsetup" in line]
@@ -56,7 +56,7 @@ def test_without_cryptsetup_it_says_so_and_how_to_get_it(
 def test_what_is_granted_but_should_not_be_is_a_failure(
     command: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Cryptsetup, "find", lambda: None)
+    monkeypatch.setattr(show, "find_cryptsetup", lambda: None)
     monkeypatch.setattr(SimulatedPlatform, "having", lambda platform, *_: platform)
     ended = command("demo")
     assert ended.code == 1
@@ -67,7 +67,7 @@ def test_what_is_granted_but_should_not_be_is_a_failure(
 def test_a_refusal_for_another_reason_is_a_failure(
     command: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Cryptsetup, "find", lambda: None)
+    monkeypatch.setattr(show, "find_cryptsetup", lambda: None)
     having = SimulatedPlatform.having
     monkeypatch.setattr(SimulatedPlatform, "having", lambda platform, name: having(platform, name.replace("1", "2")))
     ended = command("demo")
@@ -77,14 +77,15 @@ def test_a_refusal_for_another_reason_is_a_failure(
 
 
 def test_a_disk_that_does_not_open_is_a_failure(
-    command: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    command: Callable[..., Ended],
+    require_program: Callable[[str], str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     program = tmp_path / "cryptsetup"
-    _ = program.write_text(
-        '#!/bin/sh\ncat >/dev/null\n[ "$1" = luksFormat ] || { echo "No key available" >&2; exit 2; }\n'
-    )
+    _ = program.write_text(f'#!/bin/sh\n[ "$1" = luksFormat ] || exit 2\nexec {require_program("cryptsetup")} "$@"\n')
     program.chmod(0o755)
-    monkeypatch.setattr(Cryptsetup, "find", lambda: Cryptsetup(str(program)))
+    monkeypatch.setattr(show, "find_cryptsetup", lambda: str(program))
     ended = command("demo")
     assert ended.code == 1
-    assert "FAILED  cryptsetup open ended with 2: No key available" in ended.out
+    assert "storage.img: a key does not open what cryptsetup made: nothing was written" in ended.out

@@ -16,13 +16,13 @@ from attrs import frozen
 
 from chutes_proto import ChutesError
 from chutes_proto.auth.certificates import ENTROPY_SIZE, ClientIdentity, make_client_identity
+from chutes_proto.blocking.disks import HOW_TO_INSTALL, Disks, find_cryptsetup
 from chutes_proto.blocking.quoting import Quoter
 from chutes_proto.blocking.setup import load_setup
 from chutes_proto.blocking.sockets import urls
 from chutes_proto.blocking.tls import client_context
 from chutes_proto.cli import console
 from chutes_proto.cli.development import AUTHORITY, CONFIGURATION, write_collateral, write_server
-from chutes_proto.cli.luks import HOW_TO_INSTALL, Cryptsetup, LuksError
 from chutes_proto.cli.serving import Certificate, binding, listen, open_server, unwrapped
 from chutes_proto.client.flows import BootSettings, attest_boot, boot, fetch_nonce, make_quote, sync_volumes
 from chutes_proto.client.retry import RetryPolicy
@@ -30,6 +30,7 @@ from chutes_proto.codes import Code
 from chutes_proto.effects import Flow
 from chutes_proto.errors import Refusal
 from chutes_proto.log import Record
+from chutes_proto.luks.plan import Format, Key, Open
 from chutes_proto.secret import Secret
 from chutes_proto.testing.platform import SimulatedPlatform
 from chutes_proto_trio import BootAgent, Performer
@@ -39,6 +40,7 @@ HOTKEY: Final = "5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY"
 VOLUMES: Final = ("storage", "tdx-cache")
 SECONDS: Final = 60
 """How long the whole may take."""
+_IMAGE_SIZE: Final = 20 * 1024 * 1024  # a LUKS2 header takes 16 MiB
 
 
 class UnexpectedError(Exception):
@@ -83,7 +85,7 @@ async def show(directory: Path) -> bool:
         try:
             with unwrapped():
                 await _Show(directory, steps).run()
-        except (UnexpectedError, ChutesError, LuksError) as exc:
+        except (UnexpectedError, ChutesError) as exc:
             complaint = str(exc)
     if limit.cancelled_caught:
         complaint = f"not done after {SECONDS} s"
@@ -135,23 +137,26 @@ class _Show:
     # --- what is granted ---
 
     async def _boots(self) -> None:
-        cryptsetup = Cryptsetup.find()
+        program = find_cryptsetup()
+        disks = Disks(program, images=True, mapping=False)
         received = await self._boot("boot", formatted=())
-        if cryptsetup is None:
+        if program is None:
             self._step(f"disks: cryptsetup is not installed, so there are none; get it with: {HOW_TO_INSTALL}")
         else:
             for volume in VOLUMES:
-                await trio.to_thread.run_sync(cryptsetup.format, self._image(volume), received[volume])
+                action = Format(volume, self._make_image(volume), Key.CURRENT)
+                await trio.to_thread.run_sync(disks.act, action, {Key.CURRENT: received[volume]})
                 self._step(f"disks: {volume} formatted as LUKS2 with its passphrase")
-        again = await self._boot("reboot", formatted=() if cryptsetup is None else VOLUMES)
+        again = await self._boot("reboot", formatted=() if program is None else VOLUMES)
         for name, passphrase in again.items():
             if passphrase != received[name]:
                 raise UnexpectedError(f"the passphrase of {name} is another one after the reboot")
-        if cryptsetup is None:
+        if program is None:
             self._step("reboot: a new client key, the same passphrases")
         else:
             for volume in VOLUMES:
-                await trio.to_thread.run_sync(cryptsetup.open, self._image(volume), again[volume])
+                opening = Open(volume, self._image(volume), volume, (Key.CURRENT,))
+                await trio.to_thread.run_sync(disks.act, opening, {Key.CURRENT: again[volume]})
                 self._step(f"reboot: the passphrase received now opens {volume}")
         self._secrets = tuple(received.values())
 
@@ -186,8 +191,15 @@ class _Show:
             self._step(f"{title}: synced; passphrases of {lengths}; in use: {', '.join(sorted(keys.in_use)) or 'none'}")
         return {"root": grant.root_passphrase, **keys.passphrases}
 
-    def _image(self, volume: str) -> Path:
-        return self._directory / f"{volume}.img"
+    def _image(self, volume: str) -> str:
+        return str(self._directory / f"{volume}.img")
+
+    def _make_image(self, volume: str) -> str:
+        """A blank disk in a file; it takes no room that nothing is written to."""
+        path = self._image(volume)
+        with Path(path).open("wb") as file:
+            _ = file.truncate(_IMAGE_SIZE)
+        return path
 
     def _look_for_secrets(self) -> None:
         """No passphrase may stand in the clear where one is not meant to be."""
