@@ -245,4 +245,8 @@ def test_what_is_missing_is_told_when_the_initramfs_is_made(agent: Path, tmp_pat
     _ = settings.write_text(f'ca_file = "{tmp_path}/none.pem"\n')
     lacking = hook(agent, settings, tmp_path)
     assert lacking.returncode == 1
-    assert "none.pem cannot be copied" in lacking.stderr
+    assert "none.pem: Cannot stat" in lacking.stderr
+    _ = settings.write_text('ca_file = "/etc/hostname"\nsigner = "command:/no/such/signer --fast"\n')
+    unsigned = hook(agent, settings, tmp_path)
+    assert unsigned.returncode == 1
+    assert "/no/such/signer cannot be copied" in unsigned.stderr
