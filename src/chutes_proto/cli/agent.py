@@ -57,9 +57,9 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
         {_EXIT_CODES}
         """,
         """
-        chutes-proto agent run --config /etc/chutes/agent.toml --dry-run   # what would be done to which disk
-        chutes-proto agent run --config /etc/chutes/agent.toml
-        chutes-proto agent resume --config /etc/chutes/agent.toml          # in the booted system
+        chutes-proto agent run --config /etc/chutes-proto/agent.toml --dry-run   # what would be done to which disk
+        chutes-proto agent run --config /etc/chutes-proto/agent.toml
+        chutes-proto agent resume --config /etc/chutes-proto/agent.toml          # in the booted system
         """,
     )
     actions = parser.add_subparsers(metavar="ACTION", dest="action", required=True)
@@ -73,7 +73,7 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
         {_EXIT_CODES}
         """,
         """
-        chutes-proto agent run --config /etc/chutes/agent.toml
+        chutes-proto agent run --config /etc/chutes-proto/agent.toml
         chutes-proto agent run --config agent.toml --images --json   # a trial: disks may be files, nothing is mapped
         """,
     )
@@ -86,7 +86,7 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
         left is removed once they are open.
         {_EXIT_CODES}
         """,
-        "chutes-proto agent resume --config /etc/chutes/agent.toml",
+        "chutes-proto agent resume --config /etc/chutes-proto/agent.toml",
     )
     console.add(
         run_action,
@@ -191,9 +191,6 @@ def _run(options: argparse.Namespace, settings: AgentSettings, progress: Progres
 
     from chutes_proto.auth.certificates import ENTROPY_SIZE, make_client_identity
     from chutes_proto.blocking.agent import boot_id, check_place, make_signer, write_state
-    from chutes_proto.client.agent import run_agent
-    from chutes_proto.client.flows import BootSettings
-    from chutes_proto.client.handover import Handover
 
     deadline = time.monotonic() + settings.retry.deadline_seconds
     who = _identity(settings)
@@ -206,11 +203,17 @@ def _run(options: argparse.Namespace, settings: AgentSettings, progress: Progres
         check_place(state.k3s_key_file, on_disk=state.on_disk)
     signer = make_signer(settings.signer, who)
     client = make_client_identity(int(time.time()), os.urandom(ENTROPY_SIZE))
-    boot_settings = BootSettings(who.hotkey.address, who.vm_name, client.spki_sha256, signer, settings.policy)
     servers = _servers(settings, client, deadline)
-    performer = _performer(options, settings, progress, servers)
-    volumes = () if leaves else settings.disks
     try:
+        servers.begin()
+
+        from chutes_proto.client.agent import run_agent  # while the server answers
+        from chutes_proto.client.flows import BootSettings
+        from chutes_proto.client.handover import Handover
+
+        boot_settings = BootSettings(who.hotkey.address, who.vm_name, client.spki_sha256, signer, settings.policy)
+        performer = _performer(options, settings, progress, servers)
+        volumes = () if leaves else settings.disks
         booted = performer.run(
             run_agent(boot_settings, settings.root_disk, volumes, patience=settings.disk_wait_seconds)
         )

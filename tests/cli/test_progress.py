@@ -1,0 +1,107 @@
+"""What the agent says at a console: whatever a peer says, it is plain, short and steers nothing."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from chutes_proto.cli.progress import WIDTH, Progress, said
+from chutes_proto.errors import DiskError, TransportError, refusal
+from chutes_proto.log import Level, Record, Value
+
+STEP: dict[str, Value] = {"step": "nonce", "attempt": "2/30", "seconds_left": 7.5}
+WHY = {"reason": "later", "code": "busy", "request_id": "r-1"}
+
+
+def lines(capsys: pytest.CaptureFixture[str], event: str, **fields: Any) -> list[str]:
+    Progress(as_json=False, seconds=100.0, server=lambda: "https://a")(Record(Level.INFO, event, fields))
+    out, err = capsys.readouterr()
+    assert out == ""
+    return [line.removeprefix("  100s ").strip() for line in err.splitlines()]
+
+
+def test_a_step_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert lines(capsys, "boot_step", **STEP) == ["asking https://a for a nonce (attempt 2/30)"]
+    assert lines(capsys, "boot_step", **{**STEP, "step": "new"}) == ["new (attempt 2/30)"]
+
+
+def test_a_failure_that_may_pass_says_why_and_what_comes_next(capsys: pytest.CaptureFixture[str]) -> None:
+    assert lines(capsys, "boot_delayed", **STEP, **WHY, wait=1.5) == [
+        "NOT NOW: later (busy, request r-1)",
+        "trying again in 1.5 s",
+    ]
+    assert lines(capsys, "boot_delayed", **STEP, reason="cut", error="TransportError", wait=1.5, next_server="b") == [
+        "NOT NOW: cut",
+        "trying again in 1.5 s at b",
+    ]
+    assert lines(capsys, "boot_stopped", **STEP, **WHY) == ["STOPPED: later (busy, request r-1)"]
+
+
+def test_what_becomes_of_keys_and_disks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert lines(capsys, "volumes_received", volumes=["a", "b"], in_use=["b"]) == [
+        "keys received for a, b; known to hold data: b"
+    ]
+    assert lines(capsys, "keys_received", volumes=["a"], in_use=[]) == ["keys received for a"]
+    assert lines(capsys, "disk_opened", volume="a", device="/dev/a", key="next") == ["a: open, by the next key"]
+    assert lines(capsys, "disk_failed", volume="a", device="/dev/a", reason="kind", text="no") == ["a: FAILED: no"]
+    undecided = " ".join(lines(capsys, "rotation_undecided", volumes=["a"], reason="cut", error="TransportError"))
+    assert "old and new keys stay on the disks; the next boot decides" in undecided
+
+
+def test_an_event_of_another_version_is_told_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert " ".join(lines(capsys, "new_event", a=["x"], b=None)).startswith("new_event")
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.text(), st.text(max_size=50))
+def test_no_text_steers_a_terminal_or_breaks_the_width(
+    capsys: pytest.CaptureFixture[str], text: str, name: str
+) -> None:
+    for event in ("boot_delayed", "boot_stopped", "disk_failed", "disk_found", "strange"):
+        fields = {**STEP, "wait": 1.0, "reason": text, "text": text, "volume": name, "holds": text, "request_id": name}
+        Progress(as_json=False, seconds=100.0, server=lambda: text)(Record(Level.INFO, event, {**fields, "code": "x"}))
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.isascii()
+    for line in err.split("\n"):
+        assert len(line) <= WIDTH
+        assert line == "" or line.isprintable()
+
+
+def test_records_for_programs_are_one_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(as_json=True, seconds=100.0, server=lambda: "https://a")
+    progress(Record(Level.WARNING, "boot_delayed", {**STEP, "reason": "a\nb\x1b"}))
+    progress.tell("quotes come from tsm")
+    progress.finish("agent_failed", {"reason": "x"}, [("", "BOOT FAILED")], failed=True)
+    out, err = capsys.readouterr()
+    assert err == ""
+    first, told, last = [json.loads(line) for line in out.splitlines()]
+    assert (first["level"], first["reason"], first["server"], first["seconds_left"]) == (
+        *("warning", "a\nb\x1b"),
+        *("https://a", 7.5),
+    )
+    assert (told["event"], told["text"]) == ("told", "quotes come from tsm")
+    assert (last["event"], last["level"], last["reason"]) == ("agent_failed", "error", "x")
+
+
+def test_what_was_done_to_disks_is_remembered() -> None:
+    progress = Progress(as_json=True, seconds=100.0)
+    progress(Record(Level.INFO, "disk_action", {"volume": "a", "action": "format", "text": "a: format"}))
+    progress(Record(Level.INFO, "disk_action", {"volume": "a", "action": "open", "text": "a: open"}))
+    progress(Record(Level.INFO, "disk_opened", {"volume": "a", "key": "current"}))
+    assert (progress.written, progress.opened) == (["a: format"], ["a"])
+
+
+def test_errors_as_fields() -> None:
+    assert said(refusal(403, "x", "no", request_id="r")) == {
+        "reason": "no",
+        "status": "403",
+        "code": "x",
+        "request_id": "r",
+    }
+    assert said(DiskError("kind", "no", "/dev/a")) == {"reason": "/dev/a: no", "code": "kind", "device": "/dev/a"}
+    assert said(TransportError("cut", maybe_delivered=False)) == {"reason": "cut", "error": "TransportError"}
