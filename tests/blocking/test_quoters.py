@@ -144,7 +144,7 @@ def test_another_provider(kernel: GuestKernel) -> None:
     assert kernel.entries == {}
 
 
-@pytest.mark.parametrize(("quote", "told"), [(b"", "the kernel's answer is empty"), (bytes(65537), "more than 65536")])
+@pytest.mark.parametrize(("quote", "told"), [(b"", "the kernel's answer is empty"), (bytes(49153), "more than 49152")])
 def test_what_is_no_quote(tmp_path: Path, quote: bytes, told: str) -> None:
     with guest_kernel(tmp_path, lambda _: quote) as kernel:
         with pytest.raises(QuoteUnavailable, match=told):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from chutes_proto.blocking.platform import open_platform
-from chutes_proto.blocking.quoters.command import MAX_OUTPUT, CommandQuoter
+from chutes_proto.blocking.quoters.command import CommandQuoter
 from chutes_proto.blocking.quoting import MAX_QUOTE, AutoQuoter, make_quoter, take_quote
 from chutes_proto.errors import ConfigurationError, QuoteUnavailable
 
@@ -182,7 +182,7 @@ def test_a_quote_in_a_file() -> None:
     [
         ("print('a quote')", "ended well, but .*/quote cannot be read: No such file"),
         ("os.mkdir(sys.argv[1])", "cannot be read: Is a directory"),
-        (f"open(sys.argv[1], 'wb').write(bytes({MAX_OUTPUT} + 1))", "gave more than 65536 bytes"),
+        (f"open(sys.argv[1], 'wb').write(bytes({MAX_QUOTE} + 1))", "gave more than 49152 bytes"),
         ("sys.exit('no luck')", "ended with exit status 1: no luck"),
     ],
 )
@@ -217,7 +217,7 @@ def test_a_program_that_fails(code: str, text: str) -> None:
 
 
 def test_a_program_without_end_of_output() -> None:
-    with pytest.raises(QuoteUnavailable, match="gave more than 65536 bytes, which is no quote"):
+    with pytest.raises(QuoteUnavailable, match="gave more than 49152 bytes, which is no quote"):
         _ = python("while True: sys.stdout.write('x' * 4096)")(DATA)
 
 

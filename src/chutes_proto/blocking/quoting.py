@@ -144,10 +144,9 @@ _FOLLOWED = {"auto": "nothing", "tsm": "nothing, or :DIR", "unix": ":PATH", "sim
 
 def _vsock_address(text: str, address: str) -> tuple[int, int]:
     found = re.fullmatch(r"([0-9]{1,10}):([0-9]{1,10})", address)
-    numbers = tuple(map(int, found.groups())) if found else (2**32,)
-    if max(numbers) >= 2**32:
+    cid, port = map(int, found.groups()) if found else (2**32, 2**32)
+    if max(cid, port) >= 2**32:
         raise ConfigurationError(f"quoter {text!r}: vsock is followed by nothing, or :CID:PORT, two numbers below 2^32")
-    cid, port = numbers
     return cid, port
 
 

@@ -16,12 +16,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import IO, TYPE_CHECKING, Final, cast
 
+from chutes_proto.blocking.quoters import seconds_left
+from chutes_proto.blocking.quoting import MAX_QUOTE
 from chutes_proto.errors import ConfigurationError, QuoteUnavailable
 
 if TYPE_CHECKING:
     import subprocess
 
-MAX_OUTPUT: Final = 64 * 1024
 _REPORT_DATA, _OUTPUT = "{report_data}", "{output}"
 _TAIL: Final = 300
 
@@ -61,7 +62,7 @@ class CommandQuoter:
             _ = self._run([argument.replace(_OUTPUT, str(output)) for argument in arguments], text)
             try:
                 with output.open("rb") as file:
-                    quote = file.read(MAX_OUTPUT + 1)
+                    quote = file.read(MAX_QUOTE + 1)
             except OSError as exc:
                 raise QuoteUnavailable(f"{self} ended well, but {output} cannot be read: {exc.strerror}") from exc
         self._check_size(quote)
@@ -82,7 +83,7 @@ class CommandQuoter:
         with process:
             try:
                 output, said = self._talk(process, f"{text}\n".encode(), end)
-                status = process.wait(_left(end))
+                status = process.wait(seconds_left(end))
             except (TimeoutError, subprocess.TimeoutExpired):
                 os.killpg(process.pid, signal.SIGKILL)
                 raise QuoteUnavailable(f"{self} did not end within {self._timeout:g} s") from None
@@ -108,7 +109,7 @@ class CommandQuoter:
             _ = selector.register(stdout, selectors.EVENT_READ, output)
             _ = selector.register(stderr, selectors.EVENT_READ, said)
             while selector.get_map():
-                for key, _events in selector.select(_left(end)):
+                for key, _events in selector.select(seconds_left(end)):
                     piece = os.read(key.fd, 16384)
                     if not piece:
                         _ = selector.unregister(key.fileobj)
@@ -118,11 +119,5 @@ class CommandQuoter:
         return bytes(output), bytes(said)
 
     def _check_size(self, output: bytes | bytearray) -> None:
-        if len(output) > MAX_OUTPUT:
-            raise QuoteUnavailable(f"{self} gave more than {MAX_OUTPUT} bytes, which is no quote")
-
-
-def _left(end: float) -> float:
-    if (left := end - time.monotonic()) <= 0:
-        raise TimeoutError
-    return left
+        if len(output) > MAX_QUOTE:
+            raise QuoteUnavailable(f"{self} gave more than {MAX_QUOTE} bytes, which is no quote")

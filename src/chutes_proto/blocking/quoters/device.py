@@ -18,6 +18,7 @@ from typing import Final
 
 from attrs import frozen
 
+from chutes_proto.blocking.quoters import seconds_left
 from chutes_proto.errors import LocalProtocolError, QuoteUnavailable, RemoteProtocolError
 from chutes_proto.transport.qgs import FRAME_SIZE, REPORT_SIZE, message_size, quote_request, read_quote
 
@@ -94,7 +95,7 @@ def request_quote(service: VsockService | UnixService, report: bytes, timeout: f
     named = f"the quote generation service at {service}"
     try:
         with service.connect(timeout) as connection:
-            connection.settimeout(_left(end))
+            connection.settimeout(seconds_left(end))
             connection.sendall(quote_request(report))
             return read_quote(_receive(connection, message_size(_receive(connection, FRAME_SIZE, end)), end))
     except OSError as exc:
@@ -132,14 +133,8 @@ def _connected(family: socket.AddressFamily, address: tuple[int, int] | str, tim
 def _receive(connection: socket.socket, size: int, end: float) -> bytes:
     data = bytearray()
     while len(data) < size:
-        connection.settimeout(_left(end))
+        connection.settimeout(seconds_left(end))
         if not (piece := connection.recv(size - len(data))):
             raise RemoteProtocolError(f"it closed the connection after {len(data)} of {size} bytes")
         data += piece
     return bytes(data)
-
-
-def _left(end: float) -> float:
-    if (left := end - time.monotonic()) <= 0:
-        raise TimeoutError
-    return left

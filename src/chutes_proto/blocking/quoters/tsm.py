@@ -18,10 +18,10 @@ import time
 from pathlib import Path
 from typing import Final
 
+from chutes_proto.blocking.quoting import MAX_QUOTE
 from chutes_proto.errors import QuoteUnavailable
 
 ROOT: Final = "/sys/kernel/config/tsm/report"
-MAX_OUTBLOB: Final = 64 * 1024
 
 _PROVIDER: Final = b"tdx_guest"
 _PASSING: Final = frozenset({errno.EBUSY, errno.EWOULDBLOCK, errno.EINTR, errno.ETIMEDOUT, errno.ENOENT, errno.EEXIST})
@@ -89,7 +89,7 @@ class TsmQuoter:
             raise _AgainError("the kernel did not take the report data")
         if written != before + 1:
             raise _AgainError(f"somebody else wrote to {entry}")
-        quote = _read(entry / "outblob", MAX_OUTBLOB)
+        quote = _read(entry / "outblob", MAX_QUOTE)
         if _generation(entry) != written:
             raise _AgainError(f"somebody else wrote to {entry}")
         if not quote:
