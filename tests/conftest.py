@@ -26,6 +26,20 @@ settings.register_profile("soak", _PATIENT, max_examples=10_000)
 settings.load_profile("ci" if CI else "default")
 
 
+@pytest.fixture
+def figure(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
+    """Has a line about how much a test tried printed at the end of the run."""
+    return lambda text: record_property("figure", text)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the figures of the tests that passed."""
+    for report in terminalreporter.getreports("passed"):
+        for name, text in report.user_properties:
+            if name == "figure" and report.when == "call":
+                terminalreporter.write_line(f"{report.location[2]}: {text}")
+
+
 @pytest.fixture(scope="session")
 def require_program() -> Callable[[str], str]:
     """Gives the path of a real program; where it is missing the test is skipped, or fails when ``CI`` is set.

@@ -145,7 +145,9 @@ class Fleet:
 
 # httpx leaves the socket of a handshake that fails or is cancelled to the garbage collector.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_killed_server_loses_nothing_and_leaves_no_half_unit(start: Start, site: Path) -> None:
+def test_a_killed_server_loses_nothing_and_leaves_no_half_unit(
+    start: Start, site: Path, figure: Callable[[str], None]
+) -> None:
     """Killed by turns in the middle of syncs and of rotations; afterwards every disk opens."""
     fleet, setup = Fleet(), load_setup(site / "server.toml")
     configuration = (site / "server.toml").read_text()
@@ -197,3 +199,4 @@ def test_a_killed_server_loses_nothing_and_leaves_no_half_unit(start: Start, sit
             assert [await fleet.rotate(server, f"end {index} {turn}", index) for turn in range(3)][-2:] == [True, True]
 
     trio.run(all_open, served("two-phase"))
+    figure(f"{KILLS} kills, {len(fleet.answered)} passphrases answered, {fleet.rotations} rotations")

@@ -127,7 +127,7 @@ class Search:
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
-def test_every_life_of_a_few_boots(policy: Policy) -> None:
+def test_every_life_of_a_few_boots(policy: Policy, figure: Callable[[str], None]) -> None:
     search = Search(policy, IN_FLIGHT, mishaps(policy))
     assert search.run(BOOTS) is None
     assert len(search.settled) > 15
@@ -135,6 +135,7 @@ def test_every_life_of_a_few_boots(policy: Policy) -> None:
     # the exceptions are reached where they are said to be, and nowhere else
     assert bool(search.excused) == (policy.exchange == "base" and not (policy.ours and policy.pruned == "revive"))
     assert search.slowest == (2 if policy.exchange == "two-phase" else 1)
+    figure(f"{search.ways} lives to {len(search.settled)} worlds; {search.excused} need an operator's restore")
 
 
 @pytest.mark.parametrize("ours", [True, False], ids=["our agent", "deployed client"])
