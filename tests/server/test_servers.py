@@ -390,6 +390,13 @@ HOSTS = [
     ("sixtofour.example", ("2002:0a00:0001::1",)),
     ("teredo.example", ("2001:0:4136:e378:8000:63bf:3fff:fdd2",)),
     ("local.example", ("fe80::1",)),
+    ("site.example", ("fec0::1",)),
+    ("local-nat64.example", ("64:ff9b:1::1",)),
+    ("compatible.example", ("::127.0.0.1",)),
+    ("documentation.example", ("3fff::1",)),
+    ("multicast.example", ("ff0e::1",)),
+    ("dummy.example", ("192.0.0.8",)),
+    ("relay.example", ("192.88.99.1",)),
     ("unique.example", ("fd00::1",)),
     ("\N{DIGIT ONE}".replace("1", "\u0661") + ".2.3.4", ("1.2.3.4",)),
     ("b\u00fccher.example", ("1.2.3.4",)),
@@ -401,6 +408,14 @@ def test_hosts_that_are_refused(world, host, addresses):
     world.names[host] = addresses or ()
     assert refusal(register(world, host=host)) == (400, Code.HOST_INVALID, "Invalid verification host provided.")
     assert world.rows(ServerRow) == ()
+
+
+def test_an_address_has_one_form(world):
+    """Else one host could be registered twice."""
+    world.names["mapped.example"] = (f"::ffff:{HOST}",)
+    registered(register(world))
+    other = register(world, OTHER, id="n2", host="mapped.example", gpus=[gpu("GPU-1")])
+    assert refusal(other)[:2] == (409, Code.HOST_TAKEN)
 
 
 def test_a_name_is_resolved_once_and_ipv4_comes_first(world):
