@@ -10,11 +10,26 @@ import json as stdlib_json
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from itertools import chain
+from struct import pack
+from typing import get_args
 
 from attrs import frozen
 
+from chutes_proto.auth.certificates import ClientIdentity
+from chutes_proto.auth.hotkey import Hotkey
+from chutes_proto.client.flows import BootGrant
+from chutes_proto.client.handover import Handover
+from chutes_proto.client.settings import AgentSettings, vm_identity
 from chutes_proto.collateral import pcs
-from chutes_proto.errors import ChutesError, HeaderRejected, QuoteError, Refusal, RemoteProtocolError, UpstreamError
+from chutes_proto.errors import (
+    ChutesError,
+    ConfigurationError,
+    HeaderRejected,
+    QuoteError,
+    Refusal,
+    RemoteProtocolError,
+    UpstreamError,
+)
 from chutes_proto.luks.header import check_header
 from chutes_proto.quote.certificates import (
     SGX_EXTENSION,
@@ -26,15 +41,17 @@ from chutes_proto.quote.certificates import (
 )
 from chutes_proto.quote.collateral import Collateral
 from chutes_proto.quote.eventlog import first_difference, parse_event_log, replay
-from chutes_proto.quote.layout import parse_quote
+from chutes_proto.quote.layout import Quote, parse_quote
 from chutes_proto.quote.measurements import parse_profiles_json, parse_profiles_toml
 from chutes_proto.quote.pck import read_pck_extension
 from chutes_proto.quote.policy import parse_policy_toml
 from chutes_proto.quote.roots import TrustedRoot
 from chutes_proto.quote.statements import read_qe_identity, read_tcb_info
 from chutes_proto.quote.verify import open_quote, verify_collateral
+from chutes_proto.secret import Secret
 from chutes_proto.testing.directory import measurements_toml
 from chutes_proto.testing.platform import SimulatedPlatform
+from chutes_proto.testing.quotes import Form
 from chutes_proto.testing.service import CollateralService
 from chutes_proto.transport import qgs
 from chutes_proto.transport.client import ClientConnection
@@ -51,6 +68,8 @@ NOW = 1_800_000_000
 PLATFORM = SimulatedPlatform(b"a world for fuzzing")
 ROOT = TrustedRoot.from_der(PLATFORM.root_der)
 _JSON = (("content-type", "application/json"),)
+_HOTKEY = "5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY"
+_AGENT = AgentSettings(("https://a",))
 
 
 @frozen
@@ -66,15 +85,26 @@ class Target:
 
 def check_quote(data: bytes) -> None:
     """A quote parses, and its PCK chain opens, or the verifier's one error says why not."""
-    with suppress(QuoteError):
-        _ = open_quote(parse_quote(data), now=NOW, root=ROOT)
+    for sgx in (False, True):
+        with suppress(QuoteError):
+            _ = open_quote(parse_quote(data, sgx=sgx), now=NOW, root=ROOT)
 
 
 def quotes() -> list[bytes]:
     return [
-        *(SimulatedPlatform(PLATFORM.seed, form=form).quote(bytes(64)) for form in ("v4", "v5-td10", "v5-td15")),
+        *(SimulatedPlatform(PLATFORM.seed, form=form).quote(bytes(64)) for form in get_args(Form)),
         SimulatedPlatform(PLATFORM.seed, ca="processor").quote(bytes(64), padding=16),
+        _as_sgx(parse_quote(PLATFORM.quote(bytes(64)))),
     ]
+
+
+def _as_sgx(quote: Quote) -> bytes:
+    """A quote of version 3 of the quoting enclave itself: of the right form, though nobody signed it."""
+    header = pack("<HHI4x16s20s", 3, 2, 0, quote.header.qe_vendor_id, quote.header.user_data)
+    auth = quote.signature + quote.attestation_key + quote.qe_report_bytes + quote.qe_report_signature
+    auth += pack("<H", len(quote.qe_auth)) + quote.qe_auth + pack("<HI", 5, len(quote.certification))
+    auth += quote.certification
+    return header + quote.qe_report_bytes + pack("<I", len(auth)) + auth
 
 
 def check_collateral(data: bytes) -> None:
@@ -374,6 +404,61 @@ def targets() -> list[bytes]:
     return [endpoint.path.format_map(_PATH).encode() + b"?hotkey=%C3%A9&x=1" for endpoint in endpoints.ENDPOINTS]
 
 
+def check_agent_settings(data: bytes) -> None:
+    """Settings are taken with all that follows from them, or the one error says why not."""
+    try:
+        settings = AgentSettings.from_toml(data)
+    except ConfigurationError as exc:
+        _ = str(exc)
+    else:
+        assert settings.servers
+        assert settings.policy.servers == len(settings.servers)
+        assert settings.root_disk is not None or settings.disks
+
+
+def agent_settings() -> list[bytes]:
+    who = f'servers = ["https://a.example:8443", "https://[::1]"]\nvm_name = "vm"\nhotkey = "{_HOTKEY}"\n'
+    disks = '[volumes.storage]\ndevice = "/dev/vdb"\n[root]\ndevice = "/dev/vda"\nmapping = "r"\n'
+    rest = '[retry]\nattempts = 3\nbase_seconds = 0.5\n[state]\non_disk = true\n[on_failure]\naction = "shell"\n'
+    volume = 'servers = ["https://a"]\nsigner = "config-volume"\nconfig_volume.directory = "/v"\nroot.device = "/d"\n'
+    return [f"{who}{disks}{rest}".encode(), volume.encode()]
+
+
+def check_config_volume(data: bytes) -> None:
+    """Three files, cut at empty lines, say who the VM is, or the one error says which of them does not."""
+    files: dict[str, bytes] = dict(zip(("hostname", "miner-ss58", "miner-seed"), data.split(b"\n\n"), strict=False))
+    try:
+        who = vm_identity(AgentSettings.from_toml(agent_settings()[1]), files)
+    except ConfigurationError as exc:
+        assert str(exc).startswith("config volume: ")
+    else:
+        assert who.vm_name.encode() in files["hostname"]
+        assert Hotkey.parse(who.hotkey.address) == who.hotkey
+        assert who.seed is not None
+
+
+def config_volumes() -> list[bytes]:
+    wallet = stdlib_json.dumps({"ss58Address": _HOTKEY, "secretSeed": "0x" + "5e" * 32}).encode()
+    return [b"vm-1\n\n%b\n\n%b\n" % (_HOTKEY.encode(), b"5e" * 32), b"vm.a_b\n\n" + wallet]
+
+
+def check_handover(data: bytes) -> None:
+    """What one run left is read back as it was written, byte for byte, or not at all."""
+    try:
+        left = Handover.decode(data, _AGENT, boot_id="b", uptime=2.0)
+    except ConfigurationError as exc:
+        _ = str(exc)
+    else:
+        assert left.encode() == Secret(data)
+
+
+def handovers() -> list[bytes]:
+    identity = ClientIdentity(b"certificate", Secret(b"key"), bytes(32))
+    nothing, opener = Secret(b""), Secret(b"70" * 32)
+    grants = [BootGrant("h", "vm", nothing, opener), BootGrant("h", "vm", nothing, None, opener)]
+    return [Handover("https://a", 1.5, "b", grant, identity).encode().reveal() for grant in grants]
+
+
 TARGETS = {
     "quote": Target(check_quote, quotes),
     "collateral": Target(check_collateral, collaterals),
@@ -384,6 +469,9 @@ TARGETS = {
     "collateral-answer": Target(check_collateral_answer, collateral_answers),
     "luks-header": Target(check_luks, luks_headers),
     "qgs-answer": Target(check_qgs_answer, qgs_answers),
+    "agent-settings": Target(check_agent_settings, agent_settings),
+    "config-volume": Target(check_config_volume, config_volumes),
+    "handover": Target(check_handover, handovers),
     "http": Target(check_http, http_requests),
     "http-answer": Target(check_http_answer, http_answers),
     "json": Target(check_json, json_bodies),
