@@ -52,7 +52,7 @@ def codes(ended: Ended) -> list[str]:
 XFAM = "X87 SSE AVX AVX512_OPMASK AVX512_ZMM_HI256 AVX512_HI16_ZMM PKRU TILECFG TILEDATA".split()
 
 
-@pytest.mark.parametrize("form", ["v4", "v5-td10", "v5-td15"])
+@pytest.mark.parametrize("form", ["v4", "v5-td10", "v5-td15", "v5-td15ex"])
 def test_what_is_genuine_and_acceptable_is_accepted(verify: Command, form: str) -> None:
     ended = verify("--json", "--report-data", REPORT_DATA.hex().upper(), form=form)
     assert ended.code == 0

@@ -134,7 +134,8 @@ def test_a_crl_in_every_form(form: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"308", b"<html>", b"{}", pem(b"x")[:-30], b'"3082"', pem(b"x").replace(b"eA", b"e=A"), b"\xff"]
+    "body",
+    [b"", b"308", b"<html>", b"{}", pem(b"x")[:-30], pem(b""), b'"3082"', pem(b"x").replace(b"eA", b"e=A"), b"\xff"],
 )
 def test_what_is_no_crl(body: bytes) -> None:
     with pytest.raises(UpstreamError):

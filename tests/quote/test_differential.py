@@ -29,7 +29,7 @@ from chutes_proto.testing.quotes import Form
 from tests.quote.cases import DCAP_QVL_POLICY
 from tests.quote.simulated import NOW, PLATFORM, REPORT_DATA, ROOT
 
-FORMS: tuple[Form, ...] = ("v4", "v5-td10", "v5-td15")
+FORMS: tuple[Form, ...] = ("v4", "v5-td10", "v5-td15", "v5-td15ex")
 PIECES = [field.name for field in attrs.fields(Collateral) if field.name != "pck_certificate_chain"]
 IN_HEX = {"root_ca_crl", "pck_crl", "tcb_info_signature", "qe_identity_signature"}
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 from contextlib import suppress
 from struct import pack
 
+import attrs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from chutes_proto.quote.attributes import XFAM_KNOWN
 from chutes_proto.quote.errors import QuoteFormatError
-from chutes_proto.quote.layout import TdAttributes, TdReport10, TdReport15, Xfam, parse_quote
+from chutes_proto.quote.layout import TdAttributes, TdReport10, TdReport15, TdReport15Ex, Xfam, parse_quote
+from chutes_proto.testing.faults import Fault
+from chutes_proto.testing.platform import SimulatedPlatform
 from tests.quote.simulated import PLATFORM, REPORT_DATA, TD15
 
 V4 = PLATFORM.quote(REPORT_DATA)
@@ -37,6 +40,26 @@ def test_version_5_has_the_present_tcb_and_the_service_td() -> None:
     assert isinstance(quote.body, TdReport15)
     assert (len(quote.body.tee_tcb_svn_2), len(quote.body.mr_service_td)) == (16, 48)
     assert quote.signed == V5[: 48 + 6 + 648]
+
+
+def test_an_extended_report_of_tdx_1_5() -> None:
+    extended = bytes(range(237))
+    changed = Fault(
+        name="extended",
+        side="quote",
+        what="bytes of other values",
+        quote=lambda draft: attrs.evolve(draft, body=attrs.evolve(draft.body, extended=extended)),
+    )
+    quote = parse_quote(SimulatedPlatform(PLATFORM.seed, form="v5-td15ex").having(changed).quote(REPORT_DATA))
+    body = quote.body
+    assert isinstance(body, TdReport15Ex)
+    assert len(quote.signed) == 48 + 6 + 885
+    assert (body.report_data, body.mr_service_td, body.vm_id) == (REPORT_DATA, bytes(48), 0)
+    assert (body.td_id, body.dev_info) == (extended[1:33], extended[33:81])
+    assert (body.init_servtd_hash, body.init_servtd_attributes) == (extended[81:129], 0x8887868584838281)
+    assert (body.init_cpu_svn, body.init_tee_tcb_svn) == (extended[137:153], extended[153:169])
+    assert (body.init_tee_fmspc, body.current_servtd_hash) == (extended[169:181], extended[181:229])
+    assert body.current_servtd_attributes == 0xECEBEAE9E8E7E6E5
 
 
 def test_attributes_have_names() -> None:

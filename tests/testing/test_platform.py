@@ -97,7 +97,7 @@ def ask_dcap_qvl(
 
 
 @pytest.mark.parametrize("ca", ["platform", "processor"])
-@pytest.mark.parametrize("form", ["v4", "v5-td10", "v5-td15"])
+@pytest.mark.parametrize("form", ["v4", "v5-td10", "v5-td15", "v5-td15ex"])
 def test_an_independent_verifier_accepts_every_form(form: Form, ca: Ca) -> None:
     platform = SimulatedPlatform(bytes(32), form=form, ca=ca)
     assert ask_dcap_qvl(platform, root=platform) == "UpToDate"
@@ -105,7 +105,7 @@ def test_an_independent_verifier_accepts_every_form(form: Form, ca: Ca) -> None:
 
 
 @pytest.mark.parametrize("ca", ["platform", "processor"])
-@pytest.mark.parametrize("form", ["v4", "v5-td10", "v5-td15"])
+@pytest.mark.parametrize("form", ["v4", "v5-td10", "v5-td15", "v5-td15ex"])
 def test_this_verifier_accepts_every_form_and_names_the_machine(form: Form, ca: Ca) -> None:
     machine = SimulatedPlatform(HONEST.seed, index=3, form=form, ca=ca)
     for stage in STAGES:

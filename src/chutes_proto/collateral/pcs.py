@@ -161,7 +161,8 @@ def read_crl(body: bytes) -> bytes:
         return bytes.fromhex(digits[1].decode("ascii"))
     if block := _PEM_CRL.fullmatch(body):
         try:
-            return a2b_base64(block[1].translate(None, b" \t\r\n"), strict_mode=True)
+            if der := a2b_base64(block[1].translate(None, b" \t\r\n"), strict_mode=True):
+                return der
         except Base64Error:
             pass
     raise UpstreamError("CRL: the answer is no DER, no PEM and no hexadecimal digits")

@@ -14,8 +14,10 @@ from attrs import frozen
 
 from chutes_proto.testing.pki import Keys
 
-Form: TypeAlias = Literal["v4", "v5-td10", "v5-td15"]
+Form: TypeAlias = Literal["v4", "v5-td10", "v5-td15", "v5-td15ex"]
 """The format of the quote and the type of the TD report in it."""
+
+_BODY_TYPES: Final = {"v5-td10": 2, "v5-td15": 3, "v5-td15ex": 4}
 
 INTEL_QE_VENDOR_ID: Final = bytes.fromhex("939a7233f79c4ca9940a0db3957f0607")
 SEPT_VE_DISABLE: Final = 1 << 28
@@ -37,6 +39,8 @@ class HeaderDraft:
 
 @frozen(kw_only=True)
 class TdReportDraft:
+    """``extended`` is what an extended report of TDX 1.5 has behind the rest."""
+
     tee_tcb_svn: bytes
     mr_seam: bytes
     mr_signer_seam: bytes = bytes(48)
@@ -48,6 +52,7 @@ class TdReportDraft:
     report_data: bytes
     tee_tcb_svn_2: bytes
     mr_service_td: bytes = bytes(48)
+    extended: bytes = bytes(237)
 
     def encode(self, form: Form) -> bytes:
         td10 = pack(
@@ -62,7 +67,13 @@ class TdReportDraft:
             *self.rtmrs,
             self.report_data,
         )
-        return td10 + self.tee_tcb_svn_2 + self.mr_service_td if form == "v5-td15" else td10
+        match form:
+            case "v4" | "v5-td10":
+                return td10
+            case "v5-td15":
+                return td10 + self.tee_tcb_svn_2 + self.mr_service_td
+            case "v5-td15ex":
+                return td10 + self.tee_tcb_svn_2 + self.mr_service_td + self.extended
 
 
 @frozen(kw_only=True)
@@ -120,7 +131,7 @@ class QuoteDraft:
         body = self.body.encode(self.form)
         descriptor = b""
         if self.form != "v4":
-            kind = self.body_type if self.body_type is not None else {"v5-td10": 2, "v5-td15": 3}[self.form]
+            kind = self.body_type if self.body_type is not None else _BODY_TYPES[self.form]
             descriptor = pack("<HI", kind, self.body_size if self.body_size is not None else len(body))
         signed = self.header.encode() + descriptor + body
         point = self.attestation_point
