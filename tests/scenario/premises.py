@@ -51,8 +51,8 @@ class Premises:
 
     def __attrs_post_init__(self) -> None:
         self.directory.mkdir()
-        self.platform = open_platform(self.platform_directory, int(time.time())).platform
-        write_server(self.directory, self.platform, int(time.time()))
+        self.platform = open_platform(self.platform_directory, self.now).platform
+        write_server(self.directory, self.platform, self.now)
         self.edit("sqlite:keys.db", self.store)
         assert self.do("store", "migrate").code == 0
 
@@ -72,6 +72,10 @@ class Premises:
     def url(self) -> str:
         assert self.server is not None
         return self.server.url
+
+    @property
+    def now(self) -> int:
+        return int(time.time())
 
     def edit(self, old: str, new: str) -> None:
         text = self.configuration.read_text()

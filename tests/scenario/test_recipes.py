@@ -1,0 +1,206 @@
+"""The recipes for operators in ``keys/README.md``: a shell runs every command in them, where it would be needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from cryptography.fernet import Fernet
+from psycopg.conninfo import conninfo_to_dict
+
+import chutes_proto.keys
+from chutes_proto.blocking.files import write_file
+from chutes_proto.testing.platform import SimulatedPlatform
+from tests.cli.conftest import HOTKEY
+from tests.scenario.premises import Premises
+
+TEXT = Path(chutes_proto.keys.__path__[0], "README.md").read_text("utf-8").partition("## Recipes for operators\n")[2]
+RECIPES = {
+    title: re.findall(r"^```sh\n(.*?)^```", body, re.MULTILINE | re.DOTALL)
+    for title, body in re.findall(r"^### (.*?)\n(.*?)(?=^### |\Z)", TEXT, re.MULTILINE | re.DOTALL)
+}
+PPID, INSTANCE = "00112233445566778899aabbccddeeff", "ffeeddccbbaa99887766554433221100"
+
+in_a_file = pytest.mark.parametrize("premises", ["sqlite"], indirect=True)
+
+
+def follow(
+    premises: Premises, title: str, part: int, platform: SimulatedPlatform | None = None, env: Any = None
+) -> str:
+    """Run one block of a recipe, in the operator's directory; what it says."""
+    script = RECIPES[title][part]
+    if platform is not None:
+        assert PPID in script
+        script = script.replace(PPID, platform.ppid.hex())
+        script = script.replace(INSTANCE, (platform.platform_instance_id or b"").hex())
+    program = f'chutes-proto() {{ {shlex.quote(sys.executable)} -m chutes_proto "$@"; }}\n'
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", program + script],
+        cwd=premises.directory,
+        env=os.environ | (env or {}),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, f"{script}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def key(premises: Premises, **members: Any) -> str:
+    vm = premises.vm()
+    answer = vm.sync(vm.boot()["boot_token"], **members)
+    return str(answer["storage"])
+
+
+@in_a_file
+def test_after_a_rekey(premises: Premises) -> None:
+    premises.start()
+    first = key(premises)
+    assert key(premises, rekey=["storage"]) != first
+    assert "retired" in follow(premises, "A disk does not open after a rekey", 0)
+    assert key(premises) == first
+
+
+@in_a_file
+def test_a_lost_confirmation(premises: Premises) -> None:
+    premises.edit('root_passphrase = "vm"', 'root_passphrase = "vm"\nexchange = "two-phase"')
+    premises.start()
+
+    def attest() -> tuple[Any, Callable[..., Any]]:
+        vm = premises.vm()
+        answer = vm.attest(vm.boot()["luks_quote_nonce"], "storage", formatted=["storage"])
+        return answer["volumes"]["storage"], lambda: vm.confirm(answer["confirm_nonce"], storage=True)
+
+    _ = attest()[1]()
+    keys, confirm = attest()
+    _ = confirm()  # and its answer is lost, so that the client takes the next key off the disk again
+    assert keys["current"] in [attest()[0]["current"] for _ in range(2)]
+    said = follow(premises, "A confirmation was lost", 0)
+    assert "storage/1  retired, provisional" in said
+    assert "confirm" in said
+
+
+@in_a_file
+def test_a_new_disk(premises: Premises) -> None:
+    premises.start()
+    first = key(premises, formatted=["storage"])
+
+    def in_use() -> list[str]:
+        vm = premises.vm()
+        answer: list[str] = vm.sync(vm.boot()["boot_token"], formatted=[])["in_use"]
+        return answer
+
+    assert in_use() == ["storage"]
+    _ = follow(premises, "A disk was replaced", 0)
+    assert in_use() == []
+    assert key(premises) == first
+
+
+@in_a_file
+def test_another_machine(premises: Premises) -> None:
+    premises.start()
+    first = key(premises)
+    home = premises.platform
+    premises.platform = home.another(1)
+    collateral = premises.directory / "collateral" / "another.json"
+    write_file(collateral, premises.platform.collateral_json(premises.now))
+    assert premises.vm().boot(status=403)["code"] == "platform_mismatch"
+    write_file(premises.directory / "quote.bin", premises.platform.quote(bytes(64)))
+    said = follow(premises, "A VM's disks moved to another machine", 0, premises.platform)
+    assert premises.platform.ppid.hex() in said
+    assert key(premises) == first
+    premises.platform = home
+    assert premises.vm().boot(status=403)["code"] == "platform_mismatch"
+
+
+@in_a_file
+def test_a_backup(premises: Premises) -> None:
+    premises.start()
+    first = key(premises)
+    token = premises.vm().boot()["boot_token"]
+    nonce = premises.vm().nonce()
+    premises.stop()
+    assert "keys sealed under" in follow(premises, "The store came back from a backup", 0)
+    premises.start()
+    _ = premises.vm().sync(token, status=401)
+    for of_before in (nonce, None):
+        assert premises.vm().boot(of_before, status=503)["code"] == "store_unavailable"
+    premises.sql("UPDATE fact SET value = value - 60 WHERE name = 'nonce_horizon'")  # the minute passes
+    assert premises.vm().boot(nonce, status=401)["code"] == "nonce_invalid"
+    assert key(premises) == first
+
+
+@in_a_file
+def test_another_key_encryption_key(premises: Premises) -> None:
+    title = "The key-encryption key is to be changed"
+    premises.start()
+    first = key(premises)
+    old = (premises.directory / "kek").read_bytes()
+    assert "store: " in follow(premises, title, 0)
+    assert (premises.directory / "kek").stat().st_mode & 0o777 == 0o600
+    assert (premises.directory / "kek.previous").read_bytes() == old
+    premises.stop()
+    premises.start()
+    assert key(premises) == first
+    assert "no key is under another" in follow(premises, title, 1)
+    premises.edit('kek_previous_file = "kek.previous"\n', "")
+    premises.stop()
+    premises.start()
+    assert key(premises) == first
+
+
+@in_a_file
+def test_a_purge(premises: Premises) -> None:
+    premises.start()
+    last = [key(premises, rekey=["storage"]) for _ in range(5)][-1]
+    premises.sql("UPDATE generation SET retired_at = retired_at - 91 * 86400")
+    said = follow(premises, "Old keys are to go", 0)
+    assert "2 passphrases deleted" in said
+    assert key(premises) == last
+
+
+@in_a_file
+def test_an_import(premises: Premises, empty_schema: str, require_program: Callable[[str], str]) -> None:
+    require_program("psql")
+    fernet = Fernet.generate_key()
+    write_file(premises.directory / "fernet.key", fernet, mode=0o600)
+    passphrases = json.dumps({name: Fernet(fernet).encrypt(name.encode() * 9).decode() for name in ("storage",)})
+    with psycopg.connect(empty_schema, autocommit=True) as database:
+        _ = database.execute(
+            b"CREATE TABLE vm_cache_configs (miner_hotkey text, vm_name text, volume_passphrases jsonb,"
+            b" last_boot_at timestamptz, PRIMARY KEY (miner_hotkey, vm_name))"
+        )
+        row = (HOTKEY, "vm-1", passphrases)
+        _ = database.execute("INSERT INTO vm_cache_configs VALUES (%s, %s, %s, now())", row)
+    where = conninfo_to_dict(empty_schema)
+    names = {
+        "host": "PGHOST",
+        "user": "PGUSER",
+        "password": "PGPASSWORD",
+        "options": "PGOPTIONS",
+        "dbname": "PGDATABASE",
+    }
+    env = {variable: str(where[name]) for name, variable in names.items() if name in where}
+    said = follow(premises, "Keys come from the reference system", 0, env=env)
+    assert "is bound to no platform" in said
+    premises.start()
+    assert premises.vm().boot(status=403)["code"] == "platform_mismatch"
+    _ = follow(premises, "Keys come from the reference system", 1, premises.platform)
+    assert key(premises) == "storage" * 9
+
+
+def test_no_recipe_is_left_out() -> None:
+    source = Path(__file__).read_text("utf-8")
+    for title in RECIPES:
+        assert f'"{title}"' in source
+    assert sum(map(len, RECIPES.values())) == 10
