@@ -301,8 +301,8 @@ def test_luks1_is_refused() -> None:
 @pytest.mark.parametrize(
     ("reason", "binary"),
     [
-        ("checksum_algorithm", {"algorithm": b"sha1"}),
-        ("checksum_algorithm", {"algorithm": b"sha256\0x"}),
+        ("checksum", {"algorithm": b"sha1"}),
+        ("checksum", {"algorithm": b"sha256\0x"}),
         ("header_offset", {"offset": 4096}),
         ("uuid", {"uuid": ""}),
         ("uuid", {"uuid": "\x1b[31m"}),
@@ -320,13 +320,9 @@ def test_the_binary_header(reason: str, binary: dict[str, Any]) -> None:
 def test_one_wrong_byte_leaves_the_other_copy(place: int, flip: int) -> None:
     head = bytearray(both(told()))
     head[place] ^= flip
-    try:
-        header = check(bytes(head))
-    except HeaderRejected as error:
-        assert error.reason in ("version", "checksum_algorithm")
-    else:
-        assert not header.whole
-        assert header.area == check(both(told())).area
+    header = check(bytes(head))
+    assert not header.whole
+    assert header.area == check(both(told())).area
     head[(place + AREA) % (2 * AREA)] ^= flip
     try:
         assert check_header(bytes(head), SIZE, "/dev/vdb") is None  # neither begins as a header does

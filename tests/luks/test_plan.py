@@ -14,12 +14,12 @@ from chutes_proto.luks.plan import (
     KeepKey,
     Key,
     Open,
-    Volume,
     plan_open,
     plan_promoted,
     plan_root,
     plan_rotation,
 )
+from chutes_proto.luks.volume import Volume
 from tests.luks.headers import SIZE, both, told
 
 VOLUME = Volume("storage", "/dev/vdb")

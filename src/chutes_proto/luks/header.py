@@ -58,6 +58,7 @@ MAX_ITERATIONS: Final = 50_000_000
 
 _BINARY: Final = struct.Struct(">6sHQQ48s32s64s40s48sQ184s64s")
 _BINARY_SIZE: Final = 4096
+_VERSION: Final = 2
 _CHECKSUM: Final = slice(448, 512)
 _ALGORITHM: Final = b"sha256".ljust(32, b"\0")
 _SECTOR: Final = 4096
@@ -120,9 +121,12 @@ class _Reader:
         secondary = next((copy for place in places if (copy := self._copy(head, place, SECONDARY))), None)
         copies = [copy for copy in (primary, secondary) if copy]
         if not copies:
-            if head[:6] == PRIMARY or any(head[place : place + 6] == SECONDARY for place in SIZES):
+            version = int.from_bytes(head[6:8], "big")
+            if head.startswith(PRIMARY) and version != _VERSION:
+                raise self._rejected("version", version, _VERSION)
+            if head.startswith(PRIMARY) or any(head[place : place + 6] == SECONDARY for place in SIZES):
                 sizes = f"{SIZES[0]} to {SIZES[-1]} bytes"
-                raise self._rejected("checksum", "none whole", f"a copy of {sizes} whose checksum holds")
+                raise self._rejected("checksum", "none whole", f"a copy of {sizes} whose SHA-256 holds")
             return None
         for copy in copies:
             self._check(copy, size)
@@ -133,17 +137,15 @@ class _Reader:
     # --- 2.1, 2.2: the binary header ---
 
     def _copy(self, head: bytes, place: int, magic: bytes) -> _Copy | None:
-        """The copy at ``place``, or None if there is none or it was cut off while it was written."""
+        """The copy at ``place``, or None if there is none whose checksum holds."""
         binary = head[place : place + _BINARY_SIZE]
         if len(binary) < _BINARY_SIZE or not binary.startswith(magic):
             return None
         _, version, size, sequence, _, algorithm, _, uuid, _, offset, _, checksum = _BINARY.unpack_from(binary)
-        if version != 2:
-            raise self._rejected("version", version, 2)
-        if size not in SIZES or place not in (0, size) or len(head) < place + size:
+        if (version, algorithm) != (_VERSION, _ALGORITHM) or size not in SIZES:
             return None
-        if algorithm != _ALGORITHM:
-            raise self._rejected("checksum_algorithm", _shown(algorithm), "sha256")
+        if place not in (0, size) or len(head) < place + size:
+            return None
         json = head[place + _BINARY_SIZE : place + size]
         if not compare_digest(_checksum(binary, json), checksum):
             return None
