@@ -27,7 +27,7 @@ from chutes_proto.client.flows import (
     confirm_volumes,
     read_cache_passphrase,
 )
-from chutes_proto.client.retry import DEFAULT_RETRY, RetryPolicy
+from chutes_proto.client.policy import DEFAULT_RETRY, RetryPolicy
 from chutes_proto.errors import LocalProtocolError
 from chutes_proto.log import Record
 from chutes_proto.secret import Secret

@@ -15,7 +15,7 @@ from chutes_proto.blocking.https import TimeLimits
 from chutes_proto.blocking.perform import log_record
 from chutes_proto.blocking.quoting import Quoter
 from chutes_proto.blocking.tls import client_context
-from chutes_proto.client.retry import RetryPolicy
+from chutes_proto.client.policy import RetryPolicy
 from chutes_proto.client.servers import (
     MINER_RETRY,
     Miner,

@@ -131,6 +131,36 @@ def test_a_fault_leaves_no_connection(credentials: Credentials) -> None:
     assert len(connections) == 3
 
 
+def test_a_connection_is_begun_before_its_request(credentials: Credentials) -> None:
+    with counted(credentials, answering(OK)) as (send, connections):
+        send.begin()
+        send.begin()
+        assert send(REQUEST).body == b"ok"
+        assert len(connections) == 1
+        send.begin()  # and is closed unused
+
+
+def test_the_server_is_greeted_at_once() -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+    with listener, HttpsSender(client_context(), f"https://127.0.0.1:{listener.getsockname()[1]}") as send:
+        send.begin()
+        with listener.accept()[0] as connection:
+            assert connection.recv(1) == b"\x16"  # a TLS handshake
+
+
+def test_a_beginning_that_fails_is_told_by_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))
+        send = HttpsSender(client_context(), f"https://127.0.0.1:{reserved.getsockname()[1]}")
+        send.begin()
+        assert "Connection refused" in str(unreachable(send))
+    monkeypatch.setattr("chutes_proto.blocking.https._BEGIN_SECONDS", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        send = HttpsSender(client_context(), f"https://127.0.0.1:{silent.getsockname()[1]}", TimeLimits(connect=0.3))
+        send.begin()
+        assert "none within 0.3 s" in str(unreachable(send))
+
+
 # --- every wait ends ---
 
 

@@ -18,7 +18,7 @@ from attrs import define, field
 
 from chutes_proto.blocking.setup import load_setup
 from chutes_proto.cli.development import write_server
-from chutes_proto.client.retry import RetryPolicy
+from chutes_proto.client.policy import RetryPolicy
 from chutes_proto.codes import Code
 from chutes_proto.errors import Unavailable
 from chutes_proto.log import Record

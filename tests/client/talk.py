@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from chutes_proto.client.flows import BootGrant, BootSettings
-from chutes_proto.client.retry import RetryPolicy
+from chutes_proto.client.policy import RetryPolicy
 from chutes_proto.effects import Effect, Entropy, Log, Sleep, Uptime
 from chutes_proto.secret import Secret
 from chutes_proto.testing.playbook import Aside

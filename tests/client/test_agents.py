@@ -21,7 +21,7 @@ import chutes_proto_asyncio.client
 import chutes_proto_trio.client
 from chutes_proto.auth.certificates import ClientIdentity, make_client_identity
 from chutes_proto.blocking.tls import client_context
-from chutes_proto.client.retry import RetryPolicy
+from chutes_proto.client.policy import RetryPolicy
 from chutes_proto.errors import LocalProtocolError, Refused
 from chutes_proto.log import Record
 from chutes_proto.wire.http import HttpRequest

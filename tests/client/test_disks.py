@@ -20,7 +20,8 @@ from chutes_proto.errors import (
 )
 from chutes_proto.log import Level, Record
 from chutes_proto.luks.disk import Blank, Disk, Foreign, judge
-from chutes_proto.luks.plan import AddKey, Format, KeepKey, Key, Open, Volume
+from chutes_proto.luks.plan import AddKey, Format, KeepKey, Key, Open
+from chutes_proto.luks.volume import Volume
 from chutes_proto.secret import Secret
 from chutes_proto.testing.playbook import Playbook
 from chutes_proto.wire.http import HttpRequest, HttpResponse

@@ -28,7 +28,7 @@ from chutes_proto.client.flows import (
     read_cache_passphrase,
     sync_volumes,
 )
-from chutes_proto.client.retry import RetryPolicy
+from chutes_proto.client.policy import RetryPolicy
 from chutes_proto.effects import Effect, Flow, Transact, run
 from chutes_proto.errors import QuoteUnavailable, Refusal, StoreBusy, TransportError
 from chutes_proto.secret import Secret

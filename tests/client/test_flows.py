@@ -21,7 +21,7 @@ from chutes_proto.client.flows import (
     read_cache_passphrase,
     sync_volumes,
 )
-from chutes_proto.client.retry import RetryPolicy
+from chutes_proto.client.policy import RetryPolicy
 from chutes_proto.effects import Effect, Entropy, Log, MakeQuote, Send, Sleep, Uptime
 from chutes_proto.errors import (
     BadRequest,

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chutes_proto.client.retry import RetryPolicy, begin, described
+from chutes_proto.client.policy import RetryPolicy
+from chutes_proto.client.retry import begin, described
 from chutes_proto.effects import Entropy, Flow, Log, NextServer, Sleep, Uptime
 from chutes_proto.errors import (
     ChutesError,

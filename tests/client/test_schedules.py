@@ -13,7 +13,7 @@ from hypothesis import event, given
 from hypothesis import strategies as st
 
 from chutes_proto.client.flows import BootGrant, VolumeKeys, boot_and_sync
-from chutes_proto.client.retry import RetryPolicy
+from chutes_proto.client.policy import RetryPolicy
 from chutes_proto.effects import Effect, Send, run
 from chutes_proto.errors import BadRequest, QuoteUnavailable, Refused, RemoteProtocolError, TransportError, Unavailable
 from chutes_proto.testing.network import Fate, SimulatedNetwork

@@ -12,7 +12,7 @@ from cryptography.x509 import load_pem_x509_certificate
 from chutes_proto.auth.certificates import make_client_identity
 from chutes_proto.auth.hotkey import HotkeyPair
 from chutes_proto.client import servers
-from chutes_proto.client.retry import RetryPolicy
+from chutes_proto.client.policy import RetryPolicy
 from chutes_proto.client.servers import Miner
 from chutes_proto.effects import Effect, Flow, MakeQuote, Send, Sleep, Transact, run
 from chutes_proto.errors import (

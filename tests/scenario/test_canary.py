@@ -19,7 +19,7 @@ import psycopg
 import pytest
 import trio
 
-from chutes_proto.client.retry import RetryPolicy
+from chutes_proto.client.policy import RetryPolicy
 from chutes_proto.errors import ChutesError
 from chutes_proto.testing.faults import FAULTS
 from chutes_proto_trio import BootAgent

@@ -178,6 +178,11 @@ class Servers:
         """The server that is asked now."""
         return self._origins[self._at]
 
+    def begin(self) -> None:
+        """Begin a connection to the first server, which answers while the caller prepares what it asks."""
+        self._sender = HttpsSender(self._context, self.origin, TimeLimits())
+        self._sender.begin()
+
     def next(self) -> str:
         """Go on to the next one; says which."""
         self.close()

@@ -5,6 +5,7 @@ Rules kept here:
 * a request of `Send` goes to the one origin its sender was made for, over https; none follows a redirect;
 * nothing is sent before the server's chain and name are verified;
 * every wait ends: each address has its share of the time for a connection, and a peer that drips ends with the whole;
+* a connection can be begun before its request is there: the server answers meanwhile;
 * a failed request leaves no connection behind; one that is kept is used again only while the server is silent on it.
 """
 
@@ -14,23 +15,26 @@ import re
 import socket
 import ssl
 import time
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from attrs import frozen
 
 from chutes_proto.errors import LocalProtocolError, RemoteProtocolError, TransportError
-from chutes_proto.transport.client import MAX_ANSWER, ClientConnection
 from chutes_proto.wire.http import HttpRequest
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
     from types import TracebackType
 
+    from chutes_proto.transport.client import ClientConnection
     from chutes_proto.wire.http import HttpResponse
 
 _ORIGIN: Final = re.compile(r"https://(?:([A-Za-z0-9_.-]+)|\[([0-9A-Fa-f:.]+)\])(?::([0-9]{1,5}))?/?", re.IGNORECASE)
 _AUTHORITY: Final = re.compile("https://[^/?#]+", re.IGNORECASE)
 _PORT: Final = 443
 _READ_SIZE: Final = 16 * 1024
+_BEGIN_SECONDS: Final = 1.0
 
 
 @frozen
@@ -46,6 +50,8 @@ class TimeLimits:
 
     def exceeded(self, body: bytearray) -> TransportError:
         """The error for an answer of which this much had come when it was given up: too slow, or too large."""
+        from chutes_proto.transport.client import MAX_ANSWER
+
         if len(body) > MAX_ANSWER:
             return TransportError(f"the server's answer has more than {MAX_ANSWER} bytes", maybe_delivered=True)
         return TransportError(f"no whole answer within {self.total:g} s", maybe_delivered=True)
@@ -91,6 +97,7 @@ class HttpsSender:
         self._origin = Origin.parse(url)
         self._limits = limits
         self._kept: _Connection | None = None
+        self._begun: ssl.SSLSocket | None = None
 
     def __enter__(self) -> HttpsSender:
         return self
@@ -101,10 +108,12 @@ class HttpsSender:
         self.close()
 
     def close(self) -> None:
-        """Close the connection that was kept, if there is one."""
+        """Leave no connection behind."""
         kept, self._kept = self._kept, None
-        if kept is not None:
-            kept.close()
+        begun, self._begun = self._begun, None
+        for connection in (kept, begun):
+            if connection is not None:
+                connection.close()
 
     def __call__(self, request: HttpRequest) -> HttpResponse:
         """The whole answer. Raises `TransportError`, and `LocalProtocolError` for what HTTP cannot carry."""
@@ -131,23 +140,53 @@ class HttpsSender:
             if self._kept is not connection:
                 connection.close()
 
-    def _connect(self, end: float) -> _Connection:
-        """A connection whose peer is the origin. Raises `TransportError`."""
-        origin = self._origin
-        end = min(end, time.monotonic() + self._limits.connect)
-        try:
-            stream = self._wrapped(_connected(_addresses(origin, end), end))
+    def begin(self) -> None:
+        """Send the first bytes of a connection, so that the server works while the caller still prepares a request.
+
+        A fault is that request's to tell. Takes at most a second.
+        """
+        with suppress(TransportError):
+            self._begun = self._begun or self._begin(time.monotonic() + min(_BEGIN_SECONDS, self._limits.connect))
+
+    def _begin(self, end: float) -> ssl.SSLSocket:
+        """A connection on which the server has been greeted. Raises `TransportError`."""
+        with self._connecting():
+            stream = self._wrapped(_connected(_addresses(self._origin, end), end))
             try:
-                stream.settimeout(_left(end))
+                stream.settimeout(0)
                 stream.do_handshake()
+            except ssl.SSLWantReadError:
+                pass
             except BaseException:
                 stream.close()
                 raise
+            return stream
+
+    def _connect(self, end: float) -> _Connection:
+        """A connection whose peer is the origin. Raises `TransportError`."""
+        end = min(end, time.monotonic() + self._limits.connect)
+        begun, self._begun = self._begun, None
+        stream = begun or self._begin(end)
+        from chutes_proto.transport.client import ClientConnection  # while the greeting is on its way
+
+        try:
+            with self._connecting():
+                stream.settimeout(_left(end))
+                stream.do_handshake()
+        except BaseException:
+            stream.close()
+            raise
+        return _Connection(stream, ClientConnection(self._origin.authority))
+
+    @contextmanager
+    def _connecting(self) -> Generator[None]:
+        """Turns what goes wrong before a request is sent into `TransportError`."""
+        try:
+            yield
         except TimeoutError as exc:
-            raise _unreachable(origin, f"none within {self._limits.connect:g} s") from exc
+            raise _unreachable(self._origin, f"none within {self._limits.connect:g} s") from exc
         except (OSError, ValueError) as exc:  # ValueError: no name that a certificate could have
-            raise _unreachable(origin, _why(exc)) from exc
-        return _Connection(stream, ClientConnection(origin.authority))
+            raise _unreachable(self._origin, _why(exc)) from exc
 
     def _wrapped(self, plain: socket.socket) -> ssl.SSLSocket:
         with plain:  # what is wrapped has another owner

@@ -25,7 +25,7 @@ from chutes_proto.cli import console
 from chutes_proto.cli.development import AUTHORITY, CONFIGURATION, write_collateral, write_server
 from chutes_proto.cli.serving import Certificate, binding, listen, open_server, unwrapped
 from chutes_proto.client.flows import BootSettings, attest_boot, boot, fetch_nonce, make_quote, sync_volumes
-from chutes_proto.client.retry import RetryPolicy
+from chutes_proto.client.policy import RetryPolicy
 from chutes_proto.codes import Code
 from chutes_proto.effects import Flow
 from chutes_proto.errors import Refusal

@@ -19,7 +19,8 @@ from chutes_proto.client.flows import BootGrant, BootSettings, boot
 from chutes_proto.effects import Flow, InspectDisk, Sleep, Uptime
 from chutes_proto.errors import DiskError, LocalProtocolError
 from chutes_proto.luks.disk import Disk
-from chutes_proto.luks.plan import Volume, plan_root
+from chutes_proto.luks.plan import plan_root
+from chutes_proto.luks.volume import Volume
 from chutes_proto.secret import Secret
 
 _LOOK_AGAIN: Final = 0.5

@@ -25,18 +25,8 @@ from chutes_proto.effects import ActOnDisk, Flow, InspectDisk, Log
 from chutes_proto.errors import ChutesError, DiskError, LocalProtocolError
 from chutes_proto.log import Level, Record, Value
 from chutes_proto.luks.disk import Blank, Disk, Luks
-from chutes_proto.luks.plan import (
-    Action,
-    Format,
-    Key,
-    Keys,
-    Plan,
-    Volume,
-    plan_open,
-    plan_promoted,
-    plan_root,
-    plan_rotation,
-)
+from chutes_proto.luks.plan import Action, Format, Key, Keys, Plan, plan_open, plan_promoted, plan_root, plan_rotation
+from chutes_proto.luks.volume import Volume
 from chutes_proto.secret import Secret
 
 T = TypeVar("T")

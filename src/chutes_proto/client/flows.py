@@ -29,7 +29,8 @@ from chutes_proto.auth.binding import report_data
 from chutes_proto.auth.hotkey import Hotkey, HotkeyError
 from chutes_proto.auth.signing import Signer, body_message
 from chutes_proto.client.exchange import Exchange, Input, State, failure
-from chutes_proto.client.retry import DEFAULT_RETRY, RetryPolicy, begin
+from chutes_proto.client.policy import DEFAULT_RETRY, RetryPolicy
+from chutes_proto.client.retry import begin
 from chutes_proto.effects import Flow, Log, MakeQuote, Send
 from chutes_proto.errors import (
     LocalProtocolError,

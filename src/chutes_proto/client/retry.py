@@ -1,8 +1,7 @@
-"""When to try again: a policy as a value, and the budget of one exchange that spends it.
+"""When to try again: the budget of one exchange, which spends a policy's.
 
 Rules kept here:
 
-* the wait doubles from ``base`` to ``cap``; its upper half is drawn, so that a fleet does not come back in step;
 * a ``Retry-After`` is the least wait, never a longer deadline;
 * no attempt begins after the deadline: where the wait would reach beyond it, the last error is raised at once;
 * of several servers, which share one store, the next is asked after every failure that may pass, but for a quote that
@@ -12,49 +11,17 @@ Rules kept here:
 
 from __future__ import annotations
 
-import math
 import re
 from typing import NoReturn
 
-from attrs import frozen
-
+from chutes_proto.client.policy import RetryPolicy
 from chutes_proto.effects import Entropy, Flow, Log, NextServer, Sleep, Uptime
-from chutes_proto.errors import ChutesError, LocalProtocolError, QuoteUnavailable, Refusal, Unavailable
+from chutes_proto.errors import ChutesError, QuoteUnavailable, Refusal, Unavailable
 from chutes_proto.log import Level, Record, Value
 from chutes_proto.secret import Secret
 
 _JITTER_SIZE = 4
 _TEXT_SIZE = 200
-
-
-@frozen
-class RetryPolicy:
-    """How often and how long: at most ``attempts``, none begun later than ``deadline`` seconds after the first.
-
-    The ``n``-th wait is between half and the whole of ``min(cap, base * 2 ** (n - 1))`` seconds. ``servers`` is how
-    many the driver was made for. With ``started``, on the clock of `Uptime`, the deadline counts from there, so that
-    several exchanges can share it.
-    """
-
-    attempts: int = 8
-    base: float = 1.0
-    cap: float = 30.0
-    deadline: float = 300.0
-    servers: int = 1
-    started: float | None = None
-
-    def __attrs_post_init__(self) -> None:
-        if self.attempts < 1 or not 0 < self.base <= self.cap or self.deadline <= 0:
-            raise LocalProtocolError("a retry policy needs an attempt, 0 < base <= cap, and a deadline")
-
-    def delay(self, failures: int, jitter: bytes, retry_after: float = 0.0) -> float:
-        """Seconds to wait after the ``failures``-th failure (counted from 1); ``jitter`` is random bytes."""
-        bound = min(self.cap, math.ldexp(self.base, min(failures - 1, 62)))
-        share = int.from_bytes(jitter, "big") / (1 << 8 * len(jitter))
-        return max(bound / 2, retry_after) + share * bound / 2
-
-
-DEFAULT_RETRY = RetryPolicy()
 
 
 class Budget:

@@ -23,7 +23,8 @@ from attrs import evolve, field, frozen
 from chutes_proto.auth.binding import report_data
 from chutes_proto.auth.hotkey import Hotkey, HotkeyError
 from chutes_proto.auth.signing import Signer, SigningPolicy, messages_to_sign, signature_headers
-from chutes_proto.client.retry import RetryPolicy, begin
+from chutes_proto.client.policy import RetryPolicy
+from chutes_proto.client.retry import begin
 from chutes_proto.codes import Code
 from chutes_proto.effects import Flow, MakeQuote, Now, Send
 from chutes_proto.errors import (

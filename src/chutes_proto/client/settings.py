@@ -19,13 +19,13 @@ from typing import Any, Final, Literal, TypeAlias, cast
 from attrs import evolve, field, frozen
 
 from chutes_proto.auth.hotkey import Hotkey, HotkeyError
-from chutes_proto.client.retry import RetryPolicy
+from chutes_proto.client.policy import RetryPolicy
 from chutes_proto.errors import ConfigurationError, LocalProtocolError
-from chutes_proto.luks.plan import Volume
+from chutes_proto.luks.volume import Volume
 from chutes_proto.secret import Secret
 from chutes_proto.strict import Problem, ProblemsError, Structurer
 from chutes_proto.wire import json
-from chutes_proto.wire.messages import NAME_PATTERN
+from chutes_proto.wire.names import NAME_PATTERN
 
 MAX_SERVERS: Final = 16
 MAX_CONFIG_FILE: Final = 4096

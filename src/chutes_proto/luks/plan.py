@@ -12,20 +12,18 @@ Rules kept here:
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from enum import Enum
-from typing import ClassVar, Final, Generic, TypeAlias, TypeVar
+from typing import ClassVar, Generic, TypeAlias, TypeVar
 
-from attrs import field, frozen
+from attrs import frozen
 
-from chutes_proto.errors import DiskError, LocalProtocolError
+from chutes_proto.errors import DiskError
 from chutes_proto.luks.disk import Blank, Disk, Foreign, Luks
+from chutes_proto.luks.volume import Volume
 from chutes_proto.secret import Secret
 
 T_co = TypeVar("T_co", covariant=True)
-
-_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 
 
 class Key(Enum):
@@ -36,27 +34,6 @@ class Key(Enum):
 
 
 Keys: TypeAlias = Mapping[Key, Secret]
-
-
-@frozen
-class Volume:
-    """A volume by its name in the exchange, its device, and the name of its mapping in ``/dev/mapper``.
-
-    Raises `LocalProtocolError` for names that neither can have.
-    """
-
-    name: str
-    device: str
-    mapping: str = field(default="")
-
-    def __attrs_post_init__(self) -> None:
-        if not self.mapping:
-            object.__setattr__(self, "mapping", self.name)
-        for name in (self.name, self.mapping):
-            if not _NAME.fullmatch(name) or name == "control":
-                raise LocalProtocolError(f"{name!r} is no name of a volume: letters, digits, '_', '.', '-', at most 64")
-        if not self.device.startswith("/"):
-            raise LocalProtocolError(f"the device of {self.name} is a path that begins with '/', not {self.device!r}")
 
 
 @frozen

@@ -7,16 +7,15 @@ document read it from here and nowhere else. The order of an answer's fields is 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NewType
+from typing import Any
 
 from attrs import Attribute, field, frozen
 
 from chutes_proto.secret import Secret
+from chutes_proto.wire import names
 
-Name = NewType("Name", str)
-"""The name of a VM or a server: ``[A-Za-z0-9_.-]{1,128}``, but neither ``.`` nor ``..``, which no URL could carry."""
-
-NAME_PATTERN = r"^(?!\.{1,2}$)[A-Za-z0-9_.-]{1,128}$"
+Name = names.Name
+NAME_PATTERN = names.NAME_PATTERN
 
 PLACE = "place"
 WIRE_NAME = "wire_name"

@@ -1,0 +1,10 @@
+"""The names that VMs and servers have on the wire."""
+
+from __future__ import annotations
+
+from typing import NewType
+
+Name = NewType("Name", str)
+"""The name of a VM or a server: ``[A-Za-z0-9_.-]{1,128}``, but neither ``.`` nor ``..``, which no URL could carry."""
+
+NAME_PATTERN = r"^(?!\.{1,2}$)[A-Za-z0-9_.-]{1,128}$"
