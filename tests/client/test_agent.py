@@ -13,7 +13,7 @@ from chutes_proto.client.agent import Booted, foresee, resume_agent, run_agent
 from chutes_proto.client.disks import OpenVolume
 from chutes_proto.client.flows import BootGrant
 from chutes_proto.codes import Code
-from chutes_proto.effects import ActOnDisk, Flow, InspectDisk, MakeQuote, NextServer, Send, Sleep, Uptime
+from chutes_proto.effects import ActOnDisk, Flow, InspectDisk, Log, MakeQuote, NextServer, Send, Sleep, Uptime
 from chutes_proto.errors import (
     BadRequest,
     ChutesError,
@@ -26,11 +26,12 @@ from chutes_proto.errors import (
     TransportError,
     refusal,
 )
+from chutes_proto.log import Record
 from chutes_proto.luks.disk import Blank, judge
 from chutes_proto.luks.plan import Key, Open
 from chutes_proto.luks.volume import Volume
 from chutes_proto.secret import Secret
-from chutes_proto.testing.playbook import Playbook
+from chutes_proto.testing.playbook import Aside, Playbook
 from tests.client import talk
 from tests.client.test_disks import BAD, CACHE, LOST, LUKS, OPENED, OTHER, STORAGE, VOLUMES, base, synced
 from tests.client.test_rotation import NONCE
@@ -57,8 +58,14 @@ SYNCED: list[tuple[Any, object]] = [
 ]
 
 
-def run(flow: Flow[Any], *script: tuple[Any, object], uptime: Callable[[], float] = float) -> Any:
-    return Playbook(*script, aside={**talk.patient(), Uptime: lambda _: uptime()}).run(flow)
+def run(
+    flow: Flow[Any],
+    *script: tuple[Any, object],
+    uptime: Callable[[], float] = float,
+    log: Callable[[Record], object] = id,
+) -> Any:
+    aside: Aside = {**talk.patient(), Uptime: lambda _: uptime(), Log: lambda effect: log(effect.record)}
+    return Playbook(*script, aside=aside).run(flow)
 
 
 def is_opening_root(effect: Any) -> bool:
@@ -132,13 +139,18 @@ def test_a_disk_that_must_not_be_opened_ends_it_before_a_server_is_asked(script:
 def test_disks_may_take_a_while_to_appear() -> None:
     clock = iter([0.0, 0.0, 1.0, 1.9, 2.0])
     nothing: list[tuple[Any, object]] = [(InspectDisk(STORAGE.device), MISSING), LOOK[1]]
+    told: list[Record] = []
     with pytest.raises(DiskError, match="cannot be opened"):
         run(
             run_agent(talk.SETTINGS, None, VOLUMES, patience=2.0),
             *[*nothing, (Sleep, None)] * 2,
             *nothing,
             uptime=lambda: next(clock),
+            log=told.append,
         )
+    assert [(record.event, record.fields) for record in told] == [
+        ("disks_awaited", {"devices": ["/dev/vdb"], "wait": 2.0})
+    ]
 
 
 def test_a_header_that_is_refused_is_not_waited_for() -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+import tomllib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,6 +18,11 @@ from chutes_proto.auth.hotkey import Hotkey
 from chutes_proto.client.settings import (
     MAX_CONFIG_FILE,
     AgentSettings,
+    ConfigVolume,
+    FailureOptions,
+    RetryOptions,
+    RootDisk,
+    StateOptions,
     VolumeDisk,
     vm_identity,
 )
@@ -208,3 +217,33 @@ def test_whatever_it_says_it_is_taken_whole_or_refused(hostname: bytes, hotkey: 
         return
     assert who.vm_name.encode() in hostname
     assert Hotkey.parse(who.hotkey.address) == who.hotkey
+
+
+# --- the example ---
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "agent.toml"
+
+
+def test_the_example_is_one_and_names_every_key_with_its_default() -> None:
+    text = EXAMPLE.read_text("utf-8")
+    found = AgentSettings.from_toml(text.encode())
+    whole = re.sub(r"^# (\w+ = .*|\[\w+\])$", r"\1", text, flags=re.MULTILINE)
+    everything = tomllib.loads(whole)
+    named = {**everything, "volumes": everything["volumes"]["storage"]}
+    assert named.keys() == {field.name for field in attrs.fields(AgentSettings)}
+    for name, kind in (
+        *[("config_volume", ConfigVolume), ("root", RootDisk), ("volumes", VolumeDisk), ("retry", RetryOptions)],
+        *[("state", StateOptions), ("on_failure", FailureOptions)],
+    ):
+        assert named[name].keys() == {field.name for field in attrs.fields(kind)}
+    defaults = {
+        (table, key): value
+        for table in ("config_volume", "retry", "state", "on_failure")
+        for key, value in everything[table].items()
+        if f"\n# {key} = " in text and key != "k3s_key_file"
+    }
+    for (table, key), value in defaults.items():
+        default = getattr(getattr(found, table), key)
+        assert (list(default) if isinstance(value, list) else default) == value
+    for key in ("quoter", "volumes_at", "disk_wait_seconds"):
+        assert getattr(found, key) == everything[key]

@@ -407,7 +407,8 @@ def test_a_disk_that_appears_late_is_waited_for(site: Premises, machine: Machine
     machine.changes["disk_wait_seconds"] = 60
     with subprocess.Popen(machine.command("run"), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as agent:
         assert agent.stderr is not None
-        assert "VM vm-1" in agent.stderr.readline()
+        while "waiting at most 60.0 s for" not in (line := agent.stderr.readline()):
+            assert line, "it ended without waiting"
         _ = hidden.rename(machine.disk("storage"))
         out, err = agent.communicate(timeout=90)
     assert machine.heard(Ended(agent.returncode, out, err)).code == 0, err
@@ -688,6 +689,30 @@ def test_an_interruption_is_a_failure_and_ends_the_wait(machine: Machine) -> Non
             agent.send_signal(signal.SIGINT)
         assert agent.wait(60) == 130
     assert gone.exists()
+
+
+def test_a_console_that_went_away_keeps_no_failed_boot_from_its_end(machine: Machine) -> None:
+    machine.servers = [NOWHERE]
+    gone = machine.folder / "went-off"
+    machine.changes |= {
+        "retry.attempts": 1,
+        "on_failure.action": "poweroff",
+        "on_failure.wait_seconds": 0,
+        "on_failure.poweroff": ["touch", str(gone)],
+    }
+    for options, stream in (((), "stderr"), (("--json",), "stdout")):
+        reading, writing = os.pipe()
+        os.close(reading)
+        try:
+            with subprocess.Popen(
+                machine.command("run", *options),
+                stdout=writing if stream == "stdout" else subprocess.DEVNULL,
+                stderr=writing if stream == "stderr" else subprocess.DEVNULL,
+            ) as agent:
+                assert agent.wait(60) != 0
+        finally:
+            os.close(writing)
+        gone.unlink()
 
 
 @pytest.mark.parametrize(

@@ -13,15 +13,8 @@ import signal
 import time
 from typing import TYPE_CHECKING
 
+from chutes_proto import ChutesError
 from chutes_proto.cli import console
-from chutes_proto.errors import (
-    ChutesError,
-    ConfigurationError,
-    DiskError,
-    LocalProtocolError,
-    Refusal,
-    Unavailable,
-)
 
 if TYPE_CHECKING:
     from chutes_proto.auth.certificates import ClientIdentity
@@ -145,6 +138,7 @@ class _Interruption:
 def _done(options: argparse.Namespace, settings: AgentSettings, progress: Progress, interruption: _Interruption) -> int:
     """The exit code, when all is done that follows a failure too."""
     from chutes_proto.blocking.agent import end_with
+    from chutes_proto.errors import DiskError, LocalProtocolError, Refusal
 
     try:
         booted = (_resume if options.action == "resume" else _run)(options, settings, progress)
@@ -156,7 +150,7 @@ def _done(options: argparse.Namespace, settings: AgentSettings, progress: Progre
     except Exception as exc:  # noqa: BLE001 - whatever happens, the boot ends as the settings say
         import traceback
 
-        traceback.print_exc()
+        traceback.print_tb(exc.__traceback__)  # and not what it says, which nobody has looked at
         code = console.USAGE
         error = LocalProtocolError(f"a fault of the agent's own, {type(exc).__name__}; its trace is above")
     else:
@@ -175,6 +169,7 @@ def _done(options: argparse.Namespace, settings: AgentSettings, progress: Progre
 def _settings(path: str) -> AgentSettings:
     from chutes_proto.blocking.files import read_file
     from chutes_proto.client.settings import AgentSettings
+    from chutes_proto.errors import ConfigurationError
 
     try:
         return AgentSettings.from_toml(read_file(path, limit=_MAX_SETTINGS))
@@ -231,6 +226,7 @@ def _resume(options: argparse.Namespace, settings: AgentSettings, progress: Prog
     from chutes_proto.client.agent import resume_agent
     from chutes_proto.client.flows import BootSettings
     from chutes_proto.client.handover import MAX_SIZE, Handover
+    from chutes_proto.errors import ConfigurationError, Refusal, Unavailable
 
     deadline = time.monotonic() + settings.retry.deadline_seconds
     state = settings.state
@@ -348,6 +344,7 @@ def _tell_failure(
     from chutes_proto.blocking.disks import find_cryptsetup
     from chutes_proto.cli.progress import said
     from chutes_proto.client.advice import advise
+    from chutes_proto.errors import DiskError
 
     if progress.opened and not options.images:
         mappings = {volume.name: volume.mapping for volume in (*filter(None, [settings.root_disk]), *settings.disks)}

@@ -4,7 +4,8 @@ Rules kept here:
 
 * lines have at most 79 characters of ASCII and nothing that steers a terminal, whatever a peer or a disk said;
 * each says how much time is left, and what failed says at which server, why, under which request, and what comes next;
-* progress goes to standard error; the JSON lines, which are all there is to read then, to standard output.
+* progress goes to standard error; the JSON lines, which are all there is to read then, to standard output;
+* a console that takes nothing more keeps no boot from its end.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
@@ -88,13 +90,14 @@ class Progress:
         if self._as_json:
             self._say_json(Record(Level.ERROR if failed else Level.INFO, event, fields))
             return
-        print(file=sys.stderr)
+        write("")
         width = max((len(name) for name, _ in lines[1:]), default=0) + 2
         for index, (name, text) in enumerate(lines):
             write(text, first=name.ljust(width if index else 0), rest=" " * (width if index else 0))
 
     def _say_json(self, record: Record) -> None:
-        print(record.as_json(datetime.now(UTC).isoformat(timespec="milliseconds")), flush=True)
+        with suppress(OSError):
+            print(record.as_json(datetime.now(UTC).isoformat(timespec="milliseconds")), flush=True)
 
     def _left(self) -> float:
         return round(max(self._deadline - time.monotonic(), 0.0), 1)
@@ -104,7 +107,8 @@ def write(text: str, *, first: str = "", rest: str = "") -> None:
     """A text for people on standard error, cut into lines that a serial console has room for."""
     plain = console.clean(text.translate(_ASCII)).encode("ascii", "backslashreplace").decode("ascii")
     lines = textwrap.wrap(plain, WIDTH, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
-    print("\n".join(lines or [first.rstrip()]), file=sys.stderr, flush=True)
+    with suppress(OSError):
+        print("\n".join(lines or [first.rstrip()]), file=sys.stderr, flush=True)
 
 
 def said(error: ChutesError) -> dict[str, str]:
@@ -145,6 +149,8 @@ def _lines(event: str, fields: Mapping[str, str]) -> list[str]:
                 f"the server did not take note of the new keys of {fields['volumes']}: {_why(fields)}",
                 "old and new keys stay on the disks; the next boot decides",
             ]
+        case "disks_awaited":
+            return [f"waiting at most {fields['wait']} s for {fields['devices']} to appear"]
         case "disk_found":
             return [f"{fields['volume']}: {fields['holds']}"]
         case "disk_action":

@@ -16,8 +16,9 @@ from attrs import evolve, frozen
 
 from chutes_proto.client.disks import Forecast, OpenVolume, forecast, unlock, unlock_root
 from chutes_proto.client.flows import BootGrant, BootSettings, boot
-from chutes_proto.effects import Flow, InspectDisk, Sleep, Uptime
+from chutes_proto.effects import Flow, InspectDisk, Log, Sleep, Uptime
 from chutes_proto.errors import DiskError, LocalProtocolError
+from chutes_proto.log import Level, Record, Value
 from chutes_proto.luks.disk import Disk
 from chutes_proto.luks.plan import plan_root
 from chutes_proto.luks.volume import Volume
@@ -85,6 +86,7 @@ def _begun(settings: BootSettings) -> Flow[BootSettings]:
 def _look(root: Volume | None, volumes: Sequence[Volume], patience: float) -> Flow[None]:
     """Raises the `DiskError` of the first disk that must not be opened, or has not appeared in time."""
     began = yield from Uptime()
+    awaited = False
     while True:
         errors = [seen.error for seen in (yield from foresee(root, volumes)) if seen.error is not None]
         if not errors:
@@ -92,6 +94,10 @@ def _look(root: Volume | None, volumes: Sequence[Volume], patience: float) -> Fl
         missing = all(error.reason == "unavailable" for error in errors)
         if not missing or (yield from Uptime()) - began >= patience:
             raise errors[0]
+        if not awaited:
+            fields: dict[str, Value] = {"devices": [error.device for error in errors], "wait": patience}
+            yield from Log(Record(Level.INFO, "disks_awaited", fields))
+            awaited = True
         yield from Sleep(_LOOK_AGAIN)
 
 
