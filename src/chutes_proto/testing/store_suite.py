@@ -778,6 +778,22 @@ def boots_at_once_are_handed_the_same_keys(harness: Harness) -> None:
     expect(sorted(row.state for row in rows), ["active", "retired"], "generations")
 
 
+def one_confirmation_decides(harness: Harness) -> None:
+    """Two confirmations of one boot that differ, each sent often and at once: one decides, and is answered alike."""
+    store = harness.open()
+    first, second = (evolve(boot(label), exchange="two-phase") for label in ("first", "second"))
+    for granted in (first, second):
+        _ = store.transact(granted)
+        _ = store.transact(attest(granted, "body", "storage"))
+    units = [confirm(attest(second, "body", "storage"), {"storage": index % 2 == 0}) for index in range(CALLERS)]
+    outcomes = _race(harness, units)
+    expect(_codes(outcomes), [Code.CONFIRM_NONCE_INVALID] * (CALLERS // 2), "those that lost")
+    (result,) = {outcome for outcome in outcomes if not isinstance(outcome, Exception)}
+    rows = [row for row in harness.open().transact(Ask(ReadGenerations(VM))) if row.volume == "storage"]
+    told = {"promoted": ["retired", "active"], "discarded": ["active", "retired"]}[result[0][1]]
+    expect([row.state for row in rows], told, "generations")
+
+
 def one_platform_gets_a_free_name(harness: Harness) -> None:
     """Boots of many platforms under one free name at once: one platform gets it."""
     outcomes = _race(harness, [evolve(boot(str(i)), platform=platform(str(i))) for i in range(CALLERS)])
@@ -934,6 +950,7 @@ CASES: tuple[Case, ...] = (
     one_sync_sent_often_has_one_answer,
     one_quote_nonce_hands_out_once,
     boots_at_once_are_handed_the_same_keys,
+    one_confirmation_decides,
     one_platform_gets_a_free_name,
     a_platform_gets_no_more_names_than_it_may,
     servers_at_once_share_nothing,
