@@ -152,6 +152,15 @@ def test_tcb_info_that_cannot_be(changes: dict[str, Any]) -> None:
         _ = read_tcb_info(_edited(TCB_INFO, **changes))
 
 
+@pytest.mark.parametrize("name", ["sgxtcbcomponents", "tdxtcbcomponents"])
+def test_a_component_too_many_makes_up_for_none_that_lacks(name: str) -> None:
+    table = json.loads(TCB_INFO)
+    first, second = (level["tcb"][name] for level in table["tcbLevels"][:2])
+    second.insert(0, first.pop())
+    with pytest.raises(JsonError, match=f"{name} is not sixteen"):
+        _ = read_tcb_info(json.dumps(table).encode())
+
+
 def test_levels_are_sorted_and_never_twice() -> None:
     table = json.loads(TCB_INFO)
     table["tcbLevels"].reverse()
