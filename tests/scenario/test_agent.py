@@ -205,8 +205,8 @@ def test_a_server_that_dies_after_its_grant_is_replaced(site: Premises, machine:
         end(other.process)
     assert ended.code == 0, ended.err
     told = " ".join(ended.err.split())
-    assert f"attesting to {site.url} for the volumes' keys (attempt 1/30)" in told
-    assert f"attesting to {other.url} for the volumes' keys (attempt 2/30)" in told
+    assert f"attesting to {site.url} for the keys (attempt 1/30)" in told
+    assert f"attesting to {other.url} for the keys (attempt 2/30)" in told
     assert told.count("for a nonce") == 1
 
 

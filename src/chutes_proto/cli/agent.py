@@ -174,8 +174,9 @@ def _settings(path: str) -> AgentSettings:
     try:
         return AgentSettings.from_toml(read_file(path, limit=_MAX_SETTINGS))
     except ConfigurationError as exc:
-        text = str(exc)
-        raise ConfigurationError(text if text.startswith(path) else f"{path}: {text}") from None
+        if str(exc).startswith(path):
+            raise
+        raise ConfigurationError(f"{path}: {exc}") from None
 
 
 # --- what is done ---
@@ -234,8 +235,9 @@ def _resume(options: argparse.Namespace, settings: AgentSettings, progress: Prog
         data = read_state(state.file, limit=MAX_SIZE)
         left = Handover.decode(data, settings, boot_id=boot_id(), uptime=time.monotonic())
     except ConfigurationError as exc:
-        text = str(exc)
-        raise ConfigurationError(text if text.startswith(state.file) else f"{state.file}: {text}") from None
+        if str(exc).startswith(state.file):
+            raise
+        raise ConfigurationError(f"{state.file}: {exc}") from None
     grant, client = left.grant, left.identity
     progress.tell(f"going on with the boot of VM {grant.vm_name} of hotkey {grant.miner_hotkey}")
     if state.k3s_key_file is not None:
@@ -325,12 +327,13 @@ def _tell_done(options: argparse.Namespace, settings: AgentSettings, progress: P
         "opened": [f"{volume.name}: {volume.mapping}" for volume in booted.opened],
         "formatted": [volume.name for volume in booted.opened if volume.formatted],
     }
-    lines = [("", f"DONE: VM {booted.grant.vm_name} is booted")]
+    is_left = settings.volumes and not any(volume.name in settings.volumes for volume in booted.opened)
+    lines = [("", f"DONE: VM {booted.grant.vm_name} is {'attested' if is_left else 'booted'}")]
     for volume in booted.opened:
         new = ", formatted just now: it needs a file system" if volume.formatted else ""
         opened = "its key fits" if options.images else f"open as {volume.mapping}"
         lines.append((volume.name, f"{volume.device}: {opened}{new}"))
-    if settings.volumes and not any(volume.name in settings.volumes for volume in booted.opened):
+    if is_left:
         fields["left"] = settings.state.file
         lines.append(("volumes", f"left to `chutes-proto agent resume`, within {LIFE // 60} minutes"))
     progress.finish("agent_done", fields, lines, failed=False)

@@ -34,7 +34,7 @@ _STEPS: Final = {
     "attestation": "attesting to {server}",
     "sync": "asking {server} for the volumes' keys",
     "runtime quote": "having the platform quote a second nonce",
-    "volumes": "attesting to {server} for the volumes' keys",
+    "volumes": "attesting to {server} for the keys",
     "confirmation": "telling {server} what became of the keys",
 }
 _ASCII: Final = str.maketrans({"…": "...", "–": "-", "—": "-", "“": '"', "”": '"', "‘": "'", "’": "'"})
