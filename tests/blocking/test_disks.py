@@ -328,7 +328,8 @@ class PowerCut(BaseException):
 def cut(bench: Bench, act: Callable[[], None], step: int = 1) -> Iterator[int]:
     """Let ``act`` happen until its first write to the disk, its second, and so on; with a step of 1, also to its half.
 
-    The disk is as it was before each; the last of all times nothing is cut off.
+    The disk is as it was before each; the last of all times nothing is cut off. Look at the disk with our code first:
+    the real program repairs a header that it opens.
     """
     before, write = bench.path.read_bytes(), os.pwrite
     for number in range(0, 1000, step):
@@ -368,8 +369,8 @@ def test_a_format_cut_off_anywhere_begins_again_or_is_done(bench: Bench) -> None
             bench.format(B)
             assert bench.opens(B)
         else:
-            assert bench.opens(A)
             assert bench.open(A) is Key.CURRENT
+            assert bench.opens(A)
     assert number == 2 * 4  # the mark, a key slot, two copies
     assert bench.inspect().header.whole
 
@@ -378,10 +379,10 @@ def test_a_key_added_and_cut_off_anywhere(bench: Bench) -> None:
     bench.format()
     seen: list[int] = []
     for _ in cut(bench, lambda: bench.add(A, B)):
-        assert bench.opens(A)
         assert bench.open(A) is Key.CURRENT
         seen.append(bench.slots())
         bench.add(A, B)
+        assert bench.opens(A)
         found = bench.inspect()
         assert (found.header.whole, len(found.header.keyslots)) == (True, 2)
         assert bench.opens(B)
@@ -394,10 +395,11 @@ def test_keys_taken_off_and_cut_off_anywhere(bench: Bench) -> None:
     bench.add(A, C)
     seen: list[int] = []
     for _ in cut(bench, lambda: bench.keep(B)):
-        assert bench.opens(B)
+        assert bench.open(A, B) in (Key.CURRENT, Key.NEXT)
         seen.append(bench.slots())
         bench.keep(B)
         assert bench.slots() == 1
+        assert bench.opens(B)
     assert {1, 3} == {*seen}
 
 
@@ -406,8 +408,9 @@ def test_room_made_and_cut_off_anywhere(bench: Bench) -> None:
     for number in range(MAX_SLOTS - 1):
         bench.add(A, b"left over %d" % number)
     for _ in cut(bench, lambda: bench.add(A, B), step=2):
-        assert bench.opens(A)
+        assert bench.open(A) is Key.CURRENT
         bench.add(A, B)
+        assert bench.opens(A)
         assert bench.opens(B)
 
 
@@ -420,8 +423,8 @@ def test_two_updates_in_a_row_cut_off(bench: Bench) -> None:
     bench.put(0, copies[:16384])  # the first copy is still the older one
     assert not bench.inspect().header.whole
     for _ in cut(bench, lambda: bench.add(B, C)):
-        assert bench.opens(B)
         assert bench.open(B) is Key.CURRENT
+        assert bench.opens(B)
 
 
 # --- a host that changes the disk meanwhile ---
@@ -457,24 +460,27 @@ def test_a_null_cipher_stops_before_any_key_is_used(bench: Bench, tmp_path: Path
     assert not (tmp_path / "used").exists()
 
 
-@pytest.mark.parametrize("act", ["open", "add", "keep"])
-def test_a_header_changed_after_the_check_is_not_read(bench: Bench, tmp_path: Path, act: str) -> None:
+def test_a_header_that_is_gone_after_the_check_is_not_missed(bench: Bench, tmp_path: Path) -> None:
+    bench.format()
+    bench.again(_wrapped(bench, tmp_path, f"dd if=/dev/zero of={bench.path} bs=1M count=16 conv=notrunc status=none"))
+    assert bench.open(A) is Key.CURRENT
+    assert not bench.opens(A)
+
+
+@pytest.mark.parametrize("act", ["add", "keep"])
+def test_a_header_changed_after_the_check_is_written_over(bench: Bench, tmp_path: Path, act: str) -> None:
     bench.format()
     bench.add(A, B)
     null = tmp_path / "null"
     _ = null.write_bytes(_null(bench))
     bench.again(_wrapped(bench, tmp_path, f"dd if={null} of={bench.path} conv=notrunc status=none"))
-    if act == "open":
-        assert bench.open(A) is Key.CURRENT
-        with pytest.raises(HeaderRejected):
-            _ = bench.inspect()
+    if act == "add":
+        bench.add(A, C)
     else:
-        if act == "add":
-            bench.add(A, C)
-        else:
-            bench.keep(B)
-        header = bench.inspect().header  # what was checked is back
-        assert (header.cipher, len(header.keyslots)) == ("aes-xts-plain64", 3 if act == "add" else 1)
+        bench.keep(B)
+    header = bench.inspect().header
+    assert (header.cipher, len(header.keyslots)) == ("aes-xts-plain64", 3 if act == "add" else 1)
+    assert bench.opens(C if act == "add" else B)
 
 
 def test_the_copy_that_is_opened_is_sealed(bench: Bench, tmp_path: Path) -> None:
