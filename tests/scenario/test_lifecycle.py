@@ -10,12 +10,26 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from attrs import define
 
+from chutes_proto.auth.certificates import make_client_identity
+from chutes_proto.blocking.disks import Disks
+from chutes_proto.blocking.https import HttpsSender
+from chutes_proto.blocking.perform import Performer
+from chutes_proto.blocking.tls import client_context
+from chutes_proto.client.disks import Unlocked, unlock
+from chutes_proto.client.flows import BootSettings
+from chutes_proto.client.policy import RetryPolicy
+from chutes_proto.effects import ActOnDisk, Effect, Send, Sleep, run
+from chutes_proto.errors import ChutesError, TransportError
+from chutes_proto.luks.volume import Volume
+from tests.cli.conftest import HOTKEY
+from tests.conftest import SOAK
 from tests.scenario.premises import Premises
 
 SIZE = 20 * 1024 * 1024
@@ -220,3 +234,87 @@ def history(premises: Premises) -> list[dict[str, Any]]:
 def _sealed_under(premises: Premises) -> dict[str, int]:
     counted: dict[str, int] = premises.json("store", "check")["keys_sealed_under"]
     return counted
+
+
+# --- the agent's own flow, which is cut off, or whose server is, at each of its steps ---
+
+
+class Off(Exception):
+    """The VM is off."""
+
+
+FATES = ("before", "after", "lost", "server")
+STEPS = {"base": 4, "two-phase": 7}
+
+
+@define
+class Agent:
+    """A VM that boots with `unlock`; its disk is an image."""
+
+    premises: Premises
+    name: str
+    disk: Disk
+
+    def boot(self, step: int = 0, fate: str = "") -> Unlocked:
+        """A boot; at this request, or action on the disk, something happens. Raises what it ends with."""
+        identity = make_client_identity(self.premises.now - 60, os.urandom(32))
+        stages = iter(["boot", "runtime"])
+        steps = count(1)
+
+        def quote(data: bytes) -> bytes:
+            return self.premises.platform.quote(data, stage=cast("Any", next(stages)))
+
+        def perform(effect: Effect[Any]) -> object:
+            if not isinstance(effect, Send | ActOnDisk) or next(steps) != step:
+                return None if isinstance(effect, Sleep) else performer.perform(effect)
+            if fate == "before":
+                raise Off
+            reply = performer.perform(effect)
+            if fate == "after":
+                raise Off
+            if fate == "lost" and isinstance(effect, Send):
+                raise TransportError("the answer was lost", maybe_delivered=True)
+            if fate == "server":
+                self.premises.kill()
+                self.premises.start()
+            return reply
+
+        settings = BootSettings(HOTKEY, self.name, identity.spki_sha256, retry=RetryPolicy(attempts=1))
+        context = client_context(identity, self.premises.ca.read_bytes())
+        disks = Disks(self.disk.program, images=True, mapping=False)
+        with HttpsSender(context, self.premises.url) as send:
+            performer = Performer(send=send, quoter=quote, disks=disks, log=lambda _: None)
+            return run(unlock(settings, [Volume("storage", str(self.disk.image))]), perform)
+
+    def identity_of_disk(self) -> str:
+        """Of its header: another one after each format."""
+        return subprocess.run(
+            [self.disk.program, "luksUUID", str(self.disk.image)], capture_output=True, text=True, check=False
+        ).stdout
+
+
+@pytest.mark.parametrize("exchange", STEPS)
+def test_a_boot_that_is_cut_off_anywhere(premises: Premises, disk: Disk, exchange: str) -> None:
+    """The first boot, and one of a disk in use; after each the disk opens within two boots, and is the same disk."""
+    premises.edit('root_passphrase = "vm"', f'root_passphrase = "vm"\nexchange = "{exchange}"')
+    premises.start()
+    premises.edit("127.0.0.1:0", premises.url.removeprefix("https://"))
+    cuts = [(step, fate) for step in range(1, STEPS[exchange] + 1) for fate in FATES]
+    begin = 0 if premises.store.startswith("sqlite:") else 1
+    for number, (step, fate) in enumerate(cuts if SOAK else cuts[begin::3]):
+        agent = Agent(premises, f"vm-{number}", disk)
+        disk.blank()
+        in_use = ""
+        for cut in (step, 0, step, 0):
+            try:
+                opened = agent.boot(cut, fate)
+            except (Off, ChutesError):
+                if not cut:
+                    opened = agent.boot()  # by turns: the other key
+                else:
+                    continue
+            assert [volume.name for volume in opened.volumes] == ["storage"]
+            in_use = in_use or agent.identity_of_disk()
+            assert in_use
+            assert agent.identity_of_disk() == in_use, (step, fate)
+    assert premises.do("store", "check").code == 0
