@@ -78,7 +78,7 @@ def run() -> None:
 
 
 def _subjects(folder: Path) -> list[Subject]:
-    found = [Subject("installed", sys.executable, (sys.executable, "-m", "chutes_proto"))]
+    found = [Subject("installed", sys.executable, (sys.executable, str(Path(sys.executable).with_name("chutes-proto"))))]
     has_cryptography = [SYSTEM, "-I", "-c", REFERENCE]
     if not Path(SYSTEM).exists() or subprocess.run(has_cryptography, capture_output=True, check=False).returncode:
         print(f"zipapp: {SYSTEM} has no cryptography (Debian: python3-cryptography)")

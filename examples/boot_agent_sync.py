@@ -9,10 +9,8 @@ import sys
 import time
 from pathlib import Path
 
-import httpx
-
 from chutes_proto.auth.certificates import ENTROPY_SIZE, make_client_identity
-from chutes_proto.blocking.http import HttpxSender
+from chutes_proto.blocking.https import HttpsSender
 from chutes_proto.blocking.perform import Performer
 from chutes_proto.blocking.quoting import make_quoter
 from chutes_proto.blocking.tls import client_context
@@ -23,8 +21,8 @@ def unlock(url, hotkey, vm_name, quoter, ca_pem, disks, open_disk):
     formatted = [volume for volume, device in disks.items() if is_luks(device)]
     identity = make_client_identity(int(time.time()), os.urandom(ENTROPY_SIZE))
     settings = BootSettings(hotkey, vm_name, identity.spki_sha256)
-    with httpx.Client(verify=client_context(identity, ca_pem), trust_env=False) as client:
-        performer = Performer(send=HttpxSender(client, url), quoter=quoter)
+    with HttpsSender(client_context(identity, ca_pem), url) as send:
+        performer = Performer(send=send, quoter=quoter)
         grant = performer.run(boot(settings))
         open_disk("root", grant.root_passphrase.reveal(), is_blank=False)
         keys = performer.run(sync_volumes(grant, list(disks), formatted=formatted))

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from chutes_proto.auth.certificates import make_server_identity
-from chutes_proto.blocking.https import HttpsGetter, HttpsSender, Origin, TimeLimits
+from chutes_proto.blocking.https import HttpsSender, Origin, TimeLimits
 from chutes_proto.blocking.tls import client_context
 from chutes_proto.errors import LocalProtocolError, TransportError
 from chutes_proto.wire.http import HttpRequest
@@ -392,20 +392,3 @@ def test_origins(url: str, origin: Origin, authority: str) -> None:
 def test_no_origins(url: str) -> None:
     with pytest.raises(LocalProtocolError, match="https://host:port"):
         _ = Origin.parse(url)
-
-
-def test_a_get_goes_where_its_url_says(credentials: Credentials) -> None:
-    seen: list[bytes] = []
-
-    def behave(stream: ssl.SSLSocket) -> None:
-        seen.append(read_request(stream))
-        stream.sendall(OK)
-
-    with peer(credentials, behave) as (url, _):
-        get = HttpsGetter(client_context(ca_pem=credentials.ca_pem))
-        assert get(f"{url}/tcb?fmspc=00&x=%20").body == b"ok"
-        assert get(url).body == b"ok"
-    assert [head.split(b"\r\n")[0] for head in seen] == [b"GET /tcb?fmspc=00&x=%20 HTTP/1.1", b"GET / HTTP/1.1"]
-    for wrong in ("http://localhost/", "https:///x", "https://name:word@localhost/"):
-        with pytest.raises(LocalProtocolError):
-            _ = get(wrong)

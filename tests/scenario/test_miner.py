@@ -15,7 +15,7 @@ import pytest
 
 from chutes_proto.auth.certificates import make_client_identity
 from chutes_proto.auth.hotkey import HotkeyPair
-from chutes_proto.blocking.http import HttpxSender
+from chutes_proto.blocking.https import HttpsSender
 from chutes_proto.blocking.perform import Performer
 from chutes_proto.blocking.signing import HotkeyAuth, read_hotkey
 from chutes_proto.blocking.tls import client_context
@@ -147,8 +147,9 @@ def test_without_an_event_loop(tmp_path: Path) -> None:
     auth = HotkeyAuth(MINER.hotkey.address, MINER.sign)
 
     def act() -> None:
-        with httpx.Client(verify=client_context(identity, SERVER.ca_pem), trust_env=False) as http:
-            performer = Performer(send=HttpxSender(http, site.url), quoter=partial(PLATFORM.quote, stage="runtime"))
+        context = client_context(identity, SERVER.ca_pem)
+        with httpx.Client(verify=context, trust_env=False) as http, HttpsSender(context, site.url) as send:
+            performer = Performer(send=send, quoter=partial(PLATFORM.quote, stage="runtime"))
             performer.run(servers.register_server(miner, server_id="n1", host="1.2.3.4", gpus=[GPU]))
             performer.run(servers.attest_server(miner, "n1", identity.spki_sha256))
             assert performer.run(servers.read_status(miner, "n1")).fresh

@@ -368,10 +368,10 @@ def _pipe(key: Secret, disk: _Device) -> int:
 
 
 def _read(descriptor: int, place: int, length: int) -> bytes:
-    data = bytearray()
+    data = os.pread(descriptor, length, place)
     while len(data) < length and (more := os.pread(descriptor, length - len(data), place + len(data))):
         data += more
-    return bytes(data)
+    return data
 
 
 def _write(descriptor: int, place: int, data: bytes) -> None:

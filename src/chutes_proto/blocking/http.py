@@ -1,4 +1,4 @@
-"""`Send` and `Get` by httpx: the request and the answer as httpx has them, its errors as ours, its limits.
+"""`Get` by httpx, and `Send` where there is an event loop: requests and answers as httpx has them, its errors as ours.
 
 Rules kept here, for all three drivers:
 
@@ -29,27 +29,11 @@ _NOT_DELIVERED = (
 )
 
 
-class HttpxSender:
-    """Performs `Send` with an `httpx.Client`, whose TLS context is the caller's choice.
-
-    ``url`` is the server's origin, ``https://host:port``. Without an event loop nothing can interrupt a read: the whole
-    may take one ``read`` longer than ``total``, and the head of an answer that drips is only bounded in its size.
-    """
-
-    def __init__(self, client: httpx.Client, url: str, limits: TimeLimits = TimeLimits()) -> None:
-        self._client = client
-        self._origin = origin(url)
-        self._limits = limits
-
-    def __call__(self, request: HttpRequest) -> HttpResponse:
-        """The whole answer. Raises `TransportError`."""
-        return _answer(self._client, prepare(self._client, self._origin, request, self._limits), self._limits)
-
-
 class HttpxGetter:
     """Performs `Get` with an `httpx.Client`, whose TLS context is the caller's choice.
 
-    Its limits hold as those of `HttpxSender` do.
+    Without an event loop nothing can interrupt a read: the whole may take one ``read`` longer than ``total``, and the
+    head of an answer that drips is only bounded in its size.
     """
 
     def __init__(self, client: httpx.Client, limits: TimeLimits = TimeLimits()) -> None:

@@ -1,9 +1,9 @@
-"""`Send` and `Get` over the standard library's TLS and sockets, without an event loop: small enough for an initramfs.
+"""`Send` over the standard library's TLS and sockets, without an event loop: small enough for an initramfs.
 
 Rules kept here:
 
-* a request of `Send` goes to the one origin its sender was made for, over https; none follows a redirect;
-* nothing is sent before the server's chain and name are verified;
+* a request goes to the one origin its sender was made for, over https; none follows a redirect;
+* no request is sent before the server's chain and name are verified;
 * every wait ends: each address has its share of the time for a connection, and a peer that drips ends with the whole;
 * a connection can be begun before its request is there: the server answers meanwhile;
 * a failed request leaves no connection behind; one that is kept is used again only while the server is silent on it.
@@ -21,17 +21,15 @@ from typing import TYPE_CHECKING, Any, Final
 from attrs import frozen
 
 from chutes_proto.errors import LocalProtocolError, RemoteProtocolError, TransportError
-from chutes_proto.wire.http import HttpRequest
 
 if TYPE_CHECKING:
     from collections.abc import Generator
     from types import TracebackType
 
     from chutes_proto.transport.client import ClientConnection
-    from chutes_proto.wire.http import HttpResponse
+    from chutes_proto.wire.http import HttpRequest, HttpResponse
 
 _ORIGIN: Final = re.compile(r"https://(?:([A-Za-z0-9_.-]+)|\[([0-9A-Fa-f:.]+)\])(?::([0-9]{1,5}))?/?", re.IGNORECASE)
-_AUTHORITY: Final = re.compile("https://[^/?#]+", re.IGNORECASE)
 _PORT: Final = 443
 _READ_SIZE: Final = 16 * 1024
 _BEGIN_SECONDS: Final = 1.0
@@ -193,22 +191,6 @@ class HttpsSender:
             return self._context.wrap_socket(
                 plain, server_hostname=self._origin.name, do_handshake_on_connect=False, suppress_ragged_eofs=False
             )
-
-
-class HttpsGetter:
-    """Performs `Get`, each over a connection of its own; ``context``, which must verify services, is the caller's."""
-
-    def __init__(self, context: ssl.SSLContext, limits: TimeLimits = TimeLimits()) -> None:
-        self._context = context
-        self._limits = limits
-
-    def __call__(self, url: str) -> HttpResponse:
-        """The whole answer. Raises as a sender does."""
-        origin = _AUTHORITY.match(url)
-        if origin is None:
-            raise LocalProtocolError("a service's URL begins with https://host")
-        with HttpsSender(self._context, origin[0], self._limits) as send:
-            return send(HttpRequest("GET", url[origin.end() :] or "/"))
 
 
 class _Connection:

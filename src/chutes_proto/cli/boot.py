@@ -69,11 +69,9 @@ def run(options: argparse.Namespace) -> int:
     import os
     import time
 
-    import httpx
-
     from chutes_proto.auth.certificates import ENTROPY_SIZE, make_client_identity
     from chutes_proto.blocking.files import make_directory, read_file
-    from chutes_proto.blocking.http import HttpxSender
+    from chutes_proto.blocking.https import HttpsSender
     from chutes_proto.blocking.perform import Performer
     from chutes_proto.blocking.tls import client_context
     from chutes_proto.client.flows import BootSettings, boot, receive_keys
@@ -86,8 +84,8 @@ def run(options: argparse.Namespace) -> int:
     quote, quote_again = quoter.open_quoter(options), quoter.open_quoter(options, stage="runtime")
     keys_directory = make_directory(options.keys, mode=0o700) if options.keys else None
     context = client_context(identity, read_file(options.ca) if options.ca else None)
-    with httpx.Client(verify=context, trust_env=False) as client:
-        send = sending.verified(HttpxSender(client, options.url), options.url)
+    with HttpsSender(context, options.url) as sender:
+        send = sending.verified(sender, options.url)
         performer = Performer(send=send, quoter=quote, log=sending.tell)
         try:
             grant = performer.run(boot(settings))

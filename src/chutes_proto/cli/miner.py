@@ -56,11 +56,9 @@ def ask(
     import os
     import time
 
-    import httpx
-
     from chutes_proto.auth.certificates import ENTROPY_SIZE, make_client_identity
     from chutes_proto.blocking.files import read_file
-    from chutes_proto.blocking.http import HttpxSender
+    from chutes_proto.blocking.https import HttpsSender
     from chutes_proto.blocking.perform import Performer
     from chutes_proto.blocking.signing import read_hotkey
     from chutes_proto.blocking.tls import client_context
@@ -72,8 +70,8 @@ def ask(
     identity = make_client_identity(now, os.urandom(ENTROPY_SIZE))
     miner = Miner(pair.hotkey.address, pair.sign, options.signatures, sending.retry_policy(options))
     context = client_context(identity, read_file(options.ca) if options.ca else None)
-    with httpx.Client(verify=context, trust_env=False) as client:
-        send = sending.verified(HttpxSender(client, options.url), options.url)
+    with HttpsSender(context, options.url) as sender:
+        send = sending.verified(sender, options.url)
         performer = Performer(send=send, quoter=None if quoter is None else quoter(), log=_tell)
         try:
             return performer.run(flow(miner, identity))

@@ -59,14 +59,12 @@ def verified(send: Callable[[HttpRequest], HttpResponse], url: str) -> Callable[
         try:
             return send(request)
         except TransportError as exc:
-            cause: BaseException | None = exc
-            while cause is not None:
-                if isinstance(cause, ssl.SSLCertVerificationError):
-                    told = cause.verify_message or str(cause)
-                    raise ConfigurationError(
-                        f"the certificate of {url} does not verify: {told}; is its CA the one in --ca?"
-                    ) from None
-                cause = cause.__cause__ or cause.__context__
-            raise
+            cause = exc.__cause__
+            if not isinstance(cause, ssl.SSLCertVerificationError):
+                raise
+            told = cause.verify_message or str(cause)
+            raise ConfigurationError(
+                f"the certificate of {url} does not verify: {told}; is its CA the one in --ca?"
+            ) from None
 
     return sending
