@@ -117,22 +117,33 @@ class Disks:
             )
 
     def _add(self, action: AddKey, keys: Keys) -> None:
+        added, others = keys[action.key], [secret for key, secret in keys.items() if key is not action.key]
         with self._copied(action.device, os.O_RDWR) as (disk, copy, header):
-            if copy.opens(keys[action.key]):
+            if copy.opens(added):
                 return
-            others = [secret for key, secret in keys.items() if key is not action.key]
-            opener = next((secret for secret in others if copy.opens(secret)), None)
-            if opener is None:
-                raise disk.error("key_refused", f"no key opens it that the {action.key.value} one could be added with")
             if len(header.keyslots) == MAX_SLOTS:
-                self._remove(copy, opener, [slot for slot in header.keyslots if not copy.opens(opener, slot)])
-                fewer = copy.check()
-                disk.put(copy, fewer, header)  # by itself: copies differ by slots added or by slots taken off
-                header = fewer
-            _ = copy.run("luksAddKey", *_KDF, "--key-file=-", copy.path, keys=[opener, keys[action.key]])
-            copy.must_open(keys[action.key])
+                header = self._make_room(disk, copy, header, others)
+            for opener in others:
+                arguments = ("luksAddKey", *_KDF, "--key-file=-", copy.path)
+                if copy.run(*arguments, keys=[opener, added], refusable=True):
+                    break
+            else:
+                raise disk.error("key_refused", f"no key opens it that the {action.key.value} one could be added with")
+            copy.must_open(added)
             copy.must_open(opener)
             disk.put(copy, copy.check(), header)
+
+    def _make_room(self, disk: _Device, copy: _Copy, header: CheckedHeader, keys: Sequence[Secret]) -> CheckedHeader:
+        """Take off what none of ``keys`` opens; nothing if none opens any. An update of its own: copies of a header may
+        differ by slots that were added or by slots that were taken off."""
+        opener = next((key for key in keys if copy.opens(key)), None)
+        if opener is None:
+            return header
+        left = [slot for slot in header.keyslots if not any(copy.opens(key, slot) for key in keys)]
+        self._remove(copy, opener, left)
+        fewer = copy.check()
+        disk.put(copy, fewer, header)
+        return fewer
 
     def _keep(self, action: KeepKey, key: Secret) -> None:
         with self._copied(action.device, os.O_RDWR) as (disk, copy, header):
