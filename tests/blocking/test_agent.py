@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -68,6 +69,22 @@ def test_what_is_no_plain_file_is_refused_at_once(tmp_path: Path, lie: object) -
     assert callable(lie)
     _ = lie(tmp_path / "hostname")
     with pytest.raises(FileUnavailable, match="config volume: hostname: not a plain file"):
+        _ = read(tmp_path, "hostname")
+
+
+def test_a_file_that_becomes_a_link_after_it_was_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "hostname"
+    file.touch()
+    look = os.stat
+
+    def change(path: str, **options: Any) -> os.stat_result:
+        found = look(path, **options)
+        file.unlink()
+        file.symlink_to("/etc/hostname")
+        return found
+
+    monkeypatch.setattr(os, "stat", change)
+    with pytest.raises(FileUnavailable, match="not a plain file, but a link"):
         _ = read(tmp_path, "hostname")
 
 

@@ -673,21 +673,25 @@ def test_what_follows_a_failure(machine: Machine, action: str) -> None:
     assert gone.exists()
 
 
-def test_an_interruption_is_a_failure_and_ends_the_wait(machine: Machine) -> None:
+@pytest.mark.parametrize(("awaited", "attempts", "code"), [(["NOT NOW", "next  "], 30, 130), (["next  "], 1, 2)])
+def test_an_interruption_is_a_failure_or_ends_the_wait(
+    machine: Machine, awaited: list[str], attempts: int, code: int
+) -> None:
     machine.servers = [NOWHERE]
     gone = machine.folder / "went-off"
     machine.changes |= {
+        "retry.attempts": attempts,
         "on_failure.action": "reboot",
         "on_failure.wait_seconds": 3600,
         "on_failure.reboot": ["touch", str(gone)],
     }
     with subprocess.Popen(machine.command("run"), stderr=subprocess.PIPE, text=True) as agent:
         assert agent.stderr is not None
-        for awaited in ("NOT NOW", "next  "):
-            while awaited not in (line := agent.stderr.readline()):
-                assert line, f"it ended before {awaited}"
+        for text in awaited:
+            while text not in (line := agent.stderr.readline()):
+                assert line, f"it ended before {text}"
             agent.send_signal(signal.SIGINT)
-        assert agent.wait(60) == 130
+        assert agent.wait(60) == code
     assert gone.exists()
 
 
