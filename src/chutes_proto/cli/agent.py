@@ -343,16 +343,12 @@ def _tell_failure(
     options: argparse.Namespace, settings: AgentSettings, progress: Progress, error: ChutesError, code: int
 ) -> None:
     """Close what this run has opened, and say what has happened, what it means and what comes next."""
-    from chutes_proto.blocking.agent import close_mappings
-    from chutes_proto.blocking.disks import find_cryptsetup
     from chutes_proto.cli.progress import said
     from chutes_proto.client.advice import advise
     from chutes_proto.errors import DiskError
 
-    if progress.opened and not options.images:
-        mappings = {volume.name: volume.mapping for volume in (*filter(None, [settings.root_disk]), *settings.disks)}
-        for problem in close_mappings(find_cryptsetup(), [mappings[name] for name in progress.opened]):
-            progress.tell(f"could not be closed: {problem}")
+    if not options.images:
+        close_opened(settings, progress)
     advice, ending, facts = advise(error), settings.on_failure, said(error)
     step = str(progress.stopped.get("step", "")) if not isinstance(error, DiskError) else ""
     where = f" at step {step}, at {progress.server()}" if step else ""
@@ -375,6 +371,20 @@ def _tell_failure(
         "exit_code": code,
     }
     progress.finish("agent_failed", fields, lines, failed=True)
+
+
+def close_opened(settings: AgentSettings, progress: Progress) -> None:
+    """Unmap what this run has opened: who comes to the console of a failed boot finds no open disk."""
+    from chutes_proto.blocking.agent import close_mappings
+    from chutes_proto.blocking.disks import find_cryptsetup
+
+    mappings = {volume.name: volume.mapping for volume in (*filter(None, [settings.root_disk]), *settings.disks)}
+    opened = [mappings[name] for name in progress.opened]
+    problems = close_mappings(find_cryptsetup(), opened) if opened else []
+    for problem in problems:
+        progress.tell(f"could not be closed: {problem}")
+    if opened and not problems:
+        progress.tell(f"closed again: {', '.join(opened)}")
 
 
 def _foresee(options: argparse.Namespace, settings: AgentSettings) -> int:
