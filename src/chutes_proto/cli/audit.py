@@ -38,14 +38,17 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
         actions,
         "list",
         "show them for people, the newest last",
-        "Show one line for each decision, the newest last.",
+        f"Show one line for each decision, the newest last; the newest {_SHOWN} unless --last says otherwise.",
         "chutes-proto audit list --config /etc/chutes/server.toml --event boot --last 20",
     )
     export = console.command(
         actions,
         "export",
         "write them as lines of JSON",
-        "Write one JSON object a line with all members, in the order in which the decisions were made.",
+        """
+        Write one JSON object a line with all members, in the order in which the decisions were made. What is decided
+        while an export runs may be in the next one only: let that begin a minute before the last one did.
+        """,
         "chutes-proto audit export --config /etc/chutes/server.toml > audit.jsonl",
     )
     for action in (listed, export):
