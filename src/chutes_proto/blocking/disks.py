@@ -362,8 +362,9 @@ class _Copy:
         if refusable and done.returncode == _REFUSED:
             return False
         said = " ".join(done.stderr.decode("utf-8", "replace").split())[:200] or "it said nothing"
-        reason = "busy" if done.returncode == _BUSY else "cryptsetup"
-        raise self.disk.error(reason, f"cryptsetup {arguments[0]} ended with {done.returncode}: {said}")
+        if done.returncode == _BUSY:
+            raise self.disk.error("busy", f"cryptsetup {arguments[0]}: {said}; is it open already?")
+        raise self.disk.error("cryptsetup", f"cryptsetup {arguments[0]} ended with {done.returncode}: {said}")
 
 
 def _pipe(key: Secret, disk: _Device) -> int:
