@@ -40,6 +40,7 @@ from chutes_proto.units.operator import (
     RewrapKeys,
     StoreRestored,
 )
+from chutes_proto.units.rotation import AttestVolumes, Pair
 
 WHY = "operator: because"
 NEW = Vault(KeyEncryptionKey.from_bytes(b"n" * 32), VAULT.current)
@@ -242,6 +243,25 @@ def test_what_is_shown(store: MemoryStore) -> None:
     assert audit(store, vm=VM) == everything[:2]
     assert audit(store, event="boot") == everything[:1]
     assert audit(store, vm=Vm("other", "vm")) == ()
+
+
+def test_a_rotation_since_the_backup_opens_again_by_a_restore(store: MemoryStore) -> None:
+    def attested(label: str) -> tuple[AttestVolumes, Pair]:
+        granted = evolve(boot(label), exchange="two-phase")
+        store.transact(granted)
+        unit = attest(granted, "body", "storage")
+        return unit, store.transact(unit).volumes[0][1]
+
+    first, _ = attested("1")
+    store.transact(confirm(first, {"storage": False}))
+    second, pair = attested("2")
+    backup = store._tables.copy()
+    assert store.transact(confirm(second, {"storage": True})) == (("storage", "promoted"),)
+    store._tables = backup
+    store.transact(StoreRestored(NOW - 70, WHY))
+    assert attested("3")[1].current != pair.next  # which alone is on the disk
+    store.transact(RestoreKey(NOW + 5, VM, "storage", 2, WHY))
+    assert attested("4")[1].current == pair.next
 
 
 def test_audit_rows_are_read_in_pages(store: MemoryStore) -> None:
