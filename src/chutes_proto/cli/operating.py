@@ -26,9 +26,12 @@ if TYPE_CHECKING:
 _COUNT = re.compile(r"[0-9]{1,5}")
 _HOTKEY = re.compile(r"[!-~]{1,128}")
 _REASON_LENGTH = 500
+_EXIT_CODES = """\
+exit code: 0 done; 1 not possible as asked, and what was refused is as it was; 2 usage, or a file that cannot be read"""
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
+    parser.description = f"{parser.description}\n\n{_EXIT_CODES}"
     console.add(parser, "--config", metavar="FILE", required=True, help="the server's configuration file (TOML)")
     console.add_json(parser)
 
