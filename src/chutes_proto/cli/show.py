@@ -145,7 +145,7 @@ class _Show:
         else:
             for volume in VOLUMES:
                 action = Format(volume, self._make_image(volume), Key.CURRENT)
-                await trio.to_thread.run_sync(disks.act, action, {Key.CURRENT: received[volume]})
+                _ = await trio.to_thread.run_sync(disks.act, action, {Key.CURRENT: received[volume]})
                 self._step(f"disks: {volume} formatted as LUKS2 with its passphrase")
         again = await self._boot("reboot", formatted=() if program is None else VOLUMES)
         for name, passphrase in again.items():
@@ -156,7 +156,7 @@ class _Show:
         else:
             for volume in VOLUMES:
                 opening = Open(volume, self._image(volume), volume, (Key.CURRENT,))
-                await trio.to_thread.run_sync(disks.act, opening, {Key.CURRENT: again[volume]})
+                _ = await trio.to_thread.run_sync(disks.act, opening, {Key.CURRENT: again[volume]})
                 self._step(f"reboot: the passphrase received now opens {volume}")
         self._secrets = tuple(received.values())
 
