@@ -18,10 +18,11 @@ from typing import Any
 import pytest
 
 from chutes_proto.auth.certificates import make_server_identity
-from chutes_proto.blocking.https import HttpsSender, Origin, TimeLimits
+from chutes_proto.blocking.https import HttpsSender, TimeLimits
 from chutes_proto.blocking.tls import client_context
 from chutes_proto.errors import LocalProtocolError, TransportError
 from chutes_proto.wire.http import HttpRequest
+from chutes_proto.wire.origin import Origin
 from tests.blocking.peers import Behaviour, Credentials, answering, peer, read_request
 
 REQUEST = HttpRequest("POST", "/servers/vm/luks", (("x-boot-token", "70"),), b'{"volumes":["storage"]}')
@@ -387,7 +388,16 @@ def test_origins(url: str, origin: Origin, authority: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["https://a:0", "https://a:65536", "https://[::1", "https://a b", "https://ключ.example"]
+    "url",
+    [
+        "https://a:0",
+        "https://a:65536",
+        "https://[::1",
+        "https://-a",
+        "https://a.",
+        "https://a b",
+        "https://ключ.example",
+    ],
 )
 def test_no_origins(url: str) -> None:
     with pytest.raises(LocalProtocolError, match="https://host:port"):

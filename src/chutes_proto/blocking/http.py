@@ -15,10 +15,11 @@ from contextlib import contextmanager
 
 import httpx
 
-from chutes_proto.blocking.https import Origin, TimeLimits
+from chutes_proto.blocking.https import TimeLimits
 from chutes_proto.errors import LocalProtocolError, TransportError
 from chutes_proto.transport.client import MAX_ANSWER
 from chutes_proto.wire.http import HttpRequest, HttpResponse
+from chutes_proto.wire.origin import Origin
 
 _NOT_DELIVERED = (
     httpx.ConnectError,

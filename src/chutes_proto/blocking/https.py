@@ -11,7 +11,6 @@ Rules kept here:
 
 from __future__ import annotations
 
-import re
 import socket
 import ssl
 import time
@@ -20,7 +19,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from attrs import frozen
 
-from chutes_proto.errors import LocalProtocolError, RemoteProtocolError, TransportError
+from chutes_proto.errors import RemoteProtocolError, TransportError
+from chutes_proto.wire.origin import Origin
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from chutes_proto.transport.client import ClientConnection
     from chutes_proto.wire.http import HttpRequest, HttpResponse
 
-_ORIGIN: Final = re.compile(r"https://(?:([A-Za-z0-9_.-]+)|\[([0-9A-Fa-f:.]+)\])(?::([0-9]{1,5}))?/?", re.IGNORECASE)
-_PORT: Final = 443
 _READ_SIZE: Final = 16 * 1024
 _BEGIN_SECONDS: Final = 1.0
 
@@ -53,34 +51,6 @@ class TimeLimits:
         if len(body) > MAX_ANSWER:
             return TransportError(f"the server's answer has more than {MAX_ANSWER} bytes", maybe_delivered=True)
         return TransportError(f"no whole answer within {self.total:g} s", maybe_delivered=True)
-
-
-@frozen
-class Origin:
-    """A server: a host name or IP address, and a port."""
-
-    host: str
-    port: int
-
-    @classmethod
-    def parse(cls, url: str) -> Origin:
-        """The origin of ``https://host`` or ``https://host:port``. Raises `LocalProtocolError` for anything else."""
-        match = _ORIGIN.fullmatch(url)
-        port = int(match[3] or _PORT) if match else 0
-        if match is None or not 0 < port < 1 << 16:
-            raise LocalProtocolError("the server's URL has the form https://host:port")
-        return cls((match[1] or match[2]).lower(), port)
-
-    @property
-    def name(self) -> bytes:
-        """The host in ASCII: what is text would be encoded with tables that no ASCII name needs."""
-        return self.host.encode("ascii")
-
-    @property
-    def authority(self) -> str:
-        """As ``Host`` has it."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return host if self.port == _PORT else f"{host}:{self.port}"
 
 
 class HttpsSender:

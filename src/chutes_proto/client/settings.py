@@ -26,6 +26,7 @@ from chutes_proto.secret import Secret
 from chutes_proto.strict import Problem, ProblemsError, Structurer
 from chutes_proto.wire import json
 from chutes_proto.wire.names import NAME_PATTERN
+from chutes_proto.wire.origin import Origin
 
 MAX_SERVERS: Final = 16
 MAX_CONFIG_FILE: Final = 4096
@@ -38,7 +39,6 @@ CONFIG_VOLUME_SIGNER: Final = "config-volume"
 COMMAND_SIGNER: Final = "command:"
 _COMMAND = re.compile(rf"{COMMAND_SIGNER}\s*\S")
 
-_ORIGIN = re.compile(r"https://(?:[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?/?")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}")
 _SEED = re.compile(r"(?:0x)?[0-9a-fA-F]{64}")
 ROOT: Final = "root"
@@ -231,11 +231,13 @@ def _server_problems(servers: tuple[str, ...]) -> list[str]:
     found: list[str] = []
     if not 1 <= len(servers) <= MAX_SERVERS:
         found.append(f"servers: name 1 to {MAX_SERVERS}")
+    origins: list[Origin] = []
     for index, server in enumerate(servers):
-        match = _ORIGIN.fullmatch(server)
-        if match is None or not 0 < int(match[1] or 443) < 1 << 16:
-            found.append(f"servers.{index}: a server's URL has the form https://host:port")
-    if len({server.removesuffix("/").lower() for server in servers}) != len(servers):
+        try:
+            origins.append(Origin.parse(server))
+        except LocalProtocolError as exc:
+            found.append(f"servers.{index}: {exc}")
+    if len({*origins}) != len(origins):
         found.append("servers: a server is given twice")
     return found
 

@@ -1,0 +1,42 @@
+"""Where a server is: the one form of URL that a client takes."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from attrs import frozen
+
+from chutes_proto.errors import LocalProtocolError
+
+_NAME: Final = r"[A-Za-z0-9](?:[A-Za-z0-9_.-]*[A-Za-z0-9])?"
+_ORIGIN: Final = re.compile(rf"https://(?:({_NAME})|\[([0-9A-Fa-f:.]+)\])(?::([0-9]{{1,5}}))?/?", re.IGNORECASE)
+_PORT: Final = 443
+
+
+@frozen
+class Origin:
+    """A server: a host name or IP address, and a port."""
+
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, url: str) -> Origin:
+        """The origin of ``https://host`` or ``https://host:port``. Raises `LocalProtocolError` for anything else."""
+        match = _ORIGIN.fullmatch(url)
+        port = int(match[3] or _PORT) if match else 0
+        if match is None or not 0 < port < 1 << 16:
+            raise LocalProtocolError("a server's URL has the form https://host:port")
+        return cls((match[1] or match[2]).lower(), port)
+
+    @property
+    def name(self) -> bytes:
+        """The host in ASCII: what is text would be encoded with tables that no ASCII name needs."""
+        return self.host.encode("ascii")
+
+    @property
+    def authority(self) -> str:
+        """As ``Host`` has it."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == _PORT else f"{host}:{self.port}"
