@@ -437,8 +437,9 @@ class Calls(RuleBasedStateMachine):
             assert not isinstance(outcome, str)
             known.restore(chosen, self.now)
 
-    @rule(vm=st.none() | st.sampled_from(VMS), days=st.integers(1, 3), carry_out=st.booleans())
-    def purge_keys(self, vm: Vm | None, days: int, carry_out: bool) -> None:
+    @rule(vm=st.none() | st.sampled_from(VMS), days=st.integers(1, 3), carry_out=st.booleans(), later=st.integers(0, 4))
+    def purge_keys(self, vm: Vm | None, days: int, carry_out: bool, later: int) -> None:
+        self.now += later * DAY
         outcome = self.do(PurgeKeys(self.now, days * DAY, "why", vm, carry_out))
         assert not isinstance(outcome, str)
         gone = [
