@@ -9,10 +9,11 @@ another verb is 405 with ``Allow``; a path that only lacks or has too much of a 
 from __future__ import annotations
 
 import re
+from functools import cache
 from typing import Literal, TypeAlias
 from urllib.parse import unquote_to_bytes
 
-from attrs import Factory, field, frozen
+from attrs import frozen
 
 from chutes_proto.codes import Code
 from chutes_proto.wire import messages
@@ -22,11 +23,6 @@ Signed: TypeAlias = Literal["body", "purpose", "nonce"]
 
 _SEGMENT = r"((?:[^/%]|%[0-9A-Fa-f]{2})+)"
 _PARAMETER = re.compile(r"\{([a-z_]+)\}")
-
-
-def _pattern(endpoint: Endpoint) -> re.Pattern[str]:
-    parts = _PARAMETER.split(endpoint.path)  # fixed text and parameter names by turns
-    return re.compile("".join(_SEGMENT if index % 2 else re.escape(part) for index, part in enumerate(parts)))
 
 
 @frozen
@@ -44,7 +40,6 @@ class Endpoint:
     codes: tuple[Code, ...] = ()
     status: int = 200
     signed: Signed | None = None
-    pattern: re.Pattern[str] = field(init=False, eq=False, repr=False, default=Factory(_pattern, takes_self=True))
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -355,10 +350,10 @@ def route(method: str, path: str) -> Match | WrongMethod | Redirect | None:
 
 def _matches(path: str) -> list[tuple[Endpoint, tuple[str, ...]]]:
     """The endpoints of the first template that fits the path, fixed ones first."""
-    for template in _TEMPLATES:
-        match = template[0].pattern.fullmatch(path)
+    for pattern, endpoints in _templates():
+        match = pattern.fullmatch(path)
         if match is not None:
-            return [(endpoint, match.groups()) for endpoint in template]
+            return [(endpoint, match.groups()) for endpoint in endpoints]
     return []
 
 
@@ -375,14 +370,18 @@ def _parameters(endpoint: Endpoint, values: tuple[str, ...]) -> dict[str, str] |
     return decoded
 
 
-def _templates() -> tuple[tuple[Endpoint, ...], ...]:
+@cache
+def _templates() -> tuple[tuple[re.Pattern[str], tuple[Endpoint, ...]], ...]:
+    """Made when a server routes its first request: a client has no use for them."""
     by_path: dict[str, list[Endpoint]] = {}
     for endpoint in ENDPOINTS:
         by_path.setdefault(_PARAMETER.sub("{}", endpoint.path), []).append(endpoint)
-    return tuple(tuple(by_path[path]) for path in sorted(by_path, key=lambda path: path.count("{")))
+    paths = sorted(by_path, key=lambda path: path.count("{"))
+    return tuple((_pattern(path), tuple(by_path[path])) for path in paths)
 
 
-_TEMPLATES = _templates()
+def _pattern(template: str) -> re.Pattern[str]:
+    return re.compile(_SEGMENT.join(re.escape(part) for part in template.split("{}")))
 
 
 def markdown_table() -> str:
