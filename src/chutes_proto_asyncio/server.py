@@ -29,8 +29,9 @@ from chutes_proto_asyncio.perform import Performer
 class Server:
     """Serves an application, once; made within the loop.
 
-    At most ``connections`` are open at once. Where there is no room, one that makes the server wait ends
-    (``chutes_proto.transport.connections``); where none does, more wait in the listeners' queues.
+    About ``connections`` are open at once: as many, and one for each further listener. Where there is no room, one that
+    makes the server wait ends (``chutes_proto.transport.connections``); where none does, more wait in the listeners'
+    queues.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class Server:
         self._app = app
         self._performer = performer
         self._limits = limits
-        self._slots = anyio.Semaphore(connections)
+        self._slots = anyio.Semaphore(connections - 1)
         self._connections = Connections(connections)
         self._serving = anyio.CancelScope()
         self._waiting: dict[ServerConnection, anyio.CancelScope] = {}
@@ -62,6 +63,7 @@ class Server:
     async def _accept(self, place: Listening, nursery: TaskGroup) -> None:
         listener = await SocketListener.from_socket(place.socket)
         async with listener:
+            self._slots.release()  # for the one that a listener holds while nobody comes
             while True:
                 await self._slots.acquire()
                 try:

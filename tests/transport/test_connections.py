@@ -16,12 +16,13 @@ def connection(address: str, state: str = "silent") -> ServerConnection:
     made = ServerConnection(0.0, peer_address=address)
     if state == "halfway":
         made.receive_data(GET[:5], 0.0)
-    if state in ("working", "idle"):
+    if state in ("working", "idle", "deaf"):
         made.receive_data(GET, 0.0)
         assert made.next_request(0.0) is not None
-    if state == "idle":
+    if state in ("idle", "deaf"):
         made.send_response(HttpResponse(200), 0.0)
         assert made.data_to_send()
+    if state == "idle":
         assert made.next_request(0.0) is None
     return made
 
@@ -59,6 +60,14 @@ def test_who_never_asked_ends_first() -> None:
     assert connections.make_room(connection("1.1.1.1")) == (idle,)
 
 
+def test_who_takes_no_answer_ends_last() -> None:
+    deaf, idle = connection("1.1.1.1", "deaf"), connection("1.1.1.1", "idle")
+    connections = opened(3, deaf, idle)
+    newest = connection("2.2.2.2", "working")
+    assert connections.make_room(newest) == (idle,)
+    assert connections.make_room(connection("2.2.2.2", "working")) == (deaf,)
+
+
 def test_who_is_at_work_or_trusted_does_not_end() -> None:
     connections = opened(3, connection("1.1.1.1", "working"), connection(""))
     newest = connection("1.1.1.1")
@@ -80,7 +89,7 @@ def test_who_is_gone_takes_no_place() -> None:
     assert connections.make_room(connection("1.1.1.1")) == ()
 
 
-STATES = st.sampled_from(["silent", "halfway", "idle", "working"])
+STATES = st.sampled_from(["silent", "halfway", "idle", "deaf", "working"])
 ADDRESSES = st.sampled_from(["", "1.1.1.1", "2.2.2.2", "2001:db8::1", "2001:db8::2"])
 
 

@@ -39,7 +39,7 @@ GONE = (anyio.BrokenResourceError, anyio.EndOfStream)
 
 @define
 class Echo:
-    """An application that says whom it sees; ``/slow`` takes its time, ``/broken`` has a defect."""
+    """An application that says whom it sees; ``/slow`` takes its time, ``/big`` says much, ``/broken`` has a defect."""
 
     slow: float = 3600.0
     drain: float = math.inf
@@ -63,6 +63,8 @@ class Echo:
                 raise
         if request.target == "/broken":
             raise RuntimeError("a defect")
+        if request.target == "/big":
+            return HttpResponse(200, body=bytes(1 << 25))
         certificate = request.peer_certificate
         content = {
             "target": request.target,
@@ -292,13 +294,15 @@ def test_a_connection_waits_for_its_slot(loop: Loop) -> None:
     run(loop, main)
 
 
-def test_silent_peers_keep_nobody_out(loop: Loop) -> None:
+@pytest.mark.parametrize("listeners", [1, 2])
+def test_silent_peers_keep_nobody_out(loop: Loop, listeners: int, tmp_path: Path) -> None:
     """As many as there may be, in each state in which a peer can be silent; and who asks is answered at once."""
 
     limits = Limits(handshake_seconds=3600.0, idle_seconds=3600.0, request_seconds=3600.0)
 
     async def main() -> None:
-        async with running(loop, limits, connections=8) as server:
+        more = tuple(listen_unix(tmp_path / "s") for _ in range(listeners - 1))
+        async with running(loop, limits, connections=8, more=more) as server:
             silent: list[anyio.abc.ByteStream] = [await server.plain() for _ in range(10)]
             halfway = await server.connect()
             await halfway.send(GET[:10])
@@ -308,6 +312,22 @@ def test_silent_peers_keep_nobody_out(loop: Loop) -> None:
                 silent += [await server.plain() for _ in range(20)]
                 assert (await ask(stream)).startswith(b"HTTP/1.1 200")  # who has asked stays before who never did
             for peer in silent:
+                await anyio.aclose_forcefully(peer)
+            assert server.log == []
+
+    run(loop, main)
+
+
+def test_peers_that_do_not_read_keep_nobody_out(loop: Loop) -> None:
+    async def main() -> None:
+        async with running(loop, Limits(write_seconds=3600.0), connections=4) as server:
+            deaf: list[anyio.abc.ByteStream] = []
+            for _ in range(6):
+                deaf.append(await server.connect())
+                assert (await ask(deaf[-1], GET.replace(b"/a", b"/big"))).startswith(b"HTTP/1.1 200")
+            async with await server.connect() as stream:
+                assert (await ask(stream)).startswith(b"HTTP/1.1 200")
+            for peer in deaf:
                 await anyio.aclose_forcefully(peer)
             assert server.log == []
 

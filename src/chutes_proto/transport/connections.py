@@ -2,9 +2,10 @@
 
 Rules kept here:
 
-* a connection whose request is being worked on, or answered, is never ended for another's sake;
+* a connection whose request is being worked on is never ended for another's sake;
 * of those that make the server wait, one ends at a time: of the address with most of them, so that one address cannot
-  keep all others out; there one that never made a request, before one that did; and of these the oldest;
+  keep all others out; there one that never made a request, before one that did, and last one that does not take its
+  answer; and of these the oldest;
 * an IPv6 address counts by its /64, which is one host's; peers of a unix socket are trusted, and never ended.
 """
 
@@ -24,20 +25,24 @@ class Connections:
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._open: dict[ServerConnection, None] = {}  # in the order of their arrival
+        self._open: dict[ServerConnection, bytes] = {}  # and whence; in the order of their arrival
 
     def make_room(self, connection: ServerConnection) -> tuple[ServerConnection, ...]:
         """Told by a connection before each of its waits: those that are to end now (at most one, and never itself)."""
-        self._open[connection] = None
+        if connection not in self._open:
+            self._open[connection] = address_prefix(connection.peer_address)
         if len(self._open) < self._size:
             return ()
-        waiting = (other for other in self._open if other.waits_for_peer and other is not connection)
-        others = [other for other in waiting if other.peer_address]
+        others = {
+            other: prefix
+            for other, prefix in self._open.items()
+            if prefix and other.waits_for_peer and other is not connection
+        }
         if not others:
             return ()
-        crowd = Counter(address_prefix(other.peer_address) for other in others)
+        crowd = Counter(others.values())
         # Of equal ones the first, which is the oldest.
-        ended = min(others, key=lambda other: (-crowd[address_prefix(other.peer_address)], other.has_asked))
+        ended = min(others, key=lambda other: (-crowd[others[other]], other.at_stake))
         ended.abandon()
         self.remove(ended)
         return (ended,)

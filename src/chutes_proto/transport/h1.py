@@ -150,13 +150,13 @@ class ServerConnection:
 
     @property
     def waits_for_peer(self) -> bool:
-        """There is no request to answer, nor an answer under way: what comes next, or does not, is the peer's."""
-        return self._phase in (_Phase.HANDSHAKE, _Phase.IDLE, _Phase.RECEIVING)
+        """No request is being worked on: whether it sends or takes what comes next, or does not, is the peer's."""
+        return self._phase not in (_Phase.HANDLING, _Phase.CLOSED)
 
     @property
-    def has_asked(self) -> bool:
-        """A whole request came at least once."""
-        return self._asked
+    def at_stake(self) -> int:
+        """What would be lost if it ended now: 0 no request yet, 1 a connection that is kept, 2 an answer on its way."""
+        return 2 if self._phase in (_Phase.ANSWERING, _Phase.LINGERING) else int(self._asked)
 
     @property
     def close_reason(self) -> str:
