@@ -167,7 +167,7 @@ def _serve(folder: str, transport: Any, what: str) -> None:
     timed("signatures", ecdsa, "load_point", "verify", "verify_raw")
     timed("store", SqliteStore, "transact")
     if what == "idle":
-        App.handle = _nothing_done  # type: ignore[method-assign]
+        setattr(App, "handle", _nothing_done)  # noqa: B010
     told = threading.Lock()
 
     def tell(*_: object) -> None:
