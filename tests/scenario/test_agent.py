@@ -65,6 +65,12 @@ class Machine:
         with self.disk(name).open("wb") as file:
             _ = file.truncate(SIZE)
 
+    def format(self, name: str, key: bytes) -> None:
+        options = "--type luks2 --batch-mode --pbkdf pbkdf2 --pbkdf-force-iterations 1000 --key-file=-".split()
+        command: list[str | Path] = [self.cryptsetup, "luksFormat", *options, self.disk(name)]
+        done = subprocess.run(command, input=key, capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr
+
     def prints(self) -> dict[str, str]:
         return {name: hashlib.sha256(self.disk(name).read_bytes()).hexdigest() for name in VOLUMES}
 
@@ -256,18 +262,7 @@ def make_root(machine: Machine) -> None:
     ended = machine.site.run("boot", machine.site.url, *arguments, "--platform", machine.site.platform_directory)
     assert ended.code == 0, ended.err + ended.out
     machine.blank("root")
-    command: list[str | Path] = [
-        machine.cryptsetup,
-        "luksFormat",
-        "--type",
-        "luks2",
-        "--batch-mode",
-        "--pbkdf",
-        "pbkdf2",
-    ]
-    command += ["--pbkdf-force-iterations", "1000", "--key-file", keys / "root", machine.disk("root")]
-    done = subprocess.run(command, capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr
+    machine.format("root", (keys / "root").read_bytes())
     shutil.rmtree(keys)
     machine.root = True
 
@@ -531,12 +526,11 @@ WRONG = "wrong-" * 20
     ids=lambda value: getattr(value, "__name__", None),
 )
 def test_a_hostile_server(
-    site: Premises, machine: Machine, hostile: Credentials, behaviour: Any, code: int, told: str, tmp_path: Path
+    machine: Machine, hostile: Credentials, behaviour: Any, code: int, told: str, tmp_path: Path
 ) -> None:
-    site.start()
-    _ = machine.boots()  # there is something to lose
-    site.stop()
-    machine.changes |= {"ca_file": str(tmp_path / "hostile.pem"), "retry.deadline_seconds": 3}
+    for name in VOLUMES:  # there is something to lose
+        machine.format(name, b"precious")
+    machine.changes |= {"ca_file": str(tmp_path / "hostile.pem"), "retry.deadline_seconds": 3, "retry.attempts": 2}
     _ = (tmp_path / "hostile.pem").write_bytes(hostile.ca_pem)
     begun = time.monotonic()
     with peer(hostile, behaviour) as (url, _ended):
@@ -589,8 +583,16 @@ def test_a_config_volume_says_who_the_vm_is(site: Premises, machine: Machine, vo
     assert (machine.boots()["vm_name"], volume.is_dir()) == ("vm-1", True)
 
 
-@pytest.mark.parametrize("name", ["hostname", "miner-ss58"])
-@pytest.mark.parametrize("lie", ["pipe", "link", "folder", "huge", "binary", "empty", "escape", "missing"])
+@pytest.mark.parametrize(
+    ("name", "lie"),
+    [
+        ("hostname", "pipe"),
+        ("miner-ss58", "link"),
+        ("hostname", "huge"),
+        ("miner-ss58", "binary"),
+        ("hostname", "escape"),
+    ],
+)
 def test_a_config_volume_that_lies(machine: Machine, volume: Path, name: str, lie: str) -> None:
     file = volume / name
     file.unlink()
@@ -599,19 +601,13 @@ def test_a_config_volume_that_lies(machine: Machine, volume: Path, name: str, li
             os.mkfifo(file)
         case "link":
             file.symlink_to("/etc/hostname")
-        case "folder":
-            file.mkdir()
         case "huge":
             with file.open("wb") as sparse:
                 _ = sparse.truncate(1 << 40)
         case "binary":
             _ = file.write_bytes(bytes(range(256)))
-        case "empty":
-            file.touch()
-        case "escape":
-            _ = file.write_text("\x1b[2Jvm\n")
         case _:
-            pass
+            _ = file.write_text("\x1b[2Jvm\n")
     machine.servers = [NOWHERE]
     told = machine.stops(2)
     assert f"config volume: {name}: " in told
