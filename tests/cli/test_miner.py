@@ -85,8 +85,10 @@ def test_the_life_of_a_server(miner: Command, register: Command, folder: Path) -
     assert " s ago, fresh" in miner("status", "n1").out
     told = miner("status", "n1", "--json", "--signatures", "request").json
     assert (told["attestation_status"], told["fresh"], told["last_attestation"]["verified"]) == ("verified", True, True)
-    assert miner("servers", "show", "n1", "--json").json["name"] == "vm-1"
-    assert miner("servers", "rename", "n1", "vm-2", "--json").json["name"] == "vm-2"
+    shown = miner("servers", "show", "n1", "--json").json
+    assert (shown["granted"], shown["name"]) == (True, "vm-1")
+    renamed = miner("servers", "rename", "n1", "vm-2", "--json").json
+    assert (renamed["granted"], renamed["name"]) == (True, "vm-2")
     assert [one["name"] for one in miner("servers", "list", "--json").json["servers"]] == ["vm-2"]
     again = register("--id", "n1", "--host", "1.2.3.4", "--json", hotkey="other")
     assert (again.code, again.json["granted"], again.json["status"]) == (console.REFUSED, False, 409)
@@ -152,4 +154,7 @@ def test_a_real_wallets_addresses_and_signatures(command: Command, vectors: Path
 def test_help_has_examples(command: Command, name: str) -> None:
     ended = command(name, "--help")
     assert ended.code == 0
-    assert f"chutes-proto {name}" in ended.out.partition("examples:")[2]
+    described, _, examples = ended.out.partition("examples:")
+    assert f"chutes-proto {name}" in examples
+    prose = described.partition("\npositional arguments:")[0].split("\n\n")[1:]
+    assert not [line for paragraph in prose for line in paragraph.splitlines() if line.startswith(" ")]

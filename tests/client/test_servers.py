@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from attrs import define, evolve, field
+from attrs import define, evolve, field, frozen
 from cryptography.x509 import load_pem_x509_certificate
 
 from chutes_proto.auth.certificates import make_client_identity
@@ -46,6 +46,13 @@ LOST = TransportError("the answer was lost", maybe_delivered=True)
 NOWHERE = TransportError("nobody listens", maybe_delivered=False)
 
 
+@frozen
+class Unheard:
+    """An answer of a server that did nothing."""
+
+    answer: HttpResponse
+
+
 @define(eq=False)
 class Network(World):
     """The way to the server: ``weather`` says of each request whether it is lost, and on which way."""
@@ -70,6 +77,8 @@ class Network(World):
         weather = next(self.weather, None)
         if weather is NOWHERE:
             raise NOWHERE
+        if isinstance(weather, Unheard):
+            return weather.answer
         answer = self.ask(request.method, request.target, request.body, headers=dict(request.headers))
         if isinstance(weather, Exception):
             raise weather
@@ -153,6 +162,25 @@ def test_a_removal_whose_answer_is_lost_is_done(network: Network) -> None:
     assert network.rows(ServerRow) == ()
     with pytest.raises(Refused):
         play(network, servers.remove_server(miner(), "n1"), NOWHERE)
+
+
+@pytest.mark.parametrize(("status", "word"), [(429, "rate_limited"), (503, "busy"), (503, "draining")])
+def test_not_now_hides_no_refusal(network: Network, status: int, word: str) -> None:
+    """A server that says so has done nothing: what is not there was not removed, what is there was there before."""
+    body = b'{"detail":"Retry shortly.","code":"%s","request_id":"r"}' % word.encode()
+    not_now = HttpResponse(status, (("content-type", "application/json"),), body)
+    with pytest.raises(Refused, match="Server n1 not found"):
+        play(network, servers.remove_server(miner(), "n1"), Unheard(not_now))
+    play(network, register())
+    with pytest.raises(Refused, match="Nodes already exist"):
+        play(network, register(gpus=[GPU, evolve(GPU, uuid="GPU-2")]), Unheard(not_now))
+
+
+def test_what_was_registered_long_ago_was_not_registered_now(network: Network) -> None:
+    play(network, register())
+    network.now += 3600
+    with pytest.raises(Refused, match="Nodes already exist"):
+        play(network, register(gpus=[GPU, evolve(GPU, uuid="GPU-2")]), LOST)
 
 
 def test_an_attestation_begins_again_with_a_new_nonce(network: Network) -> None:

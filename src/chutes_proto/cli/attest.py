@@ -17,7 +17,6 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
         f"""
         Get a nonce for the server, have the platform quote it with a throw-away client key, and hand the quote in. It
         shows that an approved TD on the server's platform holds that key, not that it is the TD that booted.
-
         {miner.EXIT_CODES}
         """,
         """

@@ -17,10 +17,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-EXIT_CODES = (
-    'No answer, or one that says "not now", is waited for until the end of --wait.\n\n'
-    "exit code: 0 done; 1 the server refused, or was not available; 2 usage, a file that cannot be read, or no answer"
-)
+EXIT_CODES = """
+        No answer, or one that says "not now", is waited for until the end of --wait.
+
+        exit code: 0 done; 1 the server refused, or was not available; 2 usage, a file that cannot be read, or no answer
+"""
+"""The end of each one's help, indented as what comes before it."""
 
 
 def add_miner(parser: argparse.ArgumentParser) -> None:

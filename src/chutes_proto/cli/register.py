@@ -22,7 +22,6 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
         Register a server of yours. It is linked to the boot of the VM with its name, else to one from its address. The
         GPUs come from a file: a JSON list with one object a GPU, members uuid, name, memory (bytes), clock_rate (kHz),
         device_index, gpu_identifier, verification_host, verification_port, and what else the API's description has.
-
         {miner.EXIT_CODES}
         """,
         """

@@ -22,7 +22,10 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
         subparsers,
         NAME,
         "list, show, rename and remove your servers",
-        f"Commands for the servers that a hotkey has registered.\n\n{miner.EXIT_CODES}",
+        f"""
+        Commands for the servers that a hotkey has registered.
+        {miner.EXIT_CODES}
+        """,
         f"chutes-proto servers list {_AT}\n"
         f"chutes-proto servers show {_AT} n1 --json\n"
         f"chutes-proto servers rename {_AT} n1 vm-2\n"
@@ -72,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
         return console.GRANTED
     found = [attrs.asdict(row) for row in (answer if options.action == "list" else [answer])]
     if options.json:
-        console.say_json({"granted": True, "servers": found} if options.action == "list" else found[0])
+        console.say_json({"granted": True, **({"servers": found} if options.action == "list" else found[0])})
     elif not found:
         console.say("no servers")
     else:

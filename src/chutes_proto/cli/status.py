@@ -16,7 +16,6 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
         "what came of a server's newest runtime attestation",
         f"""
         Tell the newest verdict on a runtime quote of the server, how old it is, and whether it still counts.
-
         {miner.EXIT_CODES}
         """,
         """

@@ -4,8 +4,8 @@ Rules kept here:
 
 * each request is signed by the hotkey, over the bytes that are sent, at the time when they are sent;
 * no answer, 429 and 5xx are tried again, as the retry policy says; a refusal is final. What the server may have done
-  before its answer was lost is not taken for a refusal: a registration that is found as it was asked for, and a removal
-  of what is gone, are done. An attestation begins again, with a new nonce;
+  before its answer was lost is not taken for a refusal: a registration that is found as it was asked for and of that
+  time, and a removal of what is gone, are done. "Not now" loses nothing. An attestation begins again, with a new nonce;
 * no answer makes a flow send its request anywhere else: a redirect is an error.
 
 All raise `Refusal`, `TransportError`, and `RemoteProtocolError` for an answer that is not the protocol;
@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from typing import Final, TypeVar, cast
 
 from attrs import evolve, field, frozen
 
 from chutes_proto.auth.binding import report_data
 from chutes_proto.auth.hotkey import Hotkey, HotkeyError
-from chutes_proto.auth.signing import Signer, SigningPolicy, messages_to_sign, signature_headers
+from chutes_proto.auth.signing import WINDOW, Signer, SigningPolicy, messages_to_sign, signature_headers
 from chutes_proto.client.policy import RetryPolicy
 from chutes_proto.client.retry import begin
 from chutes_proto.codes import Code
@@ -44,6 +45,10 @@ A = TypeVar("A", bound=messages.Answer)
 MINER_RETRY: Final = RetryPolicy(attempts=4, cap=10.0, deadline=60.0)
 """What a person at a terminal, or a script, waits for."""
 
+_NOT_NOW: Final = frozenset(
+    {Code.RATE_LIMITED, Code.BUSY, Code.DRAINING, Code.COLLATERAL_UNAVAILABLE, Code.KEY_UNAVAILABLE}
+)
+"""What a server says instead of doing anything."""
 _HEX_32 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -75,13 +80,14 @@ def register_server(
     message = messages.RegisterServerRequest(
         host=host, id=_name(server_id), name=None if name is None else _name(name), gpus=tuple(gpus)
     )
+    began = yield from Now()
 
     def attempt(lost: bool) -> Flow[None]:
         try:
             _ = yield from _ask(miner, endpoints.REGISTER_SERVER, message, messages.MessageAnswer)
         except Refused as exc:
             # A GPU is the first thing that a registration meets of itself; another's would meet its id or host too.
-            if not lost or exc.code != Code.GPU_TAKEN or not (yield from _is_registered(miner, message)):
+            if not lost or exc.code != Code.GPU_TAKEN or not (yield from _is_registered(miner, message, began)):
                 raise
 
     yield from _persist(miner, endpoints.REGISTER_SERVER, attempt)
@@ -150,14 +156,19 @@ def read_status(miner: Miner, server_id: str) -> Flow[messages.AttestationStatus
     return (yield from _repeat(miner, endpoints.ATTESTATION_STATUS, request, messages.AttestationStatusAnswer))
 
 
-def _is_registered(miner: Miner, message: messages.RegisterServerRequest) -> Flow[bool]:
-    """Whether the miner has this very server."""
+def _is_registered(miner: Miner, message: messages.RegisterServerRequest, began: int) -> Flow[bool]:
+    """Whether the miner has this very server, registered since ``began`` as far as the two clocks may differ."""
     request = messages.ServerDetailsRequest(server_id=message.id)
     try:
         found = yield from _ask(miner, endpoints.SERVER_DETAILS, request, messages.ServerAnswer)
     except Refused:
         return False
-    return (found.name, found.ip) == (message.id if message.name is None else message.name, message.host)
+    try:
+        created = datetime.fromisoformat(found.created_at).timestamp()
+    except ValueError:
+        raise RemoteProtocolError("the server's created_at is no time") from None
+    name = message.id if message.name is None else message.name
+    return (found.name, found.ip) == (name, message.host) and created > began - WINDOW
 
 
 def _repeat(miner: Miner, endpoint: Endpoint, message: messages.Request, kind: type[A]) -> Flow[A]:
@@ -173,8 +184,18 @@ def _persist(miner: Miner, endpoint: Endpoint, attempt: Callable[[bool], Flow[T]
         try:
             return (yield from attempt(lost))
         except (Unavailable, TransportError, RemoteProtocolError, QuoteUnavailable) as exc:
-            lost = lost or not isinstance(exc, TransportError) or exc.maybe_delivered
+            lost = lost or _may_have_effect(exc)
             yield from budget.pause(endpoint.operation, exc, None)
+
+
+def _may_have_effect(error: Exception) -> bool:
+    match error:
+        case TransportError():
+            return error.maybe_delivered
+        case Unavailable():
+            return error.code not in _NOT_NOW
+        case _:
+            return True
 
 
 def _ask(
