@@ -145,4 +145,4 @@ def advise(error: ChutesError) -> Advice:
         case ConfigurationError():
             return Advice("The settings or the config volume say something they cannot say.", "See the reason.")
         case _:
-            return Advice("The agent was used in a way it cannot be used.", "See the reason.")
+            return Advice("The agent was asked for what it cannot do, or has a fault.", "See the reason.")

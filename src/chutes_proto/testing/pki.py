@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import datetime
 from base64 import b64encode
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from hashlib import sha1
 from textwrap import wrap
@@ -77,12 +77,19 @@ class Keys:
         return r.to_bytes(32) + s.to_bytes(32)
 
 
+CURVE_ORDERS: Final[Mapping[Curve, int]] = {
+    "P-256": 0xFFFFFFFF_00000000_FFFFFFFF_FFFFFFFF_BCE6FAAD_A7179E84_F3B9CAC2_FC632551,
+    "P-384": int("FF" * 24 + "C7634D81F4372DDF581A0DB248B0A77AECEC196ACCC52973", 16),
+}
+"""SP 800-186, section 3.2.1: an older cryptography, Debian's for one, does not tell them."""
+
+
 @lru_cache(maxsize=64)
 def _private_key(keys: Keys, label: str, curve: Curve) -> ec.EllipticCurvePrivateKey:
     group = ec.SECP256R1() if curve == "P-256" else ec.SECP384R1()
     # 16 bytes more than the group order, so that the remainder is even over it; zero has no chance to be drawn.
     number = int.from_bytes(keys.draw(f"key {curve} {label}", group.key_size // 8 + 16))
-    return ec.derive_private_key(number % group.group_order, group)
+    return ec.derive_private_key(number % CURVE_ORDERS[curve], group)
 
 
 @frozen(kw_only=True)
