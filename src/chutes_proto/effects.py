@@ -113,7 +113,7 @@ class FetchCollateral(Effect["VerifiedCollateral"]):
 
 @frozen
 class Resolve(Effect[tuple[str, ...]]):
-    """All IP addresses of a host name; none where it has none, or where nobody answers within 5 s."""
+    """All IP addresses of a host name; none where it has none. Raises `TransportError` where nobody can tell in 5 s."""
 
     name: str
 

@@ -27,6 +27,7 @@ from chutes_proto.blocking.perform import (
     log_record,
     resolve,
     unknown,
+    unresolved,
 )
 from chutes_proto.blocking.quoting import Quoter, take_quote
 from chutes_proto.effects import (
@@ -190,4 +191,4 @@ class Performer:
     async def _resolve_in_thread(self, name: str) -> tuple[str, ...]:
         with anyio.move_on_after(RESOLVE_SECONDS):
             return await anyio.to_thread.run_sync(resolve, name, abandon_on_cancel=True, limiter=self._resolvers)
-        return ()
+        raise unresolved(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -27,6 +28,7 @@ from chutes_proto.effects import (
     Log,
     MakeQuote,
     Now,
+    Resolve,
     Send,
     Sleep,
     Transact,
@@ -173,6 +175,39 @@ def test_disks_are_looked_at_and_acted_on(drive: Driver) -> None:
 def test_collateral_is_fetched(drive: Driver) -> None:
     identity: Any = "a platform"
     assert drive(ask(FetchCollateral(identity, 7)), collateral=Collateral()) == ("collateral", "a platform", 7)
+
+
+def test_a_name_is_resolved(drive: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    two: Any = [(socket.AF_INET6, 1, 6, "", ("fe80::1%eth0", 0, 0, 2)), (socket.AF_INET, 1, 6, "", ("192.0.2.1", 0))]
+    faults = {
+        "none": socket.gaierror(socket.EAI_NONAME, "Name or service not known"),
+        "nothing": socket.gaierror(socket.EAI_NODATA, "No address associated with hostname"),
+        "later": socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution"),
+    }
+
+    def getaddrinfo(name: str, *_: Any, **__: Any) -> Any:
+        if name in faults:
+            raise faults[name]
+        return two * 2
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    assert drive(ask(Resolve("two"))) == ("fe80::1", "192.0.2.1")
+    assert drive(ask(Resolve("none"))) == drive(ask(Resolve("nothing"))) == ()
+    with pytest.raises(TransportError, match="later cannot be resolved: Temporary failure"):
+        drive(ask(Resolve("later")))
+
+
+@pytest.mark.parametrize("drive", [by_trio, by_asyncio], indirect=True)
+def test_a_loop_does_not_wait_for_a_resolver_for_ever(drive: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    goes_on = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [goes_on.wait(60)][1:])
+    for binding in (chutes_proto_trio, chutes_proto_asyncio):
+        monkeypatch.setattr(binding.perform, "RESOLVE_SECONDS", 0.05)
+    try:
+        with pytest.raises(TransportError, match="slow cannot be resolved: no answer within"):
+            drive(ask(Resolve("slow")))
+    finally:
+        goes_on.set()
 
 
 def test_a_log_that_fails_undoes_nothing(drive: Driver, caplog: pytest.LogCaptureFixture) -> None:

@@ -15,7 +15,8 @@ from chutes_proto.auth.certificates import make_client_identity
 from chutes_proto.auth.hotkey import HotkeyPair
 from chutes_proto.auth.signing import body_message
 from chutes_proto.codes import Code
-from chutes_proto.effects import Transact, run
+from chutes_proto.effects import Effect, Resolve, Transact, run
+from chutes_proto.errors import TransportError
 from chutes_proto.quote.measurements import parse_profiles_json
 from chutes_proto.quote.policy import Policy
 from chutes_proto.secret import Secret
@@ -423,6 +424,32 @@ def test_a_name_is_resolved_once_and_ipv4_comes_first(world):
     registered(register(world, host="Good.example"))
     (row,) = world.rows(ServerRow)
     assert (row.host, row.address) == ("Good.example", "1.2.3.4")
+
+
+def test_a_name_that_nobody_can_tell_of_now_is_no_fault_of_the_miners(world):
+    def silent(effect: Effect[Any]) -> None:
+        if isinstance(effect, Resolve):
+            raise TransportError("nobody answers", maybe_delivered=False)
+
+    world.before = silent
+    assert refusal(register(world, host="slow.example"))[:2] == (503, Code.BUSY)
+    assert world.rows(ServerRow) == ()
+
+
+def test_one_miner_looks_up_one_name_at_a_time(world):
+    """Else one with names that are slow to be found would keep the others from looking up theirs."""
+    world.names = {"slow.example": (HOST,), "other.example": ("5.6.7.8",)}
+    seen: list[tuple[int, str]] = []
+
+    def meanwhile(effect: Effect[Any]) -> None:
+        if effect == Resolve("slow.example") and not seen:
+            seen.append((0, ""))
+            seen.append(refusal(register(world, id="n2", host="other.example", gpus=[gpu("GPU-1")]))[:2])
+            registered(register(world, OTHER, id="n3", host="other.example", gpus=[gpu("GPU-2")]))
+
+    world.before = meanwhile
+    registered(register(world, host="slow.example"))
+    assert seen[1] == (503, Code.BUSY)
 
 
 # --- who calls ---

@@ -36,7 +36,7 @@ from chutes_proto.effects import (
     Uptime,
     run,
 )
-from chutes_proto.errors import LocalProtocolError
+from chutes_proto.errors import LocalProtocolError, TransportError
 from chutes_proto.log import Record
 
 if TYPE_CHECKING:
@@ -95,17 +95,26 @@ def careful(log: Callable[[Record], None]) -> Callable[[Record], None]:
 
 RESOLVE_SECONDS: Final = 5.0
 """How long `Resolve` may take, where something can interrupt it."""
-RESOLVERS: Final = 4
+RESOLVERS: Final = 16
 """How many threads may wait for a resolver; an interrupted one waits on, so they are not those of the store."""
 
 
 def resolve(name: str) -> tuple[str, ...]:
-    """The addresses that this machine's resolver has for a name."""
+    """The addresses that this machine's resolver has for a name. Raises `TransportError` where it cannot tell."""
     try:
         found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError):
+    except UnicodeError:
         return ()
+    except OSError as exc:
+        if exc.errno in (socket.EAI_NONAME, socket.EAI_NODATA):
+            return ()
+        raise unresolved(name, str(exc.strerror)) from None
     return tuple(dict.fromkeys(str(address[0]).partition("%")[0] for *_, address in found))
+
+
+def unresolved(name: str, why: str = f"no answer within {RESOLVE_SECONDS:g} s") -> TransportError:
+    """Nobody can tell now what the addresses of ``name`` are."""
+    return TransportError(f"{name} cannot be resolved: {why}", maybe_delivered=False)
 
 
 def unknown(effect: Effect[Any]) -> LocalProtocolError:

@@ -4,7 +4,6 @@ Rules kept here:
 
 * the address that the host was located at is the one that is asked; its name is not resolved again, no redirect is
   followed, and how long and how large an answer may be is bounded;
-* one hotkey has one host asked at a time, and all together no more than the service's ``callbacks``;
 * the nonce is drawn for this one question, and is kept nowhere else;
 * the quote binds the key of the very connection that it came over, and is judged as a runtime quote is
   (``evidence.py``);
@@ -54,13 +53,10 @@ class Callback:
     port: int = PORT
 
 
-def ask_host(
-    service: Service, callback: Callback, caller: Hotkey, host: str, address: str, request_id: str
-) -> Flow[HostQuote]:
+def ask_host(service: Service, callback: Callback, host: str, address: str, request_id: str) -> Flow[HostQuote]:
     """What the host at ``address`` shows. Raises `BadRequest`, `Refused`, `Unavailable`."""
     nonce = yield from Entropy(32)
-    with service.callbacks.of(caller.address):
-        given, key = yield from _fetch(callback, nonce, host, address)
+    given, key = yield from _fetch(callback, nonce, host, address)
     now = yield from Now()
     try:
         evidence = yield from verify_evidence(service, nonce, key, given.quote, now)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from chutes_proto.codes import Code
 from chutes_proto.effects import Resolve
-from chutes_proto.errors import BadRequest
+from chutes_proto.errors import BadRequest, TransportError, Unavailable
 from chutes_proto.wire.http import plain_address
 
 if TYPE_CHECKING:
@@ -30,25 +30,31 @@ _NUMERIC: Final = re.compile(r"(?:0x[0-9a-f]*|[0-9]+)", re.IGNORECASE | re.ASCII
 
 
 def locate(host: str, unsafe_networks: Sequence[Network] = ()) -> Flow[str]:
-    """The address of ``host``: its first, IPv4 before IPv6. Raises `BadRequest`.
+    """The address of ``host``: its first, IPv4 before IPv6. Addresses in ``unsafe_networks`` pass for public ones.
 
-    Addresses in ``unsafe_networks`` pass for public ones.
+    Raises `BadRequest`, and `Unavailable` where nobody can tell now.
     """
     if not _NAME.fullmatch(host):
         raise _invalid("not a name and not an IPv4 address")
     try:
         addresses = [ip_address(host)]
     except ValueError:
-        if _NUMERIC.fullmatch(
-            host.rpartition(".")[2]
-        ):  # RFC 1123 section 2.1: else resolvers take 127.1 for an address
+        # RFC 1123 section 2.1: else resolvers take 127.1 for an address
+        if _NUMERIC.fullmatch(host.rpartition(".")[2]):
             raise _invalid("a name whose last label is a number") from None
-        addresses = [ip_address(plain_address(text)) for text in (yield from Resolve(host))]
+        addresses = [ip_address(plain_address(text)) for text in (yield from _resolved(host))]
     if not addresses:
         raise _invalid("does not resolve")
     if not all(_is_public(address) or any(address in one for one in unsafe_networks) for address in addresses):
         raise _invalid("has an address that is not public")
     return str(min(addresses, key=lambda address: (address.version, int(address))))
+
+
+def _resolved(host: str) -> Flow[tuple[str, ...]]:
+    try:
+        return (yield from Resolve(host))
+    except TransportError as exc:
+        raise Unavailable(Code.BUSY, "The host cannot be looked up now. Retry shortly.", reason=str(exc)) from None
 
 
 def _is_public(address: IPv4Address | IPv6Address) -> bool:

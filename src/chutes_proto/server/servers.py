@@ -2,7 +2,7 @@
 
 Who calls was checked before (``callers.py``); what is a server's is the units' to say (``units/servers.py``). Of a
 registration the GPUs are checked first, then the host, then what the host shows, where it is asked (``callbacks.py``),
-then what needs rows.
+then what needs rows. A host may be slow to be found and to answer, so one hotkey has one at a time.
 """
 
 from __future__ import annotations
@@ -59,10 +59,11 @@ def register_server(
             [{"type": "value_error", "loc": ["body", "id"], "msg": "The id is reserved"}],
         )
     nodes = check_nodes(message.gpus, service.gpus)
-    address = yield from locate(message.host, service.unsafe_networks)
     shown = None
-    if service.callback is not None:
-        shown = yield from ask_host(service, service.callback, caller, message.host, address, request_id)
+    with service.hosts.of(caller.address):
+        address = yield from locate(message.host, service.unsafe_networks)
+        if service.callback is not None:
+            shown = yield from ask_host(service, service.callback, message.host, address, request_id)
     now = yield from Now()
     server = yield from Transact(
         RegisterServer(

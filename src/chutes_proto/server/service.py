@@ -121,7 +121,7 @@ class Service:
     proxies: TrustedProxies = field(factory=TrustedProxies)
     limits: LimitOptions = field(factory=LimitOptions)
     verifications: Slots = field(default=Factory(_verifications, takes_self=True))
-    callbacks: Slots = field(factory=lambda: Slots(16, share=1))
+    hosts: Slots = field(factory=lambda: Slots(16, share=1))
     rates: Rates = field(default=Factory(lambda self: Rates(self.limits.requests_per_minute), takes_self=True))
     refusals: Quiet = field(factory=Quiet)
     faults: Quiet = field(factory=Quiet)
