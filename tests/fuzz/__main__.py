@@ -15,8 +15,8 @@ from pathlib import Path
 
 FOLDER = Path(".fuzz")
 MAX_LENGTH = 64 * 1024
-GRACE = 60
-"""Seconds that a process may need beyond its time, to import what it tests and to write its statistics."""
+GRACE = 300
+"""Seconds that a process may need beyond its time, on a busy machine, to import what it tests and to write figures."""
 
 
 def fuzz_here(name: str, seconds: int) -> None:

@@ -140,6 +140,8 @@ def test_pem() -> None:
         pem.replace(b"-----END CERTIFICATE-----", b"", 1),
         pem + pem,
         pem.replace(b"MII", b"M!I", 1),
+        pem.replace(b"MII", b"\nMII", 1),
+        pem.replace(b"\n", b"\r\n").replace(b"\r\n-----END", b"\r\n\r\n-----END", 1),
         pem.replace(b"MII", b"M\xc3\xa9I", 1),
         b"\n" * (certificates.MAX_PEM + 1),
     ):

@@ -101,7 +101,11 @@ def rewrapped(draw: st.DrawFn, chain: bytes) -> bytes:
     ders = draw(st.lists(st.sampled_from(read_pem(chain)), min_size=1, max_size=4) | st.just([*read_pem(chain)]))
     separator = draw(st.sampled_from([b"", b"\n", b"\r\n", b" ", b"text\n", b"\0"]))
     text = separator.join(pem([der]).encode() for der in ders)
-    return text.replace(b"\n", draw(st.sampled_from([b"\n", b"\r\n"]))) + draw(st.sampled_from([b"", b"\0", b"\n\0"]))
+    end = draw(st.sampled_from([b"\n", b"\r\n", b"\r", b"", b"\n\n", b"\r\n\r\n", b"\n\r\n"]))
+    which = draw(st.integers(-1, text.count(b"\n")))
+    lines = text.split(b"\n")
+    cut = b"\n".join(lines[:which]) + end + b"\n".join(lines[which:]) if which > 0 else text.replace(b"\n", end)
+    return cut + draw(st.sampled_from([b"", b"\0", b"\n\0"]))
 
 
 def other_signature(signature: bytes) -> bytes:
@@ -172,6 +176,15 @@ def test_edited_collateral(pair: tuple[bytes, Collateral], piece: str, data: st.
 def test_exchanged_collateral(one: tuple[bytes, Collateral], other: tuple[bytes, Collateral], pieces: set[str]) -> None:
     exchanged: Any = {piece: getattr(other[1], piece) for piece in pieces}
     check(one[0], attrs.evolve(one[1], **exchanged))
+
+
+@pytest.mark.parametrize("end", [b"\n\n", b"\r\n\r\n"])
+def test_an_empty_line_in_pem_ends_headers_for_both(end: bytes) -> None:
+    quote, collateral = made("v4", "platform", ())
+    chain = parse_quote(quote).certification
+    for at in (chain.index(b"\n", 40), chain.index(b"\n-----END")):
+        other = with_chain(quote, chain[:at] + end + chain[at + 1 :])
+        assert (ours(other, collateral)[0], theirs(other, collateral)[0]) == ("", "")
 
 
 def test_signatures_are_malleable_for_both() -> None:

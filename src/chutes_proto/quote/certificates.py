@@ -96,7 +96,7 @@ class Crl:
 def read_pem(data: bytes) -> tuple[bytes, ...]:
     """The DER of one to three certificates in PEM, with nothing but white space between and NULs or more of it after.
 
-    Raises `DerError`.
+    Lines may be of any length, but not empty. Raises `DerError`.
     """
     if len(data) > MAX_PEM:
         raise DerError(f"more than {MAX_PEM} bytes of PEM")
@@ -111,8 +111,11 @@ def _read_block(block: bytes) -> bytes:
     body, end, after = block.partition(b"-----END CERTIFICATE-----")
     if not end or after.strip():
         raise DerError("a PEM block that does not end, or text after one")
+    lines = body.replace(b"\r", b"")
+    if b"\n\n" in lines:  # before it stand headers, for who reads RFC 1421
+        raise DerError("an empty line in a PEM block")
     try:
-        return a2b_base64(body.replace(b"\n", b"").replace(b"\r", b""), strict_mode=True)
+        return a2b_base64(lines.replace(b"\n", b""), strict_mode=True)
     except Base64Error:
         raise DerError("a PEM block that is not base64") from None
 
