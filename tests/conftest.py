@@ -11,6 +11,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests import postgres
+from tests.canary import pytest_runtest_logstart, pytest_runtest_makereport, told_on_purpose
+
+__all__ = ["pytest_runtest_logstart", "pytest_runtest_makereport", "told_on_purpose"]  # for pytest to find
 
 ROOT = Path(__file__).resolve().parent.parent
 CI = os.environ.get("CI", "").lower() in ("1", "true", "yes")

@@ -106,6 +106,7 @@ def test_an_error_as_the_console_is_told_it() -> None:
     assert "Field required" in str(described(problems)["reason"])
 
 
+@pytest.mark.usefixtures("told_on_purpose")
 @given(st.text(max_size=300), st.text(max_size=300))
 def test_what_is_hidden_is_never_told(before: str, after: str) -> None:
     token = "f00d" * 16

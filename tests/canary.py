@@ -1,0 +1,80 @@
+"""In every test: no secret that it makes is in a log record, an audit row, an error's text, or what it prints.
+
+A secret is the value of each `Secret` that looks like a passphrase, a token or a key in hex or base64. What processes
+of their own say is looked at by ``tests/scenario/test_canary.py``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Generator
+from functools import wraps
+from typing import Any
+
+import pytest
+
+from chutes_proto.errors import ChutesError, Refusal
+from chutes_proto.log import Record
+from chutes_proto.secret import Secret
+from chutes_proto.store.rows import AuditRow
+
+_MANY = 10_000
+ON_PURPOSE = "told_on_purpose"
+_WORD = re.compile(rb"[0-9A-Za-z+/=_-]{32,}")
+_MADE: set[bytes] = set()
+_TOLD: list[str] = []
+
+
+def look(where: str, *texts: object) -> None:
+    """Remember where a secret was told."""
+    for text in texts:
+        _TOLD.extend(where for word in _WORD.findall(str(text).encode("utf-8", "replace")) if word in _MADE)
+
+
+def _before(owner: type[Any], name: str, see: Callable[..., None]) -> None:
+    """``see`` looks at what a method is called with."""
+    method = getattr(owner, name)
+
+    @wraps(method)
+    def seeing(*arguments: Any, **named: Any) -> Any:
+        see(*arguments, **named)
+        return method(*arguments, **named)
+
+    setattr(owner, name, seeing)
+
+
+def _made(_: Secret, value: bytes) -> None:
+    if _WORD.fullmatch(value):
+        if len(_MADE) >= _MANY:
+            _MADE.clear()
+        _MADE.add(bytes(value))
+
+
+_before(Secret, "__init__", _made)
+_before(Record, "__init__", lambda _, *told, **named: look("a log record", *told, *named.values()))
+_before(AuditRow, "__init__", lambda _, *told, **named: look("an audit row", *told, *named.values()))
+for _error in (ChutesError, Refusal):
+    _before(_error, "__init__", lambda _, *told, **named: look("an error", *told, *named.values()))
+
+
+@pytest.fixture
+def told_on_purpose() -> None:
+    """For a test that tells a secret to see what becomes of it."""
+
+
+def pytest_runtest_logstart() -> None:
+    """Each test has secrets of its own."""
+    _MADE.clear()
+    _TOLD.clear()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A test that told a secret has failed, also where it is only in what was printed or logged."""
+    report = yield
+    if report.when == "call" and report.passed and ON_PURPOSE not in getattr(item, "fixturenames", ()):
+        look("what was printed or logged", *(text for _, text in report.sections))
+        if _TOLD:
+            report.outcome = "failed"
+            report.longrepr = f"a secret is in {', '.join(sorted(set(_TOLD)))}"
+    return report

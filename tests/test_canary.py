@@ -1,0 +1,67 @@
+"""The canary in every test sings: a secret that is told anywhere is found."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from chutes_proto.codes import Code
+from chutes_proto.errors import Refused, StoreError
+from chutes_proto.log import Level, Record
+from chutes_proto.secret import Secret
+from tests import canary
+from tests.conftest import ROOT
+
+WORD = "c0ffee" * 20
+TOLD: list[Callable[[], object]] = [
+    lambda: Record(Level.INFO, "granted", {"key": WORD}),
+    lambda: Record(Level.INFO, WORD),
+    lambda: StoreError(f"the row {WORD!r}"),
+    lambda: Refused(Code.NOT_FOUND, "Not Found", reason=f"passphrase {WORD}"),
+    lambda: canary.look("output", f'{{"storage":"{WORD}"}}'),
+]
+
+
+@pytest.mark.usefixtures("told_on_purpose")
+@pytest.mark.parametrize("tell", TOLD)
+def test_a_secret_that_is_told_is_found(tell: Callable[[], object]) -> None:
+    _ = tell()
+    assert canary._TOLD == []
+    _ = Secret(WORD.encode())
+    _ = tell()
+    assert len(canary._TOLD) >= 1
+
+
+TESTS = f"""
+import pytest
+from chutes_proto.log import Level, Record
+from chutes_proto.secret import Secret
+
+def test_prints():
+    print("key:", Secret(b"{WORD}").reveal().decode())
+
+def test_logs():
+    Record(Level.INFO, "granted", {{"key": Secret(b"{WORD}").reveal().decode()}})
+
+@pytest.mark.usefixtures("told_on_purpose")
+def test_tells_on_purpose():
+    print(Secret(b"{WORD}").reveal().decode())
+
+def test_is_silent():
+    print(Secret(b"{WORD}"))
+"""
+
+
+def test_what_is_told_fails_a_test(tmp_path: Path) -> None:
+    _ = (tmp_path / "conftest.py").write_text("from tests.canary import *\n")
+    _ = (tmp_path / "test_it.py").write_text(TESTS)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={tmp_path}", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    said = done.stdout
+    assert "2 failed, 2 passed" in said, said
+    assert "a secret is in what was printed or logged" in said
+    assert "a secret is in a log record" in said
