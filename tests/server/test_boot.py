@@ -103,8 +103,9 @@ ORDER = [
     ("report_data_nonce", 400, Code.NONCE_MISMATCH, "Quote nonce does not match expected nonce."),
     ("report_data_key", 403, Code.CERTIFICATE_MISMATCH, "Invalid client certificate provided."),
     ("pck_expired", 403, Code.QUOTE_REJECTED, NOT_VERIFIED),
-    ("no collateral", 503, Code.COLLATERAL_UNAVAILABLE, None),
     ("quote_signature", 403, Code.QUOTE_REJECTED, NOT_VERIFIED),
+    ("no collateral", 503, Code.COLLATERAL_UNAVAILABLE, None),
+    ("qe_prod_id", 403, Code.QUOTE_REJECTED, NOT_VERIFIED),
     ("tcb_out_of_date", 403, Code.TCB_REJECTED, NOT_VERIFIED),
     ("debug", 403, Code.ATTRIBUTES_REJECTED, NOT_VERIFIED),
     ("rtmr1", 403, Code.MEASUREMENT_MISMATCH, NOT_EXPECTED + " (RTMR1)"),
@@ -119,6 +120,7 @@ PLATFORM_FAULTS = {
     "report_data_key",
     "pck_expired",
     "quote_signature",
+    "qe_prod_id",
     "tcb_out_of_date",
     "debug",
     "rtmr1",
@@ -161,7 +163,7 @@ def test_the_order_of_checks(world, first):
     assert response.header("connection") == "close"
     assert (world.rows(NonceRow), world.rows(BootRow), world.rows(VmRow)) == before  # nothing is spent, nothing granted
     recorded = [row.code for row in world.rows(AttestationRow) if row.code]
-    dcap_held = first > [name for name, *_ in ORDER].index("quote_signature")
+    dcap_held = first > [name for name, *_ in ORDER].index("qe_prod_id")
     assert recorded == ([expected_code] if dcap_held else [])
 
 
@@ -410,6 +412,16 @@ def test_quotes_with_a_genuine_chain_cannot_fill_the_log(world):
     for _ in range(100):
         assert refusal(world.ask("POST", "/servers/boot/attestation", body, headers=headers))[0] == 503
     assert len(world.log) == 20
+
+
+@pytest.mark.parametrize("fault", ["quote_signature", "header_altered", "attestation_key", "qe_report_signature"])
+def test_who_knows_only_a_platforms_certificates_has_no_collateral_asked_for(world, fault):
+    """Else quotes that nobody signed could wait for slow collateral in every slot."""
+    world.platform = world.platform.having(fault)
+    asked: list[Any] = []
+    world.before = lambda effect: asked.append(effect) if isinstance(effect, FetchCollateral) else None
+    assert refusal(world.boot())[:2] == (403, Code.QUOTE_REJECTED)
+    assert asked == []
 
 
 def test_for_a_minute_after_a_restore_boots_are_told_to_come_again(world):

@@ -140,8 +140,9 @@ ORDER = [
     ("report_data_nonce", 400, Code.NONCE_MISMATCH, "Quote nonce does not match expected nonce."),
     ("report_data_key", 403, Code.CERTIFICATE_MISMATCH, "Invalid client certificate provided."),
     ("pck_expired", 403, Code.QUOTE_REJECTED, NOT_VERIFIED),
-    ("no collateral", 503, Code.COLLATERAL_UNAVAILABLE, None),
     ("quote_signature", 403, Code.QUOTE_REJECTED, NOT_VERIFIED),
+    ("no collateral", 503, Code.COLLATERAL_UNAVAILABLE, None),
+    ("qe_prod_id", 403, Code.QUOTE_REJECTED, NOT_VERIFIED),
     ("tcb_out_of_date", 403, Code.TCB_REJECTED, NOT_VERIFIED),
     ("debug", 403, Code.ATTRIBUTES_REJECTED, NOT_VERIFIED),
     ("boot stage", 403, Code.MEASUREMENT_MISMATCH, NOT_EXPECTED + " (RTMR3)"),
@@ -155,6 +156,7 @@ FAULTS = {
     "report_data_key",
     "pck_expired",
     "quote_signature",
+    "qe_prod_id",
     "tcb_out_of_date",
     "debug",
 }

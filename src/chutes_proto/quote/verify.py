@@ -94,6 +94,7 @@ __all__ = [
     "OpenedQuote",
     "Verdict",
     "authenticate_collateral",
+    "check_signed",
     "forget",
     "open_quote",
     "verify",
@@ -206,6 +207,16 @@ def open_quote(data: bytes | Quote, *, now: int, root: TrustedRoot = INTEL_ROOT)
     return OpenedQuote(quote=quote, pck=chain.identity, root=root, chain=chain, checked=notes, proof=PROOF)
 
 
+def check_signed(opened: OpenedQuote) -> None:
+    """Steps 28 to 30 and 33, which need no collateral: the platform did make the quote, well kept or not.
+
+    Before collateral is asked for: else who knows the platform's certificates, which are no secret, could have it asked
+    for. `verify_quote` takes these steps in any case. Raises `VerificationError`.
+    """
+    _, attestation_key, _ = _enclave_of(opened)
+    _check_signature(opened.quote, attestation_key)
+
+
 def verify_collateral(
     collateral: Collateral, *, now: int, root: TrustedRoot = INTEL_ROOT, grace: int = 0
 ) -> VerifiedCollateral:
@@ -298,14 +309,9 @@ def _quote(opened: OpenedQuote, verified: VerifiedCollateral, now: int, expected
     _check_not_revoked(_PCK_CA.subject, chain.issuer.serial, verified.revoked_by_root)  # 15
     if chain.leaf.serial in verified.revoked_pcks:  # 27
         raise PckRevoked(_PCK.subject, "it is on the PCK CRL", got=chain.leaf.serial)
-    qe_report, attestation_key, qe_notes = _quoting_enclave(  # 28-30
-        chain, quote.qe_report_bytes, quote.qe_report_signature, quote.qe_auth, quote.attestation_key
-    )
+    qe_report, attestation_key, qe_notes = _enclave_of(opened)  # 28-30
     _check_quoting_enclave(qe_report, verified.qe_identity)  # 31, 32
-    try:
-        ecdsa.verify_raw(attestation_key, quote.signature, quote.signed)  # 33
-    except ecdsa.InvalidSignature:
-        raise QuoteSignature("quote", "the attestation key did not sign it") from None
+    _check_signature(quote, attestation_key)  # 33
     tcb = assess(verified.tcb_info, verified.qe_identity, pck, quote.body, qe_report)  # 34-36
     got = quote.body.report_data
     if expected is not None and not compare_digest(got, expected):  # 37
@@ -601,6 +607,21 @@ def _quoting_enclave(
     except ValueError:
         raise AttestationKey("attestation key", "it is no point of P-256", got=attestation_key) from None
     return qe_report, key, _Notes(checked("quoting enclave", 28, 29, 30))
+
+
+def _enclave_of(opened: OpenedQuote) -> tuple[SgxReport, EllipticCurvePublicKey, _Notes]:
+    quote = opened.quote
+    return _quoting_enclave(
+        opened.chain, quote.qe_report_bytes, quote.qe_report_signature, quote.qe_auth, quote.attestation_key
+    )
+
+
+def _check_signature(quote: Quote, attestation_key: EllipticCurvePublicKey) -> None:
+    """Step 33."""
+    try:
+        ecdsa.verify_raw(attestation_key, quote.signature, quote.signed)
+    except ecdsa.InvalidSignature:
+        raise QuoteSignature("quote", "the attestation key did not sign it") from None
 
 
 _DEBUG: Final = int(SgxAttributes.DEBUG)

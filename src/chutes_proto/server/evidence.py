@@ -4,7 +4,8 @@
    (`rotation.py`); the client certificate's key;
 2. base64 and the quote's structure;
 3. report data: the nonce, then the key;
-4. the PCK chain up to the trusted root; only then collateral for its platform; then the quote;
+4. the PCK chain up to the trusted root and the quote's signatures; only then collateral for its platform; then the
+   quote against it;
 5. TCB status and attributes against the policy;
 6. measurements against the accepted profiles.
 
@@ -25,7 +26,7 @@ from chutes_proto.errors import CollateralUnavailable, Refused, Unavailable
 from chutes_proto.quote.errors import AppraisalError, QuoteFormatError, VerificationError
 from chutes_proto.quote.layout import parse_quote
 from chutes_proto.quote.steps import CertificateNotYetValid, CollateralExpired, CollateralNotYetValid
-from chutes_proto.quote.verify import open_quote, verify_quote
+from chutes_proto.quote.verify import check_signed, open_quote, verify_quote
 from chutes_proto.wire.codec import decode_quote
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def verify_evidence(service: Service, nonce: bytes, key: ClientKey, quote_text: 
     check_report_data(quote.body.report_data, nonce, key)
     try:
         opened = open_quote(quote, now=now, root=service.root)
+        check_signed(opened)
         with service.verifications.of((opened.pck.fmspc, opened.pck.ca)):
             collateral = yield from FetchCollateral(opened.pck, now)
         now = yield from Now()  # collateral may be younger than the request
