@@ -17,8 +17,8 @@ import pytest
 from chutes_proto.blocking import disks as module
 from chutes_proto.blocking.disks import Disks, find_cryptsetup
 from chutes_proto.errors import DiskError, HeaderRejected, LocalProtocolError
-from chutes_proto.luks.disk import UNFINISHED, Blank, Foreign, Luks
-from chutes_proto.luks.header import MAX_SLOTS
+from chutes_proto.luks.disk import LOOKED_AT, UNFINISHED, Blank, Foreign, Luks
+from chutes_proto.luks.header import HEAD_SIZE, MAX_SLOTS
 from chutes_proto.luks.plan import Action, AddKey, Format, KeepKey, Key, Open
 from chutes_proto.secret import Secret
 from tests.conftest import CI
@@ -197,6 +197,21 @@ def test_a_disk_that_is_not_blank(bench: Bench) -> None:
         bench.put(place, bytes(len(data)))
     bench.format()
     _ = bench.refused(lambda: bench.format(B), "not_blank")
+
+
+@pytest.mark.parametrize("size", [1, HEAD_SIZE, HEAD_SIZE + 1, LOOKED_AT, LOOKED_AT + 1, 2 * LOOKED_AT + 1, SIZE])
+def test_all_that_is_looked_at_is_looked_at(tmp_path: Path, size: int) -> None:
+    disk = tmp_path / "disk"
+    disks = Disks("/nowhere", images=True)
+    edges = (0, HEAD_SIZE, 2 * HEAD_SIZE, LOOKED_AT, size - LOOKED_AT, size - HEAD_SIZE, size)
+    for place in {place for edge in edges for place in (edge - 1, edge) if 0 <= place < size}:
+        with disk.open("wb") as file:
+            _ = file.truncate(size)
+            assert isinstance(disks.inspect(str(disk)), Blank)
+            _ = file.seek(place)
+            _ = file.write(b"x")
+        is_looked_at = place < LOOKED_AT or place >= size - LOOKED_AT
+        assert isinstance(disks.inspect(str(disk)), Foreign if is_looked_at else Blank), place
 
 
 def test_a_disk_that_is_too_small(bench: Bench) -> None:

@@ -38,7 +38,7 @@ from tests.client.test_rotation import NONCE
 from tests.luks import headers
 
 ROOT = Volume("root", "/dev/vda2")
-ROOT_DISK = judge(headers.both(headers.told()), b"", headers.SIZE, ROOT.device)
+ROOT_DISK = judge(headers.both(headers.told()), [], headers.SIZE, ROOT.device)
 OPEN_ROOT = Open(ROOT.name, ROOT.device, ROOT.mapping, (Key.CURRENT,))
 ROOT_OPENED = OpenVolume("root", ROOT.device, "/dev/mapper/root", formatted=False)
 MISSING = DiskError("unavailable", "it cannot be opened", STORAGE.device)

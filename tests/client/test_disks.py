@@ -31,7 +31,7 @@ from tests.luks import headers
 
 STORAGE, CACHE = Volume("storage", "/dev/vdb"), Volume("tdx-cache", "/dev/disk/by-id/cache", "cache")
 VOLUMES = (STORAGE, CACHE)
-LUKS, OTHER = (judge(headers.both(headers.told()), b"", headers.SIZE, volume.device) for volume in VOLUMES)
+LUKS, OTHER = (judge(headers.both(headers.told()), [], headers.SIZE, volume.device) for volume in VOLUMES)
 BLANK, FOREIGN = Blank(STORAGE.device, headers.SIZE), Foreign(STORAGE.device, headers.SIZE, "XFS")
 BAD = HeaderRejected("cipher", "cipher_null-ecb", "aes-xts-plain64", STORAGE.device)
 SHUT = DiskError("key_refused", "no key opens it", STORAGE.device)

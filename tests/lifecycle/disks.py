@@ -13,7 +13,7 @@ from chutes_proto.luks.disk import Blank, Disk, Luks, judge
 from chutes_proto.luks.plan import Action, AddKey, Format, KeepKey, Key, Keys, Open
 from tests.luks import headers
 
-LUKS = judge(headers.both(headers.told()), b"", headers.SIZE, "")
+LUKS = judge(headers.both(headers.told()), [], headers.SIZE, "")
 
 
 class Killed(Exception):

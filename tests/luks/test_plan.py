@@ -30,7 +30,7 @@ def at(place: int, data: bytes) -> bytes:
     return (bytes(place) + data).ljust(LOOKED_AT, b"\0")
 
 
-BLANK, LUKS, FOREIGN = (judge(head, ZEROS, SIZE, "/dev/vdb") for head in (ZEROS, both(told()), at(0, b"XFSB")))
+BLANK, LUKS, FOREIGN = (judge(head, [ZEROS], SIZE, "/dev/vdb") for head in (ZEROS, both(told()), at(0, b"XFSB")))
 
 
 # --- disks ---
@@ -57,27 +57,27 @@ def test_what_a_disk_holds() -> None:
     ],
 )
 def test_what_is_foreign(place: int, data: bytes, found: str) -> None:
-    assert judge(at(place, data), ZEROS, SIZE, "/dev/vdb") == Foreign("/dev/vdb", SIZE, found)
+    assert judge(at(place, data), [ZEROS], SIZE, "/dev/vdb") == Foreign("/dev/vdb", SIZE, found)
 
 
 @given(st.integers(0, LOOKED_AT - 1), st.integers(1, 255), st.booleans())
 def test_one_byte_makes_a_disk_foreign(place: int, byte: int, at_the_end: bool) -> None:
     some = at(place, bytes([byte]))
     head, tail = (ZEROS, some) if at_the_end else (some, ZEROS)
-    assert isinstance(judge(head, tail, SIZE, "/dev/vdb"), Foreign)
+    assert isinstance(judge(head, [ZEROS, tail], SIZE, "/dev/vdb"), Foreign)
 
 
 def test_a_format_that_was_cut_off() -> None:
     for head in (at(0, UNFINISHED), at(0, UNFINISHED)[:4096] + both(told())[4096:]):
-        disk = judge(head, ZEROS, SIZE, "/dev/vdb")
+        disk = judge(head, [ZEROS], SIZE, "/dev/vdb")
         assert disk == Blank("/dev/vdb", SIZE, unfinished=True)
         assert str(disk).endswith("a format of it was begun and cut off")
-    assert isinstance(judge(at(0, UNFINISHED[:-1] + b"x"), ZEROS, SIZE, "/dev/vdb"), Foreign)
+    assert isinstance(judge(at(0, UNFINISHED[:-1] + b"x"), [ZEROS], SIZE, "/dev/vdb"), Foreign)
 
 
 def test_a_header_that_is_not_allowed_is_no_foreign_disk() -> None:
     with pytest.raises(HeaderRejected):
-        _ = judge(at(0, b"LUKS\xba\xbe\0\1"), ZEROS, SIZE, "/dev/vdb")
+        _ = judge(at(0, b"LUKS\xba\xbe\0\1"), [ZEROS], SIZE, "/dev/vdb")
 
 
 # --- plans ---

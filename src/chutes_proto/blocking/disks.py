@@ -19,15 +19,16 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, Final
 
 from attrs import frozen
 
 from chutes_proto.errors import DiskError, LocalProtocolError
 from chutes_proto.luks.disk import LOOKED_AT, UNFINISHED, Blank, Disk, Luks, judge
-from chutes_proto.luks.header import MAX_SLOTS, CheckedHeader, check_header
+from chutes_proto.luks.header import HEAD_SIZE, MAX_SLOTS, CheckedHeader, check_header
 from chutes_proto.luks.plan import Action, AddKey, Format, KeepKey, Key, Keys, Open
 from chutes_proto.secret import Secret
 
@@ -221,9 +222,9 @@ class Disks:
 
 def find_cryptsetup() -> str | None:
     """The installed program. Distributions keep it where only root's PATH looks."""
-    import shutil
-
-    return shutil.which("cryptsetup") or shutil.which("cryptsetup", path="/usr/local/sbin:/usr/sbin:/sbin")
+    folders = (*os.get_exec_path(), "/usr/local/sbin", "/usr/sbin", "/sbin")
+    paths = (Path(folder, "cryptsetup") for folder in folders)
+    return next((str(path) for path in paths if path.is_file() and os.access(path, os.X_OK)), None)
 
 
 @frozen
@@ -259,8 +260,13 @@ class _Device:
         return DiskError(reason, text, self.name)
 
     def judge(self) -> Disk:
-        length = min(self.size, LOOKED_AT)
-        return judge(self.read(0, length), self.read(self.size - length, length), self.size, self.name)
+        return judge(self.read(0, min(self.size, HEAD_SIZE)), self._rest(), self.size, self.name)
+
+    def _rest(self) -> Iterator[bytes]:
+        """What else is in the first and the last `LOOKED_AT` bytes, in pieces."""
+        for begin, end in ((HEAD_SIZE, min(self.size, LOOKED_AT)), (max(self.size - LOOKED_AT, 0), self.size)):
+            for place in range(begin, end, HEAD_SIZE):
+                yield self.read(place, min(HEAD_SIZE, end - place))
 
     def read(self, place: int, length: int) -> bytes:
         data = _read(self.descriptor, place, length)
@@ -312,7 +318,7 @@ class _Copy:
 
     def check(self) -> CheckedHeader:
         """What the program made of it."""
-        header = check_header(_read(self.descriptor, 0, LOOKED_AT), self.disk.size, self.disk.name)
+        header = check_header(_read(self.descriptor, 0, HEAD_SIZE), self.disk.size, self.disk.name)
         if header is None:
             raise self.disk.error("cryptsetup", "cryptsetup left no header")
         return header

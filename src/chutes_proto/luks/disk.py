@@ -10,6 +10,7 @@ Rules kept here:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final, TypeAlias
 
 from attrs import frozen
@@ -71,17 +72,23 @@ class Foreign:
 Disk: TypeAlias = Blank | Luks | Foreign
 
 
-def judge(head: bytes, tail: bytes, size: int, device: str) -> Disk:
-    """What a disk of ``size`` bytes holds, of which ``head`` and ``tail`` are the first and the last `LOOKED_AT` bytes.
+def judge(head: bytes, rest: Iterable[bytes], size: int, device: str) -> Disk:
+    """What a disk of ``size`` bytes holds.
 
-    Each is the whole disk if that is smaller. Raises `HeaderRejected` for a LUKS header that is not allowed.
+    ``head`` is its first `HEAD_SIZE` bytes, or all there are; ``rest``, in pieces, is what else is in the first and the
+    last `LOOKED_AT` bytes, and is asked for only where nothing is in the head. Raises `HeaderRejected` for a LUKS
+    header that is not allowed.
     """
     if head.startswith(UNFINISHED):
         return Blank(device, size, unfinished=True)
     header = check_header(head, size, device)
     if header is not None:
         return Luks(device, size, header)
-    if not any(head) and not any(tail):
+    if _is_zero(head) and all(map(_is_zero, rest)):
         return Blank(device, size)
     known = (name for place, magic, name in _SIGNATURES if head[place : place + len(magic)] == magic)
     return Foreign(device, size, next(known, "data of an unknown kind"))
+
+
+def _is_zero(data: bytes) -> bool:
+    return data == bytes(len(data))  # a hundred times as quick as any()
