@@ -1,9 +1,12 @@
 """The boot agent from the start of its process, installed and as a zipapp, beside ``python -c REFERENCE``.
 
 The reference imports TLS and X.509, which no agent can do without. The first byte is the first one of the ClientHello
-that reaches a server on loopback, after settings, config and disks were looked at and a throw-away key was made; a
-reference ends when its process does. Both are medians, started by turns on one core. The peak memory is that of the
-whole boot (VmHWM of its process) against a server that grants it, with one blank disk; its modules are counted too.
+that reaches a server on loopback, after settings and config were read and a throw-away key was made; a reference ends
+when its process does. Both are medians, started by turns on one core.
+
+Memory is the peak of a process (VmHWM): when the first byte has come, and of the whole boot, with one blank disk,
+against a server that grants it; the modules of that are counted too. What no agent boots without is then used piece by
+piece in one process, without a line of ours: how near an agent could come to the reference.
 """
 
 from __future__ import annotations
@@ -33,19 +36,61 @@ TURNS = 40
 SYSTEM = "/usr/bin/python3"
 LIMITS = {"installed": 2.0, "zipapp": 2.5}
 MEMORY_LIMIT = 1.3
+PIECES = (
+    (REFERENCE, REFERENCE),
+    (
+        "a P-256 key and its certificate",
+        """
+from datetime import UTC, datetime, timedelta
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
+name = x509.Name([x509.NameAttribute(x509.oid.NameOID.COMMON_NAME, "bench")])
+made = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key()).serial_number(1)
+signed = made.not_valid_before(now).not_valid_after(now + timedelta(1)).sign(key, hashes.SHA256())
+pem = signed.public_bytes(Encoding.PEM) + key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+""",
+    ),
+    (
+        "a TLS handshake with them",
+        """
+import os, socket, sys
+context = ssl.create_default_context(cafile=sys.argv[1])
+descriptor = os.memfd_create("pem")
+_ = os.write(descriptor, pem)
+context.load_cert_chain(f"/proc/self/fd/{descriptor}")
+with socket.create_connection(("127.0.0.1", int(sys.argv[2]))) as plain:
+    with context.wrap_socket(plain, server_hostname="127.0.0.1") as stream:
+        assert stream.version() == "TLSv1.3"
+""",
+    ),
+    (
+        "argparse, json, tomllib, subprocess",
+        """
+import argparse, json, subprocess, tomllib
+_ = argparse.ArgumentParser().parse_args([])
+_ = subprocess.run(["true"], check=True)
+""",
+    ),
+    ("attrs, h11", "import attrs, h11"),
+)
+"""Names, and what uses them: all in one process, one after the other."""
 HOTKEY = "5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY"
 
-_SAY_PEAK = "; print(open('/proc/self/status').read())"
+_SAY_PEAK = "\nprint(open('/proc/self/status').read())\n"
 _ENVIRONMENT = {"PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"}
 
 
 @frozen
 class Subject:
-    """An agent, and the interpreter that runs it."""
+    """An agent, the interpreter that runs it, and where that finds what the agent brings along, empty if it knows."""
 
     name: str
     python: str
     agent: tuple[str, ...]
+    path: str = ""
 
     @property
     def reference(self) -> list[str]:
@@ -56,45 +101,58 @@ def run() -> None:
     one_core()
     with tempfile.TemporaryDirectory(prefix="chutes-proto-bench-") as folder:
         subjects = _subjects(Path(folder))
-        print(f"{'first byte sent':>16}{'ms':>10}{'reference':>12}{'ratio':>8}{'limit':>8}")
+        print(f"{'first byte sent':>16}{'ms':>10}{'reference':>12}{'ratio':>8}{'limit':>8}{'MiB':>10}{'ratio':>8}")
         for subject in subjects:
-            first, reference = _first_bytes(subject, Path(folder))
+            first, reference, peak = _first_bytes(subject, Path(folder))
+            memory = f"{peak / 1024:>10.1f}{peak / _reference_peak(subject):>8.2f}"
             limit = LIMITS[subject.name]
-            print(f"{subject.name:>16}{first:>10.1f}{reference:>12.1f}{first / reference:>8.2f}{limit:>8.1f}")
-        if shutil.which("cryptsetup", path=_ENVIRONMENT["PATH"]) is None:
-            print("\nmemory and modules of a whole boot: cryptsetup is not installed")
-            return
-        print(
-            f"\n{'whole boot':>16}{'MiB':>10}{'reference':>12}{'ratio':>8}{'limit':>8}{'modules':>10}{'reference':>12}"
-        )
+            print(f"{subject.name:>16}{first:>10.1f}{reference:>12.1f}{first / reference:>8.2f}{limit:>8.1f}{memory}")
         with dev_server(Path(folder) / "platform") as server:
-            for subject in subjects:
-                peak, modules = _boot(subject, server, Path(folder))
-                base, known = _reference_peak(subject), _reference_modules(subject)
-                print(
-                    f"{subject.name:>16}{peak / 1024:>10.1f}{base / 1024:>12.1f}{peak / base:>8.2f}"
-                    f"{MEMORY_LIMIT:>8.1f}{modules:>10}{known:>12}"
-                )
+            if shutil.which("cryptsetup", path=_ENVIRONMENT["PATH"]) is None:
+                print("\nmemory and modules of a whole boot: cryptsetup is not installed")
+            else:
+                _print_boots(subjects, server, Path(folder))
+            _print_pieces(subjects, server)
+
+
+def _print_boots(subjects: Sequence[Subject], server: DevServer, folder: Path) -> None:
+    print(f"\n{'whole boot':>16}{'MiB':>10}{'reference':>12}{'ratio':>8}{'limit':>8}{'modules':>10}{'reference':>12}")
+    for subject in subjects:
+        peak, modules = _boot(subject, server, folder)
+        base, known = _reference_peak(subject), _reference_modules(subject)
+        ratio = f"{peak / base:>8.2f}{MEMORY_LIMIT:>8.1f}"
+        print(f"{subject.name:>16}{peak / 1024:>10.1f}{base / 1024:>12.1f}{ratio}{modules:>10}{known:>12}")
+
+
+def _print_pieces(subjects: Sequence[Subject], server: DevServer) -> None:
+    peaks = [_piece_peaks(subject, server) for subject in subjects]
+    print(f"\n{'no agent without':>36}" + "".join(f"{f'{subject.name}, MiB':>16}{'ratio':>8}" for subject in subjects))
+    for (name, _), *row in zip(PIECES, *peaks, strict=True):
+        cells = (f"{peak / 1024:>16.1f}{peak / of[0]:>8.2f}" for peak, of in zip(row, peaks, strict=True))
+        print(f"{name:>36}" + "".join(cells))
 
 
 def _subjects(folder: Path) -> list[Subject]:
-    found = [Subject("installed", sys.executable, (sys.executable, str(Path(sys.executable).with_name("chutes-proto"))))]
+    found = [
+        Subject("installed", sys.executable, (sys.executable, str(Path(sys.executable).with_name("chutes-proto"))))
+    ]
     has_cryptography = [SYSTEM, "-I", "-c", REFERENCE]
     if not Path(SYSTEM).exists() or subprocess.run(has_cryptography, capture_output=True, check=False).returncode:
         print(f"zipapp: {SYSTEM} has no cryptography (Debian: python3-cryptography)")
         return found
     zipapp = folder / "agent.pyz"
     build(zipapp, SYSTEM)
-    return [*found, Subject("zipapp", SYSTEM, (SYSTEM, "-I", str(zipapp)))]
+    return [*found, Subject("zipapp", SYSTEM, (SYSTEM, "-I", str(zipapp)), str(zipapp))]
 
 
 # --- the first byte ---
 
 
-def _first_bytes(subject: Subject, folder: Path) -> tuple[float, float]:
-    """Milliseconds: until the agent's first byte, and for the reference."""
+def _first_bytes(subject: Subject, folder: Path) -> tuple[float, float, float]:
+    """Milliseconds until the agent's first byte, and for the reference; KiB that the agent has had till then."""
     first: list[float] = []
     reference: list[float] = []
+    peaks: list[int] = []
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(60)
         ca = folder / "ca.pem"
@@ -106,17 +164,19 @@ def _first_bytes(subject: Subject, folder: Path) -> tuple[float, float]:
             start = perf_counter()
             _ = subprocess.run(subject.reference, check=True, env=_ENVIRONMENT)
             reference.append(perf_counter() - start)
-            first.append(_first_byte([*subject.agent, *settings], listener))
-    return median(first) * 1000, median(reference) * 1000
+            seconds, peak = _first_byte([*subject.agent, *settings], listener)
+            first.append(seconds)
+            peaks.append(peak)
+    return median(first) * 1000, median(reference) * 1000, median(peaks)
 
 
-def _first_byte(command: Sequence[str], listener: socket.socket) -> float:
+def _first_byte(command: Sequence[str], listener: socket.socket) -> tuple[float, int]:
     start = perf_counter()
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=_ENVIRONMENT) as agent:
         try:
             with listener.accept()[0] as connection:
                 assert connection.recv(1) == b"\x16", "a TLS handshake begins with this"
-                return perf_counter() - start
+                return perf_counter() - start, _peak(Path(f"/proc/{agent.pid}/status"))
         finally:
             agent.kill()
 
@@ -174,6 +234,15 @@ def _reference_peak(subject: Subject) -> int:
         [subject.python, "-I", "-c", REFERENCE + _SAY_PEAK], capture_output=True, text=True, check=True
     )
     return _peak_in(done.stdout)
+
+
+def _piece_peaks(subject: Subject, server: DevServer) -> list[int]:
+    """KiB at the peak after each of `PIECES`."""
+    found = f"import sys; sys.path.insert(0, {subject.path!r})\n" if subject.path else ""
+    program = found + "".join(code + _SAY_PEAK for _, code in PIECES)
+    command = [subject.python, "-I", "-c", program, str(server.ca), server.url.rpartition(":")[2]]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=_ENVIRONMENT)
+    return [_peak_in(status) for status in done.stdout.split("Name:")[1:]]
 
 
 def _reference_modules(subject: Subject) -> int:
