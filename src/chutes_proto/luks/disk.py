@@ -91,4 +91,4 @@ def judge(head: bytes, rest: Iterable[bytes], size: int, device: str) -> Disk:
 
 
 def _is_zero(data: bytes) -> bool:
-    return data == bytes(len(data))  # a hundred times as quick as any()
+    return data.count(0) == len(data)  # many times as quick as any()
