@@ -1,7 +1,8 @@
-"""Which connection ends when there is no room: never one at work, and the crowd of one address before all others."""
+"""Which connection ends when there is no room: never one at work, and who makes the server wait longest."""
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -10,20 +11,21 @@ from chutes_proto.transport.h1 import ServerConnection
 from chutes_proto.wire.http import HttpResponse
 
 GET = b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"
+STATES = ["silent", "halfway", "idle", "deaf", "working"]
 
 
-def connection(address: str, state: str = "silent") -> ServerConnection:
-    made = ServerConnection(0.0, peer_address=address)
+def connection(address: str, state: str = "silent", now: float = 0.0) -> ServerConnection:
+    made = ServerConnection(now, peer_address=address)
     if state == "halfway":
-        made.receive_data(GET[:5], 0.0)
+        made.receive_data(GET[:5], now)
     if state in ("working", "idle", "deaf"):
-        made.receive_data(GET, 0.0)
-        assert made.next_request(0.0) is not None
+        made.receive_data(GET, now)
+        assert made.next_request(now) is not None
     if state in ("idle", "deaf"):
-        made.send_response(HttpResponse(200), 0.0)
+        made.send_response(HttpResponse(200), now)
         assert made.data_to_send()
     if state == "idle":
-        assert made.next_request(0.0) is None
+        assert made.next_request(now) is None
     return made
 
 
@@ -38,7 +40,7 @@ def test_there_is_room() -> None:
     _ = opened(3, connection("1.1.1.1"), connection("1.1.1.1"))
 
 
-def test_the_oldest_of_the_most_crowded_address_ends() -> None:
+def test_the_crowd_of_one_address_ends_before_others() -> None:
     lonely, first, second = connection("1.1.1.1"), connection("2.2.2.2"), connection("2.2.2.2")
     connections = opened(4, lonely, first, second)
     newest = connection("3.3.3.3")
@@ -50,22 +52,39 @@ def test_the_oldest_of_the_most_crowded_address_ends() -> None:
     assert connections.make_room(connection("3.3.3.3")) == (lonely,)  # no crowd any more: the oldest
 
 
-def test_who_never_asked_ends_first() -> None:
-    idle, halfway = connection("1.1.1.1", "idle"), connection("1.1.1.1", "halfway")
-    connections = opened(3, idle, halfway)
-    newest = connection("1.1.1.1")
-    assert connections.make_room(newest) == (halfway,)
-    last = connection("1.1.1.1", "idle")
-    assert connections.make_room(last) == (newest,)
-    assert connections.make_room(connection("1.1.1.1")) == (idle,)
+def test_many_from_one_address_are_no_crowd_before_they_have_their_share() -> None:
+    """A network of VMs behind one address, and an attacker with many: the attacker's own go before them."""
+    strangers = [connection(f"1.1.1.{index}", now=index) for index in range(13)]
+    vms = [connection("2.2.2.2", now=20.0 + index) for index in range(2)]
+    connections = opened(16, *strangers, *vms)
+    for index in range(10):
+        assert connections.make_room(connection(f"3.3.3.{index}", now=30.0)) == (strangers[index],)
 
 
-def test_who_takes_no_answer_ends_last() -> None:
-    deaf, idle = connection("1.1.1.1", "deaf"), connection("1.1.1.1", "idle")
-    connections = opened(3, deaf, idle)
-    newest = connection("2.2.2.2", "working")
-    assert connections.make_room(newest) == (idle,)
-    assert connections.make_room(connection("2.2.2.2", "working")) == (deaf,)
+@pytest.mark.parametrize("state", ["halfway", "idle", "deaf", "silent"])
+def test_who_makes_the_server_wait_longest_ends_first(state: str) -> None:
+    """Having asked once, or being owed an answer, is no claim to a place: who boots now has a better one."""
+    waiting = connection("1.1.1.1", state)
+    booting = connection("2.2.2.2", now=1.0)
+    connections = opened(3, booting, waiting)
+    assert connections.make_room(connection("3.3.3.3", now=2.0)) == (waiting,)
+
+
+def test_who_goes_on_is_younger_than_who_does_not() -> None:
+    first, second = connection("1.1.1.1"), connection("2.2.2.2", now=1.0)
+    connections = opened(3, first, second)
+    first.receive_data(GET, 2.0)
+    assert first.next_request(2.0) is not None
+    first.send_response(HttpResponse(200), 3.0)
+    assert connections.make_room(connection("3.3.3.3", now=4.0)) == (second,)
+
+
+def test_dripping_is_no_going_on() -> None:
+    first, second = connection("1.1.1.1", "halfway"), connection("2.2.2.2", now=1.0)
+    connections = opened(3, first, second)
+    first.receive_data(GET[5:6], 2.0)
+    assert first.next_request(2.0) is None
+    assert connections.make_room(connection("3.3.3.3", now=3.0)) == (first,)
 
 
 def test_who_is_at_work_or_trusted_does_not_end() -> None:
@@ -89,11 +108,10 @@ def test_who_is_gone_takes_no_place() -> None:
     assert connections.make_room(connection("1.1.1.1")) == ()
 
 
-STATES = st.sampled_from(["silent", "halfway", "idle", "deaf", "working"])
 ADDRESSES = st.sampled_from(["", "1.1.1.1", "2.2.2.2", "2001:db8::1", "2001:db8::2"])
 
 
-@given(st.integers(1, 6), st.lists(st.tuples(ADDRESSES, STATES), max_size=30))
+@given(st.integers(1, 6), st.lists(st.tuples(ADDRESSES, st.sampled_from(STATES)), max_size=30))
 def test_nobody_at_work_ends_and_there_is_room_where_there_can_be(size: int, those: list[tuple[str, str]]) -> None:
     connections, alive = Connections(size), list[ServerConnection]()
     for address, state in those:

@@ -3,16 +3,17 @@
 Rules kept here:
 
 * a connection whose request is being worked on is never ended for another's sake;
-* of those that make the server wait, one ends at a time: of the address with most of them, so that one address cannot
-  keep all others out; there one that never made a request, before one that did, and last one that does not take its
-  answer; and of these the oldest;
+* of those that make the server wait, one ends at a time: the one that came to where it is longest ago. Who does what a
+  client does is younger than who does not, whatever that is: a handshake, a request, to take an answer;
+* an address with more than its share of all ends its own first, so that none keeps all others out. Who has no more is
+  not looked at by address: many VMs may come from one, and an attacker from many;
 * an IPv6 address counts by its /64, which is one host's; peers of a unix socket are trusted, and never ended.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from chutes_proto.wire.http import address_prefix
 
@@ -20,11 +21,16 @@ if TYPE_CHECKING:
     from chutes_proto.transport.h1 import ServerConnection
 
 
+SHARE: Final = 8
+"""One in so many of all is what one address may have while others want more; one is always its."""
+
+
 class Connections:
     """Those of one server, of which there may be ``size``; where that many are open, one ends before the next comes."""
 
     def __init__(self, size: int) -> None:
         self._size = size
+        self._share = max(1, size // SHARE)
         self._open: dict[ServerConnection, bytes] = {}  # and whence; in the order of their arrival
 
     def make_room(self, connection: ServerConnection) -> tuple[ServerConnection, ...]:
@@ -40,9 +46,9 @@ class Connections:
         }
         if not others:
             return ()
-        crowd = Counter(others.values())
-        # Of equal ones the first, which is the oldest.
-        ended = min(others, key=lambda other: (-crowd[others[other]], other.at_stake))
+        ((most, held),) = Counter(others.values()).most_common(1)
+        candidates = [other for other, prefix in others.items() if prefix == most or held <= self._share]
+        ended = min(candidates, key=lambda other: other.since)
         ended.abandon()
         self.remove(ended)
         return (ended,)

@@ -113,7 +113,6 @@ class ServerConnection:
         self._tls = tls
         self._limits = limits
         self._peer_address = peer_address
-        self._asked = False
         self._seconds: Mapping[_Phase, float] = {
             _Phase.HANDSHAKE: limits.handshake_seconds,
             _Phase.IDLE: limits.idle_seconds,
@@ -154,9 +153,9 @@ class ServerConnection:
         return self._phase not in (_Phase.HANDLING, _Phase.CLOSED)
 
     @property
-    def at_stake(self) -> int:
-        """What would be lost if it ended now: 0 no request yet, 1 a connection that is kept, 2 an answer on its way."""
-        return 2 if self._phase in (_Phase.ANSWERING, _Phase.LINGERING) else int(self._asked)
+    def since(self) -> float:
+        """When it came to where it is: accepted, shaken hands, begun a request, been answered."""
+        return self._since
 
     @property
     def close_reason(self) -> str:
@@ -255,7 +254,7 @@ class ServerConnection:
     # --- from here on: what the phases do ---
 
     def _enter(self, phase: _Phase, now: float) -> None:
-        self._phase = phase
+        self._phase, self._since = phase, now
         self._deadline = now + self._seconds.get(phase, math.inf)
 
     def _arrive(self, now: float) -> None:
@@ -289,7 +288,6 @@ class ServerConnection:
                         raise BadRequest(Code.BODY_TOO_LARGE, "Request body too large")
                 case h11.EndOfMessage() if self._head is not None:
                     self._ready = self._request(self._head)
-                    self._asked = True
                     self._enter(_Phase.HANDLING, now)
                     return
                 case h11.ConnectionClosed():
