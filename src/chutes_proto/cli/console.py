@@ -24,6 +24,7 @@ GRANTED, REFUSED, USAGE, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
 """Exit codes. The last two are what a shell makes of a program that died of SIGINT and of SIGPIPE."""
 
 _COLUMNS = 80
+_WHOLE: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
 
 
 class Subparsers(Protocol):
@@ -53,11 +54,17 @@ def command(
     return subparsers.add_parser(
         name,
         help=summary,
-        description=textwrap.dedent(description).strip(),
+        description=filled(description),
         epilog="examples:\n" + textwrap.indent(textwrap.dedent(examples).strip(), "  "),
         formatter_class=Help,
         allow_abbrev=False,
     )
+
+
+def filled(text: str) -> str:
+    """The paragraphs of ``text``, as wide as the help; one with indented lines keeps its own."""
+    paragraphs = textwrap.dedent(text).strip().split("\n\n")
+    return "\n\n".join(one if "\n " in one else textwrap.fill(one, _columns() - 2, **_WHOLE) for one in paragraphs)
 
 
 def clean(text: str) -> str:

@@ -31,7 +31,7 @@ exit code: 0 done; 1 not possible as asked, and what was refused is as it was; 2
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
-    parser.description = f"{parser.description}\n\n{_EXIT_CODES}"
+    parser.description = f"{parser.description}\n\n{console.filled(_EXIT_CODES)}"
     console.add(parser, "--config", metavar="FILE", required=True, help="the server's configuration file (TOML)")
     console.add_json(parser)
 

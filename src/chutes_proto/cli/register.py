@@ -52,7 +52,8 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         console.say_json({"granted": True, "server_id": options.id, "name": options.name or options.id})
     else:
-        console.say(f"registered: {options.id} ({options.name or options.id}) at {options.host}, {len(gpus)} GPUs")
+        declared = f"{len(gpus)} GPU{'' if len(gpus) == 1 else 's'}"
+        console.say(f"registered: {options.id} ({options.name or options.id}) at {options.host}, {declared}")
     return console.GRANTED
 
 

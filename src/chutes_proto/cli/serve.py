@@ -68,7 +68,9 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
     _ = which.add_argument("--config", metavar="FILE", help="the configuration file (TOML)")
     _ = which.add_argument("--dev", action="store_true", help="a server for development, on loopback")
     console.add(parser, "--check", action="store_true", help="check files, store and keys, say what is found, and stop")
-    console.add(parser, "--transport", choices=("trio", "asyncio"), default="trio", help="the event loop")
+    console.add(
+        parser, "--transport", choices=("trio", "asyncio"), default="trio", help="the event loop (default: trio)"
+    )
     console.add_platform(parser)
     return parser
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 import traceback
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from attrs import define, evolve
@@ -64,7 +65,13 @@ def describe_api(
 ) -> Flow[ApiDescriptionAnswer]:
     """Operation 16."""
     yield from ()
-    return ApiDescriptionAnswer(document=openapi.document())
+    return ApiDescriptionAnswer(document=_document())
+
+
+@cache
+def _document() -> bytes:
+    """Made once: anyone may ask for it, and it takes longer to make than all else that strangers may ask."""
+    return openapi.document()
 
 
 _HANDLERS: Mapping[endpoints.Endpoint, Callable[[Service, HttpRequest, Any, str], Flow[Answer]]] = {
