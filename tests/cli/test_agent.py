@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from chutes_proto.auth import certificates
 from chutes_proto.cli.agent import close_opened
+from chutes_proto.cli.main import main
 from chutes_proto.cli.progress import Progress
 from chutes_proto.client.settings import AgentSettings
 from chutes_proto.log import Level, Record
@@ -96,3 +98,22 @@ def test_a_fault_of_its_own_is_a_failed_boot_like_any_other(
     assert "perhaps" not in ended.err.replace('raise ZeroDivisionError("a secret, perhaps")', "")
     assert gone.exists()
     assert "next" in ended.err
+    gone.unlink()
+
+    class Gone(io.StringIO):
+        def write(self, _: str) -> int:
+            raise OSError
+
+    monkeypatch.setattr("sys.stderr", Gone())
+    _ = main(["agent", "run", "--config", str(tmp_path / "agent.toml")])
+    assert gone.exists()
+
+
+def test_a_dry_run_makes_no_platform(command: Command, write: Callable[[str], Path], tmp_path: Path) -> None:
+    disk, platform = tmp_path / "disk", tmp_path / "platform"
+    _ = disk.write_bytes(bytes(1 << 20))
+    settings = write("")
+    text = settings.read_text().replace("command:false", f"simulated:{platform}")
+    _ = settings.write_text(text.replace("/nowhere/storage", str(disk)).replace("root = ", "# root = "))
+    assert command("agent", "run", "--config", settings, "--images", "--dry-run").code == 0
+    assert not platform.exists()

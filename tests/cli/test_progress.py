@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from chutes_proto.cli import progress as module
 from chutes_proto.cli.progress import WIDTH, Progress, said
 from chutes_proto.errors import DiskError, TransportError, refusal
 from chutes_proto.log import Level, Record, Value
@@ -94,6 +98,41 @@ def test_what_was_done_to_disks_is_remembered() -> None:
     progress(Record(Level.INFO, "disk_action", {"volume": "a", "action": "open", "text": "a: open"}))
     progress(Record(Level.INFO, "disk_opened", {"volume": "a", "key": "current"}))
     assert (progress.written, progress.opened) == (["a: format"], ["a"])
+
+
+def test_what_was_begun_and_failed_is_not_told_as_done() -> None:
+    progress = Progress(as_json=True, seconds=100.0)
+    for volume in ("a", "b"):
+        for action in ("format", "open"):
+            fields: dict[str, Value] = {"volume": volume, "action": action, "text": f"{volume}: {action}"}
+            progress(Record(Level.INFO, "disk_action", fields))
+            if (volume, action) != ("b", "open"):
+                continue
+            progress(Record(Level.ERROR, "disk_failed", {"volume": volume, "text": "no"}))
+    assert progress.written == ["a: format", "b: format"]  # what failed was to open it
+    progress(Record(Level.INFO, "disk_action", {"volume": "c", "action": "format", "text": "c: format"}))
+    progress(Record(Level.ERROR, "disk_failed", {"volume": "c", "text": "no"}))
+    assert progress.written[2:] == ["c: format: FAILED"]
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_console_that_takes_nothing_is_given_up(as_json: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without this the test would never end: nobody reads from the pipe, and it is full."""
+    monkeypatch.setattr(module, "STUCK", 0.1)
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with pytest.raises(BlockingIOError):
+        while True:
+            _ = os.write(writing, bytes(4096))
+    os.set_blocking(writing, True)
+    with os.fdopen(writing, "w") as console:
+        monkeypatch.setattr(sys, "stdout" if as_json else "stderr", console)
+        progress = Progress(as_json=as_json, seconds=100.0)
+        for _ in range(3):
+            progress.tell("x" * 70)
+        progress.finish("agent_failed", {}, [("", "BOOT FAILED")], failed=True)
+        assert os.path.samestat(os.fstat(writing), Path(os.devnull).stat())
+    os.close(reading)
 
 
 def test_errors_as_fields() -> None:

@@ -148,9 +148,12 @@ def _done(options: argparse.Namespace, settings: AgentSettings, progress: Progre
     except KeyboardInterrupt:
         code, error = console.INTERRUPTED, LocalProtocolError("interrupted at the console")
     except Exception as exc:  # noqa: BLE001 - whatever happens, the boot ends as the settings say
+        import sys
         import traceback
 
-        traceback.print_tb(exc.__traceback__)  # and not what it says, which nobody has looked at
+        from chutes_proto.cli.progress import put
+
+        put("".join(traceback.format_tb(exc.__traceback__)), sys.stderr)  # not what it says, which nobody has looked at
         code = console.USAGE
         error = LocalProtocolError(f"a fault of the agent's own, {type(exc).__name__}; its trace is above")
     else:
@@ -290,7 +293,7 @@ def _quoter(settings: AgentSettings, progress: Progress) -> Quoter:
     from chutes_proto.blocking.quoting import make_quoter
 
     quoter = make_quoter(settings.quoter, tell=progress.tell)
-    if not settings.quoter.startswith("simulated"):
+    if not _is_simulated(settings):
         return quoter
     # A VM measures more between its two quotes; a simulated one has to be told.
     later = make_quoter(settings.quoter, stage="runtime")
@@ -299,6 +302,10 @@ def _quoter(settings: AgentSettings, progress: Progress) -> Quoter:
         return later(report_data) if progress.step == "runtime quote" else quoter(report_data)
 
     return quote
+
+
+def _is_simulated(settings: AgentSettings) -> bool:
+    return settings.quoter.partition(":")[0] == "simulated"
 
 
 def _disks(options: argparse.Namespace) -> Disks:
@@ -393,7 +400,8 @@ def _foresee(options: argparse.Namespace, settings: AgentSettings) -> int:
     from chutes_proto.client.agent import foresee
 
     who = _identity(settings)
-    _ = make_quoter(settings.quoter)
+    if not _is_simulated(settings):  # to make one would make its platform
+        _ = make_quoter(settings.quoter)
     if settings.ca_file is not None:
         from chutes_proto.blocking.files import read_file
         from chutes_proto.blocking.tls import client_context

@@ -5,19 +5,22 @@ Rules kept here:
 * lines have at most 79 characters of ASCII and nothing that steers a terminal, whatever a peer or a disk said;
 * each says how much time is left, and what failed says at which server, why, under which request, and what comes next;
 * progress goes to standard error; the JSON lines, which are all there is to read then, to standard output;
-* a console that takes nothing more keeps no boot from its end.
+* a console that takes nothing more keeps no boot from its end: one that is gone is told nothing, one that stands still
+  is waited for once.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 import textwrap
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TextIO
 
 from chutes_proto.cli import console
 from chutes_proto.log import Level, Record, Value
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
     from chutes_proto.errors import ChutesError
 
 WIDTH: Final = 79
+STUCK: Final = 30.0
+"""Seconds for which a console may take nothing: somebody may have stopped it to read."""
 _INDENT: Final = 7  # "  299s "
 
 _STEPS: Final = {
@@ -55,6 +60,7 @@ class Progress:
         self.stopped: Mapping[str, Value] = {}
         self.written: list[str] = []
         self.opened: list[str] = []
+        self._writes = False
 
     def __call__(self, record: Record) -> None:
         """One record: a line or two."""
@@ -66,8 +72,12 @@ class Progress:
         match record.event, fields:
             case "boot_stopped", _:
                 self.stopped = fields
-            case "disk_action", {"action": "format" | "add_key" | "keep_key", "text": str(text)}:
-                self.written.append(text)
+            case "disk_action", {"action": action, "text": str(text)}:
+                self._writes = action in ("format", "add_key", "keep_key")
+                self.written += [text] if self._writes else []
+            case "disk_failed", _ if self._writes:
+                self._writes = False
+                self.written[-1] += ": FAILED"
             case "disk_opened", {"volume": str(volume)}:
                 self.opened.append(volume)
             case _:
@@ -96,8 +106,7 @@ class Progress:
             write(text, first=name.ljust(width if index else 0), rest=" " * (width if index else 0))
 
     def _say_json(self, record: Record) -> None:
-        with suppress(OSError):
-            print(record.as_json(datetime.now(UTC).isoformat(timespec="milliseconds")), flush=True)
+        put(record.as_json(datetime.now(UTC).isoformat(timespec="milliseconds")), sys.stdout)
 
     def _left(self) -> float:
         return round(max(self._deadline - time.monotonic(), 0.0), 1)
@@ -107,8 +116,26 @@ def write(text: str, *, first: str = "", rest: str = "") -> None:
     """A text for people on standard error, cut into lines that a serial console has room for."""
     plain = console.clean(text.translate(_ASCII)).encode("ascii", "backslashreplace").decode("ascii")
     lines = textwrap.wrap(plain, WIDTH, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
+    put("\n".join(lines or [first.rstrip()]), sys.stderr)
+
+
+def put(text: str, stream: TextIO) -> None:
+    """Print lines, in the main thread. A stream that takes nothing for `STUCK` seconds is not written to again."""
+
+    def give_up(*_: object) -> None:
+        raise TimeoutError
+
     with suppress(OSError):
-        print("\n".join(lines or [first.rstrip()]), file=sys.stderr, flush=True)
+        before = signal.signal(signal.SIGALRM, give_up)
+        _ = signal.setitimer(signal.ITIMER_REAL, STUCK)
+        try:
+            print(text, file=stream, flush=True)
+        except TimeoutError:
+            # What is left in the stream's buffer would be waited for when Python ends.
+            _ = os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        finally:
+            _ = signal.setitimer(signal.ITIMER_REAL, 0)
+            _ = signal.signal(signal.SIGALRM, before)
 
 
 def said(error: ChutesError) -> dict[str, str]:
