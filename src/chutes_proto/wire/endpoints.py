@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from functools import cache
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING
 from urllib.parse import unquote_to_bytes
 
 from attrs import frozen
@@ -18,8 +18,8 @@ from attrs import frozen
 from chutes_proto.codes import Code
 from chutes_proto.wire import messages
 
-Signed: TypeAlias = Literal["body", "purpose", "nonce"]
-"""What a hotkey signs of an operation, at least (``README.md``, "Signed requests")."""
+if TYPE_CHECKING:
+    from chutes_proto.auth.signing import Coverage
 
 _SEGMENT = r"((?:[^/%]|%[0-9A-Fa-f]{2})+)"
 _PARAMETER = re.compile(r"\{([a-z_]+)\}")
@@ -39,7 +39,7 @@ class Endpoint:
     summary: str
     codes: tuple[Code, ...] = ()
     status: int = 200
-    signed: Signed | None = None
+    signed: Coverage | None = None
 
     @property
     def parameters(self) -> tuple[str, ...]:
