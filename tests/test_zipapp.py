@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
 import pytest
 
+from chutes_proto.auth.certificates import make_server_identity
 from tests.conftest import CI, ROOT
-from tools.agent_zipapp import build
+from tools.agent_zipapp import MAIN, OLDEST, build
 
 SYSTEM = "/usr/bin/python3"
 _NEEDED = "import sys, cryptography; sys.exit(sys.version_info < (3, 11))"
@@ -47,6 +50,15 @@ def run(
     return done.returncode, done.stdout, done.stderr
 
 
+def after(statement: str) -> tuple[str, ...]:
+    """The flags to run a file with after a statement."""
+    return (
+        "-I",
+        "-c",
+        f"import runpy, sys; {statement}; del sys.argv[0]; runpy.run_path(sys.argv[0], None, '__main__')",
+    )
+
+
 def test_it_is_the_agent_and_nothing_else(agent: Path) -> None:
     assert run(agent, "--version")[:2] == (0, "chutes-proto 0.1.0\n")
     assert run(agent, "agent", "run", "--help")[1].startswith("usage: chutes-proto agent run")
@@ -55,6 +67,49 @@ def test_it_is_the_agent_and_nothing_else(agent: Path) -> None:
     assert "invalid choice: 'serve'" in complaint
     done = subprocess.run([agent, "--version"], capture_output=True, text=True, env={}, check=True)
     assert done.stdout == "chutes-proto 0.1.0\n"
+
+
+def test_a_python_that_is_too_old_is_told(agent: Path) -> None:
+    assert f'requires-python = ">={OLDEST[0]}.{OLDEST[1]}"' in (ROOT / "pyproject.toml").read_text()
+    _ = ast.parse(MAIN, feature_version=(3, 4))
+    code, _, complaint = run(agent, "--help", flags=after("sys.version_info = (3, 10, 9)"))
+    assert (code, complaint) == (2, "chutes-proto: this is Python 3.10; the agent needs Python 3.11 or newer\n")
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_a_python_without_cryptography_is_told(agent: Path, tmp_path: Path, more: list[str]) -> None:
+    settings = tmp_path / "agent.toml"
+    ca = tmp_path / "ca.pem"
+    _ = ca.write_bytes(make_server_identity(int(time.time()), bytes(32)).ca_pem)
+    who = 'hotkey = "5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY"\nvm_name = "vm-1"'
+    disk = f'[volumes.storage]\ndevice = "{settings}"'
+    _ = settings.write_text(f'servers = ["https://localhost"]\nca_file = "{ca}"\n{who}\n{disk}\n')
+    without = after("sys.modules['cryptography'] = None")
+    code, _, complaint = run(agent, "agent", "run", "--images", "--config", settings, *more, flags=without)
+    assert code == 2
+    assert "apt-get install python3-cryptography" in " ".join(complaint.split())
+    assert "File" not in complaint, "no trace"
+
+
+@pytest.mark.parametrize(
+    ("python", "why"),
+    [
+        ("/nowhere/python3", "cannot be run: No such file or directory"),
+        ("echo 3.9.18 False", "is Python 3.9.18; the agent needs Python 3.11 or newer"),
+        ("false", "is no Python that runs"),
+    ],
+)
+def test_a_target_that_is_none(tmp_path: Path, python: str, why: str) -> None:
+    if "/" not in python:
+        script = tmp_path / "python"
+        _ = script.write_text(f"#!/bin/sh\n{python}\n")
+        script.chmod(0o755)
+        python = str(script)
+    command = [sys.executable, "-m", "tools.agent_zipapp", str(tmp_path / "agent.pyz"), "--python", python]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"{python} {why}")
+    assert not (tmp_path / "agent.pyz").exists()
 
 
 def test_byte_code_is_what_is_loaded(agent: Path, tmp_path: Path) -> None:

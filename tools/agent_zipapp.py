@@ -32,13 +32,20 @@ BUNDLED = ("attr", "attrs", "h11")
 THERE = ("cryptography",)
 """What the target's own packages have."""
 
+OLDEST = (3, 11)
+NEEDED = f"the agent needs Python {OLDEST[0]}.{OLDEST[1]} or newer"
 MAIN = f"""\
 import sys
+
+if sys.version_info < {OLDEST}:
+    sys.stderr.write("chutes-proto: this is Python %d.%d; {NEEDED}\\n" % sys.version_info[:2])
+    sys.exit(2)
 
 from {PACKAGE}.cli.main import main
 
 sys.exit(main(commands=("agent",)))
 """
+"""What an older Python can read too."""
 _FIRST_TIME = 315_532_800  # 1980-01-01, before which a ZIP file has no times
 
 
@@ -166,13 +173,33 @@ def _source(name: str) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tools.agent_zipapp", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.agent_zipapp", description=(__doc__ or "").partition("\n")[0]
+    )
     _ = parser.add_argument("out", type=Path, help="the file to make")
     _ = parser.add_argument("--python", default=sys.executable, help="the target's interpreter (default: this one)")
     options = parser.parse_args()
+    version, cryptography = _target(options.python)
     build(options.out, options.python)
-    version = subprocess.run([options.python, "--version"], capture_output=True, text=True, check=True).stdout.strip()
-    print(f"{options.out}: {options.out.stat().st_size // 1024} KiB, byte code for {version}")
+    there = f"cryptography {cryptography} there" if cryptography else "no cryptography there"
+    print(f"{options.out}: {options.out.stat().st_size // 1024} KiB, byte code for Python {version}, {there}")
+
+
+def _target(python: str) -> tuple[str, str]:
+    """The versions of an interpreter that can run the agent, and of its cryptography, which may be missing."""
+    ask = f"import sys; print(sys.version.split()[0], sys.version_info >= {OLDEST})"
+    ask += "; import cryptography; print(cryptography.__version__)"
+    try:
+        done = subprocess.run([python, "-I", "-c", ask], capture_output=True, text=True, check=False)
+    except OSError as exc:
+        sys.exit(f"{python} cannot be run: {exc.strerror}; name the target's interpreter (make zipapp TARGET_PYTHON=…)")
+    match done.stdout.split():
+        case [version, "True", *cryptography]:
+            return version, "".join(cryptography)
+        case [version, *_]:
+            sys.exit(f"{python} is Python {version}; {NEEDED}")
+        case _:
+            sys.exit(f"{python} is no Python that runs")
 
 
 if __name__ == "__main__":

@@ -19,18 +19,24 @@ from collections.abc import Sequence
 from typing import Final
 
 from attrs import field, frozen
-from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
-from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from chutes_proto.codes import Code
 from chutes_proto.errors import LocalProtocolError, Refused
 from chutes_proto.secret import Secret
+
+try:
+    from cryptography import x509
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+    from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
+    from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+    from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+except ImportError as exc:  # the boot agent as one file has a distribution's Python around it
+    raise LocalProtocolError(
+        f"certificates need Python's package cryptography ({exc}); Debian: apt-get install python3-cryptography"
+    ) from None
 
 ENTROPY_SIZE: Final = 32
 """Bytes of entropy that an identity is made of."""
