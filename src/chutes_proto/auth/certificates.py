@@ -16,7 +16,7 @@ import datetime
 import hashlib
 import ipaddress
 from collections.abc import Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from attrs import field, frozen
 
@@ -29,7 +29,6 @@ try:
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives import hashes
     from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
-    from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
     from cryptography.hazmat.primitives.kdf.hkdf import HKDF
     from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
     from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -37,6 +36,9 @@ except ImportError as exc:  # the boot agent as one file has a distribution's Py
     raise LocalProtocolError(
         f"certificates need Python's package cryptography ({exc}); Debian: apt-get install python3-cryptography"
     ) from None
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
 
 ENTROPY_SIZE: Final = 32
 """Bytes of entropy that an identity is made of."""
