@@ -52,6 +52,7 @@ def test_what_becomes_of_keys_and_disks(capsys: pytest.CaptureFixture[str]) -> N
     assert lines(capsys, "keys_received", volumes=["a"], in_use=[]) == ["keys received for a"]
     assert lines(capsys, "disk_opened", volume="a", device="/dev/a", key="next") == ["a: open, by the next key"]
     assert lines(capsys, "disk_failed", volume="a", device="/dev/a", reason="kind", text="no") == ["a: FAILED: no"]
+    assert lines(capsys, "disks_looked_at", devices=["/dev/a", "/dev/b"]) == ["looking at /dev/a, /dev/b"]
     undecided = " ".join(lines(capsys, "rotation_undecided", volumes=["a"], reason="cut", error="TransportError"))
     assert "old and new keys stay on the disks; the next boot decides" in undecided
 

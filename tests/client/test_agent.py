@@ -20,6 +20,7 @@ from chutes_proto.errors import (
     ConfigurationError,
     DiskError,
     FileUnavailable,
+    HeaderRejected,
     LocalProtocolError,
     QuoteUnavailable,
     RemoteProtocolError,
@@ -33,7 +34,7 @@ from chutes_proto.luks.volume import Volume
 from chutes_proto.secret import Secret
 from chutes_proto.testing.playbook import Aside, Playbook
 from tests.client import talk
-from tests.client.test_disks import BAD, CACHE, LOST, LUKS, OPENED, OTHER, STORAGE, VOLUMES, base, synced
+from tests.client.test_disks import BAD, CACHE, FOREIGN, LOST, LUKS, OPENED, OTHER, STORAGE, VOLUMES, base, synced
 from tests.client.test_rotation import NONCE
 from tests.luks import headers
 
@@ -149,7 +150,25 @@ def test_disks_may_take_a_while_to_appear() -> None:
             log=told.append,
         )
     assert [(record.event, record.fields) for record in told] == [
-        ("disks_awaited", {"devices": ["/dev/vdb"], "wait": 2.0})
+        ("disks_looked_at", {"devices": ["/dev/vdb", "/dev/disk/by-id/cache"]}),
+        ("disks_awaited", {"devices": ["/dev/vdb"], "wait": 2.0}),
+        ("disk_failed", {"volume": "storage", "device": "/dev/vdb", "reason": "unavailable", "text": str(MISSING)}),
+    ]
+
+
+def test_all_disks_that_must_not_be_opened_are_told() -> None:
+    told: list[Record] = []
+    with pytest.raises(DiskError, match="cannot be opened"):
+        run(
+            run_agent(talk.SETTINGS, ROOT, VOLUMES),
+            *LOOK_ROOT,
+            (InspectDisk(STORAGE.device), MISSING),
+            (InspectDisk(CACHE.device), FOREIGN),
+            log=told.append,
+        )
+    assert [(record.event, record.fields["volume"]) for record in told[1:]] == [
+        ("disk_failed", "storage"),
+        ("disk_failed", "tdx-cache"),
     ]
 
 
@@ -304,6 +323,7 @@ def test_a_code_that_a_boot_can_meet_has_words_of_its_own(code: Code) -> None:
         RemoteProtocolError("detail"),
         QuoteUnavailable("detail"),
         DiskError("detail", "detail", "detail"),
+        HeaderRejected("detail", "detail", "detail", "detail"),
         ConfigurationError("detail"),
         FileUnavailable("detail"),
         LocalProtocolError("detail"),

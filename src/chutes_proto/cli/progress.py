@@ -176,6 +176,8 @@ def _lines(event: str, fields: Mapping[str, str]) -> list[str]:
                 f"the server did not take note of the new keys of {fields['volumes']}: {_why(fields)}",
                 "old and new keys stay on the disks; the next boot decides",
             ]
+        case "disks_looked_at":
+            return [f"looking at {fields['devices']}"]
         case "disks_awaited":
             return [f"waiting at most {fields['wait']} s for {fields['devices']} to appear"]
         case "disk_found":

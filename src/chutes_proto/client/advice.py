@@ -21,6 +21,7 @@ from chutes_proto.errors import (
     ConfigurationError,
     DiskError,
     FileUnavailable,
+    HeaderRejected,
     QuoteUnavailable,
     Refusal,
     RemoteProtocolError,
@@ -137,6 +138,11 @@ def advise(error: ChutesError) -> Advice:
             return Advice(
                 "This machine cannot make a quote.",
                 "Check that it is a TD, and that the host's quote generation service runs.",
+            )
+        case HeaderRejected():
+            return Advice(
+                "What the disk's header says is not safe to open: it was altered, is damaged, or is another system's.",
+                "Attach the right disk, or put this one's header back from a backup. The host may have altered it.",
             )
         case DiskError():
             return Advice("A disk is not what it must be; nothing on it was lost.", "See the reason.")

@@ -14,7 +14,7 @@ from typing import Final
 
 from attrs import evolve, frozen
 
-from chutes_proto.client.disks import Forecast, OpenVolume, forecast, unlock, unlock_root
+from chutes_proto.client.disks import Forecast, OpenVolume, forecast, tell_failure, unlock, unlock_root
 from chutes_proto.client.flows import BootGrant, BootSettings, boot
 from chutes_proto.effects import Flow, InspectDisk, Log, Sleep, Uptime
 from chutes_proto.errors import DiskError, LocalProtocolError
@@ -84,18 +84,25 @@ def _begun(settings: BootSettings) -> Flow[BootSettings]:
 
 
 def _look(root: Volume | None, volumes: Sequence[Volume], patience: float) -> Flow[None]:
-    """Raises the `DiskError` of the first disk that must not be opened, or has not appeared in time."""
+    """Raises the `DiskError` of the first disk that must not be opened, or has not appeared in time; tells all."""
     began = yield from Uptime()
+    disks = [] if root is None else [root.device]
+    looked_at: dict[str, Value] = {"devices": [*disks, *(volume.device for volume in volumes)]}
+    yield from Log(Record(Level.INFO, "disks_looked_at", looked_at))
     awaited = False
     while True:
-        errors = [seen.error for seen in (yield from foresee(root, volumes)) if seen.error is not None]
+        errors = {
+            seen.volume.name: seen.error for seen in (yield from foresee(root, volumes)) if seen.error is not None
+        }
         if not errors:
             return
-        missing = all(error.reason == "unavailable" for error in errors)
+        missing = all(error.reason == "unavailable" for error in errors.values())
         if not missing or (yield from Uptime()) - began >= patience:
-            raise errors[0]
+            for name, error in errors.items():
+                yield from tell_failure(name, error)
+            raise next(iter(errors.values()))
         if not awaited:
-            fields: dict[str, Value] = {"devices": [error.device for error in errors], "wait": patience}
+            fields: dict[str, Value] = {"devices": [error.device for error in errors.values()], "wait": patience}
             yield from Log(Record(Level.INFO, "disks_awaited", fields))
             awaited = True
         yield from Sleep(_LOOK_AGAIN)

@@ -186,7 +186,7 @@ def _inspect(volumes: Sequence[Volume]) -> Flow[dict[str, Disk]]:
         try:
             disk = yield from InspectDisk(volume.device)
         except DiskError as exc:
-            yield from _tell_failure(volume.name, exc)
+            yield from tell_failure(volume.name, exc)
             raise
         fields: dict[str, Value] = {"volume": volume.name, "device": volume.device, "holds": str(disk)}
         yield from Log(Record(Level.INFO, "disk_found", fields))
@@ -198,7 +198,7 @@ def _planned(volume: Volume, plan: Callable[[], Plan]) -> Flow[Plan]:
     try:
         return plan()
     except DiskError as exc:
-        yield from _tell_failure(volume.name, exc)
+        yield from tell_failure(volume.name, exc)
         raise
 
 
@@ -218,7 +218,7 @@ def _carry_out(plan: Plan, keys: Keys) -> Flow[_Done]:
         try:
             reply = yield from _act(action, keys)
         except DiskError as exc:
-            yield from _tell_failure(action.volume, exc)
+            yield from tell_failure(action.volume, exc)
             return _Done(opened, exc)
         if isinstance(reply, Key):
             opened = reply
@@ -231,7 +231,8 @@ def _act(action: Action[T], keys: Keys) -> Flow[T]:
     return (yield from ActOnDisk(action, keys))
 
 
-def _tell_failure(volume: str, error: DiskError) -> Flow[None]:
+def tell_failure(volume: str, error: DiskError) -> Flow[None]:
+    """Tell the operator what is wrong with the disk of a volume."""
     fields: dict[str, Value] = {"volume": volume, "device": error.device, "reason": error.reason, "text": str(error)}
     yield from Log(Record(Level.ERROR, "disk_failed", fields))
 
