@@ -24,10 +24,11 @@ from chutes_proto.blocking.setup import load_setup
 from chutes_proto.blocking.sqlite import SqliteStore
 from chutes_proto.cli.development import write_server
 from chutes_proto.cli.main import main
-from chutes_proto.store.rows import AuditRow, GenerationRow, Insert, RewrapGeneration, Scan, Vm
+from chutes_proto.store.rows import AuditRow, GenerationRow, GpuRow, Insert, RewrapGeneration, Scan, Vm
 from chutes_proto.store.run import Script, Unit
 from chutes_proto.testing.platform import SimulatedPlatform
 from chutes_proto.testing.store_suite import Ask, boot, sync
+from chutes_proto.units.servers import RegisterServer
 from tests.cli.conftest import Ended
 
 PLATFORM = SimulatedPlatform(bytes(32))
@@ -426,3 +427,39 @@ def test_there_must_be_a_store(site: Site) -> None:
         assert (ended.code, "not made yet" in ended.err) == (1, True)
     assert not (site.directory / "keys.db").exists()
     SqliteStore(site.directory / "keys.db").close()  # for the look at what was kept
+
+
+def register(site: Site, server_id: str, address: str) -> None:
+    unit = RegisterServer(
+        now=NOW,
+        request_id=server_id,
+        hotkey=HOTKEY,
+        server_id=server_id,
+        name=server_id,
+        host=address,
+        address=address,
+        gpus=(GpuRow(f"gpu-{server_id}", server_id, "h200", "{}"),),
+        profiles={},
+        peer_address="192.0.2.1",
+    )
+    with closing(load_setup(site.configuration).store.open()) as store:
+        store.transact(unit)
+
+
+def test_what_a_miner_holds_wrongly_is_free_again(site: Site) -> None:
+    register(site, "n1", "198.51.100.1")
+    register(site, "n2", "198.51.100.2")
+    assert "n1  5Grwva" in site.do("registrations", "list").out
+    listed = site.json("registrations", "list")["registrations"]
+    assert [(row["server_id"], row["address"], row["boot_id"]) for row in listed] == [
+        ("n1", "198.51.100.1", None),
+        ("n2", "198.51.100.2", None),
+    ]
+    removed = site.do("registrations", "remove", "n1", "--reason", "the address is not theirs")
+    assert (removed.code, removed.out.startswith("removed: n1 of 5Grwva")) == (0, True)
+    assert [row["server_id"] for row in site.json("registrations", "list")["registrations"]] == ["n2"]
+    (row,) = site.json("audit", "list", "--event", "registration removed")["rows"]
+    assert row["reason"].endswith(": the address is not theirs; server n1 at 198.51.100.1")
+    again = site.do("registrations", "remove", "n1", "--json")
+    assert (again.code, again.json["ok"], "no server 'n1' is registered" in again.err) == (1, False, True)
+    register(site, "n1", "198.51.100.1")  # its id, address and GPU are free

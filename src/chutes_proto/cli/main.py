@@ -38,6 +38,7 @@ COMMANDS: Final = (
     "simulate",
     "keys",
     "vm",
+    "registrations",
     "audit",
     "store",
     "openapi",

@@ -22,6 +22,7 @@ from chutes_proto.keys.vault import NONCE_SIZE, Address, FreshKey, Vault
 from chutes_proto.store.rows import (
     AuditRow,
     CountSealed,
+    DeleteServer,
     GenerationRow,
     Insert,
     Platform,
@@ -31,10 +32,12 @@ from chutes_proto.store.rows import (
     ReadAudit,
     ReadGenerations,
     ReadOtherwiseSealed,
+    ReadServer,
     ReadVm,
     ReadVolumes,
     RewrapGeneration,
     Scan,
+    ServerRow,
     UpdateGeneration,
     Vm,
     VmRow,
@@ -358,6 +361,38 @@ class StoreRestored(Unit[None]):
         yield from RaiseHorizon(self.now + ISSUED_AHEAD)
         yield from VoidTokens(None, self.now)
         yield from Insert(_audit(self.now, "store restored", self.reason))
+
+
+# --- what miners registered ---
+
+
+@frozen
+class Registrations(Unit[tuple[ServerRow, ...]]):
+    """The servers of all miners."""
+
+    def script(self) -> Script[tuple[ServerRow, ...]]:
+        """Read."""
+        return (yield from Scan(ServerRow))
+
+
+@frozen
+class RemoveRegistration(Unit[ServerRow]):
+    """Remove a server, whoever registered it: what it held is free. The keys of its VM are kept."""
+
+    now: int
+    server_id: str
+    reason: str
+
+    def script(self) -> Script[ServerRow]:
+        """Delete."""
+        server = yield from ReadServer(self.server_id)
+        if server is None:
+            text = f"no server {self.server_id!r} is registered; `chutes-proto registrations list` shows those that are"
+            raise _refused(text, Code.SERVER_NOT_FOUND)
+        yield from DeleteServer(server.server_id)
+        reason = f"{self.reason}; server {server.server_id} at {server.address}"
+        yield from Insert(_audit(self.now, "registration removed", reason, Vm(server.hotkey, server.name)))
+        return server
 
 
 def _claim(vm: Vm, platform: Platform, now: int) -> VmRow:
