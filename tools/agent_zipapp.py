@@ -1,6 +1,6 @@
 """The boot agent as one file: ``python -m tools.agent_zipapp OUT --python TARGET``, or ``make zipapp``.
 
-The file runs with the target's own Python, 3.11 or newer, and cryptography, 38 or newer (Debian 12); all else that it
+The file runs with the target's own Python, 3.11 or newer, and cryptography, 38 or newer; all else that it
 needs is in it, pure Python, with byte code for the target beside the source.
 
 Rules kept here:
