@@ -14,6 +14,7 @@ import hashlib
 import hmac
 import json
 import re
+from functools import lru_cache
 from typing import Final, Protocol, cast
 
 from attrs import Factory, field, frozen
@@ -50,6 +51,7 @@ class Hotkey:
     address: str = field(init=False, eq=False, default=Factory(lambda self: _address(self.public_key), takes_self=True))
 
     @classmethod
+    @lru_cache(maxsize=1024)
     def parse(cls, address: str) -> Hotkey:
         """The hotkey of an SS58 address. Raises `HotkeyError` for every text but the one that `address` would give."""
         data = _unbase58(address)

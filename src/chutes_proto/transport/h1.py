@@ -298,19 +298,24 @@ class ServerConnection:
 
     def _next_event(self) -> object:
         """The next event of h11, given no more than it may hold, so that its limit does not depend on cuts."""
+        _ = self._feed()
         event: object = self._h11.next_event()
-        while event is h11.NEED_DATA:
-            if self._inbox:
-                room = self._limits.head_bytes - len(self._h11.trailing_data[0])
-                self._h11.receive_data(bytes(self._inbox[:room]))
-                del self._inbox[:room]
-            elif self._peer_ended and not self._end_told:
-                self._end_told = True
-                self._h11.receive_data(b"")
-            else:
-                break
+        while event is h11.NEED_DATA and self._feed():
             event = self._h11.next_event()
         return event
+
+    def _feed(self) -> bool:
+        if self._inbox:
+            room = self._limits.head_bytes - len(self._h11.trailing_data[0])
+            if data := bytes(self._inbox[:room]):
+                self._h11.receive_data(data)
+                del self._inbox[:room]
+            return bool(data)
+        if self._peer_ended and not self._end_told:
+            self._end_told = True
+            self._h11.receive_data(b"")
+            return True
+        return False
 
     def _begin(self, head: h11.Request) -> None:
         self._head, self._body = head, bytearray()

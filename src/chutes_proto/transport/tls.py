@@ -140,12 +140,13 @@ class TlsSession:
 
     def data_to_send(self) -> bytes:
         """Ciphertext for the peer since the last call: also handshake messages and alerts."""
-        ciphertext = bytearray()
+        ciphertext = b""
         try:
-            while True:
+            while len(ciphertext) % _CHUNK == 0:  # OpenSSL's buffer gives all that it has, or as much as was asked for
                 ciphertext += self._connection.bio_read(_CHUNK)
         except SSL.WantReadError:
-            return bytes(ciphertext)
+            pass
+        return ciphertext
 
     def _read(self) -> bytes:
         plaintext = bytearray()

@@ -14,7 +14,8 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Mapping
+from functools import cache
 from typing import Any, NoReturn, cast
 from urllib.parse import parse_qsl, quote, urlencode
 
@@ -58,26 +59,25 @@ def encode_request(endpoint: Endpoint, message: messages.Request, headers: Heade
 
 def decode_request(match: endpoints.Match, request: HttpRequest) -> messages.Request:
     """The message that ``request`` asks. Raises `BadRequest` (400, 422)."""
-    message_type = match.endpoint.request
-    fields = attrs.fields(message_type)
-    names = {place: {messages.wire_name(f) for f in fields if _place(f) == place} for place in _PLACES}
+    places = _places(match.endpoint.request)
     sources: dict[str, dict[str, Any]] = {
-        "path": dict(match.parameters),
-        "query": _query(request, names["query"]),
-        "header": decode_headers(request, names["header"]),
-        "body": _body(request) if names["body"] else {},
+        "path": match.parameters,
+        "query": _query(request, places["query"]),
+        "header": decode_headers(request, places["header"]),
+        "body": _body(request) if places["body"] else {},
     }
     raw = {
-        attribute.name: sources[_place(attribute)][messages.wire_name(attribute)]
-        for attribute in fields
-        if messages.wire_name(attribute) in sources[_place(attribute)]
+        field: sources[place][name]
+        for place, names in places.items()
+        for name, field in names.items()
+        if name in sources[place]
     }
     try:
-        return _STRUCTURER.structure(raw, message_type)
+        return _STRUCTURER.structure(raw, match.endpoint.request)
     except ProblemsError as exc:
-        places = {f.name: [_place(f), messages.wire_name(f)] for f in fields}
+        whence = {field: [place, name] for place, names in places.items() for name, field in names.items()}
         problems: list[ValidationProblem] = [
-            {"type": p.kind, "loc": [*places[str(p.path[0])], *p.path[1:]], "msg": p.msg} for p in exc.problems
+            {"type": p.kind, "loc": [*whence[str(p.path[0])], *p.path[1:]], "msg": p.msg} for p in exc.problems
         ]
         raise BadRequest(Code.VALIDATION_ERROR, problems) from None
 
@@ -214,7 +214,16 @@ def _place(attribute: attrs.Attribute[Any]) -> str:
     return cast("str", attribute.metadata[messages.PLACE])
 
 
-def _query(request: HttpRequest, names: set[str]) -> dict[str, str]:
+@cache
+def _places(message_type: type[messages.Request]) -> Mapping[str, Mapping[str, str]]:
+    """What a request has in each place: names on the wire, and the fields that they are."""
+    places: dict[str, dict[str, str]] = {place: {} for place in _PLACES}
+    for attribute in attrs.fields(message_type):
+        places[_place(attribute)][messages.wire_name(attribute)] = attribute.name
+    return places
+
+
+def _query(request: HttpRequest, names: Container[str]) -> dict[str, str]:
     pairs = parse_qsl(request.target.partition("?")[2], keep_blank_values=True, encoding="utf-8", errors="replace")
     values: dict[str, str] = {}
     for name, value in pairs:
