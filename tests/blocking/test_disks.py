@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -162,7 +163,9 @@ def test_no_key_that_fits(bench: Bench) -> None:
     assert "no key opens it (current, next tried)" in str(error)
     assert "keys restore" in str(error)
     one = Open("storage", bench.device, "storage", (Key.CURRENT,))
-    assert "the current key does not open it" in str(bench.refused(lambda: bench.act(one, B), "key_refused"))
+    assert "the current key does not open it: it is another" in str(
+        bench.refused(lambda: bench.act(one, B), "key_refused")
+    )
     _ = bench.refused(lambda: bench.add(B, C), "key_refused")
     _ = bench.refused(lambda: bench.keep(B), "key_refused")
     assert bench.opens(A)
@@ -548,6 +551,21 @@ def test_a_program_that_fails(bench: Bench, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(module, "_SECONDS", 0.1)
     program("exec sleep 1000")
     assert "did not end in 0.1 s" in str(bench.refused(bench.format, "timeout"))
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "_LATE_SECONDS", 0.2)
+    bench.disks = Disks(str(tmp_path / "failing"), images=True, end=time.monotonic() - 1)
+    assert "did not end in 0.2 s" in str(bench.refused(bench.format, "timeout"))
+
+
+def test_a_program_that_drops_the_old_key(bench: Bench, tmp_path: Path) -> None:
+    """The next key is not confirmed yet: a disk that only it opens could be lost."""
+    bench.format()
+    path = tmp_path / "dropping"
+    drop = f'luksAddKey*) shift $(($# - 2)); {bench.program} luksKillSlot --batch-mode "$1" 0 </dev/null;;'
+    _ = path.write_text(f'#!/bin/sh\n{bench.program} "$@" || exit\ncase "$*" in {drop} esac\n')
+    path.chmod(0o755)
+    bench.again(str(path))
+    _ = bench.refused(lambda: bench.add(A, B), "key_refused")
 
 
 def test_a_program_that_makes_what_is_not_allowed(bench: Bench, tmp_path: Path) -> None:

@@ -17,8 +17,10 @@ Rules kept here:
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import stat
+import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -39,6 +41,9 @@ _OFFSET: Final = 16 * 1024 * 1024
 _LEAST: Final = _OFFSET + LOOKED_AT
 _MAX_KEY: Final = 4096  # a pipe holds it
 _SECONDS: Final = 300.0
+_LATE_SECONDS: Final = 60.0
+"""For one run of the program; the second where it begins near the caller's end, or after it. As long as a checked
+header's key slots may cost."""
 _KDF: Final = ("--pbkdf", "pbkdf2", "--hash", "sha256", "--pbkdf-force-iterations", "1000")
 """A passphrase has 512 random bits: to stretch it would cost time at each boot and add nothing."""
 _CIPHER: Final = ("--cipher", "aes-xts-plain64", "--key-size", "512")
@@ -50,13 +55,16 @@ class Disks:
     """Looks at disks and acts on them, with the program at ``program`` (None: the installed one).
 
     For tests and demonstrations: ``images`` allows regular files in place of block devices, and without ``mapping`` a
-    volume is not mapped, but its key is tried.
+    volume is not mapped, but its key is tried. Nothing takes long after ``end``, on the clock of ``time.monotonic``.
     """
 
-    def __init__(self, program: str | None = None, *, images: bool = False, mapping: bool = True) -> None:
+    def __init__(
+        self, program: str | None = None, *, images: bool = False, mapping: bool = True, end: float = math.inf
+    ) -> None:
         self._program = program
         self._images = images
         self._mapping = mapping
+        self._end = end
         self._seen: dict[str, _Identity] = {}
 
     def inspect(self, device: str) -> Disk:
@@ -109,11 +117,13 @@ class Disks:
                     arguments += ["--test-passphrase", copy.path]
                 if copy.run(*arguments, keys=[keys[key]], refusable=True):
                     return key
-            names = [key.value for key in action.keys]
-            tried = f"the {names[0]} key does not open it" if len(names) == 1 else "no key opens it"
+            first, *more = [key.value for key in action.keys]
+            tried = (
+                f"no key opens it ({', '.join([first, *more])} tried)" if more else f"the {first} key does not open it"
+            )
             raise disk.error(
                 "key_refused",
-                f"{tried} ({', '.join(names)} tried): it is another disk, or its key was replaced on the server; there,"
+                f"{tried}: it is another disk, or its key was replaced on the server; there,"
                 " keys history shows what was, and keys restore brings one back",
             )
 
@@ -215,7 +225,7 @@ class Disks:
         descriptor = os.memfd_create("luks2-header", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.truncate(descriptor, size)
-            yield _Copy(descriptor, self._program or find_cryptsetup(), disk)
+            yield _Copy(descriptor, self._program or find_cryptsetup(), disk, self._end)
         finally:
             os.close(descriptor)
 
@@ -304,6 +314,7 @@ class _Copy:
     descriptor: int
     program: str | None
     disk: _Device
+    end: float
 
     @property
     def path(self) -> str:
@@ -343,6 +354,7 @@ class _Copy:
             raise self.disk.error("no_cryptsetup", f"cryptsetup is not installed; get it with: {HOW_TO_INSTALL}")
         import subprocess
 
+        seconds = min(_SECONDS, max(self.end - time.monotonic(), _LATE_SECONDS))
         pipes: list[int] = []
         try:
             pipes += (_pipe(key, self.disk) for key in keys)
@@ -351,13 +363,13 @@ class _Copy:
                 [self.program, *arguments, *more],
                 stdin=pipes[0],
                 capture_output=True,
-                timeout=_SECONDS,
+                timeout=seconds,
                 check=False,
                 pass_fds=[self.descriptor, *pipes[1:]],
                 env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"},
             )
         except subprocess.TimeoutExpired:
-            raise self.disk.error("timeout", f"cryptsetup {arguments[0]} did not end in {_SECONDS:g} s") from None
+            raise self.disk.error("timeout", f"cryptsetup {arguments[0]} did not end in {seconds:.3g} s") from None
         except OSError as exc:
             raise self.disk.error("no_cryptsetup", f"{self.program} cannot be run: {exc.strerror}") from exc
         finally:

@@ -9,6 +9,7 @@ Rules kept here:
 from __future__ import annotations
 
 import argparse
+import math
 import signal
 import time
 from typing import TYPE_CHECKING
@@ -211,7 +212,7 @@ def _run(options: argparse.Namespace, settings: AgentSettings, progress: Progres
         from chutes_proto.client.handover import Handover
 
         boot_settings = BootSettings(who.hotkey.address, who.vm_name, client.spki_sha256, signer, settings.policy)
-        performer = _performer(options, settings, progress, servers)
+        performer = _performer(options, settings, progress, servers, deadline)
         volumes = () if leaves else settings.disks
         booted = performer.run(
             run_agent(boot_settings, settings.root_disk, volumes, patience=settings.disk_wait_seconds)
@@ -248,7 +249,7 @@ def _resume(options: argparse.Namespace, settings: AgentSettings, progress: Prog
     signer = None if settings.signer is None else make_signer(settings.signer, _identity(settings))
     boot_settings = BootSettings(grant.miner_hotkey, grant.vm_name, client.spki_sha256, signer, settings.policy)
     servers = _servers(settings, client, deadline, first=left.server)
-    performer = _performer(options, settings, progress, servers)
+    performer = _performer(options, settings, progress, servers, deadline)
     try:
         booted = performer.run(resume_agent(boot_settings, settings.disks, grant, patience=settings.disk_wait_seconds))
     except Refusal as exc:
@@ -281,12 +282,15 @@ def _servers(settings: AgentSettings, client: ClientIdentity, deadline: float, *
     return Servers(context, settings.servers, deadline, first=first)
 
 
-def _performer(options: argparse.Namespace, settings: AgentSettings, progress: Progress, servers: Servers) -> Performer:
+def _performer(
+    options: argparse.Namespace, settings: AgentSettings, progress: Progress, servers: Servers, deadline: float
+) -> Performer:
     from chutes_proto.blocking.perform import Performer
 
     progress.server = lambda: servers.origin
     quoter = _quoter(settings, progress)
-    return Performer(send=servers, next_server=servers.next, quoter=quoter, disks=_disks(options), log=progress)
+    disks = _disks(options, deadline)
+    return Performer(send=servers, next_server=servers.next, quoter=quoter, disks=disks, log=progress)
 
 
 def _quoter(settings: AgentSettings, progress: Progress) -> Quoter:
@@ -308,10 +312,10 @@ def _is_simulated(settings: AgentSettings) -> bool:
     return settings.quoter.partition(":")[0] == "simulated"
 
 
-def _disks(options: argparse.Namespace) -> Disks:
+def _disks(options: argparse.Namespace, deadline: float = math.inf) -> Disks:
     from chutes_proto.blocking.disks import Disks
 
-    return Disks(images=options.images, mapping=not options.images)
+    return Disks(images=options.images, mapping=not options.images, end=deadline)
 
 
 def _keep_k3s_key(settings: AgentSettings, booted: Booted) -> None:
