@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
 
 import httpx
 
-from chutes_proto.auth.certificates import ENTROPY_SIZE, ClientIdentity, make_client_identity
+from chutes_proto.auth.certificates import ClientIdentity
 from chutes_proto.auth.signing import Signer
 from chutes_proto.blocking.https import TimeLimits
 from chutes_proto.blocking.perform import log_record
 from chutes_proto.blocking.quoting import Quoter, check_quoter
-from chutes_proto.blocking.tls import client_context
+from chutes_proto.blocking.tls import client_context, presented
 from chutes_proto.client.flows import (
     BootGrant,
     BootSettings,
@@ -28,7 +26,6 @@ from chutes_proto.client.flows import (
     read_cache_passphrase,
 )
 from chutes_proto.client.policy import DEFAULT_RETRY, RetryPolicy
-from chutes_proto.errors import LocalProtocolError
 from chutes_proto.log import Record
 from chutes_proto.secret import Secret
 from chutes_proto_asyncio.perform import HttpxSender, Performer
@@ -60,10 +57,8 @@ class BootAgent:
         limits: TimeLimits = TimeLimits(),
         log: Callable[[Record], None] = log_record,
     ) -> None:
-        if client is not None and identity is None:
-            raise LocalProtocolError("an own client comes with the identity whose certificate it presents")
         check_quoter(quoter)
-        identity = identity or make_client_identity(int(time.time()), os.urandom(ENTROPY_SIZE))
+        identity = presented(identity, client)
         self._settings = BootSettings(hotkey, vm_name, identity.spki_sha256, signer, retry)
         self._owned = None
         if client is None:

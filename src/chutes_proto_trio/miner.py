@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
 
 import httpx
 
-from chutes_proto.auth.certificates import ENTROPY_SIZE, ClientIdentity, make_client_identity
+from chutes_proto.auth.certificates import ClientIdentity
 from chutes_proto.auth.signing import Signer, SigningPolicy
 from chutes_proto.blocking.https import TimeLimits
 from chutes_proto.blocking.perform import log_record
 from chutes_proto.blocking.quoting import Quoter
-from chutes_proto.blocking.tls import client_context
+from chutes_proto.blocking.tls import client_context, presented
 from chutes_proto.client.policy import RetryPolicy
 from chutes_proto.client.servers import (
     MINER_RETRY,
@@ -27,7 +25,6 @@ from chutes_proto.client.servers import (
     remove_server,
     rename_server,
 )
-from chutes_proto.errors import LocalProtocolError
 from chutes_proto.log import Record
 from chutes_proto.wire.messages import (
     AttestationStatusAnswer,
@@ -65,10 +62,8 @@ class MinerClient:
         limits: TimeLimits = TimeLimits(),
         log: Callable[[Record], None] = log_record,
     ) -> None:
-        if client is not None and identity is None:
-            raise LocalProtocolError("an own client comes with the identity whose certificate it presents")
         self._miner = Miner(hotkey, signer, signatures, retry)
-        self._identity = identity or make_client_identity(int(time.time()), os.urandom(ENTROPY_SIZE))
+        self._identity = presented(identity, client)
         self._owned = None
         if client is None:
             client = self._owned = httpx.AsyncClient(verify=client_context(self._identity, ca_pem), trust_env=False)

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import os
 import ssl
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from chutes_proto.auth.certificates import ClientIdentity
-from chutes_proto.errors import ConfigurationError
+from chutes_proto.auth.certificates import ENTROPY_SIZE, ClientIdentity, make_client_identity
+from chutes_proto.errors import ConfigurationError, LocalProtocolError
 
 _MEMORY = "/proc/self/fd/{}"
+
+
+def presented(identity: ClientIdentity | None, client: object | None) -> ClientIdentity:
+    """``identity``, or a throw-away one where there is none.
+
+    Raises `LocalProtocolError` for a ``client`` of the caller's own without the identity that it presents.
+    """
+    if client is not None and identity is None:
+        raise LocalProtocolError("an own client comes with the identity whose certificate it presents")
+    return identity or make_client_identity(int(time.time()), os.urandom(ENTROPY_SIZE))
 
 
 def client_context(identity: ClientIdentity | None = None, ca_pem: bytes | None = None) -> ssl.SSLContext:
