@@ -205,19 +205,20 @@ def _settings(folder: Path, url: str, ca: Path, quoter: str) -> list[str]:
 
 
 def _boot(subject: Subject, server: DevServer, folder: Path) -> tuple[int, int]:
-    """KiB at the peak, and modules imported."""
+    """KiB at the peak, and modules imported: of two boots, for the first may have to compile what was edited."""
     quoter = f"command:{_quote_program(folder / f'{subject.name}-quote', server)}"
-    arguments = _settings(folder / f"{subject.name}-boot", server.url, server.ca, quoter)
-    with subprocess.Popen([*subject.agent, *arguments], stderr=subprocess.PIPE, env=_ENVIRONMENT) as agent:
+    python, *rest = subject.agent
+    settings = _settings(folder / f"{subject.name}-boot", server.url, server.ca, quoter)
+    modules = _modules([python, "-X", "importtime", *rest, *settings])
+    settings = _settings(folder / f"{subject.name}-again", server.url, server.ca, quoter)
+    with subprocess.Popen([*subject.agent, *settings], stderr=subprocess.PIPE, env=_ENVIRONMENT) as agent:
         peak = 0
         while agent.poll() is None:
             peak = max(peak, _peak(Path(f"/proc/{agent.pid}/status")))
             sleep(0.005)
         said = agent.stderr.read().decode() if agent.stderr else ""
     assert agent.returncode == 0, said
-    arguments = _settings(folder / f"{subject.name}-again", server.url, server.ca, quoter)
-    python, *rest = subject.agent
-    return peak, _modules([python, "-X", "importtime", *rest, *arguments])
+    return peak, modules
 
 
 def _quote_program(script: Path, server: DevServer) -> Path:
