@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from chutes_proto.blocking.sockets import Listening, listen_tls, listen_unix, urls
+from chutes_proto.blocking.sockets import SPARE_FILES, Listening, listen_tls, listen_unix, urls
 from chutes_proto.errors import ConfigurationError
 from tests.transport.tls_client import context
 
@@ -65,3 +67,22 @@ def test_what_is_in_use_or_no_socket_is_left_alone(tmp_path: Path) -> None:
     assert other.read_text() == "kept"
     assert path.is_socket()
     close(place)
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "connections", "room", "then"),
+    [
+        (200, 5000, 1024, 1024, 1024 + SPARE_FILES),  # as a service manager starts it: few, and it may have more
+        (200, 400, 1024, 400 - SPARE_FILES, 400),
+        (5000, 5000, 1024, 1024, 5000),
+        (64, 64, 1024, 1, 64),
+    ],
+)
+def test_no_more_connections_than_files(soft: int, hard: int, connections: int, room: int, then: int) -> None:
+    code = (
+        "import resource as r; from chutes_proto.blocking.sockets import room_for;"
+        f"r.setrlimit(r.RLIMIT_NOFILE, ({soft}, {hard}));"
+        f"print(room_for({connections}), *r.getrlimit(r.RLIMIT_NOFILE))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout.split() == [str(room), str(then), str(hard)]

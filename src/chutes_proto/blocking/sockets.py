@@ -3,13 +3,15 @@
 Rules kept here:
 
 * a TCP socket carries TLS; a unix socket carries plain HTTP, because whoever may open it is trusted: its mode is 0660;
-* a unix socket that a server left behind is replaced; one on which somebody answers is not, nor any other file.
+* a unix socket that a server left behind is replaced; one on which somebody answers is not, nor any other file;
+* a server has no more connections than the system lets it open.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import resource
 import socket
 import stat
 from collections.abc import Callable
@@ -23,6 +25,9 @@ from chutes_proto.transport.tls import ServerContext, TlsSession
 
 ACCEPT_PAUSE: Final = 0.2
 """Seconds to wait after a connection could not be accepted."""
+
+SPARE_FILES: Final = 128
+"""What a server has open beside its connections: listeners, store, collateral, the hosts and services that it asks."""
 
 _BACKLOG: Final = 1024
 
@@ -68,6 +73,24 @@ def listen_unix(path: Path) -> Listening:
         bound.close()
         raise ConfigurationError(f"proxy.unix: {path}: {_text(exc)}") from None
     return Listening(bound, lambda: None)
+
+
+def room_for(connections: int) -> int:
+    """How many connections may be open, at most ``connections``, once the process may open as many files as it can.
+
+    One that could not be opened would be no connection that another ends for: then silent peers would keep all others
+    out.
+    """
+    wanted = connections + SPARE_FILES
+    soft, hard = (wanted if limit == resource.RLIM_INFINITY else limit for limit in _limits())
+    if soft < wanted:
+        soft = min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, _limits()[1]))
+    return max(1, min(connections, soft - SPARE_FILES))
+
+
+def _limits() -> tuple[int, int]:
+    return resource.getrlimit(resource.RLIMIT_NOFILE)
 
 
 def urls(listening: list[Listening]) -> list[str]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from attrs import define, field, frozen
 
 from chutes_proto import __version__
-from chutes_proto.blocking.sockets import Listening, listen_tls, listen_unix, urls
+from chutes_proto.blocking.sockets import Listening, listen_tls, listen_unix, room_for, urls
 from chutes_proto.errors import ConfigurationError
 from chutes_proto.log import Level, Record
 from chutes_proto.quote.roots import INTEL_ROOT
@@ -125,8 +125,12 @@ async def open_server(
     limits = Limits(
         head_bytes=options.head_bytes, body_bytes=options.body_bytes, request_seconds=options.request_seconds
     )
+    connections = room_for(options.connections)
+    if connections < options.connections:
+        about = f"limits.connections: the system lets this process open files for {connections}; raise its limit"
+        log(Record(Level.WARNING, "warning", {"about": about}))
     async with on.open_performer(store, collateral, log=log) as performer:
-        yield on.server(App(setup.service), performer, limits=limits, connections=options.connections)
+        yield on.server(App(setup.service), performer, limits=limits, connections=connections)
 
 
 def serve_until_stopped(
