@@ -314,6 +314,21 @@ def test_a_link_that_changes(bench: Bench, tmp_path: Path) -> None:
     _ = bench.refused(lambda: bench.act(action, A), "changed", path=str(link))
 
 
+def test_a_device_that_becomes_a_link_after_it_was_looked_at(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.open
+
+    def swapped(path: str, flags: int, *more: Any) -> int:
+        if path == bench.device:
+            bench.path.symlink_to(bench.path.rename(tmp_path / "other.img"))
+        return real(path, flags, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", swapped)
+        _ = bench.refused(bench.inspect, "unavailable")
+
+
 def test_a_device_that_cannot_be_read(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> bytes:
         raise OSError(5, "Input/output error")
@@ -345,7 +360,8 @@ class PowerCut(BaseException):
 
 
 def cut(bench: Bench, act: Callable[[], None], step: int = 1) -> Iterator[int]:
-    """Let ``act`` happen until its first write to the disk, its second, and so on; with a step of 1, also to its half.
+    """Let ``act`` happen until its first write to the disk, its second, and so on; with a step of 1, also to its first
+    sector.
 
     The disk is as it was before each; the last of all times nothing is cut off. Look at the disk with our code first:
     the real program repairs a header that it opens.
@@ -360,7 +376,7 @@ def cut(bench: Bench, act: Callable[[], None], step: int = 1) -> Iterator[int]:
             if not _is(descriptor, bench.path):
                 return write(descriptor, data, place)
             if left < 2:
-                _ = write(descriptor, data[: len(data) // 2 * left], place)
+                _ = write(descriptor, data[: 512 * left], place)
                 raise PowerCut
             left -= 2
             return write(descriptor, data, place)
