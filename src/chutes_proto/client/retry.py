@@ -21,7 +21,8 @@ from chutes_proto.log import Level, Record, Value
 from chutes_proto.secret import Secret
 
 _JITTER_SIZE = 4
-_TEXT_SIZE = 200
+_TEXT_SIZE = 300
+_CUT = "..."
 
 
 class Budget:
@@ -85,4 +86,8 @@ def described(error: ChutesError, hidden: Secret | None = None) -> dict[str, Val
     if hidden is not None:
         secret = re.compile(re.escape(hidden.reveal().decode("ascii")), re.IGNORECASE)
         texts = {name: secret.sub("***", text) for name, text in texts.items()}
-    return {name: text[:_TEXT_SIZE] for name, text in texts.items()}
+    return {name: _shortened(text) for name, text in texts.items()}
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _TEXT_SIZE else text[: _TEXT_SIZE - len(_CUT)] + _CUT
