@@ -169,6 +169,8 @@ class Machine:
     platform: str | None = None
     proven: bool = False
     two_phase: bool = False
+    booted: bool = False
+    """Whether anybody booted since the name was bound."""
     attested: GrantBoot | None = None
     volumes: defaultdict[str, Volume] = field(factory=lambda: defaultdict(Volume))
 

@@ -182,6 +182,7 @@ class Calls(RuleBasedStateMachine):
         if known.platform == home:
             known.proven |= proven
         known.two_phase |= exchange == "two-phase"
+        known.booted = True
         assert outcome.root is not None
         known.own("root", outcome.root.reveal(), self.kek, self.now)
         self.tokens.append(Token(unit, home))
@@ -485,9 +486,14 @@ class Calls(RuleBasedStateMachine):
             for name, text in texts.items()
         }
         outcome = self.do(ImportKeys(self.now, vm, keys, platform(home) if home else None, self.vault, "why"))
-        if any(known.volumes[name].keys and name not in there for name in volumes):
-            assert outcome == Code.KEY_NOT_FOUND
-            return
+        anybody = known.platform not in (None, home) and known.booted and not known.proven
+        for volume in (known.volumes[name] for name in volumes if name not in there):
+            if volume.active or volume.find("pruned"):
+                assert outcome == Code.KEY_NOT_FOUND
+                return
+            if anybody:
+                assert outcome == Code.PLATFORM_MISMATCH
+                return
         new = [name for name in volumes if name not in there]
         assert outcome == tuple(new)
         for name in new:
@@ -518,10 +524,11 @@ class Calls(RuleBasedStateMachine):
             assert outcome == Code.PLATFORM_MISMATCH
             return
         assert outcome is None
-        known.platform, known.proven, known.attested = home, False, None
+        known.platform, known.proven, known.booted, known.attested = home, False, False, None
         self._void(vm)
         if not keep:
             known.disown(self.now)
+            known.two_phase = False
 
     # --- what holds at every instant ---
 

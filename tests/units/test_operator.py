@@ -206,6 +206,37 @@ def test_an_import_without_its_platform_opens_to_the_operator_or_the_hotkey(stor
     assert refused(store, BindVm(NOW, VM, platform("home"), WHY)).code is Code.PLATFORM_MISMATCH
 
 
+def test_an_imported_key_was_not_handed_out_until_a_boot_gets_it(store: MemoryStore) -> None:
+    store.transact(imported(("storage", b"an older passphrase"), home=True))
+    assert store.transact(Ask(ReadGenerations(VM)))[0].delivered_at is None
+    booted(store, "1", "storage")
+    assert [row.delivered_at for row in store.transact(Ask(ReadGenerations(VM))) if row.volume == "storage"] == [
+        NOW + 1
+    ]
+
+
+@pytest.mark.parametrize("home", [True, False])
+def test_nothing_is_imported_for_whoever_took_the_name_before(store: MemoryStore, home: bool) -> None:
+    stranger = evolve(boot("stranger"), platform=platform("elsewhere"), exchange="two-phase")
+    store.transact(stranger)
+    store.transact(attest(stranger, "body", "tdx-cache"))
+    unit = imported(("storage", b"an older passphrase"), home=home)
+    assert refused(store, unit).code is Code.PLATFORM_MISMATCH
+    store.transact(RebindVm(NOW, VM, platform("home"), False, VAULT, WHY))
+    both = imported(("storage", b"an older passphrase"), ("tdx-cache", b"another"), home=home)
+    assert store.transact(both) == ("storage", "tdx-cache")
+    assert last_audit(store).keys == "storage/1 created, tdx-cache/2 created"
+    # the owner is kept to nothing that the stranger did, the exchange among it
+    assert booted(store, "1", "storage", "tdx-cache") == {"storage": b"an older passphrase", "tdx-cache": b"another"}
+    assert refused(store, evolve(boot("2"), platform=platform("elsewhere"))).code is Code.PLATFORM_MISMATCH
+
+
+@pytest.mark.parametrize("changes", [{"hotkey_proven": True}, {"platform": platform("home")}])
+def test_an_import_for_whom_it_is_known_to_be(store: MemoryStore, changes: dict[str, Any]) -> None:
+    store.transact(evolve(boot("1"), **{"platform": platform("elsewhere"), **changes}))
+    assert store.transact(imported(("storage", b"an older passphrase"), home=True)) == ("storage",)
+
+
 @pytest.mark.parametrize("keep", [True, False])
 def test_a_name_is_rebound(store: MemoryStore, keep: bool) -> None:
     elsewhere = platform("elsewhere")

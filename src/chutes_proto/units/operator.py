@@ -253,9 +253,12 @@ class AllowFormat(Unit[None]):
 class ImportKeys(Unit[tuple[str, ...]]):
     """Keys of a VM from another server, sealed anew; returns the volumes that had none and have these now.
 
-    A volume that has this very key already is left alone, so that an import can be repeated; one that has another key
-    is refused. With ``platform`` the name is bound to it, unless it is bound already; without, only a hotkey's
-    signature or an operator's `BindVm` opens it. The volumes are in use.
+    A volume that has this very key already is left alone, so that an import can be repeated; one that has another key,
+    which its VM is or would be handed, is refused. With ``platform`` the name is bound to it, unless it is bound
+    already; without, only a hotkey's signature or an operator's `BindVm` opens it. The volumes are in use.
+
+    Whoever booted under the name before, on another platform and without the hotkey's signature, may be anybody: then
+    nothing is imported until an operator's `RebindVm` says whose the name is.
     """
 
     now: int
@@ -270,28 +273,39 @@ class ImportKeys(Unit[tuple[str, ...]]):
         keeper = Keeper(self.vm, self.vault, self.now, "import")
         stored = by_volume((yield from ReadGenerations(self.vm)))
         known = {row.volume: row for row in (yield from ReadVolumes(self.vm))}
-        made: list[str] = []
+        claim = yield from ReadVm(self.vm)
+        made: dict[str, int] = {}
         for volume, fresh in self.keys.items():
-            there = generations.active(stored[volume])
-            if there is not None and keeper.open(there) == fresh.passphrase:
+            supply = generations.fetch(stored[volume], keeper.sealer(volume, fresh))
+            if supply.word == "kept" and keeper.open(supply.current) == fresh.passphrase:
                 continue
-            if generations.holds_keys(stored[volume]):
+            if supply.word != "created":
                 raise _refused(
                     f"{volume} of {_named(self.vm)} has another key already; nothing of this VM was imported"
                 )
-            _ = yield from keeper.supply(generations.fetch((), keeper.sealer(volume, fresh)))
+            if claim is not None and not self._is_owners(claim):
+                raise _refused(
+                    f"{_named(self.vm)} was booted on {claim.pin} without the hotkey's signature; nothing of this VM"
+                    " was imported. Rebind it to the platform that it belongs to",
+                    Code.PLATFORM_MISMATCH,
+                )
+            yield from Insert(evolve(supply.current, delivered_at=None))
             if volume not in generations.RESERVED_VOLUMES:
                 before = known.get(volume) or VolumeRow(self.vm, volume, in_use=True, format_allowed=False)
                 yield from Put(evolve(before, in_use=True))
-            made.append(volume)
-        claim = yield from ReadVm(self.vm)
+            made[volume] = supply.current.generation
         bound = claim is None and self.platform is not None
         if bound and self.platform is not None:
             yield from Put(_claim(self.vm, self.platform, self.now))
         if made or bound:
             reason = f"{self.reason}; bound to {self.platform.pin}" if bound and self.platform else self.reason
-            yield from Insert(_audit(self.now, "keys imported", reason, self.vm, keys=keeper.told))
+            told = ", ".join(f"{volume}/{generation} created" for volume, generation in made.items())
+            yield from Insert(_audit(self.now, "keys imported", reason, self.vm, keys=told))
         return tuple(made)
+
+    def _is_owners(self, claim: VmRow) -> bool:
+        is_home = self.platform is not None and claim.pin == self.platform.pin
+        return claim.proven or is_home or not claim.last_boot_at
 
 
 # --- names ---
@@ -320,7 +334,7 @@ class RebindVm(Unit[None]):
     """Bind a name to another platform. All its tokens are void.
 
     With ``keep_keys`` the disk moved, and its keys go along. Without, the name was another's: all generations are
-    retired, none comes back by itself, and what was known of its disks is forgotten.
+    retired, none comes back by itself, and what was known of its disks and its exchange is forgotten.
     """
 
     now: int
@@ -336,14 +350,13 @@ class RebindVm(Unit[None]):
         if claim is None:
             raise _refused(f"{_named(self.vm)} is bound to no platform; bind it", Code.PLATFORM_MISMATCH)
         keeper = Keeper(self.vm, self.vault, self.now, "rebind")
+        moved = _claim(self.vm, self.platform, self.now)
         if self.keep_keys:
             yield from VoidTokens(self.vm, self.now)
+            moved = evolve(moved, created_at=claim.created_at, exchange=claim.exchange)
         else:
             yield from keeper.disown()
-        moved = _claim(self.vm, self.platform, self.now)
-        yield from Put(
-            evolve(moved, created_at=claim.created_at, exchange=claim.exchange, last_boot_at=claim.last_boot_at)
-        )
+        yield from Put(moved)
         how = "with its keys" if self.keep_keys else "with new keys"
         reason = f"{self.reason}; from {claim.pin}, {how}"
         yield from Insert(_audit(self.now, "vm rebound", reason, self.vm, self.platform, keys=keeper.told))
