@@ -137,11 +137,20 @@ def test_a_console_that_takes_nothing_is_given_up(as_json: bool, monkeypatch: py
 
 
 def test_errors_as_fields() -> None:
-    assert said(refusal(403, "x", "no", request_id="r")) == {
+    assert said(refusal(403, "x", "no", request_id="r"), {}) == {
         "reason": "no",
         "status": "403",
         "code": "x",
         "request_id": "r",
     }
-    assert said(DiskError("kind", "no", "/dev/a")) == {"reason": "/dev/a: no", "code": "kind", "device": "/dev/a"}
-    assert said(TransportError("cut", maybe_delivered=False)) == {"reason": "cut", "error": "TransportError"}
+    assert said(DiskError("kind", "no", "/dev/a"), {}) == {"reason": "/dev/a: no", "code": "kind", "device": "/dev/a"}
+    assert said(TransportError("cut", maybe_delivered=False), {}) == {"reason": "cut", "error": "TransportError"}
+
+
+def test_the_record_of_what_stopped_counts_for_peers_texts() -> None:
+    progress = Progress(as_json=True, seconds=100.0)
+    progress(Record(Level.ERROR, "boot_stopped", {**STEP, "reason": "not ***", "code": "x", "request_id": "***"}))
+    error = refusal(403, "x", "not a-token", request_id="a-token")
+    assert said(error, progress.stopped) == {"reason": "not ***", "status": "403", "code": "x", "request_id": "***"}
+    progress(Record(Level.WARNING, "rotation_undecided", {"volumes": ["a"], **WHY}))
+    assert progress.stopped == {}

@@ -18,6 +18,8 @@ from chutes_proto import ChutesError
 from chutes_proto.cli import console
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from chutes_proto.auth.certificates import ClientIdentity
     from chutes_proto.blocking.agent import Servers
     from chutes_proto.blocking.disks import Disks
@@ -360,8 +362,9 @@ def _tell_failure(
 
     if not options.images:
         close_opened(settings, progress)
-    advice, ending, facts = advise(error), settings.on_failure, said(error)
-    step = str(progress.stopped.get("step", "")) if not isinstance(error, DiskError) else ""
+    stopped: Mapping[str, Value] = {} if isinstance(error, DiskError) else progress.stopped
+    advice, ending, facts = advise(error), settings.on_failure, said(error, stopped)
+    step = str(stopped.get("step", ""))
     where = f" at step {step}, at {progress.server()}" if step else ""
     lines = [("", f"BOOT FAILED{where}"), ("reason", facts["reason"])]
     if "status" in facts:

@@ -72,6 +72,8 @@ class Progress:
         match record.event, fields:
             case "boot_stopped", _:
                 self.stopped = fields
+            case "rotation_undecided", _:
+                self.stopped = {}  # that did not end it
             case "disk_action", {"action": action, "text": str(text)}:
                 self._writes = action in ("format", "add_key", "keep_key")
                 self.written += [text] if self._writes else []
@@ -138,8 +140,17 @@ def put(text: str, stream: TextIO) -> None:
             _ = signal.signal(signal.SIGALRM, before)
 
 
-def said(error: ChutesError) -> dict[str, str]:
-    """Reason, code and request of an error, as far as it has them."""
+def said(error: ChutesError, stopped: Mapping[str, Value]) -> dict[str, str]:
+    """Reason, code and request of an error, as far as it has them.
+
+    Where the record of a stopped exchange has them, they are taken from there: short, and without its nonce or token,
+    which a server may have repeated.
+    """
+    told = {name: str(stopped[name]) for name in ("reason", "code", "request_id") if name in stopped}
+    return {**_said(error), **told}
+
+
+def _said(error: ChutesError) -> dict[str, str]:
     from chutes_proto.errors import DiskError, Refusal
 
     match error:
