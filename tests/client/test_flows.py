@@ -305,6 +305,16 @@ def test_a_sync_that_no_server_could_answer_sends_nothing(
         Playbook().run(boot_and_sync(talk.SETTINGS, volumes, rekey, formatted))
 
 
+@pytest.mark.usefixtures("told_on_purpose")
+@pytest.mark.parametrize("detail", [f"no: {talk.TOKEN}", [{"loc": ["header"], "msg": "no", "input": talk.TOKEN}]])
+def test_a_token_that_a_server_repeats_is_in_no_error(detail: object) -> None:
+    book = Playbook((SYNC, talk.refused(403, talk.TOKEN, detail)), aside=talk.calm())
+    with pytest.raises(Refused) as caught:
+        book.run(sync_volumes(talk.GRANT, BOTH))
+    assert "no" in str(caught.value)
+    assert talk.TOKEN not in f"{caught.value} {caught.value!r} {vars(caught.value)}"
+
+
 # --- both in one ---
 
 

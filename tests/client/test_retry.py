@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chutes_proto.client.policy import RetryPolicy
-from chutes_proto.client.retry import begin, described
+from chutes_proto.client.retry import begin, conceal, described
 from chutes_proto.effects import Entropy, Flow, Log, NextServer, Sleep, Uptime
 from chutes_proto.errors import (
     ChutesError,
@@ -49,7 +49,7 @@ def fail(policy: RetryPolicy, *errors: ChutesError) -> Flow[None]:
     budget = yield from begin(policy)
     for error in errors:
         yield from budget.announce("nonce")
-        yield from budget.pause("nonce", error, None)
+        yield from budget.pause("nonce", error)
 
 
 def test_the_budget_of_attempts() -> None:
@@ -78,7 +78,7 @@ def test_no_attempt_begins_after_the_deadline(spent: float, goes_on: bool) -> No
     def one() -> Flow[None]:
         budget = yield from begin(RetryPolicy(deadline=60.0))
         clock[0] += spent
-        yield from budget.pause("nonce", CUT, None)
+        yield from budget.pause("nonce", CUT)
 
     aside: Aside = {Uptime: lambda _: clock[0], Entropy: lambda e: bytes(e.size), Log: lambda _: None}
     if goes_on:
@@ -113,8 +113,13 @@ def test_what_is_hidden_is_never_told(before: str, after: str) -> None:
     token = "f00d" * 16
     texts = (before + token + after, token.upper() + after)
     for text in texts:
-        for error in (refusal(401, text, text, request_id=text), RemoteProtocolError(text)):
-            assert token not in str(described(error, Secret(token.encode()))).lower()
+        problems: list[dict[str, object]] = [{"loc": ["body"], "msg": text, "input": {text: [text, 1]}}]
+        for error in (
+            *(refusal(401, text, told, request_id=text) for told in (text, problems)),
+            RemoteProtocolError(text),
+        ):
+            conceal(error, Secret(token.encode()))
+            assert token not in f"{error} {error!r} {vars(error)} {described(error)}".lower()
 
 
 def shared(*script: tuple[object, object], uptime: float = 7.0, records: list[Record] | None = None) -> Playbook:

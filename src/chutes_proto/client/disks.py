@@ -164,7 +164,7 @@ def _confirm(rotation: Rotation, settings: BootSettings) -> Flow[Mapping[str, st
     try:
         return (yield from confirm_volumes(rotation, retry=settings.retry))
     except ChutesError as exc:
-        fields = {"volumes": [*rotation.report], **described(exc, rotation.confirm_nonce)}
+        fields = {"volumes": [*rotation.report], **described(exc)}
         yield from Log(Record(Level.WARNING, "rotation_undecided", fields))
         return {}
 

@@ -30,7 +30,7 @@ from chutes_proto.auth.hotkey import Hotkey, HotkeyError
 from chutes_proto.auth.signing import Signer, body_message
 from chutes_proto.client.exchange import Exchange, Input, State, failure
 from chutes_proto.client.policy import DEFAULT_RETRY, RetryPolicy
-from chutes_proto.client.retry import begin
+from chutes_proto.client.retry import begin, conceal
 from chutes_proto.effects import Flow, Log, MakeQuote, Send
 from chutes_proto.errors import (
     LocalProtocolError,
@@ -469,10 +469,11 @@ def _reach(
                 raise _other_exchange(brought)
             held = brought
             continue
-        hidden = _opener(held)
+        if (secret := _opener(held)) is not None:
+            conceal(error, secret)
         if exchange.take(failure(before, error)) not in steps:
-            yield from budget.give_up(step.name, error, hidden)
-        yield from budget.pause(step.name, error, hidden)
+            yield from budget.give_up(step.name, error)
+        yield from budget.pause(step.name, error)
         if exchange.state is not before:
             held = None  # a new attempt owes nothing to the one that failed
 

@@ -12,7 +12,7 @@ Rules kept here:
 from __future__ import annotations
 
 import re
-from typing import NoReturn
+from typing import NoReturn, cast
 
 from chutes_proto.client.policy import RetryPolicy
 from chutes_proto.effects import Entropy, Flow, Log, NextServer, Sleep, Uptime
@@ -38,23 +38,23 @@ class Budget:
         """Tell the operator which step begins, in which attempt, and how long the exchange may still take."""
         yield from Log(Record(Level.INFO, f"{self._what}_step", self._told(step, (yield from self._left()))))
 
-    def pause(self, step: str, error: ChutesError, hidden: Secret | None) -> Flow[None]:
+    def pause(self, step: str, error: ChutesError) -> Flow[None]:
         """Wait before the next attempt. Raises ``error`` where the policy allows none."""
         jitter = yield from Entropy(_JITTER_SIZE)
         left = yield from self._left()
         delay = self._policy.delay(self._failures + 1, jitter, self._asked(error))
         if self._failures + 1 >= self._policy.attempts or delay >= left:
-            yield from self.give_up(step, error, hidden)
-        fields = {**self._told(step, left), "wait": round(delay, 1), **described(error, hidden)}
+            yield from self.give_up(step, error)
+        fields = {**self._told(step, left), "wait": round(delay, 1), **described(error)}
         if self._policy.servers > 1 and not isinstance(error, QuoteUnavailable):
             fields["next_server"] = yield from NextServer()
         yield from Log(Record(Level.WARNING, f"{self._what}_delayed", fields))
         yield from Sleep(delay)
         self._failures += 1
 
-    def give_up(self, step: str, error: ChutesError, hidden: Secret | None) -> Flow[NoReturn]:
+    def give_up(self, step: str, error: ChutesError) -> Flow[NoReturn]:
         """Tell the operator why the exchange ends, and raise ``error``."""
-        fields = {**self._told(step, (yield from self._left())), **described(error, hidden)}
+        fields = {**self._told(step, (yield from self._left())), **described(error)}
         yield from Log(Record(Level.ERROR, f"{self._what}_stopped", fields))
         raise error
 
@@ -78,14 +78,34 @@ def begin(policy: RetryPolicy, what: str = "boot") -> Flow[Budget]:
     return Budget(policy, (yield from Uptime()) if policy.started is None else policy.started, what)
 
 
-def described(error: ChutesError, hidden: Secret | None = None) -> dict[str, Value]:
-    """An error as fields of a log record: what the peer said cut short, and ``hidden`` never in it."""
+def conceal(error: ChutesError, secret: Secret) -> None:
+    """Take ``secret``, which the peer may have repeated, out of all that an error says."""
+    pattern = re.compile(re.escape(secret.reveal().decode("ascii")), re.IGNORECASE)
+
+    def without(value: object) -> object:
+        match value:
+            case str() if pattern.search(value):
+                return pattern.sub("***", value)
+            case list():
+                return [without(member) for member in cast("list[object]", value)]
+            case tuple():
+                return tuple(without(member) for member in cast("tuple[object, ...]", value))
+            case dict():
+                members = cast("dict[object, object]", value)
+                return {without(name): without(member) for name, member in members.items()}
+            case _:
+                return value
+
+    error.args = cast("tuple[object, ...]", without(error.args))
+    for name, value in vars(error).items():
+        setattr(error, name, without(value))
+
+
+def described(error: ChutesError) -> dict[str, Value]:
+    """An error as fields of a log record: what the peer said cut short."""
     texts = {"error": type(error).__name__, "reason": str(error)}
     if isinstance(error, Refusal):
         texts = {"reason": error.reason, "code": str(error.code), "request_id": error.request_id or ""}
-    if hidden is not None:
-        secret = re.compile(re.escape(hidden.reveal().decode("ascii")), re.IGNORECASE)
-        texts = {name: secret.sub("***", text) for name, text in texts.items()}
     return {name: _shortened(text) for name, text in texts.items()}
 
 

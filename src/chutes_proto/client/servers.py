@@ -185,7 +185,7 @@ def _persist(miner: Miner, endpoint: Endpoint, attempt: Callable[[bool], Flow[T]
             return (yield from attempt(lost))
         except (Unavailable, TransportError, RemoteProtocolError, QuoteUnavailable) as exc:
             lost = lost or _may_have_effect(exc)
-            yield from budget.pause(endpoint.operation, exc, None)
+            yield from budget.pause(endpoint.operation, exc)
 
 
 def _may_have_effect(error: Exception) -> bool:
