@@ -186,6 +186,9 @@ class Performer:
         return None
 
     async def _fetch_in_thread(self, identity: PckIdentity, now: int) -> VerifiedCollateral:
+        at_hand = self._collateral.at_hand(identity, now)
+        if at_hand is not None:
+            return at_hand
         return await anyio.to_thread.run_sync(self._collateral.fetch, identity, now, abandon_on_cancel=True)
 
     async def _resolve_in_thread(self, name: str) -> tuple[str, ...]:

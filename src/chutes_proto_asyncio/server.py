@@ -7,10 +7,13 @@ to end.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import suppress
 from signal import Signals
+from socket import socket
 
 import anyio
-from anyio.abc import SocketAttribute, SocketListener, SocketStream, TaskGroup
+import anyio.lowlevel
+from anyio.abc import TaskGroup
 
 from chutes_proto.blocking.sockets import ACCEPT_PAUSE, Listening
 from chutes_proto.transport.connections import Connections
@@ -61,56 +64,62 @@ class Server:
             waiting.deadline = connection.deadline
 
     async def _accept(self, place: Listening, nursery: TaskGroup) -> None:
-        listener = await SocketListener.from_socket(place.socket)
-        async with listener:
+        with place.socket as listener:
+            listener.setblocking(False)
             self._slots.release()  # for the one that a listener holds while nobody comes
             while True:
                 await self._slots.acquire()
                 try:
-                    stream = await listener.accept()
+                    accepted = await _accepted(listener)
                 except OSError as exc:  # the peer went away while it waited, or there are no file descriptors left
                     self._slots.release()
                     await self._complain("accept_failed", exc)
                     await anyio.sleep(ACCEPT_PAUSE)
                 else:
-                    _ = nursery.start_soon(self._serve_stream, stream, place)
+                    _ = nursery.start_soon(self._serve_socket, accepted, place)
 
-    async def _serve_stream(self, stream: SocketStream, place: Listening) -> None:
+    async def _serve_socket(self, accepted: socket, place: Listening) -> None:
         """One connection. Its faults end it and nothing else."""
         try:
-            async with stream:
-                socket = stream.extra(SocketAttribute.raw_socket)  # noqa: S610 - this is not Django's
-                peer = peer_address(socket.getpeername())
+            with accepted:
+                peer = peer_address(accepted.getpeername())
                 connection = ServerConnection(
                     anyio.current_time(), tls=place.session(), limits=self._limits, peer_address=peer
                 )
                 try:
-                    await self._serve_connection(stream, connection)
+                    await self._serve_connection(accepted, connection)
                 finally:
                     self._connections.remove(connection)
                     _ = self._waiting.pop(connection, None)
-        except (OSError, anyio.BrokenResourceError, anyio.ClosedResourceError):
+        except OSError:
             pass  # the peer went away
         except Exception as exc:  # noqa: BLE001 - a defect met in one connection must not end the others
             await self._complain("connection_failed", exc)
         finally:
             self._slots.release()
 
-    async def _serve_connection(self, stream: SocketStream, connection: ServerConnection) -> None:
+    async def _serve_connection(self, accepted: socket, connection: ServerConnection) -> None:
+        """Until it is closed. A scope lasts until it is cancelled: one for each wait would cost as much as the wait."""
         while not connection.closed:
-            request = connection.next_request(anyio.current_time())
-            if request is not None:
-                connection.send_response(await self._answer(request), anyio.current_time())
-            for ended in self._connections.make_room(connection):
-                self._waiting[ended].deadline = ended.deadline
-            with anyio.CancelScope(deadline=connection.deadline) as waiting:
+            with anyio.CancelScope() as waiting:
                 self._waiting[connection] = waiting
-                if data := connection.data_to_send():
-                    await stream.send(data)
-                elif not connection.closed:
-                    connection.receive_data(await _receive(stream), anyio.current_time())
+                while not connection.closed and not waiting.cancel_called:
+                    await self._proceed(accepted, connection, waiting)
             if waiting.cancelled_caught:
                 connection.expire(anyio.current_time())
+
+    async def _proceed(self, accepted: socket, connection: ServerConnection, waiting: anyio.CancelScope) -> None:
+        request = connection.next_request(anyio.current_time())
+        waiting.deadline = connection.deadline
+        if request is not None:
+            connection.send_response(await self._answer(request), anyio.current_time())
+            waiting.deadline = connection.deadline
+        for ended in self._connections.make_room(connection):
+            self._waiting[ended].deadline = ended.deadline
+        if data := connection.data_to_send():
+            await _send(accepted, data)
+        elif not connection.closed:
+            connection.receive_data(await _received(accepted), anyio.current_time())
 
     async def _answer(self, request: HttpRequest | MalformedRequest) -> HttpResponse:
         return await self._performer.run(self._app.handle(request))
@@ -142,9 +151,29 @@ async def _call(received: AsyncIterator[int], signals: Mapping[Signals, Callable
         signals[Signals(number)]()
 
 
-async def _receive(stream: SocketStream) -> bytes:
+async def _accepted(listener: socket) -> socket:
+    while True:
+        await anyio.wait_readable(listener)
+        with suppress(BlockingIOError):
+            accepted, _ = listener.accept()
+            accepted.setblocking(False)
+            return accepted
+
+
+async def _received(accepted: socket) -> bytes:
     """What comes next; ``b""`` at the end."""
-    try:
-        return await stream.receive(READ_SIZE)
-    except anyio.EndOfStream:
-        return b""
+    while True:
+        await anyio.wait_readable(accepted)
+        with suppress(BlockingIOError):
+            return accepted.recv(READ_SIZE)
+
+
+async def _send(accepted: socket, data: bytes) -> None:
+    """All of it. Others have their turn first: a peer that sends ahead must not make them wait."""
+    await anyio.lowlevel.checkpoint()
+    left = memoryview(data)
+    while left:
+        try:
+            left = left[accepted.send(left) :]
+        except BlockingIOError:
+            await anyio.wait_writable(accepted)

@@ -13,6 +13,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 import trio
+from attrs import define
 
 import chutes_proto_asyncio.perform
 import chutes_proto_trio.perform
@@ -77,7 +78,13 @@ class SimulatedDisks:
         return action, keys
 
 
+@define
 class Collateral:
+    kept: Any = None
+
+    def at_hand(self, identity: Any, now: int) -> Any:
+        return self.kept
+
     def fetch(self, identity: Any, now: int) -> Any:
         return ("collateral", identity, now)
 
@@ -175,6 +182,12 @@ def test_disks_are_looked_at_and_acted_on(drive: Driver) -> None:
 def test_collateral_is_fetched(drive: Driver) -> None:
     identity: Any = "a platform"
     assert drive(ask(FetchCollateral(identity, 7)), collateral=Collateral()) == ("collateral", "a platform", 7)
+
+
+def test_a_loop_takes_collateral_that_is_at_hand(drive: Driver) -> None:
+    source = Collateral("collateral in memory")
+    fetched = drive(ask(FetchCollateral(cast("Any", "a platform"), 7)), collateral=source)
+    assert fetched == (("collateral", "a platform", 7) if drive is by_blocking else "collateral in memory")
 
 
 def test_a_name_is_resolved(drive: Driver, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,9 @@ class FreshCollateral:
 
     kept: VerifiedCollateral | None = None
 
+    def at_hand(self, identity: PckIdentity, now: int) -> VerifiedCollateral | None:
+        return self.kept
+
     def fetch(self, identity: PckIdentity, now: int) -> VerifiedCollateral:
         if identity.fmspc != PLATFORM.fmspc:
             raise CollateralUnavailable("of another platform")

@@ -50,10 +50,14 @@ T = TypeVar("T")
 
 
 class CollateralSource(Protocol):
-    """What performs `FetchCollateral`; it may block, and may be called from several threads at once."""
+    """What performs `FetchCollateral`; it may be called from several threads at once."""
+
+    def at_hand(self, identity: PckIdentity, now: int) -> VerifiedCollateral | None:
+        """What `fetch` would give, if it takes nothing but a look into memory. Does not block."""
+        ...
 
     def fetch(self, identity: PckIdentity, now: int) -> VerifiedCollateral:
-        """Verified collateral for a platform. Raises `CollateralUnavailable`."""
+        """Verified collateral for a platform; may block. Raises `CollateralUnavailable`."""
         ...
 
 
@@ -67,7 +71,7 @@ class Missing:
         """In place of a function."""
         raise LocalProtocolError(f"a flow needs the part {self._part!r}, which this driver was not given")
 
-    transact = fetch = inspect = act = __call__
+    transact = fetch = at_hand = inspect = act = __call__
 
 
 def log_record(record: Record) -> None:

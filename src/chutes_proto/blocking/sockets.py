@@ -50,6 +50,7 @@ def listen_tls(address: tuple[str, int], context: Callable[[], ServerContext]) -
     try:
         for family, _, _, _, name in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE):
             bound = socket.create_server(name, family=family, backlog=_BACKLOG)
+            bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # those that it accepts have it from it
             listening.append(Listening(bound, lambda: TlsSession(context())))
     except OSError as exc:
         for place in listening:

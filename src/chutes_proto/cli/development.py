@@ -69,6 +69,10 @@ class RenewedCollateral:
     directory: CollateralDirectory
     platform: SimulatedPlatform
 
+    def at_hand(self, identity: PckIdentity, now: int) -> VerifiedCollateral | None:
+        """See `CollateralDirectory.at_hand`."""
+        return self.directory.at_hand(identity, now)
+
     def fetch(self, identity: PckIdentity, now: int) -> VerifiedCollateral:
         """See `CollateralDirectory.fetch`."""
         try:

@@ -193,7 +193,7 @@ class ServerConnection:
         self._in_flight = False
         if self._phase is _Phase.ANSWERING and not self._outbox:
             self._answered(now)
-        if self._phase in (_Phase.IDLE, _Phase.RECEIVING):
+        if self._phase in (_Phase.IDLE, _Phase.RECEIVING) and self._has_unread:
             try:
                 self._parse(now)
             except BadRequest as exc:
@@ -274,6 +274,11 @@ class ServerConnection:
         if self._phase is _Phase.HANDSHAKE and self._tls.established:
             self._enter(_Phase.IDLE, now)
         return plaintext
+
+    @property
+    def _has_unread(self) -> bool:
+        """There is what `_parse` has not seen, or may see anew now that the request before is answered."""
+        return bool(self._inbox or self._peer_ended or self._h11.trailing_data[0])
 
     def _parse(self, now: float) -> None:
         while True:
