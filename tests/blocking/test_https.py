@@ -141,6 +141,17 @@ def test_a_connection_is_begun_before_its_request(credentials: Credentials) -> N
         send.begin()  # and is closed unused
 
 
+def test_a_connection_that_was_begun_long_ago_is_replaced(
+    credentials: Credentials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server may have ended it: that would cost the request an attempt."""
+    monkeypatch.setattr("chutes_proto.blocking.https._BEGUN_SECONDS", 0.0)
+    with peer(credentials, answering(OK)) as (url, ended), sender(credentials, url) as send:
+        send.begin()
+        assert send(REQUEST).body == b"ok"
+    assert len(ended) == 2
+
+
 def test_the_server_is_greeted_at_once() -> None:
     listener = socket.create_server(("127.0.0.1", 0))
     with listener, HttpsSender(client_context(), f"https://127.0.0.1:{listener.getsockname()[1]}") as send:

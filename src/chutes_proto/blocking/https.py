@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 _READ_SIZE: Final = 16 * 1024
 _BEGIN_SECONDS: Final = 1.0
+_BEGUN_SECONDS: Final = 2.0
+"""How long a connection that was begun is of use: a server ends one on which it hears nothing more."""
 
 
 @frozen
@@ -66,6 +68,7 @@ class HttpsSender:
         self._limits = limits
         self._kept: _Connection | None = None
         self._begun: ssl.SSLSocket | None = None
+        self._begun_at = 0.0
 
     def __enter__(self) -> HttpsSender:
         return self
@@ -115,6 +118,7 @@ class HttpsSender:
         """
         with suppress(TransportError):
             self._begun = self._begun or self._begin(time.monotonic() + min(_BEGIN_SECONDS, self._limits.connect))
+            self._begun_at = time.monotonic()
 
     def _begin(self, end: float) -> ssl.SSLSocket:
         """A connection on which the server has been greeted. Raises `TransportError`."""
@@ -134,6 +138,9 @@ class HttpsSender:
         """A connection whose peer is the origin. Raises `TransportError`."""
         end = min(end, time.monotonic() + self._limits.connect)
         begun, self._begun = self._begun, None
+        if begun is not None and time.monotonic() - self._begun_at > _BEGUN_SECONDS:
+            begun.close()
+            begun = None
         stream = begun or self._begin(end)
         from chutes_proto.transport.client import ClientConnection  # while the greeting is on its way
 
