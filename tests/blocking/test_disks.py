@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from chutes_proto.blocking import disks as module
-from chutes_proto.blocking.disks import Disks, find_cryptsetup
+from chutes_proto.blocking.disks import Disks, environment, find_cryptsetup
 from chutes_proto.errors import DiskError, HeaderRejected, LocalProtocolError
 from chutes_proto.luks.disk import LOOKED_AT, UNFINISHED, Blank, Foreign, Luks
 from chutes_proto.luks.header import HEAD_SIZE, MAX_SLOTS
@@ -665,6 +665,19 @@ def test_a_mapping(bench: Bench, loop: str) -> None:
         finally:
             _ = subprocess.run([bench.program, "close", name], check=True)
     assert DATA not in bench.path.read_bytes()
+
+
+def test_udev_is_waited_for_only_where_it_listens(tmp_path: Path) -> None:
+    """An initramfs leaves udev's socket behind; `cryptsetup` would wait there for what nobody does."""
+    place = str(tmp_path / "control")
+    assert environment(place)["DM_DISABLE_UDEV"] == "1"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as udev:
+        udev.bind(place)
+        udev.listen(1)
+        for _ in range(3):  # also while it has no time
+            assert "DM_DISABLE_UDEV" not in environment(place)
+    assert Path(place).exists()
+    assert environment(place)["DM_DISABLE_UDEV"] == "1"
 
 
 def test_without_device_mapper_it_is_said(bench: Bench, loop: str) -> None:

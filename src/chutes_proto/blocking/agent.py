@@ -265,11 +265,15 @@ def close_mappings(program: str | None, mappings: Iterable[str]) -> list[str]:
     """Close what is mapped, the last one first; says what went wrong, if anything did."""
     import subprocess
 
+    from chutes_proto.blocking.disks import environment
+
     problems: list[str] = []
     for mapping in reversed([*mappings]):
         command = [program or "cryptsetup", "close", mapping]
         try:
-            done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, timeout=60, check=False)
+            done = subprocess.run(
+                command, capture_output=True, stdin=subprocess.DEVNULL, timeout=60, check=False, env=environment()
+            )
         except (OSError, subprocess.TimeoutExpired) as exc:
             problems.append(f"/dev/mapper/{mapping}: {exc}")
         else:

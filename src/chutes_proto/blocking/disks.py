@@ -237,6 +237,26 @@ def find_cryptsetup() -> str | None:
     return next((str(path) for path in paths if path.is_file() and os.access(path, os.X_OK)), None)
 
 
+def environment(udev: str = "/run/udev/control") -> dict[str, str]:
+    """What the program gets to know.
+
+    It has udev make the nodes of what it maps, and waits for that, where udev's socket is; also if nobody listens there
+    any more, as after an initramfs whose system has no udev. Then it makes them itself.
+    """
+    import socket
+
+    told = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as control:
+            control.setblocking(False)
+            control.connect(udev)
+    except (ConnectionRefusedError, FileNotFoundError):
+        told["DM_DISABLE_UDEV"] = "1"
+    except OSError:  # it is there, but busy, or not for this user
+        pass
+    return told
+
+
 @frozen
 class _Identity:
     """What a path was when it was looked at."""
@@ -366,7 +386,7 @@ class _Copy:
                 timeout=seconds,
                 check=False,
                 pass_fds=[self.descriptor, *pipes[1:]],
-                env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"},
+                env=environment(),
             )
         except subprocess.TimeoutExpired:
             raise self.disk.error("timeout", f"cryptsetup {arguments[0]} did not end in {seconds:.3g} s") from None

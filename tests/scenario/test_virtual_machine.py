@@ -1,0 +1,442 @@
+"""The boot agent in a virtual machine: Debian's kernel, `mkinitramfs` with our hook, disks that are mapped.
+
+Nothing is played but the hardware (qemu's) and Intel's platform (simulated: a program in the initramfs asks it). The
+server and the quote service are outside, on the loopback of this machine, which qemu's own network shows the guest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from attrs import define, field
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+from chutes_proto.auth.certificates import ServerIdentity, make_server_identity
+from chutes_proto.blocking.files import write_file
+from tests.cli.conftest import HOTKEY
+from tests.conftest import CI, ROOT, SOAK
+from tests.luks import headers
+from tests.qgs import listening, quoting
+from tests.scenario.premises import VOLUMES, Premises
+from tools.agent_zipapp import build
+
+EXAMPLES = ROOT / "examples/initramfs"
+PYTHON = "/usr/bin/python3"
+QEMU = "qemu-system-x86_64"
+PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
+PROGRAMS = (QEMU, "mkinitramfs", "unmkinitramfs", "cpio", "mke2fs", "cryptsetup", PYTHON)
+PACKAGES = "qemu-system-x86 linux-image-amd64 initramfs-tools cpio e2fsprogs cryptsetup-bin python3-cryptography"
+KEY = re.compile(r"[0-9a-f]{64}")  # passphrases, tokens and nonces
+GATEWAY = "10.0.2.2"
+"""What the guest calls this machine's loopback (qemu's network of its own)."""
+TWO_PHASE = ('root_passphrase = "vm"', 'root_passphrase = "vm"\nexchange = "two-phase"')
+SIZE = 64 * 1024 * 1024
+ROOT_SIZE = 256 * 1024 * 1024
+OFFSET = 16 * 1024 * 1024
+SECONDS = 900
+"""For one boot: emulated, and on a busy machine."""
+
+# A quoter: it asks the quote service by a report of its own making.
+QUOTER = """\
+#!/usr/bin/python3 -I
+import socket, struct, sys
+report = bytes(128) + bytes.fromhex(sys.stdin.readline()) + bytes(1024 - 192)
+message = struct.pack("<HHIIIII", 1, 1, 0, 1048, 0, 1024, 0) + report
+service = socket.create_connection(("GATEWAY", PORT))
+service.sendall(struct.pack(">I", len(message)) + message)
+sys.stdout.buffer.write(service.makefile("rb").read()[28:])
+"""
+
+# What the probe needs, and what the programs of the quoter and of the root disk need beside the agent.
+HOOK = """\
+#!/bin/sh
+set -e
+[ "$1" != prereqs ] || exit 0
+. /usr/share/initramfs-tools/hook-functions
+copy_exec /sbin/mke2fs
+copy_file script "$PROBE" /probe
+manual_add_modules ext4
+"""
+
+LATER = """\
+#!/bin/sh
+case "$1" in prereqs) echo chutes-proto; exit 0 ;; esac
+case "$(cat /proc/cmdline)" in *root=/dev/mapper/root*) ;; *) exec /probe ;; esac
+"""
+
+# Is run when the agent has opened the volumes: a file that was written into a volume is there at the next boot.
+PROBE = """\
+#!/bin/sh
+mkdir -p /run/volume
+for name in storage tdx-cache; do
+    volume=/dev/mapper/$name
+    eval "$(fstype "$volume")"
+    [ "$FSTYPE" = ext4 ] || mke2fs -q -t ext4 "$volume"
+    mount -t ext4 "$volume" /run/volume
+    [ -e /run/volume/kept ] && echo "PROBE: $name holds $(cat /run/volume/kept)"
+    echo "the data of $name" >/run/volume/kept
+    umount /run/volume
+    echo "PROBE: $name is $(dmsetup table "$name")"
+done
+poweroff -f
+"""
+
+# The system on the root disk.
+INIT = """\
+#!/bin/sh
+python3 -I /usr/lib/chutes-proto/agent.pyz agent resume --config /etc/chutes-proto/agent.toml && exec /probe
+poweroff -f
+"""
+
+
+@define
+class Image:
+    kernel: Path
+    initrd: Path
+    settings: dict[str, object]
+    authority: ServerIdentity
+    ports: tuple[int, int]
+
+
+def kernel() -> str | None:
+    """The newest kernel that is here with its modules."""
+    names = sorted(path.name.removeprefix("vmlinuz-") for path in Path("/boot").glob("vmlinuz-*-amd64"))
+    return next((name for name in reversed(names) if Path("/lib/modules", name).is_dir()), None)
+
+
+@pytest.fixture(scope="module")
+def version() -> str:
+    """Of the kernel, where all is here that the tests need; CI misses none of it, but asks for none either."""
+    if not SOAK:
+        pytest.skip("a virtual machine takes minutes: `make soak SOAK_TESTS=tests/scenario/test_virtual_machine.py`")
+    if os.geteuid() != 0:
+        pytest.skip("only root makes an initramfs")
+    found = kernel()
+    missing = [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]
+    missing += [] if found else ["a kernel in /boot"]
+    if missing or found is None:
+        refuse = pytest.fail if CI else pytest.skip
+        refuse(f"{', '.join(missing)}: not there (Debian: apt-get install {PACKAGES})")
+    return found
+
+
+def toml(settings: dict[str, object]) -> str:
+    return "".join(f"{name} = {json.dumps(value)}\n" for name, value in settings.items())
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def image(version: str, tmp_path_factory: pytest.TempPathFactory) -> Image:
+    """The initramfs, made by the system's own program with nothing but what the hook and the probe put there."""
+    folder = tmp_path_factory.mktemp("image")
+    ports = free_port(), free_port()
+    authority = make_server_identity(int(time.time()), os.urandom(32), (GATEWAY, "127.0.0.1"))
+    _ = (folder / "ca.pem").write_bytes(authority.ca_pem)
+    agent = folder / "agent.pyz"
+    build(agent, PYTHON)
+    quoter = folder / "quoter"
+    _ = quoter.write_text(QUOTER.replace("GATEWAY", GATEWAY).replace("PORT", str(ports[1])))
+    quoter.chmod(0o755)
+    settings: dict[str, object] = {
+        "servers": [f"https://{GATEWAY}:{ports[0]}"],
+        "ca_file": str(folder / "ca.pem"),
+        "quoter": f"command:{quoter}",
+        "vm_name": "vm-1",
+        "hotkey": HOTKEY,
+        **{f"volumes.{name}.device": f"/dev/disk/by-id/virtio-{name}" for name in VOLUMES},
+        "on_failure.action": "poweroff",
+        "on_failure.wait_seconds": 1,
+    }
+    _ = (folder / "agent.toml").write_text(toml(settings))
+    conf = folder / "conf"
+    _ = shutil.copytree("/etc/initramfs-tools", conf)
+    _ = (conf / "initramfs.conf").write_text("MODULES=list\nBUSYBOX=n\nCOMPRESS=zstd\nCOMPRESSLEVEL=1\nRUNSIZE=10%\n")
+    for name, text in {"hooks/probe": HOOK, "scripts/local-top/probe": LATER, "probe": PROBE}.items():
+        (conf / name).parent.mkdir(parents=True, exist_ok=True)
+        _ = (conf / name).write_text(text)
+        (conf / name).chmod(0o755)
+    for name in ("hooks/chutes-proto", "scripts/local-top/chutes-proto"):
+        _ = shutil.copy(EXAMPLES / name, conf / name)
+    initrd = folder / "initrd"
+    done = subprocess.run(
+        ["mkinitramfs", "-d", conf, "-o", initrd, version],
+        env={
+            "PATH": PATH,
+            "CHUTES_PROTO_AGENT": str(agent),
+            "CHUTES_PROTO_SETTINGS": str(folder / "agent.toml"),
+            "PROBE": str(conf / "probe"),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=SECONDS,
+    )
+    assert done.returncode == 0, done.stderr
+    return Image(Path("/boot", f"vmlinuz-{version}"), initrd, settings, authority, ports)
+
+
+@define
+class Machine:
+    """A VM: raw disks, and what its console says."""
+
+    folder: Path
+    image: Image
+    site: Premises
+    cryptsetup: str
+    settings: dict[str, object] = field(factory=dict[str, object])
+    disks: list[str] = field(factory=lambda: [*VOLUMES])
+    root: str = "/dev/mapper/none"
+
+    def __attrs_post_init__(self) -> None:
+        for name in VOLUMES:
+            self.blank(name)
+
+    def disk(self, name: str) -> Path:
+        return self.folder / f"{name}.img"
+
+    def blank(self, name: str) -> None:
+        with self.disk(name).open("wb") as file:
+            _ = file.truncate(SIZE)
+
+    def prints(self) -> dict[str, str]:
+        return {name: hashlib.sha256(self.disk(name).read_bytes()).hexdigest() for name in self.disks}
+
+    def boots_elsewhere(self) -> None:
+        """Two boots of the same VM without a machine: its disks are formatted, and the server knows it."""
+        here: dict[str, object] = {
+            **self.image.settings,
+            "servers": [self.site.url],
+            "quoter": f"simulated:{self.site.platform_directory}",
+            "on_failure.action": "exit",
+            **{f"volumes.{name}.device": str(self.disk(name)) for name in VOLUMES},
+        }
+        settings = self.folder / "elsewhere.toml"
+        _ = settings.write_text(toml(here))
+        for _ in range(2):
+            ended = self.site.run("agent", "run", "--config", settings, "--images")
+            assert ended.code == 0, ended
+
+    def initrd(self) -> Path:
+        """The kernel unpacks one archive after the other: settings of this machine's own come last."""
+        if not self.settings:
+            return self.image.initrd
+        tree = self.folder / "tree"
+        changed = tree / "etc/chutes-proto/agent.toml"
+        changed.parent.mkdir(parents=True, exist_ok=True)
+        _ = changed.write_text(toml(self.image.settings | self.settings))
+        name = str(changed.relative_to(tree)).encode()
+        packed = subprocess.run(
+            ["cpio", "-o", "-H", "newc", "--quiet"], input=name, cwd=tree, capture_output=True, check=True
+        )
+        path = self.folder / "initrd"
+        data = self.image.initrd.read_bytes()
+        _ = path.write_bytes(data + bytes(-len(data) % 4) + packed.stdout)
+        return path
+
+    def command(self) -> list[str]:
+        line = f"console=ttyS0 loglevel=4 panic=-1 ip=dhcp root={self.root}"
+        command = [QEMU, "-accel", "tcg", "-cpu", "max", "-m", "512", "-nodefaults", "-no-user-config", "-no-reboot"]
+        command += ["-display", "none", "-monitor", "none", "-serial", "stdio"]
+        command += ["-kernel", str(self.image.kernel), "-initrd", str(self.initrd()), "-append", line]
+        command += ["-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net,romfile="]
+        for name in self.disks:
+            command += ["-drive", f"if=none,id={name},format=raw,file={self.disk(name)}"]
+            command += ["-device", f"virtio-blk-pci,drive={name},serial={name}"]
+        return command
+
+    def boots(self, hear: Callable[[str], None] = lambda _: None) -> str:
+        """A boot that comes to its end."""
+        said = self.boot(hear)
+        assert "DONE: VM vm-1 is booted" in said, said
+        assert "FAILED" not in said, said
+        return said
+
+    def stops(self) -> str:
+        """A boot that opens nothing and changes no disk; its last words, on one line."""
+        before = self.prints()
+        said = self.boot()
+        assert self.prints() == before
+        assert "PROBE" not in said, said
+        head, _, last = said.partition("BOOT FAILED")
+        assert last, head
+        return " ".join(last.split())
+
+    def boot(self, hear: Callable[[str], None] = lambda _: None) -> str:
+        """Until the machine goes off; what its console said. ``hear`` gets each line at once."""
+        stages: Iterator[Literal["boot", "runtime"]] = iter(("boot", "runtime"))
+        service = quoting(lambda data: self.site.platform.quote(data, stage=next(stages)))
+        said: list[str] = []
+        with listening(socket.create_server(("127.0.0.1", self.image.ports[1])), service):
+            command = self.command()
+            with subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            ) as qemu:
+                alarm = threading.Timer(SECONDS, qemu.kill)
+                alarm.start()
+                try:
+                    assert qemu.stdout is not None
+                    for line in qemu.stdout:
+                        said.append(line.decode("utf-8", "backslashreplace").rstrip())
+                        hear(said[-1])
+                finally:
+                    alarm.cancel()
+                    qemu.kill()
+        return self.heard("\n".join(said))
+
+    @staticmethod
+    def heard(said: str) -> str:
+        _ = sys.stdout.write(f"{said}\n\n")  # pytest -s shows the console
+        assert "Traceback" not in said, said
+        assert KEY.search("".join(said.split())) is None, said
+        return said
+
+    def make_root(self) -> None:
+        """A root disk that the VM's root passphrase opens, with the initramfs as its system."""
+        self.settings |= {"root.device": "/dev/disk/by-id/virtio-root", "volumes_at": "resume"}
+        tree = self.folder / "root"
+        _ = subprocess.run(["unmkinitramfs", self.image.initrd, tree], check=True, timeout=SECONDS)
+        tree = tree / "main" if (tree / "main").is_dir() else tree
+        (tree / "init").unlink()
+        _ = (tree / "etc/chutes-proto/agent.toml").write_text(toml(self.image.settings | self.settings))
+        for name in ("dev", "proc", "root", "run", "sys", "tmp"):
+            (tree / name).mkdir(exist_ok=True)
+        _ = (tree / "usr/sbin/init").write_text(INIT)
+        (tree / "usr/sbin/init").chmod(0o755)
+        plain = self.folder / "plain"
+        with plain.open("wb") as file:
+            _ = file.truncate(ROOT_SIZE)
+        _ = subprocess.run(["mke2fs", "-q", "-t", "ext4", "-b", "4096", "-d", tree, plain], check=True, timeout=SECONDS)
+        shutil.rmtree(tree)
+        keys = self.folder / "keys"
+        arguments = ["--hotkey", HOTKEY, "--vm", "vm-1", "--ca", self.site.ca, "--keys", keys]
+        ended = self.site.run("boot", self.site.url, *arguments, "--platform", self.site.platform_directory)
+        assert ended.code == 0, ended
+        key = os.urandom(64)
+        _ = (keys / "volume").write_bytes(key)
+        with self.disk("root").open("wb") as disk:
+            _ = disk.truncate(OFFSET + ROOT_SIZE)
+        how = "--type luks2 --batch-mode --pbkdf pbkdf2 --pbkdf-force-iterations 1000 --key-size 512"
+        place = f"--sector-size 4096 --offset {OFFSET // 512} --volume-key-file {keys / 'volume'}"
+        command: list[str | Path] = [self.cryptsetup, "luksFormat", *how.split(), *place.split()]
+        command += [self.disk("root"), keys / "root"]
+        _ = subprocess.run(command, check=True, timeout=SECONDS)
+        shutil.rmtree(keys)
+        with plain.open("rb") as file, self.disk("root").open("r+b") as disk:
+            _ = disk.seek(OFFSET)
+            while sector := file.read(4096):
+                place = (file.tell() - 4096) // 512
+                cipher = Cipher(algorithms.AES(key), modes.XTS(place.to_bytes(16, "little"))).encryptor()
+                _ = disk.write(cipher.update(sector))
+        plain.unlink()
+        self.disks.insert(0, "root")
+        self.root = "/dev/mapper/root"
+
+
+@pytest.fixture
+def site(image: Image, tmp_path: Path) -> Iterator[Premises]:
+    premises = Premises(tmp_path / "site", "sqlite:keys.db")
+    place = premises.directory
+    write_file(place / "ca.pem", image.authority.ca_pem)
+    write_file(place / "server.pem", image.authority.chain_pem)
+    write_file(place / "server.key", image.authority.key_pem.reveal(), mode=0o600)
+    premises.edit("127.0.0.1:0", f"127.0.0.1:{image.ports[0]}")
+    yield premises
+    premises.close()
+
+
+@pytest.fixture
+def machine(image: Image, site: Premises, tmp_path: Path, require_program: Callable[[str], str]) -> Machine:
+    folder = tmp_path / "vm"
+    folder.mkdir()
+    return Machine(folder, image, site, require_program("cryptsetup"))
+
+
+def test_volumes_are_formatted_mapped_and_hold_their_data(machine: Machine, site: Premises) -> None:
+    site.start()
+    first = machine.boots()
+    for name in VOLUMES:
+        assert f"{name}: open as /dev/mapper/{name}, formatted just now" in " ".join(first.split())
+        assert re.search(rf"PROBE: {name} is 0 [0-9]+ crypt aes-xts-plain64 ", first)
+        assert f"the data of {name}".encode() not in machine.disk(name).read_bytes()
+    again = machine.boots()
+    assert "formatted" not in again
+    for name in VOLUMES:
+        assert f"PROBE: {name} holds the data of {name}" in again
+
+
+def test_keys_are_rotated_and_the_data_stays(machine: Machine, site: Premises) -> None:
+    site.edit(*TWO_PHASE)
+    site.start()
+    _ = machine.boots()
+    prints = machine.prints()
+    rotated = machine.boots()
+    assert "storage: promoted, tdx-cache: promoted" in " ".join(rotated.split())
+    for name in VOLUMES:
+        assert f"PROBE: {name} holds the data of {name}" in rotated
+        assert machine.prints()[name] != prints[name]
+
+
+def test_a_server_that_comes_up_late_is_waited_for(machine: Machine, site: Premises) -> None:
+    def hear(line: str) -> None:
+        if "NOT NOW" in line and site.server is None:
+            site.start()
+
+    told = machine.boots(hear)
+    assert "Connection refused" in told
+
+
+def test_a_blank_disk_in_the_place_of_one_in_use_stops(machine: Machine, site: Premises) -> None:
+    site.start()
+    machine.boots_elsewhere()
+    machine.blank("storage")
+    told = machine.stops()
+    assert "the disk of storage is blank, but the server knows it to hold data: it is not formatted" in told
+    assert "next poweroff in 1 s" in told
+    assert told.endswith("reboot: Power down")
+
+
+def test_a_header_with_the_null_cipher_stops(machine: Machine, site: Premises) -> None:
+    site.start()
+    machine.boots_elsewhere()
+    told = headers.told()
+    told["segments"]["0"]["encryption"] = "cipher_null-ecb"
+    with machine.disk("storage").open("r+b") as disk:
+        _ = disk.write(headers.both(told))
+    machine.settings["on_failure.action"] = "reboot"
+    said = machine.stops()
+    assert "cipher_null-ecb" in said
+    assert "next reboot in 1 s" in said
+    assert said.endswith("reboot: Restarting system")
+
+
+@pytest.mark.parametrize("exchange", ["base", "two-phase"])
+def test_the_root_disk_first_and_the_volumes_in_the_booted_system(
+    machine: Machine, site: Premises, exchange: str
+) -> None:
+    if exchange == "two-phase":
+        site.edit(*TWO_PHASE)
+    site.start()
+    machine.make_root()
+    for boot in range(2):
+        told = machine.boots()
+        assert "root: open as /dev/mapper/root" in " ".join(told.split())
+        assert "going on with the boot of VM vm-1" in told
+        for name in VOLUMES:
+            assert boot == 0 or f"PROBE: {name} holds the data of {name}" in told
