@@ -124,11 +124,10 @@ def read_certificate(data: bytes) -> Certificate:
     """What the certificate in DER says. Raises `DerError`."""
     signed, signature = _split(data)
     version, serial, algorithm, issuer, validity, subject, key, wrapped = der.members(data, *signed[2:], *_MEMBERS)
-    if der.whole(data, version) != _VERSION_3:
+    if not data.startswith(_VERSION_3, version[1]):
         raise DerError("not an X.509 certificate of version 3")
     _check_algorithm(data, algorithm)
-    spki = der.whole(data, key)
-    if len(spki) != len(_P256_KEY) + 64 or not spki.startswith(_P256_KEY):
+    if not data.startswith(_P256_KEY, key[1]):
         raise DerError("the key is not on P-256")
     begin, end = der.several(data, validity[2], validity[3], 2, 2)
     return Certificate(
@@ -140,7 +139,7 @@ def read_certificate(data: bytes) -> Certificate:
         der.whole(data, subject),
         der.time(data, begin),
         der.time(data, end),
-        spki[-64:],
+        data[key[3] - 64 : key[3]],
         _read_extensions(data, wrapped, _OF_CERTIFICATES),
     )
 
@@ -154,7 +153,7 @@ def read_crl(data: bytes) -> Crl:
     version, algorithm, issuer, this_update, next_update, entries, wrapped = fields
     if (version[0], issuer[0], entries[0], wrapped[0]) != (der.INTEGER, der.SEQUENCE, der.SEQUENCE, 0xA0):
         raise DerError("not a certificate revocation list")
-    if der.whole(data, version) != _CRL_VERSION_2:
+    if not data.startswith(_CRL_VERSION_2, version[1]):
         raise DerError("not a certificate revocation list of version 2")
     _check_algorithm(data, algorithm)
     extensions = _read_extensions(data, wrapped, _OF_CRLS)
@@ -178,11 +177,16 @@ def revoked_serials(crl: Crl) -> frozenset[bytes]:
     """The serial numbers on the list: what is on it is revoked, whatever else its entry says. Raises `DerError`."""
     data = crl.der
     serials: set[bytes] = set()
+    add = serials.add
     for tag, _, start, stop in der.elements(data, *crl.entries):
-        end = start + 2 + data[start + 1] if stop - start > 2 else start
+        begin = start + 2
+        end = begin + data[start + 1] if stop > begin else start
         if tag != der.SEQUENCE or not start < end < stop:
             raise DerError("an entry that is none")
-        serials.add(der.unsigned(data, (data[start], start, start + 2, end), size=20))
+        if data[start] == der.INTEGER and 0 < data[begin] < 0x80 and end - begin <= 20:  # as nearly all are
+            add(data[begin:end])
+        else:
+            add(der.unsigned(data, (data[start], start, begin, end), size=20))
     return frozenset(serials)
 
 
@@ -232,7 +236,7 @@ def _split(data: bytes) -> tuple[der.Element, bytes]:
 
 
 def _check_algorithm(data: bytes, element: der.Element) -> None:
-    if der.whole(data, element) != _ECDSA_WITH_SHA256:
+    if not data.startswith(_ECDSA_WITH_SHA256, element[1]):
         raise DerError("the signature algorithm is not ECDSA with SHA-256")
 
 

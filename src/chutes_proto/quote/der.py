@@ -11,7 +11,8 @@ Source: ITU-T X.690, chapters 8 and 10; RFC 5280, 4.1.2.5 (times).
 
 from __future__ import annotations
 
-from datetime import date
+from datetime import datetime
+from operator import itemgetter
 from typing import Final, TypeAlias
 
 from chutes_proto.quote.errors import QuoteError
@@ -29,7 +30,7 @@ GENERALIZED_TIME: Final = 0x18
 SEQUENCE: Final = 0x30
 SET: Final = 0x31
 
-_EPOCH: Final = date(1970, 1, 1).toordinal()
+_TAG: Final = itemgetter(0)
 
 Element: TypeAlias = "tuple[int, int, int, int]"
 """Tag, where the element begins, where its content begins, and where both end."""
@@ -87,13 +88,16 @@ def single(data: bytes, start: int, end: int) -> Element:
 
 def only(data: bytes, start: int, end: int, tag: int) -> tuple[int, int]:
     """The content of the one element of this tag that fills ``data[start:end]``."""
-    length = end - start - 2
-    if 0 <= length < 0x80 and data[start + 1] == length and data[start] == tag:
-        return start + 2, end
-    found = single(data, start, end)
-    if found[0] != tag:
-        raise DerError(f"not an element of tag 0x{tag:02x}")
-    return found[2], found[3]
+    try:
+        length = data[start + 1]
+        content = start + 2
+        if length > 0x7F:
+            length, content = _long(data, content, length & 0x7F)
+        if data[start] == tag and content + length == end:
+            return content, end
+    except IndexError:
+        pass
+    raise DerError(f"not exactly one element, of tag 0x{tag:02x}")
 
 
 def several(data: bytes, start: int, end: int, least: int, most: int) -> list[Element]:
@@ -107,7 +111,7 @@ def several(data: bytes, start: int, end: int, least: int, most: int) -> list[El
 def members(data: bytes, start: int, end: int, *tags: int) -> list[Element]:
     """The elements of just these tags that fill ``data[start:end]``."""
     found = elements(data, start, end)
-    if [element[0] for element in found] != list(tags):
+    if (*map(_TAG, found),) != tags:
         raise DerError("a structure has other members than it should")
     return found
 
@@ -161,12 +165,10 @@ def time(data: bytes, element: Element) -> int:
         raise DerError("not a time")
     if len(text) != 15 or text[14:] != b"Z" or not text[:14].isdigit():
         raise DerError("a time that is not in seconds of UTC")
-    day, clock = divmod(int(text[:14]), 1000000)
-    hour, minute, second = clock // 10000, clock // 100 % 100, clock % 100
-    if hour > 23 or minute > 59 or second > 59:
-        raise DerError("a time that does not exist")
     try:
-        days = date(day // 10000, day // 100 % 100, day % 100).toordinal() - _EPOCH
+        moment = datetime.fromisoformat(f"{text[:8].decode()}T{text[8:].decode()}")
     except ValueError:
         raise DerError("a time that does not exist") from None
-    return days * 86400 + hour * 3600 + minute * 60 + second
+    if text[8:10] == b"24":  # some versions of Python take it as the next day's 00
+        raise DerError("a time that does not exist")
+    return int(moment.timestamp())

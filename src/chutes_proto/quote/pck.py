@@ -34,6 +34,7 @@ _ITEM: Final = len(_HEADS[0][0]) + 3
 _COMPONENTS: Final = b"".join(head + _INTEGERS[0] for head in _HEADS[0])
 """The DER of sixteen components of which each has one byte: the last of each `_ITEM` bytes is its number."""
 _KNOWN: Final = frozenset(range(1, 8))
+_NEEDED: Final = _KNOWN - {6, 7}
 
 
 def _configuration(*flags: bool | None) -> bytes:
@@ -83,20 +84,20 @@ class PckIdentity:
 def read_pck_extension(value: bytes, *, ca: Ca, tee: Tee) -> PckIdentity:
     """The identity in the SGX extension's value. Raises `DerError`."""
     items = _items(value, *der.only(value, 0, len(value), der.SEQUENCE), _HEAD)
-    if not _KNOWN - {6, 7} <= items.keys() <= _KNOWN:
+    if not _NEEDED <= items.keys() <= _KNOWN:
         raise DerError("an item of the SGX extension is missing or not known")
-    cpu_svn, pce_svn = _tcb(value, items[2])
-    flags = _FLAGS.get(der.whole(value, items[7]) if 7 in items else b"")
+    cpu_svn, pce_svn = _tcb(items[2])
+    flags = _FLAGS.get(items.get(7, b""))
     if flags is None:
         raise DerError("the platform configuration is not a SEQUENCE of the flags that are known, in their order")
     return PckIdentity(
-        ppid=_octets(value, items[1], 16, "PPID"),
+        ppid=_octets(items[1], 16, "PPID"),
         cpu_svn=cpu_svn,
         pce_svn=pce_svn,
-        pce_id=_octets(value, items[3], 2, "PCE-ID"),
-        fmspc=_octets(value, items[4], 6, "FMSPC"),
-        sgx_type=_sgx_type(value, items[5]),
-        platform_instance_id=_octets(value, items[6], 16, "platform instance id") if 6 in items else None,
+        pce_id=_octets(items[3], 2, "PCE-ID"),
+        fmspc=_octets(items[4], 6, "FMSPC"),
+        sgx_type=_sgx_type(items[5]),
+        platform_instance_id=_octets(items[6], 16, "platform instance id") if 6 in items else None,
         dynamic_platform=flags[0],
         cached_keys=flags[1],
         smt=flags[2],
@@ -105,24 +106,24 @@ def read_pck_extension(value: bytes, *, ca: Ca, tee: Tee) -> PckIdentity:
     )
 
 
-def _items(value: bytes, start: int, stop: int, head: bytes) -> dict[int, der.Element]:
-    """Pairs of an OID that begins with ``head`` and a value, by the OID's last arc."""
-    items: dict[int, der.Element] = {}
+def _items(value: bytes, start: int, stop: int, head: bytes) -> dict[int, bytes]:
+    """Pairs of an OID that begins with ``head`` and a value: by the OID's last arc all that follows it."""
+    items: dict[int, bytes] = {}
     size = len(head)
     for tag, _, begin, end in der.elements(value, start, stop):
         arc = begin + size
         if tag != der.SEQUENCE or not value.startswith(head, begin) or arc >= end or value[arc] in items:
             raise DerError("an item of the SGX extension is no pair of a known OID and a value, or is there twice")
-        items[value[arc]] = der.single(value, arc + 1, end)
+        items[value[arc]] = value[arc + 1 : end]
     return items
 
 
-def _tcb(value: bytes, element: der.Element) -> tuple[bytes, int]:
+def _tcb(value: bytes) -> tuple[bytes, int]:
     """CPUSVN and PCESVN; the components before them are just those that the CPUSVN has, in their order."""
-    tag, _, start, end = element
-    if tag != der.SEQUENCE or end - start < 16:
-        raise DerError("the TCB is no SEQUENCE")
-    cpu_svn = value[end - 16 : end]
+    start, end = der.only(value, 0, len(value), der.SEQUENCE)
+    if end - start < 16:
+        raise DerError("the TCB has no CPUSVN at its end")
+    cpu_svn = value[-16:]
     if cpu_svn.isascii():
         table = bytearray(_COMPONENTS)
         table[_ITEM - 1 :: _ITEM] = cpu_svn
@@ -134,18 +135,17 @@ def _tcb(value: bytes, element: der.Element) -> tuple[bytes, int]:
     items = _items(value, start + len(components), end, _TCB_HEAD)
     if items.keys() != {17, 18}:
         raise DerError("the TCB has not just sixteen components, PCESVN and CPUSVN")
-    return _octets(value, items[18], 16, "CPUSVN"), int.from_bytes(der.unsigned(value, items[17], size=2))
+    pce_svn = der.unsigned(items[17], der.single(items[17], 0, len(items[17])), size=2)
+    return _octets(items[18], 16, "CPUSVN"), int.from_bytes(pce_svn)
 
 
-def _octets(value: bytes, element: der.Element, size: int, name: str) -> bytes:
-    octets = der.content(value, element)
-    if element[0] != der.OCTET_STRING or len(octets) != size:
+def _octets(value: bytes, size: int, name: str) -> bytes:
+    if len(value) != 2 + size or value[0] != der.OCTET_STRING or value[1] != size:
         raise DerError(f"the {name} is no OCTET STRING of {size} bytes")
-    return octets
+    return value[2:]
 
 
-def _sgx_type(value: bytes, element: der.Element) -> SgxType:
-    number = der.content(value, element)
-    if element[0] != der.ENUMERATED or len(number) != 1 or number[0] >= len(_SGX_TYPES):
+def _sgx_type(value: bytes) -> SgxType:
+    if len(value) != 3 or value[0] != der.ENUMERATED or value[1] != 1 or value[2] >= len(_SGX_TYPES):
         raise DerError("the SGX type is not one that is known")
-    return _SGX_TYPES[number[0]]
+    return _SGX_TYPES[value[2]]

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from itertools import chain, repeat
 from operator import attrgetter, itemgetter
-from typing import Any, Final, cast
+from typing import Any, Final, TypeAlias, cast
 
 from attrs import frozen
 
@@ -42,15 +42,17 @@ class TcbStatus(StrEnum):
     REVOKED = "Revoked"
 
 
-OF_PLATFORMS: Final = frozenset(TcbStatus) - {
-    TcbStatus.TD_RELAUNCH_ADVISED,
-    TcbStatus.TD_RELAUNCH_ADVISED_CONFIGURATION_NEEDED,
+Statuses: TypeAlias = Mapping[str, TcbStatus]
+"""Those that can be stated of something, by their names."""
+
+_OF_PLATFORMS: Final[Statuses] = {
+    str(status): status for status in TcbStatus if not status.startswith("TDRelaunchAdvised")
 }
-OF_MODULES: Final = frozenset({TcbStatus.UP_TO_DATE, TcbStatus.OUT_OF_DATE, TcbStatus.REVOKED})
-OF_ENCLAVES: Final = OF_MODULES | {TcbStatus.CONFIGURATION_NEEDED}
+_OF_MODULES: Final[Statuses] = {name: _OF_PLATFORMS[name] for name in ("UpToDate", "OutOfDate", "Revoked")}
+_OF_ENCLAVES: Final[Statuses] = {**_OF_MODULES, "ConfigurationNeeded": TcbStatus.CONFIGURATION_NEEDED}
 _SVN: Final = itemgetter("svn")
 _REACHED_WITH: Final = attrgetter("sgx", "pce_svn", "tdx")
-_STATUS: Final = {str(status): status for status in TcbStatus}
+_STRINGS: Final = frozenset({str})
 
 
 @frozen
@@ -175,7 +177,7 @@ def read_qe_identity(text: bytes) -> QeIdentity:
         attributes_mask=_little(table, "attributesMask", 16),
         mr_signer=hexadecimal(table, "mrsigner", 32),
         isv_prod_id=number(table, "isvprodid", U16),
-        levels=_svn_levels(table, OF_ENCLAVES),
+        levels=_svn_levels(table, _OF_ENCLAVES),
     )
 
 
@@ -185,7 +187,7 @@ def _platform_levels(table: Mapping[str, object], version: int, *, tdx: bool) ->
     sgx = _components(tcbs, "sgxtcbcomponents") if version == 3 else map(_numbered_components, tcbs)
     pce_svns = [number(tcb, "pcesvn", U16) for tcb in tcbs]
     of_module = _components(tcbs, "tdxtcbcomponents") if tdx else repeat(b"", len(tcbs))
-    stated = [_stated(entry, OF_PLATFORMS) for entry in entries]
+    stated = [_stated(entry, _OF_PLATFORMS) for entry in entries]
     levels = sorted(map(PlatformLevel, sgx, pce_svns, of_module, stated), key=_REACHED_WITH, reverse=True)
     _check_levels("tcbLevels", [*map(_REACHED_WITH, levels)])
     return tuple(levels)
@@ -214,7 +216,7 @@ def _modules(table: Mapping[str, object]) -> dict[str, ModuleIdentity]:
         name = member(entry, "id", str).upper()
         if name in modules:
             raise JsonError(f"the TDX module identity {name!r} is there twice")
-        modules[name] = _module(entry, _svn_levels(entry, OF_MODULES))
+        modules[name] = _module(entry, _svn_levels(entry, _OF_MODULES))
     return modules
 
 
@@ -222,7 +224,7 @@ def _module(entry: Mapping[str, object], levels: tuple[SvnLevel, ...]) -> Module
     return ModuleIdentity(hexadecimal(entry, "mrsigner", 48), _little(entry, "attributes", 8), levels)
 
 
-def _svn_levels(table: Mapping[str, object], legal: frozenset[TcbStatus]) -> tuple[SvnLevel, ...]:
+def _svn_levels(table: Mapping[str, object], legal: Statuses) -> tuple[SvnLevel, ...]:
     levels = [
         SvnLevel(number(_table(entry.get("tcb"), "tcb"), "isvsvn", U16), _stated(entry, legal))
         for entry in _tables(table, "tcbLevels")
@@ -232,12 +234,12 @@ def _svn_levels(table: Mapping[str, object], legal: frozenset[TcbStatus]) -> tup
     return tuple(levels)
 
 
-def _stated(entry: Mapping[str, object], legal: frozenset[TcbStatus]) -> Stated:
-    status = _STATUS.get(member(entry, "tcbStatus", str))
-    if status is None or status not in legal:
+def _stated(entry: Mapping[str, object], legal: Statuses) -> Stated:
+    status = legal.get(member(entry, "tcbStatus", str))
+    if status is None:
         raise JsonError("tcbStatus is not one that can be stated here")
     advisories = array(entry, "advisoryIDs") if "advisoryIDs" in entry else []
-    if any(type(advisory) is not str for advisory in advisories):
+    if not _STRINGS.issuperset(map(type, advisories)):
         raise JsonError("advisoryIDs holds more than strings")
     return Stated(status, date(entry, "tcbDate"), tuple(advisories))
 
@@ -260,4 +262,5 @@ def _table(value: object, name: str) -> Mapping[str, object]:
 
 
 def _tables(table: Mapping[str, object], name: str) -> list[Mapping[str, object]]:
-    return [_table(entry, f"an entry of {name}") for entry in array(table, name)]
+    what = f"an entry of {name}"
+    return [_table(entry, what) for entry in array(table, name)]

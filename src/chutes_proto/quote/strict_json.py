@@ -16,7 +16,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import lru_cache
 from math import isinf
 from typing import Any, Final, NoReturn, TypeVar, cast
@@ -32,7 +32,7 @@ MAX_DEPTH: Final = 16
 _STRING: Final = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 _NOT_SKELETON: Final = bytes(set(range(256)) - set(b'[]{}"\\'))
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
-_DATE: Final = re.compile(r"([0-9]{4})-([0-9]{2})-([0-9]{2})T([0-9]{2}):([0-9]{2}):([0-9]{2})Z")
+_DATE: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T(?!24)[0-9]{2}:[0-9]{2}:[0-9]{2}Z")
 
 
 class JsonError(QuoteError):
@@ -113,11 +113,9 @@ def date(table: Mapping[str, object], name: str) -> int:
 
 @lru_cache(maxsize=256)
 def _unix_seconds(text: str) -> int:
-    match = _DATE.fullmatch(text)
-    if match is None:
+    if _DATE.fullmatch(text) is None:
         raise ValueError(text)
-    year, month, day, hour, minute, second = map(int, match.groups())
-    seconds = int(datetime(year, month, day, hour, minute, second, tzinfo=UTC).timestamp())
+    seconds = int(datetime.fromisoformat(text).timestamp())
     if seconds < 0:
         raise ValueError(text)
     return seconds
