@@ -24,6 +24,7 @@ from chutes_proto.blocking.setup import load_setup
 from chutes_proto.blocking.sqlite import SqliteStore
 from chutes_proto.cli.development import write_server
 from chutes_proto.cli.main import main
+from chutes_proto.store import sql
 from chutes_proto.store.rows import AuditRow, GenerationRow, GpuRow, Insert, RewrapGeneration, Scan, Vm
 from chutes_proto.store.run import Script, Unit
 from chutes_proto.testing.platform import SimulatedPlatform
@@ -125,6 +126,22 @@ def test_a_purge_says_first_what_it_would_do(site: Site) -> None:
     assert (early.code, "retention_days" in early.err) == (1, True)
     gone = site.do("keys", "restore", "vm-1", "storage", 1)
     assert (gone.code, "it is purged" in gone.err) == (1, True)
+
+
+def test_of_many_vms_one_at_a_time_is_read(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("vm-1", "vm-2"):
+        for label in "12345":
+            site.boot(f"{name} {label}", vm=Vm(HOTKEY, name), rekey=("storage",), at=NOW - 100 * 86_400)
+    with monkeypatch.context() as patch:
+        patch.delitem(sql._SCANS, GenerationRow)
+        assert {row["vm"] for row in site.json("vm", "list")["vms"]} == {"vm-1", "vm-2"}
+        assert len(site.json("keys", "history", "vm-2")["generations"]) == 6
+        ended = site.do("keys", "purge", "--yes")
+    assert [line.split("  ")[:2] for line in ended.out.splitlines()[:-1]] == [
+        [f"{HOTKEY}/{name}", f"storage/{generation}"] for name in ("vm-1", "vm-2") for generation in (1, 2)
+    ]
+    assert "4 passphrases deleted" in ended.out
+    assert [row["vm"] for row in site.json("audit", "list", "--event", "keys purged")["rows"]] == ["vm-1", "vm-2"]
 
 
 def new_key(site: Site) -> str:

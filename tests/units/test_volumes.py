@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from attrs import evolve
@@ -23,11 +24,25 @@ from chutes_proto.store.rows import (
     ReadHorizon,
     ReadVolumes,
     Scan,
+    StoreOp,
     Vm,
     VolumeRow,
 )
-from chutes_proto.store.run import Unit
-from chutes_proto.testing.store_suite import NOW, VAULT, VM, Ask, boot, dump, fresh, platform, read, sync
+from chutes_proto.store.run import Unit, run_script
+from chutes_proto.testing.store_suite import (
+    NOW,
+    VAULT,
+    VM,
+    Ask,
+    attest,
+    boot,
+    confirm,
+    dump,
+    fresh,
+    platform,
+    read,
+    sync,
+)
 from chutes_proto.units.boot import GrantBoot, RecordRefusal
 from chutes_proto.units.keys import Keeper
 from chutes_proto.units.operator import StoreRestored
@@ -215,6 +230,30 @@ def test_a_missing_key_spends_no_token(store: MemoryStore) -> None:
             store.transact(evolve(attempt, vault=OTHER))
     assert dump(store) == before
     store.transact(sync(unit, "body", "storage"))
+
+
+def test_what_a_request_reads_does_not_grow_with_the_keys(store: MemoryStore) -> None:
+    for number in range(30):
+        store.transact(sync(granted(store, f"rekeyed {number}"), "body", "storage", rekey=["storage"]))
+    synced = granted(store, "synced")
+    attested = attest(granted(store, "attested", exchange="two-phase", exchange_downgrade="allow"), "body", "storage")
+    units: list[Unit[object]] = [
+        *(evolve(boot("another"), exchange_downgrade="allow"), read(synced, "storage")),
+        *(sync(synced, "body", "storage"), sync(synced, "body", "storage")),  # and its replay
+        *(attested, attested, confirm(attested, {"storage": True}), confirm(attested, {"storage": True})),
+        evolve(boot("taken over"), platform=platform("elsewhere"), hotkey_proven=True),
+    ]
+    replies: list[object] = []
+
+    def perform(op: StoreOp[Any]) -> object:
+        replies.append(store._tables.perform(op))
+        return replies[-1]
+
+    for unit in units:
+        run_script(unit.script(), perform)
+    of_keys = [reply for reply in replies if isinstance(reply, tuple) and reply and isinstance(reply[0], GenerationRow)]
+    assert len(of_keys) >= len(units)
+    assert max(map(len, of_keys)) <= 4  # root, k3s, active, candidate
 
 
 def test_a_row_imported_without_a_delivery_is_marked_when_it_is_given(store: MemoryStore) -> None:

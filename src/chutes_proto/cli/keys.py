@@ -56,8 +56,8 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
         "delete passphrases whose retention is over, for ever",
         """
         Delete the passphrases that were retired at least retention_days ago, as the configuration says. Kept are each
-        volume's three newest generations and whatever a VM may yet be handed. Without --yes nothing is deleted: what
-        would be is shown.
+        volume's three newest generations and whatever a VM may yet be handed. It goes VM by VM, and can be stopped and
+        begun again. Without --yes nothing is deleted: what would be is shown.
         """,
         "chutes-proto keys purge --config /etc/chutes/server.toml\n"
         "chutes-proto keys purge vm-1 --older-than 365 --yes --config /etc/chutes/server.toml",
@@ -183,29 +183,34 @@ def _restore(options: argparse.Namespace) -> int:
 def _purge(options: argparse.Namespace) -> int:
     from chutes_proto.codes import Code
     from chutes_proto.errors import Refused
-    from chutes_proto.units.operator import PurgeKeys
+    from chutes_proto.units.operator import FindNames, PurgeKeys
 
+    count, named = 0, list[dict[str, object]]()
     with operating.opened(options) as (setup, store):
-        vm = operating.find_vm(store, options.vm) if options.vm else None
+        vms = (operating.find_vm(store, options.vm),) if options.vm else store.transact(FindNames())
         least = setup.config.retention_days
         days = least if options.older_than is None else options.older_than
         if days < least:
             told = f"the configuration keeps retired keys for {least} days (retention_days); nothing younger is purged"
             raise Refused(Code.KEY_NOT_FOUND, told)
-        unit = PurgeKeys(operating.now(), days * _DAY, operating.reason(options), vm, options.yes)
-        rows = store.transact(unit)
+        now, reason = operating.now(), operating.reason(options)
+        for vm in vms:
+            for row in store.transact(PurgeKeys(now, days * _DAY, reason, vm, options.yes)):
+                count += 1
+                if options.json:
+                    named.append({"hotkey": vm.hotkey, "vm": vm.name, **_members(row)})
+                else:
+                    retired = operating.shown(row.retired_at)
+                    console.say(f"{vm.hotkey}/{vm.name}  {row.volume}/{row.generation}  {retired}")
     if options.json:
-        named = [{"hotkey": row.vm.hotkey, "vm": row.vm.name, **_members(row)} for row in rows]
         console.say_json({"ok": True, "purged": options.yes, "older_than_days": days, "generations": named})
         return console.GRANTED
-    for row in rows:
-        console.say(f"{row.vm.hotkey}/{row.vm.name}  {row.volume}/{row.generation}  {operating.shown(row.retired_at)}")
-    if not rows:
+    if not count:
         console.say(f"nothing to purge: no passphrase that may go was retired {days} days ago or earlier")
     elif options.yes:
-        console.say(f"{len(rows)} passphrases deleted that were retired {days} days ago or earlier")
+        console.say(f"{count} passphrases deleted that were retired {days} days ago or earlier")
     else:
-        console.say(f"{len(rows)} passphrases were retired {days} days ago or earlier; with --yes they are deleted")
+        console.say(f"{count} passphrases were retired {days} days ago or earlier; with --yes they are deleted")
     return console.GRANTED
 
 

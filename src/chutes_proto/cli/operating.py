@@ -89,14 +89,13 @@ def find_vm(store: DurableStore, text: str, *, new: bool = False) -> Vm:
     """The VM that an operator names; with its hotkey it may be ``new``. Raises `Refused` for none, or several."""
     from chutes_proto.codes import Code
     from chutes_proto.errors import Refused
-    from chutes_proto.store.rows import Vm, VmRow
-    from chutes_proto.units.operator import Everyone
+    from chutes_proto.store.rows import Vm
+    from chutes_proto.units.operator import FindNames
 
     hotkey, slash, name = text.rpartition("/")
     if slash and new:
         return Vm(hotkey, name)
-    everyone = [row.vm if isinstance(row, VmRow) else row for row in store.transact(Everyone())]
-    found = [vm for vm in everyone if vm.name == name and hotkey in ("", vm.hotkey)]
+    found = [vm for vm in store.transact(FindNames(name)) if hotkey in ("", vm.hotkey)]
     if len(found) == 1:
         return found[0]
     if not found:

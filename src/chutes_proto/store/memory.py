@@ -50,6 +50,8 @@ from chutes_proto.store.rows import (
     ReadGenerations,
     ReadGpu,
     ReadHorizon,
+    ReadLiveGenerations,
+    ReadNames,
     ReadOtherwiseSealed,
     ReadServer,
     ReadServers,
@@ -64,6 +66,7 @@ from chutes_proto.store.rows import (
     StoreOp,
     SweepNonces,
     UpdateGeneration,
+    Vm,
     VmRow,
     VoidTokens,
     VolumeRow,
@@ -107,6 +110,10 @@ class Tables:
                 self.horizon = max(self.horizon, to)
             case ReadVm(vm):
                 return _first(self._where(VmRow, lambda row: row.vm == vm))
+            case ReadNames(name):
+                rows: list[VmRow | GenerationRow] = [*self._where(VmRow, lambda _: True)]
+                rows += self._where(GenerationRow, lambda _: True)
+                return tuple(sorted({row.vm for row in rows if name in (None, row.vm.name)}))
             case CountClaims(pin):
                 return len(self._where(VmRow, lambda row: row.pin == pin))
             case FindBoot(digest):
@@ -126,6 +133,8 @@ class Tables:
                 return tuple(sorted(given, key=lambda row: row.position))
             case ReadGenerations(vm):
                 return self._where(GenerationRow, lambda row: row.vm == vm)
+            case ReadLiveGenerations(vm, boot_id):
+                return self._live(vm, boot_id)
             case UpdateGeneration(row):
                 self._update(row)
             case RewrapGeneration(row):
@@ -235,6 +244,20 @@ class Tables:
         for row in swept:
             del self.rows[NonceRow][key_of(row)]
         return tuple(sorted(swept, key=key_of))
+
+    def _live(self, vm: Vm, boot_id: str | None) -> tuple[GenerationRow, ...]:
+        rows = self._where(GenerationRow, lambda row: row.vm == vm)
+        needed: set[tuple[str, int | None]] = set({row.volume: row.generation for row in rows}.items())
+        for item in self._where(BootVolumeRow, lambda row: row.boot_id == boot_id):
+            needed |= {(item.volume, item.current_generation), (item.volume, item.next_generation)}
+        return tuple(
+            row
+            for row in rows
+            if row.state in ("active", "candidate")
+            or row.provisional
+            or row.retirement == "prune"
+            or (row.volume, row.generation) in needed
+        )
 
     def _update(self, row: GenerationRow) -> None:
         kept = _first(self._where(GenerationRow, lambda other: key_of(other) == key_of(row)))

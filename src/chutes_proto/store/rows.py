@@ -390,6 +390,13 @@ class ReadVm(StoreOp[VmRow | None]):
 
 
 @frozen
+class ReadNames(StoreOp[tuple[Vm, ...]]):
+    """All names that are claimed or have keys, in order; with ``name``, those of any hotkey that are called so."""
+
+    name: str | None = None
+
+
+@frozen
 class CountClaims(StoreOp[int]):
     """How many names are bound to a platform."""
 
@@ -439,6 +446,18 @@ class ReadGenerations(StoreOp[tuple[GenerationRow, ...]]):
     """All key generations of a VM, by volume and generation."""
 
     vm: Vm
+
+
+@frozen
+class ReadLiveGenerations(StoreOp[tuple[GenerationRow, ...]]):
+    """Of a VM's generations those on which a request may depend, by volume and generation: few, however many there are.
+
+    They are the active ones, the candidates, what a prune retired, what is provisional, the newest of each volume,
+    which no purge takes, and what the boot ``boot_id`` was given.
+    """
+
+    vm: Vm
+    boot_id: str | None = None
 
 
 @frozen

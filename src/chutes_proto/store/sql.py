@@ -53,6 +53,8 @@ from chutes_proto.store.rows import (
     ReadGenerations,
     ReadGpu,
     ReadHorizon,
+    ReadLiveGenerations,
+    ReadNames,
     ReadOtherwiseSealed,
     ReadServer,
     ReadServers,
@@ -372,6 +374,8 @@ _SWEEP = (
 _READ_HORIZON = "SELECT value FROM fact WHERE name = 'nonce_horizon'"
 _RAISE_HORIZON = "UPDATE fact SET value = ? WHERE name = 'nonce_horizon' AND value < ?"
 _READ_VM = _select(VmRow, "WHERE hotkey = ? AND vm = ?")
+_READ_NAMES = "SELECT hotkey, vm FROM vm UNION SELECT hotkey, vm FROM generation"
+_READ_NAMES_CALLED = "SELECT hotkey, vm FROM vm WHERE vm = ? UNION SELECT hotkey, vm FROM generation WHERE vm = ?"
 _COUNT_CLAIMS = "SELECT count(*) FROM vm WHERE platform_kind = ? AND platform_id = ?"
 _FIND_BOOT = _select(BootRow, "WHERE token_digest = ?")
 _FIND_CONFIRM = _select(BootRow, "WHERE confirm_digest = ?")
@@ -380,6 +384,16 @@ _VOID_ALL = "UPDATE boot SET voided_at = ? WHERE voided_at IS NULL"
 _VOID = f"{_VOID_ALL} AND hotkey = ? AND vm = ?"
 _READ_BOOT_VOLUMES = _select(BootVolumeRow, "WHERE boot_id = ? ORDER BY position")
 _READ_GENERATIONS = _select(GenerationRow, "WHERE hotkey = ? AND vm = ?")
+_LIVE = (
+    "state IN ('active', 'candidate') OR provisional OR retirement = 'prune' OR (volume, generation) IN"
+    " (SELECT volume, max(generation) FROM generation WHERE hotkey = ? AND vm = ? GROUP BY volume)"
+)
+_GIVEN = (
+    "(volume, generation) IN (SELECT volume, current_generation FROM boot_volume WHERE boot_id = ?)"
+    " OR (volume, generation) IN (SELECT volume, next_generation FROM boot_volume WHERE boot_id = ?)"
+)
+_READ_LIVE = _select(GenerationRow, f"WHERE hotkey = ? AND vm = ? AND ({_LIVE})")
+_READ_LIVE_AND_GIVEN = _select(GenerationRow, f"WHERE hotkey = ? AND vm = ? AND ({_LIVE} OR {_GIVEN})")
 _UPDATE_GENERATION = (
     "UPDATE generation SET state = ?, provisional = ?, delivered_at = ?, retired_at = ?, retirement = ?"
     " WHERE hotkey = ? AND vm = ? AND volume = ? AND generation = ?"
@@ -433,6 +447,10 @@ def statement(op: StoreOp[Any]) -> tuple[str, Values]:
             return _RAISE_HORIZON, (to, to)
         case ReadVm(vm):
             return _READ_VM, _VM(vm)
+        case ReadNames(None):
+            return _READ_NAMES, ()
+        case ReadNames(name):
+            return _READ_NAMES_CALLED, (name, name)
         case CountClaims(pin):
             return _COUNT_CLAIMS, _PIN(pin)
         case FindBoot(digest):
@@ -449,6 +467,10 @@ def statement(op: StoreOp[Any]) -> tuple[str, Values]:
             return _READ_BOOT_VOLUMES, (boot_id,)
         case ReadGenerations(vm):
             return _READ_GENERATIONS, _VM(vm)
+        case ReadLiveGenerations(vm, None):
+            return _READ_LIVE, (*_VM(vm), *_VM(vm))
+        case ReadLiveGenerations(vm, boot_id):
+            return _READ_LIVE_AND_GIVEN, (*_VM(vm), *_VM(vm), boot_id, boot_id)
         case UpdateGeneration(row):
             state = (row.state, row.provisional, row.delivered_at, row.retired_at, row.retirement)
             return _UPDATE_GENERATION, (*state, *_VM(row.vm), row.volume, row.generation)
@@ -519,8 +541,10 @@ def decode(op: StoreOp[Any], rows: Sequence[Sequence[Any]]) -> Any:
             return tuple(decode_row(BootVolumeRow, values) for values in rows)
         case CountSealed():
             return tuple(sorted((kek_id, count) for kek_id, count in rows))
-        case ReadGenerations() | ReadOtherwiseSealed():
+        case ReadGenerations() | ReadLiveGenerations() | ReadOtherwiseSealed():
             return _sorted(GenerationRow, rows)
+        case ReadNames():
+            return tuple(sorted(Vm(*values) for values in rows))
         case ReadVolumes():
             return _sorted(VolumeRow, rows)
         case ReadAudit():

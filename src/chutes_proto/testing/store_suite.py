@@ -56,6 +56,8 @@ from chutes_proto.store.rows import (
     ReadGenerations,
     ReadGpu,
     ReadHorizon,
+    ReadLiveGenerations,
+    ReadNames,
     ReadOtherwiseSealed,
     ReadServer,
     ReadServers,
@@ -429,6 +431,11 @@ def operations_reply_what_they_say(harness: Harness) -> None:
     ask(Ask(Insert(_KEY)))
     ask(Ask(Insert(evolve(_KEY, vm=stranger))))
     expect(ask(Ask(ReadGenerations(VM))), (_KEY, evolve(_KEY, volume="tdx-cache")), "a VM's keys")
+    unclaimed = Vm("another", VM.name)
+    ask(Ask(Insert(evolve(_KEY, vm=unclaimed))))
+    expect(ask(Ask(ReadNames())), (VM, stranger, unclaimed), "names that are claimed or have keys")
+    expect(ask(Ask(ReadNames(VM.name))), (VM, unclaimed), "names that are called so")
+    expect(ask(Ask(ReadNames("vm-2"))), (), "names that are called as none is")
     known = VolumeRow(VM, "storage", in_use=False, format_allowed=True)
     ask(Ask(Put(evolve(known, in_use=True))))
     ask(Ask(Put(known)))
@@ -582,6 +589,37 @@ def a_sealed_key_never_changes(harness: Harness) -> None:
     ask(Ask(UpdateGeneration(evolve(retired, sealed=b"other", wrapped_key=b"other", kek_id="other"))))
     ask(Ask(UpdateGeneration(evolve(retired, generation=2))))
     expect(ask(Ask(Scan(GenerationRow))), (retired,), "a key after a change of state")
+
+
+def of_many_keys_few_are_live(harness: Harness) -> None:
+    """`ReadLiveGenerations` replies with what `ReadGenerations` does, but for retired keys that nothing asks for."""
+    ask = harness.open().transact
+    old = evolve(_KEY, state="retired", retired_at=NOW, retirement="rekey")
+    rows = [
+        evolve(old, generation=1),
+        evolve(old, generation=2, retirement="prune"),
+        evolve(old, generation=3, provisional=True, retirement="superseded"),
+        evolve(old, generation=4),
+        evolve(_KEY, generation=5),
+        evolve(old, generation=6),
+        evolve(old, generation=7, retirement="dropped"),
+        evolve(_KEY, generation=8, state="candidate"),
+        evolve(old, generation=9),
+        evolve(old, generation=10),
+        evolve(old, volume="tdx-cache", generation=4),
+        evolve(old, volume="tdx-cache", generation=5),
+    ]
+    ask(Ask(Insert(_BOOT)))
+    ask(Ask(Insert(BootVolumeRow("b0", "storage", 0, 4, 7, in_use=False))))
+    ask(Ask(Insert(BootVolumeRow("b0", "tdx-cache", 1, None, 5, in_use=False))))
+    for row in (*rows, *(evolve(row, vm=Vm(VM.hotkey, "vm-1")) for row in rows)):
+        ask(Ask(Insert(row)))
+    live = [rows[index] for index in (1, 2, 4, 7, 9, 11)]
+    expect([*ask(Ask(ReadLiveGenerations(VM)))], live, "keys on which a request may depend")
+    given = [rows[index] for index in (1, 2, 3, 4, 6, 7, 9, 11)]
+    expect([*ask(Ask(ReadLiveGenerations(VM, "b0")))], given, "the same, and what a boot was given")
+    expect([*ask(Ask(ReadLiveGenerations(VM, "b1")))], live, "the same, and what no boot was given")
+    expect(ask(Ask(ReadLiveGenerations(Vm("another", VM.name)))), (), "another VM's")
 
 
 def keys_are_wrapped_anew_and_purged(harness: Harness) -> None:
@@ -938,6 +976,7 @@ CASES: tuple[Case, ...] = (
     tokens_are_spent_once_and_voided,
     nonces_are_redeemed_once_and_swept,
     what_must_be_unique_is,
+    of_many_keys_few_are_live,
     keys_are_wrapped_anew_and_purged,
     boots_are_found_by_their_confirm_nonce,
     a_sealed_key_never_changes,

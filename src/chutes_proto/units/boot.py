@@ -30,7 +30,7 @@ from chutes_proto.store.rows import (
     Insert,
     Platform,
     Put,
-    ReadGenerations,
+    ReadLiveGenerations,
     ReadVm,
     Vm,
     VmRow,
@@ -99,7 +99,7 @@ class GrantBoot(Unit[BootGrant]):
         yield from redeem_nonce(self.nonce, self.nonce_purpose, self.nonce_issued_at, self.now)
         root = None
         if self.root is not None:
-            rows = by_volume((yield from ReadGenerations(self.vm)))
+            rows = by_volume((yield from ReadLiveGenerations(self.vm)))
             supply = generations.fetch(rows[generations.ROOT_VOLUME], keeper.sealer(generations.ROOT_VOLUME, self.root))
             root = yield from keeper.supply(supply)
         yield from Insert(
@@ -202,7 +202,7 @@ class GrantBoot(Unit[BootGrant]):
         )
 
     def _new_claim(self) -> Script[str]:
-        held = generations.holds_keys((yield from ReadGenerations(self.vm)))
+        held = generations.holds_keys((yield from ReadLiveGenerations(self.vm)))
         if held and self.platform_binding == "pin" and not self.hotkey_proven:
             raise taken(
                 self.vm, "it holds keys and is bound to no platform; a hotkey signature or the operator opens it"

@@ -15,7 +15,7 @@ from chutes_proto.store.rows import (
     GenerationRow,
     Insert,
     Put,
-    ReadGenerations,
+    ReadLiveGenerations,
     ReadVolumes,
     UpdateGeneration,
     Vm,
@@ -108,7 +108,7 @@ class Keeper:
 
     def disown(self) -> Script[None]:
         """Nothing of the name's holder reaches the next one, nor the other way round: keys, disks or tokens."""
-        for rows in by_volume((yield from ReadGenerations(self.vm))).values():
+        for rows in by_volume((yield from ReadLiveGenerations(self.vm))).values():
             yield from self.retire(generations.disown(rows, self.now))
         for volume in (yield from ReadVolumes(self.vm)):
             yield from Put(evolve(volume, in_use=False, format_allowed=False, handed=None))

@@ -31,6 +31,7 @@ from chutes_proto.store.rows import (
     RaiseHorizon,
     ReadAudit,
     ReadGenerations,
+    ReadNames,
     ReadOtherwiseSealed,
     ReadServer,
     ReadVm,
@@ -65,8 +66,18 @@ class Everyone(Unit[tuple[VmRow | Vm, ...]]):
         """Read both."""
         claims = yield from Scan(VmRow)
         claimed = {claim.vm for claim in claims}
-        keys = yield from Scan(GenerationRow)
-        return (*claims, *sorted({row.vm for row in keys} - claimed))
+        return (*claims, *(vm for vm in (yield from ReadNames()) if vm not in claimed))
+
+
+@frozen
+class FindNames(Unit[tuple[Vm, ...]]):
+    """All VMs, claimed or only holding keys; with ``name``, those of any hotkey that are called so."""
+
+    name: str | None = None
+
+    def script(self) -> Script[tuple[Vm, ...]]:
+        """Read them."""
+        return (yield from ReadNames(self.name))
 
 
 @frozen
@@ -149,35 +160,28 @@ class RestoreKey(Unit[GenerationRow]):
 
 @frozen
 class PurgeKeys(Unit[tuple[GenerationRow, ...]]):
-    """Delete the passphrases that were retired ``retention`` seconds ago or earlier, for ever; returns whose they were.
+    """Delete a VM's passphrases that were retired ``retention`` seconds ago or earlier, for ever; returns which.
 
-    Kept are the newest three generations of a volume, and whatever a VM may yet be handed. With ``vm=None`` it is all
-    VMs'. Without ``carry_out`` nothing is done: what would be is returned.
+    Kept are the newest three generations of a volume, and whatever the VM may yet be handed. Without ``carry_out``
+    nothing is done: what would be is returned.
     """
 
     now: int
     retention: int
     reason: str
-    vm: Vm | None = None
+    vm: Vm
     carry_out: bool = False
 
     def script(self) -> Script[tuple[GenerationRow, ...]]:
-        """Choose; delete, with an audit row for each VM."""
-        rows = (yield from Scan(GenerationRow)) if self.vm is None else (yield from ReadGenerations(self.vm))
-        volumes: dict[tuple[Vm, str], list[GenerationRow]] = {}
-        for row in rows:
-            volumes.setdefault((row.vm, row.volume), []).append(row)
-        chosen: dict[Vm, list[GenerationRow]] = {}
-        for (vm, _), of_volume in volumes.items():
-            gone = generations.purgeable(of_volume, self.now, self.retention, KEPT)
-            chosen.setdefault(vm, []).extend(gone)
-        for vm, purged in chosen.items():
-            if purged and self.carry_out:
-                for row in purged:
-                    yield from PurgeGeneration(row)
-                told = ", ".join(f"{row.volume}/{row.generation} purged" for row in purged)
-                yield from Insert(_audit(self.now, "keys purged", self.reason, vm, keys=told))
-        return tuple(row for purged in chosen.values() for row in purged)
+        """Choose; delete, with an audit row."""
+        volumes = by_volume((yield from ReadGenerations(self.vm))).values()
+        gone = [row for rows in volumes for row in generations.purgeable(rows, self.now, self.retention, KEPT)]
+        if gone and self.carry_out:
+            for row in gone:
+                yield from PurgeGeneration(row)
+            told = ", ".join(f"{row.volume}/{row.generation} purged" for row in gone)
+            yield from Insert(_audit(self.now, "keys purged", self.reason, self.vm, keys=told))
+        return tuple(gone)
 
 
 @frozen

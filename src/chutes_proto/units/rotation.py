@@ -34,7 +34,7 @@ from chutes_proto.store.rows import (
     Pin,
     Put,
     ReadBootVolumes,
-    ReadGenerations,
+    ReadLiveGenerations,
     ReadVm,
     ReadVolumes,
     Vm,
@@ -146,7 +146,7 @@ class AttestVolumes(Unit[HandedKeys]):
         if boot.spent_at is not None:
             return (yield from self._replay(boot))
         keeper = Keeper(self.vm, self.vault, self.now, boot.boot_id)
-        stored = by_volume((yield from ReadGenerations(self.vm)))
+        stored = by_volume((yield from ReadLiveGenerations(self.vm)))
         k3s = yield from keeper.supply(
             generations.fetch(stored[K3S_VOLUME], keeper.sealer(K3S_VOLUME, self.fresh[K3S_VOLUME]))
         )
@@ -198,7 +198,7 @@ class AttestVolumes(Unit[HandedKeys]):
             raise KeyUnavailable(f"the confirm nonce of boot {boot.boot_id} was made under a key that is not at hand")
         keeper = Keeper(self.vm, self.vault, self.now, boot.boot_id)
         given = yield from ReadBootVolumes(boot.boot_id)
-        stored = by_volume((yield from ReadGenerations(self.vm)))
+        stored = by_volume((yield from ReadLiveGenerations(self.vm, boot.boot_id)))
         pairs: list[tuple[str, Pair]] = []
         for item in given:
             rows = {row.generation: row for row in stored[item.volume]}
@@ -239,7 +239,7 @@ class ConfirmVolumes(Unit[tuple[tuple[str, Result], ...]]):
         boot = yield from self._confirmable()
         again = boot.confirm_body_digest is not None
         keeper = Keeper(self.vm, self.vault, self.now, boot.boot_id)
-        stored = by_volume((yield from ReadGenerations(self.vm)))
+        stored = by_volume((yield from ReadLiveGenerations(self.vm, boot.boot_id)))
         given = {item.volume: item for item in (yield from ReadBootVolumes(boot.boot_id))}
         known = {row.volume: row for row in (yield from ReadVolumes(self.vm))}
         results: list[tuple[str, Result]] = []

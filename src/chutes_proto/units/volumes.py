@@ -30,7 +30,7 @@ from chutes_proto.store.rows import (
     GenerationRow,
     Insert,
     ReadBootVolumes,
-    ReadGenerations,
+    ReadLiveGenerations,
     SpendToken,
     Vm,
 )
@@ -76,7 +76,7 @@ class ReadVolume(Unit["Secret"]):
         boot = yield from _boot_of(self.token_digest, self.vm, self.certificate, self.now)
         if boot.spent_at is not None:
             raise _not_found("spent")
-        rows = by_volume((yield from ReadGenerations(self.vm)))
+        rows = by_volume((yield from ReadLiveGenerations(self.vm)))
         current = generations.active(rows[self.volume])
         if current is None:
             raise Refused(
@@ -123,7 +123,7 @@ class SyncVolumes(Unit[VolumeKeys]):
             return (yield from self._replay(boot))
         _ = yield from SpendToken(boot.boot_id, self.now, self.body_digest)
         keeper = Keeper(self.vm, self.vault, self.now, boot.boot_id)
-        stored = by_volume((yield from ReadGenerations(self.vm)))
+        stored = by_volume((yield from ReadLiveGenerations(self.vm)))
         passphrases: list[tuple[str, Secret]] = []
         given: dict[str, int] = {}
         for volume in dict.fromkeys(self.volumes):
@@ -152,7 +152,7 @@ class SyncVolumes(Unit[VolumeKeys]):
             raise _not_found("spent by a request with another body")
         keeper = Keeper(self.vm, self.vault, self.now, boot.boot_id)
         given = yield from ReadBootVolumes(boot.boot_id)
-        stored = yield from ReadGenerations(self.vm)
+        stored = yield from ReadLiveGenerations(self.vm, boot.boot_id)
         rows: dict[tuple[str, int | None], GenerationRow] = {(row.volume, row.generation): row for row in stored}
         passphrases = tuple((item.volume, keeper.open(rows[item.volume, item.current_generation])) for item in given)
         told = ", ".join(f"{item.volume}/{item.current_generation} repeated" for item in given)
