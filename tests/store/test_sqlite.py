@@ -225,6 +225,19 @@ def test_another_process_at_work_is_busy(path: Path) -> None:
         store.transact(boot("first"))
 
 
+def test_a_check_keeps_nobody_from_writing(path: Path) -> None:
+    with (
+        closing(SqliteStore(path, busy_seconds=0.05)) as store,
+        closing(sqlite3.connect(path, isolation_level=None)) as other,
+    ):
+        store.transact(boot("first"))
+        other.execute("BEGIN IMMEDIATE")
+        other.execute("DELETE FROM boot")
+        assert store.check()["boot"] == 1
+        other.execute("COMMIT")
+        assert store.check()["boot"] == 0
+
+
 def test_a_file_at_work_elsewhere_is_busy_when_opened(path: Path) -> None:
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")

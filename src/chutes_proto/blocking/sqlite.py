@@ -114,11 +114,11 @@ class SqliteStore:
         return result
 
     def check(self) -> dict[str, int]:
-        """Read the whole file; returns how many rows each table has.
+        """Read the whole file, as it is now, while others write on; returns how many rows each table has.
 
         Raises `StoreError` for damage, another schema, or a file that is no longer there.
         """
-        with self._my_turn(), self._transaction() as connection:
+        with self._my_turn(), self._transaction("BEGIN") as connection:
             if self._versions(connection).found() is None:
                 raise self._fault(_FAULTS[sqlite3.SQLITE_CORRUPT])
             self._versions(connection).require()
@@ -216,7 +216,7 @@ class SqliteStore:
     # --- the file ---
 
     @contextlib.contextmanager
-    def _transaction(self) -> Generator[sqlite3.Connection]:
+    def _transaction(self, begin: str = "BEGIN IMMEDIATE") -> Generator[sqlite3.Connection]:
         """Begin, and commit what was done inside; roll back whatever is raised there."""
         with self._translated():
             if self._closed:
@@ -224,7 +224,7 @@ class SqliteStore:
             if self._connection is None:
                 self._connection = self._open()
             connection = self._connection
-            _ = connection.execute("BEGIN IMMEDIATE")
+            _ = connection.execute(begin)
             try:
                 yield connection
                 self._check_place()
