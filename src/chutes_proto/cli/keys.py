@@ -177,7 +177,7 @@ def _restore(options: argparse.Namespace) -> int:
         vm = operating.find_vm(store, options.vm)
         unit = RestoreKey(operating.now(), vm, options.volume, options.generation, operating.reason(options))
         row = store.transact(unit)
-    return _done(options, f"{row.volume}/{row.generation} of {vm.hotkey}/{vm.name} is the active key")
+    return operating.done(options, f"{row.volume}/{row.generation} of {vm.hotkey}/{vm.name} is the active key")
 
 
 def _purge(options: argparse.Namespace) -> int:
@@ -255,7 +255,7 @@ def _allow_format(options: argparse.Namespace) -> int:
     with operating.opened(options) as (_, store):
         vm = operating.find_vm(store, options.vm)
         store.transact(AllowFormat(operating.now(), vm, options.volume, operating.reason(options)))
-    return _done(options, f"{options.volume} of {vm.hotkey}/{vm.name} may be formatted once")
+    return operating.done(options, f"{options.volume} of {vm.hotkey}/{vm.name} may be formatted once")
 
 
 def _import_fernet(options: argparse.Namespace) -> int:
@@ -358,11 +358,3 @@ def _platform(quote: object, root: TrustedRoot) -> Platform | None:
     except (binascii.Error, QuoteError) as exc:
         raise ValueError(f"boot_quote: {exc}") from None
     return Platform(instance_id=pck.platform_instance_id, ppid=pck.ppid)
-
-
-def _done(options: argparse.Namespace, told: str) -> int:
-    if options.json:
-        console.say_json({"ok": True})
-    else:
-        console.say(told)
-    return console.GRANTED

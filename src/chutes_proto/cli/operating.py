@@ -120,6 +120,15 @@ def refusing(work: Callable[[argparse.Namespace], int], options: argparse.Namesp
     return console.REFUSED
 
 
+def done(options: argparse.Namespace, told: str) -> int:
+    """What a command that changes something ends with."""
+    if options.json:
+        console.say_json({"ok": True})
+    else:
+        console.say(told)
+    return console.GRANTED
+
+
 def reason(options: argparse.Namespace) -> str:
     """The audit row's reason."""
     import os

@@ -111,7 +111,7 @@ def _bind(options: argparse.Namespace) -> int:
         except HotkeyError as exc:
             raise ConfigurationError(f"{vm.hotkey!r} is no hotkey: {exc}") from None
         store.transact(BindVm(operating.now(), vm, platform, operating.reason(options)))
-    return _done(options, f"{vm.hotkey}/{vm.name} is bound to {platform.pin}")
+    return operating.done(options, f"{vm.hotkey}/{vm.name} is bound to {platform.pin}")
 
 
 def _rebind(options: argparse.Namespace) -> int:
@@ -125,12 +125,4 @@ def _rebind(options: argparse.Namespace) -> int:
         )
         store.transact(unit)
     how = "with its keys" if options.keep_keys else "its keys are retired"
-    return _done(options, f"{vm.hotkey}/{vm.name} is bound to {platform.pin}, {how}; its tokens are void")
-
-
-def _done(options: argparse.Namespace, told: str) -> int:
-    if options.json:
-        console.say_json({"ok": True})
-    else:
-        console.say(told)
-    return console.GRANTED
+    return operating.done(options, f"{vm.hotkey}/{vm.name} is bound to {platform.pin}, {how}; its tokens are void")
