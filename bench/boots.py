@@ -1,10 +1,11 @@
 """What a boot costs a key server: a real process on SQLite, over TLS; and what a nonce costs it.
 
-A boot is a connection of its own, nonce, attestation and sync; its platform was seen before, so that all which can be
-remembered of it is. CPU time is of the whole server process, and of each part that is timed within it: the TLS
-session, the checks of signatures, and the store's transactions (of which the units' own Python, sealing and audit rows
-among it, is shown as measured in memory). The rest is what is left: sockets, loop, HTTP, JSON, parsing, checks, log.
-What of it are sockets, loop and HTTP is seen at a server whose application does nothing.
+A boot is a connection of its own, nonce, attestation and sync, each sent as the agent sends it: head and body at once.
+Its platform was seen before, so that all which can be remembered of it is. CPU time is of the whole server process, and
+of each part that is timed within it: the TLS session, the checks of signatures, and the store's transactions (of which
+the units' own Python, sealing and audit rows among it, is shown as measured in memory). The rest is what is left:
+sockets, loop, threads, HTTP, JSON, parsing, checks, log. What of it are sockets, loop and HTTP, a server shows whose
+application does nothing.
 
 Syncs are sent over connections that stay open, by client threads of one process, on the same machine.
 """
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import http.client
 import json
 import os
 import signal
@@ -22,17 +22,19 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing, contextmanager
 from itertools import count
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from attrs import evolve
 
 from bench.measure import resident
 from chutes_proto.auth.binding import report_data
-from chutes_proto.auth.certificates import ENTROPY_SIZE, make_client_identity
+from chutes_proto.auth.certificates import ENTROPY_SIZE, ClientIdentity, make_client_identity
+from chutes_proto.blocking.https import HttpsSender, TimeLimits
 from chutes_proto.blocking.perform import Performer
 from chutes_proto.blocking.setup import load_setup
 from chutes_proto.blocking.sqlite import SqliteStore
@@ -48,6 +50,7 @@ from chutes_proto.store.rows import Vm
 from chutes_proto.testing.platform import SimulatedPlatform
 from chutes_proto.testing.store_suite import VM, boot, platform, sync
 from chutes_proto.transport.tls import TlsSession
+from chutes_proto.wire.answers import JSON_HEADERS
 from chutes_proto.wire.codec import encode_quote
 from chutes_proto.wire.http import HttpRequest, HttpResponse
 
@@ -109,14 +112,17 @@ def _measured(folder: Path, transport: str, what: str) -> list[float]:
 
 def _boot(folder: Path, url: str, vm: str) -> None:
     identity = make_client_identity(int(time.time()) - 60, os.urandom(ENTROPY_SIZE))
-    connection = _connection(folder, url, identity)
-    nonce = _ask(connection, "GET", "/servers/nonce")["nonce"]
+    with _sender(folder, url, identity) as sender:
+        _boot_over(sender, identity, vm)
+
+
+def _boot_over(sender: HttpsSender, identity: ClientIdentity, vm: str) -> None:
+    nonce = _ask(sender, "GET", "/servers/nonce")["nonce"]
     quote = encode_quote(PLATFORM.quote(report_data(bytes.fromhex(nonce), identity.spki_sha256)))
     body = {"quote": quote, "miner_hotkey": VM.hotkey, "vm_name": vm}
-    grant = _ask(connection, "POST", "/servers/boot/attestation", body, {"x-chutes-nonce": nonce})
+    grant = _ask(sender, "POST", "/servers/boot/attestation", body, {"x-chutes-nonce": nonce})
     headers = {"x-boot-token": grant["boot_token"], "x-chutes-hotkey": VM.hotkey}
-    _ = _ask(connection, "POST", f"/servers/{vm}/luks", {"volumes": VOLUMES}, headers)
-    connection.close()
+    _ = _ask(sender, "POST", f"/servers/{vm}/luks", {"volumes": VOLUMES}, headers)
 
 
 def _units_alone() -> float:
@@ -221,9 +227,9 @@ def _syncs(folder: Path) -> None:
                         token_digest=hashlib.sha256(token.encode()).digest(),
                     )
                     _ = store.transact(granted)
-            connections = [_connection(folder, url) for _ in range(callers)]
+            senders = [_sender(folder, url) for _ in range(callers)]
             works = [
-                functools.partial(_sync_all, connections[caller], f"vm-{callers}-{caller}", tokens[caller::callers])
+                functools.partial(_sync_all, senders[caller], f"vm-{callers}-{caller}", tokens[caller::callers])
                 for caller in range(callers)
             ]
             threads = [threading.Thread(target=work) for work in works]
@@ -233,30 +239,29 @@ def _syncs(folder: Path) -> None:
             for thread in threads:
                 thread.join()
             rate = SYNCS / (time.perf_counter() - start)
+            for sender in senders:
+                sender.close()
             first = first or rate
             print(f"{callers:>12}{rate:>12.0f}{rate / first:>12.2f}")
 
 
-def _sync_all(connection: http.client.HTTPSConnection, vm: str, tokens: list[str]) -> None:
+def _sync_all(sender: HttpsSender, vm: str, tokens: list[str]) -> None:
     for token in tokens:
         headers = {"x-boot-token": token, "x-chutes-hotkey": VM.hotkey}
-        _ = _ask(connection, "POST", f"/servers/{vm}/luks", {"volumes": VOLUMES}, headers)
+        _ = _ask(sender, "POST", f"/servers/{vm}/luks", {"volumes": VOLUMES}, headers)
 
 
-def _connection(folder: Path, url: str, identity: Any = None) -> http.client.HTTPSConnection:
-    context = client_context(identity, (folder / "ca.pem").read_bytes())
-    return http.client.HTTPSConnection(url.removeprefix("https://"), context=context, timeout=60)
+def _sender(folder: Path, url: str, identity: ClientIdentity | None = None) -> HttpsSender:
+    return HttpsSender(client_context(identity, (folder / "ca.pem").read_bytes()), url, TimeLimits(60, 60, 60))
 
 
 def _ask(
-    connection: http.client.HTTPSConnection, method: str, path: str, body: Any = None, headers: Any = None
+    sender: HttpsSender, method: str, path: str, body: Any = None, headers: Mapping[str, str] = MappingProxyType({})
 ) -> dict[str, Any]:
-    sent = None if body is None else json.dumps(body)
-    connection.request(method, path, sent, {"content-type": "application/json", **(headers or {})})
-    answer = connection.getresponse()
-    data = answer.read()
-    assert answer.status == 200, data
-    members: dict[str, Any] = json.loads(data)
+    sent = b"" if body is None else json.dumps(body).encode()
+    answer = sender(HttpRequest(method, path, (*JSON_HEADERS, *headers.items()), sent))
+    assert answer.status == 200, answer.body
+    members: dict[str, Any] = json.loads(answer.body)
     return members
 
 

@@ -108,16 +108,23 @@ class Server:
                 connection.expire(trio.current_time())
 
     async def _proceed(self, accepted: socket, connection: ServerConnection, waiting: trio.CancelScope) -> None:
+        """Do what there is to do, and wait once where it is not done without."""
         request = connection.next_request(trio.current_time())
-        waiting.deadline = connection.deadline
         if request is not None:
-            connection.send_response(await self._answer(request), trio.current_time())
             waiting.deadline = connection.deadline
+            if connection.sent_ahead:
+                await trio.lowlevel.checkpoint()  # others have their turn first
+            connection.send_response(await self._answer(request), trio.current_time())
         for ended in self._connections.make_room(connection):
             self._waiting[ended].deadline = ended.deadline
         if data := connection.data_to_send():
-            await _send(accepted, data)
+            left = _unsent(accepted, memoryview(data))
+            while left:
+                waiting.deadline = connection.deadline
+                await trio.lowlevel.wait_writable(accepted)
+                left = _unsent(accepted, left)
         elif not connection.closed:
+            waiting.deadline = connection.deadline
             connection.receive_data(await _received(accepted), trio.current_time())
 
     async def _answer(self, request: HttpRequest | MalformedRequest) -> HttpResponse:
@@ -167,12 +174,9 @@ async def _received(accepted: socket) -> bytes:
             return accepted.recv(READ_SIZE)
 
 
-async def _send(accepted: socket, data: bytes) -> None:
-    """All of it. Others have their turn first: a peer that sends ahead must not make them wait."""
-    await trio.lowlevel.checkpoint()
-    left = memoryview(data)
-    while left:
-        try:
-            left = left[accepted.send(left) :]
-        except BlockingIOError:
-            await trio.lowlevel.wait_writable(accepted)
+def _unsent(accepted: socket, data: memoryview) -> memoryview:
+    """What there is no room for now."""
+    try:
+        return data[accepted.send(data) :]
+    except BlockingIOError:
+        return data

@@ -91,6 +91,13 @@ def test_one_request_at_a_time() -> None:
     second = connection.next_request(3.0)
     assert isinstance(second, HttpRequest)
     assert (second.target, second.arrived) == ("/servers/second", 3.0)
+    assert connection.sent_ahead
+    connection.send_response(HttpResponse(200), 4.0)
+    assert connection.data_to_send()
+    assert connection.next_request(5.0) is None
+    connection.receive_data(GET, 6.0)
+    assert connection.next_request(6.0) is not None
+    assert not connection.sent_ahead
 
 
 def test_answers_to_pipelined_requests_are_in_order() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import anyio
 import anyio.abc
+import anyio.lowlevel
 import pytest
 from anyio.streams.tls import TLSStream
 from attrs import define, field
@@ -74,6 +75,23 @@ class Echo:
         }
         headers = (*JSON, ("connection", "close")) if request.target == "/last" else JSON
         return HttpResponse(200, headers, json.encode(content))
+
+
+@define
+class Counted(Echo):
+    """It says how often another task had its turn before each request."""
+
+    turns: int = 0
+    seen: list[int] = field(factory=list)
+
+    async def count_turns(self) -> None:
+        while True:
+            await anyio.lowlevel.checkpoint()
+            self.turns += 1
+
+    def handle(self, request: HttpRequest | MalformedRequest) -> Flow[HttpResponse]:
+        self.seen.append(self.turns)
+        return (yield from Echo.handle(self, request))
 
 
 @define
@@ -266,6 +284,22 @@ def test_a_refusal_reaches_a_peer_that_goes_on_sending(loop: Loop) -> None:
             assert answer.startswith(b"HTTP/1.1 413")
             assert b'"code":"body_too_large"' in answer
             await anyio.aclose_forcefully(stream)
+
+    run(loop, main)
+
+
+def test_others_have_their_turn_between_requests_that_are_sent_ahead(loop: Loop) -> None:
+    async def main() -> None:
+        app, requests = Counted(), 50
+        async with running(loop, app=app) as server, anyio.create_task_group() as nursery:
+            async with await server.connect() as stream:
+                nursery.start_soon(app.count_turns)
+                await stream.send(GET * requests)
+                answers = b""
+                while answers.count(b"HTTP/1.1 200") < requests:
+                    answers += await stream.receive()
+            nursery.cancel_scope.cancel()
+        assert len(set(app.seen)) > requests // 4  # trio shuffles whose turn is first
 
     run(loop, main)
 

@@ -127,6 +127,7 @@ class ServerConnection:
         self._head: h11.Request | None = None
         self._body = bytearray()
         self._arrived = now
+        self._sent_ahead = False
         self._ready: HttpRequest | MalformedRequest | None = None
         self._peer_ended = False
         self._end_told = False
@@ -156,6 +157,11 @@ class ServerConnection:
     def since(self) -> float:
         """When it came to where it is: accepted, shaken hands, begun a request, been answered."""
         return self._since
+
+    @property
+    def sent_ahead(self) -> bool:
+        """Of the latest request something had come before the answer to the one before was sent."""
+        return self._sent_ahead
 
     @property
     def close_reason(self) -> str:
@@ -393,7 +399,8 @@ class ServerConnection:
         """The peer has been sent all there was."""
         if not self._last:
             self._enter(_Phase.IDLE, now)
-            if self._inbox or self._h11.trailing_data[0]:  # of a request sent ahead: its turn begins now
+            self._sent_ahead = bool(self._inbox or self._h11.trailing_data[0])
+            if self._sent_ahead:  # its turn begins now
                 self._arrive(now)
         elif self._peer_ended:
             self._enter(_Phase.CLOSED, now)
