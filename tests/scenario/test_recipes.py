@@ -124,13 +124,19 @@ def test_another_machine(premises: Premises) -> None:
 
 
 @in_a_file
-def test_a_backup(premises: Premises) -> None:
+def test_a_backup(premises: Premises, require_program: Callable[[str], str]) -> None:
+    _ = require_program("sqlite3")
     premises.start()
     first = key(premises)
     token = premises.vm().boot()["boot_token"]
     nonce = premises.vm().nonce()
-    premises.stop()
-    assert "keys sealed under" in follow(premises, "The store came back from a backup", 0)
+    _ = follow(premises, "A backup of the store", 0)
+    assert (premises.directory / "keys.backup").stat().st_mode & 0o777 == 0o600
+    assert key(premises, rekey=["storage"]) != first
+    premises.kill()
+    assert (premises.directory / "keys.db-wal").stat().st_size
+    _ = follow(premises, "The store came back from a backup", 0)
+    assert "keys sealed under" in follow(premises, "The store came back from a backup", 1)
     premises.start()
     _ = premises.vm().sync(token, status=401)
     for of_before in (nonce, None):
@@ -203,4 +209,4 @@ def test_no_recipe_is_left_out() -> None:
     source = Path(__file__).read_text("utf-8")
     for title in RECIPES:
         assert f'"{title}"' in source
-    assert sum(map(len, RECIPES.values())) == 10
+    assert sum(map(len, RECIPES.values())) == 12
