@@ -703,6 +703,21 @@ def test_an_interruption_is_a_failure_or_ends_the_wait(
     assert gone.exists()
 
 
+def test_ctrl_c_is_offered_where_it_comes(machine: Machine, require_program: Callable[[str], str]) -> None:
+    machine.servers = [NOWHERE]
+    machine.changes |= {"retry.attempts": 1, "on_failure.action": "poweroff", "on_failure.wait_seconds": 0}
+    machine.changes["on_failure.poweroff"] = ["true"]
+    command = machine.command("run")
+    terminal = [require_program("script"), "-qec", shlex.join(command), "/dev/null"]
+    for how, offered in ((terminal, True), (command, False)):
+        done = subprocess.run(
+            how, start_new_session=True, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        )
+        said = done.stdout + done.stderr
+        assert "next    poweroff in 0 s" in said, said
+        assert ("(Ctrl-C: at once)" in said) == offered
+
+
 def test_a_console_that_went_away_keeps_no_failed_boot_from_its_end(machine: Machine) -> None:
     machine.servers = [NOWHERE]
     gone = machine.folder / "went-off"

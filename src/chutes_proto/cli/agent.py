@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import signal
 import time
 from typing import TYPE_CHECKING
@@ -189,14 +190,13 @@ def _settings(path: str) -> AgentSettings:
 
 
 def _run(options: argparse.Namespace, settings: AgentSettings, progress: Progress) -> Booted:
-    import os
-
     from chutes_proto.auth.certificates import ENTROPY_SIZE, make_client_identity
     from chutes_proto.blocking.agent import boot_id, check_place, make_signer, write_state
 
     deadline = time.monotonic() + settings.retry.deadline_seconds
     who = _identity(settings)
     progress.tell(f"VM {who.vm_name} of hotkey {who.hotkey.address}")
+    progress.tell(f"its clock says {time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime())} UTC")
     leaves = settings.volumes_at == "resume"
     state = settings.state
     if leaves:
@@ -374,7 +374,8 @@ def _tell_failure(
     written = "; ".join(progress.written) or "nothing was written to any"
     lines += [("means", advice.means), ("do", advice.do), ("disks", written)]
     if ending.action != "exit":
-        lines.append(("next", f"{ending.action} in {ending.wait_seconds:g} s (Ctrl-C: at once)"))
+        at_once = " (Ctrl-C: at once)" if _has_terminal() else ""
+        lines.append(("next", f"{ending.action} in {ending.wait_seconds:g} s{at_once}"))
     fields: dict[str, Value] = {"step": step, "server": progress.server(), **facts}
     fields |= {
         "means": advice.means,
@@ -385,6 +386,15 @@ def _tell_failure(
         "exit_code": code,
     }
     progress.finish("agent_failed", fields, lines, failed=True)
+
+
+def _has_terminal() -> bool:
+    """Whether Ctrl-C comes here: in an initramfs and in a unit of systemd the console is nobody's terminal (tty(4))."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
 
 
 def close_opened(settings: AgentSettings, progress: Progress) -> None:
