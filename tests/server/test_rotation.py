@@ -23,6 +23,7 @@ from chutes_proto.server.service import Service, Slots
 from chutes_proto.store.rows import AttestationRow, AuditRow, BootRow, GenerationRow, Put, VmRow, VolumeRow
 from chutes_proto.testing.platform import PROFILE, SimulatedPlatform
 from chutes_proto.testing.store_suite import Ask
+from chutes_proto.units.operator import StoreRestored
 from chutes_proto.wire.codec import encode_quote
 from chutes_proto.wire.http import HttpResponse
 from tests.server.world import HOTKEY, NOW, World, answer, refusal, service
@@ -216,6 +217,15 @@ def test_the_quote_is_of_the_runtime_stage_and_of_the_boots_platform(world):
     assert answer(attest(world, nonce))
 
 
+def test_the_platform_is_the_boots_also_where_names_are_bound_to_none(world):
+    world.app = App(two_phase(platform_binding="off"))
+    nonce, home = quote_nonce(world), world.platform
+    world.platform = home.another(1)
+    assert refusal(attest(world, nonce))[:2] == (403, Code.PLATFORM_MISMATCH)
+    world.platform = home
+    assert answer(attest(world, nonce))
+
+
 def test_a_name_that_was_rebound_meanwhile(world):
     nonce = quote_nonce(world)
     (claim,) = world.rows(VmRow)
@@ -380,6 +390,13 @@ def test_only_the_newest_attestation_confirms(world):
     )
     assert answer(confirm(world, newer["confirm_nonce"], storage=True))
     assert refusal(confirm(world, older["confirm_nonce"], storage=True))[0] == 401
+
+
+def test_after_a_restore_from_a_backup_no_attestation_of_before_confirms(world):
+    nonce, unspent = boot(world)["confirm_nonce"], quote_nonce(world)
+    world.store.transact(StoreRestored(world.now - 60, ""))
+    assert refusal(confirm(world, nonce, storage=False))[:2] == (401, Code.CONFIRM_NONCE_INVALID)
+    assert refusal(attest(world, unspent))[:2] == (401, Code.QUOTE_NONCE_INVALID)
 
 
 def test_a_rotation_that_something_else_overtook_is_refused_whole(world):
