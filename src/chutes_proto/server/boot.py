@@ -38,8 +38,6 @@ if TYPE_CHECKING:
     from chutes_proto.server.service import Service
     from chutes_proto.wire.http import HttpRequest
 
-TOKEN_SECONDS = 600
-
 
 def issue_boot_nonce(
     service: Service, request: HttpRequest, message: BootNonceRequest, request_id: str
@@ -105,7 +103,6 @@ def _claim(
             token_needs_certificate=profile.token_needs_certificate,
             root=root,
             token_digest=token_digest(token.reveal()),
-            token_seconds=TOKEN_SECONDS,
             quote_digest=hashlib.sha256(evidence.quote).digest(),
             peer_address=request.peer_address,
             platform_binding=service.platform_binding,

@@ -30,6 +30,7 @@ from attrs import frozen
 from chutes_proto.codes import Code
 from chutes_proto.errors import Refused, Unavailable
 from chutes_proto.secret import Secret
+from chutes_proto.units.nonces import SKEW
 from chutes_proto.wire.http import address_prefix
 from chutes_proto.wire.times import timestamp
 
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 Purpose = Literal["boot", "runtime"]
 
 LIFETIME = 600
-SKEW = 60
 RANDOM_SIZE = 10
 
 _HOTKEY_BOUND = 0x80

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from chutes_proto.secret import Secret
     from chutes_proto.store.run import Script
 
+TOKEN_SECONDS = 600
 REFUSALS_PER_DAY = 100
 DAY = 86_400
 
@@ -87,7 +88,6 @@ class GrantBoot(Unit[BootGrant]):
     peer_address: str
     vault: Vault
     root: FreshKey | None = None
-    token_seconds: int = 600
     platform_binding: Literal["pin", "off"] = "pin"
     exchange_downgrade: Literal["refuse", "allow"] = "refuse"
     claims_per_platform: int = 64
@@ -113,7 +113,7 @@ class GrantBoot(Unit[BootGrant]):
                 exchange=self.exchange,
                 quote_digest=self.quote_digest,
                 token_digest=self.token_digest,
-                token_expires_at=self.now + self.token_seconds,
+                token_expires_at=self.now + TOKEN_SECONDS,
                 token_needs_certificate=self.token_needs_certificate,
                 peer_address=self.peer_address,
                 created_at=self.now,

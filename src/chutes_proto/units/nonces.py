@@ -14,6 +14,9 @@ from chutes_proto.store.rows import NonceRow, RaiseHorizon, ReadHorizon, RedeemN
 if TYPE_CHECKING:
     from chutes_proto.store.run import Script
 
+SKEW = 60
+"""How far ahead of our clock a nonce may have been issued, in seconds."""
+
 NONCE_KEPT_SECONDS = 86_400
 NONCES_SWEPT = 100
 

@@ -47,9 +47,7 @@ from chutes_proto.store.rows import (
 )
 from chutes_proto.store.run import Script, Unit
 from chutes_proto.units.keys import Keeper, by_volume
-
-ISSUED_AHEAD = 60
-"""How far ahead of our clock a nonce may have been issued."""
+from chutes_proto.units.nonces import SKEW
 
 KEPT = 3
 """How many of a volume's newest generations no purge takes."""
@@ -375,7 +373,7 @@ class StoreRestored(Unit[None]):
 
     def script(self) -> Script[None]:
         """Raise the horizon, void all tokens."""
-        yield from RaiseHorizon(self.now + ISSUED_AHEAD)
+        yield from RaiseHorizon(self.now + SKEW)
         yield from VoidTokens(None, self.now)
         yield from Insert(_audit(self.now, "store restored", self.reason))
 
