@@ -1,4 +1,7 @@
-"""Taking turns: what is compared is measured alternately, so that a slow moment is everyone's."""
+"""Taking turns: what is compared is measured alternately, so that a slow moment is everyone's.
+
+A turn in which another process took the core is not counted: a long work meets more of them than a short one.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import gc
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 from statistics import median
 from time import perf_counter
 
@@ -24,6 +28,7 @@ def microseconds(works: Mapping[str, tuple[Work, Work]], turns: int = 40, each: 
     A work is what prepares, which is not measured, and what is.
     """
     times: dict[str, list[float]] = {name: [] for name in works}
+    interrupted: dict[str, list[float]] = {name: [] for name in works}
     gc.collect()
     gc.disable()
     try:
@@ -31,12 +36,15 @@ def microseconds(works: Mapping[str, tuple[Work, Work]], turns: int = 40, each: 
             for name, (prepare, work) in works.items():
                 for _ in range(each):
                     _ = prepare()
+                    before = getrusage(RUSAGE_SELF).ru_nivcsw
                     start = perf_counter()
                     _ = work()
-                    times[name].append(perf_counter() - start)
+                    time = perf_counter() - start
+                    quiet = getrusage(RUSAGE_SELF).ru_nivcsw == before
+                    (times if quiet else interrupted)[name].append(time)
     finally:
         gc.enable()
-    return {name: median(values) * 1e6 for name, values in times.items()}
+    return {name: median(values or interrupted[name]) * 1e6 for name, values in times.items()}
 
 
 def resident() -> int:
