@@ -103,7 +103,7 @@ def read_pem(data: bytes) -> tuple[bytes, ...]:
     before, *blocks = data.rstrip(b"\0").split(b"-----BEGIN CERTIFICATE-----", MAX_CHAIN + 1)
     if before.strip() or not 1 <= len(blocks) <= MAX_CHAIN:
         raise DerError(f"not 1 to {MAX_CHAIN} certificates in PEM")
-    return tuple(_read_block(block) for block in blocks)
+    return (*map(_read_block, blocks),)
 
 
 @lru_cache(maxsize=64)

@@ -14,7 +14,6 @@ from typing import Final
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ec import ECDSA, SECP256R1, EllipticCurvePublicKey
-from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from cryptography.hazmat.primitives.hashes import SHA256
 
 __all__ = ["EllipticCurvePublicKey", "InvalidSignature", "load_point", "verify", "verify_raw"]
@@ -37,5 +36,13 @@ def verify_raw(key: EllipticCurvePublicKey, signature: bytes, message: bytes) ->
     """Check a signature r ‖ s (64 bytes). Raises `InvalidSignature`."""
     if len(signature) != 64:
         raise InvalidSignature
-    r, s = int.from_bytes(signature[:32]), int.from_bytes(signature[32:])
-    key.verify(encode_dss_signature(r, s), message, _ALGORITHM)
+    pair = _integer(signature[:32]) + _integer(signature[32:])
+    key.verify(b"\x30%c%b" % (len(pair), pair), message, _ALGORITHM)
+
+
+def _integer(value: bytes) -> bytes:
+    """The INTEGER in DER: without zeros in front, but for one that keeps it from being negative."""
+    value = value.lstrip(b"\0")
+    if not value or value[0] > 0x7F:
+        value = b"\0" + value
+    return b"\x02%c%b" % (len(value), value)

@@ -80,8 +80,8 @@ def assess(
         platform,
         module,
         qe,
-        min(part.date for part in parts),
-        tuple(dict.fromkeys(advisory for part in parts for advisory in part.advisory_ids)),
+        min([part.date for part in parts]),
+        tuple(dict.fromkeys([advisory for part in parts for advisory in part.advisory_ids])),
     )
 
 

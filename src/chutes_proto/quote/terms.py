@@ -51,8 +51,8 @@ def rfc3339(time: int) -> str:
 def window(terms: Iterable[Term], grace: int = 0) -> Window:
     """The time that all the pieces have in common."""
     terms = tuple(terms)
-    ends = (term.end if term.is_certificate else term.end + grace for term in terms)
-    return max(term.begin for term in terms), min(ends)
+    ends = [term.end if term.is_certificate else term.end + grace for term in terms]
+    return max([term.begin for term in terms]), min(ends)
 
 
 def common(one: Window, other: Window) -> Window:

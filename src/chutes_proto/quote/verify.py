@@ -348,7 +348,11 @@ def _quote(opened: OpenedQuote, verified: VerifiedCollateral, now: int, expected
 
 
 _OPENED: Final = checked("quote", 1, 2)
+_CHAIN: Final = checked("PCK chain", 3)
+_CHAIN_WITH_ROOT: Final = checked("PCK chain", 3, 6)
+_LEAF: Final = checked("PCK certificate", *_OF_CERTIFICATES, 11)
 _CHAIN_TIMES: Final = checked("PCK chain", 9, 10)
+_ENCLAVE: Final = checked("quoting enclave", 28, 29, 30)
 _COLLATERAL: Final = (
     checked("root CRL", 12, 13, 14),
     checked("PCK CRL", 12, 13, 14),
@@ -423,8 +427,7 @@ def _pck_chain(root: TrustedRoot, tee: Tee, certification: bytes) -> PckChain:
     except DerError as exc:
         raise PckExtension(_PCK.subject, str(exc)) from None
     terms = (*root_terms, _term(issuer, _PCK_CA), _term(leaf, _PCK))
-    form = checked("PCK chain", 3, 6) if above else checked("PCK chain", 3)
-    notes = _Notes(form, *issuer_notes.take(), checked(_PCK.subject, *_OF_CERTIFICATES, 11))
+    notes = _Notes(_CHAIN_WITH_ROOT if above else _CHAIN, *issuer_notes.take(), _LEAF)
     key = _key(leaf, _PCK.subject)
     return PckChain(leaf, key, issuer, (leaf_der, issuer_der), identity, terms, window(terms), notes)
 
@@ -455,8 +458,11 @@ def _read_chain(pem: bytes, subject: str, least: int) -> tuple[bytes, ...]:
 
 def _root_terms(root: TrustedRoot, above: Sequence[bytes]) -> tuple[Term, ...]:
     """When the root is valid, by the pin and by another certificate of it that came with a chain; step 6 for that."""
-    pinned = _pinned(root)
-    return (*pinned, *(_check_root(root, der) for der in above if sha256(der).digest() != root.digest))  # 6
+    terms = _pinned(root)
+    for der in above:
+        if sha256(der).digest() != root.digest:
+            terms = (*terms, _check_root(root, der))  # 6
+    return terms
 
 
 @lru_cache(maxsize=16)
@@ -606,7 +612,7 @@ def _quoting_enclave(
         key = ecdsa.load_point(attestation_key)  # 30
     except ValueError:
         raise AttestationKey("attestation key", "it is no point of P-256", got=attestation_key) from None
-    return qe_report, key, _Notes(checked("quoting enclave", 28, 29, 30))
+    return qe_report, key, _Notes(_ENCLAVE)
 
 
 def _enclave_of(opened: OpenedQuote) -> tuple[SgxReport, EllipticCurvePublicKey, _Notes]:
