@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -332,7 +333,11 @@ def test_a_name_of_several_hotkeys(site: Site) -> None:
 
 def test_the_audit_rows(site: Site) -> None:
     site.boot("1")
-    assert site.do("store", "restored", "--reason", "disk failure").code == 0
+    began = int(time.time())
+    ended = site.do("store", "restored", "--reason", "disk failure")
+    granted = re.search(r"void; boots are granted again after (\S+)\n", ended.out)
+    assert granted is not None
+    assert began <= datetime.fromisoformat(granted[1]).timestamp() - 60 <= time.time()
     exported = [json.loads(line) for line in site.do("audit", "export").out.splitlines()]
     assert [row["event"] for row in exported] == ["boot", "sync", "store restored"]
     assert exported[0]["hotkey"] == HOTKEY

@@ -136,16 +136,19 @@ def _migrate(place: StorePlace) -> dict[str, Any]:
 
 def _restored(place: StorePlace, reason: str) -> dict[str, Any]:
     from chutes_proto.errors import StoreError
+    from chutes_proto.units.nonces import SKEW
     from chutes_proto.units.operator import StoreRestored
 
     if not place.is_made():
         raise StoreError(f"store {place.path}: not made yet, so that there is nothing to restore")
     store = place.open()
+    now = operating.now()
     try:
-        store.transact(StoreRestored(operating.now(), reason))
+        store.transact(StoreRestored(now, reason))
     finally:
         store.close()
-    return {"store": store.name, "restored": "all nonces and tokens of before are void"}
+    again = f"boots are granted again after {operating.shown(now + SKEW)}"
+    return {"store": store.name, "restored": f"all nonces and tokens of before are void; {again}"}
 
 
 def _check(place: StorePlace, vault: Vault | None) -> dict[str, Any]:
