@@ -6,6 +6,9 @@ caller's are of a VM and a platform of its own. Ratios are to one caller and to 
 What callers gain by sharing commits is what a commit costs, so SQLite is measured on the disk that is there, and with a
 disk that takes `SLOW_FLUSH` for each flush (by a library that is loaded before libc, where there is a C compiler).
 ``of the best`` is the rate over that of all syncs in one transaction, by processor time: what no sharing can surpass.
+
+PostgreSQL's callers have made their connections and prepared their statements before. How often a transaction ran
+again, because it could not be serialized with others, is printed for each sync.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from typing import Any
 
 from attrs import evolve, frozen
 
+from chutes_proto.blocking.postgres import PostgresStore
 from chutes_proto.blocking.sqlite import SqliteStore
 from chutes_proto.blocking.stores import StorePlace
 from chutes_proto.store.rows import Vm
@@ -37,6 +41,8 @@ SYNCS = 960
 CALLERS = (1, 16, 64)
 PROCESSES = (1, 2, 4)
 CALLERS_PER_PROCESS = 8
+WARMING = 8
+"""Syncs of each caller before: psycopg prepares a statement when it comes for the sixth time."""
 
 SLOW_FLUSH = 0.002
 """Seconds, as of a disk without a write cache that outlives power."""
@@ -129,7 +135,7 @@ def _sqlite_on_a_slow_disk() -> None:
 
 def _postgres(url: str) -> None:
     print(f"\nPostgreSQL, {CALLERS_PER_PROCESS} callers in each process; {SYNCS} syncs")
-    print(f"{'processes':>12}{'syncs/s':>12}{'ratio':>12}")
+    print(f"{'processes':>12}{'syncs/s':>12}{'ratio':>12}{'retries per sync':>20}")
     first = 0.0
     for processes in PROCESSES:
         with schema(url) as own, ExitStack() as stack:
@@ -147,36 +153,39 @@ def _postgres(url: str) -> None:
             for told, _ in streams:
                 told.write("go\n")
                 told.flush()
-            for _, said in streams:
-                assert said.readline() == "done\n"
+            retries = sum(int(said.readline()) for _, said in streams)
             rate = SYNCS / (perf_counter() - start)
             first = first or rate
-            print(f"{processes:>12}{rate:>12.0f}{rate / first:>12.2f}")
+            print(f"{processes:>12}{rate:>12.0f}{rate / first:>12.2f}{retries / SYNCS:>20.2f}")
 
 
 def _process(address: str, name: str, syncs: str) -> None:
     """One process of several on PostgreSQL."""
     with closing(StorePlace(address, Path.cwd()).open()) as store:
-        each = int(syncs) // CALLERS_PER_PROCESS
-        works = [_prepare(store, f"{name}.{caller}", each) for caller in range(CALLERS_PER_PROCESS)]
+        assert isinstance(store, PostgresStore)
+        callers = [f"{name}.{caller}" for caller in range(CALLERS_PER_PROCESS)]
+        _ = _together([_prepare(store, caller, WARMING) for caller in callers])
+        works = [_prepare(store, caller, int(syncs) // CALLERS_PER_PROCESS, WARMING) for caller in callers]
         print("ready", flush=True)
         _ = sys.stdin.readline()
+        before = store.retries
         _ = _together(works)
-        print("done", flush=True)
+        print(store.retries - before, flush=True)
 
 
-def _units(store: Store, caller: str, syncs: int) -> list[SyncVolumes]:
+def _units(store: Store, caller: str, syncs: int, after: int = 0) -> list[SyncVolumes]:
     """Grant a caller's boots; their syncs."""
     vm = Vm(VM.hotkey, f"vm-{caller}")
-    boots = [evolve(boot(f"{caller}.{number}", vm=vm), platform=platform(caller)) for number in range(syncs)]
+    numbers = range(after, after + syncs)
+    boots = [evolve(boot(f"{caller}.{number}", vm=vm), platform=platform(caller)) for number in numbers]
     for granted in boots:
         _ = store.transact(granted)
     return [sync(granted, "body", "storage", "tdx-cache") for granted in boots]
 
 
-def _prepare(store: Store, caller: str, syncs: int) -> Work:
-    """Grant a caller's boots; what comes back does their syncs."""
-    units = _units(store, caller, syncs)
+def _prepare(store: Store, caller: str, syncs: int, after: int = 0) -> Work:
+    """Grant a caller's boots, ``after`` so many earlier ones; what comes back does their syncs."""
+    units = _units(store, caller, syncs, after)
     return lambda: [store.transact(unit) for unit in units]
 
 

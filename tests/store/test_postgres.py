@@ -7,7 +7,8 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import psycopg
 import pytest
@@ -17,11 +18,13 @@ from chutes_proto.blocking import postgres
 from chutes_proto.blocking.postgres import PostgresStore
 from chutes_proto.errors import ConfigurationError, StoreBusy, StoreError
 from chutes_proto.store import sql
-from chutes_proto.store.rows import AuditRow, BootRow, Insert, RaiseHorizon, ReadHorizon, Scan
+from chutes_proto.store.rows import AuditRow, BootRow, Insert, RaiseHorizon, ReadHorizon, Scan, Vm
 from chutes_proto.store.run import Script, Unit
-from chutes_proto.testing.store_suite import NOW, Ask, boot, dump, sync
+from chutes_proto.testing.store_suite import NOW, VM, Ask, boot, dump, platform, sync
 from tests.postgres import PASSWORD, Cluster, schema
 from tests.store.harness import together
+
+T = TypeVar("T")
 
 
 @pytest.fixture
@@ -237,6 +240,41 @@ def test_transactions_that_get_in_the_way_are_tried_for_so_long_only(url: str) -
         told(lambda: store.transact(unit), "other transactions got in the way every time", StoreBusy)
         assert len(unit.runs) > 3
         assert store.transact(Ask(ReadHorizon())) == len(unit.runs)
+
+
+@frozen
+class Meeting(Unit[T]):
+    """Another unit that does not end, in its first run, before all who come to ``end`` have done theirs."""
+
+    unit: Unit[T]
+    end: threading.Barrier
+    runs: list[int] = field(factory=list[int])
+
+    def script(self) -> Script[T]:
+        result = yield from self.unit.script()
+        self.runs.append(1)
+        if len(self.runs) == 1:
+            _ = self.end.wait(20)
+        return result
+
+
+def test_vms_that_have_nothing_in_common_do_not_get_in_each_others_way(url: str) -> None:
+    """Neighbours in tables and indexes: each reads where the other one's rows are, and changes its own."""
+    with closing(PostgresStore(url)) as store:
+        boots = [
+            evolve(boot(f"{vm} {number}", vm=Vm(VM.hotkey, f"vm-{vm}")), platform=platform(f"{vm}"))
+            for number in range(10)
+            for vm in range(4)
+        ]
+        for granted in boots:
+            store.transact(granted)
+        for granted in boots[:4]:
+            store.transact(sync(granted, "body", "storage"))
+        end = threading.Barrier(4)
+        units = [Meeting(sync(granted, "body", "storage"), end) for granted in boots[16:20]]
+        together([partial(store.transact, unit) for unit in units])
+        assert [len(unit.runs) for unit in units] == [1] * 4
+        assert store.retries == 0
 
 
 # --- gone in the middle ---

@@ -129,7 +129,7 @@ class PostgresStore:
     The URL takes what libpq takes, a password file (``?passfile=/path``) among it. ``connections`` is how many may be
     open at once, ``busy_seconds`` how long a transaction waits for a connection, and for others that get in its way,
     before it is `StoreBusy`. With ``migrate`` an empty database, or one of an older schema version, is brought to ours;
-    ``found_version`` says which one it had (None: it was empty).
+    ``found_version`` says which one it had (None: it was empty), and ``retries`` how often a transaction ran again.
 
     Raises `ConfigurationError` for what is no such URL, and `StoreError` where the database cannot be a store.
     """
@@ -137,6 +137,8 @@ class PostgresStore:
     def __init__(self, url: str, *, connections: int = 16, busy_seconds: float = 5.0, migrate: bool = False) -> None:
         self._conninfo, self.name = _parse(url)
         self.found_version: int | None = None
+        self.retries = 0
+        self._counting = threading.Lock()
         self._busy_seconds = busy_seconds
         self._pool = _Pool(threading.BoundedSemaphore(connections))
         self._closed = False
@@ -181,6 +183,8 @@ class PostgresStore:
                 taken += isinstance(exc.__cause__, errors.UniqueViolation)
                 if time.monotonic() + pause > until or taken > _RUNS_INTO_A_ROW:
                     raise exc.fault from exc.__cause__
+            with self._counting:
+                self.retries += 1
             time.sleep(random.uniform(0, pause))  # noqa: S311 - not a secret
             pause = min(2 * pause, 0.1)
 
