@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from unittest.mock import Mock
 
 import attrs
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
+from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chutes_proto.quote import certificates, der
+from chutes_proto.quote import certificates, der, ecdsa
 from chutes_proto.quote.certificates import (
     SGX_EXTENSION,
     Certificate,
@@ -86,6 +90,8 @@ def test_times(tag: int, text: str, unix: int) -> None:
         (0x17, "240101000000+0000"),
         (0x17, "240230000000Z"),
         (0x17, "240101246000Z"),
+        (0x17, "240101240000Z"),
+        (0x17, "240101235960Z"),
         (0x17, "24010100000 Z"),
         (0x18, "20240101000000.5Z"),
         (0x0C, "240101000000Z"),
@@ -95,6 +101,29 @@ def test_times_that_are_none(tag: int, text: str) -> None:
     raw = bytes([tag, len(text)]) + text.encode()
     with pytest.raises(DerError):
         _ = der.time(raw, der.elements(raw, 0, len(raw))[0])
+
+
+@given(st.from_regex(r"[0-2][0-9]{3}[01][0-9][0-3][0-9][0-3][0-9]([0-6][0-9]){2}Z", fullmatch=True).filter(str.isascii))
+def test_a_time_reads_back_as_the_same_digits(text: str) -> None:
+    raw = bytes([der.GENERALIZED_TIME, 15]) + text.encode()
+    with suppress(DerError):
+        moment = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(seconds=der.time(raw, (der.GENERALIZED_TIME, 0, 2, 17)))
+        assert "".join(filter(str.isdigit, moment.isoformat().removesuffix("+00:00"))) + "Z" == text
+
+
+half = st.one_of(
+    st.binary(min_size=32, max_size=32),
+    st.binary(max_size=2).map(lambda few: few.rjust(32, b"\0")),
+    st.sampled_from([b"\x7f" * 32, b"\x80" * 32, bytes(31) + b"\x80"]),
+)
+
+
+@given(st.builds(bytes.__add__, half, half))
+def test_a_signature_in_der_is_the_library_s(signature: bytes) -> None:
+    key = Mock(spec=EllipticCurvePublicKey)
+    ecdsa.verify_raw(key, signature, b"message")
+    r, s = int.from_bytes(signature[:32]), int.from_bytes(signature[32:])
+    assert key.verify.call_args.args[:2] == (encode_dss_signature(r, s), b"message")
 
 
 @pytest.mark.parametrize("data", CHAIN)
@@ -305,6 +334,18 @@ def _with_tcb(tcb: bytes) -> bytes:
     assert name in whole[1]
     whole[1] = _tlv(der.SEQUENCE, name + tcb)
     return _tlv(der.SEQUENCE, b"".join(whole))
+
+
+@pytest.mark.parametrize("value", ["048110", "0411", "0310", "040f"])
+def test_an_item_is_of_its_type_and_length(value: str) -> None:
+    name = bytes([der.OBJECT_IDENTIFIER, len(SGX_EXTENSION) + 1]) + SGX_EXTENSION + b"\x01"
+    ppid = EXTENSION.index(name) + len(name)
+    assert EXTENSION[ppid : ppid + 2] == b"\x04\x10"
+    items = der.elements(EXTENSION, *der.only(EXTENSION, 0, len(EXTENSION), der.SEQUENCE))
+    changed = name + bytes.fromhex(value) + EXTENSION[ppid + 2 : ppid + 18]
+    rest = b"".join(der.whole(EXTENSION, item) for item in items[1:])
+    with pytest.raises(DerError, match="PPID"):
+        _ = read_pck_extension(_tlv(der.SEQUENCE, _tlv(der.SEQUENCE, changed) + rest), ca="platform", tee="TDX")
 
 
 svns = st.one_of(

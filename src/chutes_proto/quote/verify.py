@@ -250,12 +250,10 @@ def _collateral(collateral: Collateral, now: int | None, root: TrustedRoot, grac
     _check_not_revoked("root certificate", root.serial, revoked_by_root)  # 15
     for certificate, place in ((issuer, _PCK_CA), (tcb_signer, _TCB_SIGNER), (qe_signer, _TCB_SIGNER)):
         _check_not_revoked(place.subject, certificate.serial, revoked_by_root)
-    tcb_info = _statement(  # 16-18
-        "TCB info", collateral.tcb_info, collateral.tcb_info_signature, tcb_key, read_tcb_info
-    )
-    qe_identity = _statement(
-        "QE identity", collateral.qe_identity, collateral.qe_identity_signature, qe_key, read_qe_identity
-    )
+    _check_stated("TCB info", collateral.tcb_info, collateral.tcb_info_signature, tcb_key)  # 16
+    _check_stated("QE identity", collateral.qe_identity, collateral.qe_identity_signature, qe_key)
+    tcb_info = _statement("TCB info", collateral.tcb_info, read_tcb_info)  # 17, 18
+    qe_identity = _statement("QE identity", collateral.qe_identity, read_qe_identity)
     if qe_identity.tee != tcb_info.tee:  # 18
         raise StatementKind("QE identity", "it is of another TEE", got=qe_identity.tee, expected=tcb_info.tee)
     terms = (
@@ -561,15 +559,18 @@ def _check_not_revoked(subject: str, serial: bytes, revoked: frozenset[bytes]) -
         raise CertificateRevoked(subject, "it is on the root CRL", got=serial)
 
 
-def _statement(
-    subject: str, text: bytes, signature: bytes, key: EllipticCurvePublicKey, read: Callable[[bytes], T]
-) -> T:
-    """Steps 16 to 18: nothing is read that is not signed."""
+def _check_stated(subject: str, text: bytes, signature: bytes, key: EllipticCurvePublicKey) -> None:
+    """Step 16, before the text is read."""
     try:
-        ecdsa.verify_raw(key, signature, text)  # 16
-        return read(text)  # 17, 18
+        ecdsa.verify_raw(key, signature, text)
     except ecdsa.InvalidSignature:
         raise StatementSignature(subject, "the TCB signing key did not sign it") from None
+
+
+def _statement(subject: str, text: bytes, read: Callable[[bytes], T]) -> T:
+    """Steps 17 and 18."""
+    try:
+        return read(text)
     except StatementKindError as exc:
         raise StatementKind(subject, str(exc)) from None
     except JsonError as exc:
