@@ -115,5 +115,11 @@ def test_a_dry_run_makes_no_platform(command: Command, write: Callable[[str], Pa
     settings = write("")
     text = settings.read_text().replace("command:false", f"simulated:{platform}")
     _ = settings.write_text(text.replace("/nowhere/storage", str(disk)).replace("root = ", "# root = "))
-    assert command("agent", "run", "--config", settings, "--images", "--dry-run").code == 0
+    ended = command("agent", "run", "--config", settings, "--images", "--dry-run")
+    assert (ended.code, "nothing is mapped" in ended.out) == (0, True)
     assert not platform.exists()
+
+
+def test_a_ca_file_that_is_none_is_named(command: Command, write: Callable[[str], Path]) -> None:
+    ended = command("agent", "run", "--config", write('ca_file = "/dev/null"\n'), "--dry-run")
+    assert (ended.code, "/dev/null: not one or more PEM certificates" in ended.err) == (2, True)

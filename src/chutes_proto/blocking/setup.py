@@ -24,7 +24,7 @@ from chutes_proto.blocking.files import read_file, read_private
 from chutes_proto.blocking.shelf import CollateralDirectory
 from chutes_proto.blocking.signing import read_hotkey
 from chutes_proto.blocking.stores import DurableStore, StorePlace
-from chutes_proto.blocking.tls import client_context
+from chutes_proto.blocking.tls import context_trusting
 from chutes_proto.collateral.cache import CachePolicy, CollateralCache
 from chutes_proto.collateral.pcs import Upstream
 from chutes_proto.errors import ConfigurationError, LocalProtocolError, QuoteError, StoreError
@@ -282,9 +282,9 @@ def _collateral(config: ServerConfig, base: Path, root: TrustedRoot) -> Collater
         update=options.update,
         seed=os.urandom(16),
     )
-    ca_pem = None if options.ca_file is None else read_file(base / options.ca_file)
+    ca_file = None if options.ca_file is None else base / options.ca_file
     kept = None if options.cache is None else base / options.cache
-    return UpstreamCollateral(cache, client_context(None, ca_pem), kept)
+    return UpstreamCollateral(cache, context_trusting(ca_file), kept)
 
 
 def _kek(path: Path) -> KeyEncryptionKey:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from chutes_proto.auth.certificates import ENTROPY_SIZE, ClientIdentity, make_client_identity
+from chutes_proto.blocking.files import read_file
 from chutes_proto.errors import ConfigurationError, LocalProtocolError
 
 _MEMORY = "/proc/self/fd/{}"
@@ -38,11 +39,20 @@ def client_context(identity: ClientIdentity | None = None, ca_pem: bytes | None 
         try:
             context.load_verify_locations(cadata=ca_pem.decode("ascii"))
         except (ssl.SSLError, ValueError) as exc:
-            raise ConfigurationError("the CA bundle is not one or more PEM certificates") from exc
+            raise ConfigurationError("not one or more PEM certificates of CAs") from exc
     if identity is not None:
         with _as_file(identity.certificate_pem + identity.key_pem.reveal()) as path:
             context.load_cert_chain(path)
     return context
+
+
+def context_trusting(ca_file: str | Path | None, identity: ClientIdentity | None = None) -> ssl.SSLContext:
+    """`client_context` with the CAs in a file (None: the system's), which a `ConfigurationError` names."""
+    data = None if ca_file is None else read_file(ca_file)
+    try:
+        return client_context(identity, data)
+    except ConfigurationError as exc:
+        raise ConfigurationError(f"{ca_file}: {exc}") from None
 
 
 @contextmanager

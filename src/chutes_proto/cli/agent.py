@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 NAME = "agent"
 _MAX_SETTINGS = 64 * 1024
 _LOOK_AGAIN = 0.2
+_IMAGES = "disks may be images: keys are tried, nothing is mapped"
 
 _EXIT_CODES = """
         exit code: 0 done; 1 refused by a server, or by this agent because of what a disk holds; 2 usage, a file that
@@ -277,10 +278,9 @@ def _identity(settings: AgentSettings) -> VmIdentity:
 
 def _servers(settings: AgentSettings, client: ClientIdentity, deadline: float, *, first: str = "") -> Servers:
     from chutes_proto.blocking.agent import Servers
-    from chutes_proto.blocking.files import read_file
-    from chutes_proto.blocking.tls import client_context
+    from chutes_proto.blocking.tls import context_trusting
 
-    context = client_context(client, read_file(settings.ca_file) if settings.ca_file else None)
+    context = context_trusting(settings.ca_file, client)
     return Servers(context, settings.servers, deadline, first=first)
 
 
@@ -290,6 +290,8 @@ def _performer(
     from chutes_proto.blocking.perform import Performer
 
     progress.server = lambda: servers.origin
+    if options.images:
+        progress.tell(_IMAGES)
     quoter = _quoter(settings, progress)
     disks = _disks(options, deadline)
     return Performer(send=servers, next_server=servers.next, quoter=quoter, disks=disks, log=progress)
@@ -337,7 +339,7 @@ def _tell_done(options: argparse.Namespace, settings: AgentSettings, progress: P
     fields: dict[str, Value] = {
         "vm_name": booted.grant.vm_name,
         "hotkey": booted.grant.miner_hotkey,
-        "opened": [f"{volume.name}: {volume.mapping}" for volume in booted.opened],
+        "opened": [f"{it.name}: {it.device if options.images else it.mapping}" for it in booted.opened],
         "formatted": [volume.name for volume in booted.opened if volume.formatted],
     }
     is_left = settings.volumes and not any(volume.name in settings.volumes for volume in booted.opened)
@@ -420,10 +422,9 @@ def _foresee(options: argparse.Namespace, settings: AgentSettings) -> int:
     if not _is_simulated(settings):  # to make one would make its platform
         _ = make_quoter(settings.quoter)
     if settings.ca_file is not None:
-        from chutes_proto.blocking.files import read_file
-        from chutes_proto.blocking.tls import client_context
+        from chutes_proto.blocking.tls import context_trusting
 
-        _ = client_context(None, read_file(settings.ca_file))
+        _ = context_trusting(settings.ca_file)
     seen = Performer(disks=_disks(options)).run(foresee(settings.root_disk, settings.disks))
     stops = any(forecast.error is not None for forecast in seen)
     if options.json:
@@ -440,6 +441,8 @@ def _foresee(options: argparse.Namespace, settings: AgentSettings) -> int:
     console.say(f"VM {who.vm_name} of hotkey {who.hotkey.address}")
     console.say(f"servers: {', '.join(settings.servers)}")
     console.say(f"quotes: {settings.quoter}")
+    if options.images:
+        console.say(_IMAGES)
     for forecast in seen:
         _say_forecast(forecast, settings)
     if stops:

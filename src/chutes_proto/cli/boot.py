@@ -70,10 +70,10 @@ def run(options: argparse.Namespace) -> int:
     import time
 
     from chutes_proto.auth.certificates import ENTROPY_SIZE, make_client_identity
-    from chutes_proto.blocking.files import make_directory, read_file
+    from chutes_proto.blocking.files import make_directory
     from chutes_proto.blocking.https import HttpsSender
     from chutes_proto.blocking.perform import Performer
-    from chutes_proto.blocking.tls import client_context
+    from chutes_proto.blocking.tls import context_trusting
     from chutes_proto.client.flows import BootSettings, boot, receive_keys
     from chutes_proto.errors import ConfigurationError, Refusal, TransportError
 
@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
     settings = BootSettings(options.hotkey, options.vm, identity.spki_sha256, retry=retry)
     quote, quote_again = quoter.open_quoter(options), quoter.open_quoter(options, stage="runtime")
     keys_directory = make_directory(options.keys, mode=0o700) if options.keys else None
-    context = client_context(identity, read_file(options.ca) if options.ca else None)
+    context = context_trusting(options.ca, identity)
     with HttpsSender(context, options.url) as sender:
         send = sending.verified(sender, options.url)
         performer = Performer(send=send, quoter=quote, log=sending.tell)

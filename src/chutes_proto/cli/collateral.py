@@ -100,10 +100,9 @@ def _fetch(options: argparse.Namespace) -> int:
     import httpx
 
     from chutes_proto.blocking.collateral import FETCH_LIMITS, keep_collateral
-    from chutes_proto.blocking.files import read_file
     from chutes_proto.blocking.http import HttpxGetter
     from chutes_proto.blocking.perform import Performer
-    from chutes_proto.blocking.tls import client_context
+    from chutes_proto.blocking.tls import context_trusting
     from chutes_proto.cli.quotes import trusted_root
     from chutes_proto.collateral.cache import CollateralCache, GiveUp, fetch, settle
     from chutes_proto.collateral.pcs import Upstream
@@ -113,7 +112,7 @@ def _fetch(options: argparse.Namespace) -> int:
     if (options.ca is None) != (options.fmspc is None):
         raise ConfigurationError("--ca goes with --fmspc, and --fmspc with --ca")
     upstreams = [Upstream.parse(url, options.root_ca_crl) for url in options.upstream]
-    context = client_context(None, None if options.ca_file is None else read_file(options.ca_file))
+    context = context_trusting(options.ca_file)
     try:
         family = _family(options, root)
     except QuoteError as exc:

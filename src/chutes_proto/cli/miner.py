@@ -59,11 +59,10 @@ def ask(
     import time
 
     from chutes_proto.auth.certificates import ENTROPY_SIZE, make_client_identity
-    from chutes_proto.blocking.files import read_file
     from chutes_proto.blocking.https import HttpsSender
     from chutes_proto.blocking.perform import Performer
     from chutes_proto.blocking.signing import read_hotkey
-    from chutes_proto.blocking.tls import client_context
+    from chutes_proto.blocking.tls import context_trusting
     from chutes_proto.client.servers import Miner
     from chutes_proto.errors import ConfigurationError, TransportError
 
@@ -71,7 +70,7 @@ def ask(
     now = int(time.time())
     identity = make_client_identity(now, os.urandom(ENTROPY_SIZE))
     miner = Miner(pair.hotkey.address, pair.sign, options.signatures, sending.retry_policy(options))
-    context = client_context(identity, read_file(options.ca) if options.ca else None)
+    context = context_trusting(options.ca, identity)
     with HttpsSender(context, options.url) as sender:
         send = sending.verified(sender, options.url)
         performer = Performer(send=send, quoter=None if quoter is None else quoter(), log=_tell)

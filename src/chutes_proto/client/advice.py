@@ -126,7 +126,7 @@ def advise(error: ChutesError) -> Advice:
             return Advice("The server does not take what this agent asks.", _AGENT)
         case TransportError():
             return Advice(
-                "No server answered in all the time there was.",
+                "No server that this agent trusts answered in all the time there was.",
                 "Check the VM's network and clock, whether the server runs, and the CA file of the settings.",
             )
         case RemoteProtocolError():
@@ -145,7 +145,7 @@ def advise(error: ChutesError) -> Advice:
                 "Attach the right disk, or put this one's header back from a backup. The host may have altered it.",
             )
         case DiskError():
-            return Advice("A disk is not what it must be; nothing on it was lost.", "See the reason.")
+            return Advice("A disk is not there, or not what it must be; nothing on it was lost.", "See the reason.")
         case FileUnavailable():
             return Advice("A file or directory that the agent needs is not there.", "See the reason.")
         case ConfigurationError():
