@@ -308,7 +308,7 @@ def _row(
     from chutes_proto.keys.vault import FreshKey
     from chutes_proto.secret import Secret
     from chutes_proto.store.rows import Vm
-    from chutes_proto.wire.messages import NAME_PATTERN
+    from chutes_proto.wire.names import NAME_PATTERN, NAME_RULE
 
     try:
         fernet = Fernet(fernet_key.strip())
@@ -323,7 +323,7 @@ def _row(
             "it takes the texts miner_hotkey and vm_name, and the object volume_passphrases"
         )
     if not re.fullmatch(NAME_PATTERN, name, re.ASCII):
-        raise ValueError(f"vm_name {name[:200]!r}: no boot can be of this name, which has the form {NAME_PATTERN}")
+        raise ValueError(f"vm_name {name[:200]!r}: no boot can be of this name; a VM's name is {NAME_RULE}")
     try:
         _ = Hotkey.parse(hotkey)
     except HotkeyError as exc:

@@ -43,6 +43,7 @@ from chutes_proto.log import Level, Record, Value
 from chutes_proto.secret import Secret
 from chutes_proto.wire import codec, endpoints, messages
 from chutes_proto.wire.endpoints import Endpoint
+from chutes_proto.wire.names import NAME_RULE
 
 A = TypeVar("A", bound=messages.Answer)
 
@@ -72,7 +73,7 @@ class BootSettings:
         if not _PRINTABLE.fullmatch(self.miner_hotkey):
             raise LocalProtocolError("a hotkey is an SS58 address")
         if not re.fullmatch(messages.NAME_PATTERN, self.vm_name):
-            raise LocalProtocolError(f"a VM's name has the form {messages.NAME_PATTERN}")
+            raise LocalProtocolError(f"a VM's name is {NAME_RULE}")
         if self.signer is not None:
             try:
                 _ = Hotkey.parse(self.miner_hotkey)

@@ -38,6 +38,7 @@ from chutes_proto.errors import (
 )
 from chutes_proto.wire import codec, endpoints, messages
 from chutes_proto.wire.endpoints import Endpoint
+from chutes_proto.wire.names import NAME_RULE
 
 T = TypeVar("T")
 A = TypeVar("A", bound=messages.Answer)
@@ -216,5 +217,5 @@ def _ask(
 
 def _name(text: str) -> messages.Name:
     if not re.fullmatch(messages.NAME_PATTERN, text, re.ASCII):
-        raise LocalProtocolError(f"the id or name of a server has the form {messages.NAME_PATTERN}")
+        raise LocalProtocolError(f"the id or name of a server is {NAME_RULE}")
     return messages.Name(text)

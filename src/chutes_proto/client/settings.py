@@ -25,7 +25,7 @@ from chutes_proto.luks.volume import Volume
 from chutes_proto.secret import Secret
 from chutes_proto.strict import Problem, ProblemsError, Structurer
 from chutes_proto.wire import json
-from chutes_proto.wire.names import NAME_PATTERN
+from chutes_proto.wire.names import NAME_PATTERN, NAME_RULE
 from chutes_proto.wire.origin import Origin
 
 MAX_SERVERS: Final = 16
@@ -252,7 +252,7 @@ def _identity_problems(settings: AgentSettings) -> list[str]:
     wrong = [name for name in ("hostname", "hotkey", "seed") if not _FILE_NAME.fullmatch(getattr(volume, name))]
     found += [f"config_volume.{name}: the name of a file in the config volume, without a path" for name in wrong]
     if settings.vm_name is not None and not re.fullmatch(NAME_PATTERN, settings.vm_name, re.ASCII):
-        found.append(f"vm_name: its form is {NAME_PATTERN}")
+        found.append(f"vm_name: a VM's name is {NAME_RULE}")
     if settings.hotkey is not None:
         try:
             _ = Hotkey.parse(settings.hotkey)
@@ -304,7 +304,7 @@ def vm_identity(settings: AgentSettings, files: Mapping[str, bytes]) -> VmIdenti
     if name is None:
         name = _text(volume.hostname, files)
         if not re.fullmatch(NAME_PATTERN, name, re.ASCII):
-            raise _wrong(volume.hostname, f"a VM's name has the form {NAME_PATTERN}")
+            raise _wrong(volume.hostname, f"a VM's name is {NAME_RULE}")
     address, seed = settings.hotkey, None
     if address is None:
         address, seed = _hotkey(_text(volume.hotkey, files))

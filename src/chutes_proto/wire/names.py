@@ -8,3 +8,5 @@ Name = NewType("Name", str)
 """The name of a VM or a server: ``[A-Za-z0-9_.-]{1,128}``, but neither ``.`` nor ``..``, which no URL could carry."""
 
 NAME_PATTERN = r"^(?!\.{1,2}$)[A-Za-z0-9_.-]{1,128}$"
+NAME_RULE = "1 to 128 of the characters A-Z a-z 0-9 _ . - but neither . nor .."
+"""`NAME_PATTERN` for people."""
