@@ -391,7 +391,7 @@ PPID = ("--ppid", "00" * 16)
 def test_a_name_is_bound_before_it_boots(site: Site) -> None:
     site.boot("1", vm=Vm(HOTKEY, "vm-2"))
     assert site.do("vm", "bind", f"{HOTKEY}/vm-1", *PPID).code == 0
-    assert "not booted yet" in site.do("vm", "list").out
+    assert "no boot since it was bound" in site.do("vm", "list").out
     assert [row["last_boot_at"] for row in site.json("vm", "list")["vms"]] == [None, NOW]
     refused = site.do("vm", "bind", "other/vm-1", *PPID)
     assert (refused.code, "is no hotkey" in refused.err) == (2, True)
@@ -466,6 +466,12 @@ def register(site: Site, server_id: str, address: str) -> None:
     )
     with closing(load_setup(site.configuration).store.open()) as store:
         store.transact(unit)
+
+
+def test_an_empty_list_says_so(site: Site) -> None:
+    load_setup(site.configuration).store.open().close()
+    assert site.do("vm", "list").out == "no VMs\n"
+    assert site.do("registrations", "list").out == "no registrations\n"
 
 
 def test_what_a_miner_holds_wrongly_is_free_again(site: Site) -> None:

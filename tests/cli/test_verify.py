@@ -104,6 +104,7 @@ def test_people_get_lines(verify: Command) -> None:
     assert accepted.out.startswith("ACCEPTED: the quote verifies\n")
     assert "--report-data" in accepted.out
     assert "steps                      1-25, 27-36\n" in accepted.out
+    assert "at                         2026-05-28T20:26:40Z\n" in accepted.out
     refused = verify(faults=("pck_revoked",))
     assert refused.code == 1
     assert refused.out.startswith("REFUSED: the quote does not verify\npck_revoked: ")
@@ -174,6 +175,7 @@ def test_no_other_root_is_trusted_unasked(verify: Command, command: Command, tmp
     )
     assert ended.code == 1
     assert codes(ended) == ["untrusted_root"]
+    assert "--root" in ended.json["hint"]
 
 
 def test_a_servers_measurements_are_a_policy(verify: Command, tmp_path: Path) -> None:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 NAME = "audit"
 _END = 1 << 62
 _SHOWN = 1000
+_EXIT_CODES = """
+        exit code: 0 done; 1 not possible as asked, or the store cannot be read; 2 usage, or a file that cannot be read
+"""
 
 
 def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
@@ -24,11 +27,10 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
         subparsers,
         NAME,
         "show and export the audit rows",
-        """
+        f"""
         Each decision is kept in the same transaction as what it decided: who asked, which boot, what was decided and
         why, measurement profile, digest of the quote, generations of keys. No secret is among it.
-
-        exit code: 0 done; 1 the store cannot be read; 2 usage, or a file that cannot be read
+        {_EXIT_CODES}
         """,
         "chutes-proto audit list --config /etc/chutes/server.toml --vm vm-1\n"
         "chutes-proto audit export --config /etc/chutes/server.toml --since 2026-05-01 > audit.jsonl",
@@ -38,16 +40,20 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
         actions,
         "list",
         "show them for people, the newest last",
-        f"Show one line for each decision, the newest last; the newest {_SHOWN} unless --last says otherwise.",
+        f"""
+        Show one line for each decision, the newest last; the newest {_SHOWN} unless --last says otherwise.
+        {_EXIT_CODES}
+        """,
         "chutes-proto audit list --config /etc/chutes/server.toml --event boot --last 20",
     )
     export = console.command(
         actions,
         "export",
         "write them as lines of JSON",
-        """
+        f"""
         Write one JSON object a line with all members, in the order in which the decisions were made. What is decided
         while an export runs may be in the next one only: let that begin a minute before the last one did.
+        {_EXIT_CODES}
         """,
         "chutes-proto audit export --config /etc/chutes/server.toml > audit.jsonl",
     )

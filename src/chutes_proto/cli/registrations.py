@@ -73,6 +73,8 @@ def _list(options: argparse.Namespace) -> int:
     if options.json:
         console.say_json({"ok": True, "registrations": found})
         return console.GRANTED
+    if not rows:
+        console.say("no registrations")
     for row in rows:
         boot = f"linked to boot {row.boot_id}" if row.boot_id else None
         evidence = boot or (f"attested from {row.pin}" if row.pin else "no evidence")

@@ -7,6 +7,7 @@ import re
 from typing import TYPE_CHECKING, Any, Final
 
 from chutes_proto.cli import console
+from chutes_proto.quote.terms import rfc3339
 
 if TYPE_CHECKING:
     from chutes_proto.quote.errors import QuoteError
@@ -151,7 +152,7 @@ def _judge(
         report |= _text_hint(quote_data)
     except (CollateralFormatError, VerificationError) as exc:
         report["refusals"] = [{"code": exc.code, "detail": str(exc)}]
-        report |= _collateral_hint(exc)
+        report |= _hint(exc)
     return report
 
 
@@ -167,10 +168,10 @@ def _text_hint(data: bytes) -> dict[str, str]:
     return {}
 
 
-def _collateral_hint(exc: QuoteError) -> dict[str, object]:
-    """What to do where the collateral alone is at fault, so that nothing can be said about the quote."""
+def _hint(exc: QuoteError) -> dict[str, object]:
+    """What to do where the collateral alone is at fault, so that nothing can be said about the quote; or the root."""
     from chutes_proto.quote.errors import CollateralFormatError
-    from chutes_proto.quote.steps import CollateralExpired, CollateralNotYetValid
+    from chutes_proto.quote.steps import CollateralExpired, CollateralNotYetValid, UntrustedRoot
 
     match exc:
         case CollateralExpired() | CollateralNotYetValid():
@@ -178,6 +179,8 @@ def _collateral_hint(exc: QuoteError) -> dict[str, object]:
             return {"unjudged": True, "hint": hint}
         case CollateralFormatError():
             return {"unjudged": True, "hint": "Fetch it with `chutes-proto collateral fetch`, or see verify --help."}
+        case UntrustedRoot():
+            return {"hint": "It is under another root than Intel's, or than that of --root, which names one to trust."}
         case _:
             return {}
 
@@ -204,5 +207,10 @@ def _say(options: argparse.Namespace, report: dict[str, Any]) -> None:
         console.say("The report data was not compared with anything: say --report-data to bind the quote.")
     if options.policy is None:
         console.say("Measurements were not compared with anything: say --policy with profiles to check them.")
-    fields = {name: value for name, value in report.items() if name not in told}
+    fields = {name: _shown(name, value) for name, value in report.items() if name not in told}
     say_fields({"steps": spans(report["steps"]), **fields} if report["verified"] else fields)
+
+
+def _shown(name: str, value: Any) -> object:
+    """A time for people; all else as it is."""
+    return rfc3339(value) if name in ("at", "tcb_date", "valid_from", "valid_until") else value

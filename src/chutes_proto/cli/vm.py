@@ -89,9 +89,13 @@ def _list(options: argparse.Namespace) -> int:
         free = [{"hotkey": vm.hotkey, "vm": vm.name, "platform": None} for vm in unbound]
         console.say_json({"ok": True, "vms": [*bound, *free]})
         return console.GRANTED
+    if not everyone:
+        console.say("no VMs")
     for claim in claims:
         proven = "hotkey proven" if claim.proven else "hotkey not proven"
-        last = f"last boot {operating.shown(claim.last_boot_at)}" if claim.last_boot_at else "not booted yet"
+        last = (
+            f"last boot {operating.shown(claim.last_boot_at)}" if claim.last_boot_at else "no boot since it was bound"
+        )
         console.say(f"{claim.vm.hotkey}/{claim.vm.name}  {claim.pin}  {claim.exchange}  {proven}  {last}")
     for vm in unbound:
         console.say(f"{vm.hotkey}/{vm.name}  holds keys, and is bound to no platform")
