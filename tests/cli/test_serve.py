@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 
 from chutes_proto.auth.certificates import make_server_identity
 from chutes_proto.auth.hotkey import HotkeyPair
-from chutes_proto.blocking.shelf import CollateralDirectory
 from chutes_proto.blocking.setup import load_setup
+from chutes_proto.blocking.shelf import CollateralDirectory
 from chutes_proto.blocking.sqlite import SqliteStore
 from chutes_proto.cli.development import RenewedCollateral, write_collateral, write_server
 from chutes_proto.cli.main import main

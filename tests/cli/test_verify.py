@@ -16,8 +16,9 @@ from attrs import evolve
 import chutes_proto.quote
 from chutes_proto.cli.development import write_server
 from chutes_proto.quote.collateral import Collateral
+from chutes_proto.quote.measurements import parse_profiles_toml
 from chutes_proto.testing.directory import simulation_files
-from chutes_proto.testing.platform import MRTD, RUNTIME_RTMRS, SimulatedPlatform
+from chutes_proto.testing.platform import MRTD, PROFILE, RUNTIME_RTMRS, SimulatedPlatform
 from tests.cli.conftest import Ended, is_root
 
 NOW = 1_780_000_000
@@ -332,3 +333,38 @@ def test_inspect_of_what_is_no_quote(command: Command, tmp_path: Path) -> None:
     assert ended.code == 1
     assert "not a quote" in ended.out
     assert command("inspect", tmp_path).code == 2
+
+
+# --- profile ---
+
+
+def test_a_profile_is_made_of_two_quotes(command: Command, tmp_path: Path) -> None:
+    boot, runtime, policy = tmp_path / "boot.quote", tmp_path / "runtime.quote", tmp_path / "profiles.toml"
+    _ = boot.write_bytes(PLATFORM.quote(bytes(64)))
+    _ = runtime.write_bytes(PLATFORM.quote(bytes(64), stage="runtime"))
+    ended = command("profile", boot, runtime, "--name", 'a "good" \N{SNOWMAN} one', "--version", "2.0")
+    assert ended.code == 0
+    _ = policy.write_text(ended.out)
+    ((profile, _),) = parse_profiles_toml(policy.read_bytes())
+    assert (profile.name, profile.version) == ('a "good" \N{SNOWMAN} one', "2.0")
+    assert (profile.mrtd, profile.boot, profile.runtime) == (PROFILE.mrtd, PROFILE.boot, PROFILE.runtime)
+    said = command("profile", boot, runtime, "--name", "one", "--json").json["profile"]
+    assert (said["name"], said["runtime"]["rtmr3"]) == ("one", RUNTIME_RTMRS[3].hex())
+
+
+def test_what_makes_no_profile(command: Command, tmp_path: Path) -> None:
+    boot, other = tmp_path / "boot.quote", tmp_path / "other.quote"
+    quote = PLATFORM.quote(bytes(64))
+    _ = boot.write_bytes(quote)
+    start = quote.index(PROFILE.mrtd)
+    _ = other.write_bytes(quote[:start] + bytes(48) + quote[start + 48 :])
+    ended = command("profile", boot, other, "--name", "one", "--json")
+    assert (ended.code, codes(ended)) == (1, ["mrtd_differs"])
+    _ = other.write_bytes(b"\x1b[2J" + bytes(5000))
+    ended = command("profile", boot, other, "--name", "one")
+    assert (ended.code, ended.out) == (1, "")
+    assert "other.quote" in ended.err
+    assert command("profile", boot, tmp_path / "none", "--name", "one").code == 2
+    ended = command("profile", boot, boot, "--name", "a\nb")
+    assert ended.code == 2
+    assert "--name" in ended.err

@@ -211,7 +211,7 @@ def collateral_answers() -> list[bytes]:
 
 
 def check_luks(data: bytes) -> None:
-    """A header on a disk, or a JSON area in one whose checksums hold, is as it must be, or the one error says why not."""
+    """A header on a disk, or a JSON area whose checksums hold, is as it must be, or the one error says why not."""
     for head in (data, luks.both(data[: luks.AREA - 4096])):
         with suppress(HeaderRejected):
             header = check_header(head, luks.SIZE, "/dev/vdb")

@@ -24,7 +24,7 @@ from chutes_proto.client.policy import RetryPolicy
 from chutes_proto.effects import ActOnDisk, Effect, FetchCollateral, InspectDisk, Transact, run
 from chutes_proto.errors import ChutesError, CollateralUnavailable, DiskError, StoreBusy
 from chutes_proto.log import Record
-from chutes_proto.luks.plan import Volume
+from chutes_proto.luks.volume import Volume
 from chutes_proto.server.app import App
 from chutes_proto.server.profiles import ServedProfile
 from chutes_proto.store.rows import Exchange, GenerationRow

@@ -21,6 +21,7 @@ import trio
 
 from chutes_proto.client.policy import RetryPolicy
 from chutes_proto.errors import ChutesError
+from chutes_proto.quote.measurements import Stage
 from chutes_proto.testing.faults import FAULTS
 from chutes_proto_trio import BootAgent
 from tests.cli.conftest import HOTKEY
@@ -275,7 +276,8 @@ def agent(premises: Premises, name: str, **more: Any) -> BootAgent:
     def quoter(data: bytes) -> bytes:
         return platform.quote(data, stage=next(stages))
 
-    platform, stages = premises.platform, iter(["boot", "runtime", "boot", "runtime"])
+    stages: Iterator[Stage] = iter(["boot", "runtime", "boot", "runtime"])
+    platform = premises.platform
     settings: dict[str, Any] = {"quoter": quoter, "ca_pem": premises.ca.read_bytes(), "retry": RetryPolicy(attempts=1)}
     return BootAgent(premises.url, hotkey=HOTKEY, vm_name=name, **settings | more)
 

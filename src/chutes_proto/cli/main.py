@@ -33,6 +33,7 @@ COMMANDS: Final = (
     "hotkey",
     "verify",
     "inspect",
+    "profile",
     "replay",
     "collateral",
     "simulate",

@@ -32,7 +32,11 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
     console.add(parser, "--fault", action="append", default=[], metavar="NAME", help="be wrong in this way; repeatable")
     console.add(parser, "--list-faults", action="store_true", help="list the names for --fault, and do nothing else")
     console.add(
-        parser, "--form", choices=("v4", "v5-td10", "v5-td15", "v5-td15ex"), default="v4", help="format of the quote (default: v4)"
+        parser,
+        "--form",
+        choices=("v4", "v5-td10", "v5-td15", "v5-td15ex"),
+        default="v4",
+        help="format of the quote (default: v4)",
     )
     console.add(
         parser,

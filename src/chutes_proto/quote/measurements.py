@@ -11,6 +11,7 @@ Two forms are read, described in ``README.md`` beside this file: TOML, and the J
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias, cast
@@ -69,6 +70,15 @@ class Profile:
     def registers(self, stage: Stage) -> tuple[bytes, ...]:
         """The values of `REGISTERS` in a stage."""
         return (self.mrtd, *(self.boot if stage == "boot" else self.runtime))
+
+    def to_toml(self) -> str:
+        """Name, version and registers, as `parse_profiles_toml` reads them."""
+        lines = ["[[profile]]"]
+        lines += [f"{key} = {json.dumps(getattr(self, key), ensure_ascii=False)}" for key in ("name", "version")]
+        lines += [f'mrtd = "{self.mrtd.hex()}"']
+        for stage, rtmrs in (("boot", self.boot), ("runtime", self.runtime)):
+            lines += [f'{stage}.rtmr{number} = "{rtmr.hex()}"' for number, rtmr in enumerate(rtmrs)]
+        return "\n".join(lines) + "\n"
 
     def refusals(self, body: TdReport10, stage: Stage) -> list[Refusal]:
         """One for each register of the report that is not the profile's."""

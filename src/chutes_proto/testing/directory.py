@@ -61,15 +61,7 @@ class PlatformRecord:
 
 def measurements_toml() -> bytes:
     """The measurement profile of simulated TDs as a file, which a server's configuration or a policy may be."""
-    lines = [
-        "[[profile]]",
-        f'name = "{PROFILE.name}"',
-        f'version = "{PROFILE.version}"',
-        f'mrtd = "{PROFILE.mrtd.hex()}"',
-    ]
-    for stage, rtmrs in (("boot", PROFILE.boot), ("runtime", PROFILE.runtime)):
-        lines += [f'{stage}.rtmr{number} = "{rtmr.hex()}"' for number, rtmr in enumerate(rtmrs)]
-    return "\n".join(lines).encode() + b"\n"
+    return PROFILE.to_toml().encode()
 
 
 def simulation_files(
