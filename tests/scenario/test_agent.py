@@ -760,17 +760,3 @@ def test_settings_that_are_none(machine: Machine, text: str, told: str) -> None:
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr.startswith(f"chutes-proto: {path}: ")
         assert told in done.stderr
-
-
-def test_what_it_loads_is_little(site: Premises, machine: Machine) -> None:
-    site.start()
-    heavy = ("anyio", "asyncio", "cattrs", "httpx", "sqlite3", "trio")
-    source = (
-        "import sys;from chutes_proto.cli.main import main;"
-        f"code = main(sys.argv[1:]);print([name for name in {heavy} if name in sys.modules], file=sys.stderr)"
-        ";sys.exit(code)"
-    )
-    command = [sys.executable, "-c", source, *machine.command("run")[len(PROGRAM) :]]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.splitlines()[-1] == "[]"
