@@ -11,15 +11,13 @@ The limits of ``blocking/http.py`` hold here too.
 from __future__ import annotations
 
 import ssl
-import time
 from ipaddress import IPv6Address, ip_address
 from typing import TYPE_CHECKING, Final
 
 import httpx
 
-from chutes_proto.blocking.http import received, transport_errors
+from chutes_proto.blocking.http import whole_answer
 from chutes_proto.blocking.https import TimeLimits
-from chutes_proto.transport.client import MAX_ANSWER
 
 if TYPE_CHECKING:
     from chutes_proto.effects import FetchEvidence
@@ -30,20 +28,15 @@ _CONNECT_SECONDS: Final = 5.0
 
 def fetch_evidence(asked: FetchEvidence) -> tuple[HttpResponse, bytes]:
     """Performs `FetchEvidence` without an event loop, where nothing can interrupt a read. Raises `TransportError`."""
-    limits = evidence_limits(asked)
-    end = time.monotonic() + limits.total
-    body = bytearray()
-    with httpx.Client(verify=any_certificate(), trust_env=False) as client, transport_errors():
-        response = client.send(evidence_request(client, asked, limits), stream=True)
-        try:
-            certificate = peer_certificate(response)
-            for chunk in response.iter_raw():
-                body += chunk
-                if len(body) > MAX_ANSWER or time.monotonic() > end:
-                    raise limits.exceeded(body)
-        finally:
-            response.close()
-    return received(response, body), certificate
+    limits, certificates = evidence_limits(asked), list[bytes]()
+
+    def keep_certificate(response: httpx.Response) -> None:
+        certificates.append(peer_certificate(response))
+
+    with httpx.Client(verify=any_certificate(), trust_env=False) as client:
+        client.event_hooks = {"response": [keep_certificate]}
+        answer = whole_answer(client, evidence_request(client, asked, limits), limits)
+    return answer, certificates[0]
 
 
 def any_certificate() -> ssl.SSLContext:

@@ -43,10 +43,11 @@ class HttpxGetter:
 
     def __call__(self, url: str) -> HttpResponse:
         """The whole answer. Raises `TransportError`."""
-        return _answer(self._client, prepare_get(self._client, url, self._limits), self._limits)
+        return whole_answer(self._client, prepare_get(self._client, url, self._limits), self._limits)
 
 
-def _answer(client: httpx.Client, request: httpx.Request, limits: TimeLimits) -> HttpResponse:
+def whole_answer(client: httpx.Client, request: httpx.Request, limits: TimeLimits) -> HttpResponse:
+    """What ``client`` is answered. Raises `TransportError`."""
     end = time.monotonic() + limits.total
     body = bytearray()
     with transport_errors():

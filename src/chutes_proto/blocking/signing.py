@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Generator
 from pathlib import Path
-from typing import Final
 
 import httpx
 
@@ -21,8 +19,7 @@ from chutes_proto.auth.signing import (
 from chutes_proto.blocking.files import read_private
 from chutes_proto.errors import ConfigurationError, LocalProtocolError
 from chutes_proto.wire.endpoints import Match, route
-
-_SERVERS_NONCE: Final = re.compile(r"[0-9a-f]{64}")
+from chutes_proto.wire.names import HEX_32
 
 
 class HotkeyAuth(httpx.Auth):
@@ -48,7 +45,7 @@ class HotkeyAuth(httpx.Auth):
         """The request with its three headers."""
         target = request.url.raw_path.decode("ascii")
         given = request.headers.get("x-chutes-nonce", "")
-        nonce = given if _SERVERS_NONCE.fullmatch(given) else str(int(time.time()))
+        nonce = given if HEX_32.fullmatch(given) else str(int(time.time()))
         match route(request.method, target.partition("?")[0]):
             case Match(endpoint) if endpoint.signed is not None:
                 message, *_ = messages_to_sign(

@@ -43,11 +43,10 @@ from chutes_proto.log import Level, Record, Value
 from chutes_proto.secret import Secret
 from chutes_proto.wire import codec, endpoints, messages
 from chutes_proto.wire.endpoints import Endpoint
-from chutes_proto.wire.names import NAME_RULE
+from chutes_proto.wire.names import HEX_32, NAME_RULE
 
 A = TypeVar("A", bound=messages.Answer)
 
-_HEX_32 = re.compile(r"[0-9a-f]{64}")
 _PRINTABLE = re.compile(r"[!-~]{1,128}")
 
 
@@ -280,7 +279,7 @@ def fetch_nonce(settings: BootSettings) -> Flow[bytes]:
     """A fresh boot nonce of 32 bytes, bound to the settings' hotkey. Raises `Refusal`, `TransportError`."""
     request = messages.BootNonceRequest(miner_hotkey=settings.miner_hotkey)
     answer = yield from _ask(endpoints.BOOT_NONCE, request, messages.NonceAnswer)
-    if not _HEX_32.fullmatch(answer.nonce):
+    if not HEX_32.fullmatch(answer.nonce):
         raise RemoteProtocolError("the server's nonce is not 64 lowercase hex digits")
     return bytes.fromhex(answer.nonce)
 
@@ -307,7 +306,7 @@ def attest_boot(settings: BootSettings, nonce: bytes, quote: bytes) -> Flow[Boot
     if (answer.boot_token is None) == (answer.luks_quote_nonce is None):
         raise RemoteProtocolError("the server's grant has both a boot token and a quote nonce, or neither")
     for opener in (answer.boot_token, answer.luks_quote_nonce):
-        if opener is not None and not _HEX_32.fullmatch(opener.reveal().decode("ascii")):
+        if opener is not None and not HEX_32.fullmatch(opener.reveal().decode("ascii")):
             raise RemoteProtocolError("the server's boot token or quote nonce is not 64 lowercase hex digits")
     grant = BootGrant(settings.miner_hotkey, settings.vm_name, answer.key, answer.boot_token, answer.luks_quote_nonce)
     fields: dict[str, Value] = {"hotkey": grant.miner_hotkey, "vm_name": grant.vm_name}
@@ -389,7 +388,7 @@ def _attest_steps(
         answer = yield from _ask(endpoints.VOLUME_ATTESTATION, request, messages.VolumeAttestationAnswer)
         if {*answer.volumes} != {*asked} or not {*answer.in_use} <= {*asked}:
             raise RemoteProtocolError(f"the server's answer is not about exactly the volumes {', '.join(asked)}")
-        if not _HEX_32.fullmatch(answer.confirm_nonce.reveal().decode("ascii")):
+        if not HEX_32.fullmatch(answer.confirm_nonce.reveal().decode("ascii")):
             raise RemoteProtocolError("the server's confirm nonce is not 64 lowercase hex digits")
         pairs = {name: KeyPair(answer.volumes[name].current, answer.volumes[name].next) for name in asked}
         in_use = frozenset(answer.in_use)

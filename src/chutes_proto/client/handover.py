@@ -11,7 +11,6 @@ Rules kept here:
 
 from __future__ import annotations
 
-import re
 from typing import Final, cast
 
 from attrs import frozen
@@ -22,13 +21,13 @@ from chutes_proto.client.settings import AgentSettings
 from chutes_proto.errors import ConfigurationError
 from chutes_proto.secret import Secret
 from chutes_proto.wire import json
+from chutes_proto.wire.names import HEX_32
 
 LIFE: Final = 600
 """Seconds that a boot token and a quote nonce live."""
 MAX_SIZE: Final = 16 * 1024
 
 _FORMAT: Final = 1
-_HEX_32: Final = re.compile(r"[0-9a-f]{64}")
 
 
 @frozen
@@ -93,7 +92,7 @@ def _read(members: dict[str, object]) -> Handover | None:
             "certificate": str(certificate),
             "key": str(key),
             "spki_sha256": str(digest),
-        } if (token is None) != (nonce is None) and all(map(_HEX_32.fullmatch, (token or nonce or "", digest))):
+        } if (token is None) != (nonce is None) and all(map(HEX_32.fullmatch, (token or nonce or "", digest))):
             grant = BootGrant(hotkey, vm_name, Secret(b""), _secret(token), _secret(nonce))
             identity = ClientIdentity(certificate.encode(), Secret(key.encode()), bytes.fromhex(digest))
             return Handover(server, granted, boot_id, grant, identity)

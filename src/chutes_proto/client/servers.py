@@ -38,7 +38,7 @@ from chutes_proto.errors import (
 )
 from chutes_proto.wire import codec, endpoints, messages
 from chutes_proto.wire.endpoints import Endpoint
-from chutes_proto.wire.names import NAME_RULE
+from chutes_proto.wire.names import HEX_32, NAME_RULE
 
 T = TypeVar("T")
 A = TypeVar("A", bound=messages.Answer)
@@ -50,7 +50,6 @@ _NOT_NOW: Final = frozenset(
     {Code.RATE_LIMITED, Code.BUSY, Code.DRAINING, Code.COLLATERAL_UNAVAILABLE, Code.KEY_UNAVAILABLE}
 )
 """What a server says instead of doing anything."""
-_HEX_32 = re.compile(r"[0-9a-f]{64}")
 
 
 def _parsed(address: str) -> Hotkey:
@@ -141,7 +140,7 @@ def attest_server(miner: Miner, server_id: str, spki_sha256: bytes) -> Flow[mess
 
     def attempt(_: bool) -> Flow[messages.RuntimeAttestationAnswer]:
         given = yield from _ask(miner, endpoints.RUNTIME_NONCE, nonce_request, messages.NonceAnswer)
-        if not _HEX_32.fullmatch(given.nonce):
+        if not HEX_32.fullmatch(given.nonce):
             raise RemoteProtocolError("the server's nonce is not 64 lowercase hex digits")
         quote = yield from MakeQuote(report_data(bytes.fromhex(given.nonce), spki_sha256))
         request = messages.RuntimeAttestationRequest(server_id=_name(server_id), quote=codec.encode_quote(quote))

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Final
 
 from chutes_proto.auth.hotkey import Hotkey, HotkeyError
@@ -16,6 +15,7 @@ from chutes_proto.auth.signing import check_signature, check_time, messages_to_s
 from chutes_proto.codes import Code
 from chutes_proto.errors import Refused
 from chutes_proto.wire.codec import decode_headers
+from chutes_proto.wire.names import HEX_32
 
 if TYPE_CHECKING:
     from chutes_proto.auth.signing import Coverage
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from chutes_proto.wire.http import HttpRequest
 
 _HEADERS: Final = ("X-Chutes-Hotkey", "X-Chutes-Nonce", "X-Chutes-Signature")
-_NONCE: Final = re.compile(r"[0-9a-f]{64}")
 
 
 def check_caller(service: Service, request: HttpRequest, coverage: Coverage, now: int) -> Hotkey:
@@ -34,7 +33,7 @@ def check_caller(service: Service, request: HttpRequest, coverage: Coverage, now
     address, nonce, signature = (found[name] for name in _HEADERS)
     if coverage != "nonce":
         check_time(nonce, now)
-    elif not _NONCE.fullmatch(nonce):
+    elif not HEX_32.fullmatch(nonce):
         raise Refused(Code.NONCE_INVALID, "Invalid nonce supplied", reason="nonce is not 64 lowercase hex digits")
     try:
         hotkey = Hotkey.parse(address)

@@ -22,7 +22,6 @@ That a nonce is redeemed once is the store's to see (``units/boot.py``).
 from __future__ import annotations
 
 import hmac
-import re
 from typing import TYPE_CHECKING, Literal
 
 from attrs import frozen
@@ -32,6 +31,7 @@ from chutes_proto.errors import Refused, Unavailable
 from chutes_proto.secret import Secret
 from chutes_proto.units.nonces import SKEW
 from chutes_proto.wire.http import address_prefix
+from chutes_proto.wire.names import HEX_32
 from chutes_proto.wire.times import timestamp
 
 if TYPE_CHECKING:
@@ -45,7 +45,6 @@ RANDOM_SIZE = 10
 _HOTKEY_BOUND = 0x80
 _ADDRESS_BOUND = 0x40
 _KEY_ID = 0x3F
-_TEXT = re.compile(r"[0-9a-f]{64}")
 _LABEL = "chutes-proto nonce v1"
 
 
@@ -111,7 +110,7 @@ class NonceMint:
         scope: str = "",
     ) -> Nonce:
         """The nonce that ``text`` is. Raises `Refused`, or `Unavailable` for a key that is expected to come."""
-        if text is None or not _TEXT.fullmatch(text):
+        if text is None or not HEX_32.fullmatch(text):
             raise _invalid("missing or not 64 lowercase hex digits")
         value = bytes.fromhex(text)
         head, tag = value[:16], value[16:]

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import re
 from typing import TYPE_CHECKING
 
 from chutes_proto.auth.certificates import client_key
@@ -41,6 +40,7 @@ from chutes_proto.wire.messages import (
     VolumePair,
     VolumeResult,
 )
+from chutes_proto.wire.names import HEX_32
 
 if TYPE_CHECKING:
     from chutes_proto.effects import Flow
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
     from chutes_proto.server.service import Service
     from chutes_proto.wire.http import HttpRequest
 
-_NONCE = re.compile(r"[0-9a-f]{64}")
 _LABEL = "chutes-proto confirm nonce v1"
 
 
@@ -150,7 +149,7 @@ def confirm_volumes(
 
 def _nonce(text: str, code: Code, what: str) -> bytes:
     """The nonce as it is digested: its text. One of another shape is none of ours."""
-    if not _NONCE.fullmatch(text):
+    if not HEX_32.fullmatch(text):
         raise Refused(code, f"{what} not found or expired", reason=f"{what.lower()}: not 64 lowercase hex digits")
     return text.encode("ascii")
 

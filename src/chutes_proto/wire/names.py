@@ -1,8 +1,9 @@
-"""The names that VMs and servers have on the wire."""
+"""What names, nonces and tokens look like on the wire."""
 
 from __future__ import annotations
 
-from typing import NewType
+import re
+from typing import Final, NewType
 
 Name = NewType("Name", str)
 """The name of a VM or a server: ``[A-Za-z0-9_.-]{1,128}``, but neither ``.`` nor ``..``, which no URL could carry."""
@@ -10,3 +11,6 @@ Name = NewType("Name", str)
 NAME_PATTERN = r"^(?!\.{1,2}$)[A-Za-z0-9_.-]{1,128}$"
 NAME_RULE = "1 to 128 of the characters A-Z a-z 0-9 _ . - but neither . nor .."
 """`NAME_PATTERN` for people."""
+
+HEX_32: Final = re.compile(r"[0-9a-f]{64}")
+"""A nonce or a token: 32 bytes in lowercase hex."""
