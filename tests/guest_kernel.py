@@ -26,18 +26,11 @@ import pytest
 from attrs import Factory, define
 
 from chutes_proto.testing.platform import SimulatedPlatform
+from tests.guest_device import UNANSWERED, answer_ioctl
 
-REPORT_DATA_AT = 128
-"""Where REPORTDATA stands in a TDREPORT (Intel TDX Module ABI, REPORTMACSTRUCT)."""
-
-_UNANSWERED = {2, 36, 42}
-"""FORGET, INTERRUPT, BATCH_FORGET."""
 _MNT_DETACH = 2
 _DIRECT_IO = 1
 _ROOT, _REPORTS, _DEVICE = 1, 2, 3
-
-_GET_REPORT0 = 0xC4405401
-"""``TDX_CMD_GET_REPORT0`` as the C compiler computes it."""
 
 
 @define
@@ -108,7 +101,7 @@ class GuestKernel:
                     continue
                 return
             _, opcode, unique, node = struct.unpack_from("<IIQQ", request)
-            if opcode in _UNANSWERED:
+            if opcode in UNANSWERED:
                 continue
             try:
                 answer, error = self._answer(opcode, node, request[40:]), 0
@@ -241,14 +234,10 @@ class GuestKernel:
             entry.inblob = data
 
     def _ioctl(self, node: int, body: bytes) -> bytes:
-        _, _, command, _, size, _ = struct.unpack_from("<QIIQII", body)
-        if node != _DEVICE or command != _GET_REPORT0:
+        if node != _DEVICE:
             raise OSError(errno.ENOTTY, "")
-        assert size == 64 + 1024
         self._happens("ioctl", Entry(""))
-        report_data = body[32 : 32 + 64]
-        report = b"\x81" + bytes(REPORT_DATA_AT - 1) + report_data + bytes(1024 - REPORT_DATA_AT - 64)
-        return struct.pack("<iIII", 0, 0, 0, 0) + report_data + report
+        return answer_ioctl(body)
 
 
 def fail(number: int) -> Callable[[Entry], None]:

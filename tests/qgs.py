@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-from tests.guest_kernel import REPORT_DATA_AT
+from tests.guest_device import REPORT_DATA_AT
 
 
 def qgs_answer(quote: bytes, *, key_id: bytes = b"", error: int = 0, minor: int = 1) -> bytes:
@@ -19,6 +19,14 @@ def qgs_answer(quote: bytes, *, key_id: bytes = b"", error: int = 0, minor: int 
     body = struct.pack("<II", len(key_id), len(quote)) + key_id + quote
     message = struct.pack("<HHIII", 1, minor, 1, 16 + len(body), error) + body
     return struct.pack(">I", len(message)) + message
+
+
+def take_request(connection: socket.socket) -> bytes:
+    """A framed request, in small pieces."""
+    request = b""
+    while len(request) < 4 or len(request) < 4 + int.from_bytes(request[:4], "big"):
+        request += connection.recv(100)
+    return request
 
 
 def requested_report(request: bytes) -> bytes:
@@ -36,10 +44,7 @@ def quoting(quote: Callable[[bytes], bytes], minor: int = 1) -> Callable[[socket
     """A service that answers one request with the quote of its report's report data."""
 
     def serve(connection: socket.socket) -> None:
-        request = b""
-        while len(request) < 4 or len(request) < 4 + int.from_bytes(request[:4], "big"):
-            request += connection.recv(100)
-        report = requested_report(request)
+        report = requested_report(take_request(connection))
         connection.sendall(qgs_answer(quote(report[REPORT_DATA_AT : REPORT_DATA_AT + 64]), minor=minor))
 
     return serve

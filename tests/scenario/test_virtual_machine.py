@@ -29,7 +29,7 @@ from chutes_proto.blocking.files import write_file
 from tests.cli.conftest import HOTKEY
 from tests.conftest import CI, ROOT, SOAK
 from tests.luks import headers
-from tests.qgs import listening, quoting
+from tests.qgs import listening, qgs_answer, quoting, requested_report, take_request
 from tests.scenario.premises import VOLUMES, Premises
 from tools.agent_zipapp import build
 
@@ -69,6 +69,17 @@ set -e
 copy_exec /sbin/mke2fs
 copy_file script "$PROBE" /probe
 manual_add_modules ext4
+copy_file script "$DEVICE" /guest_device
+manual_add_modules cuse vsock_loopback
+"""
+
+# Asked for on the kernel's command line: what a TD has of its kernel and its host.
+TD = """\
+#!/bin/sh
+case "$(cat /proc/cmdline)" in *guest_device*) ;; *) exit 0 ;; esac
+modprobe cuse
+modprobe vsock_loopback
+python3 -I /guest_device HOST &
 """
 
 LATER = """\
@@ -168,7 +179,9 @@ def image(version: str, tmp_path_factory: pytest.TempPathFactory) -> Image:
     conf = folder / "conf"
     _ = shutil.copytree("/etc/initramfs-tools", conf)
     _ = (conf / "initramfs.conf").write_text("MODULES=list\nBUSYBOX=n\nCOMPRESS=zstd\nCOMPRESSLEVEL=1\nRUNSIZE=10%\n")
-    for name, text in {"hooks/probe": HOOK, "scripts/local-top/probe": LATER, "probe": PROBE}.items():
+    scripts = {"hooks/probe": HOOK, "scripts/local-top/probe": LATER, "probe": PROBE}
+    scripts["scripts/init-premount/td"] = TD.replace("HOST", f"{GATEWAY} {ports[1]}")
+    for name, text in scripts.items():
         (conf / name).parent.mkdir(parents=True, exist_ok=True)
         _ = (conf / name).write_text(text)
         (conf / name).chmod(0o755)
@@ -182,6 +195,7 @@ def image(version: str, tmp_path_factory: pytest.TempPathFactory) -> Image:
             "CHUTES_PROTO_AGENT": str(agent),
             "CHUTES_PROTO_SETTINGS": str(folder / "agent.toml"),
             "PROBE": str(conf / "probe"),
+            "DEVICE": str(ROOT / "tests/guest_device.py"),
         },
         capture_output=True,
         text=True,
@@ -204,6 +218,10 @@ class Machine:
     disks: list[str] = field(factory=lambda: [*VOLUMES])
     root: str = "/dev/mapper/none"
     clock: str = "utc"
+    words: str = ""
+    """More of the kernel's command line."""
+    faults: list[Callable[[socket.socket], None]] = field(factory=list[Callable[[socket.socket], None]])
+    """What the quote service does instead, in its first connections."""
 
     def __attrs_post_init__(self) -> None:
         for name in VOLUMES:
@@ -252,7 +270,7 @@ class Machine:
         return path
 
     def command(self) -> list[str]:
-        line = f"console=ttyS0 loglevel=4 panic=-1 ip=dhcp root={self.root}"
+        line = f"console=ttyS0 loglevel=4 panic=-1 ip=dhcp root={self.root} {self.words}"
         command = [QEMU, "-accel", "tcg", "-cpu", "max", "-m", "512", "-nodefaults", "-no-user-config", "-no-reboot"]
         command += ["-display", "none", "-monitor", "none", "-serial", "stdio", "-rtc", f"base={self.clock}"]
         command += ["-kernel", str(self.image.kernel), "-initrd", str(self.initrd()), "-append", line]
@@ -283,7 +301,11 @@ class Machine:
         stages: Iterator[Literal["boot", "runtime"]] = iter(("boot", "runtime"))
         service = quoting(lambda data: self.site.platform.quote(data, stage=next(stages)))
         said: list[str] = []
-        with listening(socket.create_server(("127.0.0.1", self.image.ports[1])), service):
+
+        def serve(connection: socket.socket) -> None:
+            (self.faults.pop(0) if self.faults else service)(connection)
+
+        with listening(socket.create_server(("127.0.0.1", self.image.ports[1])), serve):
             command = self.command()
             with subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -433,6 +455,34 @@ def test_a_clock_that_is_wrong_is_told(machine: Machine, site: Premises) -> None
     told = machine.stops()
     assert "certificate is not yet valid" in told
     assert "its clock says 2020-01-01 00:00:" in told
+
+
+def test_the_guest_device_and_a_quote_service_over_vsock(machine: Machine, site: Premises) -> None:
+    def answering(answer: bytes) -> Callable[[socket.socket], None]:
+        def serve(connection: socket.socket) -> None:
+            _ = requested_report(take_request(connection))
+            connection.sendall(answer)
+
+        return serve
+
+    site.start()
+    machine.words = "guest_device"
+    machine.faults = [answering(qgs_answer(b"", error=0x12001)), answering(qgs_answer(bytes(5000))[:1000])]
+    machine.settings["quoter"] = "vsock:1:4050"
+    told = " ".join(machine.boots().split())
+    refusals = [
+        " cannot be reached: Connection reset by peer; does the host run it?",
+        ": it made no quote: error 0x12001, unexpected error; its own log says more",
+        ": it closed the connection after 996 of 5024 bytes",
+    ]
+    places = [told.index(f"NOT NOW: the quote generation service at vsock 1:4050{what}") for what in refusals]
+    assert places == sorted(places)
+    # Without the driver of a host's vsock the kernel's loopback answers as the host, whom `auto` asks.
+    machine.words += " initcall_blacklist=virtio_vsock_init"
+    machine.settings["quoter"] = "auto"
+    told = " ".join(machine.boots().split())
+    assert "no quote from configfs-TSM at /sys/kernel/config/tsm/report: no provider: load the module tdx_guest" in told
+    assert "quotes come from TDX guest device /dev/tdx_guest with a quote generation service at vsock 2:4050" in told
 
 
 @pytest.mark.parametrize("exchange", ["base", "two-phase"])
