@@ -40,10 +40,11 @@ GONE = (anyio.BrokenResourceError, anyio.EndOfStream)
 
 @define
 class Echo:
-    """An application that says whom it sees; ``/slow`` takes its time, ``/big`` says much, ``/broken`` has a defect."""
+    """An application that says whom it sees. ``/slow`` waits to be released, ``/big`` says much, ``/broken`` is broken."""
 
-    slow: float = 3600.0
     drain: float = math.inf
+    held: int = 0
+    released: bool = False
     cancelled: list[str] = field(factory=list)
 
     def complain(self, event: str, error: Exception) -> Flow[None]:
@@ -57,8 +58,10 @@ class Echo:
         if isinstance(request, MalformedRequest):
             return error_response(request.refusal, "r")
         if request.target == "/slow":
+            self.held += 1
             try:
-                yield from Sleep(self.slow)
+                while not self.released:
+                    yield from Sleep(0.01)
             except GeneratorExit:
                 self.cancelled.append(request.target)
                 raise
@@ -106,6 +109,15 @@ class Running:
 
     async def connect(self) -> TLSStream:
         return await shaken(await self.plain())
+
+    async def slow(self) -> TLSStream:
+        """A connection whose request is being worked on until it is released."""
+        held = self.app.held
+        stream = await self.connect()
+        await stream.send(GET.replace(b"/a", b"/slow"))
+        while self.app.held == held:
+            await anyio.sleep(0.01)
+        return stream
 
 
 async def shaken(stream: anyio.abc.ByteStream) -> TLSStream:
@@ -308,16 +320,14 @@ def test_a_connection_waits_for_its_slot(loop: Loop) -> None:
     """Nobody's request is given up for another's sake."""
 
     async def main() -> None:
-        async with running(loop, connections=2, app=Echo(slow=2.0)) as server:
-            first = await server.connect()
-            await first.send(GET.replace(b"/a", b"/slow"))
-            second = await server.connect()
-            await second.send(GET.replace(b"/a", b"/slow"))
+        async with running(loop, connections=2) as server:
+            first, second = await server.slow(), await server.slow()
             third = await server.plain()
             with anyio.move_on_after(0.2) as waiting:
                 await shaken(third)
             assert waiting.cancelled_caught
             await anyio.aclose_forcefully(third)
+            server.app.released = True
             for stream in (first, second):
                 assert (await stream.receive()).startswith(b"HTTP/1.1 200")
             async with await server.connect() as fourth:  # their answers were given, so one of them yields
@@ -395,9 +405,7 @@ def test_faults_end_one_connection_and_are_logged(loop: Loop) -> None:
 def test_cancellation_ends_the_flows_in_hand(loop: Loop) -> None:
     async def main() -> Echo:
         async with running(loop) as server:
-            stream = await server.connect()
-            await stream.send(GET.replace(b"/a", b"/slow"))
-            await anyio.sleep(0.1)
+            stream = await server.slow()
             assert server.app.cancelled == []
         with anyio.fail_after(5), pytest.raises(GONE):
             await stream.receive()
@@ -412,13 +420,13 @@ def test_cancellation_ends_the_flows_in_hand(loop: Loop) -> None:
 
 def test_a_server_that_stops_ends_connections_with_their_answers(loop: Loop) -> None:
     async def main() -> None:
-        async with running(loop, app=Echo(slow=0.5)) as server:
-            idle, busy, sending = await server.connect(), await server.connect(), await server.connect()
+        async with running(loop) as server:
+            idle, busy, sending = await server.connect(), await server.slow(), await server.connect()
             assert (await ask(idle)).startswith(b"HTTP/1.1 200")
-            await busy.send(GET.replace(b"/a", b"/slow"))
             await sending.send(GET[:10])
             await anyio.sleep(0.1)
             server.server.stop()
+            server.app.released = True
             await sending.send(GET[10:])
             for stream in (sending, busy):  # what was under way is answered, for the last time
                 answer = await read_all(stream)
@@ -437,9 +445,7 @@ def test_a_server_that_stops_ends_connections_with_their_answers(loop: Loop) -> 
 def test_what_is_not_done_in_time_is_cancelled(loop: Loop) -> None:
     async def main() -> Echo:
         async with running(loop, app=Echo(drain=0.3)) as server:
-            stream = await server.connect()
-            await stream.send(GET.replace(b"/a", b"/slow"))
-            await anyio.sleep(0.1)
+            stream = await server.slow()
             server.server.stop()
             with pytest.raises(GONE):
                 await stream.receive()
