@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import pytest
 from attrs import define, evolve, field, frozen
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from chutes_proto.errors import Refused
@@ -51,11 +51,10 @@ class Bounds:
 
 def bounds(policy: Policy) -> tuple[Bounds, ...]:
     """The long form is two boots with all that can be, and three with less. Our agent asks again, so that it has many
-    more ways than others through the same states."""
+    more ways than others through the same states. A third mishap in a boot leads deployed clients to no further one."""
     if policy.exchange == "base":
         return (Bounds(), Bounds(3, 2, 4)) if SOAK else (Bounds(),)
-    fewer = 2 if policy.ours else 3
-    return (Bounds(), Bounds(3, 2, fewer)) if SOAK else (Bounds(mishaps=fewer),)
+    return (Bounds(), Bounds(3, 2, 2 if policy.ours else 3)) if SOAK else (Bounds(mishaps=2),)
 
 
 def disturbed(world: World, choices: Choices) -> World:
@@ -85,7 +84,7 @@ def is_excused(world: World) -> bool:
     """
     opening = [row for row in world.rows() if world.opens(row) and row.state == "retired"]
     allowed: set[str | None] = {"prune", "relisted"} if world.policy.pruned == "new" else set()
-    allowed |= set() if world.policy.ours else {"rekey"}
+    allowed |= set() if world.policy.ours else {"rekey", "relisted"}  # "relisted": a prune came before the rekey
     if world.policy.exchange != "base" or not opening or not {row.retirement for row in opening} <= allowed:
         return False
     restored = world.copy()
@@ -195,7 +194,6 @@ class Drawn(Choices):
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
-@settings(settings(), max_examples=settings().max_examples * (1 if SOAK else 2))
 @given(st.data())
 def test_long_lives(policy: Policy, data: st.DataObject) -> None:
     world = World(policy, in_flight=3)
