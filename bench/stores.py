@@ -6,6 +6,9 @@ caller's are of a VM and a platform of its own. Ratios are to one caller and to 
 What callers gain by sharing commits is what a commit costs, so SQLite is measured on the disk that is there, and with a
 disk that takes `SLOW_FLUSH` for each flush (by a library that is loaded before libc, where there is a C compiler).
 ``of the best`` is the rate over that of all syncs in one transaction, by processor time: what no sharing can surpass.
+The bare statements are the same with nothing of ours about them. The highest ratio that the disk allows is one caller's
+time over them, as it would be if our code took none. Where 64 callers are not `WANTED` times one, it is told from which
+flush on they would be.
 
 PostgreSQL's callers have made their connections and prepared their statements before. How often a transaction ran
 again, because it could not be serialized with others, is printed for each sync.
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -31,8 +35,9 @@ from attrs import evolve, frozen
 from chutes_proto.blocking.postgres import PostgresStore
 from chutes_proto.blocking.sqlite import SqliteStore
 from chutes_proto.blocking.stores import StorePlace
-from chutes_proto.store.rows import Vm
-from chutes_proto.store.run import Script, Store, Unit
+from chutes_proto.store.rows import StoreOp, Vm
+from chutes_proto.store.run import Script, Store, Unit, run_script
+from chutes_proto.store.sql import decode, statement
 from chutes_proto.testing.store_suite import VM, boot, platform, sync
 from chutes_proto.units.volumes import SyncVolumes
 from tests.postgres import Cluster, programs, schema
@@ -41,6 +46,7 @@ SYNCS = 960
 CALLERS = (1, 16, 64)
 PROCESSES = (1, 2, 4)
 CALLERS_PER_PROCESS = 8
+WANTED = 4
 WARMING = 8
 """Syncs of each caller before: psycopg prepares a statement when it comes for the sixth time."""
 
@@ -87,13 +93,14 @@ def _sqlite() -> None:
     with tempfile.TemporaryDirectory(prefix="chutes-proto-bench-") as folder:
         with closing(SqliteStore(Path(folder) / "keys.db")) as store:
             units = [unit for caller in range(64) for unit in _units(store, f"{caller}", SYNCS // 64)]
+            bare = _bare(folder, units) / SYNCS
             start = process_time()
             store.transact(_All(tuple(units)))
             best = SYNCS / (process_time() - start)
         flush = _flush(Path(folder) / "flushed")
     print(f"SQLite, one process; {SYNCS} syncs; a flush of 4 KiB takes {flush * 1e6:.0f} us")
     print(f"{'callers':>12}{'syncs/s':>12}{'ratio':>12}{'of the best':>14}{'syncs per commit':>20}")
-    first = 0.0
+    first = rate = shared = 0.0
     for callers in CALLERS:
         with (
             tempfile.TemporaryDirectory(prefix="chutes-proto-bench-") as folder,
@@ -105,6 +112,34 @@ def _sqlite() -> None:
             first = first or rate
             shared = SYNCS / (store.commits - before)
             print(f"{callers:>12}{rate:>12.0f}{rate / first:>12.2f}{rate / best:>14.2f}{shared:>20.1f}")
+    highest = (1 / first - 1 / best + bare) / bare
+    print(f"a sync takes {1e6 / best:.0f} us of processor time, its bare statements {bare * 1e6:.0f} us;", end=" ")
+    print(f"the highest ratio is {highest:.2f}, with our code {best / first:.2f}")
+    if rate < WANTED * first:
+        more = (WANTED / rate - 1 / first) / (1 - WANTED / shared)
+        print(f"a ratio of {WANTED} takes a flush of {(flush + more) * 1e6:.0f} us or more")
+
+
+def _bare(folder: str, units: Sequence[Unit[Any]]) -> float:
+    """Processor time of the statements of ``units`` in one transaction, which is rolled back."""
+    said: list[tuple[str, Sequence[Any]]] = []
+    with closing(sqlite3.connect(Path(folder) / "keys.db", isolation_level=None)) as connection:
+
+        def perform(op: StoreOp[Any]) -> object:
+            said.append(statement(op))
+            return decode(op, connection.execute(*said[-1]).fetchall())
+
+        _ = connection.execute("BEGIN IMMEDIATE")
+        for unit in units:
+            _ = run_script(unit.script(), perform)
+        _ = connection.execute("ROLLBACK")
+        _ = connection.execute("BEGIN IMMEDIATE")
+        start = process_time()
+        for text, values in said:
+            _ = connection.execute(text, values).fetchall()
+        taken = process_time() - start
+        _ = connection.execute("ROLLBACK")
+    return taken
 
 
 def _flush(path: Path) -> float:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import sqlite3
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
 from pathlib import Path
 
 import pytest
+from attrs import field, frozen
 
 from chutes_proto.blocking.stores import StorePlace
 from chutes_proto.errors import StoreError
 from chutes_proto.store import sql
-from chutes_proto.testing.store_suite import boot, dump, sync
+from chutes_proto.store.rows import RaiseHorizon, ReadHorizon
+from chutes_proto.store.run import Script, Unit
+from chutes_proto.testing.store_suite import Ask, boot, dump, sync
 
 CURRENT = sql.STEPS
 
@@ -93,3 +98,44 @@ def test_what_cannot_be_read_is_not_migrated(tmp_path: Path, damage: Callable[[P
     else:  # root may open what nobody may
         with closing(sqlite3.connect(path)) as connection:
             assert connection.execute(sql.READ_VERSION).fetchone() == (sql.SCHEMA_VERSION,)
+
+
+@frozen
+class Gate(Unit[None]):
+    """Stays inside its transaction until it is let go."""
+
+    inside: threading.Event = field(factory=threading.Event)
+    leave: threading.Event = field(factory=threading.Event)
+
+    def script(self) -> Script[None]:
+        """Write, wait, write."""
+        yield from RaiseHorizon(3)
+        self.inside.set()
+        assert self.leave.wait(30)
+        yield from RaiseHorizon(4)
+
+
+def test_a_server_that_was_migrated_under_is_refused(place: StorePlace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The migration waits for what the older server is at; after it the older server changes nothing more."""
+    place.open(migrate=True).close()
+    older = place.open()
+    gate = Gate()
+    with closing(older), ThreadPoolExecutor() as threads:
+        running = threads.submit(older.transact, gate)
+        assert gate.inside.wait(30)
+        with monkeypatch.context() as newer:
+            set_release(newer, *CURRENT, "UPDATE fact SET value = value * 10 WHERE name = 'nonce_horizon'")
+            migrating = threads.submit(place.open, migrate=True)
+            assert not wait((migrating,), timeout=0.3).done
+            gate.leave.set()
+            running.result(30)
+            with closing(migrating.result(30)) as store:
+                assert store.transact(Ask(ReadHorizon())) == 40
+        for _ in range(2):
+            with pytest.raises(StoreError, match=r"schema version 3, .* knows version 2; run the release that made it"):
+                older.transact(Ask(RaiseHorizon(50)))
+        with pytest.raises(StoreError, match="schema version 3"):
+            older.check()
+        set_release(monkeypatch, *CURRENT, "")
+        with closing(place.open()) as store:
+            assert store.transact(Ask(ReadHorizon())) == 40

@@ -9,7 +9,8 @@ Rules kept here:
 * a transaction whose connection is lost before the commit was sent never was, and runs again on a new connection; one
   whose connection is lost at the commit is never run again here, because it may be there;
 * at most ``connections`` are open; each is made by the caller who needs it, who is told why where it cannot be made;
-* a database without our schema is refused, and neither changed nor, unless an operator asks for it, migrated;
+* a database without our schema is refused, and neither changed nor, unless an operator asks for it, migrated; every
+  transaction looks at the version, because a newer release may have migrated meanwhile;
 * a password is in no name, error or log line.
 
 It takes the extra ``chutes-proto[postgres]``, a database or schema of its own with encoding UTF8, and direct
@@ -31,7 +32,7 @@ from attrs import define, field
 from chutes_proto.errors import ConfigurationError, StoreBusy, StoreError
 from chutes_proto.store.rows import ROWS
 from chutes_proto.store.run import run_script
-from chutes_proto.store.sql import decode, placeholders, statement
+from chutes_proto.store.sql import READ_VERSION, decode, placeholders, statement
 from chutes_proto.store.versions import Versions
 
 try:
@@ -76,6 +77,9 @@ _SESSION: Final = (
 )
 
 _LOCK: Final = "SELECT pg_advisory_xact_lock(7163393186713182564)"  # one migration at a time
+
+_BEGIN: Final = f"BEGIN; LOCK TABLE fact IN ACCESS SHARE MODE; {READ_VERSION}"
+"""One message. The lock comes before what is read, so that nothing is older than a migration that was waited for."""
 
 _COME_AGAIN: Final = {
     "40001": "other transactions got in the way every time",
@@ -177,7 +181,7 @@ class PostgresStore:
         taken = 0
         while True:
             try:
-                with self._connection() as connection, self._transaction(connection):
+                with self._connection() as connection, self._transaction(connection, _BEGIN):
                     return work(connection)
             except _Again as exc:
                 taken += isinstance(exc.__cause__, errors.UniqueViolation)
@@ -262,11 +266,13 @@ class PostgresStore:
         _ = _rows(connection, f"SET lock_timeout = {int(1000 * self._busy_seconds)}")
 
     @contextlib.contextmanager
-    def _transaction(self, connection: _Connection, begin: str = "BEGIN") -> Generator[None]:
+    def _transaction(self, connection: _Connection, begin: str) -> Generator[None]:
         """Begin, and commit what was done inside; roll back whatever is raised there."""
         committing = False
         try:
-            _ = _rows(connection, begin)
+            begun = _rows(connection, begin)
+            if begun:
+                self._versions(connection).judge(begun[0][0])
             yield
             committing = True
             _ = connection.execute("COMMIT")
@@ -316,8 +322,10 @@ def _query(text: str) -> bytes:
 
 
 def _rows(connection: _Connection, text: str) -> list[tuple[Any, ...]]:
-    """The rows of a statement of ours; none for one that returns none."""
-    cursor = connection.execute(text.encode())
+    """The rows of a statement of ours, or of the last of several; none for one that returns none."""
+    cursor = connection.execute(text.encode(), prepare=False)
+    while cursor.nextset():
+        pass
     return cursor.fetchall() if cursor.description else []
 
 

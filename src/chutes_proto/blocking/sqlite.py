@@ -9,7 +9,7 @@ Rules kept here:
   other, each within a savepoint. What a script raises undoes that unit alone; where the commit fails, all of them fail,
   and also what a unit was refused because of another one is no refusal then;
 * the file is private (0600) from its first byte; an existing file of another kind or schema version is refused, and
-  neither changed nor, unless an operator asks for it, migrated;
+  neither changed nor, unless an operator asks for it, migrated; one that was migrated under us is refused too;
 * what SQLite raises becomes `StoreBusy` (come again) or `StoreError` (an operator must look), with the file's name.
 """
 
@@ -22,19 +22,18 @@ import threading
 import time
 from collections.abc import Generator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from attrs import define
+from attrs import define, field
 
 from chutes_proto.errors import StoreBusy, StoreError
 from chutes_proto.store.rows import ROWS
-from chutes_proto.store.run import run_script
-from chutes_proto.store.sql import decode, statement
+from chutes_proto.store.run import Unit, run_script
+from chutes_proto.store.sql import READ_VERSION, decode, statement
 from chutes_proto.store.versions import Versions
 
 if TYPE_CHECKING:
     from chutes_proto.store.rows import StoreOp
-    from chutes_proto.store.run import Unit
 
 T = TypeVar("T")
 
@@ -64,13 +63,26 @@ _SETTINGS: tuple[tuple[str, str | int], ...] = (
 
 _MAKING = threading.Lock()
 
+_ALONE: Final = Unit[Any]()
+"""What a caller waits with who is to be the writer and has no unit."""
+
+
+def _locked() -> threading.Lock:
+    lock = threading.Lock()
+    _ = lock.acquire()
+    return lock
+
 
 @define(eq=False)
 class _Job:
-    """A unit that waits to be written, and what became of it: ``fault`` is what its caller gets, if anything."""
+    """A unit that waits to be written, and what became of it: ``fault`` is what its caller gets, if anything.
+
+    ``turn`` is released once: when the caller is to be
+    the writer, or when a writer is through with the unit.
+    """
 
     unit: Unit[Any]
-    done: bool = False
+    turn: threading.Lock = field(factory=_locked)
     result: Any = None
     fault: BaseException | None = None
 
@@ -91,15 +103,15 @@ class SqliteStore:
         self.found_version: int | None = None
         self._migrate = migrate
         self._busy_seconds = busy_seconds
-        self._changed = threading.Condition()  # guards the next two
-        self._writing = False
+        self._lock = threading.Lock()  # guards the next two
+        self._writer: _Job | None = None
         self._waiting: list[_Job] = []
         self._connection: sqlite3.Connection | None = None
         self._closed = False
         self._place: tuple[int, int] | None = None
         if sqlite3.sqlite_version_info < _OLDEST_SQLITE:
             raise StoreError(f"SQLite {sqlite3.sqlite_version} is too old for the store; it takes 3.35 or newer")
-        with self._my_turn():
+        with self._my_turn(_Job(_ALONE)):
             self._connection = self._open()
 
     def transact(self, unit: Unit[T]) -> T:
@@ -107,7 +119,7 @@ class SqliteStore:
         job = _Job(unit)
         with self._my_turn(job) as mine:
             if mine:
-                self._write()
+                self._write(job)
         if job.fault is not None:
             raise job.fault
         result: T = job.result
@@ -118,7 +130,7 @@ class SqliteStore:
 
         Raises `StoreError` for damage, another schema, or a file that is no longer there.
         """
-        with self._my_turn(), self._transaction("BEGIN") as connection:
+        with self._my_turn(_Job(_ALONE)), self._transaction("BEGIN") as connection:
             if self._versions(connection).found() is None:
                 raise self._fault(_FAULTS[sqlite3.SQLITE_CORRUPT])
             self._versions(connection).require()
@@ -130,66 +142,68 @@ class SqliteStore:
 
     def close(self) -> None:
         """Close the file; afterwards every call raises `StoreError`. Waits for a running transaction."""
-        with self._my_turn(patient=True):
+        with self._my_turn(_Job(_ALONE), patient=True):
             self._closed = True
             self._drop()
 
     # --- turns ---
 
     @contextlib.contextmanager
-    def _my_turn(self, job: _Job | None = None, *, patient: bool = False) -> Generator[bool]:
+    def _my_turn(self, job: _Job, *, patient: bool = False) -> Generator[bool]:
         """Wait until nobody writes, and be the writer inside; False where another one has done ``job`` meanwhile."""
-
-        def ready() -> bool:
-            return not self._writing or (job is not None and job.done)
-
-        with self._changed:
-            if job is not None:
-                self._waiting.append(job)
-            in_time = self._changed.wait_for(ready, None if patient else self._busy_seconds)
-            if not in_time and (job is None or job in self._waiting):
-                if job is not None:
-                    self._waiting.remove(job)
-                raise StoreBusy(f"store {self.name}: other transactions take too long")
-            if not in_time:  # a writer is at it, and what becomes of it must be known
-                _ = self._changed.wait_for(ready)
-            mine = job is None or not job.done
-            if mine:
-                self._writing = True
+        with self._lock:
+            self._waiting.append(job)
+            if self._writer is None:
+                self._call_next()
         try:
-            yield mine
+            if not job.turn.acquire(timeout=-1 if patient else self._busy_seconds):
+                with self._lock:
+                    if job in self._waiting:
+                        self._waiting.remove(job)
+                        raise StoreBusy(f"store {self.name}: other transactions take too long")
+                _ = job.turn.acquire()  # a writer is at it, and what becomes of it must be known
+            yield self._writer is job
         finally:
-            if mine:
-                with self._changed:
-                    self._writing = False
-                    self._changed.notify_all()
+            with self._lock:
+                if self._writer is job:
+                    self._call_next()
+                elif job in self._waiting:  # interrupted
+                    self._waiting.remove(job)
 
-    def _take(self) -> list[_Job]:
-        with self._changed:
-            taken, self._waiting = self._waiting, []
-        return taken
+    def _call_next(self) -> None:
+        self._writer = self._waiting.pop(0) if self._waiting else None
+        if self._writer is not None:
+            self._writer.turn.release()
 
-    def _write(self) -> None:
-        """Run all that waits, in one transaction."""
+    def _take(self, job: _Job) -> list[_Job]:
+        """The writer's own unit, and all that wait."""
+        with self._lock:
+            units = [other for other in self._waiting if other.unit is not _ALONE]
+            self._waiting = [other for other in self._waiting if other.unit is _ALONE]
+        return [job, *units]
+
+    def _write(self, job: _Job) -> None:
+        """Run ``job`` and all that waits, in one transaction."""
         jobs: list[_Job] = []
         try:
             with self._transaction() as connection:
-                jobs = self._take()
-                for job in jobs:
-                    self._run(connection, job)
+                self._require_version(connection)
+                jobs = self._take(job)
+                for each in jobs:
+                    self._run(connection, each)
         except BaseException as exc:
-            jobs = jobs or self._take()
+            jobs = jobs or self._take(job)
             seen = False
-            for job in jobs:  # a fault stands if nothing of this transaction, which is undone, can have led to it
-                seen |= job.fault is None
+            for each in jobs:  # a fault stands if nothing of this transaction, which is undone, can have led to it
+                seen |= each.fault is None
                 if seen:
                     told = exc.args if isinstance(exc, StoreError) else (f"store {self.name}: interrupted",)
-                    job.fault = (type(exc) if isinstance(exc, StoreError) else StoreError)(*told)
+                    each.fault = (type(exc) if isinstance(exc, StoreError) else StoreError)(*told)
             if not isinstance(exc, StoreError):
                 raise
         finally:
-            for job in jobs:
-                job.done = True
+            for each in jobs[1:]:
+                each.turn.release()
 
     def _run(self, connection: sqlite3.Connection, job: _Job) -> None:
         """Run one unit, and undo what it did if it raises. Raises what undid more than this unit."""
@@ -312,6 +326,11 @@ class SqliteStore:
 
     def _versions(self, connection: sqlite3.Connection) -> Versions:
         return Versions(self.name, "sqlite", lambda text: connection.execute(text).fetchall())
+
+    def _require_version(self, connection: sqlite3.Connection) -> None:
+        """A newer release may have migrated the file since it was opened."""
+        (version,) = connection.execute(READ_VERSION).fetchone()
+        self._versions(connection).judge(version)
 
     def _check_place(self) -> None:
         """What is committed to a file without a name is lost at the next start."""

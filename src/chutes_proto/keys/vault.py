@@ -19,6 +19,7 @@ import base64
 import hashlib
 import hmac
 import re
+import struct
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from attrs import field, frozen
@@ -37,6 +38,10 @@ SEAL_VERSION: Final = 1
 KEY_SIZE: Final = 32
 NONCE_SIZE: Final = 12
 
+_length = struct.Struct(">I").pack
+_generation = struct.Struct(">IQ").pack
+_VERSION = struct.pack(">II", 4, SEAL_VERSION)
+
 _HEX_KEY = re.compile(rb"([0-9a-fA-F]{64})\n?")
 
 
@@ -50,15 +55,22 @@ class Address:
 
     def associated_data(self, layer: bytes) -> bytes:
         """What binds a layer of the envelope to this row: each part with its length before it."""
-        parts = (
-            b"chutes-proto " + layer,
-            SEAL_VERSION.to_bytes(4, "big"),
-            self.vm.hotkey.encode(),
-            self.vm.name.encode(),
-            self.volume.encode(),
-            self.generation.to_bytes(8, "big"),
+        title, hotkey, name = b"chutes-proto " + layer, self.vm.hotkey.encode(), self.vm.name.encode()
+        volume = self.volume.encode()
+        return b"".join(
+            (
+                _length(len(title)),
+                title,
+                _VERSION,
+                _length(len(hotkey)),
+                hotkey,
+                _length(len(name)),
+                name,
+                _length(len(volume)),
+                volume,
+                _generation(8, self.generation),
+            )
         )
-        return b"".join(len(part).to_bytes(4, "big") + part for part in parts)
 
 
 @frozen

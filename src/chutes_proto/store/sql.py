@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from operator import attrgetter
 from typing import Any, Final, Literal, TypeAlias, Union, get_args, get_origin
 
 import attrs
+from attrs import frozen
 
 from chutes_proto.store.rows import (
     ROWS,
@@ -256,10 +258,12 @@ TABLES: Final[dict[Dialect, str]] = {
 """What there is in a database, ours or not."""
 
 _TYPES: Final[dict[Dialect, dict[str, str]]] = {
-    "sqlite": {"bytes": "BLOB", "serial": "INTEGER", "room": ""},
+    "sqlite": {"bytes": "BLOB", "serial": "INTEGER", "room": "", "alone": ""},
     "postgresql": {
         "bytes": "BYTEA",
         "serial": "BIGINT GENERATED ALWAYS AS IDENTITY",
+        # Every unit holds the weakest lock of this table, so none runs beside a migration.
+        "alone": "LOCK TABLE fact IN ACCESS EXCLUSIVE MODE",
         # A new version of a row that finds no room beside the old one is entered in every index, where it conflicts
         # with each transaction that read a neighbour there.
         "room": ";".join(f"ALTER TABLE {table} SET (fillfactor = 50)" for table in ("vm", "boot", "volume")),
@@ -269,7 +273,8 @@ _TYPES: Final[dict[Dialect, dict[str, str]]] = {
 
 def schema(dialect: Dialect, since: int = 0) -> Iterator[str]:
     """The statements that bring a database from schema version ``since`` to ours, one at a time."""
-    text = ";".join((*STEPS[since:], _WRITE_VERSION)).format(version=len(STEPS), **_TYPES[dialect])
+    alone = "{alone}" if since else ""
+    text = ";".join((alone, *STEPS[since:], _WRITE_VERSION)).format(version=len(STEPS), **_TYPES[dialect])
     return (statement for part in text.split(";") if (statement := part.strip()))
 
 
@@ -296,56 +301,69 @@ _PARTS: Final[dict[Any, Callable[[Any], Values]]] = {Vm: _VM, Pin: _PIN}
 """The values of what has more than one column."""
 
 
-Fields: TypeAlias = tuple[tuple[str, Any, tuple[str, ...], Callable[[Any], Values] | None], ...]
+@frozen
+class _Layout:
+    """How a row's fields are its columns: each is one, but for those that are ``spread`` over several."""
+
+    columns: tuple[str, ...]
+    fields: Callable[[Row], Values]
+    spread: tuple[tuple[int, Any, int], ...]
+    """Place, type and number of columns."""
+    flags: tuple[int, ...]
+    """The places of the booleans."""
+    key: tuple[int, ...]
+    """Which values are the primary key's."""
+
+    @classmethod
+    def of(cls, kind: type[Any]) -> _Layout:
+        fields = [(field.name, _type_of(field)) for field in attrs.fields(kind)]
+        columns = tuple(column for name, of in fields for column in _COLUMNS_OF.get(of, (name,)))
+        return cls(
+            columns=columns,
+            fields=attrgetter(*(name for name, _ in fields)),
+            spread=tuple((at, of, len(_COLUMNS_OF[of])) for at, (_, of) in enumerate(fields) if of in _COLUMNS_OF),
+            flags=tuple(at for at, (_, of) in enumerate(fields) if of is bool),
+            key=tuple(columns.index(column) for column in kind.KEY),
+        )
 
 
-def _fields_of(kind: type[Any]) -> Fields:
-    named = ((field.name, _type_of(field)) for field in attrs.fields(kind))
-    return tuple((name, of, _COLUMNS_OF.get(of, (name,)), _PARTS.get(of)) for name, of in named)
-
-
-_FIELDS: Final[dict[Any, Fields]] = {kind: _fields_of(kind) for kind in ROWS}
-"""Name, type, columns and parts of each field."""
-
-_KEY_FIELDS: Final[dict[Any, Fields]] = {
-    kind: tuple(field for field in fields if set(field[2]) <= set(kind.KEY)) for kind, fields in _FIELDS.items()
-}
-"""The same, for the fields of the key; its columns stand in their order."""
+_LAYOUTS: Final = {kind: _Layout.of(kind) for kind in ROWS}
 
 
 def columns(kind: type[Row]) -> tuple[str, ...]:
     """The names of a row's columns, in the order of its values."""
-    return tuple(column for _, _, names, _ in _FIELDS[kind] for column in names)
+    return _LAYOUTS[kind].columns
 
 
 def encode(row: Row) -> Values:
     """The values of a row, one for each column."""
-    return _flat(row, _FIELDS[type(row)])
-
-
-def _flat(row: Row, fields: Fields) -> Values:
-    values: list[Any] = []
-    for name, _, names, parts in fields:
-        value = getattr(row, name)
-        if parts is None:
-            values.append(value)
-        else:
-            values += (None,) * len(names) if value is None else parts(value)
+    layout = _LAYOUTS[type(row)]
+    values = list(layout.fields(row))
+    for at, of, count in reversed(layout.spread):
+        whole = values[at]
+        values[at : at + 1] = (None,) * count if whole is None else _PARTS[of](whole)
     return tuple(values)
 
 
 def decode_row(kind: type[Any], values: Sequence[Any]) -> Any:
     """The row of ``kind`` that has these values; drivers without a boolean type give 0 and 1."""
-    members: list[Any] = []
-    at = 0
-    for _, of, names, parts in _FIELDS[kind]:
-        value = values[at]
-        if parts is not None:
-            members.append(None if value is None else of(*values[at : at + len(names)]))
-        else:
-            members.append(bool(value) if of is bool else value)
-        at += len(names)
+    layout = _LAYOUTS[kind]
+    members = list(values)
+    for at, of, count in layout.spread:
+        parts = members[at : at + count]
+        members[at : at + count] = (None if parts[0] is None else of(*parts),)
+    for at in layout.flags:
+        members[at] = bool(members[at])
     return kind(*members)
+
+
+def key_of(row: Row) -> Values:
+    """The values of a row's primary key."""
+    return _key_of(type(row), encode(row))
+
+
+def _key_of(kind: type[Row], values: Sequence[Any]) -> Values:
+    return tuple(values[at] for at in _LAYOUTS[kind].key)
 
 
 # --- statements ---
@@ -562,10 +580,5 @@ def decode(op: StoreOp[Any], rows: Sequence[Sequence[Any]]) -> Any:
             return None
 
 
-def key_of(row: Row) -> Values:
-    """The values of a row's primary key."""
-    return _flat(row, _KEY_FIELDS[type(row)])
-
-
 def _sorted(kind: type[Row], rows: Sequence[Sequence[Any]]) -> tuple[Any, ...]:
-    return tuple(sorted((decode_row(kind, values) for values in rows), key=key_of))
+    return tuple(decode_row(kind, values) for values in sorted(rows, key=partial(_key_of, kind)))

@@ -41,7 +41,10 @@ class Versions:
 
     def require(self) -> None:
         """Raises `StoreError`, with what to do, unless the database has our schema version."""
-        found = self.found()
+        self.judge(self.found())
+
+    def judge(self, found: int | None) -> None:
+        """Raises `StoreError`, with what to do, unless ``found`` is our schema version."""
         if found == sql.SCHEMA_VERSION:
             return
         told = f"it has schema version {found}, and this release knows version {sql.SCHEMA_VERSION}"

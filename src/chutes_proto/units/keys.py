@@ -134,9 +134,8 @@ def report(vm: Vm, volumes: Iterable[str], formatted: Iterable[str]) -> Script[t
         reported = volume in formatted
         if reported or (before.in_use and not before.format_allowed):
             in_use.append(volume)
-        after = evolve(before, in_use=before.in_use or reported, format_allowed=False)
-        if after != before:
-            yield from Put(after)
+        if before.format_allowed or (reported and not before.in_use):
+            yield from Put(evolve(before, in_use=before.in_use or reported, format_allowed=False))
     return tuple(in_use)
 
 
