@@ -171,6 +171,12 @@ def test_advisories_are_refused_only_if_listed() -> None:
     assert _refused(Policy(tcb=rejecting, measurements="unchecked"), verdict) == ["advisory"]
 
 
+def test_an_advisory_that_nobody_issues_is_named() -> None:
+    assert TcbPolicy(rejected_advisories=["intel-doc-10000", "INTEL-SA-00837"]).rejected_advisories
+    with pytest.raises(PolicyError, match="'INTLE-SA-00837' is none"):
+        _ = TcbPolicy(rejected_advisories=["INTEL-SA-00837", "INTLE-SA-00837"])
+
+
 def test_a_floor_under_the_evaluation_number() -> None:
     number = verdict_of(PLATFORM).evaluation_number
     policy = Policy(tcb=TcbPolicy(min_evaluation_number=number), measurements="unchecked")
@@ -437,6 +443,10 @@ def test_a_migratable_td_must_say_to_whom() -> None:
         lambda: TcbPolicy(accepted_statuses={TcbStatus.REVOKED}),
         lambda: TcbPolicy(rejected_advisories="INTEL-SA-00837"),
         lambda: TcbPolicy(rejected_advisories=["INTEL-SA-837"]),
+        lambda: TcbPolicy(rejected_advisories=["INTEL-SA-00837", "INTLE-SA-00837"]),
+        lambda: TcbPolicy(rejected_advisories=["INTEL-AS-00837"]),
+        lambda: TcbPolicy(rejected_advisories=["SIMULATED-SA-00837"]),
+        lambda: TcbPolicy(rejected_advisories=["INTEL-SA-00837\n"]),
         lambda: TcbPolicy(rejected_advisories=5),
         lambda: TcbPolicy(min_evaluation_number=-1),
         lambda: TcbPolicy(min_evaluation_number=True),

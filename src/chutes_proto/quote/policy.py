@@ -14,6 +14,7 @@ Rules kept here:
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any, Final, Literal, TypeAlias, cast, get_args
 
 from attrs import field, frozen
@@ -41,8 +42,8 @@ __all__ = [
     "parse_policy_toml",
 ]
 
-_ADVISORY: Final = re.compile(r"INTEL-[A-Z]+-[0-9]{5}|(?!INTEL-)[A-Z]+(-[A-Z0-9]+)+")
-"""Intel's have five digits; other issuers', like the simulated platform's, are only held against the form."""
+_ADVISORY: Final = re.compile(f"INTEL-(SA|DOC)-[0-9]{{5}}|SIMULATED-SA-({'|'.join(TcbStatus)})".upper())
+"""Intel's, and the simulated platform's: an identifier that nobody issues would refuse nothing."""
 
 
 def _statuses(values: Any) -> frozenset[TcbStatus]:
@@ -53,12 +54,13 @@ def _statuses(values: Any) -> frozenset[TcbStatus]:
 
 
 def _advisories(values: Any) -> frozenset[str]:
-    try:
-        names = [str(name).upper() for name in (() if isinstance(values, str) else values)]
-    except TypeError:
-        names = [""]
-    if isinstance(values, str) or not all(map(_ADVISORY.fullmatch, names)):
-        raise PolicyError('rejected_advisories: must be a list of identifiers like "INTEL-SA-00837"')
+    refused = 'rejected_advisories: must be a list of identifiers like "INTEL-SA-00837"'
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise PolicyError(refused)
+    names = [str(name).upper() for name in cast("Iterable[object]", values)]
+    for name in names:
+        if not _ADVISORY.fullmatch(name):
+            raise PolicyError(f"{refused}, and {name[:80]!r} is none")
     return frozenset(names)
 
 
