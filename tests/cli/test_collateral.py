@@ -229,7 +229,8 @@ def test_files_of_no_use(command: Command, shelf: Path, root: Path, tmp_path: Pa
         assert ended.code == 1
         assert "is missing" in ended.json["files"][1]["problem"]
         assert "is missing" in command("collateral", action, shelf, "--root", root).out
-        assert command("collateral", action, shelf / "a.json").code == 1  # simulated is not Intel's
+        ended = command("collateral", action, shelf / "a.json")  # simulated is not Intel's
+        assert (ended.code, "--root, which names one to trust" in ended.out) == (1, True)
         assert command("collateral", action, tmp_path, "--root", root).code == 2  # no *.json
 
 

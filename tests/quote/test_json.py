@@ -239,3 +239,10 @@ def test_any_bytes(data: bytes) -> None:
 def test_a_mutated_collateral_file(at: int, value: bytes) -> None:
     with suppress(CollateralFormatError):
         _ = Collateral.from_json(FILE[:at] + value + FILE[at + len(value) :])
+
+
+def test_collateral_may_be_text() -> None:
+    assert Collateral.from_json(FILE.decode()) == Collateral.from_json(FILE)
+    for text in ("", "{}", "\ud800", '"\ud800"', "\x00"):
+        with pytest.raises(CollateralFormatError):
+            _ = Collateral.from_json(text)

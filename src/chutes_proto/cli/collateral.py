@@ -300,9 +300,10 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
 def _read_all(options: argparse.Namespace) -> Iterator[tuple[str, VerifiedCollateral | str]]:
     """All files that are named, by name, with what they hold or why they are of no use."""
     from chutes_proto.blocking.files import read_file
-    from chutes_proto.cli.quotes import trusted_root
+    from chutes_proto.cli.quotes import ANOTHER_ROOT, trusted_root
     from chutes_proto.errors import ConfigurationError, QuoteError
     from chutes_proto.quote.collateral import Collateral
+    from chutes_proto.quote.steps import UntrustedRoot
     from chutes_proto.quote.verify import authenticate_collateral
 
     root = trusted_root(options)
@@ -314,6 +315,8 @@ def _read_all(options: argparse.Namespace) -> Iterator[tuple[str, VerifiedCollat
             data = read_file(file)
             try:
                 yield str(file), authenticate_collateral(Collateral.from_json(data), root=root)
+            except UntrustedRoot as exc:
+                yield str(file), f"{exc}. {ANOTHER_ROOT}"
             except QuoteError as exc:
                 yield str(file), str(exc)
 

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 _BODY_TYPES: Final = {SgxReport: "SGX", TdReport10: "TD10", TdReport15: "TD15", TdReport15Ex: "TD15Ex"}
 _FLAGS: Final = {"seam_attributes", "td_attributes", "xfam", "init_servtd_attributes", "current_servtd_attributes"}
 _WIDTH: Final = 26
+ANOTHER_ROOT: Final = "It is under another root than Intel's, or than that of --root, which names one to trust."
+"""What to do where a chain ends at a root that is not trusted."""
 
 
 def quote_fields(quote: Quote) -> dict[str, object]:

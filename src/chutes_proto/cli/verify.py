@@ -170,6 +170,7 @@ def _text_hint(data: bytes) -> dict[str, str]:
 
 def _hint(exc: QuoteError) -> dict[str, object]:
     """What to do where the collateral alone is at fault, so that nothing can be said about the quote; or the root."""
+    from chutes_proto.cli.quotes import ANOTHER_ROOT
     from chutes_proto.quote.errors import CollateralFormatError
     from chutes_proto.quote.steps import CollateralExpired, CollateralNotYetValid, UntrustedRoot
 
@@ -180,7 +181,7 @@ def _hint(exc: QuoteError) -> dict[str, object]:
         case CollateralFormatError():
             return {"unjudged": True, "hint": "Fetch it with `chutes-proto collateral fetch`, or see verify --help."}
         case UntrustedRoot():
-            return {"hint": "It is under another root than Intel's, or than that of --root, which names one to trust."}
+            return {"hint": ANOTHER_ROOT}
         case _:
             return {}
 

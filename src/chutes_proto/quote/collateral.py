@@ -51,8 +51,10 @@ class Collateral:
     pck_certificate_chain: bytes | None = None
 
     @classmethod
-    def from_json(cls, data: bytes) -> Collateral:
-        """The pieces in a file. Raises `CollateralFormatError`, whatever the bytes."""
+    def from_json(cls, data: bytes | str) -> Collateral:
+        """The pieces in a file, or in its text. Raises `CollateralFormatError`, whatever is in it."""
+        if isinstance(data, str):
+            data = data.encode("utf-8", "surrogatepass")  # a lone surrogate is refused below
         try:
             table = strict_json.decode(data, limit=MAX_SIZE)
         except strict_json.JsonError as exc:
