@@ -367,7 +367,7 @@ class Flood(Unit[None]):
 
 def test_any_number_of_audit_rows(site: Site, tmp_path: Path) -> None:
     """An export has a part of them in memory at a time; a list has the newest."""
-    size = 20_000_000
+    size = 14_000_000
     with closing(load_setup(site.configuration).store.open(migrate=True)) as store:
         store.transact(Flood(size))
     tracemalloc.start()

@@ -13,7 +13,8 @@ import threading
 import time
 from base64 import b64encode
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import closing, redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from chutes_proto.blocking.setup import load_setup
 from chutes_proto.blocking.stores import DurableStore
 from chutes_proto.blocking.tls import client_context
 from chutes_proto.cli.development import write_server
+from chutes_proto.cli.main import main
 from chutes_proto.testing.platform import SimulatedPlatform
 from chutes_proto.wire.codec import encode_quote
 from tests.cli.conftest import HOTKEY, PROGRAM, Ended, Server, end, start_server
@@ -54,7 +56,7 @@ class Premises:
         self.platform = open_platform(self.platform_directory, self.now).platform
         write_server(self.directory, self.platform, self.now)
         self.edit("sqlite:keys.db", self.store)
-        assert self.do("store", "migrate").code == 0
+        load_setup(self.configuration).store.open(migrate=True).close()
 
     @property
     def configuration(self) -> Path:
@@ -122,6 +124,13 @@ class Premises:
         self.heard += [done.stdout.encode(), done.stderr.encode()]
         assert "Traceback" not in done.stderr, done.stderr
         return Ended(done.returncode, done.stdout, done.stderr)
+
+    def here(self, *words: object) -> Ended:
+        """`do` in this process, where it is of no matter whose process it is."""
+        with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
+            code = main([*map(str, words), "--config", str(self.configuration)])
+        self.heard += [out.getvalue().encode(), err.getvalue().encode()]
+        return Ended(code, out.getvalue(), err.getvalue())
 
     def killed_at(self, text: str, *words: object) -> str:
         """A command that is killed once it has said ``text`` on standard error; what it said until then."""
@@ -232,7 +241,10 @@ class Vm:
 
 @define
 class Watch:
-    """What anyone on the machine sees of its processes: all command lines and environments, looked at all the time."""
+    """What anyone on the machine sees of its processes: all command lines and environments, looked at all the time.
+
+    An environment is read once for each command line that a process has: it is fixed as that is, when a program begins.
+    """
 
     seen: set[bytes] = field(factory=set[bytes])
     _over: threading.Event = field(factory=threading.Event)
@@ -249,10 +261,13 @@ class Watch:
         self._thread.join(20)
 
     def _look(self) -> None:
+        known: set[tuple[str, bytes]] = set()
         while not self._over.wait(0.02):
             for process in Path("/proc").glob("[0-9]*"):
-                for name in ("cmdline", "environ"):
-                    try:
-                        self.seen.add((process / name).read_bytes())
-                    except OSError:
-                        continue
+                try:
+                    line = (process / "cmdline").read_bytes()
+                    if (process.name, line) not in known:
+                        self.seen |= {line, (process / "environ").read_bytes()}
+                        known.add((process.name, line))
+                except OSError:
+                    continue

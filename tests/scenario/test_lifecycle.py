@@ -204,7 +204,7 @@ def test_keys_are_wrapped_anew_while_disks_are_opened(premises: Premises, disk: 
     """`keys rewrap` is killed in the middle while a server goes on; the next one does the rest."""
     premises.start()
     disk.format(key(premises, disk))
-    premises.plant({f"other-{number}": {"storage": "x", "tdx-cache": "y"} for number in range(500)})
+    premises.plant({f"other-{number}": {"storage": "x", "tdx-cache": "y"} for number in range(300)})
     premises.stop()
     premises.new_key()
     premises.start()

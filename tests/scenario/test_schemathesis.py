@@ -13,7 +13,7 @@ import pytest
 from chutes_proto.wire.endpoints import ENDPOINTS
 from tests.cli.conftest import Server, end, start_server
 
-SECONDS = 25
+SECONDS = 15
 CONFIGURATION = """
 # 400: what a header or a query lacks, or names twice. The rest are the defaults.
 [checks]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import socket
 import ssl
 import subprocess
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -68,7 +69,7 @@ class Echo:
         if request.target == "/broken":
             raise RuntimeError("a defect")
         if request.target == "/big":
-            return HttpResponse(200, body=bytes(1 << 25))
+            return HttpResponse(200, body=bytes(1 << 24))
         certificate = request.peer_certificate
         content = {
             "target": request.target,
@@ -105,7 +106,10 @@ class Running:
     server: Any
 
     async def plain(self) -> anyio.abc.SocketStream:
-        return await anyio.connect_tcp("127.0.0.1", self.port)
+        """A connection whose peer soon holds all that it has not read."""
+        stream = await anyio.connect_tcp("127.0.0.1", self.port)
+        stream.extra(anyio.abc.SocketAttribute.raw_socket).setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        return stream
 
     async def connect(self) -> TLSStream:
         return await shaken(await self.plain())
@@ -277,6 +281,7 @@ def test_a_peer_that_does_not_read_is_cut_off(loop: Loop) -> None:
     async def main() -> None:
         async with running(loop, limits, connections=1) as server:
             deaf = await server.connect()
+            await deaf.send(GET.replace(b"/a", b"/big"))
             with pytest.raises(anyio.BrokenResourceError):
                 for _ in range(10_000):  # requests without end, and no answer taken
                     await deaf.send(GET * 1000)
