@@ -21,7 +21,8 @@ UNWANTED = frozenset(
 """Packages: each costs more than the agent's part in a boot, or an initramfs does not have it."""
 UNWANTED_ROOMS = frozenset(
     f"chutes_proto.{room}"
-    for room in "blocking.http blocking.sqlite collateral quote.verify server store testing transport.h1 units".split()
+    for room in "blocking.http blocking.sqlite collateral quote.verify server store testing transport.h1 units "
+    "wire.endpoints wire.miners wire.public".split()
 )
 
 

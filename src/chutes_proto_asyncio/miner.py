@@ -26,7 +26,7 @@ from chutes_proto.client.servers import (
     rename_server,
 )
 from chutes_proto.log import Record
-from chutes_proto.wire.messages import (
+from chutes_proto.wire.miners import (
     AttestationStatusAnswer,
     NodeArgs,
     RenamedServerAnswer,

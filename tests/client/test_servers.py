@@ -27,7 +27,7 @@ from chutes_proto.errors import (
 from chutes_proto.secret import Secret
 from chutes_proto.store.rows import AttestationRow, ServerRow
 from chutes_proto.wire.http import HttpRequest, HttpResponse
-from chutes_proto.wire.messages import NodeArgs
+from chutes_proto.wire.miners import NodeArgs
 from tests.server.world import MINER, NOW, World
 
 OTHER = HotkeyPair.from_seed(Secret(bytes(range(32))))

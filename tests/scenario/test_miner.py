@@ -24,7 +24,7 @@ from chutes_proto.errors import BadRequest, ConfigurationError, LocalProtocolErr
 from chutes_proto.secret import Secret
 from chutes_proto.server.app import App
 from chutes_proto.store.rows import ServerRow
-from chutes_proto.wire.messages import NodeArgs
+from chutes_proto.wire.miners import NodeArgs
 from tests.scenario.operations import LOOPS, SERVER, Site, both_loops, code, everywhere, open_store, run
 from tests.server.world import MINER, PLATFORM, ScanAll, service
 

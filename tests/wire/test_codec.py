@@ -11,12 +11,13 @@ from chutes_proto.codes import Code
 from chutes_proto.errors import BadRequest, Refusal, Refused, RemoteProtocolError, Unavailable
 from chutes_proto.secret import Secret
 from chutes_proto.strict import MOST
-from chutes_proto.wire import codec, endpoints, json
-from chutes_proto.wire import messages as m
+from chutes_proto.wire import codec, endpoints, json, public, vms
 from chutes_proto.wire.answers import error_response
+from chutes_proto.wire.endpoint import Message, NonceAnswer
 from chutes_proto.wire.http import HttpRequest, HttpResponse
+from chutes_proto.wire.names import NAME_PATTERN, Name
 
-NAMES = st.from_regex(m.NAME_PATTERN, fullmatch=True)
+NAMES = st.from_regex(NAME_PATTERN, fullmatch=True)
 HEADERS = st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), min_size=1, max_size=40)
 VOLUMES = st.lists(st.text(max_size=20).filter(lambda s: s.isprintable()), max_size=4).map(tuple)
 
@@ -43,9 +44,9 @@ def problems(request: HttpRequest) -> list[tuple[Any, ...]]:
 
 
 requests = st.one_of(
-    st.builds(m.BootNonceRequest, miner_hotkey=st.none() | st.text(max_size=60).filter(lambda s: s.isprintable())),
+    st.builds(vms.BootNonceRequest, miner_hotkey=st.none() | st.text(max_size=60).filter(lambda s: s.isprintable())),
     st.builds(
-        m.BootAttestationRequest,
+        vms.BootAttestationRequest,
         quote=st.text(max_size=80).filter(lambda s: s.isprintable()),
         vm_name=NAMES,
         miner_hotkey=HEADERS,
@@ -53,9 +54,9 @@ requests = st.one_of(
         hotkey=st.none() | HEADERS,
         signature=st.none() | HEADERS,
     ),
-    st.builds(m.CachePassphraseRequest, vm_name=NAMES, hotkey=st.none() | HEADERS, boot_token=st.none() | HEADERS),
+    st.builds(vms.CachePassphraseRequest, vm_name=NAMES, hotkey=st.none() | HEADERS, boot_token=st.none() | HEADERS),
     st.builds(
-        m.VolumeSyncRequest,
+        vms.VolumeSyncRequest,
         vm_name=NAMES,
         hotkey=st.none() | HEADERS,
         hotkey_query=st.none() | HEADERS,
@@ -65,7 +66,7 @@ requests = st.one_of(
         formatted=st.none() | VOLUMES,
     ),
     st.builds(
-        m.VolumeAttestationRequest,
+        vms.VolumeAttestationRequest,
         vm_name=NAMES,
         hotkey=st.none() | HEADERS,
         quote_nonce=st.none() | HEADERS,
@@ -74,18 +75,18 @@ requests = st.one_of(
         formatted=st.none() | VOLUMES,
     ),
     st.builds(
-        m.VolumeConfirmationRequest,
+        vms.VolumeConfirmationRequest,
         vm_name=NAMES,
         hotkey=st.none() | HEADERS,
         confirm_nonce=st.none() | HEADERS,
-        volumes=st.dictionaries(NAMES, st.builds(m.VolumeConfirmation, rotated=st.booleans()), max_size=3),
+        volumes=st.dictionaries(NAMES, st.builds(vms.VolumeConfirmation, rotated=st.booleans()), max_size=3),
     ),
-    st.just(m.ApiDescriptionRequest()),
+    st.just(public.ApiDescriptionRequest()),
 )
 
 
 @given(requests)
-def test_a_request_survives_the_wire(message: m.Request) -> None:
+def test_a_request_survives_the_wire(message: Message) -> None:
     endpoint = next(e for e in endpoints.ENDPOINTS if e.request is type(message))
     request = codec.encode_request(endpoint, message)
     match = matched(request)
@@ -95,38 +96,40 @@ def test_a_request_survives_the_wire(message: m.Request) -> None:
 
 SECRETS = st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), min_size=1).map(lambda s: Secret(s.encode()))
 answers = st.one_of(
-    st.builds(m.NonceAnswer, nonce=HEADERS, expires_at=HEADERS),
+    st.builds(NonceAnswer, nonce=HEADERS, expires_at=HEADERS),
     st.builds(
-        m.BootAttestationAnswer,
+        vms.BootAttestationAnswer,
         key=SECRETS,
         boot_token=st.none() | SECRETS,
         luks_quote_nonce=st.none() | SECRETS,
     ),
-    st.builds(m.CachePassphraseAnswer, passphrase=SECRETS),
+    st.builds(vms.CachePassphraseAnswer, passphrase=SECRETS),
     st.builds(
-        m.VolumeSyncAnswer,
+        vms.VolumeSyncAnswer,
         passphrases=st.dictionaries(NAMES.filter(lambda n: n != "in_use"), SECRETS, max_size=3).map(
             lambda d: tuple(d.items())
         ),
         in_use=st.lists(NAMES, max_size=3).map(tuple),
     ),
     st.builds(
-        m.VolumeAttestationAnswer,
-        volumes=st.dictionaries(NAMES, st.builds(m.VolumePair, current=st.none() | SECRETS, next=SECRETS), max_size=3),
+        vms.VolumeAttestationAnswer,
+        volumes=st.dictionaries(
+            NAMES, st.builds(vms.VolumePair, current=st.none() | SECRETS, next=SECRETS), max_size=3
+        ),
         confirm_nonce=SECRETS,
         k3s_encryption_key=SECRETS,
         in_use=st.lists(NAMES, max_size=3).map(tuple),
     ),
     st.builds(
-        m.VolumeConfirmationAnswer,
+        vms.VolumeConfirmationAnswer,
         status=HEADERS,
-        volumes=st.dictionaries(NAMES, st.builds(m.VolumeResult, result=HEADERS), max_size=3),
+        volumes=st.dictionaries(NAMES, st.builds(vms.VolumeResult, result=HEADERS), max_size=3),
     ),
 )
 
 
 @given(answers)
-def test_an_answer_survives_the_wire(answer: m.Answer) -> None:
+def test_an_answer_survives_the_wire(answer: Message) -> None:
     endpoint = next(e for e in endpoints.ENDPOINTS if e.answer is type(answer))
     response = codec.encode_answer(endpoint, answer)
     assert (response.status, response.header("content-type")) == (200, "application/json")
@@ -134,30 +137,32 @@ def test_an_answer_survives_the_wire(answer: m.Answer) -> None:
 
 
 def test_answers_are_compact_and_in_order() -> None:
-    grant = m.BootAttestationAnswer(key=Secret(b"k1"), boot_token=Secret(b"t1"))
-    assert codec.encode_answer(endpoints.BOOT_ATTESTATION, grant).body == b'{"key":"k1","boot_token":"t1"}'
-    two_phase = m.BootAttestationAnswer(key=Secret(b"k1"), boot_token=None, luks_quote_nonce=Secret(b"n"))
-    body = codec.encode_answer(endpoints.BOOT_ATTESTATION, two_phase).body
+    grant = vms.BootAttestationAnswer(key=Secret(b"k1"), boot_token=Secret(b"t1"))
+    assert codec.encode_answer(vms.BOOT_ATTESTATION, grant).body == b'{"key":"k1","boot_token":"t1"}'
+    two_phase = vms.BootAttestationAnswer(key=Secret(b"k1"), boot_token=None, luks_quote_nonce=Secret(b"n"))
+    body = codec.encode_answer(vms.BOOT_ATTESTATION, two_phase).body
     assert body == b'{"key":"k1","boot_token":null,"luks_quote_nonce":"n"}'
-    keys = m.VolumeSyncAnswer(passphrases=(("tdx-cache", Secret(b"b")), ("storage", Secret(b"a"))), in_use=("storage",))
-    body = codec.encode_answer(endpoints.VOLUME_SYNC, keys).body
+    keys = vms.VolumeSyncAnswer(
+        passphrases=(("tdx-cache", Secret(b"b")), ("storage", Secret(b"a"))), in_use=("storage",)
+    )
+    body = codec.encode_answer(vms.VOLUME_SYNC, keys).body
     assert body == b'{"tdx-cache":"b","storage":"a","in_use":["storage"]}'
-    handed = m.VolumeAttestationAnswer(
+    handed = vms.VolumeAttestationAnswer(
         volumes={
-            "storage": m.VolumePair(current=None, next=Secret(b"n")),
-            "tdx-cache": m.VolumePair(current=Secret(b"c"), next=Secret(b"d")),
+            "storage": vms.VolumePair(current=None, next=Secret(b"n")),
+            "tdx-cache": vms.VolumePair(current=Secret(b"c"), next=Secret(b"d")),
         },
         confirm_nonce=Secret(b"m"),
         k3s_encryption_key=Secret(b"k"),
         in_use=("storage",),
     )
-    assert codec.encode_answer(endpoints.VOLUME_ATTESTATION, handed).body == (
+    assert codec.encode_answer(vms.VOLUME_ATTESTATION, handed).body == (
         b'{"volumes":{"storage":{"current":null,"next":"n"},"tdx-cache":{"current":"c","next":"d"}},'
         b'"confirm_nonce":"m","k3s_encryption_key":"k","in_use":["storage"]}'
     )
     older = b'{"volumes":{},"confirm_nonce":"m","k3s_encryption_key":"k"}'
-    decoded = codec.decode_answer(endpoints.VOLUME_ATTESTATION, HttpResponse(200, body=older))
-    assert decoded == m.VolumeAttestationAnswer(
+    decoded = codec.decode_answer(vms.VOLUME_ATTESTATION, HttpResponse(200, body=older))
+    assert decoded == vms.VolumeAttestationAnswer(
         volumes={}, confirm_nonce=Secret(b"m"), k3s_encryption_key=Secret(b"k"), in_use=()
     )
 
@@ -232,12 +237,12 @@ def test_other_content_types(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["application/json", "Application/JSON; charset=utf-8", "application/vnd.api+json"])
 def test_json_content_types(kind: str) -> None:
     request = sync(b'{"volumes":["a"]}', headers=(("content-type", kind),))
-    assert codec.decode_request(matched(request), request) == m.VolumeSyncRequest(vm_name=m.Name("vm"), volumes=("a",))
+    assert codec.decode_request(matched(request), request) == vms.VolumeSyncRequest(vm_name=Name("vm"), volumes=("a",))
 
 
 def test_an_absent_content_type_is_json() -> None:
     request = sync(b'{"volumes":["a"],"sync":true}', headers=())
-    assert codec.decode_request(matched(request), request) == m.VolumeSyncRequest(vm_name=m.Name("vm"), volumes=("a",))
+    assert codec.decode_request(matched(request), request) == vms.VolumeSyncRequest(vm_name=Name("vm"), volumes=("a",))
 
 
 @pytest.mark.parametrize(
@@ -286,7 +291,7 @@ def test_a_refusal_comes_back_as_the_one_that_was_raised() -> None:
         Unavailable(Code.STORE_UNAVAILABLE, "later", retry_after=7),
     ):
         with pytest.raises(type(refusal)) as caught:
-            codec.decode_answer(endpoints.BOOT_NONCE, error_response(refusal, "ab12"))
+            codec.decode_answer(vms.BOOT_NONCE, error_response(refusal, "ab12"))
         back = caught.value
         assert (back.code, back.detail, back.status) == (refusal.code, refusal.detail, refusal.status)
         assert back.request_id == "ab12"
@@ -311,12 +316,12 @@ def test_a_refusal_comes_back_as_the_one_that_was_raised() -> None:
 )
 def test_answers_that_are_neither_grant_nor_refusal(status: int, body: bytes) -> None:
     with pytest.raises(RemoteProtocolError):
-        codec.decode_answer(endpoints.BOOT_ATTESTATION, HttpResponse(status, (), body))
+        codec.decode_answer(vms.BOOT_ATTESTATION, HttpResponse(status, (), body))
 
 
 @given(st.integers(400, 599), st.binary(max_size=60))
 def test_any_error_page_is_a_refusal_with_its_status(status: int, body: bytes) -> None:
     with pytest.raises(Refusal) as caught:
-        codec.decode_answer(endpoints.BOOT_NONCE, HttpResponse(status, (("retry-after", "soon"),), body))
+        codec.decode_answer(vms.BOOT_NONCE, HttpResponse(status, (("retry-after", "soon"),), body))
     assert caught.value.status == status
     assert isinstance(caught.value, Unavailable) == (status >= 500 or status == 429)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chutes_proto.wire import endpoints
+from chutes_proto.wire import vms
 from chutes_proto.wire.endpoints import ENDPOINTS, Match, Redirect, WrongMethod, route
 
 
@@ -70,7 +70,7 @@ def test_paths_that_are_nothing(path: str) -> None:
 
 def test_parameters_are_decoded_once() -> None:
     match route("GET", "/servers/a%2541/luks"):
-        case Match(endpoints.CACHE_PASSPHRASE, {"vm_name": name}):
+        case Match(vms.CACHE_PASSPHRASE, {"vm_name": name}):
             assert name == "a%41"
         case other:
             pytest.fail(str(other))

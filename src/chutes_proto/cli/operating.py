@@ -187,7 +187,7 @@ def moment(text: str) -> int:
 
 def vm_name(text: str) -> str:
     """A VM as `find_vm` takes it."""
-    from chutes_proto.wire.messages import NAME_PATTERN
+    from chutes_proto.wire.names import NAME_PATTERN
 
     hotkey, slash, name = text.rpartition("/")
     if not re.fullmatch(NAME_PATTERN, name, re.ASCII) or (slash and not _HOTKEY.fullmatch(hotkey)):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from chutes_proto.cli import console, miner
 
 if TYPE_CHECKING:
-    from chutes_proto.wire.messages import NodeArgs
+    from chutes_proto.wire.miners import NodeArgs
 
 NAME = "register"
 
@@ -60,9 +60,10 @@ def run(options: argparse.Namespace) -> int:
 def _gpus(path: str) -> tuple[NodeArgs, ...]:
     from chutes_proto.blocking.files import read_file
     from chutes_proto.errors import ConfigurationError
-    from chutes_proto.wire.codec import decode_nodes
+    from chutes_proto.wire.codec import decode_list
+    from chutes_proto.wire.miners import NodeArgs
 
     try:
-        return decode_nodes(read_file(path))
+        return decode_list(read_file(path), NodeArgs)
     except ValueError as exc:
         raise ConfigurationError(f"{path}: not a list of GPUs: {exc}") from None

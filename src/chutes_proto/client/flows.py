@@ -41,11 +41,11 @@ from chutes_proto.errors import (
 )
 from chutes_proto.log import Level, Record, Value
 from chutes_proto.secret import Secret
-from chutes_proto.wire import codec, endpoints, messages
-from chutes_proto.wire.endpoints import Endpoint
-from chutes_proto.wire.names import HEX_32, NAME_RULE
+from chutes_proto.wire import codec, vms
+from chutes_proto.wire.endpoint import Endpoint, Message, NonceAnswer
+from chutes_proto.wire.names import HEX_32, NAME_PATTERN, NAME_RULE, Name
 
-A = TypeVar("A", bound=messages.Answer)
+A = TypeVar("A", bound=Message)
 
 _PRINTABLE = re.compile(r"[!-~]{1,128}")
 
@@ -71,7 +71,7 @@ class BootSettings:
     def __attrs_post_init__(self) -> None:
         if not _PRINTABLE.fullmatch(self.miner_hotkey):
             raise LocalProtocolError("a hotkey is an SS58 address")
-        if not re.fullmatch(messages.NAME_PATTERN, self.vm_name):
+        if not re.fullmatch(NAME_PATTERN, self.vm_name):
             raise LocalProtocolError(f"a VM's name is {NAME_RULE}")
         if self.signer is not None:
             try:
@@ -277,8 +277,8 @@ def confirm_volumes(rotation: Rotation, *, retry: RetryPolicy = DEFAULT_RETRY) -
 
 def fetch_nonce(settings: BootSettings) -> Flow[bytes]:
     """A fresh boot nonce of 32 bytes, bound to the settings' hotkey. Raises `Refusal`, `TransportError`."""
-    request = messages.BootNonceRequest(miner_hotkey=settings.miner_hotkey)
-    answer = yield from _ask(endpoints.BOOT_NONCE, request, messages.NonceAnswer)
+    request = vms.BootNonceRequest(miner_hotkey=settings.miner_hotkey)
+    answer = yield from _ask(vms.BOOT_NONCE, request, NonceAnswer)
     if not HEX_32.fullmatch(answer.nonce):
         raise RemoteProtocolError("the server's nonce is not 64 lowercase hex digits")
     return bytes.fromhex(answer.nonce)
@@ -294,15 +294,15 @@ def attest_boot(settings: BootSettings, nonce: bytes, quote: bytes) -> Flow[Boot
 
     Raises `Refusal`, `TransportError`, and `RemoteProtocolError` for an answer that is no whole grant.
     """
-    message = messages.BootAttestationRequest(
+    message = vms.BootAttestationRequest(
         quote=codec.encode_quote(quote),
-        vm_name=messages.Name(settings.vm_name),
+        vm_name=Name(settings.vm_name),
         miner_hotkey=settings.miner_hotkey,
         nonce=nonce.hex(),
     )
     if settings.signer is not None:
         message = _signed(message, nonce, settings.signer)
-    answer = yield from _ask(endpoints.BOOT_ATTESTATION, message, messages.BootAttestationAnswer)
+    answer = yield from _ask(vms.BOOT_ATTESTATION, message, vms.BootAttestationAnswer)
     if (answer.boot_token is None) == (answer.luks_quote_nonce is None):
         raise RemoteProtocolError("the server's grant has both a boot token and a quote nonce, or neither")
     for opener in (answer.boot_token, answer.luks_quote_nonce):
@@ -344,15 +344,15 @@ def _sync_step(volumes: Sequence[str], rekey: Sequence[str], formatted: Sequence
         raise LocalProtocolError("volumes must not be empty, and rekey and formatted must be among them")
 
     def sync(grant: BootGrant) -> Flow[tuple[BootGrant, VolumeKeys]]:
-        request = messages.VolumeSyncRequest(
-            vm_name=messages.Name(grant.vm_name),
+        request = vms.VolumeSyncRequest(
+            vm_name=Name(grant.vm_name),
             hotkey=grant.miner_hotkey,
             boot_token=_token(grant),
             volumes=asked,
             rekey=tuple(rekey) or None,
             formatted=None if formatted is None else tuple(formatted),
         )
-        answer = yield from _ask(endpoints.VOLUME_SYNC, request, messages.VolumeSyncAnswer)
+        answer = yield from _ask(vms.VOLUME_SYNC, request, vms.VolumeSyncAnswer)
         passphrases = dict(answer.passphrases)
         if {*passphrases} != {*asked} or not {*answer.in_use} <= {*asked}:
             raise RemoteProtocolError(f"the server's answer is not about exactly the volumes {', '.join(asked)}")
@@ -377,15 +377,15 @@ def _attest_steps(
 
     def attest(held: tuple[BootGrant, bytes]) -> Flow[Rotation]:
         grant, quoted = held
-        request = messages.VolumeAttestationRequest(
-            vm_name=messages.Name(grant.vm_name),
+        request = vms.VolumeAttestationRequest(
+            vm_name=Name(grant.vm_name),
             hotkey=grant.miner_hotkey,
             quote_nonce=_quote_nonce(grant),
             quote=codec.encode_quote(quoted),
             volumes=asked,
             formatted=None if formatted is None else tuple(formatted),
         )
-        answer = yield from _ask(endpoints.VOLUME_ATTESTATION, request, messages.VolumeAttestationAnswer)
+        answer = yield from _ask(vms.VOLUME_ATTESTATION, request, vms.VolumeAttestationAnswer)
         if {*answer.volumes} != {*asked} or not {*answer.in_use} <= {*asked}:
             raise RemoteProtocolError(f"the server's answer is not about exactly the volumes {', '.join(asked)}")
         if not HEX_32.fullmatch(answer.confirm_nonce.reveal().decode("ascii")):
@@ -404,13 +404,13 @@ def _attest_steps(
 
 def _confirm_step() -> _Step:
     def confirm(rotation: Rotation) -> Flow[Mapping[str, str]]:
-        request = messages.VolumeConfirmationRequest(
-            vm_name=messages.Name(rotation.grant.vm_name),
+        request = vms.VolumeConfirmationRequest(
+            vm_name=Name(rotation.grant.vm_name),
             hotkey=rotation.grant.miner_hotkey,
             confirm_nonce=rotation.confirm_nonce.reveal().decode("ascii"),
-            volumes={name: messages.VolumeConfirmation(rotated=added) for name, added in rotation.report.items()},
+            volumes={name: vms.VolumeConfirmation(rotated=added) for name, added in rotation.report.items()},
         )
-        answer = yield from _ask(endpoints.VOLUME_CONFIRMATION, request, messages.VolumeConfirmationAnswer)
+        answer = yield from _ask(vms.VOLUME_CONFIRMATION, request, vms.VolumeConfirmationAnswer)
         if {*answer.volumes} != {*rotation.report}:
             raise RemoteProtocolError(
                 f"the server's answer is not about exactly the volumes {', '.join(rotation.report)}"
@@ -425,10 +425,10 @@ def _confirm_step() -> _Step:
 
 def _read_step() -> _Step:
     def read(grant: BootGrant) -> Flow[Secret]:
-        request = messages.CachePassphraseRequest(
-            vm_name=messages.Name(grant.vm_name), hotkey=grant.miner_hotkey, boot_token=_token(grant)
+        request = vms.CachePassphraseRequest(
+            vm_name=Name(grant.vm_name), hotkey=grant.miner_hotkey, boot_token=_token(grant)
         )
-        answer = yield from _ask(endpoints.CACHE_PASSPHRASE, request, messages.CachePassphraseAnswer)
+        answer = yield from _ask(vms.CACHE_PASSPHRASE, request, vms.CachePassphraseAnswer)
         return answer.passphrase
 
     return _Step("passphrase", Input.PASSPHRASE, read)
@@ -478,15 +478,15 @@ def _reach(
             held = None  # a new attempt owes nothing to the one that failed
 
 
-def _ask(endpoint: Endpoint, message: messages.Request, kind: type[A]) -> Flow[A]:
+def _ask(endpoint: Endpoint, message: Message, kind: type[A]) -> Flow[A]:
     """One request and its answer, which the endpoint table says is a ``kind``."""
     response = yield from Send(codec.encode_request(endpoint, message))
     return cast("A", codec.decode_answer(endpoint, response))
 
 
-def _signed(message: messages.BootAttestationRequest, nonce: bytes, signer: Signer) -> messages.BootAttestationRequest:
+def _signed(message: vms.BootAttestationRequest, nonce: bytes, signer: Signer) -> vms.BootAttestationRequest:
     """The same message with the proof of its hotkey; the headers are not part of the body that is signed."""
-    body = codec.encode_request(endpoints.BOOT_ATTESTATION, message).body
+    body = codec.encode_request(vms.BOOT_ATTESTATION, message).body
     signature = signer(body_message(Hotkey.parse(message.miner_hotkey), nonce.hex(), body))
     return attrs.evolve(message, hotkey=message.miner_hotkey, signature=signature.hex())
 

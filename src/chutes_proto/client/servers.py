@@ -36,12 +36,12 @@ from chutes_proto.errors import (
     TransportError,
     Unavailable,
 )
-from chutes_proto.wire import codec, endpoints, messages
-from chutes_proto.wire.endpoints import Endpoint
-from chutes_proto.wire.names import HEX_32, NAME_RULE
+from chutes_proto.wire import codec, miners
+from chutes_proto.wire.endpoint import Endpoint, Message, NonceAnswer
+from chutes_proto.wire.names import HEX_32, NAME_PATTERN, NAME_RULE, Name
 
 T = TypeVar("T")
-A = TypeVar("A", bound=messages.Answer)
+A = TypeVar("A", bound=Message)
 
 MINER_RETRY: Final = RetryPolicy(attempts=4, cap=10.0, deadline=60.0)
 """What a person at a terminal, or a script, waits for."""
@@ -74,42 +74,42 @@ class Miner:
 
 
 def register_server(
-    miner: Miner, *, server_id: str, host: str, gpus: Sequence[messages.NodeArgs], name: str | None = None
+    miner: Miner, *, server_id: str, host: str, gpus: Sequence[miners.NodeArgs], name: str | None = None
 ) -> Flow[None]:
     """Register a server; without ``name`` its id is its name."""
-    message = messages.RegisterServerRequest(
+    message = miners.RegisterServerRequest(
         host=host, id=_name(server_id), name=None if name is None else _name(name), gpus=tuple(gpus)
     )
     began = yield from Now()
 
     def attempt(lost: bool) -> Flow[None]:
         try:
-            _ = yield from _ask(miner, endpoints.REGISTER_SERVER, message, messages.MessageAnswer)
+            _ = yield from _ask(miner, miners.REGISTER_SERVER, message, miners.MessageAnswer)
         except Refused as exc:
             # A GPU is the first thing that a registration meets of itself; another's would meet its id or host too.
             if not lost or exc.code != Code.GPU_TAKEN or not (yield from _is_registered(miner, message, began)):
                 raise
 
-    yield from _persist(miner, endpoints.REGISTER_SERVER, attempt)
+    yield from _persist(miner, miners.REGISTER_SERVER, attempt)
 
 
-def list_servers(miner: Miner) -> Flow[tuple[messages.ServerAnswer, ...]]:
+def list_servers(miner: Miner) -> Flow[tuple[miners.ServerAnswer, ...]]:
     """The miner's servers, newest first."""
-    request = messages.ListServersRequest()
-    answer = yield from _repeat(miner, endpoints.LIST_SERVERS, request, messages.ServerListAnswer)
+    request = miners.ListServersRequest()
+    answer = yield from _repeat(miner, miners.LIST_SERVERS, request, miners.ServerListAnswer)
     return answer.servers
 
 
-def rename_server(miner: Miner, server_id: str, name: str) -> Flow[messages.RenamedServerAnswer]:
+def rename_server(miner: Miner, server_id: str, name: str) -> Flow[miners.RenamedServerAnswer]:
     """Give a server another name; the keys of its VM stay where they are."""
-    request = messages.RenameServerRequest(server_id=_name(server_id), server_name=_name(name))
-    return (yield from _repeat(miner, endpoints.RENAME_SERVER, request, messages.RenamedServerAnswer))
+    request = miners.RenameServerRequest(server_id=_name(server_id), server_name=_name(name))
+    return (yield from _repeat(miner, miners.RENAME_SERVER, request, miners.RenamedServerAnswer))
 
 
-def read_server(miner: Miner, server_id: str) -> Flow[messages.ServerAnswer]:
+def read_server(miner: Miner, server_id: str) -> Flow[miners.ServerAnswer]:
     """One server."""
-    request = messages.ServerDetailsRequest(server_id=_name(server_id))
-    return (yield from _repeat(miner, endpoints.SERVER_DETAILS, request, messages.ServerAnswer))
+    request = miners.ServerDetailsRequest(server_id=_name(server_id))
+    return (yield from _repeat(miner, miners.SERVER_DETAILS, request, miners.ServerAnswer))
 
 
 def remove_server(miner: Miner, name_or_id: str) -> Flow[str]:
@@ -117,50 +117,50 @@ def remove_server(miner: Miner, name_or_id: str) -> Flow[str]:
 
     The key server keeps the keys of its VM.
     """
-    request = messages.RemoveServerRequest(server_name_or_id=_name(name_or_id))
+    request = miners.RemoveServerRequest(server_name_or_id=_name(name_or_id))
 
     def attempt(lost: bool) -> Flow[str]:
         try:
-            answer = yield from _ask(miner, endpoints.REMOVE_SERVER, request, messages.RemovedServerAnswer)
+            answer = yield from _ask(miner, miners.REMOVE_SERVER, request, miners.RemovedServerAnswer)
         except Refused as exc:
             if lost and exc.status == 404:
                 return name_or_id
             raise
         return answer.name
 
-    return (yield from _persist(miner, endpoints.REMOVE_SERVER, attempt))
+    return (yield from _persist(miner, miners.REMOVE_SERVER, attempt))
 
 
-def attest_server(miner: Miner, server_id: str, spki_sha256: bytes) -> Flow[messages.RuntimeAttestationAnswer]:
+def attest_server(miner: Miner, server_id: str, spki_sha256: bytes) -> Flow[miners.RuntimeAttestationAnswer]:
     """Prove that an approved TD holds the client key whose SPKI has this SHA-256: nonce, quote, attestation.
 
     The connections must present that key's certificate. Raises `QuoteUnavailable`, too.
     """
-    nonce_request = messages.RuntimeNonceRequest(server_id=_name(server_id))
+    nonce_request = miners.RuntimeNonceRequest(server_id=_name(server_id))
 
-    def attempt(_: bool) -> Flow[messages.RuntimeAttestationAnswer]:
-        given = yield from _ask(miner, endpoints.RUNTIME_NONCE, nonce_request, messages.NonceAnswer)
+    def attempt(_: bool) -> Flow[miners.RuntimeAttestationAnswer]:
+        given = yield from _ask(miner, miners.RUNTIME_NONCE, nonce_request, NonceAnswer)
         if not HEX_32.fullmatch(given.nonce):
             raise RemoteProtocolError("the server's nonce is not 64 lowercase hex digits")
         quote = yield from MakeQuote(report_data(bytes.fromhex(given.nonce), spki_sha256))
-        request = messages.RuntimeAttestationRequest(server_id=_name(server_id), quote=codec.encode_quote(quote))
-        answer = messages.RuntimeAttestationAnswer
-        return (yield from _ask(miner, endpoints.RUNTIME_ATTESTATION, request, answer, given.nonce))
+        request = miners.RuntimeAttestationRequest(server_id=_name(server_id), quote=codec.encode_quote(quote))
+        answer = miners.RuntimeAttestationAnswer
+        return (yield from _ask(miner, miners.RUNTIME_ATTESTATION, request, answer, given.nonce))
 
-    return (yield from _persist(miner, endpoints.RUNTIME_ATTESTATION, attempt))
+    return (yield from _persist(miner, miners.RUNTIME_ATTESTATION, attempt))
 
 
-def read_status(miner: Miner, server_id: str) -> Flow[messages.AttestationStatusAnswer]:
+def read_status(miner: Miner, server_id: str) -> Flow[miners.AttestationStatusAnswer]:
     """What came of the newest runtime attestation, and whether it still counts."""
-    request = messages.AttestationStatusRequest(server_id=_name(server_id))
-    return (yield from _repeat(miner, endpoints.ATTESTATION_STATUS, request, messages.AttestationStatusAnswer))
+    request = miners.AttestationStatusRequest(server_id=_name(server_id))
+    return (yield from _repeat(miner, miners.ATTESTATION_STATUS, request, miners.AttestationStatusAnswer))
 
 
-def _is_registered(miner: Miner, message: messages.RegisterServerRequest, began: int) -> Flow[bool]:
+def _is_registered(miner: Miner, message: miners.RegisterServerRequest, began: int) -> Flow[bool]:
     """Whether the miner has this very server, registered since ``began`` as far as the two clocks may differ."""
-    request = messages.ServerDetailsRequest(server_id=message.id)
+    request = miners.ServerDetailsRequest(server_id=message.id)
     try:
-        found = yield from _ask(miner, endpoints.SERVER_DETAILS, request, messages.ServerAnswer)
+        found = yield from _ask(miner, miners.SERVER_DETAILS, request, miners.ServerAnswer)
     except Refused:
         return False
     try:
@@ -171,7 +171,7 @@ def _is_registered(miner: Miner, message: messages.RegisterServerRequest, began:
     return (found.name, found.ip) == (name, message.host) and created > began - WINDOW
 
 
-def _repeat(miner: Miner, endpoint: Endpoint, message: messages.Request, kind: type[A]) -> Flow[A]:
+def _repeat(miner: Miner, endpoint: Endpoint, message: Message, kind: type[A]) -> Flow[A]:
     """A request that does no more when it comes twice."""
     return (yield from _persist(miner, endpoint, lambda _: _ask(miner, endpoint, message, kind)))
 
@@ -198,9 +198,7 @@ def _may_have_effect(error: Exception) -> bool:
             return True
 
 
-def _ask(
-    miner: Miner, endpoint: Endpoint, message: messages.Request, kind: type[A], nonce: str | None = None
-) -> Flow[A]:
+def _ask(miner: Miner, endpoint: Endpoint, message: Message, kind: type[A], nonce: str | None = None) -> Flow[A]:
     """One signed request and its answer, which the endpoint table says is a ``kind``."""
     request = codec.encode_request(endpoint, message)
     if endpoint.signed is None:
@@ -214,7 +212,7 @@ def _ask(
     return cast("A", codec.decode_answer(endpoint, response))
 
 
-def _name(text: str) -> messages.Name:
-    if not re.fullmatch(messages.NAME_PATTERN, text, re.ASCII):
+def _name(text: str) -> Name:
+    if not re.fullmatch(NAME_PATTERN, text, re.ASCII):
         raise LocalProtocolError(f"the id or name of a server is {NAME_RULE}")
-    return messages.Name(text)
+    return Name(text)

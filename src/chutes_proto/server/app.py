@@ -36,28 +36,28 @@ from chutes_proto.server.servers import (
     rename_server,
 )
 from chutes_proto.server.volumes import read_cache_passphrase, sync_volumes
-from chutes_proto.wire import endpoints, openapi
+from chutes_proto.wire import endpoints, miners, openapi, public, vms
 from chutes_proto.wire.answers import error_response
 from chutes_proto.wire.codec import decode_request, encode_answer
 from chutes_proto.wire.http import HttpRequest, HttpResponse, MalformedRequest
-from chutes_proto.wire.messages import ApiDescriptionAnswer, ApiDescriptionRequest
+from chutes_proto.wire.public import ApiDescriptionAnswer, ApiDescriptionRequest
 
 if TYPE_CHECKING:
     from chutes_proto.auth.hotkey import Hotkey
     from chutes_proto.effects import Flow
     from chutes_proto.log import Value
     from chutes_proto.server.service import Service
-    from chutes_proto.wire.messages import Answer
+    from chutes_proto.wire.endpoint import Endpoint, Message
 
 _HOST = re.compile(r"[A-Za-z0-9.\-]+(?::[0-9]+)?|\[[0-9A-Fa-f:.]+\](?::[0-9]+)?")
-_DRAINED = (endpoints.BOOT_NONCE, endpoints.BOOT_ATTESTATION)
+_DRAINED = (vms.BOOT_NONCE, vms.BOOT_ATTESTATION)
 _ASKED_ONCE = (
-    endpoints.CACHE_PASSPHRASE,
-    endpoints.VOLUME_SYNC,
-    endpoints.VOLUME_ATTESTATION,
-    endpoints.VOLUME_CONFIRMATION,
+    vms.CACHE_PASSPHRASE,
+    vms.VOLUME_SYNC,
+    vms.VOLUME_ATTESTATION,
+    vms.VOLUME_CONFIRMATION,
 )
-_ATTESTATIONS = (endpoints.BOOT_ATTESTATION, endpoints.RUNTIME_ATTESTATION)
+_ATTESTATIONS = (vms.BOOT_ATTESTATION, miners.RUNTIME_ATTESTATION)
 
 
 def describe_api(
@@ -74,26 +74,26 @@ def _document() -> bytes:
     return openapi.document()
 
 
-_HANDLERS: Mapping[endpoints.Endpoint, Callable[[Service, HttpRequest, Any, str], Flow[Answer]]] = {
-    endpoints.BOOT_NONCE: issue_boot_nonce,
-    endpoints.BOOT_ATTESTATION: attest_boot,
-    endpoints.CACHE_PASSPHRASE: read_cache_passphrase,
-    endpoints.VOLUME_SYNC: sync_volumes,
-    endpoints.VOLUME_ATTESTATION: attest_volumes,
-    endpoints.VOLUME_CONFIRMATION: confirm_volumes,
-    endpoints.MEASUREMENTS: publish_measurements,
-    endpoints.API_DESCRIPTION: describe_api,
+_HANDLERS: Mapping[Endpoint, Callable[[Service, HttpRequest, Any, str], Flow[Message]]] = {
+    vms.BOOT_NONCE: issue_boot_nonce,
+    vms.BOOT_ATTESTATION: attest_boot,
+    vms.CACHE_PASSPHRASE: read_cache_passphrase,
+    vms.VOLUME_SYNC: sync_volumes,
+    vms.VOLUME_ATTESTATION: attest_volumes,
+    vms.VOLUME_CONFIRMATION: confirm_volumes,
+    public.MEASUREMENTS: publish_measurements,
+    public.API_DESCRIPTION: describe_api,
 }
 
-_SIGNED: Mapping[endpoints.Endpoint, Callable[[Service, HttpRequest, Any, str, Hotkey], Flow[Answer]]] = {
-    endpoints.REGISTER_SERVER: register_server,
-    endpoints.LIST_SERVERS: list_servers,
-    endpoints.RENAME_SERVER: rename_server,
-    endpoints.SERVER_DETAILS: read_server,
-    endpoints.REMOVE_SERVER: remove_server,
-    endpoints.RUNTIME_NONCE: issue_runtime_nonce,
-    endpoints.RUNTIME_ATTESTATION: attest_runtime,
-    endpoints.ATTESTATION_STATUS: read_status,
+_SIGNED: Mapping[Endpoint, Callable[[Service, HttpRequest, Any, str, Hotkey], Flow[Message]]] = {
+    miners.REGISTER_SERVER: register_server,
+    miners.LIST_SERVERS: list_servers,
+    miners.RENAME_SERVER: rename_server,
+    miners.SERVER_DETAILS: read_server,
+    miners.REMOVE_SERVER: remove_server,
+    miners.RUNTIME_NONCE: issue_runtime_nonce,
+    miners.RUNTIME_ATTESTATION: attest_runtime,
+    miners.ATTESTATION_STATUS: read_status,
 }
 
 
@@ -173,7 +173,7 @@ class App:
             raise
         return encode_answer(match.endpoint, answer)
 
-    def _handle(self, match: endpoints.Match, request: HttpRequest, request_id: str) -> Flow[Answer]:
+    def _handle(self, match: endpoints.Match, request: HttpRequest, request_id: str) -> Flow[Message]:
         """Of a signed request nothing is looked at before its caller is known."""
         if match.endpoint.signed is None:
             message = decode_request(match, request)

@@ -29,7 +29,8 @@ from chutes_proto.server.evidence import Evidence, appraise, verify_evidence
 from chutes_proto.server.nonces import RANDOM_SIZE, expires_at
 from chutes_proto.store.rows import Platform, Vm
 from chutes_proto.units.boot import GrantBoot, RecordRefusal
-from chutes_proto.wire.messages import BootAttestationAnswer, BootAttestationRequest, BootNonceRequest, NonceAnswer
+from chutes_proto.wire.endpoint import NonceAnswer
+from chutes_proto.wire.vms import BootAttestationAnswer, BootAttestationRequest, BootNonceRequest
 
 if TYPE_CHECKING:
     from chutes_proto.auth.certificates import ClientKey

@@ -20,7 +20,7 @@ from attrs import frozen
 from chutes_proto.codes import Code
 from chutes_proto.errors import BadRequest
 from chutes_proto.wire import json
-from chutes_proto.wire.messages import NodeArgs
+from chutes_proto.wire.miners import NodeArgs
 
 _UUID: Final = re.compile(r"[!-~]{1,128}")
 _TEXT: Final = re.compile(r"[ -~]{1,256}")

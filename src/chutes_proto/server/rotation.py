@@ -32,7 +32,8 @@ from chutes_proto.server.patience import transact_patiently, verify_patiently
 from chutes_proto.server.volumes import check_names
 from chutes_proto.store.rows import Vm
 from chutes_proto.units.rotation import AttestVolumes, ConfirmNonce, ConfirmVolumes, FindQuoteNonce
-from chutes_proto.wire.messages import (
+from chutes_proto.wire.names import HEX_32
+from chutes_proto.wire.vms import (
     VolumeAttestationAnswer,
     VolumeAttestationRequest,
     VolumeConfirmationAnswer,
@@ -40,7 +41,6 @@ from chutes_proto.wire.messages import (
     VolumePair,
     VolumeResult,
 )
-from chutes_proto.wire.names import HEX_32
 
 if TYPE_CHECKING:
     from chutes_proto.effects import Flow

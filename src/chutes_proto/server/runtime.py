@@ -21,11 +21,11 @@ from chutes_proto.server.boot import platform_of
 from chutes_proto.server.evidence import appraise, verify_evidence
 from chutes_proto.server.nonces import RANDOM_SIZE, expires_at
 from chutes_proto.units.servers import GrantRuntime, ReadOwnServer, RecordRuntimeRefusal
-from chutes_proto.wire.messages import (
+from chutes_proto.wire.endpoint import NonceAnswer
+from chutes_proto.wire.miners import (
     AttestationStatusAnswer,
     AttestationStatusRequest,
     LastAttestation,
-    NonceAnswer,
     RuntimeAttestationAnswer,
     RuntimeAttestationRequest,
     RuntimeNonceRequest,

@@ -18,13 +18,9 @@ from chutes_proto.server.gpus import check_nodes
 from chutes_proto.server.hosts import locate
 from chutes_proto.store.rows import GpuRow
 from chutes_proto.units.servers import ListServers, ReadOwnServer, RegisterServer, RemoveServer, RenameServer
-from chutes_proto.wire.messages import (
+from chutes_proto.wire.miners import (
     ListServersRequest,
-    Measurements,
-    MeasurementsAnswer,
-    MeasurementsRequest,
     MessageAnswer,
-    Registers,
     RegisterServerRequest,
     RemovedServerAnswer,
     RemoveServerRequest,
@@ -34,6 +30,7 @@ from chutes_proto.wire.messages import (
     ServerDetailsRequest,
     ServerListAnswer,
 )
+from chutes_proto.wire.public import Measurements, MeasurementsAnswer, MeasurementsRequest, Registers
 from chutes_proto.wire.times import timestamp
 
 if TYPE_CHECKING:

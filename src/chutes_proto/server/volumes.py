@@ -19,12 +19,7 @@ from chutes_proto.server.boot import token_digest
 from chutes_proto.server.patience import transact_patiently
 from chutes_proto.store.rows import Vm
 from chutes_proto.units.volumes import ReadVolume, SyncVolumes
-from chutes_proto.wire.messages import (
-    CachePassphraseAnswer,
-    CachePassphraseRequest,
-    VolumeSyncAnswer,
-    VolumeSyncRequest,
-)
+from chutes_proto.wire.vms import CachePassphraseAnswer, CachePassphraseRequest, VolumeSyncAnswer, VolumeSyncRequest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -16,7 +16,7 @@ import binascii
 import re
 from collections.abc import Container, Iterable, Mapping
 from functools import cache
-from typing import Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 from urllib.parse import parse_qsl, quote, urlencode
 
 import attrs
@@ -25,10 +25,17 @@ from chutes_proto.codes import Code
 from chutes_proto.errors import BadRequest, Refusal, Refused, RemoteProtocolError, ValidationProblem, refusal
 from chutes_proto.secret import Secret
 from chutes_proto.strict import MismatchError, ProblemsError, Structurer, list_of, string
-from chutes_proto.wire import endpoints, json, messages
+from chutes_proto.wire import json
 from chutes_proto.wire.answers import JSON_HEADERS
-from chutes_proto.wire.endpoints import Endpoint
+from chutes_proto.wire.endpoint import PLACE, Endpoint, Message, the_bytes, the_list, wire_name
 from chutes_proto.wire.http import Headers, HttpRequest, HttpResponse
+from chutes_proto.wire.names import NAME_PATTERN, Name
+from chutes_proto.wire.vms import VolumeSyncAnswer
+
+if TYPE_CHECKING:
+    from chutes_proto.wire.endpoints import Match
+
+T = TypeVar("T")
 
 _JSON_TYPE = re.compile(r"\s*application/(?:json|[!-~]+\+json)\s*(?:;.*)?", re.IGNORECASE)
 _PLACES = ("path", "query", "header", "body")
@@ -37,14 +44,14 @@ _PLACES = ("path", "query", "header", "body")
 # --- requests ---
 
 
-def encode_request(endpoint: Endpoint, message: messages.Request, headers: Headers = ()) -> HttpRequest:
+def encode_request(endpoint: Endpoint, message: Message, headers: Headers = ()) -> HttpRequest:
     """The request that asks ``message`` of ``endpoint``; fields that are None are left out."""
     values: dict[str, dict[str, Any]] = {place: {} for place in _PLACES}
     for attribute in attrs.fields(type(message)):
         value = getattr(message, attribute.name)
         if value is not None:
             plain = _plain(value) if _place(attribute) == "body" else value
-            values[_place(attribute)][messages.wire_name(attribute)] = plain
+            values[_place(attribute)][wire_name(attribute)] = plain
     path = "/".join(
         quote(values["path"][segment[1:-1]], safe="") if segment.startswith("{") else segment
         for segment in endpoint.path.split("/")
@@ -57,9 +64,9 @@ def encode_request(endpoint: Endpoint, message: messages.Request, headers: Heade
     return HttpRequest(endpoint.method, target, (*fields, *JSON_HEADERS, *headers), content)
 
 
-def decode_request(match: endpoints.Match, request: HttpRequest) -> messages.Request:
+def decode_request(match: Match, request: HttpRequest) -> Message:
     """The message that ``request`` asks. Raises `BadRequest` (400, 422)."""
-    places = _places(match.endpoint.request)  # type: ignore[arg-type] # mypy takes instances' hash for a class's
+    places = _places(match.endpoint.request)
     sources: dict[str, dict[str, Any]] = {
         "path": match.parameters,
         "query": _query(request, places["query"]),
@@ -82,10 +89,9 @@ def decode_request(match: endpoints.Match, request: HttpRequest) -> messages.Req
         raise BadRequest(Code.VALIDATION_ERROR, problems) from None
 
 
-def decode_nodes(data: bytes) -> tuple[messages.NodeArgs, ...]:
-    """The GPUs in a JSON list, as a registration has it. Raises `ValueError`, whose text repeats none of it."""
-    kind = tuple[messages.NodeArgs, ...]
-    return _STRUCTURER.structure(json.decode(data), kind)
+def decode_list(data: bytes, kind: type[T]) -> tuple[T, ...]:
+    """A JSON list of one kind of a message's parts. Raises `ValueError`, whose text repeats none of it."""
+    return _STRUCTURER.structure(json.decode(data), tuple[kind, ...])  # type: ignore[valid-type]
 
 
 def decode_quote(text: str) -> bytes:
@@ -104,20 +110,20 @@ def encode_quote(data: bytes) -> str:
 # --- answers ---
 
 
-def encode_answer(endpoint: Endpoint, answer: messages.Answer) -> HttpResponse:
+def encode_answer(endpoint: Endpoint, answer: Message) -> HttpResponse:
     """The answer on the wire: compact JSON, members in the documented order."""
     return HttpResponse(endpoint.status, JSON_HEADERS, _answer_content(answer))
 
 
-def _answer_content(answer: messages.Answer) -> bytes:
+def _answer_content(answer: Message) -> bytes:
     match answer:
-        case messages.ApiDescriptionAnswer(document=document):
-            return document
-        case messages.VolumeSyncAnswer(passphrases=passphrases, in_use=in_use):
+        case VolumeSyncAnswer(passphrases=passphrases, in_use=in_use):
             members: dict[str, object] = {volume: _plain(secret) for volume, secret in passphrases}
-            return json.encode({**members, messages.VolumeSyncAnswer.IN_USE: list(in_use)})
+            return json.encode({**members, VolumeSyncAnswer.IN_USE: list(in_use)})
+        case _ if (verbatim := the_bytes(type(answer))) is not None:
+            return cast("bytes", getattr(answer, verbatim))
         case _:
-            name = messages.the_list(type(answer))
+            name = the_list(type(answer))
             return json.encode(_plain(answer if name is None else getattr(answer, name)))
 
 
@@ -141,19 +147,19 @@ def _plain(value: object) -> object:
             return value
 
 
-def decode_answer(endpoint: Endpoint, response: HttpResponse) -> messages.Answer:
+def decode_answer(endpoint: Endpoint, response: HttpResponse) -> Message:
     """The answer in ``response``.
 
     Raises the `Refusal` that the server raised, or `RemoteProtocolError` where the bytes are neither.
     """
     if response.status != endpoint.status:
         raise _refusal(response)
-    if endpoint.answer is messages.ApiDescriptionAnswer:
-        return messages.ApiDescriptionAnswer(document=response.body)
-    name = messages.the_list(endpoint.answer)
+    if (verbatim := the_bytes(endpoint.answer)) is not None:
+        return endpoint.answer(**{verbatim: response.body})
+    name = the_list(endpoint.answer)
     content = _answer_object(response) if name is None else {name: _answer_json(response)}
-    if endpoint.answer is messages.VolumeSyncAnswer:
-        in_use = content.pop(messages.VolumeSyncAnswer.IN_USE, [])
+    if endpoint.answer is VolumeSyncAnswer:
+        in_use = content.pop(VolumeSyncAnswer.IN_USE, [])
         content = {"passphrases": list(content.items()), "in_use": in_use}
     try:
         return _STRUCTURER.structure(content, endpoint.answer)
@@ -211,15 +217,15 @@ def _retry_after(response: HttpResponse) -> int:
 
 
 def _place(attribute: attrs.Attribute[Any]) -> str:
-    return cast("str", attribute.metadata[messages.PLACE])
+    return cast("str", attribute.metadata[PLACE])
 
 
 @cache
-def _places(message_type: type[messages.Request]) -> Mapping[str, Mapping[str, str]]:
+def _places(message_type: type[Message]) -> Mapping[str, Mapping[str, str]]:
     """What a request has in each place: names on the wire, and the fields that they are."""
     places: dict[str, dict[str, str]] = {place: {} for place in _PLACES}
     for attribute in attrs.fields(message_type):
-        places[_place(attribute)][messages.wire_name(attribute)] = attribute.name
+        places[_place(attribute)][wire_name(attribute)] = attribute.name
     return places
 
 
@@ -275,8 +281,8 @@ def _invalid_body(kind: str, msg: str) -> NoReturn:
 
 def _name(value: object) -> str:
     text = string(value)
-    if not re.fullmatch(messages.NAME_PATTERN, text, re.ASCII):
-        raise MismatchError("string_pattern_mismatch", f"String should match pattern '{messages.NAME_PATTERN}'")
+    if not re.fullmatch(NAME_PATTERN, text, re.ASCII):
+        raise MismatchError("string_pattern_mismatch", f"String should match pattern '{NAME_PATTERN}'")
     return text
 
 
@@ -292,6 +298,4 @@ def _passphrase(value: object) -> tuple[str, Secret]:
     return name, _secret(secret)
 
 
-_STRUCTURER = Structurer(
-    [(messages.Name, _name), (Secret, _secret), (tuple[tuple[str, Secret], ...], list_of(_passphrase))]
-)
+_STRUCTURER = Structurer([(Name, _name), (Secret, _secret), (tuple[tuple[str, Secret], ...], list_of(_passphrase))])

@@ -11,8 +11,19 @@ import attrs
 from chutes_proto import __version__
 from chutes_proto.codes import Code
 from chutes_proto.secret import Secret
-from chutes_proto.wire import json, messages
-from chutes_proto.wire.endpoints import COMMON_CODES, ENDPOINTS, Endpoint
+from chutes_proto.wire import json
+from chutes_proto.wire.endpoint import (
+    DESCRIPTION,
+    DOCUMENTED_AS_REQUIRED,
+    PLACE,
+    Endpoint,
+    the_bytes,
+    the_list,
+    wire_name,
+)
+from chutes_proto.wire.endpoints import COMMON_CODES, ENDPOINTS
+from chutes_proto.wire.names import NAME_PATTERN, Name
+from chutes_proto.wire.vms import VolumeSyncAnswer
 
 _TITLE = "chutes-proto key server"
 _ERROR = {"$ref": "#/components/schemas/Error"}
@@ -47,7 +58,7 @@ def _fields(message: type[Any]) -> Sequence[attrs.Attribute[Any]]:
 
 
 def _operation(endpoint: Endpoint, names: Mapping[str, str]) -> dict[str, object]:
-    fields = [f for f in _fields(endpoint.request) if f.metadata[messages.PLACE] != "body"]
+    fields = [f for f in _fields(endpoint.request) if f.metadata[PLACE] != "body"]
     has_body = len(fields) < len(_fields(endpoint.request))
     operation: dict[str, object] = {
         "operationId": endpoint.operation,
@@ -63,13 +74,13 @@ def _operation(endpoint: Endpoint, names: Mapping[str, str]) -> dict[str, object
 
 
 def _parameter(field: attrs.Attribute[Any], names: Mapping[str, str]) -> dict[str, object]:
-    place = field.metadata[messages.PLACE]
-    name = messages.wire_name(field)
+    place = field.metadata[PLACE]
+    name = wire_name(field)
     return {
         "name": names.get(name, name) if place == "path" else name,
         "in": place,
-        "required": place == "path" or field.metadata[messages.DOCUMENTED_AS_REQUIRED],
-        "description": field.metadata[messages.DESCRIPTION],
+        "required": place == "path" or field.metadata[DOCUMENTED_AS_REQUIRED],
+        "description": field.metadata[DESCRIPTION],
         "schema": _schema(_present(field.type)),
     }
 
@@ -105,7 +116,7 @@ def _schemas() -> dict[str, object]:
 
 def _describe(message: type[Any], schemas: dict[str, object]) -> None:
     """Add the schema of a message's body, and those of the values in it."""
-    fields = [f for f in _fields(message) if f.metadata[messages.PLACE] == "body"]
+    fields = [f for f in _fields(message) if f.metadata[PLACE] == "body"]
     if not fields or message.__name__ in schemas:
         return
     schemas[message.__name__] = _object(message, fields)
@@ -116,21 +127,22 @@ def _describe(message: type[Any], schemas: dict[str, object]) -> None:
 
 
 def _object(message: type[Any], fields: Sequence[attrs.Attribute[Any]]) -> dict[str, object]:
-    if message is messages.ApiDescriptionAnswer:
-        return {"type": "object", "description": "An OpenAPI 3.1 document"}
-    if message is messages.VolumeSyncAnswer:
+    verbatim = the_bytes(message)
+    if verbatim is not None:
+        return {"type": "object", "description": next(f.metadata[DESCRIPTION] for f in fields if f.name == verbatim)}
+    if message is VolumeSyncAnswer:
         in_use = {"type": "array", "items": {"type": "string"}}
         return {
             "type": "object",
             "description": "One member per volume with its passphrase, then `in_use`.",
-            "properties": {messages.VolumeSyncAnswer.IN_USE: in_use},
-            "required": [messages.VolumeSyncAnswer.IN_USE],
+            "properties": {VolumeSyncAnswer.IN_USE: in_use},
+            "required": [VolumeSyncAnswer.IN_USE],
             "additionalProperties": {"type": "string"},
         }
-    name = messages.the_list(message)
+    name = the_list(message)
     if name is not None:
         return _schema(next(f.type for f in fields if f.name == name))
-    properties = {f.name: {**_schema(f.type), "description": f.metadata[messages.DESCRIPTION]} for f in fields}
+    properties = {f.name: {**_schema(f.type), "description": f.metadata[DESCRIPTION]} for f in fields}
     required = [f.name for f in fields if f.default is attrs.NOTHING]
     return {"type": "object", "properties": properties, "required": required}
 
@@ -146,8 +158,8 @@ _PLAIN = {str: "string", Secret: "string", int: "integer", float: "number", bool
 
 def _schema(kind: object) -> dict[str, object]:
     """The JSON schema of a field's type."""
-    if kind is messages.Name:
-        return {"type": "string", "pattern": messages.NAME_PATTERN}
+    if kind is Name:
+        return {"type": "string", "pattern": NAME_PATTERN}
     if isinstance(kind, type) and kind in _PLAIN:
         return {"type": _PLAIN[kind]}
     if isinstance(kind, type) and attrs.has(kind):

@@ -1,0 +1,127 @@
+"""An operation as a value, and what all of them share: how a message says where its fields travel, and codes.
+
+The messages of the operations are values of attrs. Each field says where it travels (`path`, `query`, `header`,
+`body`); the codec, the endpoint table, and the OpenAPI document read it from there and nowhere else. The order of an
+answer's fields is the order of its JSON members.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from attrs import Attribute, field, frozen
+
+from chutes_proto.codes import Code
+
+if TYPE_CHECKING:
+    from attrs import AttrsInstance
+
+    from chutes_proto.auth.signing import Coverage
+
+Message: TypeAlias = "AttrsInstance"
+"""A request, an answer, or a part of one."""
+
+PARAMETER = re.compile(r"\{([a-z_]+)\}")
+
+# --- fields of messages ---
+
+PLACE = "place"
+WIRE_NAME = "wire_name"
+DESCRIPTION = "description"
+DOCUMENTED_AS_REQUIRED = "documented_as_required"
+
+
+def path(description: str) -> Any:
+    """A segment of the path, always there."""
+    return field(kw_only=True, metadata={PLACE: "path", DESCRIPTION: description})
+
+
+def query(description: str, *, wire_name: str | None = None, required: bool = False) -> Any:
+    """A query parameter. Its absence never fails the decoding: whether it is an error is the operation's to say.
+
+    ``required`` is what the API's description says of it.
+    """
+    return _optional("query", description, wire_name, required)
+
+
+def header(name: str, description: str) -> Any:
+    """A header field; its absence never fails the decoding. None is shown in a ``repr``: some are secrets."""
+    return _optional("header", description, name, required=False)
+
+
+def body(description: str, **options: Any) -> Any:
+    """A member of the JSON body; without a ``default`` it must be there."""
+    return field(kw_only=True, metadata={PLACE: "body", DESCRIPTION: description}, **options)
+
+
+def _optional(place: str, description: str, wire_name: str | None, required: bool) -> Any:
+    metadata = {PLACE: place, DESCRIPTION: description, WIRE_NAME: wire_name, DOCUMENTED_AS_REQUIRED: required}
+    return field(kw_only=True, default=None, repr=place != "header", metadata=metadata)
+
+
+def wire_name(attribute: Attribute[Any]) -> str:
+    """The name under which a field travels."""
+    name: str | None = attribute.metadata.get(WIRE_NAME)
+    return name or attribute.name
+
+
+def the_list(kind: type[Any]) -> str | None:
+    """The one field of an answer that is a list and nothing around it."""
+    name: str | None = getattr(kind, "LIST", None)
+    return name
+
+
+def the_bytes(kind: type[Any]) -> str | None:
+    """The one field of an answer that is its whole body, already encoded."""
+    name: str | None = getattr(kind, "BYTES", None)
+    return name
+
+
+# --- operations ---
+
+
+@frozen
+class Endpoint:
+    """One operation: where it is, what it takes, what it gives, what it may refuse with."""
+
+    number: int
+    operation: str
+    method: str
+    path: str
+    request: type[Message]
+    answer: type[Message]
+    authentication: str
+    summary: str
+    codes: tuple[Code, ...] = ()
+    status: int = 200
+    signed: Coverage | None = None
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The names in braces, in order."""
+        return tuple(PARAMETER.findall(self.path))
+
+
+@frozen
+class NonceAnswer:
+    """A nonce, 64 lowercase hex digits, and when it ends (RFC 3339, UTC, whole seconds)."""
+
+    nonce: str = body("32 bytes in lowercase hex")
+    expires_at: str = body("when the nonce ends, RFC 3339 in UTC")
+
+
+QUOTE_REFUSALS = (
+    Code.NONCE_MISMATCH,
+    Code.QUOTE_MALFORMED,
+    Code.CERTIFICATE_MISMATCH,
+    Code.QUOTE_REJECTED,
+    Code.TCB_REJECTED,
+    Code.ATTRIBUTES_REJECTED,
+    Code.MEASUREMENT_MISMATCH,
+    Code.PLATFORM_MISMATCH,
+    Code.COLLATERAL_UNAVAILABLE,
+    Code.BUSY,
+)
+QUOTE_CODES = (*QUOTE_REFUSALS, Code.NONCE_INVALID, Code.CLIENT_CERTIFICATE_REQUIRED)
+STORE_CODES = (Code.STORE_UNAVAILABLE, Code.KEY_UNAVAILABLE)

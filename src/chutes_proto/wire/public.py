@@ -1,0 +1,86 @@
+"""What anybody asks: the messages and endpoints of operations 15 and 16."""
+
+from __future__ import annotations
+
+from attrs import frozen
+
+from chutes_proto.wire.endpoint import Endpoint, body
+
+# --- messages ---
+
+
+@frozen
+class MeasurementsRequest:
+    """Operation 15."""
+
+
+@frozen
+class Registers:
+    """RTMR0 to RTMR3 in hex."""
+
+    rtmr0: str = body("48 bytes in hex")
+    rtmr1: str = body("48 bytes in hex")
+    rtmr2: str = body("48 bytes in hex")
+    rtmr3: str = body("48 bytes in hex")
+
+
+@frozen
+class Measurements:
+    """One accepted image on accepted hardware."""
+
+    version: str = body("of the image")
+    name: str = body("of the profile")
+    mrtd: str = body("48 bytes in hex")
+    boot_rtmrs: Registers = body("when the VM asks for its keys")
+    runtime_rtmrs: Registers = body("later")
+    expected_gpus: tuple[str, ...] = body("keys of the GPU table")
+    gpu_count: int | None = body("how many; null is any number")
+    fingerprint: str | None = body("32 bytes in hex", default=None)
+
+
+@frozen
+class MeasurementsAnswer:
+    """All accepted profiles: on the wire just the list."""
+
+    profiles: tuple[Measurements, ...] = body("the profiles")
+
+    LIST = "profiles"
+
+
+@frozen
+class ApiDescriptionRequest:
+    """Operation 16."""
+
+
+@frozen
+class ApiDescriptionAnswer:
+    """The OpenAPI document, already encoded."""
+
+    document: bytes = body("An OpenAPI 3.1 document")
+
+    BYTES = "document"
+
+
+# --- endpoints ---
+
+MEASUREMENTS = Endpoint(
+    15,
+    "get_measurements",
+    "GET",
+    "/servers/tee/measurements",
+    MeasurementsRequest,
+    MeasurementsAnswer,
+    "none",
+    "The accepted measurement profiles",
+)
+
+API_DESCRIPTION = Endpoint(
+    16,
+    "get_api_description",
+    "GET",
+    "/openapi.json",
+    ApiDescriptionRequest,
+    ApiDescriptionAnswer,
+    "none",
+    "This API as an OpenAPI 3.1 document",
+)

@@ -1,0 +1,252 @@
+"""What a VM asks: the messages and endpoints of operations 1 to 4, 13 and 14."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from attrs import frozen
+
+from chutes_proto.codes import Code
+from chutes_proto.secret import Secret
+from chutes_proto.wire.endpoint import QUOTE_CODES, STORE_CODES, Endpoint, NonceAnswer, body, header, path, query
+from chutes_proto.wire.names import Name
+
+# --- messages ---
+
+
+@frozen
+class BootNonceRequest:
+    """Operation 1."""
+
+    miner_hotkey: str | None = query("binds the nonce to this hotkey: the boot must then name the same")
+
+
+@frozen
+class BootAttestationRequest:
+    """Operation 2. ``quote`` stays text here, because bad base64 is a refusal of its own, later than the nonce's."""
+
+    quote: str = body("Base64 encoded TDX quote")
+    vm_name: Name = body("VM name/identifier")
+    miner_hotkey: str = body("Miner hotkey that owns this VM")
+    nonce: str | None = header("X-Chutes-Nonce", "the boot nonce that the quote's report data begins with")
+    hotkey: str | None = header("X-Chutes-Hotkey", "the hotkey that signed this request, if it is signed")
+    signature: str | None = header("X-Chutes-Signature", "hex of the sr25519 signature over hotkey:nonce:sha256(body)")
+
+
+@frozen
+class BootAttestationAnswer:
+    """The root passphrase, and what opens the next step: a boot token, or (two-phase) a quote nonce, never both."""
+
+    key: Secret = body("the root disk's passphrase")
+    boot_token: Secret | None = body("64 hex digits, for one sync of the volumes within 600 s")
+    luks_quote_nonce: Secret | None = body("the nonce of the two-phase exchange's quote", default=None)
+
+
+@frozen
+class CachePassphraseRequest:
+    """Operation 3."""
+
+    vm_name: Name = path("VM name/identifier")
+    hotkey: str | None = query("Miner hotkey that owns this VM", required=True)
+    hotkey_header: str | None = header("X-Chutes-Hotkey", "the same hotkey, for callers that send it as a header")
+    boot_token: str | None = header("X-Boot-Token", "the boot token of operation 2")
+
+
+@frozen
+class CachePassphraseAnswer:
+    """The passphrase of the first configured volume."""
+
+    passphrase: Secret = body("the volume's passphrase")
+
+
+@frozen
+class VolumeSyncRequest:
+    """Operation 4."""
+
+    vm_name: Name = path("VM name/identifier")
+    hotkey: str | None = header("X-Chutes-Hotkey", "Miner hotkey that owns this VM")
+    hotkey_query: str | None = query("the same hotkey, for callers that send it in the query", wire_name="hotkey")
+    boot_token: str | None = header("X-Boot-Token", "the boot token of operation 2; spent by this call")
+    volumes: tuple[str, ...] = body("Volume names the VM is managing (defines full set)")
+    rekey: tuple[str, ...] | None = body(
+        "Volume names that must receive new passphrases because they are about to be formatted; a subset of volumes",
+        default=None,
+    )
+    formatted: tuple[str, ...] | None = body("Volume names that have a LUKS header on the VM's disks", default=None)
+
+
+@frozen
+class VolumeSyncAnswer:
+    """One member per volume, in the order of the request, then ``in_use``.
+
+    ``in_use`` names the volumes whose disk is known to hold data: a client that finds a blank disk there does not
+    format it.
+    """
+
+    passphrases: tuple[tuple[str, Secret], ...] = body("volume name: passphrase")
+    in_use: tuple[str, ...] = body("the volumes whose disks are known to hold data")
+
+    IN_USE = "in_use"
+
+
+@frozen
+class VolumePair:
+    """A volume's keys of a two-phase boot."""
+
+    current: Secret | None = body("what opens the disk; null where the volume has no key yet")
+    next: Secret = body("what the VM adds to the disk, or formats it with where there is no current one")
+
+
+@frozen
+class VolumeConfirmation:
+    """What a VM says of a volume that it opened with ``current``, or formatted."""
+
+    rotated: bool = body("the disk has the next key too")
+
+
+@frozen
+class VolumeResult:
+    """What came of it."""
+
+    result: str = body("promoted, discarded, or no_pending where there was nothing to decide")
+
+
+@frozen
+class VolumeAttestationRequest:
+    """Operation 13. The quote is over the quote nonce, in the state that the VM measures after its boot."""
+
+    vm_name: Name = path("VM name/identifier")
+    hotkey: str | None = header("X-Chutes-Hotkey", "Miner hotkey that owns this VM")
+    quote_nonce: str | None = header("X-Quote-Nonce", "the luks_quote_nonce of operation 2; spent by this call")
+    quote: str = body("Base64 encoded TDX quote")
+    volumes: tuple[str, ...] = body("Volume names that the VM is about to open; others are left alone")
+    formatted: tuple[str, ...] | None = body("Volume names that have a LUKS header on the VM's disks", default=None)
+
+
+@frozen
+class VolumeAttestationAnswer:
+    """The keys of each volume, in the order of the request, and what confirms them.
+
+    ``in_use`` names the volumes whose disk is known to hold data: a client that finds a blank disk there does not
+    format it.
+    """
+
+    volumes: Mapping[str, VolumePair] = body("volume name: its keys")
+    confirm_nonce: Secret = body("64 hex digits, for one confirmation within 300 s")
+    k3s_encryption_key: Secret = body("32 bytes in base64, the same at every boot")
+    in_use: tuple[str, ...] = body("the volumes whose disks are known to hold data", default=())
+
+
+@frozen
+class VolumeConfirmationRequest:
+    """Operation 14."""
+
+    vm_name: Name = path("VM name/identifier")
+    hotkey: str | None = header("X-Chutes-Hotkey", "Miner hotkey that owns this VM")
+    confirm_nonce: str | None = header("X-Confirm-Nonce", "the confirm_nonce of operation 13")
+    volumes: Mapping[str, VolumeConfirmation] = body("volume name: whether its disk has the next key")
+
+
+@frozen
+class VolumeConfirmationAnswer:
+    """What came of each volume."""
+
+    status: str = body("confirmed")
+    volumes: Mapping[str, VolumeResult] = body("volume name: what came of it")
+
+
+# --- endpoints ---
+
+_TOKEN_CODES = (
+    Code.BOOT_TOKEN_REQUIRED,
+    Code.HOTKEY_REQUIRED,
+    Code.HOTKEY_CONFLICT,
+    Code.BOOT_TOKEN_INVALID,
+    Code.HOTKEY_MISMATCH,
+    Code.VM_NAME_MISMATCH,
+)
+
+BOOT_NONCE = Endpoint(
+    1,
+    "get_boot_nonce",
+    "GET",
+    "/servers/nonce",
+    BootNonceRequest,
+    NonceAnswer,
+    "none",
+    "A nonce for a boot attestation",
+    (Code.DRAINING,),
+)
+
+BOOT_ATTESTATION = Endpoint(
+    2,
+    "verify_boot_attestation",
+    "POST",
+    "/servers/boot/attestation",
+    BootAttestationRequest,
+    BootAttestationAnswer,
+    "quote, client certificate, nonce",
+    "Verify a boot quote and release the root passphrase",
+    (
+        *QUOTE_CODES,
+        Code.HOTKEY_REJECTED,
+        Code.SIGNATURE_INVALID,
+        Code.EXCHANGE_DOWNGRADE,
+        *STORE_CODES,
+        Code.DRAINING,
+    ),
+)
+
+CACHE_PASSPHRASE = Endpoint(
+    3,
+    "get_cache_passphrase",
+    "GET",
+    "/servers/{vm_name}/luks",
+    CachePassphraseRequest,
+    CachePassphraseAnswer,
+    "boot token",
+    "The passphrase of the first volume (older images)",
+    (*_TOKEN_CODES, Code.KEY_NOT_FOUND, *STORE_CODES),
+)
+
+VOLUME_SYNC = Endpoint(
+    4,
+    "sync_volumes",
+    "POST",
+    "/servers/{vm_name}/luks",
+    VolumeSyncRequest,
+    VolumeSyncAnswer,
+    "boot token (spent)",
+    "The passphrases of the VM's volumes, made where there are none",
+    (*_TOKEN_CODES, Code.VOLUMES_REQUIRED, Code.VOLUME_UNKNOWN, Code.REKEY_NOT_SUBSET, *STORE_CODES),
+)
+
+VOLUME_ATTESTATION = Endpoint(
+    13,
+    "attest_volumes",
+    "POST",
+    "/servers/{vm_name}/luks/attest",
+    VolumeAttestationRequest,
+    VolumeAttestationAnswer,
+    "quote, client certificate, quote nonce (spent)",
+    "The current and the next key of each volume, for a quote of the booted VM",
+    (*QUOTE_CODES, Code.QUOTE_NONCE_INVALID, Code.VOLUMES_REQUIRED, Code.VOLUME_UNKNOWN, *STORE_CODES),
+)
+
+VOLUME_CONFIRMATION = Endpoint(
+    14,
+    "confirm_volumes",
+    "POST",
+    "/servers/{vm_name}/luks/confirm",
+    VolumeConfirmationRequest,
+    VolumeConfirmationAnswer,
+    "confirm nonce",
+    "The volumes were opened; the next keys become active where they were added",
+    (
+        Code.CONFIRM_NONCE_INVALID,
+        Code.VOLUMES_REQUIRED,
+        Code.VOLUME_UNKNOWN,
+        Code.ROTATION_SUPERSEDED,
+        *STORE_CODES,
+    ),
+)
