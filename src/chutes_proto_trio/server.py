@@ -1,13 +1,13 @@
 """The key server on trio: it accepts connections, moves their bytes and runs the flows of their requests.
 
-Nothing is decided here: `ServerConnection` says when to wait and for how long, the application what to answer and when
-to end.
+Nothing is decided here: `Connections` says what to do next, `ServerConnection` how long to wait for it, and the
+application what to answer and when to end.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from signal import Signals
 from socket import socket
 
@@ -15,7 +15,7 @@ import trio
 from trio import Nursery
 
 from chutes_proto.blocking.sockets import ACCEPT_PAUSE, Listening
-from chutes_proto.transport.connections import Connections
+from chutes_proto.transport.connections import Answer, Connections, Receive, Send
 from chutes_proto.transport.h1 import (
     DEFAULT_LIMITS,
     READ_SIZE,
@@ -24,7 +24,6 @@ from chutes_proto.transport.h1 import (
     ServerConnection,
     peer_address,
 )
-from chutes_proto.wire.http import HttpRequest, HttpResponse, MalformedRequest
 from chutes_proto_trio.perform import Performer
 
 
@@ -43,7 +42,7 @@ class Server:
         self._performer = performer
         self._limits = limits
         self._slots = trio.Semaphore(connections - 1)
-        self._connections = Connections(connections)
+        self._connections = Connections(connections, self._wake)
         self._serving = trio.CancelScope()
         self._waiting: dict[ServerConnection, trio.CancelScope] = {}
 
@@ -58,9 +57,7 @@ class Server:
         """Tell the application to stop, which says when to end; connections end with their next answer."""
         now = trio.current_time()
         self._serving.deadline = self._app.stop(now)
-        for connection, waiting in self._waiting.items():
-            connection.drain(now)
-            waiting.deadline = connection.deadline
+        self._connections.drain(now)
 
     async def _accept(self, place: Listening, nursery: Nursery) -> None:
         with place.socket as listener:
@@ -89,7 +86,6 @@ class Server:
                     await self._serve_connection(accepted, connection)
                 finally:
                     self._connections.remove(connection)
-                    _ = self._waiting.pop(connection, None)
         except OSError:
             pass  # the peer went away
         except Exception as exc:  # noqa: BLE001 - a defect met in one connection must not end the others
@@ -98,37 +94,36 @@ class Server:
             self._slots.release()
 
     async def _serve_connection(self, accepted: socket, connection: ServerConnection) -> None:
-        """Until it is closed. A scope lasts until it is cancelled: one for each wait would cost as much as the wait."""
-        while not connection.closed:
-            with trio.CancelScope() as waiting:
-                self._waiting[connection] = waiting
-                while not connection.closed and not waiting.cancel_called:
-                    await self._proceed(accepted, connection, waiting)
-            if waiting.cancelled_caught:
-                connection.expire(trio.current_time())
+        while step := self._connections.next_step(connection, trio.current_time()):
+            match step:
+                case Answer(request, sent_ahead):
+                    if sent_ahead:
+                        await trio.lowlevel.checkpoint()
+                    response = await self._performer.run(self._app.handle(request))
+                    connection.send_response(response, trio.current_time())
+                case Send(data):
+                    if left := _unsent(accepted, memoryview(data)):
+                        with self._wait(connection):
+                            await _sent(accepted, left)
+                case Receive():
+                    with self._wait(connection):
+                        connection.receive_data(await _received(accepted), trio.current_time())
 
-    async def _proceed(self, accepted: socket, connection: ServerConnection, waiting: trio.CancelScope) -> None:
-        """Do what there is to do, and wait once where it is not done without."""
-        request = connection.next_request(trio.current_time())
-        if request is not None:
-            waiting.deadline = connection.deadline
-            if connection.sent_ahead:
-                await trio.lowlevel.checkpoint()  # others have their turn first
-            connection.send_response(await self._answer(request), trio.current_time())
-        for ended in self._connections.make_room(connection):
-            self._waiting[ended].deadline = ended.deadline
-        if data := connection.data_to_send():
-            left = _unsent(accepted, memoryview(data))
-            while left:
-                waiting.deadline = connection.deadline
-                await trio.lowlevel.wait_writable(accepted)
-                left = _unsent(accepted, left)
-        elif not connection.closed:
-            waiting.deadline = connection.deadline
-            connection.receive_data(await _received(accepted), trio.current_time())
+    @contextmanager
+    def _wait(self, connection: ServerConnection) -> Generator[None]:
+        """Wait for the peer, until the connection's deadline."""
+        with trio.CancelScope(deadline=connection.deadline) as waiting:
+            self._waiting[connection] = waiting
+            try:
+                yield
+            finally:
+                del self._waiting[connection]
+        if waiting.cancelled_caught:
+            connection.expire(trio.current_time())
 
-    async def _answer(self, request: HttpRequest | MalformedRequest) -> HttpResponse:
-        return await self._performer.run(self._app.handle(request))
+    def _wake(self, connection: ServerConnection) -> None:
+        if waiting := self._waiting.get(connection):
+            waiting.deadline = connection.deadline
 
     async def _complain(self, event: str, exc: Exception) -> None:
         await self._performer.run(self._app.complain(event, exc))
@@ -172,6 +167,12 @@ async def _received(accepted: socket) -> bytes:
         await trio.lowlevel.wait_readable(accepted)
         with suppress(BlockingIOError):
             return accepted.recv(READ_SIZE)
+
+
+async def _sent(accepted: socket, data: memoryview) -> None:
+    while data:
+        await trio.lowlevel.wait_writable(accepted)
+        data = _unsent(accepted, data)
 
 
 def _unsent(accepted: socket, data: memoryview) -> memoryview:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chutes_proto.transport.connections import Connections
+from chutes_proto.transport.connections import Answer, Connections, Receive, Send
 from chutes_proto.transport.h1 import ServerConnection
 from chutes_proto.wire.http import HttpResponse
 
@@ -30,7 +30,7 @@ def connection(address: str, state: str = "silent", now: float = 0.0) -> ServerC
 
 
 def opened(size: int, *those: ServerConnection) -> Connections:
-    connections = Connections(size)
+    connections = Connections(size, list[ServerConnection]().append)
     for one in those:
         assert connections.make_room(one) == ()
     return connections
@@ -113,7 +113,7 @@ ADDRESSES = st.sampled_from(["", "1.1.1.1", "2.2.2.2", "2001:db8::1", "2001:db8:
 
 @given(st.integers(1, 6), st.lists(st.tuples(ADDRESSES, st.sampled_from(STATES)), max_size=30))
 def test_nobody_at_work_ends_and_there_is_room_where_there_can_be(size: int, those: list[tuple[str, str]]) -> None:
-    connections, alive = Connections(size), list[ServerConnection]()
+    connections, alive = opened(size), list[ServerConnection]()
     for address, state in those:
         newest = connection(address, state)
         ended = connections.make_room(newest)
@@ -123,3 +123,38 @@ def test_nobody_at_work_ends_and_there_is_room_where_there_can_be(size: int, tho
         assert not any(one.closed for one in alive)
         could = [one for one in alive if one.waits_for_peer and one.peer_address and one is not newest]
         assert len(alive) < size or ended or not could
+
+
+# --- what is next ---
+
+
+def test_a_request_is_answered_then_sent_before_anything_is_received() -> None:
+    connections = Connections(2, list[ServerConnection]().append)
+    one = connection("1.1.1.1")
+    assert connections.next_step(one, 0.0) == Receive()
+    one.receive_data(GET + GET, 0.0)
+    for sent_ahead in (False, True):
+        step = connections.next_step(one, 1.0)
+        assert isinstance(step, Answer)
+        assert step.sent_ahead is sent_ahead
+        one.send_response(HttpResponse(200), 1.0)
+        step = connections.next_step(one, 1.0)
+        assert isinstance(step, Send)
+        assert step.data.startswith(b"HTTP/1.1 200")
+    assert connections.next_step(one, 1.0) == Receive()
+    one.receive_data(b"", 2.0)
+    assert connections.next_step(one, 2.0) is None
+
+
+def test_others_are_woken_when_they_end_or_are_to_end_soon() -> None:
+    woken: list[ServerConnection] = []
+    connections = Connections(2, woken.append)
+    first, second = connection("1.1.1.1"), connection("2.2.2.2", now=1.0)
+    for one in (first, second):
+        assert connections.next_step(one, 1.0) == Receive()
+    assert woken == [first]
+    assert connections.next_step(first, 1.0) is None
+    before = second.deadline
+    connections.drain(2.0)
+    assert woken == [first, second]
+    assert second.deadline < before

@@ -1,7 +1,8 @@
-"""The connections of one server: which one ends when there is no room for another.
+"""The connections of one server: what each does next, and which one ends when there is no room for another.
 
 Rules kept here:
 
+* a request is answered before anything is sent, and all is sent before anything is received;
 * a connection whose request is being worked on is never ended for another's sake;
 * of those that make the server wait, one ends at a time: the one that came to where it is longest ago. Who does what a
   client does is younger than who does not, whatever that is: a handshake, a request, to take an answer;
@@ -13,9 +14,12 @@ Rules kept here:
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from chutes_proto.wire.http import address_prefix
+from attrs import frozen
+
+from chutes_proto.wire.http import HttpRequest, MalformedRequest, address_prefix
 
 if TYPE_CHECKING:
     from chutes_proto.transport.h1 import ServerConnection
@@ -25,16 +29,61 @@ SHARE: Final = 8
 """One in so many of all is what one address may have while others want more; one is always its."""
 
 
-class Connections:
-    """Those of one server, of which there may be ``size``; where that many are open, one ends before the next comes."""
+@frozen
+class Answer:
+    """Give the application's answer to `send_response`; where the request was sent ahead, others have a turn first."""
 
-    def __init__(self, size: int) -> None:
+    request: HttpRequest | MalformedRequest
+    sent_ahead: bool
+
+
+@frozen
+class Send:
+    """Send all of this, by the connection's deadline."""
+
+    data: bytes
+
+
+@frozen
+class Receive:
+    """Give what the peer sends next to `receive_data`, by the connection's deadline."""
+
+
+_RECEIVE: Final = Receive()
+
+
+class Connections:
+    """Those of one server, of which there may be ``size``; where that many are open, one ends before the next comes.
+
+    ``wake`` is told of each connection whose deadline was brought forward by something other than its own steps.
+    """
+
+    def __init__(self, size: int, wake: Callable[[ServerConnection], None]) -> None:
         self._size = size
+        self._wake = wake
         self._share = max(1, size // SHARE)
         self._open: dict[ServerConnection, bytes] = {}  # and whence; in the order of their arrival
 
+    def next_step(self, connection: ServerConnection, now: float) -> Answer | Send | Receive | None:
+        """What to do next for a connection; None: close it. After its deadline, `expire` comes first."""
+        request = connection.next_request(now)
+        if request is not None:
+            return Answer(request, connection.sent_ahead)
+        if connection.closed:
+            return None
+        for ended in self.make_room(connection):
+            self._wake(ended)
+        data = connection.data_to_send()
+        return Send(data) if data else _RECEIVE
+
+    def drain(self, now: float) -> None:
+        """Let all of them end with their next answer."""
+        for connection in self._open:
+            connection.drain(now)
+            self._wake(connection)
+
     def make_room(self, connection: ServerConnection) -> tuple[ServerConnection, ...]:
-        """Told by a connection before each of its waits: those that are to end now (at most one, and never itself)."""
+        """Before each wait of a connection: those that end now for its sake (at most one, and never itself)."""
         if connection not in self._open:
             self._open[connection] = address_prefix(connection.peer_address)
         if len(self._open) < self._size:
