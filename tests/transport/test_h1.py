@@ -158,6 +158,15 @@ def test_head_has_no_body_and_keeps_the_framing() -> None:
     assert answers(talk.feed(GET))[0].body == b"{}"
 
 
+@pytest.mark.parametrize(
+    "old", [GET.replace(b"HTTP/1.1", b"HTTP/1.0"), GET.replace(b"Host", b"Connection: close\r\nHost")]
+)
+def test_who_offers_to_switch_may_also_end(old: bytes) -> None:
+    talk = Talk(lambda _: HttpResponse(405))
+    (answer,) = answers(talk.feed(old.replace(b"\r\n\r\n", b"\r\nUpgrade: h2c\r\n\r\n"), GET))
+    assert answer.headers["connection"] == "close"
+
+
 def test_connect_and_upgrade_are_requests_like_others() -> None:
     talk = Talk(lambda _: HttpResponse(405))
     sent = talk.feed(GET.replace(b"GET", b"CONNECT") + GET.replace(b"\r\n\r\n", b"\r\nUpgrade: h2c\r\n\r\n"), GET)

@@ -21,13 +21,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from enum import Enum, auto
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final, Protocol
 
 from attrs import frozen
 
 from chutes_proto.codes import Code
 from chutes_proto.errors import BadRequest, LocalProtocolError, RemoteProtocolError
-from chutes_proto.wire.http import HttpRequest, HttpResponse, MalformedRequest, plain_address
+from chutes_proto.wire.http import Headers, HttpRequest, HttpResponse, MalformedRequest, plain_address
 
 if TYPE_CHECKING:
     from chutes_proto.effects import Flow
@@ -120,7 +121,7 @@ class ServerConnection:
             _Phase.ANSWERING: limits.write_seconds,
             _Phase.LINGERING: limits.linger_seconds,
         }
-        self._h11 = h11.Connection(h11.SERVER, max_incomplete_event_size=limits.head_bytes - 1)
+        self._h11 = self._reader()
         self._inbox = bytearray()  # plaintext that h11 has not been given
         self._outbox = bytearray()
         self._in_flight = False  # the caller was given bytes to send and has not come back
@@ -292,12 +293,14 @@ class ServerConnection:
                 case h11.Request() as head:
                     self._begin(head)
                     if self._h11.they_are_waiting_for_100_continue:
-                        self._write(h11.InformationalResponse(status_code=100, headers=[]))
+                        self._write(self._h11.send(h11.InformationalResponse(status_code=100, headers=[])) or b"")
                 case h11.Data() as data:
                     self._body += data.data
                     if len(self._body) > self._limits.body_bytes:
                         raise BadRequest(Code.BODY_TOO_LARGE, "Request body too large")
                 case h11.EndOfMessage() if self._head is not None:
+                    if self._h11.their_state not in (h11.DONE, h11.MUST_CLOSE):  # it waits to hear that nobody switches
+                        _ = self._h11.send(h11.Response(status_code=400, headers=[]))
                     self._ready = self._request(self._head)
                     self._enter(_Phase.HANDLING, now)
                     return
@@ -359,24 +362,28 @@ class ServerConnection:
         self._enter(_Phase.HANDLING, now)
 
     def _answer(self, response: HttpResponse, now: float, *, last: bool) -> None:
-        headers = [*response.headers, ("content-length", str(len(response.body)))]
-        if last and _CLOSE not in headers:
-            headers.append(_CLOSE)
-        try:
-            head = h11.Response(status_code=response.status, headers=headers)
-        except h11.LocalProtocolError as exc:
-            raise LocalProtocolError(f"not an answer of HTTP: {exc}") from exc
+        headers = (*response.headers, ("content-length", str(len(response.body))))
+        is_last = last or _CLOSE in headers or self._h11.their_state is not h11.DONE
+        if is_last and _CLOSE not in headers:
+            headers = (*headers, _CLOSE)
+        head = _written_head(response.status, headers)
         has_body = self._head is None or self._head.method != b"HEAD"
-        self._write(head, h11.Data(data=response.body if has_body else b""), h11.EndOfMessage())
+        self._write(head + response.body if has_body else head)
         self._head, self._body = None, bytearray()
-        if self._h11.our_state is h11.DONE and self._h11.their_state is h11.DONE:
-            self._h11.start_next_cycle()
-            self._enter(_Phase.ANSWERING, now)
-        else:
+        if is_last:
             self._finish("", now)
+        else:
+            sent_ahead, _ = self._h11.trailing_data
+            self._h11, self._end_told = self._reader(), False
+            if sent_ahead:
+                self._h11.receive_data(sent_ahead)
+            self._enter(_Phase.ANSWERING, now)
 
-    def _write(self, *events: h11.Event) -> None:
-        data = b"".join(self._h11.send(event) or b"" for event in events)
+    def _reader(self) -> h11.Connection:
+        """What reads one request. It is told of no answer: that would cost as much again as reading."""
+        return h11.Connection(h11.SERVER, max_incomplete_event_size=self._limits.head_bytes - 1)
+
+    def _write(self, data: bytes) -> None:
         if self._tls is None:
             self._outbox += data
         else:
@@ -418,6 +425,15 @@ def peer_address(name: tuple[object, ...] | str | bytes) -> str:
                 return ""
         case _:
             return ""
+
+
+@lru_cache(maxsize=256)
+def _written_head(status: int, headers: Headers) -> bytes:
+    """The head of an answer as h11 writes it, once for all that are alike. Raises `LocalProtocolError`."""
+    try:
+        return h11.Connection(h11.SERVER).send(h11.Response(status_code=status, headers=list(headers))) or b""
+    except h11.LocalProtocolError as exc:
+        raise LocalProtocolError(f"not an answer of HTTP: {exc}") from exc
 
 
 def _not_http(exc: h11.RemoteProtocolError) -> BadRequest:
