@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -70,7 +70,7 @@ copy_exec /sbin/mke2fs
 copy_file script "$PROBE" /probe
 manual_add_modules ext4
 copy_file script "$DEVICE" /guest_device
-manual_add_modules cuse vsock_loopback
+manual_add_modules cuse vsock_loopback 9pnet_virtio 9p overlay
 """
 
 # Asked for on the kernel's command line: what a TD has of its kernel and its host.
@@ -85,7 +85,7 @@ python3 -I /guest_device HOST &
 LATER = """\
 #!/bin/sh
 case "$1" in prereqs) echo chutes-proto; exit 0 ;; esac
-case "$(cat /proc/cmdline)" in *root=/dev/mapper/root*) ;; *) exec /probe ;; esac
+case "$(cat /proc/cmdline)" in *root=/dev/mapper/none*) exec /probe ;; esac
 """
 
 # Is run when the agent has opened the volumes: a file that was written into a volume is there at the next boot.
@@ -103,6 +103,56 @@ for name in storage tdx-cache; do
     echo "PROBE: $name is $(dmsetup table "$name")"
 done
 poweroff -f
+"""
+
+# The programs of the system on the root disk are those of this machine, which are only read, and its own beside them.
+USR = """\
+#!/bin/sh
+case "$1" in prereqs) exit 0 ;; esac
+case "$(cat /proc/cmdline)" in *init=/usr/lib/systemd/systemd*) ;; *) exit 0 ;; esac
+modprobe 9pnet_virtio
+modprobe 9p
+modprobe overlay
+mkdir /run/usr
+mount -t 9p -o ro,trans=virtio,version=9p2000.L,cache=loose,msize=262144 usr /run/usr
+mount -t overlay -o "lowerdir=$rootmnt/usr:/run/usr" usr "$rootmnt/usr"
+"""
+
+# In the place of the script that runs the agent in the initramfs.
+NETWORK = """\
+#!/bin/sh
+case "$1" in prereqs) echo udev; exit 0 ;; esac
+. /scripts/functions
+configure_networking
+"""
+
+# As an operator writes them, see examples/systemd/README.md.
+FSTAB = """\
+/dev/mapper/storage /data ext4 _netdev,x-systemd.makefs,x-systemd.requires=UNIT,x-systemd.device-timeout=15min 0 2
+"""
+SERVICE = """\
+[Unit]
+Requires=UNIT
+After=UNIT multi-user.target
+RequiresMountsFor=/data
+
+[Service]
+Type=oneshot
+ExecStart=/usr/lib/chutes-proto/report UNIT
+StandardOutput=tty
+TTYPath=/dev/console
+
+[Install]
+WantedBy=multi-user.target
+"""
+REPORT = """\
+#!/bin/sh
+[ -e /data/kept ] && echo "PROBE: storage holds $(cat /data/kept)"
+echo "the data of storage" >/data/kept
+for name in storage tdx-cache; do echo "PROBE: $name is $(dmsetup table "$name")"; done
+systemctl status --no-pager --full "$1" | sed "s/^/STATUS: /"
+journalctl --no-pager --boot | sed "s/^/JOURNAL: /"
+systemctl poweroff
 """
 
 # The system on the root disk.
@@ -181,6 +231,7 @@ def image(version: str, tmp_path_factory: pytest.TempPathFactory) -> Image:
     _ = (conf / "initramfs.conf").write_text("MODULES=list\nBUSYBOX=n\nCOMPRESS=zstd\nCOMPRESSLEVEL=1\nRUNSIZE=10%\n")
     scripts = {"hooks/probe": HOOK, "scripts/local-top/probe": LATER, "probe": PROBE}
     scripts["scripts/init-premount/td"] = TD.replace("HOST", f"{GATEWAY} {ports[1]}")
+    scripts["scripts/local-bottom/usr"] = USR
     for name, text in scripts.items():
         (conf / name).parent.mkdir(parents=True, exist_ok=True)
         _ = (conf / name).write_text(text)
@@ -206,6 +257,15 @@ def image(version: str, tmp_path_factory: pytest.TempPathFactory) -> Image:
     return Image(Path("/boot", f"vmlinuz-{version}"), initrd, settings, authority, ports)
 
 
+def write_tree(tree: Path, files: Mapping[str, str]) -> None:
+    """Text files by their paths; what is a script can be run."""
+    for name, text in files.items():
+        path = tree / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _ = path.write_text(text)
+        path.chmod(0o755 if text.startswith("#!") else 0o600)
+
+
 @define
 class Machine:
     """A VM: raw disks, and what its console says."""
@@ -220,6 +280,8 @@ class Machine:
     clock: str = "utc"
     words: str = ""
     """More of the kernel's command line."""
+    files: dict[str, str] = field(factory=dict[str, str])
+    """What is different in the initramfs."""
     faults: list[Callable[[socket.socket], None]] = field(factory=list[Callable[[socket.socket], None]])
     """What the quote service does instead, in its first connections."""
 
@@ -235,7 +297,7 @@ class Machine:
             _ = file.truncate(SIZE)
 
     def prints(self) -> dict[str, str]:
-        return {name: hashlib.sha256(self.disk(name).read_bytes()).hexdigest() for name in self.disks}
+        return {name: hashlib.sha256(self.disk(name).read_bytes()).hexdigest() for name in VOLUMES}
 
     def boots_elsewhere(self) -> None:
         """Two boots of the same VM without a machine: its disks are formatted, and the server knows it."""
@@ -253,16 +315,20 @@ class Machine:
             assert ended.code == 0, ended
 
     def initrd(self) -> Path:
-        """The kernel unpacks one archive after the other: settings of this machine's own come last."""
-        if not self.settings:
+        """The kernel unpacks one archive after the other: files of this machine's own come last."""
+        files = dict(self.files)
+        if self.settings:
+            files["etc/chutes-proto/agent.toml"] = toml(self.image.settings | self.settings)
+        if not files:
             return self.image.initrd
         tree = self.folder / "tree"
-        changed = tree / "etc/chutes-proto/agent.toml"
-        changed.parent.mkdir(parents=True, exist_ok=True)
-        _ = changed.write_text(toml(self.image.settings | self.settings))
-        name = str(changed.relative_to(tree)).encode()
+        write_tree(tree, files)
         packed = subprocess.run(
-            ["cpio", "-o", "-H", "newc", "--quiet"], input=name, cwd=tree, capture_output=True, check=True
+            ["cpio", "-o", "-H", "newc", "--quiet"],
+            input="\n".join(files).encode(),
+            cwd=tree,
+            capture_output=True,
+            check=True,
         )
         path = self.folder / "initrd"
         data = self.image.initrd.read_bytes()
@@ -278,6 +344,8 @@ class Machine:
         for name in self.disks:
             command += ["-drive", f"if=none,id={name},format=raw,file={self.disk(name)}"]
             command += ["-device", f"virtio-blk-pci,drive={name},serial={name}"]
+        command += ["-fsdev", "local,id=usr,path=/usr,security_model=none,readonly=on"]
+        command += ["-device", "virtio-9p-pci,fsdev=usr,mount_tag=usr"]
         return command
 
     def boots(self, hear: Callable[[str], None] = lambda _: None) -> str:
@@ -329,23 +397,61 @@ class Machine:
         assert KEY.search("".join(said.split())) is None, said
         return said
 
-    def make_root(self) -> None:
-        """A root disk that the VM's root passphrase opens, with the initramfs as its system."""
-        self.settings |= {"root.device": "/dev/disk/by-id/virtio-root", "volumes_at": "resume"}
+    def make_system(self) -> Path:
+        """A file system with the initramfs as its system."""
         tree = self.folder / "root"
         _ = subprocess.run(["unmkinitramfs", self.image.initrd, tree], check=True, timeout=SECONDS)
         tree = tree / "main" if (tree / "main").is_dir() else tree
         (tree / "init").unlink()
-        _ = (tree / "etc/chutes-proto/agent.toml").write_text(toml(self.image.settings | self.settings))
-        for name in ("dev", "proc", "root", "run", "sys", "tmp"):
+        settings = {"etc/chutes-proto/agent.toml": toml(self.image.settings | self.settings)}
+        write_tree(tree, settings | {"usr/sbin/init": INIT})
+        return self.file_system(tree)
+
+    def make_systemd(self, unit: str) -> Path:
+        """A file system with this machine's systemd, the unit as it is shipped, and what needs the unit's volumes."""
+        self.words = "rw init=/usr/lib/systemd/systemd systemd.getty_auto=0 systemd.log_color=0 SYSTEMD_COLORS=0"
+        self.words += " guest_device initcall_blacklist=virtio_vsock_init"
+        for name in ("ldconfig.service", "dbus.socket", "dbus.service", "systemd-logind.service"):
+            self.words += f" systemd.mask={name}"
+        self.settings["quoter"] = "auto"
+        here: dict[str, object] = {"ca_file": "/etc/chutes-proto/ca.pem", "on_failure.action": "exit"}
+        files = {
+            "etc/chutes-proto/agent.toml": toml(self.image.settings | self.settings | here),
+            "etc/chutes-proto/ca.pem": self.image.authority.ca_pem.decode(),
+            f"etc/systemd/system/{unit}": (ROOT / "examples/systemd" / unit).read_text(),
+            "etc/systemd/system/report.service": SERVICE.replace("UNIT", unit),
+            "usr/lib/chutes-proto/report": REPORT,
+            "etc/fstab": FSTAB.replace("UNIT", unit),
+            "etc/machine-id": f"{os.urandom(16).hex()}\n",
+            "etc/passwd": "root:x:0:0:root:/root:/bin/sh\n",
+            "etc/group": "root:x:0:\n",
+            "usr/lib/clock-epoch": "",  # systemd distrusts a clock that is years ahead of this file
+        }
+        tree = self.folder / "root"
+        write_tree(tree, files)
+        for name in ("bin", "lib", "lib64", "sbin"):
+            (tree / name).symlink_to(f"usr/{name}")
+        build(tree / "usr/lib/chutes-proto/agent.pyz", PYTHON)
+        _ = subprocess.run(["systemctl", f"--root={tree}", "enable", "--quiet", unit, "report.service"], check=True)
+        return self.file_system(tree)
+
+    def file_system(self, tree: Path) -> Path:
+        """An image of what is in ``tree``, which is no more."""
+        for name in ("data", "dev", "proc", "root", "run", "sys", "tmp"):
             (tree / name).mkdir(exist_ok=True)
-        _ = (tree / "usr/sbin/init").write_text(INIT)
-        (tree / "usr/sbin/init").chmod(0o755)
         plain = self.folder / "plain"
         with plain.open("wb") as file:
             _ = file.truncate(ROOT_SIZE)
         _ = subprocess.run(["mke2fs", "-q", "-t", "ext4", "-b", "4096", "-d", tree, plain], check=True, timeout=SECONDS)
         shutil.rmtree(tree)
+        return plain
+
+    def root_is_encrypted(self) -> None:
+        """In the settings of the initramfs and of its root disk."""
+        self.settings |= {"root.device": "/dev/disk/by-id/virtio-root", "volumes_at": "resume"}
+
+    def encrypt(self, plain: Path) -> None:
+        """A root disk that the VM's root passphrase opens."""
         keys = self.folder / "keys"
         arguments = ["--hotkey", HOTKEY, "--vm", "vm-1", "--ca", self.site.ca, "--keys", keys]
         ended = self.site.run("boot", self.site.url, *arguments, "--platform", self.site.platform_directory)
@@ -492,10 +598,41 @@ def test_the_root_disk_first_and_the_volumes_in_the_booted_system(
     if exchange == "two-phase":
         site.edit(*TWO_PHASE)
     site.start()
-    machine.make_root()
+    machine.root_is_encrypted()
+    machine.encrypt(machine.make_system())
     for boot in range(2):
         told = machine.boots()
         assert "root: open as /dev/mapper/root" in " ".join(told.split())
         assert "going on with the boot of VM vm-1" in told
         for name in VOLUMES:
             assert boot == 0 or f"PROBE: {name} holds the data of {name}" in told
+
+
+def test_systemd_opens_the_volumes_and_mounts_after_it(machine: Machine, site: Premises) -> None:
+    site.edit(*TWO_PHASE)
+    site.start()
+    machine.root_is_encrypted()
+    machine.encrypt(machine.make_systemd("chutes-proto-resume.service"))
+    for boot in range(2):
+        told = machine.boots()
+        assert "going on with the boot of VM vm-1" in told
+        assert re.search(r"^PROBE: storage is 0 [0-9]+ crypt aes-xts-plain64 ", told, re.M)
+        assert "STATUS:      Active: active (exited)" in told
+        assert re.search("^JOURNAL: .*DONE: VM vm-1 is booted$", told, re.M)
+        assert boot == 0 or "PROBE: storage holds the data of storage" in told
+
+
+def test_a_refusal_under_systemd_stops_what_needs_the_volumes(machine: Machine, site: Premises) -> None:
+    site.start()
+    unit = "chutes-proto-agent.service"
+    _ = machine.make_systemd(unit).rename(machine.disk("root"))
+    machine.disks.insert(0, "root")
+    machine.root = "/dev/disk/by-id/virtio-root"
+    machine.files["scripts/local-top/chutes-proto"] = NETWORK
+    machine.faults = [quoting(lambda data: site.platform.quote(data, stage="runtime"))]
+    told = machine.stops()
+    assert "measurement_mismatch (status 403)" in told
+    assert "Failed to start chutes-proto-agent.service" in told
+    assert re.search(r"reboot: Power down$", told)
+    told = machine.boots()
+    assert "STATUS:      Active: active (exited)" in told

@@ -197,7 +197,7 @@ def _run(options: argparse.Namespace, settings: AgentSettings, progress: Progres
     deadline = time.monotonic() + settings.retry.deadline_seconds
     who = _identity(settings)
     progress.tell(f"VM {who.vm_name} of hotkey {who.hotkey.address}")
-    progress.tell(f"its clock says {time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime())} UTC")
+    _tell_clock(progress)
     leaves = settings.volumes_at == "resume"
     state = settings.state
     if leaves:
@@ -247,6 +247,7 @@ def _resume(options: argparse.Namespace, settings: AgentSettings, progress: Prog
         raise ConfigurationError(f"{state.file}: {exc}") from None
     grant, client = left.grant, left.identity
     progress.tell(f"going on with the boot of VM {grant.vm_name} of hotkey {grant.miner_hotkey}")
+    _tell_clock(progress)
     if state.k3s_key_file is not None:
         check_place(state.k3s_key_file, on_disk=state.on_disk)
     signer = None if settings.signer is None else make_signer(settings.signer, _identity(settings))
@@ -264,6 +265,11 @@ def _resume(options: argparse.Namespace, settings: AgentSettings, progress: Prog
     remove_state(state.file)
     _keep_k3s_key(settings, booted)
     return booted
+
+
+def _tell_clock(progress: Progress) -> None:
+    """A certificate may fail for it, and what starts in between may set it wrong."""
+    progress.tell(f"its clock says {time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime())} UTC")
 
 
 def _identity(settings: AgentSettings) -> VmIdentity:
