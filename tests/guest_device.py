@@ -9,6 +9,7 @@ Python's standard library alone. Source: Linux ``include/uapi/linux/tdx-guest.h`
 
 from __future__ import annotations
 
+import encodings.idna  # noqa: F401 # pyright: ignore[reportUnusedImport] - sockets want it, after the initramfs is gone
 import errno
 import os
 import socket

@@ -128,7 +128,17 @@ configure_networking
 
 # As an operator writes them, see examples/systemd/README.md.
 FSTAB = """\
-/dev/mapper/storage /data ext4 _netdev,x-systemd.makefs,x-systemd.requires=UNIT,x-systemd.device-timeout=15min 0 2
+/dev/mapper/storage /data ext4 _netdev,x-systemd.requires=storage-makefs.service,x-systemd.device-timeout=15min 0 2
+"""
+MAKEFS = """\
+[Unit]
+Requires=UNIT
+After=UNIT
+
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=/usr/lib/systemd/systemd-makefs ext4 /dev/mapper/storage
 """
 SERVICE = """\
 [Unit]
@@ -421,7 +431,8 @@ class Machine:
             f"etc/systemd/system/{unit}": (ROOT / "examples/systemd" / unit).read_text(),
             "etc/systemd/system/report.service": SERVICE.replace("UNIT", unit),
             "usr/lib/chutes-proto/report": REPORT,
-            "etc/fstab": FSTAB.replace("UNIT", unit),
+            "etc/systemd/system/storage-makefs.service": MAKEFS.replace("UNIT", unit),
+            "etc/fstab": FSTAB,
             "etc/machine-id": f"{os.urandom(16).hex()}\n",
             "etc/passwd": "root:x:0:0:root:/root:/bin/sh\n",
             "etc/group": "root:x:0:\n",
@@ -632,7 +643,9 @@ def test_a_refusal_under_systemd_stops_what_needs_the_volumes(machine: Machine, 
     machine.faults = [quoting(lambda data: site.platform.quote(data, stage="runtime"))]
     told = machine.stops()
     assert "measurement_mismatch (status 403)" in told
-    assert "Failed to start chutes-proto-agent.service" in told
+    assert "[FAILED] Failed to start chutes-proto-agent" in told
+    for dependent in ("storage-makefs.service", "data.mount", "report.service"):
+        assert f"[DEPEND] Dependency failed for {dependent}" in told
     assert re.search(r"reboot: Power down$", told)
     told = machine.boots()
     assert "STATUS:      Active: active (exited)" in told
