@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
 from pathlib import Path
 
+import psycopg
 import pytest
 from attrs import field, frozen
 
@@ -139,3 +141,31 @@ def test_a_server_that_was_migrated_under_is_refused(place: StorePlace, monkeypa
         set_release(monkeypatch, *CURRENT, "")
         with closing(place.open()) as store:
             assert store.transact(Ask(ReadHorizon())) == 40
+
+
+def test_who_begins_during_a_migration_waits_and_is_refused(
+    empty_schema: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On PostgreSQL what a transaction reads is as old as its first statement, so that the lock must come first."""
+    place = StorePlace(empty_schema, tmp_path)
+    place.open(migrate=True).close()
+    with monkeypatch.context() as newer:
+        set_release(newer, *CURRENT, "")
+        migration = [*sql.schema("postgresql", len(CURRENT))]
+    with (
+        closing(place.open()) as older,
+        psycopg.connect(empty_schema, autocommit=True) as other,
+        ThreadPoolExecutor() as threads,
+    ):
+        older.transact(Ask(ReadHorizon()))
+        with psycopg.connect(empty_schema) as migrating:
+            for statement in migration:
+                migrating.execute(statement.encode())
+            asking = threads.submit(older.transact, Ask(ReadHorizon()))
+            until = time.monotonic() + 30
+            waits = "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'fact'::regclass"
+            while other.execute(waits.encode()).fetchone() == (0,):
+                assert time.monotonic() < until
+                time.sleep(0.02)
+        with pytest.raises(StoreError, match="schema version 3"):
+            asking.result(30)

@@ -145,7 +145,7 @@ def _plan(volume: Volume, disk: Disk, in_use: bool, keys: tuple[Key, ...]) -> Pl
             raise DiskError(
                 "blank_in_use",
                 f"the disk of {volume.name} is blank, but the server knows it to hold data: it is not formatted; attach"
-                f" the right disk, or have the operator say: keys allow-format VM {volume.name}",
+                f" the right disk, or have the operator say: keys allow-format NAME {volume.name}",
                 volume.device,
             )
         case Blank():
