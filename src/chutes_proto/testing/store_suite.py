@@ -20,7 +20,7 @@ from attrs import evolve, frozen
 from chutes_proto.codes import Code
 from chutes_proto.errors import Refused, StoreError
 from chutes_proto.keys.generations import K3S_VOLUME
-from chutes_proto.keys.vault import FreshKey, KeyEncryptionKey, Vault
+from chutes_proto.keys.vault import NONCE_SIZE, Address, FreshKey, KeyEncryptionKey, Vault
 from chutes_proto.secret import Secret
 from chutes_proto.store.rows import (
     ROWS,
@@ -79,7 +79,7 @@ from chutes_proto.store.rows import (
 )
 from chutes_proto.store.run import Script, Store, Unit
 from chutes_proto.units.boot import GrantBoot
-from chutes_proto.units.operator import StoreRestored
+from chutes_proto.units.operator import RewrapKeys, Rewrapped, StoreRestored
 from chutes_proto.units.rotation import AttestVolumes, ConfirmNonce, ConfirmVolumes, Pair
 from chutes_proto.units.servers import RegisterServer
 from chutes_proto.units.volumes import ReadVolume, SyncVolumes, VolumeKeys
@@ -890,6 +890,33 @@ def boots_and_syncs_at_once_keep_every_key(harness: Harness) -> None:
     expect({answer.passphrases[0][1].reveal() for answer in answers}, handed_out, "keys given again")
 
 
+def rewraps_at_once_wrap_each_key_once(harness: Harness) -> None:
+    """Many rewraps at once, each of a few rows: every key is wrapped anew, by one of them, and opens as before."""
+    store = harness.open()
+    for index in range(CALLERS):
+        granted = boot(str(index))
+        _ = store.transact(granted)
+        _ = store.transact(sync(granted, "b", "storage", rekey=["storage"]))
+    before = store.transact(Ask(Scan(GenerationRow)))
+    few = -(-len(before) // CALLERS)
+    newer = KeyEncryptionKey.from_bytes(bytes(range(1, 33)))
+    units = [
+        RewrapKeys(NOW, entropy(f"rewrap {index}", few * NONCE_SIZE), Vault(newer, VAULT.current), "new key")
+        for index in range(CALLERS)
+    ]
+    outcomes = _race(harness, units)
+    expect(_codes(outcomes), [], "those that were refused")
+    counts = [outcome.count for outcome in outcomes if isinstance(outcome, Rewrapped)]
+    expect(sum(counts), len(before), f"keys wrapped anew, by {counts}")
+    after = store.transact(Ask(Scan(GenerationRow)))
+    opened = [_opened(vault, rows) for vault, rows in ((VAULT, before), (Vault(newer), after))]
+    expect(opened[1] == opened[0], True, "keys under the new key-encryption key alone are those that were")
+
+
+def _opened(vault: Vault, rows: Sequence[GenerationRow]) -> list[bytes]:
+    return [vault.open(Address(row.vm, row.volume, row.generation), row).reveal() for row in rows]
+
+
 # --- what a store must remember ---
 
 
@@ -994,6 +1021,7 @@ CASES: tuple[Case, ...] = (
     a_platform_gets_no_more_names_than_it_may,
     servers_at_once_share_nothing,
     boots_and_syncs_at_once_keep_every_key,
+    rewraps_at_once_wrap_each_key_once,
     a_token_is_refused_when_it_must_be,
     a_nonce_is_refused_when_it_must_be,
     keys_live_as_documented,
