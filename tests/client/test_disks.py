@@ -166,7 +166,7 @@ def test_a_blank_disk_in_use_stops_the_boot_before_any_disk_is_touched(said: Sai
             (Send, synced("storage")),
         )
     assert (caught.value.reason, caught.value.device) == ("blank_in_use", "/dev/vdb")
-    assert "keys allow-format VM storage" in str(caught.value)
+    assert "keys allow-format NAME storage" in str(caught.value)
     assert said.fields("disk_failed")[0]["reason"] == "blank_in_use"
 
 
