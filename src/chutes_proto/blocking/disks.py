@@ -240,19 +240,21 @@ def find_cryptsetup() -> str | None:
 def environment(udev: str = "/run/udev/control") -> dict[str, str]:
     """What the program gets to know.
 
-    It has udev make the nodes of what it maps, and waits for that, where udev's socket is; also if nobody listens there
+    It has udev make the nodes of what it maps, and waits for that, where udev's socket is; also if nobody holds that
     any more, as after an initramfs whose system has no udev. Then it makes them itself.
+
+    Source: unix(7), EPROTOTYPE and ECONNREFUSED.
     """
     import socket
 
     told = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}
     try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as control:
-            control.setblocking(False)
-            control.connect(udev)
+        # By a socket of another type, which the kernel refuses: a connection would reach udev, and be in its log.
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as asking:
+            asking.connect(udev)
     except (ConnectionRefusedError, FileNotFoundError):
         told["DM_DISABLE_UDEV"] = "1"
-    except OSError:  # it is there, but busy, or not for this user
+    except OSError:  # of another type: somebody holds it; or it is not for this user
         pass
     return told
 
