@@ -10,8 +10,9 @@ from attrs import evolve, frozen
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chutes_proto.store.rows import ROWS, AuditRow, Insert, Pin, Row, Scan, StoreOp, Vm
-from chutes_proto.store.sql import SCHEMA_VERSION, columns, decode_row, encode, placeholders, schema, statement
+from chutes_proto.store import rows, sql
+from chutes_proto.store.rows import ROWS, AuditRow, Insert, Pin, Row, Scan, StoreOp, Vm, VolumeRow
+from chutes_proto.store.sql import SCHEMA_VERSION, columns, decode_rows, encode, placeholders, schema, statement
 
 
 @pytest.mark.parametrize("kind", ROWS)
@@ -24,7 +25,7 @@ def test_each_table_has_the_columns_of_its_row_in_their_order(kind: type[Row]) -
     key = re.search(r"PRIMARY KEY \(([^)]*)\)", table)
     if kind is not AuditRow:
         key_columns = tuple(key[1].split(", ")) if key else names[:1]
-        assert key_columns == kind.KEY
+        assert key_columns == kind.KEY == columns(kind)[: len(kind.KEY)]
     for field in attrs.fields(kind):
         optional = any(word in str(field.type) for word in ("None", "Optional"))
         for column in columns_of(field):
@@ -59,8 +60,19 @@ def test_postgresql_gets_its_own_types_and_marks() -> None:
 )
 def test_rows_survive_the_way_through_values(vm: Vm | None, pin: Pin | None, digest: bytes | None, at: int) -> None:
     row = evolve(AuditRow(at, "vm", "boot", "granted"), vm=vm, pin=pin, quote_digest=digest)
-    assert decode_row(AuditRow, encode(row)) == row
+    assert decode_rows(AuditRow, [encode(row)]) == (row,)
     assert len(encode(row)) == len(columns(AuditRow))
+
+
+def test_a_number_that_stands_for_a_boolean_becomes_one() -> None:
+    (row,) = decode_rows(VolumeRow, [("hotkey", "vm", "storage", 1, 0, None)])
+    assert row.in_use is True
+    assert row.format_allowed is False
+
+
+def test_every_operation_has_its_query() -> None:
+    kinds = {kind for kind in vars(rows).values() if isinstance(kind, type) and issubclass(kind, StoreOp)}
+    assert kinds - {StoreOp} == sql._QUERIES.keys()
 
 
 def test_a_stranger_is_no_operation() -> None:

@@ -4,8 +4,8 @@ A unit's script asks for one operation at a time (``row = yield from ReadVm(vm)`
 
 Rules kept here:
 
-* a row class is its table: ``TABLE`` is the name, ``KEY`` the primary key, the fields are the columns in their order; a
-  `Vm` is the two columns ``hotkey, vm`` and a `Pin` the two columns ``platform_kind, platform_id``;
+* a row class is its table: ``TABLE`` is the name, ``KEY`` the primary key, which comes first, and the fields are the
+  columns in their order; a `Vm` is the two columns ``hotkey, vm``, a `Pin` the two ``platform_kind, platform_id``;
 * nothing secret is in a row in the clear: passphrases are sealed, tokens and nonces of a boot are digests;
 * no operation changes a sealed passphrase, and only an operator's `PurgeGeneration` deletes one; none changes an audit
   row;

@@ -2,9 +2,10 @@
 
 Rules kept here:
 
-* statements are written with ``?``; `placeholders` turns them into what a driver wants, and no statement has a ``?`` or
-  a ``%`` for anything else;
-* every value is a parameter; table and column names come from the row classes alone;
+* an operation is one entry of `_QUERIES`: its statement with parameters, and how a reply is made of what comes back;
+* every value is a parameter, written as where the operation has it (``:vm.name``) and made a ``?``; `placeholders`
+  turns that into what a driver wants, and no statement has a ``:``, ``?`` or ``%`` for anything else;
+* table and column names come from the row classes alone;
 * types are what both dialects have: TEXT, BIGINT, BOOLEAN and bytes; no TEXT is compared but for equality, because
   collations differ, so order is made here;
 * a release that changes the schema adds a step to `STEPS`; the number of steps that made a database is its schema
@@ -13,10 +14,11 @@ Rules kept here:
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import Any, Final, Literal, TypeAlias, Union, get_args, get_origin
 
 import attrs
@@ -79,6 +81,7 @@ from chutes_proto.store.rows import (
 
 Dialect: TypeAlias = Literal["sqlite", "postgresql"]
 Values: TypeAlias = tuple[Any, ...]
+Rows: TypeAlias = Sequence[Sequence[Any]]
 
 _FIRST: Final = """
 CREATE TABLE fact (
@@ -294,36 +297,35 @@ def _type_of(attribute: attrs.Attribute[Any]) -> Any:
     return kind
 
 
-_COLUMNS_OF: Final[dict[Any, tuple[str, ...]]] = {Vm: ("hotkey", "vm"), Pin: ("platform_kind", "platform_id")}
-_VM: Final[Callable[[Vm], Values]] = attrgetter("hotkey", "name")
-_PIN: Final[Callable[[Pin], Values]] = attrgetter("kind", "value")
-_PARTS: Final[dict[Any, Callable[[Any], Values]]] = {Vm: _VM, Pin: _PIN}
-"""The values of what has more than one column."""
+_PAIRS: Final[dict[Any, tuple[str, str]]] = {Vm: ("hotkey", "vm"), Pin: ("platform_kind", "platform_id")}
+"""The columns of what is two."""
+
+_PARTS: Final[dict[Any, Callable[[Any], Values]]] = {
+    Vm: attrgetter("hotkey", "name"),
+    Pin: attrgetter("kind", "value"),
+}
+"""The values of what is two columns."""
 
 
 @frozen
 class _Layout:
-    """How a row's fields are its columns: each is one, but for those that are ``spread`` over several."""
+    """How a row's fields are its columns: each is one, but for those that are a pair of them."""
 
     columns: tuple[str, ...]
     fields: Callable[[Row], Values]
-    spread: tuple[tuple[int, Any, int], ...]
-    """Place, type and number of columns."""
+    pairs: tuple[tuple[int, Any], ...]
+    """Place and type."""
     flags: tuple[int, ...]
     """The places of the booleans."""
-    key: tuple[int, ...]
-    """Which values are the primary key's."""
 
     @classmethod
     def of(cls, kind: type[Any]) -> _Layout:
         fields = [(field.name, _type_of(field)) for field in attrs.fields(kind)]
-        columns = tuple(column for name, of in fields for column in _COLUMNS_OF.get(of, (name,)))
         return cls(
-            columns=columns,
+            columns=tuple(column for name, of in fields for column in _PAIRS.get(of, (name,))),
             fields=attrgetter(*(name for name, _ in fields)),
-            spread=tuple((at, of, len(_COLUMNS_OF[of])) for at, (_, of) in enumerate(fields) if of in _COLUMNS_OF),
+            pairs=tuple((at, of) for at, (_, of) in enumerate(fields) if of in _PAIRS),
             flags=tuple(at for at, (_, of) in enumerate(fields) if of is bool),
-            key=tuple(columns.index(column) for column in kind.KEY),
         )
 
 
@@ -339,38 +341,52 @@ def encode(row: Row) -> Values:
     """The values of a row, one for each column."""
     layout = _LAYOUTS[type(row)]
     values = list(layout.fields(row))
-    for at, of, count in reversed(layout.spread):
+    for at, of in reversed(layout.pairs):
         whole = values[at]
-        values[at : at + 1] = (None,) * count if whole is None else _PARTS[of](whole)
+        values[at : at + 1] = (None, None) if whole is None else _PARTS[of](whole)
     return tuple(values)
 
 
-def decode_row(kind: type[Any], values: Sequence[Any]) -> Any:
-    """The row of ``kind`` that has these values; drivers without a boolean type give 0 and 1."""
+def decode_rows(kind: type[Any], rows: Rows) -> tuple[Any, ...]:
+    """The rows of ``kind`` that have these values; drivers without a boolean type give 0 and 1."""
     layout = _LAYOUTS[kind]
-    members = list(values)
-    for at, of, count in layout.spread:
-        parts = members[at : at + count]
-        members[at : at + count] = (None if parts[0] is None else of(*parts),)
-    for at in layout.flags:
-        members[at] = bool(members[at])
-    return kind(*members)
+    made: list[Any] = []
+    for values in rows:
+        members = list(values)
+        for at, of in layout.pairs:
+            second = members.pop(at + 1)
+            if members[at] is not None:
+                members[at] = of(members[at], second)
+        for at in layout.flags:
+            members[at] = bool(members[at])
+        made.append(kind(*members))
+    return tuple(made)
 
 
 def key_of(row: Row) -> Values:
     """The values of a row's primary key."""
-    return _key_of(type(row), encode(row))
-
-
-def _key_of(kind: type[Row], values: Sequence[Any]) -> Values:
-    return tuple(values[at] for at in _LAYOUTS[kind].key)
+    return encode(row)[: len(row.KEY)]
 
 
 # --- statements ---
 
+_PATH: Final = r":([a-z_.]+)"
+_THE_VM: Final = "hotkey = :vm.hotkey AND vm = :vm.name"
+_THE_PLATFORM: Final = "platform_kind = :pin.kind AND platform_id = :pin.value"
+_LIVE: Final = (
+    "state IN ('active', 'candidate') OR provisional OR retirement = 'prune' OR (volume, generation) IN"  # noqa: S608
+    f" (SELECT volume, max(generation) FROM generation WHERE {_THE_VM} GROUP BY volume)"
+)
+_GIVEN: Final = (
+    "(volume, generation) IN (SELECT volume, current_generation FROM boot_volume WHERE boot_id = :boot_id)"
+    " OR (volume, generation) IN (SELECT volume, next_generation FROM boot_volume WHERE boot_id = :boot_id)"
+)
+_VOID: Final = "UPDATE boot SET voided_at = :at WHERE voided_at IS NULL"
+_NEWEST: Final = "ORDER BY created_at DESC LIMIT 1"
 
-def _select(kind: type[Row], where: str) -> str:
-    return f"SELECT {', '.join(columns(kind))} FROM {kind.TABLE} {where}"  # noqa: S608 - names of ours
+
+def _select(kind: type[Row], rest: str, *others: str) -> str:
+    return f"SELECT {', '.join((*others, *columns(kind)))} FROM {kind.TABLE} {rest}"  # noqa: S608 - names of ours
 
 
 def _insert(kind: type[Row]) -> str:
@@ -383,202 +399,171 @@ def _put(kind: type[Row]) -> str:
     return f"{_insert(kind)} ON CONFLICT ({', '.join(kind.KEY)}) DO UPDATE SET {changes}"
 
 
-_INSERTS: Final = {kind: _insert(kind) for kind in ROWS}
-_PUTS: Final = {kind: _put(kind) for kind in (VmRow, BootRow, VolumeRow, ServerRow)}
-_CLAIMS: Final = {
-    kind: f"{_insert(kind)} ON CONFLICT DO NOTHING RETURNING {kind.KEY[0]}" for kind in (ServerRow, GpuRow)
-}
+def _claim(kind: type[Row]) -> str:
+    return f"{_insert(kind)} ON CONFLICT DO NOTHING RETURNING {kind.KEY[0]}"
+
+
 _SCANS: Final = {kind: _select(kind, "" if kind.KEY else "ORDER BY id") for kind in ROWS}
-_REDEEM = f"{_insert(NonceRow)} ON CONFLICT (value) DO NOTHING RETURNING value"
-_IS_REDEEMED = "SELECT value FROM nonce WHERE value = ?"
-_SWEEP = (
-    "DELETE FROM nonce"
-    " WHERE value IN (SELECT value FROM nonce WHERE redeemed_at <= ? ORDER BY redeemed_at LIMIT ?)"
-    " RETURNING value, purpose, issued_at, redeemed_at"
-)
-_READ_HORIZON = "SELECT value FROM fact WHERE name = 'nonce_horizon'"
-_RAISE_HORIZON = "UPDATE fact SET value = ? WHERE name = 'nonce_horizon' AND value < ?"
-_READ_VM = _select(VmRow, "WHERE hotkey = ? AND vm = ?")
-_READ_NAMES = "SELECT hotkey, vm FROM vm UNION SELECT hotkey, vm FROM generation"
-_READ_NAMES_CALLED = "SELECT hotkey, vm FROM vm WHERE vm = ? UNION SELECT hotkey, vm FROM generation WHERE vm = ?"
-_COUNT_CLAIMS = "SELECT count(*) FROM vm WHERE platform_kind = ? AND platform_id = ?"
-_FIND_BOOT = _select(BootRow, "WHERE token_digest = ?")
-_FIND_CONFIRM = _select(BootRow, "WHERE confirm_digest = ?")
-_SPEND = "UPDATE boot SET spent_at = ?, body_digest = ? WHERE boot_id = ? AND spent_at IS NULL RETURNING boot_id"
-_VOID_ALL = "UPDATE boot SET voided_at = ? WHERE voided_at IS NULL"
-_VOID = f"{_VOID_ALL} AND hotkey = ? AND vm = ?"
-_READ_BOOT_VOLUMES = _select(BootVolumeRow, "WHERE boot_id = ? ORDER BY position")
-_READ_GENERATIONS = _select(GenerationRow, "WHERE hotkey = ? AND vm = ?")
-_LIVE = (
-    "state IN ('active', 'candidate') OR provisional OR retirement = 'prune' OR (volume, generation) IN"
-    " (SELECT volume, max(generation) FROM generation WHERE hotkey = ? AND vm = ? GROUP BY volume)"
-)
-_GIVEN = (
-    "(volume, generation) IN (SELECT volume, current_generation FROM boot_volume WHERE boot_id = ?)"
-    " OR (volume, generation) IN (SELECT volume, next_generation FROM boot_volume WHERE boot_id = ?)"
-)
-_READ_LIVE = _select(GenerationRow, f"WHERE hotkey = ? AND vm = ? AND ({_LIVE})")
-_READ_LIVE_AND_GIVEN = _select(GenerationRow, f"WHERE hotkey = ? AND vm = ? AND ({_LIVE} OR {_GIVEN})")
-_UPDATE_GENERATION = (
-    "UPDATE generation SET state = ?, provisional = ?, delivered_at = ?, retired_at = ?, retirement = ?"
-    " WHERE hotkey = ? AND vm = ? AND volume = ? AND generation = ?"
-)
-_OF_GENERATION = "WHERE hotkey = ? AND vm = ? AND volume = ? AND generation = ?"
-_REWRAP = f"UPDATE generation SET kek_id = ?, wrapped_key = ? {_OF_GENERATION} AND sealed IS NOT NULL"  # noqa: S608
-_PURGE = (
-    "UPDATE generation SET state = 'purged', provisional = ?, sealed = NULL, kek_id = NULL, wrapped_key = NULL"  # noqa: S608
-    f" {_OF_GENERATION} AND state = 'retired'"
-)
-_COUNT_SEALED = "SELECT kek_id, count(*) FROM generation WHERE kek_id IS NOT NULL GROUP BY kek_id"
-_READ_OTHERWISE_SEALED = _select(GenerationRow, "WHERE kek_id IS NOT NULL AND kek_id <> ? LIMIT ?")
-_AUDIT_COLUMNS = f"id, {', '.join(columns(AuditRow))}"
-_READ_AUDIT = f"SELECT {_AUDIT_COLUMNS} FROM audit WHERE id > ? ORDER BY id LIMIT ?"  # noqa: S608
-_READ_AUDIT_BACKWARDS = f"SELECT {_AUDIT_COLUMNS} FROM audit WHERE id < ? ORDER BY id DESC LIMIT ?"  # noqa: S608
-_READ_SERVER = _select(ServerRow, "WHERE server_id = ?")
-_FIND_SERVER = _select(ServerRow, "WHERE address = ?")
-_READ_SERVERS = _select(ServerRow, "WHERE hotkey = ?")
-_DELETE_SERVER = "DELETE FROM server WHERE server_id = ?"  # and its GPUs, by their reference
-_READ_GPU = _select(GpuRow, "WHERE uuid = ?")
-_READ_BOOT = _select(BootRow, "WHERE boot_id = ?")
-_LAST_BOOT_OF = _select(BootRow, "WHERE hotkey = ? AND vm = ? ORDER BY created_at DESC LIMIT 1")
-_LAST_BOOT_FROM = _select(BootRow, "WHERE hotkey = ? AND peer_address = ? ORDER BY created_at DESC LIMIT 1")
-_READ_ATTESTATION = _select(AttestationRow, "WHERE attestation_id = ?")
-_COUNT_SERVER_REFUSALS = (
-    "SELECT count(*) FROM attestation WHERE registration = ? AND created_at >= ? AND code IS NOT NULL"
-)
-_READ_VOLUMES = _select(VolumeRow, "WHERE hotkey = ? AND vm = ?")
-_COUNT_REFUSALS = (
-    "SELECT count(*) FROM attestation"
-    " WHERE platform_kind = ? AND platform_id = ? AND code IS NOT NULL AND created_at >= ?"
-)
+
+
+# --- replies ---
+
+
+def _nothing(_: Rows) -> None:
+    return None
+
+
+def _number(rows: Rows) -> Any:
+    return rows[0][0]
+
+
+def _sorted(kind: type[Row], rows: Rows) -> tuple[Any, ...]:
+    return decode_rows(kind, sorted(rows, key=itemgetter(slice(len(kind.KEY)))))
+
+
+def _names(rows: Rows) -> tuple[Vm, ...]:
+    return tuple(sorted(Vm(*values) for values in rows))
+
+
+def _numbered(rows: Rows) -> tuple[tuple[int, AuditRow], ...]:
+    numbers = [values[0] for values in rows]
+    return tuple(zip(numbers, decode_rows(AuditRow, [values[1:] for values in rows]), strict=True))
+
+
+# --- operations ---
+
+
+@frozen
+class _Query:
+    """How an operation is carried out: its statement and parameters, and its reply, from the rows that came back."""
+
+    ask: Callable[[Any], tuple[str, Values]]
+    reply: Callable[[Any, Rows], Any]
+
+
+def _query(text: str, reply: Callable[[Rows], Any] = _nothing) -> _Query:
+    marked = re.sub(_PATH, "?", text)
+    values = [attrgetter(path) for path in re.findall(_PATH, text)]
+    return _Query(lambda op: (marked, tuple([value(op) for value in values])), lambda _, rows: reply(rows))
+
+
+def _either(holds: Callable[[Any], bool], yes: _Query, no: _Query) -> _Query:
+    return _Query(lambda op: (yes if holds(op) else no).ask(op), yes.reply)
+
+
+def _write(text: Callable[[type[Row]], str], kinds: Sequence[type[Row]], reply: Callable[[Rows], Any]) -> _Query:
+    """Of the operation's row, whole."""
+    texts = {kind: text(kind) for kind in kinds}
+    return _Query(lambda op: (texts[type(op.row)], encode(op.row)), lambda _, rows: reply(rows))
+
+
+def _one(kind: type[Row], where: str) -> _Query:
+    return _query(_select(kind, f"WHERE {where}"), lambda rows: decode_rows(kind, rows)[0] if rows else None)
+
+
+def _all(kind: type[Row], where: str) -> _Query:
+    return _query(_select(kind, f"WHERE {where}"), partial(_sorted, kind))
+
+
+def _count(kind: type[Row], where: str) -> _Query:
+    return _query(f"SELECT count(*) FROM {kind.TABLE} WHERE {where}", _number)  # noqa: S608
+
+
+def _change_generation(to: str, where: str = "TRUE") -> _Query:
+    key = "hotkey = :row.vm.hotkey AND vm = :row.vm.name AND volume = :row.volume AND generation = :row.generation"
+    return _query(f"UPDATE generation SET {to} WHERE {key} AND {where}")  # noqa: S608
+
+
+_QUERIES: Final[dict[type[StoreOp[Any]], _Query]] = {
+    Insert: _write(_insert, ROWS, _nothing),
+    Put: _write(_put, (VmRow, BootRow, VolumeRow, ServerRow), _nothing),
+    Claim: _write(_claim, (ServerRow, GpuRow), bool),
+    Scan: _Query(lambda op: (_SCANS[op.kind], ()), lambda op, rows: _sorted(op.kind, rows)),
+    # nonces
+    RedeemNonce: _write(_claim, (NonceRow,), bool),
+    IsRedeemed: _query("SELECT value FROM nonce WHERE value = :value", bool),
+    SweepNonces: _query(
+        "DELETE FROM nonce WHERE value IN"
+        " (SELECT value FROM nonce WHERE redeemed_at <= :redeemed_until ORDER BY redeemed_at LIMIT :limit)"
+        " RETURNING value, purpose, issued_at, redeemed_at",
+        partial(_sorted, NonceRow),
+    ),
+    ReadHorizon: _query("SELECT value FROM fact WHERE name = 'nonce_horizon'", _number),
+    RaiseHorizon: _query("UPDATE fact SET value = :to WHERE name = 'nonce_horizon' AND value < :to"),
+    # names and boots
+    ReadVm: _one(VmRow, _THE_VM),
+    ReadNames: _either(
+        lambda op: op.name is None,
+        _query("SELECT hotkey, vm FROM vm UNION SELECT hotkey, vm FROM generation", _names),
+        _query(
+            "SELECT hotkey, vm FROM vm WHERE vm = :name UNION SELECT hotkey, vm FROM generation WHERE vm = :name",
+            _names,
+        ),
+    ),
+    CountClaims: _count(VmRow, _THE_PLATFORM),
+    ReadBoot: _one(BootRow, "boot_id = :boot_id"),
+    FindBoot: _one(BootRow, "token_digest = :token_digest"),
+    FindConfirm: _one(BootRow, "confirm_digest = :confirm_digest"),
+    FindLastBoot: _one(BootRow, f"{_THE_VM} {_NEWEST}"),
+    FindLastBootFrom: _one(BootRow, f"hotkey = :hotkey AND peer_address = :address {_NEWEST}"),
+    SpendToken: _query(
+        "UPDATE boot SET spent_at = :at, body_digest = :body_digest"
+        " WHERE boot_id = :boot_id AND spent_at IS NULL RETURNING boot_id",
+        bool,
+    ),
+    VoidTokens: _either(lambda op: op.vm is None, _query(_VOID), _query(f"{_VOID} AND {_THE_VM}")),
+    ReadBootVolumes: _query(
+        _select(BootVolumeRow, "WHERE boot_id = :boot_id ORDER BY position"), partial(decode_rows, BootVolumeRow)
+    ),
+    # keys and volumes
+    ReadGenerations: _all(GenerationRow, _THE_VM),
+    ReadLiveGenerations: _either(
+        lambda op: op.boot_id is None,
+        _all(GenerationRow, f"{_THE_VM} AND ({_LIVE})"),
+        _all(GenerationRow, f"{_THE_VM} AND ({_LIVE} OR {_GIVEN})"),
+    ),
+    UpdateGeneration: _change_generation(
+        "state = :row.state, provisional = :row.provisional, delivered_at = :row.delivered_at,"
+        " retired_at = :row.retired_at, retirement = :row.retirement"
+    ),
+    RewrapGeneration: _change_generation("kek_id = :row.kek_id, wrapped_key = :row.wrapped_key", "sealed IS NOT NULL"),
+    PurgeGeneration: _change_generation(
+        "state = 'purged', provisional = FALSE, sealed = NULL, kek_id = NULL, wrapped_key = NULL", "state = 'retired'"
+    ),
+    CountSealed: _query(
+        "SELECT kek_id, count(*) FROM generation WHERE kek_id IS NOT NULL GROUP BY kek_id",
+        lambda rows: tuple(sorted((kek_id, count) for kek_id, count in rows)),
+    ),
+    ReadOtherwiseSealed: _all(GenerationRow, "kek_id IS NOT NULL AND kek_id <> :kek_id LIMIT :limit"),
+    ReadVolumes: _all(VolumeRow, _THE_VM),
+    # servers and verdicts
+    ReadServer: _one(ServerRow, "server_id = :server_id"),
+    FindServer: _one(ServerRow, "address = :address"),
+    ReadServers: _all(ServerRow, "hotkey = :hotkey"),
+    DeleteServer: _query("DELETE FROM server WHERE server_id = :server_id"),  # and its GPUs, by their reference
+    ReadGpu: _one(GpuRow, "uuid = :uuid"),
+    ReadAttestation: _one(AttestationRow, "attestation_id = :attestation_id"),
+    CountRefusals: _count(AttestationRow, f"{_THE_PLATFORM} AND code IS NOT NULL AND created_at >= :since"),
+    CountServerRefusals: _count(
+        AttestationRow, "registration = :registration AND code IS NOT NULL AND created_at >= :since"
+    ),
+    # audit
+    ReadAudit: _either(
+        lambda op: op.backwards,
+        _query(_select(AuditRow, "WHERE id < :beyond ORDER BY id DESC LIMIT :limit", "id"), _numbered),
+        _query(_select(AuditRow, "WHERE id > :beyond ORDER BY id LIMIT :limit", "id"), _numbered),
+    ),
+}
 
 
 def statement(op: StoreOp[Any]) -> tuple[str, Values]:
-    """The statement of an operation and its parameters."""
-    match op:
-        case Insert(row):
-            return _INSERTS[type(row)], encode(row)
-        case Put(row):
-            return _PUTS[type(row)], encode(row)
-        case RedeemNonce(row):
-            return _REDEEM, encode(row)
-        case IsRedeemed(value):
-            return _IS_REDEEMED, (value,)
-        case SweepNonces(redeemed_until, limit):
-            return _SWEEP, (redeemed_until, limit)
-        case ReadHorizon():
-            return _READ_HORIZON, ()
-        case RaiseHorizon(to):
-            return _RAISE_HORIZON, (to, to)
-        case ReadVm(vm):
-            return _READ_VM, _VM(vm)
-        case ReadNames(None):
-            return _READ_NAMES, ()
-        case ReadNames(name):
-            return _READ_NAMES_CALLED, (name, name)
-        case CountClaims(pin):
-            return _COUNT_CLAIMS, _PIN(pin)
-        case FindBoot(digest):
-            return _FIND_BOOT, (digest,)
-        case FindConfirm(digest):
-            return _FIND_CONFIRM, (digest,)
-        case SpendToken(boot_id, at, body_digest):
-            return _SPEND, (at, body_digest, boot_id)
-        case VoidTokens(None, at):
-            return _VOID_ALL, (at,)
-        case VoidTokens(Vm() as vm, at):
-            return _VOID, (at, *_VM(vm))
-        case ReadBootVolumes(boot_id):
-            return _READ_BOOT_VOLUMES, (boot_id,)
-        case ReadGenerations(vm):
-            return _READ_GENERATIONS, _VM(vm)
-        case ReadLiveGenerations(vm, None):
-            return _READ_LIVE, (*_VM(vm), *_VM(vm))
-        case ReadLiveGenerations(vm, boot_id):
-            return _READ_LIVE_AND_GIVEN, (*_VM(vm), *_VM(vm), boot_id, boot_id)
-        case UpdateGeneration(row):
-            state = (row.state, row.provisional, row.delivered_at, row.retired_at, row.retirement)
-            return _UPDATE_GENERATION, (*state, *_VM(row.vm), row.volume, row.generation)
-        case RewrapGeneration(row):
-            return _REWRAP, (row.kek_id, row.wrapped_key, *_VM(row.vm), row.volume, row.generation)
-        case PurgeGeneration(row):
-            return _PURGE, (False, *_VM(row.vm), row.volume, row.generation)
-        case CountSealed():
-            return _COUNT_SEALED, ()
-        case ReadOtherwiseSealed(kek_id, limit):
-            return _READ_OTHERWISE_SEALED, (kek_id, limit)
-        case ReadVolumes(vm):
-            return _READ_VOLUMES, _VM(vm)
-        case CountRefusals(pin, since):
-            return _COUNT_REFUSALS, (*_PIN(pin), since)
-        case Claim(row):
-            return _CLAIMS[type(row)], encode(row)
-        case ReadServer(server_id):
-            return _READ_SERVER, (server_id,)
-        case FindServer(address):
-            return _FIND_SERVER, (address,)
-        case ReadServers(hotkey):
-            return _READ_SERVERS, (hotkey,)
-        case DeleteServer(server_id):
-            return _DELETE_SERVER, (server_id,)
-        case ReadGpu(uuid):
-            return _READ_GPU, (uuid,)
-        case ReadBoot(boot_id):
-            return _READ_BOOT, (boot_id,)
-        case FindLastBoot(vm):
-            return _LAST_BOOT_OF, _VM(vm)
-        case FindLastBootFrom(hotkey, address):
-            return _LAST_BOOT_FROM, (hotkey, address)
-        case ReadAttestation(attestation_id):
-            return _READ_ATTESTATION, (attestation_id,)
-        case CountServerRefusals(registration, since):
-            return _COUNT_SERVER_REFUSALS, (registration, since)
-        case ReadAudit(beyond, limit, backwards):
-            return _READ_AUDIT_BACKWARDS if backwards else _READ_AUDIT, (beyond, limit)
-        case Scan(kind):
-            return _SCANS[kind], ()
-        case _:
-            raise TypeError(f"{type(op).__name__} is not a row operation")
+    """The statement of an operation and its parameters. Raises `TypeError` for what is no operation."""
+    query = _QUERIES.get(type(op))
+    if query is None:
+        raise TypeError(f"{type(op).__name__} is not a row operation")
+    return query.ask(op)
 
 
-def decode(op: StoreOp[Any], rows: Sequence[Sequence[Any]]) -> Any:
+def decode(op: StoreOp[Any], rows: Rows) -> Any:
     """The reply to an operation, from what its statement returned (nothing, for one that returns no rows)."""
-    match op:
-        case ReadVm():
-            return decode_row(VmRow, rows[0]) if rows else None
-        case FindBoot() | FindConfirm() | ReadBoot() | FindLastBoot() | FindLastBootFrom():
-            return decode_row(BootRow, rows[0]) if rows else None
-        case ReadServer() | FindServer():
-            return decode_row(ServerRow, rows[0]) if rows else None
-        case ReadGpu():
-            return decode_row(GpuRow, rows[0]) if rows else None
-        case ReadAttestation():
-            return decode_row(AttestationRow, rows[0]) if rows else None
-        case ReadServers():
-            return _sorted(ServerRow, rows)
-        case RedeemNonce() | IsRedeemed() | SpendToken() | Claim():
-            return bool(rows)
-        case SweepNonces():
-            return _sorted(NonceRow, rows)
-        case ReadHorizon() | CountClaims() | CountRefusals() | CountServerRefusals():
-            return rows[0][0]
-        case ReadBootVolumes():
-            return tuple(decode_row(BootVolumeRow, values) for values in rows)
-        case CountSealed():
-            return tuple(sorted((kek_id, count) for kek_id, count in rows))
-        case ReadGenerations() | ReadLiveGenerations() | ReadOtherwiseSealed():
-            return _sorted(GenerationRow, rows)
-        case ReadNames():
-            return tuple(sorted(Vm(*values) for values in rows))
-        case ReadVolumes():
-            return _sorted(VolumeRow, rows)
-        case ReadAudit():
-            return tuple((values[0], decode_row(AuditRow, values[1:])) for values in rows)
-        case Scan(kind):
-            return _sorted(kind, rows)
-        case _:
-            return None
-
-
-def _sorted(kind: type[Row], rows: Sequence[Sequence[Any]]) -> tuple[Any, ...]:
-    return tuple(decode_row(kind, values) for values in sorted(rows, key=partial(_key_of, kind)))
+    return _QUERIES[type(op)].reply(op, rows)
