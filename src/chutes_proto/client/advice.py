@@ -127,7 +127,8 @@ def advise(error: ChutesError) -> Advice:
         case TransportError():
             return Advice(
                 "No server that this agent trusts answered in all the time there was.",
-                "Check the VM's network and clock, whether the server runs, and the CA file of the settings.",
+                "If its certificate does not verify, check the VM's clock and the CA file of the settings; else the VM's"
+                " network, and whether the server runs.",
             )
         case RemoteProtocolError():
             return Advice(
@@ -145,7 +146,10 @@ def advise(error: ChutesError) -> Advice:
                 "Attach the right disk, or put this one's header back from a backup. The host may have altered it.",
             )
         case DiskError():
-            return Advice("A disk is not there, or not what it must be; nothing on it was lost.", "See the reason.")
+            return Advice(
+                "A disk cannot be used as it is, or a program failed on it. No data on it was written over.",
+                "See the reason.",
+            )
         case FileUnavailable():
             return Advice("A file or directory that the agent needs is not there.", "See the reason.")
         case ConfigurationError():
