@@ -49,10 +49,12 @@ def test_a_text_names_a_quoter(text: str, described: str) -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("", "the quote command is empty"),
-        ("  ", "the quote command is empty"),
-        ("command:", "the quote command is empty"),
-        ("'", "No closing quotation"),
+        ("", "the quote command: it names no program"),
+        ("  ", "the quote command: it names no program"),
+        ("command:", "the quote command: it names no program"),
+        ("''", "the quote command: it names no program"),
+        ("'", "the quote command: it cannot be cut into arguments: No closing quotation"),
+        ("a\0b", "the quote command: it has a NUL"),
         ("auto:", "auto is followed by nothing"),
         ("auto:tsm", "auto is followed by nothing"),
         ("tsm:", "tsm is followed by nothing, or :DIR"),

@@ -94,7 +94,34 @@ def test_what_is_said_and_what_is_not() -> None:
         ("state.k3s_key_file = 'k3s'", "state.k3s_key_file: say the whole path"),
         ("signer = 'my-signer'", 'signer: say "config-volume" or "command:'),
         ("signer = 'command: '", 'signer: say "config-volume" or "command:'),
+        ("signer = ''", 'signer: say "config-volume" or "command:'),
+        ("signer = 'command:\"'", 'PROGRAM ARGUMENTS"; it cannot be cut into arguments: No closing quotation'),
         ("signer = 'config-volume'", "config_volume.directory: name it"),
+        ("quoter = 'nonsense'", 'quoter: say "auto", "tsm", "tsm:DIR", "vsock", "vsock:CID:PORT", "unix:PATH" or'),
+        ("quoter = ''", 'quoter: say "auto"'),
+        ("quoter = '/usr/bin/x'", 'or "command:PROGRAM ARGUMENTS"'),
+        ("quoter = 'AUTO'", 'quoter: say "auto"'),
+        ("quoter = ' auto'", 'quoter: say "auto"'),
+        ("quoter = 'command'", 'quoter: say "auto"'),
+        ("quoter = 'commander:x'", 'quoter: say "auto"'),
+        ("quoter = 'command:'", "it names no program"),
+        ("quoter = 'command: '", "it names no program"),
+        ("quoter = \"command:'' x\"", "it names no program"),
+        ("quoter = 'command:\"'", "it cannot be cut into arguments: No closing quotation"),
+        ('quoter = "command:a\\u0000b"', "it has a NUL"),
+        ("quoter = 'auto:tsm'", "quoter: auto is followed by nothing"),
+        ("quoter = 'tsm:'", "quoter: tsm is followed by nothing, or :DIR"),
+        ("quoter = 'tsm:report'", "quoter: tsm is followed by a whole path"),
+        ("quoter = 'simulated:'", "quoter: simulated is followed by nothing, or :DIR"),
+        ("quoter = 'unix'", "quoter: unix is followed by :PATH"),
+        ("quoter = 'unix:'", "quoter: unix is followed by :PATH"),
+        ("quoter = 'unix:qgs'", "quoter: unix is followed by a whole path"),
+        ('quoter = "unix:/a\\u0000b"', "quoter: unix is followed by a whole path"),
+        ("quoter = 'vsock:'", "quoter: vsock is followed by nothing, or :CID:PORT"),
+        ("quoter = 'vsock:4050'", "quoter: vsock is followed by nothing, or :CID:PORT"),
+        ("quoter = 'vsock:2:4294967296'", "two numbers below 2^32"),
+        (f"quoter = 'vsock:2:{'9' * 5000}'", "two numbers below 2^32"),
+        ("quoter = 1", "quoter: Input should be a valid string"),
         ("config_volume.directory = 'here'", "config_volume.directory: say the whole path"),
         ("config_volume.hostname = '../hostname'", "config_volume.hostname: the name of a file"),
         ("config_volume.seed = '/etc/seed'", "config_volume.seed: the name of a file"),
@@ -106,6 +133,17 @@ def test_what_is_said_and_what_is_not() -> None:
 )
 def test_a_mistake_names_its_key(line: str, named: str) -> None:
     assert named in problem(f"{line}\n{GOOD}")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("auto", "tsm", "tsm:/mnt/report", "vsock", "vsock:2:4050", "unix:/run/qgs.socket", "simulated"),
+        *("simulated:/platform", "command:my-quoter", "command: '/opt/a b' {report_data}", "command:auto:"),
+    ],
+)
+def test_a_quoter_that_can_be_made(text: str) -> None:
+    assert settings(f"quoter = {json.dumps(text)}\n{GOOD}").quoter == text
 
 
 @pytest.mark.parametrize(

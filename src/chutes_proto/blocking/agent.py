@@ -216,12 +216,12 @@ def make_signer(text: str | None, identity: VmIdentity) -> Signer | None:
 
     Raises `ConfigurationError`, and `LocalProtocolError` where sr25519 is not installed.
     """
-    from chutes_proto.client.settings import COMMAND_SIGNER
+    from chutes_proto.client.quoters import COMMAND
 
     if text is None:
         return None
-    if text.startswith(COMMAND_SIGNER):
-        return command_signer(text.removeprefix(COMMAND_SIGNER))
+    if text.startswith(COMMAND):
+        return command_signer(text.removeprefix(COMMAND))
     from chutes_proto.auth.hotkey import HotkeyError, HotkeyPair
 
     if identity.seed is None:

@@ -12,11 +12,11 @@ Rules kept here:
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
-from chutes_proto.errors import ConfigurationError, LocalProtocolError, QuoteUnavailable
+from chutes_proto.client.quoters import parse_quoter
+from chutes_proto.errors import LocalProtocolError, QuoteUnavailable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -113,41 +113,28 @@ def make_quoter(
 
     Raises `ConfigurationError`.
     """
-    kind, colon, rest = text.partition(":")
+    kind, rest = parse_quoter(text)
     match kind:
-        case "auto" if not colon:
+        case "auto":
             return AutoQuoter([make_quoter("tsm"), make_quoter("vsock")], tell=tell)
-        case "tsm" if rest or not colon:
+        case "tsm":
             from chutes_proto.blocking.quoters.tsm import ROOT, TsmQuoter
 
             return TsmQuoter(rest or ROOT)
         case "vsock":
             from chutes_proto.blocking.quoters.device import DeviceQuoter, VsockService
 
-            return DeviceQuoter(VsockService(*_vsock_address(text, rest)) if colon else VsockService())
-        case "unix" if rest:
+            return DeviceQuoter(VsockService(*map(int, rest.split(":"))) if rest else VsockService())
+        case "unix":
             from chutes_proto.blocking.quoters.device import DeviceQuoter, UnixService
 
             return DeviceQuoter(UnixService(rest))
-        case "simulated" if rest or not colon:
+        case "simulated":
             return _simulated(rest or platform, stage)
-        case "auto" | "tsm" | "unix" | "simulated":
-            raise ConfigurationError(f"quoter {text!r}: {kind} is followed by {_FOLLOWED[kind]}")
         case _:
             from chutes_proto.blocking.quoters.command import CommandQuoter
 
-            return CommandQuoter(rest if kind == "command" and colon else text)
-
-
-_FOLLOWED = {"auto": "nothing", "tsm": "nothing, or :DIR", "unix": ":PATH", "simulated": "nothing, or :DIR"}
-
-
-def _vsock_address(text: str, address: str) -> tuple[int, int]:
-    found = re.fullmatch(r"([0-9]{1,10}):([0-9]{1,10})", address)
-    cid, port = map(int, found.groups()) if found else (2**32, 2**32)
-    if max(cid, port) >= 2**32:
-        raise ConfigurationError(f"quoter {text!r}: vsock is followed by nothing, or :CID:PORT, two numbers below 2^32")
-    return cid, port
+            return CommandQuoter(rest)
 
 
 def _simulated(directory: str | Path | None, stage: Stage) -> Quoter:

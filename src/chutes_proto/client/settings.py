@@ -20,6 +20,7 @@ from attrs import evolve, field, frozen
 
 from chutes_proto.auth.hotkey import Hotkey, HotkeyError
 from chutes_proto.client.policy import RetryPolicy
+from chutes_proto.client.quoters import COMMAND, cut_command, parse_quoter
 from chutes_proto.errors import ConfigurationError, LocalProtocolError
 from chutes_proto.luks.volume import Volume
 from chutes_proto.secret import Secret
@@ -36,9 +37,7 @@ Action: TypeAlias = Literal["exit", "reboot", "poweroff", "shell"]
 Place: TypeAlias = Literal["run", "resume"]
 
 CONFIG_VOLUME_SIGNER: Final = "config-volume"
-COMMAND_SIGNER: Final = "command:"
-_COMMAND = re.compile(rf"{COMMAND_SIGNER}\s*\S")
-
+_PLACE = re.compile(r"/[^\0]*")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}")
 _SEED = re.compile(r"(?:0x)?[0-9a-fA-F]{64}")
 ROOT: Final = "root"
@@ -80,7 +79,12 @@ class VolumeDisk:
 
 @frozen
 class RetryOptions:
-    """How often, and for how long in all; the waits between as `RetryPolicy` has them."""
+    """How often, and for how long in all; the waits between as `RetryPolicy` has them.
+
+    ``deadline_seconds`` count from the agent's start. Waits, requests, quotes and signatures end with them, but what
+    begins near the end, or after it, has a few seconds. What has begun on a disk is brought to its end: no program is
+    killed under a format or a change of keys before it has had the time that those take.
+    """
 
     attempts: int = 30
     base_seconds: float = 1.0
@@ -207,6 +211,7 @@ def _named(problem: Problem, content: Mapping[str, Any]) -> Problem:
 
 def _problems(settings: AgentSettings) -> list[str]:
     found = [*_server_problems(settings.servers), *_identity_problems(settings), *_disk_problems(settings)]
+    found += _quoter_problems(settings.quoter)
     names = ("attempts", "base_seconds", "cap_seconds", "deadline_seconds")
     found += [f"retry.{name}: at most {_DAY}" for name in names if getattr(settings.retry, name) > _DAY]
     try:
@@ -258,10 +263,32 @@ def _identity_problems(settings: AgentSettings) -> list[str]:
             _ = Hotkey.parse(settings.hotkey)
         except HotkeyError as exc:
             found.append(f"hotkey: {exc}")
-    signer = settings.signer or CONFIG_VOLUME_SIGNER
-    if signer != CONFIG_VOLUME_SIGNER and not _COMMAND.match(signer):
-        found.append(f'signer: say "{CONFIG_VOLUME_SIGNER}" or "{COMMAND_SIGNER}PROGRAM ARGUMENTS"')
+    if settings.signer not in (None, CONFIG_VOLUME_SIGNER):
+        found += _command_problems("signer", settings.signer, f'"{CONFIG_VOLUME_SIGNER}"')
     return found
+
+
+def _quoter_problems(text: str) -> list[str]:
+    try:
+        kind, rest = parse_quoter(text)
+    except ConfigurationError as exc:
+        return [str(exc)]
+    if kind == "command":  # a program has its kind before it here: what makes an image copies that
+        return _command_problems("quoter", text, '"auto", "tsm", "tsm:DIR", "vsock", "vsock:CID:PORT", "unix:PATH"')
+    if kind != "vsock" and rest and not _PLACE.fullmatch(rest):
+        return [f"quoter: {kind} is followed by a whole path, from / on"]
+    return []
+
+
+def _command_problems(key: str, text: str, others: str) -> list[str]:
+    try:
+        if text.startswith(COMMAND):
+            _ = cut_command(text.removeprefix(COMMAND))
+            return []
+        why = ""
+    except ConfigurationError as exc:
+        why = f"; {exc}"
+    return [f'{key}: say {others} or "{COMMAND}PROGRAM ARGUMENTS"{why}']
 
 
 def _disk_problems(settings: AgentSettings) -> list[str]:

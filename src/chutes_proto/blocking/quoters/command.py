@@ -10,7 +10,6 @@ Rules kept here:
 from __future__ import annotations
 
 import os
-import shlex
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -18,6 +17,7 @@ from typing import IO, TYPE_CHECKING, Final, cast
 
 from chutes_proto.blocking.quoters import seconds_left
 from chutes_proto.blocking.quoting import MAX_QUOTE
+from chutes_proto.client.quoters import cut_command
 from chutes_proto.errors import ConfigurationError, QuoteUnavailable
 
 if TYPE_CHECKING:
@@ -38,12 +38,10 @@ class CommandQuoter:
 
     def __init__(self, command: Sequence[str] | str, *, timeout: float = 30.0) -> None:
         try:
-            self._command = shlex.split(command) if isinstance(command, str) else list(command)
-        except ValueError as exc:
-            raise ConfigurationError(f"the quote command cannot be cut into arguments: {exc}") from None
+            self._command = cut_command(command) if isinstance(command, str) else list(command)
+        except ConfigurationError as exc:
+            raise ConfigurationError(f"the quote command: {exc}") from None
         self._timeout = timeout
-        if not self._command:
-            raise ConfigurationError("the quote command is empty")
 
     def __str__(self) -> str:
         return f"the quote command {self._command[0]}"

@@ -1,0 +1,57 @@
+"""How a text names a quoter: for settings and command lines, checked before a machine is there that could quote.
+
+`chutes_proto.blocking.quoting` makes what is named, and says what each kind is.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from chutes_proto.errors import ConfigurationError
+
+COMMAND: Final = "command:"
+"""What stands before a program and its arguments."""
+
+_ADDRESS = re.compile(r"([0-9]{1,10}):([0-9]{1,10})")
+_FOLLOWED: Final = {
+    "auto": "nothing",
+    "tsm": "nothing, or :DIR",
+    "vsock": "nothing, or :CID:PORT, two numbers below 2^32",
+    "unix": ":PATH",
+    "simulated": "nothing, or :DIR",
+}
+
+
+def parse_quoter(text: str) -> tuple[str, str]:
+    """The kind of quoter, and what follows its colon; a text that begins with no kind's name is a ``command``.
+
+    Raises `ConfigurationError` where something else has to follow.
+    """
+    kind, colon, rest = text.partition(":")
+    if kind not in _FOLLOWED:
+        return "command", text.removeprefix(COMMAND)
+    fits = {"auto": not colon, "vsock": not colon or _is_address(rest), "unix": bool(rest)}
+    if not fits.get(kind, bool(rest) or not colon):
+        raise ConfigurationError(f"quoter: {kind} is followed by {_FOLLOWED[kind]}")
+    return kind, rest
+
+
+def _is_address(text: str) -> bool:
+    found = _ADDRESS.fullmatch(text)
+    return found is not None and max(map(int, found.groups())) < 2**32
+
+
+def cut_command(line: str) -> list[str]:
+    """A program and its arguments, cut as a shell would. Raises `ConfigurationError`, for a caller to say of what."""
+    import shlex
+
+    try:
+        words = shlex.split(line)
+    except ValueError as exc:
+        raise ConfigurationError(f"it cannot be cut into arguments: {exc}") from None
+    if not words or not words[0]:
+        raise ConfigurationError("it names no program")
+    if "\0" in line:
+        raise ConfigurationError("it has a NUL")
+    return words
