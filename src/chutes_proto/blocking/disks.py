@@ -6,7 +6,7 @@ Rules kept here:
   memory, checked and written anew there; the program works on that copy;
 * what the program made of the copy is checked again, and tested with the key, before it goes back to the disk: first
   the key slots, then one copy of the header, then the other, each flushed before the next, so that at every instant a
-  copy holds and the key slots that stay are whole;
+  copy holds and the key slots that stay are whole; where there was none, a mark goes before them all;
 * a device is what it was when it was looked at, or nothing is done: its path is resolved once, and its node and its
   number may not change, nor its size shrink;
 * a key goes through a pipe: into no argument, environment or file.
@@ -104,6 +104,7 @@ class Disks:
             header = copy.check()
             copy.must_open(key)
             disk.write(0, UNFINISHED)
+            os.fsync(disk.descriptor)  # key slots without it would be a disk that is not ours
             disk.put(copy, header, header)
 
     def _open(self, action: Open, keys: Keys) -> Key:
