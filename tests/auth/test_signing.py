@@ -49,7 +49,7 @@ def refusal(*arguments: Any) -> Refused:
     return refused.value
 
 
-OTHER = Hotkey(bytes(32))
+OTHER = Hotkey(bytes(range(32)))
 
 
 @pytest.mark.parametrize(

@@ -201,7 +201,7 @@ def test_the_seed_of_the_config_volume_signs() -> None:
 
 @pytest.mark.parametrize(
     ("who", "told"),
-    [(identity(None), "no seed"), (identity(hotkey=Hotkey(bytes(32))), "the seed is not that of the hotkey")],
+    [(identity(None), "no seed"), (identity(hotkey=Hotkey(bytes(range(32)))), "the seed is not that of the hotkey")],
     ids=["none", "another's"],
 )
 def test_a_seed_that_does_not_belong_to_the_hotkey(who: VmIdentity, told: str) -> None:

@@ -88,6 +88,13 @@ def test_no_gpu_count_is_any(form: str) -> None:
     assert _parse("json", _entry(gpu_count=None, fingerprint=None))[0][0].fingerprint is None
 
 
+@pytest.mark.parametrize("key", ["attributes", "expected_gpus", "version"])
+def test_null_takes_no_default_away(key: str) -> None:
+    defaults = {"attributes": {"xfam_allowed": 7}, "expected_gpus": ["h200"], "version": "1"}
+    with pytest.raises(PolicyError, match=f"'8xh200': {key}: must be"):
+        _ = _parse("json", _entry(**{key: None}), defaults=defaults)
+
+
 def test_keys_of_the_callers_come_back(form: str) -> None:
     entry = _entry(root_passphrase="vm", require_hotkey_signature=True)
     ((profile, extras),) = _parse(form, entry, extra_keys=EXTRA_KEYS)

@@ -162,6 +162,14 @@ def test_only_up_to_date_unless_said(status: TcbStatus) -> None:
     assert _refused(Policy(tcb=tcb, measurements="unchecked"), verdict_of(PLATFORM)) == ["tcb_status"]
 
 
+def test_the_tcb_at_present_is_not_out_of_date_either() -> None:
+    verdict = verdict_of(PLATFORM, "current_tcb_out_of_date")
+    assert (verdict.tcb_status, verdict.current_status) == ("UpToDate", "OutOfDate")
+    assert _refused(UNCHECKED, verdict) == ["current_tcb_status"]
+    accepting = TcbPolicy(accepted_statuses=["UpToDate", "OutOfDate"])
+    assert Policy(tcb=accepting, measurements="unchecked").appraise(verdict, stage="boot")
+
+
 def test_advisories_are_refused_only_if_listed() -> None:
     verdict = verdict_of(PLATFORM, "tcb_out_of_date")
     assert verdict.advisory_ids

@@ -46,6 +46,7 @@ STATUS = {
     "relaunch_advised": "TDRelaunchAdvised",
     "relaunch_advised_configuration_needed": "TDRelaunchAdvisedConfigurationNeeded",
 }
+AT_PRESENT = {"current_tcb_out_of_date": "OutOfDate"}
 ATTRIBUTES = {
     "debug": "debug",
     "profiling": "profiling",
@@ -68,7 +69,7 @@ def test_the_table_is_in_order() -> None:
 
 
 def test_every_fault_has_one_place() -> None:
-    placed = [*BY_FAULT, *FORMAT, *STATUS, *ATTRIBUTES, *MEASUREMENTS]
+    placed = [*BY_FAULT, *FORMAT, *STATUS, *AT_PRESENT, *ATTRIBUTES, *MEASUREMENTS]
     assert sorted(placed) == sorted(FAULTS)
     assert {step.code for step in STEPS if not step.faults} == WITHOUT_FAULT
 
@@ -105,6 +106,13 @@ def test_a_status_is_graded_and_left_to_the_policy(fault: str, status: str) -> N
     verdict = verdict_of(PLATFORM, fault)
     assert verdict.tcb_status == status
     _assert_refused(verdict_of(PLATFORM, fault), [("tcb", "tcb_status", None)])
+
+
+@pytest.mark.parametrize(("fault", "status"), AT_PRESENT.items())
+def test_a_status_at_present_is_left_to_the_policy(fault: str, status: str) -> None:
+    verdict = verdict_of(PLATFORM, fault)
+    assert (verdict.tcb_status, verdict.current_status) == ("UpToDate", status)
+    _assert_refused(verdict, [("tcb", "current_tcb_status", None)])
 
 
 @pytest.mark.parametrize(("fault", "code"), ATTRIBUTES.items())

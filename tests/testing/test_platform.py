@@ -58,6 +58,7 @@ ACCEPTED_BY_DCAP_QVL = {
     "tcb_out_of_date_configuration_needed": "OutOfDateConfigurationNeeded",
     "relaunch_advised": "TDRelaunchAdvised",
     "relaunch_advised_configuration_needed": "TDRelaunchAdvisedConfigurationNeeded",
+    "current_tcb_out_of_date": "UpToDate",  # as here: the policy looks at the TCB at present
     # Certificates have no roles for it, the root no end, chains no fixed length.
     "chain_extra": "UpToDate",
     "root_expired": "UpToDate",

@@ -4,6 +4,8 @@ Rules kept here:
 
 * an address has one spelling: network prefix 42, a key of 32 bytes, the checksum of the SS58 format (the first two
   bytes of BLAKE2b-512 over ``SS58PRE``, prefix and key), base58 without anything around it;
+* the key of 32 zero bytes, ristretto255's neutral element, is no hotkey: one constant signature of it would hold for
+  every message (RFC 9496, 4.3: the group has no other element of small order);
 * signatures are schnorrkel's with the signing context ``substrate``, 64 bytes;
 * sr25519 comes from py-sr25519-bindings, which is imported only where a signature is made or checked.
 """
@@ -41,6 +43,8 @@ class HotkeyError(ValueError):
 def _public_key_size(_: object, __: object, value: bytes) -> None:
     if len(value) != KEY_SIZE:
         raise HotkeyError(f"a public key has {KEY_SIZE} bytes, not {len(value)}")
+    if not any(value):
+        raise HotkeyError("the public key of all zeros is nobody's: everyone can sign for it")
 
 
 @frozen

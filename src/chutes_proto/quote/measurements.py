@@ -33,6 +33,8 @@ REGISTERS = ("MRTD", "RTMR0", "RTMR1", "RTMR2", "RTMR3")
 MAX_SIZE = 4 * 1024 * 1024
 
 _DEFAULTABLE = frozenset({"version", "expected_gpus", "gpu_count", "attributes"})
+_NULLABLE = frozenset({"gpu_count", "fingerprint"})
+"""Where null is none at all. Elsewhere it would take a default away unseen, and is refused."""
 
 
 @frozen(kw_only=True)
@@ -164,7 +166,8 @@ def _profile(
     table: Table, path: str, stages: tuple[str, str], extra_keys: frozenset[str], defaults: Mapping[str, object]
 ) -> ProfileAndExtras:
     name = table.take("name", str)
-    own = {key: value for key, value in {**defaults, **table.rest()}.items() if value is not None}
+    own = {**defaults, **table.rest()}
+    own = {key: value for key, value in own.items() if value is not None or key not in _NULLABLE}
     table = Table(own, f"{path} {name!r}: ")
     fields: dict[str, Any] = {
         "version": table.take("version", str),

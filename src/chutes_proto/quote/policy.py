@@ -71,8 +71,9 @@ _ACCEPTABLE: Final = tuple(status for status in TcbStatus if status is not TcbSt
 class TcbPolicy:
     """What the platform's TCB must be. Raises `PolicyError` for what contradicts itself.
 
-    ``accepted_statuses`` are `TcbStatus` or their texts; a revoked TCB never gets this far. Advisories are refused only
-    if they are listed. ``min_evaluation_number`` is a floor under the collateral that no clock can lower,
+    ``accepted_statuses`` are `TcbStatus` or their texts; a revoked TCB never gets this far. Where the report has the
+    TCB at present, its status is not out of date either, unless that is accepted. Advisories are refused only if they
+    are listed. ``min_evaluation_number`` is a floor under the collateral that no clock can lower,
     ``min_tcb_info_version`` one under its form. The three flags, if false, refuse platforms that have, or may have,
     what they name.
 
@@ -121,6 +122,9 @@ class TcbPolicy:
         if verdict.tcb_status not in self.accepted_statuses:
             accepted = " or ".join(status for status in _ACCEPTABLE if status in self.accepted_statuses)
             refuse("tcb_status", "the TCB status is not accepted", verdict.tcb_status, accepted)
+        if verdict.current_status in OUT_OF_DATE - self.accepted_statuses:
+            accepted = "up to date, as it was at launch"
+            refuse("current_tcb_status", "the TCB at present is out of date", verdict.current_status, accepted)
         rejected = sorted(a for a in verdict.advisory_ids if a.upper() in self.rejected_advisories)
         if rejected:
             refuse("advisory", "an advisory applies that is not accepted", ", ".join(rejected), "none of these")

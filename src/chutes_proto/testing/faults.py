@@ -354,6 +354,11 @@ _TABLE = (
         quote=_td15(tee_tcb_svn=tee_tcb_svn("OutOfDate"), tee_tcb_svn_2=tee_tcb_svn("ConfigurationNeeded")),
     ),
     _quote(
+        "current_tcb_out_of_date",
+        "launched UpToDate, OutOfDate now (v5, TD15)",
+        quote=_td15(tee_tcb_svn_2=tee_tcb_svn("OutOfDate")),
+    ),
+    _quote(
         "current_tcb_revoked",
         "launched UpToDate, Revoked now (v5, TD15)",
         quote=_td15(tee_tcb_svn_2=tee_tcb_svn("Revoked")),
