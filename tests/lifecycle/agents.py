@@ -69,7 +69,7 @@ def _open_or_format(world: World, keys: VolumeKeys, choices: Choices, *, consent
 
 
 def _two_phase_ours(world: World, choices: Choices, missing: bool) -> bool:
-    """Takes a key off the disk only once it heard that another is the active one."""
+    """Opens the disk with `next` where `current` does not, and takes a key off it only once it heard which is active."""
     granted = world.granted()
     formatted = [VOLUME] if world.slots and not missing else []
     unit = attest(granted, "body", OTHER if missing else VOLUME, formatted=formatted)
@@ -80,7 +80,7 @@ def _two_phase_ours(world: World, choices: Choices, missing: bool) -> bool:
     if not world.slots:
         if VOLUME in handed.in_use or not world.write(frozenset({current or following}), choices):
             return False
-    elif (current or following) not in world.slots:
+    elif world.slots.isdisjoint({current, following}):
         return False
     added = following in world.slots or world.write(world.slots | {following}, choices)
     try:

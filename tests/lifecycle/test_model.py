@@ -145,7 +145,8 @@ def test_every_life_of_a_few_boots(policy: Policy, figure: Callable[[str], None]
         assert search.ways > 200
         # the exceptions are reached where they are said to be, and nowhere else
         assert bool(search.excused) == (policy.exchange == "base" and not (policy.ours and policy.pruned == "revive"))
-        assert search.slowest == (2 if policy.exchange == "two-phase" else 1)
+        # a deployed client may have to wait for its turn of the two keys; ours tries both
+        assert search.slowest == (2 if policy.exchange == "two-phase" and not policy.ours else 1)
         told = f"{search.ways} lives to {len(search.settled)} worlds; {search.excused} need an operator's restore"
         figure(f"{bound.boots} boots, mishaps in each {'any' if bound.mishaps is None else bound.mishaps}: {told}")
 
