@@ -69,7 +69,7 @@ def _open_or_format(world: World, keys: VolumeKeys, choices: Choices, *, consent
 
 
 def _two_phase_ours(world: World, choices: Choices, missing: bool) -> bool:
-    """Opens the disk with `next` where `current` does not, and takes a key off it only once it heard which is active."""
+    """Opens with `next` where `current` does not, and takes a key off the disk only once it heard which is active."""
     granted = world.granted()
     formatted = [VOLUME] if world.slots and not missing else []
     unit = attest(granted, "body", OTHER if missing else VOLUME, formatted=formatted)
