@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import ssl
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import (
     BestAvailableEncryption,
     Encoding,
@@ -27,7 +30,7 @@ from chutes_proto.transport import tls
 from chutes_proto.transport.h1 import ServerConnection, _Phase
 from chutes_proto.transport.tls import TlsSession, server_context
 from chutes_proto.wire.http import HttpRequest, HttpResponse
-from tests.certificates import NEW_KEY, certificate_pem, chained, key_pem, self_signed
+from tests.certificates import NEW_KEY, PrivateKey, certificate_pem, chained, key_pem, self_signed
 from tests.transport.tls_client import NOW, TlsClient, client_context, context, session
 
 IDENTITY = make_server_identity(NOW, bytes(32))
@@ -65,6 +68,98 @@ def test_any_client_certificate_is_accepted_and_seen(kind: str | None, version: 
     server.send_data(b"answer")
     client.receive_data(server.data_to_send())
     assert client.received == b"answer"
+
+
+def rsa_key(size: int, exponent_bits: int) -> rsa.RSAPrivateKey:
+    """A key whose public exponent has so many bits."""
+    made = rsa.generate_private_key(65537, size).private_numbers()
+    p, q = made.p, made.q
+    exponent = (1 << exponent_bits) - 1
+    while math.gcd(exponent, (p - 1) * (q - 1)) != 1:
+        exponent -= 2
+    d = pow(exponent, -1, (p - 1) * (q - 1))
+    public = rsa.RSAPublicNumbers(exponent, p * q)
+    numbers = rsa.RSAPrivateNumbers(p, q, d, d % (p - 1), d % (q - 1), rsa.rsa_crt_iqmp(p, q), public)
+    return numbers.private_key(unsafe_skip_rsa_key_validation=True)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(
+    ("make", "is_accepted"),
+    [
+        (lambda: rsa_key(2048, 32), True),
+        (lambda: rsa_key(2048, 33), False),
+        (lambda: rsa_key(3072, 3071), False),
+        (NEW_KEY["rsa4096"], True),
+        (NEW_KEY["rsa4104"], False),
+    ],
+    ids=["exponent 32", "exponent 33", "exponent 3071", "4096", "4104"],
+)
+def test_a_key_whose_signature_is_dear_to_check_is_refused(
+    make: Callable[[], PrivateKey], is_accepted: bool, version: ssl.TLSVersion, tmp_path: Path
+) -> None:
+    key = make()
+    (tmp_path / "client.pem").write_bytes(certificate_pem(self_signed(key)) + key_pem(key))
+    settings = client_context(version)
+    settings.load_cert_chain(tmp_path / "client.pem")
+    settle(settings, is_accepted=is_accepted)
+
+
+def settle(settings: ssl.SSLContext, *, is_accepted: bool) -> None:
+    """A handshake; where the certificate is not accepted, both ends hear it, and the client as an alert."""
+    client, server = TlsClient(settings), session()
+    client.send(b"hello")
+    if is_accepted:
+        assert shake(client, server) == b"hello"
+        return
+    server.receive_data(client.data_to_send())
+    client.receive_data(server.data_to_send())
+    with pytest.raises(RemoteProtocolError, match="certificate verify failed"):
+        server.receive_data(client.data_to_send())
+    assert not server.established
+    with pytest.raises(ssl.SSLError, match="UNKNOWN_CA"):
+        client.receive_data(server.data_to_send())
+
+
+@pytest.mark.parametrize("exponent_bits", [32, 3071])
+def test_the_key_of_the_issuer_is_not_dear_either(exponent_bits: int, tmp_path: Path) -> None:
+    issuing, key = rsa_key(3072, exponent_bits), ec.generate_private_key(ec.SECP256R1())
+    issuer = self_signed(issuing, "issuer")
+    builder = x509.CertificateBuilder().subject_name(self_signed(key).subject).issuer_name(issuer.subject)
+    builder = builder.public_key(key.public_key()).serial_number(8)
+    builder = builder.not_valid_before(issuer.not_valid_before_utc).not_valid_after(issuer.not_valid_after_utc)
+    issued = builder.sign(issuing, hashes.SHA256())
+    (tmp_path / "client.pem").write_bytes(certificate_pem(issued) + certificate_pem(issuer) + key_pem(key))
+    settings = client_context()
+    settings.load_cert_chain(tmp_path / "client.pem")
+    settle(settings, is_accepted=exponent_bits == 32)
+
+
+@pytest.mark.parametrize("size", [1, 1000, 16 * 1024, 10**6])
+def test_a_handshake_has_a_bound_however_its_bytes_are_cut(size: int, tmp_path: Path) -> None:
+    key = NEW_KEY["p256"]()
+    (tmp_path / "client.pem").write_bytes(certificate_pem(self_signed(key)) * 150 + key_pem(key))
+    settings = client_context()
+    settings.load_cert_chain(tmp_path / "client.pem")
+    client, server = TlsClient(settings), session()
+    first = client.data_to_send()
+    server.receive_data(first)
+    client.receive_data(server.data_to_send())
+    flight = client.data_to_send()
+    room = tls.HANDSHAKE_SIZE - len(first)
+    assert len(flight) > room
+    for at in range(0, room // size * size, size):
+        assert server.receive_data(flight[at : at + size]) == b""
+    with pytest.raises(RemoteProtocolError, match="handshake of more than"):
+        server.receive_data(flight[room // size * size :])
+    assert server.receive_data(b"x") == b""
+    assert not server.established
+
+
+def test_what_follows_the_handshake_in_one_piece_does_not_count_as_its_own() -> None:
+    client, server = TlsClient(client_context()), session()
+    client.send(b"x" * 100_000)
+    assert shake(client, server) == b"x" * 100_000
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -5,7 +5,10 @@ Rules kept here:
 * TLS 1.2 or 1.3; no renegotiation, no session is kept or resumed, so every connection proves its key anew;
 * a client certificate is asked for and any is accepted, and so is none: the handshake proves possession of its key, and
   the quote says whose it is. A certificate that RFC 5280 does not know counts as not presented;
-* what the peer does wrong is one error, `RemoteProtocolError`; the alert that tells it so is among the bytes to send.
+* a stranger's handshake has a bound: of its bytes, and of what its signatures cost. A key of more than 4096 bits and an
+  RSA exponent of 2**32 or more are refused before a signature is checked with them;
+* what the peer does wrong is one error, `RemoteProtocolError`; the alert that OpenSSL tells it so with is among the
+  bytes to send.
 
 pyOpenSSL does this because Python's own ``ssl`` refuses every client certificate that it cannot chain to a CA.
 """
@@ -17,19 +20,26 @@ from typing import Final
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from chutes_proto.errors import ConfigurationError, LocalProtocolError, RemoteProtocolError
 from chutes_proto.secret import Secret
 
 try:
-    from OpenSSL import SSL
+    from OpenSSL import SSL, crypto
 except ImportError:
     raise LocalProtocolError("TLS needs pyOpenSSL: pip install 'chutes-proto[tls]'") from None
 
 ServerContext = SSL.Context
 """What the connections of one server have in common: its certificate and key, and the rules above."""
 
+HANDSHAKE_SIZE: Final = 32 * 1024
+"""How many bytes a peer may send before its handshake is complete; with a certificate it sends two or three KiB."""
+
+_CURVE_BITS: Final = 1023  # more than the key of any curve has, and less than an RSA key that is of use
+_KEY_BITS: Final = 4096
+_EXPONENT_BITS: Final = 32
 _CHUNK: Final = 64 * 1024
 _NO_RENEGOTIATION: Final = 1 << 30  # SSL_OP_NO_RENEGOTIATION of openssl/ssl.h, which pyOpenSSL does not name
 
@@ -78,6 +88,7 @@ class TlsSession:
         self._connection = SSL.Connection(context, None)
         self._connection.set_accept_state()
         self._established = False
+        self._room = HANDSHAKE_SIZE
         self._ended = False
         self._peer_closed = False
         self._peer_certificate: x509.Certificate | None = None
@@ -111,8 +122,7 @@ class TlsSession:
                 raise RemoteProtocolError("the peer's bytes ended within the TLS handshake")
             return b""
         try:
-            _ = self._connection.bio_write(data)
-            return self._read()
+            return self._take(data)
         except SSL.Error as exc:
             self._ended = True
             raise RemoteProtocolError(f"TLS: {_text(exc)}") from None
@@ -148,7 +158,21 @@ class TlsSession:
             pass
         return ciphertext
 
-    def _read(self) -> bytes:
+    def _take(self, data: bytes) -> bytes:
+        if self._established:
+            return self._read(data)
+        within, beyond = data[: self._room], data[self._room :]
+        self._room -= len(within)
+        plaintext = self._read(within) if within else b""
+        if not beyond:
+            return plaintext
+        if not self._established:
+            self._ended = True
+            raise RemoteProtocolError(f"TLS: a handshake of more than {HANDSHAKE_SIZE} bytes")
+        return plaintext + self._read(beyond)
+
+    def _read(self, data: bytes) -> bytes:
+        _ = self._connection.bio_write(data)
         plaintext = bytearray()
         try:
             if not self._established:
@@ -170,8 +194,20 @@ class TlsSession:
             return None
 
 
-def _accept(*_: object) -> bool:
-    return True
+def _accept(_connection: object, certificate: crypto.X509, *_: object) -> bool:
+    """Whether the handshake goes on, asked before a signature is checked with the key of this certificate.
+
+    The one above the peer's own counts, too: OpenSSL checks with its key what it has signed.
+    """
+    try:
+        key = certificate.get_pubkey()
+        if key.bits() <= _CURVE_BITS:
+            return True
+        public = key.to_cryptography_key()
+    except (crypto.Error, ValueError, UnsupportedAlgorithm):
+        return False  # nobody can prove to hold it
+    cheap = not isinstance(public, RSAPublicKey) or public.public_numbers().e.bit_length() <= _EXPONENT_BITS
+    return cheap and key.bits() <= _KEY_BITS
 
 
 def _text(exc: SSL.Error) -> str:
