@@ -112,7 +112,7 @@ class App:
 
     def complain(self, event: str, error: Exception) -> Flow[None]:
         """The operator's line about a fault of a connection; a peer may cause many, and then they are counted."""
-        held_back = self.service.faults.admits((yield from Uptime()))
+        held_back = self.service.faults.admits("", (yield from Uptime()))
         if held_back is None:
             return
         fields: dict[str, Value] = {"error": f"{type(error).__name__}: {error}"}
@@ -183,10 +183,10 @@ class App:
         return (yield from _SIGNED[match.endpoint](self.service, request, message, request_id, caller))
 
     def _tell(self, request: HttpRequest | MalformedRequest, request_id: str, refusal: Refusal) -> Flow[None]:
-        """The operator's line. Anyone can cause refusals, so many at once are counted, unless the store counts them."""
+        """The operator's line. Anyone can cause refusals: many of an address are counted, unless the store does it."""
         ours = refusal.status >= 500
         quiet = self.service.faults if ours else self.service.refusals
-        held_back = 0 if refusal.recorded else quiet.admits((yield from Uptime()))
+        held_back = 0 if refusal.recorded else quiet.admits(request.peer_address, (yield from Uptime()))
         if held_back is None:
             return
         fields: dict[str, Value] = {"request_id": request_id, "peer": request.peer_address}

@@ -16,7 +16,8 @@ from chutes_proto.errors import Unavailable
 from chutes_proto.server.config import LimitOptions
 from chutes_proto.server.gpus import GPUS, Gpu
 from chutes_proto.server.proxy import TrustedProxies
-from chutes_proto.server.rates import Rates
+from chutes_proto.server.rates import Buckets, Rates
+from chutes_proto.wire.http import address_prefix
 
 if TYPE_CHECKING:
     from chutes_proto.auth.signing import SigningPolicy
@@ -62,25 +63,22 @@ class _Slot:
 
 @define
 class Quiet:
-    """Lets ``burst`` log lines through at once and one more each ``seconds``; says how many it held back since."""
+    """Which log lines are let through: of each address so many at once and as they flow in, and of all together.
 
-    burst: int = 20
-    seconds: float = 1.0
-    _tokens: float = field(init=False)
-    _at: float = field(init=False, default=0.0)
+    All together have room for what twenty addresses may cause, so nobody with fewer hides what is said of a VM. Of IPv6
+    an address is its /64; IPv4 counts whole, because those who share a network of a data centre need not know each
+    other.
+    """
+
+    _each: Buckets = field(factory=lambda: Buckets(size=20, per_second=0.2, most=1024))
+    _all: Buckets = field(factory=lambda: Buckets(size=400, per_second=4, most=1))
     _held_back: int = field(init=False, default=0)
 
-    def __attrs_post_init__(self) -> None:
-        self._tokens = self.burst
-
-    def admits(self, now: float) -> int | None:
+    def admits(self, address: str, now: float) -> int | None:
         """None: hold this line back. Else the number of lines held back since the last one; ``now`` never steps."""
-        self._tokens = min(self.burst, self._tokens + (now - self._at) / self.seconds)
-        self._at = now
-        if self._tokens < 1:
+        if self._each.take(address_prefix(address), now) or self._all.take(b"", now):
             self._held_back += 1
             return None
-        self._tokens -= 1
         held_back, self._held_back = self._held_back, 0
         return held_back
 
