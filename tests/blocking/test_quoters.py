@@ -18,6 +18,8 @@ import trio
 
 import chutes_proto_asyncio.perform
 import chutes_proto_trio.perform
+from chutes_proto.blocking import agent
+from chutes_proto.blocking.agent import TimedQuoter
 from chutes_proto.blocking.perform import Performer
 from chutes_proto.blocking.quoters import tsm
 from chutes_proto.blocking.quoters.device import (
@@ -328,6 +330,36 @@ def test_a_service_that_never_ends(tmp_path: Path, service: Callable[..., Callab
     with unix_service(tmp_path, service(gone)) as address:
         with pytest.raises(QuoteUnavailable, match=r"did not answer within 0\.3 s"):
             _ = request_quote(address, REPORT, 0.3)
+        gone.set()
+
+
+# --- a deadline ---
+
+ENDED = "the deadline, retry.deadline_seconds, ended it$"
+
+
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> float:
+    """A deadline that is over, after which a quote has little time."""
+    monkeypatch.setattr(agent, "LEAST_SECONDS", 0.3)
+    return 0.0
+
+
+def test_the_deadline_ends_configfs_and_its_entry_is_gone(kernel: GuestKernel, soon: float) -> None:
+    kernel.faults["outblob"].extend([fail(errno.EBUSY)] * 1000)
+    with pytest.raises(QuoteUnavailable, match=f"^configfs-TSM at .*: {ENDED}"):
+        _ = TimedQuoter(TsmQuoter(kernel.reports), soon)(DATA)
+    assert kernel.entries == {}
+
+
+@pytest.mark.parametrize("service", [silent, dripping])
+def test_the_deadline_ends_a_service_that_never_does(
+    tmp_path: Path, soon: float, service: Callable[..., Callable[[socket.socket], None]]
+) -> None:
+    gone = threading.Event()
+    with unix_service(tmp_path, service(gone)) as address:
+        with pytest.raises(QuoteUnavailable, match=ENDED):
+            _ = TimedQuoter(lambda _: request_quote(address, REPORT, 30), soon)(DATA)
         gone.set()
 
 

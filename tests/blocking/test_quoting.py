@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from chutes_proto.blocking import agent
+from chutes_proto.blocking.agent import TimedQuoter, command_signer
 from chutes_proto.blocking.platform import open_platform
 from chutes_proto.blocking.quoters.command import CommandQuoter
 from chutes_proto.blocking.quoting import MAX_QUOTE, AutoQuoter, make_quoter, take_quote
@@ -236,18 +241,19 @@ def test_a_program_that_does_not_end(code: str) -> None:
         _ = python(code, timeout=0.2)(DATA)
 
 
-def test_what_a_program_has_started_ends_with_it(tmp_path: Path) -> None:
+ENDLESS = (
+    "held = os.open(sys.argv[1], os.O_WRONLY)\nos.set_inheritable(held, True)\n"
+    "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], close_fds=False)\ntime.sleep(600)"
+)
+
+
+@contextmanager
+def all_ended(fifo: Path) -> Iterator[None]:
     """Program and child hold one end of a FIFO: the other is at its end when both are gone."""
-    fifo = tmp_path / "alive"
     os.mkfifo(fifo)
-    code = (
-        "held = os.open(sys.argv[1], os.O_WRONLY)\nos.set_inheritable(held, True)\n"
-        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], close_fds=False)\ntime.sleep(600)"
-    )
     watched = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
     try:
-        with pytest.raises(QuoteUnavailable, match="did not end within 2 s"):
-            _ = python(code, str(fifo), timeout=2)(DATA)
+        yield
         end = time.monotonic() + 60
         while time.monotonic() < end:
             try:
@@ -261,6 +267,12 @@ def test_what_a_program_has_started_ends_with_it(tmp_path: Path) -> None:
         os.close(watched)
 
 
+def test_what_a_program_has_started_ends_with_it(tmp_path: Path) -> None:
+    fifo = tmp_path / "alive"
+    with all_ended(fifo), pytest.raises(QuoteUnavailable, match="did not end within 2 s"):
+        _ = python(ENDLESS, str(fifo), timeout=2)(DATA)
+
+
 def test_a_program_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(QuoteUnavailable, match="cannot be run: No such file"):
         _ = CommandQuoter(["/no/such/program"])(DATA)
@@ -270,3 +282,81 @@ def test_a_program_that_is_not_there(tmp_path: Path) -> None:
     not_executable.touch()
     with pytest.raises(QuoteUnavailable, match="cannot be run: Permission denied"):
         _ = CommandQuoter([str(not_executable)])(DATA)
+
+
+# --- a deadline ---
+
+
+@pytest.fixture
+def least(monkeypatch: pytest.MonkeyPatch) -> float:
+    """What every quote is given, made short; it is not much of what its own limit is."""
+    monkeypatch.setattr(agent, "LEAST_SECONDS", 0.3)
+    return 0.3
+
+
+@contextmanager
+def ended_by_the_deadline(text: str) -> Iterator[None]:
+    before, begun = signal.getsignal(signal.SIGALRM), time.monotonic()
+    with pytest.raises(QuoteUnavailable, match=f"{text}: the deadline, retry.deadline_seconds, ended it$"):
+        yield
+    assert 0.2 < time.monotonic() - begun < 20
+    assert signal.getsignal(signal.SIGALRM) is before
+
+
+def waiting(reading: int) -> Callable[[bytes], bytes]:
+    """Waits in the kernel, as for a host that does not answer."""
+
+    class Waiting:
+        def __call__(self, _: bytes) -> bytes:
+            return os.read(reading, 1)
+
+        def __str__(self) -> str:
+            return "the kernel"
+
+    return Waiting()
+
+
+@pytest.fixture
+def never() -> Iterator[int]:
+    """A descriptor on which nothing comes."""
+    reading, writing = os.pipe()
+    yield reading
+    os.close(reading)
+    os.close(writing)
+
+
+def test_the_deadline_ends_a_program_and_what_it_has_started(tmp_path: Path, least: float) -> None:
+    fifo = tmp_path / "alive"
+    with all_ended(fifo), ended_by_the_deadline("^the quote command .*"):
+        _ = TimedQuoter(python(ENDLESS, str(fifo)), time.monotonic() + 2 + least)(DATA)
+
+
+def test_the_deadline_ends_what_waits_in_the_kernel(least: float, never: int) -> None:
+    with ended_by_the_deadline("^the kernel"):
+        _ = TimedQuoter(waiting(never), time.monotonic() + 2 * least)(DATA)
+
+
+def test_the_deadline_ends_auto_as_a_whole(least: float, never: int) -> None:
+    def absent(_: bytes) -> bytes:
+        raise QuoteUnavailable("a: not there")
+
+    def last(_: bytes) -> bytes:
+        pytest.fail("asked although the time is over")
+
+    with ended_by_the_deadline("^a: not there; the kernel"):
+        _ = TimedQuoter(AutoQuoter([absent, waiting(never), last]), time.monotonic())(DATA)
+
+
+def test_the_deadline_ends_a_program_that_signs(least: float) -> None:
+    with ended_by_the_deadline("^the signing command sleep"):
+        _ = command_signer("sleep 600", deadline=time.monotonic() + least)(DATA)
+
+
+def test_a_quote_in_time_is_given_also_after_the_deadline(least: float) -> None:
+    assert TimedQuoter(python("time.sleep(0.1); print(1)"), time.monotonic() - 60)(DATA) == b"1\n"
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    assert TimedQuoter(lambda _: b"quote", time.monotonic() + 60)(DATA) == b"quote"
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    with pytest.raises(QuoteUnavailable, match="exit status 1"):
+        _ = TimedQuoter(python("sys.exit(1)"), time.monotonic() + 60)(DATA)
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)

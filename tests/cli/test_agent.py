@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from chutes_proto.cli.progress import Progress
 from chutes_proto.client.settings import AgentSettings
 from chutes_proto.log import Level, Record
 from tests.cli.conftest import HOTKEY, Ended
+from tests.dev_server import dev_server
 
 Command = Callable[..., Ended]
 
@@ -107,6 +110,32 @@ def test_a_fault_of_its_own_is_a_failed_boot_like_any_other(
     monkeypatch.setattr("sys.stderr", Gone())
     _ = main(["agent", "run", "--config", str(tmp_path / "agent.toml")])
     assert gone.exists()
+
+
+@pytest.mark.parametrize("key", ["quoter", "signer"])
+def test_the_deadline_is_that_of_quotes_and_signatures(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setattr("chutes_proto.blocking.agent.LEAST_SECONDS", 0.5)
+    with dev_server(tmp_path / "platform") as server, (tmp_path / "disk").open("wb") as disk:
+        _ = disk.truncate(32 << 20)
+        lines = {
+            "servers": [server.url],
+            "ca_file": str(server.ca),
+            "hotkey": HOTKEY,
+            "vm_name": "vm-1",
+            "quoter": f"simulated:{server.platform}",
+            key: "command:sleep 600",
+            "retry.deadline_seconds": 1,
+            "volumes.storage.device": disk.name,
+        }
+        settings = tmp_path / "agent.toml"
+        _ = settings.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in lines.items()))
+        begun = time.monotonic()
+        ended = command("agent", "run", "--images", "--config", settings)
+    assert (ended.code, time.monotonic() - begun < 15) == (2, True)
+    told = " ".join(ended.err.split())
+    assert "sleep: the deadline, retry.deadline_seconds, ended it means This machine cannot make a quote." in told
 
 
 def test_a_dry_run_makes_no_platform(command: Command, write: Callable[[str], Path], tmp_path: Path) -> None:

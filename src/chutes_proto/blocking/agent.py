@@ -6,12 +6,13 @@ Rules kept here:
   that stands for one (a link, a pipe, a device) is opened or waited for;
 * state with a token in it is written to a file system in memory, never over anything, for its owner alone, and read
   only where that is still so;
-* no request goes on for long after the deadline.
+* no request, no quote and no signature goes on for long after the deadline.
 """
 
 from __future__ import annotations
 
 import errno
+import math
 import os
 import re
 import stat
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from chutes_proto.blocking.https import HttpsSender, TimeLimits
+from chutes_proto.blocking.quoting import OutOfTimeError, Quoter
 from chutes_proto.errors import ConfigurationError, FileUnavailable, QuoteUnavailable
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 
 IN_MEMORY: Final = frozenset({"tmpfs", "ramfs", "rootfs"})  # the last is an initramfs itself
 LEAST_SECONDS: Final = 5.0
-"""What a request is given that begins near the deadline, or is the first of an exchange after it."""
+"""What is given to a request, quote or signature that begins near the deadline, or in an exchange after it."""
 SIGN_SECONDS: Final = 30.0
 
 _ESCAPE: Final = re.compile(rb"\\([0-7]{3})")
@@ -208,20 +210,58 @@ class Servers:
         return self._sender(request)
 
 
+# --- quoting ---
+
+
+class TimedQuoter:
+    """A quoter that gets what is left until ``deadline``, on the clock of ``time.monotonic``, `LEAST_SECONDS` at least.
+
+    The process's alarm clock (SIGALRM) ends it, whatever it waits for, the kernel too: so it is called in the main
+    thread, and has that clock for itself.
+    """
+
+    def __init__(self, quoter: Quoter, deadline: float) -> None:
+        self._quoter = quoter
+        self._deadline = deadline
+
+    def __str__(self) -> str:
+        return str(self._quoter)
+
+    def __call__(self, report_data: bytes) -> bytes:
+        """Its quote. Raises `QuoteUnavailable`, also for what the deadline ended."""
+        import signal
+
+        def end(*_: object) -> None:
+            raise OutOfTimeError("the deadline, retry.deadline_seconds, ended it")
+
+        left = max(self._deadline - time.monotonic(), LEAST_SECONDS)
+        try:
+            before = signal.signal(signal.SIGALRM, end)
+            try:
+                _ = signal.setitimer(signal.ITIMER_REAL, left if math.isfinite(left) else 0)
+                return self._quoter(report_data)
+            finally:
+                _ = signal.setitimer(signal.ITIMER_REAL, 0)
+                _ = signal.signal(signal.SIGALRM, before)
+        except OutOfTimeError as exc:
+            raise QuoteUnavailable(f"{self}: {exc}") from None
+
+
 # --- signing ---
 
 
-def make_signer(text: str | None, identity: VmIdentity) -> Signer | None:
+def make_signer(text: str | None, identity: VmIdentity, deadline: float = math.inf) -> Signer | None:
     """What ``signer`` of the settings means: nothing, the seed that came with the VM's identity, or a program.
 
-    Raises `ConfigurationError`, and `LocalProtocolError` where sr25519 is not installed.
+    A program gets no longer than a quote does, see `TimedQuoter`. Raises `ConfigurationError`, and `LocalProtocolError`
+    where sr25519 is not installed.
     """
     from chutes_proto.client.quoters import COMMAND
 
     if text is None:
         return None
     if text.startswith(COMMAND):
-        return command_signer(text.removeprefix(COMMAND))
+        return command_signer(text.removeprefix(COMMAND), deadline=deadline)
     from chutes_proto.auth.hotkey import HotkeyError, HotkeyPair
 
     if identity.seed is None:
@@ -235,10 +275,11 @@ def make_signer(text: str | None, identity: VmIdentity) -> Signer | None:
     return pair.sign
 
 
-def command_signer(command: str, *, timeout: float = SIGN_SECONDS) -> Signer:
+def command_signer(command: str, *, timeout: float = SIGN_SECONDS, deadline: float = math.inf) -> Signer:
     """A program that signs: the message in hex on its standard input, 64 bytes in hex on its standard output.
 
-    It is run as a quote command is. Raises `ConfigurationError`; the signer, `QuoteUnavailable`, which is tried again.
+    It is run as a quote command is, and ended as one. Raises `ConfigurationError`; the signer, `QuoteUnavailable`,
+    which is tried again.
     """
 
     from chutes_proto.blocking.quoters.command import CommandQuoter
@@ -247,7 +288,7 @@ def command_signer(command: str, *, timeout: float = SIGN_SECONDS) -> Signer:
         def __str__(self) -> str:
             return super().__str__().replace("quote", "signing", 1)
 
-    run = SignCommand(command, timeout=timeout)
+    run = TimedQuoter(SignCommand(command, timeout=timeout), deadline)
 
     def sign(message: bytes) -> bytes:
         signature = _SIGNATURE.fullmatch(run(message))

@@ -57,6 +57,10 @@ def log_line(text: str) -> None:
     logging.getLogger("chutes_proto").info("%s", text)
 
 
+class OutOfTimeError(BaseException):
+    """Raised into a quoter by who has no more time; no quoter takes it for a fault that it knows what to do about."""
+
+
 class AutoQuoter:
     """The first of some quoters that gives a quote; from then on, that one. ``tell`` hears which, and why not others.
 
@@ -79,6 +83,8 @@ class AutoQuoter:
             except QuoteUnavailable as exc:
                 reasons.append(str(exc))
                 continue
+            except OutOfTimeError as exc:
+                raise QuoteUnavailable("; ".join([*reasons, f"{quoter}: {exc}"])) from None
             if len(self._quoters) > 1:
                 for reason in reasons:
                     self._tell(f"no quote from {reason}")

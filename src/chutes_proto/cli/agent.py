@@ -204,7 +204,7 @@ def _run(options: argparse.Namespace, settings: AgentSettings, progress: Progres
         check_place(state.file, on_disk=state.on_disk)
     if state.k3s_key_file is not None:
         check_place(state.k3s_key_file, on_disk=state.on_disk)
-    signer = make_signer(settings.signer, who)
+    signer = make_signer(settings.signer, who, deadline)
     client = make_client_identity(int(time.time()), os.urandom(ENTROPY_SIZE))
     servers = _servers(settings, client, deadline)
     try:
@@ -250,7 +250,7 @@ def _resume(options: argparse.Namespace, settings: AgentSettings, progress: Prog
     _tell_clock(progress)
     if state.k3s_key_file is not None:
         check_place(state.k3s_key_file, on_disk=state.on_disk)
-    signer = None if settings.signer is None else make_signer(settings.signer, _identity(settings))
+    signer = None if settings.signer is None else make_signer(settings.signer, _identity(settings), deadline)
     boot_settings = BootSettings(grant.miner_hotkey, grant.vm_name, client.spki_sha256, signer, settings.policy)
     servers = _servers(settings, client, deadline, first=left.server)
     performer = _performer(options, settings, progress, servers, deadline)
@@ -298,17 +298,18 @@ def _performer(
     progress.server = lambda: servers.origin
     if options.images:
         progress.tell(_IMAGES)
-    quoter = _quoter(settings, progress)
+    quoter = _quoter(settings, progress, deadline)
     disks = _disks(options, deadline)
     return Performer(send=servers, next_server=servers.next, quoter=quoter, disks=disks, log=progress)
 
 
-def _quoter(settings: AgentSettings, progress: Progress) -> Quoter:
+def _quoter(settings: AgentSettings, progress: Progress, deadline: float) -> Quoter:
+    from chutes_proto.blocking.agent import TimedQuoter
     from chutes_proto.blocking.quoting import make_quoter
 
     quoter = make_quoter(settings.quoter, tell=progress.tell)
     if not _is_simulated(settings):
-        return quoter
+        return TimedQuoter(quoter, deadline)
     # A VM measures more between its two quotes; a simulated one has to be told.
     later = make_quoter(settings.quoter, stage="runtime")
 

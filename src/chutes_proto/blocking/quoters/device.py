@@ -124,7 +124,7 @@ def _connected(family: socket.AddressFamily, address: tuple[int, int] | str, tim
     try:
         connection.settimeout(timeout)
         connection.connect(address)
-    except OSError:
+    except BaseException:
         connection.close()
         raise
     return connection

@@ -35,7 +35,7 @@ class TsmQuoter:
     """The kernel's configfs-TSM at ``root`` as a quoter; ``timeout`` is in seconds, over all attempts.
 
     No attempt begins after ``timeout``. The last one can take as long as the kernel waits for the host (30 s), in a
-    call that nothing interrupts.
+    call that only a signal interrupts.
     """
 
     def __init__(self, root: str | Path = ROOT, *, timeout: float = 30.0) -> None:
