@@ -197,6 +197,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_server(directory, PLATFORM, int(time.time()))
     with (directory / "server.toml").open("a") as file:
         _ = file.write('[proxy]\nunix = "unused.sock"\n')
+    path = directory / "server.toml"
+    _ = path.write_text(path.read_text().replace("drain_seconds = 0", "drain_seconds = 0\nlimits.body_bytes = 20000"))
     return directory
 
 
@@ -230,7 +232,7 @@ def test_the_example_under_a_server(command: list[str], prefix: str, site: Path,
             assert (nonce.status_code, list(nonce.json())) == (200, ["nonce", "expires_at"])
             assert client.get("/servers/nonce").json()["code"] == "bad_request"  # the proxy names no address
             assert client.get("/servers/a%2Fb/luks", headers=proxied).status_code == 404
-            large = client.post("/servers/vm-1/luks", content=b"x" * 70_000, headers=proxied)
+            large = client.post("/servers/vm-1/luks", content=b"x" * 20_001, headers=proxied)
             assert (large.status_code, large.json()["code"]) == (413, "body_too_large")
             wrong = client.put("/servers/nonce", headers=proxied)
             assert (wrong.status_code, wrong.headers["allow"]) == (405, "GET")

@@ -122,15 +122,12 @@ async def open_server(
 ) -> AsyncGenerator[Any]:
     """The server of a binding."""
     options = setup.config.limits
-    limits = Limits(
-        head_bytes=options.head_bytes, body_bytes=options.body_bytes, request_seconds=options.request_seconds
-    )
     connections = room_for(options.connections)
     if connections < options.connections:
         about = f"limits.connections: the system lets this process open files for {connections}; raise its limit"
         log(Record(Level.WARNING, "warning", {"about": about}))
     async with on.open_performer(store, collateral, log=log) as performer:
-        yield on.server(App(setup.service), performer, limits=limits, connections=connections)
+        yield on.server(App(setup.service), performer, limits=Limits.of(options), connections=connections)
 
 
 def serve_until_stopped(
