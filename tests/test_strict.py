@@ -51,8 +51,8 @@ def test_each_problem_has_its_place() -> None:
         ("parts.0.word", "literal_error"),
         ("parts.1", "dict_type"),
         ("parts.2.word", "missing"),
-        ("named.0.word", "literal_error"),
-        ("named.0.size", "int_type"),
+        ("named.first.word", "literal_error"),
+        ("named.first.size", "int_type"),
         ("ratio", "float_type"),
         ("on", "bool_type"),
         ("maybe", "string_type"),
@@ -87,7 +87,7 @@ def test_a_type_may_have_a_hook_of_its_own() -> None:
 
 def test_no_text_repeats_a_value() -> None:
     with pytest.raises(ProblemsError) as caught:
-        _ = STRUCTURER.structure({"name": 17171, "named": {"secret": "secret"}, "parts": ["secret"]}, Whole)
+        _ = Structurer().structure({"name": 17171, "named": {"secret": "secret"}, "parts": ["secret"]}, Whole)
     assert str(caught.value) == (
         "name: Input should be a valid string; parts.0: Input should be a valid dictionary;"
         " named.0: Input should be a valid dictionary"

@@ -9,6 +9,7 @@ Rules kept here:
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import isfinite
 from types import NoneType, UnionType
@@ -16,6 +17,8 @@ from typing import Any, Final, Literal, TypeAlias, TypeVar, Union, cast, get_arg
 
 import attrs
 from attrs import frozen
+
+from chutes_proto.errors import ConfigurationError
 
 T = TypeVar("T")
 
@@ -61,7 +64,8 @@ class Structurer:
     """Makes attrs values of plain data. ``hooks``: how types of the caller's are made, beside the usual ones.
 
     A type may be optional, a ``Literal`` of words, a ``tuple[…, ...]``, or a ``Mapping[str, …]``, in whose problems'
-    paths the place stands for the name, which is input.
+    paths the place stands for the name, which is input. With ``forbid_extra_keys`` the input is its author's own file:
+    unknown names are problems, and names are told.
     """
 
     def __init__(self, hooks: Sequence[tuple[Any, Hook]] = (), *, forbid_extra_keys: bool = False) -> None:
@@ -71,6 +75,23 @@ class Structurer:
     def structure(self, value: object, kind: type[T]) -> T:
         """``value`` as a ``kind``. Raises `ProblemsError`."""
         made: T = self._hook(kind)(value)
+        return made
+
+    def from_toml(self, data: bytes, kind: type[T], check: Callable[[T], Iterable[str]]) -> T:
+        """The ``kind`` that a TOML file says.
+
+        Raises `ConfigurationError`, which lists all that is wrong with its form, or all that ``check`` finds.
+        """
+        try:
+            content = tomllib.loads(data.decode("utf-8"))
+        except (ValueError, RecursionError) as exc:
+            raise ConfigurationError(f"not TOML: {exc}") from None
+        try:
+            made = self.structure(content, kind)
+        except ProblemsError as exc:
+            raise ConfigurationError(str(exc)) from None
+        if problems := "; ".join(check(made)):
+            raise ConfigurationError(problems)
         return made
 
     def _hook(self, kind: Any) -> Hook:
@@ -90,7 +111,7 @@ class Structurer:
             case (origin, (item, end)) if origin is tuple and end is ...:
                 return list_of(self._hook(item))
             case (origin, (key, item)) if origin is Mapping and key is str:
-                return _mapping_of(self._hook(item))
+                return _mapping_of(self._hook(item), tell_names=self._forbid_extra_keys)
             case _:
                 raise TypeError(f"nothing makes a {kind}")
 
@@ -136,7 +157,7 @@ def list_of(item: Callable[[object], T]) -> Callable[[object], tuple[T, ...]]:
     def hook(value: object) -> tuple[T, ...]:
         if not isinstance(value, list):
             raise MismatchError("list_type", "Input should be a valid list")
-        return tuple(_each(cast("list[object]", value), item))
+        return tuple(_each(enumerate(cast("list[object]", value)), item))
 
     return hook
 
@@ -177,23 +198,24 @@ _USUAL: tuple[tuple[Any, Hook], ...] = (
 )
 
 
-def _mapping_of(item: Hook) -> Hook:
+def _mapping_of(item: Hook, *, tell_names: bool) -> Hook:
     def hook(value: object) -> dict[str, Any]:
         table = _object(value)
-        return dict(zip(table, _each(table.values(), item), strict=True))
+        places = table if tell_names else range(len(table))
+        return dict(zip(table, _each(zip(places, table.values(), strict=True), item), strict=True))
 
     return hook
 
 
-def _each(members: Iterable[object], item: Callable[[object], T]) -> list[T]:
-    """What ``item`` makes of each."""
+def _each(members: Iterable[tuple[int | str, object]], item: Callable[[object], T]) -> list[T]:
+    """What ``item`` makes of each at its place."""
     made: list[T] = []
     problems: list[Problem] = []
-    for index, member in enumerate(members):
+    for place, member in members:
         try:
             made.append(item(member))
         except ProblemsError as exc:
-            problems += exc.at(index)
+            problems += exc.at(place)
             if len(problems) >= MOST:
                 break
     if problems:

@@ -115,7 +115,7 @@ def test_collateral_from_services():
         ('registration = { unsafe_private_networks = ["lab"] }', "registration.unsafe_private_networks"),
         ("roots = 1", "roots"),
         ("gpus = 1", "gpus"),
-        ("gpus = { a = 1 }", "gpus"),
+        ("gpus = { a = 1 }", "gpus.a: "),
         (f'gpus = {{ x = {{ model = "(", {GPU} }} }}', "gpus.x.model: no regular expression"),
         (f'gpus = {{ x = {{ model = "", {GPU} }} }}', "gpus.x.model: a pattern"),
         (f'gpus = {{ X = {{ model = "a", {GPU} }} }}', "gpus: 'X' is not"),

@@ -12,9 +12,8 @@ Rules kept here:
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Mapping
-from typing import Any, Final, Literal, TypeAlias, cast
+from typing import Final, Literal, TypeAlias, cast
 
 from attrs import evolve, field, frozen
 
@@ -24,7 +23,7 @@ from chutes_proto.client.quoters import COMMAND, cut_command, parse_quoter
 from chutes_proto.errors import ConfigurationError, LocalProtocolError
 from chutes_proto.luks.volume import Volume
 from chutes_proto.secret import Secret
-from chutes_proto.strict import Problem, ProblemsError, Structurer
+from chutes_proto.strict import Structurer
 from chutes_proto.wire import json
 from chutes_proto.wire.names import NAME_PATTERN, NAME_RULE
 from chutes_proto.wire.origin import Origin
@@ -184,29 +183,8 @@ class AgentSettings:
     @classmethod
     def from_toml(cls, data: bytes) -> AgentSettings:
         """The settings in ``data``. Raises `ConfigurationError`, which lists all that is wrong."""
-        try:
-            content = tomllib.loads(data.decode("utf-8"))
-        except (ValueError, RecursionError) as exc:
-            raise ConfigurationError(f"not TOML: {exc}") from None
-        try:
-            settings = _STRUCTURER.structure(content, cls)
-        except ProblemsError as exc:
-            raise ConfigurationError(
-                str(ProblemsError([_named(problem, content) for problem in exc.problems]))
-            ) from None
-        problems = _problems(settings)
-        if problems:
-            raise ConfigurationError("; ".join(problems))
+        settings = _STRUCTURER.from_toml(data, cls, _problems)
         return evolve(settings, servers=tuple(server.removesuffix("/") for server in settings.servers))
-
-
-def _named(problem: Problem, content: Mapping[str, Any]) -> Problem:
-    """A volume by its name: the names are the operator's own."""
-    match problem.path:
-        case ("volumes", int(index), *rest):
-            return evolve(problem, path=("volumes", [*content["volumes"]][index], *rest))
-        case _:
-            return problem
 
 
 def _problems(settings: AgentSettings) -> list[str]:

@@ -10,7 +10,6 @@ Rules kept here:
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Mapping
 from ipaddress import ip_network
 from typing import Final, Literal, cast
@@ -23,7 +22,7 @@ from chutes_proto.errors import ConfigurationError
 from chutes_proto.keys.generations import RESERVED_VOLUMES
 from chutes_proto.server.gpus import Gpu
 from chutes_proto.server.proxy import CERTIFICATE_HEADERS, SECRET_HEADER, Network
-from chutes_proto.strict import MismatchError, ProblemsError, Structurer, list_of, string
+from chutes_proto.strict import MismatchError, Structurer, list_of, string
 from chutes_proto.wire.evidence import PORT
 
 _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")  # RFC 9110, section 5.6.2
@@ -147,7 +146,7 @@ class ProxyOptions:
 class LimitOptions:
     """Bounds on what peers can make the server do.
 
-    ``requests_per_minute``: of one address, but for what clients ask only once (0: as many as it likes).
+    ``requests_per_minute``: of one address (0: as many as it likes); what clients ask only once counts when refused.
     ``drain_seconds``: how long a server that was told to stop still serves what clients ask only once (0: not at all).
     ``store_connections``: how many one process may have open to a store in PostgreSQL.
     """
@@ -201,18 +200,7 @@ class ServerConfig:
     @classmethod
     def from_toml(cls, data: bytes) -> ServerConfig:
         """The configuration in ``data``. Raises `ConfigurationError`, which lists all that is wrong."""
-        try:
-            content = tomllib.loads(data.decode("utf-8"))
-        except (ValueError, RecursionError) as exc:
-            raise ConfigurationError(f"not TOML: {exc}") from None
-        try:
-            config = _STRUCTURER.structure(content, cls)
-        except ProblemsError as exc:
-            raise ConfigurationError(str(exc)) from None
-        problems = list(_problems(config))
-        if problems:
-            raise ConfigurationError("; ".join(problems))
-        return config
+        return _STRUCTURER.from_toml(data, cls, _problems)
 
 
 _FLOORS: Final = {
