@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from chutes_proto.auth.certificates import make_client_identity
 from chutes_proto.codes import Code
+from chutes_proto.effects import Transact
 from chutes_proto.errors import Unavailable
 from chutes_proto.log import Level
 from chutes_proto.secret import Secret
@@ -16,7 +17,7 @@ from chutes_proto.server.app import App
 from chutes_proto.server.config import LimitOptions
 from chutes_proto.server.proxy import TrustedProxies
 from chutes_proto.server.rates import Rates
-from tests.server.world import NOW, World, answer, refusal, service
+from tests.server.world import HOTKEY, NOW, World, answer, refusal, service
 
 
 def world(per_minute: int, **changes: object) -> World:
@@ -92,3 +93,53 @@ def test_never_more_than_the_bucket_and_what_flows_in(per_minute: int, waits: li
         else:
             taken += 1
         assert taken <= per_minute + now * per_minute / 60 + 1e-6
+
+
+JUNK = "5a" * 32
+ASKED_ONCE = {
+    3: ("GET", "/servers/vm-1/luks", None, "x-boot-token"),
+    4: ("POST", "/servers/vm-1/luks", {"volumes": ["storage"]}, "x-boot-token"),
+    13: ("POST", "/servers/vm-1/luks/attest", {"quote": "", "volumes": ["storage"]}, "x-quote-nonce"),
+    14: ("POST", "/servers/vm-1/luks/confirm", {"volumes": {"storage": {"rotated": True}}}, "x-confirm-nonce"),
+}
+
+
+@pytest.mark.parametrize("operation", ASKED_ONCE)
+def test_tokens_that_do_not_hold_are_counted(operation: int) -> None:
+    one = world(3)
+    method, target, body, header = ASKED_ONCE[operation]
+    headers = {header: JUNK, "x-chutes-hotkey": HOTKEY, "content-type": "application/json"}
+    asked = [one.ask(method, target, body, headers=headers) for _ in range(5)]
+    assert [response.status for response in asked] == [401, 401, 401, 429, 429]
+    assert asked[3].header("retry-after") == "20"
+    assert refusal(one.ask("GET", "/servers/nonce"))[0] == 429
+    assert one.ask(method, target, body, headers=headers, peer_address="192.0.2.2").status == 401
+
+
+def test_other_refusals_count_once() -> None:
+    one = world(2)
+    body, headers = one.attestation("5a" * 32)
+    asked = [one.ask("POST", "/servers/boot/attestation", body, headers=headers) for _ in "123"]
+    assert [response.status for response in asked] == [401, 401, 429]
+
+
+def test_who_holds_a_token_is_served_whatever_its_neighbours_ask() -> None:
+    one = world(2)
+    token = one.token()
+    for _ in range(5):
+        assert refusal(one.sync(JUNK, {"volumes": ["storage"]}))[0] == 429
+    assert answer(one.sync(token, {"volumes": ["storage"]}))
+
+
+@pytest.mark.parametrize("operation", ASKED_ONCE)
+@pytest.mark.parametrize("token", ["x", JUNK[1:], JUNK + "0", JUNK.upper(), f" {JUNK}", "\xff" * 64])
+def test_what_is_no_token_is_not_looked_up(operation: int, token: str) -> None:
+    one = world(0)
+    method, target, body, header = ASKED_ONCE[operation]
+    headers = {header: token, "x-chutes-hotkey": HOTKEY, "content-type": "application/json"}
+    status, code, told = refusal(one.ask(method, target, body, headers=headers))
+    assert (status, "not found or expired" in told) == (401, True)
+    assert not [effect for effect in one.asked if isinstance(effect, Transact)]
+    headers[header] = JUNK
+    assert refusal(one.ask(method, target, body, headers=headers)) == (401, code, told)  # no other text for the other
+    assert [effect for effect in one.asked if isinstance(effect, Transact)]

@@ -107,6 +107,20 @@ def test_what_needs_no_rows_is_checked_before_the_token(world, body, expected):
     assert answer(world.sync(token, BOTH))  # the token was not spent
 
 
+def test_a_refusal_of_names_is_short_whatever_was_asked(world):
+    many = [f"{n}{'v' * 60}" for n in range(900)]
+    for body in (
+        {"volumes": many},
+        {"volumes": ["storage"], "formatted": many},
+        {"volumes": ["storage"], "rekey": many},
+    ):
+        status, _, told = refusal(world.sync("x", body))
+        assert (status, "and 896 more" in told) == (400, True)
+        assert len(told) < 500
+    status, _, told = refusal(world.sync("x", {"volumes": ["v" * 60000]}))
+    assert (status, f"['{'v' * 64}']. Supported" in told) == (400, True)
+
+
 def test_a_token_is_one_vms_of_one_hotkey(world):
     token = world.token()
     other = "5FHneW46xGXgs5mUiveU4sbTyGBzmstUspZC92UhjJM694ty"

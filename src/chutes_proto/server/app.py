@@ -6,7 +6,8 @@ Rules kept here:
   deployed clients power off on a 4xx and try again on a 5xx;
 * the peer hears the refusal's text and code, the operator its reason too, under the same request id;
 * a refused attestation ends its connection;
-* one address may ask so often, but deployed clients that are asked to wait where they ask only once would give up.
+* one address may ask so often, but deployed clients that are asked to wait where they ask only once would give up: that
+  counts only once it was refused, for a token or nonce that does not hold.
 """
 
 from __future__ import annotations
@@ -168,6 +169,8 @@ class App:
         try:
             answer = yield from self._handle(match, request, request_id)
         except Refusal as exc:
+            if match.endpoint in _ASKED_ONCE and exc.status == 401:
+                self.service.rates.take(request.peer_address, (yield from Uptime()))
             if match.endpoint in _ATTESTATIONS:
                 exc.headers = (*exc.headers, ("connection", "close"))
             raise

@@ -29,10 +29,9 @@ from chutes_proto.secret import Secret
 from chutes_proto.server.boot import platform_of, record_refusal, token_digest
 from chutes_proto.server.evidence import appraise, verify_evidence
 from chutes_proto.server.patience import transact_patiently, verify_patiently
-from chutes_proto.server.volumes import check_names
+from chutes_proto.server.volumes import check_names, check_shape
 from chutes_proto.store.rows import Vm
 from chutes_proto.units.rotation import AttestVolumes, ConfirmNonce, ConfirmVolumes, FindQuoteNonce
-from chutes_proto.wire.names import HEX_32
 from chutes_proto.wire.vms import (
     VolumeAttestationAnswer,
     VolumeAttestationRequest,
@@ -64,7 +63,7 @@ def attest_volumes(
     if not message.quote_nonce or not message.hotkey:
         text = "Quote nonce (X-Quote-Nonce) and hotkey are required"
         raise Refused(Code.QUOTE_NONCE_INVALID, text)
-    nonce = _nonce(message.quote_nonce, Code.QUOTE_NONCE_INVALID, "Quote nonce")
+    nonce = check_shape(message.quote_nonce, Code.QUOTE_NONCE_INVALID, "Quote nonce")
     key = client_key(request.peer_certificate)
     vm = Vm(message.hotkey, message.vm_name)
     digest, body_digest = token_digest(nonce), hashlib.sha256(request.body).digest()
@@ -126,7 +125,7 @@ def confirm_volumes(
     if not message.confirm_nonce or not message.hotkey:
         text = "Confirm nonce (X-Confirm-Nonce) and hotkey are required"
         raise Refused(Code.CONFIRM_NONCE_INVALID, text)
-    nonce = _nonce(message.confirm_nonce, Code.CONFIRM_NONCE_INVALID, "Confirm nonce")
+    nonce = check_shape(message.confirm_nonce, Code.CONFIRM_NONCE_INVALID, "Confirm nonce")
     vm = Vm(message.hotkey, message.vm_name)
     now = yield from Now()
     unit = ConfirmVolumes(
@@ -145,13 +144,6 @@ def confirm_volumes(
     return VolumeConfirmationAnswer(
         status="confirmed", volumes={volume: VolumeResult(result=result) for volume, result in results}
     )
-
-
-def _nonce(text: str, code: Code, what: str) -> bytes:
-    """The nonce as it is digested: its text. One of another shape is none of ours."""
-    if not HEX_32.fullmatch(text):
-        raise Refused(code, f"{what} not found or expired", reason=f"{what.lower()}: not 64 lowercase hex digits")
-    return text.encode("ascii")
 
 
 def _confirm_nonces(service: Service, quote_nonce: bytes) -> tuple[ConfirmNonce, ...]:

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 from chutes_proto.auth.certificates import spki_sha256
 from chutes_proto.codes import Code
 from chutes_proto.effects import Entropy, Log, Now
-from chutes_proto.errors import BadRequest
+from chutes_proto.errors import BadRequest, Refused
 from chutes_proto.keys.vault import FreshKey
 from chutes_proto.log import Level, Record
 from chutes_proto.server.boot import token_digest
 from chutes_proto.server.patience import transact_patiently
 from chutes_proto.store.rows import Vm
 from chutes_proto.units.volumes import ReadVolume, SyncVolumes
+from chutes_proto.wire.names import HEX_32
 from chutes_proto.wire.vms import CachePassphraseAnswer, CachePassphraseRequest, VolumeSyncAnswer, VolumeSyncRequest
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def read_cache_passphrase(
             now=now,
             request_id=request_id,
             vm=vm,
-            token_digest=token_digest(token),
+            token_digest=_token_digest(token),
             certificate=_presented(request),
             volume=volume,
             vault=service.vault,
@@ -65,7 +66,9 @@ def sync_volumes(
         raise BadRequest(Code.VOLUMES_REQUIRED, "volumes is required and must be non-empty")
     check_names("volume", volumes, service.volumes)
     if strangers := [volume for volume in rekey if volume not in volumes]:
-        raise BadRequest(Code.REKEY_NOT_SUBSET, f"rekey must be a subset of volumes; not in volumes: {strangers}")
+        raise BadRequest(
+            Code.REKEY_NOT_SUBSET, f"rekey must be a subset of volumes; not in volumes: {_some(strangers)}"
+        )
     if message.formatted is not None:
         check_names("formatted volume", message.formatted, service.volumes)
     now = yield from Now()
@@ -80,7 +83,7 @@ def sync_volumes(
             now=now,
             request_id=request_id,
             vm=vm,
-            token_digest=token_digest(token),
+            token_digest=_token_digest(token),
             certificate=_presented(request),
             body_digest=hashlib.sha256(request.body).digest(),
             volumes=volumes,
@@ -102,7 +105,7 @@ def sync_volumes(
     return VolumeSyncAnswer(passphrases=keys.passphrases, in_use=keys.in_use)
 
 
-def _credentials(token: str | None, in_header: str | None, in_query: str | None) -> tuple[bytes, str]:
+def _credentials(token: str | None, in_header: str | None, in_query: str | None) -> tuple[str, str]:
     """Token and hotkey. Older images send the hotkey in the query; given twice, both must agree."""
     if not token:
         raise BadRequest(Code.BOOT_TOKEN_REQUIRED, "Boot token is required (X-Boot-Token header)")
@@ -111,13 +114,30 @@ def _credentials(token: str | None, in_header: str | None, in_query: str | None)
     hotkey = in_header or in_query
     if not hotkey:
         raise BadRequest(Code.HOTKEY_REQUIRED, "Hotkey is required")
-    return token.encode("latin-1", "replace"), hotkey
+    return token, hotkey
+
+
+def _token_digest(token: str) -> bytes:
+    return token_digest(check_shape(token, Code.BOOT_TOKEN_INVALID, "Boot token"))
+
+
+def check_shape(text: str, code: Code, what: str) -> bytes:
+    """A token or nonce as it is digested: its text. Raises `Refused` for one of another shape, which is not ours."""
+    if not HEX_32.fullmatch(text):
+        raise Refused(code, f"{what} not found or expired", reason=f"{what.lower()}: not 64 lowercase hex digits")
+    return text.encode("ascii")
 
 
 def check_names(what: str, names: Iterable[str], served: tuple[str, ...]) -> None:
     """Raises `BadRequest` for a name that this server does not serve."""
     if unknown := [name for name in names if name not in served]:
-        raise BadRequest(Code.VOLUME_UNKNOWN, f"Invalid {what} name(s): {unknown}. Supported: {list(served)}")
+        raise BadRequest(Code.VOLUME_UNKNOWN, f"Invalid {what} name(s): {_some(unknown)}. Supported: {list(served)}")
+
+
+def _some(names: list[str]) -> str:
+    """The first names, cut, as a peer hears them again: an answer is not as long as what was asked."""
+    shown = str([name[:64] for name in names[:4]])
+    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"
 
 
 def _presented(request: HttpRequest) -> bytes | None:
