@@ -75,7 +75,7 @@ def _document() -> bytes:
     return openapi.document()
 
 
-_HANDLERS: Mapping[Endpoint, Callable[[Service, HttpRequest, Any, str], Flow[Message]]] = {
+_HANDLERS: Mapping[Endpoint, Callable[[Service, HttpRequest, Any, str], Flow[Message | HttpResponse]]] = {
     vms.BOOT_NONCE: issue_boot_nonce,
     vms.BOOT_ATTESTATION: attest_boot,
     vms.CACHE_PASSPHRASE: read_cache_passphrase,
@@ -174,9 +174,9 @@ class App:
             if match.endpoint in _ATTESTATIONS:
                 exc.headers = (*exc.headers, ("connection", "close"))
             raise
-        return encode_answer(match.endpoint, answer)
+        return answer if isinstance(answer, HttpResponse) else encode_answer(match.endpoint, answer)
 
-    def _handle(self, match: endpoints.Match, request: HttpRequest, request_id: str) -> Flow[Message]:
+    def _handle(self, match: endpoints.Match, request: HttpRequest, request_id: str) -> Flow[Message | HttpResponse]:
         """Of a signed request nothing is looked at before its caller is known."""
         if match.endpoint.signed is None:
             message = decode_request(match, request)

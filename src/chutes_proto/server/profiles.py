@@ -1,4 +1,5 @@
-"""What the server does for each measurement profile: which root passphrase it serves and what it demands besides.
+"""What the server does for each measurement profile: which root passphrase it serves and what it demands besides; and
+what it tells of it (operation 15).
 
 These keys stand in the profile's table, or in the configuration's ``[profile_defaults]``; none has a default where a
 wrong guess could lose a disk: ``root_passphrase`` must be said.
@@ -6,16 +7,19 @@ wrong guess could lose a disk: ``root_passphrase`` must be said.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
 from attrs import frozen
 
 from chutes_proto.errors import ConfigurationError
-from chutes_proto.quote.measurements import Profile
+from chutes_proto.quote.measurements import Profile, Rtmrs
 from chutes_proto.secret import Secret
 from chutes_proto.store.rows import Exchange
 from chutes_proto.strict import ProblemsError, Structurer
+from chutes_proto.wire.codec import encode_answer
+from chutes_proto.wire.http import HttpResponse
+from chutes_proto.wire.public import MEASUREMENTS, Measurements, MeasurementsAnswer, Registers
 
 
 @frozen
@@ -65,6 +69,29 @@ def serve_profile(
     return ServedProfile(
         profile, passphrase, options.require_hotkey_signature, options.token_needs_certificate, options.exchange
     )
+
+
+def publish(profiles: Iterable[Profile]) -> HttpResponse:
+    """The answer of operation 15. It is made once: anyone may ask for it, and it can be long."""
+    return encode_answer(MEASUREMENTS, MeasurementsAnswer(profiles=tuple(map(_published, profiles))))
+
+
+def _published(profile: Profile) -> Measurements:
+    return Measurements(
+        version=profile.version,
+        name=profile.name,
+        mrtd=profile.mrtd.hex(),
+        boot_rtmrs=_registers(profile.boot),
+        runtime_rtmrs=_registers(profile.runtime),
+        expected_gpus=profile.expected_gpus,
+        gpu_count=profile.gpu_count,
+        fingerprint=None if profile.fingerprint is None else profile.fingerprint.hex(),
+    )
+
+
+def _registers(rtmrs: Rtmrs) -> Registers:
+    rtmr0, rtmr1, rtmr2, rtmr3 = (register.hex() for register in rtmrs)
+    return Registers(rtmr0=rtmr0, rtmr1=rtmr1, rtmr2=rtmr2, rtmr3=rtmr3)
 
 
 def _image_passphrase(named: str, data: bytes) -> Secret:

@@ -30,17 +30,16 @@ from chutes_proto.wire.miners import (
     ServerDetailsRequest,
     ServerListAnswer,
 )
-from chutes_proto.wire.public import Measurements, MeasurementsAnswer, MeasurementsRequest, Registers
 from chutes_proto.wire.times import timestamp
 
 if TYPE_CHECKING:
     from chutes_proto.auth.hotkey import Hotkey
     from chutes_proto.effects import Flow
     from chutes_proto.errors import ValidationProblem
-    from chutes_proto.quote.measurements import Profile, Rtmrs
     from chutes_proto.server.service import Service
     from chutes_proto.store.rows import ServerRow
-    from chutes_proto.wire.http import HttpRequest
+    from chutes_proto.wire.http import HttpRequest, HttpResponse
+    from chutes_proto.wire.public import MeasurementsRequest
 
 _SHADOWED: Final = frozenset({"nonce", "boot"})
 """Ids whose paths are other operations'."""
@@ -131,10 +130,10 @@ def remove_server(
 
 def publish_measurements(
     service: Service, request: HttpRequest, message: MeasurementsRequest, request_id: str
-) -> Flow[MeasurementsAnswer]:
+) -> Flow[HttpResponse]:
     """Operation 15."""
     yield from ()
-    return MeasurementsAnswer(profiles=tuple(_published(profile) for profile in service.policy.profiles))
+    return service.published
 
 
 def _described(server: ServerRow) -> ServerAnswer:
@@ -145,24 +144,6 @@ def _described(server: ServerRow) -> ServerAnswer:
         created_at=timestamp(server.created_at),
         updated_at=None if server.updated_at is None else timestamp(server.updated_at),
     )
-
-
-def _published(profile: Profile) -> Measurements:
-    return Measurements(
-        version=profile.version,
-        name=profile.name,
-        mrtd=profile.mrtd.hex(),
-        boot_rtmrs=_registers(profile.boot),
-        runtime_rtmrs=_registers(profile.runtime),
-        expected_gpus=profile.expected_gpus,
-        gpu_count=profile.gpu_count,
-        fingerprint=None if profile.fingerprint is None else profile.fingerprint.hex(),
-    )
-
-
-def _registers(rtmrs: Rtmrs) -> Registers:
-    rtmr0, rtmr1, rtmr2, rtmr3 = (register.hex() for register in rtmrs)
-    return Registers(rtmr0=rtmr0, rtmr1=rtmr1, rtmr2=rtmr2, rtmr3=rtmr3)
 
 
 def _tell(event: str, request_id: str, server: ServerRow) -> Flow[None]:

@@ -15,9 +15,10 @@ from chutes_proto.codes import Code
 from chutes_proto.errors import Unavailable
 from chutes_proto.server.config import LimitOptions
 from chutes_proto.server.gpus import GPUS, Gpu
+from chutes_proto.server.profiles import ServedProfile, publish
 from chutes_proto.server.proxy import TrustedProxies
 from chutes_proto.server.rates import Buckets, Rates
-from chutes_proto.wire.http import address_prefix
+from chutes_proto.wire.http import HttpResponse, address_prefix
 
 if TYPE_CHECKING:
     from chutes_proto.auth.signing import SigningPolicy
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from chutes_proto.quote.roots import TrustedRoot
     from chutes_proto.server.callbacks import Callback
     from chutes_proto.server.nonces import NonceMint
-    from chutes_proto.server.profiles import ServedProfile
     from chutes_proto.server.proxy import Network
 
 
@@ -118,6 +118,9 @@ class Service:
     gpus: Mapping[str, Gpu] = field(factory=lambda: GPUS)
     proxies: TrustedProxies = field(factory=TrustedProxies)
     limits: LimitOptions = field(factory=LimitOptions)
+    published: HttpResponse = field(
+        init=False, eq=False, default=Factory(lambda self: publish(self.policy.profiles), takes_self=True)
+    )
     verifications: Slots = field(default=Factory(_verifications, takes_self=True))
     hosts: Slots = field(factory=lambda: Slots(16, share=1))
     rates: Rates = field(default=Factory(lambda self: Rates(self.limits.requests_per_minute), takes_self=True))
