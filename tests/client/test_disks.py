@@ -428,7 +428,7 @@ def test_what_would_be_done_is_said_without_a_server(said: Said) -> None:
 
 def test_a_server_that_refuses_leaves_the_disks_alone(said: Said) -> None:
     with pytest.raises(Refused):
-        said.run(unlock(talk.SETTINGS, VOLUMES), *looked(LUKS, OTHER), (Send, talk.refused(403, "hotkey_rejected")))
+        said.run(unlock(talk.SETTINGS, VOLUMES), *looked(BLANK, OTHER), (Send, talk.refused(403, "hotkey_rejected")))
 
 
 @pytest.mark.parametrize(
@@ -444,5 +444,5 @@ def test_a_server_that_refuses_leaves_the_disks_alone(said: Said) -> None:
 def test_an_answer_that_is_not_whole_touches_no_disk(said: Said, content: object) -> None:
     answers = [(Send, talk.answer(content))] * talk.SETTINGS.retry.attempts
     with pytest.raises(RemoteProtocolError):
-        said.run(unlock(talk.SETTINGS, VOLUMES, grant=talk.GRANT), *looked(LUKS, OTHER), *answers)
+        said.run(unlock(talk.SETTINGS, VOLUMES, grant=talk.GRANT), *looked(BLANK, OTHER), *answers)
     assert not said.fields("disk_action")

@@ -19,6 +19,8 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from attrs import define, field
 
 from chutes_proto.auth.hotkey import HotkeyPair
 from chutes_proto.blocking.agent import IN_MEMORY, file_system
+from chutes_proto.cli.main import main
 from chutes_proto.secret import Secret
 from tests.blocking.peers import Credentials, make_credentials, peer
 from tests.cli.conftest import HOTKEY, PROGRAM, Ended, end, start_server
@@ -116,11 +119,23 @@ class Machine:
         assert all(len(line) < 80 for line in ended.err.splitlines()), ended.err
         return ended
 
+    def here(self) -> Ended:
+        """A boot in this process, where it is of no matter whose process it is."""
+        with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
+            code = main(self.command("run")[len(PROGRAM) :])
+        return self.heard(Ended(code, out.getvalue(), err.getvalue()))
+
     def boots(self, *options: str) -> dict[str, Any]:
         """A boot that comes to its end; the last record."""
         ended = self.do("run", "--json", *options)
         assert ended.code == 0, ended.out
         return dict(json.loads(ended.out.splitlines()[-1]))
+
+    def trusts(self, hostile: Credentials) -> None:
+        """What it asks is a hostile server."""
+        _ = (self.folder / "hostile.pem").write_bytes(hostile.ca_pem)
+        self.changes |= {"ca_file": str(self.folder / "hostile.pem")}
+        self.changes |= {"retry.deadline_seconds": 3, "retry.attempts": 2}
 
     def stops(self, code: int, action: str = "run") -> str:
         """A boot that ends with ``code`` and changes no disk; its last words, on one line."""
@@ -527,20 +542,18 @@ def repeating(stream: ssl.SSLSocket) -> None:
         ),
         (repeating, 1, "no such token: ***"),
         (
-            granting({"key": WRONG, "boot_token": TOKEN}, {"storage": WRONG, "tdx-cache": WRONG, "in_use": []}),
+            granting(
+                {"key": WRONG, "boot_token": TOKEN}, {"storage": WRONG, "tdx-cache": WRONG, "in_use": [VOLUMES[1]]}
+            ),
             1,
-            "the current key does not open it",
+            "it is not formatted",
         ),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_a_hostile_server(
-    machine: Machine, hostile: Credentials, behaviour: Any, code: int, told: str, tmp_path: Path
-) -> None:
-    for name in VOLUMES:  # there is something to lose
-        machine.format(name, b"precious")
-    machine.changes |= {"ca_file": str(tmp_path / "hostile.pem"), "retry.deadline_seconds": 3, "retry.attempts": 2}
-    _ = (tmp_path / "hostile.pem").write_bytes(hostile.ca_pem)
+def test_a_hostile_server(machine: Machine, hostile: Credentials, behaviour: Any, code: int, told: str) -> None:
+    machine.format("storage", b"precious")  # there is something to lose; the other disk is blank, and has to stay so
+    machine.trusts(hostile)
     begun = time.monotonic()
     with peer(hostile, behaviour) as (url, _ended):
         machine.servers = [url]
@@ -550,6 +563,79 @@ def test_a_hostile_server(
     assert TOKEN not in said.replace(" ", "")
     assert len(said) < 1500
     assert time.monotonic() - begun < 60
+
+
+WORD = "word-" * 25
+_NONCE: dict[str, object] = {"nonce": NONCE, "expires_at": "2030-01-01T00:00:00+00:00"}
+_PAIR = {"current": WRONG, "next": WORD}
+BASE: dict[str, dict[str, object]] = {
+    "nonce": _NONCE,
+    "attestation": {"key": WRONG, "boot_token": TOKEN},
+    "luks": {"storage": WRONG, "tdx-cache": WRONG, "in_use": []},
+}
+"""What a server says in an exchange that goes well, by the last word of the path."""
+TWO_PHASE: dict[str, dict[str, object]] = {
+    "nonce": _NONCE,
+    "attestation": {"key": WRONG, "boot_token": None, "luks_quote_nonce": TOKEN},
+    "attest": {"volumes": dict.fromkeys(VOLUMES, _PAIR), "confirm_nonce": TOKEN, "k3s_encryption_key": "azNz"},
+    "confirm": {"status": "confirmed", "volumes": {name: {"result": "promoted"} for name in VOLUMES}},
+}
+CHUNKED = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
+TURNS: dict[str, tuple[Callable[[bytes, bytes], bytes], str]] = {
+    "garbage": (lambda _body, _place: os.urandom(4096) + b"\r\n\r\n", "not an answer of HTTP/1.1"),
+    "half": (lambda body, _place: page("200 OK", body)[:-9], "the connection broke"),
+    "endless": (
+        lambda body, _place: (
+            CHUNKED + b"%x\r\n%b\r\n" % (len(body), body) + (b"10000\r\n" + b" " * 65536 + b"\r\n") * 32
+        ),
+        "more than 1048576 bytes",
+    ),
+    "redirect": (lambda _body, place: page("307 Temporary Redirect", b"", b"location: " + place), "307"),
+}
+
+
+@pytest.mark.parametrize("turn", TURNS)
+@pytest.mark.parametrize(
+    ("exchange", "step"),
+    [(BASE, "attestation"), (BASE, "luks"), (TWO_PHASE, "attest"), (TWO_PHASE, "confirm")],
+    ids=["attestation", "luks", "attest", "confirm"],
+)
+def test_a_server_that_turns_hostile(
+    machine: Machine, hostile: Credentials, exchange: dict[str, dict[str, object]], step: str, turn: str
+) -> None:
+    """Up to the last answer no disk is touched. Without that one, both keys open the disks. Nobody else is asked."""
+    machine.format("storage", WRONG.encode())
+    if step == "confirm":  # by then, a disk that is blank was formatted
+        machine.format("tdx-cache", WRONG.encode())
+    machine.trusts(hostile)
+    before, asked = machine.prints(), list[str]()
+    bodies = {name: json.dumps(said).encode() for name, said in exchange.items()}
+    answers = {name: page("200 OK", body) for name, body in bodies.items()}
+
+    def behave(stream: ssl.SSLSocket) -> None:
+        if request := one_request(stream):
+            asked.append(re.split(rb"[ ?]", request, maxsplit=2)[1].rpartition(b"/")[2].decode())
+            stream.sendall(answers[asked[-1]])
+
+    with socket.create_server(("127.0.0.1", 0)) as elsewhere, peer(hostile, behave) as (url, _ended):
+        machine.servers = [url]
+        make, told = TURNS[turn]
+        answers[step] = make(bodies[step], b"https://localhost:%d/" % elsewhere.getsockname()[1])
+        ended = machine.here()
+        elsewhere.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            _ = elsewhere.accept()
+    steps = [*exchange]
+    again = steps[:2] if step == "attestation" else [step]  # a nonce is spent by it
+    assert asked == [*steps[: steps.index(step) + 1], *again]
+    assert told in " ".join(ended.err.split())
+    assert not any(secret in ended.out + ended.err for secret in (WRONG, WORD, TOKEN, NONCE))
+    if step == "confirm":
+        assert ended.code == 0
+        assert [machine.slots(name) for name in VOLUMES] == [2, 2]
+    else:
+        assert ended.code == 2
+        assert machine.prints() == before
 
 
 @pytest.fixture
