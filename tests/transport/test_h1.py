@@ -247,6 +247,15 @@ def test_an_answer_that_is_none_changes_nothing(response: HttpResponse) -> None:
         POST + b"Content-Length: 0x1\r\n\r\na",
         POST + b"Content-Length: \xb2\r\n\r\na",
         POST + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n",
+        POST + b"Content-Length: 1\r\nContent-Length: 1\r\n\r\na",
+        POST + b"Content-Length: 1, 1\r\n\r\na",
+        POST + b"content-length: 1\r\nA: b\r\nCONTENT-LENGTH:1 , 1\r\n\r\na",
+        POST + b"Content-Length: 01\r\n\r\na",
+        POST + b"Content-Length:\r\n 1\r\n\r\na",
+        POST + b"Content-Length: 1\r\n\t\r\n\r\na",
+        b"GET / HTTP/1.1\r\nHost: h\r\nX: a\r\n b\r\n\r\n",
+        b"GET / HTTP/1.1\nHost: h\n\n",
+        POST + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\n",
         POST + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
         POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
         POST + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
@@ -258,6 +267,26 @@ def test_an_answer_that_is_none_changes_nothing(response: HttpResponse) -> None:
 )
 def test_bytes_that_are_no_request(data: bytes) -> None:
     refusal(data, 400, "bad_request")
+
+
+CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n2\r\n\n\n\r\n0\r\nT: 1\r\nU: 2\r\n\r\n"
+
+
+@pytest.mark.parametrize("at", [match.start() for match in re.finditer(b"\r\n", CHUNKED)])
+def test_a_line_that_no_cr_ends(at: int) -> None:
+    assert [request.body for request in outcome(bytewise(CHUNKED + GET))[0]] == [b"\n\n", b""]
+    refusal(CHUNKED[:at] + CHUNKED[at + 1 :], 400, "bad_request")
+
+
+def test_a_cut_within_a_line_end_is_none() -> None:
+    whole = outcome([CHUNKED + GET])
+    assert all(outcome([CHUNKED[:at], CHUNKED[at:] + GET]) == whole for at in range(len(CHUNKED)))
+
+
+@pytest.mark.parametrize("length", [b"content-length:1", b"CONTENT-LENGTH:\t1 \t"])
+def test_a_length_may_be_written_as_any_field(length: bytes) -> None:
+    (request,), _, _ = outcome([POST + length + b"\r\n\r\na"])
+    assert request.body == b"a"
 
 
 def head_of(size: int) -> bytes:

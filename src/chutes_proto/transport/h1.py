@@ -7,8 +7,10 @@ The connection goes through these phases; each has a deadline, and `expire` says
 Rules kept here:
 
 * limits hold before anything is parsed or kept: a head or body that is too large is refused (431, 413), a request that
-  takes too long (408), and what is no request, or one that two parsers could read differently (400). What an error's
-  answer looks like is not known here: it is asked for like the answer to a request;
+  takes too long (408), and what is no request (400). What an error's answer looks like is not known here: it is asked
+  for like the answer to a request;
+* of what h11 takes, this is refused, too (400), because parsers are known to differ over where such a request ends: a
+  line of head or trailers that no CR ends, a folded line, a length that is not one plain number, two kinds of length;
 * however the peer's bytes are cut, requests and answers are the same;
 * one request at a time: bytes of the next wait until the answer has been sent;
 * after the last answer the peer is told that there will be no more, and a bounded amount of what it still sends is
@@ -19,6 +21,7 @@ Rules kept here:
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from enum import Enum, auto
 from functools import lru_cache
@@ -47,6 +50,10 @@ LAST_CALL_SECONDS: Final = 1.0
 """How long a connection that waits for a request stays open once it is draining."""
 
 _CLOSE: Final = ("connection", "close")
+
+_BARE_LF: Final = re.compile(rb"[^\r]\n|\A\n\Z")  # trailers that are read on their own may be no more than the LF
+_FOLDED: Final = re.compile(rb"\n[ \t]")
+_LENGTH: Final = re.compile(rb"\ncontent-length:[ \t]*(.*?)[ \t]*\r", re.IGNORECASE)
 
 
 class Application(Protocol):
@@ -297,9 +304,10 @@ class ServerConnection:
 
     def _parse(self, now: float) -> None:
         while True:
-            match self._next_event():
+            event, read = self._next_event()
+            match event:
                 case h11.Request() as head:
-                    self._begin(head)
+                    self._begin(head, read)
                     if self._h11.they_are_waiting_for_100_continue:
                         self._write(self._h11.send(h11.InformationalResponse(status_code=100, headers=[])) or b"")
                 case h11.Data() as data:
@@ -307,6 +315,7 @@ class ServerConnection:
                     if len(self._body) > self._limits.body_bytes:
                         raise BadRequest(Code.BODY_TOO_LARGE, "Request body too large")
                 case h11.EndOfMessage() if self._head is not None:
+                    _refuse_bare_lf(read)
                     if self._h11.their_state not in (h11.DONE, h11.MUST_CLOSE):  # it waits to hear that nobody switches
                         _ = self._h11.send(h11.Response(status_code=400, headers=[]))
                     self._ready = self._request(self._head)
@@ -318,13 +327,17 @@ class ServerConnection:
                 case _:
                     return
 
-    def _next_event(self) -> object:
-        """The next event of h11, given no more than it may hold, so that its limit does not depend on cuts."""
+    def _next_event(self) -> tuple[object, bytes]:
+        """The next event of h11, given no more than it may hold, so that its limit does not depend on cuts.
+
+        With it comes what was read for it, a head or trailers as they were sent.
+        """
         _ = self._feed()
-        event: object = self._h11.next_event()
-        while event is h11.NEED_DATA and self._feed():
-            event = self._h11.next_event()
-        return event
+        while True:
+            held, _ = self._h11.trailing_data
+            event: object = self._h11.next_event()
+            if event is not h11.NEED_DATA or not self._feed():
+                return event, held[: len(held) - len(self._h11.trailing_data[0])]
 
     def _feed(self) -> bool:
         if self._inbox:
@@ -339,9 +352,15 @@ class ServerConnection:
             return True
         return False
 
-    def _begin(self, head: h11.Request) -> None:
+    def _begin(self, head: h11.Request, sent: bytes) -> None:
         self._head, self._body = head, bytearray()
         headers = dict(head.headers)
+        _refuse_bare_lf(sent)
+        if _FOLDED.search(sent):  # RFC 9112, section 5.2
+            raise BadRequest(Code.BAD_REQUEST, "Bad Request", reason="a folded line in the request's head")
+        length = int(headers.get(b"content-length", b"0"))
+        if _LENGTH.findall(sent) not in ([], [b"%d" % length]):  # h11 makes one of several that are equal
+            raise BadRequest(Code.BAD_REQUEST, "Bad Request", reason="the request's length is not one plain number")
         if head.http_version not in (b"1.0", b"1.1"):
             raise BadRequest(Code.BAD_REQUEST, "Bad Request", reason="neither HTTP/1.0 nor HTTP/1.1")
         if not head.target.startswith(b"/"):
@@ -349,7 +368,7 @@ class ServerConnection:
         if b"transfer-encoding" in headers and (b"content-length" in headers or head.http_version == b"1.0"):
             # RFC 9112, section 6.3: what an attacker sends to make two parsers disagree.
             raise BadRequest(Code.BAD_REQUEST, "Bad Request", reason="the request's body has two lengths")
-        if int(headers.get(b"content-length", b"0")) > self._limits.body_bytes:
+        if length > self._limits.body_bytes:
             raise BadRequest(Code.BODY_TOO_LARGE, "Request body too large")
 
     def _request(self, head: h11.Request) -> HttpRequest:
@@ -442,6 +461,12 @@ def _written_head(status: int, headers: Headers) -> bytes:
         return h11.Connection(h11.SERVER).send(h11.Response(status_code=status, headers=list(headers))) or b""
     except h11.LocalProtocolError as exc:
         raise LocalProtocolError(f"not an answer of HTTP: {exc}") from exc
+
+
+def _refuse_bare_lf(sent: bytes) -> None:
+    """Raises `BadRequest` where a line of a head or of trailers ends in LF alone (RFC 9112, section 2.2)."""
+    if _BARE_LF.search(sent):
+        raise BadRequest(Code.BAD_REQUEST, "Bad Request", reason="a line of the request ends without CR")
 
 
 def _not_http(exc: h11.RemoteProtocolError) -> BadRequest:
