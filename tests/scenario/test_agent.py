@@ -230,12 +230,12 @@ def test_a_server_that_dies_after_its_grant_is_replaced(site: Premises, machine:
     assert told.count("for a nonce") == 1
 
 
-def quote_command(site: Premises, tmp_path: Path, *options: str, second: str = "true") -> str:
-    """A program that quotes as `simulate` does; ``second`` is run before its second quote."""
+def quote_command(site: Premises, tmp_path: Path, *options: str, first: str = "true", second: str = "true") -> str:
+    """A program that quotes as `simulate` does; ``first`` and ``second`` are run before its first and second quote."""
     script = tmp_path / "quoter"
     command = f"{shlex.join(PROGRAM)} simulate --platform {site.platform_directory} {' '.join(options)}"
     _ = script.write_text(
-        f"#!/bin/sh\nset -e\nstage=boot\nif [ -e {tmp_path}/out ]; then stage=runtime; {second}; fi\n"
+        f"#!/bin/sh\nset -e\nif [ -e {tmp_path}/out ]; then stage=runtime; {second}; else stage=boot; {first}; fi\n"
         f'{command} --stage $stage --report-data "$(cat)" --out {tmp_path}/out >&2\ncat {tmp_path}/out/quote.bin\n'
     )
     script.chmod(0o755)
@@ -408,6 +408,26 @@ def test_what_is_no_disk_stops(site: Premises, machine: Machine, kind: str) -> N
             pass
     machine.changes["volumes.storage.device"] = str(place)
     assert "not a block device" in (said := machine.stops(1)) or "cannot be opened" in said
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [("truncate -s -4096 storage.img", "now has"), ("ln -sfn other.img link", "now leads to another device")],
+    ids=["it shrinks", "its link changes"],
+)
+def test_a_disk_that_changes_after_it_was_looked_at(
+    site: Premises, machine: Machine, tmp_path: Path, change: str, told: str
+) -> None:
+    site.start()
+    link, other = machine.folder / "link", machine.folder / "other.img"
+    link.symlink_to("storage.img")
+    _ = shutil.copyfile(machine.disk("storage"), other)
+    machine.changes |= {"volumes.storage.device": str(link), "volumes.tdx-cache.device": None}
+    machine.quoter = quote_command(site, tmp_path, first=f"cd {machine.folder}; {change}")
+    ended = machine.here()
+    assert ended.code == 1, ended.err
+    assert told in " ".join(ended.err.split())
+    assert not any(machine.disk("storage").read_bytes() + other.read_bytes())
 
 
 def test_a_disk_that_appears_late_is_waited_for(site: Premises, machine: Machine) -> None:
