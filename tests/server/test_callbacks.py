@@ -25,6 +25,7 @@ from chutes_proto.secret import Secret
 from chutes_proto.server.app import App
 from chutes_proto.server.callbacks import SECONDS, Callback
 from chutes_proto.server.profiles import ServedProfile
+from chutes_proto.server.proxy import TrustedProxies
 from chutes_proto.store.rows import AttestationRow, AuditRow, ServerRow
 from chutes_proto.testing.platform import PROFILE
 from chutes_proto.wire import json
@@ -190,6 +191,12 @@ def test_a_quote_that_is_not_this_hosts_for_this_question(world, lie, status, co
     assert detail.startswith("Server registration failed - ")
     assert HOST in reasons(world)[0]
     assert world.rows(ServerRow) == world.rows(AttestationRow) == world.rows(AuditRow) == ()
+
+
+def test_another_hosts_key_is_no_fault_of_the_proxy_that_the_caller_may_be(world):
+    world.app = App(evolve(world.app.service, proxies=TrustedProxies(networks=(ip_network("192.0.2.0/24"),))))
+    world.lie = {"certificate": OTHERS.public_bytes(Encoding.DER)}
+    assert refusal(register(world))[:2] == (403, Code.CERTIFICATE_MISMATCH)
 
 
 @pytest.mark.parametrize(("fault", "code"), [("debug", "attributes_rejected"), ("rtmr1", "measurement_mismatch")])

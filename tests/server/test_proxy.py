@@ -11,12 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chutes_proto.errors import BadRequest
+from chutes_proto.log import Level
 from chutes_proto.secret import Secret
 from chutes_proto.server.app import App
 from chutes_proto.server.proxy import TrustedProxies
 from chutes_proto.wire.http import HttpRequest
 from tests.certificates import NEW_KEY, certificate_pem, self_signed
-from tests.server.world import World, refusal, service
+from tests.server.world import PLATFORM, World, refusal, service
 
 CERTIFICATE = self_signed(NEW_KEY["p256"]())
 OWN = self_signed(NEW_KEY["p256"]())
@@ -164,3 +165,52 @@ def test_the_app_answers_and_tells_the_operator_without_the_secret():
     assert response.status == 404
     assert world.log[-1].fields["peer"] == "192.0.2.7"
     assert "new-secret" not in str(world.log)
+
+
+def a_boot(peer, certificate, proxies=BY_NETWORK, **headers):
+    """The answer to a good attestation with the key of `CERTIFICATE`, which comes from ``peer``; and the log."""
+    world = World(app=App(service(proxies=proxies)), certificate=CERTIFICATE)
+    body, own = world.attestation()
+    response = world.ask(
+        "POST",
+        "/servers/boot/attestation",
+        body,
+        headers=own | headers,
+        peer_address=peer,
+        peer_certificate=certificate,
+    )
+    return response, world.log[-1]
+
+
+@pytest.mark.parametrize("shown", [None, OWN])
+@pytest.mark.parametrize("peer", ["10.1.2.3", "2001:db8::7"])
+def test_a_proxy_that_sends_none_of_its_headers_powers_no_vm_off(peer, shown):
+    response, record = a_boot(peer, shown)
+    assert refusal(response) == (503, "server_fault", "A fault of the server's. Retry shortly.")
+    assert (response.header("retry-after"), response.header("connection")) == ("30", "close")
+    assert record.level == Level.ERROR
+    for told in ("proxy.networks", "x-client-cert, x-forwarded-for, x-attestation-proxy-auth"):
+        assert told in str(record.fields["reason"])
+
+
+@pytest.mark.parametrize(
+    ("peer", "proxies", "headers"),
+    [
+        ("192.0.2.66", BY_NETWORK, {}),
+        ("10.1.2.3", TrustedProxies(), {}),
+        ("10.1.2.3", BY_SOCKET, {}),
+        ("10.1.2.3", BY_NETWORK, {"x-forwarded-for": "192.0.2.7", "x-attestation-proxy-auth": "new-secret"}),
+        ("10.1.2.3", BY_NETWORK, {"x-forwarded-for": "10.1.2.3", "x-attestation-proxy-auth": "new-secret"}),
+    ],
+)
+def test_a_client_without_its_certificate_is_refused(peer, proxies, headers):
+    response, _ = a_boot(peer, None, proxies, **headers)
+    assert refusal(response)[:2] == (401, "client_certificate_required")
+
+
+def test_a_client_in_the_networks_is_served_and_refused_as_others_are():
+    assert a_boot("10.1.2.3", CERTIFICATE)[0].status == 200
+    world = World(app=App(service(proxies=BY_NETWORK)), certificate=CERTIFICATE, platform=PLATFORM.having("rtmr1"))
+    body, headers = world.attestation()
+    response = world.ask("POST", "/servers/boot/attestation", body, headers=headers, peer_address="10.1.2.3")
+    assert refusal(response)[:2] == (403, "measurement_mismatch")

@@ -59,6 +59,7 @@ _ASKED_ONCE = (
     vms.VOLUME_CONFIRMATION,
 )
 _ATTESTATIONS = (vms.BOOT_ATTESTATION, miners.RUNTIME_ATTESTATION)
+_CERTIFIED = (*_ATTESTATIONS, vms.VOLUME_ATTESTATION)
 
 
 def describe_api(
@@ -134,8 +135,8 @@ class App:
         try:
             if isinstance(request, MalformedRequest):
                 raise request.refusal
-            request = self.service.proxies.client_request(request)
-            return (yield from self._answer(request, request_id))
+            peer, request = request, self.service.proxies.client_request(request)
+            return (yield from self._answer(request, request_id, itself=request is peer))
         except Refusal as exc:
             refusal = exc
         except StoreError as exc:
@@ -149,7 +150,8 @@ class App:
         yield from self._tell(request, request_id, refusal)
         return error_response(refusal, request_id)
 
-    def _answer(self, request: HttpRequest, request_id: str) -> Flow[HttpResponse]:
+    def _answer(self, request: HttpRequest, request_id: str, *, itself: bool) -> Flow[HttpResponse]:
+        """What is asked. ``itself``: no proxy speaks for the client."""
         path, mark, query = request.target.partition("?")
         found = endpoints.route(request.method, path)
         if not isinstance(found, endpoints.Match) or found.endpoint not in _ASKED_ONCE:
@@ -173,6 +175,8 @@ class App:
                 self.service.rates.take(request.peer_address, (yield from Uptime()))
             if match.endpoint in _ATTESTATIONS:
                 exc.headers = (*exc.headers, ("connection", "close"))
+            if itself and match.endpoint in _CERTIFIED:
+                raise self.service.proxies.excuse(exc, request.peer_address) from None
             raise
         return answer if isinstance(answer, HttpResponse) else encode_answer(match.endpoint, answer)
 

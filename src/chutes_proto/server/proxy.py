@@ -7,6 +7,8 @@ Rules kept here:
 * a proxy has one certificate header and one address header, which it sets itself on every request; the certificate may
   be absent, the address not. A second value, another such header, or any of them from anyone else is a 400: a client
   that gets a 401 or 403 would give up for good over a proxy's mistake;
+* a peer of the networks that sends none of these headers is a client of its own, or a proxy that was not told to send
+  them. Where it is refused for its certificate, that is no refusal but a fault of ours, and the log says what to mend;
 * of a list of addresses the last one that is none of the proxies' own counts; when all are theirs, the first;
 * what the flows see is the client's certificate and address, never the proxy's, and no header of this kind.
 
@@ -28,7 +30,7 @@ from attrs import Factory, evolve, field, frozen
 from cryptography import x509
 
 from chutes_proto.codes import Code
-from chutes_proto.errors import BadRequest
+from chutes_proto.errors import BadRequest, Refusal, Unavailable
 from chutes_proto.secret import Secret
 from chutes_proto.wire.http import HttpRequest, plain_address
 
@@ -40,6 +42,7 @@ SECRET_HEADER: Final = "x-attestation-proxy-auth"
 
 Network = IPv4Network | IPv6Network
 
+_OF_CERTIFICATES: Final = (Code.CLIENT_CERTIFICATE_REQUIRED, Code.CERTIFICATE_MISMATCH)
 _ESCAPED: Final = re.compile(r"(?:[!-$&-~]|%[0-9A-Fa-f]{2})*")
 
 
@@ -63,26 +66,43 @@ class TrustedProxies:
 
     def client_request(self, request: HttpRequest) -> HttpRequest:
         """The request as its client made it. Raises `BadRequest`."""
-        given = {name: request.header_values(name) for name in self._guarded}
-        if not (present := {name for name, values in given.items() if values}) and not self._over_unix(request):
+        given: dict[str, list[str]] = {}
+        for name, value in request.headers:
+            if name in self._guarded:
+                given.setdefault(name, []).append(value)
+        if not given and not self._over_unix(request):
             return request
-        self._admit(request, given[SECRET_HEADER])
-        if others := present - {SECRET_HEADER, self.certificate_header, self.address_header}:
+        self._admit(request, given.get(SECRET_HEADER, []))
+        if others := given.keys() - {SECRET_HEADER, self.certificate_header, self.address_header}:
             raise _refused(f"the proxy passes on {', '.join(sorted(others))}, which is not its to say")
-        if twice := {name for name in present if len(given[name]) > 1}:
+        if twice := {name for name, values in given.items() if len(values) > 1}:
             raise _refused(f"the proxy gives {', '.join(sorted(twice))} more than once")
-        certificate = "".join(given[self.certificate_header])
+        certificate = "".join(given.get(self.certificate_header, []))
         return evolve(
             request,
             headers=tuple((name, value) for name, value in request.headers if name not in self._guarded),
             peer_certificate=self._certificate(certificate) if certificate else None,
-            peer_address=self._address("".join(given[self.address_header])),
+            peer_address=self._address("".join(given.get(self.address_header, []))),
+        )
+
+    def excuse(self, refusal: Refusal, address: str) -> Refusal:
+        """What ``refusal`` is to a peer at ``address`` that spoke for itself: a fault of ours if it may be a proxy."""
+        if refusal.code not in _OF_CERTIFICATES or not self._ours(address):
+            return refusal
+        needed = f"{self.certificate_header}, {self.address_header}, {SECRET_HEADER}"
+        return Unavailable(
+            Code.SERVER_FAULT,
+            "A fault of the server's. Retry shortly.",
+            reason=f"{refusal.reason}; and a peer in proxy.networks sent none of a proxy's headers: if it is a proxy,"
+            f" let it set {needed}; if it is a client, take its address out of proxy.networks",
+            retry_after=30,
+            headers=refusal.headers,
         )
 
     def _over_unix(self, request: HttpRequest) -> bool:
         return self.unix and not request.peer_address
 
-    def _admit(self, request: HttpRequest, shown: tuple[str, ...]) -> None:
+    def _admit(self, request: HttpRequest, shown: list[str]) -> None:
         """Raises `BadRequest` unless the peer is one of the proxies."""
         if not self._over_unix(request) and not self._ours(request.peer_address):
             raise _refused("a header that only a trusted proxy may set, from a peer that is none")
