@@ -1,14 +1,18 @@
-"""`agent` in this process: its help, what it closes, and what becomes of a fault of its own."""
+"""`agent`: its help, what it closes, and what becomes of a fault of its own, of its deadline and of signals."""
 
 from __future__ import annotations
 
 import io
 import json
+import os
+import signal
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from attrs import frozen
 
 from chutes_proto.auth import certificates
 from chutes_proto.cli.agent import close_opened
@@ -16,7 +20,8 @@ from chutes_proto.cli.main import main
 from chutes_proto.cli.progress import Progress
 from chutes_proto.client.settings import AgentSettings
 from chutes_proto.log import Level, Record
-from tests.cli.conftest import HOTKEY, Ended
+from tests.cli.conftest import HOTKEY, PROGRAM, Ended
+from tests.conftest import CI
 from tests.dev_server import dev_server
 
 Command = Callable[..., Ended]
@@ -152,3 +157,168 @@ def test_a_dry_run_makes_no_platform(command: Command, write: Callable[[str], Pa
 def test_a_ca_file_that_is_none_is_named(command: Command, write: Callable[[str], Path]) -> None:
     ended = command("agent", "run", "--config", write('ca_file = "/dev/null"\n'), "--dry-run")
     assert (ended.code, "/dev/null: not one or more PEM certificates" in ended.err) == (2, True)
+
+
+# --- signals ---
+
+
+def heard(agent: subprocess.Popen[str], text: str) -> None:
+    assert agent.stderr is not None
+    while text not in (line := agent.stderr.readline()):
+        assert line, f"it ended before {text}"
+
+
+@pytest.mark.parametrize(("attempts", "awaited", "code"), [(30, "trying again", 143), (1, "next  ", 2)])
+def test_sigterm_is_a_failure_or_ends_the_wait(tmp_path: Path, attempts: int, awaited: str, code: int) -> None:
+    disk, gone, settings = tmp_path / "disk", tmp_path / "went-off", tmp_path / "agent.toml"
+    _ = disk.write_bytes(bytes(1 << 20))
+    lines = {
+        "servers": ["https://127.0.0.1:1"],
+        "hotkey": HOTKEY,
+        "vm_name": "vm-1",
+        "retry.attempts": attempts,
+        "volumes.storage.device": str(disk),
+        "on_failure.action": "poweroff",
+        "on_failure.wait_seconds": 0 if code == 143 else 3600,
+        "on_failure.poweroff": ["touch", str(gone)],
+    }
+    _ = settings.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in lines.items()))
+    command = [*PROGRAM, "agent", "run", "--images", "--config", str(settings)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as agent:
+        heard(agent, awaited)
+        agent.terminate()
+        said = agent.communicate(timeout=60)[1]
+    assert agent.returncode == code, said
+    if code == 143:
+        told = " ".join(said.split())
+        assert "BOOT FAILED reason ended by SIGTERM means The boot was ended before it was done." in told
+        assert "next poweroff in 0 s" in told
+    assert gone.exists()
+
+
+@frozen
+class Held:
+    """A machine with two block devices. Its `cryptsetup` is the real one, but waits when it has mapped the second, and
+    makes a file beside each mapping, or in its place where the kernel has no device mapper.
+    """
+
+    folder: Path
+
+    def start(self, action: str) -> subprocess.Popen[str]:
+        command = [*PROGRAM, "agent", action, "--config", str(self.folder / "agent.toml")]
+        environment = {**os.environ, "PATH": f"{self.folder}:{os.environ['PATH']}"}
+        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+
+    def wait_for_the_second(self, agent: subprocess.Popen[str]) -> None:
+        while not (self.folder / "begun").exists():
+            assert agent.poll() is None, agent.communicate()
+            time.sleep(0.05)
+
+    def go_on(self) -> None:
+        (self.folder / "go").touch()
+
+    @property
+    def mapped(self) -> list[str]:
+        return sorted(path.name for path in (self.folder / "mapped").iterdir())
+
+    @property
+    def closed(self) -> list[str]:
+        return (self.folder / "closed").read_text().split()
+
+
+CRYPTSETUP = """#!/bin/sh
+case "$*" in
+open*--header*)
+    {real} {open} || exit
+    case "$8" in
+    *-2)
+        touch {folder}/begun
+        until [ -e {folder}/go ]; do sleep 0.1; done
+        sleep 0.3 ;;
+    esac
+    touch {folder}/mapped/"$8" ;;
+close*)
+    {close}
+    rm {folder}/mapped/"$2" && echo "$2" >> {folder}/closed ;;
+*)
+    exec {real} "$@" ;;
+esac
+"""
+MAPPINGS = [f"chutes-proto-test-{os.getpid()}-{number}" for number in (1, 2)]
+
+
+@pytest.fixture
+def machine(tmp_path: Path, require_program: Callable[[str], str]) -> Iterator[Held]:
+    real, losetup = require_program("cryptsetup"), require_program("losetup")
+    maps = "device-mapper" in Path("/proc/misc").read_text()
+    (tmp_path / "mapped").mkdir()
+    program = tmp_path / "cryptsetup"
+    how = {"open": '"$@"' if maps else 'open --test-passphrase --type luks2 --key-file=- "$6"'}
+    how["close"] = f'{real} "$@" || exit' if maps else ":"
+    _ = program.write_text(CRYPTSETUP.format(real=real, folder=tmp_path, **how))
+    program.chmod(0o755)
+    devices: list[str] = []
+    try:
+        for name in ("storage", "tdx-cache"):
+            with (tmp_path / name).open("wb") as file:
+                _ = file.truncate(20 << 20)
+            attach = [losetup, "--find", "--show", str(tmp_path / name)]
+            done = subprocess.run(attach, capture_output=True, text=True, check=False)
+            if done.returncode != 0:
+                refuse = pytest.fail if CI and os.geteuid() == 0 else pytest.skip
+                refuse(f"this kernel, or this user, makes no loop device: {done.stderr.strip()}")
+            devices.append(done.stdout.strip())
+        with dev_server(tmp_path / "platform") as server:
+            lines = {
+                "servers": [server.url],
+                "ca_file": str(server.ca),
+                "hotkey": HOTKEY,
+                "vm_name": "vm-1",
+                "quoter": f"simulated:{server.platform}",
+                "state.file": str(tmp_path / "boot.json"),
+                "state.on_disk": True,
+            }
+            for name, device, mapping in zip(("storage", "tdx-cache"), devices, MAPPINGS, strict=True):
+                lines |= {f"volumes.{name}.device": device, f"volumes.{name}.mapping": mapping}
+            settings = tmp_path / "agent.toml"
+            _ = settings.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in lines.items()))
+            yield Held(tmp_path)
+    finally:
+        (tmp_path / "go").touch()  # nothing waits on where a test failed
+        for device in devices:
+            _ = subprocess.run([losetup, "--detach", device], check=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("action", ["run", "resume"])
+def test_a_signal_closes_what_was_opened_also_by_what_it_met(
+    machine: Held, action: str, number: signal.Signals
+) -> None:
+    """The program that maps a disk is not killed under it, so that it is known what to close."""
+    if action == "resume":
+        settings = machine.folder / "agent.toml"
+        _ = settings.write_text(f'volumes_at = "resume"\n{settings.read_text()}')
+        with machine.start("run") as agent:
+            assert agent.wait(60) == 0
+    with machine.start(action) as agent:
+        machine.wait_for_the_second(agent)
+        agent.send_signal(number)
+        machine.go_on()
+        said = agent.communicate(timeout=60)[1]
+    assert agent.returncode == 128 + number, said
+    told = " ".join(said.split())
+    assert f"closed again: {MAPPINGS[0]}, {MAPPINGS[1]} " in told
+    assert f"BOOT FAILED reason ended by {number.name} " in told
+    assert (machine.closed, machine.mapped) == (MAPPINGS[::-1], [])
+    assert (machine.folder / "boot.json").exists() == (action == "resume")  # for another try
+
+
+def test_a_second_signal_does_not_wait(machine: Held) -> None:
+    with machine.start("run") as agent:
+        machine.wait_for_the_second(agent)
+        for _ in range(2):
+            agent.terminate()
+            time.sleep(0.3)  # or the kernel makes one signal of both
+        said = agent.communicate(timeout=60)[1]
+    assert agent.returncode == 143, said
+    assert (machine.closed, machine.mapped) == (MAPPINGS[:1], [])

@@ -2,7 +2,8 @@
 
 Rules kept here:
 
-* every failure, also a fault of the agent's own, is told, closes what this run opened, and ends as the settings say;
+* every failure, also a fault of the agent's own and a signal that ends it, is told, closes what this run opened, and
+  ends as the settings say;
 * what is left to a later stage is in a file in memory; a passphrase never is.
 """
 
@@ -13,7 +14,7 @@ import math
 import os
 import signal
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from chutes_proto import ChutesError
 from chutes_proto.cli import console
@@ -30,16 +31,19 @@ if TYPE_CHECKING:
     from chutes_proto.client.agent import Booted
     from chutes_proto.client.disks import Forecast
     from chutes_proto.client.settings import AgentSettings, VmIdentity
+    from chutes_proto.effects import Flow
     from chutes_proto.log import Value
 
 NAME = "agent"
 _MAX_SETTINGS = 64 * 1024
 _LOOK_AGAIN = 0.2
+_SIGNALLED = 128  # what a shell adds to the number of a signal that ended a program
 _IMAGES = "disks may be images: keys are tried, nothing is mapped"
 
 _EXIT_CODES = """
         exit code: 0 done; 1 refused by a server, or by this agent because of what a disk holds; 2 usage, a file that
-        cannot be read, no answer, or no quote; 130 interrupted. After a failure, on_failure of the settings comes first
+        cannot be read, no answer, or no quote; 130 ended by SIGINT, 143 by SIGTERM, when what is done to a disk is
+        done. After a failure, on_failure of the settings comes first
 """
 
 
@@ -111,47 +115,76 @@ def run(options: argparse.Namespace) -> int:
     if options.action == "run" and options.dry_run:
         return _foresee(options, settings)
     progress = Progress(as_json=options.json, seconds=settings.retry.deadline_seconds)
-    before = signal.signal(signal.SIGINT, interruption := _Interruption())
+    stops = _Stops()
+    before = {number: signal.signal(number, stops) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return _done(options, settings, progress, interruption)
+        return _done(options, settings, progress, stops)
     finally:
-        _ = signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            _ = signal.signal(number, handler)
 
 
-class _Interruption:
-    """SIGINT ends a boot that runs; later only the wait for what follows a failure, which it never keeps away."""
+class _StoppedError(KeyboardInterrupt):
+    """A signal ends the boot."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+class _Stops:
+    """SIGINT and SIGTERM: a boot that runs ends, but first what is done to a disk; a second one does not wait for that.
+
+    When the boot has ended they end only the wait for what follows a failure, which they never keep away.
+    """
 
     def __init__(self) -> None:
         self._ends_boot = True
-        self._came = False
+        self._at_disk = False
+        self._came: int | None = None
 
-    def __call__(self, *_: object) -> None:
-        self._came = True
-        if self._ends_boot:
+    def __call__(self, number: int, *_: object) -> None:
+        waits = self._at_disk and self._came is None
+        self._came = number
+        if not waits:
+            self._end_boot()
+
+    def at_disk(self, *, begins: bool) -> None:
+        """Something is done to a disk from now on, or no more. Raises for a signal that came meanwhile."""
+        self._at_disk = False
+        self._end_boot()
+        self._at_disk = begins
+
+    def _end_boot(self) -> None:
+        if self._ends_boot and self._came is not None:
             self._ends_boot = False
-            raise KeyboardInterrupt
+            raise _StoppedError(self._came)
 
     def boot_has_ended(self) -> None:
-        self._ends_boot = self._came = False
+        self._ends_boot = False
+        self._came = None
 
     def wait(self, seconds: float) -> None:
         end = time.monotonic() + seconds
-        while not self._came and (left := end - time.monotonic()) > 0:
+        while self._came is None and (left := end - time.monotonic()) > 0:
             time.sleep(min(left, _LOOK_AGAIN))
 
 
-def _done(options: argparse.Namespace, settings: AgentSettings, progress: Progress, interruption: _Interruption) -> int:
+def _done(options: argparse.Namespace, settings: AgentSettings, progress: Progress, stops: _Stops) -> int:
     """The exit code, when all is done that follows a failure too."""
     from chutes_proto.blocking.agent import end_with
     from chutes_proto.errors import DiskError, LocalProtocolError, Refusal
 
     try:
-        booted = (_resume if options.action == "resume" else _run)(options, settings, progress)
+        try:
+            booted = (_resume if options.action == "resume" else _run)(options, settings, progress, stops)
+        finally:
+            stops.boot_has_ended()
     except ChutesError as exc:
         code = console.REFUSED if isinstance(exc, Refusal | DiskError) else console.USAGE
         error: ChutesError = exc
-    except KeyboardInterrupt:
-        code, error = console.INTERRUPTED, LocalProtocolError("interrupted at the console")
+    except _StoppedError as exc:
+        code, error = _SIGNALLED + exc.number, LocalProtocolError(f"ended by {signal.Signals(exc.number).name}")
     except Exception as exc:  # noqa: BLE001 - whatever happens, the boot ends as the settings say
         import sys
         import traceback
@@ -164,11 +197,10 @@ def _done(options: argparse.Namespace, settings: AgentSettings, progress: Progre
     else:
         _tell_done(options, settings, progress, booted)
         return console.GRANTED
-    interruption.boot_has_ended()
     _tell_failure(options, settings, progress, error, code)
     ending = settings.on_failure
     if ending.action != "exit":
-        fault = end_with(ending.command, ending.wait_seconds, sleep=interruption.wait)
+        fault = end_with(ending.command, ending.wait_seconds, sleep=stops.wait)
         if fault is not None:
             progress.tell(f"{ending.action}: {fault}")
     return code
@@ -190,7 +222,7 @@ def _settings(path: str) -> AgentSettings:
 # --- what is done ---
 
 
-def _run(options: argparse.Namespace, settings: AgentSettings, progress: Progress) -> Booted:
+def _run(options: argparse.Namespace, settings: AgentSettings, progress: Progress, stops: _Stops) -> Booted:
     from chutes_proto.auth.certificates import ENTROPY_SIZE, make_client_identity
     from chutes_proto.blocking.agent import boot_id, check_place, make_signer, write_state
 
@@ -217,9 +249,8 @@ def _run(options: argparse.Namespace, settings: AgentSettings, progress: Progres
         boot_settings = BootSettings(who.hotkey.address, who.vm_name, client.spki_sha256, signer, settings.policy)
         performer = _performer(options, settings, progress, servers, deadline)
         volumes = () if leaves else settings.disks
-        booted = performer.run(
-            run_agent(boot_settings, settings.root_disk, volumes, patience=settings.disk_wait_seconds)
-        )
+        flow = run_agent(boot_settings, settings.root_disk, volumes, patience=settings.disk_wait_seconds)
+        booted = _driven(flow, performer, stops)
     finally:
         servers.close()
     if leaves:
@@ -229,7 +260,7 @@ def _run(options: argparse.Namespace, settings: AgentSettings, progress: Progres
     return booted
 
 
-def _resume(options: argparse.Namespace, settings: AgentSettings, progress: Progress) -> Booted:
+def _resume(options: argparse.Namespace, settings: AgentSettings, progress: Progress, stops: _Stops) -> Booted:
     from chutes_proto.blocking.agent import boot_id, check_place, make_signer, read_state, remove_state
     from chutes_proto.client.agent import resume_agent
     from chutes_proto.client.flows import BootSettings
@@ -255,7 +286,8 @@ def _resume(options: argparse.Namespace, settings: AgentSettings, progress: Prog
     servers = _servers(settings, client, deadline, first=left.server)
     performer = _performer(options, settings, progress, servers, deadline)
     try:
-        booted = performer.run(resume_agent(boot_settings, settings.disks, grant, patience=settings.disk_wait_seconds))
+        flow = resume_agent(boot_settings, settings.disks, grant, patience=settings.disk_wait_seconds)
+        booted = _driven(flow, performer, stops)
     except Refusal as exc:
         if not isinstance(exc, Unavailable):  # final: the file is of no more use
             remove_state(state.file)
@@ -265,6 +297,26 @@ def _resume(options: argparse.Namespace, settings: AgentSettings, progress: Prog
     remove_state(state.file)
     _keep_k3s_key(settings, booted)
     return booted
+
+
+def _driven(flow: Flow[Booted], performer: Performer, stops: _Stops) -> Booted:
+    """The end of the flow, if no signal is its end."""
+    from chutes_proto.effects import ActOnDisk, Effect, Log, run
+
+    def perform(effect: Effect[Any]) -> object:
+        match effect:
+            case Log(record) if record.event == "disk_action":
+                stops.at_disk(begins=True)
+            case ActOnDisk() | Log():  # what came of it is told, or nobody would know what is open
+                pass
+            case _:
+                stops.at_disk(begins=False)
+        return performer.perform(effect)
+
+    try:
+        return run(flow, perform)
+    finally:
+        stops.at_disk(begins=False)
 
 
 def _tell_clock(progress: Progress) -> None:
@@ -366,13 +418,15 @@ def _tell_failure(
 ) -> None:
     """Close what this run has opened, and say what has happened, what it means and what comes next."""
     from chutes_proto.cli.progress import said
-    from chutes_proto.client.advice import advise
+    from chutes_proto.client.advice import Advice, advise
     from chutes_proto.errors import DiskError
 
     if not options.images:
         close_opened(settings, progress)
     stopped: Mapping[str, Value] = {} if isinstance(error, DiskError) else progress.stopped
-    advice, ending, facts = advise(error), settings.on_failure, said(error, stopped)
+    by_signal = code > _SIGNALLED
+    advice = Advice("The boot was ended before it was done.", "Boot again.") if by_signal else advise(error)
+    ending, facts = settings.on_failure, said(error, stopped)
     step = str(stopped.get("step", ""))
     where = f" at step {step}, at {progress.server()}" if step else ""
     lines = [("", f"BOOT FAILED{where}"), ("reason", facts["reason"])]
