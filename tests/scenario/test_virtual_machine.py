@@ -2,6 +2,9 @@
 
 Nothing is played but the hardware (qemu's) and Intel's platform (simulated: a program in the initramfs asks it). The
 server and the quote service are outside, on the loopback of this machine, which qemu's own network shows the guest.
+
+After each test the passphrases that the server's store holds are looked for in what was seen outside: consoles, with
+the journals that they show, the server's log, and the disks.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Literal
 
@@ -26,20 +30,42 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from chutes_proto.auth.certificates import ServerIdentity, make_server_identity
 from chutes_proto.blocking.files import write_file
+from chutes_proto.blocking.setup import load_setup
+from chutes_proto.keys.vault import Address
+from chutes_proto.store.rows import GenerationRow, Scan
+from chutes_proto.testing.store_suite import Ask
 from tests.cli.conftest import HOTKEY
 from tests.conftest import CI, ROOT, SOAK
 from tests.luks import headers
 from tests.qgs import listening, qgs_answer, quoting, requested_report, take_request
 from tests.scenario.premises import VOLUMES, Premises
+from tests.scenario.test_canary import leaks
 from tools.agent_zipapp import build
 
 EXAMPLES = ROOT / "examples/initramfs"
 PYTHON = "/usr/bin/python3"
 QEMU = "qemu-system-x86_64"
 PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
-PROGRAMS = (QEMU, "mkinitramfs", "unmkinitramfs", "cpio", "mke2fs", "cryptsetup", PYTHON)
-PACKAGES = "qemu-system-x86 linux-image-amd64 initramfs-tools cpio e2fsprogs cryptsetup-bin python3-cryptography"
-KEY = re.compile(r"[0-9a-f]{64}")  # passphrases, tokens and nonces
+LIBRARY = "/usr/lib/python3/dist-packages/cryptography"
+SYSTEMD = "/usr/lib/systemd"
+PACKAGES = {
+    QEMU: "qemu-system-x86",
+    "mkinitramfs": "initramfs-tools",
+    "unmkinitramfs": "initramfs-tools",
+    "cpio": "cpio",
+    "zstd": "zstd",
+    "mke2fs": "e2fsprogs",
+    "cryptsetup": "cryptsetup-bin",
+    "dmsetup": "dmsetup",
+    PYTHON: "python3",
+    LIBRARY: "python3-cryptography",
+    "systemctl": "systemd",
+    f"{SYSTEMD}/systemd-makefs": "systemd",
+    f"{SYSTEMD}/systemd-udevd": "udev",
+}
+"""Of Debian, by what the tests run of them here or in the machine."""
+KERNEL = "linux-image-amd64"
+KEY = re.compile(r"[0-9a-f]{64}")  # tokens and nonces, which no store holds in the clear
 GATEWAY = "10.0.2.2"
 """What the guest calls this machine's loopback (qemu's network of its own)."""
 TWO_PHASE = ('root_passphrase = "vm"', 'root_passphrase = "vm"\nexchange = "two-phase"')
@@ -196,11 +222,12 @@ def version() -> str:
     if os.geteuid() != 0:
         pytest.skip("only root makes an initramfs")
     found = kernel()
-    missing = [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]
+    missing = [name for name in PACKAGES if not (shutil.which(name, path=PATH) or Path("/", name).is_dir())]
     missing += [] if found else ["a kernel in /boot"]
     if missing or found is None:
         refuse = pytest.fail if CI else pytest.skip
-        refuse(f"{', '.join(missing)}: not there (Debian: apt-get install {PACKAGES})")
+        packages = " ".join(sorted({*PACKAGES.values(), KERNEL}))
+        refuse(f"{', '.join(missing)}: not there (Debian: apt-get install {packages})")
     return found
 
 
@@ -363,6 +390,7 @@ class Machine:
         said = self.boot(hear)
         assert "DONE: VM vm-1 is booted" in said, said
         assert "FAILED" not in said, said
+        assert len(passphrases(self.site)) >= len(VOLUMES)
         return said
 
     def stops(self) -> str:
@@ -400,11 +428,12 @@ class Machine:
                     qemu.kill()
         return self.heard("\n".join(said))
 
-    @staticmethod
-    def heard(said: str) -> str:
+    def heard(self, said: str) -> str:
         _ = sys.stdout.write(f"{said}\n\n")  # pytest -s shows the console
         assert "Traceback" not in said, said
-        assert KEY.search("".join(said.split())) is None, said
+        in_one = "".join(said.split())
+        assert KEY.search(in_one) is None, said
+        self.site.heard += [said.encode(), in_one.encode()]
         return said
 
     def make_system(self) -> Path:
@@ -498,6 +527,18 @@ def site(image: Image, tmp_path: Path) -> Iterator[Premises]:
     premises.edit("127.0.0.1:0", f"127.0.0.1:{image.ports[0]}")
     yield premises
     premises.close()
+    secrets = passphrases(premises)
+    assert leaks(secrets, premises.heard) == []
+    for disk in tmp_path.glob("vm/*.img"):
+        assert leaks(secrets, [disk.read_bytes()]) == [], disk
+
+
+def passphrases(site: Premises) -> set[bytes]:
+    """All that the server ever handed out, of volumes and of k3s, as its store holds them."""
+    setup = load_setup(site.configuration)
+    with closing(setup.store.open()) as store:
+        rows = store.transact(Ask(Scan(GenerationRow)))
+    return {setup.service.vault.open(Address(row.vm, row.volume, row.generation), row).reveal() for row in rows}
 
 
 @pytest.fixture
@@ -572,6 +613,7 @@ def test_a_clock_that_is_wrong_is_told(machine: Machine, site: Premises) -> None
     told = machine.stops()
     assert "certificate is not yet valid" in told
     assert "its clock says 2020-01-01 00:00:" in told
+    assert "If its certificate does not verify, check the VM's clock and the CA file of the settings" in told
 
 
 def test_the_guest_device_and_a_quote_service_over_vsock(machine: Machine, site: Premises) -> None:
@@ -630,6 +672,7 @@ def test_systemd_opens_the_volumes_and_mounts_after_it(machine: Machine, site: P
         assert re.search(r"^PROBE: storage is 0 [0-9]+ crypt aes-xts-plain64 ", told, re.M)
         assert "STATUS:      Active: active (exited)" in told
         assert re.search("^JOURNAL: .*DONE: VM vm-1 is booted$", told, re.M)
+        assert "Received message with invalid length" not in told  # udevd, of a connection that says nothing
         assert boot == 0 or "PROBE: storage holds the data of storage" in told
 
 
