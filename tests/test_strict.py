@@ -8,6 +8,7 @@ from typing import Any, Literal
 import pytest
 from attrs import field, frozen
 
+from chutes_proto.errors import ConfigurationError
 from chutes_proto.strict import MismatchError, ProblemsError, Structurer, string
 
 
@@ -92,6 +93,12 @@ def test_no_text_repeats_a_value() -> None:
         "name: Input should be a valid string; parts.0: Input should be a valid dictionary;"
         " named.0: Input should be a valid dictionary"
     )
+
+
+@pytest.mark.parametrize("data", [b"\xff", b"name", b"name = " + b"[" * 100_000], ids=["bytes", "words", "depth"])
+def test_what_is_no_toml(data: bytes) -> None:
+    with pytest.raises(ConfigurationError, match="not TOML"):
+        _ = STRUCTURER.from_toml(data, Whole, lambda _: ())
 
 
 @pytest.mark.parametrize("kind", [bytes, dict[int, str], tuple[str, int], str | int])

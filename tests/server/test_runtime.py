@@ -19,7 +19,7 @@ from chutes_proto.effects import Transact
 from chutes_proto.errors import StoreBusy
 from chutes_proto.secret import Secret
 from chutes_proto.server.app import App
-from chutes_proto.store.rows import AttestationRow, AuditRow, NonceRow, ServerRow
+from chutes_proto.store.rows import AttestationRow, AuditRow, NonceRow, ServerRow, Vm
 from chutes_proto.units.boot import REFUSALS_PER_DAY
 from chutes_proto.units.servers import RecordRuntimeRefusal
 from chutes_proto.wire import json
@@ -98,6 +98,9 @@ def test_a_server_attests(world):
     (record,) = [record for record in world.log if record.event == "server_attested"]
     assert record.fields["trust"] == "simulated"
     assert [row.event for row in world.rows(AuditRow)][-1] == "attest server"
+    (row,), (server,) = runtime_rows(world), world.rows(ServerRow)
+    assert (row.attestation_id, row.registration) == (members["attestation_id"], server.registration)
+    assert (row.vm, row.peer_address) == (Vm(server.hotkey, server.name), "192.0.2.1")
 
 
 def test_a_success_grows_old(world):

@@ -119,9 +119,10 @@ class RegisterServer(Unit[ServerRow]):
         told = "no link" if link is None else f"linked to boot {link.boot_id} of {link.vm.name}"
         told += f"; {len(self.gpus)} GPUs"
         if self.shown is not None:
-            yield from Insert(self._attestation(self.shown))
+            yield from Insert(_accepted(self, server, self.shown, self.address))
             told += f"; its host gave a quote of {self.shown.pin}; {self.shown.gpus}"
-        yield from self._audit(server, "register server", told, link.boot_id if link else None, self.shown)
+        reason = f"at {server.address}: {told}"
+        yield from _audit(self, server, "register server", reason, link.boot_id if link else None, self.shown)
         return server
 
     def _link(self) -> Script[BootRow | None]:
@@ -153,22 +154,6 @@ class RegisterServer(Unit[ServerRow]):
                 "Server registration failed - the host's quote comes from another platform than the server's boot.",
                 reason=f"boot {link.boot_id} came from {link.pin}, and the host's quote from {shown.pin}",
             )
-
-    def _attestation(self, shown: HostQuote) -> AttestationRow:
-        return AttestationRow(
-            attestation_id=self.request_id,
-            stage="runtime",
-            vm=Vm(self.hotkey, self.name),
-            pin=shown.pin,
-            code=None,
-            reason="",
-            profile_name=shown.profile_name,
-            profile_version=shown.profile_version,
-            quote_digest=shown.quote_digest,
-            peer_address=self.address,
-            created_at=self.now,
-            registration=self.request_id,
-        )
 
     def _make_room(self, link: BootRow | None) -> Script[None]:
         """See that nothing of this server is another's, or make who has no evidence yield to this boot."""
@@ -202,28 +187,9 @@ class RegisterServer(Unit[ServerRow]):
             refusal.reason = f"{refusal.detail}: held by server {holder.server_id} of {holder.hotkey}"
             raise refusal
         yield from DeleteServer(holder.server_id)
-        reason = f"had no evidence; server {self.server_id} of {self.hotkey} at {self.address} has a boot from there"
-        yield from self._audit(holder, "server yields", reason, link.boot_id if link else None)
-
-    def _audit(
-        self, server: ServerRow, event: str, reason: str, boot_id: str | None, shown: HostQuote | None = None
-    ) -> Script[None]:
-        yield from Insert(
-            AuditRow(
-                at=self.now,
-                actor="miner",
-                event=event,
-                decision="granted",
-                reason=f"server {server.server_id} at {server.address}: {reason}",
-                vm=Vm(server.hotkey, server.name),
-                boot_id=boot_id,
-                request_id=self.request_id,
-                pin=None if shown is None else shown.pin,
-                profile=None if shown is None else f"{shown.profile_name} {shown.profile_version}",
-                quote_digest=None if shown is None else shown.quote_digest,
-                peer_address=self.peer_address,
-            )
-        )
+        better = f"server {self.server_id} of {self.hotkey} at {self.address} has a boot from there"
+        reason = f"at {holder.address}: had no evidence; {better}"
+        yield from _audit(self, holder, "server yields", reason, link.boot_id if link else None)
 
 
 @frozen
@@ -245,18 +211,7 @@ class RenameServer(Unit[ServerRow]):
         yield from _check_name(self.hotkey, self.server_id, self.name)
         renamed = evolve(server, name=self.name, updated_at=self.now)
         yield from Put(renamed)
-        yield from Insert(
-            AuditRow(
-                at=self.now,
-                actor="miner",
-                event="rename server",
-                decision="granted",
-                reason=f"server {server.server_id}: to {self.name}",
-                vm=Vm(server.hotkey, server.name),
-                request_id=self.request_id,
-                peer_address=self.peer_address,
-            )
-        )
+        yield from _audit(self, server, "rename server", f"renamed to {self.name}")
         return renamed
 
 
@@ -277,19 +232,7 @@ class RemoveServer(Unit[ServerRow]):
         if server is None:
             raise not_found(self.name_or_id)
         yield from DeleteServer(server.server_id)
-        yield from Insert(
-            AuditRow(
-                at=self.now,
-                actor="miner",
-                event="remove server",
-                decision="granted",
-                reason=f"server {server.server_id} at {server.address}; keys are kept",
-                vm=Vm(server.hotkey, server.name),
-                boot_id=server.boot_id,
-                request_id=self.request_id,
-                peer_address=self.peer_address,
-            )
-        )
+        yield from _audit(self, server, "remove server", f"at {server.address}; keys are kept", server.boot_id)
         return server
 
 
@@ -352,24 +295,7 @@ class GrantRuntime(Unit[None]):
             )
         yield from redeem_nonce(self.nonce, self.nonce_purpose, self.nonce_issued_at, self.now)
         yield from Put(evolve(server, pin=self.pin if bound is None else server.pin, attested=self.request_id))
-        yield from _record(
-            server,
-            AttestationRow(
-                attestation_id=self.request_id,
-                stage="runtime",
-                vm=Vm(server.hotkey, server.name),
-                pin=self.pin,
-                code=None,
-                reason="",
-                profile_name=self.profile_name,
-                profile_version=self.profile_version,
-                quote_digest=self.quote_digest,
-                peer_address=self.peer_address,
-                created_at=self.now,
-                registration=server.registration,
-            ),
-            "",
-        )
+        yield from _record(server, _accepted(self, server, self, self.peer_address), "")
 
     def _bound_to(self, server: ServerRow) -> Script[Pin | None]:
         if server.boot_id is None:
@@ -444,6 +370,51 @@ def _same(before: ServerRow) -> Script[ServerRow]:
     if server.registration != before.registration:
         raise not_found(before.server_id)
     return server
+
+
+def _accepted(
+    unit: RegisterServer | GrantRuntime, server: ServerRow, quote: HostQuote | GrantRuntime, address: str
+) -> AttestationRow:
+    return AttestationRow(
+        attestation_id=unit.request_id,
+        stage="runtime",
+        vm=Vm(server.hotkey, server.name),
+        pin=quote.pin,
+        code=None,
+        reason="",
+        profile_name=quote.profile_name,
+        profile_version=quote.profile_version,
+        quote_digest=quote.quote_digest,
+        peer_address=address,
+        created_at=unit.now,
+        registration=server.registration,
+    )
+
+
+def _audit(
+    unit: RegisterServer | RenameServer | RemoveServer,
+    server: ServerRow,
+    event: str,
+    reason: str,
+    boot_id: str | None = None,
+    shown: HostQuote | None = None,
+) -> Script[None]:
+    yield from Insert(
+        AuditRow(
+            at=unit.now,
+            actor="miner",
+            event=event,
+            decision="granted",
+            reason=f"server {server.server_id} {reason}",
+            vm=Vm(server.hotkey, server.name),
+            boot_id=boot_id,
+            request_id=unit.request_id,
+            pin=None if shown is None else shown.pin,
+            profile=None if shown is None else f"{shown.profile_name} {shown.profile_version}",
+            quote_digest=None if shown is None else shown.quote_digest,
+            peer_address=unit.peer_address,
+        )
+    )
 
 
 def _record(server: ServerRow, row: AttestationRow, why: str) -> Script[None]:
