@@ -30,6 +30,7 @@ from chutes_proto.log import Record
 from chutes_proto.quote.collateral import VerifiedCollateral
 from chutes_proto.quote.proof import PROOF
 from chutes_proto.quote.verify import authenticate_collateral, verify_collateral
+from chutes_proto.testing.faults import Fault
 from chutes_proto.testing.platform import COLLATERAL_SECONDS, SimulatedPlatform
 from chutes_proto.testing.playbook import Playbook
 from chutes_proto.testing.service import CollateralService
@@ -265,6 +266,18 @@ def test_stale_needs_a_grace_and_an_outage() -> None:
             world.down.clear()
             assert world.fetch() is not None
             assert world.landed() != Use(held)
+
+
+def test_a_certificate_that_ends_before_the_rest_is_an_end_too_and_knows_no_grace() -> None:
+    ends = Fault(name="ends", side="collateral", what="", tcb_signer=lambda draft: evolve(draft, not_after=NOW + 10))
+    world = World(grace=3600)
+    world.cache.restore(verify_collateral(PLATFORM.having(ends).collateral(NOW), now=NOW, root=ROOT, grace=3600))
+    world.now = NOW + 10
+    assert isinstance(world.decide(), Refresh)
+    world.now = NOW + 11
+    assert isinstance(world.decide(), Fetch)
+    assert world.fetch() is not None
+    assert isinstance(world.landed(), Use)
 
 
 def test_a_fresh_answer_is_before_a_stale_one() -> None:

@@ -5,7 +5,7 @@
 2. base64 and the quote's structure;
 3. report data: the nonce, then the key;
 4. the PCK chain up to the trusted root and the quote's signatures; only then collateral for its platform; then the
-   quote against it;
+   quote against it. That the collateral is not of this time, or not this platform's, is a fault of ours (503);
 5. TCB status and attributes against the policy;
 6. measurements against the accepted profiles.
 
@@ -25,20 +25,38 @@ from chutes_proto.effects import FetchCollateral, Now
 from chutes_proto.errors import CollateralUnavailable, Refused, Unavailable
 from chutes_proto.quote.errors import AppraisalError, QuoteFormatError, VerificationError
 from chutes_proto.quote.layout import parse_quote
-from chutes_proto.quote.steps import CertificateNotYetValid, CollateralExpired, CollateralNotYetValid
+from chutes_proto.quote.steps import (
+    CertificateNotYetValid,
+    CollateralCa,
+    CollateralTee,
+    FmspcMismatch,
+    PceIdMismatch,
+    PckChainMismatch,
+    RootMismatch,
+)
+from chutes_proto.quote.terms import check_terms
 from chutes_proto.quote.verify import check_signed, open_quote, verify_quote
 from chutes_proto.wire.codec import decode_quote
 
 if TYPE_CHECKING:
     from chutes_proto.auth.certificates import ClientKey
     from chutes_proto.effects import Flow
+    from chutes_proto.quote.collateral import VerifiedCollateral
     from chutes_proto.quote.policy import Appraisal
     from chutes_proto.quote.verify import Verdict
     from chutes_proto.server.service import Service
 
 _NOT_VERIFIED = "Unable to parse provided quote for verification."
-_OUR_TIMES = (CollateralExpired, CollateralNotYetValid, CertificateNotYetValid)
-"""Collateral that ended while it was fetched, or a clock of ours that is behind: nothing that a VM could mend."""
+_OURS = (
+    CertificateNotYetValid,
+    RootMismatch,
+    CollateralTee,
+    CollateralCa,
+    FmspcMismatch,
+    PceIdMismatch,
+    PckChainMismatch,
+)
+"""A clock of ours that is behind, or collateral that is not this platform's: nothing that a VM could mend."""
 _NOT_EXPECTED = "Quote does not match expected measurements. Ensure you are running a supported VM."
 
 
@@ -64,14 +82,23 @@ def verify_evidence(service: Service, nonce: bytes, key: ClientKey, quote_text: 
         with service.verifications.of((opened.pck.fmspc, opened.pck.ca)):
             collateral = yield from FetchCollateral(opened.pck, now)
         now = yield from Now()  # collateral may be younger than the request
+        _check_current(collateral, now)
         verdict = verify_quote(opened, collateral, now=now)
     except VerificationError as exc:
-        if isinstance(exc, _OUR_TIMES):
+        if isinstance(exc, _OURS):
             raise _no_collateral(f"{exc.code}: {exc}") from None
         raise Refused(Code.QUOTE_REJECTED, _NOT_VERIFIED, reason=f"{exc.code}: {exc}") from None
     except CollateralUnavailable as exc:
         raise _no_collateral(str(exc)) from None
     return Evidence(verdict, data)
+
+
+def _check_current(collateral: VerifiedCollateral, now: int) -> None:
+    """Raises `Unavailable` for what ended while it was fetched, certificates too; who asks next has it fetched."""
+    try:
+        check_terms(collateral.terms, now, collateral.grace)
+    except VerificationError as exc:
+        raise _no_collateral(f"{exc.code}: {exc}") from None
 
 
 def _no_collateral(reason: str) -> Unavailable:
