@@ -16,6 +16,7 @@ from attrs import evolve, field, frozen
 
 from chutes_proto.blocking import postgres
 from chutes_proto.blocking.postgres import PostgresStore
+from chutes_proto.cli.main import main
 from chutes_proto.errors import ConfigurationError, StoreBusy, StoreError
 from chutes_proto.store import sql
 from chutes_proto.store.rows import AuditRow, BootRow, Insert, RaiseHorizon, ReadHorizon, Scan, Vm
@@ -121,6 +122,8 @@ def test_a_database_that_only_reads_is_refused(url: str) -> None:
         f"postgresql://me@host/keys?passwort={PASSWORD}",
         f"host=here password={PASSWORD}",
         f"mysql://me:{PASSWORD}@host/keys",
+        f"postgresql://me:{PASSWORD}/more@host/keys",
+        f"postgresql://me:12/{PASSWORD}@host/keys",
     ],
 )
 def test_what_is_no_url_is_said_without_repeating_it(address: str) -> None:
@@ -128,6 +131,53 @@ def test_what_is_no_url_is_said_without_repeating_it(address: str) -> None:
         PostgresStore(address)
     assert PASSWORD not in str(caught.value)
     assert caught.value.__cause__ is None
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        f"postgresql://me:{PASSWORD}@host/keys",
+        f"postgresql://:{PASSWORD}@host/keys",
+        f"postgresql://me:{PASSWORD}?a@host/keys",
+        f"postgresql://me:%2F{PASSWORD}@host/keys",
+        f"postgresql://host/keys?password={PASSWORD}",
+        f"postgresql://host/keys?%70assword={PASSWORD}",
+        f"postgresql://host/keys?port=1&pass%77or%64={PASSWORD}",
+        f"postgresql://host/keys?sslpassword={PASSWORD}",
+        f"postgresql://host/keys?%73slpassword={PASSWORD}&sslmode=require",
+        f"postgresql://host?password={PASSWORD}",
+    ],
+)
+def test_a_secret_on_a_command_line_is_refused_however_it_is_written(
+    address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for action in ("migrate", "check"):
+        assert main(["store", action, "--store", address]) == 2
+        said = capsys.readouterr()
+        assert "other users can read a command line" in said.err
+        assert PASSWORD not in said.err + said.out
+
+
+@pytest.mark.parametrize("name", ["oauth_client_secret", "scram_client_key", "scram_server_key"])
+def test_newer_secrets_of_libpq_are_known(name: str) -> None:
+    if name not in {option.keyword.decode() for option in psycopg.pq.Conninfo.get_defaults()}:
+        pytest.skip("this libpq does not know it")
+    assert postgres.has_secret(f"postgresql://host/keys?{name}=x")
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "postgresql://",
+        "postgresql://me@host/keys",
+        "postgresql://me:@host/keys",
+        "postgresql://me@host/keys?passfile=/etc/me@here/password",
+        "postgresql://host?passfile=/etc/me@here",
+        "postgresql://me%40there@[::1]:5432,other:5433/keys%40home?sslkey=/etc/key&sslpassword=",
+    ],
+)
+def test_no_secret_is_seen_where_none_is(address: str) -> None:
+    assert not postgres.has_secret(address)
 
 
 def test_a_wrong_password_is_said_and_not_shown(cluster: Cluster) -> None:

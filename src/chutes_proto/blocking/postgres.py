@@ -8,6 +8,8 @@ Rules kept here:
   ``busy_seconds`` are over;
 * a transaction whose connection is lost before the commit was sent never was, and runs again on a new connection; one
   whose connection is lost at the commit is never run again here, because it may be there;
+* a statement of a unit that takes too long is cancelled by the database, and where even that does not come the
+  connection is closed; a migration, a check, and what only operators ask take their time;
 * at most ``connections`` are open; each is made by the caller who needs it, who is told why where it cannot be made;
 * a database without our schema is refused, and neither changed nor, unless an operator asks for it, migrated; every
   transaction looks at the version, because a newer release may have migrated meanwhile;
@@ -22,18 +24,19 @@ from __future__ import annotations
 import contextlib
 import functools
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Generator
-from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from attrs import define, field
 
 from chutes_proto.errors import ConfigurationError, StoreBusy, StoreError
-from chutes_proto.store.rows import ROWS
+from chutes_proto.store.rows import ROWS, CountSealed, ReadAudit, ReadNames, ReadOtherwiseSealed, Scan, VoidTokens
 from chutes_proto.store.run import run_script
 from chutes_proto.store.sql import READ_VERSION, decode, placeholders, statement
-from chutes_proto.store.versions import Versions
+from chutes_proto.store.versions import LOST, Versions
 
 try:
     import psycopg
@@ -45,22 +48,30 @@ except ImportError as exc:
     ) from None
 
 if TYPE_CHECKING:
+    from psycopg.abc import PQGen
+
     from chutes_proto.store.rows import StoreOp
     from chutes_proto.store.run import Unit
 
 T = TypeVar("T")
-
-_Connection: TypeAlias = "psycopg.Connection[tuple[Any, ...]]"
 
 _OLDEST_SERVER: Final = 12_00_00
 
 _DEFAULTS: Final[dict[str, str]] = {
     "connect_timeout": "5",
     "target_session_attrs": "read-write",  # of several hosts, the one that can write
-    "tcp_user_timeout": "10000",  # a host that is gone is noticed
+    # A host that is gone is noticed: while something is sent, and while its answer is waited for.
+    "tcp_user_timeout": "10000",
+    "keepalives_idle": "10",
+    "keepalives_interval": "5",
+    "keepalives_count": "3",
     "application_name": "chutes-proto",
 }
 """What a connection has where the URL says nothing else."""
+
+_URL: Final = re.compile(r"postgres(ql)?://[^/]*(/[^@?]*)?(\?.*)?", re.DOTALL)
+"""No ``@`` in the database's name: it ends a password whose ``/`` is not percent-encoded, and of such a one libpq makes
+a port and a name, and tells both."""
 
 _MUST_BE: Final[dict[str, tuple[str, ...]]] = {
     "synchronous_commit": ("on", "remote_apply"),
@@ -75,6 +86,15 @@ _SESSION: Final = (
     # A process that hangs in the middle of a transaction does not hold up the others for long.
     "SET idle_in_transaction_session_timeout = '10s'",
 )
+
+_WORK: Final = 3.0
+"""How many seconds a statement of a unit may take beside ``busy_seconds``, for which it may wait for a lock. More than
+it ever needs; it is then cancelled by the database, and the connection goes on."""
+
+_SILENCE: Final = 5.0
+"""How many seconds beside ``busy_seconds`` an answer may take. More than `_WORK`, so that a database that works has
+said by then that it cancelled; a COMMIT it does not cancel, and the fate of that is unknown then. More than
+``busy_seconds`` in all, so that nothing is tried again."""
 
 _LOCK: Final = "SELECT pg_advisory_xact_lock(7163393186713182564)"  # one migration at a time
 
@@ -113,12 +133,39 @@ See "Serialization Failure Handling" in PostgreSQL's documentation."""
 _RUNS_INTO_A_ROW: Final = 3
 
 
+class _Connection(psycopg.Connection[tuple[Any, ...]]):
+    """One that is closed, as if it were lost, where an answer takes more than ``patience`` seconds (None: it may).
+
+    The kernel does not end it where a process of the database stands still, or a proxy has lost its other side.
+    """
+
+    patience: float | None = None
+
+    def wait(self, gen: PQGen[T], *args: Any, **kwargs: Any) -> T:
+        """As psycopg's, through which all of its waiting goes."""
+        return super().wait(self._bounded(gen), *args, **kwargs)
+
+    def _bounded(self, gen: PQGen[T]) -> PQGen[T]:
+        began = time.monotonic()
+        try:
+            wanted = next(gen)
+            while True:
+                # psycopg comes back several times a second; releases differ in what they then say is ready.
+                wanted = gen.send((yield wanted))
+                if self.patience is not None and time.monotonic() - began > self.patience:
+                    self.close()
+                    raise psycopg.OperationalError(f"no answer for {self.patience:g} seconds")
+        except StopIteration as stop:
+            result: T = stop.value
+            return result
+
+
 @define(eq=False)
 class _Pool:
     """Connections that nobody uses, the latest first, and how many more there may be."""
 
     room: threading.BoundedSemaphore
-    idle: list[_Connection] = field(factory=list["_Connection"])
+    idle: list[_Connection] = field(factory=list[_Connection])
 
     def drop(self) -> None:
         """Close what nobody uses."""
@@ -132,8 +179,9 @@ class PostgresStore:
 
     The URL takes what libpq takes, a password file (``?passfile=/path``) among it. ``connections`` is how many may be
     open at once, ``busy_seconds`` how long a transaction waits for a connection, and for others that get in its way,
-    before it is `StoreBusy`. With ``migrate`` an empty database, or one of an older schema version, is brought to ours;
-    ``found_version`` says which one it had (None: it was empty), and ``retries`` how often a transaction ran again.
+    before it is `StoreBusy`; so it is, too, where the database has not answered for a few seconds more. With
+    ``migrate`` an empty database, or one of an older schema version, is brought to ours; ``found_version`` says which
+    one it had (None: it was empty), and ``retries`` how often a transaction ran again.
 
     Raises `ConfigurationError` for what is no such URL, and `StoreError` where the database cannot be a store.
     """
@@ -144,6 +192,7 @@ class PostgresStore:
         self.retries = 0
         self._counting = threading.Lock()
         self._busy_seconds = busy_seconds
+        self._patience = busy_seconds + _SILENCE
         self._pool = _Pool(threading.BoundedSemaphore(connections))
         self._closed = False
         # A migration must see what another one, for which it waited, has done.
@@ -152,6 +201,7 @@ class PostgresStore:
             with self._connection() as connection, self._transaction(connection, begin):
                 versions = self._versions(connection)
                 if migrate:
+                    self._take_time(connection)
                     _ = connection.execute(_LOCK)
                     self.found_version = versions.migrate()
                 versions.require()
@@ -194,6 +244,7 @@ class PostgresStore:
 
     def _check(self, connection: _Connection) -> dict[str, int]:
         self._versions(connection).require()
+        self._take_time(connection)
         # As text, so that every value is read whole.
         texts = ((kind.TABLE, f"SELECT count(row::text) FROM {kind.TABLE} AS row") for kind in ROWS)  # noqa: S608
         return {table: _rows(connection, text)[0][0] for table, text in texts}
@@ -201,11 +252,16 @@ class PostgresStore:
     def _run(self, connection: _Connection, unit: Unit[T]) -> T:
         def perform(op: StoreOp[Any]) -> object:
             text, values = statement(op)
+            if _may_take_long(op):
+                self._take_time(connection)
             try:
                 cursor = connection.execute(_query(text), values)
             except (psycopg.DataError, UnicodeEncodeError) as exc:
                 raise self._fault(f"a value of {type(op).__name__} cannot be kept: {type(exc).__name__}") from exc
-            return decode(op, cursor.fetchall() if cursor.description else ())
+            try:
+                return decode(op, cursor.fetchall() if cursor.description else ())
+            except IndexError:  # a fact is always there
+                raise self._fault(LOST) from None
 
         return run_script(unit.script(), perform)
 
@@ -240,10 +296,11 @@ class PostgresStore:
 
     def _connect(self) -> _Connection:
         try:
-            connection = psycopg.connect(self._conninfo, autocommit=True)
+            connection = _Connection.connect(self._conninfo, autocommit=True)
         except psycopg.Error as exc:
             told = " ".join(str(exc).split())
             raise StoreBusy(f"store {self.name}: no connection to the database: {told}") from None
+        connection.patience = self._patience
         try:
             self._prepare(connection)
         except psycopg.Error as exc:
@@ -264,15 +321,17 @@ class PostgresStore:
         for text in _SESSION:
             _ = _rows(connection, text)
         _ = _rows(connection, f"SET lock_timeout = {int(1000 * self._busy_seconds)}")
+        _ = _rows(connection, f"SET statement_timeout = {int(1000 * (self._busy_seconds + _WORK))}")
 
     @contextlib.contextmanager
     def _transaction(self, connection: _Connection, begin: str) -> Generator[None]:
         """Begin, and commit what was done inside; roll back whatever is raised there."""
         committing = False
+        connection.patience = self._patience
         try:
             begun = _rows(connection, begin)
-            if begun:
-                self._versions(connection).judge(begun[0][0])
+            if begin == _BEGIN:
+                self._versions(connection).judge(begun)
             yield
             committing = True
             _ = connection.execute("COMMIT")
@@ -286,6 +345,11 @@ class PostgresStore:
         except BaseException:
             self._roll_back(connection)
             raise
+
+    def _take_time(self, connection: _Connection) -> None:
+        """Lift the bounds of this transaction's statements."""
+        _ = _rows(connection, "SET LOCAL statement_timeout = 0")
+        connection.patience = None
 
     def _roll_back(self, connection: _Connection) -> None:
         try:
@@ -316,6 +380,13 @@ class _Again(Exception):
         self.fault = fault
 
 
+def _may_take_long(op: StoreOp[Any]) -> bool:
+    """What only operators ask, of tables that may have many rows."""
+    if isinstance(op, VoidTokens):
+        return op.vm is None
+    return isinstance(op, (Scan, ReadNames, ReadAudit, CountSealed, ReadOtherwiseSealed))
+
+
 @functools.cache
 def _query(text: str) -> bytes:
     return placeholders(text, "postgresql").encode()
@@ -329,10 +400,18 @@ def _rows(connection: _Connection, text: str) -> list[tuple[Any, ...]]:
     return cursor.fetchall() if cursor.description else []
 
 
+def has_secret(url: str) -> bool:
+    """Whether ``url`` holds what one can log in with, however it is written. Raises `ConfigurationError`."""
+    _ = _parse(url)
+    given = (option for option in psycopg.pq.Conninfo.parse(url.encode()) if option.val)
+    # libpq marks with * what is a password, but not the SCRAM keys, which are as good as one.
+    return any(option.dispchar == b"*" or option.keyword.startswith(b"scram_") for option in given)
+
+
 def _parse(url: str) -> tuple[str, str]:
     """libpq's form of ``url``, and its name: where it leads and as whom, without a password."""
     try:
-        if not url.startswith(("postgresql://", "postgres://")):
+        if not _URL.fullmatch(url):
             raise ValueError(url)
         given: dict[str, Any] = conninfo.conninfo_to_dict(url)
         full = conninfo.make_conninfo("", **{**_DEFAULTS, **given, "client_encoding": "UTF8"})

@@ -30,7 +30,7 @@ from chutes_proto.errors import StoreBusy, StoreError
 from chutes_proto.store.rows import ROWS
 from chutes_proto.store.run import Unit, run_script
 from chutes_proto.store.sql import READ_VERSION, decode, statement
-from chutes_proto.store.versions import Versions
+from chutes_proto.store.versions import LOST, Versions
 
 if TYPE_CHECKING:
     from chutes_proto.store.rows import StoreOp
@@ -214,7 +214,10 @@ class SqliteStore:
                 rows = connection.execute(text, values).fetchall()
             except (OverflowError, UnicodeEncodeError) as exc:
                 raise self._fault(f"a value of {type(op).__name__} cannot be kept: {type(exc).__name__}") from exc
-            return decode(op, rows)
+            try:
+                return decode(op, rows)
+            except IndexError:  # a fact is always there
+                raise self._fault(LOST) from None
 
         _ = connection.execute("SAVEPOINT unit")
         try:
@@ -329,8 +332,8 @@ class SqliteStore:
 
     def _require_version(self, connection: sqlite3.Connection) -> None:
         """A newer release may have migrated the file since it was opened."""
-        (version,) = connection.execute(READ_VERSION).fetchone()
-        self._versions(connection).judge(version)
+        versions = self._versions(connection)
+        versions.judge(versions.execute(READ_VERSION))
 
     def _check_place(self) -> None:
         """What is committed to a file without a name is lost at the next start."""

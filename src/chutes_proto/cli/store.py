@@ -106,7 +106,6 @@ def run(options: argparse.Namespace) -> int:
 
 def _place(options: argparse.Namespace) -> tuple[StorePlace, Vault | None]:
     """The store, and with a configuration the server's key-encryption keys."""
-    import re
     from pathlib import Path
 
     from chutes_proto.blocking.setup import load_setup
@@ -119,10 +118,14 @@ def _place(options: argparse.Namespace) -> tuple[StorePlace, Vault | None]:
         return setup.store, setup.service.vault
     if problem := check_store_address(options.store):
         raise ConfigurationError(f"--{problem}")
-    if re.search(r"//[^/@]*:[^/@]*@|[?&]password=", options.store):
-        raise ConfigurationError(
-            "--store: other users can read a command line; leave the password out, and say ?passfile=/path or --config"
-        )
+    if options.store.startswith("postgresql:"):
+        from chutes_proto.blocking.postgres import has_secret
+
+        if has_secret(options.store):
+            raise ConfigurationError(
+                "--store: other users can read a command line; leave the password out, and say ?passfile=/path or"
+                " --config"
+            )
     return StorePlace(options.store, Path.cwd()), None
 
 

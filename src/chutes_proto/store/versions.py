@@ -3,21 +3,25 @@
 Rules kept here:
 
 * a database of another version is refused, with what to do; a server never migrates, an operator does;
-* a database that holds anything else than our tables is another program's, and is left alone;
+* a database that holds anything else than our tables is another program's, and is left alone; one that holds them and
+  has lost its version is damaged;
 * all steps of a migration are one transaction, which whoever calls this begins and commits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
 from attrs import frozen
 
 from chutes_proto.errors import StoreError
 from chutes_proto.store import sql
+from chutes_proto.store.rows import ROWS, ReadHorizon
 
 MIGRATE = "chutes-proto store migrate"
+
+LOST: Final = "it is damaged: a row of the table fact is missing; stop the server and restore a backup"
 
 
 @frozen
@@ -29,22 +33,34 @@ class Versions:
     execute: Callable[[str], Sequence[Sequence[Any]]]
 
     def found(self) -> int | None:
-        """The schema version; None for an empty database. Raises `StoreError` where it is another program's."""
+        """The schema version; None for an empty database.
+
+        Raises `StoreError` where it is another program's, or damaged.
+        """
         tables = {name for (name,) in self.execute(sql.TABLES[self.dialect])}
         if not tables:
             return None
         rows = self.execute(sql.READ_VERSION) if "fact" in tables else ()
+        if not rows and tables.issuperset(kind.TABLE for kind in ROWS):
+            raise self._lost()
         if not rows:
             raise StoreError(f"store {self.name}: it is another program's database; give the store a place of its own")
         version: int = rows[0][0]
         return version
 
     def require(self) -> None:
-        """Raises `StoreError`, with what to do, unless the database has our schema version."""
-        self.judge(self.found())
+        """Raises `StoreError`, with what to do, unless the database has our schema version and all facts."""
+        self._judge(self.found())
+        if not self.execute(sql.statement(ReadHorizon())[0]):
+            raise self._lost()
 
-    def judge(self, found: int | None) -> None:
-        """Raises `StoreError`, with what to do, unless ``found`` is our schema version."""
+    def judge(self, rows: Sequence[Sequence[Any]]) -> None:
+        """As `require`, of a store that was open: ``rows`` are what `sql.READ_VERSION` gives now."""
+        if not rows:
+            raise self._lost()
+        self._judge(rows[0][0])
+
+    def _judge(self, found: int | None) -> None:
         if found == sql.SCHEMA_VERSION:
             return
         told = f"it has schema version {found}, and this release knows version {sql.SCHEMA_VERSION}"
@@ -65,3 +81,6 @@ class Versions:
                 _ = self.execute(statement)
         self.require()
         return found
+
+    def _lost(self) -> StoreError:
+        return StoreError(f"store {self.name}: {LOST}")

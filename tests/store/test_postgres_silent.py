@@ -1,0 +1,318 @@
+"""A PostgreSQL that goes silent, and one that works long: the first is given up in time, the second only for a unit."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import psycopg
+import pytest
+import trio
+from attrs import field, frozen
+
+from chutes_proto.blocking import postgres
+from chutes_proto.blocking.postgres import PostgresStore
+from chutes_proto.blocking.setup import load_setup
+from chutes_proto.errors import StoreBusy, TransportError, Unavailable
+from chutes_proto.store import sql
+from chutes_proto.store.rows import (
+    CountSealed,
+    RaiseHorizon,
+    ReadAudit,
+    ReadHorizon,
+    ReadNames,
+    ReadOtherwiseSealed,
+    ReadVm,
+    Scan,
+    StoreOp,
+    VmRow,
+    VoidTokens,
+)
+from chutes_proto.store.run import Script, Unit
+from chutes_proto.testing.store_suite import NOW, VM, Ask, boot
+from tests.cli.conftest import end, start_server
+from tests.cli.test_store_faults import ONCE, Agent, make_site
+from tests.postgres import Cluster, schema
+from tests.store.test_postgres import ask, told
+
+SILENCE = 0.6
+"""How long the database may be silent here, in seconds, but for ``busy_seconds``."""
+
+
+class Proxy:
+    """Stands between a store and the database, and turns mute when told: it takes everything, and sends nothing."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._target = f"{cluster.folder}/.s.PGSQL.5432"
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listening.getsockname()[1]
+        self.mute = threading.Event()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=self._pump, args=(self._listening.accept()[0],), daemon=True).start()
+
+    def _pump(self, client: socket.socket) -> None:
+        with client, socket.socket(socket.AF_UNIX) as server, contextlib.suppress(OSError):
+            server.connect(self._target)
+            while True:
+                for ready in select.select([client, server], [], [])[0]:
+                    data = ready.recv(65536)
+                    if not data:
+                        return
+                    if not self.mute.is_set():
+                        (server if ready is client else client).sendall(data)
+
+    def close(self) -> None:
+        self._listening.close()
+
+    def url(self, url: str, cluster: Cluster) -> str:
+        return url.replace(quote(str(cluster.folder), safe=""), "127.0.0.1") + f"&port={self.port}"
+
+
+@pytest.fixture
+def url(cluster: Cluster) -> Iterator[str]:
+    """A schema with our tables, in a cluster whose processes are here."""
+    with schema(cluster.url()) as url:
+        PostgresStore(url, migrate=True).close()
+        yield url
+
+
+@pytest.fixture
+def proxy(cluster: Cluster) -> Iterator[Proxy]:
+    with closing(Proxy(cluster)) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def behind(url: str, proxy: Proxy, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[PostgresStore]:
+    """A store with one connection, through the proxy."""
+    monkeypatch.setattr(postgres, "_SILENCE", SILENCE)
+    with closing(PostgresStore(proxy.url(url, cluster), connections=1, busy_seconds=0.1)) as store:
+        yield store
+
+
+@frozen
+class Silenced(Unit[None]):
+    """Writes, and does ``what`` before or after it in its first run."""
+
+    what: Callable[[], object]
+    at_end: bool
+    runs: list[int] = field(factory=list[int])
+
+    def script(self) -> Script[None]:
+        self.runs.append(1)
+        if not self.at_end:
+            self.what()
+        yield from RaiseHorizon(7)
+        if self.at_end:
+            self.what()
+
+
+@contextmanager
+def bounded() -> Iterator[None]:
+    began = time.monotonic()
+    yield
+    assert SILENCE <= time.monotonic() - began < SILENCE + 6  # connecting anew has a bound of its own
+
+
+# --- silent ---
+
+
+def test_a_connection_that_turns_mute_is_given_up_and_replaced(behind: PostgresStore, proxy: Proxy) -> None:
+    behind.transact(Ask(Scan(VmRow)))  # what lifts the bounds of one transaction does not of the next
+    unit = Silenced(proxy.mute.set, at_end=False)
+    with bounded():
+        told(
+            lambda: behind.transact(unit), r"connection to the database failed \(no answer for 0.7 seconds\)", StoreBusy
+        )
+    assert len(unit.runs) == 1
+    proxy.mute.clear()
+    assert behind.transact(Ask(ReadHorizon())) == 0
+
+
+def test_of_a_commit_that_is_not_answered_the_fate_is_unknown(behind: PostgresStore, proxy: Proxy) -> None:
+    unit = Silenced(proxy.mute.set, at_end=True)
+    with bounded():
+        told(lambda: behind.transact(unit), "the connection was lost at the commit; .*may be changed or not")
+    assert len(unit.runs) == 1
+    proxy.mute.clear()
+    behind.transact(Ask(ReadHorizon()))
+
+
+def test_a_roll_back_that_is_not_answered_keeps_nobody(behind: PostgresStore, proxy: Proxy) -> None:
+    @frozen
+    class Refusing(Unit[None]):
+        def script(self) -> Script[None]:
+            yield from RaiseHorizon(7)
+            proxy.mute.set()
+            raise LookupError
+
+    with bounded(), pytest.raises(LookupError):
+        behind.transact(Refusing())
+    proxy.mute.clear()
+    assert behind.transact(Ask(ReadHorizon())) == 0
+
+
+def test_a_store_is_not_opened_where_nothing_is_answered(behind: PostgresStore, proxy: Proxy) -> None:
+    """After a connection was made; until then libpq's own bound holds."""
+    connect = postgres._Connection.connect
+
+    def mute(*args: Any, **kwargs: Any) -> postgres._Connection:
+        connection = connect(*args, **kwargs)
+        proxy.mute.set()
+        return connection
+
+    behind._pool.drop()
+    with pytest.MonkeyPatch.context() as patch, bounded():
+        patch.setattr(postgres._Connection, "connect", mute)
+        told(lambda: behind.transact(Ask(ReadHorizon())), "no answer for", StoreBusy)
+
+
+def test_a_backend_that_stands_still_is_given_up(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(postgres, "_SILENCE", SILENCE)
+    with closing(PostgresStore(url, connections=1, busy_seconds=0.1)) as store:
+        stopped = store._pool.idle[0].info.backend_pid
+        os.kill(stopped, signal.SIGSTOP)
+        try:
+            with bounded():
+                told(lambda: store.transact(Ask(RaiseHorizon(7))), "no answer for", StoreBusy)
+            assert store.transact(Ask(ReadHorizon())) == 0
+            assert store._pool.idle[0].info.backend_pid != stopped
+        finally:
+            os.kill(stopped, signal.SIGCONT)
+
+
+def test_a_server_ends_whose_database_stands_still(cluster: Cluster, tmp_path: Path) -> None:
+    """A boot waits for the database when the server is told to stop."""
+    with schema(cluster.url()) as url:
+        site = make_site(tmp_path, f"{url}&application_name=served")
+        load_setup(site / "server.toml").store.open(migrate=True).close()
+        server = start_server("--config", site / "server.toml", ca=site / "ca.pem")
+
+        async def boots() -> None:
+            async with Agent(server, ONCE) as agent:
+                _ = await agent.boot()
+
+        async def is_cut_off() -> None:
+            with pytest.raises((Unavailable, TransportError)):
+                await boots()
+
+        async def seconds_to_the_end() -> float:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(is_cut_off)
+                await trio.sleep(1.5)
+                began = trio.current_time()
+                _ = await trio.to_thread.run_sync(server.stop, signal.SIGTERM)
+                return trio.current_time() - began
+
+        pids: list[int] = []
+        try:
+            trio.run(boots)
+            pids = [pid for (pid,) in ask(url, "SELECT pid FROM pg_stat_activity WHERE application_name = 'served'")]
+            for pid in pids:
+                os.kill(pid, signal.SIGSTOP)
+            # It waited for the boot, and did not wait without end.
+            assert pids
+            assert 1 < trio.run(seconds_to_the_end) < 5 + postgres._SILENCE + 5
+        finally:
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
+            end(server.process)
+
+
+def test_a_host_that_is_gone_is_noticed_by_the_kernel() -> None:
+    """The options of the socket, which an address of the operator's may set otherwise."""
+    names = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT, socket.TCP_USER_TIMEOUT)
+
+    def options(query: str) -> list[int]:
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            address = f"postgresql://me@127.0.0.1:{listening.getsockname()[1]}/keys?sslmode=disable{query}"
+            connection = psycopg.pq.PGconn.connect_start(postgres._parse(address)[0].encode())
+            with listening.accept()[0], socket.socket(fileno=os.dup(connection.socket)) as used:
+                connection.connect_poll()
+                found = [used.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)]
+                found += [used.getsockopt(socket.IPPROTO_TCP, name) for name in names]
+            connection.finish()
+        return found
+
+    assert options("") == [1, 10, 5, 3, 10_000]
+    assert options("&keepalives_idle=60&keepalives_count=9") == [1, 60, 5, 9, 10_000]
+
+
+# --- slow ---
+
+
+@pytest.fixture
+def slow(url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[PostgresStore]:
+    """A store in which each statement of VMs, keys and boots takes longer than a unit's may."""
+    with closing(PostgresStore(url)) as store:
+        store.transact(boot("first"))
+    for table in ("vm", "generation", "audit"):
+        ask(
+            url,
+            f"ALTER TABLE {table} RENAME TO {table}_;"
+            f"CREATE VIEW {table} AS SELECT {table}_.* FROM {table}_, pg_sleep(1)",
+        )
+    ask(
+        url,
+        "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(1); RETURN NULL; END $$;"
+        "CREATE TRIGGER slow BEFORE UPDATE ON boot EXECUTE FUNCTION slow()",
+    )
+    monkeypatch.setattr(postgres, "_WORK", 0.3)
+    monkeypatch.setattr(postgres, "_SILENCE", SILENCE)
+    with closing(PostgresStore(url, connections=1, busy_seconds=0.1)) as store:
+        yield store
+
+
+@pytest.mark.parametrize("op", [ReadVm(VM), VoidTokens(VM, NOW)], ids=lambda op: type(op).__name__)
+def test_a_statement_of_a_unit_that_takes_too_long_is_cancelled(slow: PostgresStore, op: StoreOp[object]) -> None:
+    (connection,) = slow._pool.idle
+    told(lambda: slow.transact(Ask(op)), r"a statement was cancelled \(.*statement timeout\)", StoreBusy)
+    assert slow.transact(Ask(ReadHorizon())) == 0
+    assert slow._pool.idle == [connection]
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        Scan(VmRow),
+        ReadAudit(0, 9),
+        ReadNames(),
+        ReadNames(VM.name),
+        CountSealed(),
+        ReadOtherwiseSealed("none", 9),
+        VoidTokens(None, NOW),
+    ],
+    ids=repr,
+)
+def test_what_operators_ask_of_whole_tables_takes_its_time(slow: PostgresStore, op: StoreOp[object]) -> None:
+    began = time.monotonic()
+    slow.transact(Ask(op))
+    assert time.monotonic() - began > 1
+    told(lambda: slow.transact(Ask(ReadVm(VM))), "a statement was cancelled", StoreBusy)  # the bounds are back
+
+
+def test_a_check_takes_its_time(slow: PostgresStore) -> None:
+    assert slow.check()["vm"] == 1
+
+
+def test_a_migration_takes_its_time(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(postgres, "_WORK", 0.3)
+    monkeypatch.setattr(postgres, "_SILENCE", SILENCE)
+    monkeypatch.setattr(sql, "STEPS", (*sql.STEPS, "SELECT pg_sleep(1)"))
+    monkeypatch.setattr(sql, "SCHEMA_VERSION", len(sql.STEPS))
+    with closing(PostgresStore(url, busy_seconds=0.1, migrate=True)) as store:
+        assert store.found_version == sql.SCHEMA_VERSION - 1
