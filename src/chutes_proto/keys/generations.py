@@ -120,7 +120,7 @@ def hand_out(rows: Generations, seal: Seal, pruned: Pruned = "revive", handed: i
 
 
 def confirm(rows: Generations, current: int | None, following: int, *, rotated: bool, at: int) -> Change | None:
-    """A boot that was handed ``current`` and ``following`` says that ``current`` opened the disk, or formatted it.
+    """A boot that was handed ``current`` and ``following`` says that it opened the disk, or formatted it.
 
     ``rotated``: the disk has the key ``following`` too, which is active afterwards, and provisional; ``current`` is
     pinned. None if ``following`` is neither active nor a candidate to be: something else was decided meanwhile.

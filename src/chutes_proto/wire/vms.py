@@ -99,7 +99,7 @@ class VolumePair:
 
 @frozen
 class VolumeConfirmation:
-    """What a VM says of a volume that it opened with ``current``, or formatted."""
+    """What a VM says of a volume that it opened, with ``current`` or ``next``, or formatted."""
 
     rotated: bool = body("the disk has the next key too")
 
