@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 from attrs import evolve
-from cryptography.x509 import load_pem_x509_certificate
 
-from chutes_proto.auth.certificates import make_client_identity
+from chutes_proto.auth.certificates import spki_sha256
 from chutes_proto.auth.hotkey import HotkeyPair
 from chutes_proto.codes import Code
 from chutes_proto.effects import FetchCollateral, Transact, run
@@ -27,12 +26,6 @@ from chutes_proto.wire.http import HttpRequest, HttpResponse
 from tests.server.world import HOTKEY, NOW, World, answer, content, refusal, service
 
 OTHER_HOTKEY = "5FHneW46xGXgs5mUiveU4sbTyGBzmstUspZC92UhjJM694ty"
-IDENTITY = make_client_identity(NOW, bytes(32))
-
-
-@pytest.fixture
-def world() -> World:
-    return World(certificate=load_pem_x509_certificate(IDENTITY.certificate_pem))
 
 
 def attest(world: World, nonce: str | None = None, fault: str | None = None, **members: Any) -> HttpResponse:
@@ -60,7 +53,7 @@ def test_a_boot_is_granted(world):
     assert len(bytes.fromhex(members["boot_token"])) == 32
     (boot,) = world.rows(BootRow)
     assert boot.token_digest == hashlib.sha256(members["boot_token"].encode()).digest()
-    assert boot.certificate == IDENTITY.spki_sha256
+    assert boot.certificate == spki_sha256(world.certificate)
     (attestation,) = world.rows(AttestationRow)
     assert attestation.code is None
     (granted,) = [record for record in world.log if record.event == "boot_granted"]

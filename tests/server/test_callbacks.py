@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 from attrs import define, evolve, field
 from cryptography.hazmat.primitives.serialization import Encoding
-from cryptography.x509 import load_pem_x509_certificate
 from hypothesis import given
 from hypothesis import strategies as st
 
 from chutes_proto.auth.binding import report_data
-from chutes_proto.auth.certificates import make_client_identity, spki_sha256
+from chutes_proto.auth.certificates import spki_sha256
 from chutes_proto.auth.hotkey import HotkeyPair
 from chutes_proto.auth.signing import purpose_message
 from chutes_proto.codes import Code
@@ -32,12 +31,11 @@ from chutes_proto.wire import json
 from chutes_proto.wire.codec import encode_quote
 from chutes_proto.wire.evidence import decode_evidence
 from chutes_proto.wire.http import HttpResponse
-from tests.server.test_servers import HOST, answer, boot, gpu, register, registered
-from tests.server.world import MINER, NOW, World, refusal, service
+from tests.server.test_servers import HOST, boot, gpu, register, registered
+from tests.server.world import CERTIFICATES, MINER, NOW, OTHER, World, answer, refusal, service
 
 VALIDATOR = HotkeyPair.from_seed(Secret(b"the key server's own hotkey".ljust(32, b"!")))
-CERTIFICATE = load_pem_x509_certificate(make_client_identity(NOW, bytes(range(32))).certificate_pem)
-OTHERS = load_pem_x509_certificate(make_client_identity(NOW, bytes(32)).certificate_pem)
+OTHERS, CERTIFICATE = CERTIFICATES
 NO_EVIDENCE = (
     400,
     Code.EVIDENCE_UNAVAILABLE,
@@ -77,7 +75,7 @@ def world() -> Hosted:
 
 def make_world(**changes: Any) -> Hosted:
     policy = {"registration_evidence": "callback", "callback": Callback(VALIDATOR.hotkey, VALIDATOR.sign)}
-    return Hosted(App(service(**(policy | changes))), certificate=OTHERS)
+    return Hosted(App(service(**(policy | changes))))
 
 
 def reasons(world: World) -> list[Any]:
@@ -108,10 +106,9 @@ def test_what_a_host_shows_proves_no_owner(world):
     registered(register(world))
     (server,) = world.rows(ServerRow)
     assert (server.pin, server.attested, server.boot_id) == (None, None, None)
-    other = HotkeyPair.from_seed(Secret(bytes(range(32))))
-    assert refusal(register(world, other, id="n2"))[0] == 409
-    boot(world, other, vm="mine")
-    registered(register(world, other, id="n2", name="mine"))  # a boot from there is better evidence
+    assert refusal(register(world, OTHER, id="n2"))[0] == 409
+    boot(world, OTHER, vm="mine")
+    registered(register(world, OTHER, id="n2", name="mine"))  # a boot from there is better evidence
     assert [row.server_id for row in world.rows(ServerRow)] == ["n2"]
 
 
@@ -242,8 +239,7 @@ def test_hosts_that_are_slow_leave_others_their_turn(world):
             return
         seen.append((0, ""))
         seen.append(refusal(register(world, id="n2", name=None, host="5.6.7.8", gpus=[gpu("GPU-1")]))[:2])
-        other = HotkeyPair.from_seed(Secret(bytes(range(32))))
-        registered(register(world, other, id="n3", host="5.6.7.9", gpus=[gpu("GPU-2")]))
+        registered(register(world, OTHER, id="n3", host="5.6.7.9", gpus=[gpu("GPU-2")]))
 
     world.before = meanwhile
     registered(register(world))

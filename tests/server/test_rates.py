@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from cryptography.x509 import load_pem_x509_certificate
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chutes_proto.auth.certificates import make_client_identity
 from chutes_proto.codes import Code
 from chutes_proto.effects import Transact
 from chutes_proto.errors import Unavailable
@@ -17,13 +15,12 @@ from chutes_proto.server.app import App
 from chutes_proto.server.config import LimitOptions
 from chutes_proto.server.proxy import TrustedProxies
 from chutes_proto.server.rates import Rates
-from tests.server.world import HOTKEY, NOW, World, answer, refusal, service
+from tests.server.world import HOTKEY, World, answer, refusal, service
 
 
 def world(per_minute: int, **changes: object) -> World:
-    certificate = load_pem_x509_certificate(make_client_identity(NOW, bytes(32)).certificate_pem)
     limits = LimitOptions(requests_per_minute=per_minute)
-    return World(App(service(limits=limits, **changes)), certificate=certificate)
+    return World(App(service(limits=limits, **changes)))
 
 
 def test_one_too_many_waits_and_others_do_not() -> None:

@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 from attrs import evolve
-from cryptography.x509 import load_pem_x509_certificate
 from hypothesis import given
 from hypothesis import strategies as st
 
 from chutes_proto.auth.binding import report_data
-from chutes_proto.auth.certificates import make_client_identity, spki_sha256
+from chutes_proto.auth.certificates import spki_sha256
 from chutes_proto.codes import Code
 from chutes_proto.effects import FetchCollateral, Transact
 from chutes_proto.errors import CollateralUnavailable, StoreBusy
@@ -26,9 +25,8 @@ from chutes_proto.testing.store_suite import Ask
 from chutes_proto.units.operator import StoreRestored
 from chutes_proto.wire.codec import encode_quote
 from chutes_proto.wire.http import HttpResponse
-from tests.server.world import HOTKEY, NOW, World, answer, refusal, service
+from tests.server.world import CERTIFICATES, HOTKEY, World, answer, refusal, service
 
-CERTIFICATES = [load_pem_x509_certificate(make_client_identity(NOW, bytes([n]) * 32).certificate_pem) for n in range(2)]
 OTHER_HOTKEY = "5FHneW46xGXgs5mUiveU4sbTyGBzmstUspZC92UhjJM694ty"
 EXPIRED = "Quote nonce not found or expired"
 UNCONFIRMED = "Confirm nonce not found or expired"
@@ -40,7 +38,7 @@ def two_phase(**changes: Any) -> Service:
 
 @pytest.fixture
 def world() -> World:
-    return World(app=App(two_phase()), certificate=CERTIFICATES[0])
+    return World(App(two_phase()))
 
 
 def quote_nonce(world: World, **members: Any) -> str:
@@ -344,7 +342,7 @@ def test_texts_and_codes_of_the_confirm_nonce(world):
     )
 )
 def test_any_body_of_a_confirmation_is_answered(volumes):
-    world = World(app=App(two_phase()), certificate=CERTIFICATES[0])
+    world = World(App(two_phase()))
     headers = {"x-confirm-nonce": "0" * 64, "x-chutes-hotkey": HOTKEY}
     response = world.ask("POST", "/servers/vm-1/luks/confirm", {"volumes": volumes}, headers=headers)
     assert response.status in (400, 401, 422)

@@ -6,18 +6,16 @@ from typing import Any
 
 import pytest
 from attrs import evolve
-from cryptography.x509 import load_pem_x509_certificate
 from hypothesis import given
 from hypothesis import strategies as st
 
 from chutes_proto.auth.binding import report_data
-from chutes_proto.auth.certificates import make_client_identity, spki_sha256
+from chutes_proto.auth.certificates import spki_sha256
 from chutes_proto.auth.hotkey import HotkeyPair
 from chutes_proto.auth.signing import messages_to_sign
 from chutes_proto.codes import Code
 from chutes_proto.effects import Transact
 from chutes_proto.errors import StoreBusy
-from chutes_proto.secret import Secret
 from chutes_proto.server.app import App
 from chutes_proto.store.rows import AttestationRow, AuditRow, NonceRow, ServerRow, Vm
 from chutes_proto.units.boot import REFUSALS_PER_DAY
@@ -25,17 +23,14 @@ from chutes_proto.units.servers import RecordRuntimeRefusal
 from chutes_proto.wire import json
 from chutes_proto.wire.codec import encode_quote
 from chutes_proto.wire.http import HttpResponse
-from tests.server.test_servers import answer, boot, register, registered
-from tests.server.world import MINER, NOW, World, refusal, service
+from tests.server.test_servers import boot, gpu, register, registered
+from tests.server.world import MINER, NOW, OTHER, World, answer, refusal, service
 
-OTHER = HotkeyPair.from_seed(Secret(bytes(range(32))))
-IDENTITY = make_client_identity(NOW, bytes(32))
 PATH = "/servers/n1/attestation"
 
 
 @pytest.fixture
-def world() -> World:
-    world = World(certificate=load_pem_x509_certificate(IDENTITY.certificate_pem))
+def world(world: World) -> World:
     boot(world)
     registered(register(world))
     return world
@@ -227,7 +222,7 @@ def test_under_the_policy_request_only_the_whole_request(world):
 
 
 def test_a_nonce_is_for_one_server_one_purpose_and_once(world):
-    registered(register(world, id="n2", name="b", host="5.6.7.8", gpus=[{**GPU, "uuid": "GPU-1"}]))
+    registered(register(world, id="n2", name="b", host="5.6.7.8", gpus=[gpu("GPU-1")]))
     for nonce in (nonce_of(world, "n2"), world.nonce(), world.nonce(f"?miner_hotkey={MINER.hotkey.address}")):
         assert refusal(attest(world, nonce))[:2] == (401, Code.NONCE_INVALID)
     nonce = nonce_of(world)
@@ -236,17 +231,6 @@ def test_a_nonce_is_for_one_server_one_purpose_and_once(world):
     nonce = nonce_of(world)
     world.now += 601
     assert refusal(attest(world, nonce))[:2] == (401, Code.NONCE_INVALID)
-
-
-GPU = {
-    "name": "NVIDIA H200",
-    "memory": 150_000_000_000,
-    "clock_rate": 1_980_000.0,
-    "device_index": 0,
-    "gpu_identifier": "h200",
-    "verification_host": "1.2.3.4",
-    "verification_port": 30443,
-}
 
 
 @pytest.mark.parametrize("nonce", ["1800000000", "AB" * 32, "ab" * 31, "\u0661" * 64, ""])
@@ -261,7 +245,7 @@ def test_what_is_no_nonce_of_a_server(world, nonce):
 
 
 def test_without_a_link_the_first_success_binds_the_platform(world):
-    registered(register(world, id="n2", name="b", host="5.6.7.8", gpus=[{**GPU, "uuid": "GPU-1"}]))
+    registered(register(world, id="n2", name="b", host="5.6.7.8", gpus=[gpu("GPU-1")]))
     path = "/servers/n2/attestation"
     answer(attest(world, nonce_of(world, "n2"), path))
     first, world.platform = world.platform, world.platform.another(1)
@@ -316,7 +300,7 @@ def test_a_store_that_is_busy_is_a_503_and_a_record_that_fails_changes_no_refusa
 
 @given(quote=st.text(max_size=300) | st.binary(max_size=700).map(encode_quote))
 def test_any_quote_is_refused_and_recorded(quote):
-    world = World(certificate=load_pem_x509_certificate(IDENTITY.certificate_pem))
+    world = World()
     registered(register(world))
     nonce = nonce_of(world)
     try:

@@ -7,11 +7,9 @@ from typing import Any
 
 import pytest
 from attrs import evolve
-from cryptography.x509 import load_pem_x509_certificate
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chutes_proto.auth.certificates import make_client_identity
 from chutes_proto.auth.hotkey import HotkeyPair
 from chutes_proto.auth.signing import body_message
 from chutes_proto.codes import Code
@@ -19,7 +17,6 @@ from chutes_proto.effects import Effect, Resolve, Transact, run
 from chutes_proto.errors import TransportError
 from chutes_proto.quote.measurements import parse_profiles_json
 from chutes_proto.quote.policy import Policy
-from chutes_proto.secret import Secret
 from chutes_proto.server.app import App
 from chutes_proto.server.gpus import GPUS, Gpu
 from chutes_proto.server.profiles import ServedProfile
@@ -27,16 +24,9 @@ from chutes_proto.store.rows import AuditRow, BootRow, GenerationRow, GpuRow, Se
 from chutes_proto.testing.platform import PROFILE
 from chutes_proto.wire import json
 from chutes_proto.wire.http import HttpRequest, HttpResponse
-from tests.server.world import MINER, NOW, World, content, refusal, service
+from tests.server.world import MINER, NOW, OTHER, World, answer, content, refusal, service
 
-OTHER = HotkeyPair.from_seed(Secret(bytes(range(32))))
-IDENTITY = make_client_identity(NOW, bytes(32))
 HOST = "1.2.3.4"
-
-
-@pytest.fixture
-def world() -> World:
-    return World(certificate=load_pem_x509_certificate(IDENTITY.certificate_pem))
 
 
 def gpu(uuid: Any = "GPU-0", **changes: Any) -> dict[str, Any]:
@@ -64,11 +54,6 @@ def register(world: World, pair: HotkeyPair = MINER, **changes: Any) -> HttpResp
 
 def registered(response: HttpResponse) -> None:
     assert (response.status, content(response)) == (201, {"message": "Server registered successfully."})
-
-
-def answer(response: HttpResponse) -> Any:
-    assert response.status == 200, response.body
-    return content(response)
 
 
 def boot(world: World, pair: HotkeyPair = MINER, vm: str = "vm-1", address: str = HOST) -> None:

@@ -1,11 +1,9 @@
 """Operations 3, 4 and 16, and the frame of all: routing, patience, what is logged."""
 
 import pytest
-from cryptography.x509 import load_pem_x509_certificate
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chutes_proto.auth.certificates import make_client_identity
 from chutes_proto.codes import Code
 from chutes_proto.effects import Transact, run
 from chutes_proto.errors import BadRequest, StoreBusy
@@ -15,15 +13,9 @@ from chutes_proto.store.rows import GenerationRow
 from chutes_proto.testing.platform import PROFILE
 from chutes_proto.wire import openapi
 from chutes_proto.wire.http import HttpResponse, MalformedRequest
-from tests.server.world import HOTKEY, NOW, World, answer, content, refusal, service
+from tests.server.world import CERTIFICATES, HOTKEY, World, answer, content, refusal, service
 
-CERTIFICATES = [load_pem_x509_certificate(make_client_identity(NOW, bytes([n]) * 32).certificate_pem) for n in range(2)]
 BOTH = {"volumes": ["storage", "tdx-cache"]}
-
-
-@pytest.fixture
-def world() -> World:
-    return World(certificate=CERTIFICATES[0])
 
 
 def legacy(world: World, token: str, query: str = f"?hotkey={HOTKEY}", vm: str = "vm-1") -> HttpResponse:
@@ -287,7 +279,7 @@ def test_many_refusals_are_counted_not_printed(world):
     body=st.binary(max_size=100),
 )
 def test_any_request_gets_an_answer_of_the_documented_shape(method, target, headers, body):
-    world = World(certificate=CERTIFICATES[0])
+    world = World()
     response = world.ask(method, target, body, headers=headers)
     assert response.status < 500
     if response.status >= 400:

@@ -5,9 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 from attrs import define, evolve, field
+from cryptography.x509 import load_pem_x509_certificate
 
 from chutes_proto.auth.binding import report_data
-from chutes_proto.auth.certificates import spki_sha256
+from chutes_proto.auth.certificates import make_client_identity, spki_sha256
 from chutes_proto.auth.hotkey import HotkeyPair
 from chutes_proto.auth.signing import Coverage, SigningPolicy, messages_to_sign
 from chutes_proto.effects import Effect, Entropy, FetchCollateral, Log, Now, Resolve, Sleep, Transact, Uptime, run
@@ -32,7 +33,9 @@ from chutes_proto.wire.codec import encode_quote
 from chutes_proto.wire.http import HttpRequest, HttpResponse
 
 NOW = 1_800_000_000
+CERTIFICATES = [load_pem_x509_certificate(make_client_identity(NOW, bytes([n]) * 32).certificate_pem) for n in range(2)]
 MINER = HotkeyPair.from_seed(Secret(b"a miner's seed for tests, thirty".ljust(32, b"!")))
+OTHER = HotkeyPair.from_seed(Secret(bytes(range(32))))
 HOTKEY = "5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY"
 PLATFORM = SimulatedPlatform(b"a world for tests" * 2)
 
@@ -69,7 +72,7 @@ class World:
     log: list[Record] = field(factory=list)
     asked: list[Effect[Any]] = field(factory=list)
     before: Callable[[Effect[Any]], None] = lambda _: None
-    certificate: Any = None
+    certificate: Any = CERTIFICATES[0]
     names: dict[str, tuple[str, ...]] = field(factory=dict)
     _drawn: int = 0
 

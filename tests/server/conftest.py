@@ -1,0 +1,12 @@
+"""What most tests of the key server begin with."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.server.world import World
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
