@@ -26,7 +26,7 @@ from chutes_proto.collateral.library import Family
 from chutes_proto.collateral.pcs import Upstream
 from chutes_proto.effects import Effect, Get, Log, Now, Sleep, run
 from chutes_proto.errors import ConfigurationError, TransportError
-from chutes_proto.log import Record
+from chutes_proto.log import Level, Record
 from chutes_proto.quote.collateral import VerifiedCollateral
 from chutes_proto.quote.proof import PROOF
 from chutes_proto.quote.verify import authenticate_collateral, verify_collateral
@@ -54,12 +54,16 @@ def verified(at: int = NOW, **changes: Any) -> VerifiedCollateral:
 
 
 class World:
-    """A clock, and upstreams that are ``down``, or answer with a ``status``, or honestly with what is ``age`` old."""
+    """A clock, and upstreams that are ``down``, or answer with a ``status``, or honestly with what is ``age`` old.
+
+    To ask one that is ``broken`` meets a defect of ours.
+    """
 
     def __init__(self, *upstreams: Upstream, **policy: Any) -> None:
         self.cache = CollateralCache(upstreams or (FIRST,), root=ROOT, policy=CachePolicy(**policy), seed=b"seed")
         self.now = NOW
         self.down: set[str] = set()
+        self.broken: set[str] = set()
         self.status: dict[str, HttpResponse] = {}
         self.age = 0
         self.asked: list[str] = []
@@ -84,6 +88,8 @@ class World:
         self.asked.append(url)
         if host in self.down:
             raise TransportError("no route", maybe_delivered=False)
+        if host in self.broken:
+            raise RuntimeError("a defect")
         honest = SERVICE.answer(HttpRequest("GET", "/" + path), self.now - self.age)
         return self.status.get(host, honest)
 
@@ -159,6 +165,23 @@ def test_a_refresh_that_fails_changes_nothing_and_waits_longer_each_time() -> No
     world.down.clear()
     assert world.fetch() is not None
     assert world.decide() != Use(held)
+
+
+def test_a_defect_is_told_the_others_are_asked_and_it_rests_like_any_failure() -> None:
+    world = World(retry=8, retry_most=64)
+    world.broken.add("first")
+    assert world.fetch() is None
+    assert "first: RuntimeError: a defect" in reason(world.landed())
+    assert [(record.level, record.event) for record in world.log] == [(Level.ERROR, "collateral_upstream_failed")]
+    assert world.fetch() is None
+    assert len(world.asked) == 1  # not again at once
+    assert isinstance(world.decide(), GiveUp)
+    world.now += 8
+    assert isinstance(world.decide(), Fetch)
+    both = World(FIRST, SECOND)
+    both.broken.add("first")
+    assert both.fetch() is not None
+    assert isinstance(both.landed(), Use)
 
 
 def test_upstreams_are_asked_in_order_and_the_dead_are_left_alone() -> None:

@@ -22,7 +22,6 @@ from chutes_proto.blocking.files import write_file
 from chutes_proto.blocking.https import TimeLimits
 from chutes_proto.blocking.shelf import CollateralDirectory
 from chutes_proto.blocking.tls import client_context
-from chutes_proto.collateral import cache as caches
 from chutes_proto.collateral import pcs
 from chutes_proto.collateral.cache import CachePolicy, CollateralCache
 from chutes_proto.effects import FetchCollateral
@@ -427,8 +426,7 @@ def test_a_defect_ends_one_fetch(loop: Loop, upstream: Upstream, monkeypatch: py
 
     of = source(upstream)
     with monkeypatch.context() as patch:
-        patch.setattr(caches, "authenticate_collateral", broken)
-        patch.setattr(of.cache, "take", broken)
+        patch.setattr(of.cache, "begin", broken)
         told, log = loop.run(of, lambda fetcher: outcome(fetcher, PLATFORM))
     assert "still being fetched" in told
     assert log[0].event == "collateral_fetch_failed"

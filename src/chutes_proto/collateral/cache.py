@@ -312,12 +312,14 @@ def fetch(cache: CollateralCache, family: Family) -> Flow[Collateral | None]:
                 kept = collateral
             if verified.window[1] < now:
                 raise UpstreamError(f"its time has ended at {rfc3339(verified.window[1])}")
-        except (TransportError, UpstreamError, QuoteError) as exc:
+        except Exception as exc:  # noqa: BLE001 - a defect of ours ends no round: the others are asked, and then it rests
+            expected = isinstance(exc, TransportError | UpstreamError | QuoteError)
+            level, told = (Level.WARNING, str(exc)) if expected else (Level.ERROR, f"{type(exc).__name__}: {exc}")
             now = yield from Now()
             cache.failed(upstream, exc, now)
             unknown = unknown and isinstance(exc, UpstreamError) and exc.unknown
-            problems.append(f"{upstream.url}: {exc}")
-            yield from _log(Level.WARNING, "collateral_upstream_failed", family, upstream=upstream.url, error=str(exc))
+            problems.append(f"{upstream.url}: {told}")
+            yield from _log(level, "collateral_upstream_failed", family, upstream=upstream.url, error=told)
         else:
             cache.succeeded(family, upstream, now)
             end = rfc3339(verified.window[1])
