@@ -30,6 +30,7 @@ from chutes_proto.store.rows import AuditRow, GenerationRow, GpuRow, Insert, Rew
 from chutes_proto.store.run import Script, Unit
 from chutes_proto.testing.platform import SimulatedPlatform
 from chutes_proto.testing.store_suite import Ask, boot, sync
+from chutes_proto.units.boot import RecordRefusal
 from chutes_proto.units.servers import RegisterServer
 from tests.cli.conftest import Ended
 
@@ -351,7 +352,46 @@ def test_the_audit_rows(site: Site) -> None:
     day = datetime.fromtimestamp(NOW, UTC)
     for since in (day.isoformat(), day.strftime("%Y-%m-%dT%H:%M:%SZ"), day.strftime("%Y-%m-%d"), NOW):
         assert len(site.do("audit", "list", "--since", since).out.splitlines()) == 3
-    assert site.do("audit", "list", "--since", "9999-01-01").out == ""
+    assert site.do("audit", "list", "--since", "9999-01-01").out == "no audit rows\n"
+    assert site.do("audit", "export", "--since", "9999-01-01").out == ""
+
+
+def refuse(site: Site, label: str, vm: Vm) -> None:
+    refusal = RecordRefusal(
+        now=NOW,
+        request_id=label,
+        vm=vm,
+        platform=boot("x").platform,
+        code="measurement_mismatch",
+        reason="RTMR1 differs",
+        quote_digest=bytes(32),
+        peer_address="192.0.2.1",
+    )
+    with closing(load_setup(site.configuration).store.open(migrate=True)) as store:
+        assert store.transact(refusal)
+
+
+def test_the_audit_rows_of_a_vm_that_was_only_ever_refused(site: Site) -> None:
+    site.boot("1")
+    refuse(site, "a", Vm(HOTKEY, "vm-9"))
+    refuse(site, "b", Vm("another", "vm-9"))
+    refuse(site, "c", Vm(HOTKEY, "vm-90"))
+
+    def found(*arguments: object) -> list[str]:
+        return [row["request_id"] for row in site.json("audit", "list", *arguments)["rows"]]
+
+    assert found("--vm", "vm-9") == ["a", "b"]
+    assert found("--vm", "vm-9", "--last", 1) == ["b"]
+    assert found("--vm", "another/vm-9") == ["b"]
+    assert found("--vm", f"{HOTKEY}/vm-9") == ["a"]
+    exported = [json.loads(line) for line in site.do("audit", "export", "--vm", "vm-9").out.splitlines()]
+    assert [row["hotkey"] for row in exported] == [HOTKEY, "another"]
+    assert f"{HOTKEY}/vm-9  measurement_mismatch: RTMR1 differs" in site.do("audit", "list", "--vm", "vm-9").out
+    for nobody in ("vm-8", "another/vm-1", "vm-99"):
+        ended = site.do("audit", "list", "--vm", nobody)
+        assert (ended.code, ended.out, ended.err) == (0, "no audit rows\n", "")
+        assert site.json("audit", "list", "--vm", nobody) == {"ok": True, "rows": []}
+        assert site.do("audit", "export", "--vm", nobody).out == ""
 
 
 @frozen
@@ -472,6 +512,7 @@ def test_an_empty_list_says_so(site: Site) -> None:
     load_setup(site.configuration).store.open().close()
     assert site.do("vm", "list").out == "no VMs\n"
     assert site.do("registrations", "list").out == "no registrations\n"
+    assert site.do("audit", "list").out == "no audit rows\n"
 
 
 def test_what_a_miner_holds_wrongly_is_free_again(site: Site) -> None:

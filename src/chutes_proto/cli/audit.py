@@ -63,7 +63,7 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
             "--vm",
             metavar="VM",
             type=operating.vm_name,
-            help="HOTKEY/NAME, or only NAME where one hotkey has it",
+            help="HOTKEY/NAME, or NAME of whatever hotkey; also of a VM that was only ever refused",
         )
         console.add(action, "--event", metavar="WORD", help="one event, for example boot or 'key restored'")
         console.add(action, "--since", metavar="TIME", type=operating.moment, default=0, help="from this time on")
@@ -82,42 +82,47 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace) -> int:
+    from chutes_proto.store.rows import Vm
     from chutes_proto.units.operator import ReadAuditPage
 
+    hotkey, slash, name = (options.vm or "").rpartition("/")
     with operating.opened(options) as (_, store):
-        vm = operating.find_vm(store, options.vm, new=True) if options.vm else None
-        unit = ReadAuditPage(options.since, options.until, vm, options.event)
-        rows = _every(store, unit) if options.last is None else _newest(store, unit, options.last)
+        unit = ReadAuditPage(options.since, options.until, Vm(hotkey, name) if slash else None, options.event)
+        rows = _every(store, unit, name) if options.last is None else _newest(store, unit, name, options.last)
         if options.action == "list" and options.json:
             console.say_json({"ok": True, "rows": [_members(row) for row in rows]})
             return console.GRANTED
+        is_empty = True
         for row in rows:
+            is_empty = False
             if options.action == "export":
                 console.say_json(_members(row))
             else:
                 console.say(_line(row))
+        if is_empty and options.action == "list":
+            console.say("no audit rows")
     return console.GRANTED
 
 
-def _every(store: DurableStore, unit: ReadAuditPage) -> Iterator[AuditRow]:
-    """The rows one after the other, of which a page at a time is in memory."""
+def _every(store: DurableStore, unit: ReadAuditPage, name: str) -> Iterator[AuditRow]:
+    """The rows one after the other, of which a page at a time is in memory; with ``name``, those of VMs called so."""
     from attrs import evolve
 
     while True:
         page = store.transact(unit)
-        yield from page.rows
+        yield from (row for row in page.rows if not name or (row.vm is not None and row.vm.name == name))
         if page.beyond is None:
             return
         unit = evolve(unit, beyond=page.beyond)
 
 
-def _newest(store: DurableStore, unit: ReadAuditPage, count: int) -> list[AuditRow]:
+def _newest(store: DurableStore, unit: ReadAuditPage, name: str, count: int) -> list[AuditRow]:
     """So many of the newest rows, the oldest of them first."""
     from itertools import islice
 
     from attrs import evolve
 
-    return [*islice(_every(store, evolve(unit, backwards=True)), count)][::-1]
+    return [*islice(_every(store, evolve(unit, backwards=True), name), count)][::-1]
 
 
 def _members(row: AuditRow) -> dict[str, object]:
