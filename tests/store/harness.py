@@ -5,12 +5,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from attrs import field, frozen
 
 from chutes_proto.blocking.postgres import PostgresStore
 from chutes_proto.blocking.sqlite import SqliteStore
 from chutes_proto.store.memory import MemoryStore
-from chutes_proto.store.run import Store, Unit
+from chutes_proto.store.rows import ReadHorizon, StoreOp
+from chutes_proto.store.run import Script, Store, Unit
 
 T = TypeVar("T")
 
@@ -33,6 +36,22 @@ def together(calls: Sequence[Callable[[], T]]) -> list[T | Exception]:
     for thread in threads:
         thread.join()
     return [outcome for outcome in outcomes if outcome is not None]
+
+
+@frozen
+class Gate(Unit[None]):
+    """Stays inside its transaction, between two operations, until it is let go."""
+
+    first: StoreOp[Any] = ReadHorizon()
+    last: StoreOp[Any] = ReadHorizon()
+    inside: threading.Event = field(factory=threading.Event)
+    leave: threading.Event = field(factory=threading.Event)
+
+    def script(self) -> Script[None]:
+        yield from self.first
+        self.inside.set()
+        assert self.leave.wait(30)
+        yield from self.last
 
 
 class Locked:

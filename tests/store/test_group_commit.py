@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
-from attrs import field, frozen
+from attrs import frozen
 
 from chutes_proto.blocking.sqlite import SqliteStore
 from chutes_proto.codes import Code
@@ -18,7 +18,7 @@ from chutes_proto.errors import Refused, StoreBusy, StoreError
 from chutes_proto.store.rows import AuditRow, BootRow, Insert, NonceRow, RaiseHorizon, ReadHorizon, RedeemNonce, Scan
 from chutes_proto.store.run import Script, Unit
 from chutes_proto.testing.store_suite import CALLERS, NOW, Ask, boot, dump, sync
-from tests.store.harness import together
+from tests.store.harness import Gate, together
 
 T = TypeVar("T")
 
@@ -28,19 +28,6 @@ def store(tmp_path: Path) -> Iterator[SqliteStore]:
     store = SqliteStore(tmp_path / "keys.db", busy_seconds=10)
     yield store
     store.close()
-
-
-@frozen
-class Gate(Unit[None]):
-    """Holds the writer inside its transaction until it is let go."""
-
-    inside: threading.Event = field(factory=threading.Event)
-    leave: threading.Event = field(factory=threading.Event)
-
-    def script(self) -> Script[None]:
-        yield from ReadHorizon()
-        self.inside.set()
-        assert self.leave.wait(10)
 
 
 def in_one_commit(store: SqliteStore, units: list[Unit[Any]]) -> list[Any]:

@@ -23,7 +23,7 @@ from chutes_proto.store.rows import AuditRow, BootRow, Insert, RaiseHorizon, Rea
 from chutes_proto.store.run import Script, Unit
 from chutes_proto.testing.store_suite import NOW, VM, Ask, boot, dump, platform, sync
 from tests.postgres import PASSWORD, Cluster, schema
-from tests.store.harness import together
+from tests.store.harness import Gate, together
 
 T = TypeVar("T")
 
@@ -206,19 +206,6 @@ def test_many_may_migrate_at_once(empty_schema: str) -> None:
 
 
 # --- bounds ---
-
-
-@frozen
-class Gate(Unit[None]):
-    """Stays in the middle of its transaction until it is let go."""
-
-    inside: threading.Event = field(factory=threading.Event)
-    leave: threading.Event = field(factory=threading.Event)
-
-    def script(self) -> Script[None]:
-        yield from RaiseHorizon(7)
-        self.inside.set()
-        assert self.leave.wait(20)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sqlite3
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -12,14 +11,13 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from attrs import field, frozen
 
 from chutes_proto.blocking.stores import StorePlace
 from chutes_proto.errors import StoreError
 from chutes_proto.store import sql
 from chutes_proto.store.rows import RaiseHorizon, ReadHorizon
-from chutes_proto.store.run import Script, Unit
 from chutes_proto.testing.store_suite import Ask, boot, dump, sync
+from tests.store.harness import Gate
 
 CURRENT = sql.STEPS
 
@@ -102,26 +100,11 @@ def test_what_cannot_be_read_is_not_migrated(tmp_path: Path, damage: Callable[[P
             assert connection.execute(sql.READ_VERSION).fetchone() == (sql.SCHEMA_VERSION,)
 
 
-@frozen
-class Gate(Unit[None]):
-    """Stays inside its transaction until it is let go."""
-
-    inside: threading.Event = field(factory=threading.Event)
-    leave: threading.Event = field(factory=threading.Event)
-
-    def script(self) -> Script[None]:
-        """Write, wait, write."""
-        yield from RaiseHorizon(3)
-        self.inside.set()
-        assert self.leave.wait(30)
-        yield from RaiseHorizon(4)
-
-
 def test_a_server_that_was_migrated_under_is_refused(place: StorePlace, monkeypatch: pytest.MonkeyPatch) -> None:
     """The migration waits for what the older server is at; after it the older server changes nothing more."""
     place.open(migrate=True).close()
     older = place.open()
-    gate = Gate()
+    gate = Gate(RaiseHorizon(3), RaiseHorizon(4))
     with closing(older), ThreadPoolExecutor() as threads:
         running = threads.submit(older.transact, gate)
         assert gate.inside.wait(30)
