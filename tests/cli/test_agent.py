@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from attrs import frozen
@@ -194,6 +195,25 @@ def test_sigterm_is_a_failure_or_ends_the_wait(tmp_path: Path, attempts: int, aw
         assert "BOOT FAILED reason ended by SIGTERM means The boot was ended before it was done." in told
         assert "next poweroff in 0 s" in told
     assert gone.exists()
+
+
+def test_a_signal_before_the_boot_begins_is_a_failure(
+    command: Command, write: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register, gone = signal.signal, tmp_path / "went-off"
+
+    def then_send(number: int, handler: Any) -> Any:
+        before = register(number, handler)
+        if number == signal.SIGTERM and handler is not signal.SIG_DFL:
+            signal.raise_signal(number)
+        return before
+
+    monkeypatch.setattr(signal, "signal", then_send)
+    ended = command(
+        *("agent", "run", "--config"),
+        write(f'on_failure = {{ action = "poweroff", wait_seconds = 0, poweroff = ["touch", "{gone}"] }}\n'),
+    )
+    assert (ended.code, "ended by SIGTERM" in ended.err, gone.exists()) == (143, True, True)
 
 
 @frozen

@@ -139,7 +139,7 @@ class _Stops:
     """
 
     def __init__(self) -> None:
-        self._ends_boot = True
+        self._ends_boot = False
         self._at_disk = False
         self._came: int | None = None
 
@@ -160,6 +160,11 @@ class _Stops:
             self._ends_boot = False
             raise _StoppedError(self._came)
 
+    def boot_begins(self) -> None:
+        """Raises for a signal that came before."""
+        self._ends_boot = True
+        self._end_boot()
+
     def boot_has_ended(self) -> None:
         self._ends_boot = False
         self._came = None
@@ -177,6 +182,7 @@ def _done(options: argparse.Namespace, settings: AgentSettings, progress: Progre
 
     try:
         try:
+            stops.boot_begins()
             booted = (_resume if options.action == "resume" else _run)(options, settings, progress, stops)
         finally:
             stops.boot_has_ended()
@@ -265,17 +271,15 @@ def _resume(options: argparse.Namespace, settings: AgentSettings, progress: Prog
     from chutes_proto.client.agent import resume_agent
     from chutes_proto.client.flows import BootSettings
     from chutes_proto.client.handover import MAX_SIZE, Handover
-    from chutes_proto.errors import ConfigurationError, Refusal, Unavailable
+    from chutes_proto.errors import HandoverRejected, Refusal, Unavailable
 
     deadline = time.monotonic() + settings.retry.deadline_seconds
     state = settings.state
+    data = read_state(state.file, limit=MAX_SIZE)
     try:
-        data = read_state(state.file, limit=MAX_SIZE)
         left = Handover.decode(data, settings, boot_id=boot_id(), uptime=time.monotonic())
-    except ConfigurationError as exc:
-        if str(exc).startswith(state.file):
-            raise
-        raise ConfigurationError(f"{state.file}: {exc}") from None
+    except HandoverRejected as exc:
+        raise HandoverRejected(f"{state.file}: {exc}") from None
     grant, client = left.grant, left.identity
     progress.tell(f"going on with the boot of VM {grant.vm_name} of hotkey {grant.miner_hotkey}")
     _tell_clock(progress)
