@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from enum import IntEnum
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 from attrs import field, frozen
 
 Value: TypeAlias = "str | int | float | bool | None | list[str]"
+
+LONGEST: Final = 4096
+"""How many characters of a text, or of all texts of a list, are printed: strangers may have a say in how long it is."""
 
 
 class Level(IntEnum):
@@ -31,5 +34,23 @@ class Record:
 
     def as_json(self, at: str) -> str:
         """One line of JSON without its line end; ``at`` is the time as it shall be printed."""
-        line = {"at": at, "level": self.level.name.lower(), "event": self.event, **self.fields}
+        fields = {name: _cut(value) for name, value in self.fields.items()}
+        line = {"at": at, "level": self.level.name.lower(), "event": self.event, **fields}
         return json.dumps(line, separators=(",", ":"))
+
+
+def _cut(value: Value) -> Value:
+    match value:
+        case str() if len(value) > LONGEST:
+            return value[:LONGEST] + "…"
+        case list() if sum(map(len, value)) + len(value) > LONGEST:
+            kept: list[str] = []
+            room = LONGEST
+            for text in value:
+                room -= len(text) + 1
+                if room < 0:
+                    break
+                kept.append(text)
+            return [*kept, "…"]
+        case _:
+            return value

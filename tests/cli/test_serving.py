@@ -7,7 +7,10 @@ import os
 import signal
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from fcntl import F_SETPIPE_SZ, fcntl
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from chutes_proto.blocking.setup import load_setup
 from chutes_proto.cli.development import write_server
 from chutes_proto.testing.platform import SimulatedPlatform
 from tests.cli.conftest import HOTKEY, Ended, Server
+from tests.postgres import Cluster, schema
 
 PLATFORM = SimulatedPlatform(bytes(32))
 
@@ -92,6 +96,113 @@ def test_a_second_signal_ends_it_at_once(serve: Callable[[int], Server]) -> None
     assert time.monotonic() - began < 10
     assert ended.code == 0
     assert [record["event"] for record in records(ended)] == ["stopping", "stopped"]
+
+
+# --- a store that hangs ---
+
+
+@contextmanager
+def hanging(cluster: Cluster) -> Iterator[None]:
+    """The database's processes stand still: who asks it something hears nothing."""
+    first, *_ = (cluster.folder / "data/postmaster.pid").read_text().split()
+    others = Path(f"/proc/{first}/task/{first}/children").read_text().split()
+    processes = [int(process) for process in (first, *others)]
+    for process in processes:
+        os.kill(process, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for process in processes:
+            os.kill(process, signal.SIGCONT)
+
+
+@pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGTERM, signal.SIGINT]], ids=["one", "two"])
+def test_a_store_that_hangs_keeps_no_server_from_its_end(
+    serve: Callable[[int], Server], site: Path, cluster: Cluster, numbers: list[signal.Signals]
+) -> None:
+    path = site / "server.toml"
+    with schema(cluster.url()) as url:
+        _ = path.write_text(path.read_text().replace("sqlite:keys.db", url))
+        load_setup(path).store.open(migrate=True).close()
+        server = serve(1 if len(numbers) == 1 else 600)
+        with hanging(cluster), client(server) as hangs, ThreadPoolExecutor() as threads:
+            answer = threads.submit(
+                hangs.get, "/servers/vm-1/luks", params={"hotkey": HOTKEY}, headers={"x-boot-token": "0" * 64}
+            )
+            time.sleep(1)
+            for number in numbers[:-1]:
+                server.process.send_signal(number)
+                _ = wait_for("stopping", server)
+            began = time.monotonic()
+            assert not answer.done()
+            ended = server.stop(numbers[-1])
+            assert time.monotonic() - began < 7  # the store itself gives up later
+            assert isinstance(answer.exception(), httpx.TransportError)
+        assert ended.code == 0
+        said = records(ended)
+        assert [record["event"] for record in said] == ["serving", "stopping", "stopped"][-len(said) :]
+        assert "did not answer in time" in said[-1]["about"]
+
+
+# --- a log that nobody reads ---
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    """Both ends of a pipe with little room."""
+    reading, writing = os.pipe()
+    _ = fcntl(writing, F_SETPIPE_SZ, 4096)
+    yield reading, writing
+    os.close(reading)
+    os.close(writing)
+
+
+def fill(writing: int) -> None:
+    """Through a file of its own, so that the server's end goes on to wait."""
+    with open(f"/proc/self/fd/{writing}", "wb", buffering=0, opener=_without_waiting) as file:
+        while file.write(b" ") is not None:
+            pass
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def read_all(reading: int) -> bytes:
+    os.set_blocking(reading, False)
+    said = b""
+    with suppress(BlockingIOError):
+        while piece := os.read(reading, 65536):
+            said += piece
+    return said
+
+
+@pytest.mark.parametrize("is_read_later", [False, True])
+def test_a_log_that_nobody_reads_keeps_nobody_waiting(
+    start: Callable[..., Server], site: Path, transport: str, pipe: tuple[int, int], is_read_later: bool
+) -> None:
+    reading, writing = pipe
+    command = ("--config", site / "server.toml", "--transport", transport)
+    server = start(*command, ca=site / "ca.pem", stderr=writing)
+    fill(writing)
+    with client(server) as asks:
+        for _ in range(3):
+            assert asks.get("/nothing").status_code == 404  # a line each
+            assert asks.get("/servers/nonce").status_code == 200
+        if is_read_later:
+            said = read_all(reading)
+            time.sleep(0.5)
+            said += read_all(reading)
+            told = [json.loads(line)["event"] for line in said.splitlines()]
+            assert told == ["serving", "refused", "refused", "refused"]  # one that is read late lacks nothing
+            fill(writing)
+    began = time.monotonic()
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(20) == 0
+    assert time.monotonic() - began < 7
+
+
+# --- certificates ---
 
 
 def put(site: Path, identity: ServerIdentity) -> None:

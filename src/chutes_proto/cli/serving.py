@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import sys
+import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
-from datetime import UTC, datetime
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn
 
 from attrs import define, field, frozen
 
 from chutes_proto import __version__
 from chutes_proto.blocking.sockets import Listening, listen_tls, listen_unix, room_for, urls
+from chutes_proto.cli import console
+from chutes_proto.cli.log_writer import LogWriter
 from chutes_proto.errors import ConfigurationError
 from chutes_proto.log import Level, Record
 from chutes_proto.quote.roots import INTEL_ROOT
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
     from chutes_proto.transport.tls import ServerContext
 
 Transport = Literal["trio", "asyncio"]
+
+END_SECONDS: Final = 2.0
+"""How long a server whose time has passed waits for what is under way. A store may hang for longer, or for ever."""
 
 
 @frozen
@@ -73,13 +78,6 @@ def unwrapped() -> Generator[None]:
 def _first(exc: BaseException) -> BaseException:
     members: tuple[BaseException, ...] = getattr(exc, "exceptions", ())
     return _first(members[0]) if members else exc
-
-
-def log_line(record: Record) -> None:
-    """One line of JSON on standard error. A full disk behind it must not stop the server: the audit is in the store."""
-    at = datetime.now(UTC).isoformat(timespec="milliseconds")
-    with suppress(OSError):
-        print(record.as_json(at), file=sys.stderr, flush=True)
 
 
 @define
@@ -141,43 +139,67 @@ def serve_until_stopped(
     """Listen, ``announce`` the URLs, and serve until one of the signals ``stops`` has come and its time has passed.
 
     SIGHUP, where it is none of them, takes the certificate's files anew. Raises `ConfigurationError`.
+
+    The process ends `END_SECONDS` after that time, whatever its threads do: what they have not done is not done at all,
+    because a unit of the store is one transaction.
     """
     on = binding(transport)
     certificate = Certificate(setup)
     listening = listen(setup, certificate)
     service = setup.service
 
-    def ready() -> None:
-        fields: dict[str, Value] = {
-            "urls": urls(listening),
-            "trust": service.trust,
-            "profiles": list(service.profiles),
-            "store": store.name,
-            "version": __version__,
-        }
-        log_line(Record(Level.INFO if service.root == INTEL_ROOT else Level.WARNING, "serving", fields))
-        for warning in setup.warnings:
-            log_line(Record(Level.WARNING, "warning", {"about": warning}))
-        announce(urls(listening))
+    with closing(LogWriter()) as log:
 
-    async def main() -> None:
-        async with open_server(on, setup, store, collateral, log_line) as server:
+        def ready() -> None:
+            fields: dict[str, Value] = {
+                "urls": urls(listening),
+                "trust": service.trust,
+                "profiles": list(service.profiles),
+                "store": store.name,
+                "version": __version__,
+            }
+            log(Record(Level.INFO if service.root == INTEL_ROOT else Level.WARNING, "serving", fields))
+            for warning in setup.warnings:
+                log(Record(Level.WARNING, "warning", {"about": warning}))
+            announce(urls(listening))
 
-            def stop(number: signal.Signals) -> None:
-                fields: dict[str, Value] = {"signal": number.name, "drain_seconds": service.limits.drain_seconds}
-                log_line(Record(Level.INFO, "stopping", fields))
-                server.stop()
+        async def main() -> None:
+            times = iter([service.limits.drain_seconds])
+            async with open_server(on, setup, store, collateral, log) as server:
 
-            signals: dict[signal.Signals, Callable[[], None]] = {signal.SIGHUP: lambda: log_line(certificate.reload())}
-            signals |= {number: partial(stop, number) for number in stops}
-            await on.serve_until_stopped(server, listening, signals, ready)
+                def stop(number: signal.Signals) -> None:
+                    seconds = next(times, 0)
+                    log(Record(Level.INFO, "stopping", {"signal": number.name, "drain_seconds": seconds}))
+                    server.stop()
+                    _end_after(seconds + END_SECONDS, log)
 
-    try:
-        with unwrapped():
-            on.run(main)
-    finally:
-        for place in listening:
-            place.socket.close()
-        if setup.proxy_socket is not None:
-            setup.proxy_socket.unlink(missing_ok=True)
-    log_line(Record(Level.INFO, "stopped", {}))
+                signals: dict[signal.Signals, Callable[[], None]] = {signal.SIGHUP: lambda: log(certificate.reload())}
+                signals |= {number: partial(stop, number) for number in stops}
+                await on.serve_until_stopped(server, listening, signals, ready)
+
+        try:
+            with unwrapped():
+                on.run(main)
+        finally:
+            for place in listening:
+                place.socket.close()
+            if setup.proxy_socket is not None:
+                setup.proxy_socket.unlink(missing_ok=True)
+        log(Record(Level.INFO, "stopped", {}))
+
+
+def _end_after(seconds: float, log: LogWriter) -> None:
+    """Let the process live for no more than so long."""
+
+    def end() -> NoReturn:
+        log(
+            Record(
+                Level.WARNING, "stopped", {"about": "the store, or what else was waited for, did not answer in time"}
+            )
+        )
+        log.close()
+        os._exit(console.GRANTED)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()

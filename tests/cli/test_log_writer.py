@@ -1,0 +1,159 @@
+"""The server's log: in order and whole; who does not read loses some and is told how many, and keeps nobody waiting."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from threading import Thread
+from typing import Any
+
+import pytest
+
+from chutes_proto.cli import log_writer
+from chutes_proto.cli.log_writer import LogWriter
+from chutes_proto.log import LONGEST, Level, Record, Value
+
+
+def record(number: int) -> Record:
+    return Record(Level.INFO, "counted", {"number": number})
+
+
+def told(said: bytes) -> list[int | str]:
+    """The numbers of the records, and how many are missing where some are."""
+    lines: list[dict[str, Any]] = [json.loads(line) for line in said.splitlines()]
+    return [line.get("number", f"missing {line.get('missing')}") for line in lines]
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """Each write to the one is a message at the other; there is room for a few."""
+    one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with one, other:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+        other.settimeout(10)
+        yield one, other
+
+
+def test_records_come_in_order_each_in_one_write(ends: tuple[socket.socket, socket.socket]) -> None:
+    with closing(LogWriter(ends[0].fileno())) as log:
+        for number in range(300):
+            log(record(number))
+        for number in range(300):
+            line = ends[1].recv(65536)
+            assert line.endswith(b"\n")
+            assert told(line) == [number]
+
+
+def stalled(log: LogWriter, count: int) -> None:
+    """Log so many records, of which the first waits in the thread for who reads."""
+    log(record(0))
+    until = time.monotonic() + 10
+    while log._waiting.qsize() and time.monotonic() < until:
+        time.sleep(0.001)
+    for number in range(1, count):
+        log(record(number))
+
+
+@pytest.fixture
+def full(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, int]]:
+    """A pipe without room, and a log with room for three."""
+    monkeypatch.setattr(log_writer, "ROOM", 3)
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with pytest.raises(BlockingIOError):
+        while True:
+            _ = os.write(writing, b" " * 4096)
+    os.set_blocking(writing, True)
+    yield reading, writing
+    os.close(reading)
+    os.close(writing)
+
+
+def read(reading: int, lines: int) -> bytes:
+    said = b""
+    while said.count(b"\n") < lines:
+        assert select.select([reading], [], [], 10)[0], said
+        said += os.read(reading, 65536)
+    return said
+
+
+def test_what_there_is_no_room_for_is_counted_where_it_is_missing(full: tuple[int, int]) -> None:
+    reading, writing = full
+    with closing(LogWriter(writing)) as log:
+        began = time.monotonic()
+        stalled(log, 10)
+        assert time.monotonic() - began < 5
+        assert told(read(reading, 4)) == [0, 1, 2, 3]
+        log(record(10))
+        log(record(11))
+        assert told(read(reading, 3)) == ["missing 6", 10, 11]
+
+
+def test_what_is_missing_at_the_end_is_told_too(full: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log_writer, "FLUSH_SECONDS", 10.0)
+    reading, writing = full
+    said: list[bytes] = []
+    reader = Thread(target=lambda: said.append(read(reading, 5)))
+    log = LogWriter(writing)
+    stalled(log, 6)
+    reader.start()
+    log.close()
+    reader.join(10)
+    assert told(said[0]) == [0, 1, 2, 3, "missing 2"]
+
+
+@pytest.mark.parametrize("count", [1, 3, 10])
+def test_the_end_does_not_wait_for_who_does_not_read(
+    full: tuple[int, int], count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log_writer, "FLUSH_SECONDS", 0.3)
+    log = LogWriter(full[1])
+    stalled(log, count)
+    began = time.monotonic()
+    log.close()
+    assert 0.2 < time.monotonic() - began < 5
+    _ = read(full[0], min(count, 4))  # the thread ends
+
+
+def test_what_a_full_disk_did_not_take_is_counted() -> None:
+    reading, writing = os.pipe()
+    full = os.open("/dev/full", os.O_WRONLY)
+    log = LogWriter(os.dup(full))
+    descriptor = log._descriptor
+    for number in range(3):
+        log(record(number))
+    until = time.monotonic() + 10
+    while log._missing < 3 and time.monotonic() < until:
+        time.sleep(0.001)
+    _ = os.dup2(writing, descriptor)
+    log(record(3))
+    log.close()
+    assert told(read(reading, 2)) == ["missing 3", 3]
+    for each in (reading, writing, full, descriptor):
+        os.close(each)
+
+
+LONG = "é" * (LONGEST + 1)
+
+
+@pytest.mark.parametrize(
+    ("value", "printed"),
+    [
+        (LONG, LONG[:-1] + "…"),
+        (LONG[:-1], LONG[:-1]),
+        ([LONG, "b"], ["…"]),
+        (["a", "b"] * LONGEST, ["a", "b"] * (LONGEST // 4) + ["…"]),
+        ([""] * LONGEST, [""] * LONGEST),
+        ([""] * (LONGEST + 1), [""] * LONGEST + ["…"]),
+        (10**6, 10**6),
+    ],
+    ids=["text", "text that fits", "one of a list", "list", "list that fits", "empty texts", "number"],
+)
+def test_a_text_that_strangers_make_long_is_cut(value: Value, printed: Value) -> None:
+    line = json.loads(Record(Level.INFO, "told", {"short": "a", "long": value}).as_json("now"))
+    assert line == {"at": "now", "level": "info", "event": "told", "short": "a", "long": printed}
