@@ -47,8 +47,9 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
         "serve keys",
         """
         Run the key server until SIGINT or SIGTERM. It prints its URLs on standard output and logs lines of JSON to
-        standard error; who does not read them loses some, and then a line says how many. Relative paths in the configuration file begin at the file's directory. All its keys, and
-        what they mean, are in README.md of the package chutes_proto.server.
+        standard error; who does not read them loses some, and then a line says how many. Relative paths in the
+        configuration file begin at the file's directory. All its keys, and what they mean, are in README.md of the
+        package chutes_proto.server.
 
         A signal to stop sends boots away and serves the rest for limits.drain_seconds; a second one ends it at once.
         Where the store hangs then, the process ends two seconds later: a transaction is done as a whole or not at all.
