@@ -141,7 +141,7 @@ def test_the_deadline_is_that_of_quotes_and_signatures(
         ended = command("agent", "run", "--images", "--config", settings)
     assert (ended.code, time.monotonic() - begun < 15) == (2, True)
     told = " ".join(ended.err.split())
-    assert "sleep: the deadline, retry.deadline_seconds, ended it means This machine cannot make a quote." in told
+    assert "sleep: the deadline, retry.deadline_seconds, ended it means " in told
 
 
 def test_a_dry_run_makes_no_platform(command: Command, write: Callable[[str], Path], tmp_path: Path) -> None:
