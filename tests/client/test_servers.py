@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 from attrs import define, evolve, field, frozen
-from cryptography.x509 import load_pem_x509_certificate
 
-from chutes_proto.auth.certificates import make_client_identity
+from chutes_proto.auth.certificates import spki_sha256
 from chutes_proto.auth.hotkey import HotkeyPair
 from chutes_proto.client import servers
 from chutes_proto.client.policy import RetryPolicy
@@ -24,24 +23,10 @@ from chutes_proto.errors import (
     TransportError,
     Unavailable,
 )
-from chutes_proto.secret import Secret
 from chutes_proto.store.rows import AttestationRow, ServerRow
 from chutes_proto.wire.http import HttpRequest, HttpResponse
-from chutes_proto.wire.miners import NodeArgs
-from tests.server.world import MINER, NOW, World
+from tests.server.world import CERTIFICATES, GPU, MINER, OTHER, World
 
-OTHER = HotkeyPair.from_seed(Secret(bytes(range(32))))
-IDENTITY = make_client_identity(NOW, bytes(32))
-GPU = NodeArgs(
-    uuid="GPU-1",
-    name="NVIDIA H200",
-    memory=150_000_000_000,
-    clock_rate=1_980_000.0,
-    device_index=0,
-    gpu_identifier="h200",
-    verification_host="1.2.3.4",
-    verification_port=30443,
-)
 LOST = TransportError("the answer was lost", maybe_delivered=True)
 NOWHERE = TransportError("nobody listens", maybe_delivered=False)
 
@@ -87,7 +72,7 @@ class Network(World):
 
 @pytest.fixture
 def network() -> Network:
-    return Network(certificate=load_pem_x509_certificate(IDENTITY.certificate_pem))
+    return Network()
 
 
 def miner(pair: HotkeyPair = MINER, **policy: Any) -> Miner:
@@ -109,7 +94,7 @@ FLOWS: dict[str, Callable[[], Flow[Any]]] = {
     "list": lambda: servers.list_servers(miner()),
     "read": lambda: servers.read_server(miner(), "n1"),
     "rename": lambda: servers.rename_server(miner(), "n1", "vm-2"),
-    "attest": lambda: servers.attest_server(miner(), "n1", IDENTITY.spki_sha256),
+    "attest": lambda: servers.attest_server(miner(), "n1", spki_sha256(CERTIFICATES[0])),
     "status": lambda: servers.read_status(miner(), "n1"),
     "remove": lambda: servers.remove_server(miner(), "n1"),
 }

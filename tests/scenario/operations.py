@@ -108,6 +108,10 @@ class Site:
             group.cancel_scope.cancel()
 
 
+Scene = Callable[..., Site]
+"""Plays what is to be done at a server of its own, on a loop and with a store of the test's."""
+
+
 @define
 class Vm:
     """A VM with a throw-away TLS key; each of its methods is one request."""

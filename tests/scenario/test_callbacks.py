@@ -30,8 +30,8 @@ from chutes_proto.wire import json
 from chutes_proto.wire.codec import encode_quote
 from tests.blocking.peers import Behaviour, Credentials, answering, make_credentials, peer, read_request
 from tests.scenario.operations import LOOPS, Site, both_loops, everywhere, open_store, run
-from tests.scenario.test_miner import GPU, client
-from tests.server.world import PLATFORM, ScanAll, service
+from tests.scenario.test_miner import client
+from tests.server.world import GPU, PLATFORM, ScanAll, service
 
 pytestmark = [both_loops, everywhere]
 

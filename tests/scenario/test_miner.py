@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Coroutine
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,43 +20,9 @@ from chutes_proto.blocking.signing import HotkeyAuth, read_hotkey
 from chutes_proto.blocking.tls import client_context
 from chutes_proto.client import servers
 from chutes_proto.errors import BadRequest, ConfigurationError, LocalProtocolError, Refused
-from chutes_proto.secret import Secret
-from chutes_proto.server.app import App
 from chutes_proto.store.rows import ServerRow
-from chutes_proto.wire.miners import NodeArgs
-from tests.scenario.operations import LOOPS, SERVER, Site, both_loops, code, everywhere, open_store, run
-from tests.server.world import MINER, PLATFORM, ScanAll, service
-
-Scene = Callable[..., Site]
-
-OTHER = HotkeyPair.from_seed(Secret(bytes(range(32))))
-GPU = NodeArgs(
-    uuid="GPU-1",
-    name="NVIDIA H200",
-    memory=150_000_000_000,
-    clock_rate=1_980_000.0,
-    device_index=0,
-    gpu_identifier="h200",
-    verification_host="1.2.3.4",
-    verification_port=30443,
-)
-
-
-@pytest.fixture
-def scene(loop: str, kind: str, tmp_path: Path) -> Scene:
-    """Plays a scene at a server of its own."""
-
-    def play(act: Callable[[Site], Coroutine[Any, Any, None]], **policy: Any) -> Site:
-        site = Site(LOOPS[loop], open_store(kind, tmp_path), App(service(**policy)))
-
-        async def main() -> None:
-            async with site.serving():
-                await act(site)
-
-        run(loop, main)
-        return site
-
-    return play
+from tests.scenario.operations import LOOPS, SERVER, Scene, Site, both_loops, code, everywhere, open_store, run
+from tests.server.world import GPU, MINER, OTHER, PLATFORM, ScanAll
 
 
 def client(site: Site, pair: HotkeyPair = MINER, **options: Any) -> Any:

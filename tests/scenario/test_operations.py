@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +29,7 @@ from tests.scenario.operations import (
     LOOPS,
     SERVER,
     VOLUMES,
+    Scene,
     Site,
     Vm,
     both_loops,
@@ -45,25 +45,6 @@ from tests.server.world import HOTKEY, MINER, PLATFORM, service
 T = TypeVar("T")
 
 pytestmark = [both_loops, everywhere]
-
-Scene = Callable[[Callable[[Site], Coroutine[Any, Any, None]]], Site]
-
-
-@pytest.fixture
-def scene(loop: str, kind: str, tmp_path: Path) -> Scene:
-    """Plays a scene at a server of its own."""
-
-    def play(act: Callable[[Site], Coroutine[Any, Any, None]]) -> Site:
-        site = Site(LOOPS[loop], open_store(kind, tmp_path))
-
-        async def main() -> None:
-            async with site.serving():
-                await act(site)
-
-        run(loop, main)
-        return site
-
-    return play
 
 
 def test_boot_sync_and_what_comes_after(scene: Scene) -> None:

@@ -18,9 +18,8 @@ from chutes_proto.blocking.tls import client_context
 from chutes_proto.server.app import App
 from tests.conftest import CI
 from tests.scenario.operations import LOOPS, SERVER, Site, both_loops, code, everywhere, open_store, run
-from tests.scenario.test_miner import GPU
 from tests.server.test_servers import server
-from tests.server.world import PLATFORM, service
+from tests.server.world import GPU, PLATFORM, service
 
 try:
     import bittensor_wallet

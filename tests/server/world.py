@@ -31,12 +31,23 @@ from chutes_proto.testing.platform import PROFILE, SimulatedPlatform
 from chutes_proto.wire import json
 from chutes_proto.wire.codec import encode_quote
 from chutes_proto.wire.http import HttpRequest, HttpResponse
+from chutes_proto.wire.miners import NodeArgs
 
 NOW = 1_800_000_000
 CERTIFICATES = [load_pem_x509_certificate(make_client_identity(NOW, bytes([n]) * 32).certificate_pem) for n in range(2)]
 MINER = HotkeyPair.from_seed(Secret(b"a miner's seed for tests, thirty".ljust(32, b"!")))
 OTHER = HotkeyPair.from_seed(Secret(bytes(range(32))))
 HOTKEY = "5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY"
+GPU = NodeArgs(
+    uuid="GPU-1",
+    name="NVIDIA H200",
+    memory=150_000_000_000,
+    clock_rate=1_980_000.0,
+    device_index=0,
+    gpu_identifier="h200",
+    verification_host="1.2.3.4",
+    verification_port=30443,
+)
 PLATFORM = SimulatedPlatform(b"a world for tests" * 2)
 
 
