@@ -3,7 +3,9 @@
     ChutesError
     ├── LocalProtocolError             you called us wrong
     │   └── ConfigurationError         a file of yours says something it cannot say
-    │       └── FileUnavailable        … or cannot be read or written
+    │       ├── FileUnavailable        … or cannot be read or written
+    │       ├── HandoverRejected       … or what `agent run` left is not for use now
+    │       └── NotInMemory            … or would have a secret written to a disk
     ├── RemoteProtocolError            the peer's bytes are not the protocol
     │   └── UpstreamError              … or a collateral service's answer is of no use
     ├── Refusal                        an answer of the server that is no grant
@@ -12,6 +14,7 @@
     │   └── Unavailable                429, 5xx: not now; ``retry_after`` says when
     ├── TransportError                 no answer; ``maybe_delivered`` says whether the request may have arrived
     ├── QuoteUnavailable               this machine cannot make a quote
+    │   └── SignatureUnavailable       … or the program that signs gives no signature
     ├── CollateralUnavailable          no collateral for a platform
     ├── DiskError                      a disk cannot be used as it is
     │   └── HeaderRejected             … because of what its LUKS2 header says
@@ -41,15 +44,18 @@ __all__ = [
     "ConfigurationError",
     "DiskError",
     "FileUnavailable",
+    "HandoverRejected",
     "HeaderRejected",
     "KeyUnavailable",
     "LocalProtocolError",
+    "NotInMemory",
     "QuoteError",
     "QuoteUnavailable",
     "Refusal",
     "Refused",
     "RemoteProtocolError",
     "SealBroken",
+    "SignatureUnavailable",
     "StoreBusy",
     "StoreError",
     "TransportError",
@@ -73,6 +79,14 @@ class ConfigurationError(LocalProtocolError):
 
 class FileUnavailable(ConfigurationError):
     """A file cannot be read or written; the text names it and says what to do."""
+
+
+class HandoverRejected(ConfigurationError):
+    """What `agent run` left to `agent resume` is not for use now: too old, of another boot, or altered."""
+
+
+class NotInMemory(ConfigurationError):
+    """A file for a secret is on no file system in memory, and the settings do not permit that."""
 
 
 class RemoteProtocolError(ChutesError):
@@ -181,6 +195,10 @@ class TransportError(ChutesError):
 
 class QuoteUnavailable(ChutesError):
     """This machine cannot make a quote; the text says what was tried."""
+
+
+class SignatureUnavailable(QuoteUnavailable):
+    """The program that signs with the hotkey gives no signature; the text has its last words."""
 
 
 class CollateralUnavailable(ChutesError):

@@ -17,7 +17,7 @@ import pytest
 from chutes_proto.auth.hotkey import Hotkey, HotkeyPair
 from chutes_proto.blocking import agent
 from chutes_proto.client.settings import VmIdentity
-from chutes_proto.errors import ConfigurationError, FileUnavailable, QuoteUnavailable
+from chutes_proto.errors import ConfigurationError, FileUnavailable, HandoverRejected, NotInMemory, SignatureUnavailable
 from chutes_proto.secret import Secret
 
 LIMIT = 64
@@ -133,7 +133,7 @@ def test_state_that_others_can_get_at_is_not_used(in_memory: Path, mode: int) ->
     state = in_memory / "boot.json"
     agent.write_state(str(state), Secret(b"state"))
     state.chmod(mode)
-    with pytest.raises(ConfigurationError, match="this user's alone"):
+    with pytest.raises(HandoverRejected, match="this user's alone"):
         _ = agent.read_state(str(state), limit=LIMIT)
 
 
@@ -144,13 +144,13 @@ def test_state_of_another_user_is_not_used(in_memory: Path) -> None:
         os.chown(state, 12345, 12345)
     except PermissionError:
         pytest.skip("only root gives files away")
-    with pytest.raises(ConfigurationError, match="this user's alone"):
+    with pytest.raises(HandoverRejected, match="this user's alone"):
         _ = agent.read_state(str(state), limit=LIMIT)
 
 
 def test_a_pipe_in_its_place_is_not_waited_for(in_memory: Path) -> None:
     os.mkfifo(in_memory / "boot.json", 0o600)
-    with pytest.raises(ConfigurationError, match="not a plain file"):
+    with pytest.raises(HandoverRejected, match="not a plain file"):
         _ = agent.read_state(str(in_memory / "boot.json"), limit=LIMIT)
 
 
@@ -159,7 +159,7 @@ def test_state_goes_to_a_disk_only_where_that_is_said(tmp_path: Path) -> None:
     if kind in agent.IN_MEMORY:
         pytest.skip(f"{tmp_path} is on {kind}")
     state = tmp_path / "boot.json"
-    with pytest.raises(ConfigurationError, match=rf"on {kind}, not in memory.*state.on_disk = true"):
+    with pytest.raises(NotInMemory, match=rf"on {kind}, not in memory.*state.on_disk = true"):
         agent.write_state(str(state), Secret(b"state"))
     assert not state.exists()
     agent.write_state(str(state), Secret(b"state"), on_disk=True)
@@ -230,21 +230,21 @@ def test_a_program_signs(tmp_path: Path) -> None:
 def test_a_program_that_does_not_sign_says_so(tmp_path: Path, text: str, told: str) -> None:
     signer = agent.make_signer(program(tmp_path, text), identity(None))
     assert signer is not None
-    with pytest.raises(QuoteUnavailable, match=told):
+    with pytest.raises(SignatureUnavailable, match=told):
         _ = signer(b"message")
 
 
 def test_a_program_that_does_not_end_is_ended_with_all_it_started(tmp_path: Path) -> None:
     signer = agent.command_signer(program(tmp_path, "sleep 60 & sleep 60").removeprefix("command:"), timeout=0.2)
     begun = time.monotonic()
-    with pytest.raises(QuoteUnavailable, match=r"did not end within 0\.2 s"):
+    with pytest.raises(SignatureUnavailable, match=r"did not end within 0\.2 s"):
         _ = signer(b"message")
     assert time.monotonic() - begun < 30
 
 
 @pytest.mark.parametrize("text", ["command:'", "command:''  x", "command:/nowhere/signer"])
 def test_what_is_no_program(text: str) -> None:
-    with pytest.raises((ConfigurationError, QuoteUnavailable)):
+    with pytest.raises((ConfigurationError, SignatureUnavailable)):
         signer = agent.make_signer(text, identity(None))
         assert signer is not None
         _ = signer(b"message")

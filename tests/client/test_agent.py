@@ -20,10 +20,13 @@ from chutes_proto.errors import (
     ConfigurationError,
     DiskError,
     FileUnavailable,
+    HandoverRejected,
     HeaderRejected,
     LocalProtocolError,
+    NotInMemory,
     QuoteUnavailable,
     RemoteProtocolError,
+    SignatureUnavailable,
     TransportError,
     refusal,
 )
@@ -326,6 +329,9 @@ def test_a_code_that_a_boot_can_meet_has_words_of_its_own(code: Code) -> None:
         HeaderRejected("detail", "detail", "detail", "detail"),
         ConfigurationError("detail"),
         FileUnavailable("detail"),
+        HandoverRejected("detail"),
+        NotInMemory("detail"),
+        SignatureUnavailable("detail"),
         LocalProtocolError("detail"),
     ],
     ids=lambda error: type(error).__name__,
@@ -335,6 +341,41 @@ def test_every_error_means_something_and_repeats_nothing(error: ChutesError) -> 
     assert advice.means.endswith(".")
     assert advice.do.endswith(".")
     assert "detail" not in advice.means + advice.do
+
+
+@pytest.mark.parametrize(
+    ("error", "means", "do"),
+    [
+        (QuoteUnavailable("exit 1"), "This machine cannot make a quote.", "Check that it is a TD"),
+        (
+            SignatureUnavailable("exit 1"),
+            "The program that signs with the hotkey gave no",
+            "Check signer in the settings",
+        ),
+        (ConfigurationError("servers"), "The settings or the config volume say", "See the reason."),
+        (FileUnavailable("boot.json"), "A file or directory that the agent needs cannot be read", "See the reason."),
+        (HandoverRejected("boot.json"), "What `agent run` left for the booted system is too old", "Boot again."),
+        (
+            NotInMemory("boot.json"),
+            "A file that the settings name for a token or a key would be on",
+            "Name one on tmpfs",
+        ),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, ChutesError) else "",
+)
+def test_what_is_wrong_here_is_not_mistaken_for_its_neighbour(error: ChutesError, means: str, do: str) -> None:
+    advice = advise(error)
+    assert advice.means.startswith(means)
+    assert advice.do.startswith(do)
+
+
+@pytest.mark.parametrize("reason", ["no_cryptsetup", "write_lost", "timeout", "key_refused", "unavailable"])
+def test_of_a_disk_no_more_is_said_than_is_known(reason: str) -> None:
+    advice = advise(DiskError(reason, "detail", STORAGE.device))
+    assert advice.means == (
+        "A disk cannot be used as it is, or a program failed on it. No data on it was written over."
+    )
+    assert advice.do == "See the reason."
 
 
 def test_advice_is_plain_text() -> None:

@@ -13,7 +13,7 @@ from chutes_proto.auth.certificates import ClientIdentity, make_client_identity
 from chutes_proto.client.flows import BootGrant
 from chutes_proto.client.handover import LIFE, MAX_SIZE, Handover
 from chutes_proto.client.settings import AgentSettings
-from chutes_proto.errors import ConfigurationError
+from chutes_proto.errors import HandoverRejected
 from chutes_proto.secret import Secret
 from chutes_proto.wire import json
 from tests.client.talk import HOTKEY, ROOT, TOKEN, VM
@@ -63,12 +63,12 @@ def test_a_wiped_root_passphrase_is_not_missed() -> None:
 def test_it_counts_in_its_boot_and_for_its_time(boot_id: str, uptime: float) -> None:
     data = handover().encode().reveal()
     assert read(data, uptime=100.4 + LIFE).server == SERVERS[1]
-    with pytest.raises(ConfigurationError, match="another boot, or more than 600 s ago"):
+    with pytest.raises(HandoverRejected, match="another boot, or more than 600 s ago"):
         _ = read(data, boot_id, uptime)
 
 
 def test_it_names_no_server_that_the_settings_do_not_name() -> None:
-    with pytest.raises(ConfigurationError, match="do not name"):
+    with pytest.raises(HandoverRejected, match="do not name"):
         _ = read(handover(server="https://evil.example").encode().reveal())
 
 
@@ -90,7 +90,7 @@ def test_it_names_no_server_that_the_settings_do_not_name() -> None:
 )
 def test_what_is_not_whole_is_not_used(change: dict[str, Any]) -> None:
     members = {**json.decode(handover().encode().reveal()), **change}
-    with pytest.raises(ConfigurationError, match="not what `agent run`") as raised:
+    with pytest.raises(HandoverRejected, match="not what `agent run`") as raised:
         _ = read(json.encode(members) + b"\n")
     assert TOKEN not in str(raised.value)
 
@@ -101,12 +101,12 @@ def test_a_byte_that_changed_is_noticed_or_meant_nothing_else(at: int, flip: int
     data[at % len(data)] ^= flip
     try:
         found = read(bytes(data))
-    except ConfigurationError:
+    except HandoverRejected:
         return
     assert found.encode() == Secret(bytes(data))  # a value that differs, said in full
 
 
 @pytest.mark.parametrize("data", [b"", b"{}", b"[]", b"\xff", b"[" * 5000, bytes(MAX_SIZE)], ids=len)
 def test_garbage(data: bytes) -> None:
-    with pytest.raises(ConfigurationError):
+    with pytest.raises(HandoverRejected):
         _ = read(data)

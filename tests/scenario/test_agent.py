@@ -318,7 +318,9 @@ def test_state_that_is_not_ours_is_not_used(site: Premises, machine: Machine) ->
     state.chmod(0o600)
     left = json.loads(state.read_text())
     _ = state.write_text(json.dumps({**left, "server": "https://evil.example"}, separators=(",", ":")) + "\n")
-    assert "at a server that the settings do not name" in machine.stops(2, action="resume")
+    told = machine.stops(2, action="resume")
+    assert "boot.json: left by a boot at a server that the settings do not name" in told
+    assert "What `agent run` left for the booted system is too old, of another boot" in told
 
 
 def test_state_is_not_left_on_a_disk(site: Premises, machine: Machine, tmp_path: Path) -> None:

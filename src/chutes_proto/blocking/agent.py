@@ -23,7 +23,14 @@ from typing import TYPE_CHECKING, Final
 
 from chutes_proto.blocking.https import HttpsSender, TimeLimits
 from chutes_proto.blocking.quoting import OutOfTimeError, Quoter
-from chutes_proto.errors import ConfigurationError, FileUnavailable, QuoteUnavailable
+from chutes_proto.errors import (
+    ConfigurationError,
+    FileUnavailable,
+    HandoverRejected,
+    NotInMemory,
+    QuoteUnavailable,
+    SignatureUnavailable,
+)
 
 if TYPE_CHECKING:
     import ssl
@@ -94,8 +101,7 @@ def boot_id() -> str:
 def check_place(path: str, *, on_disk: bool = False) -> None:
     """Make the directory of a state file where it is missing.
 
-    Raises `ConfigurationError` where its file system is not in memory, unless ``on_disk`` permits that, and
-    `FileUnavailable`.
+    Raises `NotInMemory` where its file system is not, unless ``on_disk`` permits that, and `FileUnavailable`.
     """
     parent = Path(path).parent
     try:
@@ -104,7 +110,7 @@ def check_place(path: str, *, on_disk: bool = False) -> None:
     except (OSError, ValueError) as exc:
         raise FileUnavailable(f"{parent}: cannot be made: {_why(exc)}") from None
     if not on_disk and kind not in IN_MEMORY:
-        raise ConfigurationError(
+        raise NotInMemory(
             f"{path}: on {kind}, not in memory: a boot token is not written there; name a file on tmpfs, or say"
             " state.on_disk = true"
         )
@@ -123,12 +129,12 @@ def write_state(path: str, data: Secret, *, on_disk: bool = False) -> None:
 
 
 def read_state(path: str, *, limit: int) -> bytes:
-    """The bytes of a state file that this user made. Raises `FileUnavailable`, `ConfigurationError`."""
+    """The bytes of a state file that this user made. Raises `FileUnavailable`, `HandoverRejected`."""
     try:
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077:
-                raise ConfigurationError(f"{path}: not a plain file that is this user's alone; it is not used")
+                raise HandoverRejected(f"{path}: not a plain file that is this user's alone; it is not used")
             return file.read(limit + 1)
     except FileNotFoundError:
         raise FileUnavailable(f"{path}: not there: `agent run` leaves it, and `agent resume` takes it once") from None
@@ -278,8 +284,8 @@ def make_signer(text: str | None, identity: VmIdentity, deadline: float = math.i
 def command_signer(command: str, *, timeout: float = SIGN_SECONDS, deadline: float = math.inf) -> Signer:
     """A program that signs: the message in hex on its standard input, 64 bytes in hex on its standard output.
 
-    It is run as a quote command is, and ended as one. Raises `ConfigurationError`; the signer, `QuoteUnavailable`,
-    which is tried again.
+    It is run as a quote command is, and ended as one. Raises `ConfigurationError`; the signer,
+    `SignatureUnavailable`, which is tried again.
     """
 
     from chutes_proto.blocking.quoters.command import CommandQuoter
@@ -291,9 +297,12 @@ def command_signer(command: str, *, timeout: float = SIGN_SECONDS, deadline: flo
     run = TimedQuoter(SignCommand(command, timeout=timeout), deadline)
 
     def sign(message: bytes) -> bytes:
-        signature = _SIGNATURE.fullmatch(run(message))
+        try:
+            signature = _SIGNATURE.fullmatch(run(message))
+        except QuoteUnavailable as exc:
+            raise SignatureUnavailable(str(exc)) from exc
         if signature is None:
-            raise QuoteUnavailable(f"{run} did not write a signature, 64 bytes in hex")
+            raise SignatureUnavailable(f"{run} did not write a signature, 64 bytes in hex")
         return bytes.fromhex(signature[1].decode("ascii"))
 
     return sign

@@ -21,10 +21,13 @@ from chutes_proto.errors import (
     ConfigurationError,
     DiskError,
     FileUnavailable,
+    HandoverRejected,
     HeaderRejected,
+    NotInMemory,
     QuoteUnavailable,
     Refusal,
     RemoteProtocolError,
+    SignatureUnavailable,
     TransportError,
     Unavailable,
 )
@@ -127,13 +130,18 @@ def advise(error: ChutesError) -> Advice:
         case TransportError():
             return Advice(
                 "No server that this agent trusts answered in all the time there was.",
-                "If its certificate does not verify, check the VM's clock and the CA file of the settings; else the VM's"
-                " network, and whether the server runs.",
+                "If its certificate does not verify, check the VM's clock and the CA file of the settings; else the"
+                " VM's network, and whether the server runs.",
             )
         case RemoteProtocolError():
             return Advice(
                 "What answered is not a key server of a version that this agent knows.",
                 "Check servers in the settings, and what stands between.",
+            )
+        case SignatureUnavailable():
+            return Advice(
+                "The program that signs with the hotkey gave no signature.",
+                "Check signer in the settings, and that the program gets its key.",
             )
         case QuoteUnavailable():
             return Advice(
@@ -151,7 +159,18 @@ def advise(error: ChutesError) -> Advice:
                 "See the reason.",
             )
         case FileUnavailable():
-            return Advice("A file or directory that the agent needs is not there.", "See the reason.")
+            return Advice("A file or directory that the agent needs cannot be read or written.", "See the reason.")
+        case HandoverRejected():
+            return Advice(
+                "What `agent run` left for the booted system is too old, of another boot, or not as it was left.",
+                "Boot again. If it comes back, compare image and settings of both stages, and see what holds"
+                " `agent resume` up.",
+            )
+        case NotInMemory():
+            return Advice(
+                "A file that the settings name for a token or a key would be on a disk, not in memory.",
+                "Name one on tmpfs in state of the settings.",
+            )
         case ConfigurationError():
             return Advice("The settings or the config volume say something they cannot say.", "See the reason.")
         case _:

@@ -18,7 +18,7 @@ from attrs import frozen
 from chutes_proto.auth.certificates import ClientIdentity
 from chutes_proto.client.flows import BootGrant
 from chutes_proto.client.settings import AgentSettings
-from chutes_proto.errors import ConfigurationError
+from chutes_proto.errors import HandoverRejected
 from chutes_proto.secret import Secret
 from chutes_proto.wire import json
 from chutes_proto.wire.names import HEX_32
@@ -64,18 +64,18 @@ class Handover:
 
     @classmethod
     def decode(cls, data: bytes, settings: AgentSettings, *, boot_id: str, uptime: float) -> Handover:
-        """What ``data`` says, for use now. Raises `ConfigurationError`, whose text repeats nothing of it."""
+        """What ``data`` says, for use now. Raises `HandoverRejected`, whose text repeats nothing of it."""
         try:
             members = json.decode(data)
         except json.JsonError:
             members = None
         handover = _read(cast("dict[str, object]", members) if isinstance(members, dict) else {})
         if handover is None or handover.encode() != Secret(data):
-            raise ConfigurationError("not what `agent run` of this version leaves; boot again")
+            raise HandoverRejected("not what `agent run` of this version leaves; boot again")
         if handover.boot_id != boot_id or not 0 <= uptime - handover.granted < LIFE:
-            raise ConfigurationError(f"left by another boot, or more than {LIFE} s ago; boot again")
+            raise HandoverRejected(f"left by another boot, or more than {LIFE} s ago; boot again")
         if handover.server not in settings.servers:
-            raise ConfigurationError("left by a boot at a server that the settings do not name; boot again")
+            raise HandoverRejected("left by a boot at a server that the settings do not name; boot again")
         return handover
 
 
