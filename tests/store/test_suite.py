@@ -32,7 +32,7 @@ from chutes_proto.store.rows import (
 )
 from chutes_proto.store.run import Unit, run_script
 from chutes_proto.store.sql import key_of
-from chutes_proto.testing.store_suite import CASES, Case, Harness
+from chutes_proto.testing.store_suite import Case, Harness, operations, transactions
 from tests.store.bindings import BindingHarness
 from tests.store.harness import (
     MemoryHarness,
@@ -44,6 +44,8 @@ from tests.store.harness import (
 )
 
 T = TypeVar("T")
+
+CASES = operations.CASES + transactions.CASES
 
 
 @pytest.fixture(params=["memory", "sqlite", "sqlite-shared", "postgresql", "postgresql-shared"])

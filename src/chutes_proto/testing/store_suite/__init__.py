@@ -1,0 +1,231 @@
+"""The contract of a store, as cases that any store must pass; here is what cases are made of.
+
+A store's tests bring a `Harness` and run each case of ``operations.py`` and ``transactions.py`` with a new one. A case
+raises `AssertionError`.
+
+Rules kept here:
+
+* a case knows the store by `transact` alone, and what the store holds by `Scan`;
+* entropy is made from labels, so two runs of a case do the same;
+* what a store must do under a race is tried with as many callers at once as the harness can bring.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeAlias, TypeVar
+
+from attrs import frozen
+
+from chutes_proto.codes import Code
+from chutes_proto.errors import Refused
+from chutes_proto.keys.generations import K3S_VOLUME
+from chutes_proto.keys.vault import FreshKey, KeyEncryptionKey, Vault
+from chutes_proto.secret import Secret
+from chutes_proto.store.rows import ROWS, Platform, ReadHorizon, Scan, StoreOp, Vm
+from chutes_proto.store.run import Script, Store, Unit
+from chutes_proto.units.boot import GrantBoot
+from chutes_proto.units.rotation import AttestVolumes, ConfirmNonce, ConfirmVolumes
+from chutes_proto.units.volumes import ReadVolume, SyncVolumes
+
+T = TypeVar("T")
+
+
+class Harness(Protocol):
+    """One empty store, and a way to call it from several places at once."""
+
+    def open(self) -> Store:
+        """A handle; all handles of one harness see the same rows, as different processes would."""
+        ...
+
+    def together(self, calls: Sequence[Callable[[], T]]) -> list[T | Exception]:
+        """Make all calls at once, each in a thread of its own; what each returned or raised, in order."""
+        ...
+
+
+Case: TypeAlias = Callable[[Harness], None]
+
+# --- requests to try a store with ---
+
+NOW = 1_800_000_000
+VAULT = Vault(KeyEncryptionKey.from_bytes(bytes(range(32))))
+VM = Vm("5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY", "vm-0")
+CALLERS = 8
+
+
+def entropy(label: str, size: int) -> bytes:
+    """Bytes that are another label's with no chance worth speaking of."""
+    return hashlib.shake_256(label.encode()).digest(size)
+
+
+def fresh(label: str) -> FreshKey:
+    """The key that ``label`` stands for."""
+    return FreshKey.from_entropy(entropy(f"key {label}", FreshKey.SIZE))
+
+
+def platform(label: str) -> Platform:
+    """A platform with an instance id."""
+    return Platform(entropy(f"instance {label}", 16), entropy(f"ppid {label}", 16))
+
+
+def boot(label: str, *, now: int = NOW, vm: Vm = VM) -> GrantBoot:
+    """A boot of ``vm`` on platform ``home``; another label has another nonce, token, certificate and root entropy."""
+    return GrantBoot(
+        now=now,
+        boot_id=entropy(f"boot {label}", 16).hex(),
+        nonce=entropy(f"nonce {label}", 32),
+        nonce_purpose="boot",
+        nonce_issued_at=now - 5,
+        vm=vm,
+        platform=platform("home"),
+        hotkey_proven=False,
+        certificate=entropy(f"certificate {label}", 32),
+        profile_name="profile",
+        profile_version="1.0",
+        exchange="base",
+        token_needs_certificate=False,
+        token_digest=entropy(f"token {label}", 32),
+        quote_digest=entropy(f"quote {label}", 32),
+        peer_address="192.0.2.1",
+        vault=VAULT,
+        root=fresh(f"root {label}"),
+    )
+
+
+def sync(granted: GrantBoot, body: str, *volumes: str, rekey: Sequence[str] = ()) -> SyncVolumes:
+    """A sync with the token of ``granted``, from its VM and with its certificate, one second later."""
+    return SyncVolumes(
+        now=granted.now + 1,
+        request_id=entropy(f"request {body}", 16).hex(),
+        vm=granted.vm,
+        token_digest=granted.token_digest,
+        certificate=granted.certificate,
+        body_digest=entropy(f"body {body}", 32),
+        volumes=volumes,
+        rekey=frozenset(rekey),
+        formatted=None,
+        fresh={volume: fresh(f"{granted.boot_id} {body} {volume}") for volume in volumes},
+        vault=VAULT,
+    )
+
+
+def read(granted: GrantBoot, volume: str) -> ReadVolume:
+    """A read of one volume with the token of ``granted``, from its VM and with its certificate, one second later."""
+    return ReadVolume(
+        now=granted.now + 1,
+        request_id=entropy(f"read {granted.boot_id} {volume}", 16).hex(),
+        vm=granted.vm,
+        token_digest=granted.token_digest,
+        certificate=granted.certificate,
+        volume=volume,
+        vault=VAULT,
+    )
+
+
+def attest(granted: GrantBoot, body: str, *volumes: str, formatted: Sequence[str] | None = None) -> AttestVolumes:
+    """An attestation of ``volumes`` with the quote nonce of ``granted``, a two-phase boot, one second later."""
+    nonce = entropy(f"confirm {granted.boot_id}", 32)
+    fresh_keys = {volume: fresh(f"{granted.boot_id} {body} {volume}") for volume in volumes}
+    return AttestVolumes(
+        now=granted.now + 1,
+        request_id=entropy(f"request {granted.boot_id} {body}", 16).hex(),
+        vm=granted.vm,
+        nonce_digest=granted.token_digest,
+        certificate=granted.certificate,
+        body_digest=entropy(f"body {body}", 32),
+        quote_digest=entropy(f"runtime quote {body}", 32),
+        profile_name=granted.profile_name,
+        profile_version=granted.profile_version,
+        pin=granted.platform.pin,
+        peer_address=granted.peer_address,
+        volumes=volumes,
+        formatted=None if formatted is None else frozenset(formatted),
+        fresh={**fresh_keys, K3S_VOLUME: fresh(f"{granted.boot_id} {body} k3s")},
+        confirm_nonces=(ConfirmNonce(Secret(nonce), hashlib.sha256(nonce).digest()),),
+        vault=VAULT,
+    )
+
+
+def confirm(attested: AttestVolumes, rotated: Mapping[str, bool]) -> ConfirmVolumes:
+    """The confirmation of what ``attested`` was handed, one second later."""
+    body = repr(sorted(rotated.items()))
+    return ConfirmVolumes(
+        now=attested.now + 1,
+        request_id=entropy(f"confirm {attested.request_id} {body}", 16).hex(),
+        vm=attested.vm,
+        nonce_digest=attested.confirm_nonces[0].digest,
+        body_digest=entropy(f"body {body}", 32),
+        rotated=tuple(rotated.items()),
+        vault=VAULT,
+    )
+
+
+@frozen
+class Ask(Unit[T]):
+    """One operation as a transaction of its own."""
+
+    op: StoreOp[T]
+
+    def script(self) -> Script[T]:
+        """The operation."""
+        return (yield from self.op)
+
+
+class Interruption(Exception):
+    """What an `Interrupted` unit raises."""
+
+
+@frozen
+class Interrupted(Unit[T]):
+    """``unit``, which raises `Interruption` after ``operations`` of its operations; with fewer, it ends as usual."""
+
+    unit: Unit[T]
+    operations: int
+
+    def script(self) -> Script[T]:
+        """The operations of the unit, one by one."""
+        script = self.unit.script()
+        reply: Any = None
+        for _ in range(self.operations):
+            try:
+                op = script.send(reply)
+            except StopIteration as stop:
+                result: T = stop.value
+                return result
+            reply = yield from op
+        script.close()
+        raise Interruption
+
+
+@frozen
+class Everything(Unit[tuple[object, ...]]):
+    """The horizon, then all rows of each kind."""
+
+    def script(self) -> Script[tuple[object, ...]]:
+        """One scan after the other."""
+        found: tuple[object, ...] = ((yield from ReadHorizon()),)
+        for kind in ROWS:
+            found = (*found, (yield from Scan(kind)))
+        return found
+
+
+def dump(store: Store) -> tuple[object, ...]:
+    """All that a store holds."""
+    return store.transact(Everything())
+
+
+def expect(found: object, wanted: object, what: str) -> None:
+    """Raises `AssertionError` unless both are equal."""
+    if found != wanted:
+        raise AssertionError(f"{what}: {found!r}, not {wanted!r}")
+
+
+def expect_refused(call: Callable[[], object], code: Code) -> None:
+    """Raises `AssertionError` unless the call is refused with ``code``."""
+    try:
+        reply = call()
+    except Refused as exc:
+        expect(exc.code, code, "code of the refusal")
+    else:
+        raise AssertionError(f"not refused: {reply!r}")
