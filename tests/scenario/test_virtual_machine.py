@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from attrs import define, field
+from attrs import define, evolve, field
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from chutes_proto.auth.certificates import ServerIdentity, make_server_identity
@@ -55,6 +55,7 @@ PACKAGES = {
     "cpio": "cpio",
     "zstd": "zstd",
     "mke2fs": "e2fsprogs",
+    "xorriso": "xorriso",
     "cryptsetup": "cryptsetup-bin",
     "dmsetup": "dmsetup",
     PYTHON: "python3",
@@ -153,6 +154,7 @@ configure_networking
 """
 
 # As an operator writes them, see examples/systemd/README.md.
+(CONFIG_MOUNT,) = re.findall("^    (LABEL=config .*\n)", (ROOT / "examples/systemd/README.md").read_text(), re.M)
 FSTAB = """\
 /dev/mapper/storage /data ext4 _netdev,x-systemd.requires=storage-makefs.service,x-systemd.device-timeout=15min 0 2
 """
@@ -186,9 +188,51 @@ REPORT = """\
 [ -e /data/kept ] && echo "PROBE: storage holds $(cat /data/kept)"
 echo "the data of storage" >/data/kept
 for name in storage tdx-cache; do echo "PROBE: $name is $(dmsetup table "$name")"; done
+systemctl restart "$1" 2>&1 | sed "s/^/RESTART: /"
 systemctl status --no-pager --full "$1" | sed "s/^/STATUS: /"
 journalctl --no-pager --boot | sed "s/^/JOURNAL: /"
+systemctl start --no-block end.service
+"""
+# Says no more than that it requires the unit: not what it needs of the mount.
+WRITER = """\
+[Unit]
+Requires=UNIT
+After=UNIT
+
+[Service]
+Type=oneshot
+ExecStart=/bin/sh -c "echo PROBE: written into the bare mount point"
+StandardOutput=tty
+TTYPath=/dev/console
+
+[Install]
+WantedBy=multi-user.target
+"""
+END_SERVICE = """\
+[Unit]
+After=multi-user.target report.service writer.service
+IgnoreOnIsolate=yes
+
+[Service]
+Type=oneshot
+ExecStart=/usr/lib/chutes-proto/end UNIT
+StandardOutput=tty
+TTYPath=/dev/console
+
+[Install]
+WantedBy=multi-user.target
+"""
+END = """\
+#!/bin/sh
+systemctl isolate bare.target
+echo "END: $1 is $(systemctl is-active "$1")"
 systemctl poweroff
+"""
+BARE = """\
+[Unit]
+Requires=basic.target
+After=basic.target
+AllowIsolate=yes
 """
 
 # The system on the root disk.
@@ -446,7 +490,7 @@ class Machine:
         write_tree(tree, settings | {"usr/sbin/init": INIT})
         return self.file_system(tree)
 
-    def make_systemd(self, unit: str) -> Path:
+    def make_systemd(self, unit: str, *enabled: str) -> Path:
         """A file system with this machine's systemd, the unit as it is shipped, and what needs the unit's volumes."""
         self.words = "rw init=/usr/lib/systemd/systemd systemd.getty_auto=0 systemd.log_color=0 SYSTEMD_COLORS=0"
         self.words += " guest_device initcall_blacklist=virtio_vsock_init"
@@ -461,7 +505,11 @@ class Machine:
             "etc/systemd/system/report.service": SERVICE.replace("UNIT", unit),
             "usr/lib/chutes-proto/report": REPORT,
             "etc/systemd/system/storage-makefs.service": MAKEFS.replace("UNIT", unit),
-            "etc/fstab": FSTAB,
+            "etc/systemd/system/writer.service": WRITER.replace("UNIT", unit),
+            "etc/systemd/system/end.service": END_SERVICE.replace("UNIT", unit),
+            "etc/systemd/system/bare.target": BARE,
+            "usr/lib/chutes-proto/end": END,
+            "etc/fstab": FSTAB + (CONFIG_MOUNT if "config" in self.disks else ""),
             "etc/machine-id": f"{os.urandom(16).hex()}\n",
             "etc/passwd": "root:x:0:0:root:/root:/bin/sh\n",
             "etc/group": "root:x:0:\n",
@@ -472,7 +520,8 @@ class Machine:
         for name in ("bin", "lib", "lib64", "sbin"):
             (tree / name).symlink_to(f"usr/{name}")
         build(tree / "usr/lib/chutes-proto/agent.pyz", PYTHON)
-        _ = subprocess.run(["systemctl", f"--root={tree}", "enable", "--quiet", unit, "report.service"], check=True)
+        command = ["systemctl", f"--root={tree}", "enable", "--quiet", unit, "report.service", *enabled]
+        _ = subprocess.run(command, check=True)
         return self.file_system(tree)
 
     def file_system(self, tree: Path) -> Path:
@@ -485,6 +534,24 @@ class Machine:
         _ = subprocess.run(["mke2fs", "-q", "-t", "ext4", "-b", "4096", "-d", tree, plain], check=True, timeout=SECONDS)
         shutil.rmtree(tree)
         return plain
+
+    def add_config_volume(self) -> None:
+        """Who the VM is stands on a disk of the host's, and nowhere else."""
+        folder = self.folder / "config"
+        write_tree(folder, {"hostname": "vm-1\n", "miner-ss58": f"{HOTKEY}\n"})
+        command: list[str | Path] = ["xorriso", "-as", "mkisofs", "-quiet", "-V", "config", "-R"]
+        _ = subprocess.run([*command, "-o", self.disk("config"), folder], check=True, timeout=SECONDS)
+        self.disks.append("config")
+        settings = {name: value for name, value in self.image.settings.items() if name not in {"vm_name", "hotkey"}}
+        self.image = evolve(self.image, settings=settings)
+        self.settings["config_volume.directory"] = "/run/config-volume"
+
+    def root_is_plain(self, system: Path) -> None:
+        """And the initramfs has no agent."""
+        _ = system.rename(self.disk("root"))
+        self.disks.insert(0, "root")
+        self.root = "/dev/disk/by-id/virtio-root"
+        self.files["scripts/local-top/chutes-proto"] = NETWORK
 
     def root_is_encrypted(self) -> None:
         """In the settings of the initramfs and of its root disk."""
@@ -571,6 +638,12 @@ def test_keys_are_rotated_and_the_data_stays(machine: Machine, site: Premises) -
     for name in VOLUMES:
         assert f"PROBE: {name} holds the data of {name}" in rotated
         assert machine.prints()[name] != prints[name]
+
+
+def test_the_config_volume_says_who_the_machine_is(machine: Machine, site: Premises) -> None:
+    site.start()
+    machine.add_config_volume()
+    assert f"VM vm-1 of hotkey {HOTKEY}" in " ".join(machine.boots().split())
 
 
 def test_a_server_that_comes_up_late_is_waited_for(machine: Machine, site: Premises) -> None:
@@ -671,6 +744,8 @@ def test_systemd_opens_the_volumes_and_mounts_after_it(machine: Machine, site: P
         assert "going on with the boot of VM vm-1" in told
         assert re.search(r"^PROBE: storage is 0 [0-9]+ crypt aes-xts-plain64 ", told, re.M)
         assert "STATUS:      Active: active (exited)" in told
+        assert "RESTART: Failed to restart chutes-proto-resume.service: Operation refused" in told
+        assert "END: chutes-proto-resume.service is active" in told
         assert re.search("^JOURNAL: .*DONE: VM vm-1 is booted$", told, re.M)
         assert "Received message with invalid length" not in told  # udevd, of a connection that says nothing
         assert boot == 0 or "PROBE: storage holds the data of storage" in told
@@ -679,10 +754,8 @@ def test_systemd_opens_the_volumes_and_mounts_after_it(machine: Machine, site: P
 def test_a_refusal_under_systemd_stops_what_needs_the_volumes(machine: Machine, site: Premises) -> None:
     site.start()
     unit = "chutes-proto-agent.service"
-    _ = machine.make_systemd(unit).rename(machine.disk("root"))
-    machine.disks.insert(0, "root")
-    machine.root = "/dev/disk/by-id/virtio-root"
-    machine.files["scripts/local-top/chutes-proto"] = NETWORK
+    machine.add_config_volume()
+    machine.root_is_plain(machine.make_systemd(unit))
     machine.faults = [quoting(lambda data: site.platform.quote(data, stage="runtime"))]
     told = machine.stops()
     assert "measurement_mismatch (status 403)" in told
@@ -692,3 +765,19 @@ def test_a_refusal_under_systemd_stops_what_needs_the_volumes(machine: Machine, 
     assert re.search(r"reboot: Power down$", told)
     told = machine.boots()
     assert "STATUS:      Active: active (exited)" in told
+    assert "RESTART: Failed to restart chutes-proto-agent.service: Operation refused" in told
+    assert "END: chutes-proto-agent.service is active" in told
+
+
+def test_what_needs_the_volumes_does_not_start_where_the_initramfs_left_nothing(
+    machine: Machine, site: Premises
+) -> None:
+    site.start()
+    unit = "chutes-proto-resume.service"
+    machine.root_is_plain(machine.make_systemd(unit, "writer.service", "end.service"))
+    told = machine.boot()
+    assert "[ASSERT] Assertion failed for chutes-proto" in told
+    for dependent in ("writer.service", "storage-makefs.service", "data.mount", "report.service"):
+        assert f"[DEPEND] Dependency failed for {dependent}" in told
+    assert "PROBE" not in told
+    assert f"END: {unit} is inactive" in told  # not failed: no FailureAction, the machine stays up
