@@ -107,7 +107,7 @@ def test_a_command_makes_the_quote(boot: Command, tmp_path: Path, platform: Path
     [
         (["--quoter", "false"], "the quote command false ended with exit status 1"),
         (["--quoter", "no-such-program"], "cannot be run: No such file"),
-        (["--quoter", ""], "the quote command is empty"),
+        (["--quoter", ""], "the quote command: it names no program"),
         (["--quoter", "'"], "No closing quotation"),
         (["--volumes", "a,,b"], "is not a volume's name"),
         (["--volumes", "../up"], "is not a volume's name"),
