@@ -225,6 +225,7 @@ WantedBy=multi-user.target
 END = """\
 #!/bin/sh
 systemctl isolate bare.target
+while systemctl list-jobs --no-pager | grep -q " stop "; do sleep 1; done
 echo "END: $1 is $(systemctl is-active "$1")"
 systemctl poweroff
 """
