@@ -13,7 +13,6 @@ from contextlib import asynccontextmanager
 from chutes_proto.blocking.setup import check_keys, load_setup
 from chutes_proto.server.app import App
 from chutes_proto.transport.asgi import AsgiApp
-from chutes_proto.transport.h1 import Limits
 
 if os.environ.get("CHUTES_LOOP") == "trio":
     from chutes_proto_trio.collateral import open_performer
@@ -25,8 +24,7 @@ if "CHUTES_CONFIG" not in os.environ:
 setup = load_setup(os.environ["CHUTES_CONFIG"])
 store = setup.store.open()
 _ = check_keys(store, setup.service.vault)
-limits = Limits.of(setup.config.limits)
-app = AsgiApp(App(setup.service), open_performer(store, setup.collateral), limits=limits)
+app = AsgiApp(App(setup.service), open_performer(store, setup.collateral), limits=setup.limits)
 
 
 def mounted():

@@ -42,6 +42,7 @@ from chutes_proto.server.proxy import TrustedProxies
 from chutes_proto.server.service import Service
 from chutes_proto.store.rows import CountSealed
 from chutes_proto.store.run import Script, Unit
+from chutes_proto.transport.h1 import Limits
 from chutes_proto.transport.tls import ServerContext, server_context
 
 T = TypeVar("T")
@@ -60,6 +61,12 @@ class ServerSetup:
     tls: ServerContext
     store: StorePlace
     base: Path
+
+    @property
+    def limits(self) -> Limits:
+        """Those of each connection."""
+        said = self.config.limits
+        return Limits(head_bytes=said.head_bytes, body_bytes=said.body_bytes, request_seconds=said.request_seconds)
 
     def reload_tls(self) -> ServerContext:
         """The certificate and key as the files have them now. Raises `ConfigurationError`."""

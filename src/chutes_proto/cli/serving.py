@@ -20,7 +20,6 @@ from chutes_proto.errors import ConfigurationError
 from chutes_proto.log import Level, Record
 from chutes_proto.quote.roots import INTEL_ROOT
 from chutes_proto.server.app import App
-from chutes_proto.transport.h1 import Limits
 
 if TYPE_CHECKING:
     from chutes_proto.blocking.collateral import UpstreamCollateral
@@ -119,13 +118,13 @@ async def open_server(
     log: Callable[[Record], None],
 ) -> AsyncGenerator[Any]:
     """The server of a binding."""
-    options = setup.config.limits
-    connections = room_for(options.connections)
-    if connections < options.connections:
+    wanted = setup.config.limits.connections
+    connections = room_for(wanted)
+    if connections < wanted:
         about = f"limits.connections: the system lets this process open files for {connections}; raise its limit"
         log(Record(Level.WARNING, "warning", {"about": about}))
     async with on.open_performer(store, collateral, log=log) as performer:
-        yield on.server(App(setup.service), performer, limits=Limits.of(options), connections=connections)
+        yield on.server(App(setup.service), performer, limits=setup.limits, connections=connections)
 
 
 def serve_until_stopped(

@@ -35,7 +35,6 @@ from chutes_proto.wire.http import Headers, HttpRequest, HttpResponse, Malformed
 
 if TYPE_CHECKING:
     from chutes_proto.effects import Flow
-    from chutes_proto.server.config import LimitOptions
     from chutes_proto.transport.tls import TlsSession
 
 try:
@@ -88,13 +87,6 @@ class Limits:
     write_seconds: float = 30.0
     linger_seconds: float = 2.0
     linger_bytes: int = 1024 * 1024
-
-    @classmethod
-    def of(cls, options: LimitOptions) -> Limits:
-        """Those of a server's configuration."""
-        return cls(
-            head_bytes=options.head_bytes, body_bytes=options.body_bytes, request_seconds=options.request_seconds
-        )
 
 
 DEFAULT_LIMITS: Final = Limits()
