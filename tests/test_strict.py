@@ -28,7 +28,7 @@ class Whole:
     maybe: str | None = None
 
 
-STRUCTURER = Structurer(forbid_extra_keys=True)
+STRUCTURER = Structurer(own_file=True)
 
 
 def problems(value: object, structurer: Structurer = STRUCTURER) -> list[tuple[str, str]]:

@@ -64,13 +64,13 @@ class Structurer:
     """Makes attrs values of plain data. ``hooks``: how types of the caller's are made, beside the usual ones.
 
     A type may be optional, a ``Literal`` of words, a ``tuple[…, ...]``, or a ``Mapping[str, …]``, in whose problems'
-    paths the place stands for the name, which is input. With ``forbid_extra_keys`` the input is its author's own file:
+    paths the place stands for the name, which is input. With ``own_file`` the input is its author's own file:
     unknown names are problems, and names are told.
     """
 
-    def __init__(self, hooks: Sequence[tuple[Any, Hook]] = (), *, forbid_extra_keys: bool = False) -> None:
+    def __init__(self, hooks: Sequence[tuple[Any, Hook]] = (), *, own_file: bool = False) -> None:
         self._hooks: dict[Any, Hook] = dict([*_USUAL, *hooks])
-        self._forbid_extra_keys = forbid_extra_keys
+        self._own_file = own_file
 
     def structure(self, value: object, kind: type[T]) -> T:
         """``value`` as a ``kind``. Raises `ProblemsError`."""
@@ -111,7 +111,7 @@ class Structurer:
             case (origin, (item, end)) if origin is tuple and end is ...:
                 return list_of(self._hook(item))
             case (origin, (key, item)) if origin is Mapping and key is str:
-                return _mapping_of(self._hook(item), tell_names=self._forbid_extra_keys)
+                return _mapping_of(self._hook(item), tell_names=self._own_file)
             case _:
                 raise TypeError(f"nothing makes a {kind}")
 
@@ -131,7 +131,7 @@ class Structurer:
                         raise MismatchError("missing", "Field required")
                 except ProblemsError as exc:
                     problems += exc.at(field.name)
-            if self._forbid_extra_keys:
+            if self._own_file:
                 problems += [Problem((name,), "extra_forbidden", "Unknown key") for name in sorted({*table} - known)]
             if problems:
                 raise ProblemsError(problems)

@@ -35,8 +35,8 @@ from attrs import define, field
 from chutes_proto.errors import ConfigurationError, StoreBusy, StoreError
 from chutes_proto.store.rows import ROWS, CountSealed, ReadAudit, ReadNames, ReadOtherwiseSealed, Scan, VoidTokens
 from chutes_proto.store.run import run_script
-from chutes_proto.store.sql import READ_VERSION, decode, placeholders, statement
-from chutes_proto.store.versions import LOST, Versions
+from chutes_proto.store.sql import READ_VERSION, LostFactError, decode, placeholders, statement
+from chutes_proto.store.versions import Versions
 
 try:
     import psycopg
@@ -260,8 +260,8 @@ class PostgresStore:
                 raise self._fault(f"a value of {type(op).__name__} cannot be kept: {type(exc).__name__}") from exc
             try:
                 return decode(op, cursor.fetchall() if cursor.description else ())
-            except IndexError:  # a fact is always there
-                raise self._fault(LOST) from None
+            except LostFactError as exc:
+                raise self._fault(str(exc)) from None
 
         return run_script(unit.script(), perform)
 

@@ -29,8 +29,8 @@ from attrs import define, field
 from chutes_proto.errors import StoreBusy, StoreError
 from chutes_proto.store.rows import ROWS
 from chutes_proto.store.run import Unit, run_script
-from chutes_proto.store.sql import READ_VERSION, decode, statement
-from chutes_proto.store.versions import LOST, Versions
+from chutes_proto.store.sql import READ_VERSION, LostFactError, decode, statement
+from chutes_proto.store.versions import Versions
 
 if TYPE_CHECKING:
     from chutes_proto.store.rows import StoreOp
@@ -216,8 +216,8 @@ class SqliteStore:
                 raise self._fault(f"a value of {type(op).__name__} cannot be kept: {type(exc).__name__}") from exc
             try:
                 return decode(op, rows)
-            except IndexError:  # a fact is always there
-                raise self._fault(LOST) from None
+            except LostFactError as exc:
+                raise self._fault(str(exc)) from None
 
         _ = connection.execute("SAVEPOINT unit")
         try:

@@ -354,4 +354,4 @@ def _wrong(name: str, what: str) -> ConfigurationError:
     return ConfigurationError(f"config volume: {name}: {what}")
 
 
-_STRUCTURER: Final = Structurer(forbid_extra_keys=True)
+_STRUCTURER: Final = Structurer(own_file=True)

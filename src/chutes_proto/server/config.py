@@ -383,5 +383,5 @@ def _service(value: object) -> CollateralService:
 
 
 _STRUCTURER: Final = Structurer(
-    [(tuple[str, ...] | Literal["*"], _hotkeys), (CollateralService, _service)], forbid_extra_keys=True
+    [(tuple[str, ...] | Literal["*"], _hotkeys), (CollateralService, _service)], own_file=True
 )

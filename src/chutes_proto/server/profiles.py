@@ -104,4 +104,4 @@ def _image_passphrase(named: str, data: bytes) -> Secret:
     return Secret(value)
 
 
-_STRUCTURER = Structurer(forbid_extra_keys=True)
+_STRUCTURER = Structurer(own_file=True)

@@ -286,6 +286,13 @@ def placeholders(statement: str, dialect: Dialect) -> str:
     return statement if dialect == "sqlite" else statement.replace("?", "%s")
 
 
+class LostFactError(Exception):
+    """A row of the ``fact`` table is missing: a database of ours has all of them from its first instant."""
+
+    def __init__(self) -> None:
+        super().__init__("it is damaged: a row of the table fact is missing; stop the server and restore a backup")
+
+
 # --- rows and columns ---
 
 
@@ -417,6 +424,12 @@ def _number(rows: Rows) -> Any:
     return rows[0][0]
 
 
+def _fact(rows: Rows) -> Any:
+    if not rows:
+        raise LostFactError
+    return rows[0][0]
+
+
 def _sorted(kind: type[Row], rows: Rows) -> tuple[Any, ...]:
     return decode_rows(kind, sorted(rows, key=itemgetter(slice(len(kind.KEY)))))
 
@@ -488,7 +501,7 @@ _QUERIES: Final[dict[type[StoreOp[Any]], _Query]] = {
         " RETURNING value, purpose, issued_at, redeemed_at",
         partial(_sorted, NonceRow),
     ),
-    ReadHorizon: _query("SELECT value FROM fact WHERE name = 'nonce_horizon'", _number),
+    ReadHorizon: _query("SELECT value FROM fact WHERE name = 'nonce_horizon'", _fact),
     RaiseHorizon: _query("UPDATE fact SET value = :to WHERE name = 'nonce_horizon' AND value < :to"),
     # names and boots
     ReadVm: _one(VmRow, _THE_VM),

@@ -11,7 +11,7 @@ Rules kept here:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Any
 
 from attrs import frozen
 
@@ -20,8 +20,6 @@ from chutes_proto.store import sql
 from chutes_proto.store.rows import ROWS, ReadHorizon
 
 MIGRATE = "chutes-proto store migrate"
-
-LOST: Final = "it is damaged: a row of the table fact is missing; stop the server and restore a backup"
 
 
 @frozen
@@ -83,4 +81,4 @@ class Versions:
         return found
 
     def _lost(self) -> StoreError:
-        return StoreError(f"store {self.name}: {LOST}")
+        return StoreError(f"store {self.name}: {sql.LostFactError()}")
