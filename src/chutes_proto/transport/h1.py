@@ -52,7 +52,7 @@ _CLOSE: Final = ("connection", "close")
 
 _BARE_LF: Final = re.compile(rb"[^\r]\n|\A\n\Z")  # trailers that are read on their own may be no more than the LF
 _FOLDED: Final = re.compile(rb"\n[ \t]")
-_LENGTH: Final = re.compile(rb"\ncontent-length:[ \t]*(.*?)[ \t]*\r", re.IGNORECASE)
+_LENGTH: Final = re.compile(rb"\ncontent-length:(.*)\r", re.IGNORECASE)
 
 
 class Application(Protocol):
@@ -307,7 +307,7 @@ class ServerConnection:
                     if len(self._body) > self._limits.body_bytes:
                         raise BadRequest(Code.BODY_TOO_LARGE, "Request body too large")
                 case h11.EndOfMessage() if self._head is not None:
-                    _refuse_bare_lf(read)
+                    _check_lines(read)
                     if self._h11.their_state not in (h11.DONE, h11.MUST_CLOSE):  # it waits to hear that nobody switches
                         _ = self._h11.send(h11.Response(status_code=400, headers=[]))
                     self._ready = self._request(self._head)
@@ -347,11 +347,10 @@ class ServerConnection:
     def _begin(self, head: h11.Request, sent: bytes) -> None:
         self._head, self._body = head, bytearray()
         headers = dict(head.headers)
-        _refuse_bare_lf(sent)
-        if _FOLDED.search(sent):  # RFC 9112, section 5.2
-            raise BadRequest(Code.BAD_REQUEST, "Bad Request", reason="a folded line in the request's head")
+        _check_lines(sent)
         length = int(headers.get(b"content-length", b"0"))
-        if _LENGTH.findall(sent) not in ([], [b"%d" % length]):  # h11 makes one of several that are equal
+        said = [value.strip(b" \t") for value in _LENGTH.findall(sent)]
+        if said not in ([], [b"%d" % length]):  # h11 makes one of several that are equal
             raise BadRequest(Code.BAD_REQUEST, "Bad Request", reason="the request's length is not one plain number")
         if head.http_version not in (b"1.0", b"1.1"):
             raise BadRequest(Code.BAD_REQUEST, "Bad Request", reason="neither HTTP/1.0 nor HTTP/1.1")
@@ -455,10 +454,15 @@ def _written_head(status: int, headers: Headers) -> bytes:
         raise LocalProtocolError(f"not an answer of HTTP: {exc}") from exc
 
 
-def _refuse_bare_lf(sent: bytes) -> None:
-    """Raises `BadRequest` where a line of a head or of trailers ends in LF alone (RFC 9112, section 2.2)."""
+def _check_lines(sent: bytes) -> None:
+    """Raises `BadRequest` where a line of a head or of trailers ends in LF alone, or is folded.
+
+    RFC 9112, sections 2.2 and 5.2.
+    """
     if _BARE_LF.search(sent):
         raise BadRequest(Code.BAD_REQUEST, "Bad Request", reason="a line of the request ends without CR")
+    if _FOLDED.search(sent):
+        raise BadRequest(Code.BAD_REQUEST, "Bad Request", reason="a folded line in the request's head or trailers")
 
 
 def _not_http(exc: h11.RemoteProtocolError) -> BadRequest:
