@@ -6,8 +6,9 @@ Rules kept here:
   deployed clients power off on a 4xx and try again on a 5xx;
 * the peer hears the refusal's text and code, the operator its reason too, under the same request id;
 * a refused attestation ends its connection;
-* one address may ask so often, but deployed clients that are asked to wait where they ask only once would give up: that
-  counts only once it was refused, for a token or nonce that does not hold.
+* one address may ask so often, but deployed clients that are asked to wait where they ask only once would give up, as
+  would those that hold a token behind the same address as others. So these operations are never told to wait; what they
+  refuse with 401 counts against the rest that the address asks.
 """
 
 from __future__ import annotations
@@ -172,7 +173,7 @@ class App:
             answer = yield from self._handle(match, request, request_id)
         except Refusal as exc:
             if match.endpoint in _ASKED_ONCE and exc.status == 401:
-                self.service.rates.take(request.peer_address, (yield from Uptime()))
+                _ = self.service.rates.count(request.peer_address, (yield from Uptime()))
             if match.endpoint in _ATTESTATIONS:
                 exc.headers = (*exc.headers, ("connection", "close"))
             if itself and match.endpoint in _CERTIFIED:
@@ -202,7 +203,7 @@ class App:
         fields |= {
             "status": refusal.status,
             "code": str(refusal.code),
-            "reason": refusal.reason[:4000],
+            "reason": refusal.reason,
         }
         if held_back:
             fields["held_back"] = held_back

@@ -53,10 +53,12 @@ class Rates:
     most: int = 16384
     _buckets: Buckets = field(init=False, default=Factory(_of_addresses, takes_self=True))
 
+    def count(self, address: str, now: float) -> float:
+        """Count one request; ``now`` never steps. 0, or for one too many in how many seconds it were none."""
+        return self._buckets.take(address_prefix(address), now) if self.per_minute and address else 0.0
+
     def take(self, address: str, now: float) -> None:
-        """Count one request; ``now`` never steps. Raises `Unavailable`, 429, for one too many."""
-        if not self.per_minute or not address:
-            return
-        if wait := self._buckets.take(address_prefix(address), now):
+        """The same; raises `Unavailable`, 429, for one too many."""
+        if wait := self.count(address, now):
             text = "Too many requests. Retry shortly."
             raise Unavailable(Code.RATE_LIMITED, text, retry_after=math.ceil(wait))
