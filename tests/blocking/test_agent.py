@@ -272,6 +272,15 @@ def test_mappings_are_closed_the_last_one_first(tmp_path: Path) -> None:
     assert "No such file" in problem
 
 
+def test_what_closes_a_mapping_gets_no_signal_that_is_for_the_agent(tmp_path: Path) -> None:
+    told = tmp_path / "told"
+    script = tmp_path / "cryptsetup"
+    _ = script.write_text(f"#!/bin/sh\ncut -d' ' -f5 /proc/$$/stat > {told}\n")  # proc_pid_stat(5), pgrp
+    script.chmod(0o755)
+    assert agent.close_mappings(str(script), ["root"]) == []
+    assert int(told.read_text()) != os.getpgrp()
+
+
 def test_an_end_that_does_not_come_is_told() -> None:
     assert agent.end_with(["/nowhere/reboot"], 0.0) == "/nowhere/reboot cannot be run: No such file or directory"
     assert agent.end_with(["false"], 0.0) == "false ended with exit status 1"

@@ -4,6 +4,7 @@ and under a host that changes the disk meanwhile."""
 from __future__ import annotations
 
 import os
+import select
 import shutil
 import socket
 import subprocess
@@ -596,6 +597,23 @@ def test_a_program_that_fails(bench: Bench, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(module, "_LATE_SECONDS", 0.2)
     bench.disks = Disks(str(tmp_path / "failing"), images=True, end=time.monotonic() - 1)
     assert "did not end in 0.2 s" in str(bench.refused(bench.format, "timeout"))
+
+
+def test_a_program_that_is_given_up_ends_with_all_it_has_started(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fifo = tmp_path / "alive"
+    os.mkfifo(fifo)
+    watched = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        monkeypatch.setattr(module, "_SECONDS", 2.0)
+        bench.again(_wrapped(bench, tmp_path, f"exec 9> {fifo}; echo >&9; sleep 600 & wait"))
+        _ = bench.refused(bench.format, "timeout")
+        assert os.read(watched, 1) == b"\n"
+        _ = select.select([watched], [], [], 20)
+        assert os.read(watched, 1) == b""  # nobody holds the other end
+    finally:
+        os.close(watched)
 
 
 def test_a_program_that_drops_the_old_key(bench: Bench, tmp_path: Path) -> None:

@@ -227,7 +227,7 @@ class Held:
     def start(self, action: str) -> subprocess.Popen[str]:
         command = [*PROGRAM, "agent", action, "--config", str(self.folder / "agent.toml")]
         environment = {**os.environ, "PATH": f"{self.folder}:{os.environ['PATH']}"}
-        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
 
     def wait_for_the_second(self, agent: subprocess.Popen[str]) -> None:
         while not (self.folder / "begun").exists():
@@ -314,7 +314,9 @@ def machine(tmp_path: Path, require_program: Callable[[str], str]) -> Iterator[H
 def test_a_signal_closes_what_was_opened_also_by_what_it_met(
     machine: Held, action: str, number: signal.Signals
 ) -> None:
-    """The program that maps a disk is not killed under it, so that it is known what to close."""
+    """The program that maps a disk is not killed under it, so that it is known what to close: also by a signal to all
+    that run in the foreground of a terminal.
+    """
     if action == "resume":
         settings = machine.folder / "agent.toml"
         _ = settings.write_text(f'volumes_at = "resume"\n{settings.read_text()}')
@@ -322,7 +324,7 @@ def test_a_signal_closes_what_was_opened_also_by_what_it_met(
             assert agent.wait(60) == 0
     with machine.start(action) as agent:
         machine.wait_for_the_second(agent)
-        agent.send_signal(number)
+        os.killpg(agent.pid, number)
         machine.go_on()
         said = agent.communicate(timeout=60)[1]
     assert agent.returncode == 128 + number, said

@@ -31,3 +31,9 @@ def test_the_command_is_one_of_ours(unit: Path, capsys: pytest.CaptureFixture[st
     assert arguments[:2] == ["agent", "resume" if "resume" in unit.stem else "run"]
     assert main([*arguments[:3], "/no/such/agent.toml"]) == 2
     assert "/no/such/agent.toml: cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)
+def test_sigterm_is_for_the_agent_alone(unit: Path) -> None:
+    """By default it goes to every process of the unit: to the one, too, that the agent has work on a disk."""
+    assert re.findall(r"^KillMode=(.*)$", unit.read_text(), re.M) == ["mixed"]

@@ -315,15 +315,12 @@ def close_mappings(program: str | None, mappings: Iterable[str]) -> list[str]:
     """Close what is mapped, the last one first; says what went wrong, if anything did."""
     import subprocess
 
-    from chutes_proto.blocking.disks import environment
+    from chutes_proto.blocking.disks import run_cryptsetup
 
     problems: list[str] = []
     for mapping in reversed([*mappings]):
-        command = [program or "cryptsetup", "close", mapping]
         try:
-            done = subprocess.run(
-                command, capture_output=True, stdin=subprocess.DEVNULL, timeout=60, check=False, env=environment()
-            )
+            done = run_cryptsetup([program or "cryptsetup", "close", mapping], 60)
         except (OSError, subprocess.TimeoutExpired) as exc:
             problems.append(f"/dev/mapper/{mapping}: {exc}")
         else:

@@ -19,12 +19,13 @@ from __future__ import annotations
 import fcntl
 import math
 import os
+import signal
 import stat
 import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from attrs import frozen
 
@@ -33,6 +34,9 @@ from chutes_proto.luks.disk import LOOKED_AT, UNFINISHED, Blank, Disk, Luks, jud
 from chutes_proto.luks.header import HEAD_SIZE, MAX_SLOTS, CheckedHeader, check_header
 from chutes_proto.luks.plan import Action, AddKey, Format, KeepKey, Key, Keys, Open
 from chutes_proto.secret import Secret
+
+if TYPE_CHECKING:
+    import subprocess
 
 HOW_TO_INSTALL: Final = "apt-get install cryptsetup-bin"
 
@@ -260,6 +264,35 @@ def environment(udev: str = "/run/udev/control") -> dict[str, str]:
     return told
 
 
+def run_cryptsetup(
+    command: Sequence[str], seconds: float, *, stdin: int | None = None, keep: Sequence[int] = ()
+) -> subprocess.CompletedProcess[bytes]:
+    """Run the program, with ``stdin`` (None: nothing) and the descriptors in ``keep``.
+
+    In a session of its own: a signal to the caller's process group (Ctrl-C) is the caller's to judge, and where the run
+    is given up, one signal ends all that it started. Raises `OSError`, `subprocess.TimeoutExpired`.
+    """
+    import subprocess
+
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL if stdin is None else stdin,
+        stdout=pipe,
+        stderr=pipe,
+        pass_fds=keep,
+        env=environment(),
+        start_new_session=True,
+    ) as process:
+        try:
+            output, said = process.communicate(timeout=seconds)
+        except BaseException:
+            with suppress(ProcessLookupError):  # it has just ended
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, output, said)
+
+
 @frozen
 class _Identity:
     """What a path was when it was looked at."""
@@ -382,15 +415,8 @@ class _Copy:
         try:
             pipes += (_pipe(key, self.disk) for key in keys)
             more = [f"/proc/self/fd/{pipe}" for pipe in pipes[1:]]
-            done = subprocess.run(
-                [self.program, *arguments, *more],
-                stdin=pipes[0],
-                capture_output=True,
-                timeout=seconds,
-                check=False,
-                pass_fds=[self.descriptor, *pipes[1:]],
-                env=environment(),
-            )
+            command = [self.program, *arguments, *more]
+            done = run_cryptsetup(command, seconds, stdin=pipes[0], keep=[self.descriptor, *pipes[1:]])
         except subprocess.TimeoutExpired:
             raise self.disk.error("timeout", f"cryptsetup {arguments[0]} did not end in {seconds:.3g} s") from None
         except OSError as exc:
