@@ -2,6 +2,7 @@
 
 import base64
 import re
+from ipaddress import ip_network
 from typing import Any
 
 import pytest
@@ -15,9 +16,11 @@ from chutes_proto.codes import Code
 from chutes_proto.effects import FetchCollateral, Transact
 from chutes_proto.errors import CollateralUnavailable, StoreBusy
 from chutes_proto.keys.vault import KeyEncryptionKey, Vault
+from chutes_proto.secret import Secret
 from chutes_proto.server.app import App
 from chutes_proto.server.nonces import NonceMint
 from chutes_proto.server.profiles import ServedProfile
+from chutes_proto.server.proxy import TrustedProxies
 from chutes_proto.server.service import Service, Slots
 from chutes_proto.store.rows import AttestationRow, AuditRow, BootRow, GenerationRow, Put, VmRow, VolumeRow
 from chutes_proto.testing.platform import PROFILE, SimulatedPlatform
@@ -121,6 +124,21 @@ def test_the_whole_exchange(world):
     secrets += [members["confirm_nonce"], members["k3s_encryption_key"]]
     kept = repr((world.log, world.rows(GenerationRow), world.rows(BootRow)))
     assert not [secret for secret in secrets if secret in kept]
+
+
+@pytest.mark.parametrize("shows_none", [True, False], ids=["no certificate", "another than the quote's"])
+def test_a_proxy_that_sends_none_of_its_headers_is_told_at_once_and_spends_nothing(world, shows_none):
+    nonce = quote_nonce(world)
+    good = world.certificate
+    proxies = TrustedProxies(networks=(ip_network("192.0.2.0/24"),), secrets=(Secret(b"secret"),))
+    world.app = App(two_phase(proxies=proxies))
+    world.certificate = CERTIFICATES[1]
+    body, world.certificate = request_of(world, nonce), None if shows_none else good
+    uptime = world.uptime
+    assert refusal(attest(world, nonce, body=body))[:2] == (503, Code.SERVER_FAULT)
+    assert world.uptime == uptime
+    world.certificate = good
+    assert answer(attest(world, nonce))["volumes"]
 
 
 def test_deployed_clients_cut_the_first_match_out(world):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ipaddress import ip_network
 from typing import Any
 
 import pytest
@@ -16,7 +17,9 @@ from chutes_proto.auth.signing import messages_to_sign
 from chutes_proto.codes import Code
 from chutes_proto.effects import Transact
 from chutes_proto.errors import StoreBusy
+from chutes_proto.secret import Secret
 from chutes_proto.server.app import App
+from chutes_proto.server.proxy import TrustedProxies
 from chutes_proto.store.rows import AttestationRow, AuditRow, NonceRow, ServerRow, Vm
 from chutes_proto.units.boot import REFUSALS_PER_DAY
 from chutes_proto.units.servers import RecordRuntimeRefusal
@@ -24,7 +27,7 @@ from chutes_proto.wire import json
 from chutes_proto.wire.codec import encode_quote
 from chutes_proto.wire.http import HttpResponse
 from tests.server.test_servers import boot, gpu, register, registered
-from tests.server.world import MINER, NOW, OTHER, World, answer, refusal, service
+from tests.server.world import CERTIFICATES, MINER, NOW, OTHER, World, answer, refusal, service
 
 PATH = "/servers/n1/attestation"
 
@@ -205,6 +208,23 @@ def test_the_order_of_checks(world, first, replayed):
     assert recorded == ([expected_code] if kept else [])
     after = {row.server_id: evolve(row, attested=None) for row in world.rows(ServerRow)}
     assert after == {row.server_id: evolve(row, attested=None) for row in before[1]}
+
+
+@pytest.mark.parametrize(("shown", "code"), [(None, Code.CLIENT_CERTIFICATE_REQUIRED), (1, Code.CERTIFICATE_MISMATCH)])
+def test_of_a_proxy_that_sends_none_of_its_headers_nothing_is_recorded(world, shown, code):
+    certificate = None if shown is None else CERTIFICATES[shown]
+    answer(attest(world))
+    kept = {kind: world.rows(kind) for kind in (AttestationRow, AuditRow, NonceRow, ServerRow)}
+    proxies = TrustedProxies(networks=(ip_network("192.0.2.0/24"),), secrets=(Secret(b"secret"),))
+    world.app = App(service(proxies=proxies))
+    silent = attest(world, peer_certificate=certificate)
+    assert refusal(silent)[:2] == (503, Code.SERVER_FAULT)
+    assert silent.header("connection") == "close"
+    assert "proxy.networks" in str(world.log[-1].fields["reason"])
+    assert {kind: world.rows(kind) for kind in kept} == kept
+    assert status(world)["attestation_status"] == "verified"
+    world.app = App(service())
+    assert refusal(attest(world, peer_certificate=certificate))[1] == code
 
 
 @pytest.mark.parametrize("coverage", ["nonce", "purpose", "body"])

@@ -24,7 +24,7 @@ from attrs import define, evolve
 from chutes_proto.codes import Code
 from chutes_proto.effects import Entropy, Log, Now, Uptime
 from chutes_proto.errors import BadRequest, KeyUnavailable, Refusal, Refused, SealBroken, StoreError, Unavailable
-from chutes_proto.log import Level, Record
+from chutes_proto.log import LONGEST, Level, Record
 from chutes_proto.server.boot import attest_boot, issue_boot_nonce
 from chutes_proto.server.callers import check_caller
 from chutes_proto.server.rotation import attest_volumes, confirm_volumes
@@ -60,7 +60,6 @@ _ASKED_ONCE = (
     vms.VOLUME_CONFIRMATION,
 )
 _ATTESTATIONS = (vms.BOOT_ATTESTATION, miners.RUNTIME_ATTESTATION)
-_CERTIFIED = (*_ATTESTATIONS, vms.VOLUME_ATTESTATION)
 
 
 def describe_api(
@@ -136,8 +135,8 @@ class App:
         try:
             if isinstance(request, MalformedRequest):
                 raise request.refusal
-            peer, request = request, self.service.proxies.client_request(request)
-            return (yield from self._answer(request, request_id, itself=request is peer))
+            request = self.service.proxies.client_request(request)
+            return (yield from self._answer(request, request_id))
         except Refusal as exc:
             refusal = exc
         except StoreError as exc:
@@ -151,8 +150,7 @@ class App:
         yield from self._tell(request, request_id, refusal)
         return error_response(refusal, request_id)
 
-    def _answer(self, request: HttpRequest, request_id: str, *, itself: bool) -> Flow[HttpResponse]:
-        """What is asked. ``itself``: no proxy speaks for the client."""
+    def _answer(self, request: HttpRequest, request_id: str) -> Flow[HttpResponse]:
         path, mark, query = request.target.partition("?")
         found = endpoints.route(request.method, path)
         if not isinstance(found, endpoints.Match) or found.endpoint not in _ASKED_ONCE:
@@ -176,8 +174,6 @@ class App:
                 _ = self.service.rates.count(request.peer_address, (yield from Uptime()))
             if match.endpoint in _ATTESTATIONS:
                 exc.headers = (*exc.headers, ("connection", "close"))
-            if itself and match.endpoint in _CERTIFIED:
-                raise self.service.proxies.excuse(exc, request.peer_address) from None
             raise
         return answer if isinstance(answer, HttpResponse) else encode_answer(match.endpoint, answer)
 
@@ -203,7 +199,7 @@ class App:
         fields |= {
             "status": refusal.status,
             "code": str(refusal.code),
-            "reason": refusal.reason,
+            "reason": refusal.reason[:LONGEST],  # strangers may make it long, and Python's logging cuts nothing
         }
         if held_back:
             fields["held_back"] = held_back

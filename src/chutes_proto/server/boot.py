@@ -56,8 +56,9 @@ def attest_boot(
     """Operation 2."""
     now = yield from Now()
     nonce = service.mint.check(message.nonce, "boot", now, hotkey=message.miner_hotkey, address=request.peer_address)
-    key = client_key(request.peer_certificate)
-    evidence = yield from verify_evidence(service, nonce.value, key, message.quote, now)
+    with service.proxies.excusing(request):
+        key = client_key(request.peer_certificate)
+        evidence = yield from verify_evidence(service, nonce.value, key, message.quote, now)
     try:
         grant = yield from _claim(service, request, message, request_id, nonce, key, evidence, now)
     except Refused as exc:

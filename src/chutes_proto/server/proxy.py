@@ -8,7 +8,8 @@ Rules kept here:
   be absent, the address not. A second value, another such header, or any of them from anyone else is a 400: a client
   that gets a 401 or 403 would give up for good over a proxy's mistake;
 * a peer of the networks that sends none of these headers is a client of its own, or a proxy that was not told to send
-  them. Where it is refused for its certificate, that is no refusal but a fault of ours, and the log says what to mend;
+  them. Where it is refused for its certificate, that is no refusal but a fault of ours: nothing is recorded of it, and
+  the log says what to mend;
 * of a list of addresses the last one that is none of the proxies' own counts; when all are theirs, the first;
 * what the flows see is the client's certificate and address, never the proxy's, and no header of this kind.
 
@@ -22,11 +23,13 @@ import base64
 import binascii
 import hmac
 import re
+from collections.abc import Generator
+from contextlib import contextmanager
 from ipaddress import IPv4Network, IPv6Network, ip_address
 from typing import Final
 from urllib.parse import unquote_to_bytes
 
-from attrs import Factory, evolve, field, frozen
+from attrs import Factory, field, frozen
 from cryptography import x509
 
 from chutes_proto.codes import Code
@@ -48,6 +51,11 @@ _ESCAPED: Final = re.compile(r"(?:[!-$&-~]|%[0-9A-Fa-f]{2})*")
 
 def _guarded(proxies: TrustedProxies) -> frozenset[str]:
     return frozenset({*CERTIFICATE_HEADERS, ADDRESS_HEADER, SECRET_HEADER, proxies.address_header})
+
+
+@frozen
+class ProxiedRequest(HttpRequest):
+    """A request of a client for whom a trusted proxy spoke."""
 
 
 @frozen
@@ -78,26 +86,36 @@ class TrustedProxies:
         if twice := {name for name, values in given.items() if len(values) > 1}:
             raise _refused(f"the proxy gives {', '.join(sorted(twice))} more than once")
         certificate = "".join(given.get(self.certificate_header, []))
-        return evolve(
-            request,
+        return ProxiedRequest(
+            request.method,
+            request.target,
             headers=tuple((name, value) for name, value in request.headers if name not in self._guarded),
+            body=request.body,
             peer_certificate=self._certificate(certificate) if certificate else None,
             peer_address=self._address("".join(given.get(self.address_header, []))),
+            arrived=request.arrived,
         )
 
-    def excuse(self, refusal: Refusal, address: str) -> Refusal:
-        """What ``refusal`` is to a peer at ``address`` that spoke for itself: a fault of ours if it may be a proxy."""
-        if refusal.code not in _OF_CERTIFICATES or not self._ours(address):
-            return refusal
-        needed = f"{self.certificate_header}, {self.address_header}, {SECRET_HEADER}"
-        return Unavailable(
-            Code.SERVER_FAULT,
-            "A fault of the server's. Retry shortly.",
-            reason=f"{refusal.reason}; and a peer in proxy.networks sent none of a proxy's headers: if it is a proxy,"
-            f" let it set {needed}; if it is a client, take its address out of proxy.networks",
-            retry_after=30,
-            headers=refusal.headers,
-        )
+    @contextmanager
+    def excusing(self, request: HttpRequest) -> Generator[None]:
+        """A refusal for the certificate, raised inside, is `Unavailable` where the peer may be a silent proxy.
+
+        ``request`` is what `client_request` made of the peer's. Whatever records refusals stands outside.
+        """
+        try:
+            yield
+        except Refusal as exc:
+            maybe_a_proxy = self._ours(request.peer_address) and not isinstance(request, ProxiedRequest)
+            if exc.code not in _OF_CERTIFICATES or not maybe_a_proxy:
+                raise
+            needed = f"{self.certificate_header}, {self.address_header}, {SECRET_HEADER}"
+            raise Unavailable(
+                Code.SERVER_FAULT,
+                "A fault of the server's. Retry shortly.",
+                reason=f"{exc.reason}; and a peer in proxy.networks sent none of a proxy's headers: if it is a proxy,"
+                f" let it set {needed}; if it is a client, take its address out of proxy.networks",
+                retry_after=30,
+            ) from None
 
     def _over_unix(self, request: HttpRequest) -> bool:
         return self.unix and not request.peer_address

@@ -64,15 +64,17 @@ def attest_volumes(
         text = "Quote nonce (X-Quote-Nonce) and hotkey are required"
         raise Refused(Code.QUOTE_NONCE_INVALID, text)
     nonce = check_shape(message.quote_nonce, Code.QUOTE_NONCE_INVALID, "Quote nonce")
-    key = client_key(request.peer_certificate)
+    with service.proxies.excusing(request):
+        key = client_key(request.peer_certificate)
     vm = Vm(message.hotkey, message.vm_name)
     digest, body_digest = token_digest(nonce), hashlib.sha256(request.body).digest()
     now = yield from Now()
     _ = yield from transact_patiently(FindQuoteNonce(now, vm, digest, key.digest, body_digest), request.arrived)
-    evidence = yield from verify_patiently(
-        lambda: verify_evidence(service, bytes.fromhex(message.quote_nonce or ""), key, message.quote, now),
-        request.arrived,
-    )
+    with service.proxies.excusing(request):
+        evidence = yield from verify_patiently(
+            lambda: verify_evidence(service, bytes.fromhex(message.quote_nonce or ""), key, message.quote, now),
+            request.arrived,
+        )
     now = yield from Now()  # what was waited for may have taken a while
     try:
         profile = appraise(service, evidence, "runtime").profile

@@ -64,10 +64,12 @@ def attest_runtime(
     nonce = service.mint.check(
         message.nonce, "runtime", now, hotkey=caller.address, address=request.peer_address, scope=server.server_id
     )
-    key = client_key(request.peer_certificate)
+    with service.proxies.excusing(request):
+        key = client_key(request.peer_certificate)
     evidence: Evidence | None = None
     try:
-        evidence = yield from verify_evidence(service, nonce.value, key, message.quote, now)
+        with service.proxies.excusing(request):
+            evidence = yield from verify_evidence(service, nonce.value, key, message.quote, now)
         yield from _grant(service, request, request_id, server, nonce, evidence, now)
     except (Refused, BadRequest) as exc:
         yield from _record(request, message, request_id, server, nonce, evidence, exc, now)
