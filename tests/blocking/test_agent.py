@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -222,9 +223,9 @@ def test_a_program_signs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("exit 3", "the signing command .* ended with exit status 3"),
+        ("exit 3", "^the signature command .* ended with exit status 3"),
         ("echo 00", "did not write a signature"),
-        ("head -c 200000 /dev/zero", "more than"),
+        ("head -c 200000 /dev/zero", "^the signature command .* more than 49152 bytes, which is no signature$"),
     ],
 )
 def test_a_program_that_does_not_sign_says_so(tmp_path: Path, text: str, told: str) -> None:
@@ -242,12 +243,22 @@ def test_a_program_that_does_not_end_is_ended_with_all_it_started(tmp_path: Path
     assert time.monotonic() - begun < 30
 
 
-@pytest.mark.parametrize("text", ["command:'", "command:''  x", "command:/nowhere/signer"])
-def test_what_is_no_program(text: str) -> None:
-    with pytest.raises((ConfigurationError, SignatureUnavailable)):
-        signer = agent.make_signer(text, identity(None))
-        assert signer is not None
-        _ = signer(b"message")
+@pytest.mark.parametrize(("text", "told"), [("'", "it cannot be cut into arguments"), ("''  x", "it names no program")])
+def test_what_is_no_command(text: str, told: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"^the signature command: {told}"):
+        _ = agent.make_signer(f"command:{text}", identity(None))
+
+
+def test_a_program_that_is_not_there() -> None:
+    with pytest.raises(SignatureUnavailable, match=r"^the signature command /nowhere/signer cannot be run"):
+        _ = agent.command_signer("/nowhere/signer")(b"message")
+
+
+def test_a_program_signs_in_any_thread_where_there_is_no_deadline(tmp_path: Path) -> None:
+    signer = agent.make_signer(program(tmp_path, "printf %0128d 7"), identity(None))
+    assert signer is not None
+    with ThreadPoolExecutor() as threads:
+        assert threads.submit(signer, b"message").result() == bytes(63) + b"\x07"
 
 
 # --- the end ---

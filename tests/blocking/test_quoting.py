@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -276,12 +277,37 @@ def test_what_a_program_has_started_ends_with_it(tmp_path: Path) -> None:
 def test_a_program_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(QuoteUnavailable, match="cannot be run: No such file"):
         _ = CommandQuoter(["/no/such/program"])(DATA)
-    with pytest.raises(QuoteUnavailable, match="cannot be run: embedded null byte"):
-        _ = CommandQuoter(["a\0b"])(DATA)
+    with pytest.raises(QuoteUnavailable, match=r"cannot be run: .*surrogates not allowed"):
+        _ = CommandQuoter(["true", "\ud800"])(DATA)
     not_executable = tmp_path / "program"
     not_executable.touch()
     with pytest.raises(QuoteUnavailable, match="cannot be run: Permission denied"):
         _ = CommandQuoter([str(not_executable)])(DATA)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [([], "it names no program"), (["", "x"], "it names no program"), (["a", "b\0"], "it has a NUL")],
+)
+def test_a_list_that_is_no_command(words: list[str], told: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"^the quote command: {told}$"):
+        _ = CommandQuoter(words)
+
+
+def test_a_stop_is_not_lost_where_the_program_has_just_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stop(KeyboardInterrupt):
+        pass
+
+    wait = subprocess.Popen.wait
+
+    def stopped(process: subprocess.Popen[bytes], timeout: float | None = None) -> int:
+        monkeypatch.undo()
+        _ = wait(process, timeout)  # as by a signal right after it
+        raise Stop
+
+    monkeypatch.setattr(subprocess.Popen, "wait", stopped)
+    with pytest.raises(Stop):
+        _ = CommandQuoter(["true"])(DATA)
 
 
 # --- a deadline ---
@@ -348,7 +374,7 @@ def test_the_deadline_ends_auto_as_a_whole(least: float, never: int) -> None:
 
 
 def test_the_deadline_ends_a_program_that_signs(least: float) -> None:
-    with ended_by_the_deadline("^the signing command sleep"):
+    with ended_by_the_deadline("^the signature command sleep"):
         _ = command_signer("sleep 600", deadline=time.monotonic() + least)(DATA)
 
 

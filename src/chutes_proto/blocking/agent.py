@@ -244,7 +244,7 @@ class TimedQuoter:
         try:
             before = signal.signal(signal.SIGALRM, end)
             try:
-                _ = signal.setitimer(signal.ITIMER_REAL, left if math.isfinite(left) else 0)
+                _ = signal.setitimer(signal.ITIMER_REAL, left)
                 return self._quoter(report_data)
             finally:
                 _ = signal.setitimer(signal.ITIMER_REAL, 0)
@@ -287,14 +287,11 @@ def command_signer(command: str, *, timeout: float = SIGN_SECONDS, deadline: flo
     It is run as a quote command is, and ended as one. Raises `ConfigurationError`; the signer,
     `SignatureUnavailable`, which is tried again.
     """
-
     from chutes_proto.blocking.quoters.command import CommandQuoter
 
-    class SignCommand(CommandQuoter):
-        def __str__(self) -> str:
-            return super().__str__().replace("quote", "signing", 1)
-
-    run = TimedQuoter(SignCommand(command, timeout=timeout), deadline)
+    run: Quoter = CommandQuoter(command, timeout=timeout, what="signature")
+    if deadline < math.inf:
+        run = TimedQuoter(run, deadline)
 
     def sign(message: bytes) -> bytes:
         try:

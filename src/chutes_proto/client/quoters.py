@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Final
 
 from chutes_proto.errors import ConfigurationError
@@ -50,8 +51,13 @@ def cut_command(line: str) -> list[str]:
         words = shlex.split(line)
     except ValueError as exc:
         raise ConfigurationError(f"it cannot be cut into arguments: {exc}") from None
+    return check_command(words)
+
+
+def check_command(words: Sequence[str]) -> list[str]:
+    """The words, if they are a program and its arguments. Raises `ConfigurationError`, for a caller to say of what."""
     if not words or not words[0]:
         raise ConfigurationError("it names no program")
-    if "\0" in line:
+    if any("\0" in word for word in words):
         raise ConfigurationError("it has a NUL")
-    return words
+    return list(words)

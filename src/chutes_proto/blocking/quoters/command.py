@@ -17,7 +17,7 @@ from typing import IO, TYPE_CHECKING, Final, cast
 
 from chutes_proto.blocking.quoters import seconds_left
 from chutes_proto.blocking.quoting import MAX_QUOTE
-from chutes_proto.client.quoters import cut_command
+from chutes_proto.client.quoters import check_command, cut_command
 from chutes_proto.errors import ConfigurationError, QuoteUnavailable
 
 if TYPE_CHECKING:
@@ -33,18 +33,20 @@ class CommandQuoter:
     ``command`` is a list of arguments, or a line that is cut as a shell would cut it (no shell runs). The program gets
     the report data in hex, as one line on its standard input and wherever an argument says ``{report_data}``. It writes
     the quote to its standard output, or, where an argument says ``{output}``, to the file of that name, and exits
-    with 0 within ``timeout`` seconds. Raises `ConfigurationError` for what is no command.
+    with 0 within ``timeout`` seconds. ``what`` it writes, if not a quote, is for what is told. Raises
+    `ConfigurationError` for what is no command.
     """
 
-    def __init__(self, command: Sequence[str] | str, *, timeout: float = 30.0) -> None:
+    def __init__(self, command: Sequence[str] | str, *, timeout: float = 30.0, what: str = "quote") -> None:
         try:
-            self._command = cut_command(command) if isinstance(command, str) else list(command)
+            self._command = cut_command(command) if isinstance(command, str) else check_command(command)
         except ConfigurationError as exc:
-            raise ConfigurationError(f"the quote command: {exc}") from None
+            raise ConfigurationError(f"the {what} command: {exc}") from None
         self._timeout = timeout
+        self._what = what
 
     def __str__(self) -> str:
-        return f"the quote command {self._command[0]}"
+        return f"the {self._what} command {self._command[0]}"
 
     def __call__(self, report_data: bytes) -> bytes:
         """What the program made. Raises `QuoteUnavailable` with its exit status and its last words."""
@@ -75,18 +77,18 @@ class CommandQuoter:
         try:
             # A session of its own: one signal reaches all that it starts.
             process = subprocess.Popen(arguments, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
-        except (OSError, ValueError) as exc:  # ValueError: a NUL in an argument
+        except (OSError, ValueError) as exc:  # ValueError: a character that no argument can have
             why = exc.strerror if isinstance(exc, OSError) else str(exc)
             raise QuoteUnavailable(f"{self} cannot be run: {why}") from exc
         with process:
             try:
                 output, said = self._talk(process, f"{text}\n".encode(), end)
                 status = process.wait(seconds_left(end))
-            except (TimeoutError, subprocess.TimeoutExpired):
-                os.killpg(process.pid, signal.SIGKILL)
-                raise QuoteUnavailable(f"{self} did not end within {self._timeout:g} s") from None
-            except BaseException:
-                os.killpg(process.pid, signal.SIGKILL)
+            except BaseException as exc:
+                with suppress(ProcessLookupError):  # it has just ended: that must not hide why we end it
+                    os.killpg(process.pid, signal.SIGKILL)
+                if isinstance(exc, TimeoutError | subprocess.TimeoutExpired):
+                    raise QuoteUnavailable(f"{self} did not end within {self._timeout:g} s") from None
                 raise
         if status != 0:
             ended = f"with exit status {status}" if status > 0 else f"by signal {-status}"
@@ -118,4 +120,4 @@ class CommandQuoter:
 
     def _check_size(self, output: bytes | bytearray) -> None:
         if len(output) > MAX_QUOTE:
-            raise QuoteUnavailable(f"{self} gave more than {MAX_QUOTE} bytes, which is no quote")
+            raise QuoteUnavailable(f"{self} gave more than {MAX_QUOTE} bytes, which is no {self._what}")
