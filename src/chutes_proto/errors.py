@@ -18,6 +18,7 @@
     ├── CollateralUnavailable          no collateral for a platform
     ├── DiskError                      a disk cannot be used as it is
     │   └── HeaderRejected             … because of what its LUKS2 header says
+    ├── BootInterrupted                a signal ended the boot
     ├── StoreError                     the store cannot do its work
     │   └── StoreBusy                  … now; trying again may help
     ├── KeyUnavailable                 a row is sealed under a key-encryption key that is not at hand
@@ -39,6 +40,7 @@ from chutes_proto.quote.errors import QuoteError
 
 __all__ = [
     "BadRequest",
+    "BootInterrupted",
     "ChutesError",
     "CollateralUnavailable",
     "ConfigurationError",
@@ -224,6 +226,10 @@ class HeaderRejected(DiskError):
         super().__init__(reason, f"its LUKS2 header is refused ({reason}): found {found}, expected {expected}", device)
         self.found = str(found)
         self.expected = str(expected)
+
+
+class BootInterrupted(ChutesError):
+    """A signal ended the boot before it was done; the text names it."""
 
 
 class StoreError(ChutesError):

@@ -16,6 +16,7 @@ from chutes_proto.codes import Code
 from chutes_proto.effects import ActOnDisk, Flow, InspectDisk, Log, MakeQuote, NextServer, Send, Sleep, Uptime
 from chutes_proto.errors import (
     BadRequest,
+    BootInterrupted,
     ChutesError,
     ConfigurationError,
     DiskError,
@@ -332,6 +333,7 @@ def test_a_code_that_a_boot_can_meet_has_words_of_its_own(code: Code) -> None:
         HandoverRejected("detail"),
         NotInMemory("detail"),
         SignatureUnavailable("detail"),
+        BootInterrupted("detail"),
         LocalProtocolError("detail"),
     ],
     ids=lambda error: type(error).__name__,
@@ -355,6 +357,7 @@ def test_every_error_means_something_and_repeats_nothing(error: ChutesError) -> 
         (ConfigurationError("servers"), "The settings or the config volume say", "See the reason."),
         (FileUnavailable("boot.json"), "A file or directory that the agent needs cannot be read", "See the reason."),
         (HandoverRejected("boot.json"), "What `agent run` left for the booted system is too old", "Boot again."),
+        (BootInterrupted("SIGTERM"), "The boot was ended before it was done.", "Boot again."),
         (
             NotInMemory("boot.json"),
             "A file that the settings name for a token or a key would be on",

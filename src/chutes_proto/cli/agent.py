@@ -178,7 +178,7 @@ class _Stops:
 def _done(options: argparse.Namespace, settings: AgentSettings, progress: Progress, stops: _Stops) -> int:
     """The exit code, when all is done that follows a failure too."""
     from chutes_proto.blocking.agent import end_with
-    from chutes_proto.errors import DiskError, LocalProtocolError, Refusal
+    from chutes_proto.errors import BootInterrupted, DiskError, LocalProtocolError, Refusal
 
     try:
         try:
@@ -190,7 +190,7 @@ def _done(options: argparse.Namespace, settings: AgentSettings, progress: Progre
         code = console.REFUSED if isinstance(exc, Refusal | DiskError) else console.USAGE
         error: ChutesError = exc
     except _StoppedError as exc:
-        code, error = _SIGNALLED + exc.number, LocalProtocolError(f"ended by {signal.Signals(exc.number).name}")
+        code, error = _SIGNALLED + exc.number, BootInterrupted(f"ended by {signal.Signals(exc.number).name}")
     except Exception as exc:  # noqa: BLE001 - whatever happens, the boot ends as the settings say
         import sys
         import traceback
@@ -422,15 +422,13 @@ def _tell_failure(
 ) -> None:
     """Close what this run has opened, and say what has happened, what it means and what comes next."""
     from chutes_proto.cli.progress import said
-    from chutes_proto.client.advice import Advice, advise
+    from chutes_proto.client.advice import advise
     from chutes_proto.errors import DiskError
 
     if not options.images:
         close_opened(settings, progress)
     stopped: Mapping[str, Value] = {} if isinstance(error, DiskError) else progress.stopped
-    by_signal = code > _SIGNALLED
-    advice = Advice("The boot was ended before it was done.", "Boot again.") if by_signal else advise(error)
-    ending, facts = settings.on_failure, said(error, stopped)
+    advice, ending, facts = advise(error), settings.on_failure, said(error, stopped)
     step = str(stopped.get("step", ""))
     where = f" at step {step}, at {progress.server()}" if step else ""
     lines = [("", f"BOOT FAILED{where}"), ("reason", facts["reason"])]

@@ -17,6 +17,7 @@ from attrs import frozen
 
 from chutes_proto.codes import Code
 from chutes_proto.errors import (
+    BootInterrupted,
     ChutesError,
     ConfigurationError,
     DiskError,
@@ -158,6 +159,8 @@ def advise(error: ChutesError) -> Advice:
                 "A disk cannot be used as it is, or a program failed on it. No data on it was written over.",
                 "See the reason.",
             )
+        case BootInterrupted():
+            return Advice("The boot was ended before it was done.", "Boot again.")
         case FileUnavailable():
             return Advice("A file or directory that the agent needs cannot be read or written.", "See the reason.")
         case HandoverRejected():
