@@ -6,9 +6,13 @@ import json
 import os
 import select
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from fcntl import F_SETPIPE_SZ, fcntl
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
@@ -136,6 +140,60 @@ def test_what_a_full_disk_did_not_take_is_counted() -> None:
     assert told(read(reading, 2)) == ["missing 3", 3]
     for each in (reading, writing, full, descriptor):
         os.close(each)
+
+
+def test_the_next_record_begins_on_a_line_of_its_own() -> None:
+    reading, writing = os.pipe()
+    room = fcntl(writing, F_SETPIPE_SZ, 4096)
+    os.set_blocking(writing, False)
+    log = LogWriter(writing)
+    log(Record(Level.INFO, "long", {"one": "a" * LONGEST, "two": "b" * room}))
+    until = time.monotonic() + 10
+    while not log._missing and time.monotonic() < until:
+        time.sleep(0.001)
+    part = os.read(reading, room)
+    assert len(part) == room
+    log(record(1))
+    log(record(2))
+    log.close()
+    rest = os.read(reading, room)
+    assert rest.startswith(b"\n")
+    assert told(rest[1:]) == ["missing 1", 1, 2]
+    os.close(reading)
+    os.close(writing)
+
+
+def test_who_logs_does_not_wait_for_the_end(full: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log_writer, "FLUSH_SECONDS", 2.0)
+    log = LogWriter(full[1])
+    stalled(log, 10)
+    end = Thread(target=log.close)
+    end.start()
+    time.sleep(0.2)
+    began = time.monotonic()
+    log(record(10))
+    assert time.monotonic() - began < 1
+    assert end.is_alive()
+    end.join(10)
+    _ = read(full[0], 4)
+
+
+WITHOUT_STANDARD_ERROR = """
+import os, sys
+from chutes_proto.cli.log_writer import LogWriter
+from chutes_proto.log import Level, Record
+assert os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT) == 2
+log = LogWriter()
+log(Record(Level.INFO, "told"))
+log.close()
+"""
+
+
+def test_without_standard_error_no_other_file_is_written_to(tmp_path: Path) -> None:
+    file = tmp_path / "keys.db"
+    command = ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-c", WITHOUT_STANDARD_ERROR, str(file)]
+    assert subprocess.run(command, check=False, timeout=60).returncode == 0
+    assert file.read_bytes() == b""
 
 
 LONG = "é" * (LONGEST + 1)
