@@ -216,6 +216,37 @@ def test_a_signal_before_the_boot_begins_is_a_failure(
     assert (ended.code, "ended by SIGTERM" in ended.err, gone.exists()) == (143, True, True)
 
 
+def test_a_signal_before_a_disk_is_touched_leaves_it_alone(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tell = Progress.__call__
+
+    def then_send(progress: Progress, record: Record) -> None:
+        tell(progress, record)
+        if record.event == "disk_action":
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Progress, "__call__", then_send)
+    with dev_server(tmp_path / "platform") as server, (tmp_path / "disk").open("wb") as disk:
+        _ = disk.truncate(20 << 20)
+        lines = {
+            "servers": [server.url],
+            "ca_file": str(server.ca),
+            "hotkey": HOTKEY,
+            "vm_name": "vm-1",
+            "quoter": f"simulated:{server.platform}",
+            "volumes.storage.device": disk.name,
+        }
+        settings = tmp_path / "agent.toml"
+        _ = settings.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in lines.items()))
+        ended = command("agent", "run", "--images", "--config", settings)
+    assert ended.code == 143, ended.err
+    told = " ".join(ended.err.split())
+    assert "storage: format" in told
+    assert "disks nothing was written to any" in told
+    assert not any((tmp_path / "disk").read_bytes())
+
+
 @frozen
 class Held:
     """A machine with two block devices. Its `cryptsetup` is the real one, but waits when it has mapped the second, and

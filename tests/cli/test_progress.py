@@ -16,6 +16,7 @@ from chutes_proto.cli import progress as module
 from chutes_proto.cli.progress import WIDTH, Progress, said
 from chutes_proto.errors import DiskError, TransportError, refusal
 from chutes_proto.log import Level, Record, Value
+from chutes_proto.luks.plan import Format, Key, Open
 
 STEP: dict[str, Value] = {"step": "nonce", "attempt": "2/30", "seconds_left": 7.5}
 WHY = {"reason": "later", "code": "busy", "request_id": "r-1"}
@@ -93,27 +94,30 @@ def test_records_for_programs_are_one_line_each(capsys: pytest.CaptureFixture[st
     assert (last["event"], last["level"], last["reason"]) == ("agent_failed", "error", "x")
 
 
+MADE = Format("a", "/dev/a", Key.CURRENT)
+OPENED = Open("a", "/dev/a", "a", (Key.CURRENT,))
+
+
 def test_what_was_done_to_disks_is_remembered() -> None:
     progress = Progress(as_json=True, seconds=100.0)
-    progress(Record(Level.INFO, "disk_action", {"volume": "a", "action": "format", "text": "a: format"}))
-    progress(Record(Level.INFO, "disk_action", {"volume": "a", "action": "open", "text": "a: open"}))
+    for action in (MADE, OPENED):
+        progress(Record(Level.INFO, "disk_action", {**action.as_dict()}))
+        assert progress.written == ([] if action is MADE else [str(MADE)])  # not begun yet
+        progress.acts(action)
     progress(Record(Level.INFO, "disk_opened", {"volume": "a", "key": "current"}))
-    assert (progress.written, progress.opened) == (["a: format"], ["a"])
+    assert (progress.written, progress.opened) == ([str(MADE)], ["a"])
 
 
 def test_what_was_begun_and_failed_is_not_told_as_done() -> None:
     progress = Progress(as_json=True, seconds=100.0)
-    for volume in ("a", "b"):
-        for action in ("format", "open"):
-            fields: dict[str, Value] = {"volume": volume, "action": action, "text": f"{volume}: {action}"}
-            progress(Record(Level.INFO, "disk_action", fields))
-            if (volume, action) != ("b", "open"):
-                continue
-            progress(Record(Level.ERROR, "disk_failed", {"volume": volume, "text": "no"}))
-    assert progress.written == ["a: format", "b: format"]  # what failed was to open it
-    progress(Record(Level.INFO, "disk_action", {"volume": "c", "action": "format", "text": "c: format"}))
-    progress(Record(Level.ERROR, "disk_failed", {"volume": "c", "text": "no"}))
-    assert progress.written[2:] == ["c: format: FAILED"]
+    failed = Record(Level.ERROR, "disk_failed", {"volume": "a", "text": "no"})
+    progress.acts(MADE)
+    progress.acts(OPENED)
+    progress(failed)
+    assert progress.written == [str(MADE)]  # what failed was to open it
+    progress.acts(MADE)
+    progress(failed)
+    assert progress.written[1:] == [f"{MADE}: FAILED"]
 
 
 @pytest.mark.parametrize("as_json", [False, True])

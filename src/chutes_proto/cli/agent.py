@@ -256,7 +256,7 @@ def _run(options: argparse.Namespace, settings: AgentSettings, progress: Progres
         performer = _performer(options, settings, progress, servers, deadline)
         volumes = () if leaves else settings.disks
         flow = run_agent(boot_settings, settings.root_disk, volumes, patience=settings.disk_wait_seconds)
-        booted = _driven(flow, performer, stops)
+        booted = _driven(flow, performer, progress, stops)
     finally:
         servers.close()
     if leaves:
@@ -291,7 +291,7 @@ def _resume(options: argparse.Namespace, settings: AgentSettings, progress: Prog
     performer = _performer(options, settings, progress, servers, deadline)
     try:
         flow = resume_agent(boot_settings, settings.disks, grant, patience=settings.disk_wait_seconds)
-        booted = _driven(flow, performer, stops)
+        booted = _driven(flow, performer, progress, stops)
     except Refusal as exc:
         if not isinstance(exc, Unavailable):  # final: the file is of no more use
             remove_state(state.file)
@@ -303,15 +303,16 @@ def _resume(options: argparse.Namespace, settings: AgentSettings, progress: Prog
     return booted
 
 
-def _driven(flow: Flow[Booted], performer: Performer, stops: _Stops) -> Booted:
+def _driven(flow: Flow[Booted], performer: Performer, progress: Progress, stops: _Stops) -> Booted:
     """The end of the flow, if no signal is its end."""
     from chutes_proto.effects import ActOnDisk, Effect, Log, run
 
     def perform(effect: Effect[Any]) -> object:
         match effect:
-            case Log(record) if record.event == "disk_action":
+            case ActOnDisk(action):
                 stops.at_disk(begins=True)
-            case ActOnDisk() | Log():  # what came of it is told, or nobody would know what is open
+                progress.acts(action)
+            case Log():  # what came of it is told, or nobody would know what is open
                 pass
             case _:
                 stops.at_disk(begins=False)

@@ -20,13 +20,14 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Final, TextIO
+from typing import TYPE_CHECKING, Any, Final, TextIO
 
 from chutes_proto.cli import console
 from chutes_proto.log import Level, Record, Value
 
 if TYPE_CHECKING:
     from chutes_proto.errors import ChutesError
+    from chutes_proto.luks.plan import Action
 
 WIDTH: Final = 79
 STUCK: Final = 30.0
@@ -74,9 +75,6 @@ class Progress:
                 self.stopped = fields
             case "rotation_undecided", _:
                 self.stopped = {}  # that did not end it
-            case "disk_action", {"action": action, "text": str(text)}:
-                self._writes = action in ("format", "add_key", "keep_key")
-                self.written += [text] if self._writes else []
             case "disk_failed", _ if self._writes:
                 self._writes = False
                 self.written[-1] += ": FAILED"
@@ -89,6 +87,13 @@ class Progress:
             return
         for line in _lines(record.event, {name: _text(value) for name, value in fields.items()}):
             self.tell(line)
+
+    def acts(self, action: Action[Any]) -> None:
+        """An action on a disk begins. Its record does not say so: a signal may come between."""
+        from chutes_proto.luks.plan import Open
+
+        self._writes = not isinstance(action, Open)
+        self.written += [str(action)] if self._writes else []
 
     def tell(self, text: str) -> None:
         """One thing for people, with the time that is left before it."""
