@@ -54,11 +54,15 @@ class Server:
                 for place in listening:
                     _ = nursery.start_soon(self._accept, place, nursery)
 
-    def stop(self) -> None:
-        """Tell the application to stop, which says when to end; connections end with their next answer."""
+    def stop(self) -> float:
+        """Tell the application to stop, which says when to end; connections end with their next answer.
+
+        Returns in how many seconds it ends.
+        """
         now = anyio.current_time()
-        self._serving.deadline = self._app.stop(now)
+        self._serving.deadline = end = self._app.stop(now)
         self._connections.drain(now)
+        return end - now
 
     async def _accept(self, place: Listening, nursery: TaskGroup) -> None:
         with place.socket as listener:

@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import ssl
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -95,7 +97,9 @@ def test_a_second_signal_ends_it_at_once(serve: Callable[[int], Server]) -> None
     ended = server.stop(signal.SIGINT)
     assert time.monotonic() - began < 10
     assert ended.code == 0
-    assert [record["event"] for record in records(ended)] == ["stopping", "stopped"]
+    told = records(ended)
+    assert [record["event"] for record in told] == ["stopping", "stopped"]
+    assert told[0]["drain_seconds"] == 0
 
 
 # --- a store that hangs ---
@@ -122,10 +126,11 @@ def test_a_store_that_hangs_keeps_no_server_from_its_end(
 ) -> None:
     path = site / "server.toml"
     with schema(cluster.url()) as url:
-        _ = path.write_text(path.read_text().replace("sqlite:keys.db", url))
+        _ = path.write_text(path.read_text().replace("sqlite:keys.db", url) + '[proxy]\nunix = "keys.sock"\n')
         load_setup(path).store.open(migrate=True).close()
         server = serve(1 if len(numbers) == 1 else 600)
         with hanging(cluster), client(server) as hangs, ThreadPoolExecutor() as threads:
+            assert (site / "keys.sock").exists()
             answer = threads.submit(
                 hangs.get, "/servers/vm-1/luks", params={"hotkey": HOTKEY}, headers={"x-boot-token": "0" * 64}
             )
@@ -142,6 +147,29 @@ def test_a_store_that_hangs_keeps_no_server_from_its_end(
         said = records(ended)
         assert [record["event"] for record in said] == ["serving", "stopping", "stopped"][-len(said) :]
         assert "did not answer in time" in said[-1]["about"]
+        assert not (site / "keys.sock").exists()
+
+
+HANGING = """
+import os, time
+from contextlib import ExitStack
+from chutes_proto.cli import log_writer, serving
+from chutes_proto.log import Level, Record
+serving.FLUSH_SECONDS = log_writer.FLUSH_SECONDS = 2.0
+log = log_writer.LogWriter()
+log(Record(Level.INFO, "serving"))
+places = ExitStack()
+places.callback(os.unlink, "/nothing/here")
+print(time.monotonic(), flush=True)
+serving._end_after(2.5, log, places)
+time.sleep(60)
+"""
+
+
+def test_the_time_for_the_log_is_within_the_time_for_the_end(transport: str, pipe: tuple[int, int]) -> None:
+    fill(pipe[1])
+    done = subprocess.run([sys.executable, "-c", HANGING], stdout=subprocess.PIPE, stderr=pipe[1], check=True)
+    assert 2 < time.monotonic() - float(done.stdout) < 4
 
 
 # --- a log that nobody reads ---

@@ -466,8 +466,8 @@ def test_told_again_a_server_ends_at_once(loop: Loop) -> None:
     async def main() -> None:
         async with running(loop, app=Echo(drain=3600.0)) as server:
             stream = await server.connect()
-            server.server.stop()
-            server.server.stop()
+            assert server.server.stop() == pytest.approx(3600)
+            assert server.server.stop() == 0
             with pytest.raises((*GONE, ssl.SSLError)):
                 await stream.receive()
             await anyio.aclose_forcefully(stream)

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing, contextmanager
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, closing, contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn
 
@@ -15,7 +15,7 @@ from attrs import define, field, frozen
 from chutes_proto import __version__
 from chutes_proto.blocking.sockets import Listening, listen_tls, listen_unix, room_for, urls
 from chutes_proto.cli import console
-from chutes_proto.cli.log_writer import LogWriter
+from chutes_proto.cli.log_writer import FLUSH_SECONDS, LogWriter
 from chutes_proto.errors import ConfigurationError
 from chutes_proto.log import Level, Record
 from chutes_proto.quote.roots import INTEL_ROOT
@@ -33,7 +33,10 @@ if TYPE_CHECKING:
 Transport = Literal["trio", "asyncio"]
 
 END_SECONDS: Final = 2.0
-"""How long a server whose time has passed waits for what is under way. A store may hang for longer, or for ever."""
+"""How long a server whose time has passed goes on, for what is under way and at last for its log.
+
+A store may hang for longer, or for ever.
+"""
 
 
 @frozen
@@ -140,12 +143,18 @@ def serve_until_stopped(
     SIGHUP, where it is none of them, takes the certificate's files anew. Raises `ConfigurationError`.
 
     The process ends `END_SECONDS` after that time, whatever its threads do: what they have not done is not done at all,
-    because a unit of the store is one transaction.
+    because a unit of the store is one transaction. That holds after this has returned, too, for what else the process
+    has to do before it ends.
     """
     on = binding(transport)
     certificate = Certificate(setup)
     listening = listen(setup, certificate)
     service = setup.service
+    places = ExitStack()
+    for place in listening:
+        _ = places.callback(place.socket.close)
+    if setup.proxy_socket is not None:
+        _ = places.callback(setup.proxy_socket.unlink, missing_ok=True)
 
     with closing(LogWriter()) as log:
 
@@ -163,14 +172,13 @@ def serve_until_stopped(
             announce(urls(listening))
 
         async def main() -> None:
-            times = iter([service.limits.drain_seconds])
             async with open_server(on, setup, store, collateral, log) as server:
 
                 def stop(number: signal.Signals) -> None:
-                    seconds = next(times, 0)
-                    log(Record(Level.INFO, "stopping", {"signal": number.name, "drain_seconds": seconds}))
-                    server.stop()
-                    _end_after(seconds + END_SECONDS, log)
+                    seconds: float = server.stop()
+                    fields: dict[str, Value] = {"signal": number.name, "drain_seconds": round(seconds)}
+                    log(Record(Level.INFO, "stopping", fields))
+                    _end_after(seconds + END_SECONDS, log, places)
 
                 signals: dict[signal.Signals, Callable[[], None]] = {signal.SIGHUP: lambda: log(certificate.reload())}
                 signals |= {number: partial(stop, number) for number in stops}
@@ -180,25 +188,21 @@ def serve_until_stopped(
             with unwrapped():
                 on.run(main)
         finally:
-            for place in listening:
-                place.socket.close()
-            if setup.proxy_socket is not None:
-                setup.proxy_socket.unlink(missing_ok=True)
+            places.close()
         log(Record(Level.INFO, "stopped", {}))
 
 
-def _end_after(seconds: float, log: LogWriter) -> None:
-    """Let the process live for no more than so long."""
+def _end_after(seconds: float, log: LogWriter, places: ExitStack) -> None:
+    """Let the process live for no more than so long; then close ``places``, unless they are closed."""
 
     def end() -> NoReturn:
-        log(
-            Record(
-                Level.WARNING, "stopped", {"about": "the store, or what else was waited for, did not answer in time"}
-            )
-        )
+        about = "the store, or what else was waited for, did not answer in time"
+        log(Record(Level.WARNING, "stopped", {"about": about}))
+        with suppress(OSError):
+            places.close()
         log.close()
         os._exit(console.GRANTED)
 
-    timer = threading.Timer(seconds, end)
+    timer = threading.Timer(seconds - FLUSH_SECONDS, end)
     timer.daemon = True
     timer.start()
