@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 from attrs import define, evolve
-from cryptography.x509 import load_pem_x509_certificate
 
-from chutes_proto.auth.certificates import make_client_identity
 from chutes_proto.codes import Code
 from chutes_proto.effects import Effect, FetchCollateral
 from chutes_proto.quote.verify import authenticate_collateral
@@ -17,7 +15,6 @@ from chutes_proto.testing.faults import Fault
 from chutes_proto.testing.platform import SimulatedPlatform
 from tests.server.world import NOW, World, answer, refusal
 
-CERTIFICATE = load_pem_x509_certificate(make_client_identity(NOW, bytes(32)).certificate_pem)
 Changed = Callable[[SimulatedPlatform], SimulatedPlatform]
 
 
@@ -44,7 +41,7 @@ class Collected(World):
 
 @pytest.fixture
 def world() -> Collected:
-    return Collected(certificate=CERTIFICATE)
+    return Collected()
 
 
 def refused(world: Collected) -> str:

@@ -5,20 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from cryptography.x509 import load_pem_x509_certificate
 
-from chutes_proto.auth.certificates import make_client_identity
 from chutes_proto.codes import Code
 from chutes_proto.effects import FetchCollateral
 from chutes_proto.errors import CollateralUnavailable
-from tests.server.world import NOW, World, content, refusal
-
-CERTIFICATES = [load_pem_x509_certificate(make_client_identity(NOW, bytes([n]) * 32).certificate_pem) for n in range(2)]
-
-
-@pytest.fixture
-def world() -> World:
-    return World(certificate=CERTIFICATES[0])
+from tests.server.world import CERTIFICATES, World, content, refusal
 
 
 def lines(world: World, peer: str) -> list[Any]:

@@ -11,19 +11,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import psycopg
 import pytest
-import trio
 from attrs import field, frozen
 
 from chutes_proto.blocking import postgres
 from chutes_proto.blocking.postgres import PostgresStore
-from chutes_proto.blocking.setup import load_setup
-from chutes_proto.errors import StoreBusy, TransportError, Unavailable
+from chutes_proto.errors import StoreBusy
 from chutes_proto.store import sql
 from chutes_proto.store.rows import (
     CountSealed,
@@ -40,8 +37,6 @@ from chutes_proto.store.rows import (
 )
 from chutes_proto.store.run import Script, Unit
 from chutes_proto.testing.store_suite import NOW, VM, Ask, boot
-from tests.cli.conftest import end, start_server
-from tests.cli.test_store_faults import ONCE, Agent, make_site
 from tests.postgres import Cluster, schema
 from tests.store.test_postgres import ask, told
 
@@ -76,6 +71,7 @@ class Proxy:
                         (server if ready is client else client).sendall(data)
 
     def close(self) -> None:
+        self._listening.shutdown(socket.SHUT_RDWR)  # so that who accepts is told
         self._listening.close()
 
     def url(self, url: str, cluster: Cluster) -> str:
@@ -193,44 +189,6 @@ def test_a_backend_that_stands_still_is_given_up(url: str, monkeypatch: pytest.M
             assert store._pool.idle[0].info.backend_pid != stopped
         finally:
             os.kill(stopped, signal.SIGCONT)
-
-
-def test_a_server_ends_whose_database_stands_still(cluster: Cluster, tmp_path: Path) -> None:
-    """A boot waits for the database when the server is told to stop."""
-    with schema(cluster.url()) as url:
-        site = make_site(tmp_path, f"{url}&application_name=served")
-        load_setup(site / "server.toml").store.open(migrate=True).close()
-        server = start_server("--config", site / "server.toml", ca=site / "ca.pem")
-
-        async def boots() -> None:
-            async with Agent(server, ONCE) as agent:
-                _ = await agent.boot()
-
-        async def is_cut_off() -> None:
-            with pytest.raises((Unavailable, TransportError)):
-                await boots()
-
-        async def seconds_to_the_end() -> float:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(is_cut_off)
-                await trio.sleep(1.5)
-                began = trio.current_time()
-                _ = await trio.to_thread.run_sync(server.stop, signal.SIGTERM)
-                return trio.current_time() - began
-
-        pids: list[int] = []
-        try:
-            trio.run(boots)
-            pids = [pid for (pid,) in ask(url, "SELECT pid FROM pg_stat_activity WHERE application_name = 'served'")]
-            for pid in pids:
-                os.kill(pid, signal.SIGSTOP)
-            # It waited for the boot, and did not wait without end.
-            assert pids
-            assert 1 < trio.run(seconds_to_the_end) < 5 + postgres._SILENCE + 5
-        finally:
-            for pid in pids:
-                os.kill(pid, signal.SIGCONT)
-            end(server.process)
 
 
 def test_a_host_that_is_gone_is_noticed_by_the_kernel() -> None:

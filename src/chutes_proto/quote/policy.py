@@ -123,8 +123,7 @@ class TcbPolicy:
             accepted = " or ".join(status for status in _ACCEPTABLE if status in self.accepted_statuses)
             refuse("tcb_status", "the TCB status is not accepted", verdict.tcb_status, accepted)
         if verdict.current_status in OUT_OF_DATE - self.accepted_statuses:
-            accepted = "up to date, as it was at launch"
-            refuse("current_tcb_status", "the TCB at present is out of date", verdict.current_status, accepted)
+            refuse("current_tcb_status", "the TCB at present", verdict.current_status, "one that is not out of date")
         rejected = sorted(a for a in verdict.advisory_ids if a.upper() in self.rejected_advisories)
         if rejected:
             refuse("advisory", "an advisory applies that is not accepted", ", ".join(rejected), "none of these")
