@@ -121,7 +121,7 @@ def test_the_end_does_not_wait_for_who_does_not_read(
     began = time.monotonic()
     log.close()
     assert 0.2 < time.monotonic() - began < 5
-    _ = read(full[0], min(count, 4))  # the thread ends
+    _ = read(full[0], min(count, 4))  # nothing is left to write
 
 
 def test_what_a_full_disk_did_not_take_is_counted() -> None:

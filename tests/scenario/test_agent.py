@@ -640,6 +640,7 @@ def test_a_server_that_turns_hostile(
     if step == "confirm":  # by then, a disk that is blank was formatted
         machine.format("tdx-cache", WRONG.encode())
     machine.trusts(hostile)
+    machine.changes["retry.deadline_seconds"] = 60  # attempts end it
     before, asked = machine.prints(), list[str]()
     bodies = {name: json.dumps(said).encode() for name, said in exchange.items()}
     answers = {name: page("200 OK", body) for name, body in bodies.items()}
