@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from chutes_proto.client.settings import AgentSettings
 from chutes_proto.log import Level, Record
 from tests.cli.conftest import HOTKEY, PROGRAM, Ended
 from tests.conftest import CI
-from tests.dev_server import dev_server
+from tests.dev_server import DevServer, dev_server
 
 Command = Callable[..., Ended]
 
@@ -118,6 +118,15 @@ def test_a_fault_of_its_own_is_a_failed_boot_like_any_other(
     assert gone.exists()
 
 
+def write_settings(folder: Path, server: DevServer, said: Mapping[str, object]) -> Path:
+    """Settings for a boot at ``server``, and what else they say."""
+    usual = {"servers": [server.url], "ca_file": str(server.ca), "hotkey": HOTKEY, "vm_name": "vm-1"}
+    lines = {**usual, "quoter": f"simulated:{server.platform}", **said}
+    settings = folder / "agent.toml"
+    _ = settings.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in lines.items()))
+    return settings
+
+
 @pytest.mark.parametrize("key", ["quoter", "signer"])
 def test_the_deadline_is_that_of_quotes_and_signatures(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
@@ -125,18 +134,8 @@ def test_the_deadline_is_that_of_quotes_and_signatures(
     monkeypatch.setattr("chutes_proto.blocking.agent.LEAST_SECONDS", 2.0)
     with dev_server(tmp_path / "platform") as server, (tmp_path / "disk").open("wb") as disk:
         _ = disk.truncate(32 << 20)
-        lines = {
-            "servers": [server.url],
-            "ca_file": str(server.ca),
-            "hotkey": HOTKEY,
-            "vm_name": "vm-1",
-            "quoter": f"simulated:{server.platform}",
-            key: "command:sleep 600",
-            "retry.deadline_seconds": 3,
-            "volumes.storage.device": disk.name,
-        }
-        settings = tmp_path / "agent.toml"
-        _ = settings.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in lines.items()))
+        said = {key: "command:sleep 600", "retry.deadline_seconds": 3, "volumes.storage.device": disk.name}
+        settings = write_settings(tmp_path, server, said)
         begun = time.monotonic()
         ended = command("agent", "run", "--images", "--config", settings)
     assert (ended.code, time.monotonic() - begun < 15) == (2, True)
@@ -229,16 +228,7 @@ def test_a_signal_before_a_disk_is_touched_leaves_it_alone(
     monkeypatch.setattr(Progress, "__call__", then_send)
     with dev_server(tmp_path / "platform") as server, (tmp_path / "disk").open("wb") as disk:
         _ = disk.truncate(20 << 20)
-        lines = {
-            "servers": [server.url],
-            "ca_file": str(server.ca),
-            "hotkey": HOTKEY,
-            "vm_name": "vm-1",
-            "quoter": f"simulated:{server.platform}",
-            "volumes.storage.device": disk.name,
-        }
-        settings = tmp_path / "agent.toml"
-        _ = settings.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in lines.items()))
+        settings = write_settings(tmp_path, server, {"volumes.storage.device": disk.name})
         ended = command("agent", "run", "--images", "--config", settings)
     assert ended.code == 143, ended.err
     told = " ".join(ended.err.split())
@@ -320,19 +310,10 @@ def machine(tmp_path: Path, require_program: Callable[[str], str]) -> Iterator[H
                 refuse(f"this kernel, or this user, makes no loop device: {done.stderr.strip()}")
             devices.append(done.stdout.strip())
         with dev_server(tmp_path / "platform") as server:
-            lines = {
-                "servers": [server.url],
-                "ca_file": str(server.ca),
-                "hotkey": HOTKEY,
-                "vm_name": "vm-1",
-                "quoter": f"simulated:{server.platform}",
-                "state.file": str(tmp_path / "boot.json"),
-                "state.on_disk": True,
-            }
+            said: dict[str, object] = {"state.file": str(tmp_path / "boot.json"), "state.on_disk": True}
             for name, device, mapping in zip(("storage", "tdx-cache"), devices, MAPPINGS, strict=True):
-                lines |= {f"volumes.{name}.device": device, f"volumes.{name}.mapping": mapping}
-            settings = tmp_path / "agent.toml"
-            _ = settings.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in lines.items()))
+                said |= {f"volumes.{name}.device": device, f"volumes.{name}.mapping": mapping}
+            _ = write_settings(tmp_path, server, said)
             yield Held(tmp_path)
     finally:
         (tmp_path / "go").touch()  # nothing waits on where a test failed

@@ -252,7 +252,7 @@ def test_a_name_is_rebound(store: MemoryStore, keep: bool) -> None:
     store.transact(moved)
     answer = store.transact(sync(moved, "body", "storage"))
     assert (answer.passphrases[0][1].reveal() == first["storage"]) == keep
-    (told,) = audit(store, vm=VM, event="vm rebound")
+    (told,) = audit(store, hotkey=VM.hotkey, name=VM.name, event="vm rebound")
     assert told.pin == elsewhere.pin
     assert ("with its keys" if keep else "with new keys") in told.reason
     assert ("retired" in told.keys) != keep
@@ -271,9 +271,9 @@ def test_what_is_shown(store: MemoryStore) -> None:
     everything = audit(store)
     assert [row.event for row in everything] == ["boot", "sync", "store restored"]
     assert audit(store, since=NOW + 1, until=NOW + 5) == everything[1:2]
-    assert audit(store, vm=VM) == everything[:2]
+    assert audit(store, name=VM.name) == audit(store, hotkey=VM.hotkey, name=VM.name) == everything[:2]
     assert audit(store, event="boot") == everything[:1]
-    assert audit(store, vm=Vm("other", "vm")) == ()
+    assert audit(store, hotkey="other", name=VM.name) == audit(store, name="other") == ()
 
 
 def test_a_rotation_since_the_backup_opens_again_by_a_restore(store: MemoryStore) -> None:

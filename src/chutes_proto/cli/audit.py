@@ -82,13 +82,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace) -> int:
-    from chutes_proto.store.rows import Vm
     from chutes_proto.units.operator import ReadAuditPage
 
-    hotkey, slash, name = (options.vm or "").rpartition("/")
+    hotkey, _, name = (options.vm or "").rpartition("/")
     with operating.opened(options) as (_, store):
-        unit = ReadAuditPage(options.since, options.until, Vm(hotkey, name) if slash else None, options.event)
-        rows = _every(store, unit, name) if options.last is None else _newest(store, unit, name, options.last)
+        unit = ReadAuditPage(options.since, options.until, hotkey, name, options.event)
+        rows = _every(store, unit) if options.last is None else _newest(store, unit, options.last)
         if options.action == "list" and options.json:
             console.say_json({"ok": True, "rows": [_members(row) for row in rows]})
             return console.GRANTED
@@ -104,25 +103,25 @@ def _show(options: argparse.Namespace) -> int:
     return console.GRANTED
 
 
-def _every(store: DurableStore, unit: ReadAuditPage, name: str) -> Iterator[AuditRow]:
-    """The rows one after the other, of which a page at a time is in memory; with ``name``, those of VMs called so."""
+def _every(store: DurableStore, unit: ReadAuditPage) -> Iterator[AuditRow]:
+    """The rows one after the other, of which a page at a time is in memory."""
     from attrs import evolve
 
     while True:
         page = store.transact(unit)
-        yield from (row for row in page.rows if not name or (row.vm is not None and row.vm.name == name))
+        yield from page.rows
         if page.beyond is None:
             return
         unit = evolve(unit, beyond=page.beyond)
 
 
-def _newest(store: DurableStore, unit: ReadAuditPage, name: str, count: int) -> list[AuditRow]:
+def _newest(store: DurableStore, unit: ReadAuditPage, count: int) -> list[AuditRow]:
     """So many of the newest rows, the oldest of them first."""
     from itertools import islice
 
     from attrs import evolve
 
-    return [*islice(_every(store, evolve(unit, backwards=True), name), count)][::-1]
+    return [*islice(_every(store, evolve(unit, backwards=True)), count)][::-1]
 
 
 def _members(row: AuditRow) -> dict[str, object]:

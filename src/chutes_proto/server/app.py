@@ -76,7 +76,7 @@ def _document() -> bytes:
     return openapi.document()
 
 
-_HANDLERS: Mapping[Endpoint, Callable[[Service, HttpRequest, Any, str], Flow[Message | HttpResponse]]] = {
+_HANDLERS: Mapping[Endpoint, Callable[[Service, HttpRequest, Any, str], Flow[Message]]] = {
     vms.BOOT_NONCE: issue_boot_nonce,
     vms.BOOT_ATTESTATION: attest_boot,
     vms.CACHE_PASSPHRASE: read_cache_passphrase,
@@ -175,9 +175,9 @@ class App:
             if match.endpoint in _ATTESTATIONS:
                 exc.headers = (*exc.headers, ("connection", "close"))
             raise
-        return answer if isinstance(answer, HttpResponse) else encode_answer(match.endpoint, answer)
+        return encode_answer(match.endpoint, answer)
 
-    def _handle(self, match: endpoints.Match, request: HttpRequest, request_id: str) -> Flow[Message | HttpResponse]:
+    def _handle(self, match: endpoints.Match, request: HttpRequest, request_id: str) -> Flow[Message]:
         """Of a signed request nothing is looked at before its caller is known."""
         if match.endpoint.signed is None:
             message = decode_request(match, request)

@@ -18,8 +18,7 @@ from chutes_proto.secret import Secret
 from chutes_proto.store.rows import Exchange
 from chutes_proto.strict import ProblemsError, Structurer
 from chutes_proto.wire.codec import encode_answer
-from chutes_proto.wire.http import HttpResponse
-from chutes_proto.wire.public import MEASUREMENTS, Measurements, MeasurementsAnswer, Registers
+from chutes_proto.wire.public import MEASUREMENTS, EncodedMeasurements, Measurements, MeasurementsAnswer, Registers
 
 
 @frozen
@@ -71,9 +70,10 @@ def serve_profile(
     )
 
 
-def publish(profiles: Iterable[Profile]) -> HttpResponse:
+def publish(profiles: Iterable[Profile]) -> EncodedMeasurements:
     """The answer of operation 15. It is made once: anyone may ask for it, and it can be long."""
-    return encode_answer(MEASUREMENTS, MeasurementsAnswer(profiles=tuple(map(_published, profiles))))
+    answer = MeasurementsAnswer(profiles=tuple(map(_published, profiles)))
+    return EncodedMeasurements(profiles=encode_answer(MEASUREMENTS, answer).body)
 
 
 def _published(profile: Profile) -> Measurements:

@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from chutes_proto.errors import ValidationProblem
     from chutes_proto.server.service import Service
     from chutes_proto.store.rows import ServerRow
-    from chutes_proto.wire.http import HttpRequest, HttpResponse
-    from chutes_proto.wire.public import MeasurementsRequest
+    from chutes_proto.wire.http import HttpRequest
+    from chutes_proto.wire.public import EncodedMeasurements, MeasurementsRequest
 
 _SHADOWED: Final = frozenset({"nonce", "boot"})
 """Ids whose paths are other operations'."""
@@ -130,7 +130,7 @@ def remove_server(
 
 def publish_measurements(
     service: Service, request: HttpRequest, message: MeasurementsRequest, request_id: str
-) -> Flow[HttpResponse]:
+) -> Flow[EncodedMeasurements]:
     """Operation 15."""
     yield from ()
     return service.published

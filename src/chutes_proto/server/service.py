@@ -18,7 +18,7 @@ from chutes_proto.server.gpus import GPUS, Gpu
 from chutes_proto.server.profiles import ServedProfile, publish
 from chutes_proto.server.proxy import TrustedProxies
 from chutes_proto.server.rates import Buckets, Rates
-from chutes_proto.wire.http import HttpResponse, address_prefix
+from chutes_proto.wire.http import address_prefix
 
 if TYPE_CHECKING:
     from chutes_proto.auth.signing import SigningPolicy
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from chutes_proto.server.callbacks import Callback
     from chutes_proto.server.nonces import NonceMint
     from chutes_proto.server.proxy import Network
+    from chutes_proto.wire.public import EncodedMeasurements
 
 
 @define
@@ -118,7 +119,7 @@ class Service:
     gpus: Mapping[str, Gpu] = field(factory=lambda: GPUS)
     proxies: TrustedProxies = field(factory=TrustedProxies)
     limits: LimitOptions = field(factory=LimitOptions)
-    published: HttpResponse = field(
+    published: EncodedMeasurements = field(
         init=False, eq=False, default=Factory(lambda self: publish(self.policy.profiles), takes_self=True)
     )
     verifications: Slots = field(default=Factory(_verifications, takes_self=True))

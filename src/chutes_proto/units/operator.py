@@ -99,15 +99,17 @@ class AuditPage:
 
 @frozen
 class ReadAuditPage(Unit[AuditPage]):
-    """Of the next ``limit`` audit rows those of this time (``until`` not included), this VM and this event.
+    """Of the next ``limit`` audit rows those of this time (``until`` not included), this event, and VMs of this name.
 
+    ``hotkey`` and ``name`` are a VM's, and empty for any. It need not be there: whoever was only ever refused has rows.
     There may be any number of audit rows, so they are read in pages, each a transaction of its own; ``beyond`` and
     ``backwards`` are those of `ReadAudit`.
     """
 
     since: int = 0
     until: int = 1 << 62
-    vm: Vm | None = None
+    hotkey: str = ""
+    name: str = ""
     event: str | None = None
     beyond: int | None = None
     backwards: bool = False
@@ -117,12 +119,14 @@ class ReadAuditPage(Unit[AuditPage]):
         """Read and choose."""
         begin = (1 << 62 if self.backwards else 0) if self.beyond is None else self.beyond
         read = yield from ReadAudit(begin, self.limit, self.backwards)
-        chosen = tuple(
-            row
-            for _, row in read
-            if self.since <= row.at < self.until and self.vm in (None, row.vm) and self.event in (None, row.event)
-        )
+        chosen = tuple(row for _, row in read if self._wants(row))
         return AuditPage(chosen, read[-1][0] if len(read) == self.limit else None)
+
+    def _wants(self, row: AuditRow) -> bool:
+        if not self.since <= row.at < self.until or self.event not in (None, row.event):
+            return False
+        hotkey, name = ("", "") if row.vm is None else (row.vm.hotkey, row.vm.name)
+        return self.hotkey in ("", hotkey) and self.name in ("", name)
 
 
 # --- keys ---

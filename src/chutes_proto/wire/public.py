@@ -48,6 +48,15 @@ class MeasurementsAnswer:
 
 
 @frozen
+class EncodedMeasurements:
+    """The same, already encoded."""
+
+    profiles: bytes = body("the list")
+
+    BYTES = "profiles"
+
+
+@frozen
 class ApiDescriptionRequest:
     """Operation 16."""
 
