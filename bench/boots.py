@@ -33,7 +33,7 @@ from attrs import evolve
 
 from bench.measure import resident
 from chutes_proto.auth.binding import report_data
-from chutes_proto.auth.certificates import ENTROPY_SIZE, ClientIdentity, make_client_identity
+from chutes_proto.auth.client_identity import ENTROPY_SIZE, ClientIdentity, make_client_identity
 from chutes_proto.blocking.https import HttpsSender, TimeLimits
 from chutes_proto.blocking.perform import Performer
 from chutes_proto.blocking.setup import load_setup

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from chutes_proto.auth.certificates import ENTROPY_SIZE, make_client_identity
+from chutes_proto.auth.client_identity import ENTROPY_SIZE, make_client_identity
 from chutes_proto.blocking.https import HttpsSender
 from chutes_proto.blocking.perform import Performer
 from chutes_proto.blocking.quoting import make_quoter

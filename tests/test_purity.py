@@ -146,7 +146,7 @@ def test_module_keeps_the_rules(path: Path) -> None:
         ("chutes_proto.units.boot", "print('x')", "calls print()"),
         ("chutes_proto.units.boot", "x = datetime.now(tz=UTC)", "reads a clock (.now)"),
         ("chutes_proto.units.boot", "f = datetime.datetime.utcnow", "reads a clock (.utcnow)"),
-        ("chutes_proto.auth.certificates", "k = ec.generate_private_key(c)", "draws entropy"),
+        ("chutes_proto.auth.client_identity", "k = ec.generate_private_key(c)", "draws entropy"),
         ("chutes_proto.client.flows", "async def f(): ...", "async def f"),
         ("chutes_proto.client.flows", "def f():\n  yield Sleep(1)", "2: a bare yield"),
         ("chutes_proto.client.flows", "def f():\n  x = yield", "2: a bare yield"),

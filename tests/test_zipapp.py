@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from chutes_proto.auth.certificates import make_server_identity
+from chutes_proto.auth.server_identity import make_server_identity
 from tests.conftest import CI, ROOT
 from tools.agent_zipapp import MAIN, OLDEST, build
 

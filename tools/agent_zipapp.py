@@ -83,9 +83,12 @@ def _copy(source: Path, place: Path) -> None:
 
 
 def _compile(tree: Path, python: str) -> None:
-    """Put ``module.pyc`` beside each ``module.py``, where `zipimport` looks first; no path of this machine is in it."""
-    options = ["-q", "-b", "-o", "0", "--invalidation-mode", "unchecked-hash", "-s", str(tree)]
-    command = [python, "-s", "-m", "compileall", *options, str(tree)]
+    """Put ``module.pyc`` beside each ``module.py``, where `zipimport` looks first; no path of this machine is in it.
+
+    Without docstrings and columns, which nobody reads in an initramfs: they would be in memory.
+    """
+    options = ["-q", "-b", "-o", "2", "--invalidation-mode", "unchecked-hash", "-s", str(tree)]
+    command = [python, "-s", "-X", "no_debug_ranges", "-m", "compileall", *options, str(tree)]
     _ = subprocess.run(command, check=True, env={"PATH": os.defpath, "PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8"})
 
 

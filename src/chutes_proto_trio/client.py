@@ -8,7 +8,7 @@ from types import TracebackType
 
 import httpx
 
-from chutes_proto.auth.certificates import ClientIdentity
+from chutes_proto.auth.client_identity import ClientIdentity
 from chutes_proto.auth.signing import Signer
 from chutes_proto.blocking.https import TimeLimits
 from chutes_proto.blocking.perform import log_record

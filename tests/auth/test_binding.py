@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chutes_proto.auth.binding import check_report_data, report_data
-from chutes_proto.auth.certificates import client_key, make_client_identity
+from chutes_proto.auth.certificates import client_key
+from chutes_proto.auth.client_identity import make_client_identity
 from chutes_proto.codes import Code
 from chutes_proto.errors import BadRequest, LocalProtocolError, Refusal, Refused
 

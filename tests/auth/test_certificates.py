@@ -1,4 +1,4 @@
-"""Which client keys count, their digest, and the identities that the library makes."""
+"""Which client keys count, and their digest."""
 
 from __future__ import annotations
 
@@ -9,18 +9,10 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
-from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from chutes_proto.auth.certificates import (
-    ClientKey,
-    client_key,
-    make_client_identity,
-    make_server_identity,
-    spki_sha256,
-)
+from chutes_proto.auth.certificates import ClientKey, client_key, spki_sha256
 from chutes_proto.codes import Code
 from chutes_proto.errors import LocalProtocolError, Refused
 from tests.certificates import NEW_KEY, certificate_pem, self_signed
@@ -104,68 +96,3 @@ def test_digest_is_that_of_openssl(tmp_path: Path, require_program: Callable[[st
         [openssl, "pkey", "-pubin", "-outform", "der"], input=pem, check=True, capture_output=True
     ).stdout
     assert spki_sha256(certificate) == hashlib.sha256(der).digest()
-
-
-def test_client_identity() -> None:
-    identity = make_client_identity(NOW, ENTROPY)
-    certificate = x509.load_pem_x509_certificate(identity.certificate_pem)
-    assert certificate.subject.rfc4514_string() == f"CN=tdx-vm-{NOW}"
-    assert certificate.subject == certificate.issuer
-    assert int(certificate.not_valid_before_utc.timestamp()) == NOW
-    assert int(certificate.not_valid_after_utc.timestamp()) == NOW + 86400
-    certificate.verify_directly_issued_by(certificate)
-    key = load_pem_private_key(identity.key_pem.reveal(), None)
-    assert key.public_key() == certificate.public_key()
-    assert client_key(certificate).digest == identity.spki_sha256
-    assert "PRIVATE" not in repr(identity)
-
-
-def test_identities_follow_from_their_entropy() -> None:
-    digest = make_client_identity(NOW, ENTROPY).spki_sha256
-    assert make_client_identity(NOW + 1, ENTROPY).spki_sha256 == digest
-    assert make_client_identity(NOW, ENTROPY[::-1]).spki_sha256 != digest
-    server = make_server_identity(NOW, ENTROPY)
-    assert make_server_identity(NOW, ENTROPY).key_pem == server.key_pem
-    digests = {spki_sha256(x509.load_pem_x509_certificate(pem)) for pem in (server.ca_pem, server.chain_pem)}
-    assert len(digests | {digest}) == 3
-
-
-def test_identities_need_their_entropy() -> None:
-    with pytest.raises(LocalProtocolError):
-        make_client_identity(NOW, ENTROPY[1:])
-    with pytest.raises(LocalProtocolError):
-        make_server_identity(NOW, b"")
-    with pytest.raises(LocalProtocolError):
-        make_server_identity(NOW, ENTROPY, hosts=())
-
-
-@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "::1", "keys.example"])
-def test_server_identity_verifies_under_its_ca(host: str) -> None:
-    identity = make_server_identity(NOW, ENTROPY, ("localhost", "127.0.0.1", "::1", "keys.example"))
-    ca, leaf = (x509.load_pem_x509_certificate(pem) for pem in (identity.ca_pem, identity.chain_pem))
-    assert load_pem_private_key(identity.key_pem.reveal(), None).public_key() == leaf.public_key()
-    names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    subject = next(name for name in names if str(name.value) == host)
-    assert isinstance(subject, x509.DNSName | x509.IPAddress)
-    moment = leaf.not_valid_before_utc
-    verifier = PolicyBuilder().store(Store([ca])).time(moment).build_server_verifier(subject)
-    assert verifier.verify(leaf, []) == [leaf, ca]
-    other = PolicyBuilder().store(Store([ca])).time(moment).build_server_verifier(x509.DNSName("other.example"))
-    with pytest.raises(VerificationError):
-        other.verify(leaf, [])
-
-
-def test_openssl_accepts_the_server_identity(tmp_path: Path, require_program: Callable[[str], str]) -> None:
-    openssl = require_program("openssl")
-    identity = make_server_identity(NOW, ENTROPY)
-    (tmp_path / "ca.pem").write_bytes(identity.ca_pem)
-    (tmp_path / "chain.pem").write_bytes(identity.chain_pem)
-    command = [openssl, "verify", "-x509_strict", "-purpose", "sslserver", "-attime", str(NOW)]
-    command += ["-verify_ip", "127.0.0.1", "-CAfile", str(tmp_path / "ca.pem"), str(tmp_path / "chain.pem")]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_signature_hash_is_sha256() -> None:
-    certificate = x509.load_pem_x509_certificate(make_client_identity(NOW, ENTROPY).certificate_pem)
-    assert isinstance(certificate.signature_hash_algorithm, hashes.SHA256)

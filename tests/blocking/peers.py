@@ -13,7 +13,7 @@ from pathlib import Path
 
 from attrs import frozen
 
-from chutes_proto.auth.certificates import make_server_identity
+from chutes_proto.auth.server_identity import make_server_identity
 
 Behaviour = Callable[[ssl.SSLSocket], None]
 """What a server does with one connection, the request still unread."""

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from chutes_proto.auth.certificates import make_server_identity
+from chutes_proto.auth.server_identity import make_server_identity
 from chutes_proto.blocking.https import HttpsSender, TimeLimits
 from chutes_proto.blocking.tls import client_context
 from chutes_proto.errors import LocalProtocolError, TransportError

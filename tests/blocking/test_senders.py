@@ -16,7 +16,7 @@ import trio
 
 import chutes_proto_asyncio.perform
 import chutes_proto_trio.perform
-from chutes_proto.auth.certificates import make_client_identity
+from chutes_proto.auth.client_identity import make_client_identity
 from chutes_proto.blocking.http import origin
 from chutes_proto.blocking.https import HttpsSender, TimeLimits
 from chutes_proto.blocking.tls import client_context

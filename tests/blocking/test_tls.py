@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import pytest
 
-from chutes_proto.auth.certificates import make_client_identity
+from chutes_proto.auth.client_identity import make_client_identity
 from chutes_proto.blocking import tls
 from chutes_proto.blocking.tls import client_context
 from chutes_proto.errors import ConfigurationError

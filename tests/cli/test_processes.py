@@ -19,7 +19,7 @@ import pytest
 import trio
 from attrs import define, field
 
-from chutes_proto.auth.certificates import ENTROPY_SIZE, make_client_identity
+from chutes_proto.auth.client_identity import ENTROPY_SIZE, make_client_identity
 from chutes_proto.blocking.setup import load_setup
 from chutes_proto.cli.development import write_server
 from chutes_proto.errors import ChutesError

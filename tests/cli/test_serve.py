@@ -19,8 +19,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from chutes_proto.auth.certificates import make_server_identity
 from chutes_proto.auth.hotkey import HotkeyPair
+from chutes_proto.auth.server_identity import make_server_identity
 from chutes_proto.blocking.setup import load_setup
 from chutes_proto.blocking.shelf import CollateralDirectory
 from chutes_proto.blocking.sqlite import SqliteStore

@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 import pytest
 
-from chutes_proto.auth.certificates import ServerIdentity, make_server_identity
+from chutes_proto.auth.server_identity import ServerIdentity, make_server_identity
 from chutes_proto.blocking.setup import load_setup
 from chutes_proto.cli.development import write_server
 from chutes_proto.testing.platform import SimulatedPlatform

@@ -19,7 +19,7 @@ import trio
 
 import chutes_proto_asyncio.client
 import chutes_proto_trio.client
-from chutes_proto.auth.certificates import ClientIdentity, make_client_identity
+from chutes_proto.auth.client_identity import ClientIdentity, make_client_identity
 from chutes_proto.blocking.tls import client_context
 from chutes_proto.client.policy import RetryPolicy
 from chutes_proto.errors import LocalProtocolError, Refused

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chutes_proto.auth.certificates import ClientIdentity, make_client_identity
+from chutes_proto.auth.client_identity import ClientIdentity, make_client_identity
 from chutes_proto.client.flows import BootGrant
 from chutes_proto.client.handover import LIFE, MAX_SIZE, Handover
 from chutes_proto.client.settings import AgentSettings

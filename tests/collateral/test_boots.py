@@ -13,7 +13,7 @@ import trio
 from attrs import define, evolve, field
 from cryptography import x509
 
-from chutes_proto.auth.certificates import make_client_identity
+from chutes_proto.auth.client_identity import make_client_identity
 from chutes_proto.collateral.cache import CachePolicy
 from chutes_proto.effects import Effect, FetchCollateral, Now
 from chutes_proto.quote.errors import VerificationError

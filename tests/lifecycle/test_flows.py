@@ -17,7 +17,7 @@ from cryptography.x509 import load_pem_x509_certificate
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chutes_proto.auth.certificates import make_client_identity
+from chutes_proto.auth.client_identity import make_client_identity
 from chutes_proto.client.disks import Unlocked, unlock
 from chutes_proto.client.flows import BootSettings
 from chutes_proto.client.policy import RetryPolicy

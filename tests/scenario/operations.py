@@ -18,7 +18,8 @@ from attrs import define, evolve, field
 import chutes_proto_asyncio
 import chutes_proto_trio
 from chutes_proto.auth.binding import report_data
-from chutes_proto.auth.certificates import ClientIdentity, make_client_identity, make_server_identity
+from chutes_proto.auth.client_identity import ClientIdentity, make_client_identity
+from chutes_proto.auth.server_identity import make_server_identity
 from chutes_proto.blocking.sockets import listen_tls
 from chutes_proto.blocking.sqlite import SqliteStore
 from chutes_proto.blocking.tls import client_context

@@ -24,7 +24,7 @@ from attrs import define, field
 from cryptography.fernet import Fernet
 
 from chutes_proto.auth.binding import report_data
-from chutes_proto.auth.certificates import ClientIdentity, make_client_identity
+from chutes_proto.auth.client_identity import ClientIdentity, make_client_identity
 from chutes_proto.blocking.files import write_file
 from chutes_proto.blocking.platform import open_platform
 from chutes_proto.blocking.setup import load_setup

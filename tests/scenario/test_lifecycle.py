@@ -17,7 +17,7 @@ from typing import Any, cast
 import pytest
 from attrs import define
 
-from chutes_proto.auth.certificates import make_client_identity
+from chutes_proto.auth.client_identity import make_client_identity
 from chutes_proto.blocking.disks import Disks
 from chutes_proto.blocking.https import HttpsSender
 from chutes_proto.blocking.perform import Performer

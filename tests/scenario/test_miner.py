@@ -12,7 +12,7 @@ import anyio
 import httpx
 import pytest
 
-from chutes_proto.auth.certificates import make_client_identity
+from chutes_proto.auth.client_identity import make_client_identity
 from chutes_proto.auth.hotkey import HotkeyPair
 from chutes_proto.blocking.https import HttpsSender
 from chutes_proto.blocking.perform import Performer

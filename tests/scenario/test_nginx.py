@@ -15,7 +15,7 @@ import pytest
 from attrs import frozen
 
 from chutes_proto.auth.binding import report_data
-from chutes_proto.auth.certificates import ClientIdentity, make_client_identity
+from chutes_proto.auth.client_identity import ClientIdentity, make_client_identity
 from chutes_proto.blocking.tls import client_context
 from chutes_proto.cli.development import write_server
 from chutes_proto.testing.platform import SimulatedPlatform

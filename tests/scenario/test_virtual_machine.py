@@ -28,7 +28,7 @@ import pytest
 from attrs import define, evolve, field
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-from chutes_proto.auth.certificates import ServerIdentity, make_server_identity
+from chutes_proto.auth.server_identity import ServerIdentity, make_server_identity
 from chutes_proto.blocking.files import write_file
 from chutes_proto.blocking.setup import load_setup
 from chutes_proto.keys.vault import Address

@@ -8,7 +8,8 @@ from attrs import define, evolve, field
 from cryptography.x509 import load_pem_x509_certificate
 
 from chutes_proto.auth.binding import report_data
-from chutes_proto.auth.certificates import make_client_identity, spki_sha256
+from chutes_proto.auth.certificates import spki_sha256
+from chutes_proto.auth.client_identity import make_client_identity
 from chutes_proto.auth.hotkey import HotkeyPair
 from chutes_proto.auth.signing import Coverage, SigningPolicy, messages_to_sign
 from chutes_proto.effects import Effect, Entropy, FetchCollateral, Log, Now, Resolve, Sleep, Transact, Uptime, run

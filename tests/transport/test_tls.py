@@ -23,7 +23,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from OpenSSL import SSL
 
-from chutes_proto.auth.certificates import make_server_identity, spki_sha256
+from chutes_proto.auth.certificates import spki_sha256
+from chutes_proto.auth.server_identity import make_server_identity
 from chutes_proto.errors import ConfigurationError, LocalProtocolError, RemoteProtocolError
 from chutes_proto.secret import Secret
 from chutes_proto.transport import tls

@@ -7,7 +7,7 @@ import time
 from contextlib import suppress
 from functools import cache
 
-from chutes_proto.auth.certificates import make_server_identity
+from chutes_proto.auth.server_identity import make_server_identity
 from chutes_proto.transport.tls import ServerContext, TlsSession, server_context
 
 NOW = int(time.time())

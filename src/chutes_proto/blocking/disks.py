@@ -22,8 +22,9 @@ import os
 import signal
 import stat
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -43,6 +44,8 @@ HOW_TO_INSTALL: Final = "apt-get install cryptsetup-bin"
 _OFFSET: Final = 16 * 1024 * 1024
 """Where the data of a disk begins that is formatted here, as `cryptsetup` would choose itself."""
 _LEAST: Final = _OFFSET + LOOKED_AT
+_PIECE: Final = 32 * 1024
+"""Bytes that are read or written at once: an agent has little memory."""
 _MAX_KEY: Final = 4096  # a pipe holds it
 _SECONDS: Final = 300.0
 _LATE_SECONDS: Final = 60.0
@@ -219,8 +222,8 @@ class Disks:
             header = found.header
             copy = stack.enter_context(self._memory(header.offset + LOOKED_AT, disk))
             copy.write(0, header.area)
-            for begin, end in header.slots:
-                copy.write(begin, disk.read(begin, end - begin))
+            for place, length in _pieces(*header.slots):
+                copy.write(place, disk.read(place, length))
             if flags & os.O_RDWR and not header.whole:
                 disk.put(copy, header, header)  # or the next update that is cut off leaves copies two updates apart
             yield disk, copy, header
@@ -330,9 +333,8 @@ class _Device:
 
     def _rest(self) -> Iterator[bytes]:
         """What else is in the first and the last `LOOKED_AT` bytes, in pieces."""
-        for begin, end in ((HEAD_SIZE, min(self.size, LOOKED_AT)), (max(self.size - LOOKED_AT, 0), self.size)):
-            for place in range(begin, end, HEAD_SIZE):
-                yield self.read(place, min(HEAD_SIZE, end - place))
+        parts = (HEAD_SIZE, min(self.size, LOOKED_AT)), (max(self.size - LOOKED_AT, 0), self.size)
+        return (self.read(place, length) for place, length in _pieces(*parts))
 
     def read(self, place: int, length: int) -> bytes:
         data = _read(self.descriptor, place, length)
@@ -349,8 +351,8 @@ class _Device:
         ``before`` is the header on the disk: the slots that only it names are overwritten with what is left of them.
         """
         half = len(header.area) // 2
-        parts = {begin: _read(copy.descriptor, begin, end - begin) for begin, end in (*before.slots, *header.slots)}
-        for place, data in parts.items():
+        slots = sorted({*before.slots, *header.slots})
+        for place, data in copy.pieces(slots):
             if data != self.read(place, len(data)):
                 self.write(place, data)
         os.fsync(self.descriptor)
@@ -358,8 +360,7 @@ class _Device:
             self.write(place, header.area[place : place + half])
             os.fsync(self.descriptor)
         os.posix_fadvise(self.descriptor, 0, header.offset, os.POSIX_FADV_DONTNEED)
-        parts[0] = header.area
-        if any(self.read(place, len(data)) != data for place, data in parts.items()):
+        if any(self.read(place, len(data)) != data for place, data in chain([(0, header.area)], copy.pieces(slots))):
             raise self.error("write_lost", "it does not keep what was written to it; have the disk looked at")
 
 
@@ -378,6 +379,10 @@ class _Copy:
 
     def write(self, place: int, data: bytes) -> None:
         _write(self.descriptor, place, data)
+
+    def pieces(self, parts: Iterable[tuple[int, int]]) -> Iterator[tuple[int, bytes]]:
+        """What is in the parts, and where each piece of it begins."""
+        return ((place, _read(self.descriptor, place, length)) for place, length in _pieces(*parts))
 
     def seal(self) -> None:
         """From now on nothing changes it."""
@@ -444,6 +449,11 @@ def _pipe(key: Secret, disk: _Device) -> int:
     finally:
         os.close(writing)
     return reading
+
+
+def _pieces(*parts: tuple[int, int]) -> Iterator[tuple[int, int]]:
+    """Begin and length of the pieces of parts that begin and end somewhere."""
+    return ((place, min(_PIECE, end - place)) for begin, end in parts for place in range(begin, end, _PIECE))
 
 
 def _read(descriptor: int, place: int, length: int) -> bytes:

@@ -10,7 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import cast
 
-from chutes_proto.auth.certificates import ENTROPY_SIZE, make_server_identity
+from chutes_proto.auth.client_identity import ENTROPY_SIZE
+from chutes_proto.auth.server_identity import make_server_identity
 from chutes_proto.blocking.files import make_directory, write_file
 from chutes_proto.testing.service import CollateralService
 from chutes_proto.wire.http import HttpRequest

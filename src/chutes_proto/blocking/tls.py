@@ -9,7 +9,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from chutes_proto.auth.certificates import ENTROPY_SIZE, ClientIdentity, make_client_identity
+from chutes_proto.auth.client_identity import ENTROPY_SIZE, ClientIdentity, make_client_identity
 from chutes_proto.blocking.files import read_file
 from chutes_proto.errors import ConfigurationError, LocalProtocolError
 

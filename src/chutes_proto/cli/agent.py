@@ -10,6 +10,7 @@ Rules kept here:
 from __future__ import annotations
 
 import argparse
+import linecache
 import math
 import os
 import signal
@@ -22,7 +23,7 @@ from chutes_proto.cli import console
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from chutes_proto.auth.certificates import ClientIdentity
+    from chutes_proto.auth.client_identity import ClientIdentity
     from chutes_proto.blocking.agent import Servers
     from chutes_proto.blocking.disks import Disks
     from chutes_proto.blocking.perform import Performer
@@ -229,7 +230,7 @@ def _settings(path: str) -> AgentSettings:
 
 
 def _run(options: argparse.Namespace, settings: AgentSettings, progress: Progress, stops: _Stops) -> Booted:
-    from chutes_proto.auth.certificates import ENTROPY_SIZE, make_client_identity
+    from chutes_proto.auth.client_identity import ENTROPY_SIZE, make_client_identity
     from chutes_proto.blocking.agent import boot_id, check_place, make_signer, write_state
 
     deadline = time.monotonic() + settings.retry.deadline_seconds
@@ -251,6 +252,8 @@ def _run(options: argparse.Namespace, settings: AgentSettings, progress: Progres
         from chutes_proto.client.agent import run_agent  # while the server answers
         from chutes_proto.client.flows import BootSettings
         from chutes_proto.client.handover import Handover
+
+        linecache.clearcache()  # all methods that attrs has made, as text: nobody debugs them here, and memory is short
 
         boot_settings = BootSettings(who.hotkey.address, who.vm_name, client.spki_sha256, signer, settings.policy)
         performer = _performer(options, settings, progress, servers, deadline)

@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
     import os
     import time
 
-    from chutes_proto.auth.certificates import ENTROPY_SIZE, make_client_identity
+    from chutes_proto.auth.client_identity import ENTROPY_SIZE, make_client_identity
     from chutes_proto.blocking.files import make_directory
     from chutes_proto.blocking.https import HttpsSender
     from chutes_proto.blocking.perform import Performer

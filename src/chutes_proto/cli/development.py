@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Final
 
 from attrs import frozen
 
-from chutes_proto.auth.certificates import ENTROPY_SIZE, make_server_identity
+from chutes_proto.auth.client_identity import ENTROPY_SIZE
+from chutes_proto.auth.server_identity import make_server_identity
 from chutes_proto.blocking.files import make_directory, write_file
 from chutes_proto.errors import CollateralUnavailable
 from chutes_proto.testing.directory import measurements_toml

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 from chutes_proto.cli import console, sending
 
 if TYPE_CHECKING:
-    from chutes_proto.auth.certificates import ClientIdentity
+    from chutes_proto.auth.client_identity import ClientIdentity
     from chutes_proto.blocking.quoting import Quoter
     from chutes_proto.client.servers import Miner
     from chutes_proto.effects import Flow
@@ -58,7 +58,7 @@ def ask(
     import os
     import time
 
-    from chutes_proto.auth.certificates import ENTROPY_SIZE, make_client_identity
+    from chutes_proto.auth.client_identity import ENTROPY_SIZE, make_client_identity
     from chutes_proto.blocking.https import HttpsSender
     from chutes_proto.blocking.perform import Performer
     from chutes_proto.blocking.signing import read_hotkey

@@ -15,7 +15,7 @@ import trio
 from attrs import frozen
 
 from chutes_proto import ChutesError
-from chutes_proto.auth.certificates import ENTROPY_SIZE, ClientIdentity, make_client_identity
+from chutes_proto.auth.client_identity import ENTROPY_SIZE, ClientIdentity, make_client_identity
 from chutes_proto.blocking.disks import HOW_TO_INSTALL, Disks, find_cryptsetup
 from chutes_proto.blocking.quoting import Quoter
 from chutes_proto.blocking.setup import load_setup

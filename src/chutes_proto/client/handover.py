@@ -15,7 +15,7 @@ from typing import Final, cast
 
 from attrs import frozen
 
-from chutes_proto.auth.certificates import ClientIdentity
+from chutes_proto.auth.client_identity import ClientIdentity
 from chutes_proto.client.flows import BootGrant
 from chutes_proto.client.settings import AgentSettings
 from chutes_proto.errors import HandoverRejected
