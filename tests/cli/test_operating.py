@@ -399,10 +399,11 @@ class Flood(Unit[None]):
     """Many audit rows, which are of ``size`` bytes and more together."""
 
     size: int
+    at: int = NOW
 
     def script(self) -> Script[None]:
         for number in range(self.size // 2000):
-            yield from Insert(AuditRow(NOW, "vm", f"event {number}", "granted", reason="x" * 2000))
+            yield from Insert(AuditRow(self.at, "vm", f"event {number}", "granted", reason="x" * 2000))
 
 
 def test_any_number_of_audit_rows(site: Site, tmp_path: Path) -> None:
@@ -423,6 +424,31 @@ def test_any_number_of_audit_rows(site: Site, tmp_path: Path) -> None:
     listed = site.json("audit", "list", "--since", NOW)["rows"]
     assert listed == exported[-1000:]
     assert site.json("audit", "list", "--last", 1001, "--event", "event 3")["rows"] == exported[3:4]
+
+
+def test_audit_rows_are_purged_some_at_a_time(site: Site) -> None:
+    with closing(load_setup(site.configuration).store.open(migrate=True)) as store:
+        now = int(time.time())
+        for days in (800, 400, 100):
+            store.transact(Ask(Insert(AuditRow(now - days * 86_400, "vm", f"{days} days ago", "granted"))))
+        store.transact(Flood(1500 * 2000, now - 500 * 86_400))
+    old = site.json("audit", "purge")
+    assert (old["purged"], old["older_than_days"], old["rows"]) == (False, 365, 1502)
+    assert "with --yes they are deleted" in site.do("audit", "purge").out
+    count = len(site.do("audit", "export").out.splitlines())
+    assert site.json("audit", "purge", "--older-than", 700, "--yes", "--reason", "because")["rows"] == 1
+    ended = site.do("audit", "purge", "--yes")
+    assert ended.out.startswith("1501 audit rows of before")
+    assert "999 audit rows deleted so far" in ended.err
+    (left,) = [row for row in site.json("audit", "list")["rows"] if row["event"].endswith("days ago")]
+    assert left["event"] == "100 days ago"
+    told = site.json("audit", "list", "--event", "audit purged")["rows"]
+    assert told[0]["reason"].endswith(": because")
+    left_over = len(site.do("audit", "export").out.splitlines())
+    assert sum(int(row["keys"].split()[0]) for row in told) == count - left_over + len(told)
+    assert "nothing to purge" in site.do("audit", "purge", "--yes").out
+    early = site.do("audit", "purge", "--older-than", 364, "--yes")
+    assert (early.code, "audit_days" in early.err) == (1, True)
 
 
 PPID = ("--ppid", "00" * 16)
@@ -464,6 +490,8 @@ def test_what_is_no_vm(site: Site, text: str) -> None:
         (["keys", "rewrap", "--reason", "a\nb"], "one line of at most"),
         (["store", "restored", "--reason", "\udcff"], "one line of at most"),
         (["audit", "list", "--last", "x"], "a whole number"),
+        (["audit", "purge", "--older-than", "-1"], "a whole number"),
+        (["audit", "purge", "--older-than", "999999"], "a whole number"),
         (["audit", "list", "--since", "yesterday"], "a time is for example"),
         (["audit", "list", "--until", "9" * 40], "a time is for example"),
     ],

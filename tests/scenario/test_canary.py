@@ -232,6 +232,8 @@ def operating(premises: Premises, do: Callable[..., Ended]) -> None:
         ("keys", "allow-format", "canary-1", "storage", "--reason", "a new disk"),
         ("keys", "purge"),
         ("keys", "purge", "--yes"),
+        ("audit", "purge"),
+        ("audit", "purge", "--yes"),
         ("keys", "rewrap"),
         ("vm", "bind", "canary-1", *other),
         ("vm", "rebind", "canary-1", *other, "--keep-keys"),

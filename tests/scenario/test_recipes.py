@@ -176,6 +176,10 @@ def test_a_purge(premises: Premises) -> None:
     premises.sql("UPDATE generation SET retired_at = retired_at - 91 * 86400")
     said = follow(premises, "Old keys are to go", 0)
     assert "2 passphrases deleted" in said
+    premises.sql("UPDATE audit SET at = at - 366 * 86400 WHERE event = 'boot'")
+    assert "5 audit rows of before" in follow(premises, "Old keys are to go", 1)
+    exported = (premises.directory / "audit.jsonl").read_text().splitlines()
+    assert [json.loads(line)["event"] for line in exported].count("boot") == 5
     assert key(premises) == last
 
 
@@ -213,4 +217,4 @@ def test_no_recipe_is_left_out() -> None:
     source = Path(__file__).read_text("utf-8")
     for title in RECIPES:
         assert f'"{title}"' in source
-    assert sum(map(len, RECIPES.values())) == 12
+    assert sum(map(len, RECIPES.values())) == 13

@@ -30,7 +30,7 @@ from chutes_proto.keys.generations import Change, HandOut
 from chutes_proto.keys.vault import NONCE_SIZE, Address, FreshKey, KeyEncryptionKey, Vault
 from chutes_proto.secret import Secret
 from chutes_proto.store.memory import MemoryStore
-from chutes_proto.store.rows import Exchange, GenerationRow, Scan, Vm, VmRow, VolumeRow
+from chutes_proto.store.rows import AuditRow, Exchange, GenerationRow, Scan, Vm, VmRow, VolumeRow
 from chutes_proto.store.run import Store, Unit
 from chutes_proto.testing.store_suite import (
     NOW,
@@ -49,6 +49,8 @@ from chutes_proto.units.operator import (
     AllowFormat,
     BindVm,
     ImportKeys,
+    PurgeAudits,
+    Purged,
     PurgeKeys,
     RebindVm,
     RestoreKey,
@@ -452,6 +454,18 @@ class Calls(RuleBasedStateMachine):
         for _, key in gone:
             if carry_out:
                 key.state = "purged"
+
+    @rule(days=st.integers(1, 3), carry_out=st.booleans(), limit=st.sampled_from([1, 4, 1000]), later=st.integers(0, 4))
+    def purge_audit(self, days: int, carry_out: bool, limit: int, later: int) -> None:
+        self.now += later * DAY
+        before = self.now - days * DAY
+        rows = [row.at < before for row in self.memory.transact(Ask(Scan(AuditRow)))[:limit]]
+        outcome = self.do(PurgeAudits(self.now, before, "why", limit=limit, carry_out=carry_out))
+        assert isinstance(outcome, Purged)
+        assert outcome.count == sum(rows)
+        assert (outcome.beyond is None) == (not any(rows) or len(rows) < limit)
+        left = sum(row.at < before for row in self.memory.transact(Ask(Scan(AuditRow)))[: limit - sum(rows)])
+        assert not (carry_out and left)
 
     @rule(turn=st.booleans())
     def rewrap_keys(self, turn: bool) -> None:

@@ -12,7 +12,17 @@ from chutes_proto.errors import KeyUnavailable, Refused
 from chutes_proto.keys.vault import NONCE_SIZE, Address, FreshKey, KeyEncryptionKey, Vault
 from chutes_proto.secret import Secret
 from chutes_proto.store.memory import MemoryStore
-from chutes_proto.store.rows import AuditRow, GenerationRow, ReadGenerations, ReadVm, ReadVolumes, Scan, Vm
+from chutes_proto.store.rows import (
+    AuditRow,
+    GenerationRow,
+    Insert,
+    ReadAudit,
+    ReadGenerations,
+    ReadVm,
+    ReadVolumes,
+    Scan,
+    Vm,
+)
 from chutes_proto.store.run import Unit
 from chutes_proto.testing.store_suite import (
     NOW,
@@ -33,6 +43,8 @@ from chutes_proto.units.operator import (
     Everyone,
     History,
     ImportKeys,
+    PurgeAudits,
+    Purged,
     PurgeKeys,
     ReadAuditPage,
     RebindVm,
@@ -81,6 +93,33 @@ def audit(store: MemoryStore, **chosen: Any) -> tuple[AuditRow, ...]:
 def states(store: MemoryStore, volume: str = "storage") -> list[tuple[int, str, str | None]]:
     rows = store.transact(Ask(ReadGenerations(VM)))
     return [(row.generation, row.state, row.retirement) for row in rows if row.volume == volume]
+
+
+def test_audit_rows_go_when_their_time_is_over(store: MemoryStore) -> None:
+    for at in (5, 9, 3, 7, 10, 11):
+        store.transact(Ask(Insert(AuditRow(at, "vm", f"at {at}", "granted"))))
+    before = dump(store)
+    assert store.transact(PurgeAudits(NOW, 10, WHY)) == Purged(4, None)
+    assert dump(store) == before, "nothing is deleted before it is to be carried out"
+    first = store.transact(PurgeAudits(NOW, 10, WHY, limit=3, carry_out=True))
+    assert (first.count, first.beyond) == (3, store.transact(Ask(ReadAudit(0, 9)))[0][0] - 1)
+    told = last_audit(store)
+    assert (told.event, told.reason) == ("audit purged", WHY)
+    assert told.keys == "3 rows of before 1970-01-01T00:00:10Z"
+    assert first.beyond is not None
+    rest = store.transact(PurgeAudits(NOW, 10, WHY, beyond=first.beyond, limit=3, carry_out=True))
+    assert rest == Purged(1, first.beyond + 3)
+    assert store.transact(PurgeAudits(NOW, 10, WHY, beyond=rest.beyond or 0, carry_out=True)) == Purged(0, None)
+    assert [row.at for row in audit(store)] == [10, 11, NOW, NOW]
+
+
+def test_numbers_of_audit_rows_are_not_used_again(store: MemoryStore) -> None:
+    """An export that goes on from a number misses nothing."""
+    for _ in range(3):
+        store.transact(Ask(Insert(AuditRow(1, "vm", "boot", "granted"))))
+    assert store.transact(PurgeAudits(NOW, 10, WHY, carry_out=True)).count == 3
+    ((number, row),) = store.transact(Ask(ReadAudit(0, 9)))
+    assert (number, row.event) == (4, "audit purged")
 
 
 # --- keys ---

@@ -33,7 +33,16 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from attrs import define, field
 
 from chutes_proto.errors import ConfigurationError, StoreBusy, StoreError
-from chutes_proto.store.rows import ROWS, CountSealed, ReadAudit, ReadNames, ReadOtherwiseSealed, Scan, VoidTokens
+from chutes_proto.store.rows import (
+    ROWS,
+    CountSealed,
+    PurgeAudit,
+    ReadAudit,
+    ReadNames,
+    ReadOtherwiseSealed,
+    Scan,
+    VoidTokens,
+)
 from chutes_proto.store.run import run_script
 from chutes_proto.store.sql import READ_VERSION, LostFactError, decode, placeholders, statement
 from chutes_proto.store.versions import Versions
@@ -384,7 +393,7 @@ def _may_take_long(op: StoreOp[Any]) -> bool:
     """What only operators ask, of tables that may have many rows."""
     if isinstance(op, VoidTokens):
         return op.vm is None
-    return isinstance(op, (Scan, ReadNames, ReadAudit, CountSealed, ReadOtherwiseSealed))
+    return isinstance(op, (Scan, ReadNames, ReadAudit, PurgeAudit, CountSealed, ReadOtherwiseSealed))
 
 
 @functools.cache

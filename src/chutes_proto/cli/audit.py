@@ -26,7 +26,7 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
     parser = console.command(
         subparsers,
         NAME,
-        "show and export the audit rows",
+        "show, export and purge the audit rows",
         f"""
         Each decision is kept in the same transaction as what it decided: who asked, which boot, what was decided and
         why, measurement profile, digest of the quote, generations of keys. No secret is among it.
@@ -57,6 +57,23 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
         """,
         "chutes-proto audit export --config /etc/chutes/server.toml > audit.jsonl",
     )
+    purge = console.command(
+        actions,
+        "purge",
+        "delete those whose retention is over, for ever",
+        """
+        Delete the audit rows that are older than audit_days, as the configuration says; export them before. It goes
+        some at a time, while servers go on, and can be stopped and begun again; what was deleted, and for whom, is an
+        audit row again. Without --yes nothing is deleted: how many would be is told.
+        """,
+        "chutes-proto audit purge --config /etc/chutes/server.toml\n"
+        "chutes-proto audit purge --older-than 730 --yes --config /etc/chutes/server.toml",
+    )
+    told = "so old; audit_days of the configuration (365 by default) or more"
+    console.add(purge, "--older-than", metavar="DAYS", type=operating.count, help=told)
+    console.add(purge, "--yes", action="store_true", help="delete them")
+    operating.add_reason(purge)
+    operating.add_config(purge)
     for action in (listed, export):
         console.add(
             action,
@@ -78,7 +95,7 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace) -> int:
-    return operating.refusing(_show, options)
+    return operating.refusing(_purge if options.action == "purge" else _show, options)
 
 
 def _show(options: argparse.Namespace) -> int:
@@ -100,6 +117,34 @@ def _show(options: argparse.Namespace) -> int:
                 console.say(_line(row))
         if is_empty and options.action == "list":
             console.say("no audit rows")
+    return console.GRANTED
+
+
+def _purge(options: argparse.Namespace) -> int:
+    from attrs import evolve
+
+    from chutes_proto.units.operator import PurgeAudits
+
+    with operating.opened(options) as (setup, store):
+        days = operating.kept_days(options, "audit_days", setup.config.audit_days, "audit rows")
+        now = operating.now()
+        before = now - days * operating.DAY
+        unit, count = PurgeAudits(now, before, operating.reason(options), carry_out=options.yes), 0
+        while True:
+            step = store.transact(unit)
+            count += step.count
+            if step.beyond is None:
+                break
+            unit = evolve(unit, beyond=step.beyond)
+            console.tell(f"{count} audit rows{' deleted' if options.yes else ''} so far")
+    if options.json:
+        console.say_json({"ok": True, "purged": options.yes, "older_than_days": days, "rows": count})
+    elif not count:
+        console.say(f"nothing to purge: no audit row is of before {operating.shown(before)}")
+    elif options.yes:
+        console.say(f"{count} audit rows of before {operating.shown(before)} deleted")
+    else:
+        console.say(f"{count} audit rows are of before {operating.shown(before)}; with --yes they are deleted")
     return console.GRANTED
 
 

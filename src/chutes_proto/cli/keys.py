@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 NAME = "keys"
 BATCH = 200
-_DAY = 86_400
 _LINE_BYTES = 256 * 1024  # a boot quote, the largest part, takes less than a tenth
 
 
@@ -181,21 +180,15 @@ def _restore(options: argparse.Namespace) -> int:
 
 
 def _purge(options: argparse.Namespace) -> int:
-    from chutes_proto.codes import Code
-    from chutes_proto.errors import Refused
     from chutes_proto.units.operator import FindNames, PurgeKeys
 
     count, named = 0, list[dict[str, object]]()
     with operating.opened(options) as (setup, store):
         vms = (operating.find_vm(store, options.vm),) if options.vm else store.transact(FindNames())
-        least = setup.config.retention_days
-        days = least if options.older_than is None else options.older_than
-        if days < least:
-            told = f"the configuration keeps retired keys for {least} days (retention_days); nothing younger is purged"
-            raise Refused(Code.KEY_NOT_FOUND, told)
+        days = operating.kept_days(options, "retention_days", setup.config.retention_days, "retired keys")
         now, reason = operating.now(), operating.reason(options)
         for vm in vms:
-            for row in store.transact(PurgeKeys(now, days * _DAY, reason, vm, options.yes)):
+            for row in store.transact(PurgeKeys(now, days * operating.DAY, reason, vm, options.yes)):
                 count += 1
                 if options.json:
                     named.append({"hotkey": vm.hotkey, "vm": vm.name, **_members(row)})

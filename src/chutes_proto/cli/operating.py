@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from chutes_proto.blocking.stores import DurableStore
     from chutes_proto.store.rows import Platform, Vm
 
+DAY = 24 * 60 * 60
 _COUNT = re.compile(r"[0-9]{1,5}")
 _HOTKEY = re.compile(r"[!-~]{1,128}")
 _REASON_LENGTH = 500
@@ -139,6 +140,18 @@ def reason(options: argparse.Namespace) -> str:
     except KeyError:
         user = str(os.getuid())
     return f"{user}: {options.reason}" if options.reason else user
+
+
+def kept_days(options: argparse.Namespace, name: str, least: int, what: str) -> int:
+    """Days of ``--older-than``, by default and at least those that the configuration keeps. Raises `Refused`."""
+    from chutes_proto.codes import Code
+    from chutes_proto.errors import Refused
+
+    days: int = least if options.older_than is None else options.older_than
+    if days < least:
+        told = f"the configuration keeps {what} for {least} days ({name}); nothing younger is purged"
+        raise Refused(Code.KEY_NOT_FOUND, told)
+    return days
 
 
 def now() -> int:

@@ -182,6 +182,8 @@ class ServerConfig:
     pruned: Literal["revive", "new"] = "revive"
     retention_days: int = 90
     """How long a retired key is kept at least. A server purges nothing: this is for the command ``keys purge``."""
+    audit_days: int = 365
+    """How long an audit row is kept at least. A server deletes none: this is for the command ``audit purge``."""
     signatures: Literal["compatible", "request"] = "compatible"
     nonce: NonceOptions = field(factory=NonceOptions)
     registration: RegistrationOptions = field(factory=RegistrationOptions)
@@ -248,8 +250,8 @@ def _problems(config: ServerConfig) -> list[str]:
         found.append('hotkeys: name at least one, or say "*" for every hotkey')
     if config.runtime.fresh_seconds < 1:
         found.append("runtime.fresh_seconds: at least 1")
-    if config.retention_days < 1:
-        found.append("retention_days: at least 1")
+    kept = {"retention_days": config.retention_days, "audit_days": config.audit_days}
+    found.extend(f"{name}: at least 1" for name, days in kept.items() if days < 1)
     found.extend(_registration_problems(config.registration))
     found.extend(problem for name, gpu in config.gpus.items() for problem in _gpu_problems(name, gpu))
     found.extend(_collateral_problems(config.collateral))

@@ -39,6 +39,7 @@ from chutes_proto.store.rows import (
     Insert,
     IsRedeemed,
     NonceRow,
+    PurgeAudit,
     PurgeGeneration,
     Put,
     R,
@@ -184,10 +185,17 @@ class Tables:
                 verdicts = self._where(AttestationRow, lambda row: row.registration == registration)
                 return sum(row.code is not None and row.created_at >= since for row in verdicts)
             case ReadAudit(beyond, limit, backwards):
-                numbered = [*enumerate(self._where(AuditRow, lambda _: True), 1)]
+                numbered = [(key[0], row) for key, row in self.rows[AuditRow].items()]
                 after = [item for item in numbered if item[0] > beyond]
                 before = [item for item in reversed(numbered) if item[0] < beyond]
                 return tuple((before if backwards else after)[:limit])
+            case PurgeAudit(through, before):
+                left = {
+                    key: row
+                    for key, row in self.rows[AuditRow].items()
+                    if key[0] > through or cast("AuditRow", row).at >= before
+                }
+                self.rows[AuditRow] = left
             case Scan(kind):
                 return self._where(kind, lambda _: True)
             case _:
@@ -196,7 +204,7 @@ class Tables:
 
     def _insert(self, row: Row) -> None:
         rows = self.rows[type(row)]
-        key = key_of(row) or (len(rows),)
+        key = key_of(row) or (max(rows, default=(0,))[0] + 1,)
         if key in rows:
             raise StoreError(f"a {row.TABLE} row with this key is there already")
         match row:

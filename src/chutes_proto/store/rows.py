@@ -7,8 +7,8 @@ Rules kept here:
 * a row class is its table: ``TABLE`` is the name, ``KEY`` the primary key, which comes first, and the fields are the
   columns in their order; a `Vm` is the two columns ``hotkey, vm``, a `Pin` the two ``platform_kind, platform_id``;
 * nothing secret is in a row in the clear: passphrases are sealed, tokens and nonces of a boot are digests;
-* no operation changes a sealed passphrase, and only an operator's `PurgeGeneration` deletes one; none changes an audit
-  row;
+* no operation changes a sealed passphrase or an audit row, and only an operator's `PurgeGeneration` and `PurgeAudit`
+  delete them;
 * this is the only file of the pure part, next to ``effects.py``, with a bare ``yield``.
 
 Times are integer unix seconds.
@@ -598,6 +598,14 @@ class ReadAudit(StoreOp[tuple[tuple[int, AuditRow], ...]]):
     beyond: int
     limit: int
     backwards: bool = False
+
+
+@frozen
+class PurgeAudit(StoreOp[None]):
+    """Delete the audit rows up to the number ``through`` that tell of a time before ``before``."""
+
+    through: int
+    before: int
 
 
 @frozen

@@ -47,6 +47,7 @@ from chutes_proto.store.rows import (
     IsRedeemed,
     NonceRow,
     Pin,
+    PurgeAudit,
     PurgeGeneration,
     Put,
     RaiseHorizon,
@@ -566,6 +567,7 @@ _QUERIES: Final[dict[type[StoreOp[Any]], _Query]] = {
         _query(_select(AuditRow, "WHERE id < :beyond ORDER BY id DESC LIMIT :limit", "id"), _numbered),
         _query(_select(AuditRow, "WHERE id > :beyond ORDER BY id LIMIT :limit", "id"), _numbered),
     ),
+    PurgeAudit: _query("DELETE FROM audit WHERE id <= :through AND at < :before"),
 }
 
 

@@ -2,7 +2,8 @@
 
 Rules kept here:
 
-* no command but `PurgeKeys` deletes a passphrase, and it deletes none before its retention is over;
+* no command but `PurgeKeys` deletes a passphrase, none but `PurgeAudits` an audit row, and neither before its retention
+  is over;
 * what changes which key a VM is handed, or whose a name is, says so in the audit row, with the operator's reason;
 * no passphrase leaves: what these units return may be shown.
 
@@ -19,6 +20,7 @@ from chutes_proto.codes import Code
 from chutes_proto.errors import Refused, SealBroken
 from chutes_proto.keys import generations
 from chutes_proto.keys.vault import NONCE_SIZE, Address, FreshKey, Vault
+from chutes_proto.quote.terms import rfc3339
 from chutes_proto.store.rows import (
     AuditRow,
     CountSealed,
@@ -26,6 +28,7 @@ from chutes_proto.store.rows import (
     GenerationRow,
     Insert,
     Platform,
+    PurgeAudit,
     PurgeGeneration,
     Put,
     RaiseHorizon,
@@ -127,6 +130,42 @@ class ReadAuditPage(Unit[AuditPage]):
             return False
         hotkey, name = ("", "") if row.vm is None else (row.vm.hotkey, row.vm.name)
         return self.hotkey in ("", hotkey) and self.name in ("", name)
+
+
+@frozen
+class Purged:
+    """How many audit rows were deleted, or would be, and the number to go on from; None where there are no more."""
+
+    count: int
+    beyond: int | None
+
+
+@frozen
+class PurgeAudits(Unit[Purged]):
+    """Of the next ``limit`` audit rows delete those that tell of a time before ``before``, for ever.
+
+    They are the next after the number ``beyond``. It is to be repeated, from where it says, until there are no more:
+    each is a transaction of its own, with an audit row of its own. It ends where none of ``limit`` rows is old enough,
+    since rows are written as time goes. Without ``carry_out`` nothing is deleted: what would be is counted.
+    """
+
+    now: int
+    before: int
+    reason: str
+    beyond: int = 0
+    limit: int = 1000
+    carry_out: bool = False
+
+    def script(self) -> Script[Purged]:
+        """Read, choose; delete, with an audit row."""
+        read = yield from ReadAudit(self.beyond, self.limit)
+        count = sum(row.at < self.before for _, row in read)
+        if count and self.carry_out:
+            told = f"{count} rows of before {rfc3339(self.before)}"
+            # First the row, then the others: a store that has none may begin again with its numbers.
+            yield from Insert(_audit(self.now, "audit purged", self.reason, keys=told))
+            yield from PurgeAudit(read[-1][0], self.before)
+        return Purged(count, read[-1][0] if count and len(read) == self.limit else None)
 
 
 # --- keys ---

@@ -28,6 +28,7 @@ from chutes_proto.store.rows import (
     IsRedeemed,
     NonceRow,
     Pin,
+    PurgeAudit,
     PurgeGeneration,
     Put,
     RaiseHorizon,
@@ -230,6 +231,11 @@ def operations_reply_what_they_say(harness: Harness) -> None:
     newest = ask(Ask(ReadAudit(1 << 62, 4, backwards=True)))
     oldest = ask(Ask(ReadAudit(newest[-1][0], 4, backwards=True)))
     expect((*newest, *oldest), (*first, *rest)[::-1], "audit rows in two pages, backwards")
+    ask(Ask(PurgeAudit(rest[0][0], NOW - 1)))
+    left = [pair for pair in (*first, *rest) if pair[0] > rest[0][0] or pair[1].at >= NOW - 1]
+    expect(list(ask(Ask(ReadAudit(0, 9)))), left, "audit rows after those were purged that are old and before a number")
+    ask(Ask(Insert(told[0])))
+    expect(ask(Ask(ReadAudit(rest[-1][0], 9)))[0][1], told[0], "an audit row after a purge")
 
 
 def tokens_are_spent_once_and_voided(harness: Harness) -> None:
