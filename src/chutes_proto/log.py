@@ -32,10 +32,14 @@ class Record:
     event: str
     fields: Mapping[str, Value] = field(factory=dict[str, "Value"])
 
+    @property
+    def shown(self) -> dict[str, Value]:
+        """The fields, each no longer than `LONGEST`."""
+        return {name: _cut(value) for name, value in self.fields.items()}
+
     def as_json(self, at: str) -> str:
         """One line of JSON without its line end; ``at`` is the time as it shall be printed."""
-        fields = {name: _cut(value) for name, value in self.fields.items()}
-        line = {"at": at, "level": self.level.name.lower(), "event": self.event, **fields}
+        line = {"at": at, "level": self.level.name.lower(), "event": self.event, **self.shown}
         return json.dumps(line, separators=(",", ":"))
 
 

@@ -13,7 +13,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 import trio
-from attrs import define
+from attrs import define, evolve
 
 import chutes_proto_asyncio.perform
 import chutes_proto_trio.perform
@@ -36,7 +36,7 @@ from chutes_proto.effects import (
     Uptime,
 )
 from chutes_proto.errors import LocalProtocolError, QuoteUnavailable, StoreBusy, TransportError
-from chutes_proto.log import Level, Record
+from chutes_proto.log import LONGEST, Level, Record
 from chutes_proto.luks.disk import Blank
 from chutes_proto.luks.plan import Action, KeepKey, Key, Keys
 from chutes_proto.secret import Secret
@@ -248,6 +248,8 @@ def test_a_record_is_logged(drive: Driver, caplog: pytest.LogCaptureFixture) -> 
             'boot_delayed step="nonce" wait=1.5 volumes=["a"] reason="a\\nb"',
         )
     ]
+    drive(ask(Log(evolve(record, fields={"reason": "a" * (LONGEST + 1)}))))
+    assert len(caplog.messages[-1]) < LONGEST + 100
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,8 @@ def test_a_text_names_a_quoter(text: str, described: str) -> None:
         ("tsm:", "tsm is followed by nothing, or :DIR"),
         ("unix", "unix is followed by :PATH"),
         ("unix:", "unix is followed by :PATH"),
+        ("unix:" + "s" * 108, "at most 107 bytes"),
+        ("unix:" + "\u00e9" * 54, "at most 107 bytes"),
         ("simulated:", "simulated is followed by nothing, or :DIR"),
         ("vsock:", "two numbers below"),
         ("vsock:4050", "two numbers below"),

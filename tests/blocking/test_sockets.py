@@ -64,6 +64,8 @@ def test_what_is_in_use_or_no_socket_is_left_alone(tmp_path: Path) -> None:
         _ = listen_unix(other)
     with pytest.raises(ConfigurationError, match=r"proxy\.unix: .*/none/s: No such file"):
         _ = listen_unix(tmp_path / "none" / "s")
+    with pytest.raises(ConfigurationError, match=r"proxy\.unix: .*/s*: AF_UNIX path too long"):
+        _ = listen_unix(tmp_path / ("s" * 108))
     assert other.read_text() == "kept"
     assert path.is_socket()
     close(place)

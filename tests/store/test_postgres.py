@@ -124,6 +124,8 @@ def test_a_database_that_only_reads_is_refused(url: str) -> None:
         f"mysql://me:{PASSWORD}@host/keys",
         f"postgresql://me:{PASSWORD}/more@host/keys",
         f"postgresql://me:12/{PASSWORD}@host/keys",
+        f"postgresql://me:p@{PASSWORD}@host/keys",
+        f"postgresql://me:p@{PASSWORD}@host?sslmode=require",
     ],
 )
 def test_what_is_no_url_is_said_without_repeating_it(address: str) -> None:

@@ -79,7 +79,7 @@ def log_record(record: Record) -> None:
     import json
     import logging
 
-    fields = (f"{name}={json.dumps(value)}" for name, value in record.fields.items())
+    fields = (f"{name}={json.dumps(value)}" for name, value in record.shown.items())
     logging.getLogger("chutes_proto").log(record.level, "%s", " ".join([record.event, *fields]))
 
 

@@ -78,9 +78,9 @@ _DEFAULTS: Final[dict[str, str]] = {
 }
 """What a connection has where the URL says nothing else."""
 
-_URL: Final = re.compile(r"postgres(ql)?://[^/]*(/[^@?]*)?(\?.*)?", re.DOTALL)
-"""No ``@`` in the database's name: it ends a password whose ``/`` is not percent-encoded, and of such a one libpq makes
-a port and a name, and tells both."""
+_URL: Final = re.compile(r"postgres(ql)?://([^/@]*@)?[^/@]*(/[^@?]*)?(\?.*)?", re.DOTALL)
+"""No ``@`` but the one before the host: in a name it ends a password whose ``/`` or ``@`` is not percent-encoded, of which
+libpq makes names and a port, and tells them."""
 
 _MUST_BE: Final[dict[str, tuple[str, ...]]] = {
     "synchronous_commit": ("on", "remote_apply"),
@@ -425,7 +425,10 @@ def _parse(url: str) -> tuple[str, str]:
         given: dict[str, Any] = conninfo.conninfo_to_dict(url)
         full = conninfo.make_conninfo("", **{**_DEFAULTS, **given, "client_encoding": "UTF8"})
     except (psycopg.Error, ValueError):  # whose text may quote the password
-        raise ConfigurationError('store: not a PostgreSQL URL; say "postgresql://user@host/database"') from None
+        raise ConfigurationError(
+            'store: not a PostgreSQL URL; say "postgresql://user@host/database", and of what is special in a password'
+            " %40 for @, %2F for /, %3F for ?, %25 for %"
+        ) from None
     user = f"{given['user']}@" if "user" in given else ""
     port = f":{given['port']}" if "port" in given else ""
     return full, f"postgresql://{user}{given.get('host', '')}{port}/{given.get('dbname', '')}"

@@ -110,7 +110,9 @@ def urls(listening: list[Listening]) -> list[str]:
 
 def _text(exc: OSError) -> str:
     """Without the address, which some add."""
-    return str(exc.strerror) if isinstance(exc, socket.gaierror) or exc.errno is None else os.strerror(exc.errno)
+    if isinstance(exc, socket.gaierror) or exc.errno is None:
+        return exc.strerror or str(exc)
+    return os.strerror(exc.errno)
 
 
 def _remove_left_behind(path: Path) -> None:

@@ -24,7 +24,7 @@ from attrs import define, evolve
 from chutes_proto.codes import Code
 from chutes_proto.effects import Entropy, Log, Now, Uptime
 from chutes_proto.errors import BadRequest, KeyUnavailable, Refusal, Refused, SealBroken, StoreError, Unavailable
-from chutes_proto.log import LONGEST, Level, Record
+from chutes_proto.log import Level, Record
 from chutes_proto.server.boot import attest_boot, issue_boot_nonce
 from chutes_proto.server.callers import check_caller
 from chutes_proto.server.rotation import attest_volumes, confirm_volumes
@@ -196,11 +196,7 @@ class App:
         fields: dict[str, Value] = {"request_id": request_id, "peer": request.peer_address}
         if isinstance(request, HttpRequest):
             fields |= {"method": request.method[:16], "path": request.target.partition("?")[0][:200]}
-        fields |= {
-            "status": refusal.status,
-            "code": str(refusal.code),
-            "reason": refusal.reason[:LONGEST],  # strangers may make it long, and Python's logging cuts nothing
-        }
+        fields |= {"status": refusal.status, "code": str(refusal.code), "reason": refusal.reason}
         if held_back:
             fields["held_back"] = held_back
         yield from Log(Record(Level.ERROR if ours else Level.WARNING, "refused", fields))
