@@ -79,8 +79,8 @@ _DEFAULTS: Final[dict[str, str]] = {
 """What a connection has where the URL says nothing else."""
 
 _URL: Final = re.compile(r"postgres(ql)?://([^/@]*@)?[^/@]*(/[^@?]*)?(\?.*)?", re.DOTALL)
-"""No ``@`` but the one before the host: in a name it ends a password whose ``/`` or ``@`` is not percent-encoded, of which
-libpq makes names and a port, and tells them."""
+"""No ``@`` but the one before the host: one in a name ends a password whose ``/`` or ``@`` is not percent-encoded, of
+which libpq makes names and a port, and tells them."""
 
 _MUST_BE: Final[dict[str, tuple[str, ...]]] = {
     "synchronous_commit": ("on", "remote_apply"),
