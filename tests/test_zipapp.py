@@ -123,6 +123,12 @@ def test_byte_code_is_what_is_loaded(agent: Path, tmp_path: Path) -> None:
         assert run(broken, "agent", "run", "--help")[0] == code
 
 
+def test_byte_code_has_no_docstrings(agent: Path) -> None:
+    code = f"import sys; sys.path.insert(0, {str(agent)!r}); import chutes_proto.errors as e; print(e.__doc__)"
+    done = subprocess.run([SYSTEM, "-I", "-c", code], capture_output=True, text=True, env={}, check=True)
+    assert done.stdout == "None\n"
+
+
 def test_another_python_takes_the_source(agent: Path) -> None:
     ours = f"Python {sys.version_info.major}.{sys.version_info.minor}."
     if run(agent, flags=("-V",))[1].startswith(ours):

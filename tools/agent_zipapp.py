@@ -85,7 +85,8 @@ def _copy(source: Path, place: Path) -> None:
 def _compile(tree: Path, python: str) -> None:
     """Put ``module.pyc`` beside each ``module.py``, where `zipimport` looks first; no path of this machine is in it.
 
-    Without docstrings and columns, which nobody reads in an initramfs: they would be in memory.
+    Without docstrings and columns, which nobody reads in an initramfs: they would be in memory. Nor with assertions, of
+    which the project has none.
     """
     options = ["-q", "-b", "-o", "2", "--invalidation-mode", "unchecked-hash", "-s", str(tree)]
     command = [python, "-s", "-X", "no_debug_ranges", "-m", "compileall", *options, str(tree)]

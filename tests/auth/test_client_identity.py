@@ -21,6 +21,7 @@ from chutes_proto.errors import LocalProtocolError
 NOW = 1_800_000_000
 ENTROPY = bytes(range(32))
 DAY = 86400
+LAST = 253_402_300_799
 END_OF_2049 = 2_524_607_999
 
 
@@ -28,10 +29,11 @@ def utc(moment: int) -> datetime.datetime:
     return datetime.datetime.fromtimestamp(moment, datetime.UTC)
 
 
-@given(st.integers(0, 250_000_000_000), st.binary(min_size=32, max_size=32))
+@given(st.integers(0, LAST - DAY), st.binary(min_size=32, max_size=32))
 @example(END_OF_2049 - DAY, ENTROPY)
 @example(END_OF_2049 - DAY + 1, ENTROPY)
 @example(END_OF_2049 + 1, ENTROPY)
+@example(LAST - DAY, ENTROPY)
 def test_certificate_and_key_are_as_the_library_writes_them(now: int, entropy: bytes) -> None:
     identity = make_client_identity(now, entropy)
     certificate = x509.load_pem_x509_certificate(identity.certificate_pem)
@@ -76,6 +78,12 @@ def test_key_and_serial_number_follow_from_the_entropy() -> None:
 def test_it_needs_its_entropy(size: int) -> None:
     with pytest.raises(LocalProtocolError, match="32 bytes of entropy"):
         make_client_identity(NOW, bytes(size))
+
+
+@pytest.mark.parametrize("now", [-1, -62_135_596_800, LAST - DAY + 1, 10**30])
+def test_a_time_that_no_certificate_has(now: int) -> None:
+    with pytest.raises(LocalProtocolError, match="from 1970 to 9999"):
+        make_client_identity(now, ENTROPY)
 
 
 def test_its_key_is_not_shown() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from attrs import frozen
 
-from chutes_proto.auth import certificates
+from chutes_proto.auth import client_identity
 from chutes_proto.cli.agent import close_opened
 from chutes_proto.cli.main import main
 from chutes_proto.cli.progress import Progress
@@ -98,7 +98,7 @@ def test_a_fault_of_its_own_is_a_failed_boot_like_any_other(
     def fail(*_: object) -> None:
         raise ZeroDivisionError("a secret, perhaps")
 
-    monkeypatch.setattr(certificates, "make_client_identity", fail)
+    monkeypatch.setattr(client_identity, "make_client_identity", fail)
     gone = tmp_path / "went-off"
     more = f'on_failure = {{ action = "reboot", wait_seconds = 0, reboot = ["touch", "{gone}"] }}\n'
     ended = command("agent", "run", "--config", write(more))

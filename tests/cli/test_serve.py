@@ -324,6 +324,15 @@ def test_the_configuration_in_the_help_is_one(capsys: pytest.CaptureFixture[str]
 FILES = ["server.toml", "measurements.toml", "server.pem", "server.key", "simulated-root.der", "kek"]
 
 
+@pytest.mark.parametrize("path", ["s" * 108, "a\\u0000b"])
+def test_a_path_that_no_socket_has(command: Command, site: Path, path: str) -> None:
+    text = (site / "server.toml").read_text()
+    _ = (site / "server.toml").write_text(f'{text}\n[proxy]\nunix = "{path}"\n')
+    ended = check(command, site)
+    assert ended.code == 1
+    assert "proxy.unix: the path of a unix socket has 1 to 107 bytes" in " ".join(ended.err.split())
+
+
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     name=st.sampled_from(FILES),

@@ -116,7 +116,7 @@ def test_what_is_said_and_what_is_not() -> None:
         ("quoter = 'unix'", "quoter: unix is followed by :PATH"),
         ("quoter = 'unix:'", "quoter: unix is followed by :PATH"),
         ("quoter = 'unix:qgs'", "quoter: unix is followed by a whole path"),
-        ('quoter = "unix:/a\\u0000b"', "quoter: unix is followed by a whole path"),
+        ('quoter = "unix:/a\\u0000b"', "quoter: the path of a unix socket has 1 to 107 bytes"),
         ("quoter = 'vsock:'", "quoter: vsock is followed by nothing, or :CID:PORT"),
         ("quoter = 'vsock:4050'", "quoter: vsock is followed by nothing, or :CID:PORT"),
         ("quoter = 'vsock:2:4294967296'", "two numbers below 2^32"),

@@ -76,6 +76,7 @@ def test_collateral_from_services():
         ('volumes = ["a b"]', "volumes"),
         ('volumes = ["a", "a"]', "twice"),
         ("retention_days = 0", "retention_days: at least 1"),
+        ("audit_days = 0", "audit_days: at least 1"),
         ('kek_previous_file = "kek"', "kek_previous_file: it is kek_file"),
         ("limits = { body_bytes = 16383 }", "limits.body_bytes: at least 16384"),
         ("limits = { head_bytes = 1023 }", "limits.head_bytes: at least 1024"),

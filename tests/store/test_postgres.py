@@ -126,6 +126,8 @@ def test_a_database_that_only_reads_is_refused(url: str) -> None:
         f"postgresql://me:12/{PASSWORD}@host/keys",
         f"postgresql://me:p@{PASSWORD}@host/keys",
         f"postgresql://me:p@{PASSWORD}@host?sslmode=require",
+        f"postgresql://me:p?a@{PASSWORD}@host/keys",
+        f"postgresql://me:{PASSWORD}?sslmode=disable/x@host",
     ],
 )
 def test_what_is_no_url_is_said_without_repeating_it(address: str) -> None:

@@ -105,12 +105,19 @@ def test_audit_rows_go_when_their_time_is_over(store: MemoryStore) -> None:
     assert (first.count, first.beyond) == (3, store.transact(Ask(ReadAudit(0, 9)))[0][0] - 1)
     told = last_audit(store)
     assert (told.event, told.reason) == ("audit purged", WHY)
-    assert told.keys == "3 rows of before 1970-01-01T00:00:10Z"
+    assert told.keys == "rows of before 1970-01-01T00:00:10Z: 3"
     assert first.beyond is not None
     rest = store.transact(PurgeAudits(NOW, 10, WHY, beyond=first.beyond, limit=3, carry_out=True))
     assert rest == Purged(1, first.beyond + 3)
-    assert store.transact(PurgeAudits(NOW, 10, WHY, beyond=rest.beyond or 0, carry_out=True)) == Purged(0, None)
+    assert store.transact(PurgeAudits(NOW, 10, WHY, beyond=first.beyond + 3, limit=3)) == Purged(0, None)
     assert [row.at for row in audit(store)] == [10, 11, NOW, NOW]
+
+
+def test_old_rows_behind_new_ones_are_found(store: MemoryStore) -> None:
+    for at in (NOW, NOW, NOW, 5):
+        store.transact(Ask(Insert(AuditRow(at, "vm", "boot", "granted"))))
+    assert store.transact(PurgeAudits(NOW, 10, WHY, limit=2)) == Purged(0, 2)
+    assert store.transact(PurgeAudits(NOW, 10, WHY, beyond=2, limit=2)) == Purged(1, 4)
 
 
 def test_numbers_of_audit_rows_are_not_used_again(store: MemoryStore) -> None:

@@ -4,7 +4,7 @@ Rules kept here:
 
 * nothing is drawn: key and serial number follow from the entropy that is given (HKDF, RFC 5869);
 * the DER is written here, and not by `cryptography.x509`: a boot agent in an initramfs needs nothing else of that, and
-  it would be a tenth of the agent's memory. The layout is fixed but for names, numbers and times.
+  would pay for all of it in memory and time. The layout is fixed but for names, numbers and times.
 
 Sources: RFC 5280, 4.1 (certificates); RFC 5480, 2 (keys); RFC 5758, 3.2 (the algorithm); RFC 5915, 3 and RFC 5208, 5
 (private keys); RFC 7468 (PEM).
@@ -38,6 +38,7 @@ _P256_SIZE: Final = 32
 _P256_ORDER: Final = 0xFFFFFFFF_00000000_FFFFFFFF_FFFFFFFF_BCE6FAAD_A7179E84_F3B9CAC2_FC632551
 """SP 800-186, section 3.2.1.3: cryptography before 45, which Debian 13 has, does not know it."""
 _DAY: Final = 24 * 60 * 60
+_LAST: Final = 253_402_300_799  # 9999-12-31T23:59:59Z
 
 _COMMON_NAME: Final = bytes.fromhex("0603550403")
 _SUBJECT_KEY_IDENTIFIER: Final = bytes.fromhex("0603551d0e")
@@ -58,7 +59,8 @@ class ClientIdentity:
 def make_client_identity(now: int, entropy: bytes) -> ClientIdentity:
     """A self-signed P-256 certificate as a VM makes one at each boot: ``CN=tdx-vm-{now}``, valid for a day.
 
-    ``entropy`` is 32 secret bytes, never used for anything else.
+    ``entropy`` is 32 secret bytes, never used for anything else. Raises `LocalProtocolError` for entropy of another
+    size, and for a time before 1970 or after 9999.
     """
     key = derived_key(entropy, "client key")
     private, public = key.private_numbers().private_value, key.public_key().public_numbers()
@@ -132,9 +134,11 @@ def _bits(value: bytes) -> bytes:
 
 def _time(moment: int) -> bytes:
     """RFC 5280, 4.1.2.5: two digits of the year are enough until 2049."""
+    if not 0 <= moment <= _LAST:
+        raise LocalProtocolError(f"a certificate of the time {moment}: it is from 1970 to 9999, in unix seconds")
     when = datetime.fromtimestamp(moment, UTC)
     text = f"{when:%Y%m%d%H%M%SZ}".encode()
-    return _der(0x17, text[2:]) if 1950 <= when.year < 2050 else _der(0x18, text)
+    return _der(0x17, text[2:]) if when.year < 2050 else _der(0x18, text)
 
 
 def _pem(label: str, der: bytes) -> bytes:

@@ -78,9 +78,9 @@ _DEFAULTS: Final[dict[str, str]] = {
 }
 """What a connection has where the URL says nothing else."""
 
-_URL: Final = re.compile(r"postgres(ql)?://([^/@]*@)?[^/@]*(/[^@?]*)?(\?.*)?", re.DOTALL)
-"""No ``@`` but the one before the host: one in a name ends a password whose ``/`` or ``@`` is not percent-encoded, of
-which libpq makes names and a port, and tells them."""
+_URL: Final = re.compile(r"postgres(ql)?://([^/@]*+@)?+[^/@?]*(/[^@?]*)?(\?.*)?", re.DOTALL)
+"""No ``@`` but the one before the host: any other ends a password of which something is not percent-encoded, of which
+libpq makes names and a port, and tells them."""
 
 _MUST_BE: Final[dict[str, tuple[str, ...]]] = {
     "synchronous_commit": ("on", "remote_apply"),
@@ -423,6 +423,8 @@ def _parse(url: str) -> tuple[str, str]:
         if not _URL.fullmatch(url):
             raise ValueError(url)
         given: dict[str, Any] = conninfo.conninfo_to_dict(url)
+        if not re.fullmatch(r"[0-9,]*", str(given.get("port", ""))):
+            raise ValueError(url)
         full = conninfo.make_conninfo("", **{**_DEFAULTS, **given, "client_encoding": "UTF8"})
     except (psycopg.Error, ValueError):  # whose text may quote the password
         raise ConfigurationError(

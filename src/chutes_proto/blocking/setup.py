@@ -44,6 +44,7 @@ from chutes_proto.store.rows import CountSealed
 from chutes_proto.store.run import Script, Unit
 from chutes_proto.transport.h1 import Limits
 from chutes_proto.transport.tls import ServerContext, server_context
+from chutes_proto.wire.origin import check_socket_path
 
 T = TypeVar("T")
 
@@ -118,6 +119,9 @@ def load_setup(path: str | Path) -> ServerSetup:
     policy = problems.attempt("measurements", lambda: Policy(profiles=tuple(p.measurements for p in profiles)))
     hotkeys: frozenset[str] | Literal["*"] | None = problems.attempt("hotkeys", lambda: _hotkeys(config.hotkeys))
     proxies = problems.attempt("proxy.secret_file", lambda: _proxies(config.proxy, base))
+    if config.proxy.unix is not None:
+        socket_path = str(base / config.proxy.unix)
+        _ = problems.attempt("proxy.unix", lambda: check_socket_path(socket_path))
     callback = problems.attempt("registration.hotkey_file", lambda: _callback(config.registration, base))
     collateral_key = "collateral.ca_file" if config.collateral.directory is None else "collateral.directory"
     collateral = None if root is None else problems.attempt(collateral_key, lambda: _collateral(config, base, root))

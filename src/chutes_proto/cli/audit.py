@@ -62,14 +62,15 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
         "purge",
         "delete those whose retention is over, for ever",
         """
-        Delete the audit rows that are older than audit_days, as the configuration says; export them before. It goes
-        some at a time, while servers go on, and can be stopped and begun again; what was deleted, and for whom, is an
-        audit row again. Without --yes nothing is deleted: how many would be is told.
+        Delete the audit rows that are older than audit_days, as the configuration says, by the time that each tells and
+        this machine's clock; export them before. It goes some at a time, while servers go on, and can be stopped and
+        begun again; who deleted how many is an audit row again. Without --yes nothing is deleted: how many would be is
+        told.
         """,
         "chutes-proto audit purge --config /etc/chutes/server.toml\n"
         "chutes-proto audit purge --older-than 730 --yes --config /etc/chutes/server.toml",
     )
-    told = "so old; audit_days of the configuration (365 by default) or more"
+    told = "written so many days ago or earlier; audit_days of the configuration (365 by default) or more"
     console.add(purge, "--older-than", metavar="DAYS", type=operating.count, help=told)
     console.add(purge, "--yes", action="store_true", help="delete them")
     operating.add_reason(purge)
@@ -136,15 +137,16 @@ def _purge(options: argparse.Namespace) -> int:
             if step.beyond is None:
                 break
             unit = evolve(unit, beyond=step.beyond)
-            console.tell(f"{count} audit rows{' deleted' if options.yes else ''} so far")
+            console.tell(f"audit rows{' deleted' if options.yes else ' that are old'} so far: {count}")
     if options.json:
-        console.say_json({"ok": True, "purged": options.yes, "older_than_days": days, "rows": count})
+        told = {"purged": options.yes, "older_than_days": days, "before": before, "rows": count}
+        console.say_json({"ok": True, **told})
     elif not count:
         console.say(f"nothing to purge: no audit row is of before {operating.shown(before)}")
     elif options.yes:
-        console.say(f"{count} audit rows of before {operating.shown(before)} deleted")
+        console.say(f"audit rows of before {operating.shown(before)} deleted: {count}")
     else:
-        console.say(f"{count} audit rows are of before {operating.shown(before)}; with --yes they are deleted")
+        console.say(f"audit rows of before {operating.shown(before)}: {count}; with --yes they are deleted")
     return console.GRANTED
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from chutes_proto.errors import ConfigurationError
+from chutes_proto.wire.origin import check_socket_path
 
 COMMAND: Final = "command:"
 """What stands before a program and its arguments."""
@@ -19,7 +20,7 @@ _FOLLOWED: Final = {
     "auto": "nothing",
     "tsm": "nothing, or :DIR",
     "vsock": "nothing, or :CID:PORT, two numbers below 2^32",
-    "unix": ":PATH, at most 107 bytes of it",
+    "unix": ":PATH",
     "simulated": "nothing, or :DIR",
 }
 
@@ -32,15 +33,15 @@ def parse_quoter(text: str) -> tuple[str, str]:
     kind, colon, rest = text.partition(":")
     if kind not in _FOLLOWED:
         return "command", text.removeprefix(COMMAND)
-    fits = {"auto": not colon, "vsock": not colon or _is_address(rest), "unix": _is_socket(rest)}
+    fits = {"auto": not colon, "vsock": not colon or _is_address(rest), "unix": bool(rest)}
     if not fits.get(kind, bool(rest) or not colon):
         raise ConfigurationError(f"quoter: {kind} is followed by {_FOLLOWED[kind]}")
+    if kind == "unix":
+        try:
+            _ = check_socket_path(rest)
+        except ConfigurationError as exc:
+            raise ConfigurationError(f"quoter: {exc}") from None
     return kind, rest
-
-
-def _is_socket(path: str) -> bool:
-    """Whether it can be a socket's (unix(7): ``sun_path`` has 108 bytes, the last one is a NUL)."""
-    return 0 < len(path.encode("utf-8", "surrogateescape")) < 108
 
 
 def _is_address(text: str) -> bool:

@@ -189,13 +189,10 @@ class Tables:
                 after = [item for item in numbered if item[0] > beyond]
                 before = [item for item in reversed(numbered) if item[0] < beyond]
                 return tuple((before if backwards else after)[:limit])
-            case PurgeAudit(through, before):
-                left = {
-                    key: row
-                    for key, row in self.rows[AuditRow].items()
-                    if key[0] > through or cast("AuditRow", row).at >= before
-                }
-                self.rows[AuditRow] = left
+            case PurgeAudit(beyond, through, before):
+                for key, row in [*self.rows[AuditRow].items()]:
+                    if beyond < key[0] <= through and cast("AuditRow", row).at < before:
+                        del self.rows[AuditRow][key]
             case Scan(kind):
                 return self._where(kind, lambda _: True)
             case _:
@@ -204,7 +201,7 @@ class Tables:
 
     def _insert(self, row: Row) -> None:
         rows = self.rows[type(row)]
-        key = key_of(row) or (max(rows, default=(0,))[0] + 1,)
+        key = key_of(row) or (next(reversed(rows), (0,))[0] + 1,)
         if key in rows:
             raise StoreError(f"a {row.TABLE} row with this key is there already")
         match row:

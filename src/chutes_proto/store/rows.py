@@ -602,8 +602,9 @@ class ReadAudit(StoreOp[tuple[tuple[int, AuditRow], ...]]):
 
 @frozen
 class PurgeAudit(StoreOp[None]):
-    """Delete the audit rows up to the number ``through`` that tell of a time before ``before``."""
+    """Delete the audit rows after the number ``beyond``, up to ``through``, that tell of a time before ``before``."""
 
+    beyond: int
     through: int
     before: int
 

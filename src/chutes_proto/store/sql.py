@@ -567,7 +567,7 @@ _QUERIES: Final[dict[type[StoreOp[Any]], _Query]] = {
         _query(_select(AuditRow, "WHERE id < :beyond ORDER BY id DESC LIMIT :limit", "id"), _numbered),
         _query(_select(AuditRow, "WHERE id > :beyond ORDER BY id LIMIT :limit", "id"), _numbered),
     ),
-    PurgeAudit: _query("DELETE FROM audit WHERE id <= :through AND at < :before"),
+    PurgeAudit: _query("DELETE FROM audit WHERE id > :beyond AND id <= :through AND at < :before"),
 }
 
 

@@ -145,8 +145,8 @@ class PurgeAudits(Unit[Purged]):
     """Of the next ``limit`` audit rows delete those that tell of a time before ``before``, for ever.
 
     They are the next after the number ``beyond``. It is to be repeated, from where it says, until there are no more:
-    each is a transaction of its own, with an audit row of its own. It ends where none of ``limit`` rows is old enough,
-    since rows are written as time goes. Without ``carry_out`` nothing is deleted: what would be is counted.
+    each is a transaction of its own, with an audit row of its own. All are looked at, since a clock that was wrong may
+    have put an old one behind a new one. Without ``carry_out`` nothing is deleted: what would be is counted.
     """
 
     now: int
@@ -161,11 +161,11 @@ class PurgeAudits(Unit[Purged]):
         read = yield from ReadAudit(self.beyond, self.limit)
         count = sum(row.at < self.before for _, row in read)
         if count and self.carry_out:
-            told = f"{count} rows of before {rfc3339(self.before)}"
+            told = f"rows of before {rfc3339(self.before)}: {count}"
             # First the row, then the others: a store that has none may begin again with its numbers.
             yield from Insert(_audit(self.now, "audit purged", self.reason, keys=told))
-            yield from PurgeAudit(read[-1][0], self.before)
-        return Purged(count, read[-1][0] if count and len(read) == self.limit else None)
+            yield from PurgeAudit(self.beyond, read[-1][0], self.before)
+        return Purged(count, read[-1][0] if len(read) == self.limit else None)
 
 
 # --- keys ---

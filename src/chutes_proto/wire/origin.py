@@ -1,4 +1,4 @@
-"""Where a server is: the one form of URL that a client takes."""
+"""Where a server is: the one form of URL that a client takes, and the paths that a unix socket can have."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import Final
 
 from attrs import frozen
 
-from chutes_proto.errors import LocalProtocolError
+from chutes_proto.errors import ConfigurationError, LocalProtocolError
 
 _NAME: Final = r"[A-Za-z0-9](?:[A-Za-z0-9_.-]*[A-Za-z0-9])?"
 _ORIGIN: Final = re.compile(rf"https://(?:({_NAME})|\[([0-9A-Fa-f:.]+)\])(?::([0-9]{{1,5}}))?/?", re.IGNORECASE)
 _PORT: Final = 443
+_LONGEST_PATH: Final = 107  # unix(7): sun_path has 108 bytes, of which the last is a NUL
 
 
 @frozen
@@ -40,3 +41,14 @@ class Origin:
         """As ``Host`` has it."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return host if self.port == _PORT else f"{host}:{self.port}"
+
+
+def check_socket_path(path: str) -> str:
+    """The path, if a unix socket in the file system can have it. Raises `ConfigurationError`."""
+    try:
+        size = len(path.encode("utf-8", "surrogateescape"))
+    except UnicodeEncodeError:
+        size = 0
+    if not 0 < size <= _LONGEST_PATH or "\0" in path:
+        raise ConfigurationError(f"the path of a unix socket has 1 to {_LONGEST_PATH} bytes, none of them NUL")
+    return path

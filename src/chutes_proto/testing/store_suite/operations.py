@@ -231,9 +231,12 @@ def operations_reply_what_they_say(harness: Harness) -> None:
     newest = ask(Ask(ReadAudit(1 << 62, 4, backwards=True)))
     oldest = ask(Ask(ReadAudit(newest[-1][0], 4, backwards=True)))
     expect((*newest, *oldest), (*first, *rest)[::-1], "audit rows in two pages, backwards")
-    ask(Ask(PurgeAudit(rest[0][0], NOW - 1)))
-    left = [pair for pair in (*first, *rest) if pair[0] > rest[0][0] or pair[1].at >= NOW - 1]
-    expect(list(ask(Ask(ReadAudit(0, 9)))), left, "audit rows after those were purged that are old and before a number")
+    ask(Ask(PurgeAudit(first[0][0], rest[0][0], NOW - 1)))
+    between = range(first[1][0], rest[0][0] + 1)
+    left = [pair for pair in (*first, *rest) if pair[0] not in between or pair[1].at >= NOW - 1]
+    expect(list(ask(Ask(ReadAudit(0, 9)))), left, "audit rows after the old ones between two numbers were purged")
+    ask(Ask(PurgeAudit(0, first[0][0], NOW + 1)))
+    expect(list(ask(Ask(ReadAudit(0, 9)))), left[1:], "audit rows after the first was purged")
     ask(Ask(Insert(told[0])))
     expect(ask(Ask(ReadAudit(rest[-1][0], 9)))[0][1], told[0], "an audit row after a purge")
 
