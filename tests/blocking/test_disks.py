@@ -376,7 +376,7 @@ def cut(bench: Bench, act: Callable[[], None]) -> Iterator[int]:
     """Let ``act`` happen, then have the power go at each instant of it; says how many flushes came before.
 
     Of what was written since the last flush, any part is kept and the rest is lost; a write has two parts, of which the
-    first is one sector. Of many parts, those up to one are kept, or either half of each write. Look at the disk with
+    first is one sector. Of many parts, an eighth to all are kept, or either half of each write. Look at the disk with
     our code first: the real program repairs a header that it opens.
     """
     before = bench.path.read_bytes()
@@ -384,7 +384,8 @@ def cut(bench: Bench, act: Callable[[], None]) -> Iterator[int]:
     assert bench.path.read_bytes() == _with(before, chain(*told))  # the program has written to its copy only
     flushed: list[tuple[int, bytes]] = []
     for number, written in enumerate(told):
-        ways: list[Sequence[tuple[int, bytes]]] = [written[: size + 1] for size in range(len(written))]
+        step = max(1, -(-len(written) // 8))
+        ways: list[Sequence[tuple[int, bytes]]] = [written[: at + step] for at in range(0, len(written), step)]
         ways += [written[::2], written[1::2]]
         if len(written) <= 4:
             ways = [kept for size in range(len(written)) for kept in combinations(written, size + 1)]
