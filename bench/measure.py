@@ -1,6 +1,7 @@
 """Taking turns: what is compared is measured alternately, so that a slow moment is everyone's.
 
-A turn in which another process took the core is not counted: a long work meets more of them than a short one.
+Turns are long, so that few of the times are of caches that are full of what had its turn before. One in which another
+process took the core is not counted: a long work meets more of them than a short one.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def one_core() -> None:
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
 
-def microseconds(works: Mapping[str, tuple[Work, Work]], turns: int = 40, each: int = 10) -> dict[str, float]:
+def microseconds(works: Mapping[str, tuple[Work, Work]], turns: int = 6, each: int = 100) -> dict[str, float]:
     """The median time of each work, in turns of some repetitions.
 
     A work is what prepares, which is not measured, and what is.

@@ -175,7 +175,7 @@ def _parts(
     alone: dict[str, dict[str, float]] = {}
     passes: dict[str, tuple[Work, Work]] = {}
     for step, (prepare, parts) in works.items():
-        alone[step] = microseconds({name: (prepare, work) for name, work in parts.items()}, turns=4, each=100)
+        alone[step] = microseconds({name: (prepare, work) for name, work in parts.items()})
         passes[step] = (prepare, partial(_all, [bare[step], *parts.values()]))
     return alone, microseconds(passes)
 

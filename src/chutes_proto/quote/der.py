@@ -11,7 +11,7 @@ Source: ITU-T X.690, chapters 8 and 10; RFC 5280, 4.1.2.5 (times).
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import UTC, datetime
 from operator import itemgetter
 from typing import Final, TypeAlias
 
@@ -31,6 +31,8 @@ SEQUENCE: Final = 0x30
 SET: Final = 0x31
 
 _TAG: Final = itemgetter(0)
+_Z: Final = ord("Z")
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 Element: TypeAlias = "tuple[int, int, int, int]"
 """Tag, where the element begins, where its content begins, and where both end."""
@@ -163,12 +165,15 @@ def time(data: bytes, element: Element) -> int:
         text = (b"20" if text[:2] < b"50" else b"19") + text
     elif tag != GENERALIZED_TIME:
         raise DerError("not a time")
-    if len(text) != 15 or text[14:] != b"Z" or not text[:14].isdigit():
+    if len(text) != 15 or text[14] != _Z or not text[:14].isdigit():
         raise DerError("a time that is not in seconds of UTC")
+    rest, second = divmod(int(text[:14]), 100)
+    rest, minute = divmod(rest, 100)
+    rest, hour = divmod(rest, 100)
+    rest, day = divmod(rest, 100)
+    year, month = divmod(rest, 100)
     try:
-        moment = datetime.fromisoformat(f"{text[:8].decode()}T{text[8:].decode()}")
+        since = datetime(year, month, day, hour, minute, second, tzinfo=UTC) - _EPOCH
     except ValueError:
         raise DerError("a time that does not exist") from None
-    if text[8:10] == b"24":  # some versions of Python take it as the next day's 00
-        raise DerError("a time that does not exist")
-    return int(moment.timestamp())
+    return since.days * 86400 + since.seconds

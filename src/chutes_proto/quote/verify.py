@@ -18,7 +18,7 @@ A verdict does not say that the quote is acceptable: look at its status, or bett
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from hashlib import sha256
 from hmac import compare_digest
@@ -389,7 +389,7 @@ def verify(
 
 def forget() -> None:
     """Drop what is remembered of verified chains and quoting enclaves. It costs time, nothing else."""
-    for remembered in (_root_key, _issued_by_root, _signer, _pck_chain, _quoting_enclave):
+    for remembered in (_root_key, _root_terms, _issued_by_root, _signer, _pck_chain, _quoting_enclave):
         remembered.cache_clear()
 
 
@@ -414,7 +414,7 @@ _TCB_SIGNER: Final = _Place("TCB signing certificate", frozenset({certificates.T
 def _pck_chain(root: TrustedRoot, tee: Tee, certification: bytes) -> PckChain:
     """Steps 3 to 8 and 11."""
     leaf_der, issuer_der, *above = _read_chain(certification, "PCK chain", 2)
-    root_terms = _root_terms(root, above)
+    root_terms = _root_terms(root, (*above,))
     issuer, issuer_key, issuer_notes = _issued_by_root(root, issuer_der, _PCK_CA)
     leaf = _issued(leaf_der, _PCK, issuer.subject, issuer_key)
     extension = leaf.extensions.get(certificates.SGX_EXTENSION)
@@ -437,7 +437,7 @@ def _signer(
     """Steps 3 to 8 for a chain of a certificate and, or without, the root that issued it; with their terms."""
     subject = f"chain of the {place.subject}"
     der, *above = _read_chain(pem, subject, 1)
-    root_terms = _root_terms(root, above)
+    root_terms = _root_terms(root, (*above,))
     certificate, key, notes = _issued_by_root(root, der, place)
     form = checked(subject, 3, 6) if above else checked(subject, 3)
     return certificate, key, (*root_terms, _term(certificate, place)), _Notes(form, *notes.take())
@@ -454,18 +454,14 @@ def _read_chain(pem: bytes, subject: str, least: int) -> tuple[bytes, ...]:
     return ders
 
 
-def _root_terms(root: TrustedRoot, above: Sequence[bytes]) -> tuple[Term, ...]:
+@lru_cache(maxsize=16)
+def _root_terms(root: TrustedRoot, above: tuple[bytes, ...]) -> tuple[Term, ...]:
     """When the root is valid, by the pin and by another certificate of it that came with a chain; step 6 for that."""
-    terms = _pinned(root)
+    terms: tuple[Term, ...] = (Term("root certificate", root.not_before, root.not_after, is_certificate=True),)
     for der in above:
         if sha256(der).digest() != root.digest:
             terms = (*terms, _check_root(root, der))  # 6
     return terms
-
-
-@lru_cache(maxsize=16)
-def _pinned(root: TrustedRoot) -> tuple[Term, ...]:
-    return (Term("root certificate", root.not_before, root.not_after, is_certificate=True),)
 
 
 def _check_root(root: TrustedRoot, der: bytes) -> Term:
