@@ -193,6 +193,16 @@ systemctl status --no-pager --full "$1" | sed "s/^/STATUS: /"
 journalctl --no-pager --boot | sed "s/^/JOURNAL: /"
 systemctl start --no-block end.service
 """
+# Within the unit's sandbox: what a quote by configfs takes, with a part of the kernel that every machine has.
+CONFIGFS = """\
+[Unit]
+After=sys-kernel-config.mount
+
+[Service]
+Environment=ENTRY=/sys/kernel/config/nullb/entry
+ExecStartPre=/bin/sh -ec "mkdir $ENTRY; echo 4096 >$ENTRY/blocksize; grep -x 4096 $ENTRY/blocksize; rmdir $ENTRY"
+ExecStartPre=/bin/echo configfs can be written to
+"""
 # Says no more than that it requires the unit: not what it needs of the mount.
 WRITER = """\
 [Unit]
@@ -503,6 +513,9 @@ class Machine:
             "etc/chutes-proto/agent.toml": toml(self.image.settings | self.settings | here),
             "etc/chutes-proto/ca.pem": self.image.authority.ca_pem.decode(),
             f"etc/systemd/system/{unit}": (ROOT / "examples/systemd" / unit).read_text(),
+            f"etc/systemd/system/{unit}.d/configfs.conf": CONFIGFS,
+            "etc/modules-load.d/null_blk.conf": "null_blk\n",
+            "etc/modprobe.d/null_blk.conf": "options null_blk nr_devices=0\n",
             "etc/systemd/system/report.service": SERVICE.replace("UNIT", unit),
             "usr/lib/chutes-proto/report": REPORT,
             "etc/systemd/system/storage-makefs.service": MAKEFS.replace("UNIT", unit),
@@ -747,6 +760,7 @@ def test_systemd_opens_the_volumes_and_mounts_after_it(machine: Machine, site: P
         assert "STATUS:      Active: active (exited)" in told
         assert "RESTART: Failed to restart chutes-proto-resume.service: Operation refused" in told
         assert "END: chutes-proto-resume.service is active" in told
+        assert re.search("^JOURNAL: .*configfs can be written to$", told, re.M)
         assert re.search("^JOURNAL: .*DONE: VM vm-1 is booted$", told, re.M)
         assert "Received message with invalid length" not in told  # udevd, of a connection that says nothing
         assert boot == 0 or "PROBE: storage holds the data of storage" in told
@@ -768,6 +782,7 @@ def test_a_refusal_under_systemd_stops_what_needs_the_volumes(machine: Machine, 
     assert "STATUS:      Active: active (exited)" in told
     assert "RESTART: Failed to restart chutes-proto-agent.service: Operation refused" in told
     assert "END: chutes-proto-agent.service is active" in told
+    assert re.search("^JOURNAL: .*configfs can be written to$", told, re.M)
 
 
 def test_what_needs_the_volumes_does_not_start_where_the_initramfs_left_nothing(
