@@ -201,6 +201,7 @@ After=sys-kernel-config.mount
 [Service]
 Environment=ENTRY=/sys/kernel/config/nullb/entry
 ExecStartPre=/bin/sh -ec "mkdir $ENTRY; echo 4096 >$ENTRY/blocksize; grep -x 4096 $ENTRY/blocksize; rmdir $ENTRY"
+ExecStartPre=/bin/sh -c "if touch /etc/written; then exit 1; fi"
 ExecStartPre=/bin/echo configfs can be written to
 """
 # Says no more than that it requires the unit: not what it needs of the mount.
