@@ -18,6 +18,7 @@ from typing import Any, Final, Literal, TypeAlias, TypeVar
 
 from attrs import evolve, frozen
 
+from chutes_proto.der import integer, octets
 from chutes_proto.testing.pki import (
     EXPIRES,
     ISSUED,
@@ -27,9 +28,7 @@ from chutes_proto.testing.pki import (
     CertificateDraft,
     CrlDraft,
     Keys,
-    integer,
     nested,
-    octets,
     sgx_tcb,
 )
 from chutes_proto.testing.quotes import TD_REPORT, QuoteDraft, QuoteParts, flipped

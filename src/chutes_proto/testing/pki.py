@@ -11,12 +11,9 @@ Rules kept here:
 
 from __future__ import annotations
 
-import datetime
-from base64 import b64encode
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from hashlib import sha1
-from textwrap import wrap
 from typing import Final, Literal, TypeAlias
 
 from attrs import frozen
@@ -25,6 +22,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from chutes_proto import der
 
 ROOT_CA: Final = "Intel SGX Root CA"
 PLATFORM_CA: Final = "Intel SGX PCK Platform CA"
@@ -114,9 +113,9 @@ class CertificateDraft:
     def der(self, keys: Keys) -> bytes:
         public_key = keys.private(self.key, self.curve).public_key()
         extensions = [
-            _extension("2.5.29.35", _sequence(_tlv(0x80, _key_identifier(keys, self.signer)))),
+            _extension("2.5.29.35", der.sequence(der.tlv(0x80, _key_identifier(keys, self.signer)))),
             _extension("2.5.29.31", _crl_distribution_point(self.signer)),
-            _extension("2.5.29.14", _tlv(0x04, _key_identifier(keys, self.key))),
+            _extension("2.5.29.14", der.tlv(0x04, _key_identifier(keys, self.key))),
             # RFC 5280, 4.2.1.3: keyCertSign and cRLSign for a CA, digitalSignature and contentCommitment otherwise.
             _extension("2.5.29.15", bytes.fromhex("03020106" if self.ca else "030206c0"), critical=True),
             _extension("2.5.29.19", _basic_constraints(self.ca, self.path_length), critical=True),
@@ -124,17 +123,17 @@ class CertificateDraft:
         if self.sgx is not None:
             extensions.append(_extension(SGX_EXTENSION, _sgx_extension(self.sgx) + self.sgx_trailing))
         if self.critical_extension:
-            extensions.append(_extension("1.3.6.1.4.1.55555.1", _tlv(0x05), critical=True))
+            extensions.append(_extension("1.3.6.1.4.1.55555.1", der.tlv(0x05), critical=True))
         algorithm = _signature_algorithm(self.digest)
-        body = _sequence(
-            _tlv(0xA0, integer(2)),
-            integer(keys.serial(self.key)),
+        body = der.sequence(
+            der.tlv(0xA0, der.integer(2)),
+            der.integer(keys.serial(self.key)),
             algorithm,
             _name(self.issuer),
-            _sequence(_utc_time(self.not_before), _utc_time(self.not_after)),
+            der.sequence(der.time(self.not_before), der.time(self.not_after)),
             _name(self.common_name),
             public_key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo),
-            _tlv(0xA3, _sequence(*extensions)),
+            der.tlv(0xA3, der.sequence(*extensions)),
         )
         return _signed(body, algorithm, keys.sign(self.signer, body, self.digest), self.flip_signature)
 
@@ -160,116 +159,74 @@ class CrlDraft:
     def der(self, keys: Keys) -> bytes:
         extensions: list[bytes] = []
         if self.number is not None:
-            extensions.append(_extension("2.5.29.20", integer(self.number)))
+            extensions.append(_extension("2.5.29.20", der.integer(self.number)))
         if self.authority_key_identifier:
             identifier = _key_identifier(keys, self.signer)
-            extensions.append(_extension("2.5.29.35", _sequence(_tlv(0x80, identifier))))
-        reason = _sequence(_extension("2.5.29.21", enumerated(1)))  # keyCompromise
-        entries = [_sequence(integer(keys.serial(key)), _utc_time(ISSUED), reason) for key in self.revoked]
+            extensions.append(_extension("2.5.29.35", der.sequence(der.tlv(0x80, identifier))))
+        reason = der.sequence(_extension("2.5.29.21", enumerated(1)))  # keyCompromise
+        entries = [der.sequence(der.integer(keys.serial(key)), der.time(ISSUED), reason) for key in self.revoked]
         algorithm = _signature_algorithm("SHA-256")
-        body = _sequence(
-            integer(1),
+        body = der.sequence(
+            der.integer(1),
             algorithm,
             _name(self.issuer),
-            _utc_time(self.this_update),
-            _utc_time(self.next_update),
-            *([_sequence(*entries)] if entries else []),
-            *([_tlv(0xA0, _sequence(*extensions))] if extensions else []),
+            der.time(self.this_update),
+            der.time(self.next_update),
+            *([der.sequence(*entries)] if entries else []),
+            *([der.tlv(0xA0, der.sequence(*extensions))] if extensions else []),
         )
         return _signed(body, algorithm, keys.sign(self.signer, body), self.flip_signature) + self.trailing
 
 
 def pem(certificates: Iterable[bytes]) -> str:
     """Certificates in DER as one PEM text (RFC 7468)."""
-    return "".join(
-        "-----BEGIN CERTIFICATE-----\n" + "\n".join(wrap(b64encode(der).decode(), 64)) + "\n-----END CERTIFICATE-----\n"
-        for der in certificates
-    )
+    return "".join(der.pem("CERTIFICATE", certificate).decode() for certificate in certificates)
 
 
 def sgx_tcb(components: tuple[int, ...], pce_svn: int, cpu_svn: bytes) -> bytes:
     """The value of the SGX extension's TCB item."""
-    items = [(number, integer(svn)) for number, svn in enumerate(components, 1)]
-    return _sgx_items(f"{SGX_EXTENSION}.2", [*items, (17, integer(pce_svn)), (18, octets(cpu_svn))])
+    items = [(number, der.integer(svn)) for number, svn in enumerate(components, 1)]
+    return _sgx_items(f"{SGX_EXTENSION}.2", [*items, (17, der.integer(pce_svn)), (18, der.octets(cpu_svn))])
 
 
 def sgx_configuration(*flags: bool) -> bytes:
     """The value of the SGX extension's configuration item: dynamicPlatform, cachedKeys, SMTenabled."""
     return _sgx_items(
-        f"{SGX_EXTENSION}.7", [(n, _tlv(0x01, b"\xff" if flag else b"\0")) for n, flag in enumerate(flags, 1)]
+        f"{SGX_EXTENSION}.7", [(n, der.tlv(0x01, b"\xff" if flag else b"\0")) for n, flag in enumerate(flags, 1)]
     )
 
 
-def integer(value: int) -> bytes:
-    return _tlv(0x02, value.to_bytes(value.bit_length() // 8 + 1, signed=True))
-
-
 def enumerated(value: int) -> bytes:
-    return _tlv(0x0A, bytes([value]))
-
-
-def octets(value: bytes) -> bytes:
-    return _tlv(0x04, value)
+    return der.tlv(0x0A, bytes([value]))
 
 
 def nested(depth: int) -> bytes:
     """SEQUENCEs inside one another."""
     value = b""
     for _ in range(depth):
-        value = _sequence(value)
+        value = der.sequence(value)
     return value
-
-
-def _tlv(tag: int, content: bytes = b"") -> bytes:
-    size = len(content)
-    if size < 0x80:
-        return bytes([tag, size]) + content
-    length = size.to_bytes((size.bit_length() + 7) // 8)
-    return bytes([tag, 0x80 | len(length)]) + length + content
-
-
-def _sequence(*content: bytes) -> bytes:
-    return _tlv(0x30, b"".join(content))
-
-
-def _oid(dotted: str) -> bytes:
-    first, second, *rest = map(int, dotted.split("."))
-    encoded = bytearray()
-    for arc in (40 * first + second, *rest):
-        groups = [arc & 0x7F]
-        while arc := arc >> 7:
-            groups.append(arc & 0x7F | 0x80)
-        encoded += bytes(reversed(groups))
-    return _tlv(0x06, bytes(encoded))
-
-
-def _utc_time(moment: int) -> bytes:
-    when = datetime.datetime.fromtimestamp(moment, datetime.UTC)
-    return _tlv(0x17, when.strftime("%y%m%d%H%M%SZ").encode())
-
-
-def _bit_string(content: bytes) -> bytes:
-    return _tlv(0x03, b"\0" + content)
 
 
 def _name(common_name: str) -> bytes:
     parts = (("2.5.4.3", 0x0C, common_name), ("2.5.4.10", 0x0C, ORGANIZATION), ("2.5.4.6", 0x13, "XX"))
-    return _sequence(*(_tlv(0x31, _sequence(_oid(oid), _tlv(tag, text.encode()))) for oid, tag, text in parts))
+    attributes = (der.sequence(der.oid(oid), der.tlv(tag, text.encode())) for oid, tag, text in parts)
+    return der.sequence(*(der.tlv(0x31, attribute) for attribute in attributes))
 
 
 def _extension(oid: str, value: bytes, *, critical: bool = False) -> bytes:
-    return _sequence(_oid(oid), _tlv(0x01, b"\xff") if critical else b"", octets(value))
+    return der.sequence(der.oid(oid), der.tlv(0x01, b"\xff") if critical else b"", der.octets(value))
 
 
 def _basic_constraints(ca: bool, path_length: int | None) -> bytes:
     if not ca:
-        return _sequence()
-    return _sequence(_tlv(0x01, b"\xff"), b"" if path_length is None else integer(path_length))
+        return der.sequence()
+    return der.sequence(der.tlv(0x01, b"\xff"), b"" if path_length is None else der.integer(path_length))
 
 
 def _crl_distribution_point(signer: str) -> bytes:
-    location = _tlv(0x86, CRL_URL.format(signer).encode())
-    return _sequence(_sequence(_tlv(0xA0, _tlv(0xA0, location))))
+    location = der.tlv(0x86, CRL_URL.format(signer).encode())
+    return der.sequence(der.sequence(der.tlv(0xA0, der.tlv(0xA0, location))))
 
 
 def _key_identifier(keys: Keys, label: str) -> bytes:
@@ -281,14 +238,14 @@ def _sgx_extension(items: SgxItems) -> bytes:
 
 
 def _sgx_items(arc: str, items: Iterable[tuple[int, bytes]]) -> bytes:
-    return _sequence(*(_sequence(_oid(f"{arc}.{number}"), value) for number, value in items))
+    return der.sequence(*(der.sequence(der.oid(f"{arc}.{number}"), value) for number, value in items))
 
 
 def _signature_algorithm(digest: Digest) -> bytes:
-    return _sequence(_oid("1.2.840.10045.4.3.2" if digest == "SHA-256" else "1.2.840.10045.4.3.3"))
+    return der.sequence(der.oid("1.2.840.10045.4.3.2" if digest == "SHA-256" else "1.2.840.10045.4.3.3"))
 
 
 def _signed(body: bytes, algorithm: bytes, signature: bytes, flip: bool) -> bytes:
     if flip:
         signature = signature[:-1] + bytes([signature[-1] ^ 1])
-    return _sequence(body, algorithm, _bit_string(signature))
+    return der.sequence(body, algorithm, der.bits(signature))

@@ -20,6 +20,7 @@ from typing import Final
 
 from attrs import evolve, field, frozen
 
+from chutes_proto.der import octets
 from chutes_proto.errors import LocalProtocolError
 from chutes_proto.quote.collateral import Collateral
 from chutes_proto.quote.measurements import Profile, Stage
@@ -37,7 +38,6 @@ from chutes_proto.testing.pki import (
     Keys,
     SgxItems,
     enumerated,
-    octets,
     pem,
     sgx_configuration,
     sgx_tcb,
