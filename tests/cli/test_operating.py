@@ -73,7 +73,9 @@ class Site:
         """Alter how a row's data key is wrapped, as a fault of a disk would."""
         assert row.wrapped_key is not None
         with closing(load_setup(self.configuration).store.open()) as store:
-            store.transact(Ask(RewrapGeneration(evolve(row, wrapped_key=row.wrapped_key[:-1] + b"!"))))
+            store.transact(
+                Ask(RewrapGeneration(evolve(row, wrapped_key=row.wrapped_key[:-1] + bytes([row.wrapped_key[-1] ^ 1]))))
+            )
 
     def rows(self) -> tuple[GenerationRow, ...]:
         with closing(load_setup(self.configuration).store.open()) as store:
