@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from itertools import permutations
 from unittest.mock import Mock
 
 import attrs
@@ -368,6 +369,36 @@ def test_a_component_is_no_other_number(value: int) -> None:
     for cpu_svn in (bytes(16), b"\xff" * 16):
         with pytest.raises(DerError, match="components"):
             _ = read_pck_extension(_with_tcb(sgx_tcb((value, *cpu_svn[1:]), 1, cpu_svn)), ca="platform", tee="TDX")
+
+
+@pytest.mark.parametrize("pce_svn", [-1, 0x10000, 1 << 64])
+def test_a_pcesvn_is_a_number_of_two_bytes(pce_svn: int) -> None:
+    cpu_svn = bytes(16)
+    with pytest.raises(DerError, match="PCESVN"):
+        _ = read_pck_extension(_with_tcb(sgx_tcb(tuple(cpu_svn), pce_svn, cpu_svn)), ca="platform", tee="TDX")
+
+
+@pytest.mark.parametrize("order", [order for order in permutations(range(7)) if order[0] < 2][1::97])
+def test_items_stand_in_their_order(order: tuple[int, ...]) -> None:
+    items = der.elements(EXTENSION, *der.only(EXTENSION, 0, len(EXTENSION), der.SEQUENCE))
+    whole = [der.whole(EXTENSION, item) for item in items]
+    with pytest.raises(DerError):
+        _ = read_pck_extension(_tlv(der.SEQUENCE, b"".join(whole[at] for at in order)), ca="platform", tee="TDX")
+
+
+@pytest.mark.parametrize("left_out", [(), (5,), (6,), (5, 6)])
+def test_what_only_the_platform_ca_says_may_be_left_out(left_out: tuple[int, ...]) -> None:
+    items = der.elements(EXTENSION, *der.only(EXTENSION, 0, len(EXTENSION), der.SEQUENCE))
+    left = b"".join(der.whole(EXTENSION, item) for at, item in enumerate(items) if at not in left_out)
+    identity = read_pck_extension(_tlv(der.SEQUENCE, left), ca="platform", tee="TDX")
+    whole = read_pck_extension(EXTENSION, ca="platform", tee="TDX")
+    assert None not in (whole.platform_instance_id, whole.dynamic_platform, whole.cached_keys, whole.smt)
+    expected = whole
+    if 5 in left_out:
+        expected = attrs.evolve(expected, platform_instance_id=None)
+    if 6 in left_out:
+        expected = attrs.evolve(expected, dynamic_platform=None, cached_keys=None, smt=None)
+    assert identity == expected
 
 
 @pytest.mark.parametrize("reader", READERS)

@@ -66,9 +66,10 @@ ACCEPTED_BY_DCAP_QVL = {
     "pck_signed_by_root": "UpToDate",
     "pck_common_name": "UpToDate",
     "tcb_signer_common_name": "UpToDate",
-    # It matches on the CPUSVN and takes the first of two items.
+    # It matches on the CPUSVN, finds items wherever they are, and takes the first of two.
     "sgx_extension_trailing": "UpToDate",
     "sgx_component_missing": "UpToDate",
+    "sgx_order": "UpToDate",
     "sgx_cpu_svn": "UpToDate",
     # CRLs: beginning, number and key identifier unread, and the PCK CRL's own chain.
     "root_crl_future": "UpToDate",

@@ -36,14 +36,17 @@ MAX_QE_AUTH: Final = 4096
 
 _HEADER: Final = Struct("<HHIHH16s20s")
 _V5_BODY: Final = Struct("<HI")
-_U32: Final = Struct("<I")
 _CERTIFICATION: Final = Struct("<HI")
 _SGX_REPORT: Final = Struct("<16s4s28s16s32s32s32s96sHH60s64s")
 _TD10: Final = Struct("<16s48s48sQQQ48s48s48s48s48s48s48s48s64s")
 _TD15: Final = Struct("<16s48s")
 _TD15_EX: Final = Struct("<B32s48s48sQ16s16s12s48sQ")
-_SIGNATURES: Final = Struct("<64s64s")
-_QE_REPORT: Final = Struct("<384s64sH")
+_AUTH_V3: Final = Struct("<I64s64s384s64sH")
+_AUTH: Final = Struct("<I64s64sHI384s64sH")
+"""From the authentication data's length to that of the QE authentication data; in versions 4 and 5 the QE report and
+what follows it is certification data of its own."""
+
+_QE_REPORT_SIZE: Final = Struct("<384s64sH").size
 
 MIN_TDX: Final = _HEADER.size + _TD10.size
 MIN_SGX: Final = _HEADER.size + _SGX_REPORT.size
@@ -247,60 +250,67 @@ def parse_quote(data: bytes, *, sgx: bool = False) -> Quote:
     if header.key_type != KEY_ECDSA_P256:
         text = f"attestation key type {header.key_type} is not ECDSA over P-256"
         raise QuoteFormatError("quote_key_type", text, header.key_type)
-    cursor = _Cursor(data, _HEADER.size, size)
-    body = _body(cursor, header.version)
-    signed = data[: cursor.pos]
-    (length,) = cursor.unpack(_U32, "the length of the authentication data")
-    auth = cursor.inner(length, "authentication data")
-    signature, attestation_key = auth.unpack(_SIGNATURES, "the signature and attestation key")
-    inner = auth
-    if header.version != 3:
-        kind, length = auth.unpack(_CERTIFICATION, "the certification data's header")
+    body, signed_size = _body(data, header.version)
+    layout = _AUTH_V3 if header.version == 3 else _AUTH
+    fields = _unpack(layout, data, signed_size, "the signature, the attestation key and the QE report")
+    declared, signature, attestation_key, *outer, qe_report, qe_report_signature, qe_auth_size = fields
+    pos = signed_size + layout.size
+    end = signed_size + 4 + declared
+    if end > size:
+        raise _structure(f"authentication data of {declared} bytes are declared, {size - signed_size - 4} are there")
+    if outer:
+        kind, declared = outer
         if kind != CERTIFICATION_QE_REPORT:
             raise _structure(f"certification data of type {kind} stands where the QE report (type 6) must")
-        inner = auth.inner(length, "QE report certification data")
-        auth.finish("authentication data")
-    qe_report, qe_report_signature, qe_auth_size = inner.unpack(_QE_REPORT, "the QE report")
+        if declared != end - pos + _QE_REPORT_SIZE:
+            raise _structure(f"{declared} bytes of QE report certification data do not fill the authentication data")
     if qe_auth_size > MAX_QE_AUTH:
         raise _structure(f"{qe_auth_size} bytes of QE authentication data are more than {MAX_QE_AUTH}")
-    qe_auth = inner.take(qe_auth_size, "QE authentication data")
-    certification_type, length = inner.unpack(_CERTIFICATION, "the PCK certification data's header")
-    certification = inner.take(length, "PCK certification data")
-    inner.finish("QE report certification data")
+    qe_auth = data[pos : pos + qe_auth_size]
+    pos += qe_auth_size
+    certification_type, declared = _unpack(_CERTIFICATION, data, pos, "the PCK certification data's header")
+    pos += _CERTIFICATION.size
+    if pos + declared != end:
+        raise _structure(f"{declared} bytes of PCK certification data do not fill the authentication data")
     return Quote(
         header,
         body,
-        signed,
+        data[:signed_size],
         signature,
         attestation_key,
         qe_report,
         qe_report_signature,
         qe_auth,
         certification_type,
-        certification,
-        size - cursor.pos,
+        data[pos:end],
+        size - end,
     )
 
 
-def _body(cursor: _Cursor, version: int) -> TdReport10 | SgxReport:
+def _body(data: bytes, version: int) -> tuple[TdReport10 | SgxReport, int]:
+    """The report, and where it ends."""
+    pos = _HEADER.size
     if version == 3:
-        return SgxReport(*cursor.unpack(_SGX_REPORT, "the report"))
+        return SgxReport(*_unpack(_SGX_REPORT, data, pos, "the report")), pos + _SGX_REPORT.size
     kind = 2
     if version == 5:
-        kind, size = cursor.unpack(_V5_BODY, "the body's header")
+        kind, size = _unpack(_V5_BODY, data, pos, "the body's header")
         if kind not in _V5_SIZES:
             raise _structure(f"body type {kind} is not a TD report")
         if size != _V5_SIZES[kind]:
             raise _structure(f"a body of type {kind} has {_V5_SIZES[kind]} bytes, not {size}")
-    (*head, rtmr0, rtmr1, rtmr2, rtmr3, report_data) = cursor.unpack(_TD10, "the TD report")
+        pos += _V5_BODY.size
+    (*head, rtmr0, rtmr1, rtmr2, rtmr3, report_data) = _unpack(_TD10, data, pos, "the TD report")
     fields: Any = (*head, (rtmr0, rtmr1, rtmr2, rtmr3), report_data)
+    pos += _TD10.size
     if kind == 2:
-        return TdReport10(*fields)
-    fields += cursor.unpack(_TD15, "the TD report")
+        return TdReport10(*fields), pos
+    fields += _unpack(_TD15, data, pos, "the TD report")
+    pos += _TD15.size
     if kind == 3:
-        return TdReport15(*fields)
-    fields += cursor.unpack(_TD15_EX, "the TD report")
-    return TdReport15Ex(*fields)
+        return TdReport15(*fields), pos
+    fields += _unpack(_TD15_EX, data, pos, "the TD report")
+    return TdReport15Ex(*fields), pos + _TD15_EX.size
 
 
 _V5_SIZES: Final = {
@@ -311,40 +321,11 @@ _V5_SIZES: Final = {
 """Body type of a version 5 quote to size: TD 1.0, TD 1.5, TD 1.5 extended."""
 
 
-class _Cursor:
-    """A position in a part of the bytes that ends at ``end``."""
-
-    __slots__ = ("data", "end", "pos")
-
-    def __init__(self, data: bytes, pos: int, end: int) -> None:
-        self.data = data
-        self.pos = pos
-        self.end = end
-
-    def unpack(self, struct: Struct, what: str) -> tuple[Any, ...]:
-        pos = self.pos
-        self._advance(struct.size, what)
-        return struct.unpack_from(self.data, pos)
-
-    def take(self, size: int, what: str) -> bytes:
-        pos = self.pos
-        self._advance(size, what)
-        return self.data[pos : self.pos]
-
-    def inner(self, size: int, what: str) -> _Cursor:
-        pos = self.pos
-        self._advance(size, what)
-        return _Cursor(self.data, pos, self.pos)
-
-    def finish(self, what: str) -> None:
-        if self.pos != self.end:
-            raise _structure(f"{self.end - self.pos} bytes are left over in the {what}")
-
-    def _advance(self, size: int, what: str) -> None:
-        left = self.end - self.pos
-        if size > left:
-            raise _structure(f"{what}: {size} bytes are declared or needed, {left} are there")
-        self.pos += size
+def _unpack(struct: Struct, data: bytes, pos: int, what: str) -> tuple[Any, ...]:
+    left = len(data) - pos
+    if left < struct.size:
+        raise _structure(f"{what}: {struct.size} bytes are needed, {left} are there")
+    return struct.unpack_from(data, pos)
 
 
 def _structure(message: str) -> QuoteFormatError:

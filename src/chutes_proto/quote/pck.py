@@ -2,8 +2,10 @@
 
 Rules kept here:
 
-* every item that Intel's profile has is there once, of its type and length; an unknown one is refused;
+* every item that Intel's profile has is there once, in the profile's order, of its type and length, and nothing else;
 * the components of the TCB, which decide about TCB levels, equal the CPUSVN.
+
+DER has one form for each value, so a value is read where it must stand and what is around it compared.
 
 Source: Intel SGX PCK Certificate and CRL Profile Specification, 1.3.5.
 """
@@ -23,29 +25,42 @@ from chutes_proto.quote.layout import Tee
 Ca: TypeAlias = Literal["platform", "processor"]
 SgxType: TypeAlias = Literal["standard", "scalable", "scalable with integrity"]
 
-_HEAD: Final = bytes([der.OBJECT_IDENTIFIER, len(SGX_EXTENSION) + 1]) + SGX_EXTENSION
-_TCB_HEAD: Final = bytes([der.OBJECT_IDENTIFIER, len(SGX_EXTENSION) + 2]) + SGX_EXTENSION + b"\x02"
-_INTEGERS: Final = tuple(bytes([der.INTEGER, 1, n] if n < 0x80 else [der.INTEGER, 2, 0, n]) for n in range(256))
-"""The DER of the numbers of one byte."""
-_NAMES: Final = tuple(_TCB_HEAD + bytes([arc]) for arc in range(1, 17))
-_HEADS: Final = tuple(tuple(bytes([der.SEQUENCE, len(name) + size]) + name for name in _NAMES) for size in (3, 4))
-"""What stands before the number of each component, by the size of that number's DER."""
-_ITEM: Final = len(_HEADS[0][0]) + 3
-_COMPONENTS: Final = b"".join(head + _INTEGERS[0] for head in _HEADS[0])
-"""The DER of sixteen components of which each has one byte: the last of each `_ITEM` bytes is its number."""
-_KNOWN: Final = frozenset(range(1, 8))
-_NEEDED: Final = _KNOWN - {6, 7}
+
+def _oid(*arcs: int) -> bytes:
+    """The DER of an OID below the extension's."""
+    name = SGX_EXTENSION + bytes(arcs)
+    return bytes([der.OBJECT_IDENTIFIER, len(name)]) + name
+
+
+def _head(tag: int, size: int, *arcs: int) -> bytes:
+    """The DER of the item with this OID, up to its value's ``size`` bytes."""
+    start = _oid(*arcs) + bytes([tag, size])
+    return bytes([der.SEQUENCE, len(start) + size]) + start
+
+
+_PPID: Final = _head(der.OCTET_STRING, 16, 1)
+_TCB: Final = _oid(2)
+_SVNS: Final = tuple(_head(der.INTEGER, 1, 2, arc) for arc in range(1, 17))
+_GREAT_SVNS: Final = tuple(_head(der.INTEGER, 2, 2, arc) + b"\0" for arc in range(1, 17))
+"""What stands before the number of each component; before one above 127 is a zero, so that it is not negative."""
+_SVN_SIZE: Final = len(_SVNS[0]) + 1
+_COMPONENTS: Final = b"".join(head + b"\0" for head in _SVNS)
+"""Sixteen components of at most 127: the last of each `_SVN_SIZE` bytes is the number."""
+_PCE_SVN: Final = tuple(_head(der.INTEGER, size, 2, 17) for size in (1, 2, 3))
+"""By the size of the number's DER, less one."""
+_CPU_SVN: Final = _head(der.OCTET_STRING, 16, 2, 18)
+_PCE_ID: Final = _head(der.OCTET_STRING, 2, 3)
+_FMSPC: Final = _head(der.OCTET_STRING, 6, 4)
+_SGX_TYPE: Final = _head(der.ENUMERATED, 1, 5)
+_INSTANCE_ID: Final = _head(der.OCTET_STRING, 16, 6)
 
 
 def _configuration(*flags: bool | None) -> bytes:
     """The DER of the platform configuration with these flags; None leaves one out."""
-    content = b""
-    for arc, flag in enumerate(flags, 1):
-        if flag is not None:
-            name = SGX_EXTENSION + bytes([7, arc])
-            content += bytes([der.SEQUENCE, len(name) + 5, der.OBJECT_IDENTIFIER, len(name)]) + name
-            content += bytes([der.BOOLEAN, 1, 0xFF * flag])
-    return bytes([der.SEQUENCE, len(content)]) + content
+    content = b"".join(
+        _head(der.BOOLEAN, 1, 7, arc) + bytes([0xFF * flag]) for arc, flag in enumerate(flags, 1) if flag is not None
+    )
+    return _head(der.SEQUENCE, len(content), 7) + content
 
 
 _FLAGS: Final = {b"": (None, None, None)} | {
@@ -83,69 +98,57 @@ class PckIdentity:
 
 def read_pck_extension(value: bytes, *, ca: Ca, tee: Tee) -> PckIdentity:
     """The identity in the SGX extension's value. Raises `DerError`."""
-    items = _items(value, *der.only(value, 0, len(value), der.SEQUENCE), _HEAD)
-    if not _NEEDED <= items.keys() <= _KNOWN:
-        raise DerError("an item of the SGX extension is missing or not known")
-    cpu_svn, pce_svn = _tcb(items[2])
-    flags = _FLAGS.get(items.get(7, b""))
+    pos, _ = der.only(value, 0, len(value), der.SEQUENCE)
+    ppid, pos = _content(value, pos, _PPID, "PPID")
+    cpu_svn, pce_svn, pos = _tcb(value, pos)
+    pce_id, pos = _content(value, pos, _PCE_ID, "PCE-ID")
+    fmspc, pos = _content(value, pos, _FMSPC, "FMSPC")
+    (sgx_type,), pos = _content(value, pos, _SGX_TYPE, "SGX type")
+    if sgx_type >= len(_SGX_TYPES):
+        raise DerError("the SGX type is not one that is known")
+    instance_id = None
+    if value.startswith(_INSTANCE_ID, pos):
+        instance_id, pos = _content(value, pos, _INSTANCE_ID, "platform instance id")
+    flags = _FLAGS.get(value[pos:])
     if flags is None:
-        raise DerError("the platform configuration is not a SEQUENCE of the flags that are known, in their order")
-    return PckIdentity(
-        ppid=_octets(items[1], 16, "PPID"),
-        cpu_svn=cpu_svn,
-        pce_svn=pce_svn,
-        pce_id=_octets(items[3], 2, "PCE-ID"),
-        fmspc=_octets(items[4], 6, "FMSPC"),
-        sgx_type=_sgx_type(items[5]),
-        platform_instance_id=_octets(items[6], 16, "platform instance id") if 6 in items else None,
-        dynamic_platform=flags[0],
-        cached_keys=flags[1],
-        smt=flags[2],
-        ca=ca,
-        tee=tee,
-    )
+        raise DerError("what ends the SGX extension is not the platform configuration with the flags that are known")
+    return PckIdentity(fmspc, pce_id, ca, tee, ppid, cpu_svn, pce_svn, _SGX_TYPES[sgx_type], instance_id, *flags)
 
 
-def _items(value: bytes, start: int, stop: int, head: bytes) -> dict[int, bytes]:
-    """Pairs of an OID that begins with ``head`` and a value: by the OID's last arc all that follows it."""
-    items: dict[int, bytes] = {}
-    size = len(head)
-    for tag, _, begin, end in der.elements(value, start, stop):
-        arc = begin + size
-        if tag != der.SEQUENCE or not value.startswith(head, begin) or arc >= end or value[arc] in items:
-            raise DerError("an item of the SGX extension is no pair of a known OID and a value, or is there twice")
-        items[value[arc]] = value[arc + 1 : end]
-    return items
+def _content(value: bytes, pos: int, head: bytes, name: str) -> tuple[bytes, int]:
+    """What stands behind ``head``, which must be at ``pos``, and where it ends."""
+    start = pos + len(head)
+    end = start + head[-1]
+    if not value.startswith(head, pos) or end > len(value):
+        raise DerError(f"the {name} is not in its place, or of another type or length")
+    return value[start:end], end
 
 
-def _tcb(value: bytes) -> tuple[bytes, int]:
-    """CPUSVN and PCESVN; the components before them are just those that the CPUSVN has, in their order."""
-    start, end = der.only(value, 0, len(value), der.SEQUENCE)
-    if end - start < 16:
-        raise DerError("the TCB has no CPUSVN at its end")
-    cpu_svn = value[-16:]
+def _tcb(value: bytes, pos: int) -> tuple[bytes, int, int]:
+    """CPUSVN and PCESVN of the TCB that must be at ``pos``, and where it ends."""
+    end = pos + 4 + int.from_bytes(value[pos + 2 : pos + 4])
+    cpu_svn = value[end - 16 : end]
+    if len(cpu_svn) == 16:
+        components = _components(cpu_svn)
+        number = pos + 8 + len(_TCB) + len(components) + len(_PCE_SVN[0])
+        pce_svn = int.from_bytes(value[number : end - 16 - len(_CPU_SVN)])
+        if pce_svn <= 0xFFFF:
+            size = pce_svn.bit_length() // 8 + 1
+            svns = b"%b%b%b%b%b" % (components, _PCE_SVN[size - 1], pce_svn.to_bytes(size), _CPU_SVN, cpu_svn)
+            if value.startswith(_long(_TCB + _long(svns)), pos):
+                return cpu_svn, pce_svn, end
+    raise DerError("the TCB is not sixteen components, PCESVN and CPUSVN, or the components are not the CPUSVN's")
+
+
+def _components(cpu_svn: bytes) -> bytes:
+    """The DER of the sixteen components that this CPUSVN has."""
     if cpu_svn.isascii():
         table = bytearray(_COMPONENTS)
-        table[_ITEM - 1 :: _ITEM] = cpu_svn
-        components = bytes(table)
-    else:
-        components = b"".join([_HEADS[svn > 0x7F][i] + _INTEGERS[svn] for i, svn in enumerate(cpu_svn)])
-    if not value.startswith(components, start):
-        raise DerError("the TCB does not begin with the sixteen components in the CPUSVN at its end")
-    items = _items(value, start + len(components), end, _TCB_HEAD)
-    if items.keys() != {17, 18}:
-        raise DerError("the TCB has not just sixteen components, PCESVN and CPUSVN")
-    pce_svn = der.unsigned(items[17], der.single(items[17], 0, len(items[17])), size=2)
-    return _octets(items[18], 16, "CPUSVN"), int.from_bytes(pce_svn)
+        table[_SVN_SIZE - 1 :: _SVN_SIZE] = cpu_svn
+        return bytes(table)
+    return b"".join([(_GREAT_SVNS if svn > 0x7F else _SVNS)[i] + bytes([svn]) for i, svn in enumerate(cpu_svn)])
 
 
-def _octets(value: bytes, size: int, name: str) -> bytes:
-    if len(value) != 2 + size or value[0] != der.OCTET_STRING or value[1] != size:
-        raise DerError(f"the {name} is no OCTET STRING of {size} bytes")
-    return value[2:]
-
-
-def _sgx_type(value: bytes) -> SgxType:
-    if len(value) != 3 or value[0] != der.ENUMERATED or value[1] != 1 or value[2] >= len(_SGX_TYPES):
-        raise DerError("the SGX type is not one that is known")
-    return _SGX_TYPES[value[2]]
+def _long(content: bytes) -> bytes:
+    """A SEQUENCE of 256 bytes or more, fewer than 65536."""
+    return b"\x30\x82%b%b" % (len(content).to_bytes(2), content)

@@ -65,7 +65,7 @@ PckExtension = _step(
     11, "PckExtension", "pck_extension", "the PCK certificate's SGX extension is whole",
     "sgx_extension_missing sgx_extension_trailing sgx_extension_deep sgx_ppid_missing sgx_tcb_missing "
     "sgx_pce_id_missing sgx_fmspc_missing sgx_type_missing sgx_component_missing sgx_fmspc_duplicate "
-    "sgx_fmspc_length sgx_fmspc_type sgx_cpu_svn")
+    "sgx_fmspc_length sgx_fmspc_type sgx_order sgx_cpu_svn")
 # verify_collateral: what Intel says of platforms
 CrlFormat = _step(
     12, "CrlFormat", "crl_format", "a CRL is version 2 in strict DER, with number and authority key identifier",

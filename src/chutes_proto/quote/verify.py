@@ -396,7 +396,7 @@ def forget() -> None:
 # --- certificates ---
 
 
-@frozen
+@frozen(eq=False)
 class _Place:
     """A place in a chain: what a certificate in it must be called and be allowed to do."""
 
@@ -415,7 +415,7 @@ def _pck_chain(root: TrustedRoot, tee: Tee, certification: bytes) -> PckChain:
     """Steps 3 to 8 and 11."""
     leaf_der, issuer_der, *above = _read_chain(certification, "PCK chain", 2)
     root_terms = _root_terms(root, (*above,))
-    issuer, issuer_key, issuer_notes = _issued_by_root(root, issuer_der, _PCK_CA)
+    issuer, issuer_key, issuer_term, issuer_notes = _issued_by_root(root, issuer_der, _PCK_CA)
     leaf = _issued(leaf_der, _PCK, issuer.subject, issuer_key)
     extension = leaf.extensions.get(certificates.SGX_EXTENSION)
     if extension is None:  # 11
@@ -424,7 +424,7 @@ def _pck_chain(root: TrustedRoot, tee: Tee, certification: bytes) -> PckChain:
         identity = read_pck_extension(extension, ca=_ca(issuer), tee=tee)  # 11
     except DerError as exc:
         raise PckExtension(_PCK.subject, str(exc)) from None
-    terms = (*root_terms, _term(issuer, _PCK_CA), _term(leaf, _PCK))
+    terms = (*root_terms, issuer_term, _term(leaf, _PCK))
     notes = _Notes(_CHAIN_WITH_ROOT if above else _CHAIN, *issuer_notes.take(), _LEAF)
     key = _key(leaf, _PCK.subject)
     return PckChain(leaf, key, issuer, (leaf_der, issuer_der), identity, terms, window(terms), notes)
@@ -438,9 +438,9 @@ def _signer(
     subject = f"chain of the {place.subject}"
     der, *above = _read_chain(pem, subject, 1)
     root_terms = _root_terms(root, (*above,))
-    certificate, key, notes = _issued_by_root(root, der, place)
+    certificate, key, term, notes = _issued_by_root(root, der, place)
     form = checked(subject, 3, 6) if above else checked(subject, 3)
-    return certificate, key, (*root_terms, _term(certificate, place)), _Notes(form, *notes.take())
+    return certificate, key, (*root_terms, term), _Notes(form, *notes.take())
 
 
 def _read_chain(pem: bytes, subject: str, least: int) -> tuple[bytes, ...]:
@@ -476,10 +476,13 @@ def _check_root(root: TrustedRoot, der: bytes) -> Term:
 
 
 @lru_cache(maxsize=64)
-def _issued_by_root(root: TrustedRoot, der: bytes, place: _Place) -> tuple[Certificate, EllipticCurvePublicKey, _Notes]:
+def _issued_by_root(
+    root: TrustedRoot, der: bytes, place: _Place
+) -> tuple[Certificate, EllipticCurvePublicKey, Term, _Notes]:
     """Steps 4, 5, 7 and 8."""
     certificate = _issued(der, place, root.name, _root_key(root))
-    return certificate, _key(certificate, place.subject), _Notes(checked(place.subject, *_OF_CERTIFICATES))
+    notes = _Notes(checked(place.subject, *_OF_CERTIFICATES))
+    return certificate, _key(certificate, place.subject), _term(certificate, place), notes
 
 
 @lru_cache(maxsize=16)

@@ -177,6 +177,12 @@ def _sgx(number: int, *values: bytes) -> Change[CertificateDraft]:
     return change
 
 
+def _sgx_order(draft: CertificateDraft) -> CertificateDraft:
+    """The second half of the items before the first."""
+    items = draft.sgx or ()
+    return evolve(draft, sgx=(*items[3:], *items[:3]))
+
+
 def _revoke_own(draft: CrlDraft) -> CrlDraft:
     return evolve(draft, revoked=(*draft.revoked, draft.own))
 
@@ -428,6 +434,7 @@ _TABLE = (
     _certificates("sgx_pce_id_missing", "SGX extension without PCE-ID", pck=_sgx(3)),
     _certificates("sgx_fmspc_missing", "SGX extension without FMSPC", pck=_sgx(4)),
     _certificates("sgx_type_missing", "SGX extension without SGX type", pck=_sgx(5)),
+    _certificates("sgx_order", "SGX extension with FMSPC before PPID", pck=_sgx_order),
     _certificates(
         "sgx_component_missing",
         "SGX extension with fifteen TCB components",
