@@ -173,7 +173,7 @@ def time(data: bytes, element: Element) -> int:
     rest, day = divmod(rest, 100)
     year, month = divmod(rest, 100)
     try:
-        since = datetime(year, month, day, hour, minute, second, tzinfo=UTC) - _EPOCH
+        since = datetime(year, month, day, hour, minute, second, 0, UTC) - _EPOCH
     except ValueError:
         raise DerError("a time that does not exist") from None
     return since.days * 86400 + since.seconds
