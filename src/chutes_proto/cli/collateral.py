@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -222,9 +221,7 @@ def _add_check(subparsers: console.Subparsers) -> argparse.ArgumentParser:
         """,
     )
     _add_files(parser)
-    console.add(
-        parser, "--at", type=_moment, metavar="DATE", help="YYYY-MM-DD, YYYY-MM-DDThh:mm:ssZ or unix seconds (now)"
-    )
+    console.add_at(parser, "the time to judge at")
     console.add(
         parser,
         "--grace",
@@ -414,16 +411,6 @@ def _seconds(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,9}", text):
         raise argparse.ArgumentTypeError("whole seconds, for example 86400")
     return int(text)
-
-
-def _moment(text: str) -> int:
-    """Unix seconds, or a date, which begins at midnight UTC, or a date and time of UTC."""
-    if re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}(T[0-9]{2}:[0-9]{2}:[0-9]{2}Z)?", text):
-        try:
-            return max(0, int(datetime.fromisoformat(text).replace(tzinfo=UTC).timestamp()))
-        except ValueError as exc:
-            raise argparse.ArgumentTypeError(str(exc)) from None
-    return console.unix_time(text)
 
 
 def _address(text: str) -> tuple[str, int]:

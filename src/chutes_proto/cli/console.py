@@ -24,6 +24,11 @@ GRANTED, REFUSED, USAGE, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
 """Exit codes. The last two are what a shell makes of a program that died of SIGINT and of SIGPIPE."""
 
 _COLUMNS = 80
+_RFC3339 = re.compile(
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}"
+    r"([T ][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]+)?(Z|[+-][0-9]{2}:[0-9]{2})?)?"
+)
+_LAST = 253_402_300_799  # 9999-12-31T23:59:59Z
 _WHOLE: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
 
 
@@ -124,16 +129,40 @@ def report_data(text: str) -> bytes:
     return bytes.fromhex(text)
 
 
-def unix_time(text: str) -> int:
-    """Whole seconds since 1970, up to the year 9999."""
-    if not re.fullmatch(r"[0-9]{1,12}", text) or int(text) > 253_402_300_799:
-        raise argparse.ArgumentTypeError("a time is whole unix seconds, for example 1780000000")
-    return int(text)
+def moment(text: str) -> int:
+    """A time from 1970 to 9999 in unix seconds. A date begins at midnight; what names no zone is in UTC (RFC 3339)."""
+    from datetime import UTC, datetime
+
+    try:
+        if re.fullmatch(r"[0-9]{1,12}", text):
+            seconds = int(text)
+        elif _RFC3339.fullmatch(text):
+            time = datetime.fromisoformat(text)
+            seconds = int((time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp())
+        else:
+            seconds = -1
+    except ValueError:
+        seconds = -1
+    if not 0 <= seconds <= _LAST:
+        raise argparse.ArgumentTypeError(
+            "a time is a date or a time of RFC 3339, or whole unix seconds,"
+            " for example 2026-05-28, 2026-05-28T20:26:40Z or 1780000000"
+        )
+    return seconds
+
+
+unix_time = moment
+"""As `operating.moment` asks for it."""
 
 
 def add(parser: argparse.ArgumentParser, *names: str, **settings: Any) -> None:
     """`argparse.ArgumentParser.add_argument`, whose result no one needs."""
     _ = parser.add_argument(*names, **settings)
+
+
+def add_at(parser: argparse.ArgumentParser, told: str) -> None:
+    forms = "YYYY-MM-DD, YYYY-MM-DDThh:mm:ssZ or unix seconds"
+    add(parser, "--at", type=moment, metavar="TIME", help=f"{told}: {forms} (default: now)")
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

@@ -45,9 +45,7 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
         default="boot",
         help="measurements of which stage (default: boot)",
     )
-    console.add(
-        parser, "--at", type=console.unix_time, metavar="UNIX", help="when the collateral is made (default: now)"
-    )
+    console.add_at(parser, "when the collateral is made")
     console.add_platform(parser)
     return parser
 

@@ -48,7 +48,7 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
         " tcb_info_signature, qe_identity_issuer_chain, qe_identity, qe_identity_signature and, if you like,"
         " pck_certificate_chain; README.md of the package chutes_proto.quote says in which form",
     )
-    console.add(parser, "--at", type=console.unix_time, metavar="UNIX", help="the time to judge at (default: now)")
+    console.add_at(parser, "the time to judge at")
     console.add(parser, "--root", metavar="DER", help="a root to trust instead of Intel's")
     console.add(
         parser, "--report-data", type=console.report_data, metavar="HEX", help="64 bytes that the quote must bind"

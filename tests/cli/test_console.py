@@ -1,0 +1,60 @@
+"""What every command shares: how its options are read."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from chutes_proto.cli.console import moment
+from tests.cli.conftest import Ended
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("0", 0),
+        ("1780000000", 1_780_000_000),
+        ("253402300799", 253_402_300_799),
+        ("20260528", 20_260_528),
+        ("1970-01-01", 0),
+        ("2026-05-28", 1_779_926_400),
+        ("2026-05-28T20:26:40Z", 1_780_000_000),
+        ("2026-05-28T20:26:40", 1_780_000_000),
+        ("2026-05-28 20:26:40+00:00", 1_780_000_000),
+        ("2026-05-28T22:26:40.999+02:00", 1_780_000_000),
+        ("9999-12-31T23:59:59Z", 253_402_300_799),
+    ],
+)
+def test_times(text: str, seconds: int) -> None:
+    assert moment(text) == seconds
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "x", "-1", "1.5", "1e9", "253402300800", "9" * 5000, "tomorrow", "2026-02-30", "2026-05", "2026-W22-4"),
+        *("2026-05-28T25:00:00Z", "2026-05-28T20:26Z", "0001-01-01T00:00:00+23:59", "1969-12-31"),
+        *("9999-12-31T23:59:59-00:01", "\u0661\u0667", "2026-05-28\n", "2026-05-28T20:26:40+24:00"),
+    ],
+)
+def test_what_is_no_time_is_told_both_forms(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=r"2026-05-28, 2026-05-28T20:26:40Z or 1780000000"):
+        _ = moment(text)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("verify", "quote", "--collateral", "file"), ("simulate",), ("collateral", "check", "file")],
+    ids=lambda words: words[0],
+)
+def test_every_time_to_judge_at_is_said_in_the_same_forms(
+    command: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    wrong = command(*words, "--at", "yesterday")
+    assert (wrong.code, "argument --at: a time is a date or" in wrong.err) == (2, True)
+    for at in ("2026-11-28", "2026-11-28T00:00:00Z", 1_780_000_000):
+        assert "--at" not in command(*words, "--at", at).err
