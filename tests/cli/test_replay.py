@@ -67,9 +67,12 @@ def test_where_a_boot_went_another_way(replay: Callable[..., Ended]) -> None:
     said = replay(OTHER, quote_of(OTHER), "--json", good=GOOD)
     assert (said.code, said.json["replayed"]) == (1, True)
     assert [refusal["code"] for refusal in said.json["refusals"]] == ["event_log_difference"]
+    told = replay(OTHER, quote_of(OTHER), good=GOOD).out.splitlines()
+    assert told[0] == "REFUSED: the log replays to the RTMRs of the quote, but it is not the good boot's"
     difference = said.json["difference"]
     assert (difference["register"], difference["got"]["number"], difference["expected"]["number"]) == ("RTMR2", 8, 8)
     assert bytes.fromhex(difference["got"]["data"]) == b"kernel_cmdline: init=/bin/sh\0"
+    assert said.json["parsed"] is True
     shorter = replay(log(*EVENTS[:-1]), quote_of(GOOD), "--json", good=GOOD)
     assert shorter.json["difference"]["got"] is None
     assert [r["code"] for r in shorter.json["refusals"]] == ["event_log_difference", "event_log_mismatch"]
@@ -82,6 +85,21 @@ def test_where_a_boot_went_another_way(replay: Callable[..., Ended]) -> None:
 def test_files_that_are_none(replay: Callable[..., Ended], data: bytes, quote: bytes, code: str) -> None:
     said = replay(data, quote, "--json")
     assert (said.code, [r["code"] for r in said.json["refusals"]]) == (1, [code])
+    assert (said.json["parsed"], said.json["replayed"]) == (False, False)
+
+
+def test_each_file_that_is_none_is_named(replay: Callable[..., Ended], tmp_path: Path) -> None:
+    headline = "REFUSED: nothing was compared, because a file does not parse\n"
+    told = replay(GOOD, quote_of(GOOD), good=GOOD[:300]).out
+    assert told.startswith(f"{headline}event_log_format: {tmp_path}/good: ")
+    assert f"{tmp_path}/log" not in told
+    told = replay(b"", b"none", good=GOOD[:300]).out
+    assert told.startswith(headline)
+    assert [line.split(": ")[:2] for line in told.splitlines()[1:4]] == [
+        ["event_log_format", f"{tmp_path}/log"],
+        ["quote_too_short", f"{tmp_path}/quote"],
+        ["event_log_format", f"{tmp_path}/good"],
+    ]
 
 
 def test_a_file_that_is_not_there(command: Callable[..., Ended], tmp_path: Path) -> None:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, cast
 from chutes_proto.cli import console
 
 if TYPE_CHECKING:
-    from chutes_proto.quote.eventlog import Difference, Event
+    from collections.abc import Callable, Sequence
+
+    from chutes_proto.quote.eventlog import Difference, Event, EventLog
     from chutes_proto.quote.layout import TdReport10
 
 NAME = "replay"
@@ -25,7 +27,7 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
         first event that differs. The quote is not verified here; `chutes-proto verify` does that.
 
         exit code: 0 the log is the quote's and, with --against, measures what the good log does; 1 it does not, also
-        where log or quote do not parse; 2 usage, or a file that cannot be opened
+        where a file does not parse; 2 usage, or a file that cannot be opened
         """,
         """
         chutes-proto replay CCEL --quote quote.bin
@@ -44,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
     from chutes_proto.quote.eventlog import MAX_SIZE
 
     names = (options.log, options.quote, *(() if options.against is None else (options.against,)))
-    report = _judge(*(read_head(name, MAX_SIZE + 1) for name in names))
+    report = _judge(names, [read_head(name, MAX_SIZE + 1) for name in names])
     if options.json:
         console.say_json(report)
     else:
@@ -52,7 +54,8 @@ def run(options: argparse.Namespace) -> int:
     return console.GRANTED if report["accepted"] else console.REFUSED
 
 
-def _judge(log_data: bytes, quote_data: bytes, good_data: bytes | None = None) -> dict[str, Any]:
+def _judge(names: Sequence[str], files: Sequence[bytes]) -> dict[str, Any]:
+    """The report on a log, a quote and perhaps the log of a good boot, each with the name of its file."""
     from chutes_proto.quote.errors import QuoteFormatError
     from chutes_proto.quote.eventlog import (
         EventLogFormatError,
@@ -63,16 +66,26 @@ def _judge(log_data: bytes, quote_data: bytes, good_data: bytes | None = None) -
     )
     from chutes_proto.quote.layout import parse_quote
 
-    report: dict[str, Any] = {"accepted": False, "replayed": False, "refusals": []}
+    report: dict[str, Any] = {"accepted": False, "parsed": False, "replayed": False, "refusals": []}
 
     def refuse(code: str, detail: str) -> None:
         report["refusals"].append({"code": code, "detail": detail})
 
+    parsed: list[Any] = []
+    parsers: list[Callable[[bytes], Any]] = [parse_event_log, parse_quote, parse_event_log]
+    for name, data, parse in zip(names, files, parsers[: len(names)], strict=True):
+        try:
+            parsed.append(parse(data))
+        except (EventLogFormatError, QuoteFormatError) as exc:
+            refuse(exc.code, f"{name}: {exc}")
+    if report["refusals"]:
+        return report
+    log: EventLog = parsed[0]
+    body = cast("TdReport10", parsed[1].body)  # SGX quotes are not asked for
+    good: EventLog | None = parsed[2] if len(parsed) > 2 else None
     try:
-        log = parse_event_log(log_data)
-        good = None if good_data is None else parse_event_log(good_data)
-        body = cast("TdReport10", parse_quote(quote_data).body)  # SGX quotes are not asked for
-        report |= {"events": len(log.events), "digests_verified": sum(event.digest_verified for event in log.events)}
+        verified = sum(event.digest_verified for event in log.events)
+        report |= {"parsed": True, "events": len(log.events), "digests_verified": verified}
         report |= {f"rtmr{number}": rtmr.hex() for number, rtmr in enumerate(log.rtmrs)}
         difference = None if good is None else first_difference(log, good)
         if difference is not None:
@@ -88,8 +101,6 @@ def _judge(log_data: bytes, quote_data: bytes, good_data: bytes | None = None) -
         }
     except EventLogMismatch as exc:
         report |= {"register": exc.register, "registers": list(exc.registers)}
-        refuse(exc.code, str(exc))
-    except (EventLogFormatError, QuoteFormatError) as exc:
         refuse(exc.code, str(exc))
     report["accepted"] = not report["refusals"]
     return report
@@ -118,12 +129,16 @@ def _event(event: Event | None) -> dict[str, Any] | None:
 def _say(report: dict[str, Any]) -> None:
     from chutes_proto.cli.quotes import say_fields
 
-    console.say(
-        f"{'ACCEPTED' if report['accepted'] else 'REFUSED'}: the log "
-        f"{'replays' if report['replayed'] else 'does not replay'} to the RTMRs of the quote"
-    )
+    if not report["parsed"]:
+        console.say("REFUSED: nothing was compared, because a file does not parse")
+    elif not report["replayed"]:
+        console.say("REFUSED: the log does not replay to the RTMRs of the quote")
+    elif not report["accepted"]:
+        console.say("REFUSED: the log replays to the RTMRs of the quote, but it is not the good boot's")
+    else:
+        console.say("ACCEPTED: the log replays to the RTMRs of the quote")
     for refusal in report["refusals"]:
         console.say(f"{refusal['code']}: {refusal['detail']}")
     console.say("The quote was not verified: `chutes-proto verify` does that.")
-    told = ("accepted", "replayed", "refusals", "difference")
+    told = ("accepted", "parsed", "replayed", "refusals", "difference")
     say_fields({name: value for name, value in report.items() if name not in told})
