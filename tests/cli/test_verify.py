@@ -118,19 +118,66 @@ def test_a_policys_refusal_leaves_the_quote_genuine(verify: Command) -> None:
 
 
 @pytest.mark.parametrize("fault", ["tcb_info_expired", "root_crl_expired", "qe_identity_future", "pck_crl_future"])
-def test_collateral_out_of_its_time_says_nothing_about_the_quote(verify: Command, fault: str) -> None:
+def test_collateral_out_of_its_time_says_nothing_about_the_quote(verify: Command, tmp_path: Path, fault: str) -> None:
     refused = verify(faults=(fault,))
     assert refused.code == 1
     assert refused.out.startswith("REFUSED: it cannot be judged with this collateral\ncollateral_")
     assert "got 2026-05-28T20:26:40Z, expected at " in refused.out
     assert "judge at another time with --at" in refused.out
     assert "--at" in verify("--json", faults=(fault,)).json["hint"]
+    assert f"Fetch {tmp_path}/collateral.json anew" in refused.out
+
+
+@pytest.mark.parametrize(
+    ("fault", "code"),
+    [
+        ("collateral_of_sgx", "collateral_tee"),
+        ("collateral_of_other_ca", "collateral_ca"),
+        ("tcb_info_fmspc", "fmspc_mismatch"),
+        ("tcb_info_pce_id", "pce_id_mismatch"),
+        ("pck_chain_other", "pck_chain_mismatch"),
+    ],
+)
+def test_collateral_of_another_platform_says_nothing_about_the_quote(
+    verify: Command, tmp_path: Path, fault: str, code: str
+) -> None:
+    refused = verify(faults=(fault,))
+    assert refused.code == 1
+    assert refused.out.startswith(f"REFUSED: it cannot be judged with this collateral\n{code}: ")
+    fetch = f"`chutes-proto collateral fetch --quote {tmp_path}/quote.bin --root {tmp_path}/root.der --upstream"
+    assert f"{tmp_path}/collateral.json is not of the platform of {tmp_path}/quote.bin; fetch what is: {fetch}" in (
+        refused.out
+    )
+
+
+def test_whose_root_is_another_is_told(verify: Command, command: Command, tmp_path: Path) -> None:
+    _ = verify()
+    stranger = simulation_files(SimulatedPlatform(b"\1" * 32), REPORT_DATA, now=NOW, stage="boot")
+    for name, data in stranger.items():
+        _ = (tmp_path / f"other-{name}").write_bytes(data)
+
+    def told(quote: str, collateral: str, *options: object) -> list[str]:
+        files = (tmp_path / quote, "--collateral", tmp_path / collateral, "--at", NOW)
+        lines = command("verify", *files, *options).out.splitlines()
+        assert lines[1].startswith("untrusted_root: ")
+        return [lines[0], lines[2].split(" than ")[0]]
+
+    root = ("--root", tmp_path / "root.der")
+    alone, together = "REFUSED: it cannot be judged with this collateral", "REFUSED: the quote does not verify"
+    assert told("quote.bin", "other-collateral.json", *root) == [
+        alone, f"{tmp_path}/other-collateral.json is under another root"
+    ]  # fmt: skip
+    assert told("other-quote.bin", "collateral.json", *root) == [
+        together, f"{tmp_path}/other-quote.bin is under another root"
+    ]  # fmt: skip
+    assert told("quote.bin", "collateral.json") == [together, f"{tmp_path}/quote.bin is under another root"]
 
 
 def test_what_is_no_collateral_says_nothing_about_the_quote(verify: Command, tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     refused = verify("--collateral", tmp_path / "empty")
     assert refused.out.startswith("REFUSED: it cannot be judged with this collateral\ncollateral_format: ")
+    assert f"{tmp_path}/empty: fetch it with `chutes-proto collateral fetch`" in refused.out
 
 
 @pytest.mark.parametrize(

@@ -313,7 +313,7 @@ def _read_all(options: argparse.Namespace) -> Iterator[tuple[str, VerifiedCollat
             try:
                 yield str(file), authenticate_collateral(Collateral.from_json(data), root=root)
             except UntrustedRoot as exc:
-                yield str(file), f"{exc}. {ANOTHER_ROOT}"
+                yield str(file), f"{exc}. It {ANOTHER_ROOT}."
             except QuoteError as exc:
                 yield str(file), str(exc)
 

@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 _BODY_TYPES: Final = {SgxReport: "SGX", TdReport10: "TD10", TdReport15: "TD15", TdReport15Ex: "TD15Ex"}
 _FLAGS: Final = {"seam_attributes", "td_attributes", "xfam", "init_servtd_attributes", "current_servtd_attributes"}
 _WIDTH: Final = 26
-ANOTHER_ROOT: Final = "It is under another root than Intel's, or than that of --root, which names one to trust."
+ANOTHER_ROOT: Final = (
+    "is under another root than Intel's, or than that of --root, which names one to trust"
+    " (that of the simulated platform is in the root.der that `simulate` writes)"
+)
 """What to do where a chain ends at a root that is not trusted."""
 
 

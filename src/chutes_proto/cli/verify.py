@@ -10,6 +10,8 @@ from chutes_proto.cli import console
 from chutes_proto.quote.terms import rfc3339
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from chutes_proto.quote.errors import QuoteError
     from chutes_proto.quote.policy import AnyPolicy
     from chutes_proto.quote.roots import TrustedRoot
@@ -112,7 +114,7 @@ def _judge(
     from chutes_proto.quote.collateral import Collateral
     from chutes_proto.quote.errors import AppraisalError, CollateralFormatError, QuoteFormatError, VerificationError
     from chutes_proto.quote.layout import parse_quote
-    from chutes_proto.quote.verify import verify
+    from chutes_proto.quote.verify import open_quote, verify
 
     report: dict[str, Any] = {
         "verified": False,
@@ -125,7 +127,11 @@ def _judge(
     }
     try:
         quote = parse_quote(quote_data, sgx=True)
-        report |= quote_fields(quote) | platform_fields(claimed_platform(quote))
+    except QuoteFormatError as exc:
+        report["refusals"] = [{"code": exc.code, "detail": str(exc)}]
+        return report | _text_hint(quote_data)
+    report |= quote_fields(quote) | platform_fields(claimed_platform(quote))
+    try:
         collateral = Collateral.from_json(collateral_data)
         verdict = verify(quote, collateral, now=now, expected_report_data=options.report_data, root=root)
         report |= {
@@ -147,12 +153,9 @@ def _judge(
     except AppraisalError as exc:
         report["refusals"] = [{"code": refusal.code, "detail": refusal.detail} for refusal in exc.refusals]
         report["explanation"] = exc.explain()
-    except QuoteFormatError as exc:
-        report["refusals"] = [{"code": exc.code, "detail": str(exc)}]
-        report |= _text_hint(quote_data)
     except (CollateralFormatError, VerificationError) as exc:
         report["refusals"] = [{"code": exc.code, "detail": str(exc)}]
-        report |= _hint(exc)
+        report |= _hint(options, exc, lambda: open_quote(quote, now=now, root=root))
     return report
 
 
@@ -168,22 +171,37 @@ def _text_hint(data: bytes) -> dict[str, str]:
     return {}
 
 
-def _hint(exc: QuoteError) -> dict[str, object]:
+def _hint(options: argparse.Namespace, exc: QuoteError, open_again: Callable[[], object]) -> dict[str, object]:
     """What to do where the collateral alone is at fault, so that nothing can be said about the quote; or the root."""
     from chutes_proto.cli.quotes import ANOTHER_ROOT
+    from chutes_proto.quote import steps
     from chutes_proto.quote.errors import CollateralFormatError
-    from chutes_proto.quote.steps import CollateralExpired, CollateralNotYetValid, UntrustedRoot
 
+    file = options.collateral
     match exc:
-        case CollateralExpired() | CollateralNotYetValid():
-            hint = "Fetch it anew with `chutes-proto collateral fetch`, or judge at another time with --at."
-            return {"unjudged": True, "hint": hint}
+        case steps.CollateralExpired() | steps.CollateralNotYetValid():
+            hint = f"Fetch {file} anew with `chutes-proto collateral fetch`, or judge at another time with --at."
         case CollateralFormatError():
-            return {"unjudged": True, "hint": "Fetch it with `chutes-proto collateral fetch`, or see verify --help."}
-        case UntrustedRoot():
-            return {"hint": ANOTHER_ROOT}
+            hint = f"{file}: fetch it with `chutes-proto collateral fetch`, or see verify --help."
+        case (
+            steps.CollateralTee()
+            | steps.CollateralCa()
+            | steps.FmspcMismatch()
+            | steps.PceIdMismatch()
+            | steps.PckChainMismatch()
+        ):
+            root = "" if options.root is None else f" --root {options.root}"
+            fetch = f"chutes-proto collateral fetch --quote {options.quote}{root} --upstream URL --out DIR"
+            hint = f"{file} is not of the platform of {options.quote}; fetch what is: `{fetch}`."
+        case steps.UntrustedRoot():
+            try:
+                _ = open_again()
+            except steps.UntrustedRoot:
+                return {"hint": f"{options.quote} {ANOTHER_ROOT}."}
+            hint = f"{file} {ANOTHER_ROOT}."
         case _:
             return {}
+    return {"unjudged": True, "hint": hint}
 
 
 def _say(options: argparse.Namespace, report: dict[str, Any]) -> None:
