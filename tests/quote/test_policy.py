@@ -30,7 +30,7 @@ from chutes_proto.quote.verify import Verdict, verify
 from chutes_proto.testing.platform import SimulatedPlatform
 from tests.conftest import ROOT as PROJECT
 from tests.quote.cases import ABSENT, FOLDER, cases
-from tests.quote.simulated import PLATFORM, PROFILE, ROOT, TD15, collateral_of, verdict_of, verified_of
+from tests.quote.simulated import PLATFORM, PROFILE, REPORT_DATA, ROOT, TD15, collateral_of, verdict_of, verified_of
 
 SERVICE_TD = b"\x51" * 48
 MR = bytes(range(48))
@@ -356,6 +356,53 @@ def test_an_explanation_for_operators() -> None:
     assert "about the machine" not in caught.value.explain()
 
 
+def _explained(policy: AnyPolicy, verdict: Verdict) -> str:
+    with pytest.raises(AppraisalError) as caught:
+        _ = policy.appraise(verdict, stage="boot")
+    return caught.value.explain()
+
+
+@pytest.mark.parametrize(
+    "tcb", [TcbPolicy(min_evaluation_number=1 << 20), TcbPolicy(collateral_grace=0)], ids=["number", "grace"]
+)
+def test_fresh_collateral_is_what_old_collateral_asks_for(tcb: TcbPolicy) -> None:
+    now = verified_of(PLATFORM).window[1] + 1
+    verdict = verify(
+        PLATFORM.quote(REPORT_DATA), collateral_of(PLATFORM), now=now, expected_report_data=None, root=ROOT, grace=1
+    )
+    text = _explained(Policy(tcb=tcb, measurements="unchecked"), verdict)
+    assert "`chutes-proto collateral fetch`" in text
+    assert "about the machine" not in text
+
+
+def test_the_cure_for_no_profiles_is_a_policy() -> None:
+    text = _explained(Policy(), verdict_of(PLATFORM, "tcb_out_of_date"))
+    assert "`[[profile]]`" in text
+    assert '`measurements = "unchecked"`' in text
+    assert "about the machine" in text
+    assert "run the image" not in text
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["UpToDate", "Uptodate"], "'Uptodate' is none"),
+        (["Revoked"], "'Revoked' is none"),
+        ([5], "'5' is none"),
+        ([["UpToDate"]], "is none"),
+        (["x" * 9000], f"'{'x' * 80}' is none"),
+        ("UpToDate", "a list of UpToDate, "),
+        (5, "a list of UpToDate, "),
+    ],
+    ids=["case", "revoked", "number", "list", "long", "text", "no list"],
+)
+def test_a_status_that_is_none_is_named(words: Any, named: str) -> None:
+    with pytest.raises(PolicyError) as caught:
+        _ = TcbPolicy(accepted_statuses=words)
+    assert str(caught.value).startswith("accepted_statuses: must be a list of UpToDate, ")
+    assert named in str(caught.value)
+
+
 # --- attributes ---
 
 
@@ -572,6 +619,12 @@ def test_everything_that_a_file_can_say() -> None:
     )
     assert parse_policy_toml((text + PROFILE_TOML).encode()) == expected
     assert parse_policy_toml(b'measurements = "unchecked"') == UNCHECKED
+
+
+def test_text_is_read_as_its_bytes_are() -> None:
+    assert parse_policy_toml(PROFILE_TOML) == parse_policy_toml(PROFILE_TOML.encode()) == POLICY
+    with pytest.raises(PolicyError, match="not TOML"):
+        _ = parse_policy_toml("measurements = '\ud800'")
 
 
 def test_the_readme_shows_the_defaults() -> None:

@@ -137,21 +137,34 @@ class AppraisalError(QuoteError):
         self.steps = tuple(steps)
 
     def explain(self) -> str:
-        """A paragraph for an operator: all reasons, and what each part of the policy that refuses asks for."""
+        """A paragraph for an operator: all reasons, and what to do about each kind of them."""
         count = "one reason" if len(self.refusals) == 1 else f"{len(self.refusals)} reasons"
         passed = f"The quote is genuine (it passed steps {spans(self.steps)})"
         sentences = [f"{passed}, but the policy does not accept it, for {count}."]
-        for part, advice in _ADVICE.items():
-            if details := [refusal.detail for refusal in self.refusals if refusal.part == part]:
+        for about, advice in _ADVICE.items():
+            if details := [r.detail for r in self.refusals if _ABOUT.get(r.code, r.part) == about]:
                 sentences += [f"{'; '.join(details)[:1].upper()}{'; '.join(details)[1:]}.", advice]
         return " ".join(sentences)
 
 
-_ADVICE: Final[dict[Part, str]] = {
+_ABOUT: Final[dict[str, str]] = {
+    "evaluation_number": "collateral",
+    "tcb_info_version": "collateral",
+    "collateral_grace": "collateral",
+    "no_profiles": "profiles",
+    "not_a_td": "profiles",
+}
+"""Refusals that something else cures than the others of their part."""
+
+_ADVICE: Final[dict[str, str]] = {
+    "collateral": "This is about the collateral: get newer (`chutes-proto collateral fetch`; with `--update early` it"
+    " has what a TCB recovery will demand), or let the policy demand less of it.",
     "tcb": "This is about the machine: its owner updates or configures it, or the policy names what else it accepts.",
     "attributes": "This is about how the TD is started: start it with other attributes.",
     "measurement": "This is about what runs in the TD: run the image that was measured, or give the policy the"
     " measurements of this one; `chutes-proto replay` finds where a boot went another way.",
+    "profiles": "This is about the policy: give it the measurements of the TDs that it accepts, as `[[profile]]`, or"
+    ' say `measurements = "unchecked"` to compare none.',
 }
 
 

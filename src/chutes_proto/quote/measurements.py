@@ -96,7 +96,7 @@ class Profile:
 
 
 def parse_profiles_toml(
-    data: bytes, *, extra_keys: frozenset[str] = frozenset(), defaults: Mapping[str, object] | None = None
+    data: bytes | str, *, extra_keys: frozenset[str] = frozenset(), defaults: Mapping[str, object] | None = None
 ) -> tuple[ProfileAndExtras, ...]:
     """The profiles of a TOML file, each with its keys that are in ``extra_keys``.
 
@@ -125,8 +125,10 @@ def parse_profiles_json(
     return _not_empty(_profiles(values, "profile", ("boot_rtmrs", "runtime_rtmrs"), extra_keys, defaults or {}))
 
 
-def read_toml(data: bytes) -> Table:
-    """The table of a TOML file. Raises `PolicyError`."""
+def read_toml(data: bytes | str) -> Table:
+    """The table of a TOML file, or of its text. Raises `PolicyError`."""
+    if isinstance(data, str):
+        data = data.encode("utf-8", "surrogatepass")  # a lone surrogate is refused below
     if len(data) > MAX_SIZE:
         raise PolicyError(f"more than {MAX_SIZE} bytes of TOML")
     try:

@@ -47,10 +47,14 @@ _ADVISORY: Final = re.compile(f"INTEL-(SA|DOC)-[0-9]{{5}}|SIMULATED-SA-({'|'.joi
 
 
 def _statuses(values: Any) -> frozenset[TcbStatus]:
-    try:
-        return frozenset(TcbStatus(value) for value in values)
-    except (TypeError, ValueError):
-        raise PolicyError(f"accepted_statuses: must be of {', '.join(_ACCEPTABLE)}") from None
+    refused = f"accepted_statuses: must be a list of {', '.join(_ACCEPTABLE)}"
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise PolicyError(refused)
+    names = tuple(cast("Iterable[str]", values))
+    for name in names:
+        if name not in _ACCEPTABLE:
+            raise PolicyError(f"{refused}, and {str(name)[:80]!r} is none")
+    return frozenset(map(TcbStatus, names))
 
 
 def _advisories(values: Any) -> frozenset[str]:
@@ -95,7 +99,7 @@ class TcbPolicy:
     collateral_grace: int | None = None
 
     def __attrs_post_init__(self) -> None:
-        if not self.accepted_statuses or not self.accepted_statuses <= frozenset(_ACCEPTABLE):
+        if not self.accepted_statuses:
             raise PolicyError(f"accepted_statuses: must be some of {', '.join(_ACCEPTABLE)}")
         if type(self.min_evaluation_number) is not int or self.min_evaluation_number < 0:
             raise PolicyError("min_evaluation_number: must be a whole number that is not negative")
@@ -325,8 +329,8 @@ def _check_stage(stage: Stage) -> None:
 # --- policies in TOML ---
 
 
-def parse_policy_toml(data: bytes, *, extra_keys: frozenset[str] = frozenset()) -> AnyPolicy:
-    """The policy in a TOML file (its form is in ``README.md`` beside this file).
+def parse_policy_toml(data: bytes | str, *, extra_keys: frozenset[str] = frozenset()) -> AnyPolicy:
+    """The policy in a TOML file, or in its text (the form is in ``README.md`` beside this file).
 
     Profiles may have keys of ``extra_keys``, which mean nothing here. Raises `PolicyError` that names the key.
     """
