@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 import attrs
 import pytest
@@ -28,7 +30,15 @@ from chutes_proto.quote.steps import (
     RootMismatch,
     UntrustedRoot,
 )
-from chutes_proto.quote.verify import OpenedQuote, Verdict, open_quote, verify, verify_collateral, verify_quote
+from chutes_proto.quote.verify import (
+    OpenedQuote,
+    Verdict,
+    authenticate_collateral,
+    open_quote,
+    verify,
+    verify_collateral,
+    verify_quote,
+)
 from chutes_proto.testing.pki import EXPIRES, ISSUED
 from chutes_proto.testing.platform import COLLATERAL_SECONDS, SimulatedPlatform
 from tests.quote.simulated import NOW, PLATFORM, REPORT_DATA, ROOT, TD15, collateral_of, verdict_of, verified_of
@@ -51,6 +61,37 @@ def test_an_honest_platform(form: str, ca: str) -> None:
     assert verdict.quote.body.report_data == REPORT_DATA
     assert verdict.window == (NOW, NOW + COLLATERAL_SECONDS)
     assert verdict.verified_at == NOW
+
+
+@pytest.mark.parametrize("kind", [bytearray, memoryview, lambda data: memoryview(data + b"_")[:-1]])
+def test_whatever_holds_the_bytes_of_a_quote(kind: Callable[[bytes], Any]) -> None:
+    held = kind(QUOTE)
+    quote = parse_quote(held)
+    assert quote == parse_quote(QUOTE)
+    assert {type(piece) for piece in (quote.signed, quote.qe_auth, quote.certification)} == {bytes}
+    if isinstance(held, bytearray):
+        held[:] = bytes(len(held))
+    assert verify_quote(open_quote(quote, now=NOW, root=ROOT), verified_of(PLATFORM), now=NOW).tcb_status == "UpToDate"
+    assert open_quote(kind(QUOTE), now=NOW, root=ROOT).quote == quote
+
+
+@pytest.mark.parametrize("wrong", [5, "a quote", None, [1, 2]])
+def test_what_holds_no_bytes_is_no_quote(wrong: Any) -> None:
+    with pytest.raises(TypeError, match="bytes-like object is required"):
+        _ = parse_quote(wrong)
+
+
+@pytest.mark.parametrize("wrong", [PLATFORM.root_der, bytearray(PLATFORM.root_der), "root.der", None])
+def test_a_root_is_a_trusted_root(wrong: Any) -> None:
+    collateral = collateral_of(PLATFORM)
+    for stage in (
+        lambda: open_quote(QUOTE, now=NOW, root=wrong),
+        lambda: verify_collateral(collateral, now=NOW, root=wrong),
+        lambda: authenticate_collateral(collateral, root=wrong),
+        lambda: verify(QUOTE, collateral, now=NOW, expected_report_data=None, root=wrong),
+    ):
+        with pytest.raises(TypeError, match=r"TrustedRoot\.from_der"):
+            _ = stage()
 
 
 def test_one_collateral_serves_all_quotes_of_a_platform() -> None:

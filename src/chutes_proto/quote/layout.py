@@ -25,6 +25,7 @@ from attrs import frozen
 from chutes_proto.quote.errors import QuoteFormatError
 
 Tee: TypeAlias = Literal["TDX", "SGX"]
+BytesLike: TypeAlias = bytes | bytearray | memoryview
 
 TEE_SGX: Final = 0
 TEE_TDX: Final = 0x81
@@ -232,12 +233,15 @@ def parse_sgx_report(data: bytes) -> SgxReport:
     return SgxReport(*_SGX_REPORT.unpack(data))
 
 
-def parse_quote(data: bytes, *, sgx: bool = False) -> Quote:
+def parse_quote(data: BytesLike, *, sgx: bool = False) -> Quote:
     """The fields of a TDX quote of version 4 or 5, with ``sgx`` also those of an SGX quote of version 3.
 
-    Raises `QuoteFormatError`, and nothing else, whatever the bytes. The checks, in this order: enough bytes for the
-    smallest quote, the version, the TEE type, the type of the attestation key, then the structure.
+    Raises `QuoteFormatError`, and nothing else, whatever the bytes; `TypeError` for what holds none. The checks, in
+    this order: enough bytes for the smallest quote, the version, the TEE type, the type of the attestation key, then
+    the structure.
     """
+    if type(data) is not bytes:
+        data = bytes(memoryview(data))
     size = len(data)
     if size < (MIN_SGX if sgx else MIN_TDX):
         raise QuoteFormatError("quote_too_short", f"{size} bytes are too few for a quote", size)

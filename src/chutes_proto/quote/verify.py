@@ -34,6 +34,7 @@ from chutes_proto.quote.ecdsa import EllipticCurvePublicKey
 from chutes_proto.quote.layout import (
     CERTIFICATION_PCK_CHAIN,
     INTEL_VENDOR_ID,
+    BytesLike,
     Quote,
     SgxAttributes,
     SgxReport,
@@ -189,12 +190,13 @@ class Verdict:
         return tuple(sorted({number for piece in self.checked for number in piece.steps}))
 
 
-def open_quote(data: bytes | Quote, *, now: int, root: TrustedRoot = INTEL_ROOT) -> OpenedQuote:
+def open_quote(data: BytesLike | Quote, *, now: int, root: TrustedRoot = INTEL_ROOT) -> OpenedQuote:
     """Steps 1 to 11: the quote's structure, and its PCK chain up to the root.
 
     Bytes are parsed as a TDX quote; parse an SGX quote with ``parse_quote(data, sgx=True)`` and give that. Raises
     `QuoteFormatError` and `VerificationError`.
     """
+    _check_kind(root)
     quote = data if isinstance(data, Quote) else parse_quote(data)
     if quote.header.qe_vendor_id != INTEL_VENDOR_ID:  # 1
         raise QeVendor("quote", "another vendor", got=quote.header.qe_vendor_id, expected=INTEL_VENDOR_ID)
@@ -239,6 +241,7 @@ def authenticate_collateral(
 
 
 def _collateral(collateral: Collateral, now: int | None, root: TrustedRoot, grace: int) -> VerifiedCollateral:
+    _check_kind(root)
     issuer, issuer_key, issuer_terms, issuer_notes = _signer(root, collateral.pck_crl_issuer_chain, _PCK_CA)  # 3-8
     tcb_signer, tcb_key, tcb_terms, tcb_notes = _signer(root, collateral.tcb_info_issuer_chain, _TCB_SIGNER)
     qe_signer, qe_key, qe_terms, qe_notes = _signer(root, collateral.qe_identity_issuer_chain, _TCB_SIGNER)
@@ -369,7 +372,7 @@ _REPORT_DATA: Final = checked("report data", 37)
 
 
 def verify(
-    data: bytes | Quote,
+    data: BytesLike | Quote,
     collateral: Collateral,
     *,
     now: int,
@@ -452,6 +455,11 @@ def _read_chain(pem: bytes, subject: str, least: int) -> tuple[bytes, ...]:
     if not least <= len(ders) <= least + 1:  # 3
         raise ChainForm(subject, "it is too short or too long", got=len(ders), expected=f"{least} or {least + 1}")
     return ders
+
+
+def _check_kind(root: object) -> None:
+    if not isinstance(root, TrustedRoot):
+        raise TypeError(f"root: must be a TrustedRoot, as of TrustedRoot.from_der, not {type(root).__name__}")
 
 
 @lru_cache(maxsize=16)
