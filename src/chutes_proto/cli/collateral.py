@@ -11,12 +11,13 @@ from chutes_proto.cli import console
 from chutes_proto.quote.terms import rfc3339
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from chutes_proto.collateral.library import Family
     from chutes_proto.quote.collateral import VerifiedCollateral
     from chutes_proto.quote.roots import TrustedRoot
     from chutes_proto.quote.terms import Term
+    from chutes_proto.wire.http import HttpResponse
 
 NAME = "collateral"
 
@@ -115,18 +116,45 @@ def _fetch(options: argparse.Namespace) -> int:
     try:
         family = _family(options, root)
     except QuoteError as exc:
-        console.tell(f"chutes-proto: {options.quote}: {exc}")
+        console.tell(f"chutes-proto: {options.quote}: {_with_hint(str(exc))}")
         return console.REFUSED
     cache = CollateralCache(upstreams, root=root, update=options.update)
     with httpx.Client(verify=context, trust_env=False) as client:
-        performer = Performer(get=HttpxGetter(client, FETCH_LIMITS), log=lambda _: None)
+        performer = Performer(get=_telling(HttpxGetter(client, FETCH_LIMITS)), log=lambda _: None)
         fetched = performer.run(fetch(cache, family))
         outcome = performer.run(settle(cache, family))
     if isinstance(outcome, GiveUp) or fetched is None:
-        console.tell(f"chutes-proto: {outcome.reason if isinstance(outcome, GiveUp) else 'nothing was fetched'}")
+        why = outcome.reason if isinstance(outcome, GiveUp) else "nothing was fetched"
+        console.tell(f"chutes-proto: {_with_hint(why)}")
         return console.REFUSED
     console.say(str(keep_collateral(options.out, family, fetched)))
     return console.GRANTED
+
+
+def _telling(get: Callable[[str], HttpResponse]) -> Callable[[str], HttpResponse]:
+    """``get``, which says what to do where a service's certificate does not verify; other services are still asked."""
+    from chutes_proto.cli.sending import certificate_problem
+    from chutes_proto.errors import TransportError
+
+    def getting(url: str) -> HttpResponse:
+        try:
+            return get(url)
+        except TransportError as exc:
+            told = certificate_problem(exc)
+            if told is None:
+                raise
+            problem = f"its certificate does not verify: {told}; is its CA the one in --ca-file?"
+            raise TransportError(problem, maybe_delivered=False) from None
+
+    return getting
+
+
+def _with_hint(problem: str) -> str:
+    """A problem in the words of who found it, and what to do where a root is not trusted: a cache tells words only."""
+    from chutes_proto.cli.quotes import ANOTHER_ROOT
+    from chutes_proto.quote.steps import UntrustedRoot
+
+    return f"{problem}. It {ANOTHER_ROOT}." if UntrustedRoot.rule in problem else problem
 
 
 def _family(options: argparse.Namespace, root: TrustedRoot) -> Family:
@@ -297,10 +325,9 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
 def _read_all(options: argparse.Namespace) -> Iterator[tuple[str, VerifiedCollateral | str]]:
     """All files that are named, by name, with what they hold or why they are of no use."""
     from chutes_proto.blocking.files import read_file
-    from chutes_proto.cli.quotes import ANOTHER_ROOT, trusted_root
+    from chutes_proto.cli.quotes import trusted_root
     from chutes_proto.errors import ConfigurationError, QuoteError
     from chutes_proto.quote.collateral import Collateral
-    from chutes_proto.quote.steps import UntrustedRoot
     from chutes_proto.quote.verify import authenticate_collateral
 
     root = trusted_root(options)
@@ -312,10 +339,8 @@ def _read_all(options: argparse.Namespace) -> Iterator[tuple[str, VerifiedCollat
             data = read_file(file)
             try:
                 yield str(file), authenticate_collateral(Collateral.from_json(data), root=root)
-            except UntrustedRoot as exc:
-                yield str(file), f"{exc}. It {ANOTHER_ROOT}."
             except QuoteError as exc:
-                yield str(file), str(exc)
+                yield str(file), _with_hint(str(exc))
 
 
 # --- serve ---

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from chutes_proto.client.policy import RetryPolicy
+    from chutes_proto.errors import TransportError
     from chutes_proto.log import Record
     from chutes_proto.wire.http import HttpRequest, HttpResponse
 
@@ -49,20 +50,27 @@ def tell(record: Record) -> None:
             pass
 
 
-def verified(send: Callable[[HttpRequest], HttpResponse], url: str) -> Callable[[HttpRequest], HttpResponse]:
-    """``send``, which raises `ConfigurationError`, that no flow tries again, where the certificate does not verify."""
+def certificate_problem(exc: TransportError) -> str | None:
+    """Why the certificate of who was asked does not verify, if that is why there is no answer."""
     import ssl
 
+    cause: BaseException | None = exc
+    while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
+        cause = cause.__cause__ or cause.__context__
+    return None if cause is None else cause.verify_message or str(cause)
+
+
+def verified(send: Callable[[HttpRequest], HttpResponse], url: str) -> Callable[[HttpRequest], HttpResponse]:
+    """``send``, which raises `ConfigurationError`, that no flow tries again, where the certificate does not verify."""
     from chutes_proto.errors import ConfigurationError, TransportError
 
     def sending(request: HttpRequest) -> HttpResponse:
         try:
             return send(request)
         except TransportError as exc:
-            cause = exc.__cause__
-            if not isinstance(cause, ssl.SSLCertVerificationError):
+            told = certificate_problem(exc)
+            if told is None:
                 raise
-            told = cause.verify_message or str(cause)
             raise ConfigurationError(
                 f"the certificate of {url} does not verify: {told}; is its CA the one in --ca?"
             ) from None
