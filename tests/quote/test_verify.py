@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -41,6 +42,7 @@ from chutes_proto.quote.verify import (
 )
 from chutes_proto.testing.pki import EXPIRES, ISSUED
 from chutes_proto.testing.platform import COLLATERAL_SECONDS, SimulatedPlatform
+from tests.conftest import ROOT as PROJECT
 from tests.quote.simulated import NOW, PLATFORM, REPORT_DATA, ROOT, TD15, collateral_of, verdict_of, verified_of
 
 QUOTE = PLATFORM.quote(REPORT_DATA)
@@ -120,6 +122,20 @@ def test_another_root_is_only_trusted_by_name() -> None:
     verified = verify_collateral(collateral_of(other), now=NOW, root=other_root)
     with pytest.raises(RootMismatch):
         _ = verify_quote(open_quote(QUOTE, now=NOW, root=ROOT), verified, now=NOW)
+
+
+def test_the_readme_tells_how_another_root_is_trusted() -> None:
+    readme = (PROJECT / "src/chutes_proto/quote/README.md").read_text("utf-8")
+    block = next(b for b in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "root=" in b)
+    names: dict[str, Any] = {
+        "quote_bytes": QUOTE,
+        "file_bytes": PLATFORM.collateral_json(NOW),
+        "root_bytes": PLATFORM.root_der,
+        "report_data": REPORT_DATA,
+        "now": NOW,
+    }
+    exec(block, names)
+    assert names["verdict"].tcb_status == "UpToDate"
 
 
 def test_intel_is_the_default() -> None:

@@ -24,7 +24,8 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
         """
         Replay an event log (CCEL; Linux has it in /sys/firmware/acpi/tables/data/CCEL) and compare the result with
         RTMR0 to RTMR3 of a TDX quote. With --against also compare it with the log of a known-good boot, and name the
-        first event that differs. The quote is not verified here; `chutes-proto verify` does that.
+        first event that differs. The quote is not verified here; `chutes-proto verify` does that. The simulated
+        platform has no event log: log and quote are of a real TD.
 
         exit code: 0 the log is the quote's and, with --against, measures what the good log does; 1 it does not, also
         where a file does not parse; 2 usage, or a file that cannot be opened
