@@ -260,8 +260,9 @@ def test_an_import(site: Site, reference: dict[str, Path]) -> None:
     ("spoil", "told"),
     [
         (lambda files: files["key"].write_bytes(Fernet.generate_key()), "does not open under this Fernet key"),
-        (lambda files: files["key"].write_bytes(b"x"), "44 characters"),
+        (lambda files: files["key"].write_bytes(b"x"), "key: not a Fernet key, which is 44 characters"),
         (lambda files: files["key"].chmod(0o644), "lets others at a secret"),
+        (lambda files: files["rows"].write_text("\n"), "holds no rows"),
         (lambda files: files["rows"].write_text("[]\n"), "not a JSON object"),
         (lambda files: files["rows"].write_text("{\n"), "line 1"),
         (lambda files: files["rows"].write_text('{"miner_hotkey":1}\n'), "it takes the texts"),

@@ -163,3 +163,86 @@ def test_a_password_comes_from_a_file(command: Command, cluster: Cluster, tmp_pa
         assert refused.code == 1
         assert "password authentication failed" in refused.err
         quiet(made, refused)
+
+
+# --- copies ---
+
+
+def filled(path: Path) -> str:
+    with closing(SqliteStore(path)) as store:
+        for number in range(3):
+            store.transact(boot(str(number)))
+    return f"sqlite:{path}"
+
+
+def test_a_store_is_copied_into_an_empty_one_and_no_other(command: Command, site: Path) -> None:
+    old = filled(site / "old.db")
+    config = ("--config", site / "server.toml")
+    unmade = command("store", "copy", "--from", old, *config)
+    assert (unmade.code, "run `chutes-proto store migrate`" in unmade.err) == (1, True)
+    made = command("store", "migrate", *config)
+    assert "made: a new store without keys; `chutes-proto store copy` fills it" in made.out
+    before = (site / "old.db").read_bytes()
+    lost = command("store", "copy", "--from", old, *config, "--json")  # sealed under keys that this server has not
+    assert (lost.code, lost.json["ok"]) == (1, False)
+    assert "neither kek_file nor kek_previous_file" in lost.json["error"]
+    assert command("store", "check", *config, "--json").json["rows"]["audit"] == 0
+    address = f"sqlite:{site}/new.db"
+    copied = command("store", "copy", "--from", old, "--store", address, "--reason", "a test", "--json")
+    assert copied.code == 0
+    assert (copied.json["copied_from"], copied.json["rows"]["boot"]) == (f"{site}/old.db", 3)
+    assert copied.json["rows"]["audit"] == command("store", "check", "--store", old, "--json").json["rows"]["audit"] + 1
+    assert "copying " in copied.err
+    again = command("store", "copy", "--from", old, "--store", address)
+    assert (again.code, "has rows already" in again.err) == (1, True)
+    itself = command("store", "copy", "--from", old, "--store", old)
+    assert (itself.code, "has rows already" in itself.err) == (1, True)
+    assert (site / "old.db").read_bytes() == before
+    quiet(unmade, made, lost, copied, again, itself)
+
+
+def test_a_copy_of_what_is_no_store(command: Command, site: Path) -> None:
+    new = f"sqlite:{site}/new.db"
+    for source, code, told in (
+        (f"sqlite:{site}/none.db", 1, "not made yet"),
+        (f"sqlite:{site}/kek", 1, "not an SQLite database"),
+        ("mysql:keys", 2, "--from: say"),
+        ("postgresql://u:hidden@db/keys", 2, "--from: other users can read"),
+        ("postgresql://u@db/keys?passfile=pgpass", 2, "passfile: say the whole path"),
+    ):
+        end = command("store", "copy", "--from", source, "--store", new)
+        assert (end.code, told in end.err) == (code, True), end.err
+        assert "hidden" not in end.err
+    assert not (site / "new.db").exists()
+
+
+# --- what others may not read, and what the database does not let us do ---
+
+
+def test_a_configuration_with_a_password_is_not_for_everybody(command: Command, site: Path) -> None:
+    configuration = site / "server.toml"
+    assert PASSWORD in configuration.read_text()
+    _ = command("store", "migrate", "--config", configuration)
+    for mode, code in ((0o600, 0), (0o640, 0), (0o644, 1), (0o604, 1)):
+        configuration.chmod(mode)
+        end = command("serve", "--config", configuration, "--check")
+        assert (end.code, f"chmod 600 {configuration}" in end.err) == (code, bool(code)), end.err
+        quiet(end)
+
+
+def test_a_user_of_the_database_who_may_only_read(command: Command, site: Path, empty_schema: str) -> None:
+    config = ("--config", site / "server.toml")
+    assert command("store", "migrate", *config).code == 0
+    with psycopg.connect(empty_schema, autocommit=True) as connection:
+        (name,) = connection.execute("SELECT current_schema()").fetchone() or ("",)
+        _ = connection.execute(f"CREATE ROLE reader_{name}")
+        for what in ("SELECT ON ALL TABLES IN SCHEMA", "USAGE ON SCHEMA"):
+            _ = connection.execute(f"GRANT {what} {name} TO reader_{name}")
+    separator = "%20" if "options=" in empty_schema else ""
+    assert separator
+    text = (site / "server.toml").read_text().replace(empty_schema, f"{empty_schema}%20-crole%3Dreader_{name}")
+    (site / "server.toml").write_text(text)
+    ends = [command("serve", *config, "--check"), command("serve", *config)]
+    for end in ends:
+        assert (end.code, "may not do that" in end.err) == (1, True), end.err
+    quiet(*ends)

@@ -9,8 +9,9 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import psycopg
@@ -35,10 +36,18 @@ in_a_file = pytest.mark.parametrize("premises", ["sqlite"], indirect=True)
 
 
 def follow(
-    premises: Premises, title: str, part: int, platform: SimulatedPlatform | None = None, env: Any = None
+    premises: Premises,
+    title: str,
+    part: int,
+    platform: SimulatedPlatform | None = None,
+    env: Any = None,
+    misspelt: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
     """Run one block of a recipe, in the operator's directory; what it says."""
     script = RECIPES[title][part]
+    for right, wrong in misspelt.items():
+        assert right in script
+        script = script.replace(right, wrong)
     if platform is not None:
         assert PPID in script
         script = script.replace(PPID, platform.ppid.hex())
@@ -137,7 +146,11 @@ def test_a_backup(premises: Premises, require_program: Callable[[str], str]) -> 
     assert key(premises, rekey=["storage"]) != first
     premises.kill()
     assert (premises.directory / "keys.db-wal").stat().st_size
+    with pytest.raises(AssertionError):
+        _ = follow(premises, "The store came back from a backup", 0, misspelt={"keys.backup": "keys.bakup"})
+    assert (premises.directory / "keys.db-wal").stat().st_size
     _ = follow(premises, "The store came back from a backup", 0)
+    assert (premises.directory / "replaced" / "keys.db-wal").stat().st_size
     assert "keys sealed under" in follow(premises, "The store came back from a backup", 1)
     premises.start()
     _ = premises.vm().sync(token, status=401)
@@ -159,6 +172,12 @@ def test_another_key_encryption_key(premises: Premises) -> None:
     assert "store: " in follow(premises, title, 0)
     assert (premises.directory / "kek").stat().st_mode & 0o777 == 0o600
     assert (premises.directory / "kek.previous").read_bytes() == old
+    new = (premises.directory / "kek").read_bytes()
+    with pytest.raises(AssertionError, match=r"kek\.previous.*File exists"):  # once more, by mistake
+        _ = follow(premises, title, 0)
+    assert (premises.directory / "kek").read_bytes() == new
+    assert (premises.directory / "kek.previous").read_bytes() == old
+    assert premises.configuration.stat().st_mode & 0o777 == 0o600
     premises.stop()
     premises.start()
     assert key(premises) == first
@@ -181,6 +200,28 @@ def test_a_purge(premises: Premises) -> None:
     (exported,) = premises.directory.glob("audit-*.jsonl")
     assert [json.loads(line)["event"] for line in exported.read_text().splitlines()].count("boot") == 5
     assert key(premises) == last
+
+
+@in_a_file
+def test_a_move_to_postgresql(premises: Premises, empty_schema: str) -> None:
+    premises.start()
+    vm = premises.vm()
+    token = vm.boot()["boot_token"]
+    first = key(premises, formatted=["storage"])
+    premises.stop()
+    title = "The store is to move to PostgreSQL"
+    moved = premises.directory / "postgres.toml"
+    write_file(moved, premises.configuration.read_bytes().replace(b"sqlite:keys.db", empty_schema.encode()), mode=0o600)
+    said = follow(premises, title, 0)
+    assert "made: a new store without keys" in said
+    assert f"copied from: {premises.directory}/keys.db" in said
+    assert not list(premises.directory.glob("keys.db*"))
+    assert (premises.directory / "moved" / "keys.db").stat().st_size
+    write_file(premises.configuration, moved.read_bytes(), mode=0o600)
+    premises.start()
+    assert vm.sync(token, formatted=["storage"])["storage"] == first  # what was issued counts
+    vm = premises.vm()
+    assert vm.sync(vm.boot()["boot_token"], formatted=[])["in_use"] == ["storage"]
 
 
 @in_a_file
@@ -217,4 +258,4 @@ def test_no_recipe_is_left_out() -> None:
     source = Path(__file__).read_text("utf-8")
     for title in RECIPES:
         assert f'"{title}"' in source
-    assert sum(map(len, RECIPES.values())) == 13
+    assert sum(map(len, RECIPES.values())) == 14

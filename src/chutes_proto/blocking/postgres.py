@@ -82,6 +82,9 @@ _URL: Final = re.compile(r"postgres(ql)?://([^/@]*+@)?+[^/@?]*(/[^@?]*)?(\?.*)?"
 """No ``@`` but the one before the host: any other ends a password of which something is not percent-encoded, of which
 libpq makes names and a port, and tells them."""
 
+_FILES: Final = frozenset({"passfile", "sslcert", "sslkey", "sslrootcert", "sslcrl", "sslcrldir"})
+"""libpq looks for these from the directory in which a process happens to run."""
+
 _MUST_BE: Final[dict[str, tuple[str, ...]]] = {
     "synchronous_commit": ("on", "remote_apply"),
     "fsync": ("on",),
@@ -308,6 +311,8 @@ class PostgresStore:
             connection = _Connection.connect(self._conninfo, autocommit=True)
         except psycopg.Error as exc:
             told = " ".join(str(exc).split())
+            if "no password supplied" in told:
+                told += "; a password file must be there, of mode 0600, with a line for this host, port and database"
             raise StoreBusy(f"store {self.name}: no connection to the database: {told}") from None
         connection.patience = self._patience
         try:
@@ -431,6 +436,9 @@ def _parse(url: str) -> tuple[str, str]:
             'store: not a PostgreSQL URL; say "postgresql://user@host/database", and of what is special in a password'
             " %40 for @, %2F for /, %3F for ?, %25 for %"
         ) from None
+    named = {name: str(given[name]) for name in _FILES & given.keys()}
+    if relative := sorted(name for name, path in named.items() if path != "system" and not path.startswith("/")):
+        raise ConfigurationError(f"store: {', '.join(relative)}: say the whole path, from / on")
     user = f"{given['user']}@" if "user" in given else ""
     port = f":{given['port']}" if "port" in given else ""
     return full, f"postgresql://{user}{given.get('host', '')}{port}/{given.get('dbname', '')}"

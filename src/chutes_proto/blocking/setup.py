@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Final, Literal, TypeVar
@@ -40,7 +41,7 @@ from chutes_proto.server.nonces import NonceMint
 from chutes_proto.server.profiles import EXTRA_KEYS, ServedProfile, serve_profile
 from chutes_proto.server.proxy import TrustedProxies
 from chutes_proto.server.service import Service
-from chutes_proto.store.rows import CountSealed
+from chutes_proto.store.rows import CountSealed, PurgeAudit, Put, RaiseHorizon, Vm, VoidTokens, VolumeRow
 from chutes_proto.store.run import Script, Unit
 from chutes_proto.transport.h1 import Limits
 from chutes_proto.transport.tls import ServerContext, server_context
@@ -106,6 +107,7 @@ def load_setup(path: str | Path) -> ServerSetup:
     if config is None:
         raise problems.error()
     base = Path(path).absolute().parent
+    _ = problems.attempt("store", lambda: _check_private(path, config.store))
     tls = problems.attempt("tls", lambda: _tls(config, base))
     root = problems.attempt("roots", lambda: _root(config, base))
     current = problems.attempt("kek_file", lambda: _kek(base / config.kek_file))
@@ -177,6 +179,7 @@ def check_store(place: StorePlace, vault: Vault) -> str:
     store = place.open()
     try:
         _ = store.check()
+        check_writing(store)
         sealed = check_keys(store, vault)
     finally:
         store.close()
@@ -194,6 +197,29 @@ def check_keys(store: DurableStore, vault: Vault) -> dict[str, int]:
             f" kek_previous_file ({', '.join(sorted(live))}): {told}"
         )
     return sealed
+
+
+def check_writing(store: DurableStore) -> None:
+    """That rows can be added, changed and deleted; none is. Raises `StoreError`."""
+    with suppress(_UndoneError):
+        store.transact(_TryWriting())
+
+
+class _UndoneError(Exception):
+    """What a transaction raises that shall leave nothing."""
+
+
+@frozen
+class _TryWriting(Unit[None]):
+    """Write, and undo it."""
+
+    def script(self) -> Script[None]:
+        nobody = Vm("", "")
+        yield from Put(VolumeRow(nobody, "", in_use=False, format_allowed=False))
+        yield from VoidTokens(nobody, 0)
+        yield from PurgeAudit(0, 0, 0)
+        yield from RaiseHorizon(0)
+        raise _UndoneError
 
 
 @frozen
@@ -296,6 +322,16 @@ def _collateral(config: ServerConfig, base: Path, root: TrustedRoot) -> Collater
     ca_file = None if options.ca_file is None else base / options.ca_file
     kept = None if options.cache is None else base / options.cache
     return UpstreamCollateral(cache, context_trusting(ca_file), kept)
+
+
+def _check_private(path: str | Path, store: str) -> None:
+    """That a configuration file that holds the database's password is not for everybody to read."""
+    if not store.startswith("postgresql:"):
+        return
+    from chutes_proto.blocking.postgres import has_secret
+
+    if has_secret(store):
+        _ = read_private(path, group_may=True)
 
 
 def _kek(path: Path) -> KeyEncryptionKey:

@@ -54,7 +54,7 @@ def write_server(directory: Path, platform: SimulatedPlatform, now: int) -> None
     write_file(directory / "kek", os.urandom(32), mode=0o600)
     write_file(directory / "simulated-root.der", platform.root_der)
     write_file(directory / "measurements.toml", measurements_toml())
-    write_file(directory / CONFIGURATION, _SERVER.encode())
+    write_file(directory / CONFIGURATION, _SERVER.encode(), mode=0o600)  # it may come to hold a password
     write_collateral(make_directory(directory / "collateral"), platform, now)
 
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, cast
 from chutes_proto.cli import console, operating
 
 if TYPE_CHECKING:
+    from cryptography.fernet import Fernet
+
     from chutes_proto.keys.vault import FreshKey
     from chutes_proto.quote.roots import TrustedRoot
     from chutes_proto.store.rows import GenerationRow, Platform
@@ -238,7 +240,9 @@ def _rewrap(options: argparse.Namespace) -> int:
         return console.REFUSED
     console.say(f"{done} keys wrapped; no key is under another key-encryption key than {vault.current.kek_id}")
     if vault.previous is not None:
-        console.say(f"{vault.previous.kek_id} is needed no more once its last nonces are 600 s old")
+        old = vault.previous.kek_id
+        console.say(f"keep kek_previous_file for 600 s yet, and until every server has {vault.current.kek_id} as its")
+        console.say(f"kek_file: one that has not makes keys under {old}; `chutes-proto store check` shows them")
     return console.GRANTED
 
 
@@ -252,13 +256,19 @@ def _allow_format(options: argparse.Namespace) -> int:
 
 
 def _import_fernet(options: argparse.Namespace) -> int:
+    from cryptography.fernet import Fernet
+
     from chutes_proto.blocking.files import read_lines, read_private
     from chutes_proto.errors import ConfigurationError, Refused
     from chutes_proto.store.rows import Vm
     from chutes_proto.units.operator import ImportKeys
     from chutes_proto.wire.json import JsonError, decode
 
-    key = read_private(options.fernet_key_file)
+    try:
+        fernet = Fernet(read_private(options.fernet_key_file).strip())
+    except ValueError:
+        told = f"{options.fernet_key_file}: not a Fernet key, which is 44 characters of urlsafe base64"
+        raise ConfigurationError(told) from None
     made = left = bound = 0
     refused: list[str] = []
     with operating.opened(options, new=True) as (setup, store):
@@ -267,9 +277,11 @@ def _import_fernet(options: argparse.Namespace) -> int:
             if not line.strip():
                 continue
             try:
-                rows.append(_row(decode(line), key, setup.service.root, setup.service.volumes))
+                rows.append(_row(decode(line), fernet, setup.service.root, setup.service.volumes))
             except (JsonError, ValueError) as exc:
                 raise ConfigurationError(f"{options.file}, line {number}: {exc}; nothing was imported") from None
+        if not rows:
+            raise ConfigurationError(f"{options.file} holds no rows; nothing was imported")
         for vm, keys, platform in rows:
             unit = ImportKeys(operating.now(), vm, keys, platform, setup.service.vault, operating.reason(options))
             try:
@@ -289,13 +301,13 @@ def _import_fernet(options: argparse.Namespace) -> int:
 
 
 def _row(
-    content: Any, fernet_key: bytes, root: TrustedRoot, served: tuple[str, ...]
+    content: Any, fernet: Fernet, root: TrustedRoot, served: tuple[str, ...]
 ) -> tuple[Any, dict[str, FreshKey], Platform | None]:
     """One VM of the reference system. Raises `ValueError`, whose text repeats no secret."""
     import os
     import re
 
-    from cryptography.fernet import Fernet, InvalidToken
+    from cryptography.fernet import InvalidToken
 
     from chutes_proto.auth.hotkey import Hotkey, HotkeyError
     from chutes_proto.keys.vault import FreshKey
@@ -303,10 +315,6 @@ def _row(
     from chutes_proto.store.rows import Vm
     from chutes_proto.wire.names import NAME_PATTERN, NAME_RULE
 
-    try:
-        fernet = Fernet(fernet_key.strip())
-    except ValueError:
-        raise ValueError("the Fernet key is not 44 characters of urlsafe base64") from None
     if not isinstance(content, dict):
         raise ValueError("not a JSON object")  # noqa: TRY004 - what a line holds is a value
     members = cast("dict[str, Any]", content)

@@ -1,4 +1,4 @@
-"""``chutes-proto store``: the database of a key server, which only its operator migrates."""
+"""``chutes-proto store``: the database of a key server, which only its operator migrates, copies and restores."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
     parser = console.command(
         subparsers,
         NAME,
-        "make, migrate and check a key server's store",
+        "make, migrate, copy and check a key server's store",
         """
         Commands for the database of a key server. A server itself never makes or changes the schema of a database in
         PostgreSQL, and never migrates one of another release.
@@ -36,7 +36,7 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
         """
         Make the schema in an empty database, or bring that of an older release to this one's, in one transaction. Back
         the database up before, and stop the servers of the older release: they refuse a newer schema at their next
-        start. Where there is nothing to do, nothing is done.
+        start. Where there is nothing to do, nothing is done. No rows come from another store by this: see `store copy`.
 
         exit code: 0 the schema is this release's now; 1 it cannot be made so, and was left as it is; 2 usage, or a file
         that cannot be read
@@ -44,6 +44,23 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
         "chutes-proto store migrate --config /etc/chutes/server.toml\n"
         "chutes-proto store migrate --store 'postgresql://chutes@db.internal/keys?passfile=/etc/chutes/pgpass'",
     )
+    copy = console.command(
+        actions,
+        "copy",
+        "fill an empty store with all that is in another one",
+        """
+        Copy every row of the store --from into the empty one of --config or --store, in one transaction: from a file to
+        PostgreSQL, for example, or back. Stop all servers before, and let none start on the old store again: what it
+        granted then, the new one would not know. Nothing is changed in the old one, and keys stay sealed as they are.
+        In PostgreSQL make the schema first, with `store migrate`.
+
+        exit code: 0 all is there; 1 it was not copied, and the new store was left as it is; 2 usage, or a file that
+        cannot be read
+        """,
+        "chutes-proto store copy --from sqlite:/var/lib/chutes/keys.db --config /etc/chutes/postgres.toml",
+    )
+    _ = copy.add_argument("--from", dest="source", metavar="URL", required=True, help="the store that has the rows")
+    operating.add_reason(copy)
     check = console.command(
         actions,
         "check",
@@ -69,7 +86,7 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
         "chutes-proto store restored --config /etc/chutes/server.toml --reason 'disk failure on db1'",
     )
     operating.add_reason(restored)
-    for action in (migrate, check, restored):
+    for action in (migrate, copy, check, restored):
         which = action.add_mutually_exclusive_group(required=True)
         _ = which.add_argument("--config", metavar="FILE", help="the server's configuration file (TOML)")
         _ = which.add_argument(
@@ -86,10 +103,15 @@ def run(options: argparse.Namespace) -> int:
 
     place, vault = _place(options)
     try:
-        if options.action == "migrate":
-            result = _migrate(place)
-        else:
-            result = _check(place, vault) if options.action == "check" else _restored(place, operating.reason(options))
+        match options.action:
+            case "migrate":
+                result = _migrate(place)
+            case "copy":
+                result = _copy(_named("--from", options.source), place, vault, operating.reason(options))
+            case "check":
+                result = _check(place, vault)
+            case _:
+                result = _restored(place, operating.reason(options))
     except StoreError as exc:
         if options.json:
             console.say_json({"ok": False, "error": str(exc)})
@@ -106,27 +128,32 @@ def run(options: argparse.Namespace) -> int:
 
 def _place(options: argparse.Namespace) -> tuple[StorePlace, Vault | None]:
     """The store, and with a configuration the server's key-encryption keys."""
-    from pathlib import Path
-
     from chutes_proto.blocking.setup import load_setup
-    from chutes_proto.blocking.stores import StorePlace
-    from chutes_proto.errors import ConfigurationError
-    from chutes_proto.server.config import check_store_address
 
     if options.config:
         setup = load_setup(options.config)
         return setup.store, setup.service.vault
-    if problem := check_store_address(options.store):
-        raise ConfigurationError(f"--{problem}")
-    if options.store.startswith("postgresql:"):
+    return _named("--store", options.store), None
+
+
+def _named(option: str, address: str) -> StorePlace:
+    """The store at an address on the command line."""
+    from pathlib import Path
+
+    from chutes_proto.blocking.stores import StorePlace
+    from chutes_proto.errors import ConfigurationError
+    from chutes_proto.server.config import check_store_address
+
+    if problem := check_store_address(address):
+        raise ConfigurationError(f"{option}: {problem}")
+    if address.startswith("postgresql:"):
         from chutes_proto.blocking.postgres import has_secret
 
-        if has_secret(options.store):
+        if has_secret(address):
             raise ConfigurationError(
-                "--store: other users can read a command line; leave the password out, and say ?passfile=/path or"
-                " --config"
+                f"{option}: other users can read a command line; leave the password out, and say ?passfile=/path"
             )
-    return StorePlace(options.store, Path.cwd()), None
+    return StorePlace(address, Path.cwd())
 
 
 def _migrate(place: StorePlace) -> dict[str, Any]:
@@ -134,7 +161,35 @@ def _migrate(place: StorePlace) -> dict[str, Any]:
 
     store = place.open(migrate=True)
     store.close()
-    return {"store": store.name, "schema_version": SCHEMA_VERSION, "schema_version_before": store.found_version or 0}
+    found: dict[str, Any] = {
+        "store": store.name,
+        "schema_version": SCHEMA_VERSION,
+        "schema_version_before": store.found_version or 0,
+    }
+    if store.found_version is None:
+        found["made"] = "a new store without keys; `chutes-proto store copy` fills it from another one"
+    return found
+
+
+def _copy(source: StorePlace, place: StorePlace, vault: Vault | None, reason: str) -> dict[str, Any]:
+    from contextlib import closing
+
+    from chutes_proto.blocking.setup import check_keys
+    from chutes_proto.errors import StoreError
+    from chutes_proto.units.contents import ReadContents, WriteContents
+
+    if not source.is_made():
+        raise StoreError(f"store {source.path}: not made yet, so that there is nothing to copy")
+    with closing(source.open()) as old, closing(place.open()) as store:
+        _ = old.check()
+        sealed = None if vault is None else check_keys(old, vault)
+        contents = old.transact(ReadContents())
+        console.tell(f"copying {len(contents.rows)} rows from {old.name} to {store.name}")
+        store.transact(WriteContents(contents, operating.now(), reason))
+        found: dict[str, Any] = {"store": store.name, "copied_from": old.name, "rows": store.check()}
+    if sealed is not None:
+        found["keys_sealed_under"] = sealed
+    return found
 
 
 def _restored(place: StorePlace, reason: str) -> dict[str, Any]:

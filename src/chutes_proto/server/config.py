@@ -223,12 +223,13 @@ def check_store_address(text: str) -> str | None:
     """What is wrong with the address of a store, as far as one can say without opening it."""
     if re.match("sqlite:.|postgresql://", text):
         return None
-    return 'store: say "sqlite:/path/to/keys.db" or "postgresql://user@host/database"'
+    return 'say "sqlite:/path/to/keys.db" or "postgresql://user@host/database"'
 
 
 def _problems(config: ServerConfig) -> list[str]:
     found: list[str] = []
-    found.extend(filter(None, [check_store_address(config.store)]))
+    if problem := check_store_address(config.store):
+        found.append(f"store: {problem}")
     if config.kek_previous_file == config.kek_file:
         found.append("kek_previous_file: it is kek_file; name the file of the key before it, or remove this one")
     try:

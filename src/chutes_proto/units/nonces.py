@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from chutes_proto.codes import Code
 from chutes_proto.errors import Refused, Unavailable
+from chutes_proto.quote.terms import rfc3339
 from chutes_proto.store.rows import NonceRow, RaiseHorizon, ReadHorizon, RedeemNonce, SweepNonces
 
 if TYPE_CHECKING:
@@ -29,8 +30,9 @@ def redeem_nonce(nonce: bytes, purpose: str, issued_at: int, now: int) -> Script
     """
     horizon = yield from ReadHorizon()
     if horizon >= now:
-        text, ahead = "No nonce can be redeemed now. Retry shortly.", f"the horizon is {horizon - now} s ahead"
-        raise Unavailable(Code.STORE_UNAVAILABLE, text, retry_after=10, reason=ahead)
+        text = "No nonce can be redeemed now. Retry shortly."
+        why = f"all nonces issued before {rfc3339(horizon)} are void, as after `chutes-proto store restored`"
+        raise Unavailable(Code.STORE_UNAVAILABLE, text, retry_after=10, reason=f"{why}; boots wait until then")
     if issued_at <= horizon:
         raise _invalid(f"issued at {issued_at}, and the horizon is {horizon}")
     if not (yield from RedeemNonce(NonceRow(nonce, purpose, issued_at, now))):

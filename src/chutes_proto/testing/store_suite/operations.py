@@ -5,6 +5,7 @@ from __future__ import annotations
 from attrs import evolve
 
 from chutes_proto.errors import StoreError
+from chutes_proto.store.memory import MemoryStore
 from chutes_proto.store.rows import (
     ROWS,
     AttestationRow,
@@ -60,6 +61,7 @@ from chutes_proto.store.rows import (
     VoidTokens,
     VolumeRow,
 )
+from chutes_proto.store.run import Store
 from chutes_proto.testing.store_suite import (
     NOW,
     VM,
@@ -70,6 +72,7 @@ from chutes_proto.testing.store_suite import (
     entropy,
     expect,
 )
+from chutes_proto.units.contents import Contents, ReadContents, WriteContents
 
 _PIN = Pin("ppid", entropy("ppid", 16))
 _BOOT = BootRow(
@@ -139,7 +142,34 @@ _GPU = GpuRow("gpu-1", "n1", "h200", '{"uuid":"GPU-1"}')
 
 def rows_come_back_as_they_were(harness: Harness) -> None:
     """Every kind of row, with and without its optional values, through another handle; audit rows in their order."""
+    rows = _write_rows_of_every_kind(harness.open())
+    other = harness.open()
+    for kind in ROWS:
+        expect(other.transact(Ask(Scan(kind))), tuple(row for row in rows if type(row) is kind), kind.TABLE)
+
+
+def a_store_is_copied_whole(harness: Harness) -> None:
+    """Every kind of row into a store that is empty, and none into one that is not."""
+    source = MemoryStore()
+    _ = _write_rows_of_every_kind(source)
+    source.transact(Ask(RaiseHorizon(NOW)))
+    contents = source.transact(ReadContents())
     store = harness.open()
+    store.transact(WriteContents(contents, NOW + 9, "moved"))
+    copied = harness.open().transact(ReadContents())
+    told = AuditRow(NOW + 9, "operator", "store copied", "done", "moved")
+    expect(copied, Contents(NOW, (*contents.rows, told)), "what is there")
+    for other in (contents, Contents(0, ())):
+        try:
+            store.transact(WriteContents(other, NOW + 9, "again"))
+        except StoreError:
+            continue
+        raise AssertionError("a store that is not empty was filled")
+    expect(store.transact(ReadContents()), copied, "what is there still")
+
+
+def _write_rows_of_every_kind(store: Store) -> tuple[Row, ...]:
+    """Rows of all kinds, with and without their optional values, as they were written."""
     rows: tuple[Row, ...] = (
         _BOOT,
         evolve(_BOOT, boot_id="b1", token_digest=bytes(32), spent_at=NOW, body_digest=b"\0\xff", voided_at=NOW),
@@ -176,10 +206,7 @@ def rows_come_back_as_they_were(harness: Harness) -> None:
     expect(store.transact(Ask(IsRedeemed(nonce.value))), False, "a nonce that is not there")
     expect(store.transact(Ask(RedeemNonce(nonce))), True, "a new nonce")
     expect(store.transact(Ask(IsRedeemed(nonce.value))), True, "a nonce that is there")
-    other = harness.open()
-    for kind in ROWS:
-        wanted = tuple(row for row in (*rows, _VM, volume, nonce, *servers) if type(row) is kind)
-        expect(other.transact(Ask(Scan(kind))), wanted, kind.TABLE)
+    return (*rows, _VM, volume, nonce, *servers)
 
 
 def operations_reply_what_they_say(harness: Harness) -> None:
@@ -452,6 +479,7 @@ def boots_are_found_by_their_confirm_nonce(harness: Harness) -> None:
 
 CASES: tuple[Case, ...] = (
     rows_come_back_as_they_were,
+    a_store_is_copied_whole,
     operations_reply_what_they_say,
     servers_are_claimed_found_and_deleted,
     tokens_are_spent_once_and_voided,
