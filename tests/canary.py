@@ -1,7 +1,8 @@
 """In every test: no secret that it makes is in a log record, an audit row, an error's text, or what it prints.
 
-A secret is the value of each `Secret` that looks like a passphrase, a token or a key in hex or base64. What processes
-of their own say is looked at by ``tests/scenario/test_canary.py``.
+A secret is the value of each `Secret` that looks like a passphrase, a token or a key in hex or base64. Parts of it are
+looked for, wherever they stand and in letters of either case. What processes of their own say is looked at by
+``tests/scenario/test_canary.py``.
 """
 
 from __future__ import annotations
@@ -21,14 +22,20 @@ from chutes_proto.store.rows import AuditRow
 _MANY = 10_000
 ON_PURPOSE = "told_on_purpose"
 _WORD = re.compile(rb"[0-9A-Za-z+/=_-]{32,}")
+_PART = 16
+_RUN = re.compile(rb"[0-9a-z+/=_-]{%d,}" % _PART)
+_VARIED = 5
+"""A part of fewer characters than that, like one of zeros, is in many texts."""
 _MADE: set[bytes] = set()
 _TOLD: list[str] = []
 
 
 def look(where: str, *texts: object) -> None:
-    """Remember where a secret was told."""
+    """Remember where a part of a secret was told."""
     for text in texts:
-        _TOLD.extend(where for word in _WORD.findall(str(text).encode("utf-8", "replace")) if word in _MADE)
+        runs = _RUN.findall(str(text).encode("utf-8", "replace").lower())
+        parts = (run[at : at + _PART] for run in runs for at in range(len(run) - _PART + 1))
+        _TOLD.extend(where for part in parts if part in _MADE)
 
 
 def _before(owner: type[Any], name: str, see: Callable[..., None]) -> None:
@@ -47,7 +54,8 @@ def _made(_: Secret, value: bytes) -> None:
     if _WORD.fullmatch(value):
         if len(_MADE) >= _MANY:
             _MADE.clear()
-        _MADE.add(bytes(value))
+        parts = (bytes(value[at : at + _PART]).lower() for at in range(0, len(value) - _PART + 1, _PART))
+        _MADE.update(part for part in parts if len(set(part)) >= _VARIED)
 
 
 _before(Secret, "__init__", _made)

@@ -16,13 +16,19 @@ from chutes_proto.secret import Secret
 from tests import canary
 from tests.conftest import ROOT
 
-WORD = "c0ffee" * 20
+WORD = "c0ffee15900d" * 10
 TOLD: list[Callable[[], object]] = [
     lambda: Record(Level.INFO, "granted", {"key": WORD}),
     lambda: Record(Level.INFO, WORD),
     lambda: StoreError(f"the row {WORD!r}"),
     lambda: Refused(Code.NOT_FOUND, "Not Found", reason=f"passphrase {WORD}"),
     lambda: canary.look("output", f'{{"storage":"{WORD}"}}'),
+    lambda: canary.look("output", f"key={WORD}"),
+    lambda: canary.look("output", f"storage/{WORD}"),
+    lambda: canary.look("output", f"vm-{WORD}-1"),
+    lambda: canary.look("output", WORD.upper()),
+    lambda: canary.look("output", WORD[: len(WORD) // 2]),
+    lambda: canary.look("output", f"x{WORD[7:60]}"),
 ]
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 from attrs import define, evolve, field
@@ -86,6 +87,7 @@ class World:
     before: Callable[[Effect[Any]], None] = lambda _: None
     certificate: Any = CERTIFICATES[0]
     names: dict[str, tuple[str, ...]] = field(factory=dict)
+    _number: int = field(factory=count().__next__)
     _drawn: int = 0
 
     def perform(self, effect: Effect[Any]) -> Any:
@@ -98,7 +100,7 @@ class World:
                 return self.uptime
             case Entropy(size):
                 self._drawn += 1
-                return hashlib.shake_256(b"%d" % self._drawn).digest(size)
+                return hashlib.shake_256(b"%d %d" % (self._number, self._drawn)).digest(size)
             case Sleep(seconds):
                 self.uptime += seconds
             case Log(record):
