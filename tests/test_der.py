@@ -12,7 +12,8 @@ from chutes_proto.quote import der as reader
 
 
 def only(data: bytes) -> reader.Element:
-    return reader.single(data, 0, len(data))
+    (element,) = reader.elements(data, 0, len(data))
+    return element
 
 
 @given(st.sampled_from([0x04, 0x30, 0x31, 0xA0]), st.lists(st.binary(max_size=200), max_size=3))

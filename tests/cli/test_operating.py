@@ -495,8 +495,8 @@ def test_what_is_no_vm(site: Site, text: str) -> None:
         (["audit", "list", "--last", "x"], "a whole number"),
         (["audit", "purge", "--older-than", "-1"], "a whole number"),
         (["audit", "purge", "--older-than", "999999"], "a whole number"),
-        (["audit", "list", "--since", "yesterday"], "a time is for example"),
-        (["audit", "list", "--until", "9" * 40], "a time is for example"),
+        (["audit", "list", "--since", "yesterday"], "a time is a date or a time of RFC 3339"),
+        (["audit", "list", "--until", "9" * 40], "a time is a date or a time of RFC 3339"),
     ],
 )
 def test_what_no_option_takes(site: Site, words: list[str], told: str) -> None:

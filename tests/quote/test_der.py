@@ -173,10 +173,26 @@ def test_pem() -> None:
         pem.replace(b"MII", b"\nMII", 1),
         pem.replace(b"\n", b"\r\n").replace(b"\r\n-----END", b"\r\n\r\n-----END", 1),
         pem.replace(b"MII", b"M\xc3\xa9I", 1),
+        pem.replace(b"\n-----END", b"=\n-----END", 1),
         b"\n" * (certificates.MAX_PEM + 1),
     ):
         with pytest.raises(DerError):
             _ = read_pem(wrong)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("AAAA", b"\0\0\0"), ("AAA=", b"\0\0"), ("AA==", b"\0")]
+    + [(text, None) for text in ("AAAA=", "AAAA==", "AAB=", "AB==", "AA=", "AA", "A", "A===", "=", "AA==AAAA", "A A=")],
+)
+def test_base64_has_one_text_for_each_value(text: str, value: bytes | None) -> None:
+    """Whatever the interpreter's decoder takes: releases differ."""
+    pem = f"-----BEGIN CERTIFICATE-----\n{text}\n-----END CERTIFICATE-----\n".encode()
+    if value is None:
+        with pytest.raises(DerError, match="base64"):
+            _ = read_pem(pem)
+    else:
+        assert read_pem(pem) == (value,)
 
 
 def test_a_root_must_be_a_self_signed_ca() -> None:
@@ -414,13 +430,26 @@ def test_what_is_nested_deeply_is_not_descended_into(reader: tuple[Callable[[byt
 
 
 def test_every_flipped_bit_of_the_sgx_extension() -> None:
-    """A sweep: structure decides, so most flips of tags and lengths are refused, and nothing else is raised."""
+    """A sweep: a flip of a value is read as another one, and any other is refused; so nothing is left unread."""
+    honest = read_pck_extension(EXTENSION, ca="platform", tee="TDX")
     refused = 0
     for at in range(8 * len(EXTENSION)):
         mutated = bytearray(EXTENSION)
         mutated[at // 8] ^= 1 << at % 8
         try:
-            _ = read_pck_extension(bytes(mutated), ca="platform", tee="TDX")
+            assert read_pck_extension(bytes(mutated), ca="platform", tee="TDX") != honest
         except DerError:
             refused += 1
     assert refused > 4 * len(EXTENSION)
+
+
+def test_every_cut_of_the_sgx_extension() -> None:
+    """With the outer length put right. What may be left out stands at the end; nothing else can be missing."""
+    begin, end = der.only(EXTENSION, 0, len(EXTENSION), der.SEQUENCE)
+    items = der.elements(EXTENSION, begin, end)
+    taken: list[int] = []
+    for stop in range(begin, end):
+        with suppress(DerError):
+            _ = read_pck_extension(_tlv(der.SEQUENCE, EXTENSION[begin:stop]), ca="platform", tee="TDX")
+            taken.append(stop)
+    assert taken == [items[5][1], items[6][1]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from struct import pack
+from struct import pack, unpack_from
 
 import attrs
 import pytest
@@ -137,3 +137,20 @@ def test_a_mutated_quote(data: bytes, offset: int, value: bytes) -> None:
     except QuoteFormatError:
         return
     assert len(quote.signature) == len(quote.attestation_key) == 64
+
+
+@pytest.mark.parametrize(("size", "taken"), [(0, True), (32, True), (4096, True), (4097, False), (0xFFFF, False)])
+def test_qe_authentication_data_have_a_bound(size: int, taken: bool) -> None:
+    length = AUTH_V4
+    outer = length + 4 + 128 + 2
+    qe_auth = outer + 4 + 384 + 64
+    (old,) = unpack_from("<H", V4, qe_auth)
+    more = size - old
+    data = _put(V4, length, pack("<I", unpack_from("<I", V4, length)[0] + more))
+    data = _put(data, outer, pack("<I", unpack_from("<I", V4, outer)[0] + more))
+    data = data[:qe_auth] + pack("<H", size) + bytes(size) + data[qe_auth + 2 + old :]
+    if taken:
+        assert parse_quote(data).qe_auth == bytes(size)
+    else:
+        with pytest.raises(QuoteFormatError, match="QE authentication data are more"):
+            _ = parse_quote(data)

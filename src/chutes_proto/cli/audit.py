@@ -84,8 +84,8 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
             help="HOTKEY/NAME, or NAME of whatever hotkey; also of a VM that was only ever refused",
         )
         console.add(action, "--event", metavar="WORD", help="one event, for example boot or 'key restored'")
-        console.add(action, "--since", metavar="TIME", type=operating.moment, default=0, help="from this time on")
-        console.add(action, "--until", metavar="TIME", type=operating.moment, default=_END, help="before this time")
+        console.add(action, "--since", metavar="TIME", type=console.moment, default=0, help="from this time on")
+        console.add(action, "--until", metavar="TIME", type=console.moment, default=_END, help="before this time")
         shown = _SHOWN if action is listed else None
         told = f"only so many, the newest (default: {shown or 'all'})"
         console.add(action, "--last", metavar="N", type=operating.count, default=shown, help=told)

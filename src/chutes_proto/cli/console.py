@@ -151,10 +151,6 @@ def moment(text: str) -> int:
     return seconds
 
 
-unix_time = moment
-"""As `operating.moment` asks for it."""
-
-
 def add(parser: argparse.ArgumentParser, *names: str, **settings: Any) -> None:
     """`argparse.ArgumentParser.add_argument`, whose result no one needs."""
     _ = parser.add_argument(*names, **settings)

@@ -182,22 +182,6 @@ def generation(text: str) -> int:
     return int(text)
 
 
-def moment(text: str) -> int:
-    """A time in unix seconds, or as `shown` and the log tell it."""
-    from datetime import UTC, datetime
-
-    try:
-        at = datetime.fromisoformat(text)
-        return int((at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp())
-    except (ValueError, OverflowError):
-        pass
-    try:
-        return console.unix_time(text)
-    except argparse.ArgumentTypeError:
-        told = "a time is for example 2026-05-01, 2026-05-01T12:00:00Z, or whole unix seconds"
-        raise argparse.ArgumentTypeError(told) from None
-
-
 def vm_name(text: str) -> str:
     """A VM as `find_vm` takes it."""
     from chutes_proto.wire.names import NAME_PATTERN

@@ -13,7 +13,7 @@ Sources: RFC 5280, 4.1, 4.2 and 5.1-5.3; RFC 7468 (PEM); Intel SGX PCK Certifica
 from __future__ import annotations
 
 from binascii import Error as Base64Error
-from binascii import a2b_base64
+from binascii import a2b_base64, b2a_base64
 from functools import lru_cache
 from typing import Final, Literal, TypeAlias
 
@@ -114,10 +114,14 @@ def _read_block(block: bytes) -> bytes:
     lines = body.replace(b"\r", b"")
     if lines.rfind(b"\n\n") >= 0:  # before it stand headers, for who reads RFC 1421; "in" takes three times as long
         raise DerError("an empty line in a PEM block")
+    text = lines.replace(b"\n", b"")
     try:
-        return a2b_base64(lines.replace(b"\n", b""), strict_mode=True)
+        der = a2b_base64(text)
     except Base64Error:
-        raise DerError("a PEM block that is not base64") from None
+        der = b""
+    if b2a_base64(der, newline=False) != text:  # one text for each value, whatever a decoder takes besides
+        raise DerError("a PEM block that is not base64")
+    return der
 
 
 def read_certificate(data: bytes) -> Certificate:

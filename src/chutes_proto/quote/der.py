@@ -77,17 +77,6 @@ def _long(data: bytes, start: int, size: int) -> tuple[int, int]:
     return length, content
 
 
-def single(data: bytes, start: int, end: int) -> Element:
-    """The one element that fills ``data[start:end]``."""
-    length = end - start - 2
-    if 0 <= length < 0x80 and data[start + 1] == length and data[start] & 0x1F != 0x1F:
-        return data[start], start, start + 2, end
-    found = elements(data, start, end)
-    if len(found) != 1:
-        raise DerError("not exactly one element")
-    return found[0]
-
-
 def only(data: bytes, start: int, end: int, tag: int) -> tuple[int, int]:
     """The content of the one element of this tag that fills ``data[start:end]``."""
     try:

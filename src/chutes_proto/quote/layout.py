@@ -3,7 +3,8 @@
 Rules kept here:
 
 * whatever the bytes, `parse_quote` returns or raises `QuoteFormatError`;
-* every length is checked against what is there before anything is cut by it; nothing is allocated by a length;
+* every length is checked against what is there before anything that was cut by it is used; nothing is allocated by a
+  length;
 * inside a declared length nothing may be left over; bytes after the quote are outside every signature, are allowed
   (hosts pad) and ignored;
 * nothing is verified here: a parsed quote says what someone claims.
@@ -257,25 +258,25 @@ def parse_quote(data: BytesLike, *, sgx: bool = False) -> Quote:
     body, signed_size = _body(data, header.version)
     layout = _AUTH_V3 if header.version == 3 else _AUTH
     fields = _unpack(layout, data, signed_size, "the signature, the attestation key and the QE report")
-    declared, signature, attestation_key, *outer, qe_report, qe_report_signature, qe_auth_size = fields
+    auth_size, signature, attestation_key, *outer, qe_report, qe_report_signature, qe_auth_size = fields
     pos = signed_size + layout.size
-    end = signed_size + 4 + declared
-    if end > size:
-        raise _structure(f"authentication data of {declared} bytes are declared, {size - signed_size - 4} are there")
+    end = signed_size + 4 + auth_size
+    if not pos <= end <= size:
+        raise _structure(f"authentication data of {auth_size} bytes are declared, {size - signed_size - 4} are there")
     if outer:
-        kind, declared = outer
+        kind, outer_size = outer
         if kind != CERTIFICATION_QE_REPORT:
             raise _structure(f"certification data of type {kind} stands where the QE report (type 6) must")
-        if declared != end - pos + _QE_REPORT_SIZE:
-            raise _structure(f"{declared} bytes of QE report certification data do not fill the authentication data")
+        if outer_size != end - pos + _QE_REPORT_SIZE:
+            raise _structure(f"{outer_size} bytes of QE report certification data do not fill the authentication data")
     if qe_auth_size > MAX_QE_AUTH:
         raise _structure(f"{qe_auth_size} bytes of QE authentication data are more than {MAX_QE_AUTH}")
     qe_auth = data[pos : pos + qe_auth_size]
     pos += qe_auth_size
-    certification_type, declared = _unpack(_CERTIFICATION, data, pos, "the PCK certification data's header")
+    certification_type, certification_size = _unpack(_CERTIFICATION, data, pos, "the PCK certification data's header")
     pos += _CERTIFICATION.size
-    if pos + declared != end:
-        raise _structure(f"{declared} bytes of PCK certification data do not fill the authentication data")
+    if pos + certification_size != end:
+        raise _structure(f"{certification_size} bytes of PCK certification data do not fill the authentication data")
     return Quote(
         header,
         body,

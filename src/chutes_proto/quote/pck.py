@@ -2,7 +2,8 @@
 
 Rules kept here:
 
-* every item that Intel's profile has is there once, in the profile's order, of its type and length, and nothing else;
+* the items of Intel's profile are there once, in its order, of their types and lengths, and nothing else; the platform
+  instance id, the platform configuration and each flag in it may be left out;
 * the components of the TCB, which decide about TCB levels, equal the CPUSVN.
 
 DER has one form for each value, so a value is read where it must stand and what is around it compared.
@@ -53,6 +54,10 @@ _PCE_ID: Final = _head(der.OCTET_STRING, 2, 3)
 _FMSPC: Final = _head(der.OCTET_STRING, 6, 4)
 _SGX_TYPE: Final = _head(der.ENUMERATED, 1, 5)
 _INSTANCE_ID: Final = _head(der.OCTET_STRING, 16, 6)
+
+
+_LONG: Final = 4
+"""The size of what `_long` puts before its content."""
 
 
 def _configuration(*flags: bool | None) -> bytes:
@@ -111,7 +116,9 @@ def read_pck_extension(value: bytes, *, ca: Ca, tee: Tee) -> PckIdentity:
         instance_id, pos = _content(value, pos, _INSTANCE_ID, "platform instance id")
     flags = _FLAGS.get(value[pos:])
     if flags is None:
-        raise DerError("what ends the SGX extension is not the platform configuration with the flags that are known")
+        raise DerError(
+            "what ends the SGX extension is no platform instance id or configuration as the profile has them"
+        )
     return PckIdentity(fmspc, pce_id, ca, tee, ppid, cpu_svn, pce_svn, _SGX_TYPES[sgx_type], instance_id, *flags)
 
 
@@ -126,11 +133,11 @@ def _content(value: bytes, pos: int, head: bytes, name: str) -> tuple[bytes, int
 
 def _tcb(value: bytes, pos: int) -> tuple[bytes, int, int]:
     """CPUSVN and PCESVN of the TCB that must be at ``pos``, and where it ends."""
-    end = pos + 4 + int.from_bytes(value[pos + 2 : pos + 4])
+    end = pos + _LONG + int.from_bytes(value[pos + 2 : pos + _LONG])
     cpu_svn = value[end - 16 : end]
     if len(cpu_svn) == 16:
         components = _components(cpu_svn)
-        number = pos + 8 + len(_TCB) + len(components) + len(_PCE_SVN[0])
+        number = pos + 2 * _LONG + len(_TCB) + len(components) + len(_PCE_SVN[0])
         pce_svn = int.from_bytes(value[number : end - 16 - len(_CPU_SVN)])
         if pce_svn <= 0xFFFF:
             size = pce_svn.bit_length() // 8 + 1
