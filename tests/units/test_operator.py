@@ -20,6 +20,7 @@ from chutes_proto.store.rows import (
     ReadGenerations,
     ReadVm,
     ReadVolumes,
+    RewrapGeneration,
     Scan,
     Vm,
 )
@@ -205,6 +206,22 @@ def test_a_rewrap_goes_on_where_it_stopped(store: MemoryStore) -> None:
     assert store.transact(Ask(Scan(AuditRow))) == audits
     with pytest.raises(KeyUnavailable):
         store.transact(RewrapKeys(NOW, entropy("lost", NONCE_SIZE), VAULT, WHY))
+
+
+def test_a_rewrap_gets_past_rows_that_do_not_open(store: MemoryStore) -> None:
+    """However many there are: those that were found are passed over, and do not take others' places."""
+    for label in ("1", "2", "3"):
+        _ = booted(store, label, "storage", rekey=["storage"])
+    rows = store.transact(Ask(Scan(GenerationRow)))
+    assert len(rows) == 4
+    for row in rows[:2]:
+        store.transact(Ask(RewrapGeneration(evolve(row, wrapped_key=bytes(60)))))
+    first = store.transact(RewrapKeys(NOW, entropy("seeds", 2 * NONCE_SIZE), NEW, WHY))
+    broken = tuple(Address(row.vm, row.volume, row.generation) for row in rows[:2])
+    assert (first.count, first.broken) == (0, broken)
+    then = store.transact(RewrapKeys(NOW, entropy("more", 2 * NONCE_SIZE), NEW, WHY, frozenset(broken)))
+    assert (then.count, then.broken) == (2, ())
+    assert dict(then.sealed) == {NEW.current.kek_id: 2, VAULT.current.kek_id: 2}
 
 
 def test_one_format_is_allowed(store: MemoryStore) -> None:

@@ -46,6 +46,7 @@ from chutes_proto.testing.store_suite import (
 from chutes_proto.units.boot import GrantBoot, RecordRefusal
 from chutes_proto.units.keys import Keeper
 from chutes_proto.units.operator import StoreRestored
+from chutes_proto.units.rotation import HandedKeys
 from chutes_proto.units.volumes import SyncVolumes, VolumeKeys
 
 OTHER = Vault(KeyEncryptionKey.from_bytes(b"x" * 32))
@@ -381,3 +382,49 @@ def test_nothing_secret_is_in_a_file_a_repr_or_an_audit_row(tmp_path: Path) -> N
         for form in (secret, secret.hex().encode(), repr(secret)[2:-1].encode()):
             assert form not in files
             assert form.decode("latin-1") not in text
+
+
+# --- two phases ---
+
+
+def handed(keys: HandedKeys) -> list[tuple[str, bytes | None, bytes]]:
+    return [
+        (volume, None if pair.current is None else pair.current.reveal(), pair.next.reveal())
+        for volume, pair in keys.volumes
+    ]
+
+
+def test_a_lost_attestation_is_given_again_with_both_keys(store: MemoryStore) -> None:
+    first = attest(granted(store, "1", exchange="two-phase"), "body", "storage", "tdx-cache")
+    _ = store.transact(first)
+    _ = store.transact(confirm(first, {"storage": True, "tdx-cache": True}))
+    second = attest(granted(store, "2", exchange="two-phase"), "body", "tdx-cache", "storage")
+    given = store.transact(second)
+    again = store.transact(evolve(second, request_id="again"))
+    assert (given.replayed, again.replayed) == (False, True)
+    assert handed(again) == handed(given)
+    assert [volume for volume, _, _ in handed(given)] == ["tdx-cache", "storage"]
+    assert all(current not in (None, following) for _, current, following in handed(given))
+    assert again.k3s_encryption_key == given.k3s_encryption_key
+    assert again.confirm_nonce == given.confirm_nonce
+
+
+def test_audit_rows_of_a_vm_name_boot_profile_and_quote(store: MemoryStore) -> None:
+    base = granted(store, "base")
+    for _ in range(2):
+        _ = store.transact(sync(base, "body", "storage"))
+    reader = granted(store, "reader")
+    two = granted(store, "two", exchange="two-phase", exchange_downgrade="allow")
+    attested = attest(two, "body", "storage")
+    for unit in (read(reader, "storage"), attested, confirm(attested, {"storage": True})):
+        _ = store.transact(unit)
+    rows = store.transact(Ask(Scan(AuditRow)))
+    assert {row.profile for row in rows} == {"profile 1.0"}
+    events = [(row.boot_id, row.event, row.decision) for row in rows]
+    assert sorted(events) == sorted(
+        [(unit.boot_id, "boot", "granted") for unit in (base, reader, two)]
+        + [(base.boot_id, "sync", "granted"), (base.boot_id, "sync", "replayed"), (reader.boot_id, "read", "granted")]
+        + [(two.boot_id, "attest volumes", "granted"), (two.boot_id, "confirm volumes", "granted")]
+    )
+    of_quotes = {unit.boot_id: unit.quote_digest for unit in (base, reader, two)}
+    assert all(row.quote_digest in (of_quotes[row.boot_id or ""], attested.quote_digest) for row in rows)
