@@ -251,7 +251,11 @@ class ReplayedLog:
 
     @property
     def boot_applications(self) -> tuple[bytes, ...]:
-        """The Authenticode SHA-384 of what firmware and boot loaders started: no path, as nothing vouches for one."""
+        """The Authenticode SHA-384 of what firmware and boot loaders started: no path, as nothing vouches for one.
+
+        Nothing vouches for an event's type either. Whoever wrote the log can pass another event of RTMR1 off as one of
+        these, or hide one of them: look for digests that you know.
+        """
         return tuple(event.digest for event in self.log.of("RTMR1") if event.type == EFI_BOOT_SERVICES_APPLICATION)
 
     def _grub(self, label: bytes) -> tuple[str, ...]:
