@@ -1,0 +1,210 @@
+"""Chains of certificates, the quote's own and the collateral's: until when they hold, who revokes them, with which
+algorithms they are signed, and how much is remembered of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+from attrs import evolve
+
+from chutes_proto import der, quote
+from chutes_proto.quote import verify as stages
+from chutes_proto.quote.certificates import read_certificate, read_crl
+from chutes_proto.quote.errors import VerificationError
+from chutes_proto.quote.steps import CertificateExpired, CertificateFormat, CertificateRevoked, CrlFormat
+from chutes_proto.quote.verify import (
+    authenticate_collateral,
+    forget,
+    open_quote,
+    verify_collateral,
+    verify_quote,
+)
+from chutes_proto.testing.faults import Fault
+from chutes_proto.testing.pki import Keys
+from chutes_proto.testing.platform import COLLATERAL_SECONDS, SimulatedPlatform
+from tests.quote.simulated import NOW, PLATFORM, REPORT_DATA, ROOT, collateral_of, verdict_of, verified_of
+
+QUOTE = PLATFORM.quote(REPORT_DATA)
+END = NOW + 100
+GRACE = 1_000_000
+PLACES = {
+    "root": "root certificate",
+    "intermediate": "PCK CA certificate",
+    "pck": "PCK certificate",
+    "tcb_signer": "TCB signing certificate",
+}
+
+
+def _until_end(draft: str) -> SimulatedPlatform:
+    """The platform, one certificate of which ends; the others, names, keys and statements are as ever."""
+    changes: Any = {draft: lambda certificate: evolve(certificate, not_after=END)}
+    return PLATFORM.having(Fault(name="short", side="certificates", what="a short life", **changes))
+
+
+# --- times ---
+
+
+@pytest.mark.parametrize("draft", ["root", "intermediate", "pck"])
+def test_a_quote_serves_as_long_as_each_certificate_in_it(draft: str) -> None:
+    """The collateral's certificates, of the same names and keys, last; the refusal names the one that does not."""
+    data = _until_end(draft).quote(REPORT_DATA)
+    verified = verified_of(PLATFORM)
+    forget()
+    for _ in range(2):  # made, then remembered
+        opened = open_quote(data, now=NOW, root=ROOT)
+        assert verify_quote(opened, verified, now=NOW).window == (NOW, END)
+        assert verify_quote(opened, verified, now=END).verified_at == END
+        for late in (
+            lambda opened=opened: verify_quote(opened, verified, now=END + 1),
+            lambda: open_quote(data, now=END + 1, root=ROOT),
+        ):
+            with pytest.raises(CertificateExpired) as caught:
+                _ = late()
+            assert (caught.value.subject, caught.value.code) == (PLACES[draft], "certificate_expired")
+
+
+@pytest.mark.parametrize(
+    ("draft", "member"),
+    [
+        *[("root", f"{name}_issuer_chain") for name in ("pck_crl", "tcb_info", "qe_identity")],
+        ("intermediate", "pck_crl_issuer_chain"),
+        ("tcb_signer", "tcb_info_issuer_chain"),
+        ("tcb_signer", "qe_identity_issuer_chain"),
+    ],
+)
+def test_no_grace_for_a_certificate_of_the_collateral(draft: str, member: str) -> None:
+    collateral = evolve(collateral_of(PLATFORM), **{member: getattr(collateral_of(_until_end(draft)), member)})
+    opened = open_quote(QUOTE, now=NOW, root=ROOT)
+    for verified in (
+        verify_collateral(collateral, now=NOW, root=ROOT, grace=GRACE),
+        authenticate_collateral(collateral, root=ROOT, grace=GRACE),
+    ):
+        assert (verified.window, verified.usable_until) == ((NOW, END), END)
+        assert verify_quote(opened, verified, now=END).window == (NOW, END)
+        with pytest.raises(CertificateExpired) as caught:
+            _ = verify_quote(opened, verified, now=END + 1)
+        assert (caught.value.subject, caught.value.code) == (PLACES[draft], "certificate_expired")
+    with pytest.raises(CertificateExpired):
+        _ = verify_collateral(collateral, now=END + 1, root=ROOT, grace=GRACE)
+
+
+def test_grace_is_for_what_is_no_certificate() -> None:
+    verified = verify_collateral(collateral_of(PLATFORM), now=NOW, root=ROOT, grace=GRACE)
+    end = NOW + COLLATERAL_SECONDS
+    assert (verified.window, verified.usable_until) == ((NOW, end), end + GRACE)
+
+
+# --- revocation ---
+
+
+class _NewSerials(Keys):
+    """The same keys, and for the PCK CA's another certificate."""
+
+    def serial(self, label: str) -> int:
+        return Keys.serial(self, f"new {label}" if label == "platform CA" else label)
+
+
+def test_of_two_certificates_of_one_ca_the_revoked_one_is_not_in_the_quote() -> None:
+    new = Fault(name="new", side="certificates", what="a PCK CA made anew", keys=lambda keys: _NewSerials(keys.seed))
+    data = PLATFORM.having(new).quote(REPORT_DATA)
+
+    def revoking(label: str) -> Fault:
+        change = partial(evolve, revoked=(label,))
+        return Fault(name="revoking", side="collateral", what="one of them is revoked", root_crl=change)
+
+    opened = open_quote(data, now=NOW, root=ROOT)
+    assert verify_quote(opened, verified_of(PLATFORM), now=NOW).steps
+    verified = verified_of(PLATFORM.having(revoking("new platform CA")))
+    assert verify_quote(open_quote(QUOTE, now=NOW, root=ROOT), verified, now=NOW).steps
+    with pytest.raises(CertificateRevoked) as caught:
+        _ = verify_quote(opened, verified, now=NOW)
+    assert caught.value.subject == PLACES["intermediate"]
+    with pytest.raises(CertificateRevoked):
+        _ = verified_of(PLATFORM.having(revoking("platform CA")))
+
+
+# --- algorithms ---
+
+SHA256 = der.sequence(der.oid("1.2.840.10045.4.3.2"))
+SHA384 = der.sequence(der.oid("1.2.840.10045.4.3.3"))
+
+
+def _renamed(signed: bytes, signer: str, inner: bytes, outer: bytes) -> bytes:
+    """Signed anew, and with SHA-256 whatever the algorithm inside and outside of what is signed is called."""
+    assert signed.count(SHA256) == 1
+    signed = signed.replace(SHA256, inner)
+    return der.sequence(signed, outer, der.bits(Keys(PLATFORM.seed).sign(signer, signed)))
+
+
+def _in_chain(field: str, at: int, signer: str, inner: bytes, outer: bytes) -> Fault:
+    def change(chain: tuple[bytes, ...]) -> tuple[bytes, ...]:
+        renamed = _renamed(read_certificate(chain[at]).signed, signer, inner, outer)
+        return (*chain[:at], renamed, *chain[at + 1 :])
+
+    changes: Any = {field: change}
+    return Fault(name="algorithm", side="certificates", what="another algorithm", **changes)
+
+
+def _of_crl(member: str, signer: str, inner: bytes, outer: bytes) -> Fault:
+    def change(members: dict[str, str]) -> dict[str, str]:
+        renamed = _renamed(read_crl(bytes.fromhex(members[member])).signed, signer, inner, outer)
+        return {**members, member: renamed.hex()}
+
+    return Fault(name="algorithm", side="collateral", what="another algorithm", collateral=change)
+
+
+SIGNED: dict[str, tuple[Callable[[bytes, bytes], Fault], type[VerificationError]]] = {
+    "PCK certificate": (partial(_in_chain, "pck_chain", 0, "platform CA"), CertificateFormat),
+    "PCK CA certificate": (partial(_in_chain, "pck_chain", 1, "root"), CertificateFormat),
+    "root certificate": (partial(_in_chain, "pck_chain", 2, "root"), CertificateFormat),
+    "TCB signing certificate": (partial(_in_chain, "tcb_chain", 0, "root"), CertificateFormat),
+    "root CRL": (partial(_of_crl, "root_ca_crl", "root"), CrlFormat),
+    "PCK CRL": (partial(_of_crl, "pck_crl", "platform CA"), CrlFormat),
+}
+
+
+@pytest.mark.parametrize("subject", SIGNED)
+def test_both_names_of_the_signature_algorithm_are_right(subject: str) -> None:
+    """RFC 5280, 4.1.1.2 and 5.1.1.2: the one inside of what is signed and the one outside are the same."""
+    fault, step = SIGNED[subject]
+    assert verdict_of(PLATFORM.having(fault(SHA256, SHA256))).tcb_status == "UpToDate"
+    for inner, outer in ((SHA384, SHA256), (SHA256, SHA384), (SHA384, SHA384)):
+        with pytest.raises(step, match="algorithm") as caught:
+            _ = verdict_of(PLATFORM.having(fault(inner, outer)))
+        assert caught.value.subject == subject
+
+
+# --- what is remembered ---
+
+
+def _remembering(module: object) -> dict[str, Any]:
+    """The module's own functions that remember, by name."""
+    name = getattr(module, "__name__", "")
+    return {
+        f"{name}.{function.__name__}": function
+        for function in vars(module).values()
+        if hasattr(function, "cache_info") and function.__module__ == name
+    }
+
+
+def test_what_is_remembered_is_bounded() -> None:
+    found: dict[str, Any] = {}
+    for module in pkgutil.iter_modules(quote.__path__, "chutes_proto.quote."):
+        found |= _remembering(importlib.import_module(module.name))
+    assert found.keys() >= {f"{stages.__name__}.{name}" for name in ("_pck_chain", "_quoting_enclave", "_signer")}
+    sizes = {name: function.cache_info().maxsize for name, function in found.items()}
+    assert {name: size for name, size in sizes.items() if size is None or not 0 < size <= 256} == {}
+
+
+def test_forget_drops_all_that_was_verified() -> None:
+    found = _remembering(stages)
+    _ = verdict_of(PLATFORM)
+    assert [name for name, function in found.items() if function.cache_info().currsize == 0] == []
+    forget()
+    assert [name for name, function in found.items() if function.cache_info().currsize > 0] == []
