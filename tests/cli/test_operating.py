@@ -493,6 +493,7 @@ def test_what_is_no_vm(site: Site, text: str) -> None:
         (["keys", "rewrap", "--reason", "a\nb"], "one line of at most"),
         (["store", "restored", "--reason", "\udcff"], "one line of at most"),
         (["audit", "list", "--last", "x"], "a whole number"),
+        (["audit", "list", "--since", "2026-05-02", "--until", "2026-05-01"], "before --until"),
         (["audit", "purge", "--older-than", "-1"], "a whole number"),
         (["audit", "purge", "--older-than", "999999"], "a whole number"),
         (["audit", "list", "--since", "yesterday"], "a time is a date or a time of RFC 3339"),

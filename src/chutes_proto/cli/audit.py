@@ -100,8 +100,11 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace) -> int:
+    from chutes_proto.errors import ConfigurationError
     from chutes_proto.units.operator import ReadAuditPage
 
+    if options.since >= options.until:
+        raise ConfigurationError("--since: there is no time from this one on that is before --until")
     hotkey, _, name = (options.vm or "").rpartition("/")
     with operating.opened(options) as (_, store):
         unit = ReadAuditPage(options.since, options.until, hotkey, name, options.event)
