@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from inspect import getsource
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -72,15 +71,13 @@ def test_contract(case: Case, harness: Harness) -> None:
     case(harness)
 
 
-@pytest.mark.parametrize(
-    "case", [case for case in CASES if "_race(" in getsource(case)], ids=lambda case: case.__name__
-)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
 @pytest.mark.parametrize("binding", ["trio", "asyncio"])
 @pytest.mark.parametrize("store", ["memory", "sqlite-shared", "postgresql-shared"])
 def test_contract_behind_a_binding(
     case: Case, binding: str, store: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    """What is at stake when several ask at once, with each binding's performer between."""
+    """The same with each binding's performer between."""
     with closing(BindingHarness(binding, make(store, request, tmp_path))) as harness:
         case(harness)
 
