@@ -101,24 +101,6 @@ def test_what_is_no_toml(data: bytes) -> None:
         _ = STRUCTURER.from_toml(data, Whole, lambda _: ())
 
 
-@pytest.mark.parametrize(
-    ("text", "told"),
-    [
-        ('name = "a"\nname = "s3cret"\n', "the key there is name"),
-        ('name = "a"\n  tls.key =  s3cret\n', "the key there is tls.key"),
-        ('name = "s3cret\n', "the key there is name"),
-        ('name = "a"\n"s3cret" "s3cret"\n', "at line 2"),
-        ("name = [\n1,\ns3cret", "not TOML"),
-        ('"s3cret' + "x" * 100 + " = 1\n", "not TOML"),
-    ],
-)
-def test_the_key_at_fault_is_named_and_no_value(text: str, told: str) -> None:
-    with pytest.raises(ConfigurationError) as caught:
-        _ = STRUCTURER.from_toml(text.encode(), Whole, lambda _: ())
-    assert told in str(caught.value)
-    assert "s3cret" not in str(caught.value)
-
-
 @pytest.mark.parametrize("kind", [bytes, dict[int, str], tuple[str, int], str | int])
 def test_what_nothing_makes(kind: Any) -> None:
     with pytest.raises(TypeError):

@@ -9,6 +9,7 @@ Rules kept here:
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import isfinite
 from types import NoneType, UnionType
@@ -18,7 +19,6 @@ import attrs
 from attrs import frozen
 
 from chutes_proto.errors import ConfigurationError
-from chutes_proto.quote.toml_text import decode_toml
 
 T = TypeVar("T")
 
@@ -83,7 +83,7 @@ class Structurer:
         Raises `ConfigurationError`, which lists all that is wrong with its form, or all that ``check`` finds.
         """
         try:
-            content = decode_toml(data)
+            content = tomllib.loads(data.decode("utf-8"))
         except (ValueError, RecursionError) as exc:
             raise ConfigurationError(f"not TOML: {exc}") from None
         try:

@@ -12,6 +12,7 @@ Two forms are read, described in ``README.md`` beside this file: TOML, and the J
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias, cast
 
@@ -22,7 +23,6 @@ from chutes_proto.quote.attributes import AttributePolicy, read_attributes
 from chutes_proto.quote.errors import PolicyError, Refusal
 from chutes_proto.quote.layout import TdReport10
 from chutes_proto.quote.tables import Table
-from chutes_proto.quote.toml_text import decode_toml
 
 Stage: TypeAlias = Literal["boot", "runtime"]
 Rtmrs: TypeAlias = "tuple[bytes, bytes, bytes, bytes]"
@@ -132,7 +132,7 @@ def read_toml(data: bytes | str) -> Table:
     if len(data) > MAX_SIZE:
         raise PolicyError(f"more than {MAX_SIZE} bytes of TOML")
     try:
-        return Table(decode_toml(data), "")
+        return Table(tomllib.loads(data.decode("utf-8")), "")
     except (ValueError, RecursionError) as exc:
         raise PolicyError(f"not TOML: {exc}") from None
 
