@@ -1,8 +1,8 @@
 """In every test: no secret that it makes is in a log record, an audit row, an error's text, or what it prints.
 
-A secret is the value of each `Secret` that looks like a passphrase, a token or a key in hex or base64. Parts of it are
-looked for, wherever they stand and in letters of either case. What processes of their own say is looked at by
-``tests/scenario/test_canary.py``.
+A secret is the value of each `Secret` that looks like a passphrase, a token or a key in hex or base64. What is looked
+for is 31 or more of its characters in a row, wherever they stand and in either case. What processes of their own say is
+looked at by ``tests/scenario/test_canary.py``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from chutes_proto.log import Record
 from chutes_proto.secret import Secret
 from chutes_proto.store.rows import AuditRow
 
-_MANY = 10_000
+_MANY = 100_000
 ON_PURPOSE = "told_on_purpose"
 _WORD = re.compile(rb"[0-9A-Za-z+/=_-]{32,}")
 _PART = 16

@@ -264,7 +264,7 @@ def test_a_new_certificate_is_taken_and_a_bad_one_is_not(serve: Callable[[int], 
         assert "server.pem" in told["error"]
         (site / "server.key").chmod(0o644)
         server.process.send_signal(signal.SIGHUP)
-        assert "chmod 600" in wait_for("certificate_kept", server)["error"]
+        assert "chmod 640" in wait_for("certificate_kept", server)["error"]
         with client(server, new.ca_pem) as fresh:
             assert fresh.get("/servers/nonce").status_code == 200
     assert server.stop(signal.SIGTERM).code == 0

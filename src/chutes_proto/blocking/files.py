@@ -53,12 +53,25 @@ def read_private(path: str | Path, *, limit: int = MAX_SIZE, group_may: bool = F
     """
     try:
         with Path(path).open("rb") as file:
-            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-            if mode & (0o007 if group_may or _is_credential(Path(path)) else 0o077):
-                raise ConfigurationError(f"{path}: its mode {mode:04o} lets others at a secret; run: chmod 600 {path}")
+            _check_mode(path, os.fstat(file.fileno()), group_may)
             return _bounded(path, file.read(limit + 1), limit)
     except (OSError, ValueError) as exc:
         raise _unavailable(path, "cannot be read", exc) from None
+
+
+def check_private(path: str | Path, *, group_may: bool = False) -> None:
+    """What `read_private` looks at, of a file that was read. Raises `ConfigurationError`."""
+    try:
+        _check_mode(path, Path(path).stat(), group_may)
+    except (OSError, ValueError) as exc:
+        raise _unavailable(path, "cannot be read", exc) from None
+
+
+def _check_mode(path: str | Path, found: os.stat_result, group_may: bool) -> None:
+    mode = stat.S_IMODE(found.st_mode)
+    if mode & (0o007 if group_may or _is_credential(Path(path)) else 0o077):
+        better = "640" if group_may else "600"
+        raise ConfigurationError(f"{path}: its mode {mode:04o} lets others at a secret; run: chmod {better} {path}")
 
 
 def write_file(path: str | Path, data: bytes, *, mode: int = 0o644) -> None:

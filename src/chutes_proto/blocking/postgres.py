@@ -231,6 +231,10 @@ class PostgresStore:
         """Read all rows; returns how many each table has. Raises `StoreError` for damage and for another schema."""
         return self._patiently(self._check)
 
+    def check_writing(self) -> None:
+        """That the database's user may do with all tables what a server does. Raises `StoreError`."""
+        self._patiently(self._check_writing)
+
     def close(self) -> None:
         """Close what nobody uses; afterwards every call raises `StoreError`. Running transactions end as usual."""
         self._closed = True
@@ -260,6 +264,13 @@ class PostgresStore:
         # As text, so that every value is read whole.
         texts = ((kind.TABLE, f"SELECT count(row::text) FROM {kind.TABLE} AS row") for kind in ROWS)  # noqa: S608
         return {table: _rows(connection, text)[0][0] for table, text in texts}
+
+    def _check_writing(self, connection: _Connection) -> None:
+        tables = ("fact", *(kind.TABLE for kind in ROWS))
+        rights = ("SELECT", "INSERT", "UPDATE", "DELETE")
+        needed = (f"has_table_privilege('{table}', '{right}')" for table in tables for right in rights)
+        if not _rows(connection, f"SELECT {' AND '.join(needed)}")[0][0]:
+            raise self._fault(_FAULTS["42501"])
 
     def _run(self, connection: _Connection, unit: Unit[T]) -> T:
         def perform(op: StoreOp[Any]) -> object:
@@ -433,12 +444,12 @@ def _parse(url: str) -> tuple[str, str]:
         full = conninfo.make_conninfo("", **{**_DEFAULTS, **given, "client_encoding": "UTF8"})
     except (psycopg.Error, ValueError):  # whose text may quote the password
         raise ConfigurationError(
-            'store: not a PostgreSQL URL; say "postgresql://user@host/database", and of what is special in a password'
+            'not a PostgreSQL URL; say "postgresql://user@host/database", and of what is special in a password'
             " %40 for @, %2F for /, %3F for ?, %25 for %"
         ) from None
     named = {name: str(given[name]) for name in _FILES & given.keys()}
-    if relative := sorted(name for name, path in named.items() if path != "system" and not path.startswith("/")):
-        raise ConfigurationError(f"store: {', '.join(relative)}: say the whole path, from / on")
+    if relative := sorted(name for name, path in named.items() if path not in ("", "system") and path[0] != "/"):
+        raise ConfigurationError(f"{', '.join(relative)}: say the whole path, from / on")
     user = f"{given['user']}@" if "user" in given else ""
     port = f":{given['port']}" if "port" in given else ""
     return full, f"postgresql://{user}{given.get('host', '')}{port}/{given.get('dbname', '')}"

@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Final, Literal, TypeVar
@@ -21,7 +20,7 @@ from attrs import frozen
 
 from chutes_proto.auth.hotkey import Hotkey, HotkeyError, check_installed
 from chutes_proto.blocking.collateral import UpstreamCollateral
-from chutes_proto.blocking.files import read_file, read_private
+from chutes_proto.blocking.files import check_private, read_file, read_private
 from chutes_proto.blocking.shelf import CollateralDirectory
 from chutes_proto.blocking.signing import read_hotkey
 from chutes_proto.blocking.stores import DurableStore, StorePlace
@@ -41,7 +40,7 @@ from chutes_proto.server.nonces import NonceMint
 from chutes_proto.server.profiles import EXTRA_KEYS, ServedProfile, serve_profile
 from chutes_proto.server.proxy import TrustedProxies
 from chutes_proto.server.service import Service
-from chutes_proto.store.rows import CountSealed, PurgeAudit, Put, RaiseHorizon, Vm, VoidTokens, VolumeRow
+from chutes_proto.store.rows import CountSealed
 from chutes_proto.store.run import Script, Unit
 from chutes_proto.transport.h1 import Limits
 from chutes_proto.transport.tls import ServerContext, server_context
@@ -179,7 +178,7 @@ def check_store(place: StorePlace, vault: Vault) -> str:
     store = place.open()
     try:
         _ = store.check()
-        check_writing(store)
+        store.check_writing()
         sealed = check_keys(store, vault)
     finally:
         store.close()
@@ -197,29 +196,6 @@ def check_keys(store: DurableStore, vault: Vault) -> dict[str, int]:
             f" kek_previous_file ({', '.join(sorted(live))}): {told}"
         )
     return sealed
-
-
-def check_writing(store: DurableStore) -> None:
-    """That rows can be added, changed and deleted; none is. Raises `StoreError`."""
-    with suppress(_UndoneError):
-        store.transact(_TryWriting())
-
-
-class _UndoneError(Exception):
-    """What a transaction raises that shall leave nothing."""
-
-
-@frozen
-class _TryWriting(Unit[None]):
-    """Write, and undo it."""
-
-    def script(self) -> Script[None]:
-        nobody = Vm("", "")
-        yield from Put(VolumeRow(nobody, "", in_use=False, format_allowed=False))
-        yield from VoidTokens(nobody, 0)
-        yield from PurgeAudit(0, 0, 0)
-        yield from RaiseHorizon(0)
-        raise _UndoneError
 
 
 @frozen
@@ -331,7 +307,7 @@ def _check_private(path: str | Path, store: str) -> None:
     from chutes_proto.blocking.postgres import has_secret
 
     if has_secret(store):
-        _ = read_private(path, group_may=True)
+        check_private(path, group_may=True)
 
 
 def _kek(path: Path) -> KeyEncryptionKey:

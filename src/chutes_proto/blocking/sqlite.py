@@ -140,6 +140,11 @@ class SqliteStore:
             counts = ((kind.TABLE, f"SELECT count(*) FROM {kind.TABLE}") for kind in ROWS)  # noqa: S608 - names of ours
             return {table: connection.execute(text).fetchone()[0] for table, text in counts}
 
+    def check_writing(self) -> None:
+        """Begin a transaction that writes, and end it. Raises `StoreError` where the file may only be read."""
+        with self._my_turn(_Job(_ALONE)), self._transaction():
+            pass
+
     def close(self) -> None:
         """Close the file; afterwards every call raises `StoreError`. Waits for a running transaction."""
         with self._my_turn(_Job(_ALONE), patient=True):

@@ -43,6 +43,10 @@ class DurableStore(Protocol):
         """Read everything; returns how many rows each table has. Raises `StoreError`."""
         ...
 
+    def check_writing(self) -> None:
+        """That rows may be added, changed and deleted; none is. Raises `StoreError`."""
+        ...
+
     def close(self) -> None:
         """Let go of it."""
         ...

@@ -134,7 +134,7 @@ def moment(text: str) -> int:
     from datetime import UTC, datetime
 
     try:
-        if re.fullmatch(r"[0-9]{1,12}", text):
+        if re.fullmatch(r"(?![0-9]{8}$)[0-9]{1,12}", text):  # of eight digits some would be a date
             seconds = int(text)
         elif _RFC3339.fullmatch(text):
             time = datetime.fromisoformat(text)

@@ -144,17 +144,15 @@ def _serve(
     *more: int,
 ) -> int:
     import signal
-    from contextlib import closing
 
-    from chutes_proto.blocking.setup import check_keys, check_writing
+    from chutes_proto.blocking.setup import check_keys
     from chutes_proto.cli.serving import serve_until_stopped
     from chutes_proto.errors import ConfigurationError, StoreError
 
     try:
-        with closing(setup.store.open()) as tried:  # not the one that serves, which begins with nothing in its cache
-            check_writing(tried)
         store = setup.store.open()
         try:
+            store.check_writing()
             _ = check_keys(store, setup.service.vault)
             stops = (signal.SIGINT, signal.SIGTERM, *map(signal.Signals, more))
             serve_until_stopped(transport, setup, store, collateral, announce, stops)

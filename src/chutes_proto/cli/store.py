@@ -51,11 +51,11 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
         """
         Copy every row of the store --from into the empty one of --config or --store, in one transaction: from a file to
         PostgreSQL, for example, or back. Stop all servers before, and let none start on the old store again: what it
-        granted then, the new one would not know. Nothing is changed in the old one, and keys stay sealed as they are.
-        In PostgreSQL make the schema first, with `store migrate`.
+        granted then, the new one would not know. Nothing is changed in the old one, though it must be one that can be
+        written, and keys stay sealed as they are. In PostgreSQL make the schema first, with `store migrate`; a file
+        that is not there is made.
 
-        exit code: 0 all is there; 1 it was not copied, and the new store was left as it is; 2 usage, or a file that
-        cannot be read
+        exit code: 0 all is there; 1 no row was copied; 2 usage, or a file that cannot be read
         """,
         "chutes-proto store copy --from sqlite:/var/lib/chutes/keys.db --config /etc/chutes/postgres.toml",
     )
@@ -149,7 +149,11 @@ def _named(option: str, address: str) -> StorePlace:
     if address.startswith("postgresql:"):
         from chutes_proto.blocking.postgres import has_secret
 
-        if has_secret(address):
+        try:
+            told = has_secret(address)
+        except ConfigurationError as exc:
+            raise ConfigurationError(f"{option}: {exc}") from None
+        if told:
             raise ConfigurationError(
                 f"{option}: other users can read a command line; leave the password out, and say ?passfile=/path"
             )
@@ -175,12 +179,14 @@ def _copy(source: StorePlace, place: StorePlace, vault: Vault | None, reason: st
     from contextlib import closing
 
     from chutes_proto.blocking.setup import check_keys
-    from chutes_proto.errors import StoreError
+    from chutes_proto.errors import ConfigurationError, StoreError
     from chutes_proto.units.contents import ReadContents, WriteContents
 
     if not source.is_made():
         raise StoreError(f"store {source.path}: not made yet, so that there is nothing to copy")
     with closing(source.open()) as old, closing(place.open()) as store:
+        if store.name == old.name:
+            raise ConfigurationError(f"--from: {old.name} is the store to fill")
         _ = old.check()
         sealed = None if vault is None else check_keys(old, vault)
         contents = old.transact(ReadContents())

@@ -173,6 +173,8 @@ def _text_hint(data: bytes) -> dict[str, str]:
 
 def _hint(options: argparse.Namespace, exc: QuoteError, open_again: Callable[[], object]) -> dict[str, object]:
     """What to do where the collateral alone is at fault, so that nothing can be said about the quote; or the root."""
+    import shlex
+
     from chutes_proto.cli.quotes import ANOTHER_ROOT
     from chutes_proto.quote import steps
     from chutes_proto.quote.errors import CollateralFormatError
@@ -190,8 +192,9 @@ def _hint(options: argparse.Namespace, exc: QuoteError, open_again: Callable[[],
             | steps.PceIdMismatch()
             | steps.PckChainMismatch()
         ):
-            root = "" if options.root is None else f" --root {options.root}"
-            fetch = f"chutes-proto collateral fetch --quote {options.quote}{root} --upstream URL --out DIR"
+            root = [] if options.root is None else ["--root", str(options.root)]
+            asked = shlex.join(["--quote", str(options.quote), *root])
+            fetch = f"chutes-proto collateral fetch {asked} --upstream URL --out DIR"
             hint = f"{file} is not of the platform of {options.quote}; fetch what is: `{fetch}`."
         case steps.UntrustedRoot():
             try:
