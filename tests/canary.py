@@ -19,7 +19,7 @@ from chutes_proto.log import Record
 from chutes_proto.secret import Secret
 from chutes_proto.store.rows import AuditRow
 
-_MANY = 100_000
+_MANY = 300_000
 ON_PURPOSE = "told_on_purpose"
 _WORD = re.compile(rb"[0-9A-Za-z+/=_-]{32,}")
 _PART = 16
@@ -34,7 +34,7 @@ def look(where: str, *texts: object) -> None:
     """Remember where a part of a secret was told."""
     for text in texts:
         runs = _RUN.findall(str(text).encode("utf-8", "replace").lower())
-        parts = (run[at : at + _PART] for run in runs for at in range(len(run) - _PART + 1))
+        parts = (run[at : at + _PART] for run in runs for at in range(0, len(run) - _PART + 1, _PART))
         _TOLD.extend(where for part in parts if part in _MADE)
 
 
@@ -54,7 +54,7 @@ def _made(_: Secret, value: bytes) -> None:
     if _WORD.fullmatch(value):
         if len(_MADE) >= _MANY:
             _MADE.clear()
-        parts = (bytes(value[at : at + _PART]).lower() for at in range(0, len(value) - _PART + 1, _PART))
+        parts = (bytes(value[at : at + _PART]).lower() for at in range(len(value) - _PART + 1))
         _MADE.update(part for part in parts if len(set(part)) >= _VARIED)
 
 
