@@ -11,13 +11,13 @@ from chutes_proto.cli import console
 from chutes_proto.quote.terms import rfc3339
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from chutes_proto.collateral.library import Family
+    from chutes_proto.errors import TransportError
     from chutes_proto.quote.collateral import VerifiedCollateral
     from chutes_proto.quote.roots import TrustedRoot
     from chutes_proto.quote.terms import Term
-    from chutes_proto.wire.http import HttpResponse
 
 NAME = "collateral"
 
@@ -104,6 +104,7 @@ def _fetch(options: argparse.Namespace) -> int:
     from chutes_proto.blocking.perform import Performer
     from chutes_proto.blocking.tls import context_trusting
     from chutes_proto.cli.quotes import trusted_root
+    from chutes_proto.cli.sending import telling
     from chutes_proto.collateral.cache import CollateralCache, GiveUp, fetch, settle
     from chutes_proto.collateral.pcs import Upstream
     from chutes_proto.errors import ConfigurationError, QuoteError
@@ -120,7 +121,7 @@ def _fetch(options: argparse.Namespace) -> int:
         return console.REFUSED
     cache = CollateralCache(upstreams, root=root, update=options.update)
     with httpx.Client(verify=context, trust_env=False) as client:
-        performer = Performer(get=_telling(HttpxGetter(client, FETCH_LIMITS)), log=lambda _: None)
+        performer = Performer(get=telling(HttpxGetter(client, FETCH_LIMITS), _unverified), log=lambda _: None)
         fetched = performer.run(fetch(cache, family))
         outcome = performer.run(settle(cache, family))
     if isinstance(outcome, GiveUp) or fetched is None:
@@ -131,22 +132,12 @@ def _fetch(options: argparse.Namespace) -> int:
     return console.GRANTED
 
 
-def _telling(get: Callable[[str], HttpResponse]) -> Callable[[str], HttpResponse]:
-    """``get``, which says what to do where a service's certificate does not verify; other services are still asked."""
-    from chutes_proto.cli.sending import certificate_problem
+def _unverified(told: str) -> TransportError:
+    """What becomes of a service whose certificate does not verify; other services are still asked."""
     from chutes_proto.errors import TransportError
 
-    def getting(url: str) -> HttpResponse:
-        try:
-            return get(url)
-        except TransportError as exc:
-            told = certificate_problem(exc)
-            if told is None:
-                raise
-            problem = f"its certificate does not verify: {told}; is its CA the one in --ca-file?"
-            raise TransportError(problem, maybe_delivered=False) from None
-
-    return getting
+    problem = f"its certificate does not verify: {told}; is its CA the one in --ca-file?"
+    return TransportError(problem, maybe_delivered=False)
 
 
 def _with_hint(problem: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from chutes_proto.cli import console
 
@@ -11,9 +11,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from chutes_proto.client.policy import RetryPolicy
-    from chutes_proto.errors import TransportError
+    from chutes_proto.errors import ChutesError
     from chutes_proto.log import Record
     from chutes_proto.wire.http import HttpRequest, HttpResponse
+
+Asked = TypeVar("Asked")
 
 
 def add_wait(parser: argparse.ArgumentParser, seconds: float) -> None:
@@ -50,29 +52,35 @@ def tell(record: Record) -> None:
             pass
 
 
-def certificate_problem(exc: TransportError) -> str | None:
-    """Why the certificate of who was asked does not verify, if that is why there is no answer."""
+def telling(
+    ask: Callable[[Asked], HttpResponse], fault: Callable[[str], ChutesError]
+) -> Callable[[Asked], HttpResponse]:
+    """``ask``, which raises ``fault`` of the reason where the certificate of who was asked does not verify."""
     import ssl
 
-    cause: BaseException | None = exc
-    while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
-        cause = cause.__cause__ or cause.__context__
-    return None if cause is None else cause.verify_message or str(cause)
+    from chutes_proto.errors import TransportError
+
+    def asking(asked: Asked) -> HttpResponse:
+        try:
+            return ask(asked)
+        except TransportError as exc:
+            cause: BaseException | None = exc
+            while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
+                cause = cause.__cause__ or cause.__context__
+            if cause is None:
+                raise
+            raise fault(cause.verify_message or str(cause)) from None
+
+    return asking
 
 
 def verified(send: Callable[[HttpRequest], HttpResponse], url: str) -> Callable[[HttpRequest], HttpResponse]:
     """``send``, which raises `ConfigurationError`, that no flow tries again, where the certificate does not verify."""
-    from chutes_proto.errors import ConfigurationError, TransportError
+    from chutes_proto.errors import ConfigurationError
 
-    def sending(request: HttpRequest) -> HttpResponse:
-        try:
-            return send(request)
-        except TransportError as exc:
-            told = certificate_problem(exc)
-            if told is None:
-                raise
-            raise ConfigurationError(
-                f"the certificate of {url} does not verify: {told}; is its CA the one in --ca?"
-            ) from None
-
-    return sending
+    return telling(
+        send,
+        lambda told: ConfigurationError(
+            f"the certificate of {url} does not verify: {told}; is its CA the one in --ca?"
+        ),
+    )

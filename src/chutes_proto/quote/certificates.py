@@ -116,12 +116,12 @@ def _read_block(block: bytes) -> bytes:
         raise DerError("an empty line in a PEM block")
     text = lines.replace(b"\n", b"")
     try:
-        der = a2b_base64(text)
+        value = a2b_base64(text)
     except Base64Error:
-        der = b""
-    if b2a_base64(der, newline=False) != text:  # one text for each value, whatever a decoder takes besides
+        value = b""
+    if b2a_base64(value, newline=False) != text:  # one text for each value, whatever a decoder takes besides
         raise DerError("a PEM block that is not base64")
-    return der
+    return value
 
 
 def read_certificate(data: bytes) -> Certificate:

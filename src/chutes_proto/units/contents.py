@@ -71,17 +71,20 @@ class WriteContents(Unit[None]):
                 raise StoreError(f"the store to fill has rows already ({kind.TABLE} {found}); take an empty one")
         yield from RaiseHorizon(self.contents.horizon)
         for row in self.contents.rows:
-            yield from _write(row)
+            if not (yield from _write(row)):
+                raise StoreError(f"a {row.TABLE} row contradicts another one; nothing was copied")
         yield from Insert(AuditRow(self.now, "operator", "store copied", "done", self.reason))
 
 
-def _write(row: Row) -> Script[None]:
+def _write(row: Row) -> Script[bool]:
+    """Whether the row is there now."""
     match row:
         case NonceRow():
-            _ = yield from RedeemNonce(row)
+            return (yield from RedeemNonce(row))
+        case ServerRow() | GpuRow():
+            return (yield from Claim(row))
         case VmRow() | VolumeRow():
             yield from Put(row)
-        case ServerRow() | GpuRow():
-            _ = yield from Claim(row)
         case _:
             yield from Insert(row)
+    return True

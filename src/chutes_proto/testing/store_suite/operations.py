@@ -155,17 +155,24 @@ def a_store_is_copied_whole(harness: Harness) -> None:
     source.transact(Ask(RaiseHorizon(NOW)))
     contents = source.transact(ReadContents())
     store = harness.open()
+    same_address = evolve(_SERVER, server_id="n9", registration="r9", name="z")
+    _expect_not_filled(store, Contents(0, (_BOOT, _SERVER, same_address)))
+    expect(store.transact(ReadContents()), Contents(0, ()), "what is there of rows that contradict one another")
     store.transact(WriteContents(contents, NOW + 9, "moved"))
     copied = harness.open().transact(ReadContents())
     told = AuditRow(NOW + 9, "operator", "store copied", "done", "moved")
     expect(copied, Contents(NOW, (*contents.rows, told)), "what is there")
     for other in (contents, Contents(0, ())):
-        try:
-            store.transact(WriteContents(other, NOW + 9, "again"))
-        except StoreError:
-            continue
-        raise AssertionError("a store that is not empty was filled")
+        _expect_not_filled(store, other)
     expect(store.transact(ReadContents()), copied, "what is there still")
+
+
+def _expect_not_filled(store: Store, contents: Contents) -> None:
+    try:
+        store.transact(WriteContents(contents, NOW + 9, "again"))
+    except StoreError:
+        return
+    raise AssertionError("a store was filled that is not empty, or with rows that contradict one another")
 
 
 def _write_rows_of_every_kind(store: Store) -> tuple[Row, ...]:
