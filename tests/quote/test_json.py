@@ -77,7 +77,7 @@ def test_json_comes_back(value: Any) -> None:
     [("1970-01-01T00:00:00Z", 0), ("2026-06-01T00:00:00Z", 1780272000)],
 )
 def test_dates(text: str, unix: int) -> None:
-    assert strict_json.date({"at": text}, "at") == unix
+    assert strict_json.date(text, "at") == unix
 
 
 @pytest.mark.parametrize(
@@ -94,19 +94,17 @@ def test_dates(text: str, unix: int) -> None:
         "２026-06-01T00:00:00Z",
         "2026-06-01T00:00:00Z\n",
         "",
-        5,
-        None,
     ],
 )
-def test_dates_that_are_none(text: object) -> None:
+def test_dates_that_are_none(text: str) -> None:
     with pytest.raises(JsonError, match="at "):
-        _ = strict_json.date({"at": text}, "at")
+        _ = strict_json.date(text, "at")
 
 
-@pytest.mark.parametrize("text", ["00 1", "0x01", "１１11", "001", "00110", "zzzz", 11, None])
-def test_hexadecimal_that_is_none(text: object) -> None:
+@pytest.mark.parametrize("text", ["00 1", "0x01", "１１11", "001", "00110", "zzzz"])
+def test_hexadecimal_that_is_none(text: str) -> None:
     with pytest.raises(JsonError, match="value"):
-        _ = strict_json.hexadecimal({"value": text}, "value", 2)
+        _ = strict_json.hexadecimal(text, "value", 2)
 
 
 # --- statements ---
@@ -157,7 +155,7 @@ def test_a_component_too_many_makes_up_for_none_that_lacks(name: str) -> None:
     table = json.loads(TCB_INFO)
     first, second = (level["tcb"][name] for level in table["tcbLevels"][:2])
     second.insert(0, first.pop())
-    with pytest.raises(JsonError, match=f"{name} is not sixteen"):
+    with pytest.raises(JsonError, match=rf"length >= 16 - at `\$.tcbLevels\[0\].tcb.{name}`"):
         _ = read_tcb_info(json.dumps(table).encode())
 
 

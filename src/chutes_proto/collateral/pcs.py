@@ -133,7 +133,7 @@ def read_statement(body: bytes, name: str) -> tuple[bytes, bytes]:
         members = cast("Mapping[str, object]", table)
         kind: type[dict[str, object]] = dict
         _ = strict_json.member(members, name, kind)
-        signature = strict_json.hexadecimal(members, "signature", 64)
+        signature = strict_json.hexadecimal(strict_json.member(members, "signature", str), "signature", 64)
     except strict_json.JsonError as exc:
         raise UpstreamError(f"{name}: {exc}") from None
     return _member_text(body.decode("utf-8"), name).encode("utf-8"), signature

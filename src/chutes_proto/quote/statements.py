@@ -4,6 +4,8 @@ Rules kept here:
 
 * TCB info of version 3, for SGX also of version 2; QE identity of version 2; everything that a verdict needs must be
   there, of its type, in its range; what is not known is ignored;
+* a text is what would be written for what was read of it, byte for byte, as Intel's are: then it can mean nothing else.
+  Or it is JSON by the rules of ``strict_json.py``;
 * levels are sorted here, best first, whatever their order in the text; no level stands twice;
 * nothing is verified here: who signed the text is ``verify.py``'s to check, over the text itself.
 
@@ -13,19 +15,19 @@ version 3 ("TCB Info V2").
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
-from itertools import chain, repeat
-from operator import attrgetter, itemgetter
-from typing import Any, Final, TypeAlias, cast
+from operator import attrgetter
+from typing import Annotated, Any, Final, Generic, Protocol, TypeAlias, TypeVar
 
 from attrs import frozen
+from msgspec import UNSET, Meta, Struct, UnsetType, field
+from msgspec.json import Decoder, Encoder
+from msgspec.structs import astuple
 
+from chutes_proto.quote import strict_json
 from chutes_proto.quote.layout import Tee
-from chutes_proto.quote.strict_json import JsonError, array, date, decode, hexadecimal, member, number
-
-U16: Final = 0xFFFF
-U32: Final = 0xFFFFFFFF
+from chutes_proto.quote.strict_json import JsonError, date, hexadecimal
 
 
 class TcbStatus(StrEnum):
@@ -50,9 +52,6 @@ _OF_PLATFORMS: Final[Statuses] = {
 }
 _OF_MODULES: Final[Statuses] = {name: _OF_PLATFORMS[name] for name in ("UpToDate", "OutOfDate", "Revoked")}
 _OF_ENCLAVES: Final[Statuses] = {**_OF_MODULES, "ConfigurationNeeded": TcbStatus.CONFIGURATION_NEEDED}
-_SVN: Final = itemgetter("svn")
-_REACHED_WITH: Final = attrgetter("sgx", "pce_svn", "tdx")
-_STRINGS: Final = frozenset({str})
 
 
 @frozen
@@ -127,140 +126,266 @@ class QeIdentity:
     levels: tuple[SvnLevel, ...]
 
 
+# --- the texts: objects with the members that Intel writes, in its order ---
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+_Byte: TypeAlias = Annotated[int, Meta(ge=0, le=0xFF)]
+_U16: TypeAlias = Annotated[int, Meta(ge=0, le=0xFFFF)]
+_U32: TypeAlias = Annotated[int, Meta(ge=0, le=0xFFFF_FFFF)]
+
+ReachedWith: TypeAlias = tuple[bytes, int, bytes]
+"""SGX components, PCESVN, TDX components."""
+
+
+class _Object(Struct, rename="camel"):
+    pass
+
+
+class _Component(_Object):
+    svn: _Byte
+    category: str | UnsetType = UNSET
+    type: str | UnsetType = UNSET
+
+
+_Components: TypeAlias = Annotated[list[_Component], Meta(min_length=16, max_length=16)]
+_SVN: Final = attrgetter("svn")
+
+
+class _Tcb(Protocol[T_co]):
+    def reached_with(self) -> T_co:
+        """What a level is reached with; of two levels, the greater one is better."""
+        ...
+
+
+class _SgxTcb(_Object):
+    sgxtcbcomponents: _Components
+    pcesvn: _U16
+
+    def reached_with(self) -> ReachedWith:
+        return bytes(map(_SVN, self.sgxtcbcomponents)), self.pcesvn, b""
+
+
+class _TdxTcb(_SgxTcb):
+    tdxtcbcomponents: _Components
+
+    def reached_with(self) -> ReachedWith:
+        return (
+            bytes(map(_SVN, self.sgxtcbcomponents)),
+            self.pcesvn,
+            bytes(map(_SVN, self.tdxtcbcomponents)),
+        )
+
+
+class _NumberedTcb(_Object):
+    """Of version 2."""
+
+    __annotations__ = {**{f"sgxtcbcomp{i:02}svn": _Byte for i in range(1, 17)}, "pcesvn": _U16}
+
+    def reached_with(self) -> ReachedWith:
+        *components, pce_svn = astuple(self)
+        return bytes(components), pce_svn, b""
+
+
+class _SvnTcb(_Object):
+    isvsvn: _U16
+
+    def reached_with(self) -> int:
+        return self.isvsvn
+
+
+class _Level(_Object, Generic[T_co]):
+    tcb: T_co
+    tcb_date: str
+    tcb_status: str
+    advisory_ids: list[str] | UnsetType = field(default=UNSET, name="advisoryIDs")
+
+
+class _Module(_Object):
+    mrsigner: str
+    attributes: str
+    attributes_mask: str | UnsetType = UNSET
+
+
+class _ModuleWithLevels(_Object, kw_only=True):
+    id: str
+    mrsigner: str
+    attributes: str
+    attributes_mask: str | UnsetType = UNSET
+    tcb_levels: list[_Level[_SvnTcb]]
+
+
+class _TcbInfo(_Object, Generic[T], kw_only=True):
+    id: str | UnsetType = UNSET
+    version: _U32
+    issue_date: str
+    next_update: str
+    fmspc: str
+    pce_id: str
+    tcb_type: _U32
+    tcb_evaluation_data_number: _U32
+    tdx_module: _Module | UnsetType = UNSET
+    tdx_module_identities: list[_ModuleWithLevels] = field(default_factory=list)
+    tcb_levels: list[_Level[T]]
+
+
+class _QeIdentity(_Object):
+    id: str
+    version: _U32
+    issue_date: str
+    next_update: str
+    tcb_evaluation_data_number: _U32
+    miscselect: str
+    miscselect_mask: str
+    attributes: str
+    attributes_mask: str
+    mrsigner: str
+    isvprodid: _U16
+    tcb_levels: list[_Level[_SvnTcb]]
+
+
+class _Kind(_Object, kw_only=True):
+    """What says which of these a text is."""
+
+    id: str | UnsetType = UNSET
+    version: _U32
+    tcb_type: _U32 = 0
+
+
+_KIND: Final = Decoder(_Kind)
+_TCB_INFO: Final[Mapping[tuple[Tee, int], Decoder[_TcbInfo[Any]]]] = {
+    ("TDX", 3): Decoder(_TcbInfo[_TdxTcb]),
+    ("SGX", 3): Decoder(_TcbInfo[_SgxTcb]),
+    ("SGX", 2): Decoder(_TcbInfo[_NumberedTcb]),
+}
+_QE_IDENTITY: Final = Decoder(_QeIdentity)
+_ENCODER: Final = Encoder()
+
+
+# --- reading ---
+
+
 class StatementKindError(JsonError):
     """A statement of another kind: id, version or TCB type."""
 
 
 def read_tcb_info(text: bytes) -> TcbInfo:
     """Raises `JsonError`, as `StatementKindError` for a kind that is not read here."""
-    table = _table(decode(text), "TCB info")
-    version = number(table, "version", U32)
-    name = "SGX" if version == 2 and "id" not in table else member(table, "id", str)
+    kind = _decode(text, _KIND)
+    name = "SGX" if kind.version == 2 and kind.id is UNSET else kind.id
     if name not in ("SGX", "TDX"):
         raise StatementKindError(f"id {name!r} is not of TCB info")
     tee: Tee = "TDX" if name == "TDX" else "SGX"
-    if version != 3 and (version, tee) != (2, "SGX"):
-        raise StatementKindError(f"version {version} of TCB info for {tee} is not read here")
-    if (tcb_type := number(table, "tcbType", U32)) != 0:
-        raise StatementKindError(f"TCB type {tcb_type} is not read here")
-    tdx = tee == "TDX"
+    decoder = _TCB_INFO.get((tee, kind.version))
+    if decoder is None:
+        raise StatementKindError(f"version {kind.version} of TCB info for {tee} is not read here")
+    if kind.tcb_type != 0:
+        raise StatementKindError(f"TCB type {kind.tcb_type} is not read here")
+    info = _read(text, decoder)
+    if tee == "SGX":
+        module, modules = None, {}
+    elif info.tdx_module is UNSET:
+        raise JsonError("tdxModule is missing")
+    else:
+        module, modules = _module(info.tdx_module, ()), _modules(info.tdx_module_identities)
     return TcbInfo(
         tee=tee,
-        version=version,
-        fmspc=hexadecimal(table, "fmspc", 6),
-        pce_id=hexadecimal(table, "pceId", 2),
-        issued=date(table, "issueDate"),
-        next_update=date(table, "nextUpdate"),
-        evaluation_number=number(table, "tcbEvaluationDataNumber", U32),
-        levels=_platform_levels(table, version, tdx=tdx),
-        module=_module(_table(table.get("tdxModule"), "tdxModule"), ()) if tdx else None,
-        modules=_modules(table) if tdx else {},
+        version=kind.version,
+        fmspc=hexadecimal(info.fmspc, "fmspc", 6),
+        pce_id=hexadecimal(info.pce_id, "pceId", 2),
+        issued=date(info.issue_date, "issueDate"),
+        next_update=date(info.next_update, "nextUpdate"),
+        evaluation_number=info.tcb_evaluation_data_number,
+        levels=_platform_levels(info.tcb_levels),
+        module=module,
+        modules=modules,
     )
 
 
 def read_qe_identity(text: bytes) -> QeIdentity:
     """Raises `JsonError`, as `StatementKindError` for a kind that is not read here."""
-    table = _table(decode(text), "QE identity")
-    name = member(table, "id", str)
-    if name not in ("QE", "TD_QE"):
-        raise StatementKindError(f"id {name!r} is not of a quoting enclave")
-    if (version := number(table, "version", U32)) != 2:
-        raise StatementKindError(f"version {version} of QE identity is not read here")
+    kind = _decode(text, _KIND)
+    if kind.id not in ("QE", "TD_QE"):
+        raise StatementKindError(f"id {kind.id!r} is not of a quoting enclave")
+    if kind.version != 2:
+        raise StatementKindError(f"version {kind.version} of QE identity is not read here")
+    identity = _read(text, _QE_IDENTITY)
     return QeIdentity(
-        tee="TDX" if name == "TD_QE" else "SGX",
-        issued=date(table, "issueDate"),
-        next_update=date(table, "nextUpdate"),
-        evaluation_number=number(table, "tcbEvaluationDataNumber", U32),
-        misc_select=_little(table, "miscselect", 4),
-        misc_select_mask=_little(table, "miscselectMask", 4),
-        attributes=_little(table, "attributes", 16),
-        attributes_mask=_little(table, "attributesMask", 16),
-        mr_signer=hexadecimal(table, "mrsigner", 32),
-        isv_prod_id=number(table, "isvprodid", U16),
-        levels=_svn_levels(table, _OF_ENCLAVES),
+        tee="TDX" if kind.id == "TD_QE" else "SGX",
+        issued=date(identity.issue_date, "issueDate"),
+        next_update=date(identity.next_update, "nextUpdate"),
+        evaluation_number=identity.tcb_evaluation_data_number,
+        misc_select=_little(identity.miscselect, "miscselect", 4),
+        misc_select_mask=_little(identity.miscselect_mask, "miscselectMask", 4),
+        attributes=_little(identity.attributes, "attributes", 16),
+        attributes_mask=_little(identity.attributes_mask, "attributesMask", 16),
+        mr_signer=hexadecimal(identity.mrsigner, "mrsigner", 32),
+        isv_prod_id=identity.isvprodid,
+        levels=_svn_levels(identity.tcb_levels, _OF_ENCLAVES),
     )
 
 
-def _platform_levels(table: Mapping[str, object], version: int, *, tdx: bool) -> tuple[PlatformLevel, ...]:
-    entries = _tables(table, "tcbLevels")
-    tcbs = [_table(entry.get("tcb"), "tcb") for entry in entries]
-    sgx = _components(tcbs, "sgxtcbcomponents") if version == 3 else map(_numbered_components, tcbs)
-    pce_svns = [number(tcb, "pcesvn", U16) for tcb in tcbs]
-    of_module = _components(tcbs, "tdxtcbcomponents") if tdx else repeat(b"", len(tcbs))
-    stated = [_stated(entry, _OF_PLATFORMS) for entry in entries]
-    levels = sorted(map(PlatformLevel, sgx, pce_svns, of_module, stated), key=_REACHED_WITH, reverse=True)
-    _check_levels("tcbLevels", [*map(_REACHED_WITH, levels)])
-    return tuple(levels)
+def _read(text: bytes, decoder: Decoder[T]) -> T:
+    """The text's value, if it can have no other."""
+    value = _decode(text, decoder)
+    if _ENCODER.encode(value) != text:
+        _ = strict_json.decode(text)
+    return value
 
 
-def _components(tcbs: Sequence[Mapping[str, object]], name: str) -> list[bytes]:
-    """The components of each TCB, a byte each."""
-    arrays = [array(tcb, name) for tcb in tcbs]
+def _decode(text: bytes, decoder: Decoder[T]) -> T:
+    if len(text) > strict_json.MAX_SIZE:
+        raise JsonError(f"more than {strict_json.MAX_SIZE} bytes of JSON")
     try:
-        svns = [*map(_SVN, chain.from_iterable(arrays))]
-        components = bytes(svns)
-    except (TypeError, KeyError, ValueError):  # no object, no svn, no number, or out of range
-        svns, components = [None], b""
-    if not {*map(len, arrays)} <= {16} or not {*map(type, svns)} <= {int}:
-        raise JsonError(f"{name} is not sixteen objects with an svn from 0 to 255")
-    return [components[at : at + 16] for at in range(0, len(components), 16)]
+        return decoder.decode(text)
+    except (ValueError, RecursionError) as exc:
+        _ = strict_json.decode(text)  # says it better of what is no JSON
+        raise JsonError(f"not of its form: {exc}") from None
 
 
-def _numbered_components(tcb: Mapping[str, object]) -> bytes:
-    return bytes(number(tcb, f"sgxtcbcomp{i:02}svn", 255) for i in range(1, 17))
-
-
-def _modules(table: Mapping[str, object]) -> dict[str, ModuleIdentity]:
+def _modules(entries: Iterable[_ModuleWithLevels]) -> dict[str, ModuleIdentity]:
     modules: dict[str, ModuleIdentity] = {}
-    for entry in _tables(table, "tdxModuleIdentities") if "tdxModuleIdentities" in table else ():
-        name = member(entry, "id", str).upper()
+    for entry in entries:
+        name = entry.id.upper()
         if name in modules:
             raise JsonError(f"the TDX module identity {name!r} is there twice")
-        modules[name] = _module(entry, _svn_levels(entry, _OF_MODULES))
+        modules[name] = _module(entry, _svn_levels(entry.tcb_levels, _OF_MODULES))
     return modules
 
 
-def _module(entry: Mapping[str, object], levels: tuple[SvnLevel, ...]) -> ModuleIdentity:
-    return ModuleIdentity(hexadecimal(entry, "mrsigner", 48), _little(entry, "attributes", 8), levels)
+def _module(entry: _Module | _ModuleWithLevels, levels: tuple[SvnLevel, ...]) -> ModuleIdentity:
+    return ModuleIdentity(
+        hexadecimal(entry.mrsigner, "mrsigner", 48), _little(entry.attributes, "attributes", 8), levels
+    )
 
 
-def _svn_levels(table: Mapping[str, object], legal: Statuses) -> tuple[SvnLevel, ...]:
-    levels = [
-        SvnLevel(number(_table(entry.get("tcb"), "tcb"), "isvsvn", U16), _stated(entry, legal))
-        for entry in _tables(table, "tcbLevels")
-    ]
-    levels.sort(key=lambda level: level.svn, reverse=True)
-    _check_levels("tcbLevels", [level.svn for level in levels])
-    return tuple(levels)
+def _platform_levels(entries: Sequence[_Level[_Tcb[ReachedWith]]]) -> tuple[PlatformLevel, ...]:
+    levels = _levels(entries, _OF_PLATFORMS)
+    return tuple([PlatformLevel(sgx, pce_svn, tdx, stated) for (sgx, pce_svn, tdx), stated in levels])
 
 
-def _stated(entry: Mapping[str, object], legal: Statuses) -> Stated:
-    status = legal.get(member(entry, "tcbStatus", str))
+def _svn_levels(entries: Sequence[_Level[_SvnTcb]], legal: Statuses) -> tuple[SvnLevel, ...]:
+    return tuple([SvnLevel(svn, stated) for svn, stated in _levels(entries, legal)])
+
+
+def _levels(entries: Sequence[_Level[_Tcb[T]]], legal: Statuses) -> list[tuple[T, Stated]]:
+    """What is stated of the TCBs that reach each level, best first."""
+    levels = {entry.tcb.reached_with(): _stated(entry, legal) for entry in entries}
+    if not levels:
+        raise JsonError("tcbLevels is empty")
+    if len(levels) != len(entries):
+        raise JsonError("tcbLevels has a level twice")
+    return sorted(levels.items(), reverse=True)
+
+
+def _stated(entry: _Level[Any], legal: Statuses) -> Stated:
+    status = legal.get(entry.tcb_status)
     if status is None:
         raise JsonError("tcbStatus is not one that can be stated here")
-    advisories = array(entry, "advisoryIDs") if "advisoryIDs" in entry else []
-    if not _STRINGS.issuperset(map(type, advisories)):
-        raise JsonError("advisoryIDs holds more than strings")
-    return Stated(status, date(entry, "tcbDate"), tuple(advisories))
+    advisories = () if entry.advisory_ids is UNSET else tuple(entry.advisory_ids)
+    return Stated(status, date(entry.tcb_date, "tcbDate"), advisories)
 
 
-def _check_levels(name: str, keys: list[Any]) -> None:
-    if not keys:
-        raise JsonError(f"{name} is empty")
-    if len(set(keys)) != len(keys):
-        raise JsonError(f"{name} has a level twice")
-
-
-def _little(table: Mapping[str, object], name: str, size: int) -> int:
-    return int.from_bytes(hexadecimal(table, name, size), "little")
-
-
-def _table(value: object, name: str) -> Mapping[str, object]:
-    if type(value) is not dict:
-        raise JsonError(f"{name} is missing or no object")
-    return cast("dict[str, object]", value)
-
-
-def _tables(table: Mapping[str, object], name: str) -> list[Mapping[str, object]]:
-    what = f"an entry of {name}"
-    return [_table(entry, what) for entry in array(table, name)]
+def _little(text: str, name: str, size: int) -> int:
+    return int.from_bytes(hexadecimal(text, name, size), "little")

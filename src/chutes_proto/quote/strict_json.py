@@ -77,23 +77,8 @@ def member(table: Mapping[str, object], name: str, kind: type[T]) -> T:
     return value
 
 
-def array(table: Mapping[str, object], name: str) -> list[Any]:
-    """The member that is an array."""
-    kind: type[list[Any]] = list
-    return member(table, name, kind)
-
-
-def number(table: Mapping[str, object], name: str, most: int) -> int:
-    """The member that is a whole number from 0 to ``most``."""
-    value = table.get(name)
-    if type(value) is not int or not 0 <= value <= most:
-        raise JsonError(f"{name} is missing or no number from 0 to {most}")
-    return value
-
-
-def hexadecimal(table: Mapping[str, object], name: str, size: int) -> bytes:
-    """The member that is so many bytes in hexadecimal digits of either case."""
-    text = member(table, name, str)
+def hexadecimal(text: str, name: str, size: int) -> bytes:
+    """So many bytes in hexadecimal digits of either case, as the member ``name`` has them."""
     try:
         value = bytes.fromhex(text)
     except ValueError:
@@ -103,10 +88,10 @@ def hexadecimal(table: Mapping[str, object], name: str, size: int) -> bytes:
     return value
 
 
-def date(table: Mapping[str, object], name: str) -> int:
-    """The member that is a date and time of UTC in whole seconds, ending with ``Z``, as unix seconds."""
+def date(text: str, name: str) -> int:
+    """A date and time of UTC in whole seconds, ending with ``Z``, as unix seconds."""
     try:
-        return _unix_seconds(member(table, name, str))
+        return _unix_seconds(text)
     except ValueError:
         raise JsonError(f"{name} is no date of the form YYYY-MM-DDThh:mm:ssZ") from None
 
