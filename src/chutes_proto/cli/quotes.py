@@ -6,9 +6,9 @@ Bytes, and the 64-bit sets of flags, are lowercase hex in the order in which the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Final, cast
 
-import attrs
+from msgspec.structs import asdict
 
 from chutes_proto.blocking.files import read_file
 from chutes_proto.cli import console
@@ -47,12 +47,11 @@ def quote_fields(quote: Quote) -> dict[str, object]:
         "user_data": header.user_data.hex(),
         "body_type": _BODY_TYPES[type(body)],
     }
-    for attribute in attrs.fields(type(body)):
-        value: Any = getattr(body, attribute.name)
-        if attribute.name == "rtmrs":
+    for name, value in asdict(body).items():
+        if name == "rtmrs":
             fields |= {f"rtmr{number}": rtmr.hex() for number, rtmr in enumerate(value)}
-        elif not attribute.name.startswith("reserved"):
-            fields[attribute.name] = _shown(value.to_bytes(8, "little") if attribute.name in _FLAGS else value)
+        elif not name.startswith("reserved"):
+            fields[name] = _shown(value.to_bytes(8, "little") if name in _FLAGS else value)
     if isinstance(body, SgxReport):
         fields["attribute_names"] = _names(SgxAttributes(body.flags))
     else:
@@ -69,7 +68,7 @@ def platform_fields(pck: PckIdentity | None) -> dict[str, object]:
     """What a PCK certificate says of its platform."""
     if pck is None:
         return {"pck": None}
-    return {"pck": {name: _shown(value) for name, value in attrs.asdict(pck, recurse=False).items()}}
+    return {"pck": {name: _shown(value) for name, value in asdict(pck).items()}}
 
 
 def claimed_platform(quote: Quote) -> PckIdentity | None:

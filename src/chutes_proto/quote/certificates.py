@@ -17,7 +17,7 @@ from binascii import a2b_base64, b2a_base64
 from functools import lru_cache
 from typing import Final, Literal, TypeAlias
 
-from attrs import frozen
+from msgspec import Struct
 
 from chutes_proto.quote import der
 from chutes_proto.quote.der import DerError
@@ -63,8 +63,7 @@ _CERT_AND_CRL_SIGN: Final = 0x06
 Kind: TypeAlias = Literal["CA", "end entity"]
 
 
-@frozen(eq=False)
-class Certificate:
+class Certificate(Struct, frozen=True, eq=False):
     """What a certificate says. ``point`` is its key, x ‖ y; times are unix seconds, both inclusive."""
 
     der: bytes
@@ -79,8 +78,7 @@ class Certificate:
     extensions: dict[bytes, bytes]
 
 
-@frozen(eq=False)
-class Crl:
+class Crl(Struct, frozen=True, eq=False):
     """What a revocation list says, but for the entries: `revoked_serials` reads them once its signature holds."""
 
     der: bytes

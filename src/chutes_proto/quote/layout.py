@@ -17,11 +17,11 @@ Architecture Specification (TD attributes, XFAM), Intel 64 and IA-32 Architectur
 
 from __future__ import annotations
 
+import struct
 from enum import KEEP, IntFlag
-from struct import Struct
 from typing import Any, Final, Literal, TypeAlias
 
-from attrs import frozen
+from msgspec import Struct
 
 from chutes_proto.quote.errors import QuoteFormatError
 
@@ -36,19 +36,19 @@ CERTIFICATION_PCK_CHAIN: Final = 5
 CERTIFICATION_QE_REPORT: Final = 6
 MAX_QE_AUTH: Final = 4096
 
-_HEADER: Final = Struct("<HHIHH16s20s")
-_V5_BODY: Final = Struct("<HI")
-_CERTIFICATION: Final = Struct("<HI")
-_SGX_REPORT: Final = Struct("<16s4s28s16s32s32s32s96sHH60s64s")
-_TD10: Final = Struct("<16s48s48sQQQ48s48s48s48s48s48s48s48s64s")
-_TD15: Final = Struct("<16s48s")
-_TD15_EX: Final = Struct("<B32s48s48sQ16s16s12s48sQ")
-_AUTH_V3: Final = Struct("<I64s64s384s64sH")
-_AUTH: Final = Struct("<I64s64sHI384s64sH")
+_HEADER: Final = struct.Struct("<HHIHH16s20s")
+_V5_BODY: Final = struct.Struct("<HI")
+_CERTIFICATION: Final = struct.Struct("<HI")
+_SGX_REPORT: Final = struct.Struct("<16s4s28s16s32s32s32s96sHH60s64s")
+_TD10: Final = struct.Struct("<16s48s48sQQQ48s48s48s48s48s48s48s48s64s")
+_TD15: Final = struct.Struct("<16s48s")
+_TD15_EX: Final = struct.Struct("<B32s48s48sQ16s16s12s48sQ")
+_AUTH_V3: Final = struct.Struct("<I64s64s384s64sH")
+_AUTH: Final = struct.Struct("<I64s64sHI384s64sH")
 """From the authentication data's length to that of the QE authentication data; in versions 4 and 5 the QE report and
 what follows it is certification data of its own."""
 
-_QE_REPORT_SIZE: Final = Struct("<384s64sH").size
+_QE_REPORT_SIZE: Final = struct.Struct("<384s64sH").size
 
 MIN_TDX: Final = _HEADER.size + _TD10.size
 MIN_SGX: Final = _HEADER.size + _SGX_REPORT.size
@@ -106,8 +106,7 @@ class SgxAttributes(IntFlag, boundary=KEEP):
     KSS = 1 << 7
 
 
-@frozen
-class Header:
+class Header(Struct, frozen=True):
     """The 48 bytes before the report.
 
     The two SVNs and ``user_data`` are signed by the attestation key but no CPU vouches for them: base nothing on them.
@@ -122,8 +121,7 @@ class Header:
     user_data: bytes
 
 
-@frozen
-class SgxReport:
+class SgxReport(Struct, frozen=True):
     """An enclave's report (384 bytes): the body of an SGX quote, and the quoting enclave's in every quote."""
 
     cpu_svn: bytes
@@ -145,8 +143,7 @@ class SgxReport:
         return int.from_bytes(self.attributes[:8], "little")
 
 
-@frozen
-class TdReport10:
+class TdReport10(Struct, frozen=True):
     """A TD report (TDX 1.0, 584 bytes). Measurements have 48 bytes, the attributes and XFAM are 64-bit numbers."""
 
     tee_tcb_svn: bytes
@@ -163,16 +160,14 @@ class TdReport10:
     report_data: bytes
 
 
-@frozen
-class TdReport15(TdReport10):
+class TdReport15(TdReport10, frozen=True):
     """A TD report of TDX 1.5 (648 bytes): the TCB at present and the service TD besides."""
 
     tee_tcb_svn_2: bytes
     mr_service_td: bytes
 
 
-@frozen
-class TdReport15Ex(TdReport15):
+class TdReport15Ex(TdReport15, frozen=True):
     """An extended TD report of TDX 1.5 (885 bytes)."""
 
     vm_id: int
@@ -191,8 +186,7 @@ TdReport: TypeAlias = TdReport10
 """Every TD report: the later ones extend the first."""
 
 
-@frozen
-class Quote:
+class Quote(Struct, frozen=True):
     """A parsed quote. Nothing in it is verified.
 
     ``signed`` are the bytes that ``signature`` (r ‖ s) is over; ``attestation_key`` is x ‖ y. ``qe_report_bytes`` is
@@ -326,11 +320,11 @@ _V5_SIZES: Final = {
 """Body type of a version 5 quote to size: TD 1.0, TD 1.5, TD 1.5 extended."""
 
 
-def _unpack(struct: Struct, data: bytes, pos: int, what: str) -> tuple[Any, ...]:
+def _unpack(form: struct.Struct, data: bytes, pos: int, what: str) -> tuple[Any, ...]:
     left = len(data) - pos
-    if left < struct.size:
-        raise _structure(f"{what}: {struct.size} bytes are needed, {left} are there")
-    return struct.unpack_from(data, pos)
+    if left < form.size:
+        raise _structure(f"{what}: {form.size} bytes are needed, {left} are there")
+    return form.unpack_from(data, pos)
 
 
 def _structure(message: str) -> QuoteFormatError:

@@ -16,7 +16,7 @@ from __future__ import annotations
 from itertools import product
 from typing import Final, Literal, TypeAlias
 
-from attrs import frozen
+from msgspec import Struct
 
 from chutes_proto.quote import der
 from chutes_proto.quote.certificates import SGX_EXTENSION
@@ -75,8 +75,7 @@ _FLAGS: Final = {b"": (None, None, None)} | {
 _SGX_TYPES: Final[tuple[SgxType, ...]] = ("standard", "scalable", "scalable with integrity")
 
 
-@frozen
-class PckIdentity:
+class PckIdentity(Struct, frozen=True):
     """What the PCK certificate says of a platform, and so what collateral to ask for: ``fmspc``, ``ca`` and ``tee``.
 
     The last three fields and ``platform_instance_id`` are known under the platform CA only.

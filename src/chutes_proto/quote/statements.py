@@ -20,7 +20,6 @@ from enum import StrEnum
 from operator import attrgetter
 from typing import Annotated, Any, Final, Generic, Protocol, TypeAlias, TypeVar
 
-from attrs import frozen
 from msgspec import UNSET, Meta, Struct, UnsetType, field
 from msgspec.json import Decoder, Encoder
 from msgspec.structs import astuple
@@ -54,8 +53,7 @@ _OF_MODULES: Final[Statuses] = {name: _OF_PLATFORMS[name] for name in ("UpToDate
 _OF_ENCLAVES: Final[Statuses] = {**_OF_MODULES, "ConfigurationNeeded": TcbStatus.CONFIGURATION_NEEDED}
 
 
-@frozen
-class Stated:
+class Stated(Struct, frozen=True):
     """What a level says of the TCBs that reach it; ``date`` (unix seconds) is when this was the TCB to have."""
 
     status: TcbStatus
@@ -63,8 +61,7 @@ class Stated:
     advisory_ids: tuple[str, ...]
 
 
-@frozen
-class PlatformLevel:
+class PlatformLevel(Struct, frozen=True):
     """A TCB level: reached with at least these SVNs, a byte for each component (``tdx`` is empty for SGX)."""
 
     sgx: bytes
@@ -73,16 +70,14 @@ class PlatformLevel:
     stated: Stated
 
 
-@frozen
-class SvnLevel:
+class SvnLevel(Struct, frozen=True):
     """A level of a TDX module or a quoting enclave: reached with at least this SVN."""
 
     svn: int
     stated: Stated
 
 
-@frozen
-class ModuleIdentity:
+class ModuleIdentity(Struct, frozen=True):
     """A TDX module of one major version: who signs it, with which attributes; levels, best first."""
 
     mr_signer: bytes
@@ -90,8 +85,7 @@ class ModuleIdentity:
     levels: tuple[SvnLevel, ...]
 
 
-@frozen
-class TcbInfo:
+class TcbInfo(Struct, frozen=True):
     """Levels of all platforms with one FMSPC and PCE-ID, best first; ``modules`` by id in capitals (``TDX_01``).
 
     ``module`` is the one TDX module before there were several.
@@ -109,8 +103,7 @@ class TcbInfo:
     modules: Mapping[str, ModuleIdentity]
 
 
-@frozen
-class QeIdentity:
+class QeIdentity(Struct, frozen=True):
     """The quoting enclave that may sign quotes of a TEE; levels, best first. Numbers are of the report's bytes."""
 
     tee: Tee
@@ -139,7 +132,7 @@ ReachedWith: TypeAlias = tuple[bytes, int, bytes]
 """SGX components, PCESVN, TDX components."""
 
 
-class _Object(Struct, rename="camel"):
+class _Object(Struct, rename="camel", gc=False):
     pass
 
 

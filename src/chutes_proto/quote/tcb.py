@@ -22,7 +22,7 @@ from collections.abc import Iterable
 from operator import ge
 from typing import Final
 
-from attrs import frozen
+from msgspec import Struct
 
 from chutes_proto.quote.layout import SgxReport, TdReport10, TdReport15
 from chutes_proto.quote.pck import PckIdentity
@@ -39,8 +39,7 @@ _NEEDS_CONFIGURATION: Final = frozenset(
 )
 
 
-@frozen
-class TcbAssessment:
+class TcbAssessment(Struct, frozen=True):
     """What the TCB levels say. ``status`` is the verdict on all of them; the parts are those at launch.
 
     ``current`` is the status of the present TCB where the report has one. ``date`` (unix seconds) is the earliest of

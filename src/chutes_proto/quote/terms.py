@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Final, TypeAlias
 
-from attrs import frozen
+from msgspec import Struct
 
 from chutes_proto.quote.steps import (
     CertificateExpired,
@@ -20,8 +20,7 @@ Window: TypeAlias = tuple[int, int]
 _LAST: Final = 253_402_300_799  # 9999-12-31T23:59:59Z, the last time that a certificate can say
 
 
-@frozen
-class Term:
+class Term(Struct, frozen=True):
     """The time of one piece: a certificate, or one of the collateral, which is made anew every few weeks."""
 
     subject: str

@@ -25,6 +25,7 @@ from hmac import compare_digest
 from typing import Final, TypeVar
 
 from attrs import frozen
+from msgspec import Struct
 
 from chutes_proto.quote import certificates, ecdsa
 from chutes_proto.quote.certificates import Certificate, Kind
@@ -126,8 +127,7 @@ class _Notes:
         return notes
 
 
-@frozen(eq=False)
-class PckChain:
+class PckChain(Struct, frozen=True, eq=False):
     """A PCK certificate that is the root's through its CA; ``chain`` is both in DER, without the root."""
 
     leaf: Certificate
