@@ -1,7 +1,8 @@
 """Taking turns: what is compared is measured alternately, so that a slow moment is everyone's.
 
-Turns are long, so that few of the times are of caches that are full of what had its turn before. One in which another
-process took the core is not counted: a long work meets more of them than a short one.
+Turns are long, so that few of the times are of caches that are full of what had its turn before. A time in which another
+process took the core is not counted: a long work meets more of them than a short one. Each work's time is the median of
+its quickest turn: on a machine that is shared, what makes a turn slower is the neighbours'.
 """
 
 from __future__ import annotations
@@ -23,29 +24,35 @@ def one_core() -> None:
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
 
-def microseconds(works: Mapping[str, tuple[Work, Work]], turns: int = 6, each: int = 100) -> dict[str, float]:
-    """The median time of each work, in turns of some repetitions.
+def microseconds(works: Mapping[str, tuple[Work, Work]], turns: int = 10, each: int = 100) -> dict[str, float]:
+    """The time of each work: the median of its quickest turn, in turns of some repetitions.
 
     A work is what prepares, which is not measured, and what is.
     """
-    times: dict[str, list[float]] = {name: [] for name in works}
-    interrupted: dict[str, list[float]] = {name: [] for name in works}
+    medians: dict[str, list[float]] = {name: [] for name in works}
     gc.collect()
     gc.disable()
     try:
         for _ in range(turns):
             for name, (prepare, work) in works.items():
-                for _ in range(each):
-                    _ = prepare()
-                    before = getrusage(RUSAGE_SELF).ru_nivcsw
-                    start = perf_counter()
-                    _ = work()
-                    time = perf_counter() - start
-                    quiet = getrusage(RUSAGE_SELF).ru_nivcsw == before
-                    (times if quiet else interrupted)[name].append(time)
+                medians[name].append(_turn(prepare, work, each))
     finally:
         gc.enable()
-    return {name: median(values or interrupted[name]) * 1e6 for name, values in times.items()}
+    return {name: min(found) * 1e6 for name, found in medians.items()}
+
+
+def _turn(prepare: Work, work: Work, each: int) -> float:
+    """Seconds, as a median."""
+    times: list[float] = []
+    interrupted: list[float] = []
+    for _ in range(each):
+        _ = prepare()
+        before = getrusage(RUSAGE_SELF).ru_nivcsw
+        start = perf_counter()
+        _ = work()
+        time = perf_counter() - start
+        (times if getrusage(RUSAGE_SELF).ru_nivcsw == before else interrupted).append(time)
+    return median(times or interrupted)
 
 
 def resident() -> int:

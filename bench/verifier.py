@@ -87,7 +87,7 @@ def _table(title: str, quote: bytes, collateral: bytes, now: int, root_der: byte
         | {f"bare {step}": (_nothing, work) for step, work in bare.items()}
         | {"dcap-qvl": (_nothing, dcap), "dcap-qvl parse only": (_nothing, lambda: dcap_qvl.parse_quote(quote))}
     )
-    print(f"{title}: microseconds, medians; dcap-qvl {dcap_qvl.version if isinstance(dcap_qvl.version, str) else ''}")
+    print(f"{title}: microseconds, medians of the quickest turns; dcap-qvl {dcap_qvl.version if isinstance(dcap_qvl.version, str) else ''}")
     print(
         f"  {'step':<22}{'ours':>8}{'dcap-qvl':>10}{'ours/theirs':>13}{'theirs/ours':>13}{'bare':>8}{'ours/bare':>11}"
     )

@@ -49,7 +49,7 @@ NEVER_IMPORTS: dict[str, tuple[str, ...]] = {
 """Which room never imports which others."""
 
 QUOTE = "chutes_proto.quote"
-QUOTE_MAY_IMPORT = ("attr", "attrs", "cryptography", QUOTE, f"{CORE}.ChutesError")
+QUOTE_MAY_IMPORT = ("attr", "attrs", "cryptography", "msgspec", QUOTE, f"{CORE}.ChutesError")
 """The verifier can be taken out and used alone: this and the (pure part of the) standard library is all it knows."""
 
 

@@ -9,6 +9,7 @@ from attrs import evolve, frozen
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from msgspec.structs import replace
 
 from chutes_proto.collateral.cache import (
     CachePolicy,
@@ -335,7 +336,7 @@ def test_nothing_is_replaced_by_what_is_older() -> None:
 def test_no_younger_crl_is_replaced_by_an_older_one_of_the_same_number() -> None:
     world = World()
     terms = world.warm().terms
-    younger = tuple(evolve(term, begin=term.begin + (60 if term.subject == "PCK CRL" else 0)) for term in terms)
+    younger = tuple(replace(term, begin=term.begin + (60 if term.subject == "PCK CRL" else 0)) for term in terms)
     world.cache.restore(verified(NOW, terms=younger))
     world.now += 61
     world.age = 30

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from attrs import evolve
+from msgspec.structs import replace
 
 from chutes_proto.collateral.library import Item, choose
 from chutes_proto.errors import CollateralUnavailable
@@ -33,8 +34,8 @@ def numbered(number: int, at: int = NOW) -> VerifiedCollateral:
     return evolve(
         content,
         proof=PROOF,
-        tcb_info=evolve(content.tcb_info, evaluation_number=number),
-        qe_identity=evolve(content.qe_identity, evaluation_number=number),
+        tcb_info=replace(content.tcb_info, evaluation_number=number),
+        qe_identity=replace(content.qe_identity, evaluation_number=number),
     )
 
 
@@ -52,7 +53,7 @@ def test_each_platform_gets_its_own() -> None:
     for platform in others:
         text = missing(items[0], wanted=identity(platform))
         assert f"no collateral for FMSPC {platform.fmspc.hex()}, {platform.ca} CA, TDX" in text
-    assert "SGX" in missing(items[0], wanted=evolve(identity(), tee="SGX"))
+    assert "SGX" in missing(items[0], wanted=replace(identity(), tee="SGX"))
 
 
 @pytest.mark.parametrize("now", [NOW - 1, END + 1])
@@ -99,7 +100,7 @@ def test_an_empty_place_is_named() -> None:
 def test_past_its_time_only_within_the_grace_and_only_where_nothing_is_valid() -> None:
     stale = verify_collateral(PLATFORM.collateral(NOW), now=NOW, root=ROOT, grace=60)
     ahead = evolve(
-        stale, proof=PROOF, tcb_info=evolve(stale.tcb_info, evaluation_number=99), qe_identity=stale.qe_identity
+        stale, proof=PROOF, tcb_info=replace(stale.tcb_info, evaluation_number=99), qe_identity=stale.qe_identity
     )
     fresh = verified(at=NOW + 10)
     assert choose([Item("", stale)], identity(), END + 60, "") is stale

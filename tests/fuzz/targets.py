@@ -31,6 +31,7 @@ from chutes_proto.errors import (
     UpstreamError,
 )
 from chutes_proto.luks.header import check_header
+from chutes_proto.quote import strict_json
 from chutes_proto.quote.certificates import (
     SGX_EXTENSION,
     check_kind,
@@ -136,10 +137,11 @@ def ders() -> list[bytes]:
 
 
 def check_statement(data: bytes) -> None:
-    """TCB info or QE identity, already signed, is read, or the verifier's one error says why not."""
+    """TCB info or QE identity, already signed, is read as `strict_json` would, or the verifier's one error says why."""
     for read in (read_tcb_info, read_qe_identity):
         with suppress(QuoteError):
-            _ = read(data)
+            value = read(data)
+            assert value == read(stdlib_json.dumps(strict_json.decode(data)).encode())
 
 
 def statements() -> list[bytes]:

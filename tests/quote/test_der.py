@@ -8,13 +8,13 @@ from datetime import UTC, datetime, timedelta
 from itertools import permutations
 from unittest.mock import Mock
 
-import attrs
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from chutes_proto.quote import certificates, der, ecdsa
 from chutes_proto.quote.certificates import (
@@ -211,7 +211,7 @@ END_ENTITY = read_certificate(PCK)
 def _with(extensions: dict[bytes, str | None]) -> Certificate:
     changed = {name: bytes.fromhex(value) for name, value in extensions.items() if value is not None}
     kept = {name: value for name, value in END_ENTITY.extensions.items() if name not in extensions}
-    return attrs.evolve(END_ENTITY, extensions={**kept, **changed})
+    return replace(END_ENTITY, extensions={**kept, **changed})
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_crls_of_another_kind(old: str, new: str) -> None:
 def test_a_crl_without_entries_revokes_nothing() -> None:
     assert revoked_serials(read_crl(collateral_of(PLATFORM).root_ca_crl)) == frozenset()
     with pytest.raises(DerError, match="entry"):
-        _ = revoked_serials(attrs.evolve(read_crl(CRL), der=bytes.fromhex("30020500"), entries=(0, 4)))
+        _ = revoked_serials(replace(read_crl(CRL), der=bytes.fromhex("30020500"), entries=(0, 4)))
 
 
 READERS: list[tuple[Callable[[bytes], object], bytes]] = [
@@ -411,9 +411,9 @@ def test_what_only_the_platform_ca_says_may_be_left_out(left_out: tuple[int, ...
     assert None not in (whole.platform_instance_id, whole.dynamic_platform, whole.cached_keys, whole.smt)
     expected = whole
     if 5 in left_out:
-        expected = attrs.evolve(expected, platform_instance_id=None)
+        expected = replace(expected, platform_instance_id=None)
     if 6 in left_out:
-        expected = attrs.evolve(expected, dynamic_platform=None, cached_keys=None, smt=None)
+        expected = replace(expected, dynamic_platform=None, cached_keys=None, smt=None)
     assert identity == expected
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -126,6 +127,8 @@ def _edited(text: bytes, **changes: Any) -> bytes:
     [
         {"tcbLevels__0__tcb__sgxtcbcomponents__3": {"svn": True}},
         {"tcbLevels__0__tcb__sgxtcbcomponents__3": {"svn": "1"}},
+        {"tcbLevels__0__tcb__sgxtcbcomponents__3": {"svn": 256}},
+        {"tcbLevels__0__tcb__tdxtcbcomponents__3": {"svn": -1}},
         {"tcbLevels__0__tcb__sgxtcbcomponents__3": {}},
         {"tcbLevels__0__tcb__sgxtcbcomponents__3": 3},
         {"tcbLevels__0__tcb__sgxtcbcomponents": {"svn": 1}},
@@ -143,6 +146,8 @@ def _edited(text: bytes, **changes: Any) -> bytes:
         {"tdxModuleIdentities__0__tcbLevels__0__tcbStatus": "ConfigurationNeeded"},
         {"tdxModuleIdentities__0__tcbLevels": []},
         {"version": "3"},
+        {"tcbType": 1},
+        {"tdxModule": None},
     ],
 )
 def test_tcb_info_that_cannot_be(changes: dict[str, Any]) -> None:
@@ -159,6 +164,35 @@ def test_a_component_too_many_makes_up_for_none_that_lacks(name: str) -> None:
         _ = read_tcb_info(json.dumps(table).encode())
 
 
+@pytest.mark.parametrize("name", ["tcbType", "tdxModule", "tdxModuleIdentities__0__mrsigner", "tcbLevels__0__tcbDate"])
+def test_tcb_info_without_what_it_needs(name: str) -> None:
+    *parents, last = name.split("__")
+    table = place = json.loads(TCB_INFO)
+    for parent in parents:
+        place = place[int(parent) if parent.isdigit() else parent]
+    del place[last]
+    with pytest.raises(JsonError, match=last):
+        _ = read_tcb_info(json.dumps(table).encode())
+
+
+@pytest.mark.parametrize("name", ["sgxtcbcomponents", "tdxtcbcomponents"])
+def test_seventeen_components(name: str) -> None:
+    table = json.loads(TCB_INFO)
+    table["tcbLevels"][0]["tcb"][name].append({"svn": 0})
+    with pytest.raises(JsonError, match="length <= 16"):
+        _ = read_tcb_info(json.dumps(table).encode())
+
+
+def test_a_statement_of_more_than_its_bound() -> None:
+    table = json.loads(TCB_INFO)
+    (level, *_) = table["tcbLevels"]
+    table["tcbLevels"] = [{**level, "tcb": {**level["tcb"], "pcesvn": n}} for n in range(4000)]
+    text = json.dumps(table, separators=(",", ":")).encode()
+    assert len(text) > strict_json.MAX_SIZE
+    with pytest.raises(JsonError, match="more than"):
+        _ = read_tcb_info(text)
+
+
 def test_levels_are_sorted_and_never_twice() -> None:
     table = json.loads(TCB_INFO)
     table["tcbLevels"].reverse()
@@ -172,16 +206,58 @@ def test_levels_are_sorted_and_never_twice() -> None:
         _ = read_tcb_info(json.dumps(table).encode())
 
 
+@pytest.mark.parametrize("name", ["tcbLevels", "tdxModuleIdentities__0__tcbLevels"])
+def test_a_level_twice(name: str) -> None:
+    levels = json.loads(TCB_INFO)
+    for key in name.split("__"):
+        levels = levels[int(key) if key.isdigit() else key]
+    twice = [*levels, {**levels[0], "tcbStatus": "OutOfDate"}]
+    with pytest.raises(JsonError, match="twice"):
+        _ = read_tcb_info(_edited(TCB_INFO, **{name: twice}))
+
+
+@pytest.mark.parametrize(
+    ("addition", "problem"),
+    [
+        (b'"version":3,', "a member twice: 'version'"),
+        (b'"future":{"a":1,"a":2},', "a member twice: 'a'"),
+        (b'"future":1.0,', "not whole"),
+        (b'"future":NaN,', "NaN"),
+        (b'"future":"\\ud800",', "surrogate"),
+        (b'"future":"\xff",', "not UTF-8"),
+        (b'"future":' + b"[" * 20 + b"]" * 20 + b",", "deeper"),
+        (b'"future":' + b"[" * 100_000 + b"]" * 100_000 + b",", "deeper"),
+        (b'"future":' + b"1" * 5000 + b",", "too long"),
+        (b" " * strict_json.MAX_SIZE, "more than"),
+    ],
+)
+@pytest.mark.parametrize(("text", "read"), [(TCB_INFO, read_tcb_info), (QE_IDENTITY, read_qe_identity)])
+def test_a_statement_that_could_mean_two_things(
+    text: bytes, read: Callable[[bytes], object], addition: bytes, problem: str
+) -> None:
+    with pytest.raises(JsonError, match=problem):
+        _ = read(b"{" + addition + text[1:])
+
+
+@pytest.mark.parametrize(("text", "read"), [(TCB_INFO, read_tcb_info), (QE_IDENTITY, read_qe_identity)])
+def test_a_statement_may_be_written_otherwise(text: bytes, read: Callable[[bytes], object]) -> None:
+    table = json.loads(text)
+    members = [*table.items(), ("future", {"level": [None, True, "1.0"]})]
+    for same in ({**table, "future": 5}, dict(reversed(members)), json.loads(text.decode())):
+        assert read(json.dumps(same, indent=1).encode()) == read(text)
+
+
 @given(st.sampled_from([TCB_INFO, QE_IDENTITY]), st.data())
 def test_mutated_statements(seed: bytes, data: st.DataObject) -> None:
     mutated = bytearray(seed)
     at = data.draw(st.integers(0, len(mutated) - 1))
     mutated[at : at + data.draw(st.integers(0, 6))] = data.draw(
-        st.sampled_from([b"", b"null", b"[]", b"{}", b"-1", b"1", b'"', b"x"])
+        st.sampled_from([b"", b"null", b"[]", b"{}", b"-1", b"1", b"1.0", b'"', b"x", b"\\u0031", b"\xe9", b" "])
     )
     for read in (read_tcb_info, read_qe_identity):
         with suppress(JsonError):
-            _ = read(bytes(mutated))
+            value = read(bytes(mutated))
+            assert value == read(json.dumps(decode(bytes(mutated))).encode())  # by our rules it is JSON, and says that
 
 
 # --- collateral files ---

@@ -9,6 +9,7 @@ import attrs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from chutes_proto.quote.attributes import RESERVED, AttributePolicy
 from chutes_proto.quote.errors import AppraisalError, PolicyError, Refusal
@@ -50,7 +51,7 @@ def _refused(policy: AnyPolicy, verdict: Verdict, stage: Stage = "boot") -> list
 def _report(**changes: Any) -> TdReport15:
     body = verdict_of(TD15).quote.body
     assert isinstance(body, TdReport15)
-    return attrs.evolve(body, **changes)
+    return replace(body, **changes)
 
 
 # --- the whole ---

@@ -14,6 +14,7 @@ import attrs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from chutes_proto.quote import verify as stages
 from chutes_proto.quote.collateral import VerifiedCollateral
@@ -319,7 +320,7 @@ def test_a_malleable_variant_is_another_one() -> None:
 
 
 def test_a_key_that_is_no_point_is_no_key() -> None:
-    certificate = attrs.evolve(open_quote(QUOTE, now=NOW, root=ROOT).chain.leaf, point=b"\x01" * 64)
+    certificate = replace(open_quote(QUOTE, now=NOW, root=ROOT).chain.leaf, point=b"\x01" * 64)
     with pytest.raises(CertificateFormat, match="no point"):
         _ = stages._key(certificate, "PCK certificate")
 
@@ -344,7 +345,7 @@ def test_a_mutated_chain(data: st.DataObject) -> None:
     at = data.draw(st.integers(0, len(mutated) - 1))
     mutated[at : at + data.draw(st.integers(0, 40))] = data.draw(st.binary(max_size=40))
     with suppress(VerificationError):
-        _ = open_quote(attrs.evolve(quote, certification=bytes(mutated)), now=NOW, root=ROOT)
+        _ = open_quote(replace(quote, certification=bytes(mutated)), now=NOW, root=ROOT)
 
 
 @given(st.sampled_from(sorted(attrs.asdict(collateral_of(PLATFORM)))), st.data())

@@ -4,8 +4,6 @@ Rules kept here:
 
 * TCB info of version 3, for SGX also of version 2; QE identity of version 2; everything that a verdict needs must be
   there, of its type, in its range; what is not known is ignored;
-* a text is what would be written for what was read of it, byte for byte, as Intel's are: then it can mean nothing else.
-  Or it is JSON by the rules of ``strict_json.py``;
 * levels are sorted here, best first, whatever their order in the text; no level stands twice;
 * nothing is verified here: who signed the text is ``verify.py``'s to check, over the text itself.
 
@@ -15,18 +13,28 @@ version 3 ("TCB Info V2").
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
-from operator import attrgetter
-from typing import Annotated, Any, Final, Generic, Protocol, TypeAlias, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
 
-from msgspec import UNSET, Meta, Struct, UnsetType, field
-from msgspec.json import Decoder, Encoder
-from msgspec.structs import astuple
+from msgspec import UNSET, Struct, UnsetType
 
-from chutes_proto.quote import strict_json
 from chutes_proto.quote.layout import Tee
+from chutes_proto.quote.statement_forms import (
+    KIND,
+    QE_IDENTITY,
+    TCB_INFO,
+    LevelForm,
+    ModuleForm,
+    ModuleIdentityForm,
+    ReachedWith,
+    TcbForm,
+    decode,
+    read,
+)
 from chutes_proto.quote.strict_json import JsonError, date, hexadecimal
+
+T = TypeVar("T")
 
 
 class TcbStatus(StrEnum):
@@ -119,163 +127,23 @@ class QeIdentity(Struct, frozen=True):
     levels: tuple[SvnLevel, ...]
 
 
-# --- the texts: objects with the members that Intel writes, in its order ---
-
-T = TypeVar("T")
-T_co = TypeVar("T_co", covariant=True)
-
-_Byte: TypeAlias = Annotated[int, Meta(ge=0, le=0xFF)]
-_U16: TypeAlias = Annotated[int, Meta(ge=0, le=0xFFFF)]
-_U32: TypeAlias = Annotated[int, Meta(ge=0, le=0xFFFF_FFFF)]
-
-ReachedWith: TypeAlias = tuple[bytes, int, bytes]
-"""SGX components, PCESVN, TDX components."""
-
-
-class _Object(Struct, rename="camel", gc=False):
-    pass
-
-
-class _Component(_Object):
-    svn: _Byte
-    category: str | UnsetType = UNSET
-    type: str | UnsetType = UNSET
-
-
-_Components: TypeAlias = Annotated[list[_Component], Meta(min_length=16, max_length=16)]
-_SVN: Final = attrgetter("svn")
-
-
-class _Tcb(Protocol[T_co]):
-    def reached_with(self) -> T_co:
-        """What a level is reached with; of two levels, the greater one is better."""
-        ...
-
-
-class _SgxTcb(_Object):
-    sgxtcbcomponents: _Components
-    pcesvn: _U16
-
-    def reached_with(self) -> ReachedWith:
-        return bytes(map(_SVN, self.sgxtcbcomponents)), self.pcesvn, b""
-
-
-class _TdxTcb(_SgxTcb):
-    tdxtcbcomponents: _Components
-
-    def reached_with(self) -> ReachedWith:
-        return (
-            bytes(map(_SVN, self.sgxtcbcomponents)),
-            self.pcesvn,
-            bytes(map(_SVN, self.tdxtcbcomponents)),
-        )
-
-
-class _NumberedTcb(_Object):
-    """Of version 2."""
-
-    __annotations__ = {**{f"sgxtcbcomp{i:02}svn": _Byte for i in range(1, 17)}, "pcesvn": _U16}
-
-    def reached_with(self) -> ReachedWith:
-        *components, pce_svn = astuple(self)
-        return bytes(components), pce_svn, b""
-
-
-class _SvnTcb(_Object):
-    isvsvn: _U16
-
-    def reached_with(self) -> int:
-        return self.isvsvn
-
-
-class _Level(_Object, Generic[T_co]):
-    tcb: T_co
-    tcb_date: str
-    tcb_status: str
-    advisory_ids: list[str] | UnsetType = field(default=UNSET, name="advisoryIDs")
-
-
-class _Module(_Object):
-    mrsigner: str
-    attributes: str
-    attributes_mask: str | UnsetType = UNSET
-
-
-class _ModuleWithLevels(_Object, kw_only=True):
-    id: str
-    mrsigner: str
-    attributes: str
-    attributes_mask: str | UnsetType = UNSET
-    tcb_levels: list[_Level[_SvnTcb]]
-
-
-class _TcbInfo(_Object, Generic[T], kw_only=True):
-    id: str | UnsetType = UNSET
-    version: _U32
-    issue_date: str
-    next_update: str
-    fmspc: str
-    pce_id: str
-    tcb_type: _U32
-    tcb_evaluation_data_number: _U32
-    tdx_module: _Module | UnsetType = UNSET
-    tdx_module_identities: list[_ModuleWithLevels] = field(default_factory=list)
-    tcb_levels: list[_Level[T]]
-
-
-class _QeIdentity(_Object):
-    id: str
-    version: _U32
-    issue_date: str
-    next_update: str
-    tcb_evaluation_data_number: _U32
-    miscselect: str
-    miscselect_mask: str
-    attributes: str
-    attributes_mask: str
-    mrsigner: str
-    isvprodid: _U16
-    tcb_levels: list[_Level[_SvnTcb]]
-
-
-class _Kind(_Object, kw_only=True):
-    """What says which of these a text is."""
-
-    id: str | UnsetType = UNSET
-    version: _U32
-    tcb_type: _U32 = 0
-
-
-_KIND: Final = Decoder(_Kind)
-_TCB_INFO: Final[Mapping[tuple[Tee, int], Decoder[_TcbInfo[Any]]]] = {
-    ("TDX", 3): Decoder(_TcbInfo[_TdxTcb]),
-    ("SGX", 3): Decoder(_TcbInfo[_SgxTcb]),
-    ("SGX", 2): Decoder(_TcbInfo[_NumberedTcb]),
-}
-_QE_IDENTITY: Final = Decoder(_QeIdentity)
-_ENCODER: Final = Encoder()
-
-
-# --- reading ---
-
-
 class StatementKindError(JsonError):
     """A statement of another kind: id, version or TCB type."""
 
 
 def read_tcb_info(text: bytes) -> TcbInfo:
     """Raises `JsonError`, as `StatementKindError` for a kind that is not read here."""
-    kind = _decode(text, _KIND)
+    kind = decode(text, KIND)
     name = "SGX" if kind.version == 2 and kind.id is UNSET else kind.id
     if name not in ("SGX", "TDX"):
         raise StatementKindError(f"id {name!r} is not of TCB info")
     tee: Tee = "TDX" if name == "TDX" else "SGX"
-    decoder = _TCB_INFO.get((tee, kind.version))
-    if decoder is None:
+    form = TCB_INFO.get((tee, kind.version))
+    if form is None:
         raise StatementKindError(f"version {kind.version} of TCB info for {tee} is not read here")
     if kind.tcb_type != 0:
         raise StatementKindError(f"TCB type {kind.tcb_type} is not read here")
-    info = _read(text, decoder)
+    info = read(text, form)
     if tee == "SGX":
         module, modules = None, {}
     elif info.tdx_module is UNSET:
@@ -298,12 +166,12 @@ def read_tcb_info(text: bytes) -> TcbInfo:
 
 def read_qe_identity(text: bytes) -> QeIdentity:
     """Raises `JsonError`, as `StatementKindError` for a kind that is not read here."""
-    kind = _decode(text, _KIND)
+    kind = decode(text, KIND)
     if kind.id not in ("QE", "TD_QE"):
         raise StatementKindError(f"id {kind.id!r} is not of a quoting enclave")
     if kind.version != 2:
         raise StatementKindError(f"version {kind.version} of QE identity is not read here")
-    identity = _read(text, _QE_IDENTITY)
+    identity = read(text, QE_IDENTITY)
     return QeIdentity(
         tee="TDX" if kind.id == "TD_QE" else "SGX",
         issued=date(identity.issue_date, "issueDate"),
@@ -319,27 +187,9 @@ def read_qe_identity(text: bytes) -> QeIdentity:
     )
 
 
-def _read(text: bytes, decoder: Decoder[T]) -> T:
-    """The text's value, if it can have no other."""
-    value = _decode(text, decoder)
-    if _ENCODER.encode(value) != text:
-        _ = strict_json.decode(text)
-    return value
-
-
-def _decode(text: bytes, decoder: Decoder[T]) -> T:
-    if len(text) > strict_json.MAX_SIZE:
-        raise JsonError(f"more than {strict_json.MAX_SIZE} bytes of JSON")
-    try:
-        return decoder.decode(text)
-    except (ValueError, RecursionError) as exc:
-        _ = strict_json.decode(text)  # says it better of what is no JSON
-        raise JsonError(f"not of its form: {exc}") from None
-
-
-def _modules(entries: Iterable[_ModuleWithLevels]) -> dict[str, ModuleIdentity]:
+def _modules(entries: Sequence[ModuleIdentityForm] | UnsetType) -> dict[str, ModuleIdentity]:
     modules: dict[str, ModuleIdentity] = {}
-    for entry in entries:
+    for entry in () if entries is UNSET else entries:
         name = entry.id.upper()
         if name in modules:
             raise JsonError(f"the TDX module identity {name!r} is there twice")
@@ -347,22 +197,22 @@ def _modules(entries: Iterable[_ModuleWithLevels]) -> dict[str, ModuleIdentity]:
     return modules
 
 
-def _module(entry: _Module | _ModuleWithLevels, levels: tuple[SvnLevel, ...]) -> ModuleIdentity:
+def _module(entry: ModuleForm | ModuleIdentityForm, levels: tuple[SvnLevel, ...]) -> ModuleIdentity:
     return ModuleIdentity(
         hexadecimal(entry.mrsigner, "mrsigner", 48), _little(entry.attributes, "attributes", 8), levels
     )
 
 
-def _platform_levels(entries: Sequence[_Level[_Tcb[ReachedWith]]]) -> tuple[PlatformLevel, ...]:
+def _platform_levels(entries: Sequence[LevelForm[TcbForm[ReachedWith]]]) -> tuple[PlatformLevel, ...]:
     levels = _levels(entries, _OF_PLATFORMS)
     return tuple([PlatformLevel(sgx, pce_svn, tdx, stated) for (sgx, pce_svn, tdx), stated in levels])
 
 
-def _svn_levels(entries: Sequence[_Level[_SvnTcb]], legal: Statuses) -> tuple[SvnLevel, ...]:
+def _svn_levels(entries: Sequence[LevelForm[TcbForm[int]]], legal: Statuses) -> tuple[SvnLevel, ...]:
     return tuple([SvnLevel(svn, stated) for svn, stated in _levels(entries, legal)])
 
 
-def _levels(entries: Sequence[_Level[_Tcb[T]]], legal: Statuses) -> list[tuple[T, Stated]]:
+def _levels(entries: Sequence[LevelForm[TcbForm[T]]], legal: Statuses) -> list[tuple[T, Stated]]:
     """What is stated of the TCBs that reach each level, best first."""
     levels = {entry.tcb.reached_with(): _stated(entry, legal) for entry in entries}
     if not levels:
@@ -372,7 +222,7 @@ def _levels(entries: Sequence[_Level[_Tcb[T]]], legal: Statuses) -> list[tuple[T
     return sorted(levels.items(), reverse=True)
 
 
-def _stated(entry: _Level[Any], legal: Statuses) -> Stated:
+def _stated(entry: LevelForm[Any], legal: Statuses) -> Stated:
     status = legal.get(entry.tcb_status)
     if status is None:
         raise JsonError("tcbStatus is not one that can be stated here")
