@@ -1,8 +1,8 @@
 """Taking turns: what is compared is measured alternately, so that a slow moment is everyone's.
 
-Turns are long, so that few of the times are of caches that are full of what had its turn before. A time in which another
-process took the core is not counted: a long work meets more of them than a short one. Each work's time is the median of
-its quickest turn: on a machine that is shared, what makes a turn slower is the neighbours'.
+Turns are long, so that few of the times are of caches that are full of what had its turn before. A time in which
+another process took the core is not counted: a long work meets more of them than a short one. Each work's time is the
+median of its quickest turn: on a machine that is shared, what makes a turn slower is the neighbours'.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The verifier beside dcap-qvl's wheel and beside the bare P-256 checks that each step cannot do without.
 
-Steps: ``cold`` has seen nothing; ``collateral verified`` has it as a `VerifiedCollateral`; ``PCK leaf seen`` also
-remembers the PCK chain; ``QE report seen`` also the quoting enclave. The bare checks are the same keys and messages,
-each key loaded from its bytes where the step must load it. dcap-qvl has one step only: all of it, each time.
+Steps: ``cold`` has seen nothing, and knows which root it trusts; ``collateral verified`` has it as a
+`VerifiedCollateral`; ``PCK leaf seen`` also remembers the PCK chain; ``QE report seen`` also the quoting enclave. The
+bare checks are the same keys and messages, each key loaded from its bytes where the step must load it. dcap-qvl has one
+step only: all of it, each time.
 
 Below each table are the parts of the two dearest steps, each in a loop of its own, and what it adds that each runs only
 once: caches and branch predictors are full of what ran before. The rest is the verifier's bookkeeping, and that the
@@ -17,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
@@ -87,7 +89,7 @@ def _table(title: str, quote: bytes, collateral: bytes, now: int, root_der: byte
         | {f"bare {step}": (_nothing, work) for step, work in bare.items()}
         | {"dcap-qvl": (_nothing, dcap), "dcap-qvl parse only": (_nothing, lambda: dcap_qvl.parse_quote(quote))}
     )
-    print(f"{title}: microseconds, medians of the quickest turns; dcap-qvl {dcap_qvl.version if isinstance(dcap_qvl.version, str) else ''}")
+    print(f"{title}: microseconds, medians of the quickest turns; dcap-qvl {version('dcap-qvl')}")
     print(
         f"  {'step':<22}{'ours':>8}{'dcap-qvl':>10}{'ours/theirs':>13}{'theirs/ours':>13}{'bare':>8}{'ours/bare':>11}"
     )
@@ -187,7 +189,8 @@ def _bare_checks(data: bytes, pieces: Collateral, root: TrustedRoot) -> dict[str
     tcb_signer = certificates.read_certificate(certificates.read_pem(pieces.tcb_info_issuer_chain)[0])
     root_crl, pck_crl = certificates.read_crl(pieces.root_ca_crl), certificates.read_crl(pieces.pck_crl)
     load, check, check_raw = ecdsa.load_point, ecdsa.verify, ecdsa.verify_raw
-    issuer_key, leaf_key, quote_key = load(issuer.point), load(leaf.point), load(quote.attestation_key)
+    root_key, issuer_key = load(root.point), load(issuer.point)
+    leaf_key, quote_key = load(leaf.point), load(quote.attestation_key)
 
     def qe_report_seen() -> None:
         check_raw(quote_key, quote.signature, quote.signed)
@@ -202,7 +205,6 @@ def _bare_checks(data: bytes, pieces: Collateral, root: TrustedRoot) -> dict[str
         check_raw(load(quote.attestation_key), quote.signature, quote.signed)
 
     def cold() -> None:
-        root_key = load(root.point)
         check(root_key, root_crl.signature, root_crl.signed)
         check(root_key, issuer.signature, issuer.signed)
         key = load(issuer.point)

@@ -185,8 +185,9 @@ def revoked_serials(crl: Crl) -> frozenset[bytes]:
         end = begin + data[start + 1] if stop > begin else start
         if tag != der.SEQUENCE or not start < end < stop:
             raise DerError("an entry that is none")
-        if data[start] == der.INTEGER and 0 < data[begin] < 0x80 and end - begin <= 20:  # as nearly all are
-            add(data[begin:end])
+        sign = data[begin] == 0
+        if data[start] == der.INTEGER and 0 < end - begin - sign <= 20 and (data[begin + sign] > 0x7F) == sign:
+            add(data[begin:end])  # as nearly all are
         else:
             add(der.unsigned(data, (data[start], start, begin, end), size=20))
     return frozenset(serials)

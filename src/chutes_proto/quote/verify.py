@@ -392,7 +392,7 @@ def verify(
 
 def forget() -> None:
     """Drop what is remembered of verified chains and quoting enclaves. It costs time, nothing else."""
-    for remembered in (_root_key, _root_terms, _issued_by_root, _signer, _pck_chain, _quoting_enclave):
+    for remembered in (_root_terms, _issued_by_root, _signer, _pck_chain, _quoting_enclave):
         remembered.cache_clear()
 
 
@@ -495,6 +495,7 @@ def _issued_by_root(
 
 @lru_cache(maxsize=16)
 def _root_key(root: TrustedRoot) -> EllipticCurvePublicKey:
+    """Not among what `forget` drops: who is trusted is the caller's to say, and nothing that was verified."""
     return ecdsa.load_point(root.point)
 
 
