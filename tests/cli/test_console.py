@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from chutes_proto.cli.console import moment
-from tests.cli.conftest import Ended
+from tests.cli.conftest import PROGRAM, Ended
 
 
 @pytest.mark.parametrize(
@@ -59,3 +60,15 @@ def test_every_time_to_judge_at_is_said_in_the_same_forms(
     assert (wrong.code, "argument --at: a time is a date or" in wrong.err) == (2, True)
     for at in ("2026-11-28", "2026-11-28T00:00:00Z", 1_780_000_000):
         assert "--at" not in command(*words, "--at", at).err
+
+
+@pytest.mark.parametrize("words", [("openapi",), ("--help",), ("demo", "--help")], ids=" ".join)
+def test_a_full_disk_behind_standard_output_is_told(words: tuple[str, ...]) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [*PROGRAM, *words], stdout=full, stderr=subprocess.PIPE, text=True, timeout=30, check=False
+        )
+    assert (done.returncode, done.stderr) == (
+        2,
+        "chutes-proto: [Errno 28] No space left on device: 'standard output'\n",
+    )

@@ -77,14 +77,24 @@ def clean(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
+def out(text: str, end: str = "\n") -> None:
+    """Write to standard output, at once; what keeps it from being written is raised with that name."""
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as exc:
+        raise OSError(exc.errno, exc.strerror, "standard output") from None
+
+
 def say(text: str = "") -> None:
     """One line of the result."""
-    print(clean(text), flush=True)
+    out(clean(text))
 
 
 def say_json(value: object) -> None:
     """The result as one JSON object on one line."""
-    print(json.dumps(value), flush=True)
+    out(json.dumps(value))
 
 
 def tell(text: str) -> None:

@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None, *, commands: Sequence[str] = COMMAND
             stream.reconfigure(errors="backslashreplace")
     try:
         code = _run(sys.argv[1:] if argv is None else argv, commands)
-        print(end="", flush=True)
+        console.out("", end="")
     except OSError as exc:
         # What is still buffered for standard output would fail again when Python ends.
         _ = os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 from chutes_proto.cli import console
 
@@ -23,5 +22,5 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> int:
     from chutes_proto.wire import openapi
 
-    _ = sys.stdout.write(openapi.document().decode("ascii") + "\n")
+    console.out(openapi.document().decode("ascii"))
     return console.GRANTED
