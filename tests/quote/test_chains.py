@@ -207,4 +207,5 @@ def test_forget_drops_all_that_was_verified() -> None:
     _ = verdict_of(PLATFORM)
     assert [name for name, function in found.items() if function.cache_info().currsize == 0] == []
     forget()
-    assert [name for name, function in found.items() if function.cache_info().currsize > 0] == []
+    kept = [name for name, function in found.items() if function.cache_info().currsize > 0]
+    assert kept == ["chutes_proto.quote.verify._root_key"]  # who is trusted is the caller's to say
