@@ -34,6 +34,7 @@ from typing import Any
 from attrs import evolve, frozen
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from chutes_proto.blocking import sqlite
 from chutes_proto.blocking.postgres import PostgresStore
 from chutes_proto.blocking.sqlite import SqliteStore
 from chutes_proto.blocking.stores import StorePlace
@@ -183,8 +184,8 @@ def _bare_store() -> tuple[float, float]:
         with closing(SqliteStore(path)) as store:
             units = [_units(store, f"{caller}", SYNCS // 64) for caller in range(64)]
         with closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as connection:
-            for setting in ("journal_mode = wal", "synchronous = full", "foreign_keys = on"):
-                _ = connection.execute(f"PRAGMA {setting}").fetchone()
+            for setting, value in sqlite._SETTINGS:
+                _ = connection.execute(f"PRAGMA {setting} = {value}").fetchone()
             _ = connection.execute("BEGIN")
             works = [[_bare_sync(connection, unit) for unit in caller] for caller in units]
             _ = connection.execute("ROLLBACK")

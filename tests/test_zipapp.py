@@ -165,6 +165,25 @@ def test_nothing_of_the_server_is_in_it(agent: Path) -> None:
     assert rooms.isdisjoint(f"chutes_proto/{room}" for room in ("server", "store", "units", "keys"))
 
 
+def test_all_that_is_in_it_can_be_imported(agent: Path) -> None:
+    with zipfile.ZipFile(agent) as archive:
+        files = [Path(name) for name in archive.namelist() if name.startswith("chutes_proto/") and name.endswith(".py")]
+    names = [".".join(file.parent.parts if file.stem == "__init__" else file.with_suffix("").parts) for file in files]
+    imports = "; ".join(f"import {name}" for name in names if not name.endswith("__main__"))
+    code = f"import sys; sys.path.insert(0, {str(agent)!r}); {imports}"
+    done = subprocess.run([SYSTEM, "-I", "-c", code], capture_output=True, text=True, env={}, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_simulated_platform_is_told_not_to_be_in_it(agent: Path) -> None:
+    make = "from chutes_proto.blocking.quoting import make_quoter; make_quoter('simulated:/tmp')"
+    code = f"import sys; sys.path.insert(0, {str(agent)!r}); {make}"
+    done = subprocess.run([SYSTEM, "-I", "-c", code], capture_output=True, text=True, env={}, check=False)
+    assert done.stderr.splitlines()[-1].startswith(
+        "chutes_proto.errors.ConfigurationError: the simulated platform is not"
+    )
+
+
 def test_settings_that_cannot_be_read_are_named(agent: Path, tmp_path: Path) -> None:
     settings = tmp_path / "agent.toml"
     _ = settings.write_text(json.dumps("text"))

@@ -124,9 +124,15 @@ def modules() -> set[str]:
 
 
 def _fits(name: str) -> bool:
-    """Whether all that a module needs when it is imported is there."""
+    """Whether all that is imported when a module is, is there."""
     allowed = {PACKAGE, *BUNDLED, *THERE, *sys.stdlib_module_names}
-    return all(other.partition(".")[0] in allowed for other in _imports(name, later=False))
+    needed: set[str] = set()
+    waiting = [name]
+    while waiting:
+        here = set(_imports(waiting.pop(), later=False)) - needed
+        needed |= here
+        waiting += [other for other in here if other.startswith(PACKAGE)]
+    return all(other.partition(".")[0] in allowed for other in needed)
 
 
 def _imports(name: str, *, later: bool = True) -> list[str]:

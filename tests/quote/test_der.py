@@ -310,6 +310,24 @@ def test_a_crl_without_entries_revokes_nothing() -> None:
         _ = revoked_serials(replace(read_crl(CRL), der=bytes.fromhex("30020500"), entries=(0, 4)))
 
 
+def _revoked(serial: bytes) -> frozenset[bytes]:
+    """The serial numbers of a list with one entry, whose INTEGER has this content."""
+    entry = bytes([0x02, len(serial)]) + serial + bytes.fromhex("170d") + b"260101000000Z"
+    whole = bytes([0x30, len(entry)]) + entry
+    return revoked_serials(replace(read_crl(CRL), der=whole, entries=(0, len(whole))))
+
+
+@pytest.mark.parametrize("serial", ["00", "01", "7f", "0080", "00ff", "0100", "01" + "ff" * 19, "00" + "ff" * 20])
+def test_serial_numbers(serial: str) -> None:
+    assert _revoked(bytes.fromhex(serial)) == {bytes.fromhex(serial)}
+
+
+@pytest.mark.parametrize("serial", ["", "80", "ff01", "0000", "007f", "000080", "01" + "00" * 20, "00" + "ff" * 21])
+def test_serial_numbers_that_are_none(serial: str) -> None:
+    with pytest.raises(DerError):
+        _ = _revoked(bytes.fromhex(serial))
+
+
 READERS: list[tuple[Callable[[bytes], object], bytes]] = [
     (lambda data: certificates.check_kind(read_certificate(data), "end entity"), PCK),
     (lambda data: certificates.check_kind(read_certificate(data), "CA"), CHAIN[1]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -14,13 +15,27 @@ from hypothesis import strategies as st
 from chutes_proto.quote import strict_json
 from chutes_proto.quote.collateral import Collateral
 from chutes_proto.quote.errors import CollateralFormatError
-from chutes_proto.quote.statements import read_qe_identity, read_tcb_info
+from chutes_proto.quote.statements import StatementKindError, read_qe_identity, read_tcb_info
 from chutes_proto.quote.strict_json import MAX_DEPTH, JsonError, decode
 from tests.quote.simulated import PLATFORM, collateral_of
 
 FILE = PLATFORM.collateral_json(1_800_000_000)
 TCB_INFO = collateral_of(PLATFORM).tcb_info
 QE_IDENTITY = collateral_of(PLATFORM).qe_identity
+SVNS = {f"sgxtcbcomp{number:02}svn": number for number in range(1, 17)}
+NUMBERED = json.dumps(
+    {
+        "version": 2,
+        **{name: json.loads(TCB_INFO)[name] for name in ("issueDate", "nextUpdate", "fmspc", "pceId", "tcbType")},
+        "tcbEvaluationDataNumber": 17,
+        "tcbLevels": [
+            {"tcb": {**SVNS, "pcesvn": 13}, "tcbDate": "2026-01-01T00:00:00Z", "tcbStatus": "UpToDate"},
+            {"tcb": {**SVNS, "pcesvn": 11}, "tcbDate": "2025-01-01T00:00:00Z", "tcbStatus": "OutOfDate"},
+        ],
+    },
+    separators=(",", ":"),
+).encode()
+"""TCB info of version 2, for SGX."""
 
 
 @pytest.mark.parametrize(
@@ -164,6 +179,65 @@ def test_a_component_too_many_makes_up_for_none_that_lacks(name: str) -> None:
         _ = read_tcb_info(json.dumps(table).encode())
 
 
+def test_tcb_info_of_version_2() -> None:
+    info = read_tcb_info(NUMBERED)
+    assert (info.tee, info.version, info.evaluation_number) == ("SGX", 2, 17)
+    assert [(level.sgx, level.pce_svn, level.tdx) for level in info.levels] == [
+        (bytes(range(1, 17)), 13, b""),
+        (bytes(range(1, 17)), 11, b""),
+    ]
+
+
+@pytest.mark.parametrize("change", [*({name: 256} for name in SVNS), {"sgxtcbcomp07svn": -1}, {"pcesvn": 65536}])
+def test_tcb_info_of_version_2_that_cannot_be(change: dict[str, int]) -> None:
+    (name, value), *_ = change.items()
+    with pytest.raises(JsonError, match=name):
+        _ = read_tcb_info(_edited(NUMBERED, **{f"tcbLevels__0__tcb__{name}": value}))
+
+
+@pytest.mark.parametrize("name", [*SVNS, "pcesvn"])
+def test_tcb_info_of_version_2_without_an_svn(name: str) -> None:
+    table = json.loads(NUMBERED)
+    del table["tcbLevels"][1]["tcb"][name]
+    with pytest.raises(JsonError, match=name):
+        _ = read_tcb_info(json.dumps(table).encode())
+
+
+@pytest.mark.parametrize(
+    "changes", [{"isvprodid": 65536}, {"isvprodid": -1}, {"tcbLevels__0__tcb__isvsvn": 65536}, {"mrsigner": "00"}]
+)
+def test_a_qe_identity_that_cannot_be(changes: dict[str, Any]) -> None:
+    with pytest.raises(JsonError):
+        _ = read_qe_identity(_edited(QE_IDENTITY, **changes))
+
+
+def test_what_a_statement_does_not_have_is_not_looked_at() -> None:
+    assert read_qe_identity(_edited(QE_IDENTITY, tcbType="x")) == read_qe_identity(QE_IDENTITY)
+    assert read_tcb_info(_edited(NUMBERED, tdxModule=None)) == read_tcb_info(NUMBERED)
+
+
+@pytest.mark.parametrize(("text", "read"), [(TCB_INFO, read_tcb_info), (QE_IDENTITY, read_qe_identity)])
+def test_a_statement_of_no_kind(text: bytes, read: Callable[[bytes], object]) -> None:
+    table = json.loads(text)
+    del table["id"]
+    with pytest.raises(JsonError, match="id is missing") as raised:
+        _ = read(json.dumps(table).encode())
+    assert not isinstance(raised.value, StatementKindError)
+
+
+@pytest.mark.parametrize("changes", [{"id": "TD"}, {"version": 4}])
+@pytest.mark.parametrize(("text", "read"), [(TCB_INFO, read_tcb_info), (QE_IDENTITY, read_qe_identity)])
+def test_a_statement_of_another_kind_is_one_if_it_can_mean_nothing_else(
+    text: bytes, read: Callable[[bytes], object], changes: dict[str, Any]
+) -> None:
+    other = _edited(text, **changes)
+    with pytest.raises(StatementKindError):
+        _ = read(other)
+    with pytest.raises(JsonError, match="twice") as raised:
+        _ = read(b'{"x":1,"x":2,' + other[1:])
+    assert not isinstance(raised.value, StatementKindError)
+
+
 @pytest.mark.parametrize("name", ["tcbType", "tdxModule", "tdxModuleIdentities__0__mrsigner", "tcbLevels__0__tcbDate"])
 def test_tcb_info_without_what_it_needs(name: str) -> None:
     *parents, last = name.split("__")
@@ -247,17 +321,24 @@ def test_a_statement_may_be_written_otherwise(text: bytes, read: Callable[[bytes
         assert read(json.dumps(same, indent=1).encode()) == read(text)
 
 
-@given(st.sampled_from([TCB_INFO, QE_IDENTITY]), st.data())
-def test_mutated_statements(seed: bytes, data: st.DataObject) -> None:
-    mutated = bytearray(seed)
-    at = data.draw(st.integers(0, len(mutated) - 1))
-    mutated[at : at + data.draw(st.integers(0, 6))] = data.draw(
-        st.sampled_from([b"", b"null", b"[]", b"{}", b"-1", b"1", b"1.0", b'"', b"x", b"\\u0031", b"\xe9", b" "])
-    )
+PUT = [
+    *(b'"x":1,"x":2,', b'"x":1.0,', b'"svn":1,', b'"\\u0069d":"TDX",', b'"version":3,', b'"x":"\\ud800",'),
+    *(b"-", b"1", b"1.0,", b" ", b"null", b"[]", b"{}", b'"', b"\\u0031", b"\xe9", b""),
+]
+
+
+@given(st.sampled_from([TCB_INFO, QE_IDENTITY, NUMBERED]), st.sampled_from(PUT), st.integers(0, 2), st.data())
+def test_what_is_read_of_a_mutated_statement_is_all_that_it_says(
+    text: bytes, new: bytes, gone: int, data: st.DataObject
+) -> None:
+    at = data.draw(st.sampled_from([match.end() for match in re.finditer(rb"[{,:]", text)]))
+    mutated = text[:at] + new + text[at + gone :]
     for read in (read_tcb_info, read_qe_identity):
-        with suppress(JsonError):
-            value = read(bytes(mutated))
-            assert value == read(json.dumps(decode(bytes(mutated))).encode())  # by our rules it is JSON, and says that
+        try:
+            value = read(mutated)
+        except JsonError:
+            continue
+        assert value == read(json.dumps(decode(mutated)).encode())
 
 
 # --- collateral files ---

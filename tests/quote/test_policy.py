@@ -70,7 +70,7 @@ def test_an_honest_platform_is_accepted_in_its_stage() -> None:
 def test_an_appraisal_is_not_made_by_hand() -> None:
     appraisal = POLICY.appraise(verdict_of(PLATFORM), stage="boot")
     with pytest.raises(TypeError, match="proves a check"):
-        _ = Appraisal(verdict=appraisal.verdict, stage="boot", matched=PROFILE, proof=None)
+        _ = Appraisal(verdict=appraisal.verdict, stage="boot", matched=PROFILE, proof=None)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="proves a check"):
         _ = attrs.evolve(appraisal, stage="runtime")
 

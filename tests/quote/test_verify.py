@@ -11,11 +11,13 @@ from contextlib import suppress
 from typing import Any
 
 import attrs
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from chutes_proto.quote import certificates, layout, pck, statements, tcb, terms
 from chutes_proto.quote import verify as stages
 from chutes_proto.quote.collateral import VerifiedCollateral
 from chutes_proto.quote.errors import QuoteFormatError, VerificationError
@@ -233,10 +235,20 @@ def test_no_proof_can_be_made_by_hand() -> None:
             _ = type(value)(**fields)
         with pytest.raises(TypeError, match="proves a check"):
             _ = attrs.evolve(value)
+        with pytest.raises((TypeError, msgspec.ValidationError)):  # and by no decoder
+            _ = msgspec.convert(fields, type(value))
         with pytest.raises(attrs.exceptions.FrozenInstanceError):
             value.root = INTEL_ROOT  # type: ignore[misc]
         assert "PROOF" not in repr(value)
     assert copy.copy(verdict).tcb_status == verdict.tcb_status
+
+
+def test_values_are_frozen() -> None:
+    rooms = [layout, certificates, pck, terms, statements, tcb, stages]
+    kinds = {kind for room in rooms for kind in vars(room).values() if isinstance(kind, type(msgspec.Struct))}
+    values = {kind for kind in kinds if not kind.__name__.endswith("Form") and kind is not msgspec.Struct}
+    assert len(values) > 15
+    assert [kind for kind in values if not kind.__struct_config__.frozen] == []
 
 
 @pytest.mark.parametrize("kind", [OpenedQuote, VerifiedCollateral, Verdict])

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 from chutes_proto.client.quoters import parse_quoter
-from chutes_proto.errors import LocalProtocolError, QuoteUnavailable
+from chutes_proto.errors import ConfigurationError, LocalProtocolError, QuoteUnavailable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -148,7 +148,12 @@ def _simulated(directory: str | Path | None, stage: Stage) -> Quoter:
     import time
     from functools import partial
 
-    from chutes_proto.blocking.platform import open_platform, platform_directory
+    try:
+        from chutes_proto.blocking.platform import open_platform, platform_directory
+    except ModuleNotFoundError:  # the agent as one file
+        raise ConfigurationError(
+            'the simulated platform is not in this agent; install chutes-proto, or say quoter = "command:..."'
+        ) from None
 
     record = open_platform(directory or platform_directory(os.environ), int(time.time()))
     return partial(record.platform.quote, stage=stage)

@@ -131,12 +131,13 @@ def read_statement(body: bytes, name: str) -> tuple[bytes, bytes]:
         if not isinstance(table, dict):
             raise strict_json.JsonError("not a JSON object")
         members = cast("Mapping[str, object]", table)
-        kind: type[dict[str, object]] = dict
-        _ = strict_json.member(members, name, kind)
-        signature = strict_json.hexadecimal(strict_json.member(members, "signature", str), "signature", 64)
+        signature = members.get("signature")
+        if not isinstance(members.get(name), dict) or not isinstance(signature, str):
+            raise strict_json.JsonError(f"{name} is no object, or signature no string")
+        signed_with = strict_json.hexadecimal(signature, "signature", 64)
     except strict_json.JsonError as exc:
         raise UpstreamError(f"{name}: {exc}") from None
-    return _member_text(body.decode("utf-8"), name).encode("utf-8"), signature
+    return _member_text(body.decode("utf-8"), name).encode("utf-8"), signed_with
 
 
 def read_chain(response: HttpResponse, name: str) -> bytes:

@@ -30,7 +30,7 @@ from attrs import field, frozen
 
 from chutes_proto.errors import HeaderRejected
 from chutes_proto.quote import strict_json
-from chutes_proto.quote.proof import PROOF, proven
+from chutes_proto.quote.proof import PROOF, Proof, proven
 
 PRIMARY: Final = b"LUKS\xba\xbe"
 SECONDARY: Final = b"SKUL\xba\xbe"
@@ -85,7 +85,7 @@ class CheckedHeader:
     whole: bool
     slots: tuple[tuple[int, int], ...]
     area: bytes = field(repr=False)
-    proof: None = proven()
+    proof: Proof = proven()
 
 
 @frozen

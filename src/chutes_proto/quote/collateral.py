@@ -22,7 +22,7 @@ from chutes_proto.quote import strict_json
 from chutes_proto.quote.errors import CollateralFormatError
 from chutes_proto.quote.layout import Tee
 from chutes_proto.quote.pck import Ca
-from chutes_proto.quote.proof import proven
+from chutes_proto.quote.proof import Proof, proven
 from chutes_proto.quote.roots import TrustedRoot
 from chutes_proto.quote.statements import QeIdentity, TcbInfo
 from chutes_proto.quote.steps import Checked
@@ -103,7 +103,7 @@ class VerifiedCollateral:
     window: Window
     grace: int
     checked: tuple[Checked, ...] = field(repr=False)
-    proof: None = proven()
+    proof: Proof = proven()
 
     @property
     def tee(self) -> Tee:

@@ -30,7 +30,7 @@ from attrs import frozen
 
 from chutes_proto.quote.errors import QuoteError
 from chutes_proto.quote.measurements import REGISTERS, Rtmrs
-from chutes_proto.quote.proof import PROOF, proven
+from chutes_proto.quote.proof import PROOF, Proof, proven
 
 __all__ = [
     "Difference",
@@ -226,7 +226,7 @@ class ReplayedLog:
     """
 
     log: EventLog
-    proof: None = proven()
+    proof: Proof = proven()
 
     @property
     def secure_boot(self) -> bool | None:

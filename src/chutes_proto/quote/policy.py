@@ -24,7 +24,7 @@ from chutes_proto.quote.errors import AppraisalError, PolicyError, Refusal
 from chutes_proto.quote.identity import IdentityPolicy, read_identity
 from chutes_proto.quote.layout import SgxAttributes, SgxReport
 from chutes_proto.quote.measurements import Profile, Stage, read_profiles, read_toml
-from chutes_proto.quote.proof import PROOF, proven
+from chutes_proto.quote.proof import PROOF, Proof, proven
 from chutes_proto.quote.statements import Stated, TcbStatus
 from chutes_proto.quote.tables import Table
 from chutes_proto.quote.tcb import OUT_OF_DATE
@@ -177,7 +177,7 @@ class Appraisal:
     verdict: Verdict
     stage: Stage
     matched: Profile | None
-    proof: None = proven()
+    proof: Proof = proven()
 
     @property
     def profile(self) -> Profile:

@@ -1,7 +1,8 @@
 """Values that prove a check can only be made by it.
 
-A class that declares ``proof: None = proven()`` needs ``proof=PROOF`` when it is made, and ``attrs.evolve`` cannot make
-an altered one. Only the checks themselves pass `PROOF`.
+A class that declares ``proof: Proof = proven()`` needs ``proof=PROOF`` when it is made. ``attrs.evolve`` cannot make an
+altered one, nor can a decoder: msgspec takes the types of fields for what to decode, and calls no converters. Only the
+checks themselves pass `PROOF`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,12 @@ from typing import Any, Final, cast
 
 from attrs import field
 
-PROOF: Final[Any] = object()
+
+class Proof:
+    """What nothing decodes to."""
+
+
+PROOF: Final = Proof()
 
 
 def _redeem(proof: object) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import Annotated, Any, Final, Generic, Protocol, TypeAlias, TypeVar
 
-from msgspec import UNSET, Meta, Struct, UnsetType, field
+from msgspec import UNSET, Meta, MsgspecError, Struct, UnsetType, field
 from msgspec.json import Decoder, Encoder
 from msgspec.structs import astuple
 
@@ -112,7 +112,7 @@ class ModuleIdentityForm(_Object, kw_only=True):
     tcb_levels: list[LevelForm[_SvnTcb]]
 
 
-class TcbInfoForm(_Object, Generic[T], kw_only=True):
+class _TcbInfoForm(_Object, kw_only=True):
     id: str | UnsetType = UNSET
     version: _U32
     issue_date: str
@@ -121,9 +121,16 @@ class TcbInfoForm(_Object, Generic[T], kw_only=True):
     pce_id: str
     tcb_type: _U32
     tcb_evaluation_data_number: _U32
-    tdx_module: ModuleForm | UnsetType = UNSET
-    tdx_module_identities: list[ModuleIdentityForm] | UnsetType = UNSET
+
+
+class SgxTcbInfoForm(_TcbInfoForm, Generic[T], kw_only=True):
     tcb_levels: list[LevelForm[T]]
+
+
+class TdxTcbInfoForm(_TcbInfoForm, kw_only=True):
+    tdx_module: ModuleForm
+    tdx_module_identities: list[ModuleIdentityForm] | UnsetType = UNSET
+    tcb_levels: list[LevelForm[_TdxTcb]]
 
 
 class QeIdentityForm(_Object):
@@ -146,15 +153,20 @@ class KindForm(_Object, kw_only=True):
 
     id: str | UnsetType = UNSET
     version: _U32
-    tcb_type: _U32 = 0
 
 
-KIND: Final = Decoder(KindForm)
-TCB_INFO: Final[Mapping[tuple[Tee, int], Decoder[TcbInfoForm[Any]]]] = {
-    ("TDX", 3): Decoder(TcbInfoForm[_TdxTcb]),
-    ("SGX", 3): Decoder(TcbInfoForm[_SgxTcb]),
-    ("SGX", 2): Decoder(TcbInfoForm[_NumberedTcb]),
+class TcbInfoKindForm(KindForm, kw_only=True):
+    tcb_type: _U32
+
+
+QE_IDENTITY_KIND: Final = Decoder(KindForm)
+TCB_INFO_KIND: Final = Decoder(TcbInfoKindForm)
+TCB_INFO: Final[Mapping[tuple[Tee, int], Decoder[Any]]] = {
+    ("TDX", 3): Decoder(TdxTcbInfoForm),
+    ("SGX", 3): Decoder(SgxTcbInfoForm[_SgxTcb]),
+    ("SGX", 2): Decoder(SgxTcbInfoForm[_NumberedTcb]),
 }
+"""Forms by TEE and version; each decodes to a `TdxTcbInfoForm` or `SgxTcbInfoForm`."""
 QE_IDENTITY: Final = Decoder(QeIdentityForm)
 _ENCODER: Final = Encoder()
 
@@ -173,6 +185,6 @@ def decode(text: bytes, form: Decoder[T]) -> T:
         raise JsonError(f"more than {strict_json.MAX_SIZE} bytes of JSON")
     try:
         return form.decode(text)
-    except (ValueError, RecursionError) as exc:
+    except (MsgspecError, ValueError, RecursionError) as exc:
         _ = strict_json.decode(text)  # says it better of what is no JSON
         raise JsonError(f"not of its form: {exc}") from None

@@ -19,16 +19,21 @@ from typing import Any, Final, TypeAlias, TypeVar
 
 from msgspec import UNSET, Struct, UnsetType
 
+from chutes_proto.quote import strict_json
 from chutes_proto.quote.layout import Tee
 from chutes_proto.quote.statement_forms import (
-    KIND,
     QE_IDENTITY,
+    QE_IDENTITY_KIND,
     TCB_INFO,
+    TCB_INFO_KIND,
+    KindForm,
     LevelForm,
     ModuleForm,
     ModuleIdentityForm,
     ReachedWith,
+    SgxTcbInfoForm,
     TcbForm,
+    TdxTcbInfoForm,
     decode,
     read,
 )
@@ -133,22 +138,19 @@ class StatementKindError(JsonError):
 
 def read_tcb_info(text: bytes) -> TcbInfo:
     """Raises `JsonError`, as `StatementKindError` for a kind that is not read here."""
-    kind = decode(text, KIND)
-    name = "SGX" if kind.version == 2 and kind.id is UNSET else kind.id
+    kind = decode(text, TCB_INFO_KIND)
+    name = "SGX" if kind.version == 2 and kind.id is UNSET else _id(kind)
     if name not in ("SGX", "TDX"):
-        raise StatementKindError(f"id {name!r} is not of TCB info")
+        raise _another_kind(text, f"id {name!r} is not of TCB info")
     tee: Tee = "TDX" if name == "TDX" else "SGX"
     form = TCB_INFO.get((tee, kind.version))
     if form is None:
-        raise StatementKindError(f"version {kind.version} of TCB info for {tee} is not read here")
+        raise _another_kind(text, f"version {kind.version} of TCB info for {tee} is not read here")
     if kind.tcb_type != 0:
-        raise StatementKindError(f"TCB type {kind.tcb_type} is not read here")
-    info = read(text, form)
-    if tee == "SGX":
-        module, modules = None, {}
-    elif info.tdx_module is UNSET:
-        raise JsonError("tdxModule is missing")
-    else:
+        raise _another_kind(text, f"TCB type {kind.tcb_type} is not read here")
+    info: TdxTcbInfoForm | SgxTcbInfoForm[Any] = read(text, form)
+    module, modules = None, {}
+    if isinstance(info, TdxTcbInfoForm):
         module, modules = _module(info.tdx_module, ()), _modules(info.tdx_module_identities)
     return TcbInfo(
         tee=tee,
@@ -166,14 +168,15 @@ def read_tcb_info(text: bytes) -> TcbInfo:
 
 def read_qe_identity(text: bytes) -> QeIdentity:
     """Raises `JsonError`, as `StatementKindError` for a kind that is not read here."""
-    kind = decode(text, KIND)
-    if kind.id not in ("QE", "TD_QE"):
-        raise StatementKindError(f"id {kind.id!r} is not of a quoting enclave")
+    kind = decode(text, QE_IDENTITY_KIND)
+    name = _id(kind)
+    if name not in ("QE", "TD_QE"):
+        raise _another_kind(text, f"id {name!r} is not of a quoting enclave")
     if kind.version != 2:
-        raise StatementKindError(f"version {kind.version} of QE identity is not read here")
+        raise _another_kind(text, f"version {kind.version} of QE identity is not read here")
     identity = read(text, QE_IDENTITY)
     return QeIdentity(
-        tee="TDX" if kind.id == "TD_QE" else "SGX",
+        tee="TDX" if name == "TD_QE" else "SGX",
         issued=date(identity.issue_date, "issueDate"),
         next_update=date(identity.next_update, "nextUpdate"),
         evaluation_number=identity.tcb_evaluation_data_number,
@@ -185,6 +188,18 @@ def read_qe_identity(text: bytes) -> QeIdentity:
         isv_prod_id=identity.isvprodid,
         levels=_svn_levels(identity.tcb_levels, _OF_ENCLAVES),
     )
+
+
+def _id(kind: KindForm) -> str:
+    if kind.id is UNSET:
+        raise JsonError("id is missing")
+    return kind.id
+
+
+def _another_kind(text: bytes, what: str) -> StatementKindError:
+    """Once it is sure that the text can mean nothing else."""
+    _ = strict_json.decode(text)
+    return StatementKindError(what)
 
 
 def _modules(entries: Sequence[ModuleIdentityForm] | UnsetType) -> dict[str, ModuleIdentity]:

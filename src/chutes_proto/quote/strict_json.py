@@ -4,8 +4,7 @@ Rules kept here:
 
 * UTF-8, bounded in size and in depth; no lone surrogates;
 * no member twice, no number that is none, none that is not whole unless fractions are asked for;
-* whatever the bytes, `decode` returns or raises `JsonError`, in time proportional to their number; members are read
-  with a type that they must have.
+* whatever the bytes, `decode` returns or raises `JsonError`, in time proportional to their number.
 
 Source: RFC 8259; RFC 3339 for dates, as far as Intel's services use it.
 """
@@ -15,7 +14,6 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
 from datetime import datetime
 from functools import lru_cache
 from math import isinf
@@ -66,14 +64,6 @@ def decode(data: bytes, *, limit: int = MAX_SIZE, fractions: bool = False) -> ob
         raise JsonError("a number too long") from None
     if "\\" in text and _has_surrogate(value):
         raise JsonError("a lone surrogate")
-    return value
-
-
-def member(table: Mapping[str, object], name: str, kind: type[T]) -> T:
-    """The member of just this type (``true`` is no number)."""
-    value = table.get(name)
-    if type(value) is not kind:
-        raise JsonError(f"{name} is missing or no {_KINDS[kind]}")
     return value
 
 
@@ -160,10 +150,3 @@ def _has_surrogate(value: Any) -> bool:
 
 _DECODER: Final = json.JSONDecoder(object_pairs_hook=_unique, parse_float=_refuse, parse_constant=_none)
 _FRACTIONS: Final = json.JSONDecoder(object_pairs_hook=_unique, parse_float=_float, parse_constant=_none)
-_KINDS: Final[dict[type, str]] = {
-    dict: "object",
-    list: "array",
-    str: "string",
-    int: "whole number",
-    bool: "true or false",
-}

@@ -44,7 +44,7 @@ from chutes_proto.quote.layout import (
     parse_sgx_report,
 )
 from chutes_proto.quote.pck import Ca, PckIdentity, read_pck_extension
-from chutes_proto.quote.proof import PROOF, proven
+from chutes_proto.quote.proof import PROOF, Proof, proven
 from chutes_proto.quote.roots import INTEL_ROOT, TrustedRoot, check_self_signed
 from chutes_proto.quote.statements import (
     QeIdentity,
@@ -152,7 +152,7 @@ class OpenedQuote:
     root: TrustedRoot
     chain: PckChain
     checked: tuple[Checked, ...]
-    proof: None = proven()
+    proof: Proof = proven()
 
 
 @frozen(kw_only=True, eq=False)
@@ -182,7 +182,7 @@ class Verdict:
     verified_at: int
     root: TrustedRoot
     checked: tuple[Checked, ...]
-    proof: None = proven()
+    proof: Proof = proven()
 
     @property
     def steps(self) -> tuple[int, ...]:
