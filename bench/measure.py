@@ -1,8 +1,8 @@
 """Taking turns: what is compared is measured alternately, so that a slow moment is everyone's.
 
-Turns are long, so that few of the times are of caches that are full of what had its turn before. A time in which
-another process took the core is not counted: a long work meets more of them than a short one. Each work's time is the
-median of its quickest turn: on a machine that is shared, what makes a turn slower is the neighbours'.
+Turns are long, so that few of the times are of caches that are full of what had its turn before. Each work's time is
+the median of its quickest turn: on a machine that is shared, what makes a turn slower is the neighbours'. Nothing else
+is done between two times: a look at the system's counters would cost the next one some of its caches.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import gc
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
 from statistics import median
 from time import perf_counter
 
@@ -44,15 +43,12 @@ def microseconds(works: Mapping[str, tuple[Work, Work]], turns: int = 10, each: 
 def _turn(prepare: Work, work: Work, each: int) -> float:
     """Seconds, as a median."""
     times: list[float] = []
-    interrupted: list[float] = []
     for _ in range(each):
         _ = prepare()
-        before = getrusage(RUSAGE_SELF).ru_nivcsw
         start = perf_counter()
         _ = work()
-        time = perf_counter() - start
-        (times if getrusage(RUSAGE_SELF).ru_nivcsw == before else interrupted).append(time)
-    return median(times or interrupted)
+        times.append(perf_counter() - start)
+    return median(times)
 
 
 def resident() -> int:
