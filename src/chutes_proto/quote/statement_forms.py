@@ -54,6 +54,8 @@ def _svns(components: Sequence[_Component]) -> bytes:
 
 
 class TcbForm(Protocol[T_co]):
+    """A TCB: of a platform, in one of three forms, or of a TDX module or a quoting enclave."""
+
     def reached_with(self) -> T_co:
         """What a level is reached with; of two levels, the greater one is better."""
         ...
@@ -92,6 +94,8 @@ class _SvnTcb(_Object):
 
 
 class LevelForm(_Object, Generic[T_co]):
+    """An entry of ``tcbLevels``."""
+
     tcb: T_co
     tcb_date: str
     tcb_status: str
@@ -99,12 +103,16 @@ class LevelForm(_Object, Generic[T_co]):
 
 
 class ModuleForm(_Object):
+    """The ``tdxModule`` of before there were several."""
+
     mrsigner: str
     attributes: str
     attributes_mask: str | UnsetType = UNSET
 
 
 class ModuleIdentityForm(_Object, kw_only=True):
+    """An entry of ``tdxModuleIdentities``."""
+
     id: str
     mrsigner: str
     attributes: str
@@ -124,16 +132,22 @@ class _TcbInfoForm(_Object, kw_only=True):
 
 
 class SgxTcbInfoForm(_TcbInfoForm, Generic[T], kw_only=True):
+    """TCB info for SGX, of version 2 or 3 by its TCB."""
+
     tcb_levels: list[LevelForm[T]]
 
 
 class TdxTcbInfoForm(_TcbInfoForm, kw_only=True):
+    """TCB info for TDX."""
+
     tdx_module: ModuleForm
     tdx_module_identities: list[ModuleIdentityForm] | UnsetType = UNSET
     tcb_levels: list[LevelForm[_TdxTcb]]
 
 
 class QeIdentityForm(_Object):
+    """QE identity, for either TEE."""
+
     id: str
     version: _U32
     issue_date: str
@@ -156,6 +170,8 @@ class KindForm(_Object, kw_only=True):
 
 
 class TcbInfoKindForm(KindForm, kw_only=True):
+    """The same of TCB info."""
+
     tcb_type: _U32
 
 
