@@ -26,6 +26,8 @@ from tests.guest_kernel import guest_kernel
 from tests.qgs import listening, quoting
 from tools.agent_zipapp import build
 
+PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
+"""Root's, whoever's the tests have."""
 HOOK = ROOT / "examples/initramfs/hooks/chutes-proto"
 SCRIPT = ROOT / "examples/initramfs/scripts/local-top/chutes-proto"
 FUNCTIONS = Path("/usr/share/initramfs-tools/hook-functions")
@@ -81,7 +83,7 @@ class Image:
     def enter(self, *command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             ["unshare", "--mount", "sh", "-c", ENTER, "sh", self.tree, *command],
-            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},
+            env={"PATH": PATH},
             capture_output=True,
             text=True,
             timeout=180,
@@ -91,7 +93,7 @@ class Image:
 
 def hook(agent: Path, settings: Path, tree: Path) -> subprocess.CompletedProcess[str]:
     environment = {
-        "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
+        "PATH": PATH,
         "DESTDIR": str(tree),
         "__MODULES_TO_ADD": str(tree.parent / "modules"),
         "verbose": "n",
@@ -107,7 +109,7 @@ def programs() -> None:
     if os.geteuid() != 0:
         pytest.skip("only root makes a chroot")
     missing = [path for path in (str(FUNCTIONS), "/usr/sbin/cryptsetup", PYTHON) if not Path(path).exists()]
-    missing += [name for name in ("unshare", "chroot") if shutil.which(name) is None]
+    missing += [name for name in ("unshare", "chroot") if shutil.which(name, path=PATH) is None]
     if missing:
         refuse = pytest.fail if CI else pytest.skip
         refuse(f"{', '.join(missing)} is missing (Debian: initramfs-tools-core, cryptsetup-bin)")
