@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import time
 from functools import partial
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
 import anyio
 import httpx
 import pytest
+from attrs import evolve
 
 from chutes_proto.auth.client_identity import make_client_identity
 from chutes_proto.auth.hotkey import HotkeyPair
@@ -21,8 +23,20 @@ from chutes_proto.blocking.tls import client_context
 from chutes_proto.client import servers
 from chutes_proto.errors import BadRequest, ConfigurationError, LocalProtocolError, Refused
 from chutes_proto.store.rows import ServerRow
-from tests.scenario.operations import LOOPS, SERVER, Scene, Site, both_loops, code, everywhere, open_store, run
-from tests.server.world import GPU, MINER, OTHER, PLATFORM, ScanAll
+from tests.scenario.operations import (
+    LOOPS,
+    SERVER,
+    Scene,
+    Site,
+    Vm,
+    both_loops,
+    code,
+    everywhere,
+    open_store,
+    rows,
+    run,
+)
+from tests.server.world import GPU, MINER, OTHER, PLATFORM, ScanAll, service
 
 
 def client(site: Site, pair: HotkeyPair = MINER, **options: Any) -> Any:
@@ -66,6 +80,31 @@ def test_the_life_of_a_server(scene: Scene, signatures: str) -> None:
         "server_removed",
     ]
     assert site.store.transact(ScanAll(ServerRow)) == ()
+
+
+@both_loops
+@everywhere
+def test_one_vm_removes_no_other_miners_servers(scene: Scene) -> None:
+    """A boot shows the address that it came from, and neither GPUs nor ids: claims to these are refused."""
+
+    async def act(site: Site) -> None:
+        site.app.service = service(unsafe_networks=(ip_network("127.0.0.0/8"),))
+        async with client(site) as miner, client(site, OTHER) as other, Vm(site) as vm:
+            await miner.register("n1", host="1.2.3.4", gpus=[GPU], name="vm-1")
+            await miner.register("n2", host="5.6.7.8", gpus=[evolve(GPU, uuid="GPU-2")])
+            response = await vm.attest(await vm.nonce(), miner_hotkey=OTHER.hotkey.address)
+            assert response.status_code == 200
+            before = rows(site.store)
+            for server_id, uuid, expected in [("n9", "GPU-1", "gpu_taken"), ("n2", "GPU-9", "server_taken")]:
+                with pytest.raises(Refused) as caught:
+                    await other.register(server_id, host="127.0.0.1", gpus=[evolve(GPU, uuid=uuid)], name="vm-1")
+                assert (caught.value.status, caught.value.code) == (409, expected)
+                assert rows(site.store) == before
+            await other.register("n9", host="127.0.0.1", gpus=[evolve(GPU, uuid="GPU-9")], name="vm-1")
+            assert [server.server_id for server in await other.servers()] == ["n9"]
+            assert {server.server_id for server in await miner.servers()} == {"n1", "n2"}
+
+    scene(act)
 
 
 @both_loops

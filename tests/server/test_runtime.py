@@ -276,6 +276,15 @@ def test_without_a_link_the_first_success_binds_the_platform(world):
     answer(attest(world, nonce_of(world, "n2"), path))
 
 
+def test_a_server_that_attested_does_not_yield(world):
+    registered(register(world, id="n2", name="b", host="5.6.7.8", gpus=[gpu("GPU-1")]))
+    answer(attest(world, nonce_of(world, "n2"), "/servers/n2/attestation"))
+    boot(world, OTHER, vm="x", address="5.6.7.8")
+    claims = register(world, OTHER, id="n3", name="x", host="5.6.7.8", gpus=[gpu("GPU-2")])
+    assert refusal(claims)[:2] == (409, Code.HOST_TAKEN)
+    assert "n2" in [row.server_id for row in world.rows(ServerRow)]
+
+
 def test_a_removed_servers_verdicts_are_not_the_next_ones(world):
     answer(attest(world))
     answer(world.ask_signed("DELETE", "/servers/n1"))

@@ -1,4 +1,4 @@
-"""Operations 5 to 9 and 15 in process: who calls, what is registered, what yields to whom, and hostile values."""
+"""Operations 5 to 9 and 15 in process: who calls, what is registered, what a claim removes, and hostile values."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from chutes_proto.effects import Effect, Resolve, Transact, run
 from chutes_proto.errors import TransportError
 from chutes_proto.quote.measurements import parse_profiles_json
 from chutes_proto.quote.policy import Policy
+from chutes_proto.secret import Secret
 from chutes_proto.server.app import App
 from chutes_proto.server.gpus import GPUS, Gpu
 from chutes_proto.server.profiles import ServedProfile
@@ -207,31 +208,126 @@ def test_a_name_that_is_taken_is_not_given(world):
     answer(world.ask_signed("PATCH", "/servers/n2?server_name=n2"))  # its own id is free to it
 
 
-@pytest.mark.parametrize("taken", [row[0] for row in CONFLICTS])
-def test_who_has_no_evidence_yields_to_a_boot_from_the_address(world, taken):
+@pytest.mark.parametrize("claims", [{}, {"host": "same.example"}, {"id": "n1", "gpus": [gpu("gpu-0")]}])
+def test_a_server_without_evidence_yields_its_address_to_a_boot_from_there(world, claims):
     world.names["same.example"] = (HOST,)
-    registered(register(world, OTHER))
-    host = taken.get("host", "5.6.7.8")
-    boot(world, vm="mine", address=HOST if host == "same.example" else host)
-    registered(register(world, **({"id": "n2", "name": "mine", "host": host, "gpus": [gpu("GPU-1")]} | taken)))
+    registered(register(world, OTHER, gpus=[gpu(), gpu("GPU-2", device_index=1)]))
+    boot(world, vm="mine")
+    registered(register(world, **({"id": "n2", "name": "mine", "gpus": [gpu("GPU-1")]} | claims)))
     (row,) = world.rows(ServerRow)
     assert row.hotkey == MINER.hotkey.address
-    assert [gpu_row.server_id for gpu_row in world.rows(GpuRow)] == [row.server_id]
+    assert [gpu_row.server_id for gpu_row in world.rows(GpuRow)] == [row.server_id]  # all that the other held is free
     told = [audit for audit in world.rows(AuditRow) if audit.event == "server yields"]
     assert [audit.vm.hotkey for audit in told] == [OTHER.hotkey.address]
 
 
-def test_a_boot_from_elsewhere_is_no_better_evidence(world):
+@pytest.mark.parametrize(
+    ("claims", "code"),
+    [
+        ({"gpus": [gpu("gpu-0")]}, Code.GPU_TAKEN),
+        ({"gpus": [gpu("GPU-9"), gpu("GPU-0", device_index=1)]}, Code.GPU_TAKEN),
+        ({"id": "n1"}, Code.SERVER_TAKEN),
+        ({"id": "n1", "gpus": [gpu("gpu-0")]}, Code.GPU_TAKEN),
+        ({"host": HOST}, Code.HOST_TAKEN),
+        ({"host": "same.example"}, Code.HOST_TAKEN),
+        ({"host": HOST, "id": "n1", "gpus": [gpu("gpu-0")]}, Code.GPU_TAKEN),
+    ],
+)
+@pytest.mark.parametrize("neighbour", [False, True], ids=["alone", "neighbour"])
+def test_a_boot_shows_no_gpu_no_id_and_no_address_but_its_own(world, claims, code, neighbour):
+    """The claimant's own address may be held without evidence: that holder stays too where the rest is refused."""
+    world.names["same.example"] = (HOST,)
     registered(register(world))
+    if neighbour:
+        registered(register(world, id="n5", name="b", host="6.6.6.6", gpus=[gpu("GPU-5")]))
     boot(world, OTHER, vm="x", address="6.6.6.6")
     before = everything(world)
-    assert refusal(register(world, OTHER, id="n2", name="x"))[0] == 409
+    fresh = {"id": "n2", "name": "x", "host": "6.6.6.6", "gpus": [gpu("GPU-1")]}
+    status, got, detail = refusal(register(world, OTHER, **(fresh | claims)))
+    assert (status, got) == (409, code)
+    assert MINER.hotkey.address not in detail
+    assert f"held by server n1 of {MINER.hotkey.address}" in world.log[-1].fields["reason"]
     assert everything(world) == before
 
 
-def test_a_server_with_a_link_does_not_yield(world):
-    boot(world)
+def test_a_name_is_no_claim_to_another_miners_server(world):
     registered(register(world))
+    boot(world, OTHER, vm="x", address="6.6.6.6")
+    registered(register(world, OTHER, id="n2", name="vm-1", host="6.6.6.6", gpus=[gpu("GPU-1")]))
+    boot(world, OTHER, vm="n1", address="6.6.6.7")
+    registered(register(world, OTHER, id="n3", name="n1", host="6.6.6.7", gpus=[gpu("GPU-2")]))
+    assert [(row.server_id, row.hotkey == MINER.hotkey.address) for row in world.rows(ServerRow)] == [
+        ("n1", True),
+        ("n2", False),
+        ("n3", False),
+    ]
+
+
+@pytest.mark.parametrize(("holder_booted_after", "status"), [(-1, 201), (0, 409), (1, 409)])
+def test_an_address_is_whose_boot_from_there_is_the_newest(world, holder_booted_after, status):
+    """Whoever had the address before cannot remove the server of who has it now, which booted after it registered."""
+    registered(register(world, name="unlinked"))
+    boots = [(0, OTHER, "x"), (holder_booted_after, MINER, "vm-1")]
+    for after, pair, vm in sorted(boots, key=lambda row: row[0]):
+        world.now = NOW + 10 + after
+        boot(world, pair, vm=vm)
+    before = everything(world)
+    response = register(world, OTHER, id="n2", name="x", gpus=[gpu("GPU-1")])
+    assert response.status == status
+    assert (everything(world) == before) == (status == 409)
+
+
+ADDRESSES = ["1.2.3.4", "5.6.7.8", "6.6.6.6"]
+MINERS = [MINER, OTHER, HotkeyPair.from_seed(Secret(b"a third miner's seed".ljust(32, b"!")))]
+ACTS = st.one_of(
+    st.tuples(st.just("boot"), st.sampled_from(MINERS), st.sampled_from(["a", "b"]), st.sampled_from(ADDRESSES)),
+    st.tuples(
+        st.just("register"),
+        st.sampled_from(MINERS),
+        st.fixed_dictionaries(
+            {
+                "id": st.sampled_from(["n1", "n2", "n3"]),
+                "name": st.sampled_from(["a", "b", "c"]),
+                "host": st.sampled_from(ADDRESSES),
+                "gpus": st.sampled_from([[gpu("GPU-1")], [gpu("GPU-2")], [gpu("GPU-1"), gpu("GPU-2")]]),
+            }
+        ),
+    ),
+)
+
+
+@given(acts=st.lists(ACTS, min_size=2, max_size=8))
+def test_no_registration_removes_another_server_but_one_without_evidence_at_its_address(acts):
+    world = World()
+    for act, pair, *rest in acts:
+        world.now += 1
+        if act == "boot":
+            boot(world, pair, *rest)
+            continue
+        (claims,) = rest
+        before, servers = everything(world), set(world.rows(ServerRow))
+        response = register(world, pair, **claims)
+        gone = servers - set(world.rows(ServerRow))
+        if response.status != 201:
+            assert refusal(response)[0] == 409
+            assert everything(world) == before
+        assert {row.server_id for row in world.rows(GpuRow)} == {row.server_id for row in world.rows(ServerRow)}
+        for row in gone:
+            assert row.hotkey != pair.hotkey.address
+            assert (row.address, row.boot_id, row.pin) == (claims["host"], None, None)
+            rivals = [
+                one.vm.hotkey
+                for one in sorted(boots(world), key=lambda one: one.created_at)
+                if one.peer_address == row.address and one.vm.hotkey in (row.hotkey, pair.hotkey.address)
+            ]
+            assert rivals[-1] == pair.hotkey.address
+
+
+@pytest.mark.parametrize("address", [HOST, "8.8.8.8"])
+def test_a_server_with_a_link_does_not_yield(world, address):
+    boot(world, address=address)
+    registered(register(world))
+    world.now += 1
     world.platform = world.platform.another(1)
     boot(world, OTHER, vm="x")
     before = everything(world)

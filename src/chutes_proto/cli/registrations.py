@@ -15,8 +15,9 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
         NAME,
         "list and remove what miners registered",
         """
-        An id, an address and a GPU belong to one server. Who holds them and has evidence yields to nobody, who has none
-        to a boot from the address; what else is held wrongly, an operator removes here. Miners have `servers`.
+        An id, an address and a GPU belong to one server. A server without evidence yields to a registration at its
+        address that is linked to a boot from there; what else is held wrongly, an operator removes here. Miners have
+        `servers`.
 
         exit code: 0 done; 1 not possible as asked, and nothing was changed; 2 usage, or a file that cannot be read
         """,

@@ -4,8 +4,9 @@ Rules kept here:
 
 * an id, an address, a GPU, and a name among one hotkey's servers belong to one server: the tables' own constraints;
 * a name is no other id of the same hotkey's, and an id no other name, so that either names one server;
-* a server is removed by its owner, or by a registration with better evidence: one linked to a boot that came from the
-  very address takes what a stranger's server holds that has neither link nor accepted runtime quote;
+* a server is removed by its owner, by the operator, or by a registration at its address with better evidence. The
+  evidence of a registration shows one thing, the address that its linked boot came from. It does not show GPUs or ids,
+  so a claim to one of these removes nothing;
 * removing a server keeps the keys of its VM;
 * who is not the owner hears that there is no such server.
 """
@@ -100,7 +101,7 @@ class RegisterServer(Unit[ServerRow]):
             self._check_gpus(self.profiles[link.profile_name])
         if self.shown is not None:
             self._check_shown(self.shown, link)
-        yield from self._make_room(link)
+        yield from self._check_free(link)
         server = ServerRow(
             server_id=self.server_id,
             registration=self.request_id,
@@ -155,41 +156,46 @@ class RegisterServer(Unit[ServerRow]):
                 reason=f"boot {link.boot_id} came from {link.pin}, and the host's quote from {shown.pin}",
             )
 
-    def _make_room(self, link: BootRow | None) -> Script[None]:
-        """See that nothing of this server is another's, or make who has no evidence yield to this boot."""
+    def _check_free(self, link: BootRow | None) -> Script[None]:
+        """Refuse what another server holds, once a server that yields the address is removed with all that it held."""
+        neighbour = yield from FindServer(self.address)
+        better = None if neighbour is None else (yield from self._better_evidence(link, neighbour))
+        if neighbour is not None and better is not None:
+            yield from DeleteServer(neighbour.server_id)
+            reason = (
+                f"at {neighbour.address}: had no evidence;"
+                f" server {self.server_id} of {self.hotkey} at {self.address} has a boot from there"
+            )
+            yield from _audit(self, neighbour, "server yields", reason, better.boot_id)
+            neighbour = None
         for gpu in self.gpus:
             held = yield from ReadGpu(gpu.uuid)
             if held is not None:
-                holder = yield from ReadServer(held.server_id)
                 text = "Nodes already exist in inventory, please contact chutes team to resolve: " + str([gpu.uuid])
-                yield from self._make_yield(holder, link, Refused(Code.GPU_TAKEN, text))
-        holder = yield from FindServer(self.address)
-        if holder is not None:
+                raise _taken(Code.GPU_TAKEN, text, (yield from ReadServer(held.server_id)))
+        if neighbour is not None:
             text = _TAKEN
-            if holder.hotkey == self.hotkey:
+            if neighbour.hotkey == self.hotkey:
                 text = (
-                    f"IP {self.host} is already registered to your server {holder.server_id} ({holder.name})."
+                    f"IP {self.host} is already registered to your server {neighbour.server_id} ({neighbour.name})."
                     " IPs must be unique across all servers."
                 )
-            yield from self._make_yield(holder, link, Refused(Code.HOST_TAKEN, text))
+            raise _taken(Code.HOST_TAKEN, text, neighbour)
         holder = yield from ReadServer(self.server_id)
         if holder is not None:
             text = "The server id is registered to you already." if holder.hotkey == self.hotkey else _TAKEN
-            yield from self._make_yield(holder, link, Refused(Code.SERVER_TAKEN, text))
+            raise _taken(Code.SERVER_TAKEN, text, holder)
         yield from _check_name(self.hotkey, self.server_id, self.name)
 
-    def _make_yield(self, holder: ServerRow | None, link: BootRow | None, refusal: Refused) -> Script[None]:
-        if holder is None:
-            return
-        stranger = holder.hotkey != self.hotkey
-        evident = link is not None and link.peer_address == self.address
-        if not (stranger and evident and holder.boot_id is None and holder.pin is None):
-            refusal.reason = f"{refusal.detail}: held by server {holder.server_id} of {holder.hotkey}"
-            raise refusal
-        yield from DeleteServer(holder.server_id)
-        better = f"server {self.server_id} of {self.hotkey} at {self.address} has a boot from there"
-        reason = f"at {holder.address}: had no evidence; {better}"
-        yield from _audit(self, holder, "server yields", reason, link.boot_id if link else None)
+    def _better_evidence(self, link: BootRow | None, neighbour: ServerRow) -> Script[BootRow | None]:
+        """The linked boot, if it shows that the address is no longer ``neighbour``'s, a server without evidence."""
+        if link is None or link.peer_address != self.address:
+            return None
+        if neighbour.hotkey == self.hotkey or neighbour.boot_id is not None or neighbour.pin is not None:
+            return None
+        # The holder may have booted there after it registered; an address changes hands, so the newest boot counts.
+        latest = yield from FindLastBootFrom(neighbour.hotkey, self.address)
+        return link if latest is None or latest.created_at < link.created_at else None
 
 
 @frozen
@@ -362,6 +368,14 @@ def read_own(hotkey: str, server_id: str) -> Script[ServerRow]:
 def not_found(name_or_id: str) -> Refused:
     """The one answer for a server that is not there and for another's."""
     return Refused(Code.SERVER_NOT_FOUND, f"Server {name_or_id} not found")
+
+
+def _taken(code: Code, text: str, holder: ServerRow | None) -> Refused:
+    """A refusal whose reason names ``holder`` to the operator."""
+    if holder is None:
+        return Refused(code, text)
+    frees = f"its owner frees it, or `chutes-proto registrations remove {holder.server_id}`"
+    return Refused(code, text, reason=f"{text}: held by server {holder.server_id} of {holder.hotkey}; {frees}")
 
 
 def _same(before: ServerRow) -> Script[ServerRow]:
