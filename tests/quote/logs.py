@@ -11,10 +11,22 @@ GLOBAL_VARIABLE = bytes.fromhex("61dfe48bca93d211aa0d00e098032b8c")
 COMMAND_LINE = b"/vmlinuz root=/dev/vda1 ro"
 
 
-def spec(*algorithms: tuple[int, int], vendor: bytes = b"", signature: bytes = b"Spec ID Event03\0") -> bytes:
-    """The first event: declares digest algorithms and their sizes."""
+def spec(
+    *algorithms: tuple[int, int],
+    vendor: bytes = b"",
+    signature: bytes = b"Spec ID Event03\0",
+    version: tuple[int, int, int] = (2, 0, 0),
+) -> bytes:
+    """The first event: declares digest algorithms and their sizes; the version's last number counts errata."""
+    major, minor, errata = version
     declared = b"".join(pack("<HH", *algorithm) for algorithm in algorithms or [(0xC, 48)])
-    data = signature + pack("<I4BI", 0, 0, 2, 0, 2, len(declared) // 4) + declared + bytes([len(vendor)]) + vendor
+    data = (
+        signature
+        + pack("<I4BI", 0, minor, major, errata, 2, len(declared) // 4)
+        + declared
+        + bytes([len(vendor)])
+        + vendor
+    )
     return pack("<II20sI", 0, NO_ACTION, bytes(20), len(data)) + data
 
 

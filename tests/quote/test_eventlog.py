@@ -228,6 +228,10 @@ def test_padding(padding: bytes) -> None:
         (b"\x05" + spec()[1:], "begin with"),
         (spec()[:4] + b"\x04" + spec()[5:], "begin with"),
         (spec(signature=b"Spec ID Event02\0"), "version 03"),
+        (spec(version=(1, 0, 0)), "version 1.0 of its specification, and only 2.0 is read"),
+        (spec(version=(0, 2, 0)), "version 0.2 of"),
+        (spec(version=(2, 1, 0)), "version 2.1 of"),
+        (spec(version=(3, 0, 0)), "version 3.0 of"),
         (spec((0xB, 32)), "SHA-384"),
         (spec((0xC, 32)), "of another size"),
         (spec((0xC, 48), (0xC, 48)), "there twice"),
@@ -250,6 +254,11 @@ def test_padding(padding: bytes) -> None:
 def test_what_is_no_log(data: bytes, why: str) -> None:
     with pytest.raises(EventLogFormatError, match=why):
         _ = parse_event_log(data)
+
+
+@pytest.mark.parametrize("errata", [0, 105, 255])  # 105 is TD-Shim's
+def test_errata_make_no_other_form(errata: int) -> None:
+    assert len(parse_event_log(log(*EVENTS, first=spec(version=(2, 0, errata)))).events) == len(EVENTS)
 
 
 def test_bounds(monkeypatch: pytest.MonkeyPatch) -> None:

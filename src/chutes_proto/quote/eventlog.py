@@ -7,6 +7,7 @@
 Rules kept here:
 
 * whatever the bytes, `parse_event_log` returns or raises `EventLogFormatError`; size and number of events are bounded;
+* a log is of version 2.0 of its specification, whatever the errata: another version may have another form;
 * every event has just one SHA-384 digest and a register that a TD has; after the log there is nothing but padding, all
   of zeros or all of ones: no event hides behind it;
 * all four RTMRs are compared: one without events must be zero;
@@ -14,8 +15,9 @@ Rules kept here:
   the order between registers. Data count only where a digest is theirs (`Event.measured`), and extractors use nothing
   else. What is there was measured; that something is absent proves nothing.
 
-Sources: TCG PC Client Platform Firmware Profile, 10 (crypto agile log); UEFI Specification, 38.4 (virtual platform CC
-event log: register 0 is MRTD, 1 to 4 are RTMR0 to RTMR3); GNU GRUB manual, "Measuring boot components".
+Sources: TCG PC Client Platform Firmware Profile, 10 (crypto agile log; 10.4.5.1, Spec ID event); UEFI Specification,
+38.4 (virtual platform CC event log: register 0 is MRTD, 1 to 4 are RTMR0 to RTMR3); GNU GRUB manual, "Measuring boot
+components".
 """
 
 from __future__ import annotations
@@ -89,6 +91,7 @@ _SIZES: Final = {0x4: 20, 0xB: 32, _SHA384: 48, 0xD: 64, 0x12: 32}
 _FIRST: Final = Struct("<II20sI")
 _SPEC: Final = Struct("<16sI4BI")
 _SPEC_SIGNATURE: Final = b"Spec ID Event03\0"
+_SPEC_VERSION: Final = (2, 0)
 _ALGORITHM: Final = Struct("<HH")
 _EVENT: Final = Struct("<III")
 _U8: Final = Struct("<B")
@@ -309,9 +312,11 @@ def parse_event_log(data: bytes) -> EventLog:
 def _algorithms(data: bytes) -> dict[int, int]:
     """The digest sizes that the Spec ID event declares, by algorithm."""
     reader = _Reader(data)
-    signature, _, _, _, _, _, count = reader.unpack(_SPEC)
+    signature, _, minor, major, _, _, count = reader.unpack(_SPEC)  # nothing depends on class, errata or UINTN's size
     if signature != _SPEC_SIGNATURE:
         raise EventLogFormatError("it does not begin with a Spec ID event of version 03")
+    if (major, minor) != _SPEC_VERSION:
+        raise EventLogFormatError(f"it is of version {major}.{minor} of its specification, and only 2.0 is read")
     if count > MAX_ALGORITHMS:
         raise EventLogFormatError(f"{count} digest algorithms are declared")
     sizes: dict[int, int] = {}
