@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from chutes_proto.quote import strict_json
 from chutes_proto.quote.collateral import Collateral
 from chutes_proto.quote.errors import CollateralFormatError
-from chutes_proto.quote.statements import StatementKindError, read_qe_identity, read_tcb_info
+from chutes_proto.quote.statements import StatementKindError, TcbStatus, read_qe_identity, read_tcb_info
 from chutes_proto.quote.strict_json import MAX_DEPTH, JsonError, decode
 from tests.quote.simulated import PLATFORM, collateral_of
 
@@ -209,6 +209,17 @@ def test_tcb_info_of_version_2_without_an_svn(name: str) -> None:
 def test_a_qe_identity_that_cannot_be(changes: dict[str, Any]) -> None:
     with pytest.raises(JsonError):
         _ = read_qe_identity(_edited(QE_IDENTITY, **changes))
+
+
+@pytest.mark.parametrize("status", TcbStatus)
+def test_a_quoting_enclave_is_up_to_date_or_out_of_date_or_revoked(status: TcbStatus) -> None:
+    """As Intel says and its Quote Verification Library demands; a configuration is a platform's."""
+    text = _edited(QE_IDENTITY, tcbLevels__0__tcbStatus=str(status))
+    if status in ("UpToDate", "OutOfDate", "Revoked"):
+        assert read_qe_identity(text).levels[0].stated.status == status
+    else:
+        with pytest.raises(JsonError, match="tcbStatus is not one that can be stated here"):
+            _ = read_qe_identity(text)
 
 
 def test_what_a_statement_does_not_have_is_not_looked_at() -> None:

@@ -4,11 +4,14 @@ Rules kept here:
 
 * TCB info of version 3, for SGX also of version 2; QE identity of version 2; everything that a verdict needs must be
   there, of its type, in its range; what is not known is ignored;
+* a level of a TDX module or a quoting enclave is ``UpToDate``, ``OutOfDate`` or ``Revoked``, and nothing else: nothing
+  would follow from another status;
 * levels are sorted here, best first, whatever their order in the text; no level stands twice;
 * nothing is verified here: who signed the text is ``verify.py``'s to check, over the text itself.
 
 Source: Intel SGX and TDX Provisioning Certification Service API, version 4 ("TCB Info V3", "Enclave Identity V2") and
-version 3 ("TCB Info V2").
+version 3 ("TCB Info V2"); the statuses of quoting enclaves: the same, "Enclave Identity V2", ``tcbStatus``, and Intel's
+Quote Verification Library, ``IdentityTcbLevel``, which refuses an identity with any other.
 """
 
 from __future__ import annotations
@@ -62,8 +65,8 @@ Statuses: TypeAlias = Mapping[str, TcbStatus]
 _OF_PLATFORMS: Final[Statuses] = {
     str(status): status for status in TcbStatus if not status.startswith("TDRelaunchAdvised")
 }
-_OF_MODULES: Final[Statuses] = {name: _OF_PLATFORMS[name] for name in ("UpToDate", "OutOfDate", "Revoked")}
-_OF_ENCLAVES: Final[Statuses] = {**_OF_MODULES, "ConfigurationNeeded": TcbStatus.CONFIGURATION_NEEDED}
+_OF_COMPONENTS: Final[Statuses] = {name: _OF_PLATFORMS[name] for name in ("UpToDate", "OutOfDate", "Revoked")}
+"""Of TDX modules and quoting enclaves."""
 
 
 class Stated(Struct, frozen=True):
@@ -186,7 +189,7 @@ def read_qe_identity(text: bytes) -> QeIdentity:
         attributes_mask=_little(identity.attributes_mask, "attributesMask", 16),
         mr_signer=hexadecimal(identity.mrsigner, "mrsigner", 32),
         isv_prod_id=identity.isvprodid,
-        levels=_svn_levels(identity.tcb_levels, _OF_ENCLAVES),
+        levels=_svn_levels(identity.tcb_levels),
     )
 
 
@@ -208,7 +211,7 @@ def _modules(entries: Sequence[ModuleIdentityForm] | UnsetType) -> dict[str, Mod
         name = entry.id.upper()
         if name in modules:
             raise JsonError(f"the TDX module identity {name!r} is there twice")
-        modules[name] = _module(entry, _svn_levels(entry.tcb_levels, _OF_MODULES))
+        modules[name] = _module(entry, _svn_levels(entry.tcb_levels))
     return modules
 
 
@@ -223,8 +226,8 @@ def _platform_levels(entries: Sequence[LevelForm[TcbForm[ReachedWith]]]) -> tupl
     return tuple([PlatformLevel(sgx, pce_svn, tdx, stated) for (sgx, pce_svn, tdx), stated in levels])
 
 
-def _svn_levels(entries: Sequence[LevelForm[TcbForm[int]]], legal: Statuses) -> tuple[SvnLevel, ...]:
-    return tuple([SvnLevel(svn, stated) for svn, stated in _levels(entries, legal)])
+def _svn_levels(entries: Sequence[LevelForm[TcbForm[int]]]) -> tuple[SvnLevel, ...]:
+    return tuple([SvnLevel(svn, stated) for svn, stated in _levels(entries, _OF_COMPONENTS)])
 
 
 def _levels(entries: Sequence[LevelForm[TcbForm[T]]], legal: Statuses) -> list[tuple[T, Stated]]:
