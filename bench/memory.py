@@ -12,7 +12,7 @@ from time import perf_counter
 from bench.measure import one_core, resident
 from chutes_proto.quote.collateral import Collateral, VerifiedCollateral
 from chutes_proto.quote.roots import TrustedRoot
-from chutes_proto.quote.verify import open_quote, verify_collateral, verify_quote
+from chutes_proto.quote.verify import check_signed, open_quote, verify_collateral, verify_quote
 from chutes_proto.testing.platform import SimulatedPlatform
 
 VERDICTS = 1_000_000
@@ -36,7 +36,8 @@ def run() -> None:
         which = number // 10 % MACHINES if number % 10 == 0 else number % FEW
         if number % ANEW == 0:
             verified[which] = verify_collateral(collateral[which], now=NOW, root=root)
-        _ = verify_quote(open_quote(quotes[which], now=NOW, root=root), verified[which], now=NOW)
+        signed = check_signed(open_quote(quotes[which], now=NOW, root=root))
+        _ = verify_quote(signed, verified[which], now=NOW)
         if (number + 1) % (VERDICTS // 10) == 0:
             sizes.append(resident())
     rate = VERDICTS / (perf_counter() - start)

@@ -17,7 +17,7 @@ from chutes_proto.auth.client_identity import make_client_identity
 from chutes_proto.collateral.cache import CachePolicy
 from chutes_proto.effects import Effect, FetchCollateral, Now
 from chutes_proto.quote.errors import VerificationError
-from chutes_proto.quote.verify import open_quote, verify_quote
+from chutes_proto.quote.verify import check_signed, open_quote, verify_quote
 from chutes_proto.server.app import App
 from chutes_proto.server.service import Slots
 from chutes_proto.testing.service import CollateralService
@@ -114,8 +114,8 @@ def test_a_new_crl_is_always_consulted() -> None:
 
                 async def judge() -> Any:
                     now = int(time.time())
-                    opened = open_quote(quote, now=now, root=ROOT)
-                    return verify_quote(opened, await fetcher.fetch(identity(), now), now=now)
+                    signed = check_signed(open_quote(quote, now=now, root=ROOT))
+                    return verify_quote(signed, await fetcher.fetch(identity(), now), now=now)
 
                 _ = await judge()
                 _ = await judge()  # leaf and quoting enclave were seen

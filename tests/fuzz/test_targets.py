@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from chutes_proto.quote.collateral import Collateral
 from chutes_proto.quote.eventlog import parse_event_log
-from chutes_proto.quote.layout import parse_quote
 from chutes_proto.quote.measurements import parse_profiles_json
 from chutes_proto.quote.policy import AnyOf, Policy, parse_policy_toml
 from chutes_proto.quote.verify import open_quote, verify_collateral
@@ -47,7 +46,7 @@ def mutations(draw: st.DrawFn, seeds: list[bytes]) -> bytes:
 def test_honest_inputs_get_through() -> None:
     """Else a target would see no more than the first check of what it tests."""
     for quote in targets.quotes():
-        _ = open_quote(parse_quote(quote, sgx=True), now=targets.NOW, root=targets.ROOT)
+        _ = open_quote(quote, now=targets.NOW, root=targets.ROOT, sgx=True)
     for collateral in targets.collaterals():
         _ = verify_collateral(Collateral.from_json(collateral), now=targets.NOW, root=targets.ROOT)
     assert all(parse_event_log(data).events for data in targets.event_logs())

@@ -109,7 +109,7 @@ class Case:
 
     def verify(self) -> Verdict:
         collateral = Collateral.from_json(self.collateral_bytes)
-        return verify(self.quote(), collateral, now=self.now, expected_report_data=None, root=self.root)
+        return verify(self.quote_bytes, collateral, now=self.now, expected_report_data=None, root=self.root, sgx=True)
 
 
 @cache

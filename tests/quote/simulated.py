@@ -7,7 +7,7 @@ from typing import Any, Final
 from chutes_proto.quote.collateral import Collateral, VerifiedCollateral
 from chutes_proto.quote.measurements import Profile
 from chutes_proto.quote.roots import TrustedRoot
-from chutes_proto.quote.verify import Verdict, verify, verify_collateral
+from chutes_proto.quote.verify import SignedQuote, Verdict, check_signed, open_quote, verify, verify_collateral
 from chutes_proto.testing.platform import BOOT_RTMRS, MRTD, RUNTIME_RTMRS, SimulatedPlatform
 
 NOW: Final = 1_800_000_000
@@ -20,6 +20,10 @@ PROFILE: Final = Profile(name="simulated", version="1", mrtd=MRTD, boot=BOOT_RTM
 
 def collateral_of(platform: SimulatedPlatform, now: int = NOW) -> Collateral:
     return Collateral.from_json(platform.collateral_json(now))
+
+
+def signed_of(data: bytes, now: int = NOW) -> SignedQuote:
+    return check_signed(open_quote(data, now=now, root=ROOT))
 
 
 def verified_of(platform: SimulatedPlatform, now: int = NOW) -> VerifiedCollateral:

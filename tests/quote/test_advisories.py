@@ -18,11 +18,11 @@ from chutes_proto.quote.errors import QuoteError, QuoteFormatError
 from chutes_proto.quote.eventlog import parse_event_log
 from chutes_proto.quote.layout import parse_quote
 from chutes_proto.quote.pck import read_pck_extension
-from chutes_proto.quote.verify import open_quote, verify, verify_collateral, verify_quote
+from chutes_proto.quote.verify import verify, verify_collateral, verify_quote
 from chutes_proto.testing.faults import Fault
 from chutes_proto.testing.quotes import HeaderDraft, QuoteDraft
 from tests.quote.logs import spec
-from tests.quote.simulated import NOW, PLATFORM, REPORT_DATA, ROOT, collateral_of, verdict_of
+from tests.quote.simulated import NOW, PLATFORM, REPORT_DATA, ROOT, collateral_of, signed_of, verdict_of
 
 
 @pytest.mark.parametrize(
@@ -131,12 +131,12 @@ def test_no_crl_is_no_empty_crl() -> None:
 
 def test_a_revocation_counts_for_what_was_seen_before() -> None:
     """What is remembered of a chain must not outlive its revocation."""
-    opened = open_quote(PLATFORM.quote(REPORT_DATA), now=NOW, root=ROOT)
-    assert verify_quote(opened, verify_collateral(collateral_of(PLATFORM), now=NOW, root=ROOT), now=NOW)
+    signed = signed_of(PLATFORM.quote(REPORT_DATA))
+    assert verify_quote(signed, verify_collateral(collateral_of(PLATFORM), now=NOW, root=ROOT), now=NOW)
     for fault in ("pck_revoked", "intermediate_revoked"):
         with pytest.raises(QuoteError):
             revoking = verify_collateral(collateral_of(PLATFORM.having(fault)), now=NOW, root=ROOT)
-            _ = verify_quote(opened, revoking, now=NOW)
+            _ = verify_quote(signed, revoking, now=NOW)
 
 
 @pytest.mark.parametrize("fault", ["tcb_info_duplicate_key", "qe_identity_duplicate_key"])

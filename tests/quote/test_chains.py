@@ -28,7 +28,7 @@ from chutes_proto.quote.verify import (
 from chutes_proto.testing.faults import Fault
 from chutes_proto.testing.pki import Keys
 from chutes_proto.testing.platform import COLLATERAL_SECONDS, SimulatedPlatform
-from tests.quote.simulated import NOW, PLATFORM, REPORT_DATA, ROOT, collateral_of, verdict_of, verified_of
+from tests.quote.simulated import NOW, PLATFORM, REPORT_DATA, ROOT, collateral_of, signed_of, verdict_of, verified_of
 
 QUOTE = PLATFORM.quote(REPORT_DATA)
 END = NOW + 100
@@ -57,11 +57,11 @@ def test_a_quote_serves_as_long_as_each_certificate_in_it(draft: str) -> None:
     verified = verified_of(PLATFORM)
     forget()
     for _ in range(2):  # made, then remembered
-        opened = open_quote(data, now=NOW, root=ROOT)
-        assert verify_quote(opened, verified, now=NOW).window == (NOW, END)
-        assert verify_quote(opened, verified, now=END).verified_at == END
+        signed = signed_of(data)
+        assert verify_quote(signed, verified, now=NOW).window == (NOW, END)
+        assert verify_quote(signed, verified, now=END).verified_at == END
         for late in (
-            lambda opened=opened: verify_quote(opened, verified, now=END + 1),
+            lambda signed=signed: verify_quote(signed, verified, now=END + 1),
             lambda: open_quote(data, now=END + 1, root=ROOT),
         ):
             with pytest.raises(CertificateExpired) as caught:
@@ -80,15 +80,15 @@ def test_a_quote_serves_as_long_as_each_certificate_in_it(draft: str) -> None:
 )
 def test_no_grace_for_a_certificate_of_the_collateral(draft: str, member: str) -> None:
     collateral = evolve(collateral_of(PLATFORM), **{member: getattr(collateral_of(_until_end(draft)), member)})
-    opened = open_quote(QUOTE, now=NOW, root=ROOT)
+    signed = signed_of(QUOTE)
     for verified in (
         verify_collateral(collateral, now=NOW, root=ROOT, grace=GRACE),
         authenticate_collateral(collateral, root=ROOT, grace=GRACE),
     ):
         assert (verified.window, verified.usable_until) == ((NOW, END), END)
-        assert verify_quote(opened, verified, now=END).window == (NOW, END)
+        assert verify_quote(signed, verified, now=END).window == (NOW, END)
         with pytest.raises(CertificateExpired) as caught:
-            _ = verify_quote(opened, verified, now=END + 1)
+            _ = verify_quote(signed, verified, now=END + 1)
         assert (caught.value.subject, caught.value.code) == (PLACES[draft], "certificate_expired")
     with pytest.raises(CertificateExpired):
         _ = verify_collateral(collateral, now=END + 1, root=ROOT, grace=GRACE)
@@ -118,12 +118,12 @@ def test_of_two_certificates_of_one_ca_the_revoked_one_is_not_in_the_quote() -> 
         change = partial(evolve, revoked=(label,))
         return Fault(name="revoking", side="collateral", what="one of them is revoked", root_crl=change)
 
-    opened = open_quote(data, now=NOW, root=ROOT)
-    assert verify_quote(opened, verified_of(PLATFORM), now=NOW).steps
+    signed = signed_of(data)
+    assert verify_quote(signed, verified_of(PLATFORM), now=NOW).steps
     verified = verified_of(PLATFORM.having(revoking("new platform CA")))
-    assert verify_quote(open_quote(QUOTE, now=NOW, root=ROOT), verified, now=NOW).steps
+    assert verify_quote(signed_of(QUOTE), verified, now=NOW).steps
     with pytest.raises(CertificateRevoked) as caught:
-        _ = verify_quote(opened, verified, now=NOW)
+        _ = verify_quote(signed, verified, now=NOW)
     assert caught.value.subject == PLACES["intermediate"]
     with pytest.raises(CertificateRevoked):
         _ = verified_of(PLATFORM.having(revoking("platform CA")))

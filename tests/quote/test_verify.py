@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import re
 import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from types import SimpleNamespace
 from typing import Any
 
 import attrs
@@ -36,8 +38,10 @@ from chutes_proto.quote.steps import (
 )
 from chutes_proto.quote.verify import (
     OpenedQuote,
+    SignedQuote,
     Verdict,
     authenticate_collateral,
+    check_signed,
     open_quote,
     verify,
     verify_collateral,
@@ -45,10 +49,23 @@ from chutes_proto.quote.verify import (
 )
 from chutes_proto.testing.pki import EXPIRES, ISSUED
 from chutes_proto.testing.platform import COLLATERAL_SECONDS, SimulatedPlatform
+from chutes_proto.testing.quotes import QuoteParts
 from tests.conftest import ROOT as PROJECT
-from tests.quote.simulated import NOW, PLATFORM, REPORT_DATA, ROOT, TD15, collateral_of, verdict_of, verified_of
+from tests.quote.simulated import (
+    NOW,
+    PLATFORM,
+    REPORT_DATA,
+    ROOT,
+    TD15,
+    collateral_of,
+    signed_of,
+    verdict_of,
+    verified_of,
+)
 
 QUOTE = PLATFORM.quote(REPORT_DATA)
+OTHER_QUOTE = PLATFORM.another(1).quote(bytes(64), stage="runtime", padding=16)
+COLLATERAL = collateral_of(PLATFORM)
 
 
 @pytest.mark.parametrize("form", ["v4", "v5-td10", "v5-td15", "v5-td15ex"])
@@ -60,7 +77,7 @@ def test_an_honest_platform(form: str, ca: str) -> None:
     assert (opened.pck.ppid, opened.pck.platform_instance_id) == (platform.ppid, platform.platform_instance_id)
     verified = verified_of(platform)
     assert (verified.fmspc, verified.ca, verified.tee) == (platform.fmspc, ca, "TDX")
-    verdict = verify_quote(opened, verified, now=NOW)
+    verdict = verify_quote(check_signed(opened), verified, now=NOW)
     assert verdict.tcb_status == "UpToDate"
     assert verdict.current_status == ("UpToDate" if form.startswith("v5-td15") else None)
     assert verdict.quote.body.report_data == REPORT_DATA
@@ -74,10 +91,11 @@ def test_whatever_holds_the_bytes_of_a_quote(kind: Callable[[bytes], Any]) -> No
     quote = parse_quote(held)
     assert quote == parse_quote(QUOTE)
     assert {type(piece) for piece in (quote.signed, quote.qe_auth, quote.certification)} == {bytes}
+    opened = open_quote(held, now=NOW, root=ROOT)
     if isinstance(held, bytearray):
         held[:] = bytes(len(held))
-    assert verify_quote(open_quote(quote, now=NOW, root=ROOT), verified_of(PLATFORM), now=NOW).tcb_status == "UpToDate"
-    assert open_quote(kind(QUOTE), now=NOW, root=ROOT).quote == quote
+    assert opened.quote == quote
+    assert verify_quote(check_signed(opened), verified_of(PLATFORM), now=NOW).tcb_status == "UpToDate"
 
 
 @pytest.mark.parametrize("wrong", [5, "a quote", None, [1, 2]])
@@ -103,7 +121,7 @@ def test_one_collateral_serves_all_quotes_of_a_platform() -> None:
     verified = verified_of(PLATFORM)
     for number in range(3):
         quote = PLATFORM.quote(bytes([number]) * 64)
-        assert verify_quote(open_quote(quote, now=NOW, root=ROOT), verified, now=NOW).tcb_status == "UpToDate"
+        assert verify_quote(signed_of(quote), verified, now=NOW).tcb_status == "UpToDate"
 
 
 def test_report_data_must_be_said() -> None:
@@ -124,7 +142,7 @@ def test_another_root_is_only_trusted_by_name() -> None:
     other_root = TrustedRoot.from_der(other.root_der)
     verified = verify_collateral(collateral_of(other), now=NOW, root=other_root)
     with pytest.raises(RootMismatch):
-        _ = verify_quote(open_quote(QUOTE, now=NOW, root=ROOT), verified, now=NOW)
+        _ = verify_quote(signed_of(QUOTE), verified, now=NOW)
 
 
 def test_the_readme_tells_how_another_root_is_trusted() -> None:
@@ -206,7 +224,7 @@ def test_a_verdict_says_which_steps_were_taken() -> None:
 def test_a_verdict_says_what_was_only_remembered() -> None:
     stages.forget()
     verified = verified_of(PLATFORM)
-    first, again = (verify_quote(open_quote(QUOTE, now=NOW, root=ROOT), verified, now=NOW) for _ in range(2))
+    first, again = (verify_quote(signed_of(QUOTE), verified, now=NOW) for _ in range(2))
     remembered = {"PCK CA certificate": (4, 5, 7, 8)}  # of the collateral
     twice = {
         "chain of the TCB signing certificate": (3, 6),
@@ -225,20 +243,78 @@ def test_a_verdict_says_what_was_only_remembered() -> None:
 # --- values that prove a check ---
 
 
+def _with_certification(certification: bytes) -> bytes:
+    """The quote with other certification data, which no signature is over."""
+    quote = parse_quote(QUOTE)
+    return QuoteParts(
+        signed=quote.signed,
+        signature=quote.signature,
+        attestation_key=quote.attestation_key,
+        qe_report=quote.qe_report_bytes,
+        qe_signature=quote.qe_report_signature,
+        qe_auth=quote.qe_auth,
+        cert_data=certification,
+    ).encode()
+
+
+@pytest.mark.parametrize("name", layout.Quote.__struct_fields__)
+def test_no_copy_of_a_parsed_quote_verifies(name: str) -> None:
+    """A signature is over bytes: what else a copy says of them, nobody signed."""
+    quote, other = parse_quote(QUOTE), parse_quote(OTHER_QUOTE)
+    members = msgspec.structs.asdict(quote) | {name: getattr(other, name)}
+    copies = [replace(quote, **{name: getattr(other, name)}), layout.Quote(**members)]
+    if sys.version_info >= (3, 13):
+        copies.append(copy.replace(quote, **{name: getattr(other, name)}))
+    for altered in [*copies, *(pickle.loads(pickle.dumps(each)) for each in copies)]:
+        for sgx in (False, True):
+            with pytest.raises(TypeError, match="bytes-like object is required"):
+                _ = open_quote(altered, now=NOW, root=ROOT, sgx=sgx)
+            with pytest.raises(TypeError, match="bytes-like object is required"):
+                _ = verify(altered, COLLATERAL, now=NOW, root=ROOT, expected_report_data=None, sgx=sgx)
+
+
+def test_a_stage_takes_only_what_the_stage_before_it_made() -> None:
+    def impostor(value: Any) -> Any:
+        return SimpleNamespace(**{field.name: getattr(value, field.name) for field in attrs.fields(type(value))})
+
+    opened, verified = open_quote(QUOTE, now=NOW, root=ROOT), verified_of(PLATFORM)
+    signed: Any = check_signed(opened)
+    for stage, maker in (
+        (lambda: check_signed(impostor(opened)), "open_quote"),
+        (lambda: verify_quote(opened, verified, now=NOW), "check_signed"),  # type: ignore[arg-type]
+        (lambda: verify_quote(impostor(signed), verified, now=NOW), "check_signed"),
+        (lambda: verify_quote(signed, impostor(verified), now=NOW), "verify_collateral"),
+    ):
+        with pytest.raises(TypeError, match=f"as of {maker}, not "):
+            _ = stage()
+
+
+@pytest.mark.parametrize("fault", ["qe_report_signature", "qe_report_data", "quote_signature", "body_altered"])
+def test_what_the_platform_did_not_sign_needs_no_collateral_to_be_refused(fault: str) -> None:
+    opened = open_quote(PLATFORM.having(fault).quote(REPORT_DATA), now=NOW, root=ROOT)
+    with pytest.raises(VerificationError) as caught:
+        _ = check_signed(opened)
+    assert fault in type(caught.value).faults
+
+
 def test_no_proof_can_be_made_by_hand() -> None:
     opened = open_quote(QUOTE, now=NOW, root=ROOT)
+    signed = check_signed(opened)
     verified = verified_of(PLATFORM)
-    verdict = verify_quote(opened, verified, now=NOW)
-    for value in (opened, verified, verdict):
+    verdict = verify_quote(signed, verified, now=NOW)
+    for value in (opened, signed, verified, verdict):
         fields = {field.name: getattr(value, field.name) for field in attrs.fields(type(value))}
         with pytest.raises(TypeError, match="proves a check"):
             _ = type(value)(**fields)
         with pytest.raises(TypeError, match="proves a check"):
             _ = attrs.evolve(value)
+        if sys.version_info >= (3, 13):
+            with pytest.raises(TypeError, match="proves a check"):
+                _ = copy.replace(value)
         with pytest.raises((TypeError, msgspec.ValidationError)):  # and by no decoder
             _ = msgspec.convert(fields, type(value))
         with pytest.raises(attrs.exceptions.FrozenInstanceError):
-            value.root = INTEL_ROOT  # type: ignore[misc]
+            value.checked = ()  # type: ignore[misc]
         assert "PROOF" not in repr(value)
     assert copy.copy(verdict).tcb_status == verdict.tcb_status
 
@@ -251,7 +327,7 @@ def test_values_are_frozen() -> None:
     assert [kind for kind in values if not kind.__struct_config__.frozen] == []
 
 
-@pytest.mark.parametrize("kind", [OpenedQuote, VerifiedCollateral, Verdict])
+@pytest.mark.parametrize("kind", [OpenedQuote, SignedQuote, VerifiedCollateral, Verdict])
 def test_the_proof_is_required(kind: type) -> None:
     with pytest.raises(TypeError):
         _ = kind()
@@ -262,20 +338,20 @@ def test_the_proof_is_required(kind: type) -> None:
 
 def test_time_is_checked_in_every_stage() -> None:
     end = NOW + COLLATERAL_SECONDS
-    opened, verified = open_quote(QUOTE, now=NOW, root=ROOT), verified_of(PLATFORM)
+    signed, verified = signed_of(QUOTE), verified_of(PLATFORM)
     for now in (NOW, end):
         assert verify_collateral(collateral_of(PLATFORM), now=now, root=ROOT).window == (NOW, end)
-        assert verify_quote(opened, verified, now=now).verified_at == now
+        assert verify_quote(signed, verified, now=now).verified_at == now
     for now, step in ((NOW - 1, CollateralNotYetValid), (end + 1, CollateralExpired)):
         with pytest.raises(step):
             _ = verify_collateral(collateral_of(PLATFORM), now=now, root=ROOT)
         with pytest.raises(step):
-            _ = verify_quote(opened, verified, now=now)
+            _ = verify_quote(signed, verified, now=now)
     for now, certificate_step in ((ISSUED - 1, CertificateNotYetValid), (EXPIRES + 1, CertificateExpired)):
         with pytest.raises(certificate_step):
             _ = open_quote(QUOTE, now=now, root=ROOT)
         with pytest.raises(certificate_step):
-            _ = verify_quote(opened, verified, now=now)
+            _ = verify_quote(signed, verified, now=now)
 
 
 def test_grace_extends_statements_and_never_certificates() -> None:
@@ -285,10 +361,10 @@ def test_grace_extends_statements_and_never_certificates() -> None:
     verified = verify_collateral(collateral, now=late, root=ROOT, grace=3600)
     assert verified.window == (NOW, end)
     assert verified.usable_until == late
-    opened = open_quote(QUOTE, now=late, root=ROOT)
-    assert verify_quote(opened, verified, now=late).window == (NOW, end)
+    signed = signed_of(QUOTE, now=late)
+    assert verify_quote(signed, verified, now=late).window == (NOW, end)
     with pytest.raises(CollateralExpired):
-        _ = verify_quote(opened, verified, now=late + 1)
+        _ = verify_quote(signed, verified, now=late + 1)
     with pytest.raises(CertificateExpired):
         _ = verify_collateral(collateral, now=EXPIRES + 1, root=ROOT, grace=EXPIRES)
 
@@ -300,10 +376,10 @@ def test_remembering_changes_no_answer() -> None:
     honest = [verdict_of(PLATFORM).tcb_status for _ in range(2)]
     stages.forget()
     assert [verdict_of(PLATFORM).tcb_status, *honest] == ["UpToDate"] * 3
-    opened = open_quote(QUOTE, now=NOW, root=ROOT)
+    signed = signed_of(QUOTE)
     with pytest.raises(PckRevoked):
-        _ = verify_quote(opened, verified_of(PLATFORM.having("pck_revoked")), now=NOW)
-    assert verify_quote(opened, verified_of(PLATFORM), now=NOW).tcb_status == "UpToDate"
+        _ = verify_quote(signed, verified_of(PLATFORM.having("pck_revoked")), now=NOW)
+    assert verify_quote(signed, verified_of(PLATFORM), now=NOW).tcb_status == "UpToDate"
 
 
 def test_refusals_are_not_remembered() -> None:
@@ -352,12 +428,11 @@ def test_no_byte_of_a_quote_can_be_changed(at: int, change: int) -> None:
 
 @given(st.data())
 def test_a_mutated_chain(data: st.DataObject) -> None:
-    quote = parse_quote(QUOTE)
-    mutated = bytearray(quote.certification)
+    mutated = bytearray(parse_quote(QUOTE).certification)
     at = data.draw(st.integers(0, len(mutated) - 1))
     mutated[at : at + data.draw(st.integers(0, 40))] = data.draw(st.binary(max_size=40))
     with suppress(VerificationError):
-        _ = open_quote(replace(quote, certification=bytes(mutated)), now=NOW, root=ROOT)
+        _ = open_quote(_with_certification(bytes(mutated)), now=NOW, root=ROOT)
 
 
 @given(st.sampled_from(sorted(attrs.asdict(collateral_of(PLATFORM)))), st.data())

@@ -12,6 +12,8 @@ from chutes_proto.auth.hotkey import HotkeyPair
 from chutes_proto.codes import Code
 from chutes_proto.effects import FetchCollateral, Transact, run
 from chutes_proto.errors import CollateralUnavailable, KeyUnavailable, StoreBusy, StoreError
+from chutes_proto.quote import ecdsa
+from chutes_proto.quote.layout import parse_quote
 from chutes_proto.quote.verify import verify_collateral
 from chutes_proto.secret import Secret
 from chutes_proto.server.app import App
@@ -22,6 +24,7 @@ from chutes_proto.store.rows import AttestationRow, AuditRow, BootRow, NonceRow,
 from chutes_proto.testing.platform import PROFILE
 from chutes_proto.units.operator import StoreRestored
 from chutes_proto.wire import json
+from chutes_proto.wire.codec import decode_quote
 from chutes_proto.wire.http import HttpRequest, HttpResponse
 from tests.server.world import HOTKEY, NOW, World, answer, content, refusal, service
 
@@ -415,6 +418,21 @@ def test_who_knows_only_a_platforms_certificates_has_no_collateral_asked_for(wor
     world.before = lambda effect: asked.append(effect) if isinstance(effect, FetchCollateral) else None
     assert refusal(world.boot())[:2] == (403, Code.QUOTE_REJECTED)
     assert asked == []
+
+
+def test_a_boot_verifies_the_signature_of_its_quote_once(world, monkeypatch):
+    body, headers = world.attestation()
+    signed = parse_quote(decode_quote(body["quote"])).signed
+    verify_raw = ecdsa.verify_raw
+    messages: list[bytes] = []
+
+    def counted(key, signature, message):
+        messages.append(message)
+        verify_raw(key, signature, message)
+
+    monkeypatch.setattr(ecdsa, "verify_raw", counted)
+    assert answer(world.ask("POST", "/servers/boot/attestation", body, headers=headers))["key"]
+    assert messages.count(signed) == 1
 
 
 def test_for_a_minute_after_a_restore_boots_are_told_to_come_again(world):

@@ -153,13 +153,12 @@ def _family(options: argparse.Namespace, root: TrustedRoot) -> Family:
 
     from chutes_proto.blocking.files import read_file
     from chutes_proto.collateral.library import Family
-    from chutes_proto.quote.layout import parse_quote
     from chutes_proto.quote.verify import open_quote
 
     if options.quote is None:
         return Family(options.fmspc, options.ca, options.tee)
-    quote = parse_quote(read_file(options.quote), sgx=True)
-    return Family.of(open_quote(quote, now=int(time.time()), root=root).pck)
+    data = read_file(options.quote)
+    return Family.of(open_quote(data, now=int(time.time()), root=root, sgx=True).pck)
 
 
 # --- show and check ---

@@ -133,7 +133,7 @@ def _judge(
     report |= quote_fields(quote) | platform_fields(claimed_platform(quote))
     try:
         collateral = Collateral.from_json(collateral_data)
-        verdict = verify(quote, collateral, now=now, expected_report_data=options.report_data, root=root)
+        verdict = verify(quote_data, collateral, now=now, expected_report_data=options.report_data, root=root, sgx=True)
         report |= {
             "verified": True,
             "tcb_status": str(verdict.tcb_status),
@@ -155,7 +155,7 @@ def _judge(
         report["explanation"] = exc.explain()
     except (CollateralFormatError, VerificationError) as exc:
         report["refusals"] = [{"code": exc.code, "detail": str(exc)}]
-        report |= _hint(options, exc, lambda: open_quote(quote, now=now, root=root))
+        report |= _hint(options, exc, lambda: open_quote(quote_data, now=now, root=root, sgx=True))
     return report
 
 

@@ -187,7 +187,7 @@ TdReport: TypeAlias = TdReport10
 
 
 class Quote(Struct, frozen=True):
-    """A parsed quote. Nothing in it is verified.
+    """A parsed quote. Nothing in it is verified, and no verification takes it: copies of it can say anything.
 
     ``signed`` are the bytes that ``signature`` (r ‖ s) is over; ``attestation_key`` is x ‖ y. ``qe_report_bytes`` is
     the quoting enclave's report as it was signed with ``qe_report_signature``; ``certification`` is what says whose

@@ -96,7 +96,7 @@ CollateralNotYetValid = _step(
 CollateralExpired = _step(
     20, "CollateralExpired", "collateral_expired", "a CRL's or statement's time, or the grace after it, has not ended",
     "root_crl_expired pck_crl_expired tcb_info_expired qe_identity_expired")
-# verify_quote: the quote, held against the collateral
+# verify_quote: the quote, held against the collateral; 28 to 30 and 33 are taken before, by check_signed
 RootMismatch = _step(21, "RootMismatch", "root_mismatch", "quote and collateral were verified under one root")
 CollateralTee = _step(
     22, "CollateralTee", "collateral_tee", "the collateral is for the quote's TEE", "collateral_of_sgx")

@@ -1,12 +1,14 @@
 """Is this a genuine quote of a genuine platform, and how well is its TCB kept?
 
     opened = open_quote(data, now=now)                               which collateral to ask for: opened.pck
+    signed = check_signed(opened)                                    the platform did make this quote
     verified = verify_collateral(collateral, now=now)                once for many quotes
-    verdict = verify_quote(opened, verified, now=now)                the answer; or all at once: verify(…)
+    verdict = verify_quote(signed, verified, now=now)                the answer; or all at once: verify(…)
 
 Rules kept here:
 
-* each stage returns a value that only it can make, or raises: what did not verify cannot look like what did;
+* each stage returns a value that only it can make, and takes the value of the one before: what did not verify cannot
+  look like what did. A quote goes in as bytes, so that what is read of it is what its signature is over;
 * the numbers beside the checks are those of the table in ``steps.py``; ``README.md`` beside this file has the rules;
 * ``now`` is the caller's clock in unix seconds, and all times are checked against it in every stage;
 * no chain is built: three certificates with fixed places, names compared as DER, the root pinned by its key;
@@ -94,6 +96,7 @@ from chutes_proto.quote.terms import Term, Window, check_terms, common, window
 
 __all__ = [
     "OpenedQuote",
+    "SignedQuote",
     "Verdict",
     "authenticate_collateral",
     "check_signed",
@@ -156,6 +159,19 @@ class OpenedQuote:
 
 
 @frozen(kw_only=True, eq=False)
+class SignedQuote:
+    """A quote that the platform of its PCK certificate made. How up to date that platform is, collateral says.
+
+    ``qe_report`` is the report of the quoting enclave that signed it.
+    """
+
+    opened: OpenedQuote
+    qe_report: SgxReport
+    checked: tuple[Checked, ...]
+    proof: Proof = proven()
+
+
+@frozen(kw_only=True, eq=False)
 class Verdict:
     """A quote that is genuine, of a platform that is genuine; ``tcb_status`` says how well its TCB is kept.
 
@@ -190,14 +206,15 @@ class Verdict:
         return tuple(sorted({number for piece in self.checked for number in piece.steps}))
 
 
-def open_quote(data: BytesLike | Quote, *, now: int, root: TrustedRoot = INTEL_ROOT) -> OpenedQuote:
+def open_quote(data: BytesLike, *, now: int, root: TrustedRoot = INTEL_ROOT, sgx: bool = False) -> OpenedQuote:
     """Steps 1 to 11: the quote's structure, and its PCK chain up to the root.
 
-    Bytes are parsed as a TDX quote; parse an SGX quote with ``parse_quote(data, sgx=True)`` and give that. Raises
-    `QuoteFormatError` and `VerificationError`.
+    ``data`` are the bytes of a TDX quote, with ``sgx`` also those of an SGX quote (`parse_quote` reads both). ``now``
+    is in unix seconds. Raises `QuoteFormatError` and `VerificationError`; `TypeError` for arguments of another
+    type, a parsed quote among them.
     """
-    _check_kind(root)
-    quote = data if isinstance(data, Quote) else parse_quote(data)
+    _check_kind("root", root, TrustedRoot, "TrustedRoot.from_der")
+    quote = parse_quote(data, sgx=sgx)
     if quote.header.qe_vendor_id != INTEL_VENDOR_ID:  # 1
         raise QeVendor("quote", "another vendor", got=quote.header.qe_vendor_id, expected=INTEL_VENDOR_ID)
     if quote.certification_type != CERTIFICATION_PCK_CHAIN:  # 2
@@ -209,14 +226,23 @@ def open_quote(data: BytesLike | Quote, *, now: int, root: TrustedRoot = INTEL_R
     return OpenedQuote(quote=quote, pck=chain.identity, root=root, chain=chain, checked=notes, proof=PROOF)
 
 
-def check_signed(opened: OpenedQuote) -> None:
+def check_signed(opened: OpenedQuote) -> SignedQuote:
     """Steps 28 to 30 and 33, which need no collateral: the platform did make the quote, well kept or not.
 
     Before collateral is asked for: else who knows the platform's certificates, which are no secret, could have it asked
-    for. `verify_quote` takes these steps in any case. Raises `VerificationError`.
+    for. Raises `VerificationError`; `TypeError` for what is not an `OpenedQuote`.
     """
-    _, attestation_key, _ = _enclave_of(opened)
-    _check_signature(opened.quote, attestation_key)
+    _check_kind("opened", opened, OpenedQuote, "open_quote")
+    quote = opened.quote
+    qe_report, attestation_key, notes = _quoting_enclave(
+        opened.chain, quote.qe_report_bytes, quote.qe_report_signature, quote.qe_auth, quote.attestation_key
+    )  # 28-30
+    try:
+        ecdsa.verify_raw(attestation_key, quote.signature, quote.signed)  # 33
+    except ecdsa.InvalidSignature:
+        raise QuoteSignature("quote", "the attestation key did not sign it") from None
+    passed = (*opened.checked, *notes.take(), _SIGNED)
+    return SignedQuote(opened=opened, qe_report=qe_report, checked=passed, proof=PROOF)
 
 
 def verify_collateral(
@@ -225,7 +251,7 @@ def verify_collateral(
     """Steps 3 to 10 and 12 to 20: CRLs, TCB info and QE identity, and the certificates of who signed them.
 
     ``grace`` seconds are added to the end of CRLs, TCB info and QE identity, never to a certificate's. Raises
-    `VerificationError`.
+    `VerificationError`; `TypeError` for arguments of another type.
     """
     return _collateral(collateral, now, root, grace)
 
@@ -235,13 +261,14 @@ def authenticate_collateral(
 ) -> VerifiedCollateral:
     """`verify_collateral` without steps 9, 10, 19 and 20: whose collateral it is, not whether its time is now.
 
-    For who asks at what times it is valid; ``verify_quote`` checks all times in any case. Raises `VerificationError`.
+    For who asks at what times it is valid; ``verify_quote`` checks all times in any case. Raises `VerificationError`;
+    `TypeError` for a root of another type.
     """
     return _collateral(collateral, None, root, grace)
 
 
 def _collateral(collateral: Collateral, now: int | None, root: TrustedRoot, grace: int) -> VerifiedCollateral:
-    _check_kind(root)
+    _check_kind("root", root, TrustedRoot, "TrustedRoot.from_der")
     issuer, issuer_key, issuer_terms, issuer_notes = _signer(root, collateral.pck_crl_issuer_chain, _PCK_CA)  # 3-8
     tcb_signer, tcb_key, tcb_terms, tcb_notes = _signer(root, collateral.tcb_info_issuer_chain, _TCB_SIGNER)
     qe_signer, qe_key, qe_terms, qe_notes = _signer(root, collateral.qe_identity_issuer_chain, _TCB_SIGNER)
@@ -295,25 +322,46 @@ def _collateral(collateral: Collateral, now: int | None, root: TrustedRoot, grac
     )
 
 
-def verify_quote(opened: OpenedQuote, verified: VerifiedCollateral, *, now: int) -> Verdict:
-    """Steps 9, 10, 15 and 19 to 36: the quote under collateral of its platform. Raises `VerificationError`."""
-    return _quote(opened, verified, now, None)
+def verify_quote(signed: SignedQuote, verified: VerifiedCollateral, *, now: int) -> Verdict:
+    """Steps 9, 10, 15, 19 to 27, 31, 32 and 34 to 36: the quote under collateral of its platform.
+
+    ``now`` is in unix seconds. Raises `VerificationError`; `TypeError` for arguments of another type.
+    """
+    _check_kind("signed", signed, SignedQuote, "check_signed")
+    _check_kind("verified", verified, VerifiedCollateral, "verify_collateral")
+    _check_belongs(signed.opened, verified, now)
+    return _judge(signed, verified, now, None)
 
 
-def _quote(opened: OpenedQuote, verified: VerifiedCollateral, now: int, expected: bytes | None) -> Verdict:
+def _check_belongs(opened: OpenedQuote, verified: VerifiedCollateral, now: int) -> None:
+    """Steps 9, 10, 15 and 19 to 27: the collateral is this platform's, and both are valid now."""
     quote, chain, pck = opened.quote, opened.chain, opened.pck
+    info = verified.tcb_info
     if verified.root != opened.root:  # 21
         raise RootMismatch("collateral", "it was verified under another root than the quote")
     check_terms(chain.terms, now)  # 9, 10
     check_terms(verified.terms, now, verified.grace)  # 9, 10, 19, 20
-    _check_belongs(quote, chain, verified)  # 22-26
+    if info.tee != quote.tee:  # 22
+        raise CollateralTee("collateral", "it is for another TEE", got=info.tee, expected=quote.tee)
+    if (chain.issuer.subject, chain.issuer.point) != (verified.issuer_name, verified.issuer_point):  # 23
+        raise CollateralCa("PCK CRL", "it is of another CA", got=verified.ca, expected=pck.ca)
+    if info.fmspc != pck.fmspc:  # 24
+        raise FmspcMismatch("TCB info", "it is for another FMSPC", got=info.fmspc, expected=pck.fmspc)
+    if info.pce_id != pck.pce_id:  # 25
+        raise PceIdMismatch("TCB info", "it is for another PCE-ID", got=info.pce_id, expected=pck.pce_id)
+    if verified.pck_chain is not None and verified.pck_chain[:2] != chain.chain:  # 26
+        raise PckChainMismatch("PCK chain beside the collateral", "it is not the quote's")
     _check_not_revoked(_PCK_CA.subject, chain.issuer.serial, verified.revoked_by_root)  # 15
     if chain.leaf.serial in verified.revoked_pcks:  # 27
         raise PckRevoked(_PCK.subject, "it is on the PCK CRL", got=chain.leaf.serial)
-    qe_report, attestation_key, qe_notes = _enclave_of(opened)  # 28-30
-    _check_quoting_enclave(qe_report, verified.qe_identity)  # 31, 32
-    _check_signature(quote, attestation_key)  # 33
-    tcb = assess(verified.tcb_info, verified.qe_identity, pck, quote.body, qe_report)  # 34-36
+
+
+def _judge(signed: SignedQuote, verified: VerifiedCollateral, now: int, expected: bytes | None) -> Verdict:
+    """Steps 31, 32 and 34 to 37, under collateral that was found to be this platform's."""
+    opened = signed.opened
+    quote, pck = opened.quote, opened.pck
+    _check_quoting_enclave(signed.qe_report, verified.qe_identity)  # 31, 32
+    tcb = assess(verified.tcb_info, verified.qe_identity, pck, quote.body, signed.qe_report)  # 34-36
     got = quote.body.report_data
     if expected is not None and not compare_digest(got, expected):  # 37
         raise ReportDataMismatch("quote", "the report data is another", got=got, expected=expected)
@@ -329,18 +377,16 @@ def _quote(opened: OpenedQuote, verified: VerifiedCollateral, now: int, expected
         qe=tcb.qe,
         evaluation_number=min(verified.tcb_info.evaluation_number, verified.qe_identity.evaluation_number),
         tcb_info_version=verified.tcb_info.version,
-        window=common(chain.window, verified.window),
+        window=common(opened.chain.window, verified.window),
         verified_at=now,
         root=opened.root,
         checked=(
-            *opened.checked,
+            *signed.checked,
             *verified.checked,
             _CHAIN_TIMES,
             *_COLLATERAL_TIMES,
             _BELONGS if verified.pck_chain is None else _BELONGS_BESIDE,
-            *qe_notes.take(),
             _QE,
-            _SIGNED,
             _TD_LEVELS if quote.tee == "TDX" else _ENCLAVE_LEVELS,
             *(() if expected is None else (_REPORT_DATA,)),
         ),
@@ -372,22 +418,25 @@ _REPORT_DATA: Final = checked("report data", 37)
 
 
 def verify(
-    data: BytesLike | Quote,
+    data: BytesLike,
     collateral: Collateral,
     *,
     now: int,
     expected_report_data: bytes | None,
     root: TrustedRoot = INTEL_ROOT,
     grace: int = 0,
+    sgx: bool = False,
 ) -> Verdict:
     """All stages, and step 37: the report data are the 64 bytes that the caller expects.
 
-    Pass None for ``expected_report_data`` only if something else binds the quote to whom you speak with: a genuine
-    quote of another machine verifies as well. Raises `QuoteFormatError` and `VerificationError`.
+    The other arguments are those of `open_quote` and `verify_collateral`. Pass None for ``expected_report_data`` only
+    if something else binds the quote to whom you speak with: a genuine quote of another machine verifies as well.
+    Raises `QuoteFormatError` and `VerificationError`; `TypeError` for arguments of another type.
     """
-    opened = open_quote(data, now=now, root=root)
+    opened = open_quote(data, now=now, root=root, sgx=sgx)
     verified = verify_collateral(collateral, now=now, root=root, grace=grace)
-    return _quote(opened, verified, now, expected_report_data)
+    _check_belongs(opened, verified, now)
+    return _judge(check_signed(opened), verified, now, expected_report_data)
 
 
 def forget() -> None:
@@ -457,9 +506,10 @@ def _read_chain(pem: bytes, subject: str, least: int) -> tuple[bytes, ...]:
     return ders
 
 
-def _check_kind(root: object) -> None:
-    if not isinstance(root, TrustedRoot):
-        raise TypeError(f"root: must be a TrustedRoot, as of TrustedRoot.from_der, not {type(root).__name__}")
+def _check_kind(name: str, value: object, kind: type, maker: str) -> None:
+    """Refuse what only looks like the value that ``maker`` returns."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}: must be a {kind.__name__}, as of {maker}, not {type(value).__name__}")
 
 
 @lru_cache(maxsize=16)
@@ -588,21 +638,6 @@ def _statement(subject: str, text: bytes, read: Callable[[bytes], T]) -> T:
 # --- the quote ---
 
 
-def _check_belongs(quote: Quote, chain: PckChain, verified: VerifiedCollateral) -> None:
-    """Steps 22 to 26: the collateral is this platform's."""
-    info, pck = verified.tcb_info, chain.identity
-    if info.tee != quote.tee:  # 22
-        raise CollateralTee("collateral", "it is for another TEE", got=info.tee, expected=quote.tee)
-    if (chain.issuer.subject, chain.issuer.point) != (verified.issuer_name, verified.issuer_point):  # 23
-        raise CollateralCa("PCK CRL", "it is of another CA", got=verified.ca, expected=pck.ca)
-    if info.fmspc != pck.fmspc:  # 24
-        raise FmspcMismatch("TCB info", "it is for another FMSPC", got=info.fmspc, expected=pck.fmspc)
-    if info.pce_id != pck.pce_id:  # 25
-        raise PceIdMismatch("TCB info", "it is for another PCE-ID", got=info.pce_id, expected=pck.pce_id)
-    if verified.pck_chain is not None and verified.pck_chain[:2] != chain.chain:  # 26
-        raise PckChainMismatch("PCK chain beside the collateral", "it is not the quote's")
-
-
 @lru_cache(maxsize=256)
 def _quoting_enclave(
     chain: PckChain, report: bytes, signature: bytes, auth: bytes, attestation_key: bytes
@@ -622,21 +657,6 @@ def _quoting_enclave(
     except ValueError:
         raise AttestationKey("attestation key", "it is no point of P-256", got=attestation_key) from None
     return qe_report, key, _Notes(_ENCLAVE)
-
-
-def _enclave_of(opened: OpenedQuote) -> tuple[SgxReport, EllipticCurvePublicKey, _Notes]:
-    quote = opened.quote
-    return _quoting_enclave(
-        opened.chain, quote.qe_report_bytes, quote.qe_report_signature, quote.qe_auth, quote.attestation_key
-    )
-
-
-def _check_signature(quote: Quote, attestation_key: EllipticCurvePublicKey) -> None:
-    """Step 33."""
-    try:
-        ecdsa.verify_raw(attestation_key, quote.signature, quote.signed)
-    except ecdsa.InvalidSignature:
-        raise QuoteSignature("quote", "the attestation key did not sign it") from None
 
 
 _DEBUG: Final = int(SgxAttributes.DEBUG)

@@ -72,18 +72,18 @@ def verify_evidence(service: Service, nonce: bytes, key: ClientKey, quote_text: 
     """Steps 2 to 4. Raises `Refused`, or `Unavailable` when the fault is ours."""
     data = decode_quote(quote_text)
     try:
-        quote = parse_quote(data)
+        claimed = parse_quote(data)
     except QuoteFormatError as exc:
         raise Refused(Code.QUOTE_MALFORMED, _format_text(exc), reason=str(exc)) from None
-    check_report_data(quote.body.report_data, nonce, key)
+    check_report_data(claimed.body.report_data, nonce, key)
     try:
-        opened = open_quote(quote, now=now, root=service.root)
-        check_signed(opened)
+        opened = open_quote(data, now=now, root=service.root)
+        signed = check_signed(opened)
         with service.verifications.of((opened.pck.fmspc, opened.pck.ca)):
             collateral = yield from FetchCollateral(opened.pck, now)
         now = yield from Now()  # collateral may be younger than the request
         _check_current(collateral, now)
-        verdict = verify_quote(opened, collateral, now=now)
+        verdict = verify_quote(signed, collateral, now=now)
     except VerificationError as exc:
         if isinstance(exc, _OURS):
             raise _no_collateral(f"{exc.code}: {exc}") from None
