@@ -131,6 +131,15 @@ def test_fetch_first_then_use_then_refresh_then_fetch_again() -> None:
     assert isinstance(world.decide(), Fetch)
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), float(NOW), True])
+def test_a_time_is_an_integer(wrong: Any) -> None:
+    world = World()
+    _ = world.warm()
+    for ask in (world.cache.decide, world.cache.landed):
+        with pytest.raises(TypeError, match="now: must be an int"):
+            _ = ask(family(), wrong)
+
+
 def test_what_ends_soon_is_refreshed_soon() -> None:
     world = World()
     world.age = COLLATERAL_SECONDS - 4000

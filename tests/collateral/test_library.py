@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from attrs import evolve
 from msgspec.structs import replace
@@ -61,6 +63,12 @@ def test_what_is_not_valid_now_is_missing_and_named(now: int) -> None:
     text = missing(Item("/shelf/a.json", verified()), now=now)
     assert "/shelf/a.json: FMSPC" in text
     assert "valid 2026-05-28T20:26:40Z to 2026-06-27T20:26:40Z" in text
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float(NOW), True])
+def test_a_time_is_an_integer(wrong: Any) -> None:
+    with pytest.raises(TypeError, match="now: must be an int"):
+        _ = choose([Item("a", verified())], identity(), wrong, "")
 
 
 @pytest.mark.parametrize("now", [NOW, END])

@@ -369,6 +369,29 @@ def test_grace_extends_statements_and_never_certificates() -> None:
         _ = verify_collateral(collateral, now=EXPIRES + 1, root=ROOT, grace=EXPIRES)
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf"), float(NOW), True, None, str(NOW)])
+def test_a_time_is_an_integer(wrong: Any) -> None:
+    """No comparison with NaN holds: it would be before no begin and past no end."""
+    opened, signed, verified = open_quote(QUOTE, now=NOW, root=ROOT), signed_of(QUOTE), verified_of(PLATFORM)
+    for stage in (
+        lambda: open_quote(QUOTE, now=wrong, root=ROOT),
+        lambda: verify_collateral(COLLATERAL, now=wrong, root=ROOT),
+        lambda: verify_quote(signed, verified, now=wrong),
+        lambda: verify(QUOTE, COLLATERAL, now=wrong, root=ROOT, expected_report_data=None),
+        lambda: terms.check_terms(opened.chain.terms, wrong),
+    ):
+        with pytest.raises(TypeError, match=f"now: must be an int, in whole seconds, not {wrong!r}"):
+            _ = stage()
+    for stage in (
+        lambda: verify_collateral(COLLATERAL, now=NOW, root=ROOT, grace=wrong),
+        lambda: authenticate_collateral(COLLATERAL, root=ROOT, grace=wrong),
+        lambda: terms.check_terms(opened.chain.terms, NOW, wrong),
+        lambda: verify(QUOTE, COLLATERAL, now=NOW, root=ROOT, expected_report_data=None, grace=wrong),
+    ):
+        with pytest.raises(TypeError, match=f"grace: must be an int, in whole seconds, not {wrong!r}"):
+            _ = stage()
+
+
 # --- what is remembered ---
 
 

@@ -37,7 +37,7 @@ from chutes_proto.effects import Log, Now, Sleep
 from chutes_proto.errors import ConfigurationError, TransportError, UpstreamError
 from chutes_proto.log import Level, Record
 from chutes_proto.quote.errors import QuoteError
-from chutes_proto.quote.terms import rfc3339
+from chutes_proto.quote.terms import check_seconds, rfc3339
 from chutes_proto.quote.verify import authenticate_collateral
 
 if TYPE_CHECKING:
@@ -156,7 +156,8 @@ class CollateralCache:
     # --- questions ---
 
     def decide(self, family: Family, now: int) -> Decision:
-        """What to do for a platform of this family at ``now`` (unix seconds)."""
+        """What to do for a platform of this family at ``now`` (unix seconds, an integer or `TypeError`)."""
+        check_seconds("now", now)
         entry = self._touch(family)
         held = entry.held
         hindrance = self._hindrance(entry, now)
@@ -171,6 +172,7 @@ class CollateralCache:
 
     def landed(self, family: Family, now: int) -> Use | GiveUp:
         """`decide` for who has waited for a fetch."""
+        check_seconds("now", now)
         entry = self._touch(family)
         if entry.held is not None and _is_usable(entry.held, now):
             return Use(entry.held)

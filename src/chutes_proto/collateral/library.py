@@ -22,7 +22,7 @@ from chutes_proto.errors import CollateralUnavailable
 from chutes_proto.quote.collateral import VerifiedCollateral
 from chutes_proto.quote.layout import Tee
 from chutes_proto.quote.pck import Ca, PckIdentity
-from chutes_proto.quote.terms import rfc3339
+from chutes_proto.quote.terms import check_seconds, rfc3339
 
 _TOLD: Final = 5
 """How many files an error names."""
@@ -69,8 +69,9 @@ class Item:
 def choose(items: Iterable[Item], identity: PckIdentity, now: int, where: str) -> VerifiedCollateral:
     """The collateral for a platform at ``now`` (unix seconds), of the ``items`` that were found at ``where``.
 
-    Raises `CollateralUnavailable`.
+    Raises `CollateralUnavailable`; `TypeError` unless ``now`` is an integer.
     """
+    check_seconds("now", now)
     items = tuple(items)
     family = Family.of(identity)
     fitting = [

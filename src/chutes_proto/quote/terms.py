@@ -1,4 +1,8 @@
-"""From when to when each piece is valid; all times are unix seconds, both ends inclusive (RFC 5280, 4.1.2.5)."""
+"""From when to when each piece is valid; all times are unix seconds, both ends inclusive (RFC 5280, 4.1.2.5).
+
+Times are integers: a NaN is before no begin and past no end. `check_seconds` refuses what is not one, wherever a caller
+gives a time.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +34,12 @@ class Term(Struct, frozen=True):
 
 
 def check_terms(terms: Iterable[Term], now: int, grace: int = 0) -> None:
-    """Steps 9, 10, 19 and 20. ``grace`` seconds are added to the end of what is no certificate."""
+    """Steps 9, 10, 19 and 20. ``grace`` seconds are added to the end of what is no certificate.
+
+    Raises `VerificationError`; `TypeError` unless ``now`` and ``grace`` are integers.
+    """
+    check_seconds("now", now)
+    check_seconds("grace", grace)
     for term in terms:
         if now < term.begin:  # 9, 19
             step = CertificateNotYetValid if term.is_certificate else CollateralNotYetValid
@@ -40,6 +49,12 @@ def check_terms(terms: Iterable[Term], now: int, grace: int = 0) -> None:
         if now > (term.end if term.is_certificate else term.end + grace):  # 10, 20
             step = CertificateExpired if term.is_certificate else CollateralExpired
             raise step(term.subject, "its time has ended", got=rfc3339(now), expected=f"at most {rfc3339(term.end)}")
+
+
+def check_seconds(name: str, value: object) -> None:
+    """Raises `TypeError` for what is not an integer; a bool is not one."""
+    if type(value) is not int:
+        raise TypeError(f"{name}: must be an int, in whole seconds, not {value!r}")
 
 
 def rfc3339(time: int) -> str:

@@ -92,7 +92,7 @@ from chutes_proto.quote.steps import (
 )
 from chutes_proto.quote.strict_json import JsonError
 from chutes_proto.quote.tcb import assess
-from chutes_proto.quote.terms import Term, Window, check_terms, common, window
+from chutes_proto.quote.terms import Term, Window, check_seconds, check_terms, common, window
 
 __all__ = [
     "OpenedQuote",
@@ -210,7 +210,7 @@ def open_quote(data: BytesLike, *, now: int, root: TrustedRoot = INTEL_ROOT, sgx
     """Steps 1 to 11: the quote's structure, and its PCK chain up to the root.
 
     ``data`` are the bytes of a TDX quote, with ``sgx`` also those of an SGX quote (`parse_quote` reads both). ``now``
-    is in unix seconds. Raises `QuoteFormatError` and `VerificationError`; `TypeError` for arguments of another
+    is in whole unix seconds. Raises `QuoteFormatError` and `VerificationError`; `TypeError` for arguments of another
     type, a parsed quote among them.
     """
     _check_kind("root", root, TrustedRoot, "TrustedRoot.from_der")
@@ -250,9 +250,10 @@ def verify_collateral(
 ) -> VerifiedCollateral:
     """Steps 3 to 10 and 12 to 20: CRLs, TCB info and QE identity, and the certificates of who signed them.
 
-    ``grace`` seconds are added to the end of CRLs, TCB info and QE identity, never to a certificate's. Raises
-    `VerificationError`; `TypeError` for arguments of another type.
+    ``grace`` seconds are added to the end of CRLs, TCB info and QE identity, never to a certificate's. ``now`` and
+    ``grace`` are whole numbers. Raises `VerificationError`; `TypeError` for arguments of another type.
     """
+    check_seconds("now", now)
     return _collateral(collateral, now, root, grace)
 
 
@@ -262,13 +263,14 @@ def authenticate_collateral(
     """`verify_collateral` without steps 9, 10, 19 and 20: whose collateral it is, not whether its time is now.
 
     For who asks at what times it is valid; ``verify_quote`` checks all times in any case. Raises `VerificationError`;
-    `TypeError` for a root of another type.
+    `TypeError` for a root or a grace of another type.
     """
     return _collateral(collateral, None, root, grace)
 
 
 def _collateral(collateral: Collateral, now: int | None, root: TrustedRoot, grace: int) -> VerifiedCollateral:
     _check_kind("root", root, TrustedRoot, "TrustedRoot.from_der")
+    check_seconds("grace", grace)
     issuer, issuer_key, issuer_terms, issuer_notes = _signer(root, collateral.pck_crl_issuer_chain, _PCK_CA)  # 3-8
     tcb_signer, tcb_key, tcb_terms, tcb_notes = _signer(root, collateral.tcb_info_issuer_chain, _TCB_SIGNER)
     qe_signer, qe_key, qe_terms, qe_notes = _signer(root, collateral.qe_identity_issuer_chain, _TCB_SIGNER)
@@ -325,7 +327,7 @@ def _collateral(collateral: Collateral, now: int | None, root: TrustedRoot, grac
 def verify_quote(signed: SignedQuote, verified: VerifiedCollateral, *, now: int) -> Verdict:
     """Steps 9, 10, 15, 19 to 27, 31, 32 and 34 to 36: the quote under collateral of its platform.
 
-    ``now`` is in unix seconds. Raises `VerificationError`; `TypeError` for arguments of another type.
+    ``now`` is in whole unix seconds. Raises `VerificationError`; `TypeError` for arguments of another type.
     """
     _check_kind("signed", signed, SignedQuote, "check_signed")
     _check_kind("verified", verified, VerifiedCollateral, "verify_collateral")
