@@ -15,7 +15,7 @@ import trio
 from trio import Nursery
 
 from chutes_proto.blocking.sockets import ACCEPT_PAUSE, Listening
-from chutes_proto.transport.connections import Answer, Connections, Receive, Send
+from chutes_proto.transport.connections import Answer, Connections, Receive, Send, Sent
 from chutes_proto.transport.h1 import (
     DEFAULT_LIMITS,
     READ_SIZE,
@@ -44,24 +44,32 @@ class Server:
         self._slots = trio.Semaphore(connections - 1)
         self._connections = Connections(connections, self._wake)
         self._serving = trio.CancelScope()
+        self._accepting = trio.CancelScope()
         self._waiting: dict[ServerConnection, trio.CancelScope] = {}
 
     async def serve(self, listening: Sequence[Listening]) -> None:
-        """Serve until cancelled, or until `stop` has taken its time; closes the sockets."""
+        """Serve until cancelled, or until `stop` has come to its end; closes the sockets."""
         with self._serving:
             async with trio.open_nursery() as nursery:
-                for place in listening:
-                    nursery.start_soon(self._accept, place, nursery)
+                with self._accepting:
+                    async with trio.open_nursery() as listeners:
+                        for place in listening:
+                            listeners.start_soon(self._accept, place, nursery)
+                self._connections.finish(trio.current_time())
 
     def stop(self) -> float:
         """Tell the application to stop, which says when to end; connections end with their next answer.
 
-        Returns in how many seconds it ends.
+        Returns in how many seconds it ends at the latest.
         """
         now = trio.current_time()
         self._serving.deadline = end = self._app.stop(now)
         self._connections.drain(now)
+        self._update_end()
         return end - now
+
+    def _update_end(self) -> None:
+        self._accepting.deadline = self._app.ends_at(trio.current_time())
 
     async def _accept(self, place: Listening, nursery: Nursery) -> None:
         with place.socket as listener:
@@ -90,6 +98,7 @@ class Server:
                     await self._serve_connection(accepted, connection)
                 finally:
                     self._connections.remove(connection)
+                    self._update_end()
         except OSError:
             pass  # the peer went away
         except Exception as exc:  # noqa: BLE001 - a defect met in one connection must not end the others
@@ -109,6 +118,8 @@ class Server:
                     if left := _unsent(accepted, memoryview(data)):
                         with self._wait(connection):
                             await _sent(accepted, left)
+                case Sent(response):
+                    self._app.sent(response)
                 case Receive():
                     with self._wait(connection):
                         connection.receive_data(await _received(accepted), trio.current_time())

@@ -38,12 +38,19 @@ class Recorder:
 
     asked: list[HttpRequest | MalformedRequest] = field(factory=list)
     headers: tuple[tuple[str, str], ...] = (("x", "y"), ("connection", "close"))
+    told: list[HttpResponse] = field(factory=list)
 
     def complain(self, event: str, error: Exception) -> Flow[None]:
         yield from Log(Record(Level.ERROR, event, {"error": f"{type(error).__name__}: {error}"}))
 
     def stop(self, now: float) -> float:
         return now
+
+    def ends_at(self, now: float) -> float:
+        return now
+
+    def sent(self, response: HttpResponse) -> None:
+        self.told.append(response)
 
     def handle(self, request: HttpRequest | MalformedRequest) -> Flow[HttpResponse]:
         yield from ()
@@ -97,6 +104,7 @@ def ask(
             await app(dict(SCOPE) | scope, receive, send)
 
     anyio.run(main)
+    assert [response.status for response in recorder.told] == [start["status"] for start in sent[::2]]
     return (recorder.asked[0] if recorder.asked else None), sent
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chutes_proto.transport.connections import Answer, Connections, Receive, Send
-from chutes_proto.transport.h1 import ServerConnection
+from chutes_proto.transport.connections import Answer, Connections, Receive, Send, Sent
+from chutes_proto.transport.h1 import LAST_CALL_SECONDS, ServerConnection
 from chutes_proto.wire.http import HttpResponse
 
 GET = b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"
@@ -141,9 +143,37 @@ def test_a_request_is_answered_then_sent_before_anything_is_received() -> None:
         step = connections.next_step(one, 1.0)
         assert isinstance(step, Send)
         assert step.data.startswith(b"HTTP/1.1 200")
+        assert connections.next_step(one, 1.0) == Sent(HttpResponse(200))
     assert connections.next_step(one, 1.0) == Receive()
     one.receive_data(b"", 2.0)
     assert connections.next_step(one, 2.0) is None
+
+
+def test_an_answer_that_the_peer_does_not_take_is_not_sent() -> None:
+    connections = Connections(2, list[ServerConnection]().append)
+    one = connection("1.1.1.1", "deaf")
+    one.expire(one.deadline)
+    assert connections.next_step(one, one.deadline) is None
+
+
+def test_at_the_end_only_requests_and_their_answers_go_on() -> None:
+    woken: list[ServerConnection] = []
+    connections = Connections(10, woken.append)
+    made = {state: connection("1.1.1.1", state) for state in STATES}
+    waiting = [made[state] for state in STATES if state != "working"]
+    for one in made.values():
+        assert connections.make_room(one) == ()
+    connections.finish(1.0)
+    assert woken == list(made.values())
+    assert [one.deadline for one in waiting] == [-math.inf, 1.0 + LAST_CALL_SECONDS, -math.inf, 1.0 + LAST_CALL_SECONDS]
+    made["working"].send_response(HttpResponse(200), 50.0)
+    assert isinstance(connections.next_step(made["working"], 50.0), Send)
+    assert made["working"].deadline == 50.0 + LAST_CALL_SECONDS
+    assert connections.next_step(made["working"], 50.0) == Sent(HttpResponse(200))
+    made["halfway"].receive_data(GET[5:], 1.5)
+    assert isinstance(connections.next_step(made["halfway"], 1.5), Answer)
+    newcomer = connection("2.2.2.2", now=2.0)
+    assert connections.next_step(newcomer, 2.0) is None
 
 
 def test_others_are_woken_when_they_end_or_are_to_end_soon() -> None:

@@ -42,9 +42,15 @@ GONE = (anyio.BrokenResourceError, anyio.EndOfStream)
 
 @define
 class Echo:
-    """An application that says whom it sees. ``/slow`` waits to be released, ``/big`` says much, ``/broken`` fails."""
+    """An application that says whom it sees. ``/slow`` waits to be released, ``/big`` says much, ``/broken`` fails.
+
+    It ends ``drain`` seconds after it was told to, or as soon as nothing is ``open``.
+    """
 
     drain: float = math.inf
+    open: set[str] = field(factory=lambda: {"something"})
+    latest: float = math.inf
+    stopped: bool = False
     held: int = 0
     released: bool = False
     cancelled: list[str] = field(factory=list)
@@ -53,8 +59,15 @@ class Echo:
         yield from Log(Record(Level.ERROR, event, {"error": f"{type(error).__name__}: {error}"}))
 
     def stop(self, now: float) -> float:
-        end, self.drain = now + self.drain, 0.0
-        return end
+        self.latest = now if self.stopped else now + self.drain
+        self.stopped = True
+        return self.latest
+
+    def ends_at(self, now: float) -> float:
+        return self.latest if self.open or not self.stopped else min(self.latest, now)
+
+    def sent(self, response: HttpResponse) -> None:
+        self.open.discard(response.header("closes") or "")
 
     def handle(self, request: HttpRequest | MalformedRequest) -> Flow[HttpResponse]:
         if isinstance(request, MalformedRequest):
@@ -79,6 +92,8 @@ class Echo:
             "key": None if certificate is None else spki_sha256(certificate).hex(),
         }
         headers = (*JSON, ("connection", "close")) if request.target == "/last" else JSON
+        if request.target == "/slow":
+            headers = (*headers, ("closes", "slow"))
         return HttpResponse(200, headers, json.encode(content))
 
 
@@ -105,6 +120,7 @@ class Running:
     app: Echo
     log: list[Record]
     server: Any
+    ended: anyio.Event
 
     async def plain(self) -> anyio.abc.SocketStream:
         """A connection whose peer soon holds all that it has not read."""
@@ -156,9 +172,15 @@ async def running(
     port = listening[0].socket.getsockname()[1]
     async with anyio.create_task_group() as nursery:
         server = loop.Server(app, loop.Performer(log=log.append), limits=limits, connections=connections)
-        nursery.start_soon(server.serve, listening)
+        ended = anyio.Event()
+
+        async def serve() -> None:
+            await server.serve(listening)
+            ended.set()
+
+        nursery.start_soon(serve)
         with anyio.fail_after(60):
-            yield Running(port, app, log, server)
+            yield Running(port, app, log, server, ended)
         nursery.cancel_scope.cancel()
 
 
@@ -443,6 +465,51 @@ def test_a_server_that_stops_ends_connections_with_their_answers(loop: Loop) -> 
             async with await server.connect() as late:  # the listener is open until the end
                 assert (await ask(late)).startswith(b"HTTP/1.1 200")
             for stream in (idle, busy, sending):
+                await anyio.aclose_forcefully(stream)
+
+    run(loop, main)
+
+
+def test_a_server_ends_once_nothing_is_open(loop: Loop) -> None:
+    """Whatever the other connections do: one that waits for nothing, and peers that do not go on."""
+
+    limits = Limits(handshake_seconds=3600.0, idle_seconds=3600.0, request_seconds=3600.0, write_seconds=3600.0)
+
+    async def main() -> None:
+        async with running(loop, limits, app=Echo(drain=3600.0, open={"slow"})) as server:
+            silent, idle, halfway, deaf = await server.plain(), *[await server.connect() for _ in range(3)]
+            assert (await ask(idle)).startswith(b"HTTP/1.1 200")
+            await halfway.send(GET[:10])
+            assert (await ask(deaf, GET.replace(b"/a", b"/big"))).startswith(b"HTTP/1.1 200")
+            last = await server.slow()
+            assert server.server.stop() == pytest.approx(3600)
+            async with await server.connect() as other:  # until then it serves
+                assert (await ask(other)).startswith(b"HTTP/1.1 200")
+            assert not server.ended.is_set()
+            server.app.released = True
+            assert (await read_all(last)).startswith(b"HTTP/1.1 200")
+            await server.ended.wait()
+            for stream in (silent, idle, halfway, deaf, last):
+                await anyio.aclose_forcefully(stream)
+            assert server.log == []
+
+    run(loop, main)
+
+
+def test_a_server_with_nothing_open_answers_what_is_under_way_and_accepts_no_more(loop: Loop) -> None:
+    async def main() -> None:
+        async with running(loop, app=Echo(drain=3600.0, open=set())) as server:
+            idle, busy = await server.connect(), await server.slow()
+            server.server.stop()
+            with pytest.raises((*GONE, ssl.SSLError)):
+                await idle.receive()
+            with pytest.raises(OSError):  # noqa: PT011 - whatever says that nobody listens
+                await server.plain()
+            assert not server.ended.is_set()
+            server.app.released = True
+            assert (await read_all(busy)).startswith(b"HTTP/1.1 200")
+            await server.ended.wait()
+            for stream in (idle, busy):
                 await anyio.aclose_forcefully(stream)
 
     run(loop, main)

@@ -51,7 +51,8 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
         configuration file begin at the file's directory. All its keys, and what they mean, are in README.md of the
         package chutes_proto.server.
 
-        A signal to stop sends boots away and serves the rest for limits.drain_seconds; a second one ends it at once.
+        After a signal to stop, new boots are sent away, and the server ends as soon as the boots that it has granted
+        are complete, after limits.drain_seconds at the latest. A second signal ends it at once.
         Where the store hangs then, the process ends two seconds later: a transaction is done as a whole or not at all.
         SIGHUP takes the TLS certificate's files anew, and keeps the old ones where the new are of no use.
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 Transport = Literal["trio", "asyncio"]
 
 END_SECONDS: Final = 2.0
-"""How long a server whose time has passed goes on, for what is under way and at last for its log.
+"""How long a server that serves no more goes on, for what is under way and at last for its log.
 
 A store may hang for longer, or for ever.
 """
@@ -138,11 +138,12 @@ def serve_until_stopped(
     announce: Callable[[list[str]], None],
     stops: Sequence[signal.Signals],
 ) -> None:
-    """Listen, ``announce`` the URLs, and serve until one of the signals ``stops`` has come and its time has passed.
+    """Listen, ``announce`` the URLs, and serve until one of the signals ``stops`` has come and no boot is open.
 
-    SIGHUP, where it is none of them, takes the certificate's files anew. Raises `ConfigurationError`.
+    After a signal it serves for at most ``limits.drain_seconds``, after a second one not at all. SIGHUP, where it is
+    none of them, takes the certificate's files anew. Raises `ConfigurationError`.
 
-    The process ends `END_SECONDS` after that time, whatever its threads do: what they have not done is not done at all,
+    The process ends `END_SECONDS` after that, whatever its threads do: what they have not done is not done at all,
     because a unit of the store is one transaction. That holds after this has returned, too, for what else the process
     has to do before it ends.
     """
@@ -176,13 +177,18 @@ def serve_until_stopped(
 
                 def stop(number: signal.Signals) -> None:
                     seconds: float = server.stop()
-                    fields: dict[str, Value] = {"signal": number.name, "drain_seconds": round(seconds)}
+                    fields: dict[str, Value] = {
+                        "signal": number.name,
+                        "open_boots": len(service.boots),
+                        "drain_seconds": round(seconds),
+                    }
                     log(Record(Level.INFO, "stopping", fields))
                     _end_after(seconds + END_SECONDS, log, places)
 
                 signals: dict[signal.Signals, Callable[[], None]] = {signal.SIGHUP: lambda: log(certificate.reload())}
                 signals |= {number: partial(stop, number) for number in stops}
                 await on.serve_until_stopped(server, listening, signals, ready)
+                _end_after(END_SECONDS, log, places)
 
         try:
             with unwrapped():

@@ -8,18 +8,20 @@ Rules kept here:
 * a refused attestation ends its connection;
 * one address may ask so often, but deployed clients that are asked to wait where they ask only once would give up, as
   would those that hold a token behind the same address as others. So these operations are never told to wait; what they
-  refuse with 401 counts against the rest that the address asks.
+  refuse with 401 counts against the rest that the address asks;
+* a server that drains ends as soon as no boot of its own is open (``open_boots.py``), and none can become open.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import traceback
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from attrs import define, evolve
+from attrs import define, evolve, field, frozen
 
 from chutes_proto.codes import Code
 from chutes_proto.effects import Entropy, Log, Now, Uptime
@@ -27,6 +29,7 @@ from chutes_proto.errors import BadRequest, KeyUnavailable, Refusal, Refused, Se
 from chutes_proto.log import Level, Record
 from chutes_proto.server.boot import attest_boot, issue_boot_nonce
 from chutes_proto.server.callers import check_caller
+from chutes_proto.server.open_boots import completed_by
 from chutes_proto.server.rotation import attest_volumes, confirm_volumes
 from chutes_proto.server.runtime import attest_runtime, issue_runtime_nonce, read_status
 from chutes_proto.server.servers import (
@@ -49,6 +52,7 @@ if TYPE_CHECKING:
     from chutes_proto.effects import Flow
     from chutes_proto.log import Value
     from chutes_proto.server.service import Service
+    from chutes_proto.store.rows import Vm
     from chutes_proto.wire.endpoint import Endpoint, Message
 
 _HOST = re.compile(r"[A-Za-z0-9.\-]+(?::[0-9]+)?|\[[0-9A-Fa-f:.]+\](?::[0-9]+)?")
@@ -59,6 +63,7 @@ _ASKED_ONCE = (
     vms.VOLUME_ATTESTATION,
     vms.VOLUME_CONFIRMATION,
 )
+_GRANTS = (vms.BOOT_ATTESTATION, vms.VOLUME_ATTESTATION)
 _ATTESTATIONS = (vms.BOOT_ATTESTATION, miners.RUNTIME_ATTESTATION)
 
 
@@ -99,18 +104,38 @@ _SIGNED: Mapping[Endpoint, Callable[[Service, HttpRequest, Any, str, Hotkey], Fl
 }
 
 
+@frozen
+class _LastAnswer(HttpResponse):
+    """An answer that completes the boot of ``vm`` once it is sent."""
+
+    vm: Vm = field(kw_only=True)
+
+
 @define
 class App:
     """One key server. ``draining``: boots are sent away (503), what deployed clients ask only once is still served."""
 
     service: Service
     draining: bool = False
+    _latest_end: float = field(init=False, default=math.inf)
+    _granting: int = field(init=False, default=0)  # requests under way that may open a boot
 
     def stop(self, now: float) -> float:
-        """Begin to drain; returns when to end, ``limits.drain_seconds`` after ``now``. Told again, end at once."""
-        end = now if self.draining else now + self.service.limits.drain_seconds
+        """Begin to drain; returns the latest end, ``limits.drain_seconds`` after ``now``. Told again, end at once."""
+        self._latest_end = now if self.draining else now + self.service.limits.drain_seconds
         self.draining = True
-        return end
+        return self._latest_end
+
+    def ends_at(self, now: float) -> float:
+        """When the last open boot expires, ``now`` where none is open, or the latest end if sooner; else infinity."""
+        if not self.draining or self._granting:
+            return self._latest_end
+        return min(self._latest_end, self.service.boots.last_expiry(now))
+
+    def sent(self, response: HttpResponse) -> None:
+        """Note that ``response`` was sent as a whole, which may complete a boot."""
+        if isinstance(response, _LastAnswer):
+            self.service.boots.close(response.vm)
 
     def complain(self, event: str, error: Exception) -> Flow[None]:
         """The operator's line about a fault of a connection; a peer may cause many, and then they are counted."""
@@ -167,24 +192,33 @@ class App:
                 raise Refused(Code.NOT_FOUND, "Not Found")
         if self.draining and match.endpoint in _DRAINED:
             raise Unavailable(Code.DRAINING, "The server is stopping. Retry shortly.", retry_after=5)
+        grants = match.endpoint in _GRANTS
+        self._granting += grants
         try:
-            answer = yield from self._handle(match, request, request_id)
+            return (yield from self._handle(match, request, request_id))
         except Refusal as exc:
             if match.endpoint in _ASKED_ONCE and exc.status == 401:
                 _ = self.service.rates.count(request.peer_address, (yield from Uptime()))
             if match.endpoint in _ATTESTATIONS:
                 exc.headers = (*exc.headers, ("connection", "close"))
             raise
-        return encode_answer(match.endpoint, answer)
+        finally:
+            self._granting -= grants
 
-    def _handle(self, match: endpoints.Match, request: HttpRequest, request_id: str) -> Flow[Message]:
+    def _handle(self, match: endpoints.Match, request: HttpRequest, request_id: str) -> Flow[HttpResponse]:
         """Of a signed request nothing is looked at before its caller is known."""
-        if match.endpoint.signed is None:
+        if match.endpoint.signed is not None:
+            caller = check_caller(self.service, request, match.endpoint.signed, (yield from Now()))
             message = decode_request(match, request)
-            return (yield from _HANDLERS[match.endpoint](self.service, request, message, request_id))
-        caller = check_caller(self.service, request, match.endpoint.signed, (yield from Now()))
+            answer = yield from _SIGNED[match.endpoint](self.service, request, message, request_id, caller)
+            return encode_answer(match.endpoint, answer)
         message = decode_request(match, request)
-        return (yield from _SIGNED[match.endpoint](self.service, request, message, request_id, caller))
+        answer = yield from _HANDLERS[match.endpoint](self.service, request, message, request_id)
+        if match.endpoint in _GRANTS:
+            self.service.boots.note_granted(message, (yield from Uptime()))
+        response = encode_answer(match.endpoint, answer)
+        vm = completed_by(message)
+        return response if vm is None else _LastAnswer(response.status, response.headers, response.body, vm=vm)
 
     def _tell(self, request: HttpRequest | MalformedRequest, request_id: str, refusal: Refusal) -> Flow[None]:
         """The operator's line. Anyone can cause refusals: many of an address are counted, unless the store does it."""

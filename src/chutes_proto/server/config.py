@@ -147,7 +147,7 @@ class LimitOptions:
     """Bounds on what peers can make the server do.
 
     ``requests_per_minute``: of one address (0: as many as it likes); what clients ask only once counts if it gets 401.
-    ``drain_seconds``: how long a server that was told to stop still serves what clients ask only once (0: not at all).
+    ``drain_seconds``: how long at most a server that was told to stop waits for its open boots (0: not at all).
     ``store_connections``: how many one process may have open to a store in PostgreSQL.
     """
 

@@ -15,6 +15,7 @@ from chutes_proto.codes import Code
 from chutes_proto.errors import Unavailable
 from chutes_proto.server.config import LimitOptions
 from chutes_proto.server.gpus import GPUS, Gpu
+from chutes_proto.server.open_boots import OpenBoots
 from chutes_proto.server.profiles import ServedProfile, publish
 from chutes_proto.server.proxy import TrustedProxies
 from chutes_proto.server.rates import Buckets, Rates
@@ -124,6 +125,7 @@ class Service:
     )
     verifications: Slots = field(default=Factory(_verifications, takes_self=True))
     hosts: Slots = field(factory=lambda: Slots(16, share=1))
+    boots: OpenBoots = field(factory=OpenBoots)
     rates: Rates = field(default=Factory(lambda self: Rates(self.limits.requests_per_minute), takes_self=True))
     refusals: Quiet = field(factory=Quiet)
     faults: Quiet = field(factory=Quiet)

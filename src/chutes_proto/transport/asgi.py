@@ -105,6 +105,7 @@ class AsgiApp:
         headers.append((b"content-length", b"%d" % len(response.body)))
         await send({"type": "http.response.start", "status": response.status, "headers": headers})
         await send({"type": "http.response.body", "body": response.body})
+        self._application.sent(response)
 
     async def _request(self, scope: Message, receive: Receive) -> HttpRequest | MalformedRequest | None:
         """The whole request; None from a peer that went away."""

@@ -6,6 +6,7 @@ Rules kept here:
 * a connection whose request is being worked on is never ended for another's sake;
 * of those that make the server wait, one ends at a time: the one that came to where it is longest ago. Who does what a
   client does is younger than who does not, whatever that is: a handshake, a request, to take an answer;
+* at the server's end only those stay that have a request or its answer under way, and of these none whose peer is slow;
 * an address with more than its share of all ends its own first, so that none keeps all others out. Who has no more is
   not looked at by address: many VMs may come from one, and an attacker from many;
 * an IPv6 address counts by its /64, which is one host's; peers of a unix socket are trusted, and never ended.
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Final
 
 from attrs import frozen
 
-from chutes_proto.wire.http import HttpRequest, MalformedRequest, address_prefix
+from chutes_proto.wire.http import HttpRequest, HttpResponse, MalformedRequest, address_prefix
 
 if TYPE_CHECKING:
     from chutes_proto.transport.h1 import ServerConnection
@@ -45,6 +46,13 @@ class Send:
 
 
 @frozen
+class Sent:
+    """All of this answer was sent: tell the application."""
+
+    response: HttpResponse
+
+
+@frozen
 class Receive:
     """Give what the peer sends next to `receive_data`, by the connection's deadline."""
 
@@ -63,9 +71,15 @@ class Connections:
         self._wake = wake
         self._share = max(1, size // SHARE)
         self._open: dict[ServerConnection, bytes] = {}  # and whence; in the order of their arrival
+        self._finishing = False
 
-    def next_step(self, connection: ServerConnection, now: float) -> Answer | Send | Receive | None:
+    def next_step(self, connection: ServerConnection, now: float) -> Answer | Send | Sent | Receive | None:
         """What to do next for a connection; None: close it. After its deadline, `expire` comes first."""
+        sent = connection.sent_response(now)
+        if sent is not None:
+            return Sent(sent)
+        if self._finishing:
+            connection.finish(now)
         request = connection.next_request(now)
         if request is not None:
             return Answer(request, connection.sent_ahead)
@@ -80,6 +94,13 @@ class Connections:
         """Let all of them end with their next answer."""
         for connection in self._open:
             connection.drain(now)
+            self._wake(connection)
+
+    def finish(self, now: float) -> None:
+        """Let all of them end, those that are yet to come too; each first answers the request that it has."""
+        self._finishing = True
+        for connection in self._open:
+            connection.finish(now)
             self._wake(connection)
 
     def make_room(self, connection: ServerConnection) -> tuple[ServerConnection, ...]:
@@ -98,7 +119,7 @@ class Connections:
         ((most, held),) = Counter(others.values()).most_common(1)
         candidates = [other for other, prefix in others.items() if prefix == most or held <= self._share]
         ended = min(candidates, key=lambda other: other.since)
-        ended.abandon()
+        ended.abandon("others needed its place")
         self.remove(ended)
         return (ended,)
 

@@ -46,7 +46,7 @@ READ_SIZE: Final = 16 * 1024
 """How many bytes a binding reads at a time: what one connection can make it hold beyond a request."""
 
 LAST_CALL_SECONDS: Final = 1.0
-"""How long a connection that waits for a request stays open once it is draining."""
+"""How long a connection that waits for a request stays open once it is draining; at the end, for what is under way."""
 
 _CLOSE: Final = ("connection", "close")
 
@@ -63,7 +63,18 @@ class Application(Protocol):
         ...
 
     def stop(self, now: float, /) -> float:
-        """Begin to stop; returns when to end, on the clock of ``now``. Told again, the end may come sooner."""
+        """Begin to stop; returns when to end at the latest, on the clock of ``now``. Told again, that may be sooner."""
+        ...
+
+    def ends_at(self, now: float, /) -> float:
+        """When to accept no more and end with what is under way, as things are; infinity until told to stop.
+
+        Each answer may change it: it is asked again whenever a connection has ended.
+        """
+        ...
+
+    def sent(self, response: HttpResponse, /) -> None:
+        """Hear that all of ``response`` was given to the peer's connection; of one that is lost, it hears nothing."""
         ...
 
     def complain(self, event: str, error: Exception, /) -> Flow[None]:
@@ -137,6 +148,8 @@ class ServerConnection:
         self._arrived = now
         self._sent_ahead = False
         self._ready: HttpRequest | MalformedRequest | None = None
+        self._sending: HttpResponse | None = None
+        self._sent: HttpResponse | None = None
         self._peer_ended = False
         self._end_told = False
         self._draining = False
@@ -199,14 +212,18 @@ class ServerConnection:
         if self._inbox and self._phase is _Phase.IDLE:
             self._arrive(now)
 
+    def sent_response(self, now: float) -> HttpResponse | None:
+        """The answer of which the last bytes that `data_to_send` gave have now been sent, once; else None."""
+        self._note_sent(now)
+        response, self._sent = self._sent, None
+        return response
+
     def next_request(self, now: float) -> HttpRequest | MalformedRequest | None:
         """The next whole request, once; None while there is none, and until the one before has been answered.
 
         What can never become a request comes as a `MalformedRequest`; its answer is the last one.
         """
-        self._in_flight = False
-        if self._phase is _Phase.ANSWERING and not self._outbox:
-            self._answered(now)
+        self._note_sent(now)
         if self._phase in (_Phase.IDLE, _Phase.RECEIVING) and self._has_unread:
             try:
                 self._parse(now)
@@ -244,11 +261,19 @@ class ServerConnection:
         if self._phase is _Phase.IDLE:
             self._deadline = min(self._deadline, now + LAST_CALL_SECONDS)
 
-    def abandon(self) -> None:
-        """End it now, without a word: its place is needed. The deadline has passed then."""
+    def finish(self, now: float) -> None:
+        """The server ends: end it now, unless a request or its answer is under way; for these do not wait long."""
+        self._draining = True
+        if self._phase in (_Phase.HANDSHAKE, _Phase.IDLE):
+            self.abandon("the server ends")
+        elif self._phase is not _Phase.HANDLING:
+            self._deadline = min(self._deadline, now + LAST_CALL_SECONDS)
+
+    def abandon(self, reason: str) -> None:
+        """End it now, without a word. The deadline has passed then."""
         self._outbox.clear()
         self._inbox.clear()
-        self._close_reason = "others needed its place"
+        self._close_reason = reason
         self._last = True
         self._phase, self._deadline = _Phase.CLOSED, -math.inf
 
@@ -387,7 +412,7 @@ class ServerConnection:
         head = _written_head(response.status, headers)
         has_body = self._head is None or self._head.method != b"HEAD"
         self._write(head + response.body if has_body else head)
-        self._head, self._body = None, bytearray()
+        self._head, self._body, self._sending = None, bytearray(), response
         if is_last:
             self._finish("", now)
         else:
@@ -420,8 +445,15 @@ class ServerConnection:
         if not self._outbox:
             self._answered(now)
 
+    def _note_sent(self, now: float) -> None:
+        """The caller has come back, and has sent what it was given."""
+        self._in_flight = False
+        if self._phase is _Phase.ANSWERING and not self._outbox:
+            self._answered(now)
+
     def _answered(self, now: float) -> None:
         """The peer has been sent all there was."""
+        self._sent, self._sending = self._sending, None
         if not self._last:
             self._enter(_Phase.IDLE, now)
             self._sent_ahead = bool(self._inbox or self._h11.trailing_data[0])
