@@ -13,7 +13,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -119,3 +119,16 @@ def schema(url: str) -> Iterator[str]:
     finally:
         with psycopg.connect(url, autocommit=True) as connection:
             connection.execute(f"DROP SCHEMA {name} CASCADE".encode())
+
+
+@contextmanager
+def schema_with_clock(url: str) -> Iterator[tuple[str, Callable[[int], None]]]:
+    """An empty schema whose ``now()`` goes before PostgreSQL's, and what sets it."""
+    with schema(url) as inner, psycopg.connect(inner, autocommit=True) as connection:
+
+        def set_clock(at: int) -> None:
+            body = f"SELECT to_timestamp({at})"
+            text = f"CREATE OR REPLACE FUNCTION now() RETURNS timestamptz LANGUAGE sql STABLE AS '{body}'"
+            connection.execute(text.encode())
+
+        yield inner + "%2Cpg_catalog", set_clock

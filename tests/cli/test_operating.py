@@ -25,11 +25,22 @@ from chutes_proto.blocking.setup import load_setup
 from chutes_proto.blocking.sqlite import SqliteStore
 from chutes_proto.cli.development import write_server
 from chutes_proto.cli.main import main
+from chutes_proto.quote.terms import rfc3339
 from chutes_proto.store import sql
-from chutes_proto.store.rows import AuditRow, GenerationRow, GpuRow, Insert, RewrapGeneration, Scan, Vm
+from chutes_proto.store.rows import (
+    AuditRow,
+    GenerationRow,
+    GpuRow,
+    Insert,
+    RaiseHorizon,
+    ReadHorizon,
+    RewrapGeneration,
+    Scan,
+    Vm,
+)
 from chutes_proto.store.run import Script, Unit
 from chutes_proto.testing.platform import SimulatedPlatform
-from chutes_proto.testing.store_suite import Ask, boot, sync
+from chutes_proto.testing.store_suite import DAY, Ask, boot, sync
 from chutes_proto.units.boot import RecordRefusal
 from chutes_proto.units.servers import RegisterServer
 from tests.cli.conftest import Ended
@@ -335,6 +346,20 @@ def test_a_name_of_several_hotkeys(site: Site) -> None:
             assert (ended.code, f"there is no VM '{nobody}'" in ended.err) == (1, True)
 
 
+def test_a_horizon_in_the_future_is_set_back_and_the_one_in_force_is_shown(site: Site) -> None:
+    """It may come from an older release, or from a clock that was ahead and is right now."""
+    with closing(load_setup(site.configuration).store.open()) as store:
+        store.transact(Ask(RaiseHorizon(NOW + 10 * DAY)))
+    began = int(time.time())
+    told = site.json("store", "restored", "--reason", "the clock was ahead")
+    with closing(load_setup(site.configuration).store.open()) as store:
+        horizon = store.transact(Ask(ReadHorizon()))
+    assert began + 60 <= horizon <= time.time() + 60
+    assert told["restored"].endswith(f"boots are granted again after {rfc3339(horizon)}")
+    assert (told["nonce_horizon"], told["nonce_horizon_before"]) == (rfc3339(horizon), rfc3339(NOW + 10 * DAY))
+    assert f"nonce horizon from {rfc3339(NOW + 10 * DAY)} to {rfc3339(horizon)}" in site.do("audit", "list").out
+
+
 def test_the_audit_rows(site: Site) -> None:
     site.boot("1")
     began = int(time.time())
@@ -342,6 +367,7 @@ def test_the_audit_rows(site: Site) -> None:
     granted = re.search(r"void; boots are granted again after (\S+)\n", ended.out)
     assert granted is not None
     assert began <= datetime.fromisoformat(granted[1]).timestamp() - 60 <= time.time()
+    assert f"nonce horizon: {granted[1]}\nnonce horizon before: 1970-01-01T00:00:00Z\n" in ended.out
     exported = [json.loads(line) for line in site.do("audit", "export").out.splitlines()]
     assert [row["event"] for row in exported] == ["boot", "sync", "store restored"]
     assert exported[0]["hotkey"] == HOTKEY

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -167,6 +168,24 @@ def test_a_backup(premises: Premises, require_program: Callable[[str], str]) -> 
     assert key(premises) == first
 
 
+@pytest.mark.parametrize("premises", ["sqlite", "postgresql"], indirect=True)
+def test_a_clock_that_was_ahead(premises: Premises) -> None:
+    premises.start()
+    premises.sql(f"UPDATE fact SET value = {premises.now + 86_400} WHERE name = 'nonce_horizon'")
+    assert premises.vm().boot(status=503)["code"] == "store_unavailable"
+    told = premises.directory.with_name("log").read_text()
+    assert "a clock was ahead" in told
+    assert "run `chutes-proto store restored`" in told
+    before = premises.now
+    said = follow(premises, "A clock was ahead, and boots wait for a time in the future", 0)
+    granted = re.search(r"boots are granted again after (\S+)", said)
+    assert granted is not None
+    assert before + 60 <= datetime.fromisoformat(granted[1]).timestamp() <= premises.now + 60
+    assert premises.vm().boot(status=503)["code"] == "store_unavailable"
+    premises.sql(f"UPDATE fact SET value = {before - 60} WHERE name = 'nonce_horizon'")  # a minute passes
+    assert premises.vm().boot()
+
+
 @in_a_file
 def test_another_key_encryption_key(premises: Premises) -> None:
     title = "The key-encryption key is to be changed"
@@ -265,4 +284,4 @@ def test_no_recipe_is_left_out() -> None:
     source = Path(__file__).read_text("utf-8")
     for title in RECIPES:
         assert f'"{title}"' in source
-    assert sum(map(len, RECIPES.values())) == 14
+    assert sum(map(len, RECIPES.values())) == 15

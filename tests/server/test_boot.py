@@ -444,3 +444,15 @@ def test_for_a_minute_after_a_restore_boots_are_told_to_come_again(world):
     world.now += 61
     assert refusal(world.boot(nonce))[:2] == (401, Code.NONCE_INVALID)
     assert answer(world.boot())
+
+
+def test_a_horizon_in_the_future_is_told_with_the_command_that_mends_it(world):
+    world.store.transact(StoreRestored(world.now + 86_400))
+    assert refusal(world.boot())[:2] == (503, Code.STORE_UNAVAILABLE)
+    assert "a clock was ahead" in world.log[-1].fields["reason"]
+    assert "run `chutes-proto store restored`" in world.log[-1].fields["reason"]
+    world.store.transact(StoreRestored(world.now))
+    assert refusal(world.boot())[:2] == (503, Code.STORE_UNAVAILABLE)
+    assert "boots wait until then" in world.log[-1].fields["reason"]
+    world.now += 61
+    assert answer(world.boot())

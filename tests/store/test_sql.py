@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from chutes_proto.store import rows, sql
 from chutes_proto.store.rows import ROWS, AuditRow, Insert, Pin, Row, Scan, StoreOp, Vm, VolumeRow
-from chutes_proto.store.sql import SCHEMA_VERSION, columns, decode_rows, encode, placeholders, schema, statement
+from chutes_proto.store.sql import SCHEMA_VERSION, columns, decode_rows, encode, for_driver, schema, statement
 
 
 @pytest.mark.parametrize("kind", ROWS)
@@ -45,11 +45,11 @@ def test_postgresql_gets_its_own_types_and_marks() -> None:
     assert "BLOB" not in text
     assert "BYTEA" in text
     assert f"SET value = {SCHEMA_VERSION} WHERE name = 'schema_version'" in text
-    assert placeholders(statement(Scan(AuditRow))[0], "postgresql") == statement(Scan(AuditRow))[0]
+    assert for_driver(statement(Scan(AuditRow))[0], "postgresql") == statement(Scan(AuditRow))[0]
     insert, values = statement(Insert(AuditRow(1, "vm", "boot", "granted")))
     assert "%" not in insert
-    assert placeholders(insert, "postgresql").count("%s") == insert.count("?") == len(values)
-    assert placeholders(insert, "sqlite") == insert
+    assert for_driver(insert, "postgresql").count("%s") == insert.count("?") == len(values)
+    assert for_driver(insert, "sqlite") == insert
 
 
 @given(

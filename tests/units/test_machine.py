@@ -33,6 +33,7 @@ from chutes_proto.store.memory import MemoryStore
 from chutes_proto.store.rows import AuditRow, Exchange, GenerationRow, Scan, Vm, VmRow, VolumeRow
 from chutes_proto.store.run import Store, Unit
 from chutes_proto.testing.store_suite import (
+    DAY,
     NOW,
     VAULT,
     Ask,
@@ -53,6 +54,7 @@ from chutes_proto.units.operator import (
     Purged,
     PurgeKeys,
     RebindVm,
+    Restored,
     RestoreKey,
     RewrapKeys,
     Rewrapped,
@@ -68,7 +70,6 @@ VMS = [Vm("alice", "vm-0"), Vm("alice", "vm-1"), Vm("bob", "vm-0")]
 PLATFORMS = ["north", "south", "west"]
 NAMES_PER_PLATFORM = 2
 VOLUMES = ["storage", "tdx-cache"]
-DAY = 86_400
 KEKS = [VAULT.current, KeyEncryptionKey.from_bytes(b"n" * 32)]
 VAULTS = [Vault(*KEKS), Vault(*reversed(KEKS))]
 NOTHING: set[str] = set()
@@ -418,8 +419,10 @@ class Calls(RuleBasedStateMachine):
     def store_restored(self, chance: int) -> None:
         if chance:  # else most runs would be of voided tokens
             return
-        _ = self.do(StoreRestored(self.now))
-        self.horizon = max(self.horizon, self.now + 60)
+        outcome = self.do(StoreRestored(self.now))
+        assert isinstance(outcome, Restored)
+        self.horizon = outcome.horizon
+        assert self.horizon == self.now + 60
         self._void(None)
 
     @rule(vm=st.sampled_from(VMS), volume=st.sampled_from(VOLUMES))

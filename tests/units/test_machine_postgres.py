@@ -10,9 +10,11 @@ from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from chutes_proto.blocking.postgres import PostgresStore
+from chutes_proto.codes import Code
+from chutes_proto.store.run import Unit
 from chutes_proto.testing.store_suite import dump
-from tests.postgres import schema
-from tests.units.test_machine import STEPS, Calls
+from tests.postgres import schema_with_clock
+from tests.units.test_machine import STEPS, Calls, T
 
 
 class PostgresCalls(Calls):
@@ -23,8 +25,13 @@ class PostgresCalls(Calls):
     def __init__(self) -> None:
         super().__init__()
         self.stack = ExitStack()
-        self.postgres = PostgresStore(self.stack.enter_context(schema(self.database)), migrate=True)
+        url, self.set_clock = self.stack.enter_context(schema_with_clock(self.database))
+        self.postgres = PostgresStore(url, migrate=True)
         self.stores.append(self.postgres)
+
+    def do(self, unit: Unit[T]) -> T | Code | str:
+        self.set_clock(self.now)
+        return super().do(unit)
 
     def teardown(self) -> None:
         found = dump(self.postgres)

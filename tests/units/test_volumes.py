@@ -13,6 +13,7 @@ from chutes_proto.blocking.sqlite import SqliteStore
 from chutes_proto.codes import Code
 from chutes_proto.errors import KeyUnavailable, Refused
 from chutes_proto.keys.vault import KeyEncryptionKey, Vault
+from chutes_proto.quote.terms import rfc3339
 from chutes_proto.store.memory import MemoryStore
 from chutes_proto.store.rows import (
     AuditRow,
@@ -351,6 +352,7 @@ def test_after_a_restore_no_token_and_no_nonce_of_before_counts(store: MemorySto
     assert [row.voided_at for row in store.transact(Ask(Scan(BootRow)))] == [NOW + 10]
     audit = store.transact(Ask(Scan(AuditRow)))[-1]
     assert (audit.actor, audit.event, audit.decision) == ("operator", "store restored", "done")
+    assert audit.keys == f"nonce horizon from {rfc3339(0)} to {rfc3339(NOW + 70)}"
 
 
 # --- secrets ---

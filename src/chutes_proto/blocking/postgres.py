@@ -44,7 +44,7 @@ from chutes_proto.store.rows import (
     VoidTokens,
 )
 from chutes_proto.store.run import run_script
-from chutes_proto.store.sql import READ_VERSION, LostFactError, decode, placeholders, statement
+from chutes_proto.store.sql import READ_VERSION, LostFactError, decode, for_driver, statement
 from chutes_proto.store.versions import Versions
 
 try:
@@ -414,7 +414,7 @@ def _may_take_long(op: StoreOp[Any]) -> bool:
 
 @functools.cache
 def _query(text: str) -> bytes:
-    return placeholders(text, "postgresql").encode()
+    return for_driver(text, "postgresql").encode()
 
 
 def _rows(connection: _Connection, text: str) -> list[tuple[Any, ...]]:

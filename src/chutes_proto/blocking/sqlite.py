@@ -29,7 +29,7 @@ from attrs import define, field
 from chutes_proto.errors import StoreBusy, StoreError
 from chutes_proto.store.rows import ROWS
 from chutes_proto.store.run import Unit, run_script
-from chutes_proto.store.sql import READ_VERSION, LostFactError, decode, statement
+from chutes_proto.store.sql import READ_VERSION, LostFactError, decode, for_driver, statement
 from chutes_proto.store.versions import Versions
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ class SqliteStore:
         def perform(op: StoreOp[Any]) -> object:
             text, values = statement(op)
             try:
-                rows = connection.execute(text, values).fetchall()
+                rows = connection.execute(for_driver(text, "sqlite"), values).fetchall()
             except (OverflowError, UnicodeEncodeError) as exc:
                 raise self._fault(f"a value of {type(op).__name__} cannot be kept: {type(exc).__name__}") from exc
             try:

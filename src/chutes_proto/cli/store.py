@@ -81,6 +81,9 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
         Say this after a restore from a backup, before a server starts on it: what was spent since the backup is
         unknown, so all nonces and tokens of before are void. VMs boot again; no key is touched.
 
+        Say it too where a clock was ahead and boots wait for a time in the future, once all clocks are right. The time
+        after which nonces count is set anew, also back: by the database's clock, and in SQLite by this machine's.
+
         exit code: 0 done; 1 the store cannot be written; 2 usage, or a file that cannot be read
         """,
         "chutes-proto store restored --config /etc/chutes/server.toml --reason 'disk failure on db1'",
@@ -200,19 +203,22 @@ def _copy(source: StorePlace, place: StorePlace, vault: Vault | None, reason: st
 
 def _restored(place: StorePlace, reason: str) -> dict[str, Any]:
     from chutes_proto.errors import StoreError
-    from chutes_proto.units.nonces import SKEW
     from chutes_proto.units.operator import StoreRestored
 
     if not place.is_made():
         raise StoreError(f"store {place.path}: not made yet, so that there is nothing to restore")
     store = place.open()
-    now = operating.now()
     try:
-        store.transact(StoreRestored(now, reason))
+        done = store.transact(StoreRestored(operating.now(), reason))
     finally:
         store.close()
-    again = f"boots are granted again after {operating.shown(now + SKEW)}"
-    return {"store": store.name, "restored": f"all nonces and tokens of before are void; {again}"}
+    again = f"boots are granted again after {operating.shown(done.horizon)}"
+    return {
+        "store": store.name,
+        "restored": f"all nonces and tokens of before are void; {again}",
+        "nonce_horizon": operating.shown(done.horizon),
+        "nonce_horizon_before": operating.shown(done.before),
+    }
 
 
 def _check(place: StorePlace, vault: Vault | None) -> dict[str, Any]:

@@ -48,6 +48,7 @@ from chutes_proto.store.rows import (
     ReadAudit,
     ReadBoot,
     ReadBootVolumes,
+    ReadClock,
     ReadGenerations,
     ReadGpu,
     ReadHorizon,
@@ -63,6 +64,7 @@ from chutes_proto.store.rows import (
     Row,
     Scan,
     ServerRow,
+    SetHorizon,
     SpendToken,
     StoreOp,
     SweepNonces,
@@ -103,12 +105,16 @@ class Tables:
                 return self._redeem(row)
             case IsRedeemed(value):
                 return (value,) in self.rows[NonceRow]
-            case SweepNonces(redeemed_until, limit):
-                return self._sweep(redeemed_until, limit)
+            case SweepNonces(until, limit):
+                return self._sweep(until, limit)
             case ReadHorizon():
                 return self.horizon
             case RaiseHorizon(to):
                 self.horizon = max(self.horizon, to)
+            case SetHorizon(to):
+                self.horizon = to
+            case ReadClock():
+                return None
             case ReadVm(vm):
                 return _first(self._where(VmRow, lambda row: row.vm == vm))
             case ReadNames(name):
@@ -243,8 +249,8 @@ class Tables:
         self._set(row)
         return True
 
-    def _sweep(self, redeemed_until: int, limit: int) -> tuple[NonceRow, ...]:
-        old = self._where(NonceRow, lambda row: row.redeemed_at <= redeemed_until)
+    def _sweep(self, until: int, limit: int) -> tuple[NonceRow, ...]:
+        old = self._where(NonceRow, lambda row: max(row.issued_at, row.redeemed_at) <= until)
         swept = sorted(old, key=lambda row: row.redeemed_at)[:limit]
         for row in swept:
             del self.rows[NonceRow][key_of(row)]

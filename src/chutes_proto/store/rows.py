@@ -364,9 +364,9 @@ class IsRedeemed(StoreOp[bool]):
 
 @frozen
 class SweepNonces(StoreOp[tuple[NonceRow, ...]]):
-    """Delete up to ``limit`` nonces redeemed at or before ``redeemed_until``, oldest first, and reply with them."""
+    """Delete up to ``limit`` nonces issued and redeemed at or before ``until``, oldest first, and reply with them."""
 
-    redeemed_until: int
+    until: int
     limit: int
 
 
@@ -380,6 +380,18 @@ class RaiseHorizon(StoreOp[None]):
     """Move the horizon to ``to``, unless it is there or beyond."""
 
     to: int
+
+
+@frozen
+class SetHorizon(StoreOp[None]):
+    """Move the horizon to ``to``, also back."""
+
+    to: int
+
+
+@frozen
+class ReadClock(StoreOp[int | None]):
+    """The start of the transaction by the store's own clock, in unix seconds; None where it has only this machine's."""
 
 
 @frozen

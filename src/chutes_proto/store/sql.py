@@ -3,8 +3,9 @@
 Rules kept here:
 
 * an operation is one entry of `_QUERIES`: its statement with parameters, and how a reply is made of what comes back;
-* every value is a parameter, written as where the operation has it (``:vm.name``) and made a ``?``; `placeholders`
+* every value is a parameter, written as where the operation has it (``:vm.name``) and made a ``?``; `for_driver`
   turns that into what a driver wants, and no statement has a ``:``, ``?`` or ``%`` for anything else;
+* ``{clock}`` in a statement is the time by the database's own clock, NULL in a dialect that has only this machine's;
 * table and column names come from the row classes alone;
 * types are what both dialects have: TEXT, BIGINT, BOOLEAN and bytes; no TEXT is compared but for equality, because
   collations differ, so order is made here;
@@ -55,6 +56,7 @@ from chutes_proto.store.rows import (
     ReadAudit,
     ReadBoot,
     ReadBootVolumes,
+    ReadClock,
     ReadGenerations,
     ReadGpu,
     ReadHorizon,
@@ -70,6 +72,7 @@ from chutes_proto.store.rows import (
     Row,
     Scan,
     ServerRow,
+    SetHorizon,
     SpendToken,
     StoreOp,
     SweepNonces,
@@ -282,8 +285,15 @@ def schema(dialect: Dialect, since: int = 0) -> Iterator[str]:
     return (statement for part in text.split(";") if (statement := part.strip()))
 
 
-def placeholders(statement: str, dialect: Dialect) -> str:
-    """``statement`` with the parameter marks of the dialect's driver."""
+_CLOCK: Final[dict[Dialect, str]] = {
+    "sqlite": "NULL",
+    "postgresql": "CAST(floor(extract(epoch FROM now())) AS BIGINT)",
+}
+
+
+def for_driver(statement: str, dialect: Dialect) -> str:
+    """``statement`` with the parameter marks of the dialect's driver and the clock of its database."""
+    statement = statement.replace("{clock}", _CLOCK[dialect])
     return statement if dialect == "sqlite" else statement.replace("?", "%s")
 
 
@@ -498,12 +508,15 @@ _QUERIES: Final[dict[type[StoreOp[Any]], _Query]] = {
     IsRedeemed: _query("SELECT value FROM nonce WHERE value = :value", bool),
     SweepNonces: _query(
         "DELETE FROM nonce WHERE value IN"
-        " (SELECT value FROM nonce WHERE redeemed_at <= :redeemed_until ORDER BY redeemed_at LIMIT :limit)"
+        " (SELECT value FROM nonce WHERE redeemed_at <= :until AND issued_at <= :until"
+        " ORDER BY redeemed_at LIMIT :limit)"
         " RETURNING value, purpose, issued_at, redeemed_at",
         partial(_sorted, NonceRow),
     ),
     ReadHorizon: _query("SELECT value FROM fact WHERE name = 'nonce_horizon'", _fact),
     RaiseHorizon: _query("UPDATE fact SET value = :to WHERE name = 'nonce_horizon' AND value < :to"),
+    SetHorizon: _query("UPDATE fact SET value = :to WHERE name = 'nonce_horizon'"),
+    ReadClock: _query("SELECT {clock}", _number),
     # names and boots
     ReadVm: _one(VmRow, _THE_VM),
     ReadNames: _either(

@@ -69,7 +69,7 @@ class WriteContents(Unit[None]):
         for kind in ROWS:
             if found := len((yield from Scan(kind))):
                 raise StoreError(f"the store to fill has rows already ({kind.TABLE} {found}); take an empty one")
-        yield from RaiseHorizon(self.contents.horizon)
+        yield from RaiseHorizon(self.contents.horizon)  # also one in the future: it covers redemptions that were swept
         for row in self.contents.rows:
             if not (yield from _write(row)):
                 raise StoreError(f"a {row.TABLE} row contradicts another one; nothing was copied")

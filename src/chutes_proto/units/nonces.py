@@ -1,6 +1,13 @@
 """A nonce is redeemed once, in the same transaction as what it grants.
 
-Redemptions are forgotten after a day, and then no nonce of that age is redeemed at all.
+Rules kept here:
+
+* redemptions are forgotten after a day, and the horizon then covers them: no nonce issued at or before it is redeemed;
+* any server's clock may be wrong. A store with a clock of its own forgets nothing younger than a day by that clock, and
+  redeems no nonce issued more than `SKEW` later than it: so the horizon of a restore, `SKEW` after it, covers every
+  redemption that may be lost. Where the store has none, all servers are on one machine and have one clock;
+* a nonce with our tag from the future is the fault of one of our clocks: retry later, not a final refusal. By a clock
+  that is ahead, another server's nonce is too old; that cannot be told from one that came late, and is refused.
 """
 
 from __future__ import annotations
@@ -10,36 +17,66 @@ from typing import TYPE_CHECKING
 from chutes_proto.codes import Code
 from chutes_proto.errors import Refused, Unavailable
 from chutes_proto.quote.terms import rfc3339
-from chutes_proto.store.rows import NonceRow, RaiseHorizon, ReadHorizon, RedeemNonce, SweepNonces
+from chutes_proto.store.rows import NonceRow, RaiseHorizon, ReadClock, ReadHorizon, RedeemNonce, SweepNonces
 
 if TYPE_CHECKING:
     from chutes_proto.store.run import Script
 
 SKEW = 60
-"""How far ahead of our clock a nonce may have been issued, in seconds."""
+"""How far ahead of our clocks a nonce may have been issued, in seconds."""
 
 NONCE_KEPT_SECONDS = 86_400
 NONCES_SWEPT = 100
 
 
 def redeem_nonce(nonce: bytes, purpose: str, issued_at: int, now: int) -> Script[None]:
-    """Redeem a nonce whose tag, age and purpose hold.
+    """Redeem a nonce whose tag, age and purpose hold; ``now`` is the server's time.
 
-    Raises `Refused` for one that was redeemed or may have been, and `Unavailable` while the horizon lies ahead, as it
-    does for a minute after a restore: then no nonce can be redeemed, and none is at fault.
+    Raises `Refused` for one that was redeemed or may have been. Raises `Unavailable` for one from the future, and while
+    the horizon lies ahead, as it does for a minute after a restore: then no nonce can be redeemed, and none is at
+    fault.
     """
     horizon = yield from ReadHorizon()
+    clock = yield from ReadClock()
     if horizon >= now:
         text = "No nonce can be redeemed now. Retry shortly."
-        why = f"all nonces issued before {rfc3339(horizon)} are void, as after `chutes-proto store restored`"
-        raise Unavailable(Code.STORE_UNAVAILABLE, text, retry_after=10, reason=f"{why}; boots wait until then")
+        raise Unavailable(Code.STORE_UNAVAILABLE, text, retry_after=10, reason=_why_void(horizon, now, clock))
+    if clock is not None and issued_at > clock + SKEW:
+        raise nonce_from_future(issued_at, clock, "the database's")
     if issued_at <= horizon:
         raise _invalid(f"issued at {issued_at}, and the horizon is {horizon}")
     if not (yield from RedeemNonce(NonceRow(nonce, purpose, issued_at, now))):
         raise _invalid("redeemed before")
-    swept = yield from SweepNonces(now - NONCE_KEPT_SECONDS, NONCES_SWEPT)
+    # Nothing issued or redeemed later than this is deleted, so the horizon, which follows, lies in the past: a row from
+    # the future, which a clock that was ahead has left, stays until its time has passed.
+    until = (now if clock is None else min(now, clock)) - NONCE_KEPT_SECONDS
+    swept = yield from SweepNonces(until, NONCES_SWEPT)
     if swept:
         yield from RaiseHorizon(max(row.issued_at for row in swept))
+
+
+def nonce_from_future(issued_at: int, time: int, whose: str) -> Unavailable:
+    """The answer to a nonce with our tag that is issued later than ``time``, which is by ``whose`` clock."""
+    times = f"nonce was issued at {rfc3339(issued_at)}, and {whose} clock says {rfc3339(time)}"
+    text = "A fault of the server's. Retry shortly."
+    return Unavailable(Code.SERVER_FAULT, text, retry_after=10, reason=f"{times}; {_COMPARE}")
+
+
+_COMPARE = "compare the clocks of all servers and of the database"
+
+
+def _why_void(horizon: int, now: int, clock: int | None) -> str:
+    """Why no nonce can be redeemed, and what an operator does about it."""
+    why = f"all nonces issued until {rfc3339(horizon)} are void, and this server's clock says {rfc3339(now)}"
+    if clock is not None:
+        why += f", the database's {rfc3339(clock)}"
+    if horizon > (now if clock is None else clock) + SKEW:
+        why += f"; a clock was ahead: {_COMPARE}, set them right, and run `chutes-proto store restored`"
+    elif clock is not None and now < clock - SKEW:
+        why += f"; {_COMPARE}, and set this server's right"
+    else:
+        why += ", as after `chutes-proto store restored`; boots wait until then"
+    return why
 
 
 def _invalid(why: str) -> Refused:

@@ -31,9 +31,10 @@ from chutes_proto.store.rows import (
     PurgeAudit,
     PurgeGeneration,
     Put,
-    RaiseHorizon,
     ReadAudit,
+    ReadClock,
     ReadGenerations,
+    ReadHorizon,
     ReadNames,
     ReadOtherwiseSealed,
     ReadServer,
@@ -42,6 +43,7 @@ from chutes_proto.store.rows import (
     RewrapGeneration,
     Scan,
     ServerRow,
+    SetHorizon,
     UpdateGeneration,
     Vm,
     VmRow,
@@ -408,17 +410,40 @@ class RebindVm(Unit[None]):
 
 
 @frozen
-class StoreRestored(Unit[None]):
-    """The store came back from a backup: what was spent since is unknown, so no nonce and no token of before counts."""
+class Restored:
+    """The nonce horizon before, and the one in force now, in unix seconds: later than it, boots are granted."""
+
+    before: int
+    horizon: int
+
+
+@frozen
+class StoreRestored(Unit[Restored]):
+    """The store came back from a backup: what was spent since is unknown, so no nonce and no token of before counts.
+
+    The horizon is set by the store's own clock, by ``now`` where it has none. One that lies beyond is set back: a clock
+    that was ahead has moved it there, and no boot would be granted until that time.
+    """
 
     now: int
     reason: str = ""
 
-    def script(self) -> Script[None]:
-        """Raise the horizon, void all tokens."""
-        yield from RaiseHorizon(self.now + SKEW)
+    def script(self) -> Script[Restored]:
+        """Set the horizon, void all tokens."""
+        before = yield from ReadHorizon()
+        clock = yield from ReadClock()
+        # A redemption that was lost is of a nonce issued at most SKEW later than this clock (see `redeem_nonce`).
+        # What a horizon beyond this one covers in addition are nonces that a clock which was ahead has dated into the
+        # future. Those whose redemption is still here stay refused. Those whose redemption was swept or lost cannot be
+        # told from nonces that are yet to be issued: they count once more when their time comes, for whoever has the
+        # quote and the TLS key of then. In a store with a clock of its own there are none, unless that clock itself was
+        # ahead or an older release swept; elsewhere a new key-encryption key voids them.
+        horizon = (self.now if clock is None else clock) + SKEW
+        yield from SetHorizon(horizon)
         yield from VoidTokens(None, self.now)
-        yield from Insert(_audit(self.now, "store restored", self.reason))
+        told = f"nonce horizon from {rfc3339(before)} to {rfc3339(horizon)}"
+        yield from Insert(_audit(self.now, "store restored", self.reason, keys=told))
+        return Restored(before, horizon)
 
 
 # --- what miners registered ---

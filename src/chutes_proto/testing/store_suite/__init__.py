@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 from attrs import frozen
 
 from chutes_proto.codes import Code
-from chutes_proto.errors import Refused
+from chutes_proto.errors import Refusal
 from chutes_proto.keys.generations import K3S_VOLUME
 from chutes_proto.keys.vault import FreshKey, KeyEncryptionKey, Vault
 from chutes_proto.secret import Secret
@@ -48,7 +48,10 @@ Case: TypeAlias = Callable[[Harness], None]
 
 # --- requests to try a store with ---
 
-NOW = 1_800_000_000
+NOW = 1_700_000_000
+"""A time that is over by every store's own clock."""
+
+DAY = 86_400
 VAULT = Vault(KeyEncryptionKey.from_bytes(bytes(range(32))))
 VM = Vm("5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY", "vm-0")
 CALLERS = 8
@@ -225,7 +228,7 @@ def expect_refused(call: Callable[[], object], code: Code) -> None:
     """Raises `AssertionError` unless the call is refused with ``code``."""
     try:
         reply = call()
-    except Refused as exc:
+    except Refusal as exc:
         expect(exc.code, code, "code of the refusal")
     else:
         raise AssertionError(f"not refused: {reply!r}")

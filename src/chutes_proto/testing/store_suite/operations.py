@@ -37,6 +37,7 @@ from chutes_proto.store.rows import (
     ReadAudit,
     ReadBoot,
     ReadBootVolumes,
+    ReadClock,
     ReadGenerations,
     ReadGpu,
     ReadHorizon,
@@ -52,6 +53,7 @@ from chutes_proto.store.rows import (
     Row,
     Scan,
     ServerRow,
+    SetHorizon,
     SpendToken,
     StoreOp,
     SweepNonces,
@@ -294,7 +296,7 @@ def tokens_are_spent_once_and_voided(harness: Harness) -> None:
 
 
 def nonces_are_redeemed_once_and_swept(harness: Harness) -> None:
-    """`RedeemNonce` holds once; `SweepNonces` takes the oldest, and no more than it may; the horizon never sinks."""
+    """`RedeemNonce` holds once; `SweepNonces` takes the oldest, and no more than it may; `RaiseHorizon` only raises."""
     ask = harness.open().transact
     rows = tuple(NonceRow(bytes([9 - index]) * 32, "boot", NOW + index - 5, NOW + index) for index in range(4))
     for row in rows:
@@ -303,9 +305,17 @@ def nonces_are_redeemed_once_and_swept(harness: Harness) -> None:
     expect(ask(Ask(SweepNonces(NOW - 1, 10))), (), "nonces too young to sweep")
     expect(ask(Ask(SweepNonces(NOW + 2, 2))), (rows[1], rows[0]), "the two oldest nonces, by value")
     expect(ask(Ask(Scan(NonceRow))), (rows[3], rows[2]), "the nonces that are left")
+    ahead = NonceRow(bytes(32), "boot", NOW + 9, NOW)
+    expect(ask(Ask(RedeemNonce(ahead))), True, "a nonce from the future")
+    expect(ask(Ask(SweepNonces(NOW + 8, 10))), (rows[3], rows[2]), "what was issued and redeemed until then")
+    expect(ask(Ask(SweepNonces(NOW + 9, 10))), (ahead,), "a nonce whose time has come")
     for to, wanted in ((NOW, NOW), (NOW - 1, NOW), (NOW + 1, NOW + 1)):
         ask(Ask(RaiseHorizon(to)))
         expect(ask(Ask(ReadHorizon())), wanted, "the horizon")
+    ask(Ask(SetHorizon(NOW - 2)))
+    expect(ask(Ask(ReadHorizon())), NOW - 2, "the horizon set back")
+    clock = ask(Ask(ReadClock()))
+    expect(clock is None or clock > NOW, True, f"the store's own clock says {clock}")
 
 
 def servers_are_claimed_found_and_deleted(harness: Harness) -> None:

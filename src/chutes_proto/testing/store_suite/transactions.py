@@ -14,16 +14,21 @@ from chutes_proto.store.rows import (
     BootRow,
     GenerationRow,
     GpuRow,
+    IsRedeemed,
     NonceRow,
+    ReadClock,
     ReadGenerations,
+    ReadHorizon,
     RedeemNonce,
     Scan,
     ServerRow,
+    SetHorizon,
     Vm,
 )
 from chutes_proto.store.run import Script, Store, Unit
 from chutes_proto.testing.store_suite import (
     CALLERS,
+    DAY,
     NOW,
     VAULT,
     VM,
@@ -43,6 +48,8 @@ from chutes_proto.testing.store_suite import (
     read,
     sync,
 )
+from chutes_proto.units.boot import GrantBoot
+from chutes_proto.units.nonces import SKEW
 from chutes_proto.units.operator import RewrapKeys, Rewrapped, StoreRestored
 from chutes_proto.units.rotation import Pair
 from chutes_proto.units.servers import RegisterServer
@@ -336,7 +343,7 @@ def a_token_is_refused_when_it_must_be(harness: Harness) -> None:
     _all_refused(store, spent)
     last = evolve(good, now=granted.now + 599)
     expect(store.transact(last).passphrases, keys.passphrases, "the answer given again in the last second")
-    store.transact(StoreRestored(granted.now + 2))
+    _ = store.transact(StoreRestored(granted.now + 2))
     _all_refused(store, [(last, Code.BOOT_TOKEN_INVALID)])
 
 
@@ -354,14 +361,54 @@ def a_nonce_is_refused_when_it_must_be(harness: Harness) -> None:
     _ = store.transact(first)
     again = evolve(boot("again"), nonce=first.nonce)
     _all_refused(store, [(again, Code.NONCE_INVALID)])
-    _ = store.transact(boot("a day later", now=NOW + 86_400))
+    _ = store.transact(boot("a day later", now=NOW + DAY))
     kept = [row.value for row in store.transact(Ask(Scan(NonceRow)))]
     expect(kept, [boot("a day later").nonce], "nonces that are remembered after a day")
     _all_refused(store, [(again, Code.NONCE_INVALID)])
-    store.transact(StoreRestored(NOW + 90_000))
-    late = boot("late", now=NOW + 90_061)
-    _all_refused(store, [(evolve(late, nonce_issued_at=NOW + 90_060), Code.NONCE_INVALID)])
-    _ = store.transact(evolve(late, nonce_issued_at=NOW + 90_061))
+    horizon = store.transact(StoreRestored(NOW + 90_000)).horizon
+    late = boot("late", now=horizon + 1)
+    _all_refused(store, [(evolve(late, now=horizon), Code.STORE_UNAVAILABLE)])
+    _all_refused(store, [(evolve(late, nonce_issued_at=horizon), Code.NONCE_INVALID)])
+    _ = store.transact(_after(store, horizon))
+
+
+def _after(store: Store, horizon: int) -> GrantBoot:
+    """A boot whose nonce was issued in the first second after a restore's horizon."""
+    if store.transact(Ask(ReadClock())) is None:
+        return boot("after", now=horizon + 6)
+    store.transact(Ask(SetHorizon(horizon - SKEW)))  # no case waits for a minute of the store's own clock
+    return boot("after", now=horizon - SKEW + 6)
+
+
+def clocks_that_are_ahead_stop_no_boot(harness: Harness) -> None:
+    """A sweep and a restore under a clock that is days ahead: no nonce counts twice, and a right clock mends it all."""
+    store = harness.open()
+    clock = store.transact(Ask(ReadClock()))
+    now = NOW if clock is None else clock
+    first = boot("first", now=now)
+    _ = store.transact(first)
+    ahead = NonceRow(entropy("ahead", 32), "boot", now + 10 * DAY, now + 10 * DAY)
+    _ = store.transact(Ask(RedeemNonce(ahead)))
+    _ = store.transact(evolve(boot("sweep", now=now + 12 * DAY), nonce_issued_at=now))
+    if clock is None:  # then this was the time by all there is, and it went back since
+        _all_refused(store, [(boot("right", now=now + 100), Code.STORE_UNAVAILABLE)])
+    else:
+        expect(store.transact(Ask(ReadHorizon())), 0, "the horizon after a sweep under a clock that is ahead")
+        _all_refused(store, [(boot("wrong", now=now + DAY), Code.SERVER_FAULT)])
+        _ = store.transact(boot("right", now=now + 1))
+        expect(store.transact(Ask(IsRedeemed(ahead.value))), True, "a redemption from the future is remembered")
+    wrong = store.transact(StoreRestored(now + 30 * DAY))
+    right = store.transact(StoreRestored(now + 100))
+    expect((right.before, store.transact(Ask(ReadHorizon()))), (wrong.horizon, right.horizon), "horizons")
+    latest = store.transact(Ask(ReadClock()))
+    if clock is None or latest is None:
+        expect((wrong.horizon, right.horizon), (now + 30 * DAY + SKEW, now + 100 + SKEW), "horizons of two restores")
+    else:
+        between = clock + SKEW <= wrong.horizon <= right.horizon <= latest + SKEW
+        expect(between, True, f"horizons {wrong.horizon} and {right.horizon} by a clock from {clock} to {latest}")
+    _ = store.transact(_after(store, right.horizon))
+    again = evolve(boot("again", now=right.horizon + 1), nonce=first.nonce, nonce_issued_at=first.nonce_issued_at)
+    _all_refused(store, [(again, Code.NONCE_INVALID)])
 
 
 def keys_live_as_documented(harness: Harness) -> None:
@@ -406,5 +453,6 @@ CASES: tuple[Case, ...] = (
     rewraps_at_once_wrap_each_key_once,
     a_token_is_refused_when_it_must_be,
     a_nonce_is_refused_when_it_must_be,
+    clocks_that_are_ahead_stop_no_boot,
     keys_live_as_documented,
 )

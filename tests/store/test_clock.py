@@ -1,0 +1,28 @@
+"""A store's own clock is the database's, whatever the time of the machine that asks; a file has none."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+
+from chutes_proto.blocking.postgres import PostgresStore
+from chutes_proto.blocking.sqlite import SqliteStore
+from chutes_proto.store.memory import MemoryStore
+from chutes_proto.store.rows import ReadClock
+from chutes_proto.testing.store_suite import NOW, Ask
+from chutes_proto.units.operator import StoreRestored
+from tests.postgres import schema_with_clock
+
+
+def test_postgresql_goes_by_the_databases_clock(database: str) -> None:
+    with schema_with_clock(database) as (url, set_clock), closing(PostgresStore(url, migrate=True)) as store:
+        for at in (NOW, NOW - 86_400, NOW + 86_400):
+            set_clock(at)
+            assert store.transact(Ask(ReadClock())) == at
+            assert store.transact(StoreRestored(NOW)).horizon == at + 60
+
+
+def test_other_stores_have_none(tmp_path: Path) -> None:
+    with closing(SqliteStore(tmp_path / "keys.db")) as store:
+        assert store.transact(Ask(ReadClock())) is None
+    assert MemoryStore().transact(Ask(ReadClock())) is None
