@@ -456,3 +456,12 @@ def test_a_horizon_in_the_future_is_told_with_the_command_that_mends_it(world):
     assert "boots wait until then" in world.log[-1].fields["reason"]
     world.now += 61
     assert answer(world.boot())
+
+
+def test_a_nonce_of_a_server_whose_clock_is_ahead_is_no_final_refusal(world):
+    world.now += 86_400
+    nonce = world.nonce()
+    world.now -= 86_400
+    assert refusal(world.boot(nonce))[:2] == (503, Code.SERVER_FAULT)
+    assert "compare the clocks of all servers" in world.log[-1].fields["reason"]
+    assert answer(world.boot())

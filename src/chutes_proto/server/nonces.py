@@ -11,7 +11,8 @@ The tag covers the 16 bytes before it and, each with its length before it, the p
 
 Rules kept here:
 
-* one nonce is accepted at an age of -60 to 600 s, by the purpose and the caller it was issued for;
+* one nonce is accepted at an age of -60 to 600 s, by the purpose and the caller it was issued for; one whose tag holds
+  and that is from the future is our clocks' fault (503);
 * the tag is compared in constant time, before anything else in the nonce is believed;
 * MAC keys come from the key-encryption keys by label, so all processes of one server agree; an id whose key this
   process lacks is an invalid nonce, unless the configuration expects that id: then the fault is ours (503).
@@ -29,7 +30,7 @@ from attrs import frozen
 from chutes_proto.codes import Code
 from chutes_proto.errors import Refused, Unavailable
 from chutes_proto.secret import Secret
-from chutes_proto.units.nonces import SKEW
+from chutes_proto.units.nonces import SKEW, nonce_from_future
 from chutes_proto.wire.http import address_prefix
 from chutes_proto.wire.names import HEX_32
 from chutes_proto.wire.times import timestamp
@@ -109,7 +110,10 @@ class NonceMint:
         address: str = "",
         scope: str = "",
     ) -> Nonce:
-        """The nonce that ``text`` is. Raises `Refused`, or `Unavailable` for a key that is expected to come."""
+        """The nonce that ``text`` is.
+
+        Raises `Refused`, and `Unavailable` for one under a key that is expected to come, or from the future.
+        """
         if text is None or not HEX_32.fullmatch(text):
             raise _invalid("missing or not 64 lowercase hex digits")
         value = bytes.fromhex(text)
@@ -132,7 +136,9 @@ class NonceMint:
         else:
             raise _invalid("tag does not hold: forged, or bound to another purpose, hotkey, address or server")
         issued_at = int.from_bytes(head[1:6], "big")
-        if not -SKEW <= now - issued_at <= LIFETIME:
+        if issued_at > now + SKEW:
+            raise nonce_from_future(issued_at, now, "this server's")
+        if now - issued_at > LIFETIME:
             raise _invalid(f"{now - issued_at} s old")
         return Nonce(value, purpose, issued_at)
 
