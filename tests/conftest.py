@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -62,15 +64,38 @@ def require_program() -> Callable[[str], str]:
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[postgres.Cluster]:
-    """A private PostgreSQL; where none is installed the test is skipped, or fails when ``CI`` is set."""
+def postgres_programs() -> Path:
+    """The folder of PostgreSQL's programs; where none is installed the test is skipped, or fails when ``CI`` is set."""
     programs = postgres.programs()
     if programs is None:
         refuse = pytest.fail if CI else pytest.skip
         refuse(f"no PostgreSQL: initdb is not installed (Debian: postgresql), and {postgres.VARIABLE} may name another")
-    cluster = postgres.Cluster(programs)
+    return programs
+
+
+@pytest.fixture(scope="session")
+def cluster(postgres_programs: Path) -> Iterator[postgres.Cluster]:
+    """A private PostgreSQL."""
+    cluster = postgres.Cluster(postgres_programs)
     yield cluster
     cluster.remove()
+
+
+@pytest.fixture(scope="session")
+def pooler(
+    cluster: postgres.Cluster, require_program: Callable[[str], str]
+) -> Iterator[Callable[[str], postgres.Pooler]]:
+    """Gives the pgbouncer of a mode before the private PostgreSQL; each is started once."""
+    program = require_program("pgbouncer")
+    with ExitStack() as stack:
+        yield cache(lambda mode: stack.enter_context(closing(postgres.Pooler(cluster, program, mode))))
+
+
+@pytest.fixture
+def pooled(pooler: Callable[[str], postgres.Pooler]) -> Iterator[Callable[[str], str]]:
+    """Gives the URL of an empty database behind the pgbouncer of a mode; it ends with the test."""
+    with ExitStack() as stack:
+        yield lambda mode: pooler(mode).url(stack.enter_context(pooler(mode).database()))
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 A private one is a cluster made with the installed programs: it lives in a temporary folder, listens on a Unix socket
 there, asks for a password, and ends with the tests. PostgreSQL does not run as root, so root gives it to another user.
+A standby of it and a pgbouncer before it are private in the same way.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,16 @@ def programs() -> Path | None:
 
 
 class Cluster:
-    """A private cluster; `start` and `stop` may be called as often as a test likes."""
+    """A private cluster; `start` and `stop` may be called as often as a test likes.
 
-    def __init__(self, programs: Path) -> None:
+    With ``primary`` it is a standby of that one, which streams under the name ``standby``.
+    """
+
+    def __init__(
+        self, programs: Path, primary: Cluster | None = None, settings: Mapping[str, str] | None = None
+    ) -> None:
         self._programs = programs
+        self._settings = settings or {}
         self.folder = Path(tempfile.mkdtemp(prefix="chutes-proto-pg-"))
         self._as: dict[str, Any] = {"cwd": self.folder}
         self._process: subprocess.Popen[bytes] | None = None
@@ -49,11 +56,15 @@ class Cluster:
         password = self.folder / "password"
         password.write_text(PASSWORD)
         password.chmod(0o644)
-        initdb: list[str | Path] = [
+        make: list[str | Path] = [
             *(programs / "initdb", "--pgdata", self.folder / "data", "--no-sync", "--encoding=UTF8", "--locale=C"),
             *("--username=owner", "--auth=scram-sha-256", "--pwfile", password),
         ]
-        subprocess.run(initdb, check=True, stdout=subprocess.DEVNULL, **self._as)
+        if primary is not None:
+            source = primary.url(application_name="standby")
+            make = [programs / "pg_basebackup", "--pgdata", self.folder / "data", "--no-sync", "--checkpoint=fast"]
+            make += ["--write-recovery-conf", "--dbname", source]
+        subprocess.run(make, check=True, stdout=subprocess.DEVNULL, **self._as)
         self.start()
 
     def url(self, database: str = "postgres", *, user: str = "owner", password: str = PASSWORD, **query: str) -> str:
@@ -71,20 +82,27 @@ class Cluster:
             "wal_level": "minimal",
             "max_wal_senders": "0",
             "log_min_messages": "fatal",
+            **self._settings,
             **settings,
         }
-        command = [*(DEATHBED if shutil.which(DEATHBED[0]) else []), str(self._programs / "postgres")]
-        command += ["-D", str(self.folder / "data"), *(f"--{name}={value}" for name, value in settings.items())]
-        process: subprocess.Popen[bytes] = subprocess.Popen(command, stderr=subprocess.DEVNULL, **self._as)
-        self._process = process
+        command = [str(self._programs / "postgres"), "-D", str(self.folder / "data")]
+        command += [f"--{name}={value}" for name, value in settings.items()]
+        self._process = self.run(command, self.url())
+
+    def run(self, command: list[str], url: str) -> subprocess.Popen[bytes]:
+        """Start a program as the user who owns this cluster, and return when it answers at ``url``."""
+        deathbed = DEATHBED if shutil.which(DEATHBED[0]) else []
+        process: subprocess.Popen[bytes] = subprocess.Popen(
+            [*deathbed, *command], stderr=subprocess.DEVNULL, **self._as
+        )
         until = time.monotonic() + 60
         while True:
             try:
-                psycopg.connect(self.url()).close()
-                return
+                psycopg.connect(url).close()
+                return process
             except psycopg.OperationalError:
-                assert process.poll() is None, "PostgreSQL does not start"
-                assert time.monotonic() < until, "PostgreSQL does not answer"
+                assert process.poll() is None, f"{command[0]} does not start"
+                assert time.monotonic() < until, f"{command[0]} does not answer"
             time.sleep(0.02)
 
     def stop(self, number: signal.Signals = signal.SIGINT) -> None:
@@ -99,6 +117,59 @@ class Cluster:
     def remove(self) -> None:
         self.stop(signal.SIGQUIT)
         shutil.rmtree(self.folder)
+
+
+class Pooler:
+    """A pgbouncer before ``cluster``. No session of the database outlives a second, if no client holds it.
+
+    It carries over no prepared statements, as none did before pgbouncer 1.21.
+    """
+
+    def __init__(self, cluster: Cluster, program: str, mode: str) -> None:
+        self._cluster = cluster
+        self._port = str(6432 + ["session", "transaction", "statement"].index(mode))
+        configuration, users = cluster.folder / f"{mode}.ini", cluster.folder / f"{mode}.users"
+        users.write_text(f'"owner" "{PASSWORD}"\n')
+        settings = {
+            "pool_mode": mode,
+            "listen_port": self._port,
+            "unix_socket_dir": cluster.folder,
+            "auth_type": "scram-sha-256",
+            "auth_file": users,
+            "admin_users": "owner",
+            "default_pool_size": 60,
+            "max_prepared_statements": 0,
+            "server_lifetime": 1,
+            "server_idle_timeout": 1,
+            "server_login_retry": 1,
+        }
+        told = "".join(f"{name} = {value}\n" for name, value in settings.items())
+        configuration.write_text(f"[databases]\n* = host={cluster.folder}\n[pgbouncer]\n{told}")
+        self._process = cluster.run([program, "--quiet", str(configuration)], self.url("pgbouncer"))
+
+    def url(self, database: str, **query: str) -> str:
+        return self._cluster.url(database, port=self._port, **query)
+
+    @contextmanager
+    def database(self) -> Iterator[str]:
+        """An empty database: its name. A pooler passes on no ``options``, so a schema would not do."""
+        name = f"chutes_{os.urandom(8).hex()}"
+        with psycopg.connect(self._cluster.url(), autocommit=True) as connection:
+            connection.execute(f"CREATE DATABASE {name}".encode())
+        try:
+            yield name
+        finally:
+            with psycopg.connect(self._cluster.url(), autocommit=True) as connection:
+                connection.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
+
+    def recycle(self) -> None:
+        """Let every transaction from now on meet a new session, except where a client holds an old one."""
+        with psycopg.connect(self.url("pgbouncer"), autocommit=True) as connection:
+            connection.execute("RECONNECT")
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait(60)
 
 
 def _is_user(name: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
@@ -56,6 +57,49 @@ def told(call: Callable[[], object], text: str, kind: type[StoreError] = StoreEr
     assert PASSWORD not in str(caught.value)
 
 
+WATCHED = (
+    *("transaction_isolation", "synchronous_commit", "enable_seqscan", "lock_timeout"),
+    *("statement_timeout", "idle_in_transaction_session_timeout"),
+)
+
+
+def watch(url: str) -> None:
+    """Have each transaction that writes an audit row note its settings, and the session it is in."""
+    settings = ", ".join(f"current_setting('{name}') AS {name}" for name in WATCHED)
+    ask(
+        url,
+        f"CREATE TABLE watched AS SELECT {settings}, pg_backend_pid() AS pid WITH NO DATA;"
+        f"CREATE FUNCTION watch() RETURNS trigger LANGUAGE plpgsql AS"
+        f" $$ BEGIN INSERT INTO watched SELECT {settings}, pg_backend_pid(); RETURN NEW; END $$;"
+        f"CREATE TRIGGER watch BEFORE INSERT ON audit FOR EACH ROW EXECUTE FUNCTION watch()",
+    )
+
+
+def watched(url: str) -> list[tuple[Any, ...]]:
+    """What `watch` had noted, in order."""
+    return ask(url, "SELECT * FROM watched ORDER BY ctid")
+
+
+@contextmanager
+def reloaded(cluster: Cluster, store: PostgresStore, setting: str, value: str) -> Iterator[None]:
+    """Change the server's configuration while ``store`` has a session open, until that session has seen it."""
+
+    def change(text: str, seen: str) -> None:
+        ask(cluster.url(), text)
+        ask(cluster.url(), "SELECT pg_reload_conf()")
+        (connection,) = store._pool.idle
+        until = time.monotonic() + 60
+        while connection.execute(f"SHOW {setting}".encode()).fetchall() != [(seen,)]:
+            assert time.monotonic() < until
+
+    ((before,),) = ask(cluster.url(), f"SHOW {setting}")
+    change(f"ALTER SYSTEM SET {setting} = {value}", value)
+    try:
+        yield
+    finally:
+        change(f"ALTER SYSTEM RESET {setting}", before)
+
+
 # --- what is refused at the start ---
 
 
@@ -79,30 +123,33 @@ def test_a_newer_schema_is_refused_and_left_alone(url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "text"),
-    [
-        ("-csynchronous_commit%3Doff", "synchronous_commit is 'off' there and must be 'on'"),
-        ("-csynchronous_commit%3Dlocal", "synchronous_commit is 'local' there and must be 'on'"),
-    ],
+    ("found", "used"),
+    [("off", "on"), ("local", "on"), ("remote_write", "on"), ("on", "on"), ("remote_apply", "remote_apply")],
 )
-def test_a_session_that_may_lose_keys_is_refused(url: str, option: str, text: str) -> None:
-    told(lambda: PostgresStore(f"{url}%20{option}"), text)
+def test_a_transaction_waits_for_the_disk_whatever_the_server_says_at_any_time(
+    cluster: Cluster, found: str, used: str
+) -> None:
+    """Set by a reload under an open session, and there already when a session is opened."""
+    with schema(cluster.url()) as url, closing(PostgresStore(url, migrate=True)) as store:
+        watch(url)
+        store.transact(boot("before"))
+        with reloaded(cluster, store, "synchronous_commit", found), closing(PostgresStore(url)) as newer:
+            store.transact(boot("open"))
+            newer.transact(boot("new"))
+        assert [row[1] for row in watched(url)] == ["on", used, used]
 
 
-def test_a_server_that_may_lose_keys_is_refused(cluster: Cluster) -> None:
-    with schema(cluster.url()) as url:
-        PostgresStore(url, migrate=True).close()
-        cluster.stop()
-        cluster.start(fsync="off")
-        try:
-            told(lambda: PostgresStore(url), "fsync is 'off' there and must be 'on'")
-        finally:
-            cluster.stop()
-            cluster.start()
+@pytest.mark.parametrize("setting", ["fsync", "full_page_writes"])
+def test_a_server_that_may_lose_keys_is_refused_from_then_on(cluster: Cluster, setting: str) -> None:
+    with schema(cluster.url()) as url, closing(PostgresStore(url, migrate=True)) as store:
+        with reloaded(cluster, store, setting, "off"):
+            for call in (lambda: store.transact(boot("first")), store.check, lambda: PostgresStore(url)):
+                told(call, f"{setting} is 'off' there and must be 'on', or keys may be lost")
+        store.transact(boot("first"))
 
 
 def test_an_encoding_that_cannot_hold_every_text_is_refused(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(postgres._MUST_BE, "server_encoding", ("EBCDIC",))
+    monkeypatch.setitem(postgres._MUST_BE, "server_encoding", "EBCDIC")
     told(lambda: PostgresStore(database), "server_encoding is 'UTF8' there")
 
 

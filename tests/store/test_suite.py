@@ -50,7 +50,13 @@ T = TypeVar("T")
 CASES = operations.CASES + transactions.CASES
 
 
-@pytest.fixture(params=["memory", "sqlite", "sqlite-shared", "postgresql", "postgresql-shared"])
+STORES = [
+    *("memory", "sqlite", "sqlite-shared", "postgresql", "postgresql-shared"),
+    *("pgbouncer-session", "pgbouncer-transaction"),
+]
+
+
+@pytest.fixture(params=STORES)
 def harness(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Harness]:
     with closing(make(request.param, request, tmp_path)) as harness:
         yield harness
@@ -64,6 +70,8 @@ def make(name: str, request: pytest.FixtureRequest, folder: Path) -> Any:
             return SqliteHarness(folder)
         case "sqlite-shared":
             return SharedSqliteHarness(folder)
+        case "pgbouncer-session" | "pgbouncer-transaction":
+            return PostgresHarness(request.getfixturevalue("pooled")(name.removeprefix("pgbouncer-")))
         case _:
             kind = PostgresHarness if name == "postgresql" else SharedPostgresHarness
             return kind(request.getfixturevalue("empty_schema"))

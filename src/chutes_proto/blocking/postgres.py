@@ -2,8 +2,10 @@
 
 Rules kept here:
 
-* an answer leaves only after its transaction is durable: a session with ``synchronous_commit`` or a server with
-  ``fsync`` off is refused at its start;
+* nothing is set for a session: behind a pooler each transaction may meet another session of the database. So the
+  message that begins a transaction sets for that transaction alone whatever it needs;
+* an answer leaves only after its transaction is durable: each transaction sets ``synchronous_commit`` to ``on`` at
+  least, and is refused where ``fsync`` or ``full_page_writes`` is off at that moment;
 * every transaction is SERIALIZABLE; one that PostgreSQL could not serialize with others runs again, until
   ``busy_seconds`` are over;
 * a transaction whose connection is lost before the commit was sent never was, and runs again on a new connection; one
@@ -16,7 +18,7 @@ Rules kept here:
 * a password is in no name, error or log line.
 
 It takes the extra ``chutes-proto[postgres]``, a database or schema of its own with encoding UTF8, and direct
-connections or a pooler that keeps a session together.
+connections or a pooler that keeps a transaction together.
 """
 
 from __future__ import annotations
@@ -85,18 +87,14 @@ libpq makes names and a port, and tells them."""
 _FILES: Final = frozenset({"passfile", "sslcert", "sslkey", "sslrootcert", "sslcrl", "sslcrldir"})
 """libpq looks for these from the directory in which a process happens to run."""
 
-_MUST_BE: Final[dict[str, tuple[str, ...]]] = {
-    "synchronous_commit": ("on", "remote_apply"),
-    "fsync": ("on",),
-    "server_encoding": ("UTF8",),
-}
+_MUST_BE: Final = {"fsync": "on", "full_page_writes": "on", "server_encoding": "UTF8"}
+"""Settings of the database that no transaction can choose. A reload changes the first two under open sessions."""
 
-_SESSION: Final = (
+_SET_LOCAL: Final = (
     # Of a transaction that reads a whole table every concurrent writer of that table is a conflict.
-    "SET enable_seqscan = off",
-    "SET default_transaction_isolation = 'serializable'",
+    "enable_seqscan = off",
     # A process that hangs in the middle of a transaction does not hold up the others for long.
-    "SET idle_in_transaction_session_timeout = '10s'",
+    "idle_in_transaction_session_timeout = '10s'",
 )
 
 _WORK: Final = 3.0
@@ -110,8 +108,15 @@ said by then that it cancelled; a COMMIT it does not cancel, and the fate of tha
 
 _LOCK: Final = "SELECT pg_advisory_xact_lock(7163393186713182564)"  # one migration at a time
 
-_BEGIN: Final = f"BEGIN; LOCK TABLE fact IN ACCESS SHARE MODE; {READ_VERSION}"
-"""One message. The lock comes before what is read, so that nothing is older than a migration that was waited for."""
+_LOCK_VERSION: Final = "LOCK TABLE fact IN ACCESS SHARE MODE"
+
+_READ_SETTINGS: Final = (
+    # `on` waits for the disks of this server and of its synchronous standbys; `remote_apply` for more. An operator who
+    # has the latter keeps it; one who has less does not lose keys.
+    "SELECT pg_backend_pid(), set_config('synchronous_commit', CASE current_setting('synchronous_commit')"
+    " WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END, true), "
+    + ", ".join(f"current_setting('{name}')" for name in _MUST_BE)
+)
 
 _COME_AGAIN: Final = {
     "40001": "other transactions got in the way every time",
@@ -124,6 +129,7 @@ _COME_AGAIN: Final = {
     "57P05": "the session was idle for too long",
     "25P03": "the session was idle for too long",
     "53300": "the database has no connection left",
+    "08P01": "the connection pooler lost the database, or refused",
 }
 """SQLSTATEs of what passes."""
 
@@ -143,6 +149,9 @@ can be another transaction's of the same moment: then the next run sees it. If i
 See "Serialization Failure Handling" in PostgreSQL's documentation."""
 
 _RUNS_INTO_A_ROW: Final = 3
+
+_STATEMENT_MODE: Final = "statement pooling mode"
+"""In what pgbouncer says to a BEGIN; its texts are not translated, and it has no SQLSTATE for it."""
 
 
 class _Connection(psycopg.Connection[tuple[Any, ...]]):
@@ -207,8 +216,15 @@ class PostgresStore:
         self._patience = busy_seconds + _SILENCE
         self._pool = _Pool(threading.BoundedSemaphore(connections))
         self._closed = False
+        self._set_local = (
+            *_SET_LOCAL,
+            f"lock_timeout = {int(1000 * busy_seconds)}",
+            f"statement_timeout = {int(1000 * (busy_seconds + _WORK))}",
+        )
+        # The lock comes before what is read, so that nothing is older than a migration that was waited for.
+        self._begin = self._beginning("SERIALIZABLE", _LOCK_VERSION, _READ_SETTINGS, READ_VERSION)
         # A migration must see what another one, for which it waited, has done.
-        begin = "BEGIN ISOLATION LEVEL READ COMMITTED" if migrate else "BEGIN"
+        begin = self._beginning("READ COMMITTED" if migrate else "SERIALIZABLE", _READ_SETTINGS)
         try:
             with self._connection() as connection, self._transaction(connection, begin):
                 versions = self._versions(connection)
@@ -247,7 +263,7 @@ class PostgresStore:
         taken = 0
         while True:
             try:
-                with self._connection() as connection, self._transaction(connection, _BEGIN):
+                with self._connection() as connection, self._transaction(connection, self._begin):
                     return work(connection)
             except _Again as exc:
                 taken += isinstance(exc.__cause__, errors.UniqueViolation)
@@ -326,27 +342,15 @@ class PostgresStore:
                 told += "; a password file must be there, of mode 0600, with a line for this host, port and database"
             raise StoreBusy(f"store {self.name}: no connection to the database: {told}") from None
         connection.patience = self._patience
-        try:
-            self._prepare(connection)
-        except psycopg.Error as exc:
+        if connection.info.server_version < _OLDEST_SERVER:
             connection.close()
-            raise self._translated(exc) from exc
-        except BaseException:
-            connection.close()
-            raise
+            raise self._fault(f"PostgreSQL {_OLDEST_SERVER // 10_000} or newer is needed")
         return connection
 
-    def _prepare(self, connection: _Connection) -> None:
-        if connection.info.server_version < _OLDEST_SERVER:
-            raise self._fault(f"PostgreSQL {_OLDEST_SERVER // 10_000} or newer is needed")
-        for setting, allowed in _MUST_BE.items():
-            ((found,),) = _rows(connection, f"SHOW {setting}")
-            if found not in allowed:
-                raise self._fault(f"{setting} is {found!r} there and must be {allowed[0]!r}, or keys may be lost")
-        for text in _SESSION:
-            _ = _rows(connection, text)
-        _ = _rows(connection, f"SET lock_timeout = {int(1000 * self._busy_seconds)}")
-        _ = _rows(connection, f"SET statement_timeout = {int(1000 * (self._busy_seconds + _WORK))}")
+    def _beginning(self, level: str, *statements: str) -> str:
+        """The one message that begins a transaction; the first row that it yields is of `_READ_SETTINGS`."""
+        settings = (f"SET LOCAL {setting}" for setting in self._set_local)
+        return "; ".join((f"BEGIN ISOLATION LEVEL {level}", *settings, *statements))
 
     @contextlib.contextmanager
     def _transaction(self, connection: _Connection, begin: str) -> Generator[None]:
@@ -354,9 +358,10 @@ class PostgresStore:
         committing = False
         connection.patience = self._patience
         try:
-            begun = _rows(connection, begin)
-            if begin == _BEGIN:
-                self._versions(connection).judge(begun)
+            settings, *version = _rows(connection, begin)
+            self._judge(connection, *settings)
+            if begin == self._begin:
+                self._versions(connection).judge(version)
             yield
             committing = True
             _ = connection.execute("COMMIT")
@@ -370,6 +375,16 @@ class PostgresStore:
         except BaseException:
             self._roll_back(connection)
             raise
+
+    def _judge(self, connection: _Connection, backend: int, _: str, *found: str) -> None:
+        """Raise `StoreError` for a database that may lose keys; the arguments are a row of `_READ_SETTINGS`."""
+        for (setting, wanted), value in zip(_MUST_BE.items(), found, strict=True):
+            if value != wanted:
+                raise self._fault(f"{setting} is {value!r} there and must be {wanted!r}, or keys may be lost")
+        # If it was a pooler that answered when the connection was made, the next transaction may meet another session,
+        # without the statements that this one has prepared. Not every pooler carries them over.
+        if backend != connection.info.backend_pid:
+            connection.prepare_threshold = None
 
     def _take_time(self, connection: _Connection) -> None:
         """Lift the bounds of this transaction's statements."""
@@ -387,6 +402,8 @@ class PostgresStore:
         state = exc.sqlstate or ""
         lines = str(exc).splitlines()
         told = exc.diag.message_primary or (lines[0] if lines else type(exc).__name__)
+        if _STATEMENT_MODE in told:
+            return self._fault(f"{told}; set pool_mode of the connection pooler to transaction or session")
         if text := _COME_AGAIN.get(state):
             return StoreBusy(f"store {self.name}: {text} ({told})")
         if not state:  # the driver says so, not the database
@@ -418,11 +435,13 @@ def _query(text: str) -> bytes:
 
 
 def _rows(connection: _Connection, text: str) -> list[tuple[Any, ...]]:
-    """The rows of a statement of ours, or of the last of several; none for one that returns none."""
+    """The rows of a statement of ours, or of several, in order; none for one that returns none."""
     cursor = connection.execute(text.encode(), prepare=False)
-    while cursor.nextset():
-        pass
-    return cursor.fetchall() if cursor.description else []
+    rows: list[tuple[Any, ...]] = []
+    while True:
+        rows += () if cursor.rownumber is None else cursor.fetchall()
+        if not cursor.nextset():
+            return rows
 
 
 def has_secret(url: str) -> bool:

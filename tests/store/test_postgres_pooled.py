@@ -1,0 +1,89 @@
+"""A PostgreSQL store behind pgbouncer, of which each transaction may meet another session of the database.
+
+The contract suite runs behind it as well, in `test_suite.py`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import closing
+from functools import partial
+
+import pytest
+from attrs import evolve
+
+from chutes_proto.blocking.postgres import PostgresStore
+from chutes_proto.codes import Code
+from chutes_proto.errors import Refused, StoreBusy, StoreError
+from chutes_proto.store.rows import ReadHorizon, Vm
+from chutes_proto.testing.store_suite import VM, Ask, boot, platform
+from tests.postgres import Pooler
+from tests.store.harness import together
+from tests.store.test_postgres import Bereft, told, watch, watched
+
+RACES = 40
+
+
+@pytest.mark.parametrize(("mode", "sessions"), [("session", 1), ("transaction", 3)])
+def test_each_transaction_has_the_settings_it_needs_in_whichever_session(
+    pooler: Callable[[str], Pooler], pooled: Callable[[str], str], mode: str, sessions: int
+) -> None:
+    """More transactions of one kind in each session than it takes for the driver to prepare statements."""
+    url = pooled(mode)
+    with closing(PostgresStore(url, migrate=True)) as store:
+        watch(url)
+        until = time.monotonic() + 60
+        transactions = 0
+        while len({row[-1] for row in watched(url)}) < sessions or transactions < 10 * sessions:
+            assert time.monotonic() < until
+            store.transact(boot(f"{transactions}"))
+            transactions += 1
+            if transactions % 10 == 0:
+                pooler(mode).recycle()
+    assert {row[:-1] for row in watched(url)} == {("serializable", "on", "off", "5s", "8s", "10s")}
+
+
+def test_two_machines_never_get_one_vms_passphrase(
+    pooler: Callable[[str], Pooler], pooled: Callable[[str], str]
+) -> None:
+    """Through two servers, after the sessions that they began with have ended."""
+    url = pooled("transaction")
+    PostgresStore(url, migrate=True).close()
+    with closing(PostgresStore(url, busy_seconds=60)) as one, closing(PostgresStore(url, busy_seconds=60)) as other:
+        for race in range(RACES):
+            pooler("transaction").recycle()
+            vm = Vm(VM.hotkey, f"vm-{race}")
+            units = [evolve(boot(f"{race}.{turn}", vm=vm), platform=platform(f"{race}.{turn}")) for turn in range(2)]
+            outcomes = together([partial(one.transact, units[0]), partial(other.transact, units[1])])
+            (refused,) = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
+            assert isinstance(refused, Refused)
+            assert refused.code == Code.PLATFORM_MISMATCH
+
+
+@pytest.mark.parametrize("mode", ["session", "transaction"])
+def test_a_session_that_is_lost(pooled: Callable[[str], str], mode: str) -> None:
+    """As without a pooler: before the commit the unit is done again, at the commit its fate is unknown."""
+    url = pooled(mode)
+    PostgresStore(url, migrate=True).close()
+    with closing(PostgresStore(f"{url}&application_name=bereft")) as store:
+        before, at_end = Bereft(url, at_end=False), Bereft(url, at_end=True)
+        assert store.transact(before) == 0
+        told(lambda: store.transact(at_end), "the connection was lost at the commit")
+        assert (len(before.runs), len(at_end.runs)) == (2, 1)
+        assert store.transact(Ask(ReadHorizon())) == 1
+
+
+def test_a_pooler_that_keeps_no_transaction_together_is_refused(pooled: Callable[[str], str]) -> None:
+    url = pooled("statement")
+    for migrate in (False, True):
+        told(
+            lambda: PostgresStore(url, migrate=migrate),  # noqa: B023
+            "statement pooling mode; set pool_mode of the connection pooler to transaction or session",
+            StoreError,
+        )
+
+
+def test_a_schema_in_the_url_is_refused_by_a_pooler(pooler: Callable[[str], Pooler]) -> None:
+    url = pooler("transaction").url("postgres", options="-csearch_path=keys")
+    told(lambda: PostgresStore(url), "unsupported startup parameter in options: search_path", StoreBusy)
