@@ -9,7 +9,8 @@ Rules kept here:
 * every transaction is SERIALIZABLE; one that PostgreSQL could not serialize with others runs again, until
   ``busy_seconds`` are over;
 * a transaction whose connection is lost before the commit was sent never was, and runs again on a new connection; one
-  whose connection is lost at the commit is never run again here, because it may be there;
+  whose connection is lost at the commit, or whose commit came with a notice, is never run again here: it may be there,
+  and a fail-over may take it away, because a wait for a synchronous standby that is cancelled succeeds with a warning;
 * a statement of a unit that takes too long is cancelled by the database, and where even that does not come the
   connection is closed; a migration, a check, and what only operators ask take their time;
 * at most ``connections`` are open; each is made by the caller who needs it, who is told why where it cannot be made;
@@ -95,6 +96,8 @@ _SET_LOCAL: Final = (
     "enable_seqscan = off",
     # A process that hangs in the middle of a transaction does not hold up the others for long.
     "idle_in_transaction_session_timeout = '10s'",
+    # The warning that a commit did not reach the standby must come, whatever the role or the database has here.
+    "client_min_messages = warning",
 )
 
 _WORK: Final = 3.0
@@ -152,6 +155,8 @@ _RUNS_INTO_A_ROW: Final = 3
 
 _STATEMENT_MODE: Final = "statement pooling mode"
 """In what pgbouncer says to a BEGIN; its texts are not translated, and it has no SQLSTATE for it."""
+
+_UNKNOWN: Final = "what was to be changed may be changed or not"
 
 
 class _Connection(psycopg.Connection[tuple[Any, ...]]):
@@ -364,12 +369,11 @@ class PostgresStore:
                 self._versions(connection).judge(version)
             yield
             committing = True
-            _ = connection.execute("COMMIT")
+            self._commit(connection)
         except psycopg.Error as exc:
             self._roll_back(connection)
             if connection.closed and committing:
-                what = "the connection was lost at the commit; what was to be changed may be changed or not"
-                raise self._fault(what) from exc
+                raise self._fault(f"the connection was lost at the commit; {_UNKNOWN}") from exc
             fault = self._translated(exc)
             raise (_Again(fault) if connection.closed or isinstance(exc, _AGAIN) else fault) from exc
         except BaseException:
@@ -385,6 +389,24 @@ class PostgresStore:
         # without the statements that this one has prepared. Not every pooler carries them over.
         if backend != connection.info.backend_pid:
             connection.prepare_threshold = None
+
+    def _commit(self, connection: _Connection) -> None:
+        """Commit. Raises `StoreError`, and closes the connection, where the server has something to say about it."""
+        notices: list[str] = []
+
+        def note(notice: errors.Diagnostic) -> None:
+            notices.append(str(notice.message_primary))
+
+        connection.add_notice_handler(note)
+        try:
+            _ = connection.execute("COMMIT")
+        finally:
+            connection.remove_notice_handler(note)
+        # Any notice, because their texts are translated, and none belongs to a commit that simply succeeded.
+        if notices:
+            connection.close()
+            what = f"the database warned at the commit ({notices[0]})"
+            raise self._fault(f"{what}; {_UNKNOWN}, and a fail-over may lose it")
 
     def _take_time(self, connection: _Connection) -> None:
         """Lift the bounds of this transaction's statements."""
