@@ -265,7 +265,7 @@ def test_a_name_is_no_claim_to_another_miners_server(world):
 
 @pytest.mark.parametrize(("holder_booted_after", "status"), [(-1, 201), (0, 409), (1, 409)])
 def test_an_address_is_whose_boot_from_there_is_the_newest(world, holder_booted_after, status):
-    """Whoever had the address before cannot remove the server of who has it now, which booted after it registered."""
+    """A miner that had the address before cannot remove the server of one that has booted there since."""
     registered(register(world, name="unlinked"))
     boots = [(0, OTHER, "x"), (holder_booted_after, MINER, "vm-1")]
     for after, pair, vm in sorted(boots, key=lambda row: row[0]):

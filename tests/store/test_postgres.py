@@ -76,7 +76,7 @@ def watch(url: str) -> None:
 
 
 def watched(url: str) -> list[tuple[Any, ...]]:
-    """What `watch` had noted, in order."""
+    """The rows that `watch` had noted, in order."""
     return ask(url, "SELECT * FROM watched ORDER BY ctid")
 
 

@@ -154,7 +154,7 @@ See "Serialization Failure Handling" in PostgreSQL's documentation."""
 _RUNS_INTO_A_ROW: Final = 3
 
 _STATEMENT_MODE: Final = "statement pooling mode"
-"""In what pgbouncer says to a BEGIN; its texts are not translated, and it has no SQLSTATE for it."""
+"""Part of pgbouncer's error for a BEGIN. Its texts are not translated, and the error has no SQLSTATE of its own."""
 
 _UNKNOWN: Final = "what was to be changed may be changed or not"
 
@@ -364,7 +364,7 @@ class PostgresStore:
         connection.patience = self._patience
         try:
             settings, *version = _rows(connection, begin)
-            self._judge(connection, *settings)
+            self._check_settings(connection, *settings)
             if begin == self._begin:
                 self._versions(connection).judge(version)
             yield
@@ -380,7 +380,7 @@ class PostgresStore:
             self._roll_back(connection)
             raise
 
-    def _judge(self, connection: _Connection, backend: int, _: str, *found: str) -> None:
+    def _check_settings(self, connection: _Connection, backend: int, _: str, *found: str) -> None:
         """Raise `StoreError` for a database that may lose keys; the arguments are a row of `_READ_SETTINGS`."""
         for (setting, wanted), value in zip(_MUST_BE.items(), found, strict=True):
             if value != wanted:

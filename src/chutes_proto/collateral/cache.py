@@ -156,7 +156,7 @@ class CollateralCache:
     # --- questions ---
 
     def decide(self, family: Family, now: int) -> Decision:
-        """What to do for a platform of this family at ``now`` (unix seconds, an integer or `TypeError`)."""
+        """Decide what to do for a platform of this family at ``now`` (unix seconds; `TypeError` unless an integer)."""
         check_seconds("now", now)
         entry = self._touch(family)
         held = entry.held

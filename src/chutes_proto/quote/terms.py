@@ -34,7 +34,7 @@ class Term(Struct, frozen=True):
 
 
 def check_terms(terms: Iterable[Term], now: int, grace: int = 0) -> None:
-    """Steps 9, 10, 19 and 20. ``grace`` seconds are added to the end of what is no certificate.
+    """Steps 9, 10, 19 and 20. ``grace`` seconds are added to every end but that of a certificate.
 
     Raises `VerificationError`; `TypeError` unless ``now`` and ``grace`` are integers.
     """

@@ -433,11 +433,11 @@ class StoreRestored(Unit[Restored]):
         before = yield from ReadHorizon()
         clock = yield from ReadClock()
         # A redemption that was lost is of a nonce issued at most SKEW later than this clock (see `redeem_nonce`).
-        # What a horizon beyond this one covers in addition are nonces that a clock which was ahead has dated into the
-        # future. Those whose redemption is still here stay refused. Those whose redemption was swept or lost cannot be
-        # told from nonces that are yet to be issued: they count once more when their time comes, for whoever has the
-        # quote and the TLS key of then. In a store with a clock of its own there are none, unless that clock itself was
-        # ahead or an older release swept; elsewhere a new key-encryption key voids them.
+        # A horizon beyond this one also covers nonces that a clock which was ahead has dated into the future. If their
+        # redemption is still here, they stay refused. If it was swept or lost, they cannot be told from nonces that are
+        # yet to be issued: they count once more when their time comes, for a VM that has the quote and the TLS key of
+        # then. In a store with a clock of its own there are none, unless that clock itself was ahead or an older
+        # release swept; elsewhere a new key-encryption key voids them.
         horizon = (self.now if clock is None else clock) + SKEW
         yield from SetHorizon(horizon)
         yield from VoidTokens(None, self.now)
