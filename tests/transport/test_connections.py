@@ -166,6 +166,7 @@ def test_at_the_end_only_requests_and_their_answers_go_on() -> None:
     connections.finish(1.0)
     assert woken == list(made.values())
     assert [one.deadline for one in waiting] == [-math.inf, 1.0 + LAST_CALL_SECONDS, -math.inf, 1.0 + LAST_CALL_SECONDS]
+    assert made["working"].deadline == math.inf
     made["working"].send_response(HttpResponse(200), 50.0)
     assert isinstance(connections.next_step(made["working"], 50.0), Send)
     assert made["working"].deadline == 50.0 + LAST_CALL_SECONDS
