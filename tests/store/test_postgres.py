@@ -139,6 +139,17 @@ def test_a_transaction_waits_for_the_disk_whatever_the_server_says_at_any_time(
         assert [row[1] for row in watched(url)] == ["on", used, used]
 
 
+def test_a_transaction_leaves_nothing_set_in_its_session(url: str) -> None:
+    """Behind a pooler another program may be given that session next."""
+    lax = f"{url}%20-csynchronous_commit%3Doff"
+    shown = "SELECT " + ", ".join(f"current_setting('{name}')" for name in WATCHED)
+    with closing(PostgresStore(lax, migrate=True)) as store:
+        store.transact(boot("first"))
+        _ = store.check()
+        (connection,) = store._pool.idle
+        assert connection.execute(shown.encode()).fetchall() == ask(lax, shown)
+
+
 @pytest.mark.parametrize("setting", ["fsync", "full_page_writes"])
 def test_a_server_that_may_lose_keys_is_refused_from_then_on(cluster: Cluster, setting: str) -> None:
     with schema(cluster.url()) as url, closing(PostgresStore(url, migrate=True)) as store:
