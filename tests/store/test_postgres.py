@@ -466,6 +466,7 @@ def fail_with(url: str, state: str) -> None:
         ("42501", "the database's user may not do that", StoreError),
         ("57014", "a statement was cancelled", StoreBusy),
         ("53300", "the database has no connection left", StoreBusy),
+        ("08P01", "the connection pooler lost the database, or refused", StoreBusy),
         ("XX000", "PostgreSQL refused", StoreError),
     ],
 )
