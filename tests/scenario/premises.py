@@ -108,6 +108,14 @@ class Premises:
         self.server.process.kill()
         _ = self.server.process.communicate()
 
+    def wait_for_log(self, *texts: str) -> None:
+        """Return once the server's log has all of ``texts``: a thread writes it, maybe after the answer."""
+        log = self.directory.with_name("log")
+        until = time.monotonic() + 60
+        while not all(text in log.read_text() for text in texts):
+            assert time.monotonic() < until, log.read_text()
+            time.sleep(0.02)
+
     def close(self) -> None:
         """Stop, and hear what the server had to say."""
         if self.server is not None:

@@ -344,7 +344,7 @@ def test_a_refusal_is_told_whole(site: Premises, machine: Machine, tmp_path: Pat
     assert "code measurement_mismatch (status 403)" in told
     request = re.search(r"request ([0-9a-f]{32}) ", told)
     assert request is not None
-    assert request[1] in (site.directory.with_name("log")).read_text()
+    site.wait_for_log(request[1])
     assert "means The server does not accept what was booted here" in told
     assert "do Boot the image that the server's operator released" in told
 
