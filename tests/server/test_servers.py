@@ -277,6 +277,16 @@ def test_an_address_is_whose_boot_from_there_is_the_newest(world, holder_booted_
     assert (everything(world) == before) == (status == 409)
 
 
+@pytest.mark.parametrize(("age", "status"), [(86_400, 201), (86_401, 409)])
+def test_a_boot_of_long_ago_does_not_show_whose_an_address_is_now(world, age, status):
+    boot(world, OTHER, vm="x")
+    world.now += age
+    registered(register(world, name="unlinked"))  # by who has the address since
+    assert register(world, OTHER, id="n2", name="x", gpus=[gpu("GPU-1")]).status == status
+    if status == 409:
+        assert "boot the VM again" in world.log[-1].fields["reason"]
+
+
 ADDRESSES = ["1.2.3.4", "5.6.7.8", "6.6.6.6"]
 MINERS = [MINER, OTHER, HotkeyPair.from_seed(Secret(b"a third miner's seed".ljust(32, b"!")))]
 ACTS = st.one_of(

@@ -6,7 +6,7 @@ Rules kept here:
 * a name is no other id of the same hotkey's, and an id no other name, so that either names one server;
 * a server is removed by its owner, by the operator, or by a registration at its address with better evidence. The
   evidence of a registration shows one thing, the address that its linked boot came from. It does not show GPUs or ids,
-  so a claim to one of these removes nothing;
+  and of a time long ago not even that, because addresses change hands. A claim to anything else removes nothing;
 * removing a server keeps the keys of its VM;
 * who is not the owner hears that there is no such server.
 """
@@ -51,6 +51,9 @@ from chutes_proto.units.nonces import redeem_nonce
 if TYPE_CHECKING:
     from chutes_proto.quote.measurements import Profile
     from chutes_proto.store.run import Script
+
+EVIDENCE_SECONDS = 86_400
+"""How long a boot shows whose the address is that it came from."""
 
 _TAKEN = "Conflict with an existing server. Please contact support to resolve."
 
@@ -180,7 +183,7 @@ class RegisterServer(Unit[ServerRow]):
                     f"IP {self.host} is already registered to your server {neighbour.server_id} ({neighbour.name})."
                     " IPs must be unique across all servers."
                 )
-            raise _taken(Code.HOST_TAKEN, text, neighbour)
+            raise _taken(Code.HOST_TAKEN, text, neighbour, "; if the address is the claimant's now: boot the VM again")
         holder = yield from ReadServer(self.server_id)
         if holder is not None:
             text = "The server id is registered to you already." if holder.hotkey == self.hotkey else _TAKEN
@@ -189,7 +192,7 @@ class RegisterServer(Unit[ServerRow]):
 
     def _better_evidence(self, link: BootRow | None, neighbour: ServerRow) -> Script[BootRow | None]:
         """The linked boot, if it shows that the address is no longer ``neighbour``'s, a server without evidence."""
-        if link is None or link.peer_address != self.address:
+        if link is None or link.peer_address != self.address or self.now - link.created_at > EVIDENCE_SECONDS:
             return None
         if neighbour.hotkey == self.hotkey or neighbour.boot_id is not None or neighbour.pin is not None:
             return None
@@ -370,12 +373,12 @@ def not_found(name_or_id: str) -> Refused:
     return Refused(Code.SERVER_NOT_FOUND, f"Server {name_or_id} not found")
 
 
-def _taken(code: Code, text: str, holder: ServerRow | None) -> Refused:
-    """A refusal whose reason names ``holder`` to the operator."""
+def _taken(code: Code, text: str, holder: ServerRow | None, more: str = "") -> Refused:
+    """A refusal whose reason names ``holder``, and what to do, to the operator."""
     if holder is None:
         return Refused(code, text)
     frees = f"its owner frees it, or `chutes-proto registrations remove {holder.server_id}`"
-    return Refused(code, text, reason=f"{text}: held by server {holder.server_id} of {holder.hotkey}; {frees}")
+    return Refused(code, text, reason=f"{text}: held by server {holder.server_id} of {holder.hotkey}; {frees}{more}")
 
 
 def _same(before: ServerRow) -> Script[ServerRow]:
