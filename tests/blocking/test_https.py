@@ -98,7 +98,7 @@ def test_a_connection_that_the_server_closed_is_replaced(credentials: Credential
     with counted(credentials, behave) as (send, connections):
         for _ in range(2):
             assert send(REQUEST).body == b"ok"
-            assert closed.acquire(timeout=30)
+            assert closed.acquire(timeout=60)
     assert len(connections) == 2
 
 

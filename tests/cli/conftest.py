@@ -60,7 +60,7 @@ class Server:
     def stop(self, signal: int) -> Ended:
         """Send a signal, wait for the end, and hand out what else it said."""
         self.process.send_signal(signal)
-        out, err = self.process.communicate(timeout=20)
+        out, err = self.process.communicate(timeout=60)
         return Ended(self.process.returncode, out, err)
 
 
@@ -101,7 +101,7 @@ def end(process: subprocess.Popen[str]) -> None:
     """End a process as an operator does, so that it removes what it made; kill it only where it does not heed that."""
     process.terminate()
     try:
-        _ = process.communicate(timeout=20)
+        _ = process.communicate(timeout=60)
     except subprocess.TimeoutExpired:
         process.kill()
         _ = process.communicate()

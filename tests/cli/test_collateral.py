@@ -87,7 +87,7 @@ def test_fetched_shown_checked_and_served_until_a_signal(
     )  # fmt: skip
     assert (ended.code, len(list(out.iterdir()))) == (0, 2)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=10)
+    _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (0, "")
 
 
@@ -280,7 +280,7 @@ def test_a_server_with_upstreams(
     server = start("--config", directory / CONFIGURATION, ca=directory / AUTHORITY)
     assert boot(server, "vm-1").returncode == 0
     process.send_signal(signal.SIGTERM)
-    _ = process.communicate(timeout=10)
+    _ = process.communicate(timeout=60)
     assert boot(server, "vm-1").returncode == 0  # an outage with a warm cache
     log = server.stop(signal.SIGTERM).err
     assert json.loads(next(line for line in log.splitlines() if "collateral_fetched" in line))["fmspc"] == (

@@ -66,7 +66,7 @@ def test_every_time_to_judge_at_is_said_in_the_same_forms(
 def test_a_full_disk_behind_standard_output_is_told(words: tuple[str, ...]) -> None:
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
-            [*PROGRAM, *words], stdout=full, stderr=subprocess.PIPE, text=True, timeout=30, check=False
+            [*PROGRAM, *words], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False
         )
     assert (done.returncode, done.stderr) == (
         2,

@@ -58,7 +58,7 @@ def serve(site: Path, start: Callable[..., Server], transport: str) -> Callable[
 
 def client(server: Server, ca_pem: bytes | None = None) -> httpx.Client:
     context = ssl.create_default_context(cadata=(ca_pem or server.ca.read_bytes()).decode())
-    return httpx.Client(base_url=server.url, verify=context, trust_env=False, timeout=10)
+    return httpx.Client(base_url=server.url, verify=context, trust_env=False, timeout=60)
 
 
 def records(ended: Ended) -> list[dict[str, Any]]:
@@ -366,7 +366,7 @@ def test_a_proxys_socket_comes_and_goes_with_the_server(
     assert len(load_setup(site / "server.toml").service.proxies.secrets) == 2
     server = start("--config", site / "server.toml", "--transport", transport, ca=site / "ca.pem")
     transport_ = httpx.HTTPTransport(uds=str(site / "keys.sock"))
-    with httpx.Client(transport=transport_, base_url="http://keys") as proxy:
+    with httpx.Client(transport=transport_, base_url="http://keys", timeout=60) as proxy:
         assert proxy.get("/servers/nonce", headers={"x-forwarded-for": "192.0.2.7"}).status_code == 200
         assert proxy.get("/servers/nonce").status_code == 400
     proxied = {"x-forwarded-for": "192.0.2.7", "x-attestation-proxy-auth": "old"}

@@ -124,7 +124,7 @@ class Vm:
 
     async def __aenter__(self) -> Vm:
         self.http = httpx.AsyncClient(
-            base_url=self.site.url, verify=client_context(self.identity, SERVER.ca_pem), trust_env=False, timeout=20
+            base_url=self.site.url, verify=client_context(self.identity, SERVER.ca_pem), trust_env=False, timeout=60
         )
         return self
 

@@ -182,7 +182,7 @@ class Premises:
     def sql(self, statement: str) -> None:
         """What an administrator of the database does behind the server's back."""
         if self.store.startswith("sqlite:"):
-            with closing(sqlite3.connect(self.directory / "keys.db", timeout=20)) as connection, connection:
+            with closing(sqlite3.connect(self.directory / "keys.db", timeout=60)) as connection, connection:
                 _ = connection.execute(statement)
         else:
             with psycopg.connect(self.store, autocommit=True) as database:

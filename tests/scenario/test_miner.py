@@ -114,7 +114,7 @@ def test_signed_requests_of_ones_own_client(scene: Scene) -> None:
 
     async def act(site: Site) -> None:
         context = client_context(None, SERVER.ca_pem)
-        async with httpx.AsyncClient(base_url=site.url, verify=context, trust_env=False, auth=auth) as http:
+        async with httpx.AsyncClient(base_url=site.url, verify=context, trust_env=False, auth=auth, timeout=60) as http:
             body = {"host": "1.2.3.4", "id": "n1", "gpus": []}
             assert code(await http.post("/servers/", json=body)) == (400, "gpu_invalid")  # the signature held
             assert (await http.get("/servers/")).json() == []
@@ -135,7 +135,7 @@ def test_one_signature_over_a_request_is_enough(scene: Scene) -> None:
 
     async def act(site: Site) -> None:
         context = client_context(None, SERVER.ca_pem)
-        async with httpx.AsyncClient(base_url=site.url, verify=context, trust_env=False) as http:
+        async with httpx.AsyncClient(base_url=site.url, verify=context, trust_env=False, timeout=60) as http:
             assert (await http.get("/servers/", auth=auth)).json() == []
             weak = HotkeyAuth(MINER.hotkey.address, MINER.sign)
             assert code(await http.get("/servers/", auth=weak)) == (401, "signature_invalid")
@@ -152,7 +152,7 @@ def test_without_an_event_loop(tmp_path: Path) -> None:
 
     def act() -> None:
         context = client_context(identity, SERVER.ca_pem)
-        with httpx.Client(verify=context, trust_env=False) as http, HttpsSender(context, site.url) as send:
+        with httpx.Client(verify=context, trust_env=False, timeout=60) as http, HttpsSender(context, site.url) as send:
             performer = Performer(send=send, quoter=partial(PLATFORM.quote, stage="runtime"))
             performer.run(servers.register_server(miner, server_id="n1", host="1.2.3.4", gpus=[GPU]))
             performer.run(servers.attest_server(miner, "n1", identity.spki_sha256))

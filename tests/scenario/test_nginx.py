@@ -63,7 +63,7 @@ def site(
                 process.terminate()
     finally:
         server.process.terminate()
-        _ = server.process.communicate(timeout=20)
+        _ = server.process.communicate(timeout=60)
     assert not (folder / "keys.sock").exists()
 
 
@@ -79,7 +79,7 @@ def until_served(port: int, process: subprocess.Popen[str]) -> None:
 
 def client(url: str, folder: Path, identity: ClientIdentity | None) -> httpx.Client:
     context = client_context(identity, (folder / "ca.pem").read_bytes())
-    return httpx.Client(base_url=url, verify=context, trust_env=False, timeout=20)
+    return httpx.Client(base_url=url, verify=context, trust_env=False, timeout=60)
 
 
 def identity(number: int) -> ClientIdentity:

@@ -88,7 +88,10 @@ def test_requests_as_miners_tools_make_them(wallet: Any, loop: str, kind: str, t
 
     async def main() -> None:
         context = client_context(None, SERVER.ca_pem)
-        async with site.serving(), httpx.AsyncClient(base_url=site.url, verify=context, trust_env=False) as http:
+        async with (
+            site.serving(),
+            httpx.AsyncClient(base_url=site.url, verify=context, trust_env=False, timeout=60) as http,
+        ):
             body = json.dumps(server()).encode()
             assert b": " in body
             headers = signed(hashlib.sha256(body).hexdigest()) | {"Content-Type": "application/json"}

@@ -234,7 +234,9 @@ def test_the_example_under_a_server(command: list[str], prefix: str, site: Path,
     )
     try:
         until_served(path, process)
-        with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url=f"http://keys{prefix}") as client:
+        with httpx.Client(
+            transport=httpx.HTTPTransport(uds=str(path)), base_url=f"http://keys{prefix}", timeout=60
+        ) as client:
             proxied = {"x-forwarded-for": "192.0.2.7"}
             nonce = client.get("/servers/nonce", headers=proxied)
             assert (nonce.status_code, list(nonce.json())) == (200, ["nonce", "expires_at"])
@@ -246,7 +248,7 @@ def test_the_example_under_a_server(command: list[str], prefix: str, site: Path,
             assert (wrong.status_code, wrong.headers["allow"]) == (405, "GET")
     finally:
         process.terminate()
-        _, said = process.communicate(timeout=20)
+        _, said = process.communicate(timeout=60)
     assert "Traceback" not in said
 
 
