@@ -34,20 +34,20 @@ from attrs import evolve
 from bench.measure import resident
 from chutes_proto.auth.binding import report_data
 from chutes_proto.auth.client_identity import ENTROPY_SIZE, ClientIdentity, make_client_identity
-from chutes_proto.blocking.https import HttpsSender, TimeLimits
-from chutes_proto.blocking.perform import Performer
-from chutes_proto.blocking.setup import load_setup
-from chutes_proto.blocking.sqlite import SqliteStore
-from chutes_proto.blocking.tls import client_context
-from chutes_proto.cli import serving
 from chutes_proto.cli.development import write_server
 from chutes_proto.effects import Flow
 from chutes_proto.effects import run as perform
-from chutes_proto.quote import ecdsa
-from chutes_proto.server.app import App
-from chutes_proto.store.memory import MemoryStore
+from chutes_proto.io.drivers.sync import Performer
+from chutes_proto.io.http.https import HttpsSender, TimeLimits
+from chutes_proto.io.http.tls import client_context
+from chutes_proto.io.server import serving
+from chutes_proto.io.server.setup import load_setup
+from chutes_proto.io.stores.sqlite import SqliteStore
+from chutes_proto.quote import _ecdsa as ecdsa
+from chutes_proto.server._app import App
+from chutes_proto.store._memory import MemoryStore
 from chutes_proto.store.rows import Vm
-from chutes_proto.testing.platform import SimulatedPlatform
+from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.testing.store_suite import VM, boot, platform, sync
 from chutes_proto.transport.tls import TlsSession
 from chutes_proto.wire.answers import JSON_HEADERS

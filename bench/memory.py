@@ -10,10 +10,10 @@ from __future__ import annotations
 from time import perf_counter
 
 from bench.measure import one_core, resident
-from chutes_proto.quote.collateral import Collateral, VerifiedCollateral
-from chutes_proto.quote.roots import TrustedRoot
-from chutes_proto.quote.verify import check_signed, open_quote, verify_collateral, verify_quote
-from chutes_proto.testing.platform import SimulatedPlatform
+from chutes_proto.quote._collateral import Collateral, VerifiedCollateral
+from chutes_proto.quote._roots import TrustedRoot
+from chutes_proto.quote._verify import check_signed, open_quote, verify_collateral, verify_quote
+from chutes_proto.testing._platform import SimulatedPlatform
 
 VERDICTS = 1_000_000
 MACHINES = 300

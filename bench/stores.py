@@ -34,13 +34,13 @@ from typing import Any
 from attrs import evolve, frozen
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from chutes_proto.blocking import sqlite
-from chutes_proto.blocking.postgres import PostgresStore
-from chutes_proto.blocking.sqlite import SqliteStore
-from chutes_proto.blocking.stores import StorePlace
+from chutes_proto.io.stores import sqlite
+from chutes_proto.io.stores.address import StorePlace
+from chutes_proto.io.stores.postgres import PostgresStore
+from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.keys.vault import NONCE_SIZE, Address
+from chutes_proto.store._run import Script, Store, Unit, run_script
 from chutes_proto.store.rows import ReadLiveGenerations, StoreOp, Vm
-from chutes_proto.store.run import Script, Store, Unit, run_script
 from chutes_proto.store.sql import decode, statement
 from chutes_proto.testing.store_suite import VM, boot, platform, sync
 from chutes_proto.units.volumes import SyncVolumes

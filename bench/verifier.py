@@ -25,14 +25,17 @@ from statistics import median
 import dcap_qvl
 
 from bench.measure import Work, microseconds, one_core
-from chutes_proto.quote import certificates, ecdsa, strict_json, verify
-from chutes_proto.quote.collateral import Collateral, VerifiedCollateral
-from chutes_proto.quote.layout import parse_quote
-from chutes_proto.quote.pck import read_pck_extension
-from chutes_proto.quote.roots import INTEL_ROOT, TrustedRoot
-from chutes_proto.quote.statements import read_qe_identity, read_tcb_info
-from chutes_proto.quote.tcb import assess
-from chutes_proto.testing.platform import SimulatedPlatform
+from chutes_proto.quote import _certificates as certificates
+from chutes_proto.quote import _ecdsa as ecdsa
+from chutes_proto.quote import _strict_json as strict_json
+from chutes_proto.quote import _verify as verify
+from chutes_proto.quote._collateral import Collateral, VerifiedCollateral
+from chutes_proto.quote._layout import parse_quote
+from chutes_proto.quote._pck import read_pck_extension
+from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
+from chutes_proto.quote._statements import read_qe_identity, read_tcb_info
+from chutes_proto.quote._tcb import assess
+from chutes_proto.testing._platform import SimulatedPlatform
 
 VECTORS = Path(__file__).resolve().parent.parent.parent / "shared" / "vectors"
 NOW = 1_800_000_000
@@ -221,7 +224,7 @@ def _bare_checks(data: bytes, pieces: Collateral, root: TrustedRoot) -> dict[str
 
 def _imports() -> None:
     """What an import costs, each in processes of its own, in turns; byte code is there, as after any first use."""
-    names = ("cryptography.x509, attrs", "chutes_proto.quote.verify")
+    names = ("cryptography.x509, attrs", "chutes_proto.quote._verify")
     times: dict[str, list[float]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory(prefix="chutes-proto-bench-") as cache:
         environment = {**os.environ, "PYTHONPYCACHEPREFIX": cache, "PYTHONDONTWRITEBYTECODE": ""}
@@ -233,4 +236,4 @@ def _imports() -> None:
                 )
                 times[name].append(float(done.stdout))
     base, ours = (median(times[name][1:]) * 1e3 for name in names)
-    print(f"import chutes_proto.quote.verify: {ours:.1f} ms, {ours / base:.2f} x import cryptography.x509, attrs")
+    print(f"import chutes_proto.quote._verify: {ours:.1f} ms, {ours / base:.2f} x import cryptography.x509, attrs")

@@ -10,8 +10,8 @@
 import os
 from contextlib import asynccontextmanager
 
-from chutes_proto.blocking.setup import check_keys, load_setup
-from chutes_proto.server.app import App
+from chutes_proto.io.server.setup import check_keys, load_setup
+from chutes_proto.server._app import App
 from chutes_proto.transport.asgi import AsgiApp
 
 if os.environ.get("CHUTES_LOOP") == "trio":

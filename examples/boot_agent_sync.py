@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 
 from chutes_proto.auth.client_identity import ENTROPY_SIZE, make_client_identity
-from chutes_proto.blocking.https import HttpsSender
-from chutes_proto.blocking.perform import Performer
-from chutes_proto.blocking.quoting import make_quoter
-from chutes_proto.blocking.tls import client_context
-from chutes_proto.client.flows import BootSettings, boot, sync_volumes
+from chutes_proto.boot._flows import BootSettings, boot, sync_volumes
+from chutes_proto.io.drivers.sync import Performer
+from chutes_proto.io.http.https import HttpsSender
+from chutes_proto.io.http.tls import client_context
+from chutes_proto.io.quoters.choose import make_quoter
 
 
 def unlock(url, hotkey, vm_name, quoter, ca_pem, disks, open_disk):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import trio
 
-from chutes_proto.blocking.quoting import make_quoter
+from chutes_proto.io.quoters.choose import make_quoter
 from chutes_proto_trio import BootAgent
 
 

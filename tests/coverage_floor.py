@@ -17,7 +17,7 @@ from tempfile import NamedTemporaryFile
 from coverage import Coverage
 
 COUNTS = ("num_statements", "covered_lines", "num_branches", "covered_branches")
-EDGE = ("blocking", "cli", "__main__")
+EDGE = ("io", "cli", "__main__")
 """What is not core in the core package: I/O, tested as programs and over real sockets."""
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 import pytest
 from attrs import Factory, define
 
-from chutes_proto.testing.platform import SimulatedPlatform
+from chutes_proto.testing._platform import SimulatedPlatform
 from tests.guest_device import UNANSWERED, answer_ioctl
 
 _MNT_DETACH = 2

@@ -21,7 +21,7 @@ UNWANTED = frozenset(
 """Packages: each costs more than the agent's part in a boot, or an initramfs does not have it."""
 UNWANTED_ROOMS = frozenset(
     f"chutes_proto.{room}"
-    for room in "blocking.http blocking.sqlite collateral quote.verify server store testing transport.h1 units "
+    for room in "io.http.httpx_messages io.stores collateral quote._verify server store testing transport.h1 units "
     "wire.endpoints wire.miners wire.public".split()
 )
 
@@ -49,7 +49,7 @@ def test_a_boot_imports_no_more_than_it_needs(tmp_path: Path, require_program: C
         )
     assert done.returncode == 0, done.stderr
     imported = set(re.findall(r"^import time: .*\| +(\S+)$", done.stderr, re.MULTILINE))
-    assert {"ssl", "h11._connection", "chutes_proto.client.flows", "chutes_proto.wire.codec"} <= imported
+    assert {"ssl", "h11._connection", "chutes_proto.boot._flows", "chutes_proto.wire.codec"} <= imported
     assert {name for name in imported if name.partition(".")[0] in UNWANTED} == set()
     assert "cryptography.x509" not in imported
     rooms = {".".join(name.split(".")[:size]) for name in imported for size in (2, 3)}

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from chutes_proto.codes import Code
 from chutes_proto.errors import Refused, StoreError
 from chutes_proto.log import Level, Record
 from chutes_proto.secret import Secret
+from chutes_proto.wire.codes import Code
 from tests import canary
 from tests.conftest import ROOT
 

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from chutes_proto import der
+from chutes_proto.auth import der
 from chutes_proto.errors import LocalProtocolError
-from chutes_proto.quote import der as reader
+from chutes_proto.quote import _der as reader
 
 
 def only(data: bytes) -> reader.Element:

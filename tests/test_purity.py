@@ -16,7 +16,7 @@ import pytest
 SRC = Path(__file__).resolve().parent.parent / "src"
 CORE, BINDINGS = "chutes_proto", ("chutes_proto_asyncio", "chutes_proto_trio")
 
-IMPURE = ("chutes_proto.blocking", "chutes_proto.cli", "chutes_proto.__main__")
+IMPURE = ("chutes_proto.io", "chutes_proto.cli", "chutes_proto.__main__")
 """The parts of the core package that may do I/O; nothing pure imports them."""
 
 OUTSIDE_WORLD = frozenset(
@@ -38,11 +38,11 @@ YIELD_FILES = frozenset({"chutes_proto.effects", "chutes_proto.store.rows"})
 """Where a bare ``yield`` makes an effect or a row operation; anywhere else it would bypass their types."""
 
 NEVER_IMPORTS: dict[str, tuple[str, ...]] = {
-    "chutes_proto.wire": ("chutes_proto.client", "chutes_proto.server", "chutes_proto.effects"),
-    "chutes_proto.auth": ("chutes_proto.client", "chutes_proto.server", "chutes_proto.effects"),
-    "chutes_proto.keys": ("chutes_proto.client", "chutes_proto.server", "chutes_proto.effects"),
-    "chutes_proto.client": ("chutes_proto.server",),
-    "chutes_proto.server": ("chutes_proto.client",),
+    "chutes_proto.wire": ("chutes_proto.boot", "chutes_proto.server", "chutes_proto.effects"),
+    "chutes_proto.auth": ("chutes_proto.boot", "chutes_proto.server", "chutes_proto.effects"),
+    "chutes_proto.keys": ("chutes_proto.boot", "chutes_proto.server", "chutes_proto.effects"),
+    "chutes_proto.boot": ("chutes_proto.server",),
+    "chutes_proto.server": ("chutes_proto.boot",),
     "chutes_proto_asyncio": ("chutes_proto_trio",),
     "chutes_proto_trio": ("chutes_proto_asyncio",),
 }
@@ -137,27 +137,27 @@ def test_module_keeps_the_rules(path: Path) -> None:
         ("chutes_proto.units.boot", "from socket import socket", "imports socket.socket"),
         ("chutes_proto.wire.http", "from urllib.request import urlopen", "imports urllib.request.urlopen"),
         ("chutes_proto.wire.http", "def f():\n  import secrets", "2: imports secrets"),
-        ("chutes_proto.units.boot", "from chutes_proto.blocking.sqlite import X", "is not pure"),
+        ("chutes_proto.units.boot", "from chutes_proto.io.stores.sqlite import X", "is not pure"),
         ("chutes_proto.units.boot", "from chutes_proto import cli", "is not pure"),
-        ("chutes_proto.units.boot", "from ..blocking import sqlite", "imports chutes_proto.blocking.sqlite"),
-        ("chutes_proto.units.boot", "from .. import blocking", "imports chutes_proto.blocking"),
-        ("chutes_proto.testing.network", "import chutes_proto_trio", "is not pure"),
+        ("chutes_proto.units.boot", "from ..io.stores import sqlite", "imports chutes_proto.io.stores.sqlite"),
+        ("chutes_proto.units.boot", "from .. import io", "imports chutes_proto.io"),
+        ("chutes_proto.testing._network", "import chutes_proto_trio", "is not pure"),
         ("chutes_proto.units.boot", "x = open('f')", "calls open()"),
         ("chutes_proto.units.boot", "print('x')", "calls print()"),
         ("chutes_proto.units.boot", "x = datetime.now(tz=UTC)", "reads a clock (.now)"),
         ("chutes_proto.units.boot", "f = datetime.datetime.utcnow", "reads a clock (.utcnow)"),
         ("chutes_proto.auth.client_identity", "k = ec.generate_private_key(c)", "draws entropy"),
-        ("chutes_proto.client.flows", "async def f(): ...", "async def f"),
-        ("chutes_proto.client.flows", "def f():\n  yield Sleep(1)", "2: a bare yield"),
-        ("chutes_proto.client.flows", "def f():\n  x = yield", "2: a bare yield"),
-        ("chutes_proto.quote.verify", "from chutes_proto.wire import http", "of which chutes_proto.quote knows"),
-        ("chutes_proto.quote.verify", "from chutes_proto import errors", "of which chutes_proto.quote knows"),
-        ("chutes_proto.quote.verify", "import h11", "of which chutes_proto.quote knows"),
+        ("chutes_proto.boot._flows", "async def f(): ...", "async def f"),
+        ("chutes_proto.boot._flows", "def f():\n  yield Sleep(1)", "2: a bare yield"),
+        ("chutes_proto.boot._flows", "def f():\n  x = yield", "2: a bare yield"),
+        ("chutes_proto.quote._verify", "from chutes_proto.wire import http", "of which chutes_proto.quote knows"),
+        ("chutes_proto.quote._verify", "from chutes_proto import errors", "of which chutes_proto.quote knows"),
+        ("chutes_proto.quote._verify", "import h11", "of which chutes_proto.quote knows"),
         ("chutes_proto.wire.codec", "from chutes_proto.server import app", "of which chutes_proto.wire knows"),
-        ("chutes_proto.auth.binding", "import chutes_proto.client.flows", "of which chutes_proto.auth knows"),
+        ("chutes_proto.auth.binding", "import chutes_proto.boot._flows", "of which chutes_proto.auth knows"),
         ("chutes_proto.keys.vault", "from chutes_proto.effects import Flow", "of which chutes_proto.keys knows"),
-        ("chutes_proto.client.flows", "from chutes_proto.server.app import X", "of which chutes_proto.client knows"),
-        ("chutes_proto.server.app", "from ..client import flows", "of which chutes_proto.server knows"),
+        ("chutes_proto.boot._flows", "from chutes_proto.server._app import X", "of which chutes_proto.boot knows"),
+        ("chutes_proto.server._app", "from ..boot import _flows", "of which chutes_proto.server knows"),
         ("chutes_proto_trio.server", "import chutes_proto_asyncio.server", "of which chutes_proto_trio knows"),
         ("chutes_proto_asyncio", "from chutes_proto_trio import serve", "of which chutes_proto_asyncio knows"),
     ],
@@ -171,16 +171,16 @@ def test_violations_are_found(module: str, source: str, what: str) -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("chutes_proto.blocking.files", "import os, time\nx = open('f')"),
+        ("chutes_proto.io.files", "import os, time\nx = open('f')"),
         ("chutes_proto.cli.main", "import sys\nimport chutes_proto_trio\nprint(1)"),
         ("chutes_proto_trio.server", "import trio\nasync def f(): ..."),
         ("chutes_proto.effects", "async def f(): ...\ndef g():\n  yield 1"),
         ("chutes_proto.transport.asgi", "async def f(): ..."),
         ("chutes_proto.store.rows", "def g():\n  yield 1"),
-        ("chutes_proto.client.flows", "def f():\n  r = yield from Sleep(1)"),
+        ("chutes_proto.boot._flows", "def f():\n  r = yield from Sleep(1)"),
         ("chutes_proto.units.boot", "x = self.now"),
         ("chutes_proto.wire.http", "from urllib.parse import quote\nimport timeit_like"),
-        ("chutes_proto.quote.verify", "import struct\nfrom chutes_proto import ChutesError\nfrom .errors import X"),
+        ("chutes_proto.quote._verify", "import struct\nfrom chutes_proto import ChutesError\nfrom .errors import X"),
         ("chutes_proto.quote", "from .verify import verify"),
     ],
 )

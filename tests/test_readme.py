@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import trio
 
-from chutes_proto.client import exchange
-from chutes_proto.codes import Code
+from chutes_proto.boot import _exchange as exchange
 from chutes_proto.quote.errors import VerificationError
-from chutes_proto.testing.directory import PLATFORM_FILE, PlatformRecord
-from chutes_proto.testing.platform import SimulatedPlatform
+from chutes_proto.testing._directory import PLATFORM_FILE, PlatformRecord
+from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.wire import endpoints
+from chutes_proto.wire.codes import Code
 from tests.dev_server import dev_server
 
 ROOT = Path(__file__).resolve().parent.parent

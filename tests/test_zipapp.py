@@ -176,7 +176,7 @@ def test_all_that_is_in_it_can_be_imported(agent: Path) -> None:
 
 
 def test_the_simulated_platform_is_told_not_to_be_in_it(agent: Path) -> None:
-    make = "from chutes_proto.blocking.quoting import make_quoter; make_quoter('simulated:/tmp')"
+    make = "from chutes_proto.io.quoters.choose import make_quoter; make_quoter('simulated:/tmp')"
     code = f"import sys; sys.path.insert(0, {str(agent)!r}); {make}"
     done = subprocess.run([SYSTEM, "-I", "-c", code], capture_output=True, text=True, env={}, check=False)
     assert done.stderr.splitlines()[-1].startswith(

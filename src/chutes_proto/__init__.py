@@ -1,6 +1,6 @@
 """A sans-I/O protocol library for confidential VMs: attest at boot, receive disk passphrases, keep proving.
 
-But for the rooms ``blocking`` and ``cli``, nothing here opens a socket, reads a clock or draws randomness. Each room's
+Nothing but the packages ``io`` and ``cli`` opens a socket, reads a clock or draws randomness. Each package's
 ``__init__`` says what it is for. This file imports nothing, so that ``import chutes_proto.quote`` stays cheap.
 """
 

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from chutes_proto.log import Record
     from chutes_proto.luks.disk import Disk
     from chutes_proto.luks.plan import Action, Keys
-    from chutes_proto.quote.collateral import VerifiedCollateral
-    from chutes_proto.quote.pck import PckIdentity
-    from chutes_proto.store.run import Unit
+    from chutes_proto.quote._collateral import VerifiedCollateral
+    from chutes_proto.quote._pck import PckIdentity
+    from chutes_proto.store._run import Unit
     from chutes_proto.wire.http import Headers, HttpRequest, HttpResponse
 
 T = TypeVar("T")

@@ -35,8 +35,8 @@ from collections.abc import Sequence
 from typing import cast
 
 from chutes_proto import ChutesError
-from chutes_proto.codes import Code
 from chutes_proto.quote.errors import QuoteError
+from chutes_proto.wire.codes import Code
 
 __all__ = [
     "BadRequest",

@@ -10,11 +10,7 @@ import httpx
 
 from chutes_proto.auth.client_identity import ClientIdentity
 from chutes_proto.auth.signing import Signer
-from chutes_proto.blocking.https import TimeLimits
-from chutes_proto.blocking.perform import log_record
-from chutes_proto.blocking.quoting import Quoter, check_quoter
-from chutes_proto.blocking.tls import client_context, presented
-from chutes_proto.client.flows import (
+from chutes_proto.boot._flows import (
     BootGrant,
     BootSettings,
     Rotation,
@@ -25,7 +21,11 @@ from chutes_proto.client.flows import (
     confirm_volumes,
     read_cache_passphrase,
 )
-from chutes_proto.client.policy import DEFAULT_RETRY, RetryPolicy
+from chutes_proto.boot._retry_policy import DEFAULT_RETRY, RetryPolicy
+from chutes_proto.io.drivers.sync import log_record
+from chutes_proto.io.http.https import TimeLimits
+from chutes_proto.io.http.tls import client_context, presented
+from chutes_proto.io.quoters.choose import Quoter, check_quoter
 from chutes_proto.log import Record
 from chutes_proto.secret import Secret
 from chutes_proto_asyncio.perform import HttpxSender, Performer
@@ -39,7 +39,7 @@ class BootAgent:
     key, or takes ``identity``; it uses no proxy that the environment names. An own ``client`` must present the
     certificate of the ``identity`` that comes with it, and stays open.
 
-    The methods raise as the flows of ``chutes_proto.client.flows`` do.
+    The methods raise as the flows of ``chutes_proto.boot._flows`` do.
     """
 
     def __init__(

@@ -14,22 +14,6 @@ from typing import Any, TypeVar
 import anyio
 import httpx
 
-from chutes_proto.blocking.disks import Disks
-from chutes_proto.blocking.evidence import any_certificate, evidence_limits, evidence_request, peer_certificate
-from chutes_proto.blocking.http import origin, prepare, prepare_get, received, transport_errors
-from chutes_proto.blocking.https import TimeLimits
-from chutes_proto.blocking.perform import (
-    RESOLVE_SECONDS,
-    RESOLVERS,
-    CollateralSource,
-    Missing,
-    careful,
-    log_record,
-    resolve,
-    unknown,
-    unresolved,
-)
-from chutes_proto.blocking.quoting import Quoter, take_quote
 from chutes_proto.effects import (
     ActOnDisk,
     Effect,
@@ -49,10 +33,26 @@ from chutes_proto.effects import (
     Uptime,
     run_async,
 )
+from chutes_proto.io.disks.cryptsetup import Disks
+from chutes_proto.io.drivers.sync import (
+    RESOLVE_SECONDS,
+    RESOLVERS,
+    CollateralSource,
+    Missing,
+    careful,
+    log_record,
+    resolve,
+    unknown,
+    unresolved,
+)
+from chutes_proto.io.http.evidence import any_certificate, evidence_limits, evidence_request, peer_certificate
+from chutes_proto.io.http.https import TimeLimits
+from chutes_proto.io.http.httpx_messages import origin, prepare, prepare_get, received, transport_errors
+from chutes_proto.io.quoters.choose import Quoter, take_quote
 from chutes_proto.log import Record
-from chutes_proto.quote.collateral import VerifiedCollateral
-from chutes_proto.quote.pck import PckIdentity
-from chutes_proto.store.run import Store
+from chutes_proto.quote._collateral import VerifiedCollateral
+from chutes_proto.quote._pck import PckIdentity
+from chutes_proto.store._run import Store
 from chutes_proto.transport.client import MAX_ANSWER
 from chutes_proto.wire.http import HttpRequest, HttpResponse
 

@@ -15,7 +15,7 @@ import anyio
 import anyio.lowlevel
 from anyio.abc import TaskGroup
 
-from chutes_proto.blocking.sockets import ACCEPT_PAUSE, Listening
+from chutes_proto.io.server.sockets import ACCEPT_PAUSE, Listening
 from chutes_proto.transport.connections import Answer, Connections, Receive, Send, Sent
 from chutes_proto.transport.h1 import (
     DEFAULT_LIMITS,

@@ -10,16 +10,16 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from chutes_proto.blocking.collateral import UpstreamCollateral
-from chutes_proto.blocking.perform import CollateralSource, log_record
 from chutes_proto.collateral.cache import Fetch, GiveUp, Refresh, clock, fetch, settle
 from chutes_proto.collateral.library import Family
 from chutes_proto.effects import Log
 from chutes_proto.errors import CollateralUnavailable
+from chutes_proto.io.collateral.upstream import UpstreamCollateral
+from chutes_proto.io.drivers.sync import CollateralSource, log_record
 from chutes_proto.log import Level, Record
-from chutes_proto.quote.collateral import VerifiedCollateral
-from chutes_proto.quote.pck import PckIdentity
-from chutes_proto.store.run import Store
+from chutes_proto.quote._collateral import VerifiedCollateral
+from chutes_proto.quote._pck import PckIdentity
+from chutes_proto.store._run import Store
 from chutes_proto_trio.perform import HttpxGetter, Performer
 
 

@@ -9,12 +9,13 @@ import httpx
 
 from chutes_proto.auth.client_identity import ClientIdentity
 from chutes_proto.auth.signing import Signer, SigningPolicy
-from chutes_proto.blocking.https import TimeLimits
-from chutes_proto.blocking.perform import log_record
-from chutes_proto.blocking.quoting import Quoter
-from chutes_proto.blocking.tls import client_context, presented
-from chutes_proto.client.policy import RetryPolicy
-from chutes_proto.client.servers import (
+from chutes_proto.boot._retry_policy import RetryPolicy
+from chutes_proto.io.drivers.sync import log_record
+from chutes_proto.io.http.https import TimeLimits
+from chutes_proto.io.http.tls import client_context, presented
+from chutes_proto.io.quoters.choose import Quoter
+from chutes_proto.log import Record
+from chutes_proto.miner._flows import (
     MINER_RETRY,
     Miner,
     attest_server,
@@ -25,7 +26,6 @@ from chutes_proto.client.servers import (
     remove_server,
     rename_server,
 )
-from chutes_proto.log import Record
 from chutes_proto.wire.miners import (
     AttestationStatusAnswer,
     NodeArgs,
@@ -44,7 +44,7 @@ class MinerClient:
     `attest` needs a ``quoter``, and proves the throw-away client key that the client makes, or that of ``identity``. An
     own ``client`` must present the certificate of the ``identity`` that comes with it, and stays open.
 
-    The methods raise as the flows of ``chutes_proto.client.servers`` do.
+    The methods raise as the flows of ``chutes_proto.miner._flows`` do.
     """
 
     def __init__(

@@ -14,7 +14,7 @@ from socket import socket
 import trio
 from trio import Nursery
 
-from chutes_proto.blocking.sockets import ACCEPT_PAUSE, Listening
+from chutes_proto.io.server.sockets import ACCEPT_PAUSE, Listening
 from chutes_proto.transport.connections import Answer, Connections, Receive, Send, Sent
 from chutes_proto.transport.h1 import (
     DEFAULT_LIMITS,

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from chutes_proto.auth.binding import check_report_data, report_data
 from chutes_proto.auth.certificates import client_key
 from chutes_proto.auth.client_identity import make_client_identity
-from chutes_proto.codes import Code
 from chutes_proto.errors import BadRequest, LocalProtocolError, Refusal, Refused
+from chutes_proto.wire.codes import Code
 
 KEY = client_key(x509.load_pem_x509_certificate(make_client_identity(0, bytes(32)).certificate_pem))
 NONCE = bytes(range(32))

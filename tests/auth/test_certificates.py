@@ -13,8 +13,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from chutes_proto.auth.certificates import ClientKey, client_key, spki_sha256
-from chutes_proto.codes import Code
 from chutes_proto.errors import LocalProtocolError, Refused
+from chutes_proto.wire.codes import Code
 from tests.certificates import NEW_KEY, certificate_pem, self_signed
 
 NOW = 1_800_000_000

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from chutes_proto.auth.hotkey import Hotkey, HotkeyError, HotkeyPair
 from chutes_proto.auth.signing import body_message, check_body_signature, purpose_message, request_message
-from chutes_proto.codes import Code
 from chutes_proto.errors import Refused
 from chutes_proto.secret import Secret
+from chutes_proto.wire.codes import Code
 
 PAIR = HotkeyPair.from_seed(Secret(b"\x07" * 32))
 HOTKEY = PAIR.hotkey

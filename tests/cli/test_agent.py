@@ -16,10 +16,10 @@ import pytest
 from attrs import frozen
 
 from chutes_proto.auth import client_identity
+from chutes_proto.boot._settings import AgentSettings
 from chutes_proto.cli.agent import close_opened
 from chutes_proto.cli.main import main
 from chutes_proto.cli.progress import Progress
-from chutes_proto.client.settings import AgentSettings
 from chutes_proto.log import Level, Record
 from tests.cli.conftest import HOTKEY, PROGRAM, Ended
 from tests.conftest import CI
@@ -87,7 +87,7 @@ def test_what_was_opened_is_closed_the_last_one_first(
     assert told.read_text().splitlines() == ["close storage", "close rootfs"]
     assert "closed again: rootfs, storage" in capsys.readouterr().err
     program.unlink()
-    monkeypatch.setattr("chutes_proto.blocking.disks.find_cryptsetup", lambda: "/nowhere/cryptsetup")
+    monkeypatch.setattr("chutes_proto.io.disks.cryptsetup.find_cryptsetup", lambda: "/nowhere/cryptsetup")
     close_opened(settings, progress)
     assert "could not be closed: /dev/mapper/storage" in " ".join(capsys.readouterr().err.split())
 
@@ -131,7 +131,7 @@ def write_settings(folder: Path, server: DevServer, said: Mapping[str, object]) 
 def test_the_deadline_is_that_of_quotes_and_signatures(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
-    monkeypatch.setattr("chutes_proto.blocking.agent.LEAST_SECONDS", 2.0)
+    monkeypatch.setattr("chutes_proto.io.agent.LEAST_SECONDS", 2.0)
     with dev_server(tmp_path / "platform") as server, (tmp_path / "disk").open("wb") as disk:
         _ = disk.truncate(32 << 20)
         said = {key: "command:sleep 600", "retry.deadline_seconds": 3, "volumes.storage.device": disk.name}

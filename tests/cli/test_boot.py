@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from chutes_proto.blocking.platform import open_platform
 from chutes_proto.cli import console
 from chutes_proto.cli.development import write_server
+from chutes_proto.io.quoters.simulated import open_platform
 from tests.cli.conftest import HOTKEY, Ended, Server, start_server
 
 Command = Callable[..., Ended]

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from chutes_proto.blocking.files import write_file
-from chutes_proto.blocking.platform import open_platform
-from chutes_proto.quote.collateral import Collateral
-from chutes_proto.quote.verify import verify_collateral
-from chutes_proto.testing.platform import COLLATERAL_SECONDS, SimulatedPlatform
+from chutes_proto.io.files import write_file
+from chutes_proto.io.quoters.simulated import open_platform
+from chutes_proto.quote._collateral import Collateral
+from chutes_proto.quote._verify import verify_collateral
+from chutes_proto.testing._platform import COLLATERAL_SECONDS, SimulatedPlatform
 from tests.cli.conftest import PROGRAM, Ended, end
 
 Command = Callable[..., Ended]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from chutes_proto.cli import show
-from chutes_proto.testing.platform import SimulatedPlatform
+from chutes_proto.testing._platform import SimulatedPlatform
 from tests.cli.conftest import PROGRAM, Ended
 
 REFUSED = {

@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from chutes_proto.cli import log_writer
-from chutes_proto.cli.log_writer import LogWriter
+from chutes_proto.io.server import log_writer
+from chutes_proto.io.server.log_writer import LogWriter
 from chutes_proto.log import LONGEST, Level, Record, Value
 
 
@@ -180,7 +180,7 @@ def test_who_logs_does_not_wait_for_the_end(full: tuple[int, int], monkeypatch: 
 
 WITHOUT_STANDARD_ERROR = """
 import os, sys
-from chutes_proto.cli.log_writer import LogWriter
+from chutes_proto.io.server.log_writer import LogWriter
 from chutes_proto.log import Level, Record
 assert os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT) == 2
 log = LogWriter()

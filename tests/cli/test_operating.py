@@ -21,12 +21,13 @@ import pytest
 from attrs import define, evolve, frozen
 from cryptography.fernet import Fernet
 
-from chutes_proto.blocking.setup import load_setup
-from chutes_proto.blocking.sqlite import SqliteStore
 from chutes_proto.cli.development import write_server
 from chutes_proto.cli.main import main
-from chutes_proto.quote.terms import rfc3339
+from chutes_proto.io.server.setup import load_setup
+from chutes_proto.io.stores.sqlite import SqliteStore
+from chutes_proto.quote._terms import rfc3339
 from chutes_proto.store import sql
+from chutes_proto.store._run import Script, Unit
 from chutes_proto.store.rows import (
     AuditRow,
     GenerationRow,
@@ -38,8 +39,7 @@ from chutes_proto.store.rows import (
     Scan,
     Vm,
 )
-from chutes_proto.store.run import Script, Unit
-from chutes_proto.testing.platform import SimulatedPlatform
+from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.testing.store_suite import DAY, Ask, boot, sync
 from chutes_proto.units.boot import RecordRefusal
 from chutes_proto.units.servers import RegisterServer

@@ -20,12 +20,12 @@ import trio
 from attrs import define, field
 
 from chutes_proto.auth.client_identity import ENTROPY_SIZE, make_client_identity
-from chutes_proto.blocking.setup import load_setup
 from chutes_proto.cli.development import write_server
 from chutes_proto.errors import ChutesError
+from chutes_proto.io.server.setup import load_setup
 from chutes_proto.keys.vault import Address
 from chutes_proto.store.rows import BootRow, GenerationRow, Scan
-from chutes_proto.testing.platform import SimulatedPlatform
+from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.testing.store_suite import Ask, entropy
 from chutes_proto_trio import BootAgent
 from tests.cli.conftest import HOTKEY, Server

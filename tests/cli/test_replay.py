@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from chutes_proto.quote.eventlog import parse_event_log
-from chutes_proto.quote.layout import parse_quote
-from chutes_proto.testing.platform import SimulatedPlatform
+from chutes_proto.quote._eventlog import parse_event_log
+from chutes_proto.quote._layout import parse_quote
+from chutes_proto.testing._platform import SimulatedPlatform
 from tests.cli.conftest import Ended
 from tests.quote.logs import EVENTS, grub, log
 

@@ -21,19 +21,19 @@ from hypothesis import strategies as st
 
 from chutes_proto.auth.hotkey import HotkeyPair
 from chutes_proto.auth.server_identity import make_server_identity
-from chutes_proto.blocking.setup import load_setup
-from chutes_proto.blocking.shelf import CollateralDirectory
-from chutes_proto.blocking.sqlite import SqliteStore
 from chutes_proto.cli.development import RenewedCollateral, write_collateral, write_server
 from chutes_proto.cli.main import main
 from chutes_proto.errors import CollateralUnavailable, ConfigurationError
+from chutes_proto.io.collateral.directory import CollateralDirectory
+from chutes_proto.io.server.setup import load_setup
+from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.keys.vault import KeyEncryptionKey
-from chutes_proto.quote.pck import PckIdentity
-from chutes_proto.quote.roots import INTEL_ROOT, TrustedRoot
-from chutes_proto.quote.verify import open_quote
+from chutes_proto.quote._pck import PckIdentity
+from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
+from chutes_proto.quote._verify import open_quote
 from chutes_proto.secret import Secret
-from chutes_proto.server.config import ServerConfig
-from chutes_proto.testing.platform import COLLATERAL_SECONDS, SimulatedPlatform
+from chutes_proto.server._config import ServerConfig
+from chutes_proto.testing._platform import COLLATERAL_SECONDS, SimulatedPlatform
 from tests.cli.conftest import HOTKEY, Ended, Server, end
 
 PLATFORM = SimulatedPlatform(bytes(32))
@@ -218,7 +218,7 @@ def quoter(site: Path) -> str:
     script = site.parent / "quoter.py"
     _ = script.write_text(
         "import sys\n"
-        "from chutes_proto.testing.platform import SimulatedPlatform\n"
+        "from chutes_proto.testing._platform import SimulatedPlatform\n"
         "sys.stdout.buffer.write(SimulatedPlatform(bytes(32)).quote(bytes.fromhex(sys.argv[1])))\n"
     )
     return f"{sys.executable} {script} {{report_data}}"
@@ -473,7 +473,8 @@ def test_a_development_server_removes_its_keys_when_it_is_ended(start: Callable[
 
 def test_a_server_of_an_operator_loads_no_simulator(site: Path) -> None:
     program = (
-        "import sys; from chutes_proto.blocking.setup import load_setup; from chutes_proto.cli.serving import binding;"
+        "import sys; from chutes_proto.io.server.setup import load_setup;"
+        " from chutes_proto.io.server.serving import binding;"
         " load_setup(sys.argv[1]); binding('trio'); binding('asyncio');"
         " print(*[name for name in sys.modules if name.startswith('chutes_proto.testing')])"
     )

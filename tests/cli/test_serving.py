@@ -23,10 +23,10 @@ from attrs import field, frozen
 from chutes_proto.auth.binding import report_data
 from chutes_proto.auth.client_identity import ClientIdentity, make_client_identity
 from chutes_proto.auth.server_identity import ServerIdentity, make_server_identity
-from chutes_proto.blocking.setup import load_setup
-from chutes_proto.blocking.tls import client_context
 from chutes_proto.cli.development import write_server
-from chutes_proto.testing.platform import SimulatedPlatform
+from chutes_proto.io.http.tls import client_context
+from chutes_proto.io.server.setup import load_setup
+from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.wire.codec import encode_quote
 from tests.cli.conftest import HOTKEY, Ended, Server
 from tests.postgres import Cluster, schema
@@ -243,7 +243,8 @@ def test_a_store_that_hangs_keeps_no_server_from_its_end(
 HANGING = """
 import os, time
 from contextlib import ExitStack
-from chutes_proto.cli import log_writer, serving
+from chutes_proto.io.server import log_writer
+from chutes_proto.io.server import serving
 from chutes_proto.log import Level, Record
 serving.FLUSH_SECONDS = log_writer.FLUSH_SECONDS = 2.0
 log = log_writer.LogWriter()

@@ -15,7 +15,7 @@ import pytest
 
 from chutes_proto import __version__
 from chutes_proto.cli.main import main
-from chutes_proto.testing.faults import FAULTS
+from chutes_proto.testing._faults import FAULTS
 from chutes_proto.wire import openapi
 
 REPORT_DATA = bytes(range(64))

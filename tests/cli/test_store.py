@@ -12,11 +12,11 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from chutes_proto.blocking.postgres import PostgresStore
-from chutes_proto.blocking.sqlite import SqliteStore
 from chutes_proto.cli.development import write_server
+from chutes_proto.io.stores.postgres import PostgresStore
+from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.store.sql import SCHEMA_VERSION
-from chutes_proto.testing.platform import SimulatedPlatform
+from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.testing.store_suite import boot
 from tests.cli.conftest import HOTKEY, Ended, Server
 from tests.postgres import PASSWORD, Cluster, schema

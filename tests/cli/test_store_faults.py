@@ -16,15 +16,15 @@ import pytest
 import trio
 from attrs import define, field
 
-from chutes_proto.blocking.setup import load_setup
+from chutes_proto.boot._retry_policy import RetryPolicy
 from chutes_proto.cli.development import write_server
-from chutes_proto.client.policy import RetryPolicy
-from chutes_proto.codes import Code
 from chutes_proto.errors import Unavailable
+from chutes_proto.io.server.setup import load_setup
 from chutes_proto.log import Record
 from chutes_proto.store.rows import GenerationRow, Scan
-from chutes_proto.testing.platform import SimulatedPlatform
+from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.testing.store_suite import Ask
+from chutes_proto.wire.codes import Code
 from chutes_proto_trio import BootAgent
 from tests.cli.conftest import HOTKEY, Server
 from tests.postgres import Cluster, schema

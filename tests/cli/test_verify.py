@@ -15,10 +15,10 @@ from attrs import evolve
 
 import chutes_proto.quote
 from chutes_proto.cli.development import write_server
-from chutes_proto.quote.collateral import Collateral
-from chutes_proto.quote.measurements import parse_profiles_toml
-from chutes_proto.testing.directory import simulation_files
-from chutes_proto.testing.platform import MRTD, PROFILE, RUNTIME_RTMRS, SimulatedPlatform
+from chutes_proto.quote._collateral import Collateral
+from chutes_proto.quote._measurements import parse_profiles_toml
+from chutes_proto.testing._directory import simulation_files
+from chutes_proto.testing._platform import MRTD, PROFILE, RUNTIME_RTMRS, SimulatedPlatform
 from tests.cli.conftest import Ended, is_root
 
 NOW = 1_780_000_000

@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 
 from attrs import define, evolve, field
 
-from chutes_proto.testing.platform import SimulatedPlatform
-from chutes_proto.testing.service import CollateralService
+from chutes_proto.testing._platform import SimulatedPlatform
+from chutes_proto.testing._service import CollateralService
 from chutes_proto.wire.http import HttpRequest, HttpResponse
 
 PLATFORM = SimulatedPlatform(b"a world for collateral" * 2)

@@ -28,13 +28,13 @@ from chutes_proto.collateral.pcs import Upstream
 from chutes_proto.effects import Effect, Get, Log, Now, Sleep, run
 from chutes_proto.errors import ConfigurationError, TransportError
 from chutes_proto.log import Level, Record
-from chutes_proto.quote.collateral import VerifiedCollateral
-from chutes_proto.quote.proof import PROOF
-from chutes_proto.quote.verify import authenticate_collateral, verify_collateral
-from chutes_proto.testing.faults import Fault
-from chutes_proto.testing.platform import COLLATERAL_SECONDS, SimulatedPlatform
-from chutes_proto.testing.playbook import Playbook
-from chutes_proto.testing.service import CollateralService
+from chutes_proto.quote._collateral import VerifiedCollateral
+from chutes_proto.quote._proof import PROOF
+from chutes_proto.quote._verify import authenticate_collateral, verify_collateral
+from chutes_proto.testing._faults import Fault
+from chutes_proto.testing._platform import COLLATERAL_SECONDS, SimulatedPlatform
+from chutes_proto.testing._playbook import Playbook
+from chutes_proto.testing._service import CollateralService
 from chutes_proto.wire.http import HttpRequest, HttpResponse
 
 NOW = 1_800_000_000

@@ -17,26 +17,26 @@ from attrs import evolve, frozen
 
 import chutes_proto_asyncio.collateral
 import chutes_proto_trio.collateral
-from chutes_proto.blocking.collateral import UpstreamCollateral
-from chutes_proto.blocking.files import write_file
-from chutes_proto.blocking.https import TimeLimits
-from chutes_proto.blocking.shelf import CollateralDirectory
-from chutes_proto.blocking.tls import client_context
 from chutes_proto.collateral import pcs
 from chutes_proto.collateral.cache import CachePolicy, CollateralCache
 from chutes_proto.effects import FetchCollateral
 from chutes_proto.errors import CollateralUnavailable
+from chutes_proto.io.collateral.directory import CollateralDirectory
+from chutes_proto.io.collateral.upstream import UpstreamCollateral
+from chutes_proto.io.files import write_file
+from chutes_proto.io.http.https import TimeLimits
+from chutes_proto.io.http.tls import client_context
 from chutes_proto.log import Record
-from chutes_proto.quote.collateral import VerifiedCollateral
-from chutes_proto.quote.pck import PckIdentity
-from chutes_proto.quote.verify import open_quote
-from chutes_proto.store.memory import MemoryStore
-from chutes_proto.testing.platform import COLLATERAL_SECONDS, SimulatedPlatform
-from chutes_proto.testing.service import CollateralService
+from chutes_proto.quote._collateral import VerifiedCollateral
+from chutes_proto.quote._pck import PckIdentity
+from chutes_proto.quote._verify import open_quote
+from chutes_proto.store._memory import MemoryStore
+from chutes_proto.testing._platform import COLLATERAL_SECONDS, SimulatedPlatform
+from chutes_proto.testing._service import CollateralService
 from chutes_proto.wire.http import HttpRequest
-from tests.blocking.peers import Credentials, make_credentials
 from tests.collateral import network
 from tests.collateral.network import PLATFORM, ROOT, Fault, Upstream, running
+from tests.io.peers import Credentials, make_credentials
 
 PATIENT = TimeLimits(connect=10.0, read=10.0, total=10.0)  # an answer that comes is taken, however busy the machine is
 HASTY = TimeLimits(connect=0.4, read=0.4, total=0.5)  # for faults that are a matter of time

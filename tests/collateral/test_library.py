@@ -10,12 +10,12 @@ from msgspec.structs import replace
 
 from chutes_proto.collateral.library import Item, choose
 from chutes_proto.errors import CollateralUnavailable
-from chutes_proto.quote.collateral import Collateral, VerifiedCollateral
-from chutes_proto.quote.pck import PckIdentity
-from chutes_proto.quote.proof import PROOF
-from chutes_proto.quote.roots import TrustedRoot
-from chutes_proto.quote.verify import open_quote, verify_collateral
-from chutes_proto.testing.platform import COLLATERAL_SECONDS, SimulatedPlatform
+from chutes_proto.quote._collateral import Collateral, VerifiedCollateral
+from chutes_proto.quote._pck import PckIdentity
+from chutes_proto.quote._proof import PROOF
+from chutes_proto.quote._roots import TrustedRoot
+from chutes_proto.quote._verify import open_quote, verify_collateral
+from chutes_proto.testing._platform import COLLATERAL_SECONDS, SimulatedPlatform
 
 NOW = 1_780_000_000
 END = NOW + COLLATERAL_SECONDS

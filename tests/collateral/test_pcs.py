@@ -14,10 +14,10 @@ from chutes_proto.collateral.library import Family
 from chutes_proto.collateral.pcs import Upstream, ask, check_status, read_chain, read_crl, read_statement
 from chutes_proto.effects import Get, Now
 from chutes_proto.errors import ConfigurationError, UpstreamError
-from chutes_proto.quote.verify import verify_collateral
-from chutes_proto.testing.platform import SimulatedPlatform
-from chutes_proto.testing.playbook import Playbook
-from chutes_proto.testing.service import CollateralService
+from chutes_proto.quote._verify import verify_collateral
+from chutes_proto.testing._platform import SimulatedPlatform
+from chutes_proto.testing._playbook import Playbook
+from chutes_proto.testing._service import CollateralService
 from chutes_proto.wire.http import HttpRequest, HttpResponse
 
 NOW = 1_800_000_000

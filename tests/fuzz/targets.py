@@ -17,9 +17,9 @@ from attrs import frozen
 
 from chutes_proto.auth.client_identity import ClientIdentity
 from chutes_proto.auth.hotkey import Hotkey
-from chutes_proto.client.flows import BootGrant
-from chutes_proto.client.handover import Handover
-from chutes_proto.client.settings import AgentSettings, vm_identity
+from chutes_proto.boot._flows import BootGrant
+from chutes_proto.boot._handoff import Handover
+from chutes_proto.boot._settings import AgentSettings, vm_identity
 from chutes_proto.collateral import pcs
 from chutes_proto.errors import (
     ChutesError,
@@ -31,8 +31,8 @@ from chutes_proto.errors import (
     UpstreamError,
 )
 from chutes_proto.luks.header import check_header
-from chutes_proto.quote import strict_json
-from chutes_proto.quote.certificates import (
+from chutes_proto.quote import _strict_json as strict_json
+from chutes_proto.quote._certificates import (
     SGX_EXTENSION,
     check_kind,
     common_name,
@@ -40,20 +40,20 @@ from chutes_proto.quote.certificates import (
     read_crl,
     revoked_serials,
 )
-from chutes_proto.quote.collateral import Collateral
-from chutes_proto.quote.eventlog import first_difference, parse_event_log, replay
-from chutes_proto.quote.layout import Quote, parse_quote
-from chutes_proto.quote.measurements import parse_profiles_json, parse_profiles_toml
-from chutes_proto.quote.pck import read_pck_extension
-from chutes_proto.quote.policy import parse_policy_toml
-from chutes_proto.quote.roots import TrustedRoot
-from chutes_proto.quote.statements import read_qe_identity, read_tcb_info
-from chutes_proto.quote.verify import open_quote, verify_collateral
+from chutes_proto.quote._collateral import Collateral
+from chutes_proto.quote._eventlog import first_difference, parse_event_log, replay
+from chutes_proto.quote._layout import Quote, parse_quote
+from chutes_proto.quote._measurements import parse_profiles_json, parse_profiles_toml
+from chutes_proto.quote._pck import read_pck_extension
+from chutes_proto.quote._policy import parse_policy_toml
+from chutes_proto.quote._roots import TrustedRoot
+from chutes_proto.quote._statements import read_qe_identity, read_tcb_info
+from chutes_proto.quote._verify import open_quote, verify_collateral
 from chutes_proto.secret import Secret
-from chutes_proto.testing.directory import measurements_toml
-from chutes_proto.testing.platform import SimulatedPlatform
-from chutes_proto.testing.quotes import Form
-from chutes_proto.testing.service import CollateralService
+from chutes_proto.testing._directory import measurements_toml
+from chutes_proto.testing._platform import SimulatedPlatform
+from chutes_proto.testing._quotes import Form
+from chutes_proto.testing._service import CollateralService
 from chutes_proto.transport import qgs
 from chutes_proto.transport.client import ClientConnection
 from chutes_proto.transport.h1 import ServerConnection

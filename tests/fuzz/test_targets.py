@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chutes_proto.quote.collateral import Collateral
-from chutes_proto.quote.eventlog import parse_event_log
-from chutes_proto.quote.measurements import parse_profiles_json
-from chutes_proto.quote.policy import AnyOf, Policy, parse_policy_toml
-from chutes_proto.quote.verify import open_quote, verify_collateral
+from chutes_proto.quote._collateral import Collateral
+from chutes_proto.quote._eventlog import parse_event_log
+from chutes_proto.quote._measurements import parse_profiles_json
+from chutes_proto.quote._policy import AnyOf, Policy, parse_policy_toml
+from chutes_proto.quote._verify import open_quote, verify_collateral
 from chutes_proto.transport.qgs import read_quote
 from tests.fuzz import targets
 from tests.fuzz.targets import TARGETS

@@ -11,7 +11,7 @@ from typing import TypeVar
 from attrs import evolve
 
 from chutes_proto.errors import Refused
-from chutes_proto.store.run import Unit
+from chutes_proto.store._run import Unit
 from chutes_proto.testing.store_suite import attest, confirm, sync
 from chutes_proto.units.rotation import HandedKeys
 from chutes_proto.units.volumes import VolumeKeys

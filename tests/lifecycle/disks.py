@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 from attrs import define, field
 
-from chutes_proto.blocking.disks import Disks
 from chutes_proto.errors import DiskError
+from chutes_proto.io.disks.cryptsetup import Disks
 from chutes_proto.luks.disk import Blank, Disk, Luks, judge
 from chutes_proto.luks.plan import Action, AddKey, Format, KeepKey, Key, Keys, Open
 from tests.luks import headers

@@ -18,18 +18,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chutes_proto.auth.client_identity import make_client_identity
-from chutes_proto.client.disks import Unlocked, unlock
-from chutes_proto.client.flows import BootSettings
-from chutes_proto.client.policy import RetryPolicy
+from chutes_proto.boot._disks import Unlocked, unlock
+from chutes_proto.boot._flows import BootSettings
+from chutes_proto.boot._retry_policy import RetryPolicy
 from chutes_proto.effects import ActOnDisk, Effect, FetchCollateral, InspectDisk, Transact, run
 from chutes_proto.errors import ChutesError, CollateralUnavailable, DiskError, StoreBusy
 from chutes_proto.log import Record
 from chutes_proto.luks.volume import Volume
-from chutes_proto.server.app import App
-from chutes_proto.server.profiles import ServedProfile
+from chutes_proto.server._app import App
+from chutes_proto.server._profiles import ServedProfile
 from chutes_proto.store.rows import Exchange, GenerationRow
-from chutes_proto.testing.network import Fate, SimulatedNetwork
-from chutes_proto.testing.platform import PROFILE
+from chutes_proto.testing._network import Fate, SimulatedNetwork
+from chutes_proto.testing._platform import PROFILE
 from chutes_proto.wire.http import HttpRequest, HttpResponse
 from tests.lifecycle.disks import Killed, RealDisks, SimulatedDisks, VmDisks
 from tests.luks import headers

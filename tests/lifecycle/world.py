@@ -26,7 +26,8 @@ from attrs import define, evolve, field, frozen
 from chutes_proto.errors import Refused
 from chutes_proto.keys.generations import Pruned
 from chutes_proto.keys.vault import Address
-from chutes_proto.store.memory import MemoryStore
+from chutes_proto.store._memory import MemoryStore
+from chutes_proto.store._run import Unit
 from chutes_proto.store.rows import (
     BootRow,
     Exchange,
@@ -38,7 +39,6 @@ from chutes_proto.store.rows import (
     ReadVm,
     ReadVolumes,
 )
-from chutes_proto.store.run import Unit
 from chutes_proto.testing.store_suite import VAULT, VM, Ask, boot
 from chutes_proto.units.boot import GrantBoot
 from chutes_proto.units.rotation import AttestVolumes, ConfirmVolumes

@@ -9,13 +9,13 @@ from typing import Any
 
 from attrs import frozen
 
-from chutes_proto.quote.attributes import AttributePolicy
-from chutes_proto.quote.collateral import Collateral
-from chutes_proto.quote.layout import Quote, SgxReport, TdReport15, TdReport15Ex, parse_quote
-from chutes_proto.quote.policy import Policy, TcbPolicy
-from chutes_proto.quote.roots import INTEL_ROOT, TrustedRoot
-from chutes_proto.quote.statements import TcbStatus
-from chutes_proto.quote.verify import Verdict, verify
+from chutes_proto.quote._attributes import AttributePolicy
+from chutes_proto.quote._collateral import Collateral
+from chutes_proto.quote._layout import Quote, SgxReport, TdReport15, TdReport15Ex, parse_quote
+from chutes_proto.quote._policy import Policy, TcbPolicy
+from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
+from chutes_proto.quote._statements import TcbStatus
+from chutes_proto.quote._verify import Verdict, verify
 from tests.conftest import ROOT
 
 FOLDER = ROOT.parent / "shared" / "vectors"

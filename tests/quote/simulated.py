@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from chutes_proto.quote.collateral import Collateral, VerifiedCollateral
-from chutes_proto.quote.measurements import Profile
-from chutes_proto.quote.roots import TrustedRoot
-from chutes_proto.quote.verify import SignedQuote, Verdict, check_signed, open_quote, verify, verify_collateral
-from chutes_proto.testing.platform import BOOT_RTMRS, MRTD, RUNTIME_RTMRS, SimulatedPlatform
+from chutes_proto.quote._collateral import Collateral, VerifiedCollateral
+from chutes_proto.quote._measurements import Profile
+from chutes_proto.quote._roots import TrustedRoot
+from chutes_proto.quote._verify import SignedQuote, Verdict, check_signed, open_quote, verify, verify_collateral
+from chutes_proto.testing._platform import BOOT_RTMRS, MRTD, RUNTIME_RTMRS, SimulatedPlatform
 
 NOW: Final = 1_800_000_000
 REPORT_DATA: Final = bytes(range(64))

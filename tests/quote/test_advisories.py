@@ -11,16 +11,16 @@ from struct import pack
 import attrs
 import pytest
 
-from chutes_proto.quote import steps
-from chutes_proto.quote.certificates import common_name, read_certificate, read_crl
-from chutes_proto.quote.collateral import Collateral
+from chutes_proto.quote import _steps as steps
+from chutes_proto.quote._certificates import common_name, read_certificate, read_crl
+from chutes_proto.quote._collateral import Collateral
+from chutes_proto.quote._eventlog import parse_event_log
+from chutes_proto.quote._layout import parse_quote
+from chutes_proto.quote._pck import read_pck_extension
+from chutes_proto.quote._verify import verify, verify_collateral, verify_quote
 from chutes_proto.quote.errors import QuoteError, QuoteFormatError
-from chutes_proto.quote.eventlog import parse_event_log
-from chutes_proto.quote.layout import parse_quote
-from chutes_proto.quote.pck import read_pck_extension
-from chutes_proto.quote.verify import verify, verify_collateral, verify_quote
-from chutes_proto.testing.faults import Fault
-from chutes_proto.testing.quotes import HeaderDraft, QuoteDraft
+from chutes_proto.testing._faults import Fault
+from chutes_proto.testing._quotes import HeaderDraft, QuoteDraft
 from tests.quote.logs import spec
 from tests.quote.simulated import NOW, PLATFORM, REPORT_DATA, ROOT, collateral_of, signed_of, verdict_of
 

@@ -13,21 +13,22 @@ from typing import Any
 import pytest
 from attrs import evolve
 
-from chutes_proto import der, quote
-from chutes_proto.quote import verify as stages
-from chutes_proto.quote.certificates import read_certificate, read_crl
-from chutes_proto.quote.errors import VerificationError
-from chutes_proto.quote.steps import CertificateExpired, CertificateFormat, CertificateRevoked, CrlFormat
-from chutes_proto.quote.verify import (
+from chutes_proto import quote
+from chutes_proto.auth import der
+from chutes_proto.quote import _verify as stages
+from chutes_proto.quote._certificates import read_certificate, read_crl
+from chutes_proto.quote._steps import CertificateExpired, CertificateFormat, CertificateRevoked, CrlFormat
+from chutes_proto.quote._verify import (
     authenticate_collateral,
     forget,
     open_quote,
     verify_collateral,
     verify_quote,
 )
-from chutes_proto.testing.faults import Fault
-from chutes_proto.testing.pki import Keys
-from chutes_proto.testing.platform import COLLATERAL_SECONDS, SimulatedPlatform
+from chutes_proto.quote.errors import VerificationError
+from chutes_proto.testing._faults import Fault
+from chutes_proto.testing._pki import Keys
+from chutes_proto.testing._platform import COLLATERAL_SECONDS, SimulatedPlatform
 from tests.quote.simulated import NOW, PLATFORM, REPORT_DATA, ROOT, collateral_of, signed_of, verdict_of, verified_of
 
 QUOTE = PLATFORM.quote(REPORT_DATA)
@@ -208,4 +209,4 @@ def test_forget_drops_all_that_was_verified() -> None:
     assert [name for name, function in found.items() if function.cache_info().currsize == 0] == []
     forget()
     kept = [name for name, function in found.items() if function.cache_info().currsize > 0]
-    assert kept == ["chutes_proto.quote.verify._root_key"]  # who is trusted is the caller's to say
+    assert kept == ["chutes_proto.quote._verify._root_key"]  # who is trusted is the caller's to say

@@ -16,8 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from chutes_proto.quote import certificates, der, ecdsa
-from chutes_proto.quote.certificates import (
+from chutes_proto.quote import _certificates as certificates
+from chutes_proto.quote import _der as der
+from chutes_proto.quote import _ecdsa as ecdsa
+from chutes_proto.quote._certificates import (
     SGX_EXTENSION,
     Certificate,
     Kind,
@@ -26,11 +28,11 @@ from chutes_proto.quote.certificates import (
     read_pem,
     revoked_serials,
 )
-from chutes_proto.quote.der import DerError
+from chutes_proto.quote._der import DerError
+from chutes_proto.quote._pck import read_pck_extension
+from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
 from chutes_proto.quote.errors import PolicyError
-from chutes_proto.quote.pck import read_pck_extension
-from chutes_proto.quote.roots import INTEL_ROOT, TrustedRoot
-from chutes_proto.testing.pki import nested, sgx_tcb
+from chutes_proto.testing._pki import nested, sgx_tcb
 from tests.quote.simulated import PLATFORM, collateral_of
 
 CHAIN = PLATFORM.pck_chain()

@@ -17,15 +17,15 @@ from hypothesis import given, reject
 from hypothesis import strategies as st
 
 from chutes_proto.errors import QuoteError
-from chutes_proto.quote.certificates import read_pem
-from chutes_proto.quote.collateral import Collateral
-from chutes_proto.quote.layout import parse_quote
-from chutes_proto.quote.pck import Ca
-from chutes_proto.quote.verify import verify
-from chutes_proto.testing.faults import FAULTS
-from chutes_proto.testing.pki import pem
-from chutes_proto.testing.platform import SimulatedPlatform
-from chutes_proto.testing.quotes import Form
+from chutes_proto.quote._certificates import read_pem
+from chutes_proto.quote._collateral import Collateral
+from chutes_proto.quote._layout import parse_quote
+from chutes_proto.quote._pck import Ca
+from chutes_proto.quote._verify import verify
+from chutes_proto.testing._faults import FAULTS
+from chutes_proto.testing._pki import pem
+from chutes_proto.testing._platform import SimulatedPlatform
+from chutes_proto.testing._quotes import Form
 from tests.quote.cases import DCAP_QVL_POLICY
 from tests.quote.simulated import NOW, PLATFORM, REPORT_DATA, ROOT
 

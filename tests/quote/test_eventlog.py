@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chutes_proto.quote import eventlog
-from chutes_proto.quote.eventlog import (
+from chutes_proto.quote import _eventlog as eventlog
+from chutes_proto.quote._eventlog import (
     EventLogFormatError,
     EventLogMismatch,
     ReplayedLog,
@@ -20,7 +20,7 @@ from chutes_proto.quote.eventlog import (
     parse_event_log,
     replay,
 )
-from chutes_proto.quote.measurements import REGISTERS
+from chutes_proto.quote._measurements import REGISTERS
 from tests.quote.cases import ABSENT, FOLDER
 from tests.quote.logs import (
     APPLICATION,

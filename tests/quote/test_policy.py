@@ -11,11 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from chutes_proto.quote.attributes import RESERVED, AttributePolicy
-from chutes_proto.quote.errors import AppraisalError, PolicyError, Refusal
-from chutes_proto.quote.layout import SgxReport, TdAttributes, TdReport10, TdReport15
-from chutes_proto.quote.measurements import Stage
-from chutes_proto.quote.policy import (
+from chutes_proto.quote._attributes import RESERVED, AttributePolicy
+from chutes_proto.quote._layout import SgxReport, TdAttributes, TdReport10, TdReport15
+from chutes_proto.quote._measurements import Stage
+from chutes_proto.quote._policy import (
     MAX_DEPTH,
     AllOf,
     AnyOf,
@@ -26,9 +25,10 @@ from chutes_proto.quote.policy import (
     TcbPolicy,
     parse_policy_toml,
 )
-from chutes_proto.quote.statements import TcbStatus
-from chutes_proto.quote.verify import Verdict, verify
-from chutes_proto.testing.platform import SimulatedPlatform
+from chutes_proto.quote._statements import TcbStatus
+from chutes_proto.quote._verify import Verdict, verify
+from chutes_proto.quote.errors import AppraisalError, PolicyError, Refusal
+from chutes_proto.testing._platform import SimulatedPlatform
 from tests.conftest import ROOT as PROJECT
 from tests.quote.cases import ABSENT, FOLDER, cases
 from tests.quote.simulated import PLATFORM, PROFILE, REPORT_DATA, ROOT, TD15, collateral_of, verdict_of, verified_of

@@ -6,12 +6,12 @@ import re
 
 import pytest
 
+from chutes_proto.quote._policy import Policy
+from chutes_proto.quote._roots import TrustedRoot
+from chutes_proto.quote._steps import STEPS, Step
+from chutes_proto.quote._verify import verify
 from chutes_proto.quote.errors import AppraisalError, QuoteFormatError, VerificationError
-from chutes_proto.quote.policy import Policy
-from chutes_proto.quote.roots import TrustedRoot
-from chutes_proto.quote.steps import STEPS, Step
-from chutes_proto.quote.verify import verify
-from chutes_proto.testing.faults import FAULTS
+from chutes_proto.testing._faults import FAULTS
 from tests.conftest import ROOT as PROJECT
 from tests.quote.simulated import NOW, PLATFORM, PROFILE, REPORT_DATA, ROOT, collateral_of, verdict_of
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from chutes_proto.quote.collateral import Collateral
+from chutes_proto.quote._collateral import Collateral
+from chutes_proto.quote._layout import TdReport10
 from chutes_proto.quote.errors import AppraisalError, QuoteFormatError, VerificationError
-from chutes_proto.quote.layout import TdReport10
 from tests.conftest import ROOT
 from tests.quote.cases import ABSENT, DCAP_QVL_POLICY, DIFFERENCES, FOLDER, Case, cases, described
 

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 from attrs import evolve
 
-from chutes_proto.quote.collateral import Collateral
+from chutes_proto.quote._collateral import Collateral
+from chutes_proto.quote._policy import Policy, TcbPolicy
+from chutes_proto.quote._statements import TcbStatus
+from chutes_proto.quote._steps import QeIdentityMismatch
+from chutes_proto.quote._verify import Verdict, forget, verify
 from chutes_proto.quote.errors import AppraisalError
-from chutes_proto.quote.policy import Policy, TcbPolicy
-from chutes_proto.quote.statements import TcbStatus
-from chutes_proto.quote.steps import QeIdentityMismatch
-from chutes_proto.quote.verify import Verdict, forget, verify
-from chutes_proto.testing.faults import Fault
-from chutes_proto.testing.quotes import QuoteDraft
-from chutes_proto.testing.statements import PCE_SVN, SGX_COMPONENTS, TcbLevel, tee_tcb_svn
+from chutes_proto.testing._faults import Fault
+from chutes_proto.testing._quotes import QuoteDraft
+from chutes_proto.testing._statements import PCE_SVN, SGX_COMPONENTS, TcbLevel, tee_tcb_svn
 from tests.quote.simulated import NOW, PLATFORM, REPORT_DATA, ROOT, collateral_of, verdict_of
 
 Statement = dict[str, Any]

@@ -19,13 +19,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from chutes_proto.quote import certificates, layout, pck, statements, tcb, terms
-from chutes_proto.quote import verify as stages
-from chutes_proto.quote.collateral import VerifiedCollateral
-from chutes_proto.quote.errors import QuoteFormatError, VerificationError
-from chutes_proto.quote.layout import parse_quote
-from chutes_proto.quote.roots import INTEL_ROOT, TrustedRoot
-from chutes_proto.quote.steps import (
+from chutes_proto.quote import _certificates as certificates
+from chutes_proto.quote import _layout as layout
+from chutes_proto.quote import _pck as pck
+from chutes_proto.quote import _statements as statements
+from chutes_proto.quote import _tcb as tcb
+from chutes_proto.quote import _terms as terms
+from chutes_proto.quote import _verify as stages
+from chutes_proto.quote._collateral import VerifiedCollateral
+from chutes_proto.quote._layout import parse_quote
+from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
+from chutes_proto.quote._steps import (
     CertificateExpired,
     CertificateFormat,
     CertificateNotYetValid,
@@ -36,7 +40,7 @@ from chutes_proto.quote.steps import (
     RootMismatch,
     UntrustedRoot,
 )
-from chutes_proto.quote.verify import (
+from chutes_proto.quote._verify import (
     OpenedQuote,
     SignedQuote,
     Verdict,
@@ -47,9 +51,10 @@ from chutes_proto.quote.verify import (
     verify_collateral,
     verify_quote,
 )
-from chutes_proto.testing.pki import EXPIRES, ISSUED
-from chutes_proto.testing.platform import COLLATERAL_SECONDS, SimulatedPlatform
-from chutes_proto.testing.quotes import QuoteParts
+from chutes_proto.quote.errors import QuoteFormatError, VerificationError
+from chutes_proto.testing._pki import EXPIRES, ISSUED
+from chutes_proto.testing._platform import COLLATERAL_SECONDS, SimulatedPlatform
+from chutes_proto.testing._quotes import QuoteParts
 from tests.conftest import ROOT as PROJECT
 from tests.quote.simulated import (
     NOW,
@@ -165,7 +170,7 @@ def test_intel_is_the_default() -> None:
 
 
 def test_an_import_brings_what_verification_needs_and_no_more() -> None:
-    text = "import sys, chutes_proto.quote.verify; print(*sys.modules)"
+    text = "import sys, chutes_proto.quote._verify; print(*sys.modules)"
     alone: dict[str, str] = {}  # what measures coverage would bring modules of its own
     done = subprocess.run([sys.executable, "-c", text], capture_output=True, check=True, text=True, env=alone)
     loaded = done.stdout.split()

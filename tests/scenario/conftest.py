@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from chutes_proto.server.app import App
+from chutes_proto.server._app import App
 from tests.scenario.operations import LOOPS, Scene, Site, close_stores, open_store, run
 from tests.scenario.premises import Premises
 from tests.server.world import service

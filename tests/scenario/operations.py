@@ -20,18 +20,18 @@ import chutes_proto_trio
 from chutes_proto.auth.binding import report_data
 from chutes_proto.auth.client_identity import ClientIdentity, make_client_identity
 from chutes_proto.auth.server_identity import make_server_identity
-from chutes_proto.blocking.sockets import listen_tls
-from chutes_proto.blocking.sqlite import SqliteStore
-from chutes_proto.blocking.tls import client_context
 from chutes_proto.errors import CollateralUnavailable
+from chutes_proto.io.http.tls import client_context
+from chutes_proto.io.server.sockets import listen_tls
+from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.log import Record
-from chutes_proto.quote.collateral import Collateral, VerifiedCollateral
-from chutes_proto.quote.pck import PckIdentity
-from chutes_proto.quote.verify import verify_collateral
-from chutes_proto.server.app import App
-from chutes_proto.store.memory import MemoryStore
+from chutes_proto.quote._collateral import Collateral, VerifiedCollateral
+from chutes_proto.quote._pck import PckIdentity
+from chutes_proto.quote._verify import verify_collateral
+from chutes_proto.server._app import App
+from chutes_proto.store._memory import MemoryStore
+from chutes_proto.store._run import Store
 from chutes_proto.store.rows import ROWS
-from chutes_proto.store.run import Store
 from chutes_proto.transport.tls import server_context
 from chutes_proto.wire.codec import encode_quote
 from tests.server.world import HOTKEY, PLATFORM, ScanAll, service

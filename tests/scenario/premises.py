@@ -25,14 +25,14 @@ from cryptography.fernet import Fernet
 
 from chutes_proto.auth.binding import report_data
 from chutes_proto.auth.client_identity import ClientIdentity, make_client_identity
-from chutes_proto.blocking.files import write_file
-from chutes_proto.blocking.platform import open_platform
-from chutes_proto.blocking.setup import load_setup
-from chutes_proto.blocking.stores import DurableStore
-from chutes_proto.blocking.tls import client_context
 from chutes_proto.cli.development import write_server
 from chutes_proto.cli.main import main
-from chutes_proto.testing.platform import SimulatedPlatform
+from chutes_proto.io.files import write_file
+from chutes_proto.io.http.tls import client_context
+from chutes_proto.io.quoters.simulated import open_platform
+from chutes_proto.io.server.setup import load_setup
+from chutes_proto.io.stores.address import DurableStore
+from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.wire.codec import encode_quote
 from tests.cli.conftest import HOTKEY, PROGRAM, Ended, Server, end, start_server
 

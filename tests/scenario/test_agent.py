@@ -28,11 +28,11 @@ import pytest
 from attrs import define, field
 
 from chutes_proto.auth.hotkey import HotkeyPair
-from chutes_proto.blocking.agent import IN_MEMORY, LEAST_SECONDS, file_system
 from chutes_proto.cli.main import main
+from chutes_proto.io.agent import IN_MEMORY, LEAST_SECONDS, file_system
 from chutes_proto.secret import Secret
-from tests.blocking.peers import Credentials, make_credentials, peer
 from tests.cli.conftest import HOTKEY, PROGRAM, Ended, end, start_server
+from tests.io.peers import Credentials, make_credentials, peer
 from tests.luks import headers
 from tests.scenario.premises import Premises
 

@@ -22,13 +22,13 @@ from chutes_proto.auth.signing import purpose_message
 from chutes_proto.effects import Effect, FetchEvidence, Resolve
 from chutes_proto.errors import BadRequest, Refusal
 from chutes_proto.secret import Secret
-from chutes_proto.server import callbacks
-from chutes_proto.server.app import App
-from chutes_proto.server.callbacks import Callback
+from chutes_proto.server import _callbacks as callbacks
+from chutes_proto.server._app import App
+from chutes_proto.server._callbacks import Callback
 from chutes_proto.store.rows import AttestationRow, AuditRow, ServerRow
 from chutes_proto.wire import json
 from chutes_proto.wire.codec import encode_quote
-from tests.blocking.peers import Behaviour, Credentials, answering, make_credentials, peer, read_request
+from tests.io.peers import Behaviour, Credentials, answering, make_credentials, peer, read_request
 from tests.scenario.operations import LOOPS, Site, both_loops, everywhere, open_store, run
 from tests.scenario.test_miner import client
 from tests.server.world import GPU, PLATFORM, ScanAll, service

@@ -19,10 +19,10 @@ import psycopg
 import pytest
 import trio
 
-from chutes_proto.client.policy import RetryPolicy
+from chutes_proto.boot._retry_policy import RetryPolicy
 from chutes_proto.errors import ChutesError
-from chutes_proto.quote.measurements import Stage
-from chutes_proto.testing.faults import FAULTS
+from chutes_proto.quote._measurements import Stage
+from chutes_proto.testing._faults import FAULTS
 from chutes_proto_trio import BootAgent
 from tests.cli.conftest import HOTKEY, Ended
 from tests.scenario.premises import REFUSED, Premises, Vm, Watch

@@ -12,7 +12,7 @@ import pytest
 from anyio.streams.tls import TLSStream
 
 from chutes_proto.auth.signing import body_message, purpose_message
-from chutes_proto.blocking.tls import client_context
+from chutes_proto.io.http.tls import client_context
 from chutes_proto.wire import json
 from tests.scenario.operations import LOOPS, SERVER, Site, both_loops, everywhere, open_store, rows, run
 from tests.server.test_servers import server

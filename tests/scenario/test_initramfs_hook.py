@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from attrs import define
 
-from chutes_proto.blocking.platform import open_platform
+from chutes_proto.io.quoters.simulated import open_platform
 from tests.conftest import CI, ROOT
 from tests.dev_server import DevServer, dev_server
 from tests.guest_kernel import guest_kernel

@@ -18,15 +18,15 @@ import pytest
 from attrs import define
 
 from chutes_proto.auth.client_identity import make_client_identity
-from chutes_proto.blocking.disks import Disks
-from chutes_proto.blocking.https import HttpsSender
-from chutes_proto.blocking.perform import Performer
-from chutes_proto.blocking.tls import client_context
-from chutes_proto.client.disks import Unlocked, unlock
-from chutes_proto.client.flows import BootSettings
-from chutes_proto.client.policy import RetryPolicy
+from chutes_proto.boot._disks import Unlocked, unlock
+from chutes_proto.boot._flows import BootSettings
+from chutes_proto.boot._retry_policy import RetryPolicy
 from chutes_proto.effects import ActOnDisk, Effect, Send, Sleep, run
 from chutes_proto.errors import ChutesError, TransportError
+from chutes_proto.io.disks.cryptsetup import Disks
+from chutes_proto.io.drivers.sync import Performer
+from chutes_proto.io.http.https import HttpsSender
+from chutes_proto.io.http.tls import client_context
 from chutes_proto.luks.volume import Volume
 from tests.cli.conftest import HOTKEY
 from tests.conftest import SOAK

@@ -16,12 +16,12 @@ from attrs import evolve
 
 from chutes_proto.auth.client_identity import make_client_identity
 from chutes_proto.auth.hotkey import HotkeyPair
-from chutes_proto.blocking.https import HttpsSender
-from chutes_proto.blocking.perform import Performer
-from chutes_proto.blocking.signing import HotkeyAuth, read_hotkey
-from chutes_proto.blocking.tls import client_context
-from chutes_proto.client import servers
 from chutes_proto.errors import BadRequest, ConfigurationError, LocalProtocolError, Refused
+from chutes_proto.io.drivers.sync import Performer
+from chutes_proto.io.http.hotkey_auth import HotkeyAuth, read_hotkey
+from chutes_proto.io.http.https import HttpsSender
+from chutes_proto.io.http.tls import client_context
+from chutes_proto.miner import _flows as servers
 from chutes_proto.store.rows import ServerRow
 from tests.scenario.operations import (
     LOOPS,

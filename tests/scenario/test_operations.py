@@ -18,10 +18,10 @@ from cryptography.x509 import load_pem_x509_certificate
 from chutes_proto.auth.binding import report_data
 from chutes_proto.auth.signing import Coverage, messages_to_sign, signature_headers
 from chutes_proto.effects import Effect, Transact
-from chutes_proto.server.app import App
-from chutes_proto.server.profiles import ServedProfile
-from chutes_proto.store.run import Unit
-from chutes_proto.testing.platform import PROFILE
+from chutes_proto.server._app import App
+from chutes_proto.server._profiles import ServedProfile
+from chutes_proto.store._run import Unit
+from chutes_proto.testing._platform import PROFILE
 from chutes_proto.wire import openapi
 from chutes_proto.wire.codec import encode_quote
 from chutes_proto.wire.http import HttpRequest, HttpResponse

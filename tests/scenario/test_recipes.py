@@ -21,8 +21,8 @@ from cryptography.fernet import Fernet
 from psycopg.conninfo import conninfo_to_dict
 
 import chutes_proto.keys
-from chutes_proto.blocking.files import write_file
-from chutes_proto.testing.platform import SimulatedPlatform
+from chutes_proto.io.files import write_file
+from chutes_proto.testing._platform import SimulatedPlatform
 from tests.cli.conftest import HOTKEY
 from tests.scenario.premises import Premises
 

@@ -29,8 +29,8 @@ from attrs import define, evolve, field
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from chutes_proto.auth.server_identity import ServerIdentity, make_server_identity
-from chutes_proto.blocking.files import write_file
-from chutes_proto.blocking.setup import load_setup
+from chutes_proto.io.files import write_file
+from chutes_proto.io.server.setup import load_setup
 from chutes_proto.keys.vault import Address
 from chutes_proto.store.rows import GenerationRow, Scan
 from chutes_proto.testing.store_suite import Ask

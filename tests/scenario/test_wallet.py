@@ -13,9 +13,9 @@ import httpx
 import pytest
 
 from chutes_proto.auth.hotkey import HotkeyPair
-from chutes_proto.blocking.signing import read_hotkey
-from chutes_proto.blocking.tls import client_context
-from chutes_proto.server.app import App
+from chutes_proto.io.http.hotkey_auth import read_hotkey
+from chutes_proto.io.http.tls import client_context
+from chutes_proto.server._app import App
 from tests.conftest import CI
 from tests.scenario.operations import LOOPS, SERVER, Site, both_loops, code, everywhere, open_store, run
 from tests.server.test_servers import server

@@ -9,22 +9,22 @@ from attrs import evolve
 
 from chutes_proto.auth.certificates import spki_sha256
 from chutes_proto.auth.hotkey import HotkeyPair
-from chutes_proto.codes import Code
 from chutes_proto.effects import FetchCollateral, Transact, run
 from chutes_proto.errors import CollateralUnavailable, KeyUnavailable, StoreBusy, StoreError
-from chutes_proto.quote import ecdsa
-from chutes_proto.quote.layout import parse_quote
-from chutes_proto.quote.verify import verify_collateral
+from chutes_proto.quote import _ecdsa as ecdsa
+from chutes_proto.quote._layout import parse_quote
+from chutes_proto.quote._verify import verify_collateral
 from chutes_proto.secret import Secret
-from chutes_proto.server.app import App
-from chutes_proto.server.config import LimitOptions
-from chutes_proto.server.profiles import ServedProfile
-from chutes_proto.server.service import Slots
+from chutes_proto.server._app import App
+from chutes_proto.server._config import LimitOptions
+from chutes_proto.server._profiles import ServedProfile
+from chutes_proto.server._service import Slots
 from chutes_proto.store.rows import AttestationRow, AuditRow, BootRow, NonceRow, VmRow
-from chutes_proto.testing.platform import PROFILE
+from chutes_proto.testing._platform import PROFILE
 from chutes_proto.units.operator import StoreRestored
 from chutes_proto.wire import json
 from chutes_proto.wire.codec import decode_quote
+from chutes_proto.wire.codes import Code
 from chutes_proto.wire.http import HttpRequest, HttpResponse
 from tests.server.world import HOTKEY, NOW, World, answer, content, refusal, service
 

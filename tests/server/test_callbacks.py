@@ -16,19 +16,19 @@ from chutes_proto.auth.binding import report_data
 from chutes_proto.auth.certificates import spki_sha256
 from chutes_proto.auth.hotkey import HotkeyPair
 from chutes_proto.auth.signing import purpose_message
-from chutes_proto.codes import Code
 from chutes_proto.effects import Effect, FetchCollateral, FetchEvidence, Resolve, Transact
 from chutes_proto.errors import CollateralUnavailable, RemoteProtocolError, TransportError
-from chutes_proto.quote.policy import Policy
+from chutes_proto.quote._policy import Policy
 from chutes_proto.secret import Secret
-from chutes_proto.server.app import App
-from chutes_proto.server.callbacks import SECONDS, Callback
-from chutes_proto.server.profiles import ServedProfile
-from chutes_proto.server.proxy import TrustedProxies
+from chutes_proto.server._app import App
+from chutes_proto.server._callbacks import SECONDS, Callback
+from chutes_proto.server._profiles import ServedProfile
+from chutes_proto.server._proxy import TrustedProxies
 from chutes_proto.store.rows import AttestationRow, AuditRow, ServerRow
-from chutes_proto.testing.platform import PROFILE
+from chutes_proto.testing._platform import PROFILE
 from chutes_proto.wire import json
 from chutes_proto.wire.codec import encode_quote
+from chutes_proto.wire.codes import Code
 from chutes_proto.wire.evidence import decode_evidence
 from chutes_proto.wire.http import HttpResponse
 from tests.server.test_servers import HOST, boot, gpu, register, registered

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chutes_proto.errors import ConfigurationError
-from chutes_proto.server.config import LimitOptions, ServerConfig
+from chutes_proto.server._config import LimitOptions, ServerConfig
 
 GOOD = """
 tls = { certificate = "chain.pem", key = "key.pem" }

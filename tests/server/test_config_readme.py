@@ -12,9 +12,9 @@ import attrs
 import pytest
 
 import chutes_proto.server
-from chutes_proto.server.config import CollateralOptions, ServerConfig
-from chutes_proto.server.gpus import Gpu
-from chutes_proto.server.profiles import EXTRA_KEYS, ServedOptions
+from chutes_proto.server._config import CollateralOptions, ServerConfig
+from chutes_proto.server._gpus import Gpu
+from chutes_proto.server._profiles import EXTRA_KEYS, ServedOptions
 
 README = Path(chutes_proto.server.__path__[0], "README.md").read_text("utf-8")
 COMPLETE, SERVICES, PROFILE = re.findall(r"^```toml\n(.*?)^```", README, re.MULTILINE | re.DOTALL)

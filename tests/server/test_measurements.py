@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from attrs import evolve
 
-from chutes_proto.quote.policy import Policy
-from chutes_proto.server.app import App
-from chutes_proto.testing.platform import PROFILE
+from chutes_proto.quote._policy import Policy
+from chutes_proto.server._app import App
+from chutes_proto.testing._platform import PROFILE
 from tests.server.world import World, answer, service
 
 

@@ -9,11 +9,11 @@ from attrs import evolve
 from chutes_proto.auth.binding import report_data
 from chutes_proto.auth.certificates import spki_sha256
 from chutes_proto.effects import Effect, Transact
-from chutes_proto.server.app import App
-from chutes_proto.server.config import LimitOptions
-from chutes_proto.server.open_boots import OpenBoots
-from chutes_proto.server.profiles import ServedProfile
-from chutes_proto.testing.platform import PROFILE
+from chutes_proto.server._app import App
+from chutes_proto.server._config import LimitOptions
+from chutes_proto.server._open_boots import OpenBoots
+from chutes_proto.server._profiles import ServedProfile
+from chutes_proto.testing._platform import PROFILE
 from chutes_proto.wire.codec import encode_quote
 from chutes_proto.wire.http import HttpResponse
 from chutes_proto.wire.names import Name

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from attrs import define, evolve
 
-from chutes_proto.codes import Code
 from chutes_proto.effects import Effect, FetchCollateral
-from chutes_proto.quote.verify import authenticate_collateral
-from chutes_proto.testing.faults import Fault
-from chutes_proto.testing.platform import SimulatedPlatform
+from chutes_proto.quote._verify import authenticate_collateral
+from chutes_proto.testing._faults import Fault
+from chutes_proto.testing._platform import SimulatedPlatform
+from chutes_proto.wire.codes import Code
 from tests.server.world import NOW, World, answer, refusal
 
 Changed = Callable[[SimulatedPlatform], SimulatedPlatform]

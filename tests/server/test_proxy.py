@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from chutes_proto.errors import BadRequest
 from chutes_proto.log import Level
 from chutes_proto.secret import Secret
-from chutes_proto.server.app import App
-from chutes_proto.server.proxy import TrustedProxies
+from chutes_proto.server._app import App
+from chutes_proto.server._proxy import TrustedProxies
 from chutes_proto.wire.http import HttpRequest
 from tests.certificates import NEW_KEY, certificate_pem, self_signed
 from tests.server.world import PLATFORM, World, refusal, service

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from chutes_proto.codes import Code
 from chutes_proto.effects import FetchCollateral
 from chutes_proto.errors import CollateralUnavailable
+from chutes_proto.wire.codes import Code
 from tests.server.world import CERTIFICATES, World, content, refusal
 
 

@@ -6,15 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chutes_proto.codes import Code
 from chutes_proto.effects import Transact
 from chutes_proto.errors import Unavailable
 from chutes_proto.log import Level
 from chutes_proto.secret import Secret
-from chutes_proto.server.app import App
-from chutes_proto.server.config import LimitOptions
-from chutes_proto.server.proxy import TrustedProxies
-from chutes_proto.server.rates import Rates
+from chutes_proto.server._app import App
+from chutes_proto.server._config import LimitOptions
+from chutes_proto.server._proxy import TrustedProxies
+from chutes_proto.server._rates import Rates
+from chutes_proto.wire.codes import Code
 from tests.server.world import HOTKEY, World, answer, refusal, service
 
 

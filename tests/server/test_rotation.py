@@ -12,21 +12,21 @@ from hypothesis import strategies as st
 
 from chutes_proto.auth.binding import report_data
 from chutes_proto.auth.certificates import spki_sha256
-from chutes_proto.codes import Code
 from chutes_proto.effects import FetchCollateral, Transact
 from chutes_proto.errors import CollateralUnavailable, StoreBusy
 from chutes_proto.keys.vault import KeyEncryptionKey, Vault
 from chutes_proto.secret import Secret
-from chutes_proto.server.app import App
-from chutes_proto.server.nonces import NonceMint
-from chutes_proto.server.profiles import ServedProfile
-from chutes_proto.server.proxy import TrustedProxies
-from chutes_proto.server.service import Service, Slots
+from chutes_proto.server._app import App
+from chutes_proto.server._nonces import NonceMint
+from chutes_proto.server._profiles import ServedProfile
+from chutes_proto.server._proxy import TrustedProxies
+from chutes_proto.server._service import Service, Slots
 from chutes_proto.store.rows import AttestationRow, AuditRow, BootRow, GenerationRow, Put, VmRow, VolumeRow
-from chutes_proto.testing.platform import PROFILE, SimulatedPlatform
+from chutes_proto.testing._platform import PROFILE, SimulatedPlatform
 from chutes_proto.testing.store_suite import Ask
 from chutes_proto.units.operator import StoreRestored
 from chutes_proto.wire.codec import encode_quote
+from chutes_proto.wire.codes import Code
 from chutes_proto.wire.http import HttpResponse
 from tests.server.world import CERTIFICATES, HOTKEY, World, answer, refusal, service
 

@@ -14,17 +14,17 @@ from chutes_proto.auth.binding import report_data
 from chutes_proto.auth.certificates import spki_sha256
 from chutes_proto.auth.hotkey import HotkeyPair
 from chutes_proto.auth.signing import messages_to_sign
-from chutes_proto.codes import Code
 from chutes_proto.effects import Transact
 from chutes_proto.errors import StoreBusy
 from chutes_proto.secret import Secret
-from chutes_proto.server.app import App
-from chutes_proto.server.proxy import TrustedProxies
+from chutes_proto.server._app import App
+from chutes_proto.server._proxy import TrustedProxies
 from chutes_proto.store.rows import AttestationRow, AuditRow, NonceRow, ServerRow, Vm
 from chutes_proto.units.boot import REFUSALS_PER_DAY
 from chutes_proto.units.servers import RecordRuntimeRefusal
 from chutes_proto.wire import json
 from chutes_proto.wire.codec import encode_quote
+from chutes_proto.wire.codes import Code
 from chutes_proto.wire.http import HttpResponse
 from tests.server.test_servers import boot, gpu, register, registered
 from tests.server.world import CERTIFICATES, MINER, NOW, OTHER, World, answer, refusal, service

@@ -12,18 +12,18 @@ from hypothesis import strategies as st
 
 from chutes_proto.auth.hotkey import HotkeyPair
 from chutes_proto.auth.signing import body_message
-from chutes_proto.codes import Code
 from chutes_proto.effects import Effect, Resolve, Transact, run
 from chutes_proto.errors import TransportError
-from chutes_proto.quote.measurements import parse_profiles_json
-from chutes_proto.quote.policy import Policy
+from chutes_proto.quote._measurements import parse_profiles_json
+from chutes_proto.quote._policy import Policy
 from chutes_proto.secret import Secret
-from chutes_proto.server.app import App
-from chutes_proto.server.gpus import GPUS, Gpu
-from chutes_proto.server.profiles import ServedProfile
+from chutes_proto.server._app import App
+from chutes_proto.server._gpus import GPUS, Gpu
+from chutes_proto.server._profiles import ServedProfile
 from chutes_proto.store.rows import AuditRow, BootRow, GenerationRow, GpuRow, ServerRow, VmRow
-from chutes_proto.testing.platform import PROFILE
+from chutes_proto.testing._platform import PROFILE
 from chutes_proto.wire import json
+from chutes_proto.wire.codes import Code
 from chutes_proto.wire.http import HttpRequest, HttpResponse
 from tests.server.world import MINER, NOW, OTHER, World, answer, content, refusal, service
 

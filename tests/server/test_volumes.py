@@ -4,14 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chutes_proto.codes import Code
 from chutes_proto.effects import Transact, run
 from chutes_proto.errors import BadRequest, StoreBusy
-from chutes_proto.server.app import App
-from chutes_proto.server.profiles import ServedProfile
+from chutes_proto.server._app import App
+from chutes_proto.server._profiles import ServedProfile
 from chutes_proto.store.rows import GenerationRow
-from chutes_proto.testing.platform import PROFILE
+from chutes_proto.testing._platform import PROFILE
 from chutes_proto.wire import openapi
+from chutes_proto.wire.codes import Code
 from chutes_proto.wire.http import HttpResponse, MalformedRequest
 from tests.server.world import CERTIFICATES, HOTKEY, World, answer, content, refusal, service
 

@@ -17,19 +17,19 @@ from chutes_proto.effects import Effect, Entropy, FetchCollateral, Log, Now, Res
 from chutes_proto.errors import CollateralUnavailable
 from chutes_proto.keys.vault import KeyEncryptionKey, Vault
 from chutes_proto.log import Record
-from chutes_proto.quote.collateral import Collateral
-from chutes_proto.quote.policy import Policy
-from chutes_proto.quote.roots import TrustedRoot
-from chutes_proto.quote.verify import verify_collateral
+from chutes_proto.quote._collateral import Collateral
+from chutes_proto.quote._policy import Policy
+from chutes_proto.quote._roots import TrustedRoot
+from chutes_proto.quote._verify import verify_collateral
 from chutes_proto.secret import Secret
-from chutes_proto.server.app import App
-from chutes_proto.server.nonces import NonceMint
-from chutes_proto.server.profiles import ServedProfile
-from chutes_proto.server.service import Service
-from chutes_proto.store.memory import MemoryStore
+from chutes_proto.server._app import App
+from chutes_proto.server._nonces import NonceMint
+from chutes_proto.server._profiles import ServedProfile
+from chutes_proto.server._service import Service
+from chutes_proto.store._memory import MemoryStore
+from chutes_proto.store._run import Script, Unit
 from chutes_proto.store.rows import Row, Scan
-from chutes_proto.store.run import Script, Unit
-from chutes_proto.testing.platform import PROFILE, SimulatedPlatform
+from chutes_proto.testing._platform import PROFILE, SimulatedPlatform
 from chutes_proto.wire import json
 from chutes_proto.wire.codec import encode_quote
 from chutes_proto.wire.http import HttpRequest, HttpResponse

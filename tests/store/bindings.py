@@ -15,7 +15,7 @@ import trio
 import chutes_proto_asyncio
 import chutes_proto_trio
 from chutes_proto.effects import Transact
-from chutes_proto.store.run import Store, Unit
+from chutes_proto.store._run import Store, Unit
 from tests.store.harness import MemoryHarness, SharedPostgresHarness, SharedSqliteHarness
 
 T = TypeVar("T")

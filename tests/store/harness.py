@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 
 from attrs import field, frozen
 
-from chutes_proto.blocking.postgres import PostgresStore
-from chutes_proto.blocking.sqlite import SqliteStore
-from chutes_proto.store.memory import MemoryStore
+from chutes_proto.io.stores.postgres import PostgresStore
+from chutes_proto.io.stores.sqlite import SqliteStore
+from chutes_proto.store._memory import MemoryStore
+from chutes_proto.store._run import Script, Store, Unit
 from chutes_proto.store.rows import ReadHorizon, StoreOp
-from chutes_proto.store.run import Script, Store, Unit
 
 T = TypeVar("T")
 

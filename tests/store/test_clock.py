@@ -5,9 +5,9 @@ from __future__ import annotations
 from contextlib import closing
 from pathlib import Path
 
-from chutes_proto.blocking.postgres import PostgresStore
-from chutes_proto.blocking.sqlite import SqliteStore
-from chutes_proto.store.memory import MemoryStore
+from chutes_proto.io.stores.postgres import PostgresStore
+from chutes_proto.io.stores.sqlite import SqliteStore
+from chutes_proto.store._memory import MemoryStore
 from chutes_proto.store.rows import ReadClock
 from chutes_proto.testing.store_suite import NOW, Ask
 from chutes_proto.units.operator import StoreRestored

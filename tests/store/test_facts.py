@@ -10,8 +10,8 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from chutes_proto.blocking.stores import StorePlace
 from chutes_proto.errors import StoreError
+from chutes_proto.io.stores.address import StorePlace
 from chutes_proto.store.rows import BootRow, ReadHorizon, Scan
 from chutes_proto.store.sql import SCHEMA_VERSION
 from chutes_proto.testing.store_suite import Ask, boot

@@ -12,12 +12,12 @@ from typing import Any, TypeVar
 import pytest
 from attrs import frozen
 
-from chutes_proto.blocking.sqlite import SqliteStore
-from chutes_proto.codes import Code
 from chutes_proto.errors import Refused, StoreBusy, StoreError
+from chutes_proto.io.stores.sqlite import SqliteStore
+from chutes_proto.store._run import Script, Unit
 from chutes_proto.store.rows import AuditRow, BootRow, Insert, NonceRow, RaiseHorizon, ReadHorizon, RedeemNonce, Scan
-from chutes_proto.store.run import Script, Unit
 from chutes_proto.testing.store_suite import CALLERS, NOW, Ask, boot, dump, sync
+from chutes_proto.wire.codes import Code
 from tests.store.harness import Gate, together
 
 T = TypeVar("T")

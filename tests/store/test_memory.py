@@ -6,9 +6,9 @@ import pytest
 from attrs import frozen
 
 from chutes_proto.errors import LocalProtocolError
-from chutes_proto.store.memory import MemoryStore
+from chutes_proto.store._memory import MemoryStore
+from chutes_proto.store._run import Script, Unit
 from chutes_proto.store.rows import RaiseHorizon, ReadHorizon, StoreOp
-from chutes_proto.store.run import Script, Unit
 from chutes_proto.testing.store_suite import Ask
 
 

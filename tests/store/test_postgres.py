@@ -15,13 +15,13 @@ import psycopg
 import pytest
 from attrs import evolve, field, frozen
 
-from chutes_proto.blocking import postgres
-from chutes_proto.blocking.postgres import PostgresStore
 from chutes_proto.cli.main import main
 from chutes_proto.errors import ConfigurationError, StoreBusy, StoreError
+from chutes_proto.io.stores import postgres
+from chutes_proto.io.stores.postgres import PostgresStore
 from chutes_proto.store import sql
+from chutes_proto.store._run import Script, Unit
 from chutes_proto.store.rows import AuditRow, BootRow, Insert, RaiseHorizon, ReadHorizon, Scan, Vm
-from chutes_proto.store.run import Script, Unit
 from chutes_proto.testing.store_suite import NOW, VM, Ask, boot, dump, platform, sync
 from tests.postgres import PASSWORD, Cluster, schema
 from tests.store.harness import Gate, together

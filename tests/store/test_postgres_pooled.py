@@ -13,11 +13,11 @@ from functools import partial
 import pytest
 from attrs import evolve
 
-from chutes_proto.blocking.postgres import PostgresStore
-from chutes_proto.codes import Code
 from chutes_proto.errors import Refused, StoreBusy, StoreError
+from chutes_proto.io.stores.postgres import PostgresStore
 from chutes_proto.store.rows import ReadHorizon, Vm
 from chutes_proto.testing.store_suite import VM, Ask, boot, platform
+from chutes_proto.wire.codes import Code
 from tests.postgres import Pooler
 from tests.store.harness import together
 from tests.store.test_postgres import Bereft, told, watch, watched

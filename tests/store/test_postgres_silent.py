@@ -18,10 +18,11 @@ import psycopg
 import pytest
 from attrs import field, frozen
 
-from chutes_proto.blocking import postgres
-from chutes_proto.blocking.postgres import PostgresStore
 from chutes_proto.errors import StoreBusy
+from chutes_proto.io.stores import postgres
+from chutes_proto.io.stores.postgres import PostgresStore
 from chutes_proto.store import sql
+from chutes_proto.store._run import Script, Unit
 from chutes_proto.store.rows import (
     CountSealed,
     RaiseHorizon,
@@ -35,7 +36,6 @@ from chutes_proto.store.rows import (
     VmRow,
     VoidTokens,
 )
-from chutes_proto.store.run import Script, Unit
 from chutes_proto.testing.store_suite import NOW, VM, Ask, boot
 from tests.postgres import Cluster, schema
 from tests.store.test_postgres import ask, told

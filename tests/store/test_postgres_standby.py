@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from chutes_proto.blocking.postgres import PostgresStore
 from chutes_proto.errors import StoreError
+from chutes_proto.io.stores.postgres import PostgresStore
 from chutes_proto.secret import Secret
 from chutes_proto.store.rows import Vm
 from chutes_proto.testing.store_suite import VM, boot

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from attrs import evolve
 
-from chutes_proto.blocking.stores import DurableStore, StorePlace
+from chutes_proto.io.stores.address import DurableStore, StorePlace
 from chutes_proto.keys.vault import Address
 from chutes_proto.store.rows import AttestationRow, AuditRow, BootRow, BootVolumeRow, GenerationRow, NonceRow, Scan, Vm
 from chutes_proto.testing.store_suite import VAULT, VM, Ask

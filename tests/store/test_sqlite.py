@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 from attrs import frozen
 
-from chutes_proto.blocking.sqlite import SqliteStore
 from chutes_proto.errors import StoreBusy, StoreError
+from chutes_proto.io.stores.sqlite import SqliteStore
+from chutes_proto.store._run import Script, Unit
 from chutes_proto.store.rows import AuditRow, BootRow, Insert, RaiseHorizon, ReadHorizon, Scan
-from chutes_proto.store.run import Script, Unit
 from chutes_proto.store.sql import SCHEMA_VERSION
 from chutes_proto.testing.store_suite import NOW, VM, Ask, boot, dump, sync
 
@@ -64,7 +64,7 @@ def test_rows_are_there_after_closing_and_after_dying(path: Path) -> None:
         granted = boot("first")
         root = store.transact(granted).root
     script = (
-        "import os, sys; from chutes_proto.blocking.sqlite import SqliteStore;"
+        "import os, sys; from chutes_proto.io.stores.sqlite import SqliteStore;"
         "from chutes_proto.testing.store_suite import *;"
         "SqliteStore(sys.argv[1]).transact(sync(boot('first'), 'body', 'storage')); os._exit(9)"
     )

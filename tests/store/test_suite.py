@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 import pytest
 from attrs import evolve
 
-from chutes_proto.store.memory import MemoryStore, Tables
+from chutes_proto.store._memory import MemoryStore, Tables
+from chutes_proto.store._run import Unit, run_script
 from chutes_proto.store.rows import (
     CountClaims,
     CountRefusals,
@@ -32,7 +33,6 @@ from chutes_proto.store.rows import (
     UpdateGeneration,
     VoidTokens,
 )
-from chutes_proto.store.run import Unit, run_script
 from chutes_proto.store.sql import key_of
 from chutes_proto.testing.store_suite import DAY, NOW, Case, Harness, operations, transactions
 from tests.store.bindings import BindingHarness

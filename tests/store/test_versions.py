@@ -12,8 +12,8 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from chutes_proto.blocking.stores import StorePlace
 from chutes_proto.errors import StoreError
+from chutes_proto.io.stores.address import StorePlace
 from chutes_proto.store import sql
 from chutes_proto.store.rows import RaiseHorizon, ReadHorizon
 from chutes_proto.testing.store_suite import Ask, boot, dump, sync

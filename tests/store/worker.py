@@ -24,9 +24,9 @@ from typing import Any
 
 from attrs import evolve
 
-from chutes_proto.blocking.perform import Performer
-from chutes_proto.blocking.stores import DurableStore, StorePlace
-from chutes_proto.server.patience import transact_patiently
+from chutes_proto.io.drivers.sync import Performer
+from chutes_proto.io.stores.address import DurableStore, StorePlace
+from chutes_proto.server._patience import transact_patiently
 from chutes_proto.store.rows import Vm
 from chutes_proto.testing.store_suite import VM, attest, boot, confirm, sync
 from chutes_proto.units.boot import GrantBoot

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chutes_proto.errors import ConfigurationError
-from chutes_proto.quote.measurements import parse_profiles_toml
-from chutes_proto.quote.policy import Policy, parse_policy_toml
-from chutes_proto.testing.directory import PlatformRecord, measurements_toml, simulation_files
-from chutes_proto.testing.platform import PROFILE, SimulatedPlatform
+from chutes_proto.quote._measurements import parse_profiles_toml
+from chutes_proto.quote._policy import Policy, parse_policy_toml
+from chutes_proto.testing._directory import PlatformRecord, measurements_toml, simulation_files
+from chutes_proto.testing._platform import PROFILE, SimulatedPlatform
 
 NOW = 1_780_000_000
 RECORD = PlatformRecord(bytes(range(32)), NOW)

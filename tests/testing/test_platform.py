@@ -13,12 +13,12 @@ import pytest
 from cryptography import x509
 
 from chutes_proto.errors import LocalProtocolError
-from chutes_proto.quote.measurements import Stage
-from chutes_proto.quote.pck import Ca
-from chutes_proto.quote.policy import Policy
-from chutes_proto.quote.verify import verify
-from chutes_proto.testing.faults import FAULTS, Fault
-from chutes_proto.testing.platform import (
+from chutes_proto.quote._measurements import Stage
+from chutes_proto.quote._pck import Ca
+from chutes_proto.quote._policy import Policy
+from chutes_proto.quote._verify import verify
+from chutes_proto.testing._faults import FAULTS, Fault
+from chutes_proto.testing._platform import (
     BOOT_RTMRS,
     COLLATERAL_SECONDS,
     MRTD,
@@ -26,7 +26,7 @@ from chutes_proto.testing.platform import (
     RUNTIME_RTMRS,
     SimulatedPlatform,
 )
-from chutes_proto.testing.quotes import Form
+from chutes_proto.testing._quotes import Form
 
 NOW = 1_780_000_000
 REPORT_DATA = bytes(range(64))

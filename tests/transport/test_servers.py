@@ -23,8 +23,8 @@ import chutes_proto_asyncio
 import chutes_proto_trio
 from chutes_proto.auth.certificates import spki_sha256
 from chutes_proto.auth.server_identity import make_server_identity
-from chutes_proto.blocking.sockets import Listening, listen_tls, listen_unix
 from chutes_proto.effects import Flow, Log, Sleep
+from chutes_proto.io.server.sockets import Listening, listen_tls, listen_unix
 from chutes_proto.log import Level, Record
 from chutes_proto.transport.h1 import DEFAULT_LIMITS, Limits
 from chutes_proto.transport.tls import server_context

@@ -13,10 +13,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from chutes_proto.errors import Refusal
 from chutes_proto.secret import Secret
-from chutes_proto.server.nonces import RANDOM_SIZE, MacKey, NonceMint
-from chutes_proto.store.memory import MemoryStore, Tables
+from chutes_proto.server._nonces import RANDOM_SIZE, MacKey, NonceMint
+from chutes_proto.store._memory import MemoryStore, Tables
+from chutes_proto.store._run import Script, Unit, run_script
 from chutes_proto.store.rows import ReadClock, ReadHorizon, StoreOp
-from chutes_proto.store.run import Script, Unit, run_script
 from chutes_proto.testing.store_suite import DAY, NOW, Ask
 from chutes_proto.units.nonces import SKEW, redeem_nonce
 from chutes_proto.units.operator import StoreRestored

@@ -22,16 +22,15 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from chutes_proto.blocking.sqlite import SqliteStore
-from chutes_proto.codes import Code
 from chutes_proto.errors import Refusal
+from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.keys import generations
 from chutes_proto.keys.generations import Change, HandOut
 from chutes_proto.keys.vault import NONCE_SIZE, Address, FreshKey, KeyEncryptionKey, Vault
 from chutes_proto.secret import Secret
-from chutes_proto.store.memory import MemoryStore
+from chutes_proto.store._memory import MemoryStore
+from chutes_proto.store._run import Store, Unit
 from chutes_proto.store.rows import AuditRow, Exchange, GenerationRow, Scan, Vm, VmRow, VolumeRow
-from chutes_proto.store.run import Store, Unit
 from chutes_proto.testing.store_suite import (
     DAY,
     NOW,
@@ -62,6 +61,7 @@ from chutes_proto.units.operator import (
 )
 from chutes_proto.units.rotation import HandedKeys
 from chutes_proto.units.volumes import VolumeKeys
+from chutes_proto.wire.codes import Code
 from tests.units.model import Key, Machine, Token
 
 T = TypeVar("T")

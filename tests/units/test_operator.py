@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from attrs import evolve
 
-from chutes_proto.codes import Code
 from chutes_proto.errors import KeyUnavailable, Refused
 from chutes_proto.keys.vault import NONCE_SIZE, Address, FreshKey, KeyEncryptionKey, Vault
 from chutes_proto.secret import Secret
-from chutes_proto.store.memory import MemoryStore
+from chutes_proto.store._memory import MemoryStore
+from chutes_proto.store._run import Unit
 from chutes_proto.store.rows import (
     AuditRow,
     GenerationRow,
@@ -24,7 +24,6 @@ from chutes_proto.store.rows import (
     Scan,
     Vm,
 )
-from chutes_proto.store.run import Unit
 from chutes_proto.testing.store_suite import (
     NOW,
     VAULT,
@@ -54,6 +53,7 @@ from chutes_proto.units.operator import (
     StoreRestored,
 )
 from chutes_proto.units.rotation import AttestVolumes, Pair
+from chutes_proto.wire.codes import Code
 
 WHY = "operator: because"
 NEW = Vault(KeyEncryptionKey.from_bytes(b"n" * 32), VAULT.current)

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from attrs import evolve
 
-from chutes_proto.blocking.sqlite import SqliteStore
-from chutes_proto.codes import Code
 from chutes_proto.errors import KeyUnavailable, Refused
+from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.keys.vault import KeyEncryptionKey, Vault
-from chutes_proto.quote.terms import rfc3339
-from chutes_proto.store.memory import MemoryStore
+from chutes_proto.quote._terms import rfc3339
+from chutes_proto.store._memory import MemoryStore
+from chutes_proto.store._run import Unit, run_script
 from chutes_proto.store.rows import (
     AuditRow,
     BootRow,
@@ -29,7 +29,6 @@ from chutes_proto.store.rows import (
     Vm,
     VolumeRow,
 )
-from chutes_proto.store.run import Unit, run_script
 from chutes_proto.testing.store_suite import (
     NOW,
     VAULT,
@@ -49,6 +48,7 @@ from chutes_proto.units.keys import Keeper
 from chutes_proto.units.operator import StoreRestored
 from chutes_proto.units.rotation import HandedKeys
 from chutes_proto.units.volumes import SyncVolumes, VolumeKeys
+from chutes_proto.wire.codes import Code
 
 OTHER = Vault(KeyEncryptionKey.from_bytes(b"x" * 32))
 

@@ -7,12 +7,12 @@ from attrs import evolve
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chutes_proto.codes import Code
 from chutes_proto.errors import BadRequest, Refusal, Refused, RemoteProtocolError, Unavailable
 from chutes_proto.secret import Secret
 from chutes_proto.strict import MOST
 from chutes_proto.wire import codec, endpoints, json, public, vms
 from chutes_proto.wire.answers import error_response
+from chutes_proto.wire.codes import Code
 from chutes_proto.wire.endpoint import Message, NonceAnswer
 from chutes_proto.wire.http import HttpRequest, HttpResponse
 from chutes_proto.wire.names import NAME_PATTERN, Name

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from chutes_proto.codes import Code
 from chutes_proto.wire import openapi
+from chutes_proto.wire.codes import Code
 from chutes_proto.wire.endpoints import ENDPOINTS
 
 DOCUMENT = json.loads(openapi.document())

@@ -9,8 +9,8 @@ from __future__ import annotations
 import hmac
 from typing import TYPE_CHECKING, Final
 
-from chutes_proto.codes import Code
 from chutes_proto.errors import BadRequest, LocalProtocolError, Refused
+from chutes_proto.wire.codes import Code
 
 if TYPE_CHECKING:
     from chutes_proto.auth.certificates import ClientKey

@@ -17,7 +17,7 @@ from typing import Final
 
 from attrs import field, frozen
 
-from chutes_proto import der
+from chutes_proto.auth import der
 from chutes_proto.errors import LocalProtocolError
 from chutes_proto.secret import Secret
 

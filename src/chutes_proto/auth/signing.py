@@ -25,8 +25,8 @@ from collections.abc import Callable, Sequence
 from typing import Final, Literal, TypeAlias
 
 from chutes_proto.auth.hotkey import SIGNATURE_SIZE, Hotkey, HotkeyError
-from chutes_proto.codes import Code
 from chutes_proto.errors import Refused
+from chutes_proto.wire.codes import Code
 
 _SIGNATURE: Final = re.compile(rf"[0-9A-Fa-f]{{{2 * SIGNATURE_SIZE}}}")
 

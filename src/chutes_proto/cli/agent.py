@@ -24,15 +24,15 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from chutes_proto.auth.client_identity import ClientIdentity
-    from chutes_proto.blocking.agent import Servers
-    from chutes_proto.blocking.disks import Disks
-    from chutes_proto.blocking.perform import Performer
-    from chutes_proto.blocking.quoting import Quoter
+    from chutes_proto.boot._agent import Booted
+    from chutes_proto.boot._disks import Forecast
+    from chutes_proto.boot._settings import AgentSettings, VmIdentity
     from chutes_proto.cli.progress import Progress
-    from chutes_proto.client.agent import Booted
-    from chutes_proto.client.disks import Forecast
-    from chutes_proto.client.settings import AgentSettings, VmIdentity
     from chutes_proto.effects import Flow
+    from chutes_proto.io.agent import Servers
+    from chutes_proto.io.disks.cryptsetup import Disks
+    from chutes_proto.io.drivers.sync import Performer
+    from chutes_proto.io.quoters.choose import Quoter
     from chutes_proto.log import Value
 
 NAME = "agent"
@@ -178,8 +178,8 @@ class _Stops:
 
 def _done(options: argparse.Namespace, settings: AgentSettings, progress: Progress, stops: _Stops) -> int:
     """The exit code, when all is done that follows a failure too."""
-    from chutes_proto.blocking.agent import end_with
     from chutes_proto.errors import BootInterrupted, DiskError, LocalProtocolError, Refusal
+    from chutes_proto.io.agent import end_with
 
     try:
         try:
@@ -214,9 +214,9 @@ def _done(options: argparse.Namespace, settings: AgentSettings, progress: Progre
 
 
 def _settings(path: str) -> AgentSettings:
-    from chutes_proto.blocking.files import read_file
-    from chutes_proto.client.settings import AgentSettings
+    from chutes_proto.boot._settings import AgentSettings
     from chutes_proto.errors import ConfigurationError
+    from chutes_proto.io.files import read_file
 
     try:
         return AgentSettings.from_toml(read_file(path, limit=_MAX_SETTINGS))
@@ -231,7 +231,7 @@ def _settings(path: str) -> AgentSettings:
 
 def _run(options: argparse.Namespace, settings: AgentSettings, progress: Progress, stops: _Stops) -> Booted:
     from chutes_proto.auth.client_identity import ENTROPY_SIZE, make_client_identity
-    from chutes_proto.blocking.agent import boot_id, check_place, make_signer, write_state
+    from chutes_proto.io.agent import boot_id, check_place, make_signer, write_state
 
     deadline = time.monotonic() + settings.retry.deadline_seconds
     who = _identity(settings)
@@ -249,9 +249,9 @@ def _run(options: argparse.Namespace, settings: AgentSettings, progress: Progres
     try:
         servers.begin()
 
-        from chutes_proto.client.agent import run_agent  # while the server answers
-        from chutes_proto.client.flows import BootSettings
-        from chutes_proto.client.handover import Handover
+        from chutes_proto.boot._agent import run_agent  # while the server answers
+        from chutes_proto.boot._flows import BootSettings
+        from chutes_proto.boot._handoff import Handover
 
         linecache.clearcache()  # all methods that attrs has made, as text: nobody debugs them here, and memory is short
 
@@ -270,11 +270,11 @@ def _run(options: argparse.Namespace, settings: AgentSettings, progress: Progres
 
 
 def _resume(options: argparse.Namespace, settings: AgentSettings, progress: Progress, stops: _Stops) -> Booted:
-    from chutes_proto.blocking.agent import boot_id, check_place, make_signer, read_state, remove_state
-    from chutes_proto.client.agent import resume_agent
-    from chutes_proto.client.flows import BootSettings
-    from chutes_proto.client.handover import MAX_SIZE, Handover
+    from chutes_proto.boot._agent import resume_agent
+    from chutes_proto.boot._flows import BootSettings
+    from chutes_proto.boot._handoff import MAX_SIZE, Handover
     from chutes_proto.errors import HandoverRejected, Refusal, Unavailable
+    from chutes_proto.io.agent import boot_id, check_place, make_signer, read_state, remove_state
 
     deadline = time.monotonic() + settings.retry.deadline_seconds
     state = settings.state
@@ -333,8 +333,8 @@ def _tell_clock(progress: Progress) -> None:
 
 
 def _identity(settings: AgentSettings) -> VmIdentity:
-    from chutes_proto.blocking.agent import read_config_volume
-    from chutes_proto.client.settings import MAX_CONFIG_FILE, vm_identity
+    from chutes_proto.boot._settings import MAX_CONFIG_FILE, vm_identity
+    from chutes_proto.io.agent import read_config_volume
 
     directory = settings.config_volume.directory
     asked = settings.asked
@@ -343,8 +343,8 @@ def _identity(settings: AgentSettings) -> VmIdentity:
 
 
 def _servers(settings: AgentSettings, client: ClientIdentity, deadline: float, *, first: str = "") -> Servers:
-    from chutes_proto.blocking.agent import Servers
-    from chutes_proto.blocking.tls import context_trusting
+    from chutes_proto.io.agent import Servers
+    from chutes_proto.io.http.tls import context_trusting
 
     context = context_trusting(settings.ca_file, client)
     return Servers(context, settings.servers, deadline, first=first)
@@ -353,7 +353,7 @@ def _servers(settings: AgentSettings, client: ClientIdentity, deadline: float, *
 def _performer(
     options: argparse.Namespace, settings: AgentSettings, progress: Progress, servers: Servers, deadline: float
 ) -> Performer:
-    from chutes_proto.blocking.perform import Performer
+    from chutes_proto.io.drivers.sync import Performer
 
     progress.server = lambda: servers.origin
     if options.images:
@@ -364,8 +364,8 @@ def _performer(
 
 
 def _quoter(settings: AgentSettings, progress: Progress, deadline: float) -> Quoter:
-    from chutes_proto.blocking.agent import TimedQuoter
-    from chutes_proto.blocking.quoting import make_quoter
+    from chutes_proto.io.agent import TimedQuoter
+    from chutes_proto.io.quoters.choose import make_quoter
 
     quoter = make_quoter(settings.quoter, tell=progress.tell)
     if not _is_simulated(settings):
@@ -384,13 +384,13 @@ def _is_simulated(settings: AgentSettings) -> bool:
 
 
 def _disks(options: argparse.Namespace, deadline: float = math.inf) -> Disks:
-    from chutes_proto.blocking.disks import Disks
+    from chutes_proto.io.disks.cryptsetup import Disks
 
     return Disks(images=options.images, mapping=not options.images, end=deadline)
 
 
 def _keep_k3s_key(settings: AgentSettings, booted: Booted) -> None:
-    from chutes_proto.blocking.agent import write_state
+    from chutes_proto.io.agent import write_state
 
     path, key = settings.state.k3s_key_file, booted.k3s_encryption_key
     if path is not None and key is not None:
@@ -401,7 +401,7 @@ def _keep_k3s_key(settings: AgentSettings, booted: Booted) -> None:
 
 
 def _tell_done(options: argparse.Namespace, settings: AgentSettings, progress: Progress, booted: Booted) -> None:
-    from chutes_proto.client.handover import LIFE
+    from chutes_proto.boot._handoff import LIFE
 
     fields: dict[str, Value] = {
         "vm_name": booted.grant.vm_name,
@@ -425,8 +425,8 @@ def _tell_failure(
     options: argparse.Namespace, settings: AgentSettings, progress: Progress, error: ChutesError, code: int
 ) -> None:
     """Close what this run has opened, and say what has happened, what it means and what comes next."""
+    from chutes_proto.boot._advice import advise
     from chutes_proto.cli.progress import said
-    from chutes_proto.client.advice import advise
     from chutes_proto.errors import DiskError
 
     if not options.images:
@@ -468,8 +468,8 @@ def _has_terminal() -> bool:
 
 def close_opened(settings: AgentSettings, progress: Progress) -> None:
     """Unmap what this run has opened: who comes to the console of a failed boot finds no open disk."""
-    from chutes_proto.blocking.agent import close_mappings
-    from chutes_proto.blocking.disks import find_cryptsetup
+    from chutes_proto.io.agent import close_mappings
+    from chutes_proto.io.disks.cryptsetup import find_cryptsetup
 
     mappings = {volume.name: volume.mapping for volume in (*filter(None, [settings.root_disk]), *settings.disks)}
     opened = [mappings[name] for name in progress.opened]
@@ -481,15 +481,15 @@ def close_opened(settings: AgentSettings, progress: Progress) -> None:
 
 
 def _foresee(options: argparse.Namespace, settings: AgentSettings) -> int:
-    from chutes_proto.blocking.perform import Performer
-    from chutes_proto.blocking.quoting import make_quoter
-    from chutes_proto.client.agent import foresee
+    from chutes_proto.boot._agent import foresee
+    from chutes_proto.io.drivers.sync import Performer
+    from chutes_proto.io.quoters.choose import make_quoter
 
     who = _identity(settings)
     if not _is_simulated(settings):  # to make one would make its platform
         _ = make_quoter(settings.quoter)
     if settings.ca_file is not None:
-        from chutes_proto.blocking.tls import context_trusting
+        from chutes_proto.io.http.tls import context_trusting
 
         _ = context_trusting(settings.ca_file)
     seen = Performer(disks=_disks(options)).run(foresee(settings.root_disk, settings.disks))

@@ -32,8 +32,8 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> int:
     import attrs
 
-    from chutes_proto.client.servers import attest_server
     from chutes_proto.errors import Refusal
+    from chutes_proto.miner._flows import attest_server
 
     try:
         answer = miner.ask(

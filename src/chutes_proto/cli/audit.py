@@ -10,7 +10,7 @@ from chutes_proto.cli import console, operating
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from chutes_proto.blocking.stores import DurableStore
+    from chutes_proto.io.stores.address import DurableStore
     from chutes_proto.store.rows import AuditRow
     from chutes_proto.units.operator import ReadAuditPage
 

@@ -14,7 +14,7 @@ from chutes_proto.cli import console, quoter, sending
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from chutes_proto.client.flows import BootGrant, Rotation, VolumeKeys
+    from chutes_proto.boot._flows import BootGrant, Rotation, VolumeKeys
     from chutes_proto.secret import Secret
 
 NAME = "boot"
@@ -70,12 +70,12 @@ def run(options: argparse.Namespace) -> int:
     import time
 
     from chutes_proto.auth.client_identity import ENTROPY_SIZE, make_client_identity
-    from chutes_proto.blocking.files import make_directory
-    from chutes_proto.blocking.https import HttpsSender
-    from chutes_proto.blocking.perform import Performer
-    from chutes_proto.blocking.tls import context_trusting
-    from chutes_proto.client.flows import BootSettings, boot, receive_keys
+    from chutes_proto.boot._flows import BootSettings, boot, receive_keys
     from chutes_proto.errors import ConfigurationError, Refusal, TransportError
+    from chutes_proto.io.drivers.sync import Performer
+    from chutes_proto.io.files import make_directory
+    from chutes_proto.io.http.https import HttpsSender
+    from chutes_proto.io.http.tls import context_trusting
 
     retry = sending.retry_policy(options)
     now = int(time.time())
@@ -154,7 +154,7 @@ def _granted(options: argparse.Namespace, handed: _Handed) -> int:
 
 
 def _write_keys(directory: Path, handed: _Handed) -> None:
-    from chutes_proto.blocking.files import write_file
+    from chutes_proto.io.files import write_file
 
     following = {f"{name}.next": passphrase for name, passphrase in handed.next.items()}
     for name, passphrase in {"root": handed.grant.root_passphrase, **handed.passphrases, **following}.items():

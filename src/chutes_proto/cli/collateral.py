@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chutes_proto.cli import console
-from chutes_proto.quote.terms import rfc3339
+from chutes_proto.quote._terms import rfc3339
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from chutes_proto.collateral.library import Family
     from chutes_proto.errors import TransportError
-    from chutes_proto.quote.collateral import VerifiedCollateral
-    from chutes_proto.quote.roots import TrustedRoot
-    from chutes_proto.quote.terms import Term
+    from chutes_proto.quote._collateral import VerifiedCollateral
+    from chutes_proto.quote._roots import TrustedRoot
+    from chutes_proto.quote._terms import Term
 
 NAME = "collateral"
 
@@ -99,15 +99,15 @@ def _add_fetch(subparsers: console.Subparsers) -> argparse.ArgumentParser:
 def _fetch(options: argparse.Namespace) -> int:
     import httpx
 
-    from chutes_proto.blocking.collateral import FETCH_LIMITS, keep_collateral
-    from chutes_proto.blocking.http import HttpxGetter
-    from chutes_proto.blocking.perform import Performer
-    from chutes_proto.blocking.tls import context_trusting
     from chutes_proto.cli.quotes import trusted_root
     from chutes_proto.cli.sending import telling
     from chutes_proto.collateral.cache import CollateralCache, GiveUp, fetch, settle
     from chutes_proto.collateral.pcs import Upstream
     from chutes_proto.errors import ConfigurationError, QuoteError
+    from chutes_proto.io.collateral.upstream import FETCH_LIMITS, keep_collateral
+    from chutes_proto.io.drivers.sync import Performer
+    from chutes_proto.io.http.httpx_messages import HttpxGetter
+    from chutes_proto.io.http.tls import context_trusting
 
     root = trusted_root(options)
     if (options.ca is None) != (options.fmspc is None):
@@ -143,7 +143,7 @@ def _unverified(told: str) -> TransportError:
 def _with_hint(problem: str) -> str:
     """A problem in the words of who found it, and what to do where a root is not trusted: a cache tells words only."""
     from chutes_proto.cli.quotes import ANOTHER_ROOT
-    from chutes_proto.quote.steps import UntrustedRoot
+    from chutes_proto.quote._steps import UntrustedRoot
 
     return f"{problem}. It {ANOTHER_ROOT}." if UntrustedRoot.rule in problem else problem
 
@@ -151,9 +151,9 @@ def _with_hint(problem: str) -> str:
 def _family(options: argparse.Namespace, root: TrustedRoot) -> Family:
     import time
 
-    from chutes_proto.blocking.files import read_file
     from chutes_proto.collateral.library import Family
-    from chutes_proto.quote.verify import open_quote
+    from chutes_proto.io.files import read_file
+    from chutes_proto.quote._verify import open_quote
 
     if options.quote is None:
         return Family(options.fmspc, options.ca, options.tee)
@@ -314,11 +314,11 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
 
 def _read_all(options: argparse.Namespace) -> Iterator[tuple[str, VerifiedCollateral | str]]:
     """All files that are named, by name, with what they hold or why they are of no use."""
-    from chutes_proto.blocking.files import read_file
     from chutes_proto.cli.quotes import trusted_root
     from chutes_proto.errors import ConfigurationError, QuoteError
-    from chutes_proto.quote.collateral import Collateral
-    from chutes_proto.quote.verify import authenticate_collateral
+    from chutes_proto.io.files import read_file
+    from chutes_proto.quote._collateral import Collateral
+    from chutes_proto.quote._verify import authenticate_collateral
 
     root = trusted_root(options)
     for path in map(Path, options.path):
@@ -378,11 +378,11 @@ def _serve(options: argparse.Namespace) -> int:
     import threading
     import time
 
-    from chutes_proto.blocking.platform import open_platform, platform_directory
-    from chutes_proto.blocking.simulated import CollateralServer
     from chutes_proto.errors import ConfigurationError
-    from chutes_proto.testing.faults import FAULTS
-    from chutes_proto.testing.service import CollateralService
+    from chutes_proto.io.collateral.simulated import CollateralServer
+    from chutes_proto.io.quoters.simulated import open_platform, platform_directory
+    from chutes_proto.testing._faults import FAULTS
+    from chutes_proto.testing._service import CollateralService
 
     for name in options.fault:
         if name not in FAULTS:

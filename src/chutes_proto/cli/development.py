@@ -16,15 +16,15 @@ from attrs import frozen
 
 from chutes_proto.auth.client_identity import ENTROPY_SIZE
 from chutes_proto.auth.server_identity import make_server_identity
-from chutes_proto.blocking.files import make_directory, write_file
 from chutes_proto.errors import CollateralUnavailable
-from chutes_proto.testing.directory import measurements_toml
+from chutes_proto.io.files import make_directory, write_file
+from chutes_proto.testing._directory import measurements_toml
 
 if TYPE_CHECKING:
-    from chutes_proto.blocking.shelf import CollateralDirectory
-    from chutes_proto.quote.collateral import VerifiedCollateral
-    from chutes_proto.quote.pck import PckIdentity
-    from chutes_proto.testing.platform import SimulatedPlatform
+    from chutes_proto.io.collateral.directory import CollateralDirectory
+    from chutes_proto.quote._collateral import VerifiedCollateral
+    from chutes_proto.quote._pck import PckIdentity
+    from chutes_proto.testing._platform import SimulatedPlatform
 
 CONFIGURATION: Final = "server.toml"
 AUTHORITY: Final = "ca.pem"

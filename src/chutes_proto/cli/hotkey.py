@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _message(options: argparse.Namespace) -> bytes:
-    from chutes_proto.blocking.files import read_file
+    from chutes_proto.io.files import read_file
 
     if options.message_file is not None:
         return read_file(options.message_file)

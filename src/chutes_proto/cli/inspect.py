@@ -31,10 +31,10 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace) -> int:
-    from chutes_proto.blocking.files import MAX_SIZE, read_head
     from chutes_proto.cli.quotes import claimed_platform, platform_fields, quote_fields, say_fields
+    from chutes_proto.io.files import MAX_SIZE, read_head
+    from chutes_proto.quote._layout import parse_quote
     from chutes_proto.quote.errors import QuoteFormatError
-    from chutes_proto.quote.layout import parse_quote
 
     data = read_head(options.quote, MAX_SIZE)
     try:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from cryptography.fernet import Fernet
 
     from chutes_proto.keys.vault import FreshKey
-    from chutes_proto.quote.roots import TrustedRoot
+    from chutes_proto.quote._roots import TrustedRoot
     from chutes_proto.store.rows import GenerationRow, Platform
 
 NAME = "keys"
@@ -258,8 +258,8 @@ def _allow_format(options: argparse.Namespace) -> int:
 def _import_fernet(options: argparse.Namespace) -> int:
     from cryptography.fernet import Fernet
 
-    from chutes_proto.blocking.files import read_lines, read_private
     from chutes_proto.errors import ConfigurationError, Refused
+    from chutes_proto.io.files import read_lines, read_private
     from chutes_proto.store.rows import Vm
     from chutes_proto.units.operator import ImportKeys
     from chutes_proto.wire.json import JsonError, decode
@@ -349,7 +349,7 @@ def _platform(quote: object, root: TrustedRoot) -> Platform | None:
     import binascii
 
     from chutes_proto.errors import QuoteError
-    from chutes_proto.quote.verify import open_quote
+    from chutes_proto.quote._verify import open_quote
     from chutes_proto.store.rows import Platform
 
     if quote is None:

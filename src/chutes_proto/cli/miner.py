@@ -10,10 +10,10 @@ from chutes_proto.cli import console, sending
 
 if TYPE_CHECKING:
     from chutes_proto.auth.client_identity import ClientIdentity
-    from chutes_proto.blocking.quoting import Quoter
-    from chutes_proto.client.servers import Miner
     from chutes_proto.effects import Flow
+    from chutes_proto.io.quoters.choose import Quoter
     from chutes_proto.log import Record
+    from chutes_proto.miner._flows import Miner
 
 T = TypeVar("T")
 
@@ -59,12 +59,12 @@ def ask(
     import time
 
     from chutes_proto.auth.client_identity import ENTROPY_SIZE, make_client_identity
-    from chutes_proto.blocking.https import HttpsSender
-    from chutes_proto.blocking.perform import Performer
-    from chutes_proto.blocking.signing import read_hotkey
-    from chutes_proto.blocking.tls import context_trusting
-    from chutes_proto.client.servers import Miner
     from chutes_proto.errors import ConfigurationError, TransportError
+    from chutes_proto.io.drivers.sync import Performer
+    from chutes_proto.io.http.hotkey_auth import read_hotkey
+    from chutes_proto.io.http.https import HttpsSender
+    from chutes_proto.io.http.tls import context_trusting
+    from chutes_proto.miner._flows import Miner
 
     pair = read_hotkey(options.hotkey_file)
     now = int(time.time())

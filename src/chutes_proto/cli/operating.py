@@ -16,11 +16,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from chutes_proto.cli import console
-from chutes_proto.quote.terms import rfc3339
+from chutes_proto.quote._terms import rfc3339
 
 if TYPE_CHECKING:
-    from chutes_proto.blocking.setup import ServerSetup
-    from chutes_proto.blocking.stores import DurableStore
+    from chutes_proto.io.server.setup import ServerSetup
+    from chutes_proto.io.stores.address import DurableStore
     from chutes_proto.store.rows import Platform, Vm
 
 DAY = 24 * 60 * 60
@@ -73,8 +73,8 @@ def platform(options: argparse.Namespace) -> Platform:
 @contextmanager
 def opened(options: argparse.Namespace, *, new: bool = False) -> Generator[tuple[ServerSetup, DurableStore]]:
     """The server's setup and its store, which must be there unless it may be ``new``. Raises `StoreError`."""
-    from chutes_proto.blocking.setup import load_setup
     from chutes_proto.errors import StoreError
+    from chutes_proto.io.server.setup import load_setup
 
     setup = load_setup(options.config)
     if not setup.store.is_made() and not new:
@@ -88,10 +88,10 @@ def opened(options: argparse.Namespace, *, new: bool = False) -> Generator[tuple
 
 def find_vm(store: DurableStore, text: str, *, new: bool = False) -> Vm:
     """The VM that an operator names; with its hotkey it may be ``new``. Raises `Refused` for none, or several."""
-    from chutes_proto.codes import Code
     from chutes_proto.errors import Refused
     from chutes_proto.store.rows import Vm
     from chutes_proto.units.operator import FindNames
+    from chutes_proto.wire.codes import Code
 
     hotkey, slash, name = text.rpartition("/")
     if slash and new:
@@ -144,8 +144,8 @@ def reason(options: argparse.Namespace) -> str:
 
 def kept_days(options: argparse.Namespace, name: str, least: int, what: str) -> int:
     """Days of ``--older-than``, by default and at least those that the configuration keeps. Raises `Refused`."""
-    from chutes_proto.codes import Code
     from chutes_proto.errors import Refused
+    from chutes_proto.wire.codes import Code
 
     days: int = least if options.older_than is None else options.older_than
     if days < least:

@@ -37,11 +37,11 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace) -> int:
-    from chutes_proto.blocking.files import MAX_SIZE, read_head
     from chutes_proto.errors import ConfigurationError
+    from chutes_proto.io.files import MAX_SIZE, read_head
+    from chutes_proto.quote._layout import TdReport10, parse_quote
+    from chutes_proto.quote._measurements import Profile
     from chutes_proto.quote.errors import PolicyError, QuoteFormatError
-    from chutes_proto.quote.layout import TdReport10, parse_quote
-    from chutes_proto.quote.measurements import Profile
 
     reports: list[TdReport10] = []
     for path in (options.boot, options.runtime):

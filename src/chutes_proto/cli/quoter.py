@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from chutes_proto.cli import console
 
 if TYPE_CHECKING:
-    from chutes_proto.blocking.quoting import Quoter
-    from chutes_proto.quote.measurements import Stage
+    from chutes_proto.io.quoters.choose import Quoter
+    from chutes_proto.quote._measurements import Stage
 
 HELP = (
     "where quotes come from: 'tsm' (the kernel's configfs-TSM), 'vsock' or 'vsock:CID:PORT' (the TDX guest device and"
@@ -28,6 +28,6 @@ def add_quoter(parser: argparse.ArgumentParser) -> None:
 
 def open_quoter(options: argparse.Namespace, stage: Stage = "boot") -> Quoter:
     """The quoter; a simulated TD measures as it does at ``stage``. Raises `ConfigurationError`."""
-    from chutes_proto.blocking.quoting import make_quoter
+    from chutes_proto.io.quoters.choose import make_quoter
 
     return make_quoter(options.quoter, tell=console.tell, platform=options.platform, stage=stage)

@@ -10,20 +10,28 @@ from typing import TYPE_CHECKING, Final, cast
 
 from msgspec.structs import asdict
 
-from chutes_proto.blocking.files import read_file
 from chutes_proto.cli import console
 from chutes_proto.errors import ConfigurationError, QuoteError
-from chutes_proto.quote.certificates import PLATFORM_CA, SGX_EXTENSION, common_name, read_certificate, read_pem
-from chutes_proto.quote.der import DerError
-from chutes_proto.quote.layout import SgxAttributes, SgxReport, TdAttributes, TdReport10, TdReport15, TdReport15Ex, Xfam
-from chutes_proto.quote.pck import PckIdentity, read_pck_extension
-from chutes_proto.quote.roots import INTEL_ROOT, TrustedRoot
+from chutes_proto.io.files import read_file
+from chutes_proto.quote._certificates import PLATFORM_CA, SGX_EXTENSION, common_name, read_certificate, read_pem
+from chutes_proto.quote._der import DerError
+from chutes_proto.quote._layout import (
+    SgxAttributes,
+    SgxReport,
+    TdAttributes,
+    TdReport10,
+    TdReport15,
+    TdReport15Ex,
+    Xfam,
+)
+from chutes_proto.quote._pck import PckIdentity, read_pck_extension
+from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
 
 if TYPE_CHECKING:
     import argparse
 
-    from chutes_proto.quote.layout import Quote
-    from chutes_proto.quote.pck import Ca
+    from chutes_proto.quote._layout import Quote
+    from chutes_proto.quote._pck import Ca
 
 _BODY_TYPES: Final = {SgxReport: "SGX", TdReport10: "TD10", TdReport15: "TD15", TdReport15Ex: "TD15Ex"}
 _FLAGS: Final = {"seam_attributes", "td_attributes", "xfam", "init_servtd_attributes", "current_servtd_attributes"}

@@ -38,8 +38,8 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace) -> int:
-    from chutes_proto.client.servers import register_server
     from chutes_proto.errors import Refusal
+    from chutes_proto.miner._flows import register_server
 
     gpus = _gpus(options.gpus)
     try:
@@ -58,8 +58,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _gpus(path: str) -> tuple[NodeArgs, ...]:
-    from chutes_proto.blocking.files import read_file
     from chutes_proto.errors import ConfigurationError
+    from chutes_proto.io.files import read_file
     from chutes_proto.wire.codec import decode_list
     from chutes_proto.wire.miners import NodeArgs
 

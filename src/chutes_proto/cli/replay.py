@@ -10,8 +10,8 @@ from chutes_proto.cli import console
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from chutes_proto.quote.eventlog import Difference, Event, EventLog
-    from chutes_proto.quote.layout import TdReport10
+    from chutes_proto.quote._eventlog import Difference, Event, EventLog
+    from chutes_proto.quote._layout import TdReport10
 
 NAME = "replay"
 
@@ -43,8 +43,8 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace) -> int:
-    from chutes_proto.blocking.files import read_head
-    from chutes_proto.quote.eventlog import MAX_SIZE
+    from chutes_proto.io.files import read_head
+    from chutes_proto.quote._eventlog import MAX_SIZE
 
     names = (options.log, options.quote, *(() if options.against is None else (options.against,)))
     report = _judge(names, [read_head(name, MAX_SIZE + 1) for name in names])
@@ -57,15 +57,15 @@ def run(options: argparse.Namespace) -> int:
 
 def _judge(names: Sequence[str], files: Sequence[bytes]) -> dict[str, Any]:
     """The report on a log, a quote and perhaps the log of a good boot, each with the name of its file."""
-    from chutes_proto.quote.errors import QuoteFormatError
-    from chutes_proto.quote.eventlog import (
+    from chutes_proto.quote._eventlog import (
         EventLogFormatError,
         EventLogMismatch,
         first_difference,
         parse_event_log,
         replay,
     )
-    from chutes_proto.quote.layout import parse_quote
+    from chutes_proto.quote._layout import parse_quote
+    from chutes_proto.quote.errors import QuoteFormatError
 
     report: dict[str, Any] = {"accepted": False, "parsed": False, "replayed": False, "refusals": []}
 

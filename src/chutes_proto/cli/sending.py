@@ -10,7 +10,7 @@ from chutes_proto.cli import console
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from chutes_proto.client.policy import RetryPolicy
+    from chutes_proto.boot._retry_policy import RetryPolicy
     from chutes_proto.errors import ChutesError
     from chutes_proto.log import Record
     from chutes_proto.wire.http import HttpRequest, HttpResponse
@@ -32,7 +32,7 @@ def add_wait(parser: argparse.ArgumentParser, seconds: float) -> None:
 
 def retry_policy(options: argparse.Namespace) -> RetryPolicy:
     """Raises `ConfigurationError`."""
-    from chutes_proto.client.policy import RetryPolicy
+    from chutes_proto.boot._retry_policy import RetryPolicy
     from chutes_proto.errors import ConfigurationError
 
     if not 0 <= options.wait <= 86400:

@@ -10,10 +10,10 @@ from chutes_proto.cli import console
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from chutes_proto.blocking.collateral import UpstreamCollateral
-    from chutes_proto.blocking.perform import CollateralSource
-    from chutes_proto.blocking.setup import ServerSetup
-    from chutes_proto.cli.serving import Transport
+    from chutes_proto.io.collateral.upstream import UpstreamCollateral
+    from chutes_proto.io.drivers.sync import CollateralSource
+    from chutes_proto.io.server.serving import Transport
+    from chutes_proto.io.server.setup import ServerSetup
 
 NAME = "serve"
 
@@ -79,8 +79,8 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace) -> int:
-    from chutes_proto.blocking.setup import load_setup
     from chutes_proto.errors import ConfigurationError, FileUnavailable
+    from chutes_proto.io.server.setup import load_setup
 
     if options.dev:
         return _develop(options)
@@ -101,9 +101,9 @@ def _check(setup: ServerSetup) -> int:
     """Say what there is; 1 if something of it cannot work."""
     import time
 
-    from chutes_proto.blocking.collateral import UpstreamCollateral
-    from chutes_proto.blocking.setup import check_store
     from chutes_proto.errors import CollateralUnavailable, ConfigurationError, StoreError
+    from chutes_proto.io.collateral.upstream import UpstreamCollateral
+    from chutes_proto.io.server.setup import check_store
 
     faults: list[str] = []
     console.say(f"root: {setup.service.trust}")
@@ -146,9 +146,9 @@ def _serve(
 ) -> int:
     import signal
 
-    from chutes_proto.blocking.setup import check_keys
-    from chutes_proto.cli.serving import serve_until_stopped
     from chutes_proto.errors import ConfigurationError, StoreError
+    from chutes_proto.io.server.serving import serve_until_stopped
+    from chutes_proto.io.server.setup import check_keys
 
     try:
         store = setup.store.open()
@@ -177,11 +177,11 @@ def _develop(options: argparse.Namespace) -> int:
     import time
     from pathlib import Path
 
-    from chutes_proto.blocking.platform import open_platform, platform_directory
-    from chutes_proto.blocking.setup import load_setup
-    from chutes_proto.blocking.shelf import CollateralDirectory
     from chutes_proto.cli.development import AUTHORITY, CONFIGURATION, RenewedCollateral, write_server
     from chutes_proto.errors import ConfigurationError
+    from chutes_proto.io.collateral.directory import CollateralDirectory
+    from chutes_proto.io.quoters.simulated import open_platform, platform_directory
+    from chutes_proto.io.server.setup import load_setup
 
     if options.check:
         raise ConfigurationError("--check goes with --config")

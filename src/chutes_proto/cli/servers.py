@@ -10,8 +10,8 @@ from chutes_proto.cli import console, miner
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from chutes_proto.client.servers import Miner
     from chutes_proto.effects import Flow
+    from chutes_proto.miner._flows import Miner
 
 NAME = "servers"
 _AT = "https://keys.example:8443 --hotkey-file h"
@@ -54,8 +54,8 @@ def _action(actions: console.Subparsers, name: str, summary: str, example: str =
 def run(options: argparse.Namespace) -> int:
     import attrs
 
-    from chutes_proto.client import servers
     from chutes_proto.errors import Refusal
+    from chutes_proto.miner import _flows as servers
 
     flows: dict[str, Callable[[Miner], Flow[Any]]] = {
         "list": servers.list_servers,

@@ -16,23 +16,23 @@ from attrs import frozen
 
 from chutes_proto import ChutesError
 from chutes_proto.auth.client_identity import ENTROPY_SIZE, ClientIdentity, make_client_identity
-from chutes_proto.blocking.disks import HOW_TO_INSTALL, Disks, find_cryptsetup
-from chutes_proto.blocking.quoting import Quoter
-from chutes_proto.blocking.setup import load_setup
-from chutes_proto.blocking.sockets import urls
-from chutes_proto.blocking.tls import client_context
+from chutes_proto.boot._flows import BootSettings, attest_boot, boot, fetch_nonce, make_quote, sync_volumes
+from chutes_proto.boot._retry_policy import RetryPolicy
 from chutes_proto.cli import console
 from chutes_proto.cli.development import AUTHORITY, CONFIGURATION, write_collateral, write_server
-from chutes_proto.cli.serving import Certificate, binding, listen, open_server, unwrapped
-from chutes_proto.client.flows import BootSettings, attest_boot, boot, fetch_nonce, make_quote, sync_volumes
-from chutes_proto.client.policy import RetryPolicy
-from chutes_proto.codes import Code
 from chutes_proto.effects import Flow
 from chutes_proto.errors import Refusal
+from chutes_proto.io.disks.cryptsetup import HOW_TO_INSTALL, Disks, find_cryptsetup
+from chutes_proto.io.http.tls import client_context
+from chutes_proto.io.quoters.choose import Quoter
+from chutes_proto.io.server.serving import Certificate, binding, listen, open_server, unwrapped
+from chutes_proto.io.server.setup import load_setup
+from chutes_proto.io.server.sockets import urls
 from chutes_proto.log import Record
 from chutes_proto.luks.plan import Format, Key, Open
 from chutes_proto.secret import Secret
-from chutes_proto.testing.platform import SimulatedPlatform
+from chutes_proto.testing._platform import SimulatedPlatform
+from chutes_proto.wire.codes import Code
 from chutes_proto_trio import BootAgent, Performer
 from chutes_proto_trio.perform import HttpxSender
 

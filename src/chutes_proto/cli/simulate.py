@@ -56,11 +56,11 @@ def run(options: argparse.Namespace) -> int:
 
     from attrs import evolve
 
-    from chutes_proto.blocking.files import make_directory, write_file
-    from chutes_proto.blocking.platform import open_platform, platform_directory
     from chutes_proto.errors import ConfigurationError
-    from chutes_proto.testing.directory import simulation_files
-    from chutes_proto.testing.faults import FAULTS
+    from chutes_proto.io.files import make_directory, write_file
+    from chutes_proto.io.quoters.simulated import open_platform, platform_directory
+    from chutes_proto.testing._directory import simulation_files
+    from chutes_proto.testing._faults import FAULTS
 
     if options.list_faults:
         for fault in FAULTS.values():

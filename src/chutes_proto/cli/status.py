@@ -31,8 +31,8 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> int:
     import attrs
 
-    from chutes_proto.client.servers import read_status
     from chutes_proto.errors import Refusal
+    from chutes_proto.miner._flows import read_status
 
     try:
         answer = miner.ask(options, lambda who, _: read_status(who, options.id))

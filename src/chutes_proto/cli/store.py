@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from chutes_proto.cli import console, operating
 
 if TYPE_CHECKING:
-    from chutes_proto.blocking.stores import StorePlace
+    from chutes_proto.io.stores.address import StorePlace
     from chutes_proto.keys.vault import Vault
 
 NAME = "store"
@@ -131,7 +131,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _place(options: argparse.Namespace) -> tuple[StorePlace, Vault | None]:
     """The store, and with a configuration the server's key-encryption keys."""
-    from chutes_proto.blocking.setup import load_setup
+    from chutes_proto.io.server.setup import load_setup
 
     if options.config:
         setup = load_setup(options.config)
@@ -143,14 +143,14 @@ def _named(option: str, address: str) -> StorePlace:
     """The store at an address on the command line."""
     from pathlib import Path
 
-    from chutes_proto.blocking.stores import StorePlace
     from chutes_proto.errors import ConfigurationError
-    from chutes_proto.server.config import check_store_address
+    from chutes_proto.io.stores.address import StorePlace
+    from chutes_proto.server._config import check_store_address
 
     if problem := check_store_address(address):
         raise ConfigurationError(f"{option}: {problem}")
     if address.startswith("postgresql:"):
-        from chutes_proto.blocking.postgres import has_secret
+        from chutes_proto.io.stores.postgres import has_secret
 
         try:
             told = has_secret(address)
@@ -181,8 +181,8 @@ def _migrate(place: StorePlace) -> dict[str, Any]:
 def _copy(source: StorePlace, place: StorePlace, vault: Vault | None, reason: str) -> dict[str, Any]:
     from contextlib import closing
 
-    from chutes_proto.blocking.setup import check_keys
     from chutes_proto.errors import ConfigurationError, StoreError
+    from chutes_proto.io.server.setup import check_keys
     from chutes_proto.units.contents import ReadContents, WriteContents
 
     if not source.is_made():
@@ -222,8 +222,8 @@ def _restored(place: StorePlace, reason: str) -> dict[str, Any]:
 
 
 def _check(place: StorePlace, vault: Vault | None) -> dict[str, Any]:
-    from chutes_proto.blocking.setup import check_keys
     from chutes_proto.errors import StoreError
+    from chutes_proto.io.server.setup import check_keys
     from chutes_proto.store.sql import SCHEMA_VERSION
 
     if not place.is_made():

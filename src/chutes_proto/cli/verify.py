@@ -7,14 +7,14 @@ import re
 from typing import TYPE_CHECKING, Any, Final
 
 from chutes_proto.cli import console
-from chutes_proto.quote.terms import rfc3339
+from chutes_proto.quote._terms import rfc3339
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from chutes_proto.quote._policy import AnyPolicy
+    from chutes_proto.quote._roots import TrustedRoot
     from chutes_proto.quote.errors import QuoteError
-    from chutes_proto.quote.policy import AnyPolicy
-    from chutes_proto.quote.roots import TrustedRoot
 
 NAME = "verify"
 _SHORTEST: Final = 1024  # digits; no quote has fewer
@@ -72,8 +72,8 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> int:
     import time
 
-    from chutes_proto.blocking.files import MAX_SIZE, read_head
     from chutes_proto.cli.quotes import trusted_root
+    from chutes_proto.io.files import MAX_SIZE, read_head
 
     root = trusted_root(options)
     policy = _policy(options)
@@ -88,10 +88,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _policy(options: argparse.Namespace) -> AnyPolicy:
-    from chutes_proto.blocking.files import read_file
     from chutes_proto.errors import ConfigurationError, QuoteError
-    from chutes_proto.quote.policy import Policy, parse_policy_toml
-    from chutes_proto.server.profiles import EXTRA_KEYS
+    from chutes_proto.io.files import read_file
+    from chutes_proto.quote._policy import Policy, parse_policy_toml
+    from chutes_proto.server._profiles import EXTRA_KEYS
 
     if options.policy is None:
         return Policy(measurements="unchecked")
@@ -111,10 +111,10 @@ def _judge(
     policy: AnyPolicy,
 ) -> dict[str, Any]:
     from chutes_proto.cli.quotes import claimed_platform, platform_fields, quote_fields
-    from chutes_proto.quote.collateral import Collateral
+    from chutes_proto.quote._collateral import Collateral
+    from chutes_proto.quote._layout import parse_quote
+    from chutes_proto.quote._verify import open_quote, verify
     from chutes_proto.quote.errors import AppraisalError, CollateralFormatError, QuoteFormatError, VerificationError
-    from chutes_proto.quote.layout import parse_quote
-    from chutes_proto.quote.verify import open_quote, verify
 
     report: dict[str, Any] = {
         "verified": False,
@@ -176,7 +176,7 @@ def _hint(options: argparse.Namespace, exc: QuoteError, open_again: Callable[[],
     import shlex
 
     from chutes_proto.cli.quotes import ANOTHER_ROOT
-    from chutes_proto.quote import steps
+    from chutes_proto.quote import _steps as steps
     from chutes_proto.quote.errors import CollateralFormatError
 
     file = options.collateral

@@ -36,15 +36,15 @@ from chutes_proto.collateral.pcs import MAX_RETRY_AFTER, Update, Upstream, ask
 from chutes_proto.effects import Log, Now, Sleep
 from chutes_proto.errors import ConfigurationError, TransportError, UpstreamError
 from chutes_proto.log import Level, Record
+from chutes_proto.quote._terms import check_seconds, rfc3339
+from chutes_proto.quote._verify import authenticate_collateral
 from chutes_proto.quote.errors import QuoteError
-from chutes_proto.quote.terms import check_seconds, rfc3339
-from chutes_proto.quote.verify import authenticate_collateral
 
 if TYPE_CHECKING:
     from chutes_proto.effects import Flow
     from chutes_proto.log import Value
-    from chutes_proto.quote.collateral import Collateral, VerifiedCollateral
-    from chutes_proto.quote.roots import TrustedRoot
+    from chutes_proto.quote._collateral import Collateral, VerifiedCollateral
+    from chutes_proto.quote._roots import TrustedRoot
 
 
 @frozen(kw_only=True)

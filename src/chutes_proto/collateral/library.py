@@ -19,10 +19,10 @@ from typing import Final
 from attrs import frozen
 
 from chutes_proto.errors import CollateralUnavailable
-from chutes_proto.quote.collateral import VerifiedCollateral
-from chutes_proto.quote.layout import Tee
-from chutes_proto.quote.pck import Ca, PckIdentity
-from chutes_proto.quote.terms import check_seconds, rfc3339
+from chutes_proto.quote._collateral import VerifiedCollateral
+from chutes_proto.quote._layout import Tee
+from chutes_proto.quote._pck import Ca, PckIdentity
+from chutes_proto.quote._terms import check_seconds, rfc3339
 
 _TOLD: Final = 5
 """How many files an error names."""

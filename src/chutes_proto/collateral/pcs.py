@@ -30,8 +30,8 @@ from attrs import frozen
 
 from chutes_proto.effects import Get, Now
 from chutes_proto.errors import ConfigurationError, UpstreamError
-from chutes_proto.quote import strict_json
-from chutes_proto.quote.collateral import Collateral
+from chutes_proto.quote import _strict_json as strict_json
+from chutes_proto.quote._collateral import Collateral
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -6,7 +6,7 @@ Rules kept here:
 * the limits are those of `ServerConnection`, and what breaks them is answered by the same application. Only a peer that
   sends nothing at all is left to the ASGI server, because nothing wakes this end;
 * an ASGI server shows no client certificate: one comes in a header of a trusted proxy, or not at all
-  (``chutes_proto/server/proxy.py``). A peer without an address is one of a unix socket; an ASGI server that rewrites
+  (``chutes_proto/server/_proxy.py``). A peer without an address is one of a unix socket; an ASGI server that rewrites
   addresses from headers (uvicorn, unless told ``--no-proxy-headers``) must not do so here;
 * mounted under a path, that path is not seen by the application.
 
@@ -21,10 +21,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 from urllib.parse import quote_from_bytes, unquote
 
-from chutes_proto.codes import Code
 from chutes_proto.effects import Uptime
 from chutes_proto.errors import BadRequest, LocalProtocolError
 from chutes_proto.transport.h1 import DEFAULT_LIMITS, Application, Limits
+from chutes_proto.wire.codes import Code
 from chutes_proto.wire.http import HttpRequest, MalformedRequest, plain_address
 
 if TYPE_CHECKING:

@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from attrs import frozen
 
-from chutes_proto.codes import Code
 from chutes_proto.errors import BadRequest, LocalProtocolError, RemoteProtocolError
+from chutes_proto.wire.codes import Code
 from chutes_proto.wire.http import Headers, HttpRequest, HttpResponse, MalformedRequest, plain_address
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ Rules kept here:
   never proven, and gets none of the keys that were made under it;
 * a root passphrase is made once per VM and is the same at every boot.
 
-The order in which the server checks before it comes here is in ``server/boot.py``.
+The order in which the server checks before it comes here is in ``server/_boot.py``.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Literal
 
 from attrs import evolve, frozen
 
-from chutes_proto.codes import Code
 from chutes_proto.errors import Refused
 from chutes_proto.keys import generations
+from chutes_proto.store._run import Unit
 from chutes_proto.store.rows import (
     AttestationRow,
     AuditRow,
@@ -35,14 +35,14 @@ from chutes_proto.store.rows import (
     Vm,
     VmRow,
 )
-from chutes_proto.store.run import Unit
 from chutes_proto.units.keys import Keeper, by_volume
 from chutes_proto.units.nonces import redeem_nonce
+from chutes_proto.wire.codes import Code
 
 if TYPE_CHECKING:
     from chutes_proto.keys.vault import FreshKey, Vault
     from chutes_proto.secret import Secret
-    from chutes_proto.store.run import Script
+    from chutes_proto.store._run import Script
 
 TOKEN_SECONDS = 600
 REFUSALS_PER_DAY = 100

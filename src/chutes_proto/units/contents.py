@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from attrs import frozen
 
 from chutes_proto.errors import StoreError
+from chutes_proto.store._run import Unit
 from chutes_proto.store.rows import (
     ROWS,
     AuditRow,
@@ -30,10 +31,9 @@ from chutes_proto.store.rows import (
     VmRow,
     VolumeRow,
 )
-from chutes_proto.store.run import Unit
 
 if TYPE_CHECKING:
-    from chutes_proto.store.run import Script
+    from chutes_proto.store._run import Script
 
 
 @frozen

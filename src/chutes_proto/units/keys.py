@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from chutes_proto.keys.generations import Change, HandOut, Seal, Supply
     from chutes_proto.keys.vault import FreshKey, Vault
     from chutes_proto.secret import Secret
+    from chutes_proto.store._run import Script
     from chutes_proto.store.rows import BootRow, Decision
-    from chutes_proto.store.run import Script
 
 
 def by_volume(rows: Iterable[GenerationRow]) -> defaultdict[str, list[GenerationRow]]:

@@ -16,11 +16,11 @@ from collections.abc import Mapping
 
 from attrs import evolve, frozen
 
-from chutes_proto.codes import Code
 from chutes_proto.errors import Refused, SealBroken
 from chutes_proto.keys import generations
 from chutes_proto.keys.vault import NONCE_SIZE, Address, FreshKey, Vault
-from chutes_proto.quote.terms import rfc3339
+from chutes_proto.quote._terms import rfc3339
+from chutes_proto.store._run import Script, Unit
 from chutes_proto.store.rows import (
     AuditRow,
     CountSealed,
@@ -50,9 +50,9 @@ from chutes_proto.store.rows import (
     VoidTokens,
     VolumeRow,
 )
-from chutes_proto.store.run import Script, Unit
 from chutes_proto.units.keys import Keeper, by_volume
 from chutes_proto.units.nonces import SKEW
+from chutes_proto.wire.codes import Code
 
 KEPT = 3
 """How many of a volume's newest generations no purge takes."""

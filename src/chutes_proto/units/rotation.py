@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from attrs import evolve, frozen
 
-from chutes_proto.codes import Code
 from chutes_proto.errors import KeyUnavailable, Refused
 from chutes_proto.keys import generations
 from chutes_proto.keys.generations import K3S_VOLUME, Pruned
+from chutes_proto.store._run import Unit
 from chutes_proto.store.rows import (
     AttestationRow,
     BootRow,
@@ -41,14 +41,14 @@ from chutes_proto.store.rows import (
     VmRow,
     VolumeRow,
 )
-from chutes_proto.store.run import Unit
 from chutes_proto.units.boot import taken
 from chutes_proto.units.keys import Keeper, audit, by_volume, report
+from chutes_proto.wire.codes import Code
 
 if TYPE_CHECKING:
     from chutes_proto.keys.vault import FreshKey, Vault
     from chutes_proto.secret import Secret
-    from chutes_proto.store.run import Script
+    from chutes_proto.store._run import Script
 
 CONFIRM_SECONDS = 300
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Literal
 
 from attrs import evolve, frozen
 
-from chutes_proto.codes import Code
 from chutes_proto.errors import BadRequest, Refused, StoreBusy
+from chutes_proto.store._run import Unit
 from chutes_proto.store.rows import (
     AttestationRow,
     AuditRow,
@@ -44,13 +44,13 @@ from chutes_proto.store.rows import (
     ServerRow,
     Vm,
 )
-from chutes_proto.store.run import Unit
 from chutes_proto.units.boot import DAY, REFUSALS_PER_DAY, legible
 from chutes_proto.units.nonces import redeem_nonce
+from chutes_proto.wire.codes import Code
 
 if TYPE_CHECKING:
-    from chutes_proto.quote.measurements import Profile
-    from chutes_proto.store.run import Script
+    from chutes_proto.quote._measurements import Profile
+    from chutes_proto.store._run import Script
 
 EVIDENCE_SECONDS = 86_400
 """How long a boot shows whose the address is that it came from."""

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING
 
 from attrs import frozen
 
-from chutes_proto.codes import Code
 from chutes_proto.errors import Refused
 from chutes_proto.keys import generations
 from chutes_proto.keys.generations import RESERVED_VOLUMES, Pruned, Supply
+from chutes_proto.store._run import Unit
 from chutes_proto.store.rows import (
     BootRow,
     BootVolumeRow,
@@ -34,13 +34,13 @@ from chutes_proto.store.rows import (
     SpendToken,
     Vm,
 )
-from chutes_proto.store.run import Unit
 from chutes_proto.units.keys import Keeper, audit, by_volume, report
+from chutes_proto.wire.codes import Code
 
 if TYPE_CHECKING:
     from chutes_proto.keys.vault import FreshKey, Vault
     from chutes_proto.secret import Secret
-    from chutes_proto.store.run import Script
+    from chutes_proto.store._run import Script
 
 
 @frozen

@@ -21,12 +21,12 @@ from urllib.parse import parse_qsl, quote, urlencode
 
 import attrs
 
-from chutes_proto.codes import Code
 from chutes_proto.errors import BadRequest, Refusal, Refused, RemoteProtocolError, ValidationProblem, refusal
 from chutes_proto.secret import Secret
 from chutes_proto.strict import MismatchError, ProblemsError, Structurer, list_of, string
 from chutes_proto.wire import json
 from chutes_proto.wire.answers import JSON_HEADERS
+from chutes_proto.wire.codes import Code
 from chutes_proto.wire.endpoint import PLACE, Endpoint, Message, the_bytes, the_list, wire_name
 from chutes_proto.wire.http import Headers, HttpRequest, HttpResponse
 from chutes_proto.wire.names import NAME_PATTERN, Name

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from attrs import Attribute, field, frozen
 
-from chutes_proto.codes import Code
+from chutes_proto.wire.codes import Code
 
 if TYPE_CHECKING:
     from attrs import AttrsInstance

@@ -14,8 +14,8 @@ from urllib.parse import unquote_to_bytes
 
 from attrs import frozen
 
-from chutes_proto.codes import Code
 from chutes_proto.wire import miners, public, vms
+from chutes_proto.wire.codes import Code
 from chutes_proto.wire.endpoint import PARAMETER, Endpoint
 
 _SEGMENT = r"((?:[^/%]|%[0-9A-Fa-f]{2})+)"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from chutes_proto.quote import strict_json
+from chutes_proto.quote import _strict_json as strict_json
 
 
 class JsonError(ValueError):

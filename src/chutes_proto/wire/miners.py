@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from attrs import frozen
 
-from chutes_proto.codes import Code
+from chutes_proto.wire.codes import Code
 from chutes_proto.wire.endpoint import QUOTE_CODES, QUOTE_REFUSALS, Endpoint, NonceAnswer, body, header, path, query
 from chutes_proto.wire.names import Name
 
@@ -23,7 +23,7 @@ class SignedRequest:
 
 @frozen
 class NodeArgs:
-    """One GPU as its owner declares it; what must hold of it stands in ``server/gpus.py``."""
+    """One GPU as its owner declares it; what must hold of it stands in ``server/_gpus.py``."""
 
     uuid: str = body("GPU uuid, unique among all servers")
     name: str = body("model name as the driver has it")

@@ -9,9 +9,9 @@ from typing import Any, cast, get_args, get_origin
 import attrs
 
 from chutes_proto import __version__
-from chutes_proto.codes import Code
 from chutes_proto.secret import Secret
 from chutes_proto.wire import json
+from chutes_proto.wire.codes import Code
 from chutes_proto.wire.endpoint import (
     DESCRIPTION,
     DOCUMENTED_AS_REQUIRED,

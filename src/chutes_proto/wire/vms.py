@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from attrs import frozen
 
-from chutes_proto.codes import Code
 from chutes_proto.secret import Secret
+from chutes_proto.wire.codes import Code
 from chutes_proto.wire.endpoint import QUOTE_CODES, STORE_CODES, Endpoint, NonceAnswer, body, header, path, query
 from chutes_proto.wire.names import Name
 

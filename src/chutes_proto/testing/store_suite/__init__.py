@@ -18,16 +18,16 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 
 from attrs import frozen
 
-from chutes_proto.codes import Code
 from chutes_proto.errors import Refusal
 from chutes_proto.keys.generations import K3S_VOLUME
 from chutes_proto.keys.vault import FreshKey, KeyEncryptionKey, Vault
 from chutes_proto.secret import Secret
+from chutes_proto.store._run import Script, Store, Unit
 from chutes_proto.store.rows import ROWS, Platform, ReadHorizon, Scan, StoreOp, Vm
-from chutes_proto.store.run import Script, Store, Unit
 from chutes_proto.units.boot import GrantBoot
 from chutes_proto.units.rotation import AttestVolumes, ConfirmNonce, ConfirmVolumes
 from chutes_proto.units.volumes import ReadVolume, SyncVolumes
+from chutes_proto.wire.codes import Code
 
 T = TypeVar("T")
 

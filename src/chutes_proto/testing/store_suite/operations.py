@@ -5,7 +5,8 @@ from __future__ import annotations
 from attrs import evolve
 
 from chutes_proto.errors import StoreError
-from chutes_proto.store.memory import MemoryStore
+from chutes_proto.store._memory import MemoryStore
+from chutes_proto.store._run import Store
 from chutes_proto.store.rows import (
     ROWS,
     AttestationRow,
@@ -63,7 +64,6 @@ from chutes_proto.store.rows import (
     VoidTokens,
     VolumeRow,
 )
-from chutes_proto.store.run import Store
 from chutes_proto.testing.store_suite import (
     NOW,
     VM,

@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 
 from attrs import evolve, frozen
 
-from chutes_proto.codes import Code
 from chutes_proto.errors import Refused
 from chutes_proto.keys.vault import NONCE_SIZE, Address, KeyEncryptionKey, Vault
+from chutes_proto.store._run import Script, Store, Unit
 from chutes_proto.store.rows import (
     BootRow,
     GenerationRow,
@@ -25,7 +25,6 @@ from chutes_proto.store.rows import (
     SetHorizon,
     Vm,
 )
-from chutes_proto.store.run import Script, Store, Unit
 from chutes_proto.testing.store_suite import (
     CALLERS,
     DAY,
@@ -54,6 +53,7 @@ from chutes_proto.units.operator import RewrapKeys, Rewrapped, StoreRestored
 from chutes_proto.units.rotation import Pair
 from chutes_proto.units.servers import RegisterServer
 from chutes_proto.units.volumes import VolumeKeys
+from chutes_proto.wire.codes import Code
 
 T = TypeVar("T")
 

@@ -1,0 +1,524 @@
+"""What a VM does, as flows: get a nonce, attest, receive the root passphrase, receive its volumes' passphrases.
+
+Rules kept here:
+
+* the exchange table (``boot/_exchange.py``) decides what follows what, the retry policy (``boot/_retry.py``) when;
+* each attempt at a grant has a nonce of its own; each attempt at a sync sends the same bytes, which the server answers
+  the same way once it has taken them, so a lost answer loses nothing;
+* the keys of the two-phase exchange are handed out once for a boot: their attestation is repeated as it was, and so is
+  their confirmation;
+* an answer is used only if it is whole: exactly the volumes that were asked for, no passphrase empty;
+* nothing secret is logged, and no answer makes a flow send its request anywhere else: a redirect is an error.
+
+The flows send to one server, over connections that present the client certificate which the settings name. That is the
+driver's part; ``chutes_proto.io``, ``chutes_proto_trio`` and ``chutes_proto_asyncio`` have drivers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from typing import Any, TypeVar, cast
+
+import attrs
+from attrs import Factory, define, field, frozen
+
+from chutes_proto.auth.binding import report_data
+from chutes_proto.auth.hotkey import Hotkey, HotkeyError
+from chutes_proto.auth.signing import Signer, body_message
+from chutes_proto.boot._exchange import Exchange, Input, State, failure
+from chutes_proto.boot._retry import begin, conceal
+from chutes_proto.boot._retry_policy import DEFAULT_RETRY, RetryPolicy
+from chutes_proto.effects import Flow, Log, MakeQuote, Send
+from chutes_proto.errors import (
+    LocalProtocolError,
+    QuoteUnavailable,
+    Refusal,
+    RemoteProtocolError,
+    TransportError,
+)
+from chutes_proto.log import Level, Record, Value
+from chutes_proto.secret import Secret
+from chutes_proto.wire import codec, vms
+from chutes_proto.wire.endpoint import Endpoint, Message, NonceAnswer
+from chutes_proto.wire.names import HEX_32, NAME_PATTERN, NAME_RULE, Name
+
+A = TypeVar("A", bound=Message)
+
+_PRINTABLE = re.compile(r"[!-~]{1,128}")
+
+
+# --- values ---
+
+
+@frozen
+class BootSettings:
+    """Who boots: the hotkey that owns the VM, the VM's name, and the SHA-256 of its client key.
+
+    ``spki_sha256`` is over the DER SubjectPublicKeyInfo of the client certificate that the driver's connections
+    present. With a ``signer`` the attestation also proves the hotkey. Raises `LocalProtocolError` for values that no
+    request could carry.
+    """
+
+    miner_hotkey: str
+    vm_name: str
+    spki_sha256: bytes
+    signer: Signer | None = field(default=None, repr=False)
+    retry: RetryPolicy = DEFAULT_RETRY
+
+    def __attrs_post_init__(self) -> None:
+        if not _PRINTABLE.fullmatch(self.miner_hotkey):
+            raise LocalProtocolError("a hotkey is an SS58 address")
+        if not re.fullmatch(NAME_PATTERN, self.vm_name):
+            raise LocalProtocolError(f"a VM's name is {NAME_RULE}")
+        if self.signer is not None:
+            try:
+                _ = Hotkey.parse(self.miner_hotkey)
+            except HotkeyError as exc:
+                raise LocalProtocolError(f"a signer needs a hotkey: {exc}") from None
+        if len(self.spki_sha256) != hashlib.sha256().digest_size:
+            raise LocalProtocolError("the digest of the client key is 32 bytes")
+
+
+@frozen
+class BootGrant:
+    """What a verified boot is given. Exactly one of ``boot_token`` and ``luks_quote_nonce`` is there.
+
+    ``boot_token`` opens one sync within 600 s; ``luks_quote_nonce`` is for images with the two-phase exchange.
+    """
+
+    miner_hotkey: str
+    vm_name: str
+    root_passphrase: Secret
+    boot_token: Secret | None = None
+    luks_quote_nonce: Secret | None = None
+
+
+@frozen
+class VolumeKeys:
+    """A passphrase for each volume that was asked for, in that order.
+
+    ``in_use`` are those whose disk is known to hold data: who finds a blank disk there must not format it.
+    """
+
+    passphrases: Mapping[str, Secret]
+    in_use: frozenset[str]
+
+
+@frozen
+class KeyPair:
+    """A volume's keys of the two-phase exchange.
+
+    ``current`` opens the disk; it is None where the volume never had a key, and then ``next`` formats it. Else ``next``
+    is added to the disk.
+    """
+
+    current: Secret | None
+    next: Secret
+
+
+@define
+class Rotation:
+    """What a two-phase boot was handed, and what it has to say of it.
+
+    The caller opens each volume's disk with ``current``, or formats a blank one that is not in ``in_use``, adds
+    ``next`` and calls `added`. A volume whose disk does not open is `left_out`, and its old keys stay as they are. Once
+    the confirmation is through, only the next key of an added volume is needed; where it is not, none may be taken off
+    the disk. ``k3s_encryption_key`` is 32 bytes in base64, the same at every boot.
+    """
+
+    keys: Mapping[str, KeyPair]
+    in_use: frozenset[str]
+    k3s_encryption_key: Secret
+    grant: BootGrant
+    confirm_nonce: Secret
+    report: dict[str, bool] = field(
+        init=False, default=Factory(lambda self: dict.fromkeys(self.keys, False), takes_self=True)
+    )
+
+    def added(self, volume: str) -> None:
+        """The disk of ``volume`` was opened, or formatted, and has the next key."""
+        self._check(volume)
+        self.report[volume] = True
+
+    def left_out(self, volume: str) -> None:
+        """The disk of ``volume`` was not opened: nothing is confirmed of it."""
+        self._check(volume)
+        del self.report[volume]
+
+    def _check(self, volume: str) -> None:
+        if volume not in self.report:
+            raise LocalProtocolError(f"{volume!r} is none of the volumes to confirm: {', '.join(self.report)}")
+
+
+# --- the whole exchange ---
+
+
+def boot(settings: BootSettings) -> Flow[BootGrant]:
+    """Attest until the server grants: nonce, quote, attestation, and all of it anew after a failure that may pass.
+
+    Raises `Refused` or `BadRequest` at the first final answer, and, when attempts or time are used up, the last of
+    `Unavailable`, `TransportError`, `RemoteProtocolError`, `QuoteUnavailable`.
+    """
+    grant: BootGrant = yield from _reach(_GRANTED, _boot_steps(settings), settings.retry)
+    return grant
+
+
+def sync_volumes(
+    grant: BootGrant,
+    volumes: Sequence[str],
+    rekey: Sequence[str] = (),
+    formatted: Sequence[str] | None = None,
+    *,
+    retry: RetryPolicy = DEFAULT_RETRY,
+) -> Flow[VolumeKeys]:
+    """The passphrases of ``volumes``, which is the whole set of the VM's volumes; the server retires all others.
+
+    ``rekey`` names those that must get a new passphrase because they are about to be formatted, ``formatted`` those
+    that have a LUKS header. With None for ``formatted`` the server takes all that are not in ``rekey`` for formatted,
+    and says of them from then on that they are in use.
+
+    Raises as `boot` does; `Refused` with status 401 when the token is gone: a new boot may then begin.
+    """
+    sync = _sync_step(volumes, rekey, formatted)
+    held: tuple[BootGrant, VolumeKeys] = yield from _reach({Input.KEYS}, {State.TOKEN_HELD: sync}, retry, grant)
+    return held[1]
+
+
+def boot_and_sync(
+    settings: BootSettings,
+    volumes: Sequence[str],
+    rekey: Sequence[str] = (),
+    formatted: Sequence[str] | None = None,
+    *,
+    grant: BootGrant | None = None,
+) -> Flow[tuple[BootGrant, VolumeKeys]]:
+    """`boot` and `sync_volumes` in one, on one budget; begins with the sync where there is a ``grant``.
+
+    When the token has died before a sync was answered, a new boot begins. Raises as `boot` does.
+    """
+    steps = {**_boot_steps(settings), State.TOKEN_HELD: _sync_step(volumes, rekey, formatted)}
+    held: tuple[BootGrant, VolumeKeys] = yield from _reach({Input.KEYS}, steps, settings.retry, grant)
+    return held
+
+
+def read_cache_passphrase(grant: BootGrant, *, retry: RetryPolicy = DEFAULT_RETRY) -> Flow[Secret]:
+    """The passphrase of the server's first volume, as older images ask for it; the token is not spent.
+
+    Raises as `sync_volumes` does; `Refused` with status 404 where no passphrase is kept.
+    """
+    passphrase: Secret = yield from _reach({Input.PASSPHRASE}, {State.TOKEN_HELD: _read_step()}, retry, grant)
+    return passphrase
+
+
+def attest_volumes(
+    settings: BootSettings,
+    volumes: Sequence[str],
+    formatted: Sequence[str] | None = None,
+    *,
+    grant: BootGrant | None = None,
+) -> Flow[Rotation]:
+    """The current and the next key of each of ``volumes``, for a second quote; boots first where there is no ``grant``.
+
+    ``formatted`` names those that have a LUKS header; None says nothing of them. A lost answer is asked for again with
+    the same bytes; when the quote nonce has died before that, a new boot begins. What was handed out must be confirmed
+    with `confirm_volumes` once the disks are open.
+
+    Raises as `boot` does, and `LocalProtocolError` where the server granted the base exchange.
+    """
+    steps = {**_boot_steps(settings), **_attest_steps(settings, volumes, formatted)}
+    rotation: Rotation = yield from _reach({Input.PAIRS}, steps, settings.retry, grant)
+    return rotation
+
+
+def receive_keys(
+    settings: BootSettings,
+    volumes: Sequence[str],
+    formatted: Sequence[str] | None = None,
+    *,
+    grant: BootGrant | None = None,
+) -> Flow[tuple[BootGrant, VolumeKeys] | Rotation]:
+    """The keys of ``volumes`` in whichever exchange the server grants: `boot_and_sync` or `attest_volumes`.
+
+    Arguments and errors are theirs.
+    """
+    steps = {
+        **_boot_steps(settings),
+        State.TOKEN_HELD: _sync_step(volumes, (), formatted),
+        **_attest_steps(settings, volumes, formatted),
+    }
+    received: tuple[BootGrant, VolumeKeys] | Rotation = yield from _reach(
+        {Input.KEYS, Input.PAIRS}, steps, settings.retry, grant
+    )
+    return received
+
+
+def confirm_volumes(rotation: Rotation, *, retry: RetryPolicy = DEFAULT_RETRY) -> Flow[Mapping[str, str]]:
+    """Tell the server what the caller reported; it is through when this returns. Nothing is sent for no volume at all.
+
+    The reply is what came of each volume. Where it is ``promoted``, the next key alone is needed from now on; where it
+    is anything else, every key stays on the disk.
+
+    Raises `Refused` where the server decided otherwise meanwhile (401, 409) and `TransportError` where nothing is
+    known: in either case every key stays on the disk.
+    """
+    if not rotation.report:
+        return {}
+    results: Mapping[str, str] = yield from _reach(
+        {Input.CONFIRMED}, {State.HANDED: _confirm_step()}, retry, rotation, State.HANDED
+    )
+    return results
+
+
+# --- single steps ---
+
+
+def fetch_nonce(settings: BootSettings) -> Flow[bytes]:
+    """A fresh boot nonce of 32 bytes, bound to the settings' hotkey. Raises `Refusal`, `TransportError`."""
+    request = vms.BootNonceRequest(miner_hotkey=settings.miner_hotkey)
+    answer = yield from _ask(vms.BOOT_NONCE, request, NonceAnswer)
+    if not HEX_32.fullmatch(answer.nonce):
+        raise RemoteProtocolError("the server's nonce is not 64 lowercase hex digits")
+    return bytes.fromhex(answer.nonce)
+
+
+def make_quote(settings: BootSettings, nonce: bytes) -> Flow[bytes]:
+    """A quote that binds the nonce and the client key. Raises `QuoteUnavailable`."""
+    return (yield from MakeQuote(report_data(nonce, settings.spki_sha256)))
+
+
+def attest_boot(settings: BootSettings, nonce: bytes, quote: bytes) -> Flow[BootGrant]:
+    """Hand the quote in and receive the grant; the nonce is spent if, and only if, the server grants.
+
+    Raises `Refusal`, `TransportError`, and `RemoteProtocolError` for an answer that is no whole grant.
+    """
+    message = vms.BootAttestationRequest(
+        quote=codec.encode_quote(quote),
+        vm_name=Name(settings.vm_name),
+        miner_hotkey=settings.miner_hotkey,
+        nonce=nonce.hex(),
+    )
+    if settings.signer is not None:
+        message = _signed(message, nonce, settings.signer)
+    answer = yield from _ask(vms.BOOT_ATTESTATION, message, vms.BootAttestationAnswer)
+    if (answer.boot_token is None) == (answer.luks_quote_nonce is None):
+        raise RemoteProtocolError("the server's grant has both a boot token and a quote nonce, or neither")
+    for opener in (answer.boot_token, answer.luks_quote_nonce):
+        if opener is not None and not HEX_32.fullmatch(opener.reveal().decode("ascii")):
+            raise RemoteProtocolError("the server's boot token or quote nonce is not 64 lowercase hex digits")
+    grant = BootGrant(settings.miner_hotkey, settings.vm_name, answer.key, answer.boot_token, answer.luks_quote_nonce)
+    fields: dict[str, Value] = {"hotkey": grant.miner_hotkey, "vm_name": grant.vm_name}
+    yield from Log(Record(Level.INFO, "grant_received", fields))
+    return grant
+
+
+# --- how a step is taken ---
+
+
+@frozen
+class _Step:
+    """What is done in a state: ``take`` makes of what this state holds what the next one holds."""
+
+    name: str
+    done: Input
+    take: Callable[[Any], Flow[Any]]
+
+
+def _boot_steps(settings: BootSettings) -> dict[State, _Step]:
+    def quote(nonce: bytes) -> Flow[tuple[bytes, bytes]]:
+        return nonce, (yield from make_quote(settings, nonce))
+
+    return {
+        State.START: _Step("nonce", Input.NONCE, lambda _: fetch_nonce(settings)),
+        State.NONCE_HELD: _Step("quote", Input.QUOTE, quote),
+        State.QUOTED: _Step("attestation", Input.GRANT, lambda held: attest_boot(settings, *held)),
+    }
+
+
+def _sync_step(volumes: Sequence[str], rekey: Sequence[str], formatted: Sequence[str] | None) -> _Step:
+    """Raises `LocalProtocolError`, before anything was sent, for what no server could answer."""
+    asked = tuple(dict.fromkeys(volumes))
+    if not asked or not {*rekey, *(formatted or ())} <= {*asked}:
+        raise LocalProtocolError("volumes must not be empty, and rekey and formatted must be among them")
+
+    def sync(grant: BootGrant) -> Flow[tuple[BootGrant, VolumeKeys]]:
+        request = vms.VolumeSyncRequest(
+            vm_name=Name(grant.vm_name),
+            hotkey=grant.miner_hotkey,
+            boot_token=_token(grant),
+            volumes=asked,
+            rekey=tuple(rekey) or None,
+            formatted=None if formatted is None else tuple(formatted),
+        )
+        answer = yield from _ask(vms.VOLUME_SYNC, request, vms.VolumeSyncAnswer)
+        passphrases = dict(answer.passphrases)
+        if {*passphrases} != {*asked} or not {*answer.in_use} <= {*asked}:
+            raise RemoteProtocolError(f"the server's answer is not about exactly the volumes {', '.join(asked)}")
+        keys = VolumeKeys({name: passphrases[name] for name in asked}, frozenset(answer.in_use))
+        fields: dict[str, Value] = {"volumes": list(asked), "in_use": sorted(keys.in_use)}
+        yield from Log(Record(Level.INFO, "volumes_received", fields))
+        return grant, keys
+
+    return _Step("sync", Input.KEYS, sync)
+
+
+def _attest_steps(
+    settings: BootSettings, volumes: Sequence[str], formatted: Sequence[str] | None
+) -> dict[State, _Step]:
+    """Raises `LocalProtocolError`, before anything was sent, for what no server could answer."""
+    asked = tuple(dict.fromkeys(volumes))
+    if not asked or not {*(formatted or ())} <= {*asked}:
+        raise LocalProtocolError("volumes must not be empty, and formatted must be among them")
+
+    def quote(grant: BootGrant) -> Flow[tuple[BootGrant, bytes]]:
+        return grant, (yield from make_quote(settings, bytes.fromhex(_quote_nonce(grant))))
+
+    def attest(held: tuple[BootGrant, bytes]) -> Flow[Rotation]:
+        grant, quoted = held
+        request = vms.VolumeAttestationRequest(
+            vm_name=Name(grant.vm_name),
+            hotkey=grant.miner_hotkey,
+            quote_nonce=_quote_nonce(grant),
+            quote=codec.encode_quote(quoted),
+            volumes=asked,
+            formatted=None if formatted is None else tuple(formatted),
+        )
+        answer = yield from _ask(vms.VOLUME_ATTESTATION, request, vms.VolumeAttestationAnswer)
+        if {*answer.volumes} != {*asked} or not {*answer.in_use} <= {*asked}:
+            raise RemoteProtocolError(f"the server's answer is not about exactly the volumes {', '.join(asked)}")
+        if not HEX_32.fullmatch(answer.confirm_nonce.reveal().decode("ascii")):
+            raise RemoteProtocolError("the server's confirm nonce is not 64 lowercase hex digits")
+        pairs = {name: KeyPair(answer.volumes[name].current, answer.volumes[name].next) for name in asked}
+        in_use = frozenset(answer.in_use)
+        fields: dict[str, Value] = {"volumes": list(asked), "in_use": sorted(in_use)}
+        yield from Log(Record(Level.INFO, "keys_received", fields))
+        return Rotation(pairs, in_use, answer.k3s_encryption_key, grant, answer.confirm_nonce)
+
+    return {
+        State.QUOTE_NONCE_HELD: _Step("runtime quote", Input.QUOTE, quote),
+        State.REQUOTED: _Step("volumes", Input.PAIRS, attest),
+    }
+
+
+def _confirm_step() -> _Step:
+    def confirm(rotation: Rotation) -> Flow[Mapping[str, str]]:
+        request = vms.VolumeConfirmationRequest(
+            vm_name=Name(rotation.grant.vm_name),
+            hotkey=rotation.grant.miner_hotkey,
+            confirm_nonce=rotation.confirm_nonce.reveal().decode("ascii"),
+            volumes={name: vms.VolumeConfirmation(rotated=added) for name, added in rotation.report.items()},
+        )
+        answer = yield from _ask(vms.VOLUME_CONFIRMATION, request, vms.VolumeConfirmationAnswer)
+        if {*answer.volumes} != {*rotation.report}:
+            raise RemoteProtocolError(
+                f"the server's answer is not about exactly the volumes {', '.join(rotation.report)}"
+            )
+        results = {name: part.result for name, part in answer.volumes.items()}
+        fields: dict[str, Value] = {"volumes": [f"{name}: {result}" for name, result in results.items()]}
+        yield from Log(Record(Level.INFO, "rotation_confirmed", fields))
+        return results
+
+    return _Step("confirmation", Input.CONFIRMED, confirm)
+
+
+def _read_step() -> _Step:
+    def read(grant: BootGrant) -> Flow[Secret]:
+        request = vms.CachePassphraseRequest(
+            vm_name=Name(grant.vm_name), hotkey=grant.miner_hotkey, boot_token=_token(grant)
+        )
+        answer = yield from _ask(vms.CACHE_PASSPHRASE, request, vms.CachePassphraseAnswer)
+        return answer.passphrase
+
+    return _Step("passphrase", Input.PASSPHRASE, read)
+
+
+_GRANTED = frozenset({Input.GRANT, Input.TWO_PHASE_GRANT})
+
+
+def _reach(
+    goals: AbstractSet[Input],
+    steps: Mapping[State, _Step],
+    policy: RetryPolicy,
+    held: Any = None,
+    begun: State | None = None,
+) -> Flow[Any]:
+    """Take step after step, as the exchange table says, until one of ``goals`` has happened; reply with its outcome.
+
+    ``held`` is what is there already, a grant or what the state ``begun`` holds.
+    """
+    exchange = Exchange(begun or (State.START if held is None else _granted(held)[1]))
+    if exchange.state not in steps:
+        raise _other_exchange(cast("BootGrant", held))
+    budget = yield from begin(policy)
+    while True:
+        before = exchange.state
+        step = steps[before]
+        yield from budget.announce(step.name)
+        try:
+            brought = yield from step.take(held)
+        except (Refusal, RemoteProtocolError, TransportError, QuoteUnavailable) as exc:
+            error = exc
+        else:
+            done = _granted(brought)[0] if isinstance(brought, BootGrant) else step.done
+            following = exchange.take(done)
+            if done in goals:
+                return brought
+            if following not in steps:
+                raise _other_exchange(brought)
+            held = brought
+            continue
+        if (secret := _opener(held)) is not None:
+            conceal(error, secret)
+        if exchange.take(failure(before, error)) not in steps:
+            yield from budget.give_up(step.name, error)
+        yield from budget.pause(step.name, error)
+        if exchange.state is not before:
+            held = None  # a new attempt owes nothing to the one that failed
+
+
+def _ask(endpoint: Endpoint, message: Message, kind: type[A]) -> Flow[A]:
+    """One request and its answer, which the endpoint table says is a ``kind``."""
+    response = yield from Send(codec.encode_request(endpoint, message))
+    return cast("A", codec.decode_answer(endpoint, response))
+
+
+def _signed(message: vms.BootAttestationRequest, nonce: bytes, signer: Signer) -> vms.BootAttestationRequest:
+    """The same message with the proof of its hotkey; the headers are not part of the body that is signed."""
+    body = codec.encode_request(vms.BOOT_ATTESTATION, message).body
+    signature = signer(body_message(Hotkey.parse(message.miner_hotkey), nonce.hex(), body))
+    return attrs.evolve(message, hotkey=message.miner_hotkey, signature=signature.hex())
+
+
+def _granted(grant: BootGrant) -> tuple[Input, State]:
+    """What a grant is to the exchange, and where it leads."""
+    if grant.boot_token is None:
+        return Input.TWO_PHASE_GRANT, State.QUOTE_NONCE_HELD
+    return Input.GRANT, State.TOKEN_HELD
+
+
+def _opener(held: Any) -> Secret | None:
+    """The nonce or token that the request of a state carries, which no error's text may repeat."""
+    if isinstance(held, Rotation):
+        return held.confirm_nonce
+    grant = cast("object", held[0] if isinstance(held, tuple) else held)
+    return grant.boot_token or grant.luks_quote_nonce if isinstance(grant, BootGrant) else None
+
+
+def _token(grant: BootGrant) -> str:
+    if grant.boot_token is None:
+        raise _other_exchange(grant)
+    return grant.boot_token.reveal().decode("ascii")
+
+
+def _quote_nonce(grant: BootGrant) -> str:
+    if grant.luks_quote_nonce is None:
+        raise _other_exchange(grant)
+    return grant.luks_quote_nonce.reveal().decode("ascii")
+
+
+def _other_exchange(grant: BootGrant) -> LocalProtocolError:
+    if grant.boot_token is None:
+        return LocalProtocolError("this boot was granted the two-phase exchange, which has no boot token: rotate")
+    return LocalProtocolError("this boot was granted the base exchange, which hands out no next keys: sync")

@@ -1,0 +1,1 @@
+"""Collateral from directories and services."""

@@ -1,0 +1,97 @@
+"""Collateral in a directory: files that come, go and change while a server runs."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import Final
+
+from attrs import evolve, frozen
+
+from chutes_proto.collateral.library import Item, choose
+from chutes_proto.errors import CollateralUnavailable, FileUnavailable
+from chutes_proto.io.files import read_file
+from chutes_proto.quote._collateral import Collateral, VerifiedCollateral
+from chutes_proto.quote._pck import PckIdentity
+from chutes_proto.quote._roots import TrustedRoot
+from chutes_proto.quote._verify import verify_collateral
+from chutes_proto.quote.errors import QuoteError
+
+
+@frozen
+class _Read:
+    """What was made of a file; ``stamp`` changes when the file does."""
+
+    stamp: tuple[int, int, int]
+    at: int
+    item: Item
+
+
+class CollateralDirectory:
+    """Collateral in the ``*.json`` files of a directory, one platform family a file (`Collateral.from_json`).
+
+    Files may come, go and change at any time. Each is read and verified once; one that does not verify is looked at
+    again after a while, because its time may not have begun. Past its time collateral is used for ``grace`` seconds, as
+    long as there is none that is valid. May be used from several threads.
+
+    A PCK certificate chain beside the collateral is left out: it is one machine's, and a file here serves many.
+    """
+
+    AGAIN_AFTER: Final = 60
+
+    def __init__(self, path: str | Path, root: TrustedRoot, *, grace: int = 0) -> None:
+        self.path = Path(path)
+        self._root = root
+        self._grace = grace
+        self._lock = threading.Lock()
+        self._read: dict[str, _Read] = {}
+        self._found: tuple[int, tuple[Item, ...]] = (0, ())
+
+    def at_hand(self, identity: PckIdentity, now: int) -> VerifiedCollateral | None:
+        """What `fetch` gives, for as long as the second lasts in which the files were looked at; then None."""
+        at, items = self._found
+        if at != now:
+            return None
+        try:
+            return choose(items, identity, now, str(self.path))
+        except CollateralUnavailable:
+            return None
+
+    def fetch(self, identity: PckIdentity, now: int) -> VerifiedCollateral:
+        """The collateral for a platform at ``now``. Raises `CollateralUnavailable`."""
+        return choose(self.items(now), identity, now, str(self.path))
+
+    def items(self, now: int) -> tuple[Item, ...]:
+        """All files, by name. Raises `CollateralUnavailable` if the directory cannot be read."""
+        with self._lock:
+            try:
+                with os.scandir(self.path) as entries:
+                    names = sorted(e.name for e in entries if e.name.endswith(".json") and not e.name.startswith("."))
+            except OSError as exc:
+                raise CollateralUnavailable(f"collateral directory {self.path}: {exc.strerror}") from None
+            self._read = {name: self._current(name, now) for name in names}
+            items = tuple(read.item for read in self._read.values())
+            self._found = now, items
+            return items
+
+    def _current(self, name: str, now: int) -> _Read:
+        path = self.path / name
+        try:
+            found = path.stat()
+        except OSError as exc:
+            return _Read((0, 0, 0), now, Item(str(path), exc.strerror or "it cannot be read"))
+        stamp = (found.st_mtime_ns, found.st_size, found.st_ino)
+        known = self._read.get(name)
+        if known is not None and known.stamp == stamp:
+            is_verified = isinstance(known.item.content, VerifiedCollateral)
+            if is_verified or abs(now - known.at) < self.AGAIN_AFTER:
+                return known
+        return _Read(stamp, now, Item(str(path), self._verified(path, now)))
+
+    def _verified(self, path: Path, now: int) -> VerifiedCollateral | str:
+        try:
+            collateral = evolve(Collateral.from_json(read_file(path)), pck_certificate_chain=None)
+            return verify_collateral(collateral, now=now, root=self._root, grace=self._grace)
+        except (FileUnavailable, QuoteError) as exc:
+            return str(exc)

@@ -1,0 +1,75 @@
+"""Collateral from services on the network: what a driver needs for it besides an event loop.
+
+Rules kept here:
+
+* TLS certificates of services are checked, against the system's CAs or those that the operator names;
+* what was fetched is kept in files of the form that `CollateralDirectory` reads, and verified again when it is loaded.
+"""
+
+from __future__ import annotations
+
+import ssl
+from pathlib import Path
+from typing import Final
+
+import httpx
+from attrs import field, frozen
+
+from chutes_proto.collateral.cache import CollateralCache
+from chutes_proto.collateral.library import Family
+from chutes_proto.errors import FileUnavailable
+from chutes_proto.io.collateral.directory import CollateralDirectory
+from chutes_proto.io.files import make_directory, write_file
+from chutes_proto.io.http.https import TimeLimits
+from chutes_proto.log import Level, Record
+from chutes_proto.quote._collateral import Collateral, VerifiedCollateral
+
+FETCH_LIMITS: Final = TimeLimits(connect=3.0, read=5.0, total=10.0)
+"""Collateral is four small answers; a service that is slower than this is as good as down."""
+
+
+@frozen
+class UpstreamCollateral:
+    """Services on the network as a source of collateral; a binding's ``open_collateral`` runs it.
+
+    ``directory`` is where what was fetched is kept, or None.
+    """
+
+    cache: CollateralCache
+    context: ssl.SSLContext = field(repr=False)
+    directory: Path | None = None
+    limits: TimeLimits = FETCH_LIMITS
+
+    def client(self) -> httpx.AsyncClient:
+        """A client for the services, of no other use. It takes no proxy from the environment."""
+        return httpx.AsyncClient(verify=self.context, trust_env=False)
+
+    def restore(self, now: int) -> list[Record]:
+        """Take what an earlier process kept; says what there is. Raises `FileUnavailable`, `CollateralUnavailable`."""
+        if self.directory is None:
+            return []
+        _ = make_directory(self.directory)
+        kept = CollateralDirectory(self.directory, self.cache.root, grace=self.cache.policy.grace).items(now)
+        usable = [item.content for item in kept if isinstance(item.content, VerifiedCollateral)]
+        for content in sorted(usable, key=lambda content: content.window):
+            self.cache.restore(content)
+        records = [Record(Level.INFO, "collateral_restored", {"directory": str(self.directory), "files": len(usable)})]
+        useless = [item for item in kept if isinstance(item.content, str)]
+        return records + [Record(Level.WARNING, "collateral_not_restored", {"error": str(item)}) for item in useless]
+
+    def keep(self, family: Family, collateral: Collateral) -> Record | None:
+        """Write what was fetched for a later process; a fault is for the log only."""
+        if self.directory is None:
+            return None
+        try:
+            _ = keep_collateral(self.directory, family, collateral)
+        except FileUnavailable as exc:
+            return Record(Level.WARNING, "collateral_not_kept", {"error": str(exc)})
+        return None
+
+
+def keep_collateral(directory: str | Path, family: Family, collateral: Collateral) -> Path:
+    """Write the one file of a family, in place of its older. Raises `FileUnavailable`."""
+    path = make_directory(directory) / f"{family.name}.json"
+    write_file(path, collateral.to_json() + b"\n")
+    return path

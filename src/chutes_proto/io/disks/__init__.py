@@ -1,0 +1,1 @@
+"""Disks, by cryptsetup."""

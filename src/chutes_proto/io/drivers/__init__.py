@@ -1,0 +1,1 @@
+"""The interpreters of effects: one synchronous, one asynchronous."""

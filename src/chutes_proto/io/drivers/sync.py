@@ -1,0 +1,194 @@
+"""The driver without an event loop: it carries out the effects of a flow, one after the other, in this thread.
+
+Rules kept here:
+
+* the list of effects is closed; one that is not in it, or whose part this driver was not given, is a
+  `LocalProtocolError`;
+* what a part raises is ours already when it reaches the flow: each part translates what its libraries raise.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol, TypeVar
+
+from chutes_proto.effects import (
+    ActOnDisk,
+    Effect,
+    Entropy,
+    FetchCollateral,
+    FetchEvidence,
+    Flow,
+    Get,
+    InspectDisk,
+    Log,
+    MakeQuote,
+    NextServer,
+    Now,
+    Resolve,
+    Send,
+    Sleep,
+    Transact,
+    Uptime,
+    run,
+)
+from chutes_proto.errors import LocalProtocolError, TransportError
+from chutes_proto.io.quoters.choose import Quoter, take_quote
+from chutes_proto.log import Record
+
+if TYPE_CHECKING:
+    from chutes_proto.io.disks.cryptsetup import Disks
+    from chutes_proto.quote._collateral import VerifiedCollateral
+    from chutes_proto.quote._pck import PckIdentity
+    from chutes_proto.store._run import Store
+    from chutes_proto.wire.http import HttpRequest, HttpResponse
+
+T = TypeVar("T")
+
+
+class CollateralSource(Protocol):
+    """What performs `FetchCollateral`; it may be called from several threads at once."""
+
+    def at_hand(self, identity: PckIdentity, now: int) -> VerifiedCollateral | None:
+        """What `fetch` would give, if it takes nothing but a look into memory. Does not block."""
+        ...
+
+    def fetch(self, identity: PckIdentity, now: int) -> VerifiedCollateral:
+        """Verified collateral for a platform; may block. Raises `CollateralUnavailable`."""
+        ...
+
+
+class Missing:
+    """The place of a part that a driver was not given: each of its uses raises `LocalProtocolError`."""
+
+    def __init__(self, part: str) -> None:
+        self._part = part
+
+    def __call__(self, *_: object) -> NoReturn:
+        """In place of a function."""
+        raise LocalProtocolError(f"a flow needs the part {self._part!r}, which this driver was not given")
+
+    transact = fetch = at_hand = inspect = act = __call__
+
+
+def log_record(record: Record) -> None:
+    """Hand a record to the standard library's ``logging``, logger ``chutes_proto``."""
+    import json
+    import logging
+
+    fields = (f"{name}={json.dumps(value)}" for name, value in record.shown.items())
+    logging.getLogger("chutes_proto").log(record.level, "%s", " ".join([record.event, *fields]))
+
+
+def careful(log: Callable[[Record], None]) -> Callable[[Record], None]:
+    """``log``, but its faults are told elsewhere: what was decided, and is perhaps committed, stays decided."""
+
+    def tell(record: Record) -> None:
+        try:
+            log(record)
+        except Exception:
+            import logging
+
+            logging.getLogger("chutes_proto").exception("a log record was lost: %s", record.event)
+
+    return tell
+
+
+RESOLVE_SECONDS: Final = 5.0
+"""How long `Resolve` may take, where something can interrupt it."""
+RESOLVERS: Final = 16
+"""How many threads may wait for a resolver; an interrupted one waits on, so they are not those of the store."""
+
+
+def resolve(name: str) -> tuple[str, ...]:
+    """The addresses that this machine's resolver has for a name. Raises `TransportError` where it cannot tell."""
+    try:
+        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    except UnicodeError:
+        return ()
+    except OSError as exc:
+        if exc.errno in (socket.EAI_NONAME, socket.EAI_NODATA):
+            return ()
+        raise unresolved(name, str(exc.strerror)) from None
+    return tuple(dict.fromkeys(str(address[0]).partition("%")[0] for *_, address in found))
+
+
+def unresolved(name: str, why: str = f"no answer within {RESOLVE_SECONDS:g} s") -> TransportError:
+    """Nobody can tell now what the addresses of ``name`` are."""
+    return TransportError(f"{name} cannot be resolved: {why}", maybe_delivered=False)
+
+
+def unknown(effect: Effect[Any]) -> LocalProtocolError:
+    """The error for what is not in the closed list of effects."""
+    return LocalProtocolError(f"{type(effect).__name__} is not an effect that drivers know")
+
+
+class Performer:
+    """Carries out effects with the parts that it is given."""
+
+    def __init__(
+        self,
+        *,
+        send: Callable[[HttpRequest], HttpResponse] | None = None,
+        get: Callable[[str], HttpResponse] | None = None,
+        next_server: Callable[[], str] | None = None,
+        quoter: Quoter | None = None,
+        store: Store | None = None,
+        collateral: CollateralSource | None = None,
+        disks: Disks | None = None,
+        log: Callable[[Record], None] = log_record,
+    ) -> None:
+        self._send = send or Missing("send")
+        self._get = get or Missing("get")
+        self._next_server = next_server or Missing("next_server")
+        self._quoter = quoter or Missing("quoter")
+        self._store = store or Missing("store")
+        self._collateral = collateral or Missing("collateral")
+        self._disks = disks or Missing("disks")
+        self._log = careful(log)
+
+    def run(self, flow: Flow[T]) -> T:
+        """Drive ``flow`` to its end."""
+        return run(flow, self.perform)
+
+    def perform(self, effect: Effect[Any]) -> object:
+        """Carry out one effect; the reply is as the effect's documentation says."""
+        match effect:
+            case Send(request):
+                return self._send(request)
+            case NextServer():
+                return self._next_server()
+            case MakeQuote(report_data):
+                return take_quote(self._quoter, report_data)
+            case Sleep(seconds):
+                time.sleep(seconds)
+            case Now():
+                return int(time.time())
+            case Uptime():
+                return time.monotonic()
+            case Entropy(size):
+                return os.urandom(size)
+            case Get(url):
+                return self._get(url)
+            case FetchCollateral(identity, now):
+                return self._collateral.fetch(identity, now)
+            case Resolve(name):
+                return resolve(name)
+            case FetchEvidence():
+                from chutes_proto.io.http.evidence import fetch_evidence  # only this needs httpx
+
+                return fetch_evidence(effect)
+            case Transact(unit):
+                return self._store.transact(unit)
+            case InspectDisk(device):
+                return self._disks.inspect(device)
+            case ActOnDisk(action, keys):
+                return self._disks.act(action, keys)
+            case Log(record):
+                self._log(record)
+            case _:
+                raise unknown(effect)
+        return None

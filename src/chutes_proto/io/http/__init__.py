@@ -1,0 +1,1 @@
+"""HTTP and TLS as a client."""

@@ -1,0 +1,68 @@
+"""Signed requests for who has a client of his own: an `httpx.Auth`, and hotkeys from files."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from pathlib import Path
+
+import httpx
+
+from chutes_proto.auth.hotkey import Hotkey, HotkeyError, HotkeyPair
+from chutes_proto.auth.signing import (
+    Signer,
+    SigningPolicy,
+    messages_to_sign,
+    request_message,
+    signature_headers,
+)
+from chutes_proto.errors import ConfigurationError, LocalProtocolError
+from chutes_proto.io.files import read_private
+from chutes_proto.wire.endpoints import Match, route
+from chutes_proto.wire.names import HEX_32
+
+
+class HotkeyAuth(httpx.Auth):
+    """Signs the requests of an `httpx.Client` or `httpx.AsyncClient` to a key server with a hotkey.
+
+    ``hotkey`` is the SS58 address; ``signer`` signs with it. Each signature covers what its operation wants, or with
+    ``signatures="request"`` the whole request; a request to no operation of the server's is always signed whole. A
+    header ``X-Chutes-Nonce`` that holds a server's nonce, as a runtime attestation has it, is kept. Redirects are not
+    for signed requests: leave ``follow_redirects`` off.
+    """
+
+    requires_request_body = True
+
+    def __init__(self, hotkey: str, signer: Signer, *, signatures: SigningPolicy = "compatible") -> None:
+        try:
+            self._hotkey = Hotkey.parse(hotkey)
+        except HotkeyError as exc:
+            raise LocalProtocolError(f"a signature needs a hotkey: {exc}") from None
+        self._signer = signer
+        self._signatures: SigningPolicy = signatures
+
+    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
+        """The request with its three headers."""
+        target = request.url.raw_path.decode("ascii")
+        given = request.headers.get("x-chutes-nonce", "")
+        nonce = given if HEX_32.fullmatch(given) else str(int(time.time()))
+        match route(request.method, target.partition("?")[0]):
+            case Match(endpoint) if endpoint.signed is not None:
+                message, *_ = messages_to_sign(
+                    endpoint.signed, self._signatures, self._hotkey, nonce, request.method, target, request.content
+                )
+            case _:
+                message = request_message(self._hotkey, nonce, request.method, target, request.content)
+        request.headers.update(signature_headers(self._hotkey, nonce, message, self._signer))
+        yield request
+
+
+def read_hotkey(path: str | Path) -> HotkeyPair:
+    """The hotkey in a wallet's file: JSON with ``secretSeed`` and ``ss58Address``, for its owner's eyes only.
+
+    Raises `FileUnavailable`, and `ConfigurationError` for another file; neither repeats what is in it.
+    """
+    try:
+        return HotkeyPair.from_json(read_private(path))
+    except HotkeyError as exc:
+        raise ConfigurationError(f"{path}: {exc}") from None

@@ -1,0 +1,87 @@
+"""TLS as a client: the throw-away client certificate from memory, the server's name and chain always checked."""
+
+from __future__ import annotations
+
+import os
+import ssl
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+from chutes_proto.auth.client_identity import ENTROPY_SIZE, ClientIdentity, make_client_identity
+from chutes_proto.errors import ConfigurationError, LocalProtocolError
+from chutes_proto.io.files import read_file
+
+_MEMORY = "/proc/self/fd/{}"
+
+
+def presented(identity: ClientIdentity | None, client: object | None) -> ClientIdentity:
+    """``identity``, or a throw-away one where there is none.
+
+    Raises `LocalProtocolError` for a ``client`` of the caller's own without the identity that it presents.
+    """
+    if client is not None and identity is None:
+        raise LocalProtocolError("an own client comes with the identity whose certificate it presents")
+    return identity or make_client_identity(int(time.time()), os.urandom(ENTROPY_SIZE))
+
+
+def client_context(identity: ClientIdentity | None = None, ca_pem: bytes | None = None) -> ssl.SSLContext:
+    """A context for TLS 1.2 or newer that presents ``identity`` and trusts ``ca_pem`` (None: the system's CAs).
+
+    Raises `ConfigurationError` for a CA bundle that holds no certificate.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # checks chain and host name
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if ca_pem is None:
+        context.load_default_certs()
+    else:
+        try:
+            context.load_verify_locations(cadata=ca_pem.decode("ascii"))
+        except (ssl.SSLError, ValueError) as exc:
+            raise ConfigurationError("not one or more PEM certificates of CAs") from exc
+    if identity is not None:
+        with _as_file(identity.certificate_pem + identity.key_pem.reveal()) as path:
+            context.load_cert_chain(path)
+    return context
+
+
+def context_trusting(ca_file: str | Path | None, identity: ClientIdentity | None = None) -> ssl.SSLContext:
+    """`client_context` with the CAs in a file (None: the system's), which a `ConfigurationError` names."""
+    data = None if ca_file is None else read_file(ca_file)
+    try:
+        return client_context(identity, data)
+    except ConfigurationError as exc:
+        raise ConfigurationError(f"{ca_file}: {exc}") from None
+
+
+@contextmanager
+def _as_file(content: bytes) -> Generator[str]:
+    """A path under which OpenSSL reads ``content``: memory where the system can, else a private file, gone at once."""
+    descriptor, path, is_on_disk = _open()
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            _ = file.write(content)
+            file.flush()
+            yield path
+    finally:
+        if is_on_disk:
+            Path(path).unlink()
+
+
+def _open() -> tuple[int, str, bool]:
+    try:
+        descriptor = os.memfd_create("client-identity")
+    except (AttributeError, OSError):  # not Linux, or not allowed
+        return _open_on_disk()
+    path = _MEMORY.format(descriptor)
+    if Path(path).exists():
+        return descriptor, path, False
+    os.close(descriptor)  # no /proc here
+    return _open_on_disk()
+
+
+def _open_on_disk() -> tuple[int, str, bool]:
+    import tempfile
+
+    return *tempfile.mkstemp(), True

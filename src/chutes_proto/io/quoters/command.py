@@ -1,0 +1,123 @@
+"""Quotes from a program.
+
+Rules kept here:
+
+* no shell runs; the program gets the report data, which is not secret, and nothing else of ours;
+* when its time is over, so is that of every process it has started;
+* what it writes is bounded, and a file for the quote stands in a directory that only we can enter.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import IO, TYPE_CHECKING, Final, cast
+
+from chutes_proto.boot._quoter_names import check_command, cut_command
+from chutes_proto.errors import ConfigurationError, QuoteUnavailable
+from chutes_proto.io.quoters import seconds_left
+from chutes_proto.io.quoters.choose import MAX_QUOTE
+
+if TYPE_CHECKING:
+    import subprocess
+
+_REPORT_DATA, _OUTPUT = "{report_data}", "{output}"
+_TAIL: Final = 300
+
+
+class CommandQuoter:
+    """An external program as a quoter.
+
+    ``command`` is a list of arguments, or a line that is cut as a shell would cut it (no shell runs). The program gets
+    the report data in hex, as one line on its standard input and wherever an argument says ``{report_data}``. It writes
+    the quote to its standard output, or, where an argument says ``{output}``, to the file of that name, and exits
+    with 0 within ``timeout`` seconds. ``what`` it writes, if not a quote, is for what is told. Raises
+    `ConfigurationError` for what is no command.
+    """
+
+    def __init__(self, command: Sequence[str] | str, *, timeout: float = 30.0, what: str = "quote") -> None:
+        try:
+            self._command = cut_command(command) if isinstance(command, str) else check_command(command)
+        except ConfigurationError as exc:
+            raise ConfigurationError(f"the {what} command: {exc}") from None
+        self._timeout = timeout
+        self._what = what
+
+    def __str__(self) -> str:
+        return f"the {self._what} command {self._command[0]}"
+
+    def __call__(self, report_data: bytes) -> bytes:
+        """What the program made. Raises `QuoteUnavailable` with its exit status and its last words."""
+        text = report_data.hex()
+        arguments = [argument.replace(_REPORT_DATA, text) for argument in self._command]
+        if not any(_OUTPUT in argument for argument in arguments):
+            return self._run(arguments, text)
+        import tempfile
+        from pathlib import Path
+
+        with tempfile.TemporaryDirectory(prefix="chutes-proto-quote-") as directory:
+            output = Path(directory, "quote")
+            _ = self._run([argument.replace(_OUTPUT, str(output)) for argument in arguments], text)
+            try:
+                with output.open("rb") as file:
+                    quote = file.read(MAX_QUOTE + 1)
+            except OSError as exc:
+                raise QuoteUnavailable(f"{self} ended well, but {output} cannot be read: {exc.strerror}") from exc
+        self._check_size(quote)
+        return quote
+
+    def _run(self, arguments: list[str], text: str) -> bytes:
+        import signal
+        import subprocess
+
+        end = time.monotonic() + self._timeout
+        pipe = subprocess.PIPE
+        try:
+            # A session of its own: one signal reaches all that it starts.
+            process = subprocess.Popen(arguments, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
+        except (OSError, ValueError) as exc:  # ValueError: a character that no argument can have
+            why = exc.strerror if isinstance(exc, OSError) else str(exc)
+            raise QuoteUnavailable(f"{self} cannot be run: {why}") from exc
+        with process:
+            try:
+                output, said = self._talk(process, f"{text}\n".encode(), end)
+                status = process.wait(seconds_left(end))
+            except BaseException as exc:
+                with suppress(ProcessLookupError):  # it has just ended: that must not hide why we end it
+                    os.killpg(process.pid, signal.SIGKILL)
+                if isinstance(exc, TimeoutError | subprocess.TimeoutExpired):
+                    raise QuoteUnavailable(f"{self} did not end within {self._timeout:g} s") from None
+                raise
+        if status != 0:
+            ended = f"with exit status {status}" if status > 0 else f"by signal {-status}"
+            last = said.decode("utf-8", "replace").strip()[-_TAIL:]
+            raise QuoteUnavailable(f"{self} ended {ended}: {last or 'it said nothing'}")
+        return output
+
+    def _talk(self, process: subprocess.Popen[bytes], line: bytes, end: float) -> tuple[bytes, bytes]:
+        """What the program writes until it closes both its outputs: the first, and the last words of the second."""
+        import selectors
+
+        stdin, stdout, stderr = cast("tuple[IO[bytes], ...]", (process.stdin, process.stdout, process.stderr))
+        with suppress(BrokenPipeError):  # it need not read; a line this short never blocks
+            _ = os.write(stdin.fileno(), line)
+        stdin.close()
+        output, said = bytearray(), bytearray()
+        with selectors.DefaultSelector() as selector:
+            _ = selector.register(stdout, selectors.EVENT_READ, output)
+            _ = selector.register(stderr, selectors.EVENT_READ, said)
+            while selector.get_map():
+                for key, _events in selector.select(seconds_left(end)):
+                    piece = os.read(key.fd, 16384)
+                    if not piece:
+                        _ = selector.unregister(key.fileobj)
+                    key.data.extend(piece)
+                self._check_size(output)
+                del said[: -4 * _TAIL]
+        return bytes(output), bytes(said)
+
+    def _check_size(self, output: bytes | bytearray) -> None:
+        if len(output) > MAX_QUOTE:
+            raise QuoteUnavailable(f"{self} gave more than {MAX_QUOTE} bytes, which is no {self._what}")

@@ -1,0 +1,1 @@
+"""A key server in a process: files, sockets, log."""

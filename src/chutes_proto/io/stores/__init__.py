@@ -1,0 +1,1 @@
+"""Stores that keep rows: SQLite and PostgreSQL."""

@@ -1,0 +1,496 @@
+"""The store in a PostgreSQL database, which several server processes share.
+
+Rules kept here:
+
+* nothing is set for a session: behind a pooler each transaction may meet another session of the database. So the
+  message that begins a transaction sets for that transaction alone whatever it needs;
+* an answer leaves only after its transaction is durable: each transaction sets ``synchronous_commit`` to ``on`` at
+  least, and is refused where ``fsync`` or ``full_page_writes`` is off at that moment;
+* every transaction is SERIALIZABLE; one that PostgreSQL could not serialize with others runs again, until
+  ``busy_seconds`` are over;
+* a transaction whose connection is lost before the commit was sent never was, and runs again on a new connection; one
+  whose connection is lost at the commit, or whose commit came with a notice, is never run again here: it may be there,
+  and a fail-over may take it away, because a wait for a synchronous standby that is cancelled succeeds with a warning;
+* a statement of a unit that takes too long is cancelled by the database, and where even that does not come the
+  connection is closed; a migration, a check, and what only operators ask take their time;
+* at most ``connections`` are open; each is made by the caller who needs it, who is told why where it cannot be made;
+* a database without our schema is refused, and neither changed nor, unless an operator asks for it, migrated; every
+  transaction looks at the version, because a newer release may have migrated meanwhile;
+* a password is in no name, error or log line.
+
+It takes the extra ``chutes-proto[postgres]``, a database or schema of its own with encoding UTF8, and direct
+connections or a pooler that keeps a transaction together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Generator
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from attrs import define, field
+
+from chutes_proto.errors import ConfigurationError, StoreBusy, StoreError
+from chutes_proto.store._run import run_script
+from chutes_proto.store._versions import Versions
+from chutes_proto.store.rows import (
+    ROWS,
+    CountSealed,
+    PurgeAudit,
+    ReadAudit,
+    ReadNames,
+    ReadOtherwiseSealed,
+    Scan,
+    VoidTokens,
+)
+from chutes_proto.store.sql import READ_VERSION, LostFactError, decode, for_driver, statement
+
+try:
+    import psycopg
+    from psycopg import conninfo, errors
+except ImportError as exc:
+    raise ConfigurationError(
+        f"a store in PostgreSQL takes psycopg, which cannot be imported ({exc});"
+        " install it with: pip install 'chutes-proto[postgres]'"
+    ) from None
+
+if TYPE_CHECKING:
+    from psycopg.abc import PQGen
+
+    from chutes_proto.store._run import Unit
+    from chutes_proto.store.rows import StoreOp
+
+T = TypeVar("T")
+
+_OLDEST_SERVER: Final = 12_00_00
+
+_DEFAULTS: Final[dict[str, str]] = {
+    "connect_timeout": "5",
+    "target_session_attrs": "read-write",  # of several hosts, the one that can write
+    # A host that is gone is noticed: while something is sent, and while its answer is waited for.
+    "tcp_user_timeout": "10000",
+    "keepalives_idle": "10",
+    "keepalives_interval": "5",
+    "keepalives_count": "3",
+    "application_name": "chutes-proto",
+}
+"""What a connection has where the URL says nothing else."""
+
+_URL: Final = re.compile(r"postgres(ql)?://([^/@]*+@)?+[^/@?]*(/[^@?]*)?(\?.*)?", re.DOTALL)
+"""No ``@`` but the one before the host: any other ends a password of which something is not percent-encoded, of which
+libpq makes names and a port, and tells them."""
+
+_FILES: Final = frozenset({"passfile", "sslcert", "sslkey", "sslrootcert", "sslcrl", "sslcrldir"})
+"""libpq looks for these from the directory in which a process happens to run."""
+
+_MUST_BE: Final = {"fsync": "on", "full_page_writes": "on", "server_encoding": "UTF8"}
+"""Settings of the database that no transaction can choose. A reload changes the first two under open sessions."""
+
+_SET_LOCAL: Final = (
+    # Of a transaction that reads a whole table every concurrent writer of that table is a conflict.
+    "enable_seqscan = off",
+    # A process that hangs in the middle of a transaction does not hold up the others for long.
+    "idle_in_transaction_session_timeout = '10s'",
+    # The warning that a commit did not reach the standby must come, whatever the role or the database has here.
+    "client_min_messages = warning",
+)
+
+_WORK: Final = 3.0
+"""How many seconds a statement of a unit may take beside ``busy_seconds``, for which it may wait for a lock. More than
+it ever needs; it is then cancelled by the database, and the connection goes on."""
+
+_SILENCE: Final = 5.0
+"""How many seconds beside ``busy_seconds`` an answer may take. More than `_WORK`, so that a database that works has
+said by then that it cancelled; a COMMIT it does not cancel, and the fate of that is unknown then. More than
+``busy_seconds`` in all, so that nothing is tried again."""
+
+_LOCK: Final = "SELECT pg_advisory_xact_lock(7163393186713182564)"  # one migration at a time
+
+_LOCK_VERSION: Final = "LOCK TABLE fact IN ACCESS SHARE MODE"
+
+_READ_SETTINGS: Final = (
+    # `on` waits for the disks of this server and of its synchronous standbys; `remote_apply` for more. An operator who
+    # has the latter keeps it; one who has less does not lose keys.
+    "SELECT pg_backend_pid(), set_config('synchronous_commit', CASE current_setting('synchronous_commit')"
+    " WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END, true), "
+    + ", ".join(f"current_setting('{name}')" for name in _MUST_BE)
+)
+
+_COME_AGAIN: Final = {
+    "40001": "other transactions got in the way every time",
+    "40P01": "other transactions got in the way every time",
+    "55P03": "another transaction takes too long",
+    "57014": "a statement was cancelled",
+    "57P01": "the database is shutting down",
+    "57P02": "the database is shutting down",
+    "57P03": "the database is starting up or shutting down",
+    "57P05": "the session was idle for too long",
+    "25P03": "the session was idle for too long",
+    "53300": "the database has no connection left",
+    "08P01": "the connection pooler lost the database, or refused",
+}
+"""SQLSTATEs of what passes."""
+
+_FAULTS: Final = {
+    "53100": "the database's disk is full; nothing was changed",
+    "25006": "the database is read-only; nothing was changed",
+    "42501": "the database's user may not do that; it must own the tables, or be granted to read and write them",
+    "42P01": "a table is missing; stop the server and restore a backup",
+    "XX001": "the database is damaged; stop the server and restore a backup",
+    "XX002": "the database is damaged; stop the server and restore a backup",
+}
+"""SQLSTATEs of what an operator must see to."""
+
+_AGAIN: Final = (errors.SerializationFailure, errors.DeadlockDetected, errors.UniqueViolation)
+"""What becomes of a transaction that is run beside others and would not have been alone. A row that is there already
+can be another transaction's of the same moment: then the next run sees it. If it is not, the next run says the same.
+See "Serialization Failure Handling" in PostgreSQL's documentation."""
+
+_RUNS_INTO_A_ROW: Final = 3
+
+_STATEMENT_MODE: Final = "statement pooling mode"
+"""Part of pgbouncer's error for a BEGIN. Its texts are not translated, and the error has no SQLSTATE of its own."""
+
+_UNKNOWN: Final = "what was to be changed may be changed or not"
+
+
+class _Connection(psycopg.Connection[tuple[Any, ...]]):
+    """One that is closed, as if it were lost, where an answer takes more than ``patience`` seconds (None: it may).
+
+    The kernel does not end it where a process of the database stands still, or a proxy has lost its other side.
+    """
+
+    patience: float | None = None
+
+    def wait(self, gen: PQGen[T], *args: Any, **kwargs: Any) -> T:
+        """As psycopg's, through which all of its waiting goes."""
+        return super().wait(self._bounded(gen), *args, **kwargs)
+
+    def _bounded(self, gen: PQGen[T]) -> PQGen[T]:
+        began = time.monotonic()
+        try:
+            wanted = next(gen)
+            while True:
+                # psycopg comes back several times a second; releases differ in what they then say is ready.
+                wanted = gen.send((yield wanted))
+                if self.patience is not None and time.monotonic() - began > self.patience:
+                    self.close()
+                    raise psycopg.OperationalError(f"no answer for {self.patience:g} seconds")
+        except StopIteration as stop:
+            result: T = stop.value
+            return result
+
+
+@define(eq=False)
+class _Pool:
+    """Connections that nobody uses, the latest first, and how many more there may be."""
+
+    room: threading.BoundedSemaphore
+    idle: list[_Connection] = field(factory=list[_Connection])
+
+    def drop(self) -> None:
+        """Close what nobody uses."""
+        while self.idle:
+            with contextlib.suppress(IndexError):
+                self.idle.pop().close()
+
+
+class PostgresStore:
+    """Rows in the database at ``url`` (``postgresql://user@host/database``). May be used from several threads.
+
+    The URL takes what libpq takes, a password file (``?passfile=/path``) among it. ``connections`` is how many may be
+    open at once, ``busy_seconds`` how long a transaction waits for a connection, and for others that get in its way,
+    before it is `StoreBusy`; so it is, too, where the database has not answered for a few seconds more. With
+    ``migrate`` an empty database, or one of an older schema version, is brought to ours; ``found_version`` says which
+    one it had (None: it was empty), and ``retries`` how often a transaction ran again.
+
+    Raises `ConfigurationError` for what is no such URL, and `StoreError` where the database cannot be a store.
+    """
+
+    def __init__(self, url: str, *, connections: int = 16, busy_seconds: float = 5.0, migrate: bool = False) -> None:
+        self._conninfo, self.name = _parse(url)
+        self.found_version: int | None = None
+        self.retries = 0
+        self._counting = threading.Lock()
+        self._busy_seconds = busy_seconds
+        self._patience = busy_seconds + _SILENCE
+        self._pool = _Pool(threading.BoundedSemaphore(connections))
+        self._closed = False
+        self._set_local = (
+            *_SET_LOCAL,
+            f"lock_timeout = {int(1000 * busy_seconds)}",
+            f"statement_timeout = {int(1000 * (busy_seconds + _WORK))}",
+        )
+        # The lock comes before what is read, so that nothing is older than a migration that was waited for.
+        self._begin = self._beginning("SERIALIZABLE", _LOCK_VERSION, _READ_SETTINGS, READ_VERSION)
+        # A migration must see what another one, for which it waited, has done.
+        begin = self._beginning("READ COMMITTED" if migrate else "SERIALIZABLE", _READ_SETTINGS)
+        try:
+            with self._connection() as connection, self._transaction(connection, begin):
+                versions = self._versions(connection)
+                if migrate:
+                    self._take_time(connection)
+                    _ = connection.execute(_LOCK)
+                    self.found_version = versions.migrate()
+                versions.require()
+        except BaseException as exc:
+            self.close()
+            if isinstance(exc, _Again):
+                raise exc.fault from exc.__cause__
+            raise
+
+    def transact(self, unit: Unit[T]) -> T:
+        """Run ``unit`` as one transaction; see `chutes_proto.store._run.Store`."""
+        return self._patiently(lambda connection: self._run(connection, unit))
+
+    def check(self) -> dict[str, int]:
+        """Read all rows; returns how many each table has. Raises `StoreError` for damage and for another schema."""
+        return self._patiently(self._check)
+
+    def check_writing(self) -> None:
+        """That the database's user may do with all tables what a server does. Raises `StoreError`."""
+        self._patiently(self._check_writing)
+
+    def close(self) -> None:
+        """Close what nobody uses; afterwards every call raises `StoreError`. Running transactions end as usual."""
+        self._closed = True
+        self._pool.drop()
+
+    def _patiently(self, work: Callable[[_Connection], T]) -> T:
+        """Do ``work`` as one transaction, as often as it takes."""
+        until = time.monotonic() + self._busy_seconds
+        pause = 0.001
+        taken = 0
+        while True:
+            try:
+                with self._connection() as connection, self._transaction(connection, self._begin):
+                    return work(connection)
+            except _Again as exc:
+                taken += isinstance(exc.__cause__, errors.UniqueViolation)
+                if time.monotonic() + pause > until or taken > _RUNS_INTO_A_ROW:
+                    raise exc.fault from exc.__cause__
+            with self._counting:
+                self.retries += 1
+            time.sleep(random.uniform(0, pause))  # noqa: S311 - not a secret
+            pause = min(2 * pause, 0.1)
+
+    def _check(self, connection: _Connection) -> dict[str, int]:
+        self._versions(connection).require()
+        self._take_time(connection)
+        # As text, so that every value is read whole.
+        texts = ((kind.TABLE, f"SELECT count(row::text) FROM {kind.TABLE} AS row") for kind in ROWS)  # noqa: S608
+        return {table: _rows(connection, text)[0][0] for table, text in texts}
+
+    def _check_writing(self, connection: _Connection) -> None:
+        tables = ("fact", *(kind.TABLE for kind in ROWS))
+        rights = ("SELECT", "INSERT", "UPDATE", "DELETE")
+        needed = (f"has_table_privilege('{table}', '{right}')" for table in tables for right in rights)
+        if not _rows(connection, f"SELECT {' AND '.join(needed)}")[0][0]:
+            raise self._fault(_FAULTS["42501"])
+
+    def _run(self, connection: _Connection, unit: Unit[T]) -> T:
+        def perform(op: StoreOp[Any]) -> object:
+            text, values = statement(op)
+            if _may_take_long(op):
+                self._take_time(connection)
+            try:
+                cursor = connection.execute(_query(text), values)
+            except (psycopg.DataError, UnicodeEncodeError) as exc:
+                raise self._fault(f"a value of {type(op).__name__} cannot be kept: {type(exc).__name__}") from exc
+            try:
+                return decode(op, cursor.fetchall() if cursor.description else ())
+            except LostFactError as exc:
+                raise self._fault(str(exc)) from None
+
+        return run_script(unit.script(), perform)
+
+    def _versions(self, connection: _Connection) -> Versions:
+        return Versions(self.name, "postgresql", lambda text: _rows(connection, text))
+
+    # --- connections and transactions ---
+
+    @contextlib.contextmanager
+    def _connection(self) -> Generator[_Connection]:
+        """A connection that no one else uses meanwhile."""
+        if self._closed:
+            raise self._fault("it was closed")
+        if not self._pool.room.acquire(timeout=self._busy_seconds):
+            raise StoreBusy(f"store {self.name}: other transactions take too long")
+        try:
+            try:
+                connection = self._pool.idle.pop()
+            except IndexError:
+                connection = self._connect()
+            try:
+                yield connection
+            finally:
+                if connection.closed:
+                    self._pool.drop()  # what ended this one has most likely ended them all
+                elif self._closed or connection.info.transaction_status != psycopg.pq.TransactionStatus.IDLE:
+                    connection.close()
+                else:
+                    self._pool.idle.append(connection)
+        finally:
+            self._pool.room.release()
+
+    def _connect(self) -> _Connection:
+        try:
+            connection = _Connection.connect(self._conninfo, autocommit=True)
+        except psycopg.Error as exc:
+            told = " ".join(str(exc).split())
+            if "no password supplied" in told:
+                told += "; a password file must be there, of mode 0600, with a line for this host, port and database"
+            raise StoreBusy(f"store {self.name}: no connection to the database: {told}") from None
+        connection.patience = self._patience
+        if connection.info.server_version < _OLDEST_SERVER:
+            connection.close()
+            raise self._fault(f"PostgreSQL {_OLDEST_SERVER // 10_000} or newer is needed")
+        return connection
+
+    def _beginning(self, level: str, *statements: str) -> str:
+        """The one message that begins a transaction; the first row that it yields is of `_READ_SETTINGS`."""
+        settings = (f"SET LOCAL {setting}" for setting in self._set_local)
+        return "; ".join((f"BEGIN ISOLATION LEVEL {level}", *settings, *statements))
+
+    @contextlib.contextmanager
+    def _transaction(self, connection: _Connection, begin: str) -> Generator[None]:
+        """Begin, and commit what was done inside; roll back whatever is raised there."""
+        committing = False
+        connection.patience = self._patience
+        try:
+            settings, *version = _rows(connection, begin)
+            self._check_settings(connection, *settings)
+            if begin == self._begin:
+                self._versions(connection).judge(version)
+            yield
+            committing = True
+            self._commit(connection)
+        except psycopg.Error as exc:
+            self._roll_back(connection)
+            if connection.closed and committing:
+                raise self._fault(f"the connection was lost at the commit; {_UNKNOWN}") from exc
+            fault = self._translated(exc)
+            raise (_Again(fault) if connection.closed or isinstance(exc, _AGAIN) else fault) from exc
+        except BaseException:
+            self._roll_back(connection)
+            raise
+
+    def _check_settings(self, connection: _Connection, backend: int, _: str, *found: str) -> None:
+        """Raise `StoreError` for a database that may lose keys; the arguments are a row of `_READ_SETTINGS`."""
+        for (setting, wanted), value in zip(_MUST_BE.items(), found, strict=True):
+            if value != wanted:
+                raise self._fault(f"{setting} is {value!r} there and must be {wanted!r}, or keys may be lost")
+        # If it was a pooler that answered when the connection was made, the next transaction may meet another session,
+        # without the statements that this one has prepared. Not every pooler carries them over.
+        if backend != connection.info.backend_pid:
+            connection.prepare_threshold = None
+
+    def _commit(self, connection: _Connection) -> None:
+        """Commit. Raises `StoreError`, and closes the connection, where the server has something to say about it."""
+        notices: list[str] = []
+
+        def note(notice: errors.Diagnostic) -> None:
+            notices.append(str(notice.message_primary))
+
+        connection.add_notice_handler(note)
+        try:
+            _ = connection.execute("COMMIT")
+        finally:
+            connection.remove_notice_handler(note)
+        # Any notice, because their texts are translated, and none belongs to a commit that simply succeeded.
+        if notices:
+            connection.close()
+            what = f"the database warned at the commit ({notices[0]})"
+            raise self._fault(f"{what}; {_UNKNOWN}, and a fail-over may lose it")
+
+    def _take_time(self, connection: _Connection) -> None:
+        """Lift the bounds of this transaction's statements."""
+        _ = _rows(connection, "SET LOCAL statement_timeout = 0")
+        connection.patience = None
+
+    def _roll_back(self, connection: _Connection) -> None:
+        try:
+            _ = connection.execute("ROLLBACK")
+        except psycopg.Error:
+            connection.close()
+
+    def _translated(self, exc: psycopg.Error) -> StoreError:
+        """Ours for PostgreSQL's; of its text only the first line, because others quote rows."""
+        state = exc.sqlstate or ""
+        lines = str(exc).splitlines()
+        told = exc.diag.message_primary or (lines[0] if lines else type(exc).__name__)
+        if _STATEMENT_MODE in told:
+            return self._fault(f"{told}; set pool_mode of the connection pooler to transaction or session")
+        if text := _COME_AGAIN.get(state):
+            return StoreBusy(f"store {self.name}: {text} ({told})")
+        if not state:  # the driver says so, not the database
+            return StoreBusy(f"store {self.name}: the connection to the database failed ({told})")
+        return self._fault(f"{_FAULTS.get(state, 'PostgreSQL refused')} ({told})")
+
+    def _fault(self, what: str) -> StoreError:
+        return StoreError(f"store {self.name}: {what}")
+
+
+class _Again(Exception):
+    """A transaction that left no trace and may be run again; ``fault`` is for when there is no time left for it."""
+
+    def __init__(self, fault: StoreError) -> None:
+        super().__init__(fault)
+        self.fault = fault
+
+
+def _may_take_long(op: StoreOp[Any]) -> bool:
+    """What only operators ask, of tables that may have many rows."""
+    if isinstance(op, VoidTokens):
+        return op.vm is None
+    return isinstance(op, (Scan, ReadNames, ReadAudit, PurgeAudit, CountSealed, ReadOtherwiseSealed))
+
+
+@functools.cache
+def _query(text: str) -> bytes:
+    return for_driver(text, "postgresql").encode()
+
+
+def _rows(connection: _Connection, text: str) -> list[tuple[Any, ...]]:
+    """The rows of a statement of ours, or of several, in order; none for one that returns none."""
+    cursor = connection.execute(text.encode(), prepare=False)
+    rows: list[tuple[Any, ...]] = []
+    while True:
+        rows += () if cursor.rownumber is None else cursor.fetchall()
+        if not cursor.nextset():
+            return rows
+
+
+def has_secret(url: str) -> bool:
+    """Whether ``url`` holds what one can log in with, however it is written. Raises `ConfigurationError`."""
+    _ = _parse(url)
+    given = (option for option in psycopg.pq.Conninfo.parse(url.encode()) if option.val)
+    # libpq marks with * what is a password, but not the SCRAM keys, which are as good as one.
+    return any(option.dispchar == b"*" or option.keyword.startswith(b"scram_") for option in given)
+
+
+def _parse(url: str) -> tuple[str, str]:
+    """libpq's form of ``url``, and its name: where it leads and as whom, without a password."""
+    try:
+        if not _URL.fullmatch(url):
+            raise ValueError(url)
+        given: dict[str, Any] = conninfo.conninfo_to_dict(url)
+        if not re.fullmatch(r"[0-9,]*", str(given.get("port", ""))):
+            raise ValueError(url)
+        full = conninfo.make_conninfo("", **{**_DEFAULTS, **given, "client_encoding": "UTF8"})
+    except (psycopg.Error, ValueError):  # whose text may quote the password
+        raise ConfigurationError(
+            'not a PostgreSQL URL; say "postgresql://user@host/database", and of what is special in a password'
+            " %40 for @, %2F for /, %3F for ?, %25 for %"
+        ) from None
+    named = {name: str(given[name]) for name in _FILES & given.keys()}
+    if relative := sorted(name for name, path in named.items() if path not in ("", "system") and path[0] != "/"):
+        raise ConfigurationError(f"{', '.join(relative)}: say the whole path, from / on")
+    user = f"{given['user']}@" if "user" in given else ""
+    port = f":{given['port']}" if "port" in given else ""
+    return full, f"postgresql://{user}{given.get('host', '')}{port}/{given.get('dbname', '')}"

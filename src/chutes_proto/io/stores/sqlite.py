@@ -1,0 +1,369 @@
+"""The store in one SQLite file.
+
+Rules kept here:
+
+* an answer leaves only after its transaction is on the disk: write-ahead log, ``synchronous=FULL``, and never a file
+  that was moved away or replaced under us;
+* one writer at a time, from its first read on (``BEGIN IMMEDIATE``): serializable, and no script runs twice;
+* units that wait while another is written share the next commit: one of their threads runs all of them, one after the
+  other, each within a savepoint. What a script raises undoes that unit alone; where the commit fails, all of them fail,
+  and also what a unit was refused because of another one is no refusal then;
+* the file is private (0600) from its first byte; an existing file of another kind or schema version is refused, and
+  neither changed nor, unless an operator asks for it, migrated; one that was migrated under us is refused too;
+* what SQLite raises becomes `StoreBusy` (come again) or `StoreError` (an operator must look), with the file's name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Generator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from attrs import define, field
+
+from chutes_proto.errors import StoreBusy, StoreError
+from chutes_proto.store._run import Unit, run_script
+from chutes_proto.store._versions import Versions
+from chutes_proto.store.rows import ROWS
+from chutes_proto.store.sql import READ_VERSION, LostFactError, decode, for_driver, statement
+
+if TYPE_CHECKING:
+    from chutes_proto.store.rows import StoreOp
+
+T = TypeVar("T")
+
+_OLDEST_SQLITE = (3, 35)  # the first with RETURNING
+
+_BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
+
+_FAULTS = {
+    sqlite3.SQLITE_BUSY: "another transaction takes too long",
+    sqlite3.SQLITE_LOCKED: "another transaction takes too long",
+    sqlite3.SQLITE_FULL: "the disk is full; nothing was changed",
+    sqlite3.SQLITE_READONLY: "it is read-only, or its directory is; the server must be able to write both",
+    sqlite3.SQLITE_PERM: "this user may not open it",
+    sqlite3.SQLITE_CANTOPEN: "it cannot be opened; is its directory there, and may this user write it?",
+    sqlite3.SQLITE_CORRUPT: "it is damaged; stop the server, keep the file, and restore a backup",
+    sqlite3.SQLITE_NOTADB: "it is not an SQLite database, or it is damaged; it was left as it is",
+    sqlite3.SQLITE_IOERR: "reading or writing it failed",
+}
+
+_SETTINGS: tuple[tuple[str, str | int], ...] = (
+    ("journal_mode", "wal"),
+    ("synchronous", 2),  # FULL
+    ("fullfsync", 1),  # where fsync does not reach the disk without it
+    ("foreign_keys", 1),
+    ("trusted_schema", 0),
+)
+
+_MAKING = threading.Lock()
+
+_ALONE: Final = Unit[Any]()
+"""What a caller waits with who is to be the writer and has no unit."""
+
+
+def _locked() -> threading.Lock:
+    lock = threading.Lock()
+    _ = lock.acquire()
+    return lock
+
+
+@define(eq=False)
+class _Job:
+    """A unit that waits to be written, and what became of it: ``fault`` is what its caller gets, if anything.
+
+    ``turn`` is released once: when the caller is to be
+    the writer, or when a writer is through with the unit.
+    """
+
+    unit: Unit[Any]
+    turn: threading.Lock = field(factory=_locked)
+    result: Any = None
+    fault: BaseException | None = None
+
+
+class SqliteStore:
+    """Rows in the SQLite file at ``path``, which is made if it is not there. May be used from several threads.
+
+    ``busy_seconds`` is how long one transaction waits for another, of this process or of another one, before it is
+    `StoreBusy`. With ``migrate`` a file of an older schema version is brought to ours; ``found_version`` says which one
+    it had (None: it was empty), and ``commits`` how often something was committed. Raises `StoreError` where the file
+    cannot be a store.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, busy_seconds: float = 5.0, migrate: bool = False) -> None:
+        self.path = Path(path).resolve()
+        self.name = str(self.path)
+        self.commits = 0
+        self.found_version: int | None = None
+        self._migrate = migrate
+        self._busy_seconds = busy_seconds
+        self._lock = threading.Lock()  # guards the next two
+        self._writer: _Job | None = None
+        self._waiting: list[_Job] = []
+        self._connection: sqlite3.Connection | None = None
+        self._closed = False
+        self._place: tuple[int, int] | None = None
+        if sqlite3.sqlite_version_info < _OLDEST_SQLITE:
+            raise StoreError(f"SQLite {sqlite3.sqlite_version} is too old for the store; it takes 3.35 or newer")
+        with self._my_turn(_Job(_ALONE)):
+            self._connection = self._open()
+
+    def transact(self, unit: Unit[T]) -> T:
+        """Run ``unit`` as one transaction; see `chutes_proto.store._run.Store`."""
+        job = _Job(unit)
+        with self._my_turn(job) as mine:
+            if mine:
+                self._write(job)
+        if job.fault is not None:
+            raise job.fault
+        result: T = job.result
+        return result
+
+    def check(self) -> dict[str, int]:
+        """Read the whole file, as it is now, while others write on; returns how many rows each table has.
+
+        Raises `StoreError` for damage, another schema, or a file that is no longer there.
+        """
+        with self._my_turn(_Job(_ALONE)), self._transaction("BEGIN") as connection:
+            if self._versions(connection).found() is None:
+                raise self._fault(_FAULTS[sqlite3.SQLITE_CORRUPT])
+            self._versions(connection).require()
+            (verdict,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
+            if verdict != "ok" or connection.execute("PRAGMA foreign_key_check").fetchone():
+                raise self._fault(_FAULTS[sqlite3.SQLITE_CORRUPT])
+            counts = ((kind.TABLE, f"SELECT count(*) FROM {kind.TABLE}") for kind in ROWS)  # noqa: S608 - names of ours
+            return {table: connection.execute(text).fetchone()[0] for table, text in counts}
+
+    def check_writing(self) -> None:
+        """Begin a transaction that writes, and end it. Raises `StoreError` where the file may only be read."""
+        with self._my_turn(_Job(_ALONE)), self._transaction():
+            pass
+
+    def close(self) -> None:
+        """Close the file; afterwards every call raises `StoreError`. Waits for a running transaction."""
+        with self._my_turn(_Job(_ALONE), patient=True):
+            self._closed = True
+            self._drop()
+
+    # --- turns ---
+
+    @contextlib.contextmanager
+    def _my_turn(self, job: _Job, *, patient: bool = False) -> Generator[bool]:
+        """Wait until nobody writes, and be the writer inside; False where another one has done ``job`` meanwhile."""
+        with self._lock:
+            self._waiting.append(job)
+            if self._writer is None:
+                self._call_next()
+        try:
+            if not job.turn.acquire(timeout=-1 if patient else self._busy_seconds):
+                with self._lock:
+                    if job in self._waiting:
+                        self._waiting.remove(job)
+                        raise StoreBusy(f"store {self.name}: other transactions take too long")
+                _ = job.turn.acquire()  # a writer is at it, and what becomes of it must be known
+            yield self._writer is job
+        finally:
+            with self._lock:
+                if self._writer is job:
+                    self._call_next()
+                elif job in self._waiting:  # interrupted
+                    self._waiting.remove(job)
+
+    def _call_next(self) -> None:
+        self._writer = self._waiting.pop(0) if self._waiting else None
+        if self._writer is not None:
+            self._writer.turn.release()
+
+    def _take(self, job: _Job) -> list[_Job]:
+        """The writer's own unit, and all that wait."""
+        with self._lock:
+            units = [other for other in self._waiting if other.unit is not _ALONE]
+            self._waiting = [other for other in self._waiting if other.unit is _ALONE]
+        return [job, *units]
+
+    def _write(self, job: _Job) -> None:
+        """Run ``job`` and all that waits, in one transaction."""
+        jobs: list[_Job] = []
+        try:
+            with self._transaction() as connection:
+                self._require_version(connection)
+                jobs = self._take(job)
+                for each in jobs:
+                    self._run(connection, each)
+        except BaseException as exc:
+            jobs = jobs or self._take(job)
+            seen = False
+            for each in jobs:  # a fault stands if nothing of this transaction, which is undone, can have led to it
+                seen |= each.fault is None
+                if seen:
+                    told = exc.args if isinstance(exc, StoreError) else (f"store {self.name}: interrupted",)
+                    each.fault = (type(exc) if isinstance(exc, StoreError) else StoreError)(*told)
+            if not isinstance(exc, StoreError):
+                raise
+        finally:
+            for each in jobs[1:]:
+                each.turn.release()
+
+    def _run(self, connection: sqlite3.Connection, job: _Job) -> None:
+        """Run one unit, and undo what it did if it raises. Raises what undid more than this unit."""
+
+        def perform(op: StoreOp[Any]) -> object:
+            text, values = statement(op)
+            try:
+                rows = connection.execute(for_driver(text, "sqlite"), values).fetchall()
+            except (OverflowError, UnicodeEncodeError) as exc:
+                raise self._fault(f"a value of {type(op).__name__} cannot be kept: {type(exc).__name__}") from exc
+            try:
+                return decode(op, rows)
+            except LostFactError as exc:
+                raise self._fault(str(exc)) from None
+
+        _ = connection.execute("SAVEPOINT unit")
+        try:
+            with self._translated():
+                job.result = run_script(job.unit.script(), perform)
+        except BaseException as exc:
+            job.fault = exc
+            if not connection.in_transaction:  # SQLite rolls all back by itself after some faults
+                raise
+            _ = connection.execute("ROLLBACK TO unit")
+        _ = connection.execute("RELEASE unit")
+
+    # --- the file ---
+
+    @contextlib.contextmanager
+    def _transaction(self, begin: str = "BEGIN IMMEDIATE") -> Generator[sqlite3.Connection]:
+        """Begin, and commit what was done inside; roll back whatever is raised there."""
+        with self._translated():
+            if self._closed:
+                raise self._fault("it was closed")
+            if self._connection is None:
+                self._connection = self._open()
+            connection = self._connection
+            _ = connection.execute(begin)
+            try:
+                yield connection
+                self._check_place()
+                _ = connection.execute("COMMIT")
+                self.commits += 1
+            except BaseException:
+                self._roll_back(connection)
+                raise
+
+    def _roll_back(self, connection: sqlite3.Connection) -> None:
+        try:
+            if connection.in_transaction:
+                _ = connection.execute("ROLLBACK")
+        except sqlite3.Error:
+            self._drop()
+
+    def _drop(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with contextlib.suppress(sqlite3.Error):
+                connection.close()
+
+    def _open(self) -> sqlite3.Connection:
+        with self._translated():
+            self._find_place()
+            connection = sqlite3.connect(
+                self.path, timeout=self._busy_seconds, isolation_level=None, check_same_thread=False
+            )
+            try:
+                self._prepare_patiently(connection)
+            except BaseException:
+                connection.close()
+                raise
+            return connection
+
+    def _find_place(self) -> None:
+        """Make the file if there is none, and remember which it is; a store that is opened again opens the same one."""
+        if self._place is not None:
+            self._check_place()
+            return
+        try:
+            self._make_file()
+            found = self.path.stat()
+        except OSError as exc:
+            raise self._fault(f"{_FAULTS[sqlite3.SQLITE_CANTOPEN]} ({exc.strerror})") from exc
+        self._place = found.st_dev, found.st_ino
+
+    def _make_file(self) -> None:
+        # Closing any descriptor of a file drops all locks that this process holds on it (POSIX), SQLite's too. So the
+        # descriptor must be closed before another thread can have opened the file, and none is opened if it is there.
+        with _MAKING, contextlib.suppress(FileExistsError):
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+
+    def _prepare_patiently(self, connection: sqlite3.Connection) -> None:
+        """Prepare. SQLite does not wait by itself when two processes switch a new file to the write-ahead log."""
+        until = time.monotonic() + self._busy_seconds
+        while True:
+            try:
+                return self._prepare(connection)
+            except sqlite3.OperationalError as exc:
+                if _code_of(exc) not in _BUSY or time.monotonic() > until:
+                    raise
+            time.sleep(0.01)
+
+    def _prepare(self, connection: sqlite3.Connection) -> None:
+        versions = self._versions(connection)
+        if (
+            versions.found() is not None and not self._migrate
+        ):  # before anything is changed: the file may be another program's
+            versions.require()
+        for setting, wanted in _SETTINGS:
+            _ = connection.execute(f"PRAGMA {setting} = {wanted}").fetchone()
+            found = connection.execute(f"PRAGMA {setting}").fetchone()
+            if found != (wanted,):
+                raise self._fault(f"SQLite does not take {setting} = {wanted} there; is it on a local disk?")
+        _ = connection.execute("BEGIN IMMEDIATE")
+        try:
+            if self._migrate or versions.found() is None:  # a new file is made with our schema, which migrates nothing
+                self.found_version = versions.migrate()
+            versions.require()
+            _ = connection.execute("COMMIT")
+        except BaseException:
+            self._roll_back(connection)
+            raise
+
+    def _versions(self, connection: sqlite3.Connection) -> Versions:
+        return Versions(self.name, "sqlite", lambda text: connection.execute(text).fetchall())
+
+    def _require_version(self, connection: sqlite3.Connection) -> None:
+        """A newer release may have migrated the file since it was opened."""
+        versions = self._versions(connection)
+        versions.judge(versions.execute(READ_VERSION))
+
+    def _check_place(self) -> None:
+        """What is committed to a file without a name is lost at the next start."""
+        try:
+            found = self.path.stat()
+        except OSError:
+            found = None
+        if found is None or (found.st_dev, found.st_ino) != self._place:
+            raise self._fault("it was moved, removed or replaced while in use; restart the server when it is back")
+
+    def _fault(self, what: str) -> StoreError:
+        return StoreError(f"store {self.name}: {what}")
+
+    @contextlib.contextmanager
+    def _translated(self) -> Generator[None]:
+        try:
+            yield
+        except sqlite3.Error as exc:
+            code = _code_of(exc)
+            text = _FAULTS.get(code, "SQLite refused")
+            kind = StoreBusy if code in _BUSY else StoreError
+            raise kind(f"store {self.name}: {text} ({exc})") from exc
+
+
+def _code_of(exc: sqlite3.Error) -> int:
+    """SQLite's primary result code; 0 for what Python's module raises by itself."""
+    code: int = getattr(exc, "sqlite_errorcode", 0)
+    return code & 0xFF

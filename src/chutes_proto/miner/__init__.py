@@ -1,0 +1,1 @@
+"""A miner's flows: its servers at a key server."""

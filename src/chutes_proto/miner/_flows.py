@@ -1,0 +1,218 @@
+"""What a miner does with its servers, as flows: register, list, rename, remove; attest at runtime, ask what came of it.
+
+Rules kept here:
+
+* each request is signed by the hotkey, over the bytes that are sent, at the time when they are sent;
+* no answer, 429 and 5xx are tried again, as the retry policy says; a refusal is final. What the server may have done
+  before its answer was lost is not taken for a refusal: a registration that is found as it was asked for and of that
+  time, and a removal of what is gone, are done. "Not now" loses nothing. An attestation begins again, with a new nonce;
+* no answer makes a flow send its request anywhere else: a redirect is an error.
+
+All raise `Refusal`, `TransportError`, and `RemoteProtocolError` for an answer that is not the protocol;
+`LocalProtocolError`, before anything is sent, for values that no request could carry.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from typing import Final, TypeVar, cast
+
+from attrs import evolve, field, frozen
+
+from chutes_proto.auth.binding import report_data
+from chutes_proto.auth.hotkey import Hotkey, HotkeyError
+from chutes_proto.auth.signing import WINDOW, Signer, SigningPolicy, messages_to_sign, signature_headers
+from chutes_proto.boot._retry import begin
+from chutes_proto.boot._retry_policy import RetryPolicy
+from chutes_proto.effects import Flow, MakeQuote, Now, Send
+from chutes_proto.errors import (
+    LocalProtocolError,
+    QuoteUnavailable,
+    Refused,
+    RemoteProtocolError,
+    TransportError,
+    Unavailable,
+)
+from chutes_proto.wire import codec, miners
+from chutes_proto.wire.codes import Code
+from chutes_proto.wire.endpoint import Endpoint, Message, NonceAnswer
+from chutes_proto.wire.names import HEX_32, NAME_PATTERN, NAME_RULE, Name
+
+T = TypeVar("T")
+A = TypeVar("A", bound=Message)
+
+MINER_RETRY: Final = RetryPolicy(attempts=4, cap=10.0, deadline=60.0)
+"""What a person at a terminal, or a script, waits for."""
+
+_NOT_NOW: Final = frozenset(
+    {Code.RATE_LIMITED, Code.BUSY, Code.DRAINING, Code.COLLATERAL_UNAVAILABLE, Code.KEY_UNAVAILABLE}
+)
+"""What a server says instead of doing anything."""
+
+
+def _parsed(address: str) -> Hotkey:
+    try:
+        return Hotkey.parse(address)
+    except HotkeyError as exc:
+        raise LocalProtocolError(f"a miner needs a hotkey: {exc}") from None
+
+
+@frozen
+class Miner:
+    """Whose servers: the hotkey, from its SS58 address, and what signs with it.
+
+    The ``signer`` may be `HotkeyPair.sign`, or call whatever holds the key. With ``signatures="request"`` each
+    signature is over the whole request and good for nothing else. ``retry`` is for each flow by itself.
+    """
+
+    hotkey: Hotkey = field(converter=_parsed)
+    signer: Signer = field(repr=False)
+    signatures: SigningPolicy = "compatible"
+    retry: RetryPolicy = MINER_RETRY
+
+
+def register_server(
+    miner: Miner, *, server_id: str, host: str, gpus: Sequence[miners.NodeArgs], name: str | None = None
+) -> Flow[None]:
+    """Register a server; without ``name`` its id is its name."""
+    message = miners.RegisterServerRequest(
+        host=host, id=_name(server_id), name=None if name is None else _name(name), gpus=tuple(gpus)
+    )
+    began = yield from Now()
+
+    def attempt(lost: bool) -> Flow[None]:
+        try:
+            _ = yield from _ask(miner, miners.REGISTER_SERVER, message, miners.MessageAnswer)
+        except Refused as exc:
+            # A GPU is the first thing that a registration meets of itself; another's would meet its id or host too.
+            if not lost or exc.code != Code.GPU_TAKEN or not (yield from _is_registered(miner, message, began)):
+                raise
+
+    yield from _persist(miner, miners.REGISTER_SERVER, attempt)
+
+
+def list_servers(miner: Miner) -> Flow[tuple[miners.ServerAnswer, ...]]:
+    """The miner's servers, newest first."""
+    request = miners.ListServersRequest()
+    answer = yield from _repeat(miner, miners.LIST_SERVERS, request, miners.ServerListAnswer)
+    return answer.servers
+
+
+def rename_server(miner: Miner, server_id: str, name: str) -> Flow[miners.RenamedServerAnswer]:
+    """Give a server another name; the keys of its VM stay where they are."""
+    request = miners.RenameServerRequest(server_id=_name(server_id), server_name=_name(name))
+    return (yield from _repeat(miner, miners.RENAME_SERVER, request, miners.RenamedServerAnswer))
+
+
+def read_server(miner: Miner, server_id: str) -> Flow[miners.ServerAnswer]:
+    """One server."""
+    request = miners.ServerDetailsRequest(server_id=_name(server_id))
+    return (yield from _repeat(miner, miners.SERVER_DETAILS, request, miners.ServerAnswer))
+
+
+def remove_server(miner: Miner, name_or_id: str) -> Flow[str]:
+    """Remove a server; the reply is its name, or ``name_or_id`` where an answer was lost and then it was gone.
+
+    The key server keeps the keys of its VM.
+    """
+    request = miners.RemoveServerRequest(server_name_or_id=_name(name_or_id))
+
+    def attempt(lost: bool) -> Flow[str]:
+        try:
+            answer = yield from _ask(miner, miners.REMOVE_SERVER, request, miners.RemovedServerAnswer)
+        except Refused as exc:
+            if lost and exc.status == 404:
+                return name_or_id
+            raise
+        return answer.name
+
+    return (yield from _persist(miner, miners.REMOVE_SERVER, attempt))
+
+
+def attest_server(miner: Miner, server_id: str, spki_sha256: bytes) -> Flow[miners.RuntimeAttestationAnswer]:
+    """Prove that an approved TD holds the client key whose SPKI has this SHA-256: nonce, quote, attestation.
+
+    The connections must present that key's certificate. Raises `QuoteUnavailable`, too.
+    """
+    nonce_request = miners.RuntimeNonceRequest(server_id=_name(server_id))
+
+    def attempt(_: bool) -> Flow[miners.RuntimeAttestationAnswer]:
+        given = yield from _ask(miner, miners.RUNTIME_NONCE, nonce_request, NonceAnswer)
+        if not HEX_32.fullmatch(given.nonce):
+            raise RemoteProtocolError("the server's nonce is not 64 lowercase hex digits")
+        quote = yield from MakeQuote(report_data(bytes.fromhex(given.nonce), spki_sha256))
+        request = miners.RuntimeAttestationRequest(server_id=_name(server_id), quote=codec.encode_quote(quote))
+        answer = miners.RuntimeAttestationAnswer
+        return (yield from _ask(miner, miners.RUNTIME_ATTESTATION, request, answer, given.nonce))
+
+    return (yield from _persist(miner, miners.RUNTIME_ATTESTATION, attempt))
+
+
+def read_status(miner: Miner, server_id: str) -> Flow[miners.AttestationStatusAnswer]:
+    """What came of the newest runtime attestation, and whether it still counts."""
+    request = miners.AttestationStatusRequest(server_id=_name(server_id))
+    return (yield from _repeat(miner, miners.ATTESTATION_STATUS, request, miners.AttestationStatusAnswer))
+
+
+def _is_registered(miner: Miner, message: miners.RegisterServerRequest, began: int) -> Flow[bool]:
+    """Whether the miner has this very server, registered since ``began`` as far as the two clocks may differ."""
+    request = miners.ServerDetailsRequest(server_id=message.id)
+    try:
+        found = yield from _ask(miner, miners.SERVER_DETAILS, request, miners.ServerAnswer)
+    except Refused:
+        return False
+    try:
+        created = datetime.fromisoformat(found.created_at).timestamp()
+    except ValueError:
+        raise RemoteProtocolError("the server's created_at is no time") from None
+    name = message.id if message.name is None else message.name
+    return (found.name, found.ip) == (name, message.host) and created > began - WINDOW
+
+
+def _repeat(miner: Miner, endpoint: Endpoint, message: Message, kind: type[A]) -> Flow[A]:
+    """A request that does no more when it comes twice."""
+    return (yield from _persist(miner, endpoint, lambda _: _ask(miner, endpoint, message, kind)))
+
+
+def _persist(miner: Miner, endpoint: Endpoint, attempt: Callable[[bool], Flow[T]]) -> Flow[T]:
+    """Attempt after attempt, each told whether one before it may have had its effect, until one is answered."""
+    budget = yield from begin(miner.retry, "request")
+    lost = False
+    while True:
+        try:
+            return (yield from attempt(lost))
+        except (Unavailable, TransportError, RemoteProtocolError, QuoteUnavailable) as exc:
+            lost = lost or _may_have_effect(exc)
+            yield from budget.pause(endpoint.operation, exc)
+
+
+def _may_have_effect(error: Exception) -> bool:
+    match error:
+        case TransportError():
+            return error.maybe_delivered
+        case Unavailable():
+            return error.code not in _NOT_NOW
+        case _:
+            return True
+
+
+def _ask(miner: Miner, endpoint: Endpoint, message: Message, kind: type[A], nonce: str | None = None) -> Flow[A]:
+    """One signed request and its answer, which the endpoint table says is a ``kind``."""
+    request = codec.encode_request(endpoint, message)
+    if endpoint.signed is None:
+        raise LocalProtocolError(f"{endpoint.operation} is not signed")
+    nonce = nonce or str((yield from Now()))
+    signed, *_ = messages_to_sign(
+        endpoint.signed, miner.signatures, miner.hotkey, nonce, request.method, request.target, request.body
+    )
+    headers = (*request.headers, *signature_headers(miner.hotkey, nonce, signed, miner.signer))
+    response = yield from Send(evolve(request, headers=headers))
+    return cast("A", codec.decode_answer(endpoint, response))
+
+
+def _name(text: str) -> Name:
+    if not re.fullmatch(NAME_PATTERN, text, re.ASCII):
+        raise LocalProtocolError(f"the id or name of a server is {NAME_RULE}")
+    return Name(text)

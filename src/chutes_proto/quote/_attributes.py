@@ -1,0 +1,143 @@
+"""Which attributes of a TD are acceptable: the part of a policy that a measurement profile may replace.
+
+Rules kept here:
+
+* reserved bits are zero, always; the bits under test (TUD: debug, profiling) are zero unless ``unsafe_allow_debug``
+  says otherwise, which no file of measurement profiles can say;
+* SEPT_VE_DISABLE is set, MIGRATABLE and SERVTD_EXT are clear and there is no service TD unless allowed by name;
+* what could export a TD's memory, a migratable TD or a service TD, is only allowed together with the measurements of
+  those service TDs, so only for reports that have them (TDX 1.5).
+
+Source: Intel TDX Module Base Architecture Specification, "TD attributes" and "XFAM".
+"""
+
+from __future__ import annotations
+
+from typing import Final, Literal, TypeAlias, get_args
+
+from attrs import frozen
+
+from chutes_proto.quote._layout import TdAttributes, TdReport10, TdReport15
+from chutes_proto.quote._tables import Table, octets
+from chutes_proto.quote.errors import PolicyError, Refusal
+
+Demand: TypeAlias = Literal["required", "any"]
+Allowance: TypeAlias = Literal["refused", "allowed"]
+
+UNDER_TEST: Final = 0xFF
+NAMED_UNDER_TEST: Final = (
+    TdAttributes.DEBUG | TdAttributes.HGS_PLUS_PROF | TdAttributes.PERF_PROF | TdAttributes.PMT_PROF
+)
+RESERVED: Final = 0x3FFF_FFFF_0780_FF00 | (UNDER_TEST & ~int(NAMED_UNDER_TEST))
+"""Bits 1-3 and 7, 8-15, 23-26 and 32-61."""
+
+XFAM_FIXED: Final = 0x3
+"""x87 and SSE are always on."""
+XFAM_KNOWN: Final = 0x6DBE7
+
+
+@frozen(kw_only=True)
+class AttributePolicy:
+    """What a TD's attributes and XFAM may be. Raises `PolicyError` for what contradicts itself.
+
+    ``mr_service_td`` are the measurements (48 bytes each) of service TDs that a TD may be bound to; it goes with
+    ``migratable`` or ``service_td`` "allowed" and only with them. ``xfam_required`` are the bits that XFAM must have,
+    ``xfam_allowed`` all that it may have.
+    """
+
+    sept_ve_disable: Demand = "required"
+    migratable: Allowance = "refused"
+    servtd_ext: Allowance = "refused"
+    service_td: Allowance = "refused"
+    mr_service_td: tuple[bytes, ...] = ()
+    xfam_required: int = XFAM_FIXED
+    xfam_allowed: int = XFAM_KNOWN
+    unsafe_allow_debug: bool = False
+
+    def __attrs_post_init__(self) -> None:
+        if self.sept_ve_disable not in get_args(Demand):
+            raise PolicyError('sept_ve_disable: must be "required" or "any"')
+        for name in ("migratable", "servtd_ext", "service_td"):
+            if getattr(self, name) not in get_args(Allowance):
+                raise PolicyError(f'{name}: must be "refused" or "allowed"')
+        if type(self.unsafe_allow_debug) is not bool:
+            raise PolicyError("unsafe_allow_debug: must be true or false")
+        for name in ("xfam_required", "xfam_allowed"):
+            if type(getattr(self, name)) is not int or not 0 <= getattr(self, name) < 1 << 64:
+                raise PolicyError(f"{name}: must be a number of 64 bits")
+        if self.xfam_required & ~self.xfam_allowed:
+            raise PolicyError("xfam_required: must be among the bits of xfam_allowed")
+        if type(self.mr_service_td) is not tuple or any(
+            type(value) is not bytes or len(value) != 48 or not any(value) for value in self.mr_service_td
+        ):
+            raise PolicyError("mr_service_td: must be measurements of 48 bytes that are not all zero")
+        if (self.migratable == "allowed" or self.service_td == "allowed") != bool(self.mr_service_td):
+            raise PolicyError(
+                'mr_service_td: goes with migratable = "allowed" or service_td = "allowed", and these only with it'
+            )
+
+    def refusals(self, body: TdReport10) -> list[Refusal]:
+        """All that is not acceptable in a TD's report."""
+        bits = body.td_attributes
+        found: list[Refusal] = []
+
+        def refuse(code: str, detail: str, got: int, expected: str) -> None:
+            value = f"0x{got:016x}"
+            found.append(
+                Refusal("attributes", code, f"{detail} (got {value}, expected {expected})", None, value, expected)
+            )
+
+        if bits & RESERVED:
+            refuse("td_attributes_reserved", "reserved TD attributes are set", bits, f"no bit of 0x{RESERVED:016x}")
+        if not self.unsafe_allow_debug:
+            if bits & TdAttributes.DEBUG:
+                refuse("debug", "the TD can be debugged by its host", bits, "bit 0 clear")
+            if bits & (NAMED_UNDER_TEST & ~TdAttributes.DEBUG):
+                refuse("profiling", "the TD can be profiled by its host", bits, "bits 4 to 6 clear")
+        if self.sept_ve_disable == "required" and not bits & TdAttributes.SEPT_VE_DISABLE:
+            refuse("sept_ve_disable", "SEPT_VE_DISABLE is clear", bits, "bit 28 set")
+        if self.migratable == "refused" and bits & TdAttributes.MIGRATABLE:
+            refuse("migratable", "the TD can be migrated", bits, "bit 29 clear")
+        if self.servtd_ext == "refused" and bits & TdAttributes.SERVTD_EXT:
+            refuse("servtd_ext", "SERVTD_EXT is set", bits, "bit 17 clear")
+        if self.xfam_required & ~body.xfam or body.xfam & ~self.xfam_allowed:
+            expected = f"bits of 0x{self.xfam_allowed:x}, those of 0x{self.xfam_required:x} set"
+            refuse("xfam", "XFAM is not allowed", body.xfam, expected)
+        return found + self._service_td(body)
+
+    def _service_td(self, body: TdReport10) -> list[Refusal]:
+        migratable = bool(body.td_attributes & TdAttributes.MIGRATABLE)
+        bound = body.mr_service_td if isinstance(body, TdReport15) else None
+        if migratable and self.migratable == "allowed":
+            acceptable, expected = bound in self.mr_service_td, "one of mr_service_td, as the TD is migratable"
+        elif self.service_td == "allowed":
+            acceptable, expected = (
+                bound is None or not any(bound) or bound in self.mr_service_td,
+                "one of mr_service_td",
+            )
+        else:
+            acceptable, expected = bound is None or not any(bound), "none"
+        if acceptable:
+            return []
+        got = "a report that does not say" if bound is None else bound.hex()
+        detail = f"the service TD is not allowed (got {got}, expected {expected})"
+        return [Refusal("attributes", "service_td", detail, None, got, expected)]
+
+
+def read_attributes(table: Table, *, unsafe: bool = False) -> AttributePolicy:
+    """The policy in a table: names as in `AttributePolicy`, ``mr_service_td`` in hexadecimal digits.
+
+    ``unsafe`` lets it have ``unsafe_allow_debug``. Raises `PolicyError`.
+    """
+    fields = table.given(
+        sept_ve_disable=str, migratable=str, servtd_ext=str, service_td=str, xfam_required=int, xfam_allowed=int
+    )
+    if unsafe:
+        fields |= table.given(unsafe_allow_debug=bool)
+    path = table.at("mr_service_td")
+    fields["mr_service_td"] = tuple(octets(text, 48, path) for text in table.strings("mr_service_td", ()))
+    table.finish()
+    try:
+        return AttributePolicy(**fields)
+    except PolicyError as exc:
+        raise PolicyError(table.at(str(exc))) from None

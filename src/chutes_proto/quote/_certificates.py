@@ -1,0 +1,276 @@
+"""Certificates and revocation lists of the SGX/TDX PKI: what they say, read from their DER.
+
+Rules kept here:
+
+* X.509 version 3, keys on P-256, signatures ECDSA with SHA-256, and nothing else;
+* names stay DER and are compared as such; a serial number is the content of its INTEGER;
+* every extension has its place once; one that is critical and not known here is refused;
+* nothing is verified here: who signed what is ``verify.py``'s to check.
+
+Sources: RFC 5280, 4.1, 4.2 and 5.1-5.3; RFC 7468 (PEM); Intel SGX PCK Certificate and CRL Profile Specification.
+"""
+
+from __future__ import annotations
+
+from binascii import Error as Base64Error
+from binascii import a2b_base64, b2a_base64
+from functools import lru_cache
+from typing import Final, Literal, TypeAlias
+
+from msgspec import Struct
+
+from chutes_proto.quote import _der as der
+from chutes_proto.quote._der import DerError
+
+ROOT_CA: Final = b"Intel SGX Root CA"
+PLATFORM_CA: Final = b"Intel SGX PCK Platform CA"
+PROCESSOR_CA: Final = b"Intel SGX PCK Processor CA"
+PCK: Final = b"Intel SGX PCK Certificate"
+TCB_SIGNING: Final = b"Intel SGX TCB Signing"
+
+MAX_PEM: Final = 64 * 1024
+MAX_CHAIN: Final = 3
+
+_ECDSA_WITH_SHA256: Final = bytes.fromhex("300a06082a8648ce3d040302")
+_VERSION_3: Final = bytes.fromhex("a003020102")
+_CRL_VERSION_2: Final = bytes.fromhex("020101")
+_P256_KEY: Final = bytes.fromhex("3059301306072a8648ce3d020106082a8648ce3d03010703420004")
+"""SubjectPublicKeyInfo of a P-256 key as an uncompressed point, up to the point."""
+
+_MEMBERS: Final = (0xA0, der.INTEGER, *[der.SEQUENCE] * 5, 0xA3)
+"""The tags of a certificate's members."""
+
+_TRUE: Final = bytes([der.BOOLEAN, 1, 0xFF])
+"""DER leaves a critical flag that is false out."""
+
+_COMMON_NAME: Final = bytes.fromhex("550403")
+_SUBJECT_KEY_ID: Final = bytes.fromhex("551d0e")
+_KEY_USAGE: Final = bytes.fromhex("551d0f")
+_BASIC_CONSTRAINTS: Final = bytes.fromhex("551d13")
+_CRL_NUMBER: Final = bytes.fromhex("551d14")
+_CRL_DISTRIBUTION_POINTS: Final = bytes.fromhex("551d1f")
+_AUTHORITY_KEY_ID: Final = bytes.fromhex("551d23")
+SGX_EXTENSION: Final = bytes.fromhex("2a864886f84d010d01")
+
+_OF_CERTIFICATES: Final = frozenset(
+    {_SUBJECT_KEY_ID, _KEY_USAGE, _BASIC_CONSTRAINTS, _CRL_DISTRIBUTION_POINTS, _AUTHORITY_KEY_ID, SGX_EXTENSION}
+)
+_OF_CRLS: Final = frozenset({_CRL_NUMBER, _AUTHORITY_KEY_ID})
+
+_DIGITAL_SIGNATURE: Final = 0x80
+_CERT_AND_CRL_SIGN: Final = 0x06
+
+Kind: TypeAlias = Literal["CA", "end entity"]
+
+
+class Certificate(Struct, frozen=True, eq=False):
+    """What a certificate says. ``point`` is its key, x ‖ y; times are unix seconds, both inclusive."""
+
+    der: bytes
+    signed: bytes
+    signature: bytes
+    serial: bytes
+    issuer: bytes
+    subject: bytes
+    not_before: int
+    not_after: int
+    point: bytes
+    extensions: dict[bytes, bytes]
+
+
+class Crl(Struct, frozen=True, eq=False):
+    """What a revocation list says, but for the entries: `revoked_serials` reads them once its signature holds."""
+
+    der: bytes
+    signed: bytes
+    signature: bytes
+    issuer: bytes
+    this_update: int
+    next_update: int
+    number: int
+    entries: tuple[int, int]
+
+
+def read_pem(data: bytes) -> tuple[bytes, ...]:
+    """The DER of one to three certificates in PEM, with nothing but white space between and NULs or more of it after.
+
+    Lines may be of any length, but not empty. Raises `DerError`.
+    """
+    if len(data) > MAX_PEM:
+        raise DerError(f"more than {MAX_PEM} bytes of PEM")
+    before, *blocks = data.rstrip(b"\0").split(b"-----BEGIN CERTIFICATE-----", MAX_CHAIN + 1)
+    if before.strip() or not 1 <= len(blocks) <= MAX_CHAIN:
+        raise DerError(f"not 1 to {MAX_CHAIN} certificates in PEM")
+    return (*map(_read_block, blocks),)
+
+
+@lru_cache(maxsize=64)
+def _read_block(block: bytes) -> bytes:
+    body, end, after = block.partition(b"-----END CERTIFICATE-----")
+    if not end or after.strip():
+        raise DerError("a PEM block that does not end, or text after one")
+    lines = body.replace(b"\r", b"")
+    if lines.rfind(b"\n\n") >= 0:  # before it stand headers, for who reads RFC 1421; "in" takes three times as long
+        raise DerError("an empty line in a PEM block")
+    text = lines.replace(b"\n", b"")
+    try:
+        value = a2b_base64(text)
+    except Base64Error:
+        value = b""
+    if b2a_base64(value, newline=False) != text:  # one text for each value, whatever a decoder takes besides
+        raise DerError("a PEM block that is not base64")
+    return value
+
+
+def read_certificate(data: bytes) -> Certificate:
+    """What the certificate in DER says. Raises `DerError`."""
+    signed, signature = _split(data)
+    version, serial, algorithm, issuer, validity, subject, key, wrapped = der.members(data, *signed[2:], *_MEMBERS)
+    if not data.startswith(_VERSION_3, version[1]):
+        raise DerError("not an X.509 certificate of version 3")
+    _check_algorithm(data, algorithm)
+    if not data.startswith(_P256_KEY, key[1]):
+        raise DerError("the key is not on P-256")
+    begin, end = der.several(data, validity[2], validity[3], 2, 2)
+    return Certificate(
+        data,
+        der.whole(data, signed),
+        signature,
+        der.unsigned(data, serial, size=20),
+        der.whole(data, issuer),
+        der.whole(data, subject),
+        der.time(data, begin),
+        der.time(data, end),
+        data[key[3] - 64 : key[3]],
+        _read_extensions(data, wrapped, _OF_CERTIFICATES),
+    )
+
+
+def read_crl(data: bytes) -> Crl:
+    """What the revocation list in DER says. Raises `DerError`."""
+    signed, signature = _split(data)
+    fields = der.several(data, signed[2], signed[3], 6, 7)
+    if len(fields) == 6:
+        fields.insert(5, (der.SEQUENCE, 0, 0, 0))  # without entries there is no list of them
+    version, algorithm, issuer, this_update, next_update, entries, wrapped = fields
+    if (version[0], issuer[0], entries[0], wrapped[0]) != (der.INTEGER, der.SEQUENCE, der.SEQUENCE, 0xA0):
+        raise DerError("not a certificate revocation list")
+    if not data.startswith(_CRL_VERSION_2, version[1]):
+        raise DerError("not a certificate revocation list of version 2")
+    _check_algorithm(data, algorithm)
+    extensions = _read_extensions(data, wrapped, _OF_CRLS)
+    if not extensions.keys() >= _OF_CRLS:
+        raise DerError("no CRL number, or no authority key identifier")
+    number = extensions[_CRL_NUMBER]
+    (value,) = der.members(number, 0, len(number), der.INTEGER)
+    return Crl(
+        data,
+        der.whole(data, signed),
+        signature,
+        der.whole(data, issuer),
+        der.time(data, this_update),
+        der.time(data, next_update),
+        int.from_bytes(der.unsigned(number, value, size=20)),
+        entries[2:],
+    )
+
+
+def revoked_serials(crl: Crl) -> frozenset[bytes]:
+    """The serial numbers on the list: what is on it is revoked, whatever else its entry says. Raises `DerError`."""
+    data = crl.der
+    serials: set[bytes] = set()
+    add = serials.add
+    for tag, _, start, stop in der.elements(data, *crl.entries):
+        begin = start + 2
+        end = begin + data[start + 1] if stop > begin else start
+        if tag != der.SEQUENCE or not start < end < stop:
+            raise DerError("an entry that is none")
+        sign = data[begin] == 0
+        if data[start] == der.INTEGER and 0 < end - begin - sign <= 20 and (data[begin + sign] > 0x7F) == sign:
+            add(data[begin:end])  # as nearly all are
+        else:
+            add(der.unsigned(data, (data[start], start, begin, end), size=20))
+    return frozenset(serials)
+
+
+@lru_cache(maxsize=64)
+def common_name(name: bytes) -> bytes:
+    """The one common name in a name. Raises `DerError`."""
+    found: list[bytes] = []
+    for tag, _, start, stop in der.elements(name, *der.only(name, 0, len(name), der.SEQUENCE)):
+        if tag != der.SET:
+            raise DerError("a name that is none")
+        for attribute in der.elements(name, start, stop):
+            kind, value = der.several(name, attribute[2], attribute[3], 2, 2)
+            if der.content(name, kind) == _COMMON_NAME:
+                if value[0] not in (der.UTF8_STRING, der.PRINTABLE_STRING):
+                    raise DerError("a common name that is no text")
+                found.append(der.content(name, value))
+    if len(found) != 1:
+        raise DerError("not exactly one common name")
+    return found[0]
+
+
+def check_kind(certificate: Certificate, kind: Kind, *, path_length: int = 0) -> None:
+    """That constraints and key usage are those of a CA with so many CAs below it, or of no CA. Raises `DerError`."""
+    extensions = certificate.extensions
+    if not extensions.keys() >= {_SUBJECT_KEY_ID, _AUTHORITY_KEY_ID, _BASIC_CONSTRAINTS, _KEY_USAGE}:
+        raise DerError("basic constraints, key usage or a key identifier is missing")
+    is_ca, allowed_path = _basic_constraints(extensions[_BASIC_CONSTRAINTS])
+    usage = _key_usage(extensions[_KEY_USAGE])
+    if kind == "CA":
+        if not is_ca or (allowed_path is not None and allowed_path < path_length):
+            raise DerError("the basic constraints are not a CA's")
+        if usage & _CERT_AND_CRL_SIGN != _CERT_AND_CRL_SIGN:
+            raise DerError("the key usage is not a CA's")
+    else:
+        if is_ca:
+            raise DerError("the basic constraints are a CA's")
+        if usage & _CERT_AND_CRL_SIGN or not usage & _DIGITAL_SIGNATURE:
+            raise DerError("the key usage is not that of a certificate that signs statements only")
+
+
+def _split(data: bytes) -> tuple[der.Element, bytes]:
+    """What is signed, and the signature in DER."""
+    start, stop = der.only(data, 0, len(data), der.SEQUENCE)
+    signed, algorithm, signature = der.members(data, start, stop, der.SEQUENCE, der.SEQUENCE, der.BIT_STRING)
+    _check_algorithm(data, algorithm)
+    return signed, der.bits(data, signature)
+
+
+def _check_algorithm(data: bytes, element: der.Element) -> None:
+    if not data.startswith(_ECDSA_WITH_SHA256, element[1]):
+        raise DerError("the signature algorithm is not ECDSA with SHA-256")
+
+
+def _read_extensions(data: bytes, wrapped: der.Element, known: frozenset[bytes]) -> dict[bytes, bytes]:
+    extensions: dict[bytes, bytes] = {}
+    for tag, _, start, stop in der.elements(data, *der.only(data, wrapped[2], wrapped[3], der.SEQUENCE)):
+        if tag != der.SEQUENCE or stop - start < 2 or data[start] != der.OBJECT_IDENTIFIER or data[start + 1] > 0x7F:
+            raise DerError("an extension that is none")
+        end = start + 2 + data[start + 1]
+        name = data[start + 2 : end]
+        critical = data.startswith(_TRUE, end)
+        begin, end = der.only(data, end + 3 if critical else end, stop, der.OCTET_STRING)
+        if name in extensions:
+            raise DerError("an extension twice")
+        if critical and name not in known:
+            raise DerError("an unknown critical extension")
+        extensions[name] = data[begin:end]
+    return extensions
+
+
+def _basic_constraints(value: bytes) -> tuple[bool, int | None]:
+    fields = der.elements(value, *der.only(value, 0, len(value), der.SEQUENCE))
+    is_ca = bool(fields) and fields[0][0] == der.BOOLEAN and der.boolean(value, fields.pop(0))
+    path_length = int.from_bytes(der.unsigned(value, fields.pop(0), size=1)) if fields and is_ca else None
+    if fields:
+        raise DerError("basic constraints that are none")
+    return is_ca, path_length
+
+
+def _key_usage(value: bytes) -> int:
+    start, stop = der.only(value, 0, len(value), der.BIT_STRING)
+    if stop - start < 2 or value[start] > 7:
+        raise DerError("a key usage that is none")
+    return value[start + 1]

@@ -1,0 +1,156 @@
+"""Collateral: all that Intel signs about a platform, before and after it is verified.
+
+Rules kept here:
+
+* a `Collateral` holds the pieces as they were signed, byte for byte, and says nothing about them;
+* its file form is one JSON object: certificate chains as PEM text, TCB info and QE identity as the signed text, their
+  signatures and both CRLs in hexadecimal digits. An unknown or doubled member is refused;
+* a `VerifiedCollateral` is made by ``verify.py`` only.
+
+Source of the pieces: Intel SGX and TDX Provisioning Certification Service API, version 4.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Final, cast
+
+from attrs import field, frozen
+
+from chutes_proto.quote import _strict_json as strict_json
+from chutes_proto.quote._layout import Tee
+from chutes_proto.quote._pck import Ca
+from chutes_proto.quote._proof import Proof, proven
+from chutes_proto.quote._roots import TrustedRoot
+from chutes_proto.quote._statements import QeIdentity, TcbInfo
+from chutes_proto.quote._steps import Checked
+from chutes_proto.quote._terms import Term, Window, window
+from chutes_proto.quote.errors import CollateralFormatError
+
+MAX_SIZE: Final = 4 * 1024 * 1024
+"""More bytes than any collateral file has."""
+
+
+@frozen(kw_only=True)
+class Collateral:
+    """The pieces, none of them verified: PEM for chains (leaf first), DER for CRLs, the signed text for statements.
+
+    Signatures are r ‖ s. ``pck_certificate_chain`` is optional; if it is there it must be the quote's.
+    """
+
+    pck_crl_issuer_chain: bytes
+    root_ca_crl: bytes
+    pck_crl: bytes
+    tcb_info_issuer_chain: bytes
+    tcb_info: bytes
+    tcb_info_signature: bytes
+    qe_identity_issuer_chain: bytes
+    qe_identity: bytes
+    qe_identity_signature: bytes
+    pck_certificate_chain: bytes | None = None
+
+    @classmethod
+    def from_json(cls, data: bytes | str) -> Collateral:
+        """The pieces in a file, or in its text. Raises `CollateralFormatError`, whatever is in it."""
+        if isinstance(data, str):
+            data = data.encode("utf-8", "surrogatepass")  # a lone surrogate is refused below
+        try:
+            table = strict_json.decode(data, limit=MAX_SIZE)
+        except strict_json.JsonError as exc:
+            raise CollateralFormatError(str(exc)) from None
+        if not isinstance(table, dict):
+            raise CollateralFormatError("not a JSON object")
+        members = cast("Mapping[str, object]", table)
+        if unknown := sorted(name for name in members if name not in _MEMBERS):
+            raise CollateralFormatError(f"{unknown[0]!r} is no member of collateral")
+        pieces = {name: _piece(members[name], name) for name in _MEMBERS if name in members}
+        if missing := [name for name in _MEMBERS if name not in pieces and name != _OPTIONAL]:
+            raise CollateralFormatError(f"{missing[0]} is missing")
+        return cls(**pieces)
+
+    def to_json(self) -> bytes:
+        """The file that `from_json` reads. Raises `CollateralFormatError` if a text piece is no UTF-8."""
+        table: dict[str, str] = {}
+        for name in _MEMBERS:
+            piece: bytes | None = getattr(self, name)
+            if piece is not None:
+                table[name] = piece.hex() if name in _IN_HEX else _text(piece, name)
+        return json.dumps(table, indent=1).encode("ascii")
+
+
+@frozen(kw_only=True, eq=False)
+class VerifiedCollateral:
+    """Collateral that verified under ``root``; `Collateral`'s pieces as values.
+
+    Keep it and use it for as many quotes of its platforms as come until ``usable_until``: ``verify_quote`` checks all
+    times again. Revoked serial numbers are the contents of their INTEGERs. ``window`` is from when to when all pieces
+    are valid, in unix seconds, both inclusive, without any grace. ``checked`` says which steps each piece passed.
+    """
+
+    root: TrustedRoot
+    ca: Ca
+    tcb_info: TcbInfo
+    qe_identity: QeIdentity
+    issuer_name: bytes
+    issuer_point: bytes
+    revoked_by_root: frozenset[bytes] = field(repr=False)
+    revoked_pcks: frozenset[bytes] = field(repr=False)
+    root_crl_number: int
+    pck_crl_number: int
+    pck_chain: tuple[bytes, ...] | None = field(repr=False)
+    terms: tuple[Term, ...]
+    window: Window
+    grace: int
+    checked: tuple[Checked, ...] = field(repr=False)
+    proof: Proof = proven()
+
+    @property
+    def tee(self) -> Tee:
+        return self.tcb_info.tee
+
+    @property
+    def fmspc(self) -> bytes:
+        return self.tcb_info.fmspc
+
+    @property
+    def usable_until(self) -> int:
+        """The last second at which ``verify_quote`` takes it: the end of the window, or of the grace after it."""
+        return window(self.terms, self.grace)[1]
+
+
+_OPTIONAL: Final = "pck_certificate_chain"
+_IN_HEX: Final = frozenset({"root_ca_crl", "pck_crl", "tcb_info_signature", "qe_identity_signature"})
+_MEMBERS: Final = (
+    "pck_crl_issuer_chain",
+    "root_ca_crl",
+    "pck_crl",
+    "tcb_info_issuer_chain",
+    "tcb_info",
+    "tcb_info_signature",
+    "qe_identity_issuer_chain",
+    "qe_identity",
+    "qe_identity_signature",
+    _OPTIONAL,
+)
+
+
+def _piece(value: object, name: str) -> bytes:
+    if not isinstance(value, str):
+        raise CollateralFormatError(f"{name} is no string")
+    if name not in _IN_HEX:
+        return value.encode("utf-8")
+    try:
+        piece = bytes.fromhex(value)
+    except ValueError:
+        piece = b""
+    if 2 * len(piece) != len(value):
+        raise CollateralFormatError(f"{name} is not in hexadecimal digits")
+    return piece
+
+
+def _text(piece: bytes, name: str) -> str:
+    try:
+        return piece.decode("utf-8")
+    except UnicodeDecodeError:
+        raise CollateralFormatError(f"{name} is no text in UTF-8") from None

@@ -1,0 +1,396 @@
+"""What a TD's firmware and boot loader say they measured (the CCEL event log), held against the RTMRs of a quote.
+
+    log = parse_event_log(data)                                  /sys/firmware/acpi/tables/data/CCEL
+    replayed = replay(log, verdict.quote.body.rtmrs)             the log is what the RTMRs were extended with
+    replayed.secure_boot, replayed.kernel_command_lines
+
+Rules kept here:
+
+* whatever the bytes, `parse_event_log` returns or raises `EventLogFormatError`; size and number of events are bounded;
+* a log is of version 2.0 of its specification, whatever the errata: another version may have another form;
+* every event has just one SHA-384 digest and a register that a TD has; after the log there is nothing but padding, all
+  of zeros or all of ones: no event hides behind it;
+* all four RTMRs are compared: one without events must be zero;
+* a replay vouches for digests and their order within a register, for nothing else: not for an event's type, its data or
+  the order between registers. Data count only where a digest is theirs (`Event.measured`), and extractors use nothing
+  else. What is there was measured; that something is absent proves nothing.
+
+Sources: TCG PC Client Platform Firmware Profile, 10 (crypto agile log; 10.4.5.1, Spec ID event); UEFI Specification,
+38.4 (virtual platform CC event log: register 0 is MRTD, 1 to 4 are RTMR0 to RTMR3); GNU GRUB manual, "Measuring boot
+components".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from hashlib import sha384
+from itertools import zip_longest
+from struct import Struct, error
+from typing import Any, Final
+
+from attrs import frozen
+
+from chutes_proto.quote._measurements import REGISTERS, Rtmrs
+from chutes_proto.quote._proof import PROOF, Proof, proven
+from chutes_proto.quote.errors import QuoteError
+
+__all__ = [
+    "Difference",
+    "Event",
+    "EventLog",
+    "EventLogFormatError",
+    "EventLogMismatch",
+    "ReplayedLog",
+    "first_difference",
+    "parse_event_log",
+    "replay",
+]
+
+MAX_SIZE: Final = 4 * 1024 * 1024
+MAX_EVENTS: Final = 16384
+MAX_ALGORITHMS: Final = 8
+
+NO_ACTION: Final = 0x3
+IPL: Final = 0xD
+PLATFORM_CONFIG_FLAGS: Final = 0xA
+EFI_VARIABLE_BOOT: Final = 0x80000002
+EFI_BOOT_SERVICES_APPLICATION: Final = 0x80000003
+
+TYPE_NAMES: Final = {
+    0x0: "EV_PREBOOT_CERT",
+    0x1: "EV_POST_CODE",
+    NO_ACTION: "EV_NO_ACTION",
+    0x4: "EV_SEPARATOR",
+    0x5: "EV_ACTION",
+    0x6: "EV_EVENT_TAG",
+    0x7: "EV_S_CRTM_CONTENTS",
+    0x8: "EV_S_CRTM_VERSION",
+    PLATFORM_CONFIG_FLAGS: "EV_PLATFORM_CONFIG_FLAGS",
+    0xB: "EV_TABLE_OF_DEVICES",
+    0xC: "EV_COMPACT_HASH",
+    IPL: "EV_IPL",
+    0x80000001: "EV_EFI_VARIABLE_DRIVER_CONFIG",
+    EFI_VARIABLE_BOOT: "EV_EFI_VARIABLE_BOOT",
+    EFI_BOOT_SERVICES_APPLICATION: "EV_EFI_BOOT_SERVICES_APPLICATION",
+    0x80000004: "EV_EFI_BOOT_SERVICES_DRIVER",
+    0x80000005: "EV_EFI_RUNTIME_SERVICES_DRIVER",
+    0x80000006: "EV_EFI_GPT_EVENT",
+    0x80000007: "EV_EFI_ACTION",
+    0x80000008: "EV_EFI_PLATFORM_FIRMWARE_BLOB",
+    0x80000009: "EV_EFI_HANDOFF_TABLES",
+    0x8000000A: "EV_EFI_PLATFORM_FIRMWARE_BLOB2",
+    0x8000000B: "EV_EFI_HANDOFF_TABLES2",
+    0x8000000C: "EV_EFI_VARIABLE_BOOT2",
+    0x800000E0: "EV_EFI_VARIABLE_AUTHORITY",
+}
+
+_SHA384: Final = 0xC
+_SIZES: Final = {0x4: 20, 0xB: 32, _SHA384: 48, 0xD: 64, 0x12: 32}
+"""Digests of SHA-1, SHA-256, SHA-384, SHA-512 and SM3."""
+
+_FIRST: Final = Struct("<II20sI")
+_SPEC: Final = Struct("<16sI4BI")
+_SPEC_SIGNATURE: Final = b"Spec ID Event03\0"
+_SPEC_VERSION: Final = (2, 0)
+_ALGORITHM: Final = Struct("<HH")
+_EVENT: Final = Struct("<III")
+_U8: Final = Struct("<B")
+_U16: Final = Struct("<H")
+_U32: Final = Struct("<I")
+_VARIABLE: Final = Struct("<16sQQ")
+_SHIM: Final = Struct("<16sI")
+
+_GRUB_COMMAND: Final = b"grub_cmd: "
+_KERNEL_COMMAND_LINE: Final = b"kernel_cmdline: "
+_SHIM_COMMAND_LINE: Final = b"td_payload_info\0"
+
+_GLOBAL_VARIABLE: Final = bytes.fromhex("61dfe48bca93d211aa0d00e098032b8c")
+"""EFI_GLOBAL_VARIABLE, in the byte order in which it is measured."""
+
+
+def _secure_boot(value: bytes) -> bytes:
+    """The digest of the variable SecureBoot with this value (UEFI_VARIABLE_DATA)."""
+    name = "SecureBoot"
+    return sha384(_VARIABLE.pack(_GLOBAL_VARIABLE, len(name), len(value)) + name.encode("utf-16-le") + value).digest()
+
+
+_SECURE_BOOT_ON: Final = _secure_boot(b"\x01")
+_SECURE_BOOT_OFF: Final = frozenset({_secure_boot(b"\x00"), _secure_boot(b"")})
+
+
+class EventLogFormatError(QuoteError):
+    """The bytes are no event log of a TD."""
+
+    code = "event_log_format"
+
+
+@frozen
+class Event:
+    """An event as the log tells it. ``number`` counts from 0 through the log, ``register`` is one of `REGISTERS`."""
+
+    number: int
+    register: str
+    type: int
+    digest: bytes
+    data: bytes
+
+    @property
+    def type_name(self) -> str:
+        return TYPE_NAMES.get(self.type, f"0x{self.type:x}")
+
+    @property
+    def digest_verified(self) -> bool:
+        """Whether the digest is that of the data, so that who vouches for it vouches for all of them."""
+        return sha384(self.data).digest() == self.digest
+
+    @property
+    def measured(self) -> bytes | None:
+        """The part of the data that the digest is of; None if there is none, as with images and files.
+
+        That is all of them, or what follows the label in GRUB's, the value in an EFI variable's, the payload in
+        TD-Shim's events. Then nothing vouches for what stands before it.
+        """
+        return next((part for part in self._parts() if sha384(part).digest() == self.digest), None)
+
+    def _parts(self) -> tuple[bytes, ...]:
+        data = self.data
+        if self.type == IPL:
+            return data, data.partition(b": ")[2].removesuffix(b"\0")
+        if self.type == EFI_VARIABLE_BOOT and len(data) >= _VARIABLE.size:
+            _, name_size, size = _VARIABLE.unpack_from(data)
+            if _VARIABLE.size + 2 * name_size + size == len(data):
+                return data, data[len(data) - size :]
+        if self.type == PLATFORM_CONFIG_FLAGS and len(data) >= _SHIM.size:
+            _, size = _SHIM.unpack_from(data)
+            if _SHIM.size + size == len(data):
+                return data, data[_SHIM.size :]
+        return (data,)
+
+    def __str__(self) -> str:
+        return f"event {self.number}, {self.type_name}, digest {self.digest.hex()}"
+
+
+@frozen
+class EventLog:
+    """A parsed log. Nothing in it is verified."""
+
+    events: tuple[Event, ...]
+
+    def of(self, register: str) -> tuple[Event, ...]:
+        """The events that extend a register, in their order."""
+        return tuple(event for event in self.events if event.register == register and event.type != NO_ACTION)
+
+    @property
+    def rtmrs(self) -> Rtmrs:
+        """What RTMR0 to RTMR3 are after these events: from zero on, SHA-384(register ‖ digest) for each."""
+        rtmr0, rtmr1, rtmr2, rtmr3 = (_extended(event.digest for event in self.of(name)) for name in REGISTERS[1:])
+        return rtmr0, rtmr1, rtmr2, rtmr3
+
+
+@frozen
+class Difference:
+    """The first event of a register that is another than in a log of a known-good boot; None is no event at all."""
+
+    register: str
+    got: Event | None
+    expected: Event | None
+
+    def __str__(self) -> str:
+        return f"{self.register}: got {self.got or 'no more events'}, expected {self.expected or 'no more events'}"
+
+
+class EventLogMismatch(QuoteError):
+    """The log is not what the RTMRs were extended with.
+
+    ``register`` is the first that differs, ``registers`` are all; ``got`` is the quote's value, ``expected`` the
+    log's. ``difference`` is the first event in which the log differs from the known-good one, if that was given.
+    """
+
+    code = "event_log_mismatch"
+
+    def __init__(
+        self, registers: tuple[str, ...], got: bytes, expected: bytes, difference: Difference | None = None
+    ) -> None:
+        text = f"{registers[0]} is not what the log replays to (got {got.hex()}, expected {expected.hex()})"
+        super().__init__(text if difference is None else f"{text}; first different event, {difference}")
+        self.register = registers[0]
+        self.registers = registers
+        self.got = got
+        self.expected = expected
+        self.difference = difference
+
+
+@frozen(kw_only=True, eq=False)
+class ReplayedLog:
+    """A log whose digests are those that the RTMRs were extended with, in their order.
+
+    The extractors say what was measured. Where the label of a text is outside what the digest is of (GRUB), it is the
+    log's word only; none says that nothing else was measured.
+    """
+
+    log: EventLog
+    proof: Proof = proven()
+
+    @property
+    def secure_boot(self) -> bool | None:
+        """Whether UEFI secure boot was on; None if firmware did not measure that, or measured it both on and off.
+
+        Read from RTMR0's digests alone: neither an event's type nor its data can lie about it.
+        """
+        digests = {event.digest for event in self.log.of("RTMR0")}
+        on, off = _SECURE_BOOT_ON in digests, not digests.isdisjoint(_SECURE_BOOT_OFF)
+        return None if on == off else on
+
+    @property
+    def kernel_command_lines(self) -> tuple[str, ...]:
+        """Command lines of kernels, as GRUB and TD-Shim measure them."""
+        shim = self._measured("RTMR1", PLATFORM_CONFIG_FLAGS, _SHIM_COMMAND_LINE)
+        return (*(_text(part.partition(b"\0")[0]) for part in shim), *self._grub(_KERNEL_COMMAND_LINE))
+
+    @property
+    def grub_commands(self) -> tuple[str, ...]:
+        """The commands that GRUB ran."""
+        return self._grub(_GRUB_COMMAND)
+
+    @property
+    def boot_applications(self) -> tuple[bytes, ...]:
+        """The Authenticode SHA-384 of what firmware and boot loaders started: no path, as nothing vouches for one.
+
+        Nothing vouches for an event's type either. Whoever wrote the log can pass another event of RTMR1 off as one of
+        these, or hide one of them: look for digests that you know.
+        """
+        return tuple(event.digest for event in self.log.of("RTMR1") if event.type == EFI_BOOT_SERVICES_APPLICATION)
+
+    def _grub(self, label: bytes) -> tuple[str, ...]:
+        parts = self._measured("RTMR2", IPL, label)
+        return tuple(_text(part.removeprefix(label).removesuffix(b"\0")) for part in parts)
+
+    def _measured(self, register: str, kind: int, label: bytes) -> list[bytes]:
+        events = (e for e in self.log.of(register) if e.type == kind and e.data.startswith(label))
+        return [part for event in events if (part := event.measured) is not None]
+
+
+def replay(log: EventLog, rtmrs: Rtmrs, *, good: EventLog | None = None) -> ReplayedLog:
+    """The log as one that the RTMRs vouch for: take them from a verdict, or nothing vouches for them.
+
+    ``good`` is the log of a known-good boot, to name the event where they part. Raises `EventLogMismatch`.
+    """
+    found = zip(REGISTERS[1:], rtmrs, log.rtmrs, strict=True)
+    if different := [(name, got, expected) for name, got, expected in found if got != expected]:
+        _, got, expected = different[0]
+        difference = None if good is None else first_difference(log, good)
+        raise EventLogMismatch(tuple(name for name, _, _ in different), got, expected, difference)
+    return ReplayedLog(log=log, proof=PROOF)
+
+
+def first_difference(log: EventLog, good: EventLog) -> Difference | None:
+    """The first event of the first register in which the digests of two logs differ; None if they measure the same."""
+    for register in REGISTERS[1:]:
+        for got, expected in zip_longest(log.of(register), good.of(register)):
+            if got is None or expected is None or got.digest != expected.digest:
+                return Difference(register, got, expected)
+    return None
+
+
+def parse_event_log(data: bytes) -> EventLog:
+    """The events of a log, up to the padding. Raises `EventLogFormatError`, and nothing else, whatever the bytes."""
+    if len(data) > MAX_SIZE:
+        raise EventLogFormatError(f"more than {MAX_SIZE} bytes")
+    reader = _Reader(data)
+    register, kind, _, size = reader.unpack(_FIRST)
+    if kind != NO_ACTION or register >= len(REGISTERS):
+        raise EventLogFormatError("it does not begin with a Spec ID event")
+    sizes = _algorithms(reader.take(size))
+    events: list[Event] = []
+    while not reader.at_padding():
+        if len(events) == MAX_EVENTS:
+            raise EventLogFormatError(f"more than {MAX_EVENTS} events")
+        events.append(_event(reader, sizes, len(events)))
+    return EventLog(tuple(events))
+
+
+def _algorithms(data: bytes) -> dict[int, int]:
+    """The digest sizes that the Spec ID event declares, by algorithm."""
+    reader = _Reader(data)
+    signature, _, minor, major, _, _, count = reader.unpack(_SPEC)  # nothing depends on class, errata or UINTN's size
+    if signature != _SPEC_SIGNATURE:
+        raise EventLogFormatError("it does not begin with a Spec ID event of version 03")
+    if (major, minor) != _SPEC_VERSION:
+        raise EventLogFormatError(f"it is of version {major}.{minor} of its specification, and only 2.0 is read")
+    if count > MAX_ALGORITHMS:
+        raise EventLogFormatError(f"{count} digest algorithms are declared")
+    sizes: dict[int, int] = {}
+    for _ in range(count):
+        algorithm, size = reader.unpack(_ALGORITHM)
+        if algorithm in sizes or _SIZES.get(algorithm) != size:
+            raise EventLogFormatError(f"the algorithm 0x{algorithm:x} is there twice, not known or of another size")
+        sizes[algorithm] = size
+    if _SHA384 not in sizes:
+        raise EventLogFormatError("SHA-384 is not among the digest algorithms")
+    (vendor_size,) = reader.unpack(_U8)
+    _ = reader.take(vendor_size)
+    if reader.pos != len(data):
+        raise EventLogFormatError("bytes are left over in the Spec ID event")
+    return sizes
+
+
+def _event(reader: _Reader, sizes: dict[int, int], number: int) -> Event:
+    register, kind, count = map(int, reader.unpack(_EVENT))
+    if register >= len(REGISTERS):
+        raise EventLogFormatError(f"event {number}: a TD has no register {register}")
+    if count > len(sizes):
+        raise EventLogFormatError(f"event {number}: more digests than algorithms are declared")
+    digests: dict[int, bytes] = {}
+    for _ in range(count):
+        (algorithm,) = reader.unpack(_U16)
+        if algorithm not in sizes or algorithm in digests:
+            raise EventLogFormatError(f"event {number}: the algorithm 0x{algorithm:x} is not declared or there twice")
+        digests[algorithm] = reader.take(sizes[algorithm])
+    if _SHA384 not in digests:
+        raise EventLogFormatError(f"event {number}: no SHA-384 digest")
+    (size,) = reader.unpack(_U32)
+    return Event(number, REGISTERS[register], kind, digests[_SHA384], reader.take(size))
+
+
+class _Reader:
+    """A position in the bytes. What is cut off raises `EventLogFormatError`."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self.pos = 0
+
+    def unpack(self, struct: Struct) -> tuple[Any, ...]:
+        try:
+            values = struct.unpack_from(self.data, self.pos)
+        except error:
+            raise EventLogFormatError("it is cut off") from None
+        self.pos += struct.size
+        return values
+
+    def take(self, size: int) -> bytes:
+        end = self.pos + size
+        if end > len(self.data):
+            raise EventLogFormatError(f"{size} bytes are declared, {len(self.data) - self.pos} are there")
+        piece, self.pos = self.data[self.pos : end], end
+        return piece
+
+    def at_padding(self) -> bool:
+        """Whether the events end here. Raises `EventLogFormatError` if there is more than padding after them."""
+        head = self.data[self.pos : self.pos + 8]
+        if head.strip(b"\0") and head.strip(b"\xff"):
+            return False
+        rest = self.data[self.pos :]
+        if rest.strip(b"\0") and rest.strip(b"\xff"):
+            raise EventLogFormatError("there is more than padding after the events")
+        return True
+
+
+def _extended(digests: Iterable[bytes]) -> bytes:
+    value = bytes(48)
+    for digest in digests:
+        value = sha384(value + digest).digest()
+    return value
+
+
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", "replace")

@@ -1,0 +1,96 @@
+"""Whose quotes are acceptable: the part of a policy that lists TDX modules, owners and machines by name.
+
+Rules kept here:
+
+* a list that is not there accepts all, a list that is there accepts its members and nothing else, also where the quote
+  says nothing; an empty list is refused, because it would accept nothing;
+* attestation alone cannot tell a machine that its owner tampers with from one in a locked room: who knows its machines
+  lists their PPIDs or platform instance ids.
+
+Source: Intel TDX Module Base Architecture Specification, "TD measurement" (MRSEAM is the module's, the others are
+given by who starts the TD); Intel SGX PCK Certificate and CRL Profile Specification (PPID, platform instance id).
+"""
+
+from __future__ import annotations
+
+from itertools import repeat
+from typing import Any, Final, TypeAlias, cast
+
+from attrs import frozen
+
+from chutes_proto.quote._layout import SgxReport, TdReport10
+from chutes_proto.quote._pck import PckIdentity
+from chutes_proto.quote._tables import Table, octets
+from chutes_proto.quote.errors import PolicyError, Refusal
+
+Accepted: TypeAlias = tuple[bytes, ...] | None
+"""All that is accepted; None is anything."""
+
+_OF_TDS: Final = {
+    "mr_seam": "MRSEAM",
+    "mr_config_id": "MRCONFIGID",
+    "mr_owner": "MROWNER",
+    "mr_owner_config": "MROWNERCONFIG",
+}
+_OF_PLATFORMS: Final = {"ppid": "the PPID", "platform_instance_id": "the platform instance id"}
+_SIZES: Final = {**dict.fromkeys(_OF_TDS, 48), **dict.fromkeys(_OF_PLATFORMS, 16)}
+
+
+@frozen(kw_only=True)
+class IdentityPolicy:
+    """What each of these may be. Registers have 48 bytes, PPID and platform instance id 16.
+
+    Raises `PolicyError` for what contradicts itself.
+    """
+
+    mr_seam: Accepted = None
+    mr_config_id: Accepted = None
+    mr_owner: Accepted = None
+    mr_owner_config: Accepted = None
+    ppid: Accepted = None
+    platform_instance_id: Accepted = None
+
+    def __attrs_post_init__(self) -> None:
+        for name, size in _SIZES.items():
+            values: Any = getattr(self, name)
+            if values is None:
+                continue
+            if not isinstance(values, tuple) or not all(
+                map(_is_value, cast("tuple[object, ...]", values), repeat(size))
+            ):
+                raise PolicyError(f"{name}: must be values of {size} bytes")
+            if not values:
+                raise PolicyError(f"{name}: an empty list would accept nothing; leave it out to accept anything")
+
+    def refusals(self, pck: PckIdentity, body: TdReport10 | SgxReport) -> list[Refusal]:
+        """One for each that is not on its list."""
+        found: list[Refusal] = []
+        for name, called in _OF_PLATFORMS.items():
+            found += self._refusal(name, called, getattr(pck, name), None)
+        for name, register in _OF_TDS.items():
+            found += self._refusal(name, register, getattr(body, name, None), register)
+        return found
+
+    def _refusal(self, name: str, called: str, got: bytes | None, register: str | None) -> list[Refusal]:
+        accepted: Accepted = getattr(self, name)
+        if accepted is None or got in accepted:
+            return []
+        said = "none" if got is None else got.hex()
+        expected = " or ".join(value.hex() for value in accepted)
+        detail = f"{called} is not one that is accepted (got {said}, expected {expected})"
+        return [Refusal("tcb" if register is None else "measurement", name, detail, register, said, expected)]
+
+
+def _is_value(value: object, size: int) -> bool:
+    return type(value) is bytes and len(value) == size
+
+
+def read_identity(table: Table) -> IdentityPolicy:
+    """The policy in a table: names as in `IdentityPolicy`, lists of hexadecimal digits. Raises `PolicyError`."""
+    given = table.keys() & _SIZES.keys()
+    fields = {name: tuple(octets(text, _SIZES[name], table.at(name)) for text in table.strings(name)) for name in given}
+    table.finish()
+    try:
+        return IdentityPolicy(**fields)
+    except PolicyError as exc:
+        raise PolicyError(table.at(str(exc))) from None

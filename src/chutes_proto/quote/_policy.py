@@ -1,0 +1,388 @@
+"""Is a verified quote acceptable? What a caller demands of the TCB, of the TD's attributes and of its measurements.
+
+    policy = Policy(profiles=profiles)
+    appraisal = policy.appraise(verdict, stage="boot")
+
+Rules kept here:
+
+* a policy is checked when it is made: what cannot mean anything is refused then, and nothing is ignored;
+* the defaults accept what is up to date and nothing less, and no measurement at all: profiles must be given, or the
+  policy must say that measurements are not its business (``measurements="unchecked"``);
+* an `Appraisal` is made by `Policy.appraise` only; an `AppraisalError` lists all that is not acceptable.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any, Final, Literal, TypeAlias, cast, get_args
+
+from attrs import field, frozen
+
+from chutes_proto.quote._attributes import AttributePolicy, read_attributes
+from chutes_proto.quote._identity import IdentityPolicy, read_identity
+from chutes_proto.quote._layout import SgxAttributes, SgxReport
+from chutes_proto.quote._measurements import Profile, Stage, read_profiles, read_toml
+from chutes_proto.quote._proof import PROOF, Proof, proven
+from chutes_proto.quote._statements import Stated, TcbStatus
+from chutes_proto.quote._tables import Table
+from chutes_proto.quote._tcb import OUT_OF_DATE
+from chutes_proto.quote._verify import Verdict
+from chutes_proto.quote.errors import AppraisalError, PolicyError, Refusal
+
+__all__ = [
+    "AllOf",
+    "AnyOf",
+    "Appraisal",
+    "AttributePolicy",
+    "IdentityPolicy",
+    "Policy",
+    "Profile",
+    "TcbPolicy",
+    "parse_policy_toml",
+]
+
+_ADVISORY: Final = re.compile(f"INTEL-(SA|DOC)-[0-9]{{5}}|SIMULATED-SA-({'|'.join(TcbStatus)})".upper())
+"""Intel's, and the simulated platform's: an identifier that nobody issues would refuse nothing."""
+
+
+def _statuses(values: Any) -> frozenset[TcbStatus]:
+    refused = f"accepted_statuses: must be a list of {', '.join(_ACCEPTABLE)}"
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise PolicyError(refused)
+    names = tuple(cast("Iterable[str]", values))
+    for name in names:
+        if name not in _ACCEPTABLE:
+            raise PolicyError(f"{refused}, and {str(name)[:80]!r} is none")
+    return frozenset(map(TcbStatus, names))
+
+
+def _advisories(values: Any) -> frozenset[str]:
+    refused = 'rejected_advisories: must be a list of identifiers like "INTEL-SA-00837"'
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise PolicyError(refused)
+    names = [str(name).upper() for name in cast("Iterable[object]", values)]
+    for name in names:
+        if not _ADVISORY.fullmatch(name):
+            raise PolicyError(f"{refused}, and {name[:80]!r} is none")
+    return frozenset(names)
+
+
+_ACCEPTABLE: Final = tuple(status for status in TcbStatus if status is not TcbStatus.REVOKED)
+
+
+@frozen(kw_only=True)
+class TcbPolicy:
+    """What the platform's TCB must be. Raises `PolicyError` for what contradicts itself.
+
+    ``accepted_statuses`` are `TcbStatus` or their texts; a revoked TCB never gets this far. Where the report has the
+    TCB at present, its status is not out of date either, unless that is accepted. Advisories are refused only if they
+    are listed. ``min_evaluation_number`` is a floor under the collateral that no clock can lower,
+    ``min_tcb_info_version`` one under its form. The three flags, if false, refuse platforms that have, or may have,
+    what they name.
+
+    Graces are seconds and narrow what is accepted; None sets no limit. Where the status is out of date and accepted,
+    platform and TDX module (``platform_grace``) and the quoting enclave (``qe_grace``) may be so until so long after
+    the date of the level that they do reach. ``collateral_grace`` is how far past its end collateral may be that was
+    verified with a grace.
+    """
+
+    accepted_statuses: frozenset[TcbStatus] = field(default=frozenset({TcbStatus.UP_TO_DATE}), converter=_statuses)
+    rejected_advisories: frozenset[str] = field(default=frozenset(), converter=_advisories)
+    min_evaluation_number: int = 0
+    min_tcb_info_version: int = 2
+    allow_dynamic_platform: bool = True
+    allow_cached_keys: bool = True
+    allow_smt: bool = True
+    platform_grace: int | None = None
+    qe_grace: int | None = None
+    collateral_grace: int | None = None
+
+    def __attrs_post_init__(self) -> None:
+        if not self.accepted_statuses:
+            raise PolicyError(f"accepted_statuses: must be some of {', '.join(_ACCEPTABLE)}")
+        if type(self.min_evaluation_number) is not int or self.min_evaluation_number < 0:
+            raise PolicyError("min_evaluation_number: must be a whole number that is not negative")
+        for name in ("allow_dynamic_platform", "allow_cached_keys", "allow_smt"):
+            if type(getattr(self, name)) is not bool:
+                raise PolicyError(f"{name}: must be true or false")
+        if type(self.min_tcb_info_version) is not int or self.min_tcb_info_version not in (2, 3):
+            raise PolicyError("min_tcb_info_version: must be 2 or 3")
+        for name in ("platform_grace", "qe_grace", "collateral_grace"):
+            grace = getattr(self, name)
+            if grace is not None and (type(grace) is not int or grace < 0):
+                raise PolicyError(f"{name}: must be a whole number of seconds that is not negative")
+            if grace is not None and name != "collateral_grace" and not self.accepted_statuses & OUT_OF_DATE:
+                raise PolicyError(f"{name}: goes with an OutOfDate status in accepted_statuses")
+
+    def refusals(self, verdict: Verdict) -> list[Refusal]:
+        """All that is not acceptable in the platform."""
+        found: list[Refusal] = []
+
+        def refuse(code: str, detail: str, got: object, expected: object) -> None:
+            text = f"{detail} (got {got}, expected {expected})"
+            found.append(Refusal("tcb", code, text, None, str(got), str(expected)))
+
+        if verdict.tcb_status not in self.accepted_statuses:
+            accepted = " or ".join(status for status in _ACCEPTABLE if status in self.accepted_statuses)
+            refuse("tcb_status", "the TCB status is not accepted", verdict.tcb_status, accepted)
+        if verdict.current_status in OUT_OF_DATE - self.accepted_statuses:
+            refuse("current_tcb_status", "the TCB at present", verdict.current_status, "one that is not out of date")
+        rejected = sorted(a for a in verdict.advisory_ids if a.upper() in self.rejected_advisories)
+        if rejected:
+            refuse("advisory", "an advisory applies that is not accepted", ", ".join(rejected), "none of these")
+        if verdict.evaluation_number < self.min_evaluation_number:
+            floor = f"at least {self.min_evaluation_number}"
+            refuse("evaluation_number", "the collateral is of an old TCB recovery", verdict.evaluation_number, floor)
+        if verdict.tcb_info_version < self.min_tcb_info_version:
+            floor = f"at least {self.min_tcb_info_version}"
+            refuse("tcb_info_version", "the TCB info is of an old version", verdict.tcb_info_version, floor)
+        outdated = verdict.tcb_status in OUT_OF_DATE  # not where a relaunch cures it
+        now = verdict.verified_at
+        for code, grace, begin in (
+            ("platform_grace", self.platform_grace, _reached(verdict.platform, verdict.module) if outdated else None),
+            ("qe_grace", self.qe_grace, _reached(verdict.qe) if outdated else None),
+            ("collateral_grace", self.collateral_grace, verdict.window[1]),
+        ):
+            if grace is not None and begin is not None and now > begin + grace:
+                refuse(code, _GRACES[code], now, f"at most {begin + grace}")
+        pck = verdict.pck
+        for name, allowed, has in (
+            ("dynamic_platform", self.allow_dynamic_platform, pck.dynamic_platform),
+            ("cached_keys", self.allow_cached_keys, pck.cached_keys),
+            ("smt", self.allow_smt, pck.smt),
+        ):
+            if not allowed and has is not False:
+                got = "unknown" if has is None else "yes"
+                refuse(name, f"{name} is not allowed and not excluded by the PCK certificate", got, "no")
+        return found
+
+
+_GRACES: Final = {
+    "platform_grace": "platform or TDX module are out of date for too long",
+    "qe_grace": "the quoting enclave is out of date for too long",
+    "collateral_grace": "the collateral has ended too long ago",
+}
+
+
+def _reached(*parts: Stated | None) -> int | None:
+    """The earliest date of the levels that are out of date."""
+    return min((part.date for part in parts if part is not None and part.status in OUT_OF_DATE), default=None)
+
+
+@frozen(kw_only=True, eq=False)
+class Appraisal:
+    """A verdict that a policy accepts in a stage. ``matched`` is None if the policy leaves measurements unchecked."""
+
+    verdict: Verdict
+    stage: Stage
+    matched: Profile | None
+    proof: Proof = proven()
+
+    @property
+    def profile(self) -> Profile:
+        """The profile that the TD measures to. Raises `PolicyError` if measurements were left unchecked."""
+        if self.matched is None:
+            raise PolicyError("measurements were left unchecked, so no profile matched")
+        return self.matched
+
+
+@frozen(kw_only=True)
+class Policy:
+    """What a caller accepts. Raises `PolicyError` for what contradicts itself."""
+
+    tcb: TcbPolicy = TcbPolicy()
+    attributes: AttributePolicy = AttributePolicy()
+    profiles: tuple[Profile, ...] = ()
+    measurements: Literal["profiles", "unchecked"] = "profiles"
+    identity: IdentityPolicy = IdentityPolicy()
+
+    def __attrs_post_init__(self) -> None:
+        for name, kind in (("tcb", TcbPolicy), ("attributes", AttributePolicy), ("identity", IdentityPolicy)):
+            if not isinstance(getattr(self, name), kind):
+                raise PolicyError(f"{name}: must be {kind.__name__}")
+        profiles: Any = self.profiles
+        if type(profiles) is not tuple or not all(isinstance(profile, Profile) for profile in cast("Any", profiles)):
+            raise PolicyError("profiles: must be a tuple of Profile")
+        if self.measurements not in ("profiles", "unchecked"):
+            raise PolicyError('measurements: must be "profiles" or "unchecked"')
+        if self.measurements == "unchecked" and self.profiles:
+            raise PolicyError('measurements: "unchecked" goes without profiles')
+        if len({profile.name for profile in self.profiles}) != len(self.profiles):
+            raise PolicyError("profile: a name is there twice")
+
+    def appraise(self, verdict: Verdict, *, stage: Stage) -> Appraisal:
+        """The verdict as one that is acceptable in a stage. Raises `AppraisalError` with all that is not.
+
+        Of several profiles that the TD measures to, the first whose attributes accept it counts. Where it measures to
+        none, the refusals are against the one that differs in the fewest registers.
+        """
+        _check_stage(stage)
+        body = verdict.quote.body
+        refusals = self.tcb.refusals(verdict) + self.identity.refusals(verdict.pck, body)
+        if isinstance(body, SgxReport):
+            refusals += self._of_enclave(body)
+            matched = None
+        else:
+            candidates = [
+                (profile.refusals(body, stage), (profile.attributes or self.attributes).refusals(body), profile)
+                for profile in self.profiles
+            ]
+            if not candidates:
+                measured = [] if self.measurements == "unchecked" else [_NO_PROFILES]
+                refused, matched = self.attributes.refusals(body) + measured, None
+            else:
+                measured, refused, matched = min(candidates, key=lambda found: (len(found[0]), len(found[1])))
+                refused = refused + measured
+            refusals += refused
+        if refusals:
+            raise AppraisalError(refusals, verdict.steps)
+        return Appraisal(verdict=verdict, stage=stage, matched=matched, proof=PROOF)
+
+    def _of_enclave(self, body: SgxReport) -> list[Refusal]:
+        """An SGX enclave has no TD attributes and no RTMRs: profiles never accept it."""
+        found: list[Refusal] = []
+        if body.flags & SgxAttributes.DEBUG and not self.attributes.unsafe_allow_debug:
+            got, expected = f"0x{body.flags:016x}", "bit 1 clear"
+            detail = f"the enclave can be debugged by its host (got {got}, expected {expected})"
+            found.append(Refusal("attributes", "debug", detail, None, got, expected))
+        if self.measurements != "unchecked":
+            found.append(Refusal("measurement", "not_a_td", "an SGX enclave is not a TD and has none of its registers"))
+        return found
+
+
+_NO_PROFILES: Final = Refusal("measurement", "no_profiles", "the policy has no measurement profile to compare with")
+
+
+@frozen
+class AllOf:
+    """Accepts what all of these accept. Raises `PolicyError` for none."""
+
+    policies: tuple[AnyPolicy, ...]
+
+    def __attrs_post_init__(self) -> None:
+        _check_policies("AllOf", self.policies)
+
+    def appraise(self, verdict: Verdict, *, stage: Stage) -> Appraisal:
+        """The verdict as one that is acceptable; ``matched`` is the first profile that one of these matched.
+
+        Raises `AppraisalError` with all reasons of all of these.
+        """
+        _check_stage(stage)
+        matched: Profile | None = None
+        refusals: list[Refusal] = []
+        for policy in self.policies:
+            try:
+                appraisal = policy.appraise(verdict, stage=stage)
+                matched = matched or appraisal.matched
+            except AppraisalError as exc:
+                refusals += exc.refusals
+        if refusals:
+            raise AppraisalError(tuple(dict.fromkeys(refusals)), verdict.steps)
+        return Appraisal(verdict=verdict, stage=stage, matched=matched, proof=PROOF)
+
+
+@frozen
+class AnyOf:
+    """Accepts what one of these accepts. Raises `PolicyError` for none."""
+
+    policies: tuple[AnyPolicy, ...]
+
+    def __attrs_post_init__(self) -> None:
+        _check_policies("AnyOf", self.policies)
+
+    def appraise(self, verdict: Verdict, *, stage: Stage) -> Appraisal:
+        """What the first of these that accepts the verdict makes of it.
+
+        Raises `AppraisalError` with all reasons of all of these.
+        """
+        _check_stage(stage)
+        refusals: list[Refusal] = []
+        for policy in self.policies:
+            try:
+                return policy.appraise(verdict, stage=stage)
+            except AppraisalError as exc:
+                refusals += exc.refusals
+        raise AppraisalError(tuple(dict.fromkeys(refusals)), verdict.steps)
+
+
+AnyPolicy: TypeAlias = Policy | AllOf | AnyOf
+"""Whatever appraises."""
+
+
+def _check_policies(name: str, policies: object) -> None:
+    if type(policies) is not tuple or not all(map(_is_policy, cast("tuple[object, ...]", policies))):
+        raise PolicyError(f"{name}: must be a tuple of policies")
+    if not policies:
+        raise PolicyError(f"{name}: must have at least one policy")
+
+
+def _is_policy(value: object) -> bool:
+    return isinstance(value, (Policy, AllOf, AnyOf))
+
+
+def _check_stage(stage: Stage) -> None:
+    if stage not in get_args(Stage):
+        raise PolicyError(f"stage: must be one of {', '.join(get_args(Stage))}")
+
+
+# --- policies in TOML ---
+
+
+def parse_policy_toml(data: bytes | str, *, extra_keys: frozenset[str] = frozenset()) -> AnyPolicy:
+    """The policy in a TOML file, or in its text (the form is in ``README.md`` beside this file).
+
+    Profiles may have keys of ``extra_keys``, which mean nothing here. Raises `PolicyError` that names the key.
+    """
+    return _read_policy(read_toml(data), extra_keys, MAX_DEPTH)
+
+
+def _read_policy(table: Table, extra_keys: frozenset[str], depth: int) -> AnyPolicy:
+    keys = table.keys()
+    for name, combine in _COMBINED.items():
+        if name not in keys:
+            continue
+        if other := sorted(keys - {name}):
+            raise PolicyError(f"{table.at(other[0])}: does not go beside {name}, whose members say all")
+        if not (entries := table.tables(name)):
+            raise PolicyError(f"{table.at(name)}: must have at least one policy")
+        if depth == 0:
+            raise PolicyError(f"{table.at(name)}: more than {MAX_DEPTH} levels of policies in policies")
+        inner = [Table(entry, f"{table.at(name)} {number}") for number, entry in enumerate(entries, 1)]
+        return combine(tuple(_read_policy(member, extra_keys, depth - 1) for member in inner))
+    fields: dict[str, Any] = {
+        "measurements": table.take("measurements", str, "profiles"),
+        "tcb": _read_tcb(table.table("tcb", {})),
+        "attributes": read_attributes(table.table("attributes", {}), unsafe=True),
+        "identity": read_identity(table.table("identity", {})),
+        "profiles": tuple(profile for profile, _ in read_profiles(table, extra_keys=extra_keys)),
+    }
+    table.finish()
+    try:
+        return Policy(**fields)
+    except PolicyError as exc:
+        raise PolicyError(table.at(str(exc))) from None
+
+
+MAX_DEPTH: Final = 4
+_COMBINED: Final[dict[str, type[AllOf | AnyOf]]] = {"all_of": AllOf, "any_of": AnyOf}
+
+
+def _read_tcb(table: Table) -> TcbPolicy:
+    fields = table.given(
+        accepted_statuses=list,
+        rejected_advisories=list,
+        min_evaluation_number=int,
+        allow_dynamic_platform=bool,
+        allow_cached_keys=bool,
+        allow_smt=bool,
+        min_tcb_info_version=int,
+        platform_grace=int,
+        qe_grace=int,
+        collateral_grace=int,
+    )
+    table.finish()
+    try:
+        return TcbPolicy(**fields)
+    except PolicyError as exc:
+        raise PolicyError(table.at(str(exc))) from None

@@ -1,0 +1,74 @@
+"""From when to when each piece is valid; all times are unix seconds, both ends inclusive (RFC 5280, 4.1.2.5).
+
+Times are integers: a NaN is before no begin and past no end. `check_seconds` refuses what is not one, wherever a caller
+gives a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from typing import Final, TypeAlias
+
+from msgspec import Struct
+
+from chutes_proto.quote._steps import (
+    CertificateExpired,
+    CertificateNotYetValid,
+    CollateralExpired,
+    CollateralNotYetValid,
+)
+
+Window: TypeAlias = tuple[int, int]
+
+_LAST: Final = 253_402_300_799  # 9999-12-31T23:59:59Z, the last time that a certificate can say
+
+
+class Term(Struct, frozen=True):
+    """The time of one piece: a certificate, or one of the collateral, which is made anew every few weeks."""
+
+    subject: str
+    begin: int
+    end: int
+    is_certificate: bool
+
+
+def check_terms(terms: Iterable[Term], now: int, grace: int = 0) -> None:
+    """Steps 9, 10, 19 and 20. ``grace`` seconds are added to every end but that of a certificate.
+
+    Raises `VerificationError`; `TypeError` unless ``now`` and ``grace`` are integers.
+    """
+    check_seconds("now", now)
+    check_seconds("grace", grace)
+    for term in terms:
+        if now < term.begin:  # 9, 19
+            step = CertificateNotYetValid if term.is_certificate else CollateralNotYetValid
+            raise step(
+                term.subject, "its time has not begun", got=rfc3339(now), expected=f"at least {rfc3339(term.begin)}"
+            )
+        if now > (term.end if term.is_certificate else term.end + grace):  # 10, 20
+            step = CertificateExpired if term.is_certificate else CollateralExpired
+            raise step(term.subject, "its time has ended", got=rfc3339(now), expected=f"at most {rfc3339(term.end)}")
+
+
+def check_seconds(name: str, value: object) -> None:
+    """Raises `TypeError` for what is not an integer; a bool is not one."""
+    if type(value) is not int:
+        raise TypeError(f"{name}: must be an int, in whole seconds, not {value!r}")
+
+
+def rfc3339(time: int) -> str:
+    """A time for people (RFC 3339, section 5.6)."""
+    return datetime.fromtimestamp(max(0, min(time, _LAST)), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def window(terms: Iterable[Term], grace: int = 0) -> Window:
+    """The time that all the pieces have in common."""
+    terms = tuple(terms)
+    ends = [term.end if term.is_certificate else term.end + grace for term in terms]
+    return max([term.begin for term in terms]), min(ends)
+
+
+def common(one: Window, other: Window) -> Window:
+    """The time that two windows have in common."""
+    return max(one[0], other[0]), min(one[1], other[1])

@@ -1,0 +1,681 @@
+"""Is this a genuine quote of a genuine platform, and how well is its TCB kept?
+
+    opened = open_quote(data, now=now)                               which collateral to ask for: opened.pck
+    signed = check_signed(opened)                                    the platform did make this quote
+    verified = verify_collateral(collateral, now=now)                once for many quotes
+    verdict = verify_quote(signed, verified, now=now)                the answer; or all at once: verify(…)
+
+Rules kept here:
+
+* each stage returns a value that only it can make, and takes the value of the one before: what did not verify cannot
+  look like what did. A quote goes in as bytes, so that what is read of it is what its signature is over;
+* the numbers beside the checks are those of the table in ``steps.py``; ``README.md`` beside this file has the rules;
+* ``now`` is the caller's clock in unix seconds, and all times are checked against it in every stage;
+* no chain is built: three certificates with fixed places, names compared as DER, the root pinned by its key;
+* what was verified may be remembered, by all the bytes that were: a check that passed for them passes for them always.
+  Times, CRLs, identities and TCB levels are not remembered; nor is what was refused.
+
+A verdict does not say that the quote is acceptable: look at its status, or better let a ``policy.Policy`` appraise it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from hashlib import sha256
+from hmac import compare_digest
+from typing import Final, TypeVar
+
+from attrs import frozen
+from msgspec import Struct
+
+from chutes_proto.quote import _certificates as certificates
+from chutes_proto.quote import _ecdsa as ecdsa
+from chutes_proto.quote._certificates import Certificate, Kind
+from chutes_proto.quote._collateral import Collateral, VerifiedCollateral
+from chutes_proto.quote._der import DerError
+from chutes_proto.quote._ecdsa import EllipticCurvePublicKey
+from chutes_proto.quote._layout import (
+    CERTIFICATION_PCK_CHAIN,
+    INTEL_VENDOR_ID,
+    BytesLike,
+    Quote,
+    SgxAttributes,
+    SgxReport,
+    Tee,
+    parse_quote,
+    parse_sgx_report,
+)
+from chutes_proto.quote._pck import Ca, PckIdentity, read_pck_extension
+from chutes_proto.quote._proof import PROOF, Proof, proven
+from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot, check_self_signed
+from chutes_proto.quote._statements import (
+    QeIdentity,
+    Stated,
+    StatementKindError,
+    TcbStatus,
+    read_qe_identity,
+    read_tcb_info,
+)
+from chutes_proto.quote._steps import (
+    AttestationKey,
+    CertificateFormat,
+    CertificateIssuer,
+    CertificateRevoked,
+    CertificateRole,
+    CertificateSignature,
+    CertificationType,
+    ChainForm,
+    Checked,
+    CollateralCa,
+    CollateralTee,
+    CrlFormat,
+    CrlIssuer,
+    CrlSignature,
+    FmspcMismatch,
+    PceIdMismatch,
+    PckChainMismatch,
+    PckExtension,
+    PckRevoked,
+    QeDebug,
+    QeIdentityMismatch,
+    QeReportData,
+    QeReportSignature,
+    QeVendor,
+    QuoteSignature,
+    ReportDataMismatch,
+    RootMismatch,
+    StatementFormat,
+    StatementKind,
+    StatementSignature,
+    UntrustedRoot,
+    checked,
+)
+from chutes_proto.quote._strict_json import JsonError
+from chutes_proto.quote._tcb import assess
+from chutes_proto.quote._terms import Term, Window, check_seconds, check_terms, common, window
+
+__all__ = [
+    "OpenedQuote",
+    "SignedQuote",
+    "Verdict",
+    "authenticate_collateral",
+    "check_signed",
+    "forget",
+    "open_quote",
+    "verify",
+    "verify_collateral",
+    "verify_quote",
+]
+
+T = TypeVar("T")
+
+_OF_CERTIFICATES: Final = (4, 5, 7, 8)
+"""The steps that a certificate takes, but for its times."""
+
+
+class _Notes:
+    """What was checked for a value that is remembered: news for who takes it first, remembered for all others."""
+
+    __slots__ = ("_again", "_first", "_notes")
+
+    def __init__(self, *notes: Checked) -> None:
+        self._notes = notes
+        self._first: Iterator[tuple[Checked, ...]] = iter((notes,))
+        self._again: tuple[Checked, ...] = ()
+
+    def take(self) -> tuple[Checked, ...]:
+        notes = next(self._first, self._again)
+        if not notes:
+            notes = self._again = tuple(checked(n.subject, *n.steps, remembered=True) for n in self._notes)
+        return notes
+
+
+class PckChain(Struct, frozen=True, eq=False):
+    """A PCK certificate that is the root's through its CA; ``chain`` is both in DER, without the root."""
+
+    leaf: Certificate
+    leaf_key: EllipticCurvePublicKey
+    issuer: Certificate
+    chain: tuple[bytes, ...]
+    identity: PckIdentity
+    terms: tuple[Term, ...]
+    window: Window
+    notes: _Notes
+
+
+@frozen(kw_only=True, eq=False)
+class OpenedQuote:
+    """A quote whose PCK chain is the root's. The quote itself is not verified yet.
+
+    ``pck`` says which platform it claims to be of, and so what collateral to ask for.
+    """
+
+    quote: Quote
+    pck: PckIdentity
+    root: TrustedRoot
+    chain: PckChain
+    checked: tuple[Checked, ...]
+    proof: Proof = proven()
+
+
+@frozen(kw_only=True, eq=False)
+class SignedQuote:
+    """A quote that the platform of its PCK certificate made. How up to date that platform is, collateral says.
+
+    ``qe_report`` is the report of the quoting enclave that signed it.
+    """
+
+    opened: OpenedQuote
+    qe_report: SgxReport
+    checked: tuple[Checked, ...]
+    proof: Proof = proven()
+
+
+@frozen(kw_only=True, eq=False)
+class Verdict:
+    """A quote that is genuine, of a platform that is genuine; ``tcb_status`` says how well its TCB is kept.
+
+    Revoked TCBs have no verdict. ``advisory_ids`` are those of all parts; levels that are up to date may have some too.
+    ``tcb_date`` (unix seconds) is the earliest date of the parts' levels; ``platform``, ``module`` and ``qe`` are the
+    levels at launch, ``current_status`` is of the TCB at present where the report has it. ``evaluation_number`` is the
+    lower one of TCB info and QE identity, ``tcb_info_version`` the version of the TCB info's form. ``window`` is when
+    all that was used is valid (unix seconds, inclusive, no grace), ``verified_at`` the caller's ``now``. ``checked``
+    says which steps each piece passed, in the order of the stages; a step that had nothing to check is not there.
+    """
+
+    quote: Quote
+    pck: PckIdentity
+    tcb_status: TcbStatus
+    current_status: TcbStatus | None
+    advisory_ids: tuple[str, ...]
+    tcb_date: int
+    platform: Stated
+    module: Stated | None
+    qe: Stated
+    evaluation_number: int
+    tcb_info_version: int
+    window: Window
+    verified_at: int
+    root: TrustedRoot
+    checked: tuple[Checked, ...]
+    proof: Proof = proven()
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The numbers of all steps that were taken, in order."""
+        return tuple(sorted({number for piece in self.checked for number in piece.steps}))
+
+
+def open_quote(data: BytesLike, *, now: int, root: TrustedRoot = INTEL_ROOT, sgx: bool = False) -> OpenedQuote:
+    """Steps 1 to 11: the quote's structure, and its PCK chain up to the root.
+
+    ``data`` are the bytes of a TDX quote, with ``sgx`` also those of an SGX quote (`parse_quote` reads both). ``now``
+    is in whole unix seconds. Raises `QuoteFormatError` and `VerificationError`; `TypeError` for arguments of another
+    type, a parsed quote among them.
+    """
+    _check_kind("root", root, TrustedRoot, "TrustedRoot.from_der")
+    quote = parse_quote(data, sgx=sgx)
+    if quote.header.qe_vendor_id != INTEL_VENDOR_ID:  # 1
+        raise QeVendor("quote", "another vendor", got=quote.header.qe_vendor_id, expected=INTEL_VENDOR_ID)
+    if quote.certification_type != CERTIFICATION_PCK_CHAIN:  # 2
+        got, expected = quote.certification_type, CERTIFICATION_PCK_CHAIN
+        raise CertificationType("quote", "the certification data is of another type", got=got, expected=expected)
+    chain = _pck_chain(root, quote.tee, quote.certification)  # 3-8, 11
+    check_terms(chain.terms, now)  # 9, 10
+    notes = (_OPENED, *chain.notes.take(), _CHAIN_TIMES)
+    return OpenedQuote(quote=quote, pck=chain.identity, root=root, chain=chain, checked=notes, proof=PROOF)
+
+
+def check_signed(opened: OpenedQuote) -> SignedQuote:
+    """Steps 28 to 30 and 33, which need no collateral: the platform did make the quote, well kept or not.
+
+    Before collateral is asked for: else who knows the platform's certificates, which are no secret, could have it asked
+    for. Raises `VerificationError`; `TypeError` for what is not an `OpenedQuote`.
+    """
+    _check_kind("opened", opened, OpenedQuote, "open_quote")
+    quote = opened.quote
+    qe_report, attestation_key, notes = _quoting_enclave(
+        opened.chain, quote.qe_report_bytes, quote.qe_report_signature, quote.qe_auth, quote.attestation_key
+    )  # 28-30
+    try:
+        ecdsa.verify_raw(attestation_key, quote.signature, quote.signed)  # 33
+    except ecdsa.InvalidSignature:
+        raise QuoteSignature("quote", "the attestation key did not sign it") from None
+    passed = (*opened.checked, *notes.take(), _SIGNED)
+    return SignedQuote(opened=opened, qe_report=qe_report, checked=passed, proof=PROOF)
+
+
+def verify_collateral(
+    collateral: Collateral, *, now: int, root: TrustedRoot = INTEL_ROOT, grace: int = 0
+) -> VerifiedCollateral:
+    """Steps 3 to 10 and 12 to 20: CRLs, TCB info and QE identity, and the certificates of who signed them.
+
+    ``grace`` seconds are added to the end of CRLs, TCB info and QE identity, never to a certificate's. ``now`` and
+    ``grace`` are whole numbers. Raises `VerificationError`; `TypeError` for arguments of another type.
+    """
+    check_seconds("now", now)
+    return _collateral(collateral, now, root, grace)
+
+
+def authenticate_collateral(
+    collateral: Collateral, *, root: TrustedRoot = INTEL_ROOT, grace: int = 0
+) -> VerifiedCollateral:
+    """`verify_collateral` without steps 9, 10, 19 and 20: whose collateral it is, not whether its time is now.
+
+    For who asks at what times it is valid; ``verify_quote`` checks all times in any case. Raises `VerificationError`;
+    `TypeError` for a root or a grace of another type.
+    """
+    return _collateral(collateral, None, root, grace)
+
+
+def _collateral(collateral: Collateral, now: int | None, root: TrustedRoot, grace: int) -> VerifiedCollateral:
+    _check_kind("root", root, TrustedRoot, "TrustedRoot.from_der")
+    check_seconds("grace", grace)
+    issuer, issuer_key, issuer_terms, issuer_notes = _signer(root, collateral.pck_crl_issuer_chain, _PCK_CA)  # 3-8
+    tcb_signer, tcb_key, tcb_terms, tcb_notes = _signer(root, collateral.tcb_info_issuer_chain, _TCB_SIGNER)
+    qe_signer, qe_key, qe_terms, qe_notes = _signer(root, collateral.qe_identity_issuer_chain, _TCB_SIGNER)
+    certificate_terms = (*issuer_terms, *tcb_terms, *qe_terms)
+    if now is not None:
+        check_terms(certificate_terms, now)  # 9, 10
+    root_crl, revoked_by_root = _crl(collateral.root_ca_crl, "root CRL", root.name, _root_key(root))  # 12-14
+    pck_crl, revoked_pcks = _crl(collateral.pck_crl, "PCK CRL", issuer.subject, issuer_key)
+    _check_not_revoked("root certificate", root.serial, revoked_by_root)  # 15
+    for certificate, place in ((issuer, _PCK_CA), (tcb_signer, _TCB_SIGNER), (qe_signer, _TCB_SIGNER)):
+        _check_not_revoked(place.subject, certificate.serial, revoked_by_root)
+    _check_stated("TCB info", collateral.tcb_info, collateral.tcb_info_signature, tcb_key)  # 16
+    _check_stated("QE identity", collateral.qe_identity, collateral.qe_identity_signature, qe_key)
+    tcb_info = _statement("TCB info", collateral.tcb_info, read_tcb_info)  # 17, 18
+    qe_identity = _statement("QE identity", collateral.qe_identity, read_qe_identity)
+    if qe_identity.tee != tcb_info.tee:  # 18
+        raise StatementKind("QE identity", "it is of another TEE", got=qe_identity.tee, expected=tcb_info.tee)
+    terms = (
+        *certificate_terms,
+        Term("root CRL", root_crl.this_update, root_crl.next_update, is_certificate=False),
+        Term("PCK CRL", pck_crl.this_update, pck_crl.next_update, is_certificate=False),
+        Term("TCB info", tcb_info.issued, tcb_info.next_update, is_certificate=False),
+        Term("QE identity", qe_identity.issued, qe_identity.next_update, is_certificate=False),
+    )
+    if now is not None:
+        check_terms(terms, now, grace)  # 19, 20
+    beside = collateral.pck_certificate_chain
+    return VerifiedCollateral(
+        root=root,
+        ca=_ca(issuer),
+        tcb_info=tcb_info,
+        qe_identity=qe_identity,
+        issuer_name=issuer.subject,
+        issuer_point=issuer.point,
+        revoked_by_root=revoked_by_root,
+        revoked_pcks=revoked_pcks,
+        root_crl_number=root_crl.number,
+        pck_crl_number=pck_crl.number,
+        pck_chain=None if beside is None else _read_chain(beside, "PCK chain beside the collateral", 2),
+        terms=terms,
+        window=window(terms),
+        grace=grace,
+        checked=(
+            *issuer_notes.take(),
+            *tcb_notes.take(),
+            *qe_notes.take(),
+            *_COLLATERAL,
+            *(() if now is None else _COLLATERAL_TIMES),
+        ),
+        proof=PROOF,
+    )
+
+
+def verify_quote(signed: SignedQuote, verified: VerifiedCollateral, *, now: int) -> Verdict:
+    """Steps 9, 10, 15, 19 to 27, 31, 32 and 34 to 36: the quote under collateral of its platform.
+
+    ``now`` is in whole unix seconds. Raises `VerificationError`; `TypeError` for arguments of another type.
+    """
+    _check_kind("signed", signed, SignedQuote, "check_signed")
+    _check_kind("verified", verified, VerifiedCollateral, "verify_collateral")
+    _check_belongs(signed.opened, verified, now)
+    return _judge(signed, verified, now, None)
+
+
+def _check_belongs(opened: OpenedQuote, verified: VerifiedCollateral, now: int) -> None:
+    """Steps 9, 10, 15 and 19 to 27: the collateral is this platform's, and both are valid now."""
+    quote, chain, pck = opened.quote, opened.chain, opened.pck
+    info = verified.tcb_info
+    if verified.root != opened.root:  # 21
+        raise RootMismatch("collateral", "it was verified under another root than the quote")
+    check_terms(chain.terms, now)  # 9, 10
+    check_terms(verified.terms, now, verified.grace)  # 9, 10, 19, 20
+    if info.tee != quote.tee:  # 22
+        raise CollateralTee("collateral", "it is for another TEE", got=info.tee, expected=quote.tee)
+    if (chain.issuer.subject, chain.issuer.point) != (verified.issuer_name, verified.issuer_point):  # 23
+        raise CollateralCa("PCK CRL", "it is of another CA", got=verified.ca, expected=pck.ca)
+    if info.fmspc != pck.fmspc:  # 24
+        raise FmspcMismatch("TCB info", "it is for another FMSPC", got=info.fmspc, expected=pck.fmspc)
+    if info.pce_id != pck.pce_id:  # 25
+        raise PceIdMismatch("TCB info", "it is for another PCE-ID", got=info.pce_id, expected=pck.pce_id)
+    if verified.pck_chain is not None and verified.pck_chain[:2] != chain.chain:  # 26
+        raise PckChainMismatch("PCK chain beside the collateral", "it is not the quote's")
+    _check_not_revoked(_PCK_CA.subject, chain.issuer.serial, verified.revoked_by_root)  # 15
+    if chain.leaf.serial in verified.revoked_pcks:  # 27
+        raise PckRevoked(_PCK.subject, "it is on the PCK CRL", got=chain.leaf.serial)
+
+
+def _judge(signed: SignedQuote, verified: VerifiedCollateral, now: int, expected: bytes | None) -> Verdict:
+    """Steps 31, 32 and 34 to 37, under collateral that was found to be this platform's."""
+    opened = signed.opened
+    quote, pck = opened.quote, opened.pck
+    _check_quoting_enclave(signed.qe_report, verified.qe_identity)  # 31, 32
+    tcb = assess(verified.tcb_info, verified.qe_identity, pck, quote.body, signed.qe_report)  # 34-36
+    got = quote.body.report_data
+    if expected is not None and not compare_digest(got, expected):  # 37
+        raise ReportDataMismatch("quote", "the report data is another", got=got, expected=expected)
+    return Verdict(
+        quote=quote,
+        pck=pck,
+        tcb_status=tcb.status,
+        current_status=tcb.current,
+        advisory_ids=tcb.advisory_ids,
+        tcb_date=tcb.date,
+        platform=tcb.platform,
+        module=tcb.module,
+        qe=tcb.qe,
+        evaluation_number=min(verified.tcb_info.evaluation_number, verified.qe_identity.evaluation_number),
+        tcb_info_version=verified.tcb_info.version,
+        window=common(opened.chain.window, verified.window),
+        verified_at=now,
+        root=opened.root,
+        checked=(
+            *signed.checked,
+            *verified.checked,
+            _CHAIN_TIMES,
+            *_COLLATERAL_TIMES,
+            _BELONGS if verified.pck_chain is None else _BELONGS_BESIDE,
+            _QE,
+            _TD_LEVELS if quote.tee == "TDX" else _ENCLAVE_LEVELS,
+            *(() if expected is None else (_REPORT_DATA,)),
+        ),
+        proof=PROOF,
+    )
+
+
+_OPENED: Final = checked("quote", 1, 2)
+_CHAIN: Final = checked("PCK chain", 3)
+_CHAIN_WITH_ROOT: Final = checked("PCK chain", 3, 6)
+_LEAF: Final = checked("PCK certificate", *_OF_CERTIFICATES, 11)
+_CHAIN_TIMES: Final = checked("PCK chain", 9, 10)
+_ENCLAVE: Final = checked("quoting enclave", 28, 29, 30)
+_COLLATERAL: Final = (
+    checked("root CRL", 12, 13, 14),
+    checked("PCK CRL", 12, 13, 14),
+    checked("certificates of the collateral", 15),
+    checked("TCB info", 16, 17, 18),
+    checked("QE identity", 16, 17, 18),
+)
+_COLLATERAL_TIMES: Final = (checked("certificates of the collateral", 9, 10), checked("collateral", 19, 20))
+_BELONGS: Final = checked("quote and collateral", 15, 21, 22, 23, 24, 25, 27)
+_BELONGS_BESIDE: Final = checked("quote and collateral", 15, 21, 22, 23, 24, 25, 26, 27)
+_QE: Final = checked("quoting enclave", 31, 32)
+_SIGNED: Final = checked("quote", 33)
+_TD_LEVELS: Final = checked("TCB", 34, 35, 36)
+_ENCLAVE_LEVELS: Final = checked("TCB", 35, 36)
+_REPORT_DATA: Final = checked("report data", 37)
+
+
+def verify(
+    data: BytesLike,
+    collateral: Collateral,
+    *,
+    now: int,
+    expected_report_data: bytes | None,
+    root: TrustedRoot = INTEL_ROOT,
+    grace: int = 0,
+    sgx: bool = False,
+) -> Verdict:
+    """All stages, and step 37: the report data are the 64 bytes that the caller expects.
+
+    The other arguments are those of `open_quote` and `verify_collateral`. Pass None for ``expected_report_data`` only
+    if something else binds the quote to whom you speak with: a genuine quote of another machine verifies as well.
+    Raises `QuoteFormatError` and `VerificationError`; `TypeError` for arguments of another type.
+    """
+    opened = open_quote(data, now=now, root=root, sgx=sgx)
+    verified = verify_collateral(collateral, now=now, root=root, grace=grace)
+    _check_belongs(opened, verified, now)
+    return _judge(check_signed(opened), verified, now, expected_report_data)
+
+
+def forget() -> None:
+    """Drop what is remembered of verified chains and quoting enclaves. It costs time, nothing else."""
+    for remembered in (_root_terms, _issued_by_root, _signer, _pck_chain, _quoting_enclave):
+        remembered.cache_clear()
+
+
+# --- certificates ---
+
+
+@frozen(eq=False)
+class _Place:
+    """A place in a chain: what a certificate in it must be called and be allowed to do."""
+
+    subject: str
+    names: frozenset[bytes]
+    kind: Kind
+
+
+_PCK_CA: Final = _Place("PCK CA certificate", frozenset({certificates.PLATFORM_CA, certificates.PROCESSOR_CA}), "CA")
+_PCK: Final = _Place("PCK certificate", frozenset({certificates.PCK}), "end entity")
+_TCB_SIGNER: Final = _Place("TCB signing certificate", frozenset({certificates.TCB_SIGNING}), "end entity")
+
+
+@lru_cache(maxsize=256)
+def _pck_chain(root: TrustedRoot, tee: Tee, certification: bytes) -> PckChain:
+    """Steps 3 to 8 and 11."""
+    leaf_der, issuer_der, *above = _read_chain(certification, "PCK chain", 2)
+    root_terms = _root_terms(root, (*above,))
+    issuer, issuer_key, issuer_term, issuer_notes = _issued_by_root(root, issuer_der, _PCK_CA)
+    leaf = _issued(leaf_der, _PCK, issuer.subject, issuer_key)
+    extension = leaf.extensions.get(certificates.SGX_EXTENSION)
+    if extension is None:  # 11
+        raise PckExtension(_PCK.subject, "there is no SGX extension")
+    try:
+        identity = read_pck_extension(extension, ca=_ca(issuer), tee=tee)  # 11
+    except DerError as exc:
+        raise PckExtension(_PCK.subject, str(exc)) from None
+    terms = (*root_terms, issuer_term, _term(leaf, _PCK))
+    notes = _Notes(_CHAIN_WITH_ROOT if above else _CHAIN, *issuer_notes.take(), _LEAF)
+    key = _key(leaf, _PCK.subject)
+    return PckChain(leaf, key, issuer, (leaf_der, issuer_der), identity, terms, window(terms), notes)
+
+
+@lru_cache(maxsize=64)
+def _signer(
+    root: TrustedRoot, pem: bytes, place: _Place
+) -> tuple[Certificate, EllipticCurvePublicKey, tuple[Term, ...], _Notes]:
+    """Steps 3 to 8 for a chain of a certificate and, or without, the root that issued it; with their terms."""
+    subject = f"chain of the {place.subject}"
+    der, *above = _read_chain(pem, subject, 1)
+    root_terms = _root_terms(root, (*above,))
+    certificate, key, term, notes = _issued_by_root(root, der, place)
+    form = checked(subject, 3, 6) if above else checked(subject, 3)
+    return certificate, key, (*root_terms, term), _Notes(form, *notes.take())
+
+
+def _read_chain(pem: bytes, subject: str, least: int) -> tuple[bytes, ...]:
+    """Step 3: so many certificates, and the root or not."""
+    try:
+        ders = certificates.read_pem(pem)  # 3
+    except DerError as exc:
+        raise ChainForm(subject, str(exc)) from None
+    if not least <= len(ders) <= least + 1:  # 3
+        raise ChainForm(subject, "it is too short or too long", got=len(ders), expected=f"{least} or {least + 1}")
+    return ders
+
+
+def _check_kind(name: str, value: object, kind: type, maker: str) -> None:
+    """Refuse what only looks like the value that ``maker`` returns."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}: must be a {kind.__name__}, as of {maker}, not {type(value).__name__}")
+
+
+@lru_cache(maxsize=16)
+def _root_terms(root: TrustedRoot, above: tuple[bytes, ...]) -> tuple[Term, ...]:
+    """When the root is valid, by the pin and by another certificate of it that came with a chain; step 6 for that."""
+    terms: tuple[Term, ...] = (Term("root certificate", root.not_before, root.not_after, is_certificate=True),)
+    for der in above:
+        if sha256(der).digest() != root.digest:
+            terms = (*terms, _check_root(root, der))  # 6
+    return terms
+
+
+def _check_root(root: TrustedRoot, der: bytes) -> Term:
+    certificate = _read(der, "root certificate")
+    if certificate.subject != root.name or certificate.point != root.point:  # 6
+        raise UntrustedRoot("root certificate", "it is another", got=certificate.point, expected=root.point)
+    try:
+        check_self_signed(certificate)  # 6: made anew with the same name and key
+    except DerError as exc:
+        raise UntrustedRoot("root certificate", str(exc)) from None
+    return Term("root certificate", certificate.not_before, certificate.not_after, is_certificate=True)
+
+
+@lru_cache(maxsize=64)
+def _issued_by_root(
+    root: TrustedRoot, der: bytes, place: _Place
+) -> tuple[Certificate, EllipticCurvePublicKey, Term, _Notes]:
+    """Steps 4, 5, 7 and 8."""
+    certificate = _issued(der, place, root.name, _root_key(root))
+    notes = _Notes(checked(place.subject, *_OF_CERTIFICATES))
+    return certificate, _key(certificate, place.subject), _term(certificate, place), notes
+
+
+@lru_cache(maxsize=16)
+def _root_key(root: TrustedRoot) -> EllipticCurvePublicKey:
+    """Not among what `forget` drops: who is trusted is the caller's to say, and nothing that was verified."""
+    return ecdsa.load_point(root.point)
+
+
+def _issued(der: bytes, place: _Place, issuer: bytes, issuer_key: EllipticCurvePublicKey) -> Certificate:
+    """Steps 4, 5, 7 and 8."""
+    certificate = _read(der, place.subject)
+    try:
+        name = certificates.common_name(certificate.subject)  # 5
+        certificates.check_kind(certificate, place.kind)
+    except DerError as exc:
+        raise CertificateRole(place.subject, str(exc)) from None
+    if name not in place.names:  # 5
+        got, expected = name.decode("utf-8", "replace"), " or ".join(sorted(n.decode() for n in place.names))
+        raise CertificateRole(place.subject, "it is called something else", got=repr(got), expected=repr(expected))
+    if certificate.issuer != issuer:  # 7
+        raise CertificateIssuer(place.subject, "it names another issuer", got=certificate.issuer, expected=issuer)
+    try:
+        ecdsa.verify(issuer_key, certificate.signature, certificate.signed)  # 8
+    except ecdsa.InvalidSignature:
+        raise CertificateSignature(place.subject, "its issuer did not sign it") from None
+    return certificate
+
+
+def _read(der: bytes, subject: str) -> Certificate:
+    """Step 4."""
+    try:
+        return certificates.read_certificate(der)  # 4
+    except DerError as exc:
+        raise CertificateFormat(subject, str(exc)) from None
+
+
+def _key(certificate: Certificate, subject: str) -> EllipticCurvePublicKey:
+    try:
+        return ecdsa.load_point(certificate.point)  # 4
+    except ValueError:
+        raise CertificateFormat(subject, "its key is no point of P-256") from None
+
+
+def _term(certificate: Certificate, place: _Place) -> Term:
+    return Term(place.subject, certificate.not_before, certificate.not_after, is_certificate=True)
+
+
+def _ca(issuer: Certificate) -> Ca:
+    return "platform" if certificates.common_name(issuer.subject) == certificates.PLATFORM_CA else "processor"
+
+
+# --- collateral ---
+
+
+def _crl(
+    der: bytes, subject: str, issuer: bytes, issuer_key: EllipticCurvePublicKey
+) -> tuple[certificates.Crl, frozenset[bytes]]:
+    """Steps 12 to 14: the CRL and the serial numbers on it."""
+    try:
+        crl = certificates.read_crl(der)  # 12
+        if crl.issuer != issuer:  # 13
+            raise CrlIssuer(subject, "it names another issuer", got=crl.issuer, expected=issuer)
+        ecdsa.verify(issuer_key, crl.signature, crl.signed)  # 14
+        return crl, certificates.revoked_serials(crl)
+    except DerError as exc:
+        raise CrlFormat(subject, str(exc)) from None
+    except ecdsa.InvalidSignature:
+        raise CrlSignature(subject, "its issuer did not sign it") from None
+
+
+def _check_not_revoked(subject: str, serial: bytes, revoked: frozenset[bytes]) -> None:
+    """Step 15."""
+    if serial in revoked:  # 15
+        raise CertificateRevoked(subject, "it is on the root CRL", got=serial)
+
+
+def _check_stated(subject: str, text: bytes, signature: bytes, key: EllipticCurvePublicKey) -> None:
+    """Step 16, before the text is read."""
+    try:
+        ecdsa.verify_raw(key, signature, text)
+    except ecdsa.InvalidSignature:
+        raise StatementSignature(subject, "the TCB signing key did not sign it") from None
+
+
+def _statement(subject: str, text: bytes, read: Callable[[bytes], T]) -> T:
+    """Steps 17 and 18."""
+    try:
+        return read(text)
+    except StatementKindError as exc:
+        raise StatementKind(subject, str(exc)) from None
+    except JsonError as exc:
+        raise StatementFormat(subject, str(exc)) from None
+
+
+# --- the quote ---
+
+
+@lru_cache(maxsize=256)
+def _quoting_enclave(
+    chain: PckChain, report: bytes, signature: bytes, auth: bytes, attestation_key: bytes
+) -> tuple[SgxReport, EllipticCurvePublicKey, _Notes]:
+    """Steps 28 to 30: the attestation key is the quoting enclave's, the quoting enclave the platform's."""
+    try:
+        ecdsa.verify_raw(chain.leaf_key, signature, report)  # 28
+    except ecdsa.InvalidSignature:
+        raise QeReportSignature("QE report", "the PCK did not sign it") from None
+    qe_report = parse_sgx_report(report)
+    expected = sha256(attestation_key + auth).digest() + bytes(32)
+    if qe_report.report_data != expected:  # 29
+        got = qe_report.report_data
+        raise QeReportData("QE report", "its report data is not the attestation key's hash", got=got, expected=expected)
+    try:
+        key = ecdsa.load_point(attestation_key)  # 30
+    except ValueError:
+        raise AttestationKey("attestation key", "it is no point of P-256", got=attestation_key) from None
+    return qe_report, key, _Notes(_ENCLAVE)
+
+
+_DEBUG: Final = int(SgxAttributes.DEBUG)
+
+
+def _check_quoting_enclave(report: SgxReport, identity: QeIdentity) -> None:
+    """Steps 31 and 32."""
+    if report.flags & _DEBUG:  # 31
+        raise QeDebug("quoting enclave", "it is a debug enclave")
+    misc_select = int.from_bytes(report.misc_select, "little") & identity.misc_select_mask
+    attributes = int.from_bytes(report.attributes, "little") & identity.attributes_mask
+    for name, got, expected in (
+        ("MRSIGNER", report.mr_signer, identity.mr_signer),
+        ("ISVPRODID", report.isv_prod_id, identity.isv_prod_id),
+        ("MISCSELECT under its mask", misc_select, identity.misc_select),
+        ("ATTRIBUTES under their mask", attributes, identity.attributes),
+    ):
+        if got != expected:  # 32
+            raise QeIdentityMismatch("quoting enclave", f"{name} is another", got=got, expected=expected)

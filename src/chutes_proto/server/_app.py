@@ -1,0 +1,249 @@
+"""The key server as one flow per request: route, decode, do, answer; and what becomes of every error.
+
+Rules kept here:
+
+* whatever happens, the peer gets an answer of the documented shape; a fault of ours is a 503, never a 4xx, because
+  deployed clients power off on a 4xx and try again on a 5xx;
+* the peer hears the refusal's text and code, the operator its reason too, under the same request id;
+* a refused attestation ends its connection;
+* one address may ask so often, but deployed clients that are asked to wait where they ask only once would give up, as
+  would those that hold a token behind the same address as others. So these operations are never told to wait; what they
+  refuse with 401 counts against the rest that the address asks;
+* a server that drains ends as soon as no boot of its own is open (``open_boots.py``), and none can become open.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import traceback
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from attrs import define, evolve, field, frozen
+
+from chutes_proto.effects import Entropy, Log, Now, Uptime
+from chutes_proto.errors import BadRequest, KeyUnavailable, Refusal, Refused, SealBroken, StoreError, Unavailable
+from chutes_proto.log import Level, Record
+from chutes_proto.server._boot import attest_boot, issue_boot_nonce
+from chutes_proto.server._callers import check_caller
+from chutes_proto.server._open_boots import completed_by
+from chutes_proto.server._rotation import attest_volumes, confirm_volumes
+from chutes_proto.server._runtime import attest_runtime, issue_runtime_nonce, read_status
+from chutes_proto.server._servers import (
+    list_servers,
+    publish_measurements,
+    read_server,
+    register_server,
+    remove_server,
+    rename_server,
+)
+from chutes_proto.server._volumes import read_cache_passphrase, sync_volumes
+from chutes_proto.wire import endpoints, miners, openapi, public, vms
+from chutes_proto.wire.answers import error_response
+from chutes_proto.wire.codec import decode_request, encode_answer
+from chutes_proto.wire.codes import Code
+from chutes_proto.wire.http import HttpRequest, HttpResponse, MalformedRequest
+from chutes_proto.wire.public import ApiDescriptionAnswer, ApiDescriptionRequest
+
+if TYPE_CHECKING:
+    from chutes_proto.auth.hotkey import Hotkey
+    from chutes_proto.effects import Flow
+    from chutes_proto.log import Value
+    from chutes_proto.server._service import Service
+    from chutes_proto.store.rows import Vm
+    from chutes_proto.wire.endpoint import Endpoint, Message
+
+_HOST = re.compile(r"[A-Za-z0-9.\-]+(?::[0-9]+)?|\[[0-9A-Fa-f:.]+\](?::[0-9]+)?")
+_DRAINED = (vms.BOOT_NONCE, vms.BOOT_ATTESTATION)
+_ASKED_ONCE = (
+    vms.CACHE_PASSPHRASE,
+    vms.VOLUME_SYNC,
+    vms.VOLUME_ATTESTATION,
+    vms.VOLUME_CONFIRMATION,
+)
+_GRANTS = (vms.BOOT_ATTESTATION, vms.VOLUME_ATTESTATION)
+_ATTESTATIONS = (vms.BOOT_ATTESTATION, miners.RUNTIME_ATTESTATION)
+
+
+def describe_api(
+    service: Service, request: HttpRequest, message: ApiDescriptionRequest, request_id: str
+) -> Flow[ApiDescriptionAnswer]:
+    """Operation 16."""
+    yield from ()
+    return ApiDescriptionAnswer(document=_document())
+
+
+@cache
+def _document() -> bytes:
+    """Made once: anyone may ask for it, and it takes longer to make than all else that strangers may ask."""
+    return openapi.document()
+
+
+_HANDLERS: Mapping[Endpoint, Callable[[Service, HttpRequest, Any, str], Flow[Message]]] = {
+    vms.BOOT_NONCE: issue_boot_nonce,
+    vms.BOOT_ATTESTATION: attest_boot,
+    vms.CACHE_PASSPHRASE: read_cache_passphrase,
+    vms.VOLUME_SYNC: sync_volumes,
+    vms.VOLUME_ATTESTATION: attest_volumes,
+    vms.VOLUME_CONFIRMATION: confirm_volumes,
+    public.MEASUREMENTS: publish_measurements,
+    public.API_DESCRIPTION: describe_api,
+}
+
+_SIGNED: Mapping[Endpoint, Callable[[Service, HttpRequest, Any, str, Hotkey], Flow[Message]]] = {
+    miners.REGISTER_SERVER: register_server,
+    miners.LIST_SERVERS: list_servers,
+    miners.RENAME_SERVER: rename_server,
+    miners.SERVER_DETAILS: read_server,
+    miners.REMOVE_SERVER: remove_server,
+    miners.RUNTIME_NONCE: issue_runtime_nonce,
+    miners.RUNTIME_ATTESTATION: attest_runtime,
+    miners.ATTESTATION_STATUS: read_status,
+}
+
+
+@frozen
+class _LastAnswer(HttpResponse):
+    """An answer that completes the boot of ``vm`` once it is sent."""
+
+    vm: Vm = field(kw_only=True)
+
+
+@define
+class App:
+    """One key server. ``draining``: boots are sent away (503), what deployed clients ask only once is still served."""
+
+    service: Service
+    draining: bool = False
+    _latest_end: float = field(init=False, default=math.inf)
+    _granting: int = field(init=False, default=0)  # requests under way that may open a boot
+
+    def stop(self, now: float) -> float:
+        """Begin to drain; returns the latest end, ``limits.drain_seconds`` after ``now``. Told again, end at once."""
+        self._latest_end = now if self.draining else now + self.service.limits.drain_seconds
+        self.draining = True
+        return self._latest_end
+
+    def ends_at(self, now: float) -> float:
+        """When the last open boot expires, ``now`` where none is open, or the latest end if sooner; else infinity."""
+        if not self.draining or self._granting:
+            return self._latest_end
+        return min(self._latest_end, self.service.boots.last_expiry(now))
+
+    def sent(self, response: HttpResponse) -> None:
+        """Note that ``response`` was sent as a whole, which may complete a boot."""
+        if isinstance(response, _LastAnswer):
+            self.service.boots.close(response.vm)
+
+    def complain(self, event: str, error: Exception) -> Flow[None]:
+        """The operator's line about a fault of a connection; a peer may cause many, and then they are counted."""
+        held_back = self.service.faults.admits("", (yield from Uptime()))
+        if held_back is None:
+            return
+        fields: dict[str, Value] = {"error": f"{type(error).__name__}: {error}"}
+        if held_back:
+            fields["held_back"] = held_back
+        yield from Log(Record(Level.ERROR, event, fields))
+
+    def handle(self, request: HttpRequest | MalformedRequest) -> Flow[HttpResponse]:
+        """The answer to ``request``; raises nothing but what ends the process."""
+        request_id = (yield from Entropy(16)).hex()
+        response = yield from self._respond(request, request_id)
+        if not self.draining:
+            return response
+        return evolve(response, headers=(*response.headers, ("connection", "close")))
+
+    def _respond(self, request: HttpRequest | MalformedRequest, request_id: str) -> Flow[HttpResponse]:
+        """An answer to everything, and a line for the operator about what is no grant."""
+        try:
+            if isinstance(request, MalformedRequest):
+                raise request.refusal
+            request = self.service.proxies.client_request(request)
+            return (yield from self._answer(request, request_id))
+        except Refusal as exc:
+            refusal = exc
+        except StoreError as exc:
+            text = "The store does not answer. Retry shortly."
+            refusal = Unavailable(Code.STORE_UNAVAILABLE, text, reason=f"{type(exc).__name__}: {exc}")
+        except (KeyUnavailable, SealBroken) as exc:
+            text = "A key of this server is not available. Retry shortly."
+            refusal = Unavailable(Code.KEY_UNAVAILABLE, text, reason=f"{type(exc).__name__}: {exc}", retry_after=30)
+        except Exception as exc:  # noqa: BLE001 - a defect of ours must not become a 4xx, nor end the connection silently
+            refusal = Unavailable(Code.SERVER_FAULT, "A fault of the server's. Retry shortly.", reason=_where(exc))
+        yield from self._tell(request, request_id, refusal)
+        return error_response(refusal, request_id)
+
+    def _answer(self, request: HttpRequest, request_id: str) -> Flow[HttpResponse]:
+        path, mark, query = request.target.partition("?")
+        found = endpoints.route(request.method, path)
+        if not isinstance(found, endpoints.Match) or found.endpoint not in _ASKED_ONCE:
+            self.service.rates.take(request.peer_address, (yield from Uptime()))
+        match found:
+            case endpoints.Match() as match:
+                pass
+            case endpoints.WrongMethod(allow):
+                headers = [("allow", ", ".join(allow))]
+                raise BadRequest(Code.METHOD_NOT_ALLOWED, "Method Not Allowed", headers=headers)
+            case endpoints.Redirect(other):
+                return HttpResponse(307, (("location", _origin(request) + other + mark + query),))
+            case None:
+                raise Refused(Code.NOT_FOUND, "Not Found")
+        if self.draining and match.endpoint in _DRAINED:
+            raise Unavailable(Code.DRAINING, "The server is stopping. Retry shortly.", retry_after=5)
+        grants = match.endpoint in _GRANTS
+        self._granting += grants
+        try:
+            return (yield from self._handle(match, request, request_id))
+        except Refusal as exc:
+            if match.endpoint in _ASKED_ONCE and exc.status == 401:
+                _ = self.service.rates.count(request.peer_address, (yield from Uptime()))
+            if match.endpoint in _ATTESTATIONS:
+                exc.headers = (*exc.headers, ("connection", "close"))
+            raise
+        finally:
+            self._granting -= grants
+
+    def _handle(self, match: endpoints.Match, request: HttpRequest, request_id: str) -> Flow[HttpResponse]:
+        """Of a signed request nothing is looked at before its caller is known."""
+        if match.endpoint.signed is not None:
+            caller = check_caller(self.service, request, match.endpoint.signed, (yield from Now()))
+            message = decode_request(match, request)
+            answer = yield from _SIGNED[match.endpoint](self.service, request, message, request_id, caller)
+            return encode_answer(match.endpoint, answer)
+        message = decode_request(match, request)
+        answer = yield from _HANDLERS[match.endpoint](self.service, request, message, request_id)
+        if match.endpoint in _GRANTS:
+            self.service.boots.note_granted(message, (yield from Uptime()))
+        response = encode_answer(match.endpoint, answer)
+        vm = completed_by(message)
+        return response if vm is None else _LastAnswer(response.status, response.headers, response.body, vm=vm)
+
+    def _tell(self, request: HttpRequest | MalformedRequest, request_id: str, refusal: Refusal) -> Flow[None]:
+        """The operator's line. Anyone can cause refusals: many of an address are counted, unless the store does it."""
+        ours = refusal.status >= 500
+        quiet = self.service.faults if ours else self.service.refusals
+        held_back = 0 if refusal.recorded else quiet.admits(request.peer_address, (yield from Uptime()))
+        if held_back is None:
+            return
+        fields: dict[str, Value] = {"request_id": request_id, "peer": request.peer_address}
+        if isinstance(request, HttpRequest):
+            fields |= {"method": request.method[:16], "path": request.target.partition("?")[0][:200]}
+        fields |= {"status": refusal.status, "code": str(refusal.code), "reason": refusal.reason}
+        if held_back:
+            fields["held_back"] = held_back
+        yield from Log(Record(Level.ERROR if ours else Level.WARNING, "refused", fields))
+
+
+def _origin(request: HttpRequest) -> str:
+    """``https://host`` of the request, or nothing, for a relative redirect, where its Host is not a plain one."""
+    host = "".join(request.header_values("host")[:1])
+    return f"https://{host}" if _HOST.fullmatch(host) else ""
+
+
+def _where(exc: Exception) -> str:
+    """Type and place of a defect. Its text stays out: it could repeat what a peer sent, or a secret."""
+    frames = traceback.extract_tb(exc.__traceback__)
+    places = [f"{frame.filename.rpartition('chutes_proto')[2].lstrip('/')}:{frame.lineno}" for frame in frames[-4:]]
+    return f"{type(exc).__name__} at {' < '.join(reversed(places))}"

@@ -1,0 +1,196 @@
+"""Operations 1 and 2: a nonce, then a quote over it, then the root passphrase and a boot token.
+
+The order of checks of operation 2: ``evidence.py`` has steps 1 to 6; then
+
+7. the claim: a known hotkey in canonical form, the signature if there is one or must be one, the VM's name free or
+   bound to this platform;
+8. one transaction: the claim taken, the nonce redeemed, the passphrase read or made, the token issued, the record and
+   its audit row written (``units/boot.py``; that the name is free is read there too, first).
+
+Until step 8 nothing is spent. A refusal from step 5 on is recorded, capped per platform and day; before that it is a
+log line, held back when there are many, because anyone can cause it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Literal
+
+from chutes_proto.auth.certificates import client_key
+from chutes_proto.auth.hotkey import Hotkey, HotkeyError
+from chutes_proto.auth.signing import check_body_signature
+from chutes_proto.effects import Entropy, Log, Now, Transact
+from chutes_proto.errors import LocalProtocolError, Refused, StoreError
+from chutes_proto.keys.vault import FreshKey
+from chutes_proto.log import Level, Record
+from chutes_proto.secret import Secret
+from chutes_proto.server._evidence import Evidence, appraise, verify_evidence
+from chutes_proto.server._nonces import RANDOM_SIZE, expires_at
+from chutes_proto.store.rows import Platform, Vm
+from chutes_proto.units.boot import GrantBoot, RecordRefusal
+from chutes_proto.wire.codes import Code
+from chutes_proto.wire.endpoint import NonceAnswer
+from chutes_proto.wire.vms import BootAttestationAnswer, BootAttestationRequest, BootNonceRequest
+
+if TYPE_CHECKING:
+    from chutes_proto.auth.certificates import ClientKey
+    from chutes_proto.effects import Flow
+    from chutes_proto.server._nonces import Nonce
+    from chutes_proto.server._service import Service
+    from chutes_proto.wire.http import HttpRequest
+
+
+def issue_boot_nonce(
+    service: Service, request: HttpRequest, message: BootNonceRequest, request_id: str
+) -> Flow[NonceAnswer]:
+    """Operation 1: costs a MAC, writes nothing."""
+    now = yield from Now()
+    random = yield from Entropy(RANDOM_SIZE)
+    value = service.mint.issue("boot", now, random, hotkey=message.miner_hotkey, address=request.peer_address)
+    return NonceAnswer(nonce=value.hex(), expires_at=expires_at(now))
+
+
+def attest_boot(
+    service: Service, request: HttpRequest, message: BootAttestationRequest, request_id: str
+) -> Flow[BootAttestationAnswer]:
+    """Operation 2."""
+    now = yield from Now()
+    nonce = service.mint.check(message.nonce, "boot", now, hotkey=message.miner_hotkey, address=request.peer_address)
+    with service.proxies.excusing(request):
+        key = client_key(request.peer_certificate)
+        evidence = yield from verify_evidence(service, nonce.value, key, message.quote, now)
+    try:
+        grant = yield from _claim(service, request, message, request_id, nonce, key, evidence, now)
+    except Refused as exc:
+        vm = Vm(message.miner_hotkey, message.vm_name)
+        yield from record_refusal(request, vm, request_id, evidence, exc, now, "boot")
+        raise
+    return grant
+
+
+def _claim(
+    service: Service,
+    request: HttpRequest,
+    message: BootAttestationRequest,
+    request_id: str,
+    nonce: Nonce,
+    key: ClientKey,
+    evidence: Evidence,
+    now: int,
+) -> Flow[BootAttestationAnswer]:
+    """Steps 5 to 8."""
+    measurements = appraise(service, evidence, "boot").profile
+    profile = service.profiles[measurements.name]
+    hotkey = known_hotkey(service, message.miner_hotkey)
+    proven = _is_signed(message)
+    if proven or profile.require_hotkey_signature:
+        check_body_signature(hotkey, message.hotkey, message.nonce, request.body, message.signature)
+    image = profile.image_passphrase
+    root = FreshKey.from_entropy((yield from Entropy(FreshKey.SIZE))) if image is None else None
+    token = Secret((yield from Entropy(32)).hex().encode("ascii"))
+    grant = yield from Transact(
+        GrantBoot(
+            now=now,
+            boot_id=request_id,
+            nonce=nonce.value,
+            nonce_purpose=nonce.purpose,
+            nonce_issued_at=nonce.issued_at,
+            vm=Vm(hotkey.address, message.vm_name),
+            platform=platform_of(evidence),
+            hotkey_proven=proven,
+            certificate=key.digest,
+            profile_name=measurements.name,
+            profile_version=measurements.version,
+            exchange=profile.exchange,
+            token_needs_certificate=profile.token_needs_certificate,
+            root=root,
+            token_digest=token_digest(token.reveal()),
+            quote_digest=hashlib.sha256(evidence.quote).digest(),
+            peer_address=request.peer_address,
+            platform_binding=service.platform_binding,
+            claims_per_platform=service.limits.claims_per_platform,
+            exchange_downgrade=service.exchange_downgrade,
+            vault=service.vault,
+        )
+    )
+    yield from Log(
+        Record(
+            Level.INFO,
+            "boot_granted",
+            {
+                "request_id": request_id,
+                "vm": message.vm_name,
+                "hotkey": hotkey.address,
+                "hotkey_proven": proven,
+                "profile": measurements.name,
+                "tcb_status": str(evidence.verdict.tcb_status),
+                "platform": str(platform_of(evidence).pin),
+                "trust": service.trust,
+            },
+        )
+    )
+    passphrase = image if image is not None else grant.root
+    if passphrase is None:
+        raise LocalProtocolError("a boot with entropy for a root passphrase was granted none")
+    if profile.exchange == "two-phase":
+        return BootAttestationAnswer(key=passphrase, boot_token=None, luks_quote_nonce=token)
+    return BootAttestationAnswer(key=passphrase, boot_token=token)
+
+
+def token_digest(token: bytes) -> bytes:
+    """What the store keeps of a token."""
+    return hashlib.sha256(token).digest()
+
+
+def platform_of(evidence: Evidence) -> Platform:
+    """The platform that a verified quote comes from."""
+    pck = evidence.verdict.pck
+    return Platform(instance_id=pck.platform_instance_id, ppid=pck.ppid)
+
+
+def known_hotkey(service: Service, address: str) -> Hotkey:
+    """The hotkey of ``address``. Raises `Refused` for what is no canonical address, or one that is not known here."""
+    try:
+        hotkey = Hotkey.parse(address)
+    except HotkeyError as exc:
+        raise Refused(Code.HOTKEY_REJECTED, "Invalid miner hotkey", reason=str(exc)) from None
+    if service.hotkeys != "*" and hotkey.address not in service.hotkeys:
+        raise Refused(
+            Code.HOTKEY_REJECTED,
+            f"Hotkey is not registered on netuid {service.netuid}",
+            reason=f"hotkey {hotkey.address} is not among the configured hotkeys",
+        )
+    return hotkey
+
+
+def _is_signed(message: BootAttestationRequest) -> bool:
+    """One header alone counts as none, as deployed servers have it."""
+    return message.hotkey is not None and message.signature is not None
+
+
+def record_refusal(
+    request: HttpRequest,
+    vm: Vm,
+    request_id: str,
+    evidence: Evidence,
+    refusal: Refused,
+    now: int,
+    stage: Literal["boot", "runtime"],
+) -> Flow[None]:
+    """Keep what was refused to a genuine TD. That it cannot be written does not change the refusal."""
+    unit = RecordRefusal(
+        now=now,
+        request_id=request_id,
+        vm=vm,
+        platform=platform_of(evidence),
+        code=str(refusal.code),
+        reason=refusal.reason,
+        quote_digest=hashlib.sha256(evidence.quote).digest(),
+        peer_address=request.peer_address,
+        stage=stage,
+    )
+    try:
+        refusal.recorded = yield from Transact(unit)
+    except StoreError as exc:
+        fields = {"request_id": request_id, "error": str(exc)}
+        yield from Log(Record(Level.WARNING, "refusal_not_recorded", fields))

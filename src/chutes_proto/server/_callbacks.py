@@ -1,0 +1,104 @@
+"""Evidence from the host of a server that registers (``registration.evidence = "callback"``).
+
+Rules kept here:
+
+* the address that the host was located at is the one that is asked; its name is not resolved again, no redirect is
+  followed, and how long and how large an answer may be is bounded;
+* the nonce is drawn for this one question, and is kept nowhere else;
+* the quote binds the key of the very connection that it came over, and is judged as a runtime quote is
+  (``evidence.py``);
+* whatever becomes of the network, the caller hears one text: a server is no way to look around behind it.
+
+What it shows: an approved TD answers at that address. Whose it is, it does not show: the question names no hotkey of
+the caller's. What GPUs say of themselves is not verified here; that it was not is written into the audit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Final
+
+from attrs import field, frozen
+from cryptography import x509
+
+from chutes_proto.auth.certificates import client_key
+from chutes_proto.auth.hotkey import Hotkey
+from chutes_proto.auth.signing import purpose_message, signature_headers
+from chutes_proto.effects import Entropy, FetchEvidence, Log, Now
+from chutes_proto.errors import BadRequest, Refusal, Refused, RemoteProtocolError, TransportError, Unavailable
+from chutes_proto.log import Level, Record
+from chutes_proto.server._boot import platform_of
+from chutes_proto.server._evidence import appraise, verify_evidence
+from chutes_proto.units.servers import HostQuote
+from chutes_proto.wire.codes import Code
+from chutes_proto.wire.evidence import PORT, PURPOSE, decode_evidence, evidence_target
+
+if TYPE_CHECKING:
+    from chutes_proto.auth.certificates import ClientKey
+    from chutes_proto.auth.signing import Signer
+    from chutes_proto.effects import Flow
+    from chutes_proto.server._service import Service
+    from chutes_proto.wire.evidence import HostEvidence
+
+SECONDS: Final = 20.0
+"""How long a host may take: it makes a quote and asks its GPUs."""
+
+
+@frozen
+class Callback:
+    """How hosts are asked: the hotkey that they let ask, what signs with it, and the port they answer on."""
+
+    hotkey: Hotkey
+    signer: Signer = field(repr=False)
+    port: int = PORT
+
+
+def ask_host(service: Service, callback: Callback, host: str, address: str, request_id: str) -> Flow[HostQuote]:
+    """What the host at ``address`` shows. Raises `BadRequest`, `Refused`, `Unavailable`."""
+    nonce = yield from Entropy(32)
+    given, key = yield from _fetch(callback, nonce, host, address)
+    now = yield from Now()
+    try:
+        evidence = yield from verify_evidence(service, nonce, key, given.quote, now)
+        profile = appraise(service, evidence, "runtime").profile
+    except Unavailable:
+        raise
+    except Refusal as exc:
+        raise _as_registration(exc, host, address) from None
+    digest = hashlib.sha256(given.gpus.encode()).hexdigest()
+    gpus = f"GPU evidence NOT verified, {len(given.gpus)} characters, SHA-256 {digest}"
+    told = {"host": host, "address": address, "profile": profile.name, "gpus": gpus}
+    yield from Log(Record(Level.INFO, "host_evidence", {"request_id": request_id, **told, "trust": service.trust}))
+    return HostQuote(
+        pin=platform_of(evidence).pin,
+        profile_name=profile.name,
+        profile_version=profile.version,
+        quote_digest=hashlib.sha256(evidence.quote).digest(),
+        gpus=gpus,
+    )
+
+
+def _fetch(callback: Callback, nonce: bytes, host: str, address: str) -> Flow[tuple[HostEvidence, ClientKey]]:
+    now = str((yield from Now()))
+    signed = purpose_message(callback.hotkey, now, PURPOSE)
+    headers = signature_headers(callback.hotkey, now, signed, callback.signer)
+    try:
+        response, certificate = yield from FetchEvidence(
+            address, callback.port, host, evidence_target(nonce), headers, SECONDS
+        )
+        return decode_evidence(response), client_key(x509.load_der_x509_certificate(certificate))
+    except (TransportError, RemoteProtocolError) as exc:
+        why = str(exc)
+    except (ValueError, x509.InvalidVersion) as exc:
+        why = f"its certificate cannot be read: {exc}"
+    except Refused as exc:
+        why = f"its certificate: {exc.reason}"
+    text = "Server registration failed - Failed to get evidence for attestation."
+    raise BadRequest(Code.EVIDENCE_UNAVAILABLE, text, reason=f"host {host} at {address}: {why}")
+
+
+def _as_registration(refusal: Refusal, host: str, address: str) -> Refusal:
+    """The refusal of a host's quote, as one of the registration's."""
+    kind = Refused if isinstance(refusal, Refused) else BadRequest
+    reason = f"host {host} at {address}: {refusal.reason}"
+    return kind(refusal.code, f"Server registration failed - {refusal.detail}", reason=reason)

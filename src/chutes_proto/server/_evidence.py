@@ -1,0 +1,137 @@
+"""Is this quote evidence of an approved TD that holds this TLS key? The order of checks stands here, once for all.
+
+1. the nonce: shape, tag, age, binding (`nonces.py`), or for the volumes of a two-phase boot that boot's
+   (`rotation.py`); the client certificate's key;
+2. base64 and the quote's structure;
+3. report data: the nonce, then the key;
+4. the PCK chain up to the trusted root and the quote's signatures; only then collateral for its platform; then the
+   quote against it. That the collateral is not of this time, or not this platform's, is a fault of ours (503);
+5. TCB status and attributes against the policy;
+6. measurements against the accepted profiles.
+
+Nothing here writes or spends. Texts are those that deployed clients print; what exactly was wrong is the operator's to
+read.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from attrs import frozen
+
+from chutes_proto.auth.binding import check_report_data
+from chutes_proto.effects import FetchCollateral, Now
+from chutes_proto.errors import CollateralUnavailable, Refused, Unavailable
+from chutes_proto.quote._layout import parse_quote
+from chutes_proto.quote._steps import (
+    CertificateNotYetValid,
+    CollateralCa,
+    CollateralTee,
+    FmspcMismatch,
+    PceIdMismatch,
+    PckChainMismatch,
+    RootMismatch,
+)
+from chutes_proto.quote._terms import check_terms
+from chutes_proto.quote._verify import check_signed, open_quote, verify_quote
+from chutes_proto.quote.errors import AppraisalError, QuoteFormatError, VerificationError
+from chutes_proto.wire.codec import decode_quote
+from chutes_proto.wire.codes import Code
+
+if TYPE_CHECKING:
+    from chutes_proto.auth.certificates import ClientKey
+    from chutes_proto.effects import Flow
+    from chutes_proto.quote._collateral import VerifiedCollateral
+    from chutes_proto.quote._policy import Appraisal
+    from chutes_proto.quote._verify import Verdict
+    from chutes_proto.server._service import Service
+
+_NOT_VERIFIED = "Unable to parse provided quote for verification."
+_OURS = (
+    CertificateNotYetValid,
+    RootMismatch,
+    CollateralTee,
+    CollateralCa,
+    FmspcMismatch,
+    PceIdMismatch,
+    PckChainMismatch,
+)
+"""A clock of ours that is behind, or collateral that is not this platform's: nothing that a VM could mend."""
+_NOT_EXPECTED = "Quote does not match expected measurements. Ensure you are running a supported VM."
+
+
+@frozen
+class Evidence:
+    """A quote that verified: steps 1 to 4 hold. Whether it is acceptable is `appraise`'s to say."""
+
+    verdict: Verdict
+    quote: bytes
+
+
+def verify_evidence(service: Service, nonce: bytes, key: ClientKey, quote_text: str, now: int) -> Flow[Evidence]:
+    """Steps 2 to 4. Raises `Refused`, or `Unavailable` when the fault is ours."""
+    data = decode_quote(quote_text)
+    try:
+        claimed = parse_quote(data)
+    except QuoteFormatError as exc:
+        raise Refused(Code.QUOTE_MALFORMED, _format_text(exc), reason=str(exc)) from None
+    check_report_data(claimed.body.report_data, nonce, key)
+    try:
+        opened = open_quote(data, now=now, root=service.root)
+        signed = check_signed(opened)
+        with service.verifications.of((opened.pck.fmspc, opened.pck.ca)):
+            collateral = yield from FetchCollateral(opened.pck, now)
+        now = yield from Now()  # collateral may be younger than the request
+        _check_current(collateral, now)
+        verdict = verify_quote(signed, collateral, now=now)
+    except VerificationError as exc:
+        if isinstance(exc, _OURS):
+            raise _no_collateral(f"{exc.code}: {exc}") from None
+        raise Refused(Code.QUOTE_REJECTED, _NOT_VERIFIED, reason=f"{exc.code}: {exc}") from None
+    except CollateralUnavailable as exc:
+        raise _no_collateral(str(exc)) from None
+    return Evidence(verdict, data)
+
+
+def _check_current(collateral: VerifiedCollateral, now: int) -> None:
+    """Raises `Unavailable` for what ended while it was fetched, certificates too; who asks next has it fetched."""
+    try:
+        check_terms(collateral.terms, now, collateral.grace)
+    except VerificationError as exc:
+        raise _no_collateral(f"{exc.code}: {exc}") from None
+
+
+def _no_collateral(reason: str) -> Unavailable:
+    text = "No collateral for this platform now. Retry shortly."
+    return Unavailable(Code.COLLATERAL_UNAVAILABLE, text, reason=reason, retry_after=10)
+
+
+def appraise(service: Service, evidence: Evidence, stage: Literal["boot", "runtime"]) -> Appraisal:
+    """Steps 5 and 6. Raises `Refused`; its reason lists all that is not acceptable, with values got and expected."""
+    try:
+        return service.policy.appraise(evidence.verdict, stage=stage)
+    except AppraisalError as exc:
+        reason = str(exc)
+        parts = {refusal.part for refusal in exc.refusals}
+        if "tcb" in parts:
+            raise Refused(Code.TCB_REJECTED, _NOT_VERIFIED, reason=reason) from None
+        if "attributes" in parts:
+            raise Refused(Code.ATTRIBUTES_REJECTED, _NOT_VERIFIED, reason=reason) from None
+        registers = [refusal.register for refusal in exc.refusals if refusal.register]
+        named = f" ({registers[0]})" if registers else ""
+        raise Refused(Code.MEASUREMENT_MISMATCH, _NOT_EXPECTED + named, reason=reason) from None
+
+
+def _format_text(error: QuoteFormatError) -> str:
+    """The text that a deployed client prints for a quote that does not parse."""
+    match error.code:
+        case "quote_too_short":
+            return f"Quote too short: {error.got} bytes"
+        case "quote_version":
+            return f"Invalid quote version: {error.got} (expected 4 or 5)"
+        case "quote_tee_type":
+            return f"Invalid TEE type: {error.got:08x} (expected 0x81 for TDX)"
+        case "quote_key_type":
+            return f"Invalid attestation key type: {error.got}"
+        case _:
+            return "Failed to parse quote: its structure is not that of a TDX quote"

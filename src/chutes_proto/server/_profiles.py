@@ -1,0 +1,107 @@
+"""What the server does for each measurement profile: which root passphrase it serves and what it demands besides; and
+what it tells of it (operation 15).
+
+These keys stand in the profile's table, or in the configuration's ``[profile_defaults]``; none has a default where a
+wrong guess could lose a disk: ``root_passphrase`` must be said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Literal
+
+from attrs import frozen
+
+from chutes_proto.errors import ConfigurationError
+from chutes_proto.quote._measurements import Profile, Rtmrs
+from chutes_proto.secret import Secret
+from chutes_proto.store.rows import Exchange
+from chutes_proto.strict import ProblemsError, Structurer
+from chutes_proto.wire.codec import encode_answer
+from chutes_proto.wire.public import MEASUREMENTS, EncodedMeasurements, Measurements, MeasurementsAnswer, Registers
+
+
+@frozen
+class ServedOptions:
+    """The server's keys of one profile, as they are written."""
+
+    root_passphrase: Literal["image", "vm"]
+    root_passphrase_file: str | None = None
+    exchange: Exchange = "base"
+    require_hotkey_signature: bool = False
+    token_needs_certificate: bool = False
+
+
+EXTRA_KEYS = frozenset(
+    {"root_passphrase", "root_passphrase_file", "exchange", "require_hotkey_signature", "token_needs_certificate"}
+)
+"""The keys of `ServedOptions`, for the parser of measurement profiles."""
+
+
+@frozen
+class ServedProfile:
+    """One profile with what is served under it. ``image_passphrase`` is set exactly when all its VMs share one."""
+
+    measurements: Profile
+    image_passphrase: Secret | None
+    require_hotkey_signature: bool
+    token_needs_certificate: bool
+    exchange: Exchange = "base"
+
+
+def serve_profile(
+    profile: Profile, extras: Mapping[str, object], defaults: Mapping[str, object], read: Callable[[str], bytes]
+) -> ServedProfile:
+    """Join a profile with its options; ``read`` gets a passphrase file. Raises `ConfigurationError`."""
+    named = f"profile {profile.name!r}"
+    try:
+        options = _STRUCTURER.structure({**defaults, **extras}, ServedOptions)
+    except ProblemsError as exc:
+        raise ConfigurationError(f"{named}: {exc}") from None
+    passphrase = None
+    if options.root_passphrase == "image":
+        if options.root_passphrase_file is None:
+            raise ConfigurationError(f'{named}: root_passphrase = "image" needs root_passphrase_file')
+        passphrase = _image_passphrase(named, read(options.root_passphrase_file))
+    elif "root_passphrase_file" in extras:
+        raise ConfigurationError(f'{named}: root_passphrase = "vm" makes its own; remove root_passphrase_file')
+    return ServedProfile(
+        profile, passphrase, options.require_hotkey_signature, options.token_needs_certificate, options.exchange
+    )
+
+
+def publish(profiles: Iterable[Profile]) -> EncodedMeasurements:
+    """The answer of operation 15. It is made once: anyone may ask for it, and it can be long."""
+    answer = MeasurementsAnswer(profiles=tuple(map(_published, profiles)))
+    return EncodedMeasurements(profiles=encode_answer(MEASUREMENTS, answer).body)
+
+
+def _published(profile: Profile) -> Measurements:
+    return Measurements(
+        version=profile.version,
+        name=profile.name,
+        mrtd=profile.mrtd.hex(),
+        boot_rtmrs=_registers(profile.boot),
+        runtime_rtmrs=_registers(profile.runtime),
+        expected_gpus=profile.expected_gpus,
+        gpu_count=profile.gpu_count,
+        fingerprint=None if profile.fingerprint is None else profile.fingerprint.hex(),
+    )
+
+
+def _registers(rtmrs: Rtmrs) -> Registers:
+    rtmr0, rtmr1, rtmr2, rtmr3 = (register.hex() for register in rtmrs)
+    return Registers(rtmr0=rtmr0, rtmr1=rtmr1, rtmr2=rtmr2, rtmr3=rtmr3)
+
+
+def _image_passphrase(named: str, data: bytes) -> Secret:
+    """The file's text without one final line end. Deployed clients cut it out of JSON, so it must need no escape."""
+    value = data.removesuffix(b"\n").removesuffix(b"\r")
+    if not value or any(not 0x20 <= byte <= 0x7E or byte in b'"\\' for byte in value):
+        raise ConfigurationError(
+            f'{named}: root_passphrase_file must hold one line of printable ASCII without " and \\, and not be empty'
+        )
+    return Secret(value)
+
+
+_STRUCTURER = Structurer(own_file=True)

@@ -1,0 +1,169 @@
+"""Requests that come through a proxy which ended TLS: whose certificate and address they bear, and who is believed.
+
+Rules kept here:
+
+* only a trusted proxy says who its client is: what comes over the unix socket, or from a configured network with a live
+  secret in ``X-Attestation-Proxy-Auth``. The secret is compared in constant time; no error and no log repeats it;
+* a proxy has one certificate header and one address header, which it sets itself on every request; the certificate may
+  be absent, the address not. A second value, another such header, or any of them from anyone else is a 400: a client
+  that gets a 401 or 403 would give up for good over a proxy's mistake;
+* a peer of the networks that sends none of these headers is a client of its own, or a proxy that was not told to send
+  them. Where it is refused for its certificate, that is no refusal but a fault of ours: nothing is recorded of it, and
+  the log says what to mend;
+* of a list of addresses the last one that is none of the proxies' own counts; when all are theirs, the first;
+* what the flows see is the client's certificate and address, never the proxy's, and no header of this kind.
+
+``X-Client-Cert`` is PEM, percent-encoded (nginx: ``$ssl_client_escaped_cert``); ``Client-Cert`` is RFC 9440, section
+2.2: DER as a byte sequence of RFC 8941, ``:base64:``.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hmac
+import re
+from ipaddress import IPv4Network, IPv6Network, ip_address
+from typing import Final
+from urllib.parse import unquote_to_bytes
+
+from attrs import Factory, field, frozen
+from cryptography import x509
+
+from chutes_proto.errors import BadRequest, Refusal, Unavailable
+from chutes_proto.secret import Secret
+from chutes_proto.wire.codes import Code
+from chutes_proto.wire.http import HttpRequest, plain_address
+
+PEM_HEADER: Final = "x-client-cert"
+RFC9440_HEADER: Final = "client-cert"
+CERTIFICATE_HEADERS: Final = (PEM_HEADER, RFC9440_HEADER)
+ADDRESS_HEADER: Final = "x-forwarded-for"
+SECRET_HEADER: Final = "x-attestation-proxy-auth"
+
+Network = IPv4Network | IPv6Network
+
+_OF_CERTIFICATES: Final = (Code.CLIENT_CERTIFICATE_REQUIRED, Code.CERTIFICATE_MISMATCH)
+_ESCAPED: Final = re.compile(r"(?:[!-$&-~]|%[0-9A-Fa-f]{2})*")
+
+
+def _guarded(proxies: TrustedProxies) -> frozenset[str]:
+    return frozenset({*CERTIFICATE_HEADERS, ADDRESS_HEADER, SECRET_HEADER, proxies.address_header})
+
+
+@frozen
+class ProxiedRequest(HttpRequest):
+    """A request of a client for whom a trusted proxy spoke."""
+
+
+@frozen
+class TrustedProxies:
+    """Whom to believe, and in which headers (lower case); by default nobody.
+
+    ``unix``: peers without an address came over the unix socket. ``secrets`` are live for peers in the ``networks``.
+    """
+
+    networks: tuple[Network, ...] = ()
+    unix: bool = False
+    secrets: tuple[Secret, ...] = ()
+    certificate_header: str = PEM_HEADER
+    address_header: str = ADDRESS_HEADER
+    _guarded: frozenset[str] = field(init=False, default=Factory(_guarded, takes_self=True))
+
+    def client_request(self, request: HttpRequest) -> HttpRequest:
+        """The request as its client made it. Raises `BadRequest`."""
+        given: dict[str, list[str]] = {}
+        for name, value in request.headers:
+            if name in self._guarded:
+                given.setdefault(name, []).append(value)
+        if not given and not self._over_unix(request):
+            return request
+        self._admit(request, given.get(SECRET_HEADER, []))
+        if others := given.keys() - {SECRET_HEADER, self.certificate_header, self.address_header}:
+            raise _refused(f"the proxy passes on {', '.join(sorted(others))}, which is not its to say")
+        if twice := {name for name, values in given.items() if len(values) > 1}:
+            raise _refused(f"the proxy gives {', '.join(sorted(twice))} more than once")
+        certificate = "".join(given.get(self.certificate_header, []))
+        return ProxiedRequest(
+            request.method,
+            request.target,
+            headers=tuple((name, value) for name, value in request.headers if name not in self._guarded),
+            body=request.body,
+            peer_certificate=self._certificate(certificate) if certificate else None,
+            peer_address=self._address("".join(given.get(self.address_header, []))),
+            arrived=request.arrived,
+        )
+
+    def excusing(self, request: HttpRequest) -> _Excuse:
+        """A refusal for the certificate, raised inside, is `Unavailable` where the peer may be a silent proxy.
+
+        ``request`` is what `client_request` made of the peer's. Whatever records refusals stands outside.
+        """
+        return _Excuse(self, may_be_proxy=self._ours(request.peer_address) and not isinstance(request, ProxiedRequest))
+
+    def _over_unix(self, request: HttpRequest) -> bool:
+        return self.unix and not request.peer_address
+
+    def _admit(self, request: HttpRequest, shown: list[str]) -> None:
+        """Raises `BadRequest` unless the peer is one of the proxies."""
+        if not self._over_unix(request) and not self._ours(request.peer_address):
+            raise _refused("a header that only a trusted proxy may set, from a peer that is none")
+        matches = [
+            hmac.compare_digest(value.encode("latin-1"), secret.reveal()) for value in shown for secret in self.secrets
+        ]
+        if any(matches) or (self._over_unix(request) and not shown):
+            return
+        raise _refused(f"the proxy shows {'a wrong' if shown else 'no'} secret in {SECRET_HEADER}")
+
+    def _ours(self, address: str) -> bool:
+        return bool(address) and any(ip_address(address) in network for network in self.networks)
+
+    def _address(self, text: str) -> str:
+        """The client's address, from what the proxies wrote of it."""
+        address = ""
+        for element in reversed(text.split(",")):
+            try:
+                address = plain_address(element.strip(" \t"))
+            except ValueError:
+                raise _refused(f"{self.address_header} names no IP address where the client's should be") from None
+            if not self._ours(address):
+                break
+        return address
+
+    def _certificate(self, text: str) -> x509.Certificate:
+        try:
+            if self.certificate_header == PEM_HEADER:
+                if not _ESCAPED.fullmatch(text):
+                    raise ValueError
+                (certificate,) = x509.load_pem_x509_certificates(unquote_to_bytes(text))
+                return certificate
+            if not (text.startswith(":") and text.endswith(":")):
+                raise ValueError
+            return x509.load_der_x509_certificate(base64.b64decode(text[1:-1], validate=True))
+        except (ValueError, binascii.Error, x509.InvalidVersion):
+            raise _refused(f"{self.certificate_header} holds no certificate as it should") from None
+
+
+@frozen
+class _Excuse:
+    proxies: TrustedProxies
+    may_be_proxy: bool
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _kind: object, raised: BaseException | None, _traceback: object) -> None:
+        if not self.may_be_proxy or not isinstance(raised, Refusal) or raised.code not in _OF_CERTIFICATES:
+            return
+        needed = f"{self.proxies.certificate_header}, {self.proxies.address_header}, {SECRET_HEADER}"
+        raise Unavailable(
+            Code.SERVER_FAULT,
+            "A fault of the server's. Retry shortly.",
+            reason=f"{raised.reason}; and a peer in proxy.networks sent none of a proxy's headers: if it is a proxy,"
+            f" let it set {needed}; if it is a client, take its address out of proxy.networks",
+            retry_after=30,
+        ) from None
+
+
+def _refused(reason: str) -> BadRequest:
+    return BadRequest(Code.BAD_REQUEST, "Bad Request", reason=reason)

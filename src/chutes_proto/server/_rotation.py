@@ -1,0 +1,176 @@
+"""Operations 13 and 14: the volumes' keys of a two-phase boot, for a second quote, and the confirmation that they open.
+
+The order of checks of operation 13:
+
+1. the volumes' names; the quote nonce: of a two-phase boot that this VM, hotkey and client key made, and alive;
+2. the quote, over that nonce and the client key, at the runtime stage (``evidence.py``, steps 2 to 6);
+3. one transaction: the nonce again and spent, the platform the boot's and the name's, keys handed out, the confirm
+   nonce issued, the record and its audit row written (``units/rotation.py``).
+
+Deployed clients ask each of these once, so what is busy is waited for. A confirm nonce belongs to one quote nonce, so
+that a lost answer can be given again although nothing secret is kept: it is HMAC-SHA256 over the quote nonce, under a
+key that comes from the key-encryption key by label.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from typing import TYPE_CHECKING
+
+from chutes_proto.auth.certificates import client_key
+from chutes_proto.effects import Entropy, Log, Now
+from chutes_proto.errors import BadRequest, Refused
+from chutes_proto.keys.generations import K3S_VOLUME
+from chutes_proto.keys.vault import FreshKey
+from chutes_proto.log import Level, Record
+from chutes_proto.secret import Secret
+from chutes_proto.server._boot import platform_of, record_refusal, token_digest
+from chutes_proto.server._evidence import appraise, verify_evidence
+from chutes_proto.server._patience import transact_patiently, verify_patiently
+from chutes_proto.server._volumes import check_names, check_shape
+from chutes_proto.store.rows import Vm
+from chutes_proto.units.rotation import AttestVolumes, ConfirmNonce, ConfirmVolumes, FindQuoteNonce
+from chutes_proto.wire.codes import Code
+from chutes_proto.wire.vms import (
+    VolumeAttestationAnswer,
+    VolumeAttestationRequest,
+    VolumeConfirmationAnswer,
+    VolumeConfirmationRequest,
+    VolumePair,
+    VolumeResult,
+)
+
+if TYPE_CHECKING:
+    from chutes_proto.effects import Flow
+    from chutes_proto.log import Value
+    from chutes_proto.server._evidence import Evidence
+    from chutes_proto.server._service import Service
+    from chutes_proto.wire.http import HttpRequest
+
+_LABEL = "chutes-proto confirm nonce v1"
+
+
+def attest_volumes(
+    service: Service, request: HttpRequest, message: VolumeAttestationRequest, request_id: str
+) -> Flow[VolumeAttestationAnswer]:
+    """Operation 13."""
+    volumes = tuple(dict.fromkeys(message.volumes))
+    if not volumes:
+        raise BadRequest(Code.VOLUMES_REQUIRED, "volumes is required and must be non-empty")
+    check_names("volume", volumes, service.volumes)
+    check_names("formatted volume", message.formatted or (), service.volumes)
+    if not message.quote_nonce or not message.hotkey:
+        text = "Quote nonce (X-Quote-Nonce) and hotkey are required"
+        raise Refused(Code.QUOTE_NONCE_INVALID, text)
+    nonce = check_shape(message.quote_nonce, Code.QUOTE_NONCE_INVALID, "Quote nonce")
+    with service.proxies.excusing(request):
+        key = client_key(request.peer_certificate)
+    vm = Vm(message.hotkey, message.vm_name)
+    digest, body_digest = token_digest(nonce), hashlib.sha256(request.body).digest()
+    now = yield from Now()
+    _ = yield from transact_patiently(FindQuoteNonce(now, vm, digest, key.digest, body_digest), request.arrived)
+    with service.proxies.excusing(request):
+        evidence = yield from verify_patiently(
+            lambda: verify_evidence(service, bytes.fromhex(message.quote_nonce or ""), key, message.quote, now),
+            request.arrived,
+        )
+    now = yield from Now()  # what was waited for may have taken a while
+    try:
+        profile = appraise(service, evidence, "runtime").profile
+        entropy = yield from Entropy(FreshKey.SIZE * (len(volumes) + 1))
+        parts = [entropy[FreshKey.SIZE * n : FreshKey.SIZE * (n + 1)] for n in range(len(volumes) + 1)]
+        fresh = {volume: FreshKey.from_entropy(part) for volume, part in zip(volumes, parts, strict=False)}
+        handed = yield from transact_patiently(
+            AttestVolumes(
+                now=now,
+                request_id=request_id,
+                vm=vm,
+                nonce_digest=digest,
+                certificate=key.digest,
+                body_digest=body_digest,
+                quote_digest=hashlib.sha256(evidence.quote).digest(),
+                profile_name=profile.name,
+                profile_version=profile.version,
+                pin=platform_of(evidence).pin,
+                peer_address=request.peer_address,
+                volumes=volumes,
+                formatted=None if message.formatted is None else frozenset(message.formatted),
+                fresh={**fresh, K3S_VOLUME: FreshKey.encryption_key(parts[-1])},
+                confirm_nonces=_confirm_nonces(service, nonce),
+                vault=service.vault,
+                pruned=service.pruned,
+                platform_binding=service.platform_binding,
+            ),
+            request.arrived,
+        )
+    except Refused as exc:
+        yield from record_refusal(request, vm, request_id, evidence, exc, now, "runtime")
+        raise
+    yield from _tell(service, "volumes_attested", request_id, vm, evidence, list(volumes), handed.replayed)
+    return VolumeAttestationAnswer(
+        volumes={volume: VolumePair(current=pair.current, next=pair.next) for volume, pair in handed.volumes},
+        confirm_nonce=handed.confirm_nonce,
+        k3s_encryption_key=handed.k3s_encryption_key,
+        in_use=handed.in_use,
+    )
+
+
+def confirm_volumes(
+    service: Service, request: HttpRequest, message: VolumeConfirmationRequest, request_id: str
+) -> Flow[VolumeConfirmationAnswer]:
+    """Operation 14."""
+    rotated = tuple((volume, confirmation.rotated) for volume, confirmation in message.volumes.items())
+    if not rotated:
+        raise BadRequest(Code.VOLUMES_REQUIRED, "volumes is required and must be non-empty")
+    check_names("volume", [volume for volume, _ in rotated], service.volumes)
+    if not message.confirm_nonce or not message.hotkey:
+        text = "Confirm nonce (X-Confirm-Nonce) and hotkey are required"
+        raise Refused(Code.CONFIRM_NONCE_INVALID, text)
+    nonce = check_shape(message.confirm_nonce, Code.CONFIRM_NONCE_INVALID, "Confirm nonce")
+    vm = Vm(message.hotkey, message.vm_name)
+    now = yield from Now()
+    unit = ConfirmVolumes(
+        now=now,
+        request_id=request_id,
+        vm=vm,
+        nonce_digest=token_digest(nonce),
+        body_digest=hashlib.sha256(request.body).digest(),
+        rotated=rotated,
+        vault=service.vault,
+    )
+    results = yield from transact_patiently(unit, request.arrived)
+    told = [f"{volume}: {result}" for volume, result in results]
+    fields: dict[str, Value] = {"request_id": request_id, "vm": vm.name, "hotkey": vm.hotkey, "volumes": told}
+    yield from Log(Record(Level.INFO, "volumes_confirmed", fields))
+    return VolumeConfirmationAnswer(
+        status="confirmed", volumes={volume: VolumeResult(result=result) for volume, result in results}
+    )
+
+
+def _confirm_nonces(service: Service, quote_nonce: bytes) -> tuple[ConfirmNonce, ...]:
+    """The confirm nonce that belongs to a quote nonce, under each live key-encryption key, the current one's first."""
+    derived = (key.reveal() for _, key in service.vault.derive(_LABEL))
+    nonces = (hmac.digest(key, quote_nonce, "sha256").hex().encode("ascii") for key in derived)
+    return tuple(ConfirmNonce(Secret(nonce), token_digest(nonce)) for nonce in nonces)
+
+
+def _tell(
+    service: Service, event: str, request_id: str, vm: Vm, evidence: Evidence, volumes: list[str], replayed: bool
+) -> Flow[None]:
+    yield from Log(
+        Record(
+            Level.INFO,
+            event,
+            {
+                "request_id": request_id,
+                "vm": vm.name,
+                "hotkey": vm.hotkey,
+                "volumes": volumes,
+                "replayed": replayed,
+                "tcb_status": str(evidence.verdict.tcb_status),
+                "platform": str(platform_of(evidence).pin),
+                "trust": service.trust,
+            },
+        )
+    )

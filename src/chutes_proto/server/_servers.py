@@ -1,0 +1,151 @@
+"""Operations 5 to 9 and 15: the miners' servers, and the measurements that are accepted.
+
+Who calls was checked before (``callers.py``); what is a server's is the units' to say (``units/servers.py``). Of a
+registration the GPUs are checked first, then the host, then what the host shows, where it is asked (``callbacks.py``),
+then what needs rows. A host may be slow to be found and to answer, so one hotkey has one at a time.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from chutes_proto.effects import Log, Now, Transact
+from chutes_proto.errors import BadRequest
+from chutes_proto.log import Level, Record
+from chutes_proto.server._callbacks import ask_host
+from chutes_proto.server._gpus import check_nodes
+from chutes_proto.server._hosts import locate
+from chutes_proto.store.rows import GpuRow
+from chutes_proto.units.servers import ListServers, ReadOwnServer, RegisterServer, RemoveServer, RenameServer
+from chutes_proto.wire.codes import Code
+from chutes_proto.wire.miners import (
+    ListServersRequest,
+    MessageAnswer,
+    RegisterServerRequest,
+    RemovedServerAnswer,
+    RemoveServerRequest,
+    RenamedServerAnswer,
+    RenameServerRequest,
+    ServerAnswer,
+    ServerDetailsRequest,
+    ServerListAnswer,
+)
+from chutes_proto.wire.times import timestamp
+
+if TYPE_CHECKING:
+    from chutes_proto.auth.hotkey import Hotkey
+    from chutes_proto.effects import Flow
+    from chutes_proto.errors import ValidationProblem
+    from chutes_proto.server._service import Service
+    from chutes_proto.store.rows import ServerRow
+    from chutes_proto.wire.http import HttpRequest
+    from chutes_proto.wire.public import EncodedMeasurements, MeasurementsRequest
+
+_SHADOWED: Final = frozenset({"nonce", "boot"})
+"""Ids whose paths are other operations'."""
+
+
+def register_server(
+    service: Service, request: HttpRequest, message: RegisterServerRequest, request_id: str, caller: Hotkey
+) -> Flow[MessageAnswer]:
+    """Operation 5."""
+    if message.id in _SHADOWED:
+        raise BadRequest(
+            Code.VALIDATION_ERROR,
+            [{"type": "value_error", "loc": ["body", "id"], "msg": "The id is reserved"}],
+        )
+    nodes = check_nodes(message.gpus, service.gpus)
+    shown = None
+    with service.hosts.of(caller.address):
+        address = yield from locate(message.host, service.unsafe_networks)
+        if service.callback is not None:
+            shown = yield from ask_host(service, service.callback, message.host, address, request_id)
+    now = yield from Now()
+    server = yield from Transact(
+        RegisterServer(
+            now=now,
+            request_id=request_id,
+            hotkey=caller.address,
+            server_id=message.id,
+            name=message.id if message.name is None else message.name,
+            host=message.host,
+            address=address,
+            gpus=tuple(GpuRow(node.uuid.lower(), message.id, node.identifier, node.declared) for node in nodes),
+            profiles={name: profile.measurements for name, profile in service.profiles.items()},
+            peer_address=request.peer_address,
+            evidence=service.registration_evidence,
+            platform_binding=service.platform_binding,
+            shown=shown,
+        )
+    )
+    yield from _tell("server_registered", request_id, server)
+    return MessageAnswer(message="Server registered successfully.")
+
+
+def list_servers(
+    service: Service, request: HttpRequest, message: ListServersRequest, request_id: str, caller: Hotkey
+) -> Flow[ServerListAnswer]:
+    """Operation 6."""
+    rows = yield from Transact(ListServers(caller.address))
+    return ServerListAnswer(servers=tuple(_described(row) for row in rows))
+
+
+def rename_server(
+    service: Service, request: HttpRequest, message: RenameServerRequest, request_id: str, caller: Hotkey
+) -> Flow[RenamedServerAnswer]:
+    """Operation 7."""
+    if message.server_name is None:
+        problem: ValidationProblem = {"type": "missing", "loc": ["query", "server_name"], "msg": "Field required"}
+        raise BadRequest(Code.VALIDATION_ERROR, [problem])
+    now = yield from Now()
+    unit = RenameServer(now, request_id, caller.address, message.server_id, message.server_name, request.peer_address)
+    server = yield from Transact(unit)
+    yield from _tell("server_renamed", request_id, server)
+    return RenamedServerAnswer(
+        name=server.name,
+        ip=server.host,
+        created_at=timestamp(server.created_at),
+        updated_at=None if server.updated_at is None else timestamp(server.updated_at),
+    )
+
+
+def read_server(
+    service: Service, request: HttpRequest, message: ServerDetailsRequest, request_id: str, caller: Hotkey
+) -> Flow[ServerAnswer]:
+    """Operation 8."""
+    server, _ = yield from Transact(ReadOwnServer(caller.address, message.server_id))
+    return _described(server)
+
+
+def remove_server(
+    service: Service, request: HttpRequest, message: RemoveServerRequest, request_id: str, caller: Hotkey
+) -> Flow[RemovedServerAnswer]:
+    """Operation 9."""
+    now = yield from Now()
+    unit = RemoveServer(now, request_id, caller.address, message.server_name_or_id, request.peer_address)
+    server = yield from Transact(unit)
+    yield from _tell("server_removed", request_id, server)
+    return RemovedServerAnswer(name=server.name, message="Server removed successfully")
+
+
+def publish_measurements(
+    service: Service, request: HttpRequest, message: MeasurementsRequest, request_id: str
+) -> Flow[EncodedMeasurements]:
+    """Operation 15."""
+    yield from ()
+    return service.published
+
+
+def _described(server: ServerRow) -> ServerAnswer:
+    return ServerAnswer(
+        server_id=server.server_id,
+        name=server.name,
+        ip=server.host,
+        created_at=timestamp(server.created_at),
+        updated_at=None if server.updated_at is None else timestamp(server.updated_at),
+    )
+
+
+def _tell(event: str, request_id: str, server: ServerRow) -> Flow[None]:
+    fields = {"request_id": request_id, "server": server.server_id, "name": server.name, "hotkey": server.hotkey}
+    yield from Log(Record(Level.INFO, event, fields))

@@ -1,0 +1,149 @@
+"""Operations 3 and 4: the passphrases of a VM's volumes, for the boot token of its last boot.
+
+What needs no rows is checked here, in the order in which deployed clients know the texts; the token and the keys are
+the unit's (``units/volumes.py``), where a token is spent in the same transaction as what it grants.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+from chutes_proto.auth.certificates import spki_sha256
+from chutes_proto.effects import Entropy, Log, Now
+from chutes_proto.errors import BadRequest, Refused
+from chutes_proto.keys.vault import FreshKey
+from chutes_proto.log import Level, Record
+from chutes_proto.server._boot import token_digest
+from chutes_proto.server._patience import transact_patiently
+from chutes_proto.store.rows import Vm
+from chutes_proto.units.volumes import ReadVolume, SyncVolumes
+from chutes_proto.wire.codes import Code
+from chutes_proto.wire.names import HEX_32
+from chutes_proto.wire.vms import CachePassphraseAnswer, CachePassphraseRequest, VolumeSyncAnswer, VolumeSyncRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from chutes_proto.effects import Flow
+    from chutes_proto.log import Value
+    from chutes_proto.server._service import Service
+    from chutes_proto.wire.http import HttpRequest
+
+
+def read_cache_passphrase(
+    service: Service, request: HttpRequest, message: CachePassphraseRequest, request_id: str
+) -> Flow[CachePassphraseAnswer]:
+    """Operation 3: the first configured volume's passphrase; the token is checked, not spent."""
+    token, hotkey = _credentials(message.boot_token, message.hotkey_header, message.hotkey)
+    now = yield from Now()
+    vm = Vm(hotkey, message.vm_name)
+    volume = service.volumes[0]
+    passphrase = yield from transact_patiently(
+        ReadVolume(
+            now=now,
+            request_id=request_id,
+            vm=vm,
+            token_digest=_token_digest(token),
+            certificate=_presented(request),
+            volume=volume,
+            vault=service.vault,
+        ),
+        request.arrived,
+    )
+    yield from Log(Record(Level.INFO, "passphrase_read", {**_who(service, request_id, vm), "volume": volume}))
+    return CachePassphraseAnswer(passphrase=passphrase)
+
+
+def sync_volumes(
+    service: Service, request: HttpRequest, message: VolumeSyncRequest, request_id: str
+) -> Flow[VolumeSyncAnswer]:
+    """Operation 4: the passphrases of all volumes that the VM names; the token is spent."""
+    token, hotkey = _credentials(message.boot_token, message.hotkey, message.hotkey_query)
+    volumes = tuple(dict.fromkeys(message.volumes))
+    rekey = tuple(dict.fromkeys(message.rekey or ()))
+    if not volumes:
+        raise BadRequest(Code.VOLUMES_REQUIRED, "volumes is required and must be non-empty")
+    check_names("volume", volumes, service.volumes)
+    if strangers := [volume for volume in rekey if volume not in volumes]:
+        raise BadRequest(
+            Code.REKEY_NOT_SUBSET, f"rekey must be a subset of volumes; not in volumes: {_some(strangers)}"
+        )
+    if message.formatted is not None:
+        check_names("formatted volume", message.formatted, service.volumes)
+    now = yield from Now()
+    entropy = yield from Entropy(FreshKey.SIZE * len(volumes))
+    fresh = {
+        volume: FreshKey.from_entropy(entropy[FreshKey.SIZE * index : FreshKey.SIZE * (index + 1)])
+        for index, volume in enumerate(volumes)
+    }
+    vm = Vm(hotkey, message.vm_name)
+    keys = yield from transact_patiently(
+        SyncVolumes(
+            now=now,
+            request_id=request_id,
+            vm=vm,
+            token_digest=_token_digest(token),
+            certificate=_presented(request),
+            body_digest=hashlib.sha256(request.body).digest(),
+            volumes=volumes,
+            rekey=frozenset(rekey),
+            formatted=None if message.formatted is None else frozenset(message.formatted),
+            fresh=fresh,
+            pruned=service.pruned,
+            vault=service.vault,
+        ),
+        request.arrived,
+    )
+    fields: dict[str, Value] = {
+        **_who(service, request_id, vm),
+        "volumes": list(volumes),
+        "rekey": list(rekey),
+        "replayed": keys.replayed,
+    }
+    yield from Log(Record(Level.INFO, "volumes_synced", fields))
+    return VolumeSyncAnswer(passphrases=keys.passphrases, in_use=keys.in_use)
+
+
+def _credentials(token: str | None, in_header: str | None, in_query: str | None) -> tuple[str, str]:
+    """Token and hotkey. Older images send the hotkey in the query; given twice, both must agree."""
+    if not token:
+        raise BadRequest(Code.BOOT_TOKEN_REQUIRED, "Boot token is required (X-Boot-Token header)")
+    if in_header and in_query and in_header != in_query:
+        raise BadRequest(Code.HOTKEY_CONFLICT, "Hotkey differs between header and query")
+    hotkey = in_header or in_query
+    if not hotkey:
+        raise BadRequest(Code.HOTKEY_REQUIRED, "Hotkey is required")
+    return token, hotkey
+
+
+def _token_digest(token: str) -> bytes:
+    return token_digest(check_shape(token, Code.BOOT_TOKEN_INVALID, "Boot token"))
+
+
+def check_shape(text: str, code: Code, what: str) -> bytes:
+    """A token or nonce as it is digested: its text. Raises `Refused` for one of another shape, which is not ours."""
+    if not HEX_32.fullmatch(text):
+        raise Refused(code, f"{what} not found or expired", reason=f"{what.lower()}: not 64 lowercase hex digits")
+    return text.encode("ascii")
+
+
+def check_names(what: str, names: Iterable[str], served: tuple[str, ...]) -> None:
+    """Raises `BadRequest` for a name that this server does not serve."""
+    if unknown := [name for name in names if name not in served]:
+        raise BadRequest(Code.VOLUME_UNKNOWN, f"Invalid {what} name(s): {_some(unknown)}. Supported: {list(served)}")
+
+
+def _some(names: list[str]) -> str:
+    """The first names, cut, as a peer hears them again: an answer is not as long as what was asked."""
+    shown = str([name[:64] for name in names[:4]])
+    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"
+
+
+def _presented(request: HttpRequest) -> bytes | None:
+    """The digest of the presented certificate's key. Whether one must be presented is the boot's to say."""
+    return None if request.peer_certificate is None else spki_sha256(request.peer_certificate)
+
+
+def _who(service: Service, request_id: str, vm: Vm) -> dict[str, str]:
+    return {"request_id": request_id, "vm": vm.name, "hotkey": vm.hotkey, "trust": service.trust}

@@ -1,0 +1,76 @@
+"""The files of a simulated platform, as names and bytes: nothing here touches a disk.
+
+Two kinds of directory. A *platform's* keeps `PLATFORM_FILE`, which is all that has to be kept: root, certificates and
+measurements follow from the seed, and collateral is made anew whenever it has grown old. A *simulation's* holds one
+quote with all that a verifier needs.
+
+Rules kept here:
+
+* `PLATFORM_FILE` holds the keys of a root that someone may trust: who writes it makes it readable by its owner alone;
+* it is read only if it is, byte for byte, what `PlatformRecord.encode` writes, so that nothing is ever half understood.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from attrs import frozen
+
+from chutes_proto.errors import ConfigurationError
+from chutes_proto.quote._measurements import Stage
+from chutes_proto.testing._platform import PROFILE, SimulatedPlatform
+from chutes_proto.wire import json
+
+PLATFORM_FILE: Final = "platform.json"
+SEED_SIZE: Final = 32
+_FORMAT: Final = 1
+
+
+@frozen
+class PlatformRecord:
+    """What `PLATFORM_FILE` says. ``created`` is in unix seconds, for people: nothing follows from it."""
+
+    seed: bytes
+    created: int
+
+    @property
+    def platform(self) -> SimulatedPlatform:
+        """The first machine of this world."""
+        return SimulatedPlatform(self.seed)
+
+    def encode(self) -> bytes:
+        return json.encode({"format": _FORMAT, "seed": self.seed.hex(), "created": self.created}) + b"\n"
+
+    @classmethod
+    def decode(cls, data: bytes) -> PlatformRecord:
+        """Raises `ConfigurationError`, whose text repeats nothing of the file."""
+        try:
+            match json.decode(data):
+                case {"seed": str(seed), "created": int(created)}:
+                    record = cls(bytes.fromhex(seed), created)
+                    if record.encode() == data and len(record.seed) == SEED_SIZE:
+                        return record
+                case _:
+                    pass
+        except ValueError:
+            pass
+        raise ConfigurationError(
+            f"{PLATFORM_FILE} is not a simulated platform of format {_FORMAT}; remove it for a new one"
+        )
+
+
+def measurements_toml() -> bytes:
+    """The measurement profile of simulated TDs as a file, which a server's configuration or a policy may be."""
+    return PROFILE.to_toml().encode()
+
+
+def simulation_files(
+    platform: SimulatedPlatform, report_data: bytes, *, now: int, stage: Stage = "boot"
+) -> dict[str, bytes]:
+    """A quote over 64 bytes of report data with everything to verify it at ``now``: file names and contents."""
+    return {
+        "quote.bin": platform.quote(report_data, stage=stage),
+        "collateral.json": platform.collateral_json(now),
+        "now.txt": f"{now}\n".encode(),
+        "root.der": platform.root_der,
+    }

@@ -1,0 +1,89 @@
+"""A simulated collateral service: what a PCS or a PCCS would answer for simulated platforms.
+
+    service = CollateralService((platform,))
+    response = service.answer(HttpRequest("GET", "/tdx/certification/v4/tcb?fmspc=…"), now)
+
+Rules kept here:
+
+* no clock and no network: who serves it brings requests and the time, at which all collateral is made;
+* paths, parameters, headers and forms are those of the real services: issuer chains are percent-encoded, the PCK CRL is
+  PEM or, with ``encoding=der``, DER; the root CA's CRL is hexadecimal digits as of a PCCS, and DER where Intel has it;
+* a platform that is not among its own is a 404.
+
+Sources: Intel SGX and TDX Provisioning Certification Service API, version 4; Intel SGX/TDX Provisioning Certificate
+Caching Service (PCCS), design guide.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from base64 import b64encode
+from urllib.parse import parse_qsl, quote
+
+from attrs import evolve, frozen
+
+from chutes_proto.testing._platform import SimulatedPlatform
+from chutes_proto.wire.http import Headers, HttpRequest, HttpResponse
+
+
+@frozen
+class CollateralService:
+    """A service that knows ``platforms``, all of one world: at least one."""
+
+    platforms: tuple[SimulatedPlatform, ...]
+
+    def answer(self, request: HttpRequest, now: int) -> HttpResponse:
+        """The answer to a request at ``now`` (unix seconds)."""
+        path, _, query = request.target.partition("?")
+        parameters = dict(parse_qsl(query))
+        made = self.platforms[0].collateral(now)
+        if request.method != "GET":
+            return _text(405, "GET only", (("allow", "GET"),))
+        match path.removesuffix("/"):
+            case "/tdx/certification/v4/tcb":
+                return self._tcb_info(parameters.get("fmspc", ""), now)
+            case "/tdx/certification/v4/qe/identity":
+                chain = ("sgx-enclave-identity-issuer-chain", _encoded(made.qe_identity_issuer_chain))
+                return _statement("enclaveIdentity", made.qe_identity, made.qe_identity_signature, chain)
+            case "/sgx/certification/v4/pckcrl":
+                return self._pck_crl(parameters.get("ca"), parameters.get("encoding"), now)
+            case "/sgx/certification/v4/rootcacrl":
+                return _text(200, made.root_ca_crl.hex())
+            case "/IntelSGXRootCA.der":
+                return HttpResponse(200, (("content-type", "application/pkix-crl"),), made.root_ca_crl)
+            case _:
+                return _text(404, "there is nothing here")
+
+    def _tcb_info(self, fmspc: str, now: int) -> HttpResponse:
+        for platform in self.platforms:
+            if platform.fmspc.hex() == fmspc.lower():
+                made = platform.collateral(now)
+                chain = ("tcb-info-issuer-chain", _encoded(made.tcb_info_issuer_chain))
+                return _statement("tcbInfo", made.tcb_info, made.tcb_info_signature, chain)
+        return _text(404, "no platform here has this FMSPC")
+
+    def _pck_crl(self, ca: str | None, encoding: str | None, now: int) -> HttpResponse:
+        match ca:
+            case "platform" | "processor":
+                made = evolve(self.platforms[0], ca=ca).collateral(now)
+            case _:
+                return _text(400, "ca is platform or processor")
+        headers = (("sgx-pck-crl-issuer-chain", _encoded(made.pck_crl_issuer_chain)),)
+        if encoding == "der":
+            return HttpResponse(200, (*headers, ("content-type", "application/pkix-crl")), made.pck_crl)
+        lines = "\n".join(textwrap.wrap(b64encode(made.pck_crl).decode(), 64))
+        pem = f"-----BEGIN X509 CRL-----\n{lines}\n-----END X509 CRL-----\n"
+        return HttpResponse(200, (*headers, ("content-type", "application/x-pem-file")), pem.encode())
+
+
+def _statement(name: str, text: bytes, signature: bytes, chain: tuple[str, str]) -> HttpResponse:
+    body = b'{"%s":%s,"signature":"%s"}' % (name.encode(), text, signature.hex().encode())
+    return HttpResponse(200, (("content-type", "application/json"), chain), body)
+
+
+def _encoded(chain: bytes) -> str:
+    return quote(chain, safe="")
+
+
+def _text(status: int, text: str, headers: Headers = ()) -> HttpResponse:
+    return HttpResponse(status, (("content-type", "text/plain"), *headers), text.encode())

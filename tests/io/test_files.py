@@ -1,0 +1,205 @@
+"""Files appear whole, secrets stay private, and a directory of collateral follows its files."""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+from pathlib import Path
+
+import pytest
+from attrs import evolve
+
+from chutes_proto.collateral.library import Item
+from chutes_proto.errors import CollateralUnavailable, ConfigurationError, FileUnavailable
+from chutes_proto.io.collateral.directory import CollateralDirectory
+from chutes_proto.io.files import read_file, read_private, write_file
+from chutes_proto.quote._collateral import VerifiedCollateral
+from chutes_proto.quote._pck import PckIdentity
+from chutes_proto.quote._roots import TrustedRoot
+from chutes_proto.quote._verify import open_quote, verify_collateral
+from chutes_proto.testing._platform import COLLATERAL_SECONDS, SimulatedPlatform
+
+NOW = 1_780_000_000
+PLATFORM = SimulatedPlatform(bytes(32))
+ROOT = TrustedRoot.from_der(PLATFORM.root_der)
+
+
+def identity(platform: SimulatedPlatform = PLATFORM) -> PckIdentity:
+    return open_quote(platform.quote(bytes(64)), now=NOW, root=ROOT).pck
+
+
+# --- single files ---
+
+
+def test_a_file_is_put_in_place_whole_and_private(tmp_path: Path) -> None:
+    path = tmp_path / "secret"
+    for content in (b"first", b"second"):
+        write_file(path, content, mode=0o600)
+        assert read_private(path) == content
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert [found.name for found in tmp_path.iterdir()] == ["secret"]
+
+
+def test_a_file_that_cannot_be_put_in_place_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(FileUnavailable, match="taken: cannot be written"):
+        write_file(tmp_path / "taken", b"content")
+    with pytest.raises(FileUnavailable, match="cannot be written: No such file"):
+        write_file(tmp_path / "missing/file", b"content")
+    assert [found.name for found in tmp_path.iterdir()] == ["taken"]
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o601])
+def test_a_secret_that_others_can_get_at_is_refused(mode: int, tmp_path: Path) -> None:
+    path = tmp_path / "secret"
+    write_file(path, b"content")
+    path.chmod(mode)
+    with pytest.raises(ConfigurationError, match=f"0{mode:o}.*chmod 600 {path}"):
+        _ = read_private(path)
+
+
+def test_a_credential_of_the_service_manager_may_be_its_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "kek"
+    write_file(path, b"content")
+    path.chmod(0o440)  # how an access list for one user looks
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    assert read_private(path) == b"content"
+    path.chmod(0o444)
+    with pytest.raises(ConfigurationError, match="chmod 600"):
+        _ = read_private(path)
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+    for path, why in ((tmp_path, "Is a directory"), (tmp_path / "none", "No such file"), ("nul\0", "null")):
+        for read in (read_file, read_private):
+            with pytest.raises(FileUnavailable, match=why):
+                _ = read(path)
+
+
+def test_what_has_no_end_is_refused() -> None:
+    with pytest.raises(FileUnavailable, match="/dev/zero: has more than 100 bytes"):
+        _ = read_file("/dev/zero", limit=100)
+
+
+# --- collateral ---
+
+
+@pytest.fixture
+def shelf(tmp_path: Path) -> CollateralDirectory:
+    write_file(tmp_path / "a.json", PLATFORM.collateral_json(NOW))
+    return CollateralDirectory(tmp_path, ROOT)
+
+
+def test_files_come_change_and_go(shelf: CollateralDirectory) -> None:
+    other = PLATFORM.another(1)
+    first = shelf.fetch(identity(), NOW)
+    assert shelf.fetch(identity(), NOW) is first
+    with pytest.raises(CollateralUnavailable):
+        _ = shelf.fetch(identity(other), NOW)
+    write_file(shelf.path / "b.json", other.collateral_json(NOW))
+    assert shelf.fetch(identity(other), NOW).fmspc == other.fmspc
+    assert shelf.fetch(identity(), NOW) is first
+    write_file(shelf.path / "a.json", PLATFORM.collateral_json(NOW - 5))
+    assert shelf.fetch(identity(), NOW).window[1] == NOW - 5 + COLLATERAL_SECONDS
+    (shelf.path / "a.json").unlink()
+    with pytest.raises(CollateralUnavailable):
+        _ = shelf.fetch(identity(), NOW)
+
+
+def test_what_was_found_is_at_hand_for_that_second(shelf: CollateralDirectory) -> None:
+    assert shelf.at_hand(identity(), NOW) is None
+    found = shelf.fetch(identity(), NOW)
+    (shelf.path / "a.json").unlink()
+    assert shelf.at_hand(identity(), NOW) is found
+    assert shelf.at_hand(identity(PLATFORM.another(1)), NOW) is None
+    assert shelf.at_hand(identity(), NOW + 1) is None
+    with pytest.raises(CollateralUnavailable):
+        _ = shelf.fetch(identity(), NOW)
+    assert shelf.at_hand(identity(), NOW) is None
+
+
+def test_a_file_is_verified_once(shelf: CollateralDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def counted(*args: object, **settings: object) -> VerifiedCollateral:
+        calls.append(1)
+        return verify_collateral(*args, **settings)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("chutes_proto.io.collateral.directory.verify_collateral", counted)
+    threads = [threading.Thread(target=shelf.fetch, args=(identity(), NOW + n)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 1
+
+
+def test_what_has_grown_old_is_missing_whenever_it_was_read(shelf: CollateralDirectory) -> None:
+    late = NOW + COLLATERAL_SECONDS + 1
+    with pytest.raises(CollateralUnavailable, match=r"a\.json: of no use: .*time has ended"):
+        _ = CollateralDirectory(shelf.path, ROOT).fetch(identity(), late)
+    _ = shelf.fetch(identity(), NOW)
+    with pytest.raises(CollateralUnavailable, match=r"a\.json: FMSPC .* valid "):
+        _ = shelf.fetch(identity(), late)
+
+
+def test_what_was_not_valid_yet_is_looked_at_again(shelf: CollateralDirectory) -> None:
+    with pytest.raises(CollateralUnavailable, match="time has not begun"):
+        _ = shelf.fetch(identity(), NOW - 10)
+    with pytest.raises(CollateralUnavailable):
+        _ = shelf.fetch(identity(), NOW)
+    assert shelf.fetch(identity(), NOW - 10 + shelf.AGAIN_AFTER).fmspc == PLATFORM.fmspc
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"", "of no use"),
+        (b"\xff\xfe", "of no use"),
+        (b"[]", "not a JSON object"),
+        (b"{}", "is missing"),
+        (b"[" * 100_000, "of no use"),
+        (bytes(5_000_000), "more than"),
+        (PLATFORM.having("tcb_info_signature").collateral_json(NOW), "TCB info"),
+        (SimulatedPlatform(bytes(31) + b"1").collateral_json(NOW), "root"),
+    ],
+    ids=["empty", "binary", "list", "object", "deep", "huge", "unsigned", "another root's"],
+)
+def test_a_file_of_no_use_is_named_and_harms_no_other(shelf: CollateralDirectory, content: bytes, why: str) -> None:
+    write_file(shelf.path / "b.json", content)
+    assert shelf.fetch(identity(), NOW).fmspc == PLATFORM.fmspc
+    with pytest.raises(CollateralUnavailable, match=rf"b\.json: of no use: .*{why}|{why}"):
+        _ = shelf.fetch(identity(PLATFORM.another(1)), NOW)
+
+
+def test_other_files_and_what_cannot_be_read(shelf: CollateralDirectory) -> None:
+    write_file(shelf.path / ".hidden.json", b"")
+    write_file(shelf.path / "README", b"")
+    (shelf.path / "b.json").mkdir()
+    (shelf.path / "c.json").symlink_to("nowhere")
+    os.link(shelf.path / "a.json", shelf.path / "d.json")
+    found = {Path(item.name).name: item.content for item in shelf.items(NOW)}
+    assert list(found) == ["a.json", "b.json", "c.json", "d.json"]
+    assert "Is a directory" in str(found["b.json"])
+    assert "No such file" in str(found["c.json"])
+
+
+def test_a_missing_directory_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CollateralUnavailable, match=f"{tmp_path}/none: No such file"):
+        _ = CollateralDirectory(tmp_path / "none", ROOT).fetch(identity(), NOW)
+
+
+def test_one_machines_chain_beside_the_collateral_does_not_bind_the_others(tmp_path: Path) -> None:
+    write_file(tmp_path / "a.json", PLATFORM.having("pck_chain_other").collateral_json(NOW))
+    assert CollateralDirectory(tmp_path, ROOT).fetch(identity(), NOW).pck_chain is None
+
+
+def test_items_tell_an_operator_what_is_there(shelf: CollateralDirectory) -> None:
+    (item,) = shelf.items(NOW)
+    assert str(item) == (
+        f"{shelf.path}/a.json: FMSPC {PLATFORM.fmspc.hex()}, platform CA, TDX,"
+        " valid 2026-05-28T20:26:40Z to 2026-06-27T20:26:40Z"
+    )
+    assert str(evolve(item, content="why")) == f"{shelf.path}/a.json: of no use: why"
+    assert isinstance(item, Item)

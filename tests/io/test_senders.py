@@ -1,0 +1,258 @@
+"""`Send` over real TLS, by each of the three drivers, against servers that do everything wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable
+
+import anyio
+import httpx
+import pytest
+import trio
+
+import chutes_proto_asyncio.perform
+import chutes_proto_trio.perform
+from chutes_proto.auth.client_identity import make_client_identity
+from chutes_proto.errors import LocalProtocolError, TransportError
+from chutes_proto.io.http.https import HttpsSender, TimeLimits
+from chutes_proto.io.http.httpx_messages import origin
+from chutes_proto.io.http.tls import client_context
+from chutes_proto.transport.client import MAX_ANSWER
+from chutes_proto.wire.http import HttpRequest, HttpResponse
+from tests.io.peers import Behaviour, Credentials, answering, peer, read_request
+
+SHORT = TimeLimits(connect=5.0, read=0.3, total=5.0)
+REQUEST = HttpRequest("POST", "/servers/a%20b/luks?x=%2F&y=", (("x-boot-token", "70"),), b'{"volumes":["storage"]}')
+
+Sender = Callable[[str, ssl.SSLContext, HttpRequest, TimeLimits], HttpResponse]
+
+
+def by_blocking(url: str, context: ssl.SSLContext, request: HttpRequest, limits: TimeLimits) -> HttpResponse:
+    with HttpsSender(context, url, limits) as send:
+        return send(request)
+
+
+def by_trio(url: str, context: ssl.SSLContext, request: HttpRequest, limits: TimeLimits) -> HttpResponse:
+    async def main() -> HttpResponse:
+        async with httpx.AsyncClient(verify=context, trust_env=False) as client:
+            return await chutes_proto_trio.perform.HttpxSender(client, url, limits)(request)
+
+    return trio.run(main)
+
+
+def by_asyncio(url: str, context: ssl.SSLContext, request: HttpRequest, limits: TimeLimits) -> HttpResponse:
+    async def main() -> HttpResponse:
+        async with httpx.AsyncClient(verify=context, trust_env=False) as client:
+            return await chutes_proto_asyncio.perform.HttpxSender(client, url, limits)(request)
+
+    return anyio.run(main)
+
+
+@pytest.fixture(params=[by_blocking, by_trio, by_asyncio])
+def send(request: pytest.FixtureRequest) -> Sender:
+    sender: Sender = request.param
+    return sender
+
+
+def talk(
+    send: Sender, credentials: Credentials, behaviour: Behaviour, limits: TimeLimits = TimeLimits()
+) -> HttpResponse:
+    with peer(credentials, behaviour) as (url, _):
+        return send(url, client_context(ca_pem=credentials.ca_pem), REQUEST, limits)
+
+
+def test_a_request_and_its_answer_cross_unchanged(send: Sender, credentials: Credentials) -> None:
+    seen: list[bytes] = []
+
+    def behave(stream: ssl.SSLSocket) -> None:
+        seen.append(read_request(stream))
+        stream.sendall(b"HTTP/1.1 201 Created\r\nX-Two: a\r\nx-two: \xe9\r\ncontent-length: 3\r\n\r\n\x00\xffz")
+
+    response = talk(send, credentials, behave)
+    assert response == HttpResponse(201, (("x-two", "a"), ("x-two", "é"), ("content-length", "3")), b"\x00\xffz")
+    assert response.body == b"\x00\xffz"
+    head, _, body = seen[0].partition(b"\r\n\r\n")
+    lines = [line.lower() for line in head.split(b"\r\n")]
+    assert head.startswith(b"POST /servers/a%20b/luks?x=%2F&y= HTTP/1.1\r\n")
+    assert body == REQUEST.body
+    assert b"x-boot-token: 70" in lines
+    assert b"accept-encoding: identity" in lines
+    assert b"content-length: %d" % len(body) in lines
+    assert any(line.startswith(b"host: localhost:") for line in lines)
+
+
+def test_the_client_certificate_is_presented(send: Sender, credentials: Credentials) -> None:
+    identity = make_client_identity(int(time.time()), bytes(32))
+    presented: list[bytes | None] = []
+
+    def behave(stream: ssl.SSLSocket) -> None:
+        presented.append(stream.getpeercert(binary_form=True))
+        answering(b"HTTP/1.1 204 No Content\r\n\r\n")(stream)
+
+    with peer(credentials, behave, client_ca=identity.certificate_pem) as (url, _):
+        response = send(url, client_context(identity, credentials.ca_pem), REQUEST, TimeLimits())
+    assert response.status == 204
+    assert presented == [ssl.PEM_cert_to_DER_cert(identity.certificate_pem.decode())]
+
+
+def test_a_redirect_is_an_answer_and_not_followed(send: Sender, credentials: Credentials) -> None:
+    count: list[bytes] = []
+
+    def behave(stream: ssl.SSLSocket) -> None:
+        count.append(read_request(stream))
+        stream.sendall(b"HTTP/1.1 307 Temporary Redirect\r\nlocation: /elsewhere\r\ncontent-length: 0\r\n\r\n")
+        with contextlib.suppress(ValueError):
+            count.append(read_request(stream))
+
+    response = talk(send, credentials, behave)
+    assert (response.status, response.header("location")) == (307, "/elsewhere")
+    assert len(count) == 1
+
+
+def test_a_coded_answer_is_not_undone(send: Sender, credentials: Credentials) -> None:
+    bomb = b"\x1f\x8b" + bytes(100)
+    head = b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: %d\r\n\r\n" % len(bomb)
+    assert talk(send, credentials, answering(head + bomb)).body == bomb
+
+
+# --- no answer ---
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        b"",
+        b"HTTP/1.1 200 OK\r\ncontent-le",
+        b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\nhalf",
+        b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhalf",
+        b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n",
+        b"SSH-2.0-OpenSSH_9.2\r\n\r\n",
+        b"\x00" * 1000,
+        b"HTTP/1.1 200 OK\r\n" + b"x: " + b"y" * 300_000 + b"\r\n\r\n",
+    ],
+    ids=lambda response: repr(response[:60]),
+)
+def test_what_is_no_whole_answer_may_have_been_delivered(
+    send: Sender, credentials: Credentials, response: bytes
+) -> None:
+    with pytest.raises(TransportError) as raised:
+        _ = talk(send, credentials, answering(response))
+    assert raised.value.maybe_delivered
+
+
+def test_an_endless_answer_is_cut(send: Sender, credentials: Credentials) -> None:
+    def behave(stream: ssl.SSLSocket) -> None:
+        _ = read_request(stream)
+        stream.sendall(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
+        while True:
+            stream.sendall(b"10000\r\n" + bytes(0x10000) + b"\r\n")
+
+    with pytest.raises(TransportError, match=f"more than {MAX_ANSWER} bytes"):
+        _ = talk(send, credentials, behave)
+
+
+def test_the_largest_answer_that_is_taken(send: Sender, credentials: Credentials) -> None:
+    head = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n"
+    assert len(talk(send, credentials, answering(head % MAX_ANSWER + bytes(MAX_ANSWER))).body) == MAX_ANSWER
+    with pytest.raises(TransportError, match="more than"):
+        _ = talk(send, credentials, answering(head % (MAX_ANSWER + 1) + bytes(MAX_ANSWER + 1)))
+
+
+def test_a_silent_server_is_not_waited_for(send: Sender, credentials: Credentials) -> None:
+    done = threading.Event()
+
+    def behave(stream: ssl.SSLSocket) -> None:
+        _ = read_request(stream)
+        _ = done.wait(10)
+
+    with peer(credentials, behave) as (url, _):
+        with pytest.raises(TransportError) as raised:
+            _ = send(url, client_context(ca_pem=credentials.ca_pem), REQUEST, SHORT)
+        done.set()
+    assert raised.value.maybe_delivered
+
+
+def test_a_body_that_drips_ends_with_the_whole_time(send: Sender, credentials: Credentials) -> None:
+    def behave(stream: ssl.SSLSocket) -> None:
+        _ = read_request(stream)
+        stream.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\n")
+        for _ in range(1000):
+            stream.sendall(b"x")
+            time.sleep(0.05)
+
+    began = time.monotonic()
+    with pytest.raises(TransportError, match=r"within 0\.4 s") as raised:
+        _ = talk(send, credentials, behave, TimeLimits(connect=5.0, read=0.3, total=0.4))
+    assert raised.value.maybe_delivered
+    assert time.monotonic() - began < 5.0
+
+
+# --- no connection ---
+
+
+def test_nobody_listens(send: Sender) -> None:
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))
+        with pytest.raises(TransportError) as raised:
+            _ = send(f"https://127.0.0.1:{reserved.getsockname()[1]}", client_context(), REQUEST, SHORT)
+    assert not raised.value.maybe_delivered
+
+
+def test_a_handshake_that_never_comes(send: Sender) -> None:
+    limits = TimeLimits(connect=0.3, read=5.0, total=5.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(TransportError) as raised:
+        _ = send(f"https://127.0.0.1:{silent.getsockname()[1]}", client_context(), REQUEST, limits)
+    assert not raised.value.maybe_delivered
+
+
+@pytest.mark.parametrize("wrong", ["name", "authority"])
+def test_a_server_that_is_another_hears_nothing(send: Sender, credentials: Credentials, wrong: str) -> None:
+    heard: list[bytes] = []
+
+    def behave(stream: ssl.SSLSocket) -> None:
+        heard.append(read_request(stream))
+
+    with peer(credentials, behave) as (url, _):
+        context = client_context(ca_pem=None if wrong == "authority" else credentials.ca_pem)
+        with pytest.raises(TransportError, match=r"(?i)certificate") as raised:
+            _ = send(url.replace("localhost", "127.0.0.1") if wrong == "name" else url, context, REQUEST, SHORT)
+    assert not raised.value.maybe_delivered
+    assert heard == []
+
+
+# --- what callers get wrong ---
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://keys.example",
+        "keys.example:8443",
+        "https://",
+        "https://keys.example/prefix",
+        "https://keys.example/?query",
+        "https://keys.example/#fragment",
+        "https://name:word@keys.example",
+        "https://keys.example:port",
+        "https://keys.exa\nmple",
+        "",
+    ],
+)
+def test_a_url_that_is_no_https_origin(url: str) -> None:
+    with pytest.raises(LocalProtocolError):
+        _ = origin(url)
+
+
+@pytest.mark.parametrize("url", ["https://keys.example", "https://keys.example/", "https://[::1]:8443", "HTTPS://A:1"])
+def test_a_url_that_is_one(url: str) -> None:
+    assert origin(url).scheme == "https"
+
+
+def test_a_request_that_http_cannot_carry(send: Sender, credentials: Credentials) -> None:
+    request = HttpRequest("GET", "/", (("x-boot-token", "a\r\nb: c"),))
+    with peer(credentials, answering(b"")) as (url, _), pytest.raises(LocalProtocolError):
+        _ = send(url, client_context(ca_pem=credentials.ca_pem), request, SHORT)

@@ -1,0 +1,90 @@
+"""Sockets to listen on: what stands in the way is told, and nothing of others is removed."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from chutes_proto.errors import ConfigurationError
+from chutes_proto.io.server.sockets import SPARE_FILES, Listening, listen_tls, listen_unix, urls
+from tests.transport.tls_client import context
+
+
+def close(*listening: Listening) -> None:
+    for place in listening:
+        place.socket.close()
+
+
+def test_tcp_and_unix(tmp_path: Path) -> None:
+    places = [*listen_tls(("127.0.0.1", 0), context), listen_unix(tmp_path / "s")]
+    port = places[0].socket.getsockname()[1]
+    assert urls(places) == [f"https://127.0.0.1:{port}", f"unix:{tmp_path / 's'}"]
+    assert places[0].session() is not None
+    assert places[1].session() is None
+    assert (tmp_path / "s").stat().st_mode & 0o777 == 0o660
+    close(*places)
+
+
+def test_ipv6() -> None:
+    try:
+        places = listen_tls(("::1", 0), context)
+    except ConfigurationError:
+        pytest.skip("this machine has no IPv6")
+    assert urls(places)[0].startswith("https://[::1]:")
+    close(*places)
+
+
+@pytest.mark.parametrize("host", ["no such host", "192.0.2.1"])
+def test_an_address_that_is_not_ours(host: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"listen: {host}:1"):
+        _ = listen_tls((host, 1), context)
+
+
+def test_what_a_dead_server_left_behind_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    close(listen_unix(path))
+    assert path.is_socket()
+    again = listen_unix(path)
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.connect(str(path))
+    close(again)
+
+
+def test_what_is_in_use_or_no_socket_is_left_alone(tmp_path: Path) -> None:
+    path, other = tmp_path / "s", tmp_path / "file"
+    _ = other.write_text("kept")
+    place = listen_unix(path)
+    with pytest.raises(ConfigurationError, match=r"proxy\.unix: .*/s: Address already in use"):
+        _ = listen_unix(path)
+    with pytest.raises(ConfigurationError, match=r"proxy\.unix: .*/file: File exists"):
+        _ = listen_unix(other)
+    with pytest.raises(ConfigurationError, match=r"proxy\.unix: .*/none/s: No such file"):
+        _ = listen_unix(tmp_path / "none" / "s")
+    with pytest.raises(ConfigurationError, match=r"proxy\.unix: .*/s*: AF_UNIX path too long"):
+        _ = listen_unix(tmp_path / ("s" * 108))
+    assert other.read_text() == "kept"
+    assert path.is_socket()
+    close(place)
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "connections", "room", "then"),
+    [
+        (200, 5000, 1024, 1024, 1024 + SPARE_FILES),  # as a service manager starts it: few, and it may have more
+        (200, 400, 1024, 400 - SPARE_FILES, 400),
+        (5000, 5000, 1024, 1024, 5000),
+        (64, 64, 1024, 1, 64),
+    ],
+)
+def test_no_more_connections_than_files(soft: int, hard: int, connections: int, room: int, then: int) -> None:
+    code = (
+        "import resource as r; from chutes_proto.io.server.sockets import room_for;"
+        f"r.setrlimit(r.RLIMIT_NOFILE, ({soft}, {hard}));"
+        f"print(room_for({connections}), *r.getrlimit(r.RLIMIT_NOFILE))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout.split() == [str(room), str(then), str(hard)]
