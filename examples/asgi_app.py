@@ -2,7 +2,7 @@
 
     CHUTES_CONFIG=server.toml uvicorn --no-proxy-headers --uds keys.sock asgi_app:app
     CHUTES_CONFIG=server.toml hypercorn --bind unix:keys.sock asgi_app:app
-    CHUTES_CONFIG=server.toml CHUTES_LOOP=trio hypercorn --worker-class trio --bind unix:keys.sock asgi_app:app
+    CHUTES_CONFIG=server.toml hypercorn --worker-class trio --bind unix:keys.sock asgi_app:app
 
 `mounted` has it under a path of another application.
 """
@@ -10,14 +10,10 @@
 import os
 from contextlib import asynccontextmanager
 
+from chutes_proto.io.collateral.aio import open_performer
 from chutes_proto.io.server.setup import check_keys, load_setup
 from chutes_proto.server._app import App
 from chutes_proto.transport.asgi import AsgiApp
-
-if os.environ.get("CHUTES_LOOP") == "trio":
-    from chutes_proto_trio.collateral import open_performer
-else:
-    from chutes_proto_asyncio.collateral import open_performer
 
 if "CHUTES_CONFIG" not in os.environ:
     raise SystemExit("usage: CHUTES_CONFIG=server.toml uvicorn --no-proxy-headers --uds keys.sock asgi_app:app")

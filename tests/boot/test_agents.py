@@ -9,19 +9,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import anyio
 import httpx
 import pytest
-import trio
 
-import chutes_proto_asyncio.client
-import chutes_proto_trio.client
 from chutes_proto.auth.client_identity import ClientIdentity, make_client_identity
 from chutes_proto.boot._retry_policy import RetryPolicy
 from chutes_proto.errors import LocalProtocolError, Refused
+from chutes_proto.io.clients.boot_agent import BootAgent
 from chutes_proto.io.http.tls import client_context
 from chutes_proto.log import Record
 from chutes_proto.wire.http import HttpRequest
@@ -30,6 +29,7 @@ from tests.boot.model import CANARY, VOLUMES, ModelServer
 from tests.io.peers import Credentials, make_credentials, peer, read_request
 
 QUICK = RetryPolicy(attempts=5, base=0.01, cap=0.02, deadline=20.0)
+LOOPS = ("trio", "asyncio")
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
@@ -62,24 +62,16 @@ def over_http(model: ModelServer) -> Callable[[ssl.SSLSocket], None]:
     return behave
 
 
-def on_trio(work: Callable[[Any], Any], *arguments: Any, **options: Any) -> Any:
+def on_loop(loop: str, work: Callable[[Any], Any], *arguments: Any, **options: Any) -> Any:
     async def main() -> Any:
-        async with chutes_proto_trio.client.BootAgent(*arguments, **options) as agent:
+        async with BootAgent(*arguments, **options) as agent:
             return await work(agent)
 
-    return trio.run(main)
-
-
-def on_asyncio(work: Callable[[Any], Any], *arguments: Any, **options: Any) -> Any:
-    async def main() -> Any:
-        async with chutes_proto_asyncio.client.BootAgent(*arguments, **options) as agent:
-            return await work(agent)
-
-    return anyio.run(main)
+    return anyio.run(main, backend=loop)
 
 
 Runner = Callable[..., Any]
-both_loops = pytest.mark.parametrize("runner", [on_trio, on_asyncio])
+both_loops = pytest.mark.parametrize("runner", [partial(on_loop, "trio"), partial(on_loop, "asyncio")], ids=LOOPS)
 
 
 def run_agent(
@@ -237,35 +229,28 @@ def test_the_older_read(runner: Runner, credentials: Credentials, identity: Clie
     assert one.reveal() == f"{CANARY}-storage".encode()
 
 
-@pytest.mark.parametrize(
-    ("loop", "agent_type"),
-    [(trio.run, chutes_proto_trio.client.BootAgent), (anyio.run, chutes_proto_asyncio.client.BootAgent)],
-    ids=["trio", "asyncio"],
-)
-def test_an_own_client_stays_open(
-    loop: Callable[..., bool], agent_type: Any, credentials: Credentials, identity: ClientIdentity
-) -> None:
+@pytest.mark.parametrize("loop", LOOPS)
+def test_an_own_client_stays_open(loop: str, credentials: Credentials, identity: ClientIdentity) -> None:
     async def main(url: str) -> bool:
         async with httpx.AsyncClient(verify=client_context(identity, credentials.ca_pem), trust_env=False) as client:
-            who = {"hotkey": talk.HOTKEY, "vm_name": talk.VM, "identity": identity}
-            async with agent_type(url, **who, quoter=lambda _: b"quote", client=client) as agent:
+            who: dict[str, Any] = {"hotkey": talk.HOTKEY, "vm_name": talk.VM, "identity": identity}
+            async with BootAgent(url, **who, quoter=lambda _: b"quote", client=client) as agent:
                 _ = await agent.boot()
             return client.is_closed
 
     with peer(credentials, over_http(ModelServer(iter(()))), client_ca=identity.certificate_pem) as (url, _):
-        assert loop(main, url) is False
+        assert anyio.run(main, url, backend=loop) is False
 
 
 def test_an_own_client_without_its_identity() -> None:
-    for agent in (chutes_proto_trio.client.BootAgent, chutes_proto_asyncio.client.BootAgent):
-        with pytest.raises(LocalProtocolError, match="identity"):
-            _ = agent(
-                "https://localhost",
-                hotkey=talk.HOTKEY,
-                vm_name=talk.VM,
-                quoter=lambda _: b"",
-                client=httpx.AsyncClient(),
-            )
+    with pytest.raises(LocalProtocolError, match="identity"):
+        _ = BootAgent(
+            "https://localhost",
+            hotkey=talk.HOTKEY,
+            vm_name=talk.VM,
+            quoter=lambda _: b"",
+            client=httpx.AsyncClient(),
+        )
 
 
 def example(name: str) -> Any:
@@ -290,7 +275,7 @@ def run_example(name: str, credentials: Credentials, model: ModelServer, *argume
     unlock = example(name).unlock
     with peer(credentials, over_http(model)) as (url, _):
         everything = (url, talk.HOTKEY, talk.VM, lambda _: b"quote", credentials.ca_pem, *arguments)
-        _ = trio.run(unlock, *everything) if name.endswith("trio") else unlock(*everything)
+        _ = anyio.run(unlock, *everything, backend="trio") if name.endswith("trio") else unlock(*everything)
 
 
 examples = pytest.mark.parametrize("name", ["boot_agent_sync", "boot_agent_trio"])
@@ -321,11 +306,10 @@ def test_the_examples_do_not_format_what_is_in_use(name: str, credentials: Crede
     assert opened == ["root", "storage"]
 
 
-@pytest.mark.parametrize("binding", [chutes_proto_trio.client, chutes_proto_asyncio.client])
 @pytest.mark.parametrize("quoter", ["quote-command", None, b"quote"])
-def test_a_quoter_that_cannot_be_called_is_refused_at_once(binding: Any, quoter: Any) -> None:
+def test_a_quoter_that_cannot_be_called_is_refused_at_once(quoter: Any) -> None:
     with pytest.raises(LocalProtocolError, match="cannot be called; say make_quoter"):
-        binding.BootAgent("https://localhost", hotkey=talk.HOTKEY, vm_name="vm-1", quoter=quoter)
+        _ = BootAgent("https://localhost", hotkey=talk.HOTKEY, vm_name="vm-1", quoter=quoter)
 
 
 @pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)

@@ -474,8 +474,8 @@ def test_a_development_server_removes_its_keys_when_it_is_ended(start: Callable[
 def test_a_server_of_an_operator_loads_no_simulator(site: Path) -> None:
     program = (
         "import sys; from chutes_proto.io.server.setup import load_setup;"
-        " from chutes_proto.io.server.serving import binding;"
-        " load_setup(sys.argv[1]); binding('trio'); binding('asyncio');"
+        " import chutes_proto.io.server.serving, chutes_proto_trio, chutes_proto_asyncio;"
+        " load_setup(sys.argv[1]);"
         " print(*[name for name in sys.modules if name.startswith('chutes_proto.testing')])"
     )
     ended = subprocess.run(

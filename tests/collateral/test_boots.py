@@ -16,13 +16,13 @@ from cryptography import x509
 from chutes_proto.auth.client_identity import make_client_identity
 from chutes_proto.collateral.cache import CachePolicy
 from chutes_proto.effects import Effect, FetchCollateral, Now
+from chutes_proto.io.collateral.aio import CollateralFetcher, open_collateral
 from chutes_proto.quote._verify import check_signed, open_quote, verify_quote
 from chutes_proto.quote.errors import VerificationError
 from chutes_proto.server._app import App
 from chutes_proto.server._service import Slots
 from chutes_proto.testing._service import CollateralService
 from chutes_proto.wire.http import HttpResponse
-from chutes_proto_trio.collateral import CollateralFetcher, open_collateral
 from tests.collateral.network import PLATFORM, ROOT, Upstream, running
 from tests.collateral.test_fetch import QUICK, identity, source
 from tests.server.world import World, answer, refusal, service

@@ -12,15 +12,13 @@ from typing import Any
 
 import anyio
 import pytest
-import trio
 from attrs import evolve, frozen
 
-import chutes_proto_asyncio.collateral
-import chutes_proto_trio.collateral
 from chutes_proto.collateral import pcs
 from chutes_proto.collateral.cache import CachePolicy, CollateralCache
 from chutes_proto.effects import FetchCollateral
 from chutes_proto.errors import CollateralUnavailable
+from chutes_proto.io.collateral.aio import open_collateral, open_performer
 from chutes_proto.io.collateral.directory import CollateralDirectory
 from chutes_proto.io.collateral.upstream import UpstreamCollateral
 from chutes_proto.io.files import write_file
@@ -37,6 +35,7 @@ from chutes_proto.wire.http import HttpRequest
 from tests.collateral import network
 from tests.collateral.network import PLATFORM, ROOT, Fault, Upstream, running
 from tests.io.peers import Credentials, make_credentials
+from tests.waiting import async_wait_until
 
 PATIENT = TimeLimits(connect=10.0, read=10.0, total=10.0)  # an answer that comes is taken, however busy the machine is
 HASTY = TimeLimits(connect=0.4, read=0.4, total=0.5)  # for faults that are a matter of time
@@ -67,19 +66,18 @@ Ask = Callable[..., Awaitable[Any]]
 
 @frozen
 class Loop:
-    """One of the bindings: runs ``main(fetcher)``, with ``together(function, arguments)`` for many at once."""
+    """One of the event loops: runs ``main(fetcher)``, with `together` for many at once."""
 
-    module: Any
-    library: Any
+    name: str
 
     def run(self, of: UpstreamCollateral, main: Callable[[Any], Awaitable[Any]]) -> tuple[Any, list[Record]]:
         log: list[Record] = []
 
         async def opened() -> Any:
-            async with self.module.open_collateral(of, log=log.append) as fetcher:
+            async with open_collateral(of, log=log.append) as fetcher:
                 return await main(fetcher)
 
-        return (trio.run(opened) if self.library is trio else anyio.run(opened)), log
+        return anyio.run(opened, backend=self.name), log
 
     def fetch(self, of: UpstreamCollateral, *platforms: SimulatedPlatform) -> list[Any]:
         """The outcome for each platform, one after the other."""
@@ -96,9 +94,8 @@ class Loop:
         async def one(who: PckIdentity) -> None:
             outcomes.append(await outcome(fetcher, who))
 
-        group = trio.open_nursery() if self.library is trio else anyio.create_task_group()
         identities = {platform.fmspc: identity(platform) for platform in platforms}
-        async with group as tasks:
+        async with anyio.create_task_group() as tasks:
             for platform in platforms:
                 tasks.start_soon(one, identities[platform.fmspc])
         return outcomes
@@ -113,11 +110,20 @@ async def outcome(fetcher: Any, platform: SimulatedPlatform | PckIdentity) -> Ve
     return collateral
 
 
+async def changed(fetcher: Any, before: VerifiedCollateral | str) -> VerifiedCollateral | str:
+    """What is had for the platform once it is no longer ``before``."""
+
+    async def other() -> VerifiedCollateral | str | None:
+        found = await outcome(fetcher, PLATFORM)
+        return None if found is before else found
+
+    found: VerifiedCollateral | str = await async_wait_until(other)
+    return found
+
+
 @pytest.fixture(params=["trio", "asyncio"])
 def loop(request: pytest.FixtureRequest) -> Loop:
-    if request.param == "trio":
-        return Loop(chutes_proto_trio.collateral, trio)
-    return Loop(chutes_proto_asyncio.collateral, anyio)
+    return Loop(request.param)
 
 
 @pytest.fixture
@@ -273,9 +279,7 @@ def test_fetches_for_new_families_are_bounded_and_known_ones_have_their_share(lo
         before = upstream.rounds()
         assert before <= 5
         assert await outcome(fetcher, PLATFORM) is known
-        with loop.library.move_on_after(5):
-            while upstream.rounds() == before:
-                await loop.library.sleep(0.05)
+        _ = await async_wait_until(lambda: upstream.rounds() > before)
         assert upstream.rounds() == before + 1
         return told
 
@@ -314,13 +318,10 @@ def test_refreshed_ahead_in_the_background(loop: Loop, upstream: Upstream) -> No
     async def main(fetcher: Any) -> None:
         first = await outcome(fetcher, PLATFORM)
         upstream.age = 0
-        upstream.fault = network.slow if loop.library is trio else None
+        upstream.fault = network.slow if loop.name == "trio" else None
         assert await outcome(fetcher, PLATFORM) is first  # whoever asks does not wait
         upstream.fault = None
-        with loop.library.move_on_after(5):
-            while await outcome(fetcher, PLATFORM) is first:
-                await loop.library.sleep(0.05)
-        now = await outcome(fetcher, PLATFORM)
+        now = await changed(fetcher, first)
         assert isinstance(now, VerifiedCollateral)
         assert isinstance(first, VerifiedCollateral)
         assert now.window[0] >= first.window[0] + 10
@@ -338,10 +339,7 @@ def test_stale_only_within_the_grace_and_only_in_an_outage(loop: Loop, upstream:
     upstream.age = 0
 
     async def main(fetcher: Any) -> Any:
-        with loop.library.move_on_after(5):
-            while (found := await outcome(fetcher, PLATFORM)) is stale:
-                await loop.library.sleep(0.05)
-        return found
+        return await changed(fetcher, stale)
 
     fresh, _ = loop.run(of, main)
     assert isinstance(fresh, VerifiedCollateral)
@@ -378,18 +376,16 @@ def test_a_disk_that_fails_costs_nothing_but_a_line(loop: Loop, upstream: Upstre
         kept.rmdir()
         kept.write_bytes(b"")
         found = await outcome(fetcher, PLATFORM)
-        with loop.library.move_on_after(5):
-            while "collateral_not_kept" not in [record.event for record in log]:
-                await loop.library.sleep(0.01)
+        _ = await async_wait_until(lambda: "collateral_not_kept" in [record.event for record in log])
         return found
 
     log: list[Record] = []
 
     async def opened() -> Any:
-        async with loop.module.open_collateral(of, log=log.append) as fetcher:
+        async with open_collateral(of, log=log.append) as fetcher:
             return await main(fetcher)
 
-    assert isinstance(trio.run(opened) if loop.library is trio else anyio.run(opened), VerifiedCollateral)
+    assert isinstance(anyio.run(opened, backend=loop.name), VerifiedCollateral)
     assert log[-1].event == "collateral_not_kept"
 
 
@@ -399,7 +395,7 @@ def test_a_slow_fetch_is_waited_for_so_long_and_goes_on(loop: Loop, upstream: Up
 
     async def main(fetcher: Any) -> None:
         assert "still being fetched" in str(await outcome(fetcher, PLATFORM))
-        await loop.library.sleep(1)
+        await anyio.sleep(1)
         assert isinstance(await outcome(fetcher, PLATFORM), VerifiedCollateral)
         assert upstream.rounds() == 1
 
@@ -411,7 +407,7 @@ def test_who_is_cancelled_does_not_end_the_fetch_of_others(loop: Loop, upstream:
     of = source(upstream)
 
     async def main(fetcher: Any) -> None:
-        with loop.library.move_on_after(0.1):
+        with anyio.move_on_after(0.1):
             _ = await outcome(fetcher, PLATFORM)
             raise AssertionError("it was not slow")
         assert isinstance(await outcome(fetcher, PLATFORM), VerifiedCollateral)
@@ -457,11 +453,10 @@ def test_threads_are_left_alone(loop: Loop, upstream: Upstream) -> None:
 
     async def main(fetcher: Any) -> None:
         async def count() -> None:
-            await loop.library.sleep(0.3)
+            await anyio.sleep(0.3)
             counted.append(threading.active_count())
 
-        group = trio.open_nursery() if loop.library is trio else anyio.create_task_group()
-        async with group as tasks:
+        async with anyio.create_task_group() as tasks:
             tasks.start_soon(count)
             tasks.start_soon(loop.together, fetcher, [PLATFORM] * 100)
 
@@ -474,9 +469,10 @@ def test_a_performer_for_files_or_for_services(loop: Loop, upstream: Upstream, t
 
     async def main() -> None:
         for collateral in (CollateralDirectory(tmp_path, ROOT), source(upstream)):
-            async with loop.module.open_performer(MemoryStore(), collateral, log=lambda _: None) as performer:
+            async with open_performer(MemoryStore(), collateral, log=lambda _: None) as performer:
                 effect = FetchCollateral(identity(), int(time.time()) + 1)
-                assert (await performer.perform(effect)).fmspc == PLATFORM.fmspc
+                found: Any = await performer.perform(effect)
+                assert found.fmspc == PLATFORM.fmspc
 
-    _ = trio.run(main) if loop.library is trio else anyio.run(main)
+    anyio.run(main, backend=loop.name)
     assert upstream.rounds() == 1

@@ -12,14 +12,12 @@ from urllib.parse import urlsplit
 
 import anyio
 import pytest
-import trio
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-import chutes_proto_asyncio.perform
-import chutes_proto_trio.perform
 from chutes_proto.effects import FetchEvidence, Flow
 from chutes_proto.errors import TransportError
+from chutes_proto.io.drivers import aio
 from chutes_proto.io.drivers.sync import Performer
 from chutes_proto.transport.client import MAX_ANSWER
 from chutes_proto.wire.http import HttpResponse
@@ -41,11 +39,11 @@ def by_blocking(flow: Flow[Reply]) -> Reply:
 
 
 def by_trio(flow: Flow[Reply]) -> Reply:
-    return trio.run(chutes_proto_trio.perform.Performer().run, flow)
+    return anyio.run(aio.Performer().run, flow, backend="trio")
 
 
 def by_asyncio(flow: Flow[Reply]) -> Reply:
-    return anyio.run(chutes_proto_asyncio.perform.Performer().run, flow)
+    return anyio.run(aio.Performer().run, flow, backend="asyncio")
 
 
 interruptible = pytest.mark.parametrize("drive", [by_trio, by_asyncio])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import socket
 import subprocess
@@ -11,17 +10,15 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+import anyio
 import pytest
-import trio
 
-import chutes_proto_asyncio.perform
-import chutes_proto_trio.perform
 from chutes_proto.effects import Flow, MakeQuote
 from chutes_proto.errors import LocalProtocolError, QuoteUnavailable
 from chutes_proto.io import agent
 from chutes_proto.io.agent import TimedQuoter
+from chutes_proto.io.drivers import aio
 from chutes_proto.io.drivers.sync import Performer
 from chutes_proto.io.quoters import tsm
 from chutes_proto.io.quoters.device import (
@@ -366,14 +363,10 @@ def test_the_deadline_ends_a_service_that_never_does(
 # --- what all of them are for ---
 
 
-@pytest.mark.parametrize("binding", [chutes_proto_trio.perform, chutes_proto_asyncio.perform])
-def test_every_driver_takes_them(binding: Any, kernel: GuestKernel) -> None:
+def test_every_driver_takes_them(kernel: GuestKernel) -> None:
     def flow() -> Flow[bytes]:
         return (yield from MakeQuote(DATA))
 
-    performer = binding.Performer(quoter=TsmQuoter(kernel.reports))
-    if binding is chutes_proto_trio.perform:
-        assert trio.run(performer.run, flow()) == QUOTE
-    else:
-        assert asyncio.run(performer.run(flow())) == QUOTE
+    for loop in ("trio", "asyncio"):
+        assert anyio.run(aio.Performer(quoter=TsmQuoter(kernel.reports)).run, flow(), backend=loop) == QUOTE
     assert Performer(quoter=TsmQuoter(kernel.reports)).run(flow()) == QUOTE

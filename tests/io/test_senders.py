@@ -8,16 +8,15 @@ import ssl
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 import anyio
 import httpx
 import pytest
-import trio
 
-import chutes_proto_asyncio.perform
-import chutes_proto_trio.perform
 from chutes_proto.auth.client_identity import make_client_identity
 from chutes_proto.errors import LocalProtocolError, TransportError
+from chutes_proto.io.drivers.aio import HttpxSender
 from chutes_proto.io.http.https import HttpsSender, TimeLimits
 from chutes_proto.io.http.httpx_messages import origin
 from chutes_proto.io.http.tls import client_context
@@ -36,20 +35,15 @@ def by_blocking(url: str, context: ssl.SSLContext, request: HttpRequest, limits:
         return send(request)
 
 
-def by_trio(url: str, context: ssl.SSLContext, request: HttpRequest, limits: TimeLimits) -> HttpResponse:
+def on_loop(loop: str, url: str, context: ssl.SSLContext, request: HttpRequest, limits: TimeLimits) -> HttpResponse:
     async def main() -> HttpResponse:
         async with httpx.AsyncClient(verify=context, trust_env=False) as client:
-            return await chutes_proto_trio.perform.HttpxSender(client, url, limits)(request)
+            return await HttpxSender(client, url, limits)(request)
 
-    return trio.run(main)
+    return anyio.run(main, backend=loop)
 
 
-def by_asyncio(url: str, context: ssl.SSLContext, request: HttpRequest, limits: TimeLimits) -> HttpResponse:
-    async def main() -> HttpResponse:
-        async with httpx.AsyncClient(verify=context, trust_env=False) as client:
-            return await chutes_proto_asyncio.perform.HttpxSender(client, url, limits)(request)
-
-    return anyio.run(main)
+by_trio, by_asyncio = partial(on_loop, "trio"), partial(on_loop, "asyncio")
 
 
 @pytest.fixture(params=[by_blocking, by_trio, by_asyncio])

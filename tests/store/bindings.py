@@ -10,11 +10,9 @@ from typing import Any, TypeVar
 import anyio
 import anyio.from_thread
 import anyio.to_thread
-import trio
 
-import chutes_proto_asyncio
-import chutes_proto_trio
 from chutes_proto.effects import Transact
+from chutes_proto.io.drivers.aio import Performer
 from chutes_proto.store._run import Store, Unit
 from tests.store.harness import MemoryHarness, SharedPostgresHarness, SharedSqliteHarness
 
@@ -28,27 +26,18 @@ class _Calling(threading.local):
 class BindingHarness:
     """A store behind a binding's performer: each call is a task's of one loop, as each request's of a server is."""
 
-    def __init__(self, binding: str, harness: MemoryHarness | SharedSqliteHarness | SharedPostgresHarness) -> None:
+    def __init__(self, loop: str, harness: MemoryHarness | SharedSqliteHarness | SharedPostgresHarness) -> None:
         self._harness = harness
         self._calling = _Calling()
-        if binding == "trio":
-            self._run: Callable[..., Any] = trio.run
-            self._await: Callable[..., Any] = trio.from_thread.run
-            self._perform: Any = chutes_proto_trio.Performer(store=harness.open()).perform
-            self._in_thread: Any = trio.to_thread.run_sync
-            self._nursery: Any = trio.open_nursery
-        else:
-            self._run, self._await = anyio.run, anyio.from_thread.run
-            self._perform = chutes_proto_asyncio.Performer(store=harness.open()).perform
-            self._in_thread = anyio.to_thread.run_sync
-            self._nursery = anyio.create_task_group
+        self._run: Callable[..., Any] = partial(anyio.run, backend=loop)
+        self._perform: Any = Performer(store=harness.open()).perform
 
     def open(self) -> Store:
         return self
 
     def transact(self, unit: Unit[T]) -> T:
         # A call of `together` is in a worker thread of the loop, and any other is a loop of its own.
-        run = self._await if self._calling.active else self._run
+        run = anyio.from_thread.run if self._calling.active else self._run
         result: T = run(self._perform, Transact(unit))
         return result
 
@@ -65,9 +54,9 @@ class BindingHarness:
                 self._calling.active = False
 
         async def all_at_once() -> None:
-            async with self._nursery() as nursery:
+            async with anyio.create_task_group() as nursery:
                 for index in range(len(calls)):
-                    nursery.start_soon(partial(self._in_thread, call, index))
+                    nursery.start_soon(anyio.to_thread.run_sync, call, index)
 
         self._run(all_at_once)
         return [outcome for outcome in outcomes if outcome is not None]

@@ -18,10 +18,10 @@ from attrs import define, field
 from hypothesis import given
 from hypothesis import strategies as st
 
-import chutes_proto_asyncio
 from chutes_proto.cli.development import write_server
 from chutes_proto.effects import Flow, Log
 from chutes_proto.errors import LocalProtocolError
+from chutes_proto.io.drivers.aio import Performer
 from chutes_proto.log import Level, Record
 from chutes_proto.transport.asgi import AsgiApp
 from chutes_proto.transport.h1 import Limits
@@ -61,8 +61,8 @@ class Recorder:
 
 
 @asynccontextmanager
-async def performer() -> AsyncIterator[chutes_proto_asyncio.Performer]:
-    yield chutes_proto_asyncio.Performer()
+async def performer() -> AsyncIterator[Performer]:
+    yield Performer()
 
 
 SCOPE = {
@@ -227,7 +227,6 @@ def test_the_example_under_a_server(command: list[str], prefix: str, site: Path,
         "PATH": "/usr/bin:/bin",
         "PYTHONPATH": str(EXAMPLES),
         "CHUTES_CONFIG": str(site / "server.toml"),
-        "CHUTES_LOOP": "trio" if "trio" in command else "asyncio",
     }
     process = subprocess.Popen(
         [sys.executable, "-m", program, *arguments], env=environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path

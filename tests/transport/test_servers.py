@@ -19,11 +19,11 @@ import pytest
 from anyio.streams.tls import TLSStream
 from attrs import define, field
 
-import chutes_proto_asyncio
-import chutes_proto_trio
 from chutes_proto.auth.certificates import spki_sha256
 from chutes_proto.auth.server_identity import make_server_identity
 from chutes_proto.effects import Flow, Log, Sleep
+from chutes_proto.io.drivers.aio import Performer
+from chutes_proto.io.server.aio import Server
 from chutes_proto.io.server.sockets import Listening, listen_tls, listen_unix
 from chutes_proto.log import Level, Record
 from chutes_proto.transport.h1 import DEFAULT_LIMITS, Limits
@@ -147,21 +147,19 @@ async def shaken(stream: anyio.abc.ByteStream) -> TLSStream:
     )
 
 
-Loop = Any
-
-
 @pytest.fixture(params=["trio", "asyncio"])
-def loop(request: pytest.FixtureRequest) -> Loop:
-    return {"trio": chutes_proto_trio, "asyncio": chutes_proto_asyncio}[request.param]
+def loop(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
 
 
-def run(loop: Loop, main: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
-    return anyio.run(main, backend="trio" if loop is chutes_proto_trio else "asyncio")
+def run(loop: str, main: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+    return anyio.run(main, backend=loop)
 
 
 @asynccontextmanager
 async def running(
-    loop: Loop,
+    loop: str,
     limits: Limits = DEFAULT_LIMITS,
     connections: int = 100,
     app: Echo | None = None,
@@ -171,7 +169,7 @@ async def running(
     listening = [*listen_tls(("127.0.0.1", 0), lambda: CONTEXT), *more]
     port = listening[0].socket.getsockname()[1]
     async with anyio.create_task_group() as nursery:
-        server = loop.Server(app, loop.Performer(log=log.append), limits=limits, connections=connections)
+        server = Server(app, Performer(log=log.append), limits=limits, connections=connections)
         ended = anyio.Event()
 
         async def serve() -> None:
@@ -199,7 +197,7 @@ async def ask(stream: anyio.abc.ByteStream, request: bytes = GET) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["rsa:2048", "ec", "ed25519", None])
-def test_curl(loop: Loop, kind: str | None, tmp_path: Path, require_program: Callable[[str], str]) -> None:
+def test_curl(loop: str, kind: str | None, tmp_path: Path, require_program: Callable[[str], str]) -> None:
     curl, openssl = require_program("curl"), require_program("openssl")
     (tmp_path / "ca.pem").write_bytes(IDENTITY.ca_pem)
     body = b'{"a":1}' * 1000
@@ -228,7 +226,7 @@ def test_curl(loop: Loop, kind: str | None, tmp_path: Path, require_program: Cal
     assert run(loop, main) == json.encode(expected) * 2
 
 
-def test_openssl_as_a_client(loop: Loop, require_program: Callable[[str], str], tmp_path: Path) -> None:
+def test_openssl_as_a_client(loop: str, require_program: Callable[[str], str], tmp_path: Path) -> None:
     openssl = require_program("openssl")
     (tmp_path / "ca.pem").write_bytes(IDENTITY.ca_pem)
 
@@ -244,7 +242,7 @@ def test_openssl_as_a_client(loop: Loop, require_program: Callable[[str], str], 
     assert "HTTP/1.1 200" in said
 
 
-def test_connections_are_kept_and_ended(loop: Loop) -> None:
+def test_connections_are_kept_and_ended(loop: str) -> None:
     async def main() -> None:
         async with running(loop) as server, await server.connect() as stream:
             for _ in range(3):
@@ -256,7 +254,7 @@ def test_connections_are_kept_and_ended(loop: Loop) -> None:
     run(loop, main)
 
 
-def test_a_unix_socket_speaks_plain_http(loop: Loop, tmp_path: Path) -> None:
+def test_a_unix_socket_speaks_plain_http(loop: str, tmp_path: Path) -> None:
     path = tmp_path / "socket"
 
     async def main() -> bytes:
@@ -270,7 +268,7 @@ def test_a_unix_socket_speaks_plain_http(loop: Loop, tmp_path: Path) -> None:
     assert b'"peer":""' in run(loop, main)
 
 
-def test_deadlines_of_silent_and_slow_peers(loop: Loop) -> None:
+def test_deadlines_of_silent_and_slow_peers(loop: str) -> None:
     limits = Limits(handshake_seconds=0.2, idle_seconds=0.2, request_seconds=0.2, linger_seconds=0.2)
 
     async def main() -> None:
@@ -298,7 +296,7 @@ def test_deadlines_of_silent_and_slow_peers(loop: Loop) -> None:
     run(loop, main)
 
 
-def test_a_peer_that_does_not_read_is_cut_off(loop: Loop) -> None:
+def test_a_peer_that_does_not_read_is_cut_off(loop: str) -> None:
     limits = Limits(write_seconds=0.3)
 
     async def main() -> None:
@@ -315,7 +313,7 @@ def test_a_peer_that_does_not_read_is_cut_off(loop: Loop) -> None:
     run(loop, main)
 
 
-def test_a_refusal_reaches_a_peer_that_goes_on_sending(loop: Loop) -> None:
+def test_a_refusal_reaches_a_peer_that_goes_on_sending(loop: str) -> None:
     async def main() -> None:
         async with running(loop) as server:
             stream = await server.connect()
@@ -328,7 +326,7 @@ def test_a_refusal_reaches_a_peer_that_goes_on_sending(loop: Loop) -> None:
     run(loop, main)
 
 
-def test_others_have_their_turn_between_requests_that_are_sent_ahead(loop: Loop) -> None:
+def test_others_have_their_turn_between_requests_that_are_sent_ahead(loop: str) -> None:
     async def main() -> None:
         app, requests = Counted(), 50
         async with running(loop, app=app) as server, anyio.create_task_group() as nursery:
@@ -344,7 +342,7 @@ def test_others_have_their_turn_between_requests_that_are_sent_ahead(loop: Loop)
     run(loop, main)
 
 
-def test_a_connection_waits_for_its_slot(loop: Loop) -> None:
+def test_a_connection_waits_for_its_slot(loop: str) -> None:
     """Nobody's request is given up for another's sake."""
 
     async def main() -> None:
@@ -367,7 +365,7 @@ def test_a_connection_waits_for_its_slot(loop: Loop) -> None:
 
 
 @pytest.mark.parametrize("listeners", [1, 2])
-def test_silent_peers_keep_nobody_out(loop: Loop, listeners: int, tmp_path: Path) -> None:
+def test_silent_peers_keep_nobody_out(loop: str, listeners: int, tmp_path: Path) -> None:
     """As many as there may be, in each state in which a peer can be silent; and who asks is answered at once."""
 
     limits = Limits(handshake_seconds=3600.0, idle_seconds=3600.0, request_seconds=3600.0)
@@ -392,7 +390,7 @@ def test_silent_peers_keep_nobody_out(loop: Loop, listeners: int, tmp_path: Path
     run(loop, main)
 
 
-def test_peers_that_do_not_read_keep_nobody_out(loop: Loop) -> None:
+def test_peers_that_do_not_read_keep_nobody_out(loop: str) -> None:
     async def main() -> None:
         async with running(loop, Limits(write_seconds=3600.0), connections=4) as server:
             deaf: list[anyio.abc.ByteStream] = []
@@ -408,7 +406,7 @@ def test_peers_that_do_not_read_keep_nobody_out(loop: Loop) -> None:
     run(loop, main)
 
 
-def test_faults_end_one_connection_and_are_logged(loop: Loop) -> None:
+def test_faults_end_one_connection_and_are_logged(loop: str) -> None:
     async def main() -> None:
         async with running(loop, connections=2) as server:
             async with await server.connect() as stream:
@@ -430,7 +428,7 @@ def test_faults_end_one_connection_and_are_logged(loop: Loop) -> None:
     run(loop, main)
 
 
-def test_cancellation_ends_the_flows_in_hand(loop: Loop) -> None:
+def test_cancellation_ends_the_flows_in_hand(loop: str) -> None:
     async def main() -> Echo:
         async with running(loop) as server:
             stream = await server.slow()
@@ -446,7 +444,7 @@ def test_cancellation_ends_the_flows_in_hand(loop: Loop) -> None:
 # --- stopping ---
 
 
-def test_a_server_that_stops_ends_connections_with_their_answers(loop: Loop) -> None:
+def test_a_server_that_stops_ends_connections_with_their_answers(loop: str) -> None:
     async def main() -> None:
         async with running(loop) as server:
             idle, busy, sending = await server.connect(), await server.slow(), await server.connect()
@@ -470,7 +468,7 @@ def test_a_server_that_stops_ends_connections_with_their_answers(loop: Loop) -> 
     run(loop, main)
 
 
-def test_a_server_ends_once_nothing_is_open(loop: Loop) -> None:
+def test_a_server_ends_once_nothing_is_open(loop: str) -> None:
     """Whatever the other connections do: one that waits for nothing, and peers that do not go on."""
 
     limits = Limits(handshake_seconds=3600.0, idle_seconds=3600.0, request_seconds=3600.0, write_seconds=3600.0)
@@ -496,7 +494,7 @@ def test_a_server_ends_once_nothing_is_open(loop: Loop) -> None:
     run(loop, main)
 
 
-def test_a_server_with_nothing_open_answers_what_is_under_way_and_accepts_no_more(loop: Loop) -> None:
+def test_a_server_with_nothing_open_answers_what_is_under_way_and_accepts_no_more(loop: str) -> None:
     async def main() -> None:
         async with running(loop, app=Echo(drain=3600.0, open=set())) as server:
             idle, busy = await server.connect(), await server.slow()
@@ -515,7 +513,7 @@ def test_a_server_with_nothing_open_answers_what_is_under_way_and_accepts_no_mor
     run(loop, main)
 
 
-def test_what_is_not_done_in_time_is_cancelled(loop: Loop) -> None:
+def test_what_is_not_done_in_time_is_cancelled(loop: str) -> None:
     async def main() -> Echo:
         async with running(loop, app=Echo(drain=0.3)) as server:
             stream = await server.slow()
@@ -530,7 +528,7 @@ def test_what_is_not_done_in_time_is_cancelled(loop: Loop) -> None:
     assert run(loop, main).cancelled == ["/slow"]
 
 
-def test_told_again_a_server_ends_at_once(loop: Loop) -> None:
+def test_told_again_a_server_ends_at_once(loop: str) -> None:
     async def main() -> None:
         async with running(loop, app=Echo(drain=3600.0)) as server:
             stream = await server.connect()

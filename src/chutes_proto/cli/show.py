@@ -22,10 +22,12 @@ from chutes_proto.cli import console
 from chutes_proto.cli.development import AUTHORITY, CONFIGURATION, write_collateral, write_server
 from chutes_proto.effects import Flow
 from chutes_proto.errors import Refusal
+from chutes_proto.io.clients.boot_agent import BootAgent
 from chutes_proto.io.disks.cryptsetup import HOW_TO_INSTALL, Disks, find_cryptsetup
+from chutes_proto.io.drivers.aio import HttpxSender, Performer
 from chutes_proto.io.http.tls import client_context
 from chutes_proto.io.quoters.choose import Quoter
-from chutes_proto.io.server.serving import Certificate, binding, listen, open_server, unwrapped
+from chutes_proto.io.server.serving import Certificate, listen, open_server, unwrapped
 from chutes_proto.io.server.setup import load_setup
 from chutes_proto.io.server.sockets import urls
 from chutes_proto.log import Record
@@ -33,8 +35,6 @@ from chutes_proto.luks.plan import Format, Key, Open
 from chutes_proto.secret import Secret
 from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.wire.codes import Code
-from chutes_proto_trio import BootAgent, Performer
-from chutes_proto_trio.perform import HttpxSender
 
 HOTKEY: Final = "5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY"
 VOLUMES: Final = ("storage", "tdx-cache")
@@ -121,7 +121,7 @@ class _Show:
         store = setup.store.open()
         try:
             async with (
-                open_server(binding("trio"), setup, store, setup.collateral, self._log.append) as server,
+                open_server(setup, store, setup.collateral, self._log.append) as server,
                 trio.open_nursery() as nursery,
             ):
                 nursery.start_soon(server.serve, listening)

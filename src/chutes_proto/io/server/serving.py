@@ -1,20 +1,22 @@
-"""A key server in this process, on either loop: for `serve` until it is stopped, for `demo` as long as it lasts."""
+"""A key server in this process: for `serve` until it is stopped, for `demo` as long as it lasts."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
-from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, closing, contextmanager, suppress
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn
+from typing import TYPE_CHECKING, Final, Literal, NoReturn
 
-from attrs import define, field, frozen
+import anyio
+from attrs import define, field
 
 from chutes_proto import __version__
-from chutes_proto.cli import console
 from chutes_proto.errors import ConfigurationError
+from chutes_proto.io.collateral.aio import open_performer
+from chutes_proto.io.server.aio import Server, run_until_stopped
 from chutes_proto.io.server.log_writer import FLUSH_SECONDS, LogWriter
 from chutes_proto.io.server.sockets import Listening, listen_tls, listen_unix, room_for, urls
 from chutes_proto.log import Level, Record
@@ -39,38 +41,9 @@ A store may hang for longer, or for ever.
 """
 
 
-@frozen
-class Binding:
-    """What this module needs of an event loop: how it runs, and the parts of its binding."""
-
-    run: Callable[[Callable[[], Awaitable[Any]]], Any]
-    server: Callable[..., Any]
-    open_performer: Callable[..., AbstractAsyncContextManager[Any]]
-    serve_until_stopped: Callable[..., Awaitable[None]]
-
-
-def binding(transport: Transport) -> Binding:
-    """The binding to a loop. Raises `ConfigurationError` where it is not installed."""
-    try:
-        if transport == "trio":
-            import trio
-
-            from chutes_proto_trio import collateral, server
-
-            return Binding(trio.run, server.Server, collateral.open_performer, server.serve_until_stopped)
-        import anyio
-
-        from chutes_proto_asyncio import collateral as source
-        from chutes_proto_asyncio import server as bound
-
-        return Binding(anyio.run, bound.Server, source.open_performer, bound.serve_until_stopped)
-    except ModuleNotFoundError as exc:
-        raise ConfigurationError(f"{exc.name} is missing: pip install 'chutes-proto[{transport}]'") from None
-
-
 @contextmanager
 def unwrapped() -> Generator[None]:
-    """What nurseries inside raise comes out as itself, the first where there are several."""
+    """Raise the first exception of a group in place of the group."""
     try:
         yield
     except BaseExceptionGroup as group:
@@ -114,20 +87,19 @@ def listen(setup: ServerSetup, certificate: Certificate) -> list[Listening]:
 
 @asynccontextmanager
 async def open_server(
-    on: Binding,
     setup: ServerSetup,
     store: Store,
     collateral: CollateralSource | UpstreamCollateral,
     log: Callable[[Record], None],
-) -> AsyncGenerator[Any]:
-    """The server of a binding."""
+) -> AsyncGenerator[Server]:
+    """A server of ``setup`` on the running event loop."""
     wanted = setup.config.limits.connections
     connections = room_for(wanted)
     if connections < wanted:
         about = f"limits.connections: the system lets this process open files for {connections}; raise its limit"
         log(Record(Level.WARNING, "warning", {"about": about}))
-    async with on.open_performer(store, collateral, log=log) as performer:
-        yield on.server(App(setup.service), performer, limits=setup.limits, connections=connections)
+    async with open_performer(store, collateral, log=log) as performer:
+        yield Server(App(setup.service), performer, limits=setup.limits, connections=connections)
 
 
 def serve_until_stopped(
@@ -147,7 +119,8 @@ def serve_until_stopped(
     because a unit of the store is one transaction. That holds after this has returned, too, for what else the process
     has to do before it ends.
     """
-    on = binding(transport)
+    if transport not in anyio.get_available_backends():
+        raise ConfigurationError(f"{transport} is not installed; run: pip install 'chutes-proto[{transport}]'")
     certificate = Certificate(setup)
     listening = listen(setup, certificate)
     service = setup.service
@@ -173,10 +146,10 @@ def serve_until_stopped(
             announce(urls(listening))
 
         async def main() -> None:
-            async with open_server(on, setup, store, collateral, log) as server:
+            async with open_server(setup, store, collateral, log) as server:
 
                 def stop(number: signal.Signals) -> None:
-                    seconds: float = server.stop()
+                    seconds = server.stop()
                     fields: dict[str, Value] = {
                         "signal": number.name,
                         "open_boots": len(service.boots),
@@ -187,12 +160,12 @@ def serve_until_stopped(
 
                 signals: dict[signal.Signals, Callable[[], None]] = {signal.SIGHUP: lambda: log(certificate.reload())}
                 signals |= {number: partial(stop, number) for number in stops}
-                await on.serve_until_stopped(server, listening, signals, ready)
+                await run_until_stopped(server, listening, signals, ready)
                 _end_after(END_SECONDS, log, places)
 
         try:
             with unwrapped():
-                on.run(main)
+                anyio.run(main, backend=transport)
         finally:
             places.close()
         log(Record(Level.INFO, "stopped", {}))
@@ -207,7 +180,7 @@ def _end_after(seconds: float, log: LogWriter, places: ExitStack) -> None:
         with suppress(OSError):
             places.close()
         log.close()
-        os._exit(console.GRANTED)
+        os._exit(os.EX_OK)
 
     timer = threading.Timer(seconds - FLUSH_SECONDS, end)
     timer.daemon = True

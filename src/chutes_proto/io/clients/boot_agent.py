@@ -1,4 +1,4 @@
-"""The boot agent on asyncio."""
+"""The boot agent on an event loop (trio or asyncio)."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from chutes_proto.boot._flows import (
     read_cache_passphrase,
 )
 from chutes_proto.boot._retry_policy import DEFAULT_RETRY, RetryPolicy
+from chutes_proto.io.drivers.aio import HttpxSender, Performer
 from chutes_proto.io.drivers.sync import log_record
 from chutes_proto.io.http.https import TimeLimits
 from chutes_proto.io.http.tls import client_context, presented
 from chutes_proto.io.quoters.choose import Quoter, check_quoter
 from chutes_proto.log import Record
 from chutes_proto.secret import Secret
-from chutes_proto_asyncio.perform import HttpxSender, Performer
 
 
 class BootAgent:

@@ -1,6 +1,6 @@
-"""The driver on trio: it carries out the effects of a flow; what blocks runs in a worker thread.
+"""The asynchronous driver, on trio and asyncio: carries out the effects of a flow; blocking work runs in threads.
 
-Nothing is decided here. A cancellation waits for a transaction or an action on a disk that has begun, and for nothing
+No rule is decided here. A cancellation waits for a transaction or an action on a disk that has begun, and for nothing
 else.
 """
 
@@ -11,8 +11,8 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
+import anyio
 import httpx
-import trio
 
 from chutes_proto.effects import (
     ActOnDisk,
@@ -104,7 +104,7 @@ def _keep_certificate(certificates: list[bytes]) -> Callable[[httpx.Response], A
 
 async def _answer(client: httpx.AsyncClient, request: httpx.Request, limits: TimeLimits) -> HttpResponse:
     body = bytearray()
-    with trio.move_on_after(limits.total) as scope, transport_errors():
+    with anyio.move_on_after(limits.total) as scope, transport_errors():
         response = await client.send(request, stream=True, follow_redirects=False)
         try:
             async for chunk in response.aiter_raw():
@@ -144,7 +144,7 @@ class Performer:
         self._fetch = fetch or self._fetch_in_thread
         self._disks = disks or Missing("disks")
         self._log = careful(log)
-        self._resolvers = trio.CapacityLimiter(RESOLVERS)
+        self._resolvers = anyio.CapacityLimiter(RESOLVERS)
 
     async def run(self, flow: Flow[T]) -> T:
         """Drive ``flow`` to its end."""
@@ -156,13 +156,13 @@ class Performer:
             case Send(request):
                 return await self._send(request)
             case MakeQuote(report_data):
-                return await trio.to_thread.run_sync(take_quote, self._quoter, report_data, abandon_on_cancel=True)
+                return await anyio.to_thread.run_sync(take_quote, self._quoter, report_data, abandon_on_cancel=True)
             case Sleep(seconds):
-                await trio.sleep(seconds)
+                await anyio.sleep(seconds)
             case Now():
                 return int(time.time())
             case Uptime():
-                return trio.current_time()
+                return anyio.current_time()
             case Entropy(size):
                 return os.urandom(size)
             case Get(url):
@@ -174,11 +174,11 @@ class Performer:
             case FetchEvidence():
                 return await _fetch_evidence(effect)
             case Transact(unit):
-                return await trio.to_thread.run_sync(self._store.transact, unit)
+                return await anyio.to_thread.run_sync(self._store.transact, unit)
             case InspectDisk(device):
-                return await trio.to_thread.run_sync(self._disks.inspect, device)
+                return await anyio.to_thread.run_sync(self._disks.inspect, device)
             case ActOnDisk(action, keys):
-                return await trio.to_thread.run_sync(self._disks.act, action, keys)
+                return await anyio.to_thread.run_sync(self._disks.act, action, keys)
             case Log(record):
                 self._log(record)
             case _:
@@ -189,9 +189,9 @@ class Performer:
         at_hand = self._collateral.at_hand(identity, now)
         if at_hand is not None:
             return at_hand
-        return await trio.to_thread.run_sync(self._collateral.fetch, identity, now, abandon_on_cancel=True)
+        return await anyio.to_thread.run_sync(self._collateral.fetch, identity, now, abandon_on_cancel=True)
 
     async def _resolve_in_thread(self, name: str) -> tuple[str, ...]:
-        with trio.move_on_after(RESOLVE_SECONDS):
-            return await trio.to_thread.run_sync(resolve, name, abandon_on_cancel=True, limiter=self._resolvers)
+        with anyio.move_on_after(RESOLVE_SECONDS):
+            return await anyio.to_thread.run_sync(resolve, name, abandon_on_cancel=True, limiter=self._resolvers)
         raise unresolved(name)

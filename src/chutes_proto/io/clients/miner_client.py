@@ -1,4 +1,4 @@
-"""A miner's client on trio."""
+"""A miner's client on an event loop (trio or asyncio)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import httpx
 from chutes_proto.auth.client_identity import ClientIdentity
 from chutes_proto.auth.signing import Signer, SigningPolicy
 from chutes_proto.boot._retry_policy import RetryPolicy
+from chutes_proto.io.drivers.aio import HttpxSender, Performer
 from chutes_proto.io.drivers.sync import log_record
 from chutes_proto.io.http.https import TimeLimits
 from chutes_proto.io.http.tls import client_context, presented
@@ -33,7 +34,6 @@ from chutes_proto.wire.miners import (
     RuntimeAttestationAnswer,
     ServerAnswer,
 )
-from chutes_proto_trio.perform import HttpxSender, Performer
 
 
 class MinerClient:

@@ -1,6 +1,6 @@
-"""The key server on trio: it accepts connections, moves their bytes and runs the flows of their requests.
+"""The key server on an event loop: accepts connections, moves their bytes and runs the flows of their requests.
 
-Nothing is decided here: `Connections` says what to do next, `ServerConnection` how long to wait for it, and the
+No rule is decided here: `Connections` says what to do next, `ServerConnection` how long to wait for it, and the
 application what to answer and when to end.
 """
 
@@ -11,9 +11,11 @@ from contextlib import contextmanager, suppress
 from signal import Signals
 from socket import socket
 
-import trio
-from trio import Nursery
+import anyio
+import anyio.lowlevel
+from anyio.abc import TaskGroup
 
+from chutes_proto.io.drivers.aio import Performer
 from chutes_proto.io.server.sockets import ACCEPT_PAUSE, Listening
 from chutes_proto.transport.connections import Answer, Connections, Receive, Send, Sent
 from chutes_proto.transport.h1 import (
@@ -24,7 +26,6 @@ from chutes_proto.transport.h1 import (
     ServerConnection,
     peer_address,
 )
-from chutes_proto_trio.perform import Performer
 
 
 class Server:
@@ -41,37 +42,37 @@ class Server:
         self._app = app
         self._performer = performer
         self._limits = limits
-        self._slots = trio.Semaphore(connections - 1)
+        self._slots = anyio.Semaphore(connections - 1)
         self._connections = Connections(connections, self._wake)
-        self._serving = trio.CancelScope()
-        self._accepting = trio.CancelScope()
-        self._waiting: dict[ServerConnection, trio.CancelScope] = {}
+        self._serving = anyio.CancelScope()
+        self._accepting = anyio.CancelScope()
+        self._waiting: dict[ServerConnection, anyio.CancelScope] = {}
 
     async def serve(self, listening: Sequence[Listening]) -> None:
         """Serve until cancelled, or until `stop` has come to its end; closes the sockets."""
         with self._serving:
-            async with trio.open_nursery() as nursery:
+            async with anyio.create_task_group() as nursery:
                 with self._accepting:
-                    async with trio.open_nursery() as listeners:
+                    async with anyio.create_task_group() as listeners:
                         for place in listening:
-                            listeners.start_soon(self._accept, place, nursery)
-                self._connections.finish(trio.current_time())
+                            _ = listeners.start_soon(self._accept, place, nursery)
+                self._connections.finish(anyio.current_time())
 
     def stop(self) -> float:
         """Tell the application to stop, which says when to end; connections end with their next answer.
 
         Returns in how many seconds it ends at the latest.
         """
-        now = trio.current_time()
+        now = anyio.current_time()
         self._serving.deadline = end = self._app.stop(now)
         self._connections.drain(now)
         self._update_end()
         return end - now
 
     def _update_end(self) -> None:
-        self._accepting.deadline = self._app.ends_at(trio.current_time())
+        self._accepting.deadline = self._app.ends_at(anyio.current_time())
 
-    async def _accept(self, place: Listening, nursery: Nursery) -> None:
+    async def _accept(self, place: Listening, nursery: TaskGroup) -> None:
         with place.socket as listener:
             listener.setblocking(False)
             self._slots.release()  # for the one that a listener holds while nobody comes
@@ -82,9 +83,9 @@ class Server:
                 except OSError as exc:  # the peer went away while it waited, or there are no file descriptors left
                     self._slots.release()
                     await self._complain("accept_failed", exc)
-                    await trio.sleep(ACCEPT_PAUSE)
+                    await anyio.sleep(ACCEPT_PAUSE)
                 else:
-                    nursery.start_soon(self._serve_socket, accepted, place)
+                    _ = nursery.start_soon(self._serve_socket, accepted, place)
 
     async def _serve_socket(self, accepted: socket, place: Listening) -> None:
         """One connection. Its faults end it and nothing else."""
@@ -92,7 +93,7 @@ class Server:
             with accepted:
                 peer = peer_address(accepted.getpeername())
                 connection = ServerConnection(
-                    trio.current_time(), tls=place.session(), limits=self._limits, peer_address=peer
+                    anyio.current_time(), tls=place.session(), limits=self._limits, peer_address=peer
                 )
                 try:
                     await self._serve_connection(accepted, connection)
@@ -107,13 +108,13 @@ class Server:
             self._slots.release()
 
     async def _serve_connection(self, accepted: socket, connection: ServerConnection) -> None:
-        while step := self._connections.next_step(connection, trio.current_time()):
+        while step := self._connections.next_step(connection, anyio.current_time()):
             match step:
                 case Answer(request, sent_ahead):
                     if sent_ahead:
-                        await trio.lowlevel.checkpoint()
+                        await anyio.lowlevel.checkpoint()
                     response = await self._performer.run(self._app.handle(request))
-                    connection.send_response(response, trio.current_time())
+                    connection.send_response(response, anyio.current_time())
                 case Send(data):
                     if left := _unsent(accepted, memoryview(data)):
                         with self._wait(connection):
@@ -122,19 +123,19 @@ class Server:
                     self._app.sent(response)
                 case Receive():
                     with self._wait(connection):
-                        connection.receive_data(await _received(accepted), trio.current_time())
+                        connection.receive_data(await _received(accepted), anyio.current_time())
 
     @contextmanager
     def _wait(self, connection: ServerConnection) -> Generator[None]:
         """Wait for the peer, until the connection's deadline."""
-        with trio.CancelScope(deadline=connection.deadline) as waiting:
+        with anyio.CancelScope(deadline=connection.deadline) as waiting:
             self._waiting[connection] = waiting
             try:
                 yield
             finally:
                 del self._waiting[connection]
         if waiting.cancelled_caught:
-            connection.expire(trio.current_time())
+            connection.expire(anyio.current_time())
 
     def _wake(self, connection: ServerConnection) -> None:
         if waiting := self._waiting.get(connection):
@@ -144,7 +145,7 @@ class Server:
         await self._performer.run(self._app.complain(event, exc))
 
 
-async def serve_until_stopped(
+async def run_until_stopped(
     server: Server,
     listening: Sequence[Listening],
     signals: Mapping[Signals, Callable[[], None]],
@@ -154,10 +155,10 @@ async def serve_until_stopped(
 
     ``ready`` is called when a signal finds its function. Runs in the main thread.
     """
-    with trio.open_signal_receiver(*signals) as received:
+    with anyio.open_signal_receiver(*signals) as received:
         ready()
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_call, received, signals)
+        async with anyio.create_task_group() as nursery:
+            _ = nursery.start_soon(_call, received, signals)
             await server.serve(listening)
             nursery.cancel_scope.cancel()
 
@@ -169,7 +170,7 @@ async def _call(received: AsyncIterator[int], signals: Mapping[Signals, Callable
 
 async def _accepted(listener: socket) -> socket:
     while True:
-        await trio.lowlevel.wait_readable(listener)
+        await anyio.wait_readable(listener)
         with suppress(BlockingIOError):
             accepted, _ = listener.accept()
             accepted.setblocking(False)
@@ -179,14 +180,14 @@ async def _accepted(listener: socket) -> socket:
 async def _received(accepted: socket) -> bytes:
     """What comes next; ``b""`` at the end."""
     while True:
-        await trio.lowlevel.wait_readable(accepted)
+        await anyio.wait_readable(accepted)
         with suppress(BlockingIOError):
             return accepted.recv(READ_SIZE)
 
 
 async def _sent(accepted: socket, data: memoryview) -> None:
     while data:
-        await trio.lowlevel.wait_writable(accepted)
+        await anyio.wait_writable(accepted)
         data = _unsent(accepted, data)
 
 

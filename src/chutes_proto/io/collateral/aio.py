@@ -1,6 +1,6 @@
-"""Collateral from services on the network, on trio: it moves bytes, and one fetch flies at a time for each family.
+"""Collateral from services on the network, on an event loop: one fetch at a time for each family.
 
-Nothing is decided here: `CollateralCache` says when to use, to fetch and to give up.
+No rule is decided here: `CollateralCache` says when to use, to fetch and to give up.
 """
 
 from __future__ import annotations
@@ -8,19 +8,20 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 
-import trio
+import anyio
+import anyio.abc
 
 from chutes_proto.collateral.cache import Fetch, GiveUp, Refresh, clock, fetch, settle
 from chutes_proto.collateral.library import Family
 from chutes_proto.effects import Log
 from chutes_proto.errors import CollateralUnavailable
 from chutes_proto.io.collateral.upstream import UpstreamCollateral
+from chutes_proto.io.drivers.aio import HttpxGetter, Performer
 from chutes_proto.io.drivers.sync import CollateralSource, log_record
 from chutes_proto.log import Level, Record
 from chutes_proto.quote._collateral import VerifiedCollateral
 from chutes_proto.quote._pck import PckIdentity
 from chutes_proto.store._run import Store
-from chutes_proto_trio.perform import HttpxGetter, Performer
 
 
 @asynccontextmanager
@@ -34,11 +35,11 @@ async def open_collateral(
     """
     async with source.client() as client:
         performer = Performer(get=HttpxGetter(client, source.limits), log=log)
-        for record in await trio.to_thread.run_sync(source.restore, await performer.run(clock())):
+        for record in await anyio.to_thread.run_sync(source.restore, await performer.run(clock())):
             log(record)
-        async with trio.open_nursery() as nursery:
-            yield CollateralFetcher(source, performer, nursery)
-            nursery.cancel_scope.cancel()
+        async with anyio.create_task_group() as group:
+            yield CollateralFetcher(source, performer, group)
+            group.cancel_scope.cancel()
 
 
 @asynccontextmanager
@@ -54,13 +55,13 @@ async def open_performer(
 
 
 class CollateralFetcher:
-    """Collateral from one source, fetched in ``nursery`` with ``performer``."""
+    """Collateral from one source, fetched in ``group`` with ``performer``."""
 
-    def __init__(self, source: UpstreamCollateral, performer: Performer, nursery: trio.Nursery) -> None:
+    def __init__(self, source: UpstreamCollateral, performer: Performer, group: anyio.abc.TaskGroup) -> None:
         self._source = source
         self._performer = performer
-        self._nursery = nursery
-        self._flights: dict[Family, trio.Event] = {}
+        self._group = group
+        self._flights: dict[Family, anyio.Event] = {}
 
     async def fetch(self, identity: PckIdentity, now: int) -> VerifiedCollateral:
         """Verified collateral for a platform whose PCK chain was checked. Raises `CollateralUnavailable`.
@@ -70,7 +71,7 @@ class CollateralFetcher:
         family = Family.of(identity)
         decision = self._source.cache.decide(family, now)
         if isinstance(decision, Fetch):
-            with trio.move_on_after(decision.wait):
+            with anyio.move_on_after(decision.wait):
                 await self._flight(family).wait()
             decision = await self._performer.run(settle(self._source.cache, family))
         if isinstance(decision, Refresh):
@@ -79,15 +80,15 @@ class CollateralFetcher:
             raise CollateralUnavailable(decision.reason)
         return decision.collateral
 
-    def _flight(self, family: Family) -> trio.Event:
+    def _flight(self, family: Family) -> anyio.Event:
         """The end of the fetch that flies for a family; begins one where there is none."""
         landed = self._flights.get(family)
         if landed is None:
-            landed = self._flights[family] = trio.Event()
-            self._nursery.start_soon(self._fly, family, landed)
+            landed = self._flights[family] = anyio.Event()
+            _ = self._group.start_soon(self._fly, family, landed)
         return landed
 
-    async def _fly(self, family: Family, landed: trio.Event) -> None:
+    async def _fly(self, family: Family, landed: anyio.Event) -> None:
         """One fetch. A defect in it ends it and nothing else."""
         try:
             fetched = await self._performer.run(fetch(self._source.cache, family))
@@ -99,6 +100,6 @@ class CollateralFetcher:
             del self._flights[family]
             landed.set()
         if fetched is not None:
-            with trio.CancelScope(shield=True):  # a server that stops now would have fetched in vain
-                if record := await trio.to_thread.run_sync(self._source.keep, family, fetched):
+            with anyio.CancelScope(shield=True):  # a server that stops now would have fetched in vain
+                if record := await anyio.to_thread.run_sync(self._source.keep, family, fetched):
                     _ = await self._performer.perform(Log(record))

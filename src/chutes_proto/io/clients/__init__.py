@@ -1,0 +1,1 @@
+"""Clients as objects that own their connection and their driver."""

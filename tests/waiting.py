@@ -1,0 +1,38 @@
+"""Wait for an event of another task, thread or process: never for a time that should be enough."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from inspect import isawaitable
+from typing import Any
+
+import anyio
+
+LIMIT_SECONDS = 60.0
+"""How long any event may take. Generous: a slow machine is not a failure."""
+PAUSE_SECONDS = 0.005
+
+
+def wait_until(holds: Callable[[], object], limit_seconds: float = LIMIT_SECONDS) -> Any:
+    """Return the first true result of ``holds``. Raises `AssertionError` where there is none within the limit."""
+    end = time.monotonic() + limit_seconds
+    while not (result := holds()):
+        assert time.monotonic() < end, f"not true within {limit_seconds:g} s: {holds}"
+        time.sleep(PAUSE_SECONDS)
+    return result
+
+
+async def async_wait_until(
+    holds: Callable[[], object | Awaitable[object]], limit_seconds: float = LIMIT_SECONDS
+) -> Any:
+    """As `wait_until`, and other tasks of the event loop go on meanwhile."""
+    end = time.monotonic() + limit_seconds
+    while True:
+        result = holds()
+        if isawaitable(result):
+            result = await result
+        if result:
+            return result
+        assert time.monotonic() < end, f"not true within {limit_seconds:g} s: {holds}"
+        await anyio.sleep(PAUSE_SECONDS)
