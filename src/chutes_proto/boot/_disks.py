@@ -108,8 +108,8 @@ def unlock(settings: BootSettings, volumes: Sequence[Volume], *, grant: BootGran
     disks = yield from _inspect(volumes)
     for volume in volumes:  # no answer could make a foreign disk ours
         _ = yield from _planned(volume, partial(plan_open, volume, disks[volume.name], in_use=False))
-    formatted = [name for name, disk in disks.items() if isinstance(disk, Luks)]
-    received = yield from receive_keys(settings, [*by_name], formatted, grant=grant)
+    formatted = {name: isinstance(disk, Luks) for name, disk in disks.items()}
+    received = yield from receive_keys(settings, formatted, grant=grant)
     if isinstance(received, Rotation):
         return (yield from _rotate(settings, by_name, disks, received))
     return (yield from _open(by_name, disks, *received))
@@ -118,11 +118,11 @@ def unlock(settings: BootSettings, volumes: Sequence[Volume], *, grant: BootGran
 def _open(
     volumes: Mapping[str, Volume], disks: Mapping[str, Disk], grant: BootGrant, received: VolumeKeys
 ) -> Flow[Unlocked]:
-    keys = {name: {Key.CURRENT: passphrase} for name, passphrase in received.passphrases.items()}
+    keys = {key.volume: {Key.CURRENT: key.passphrase} for key in received}
     try:
         plans: dict[str, Plan] = {}
         for name, volume in volumes.items():
-            plan = partial(plan_open, volume, disks[name], in_use=name in received.in_use)
+            plan = partial(plan_open, volume, disks[name], in_use=received[name].is_in_use)
             plans[name] = yield from _planned(volume, plan)
         done = yield from _carry_out_all(plans, keys)
     finally:
@@ -141,7 +141,7 @@ def _rotate(
     try:
         plans: dict[str, Plan] = {}
         for name, volume in volumes.items():
-            known = {"in_use": name in rotation.in_use, "first": rotation.keys[name].current is None}
+            known = {"in_use": rotation.keys[name].is_in_use, "first": rotation.keys[name].current is None}
             plans[name] = yield from _planned(volume, partial(plan_rotation, volume, disks[name], **known))
         done = yield from _carry_out_all(plans, keys)
         for name, came in done.items():

@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
-from typing import Any, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import attrs
 from attrs import Factory, define, field, frozen
@@ -96,20 +96,57 @@ class BootGrant:
     luks_quote_nonce: Secret | None = None
 
 
-@frozen
-class VolumeKeys:
-    """A passphrase for each volume that was asked for, in that order.
-
-    ``in_use`` are those whose disk is known to hold data: who finds a blank disk there must not format it.
-    """
-
-    passphrases: Mapping[str, Secret]
-    in_use: frozenset[str]
+Volumes: TypeAlias = Mapping[str, bool]
+"""The whole set of a VM's volumes: the name of each, and whether its disk has a LUKS header now."""
 
 
 @frozen
-class KeyPair:
-    """A volume's keys of the two-phase exchange.
+class _Use:
+    """The state of a volume: whether its disk ``is_formatted`` (the caller's word), ``is_in_use`` (the server's)."""
+
+    is_formatted: bool
+    is_in_use: bool
+
+    @property
+    def may_format(self) -> bool:
+        """Whether the disk has no LUKS header and the server does not know it to hold data.
+
+        A disk that is blank although it is in use was exchanged or wiped: to format it would seal that loss.
+        """
+        return not self.is_formatted and not self.is_in_use
+
+
+@frozen(kw_only=True)
+class VolumeKey(_Use):
+    """The passphrase of one volume, and whether its disk may be formatted."""
+
+    volume: str
+    passphrase: Secret
+
+
+@frozen
+class VolumeKeys(Iterable[VolumeKey]):
+    """A key for each volume that was asked for, in that order."""
+
+    keys: tuple[VolumeKey, ...]
+
+    def __iter__(self) -> Iterator[VolumeKey]:
+        return iter(self.keys)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, volume: str) -> VolumeKey:
+        """Return the key of a volume. Raises `KeyError` for one that was not asked for."""
+        for key in self.keys:
+            if key.volume == volume:
+                return key
+        raise KeyError(volume)
+
+
+@frozen(kw_only=True)
+class KeyPair(_Use):
+    """A volume's keys of the two-phase exchange, and whether its disk may be formatted.
 
     ``current`` opens the disk; it is None where the volume never had a key, and then ``next`` formats it. Else ``next``
     is added to the disk.
@@ -121,16 +158,15 @@ class KeyPair:
 
 @define
 class Rotation:
-    """What a two-phase boot was handed, and what it has to say of it.
+    """The keys of a two-phase boot, and the caller's report on each volume.
 
-    The caller opens each volume's disk with ``current``, or formats a blank one that is not in ``in_use``, adds
+    The caller opens each volume's disk with ``current``, or formats it where ``may_format`` is true, adds
     ``next`` and calls `added`. A volume whose disk does not open is `left_out`, and its old keys stay as they are. Once
     the confirmation is through, only the next key of an added volume is needed; where it is not, none may be taken off
     the disk. ``k3s_encryption_key`` is 32 bytes in base64, the same at every boot.
     """
 
     keys: Mapping[str, KeyPair]
-    in_use: frozenset[str]
     k3s_encryption_key: Secret
     grant: BootGrant
     confirm_nonce: Secret
@@ -166,40 +202,24 @@ def boot(settings: BootSettings) -> Flow[BootGrant]:
     return grant
 
 
-def sync_volumes(
-    grant: BootGrant,
-    volumes: Sequence[str],
-    rekey: Sequence[str] = (),
-    formatted: Sequence[str] | None = None,
-    *,
-    retry: RetryPolicy = DEFAULT_RETRY,
-) -> Flow[VolumeKeys]:
-    """The passphrases of ``volumes``, which is the whole set of the VM's volumes; the server retires all others.
-
-    ``rekey`` names those that must get a new passphrase because they are about to be formatted, ``formatted`` those
-    that have a LUKS header. With None for ``formatted`` the server takes all that are not in ``rekey`` for formatted,
-    and says of them from then on that they are in use.
+def sync_volumes(grant: BootGrant, volumes: Volumes, *, retry: RetryPolicy = DEFAULT_RETRY) -> Flow[VolumeKeys]:
+    """Return the keys of ``volumes``, the whole set of the VM's volumes; the server retires the keys of all others.
 
     Raises as `boot` does; `Refused` with status 401 when the token is gone: a new boot may then begin.
     """
-    sync = _sync_step(volumes, rekey, formatted)
+    sync = _sync_step(volumes)
     held: tuple[BootGrant, VolumeKeys] = yield from _reach({Input.KEYS}, {State.TOKEN_HELD: sync}, retry, grant)
     return held[1]
 
 
 def boot_and_sync(
-    settings: BootSettings,
-    volumes: Sequence[str],
-    rekey: Sequence[str] = (),
-    formatted: Sequence[str] | None = None,
-    *,
-    grant: BootGrant | None = None,
+    settings: BootSettings, volumes: Volumes, *, grant: BootGrant | None = None
 ) -> Flow[tuple[BootGrant, VolumeKeys]]:
     """`boot` and `sync_volumes` in one, on one budget; begins with the sync where there is a ``grant``.
 
     When the token has died before a sync was answered, a new boot begins. Raises as `boot` does.
     """
-    steps = {**_boot_steps(settings), State.TOKEN_HELD: _sync_step(volumes, rekey, formatted)}
+    steps = {**_boot_steps(settings), State.TOKEN_HELD: _sync_step(volumes)}
     held: tuple[BootGrant, VolumeKeys] = yield from _reach({Input.KEYS}, steps, settings.retry, grant)
     return held
 
@@ -213,32 +233,21 @@ def read_cache_passphrase(grant: BootGrant, *, retry: RetryPolicy = DEFAULT_RETR
     return passphrase
 
 
-def attest_volumes(
-    settings: BootSettings,
-    volumes: Sequence[str],
-    formatted: Sequence[str] | None = None,
-    *,
-    grant: BootGrant | None = None,
-) -> Flow[Rotation]:
+def attest_volumes(settings: BootSettings, volumes: Volumes, *, grant: BootGrant | None = None) -> Flow[Rotation]:
     """The current and the next key of each of ``volumes``, for a second quote; boots first where there is no ``grant``.
 
-    ``formatted`` names those that have a LUKS header; None says nothing of them. A lost answer is asked for again with
-    the same bytes; when the quote nonce has died before that, a new boot begins. What was handed out must be confirmed
-    with `confirm_volumes` once the disks are open.
+    A lost answer is asked for again with the same bytes; when the quote nonce has expired before that, a new boot
+    begins. The keys must be confirmed with `confirm_volumes` once the disks are open.
 
     Raises as `boot` does, and `LocalProtocolError` where the server granted the base exchange.
     """
-    steps = {**_boot_steps(settings), **_attest_steps(settings, volumes, formatted)}
+    steps = {**_boot_steps(settings), **_attest_steps(settings, volumes)}
     rotation: Rotation = yield from _reach({Input.PAIRS}, steps, settings.retry, grant)
     return rotation
 
 
 def receive_keys(
-    settings: BootSettings,
-    volumes: Sequence[str],
-    formatted: Sequence[str] | None = None,
-    *,
-    grant: BootGrant | None = None,
+    settings: BootSettings, volumes: Volumes, *, grant: BootGrant | None = None
 ) -> Flow[tuple[BootGrant, VolumeKeys] | Rotation]:
     """The keys of ``volumes`` in whichever exchange the server grants: `boot_and_sync` or `attest_volumes`.
 
@@ -246,8 +255,8 @@ def receive_keys(
     """
     steps = {
         **_boot_steps(settings),
-        State.TOKEN_HELD: _sync_step(volumes, (), formatted),
-        **_attest_steps(settings, volumes, formatted),
+        State.TOKEN_HELD: _sync_step(volumes),
+        **_attest_steps(settings, volumes),
     }
     received: tuple[BootGrant, VolumeKeys] | Rotation = yield from _reach(
         {Input.KEYS, Input.PAIRS}, steps, settings.retry, grant
@@ -337,11 +346,21 @@ def _boot_steps(settings: BootSettings) -> dict[State, _Step]:
     }
 
 
-def _sync_step(volumes: Sequence[str], rekey: Sequence[str], formatted: Sequence[str] | None) -> _Step:
-    """Raises `LocalProtocolError`, before anything was sent, for what no server could answer."""
-    asked = tuple(dict.fromkeys(volumes))
-    if not asked or not {*rekey, *(formatted or ())} <= {*asked}:
-        raise LocalProtocolError("volumes must not be empty, and rekey and formatted must be among them")
+def _checked(volumes: Volumes) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names of all volumes, and of those with a LUKS header. Raises `LocalProtocolError`."""
+    if not isinstance(volumes, Mapping) or not volumes:
+        raise LocalProtocolError(
+            "volumes are a mapping that is not empty, from each name to whether its disk has a LUKS header,"
+            ' as in {"storage": True}'
+        )
+    if wrong := [name for name, formatted in volumes.items() if not isinstance(formatted, bool)]:
+        raise LocalProtocolError(f"volume {wrong[0]!r}: whether its disk has a LUKS header is True or False")
+    return tuple(volumes), tuple(name for name, formatted in volumes.items() if formatted)
+
+
+def _sync_step(volumes: Volumes) -> _Step:
+    """Raises `LocalProtocolError`, before anything is sent, for volumes that no server could answer."""
+    asked, formatted = _checked(volumes)
 
     def sync(grant: BootGrant) -> Flow[tuple[BootGrant, VolumeKeys]]:
         request = vms.VolumeSyncRequest(
@@ -349,28 +368,33 @@ def _sync_step(volumes: Sequence[str], rekey: Sequence[str], formatted: Sequence
             hotkey=grant.miner_hotkey,
             boot_token=_token(grant),
             volumes=asked,
-            rekey=tuple(rekey) or None,
-            formatted=None if formatted is None else tuple(formatted),
+            formatted=formatted,
         )
         answer = yield from _ask(vms.VOLUME_SYNC, request, vms.VolumeSyncAnswer)
         passphrases = dict(answer.passphrases)
         if {*passphrases} != {*asked} or not {*answer.in_use} <= {*asked}:
             raise RemoteProtocolError(f"the server's answer is not about exactly the volumes {', '.join(asked)}")
-        keys = VolumeKeys({name: passphrases[name] for name in asked}, frozenset(answer.in_use))
-        fields: dict[str, Value] = {"volumes": list(asked), "in_use": sorted(keys.in_use)}
+        keys = VolumeKeys(
+            tuple(
+                VolumeKey(
+                    volume=name,
+                    passphrase=passphrases[name],
+                    is_formatted=volumes[name],
+                    is_in_use=name in answer.in_use,
+                )
+                for name in asked
+            )
+        )
+        fields: dict[str, Value] = {"volumes": list(asked), "in_use": sorted(answer.in_use)}
         yield from Log(Record(Level.INFO, "volumes_received", fields))
         return grant, keys
 
     return _Step("sync", Input.KEYS, sync)
 
 
-def _attest_steps(
-    settings: BootSettings, volumes: Sequence[str], formatted: Sequence[str] | None
-) -> dict[State, _Step]:
-    """Raises `LocalProtocolError`, before anything was sent, for what no server could answer."""
-    asked = tuple(dict.fromkeys(volumes))
-    if not asked or not {*(formatted or ())} <= {*asked}:
-        raise LocalProtocolError("volumes must not be empty, and formatted must be among them")
+def _attest_steps(settings: BootSettings, volumes: Volumes) -> dict[State, _Step]:
+    """Raises `LocalProtocolError`, before anything is sent, for volumes that no server could answer."""
+    asked, formatted = _checked(volumes)
 
     def quote(grant: BootGrant) -> Flow[tuple[BootGrant, bytes]]:
         return grant, (yield from make_quote(settings, bytes.fromhex(_quote_nonce(grant))))
@@ -383,18 +407,25 @@ def _attest_steps(
             quote_nonce=_quote_nonce(grant),
             quote=codec.encode_quote(quoted),
             volumes=asked,
-            formatted=None if formatted is None else tuple(formatted),
+            formatted=formatted,
         )
         answer = yield from _ask(vms.VOLUME_ATTESTATION, request, vms.VolumeAttestationAnswer)
         if {*answer.volumes} != {*asked} or not {*answer.in_use} <= {*asked}:
             raise RemoteProtocolError(f"the server's answer is not about exactly the volumes {', '.join(asked)}")
         if not HEX_32.fullmatch(answer.confirm_nonce.reveal().decode("ascii")):
             raise RemoteProtocolError("the server's confirm nonce is not 64 lowercase hex digits")
-        pairs = {name: KeyPair(answer.volumes[name].current, answer.volumes[name].next) for name in asked}
-        in_use = frozenset(answer.in_use)
-        fields: dict[str, Value] = {"volumes": list(asked), "in_use": sorted(in_use)}
+        pairs = {
+            name: KeyPair(
+                current=answer.volumes[name].current,
+                next=answer.volumes[name].next,
+                is_formatted=volumes[name],
+                is_in_use=name in answer.in_use,
+            )
+            for name in asked
+        }
+        fields: dict[str, Value] = {"volumes": list(asked), "in_use": sorted(answer.in_use)}
         yield from Log(Record(Level.INFO, "keys_received", fields))
-        return Rotation(pairs, in_use, answer.k3s_encryption_key, grant, answer.confirm_nonce)
+        return Rotation(pairs, answer.k3s_encryption_key, grant, answer.confirm_nonce)
 
     return {
         State.QUOTE_NONCE_HELD: _Step("runtime quote", Input.QUOTE, quote),

@@ -30,8 +30,6 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace) -> int:
-    import attrs
-
     from chutes_proto.errors import Refusal
     from chutes_proto.miner._flows import attest_server
 
@@ -44,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
     except Refusal as exc:
         return console.refused(options, exc)
     if options.json:
-        console.say_json({"granted": True, **attrs.asdict(answer)})
+        console.say_json({"granted": True, **console.plain(answer)})
     else:
-        console.say(f"{answer.status}: {options.id} at {answer.verified_at}, record {answer.attestation_id}")
+        console.say(f"verified: {options.id} at {console.plain(answer)['verified_at']}, record {answer.attestation_id}")
     return console.GRANTED

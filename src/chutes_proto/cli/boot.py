@@ -91,7 +91,7 @@ def run(options: argparse.Namespace) -> int:
             grant = performer.run(boot(settings))
             if grant.boot_token is None:
                 performer = Performer(send=send, quoter=quote_again, log=sending.tell)
-            received = performer.run(receive_keys(settings, options.volumes, (), grant=grant))
+            received = performer.run(receive_keys(settings, dict.fromkeys(options.volumes, False), grant=grant))
         except Refusal as exc:
             return console.refused(options, exc)
         except TransportError as exc:
@@ -118,10 +118,12 @@ class _Handed:
 def _handed(received: tuple[BootGrant, VolumeKeys] | Rotation) -> _Handed:
     if isinstance(received, tuple):
         grant, keys = received
-        return _Handed("base", grant, keys.passphrases, keys.in_use)
+        opening = {key.volume: key.passphrase for key in keys}
+        return _Handed("base", grant, opening, frozenset(key.volume for key in keys if key.is_in_use))
+    in_use = frozenset(name for name, pair in received.keys.items() if pair.is_in_use)
     opening = {name: pair.current or pair.next for name, pair in received.keys.items()}
     following = {name: pair.next for name, pair in received.keys.items() if pair.current is not None}
-    return _Handed("two-phase", received.grant, opening, received.in_use, following)
+    return _Handed("two-phase", received.grant, opening, in_use, following)
 
 
 def _granted(options: argparse.Namespace, handed: _Handed) -> int:

@@ -97,6 +97,18 @@ def say_json(value: object) -> None:
     out(json.dumps(value))
 
 
+def plain(value: Any) -> dict[str, Any]:
+    """Return an attrs value as plain data for JSON; times are RFC 3339."""
+    from datetime import datetime
+
+    import attrs
+
+    def serialize(_: object, __: object, member: object) -> object:
+        return member.isoformat() if isinstance(member, datetime) else member
+
+    return attrs.asdict(value, value_serializer=serialize)
+
+
 def tell(text: str) -> None:
     """One line beside the result: progress, or what is wrong."""
     print(clean(text), file=sys.stderr, flush=True)

@@ -52,8 +52,6 @@ def _action(actions: console.Subparsers, name: str, summary: str, example: str =
 
 
 def run(options: argparse.Namespace) -> int:
-    import attrs
-
     from chutes_proto.errors import Refusal
     from chutes_proto.miner import _flows as servers
 
@@ -73,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
         else:
             console.say(f"removed: {answer}; the keys of its VM are kept")
         return console.GRANTED
-    found = [attrs.asdict(row) for row in (answer if options.action == "list" else [answer])]
+    found = [console.plain(row) for row in (answer if options.action == "list" else [answer])]
     if options.json:
         console.say_json({"granted": True, **({"servers": found} if options.action == "list" else found[0])})
     elif not found:

@@ -22,7 +22,7 @@ from chutes_proto.cli import console
 from chutes_proto.cli.development import AUTHORITY, CONFIGURATION, write_collateral, write_server
 from chutes_proto.effects import Flow
 from chutes_proto.errors import Refusal
-from chutes_proto.io.clients.boot_agent import BootAgent
+from chutes_proto.io.clients.aio import BootAgent
 from chutes_proto.io.disks.cryptsetup import HOW_TO_INSTALL, Disks, find_cryptsetup
 from chutes_proto.io.drivers.aio import HttpxSender, Performer
 from chutes_proto.io.http.tls import client_context
@@ -186,10 +186,11 @@ class _Show:
                 f"{title}: granted; TCB {granted['tcb_status']}, measurements {granted['profile']!r}: "
                 f"root passphrase ({len(grant.root_passphrase)} characters) and boot token received"
             )
-            keys = await agent.sync(VOLUMES, formatted=formatted)
-            lengths = ", ".join(f"{name} ({len(secret)} characters)" for name, secret in keys.passphrases.items())
-            self._step(f"{title}: synced; passphrases of {lengths}; in use: {', '.join(sorted(keys.in_use)) or 'none'}")
-        return {"root": grant.root_passphrase, **keys.passphrases}
+            keys = await agent.sync({volume: volume in formatted for volume in VOLUMES})
+            lengths = ", ".join(f"{key.volume} ({len(key.passphrase)} characters)" for key in keys)
+            in_use = ", ".join(key.volume for key in keys if key.is_in_use) or "none"
+            self._step(f"{title}: synced; passphrases of {lengths}; in use: {in_use}")
+        return {"root": grant.root_passphrase, **{key.volume: key.passphrase for key in keys}}
 
     def _image(self, volume: str) -> str:
         return str(self._directory / f"{volume}.img")
@@ -266,5 +267,5 @@ def _quote_other_key(settings: BootSettings) -> Flow[object]:
 
 def _reuse_token(settings: BootSettings) -> Flow[object]:
     grant = yield from boot(settings)
-    _ = yield from sync_volumes(grant, VOLUMES, formatted=())
-    return (yield from sync_volumes(grant, VOLUMES[:1], formatted=()))
+    _ = yield from sync_volumes(grant, dict.fromkeys(VOLUMES, False))
+    return (yield from sync_volumes(grant, dict.fromkeys(VOLUMES[:1], False)))

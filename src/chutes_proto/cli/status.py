@@ -29,8 +29,6 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace) -> int:
-    import attrs
-
     from chutes_proto.errors import Refusal
     from chutes_proto.miner._flows import read_status
 
@@ -39,12 +37,13 @@ def run(options: argparse.Namespace) -> int:
     except Refusal as exc:
         return console.refused(options, exc)
     if options.json:
-        console.say_json({"granted": True, **attrs.asdict(answer)})
+        console.say_json({"granted": True, **console.plain(answer)})
         return console.GRANTED
-    words = answer.attestation_status.replace("_", " ")
+    last = answer.last
+    words = "never attested" if last is None else "verified" if last.error is None else "failed"
     if answer.age_seconds is not None:
-        words += f" {answer.age_seconds} s ago, {'fresh' if answer.fresh else 'not fresh'}"
+        words += f" {answer.age_seconds} s ago, {'fresh' if answer.is_fresh else 'not fresh'}"
     console.say(f"{answer.server_id} ({answer.name}): {words}")
-    if answer.last_attestation is not None and answer.last_attestation.verification_error is not None:
-        console.say(f"reason: {answer.last_attestation.verification_error}")
+    if last is not None and last.error is not None:
+        console.say(f"reason: {last.error}")
     return console.GRANTED

@@ -73,6 +73,51 @@ class Miner:
     retry: RetryPolicy = MINER_RETRY
 
 
+@frozen
+class Server:
+    """A registered server. ``host`` is what it was registered with; ``updated_at`` is None until it is renamed."""
+
+    server_id: str
+    name: str
+    host: str
+    created_at: datetime
+    updated_at: datetime | None
+
+
+@frozen
+class RuntimeAttestation:
+    """The server accepted a runtime quote: an approved TD on the server's platform holds the client key.
+
+    ``attestation_id`` names the record in the key server's audit. That the TD is the one that booted is not said.
+    """
+
+    attestation_id: str
+    verified_at: datetime
+
+
+@frozen
+class RuntimeVerdict:
+    """The verdict on one runtime quote; ``error`` says why it was not accepted, None where it was."""
+
+    attestation_id: str
+    created_at: datetime
+    error: str | None
+
+
+@frozen
+class AttestationStatus:
+    """The newest verdict on a server's runtime quotes, None where there is none.
+
+    ``is_fresh``: it is a success that still counts for the key server. ``age_seconds`` is by the key server's clock.
+    """
+
+    server_id: str
+    name: str
+    last: RuntimeVerdict | None
+    is_fresh: bool
+    age_seconds: int | None
+
+
 def register_server(
     miner: Miner, *, server_id: str, host: str, gpus: Sequence[miners.NodeArgs], name: str | None = None
 ) -> Flow[None]:
@@ -93,23 +138,24 @@ def register_server(
     yield from _persist(miner, miners.REGISTER_SERVER, attempt)
 
 
-def list_servers(miner: Miner) -> Flow[tuple[miners.ServerAnswer, ...]]:
+def list_servers(miner: Miner) -> Flow[tuple[Server, ...]]:
     """The miner's servers, newest first."""
     request = miners.ListServersRequest()
     answer = yield from _repeat(miner, miners.LIST_SERVERS, request, miners.ServerListAnswer)
-    return answer.servers
+    return tuple(map(_server, answer.servers))
 
 
-def rename_server(miner: Miner, server_id: str, name: str) -> Flow[miners.RenamedServerAnswer]:
+def rename_server(miner: Miner, server_id: str, name: str) -> Flow[Server]:
     """Give a server another name; the keys of its VM stay where they are."""
     request = miners.RenameServerRequest(server_id=_name(server_id), server_name=_name(name))
-    return (yield from _repeat(miner, miners.RENAME_SERVER, request, miners.RenamedServerAnswer))
+    answer = yield from _repeat(miner, miners.RENAME_SERVER, request, miners.RenamedServerAnswer)
+    return Server(server_id, answer.name, answer.ip, _time(answer.created_at), _time_or_none(answer.updated_at))
 
 
-def read_server(miner: Miner, server_id: str) -> Flow[miners.ServerAnswer]:
+def read_server(miner: Miner, server_id: str) -> Flow[Server]:
     """One server."""
     request = miners.ServerDetailsRequest(server_id=_name(server_id))
-    return (yield from _repeat(miner, miners.SERVER_DETAILS, request, miners.ServerAnswer))
+    return _server((yield from _repeat(miner, miners.SERVER_DETAILS, request, miners.ServerAnswer)))
 
 
 def remove_server(miner: Miner, name_or_id: str) -> Flow[str]:
@@ -131,29 +177,50 @@ def remove_server(miner: Miner, name_or_id: str) -> Flow[str]:
     return (yield from _persist(miner, miners.REMOVE_SERVER, attempt))
 
 
-def attest_server(miner: Miner, server_id: str, spki_sha256: bytes) -> Flow[miners.RuntimeAttestationAnswer]:
+def attest_server(miner: Miner, server_id: str, spki_sha256: bytes) -> Flow[RuntimeAttestation]:
     """Prove that an approved TD holds the client key whose SPKI has this SHA-256: nonce, quote, attestation.
 
     The connections must present that key's certificate. Raises `QuoteUnavailable`, too.
     """
     nonce_request = miners.RuntimeNonceRequest(server_id=_name(server_id))
 
-    def attempt(_: bool) -> Flow[miners.RuntimeAttestationAnswer]:
+    def attempt(_: bool) -> Flow[RuntimeAttestation]:
         given = yield from _ask(miner, miners.RUNTIME_NONCE, nonce_request, NonceAnswer)
         if not HEX_32.fullmatch(given.nonce):
             raise RemoteProtocolError("the server's nonce is not 64 lowercase hex digits")
         quote = yield from MakeQuote(report_data(bytes.fromhex(given.nonce), spki_sha256))
         request = miners.RuntimeAttestationRequest(server_id=_name(server_id), quote=codec.encode_quote(quote))
-        answer = miners.RuntimeAttestationAnswer
-        return (yield from _ask(miner, miners.RUNTIME_ATTESTATION, request, answer, given.nonce))
+        kind = miners.RuntimeAttestationAnswer
+        answer = yield from _ask(miner, miners.RUNTIME_ATTESTATION, request, kind, given.nonce)
+        return RuntimeAttestation(answer.attestation_id, _time(answer.verified_at))
 
     return (yield from _persist(miner, miners.RUNTIME_ATTESTATION, attempt))
 
 
-def read_status(miner: Miner, server_id: str) -> Flow[miners.AttestationStatusAnswer]:
-    """What came of the newest runtime attestation, and whether it still counts."""
+def read_status(miner: Miner, server_id: str) -> Flow[AttestationStatus]:
+    """The newest verdict on a runtime quote of a server, and whether it still counts."""
     request = miners.AttestationStatusRequest(server_id=_name(server_id))
-    return (yield from _repeat(miner, miners.ATTESTATION_STATUS, request, miners.AttestationStatusAnswer))
+    answer = yield from _repeat(miner, miners.ATTESTATION_STATUS, request, miners.AttestationStatusAnswer)
+    last = answer.last_attestation
+    verdict = (
+        None if last is None else RuntimeVerdict(last.attestation_id, _time(last.created_at), last.verification_error)
+    )
+    return AttestationStatus(answer.server_id, answer.name, verdict, answer.fresh, answer.age_seconds)
+
+
+def _server(answer: miners.ServerAnswer) -> Server:
+    return Server(answer.server_id, answer.name, answer.ip, _time(answer.created_at), _time_or_none(answer.updated_at))
+
+
+def _time(text: str) -> datetime:
+    try:
+        return datetime.fromisoformat(text)
+    except ValueError:
+        raise RemoteProtocolError(f"the server's answer has a time that is not RFC 3339: {text[:40]!r}") from None
+
+
+def _time_or_none(text: str | None) -> datetime | None:
+    return None if text is None else _time(text)
 
 
 def _is_registered(miner: Miner, message: miners.RegisterServerRequest, began: int) -> Flow[bool]:
@@ -163,10 +230,7 @@ def _is_registered(miner: Miner, message: miners.RegisterServerRequest, began: i
         found = yield from _ask(miner, miners.SERVER_DETAILS, request, miners.ServerAnswer)
     except Refused:
         return False
-    try:
-        created = datetime.fromisoformat(found.created_at).timestamp()
-    except ValueError:
-        raise RemoteProtocolError("the server's created_at is no time") from None
+    created = _time(found.created_at).timestamp()
     name = message.id if message.name is None else message.name
     return (found.name, found.ip) == (name, message.host) and created > began - WINDOW
 

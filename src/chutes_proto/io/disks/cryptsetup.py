@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, Final
 from attrs import frozen
 
 from chutes_proto.errors import DiskError, LocalProtocolError
-from chutes_proto.luks.disk import LOOKED_AT, UNFINISHED, Blank, Disk, Luks, judge
+from chutes_proto.luks.disk import LOOKED_AT, UNFINISHED, Blank, Disk, Foreign, Luks, judge
 from chutes_proto.luks.header import HEAD_SIZE, MAX_SLOTS, CheckedHeader, check_header
 from chutes_proto.luks.plan import Action, AddKey, Format, KeepKey, Key, Keys, Open
 from chutes_proto.secret import Secret
@@ -56,6 +56,19 @@ _KDF: Final = ("--pbkdf", "pbkdf2", "--hash", "sha256", "--pbkdf-force-iteration
 _CIPHER: Final = ("--cipher", "aes-xts-plain64", "--key-size", "512")
 _REFUSED, _BUSY = 2, 5  # cryptsetup(8), RETURN CODES
 _SEALS: Final = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+
+
+def has_luks_header(device: str, *, images: bool = False) -> bool:
+    """Return whether the disk at ``device`` has a LUKS2 header that may be used; False for a blank disk.
+
+    ``images`` allows a regular file in place of a block device. Raises `DiskError` for a disk that holds anything else,
+    since that must not be formatted, and for a header that is not allowed.
+    """
+    match Disks(images=images).inspect(device):
+        case Foreign() as disk:
+            raise DiskError("foreign", f"{disk}: it is not touched; wipe it if nothing on it is needed", device)
+        case disk:
+            return isinstance(disk, Luks)
 
 
 class Disks:

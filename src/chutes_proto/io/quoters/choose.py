@@ -143,6 +143,11 @@ def make_quoter(
             return CommandQuoter(rest)
 
 
+def auto_quoter(*, tell: Callable[[str], None] = log_line) -> Quoter:
+    """The first of configfs-TSM and the TDX guest device that gives a quote: ``make_quoter("auto")``."""
+    return make_quoter("auto", tell=tell)
+
+
 def _simulated(directory: str | Path | None, stage: Stage) -> Quoter:
     import os
     import time

@@ -1,0 +1,54 @@
+"""One VM's exchanges with one key server, as flows that share a grant; clients run them with their own driver."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from attrs import define
+
+from chutes_proto.boot._flows import (
+    BootGrant,
+    BootSettings,
+    Rotation,
+    VolumeKeys,
+    Volumes,
+    attest_volumes,
+    boot,
+    boot_and_sync,
+    confirm_volumes,
+    read_cache_passphrase,
+)
+from chutes_proto.effects import Flow
+from chutes_proto.secret import Secret
+
+
+@define
+class BootSession:
+    """The grant of the last boot, which the next step uses up or begins anew without. All flows raise as `boot`."""
+
+    settings: BootSettings
+    grant: BootGrant | None = None
+
+    def boot(self) -> Flow[BootGrant]:
+        """Attest until the server grants."""
+        self.grant = yield from boot(self.settings)
+        return self.grant
+
+    def sync(self, volumes: Volumes) -> Flow[VolumeKeys]:
+        """The keys of ``volumes``; boots first where there is no grant, or where its token has expired."""
+        self.grant, keys = yield from boot_and_sync(self.settings, volumes, grant=self.grant)
+        return keys
+
+    def begin_rotation(self, volumes: Volumes) -> Flow[Rotation]:
+        """The current and next keys of ``volumes``; a grant serves one rotation."""
+        grant, self.grant = self.grant, None
+        return (yield from attest_volumes(self.settings, volumes, grant=grant))
+
+    def confirm(self, rotation: Rotation) -> Flow[Mapping[str, str]]:
+        """Confirm the caller's report."""
+        return (yield from confirm_volumes(rotation, retry=self.settings.retry))
+
+    def cache_passphrase(self) -> Flow[Secret]:
+        """The passphrase of the server's first volume; boots first where there is no grant."""
+        grant = self.grant or (yield from self.boot())
+        return (yield from read_cache_passphrase(grant, retry=self.settings.retry))
