@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import time
+from typing import Final
+
+MAX_QUOTE: Final = 48 * 1024
+"""No more than this fits, in base64, into the 64 KiB body that a server reads."""
 
 
 def seconds_left(end: float) -> float:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from chutes_proto.boot._quoter_names import parse_quoter
 from chutes_proto.errors import ConfigurationError, LocalProtocolError, QuoteUnavailable
+from chutes_proto.io.quoters import MAX_QUOTE
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
     from chutes_proto.quote._measurements import Stage
 
 Quoter: TypeAlias = "Callable[[bytes], bytes]"
-
-MAX_QUOTE = 48 * 1024
-"""No more than this fits, in base64, into the 64 KiB body that a server reads."""
 
 
 def check_quoter(quoter: object) -> None:

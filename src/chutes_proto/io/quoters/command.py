@@ -17,8 +17,7 @@ from typing import IO, TYPE_CHECKING, Final, cast
 
 from chutes_proto.boot._quoter_names import check_command, cut_command
 from chutes_proto.errors import ConfigurationError, QuoteUnavailable
-from chutes_proto.io.quoters import seconds_left
-from chutes_proto.io.quoters.choose import MAX_QUOTE
+from chutes_proto.io.quoters import MAX_QUOTE, seconds_left
 
 if TYPE_CHECKING:
     import subprocess

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from chutes_proto.errors import QuoteUnavailable
-from chutes_proto.io.quoters.choose import MAX_QUOTE
+from chutes_proto.io.quoters import MAX_QUOTE
 
 ROOT: Final = "/sys/kernel/config/tsm/report"
 
