@@ -24,6 +24,7 @@ from chutes_proto.log import Level, Record
 from tests.cli.conftest import HOTKEY, PROGRAM, Ended
 from tests.conftest import CI
 from tests.dev_server import DevServer, dev_server
+from tests.waiting import wait_until
 
 Command = Callable[..., Ended]
 
@@ -251,9 +252,11 @@ class Held:
         return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
 
     def wait_for_the_second(self, agent: subprocess.Popen[str]) -> None:
-        while not (self.folder / "begun").exists():
+        def has_begun() -> bool:
             assert agent.poll() is None, agent.communicate()
-            time.sleep(0.05)
+            return (self.folder / "begun").exists()
+
+        _ = wait_until(has_begun)
 
     def go_on(self) -> None:
         (self.folder / "go").touch()

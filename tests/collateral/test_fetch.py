@@ -395,8 +395,11 @@ def test_a_slow_fetch_is_waited_for_so_long_and_goes_on(loop: Loop, upstream: Up
 
     async def main(fetcher: Any) -> None:
         assert "still being fetched" in str(await outcome(fetcher, PLATFORM))
-        await anyio.sleep(1)
-        assert isinstance(await outcome(fetcher, PLATFORM), VerifiedCollateral)
+
+        async def is_there() -> bool:
+            return isinstance(await outcome(fetcher, PLATFORM), VerifiedCollateral)
+
+        _ = await async_wait_until(is_there)
         assert upstream.rounds() == 1
 
     _ = loop.run(of, main)
@@ -453,7 +456,7 @@ def test_threads_are_left_alone(loop: Loop, upstream: Upstream) -> None:
 
     async def main(fetcher: Any) -> None:
         async def count() -> None:
-            await anyio.sleep(0.3)
+            _ = await async_wait_until(lambda: "rootcacrl" in "".join(upstream.asked))  # which is slow to be answered
             counted.append(threading.active_count())
 
         async with anyio.create_task_group() as tasks:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from chutes_proto.io.agent import TimedQuoter, command_signer
 from chutes_proto.io.quoters.choose import MAX_QUOTE, AutoQuoter, make_quoter, take_quote
 from chutes_proto.io.quoters.command import CommandQuoter
 from chutes_proto.io.quoters.simulated import open_platform
+from tests.waiting import wait_until
 
 DATA = bytes(range(64))
 
@@ -259,15 +260,14 @@ def all_ended(fifo: Path) -> Iterator[None]:
     watched = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
     try:
         yield
-        end = time.monotonic() + 60
-        while time.monotonic() < end:
-            try:
+
+        def is_at_its_end() -> bool:
+            with suppress(BlockingIOError):
                 assert os.read(watched, 1) == b""
-                break
-            except BlockingIOError:
-                time.sleep(0.01)
-        else:
-            pytest.fail("what the program has started goes on")
+                return True
+            return False
+
+        _ = wait_until(is_at_its_end)
     finally:
         os.close(watched)
 

@@ -21,6 +21,7 @@ from chutes_proto.io.http.tls import client_context
 from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.wire.codec import encode_quote
 from tests.cli.conftest import HOTKEY, start_server
+from tests.waiting import wait_until
 
 CONFIGURATION = Path(__file__).resolve().parents[2] / "examples" / "behind_nginx" / "nginx.conf"
 PLATFORM = SimulatedPlatform(bytes(32))
@@ -68,13 +69,13 @@ def site(
 
 
 def until_served(port: int, process: subprocess.Popen[str]) -> None:
-    end = time.monotonic() + 10
-    while time.monotonic() < end and process.poll() is None:
+    def is_served() -> bool:
+        assert process.poll() is None, process.communicate()[1]
         with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-            return
-        time.sleep(0.05)
-    process.kill()
-    pytest.fail(process.communicate()[1])
+            return True
+        return False
+
+    _ = wait_until(is_served)
 
 
 def client(url: str, folder: Path, identity: ClientIdentity | None) -> httpx.Client:

@@ -25,6 +25,7 @@ from chutes_proto.io.files import write_file
 from chutes_proto.testing._platform import SimulatedPlatform
 from tests.cli.conftest import HOTKEY
 from tests.scenario.premises import Premises
+from tests.waiting import wait_until
 
 TEXT = Path(chutes_proto.keys.__path__[0], "README.md").read_text("utf-8").partition("## Recipes for operators\n")[2]
 RECIPES = {
@@ -161,8 +162,7 @@ def test_a_backup(premises: Premises, require_program: Callable[[str], str]) -> 
     _ = premises.vm().sync(token, status=401)
     for of_before in (nonce, None):
         assert premises.vm().boot(of_before, status=503)["code"] == "store_unavailable"
-    while int(time.time()) == issued:
-        time.sleep(0.05)
+    _ = wait_until(lambda: int(time.time()) != issued)
     premises.sql(f"UPDATE fact SET value = {issued} WHERE name = 'nonce_horizon'")  # a minute passes
     assert premises.vm().boot(nonce, status=401)["code"] == "nonce_invalid"
     assert key(premises) == first

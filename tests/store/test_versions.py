@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sqlite3
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
@@ -18,6 +17,7 @@ from chutes_proto.store import sql
 from chutes_proto.store.rows import RaiseHorizon, ReadHorizon
 from chutes_proto.testing.store_suite import Ask, boot, dump, sync
 from tests.store.harness import Gate
+from tests.waiting import wait_until
 
 CURRENT = sql.STEPS
 
@@ -145,10 +145,7 @@ def test_who_begins_during_a_migration_waits_and_is_refused(
             for statement in migration:
                 migrating.execute(statement.encode())
             asking = threads.submit(older.transact, Ask(ReadHorizon()))
-            until = time.monotonic() + 30
             waits = "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'fact'::regclass"
-            while other.execute(waits.encode()).fetchone() == (0,):
-                assert time.monotonic() < until
-                time.sleep(0.02)
+            _ = wait_until(lambda: other.execute(waits.encode()).fetchone() != (0,))
         with pytest.raises(StoreError, match="schema version 3"):
             asking.result(30)

@@ -28,6 +28,7 @@ from chutes_proto.transport.h1 import Limits
 from chutes_proto.wire.answers import error_response
 from chutes_proto.wire.http import HttpRequest, HttpResponse, MalformedRequest
 from tests.server.world import PLATFORM
+from tests.waiting import wait_until
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -252,11 +253,11 @@ def test_the_example_under_a_server(command: list[str], prefix: str, site: Path,
 
 
 def until_served(path: Path, process: subprocess.Popen[str]) -> None:
-    end = time.monotonic() + 20
-    while time.monotonic() < end and process.poll() is None:
+    def is_served() -> bool:
+        assert process.poll() is None, process.communicate()[1]
         with socket.socket(socket.AF_UNIX) as probe, suppress(OSError):
             probe.connect(str(path))
-            return
-        time.sleep(0.05)
-    process.kill()
-    pytest.fail(str(process.communicate()[1]))
+            return True
+        return False
+
+    _ = wait_until(is_served)

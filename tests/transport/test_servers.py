@@ -32,6 +32,7 @@ from chutes_proto.wire import json
 from chutes_proto.wire.answers import error_response
 from chutes_proto.wire.http import HttpRequest, HttpResponse, MalformedRequest
 from tests.transport.tls_client import NOW, client_context
+from tests.waiting import async_wait_until
 
 JSON = (("content-type", "application/json"),)
 GET = b"GET /a HTTP/1.1\r\nHost: h\r\n\r\n"
@@ -136,8 +137,7 @@ class Running:
         held = self.app.held
         stream = await self.connect()
         await stream.send(GET.replace(b"/a", b"/slow"))
-        while self.app.held == held:  # noqa: ASYNC110 - flows know no events
-            await anyio.sleep(0.01)
+        _ = await async_wait_until(lambda: self.app.held != held)
         return stream
 
 
