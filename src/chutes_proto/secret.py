@@ -9,7 +9,7 @@ what a parser or a TLS library held before, lies in memory until something else 
 from __future__ import annotations
 
 import hmac
-from typing import NoReturn
+from typing import ClassVar, NoReturn
 
 
 class Secret:
@@ -51,7 +51,7 @@ class Secret:
             return NotImplemented
         return hmac.compare_digest(self._held(), other._held())
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__: ClassVar[None]  # type: ignore[assignment]
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a secret is not serialised; reveal() it where it is needed")

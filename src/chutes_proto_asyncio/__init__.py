@@ -1,23 +1,31 @@
-"""chutes-proto on asyncio: the boot agent, a miner's client, the key server, the driver of flows.
+"""The boot agent, a miner's client, the key server and the driver of flows on asyncio.
 
-One implementation on anyio serves both loops: the names and signatures of chutes_proto_trio and
-``chutes_proto_asyncio`` are the same.
+One implementation on anyio serves both loops: ``chutes_proto_trio`` has the same names.
 """
 
-from chutes_proto.io.clients.aio import BootAgent, MinerClient
+from chutes_proto.io.clients.boot_aio import BootAgent
+from chutes_proto.io.clients.miner_aio import MinerClient
 from chutes_proto.io.disks.cryptsetup import has_luks_header
-from chutes_proto.io.drivers.aio import Performer
+from chutes_proto.io.drivers.aio import HttpxSender, Performer
+from chutes_proto.io.hotkey_file import read_hotkey
+from chutes_proto.io.http.hotkey_auth import HotkeyAuth
 from chutes_proto.io.http.https import TimeLimits
-from chutes_proto.io.quoters.choose import auto_quoter, make_quoter
+from chutes_proto.io.http.tls import client_context
+from chutes_proto.io.quoters.choose import Quoter, auto_quoter, make_quoter
 from chutes_proto.io.server.aio import Server
 
 __all__ = [
     "BootAgent",
+    "HotkeyAuth",
+    "HttpxSender",
     "MinerClient",
     "Performer",
+    "Quoter",
     "Server",
     "TimeLimits",
     "auto_quoter",
+    "client_context",
     "has_luks_header",
     "make_quoter",
+    "read_hotkey",
 ]

@@ -100,25 +100,29 @@ Volumes: TypeAlias = Mapping[str, bool]
 """The whole set of a VM's volumes: the name of each, and whether its disk has a LUKS header now."""
 
 
-@frozen
-class _Use:
-    """The state of a volume: whether its disk ``is_formatted`` (the caller's word), ``is_in_use`` (the server's)."""
+@frozen(kw_only=True)
+class _VolumeState:
+    """The state of a volume.
+
+    ``is_formatted`` is the caller's word: the disk has a LUKS header. ``is_in_use`` is the server's: the disk is known
+    to hold data.
+    """
 
     is_formatted: bool
     is_in_use: bool
 
     @property
     def may_format(self) -> bool:
-        """Whether the disk has no LUKS header and the server does not know it to hold data.
+        """Whether the disk may be formatted: it has no LUKS header, and the server does not know it to hold data.
 
-        A disk that is blank although it is in use was exchanged or wiped: to format it would seal that loss.
+        A blank disk that is in use was exchanged or wiped; to format it would make the loss final.
         """
         return not self.is_formatted and not self.is_in_use
 
 
 @frozen(kw_only=True)
-class VolumeKey(_Use):
-    """The passphrase of one volume, and whether its disk may be formatted."""
+class VolumeKey(_VolumeState):
+    """The passphrase of one volume, and whether its disk may be formatted (`may_format`)."""
 
     volume: str
     passphrase: Secret
@@ -126,27 +130,31 @@ class VolumeKey(_Use):
 
 @frozen
 class VolumeKeys(Iterable[VolumeKey]):
-    """A key for each volume that was asked for, in that order."""
+    """The keys of the volumes that were asked for: iterates over them in that order, and has each under its name."""
 
-    keys: tuple[VolumeKey, ...]
+    _keys: tuple[VolumeKey, ...]
 
     def __iter__(self) -> Iterator[VolumeKey]:
-        return iter(self.keys)
+        return iter(self._keys)
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self._keys)
+
+    def __contains__(self, volume: object) -> bool:
+        """Whether the key of the volume with this name is there."""
+        return any(key.volume == volume for key in self)
 
     def __getitem__(self, volume: str) -> VolumeKey:
         """Return the key of a volume. Raises `KeyError` for one that was not asked for."""
-        for key in self.keys:
+        for key in self:
             if key.volume == volume:
                 return key
         raise KeyError(volume)
 
 
 @frozen(kw_only=True)
-class KeyPair(_Use):
-    """A volume's keys of the two-phase exchange, and whether its disk may be formatted.
+class KeyPair(_VolumeState):
+    """A volume's keys of the two-phase exchange, and whether its disk may be formatted (`may_format`).
 
     ``current`` opens the disk; it is None where the volume never had a key, and then ``next`` formats it. Else ``next``
     is added to the disk.
@@ -205,7 +213,8 @@ def boot(settings: BootSettings) -> Flow[BootGrant]:
 def sync_volumes(grant: BootGrant, volumes: Volumes, *, retry: RetryPolicy = DEFAULT_RETRY) -> Flow[VolumeKeys]:
     """Return the keys of ``volumes``, the whole set of the VM's volumes; the server retires the keys of all others.
 
-    Raises as `boot` does; `Refused` with status 401 when the token is gone: a new boot may then begin.
+    Raises as `boot` does; `Refused` with status 401 when the token has expired or was redeemed: a new boot may then
+    begin. Raises `LocalProtocolError`, before anything is sent, for ``volumes`` that are not as `Volumes` says.
     """
     sync = _sync_step(volumes)
     held: tuple[BootGrant, VolumeKeys] = yield from _reach({Input.KEYS}, {State.TOKEN_HELD: sync}, retry, grant)
@@ -225,7 +234,7 @@ def boot_and_sync(
 
 
 def read_cache_passphrase(grant: BootGrant, *, retry: RetryPolicy = DEFAULT_RETRY) -> Flow[Secret]:
-    """The passphrase of the server's first volume, as older images ask for it; the token is not spent.
+    """Read the passphrase of the server's first volume, as older images do; the token is not redeemed.
 
     Raises as `sync_volumes` does; `Refused` with status 404 where no passphrase is kept.
     """
@@ -234,7 +243,7 @@ def read_cache_passphrase(grant: BootGrant, *, retry: RetryPolicy = DEFAULT_RETR
 
 
 def attest_volumes(settings: BootSettings, volumes: Volumes, *, grant: BootGrant | None = None) -> Flow[Rotation]:
-    """The current and the next key of each of ``volumes``, for a second quote; boots first where there is no ``grant``.
+    """Get the current and the next key of each of ``volumes`` for a second quote; boots first without a ``grant``.
 
     A lost answer is asked for again with the same bytes; when the quote nonce has expired before that, a new boot
     begins. The keys must be confirmed with `confirm_volumes` once the disks are open.
@@ -249,7 +258,7 @@ def attest_volumes(settings: BootSettings, volumes: Volumes, *, grant: BootGrant
 def receive_keys(
     settings: BootSettings, volumes: Volumes, *, grant: BootGrant | None = None
 ) -> Flow[tuple[BootGrant, VolumeKeys] | Rotation]:
-    """The keys of ``volumes`` in whichever exchange the server grants: `boot_and_sync` or `attest_volumes`.
+    """Get the keys of ``volumes`` in whichever exchange the server grants: `boot_and_sync` or `attest_volumes`.
 
     Arguments and errors are theirs.
     """
@@ -265,10 +274,9 @@ def receive_keys(
 
 
 def confirm_volumes(rotation: Rotation, *, retry: RetryPolicy = DEFAULT_RETRY) -> Flow[Mapping[str, str]]:
-    """Tell the server what the caller reported; it is through when this returns. Nothing is sent for no volume at all.
+    """Send the server the caller's report, and return the result of each volume. An empty report is not sent.
 
-    The reply is what came of each volume. Where it is ``promoted``, the next key alone is needed from now on; where it
-    is anything else, every key stays on the disk.
+    Where the result is ``promoted``, the next key alone is needed from now on; otherwise every key stays on the disk.
 
     Raises `Refused` where the server decided otherwise meanwhile (401, 409) and `TransportError` where nothing is
     known: in either case every key stays on the disk.
@@ -285,7 +293,7 @@ def confirm_volumes(rotation: Rotation, *, retry: RetryPolicy = DEFAULT_RETRY) -
 
 
 def fetch_nonce(settings: BootSettings) -> Flow[bytes]:
-    """A fresh boot nonce of 32 bytes, bound to the settings' hotkey. Raises `Refusal`, `TransportError`."""
+    """Fetch a boot nonce of 32 bytes, bound to the settings' hotkey. Raises `Refusal`, `TransportError`."""
     request = vms.BootNonceRequest(miner_hotkey=settings.miner_hotkey)
     answer = yield from _ask(vms.BOOT_NONCE, request, NonceAnswer)
     if not HEX_32.fullmatch(answer.nonce):
@@ -294,14 +302,14 @@ def fetch_nonce(settings: BootSettings) -> Flow[bytes]:
 
 
 def make_quote(settings: BootSettings, nonce: bytes) -> Flow[bytes]:
-    """A quote that binds the nonce and the client key. Raises `QuoteUnavailable`."""
+    """Have a quote made that binds the nonce and the client key. Raises `QuoteUnavailable`."""
     return (yield from MakeQuote(report_data(nonce, settings.spki_sha256)))
 
 
 def attest_boot(settings: BootSettings, nonce: bytes, quote: bytes) -> Flow[BootGrant]:
-    """Hand the quote in and receive the grant; the nonce is spent if, and only if, the server grants.
+    """Hand the quote in and receive the grant; the nonce is consumed if, and only if, the server grants.
 
-    Raises `Refusal`, `TransportError`, and `RemoteProtocolError` for an answer that is no whole grant.
+    Raises `Refusal`, `TransportError`, and `RemoteProtocolError` for an answer that is not a whole grant.
     """
     message = vms.BootAttestationRequest(
         quote=codec.encode_quote(quote),
@@ -347,19 +355,29 @@ def _boot_steps(settings: BootSettings) -> dict[State, _Step]:
 
 
 def _checked(volumes: Volumes) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The names of all volumes, and of those with a LUKS header. Raises `LocalProtocolError`."""
-    if not isinstance(volumes, Mapping) or not volumes:
+    """Return the names of all volumes, and of those with a LUKS header. Raises `LocalProtocolError`.
+
+    A caller without a type checker may pass a list of names, or None for a disk that it does not know; either would
+    reach the server as a statement about the disk.
+    """
+    given = cast("object", volumes)
+    if not isinstance(given, Mapping) or not given:
         raise LocalProtocolError(
-            "volumes are a mapping that is not empty, from each name to whether its disk has a LUKS header,"
-            ' as in {"storage": True}'
+            f"volumes must map at least one name to whether its disk has a LUKS header, as in {{'storage': True}};"
+            f" got {given!r}"
         )
-    if wrong := [name for name, formatted in volumes.items() if not isinstance(formatted, bool)]:
-        raise LocalProtocolError(f"volume {wrong[0]!r}: whether its disk has a LUKS header is True or False")
+    for name, formatted in cast("Mapping[object, object]", given).items():
+        if not isinstance(name, str):
+            raise LocalProtocolError(f"the name of a volume must be a string; got {name!r}")
+        if not isinstance(formatted, bool):
+            raise LocalProtocolError(
+                f"volume {name!r}: say True or False, whether its disk has a LUKS header; got {formatted!r}"
+            )
     return tuple(volumes), tuple(name for name, formatted in volumes.items() if formatted)
 
 
 def _sync_step(volumes: Volumes) -> _Step:
-    """Raises `LocalProtocolError`, before anything is sent, for volumes that no server could answer."""
+    """Make the step of a sync. Raises `LocalProtocolError`, before anything is sent, for wrong ``volumes``."""
     asked, formatted = _checked(volumes)
 
     def sync(grant: BootGrant) -> Flow[tuple[BootGrant, VolumeKeys]]:
@@ -393,7 +411,7 @@ def _sync_step(volumes: Volumes) -> _Step:
 
 
 def _attest_steps(settings: BootSettings, volumes: Volumes) -> dict[State, _Step]:
-    """Raises `LocalProtocolError`, before anything is sent, for volumes that no server could answer."""
+    """Make the steps of an attestation of ``volumes``. Raises as `_sync_step` does."""
     asked, formatted = _checked(volumes)
 
     def quote(grant: BootGrant) -> Flow[tuple[BootGrant, bytes]]:

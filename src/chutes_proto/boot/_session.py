@@ -24,7 +24,10 @@ from chutes_proto.secret import Secret
 
 @define
 class BootSession:
-    """The grant of the last boot, which the next step uses up or begins anew without. All flows raise as `boot`."""
+    """A client's state between its steps: the grant of the last boot, which the next step uses where it can.
+
+    The flows raise as `boot` does.
+    """
 
     settings: BootSettings
     grant: BootGrant | None = None
@@ -35,20 +38,20 @@ class BootSession:
         return self.grant
 
     def sync(self, volumes: Volumes) -> Flow[VolumeKeys]:
-        """The keys of ``volumes``; boots first where there is no grant, or where its token has expired."""
+        """Get the keys of ``volumes``; boots first where there is no grant, or where its token has expired."""
         self.grant, keys = yield from boot_and_sync(self.settings, volumes, grant=self.grant)
         return keys
 
     def begin_rotation(self, volumes: Volumes) -> Flow[Rotation]:
-        """The current and next keys of ``volumes``; a grant serves one rotation."""
+        """Get the current and next keys of ``volumes``. A grant serves one rotation."""
         grant, self.grant = self.grant, None
         return (yield from attest_volumes(self.settings, volumes, grant=grant))
 
     def confirm(self, rotation: Rotation) -> Flow[Mapping[str, str]]:
-        """Confirm the caller's report."""
+        """Send the server the caller's report."""
         return (yield from confirm_volumes(rotation, retry=self.settings.retry))
 
     def cache_passphrase(self) -> Flow[Secret]:
-        """The passphrase of the server's first volume; boots first where there is no grant."""
+        """Read the passphrase of the server's first volume; boots first where there is no grant."""
         grant = self.grant or (yield from self.boot())
         return (yield from read_cache_passphrase(grant, retry=self.settings.retry))

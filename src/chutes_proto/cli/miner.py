@@ -61,7 +61,7 @@ def ask(
     from chutes_proto.auth.client_identity import ENTROPY_SIZE, make_client_identity
     from chutes_proto.errors import ConfigurationError, TransportError
     from chutes_proto.io.drivers.sync import Performer
-    from chutes_proto.io.http.hotkey_auth import read_hotkey
+    from chutes_proto.io.hotkey_file import read_hotkey
     from chutes_proto.io.http.https import HttpsSender
     from chutes_proto.io.http.tls import context_trusting
     from chutes_proto.miner._flows import Miner

@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from datetime import datetime
-from typing import Final, TypeVar, cast
+from typing import Final, TypeAlias, TypeVar, cast
 
 from attrs import evolve, field, frozen
 
@@ -52,6 +52,10 @@ _NOT_NOW: Final = frozenset(
 """What a server says instead of doing anything."""
 
 
+Gpu: TypeAlias = miners.NodeArgs
+"""One GPU of a server, as its owner declares it."""
+
+
 def _parsed(address: str) -> Hotkey:
     try:
         return Hotkey.parse(address)
@@ -75,7 +79,11 @@ class Miner:
 
 @frozen
 class Server:
-    """A registered server. ``host`` is what it was registered with; ``updated_at`` is None until it is renamed."""
+    """A registered server.
+
+    ``host`` is the address or name that it was registered with. ``updated_at`` is None until the server is renamed.
+    Times are aware.
+    """
 
     server_id: str
     name: str
@@ -86,9 +94,9 @@ class Server:
 
 @frozen
 class RuntimeAttestation:
-    """The server accepted a runtime quote: an approved TD on the server's platform holds the client key.
+    """An accepted runtime quote: an approved TD on the server's platform holds the client key.
 
-    ``attestation_id`` names the record in the key server's audit. That the TD is the one that booted is not said.
+    It does not say that the TD is the one that booted. ``attestation_id`` names the record in the key server's audit.
     """
 
     attestation_id: str
@@ -97,7 +105,7 @@ class RuntimeAttestation:
 
 @frozen
 class RuntimeVerdict:
-    """The verdict on one runtime quote; ``error`` says why it was not accepted, None where it was."""
+    """The verdict on one runtime quote: ``error`` says why it was not accepted, and is None where it was."""
 
     attestation_id: str
     created_at: datetime
@@ -106,9 +114,10 @@ class RuntimeVerdict:
 
 @frozen
 class AttestationStatus:
-    """The newest verdict on a server's runtime quotes, None where there is none.
+    """The ``last`` verdict on a server's runtime quotes, and whether it still counts; None before the first.
 
-    ``is_fresh``: it is a success that still counts for the key server. ``age_seconds`` is by the key server's clock.
+    ``is_fresh``: the last quote was accepted, so recently that the key server still counts it. ``age_seconds`` is by
+    the key server's clock.
     """
 
     server_id: str
@@ -119,7 +128,7 @@ class AttestationStatus:
 
 
 def register_server(
-    miner: Miner, *, server_id: str, host: str, gpus: Sequence[miners.NodeArgs], name: str | None = None
+    miner: Miner, *, server_id: str, host: str, gpus: Sequence[Gpu], name: str | None = None
 ) -> Flow[None]:
     """Register a server; without ``name`` its id is its name."""
     message = miners.RegisterServerRequest(
@@ -213,10 +222,13 @@ def _server(answer: miners.ServerAnswer) -> Server:
 
 
 def _time(text: str) -> datetime:
+    """Return a time with its offset: without one it would count as this machine's local time."""
     try:
-        return datetime.fromisoformat(text)
+        if (time := datetime.fromisoformat(text)).tzinfo is not None:
+            return time
     except ValueError:
-        raise RemoteProtocolError(f"the server's answer has a time that is not RFC 3339: {text[:40]!r}") from None
+        pass
+    raise RemoteProtocolError(f"the server's answer has a time that is not RFC 3339: {text[:40]!r}")
 
 
 def _time_or_none(text: str | None) -> datetime | None:

@@ -1,21 +1,46 @@
-"""The boot agent and a miner's client without an event loop: for an initramfs, a script, a thread.
+"""The boot agent, a miner's client and the driver of flows without an event loop: for an initramfs, a script, a thread.
 
 Nothing here needs trio, anyio or httpx.
 """
 
-from chutes_proto.io.clients.sync import BootAgent, MinerClient
-from chutes_proto.io.disks.cryptsetup import has_luks_header
-from chutes_proto.io.drivers.sync import Performer
-from chutes_proto.io.http.https import HttpsSender, TimeLimits
-from chutes_proto.io.quoters.choose import auto_quoter, make_quoter
+from typing import TYPE_CHECKING
+
+from chutes_proto._lazy import lazily
+
+if TYPE_CHECKING:
+    from chutes_proto.io.clients.boot_sync import BootAgent
+    from chutes_proto.io.clients.miner_sync import MinerClient
+    from chutes_proto.io.disks.cryptsetup import has_luks_header
+    from chutes_proto.io.drivers.sync import Performer
+    from chutes_proto.io.hotkey_file import read_hotkey
+    from chutes_proto.io.http.https import HttpsSender, TimeLimits
+    from chutes_proto.io.http.tls import client_context
+    from chutes_proto.io.quoters.choose import Quoter, auto_quoter, make_quoter
+else:
+    __getattr__ = lazily(
+        globals(),
+        {
+            "chutes_proto.io.clients.boot_sync": "BootAgent",
+            "chutes_proto.io.clients.miner_sync": "MinerClient",
+            "chutes_proto.io.disks.cryptsetup": "has_luks_header",
+            "chutes_proto.io.drivers.sync": "Performer",
+            "chutes_proto.io.hotkey_file": "read_hotkey",
+            "chutes_proto.io.http.https": "HttpsSender TimeLimits",
+            "chutes_proto.io.http.tls": "client_context",
+            "chutes_proto.io.quoters.choose": "Quoter auto_quoter make_quoter",
+        },
+    )
 
 __all__ = [
     "BootAgent",
     "HttpsSender",
     "MinerClient",
     "Performer",
+    "Quoter",
     "TimeLimits",
     "auto_quoter",
+    "client_context",
     "has_luks_header",
     "make_quoter",
+    "read_hotkey",
 ]

@@ -34,12 +34,13 @@ from chutes_proto.effects import (
     Uptime,
     run_async,
 )
-from chutes_proto.io.disks.cryptsetup import Disks
 from chutes_proto.io.drivers.sync import (
     RESOLVE_SECONDS,
     RESOLVERS,
     CollateralSource,
+    DiskWorker,
     Missing,
+    Transactor,
     careful,
     log_record,
     resolve,
@@ -53,7 +54,6 @@ from chutes_proto.io.quoters.choose import Quoter, take_quote
 from chutes_proto.log import Record
 from chutes_proto.quote._collateral import VerifiedCollateral
 from chutes_proto.quote._pck import PckIdentity
-from chutes_proto.store._run import Store
 from chutes_proto.transport.client import MAX_ANSWER
 from chutes_proto.wire.http import HttpRequest, HttpResponse
 
@@ -136,10 +136,10 @@ class Performer:
         send: Callable[[HttpRequest], Awaitable[HttpResponse]] | None = None,
         get: Callable[[str], Awaitable[HttpResponse]] | None = None,
         quoter: Quoter | None = None,
-        store: Store | None = None,
+        store: Transactor | None = None,
         collateral: CollateralSource | None = None,
         fetch: Callable[[PckIdentity, int], Awaitable[VerifiedCollateral]] | None = None,
-        disks: Disks | None = None,
+        disks: DiskWorker | None = None,
         log: Callable[[Record], None] = log_record,
     ) -> None:
         self._send = send or Missing("send")

@@ -38,15 +38,33 @@ from chutes_proto.effects import (
 from chutes_proto.errors import LocalProtocolError, TransportError
 from chutes_proto.io.quoters.choose import Quoter, take_quote
 from chutes_proto.log import Record
+from chutes_proto.wire.http import HttpRequest, HttpResponse
 
 if TYPE_CHECKING:
-    from chutes_proto.io.disks.cryptsetup import Disks
     from chutes_proto.quote._collateral import VerifiedCollateral
     from chutes_proto.quote._pck import PckIdentity
-    from chutes_proto.store._run import Store
-    from chutes_proto.wire.http import HttpRequest, HttpResponse
 
 T = TypeVar("T")
+
+
+class Transactor(Protocol):
+    """Performs `Transact`: each store, by the one method that a driver needs. An agent does not load the store."""
+
+    def transact(self, unit: Any, /) -> Any:
+        """Run a unit as one transaction; return what its script returns."""
+        ...
+
+
+class DiskWorker(Protocol):
+    """Performs `InspectDisk` and `ActOnDisk`."""
+
+    def inspect(self, device: str) -> object:
+        """Return what the disk holds. Raises `DiskError`."""
+        ...
+
+    def act(self, action: Any, keys: Any) -> object:
+        """Carry out one action of a plan. Raises `DiskError`."""
+        ...
 
 
 class CollateralSource(Protocol):
@@ -136,9 +154,9 @@ class Performer:
         get: Callable[[str], HttpResponse] | None = None,
         next_server: Callable[[], str] | None = None,
         quoter: Quoter | None = None,
-        store: Store | None = None,
+        store: Transactor | None = None,
         collateral: CollateralSource | None = None,
-        disks: Disks | None = None,
+        disks: DiskWorker | None = None,
         log: Callable[[Record], None] = log_record,
     ) -> None:
         self._send = send or Missing("send")

@@ -1,14 +1,13 @@
-"""Signed requests for who has a client of his own: an `httpx.Auth`, and hotkeys from files."""
+"""Signed requests for callers with an httpx client of their own."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Generator
-from pathlib import Path
 
 import httpx
 
-from chutes_proto.auth.hotkey import Hotkey, HotkeyError, HotkeyPair
+from chutes_proto.auth.hotkey import Hotkey, HotkeyError
 from chutes_proto.auth.signing import (
     Signer,
     SigningPolicy,
@@ -16,8 +15,7 @@ from chutes_proto.auth.signing import (
     request_message,
     signature_headers,
 )
-from chutes_proto.errors import ConfigurationError, LocalProtocolError
-from chutes_proto.io.files import read_private
+from chutes_proto.errors import LocalProtocolError
 from chutes_proto.wire.endpoints import Match, route
 from chutes_proto.wire.names import HEX_32
 
@@ -55,14 +53,3 @@ class HotkeyAuth(httpx.Auth):
                 message = request_message(self._hotkey, nonce, request.method, target, request.content)
         request.headers.update(signature_headers(self._hotkey, nonce, message, self._signer))
         yield request
-
-
-def read_hotkey(path: str | Path) -> HotkeyPair:
-    """The hotkey in a wallet's file: JSON with ``secretSeed`` and ``ss58Address``, for its owner's eyes only.
-
-    Raises `FileUnavailable`, and `ConfigurationError` for another file; neither repeats what is in it.
-    """
-    try:
-        return HotkeyPair.from_json(read_private(path))
-    except HotkeyError as exc:
-        raise ConfigurationError(f"{path}: {exc}") from None

@@ -14,20 +14,19 @@ from __future__ import annotations
 import socket
 import ssl
 import time
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
 
 from attrs import frozen
 
 from chutes_proto.errors import RemoteProtocolError, TransportError
+from chutes_proto.wire.http import HttpRequest, HttpResponse
 from chutes_proto.wire.origin import Origin
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
-    from types import TracebackType
-
     from chutes_proto.transport.client import ClientConnection
-    from chutes_proto.wire.http import HttpRequest, HttpResponse
 
 _READ_SIZE: Final = 16 * 1024
 _BEGIN_SECONDS: Final = 1.0

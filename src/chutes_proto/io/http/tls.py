@@ -16,8 +16,8 @@ from chutes_proto.io.files import read_file
 _MEMORY = "/proc/self/fd/{}"
 
 
-def presented(identity: ClientIdentity | None, client: object | None) -> ClientIdentity:
-    """``identity``, or a throw-away one where there is none.
+def presented(identity: ClientIdentity | None, client: object | None = None) -> ClientIdentity:
+    """Return ``identity``, or an ephemeral one where there is none.
 
     Raises `LocalProtocolError` for a ``client`` of the caller's own without the identity that it presents.
     """

@@ -13,18 +13,17 @@ Rules kept here:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from pathlib import Path
+from typing import Literal, TypeAlias
 
 from chutes_proto.boot._quoter_names import parse_quoter
 from chutes_proto.errors import ConfigurationError, LocalProtocolError, QuoteUnavailable
 from chutes_proto.io.quoters import MAX_QUOTE
 
-if TYPE_CHECKING:
-    from pathlib import Path
+Quoter: TypeAlias = Callable[[bytes], bytes]
+"""Makes a quote of 64 bytes of report data. It may block."""
 
-    from chutes_proto.quote._measurements import Stage
-
-Quoter: TypeAlias = "Callable[[bytes], bytes]"
+_Stage: TypeAlias = Literal["boot", "runtime"]  # `Stage` of the verifier, which no agent loads
 
 
 def check_quoter(quoter: object) -> None:
@@ -97,7 +96,7 @@ def make_quoter(
     *,
     tell: Callable[[str], None] = log_line,
     platform: str | Path | None = None,
-    stage: Stage = "boot",
+    stage: _Stage = "boot",
 ) -> Quoter:
     """The quoter that ``text``, of a configuration or a command line, names.
 
@@ -146,7 +145,7 @@ def auto_quoter(*, tell: Callable[[str], None] = log_line) -> Quoter:
     return make_quoter("auto", tell=tell)
 
 
-def _simulated(directory: str | Path | None, stage: Stage) -> Quoter:
+def _simulated(directory: str | Path | None, stage: _Stage) -> Quoter:
     import os
     import time
     from functools import partial

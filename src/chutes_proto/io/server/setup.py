@@ -25,7 +25,7 @@ from chutes_proto.errors import ConfigurationError, LocalProtocolError, QuoteErr
 from chutes_proto.io.collateral.directory import CollateralDirectory
 from chutes_proto.io.collateral.upstream import UpstreamCollateral
 from chutes_proto.io.files import check_private, read_file, read_private
-from chutes_proto.io.http.hotkey_auth import read_hotkey
+from chutes_proto.io.hotkey_file import read_hotkey
 from chutes_proto.io.http.tls import context_trusting
 from chutes_proto.io.stores.address import DurableStore, StorePlace
 from chutes_proto.keys.vault import KeyEncryptionKey, Vault

@@ -1,0 +1,98 @@
+"""The boot agent without an event loop. The flows of ``chutes_proto.boot`` decide everything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Self
+
+from chutes_proto.auth.client_identity import ClientIdentity
+from chutes_proto.auth.signing import Signer
+from chutes_proto.boot._flows import BootGrant, BootSettings, Rotation, VolumeKeys, Volumes
+from chutes_proto.boot._retry_policy import DEFAULT_RETRY, RetryPolicy
+from chutes_proto.boot._session import BootSession
+from chutes_proto.io.drivers.sync import Performer, log_record
+from chutes_proto.io.http.https import HttpsSender, TimeLimits
+from chutes_proto.io.http.tls import client_context, presented
+from chutes_proto.io.quoters.choose import Quoter, check_quoter
+from chutes_proto.log import Record
+from chutes_proto.secret import Secret
+
+
+class BootAgent:
+    """One VM's boot against one key server, without an event loop: a context manager.
+
+    ``url`` is ``https://host:port``. ``hotkey`` is the SS58 address of the miner that owns the VM, ``vm_name`` the VM's
+    name. ``quoter`` is called with 64 bytes of report data and returns the quote: see `auto_quoter`, `make_quoter`.
+    ``ca_pem`` is the CA bundle to trust instead of the system's. ``signer`` proves the hotkey, for servers that want
+    that. The agent makes an ephemeral client key, which the quotes bind, or takes ``identity``. ``retry`` limits each
+    method by itself, ``limits`` each request; ``log`` is called with every record, none of which holds a secret. The
+    environment's proxies are not used.
+
+    The methods raise `Refused` or `BadRequest` at the first final answer, and, when attempts or time are used up, the
+    last of `Unavailable`, `TransportError`, `RemoteProtocolError`, `QuoteUnavailable`; `LocalProtocolError`, before
+    anything is sent, for values that no request could carry, and for a method of the exchange that the server did not
+    grant.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        hotkey: str,
+        vm_name: str,
+        quoter: Quoter,
+        ca_pem: bytes | None = None,
+        signer: Signer | None = None,
+        identity: ClientIdentity | None = None,
+        retry: RetryPolicy = DEFAULT_RETRY,
+        limits: TimeLimits = TimeLimits(),
+        log: Callable[[Record], None] = log_record,
+    ) -> None:
+        check_quoter(quoter)
+        identity = presented(identity)
+        self._session = BootSession(BootSettings(hotkey, vm_name, identity.spki_sha256, signer, retry))
+        self._sender = HttpsSender(client_context(identity, ca_pem), url, limits)
+        self._run = Performer(send=self._sender, quoter=quoter, log=log).run
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._sender.close()
+
+    def boot(self) -> BootGrant:
+        """Attest until the server grants: the root passphrase, and what the next method needs."""
+        return self._run(self._session.boot())
+
+    def sync(self, volumes: Volumes) -> VolumeKeys:
+        """Return the keys of ``volumes``: each name, and whether its disk has a LUKS header.
+
+        ``volumes`` is the whole set of the VM's volumes; the server retires the keys of all others. Boots first where
+        there is no grant, or where its token has expired or was redeemed.
+        """
+        return self._run(self._session.sync(volumes))
+
+    @contextmanager
+    def rotate(self, volumes: Volumes) -> Generator[Rotation]:
+        """Get the current and next keys of ``volumes``; the end of the block confirms what the caller reported.
+
+        For profiles with the two-phase exchange. Boots first where there is no grant, or where it has served a
+        rotation. A block that raises confirms nothing. The block raises what the confirmation raises, and then no key
+        may be taken off a disk::
+
+            with agent.rotate({"storage": True}) as rotation:
+                ...  # open the disk with rotation.keys["storage"].current, add .next
+                rotation.added("storage")
+            ...  # take the other keys off the disk
+        """
+        rotation = self._run(self._session.begin_rotation(volumes))
+        yield rotation
+        _ = self._run(self._session.confirm(rotation))
+
+    def cache_passphrase(self) -> Secret:
+        """Read the passphrase of the server's first volume, as older images do; boots first where there is no grant."""
+        return self._run(self._session.cache_passphrase())

@@ -1,0 +1,102 @@
+"""A miner's client without an event loop. The flows of ``chutes_proto.miner`` decide everything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Self
+
+from chutes_proto.auth.client_identity import ClientIdentity
+from chutes_proto.auth.signing import Signer, SigningPolicy
+from chutes_proto.boot._retry_policy import RetryPolicy
+from chutes_proto.io.drivers.sync import Performer, log_record
+from chutes_proto.io.http.https import HttpsSender, TimeLimits
+from chutes_proto.io.http.tls import client_context, presented
+from chutes_proto.io.quoters.choose import Quoter, check_quoter
+from chutes_proto.log import Record
+from chutes_proto.miner._flows import (
+    MINER_RETRY,
+    AttestationStatus,
+    Gpu,
+    Miner,
+    RuntimeAttestation,
+    Server,
+    attest_server,
+    list_servers,
+    read_server,
+    read_status,
+    register_server,
+    remove_server,
+    rename_server,
+)
+
+
+class MinerClient:
+    """One miner's servers at one key server, without an event loop: a context manager.
+
+    ``url`` is ``https://host:port``. ``hotkey`` is the SS58 address, and ``signer`` signs with it: `HotkeyPair.sign`
+    (see `read_hotkey`), or a function that asks the program or device with the key. With ``signatures="request"`` each
+    signature covers the whole request. ``ca_pem`` is the CA bundle to trust instead of the system's. `attest` needs a
+    ``quoter``, and proves the ephemeral client key that the client makes, or that of ``identity``. ``retry`` limits
+    each method by itself, ``limits`` each request; ``log`` is called with every record, none of which holds a secret.
+
+    The methods raise `Refusal`, `TransportError`, and `RemoteProtocolError` for an answer that is not the protocol;
+    `LocalProtocolError`, before anything is sent, for values that no request could carry.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        hotkey: str,
+        signer: Signer,
+        signatures: SigningPolicy = "compatible",
+        quoter: Quoter | None = None,
+        ca_pem: bytes | None = None,
+        identity: ClientIdentity | None = None,
+        retry: RetryPolicy = MINER_RETRY,
+        limits: TimeLimits = TimeLimits(),
+        log: Callable[[Record], None] = log_record,
+    ) -> None:
+        if quoter is not None:
+            check_quoter(quoter)
+        self._miner = Miner(hotkey, signer, signatures, retry)
+        self._identity = presented(identity)
+        self._sender = HttpsSender(client_context(self._identity, ca_pem), url, limits)
+        self._run = Performer(send=self._sender, quoter=quoter, log=log).run
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._sender.close()
+
+    def register(self, server_id: str, *, host: str, gpus: Sequence[Gpu], name: str | None = None) -> None:
+        """Register a server; without ``name`` its id is its name."""
+        self._run(register_server(self._miner, server_id=server_id, host=host, gpus=gpus, name=name))
+
+    def servers(self) -> tuple[Server, ...]:
+        """Return all servers, newest first."""
+        return self._run(list_servers(self._miner))
+
+    def server(self, server_id: str) -> Server:
+        """Return one server."""
+        return self._run(read_server(self._miner, server_id))
+
+    def rename(self, server_id: str, name: str) -> Server:
+        """Give a server another name; the keys of its VM stay where they are."""
+        return self._run(rename_server(self._miner, server_id, name))
+
+    def remove(self, name_or_id: str) -> str:
+        """Remove a server and return its name. The keys of its VM are kept."""
+        return self._run(remove_server(self._miner, name_or_id))
+
+    def attest(self, server_id: str) -> RuntimeAttestation:
+        """Attest a server at runtime, with a quote that binds this client's key. Raises `QuoteUnavailable`, too."""
+        return self._run(attest_server(self._miner, server_id, self._identity.spki_sha256))
+
+    def status(self, server_id: str) -> AttestationStatus:
+        """Return the newest verdict on a runtime quote, and whether it still counts."""
+        return self._run(read_status(self._miner, server_id))

@@ -1,0 +1,20 @@
+"""Hotkeys in wallets' files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from chutes_proto.auth.hotkey import HotkeyError, HotkeyPair
+from chutes_proto.errors import ConfigurationError
+from chutes_proto.io.files import read_private
+
+
+def read_hotkey(path: str | Path) -> HotkeyPair:
+    """Return the hotkey in a wallet's file: JSON with ``secretSeed`` and ``ss58Address``, readable by its owner alone.
+
+    Raises `FileUnavailable`, and `ConfigurationError` for another file; neither repeats what is in it.
+    """
+    try:
+        return HotkeyPair.from_json(read_private(path))
+    except HotkeyError as exc:
+        raise ConfigurationError(f"{path}: {exc}") from None

@@ -1,0 +1,84 @@
+"""The public packages: what they export exists, is importable alone, and says its types."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from typing import Any, get_type_hints
+
+import pytest
+
+import chutes_proto.sync
+import chutes_proto_asyncio
+import chutes_proto_trio
+
+PUBLIC = (
+    "chutes_proto",
+    *(
+        f"chutes_proto.{name}"
+        for name in "boot effects errors log miner quote secret server store sync testing".split()
+    ),
+    "chutes_proto_asyncio",
+    "chutes_proto_trio",
+)
+EXPORTED = [(package, name) for package in PUBLIC for name in sorted(getattr(import_module(package), "__all__", ()))]
+
+
+def callables(value: Any) -> Iterator[Any]:
+    """The value, if it is ours and can be called, and for a class the public functions that are written in it."""
+    if not getattr(value, "__module__", "").startswith("chutes_proto") or not callable(value):
+        return
+    yield value
+    if inspect.isclass(value):
+        for name, member in inspect.getmembers_static(value):
+            if name.startswith("_") and not name.endswith("__"):
+                continue
+            function = inspect.unwrap(getattr(member, "fget", None) or getattr(member, "__func__", member))
+            if inspect.isfunction(function) and "/chutes_proto" in function.__code__.co_filename:  # not of attrs
+                yield function
+
+
+@pytest.mark.parametrize(("package", "name"), EXPORTED)
+def test_each_public_callable_says_its_types(package: str, name: str) -> None:
+    for each in callables(getattr(import_module(package), name)):
+        _ = get_type_hints(each)
+
+
+@pytest.mark.parametrize("package", PUBLIC)
+def test_a_package_has_the_names_that_it_says_and_no_others(package: str) -> None:
+    module = import_module(package)
+    names = getattr(module, "__all__", ())
+    assert {*names} <= {*dir(module)}
+    assert all(getattr(module, name) is not None for name in names)
+    with pytest.raises(AttributeError, match=f"'{package}' has no attribute 'nothing'"):
+        _ = module.nothing
+
+
+UNWANTED = {"BootAgent": "anyio httpx trio chutes_proto.miner", "MinerClient": "anyio httpx trio chutes_proto.luks"}
+
+
+@pytest.mark.parametrize("name", list(UNWANTED))
+def test_a_client_without_an_event_loop_loads_its_own_part_only(name: str) -> None:
+    program = f"from chutes_proto.sync import {name}\nimport sys\nprint(*sys.modules)"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert {*UNWANTED[name].split()} & {*ended.stdout.split()} == set()
+
+
+@pytest.mark.parametrize("name", ["BootAgent", "MinerClient"])
+def test_all_clients_have_the_same_methods_and_arguments(name: str) -> None:
+    assert getattr(chutes_proto_asyncio, name) is getattr(chutes_proto_trio, name)
+    without, on_a_loop = (arguments(getattr(package, name)) for package in (chutes_proto.sync, chutes_proto_trio))
+    assert on_a_loop["__init__"].pop("client") == "httpx.AsyncClient | None"
+    assert without == on_a_loop
+
+
+def arguments(client: type) -> dict[str, dict[str, Any]]:
+    """Each method's parameters with their types, as they are written."""
+    return {
+        name: {word: parameter.annotation for word, parameter in inspect.signature(method).parameters.items()}
+        for name, method in inspect.getmembers(client, inspect.isfunction)
+        if name == "__init__" or not name.startswith("_")
+    }
