@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from chutes_proto.boot._flows import BootGrant, BootSettings
@@ -50,8 +51,8 @@ def keys_answer(**members: object) -> HttpResponse:
     return answer({"storage": STORAGE, "tdx-cache": CACHE, "in_use": ["storage"], **members})
 
 
-def sync_request(**members: object) -> HttpRequest:
-    body = {"volumes": ["storage", "tdx-cache"], **members}
+def sync_request(formatted: Sequence[str] = ()) -> HttpRequest:
+    body = {"volumes": ["storage", "tdx-cache"], "formatted": [*formatted]}
     headers = (("x-chutes-hotkey", HOTKEY), ("x-boot-token", TOKEN), *JSON)
     return HttpRequest("POST", f"/servers/{VM}/luks", headers, json.dumps(body, separators=(",", ":")).encode())
 

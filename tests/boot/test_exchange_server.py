@@ -41,6 +41,7 @@ T = TypeVar("T")
 R = TypeVar("R", bound=Row)
 
 VOLUMES = ("storage", "tdx-cache")
+BLANK = dict.fromkeys(VOLUMES, False)
 NO_KEY = (404, "key_not_found")
 TOKEN_GONE = (401, "boot_token_invalid")
 FATES = [fate.value for fate in Fate]
@@ -185,12 +186,12 @@ class Boots(RuleBasedStateMachine):
     @rule(mishap=MISHAPS)
     def sync(self, mishap: str) -> None:
         before, lives = self.made(), self.token_lives()
-        keys = self.step(sync_volumes(self.held(), VOLUMES, formatted=[], retry=ONCE), Input.KEYS, mishap)
+        keys = self.step(sync_volumes(self.held(), BLANK, retry=ONCE), Input.KEYS, mishap)
         if mishap in HARMLESS:
             assert (keys is not None) == lives
         assert not before or self.made() == before  # no volume's key is made twice, whatever was lost
         if keys is not None:
-            self.receive(keys.passphrases)
+            self.receive({key.volume: key.passphrase for key in keys})
 
     @precondition(lambda machine: machine.exchange.state in (State.TOKEN_HELD, State.SYNCED) and machine.made())
     @rule(mishap=MISHAPS)
@@ -210,7 +211,7 @@ class Boots(RuleBasedStateMachine):
     @when(State.SYNCED)
     @rule()
     def a_spent_token_opens_nothing_else(self) -> None:
-        assert self.refused(sync_volumes(self.held(), VOLUMES[:1], formatted=[], retry=ONCE)) == TOKEN_GONE
+        assert self.refused(sync_volumes(self.held(), dict.fromkeys(VOLUMES[:1], False), retry=ONCE)) == TOKEN_GONE
 
     # --- what each state claims of the server's rows ---
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from itertools import product
 from typing import Any
 
 import attrs
@@ -13,12 +14,15 @@ import pytest
 from chutes_proto.boot._flows import (
     BootGrant,
     BootSettings,
+    VolumeKey,
     VolumeKeys,
     attest_boot,
+    attest_volumes,
     boot,
     boot_and_sync,
     fetch_nonce,
     read_cache_passphrase,
+    receive_keys,
     sync_volumes,
 )
 from chutes_proto.boot._retry_policy import RetryPolicy
@@ -46,11 +50,12 @@ NO_QUOTE = QuoteUnavailable("the quoting service is busy")
 ASK_NONCE = (Send(talk.ASK_NONCE), talk.nonce_answer())
 MAKE_QUOTE = (MakeQuote(talk.NONCE + talk.DIGEST), talk.QUOTE)
 GRANTED = (talk.is_attestation, talk.grant_answer())
-SYNC = Send(talk.sync_request())
-KEYS = VolumeKeys(
-    {"storage": Secret(talk.STORAGE.encode()), "tdx-cache": Secret(talk.CACHE.encode())}, frozenset({"storage"})
-)
-BOTH = ("storage", "tdx-cache")
+BOTH = {"storage": True, "tdx-cache": False}
+SYNC_REQUEST = talk.sync_request(formatted=["storage"])
+SYNC = Send(SYNC_REQUEST)
+STORAGE_KEY = VolumeKey(volume="storage", passphrase=Secret(talk.STORAGE.encode()), is_formatted=True, is_in_use=True)
+CACHE_KEY = VolumeKey(volume="tdx-cache", passphrase=Secret(talk.CACHE.encode()), is_formatted=False, is_in_use=False)
+KEYS = VolumeKeys((STORAGE_KEY, CACHE_KEY))
 
 PASSING = {
     "request not delivered": DOWN,
@@ -233,19 +238,37 @@ def test_a_sync() -> None:
     assert Playbook((SYNC, talk.keys_answer()), aside=talk.calm()).run(sync_volumes(talk.GRANT, BOTH)) == KEYS
 
 
-def test_what_a_sync_sends() -> None:
-    full = talk.sync_request(rekey=["tdx-cache"], formatted=["storage"])
-    flow = sync_volumes(talk.GRANT, ["storage", "tdx-cache", "storage"], ["tdx-cache"], ["storage"])
-    assert Playbook((Send(full), talk.keys_answer()), aside=talk.calm()).run(flow) == KEYS
-    none = Send(talk.sync_request(formatted=[]))
-    assert Playbook((none, talk.keys_answer()), aside=talk.calm()).run(sync_volumes(talk.GRANT, BOTH, (), ())) == KEYS
+def test_a_key_may_format_only_a_blank_disk_that_is_not_in_use() -> None:
+    for formatted, in_use in product((False, True), repeat=2):
+        sync = (
+            Send(talk.sync_request([*BOTH] if formatted else [])),
+            talk.keys_answer(in_use=[*BOTH] if in_use else []),
+        )
+        volumes = dict.fromkeys(BOTH, formatted)
+        keys = Playbook(sync, aside=talk.calm()).run(sync_volumes(talk.GRANT, volumes))
+        for key in keys:
+            assert (key.is_formatted, key.is_in_use, key.may_format) == (
+                formatted,
+                in_use,
+                not formatted and not in_use,
+            )
+
+
+def test_keys_are_iterated_over_and_found_by_name() -> None:
+    assert [*KEYS] == [STORAGE_KEY, CACHE_KEY]
+    assert len(KEYS) == 2
+    assert KEYS["tdx-cache"] is CACHE_KEY
+    assert "storage" in KEYS
+    assert "other" not in KEYS
+    with pytest.raises(KeyError, match="other"):
+        _ = KEYS["other"]
 
 
 def test_the_keys_come_in_the_order_that_was_asked() -> None:
     answer = talk.answer({"tdx-cache": talk.CACHE, "storage": talk.STORAGE})  # a server that knows no in_use
     keys = Playbook((SYNC, answer), aside=talk.calm()).run(sync_volumes(talk.GRANT, BOTH))
-    assert list(keys.passphrases) == ["storage", "tdx-cache"]
-    assert keys.in_use == frozenset()
+    assert [key.volume for key in keys] == ["storage", "tdx-cache"]
+    assert not any(key.is_in_use for key in keys)
 
 
 @pytest.mark.parametrize("failure", PASSING.values(), ids=PASSING.keys())
@@ -294,15 +317,26 @@ def test_one_volume_twice_in_an_answer_is_none() -> None:
 
 
 @pytest.mark.parametrize(
-    ("volumes", "rekey", "formatted"), [((), (), ()), (("storage",), ("x",), None), (("storage",), (), ("x",))]
+    ("volumes", "why"),
+    [
+        ({}, "at least one name"),
+        (["storage"], r"got \['storage'\]"),
+        (None, "got None"),
+        ({"storage": None}, "'storage': say True or False"),
+        ({"storage": 1}, "'storage': say True or False"),
+        ({b"storage": True}, "must be a string; got b'storage'"),
+    ],
+    ids=str,
 )
-def test_a_sync_that_no_server_could_answer_sends_nothing(
-    volumes: tuple[str, ...], rekey: tuple[str, ...], formatted: tuple[str, ...] | None
-) -> None:
-    with pytest.raises(LocalProtocolError):
-        Playbook().run(sync_volumes(talk.GRANT, volumes, rekey, formatted))
-    with pytest.raises(LocalProtocolError):
-        Playbook().run(boot_and_sync(talk.SETTINGS, volumes, rekey, formatted))
+def test_volumes_that_say_nothing_of_a_disk_are_not_sent(volumes: Any, why: str) -> None:
+    for flow in (
+        sync_volumes(talk.GRANT, volumes),
+        boot_and_sync(talk.SETTINGS, volumes),
+        attest_volumes(talk.SETTINGS, volumes),
+        receive_keys(talk.SETTINGS, volumes),
+    ):
+        with pytest.raises(LocalProtocolError, match=why):
+            Playbook().run(flow)
 
 
 @pytest.mark.usefixtures("told_on_purpose")
@@ -331,7 +365,7 @@ def test_a_grant_that_is_held_is_used_first() -> None:
 def test_when_the_token_has_died_a_new_boot_begins() -> None:
     token = "71" * 32
     renewed = attrs.evolve(talk.GRANT, boot_token=Secret(token.encode()))
-    headers = tuple((n, token if n == "x-boot-token" else v) for n, v in talk.sync_request().headers)
+    headers = tuple((n, token if n == "x-boot-token" else v) for n, v in SYNC_REQUEST.headers)
     book = Playbook(
         (SYNC, CUT),
         (Sleep, None),
@@ -340,7 +374,7 @@ def test_when_the_token_has_died_a_new_boot_begins() -> None:
         ASK_NONCE,
         MAKE_QUOTE,
         (talk.is_attestation, talk.grant_answer(boot_token=token)),
-        (Send(attrs.evolve(talk.sync_request(), headers=headers)), talk.keys_answer()),
+        (Send(attrs.evolve(SYNC_REQUEST, headers=headers)), talk.keys_answer()),
         aside=talk.calm(),
     )
     assert book.run(boot_and_sync(talk.SETTINGS, BOTH, grant=talk.GRANT)) == (renewed, KEYS)

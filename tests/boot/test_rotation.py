@@ -17,6 +17,7 @@ from tests.boot import talk
 
 NONCE, CONFIRM, K3S = "71" * 32, "c1" * 32, "azNz"
 GRANT = BootGrant(talk.HOTKEY, talk.VM, Secret(b"root"), None, Secret(NONCE.encode()))
+VOLUMES = {"storage": True, "tdx-cache": False}
 PAIRS = {"storage": {"current": "c", "next": "n"}, "tdx-cache": {"current": None, "next": "m"}}
 LOST = TransportError("lost", maybe_delivered=True)
 
@@ -32,7 +33,7 @@ def confirmed() -> HttpResponse:
 
 
 def attest(*script: tuple[Any, object], grant: BootGrant | None = GRANT) -> Rotation:
-    flow = attest_volumes(talk.SETTINGS, ["storage", "tdx-cache"], ["storage"], grant=grant)
+    flow = attest_volumes(talk.SETTINGS, VOLUMES, grant=grant)
     return Playbook(*script, aside=talk.patient()).run(flow)
 
 
@@ -54,7 +55,11 @@ def test_the_second_quote_is_over_the_quote_nonce_and_the_client_key() -> None:
         "storage": (Secret(b"c"), Secret(b"n")),
         "tdx-cache": (None, Secret(b"m")),
     }
-    assert rotation.in_use == {"storage"}
+    assert {name: (pair.is_formatted, pair.is_in_use) for name, pair in rotation.keys.items()} == {
+        "storage": (True, True),
+        "tdx-cache": (False, False),
+    }
+    assert [name for name, pair in rotation.keys.items() if pair.may_format] == ["tdx-cache"]
     assert rotation.k3s_encryption_key == Secret(K3S.encode())
     assert CONFIRM not in repr(rotation)
 
@@ -117,10 +122,7 @@ def test_an_answer_that_is_not_whole_is_none(members: dict[str, object]) -> None
         attest(*script)
 
 
-def test_what_no_server_could_answer_is_not_sent() -> None:
-    for volumes, formatted in (([], []), (["storage"], ["tdx-cache"])):
-        with pytest.raises(LocalProtocolError):
-            Playbook().run(attest_volumes(talk.SETTINGS, volumes, formatted, grant=GRANT))
+def test_a_grant_of_the_base_exchange_is_not_sent() -> None:
     with pytest.raises(LocalProtocolError, match="base exchange"):
         attest(grant=talk.GRANT)
 

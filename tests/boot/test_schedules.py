@@ -23,6 +23,7 @@ from tests.boot.model import BAD_MOODS, CANARY, FINAL_MOODS, VOLUMES, WELL, Mode
 
 POLICY = RetryPolicy(attempts=6, base=1.0, cap=20.0, deadline=120.0)
 TIMEOUT = 30.0
+BLANK = dict.fromkeys(VOLUMES, False)
 
 
 def _also_final(effect: Effect[Any]) -> tuple[int, ...]:
@@ -56,7 +57,7 @@ def test_every_schedule_ends_in_time_and_tells_nothing(moods: list[object], fate
         return reply
 
     try:
-        outcome = run(boot_and_sync(settings, VOLUMES), perform)
+        outcome = run(boot_and_sync(settings, BLANK), perform)
     except (Refused, BadRequest, Unavailable, TransportError, RemoteProtocolError, QuoteUnavailable) as exc:
         outcome = exc
     event(type(outcome).__name__)
@@ -66,9 +67,7 @@ def test_every_schedule_ends_in_time_and_tells_nothing(moods: list[object], fate
     assert len(network.sent) <= POLICY.attempts * 3 + 1
     assert isinstance(outcome, (Refused, BadRequest)) >= bool(final_answers)
     if isinstance(outcome, tuple):
-        assert [secret.reveal() for secret in outcome[1].passphrases.values()] == [
-            f"{CANARY}-{name}".encode() for name in VOLUMES
-        ]
+        assert [key.passphrase.reveal() for key in outcome[1]] == [f"{CANARY}-{name}".encode() for name in VOLUMES]
     # no two attestations share a nonce; a sync repeated on one token is the same request
     nonces = [request.header_values("x-chutes-nonce") for request in network.sent if "attestation" in request.target]
     assert len(nonces) == len({*nonces})
@@ -86,7 +85,7 @@ def test_a_final_refusal_is_never_asked_twice(status: int, good: int) -> None:
     server = ModelServer(iter([WELL] * good + [status]))
     network = SimulatedNetwork(server, quoter=lambda report_data: b"quote")
     with pytest.raises((Refused, BadRequest)):
-        run(boot_and_sync(talk.SETTINGS, VOLUMES), network.perform)
+        run(boot_and_sync(talk.SETTINGS, BLANK), network.perform)
     assert len(network.sent) == good + 1
     assert network.elapsed == 0.0
     assert network.records[-1].event == "boot_stopped"
@@ -96,6 +95,6 @@ def test_a_final_refusal_is_never_asked_twice(status: int, good: int) -> None:
 def test_a_lost_or_doubled_sync_costs_nothing(fates: list[Fate]) -> None:
     server = ModelServer(iter(()))
     network = SimulatedNetwork(server, quoter=lambda r: b"quote", fates=[Fate.DELIVERED] * 2 + fates)
-    grant, _ = run(boot_and_sync(talk.SETTINGS, VOLUMES), network.perform)
+    grant, _ = run(boot_and_sync(talk.SETTINGS, BLANK), network.perform)
     assert grant.boot_token is not None
     assert server.tokens() == {grant.boot_token.reveal().decode()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from chutes_proto.errors import (
     Unavailable,
 )
 from chutes_proto.miner import _flows as servers
-from chutes_proto.miner._flows import Miner
+from chutes_proto.miner._flows import AttestationStatus, Miner, RuntimeVerdict, Server
 from chutes_proto.store.rows import AttestationRow, ServerRow
 from chutes_proto.wire.http import HttpRequest, HttpResponse
 from tests.server.world import CERTIFICATES, GPU, MINER, OTHER, World
@@ -175,7 +176,8 @@ def test_an_attestation_begins_again_with_a_new_nonce(network: Network) -> None:
     nonces = [dict(request.headers)["x-chutes-nonce"] for request in network.sent if request.method == "POST"]
     assert len(set(nonces)) == 2
     assert len(network.rows(AttestationRow)) == 2
-    assert answer.status == "verified"
+    assert answer.verified_at == datetime.fromtimestamp(network.now, UTC)
+    assert answer.attestation_id in {row.attestation_id for row in network.rows(AttestationRow)}
 
 
 def test_a_quote_that_cannot_be_made_now(network: Network) -> None:
@@ -192,7 +194,7 @@ def test_a_quote_that_cannot_be_made_now(network: Network) -> None:
         before(effect)
         return perform(effect)
 
-    assert run(FLOWS["attest"](), performing).status == "verified"
+    assert run(FLOWS["attest"](), performing).attestation_id == network.rows(AttestationRow)[-1].attestation_id
 
 
 def test_not_now_is_waited_for_as_long_as_the_server_says(network: Network) -> None:
@@ -216,6 +218,33 @@ def test_a_refusal_is_final(network: Network, status: int) -> None:
         play(network, servers.list_servers(miner()), answer)
     assert len(network.sent) == 1
     assert not isinstance(caught.value, Unavailable)
+
+
+def test_what_is_answered_becomes_values_with_times(network: Network) -> None:
+    registered_at = datetime.fromtimestamp(network.now, UTC)
+    play(network, register())
+    registered = Server("n1", "vm-1", "1.2.3.4", registered_at, None)
+    assert play(network, FLOWS["list"]()) == (registered,)
+    assert play(network, FLOWS["read"]()) == registered
+    never = AttestationStatus("n1", "vm-1", None, is_fresh=False, age_seconds=None)
+    assert play(network, FLOWS["status"]()) == never
+    network.now += 60
+    attested_at = datetime.fromtimestamp(network.now, UTC)
+    attested = play(network, FLOWS["attest"]())
+    assert attested.verified_at == attested_at
+    network.now += 5
+    verdict = RuntimeVerdict(attested.attestation_id, attested_at, error=None)
+    assert play(network, FLOWS["status"]()) == AttestationStatus("n1", "vm-1", verdict, is_fresh=True, age_seconds=5)
+    renamed_at = datetime.fromtimestamp(network.now, UTC)
+    assert play(network, FLOWS["rename"]()) == evolve(registered, name="vm-2", updated_at=renamed_at)
+
+
+@pytest.mark.parametrize("time", ["", "yesterday", "2026-11-25", "2026-11-25T00:10:00", "20261125"])
+def test_a_time_without_its_offset_is_not_taken_for_local_time(network: Network, time: str) -> None:
+    body = b'{"server_id":"n1","name":"vm-1","ip":"1.2.3.4","created_at":"%s","updated_at":null}' % time.encode()
+    answer = HttpResponse(200, (("content-type", "application/json"),), body)
+    with pytest.raises(RemoteProtocolError, match="not RFC 3339"):
+        play(network, servers.read_server(miner(), "n1"), *[answer] * 9)
 
 
 def test_it_ends(network: Network) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -77,14 +78,15 @@ def test_the_life_of_a_server(miner: Command, register: Command, folder: Path) -
     done = register("--id", "n1", "--name", "vm-1", "--host", "1.2.3.4")
     assert (done.code, done.out) == (0, "registered: n1 (vm-1) at 1.2.3.4, 1 GPU\n")
     head, row = miner("servers", "list").out.splitlines()
-    assert head.split() == ["SERVER_ID", "NAME", "IP", "CREATED_AT", "UPDATED_AT"]
+    assert head.split() == ["SERVER_ID", "NAME", "HOST", "CREATED_AT", "UPDATED_AT"]
     assert row.split()[:3] == ["n1", "vm-1", "1.2.3.4"]
     assert miner("status", "n1").out == "n1 (vm-1): never attested\n"
     platform = ("--platform", folder / "platform")
     assert miner("attest", "n1", *platform).out.startswith("verified: n1 at ")
     assert " s ago, fresh" in miner("status", "n1").out
     told = miner("status", "n1", "--json", "--signatures", "request").json
-    assert (told["attestation_status"], told["fresh"], told["last_attestation"]["verified"]) == ("verified", True, True)
+    assert (told["is_fresh"], told["last"]["error"]) == (True, None)
+    assert datetime.fromisoformat(told["last"]["created_at"]).utcoffset() == timedelta(0)
     shown = miner("servers", "show", "n1", "--json").json
     assert (shown["granted"], shown["name"]) == (True, "vm-1")
     renamed = miner("servers", "rename", "n1", "vm-2", "--json").json

@@ -13,21 +13,28 @@ from collections.abc import Callable
 from contextlib import closing
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import httpx
 import pytest
 import trio
 from attrs import define, field
 
-from chutes_proto.auth.client_identity import ENTROPY_SIZE, make_client_identity
+from chutes_proto.auth.client_identity import ENTROPY_SIZE
+from chutes_proto.boot import DEFAULT_RETRY, BootGrant, ClientIdentity, make_client_identity
+from chutes_proto.boot._retry import begin
 from chutes_proto.cli.development import write_server
-from chutes_proto.errors import ChutesError
+from chutes_proto.effects import Flow, Send
+from chutes_proto.errors import ChutesError, TransportError, Unavailable
 from chutes_proto.io.server.setup import load_setup
 from chutes_proto.keys.vault import Address
+from chutes_proto.secret import Secret
 from chutes_proto.store.rows import BootRow, GenerationRow, Scan
 from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.testing.store_suite import Ask, entropy
-from chutes_proto_trio import BootAgent
+from chutes_proto.wire import codec, vms
+from chutes_proto.wire.names import Name
+from chutes_proto_trio import BootAgent, HttpxSender, Performer, Quoter, client_context
 from tests.cli.conftest import HOTKEY, Server
 from tests.conftest import SOAK
 from tests.store.test_processes import nothing_is_half_done
@@ -57,17 +64,43 @@ def serve(start: Start, site: Path) -> Server:
     return start("--config", site / "server.toml", ca=site / "ca.pem")
 
 
-def agent(server: Server, label: str, vm: str, quoter: Callable[[bytes], bytes] = PLATFORM.quote) -> BootAgent:
+def identity_of(label: str) -> ClientIdentity:
+    """A client key of its own."""
+    return make_client_identity(int(time.time()), entropy(label, ENTROPY_SIZE))
+
+
+def agent(server: Server, label: str, vm: str, quoter: Quoter = PLATFORM.quote, **options: Any) -> BootAgent:
     """A VM's boot agent with a client key of its own."""
-    return BootAgent(
-        server.url,
-        hotkey=HOTKEY,
-        vm_name=vm,
-        quoter=quoter,
-        ca_pem=server.ca.read_bytes(),
-        identity=make_client_identity(int(time.time()), entropy(label, ENTROPY_SIZE)),
-        log=lambda _: None,
+    settings: dict[str, Any] = {
+        "hotkey": HOTKEY,
+        "vm_name": vm,
+        "quoter": quoter,
+        "ca_pem": server.ca.read_bytes(),
+        "identity": identity_of(label),
+        "log": lambda _: None,
+    }
+    return BootAgent(server.url, **settings | options)
+
+
+def sync_and_rekey(grant: BootGrant, volumes: tuple[str, ...], rekey: list[str]) -> Flow[dict[str, Secret]]:
+    """A sync that asks for new passphrases, as deployed agents send it before they format a disk."""
+    assert grant.boot_token is not None
+    request = vms.VolumeSyncRequest(
+        vm_name=Name(grant.vm_name),
+        hotkey=grant.miner_hotkey,
+        boot_token=grant.boot_token.reveal().decode(),
+        volumes=volumes,
+        rekey=tuple(rekey) or None,
+        formatted=(),
     )
+    budget = yield from begin(DEFAULT_RETRY)
+    while True:
+        try:
+            response = yield from Send(codec.encode_request(vms.VOLUME_SYNC, request))
+            answer = cast("vms.VolumeSyncAnswer", codec.decode_answer(vms.VOLUME_SYNC, response))
+            return dict(answer.passphrases)
+        except (Unavailable, TransportError) as exc:
+            yield from budget.pause("sync", exc)
 
 
 def test_first_boots_through_four_servers_get_one_root_passphrase(start: Start, site: Path) -> None:
@@ -109,11 +142,14 @@ class Fleet:
         vm = f"vm-{self.chance.randrange(4)}"
         volumes = tuple(self.chance.sample(VOLUMES, self.chance.randint(1, 2)))
         rekey = [volume for volume in volumes if self.chance.random() < 0.3]
-        async with agent(server, label, vm) as booting:
-            grant = await booting.boot()
+        context = client_context(identity_of(label), server.ca.read_bytes())
+        async with httpx.AsyncClient(verify=context, trust_env=False) as client:
+            async with agent(server, label, vm, client=client) as booting:
+                grant = await booting.boot()
             self.answered.add((vm, "root", grant.root_passphrase.reveal()))
-            keys = await booting.sync(volumes, formatted=(), rekey=rekey)
-            self.answered |= {(vm, volume, key.reveal()) for volume, key in keys.passphrases.items()}
+            performer = Performer(send=HttpxSender(client, server.url), log=lambda _: None)
+            keys = await performer.run(sync_and_rekey(grant, volumes, rekey))
+            self.answered |= {(vm, volume, key.reveal()) for volume, key in keys.items()}
 
     async def rotate(self, server: Server, label: str, index: int) -> bool:
         """One two-phase boot of a VM of its own; True if its disk opens."""
@@ -122,7 +158,7 @@ class Fleet:
         async with agent(server, label, vm, lambda data: PLATFORM.quote(data, stage=stage)) as booting:  # type: ignore[arg-type]
             _ = await booting.boot()
             stage = "runtime"
-            async with booting.rotate(["storage"], formatted=["storage"] if disk else []) as rotation:
+            async with booting.rotate({"storage": bool(disk)}) as rotation:
                 pair = rotation.keys["storage"]
                 opener, following = (pair.current or pair.next).reveal(), pair.next.reveal()
                 self.answered |= {(vm, "storage", opener), (vm, "storage", following)}

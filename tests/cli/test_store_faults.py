@@ -72,8 +72,8 @@ class Agent:
         return grant.root_passphrase.reveal()
 
     async def sync(self) -> dict[str, bytes]:
-        keys = await self.agent.sync(VOLUMES, formatted=())
-        return {volume: passphrase.reveal() for volume, passphrase in keys.passphrases.items()}
+        keys = await self.agent.sync(dict.fromkeys(VOLUMES, False))
+        return {key.volume: key.passphrase.reveal() for key in keys}
 
 
 async def outlives(server: Server, begin: Callable[[], object], end: Callable[[], None], *, is_busy: bool) -> None:

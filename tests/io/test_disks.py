@@ -755,3 +755,30 @@ def test_without_device_mapper_it_is_said(bench: Bench, loop: str) -> None:
     _ = disks.act(Format("storage", loop, Key.CURRENT), key)
     action = Open("storage", loop, "x", (Key.CURRENT,))
     assert "device-mapper" in str(bench.refused(lambda: disks.act(action, key), "cryptsetup", path=loop))
+
+
+# --- whether a disk has a header, for agents that open disks themselves ---
+
+
+def image(path: Path, content: bytes) -> str:
+    with path.open("wb") as file:
+        _ = file.truncate(headers.SIZE)
+        _ = file.write(content)
+    return str(path)
+
+
+def test_whether_a_disk_has_a_header(tmp_path: Path) -> None:
+    """True and False are for disks that may be opened and formatted; anything else is an error."""
+    header = headers.both(headers.told())
+    assert module.has_luks_header(image(tmp_path / "luks", header), images=True) is True
+    assert module.has_luks_header(image(tmp_path / "blank", b""), images=True) is False
+    assert module.has_luks_header(image(tmp_path / "cut", UNFINISHED), images=True) is False
+    with pytest.raises(DiskError, match="it is not touched; wipe it") as caught:
+        _ = module.has_luks_header(image(tmp_path / "other", b"a file system"), images=True)
+    assert caught.value.device == str(tmp_path / "other")
+    with pytest.raises(HeaderRejected):
+        _ = module.has_luks_header(image(tmp_path / "bad", headers.both(headers.told(MAX_SLOTS + 1))), images=True)
+    with pytest.raises(DiskError, match="block device"):
+        _ = module.has_luks_header(image(tmp_path / "image", header))
+    with pytest.raises(DiskError, match="No such file"):
+        _ = module.has_luks_header(str(tmp_path / "missing"), images=True)

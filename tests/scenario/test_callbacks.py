@@ -97,7 +97,7 @@ def register(loop: str, kind: str, directory: Path, credentials: Credentials, be
         failed: list[Refusal] = []
 
         async def main() -> None:
-            async with site.serving(), client(site) as miner:
+            async with site.serving(), client(site, loop) as miner:
                 try:
                     await miner.register("n1", host=NAME, gpus=[GPU], name="vm-1")
                 except Refusal as exc:

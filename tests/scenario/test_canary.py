@@ -126,9 +126,9 @@ def base_exchange(premises: Premises) -> set[bytes]:
     async def boot() -> None:
         async with agent(premises, "canary-2") as booting:
             grant = await booting.boot()
-            keys = await booting.sync(["storage"], formatted=["storage"])
+            keys = await booting.sync({"storage": True})
         premises.heard.append(repr([grant, keys]).encode())
-        assert keys.passphrases["storage"].reveal().decode() == PLANTED["canary-2"]["storage"]
+        assert keys["storage"].passphrase.reveal().decode() == PLANTED["canary-2"]["storage"]
 
     trio.run(boot)
     return given
@@ -163,7 +163,7 @@ def two_phase(premises: Premises) -> set[bytes]:
         for answered in (False, True):
             async with agent(premises, "canary-2") as booting:
                 try:
-                    async with booting.rotate(["storage"], formatted=["storage"]) as rotation:
+                    async with booting.rotate({"storage": True}) as rotation:
                         premises.heard.append(repr(rotation).encode())
                         given.add(rotation.keys["storage"].next.reveal())
                         if not answered:
@@ -210,7 +210,7 @@ def refusals(premises: Premises) -> None:
             grant = await booting.boot()
             assert grant.boot_token is not None
             _ = vm.sync(grant.boot_token.reveal().decode(), status=401)  # another client key
-            await told(premises, booting.sync(["unknown"], formatted=[]))
+            await told(premises, booting.sync({"unknown": False}))
 
     trio.run(refused)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from functools import partial
 from ipaddress import ip_network
 from pathlib import Path
@@ -14,65 +13,53 @@ import httpx
 import pytest
 from attrs import evolve
 
-from chutes_proto.auth.client_identity import make_client_identity
 from chutes_proto.auth.hotkey import HotkeyPair
 from chutes_proto.errors import BadRequest, ConfigurationError, LocalProtocolError, Refused
 from chutes_proto.io.drivers.sync import Performer
-from chutes_proto.io.http.hotkey_auth import HotkeyAuth, read_hotkey
-from chutes_proto.io.http.https import HttpsSender
+from chutes_proto.io.hotkey_file import read_hotkey
+from chutes_proto.io.http.hotkey_auth import HotkeyAuth
 from chutes_proto.io.http.tls import client_context
+from chutes_proto.miner import RuntimeVerdict
 from chutes_proto.miner import _flows as servers
 from chutes_proto.store.rows import ServerRow
-from tests.scenario.operations import (
-    LOOPS,
-    SERVER,
-    Scene,
-    Site,
-    Vm,
-    both_loops,
-    code,
-    everywhere,
-    open_store,
-    rows,
-    run,
-)
+from tests.clients import make_client, without_loop
+from tests.scenario.operations import SERVER, Scene, Site, Vm, both_loops, code, everywhere, rows
 from tests.server.world import GPU, MINER, OTHER, PLATFORM, ScanAll, service
 
 
-def client(site: Site, pair: HotkeyPair = MINER, **options: Any) -> Any:
-    quoter = partial(PLATFORM.quote, stage="runtime")
-    settings = {"ca_pem": SERVER.ca_pem, "quoter": quoter, "log": site.log.append} | options
-    return site.loop.MinerClient(site.url, hotkey=pair.hotkey.address, signer=pair.sign, **settings)
+def client(site: Site, kind: str, pair: HotkeyPair = MINER, **options: Any) -> Any:
+    settings: dict[str, Any] = {"hotkey": pair.hotkey.address, "signer": pair.sign, "ca_pem": SERVER.ca_pem}
+    settings |= {"quoter": partial(PLATFORM.quote, stage="runtime"), "log": site.log.append}
+    return make_client(kind, "MinerClient", site.url, **settings | options)
 
 
-@both_loops
-@everywhere
-@pytest.mark.parametrize("signatures", ["compatible", "request"])
-def test_the_life_of_a_server(scene: Scene, signatures: str) -> None:
-    async def act(site: Site) -> None:
-        async with client(site, signatures=signatures) as miner, client(site, OTHER, signatures=signatures) as other:
-            await miner.register("n1", host="1.2.3.4", gpus=[GPU], name="vm-1")
-            assert [server.server_id for server in await miner.servers()] == ["n1"]
-            assert (await miner.server("n1")).name == "vm-1"
-            assert (await miner.rename("n1", "vm-2")).name == "vm-2"
-            assert (await miner.status("n1")).attestation_status == "never_attested"
-            assert (await miner.attest("n1")).status == "verified"
-            status = await miner.status("n1")
-            assert (status.attestation_status, status.fresh, status.name) == ("verified", True, "vm-2")
-            assert status.last_attestation.verified
-            for refused in (other.server, other.remove, other.attest, other.status):
-                with pytest.raises(Refused) as caught:
-                    await refused("n1")
-                assert (caught.value.status, caught.value.code) == (404, "server_not_found")
+async def live(site: Site, kind: str, signatures: str) -> None:
+    """The life of a server, by clients of one kind."""
+    first, second = (client(site, kind, pair, signatures=signatures) for pair in (MINER, OTHER))
+    async with first as miner, second as other:
+        await miner.register("n1", host="1.2.3.4", gpus=[GPU], name="vm-1")
+        assert [server.server_id for server in await miner.servers()] == ["n1"]
+        assert (await miner.server("n1")).name == "vm-1"
+        assert (await miner.rename("n1", "vm-2")).name == "vm-2"
+        assert (await miner.status("n1")).last is None
+        attested = await miner.attest("n1")
+        status = await miner.status("n1")
+        assert (status.is_fresh, status.name) == (True, "vm-2")
+        assert status.last == RuntimeVerdict(attested.attestation_id, attested.verified_at, None)
+        for refused in (other.server, other.remove, other.attest, other.status):
             with pytest.raises(Refused) as caught:
-                await other.register("n1", host="1.2.3.4", gpus=[GPU])
-            assert caught.value.status == 409
-            with pytest.raises(BadRequest, match="at least one"):
-                await other.register("n2", host="5.6.7.8", gpus=[])
-            assert await miner.remove("vm-2") == "vm-2"
-            assert await miner.servers() == ()
+                await refused("n1")
+            assert (caught.value.status, caught.value.code) == (404, "server_not_found")
+        with pytest.raises(Refused) as caught:
+            await other.register("n1", host="1.2.3.4", gpus=[GPU])
+        assert caught.value.status == 409
+        with pytest.raises(BadRequest, match="at least one"):
+            await other.register("n2", host="5.6.7.8", gpus=[])
+        assert await miner.remove("vm-2") == "vm-2"
+        assert await miner.servers() == ()
 
-    site = scene(act, signatures=signatures)
+
+def check_life(site: Site) -> None:
     assert [record.event for record in site.log if record.event.startswith("server_")] == [
         "server_registered",
         "server_renamed",
@@ -84,12 +71,26 @@ def test_the_life_of_a_server(scene: Scene, signatures: str) -> None:
 
 @both_loops
 @everywhere
-def test_one_vm_removes_no_other_miners_servers(scene: Scene) -> None:
+@pytest.mark.parametrize("signatures", ["compatible", "request"])
+@pytest.mark.parametrize("synchronous", [False, True], ids=["on the loop", "without an event loop"])
+def test_the_life_of_a_server(scene: Scene, loop: str, signatures: str, synchronous: bool) -> None:
+    async def act(site: Site) -> None:
+        if synchronous:
+            await anyio.to_thread.run_sync(without_loop, live(site, "sync", signatures))
+        else:
+            await live(site, loop, signatures)
+
+    check_life(scene(act, signatures=signatures))
+
+
+@both_loops
+@everywhere
+def test_one_vm_removes_no_other_miners_servers(scene: Scene, loop: str) -> None:
     """A boot shows the address that it came from, and neither GPUs nor ids: claims to these are refused."""
 
     async def act(site: Site) -> None:
         site.app.service = service(unsafe_networks=(ip_network("127.0.0.0/8"),))
-        async with client(site) as miner, client(site, OTHER) as other, Vm(site) as vm:
+        async with client(site, loop) as miner, client(site, loop, OTHER) as other, Vm(site) as vm:
             await miner.register("n1", host="1.2.3.4", gpus=[GPU], name="vm-1")
             await miner.register("n2", host="5.6.7.8", gpus=[evolve(GPU, uuid="GPU-2")])
             response = await vm.attest(await vm.nonce(), miner_hotkey=OTHER.hotkey.address)
@@ -143,28 +144,18 @@ def test_one_signature_over_a_request_is_enough(scene: Scene) -> None:
     scene(act, signatures="request")
 
 
-def test_without_an_event_loop(tmp_path: Path) -> None:
-    """The flows on the synchronous driver, and `HotkeyAuth` on the synchronous client, in a thread."""
-    site = Site(LOOPS["trio"], open_store("memory", tmp_path))
-    identity = make_client_identity(int(time.time()) - 60, bytes(32))
-    miner = servers.Miner(MINER.hotkey.address, MINER.sign)
-    auth = HotkeyAuth(MINER.hotkey.address, MINER.sign)
+@both_loops
+@everywhere
+def test_signed_requests_without_an_event_loop(scene: Scene) -> None:
+    def ask(site: Site) -> object:
+        auth = HotkeyAuth(MINER.hotkey.address, MINER.sign)
+        with httpx.Client(verify=client_context(None, SERVER.ca_pem), trust_env=False, auth=auth, timeout=60) as http:
+            return http.get(f"{site.url}/servers/").json()
 
-    def act() -> None:
-        context = client_context(identity, SERVER.ca_pem)
-        with httpx.Client(verify=context, trust_env=False, timeout=60) as http, HttpsSender(context, site.url) as send:
-            performer = Performer(send=send, quoter=partial(PLATFORM.quote, stage="runtime"))
-            performer.run(servers.register_server(miner, server_id="n1", host="1.2.3.4", gpus=[GPU]))
-            performer.run(servers.attest_server(miner, "n1", identity.spki_sha256))
-            assert performer.run(servers.read_status(miner, "n1")).fresh
-            assert http.get(f"{site.url}/servers/n1", auth=auth).json()["ip"] == "1.2.3.4"
-            assert performer.run(servers.remove_server(miner, "n1")) == "n1"
+    async def act(site: Site) -> None:
+        assert await anyio.to_thread.run_sync(ask, site) == []
 
-    async def main() -> None:
-        async with site.serving():
-            await anyio.to_thread.run_sync(act)
-
-    run("trio", main)
+    scene(act)
 
 
 def test_a_hotkey_in_a_wallets_file(tmp_path: Path) -> None:

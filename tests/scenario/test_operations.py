@@ -121,21 +121,21 @@ def test_two_phases_by_the_boot_agent_also_while_draining(loop: str, kind: str, 
     def quoter(data: bytes) -> bytes:
         return PLATFORM.quote(data, stage=next(stages))
 
-    async def boot(formatted: list[str], *, stop: bool = False) -> Any:
+    async def boot(*, is_formatted: bool, stop: bool = False) -> Any:
         settings: Any = {"hotkey": HOTKEY, "vm_name": "vm-1", "quoter": quoter, "ca_pem": SERVER.ca_pem}
         async with site.loop.BootAgent(site.url, **settings, log=site.log.append) as agent:
             await agent.boot()
             if stop:
                 site.server.stop()
-            async with agent.rotate(VOLUMES, formatted=formatted) as rotation:
+            async with agent.rotate(dict.fromkeys(VOLUMES, is_formatted)) as rotation:
                 for volume in VOLUMES:
                     rotation.added(volume)
             return rotation
 
     async def main() -> None:
         async with site.serving():
-            first = await boot([])
-            second = await boot(VOLUMES, stop=True)
+            first = await boot(is_formatted=False)
+            second = await boot(is_formatted=True, stop=True)
             for volume in VOLUMES:
                 assert second.keys[volume].current == first.keys[volume].next
                 assert second.keys[volume].next != second.keys[volume].current

