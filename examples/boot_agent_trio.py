@@ -1,7 +1,9 @@
-"""A boot agent on trio: attest, hand each passphrase to what opens the disk, format only by consent.
+"""A boot agent on trio: attest, open each disk with its key, format only where no data can be lost.
 
-python examples/boot_agent_trio.py https://keys.example:8443 HOTKEY VM_NAME 'quote-command {report_data}' ca.pem
+python examples/boot_agent_trio.py https://keys.example:8443 HOTKEY VM_NAME auto ca.pem
     storage=/dev/vdb tdx-cache=/dev/vdc
+
+`chutes-proto agent run` is a whole agent: it also checks the disks' headers before cryptsetup reads them.
 """
 
 import sys
@@ -9,36 +11,26 @@ from pathlib import Path
 
 import trio
 
-from chutes_proto.io.quoters.choose import make_quoter
-from chutes_proto_trio import BootAgent
+from chutes_proto_trio import BootAgent, has_luks_header, make_quoter
 
 
-async def unlock(url, hotkey, vm_name, quoter, ca_pem, disks, open_disk):
-    formatted = [volume for volume, device in disks.items() if is_luks(device)]
+async def unlock(url, hotkey, vm_name, quoter, ca_pem, devices):
     async with BootAgent(url, hotkey=hotkey, vm_name=vm_name, quoter=quoter, ca_pem=ca_pem) as agent:
         grant = await agent.boot()
-        open_disk("root", grant.root_passphrase.reveal(), is_blank=False)
-        keys = await agent.sync(list(disks), formatted=formatted)
-    for volume, passphrase in keys.passphrases.items():
-        is_blank = volume not in formatted
-        if is_blank and volume in keys.in_use:
-            raise SystemExit(f"{volume}: the disk is blank, but the server knows it to hold data; nothing is formatted")
-        open_disk(volume, passphrase.reveal(), is_blank=is_blank)
+        open_disk("root", grant.root_passphrase, may_format=False)
+        keys = await agent.sync({volume: has_luks_header(device) for volume, device in devices.items()})
+        for key in keys:
+            open_disk(key.volume, key.passphrase, may_format=key.may_format)
 
 
-def is_luks(device):
-    with Path(device).open("rb") as disk:
-        return disk.read(6) == b"LUKS\xba\xbe"
-
-
-def open_disk(volume, passphrase, *, is_blank):
+def open_disk(volume, passphrase, *, may_format):
     """Stands for ``cryptsetup luksFormat`` and ``open`` with the passphrase on standard input (``--key-file=-``)."""
-    print(f"{volume}: {'format and open' if is_blank else 'open'} with a passphrase of {len(passphrase)} bytes")
+    print(f"{volume}: {'format and open' if may_format else 'open'} with a passphrase of {len(passphrase)} bytes")
 
 
 if __name__ == "__main__":
     if len(sys.argv) < 7 or not all("=" in disk for disk in sys.argv[6:]):
-        raise SystemExit(f"usage: {sys.argv[0]} URL HOTKEY VM_NAME QUOTE_COMMAND CA_PEM VOLUME=DEVICE...")
-    url, hotkey, vm_name, command, ca, *disks = sys.argv[1:]
-    volumes = dict(disk.split("=", 1) for disk in disks)
-    trio.run(unlock, url, hotkey, vm_name, make_quoter(command), Path(ca).read_bytes(), volumes, open_disk)
+        raise SystemExit(f"usage: {sys.argv[0]} URL HOTKEY VM_NAME QUOTER CA_FILE VOLUME=DEVICE...")
+    url, hotkey, vm_name, quoter, ca_file, *disks = sys.argv[1:]
+    devices = dict(disk.split("=", 1) for disk in disks)
+    trio.run(unlock, url, hotkey, vm_name, make_quoter(quoter), Path(ca_file).read_bytes(), devices)

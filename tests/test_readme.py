@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import trio
 
+import chutes_proto.sync
 from chutes_proto.boot import _exchange as exchange
 from chutes_proto.quote.errors import VerificationError
+from chutes_proto.sync import has_luks_header
 from chutes_proto.testing._directory import PLATFORM_FILE, PlatformRecord
 from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.wire import endpoints
 from chutes_proto.wire.codes import Code
 from tests.dev_server import dev_server
+from tests.luks import headers
 
+HOTKEY = "5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY"
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
 
@@ -26,21 +29,42 @@ def section(title: str) -> str:
     return re.split(r"^## ", README.partition(f"\n## {title}\n")[2], flags=re.MULTILINE)[0]
 
 
+def block(number: int) -> str:
+    """The README's Python of this number."""
+    return str(re.findall(r"```python\n(.*?)```", README, re.DOTALL)[number])
+
+
 def code(number: int) -> dict[str, Any]:
     """What the README's Python of this number defines."""
     names: dict[str, Any] = {}
-    exec(re.findall(r"```python\n(.*?)```", README, re.DOTALL)[number], names)
+    exec(block(number), names)
     return names
 
 
-def test_the_agent_of_the_readme_is_given_its_keys(tmp_path):
-    hotkey = "5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY"
-    with dev_server(tmp_path) as server:
-        quoter = PlatformRecord.decode((tmp_path / PLATFORM_FILE).read_bytes()).platform.quote
-        unlock = partial(code(0)["unlock"], server.url, hotkey, "vm-1", quoter, server.ca.read_bytes())
-        root, keys, in_use = trio.run(unlock)
-    assert len(root) == len(keys["storage"]) == len(keys["tdx-cache"]) == 128
-    assert in_use == {"storage"}
+def test_the_agent_of_the_readme_is_given_its_keys(tmp_path, monkeypatch):
+    """As it stands, but for the address of the server, the hotkey, and disks that are images."""
+    blank, formatted = tmp_path / "blank", tmp_path / "formatted"
+    for disk in (blank, formatted):
+        with disk.open("wb") as file:
+            file.truncate(headers.SIZE)
+            file.write(headers.both(headers.told()) if disk is formatted else b"")
+    opened = []
+
+    def open_disk(volume, passphrase, *, may_format):
+        opened.append((volume, len(passphrase), may_format))
+
+    with dev_server(tmp_path / "platform") as server:
+        platform = PlatformRecord.decode((server.platform / PLATFORM_FILE).read_bytes()).platform
+        monkeypatch.setattr(chutes_proto.sync, "auto_quoter", lambda: platform.quote)
+        monkeypatch.setattr(chutes_proto.sync, "has_luks_header", partial(has_luks_header, images=True))
+        monkeypatch.setenv("SSL_CERT_FILE", str(server.ca))
+        said = {"https://keys.example:8443": server.url, "5Grw…": HOTKEY, "/dev/vdb": formatted, "/dev/vdc": blank}
+        text = block(0)
+        for words, meant in said.items():
+            assert words in text
+            text = text.replace(words, str(meant))
+        exec(text, {"open_disk": open_disk})
+    assert opened == [("storage", 128, False), ("tdx-cache", 128, True)]
 
 
 def test_the_verifier_of_the_readme_trusts_intel_alone(vectors):
