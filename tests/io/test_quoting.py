@@ -17,7 +17,8 @@ import pytest
 from chutes_proto.errors import ConfigurationError, QuoteUnavailable
 from chutes_proto.io import agent
 from chutes_proto.io.agent import TimedQuoter, command_signer
-from chutes_proto.io.quoters.choose import MAX_QUOTE, AutoQuoter, make_quoter, take_quote
+from chutes_proto.io.quoters import MAX_QUOTE
+from chutes_proto.io.quoters.choose import AutoQuoter, make_quoter, take_quote
 from chutes_proto.io.quoters.command import CommandQuoter
 from chutes_proto.io.quoters.simulated import open_platform
 from tests.waiting import wait_until
