@@ -15,7 +15,7 @@ from tests.dev_server import dev_server
 
 HOTKEY = "5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY"
 UNWANTED = frozenset(
-    "OpenSSL anyio asyncio bz2 cattrs concurrent http httpcore httpx hypothesis logging lzma msgspec multiprocessing "
+    "OpenSSL anyio asyncio bz2 concurrent http httpcore httpx hypothesis logging lzma msgspec multiprocessing "
     "psycopg schemathesis shutil sqlite3 sr25519 trio uuid chutes_proto_asyncio chutes_proto_trio".split()
 )
 """Packages: each costs more than the agent's part in a boot, or an initramfs does not have it."""

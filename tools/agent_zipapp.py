@@ -28,7 +28,9 @@ from pathlib import Path
 
 PACKAGE = "chutes_proto"
 ROOTS = (f"{PACKAGE}.cli.main", f"{PACKAGE}.cli.agent")
-BUNDLED = ("attr", "attrs", "h11")
+BUNDLED = ("attr", "attrs", "cattrs", "h11", "typing_extensions")
+LEFT_OUT = frozenset({"preconf", "strategies", "tests"})
+"""Folders of bundled packages that no command imports."""
 THERE = ("cryptography",)
 """What the target's own packages have."""
 
@@ -65,11 +67,15 @@ def _gather(tree: Path) -> None:
     for name in sorted(modules()):
         source = _source(name)
         _copy(source, tree / Path(*name.split(".")) / source.name if _is_package(source) else _place(tree, name))
-    for package in BUNDLED:
-        folder = _source(package).parent
-        for source in sorted(folder.rglob("*.py")):
-            if "tests" not in source.relative_to(folder).parts:
-                _copy(source, tree / package / source.relative_to(folder))
+    for bundled in BUNDLED:
+        origin = _source(bundled)
+        if not _is_package(origin):
+            _copy(origin, _place(tree, bundled))
+            continue
+        for source in sorted(origin.parent.rglob("*.py")):
+            place = source.relative_to(origin.parent)
+            if LEFT_OUT.isdisjoint(place.parts):
+                _copy(source, tree / bundled / place)
     _ = (tree / "__main__.py").write_text(MAIN, "utf-8")
 
 

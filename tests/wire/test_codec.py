@@ -7,9 +7,9 @@ from attrs import evolve
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chutes_proto._converter import MOST
 from chutes_proto.errors import BadRequest, Refusal, Refused, RemoteProtocolError, Unavailable
 from chutes_proto.secret import Secret
-from chutes_proto.strict import MOST
 from chutes_proto.wire import codec, endpoints, json, public, vms
 from chutes_proto.wire.answers import error_response
 from chutes_proto.wire.codes import Code

@@ -17,13 +17,13 @@ from typing import Final, Literal, TypeAlias, cast
 
 from attrs import evolve, field, frozen
 
+from chutes_proto._converter import ProblemsError, StrictConverter
 from chutes_proto.auth.hotkey import Hotkey, HotkeyError
 from chutes_proto.boot._quoter_names import COMMAND, cut_command, parse_quoter
 from chutes_proto.boot._retry_policy import RetryPolicy
 from chutes_proto.errors import ConfigurationError, LocalProtocolError
 from chutes_proto.luks.volume import Volume
 from chutes_proto.secret import Secret
-from chutes_proto.strict import Structurer
 from chutes_proto.wire import json
 from chutes_proto.wire.names import NAME_PATTERN, NAME_RULE
 from chutes_proto.wire.origin import Origin
@@ -183,7 +183,10 @@ class AgentSettings:
     @classmethod
     def from_toml(cls, data: bytes) -> AgentSettings:
         """The settings in ``data``. Raises `ConfigurationError`, which lists all that is wrong."""
-        settings = _STRUCTURER.from_toml(data, cls, _problems)
+        try:
+            settings = _CONVERTER.from_toml(data, cls, _problems)
+        except ProblemsError as exc:
+            raise ConfigurationError(str(exc)) from None
         return evolve(settings, servers=tuple(server.removesuffix("/") for server in settings.servers))
 
 
@@ -354,4 +357,4 @@ def _wrong(name: str, what: str) -> ConfigurationError:
     return ConfigurationError(f"config volume: {name}: {what}")
 
 
-_STRUCTURER: Final = Structurer(own_file=True)
+_CONVERTER: Final = StrictConverter(own_file=True)

@@ -17,12 +17,12 @@ from typing import Final, Literal, cast
 import attrs
 from attrs import field, frozen
 
+from chutes_proto._converter import MismatchError, ProblemsError, StrictConverter, list_of, string
 from chutes_proto.collateral.pcs import Upstream
 from chutes_proto.errors import ConfigurationError
 from chutes_proto.keys.generations import RESERVED_VOLUMES
 from chutes_proto.server._gpus import Gpu
 from chutes_proto.server._proxy import CERTIFICATE_HEADERS, SECRET_HEADER, Network
-from chutes_proto.strict import MismatchError, Structurer, list_of, string
 from chutes_proto.wire.evidence import PORT
 
 _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")  # RFC 9110, section 5.6.2
@@ -202,7 +202,10 @@ class ServerConfig:
     @classmethod
     def from_toml(cls, data: bytes) -> ServerConfig:
         """The configuration in ``data``. Raises `ConfigurationError`, which lists all that is wrong."""
-        return _STRUCTURER.from_toml(data, cls, _problems)
+        try:
+            return _CONVERTER.from_toml(data, cls, _problems)
+        except ProblemsError as exc:
+            raise ConfigurationError(str(exc)) from None
 
 
 _FLOORS: Final = {
@@ -363,7 +366,7 @@ def _listen_address(text: str) -> tuple[str, int]:
 # --- strict structuring ---
 
 
-def _hotkeys(value: object) -> tuple[str, ...] | str:
+def _hotkeys(value: object, _: object) -> tuple[str, ...] | str:
     if value == "*":
         return "*"
     if isinstance(value, str):
@@ -371,7 +374,7 @@ def _hotkeys(value: object) -> tuple[str, ...] | str:
     return list_of(string)(value)
 
 
-def _service(value: object) -> CollateralService:
+def _service(value: object, _: object) -> CollateralService:
     """A service is its URL, or a table."""
     if isinstance(value, str):
         return CollateralService(value)
@@ -385,6 +388,6 @@ def _service(value: object) -> CollateralService:
             raise MismatchError("service_type", 'Input should be "https://…" or { url = "…", root_ca_crl = "…" }')
 
 
-_STRUCTURER: Final = Structurer(
-    [(tuple[str, ...] | Literal["*"], _hotkeys), (CollateralService, _service)], own_file=True
+_CONVERTER: Final = StrictConverter(
+    {tuple[str, ...] | Literal["*"]: _hotkeys, CollateralService: _service}, own_file=True
 )

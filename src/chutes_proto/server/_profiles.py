@@ -12,11 +12,11 @@ from typing import Literal
 
 from attrs import frozen
 
+from chutes_proto._converter import ProblemsError, StrictConverter
 from chutes_proto.errors import ConfigurationError
 from chutes_proto.quote._measurements import Profile, Rtmrs
 from chutes_proto.secret import Secret
 from chutes_proto.store.rows import Exchange
-from chutes_proto.strict import ProblemsError, Structurer
 from chutes_proto.wire.codec import encode_answer
 from chutes_proto.wire.public import MEASUREMENTS, EncodedMeasurements, Measurements, MeasurementsAnswer, Registers
 
@@ -55,7 +55,7 @@ def serve_profile(
     """Join a profile with its options; ``read`` gets a passphrase file. Raises `ConfigurationError`."""
     named = f"profile {profile.name!r}"
     try:
-        options = _STRUCTURER.structure({**defaults, **extras}, ServedOptions)
+        options = _CONVERTER.structure({**defaults, **extras}, ServedOptions)
     except ProblemsError as exc:
         raise ConfigurationError(f"{named}: {exc}") from None
     passphrase = None
@@ -104,4 +104,4 @@ def _image_passphrase(named: str, data: bytes) -> Secret:
     return Secret(value)
 
 
-_STRUCTURER = Structurer(own_file=True)
+_CONVERTER = StrictConverter(own_file=True)

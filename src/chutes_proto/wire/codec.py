@@ -21,9 +21,9 @@ from urllib.parse import parse_qsl, quote, urlencode
 
 import attrs
 
+from chutes_proto._converter import MismatchError, ProblemsError, StrictConverter, list_of, string
 from chutes_proto.errors import BadRequest, Refusal, Refused, RemoteProtocolError, ValidationProblem, refusal
 from chutes_proto.secret import Secret
-from chutes_proto.strict import MismatchError, ProblemsError, Structurer, list_of, string
 from chutes_proto.wire import json
 from chutes_proto.wire.answers import JSON_HEADERS
 from chutes_proto.wire.codes import Code
@@ -50,8 +50,7 @@ def encode_request(endpoint: Endpoint, message: Message, headers: Headers = ()) 
     for attribute in attrs.fields(type(message)):
         value = getattr(message, attribute.name)
         if value is not None:
-            plain = _plain(value) if _place(attribute) == "body" else value
-            values[_place(attribute)][wire_name(attribute)] = plain
+            values[_place(attribute)][wire_name(attribute)] = _CONVERTER.unstructure(value)
     path = "/".join(
         quote(values["path"][segment[1:-1]], safe="") if segment.startswith("{") else segment
         for segment in endpoint.path.split("/")
@@ -80,7 +79,7 @@ def decode_request(match: Match, request: HttpRequest) -> Message:
         if name in sources[place]
     }
     try:
-        return _STRUCTURER.structure(raw, match.endpoint.request)
+        return _CONVERTER.structure(raw, match.endpoint.request)
     except ProblemsError as exc:
         whence = {field: [place, name] for place, names in places.items() for name, field in names.items()}
         problems: list[ValidationProblem] = [
@@ -91,7 +90,7 @@ def decode_request(match: Match, request: HttpRequest) -> Message:
 
 def decode_list(data: bytes, kind: type[T]) -> tuple[T, ...]:
     """A JSON list of one kind of a message's parts. Raises `ValueError`, whose text repeats none of it."""
-    return _STRUCTURER.structure(json.decode(data), tuple[kind, ...])  # type: ignore[valid-type]
+    return _CONVERTER.structure(json.decode(data), tuple[kind, ...])  # type: ignore[valid-type]
 
 
 def decode_quote(text: str) -> bytes:
@@ -118,33 +117,13 @@ def encode_answer(endpoint: Endpoint, answer: Message) -> HttpResponse:
 def _answer_content(answer: Message) -> bytes:
     match answer:
         case VolumeSyncAnswer(passphrases=passphrases, in_use=in_use):
-            members: dict[str, object] = {volume: _plain(secret) for volume, secret in passphrases}
+            members: dict[str, object] = {volume: _CONVERTER.unstructure(secret) for volume, secret in passphrases}
             return json.encode({**members, VolumeSyncAnswer.IN_USE: list(in_use)})
         case _ if (verbatim := the_bytes(type(answer))) is not None:
             return cast("bytes", getattr(answer, verbatim))
         case _:
             name = the_list(type(answer))
-            return json.encode(_plain(answer if name is None else getattr(answer, name)))
-
-
-def _plain(value: object) -> object:
-    """``value`` as JSON has it; members that may be left out are, where they are None."""
-    match value:
-        case Secret():
-            return value.reveal().decode("ascii")
-        case tuple():
-            return [_plain(item) for item in cast("tuple[object, ...]", value)]
-        case dict():
-            return {name: _plain(item) for name, item in cast("dict[str, object]", value).items()}
-        case _ if attrs.has(type(value)):
-            content: dict[str, object] = {}
-            for attribute in attrs.fields(cast("Any", type(value))):
-                member = getattr(value, attribute.name)
-                if member is not None or attribute.default is attrs.NOTHING:
-                    content[attribute.name] = _plain(member)
-            return content
-        case _:
-            return value
+            return json.encode(_CONVERTER.unstructure(answer if name is None else getattr(answer, name)))
 
 
 def decode_answer(endpoint: Endpoint, response: HttpResponse) -> Message:
@@ -162,7 +141,7 @@ def decode_answer(endpoint: Endpoint, response: HttpResponse) -> Message:
         in_use = content.pop(VolumeSyncAnswer.IN_USE, [])
         content = {"passphrases": list(content.items()), "in_use": in_use}
     try:
-        return _STRUCTURER.structure(content, endpoint.answer)
+        return _CONVERTER.structure(content, endpoint.answer)
     except ProblemsError as exc:
         raise RemoteProtocolError(f"the server's answer is not what it should be: {exc}") from None
 
@@ -279,14 +258,14 @@ def _invalid_body(kind: str, msg: str) -> NoReturn:
 # --- strict structuring ---
 
 
-def _name(value: object) -> str:
+def _name(value: object, _: object) -> str:
     text = string(value)
     if not re.fullmatch(NAME_PATTERN, text, re.ASCII):
         raise MismatchError("string_pattern_mismatch", f"String should match pattern '{NAME_PATTERN}'")
     return text
 
 
-def _secret(value: object) -> Secret:
+def _secret(value: object, _: object = None) -> Secret:
     text = string(value)
     if not text or not text.isascii() or not text.isprintable():
         raise MismatchError("value_error", "Input should be printable ASCII, and not empty")
@@ -298,4 +277,8 @@ def _passphrase(value: object) -> tuple[str, Secret]:
     return name, _secret(secret)
 
 
-_STRUCTURER = Structurer([(Name, _name), (Secret, _secret), (tuple[tuple[str, Secret], ...], list_of(_passphrase))])
+_CONVERTER = StrictConverter(
+    {Name: _name, Secret: _secret, tuple[tuple[str, Secret], ...]: list_of(_passphrase)},
+    plain={Secret: lambda secret: secret.reveal().decode("ascii")},
+    omit_none=True,
+)

@@ -1,0 +1,311 @@
+"""Convert plain data (as JSON and TOML have it) to attrs values and back: the project's one cattrs converter.
+
+Rules kept here:
+
+* nothing is coerced: a number is not a string, a string is not a list, ``true`` is not a number;
+* a type that no rule here makes is refused when it is first asked for, never guessed;
+* every problem is found, up to `MOST`, each with its path; none repeats a value;
+* cattrs is imported at the first conversion: importing the verifier or the agent's settings does not cost that.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
+from math import isfinite
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, TypeVar, Union, cast, get_args, get_origin
+
+import attrs
+from attrs import frozen
+
+if TYPE_CHECKING:
+    from cattrs import ClassValidationError, Converter
+
+T = TypeVar("T")
+
+Hook: TypeAlias = Callable[[object, Any], Any]
+"""Makes a value of the type (second argument) from plain data. Raises `ProblemsError`."""
+
+MOST: Final = 100
+"""The most problems that are reported: a small body could have a great many."""
+
+
+@frozen
+class Problem:
+    """One problem: its path (names and indexes), its kind in a stable word, and the text."""
+
+    path: tuple[int | str, ...]
+    kind: str
+    msg: str
+
+    def __str__(self) -> str:
+        return ": ".join(filter(None, [".".join(map(str, self.path)), self.msg]))
+
+
+class ProblemsError(ValueError):
+    """Lists all problems of a value."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = tuple(problems)[:MOST]
+        super().__init__("; ".join(map(str, self.problems)))
+
+    def at(self, place: int | str) -> list[Problem]:
+        """The same problems, seen from the value that has this one at ``place``."""
+        return [attrs.evolve(problem, path=(place, *problem.path)) for problem in self.problems]
+
+
+class MismatchError(ProblemsError):
+    """A value has one problem. ``kind`` is a stable word."""
+
+    def __init__(self, kind: str, msg: str) -> None:
+        super().__init__([Problem((), kind, msg)])
+
+
+class StrictConverter:
+    """Converts plain data to attrs values, strictly, and back.
+
+    Args:
+        hooks: how types of the caller's own are made, beside the usual ones.
+        own_file: the input is its author's own file: unknown names are problems, and problems tell names. Otherwise
+            unknown names are ignored, and a mapping's names, which are input, appear in paths as their position.
+        refusal: the error that a class raises for fields that contradict each other; its text begins with the field's
+            name and ``: ``.
+        plain: how types of the caller's own become plain data.
+        omit_none: leave out of plain data what is None by default.
+
+    A field's type may be optional, a ``Literal`` of words, ``tuple[…, ...]``, ``Mapping[str, …]``, or an attrs class.
+    """
+
+    def __init__(
+        self,
+        hooks: Mapping[Any, Hook] | None = None,
+        *,
+        own_file: bool = False,
+        refusal: type[Exception] = ProblemsError,
+        plain: Mapping[type[Any], Callable[[Any], object]] | None = None,
+        omit_none: bool = False,
+    ) -> None:
+        self._hooks: dict[Any, Hook] = {**_USUAL, **(hooks or {})}
+        self._own_file = own_file
+        self._refusal = refusal
+        self._plain = plain or {}
+        self._omit_none = omit_none
+
+    def structure(self, value: object, kind: type[T]) -> T:
+        """``value`` as a ``kind``. Raises `ProblemsError`."""
+        try:
+            return self._fast.structure(value, kind)
+        except self._failures:
+            return self._detailed.structure(value, kind)
+
+    def unstructure(self, value: object) -> Any:
+        """``value`` as plain data."""
+        return self._fast.unstructure(value)
+
+    def from_toml(self, data: bytes, kind: type[T], check: Callable[[T], Iterable[str]]) -> T:
+        """The ``kind`` in a TOML file.
+
+        Raises `ProblemsError` with all that is wrong with its form, or else with all that ``check`` finds.
+        """
+        made = self.structure(load_toml(data), kind)
+        if problems := [Problem((), "value_error", text) for text in check(made)]:
+            raise ProblemsError(problems)
+        return made
+
+    @cached_property
+    def _failures(self) -> tuple[type[Exception], ...]:
+        from cattrs import ForbiddenExtraKeysError
+
+        return (ProblemsError, KeyError, ForbiddenExtraKeysError, self._refusal)
+
+    @cached_property
+    def _fast(self) -> Converter:
+        """Stops at the first problem."""
+        return self._made(detailed=False)
+
+    @cached_property
+    def _detailed(self) -> Converter:
+        """Accepts exactly what `_fast` does, and raises `ProblemsError` with all problems."""
+        return self._made(detailed=True)
+
+    def _made(self, *, detailed: bool) -> Converter:
+        from cattrs import Converter
+        from cattrs.gen import make_dict_unstructure_fn, override
+
+        converter = Converter(detailed_validation=detailed, forbid_extra_keys=self._own_file)
+
+        def structure_hook(kind: Any) -> Hook:
+            return self._hook(kind, converter)
+
+        _ = converter.register_structure_hook_factory(lambda _: True, structure_hook)
+        for kind in (str, int, bool, float, bytes):  # cattrs would call the type
+            converter.register_structure_hook(kind, self._hooks.get(kind, _refuse))
+        for kind, plain in self._plain.items():
+            converter.register_unstructure_hook(kind, plain)
+        if self._omit_none:
+
+            def unstructure_table(kind: type[Any]) -> Callable[[Any], dict[str, Any]]:
+                fields = attrs.fields(attrs.resolve_types(kind))
+                omitted = {field.name: override(omit_if_default=True) for field in fields if field.default is None}
+                return make_dict_unstructure_fn(kind, converter, _cattrs_use_linecache=False, **omitted)  # type: ignore[arg-type]
+
+            _ = converter.register_unstructure_hook_factory(attrs.has, unstructure_table)
+        return converter
+
+    def _hook(self, kind: Any, converter: Converter) -> Hook:
+        if kind in self._hooks:
+            return self._hooks[kind]
+        if attrs.has(kind):
+            return self._table(kind, converter)
+        match get_origin(kind), get_args(kind):
+            case (origin, (one, none)) if origin in (Union, UnionType) and none is NoneType:
+                hook = converter.get_structure_hook(one)
+                return lambda value, _: None if value is None else hook(value, one)
+            case (origin, words) if origin is Literal:
+                return literal(*words)
+            case (origin, (item, end)) if origin is tuple and end is ...:
+                hook = converter.get_structure_hook(item)
+                if converter.detailed_validation:
+                    return list_of(lambda value: hook(value, item))
+                return lambda value, _: tuple([hook(member, item) for member in _list(value)])
+            case (origin, (key, item)) if origin is Mapping and key is str:
+                hook = converter.get_structure_hook(item)
+                return _mapping_of(lambda value: hook(value, item), tell_names=self._own_file)
+            case _:
+                raise TypeError(f"nothing makes a {kind}")
+
+    def _table(self, kind: type[Any], converter: Converter) -> Hook:
+        from cattrs import ClassValidationError
+        from cattrs.gen import make_dict_structure_fn
+
+        make = make_dict_structure_fn(attrs.resolve_types(kind), converter, _cattrs_use_linecache=False)
+        if not converter.detailed_validation:
+            return lambda value, _: make(_object(value), kind)
+
+        def hook(value: object, _: object) -> Any:
+            try:
+                return make(_object(value), kind)
+            except ClassValidationError as exc:
+                raise ProblemsError(self._problems(exc)) from None
+
+        return hook
+
+    def _problems(self, found: ClassValidationError) -> list[Problem]:
+        from cattrs import ForbiddenExtraKeysError
+
+        problems: list[Problem] = []
+        of_fields, others = found.group_exceptions()
+        for exc, field in of_fields:
+            if isinstance(exc, ProblemsError):
+                problems += exc.at(field.name)
+            elif isinstance(exc, KeyError):
+                problems.append(Problem((field.name,), "missing", "Field required"))
+            else:
+                raise exc
+        for exc in others:
+            if isinstance(exc, ProblemsError):
+                problems += exc.problems
+            elif isinstance(exc, ForbiddenExtraKeysError):
+                problems += [Problem((name,), "extra_forbidden", "Unknown key") for name in sorted(exc.extra_fields)]
+            elif isinstance(exc, self._refusal):
+                name, _, msg = str(exc).partition(": ")
+                problems.append(Problem((name,), "value_error", msg))
+            else:
+                raise exc
+        return problems
+
+
+def load_toml(data: bytes) -> dict[str, object]:
+    """The content of a TOML file. Raises `ProblemsError`."""
+    try:
+        return tomllib.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as exc:
+        raise MismatchError("toml", f"not TOML: {exc}") from None
+
+
+def exactly(wanted: type[T], error: str, msg: str) -> Callable[..., T]:
+    """A hook for values of just this type."""
+
+    def hook(value: object, kind: object = wanted) -> T:
+        if type(value) is not wanted or kind is not wanted:  # cattrs asks this hook for subclasses too
+            raise MismatchError(error, msg)
+        return value
+
+    return hook
+
+
+def list_of(item: Callable[[object], T]) -> Callable[..., tuple[T, ...]]:
+    """A hook that makes a tuple of a list."""
+
+    def hook(value: object, _: object = None) -> tuple[T, ...]:
+        return tuple(_each(enumerate(_list(value)), item))
+
+    return hook
+
+
+def literal(*values: str) -> Hook:
+    """A hook for one of a few words."""
+    choices = " or ".join(f'"{value}"' for value in values)
+
+    def hook(value: object, _: object) -> str:
+        if not isinstance(value, str) or value not in values:
+            raise MismatchError("literal_error", f"Input should be {choices}")
+        return value
+
+    return hook
+
+
+def number(value: object, _: object) -> float:
+    """A finite number: neither JSON nor TOML needs to tell 1 from 1.0."""
+    try:
+        if type(value) in (int, float) and isfinite(made := float(cast("float", value))):
+            return made
+    except OverflowError:
+        pass
+    raise MismatchError("float_type", "Input should be a valid number")
+
+
+string = exactly(str, "string_type", "Input should be a valid string")
+integer = exactly(int, "int_type", "Input should be a valid integer")
+boolean = exactly(bool, "bool_type", "Input should be a valid boolean")
+_list: Callable[..., list[object]] = exactly(list, "list_type", "Input should be a valid list")
+_object: Callable[..., dict[str, object]] = exactly(dict, "dict_type", "Input should be a valid dictionary")
+
+_USUAL: Final[Mapping[Any, Hook]] = {
+    str: string,
+    int: integer,
+    bool: boolean,
+    float: number,
+    Mapping[str, object]: lambda value, _: _object(value),
+}
+
+
+def _refuse(_: object, kind: object) -> Any:
+    raise TypeError(f"nothing makes a {kind}")
+
+
+def _mapping_of(item: Callable[[object], T], *, tell_names: bool) -> Hook:
+    def hook(value: object, _: object) -> dict[str, T]:
+        table = _object(value)
+        places = table if tell_names else range(len(table))
+        return dict(zip(table, _each(zip(places, table.values(), strict=True), item), strict=True))
+
+    return hook
+
+
+def _each(members: Iterable[tuple[int | str, object]], item: Callable[[object], T]) -> list[T]:
+    """What ``item`` makes of each at its place."""
+    made: list[T] = []
+    problems: list[Problem] = []
+    for place, member in members:
+        try:
+            made.append(item(member))
+        except ProblemsError as exc:
+            problems += exc.at(place)
+            if len(problems) >= MOST:
+                break
+    if problems:
+        raise ProblemsError(problems)
+    return made
