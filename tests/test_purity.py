@@ -52,8 +52,9 @@ NEVER_IMPORTS: dict[str, tuple[str, ...]] = {
 """Which room never imports which others."""
 
 QUOTE = "chutes_proto.quote"
-QUOTE_MAY_IMPORT = ("attr", "attrs", "cryptography", "msgspec", QUOTE, f"{CORE}.ChutesError")
-"""The verifier can be taken out and used alone: this and the (pure part of the) standard library is all it knows."""
+CONVERTER = f"{CORE}._converter"
+QUOTE_MAY_IMPORT = ("attr", "attrs", "cattrs", "cryptography", "msgspec", QUOTE, CONVERTER, f"{CORE}.ChutesError")
+"""The verifier can be used alone, with the converter: both import this and the pure part of the standard library."""
 
 
 def within(name: str, package: str) -> bool:
@@ -86,10 +87,10 @@ def _import_violation(module: str, name: str) -> str | None:
     for room, others in NEVER_IMPORTS.items():
         if within(module, room) and any(within(name, other) for other in others):
             return f"imports {name}, of which {room} knows nothing"
-    if within(module, QUOTE):
+    if within(module, QUOTE) or module == CONVERTER:
         root = name.partition(".")[0]
         if root not in sys.stdlib_module_names and not any(within(name, allowed) for allowed in QUOTE_MAY_IMPORT):
-            return f"imports {name}, of which {QUOTE} knows nothing"
+            return f"imports {name}, of which {module} knows nothing"
     return None
 
 
@@ -153,9 +154,14 @@ def test_module_keeps_the_rules(path: Path) -> None:
         ("chutes_proto.boot._flows", "async def f(): ...", "async def f"),
         ("chutes_proto.boot._flows", "def f():\n  yield Sleep(1)", "2: a bare yield"),
         ("chutes_proto.boot._flows", "def f():\n  x = yield", "2: a bare yield"),
-        ("chutes_proto.quote._verify", "from chutes_proto.wire import http", "of which chutes_proto.quote knows"),
-        ("chutes_proto.quote._verify", "from chutes_proto import errors", "of which chutes_proto.quote knows"),
-        ("chutes_proto.quote._verify", "import h11", "of which chutes_proto.quote knows"),
+        (
+            "chutes_proto.quote._verify",
+            "from chutes_proto.wire import http",
+            "of which chutes_proto.quote._verify knows",
+        ),
+        ("chutes_proto._converter", "from chutes_proto import errors", "of which chutes_proto._converter knows"),
+        ("chutes_proto.quote._verify", "from chutes_proto import errors", "of which chutes_proto.quote._verify knows"),
+        ("chutes_proto.quote._verify", "import h11", "of which chutes_proto.quote._verify knows"),
         ("chutes_proto.wire.codec", "from chutes_proto.server import app", "of which chutes_proto.wire knows"),
         ("chutes_proto.auth.binding", "import chutes_proto.boot._flows", "of which chutes_proto.auth knows"),
         ("chutes_proto.keys.vault", "from chutes_proto.effects import Flow", "of which chutes_proto.keys knows"),

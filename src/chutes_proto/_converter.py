@@ -72,6 +72,7 @@ class StrictConverter:
             unknown names are ignored, and a mapping's names, which are input, appear in paths as their position.
         refusal: the error that a class raises for fields that contradict each other; its text begins with the field's
             name and ``: ``.
+        names: how fields are called in plain data, where not by their own name.
         plain: how types of the caller's own become plain data.
         omit_none: leave out of plain data what is None by default.
 
@@ -84,12 +85,14 @@ class StrictConverter:
         *,
         own_file: bool = False,
         refusal: type[Exception] = ProblemsError,
+        names: Mapping[str, str] | None = None,
         plain: Mapping[type[Any], Callable[[Any], object]] | None = None,
         omit_none: bool = False,
     ) -> None:
         self._hooks: dict[Any, Hook] = {**_USUAL, **(hooks or {})}
         self._own_file = own_file
         self._refusal = refusal
+        self._names = names or {}
         self._plain = plain or {}
         self._omit_none = omit_none
 
@@ -178,9 +181,10 @@ class StrictConverter:
 
     def _table(self, kind: type[Any], converter: Converter) -> Hook:
         from cattrs import ClassValidationError
-        from cattrs.gen import make_dict_structure_fn
+        from cattrs.gen import make_dict_structure_fn, override
 
-        make = make_dict_structure_fn(attrs.resolve_types(kind), converter, _cattrs_use_linecache=False)
+        renamed: dict[str, Any] = {field: override(rename=name) for field, name in self._names.items()}
+        make = make_dict_structure_fn(attrs.resolve_types(kind), converter, _cattrs_use_linecache=False, **renamed)
         if not converter.detailed_validation:
             return lambda value, _: make(_object(value), kind)
 
@@ -198,10 +202,11 @@ class StrictConverter:
         problems: list[Problem] = []
         of_fields, others = found.group_exceptions()
         for exc, field in of_fields:
+            name = self._names.get(field.name, field.name)
             if isinstance(exc, ProblemsError):
-                problems += exc.at(field.name)
+                problems += exc.at(name)
             elif isinstance(exc, KeyError):
-                problems.append(Problem((field.name,), "missing", "Field required"))
+                problems.append(Problem((name,), "missing", "Field required"))
             else:
                 raise exc
         for exc in others:

@@ -1,1 +1,1 @@
-"""The quote verifier, usable alone: it knows nothing of the rest of the project. Start at ``quote/_verify.py``."""
+"""The quote verifier, usable alone: of the project it imports `_converter` only. Start at ``quote/_verify.py``."""

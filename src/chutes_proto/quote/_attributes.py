@@ -18,7 +18,6 @@ from typing import Final, Literal, TypeAlias, get_args
 from attrs import frozen
 
 from chutes_proto.quote._layout import TdAttributes, TdReport10, TdReport15
-from chutes_proto.quote._tables import Table, octets
 from chutes_proto.quote.errors import PolicyError, Refusal
 
 Demand: TypeAlias = Literal["required", "any"]
@@ -122,22 +121,3 @@ class AttributePolicy:
         got = "a report that does not say" if bound is None else bound.hex()
         detail = f"the service TD is not allowed (got {got}, expected {expected})"
         return [Refusal("attributes", "service_td", detail, None, got, expected)]
-
-
-def read_attributes(table: Table, *, unsafe: bool = False) -> AttributePolicy:
-    """The policy in a table: names as in `AttributePolicy`, ``mr_service_td`` in hexadecimal digits.
-
-    ``unsafe`` lets it have ``unsafe_allow_debug``. Raises `PolicyError`.
-    """
-    fields = table.given(
-        sept_ve_disable=str, migratable=str, servtd_ext=str, service_td=str, xfam_required=int, xfam_allowed=int
-    )
-    if unsafe:
-        fields |= table.given(unsafe_allow_debug=bool)
-    path = table.at("mr_service_td")
-    fields["mr_service_td"] = tuple(octets(text, 48, path) for text in table.strings("mr_service_td", ()))
-    table.finish()
-    try:
-        return AttributePolicy(**fields)
-    except PolicyError as exc:
-        raise PolicyError(table.at(str(exc))) from None

@@ -20,7 +20,6 @@ from attrs import frozen
 
 from chutes_proto.quote._layout import SgxReport, TdReport10
 from chutes_proto.quote._pck import PckIdentity
-from chutes_proto.quote._tables import Table, octets
 from chutes_proto.quote.errors import PolicyError, Refusal
 
 Accepted: TypeAlias = tuple[bytes, ...] | None
@@ -83,14 +82,3 @@ class IdentityPolicy:
 
 def _is_value(value: object, size: int) -> bool:
     return type(value) is bytes and len(value) == size
-
-
-def read_identity(table: Table) -> IdentityPolicy:
-    """The policy in a table: names as in `IdentityPolicy`, lists of hexadecimal digits. Raises `PolicyError`."""
-    given = table.keys() & _SIZES.keys()
-    fields = {name: tuple(octets(text, _SIZES[name], table.at(name)) for text in table.strings(name)) for name in given}
-    table.finish()
-    try:
-        return IdentityPolicy(**fields)
-    except PolicyError as exc:
-        raise PolicyError(table.at(str(exc))) from None

@@ -12,29 +12,36 @@ Two forms are read, described in ``README.md`` beside this file: TOML, and the J
 from __future__ import annotations
 
 import json
-import tomllib
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeAlias, cast
+from collections.abc import Mapping
+from typing import Any, Final, Literal, NewType, TypeAlias, cast
 
-from attrs import frozen
+from attrs import astuple, field, frozen
 
+from chutes_proto._converter import (
+    Hook,
+    MismatchError,
+    Problem,
+    ProblemsError,
+    StrictConverter,
+    integer,
+    list_of,
+    string,
+)
 from chutes_proto.quote import _strict_json as strict_json
-from chutes_proto.quote._attributes import AttributePolicy, read_attributes
+from chutes_proto.quote._attributes import AttributePolicy
+from chutes_proto.quote._files import CONVERTER, MAX_SIZE, file_converter, read_toml, within
 from chutes_proto.quote._layout import TdReport10
-from chutes_proto.quote._tables import Table
 from chutes_proto.quote.errors import PolicyError, Refusal
 
 Stage: TypeAlias = Literal["boot", "runtime"]
 Rtmrs: TypeAlias = "tuple[bytes, bytes, bytes, bytes]"
 Extras: TypeAlias = "dict[str, object]"
 ProfileAndExtras: TypeAlias = "tuple[Profile, Extras]"
+Tables: TypeAlias = tuple[Mapping[str, object], ...]
 
 REGISTERS = ("MRTD", "RTMR0", "RTMR1", "RTMR2", "RTMR3")
-MAX_SIZE = 4 * 1024 * 1024
 
 _DEFAULTABLE = frozenset({"version", "expected_gpus", "gpu_count", "attributes"})
-_NULLABLE = frozenset({"gpu_count", "fingerprint"})
-"""Where null is none at all. Elsewhere it would take a default away unseen, and is refused."""
 
 
 @frozen(kw_only=True)
@@ -61,9 +68,9 @@ class Profile:
             text = getattr(self, name)
             if type(text) is not str or not 1 <= len(text) <= 128 or not text.isprintable():
                 raise PolicyError(f"{name}: must be 1 to 128 printable characters")
-        registers = (self.mrtd, *self.boot, *self.runtime)
-        if len(self.boot) != 4 or len(self.runtime) != 4 or any(len(register) != 48 for register in registers):
-            raise PolicyError("a profile has MRTD and twice four RTMRs of 48 bytes")
+        for name, registers, count in (("mrtd", (self.mrtd,), 1), ("boot", self.boot, 4), ("runtime", self.runtime, 4)):
+            if len(registers) != count or any(len(register) != 48 for register in registers):
+                raise PolicyError(f"{name}: must be {'48 bytes' if count == 1 else 'four registers of 48 bytes'}")
         if self.gpu_count is not None and not 1 <= self.gpu_count <= 1024:
             raise PolicyError("gpu_count: must be from 1 to 1024, or 0 for any number")
         if self.fingerprint is not None and len(self.fingerprint) != 32:
@@ -95,6 +102,14 @@ class Profile:
         return found
 
 
+@frozen(kw_only=True)
+class ProfileTables:
+    """The tables of profiles in a TOML file."""
+
+    profile: Tables = ()
+    profile_defaults: Mapping[str, object] = field(factory=dict[str, object])
+
+
 def parse_profiles_toml(
     data: bytes | str, *, extra_keys: frozenset[str] = frozenset(), defaults: Mapping[str, object] | None = None
 ) -> tuple[ProfileAndExtras, ...]:
@@ -102,10 +117,8 @@ def parse_profiles_toml(
 
     ``defaults`` stand in for keys that neither a profile nor the file's ``profile_defaults`` has. Raises `PolicyError`.
     """
-    table = read_toml(data)
-    profiles = read_profiles(table, extra_keys=extra_keys, defaults=defaults)
-    table.finish()
-    return _not_empty(profiles)
+    tables = within("", CONVERTER.structure, read_toml(data), ProfileTables)
+    return _not_empty(read_profiles(tables, extra_keys, defaults))
 
 
 def parse_profiles_json(
@@ -116,87 +129,87 @@ def parse_profiles_json(
     ``defaults`` stand in for keys that a profile lacks. Raises `PolicyError`.
     """
     try:
-        entries = strict_json.decode(data, limit=MAX_SIZE)
+        content = strict_json.decode(data, limit=MAX_SIZE)
     except strict_json.JsonError as exc:
         raise PolicyError(str(exc)) from None
-    if not isinstance(entries, list):
-        raise PolicyError("the file: must be a list of profiles")
-    values = cast("list[object]", entries)
-    return _not_empty(_profiles(values, "profile", ("boot_rtmrs", "runtime_rtmrs"), extra_keys, defaults or {}))
-
-
-def read_toml(data: bytes | str) -> Table:
-    """The table of a TOML file, or of its text. Raises `PolicyError`."""
-    if isinstance(data, str):
-        data = data.encode("utf-8", "surrogatepass")  # a lone surrogate is refused below
-    if len(data) > MAX_SIZE:
-        raise PolicyError(f"more than {MAX_SIZE} bytes of TOML")
-    try:
-        return Table(tomllib.loads(data.decode("utf-8")), "")
-    except (ValueError, RecursionError) as exc:
-        raise PolicyError(f"not TOML: {exc}") from None
+    entries = within("the file", CONVERTER.structure, content, Tables)
+    return _not_empty(_profiles(entries, _IN_JSON, extra_keys, defaults or {}))
 
 
 def read_profiles(
-    table: Table, *, extra_keys: frozenset[str] = frozenset(), defaults: Mapping[str, object] | None = None
+    tables: ProfileTables, extra_keys: frozenset[str], defaults: Mapping[str, object] | None = None
 ) -> tuple[ProfileAndExtras, ...]:
-    """Take ``profile`` and ``profile_defaults`` from a table. Raises `PolicyError`."""
-    own = table.table("profile_defaults", {})
+    """The profiles in tables, each with its keys that are in ``extra_keys``. Raises `PolicyError`."""
+    own = tables.profile_defaults
     if unknown := own.keys() - _DEFAULTABLE - extra_keys:
-        raise PolicyError(f"{own.at(min(unknown))}: there is no such key, or it has no default")
-    entries = table.tables("profile")
-    return _profiles(entries, table.at("profile"), ("boot", "runtime"), extra_keys, {**(defaults or {}), **own.rest()})
+        raise PolicyError(f"profile_defaults.{min(unknown)}: there is no such key, or it has no default")
+    return _profiles(tables.profile, _IN_TOML, extra_keys, {**(defaults or {}), **own})
 
 
 def _profiles(
-    entries: Sequence[object],
-    path: str,
-    stages: tuple[str, str],
-    extra_keys: frozenset[str],
-    defaults: Mapping[str, object],
+    entries: Tables, converter: StrictConverter, extra_keys: frozenset[str], defaults: Mapping[str, object]
 ) -> tuple[ProfileAndExtras, ...]:
     profiles: dict[str, ProfileAndExtras] = {}
     for number, entry in enumerate(entries, 1):
-        profile, extras = _profile(Table(entry, f"{path} {number}"), path, stages, extra_keys, defaults)
+        name = entry.get("name")
+        where = f"profile {name!r}" if isinstance(name, str) else f"profile {number}"
+        own = {**defaults, **entry}
+        extras = {key: own.pop(key) for key in own.keys() & extra_keys}
+        profile = within(where, converter.structure, own, Profile)
         if profile.name in profiles:
-            raise PolicyError(f"{path} {profile.name!r}: the name is there twice")
+            raise PolicyError(f"{where}: the name is there twice")
         profiles[profile.name] = profile, extras
     return tuple(profiles.values())
-
-
-def _profile(
-    table: Table, path: str, stages: tuple[str, str], extra_keys: frozenset[str], defaults: Mapping[str, object]
-) -> ProfileAndExtras:
-    name = table.take("name", str)
-    own = {**defaults, **table.rest()}
-    own = {key: value for key, value in own.items() if value is not None or key not in _NULLABLE}
-    table = Table(own, f"{path} {name!r}: ")
-    fields: dict[str, Any] = {
-        "version": table.take("version", str),
-        "mrtd": table.octets("mrtd", 48),
-        "boot": _rtmrs(table.table(stages[0])),
-        "runtime": _rtmrs(table.table(stages[1])),
-        "expected_gpus": tuple(gpu.lower() for gpu in table.strings("expected_gpus", ())),
-        "gpu_count": table.take("gpu_count", int, 0) or None,
-        "attributes": read_attributes(table.table("attributes")) if "attributes" in own else None,
-        "fingerprint": table.octets("fingerprint", 32) if "fingerprint" in own else None,
-    }
-    extras = {key: own[key] for key in table.keys() & extra_keys}
-    if unknown := table.keys() - extra_keys:
-        raise PolicyError(f"{table.at(min(unknown))}: there is no such key")
-    try:
-        return Profile(name=name, **fields), extras
-    except PolicyError as exc:
-        raise PolicyError(table.at(str(exc))) from None
-
-
-def _rtmrs(table: Table) -> Rtmrs:
-    rtmrs = tuple(table.octets(f"rtmr{index}", 48) for index in range(4))
-    table.finish()
-    return rtmrs[0], rtmrs[1], rtmrs[2], rtmrs[3]
 
 
 def _not_empty(profiles: tuple[ProfileAndExtras, ...]) -> tuple[ProfileAndExtras, ...]:
     if not profiles:
         raise PolicyError("the file: there is no profile in it")
     return profiles
+
+
+# --- strict structuring ---
+
+_Register = NewType("_Register", bytes)
+
+
+@frozen
+class _Rtmrs:
+    rtmr0: _Register
+    rtmr1: _Register
+    rtmr2: _Register
+    rtmr3: _Register
+
+
+def _register(value: object, _: object) -> bytes:
+    register = CONVERTER.structure(value, bytes)
+    if len(register) != 48:
+        raise MismatchError("value_error", "must be 96 hexadecimal digits")
+    return register
+
+
+def _rtmrs(value: object, _: object) -> tuple[bytes, ...]:
+    return astuple(_IN_TOML.structure(value, _Rtmrs))
+
+
+def _attributes(value: object, _: object) -> AttributePolicy:
+    """Null is refused: it would take a default away unseen."""
+    attributes = CONVERTER.structure(value, AttributePolicy)
+    if "unsafe_allow_debug" in cast("dict[str, object]", value):
+        raise ProblemsError([Problem(("unsafe_allow_debug",), "extra_forbidden", "a profile cannot say this")])
+    return attributes
+
+
+def _gpu_count(value: object, _: object) -> int | None:
+    return None if value is None else integer(value) or None
+
+
+_HOOKS: Final[Mapping[Any, Hook]] = {
+    _Register: _register,
+    tuple[bytes, bytes, bytes, bytes]: _rtmrs,
+    AttributePolicy | None: _attributes,
+    int | None: _gpu_count,
+    tuple[str, ...]: list_of(lambda value: string(value).lower()),
+}
+_IN_TOML: Final = file_converter(_HOOKS)
+_IN_JSON: Final = file_converter(_HOOKS, names={"boot": "boot_rtmrs", "runtime": "runtime_rtmrs"})

@@ -14,18 +14,18 @@ Rules kept here:
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Final, Literal, TypeAlias, cast, get_args
 
 from attrs import field, frozen
 
-from chutes_proto.quote._attributes import AttributePolicy, read_attributes
-from chutes_proto.quote._identity import IdentityPolicy, read_identity
+from chutes_proto.quote._attributes import AttributePolicy
+from chutes_proto.quote._files import CONVERTER, read_toml, within
+from chutes_proto.quote._identity import IdentityPolicy
 from chutes_proto.quote._layout import SgxAttributes, SgxReport
-from chutes_proto.quote._measurements import Profile, Stage, read_profiles, read_toml
+from chutes_proto.quote._measurements import Profile, ProfileTables, Stage, Tables, read_profiles
 from chutes_proto.quote._proof import PROOF, Proof, proven
 from chutes_proto.quote._statements import Stated, TcbStatus
-from chutes_proto.quote._tables import Table
 from chutes_proto.quote._tcb import OUT_OF_DATE
 from chutes_proto.quote._verify import Verdict
 from chutes_proto.quote.errors import AppraisalError, PolicyError, Refusal
@@ -334,55 +334,43 @@ def parse_policy_toml(data: bytes | str, *, extra_keys: frozenset[str] = frozens
 
     Profiles may have keys of ``extra_keys``, which mean nothing here. Raises `PolicyError` that names the key.
     """
-    return _read_policy(read_toml(data), extra_keys, MAX_DEPTH)
+    return within("", _read_policy, read_toml(data), extra_keys, MAX_DEPTH)
 
 
-def _read_policy(table: Table, extra_keys: frozenset[str], depth: int) -> AnyPolicy:
-    keys = table.keys()
+def _read_policy(table: Mapping[str, object], extra_keys: frozenset[str], depth: int) -> AnyPolicy:
     for name, combine in _COMBINED.items():
-        if name not in keys:
+        if name not in table:
             continue
-        if other := sorted(keys - {name}):
-            raise PolicyError(f"{table.at(other[0])}: does not go beside {name}, whose members say all")
-        if not (entries := table.tables(name)):
-            raise PolicyError(f"{table.at(name)}: must have at least one policy")
+        if other := sorted(table.keys() - {name}):
+            raise PolicyError(f"{other[0]}: does not go beside {name}, whose members say all")
         if depth == 0:
-            raise PolicyError(f"{table.at(name)}: more than {MAX_DEPTH} levels of policies in policies")
-        inner = [Table(entry, f"{table.at(name)} {number}") for number, entry in enumerate(entries, 1)]
-        return combine(tuple(_read_policy(member, extra_keys, depth - 1) for member in inner))
-    fields: dict[str, Any] = {
-        "measurements": table.take("measurements", str, "profiles"),
-        "tcb": _read_tcb(table.table("tcb", {})),
-        "attributes": read_attributes(table.table("attributes", {}), unsafe=True),
-        "identity": read_identity(table.table("identity", {})),
-        "profiles": tuple(profile for profile, _ in read_profiles(table, extra_keys=extra_keys)),
-    }
-    table.finish()
-    try:
-        return Policy(**fields)
-    except PolicyError as exc:
-        raise PolicyError(table.at(str(exc))) from None
+            raise PolicyError(f"{name}: more than {MAX_DEPTH} levels of policies in policies")
+        entries = within(name, CONVERTER.structure, table[name], Tables)
+        if not entries:
+            raise PolicyError(f"{name}: must have at least one policy")
+        members = enumerate(entries, 1)
+        return combine(
+            tuple(within(f"{name} {number}", _read_policy, entry, extra_keys, depth - 1) for number, entry in members)
+        )
+    form = CONVERTER.structure(table, _PolicyForm)
+    return Policy(
+        tcb=form.tcb,
+        attributes=form.attributes,
+        profiles=tuple(profile for profile, _ in read_profiles(form, extra_keys)),
+        measurements=form.measurements,
+        identity=form.identity,
+    )
 
 
 MAX_DEPTH: Final = 4
 _COMBINED: Final[dict[str, type[AllOf | AnyOf]]] = {"all_of": AllOf, "any_of": AnyOf}
 
 
-def _read_tcb(table: Table) -> TcbPolicy:
-    fields = table.given(
-        accepted_statuses=list,
-        rejected_advisories=list,
-        min_evaluation_number=int,
-        allow_dynamic_platform=bool,
-        allow_cached_keys=bool,
-        allow_smt=bool,
-        min_tcb_info_version=int,
-        platform_grace=int,
-        qe_grace=int,
-        collateral_grace=int,
-    )
-    table.finish()
-    try:
-        return TcbPolicy(**fields)
-    except PolicyError as exc:
-        raise PolicyError(table.at(str(exc))) from None
+@frozen(kw_only=True)
+class _PolicyForm(ProfileTables):
+    """The tables of one policy."""
+
+    measurements: Literal["profiles", "unchecked"] = "profiles"
+    tcb: TcbPolicy = TcbPolicy()
+    attributes: AttributePolicy = AttributePolicy()
+    identity: IdentityPolicy = IdentityPolicy()

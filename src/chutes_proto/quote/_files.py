@@ -1,0 +1,59 @@
+"""Read a caller's files of configuration (TOML, JSON): policies and measurement profiles.
+
+Rules kept here:
+
+* an unknown key is an error, so that a typo never switches a check off;
+* nothing is coerced; every error is a `PolicyError` that names the key by its path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final, ParamSpec, TypeVar
+
+from chutes_proto._converter import Hook, MismatchError, ProblemsError, StrictConverter, list_of, load_toml, string
+from chutes_proto.quote._statements import TcbStatus
+from chutes_proto.quote.errors import PolicyError
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+MAX_SIZE: Final = 4 * 1024 * 1024
+
+
+def read_toml(data: bytes | str) -> dict[str, object]:
+    """The content of a TOML file, or of its text. Raises `PolicyError`."""
+    if isinstance(data, str):
+        data = data.encode("utf-8", "surrogatepass")  # a lone surrogate is refused below
+    if len(data) > MAX_SIZE:
+        raise PolicyError(f"more than {MAX_SIZE} bytes of TOML")
+    return within("", load_toml, data)
+
+
+def within(where: str, read: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """The result of ``read``. Raises `PolicyError`, in whose text the path begins with ``where``."""
+    try:
+        return read(*args, **kwargs)
+    except (ProblemsError, PolicyError) as exc:
+        raise PolicyError(": ".join(filter(None, (where, str(exc))))) from None
+
+
+def _octets(value: object, _: object) -> bytes:
+    text = string(value)
+    try:
+        octets = bytes.fromhex(text)
+    except ValueError:
+        octets = b""
+    if 2 * len(octets) != len(text):
+        raise MismatchError("value_error", "must be hexadecimal digits")
+    return octets
+
+
+def file_converter(hooks: Mapping[Any, Hook] | None = None, names: Mapping[str, str] | None = None) -> StrictConverter:
+    """A converter for such files: ``hooks`` and ``names`` as `StrictConverter` has them."""
+    usual: dict[Any, Hook] = {bytes: _octets, frozenset[TcbStatus]: _strings, frozenset[str]: _strings}
+    return StrictConverter({**usual, **(hooks or {})}, own_file=True, refusal=PolicyError, names=names)
+
+
+_strings: Final = list_of(string)
+CONVERTER: Final = file_converter()
