@@ -175,22 +175,8 @@ def _newest(store: DurableStore, unit: ReadAuditPage, count: int) -> list[AuditR
 
 
 def _members(row: AuditRow) -> dict[str, object]:
-    return {
-        "at": row.at,
-        "actor": row.actor,
-        "event": row.event,
-        "decision": row.decision,
-        "reason": row.reason,
-        "hotkey": None if row.vm is None else row.vm.hotkey,
-        "vm": None if row.vm is None else row.vm.name,
-        "boot_id": row.boot_id,
-        "request_id": row.request_id,
-        "platform": None if row.pin is None else str(row.pin),
-        "profile": row.profile,
-        "quote_digest": None if row.quote_digest is None else row.quote_digest.hex(),
-        "keys": row.keys,
-        "peer_address": row.peer_address,
-    }
+    names = "at actor event decision reason hotkey vm boot_id request_id platform profile quote_digest keys"
+    return operating.members(row, f"{names} peer_address")
 
 
 def _line(row: AuditRow) -> str:

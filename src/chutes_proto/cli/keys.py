@@ -157,18 +157,8 @@ def _history(options: argparse.Namespace) -> int:
 
 
 def _members(row: GenerationRow) -> dict[str, object]:
-    return {
-        "volume": row.volume,
-        "generation": row.generation,
-        "state": row.state,
-        "provisional": row.provisional,
-        "created_at": row.created_at,
-        "origin": row.origin,
-        "delivered_at": row.delivered_at,
-        "retired_at": row.retired_at,
-        "retirement": row.retirement,
-        "kek_id": row.kek_id,
-    }
+    names = "volume generation state provisional created_at origin delivered_at retired_at retirement kek_id"
+    return operating.members(row, names)
 
 
 def _restore(options: argparse.Namespace) -> int:

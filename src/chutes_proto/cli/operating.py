@@ -13,12 +13,14 @@ import argparse
 import re
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from chutes_proto.cli import console
 from chutes_proto.quote._terms import rfc3339
 
 if TYPE_CHECKING:
+    from chutes_proto._converter import StrictConverter
     from chutes_proto.io.server.setup import ServerSetup
     from chutes_proto.io.stores.address import DurableStore
     from chutes_proto.store.rows import Platform, Vm
@@ -204,3 +206,22 @@ def _identifier(text: str) -> bytes:
     if not re.fullmatch(r"[0-9a-fA-F]{32}", text):
         raise argparse.ArgumentTypeError("16 bytes, so 32 hex digits")
     return bytes.fromhex(text)
+
+
+def members(row: object, names: str) -> dict[str, object]:
+    """Members of a row for JSON, by name: bytes in hex, ``platform`` in words, ``hotkey`` and ``vm`` of its VM."""
+    found: dict[str, Any] = _rows().unstructure(row)
+    if "vm" in found:
+        found["hotkey"], found["vm"] = found["vm"] or (None, None)
+    found["platform"] = found.get("pin")
+    return {name: found[name] for name in names.split()}
+
+
+@cache
+def _rows() -> StrictConverter:
+    import attrs
+
+    from chutes_proto._converter import StrictConverter
+    from chutes_proto.store.rows import Pin, Vm
+
+    return StrictConverter(plain={bytes: bytes.hex, Pin: str, Vm: attrs.astuple})

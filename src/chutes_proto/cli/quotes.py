@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final, cast
 
+from msgspec import Struct
 from msgspec.structs import asdict
 
+from chutes_proto._converter import StrictConverter
 from chutes_proto.cli import console
 from chutes_proto.errors import ConfigurationError, QuoteError
 from chutes_proto.io.files import read_file
@@ -43,6 +45,15 @@ ANOTHER_ROOT: Final = (
 """What to do where a chain ends at a root that is not trusted."""
 
 
+def plain(values: dict[str, object]) -> dict[str, object]:
+    """``values`` for JSON: bytes in hex, tuples as lists, structs as objects."""
+    found: dict[str, object] = _CONVERTER.unstructure(values)
+    return found
+
+
+_CONVERTER: Final = StrictConverter(plain={bytes: bytes.hex, Struct: lambda struct: plain(asdict(struct))})
+
+
 def quote_fields(quote: Quote) -> dict[str, object]:
     """Header and body."""
     header, body = quote.header, quote.body
@@ -51,20 +62,20 @@ def quote_fields(quote: Quote) -> dict[str, object]:
         "tee": quote.tee,
         "tee_type": header.tee_type,
         "att_key_type": header.key_type,
-        "qe_vendor_id": header.qe_vendor_id.hex(),
-        "user_data": header.user_data.hex(),
+        "qe_vendor_id": header.qe_vendor_id,
+        "user_data": header.user_data,
         "body_type": _BODY_TYPES[type(body)],
     }
     for name, value in asdict(body).items():
         if name == "rtmrs":
-            fields |= {f"rtmr{number}": rtmr.hex() for number, rtmr in enumerate(value)}
+            fields |= {f"rtmr{number}": rtmr for number, rtmr in enumerate(value)}
         elif not name.startswith("reserved"):
-            fields[name] = _shown(value.to_bytes(8, "little") if name in _FLAGS else value)
+            fields[name] = value.to_bytes(8, "little") if name in _FLAGS else value
     if isinstance(body, SgxReport):
         fields["attribute_names"] = _names(SgxAttributes(body.flags))
     else:
         fields |= {"attribute_names": _names(TdAttributes(body.td_attributes)), "xfam_names": _names(Xfam(body.xfam))}
-    return {**fields, "trailing_bytes": quote.trailing}
+    return plain({**fields, "trailing_bytes": quote.trailing})
 
 
 def _names(flags: TdAttributes | SgxAttributes | Xfam) -> list[str]:
@@ -74,9 +85,7 @@ def _names(flags: TdAttributes | SgxAttributes | Xfam) -> list[str]:
 
 def platform_fields(pck: PckIdentity | None) -> dict[str, object]:
     """What a PCK certificate says of its platform."""
-    if pck is None:
-        return {"pck": None}
-    return {"pck": {name: _shown(value) for name, value in asdict(pck).items()}}
+    return plain({"pck": pck})
 
 
 def claimed_platform(quote: Quote) -> PckIdentity | None:
@@ -113,13 +122,3 @@ def say_fields(fields: Mapping[str, object]) -> None:
                 console.say(f"{name:{_WIDTH}} {', '.join(map(str, cast('list[object]', value)))}")
             case _:
                 console.say(f"{name:{_WIDTH}} {value}")
-
-
-def _shown(value: object) -> object:
-    match value:
-        case bytes():
-            return value.hex()
-        case tuple():
-            return [_shown(item) for item in cast("tuple[object, ...]", value)]
-        case _:
-            return value

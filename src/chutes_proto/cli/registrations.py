@@ -58,21 +58,9 @@ def _list(options: argparse.Namespace) -> int:
 
     with operating.opened(options) as (_, store):
         rows = store.transact(Registrations())
-    found = [
-        {
-            "server_id": row.server_id,
-            "hotkey": row.hotkey,
-            "name": row.name,
-            "host": row.host,
-            "address": row.address,
-            "boot_id": row.boot_id,
-            "platform": None if row.pin is None else str(row.pin),
-            "created_at": row.created_at,
-        }
-        for row in rows
-    ]
     if options.json:
-        console.say_json({"ok": True, "registrations": found})
+        names = "server_id hotkey name host address boot_id platform created_at"
+        console.say_json({"ok": True, "registrations": [operating.members(row, names) for row in rows]})
         return console.GRANTED
     if not rows:
         console.say("no registrations")

@@ -110,7 +110,7 @@ def _judge(
     root: TrustedRoot,
     policy: AnyPolicy,
 ) -> dict[str, Any]:
-    from chutes_proto.cli.quotes import claimed_platform, platform_fields, quote_fields
+    from chutes_proto.cli.quotes import claimed_platform, plain, platform_fields, quote_fields
     from chutes_proto.quote._collateral import Collateral
     from chutes_proto.quote._layout import parse_quote
     from chutes_proto.quote._verify import open_quote, verify
@@ -134,20 +134,19 @@ def _judge(
     try:
         collateral = Collateral.from_json(collateral_data)
         verdict = verify(quote_data, collateral, now=now, expected_report_data=options.report_data, root=root, sgx=True)
-        report |= {
-            "verified": True,
-            "tcb_status": str(verdict.tcb_status),
-            "advisory_ids": list(verdict.advisory_ids),
-            "tcb_date": verdict.tcb_date,
-            "evaluation_number": verdict.evaluation_number,
-            "valid_from": verdict.window[0],
-            "valid_until": verdict.window[1],
-            "steps": list(verdict.steps),
-            "checked": [
-                {"subject": piece.subject, "steps": list(piece.steps), "remembered": piece.remembered}
-                for piece in verdict.checked
-            ],
-        }
+        report |= plain(
+            {
+                "verified": True,
+                "tcb_status": verdict.tcb_status,
+                "advisory_ids": verdict.advisory_ids,
+                "tcb_date": verdict.tcb_date,
+                "evaluation_number": verdict.evaluation_number,
+                "valid_from": verdict.window[0],
+                "valid_until": verdict.window[1],
+                "steps": verdict.steps,
+                "checked": verdict.checked,
+            }
+        )
         appraisal = policy.appraise(verdict, stage=options.stage)
         report |= {"accepted": True, "profile": appraisal.matched.name if appraisal.matched else None}
     except AppraisalError as exc:

@@ -74,18 +74,8 @@ def _list(options: argparse.Namespace) -> int:
     claims = [row for row in everyone if isinstance(row, VmRow)]
     unbound = [row for row in everyone if not isinstance(row, VmRow)]
     if options.json:
-        bound = [
-            {
-                "hotkey": claim.vm.hotkey,
-                "vm": claim.vm.name,
-                "platform": str(claim.pin),
-                "proven": claim.proven,
-                "exchange": claim.exchange,
-                "created_at": claim.created_at,
-                "last_boot_at": claim.last_boot_at or None,
-            }
-            for claim in claims
-        ]
+        names = "hotkey vm platform proven exchange created_at last_boot_at"
+        bound = [operating.members(claim, names) | {"last_boot_at": claim.last_boot_at or None} for claim in claims]
         free = [{"hotkey": vm.hotkey, "vm": vm.name, "platform": None} for vm in unbound]
         console.say_json({"ok": True, "vms": [*bound, *free]})
         return console.GRANTED
