@@ -195,3 +195,37 @@ def test_violations_are_found(module: str, source: str, what: str) -> None:
 )
 def test_what_is_allowed_is_not_reported(module: str, source: str) -> None:
     assert violations(module, source, is_package=module.count(".") == 1) == []
+
+
+def import_circles(imports: dict[str, set[str]]) -> list[list[str]]:
+    """The groups of modules that import one another, over however many others."""
+    reached: dict[str, set[str]] = {}
+    for module in imports:
+        found, waiting = set[str](), [module]
+        while waiting:
+            new = imports[waiting.pop()] - found
+            found |= new
+            waiting += new
+        reached[module] = found
+    circles = {frozenset({other for other in reached[module] if module in reached[other]}) for module in imports}
+    return [sorted(circle) for circle in circles if circle]
+
+
+def test_a_circle_is_found() -> None:
+    imports = {"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": set[str](), "e": {"a"}}
+    assert import_circles(imports) == [["a", "b", "c"]]
+
+
+def test_no_modules_import_one_another() -> None:
+    """Not inside a function and not for types either: of two that do, neither can be read or moved alone."""
+    paths = {module_name(path): path for path in SRC.rglob("*.py")}
+
+    def module_of(name: str) -> str:
+        return name if name in paths or not name else module_of(name.rpartition(".")[0])
+
+    imports: dict[str, set[str]] = {}
+    for module, path in paths.items():
+        package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+        names = imported_names(ast.parse(path.read_text("utf-8")), package)
+        imports[module] = {module_of(name) for _, name in names} - {module, ""}
+    assert import_circles(imports) == []

@@ -24,7 +24,7 @@ from chutes_proto.errors import BadRequest, Refusal
 from chutes_proto.secret import Secret
 from chutes_proto.server import _callbacks as callbacks
 from chutes_proto.server._app import App
-from chutes_proto.server._callbacks import Callback
+from chutes_proto.server._service import Callback
 from chutes_proto.store.rows import AttestationRow, AuditRow, ServerRow
 from chutes_proto.wire import json
 from chutes_proto.wire.codec import encode_quote

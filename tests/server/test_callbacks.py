@@ -21,9 +21,10 @@ from chutes_proto.errors import CollateralUnavailable, RemoteProtocolError, Tran
 from chutes_proto.quote._policy import Policy
 from chutes_proto.secret import Secret
 from chutes_proto.server._app import App
-from chutes_proto.server._callbacks import SECONDS, Callback
+from chutes_proto.server._callbacks import SECONDS
 from chutes_proto.server._profiles import ServedProfile
 from chutes_proto.server._proxy import TrustedProxies
+from chutes_proto.server._service import Callback
 from chutes_proto.store.rows import AttestationRow, AuditRow, ServerRow
 from chutes_proto.testing._platform import PROFILE
 from chutes_proto.wire import json

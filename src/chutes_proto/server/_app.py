@@ -27,6 +27,7 @@ from chutes_proto.effects import Entropy, Log, Now, Uptime
 from chutes_proto.errors import BadRequest, KeyUnavailable, Refusal, Refused, SealBroken, StoreError, Unavailable
 from chutes_proto.log import Level, Record
 from chutes_proto.server._boot import attest_boot, issue_boot_nonce
+from chutes_proto.server._call import Call, SignedCall
 from chutes_proto.server._callers import check_caller
 from chutes_proto.server._open_boots import completed_by
 from chutes_proto.server._rotation import attest_volumes, confirm_volumes
@@ -48,7 +49,6 @@ from chutes_proto.wire.http import HttpRequest, HttpResponse, MalformedRequest
 from chutes_proto.wire.public import ApiDescriptionAnswer, ApiDescriptionRequest
 
 if TYPE_CHECKING:
-    from chutes_proto.auth.hotkey import Hotkey
     from chutes_proto.effects import Flow
     from chutes_proto.log import Value
     from chutes_proto.server._service import Service
@@ -67,9 +67,7 @@ _GRANTS = (vms.BOOT_ATTESTATION, vms.VOLUME_ATTESTATION)
 _ATTESTATIONS = (vms.BOOT_ATTESTATION, miners.RUNTIME_ATTESTATION)
 
 
-def describe_api(
-    service: Service, request: HttpRequest, message: ApiDescriptionRequest, request_id: str
-) -> Flow[ApiDescriptionAnswer]:
+def describe_api(service: Service, call: Call[ApiDescriptionRequest]) -> Flow[ApiDescriptionAnswer]:
     """Operation 16."""
     yield from ()
     return ApiDescriptionAnswer(document=_document())
@@ -81,7 +79,7 @@ def _document() -> bytes:
     return openapi.document()
 
 
-_HANDLERS: Mapping[Endpoint, Callable[[Service, HttpRequest, Any, str], Flow[Message]]] = {
+_HANDLERS: Mapping[Endpoint, Callable[[Service, Call[Any]], Flow[Message]]] = {
     vms.BOOT_NONCE: issue_boot_nonce,
     vms.BOOT_ATTESTATION: attest_boot,
     vms.CACHE_PASSPHRASE: read_cache_passphrase,
@@ -92,7 +90,7 @@ _HANDLERS: Mapping[Endpoint, Callable[[Service, HttpRequest, Any, str], Flow[Mes
     public.API_DESCRIPTION: describe_api,
 }
 
-_SIGNED: Mapping[Endpoint, Callable[[Service, HttpRequest, Any, str, Hotkey], Flow[Message]]] = {
+_SIGNED: Mapping[Endpoint, Callable[[Service, SignedCall[Any]], Flow[Message]]] = {
     miners.REGISTER_SERVER: register_server,
     miners.LIST_SERVERS: list_servers,
     miners.RENAME_SERVER: rename_server,
@@ -207,13 +205,14 @@ class App:
 
     def _handle(self, match: endpoints.Match, request: HttpRequest, request_id: str) -> Flow[HttpResponse]:
         """Of a signed request nothing is looked at before its caller is known."""
+        now = yield from Now()
         if match.endpoint.signed is not None:
-            caller = check_caller(self.service, request, match.endpoint.signed, (yield from Now()))
-            message = decode_request(match, request)
-            answer = yield from _SIGNED[match.endpoint](self.service, request, message, request_id, caller)
-            return encode_answer(match.endpoint, answer)
+            caller = check_caller(self.service, request, match.endpoint.signed, now)
+            signed = SignedCall(request, decode_request(match, request), request_id, now, caller)
+            return encode_answer(match.endpoint, (yield from _SIGNED[match.endpoint](self.service, signed)))
         message = decode_request(match, request)
-        answer = yield from _HANDLERS[match.endpoint](self.service, request, message, request_id)
+        call = Call(request, message, request_id, now)
+        answer = yield from _HANDLERS[match.endpoint](self.service, call)
         if match.endpoint in _GRANTS:
             self.service.boots.note_granted(message, (yield from Uptime()))
         response = encode_answer(match.endpoint, answer)

@@ -14,19 +14,19 @@ log line, held back when there are many, because anyone can cause it.
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from chutes_proto.auth.certificates import client_key
 from chutes_proto.auth.hotkey import Hotkey, HotkeyError
 from chutes_proto.auth.signing import check_body_signature
-from chutes_proto.effects import Entropy, Log, Now, Transact
+from chutes_proto.effects import Entropy, Log, Transact
 from chutes_proto.errors import LocalProtocolError, Refused, StoreError
 from chutes_proto.keys.vault import FreshKey
 from chutes_proto.log import Level, Record
 from chutes_proto.secret import Secret
 from chutes_proto.server._evidence import Evidence, appraise, verify_evidence
 from chutes_proto.server._nonces import RANDOM_SIZE, expires_at
-from chutes_proto.store.rows import Platform, Vm
+from chutes_proto.store.rows import Vm
 from chutes_proto.units.boot import GrantBoot, RecordRefusal
 from chutes_proto.wire.codes import Code
 from chutes_proto.wire.endpoint import NonceAnswer
@@ -35,50 +35,39 @@ from chutes_proto.wire.vms import BootAttestationAnswer, BootAttestationRequest,
 if TYPE_CHECKING:
     from chutes_proto.auth.certificates import ClientKey
     from chutes_proto.effects import Flow
+    from chutes_proto.server._call import Call
     from chutes_proto.server._nonces import Nonce
     from chutes_proto.server._service import Service
-    from chutes_proto.wire.http import HttpRequest
 
 
-def issue_boot_nonce(
-    service: Service, request: HttpRequest, message: BootNonceRequest, request_id: str
-) -> Flow[NonceAnswer]:
+def issue_boot_nonce(service: Service, call: Call[BootNonceRequest]) -> Flow[NonceAnswer]:
     """Operation 1: costs a MAC, writes nothing."""
-    now = yield from Now()
+    hotkey, address = call.message.miner_hotkey, call.request.peer_address
     random = yield from Entropy(RANDOM_SIZE)
-    value = service.mint.issue("boot", now, random, hotkey=message.miner_hotkey, address=request.peer_address)
-    return NonceAnswer(nonce=value.hex(), expires_at=expires_at(now))
+    value = service.mint.issue("boot", call.now, random, hotkey=hotkey, address=address)
+    return NonceAnswer(nonce=value.hex(), expires_at=expires_at(call.now))
 
 
-def attest_boot(
-    service: Service, request: HttpRequest, message: BootAttestationRequest, request_id: str
-) -> Flow[BootAttestationAnswer]:
+def attest_boot(service: Service, call: Call[BootAttestationRequest]) -> Flow[BootAttestationAnswer]:
     """Operation 2."""
-    now = yield from Now()
-    nonce = service.mint.check(message.nonce, "boot", now, hotkey=message.miner_hotkey, address=request.peer_address)
+    request, message = call.request, call.message
+    hotkey, address = message.miner_hotkey, request.peer_address
+    nonce = service.mint.check(message.nonce, "boot", call.now, hotkey=hotkey, address=address)
     with service.proxies.excusing(request):
         key = client_key(request.peer_certificate)
-        evidence = yield from verify_evidence(service, nonce.value, key, message.quote, now)
+        evidence = yield from verify_evidence(service, nonce.value, key, message.quote, call.now)
     try:
-        grant = yield from _claim(service, request, message, request_id, nonce, key, evidence, now)
+        return (yield from _claim(service, call, nonce, key, evidence))
     except Refused as exc:
-        vm = Vm(message.miner_hotkey, message.vm_name)
-        yield from record_refusal(request, vm, request_id, evidence, exc, now, "boot")
+        yield from record_refusal(call, Vm(hotkey, message.vm_name), evidence, exc, "boot")
         raise
-    return grant
 
 
 def _claim(
-    service: Service,
-    request: HttpRequest,
-    message: BootAttestationRequest,
-    request_id: str,
-    nonce: Nonce,
-    key: ClientKey,
-    evidence: Evidence,
-    now: int,
+    service: Service, call: Call[BootAttestationRequest], nonce: Nonce, key: ClientKey, evidence: Evidence
 ) -> Flow[BootAttestationAnswer]:
     """Steps 5 to 8."""
+    request, message = call.request, call.message
     measurements = appraise(service, evidence, "boot").profile
     profile = service.profiles[measurements.name]
     hotkey = known_hotkey(service, message.miner_hotkey)
@@ -90,13 +79,13 @@ def _claim(
     token = Secret((yield from Entropy(32)).hex().encode("ascii"))
     grant = yield from Transact(
         GrantBoot(
-            now=now,
-            boot_id=request_id,
+            now=call.now,
+            boot_id=call.request_id,
             nonce=nonce.value,
             nonce_purpose=nonce.purpose,
             nonce_issued_at=nonce.issued_at,
             vm=Vm(hotkey.address, message.vm_name),
-            platform=platform_of(evidence),
+            platform=evidence.platform,
             hotkey_proven=proven,
             certificate=key.digest,
             profile_name=measurements.name,
@@ -105,7 +94,7 @@ def _claim(
             token_needs_certificate=profile.token_needs_certificate,
             root=root,
             token_digest=token_digest(token.reveal()),
-            quote_digest=hashlib.sha256(evidence.quote).digest(),
+            quote_digest=evidence.quote_digest,
             peer_address=request.peer_address,
             platform_binding=service.platform_binding,
             claims_per_platform=service.limits.claims_per_platform,
@@ -118,13 +107,13 @@ def _claim(
             Level.INFO,
             "boot_granted",
             {
-                "request_id": request_id,
+                "request_id": call.request_id,
                 "vm": message.vm_name,
                 "hotkey": hotkey.address,
                 "hotkey_proven": proven,
                 "profile": measurements.name,
                 "tcb_status": str(evidence.verdict.tcb_status),
-                "platform": str(platform_of(evidence).pin),
+                "platform": str(evidence.platform.pin),
                 "trust": service.trust,
             },
         )
@@ -140,12 +129,6 @@ def _claim(
 def token_digest(token: bytes) -> bytes:
     """What the store keeps of a token."""
     return hashlib.sha256(token).digest()
-
-
-def platform_of(evidence: Evidence) -> Platform:
-    """The platform that a verified quote comes from."""
-    pck = evidence.verdict.pck
-    return Platform(instance_id=pck.platform_instance_id, ppid=pck.ppid)
 
 
 def known_hotkey(service: Service, address: str) -> Hotkey:
@@ -169,28 +152,22 @@ def _is_signed(message: BootAttestationRequest) -> bool:
 
 
 def record_refusal(
-    request: HttpRequest,
-    vm: Vm,
-    request_id: str,
-    evidence: Evidence,
-    refusal: Refused,
-    now: int,
-    stage: Literal["boot", "runtime"],
+    call: Call[Any], vm: Vm, evidence: Evidence, refusal: Refused, stage: Literal["boot", "runtime"]
 ) -> Flow[None]:
-    """Keep what was refused to a genuine TD. That it cannot be written does not change the refusal."""
+    """Record the refusal of a genuine TD. That it cannot be written does not change the refusal."""
     unit = RecordRefusal(
-        now=now,
-        request_id=request_id,
+        now=call.now,
+        request_id=call.request_id,
         vm=vm,
-        platform=platform_of(evidence),
+        platform=evidence.platform,
         code=str(refusal.code),
         reason=refusal.reason,
-        quote_digest=hashlib.sha256(evidence.quote).digest(),
-        peer_address=request.peer_address,
+        quote_digest=evidence.quote_digest,
+        peer_address=call.request.peer_address,
         stage=stage,
     )
     try:
         refusal.recorded = yield from Transact(unit)
     except StoreError as exc:
-        fields = {"request_id": request_id, "error": str(exc)}
+        fields = {"request_id": call.request_id, "error": str(exc)}
         yield from Log(Record(Level.WARNING, "refusal_not_recorded", fields))

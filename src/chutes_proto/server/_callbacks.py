@@ -18,46 +18,38 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING, Final
 
-from attrs import field, frozen
 from cryptography import x509
 
 from chutes_proto.auth.certificates import client_key
-from chutes_proto.auth.hotkey import Hotkey
 from chutes_proto.auth.signing import purpose_message, signature_headers
 from chutes_proto.effects import Entropy, FetchEvidence, Log, Now
 from chutes_proto.errors import BadRequest, Refusal, Refused, RemoteProtocolError, TransportError, Unavailable
 from chutes_proto.log import Level, Record
-from chutes_proto.server._boot import platform_of
 from chutes_proto.server._evidence import appraise, verify_evidence
 from chutes_proto.units.servers import HostQuote
 from chutes_proto.wire.codes import Code
-from chutes_proto.wire.evidence import PORT, PURPOSE, decode_evidence, evidence_target
+from chutes_proto.wire.evidence import PURPOSE, decode_evidence, evidence_target
 
 if TYPE_CHECKING:
     from chutes_proto.auth.certificates import ClientKey
-    from chutes_proto.auth.signing import Signer
     from chutes_proto.effects import Flow
-    from chutes_proto.server._service import Service
+    from chutes_proto.server._call import SignedCall
+    from chutes_proto.server._service import Callback, Service
     from chutes_proto.wire.evidence import HostEvidence
+    from chutes_proto.wire.miners import RegisterServerRequest
 
 SECONDS: Final = 20.0
 """How long a host may take: it makes a quote and asks its GPUs."""
 
 
-@frozen
-class Callback:
-    """How hosts are asked: the hotkey that they let ask, what signs with it, and the port they answer on."""
-
-    hotkey: Hotkey
-    signer: Signer = field(repr=False)
-    port: int = PORT
-
-
-def ask_host(service: Service, callback: Callback, host: str, address: str, request_id: str) -> Flow[HostQuote]:
-    """What the host at ``address`` shows. Raises `BadRequest`, `Refused`, `Unavailable`."""
+def ask_host(
+    service: Service, callback: Callback, call: SignedCall[RegisterServerRequest], address: str
+) -> Flow[HostQuote]:
+    """Ask the host that was located at ``address`` for its quote. Raises `BadRequest`, `Refused`, `Unavailable`."""
+    host = call.message.host
     nonce = yield from Entropy(32)
     given, key = yield from _fetch(callback, nonce, host, address)
-    now = yield from Now()
+    now = yield from Now()  # the host may have taken `SECONDS`
     try:
         evidence = yield from verify_evidence(service, nonce, key, given.quote, now)
         profile = appraise(service, evidence, "runtime").profile
@@ -68,18 +60,18 @@ def ask_host(service: Service, callback: Callback, host: str, address: str, requ
     digest = hashlib.sha256(given.gpus.encode()).hexdigest()
     gpus = f"GPU evidence NOT verified, {len(given.gpus)} characters, SHA-256 {digest}"
     told = {"host": host, "address": address, "profile": profile.name, "gpus": gpus}
-    yield from Log(Record(Level.INFO, "host_evidence", {"request_id": request_id, **told, "trust": service.trust}))
+    yield from Log(Record(Level.INFO, "host_evidence", {"request_id": call.request_id, **told, "trust": service.trust}))
     return HostQuote(
-        pin=platform_of(evidence).pin,
+        pin=evidence.platform.pin,
         profile_name=profile.name,
         profile_version=profile.version,
-        quote_digest=hashlib.sha256(evidence.quote).digest(),
+        quote_digest=evidence.quote_digest,
         gpus=gpus,
     )
 
 
 def _fetch(callback: Callback, nonce: bytes, host: str, address: str) -> Flow[tuple[HostEvidence, ClientKey]]:
-    now = str((yield from Now()))
+    now = str((yield from Now()))  # finding the host may have taken a while, and hosts look at the time
     signed = purpose_message(callback.hotkey, now, PURPOSE)
     headers = signature_headers(callback.hotkey, now, signed, callback.signer)
     try:

@@ -15,6 +15,7 @@ read.
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING, Literal
 
 from attrs import frozen
@@ -35,6 +36,7 @@ from chutes_proto.quote._steps import (
 from chutes_proto.quote._terms import check_terms
 from chutes_proto.quote._verify import check_signed, open_quote, verify_quote
 from chutes_proto.quote.errors import AppraisalError, QuoteFormatError, VerificationError
+from chutes_proto.store.rows import Platform
 from chutes_proto.wire.codec import decode_quote
 from chutes_proto.wire.codes import Code
 
@@ -66,6 +68,17 @@ class Evidence:
 
     verdict: Verdict
     quote: bytes
+
+    @property
+    def quote_digest(self) -> bytes:
+        """SHA-256 of the quote."""
+        return hashlib.sha256(self.quote).digest()
+
+    @property
+    def platform(self) -> Platform:
+        """The platform that the quote comes from."""
+        pck = self.verdict.pck
+        return Platform(instance_id=pck.platform_instance_id, ppid=pck.ppid)
 
 
 def verify_evidence(service: Service, nonce: bytes, key: ClientKey, quote_text: str, now: int) -> Flow[Evidence]:

@@ -18,6 +18,8 @@ import hashlib
 import hmac
 from typing import TYPE_CHECKING
 
+from attrs import evolve
+
 from chutes_proto.auth.certificates import client_key
 from chutes_proto.effects import Entropy, Log, Now
 from chutes_proto.errors import BadRequest, Refused
@@ -25,7 +27,7 @@ from chutes_proto.keys.generations import K3S_VOLUME
 from chutes_proto.keys.vault import FreshKey
 from chutes_proto.log import Level, Record
 from chutes_proto.secret import Secret
-from chutes_proto.server._boot import platform_of, record_refusal, token_digest
+from chutes_proto.server._boot import record_refusal, token_digest
 from chutes_proto.server._evidence import appraise, verify_evidence
 from chutes_proto.server._patience import transact_patiently, verify_patiently
 from chutes_proto.server._volumes import check_names, check_shape
@@ -44,17 +46,15 @@ from chutes_proto.wire.vms import (
 if TYPE_CHECKING:
     from chutes_proto.effects import Flow
     from chutes_proto.log import Value
-    from chutes_proto.server._evidence import Evidence
+    from chutes_proto.server._call import Call
     from chutes_proto.server._service import Service
-    from chutes_proto.wire.http import HttpRequest
 
 _LABEL = "chutes-proto confirm nonce v1"
 
 
-def attest_volumes(
-    service: Service, request: HttpRequest, message: VolumeAttestationRequest, request_id: str
-) -> Flow[VolumeAttestationAnswer]:
+def attest_volumes(service: Service, call: Call[VolumeAttestationRequest]) -> Flow[VolumeAttestationAnswer]:
     """Operation 13."""
+    request, message = call.request, call.message
     volumes = tuple(dict.fromkeys(message.volumes))
     if not volumes:
         raise BadRequest(Code.VOLUMES_REQUIRED, "volumes is required and must be non-empty")
@@ -68,14 +68,13 @@ def attest_volumes(
         key = client_key(request.peer_certificate)
     vm = Vm(message.hotkey, message.vm_name)
     digest, body_digest = token_digest(nonce), hashlib.sha256(request.body).digest()
-    now = yield from Now()
-    _ = yield from transact_patiently(FindQuoteNonce(now, vm, digest, key.digest, body_digest), request.arrived)
+    _ = yield from transact_patiently(FindQuoteNonce(call.now, vm, digest, key.digest, body_digest), request.arrived)
     with service.proxies.excusing(request):
         evidence = yield from verify_patiently(
-            lambda: verify_evidence(service, bytes.fromhex(message.quote_nonce or ""), key, message.quote, now),
+            lambda: verify_evidence(service, bytes.fromhex(message.quote_nonce or ""), key, message.quote, call.now),
             request.arrived,
         )
-    now = yield from Now()  # what was waited for may have taken a while
+    call = evolve(call, now=(yield from Now()))  # collateral may have been waited for
     try:
         profile = appraise(service, evidence, "runtime").profile
         entropy = yield from Entropy(FreshKey.SIZE * (len(volumes) + 1))
@@ -83,16 +82,16 @@ def attest_volumes(
         fresh = {volume: FreshKey.from_entropy(part) for volume, part in zip(volumes, parts, strict=False)}
         handed = yield from transact_patiently(
             AttestVolumes(
-                now=now,
-                request_id=request_id,
+                now=call.now,
+                request_id=call.request_id,
                 vm=vm,
                 nonce_digest=digest,
                 certificate=key.digest,
                 body_digest=body_digest,
-                quote_digest=hashlib.sha256(evidence.quote).digest(),
+                quote_digest=evidence.quote_digest,
                 profile_name=profile.name,
                 profile_version=profile.version,
-                pin=platform_of(evidence).pin,
+                pin=evidence.platform.pin,
                 peer_address=request.peer_address,
                 volumes=volumes,
                 formatted=None if message.formatted is None else frozenset(message.formatted),
@@ -105,9 +104,19 @@ def attest_volumes(
             request.arrived,
         )
     except Refused as exc:
-        yield from record_refusal(request, vm, request_id, evidence, exc, now, "runtime")
+        yield from record_refusal(call, vm, evidence, exc, "runtime")
         raise
-    yield from _tell(service, "volumes_attested", request_id, vm, evidence, list(volumes), handed.replayed)
+    fields: dict[str, Value] = {
+        "request_id": call.request_id,
+        "vm": vm.name,
+        "hotkey": vm.hotkey,
+        "volumes": list(volumes),
+        "replayed": handed.replayed,
+        "tcb_status": str(evidence.verdict.tcb_status),
+        "platform": str(evidence.platform.pin),
+        "trust": service.trust,
+    }
+    yield from Log(Record(Level.INFO, "volumes_attested", fields))
     return VolumeAttestationAnswer(
         volumes={volume: VolumePair(current=pair.current, next=pair.next) for volume, pair in handed.volumes},
         confirm_nonce=handed.confirm_nonce,
@@ -116,10 +125,9 @@ def attest_volumes(
     )
 
 
-def confirm_volumes(
-    service: Service, request: HttpRequest, message: VolumeConfirmationRequest, request_id: str
-) -> Flow[VolumeConfirmationAnswer]:
+def confirm_volumes(service: Service, call: Call[VolumeConfirmationRequest]) -> Flow[VolumeConfirmationAnswer]:
     """Operation 14."""
+    message = call.message
     rotated = tuple((volume, confirmation.rotated) for volume, confirmation in message.volumes.items())
     if not rotated:
         raise BadRequest(Code.VOLUMES_REQUIRED, "volumes is required and must be non-empty")
@@ -129,19 +137,18 @@ def confirm_volumes(
         raise Refused(Code.CONFIRM_NONCE_INVALID, text)
     nonce = check_shape(message.confirm_nonce, Code.CONFIRM_NONCE_INVALID, "Confirm nonce")
     vm = Vm(message.hotkey, message.vm_name)
-    now = yield from Now()
     unit = ConfirmVolumes(
-        now=now,
-        request_id=request_id,
+        now=call.now,
+        request_id=call.request_id,
         vm=vm,
         nonce_digest=token_digest(nonce),
-        body_digest=hashlib.sha256(request.body).digest(),
+        body_digest=hashlib.sha256(call.request.body).digest(),
         rotated=rotated,
         vault=service.vault,
     )
-    results = yield from transact_patiently(unit, request.arrived)
+    results = yield from transact_patiently(unit, call.request.arrived)
     told = [f"{volume}: {result}" for volume, result in results]
-    fields: dict[str, Value] = {"request_id": request_id, "vm": vm.name, "hotkey": vm.hotkey, "volumes": told}
+    fields: dict[str, Value] = {"request_id": call.request_id, "vm": vm.name, "hotkey": vm.hotkey, "volumes": told}
     yield from Log(Record(Level.INFO, "volumes_confirmed", fields))
     return VolumeConfirmationAnswer(
         status="confirmed", volumes={volume: VolumeResult(result=result) for volume, result in results}
@@ -153,24 +160,3 @@ def _confirm_nonces(service: Service, quote_nonce: bytes) -> tuple[ConfirmNonce,
     derived = (key.reveal() for _, key in service.vault.derive(_LABEL))
     nonces = (hmac.digest(key, quote_nonce, "sha256").hex().encode("ascii") for key in derived)
     return tuple(ConfirmNonce(Secret(nonce), token_digest(nonce)) for nonce in nonces)
-
-
-def _tell(
-    service: Service, event: str, request_id: str, vm: Vm, evidence: Evidence, volumes: list[str], replayed: bool
-) -> Flow[None]:
-    yield from Log(
-        Record(
-            Level.INFO,
-            event,
-            {
-                "request_id": request_id,
-                "vm": vm.name,
-                "hotkey": vm.hotkey,
-                "volumes": volumes,
-                "replayed": replayed,
-                "tcb_status": str(evidence.verdict.tcb_status),
-                "platform": str(platform_of(evidence).pin),
-                "trust": service.trust,
-            },
-        )
-    )

@@ -14,10 +14,9 @@ import hashlib
 from typing import TYPE_CHECKING
 
 from chutes_proto.auth.certificates import client_key
-from chutes_proto.effects import Entropy, Log, Now, Transact
+from chutes_proto.effects import Entropy, Log, Transact
 from chutes_proto.errors import BadRequest, Refused, StoreError
 from chutes_proto.log import Level, Record
-from chutes_proto.server._boot import platform_of
 from chutes_proto.server._evidence import appraise, verify_evidence
 from chutes_proto.server._nonces import RANDOM_SIZE, expires_at
 from chutes_proto.units.servers import GrantRuntime, ReadOwnServer, RecordRuntimeRefusal
@@ -33,57 +32,48 @@ from chutes_proto.wire.miners import (
 from chutes_proto.wire.times import timestamp
 
 if TYPE_CHECKING:
-    from chutes_proto.auth.hotkey import Hotkey
     from chutes_proto.effects import Flow
+    from chutes_proto.server._call import SignedCall
     from chutes_proto.server._evidence import Evidence
     from chutes_proto.server._nonces import Nonce
     from chutes_proto.server._service import Service
     from chutes_proto.store.rows import AttestationRow, ServerRow
-    from chutes_proto.wire.http import HttpRequest
 
 
-def issue_runtime_nonce(
-    service: Service, request: HttpRequest, message: RuntimeNonceRequest, request_id: str, caller: Hotkey
-) -> Flow[NonceAnswer]:
+def issue_runtime_nonce(service: Service, call: SignedCall[RuntimeNonceRequest]) -> Flow[NonceAnswer]:
     """Operation 10."""
-    server, _ = yield from Transact(ReadOwnServer(caller.address, message.server_id))
-    now = yield from Now()
+    hotkey, address = call.caller.address, call.request.peer_address
+    server, _ = yield from Transact(ReadOwnServer(hotkey, call.message.server_id))
     random = yield from Entropy(RANDOM_SIZE)
-    value = service.mint.issue(
-        "runtime", now, random, hotkey=caller.address, address=request.peer_address, scope=server.server_id
-    )
-    return NonceAnswer(nonce=value.hex(), expires_at=expires_at(now))
+    value = service.mint.issue("runtime", call.now, random, hotkey=hotkey, address=address, scope=server.server_id)
+    return NonceAnswer(nonce=value.hex(), expires_at=expires_at(call.now))
 
 
-def attest_runtime(
-    service: Service, request: HttpRequest, message: RuntimeAttestationRequest, request_id: str, caller: Hotkey
-) -> Flow[RuntimeAttestationAnswer]:
+def attest_runtime(service: Service, call: SignedCall[RuntimeAttestationRequest]) -> Flow[RuntimeAttestationAnswer]:
     """Operation 11."""
-    server, _ = yield from Transact(ReadOwnServer(caller.address, message.server_id))
-    now = yield from Now()
+    request, message = call.request, call.message
+    hotkey, address = call.caller.address, request.peer_address
+    server, _ = yield from Transact(ReadOwnServer(hotkey, message.server_id))
     nonce = service.mint.check(
-        message.nonce, "runtime", now, hotkey=caller.address, address=request.peer_address, scope=server.server_id
+        message.nonce, "runtime", call.now, hotkey=hotkey, address=address, scope=server.server_id
     )
     with service.proxies.excusing(request):
         key = client_key(request.peer_certificate)
     evidence: Evidence | None = None
     try:
         with service.proxies.excusing(request):
-            evidence = yield from verify_evidence(service, nonce.value, key, message.quote, now)
-        yield from _grant(service, request, request_id, server, nonce, evidence, now)
+            evidence = yield from verify_evidence(service, nonce.value, key, message.quote, call.now)
+        yield from _grant(service, call, server, nonce, evidence)
     except (Refused, BadRequest) as exc:
-        yield from _record(request, message, request_id, server, nonce, evidence, exc, now)
+        yield from _record(call, server, nonce, evidence, exc)
         raise
-    return RuntimeAttestationAnswer(attestation_id=request_id, verified_at=timestamp(now), status="verified")
+    return RuntimeAttestationAnswer(attestation_id=call.request_id, verified_at=timestamp(call.now), status="verified")
 
 
-def read_status(
-    service: Service, request: HttpRequest, message: AttestationStatusRequest, request_id: str, caller: Hotkey
-) -> Flow[AttestationStatusAnswer]:
+def read_status(service: Service, call: SignedCall[AttestationStatusRequest]) -> Flow[AttestationStatusAnswer]:
     """Operation 12."""
-    server, last = yield from Transact(ReadOwnServer(caller.address, message.server_id))
-    now = yield from Now()
-    age = None if last is None else max(0, now - last.created_at)
+    server, last = yield from Transact(ReadOwnServer(call.caller.address, call.message.server_id))
+    age = None if last is None else max(0, call.now - last.created_at)
     verified = last is not None and last.code is None
     return AttestationStatusAnswer(
         server_id=server.server_id,
@@ -108,20 +98,14 @@ def _last(row: AttestationRow) -> LastAttestation:
 
 
 def _grant(
-    service: Service,
-    request: HttpRequest,
-    request_id: str,
-    server: ServerRow,
-    nonce: Nonce,
-    evidence: Evidence,
-    now: int,
+    service: Service, call: SignedCall[RuntimeAttestationRequest], server: ServerRow, nonce: Nonce, evidence: Evidence
 ) -> Flow[None]:
     profile = appraise(service, evidence, "runtime").profile
-    pin = platform_of(evidence).pin
+    pin = evidence.platform.pin
     yield from Transact(
         GrantRuntime(
-            now=now,
-            request_id=request_id,
+            now=call.now,
+            request_id=call.request_id,
             server=server,
             pin=pin,
             nonce=nonce.value,
@@ -129,13 +113,13 @@ def _grant(
             nonce_issued_at=nonce.issued_at,
             profile_name=profile.name,
             profile_version=profile.version,
-            quote_digest=hashlib.sha256(evidence.quote).digest(),
-            peer_address=request.peer_address,
+            quote_digest=evidence.quote_digest,
+            peer_address=call.request.peer_address,
             platform_binding=service.platform_binding,
         )
     )
     fields = {
-        "request_id": request_id,
+        "request_id": call.request_id,
         "server": server.server_id,
         "hotkey": server.hotkey,
         "profile": profile.name,
@@ -147,31 +131,28 @@ def _grant(
 
 
 def _record(
-    request: HttpRequest,
-    message: RuntimeAttestationRequest,
-    request_id: str,
+    call: SignedCall[RuntimeAttestationRequest],
     server: ServerRow,
     nonce: Nonce,
     evidence: Evidence | None,
     refusal: Refused | BadRequest,
-    now: int,
 ) -> Flow[None]:
-    """Keep the verdict. That it cannot be written does not change the refusal."""
-    quote = message.quote.encode() if evidence is None else evidence.quote
+    """Record the verdict. That it cannot be written does not change the refusal."""
+    quote = call.message.quote.encode() if evidence is None else evidence.quote
     unit = RecordRuntimeRefusal(
-        now=now,
-        request_id=request_id,
+        now=call.now,
+        request_id=call.request_id,
         server=server,
         nonce=nonce.value,
-        pin=None if evidence is None else platform_of(evidence).pin,
+        pin=None if evidence is None else evidence.platform.pin,
         code=str(refusal.code),
         detail=str(refusal.detail),
         reason=refusal.reason,
         quote_digest=hashlib.sha256(quote).digest(),
-        peer_address=request.peer_address,
+        peer_address=call.request.peer_address,
     )
     try:
         _ = yield from Transact(unit)
     except (StoreError, Refused) as exc:
-        fields = {"request_id": request_id, "error": str(exc)}
+        fields = {"request_id": call.request_id, "error": str(exc)}
         yield from Log(Record(Level.WARNING, "refusal_not_recorded", fields))

@@ -7,7 +7,7 @@ then what needs rows. A host may be slow to be found and to answer, so one hotke
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from chutes_proto.effects import Log, Now, Transact
 from chutes_proto.errors import BadRequest
@@ -33,22 +33,20 @@ from chutes_proto.wire.miners import (
 from chutes_proto.wire.times import timestamp
 
 if TYPE_CHECKING:
-    from chutes_proto.auth.hotkey import Hotkey
     from chutes_proto.effects import Flow
     from chutes_proto.errors import ValidationProblem
+    from chutes_proto.server._call import Call, SignedCall
     from chutes_proto.server._service import Service
     from chutes_proto.store.rows import ServerRow
-    from chutes_proto.wire.http import HttpRequest
     from chutes_proto.wire.public import EncodedMeasurements, MeasurementsRequest
 
 _SHADOWED: Final = frozenset({"nonce", "boot"})
 """Ids whose paths are other operations'."""
 
 
-def register_server(
-    service: Service, request: HttpRequest, message: RegisterServerRequest, request_id: str, caller: Hotkey
-) -> Flow[MessageAnswer]:
+def register_server(service: Service, call: SignedCall[RegisterServerRequest]) -> Flow[MessageAnswer]:
     """Operation 5."""
+    message, hotkey = call.message, call.caller.address
     if message.id in _SHADOWED:
         raise BadRequest(
             Code.VALIDATION_ERROR,
@@ -56,51 +54,48 @@ def register_server(
         )
     nodes = check_nodes(message.gpus, service.gpus)
     shown = None
-    with service.hosts.of(caller.address):
+    with service.hosts.of(hotkey):
         address = yield from locate(message.host, service.unsafe_networks)
         if service.callback is not None:
-            shown = yield from ask_host(service, service.callback, message.host, address, request_id)
-    now = yield from Now()
+            shown = yield from ask_host(service, service.callback, call, address)
+    now = yield from Now()  # the host may have been slow to find and to answer
     server = yield from Transact(
         RegisterServer(
             now=now,
-            request_id=request_id,
-            hotkey=caller.address,
+            request_id=call.request_id,
+            hotkey=hotkey,
             server_id=message.id,
             name=message.id if message.name is None else message.name,
             host=message.host,
             address=address,
             gpus=tuple(GpuRow(node.uuid.lower(), message.id, node.identifier, node.declared) for node in nodes),
             profiles={name: profile.measurements for name, profile in service.profiles.items()},
-            peer_address=request.peer_address,
+            peer_address=call.request.peer_address,
             evidence=service.registration_evidence,
             platform_binding=service.platform_binding,
             shown=shown,
         )
     )
-    yield from _tell("server_registered", request_id, server)
+    yield from _tell("server_registered", call, server)
     return MessageAnswer(message="Server registered successfully.")
 
 
-def list_servers(
-    service: Service, request: HttpRequest, message: ListServersRequest, request_id: str, caller: Hotkey
-) -> Flow[ServerListAnswer]:
+def list_servers(service: Service, call: SignedCall[ListServersRequest]) -> Flow[ServerListAnswer]:
     """Operation 6."""
-    rows = yield from Transact(ListServers(caller.address))
+    rows = yield from Transact(ListServers(call.caller.address))
     return ServerListAnswer(servers=tuple(_described(row) for row in rows))
 
 
-def rename_server(
-    service: Service, request: HttpRequest, message: RenameServerRequest, request_id: str, caller: Hotkey
-) -> Flow[RenamedServerAnswer]:
+def rename_server(service: Service, call: SignedCall[RenameServerRequest]) -> Flow[RenamedServerAnswer]:
     """Operation 7."""
+    message = call.message
     if message.server_name is None:
         problem: ValidationProblem = {"type": "missing", "loc": ["query", "server_name"], "msg": "Field required"}
         raise BadRequest(Code.VALIDATION_ERROR, [problem])
-    now = yield from Now()
-    unit = RenameServer(now, request_id, caller.address, message.server_id, message.server_name, request.peer_address)
+    hotkey, address = call.caller.address, call.request.peer_address
+    unit = RenameServer(call.now, call.request_id, hotkey, message.server_id, message.server_name, address)
     server = yield from Transact(unit)
-    yield from _tell("server_renamed", request_id, server)
+    yield from _tell("server_renamed", call, server)
     return RenamedServerAnswer(
         name=server.name,
         ip=server.host,
@@ -109,28 +104,22 @@ def rename_server(
     )
 
 
-def read_server(
-    service: Service, request: HttpRequest, message: ServerDetailsRequest, request_id: str, caller: Hotkey
-) -> Flow[ServerAnswer]:
+def read_server(service: Service, call: SignedCall[ServerDetailsRequest]) -> Flow[ServerAnswer]:
     """Operation 8."""
-    server, _ = yield from Transact(ReadOwnServer(caller.address, message.server_id))
+    server, _ = yield from Transact(ReadOwnServer(call.caller.address, call.message.server_id))
     return _described(server)
 
 
-def remove_server(
-    service: Service, request: HttpRequest, message: RemoveServerRequest, request_id: str, caller: Hotkey
-) -> Flow[RemovedServerAnswer]:
+def remove_server(service: Service, call: SignedCall[RemoveServerRequest]) -> Flow[RemovedServerAnswer]:
     """Operation 9."""
-    now = yield from Now()
-    unit = RemoveServer(now, request_id, caller.address, message.server_name_or_id, request.peer_address)
+    hotkey, address = call.caller.address, call.request.peer_address
+    unit = RemoveServer(call.now, call.request_id, hotkey, call.message.server_name_or_id, address)
     server = yield from Transact(unit)
-    yield from _tell("server_removed", request_id, server)
+    yield from _tell("server_removed", call, server)
     return RemovedServerAnswer(name=server.name, message="Server removed successfully")
 
 
-def publish_measurements(
-    service: Service, request: HttpRequest, message: MeasurementsRequest, request_id: str
-) -> Flow[EncodedMeasurements]:
+def publish_measurements(service: Service, call: Call[MeasurementsRequest]) -> Flow[EncodedMeasurements]:
     """Operation 15."""
     yield from ()
     return service.published
@@ -146,6 +135,6 @@ def _described(server: ServerRow) -> ServerAnswer:
     )
 
 
-def _tell(event: str, request_id: str, server: ServerRow) -> Flow[None]:
-    fields = {"request_id": request_id, "server": server.server_id, "name": server.name, "hotkey": server.hotkey}
+def _tell(event: str, call: SignedCall[Any], server: ServerRow) -> Flow[None]:
+    fields = {"request_id": call.request_id, "server": server.server_id, "name": server.name, "hotkey": server.hotkey}
     yield from Log(Record(Level.INFO, event, fields))

@@ -19,17 +19,27 @@ from chutes_proto.server._profiles import ServedProfile, publish
 from chutes_proto.server._proxy import TrustedProxies
 from chutes_proto.server._rates import Buckets, Rates
 from chutes_proto.wire.codes import Code
+from chutes_proto.wire.evidence import PORT
 from chutes_proto.wire.http import address_prefix
 
 if TYPE_CHECKING:
-    from chutes_proto.auth.signing import SigningPolicy
+    from chutes_proto.auth.hotkey import Hotkey
+    from chutes_proto.auth.signing import Signer, SigningPolicy
     from chutes_proto.keys.vault import Vault
     from chutes_proto.quote._policy import Policy
     from chutes_proto.quote._roots import TrustedRoot
-    from chutes_proto.server._callbacks import Callback
     from chutes_proto.server._nonces import NonceMint
     from chutes_proto.server._proxy import Network
     from chutes_proto.wire.public import EncodedMeasurements
+
+
+@frozen
+class Callback:
+    """How hosts are asked: the hotkey that they let ask, what signs with it, and the port they answer on."""
+
+    hotkey: Hotkey
+    signer: Signer = field(repr=False)
+    port: int = PORT
 
 
 @define

@@ -7,10 +7,10 @@ the unit's (``units/volumes.py``), where a token is spent in the same transactio
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from chutes_proto.auth.certificates import spki_sha256
-from chutes_proto.effects import Entropy, Log, Now
+from chutes_proto.effects import Entropy, Log
 from chutes_proto.errors import BadRequest, Refused
 from chutes_proto.keys.vault import FreshKey
 from chutes_proto.log import Level, Record
@@ -27,38 +27,35 @@ if TYPE_CHECKING:
 
     from chutes_proto.effects import Flow
     from chutes_proto.log import Value
+    from chutes_proto.server._call import Call
     from chutes_proto.server._service import Service
-    from chutes_proto.wire.http import HttpRequest
 
 
-def read_cache_passphrase(
-    service: Service, request: HttpRequest, message: CachePassphraseRequest, request_id: str
-) -> Flow[CachePassphraseAnswer]:
-    """Operation 3: the first configured volume's passphrase; the token is checked, not spent."""
+def read_cache_passphrase(service: Service, call: Call[CachePassphraseRequest]) -> Flow[CachePassphraseAnswer]:
+    """Operation 3: the first configured volume's passphrase; the token is checked, not redeemed."""
+    message = call.message
     token, hotkey = _credentials(message.boot_token, message.hotkey_header, message.hotkey)
-    now = yield from Now()
     vm = Vm(hotkey, message.vm_name)
     volume = service.volumes[0]
     passphrase = yield from transact_patiently(
         ReadVolume(
-            now=now,
-            request_id=request_id,
+            now=call.now,
+            request_id=call.request_id,
             vm=vm,
             token_digest=_token_digest(token),
-            certificate=_presented(request),
+            certificate=_presented(call),
             volume=volume,
             vault=service.vault,
         ),
-        request.arrived,
+        call.request.arrived,
     )
-    yield from Log(Record(Level.INFO, "passphrase_read", {**_who(service, request_id, vm), "volume": volume}))
+    yield from Log(Record(Level.INFO, "passphrase_read", {**_who(service, call, vm), "volume": volume}))
     return CachePassphraseAnswer(passphrase=passphrase)
 
 
-def sync_volumes(
-    service: Service, request: HttpRequest, message: VolumeSyncRequest, request_id: str
-) -> Flow[VolumeSyncAnswer]:
-    """Operation 4: the passphrases of all volumes that the VM names; the token is spent."""
+def sync_volumes(service: Service, call: Call[VolumeSyncRequest]) -> Flow[VolumeSyncAnswer]:
+    """Operation 4: the passphrases of all volumes that the VM names; the token is redeemed."""
+    message = call.message
     token, hotkey = _credentials(message.boot_token, message.hotkey, message.hotkey_query)
     volumes = tuple(dict.fromkeys(message.volumes))
     rekey = tuple(dict.fromkeys(message.rekey or ()))
@@ -71,7 +68,6 @@ def sync_volumes(
         )
     if message.formatted is not None:
         check_names("formatted volume", message.formatted, service.volumes)
-    now = yield from Now()
     entropy = yield from Entropy(FreshKey.SIZE * len(volumes))
     fresh = {
         volume: FreshKey.from_entropy(entropy[FreshKey.SIZE * index : FreshKey.SIZE * (index + 1)])
@@ -80,12 +76,12 @@ def sync_volumes(
     vm = Vm(hotkey, message.vm_name)
     keys = yield from transact_patiently(
         SyncVolumes(
-            now=now,
-            request_id=request_id,
+            now=call.now,
+            request_id=call.request_id,
             vm=vm,
             token_digest=_token_digest(token),
-            certificate=_presented(request),
-            body_digest=hashlib.sha256(request.body).digest(),
+            certificate=_presented(call),
+            body_digest=hashlib.sha256(call.request.body).digest(),
             volumes=volumes,
             rekey=frozenset(rekey),
             formatted=None if message.formatted is None else frozenset(message.formatted),
@@ -93,10 +89,10 @@ def sync_volumes(
             pruned=service.pruned,
             vault=service.vault,
         ),
-        request.arrived,
+        call.request.arrived,
     )
     fields: dict[str, Value] = {
-        **_who(service, request_id, vm),
+        **_who(service, call, vm),
         "volumes": list(volumes),
         "rekey": list(rekey),
         "replayed": keys.replayed,
@@ -140,10 +136,11 @@ def _some(names: list[str]) -> str:
     return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"
 
 
-def _presented(request: HttpRequest) -> bytes | None:
-    """The digest of the presented certificate's key. Whether one must be presented is the boot's to say."""
-    return None if request.peer_certificate is None else spki_sha256(request.peer_certificate)
+def _presented(call: Call[Any]) -> bytes | None:
+    """Return the digest of the presented certificate's key. The boot says whether one must be presented."""
+    certificate = call.request.peer_certificate
+    return None if certificate is None else spki_sha256(certificate)
 
 
-def _who(service: Service, request_id: str, vm: Vm) -> dict[str, str]:
-    return {"request_id": request_id, "vm": vm.name, "hotkey": vm.hotkey, "trust": service.trust}
+def _who(service: Service, call: Call[Any], vm: Vm) -> dict[str, str]:
+    return {"request_id": call.request_id, "vm": vm.name, "hotkey": vm.hotkey, "trust": service.trust}

@@ -33,13 +33,12 @@ from chutes_proto.quote._measurements import parse_profiles_json, parse_profiles
 from chutes_proto.quote._policy import Policy
 from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
 from chutes_proto.secret import Secret
-from chutes_proto.server._callbacks import Callback
 from chutes_proto.server._config import ProxyOptions, RegistrationOptions, ServerConfig
 from chutes_proto.server._gpus import GPUS
 from chutes_proto.server._nonces import NonceMint
 from chutes_proto.server._profiles import EXTRA_KEYS, ServedProfile, serve_profile
 from chutes_proto.server._proxy import TrustedProxies
-from chutes_proto.server._service import Service
+from chutes_proto.server._service import Callback, Service
 from chutes_proto.store._run import Script, Unit
 from chutes_proto.store.rows import CountSealed
 from chutes_proto.transport.h1 import Limits
