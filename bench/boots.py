@@ -41,9 +41,10 @@ from chutes_proto.io.drivers.sync import Performer
 from chutes_proto.io.http.https import HttpsSender, TimeLimits
 from chutes_proto.io.http.tls import client_context
 from chutes_proto.io.server import serving
-from chutes_proto.io.server.setup import load_setup
+from chutes_proto.io.server.setup import make_setup
 from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.quote import _ecdsa as ecdsa
+from chutes_proto.server import ServerConfig
 from chutes_proto.server._app import App
 from chutes_proto.store._memory import MemoryStore
 from chutes_proto.store.rows import Vm
@@ -181,10 +182,9 @@ def _serve(folder: str, transport: Any, what: str) -> None:
             print(json.dumps({"whole": time.process_time(), "system": os.times().system, **spent}), flush=True)
 
     _ = signal.signal(signal.SIGUSR1, tell)
-    setup = load_setup(Path(folder) / "server.toml")
-    with closing(setup.store.open()) as store:
-        announce = lambda urls: print(urls[0], flush=True)  # noqa: E731
-        serving.serve_until_stopped(transport, setup, store, setup.collateral, announce, (signal.SIGTERM,))
+    setup = make_setup(ServerConfig.load(Path(folder) / "server.toml"))
+    announce = lambda urls: print(urls[0], flush=True)  # noqa: E731
+    serving.serve_until_stopped(transport, setup, setup.collateral, announce, (signal.SIGTERM,))
 
 
 def _nothing_done(*_: object) -> Flow[HttpResponse]:
@@ -212,7 +212,7 @@ def _timed(spent: dict[str, float], part: str, work: Callable[..., Any]) -> Call
 def _syncs(folder: Path) -> None:
     print(f"\nSQLite over HTTP, one server; {SYNCS} syncs\n{'clients':>12}{'syncs/s':>12}{'ratio':>12}")
     first = 0.0
-    setup = load_setup(folder / "server.toml")
+    setup = make_setup(ServerConfig.load(folder / "server.toml"))
     runs = count()
     with _server(folder, "trio") as (url, _):
         for callers in CALLERS:
@@ -270,7 +270,7 @@ def _ask(
 
 def _nonces(folder: Path) -> None:
     """Nonces in a row, without HTTP: memory must not grow, and nothing is written."""
-    setup = load_setup(folder / "server.toml")
+    setup = make_setup(ServerConfig.load(folder / "server.toml"))
     app = App(setup.service)
     request = HttpRequest("GET", f"/servers/nonce?miner_hotkey={VM.hotkey}", peer_address="10.0.0.1")
     with closing(setup.store.open()) as store:

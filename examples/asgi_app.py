@@ -10,17 +10,9 @@
 import os
 from contextlib import asynccontextmanager
 
-from chutes_proto.io.collateral.aio import open_performer
-from chutes_proto.io.server.setup import check_keys, load_setup
-from chutes_proto.server._app import App
-from chutes_proto.transport.asgi import AsgiApp
+from chutes_proto.server import ServerConfig, asgi_app
 
-if "CHUTES_CONFIG" not in os.environ:
-    raise SystemExit("usage: CHUTES_CONFIG=server.toml uvicorn --no-proxy-headers --uds keys.sock asgi_app:app")
-setup = load_setup(os.environ["CHUTES_CONFIG"])
-store = setup.store.open()
-_ = check_keys(store, setup.service.vault)
-app = AsgiApp(App(setup.service), open_performer(store, setup.collateral), limits=setup.limits)
+app = asgi_app(ServerConfig.load(os.environ.get("CHUTES_CONFIG", "server.toml")))
 
 
 def mounted():

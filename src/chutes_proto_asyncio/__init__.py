@@ -3,6 +3,9 @@
 One implementation on anyio serves both loops: ``chutes_proto_trio`` has the same names.
 """
 
+from typing import TYPE_CHECKING
+
+from chutes_proto._lazy import lazily
 from chutes_proto.io.clients.boot_aio import BootAgent
 from chutes_proto.io.clients.miner_aio import MinerClient
 from chutes_proto.io.disks.cryptsetup import has_luks_header
@@ -13,6 +16,11 @@ from chutes_proto.io.http.https import TimeLimits
 from chutes_proto.io.http.tls import client_context
 from chutes_proto.io.quoters.choose import Quoter, auto_quoter, make_quoter
 from chutes_proto.io.server.aio import Server
+
+if TYPE_CHECKING:
+    from chutes_proto.io.server.serving import serve
+else:
+    __getattr__ = lazily(globals(), {"chutes_proto.io.server.serving": "serve"})  # an agent needs no server
 
 __all__ = [
     "BootAgent",
@@ -28,4 +36,5 @@ __all__ = [
     "has_luks_header",
     "make_quoter",
     "read_hotkey",
+    "serve",
 ]

@@ -23,9 +23,10 @@ from cryptography.fernet import Fernet
 
 from chutes_proto.cli.development import write_server
 from chutes_proto.cli.main import main
-from chutes_proto.io.server.setup import load_setup
+from chutes_proto.io.server.setup import make_setup
 from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.quote._terms import rfc3339
+from chutes_proto.server import ServerConfig
 from chutes_proto.store import sql
 from chutes_proto.store._run import Script, Unit
 from chutes_proto.store.rows import (
@@ -71,7 +72,7 @@ class Site:
         return self.do(*arguments, "--json").json
 
     def boot(self, label: str, *, vm: Vm | None = None, rekey: tuple[str, ...] = (), at: int = NOW) -> bytes:
-        setup = load_setup(self.configuration)
+        setup = make_setup(ServerConfig.load(self.configuration))
         granted = evolve(boot(label, now=at, vm=vm or Vm(HOTKEY, "vm-1")), vault=setup.service.vault)
         with closing(setup.store.open()) as store:
             root = store.transact(granted).root
@@ -83,13 +84,13 @@ class Site:
     def spoil(self, row: GenerationRow) -> None:
         """Alter how a row's data key is wrapped, as a fault of a disk would."""
         assert row.wrapped_key is not None
-        with closing(load_setup(self.configuration).store.open()) as store:
+        with closing(make_setup(ServerConfig.load(self.configuration)).store.open()) as store:
             store.transact(
                 Ask(RewrapGeneration(evolve(row, wrapped_key=row.wrapped_key[:-1] + bytes([row.wrapped_key[-1] ^ 1]))))
             )
 
     def rows(self) -> tuple[GenerationRow, ...]:
-        with closing(load_setup(self.configuration).store.open()) as store:
+        with closing(make_setup(ServerConfig.load(self.configuration)).store.open()) as store:
             return store.transact(Ask(Scan(GenerationRow)))
 
 
@@ -348,11 +349,11 @@ def test_a_name_of_several_hotkeys(site: Site) -> None:
 
 def test_a_horizon_in_the_future_is_set_back_and_the_one_in_force_is_shown(site: Site) -> None:
     """It may come from an older release, or from a clock that was ahead and is right now."""
-    with closing(load_setup(site.configuration).store.open()) as store:
+    with closing(make_setup(ServerConfig.load(site.configuration)).store.open()) as store:
         store.transact(Ask(RaiseHorizon(NOW + 10 * DAY)))
     began = int(time.time())
     told = site.json("store", "restored", "--reason", "the clock was ahead")
-    with closing(load_setup(site.configuration).store.open()) as store:
+    with closing(make_setup(ServerConfig.load(site.configuration)).store.open()) as store:
         horizon = store.transact(Ask(ReadHorizon()))
     assert began + 60 <= horizon <= time.time() + 60
     assert told["restored"].endswith(f"boots are granted again after {rfc3339(horizon)}")
@@ -396,7 +397,7 @@ def refuse(site: Site, label: str, vm: Vm) -> None:
         quote_digest=bytes(32),
         peer_address="192.0.2.1",
     )
-    with closing(load_setup(site.configuration).store.open(migrate=True)) as store:
+    with closing(make_setup(ServerConfig.load(site.configuration)).store.open(migrate=True)) as store:
         assert store.transact(refusal)
 
 
@@ -438,7 +439,7 @@ class Flood(Unit[None]):
 def test_any_number_of_audit_rows(site: Site, tmp_path: Path) -> None:
     """An export has a part of them in memory at a time; a list has the newest."""
     size = 14_000_000
-    with closing(load_setup(site.configuration).store.open(migrate=True)) as store:
+    with closing(make_setup(ServerConfig.load(site.configuration)).store.open(migrate=True)) as store:
         store.transact(Flood(size))
     tracemalloc.start()
     try:
@@ -456,7 +457,7 @@ def test_any_number_of_audit_rows(site: Site, tmp_path: Path) -> None:
 
 
 def test_audit_rows_are_purged_some_at_a_time(site: Site) -> None:
-    with closing(load_setup(site.configuration).store.open(migrate=True)) as store:
+    with closing(make_setup(ServerConfig.load(site.configuration)).store.open(migrate=True)) as store:
         now = int(time.time())
         for days in (800, 400, 100):
             store.transact(Ask(Insert(AuditRow(now - days * 86_400, "vm", f"{days} days ago", "granted"))))
@@ -562,12 +563,12 @@ def register(site: Site, server_id: str, address: str) -> None:
         profiles={},
         peer_address="192.0.2.1",
     )
-    with closing(load_setup(site.configuration).store.open()) as store:
+    with closing(make_setup(ServerConfig.load(site.configuration)).store.open()) as store:
         store.transact(unit)
 
 
 def test_an_empty_list_says_so(site: Site) -> None:
-    load_setup(site.configuration).store.open().close()
+    make_setup(ServerConfig.load(site.configuration)).store.open().close()
     assert site.do("vm", "list").out == "no VMs\n"
     assert site.do("registrations", "list").out == "no registrations\n"
     assert site.do("audit", "list").out == "no audit rows\n"

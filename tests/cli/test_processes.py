@@ -26,9 +26,10 @@ from chutes_proto.boot._retry import begin
 from chutes_proto.cli.development import write_server
 from chutes_proto.effects import Flow, Send
 from chutes_proto.errors import ChutesError, TransportError, Unavailable
-from chutes_proto.io.server.setup import load_setup
+from chutes_proto.io.server.setup import make_setup
 from chutes_proto.keys.vault import Address
 from chutes_proto.secret import Secret
+from chutes_proto.server import ServerConfig
 from chutes_proto.store.rows import BootRow, GenerationRow, Scan
 from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.testing.store_suite import Ask, entropy
@@ -56,7 +57,7 @@ def site(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     if request.param == "postgresql":
         url = request.getfixturevalue("empty_schema")
         configuration.write_text(configuration.read_text().replace("sqlite:keys.db", url))
-    load_setup(configuration).store.open(migrate=True).close()
+    make_setup(ServerConfig.load(configuration)).store.open(migrate=True).close()
     return directory
 
 
@@ -123,7 +124,7 @@ def test_first_boots_through_four_servers_get_one_root_passphrase(start: Start, 
     trio.run(all_at_once)
     assert len(answers) == 64
     assert len(set(answers)) == 1
-    with closing(load_setup(site / "server.toml").store.open()) as store:
+    with closing(make_setup(ServerConfig.load(site / "server.toml")).store.open()) as store:
         assert len(store.transact(Ask(Scan(BootRow)))) == 64
         assert len(store.transact(Ask(Scan(GenerationRow)))) == 1
 
@@ -185,7 +186,7 @@ def test_a_killed_server_loses_nothing_and_leaves_no_half_unit(
     start: Start, site: Path, figure: Callable[[str], None]
 ) -> None:
     """Killed by turns in the middle of syncs and of rotations; afterwards every disk opens."""
-    fleet, setup = Fleet(), load_setup(site / "server.toml")
+    fleet, setup = Fleet(), make_setup(ServerConfig.load(site / "server.toml"))
     configuration = (site / "server.toml").read_text()
 
     def served(exchange: str) -> Server:

@@ -25,14 +25,14 @@ from chutes_proto.cli.development import RenewedCollateral, write_collateral, wr
 from chutes_proto.cli.main import main
 from chutes_proto.errors import CollateralUnavailable, ConfigurationError
 from chutes_proto.io.collateral.directory import CollateralDirectory
-from chutes_proto.io.server.setup import load_setup
+from chutes_proto.io.server.setup import make_setup
 from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.keys.vault import KeyEncryptionKey
 from chutes_proto.quote._pck import PckIdentity
 from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
 from chutes_proto.quote._verify import open_quote
 from chutes_proto.secret import Secret
-from chutes_proto.server._config import ServerConfig
+from chutes_proto.server import ServerConfig
 from chutes_proto.testing._platform import COLLATERAL_SECONDS, SimulatedPlatform
 from tests.cli.conftest import HOTKEY, Ended, Server, end
 
@@ -231,7 +231,7 @@ def test_the_service_is_what_the_files_say(site: Path) -> None:
     edit(
         site, 'hotkeys = "*"', f'hotkeys = ["{HOTKEY}"]\nnetuid = 7\nplatform_binding = "off"\nlimits.verifications = 3'
     )
-    setup = load_setup(site / "server.toml")
+    setup = make_setup(ServerConfig.load(site / "server.toml"))
     service = setup.service
     assert service.hotkeys == frozenset({HOTKEY})
     assert (service.netuid, service.platform_binding, service.verifications.size) == (7, "off", 3)
@@ -240,7 +240,7 @@ def test_the_service_is_what_the_files_say(site: Path) -> None:
     assert service.profiles["simulated"].image_passphrase is None
     assert setup.store.path == site / "keys.db"
     edit(site, '"simulated-root.der"', '"intel"')
-    service = load_setup(site / "server.toml").service
+    service = make_setup(ServerConfig.load(site / "server.toml")).service
     assert (service.root, service.trust) == (INTEL_ROOT, "Intel SGX Root CA")
 
 
@@ -262,7 +262,7 @@ def test_a_server_that_asks_hosts_has_a_hotkey_and_says_what_it_does_not_verify(
         json.dumps({"secretSeed": f"0x{bytes(32).hex()}", "ss58Address": pair.hotkey.address})
     )
     (site / "validator").chmod(0o600)
-    service = load_setup(site / "server.toml").service
+    service = make_setup(ServerConfig.load(site / "server.toml")).service
     assert service.callback is not None
     assert (service.callback.hotkey, service.callback.port) == (pair.hotkey, 30443)
     assert list(map(str, service.unsafe_networks)) == ["192.0.2.0/24"]
@@ -275,7 +275,7 @@ def test_a_server_that_asks_hosts_has_a_hotkey_and_says_what_it_does_not_verify(
 def test_a_server_that_cannot_check_signatures_says_so(
     site: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert load_setup(site / "server.toml").warnings == ()
+    assert make_setup(ServerConfig.load(site / "server.toml")).warnings == ()
     monkeypatch.setitem(sys.modules, "sr25519", None)
     assert main(["serve", "--config", str(site / "server.toml"), "--check"]) == 0
     assert "warning: signed requests" in (said := capsys.readouterr().out)
@@ -284,7 +284,7 @@ def test_a_server_that_cannot_check_signatures_says_so(
     _ = (site / "validator").write_text(json.dumps({"secretSeed": f"0x{bytes(32).hex()}", "ss58Address": "x"}))
     (site / "validator").chmod(0o600)
     with pytest.raises(ConfigurationError, match=r"registration.hotkey_file: .*chutes-proto\[hotkey\]"):
-        _ = load_setup(site / "server.toml")
+        _ = make_setup(ServerConfig.load(site / "server.toml"))
 
 
 def test_profiles_may_be_a_json_list_with_the_defaults_of_the_configuration(site: Path) -> None:
@@ -297,7 +297,7 @@ def test_profiles_may_be_a_json_list_with_the_defaults_of_the_configuration(site
     edit(
         site, 'root_passphrase = "vm"', 'version = "7"\nroot_passphrase = "image"\nroot_passphrase_file = "passphrase"'
     )
-    service = load_setup(site / "server.toml").service
+    service = make_setup(ServerConfig.load(site / "server.toml")).service
     assert list(service.profiles) == ["simulated", "a", "b"]
     assert service.profiles["a"].measurements.version == "7"
     passphrase = service.profiles["b"].image_passphrase
@@ -344,7 +344,7 @@ def test_whatever_is_in_a_file_is_told_or_read(site: Path, name: str, content: b
     kept = (site / name).read_bytes()
     _ = (site / name).write_bytes(content)
     try:
-        _ = load_setup(site / "server.toml")
+        _ = make_setup(ServerConfig.load(site / "server.toml"))
     except ConfigurationError as exc:
         assert str(exc)
     finally:
@@ -451,7 +451,7 @@ def identity(platform: SimulatedPlatform) -> PckIdentity:
 
 
 def test_collateral_of_the_platform_is_made_anew_when_it_is_old(site: Path) -> None:
-    directory = load_setup(site / "server.toml").collateral
+    directory = make_setup(ServerConfig.load(site / "server.toml")).collateral
     assert isinstance(directory, CollateralDirectory)
     _no_collateral(site)
     renewed = RenewedCollateral(directory, PLATFORM)
@@ -473,9 +473,9 @@ def test_a_development_server_removes_its_keys_when_it_is_ended(start: Callable[
 
 def test_a_server_of_an_operator_loads_no_simulator(site: Path) -> None:
     program = (
-        "import sys; from chutes_proto.io.server.setup import load_setup;"
+        "import sys; from chutes_proto.io.server.setup import make_setup; from chutes_proto.server import ServerConfig;"
         " import chutes_proto.io.server.serving, chutes_proto_trio, chutes_proto_asyncio;"
-        " load_setup(sys.argv[1]);"
+        " make_setup(ServerConfig.load(sys.argv[1]));"
         " print(*[name for name in sys.modules if name.startswith('chutes_proto.testing')])"
     )
     ended = subprocess.run(

@@ -25,7 +25,8 @@ from chutes_proto.auth.client_identity import ClientIdentity, make_client_identi
 from chutes_proto.auth.server_identity import ServerIdentity, make_server_identity
 from chutes_proto.cli.development import write_server
 from chutes_proto.io.http.tls import client_context
-from chutes_proto.io.server.setup import load_setup
+from chutes_proto.io.server.setup import make_setup
+from chutes_proto.server import ServerConfig
 from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.wire.codec import encode_quote
 from tests.cli.conftest import HOTKEY, Ended, Server
@@ -217,7 +218,7 @@ def test_a_store_that_hangs_keeps_no_server_from_its_end(
     path = site / "server.toml"
     with schema(cluster.url()) as url:
         _ = path.write_text(path.read_text().replace("sqlite:keys.db", url) + '[proxy]\nunix = "keys.sock"\n')
-        load_setup(path).store.open(migrate=True).close()
+        make_setup(ServerConfig.load(path)).store.open(migrate=True).close()
         server = serve(1 if len(numbers) == 1 else 600)
         with hanging(cluster), client(server) as hangs, ThreadPoolExecutor() as threads:
             assert (site / "keys.sock").exists()
@@ -364,7 +365,7 @@ def test_a_proxys_socket_comes_and_goes_with_the_server(
         _ = file.write('[proxy]\nunix = "keys.sock"\nnetworks = ["127.0.0.0/8"]\nsecret_file = "secret"\n')
     (site / "secret").touch(0o600)
     _ = (site / "secret").write_text("new\nold\n")
-    assert len(load_setup(site / "server.toml").service.proxies.secrets) == 2
+    assert len(make_setup(ServerConfig.load(site / "server.toml")).service.proxies.secrets) == 2
     server = start("--config", site / "server.toml", "--transport", transport, ca=site / "ca.pem")
     transport_ = httpx.HTTPTransport(uds=str(site / "keys.sock"))
     with httpx.Client(transport=transport_, base_url="http://keys", timeout=60) as proxy:

@@ -19,8 +19,9 @@ from attrs import define, field
 from chutes_proto.boot._retry_policy import RetryPolicy
 from chutes_proto.cli.development import write_server
 from chutes_proto.errors import Unavailable
-from chutes_proto.io.server.setup import load_setup
+from chutes_proto.io.server.setup import make_setup
 from chutes_proto.log import Record
+from chutes_proto.server import ServerConfig
 from chutes_proto.store.rows import GenerationRow, Scan
 from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.testing.store_suite import Ask
@@ -131,7 +132,7 @@ def refused(server: Server) -> str:
 
 
 def nothing_twice(site: Path) -> None:
-    with closing(load_setup(site / "server.toml").store.open()) as store:
+    with closing(make_setup(ServerConfig.load(site / "server.toml")).store.open()) as store:
         store.check()
         rows = store.transact(Ask(Scan(GenerationRow)))
     assert sorted((row.volume, row.generation) for row in rows) == [("root", 1), ("storage", 1), ("tdx-cache", 1)]
@@ -170,7 +171,7 @@ def test_a_database_that_stops(start: Start, cluster: Cluster, number: signal.Si
 
     with schema(cluster.url()) as url:
         site = make_site(tmp_path, url)
-        load_setup(site / "server.toml").store.open(migrate=True).close()
+        make_setup(ServerConfig.load(site / "server.toml")).store.open(migrate=True).close()
         server = serve(start, site)
         trio.run(lambda: outlives(server, stop, go_on, is_busy=True))
         assert "no connection to the database" in refused(server)

@@ -30,8 +30,9 @@ from chutes_proto.cli.main import main
 from chutes_proto.io.files import write_file
 from chutes_proto.io.http.tls import client_context
 from chutes_proto.io.quoters.simulated import open_platform
-from chutes_proto.io.server.setup import load_setup
+from chutes_proto.io.server.setup import make_setup
 from chutes_proto.io.stores.address import DurableStore
+from chutes_proto.server import ServerConfig
 from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.wire.codec import encode_quote
 from tests.cli.conftest import HOTKEY, PROGRAM, Ended, Server, end, start_server
@@ -56,7 +57,7 @@ class Premises:
         self.platform = open_platform(self.platform_directory, self.now).platform
         write_server(self.directory, self.platform, self.now)
         self.edit("sqlite:keys.db", self.store)
-        load_setup(self.configuration).store.open(migrate=True).close()
+        make_setup(ServerConfig.load(self.configuration)).store.open(migrate=True).close()
 
     @property
     def configuration(self) -> Path:
@@ -189,7 +190,7 @@ class Premises:
                 _ = database.execute(statement.encode())
 
     def open(self) -> DurableStore:
-        return load_setup(self.configuration).store.open()
+        return make_setup(ServerConfig.load(self.configuration)).store.open()
 
     def vm(self, name: str = "vm-1") -> Vm:
         return Vm(self, name)

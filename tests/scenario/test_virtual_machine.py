@@ -30,8 +30,9 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from chutes_proto.auth.server_identity import ServerIdentity, make_server_identity
 from chutes_proto.io.files import write_file
-from chutes_proto.io.server.setup import load_setup
+from chutes_proto.io.server.setup import make_setup
 from chutes_proto.keys.vault import Address
+from chutes_proto.server import ServerConfig
 from chutes_proto.store.rows import GenerationRow, Scan
 from chutes_proto.testing.store_suite import Ask
 from tests.cli.conftest import HOTKEY
@@ -617,7 +618,7 @@ def site(image: Image, tmp_path: Path) -> Iterator[Premises]:
 
 def passphrases(site: Premises) -> set[bytes]:
     """All that the server ever handed out, of volumes and of k3s, as its store holds them."""
-    setup = load_setup(site.configuration)
+    setup = make_setup(ServerConfig.load(site.configuration))
     with closing(setup.store.open()) as store:
         rows = store.transact(Ask(Scan(GenerationRow)))
     return {setup.service.vault.open(Address(row.vm, row.volume, row.generation), row).reveal() for row in rows}

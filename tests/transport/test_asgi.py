@@ -101,7 +101,7 @@ def ask(
         sent.append(message)
 
     async def main() -> None:
-        async with AsgiApp(recorder, performer(), limits=limits) as app:
+        async with AsgiApp(recorder, performer, limits=limits) as app:
             await app(dict(SCOPE) | scope, receive, send)
 
     anyio.run(main)
@@ -187,7 +187,7 @@ def test_other_protocols_and_an_application_that_was_not_started() -> None:
     with pytest.raises(LocalProtocolError, match="websocket"):
         ask(type="websocket")
     with pytest.raises(LocalProtocolError, match="lifespan"):
-        anyio.run(cast("Any", AsgiApp(Recorder(), performer())), dict(SCOPE), None, None)
+        anyio.run(cast("Any", AsgiApp(Recorder(), performer)), dict(SCOPE), None, None)
 
 
 @given(raw=st.binary(max_size=30), root=st.text(max_size=6), query=st.binary(max_size=6))

@@ -76,9 +76,10 @@ def platform(options: argparse.Namespace) -> Platform:
 def opened(options: argparse.Namespace, *, new: bool = False) -> Generator[tuple[ServerSetup, DurableStore]]:
     """The server's setup and its store, which must be there unless it may be ``new``. Raises `StoreError`."""
     from chutes_proto.errors import StoreError
-    from chutes_proto.io.server.setup import load_setup
+    from chutes_proto.io.server.setup import make_setup
+    from chutes_proto.server import ServerConfig
 
-    setup = load_setup(options.config)
+    setup = make_setup(ServerConfig.load(options.config))
     if not setup.store.is_made() and not new:
         raise StoreError(f"store {setup.store.path}: not made yet; a server makes it, or `chutes-proto store migrate`")
     store = setup.store.open()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from chutes_proto.cli import console
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from chutes_proto.io.collateral.upstream import UpstreamCollateral
     from chutes_proto.io.drivers.sync import CollateralSource
@@ -80,14 +80,15 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> int:
     from chutes_proto.errors import ConfigurationError, FileUnavailable
-    from chutes_proto.io.server.setup import load_setup
+    from chutes_proto.io.server.setup import make_setup
+    from chutes_proto.server import ServerConfig
 
     if options.dev:
         return _develop(options)
     if options.platform:
         raise ConfigurationError("--platform goes with --dev; a configuration names its root under roots")
     try:
-        setup = load_setup(options.config)
+        setup = make_setup(ServerConfig.load(options.config))
     except FileUnavailable:
         raise
     except ConfigurationError as exc:
@@ -141,31 +142,24 @@ def _serve(
     transport: Transport,
     setup: ServerSetup,
     collateral: CollateralSource | UpstreamCollateral,
-    announce: Callable[[list[str]], None],
+    announce: Callable[[Sequence[str]], None],
     *more: int,
 ) -> int:
     import signal
 
     from chutes_proto.errors import ConfigurationError, StoreError
     from chutes_proto.io.server.serving import serve_until_stopped
-    from chutes_proto.io.server.setup import check_keys
 
+    stops = (signal.SIGINT, signal.SIGTERM, *map(signal.Signals, more))
     try:
-        store = setup.store.open()
-        try:
-            store.check_writing()
-            _ = check_keys(store, setup.service.vault)
-            stops = (signal.SIGINT, signal.SIGTERM, *map(signal.Signals, more))
-            serve_until_stopped(transport, setup, store, collateral, announce, stops)
-        finally:
-            store.close()
+        serve_until_stopped(transport, setup, collateral, announce, stops)
     except (ConfigurationError, StoreError) as exc:
         console.tell(f"chutes-proto: {exc}")
         return console.REFUSED
     return console.GRANTED
 
 
-def _announce(urls: list[str]) -> None:
+def _announce(urls: Sequence[str]) -> None:
     for url in urls:
         console.say(url)
 
@@ -181,7 +175,8 @@ def _develop(options: argparse.Namespace) -> int:
     from chutes_proto.errors import ConfigurationError
     from chutes_proto.io.collateral.directory import CollateralDirectory
     from chutes_proto.io.quoters.simulated import open_platform, platform_directory
-    from chutes_proto.io.server.setup import load_setup
+    from chutes_proto.io.server.setup import make_setup
+    from chutes_proto.server import ServerConfig
 
     if options.check:
         raise ConfigurationError("--check goes with --config")
@@ -192,7 +187,7 @@ def _develop(options: argparse.Namespace) -> int:
         directory = Path(name).resolve()
         write_server(directory, platform, now)
 
-        def announce(urls: list[str]) -> None:
+        def announce(urls: Sequence[str]) -> None:
             console.say(
                 f"This server trusts a SIMULATED platform ({kept}) and knows every hotkey: for development only."
             )
@@ -203,6 +198,6 @@ def _develop(options: argparse.Namespace) -> int:
             boot = f"chutes-proto boot {urls[0]} --ca {directory / AUTHORITY}{other}"
             console.say(f"try: {boot} --hotkey 5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY --vm vm-1")
 
-        setup = load_setup(directory / CONFIGURATION)
+        setup = make_setup(ServerConfig.load(directory / CONFIGURATION))
         renewed = RenewedCollateral(CollateralDirectory(directory / "collateral", setup.service.root), platform)
         return _serve(options.transport, setup, renewed, announce, signal.SIGHUP)

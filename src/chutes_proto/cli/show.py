@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -27,12 +27,11 @@ from chutes_proto.io.disks.cryptsetup import HOW_TO_INSTALL, Disks, find_cryptse
 from chutes_proto.io.drivers.aio import HttpxSender, Performer
 from chutes_proto.io.http.tls import client_context
 from chutes_proto.io.quoters.choose import Quoter
-from chutes_proto.io.server.serving import Certificate, listen, open_server, unwrapped
-from chutes_proto.io.server.setup import load_setup
-from chutes_proto.io.server.sockets import urls
+from chutes_proto.io.server.serving import serve, unwrapped
 from chutes_proto.log import Record
 from chutes_proto.luks.plan import Format, Key, Open
 from chutes_proto.secret import Secret
+from chutes_proto.server import ServerConfig
 from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.wire.codes import Code
 
@@ -115,24 +114,19 @@ class _Show:
         revoked = self._platform.another(1)
         write_collateral(self._directory / "collateral", revoked.having("pck_revoked"), now)
         self._step("platform: a simulated one, whose root is not Intel's and is trusted by this server only")
-        setup = load_setup(self._directory / CONFIGURATION)
-        listening = listen(setup, Certificate(setup))
-        (self._url,) = urls(listening)
-        store = setup.store.open()
-        try:
-            async with (
-                open_server(setup, store, setup.collateral, self._log.append) as server,
-                trio.open_nursery() as nursery,
-            ):
-                nursery.start_soon(server.serve, listening)
-                self._step(f"server: {self._url}, mutual TLS, on trio, store in SQLite at {store.name}")
-                await self._boots()
-                for rebuff in self._rebuffs(revoked):
-                    await self._refused(rebuff)
-                nursery.cancel_scope.cancel()
-        finally:
-            store.close()
+        async with trio.open_nursery() as nursery:
+            (self._url,) = await nursery.start(self._serve)
+            store = next(record.fields["store"] for record in self._log if record.event == "serving")
+            self._step(f"server: {self._url}, mutual TLS, on trio, store in SQLite at {store}")
+            await self._boots()
+            for rebuff in self._rebuffs(revoked):
+                await self._refused(rebuff)
+            nursery.cancel_scope.cancel()
         self._look_for_secrets()
+
+    async def _serve(self, task_status: trio.TaskStatus[Sequence[str]]) -> None:
+        config = ServerConfig.load(self._directory / CONFIGURATION)
+        await serve(config, ready=task_status.started, log=self._log.append)
 
     # --- what is granted ---
 

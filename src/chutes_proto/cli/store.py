@@ -131,10 +131,11 @@ def run(options: argparse.Namespace) -> int:
 
 def _place(options: argparse.Namespace) -> tuple[StorePlace, Vault | None]:
     """The store, and with a configuration the server's key-encryption keys."""
-    from chutes_proto.io.server.setup import load_setup
+    from chutes_proto.io.server.setup import make_setup
+    from chutes_proto.server import ServerConfig
 
     if options.config:
-        setup = load_setup(options.config)
+        setup = make_setup(ServerConfig.load(options.config))
         return setup.store, setup.service.vault
     return _named("--store", options.store), None
 

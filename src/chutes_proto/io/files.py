@@ -27,6 +27,11 @@ def read_file(path: str | Path, *, limit: int = MAX_SIZE) -> bytes:
     return _bounded(path, read_head(path, limit + 1), limit)
 
 
+def absolute(path: str | os.PathLike[str]) -> str:
+    """Return the path from the root, by the present working directory."""
+    return str(Path(path).absolute())
+
+
 def read_head(path: str | Path, size: int) -> bytes:
     """The first ``size`` bytes of the file, or all that it has. Raises `FileUnavailable`."""
     try:

@@ -4,7 +4,8 @@ Rules kept here:
 
 * an unknown key is an error, in every table;
 * a key for something that this version does not do is an error, never ignored: an operator who sets it relies on it;
-* nothing here reads a file: paths stay paths, and ``io/files.py`` makes a `ServerSetup` of them.
+* only `ServerConfig.load` reads a file, the configuration's own: paths stay paths, and ``io/server/setup.py`` makes a
+  `ServerSetup` of them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from ipaddress import ip_network
+from os import PathLike
 from typing import Final, Literal, cast
 
 import attrs
@@ -164,7 +166,11 @@ class LimitOptions:
 
 @frozen
 class ServerConfig:
-    """One configuration file, checked as far as one can without reading other files."""
+    """The key server's configuration, checked as far as one can without reading the files that it names.
+
+    ``path`` is the absolute path of the file that it was read from: relative paths begin at that file's directory, or
+    at the working directory where there is none.
+    """
 
     tls: TlsFiles
     store: str = field(repr=False)  # a URL may hold a password
@@ -193,6 +199,7 @@ class ServerConfig:
     gpus: Mapping[str, Gpu] = field(factory=dict[str, Gpu])
     """Kinds that the GPU table lacks, by ``gpu_identifier``."""
     profile_defaults: Mapping[str, object] = field(factory=dict[str, object])
+    path: str | None = None
 
     @property
     def listen_address(self) -> tuple[str, int]:
@@ -206,6 +213,21 @@ class ServerConfig:
             return _CONVERTER.from_toml(data, cls, _problems)
         except ProblemsError as exc:
             raise ConfigurationError(str(exc)) from None
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> ServerConfig:
+        """Read the configuration file at ``path``; the files that it names are not read yet.
+
+        Raises `FileUnavailable` if it cannot be read, and `ConfigurationError`, which lists all that is wrong with it.
+        """
+        from chutes_proto.io.files import absolute, read_file
+
+        whole = absolute(path)
+        data = read_file(whole)
+        try:
+            return attrs.evolve(cls.from_toml(data), path=whole)
+        except ConfigurationError as exc:
+            raise ConfigurationError(f"{whole}: {exc}") from None
 
 
 _FLOORS: Final = {
@@ -231,6 +253,8 @@ def check_store_address(text: str) -> str | None:
 
 def _problems(config: ServerConfig) -> list[str]:
     found: list[str] = []
+    if config.path is not None:
+        found.append("path: Unknown key")  # it is not the file that says where it is
     if problem := check_store_address(config.store):
         found.append(f"store: {problem}")
     if config.kek_previous_file == config.kek_file:

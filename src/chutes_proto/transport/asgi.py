@@ -16,11 +16,12 @@ Source: the ASGI specification, version 3, and its HTTP and lifespan protocols.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 from urllib.parse import quote_from_bytes, unquote
 
+from chutes_proto import ChutesError
 from chutes_proto.effects import Uptime
 from chutes_proto.errors import BadRequest, LocalProtocolError
 from chutes_proto.transport.h1 import DEFAULT_LIMITS, Application, Limits
@@ -50,27 +51,32 @@ class Driver(Protocol):
 class AsgiApp:
     """``application`` as an ASGI application.
 
-    ``driver`` is entered when the ASGI server starts and left when it ends, as `open_performer` of a binding is meant
-    to be. An application that mounts this one hears of start and end in its place: it does ``async with`` this one.
+    ``open_driver`` makes a context that is entered when the ASGI server starts and left when it ends. An application
+    that mounts this one hears of start and end in its place: it does ``async with`` this one.
     """
 
     def __init__(
-        self, application: Application, driver: AbstractAsyncContextManager[Driver], *, limits: Limits = DEFAULT_LIMITS
+        self,
+        application: Application,
+        open_driver: Callable[[], AbstractAsyncContextManager[Driver]],
+        *,
+        limits: Limits = DEFAULT_LIMITS,
     ) -> None:
         self._application = application
-        self._opening = driver
+        self._open_driver = open_driver
+        self._life = AsyncExitStack()
         self._opened: Driver | None = None
         self._limits = limits
 
     async def __aenter__(self) -> AsgiApp:
-        self._opened = await self._opening.__aenter__()
+        self._opened = await self._life.enter_async_context(self._open_driver())
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._opened = None
-        _ = await self._opening.__aexit__(kind, value, traceback)
+        _ = await self._life.__aexit__(kind, value, traceback)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """One connection of the ASGI protocols ``http`` and ``lifespan``; another is a `LocalProtocolError`."""
@@ -84,7 +90,12 @@ class AsgiApp:
 
     async def _live(self, receive: Receive, send: Send) -> None:
         _ = await receive()
-        async with self:
+        async with AsyncExitStack() as life:
+            try:
+                _ = await life.enter_async_context(self)
+            except ChutesError as exc:  # any other way, some servers would go on without the lifespan protocol
+                await send({"type": "lifespan.startup.failed", "message": str(exc)})
+                return
             await send({"type": "lifespan.startup.complete"})
             _ = await receive()
         await send({"type": "lifespan.shutdown.complete"})

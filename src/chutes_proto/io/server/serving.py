@@ -1,4 +1,7 @@
-"""A key server in this process: for `serve` until it is stopped, for `demo` as long as it lasts."""
+"""A key server in this process: `serve` until it is cancelled, `serve_until_stopped` until a signal, or under ASGI.
+
+All three check the store before they serve, say in the log what they serve, and let go of everything at their end.
+"""
 
 from __future__ import annotations
 
@@ -6,31 +9,34 @@ import os
 import signal
 import threading
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
-from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, closing, contextmanager, suppress
 from functools import partial
-from typing import TYPE_CHECKING, Final, Literal, NoReturn
+from typing import TYPE_CHECKING, Final, Literal, NoReturn, TypeVar
 
 import anyio
-from attrs import define, field
 
 from chutes_proto import __version__
 from chutes_proto.errors import ConfigurationError
 from chutes_proto.io.collateral.aio import open_performer
+from chutes_proto.io.drivers.sync import log_record
 from chutes_proto.io.server.aio import Server, run_until_stopped
 from chutes_proto.io.server.log_writer import FLUSH_SECONDS, LogWriter
-from chutes_proto.io.server.sockets import Listening, listen_tls, listen_unix, room_for, urls
+from chutes_proto.io.server.setup import ServerSetup, check_keys, make_setup
+from chutes_proto.io.server.sockets import listen_tls, listen_unix, room_for, urls
 from chutes_proto.log import Level, Record
 from chutes_proto.quote._roots import INTEL_ROOT
 from chutes_proto.server._app import App
+from chutes_proto.server._config import ServerConfig
+from chutes_proto.transport.asgi import AsgiApp
 
 if TYPE_CHECKING:
     from chutes_proto.io.collateral.upstream import UpstreamCollateral
+    from chutes_proto.io.drivers.aio import Performer
     from chutes_proto.io.drivers.sync import CollateralSource
-    from chutes_proto.io.server.setup import ServerSetup
     from chutes_proto.io.stores.address import DurableStore
     from chutes_proto.log import Value
-    from chutes_proto.store._run import Store
-    from chutes_proto.transport.tls import ServerContext
+
+T = TypeVar("T")
 
 Transport = Literal["trio", "asyncio"]
 
@@ -55,40 +61,52 @@ def _first(exc: BaseException) -> BaseException:
     return _first(members[0]) if members else exc
 
 
-@define
-class Certificate:
-    """The TLS certificate that new connections get."""
+class Listeners:
+    """The sockets that a server listens on, and the TLS certificate that new connections get.
 
-    setup: ServerSetup
-    context: ServerContext = field(init=False)
+    Listens where the configuration of ``setup`` says. Raises `ConfigurationError`.
+    """
 
-    def __attrs_post_init__(self) -> None:
-        self.context = self.setup.tls
+    def __init__(self, setup: ServerSetup) -> None:
+        self._setup = setup
+        self._context = setup.tls
+        with ExitStack() as opened:
+            self.sockets = listen_tls(setup.config.listen_address, lambda: self._context)
+            for listening in self.sockets:
+                _ = opened.callback(listening.socket.close)
+            if setup.proxy_socket is not None:
+                self.sockets.append(listen_unix(setup.proxy_socket))
+                _ = opened.callback(self.sockets[-1].socket.close)
+                _ = opened.callback(setup.proxy_socket.unlink, missing_ok=True)
+            self.urls = urls(self.sockets)
+            self._opened = opened.pop_all()
 
-    def reload(self) -> Record:
-        """Take what the files have now; where that is of no use, keep what there is."""
+    def reload_certificate(self) -> Record:
+        """Load the certificate's files again; where they cannot be used, keep the present certificate."""
         try:
-            self.context = self.setup.reload_tls()
+            self._context = self._setup.reload_tls()
         except ConfigurationError as exc:
             return Record(Level.ERROR, "certificate_kept", {"error": str(exc)})
         return Record(Level.INFO, "certificate_reloaded", {})
 
+    def close(self) -> None:
+        """Close the sockets and remove the unix socket; the second time, do nothing."""
+        self._opened.close()
 
-def listen(setup: ServerSetup, certificate: Certificate) -> list[Listening]:
-    """Listen where the configuration says. Raises `ConfigurationError`."""
-    listening = listen_tls(setup.config.listen_address, lambda: certificate.context)
-    try:
-        return listening if setup.proxy_socket is None else [*listening, listen_unix(setup.proxy_socket)]
-    except ConfigurationError:
-        for place in listening:
-            place.socket.close()
-        raise
+
+@contextmanager
+def open_store(setup: ServerSetup) -> Generator[DurableStore]:
+    """The store of ``setup``, once it can be written and its keys can be opened. Raises `StoreError`."""
+    with closing(setup.store.open()) as store:
+        store.check_writing()
+        _ = check_keys(store, setup.service.vault)
+        yield store
 
 
 @asynccontextmanager
 async def open_server(
     setup: ServerSetup,
-    store: Store,
+    store: DurableStore,
     collateral: CollateralSource | UpstreamCollateral,
     log: Callable[[Record], None],
 ) -> AsyncGenerator[Server]:
@@ -102,18 +120,90 @@ async def open_server(
         yield Server(App(setup.service), performer, limits=setup.limits, connections=connections)
 
 
+async def serve(
+    config: ServerConfig,
+    *,
+    ready: Callable[[Sequence[str]], object] = lambda _: None,
+    log: Callable[[Record], None] = log_record,
+) -> None:
+    """Serve keys until cancelled.
+
+    Reads the files that ``config`` names, checks the store, listens, and calls ``ready`` with the URLs: from then on
+    requests are answered. ``log`` gets each record and must not block; by default it goes to the standard library's
+    ``logging``, logger ``chutes_proto``.
+
+    When cancelled, it ends the connections, waits for transactions that have begun, closes the store and removes
+    the unix socket. It handles no signals and does not drain: `chutes-proto serve` does.
+
+    Raises `ConfigurationError` with everything that is wrong, one problem a line, and `StoreError`.
+    """
+    async with (
+        _in_thread(_opened(config)) as (setup, store, listeners),
+        open_server(setup, store, setup.collateral, log) as server,
+    ):
+        _log_start(setup, store, listeners.urls, log)
+        _ = ready(listeners.urls)
+        await server.serve(listeners.sockets)
+
+
+@contextmanager
+def _opened(config: ServerConfig) -> Generator[tuple[ServerSetup, DurableStore, Listeners]]:
+    setup = make_setup(config)
+    with open_store(setup) as store, closing(Listeners(setup)) as listeners:
+        yield setup, store, listeners
+
+
+@asynccontextmanager
+async def _in_thread(opening: AbstractContextManager[T]) -> AsyncGenerator[T]:
+    """Enter and leave ``opening`` in a worker thread, because it waits for files, names and a database."""
+    opened = await anyio.to_thread.run_sync(opening.__enter__)
+    try:
+        yield opened
+    finally:
+        with anyio.CancelScope(shield=True):
+            _ = await anyio.to_thread.run_sync(opening.__exit__, None, None, None)
+
+
+def make_asgi_app(config: ServerConfig) -> AsgiApp:
+    """See `chutes_proto.server.asgi_app`."""
+    setup = make_setup(config)
+    with open_store(setup):
+        pass  # it is opened in the process that serves: an ASGI server may fork before
+
+    @asynccontextmanager
+    async def open_driver() -> AsyncGenerator[Performer]:
+        async with _in_thread(open_store(setup)) as store, open_performer(store, setup.collateral) as performer:
+            _log_start(setup, store, [], log_record)
+            yield performer
+
+    return AsgiApp(App(setup.service), open_driver, limits=setup.limits)
+
+
+def _log_start(setup: ServerSetup, store: DurableStore, where: list[str], log: Callable[[Record], None]) -> None:
+    service = setup.service
+    fields: dict[str, Value] = {
+        "urls": where,
+        "trust": service.trust,
+        "profiles": list(service.profiles),
+        "store": store.name,
+        "version": __version__,
+    }
+    log(Record(Level.INFO if service.root == INTEL_ROOT else Level.WARNING, "serving", fields))
+    for warning in setup.warnings:
+        log(Record(Level.WARNING, "warning", {"about": warning}))
+
+
 def serve_until_stopped(
     transport: Transport,
     setup: ServerSetup,
-    store: DurableStore,
     collateral: CollateralSource | UpstreamCollateral,
-    announce: Callable[[list[str]], None],
+    announce: Callable[[Sequence[str]], None],
     stops: Sequence[signal.Signals],
 ) -> None:
     """Listen, ``announce`` the URLs, and serve until one of the signals ``stops`` has come and no boot is open.
 
     After a signal it serves for at most ``limits.drain_seconds``, after a second one not at all. SIGHUP, where it is
-    none of them, takes the certificate's files anew. Raises `ConfigurationError`.
+    not one of them, reloads the certificate's files. Raises `ConfigurationError` and `StoreError`.
 
     The process ends `END_SECONDS` after that, whatever its threads do: what they have not done is not done at all,
     because a unit of the store is one transaction. That holds after this has returned, too, for what else the process
@@ -121,29 +211,11 @@ def serve_until_stopped(
     """
     if transport not in anyio.get_available_backends():
         raise ConfigurationError(f"{transport} is not installed; run: pip install 'chutes-proto[{transport}]'")
-    certificate = Certificate(setup)
-    listening = listen(setup, certificate)
-    service = setup.service
-    places = ExitStack()
-    for place in listening:
-        _ = places.callback(place.socket.close)
-    if setup.proxy_socket is not None:
-        _ = places.callback(setup.proxy_socket.unlink, missing_ok=True)
-
-    with closing(LogWriter()) as log:
+    with open_store(setup) as store, closing(Listeners(setup)) as listeners, closing(LogWriter()) as log:
 
         def ready() -> None:
-            fields: dict[str, Value] = {
-                "urls": urls(listening),
-                "trust": service.trust,
-                "profiles": list(service.profiles),
-                "store": store.name,
-                "version": __version__,
-            }
-            log(Record(Level.INFO if service.root == INTEL_ROOT else Level.WARNING, "serving", fields))
-            for warning in setup.warnings:
-                log(Record(Level.WARNING, "warning", {"about": warning}))
-            announce(urls(listening))
+            _log_start(setup, store, listeners.urls, log)
+            announce(listeners.urls)
 
         async def main() -> None:
             async with open_server(setup, store, collateral, log) as server:
@@ -152,33 +224,35 @@ def serve_until_stopped(
                     seconds = server.stop()
                     fields: dict[str, Value] = {
                         "signal": number.name,
-                        "open_boots": len(service.boots),
+                        "open_boots": len(setup.service.boots),
                         "drain_seconds": round(seconds),
                     }
                     log(Record(Level.INFO, "stopping", fields))
-                    _end_after(seconds + END_SECONDS, log, places)
+                    _end_after(seconds + END_SECONDS, log, listeners)
 
-                signals: dict[signal.Signals, Callable[[], None]] = {signal.SIGHUP: lambda: log(certificate.reload())}
+                signals: dict[signal.Signals, Callable[[], None]] = {
+                    signal.SIGHUP: lambda: log(listeners.reload_certificate())
+                }
                 signals |= {number: partial(stop, number) for number in stops}
-                await run_until_stopped(server, listening, signals, ready)
-                _end_after(END_SECONDS, log, places)
+                await run_until_stopped(server, listeners.sockets, signals, ready)
+                _end_after(END_SECONDS, log, listeners)
 
         try:
             with unwrapped():
                 anyio.run(main, backend=transport)
         finally:
-            places.close()
+            listeners.close()
         log(Record(Level.INFO, "stopped", {}))
 
 
-def _end_after(seconds: float, log: LogWriter, places: ExitStack) -> None:
-    """Let the process live for no more than so long; then close ``places``, unless they are closed."""
+def _end_after(seconds: float, log: LogWriter, listeners: Listeners) -> None:
+    """Let the process live for no more than so long; then close ``listeners``, unless they are closed."""
 
     def end() -> NoReturn:
         about = "the store, or what else was waited for, did not answer in time"
         log(Record(Level.WARNING, "stopped", {"about": about}))
         with suppress(OSError):
-            places.close()
+            listeners.close()
         log.close()
         os._exit(os.EX_OK)
 

@@ -1,9 +1,9 @@
-"""From a configuration file to a key server that can start: all files that it names, read and checked together.
+"""From a configuration to a key server that can start: all files that it names, read and checked together.
 
 Rules kept here:
 
 * everything that is wrong is told at once, one line each, with the key and the file;
-* relative paths begin at the configuration file's directory;
+* relative paths begin at the configuration file's directory, or at the working directory where it has no file;
 * nothing is made or changed: a check leaves no trace.
 """
 
@@ -94,18 +94,11 @@ class ServerSetup:
         return None if self.config.proxy.unix is None else self.base / self.config.proxy.unix
 
 
-def load_setup(path: str | Path) -> ServerSetup:
-    """The server that the configuration file at ``path`` describes.
-
-    Raises `FileUnavailable` if that file cannot be read, else `ConfigurationError` with all problems, one a line.
-    """
-    data = read_file(path)
+def make_setup(config: ServerConfig) -> ServerSetup:
+    """Read all files that ``config`` names. Raises `ConfigurationError` with all problems, one a line."""
     problems = _Problems()
-    config = problems.attempt(str(path), lambda: ServerConfig.from_toml(data))
-    if config is None:
-        raise problems.error()
-    base = Path(path).absolute().parent
-    _ = problems.attempt("store", lambda: _check_private(path, config.store))
+    base = Path.cwd() if config.path is None else Path(config.path).parent
+    _ = problems.attempt("store", lambda: _check_private(config))
     tls = problems.attempt("tls", lambda: _tls(config, base))
     root = problems.attempt("roots", lambda: _root(config, base))
     current = problems.attempt("kek_file", lambda: _kek(base / config.kek_file))
@@ -299,14 +292,14 @@ def _collateral(config: ServerConfig, base: Path, root: TrustedRoot) -> Collater
     return UpstreamCollateral(cache, context_trusting(ca_file), kept)
 
 
-def _check_private(path: str | Path, store: str) -> None:
-    """That a configuration file that holds the database's password is not for everybody to read."""
-    if not store.startswith("postgresql:"):
+def _check_private(config: ServerConfig) -> None:
+    """Check that a configuration file that holds the database's password is not for everybody to read."""
+    if not config.store.startswith("postgresql:"):
         return
     from chutes_proto.io.stores.postgres import has_secret
 
-    if has_secret(store):
-        check_private(path, group_may=True)
+    if has_secret(config.store) and config.path is not None:
+        check_private(config.path, group_may=True)
 
 
 def _kek(path: Path) -> KeyEncryptionKey:
