@@ -19,7 +19,7 @@ from chutes_proto.io.collateral.aio import CollateralFetcher, open_collateral
 from chutes_proto.quote._verify import check_signed, open_quote, verify_quote
 from chutes_proto.quote.errors import VerificationError
 from chutes_proto.server._app import App
-from chutes_proto.server._service import Slots
+from chutes_proto.server._limits import Admission
 from chutes_proto.testing._service import CollateralService
 from chutes_proto.wire.http import HttpResponse
 from tests.collateral.network import PLATFORM, ROOT, Upstream, running
@@ -49,7 +49,7 @@ class Connected(World):
 
 
 def connected(fetcher: CollateralFetcher) -> Connected:
-    app = App(service(root=ROOT, verifications=Slots(200, share=200)))
+    app = App(service(root=ROOT, verifications=Admission(200, share=200)))
     return Connected(app=app, platform=PLATFORM, now=int(time.time()), certificate=CERTIFICATE, fetcher=fetcher)
 
 

@@ -17,8 +17,8 @@ from chutes_proto.quote._verify import verify_collateral
 from chutes_proto.secret import Secret
 from chutes_proto.server._app import App
 from chutes_proto.server._config import LimitOptions
+from chutes_proto.server._limits import Admission
 from chutes_proto.server._profiles import ServedProfile
-from chutes_proto.server._service import Slots
 from chutes_proto.store.rows import AttestationRow, AuditRow, BootRow, NonceRow, VmRow
 from chutes_proto.testing._platform import PROFILE
 from chutes_proto.units.operator import StoreRestored
@@ -325,7 +325,7 @@ def test_missing_collateral_is_our_fault_and_spends_nothing(world):
 
 
 def test_verifications_at_once_are_bounded(world):
-    world.app = App(service(verifications=Slots(1, share=1)))
+    world.app = App(service(verifications=Admission(1, share=1)))
     body, headers = world.attestation()
     seen = []
 

@@ -7,13 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chutes_proto.effects import Transact
-from chutes_proto.errors import Unavailable
 from chutes_proto.log import Level
 from chutes_proto.secret import Secret
 from chutes_proto.server._app import App
 from chutes_proto.server._config import LimitOptions
+from chutes_proto.server._limits import TokenBuckets
 from chutes_proto.server._proxy import TrustedProxies
-from chutes_proto.server._rates import Rates
 from chutes_proto.wire.codes import Code
 from tests.server.world import HOTKEY, World, answer, refusal, service
 
@@ -60,35 +59,31 @@ def test_behind_a_proxy_the_client_is_counted() -> None:
 
 
 def test_a_network_of_ipv6_is_one_host() -> None:
-    rates = Rates(1)
-    rates.take("2001:db8::1", 0.0)
-    with pytest.raises(Unavailable):
-        rates.take("2001:db8::2", 0.0)
-    rates.take("2001:db8:0:1::1", 0.0)
-    rates.take("", 0.0)
-    rates.take("", 0.0)
+    rates = TokenBuckets(1, 1 / 60)
+    assert not rates.take("2001:db8::1", 0.0)
+    assert rates.take("2001:db8::2", 0.0) == 60
+    assert not rates.take("2001:db8:0:1::1", 0.0)
+
+
+def test_a_peer_without_an_address_is_not_counted() -> None:
+    one = world(1)
+    assert [one.ask("GET", "/servers/nonce", peer_address="").status for _ in "123"] == [200, 200, 200]
 
 
 def test_the_table_is_bounded() -> None:
-    rates = Rates(1, most=2)
+    rates = TokenBuckets(1, 1 / 60, most=2)
     for address in ("1.1.1.1", "2.2.2.2", "3.3.3.3"):
-        rates.take(address, 0.0)
-    with pytest.raises(Unavailable):
-        rates.take("3.3.3.3", 0.0)
-    rates.take("1.1.1.1", 0.0)  # forgotten
+        assert not rates.take(address, 0.0)
+    assert rates.take("3.3.3.3", 0.0)
+    assert not rates.take("1.1.1.1", 0.0)  # forgotten
 
 
 @given(st.integers(1, 100), st.lists(st.floats(0, 5), max_size=200))
 def test_never_more_than_the_bucket_and_what_flows_in(per_minute: int, waits: list[float]) -> None:
-    rates, now, taken = Rates(per_minute), 0.0, 0
+    rates, now, taken = TokenBuckets(per_minute, per_minute / 60), 0.0, 0
     for wait in waits:
         now += wait
-        try:
-            rates.take("1.1.1.1", now)
-        except Unavailable as exc:
-            assert exc.retry_after >= 1
-        else:
-            taken += 1
+        taken += not rates.take("1.1.1.1", now)
         assert taken <= per_minute + now * per_minute / 60 + 1e-6
 
 

@@ -17,10 +17,11 @@ from chutes_proto.errors import CollateralUnavailable, StoreBusy
 from chutes_proto.keys.vault import KeyEncryptionKey, Vault
 from chutes_proto.secret import Secret
 from chutes_proto.server._app import App
+from chutes_proto.server._limits import Admission
 from chutes_proto.server._nonces import NonceMint
 from chutes_proto.server._profiles import ServedProfile
 from chutes_proto.server._proxy import TrustedProxies
-from chutes_proto.server._service import Service, Slots
+from chutes_proto.server._service import Service
 from chutes_proto.store.rows import AttestationRow, AuditRow, BootRow, GenerationRow, Put, VmRow, VolumeRow
 from chutes_proto.testing._platform import PROFILE, SimulatedPlatform
 from chutes_proto.testing.store_suite import Ask
@@ -257,7 +258,7 @@ def test_what_is_busy_is_waited_for(world, busy, seconds, granted):
     nonce = quote_nonce(world)
     body = request_of(world, nonce)
     until = world.uptime + seconds
-    taken = Slots(0, share=64)
+    taken = Admission(0, share=64)
     world.app = App(two_phase(verifications=taken)) if busy == "slots" else world.app
 
     def before(effect):

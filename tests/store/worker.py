@@ -26,7 +26,7 @@ from attrs import evolve
 
 from chutes_proto.io.drivers.sync import Performer
 from chutes_proto.io.stores.address import DurableStore, StorePlace
-from chutes_proto.server._patience import transact_patiently
+from chutes_proto.server._retry import transact_with_retries
 from chutes_proto.store.rows import Vm
 from chutes_proto.testing.store_suite import VM, attest, boot, confirm, sync
 from chutes_proto.units.boot import GrantBoot
@@ -43,7 +43,7 @@ def say(value: object) -> None:
 
 def boots(store: DurableStore, name: str, number: int, _: Any) -> None:
     def call(index: int) -> str:
-        granted = Performer(store=store).run(transact_patiently(boot(f"{name}.{index}"), time.monotonic()))
+        granted = Performer(store=store).run(transact_with_retries(boot(f"{name}.{index}"), time.monotonic()))
         assert granted.root is not None
         return granted.root.reveal().decode()
 

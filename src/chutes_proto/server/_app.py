@@ -79,7 +79,7 @@ def _document() -> bytes:
     return openapi.document()
 
 
-_HANDLERS: Mapping[Endpoint, Callable[[Service, Call[Any]], Flow[Message]]] = {
+_HANDLERS: Mapping[Endpoint, Callable[[Service, Any], Flow[Message]]] = {
     vms.BOOT_NONCE: issue_boot_nonce,
     vms.BOOT_ATTESTATION: attest_boot,
     vms.CACHE_PASSPHRASE: read_cache_passphrase,
@@ -88,9 +88,6 @@ _HANDLERS: Mapping[Endpoint, Callable[[Service, Call[Any]], Flow[Message]]] = {
     vms.VOLUME_CONFIRMATION: confirm_volumes,
     public.MEASUREMENTS: publish_measurements,
     public.API_DESCRIPTION: describe_api,
-}
-
-_SIGNED: Mapping[Endpoint, Callable[[Service, SignedCall[Any]], Flow[Message]]] = {
     miners.REGISTER_SERVER: register_server,
     miners.LIST_SERVERS: list_servers,
     miners.RENAME_SERVER: rename_server,
@@ -176,8 +173,10 @@ class App:
     def _answer(self, request: HttpRequest, request_id: str) -> Flow[HttpResponse]:
         path, mark, query = request.target.partition("?")
         found = endpoints.route(request.method, path)
-        if not isinstance(found, endpoints.Match) or found.endpoint not in _ASKED_ONCE:
-            self.service.rates.take(request.peer_address, (yield from Uptime()))
+        is_asked_once = isinstance(found, endpoints.Match) and found.endpoint in _ASKED_ONCE
+        if wait := 0.0 if is_asked_once else (yield from self._count(request)):
+            text = "Too many requests. Retry shortly."
+            raise Unavailable(Code.RATE_LIMITED, text, retry_after=math.ceil(wait))
         match found:
             case endpoints.Match() as match:
                 pass
@@ -196,22 +195,27 @@ class App:
             return (yield from self._handle(match, request, request_id))
         except Refusal as exc:
             if match.endpoint in _ASKED_ONCE and exc.status == 401:
-                _ = self.service.rates.count(request.peer_address, (yield from Uptime()))
+                _ = yield from self._count(request)
             if match.endpoint in _ATTESTATIONS:
                 exc.headers = (*exc.headers, ("connection", "close"))
             raise
         finally:
             self._granting -= grants
 
+    def _count(self, request: HttpRequest) -> Flow[float]:
+        """Count a request of its address, if it has one; for one too many, return in how many seconds it were none."""
+        now = yield from Uptime()
+        return self.service.rates.take(request.peer_address, now) if request.peer_address else 0.0
+
     def _handle(self, match: endpoints.Match, request: HttpRequest, request_id: str) -> Flow[HttpResponse]:
         """Of a signed request nothing is looked at before its caller is known."""
         now = yield from Now()
-        if match.endpoint.signed is not None:
+        call: Call[Message]
+        if match.endpoint.signed is None:
+            call = Call(request, message := decode_request(match, request), request_id, now)
+        else:
             caller = check_caller(self.service, request, match.endpoint.signed, now)
-            signed = SignedCall(request, decode_request(match, request), request_id, now, caller)
-            return encode_answer(match.endpoint, (yield from _SIGNED[match.endpoint](self.service, signed)))
-        message = decode_request(match, request)
-        call = Call(request, message, request_id, now)
+            call = SignedCall(request, message := decode_request(match, request), request_id, now, caller)
         answer = yield from _HANDLERS[match.endpoint](self.service, call)
         if match.endpoint in _GRANTS:
             self.service.boots.note_granted(message, (yield from Uptime()))
@@ -222,8 +226,8 @@ class App:
     def _tell(self, request: HttpRequest | MalformedRequest, request_id: str, refusal: Refusal) -> Flow[None]:
         """The operator's line. Anyone can cause refusals: many of an address are counted, unless the store does it."""
         ours = refusal.status >= 500
-        quiet = self.service.faults if ours else self.service.refusals
-        held_back = 0 if refusal.recorded else quiet.admits(request.peer_address, (yield from Uptime()))
+        throttle = self.service.faults if ours else self.service.refusals
+        held_back = 0 if refusal.recorded else throttle.admits(request.peer_address, (yield from Uptime()))
         if held_back is None:
             return
         fields: dict[str, Value] = {"request_id": request_id, "peer": request.peer_address}

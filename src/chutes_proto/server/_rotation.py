@@ -29,7 +29,7 @@ from chutes_proto.log import Level, Record
 from chutes_proto.secret import Secret
 from chutes_proto.server._boot import record_refusal, token_digest
 from chutes_proto.server._evidence import appraise, verify_evidence
-from chutes_proto.server._patience import transact_patiently, verify_patiently
+from chutes_proto.server._retry import transact_with_retries, verify_with_retries
 from chutes_proto.server._volumes import check_names, check_shape
 from chutes_proto.store.rows import Vm
 from chutes_proto.units.rotation import AttestVolumes, ConfirmNonce, ConfirmVolumes, FindQuoteNonce
@@ -68,9 +68,9 @@ def attest_volumes(service: Service, call: Call[VolumeAttestationRequest]) -> Fl
         key = client_key(request.peer_certificate)
     vm = Vm(message.hotkey, message.vm_name)
     digest, body_digest = token_digest(nonce), hashlib.sha256(request.body).digest()
-    _ = yield from transact_patiently(FindQuoteNonce(call.now, vm, digest, key.digest, body_digest), request.arrived)
+    _ = yield from transact_with_retries(FindQuoteNonce(call.now, vm, digest, key.digest, body_digest), request.arrived)
     with service.proxies.excusing(request):
-        evidence = yield from verify_patiently(
+        evidence = yield from verify_with_retries(
             lambda: verify_evidence(service, bytes.fromhex(message.quote_nonce or ""), key, message.quote, call.now),
             request.arrived,
         )
@@ -80,7 +80,7 @@ def attest_volumes(service: Service, call: Call[VolumeAttestationRequest]) -> Fl
         entropy = yield from Entropy(FreshKey.SIZE * (len(volumes) + 1))
         parts = [entropy[FreshKey.SIZE * n : FreshKey.SIZE * (n + 1)] for n in range(len(volumes) + 1)]
         fresh = {volume: FreshKey.from_entropy(part) for volume, part in zip(volumes, parts, strict=False)}
-        handed = yield from transact_patiently(
+        handed = yield from transact_with_retries(
             AttestVolumes(
                 now=call.now,
                 request_id=call.request_id,
@@ -146,7 +146,7 @@ def confirm_volumes(service: Service, call: Call[VolumeConfirmationRequest]) -> 
         rotated=rotated,
         vault=service.vault,
     )
-    results = yield from transact_patiently(unit, call.request.arrived)
+    results = yield from transact_with_retries(unit, call.request.arrived)
     told = [f"{volume}: {result}" for volume, result in results]
     fields: dict[str, Value] = {"request_id": call.request_id, "vm": vm.name, "hotkey": vm.hotkey, "volumes": told}
     yield from Log(Record(Level.INFO, "volumes_confirmed", fields))

@@ -1,26 +1,22 @@
 """What the server's flows know: values made once from the configuration, and small counters that may be lost.
 
-The store is the state. `Slots` and `Quiet` only bound what peers can make one process do and print.
+The store is the state.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
-from attrs import Factory, define, field, frozen
+from attrs import Factory, field, frozen
 
-from chutes_proto.errors import Unavailable
 from chutes_proto.server._config import LimitOptions
 from chutes_proto.server._gpus import GPUS, Gpu
+from chutes_proto.server._limits import Admission, LogThrottle, TokenBuckets
 from chutes_proto.server._open_boots import OpenBoots
 from chutes_proto.server._profiles import ServedProfile, publish
 from chutes_proto.server._proxy import TrustedProxies
-from chutes_proto.server._rates import Buckets, Rates
-from chutes_proto.wire.codes import Code
 from chutes_proto.wire.evidence import PORT
-from chutes_proto.wire.http import address_prefix
 
 if TYPE_CHECKING:
     from chutes_proto.auth.hotkey import Hotkey
@@ -42,63 +38,15 @@ class Callback:
     port: int = PORT
 
 
-@define
-class Slots:
-    """At most ``size`` at once, and ``share`` for one of those who come, so that none keeps all others out."""
-
-    size: int
-    share: int
-    held: Counter[Hashable] = field(init=False, factory=Counter[Hashable])
-
-    def of(self, whose: Hashable) -> _Slot:
-        """``with slots.of(whose):`` holds one, or raises `Unavailable` when none is free."""
-        return _Slot(self, whose)
-
-
-@frozen
-class _Slot:
-    slots: Slots
-    whose: Hashable
-
-    def __enter__(self) -> None:
-        held = self.slots.held
-        if held.total() >= self.slots.size or held[self.whose] >= self.slots.share:
-            raise Unavailable(Code.BUSY, "Too many verifications at once. Retry shortly.")
-        held[self.whose] += 1
-
-    def __exit__(self, *_: object) -> None:
-        held = self.slots.held
-        held[self.whose] -= 1
-        if not held[self.whose]:
-            del held[self.whose]
-
-
-@define
-class Quiet:
-    """Which log lines are let through: of each address so many at once and as they flow in, and of all together.
-
-    All together have room for what twenty addresses may cause, so nobody with fewer hides what is said of a VM. Of IPv6
-    an address is its /64; IPv4 counts whole, because those who share a network of a data centre need not know each
-    other.
-    """
-
-    _each: Buckets = field(factory=lambda: Buckets(size=20, per_second=0.2, most=1024))
-    _all: Buckets = field(factory=lambda: Buckets(size=400, per_second=4, most=1))
-    _held_back: int = field(init=False, default=0)
-
-    def admits(self, address: str, now: float) -> int | None:
-        """None: hold this line back. Else the number of lines held back since the last one; ``now`` never steps."""
-        if self._each.take(address_prefix(address), now) or self._all.take(b"", now):
-            self._held_back += 1
-            return None
-        held_back, self._held_back = self._held_back, 0
-        return held_back
-
-
-def _verifications(service: Service) -> Slots:
-    """Half of the slots for one kind of platform: where its collateral is slow, the others' quotes have the rest."""
+def _verifications(service: Service) -> Admission:
+    """Half of all for one kind of platform: where its collateral is slow, the others' quotes have the rest."""
     most = service.limits.verifications
-    return Slots(most, share=max(1, most // 2))
+    return Admission(most, share=max(1, most // 2))
+
+
+def _rates(service: Service) -> TokenBuckets:
+    most = service.limits.requests_per_minute
+    return TokenBuckets(most, most / 60)
 
 
 @frozen
@@ -133,9 +81,9 @@ class Service:
     published: EncodedMeasurements = field(
         init=False, eq=False, default=Factory(lambda self: publish(self.policy.profiles), takes_self=True)
     )
-    verifications: Slots = field(default=Factory(_verifications, takes_self=True))
-    hosts: Slots = field(factory=lambda: Slots(16, share=1))
+    verifications: Admission = field(default=Factory(_verifications, takes_self=True))
+    hosts: Admission = field(factory=lambda: Admission(16, share=1))
     boots: OpenBoots = field(factory=OpenBoots)
-    rates: Rates = field(default=Factory(lambda self: Rates(self.limits.requests_per_minute), takes_self=True))
-    refusals: Quiet = field(factory=Quiet)
-    faults: Quiet = field(factory=Quiet)
+    rates: TokenBuckets = field(default=Factory(_rates, takes_self=True))
+    refusals: LogThrottle = field(factory=LogThrottle)
+    faults: LogThrottle = field(factory=LogThrottle)

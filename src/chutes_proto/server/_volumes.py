@@ -15,7 +15,7 @@ from chutes_proto.errors import BadRequest, Refused
 from chutes_proto.keys.vault import FreshKey
 from chutes_proto.log import Level, Record
 from chutes_proto.server._boot import token_digest
-from chutes_proto.server._patience import transact_patiently
+from chutes_proto.server._retry import transact_with_retries
 from chutes_proto.store.rows import Vm
 from chutes_proto.units.volumes import ReadVolume, SyncVolumes
 from chutes_proto.wire.codes import Code
@@ -37,7 +37,7 @@ def read_cache_passphrase(service: Service, call: Call[CachePassphraseRequest]) 
     token, hotkey = _credentials(message.boot_token, message.hotkey_header, message.hotkey)
     vm = Vm(hotkey, message.vm_name)
     volume = service.volumes[0]
-    passphrase = yield from transact_patiently(
+    passphrase = yield from transact_with_retries(
         ReadVolume(
             now=call.now,
             request_id=call.request_id,
@@ -74,7 +74,7 @@ def sync_volumes(service: Service, call: Call[VolumeSyncRequest]) -> Flow[Volume
         for index, volume in enumerate(volumes)
     }
     vm = Vm(hotkey, message.vm_name)
-    keys = yield from transact_patiently(
+    keys = yield from transact_with_retries(
         SyncVolumes(
             now=call.now,
             request_id=call.request_id,
