@@ -45,7 +45,10 @@ ASYNC_FILES = frozenset({"chutes_proto.effects", "chutes_proto.transport.asgi"})
 """Drivers written against awaitables that they are handed."""
 
 YIELD_FILES = frozenset({"chutes_proto.effects", "chutes_proto.store.rows"})
-"""Where a bare ``yield`` makes an effect or a row operation; anywhere else it would bypass their types."""
+"""Where a bare ``yield`` makes an effect or a row operation; anywhere else it would bypass their types.
+
+Except in a context manager, which is no flow.
+"""
 
 NEVER_IMPORTS: dict[str, tuple[str, ...]] = {
     "chutes_proto.wire": ("chutes_proto.boot", "chutes_proto.server", "chutes_proto.effects"),
@@ -131,6 +134,14 @@ def _node_violation(module: str, node: ast.AST) -> str | None:
             return None
 
 
+def _is_context_manager(node: ast.AST) -> bool:
+    match node:
+        case ast.FunctionDef(decorator_list=[ast.Name(id="contextmanager")]):
+            return True
+        case _:
+            return False
+
+
 def violations(module: str, source: str, *, is_package: bool = False) -> list[str]:
     """What the module, by its dotted name, does that it must not: one ``line: what`` each."""
     tree = ast.parse(source)
@@ -141,7 +152,10 @@ def violations(module: str, source: str, *, is_package: bool = False) -> list[st
         (line, _import_violation(module, name, in_loader=line in lines)) for line, name in imported_names(tree, package)
     ]
     if is_pure(module):
-        found += [(getattr(node, "lineno", 0), _node_violation(module, node)) for node in ast.walk(tree)]
+        managed = {id(node) for manager in ast.walk(tree) if _is_context_manager(manager) for node in ast.walk(manager)}
+        for node in ast.walk(tree):
+            if not (isinstance(node, ast.Yield) and id(node) in managed):
+                found.append((getattr(node, "lineno", 0), _node_violation(module, node)))
     return [f"{line}: {what}" for line, what in sorted(f for f in found if f[1] is not None)]
 
 
@@ -183,6 +197,7 @@ def test_module_keeps_the_rules(path: Path) -> None:
         ("chutes_proto.boot._flows", "async def f(): ...", "async def f"),
         ("chutes_proto.boot._flows", "def f():\n  yield Sleep(1)", "2: a bare yield"),
         ("chutes_proto.boot._flows", "def f():\n  x = yield", "2: a bare yield"),
+        ("chutes_proto.boot._flows", "@cache\ndef f():\n  x = yield", "3: a bare yield"),
         (
             "chutes_proto.quote._verify",
             "from chutes_proto.wire import http",
@@ -215,6 +230,7 @@ def test_violations_are_found(module: str, source: str, what: str) -> None:
         ("chutes_proto.effects", "async def f(): ...\ndef g():\n  yield 1"),
         ("chutes_proto.transport.asgi", "async def f(): ..."),
         ("chutes_proto.store.rows", "def g():\n  yield 1"),
+        ("chutes_proto.server._app", "@contextmanager\ndef f():\n  yield"),
         ("chutes_proto.boot._flows", "def f():\n  r = yield from Sleep(1)"),
         ("chutes_proto.units.boot", "x = self.now"),
         ("chutes_proto.wire.http", "from urllib.parse import quote\nimport timeit_like"),

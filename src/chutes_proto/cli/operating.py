@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -82,11 +82,8 @@ def opened(options: argparse.Namespace, *, new: bool = False) -> Generator[tuple
     setup = make_setup(ServerConfig.load(options.config))
     if not setup.store.is_made() and not new:
         raise StoreError(f"store {setup.store.path}: not made yet; a server makes it, or `chutes-proto store migrate`")
-    store = setup.store.open()
-    try:
+    with closing(setup.store.open()) as store:
         yield setup, store
-    finally:
-        store.close()
 
 
 def find_vm(store: DurableStore, text: str, *, new: bool = False) -> Vm:

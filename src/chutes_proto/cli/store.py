@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from chutes_proto.cli import console, operating
@@ -180,8 +181,6 @@ def _migrate(place: StorePlace) -> dict[str, Any]:
 
 
 def _copy(source: StorePlace, place: StorePlace, vault: Vault | None, reason: str) -> dict[str, Any]:
-    from contextlib import closing
-
     from chutes_proto.errors import ConfigurationError, StoreError
     from chutes_proto.io.server.setup import check_keys
     from chutes_proto.units.contents import ReadContents, WriteContents
@@ -208,11 +207,8 @@ def _restored(place: StorePlace, reason: str) -> dict[str, Any]:
 
     if not place.is_made():
         raise StoreError(f"store {place.path}: not made yet, so that there is nothing to restore")
-    store = place.open()
-    try:
+    with closing(place.open()) as store:
         done = store.transact(StoreRestored(operating.now(), reason))
-    finally:
-        store.close()
     again = f"boots are granted again after {operating.shown(done.horizon)}"
     return {
         "store": store.name,
@@ -229,11 +225,8 @@ def _check(place: StorePlace, vault: Vault | None) -> dict[str, Any]:
 
     if not place.is_made():
         raise StoreError(f"store {place.path}: not made yet; a server makes it, or `chutes-proto store migrate`")
-    store = place.open()
-    try:
+    with closing(place.open()) as store:
         found: dict[str, Any] = {"store": store.name, "schema_version": SCHEMA_VERSION, "rows": store.check()}
         if vault is not None:
             found["keys_sealed_under"] = check_keys(store, vault)
-    finally:
-        store.close()
-    return found
+        return found

@@ -19,10 +19,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from chutes_proto.auth.certificates import client_key
 from chutes_proto.auth.hotkey import Hotkey, HotkeyError
 from chutes_proto.auth.signing import check_body_signature
-from chutes_proto.effects import Entropy, Log, Transact
-from chutes_proto.errors import LocalProtocolError, Refused, StoreError
+from chutes_proto.effects import Entropy, Transact
+from chutes_proto.errors import LocalProtocolError, Refused
 from chutes_proto.keys.vault import FreshKey
-from chutes_proto.log import Level, Record
 from chutes_proto.secret import Secret
 from chutes_proto.server._evidence import Evidence, appraise, verify_evidence
 from chutes_proto.server._nonces import RANDOM_SIZE, expires_at
@@ -102,21 +101,15 @@ def _claim(
             vault=service.vault,
         )
     )
-    yield from Log(
-        Record(
-            Level.INFO,
-            "boot_granted",
-            {
-                "request_id": call.request_id,
-                "vm": message.vm_name,
-                "hotkey": hotkey.address,
-                "hotkey_proven": proven,
-                "profile": measurements.name,
-                "tcb_status": str(evidence.verdict.tcb_status),
-                "platform": str(evidence.platform.pin),
-                "trust": service.trust,
-            },
-        )
+    yield from call.log(
+        "boot_granted",
+        vm=message.vm_name,
+        hotkey=hotkey.address,
+        hotkey_proven=proven,
+        profile=measurements.name,
+        tcb_status=str(evidence.verdict.tcb_status),
+        platform=str(evidence.platform.pin),
+        trust=service.trust,
     )
     passphrase = image if image is not None else grant.root
     if passphrase is None:
@@ -137,12 +130,7 @@ def known_hotkey(service: Service, address: str) -> Hotkey:
         hotkey = Hotkey.parse(address)
     except HotkeyError as exc:
         raise Refused(Code.HOTKEY_REJECTED, "Invalid miner hotkey", reason=str(exc)) from None
-    if service.hotkeys != "*" and hotkey.address not in service.hotkeys:
-        raise Refused(
-            Code.HOTKEY_REJECTED,
-            f"Hotkey is not registered on netuid {service.netuid}",
-            reason=f"hotkey {hotkey.address} is not among the configured hotkeys",
-        )
+    service.check_known(hotkey, Code.HOTKEY_REJECTED)
     return hotkey
 
 
@@ -154,7 +142,7 @@ def _is_signed(message: BootAttestationRequest) -> bool:
 def record_refusal(
     call: Call[Any], vm: Vm, evidence: Evidence, refusal: Refused, stage: Literal["boot", "runtime"]
 ) -> Flow[None]:
-    """Record the refusal of a genuine TD. That it cannot be written does not change the refusal."""
+    """Record the refusal of a genuine TD."""
     unit = RecordRefusal(
         now=call.now,
         request_id=call.request_id,
@@ -166,8 +154,4 @@ def record_refusal(
         peer_address=call.request.peer_address,
         stage=stage,
     )
-    try:
-        refusal.recorded = yield from Transact(unit)
-    except StoreError as exc:
-        fields = {"request_id": call.request_id, "error": str(exc)}
-        yield from Log(Record(Level.WARNING, "refusal_not_recorded", fields))
+    refusal.recorded = yield from call.record_refusal(unit)

@@ -1,4 +1,4 @@
-"""One request, as the handler of its operation gets it."""
+"""One request, as the handler of its operation gets it, and what a handler notes of it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,15 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from attrs import frozen
 
+from chutes_proto.effects import Log, Transact
+from chutes_proto.errors import Refused, StoreError
+from chutes_proto.log import Level, Record
+
 if TYPE_CHECKING:
     from chutes_proto.auth.hotkey import Hotkey
+    from chutes_proto.effects import Flow
+    from chutes_proto.log import Value
+    from chutes_proto.store._run import Unit
     from chutes_proto.wire.http import HttpRequest
 
 M = TypeVar("M")
@@ -21,6 +28,18 @@ class Call(Generic[M]):
     message: M
     request_id: str
     now: int
+
+    def log(self, event: str, level: Level = Level.INFO, /, **fields: Value) -> Flow[None]:
+        """Log ``event`` with the request's id and these fields, in this order."""
+        yield from Log(Record(level, event, {"request_id": self.request_id, **fields}))
+
+    def record_refusal(self, unit: Unit[bool]) -> Flow[bool]:
+        """Have ``unit`` record a refusal; return whether it did. That it cannot does not change the refusal."""
+        try:
+            return (yield from Transact(unit))
+        except (StoreError, Refused) as exc:
+            yield from self.log("refusal_not_recorded", Level.WARNING, error=str(exc))
+            return False
 
 
 @frozen

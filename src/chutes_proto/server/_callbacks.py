@@ -22,9 +22,8 @@ from cryptography import x509
 
 from chutes_proto.auth.certificates import client_key
 from chutes_proto.auth.signing import purpose_message, signature_headers
-from chutes_proto.effects import Entropy, FetchEvidence, Log, Now
+from chutes_proto.effects import Entropy, FetchEvidence, Now
 from chutes_proto.errors import BadRequest, Refusal, Refused, RemoteProtocolError, TransportError, Unavailable
-from chutes_proto.log import Level, Record
 from chutes_proto.server._evidence import appraise, verify_evidence
 from chutes_proto.units.servers import HostQuote
 from chutes_proto.wire.codes import Code
@@ -59,8 +58,9 @@ def ask_host(
         raise _as_registration(exc, host, address) from None
     digest = hashlib.sha256(given.gpus.encode()).hexdigest()
     gpus = f"GPU evidence NOT verified, {len(given.gpus)} characters, SHA-256 {digest}"
-    told = {"host": host, "address": address, "profile": profile.name, "gpus": gpus}
-    yield from Log(Record(Level.INFO, "host_evidence", {"request_id": call.request_id, **told, "trust": service.trust}))
+    yield from call.log(
+        "host_evidence", host=host, address=address, profile=profile.name, gpus=gpus, trust=service.trust
+    )
     return HostQuote(
         pin=evidence.platform.pin,
         profile_name=profile.name,

@@ -41,10 +41,5 @@ def check_caller(service: Service, request: HttpRequest, coverage: Coverage, now
         raise Refused(Code.SIGNATURE_INVALID, "Invalid request signature.", reason=f"hotkey: {exc}") from None
     taken = messages_to_sign(coverage, service.signatures, hotkey, nonce, request.method, request.target, request.body)
     check_signature(hotkey, taken, signature)
-    if service.hotkeys != "*" and hotkey.address not in service.hotkeys:
-        raise Refused(
-            Code.HOTKEY_UNKNOWN,
-            f"Hotkey is not registered on netuid {service.netuid}",
-            reason=f"hotkey {hotkey.address} is not among the configured hotkeys",
-        )
+    service.check_known(hotkey, Code.HOTKEY_UNKNOWN)
     return hotkey

@@ -30,26 +30,10 @@ from chutes_proto.wire.evidence import PORT
 _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")  # RFC 9110, section 5.6.2
 _VOLUME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 ANSWER_MEMBERS = frozenset(
-    {
-        "key",
-        "boot_token",
-        "luks_quote_nonce",
-        "passphrase",
-        "in_use",
-        "nonce",
-        "expires_at",
-        "detail",
-        "code",
-        "request_id",
-        "volumes",
-        "confirm_nonce",
-        "k3s_encryption_key",
-        "rotated",
-        "result",
-        "current",
-        "next",
-        "status",
-    }
+    (
+        "key boot_token luks_quote_nonce passphrase in_use nonce expires_at detail code request_id "
+        "volumes confirm_nonce k3s_encryption_key rotated result current next status"
+    ).split()
 )
 """Names that no volume may bear: deployed clients cut ``"name":"…"`` out of answers and must find it only once."""
 
@@ -315,10 +299,7 @@ def _registration_problems(options: RegistrationOptions) -> list[str]:
     if options.evidence == "callback" and options.hotkey_file is None:
         found.append("registration.hotkey_file: hosts give evidence to a hotkey that they know; name its file")
     if options.evidence != "callback":
-        default = RegistrationOptions()
-        names = ("hotkey_file", "evidence_port")
-        set_anyway = [name for name in names if getattr(options, name) != getattr(default, name)]
-        found.extend(f'registration.{name}: goes with evidence = "callback"' for name in set_anyway)
+        found += _not_default("registration", options, 'evidence = "callback"', "hotkey_file evidence_port")
     if not 1 <= options.evidence_port <= 65535:
         found.append("registration.evidence_port: 1 to 65535")
     try:
@@ -328,15 +309,21 @@ def _registration_problems(options: RegistrationOptions) -> list[str]:
     return found
 
 
+def _not_default(table: str, options: attrs.AttrsInstance, companion: str, names: str) -> list[str]:
+    """The keys among ``names`` that are set although they go with ``companion``, which is not there."""
+    keys = attrs.fields_dict(type(options))
+    return [
+        f"{table}.{key}: goes with {companion}" for key in names.split() if getattr(options, key) != keys[key].default
+    ]
+
+
 def _collateral_problems(options: CollateralOptions) -> list[str]:
     found: list[str] = []
     if (options.directory is None) == (not options.upstreams):
         found.append('collateral: say { directory = "…" }, or { upstreams = ["https://…", …] }')
     if options.directory is not None:
-        default = CollateralOptions()
-        names = ("cache", "ca_file", "update", "refresh_seconds", "fetches_per_minute")
-        set_anyway = [name for name in names if getattr(options, name) != getattr(default, name)]
-        found.extend(f"collateral.{name}: goes with collateral.upstreams" for name in set_anyway)
+        names = "cache ca_file update refresh_seconds fetches_per_minute"
+        found += _not_default("collateral", options, "collateral.upstreams", names)
     for service in options.upstreams:
         try:
             _ = Upstream.parse(service.url, service.root_ca_crl)

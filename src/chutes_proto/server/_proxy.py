@@ -23,6 +23,8 @@ import base64
 import binascii
 import hmac
 import re
+from collections.abc import Generator
+from contextlib import contextmanager
 from ipaddress import IPv4Network, IPv6Network, ip_address
 from typing import Final
 from urllib.parse import unquote_to_bytes
@@ -94,12 +96,26 @@ class TrustedProxies:
             arrived=request.arrived,
         )
 
-    def excusing(self, request: HttpRequest) -> _Excuse:
+    @contextmanager
+    def excusing(self, request: HttpRequest) -> Generator[None]:
         """A refusal for the certificate, raised inside, is `Unavailable` where the peer may be a silent proxy.
 
         ``request`` is what `client_request` made of the peer's. Whatever records refusals stands outside.
         """
-        return _Excuse(self, may_be_proxy=self._ours(request.peer_address) and not isinstance(request, ProxiedRequest))
+        try:
+            yield
+        except Refusal as exc:
+            may_be_proxy = self._ours(request.peer_address) and not isinstance(request, ProxiedRequest)
+            if not may_be_proxy or exc.code not in _OF_CERTIFICATES:
+                raise
+            needed = f"{self.certificate_header}, {self.address_header}, {SECRET_HEADER}"
+            raise Unavailable(
+                Code.SERVER_FAULT,
+                "A fault of the server's. Retry shortly.",
+                reason=f"{exc.reason}; and a peer in proxy.networks sent none of a proxy's headers: if it is a proxy,"
+                f" let it set {needed}; if it is a client, take its address out of proxy.networks",
+                retry_after=30,
+            ) from None
 
     def _over_unix(self, request: HttpRequest) -> bool:
         return self.unix and not request.peer_address
@@ -142,27 +158,6 @@ class TrustedProxies:
             return x509.load_der_x509_certificate(base64.b64decode(text[1:-1], validate=True))
         except (ValueError, binascii.Error, x509.InvalidVersion):
             raise _refused(f"{self.certificate_header} holds no certificate as it should") from None
-
-
-@frozen
-class _Excuse:
-    proxies: TrustedProxies
-    may_be_proxy: bool
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _kind: object, raised: BaseException | None, _traceback: object) -> None:
-        if not self.may_be_proxy or not isinstance(raised, Refusal) or raised.code not in _OF_CERTIFICATES:
-            return
-        needed = f"{self.proxies.certificate_header}, {self.proxies.address_header}, {SECRET_HEADER}"
-        raise Unavailable(
-            Code.SERVER_FAULT,
-            "A fault of the server's. Retry shortly.",
-            reason=f"{raised.reason}; and a peer in proxy.networks sent none of a proxy's headers: if it is a proxy,"
-            f" let it set {needed}; if it is a client, take its address out of proxy.networks",
-            retry_after=30,
-        ) from None
 
 
 def _refused(reason: str) -> BadRequest:

@@ -21,44 +21,33 @@ from typing import TYPE_CHECKING
 from attrs import evolve
 
 from chutes_proto.auth.certificates import client_key
-from chutes_proto.effects import Entropy, Log, Now
-from chutes_proto.errors import BadRequest, Refused
+from chutes_proto.effects import Entropy, Now
+from chutes_proto.errors import Refused
 from chutes_proto.keys.generations import K3S_VOLUME
 from chutes_proto.keys.vault import FreshKey
-from chutes_proto.log import Level, Record
 from chutes_proto.secret import Secret
 from chutes_proto.server._boot import record_refusal, token_digest
 from chutes_proto.server._evidence import appraise, verify_evidence
 from chutes_proto.server._retry import transact_with_retries, verify_with_retries
-from chutes_proto.server._volumes import check_names, check_shape
+from chutes_proto.server._volumes import check_names, check_shape, check_volumes
 from chutes_proto.store.rows import Vm
 from chutes_proto.units.rotation import AttestVolumes, ConfirmNonce, ConfirmVolumes, FindQuoteNonce
+from chutes_proto.wire import vms
 from chutes_proto.wire.codes import Code
-from chutes_proto.wire.vms import (
-    VolumeAttestationAnswer,
-    VolumeAttestationRequest,
-    VolumeConfirmationAnswer,
-    VolumeConfirmationRequest,
-    VolumePair,
-    VolumeResult,
-)
 
 if TYPE_CHECKING:
     from chutes_proto.effects import Flow
-    from chutes_proto.log import Value
     from chutes_proto.server._call import Call
     from chutes_proto.server._service import Service
 
 _LABEL = "chutes-proto confirm nonce v1"
 
 
-def attest_volumes(service: Service, call: Call[VolumeAttestationRequest]) -> Flow[VolumeAttestationAnswer]:
+def attest_volumes(service: Service, call: Call[vms.VolumeAttestationRequest]) -> Flow[vms.VolumeAttestationAnswer]:
     """Operation 13."""
     request, message = call.request, call.message
     volumes = tuple(dict.fromkeys(message.volumes))
-    if not volumes:
-        raise BadRequest(Code.VOLUMES_REQUIRED, "volumes is required and must be non-empty")
-    check_names("volume", volumes, service.volumes)
+    check_volumes(service, volumes)
     check_names("formatted volume", message.formatted or (), service.volumes)
     if not message.quote_nonce or not message.hotkey:
         text = "Quote nonce (X-Quote-Nonce) and hotkey are required"
@@ -106,32 +95,29 @@ def attest_volumes(service: Service, call: Call[VolumeAttestationRequest]) -> Fl
     except Refused as exc:
         yield from record_refusal(call, vm, evidence, exc, "runtime")
         raise
-    fields: dict[str, Value] = {
-        "request_id": call.request_id,
-        "vm": vm.name,
-        "hotkey": vm.hotkey,
-        "volumes": list(volumes),
-        "replayed": handed.replayed,
-        "tcb_status": str(evidence.verdict.tcb_status),
-        "platform": str(evidence.platform.pin),
-        "trust": service.trust,
-    }
-    yield from Log(Record(Level.INFO, "volumes_attested", fields))
-    return VolumeAttestationAnswer(
-        volumes={volume: VolumePair(current=pair.current, next=pair.next) for volume, pair in handed.volumes},
+    yield from call.log(
+        "volumes_attested",
+        vm=vm.name,
+        hotkey=vm.hotkey,
+        volumes=list(volumes),
+        replayed=handed.replayed,
+        tcb_status=str(evidence.verdict.tcb_status),
+        platform=str(evidence.platform.pin),
+        trust=service.trust,
+    )
+    return vms.VolumeAttestationAnswer(
+        volumes={volume: vms.VolumePair(current=pair.current, next=pair.next) for volume, pair in handed.volumes},
         confirm_nonce=handed.confirm_nonce,
         k3s_encryption_key=handed.k3s_encryption_key,
         in_use=handed.in_use,
     )
 
 
-def confirm_volumes(service: Service, call: Call[VolumeConfirmationRequest]) -> Flow[VolumeConfirmationAnswer]:
+def confirm_volumes(service: Service, call: Call[vms.VolumeConfirmationRequest]) -> Flow[vms.VolumeConfirmationAnswer]:
     """Operation 14."""
     message = call.message
     rotated = tuple((volume, confirmation.rotated) for volume, confirmation in message.volumes.items())
-    if not rotated:
-        raise BadRequest(Code.VOLUMES_REQUIRED, "volumes is required and must be non-empty")
-    check_names("volume", [volume for volume, _ in rotated], service.volumes)
+    check_volumes(service, [volume for volume, _ in rotated])
     if not message.confirm_nonce or not message.hotkey:
         text = "Confirm nonce (X-Confirm-Nonce) and hotkey are required"
         raise Refused(Code.CONFIRM_NONCE_INVALID, text)
@@ -148,10 +134,9 @@ def confirm_volumes(service: Service, call: Call[VolumeConfirmationRequest]) -> 
     )
     results = yield from transact_with_retries(unit, call.request.arrived)
     told = [f"{volume}: {result}" for volume, result in results]
-    fields: dict[str, Value] = {"request_id": call.request_id, "vm": vm.name, "hotkey": vm.hotkey, "volumes": told}
-    yield from Log(Record(Level.INFO, "volumes_confirmed", fields))
-    return VolumeConfirmationAnswer(
-        status="confirmed", volumes={volume: VolumeResult(result=result) for volume, result in results}
+    yield from call.log("volumes_confirmed", vm=vm.name, hotkey=vm.hotkey, volumes=told)
+    return vms.VolumeConfirmationAnswer(
+        status="confirmed", volumes={volume: vms.VolumeResult(result=result) for volume, result in results}
     )
 
 

@@ -14,21 +14,13 @@ import hashlib
 from typing import TYPE_CHECKING
 
 from chutes_proto.auth.certificates import client_key
-from chutes_proto.effects import Entropy, Log, Transact
-from chutes_proto.errors import BadRequest, Refused, StoreError
-from chutes_proto.log import Level, Record
+from chutes_proto.effects import Entropy, Transact
+from chutes_proto.errors import BadRequest, Refused
 from chutes_proto.server._evidence import appraise, verify_evidence
 from chutes_proto.server._nonces import RANDOM_SIZE, expires_at
 from chutes_proto.units.servers import GrantRuntime, ReadOwnServer, RecordRuntimeRefusal
+from chutes_proto.wire import miners
 from chutes_proto.wire.endpoint import NonceAnswer
-from chutes_proto.wire.miners import (
-    AttestationStatusAnswer,
-    AttestationStatusRequest,
-    LastAttestation,
-    RuntimeAttestationAnswer,
-    RuntimeAttestationRequest,
-    RuntimeNonceRequest,
-)
 from chutes_proto.wire.times import timestamp
 
 if TYPE_CHECKING:
@@ -40,7 +32,7 @@ if TYPE_CHECKING:
     from chutes_proto.store.rows import AttestationRow, ServerRow
 
 
-def issue_runtime_nonce(service: Service, call: SignedCall[RuntimeNonceRequest]) -> Flow[NonceAnswer]:
+def issue_runtime_nonce(service: Service, call: SignedCall[miners.RuntimeNonceRequest]) -> Flow[NonceAnswer]:
     """Operation 10."""
     hotkey, address = call.caller.address, call.request.peer_address
     server, _ = yield from Transact(ReadOwnServer(hotkey, call.message.server_id))
@@ -49,7 +41,9 @@ def issue_runtime_nonce(service: Service, call: SignedCall[RuntimeNonceRequest])
     return NonceAnswer(nonce=value.hex(), expires_at=expires_at(call.now))
 
 
-def attest_runtime(service: Service, call: SignedCall[RuntimeAttestationRequest]) -> Flow[RuntimeAttestationAnswer]:
+def attest_runtime(
+    service: Service, call: SignedCall[miners.RuntimeAttestationRequest]
+) -> Flow[miners.RuntimeAttestationAnswer]:
     """Operation 11."""
     request, message = call.request, call.message
     hotkey, address = call.caller.address, request.peer_address
@@ -67,15 +61,19 @@ def attest_runtime(service: Service, call: SignedCall[RuntimeAttestationRequest]
     except (Refused, BadRequest) as exc:
         yield from _record(call, server, nonce, evidence, exc)
         raise
-    return RuntimeAttestationAnswer(attestation_id=call.request_id, verified_at=timestamp(call.now), status="verified")
+    return miners.RuntimeAttestationAnswer(
+        attestation_id=call.request_id, verified_at=timestamp(call.now), status="verified"
+    )
 
 
-def read_status(service: Service, call: SignedCall[AttestationStatusRequest]) -> Flow[AttestationStatusAnswer]:
+def read_status(
+    service: Service, call: SignedCall[miners.AttestationStatusRequest]
+) -> Flow[miners.AttestationStatusAnswer]:
     """Operation 12."""
     server, last = yield from Transact(ReadOwnServer(call.caller.address, call.message.server_id))
     age = None if last is None else max(0, call.now - last.created_at)
     verified = last is not None and last.code is None
-    return AttestationStatusAnswer(
+    return miners.AttestationStatusAnswer(
         server_id=server.server_id,
         last_attestation=None if last is None else _last(last),
         attestation_status="never_attested" if last is None else "verified" if verified else "failed",
@@ -85,10 +83,10 @@ def read_status(service: Service, call: SignedCall[AttestationStatusRequest]) ->
     )
 
 
-def _last(row: AttestationRow) -> LastAttestation:
+def _last(row: AttestationRow) -> miners.LastAttestation:
     at = timestamp(row.created_at)
     verified = row.code is None
-    return LastAttestation(
+    return miners.LastAttestation(
         attestation_id=row.attestation_id,
         verified=verified,
         created_at=at,
@@ -98,7 +96,11 @@ def _last(row: AttestationRow) -> LastAttestation:
 
 
 def _grant(
-    service: Service, call: SignedCall[RuntimeAttestationRequest], server: ServerRow, nonce: Nonce, evidence: Evidence
+    service: Service,
+    call: SignedCall[miners.RuntimeAttestationRequest],
+    server: ServerRow,
+    nonce: Nonce,
+    evidence: Evidence,
 ) -> Flow[None]:
     profile = appraise(service, evidence, "runtime").profile
     pin = evidence.platform.pin
@@ -118,26 +120,24 @@ def _grant(
             platform_binding=service.platform_binding,
         )
     )
-    fields = {
-        "request_id": call.request_id,
-        "server": server.server_id,
-        "hotkey": server.hotkey,
-        "profile": profile.name,
-        "tcb_status": str(evidence.verdict.tcb_status),
-        "platform": str(pin),
-        "trust": service.trust,
-    }
-    yield from Log(Record(Level.INFO, "server_attested", fields))
+    yield from call.log(
+        "server_attested",
+        server=server.server_id,
+        hotkey=server.hotkey,
+        profile=profile.name,
+        tcb_status=str(evidence.verdict.tcb_status),
+        platform=str(pin),
+        trust=service.trust,
+    )
 
 
 def _record(
-    call: SignedCall[RuntimeAttestationRequest],
+    call: SignedCall[miners.RuntimeAttestationRequest],
     server: ServerRow,
     nonce: Nonce,
     evidence: Evidence | None,
     refusal: Refused | BadRequest,
 ) -> Flow[None]:
-    """Record the verdict. That it cannot be written does not change the refusal."""
     quote = call.message.quote.encode() if evidence is None else evidence.quote
     unit = RecordRuntimeRefusal(
         now=call.now,
@@ -151,8 +151,4 @@ def _record(
         quote_digest=hashlib.sha256(quote).digest(),
         peer_address=call.request.peer_address,
     )
-    try:
-        _ = yield from Transact(unit)
-    except (StoreError, Refused) as exc:
-        fields = {"request_id": call.request_id, "error": str(exc)}
-        yield from Log(Record(Level.WARNING, "refusal_not_recorded", fields))
+    _ = yield from call.record_refusal(unit)

@@ -9,27 +9,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from chutes_proto.effects import Log, Now, Transact
+from chutes_proto.effects import Now, Transact
 from chutes_proto.errors import BadRequest
-from chutes_proto.log import Level, Record
 from chutes_proto.server._callbacks import ask_host
 from chutes_proto.server._gpus import check_nodes
 from chutes_proto.server._hosts import locate
 from chutes_proto.store.rows import GpuRow
 from chutes_proto.units.servers import ListServers, ReadOwnServer, RegisterServer, RemoveServer, RenameServer
+from chutes_proto.wire import miners
 from chutes_proto.wire.codes import Code
-from chutes_proto.wire.miners import (
-    ListServersRequest,
-    MessageAnswer,
-    RegisterServerRequest,
-    RemovedServerAnswer,
-    RemoveServerRequest,
-    RenamedServerAnswer,
-    RenameServerRequest,
-    ServerAnswer,
-    ServerDetailsRequest,
-    ServerListAnswer,
-)
 from chutes_proto.wire.times import timestamp
 
 if TYPE_CHECKING:
@@ -44,7 +32,7 @@ _SHADOWED: Final = frozenset({"nonce", "boot"})
 """Ids whose paths are other operations'."""
 
 
-def register_server(service: Service, call: SignedCall[RegisterServerRequest]) -> Flow[MessageAnswer]:
+def register_server(service: Service, call: SignedCall[miners.RegisterServerRequest]) -> Flow[miners.MessageAnswer]:
     """Operation 5."""
     message, hotkey = call.message, call.caller.address
     if message.id in _SHADOWED:
@@ -77,16 +65,16 @@ def register_server(service: Service, call: SignedCall[RegisterServerRequest]) -
         )
     )
     yield from _tell("server_registered", call, server)
-    return MessageAnswer(message="Server registered successfully.")
+    return miners.MessageAnswer(message="Server registered successfully.")
 
 
-def list_servers(service: Service, call: SignedCall[ListServersRequest]) -> Flow[ServerListAnswer]:
+def list_servers(service: Service, call: SignedCall[miners.ListServersRequest]) -> Flow[miners.ServerListAnswer]:
     """Operation 6."""
     rows = yield from Transact(ListServers(call.caller.address))
-    return ServerListAnswer(servers=tuple(_described(row) for row in rows))
+    return miners.ServerListAnswer(servers=tuple(_described(row) for row in rows))
 
 
-def rename_server(service: Service, call: SignedCall[RenameServerRequest]) -> Flow[RenamedServerAnswer]:
+def rename_server(service: Service, call: SignedCall[miners.RenameServerRequest]) -> Flow[miners.RenamedServerAnswer]:
     """Operation 7."""
     message = call.message
     if message.server_name is None:
@@ -96,7 +84,7 @@ def rename_server(service: Service, call: SignedCall[RenameServerRequest]) -> Fl
     unit = RenameServer(call.now, call.request_id, hotkey, message.server_id, message.server_name, address)
     server = yield from Transact(unit)
     yield from _tell("server_renamed", call, server)
-    return RenamedServerAnswer(
+    return miners.RenamedServerAnswer(
         name=server.name,
         ip=server.host,
         created_at=timestamp(server.created_at),
@@ -104,19 +92,19 @@ def rename_server(service: Service, call: SignedCall[RenameServerRequest]) -> Fl
     )
 
 
-def read_server(service: Service, call: SignedCall[ServerDetailsRequest]) -> Flow[ServerAnswer]:
+def read_server(service: Service, call: SignedCall[miners.ServerDetailsRequest]) -> Flow[miners.ServerAnswer]:
     """Operation 8."""
     server, _ = yield from Transact(ReadOwnServer(call.caller.address, call.message.server_id))
     return _described(server)
 
 
-def remove_server(service: Service, call: SignedCall[RemoveServerRequest]) -> Flow[RemovedServerAnswer]:
+def remove_server(service: Service, call: SignedCall[miners.RemoveServerRequest]) -> Flow[miners.RemovedServerAnswer]:
     """Operation 9."""
     hotkey, address = call.caller.address, call.request.peer_address
     unit = RemoveServer(call.now, call.request_id, hotkey, call.message.server_name_or_id, address)
     server = yield from Transact(unit)
     yield from _tell("server_removed", call, server)
-    return RemovedServerAnswer(name=server.name, message="Server removed successfully")
+    return miners.RemovedServerAnswer(name=server.name, message="Server removed successfully")
 
 
 def publish_measurements(service: Service, call: Call[MeasurementsRequest]) -> Flow[EncodedMeasurements]:
@@ -125,8 +113,8 @@ def publish_measurements(service: Service, call: Call[MeasurementsRequest]) -> F
     return service.published
 
 
-def _described(server: ServerRow) -> ServerAnswer:
-    return ServerAnswer(
+def _described(server: ServerRow) -> miners.ServerAnswer:
+    return miners.ServerAnswer(
         server_id=server.server_id,
         name=server.name,
         ip=server.host,
@@ -136,5 +124,4 @@ def _described(server: ServerRow) -> ServerAnswer:
 
 
 def _tell(event: str, call: SignedCall[Any], server: ServerRow) -> Flow[None]:
-    fields = {"request_id": call.request_id, "server": server.server_id, "name": server.name, "hotkey": server.hotkey}
-    yield from Log(Record(Level.INFO, event, fields))
+    yield from call.log(event, server=server.server_id, name=server.name, hotkey=server.hotkey)

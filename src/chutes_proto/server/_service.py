@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from attrs import Factory, field, frozen
 
+from chutes_proto.errors import Refused
 from chutes_proto.server._config import LimitOptions
 from chutes_proto.server._gpus import GPUS, Gpu
 from chutes_proto.server._limits import Admission, LogThrottle, TokenBuckets
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from chutes_proto.quote._roots import TrustedRoot
     from chutes_proto.server._nonces import NonceMint
     from chutes_proto.server._proxy import Network
+    from chutes_proto.wire.codes import Code
     from chutes_proto.wire.public import EncodedMeasurements
 
 
@@ -87,3 +89,9 @@ class Service:
     rates: TokenBuckets = field(default=Factory(_rates, takes_self=True))
     refusals: LogThrottle = field(factory=LogThrottle)
     faults: LogThrottle = field(factory=LogThrottle)
+
+    def check_known(self, hotkey: Hotkey, code: Code) -> None:
+        """Raise `Refused` with ``code`` unless ``hotkey`` is one of those that are served."""
+        if self.hotkeys != "*" and hotkey.address not in self.hotkeys:
+            reason = f"hotkey {hotkey.address} is not among the configured hotkeys"
+            raise Refused(code, f"Hotkey is not registered on netuid {self.netuid}", reason=reason)

@@ -10,10 +10,9 @@ import hashlib
 from typing import TYPE_CHECKING, Any
 
 from chutes_proto.auth.certificates import spki_sha256
-from chutes_proto.effects import Entropy, Log
+from chutes_proto.effects import Entropy
 from chutes_proto.errors import BadRequest, Refused
 from chutes_proto.keys.vault import FreshKey
-from chutes_proto.log import Level, Record
 from chutes_proto.server._boot import token_digest
 from chutes_proto.server._retry import transact_with_retries
 from chutes_proto.store.rows import Vm
@@ -23,10 +22,9 @@ from chutes_proto.wire.names import HEX_32
 from chutes_proto.wire.vms import CachePassphraseAnswer, CachePassphraseRequest, VolumeSyncAnswer, VolumeSyncRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from chutes_proto.effects import Flow
-    from chutes_proto.log import Value
     from chutes_proto.server._call import Call
     from chutes_proto.server._service import Service
 
@@ -49,7 +47,7 @@ def read_cache_passphrase(service: Service, call: Call[CachePassphraseRequest]) 
         ),
         call.request.arrived,
     )
-    yield from Log(Record(Level.INFO, "passphrase_read", {**_who(service, call, vm), "volume": volume}))
+    yield from call.log("passphrase_read", vm=vm.name, hotkey=vm.hotkey, trust=service.trust, volume=volume)
     return CachePassphraseAnswer(passphrase=passphrase)
 
 
@@ -59,9 +57,7 @@ def sync_volumes(service: Service, call: Call[VolumeSyncRequest]) -> Flow[Volume
     token, hotkey = _credentials(message.boot_token, message.hotkey, message.hotkey_query)
     volumes = tuple(dict.fromkeys(message.volumes))
     rekey = tuple(dict.fromkeys(message.rekey or ()))
-    if not volumes:
-        raise BadRequest(Code.VOLUMES_REQUIRED, "volumes is required and must be non-empty")
-    check_names("volume", volumes, service.volumes)
+    check_volumes(service, volumes)
     if strangers := [volume for volume in rekey if volume not in volumes]:
         raise BadRequest(
             Code.REKEY_NOT_SUBSET, f"rekey must be a subset of volumes; not in volumes: {_some(strangers)}"
@@ -91,13 +87,15 @@ def sync_volumes(service: Service, call: Call[VolumeSyncRequest]) -> Flow[Volume
         ),
         call.request.arrived,
     )
-    fields: dict[str, Value] = {
-        **_who(service, call, vm),
-        "volumes": list(volumes),
-        "rekey": list(rekey),
-        "replayed": keys.replayed,
-    }
-    yield from Log(Record(Level.INFO, "volumes_synced", fields))
+    yield from call.log(
+        "volumes_synced",
+        vm=vm.name,
+        hotkey=vm.hotkey,
+        trust=service.trust,
+        volumes=list(volumes),
+        rekey=list(rekey),
+        replayed=keys.replayed,
+    )
     return VolumeSyncAnswer(passphrases=keys.passphrases, in_use=keys.in_use)
 
 
@@ -124,6 +122,13 @@ def check_shape(text: str, code: Code, what: str) -> bytes:
     return text.encode("ascii")
 
 
+def check_volumes(service: Service, volumes: Sequence[str]) -> None:
+    """Raises `BadRequest` for no volumes, and for one that this server does not serve."""
+    if not volumes:
+        raise BadRequest(Code.VOLUMES_REQUIRED, "volumes is required and must be non-empty")
+    check_names("volume", volumes, service.volumes)
+
+
 def check_names(what: str, names: Iterable[str], served: tuple[str, ...]) -> None:
     """Raises `BadRequest` for a name that this server does not serve."""
     if unknown := [name for name in names if name not in served]:
@@ -140,7 +145,3 @@ def _presented(call: Call[Any]) -> bytes | None:
     """Return the digest of the presented certificate's key. The boot says whether one must be presented."""
     certificate = call.request.peer_certificate
     return None if certificate is None else spki_sha256(certificate)
-
-
-def _who(service: Service, call: Call[Any], vm: Vm) -> dict[str, str]:
-    return {"request_id": call.request_id, "vm": vm.name, "hotkey": vm.hotkey, "trust": service.trust}

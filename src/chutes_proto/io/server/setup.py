@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Final, Literal, TypeVar
@@ -167,14 +168,10 @@ def check_store(place: StorePlace, vault: Vault) -> str:
     """
     if not place.is_made():
         return f"{place.path}: not made yet"
-    store = place.open()
-    try:
+    with closing(place.open()) as store:
         _ = store.check()
         store.check_writing()
-        sealed = check_keys(store, vault)
-    finally:
-        store.close()
-    return f"{store.name}: {sum(sealed.values())} keys"
+        return f"{store.name}: {sum(check_keys(store, vault).values())} keys"
 
 
 def check_keys(store: DurableStore, vault: Vault) -> dict[str, int]:
