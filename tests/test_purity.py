@@ -153,9 +153,8 @@ def violations(module: str, source: str, *, is_package: bool = False) -> list[st
     ]
     if is_pure(module):
         managed = {id(node) for manager in ast.walk(tree) if _is_context_manager(manager) for node in ast.walk(manager)}
-        for node in ast.walk(tree):
-            if not (isinstance(node, ast.Yield) and id(node) in managed):
-                found.append((getattr(node, "lineno", 0), _node_violation(module, node)))
+        nodes = [node for node in ast.walk(tree) if not (isinstance(node, ast.Yield) and id(node) in managed)]
+        found += [(getattr(node, "lineno", 0), _node_violation(module, node)) for node in nodes]
     return [f"{line}: {what}" for line, what in sorted(f for f in found if f[1] is not None)]
 
 
