@@ -28,12 +28,12 @@ from tests.quote.simulated import NOW, PLATFORM, REPORT_DATA, ROOT, collateral_o
 @pytest.mark.parametrize(
     ("fault", "step"),
     [
-        ("qe_mrsigner", steps.QeIdentityMismatch),
-        ("qe_prod_id", steps.QeIdentityMismatch),
-        ("qe_misc_select", steps.QeIdentityMismatch),
-        ("qe_attributes", steps.QeIdentityMismatch),
-        ("qe_identity_signature", steps.StatementSignature),
-        ("qe_identity_altered", steps.StatementSignature),
+        ("qe_mrsigner", steps.QeIdentityMismatchError),
+        ("qe_prod_id", steps.QeIdentityMismatchError),
+        ("qe_misc_select", steps.QeIdentityMismatchError),
+        ("qe_attributes", steps.QeIdentityMismatchError),
+        ("qe_identity_signature", steps.StatementSignatureError),
+        ("qe_identity_altered", steps.StatementSignatureError),
     ],
 )
 def test_cve_2026_22696_the_quoting_enclave_is_held_against_its_identity(fault: str, step: type[Exception]) -> None:
@@ -45,7 +45,7 @@ def test_cve_2026_22696_the_quoting_enclave_is_held_against_its_identity(fault: 
 @pytest.mark.parametrize("fault", ["tcb_info_sgx_components_short", "tcb_info_tdx_components_short"])
 def test_ghsa_6q6c_vvf9_fj3w_a_short_list_of_components_matches_nothing(fault: str) -> None:
     """dcap-qvl compared only as many components as the shorter list had."""
-    with pytest.raises(steps.StatementFormat):
+    with pytest.raises(steps.StatementFormatError):
         _ = verdict_of(PLATFORM, fault)
 
 
@@ -54,7 +54,7 @@ def test_cve_2026_33697_report_data_is_not_forgotten() -> None:
     parameter = inspect.signature(verify).parameters["expected_report_data"]
     assert (parameter.kind, parameter.default) == (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.empty)
     for other in (bytes(64), REPORT_DATA[:32], REPORT_DATA + b"\0", b""):
-        with pytest.raises(steps.ReportDataMismatch):
+        with pytest.raises(steps.ReportDataMismatchError):
             _ = verify(
                 PLATFORM.quote(REPORT_DATA), collateral_of(PLATFORM), now=NOW, expected_report_data=other, root=ROOT
             )
@@ -100,21 +100,21 @@ def test_length_bombs_in_der_and_event_logs_allocate_nothing(read: Callable[[byt
 
 def test_deep_nesting_is_no_recursion() -> None:
     """dcap-qvl #130, #132, #136: DER of an attacker's was read recursively."""
-    with pytest.raises(steps.PckExtension):
+    with pytest.raises(steps.PckExtensionError):
         _ = verdict_of(PLATFORM, "sgx_extension_deep")
 
 
 @pytest.mark.parametrize(
     ("fault", "step"),
     [
-        ("pck_revoked", steps.PckRevoked),
-        ("intermediate_revoked", steps.CertificateRevoked),
-        ("tcb_signer_revoked", steps.CertificateRevoked),
-        ("root_revoked", steps.CertificateRevoked),
-        ("pck_crl_expired", steps.CollateralExpired),
-        ("root_crl_expired", steps.CollateralExpired),
-        ("pck_crl_signature", steps.CrlSignature),
-        ("crls_swapped", steps.CrlIssuer),
+        ("pck_revoked", steps.PckRevokedError),
+        ("intermediate_revoked", steps.CertificateRevokedError),
+        ("tcb_signer_revoked", steps.CertificateRevokedError),
+        ("root_revoked", steps.CertificateRevokedError),
+        ("pck_crl_expired", steps.CollateralExpiredError),
+        ("root_crl_expired", steps.CollateralExpiredError),
+        ("pck_crl_signature", steps.CrlSignatureError),
+        ("crls_swapped", steps.CrlIssuerError),
     ],
 )
 def test_revocation_is_not_optional(fault: str, step: type[Exception]) -> None:
@@ -125,7 +125,7 @@ def test_revocation_is_not_optional(fault: str, step: type[Exception]) -> None:
 
 def test_no_crl_is_no_empty_crl() -> None:
     for piece in ("root_ca_crl", "pck_crl"):
-        with pytest.raises(steps.CrlFormat):
+        with pytest.raises(steps.CrlFormatError):
             _ = verify_collateral(attrs.evolve(collateral_of(PLATFORM), **{piece: b""}), now=NOW, root=ROOT)
 
 
@@ -141,7 +141,7 @@ def test_a_revocation_counts_for_what_was_seen_before() -> None:
 
 @pytest.mark.parametrize("fault", ["tcb_info_duplicate_key", "qe_identity_duplicate_key"])
 def test_duplicate_json_keys_have_no_meaning(fault: str) -> None:
-    with pytest.raises(steps.StatementFormat):
+    with pytest.raises(steps.StatementFormatError):
         _ = verdict_of(PLATFORM, fault)
 
 

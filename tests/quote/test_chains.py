@@ -17,7 +17,12 @@ from chutes_proto import quote
 from chutes_proto.auth import der
 from chutes_proto.quote import _verify as stages
 from chutes_proto.quote._certificates import read_certificate, read_crl
-from chutes_proto.quote._steps import CertificateExpired, CertificateFormat, CertificateRevoked, CrlFormat
+from chutes_proto.quote._steps import (
+    CertificateExpiredError,
+    CertificateFormatError,
+    CertificateRevokedError,
+    CrlFormatError,
+)
 from chutes_proto.quote._verify import (
     authenticate_collateral,
     forget,
@@ -65,7 +70,7 @@ def test_a_quote_serves_as_long_as_each_certificate_in_it(draft: str) -> None:
             lambda signed=signed: verify_quote(signed, verified, now=END + 1),
             lambda: open_quote(data, now=END + 1, root=ROOT),
         ):
-            with pytest.raises(CertificateExpired) as caught:
+            with pytest.raises(CertificateExpiredError) as caught:
                 _ = late()
             assert (caught.value.subject, caught.value.code) == (PLACES[draft], "certificate_expired")
 
@@ -88,10 +93,10 @@ def test_no_grace_for_a_certificate_of_the_collateral(draft: str, member: str) -
     ):
         assert (verified.window, verified.usable_until) == ((NOW, END), END)
         assert verify_quote(signed, verified, now=END).window == (NOW, END)
-        with pytest.raises(CertificateExpired) as caught:
+        with pytest.raises(CertificateExpiredError) as caught:
             _ = verify_quote(signed, verified, now=END + 1)
         assert (caught.value.subject, caught.value.code) == (PLACES[draft], "certificate_expired")
-    with pytest.raises(CertificateExpired):
+    with pytest.raises(CertificateExpiredError):
         _ = verify_collateral(collateral, now=END + 1, root=ROOT, grace=GRACE)
 
 
@@ -123,10 +128,10 @@ def test_of_two_certificates_of_one_ca_the_revoked_one_is_not_in_the_quote() -> 
     assert verify_quote(signed, verified_of(PLATFORM), now=NOW).steps
     verified = verified_of(PLATFORM.having(revoking("new platform CA")))
     assert verify_quote(signed_of(QUOTE), verified, now=NOW).steps
-    with pytest.raises(CertificateRevoked) as caught:
+    with pytest.raises(CertificateRevokedError) as caught:
         _ = verify_quote(signed, verified, now=NOW)
     assert caught.value.subject == PLACES["intermediate"]
-    with pytest.raises(CertificateRevoked):
+    with pytest.raises(CertificateRevokedError):
         _ = verified_of(PLATFORM.having(revoking("platform CA")))
 
 
@@ -161,12 +166,12 @@ def _of_crl(member: str, signer: str, inner: bytes, outer: bytes) -> Fault:
 
 
 SIGNED: dict[str, tuple[Callable[[bytes, bytes], Fault], type[VerificationError]]] = {
-    "PCK certificate": (partial(_in_chain, "pck_chain", 0, "platform CA"), CertificateFormat),
-    "PCK CA certificate": (partial(_in_chain, "pck_chain", 1, "root"), CertificateFormat),
-    "root certificate": (partial(_in_chain, "pck_chain", 2, "root"), CertificateFormat),
-    "TCB signing certificate": (partial(_in_chain, "tcb_chain", 0, "root"), CertificateFormat),
-    "root CRL": (partial(_of_crl, "root_ca_crl", "root"), CrlFormat),
-    "PCK CRL": (partial(_of_crl, "pck_crl", "platform CA"), CrlFormat),
+    "PCK certificate": (partial(_in_chain, "pck_chain", 0, "platform CA"), CertificateFormatError),
+    "PCK CA certificate": (partial(_in_chain, "pck_chain", 1, "root"), CertificateFormatError),
+    "root certificate": (partial(_in_chain, "pck_chain", 2, "root"), CertificateFormatError),
+    "TCB signing certificate": (partial(_in_chain, "tcb_chain", 0, "root"), CertificateFormatError),
+    "root CRL": (partial(_of_crl, "root_ca_crl", "root"), CrlFormatError),
+    "PCK CRL": (partial(_of_crl, "pck_crl", "platform CA"), CrlFormatError),
 }
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from chutes_proto.quote import _eventlog as eventlog
 from chutes_proto.quote._eventlog import (
     EventLogFormatError,
-    EventLogMismatch,
+    EventLogMismatchError,
     ReplayedLog,
     first_difference,
     parse_event_log,
@@ -67,7 +67,7 @@ def test_vectors(folder: Any) -> None:
     if expected["outcome"] == "ok":
         assert replay(parsed, rtmrs).log is parsed
     else:
-        with pytest.raises(EventLogMismatch) as raised:
+        with pytest.raises(EventLogMismatchError) as raised:
             _ = replay(parsed, rtmrs)
         index = REGISTERS.index(raised.value.register) - 1
         assert raised.value.got == rtmrs[index] != parsed.rtmrs[index]
@@ -123,7 +123,7 @@ def test_an_event_of_no_action_extends_nothing() -> None:
 def test_a_register_without_events_must_be_zero(register: int) -> None:
     parsed = parse_event_log(log())
     rtmrs: Any = tuple(b"\x01" * 48 if i == register else bytes(48) for i in range(4))
-    with pytest.raises(EventLogMismatch) as raised:
+    with pytest.raises(EventLogMismatchError) as raised:
         _ = replay(parsed, rtmrs)
     assert raised.value.registers == (f"RTMR{register}",)
     assert raised.value.difference is None
@@ -134,7 +134,7 @@ def test_a_mismatch_names_the_first_register_and_the_first_event() -> None:
     other = [*EVENTS]
     other[6], other[5] = grub("grub_cmd", b"linux /evil"), event(2, APPLICATION, b"a device path", b"another image")
     bad = parse_event_log(log(*other))
-    with pytest.raises(EventLogMismatch, match="RTMR1 is not what the log replays to") as raised:
+    with pytest.raises(EventLogMismatchError, match="RTMR1 is not what the log replays to") as raised:
         _ = replay(bad, good.rtmrs, good=good)
     error = raised.value
     assert (error.register, error.registers) == ("RTMR1", ("RTMR1", "RTMR2"))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from chutes_proto.quote import _strict_json as strict_json
 from chutes_proto.quote._collateral import Collateral
-from chutes_proto.quote._statements import StatementKindError, TcbStatus, read_qe_identity, read_tcb_info
+from chutes_proto.quote._statements import AnotherKindError, TcbStatus, read_qe_identity, read_tcb_info
 from chutes_proto.quote._strict_json import MAX_DEPTH, JsonError, decode
 from chutes_proto.quote.errors import CollateralFormatError
 from tests.quote.simulated import PLATFORM, collateral_of
@@ -233,7 +233,7 @@ def test_a_statement_of_no_kind(text: bytes, read: Callable[[bytes], object]) ->
     del table["id"]
     with pytest.raises(JsonError, match="id is missing") as raised:
         _ = read(json.dumps(table).encode())
-    assert not isinstance(raised.value, StatementKindError)
+    assert not isinstance(raised.value, AnotherKindError)
 
 
 @pytest.mark.parametrize("changes", [{"id": "TD"}, {"version": 4}])
@@ -242,11 +242,11 @@ def test_a_statement_of_another_kind_is_one_if_it_can_mean_nothing_else(
     text: bytes, read: Callable[[bytes], object], changes: dict[str, Any]
 ) -> None:
     other = _edited(text, **changes)
-    with pytest.raises(StatementKindError):
+    with pytest.raises(AnotherKindError):
         _ = read(other)
     with pytest.raises(JsonError, match="twice") as raised:
         _ = read(b'{"x":1,"x":2,' + other[1:])
-    assert not isinstance(raised.value, StatementKindError)
+    assert not isinstance(raised.value, AnotherKindError)
 
 
 @pytest.mark.parametrize("name", ["tcbType", "tdxModule", "tdxModuleIdentities__0__mrsigner", "tcbLevels__0__tcbDate"])

@@ -83,26 +83,27 @@ def test_bytes_after_the_quote_are_ignored(padding: int) -> None:
         (b"", "quote_too_short", 0),
         (V4[:631], "quote_too_short", 631),
         (b"\x06" * 631, "quote_too_short", 631),
-        (V4[:632], "quote_structure", 0),
+        (V4[:632], "quote_structure", None),
         (_put(V4, 0, pack("<H", 6)), "quote_version", 6),
         (_put(V4, 0, pack("<H", 3)), "quote_version", 3),
         (_put(_put(V4, 0, pack("<H", 9)), 4, bytes(4)), "quote_version", 9),
         (_put(V4, 4, bytes(4)), "quote_tee_type", 0),
         (_put(V4, 4, pack("<I", 0x8100)), "quote_tee_type", 0x8100),
         (_put(V4, 2, pack("<H", 3)), "quote_key_type", 3),
-        (_put(V5, 48, pack("<H", 1)), "quote_structure", 0),
-        (_put(V5, 48, pack("<HI", 3, 649)), "quote_structure", 0),
-        (_put(V5, 48, pack("<HI", 4, 885)), "quote_structure", 0),
-        (_put(V4, AUTH_V4, b"\xff" * 4), "quote_structure", 0),
-        (_put(V4, AUTH_V4 + 4 + 128, pack("<H", 5)), "quote_structure", 0),
-        (_put(V4, AUTH_V4 + 4 + 128 + 6 + 448, pack("<H", 4097)), "quote_structure", 0),
-        (V4[:-1], "quote_structure", 0),
+        (_put(V5, 48, pack("<H", 1)), "quote_structure", None),
+        (_put(V5, 48, pack("<HI", 3, 649)), "quote_structure", None),
+        (_put(V5, 48, pack("<HI", 4, 885)), "quote_structure", None),
+        (_put(V4, AUTH_V4, b"\xff" * 4), "quote_structure", None),
+        (_put(V4, AUTH_V4 + 4 + 128, pack("<H", 5)), "quote_structure", None),
+        (_put(V4, AUTH_V4 + 4 + 128 + 6 + 448, pack("<H", 4097)), "quote_structure", None),
+        (V4[:-1], "quote_structure", None),
     ],
 )
-def test_what_is_no_quote_has_a_code_and_the_number(data: bytes, code: str, got: int) -> None:
+def test_what_is_no_quote_has_a_code_and_the_number(data: bytes, code: str, got: int | None) -> None:
     with pytest.raises(QuoteFormatError) as caught:
         _ = parse_quote(data)
     assert (caught.value.code, caught.value.got) == (code, got)
+    assert (caught.value.expected is None) == (got is None)
 
 
 def test_sgx_only_if_asked_for_and_only_in_version_3() -> None:

@@ -13,7 +13,7 @@ from attrs import evolve
 from chutes_proto.quote._collateral import Collateral
 from chutes_proto.quote._policy import Policy, TcbPolicy
 from chutes_proto.quote._statements import TcbStatus
-from chutes_proto.quote._steps import QeIdentityMismatch
+from chutes_proto.quote._steps import QeIdentityMismatchError
 from chutes_proto.quote._verify import Verdict, forget, verify
 from chutes_proto.quote.errors import AppraisalError
 from chutes_proto.testing._faults import Fault
@@ -188,7 +188,7 @@ def test_only_what_is_reported_is_masked(field: str, reported: str) -> None:
         return _stating(identity=lambda statement: statement.update(changes))
 
     assert verdict_of(PLATFORM.having(enclave, expecting("inside"))).tcb_status == "UpToDate"
-    with pytest.raises(QeIdentityMismatch, match=field.replace("_", "").upper()):
+    with pytest.raises(QeIdentityMismatchError, match=field.replace("_", "").upper()):
         _ = verdict_of(PLATFORM.having(enclave, expecting("outside")))
 
 

@@ -30,15 +30,15 @@ from chutes_proto.quote._collateral import VerifiedCollateral
 from chutes_proto.quote._layout import parse_quote
 from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
 from chutes_proto.quote._steps import (
-    CertificateExpired,
-    CertificateFormat,
-    CertificateNotYetValid,
-    CollateralExpired,
-    CollateralNotYetValid,
-    PckRevoked,
-    ReportDataMismatch,
-    RootMismatch,
-    UntrustedRoot,
+    CertificateExpiredError,
+    CertificateFormatError,
+    CertificateNotYetValidError,
+    CollateralExpiredError,
+    CollateralNotYetValidError,
+    PckRevokedError,
+    ReportDataMismatchError,
+    RootMismatchError,
+    UntrustedRootError,
 )
 from chutes_proto.quote._verify import (
     OpenedQuote,
@@ -132,21 +132,21 @@ def test_one_collateral_serves_all_quotes_of_a_platform() -> None:
 def test_report_data_must_be_said() -> None:
     with pytest.raises(TypeError):
         _ = verify(QUOTE, collateral_of(PLATFORM), now=NOW, root=ROOT)  # type: ignore[call-arg]
-    with pytest.raises(ReportDataMismatch) as caught:
+    with pytest.raises(ReportDataMismatchError) as caught:
         _ = verify(QUOTE, collateral_of(PLATFORM), now=NOW, root=ROOT, expected_report_data=bytes(64))
     assert (caught.value.got, caught.value.expected) == (REPORT_DATA, bytes(64))
     _ = verify(QUOTE, collateral_of(PLATFORM), now=NOW, root=ROOT, expected_report_data=None)
 
 
 def test_another_root_is_only_trusted_by_name() -> None:
-    with pytest.raises(UntrustedRoot):
+    with pytest.raises(UntrustedRootError):
         _ = open_quote(QUOTE, now=NOW)
-    with pytest.raises(UntrustedRoot):
+    with pytest.raises(UntrustedRootError):
         _ = verify_collateral(collateral_of(PLATFORM), now=NOW)
     other = SimulatedPlatform(b"another world, another root")
     other_root = TrustedRoot.from_der(other.root_der)
     verified = verify_collateral(collateral_of(other), now=NOW, root=other_root)
-    with pytest.raises(RootMismatch):
+    with pytest.raises(RootMismatchError):
         _ = verify_quote(signed_of(QUOTE), verified, now=NOW)
 
 
@@ -294,12 +294,20 @@ def test_a_stage_takes_only_what_the_stage_before_it_made() -> None:
             _ = stage()
 
 
-@pytest.mark.parametrize("fault", ["qe_report_signature", "qe_report_data", "quote_signature", "body_altered"])
-def test_what_the_platform_did_not_sign_needs_no_collateral_to_be_refused(fault: str) -> None:
+@pytest.mark.parametrize(
+    ("fault", "code"),
+    [
+        ("qe_report_signature", "qe_report_signature"),
+        ("qe_report_data", "qe_report_data"),
+        ("quote_signature", "quote_signature"),
+        ("body_altered", "quote_signature"),
+    ],
+)
+def test_what_the_platform_did_not_sign_needs_no_collateral_to_be_refused(fault: str, code: str) -> None:
     opened = open_quote(PLATFORM.having(fault).quote(REPORT_DATA), now=NOW, root=ROOT)
     with pytest.raises(VerificationError) as caught:
         _ = check_signed(opened)
-    assert fault in type(caught.value).faults
+    assert caught.value.code == code
 
 
 def test_no_proof_can_be_made_by_hand() -> None:
@@ -347,12 +355,12 @@ def test_time_is_checked_in_every_stage() -> None:
     for now in (NOW, end):
         assert verify_collateral(collateral_of(PLATFORM), now=now, root=ROOT).window == (NOW, end)
         assert verify_quote(signed, verified, now=now).verified_at == now
-    for now, step in ((NOW - 1, CollateralNotYetValid), (end + 1, CollateralExpired)):
+    for now, step in ((NOW - 1, CollateralNotYetValidError), (end + 1, CollateralExpiredError)):
         with pytest.raises(step):
             _ = verify_collateral(collateral_of(PLATFORM), now=now, root=ROOT)
         with pytest.raises(step):
             _ = verify_quote(signed, verified, now=now)
-    for now, certificate_step in ((ISSUED - 1, CertificateNotYetValid), (EXPIRES + 1, CertificateExpired)):
+    for now, certificate_step in ((ISSUED - 1, CertificateNotYetValidError), (EXPIRES + 1, CertificateExpiredError)):
         with pytest.raises(certificate_step):
             _ = open_quote(QUOTE, now=now, root=ROOT)
         with pytest.raises(certificate_step):
@@ -368,9 +376,9 @@ def test_grace_extends_statements_and_never_certificates() -> None:
     assert verified.usable_until == late
     signed = signed_of(QUOTE, now=late)
     assert verify_quote(signed, verified, now=late).window == (NOW, end)
-    with pytest.raises(CollateralExpired):
+    with pytest.raises(CollateralExpiredError):
         _ = verify_quote(signed, verified, now=late + 1)
-    with pytest.raises(CertificateExpired):
+    with pytest.raises(CertificateExpiredError):
         _ = verify_collateral(collateral, now=EXPIRES + 1, root=ROOT, grace=EXPIRES)
 
 
@@ -405,7 +413,7 @@ def test_remembering_changes_no_answer() -> None:
     stages.forget()
     assert [verdict_of(PLATFORM).tcb_status, *honest] == ["UpToDate"] * 3
     signed = signed_of(QUOTE)
-    with pytest.raises(PckRevoked):
+    with pytest.raises(PckRevokedError):
         _ = verify_quote(signed, verified_of(PLATFORM.having("pck_revoked")), now=NOW)
     assert verify_quote(signed, verified_of(PLATFORM), now=NOW).tcb_status == "UpToDate"
 
@@ -437,7 +445,7 @@ def test_a_malleable_variant_is_another_one() -> None:
 
 def test_a_key_that_is_no_point_is_no_key() -> None:
     certificate = replace(open_quote(QUOTE, now=NOW, root=ROOT).chain.leaf, point=b"\x01" * 64)
-    with pytest.raises(CertificateFormat, match="no point"):
+    with pytest.raises(CertificateFormatError, match="no point"):
         _ = stages._key(certificate, "PCK certificate")
 
 

@@ -143,9 +143,9 @@ def _unverified(told: str) -> TransportError:
 def _with_hint(problem: str) -> str:
     """A problem in the words of who found it, and what to do where a root is not trusted: a cache tells words only."""
     from chutes_proto.cli.quotes import ANOTHER_ROOT
-    from chutes_proto.quote._steps import UntrustedRoot
+    from chutes_proto.quote._steps import UntrustedRootError
 
-    return f"{problem}. It {ANOTHER_ROOT}." if UntrustedRoot.rule in problem else problem
+    return f"{problem}. It {ANOTHER_ROOT}." if UntrustedRootError.rule in problem else problem
 
 
 def _family(options: argparse.Namespace, root: TrustedRoot) -> Family:

@@ -59,7 +59,7 @@ def _judge(names: Sequence[str], files: Sequence[bytes]) -> dict[str, Any]:
     """The report on a log, a quote and perhaps the log of a good boot, each with the name of its file."""
     from chutes_proto.quote._eventlog import (
         EventLogFormatError,
-        EventLogMismatch,
+        EventLogMismatchError,
         first_difference,
         parse_event_log,
         replay,
@@ -100,7 +100,7 @@ def _judge(names: Sequence[str], files: Sequence[bytes]) -> dict[str, Any]:
             "grub_commands": list(replayed.grub_commands),
             "boot_applications": [digest.hex() for digest in replayed.boot_applications],
         }
-    except EventLogMismatch as exc:
+    except EventLogMismatchError as exc:
         report |= {"register": exc.register, "registers": list(exc.registers)}
         refuse(exc.code, str(exc))
     report["accepted"] = not report["refusals"]

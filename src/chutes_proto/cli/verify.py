@@ -180,25 +180,25 @@ def _hint(options: argparse.Namespace, exc: QuoteError, open_again: Callable[[],
 
     file = options.collateral
     match exc:
-        case steps.CollateralExpired() | steps.CollateralNotYetValid():
+        case steps.CollateralExpiredError() | steps.CollateralNotYetValidError():
             hint = f"Fetch {file} anew with `chutes-proto collateral fetch`, or judge at another time with --at."
         case CollateralFormatError():
             hint = f"{file}: fetch it with `chutes-proto collateral fetch`, or see verify --help."
         case (
-            steps.CollateralTee()
-            | steps.CollateralCa()
-            | steps.FmspcMismatch()
-            | steps.PceIdMismatch()
-            | steps.PckChainMismatch()
+            steps.CollateralTeeError()
+            | steps.CollateralCaError()
+            | steps.FmspcMismatchError()
+            | steps.PceIdMismatchError()
+            | steps.PckChainMismatchError()
         ):
             root = [] if options.root is None else ["--root", str(options.root)]
             asked = shlex.join(["--quote", str(options.quote), *root])
             fetch = f"chutes-proto collateral fetch {asked} --upstream URL --out DIR"
             hint = f"{file} is not of the platform of {options.quote}; fetch what is: `{fetch}`."
-        case steps.UntrustedRoot():
+        case steps.UntrustedRootError():
             try:
                 _ = open_again()
-            except steps.UntrustedRoot:
+            except steps.UntrustedRootError:
                 return {"hint": f"{options.quote} {ANOTHER_ROOT}."}
             hint = f"{file} {ANOTHER_ROOT}."
         case _:

@@ -39,7 +39,7 @@ __all__ = [
     "Event",
     "EventLog",
     "EventLogFormatError",
-    "EventLogMismatch",
+    "EventLogMismatchError",
     "ReplayedLog",
     "first_difference",
     "parse_event_log",
@@ -199,7 +199,7 @@ class Difference:
         return f"{self.register}: got {self.got or 'no more events'}, expected {self.expected or 'no more events'}"
 
 
-class EventLogMismatch(QuoteError):
+class EventLogMismatchError(QuoteError):
     """The log is not what the RTMRs were extended with.
 
     ``register`` is the first that differs, ``registers`` are all; ``got`` is the quote's value, ``expected`` the
@@ -213,7 +213,7 @@ class EventLogMismatch(QuoteError):
     ) -> None:
         text = f"{registers[0]} is not what the log replays to (got {got.hex()}, expected {expected.hex()})"
         super().__init__(text if difference is None else f"{text}; first different event, {difference}")
-        self.register = registers[0]
+        self.register: str = registers[0]
         self.registers = registers
         self.got = got
         self.expected = expected
@@ -273,13 +273,13 @@ class ReplayedLog:
 def replay(log: EventLog, rtmrs: Rtmrs, *, good: EventLog | None = None) -> ReplayedLog:
     """The log as one that the RTMRs vouch for: take them from a verdict, or nothing vouches for them.
 
-    ``good`` is the log of a known-good boot, to name the event where they part. Raises `EventLogMismatch`.
+    ``good`` is the log of a known-good boot, to name the event where they part. Raises `EventLogMismatchError`.
     """
     found = zip(REGISTERS[1:], rtmrs, log.rtmrs, strict=True)
     if different := [(name, got, expected) for name, got, expected in found if got != expected]:
         _, got, expected = different[0]
         difference = None if good is None else first_difference(log, good)
-        raise EventLogMismatch(tuple(name for name, _, _ in different), got, expected, difference)
+        raise EventLogMismatchError(tuple(name for name, _, _ in different), got, expected, difference)
     return ReplayedLog(log=log, proof=PROOF)
 
 

@@ -238,17 +238,21 @@ def parse_quote(data: BytesLike, *, sgx: bool = False) -> Quote:
     if type(data) is not bytes:
         data = bytes(memoryview(data))
     size = len(data)
-    if size < (MIN_SGX if sgx else MIN_TDX):
-        raise QuoteFormatError("quote_too_short", f"{size} bytes are too few for a quote", size)
+    least = MIN_SGX if sgx else MIN_TDX
+    if size < least:
+        text = f"{size} bytes are too few for a quote"
+        raise QuoteFormatError("quote_too_short", text, got=size, expected=f"at least {least}")
     header = Header(*_HEADER.unpack_from(data))
     if header.version not in (4, 5) and not (sgx and header.version == 3):
-        raise QuoteFormatError("quote_version", f"quote version {header.version} is not read here", header.version)
-    if header.tee_type != (TEE_SGX if header.version == 3 else TEE_TDX):
+        text, expected = f"quote version {header.version} is not read here", "3, 4 or 5" if sgx else "4 or 5"
+        raise QuoteFormatError("quote_version", text, got=header.version, expected=expected)
+    tee_type = TEE_SGX if header.version == 3 else TEE_TDX
+    if header.tee_type != tee_type:
         text = f"TEE type 0x{header.tee_type:x} is not read here in a version {header.version} quote"
-        raise QuoteFormatError("quote_tee_type", text, header.tee_type)
+        raise QuoteFormatError("quote_tee_type", text, got=header.tee_type, expected=tee_type)
     if header.key_type != KEY_ECDSA_P256:
         text = f"attestation key type {header.key_type} is not ECDSA over P-256"
-        raise QuoteFormatError("quote_key_type", text, header.key_type)
+        raise QuoteFormatError("quote_key_type", text, got=header.key_type, expected=KEY_ECDSA_P256)
     body, signed_size = _body(data, header.version)
     layout = _AUTH_V3 if header.version == 3 else _AUTH
     fields = _unpack(layout, data, signed_size, "the signature, the attestation key and the QE report")

@@ -135,12 +135,12 @@ class QeIdentity(Struct, frozen=True):
     levels: tuple[SvnLevel, ...]
 
 
-class StatementKindError(JsonError):
+class AnotherKindError(JsonError):
     """A statement of another kind: id, version or TCB type."""
 
 
 def read_tcb_info(text: bytes) -> TcbInfo:
-    """Raises `JsonError`, as `StatementKindError` for a kind that is not read here."""
+    """Raises `JsonError`, as `AnotherKindError` for a kind that is not read here."""
     kind = decode(text, TCB_INFO_KIND)
     name = "SGX" if kind.version == 2 and kind.id is UNSET else _id(kind)
     if name not in ("SGX", "TDX"):
@@ -170,7 +170,7 @@ def read_tcb_info(text: bytes) -> TcbInfo:
 
 
 def read_qe_identity(text: bytes) -> QeIdentity:
-    """Raises `JsonError`, as `StatementKindError` for a kind that is not read here."""
+    """Raises `JsonError`, as `AnotherKindError` for a kind that is not read here."""
     kind = decode(text, QE_IDENTITY_KIND)
     name = _id(kind)
     if name not in ("QE", "TD_QE"):
@@ -199,10 +199,10 @@ def _id(kind: KindForm) -> str:
     return kind.id
 
 
-def _another_kind(text: bytes, what: str) -> StatementKindError:
+def _another_kind(text: bytes, what: str) -> AnotherKindError:
     """Once it is sure that the text can mean nothing else."""
     _ = strict_json.decode(text)
-    return StatementKindError(what)
+    return AnotherKindError(what)
 
 
 def _modules(entries: Sequence[ModuleIdentityForm] | UnsetType) -> dict[str, ModuleIdentity]:

@@ -13,11 +13,12 @@ from typing import Final, TypeAlias
 from msgspec import Struct
 
 from chutes_proto.quote._steps import (
-    CertificateExpired,
-    CertificateNotYetValid,
-    CollateralExpired,
-    CollateralNotYetValid,
+    CertificateExpiredError,
+    CertificateNotYetValidError,
+    CollateralExpiredError,
+    CollateralNotYetValidError,
 )
+from chutes_proto.quote.errors import VerificationError
 
 Window: TypeAlias = tuple[int, int]
 
@@ -40,14 +41,15 @@ def check_terms(terms: Iterable[Term], now: int, grace: int = 0) -> None:
     """
     check_seconds("now", now)
     check_seconds("grace", grace)
+    step: type[VerificationError]
     for term in terms:
         if now < term.begin:  # 9, 19
-            step = CertificateNotYetValid if term.is_certificate else CollateralNotYetValid
+            step = CertificateNotYetValidError if term.is_certificate else CollateralNotYetValidError
             raise step(
                 term.subject, "its time has not begun", got=rfc3339(now), expected=f"at least {rfc3339(term.begin)}"
             )
         if now > (term.end if term.is_certificate else term.end + grace):  # 10, 20
-            step = CertificateExpired if term.is_certificate else CollateralExpired
+            step = CertificateExpiredError if term.is_certificate else CollateralExpiredError
             raise step(term.subject, "its time has ended", got=rfc3339(now), expected=f"at most {rfc3339(term.end)}")
 
 

@@ -9,7 +9,7 @@ Rules kept here:
 
 * each stage returns a value that only it can make, and takes the value of the one before: what did not verify cannot
   look like what did. A quote goes in as bytes, so that what is read of it is what its signature is over;
-* the numbers beside the checks are those of the table in ``steps.py``; ``README.md`` beside this file has the rules;
+* the numbers beside the checks are those of the steps in ``_steps.py``; ``README.md`` beside this file has the rules;
 * ``now`` is the caller's clock in unix seconds, and all times are checked against it in every stage;
 * no chain is built: three certificates with fixed places, names compared as DER, the root pinned by its key;
 * what was verified may be remembered, by all the bytes that were: a check that passed for them passes for them always.
@@ -50,45 +50,45 @@ from chutes_proto.quote._pck import Ca, PckIdentity, read_pck_extension
 from chutes_proto.quote._proof import PROOF, Proof, proven
 from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot, check_self_signed
 from chutes_proto.quote._statements import (
+    AnotherKindError,
     QeIdentity,
     Stated,
-    StatementKindError,
     TcbStatus,
     read_qe_identity,
     read_tcb_info,
 )
 from chutes_proto.quote._steps import (
-    AttestationKey,
-    CertificateFormat,
-    CertificateIssuer,
-    CertificateRevoked,
-    CertificateRole,
-    CertificateSignature,
-    CertificationType,
-    ChainForm,
+    AttestationKeyError,
+    CertificateFormatError,
+    CertificateIssuerError,
+    CertificateRevokedError,
+    CertificateRoleError,
+    CertificateSignatureError,
+    CertificationTypeError,
+    ChainFormError,
     Checked,
-    CollateralCa,
-    CollateralTee,
-    CrlFormat,
-    CrlIssuer,
-    CrlSignature,
-    FmspcMismatch,
-    PceIdMismatch,
-    PckChainMismatch,
-    PckExtension,
-    PckRevoked,
-    QeDebug,
-    QeIdentityMismatch,
-    QeReportData,
-    QeReportSignature,
-    QeVendor,
-    QuoteSignature,
-    ReportDataMismatch,
-    RootMismatch,
-    StatementFormat,
-    StatementKind,
-    StatementSignature,
-    UntrustedRoot,
+    CollateralCaError,
+    CollateralTeeError,
+    CrlFormatError,
+    CrlIssuerError,
+    CrlSignatureError,
+    FmspcMismatchError,
+    PceIdMismatchError,
+    PckChainMismatchError,
+    PckExtensionError,
+    PckRevokedError,
+    QeDebugError,
+    QeIdentityMismatchError,
+    QeReportDataError,
+    QeReportSignatureError,
+    QeVendorError,
+    QuoteSignatureError,
+    ReportDataMismatchError,
+    RootMismatchError,
+    StatementFormatError,
+    StatementKindError,
+    StatementSignatureError,
+    UntrustedRootError,
     checked,
 )
 from chutes_proto.quote._strict_json import JsonError
@@ -217,10 +217,10 @@ def open_quote(data: BytesLike, *, now: int, root: TrustedRoot = INTEL_ROOT, sgx
     _check_kind("root", root, TrustedRoot, "TrustedRoot.from_der")
     quote = parse_quote(data, sgx=sgx)
     if quote.header.qe_vendor_id != INTEL_VENDOR_ID:  # 1
-        raise QeVendor("quote", "another vendor", got=quote.header.qe_vendor_id, expected=INTEL_VENDOR_ID)
+        raise QeVendorError("quote", "another vendor", got=quote.header.qe_vendor_id, expected=INTEL_VENDOR_ID)
     if quote.certification_type != CERTIFICATION_PCK_CHAIN:  # 2
         got, expected = quote.certification_type, CERTIFICATION_PCK_CHAIN
-        raise CertificationType("quote", "the certification data is of another type", got=got, expected=expected)
+        raise CertificationTypeError("quote", "the certification data is of another type", got=got, expected=expected)
     chain = _pck_chain(root, quote.tee, quote.certification)  # 3-8, 11
     check_terms(chain.terms, now)  # 9, 10
     notes = (_OPENED, *chain.notes.take(), _CHAIN_TIMES)
@@ -241,7 +241,7 @@ def check_signed(opened: OpenedQuote) -> SignedQuote:
     try:
         ecdsa.verify_raw(attestation_key, quote.signature, quote.signed)  # 33
     except ecdsa.InvalidSignature:
-        raise QuoteSignature("quote", "the attestation key did not sign it") from None
+        raise QuoteSignatureError("quote", "the attestation key did not sign it") from None
     passed = (*opened.checked, *notes.take(), _SIGNED)
     return SignedQuote(opened=opened, qe_report=qe_report, checked=passed, proof=PROOF)
 
@@ -288,7 +288,7 @@ def _collateral(collateral: Collateral, now: int | None, root: TrustedRoot, grac
     tcb_info = _statement("TCB info", collateral.tcb_info, read_tcb_info)  # 17, 18
     qe_identity = _statement("QE identity", collateral.qe_identity, read_qe_identity)
     if qe_identity.tee != tcb_info.tee:  # 18
-        raise StatementKind("QE identity", "it is of another TEE", got=qe_identity.tee, expected=tcb_info.tee)
+        raise StatementKindError("QE identity", "it is of another TEE", got=qe_identity.tee, expected=tcb_info.tee)
     terms = (
         *certificate_terms,
         Term("root CRL", root_crl.this_update, root_crl.next_update, is_certificate=False),
@@ -341,22 +341,22 @@ def _check_belongs(opened: OpenedQuote, verified: VerifiedCollateral, now: int) 
     quote, chain, pck = opened.quote, opened.chain, opened.pck
     info = verified.tcb_info
     if verified.root != opened.root:  # 21
-        raise RootMismatch("collateral", "it was verified under another root than the quote")
+        raise RootMismatchError("collateral", "it was verified under another root than the quote")
     check_terms(chain.terms, now)  # 9, 10
     check_terms(verified.terms, now, verified.grace)  # 9, 10, 19, 20
     if info.tee != quote.tee:  # 22
-        raise CollateralTee("collateral", "it is for another TEE", got=info.tee, expected=quote.tee)
+        raise CollateralTeeError("collateral", "it is for another TEE", got=info.tee, expected=quote.tee)
     if (chain.issuer.subject, chain.issuer.point) != (verified.issuer_name, verified.issuer_point):  # 23
-        raise CollateralCa("PCK CRL", "it is of another CA", got=verified.ca, expected=pck.ca)
+        raise CollateralCaError("PCK CRL", "it is of another CA", got=verified.ca, expected=pck.ca)
     if info.fmspc != pck.fmspc:  # 24
-        raise FmspcMismatch("TCB info", "it is for another FMSPC", got=info.fmspc, expected=pck.fmspc)
+        raise FmspcMismatchError("TCB info", "it is for another FMSPC", got=info.fmspc, expected=pck.fmspc)
     if info.pce_id != pck.pce_id:  # 25
-        raise PceIdMismatch("TCB info", "it is for another PCE-ID", got=info.pce_id, expected=pck.pce_id)
+        raise PceIdMismatchError("TCB info", "it is for another PCE-ID", got=info.pce_id, expected=pck.pce_id)
     if verified.pck_chain is not None and verified.pck_chain[:2] != chain.chain:  # 26
-        raise PckChainMismatch("PCK chain beside the collateral", "it is not the quote's")
+        raise PckChainMismatchError("PCK chain beside the collateral", "it is not the quote's")
     _check_not_revoked(_PCK_CA.subject, chain.issuer.serial, verified.revoked_by_root)  # 15
     if chain.leaf.serial in verified.revoked_pcks:  # 27
-        raise PckRevoked(_PCK.subject, "it is on the PCK CRL", got=chain.leaf.serial)
+        raise PckRevokedError(_PCK.subject, "it is on the PCK CRL", got=chain.leaf.serial)
 
 
 def _judge(signed: SignedQuote, verified: VerifiedCollateral, now: int, expected: bytes | None) -> Verdict:
@@ -367,7 +367,7 @@ def _judge(signed: SignedQuote, verified: VerifiedCollateral, now: int, expected
     tcb = assess(verified.tcb_info, verified.qe_identity, pck, quote.body, signed.qe_report)  # 34-36
     got = quote.body.report_data
     if expected is not None and not compare_digest(got, expected):  # 37
-        raise ReportDataMismatch("quote", "the report data is another", got=got, expected=expected)
+        raise ReportDataMismatchError("quote", "the report data is another", got=got, expected=expected)
     return Verdict(
         quote=quote,
         pck=pck,
@@ -474,11 +474,11 @@ def _pck_chain(root: TrustedRoot, tee: Tee, certification: bytes) -> PckChain:
     leaf = _issued(leaf_der, _PCK, issuer.subject, issuer_key)
     extension = leaf.extensions.get(certificates.SGX_EXTENSION)
     if extension is None:  # 11
-        raise PckExtension(_PCK.subject, "there is no SGX extension")
+        raise PckExtensionError(_PCK.subject, "there is no SGX extension")
     try:
         identity = read_pck_extension(extension, ca=_ca(issuer), tee=tee)  # 11
     except DerError as exc:
-        raise PckExtension(_PCK.subject, str(exc)) from None
+        raise PckExtensionError(_PCK.subject, str(exc)) from None
     terms = (*root_terms, issuer_term, _term(leaf, _PCK))
     notes = _Notes(_CHAIN_WITH_ROOT if above else _CHAIN, *issuer_notes.take(), _LEAF)
     key = _key(leaf, _PCK.subject)
@@ -503,9 +503,9 @@ def _read_chain(pem: bytes, subject: str, least: int) -> tuple[bytes, ...]:
     try:
         ders = certificates.read_pem(pem)  # 3
     except DerError as exc:
-        raise ChainForm(subject, str(exc)) from None
+        raise ChainFormError(subject, str(exc)) from None
     if not least <= len(ders) <= least + 1:  # 3
-        raise ChainForm(subject, "it is too short or too long", got=len(ders), expected=f"{least} or {least + 1}")
+        raise ChainFormError(subject, "it is too short or too long", got=len(ders), expected=f"{least} or {least + 1}")
     return ders
 
 
@@ -528,11 +528,11 @@ def _root_terms(root: TrustedRoot, above: tuple[bytes, ...]) -> tuple[Term, ...]
 def _check_root(root: TrustedRoot, der: bytes) -> Term:
     certificate = _read(der, "root certificate")
     if certificate.subject != root.name or certificate.point != root.point:  # 6
-        raise UntrustedRoot("root certificate", "it is another", got=certificate.point, expected=root.point)
+        raise UntrustedRootError("root certificate", "it is another", got=certificate.point, expected=root.point)
     try:
         check_self_signed(certificate)  # 6: made anew with the same name and key
     except DerError as exc:
-        raise UntrustedRoot("root certificate", str(exc)) from None
+        raise UntrustedRootError("root certificate", str(exc)) from None
     return Term("root certificate", certificate.not_before, certificate.not_after, is_certificate=True)
 
 
@@ -559,16 +559,16 @@ def _issued(der: bytes, place: _Place, issuer: bytes, issuer_key: EllipticCurveP
         name = certificates.common_name(certificate.subject)  # 5
         certificates.check_kind(certificate, place.kind)
     except DerError as exc:
-        raise CertificateRole(place.subject, str(exc)) from None
+        raise CertificateRoleError(place.subject, str(exc)) from None
     if name not in place.names:  # 5
         got, expected = name.decode("utf-8", "replace"), " or ".join(sorted(n.decode() for n in place.names))
-        raise CertificateRole(place.subject, "it is called something else", got=repr(got), expected=repr(expected))
+        raise CertificateRoleError(place.subject, "it is called something else", got=repr(got), expected=repr(expected))
     if certificate.issuer != issuer:  # 7
-        raise CertificateIssuer(place.subject, "it names another issuer", got=certificate.issuer, expected=issuer)
+        raise CertificateIssuerError(place.subject, "it names another issuer", got=certificate.issuer, expected=issuer)
     try:
         ecdsa.verify(issuer_key, certificate.signature, certificate.signed)  # 8
     except ecdsa.InvalidSignature:
-        raise CertificateSignature(place.subject, "its issuer did not sign it") from None
+        raise CertificateSignatureError(place.subject, "its issuer did not sign it") from None
     return certificate
 
 
@@ -577,14 +577,14 @@ def _read(der: bytes, subject: str) -> Certificate:
     try:
         return certificates.read_certificate(der)  # 4
     except DerError as exc:
-        raise CertificateFormat(subject, str(exc)) from None
+        raise CertificateFormatError(subject, str(exc)) from None
 
 
 def _key(certificate: Certificate, subject: str) -> EllipticCurvePublicKey:
     try:
         return ecdsa.load_point(certificate.point)  # 4
     except ValueError:
-        raise CertificateFormat(subject, "its key is no point of P-256") from None
+        raise CertificateFormatError(subject, "its key is no point of P-256") from None
 
 
 def _term(certificate: Certificate, place: _Place) -> Term:
@@ -605,19 +605,19 @@ def _crl(
     try:
         crl = certificates.read_crl(der)  # 12
         if crl.issuer != issuer:  # 13
-            raise CrlIssuer(subject, "it names another issuer", got=crl.issuer, expected=issuer)
+            raise CrlIssuerError(subject, "it names another issuer", got=crl.issuer, expected=issuer)
         ecdsa.verify(issuer_key, crl.signature, crl.signed)  # 14
         return crl, certificates.revoked_serials(crl)
     except DerError as exc:
-        raise CrlFormat(subject, str(exc)) from None
+        raise CrlFormatError(subject, str(exc)) from None
     except ecdsa.InvalidSignature:
-        raise CrlSignature(subject, "its issuer did not sign it") from None
+        raise CrlSignatureError(subject, "its issuer did not sign it") from None
 
 
 def _check_not_revoked(subject: str, serial: bytes, revoked: frozenset[bytes]) -> None:
     """Step 15."""
     if serial in revoked:  # 15
-        raise CertificateRevoked(subject, "it is on the root CRL", got=serial)
+        raise CertificateRevokedError(subject, "it is on the root CRL", got=serial)
 
 
 def _check_stated(subject: str, text: bytes, signature: bytes, key: EllipticCurvePublicKey) -> None:
@@ -625,17 +625,17 @@ def _check_stated(subject: str, text: bytes, signature: bytes, key: EllipticCurv
     try:
         ecdsa.verify_raw(key, signature, text)
     except ecdsa.InvalidSignature:
-        raise StatementSignature(subject, "the TCB signing key did not sign it") from None
+        raise StatementSignatureError(subject, "the TCB signing key did not sign it") from None
 
 
 def _statement(subject: str, text: bytes, read: Callable[[bytes], T]) -> T:
     """Steps 17 and 18."""
     try:
         return read(text)
-    except StatementKindError as exc:
-        raise StatementKind(subject, str(exc)) from None
+    except AnotherKindError as exc:
+        raise StatementKindError(subject, str(exc)) from None
     except JsonError as exc:
-        raise StatementFormat(subject, str(exc)) from None
+        raise StatementFormatError(subject, str(exc)) from None
 
 
 # --- the quote ---
@@ -649,16 +649,18 @@ def _quoting_enclave(
     try:
         ecdsa.verify_raw(chain.leaf_key, signature, report)  # 28
     except ecdsa.InvalidSignature:
-        raise QeReportSignature("QE report", "the PCK did not sign it") from None
+        raise QeReportSignatureError("QE report", "the PCK did not sign it") from None
     qe_report = parse_sgx_report(report)
     expected = sha256(attestation_key + auth).digest() + bytes(32)
     if qe_report.report_data != expected:  # 29
         got = qe_report.report_data
-        raise QeReportData("QE report", "its report data is not the attestation key's hash", got=got, expected=expected)
+        raise QeReportDataError(
+            "QE report", "its report data is not the attestation key's hash", got=got, expected=expected
+        )
     try:
         key = ecdsa.load_point(attestation_key)  # 30
     except ValueError:
-        raise AttestationKey("attestation key", "it is no point of P-256", got=attestation_key) from None
+        raise AttestationKeyError("attestation key", "it is no point of P-256", got=attestation_key) from None
     return qe_report, key, _Notes(_ENCLAVE)
 
 
@@ -668,7 +670,7 @@ _DEBUG: Final = int(SgxAttributes.DEBUG)
 def _check_quoting_enclave(report: SgxReport, identity: QeIdentity) -> None:
     """Steps 31 and 32."""
     if report.flags & _DEBUG:  # 31
-        raise QeDebug("quoting enclave", "it is a debug enclave")
+        raise QeDebugError("quoting enclave", "it is a debug enclave")
     misc_select = int.from_bytes(report.misc_select, "little") & identity.misc_select_mask
     attributes = int.from_bytes(report.attributes, "little") & identity.attributes_mask
     for name, got, expected in (
@@ -678,4 +680,4 @@ def _check_quoting_enclave(report: SgxReport, identity: QeIdentity) -> None:
         ("ATTRIBUTES under their mask", attributes, identity.attributes),
     ):
         if got != expected:  # 32
-            raise QeIdentityMismatch("quoting enclave", f"{name} is another", got=got, expected=expected)
+            raise QeIdentityMismatchError("quoting enclave", f"{name} is another", got=got, expected=expected)

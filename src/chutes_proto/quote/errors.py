@@ -1,19 +1,23 @@
 """The verifier's errors, one tree::
 
     QuoteError
-    ├── QuoteFormatError        the bytes are no quote of a kind that is read here
-    ├── CollateralFormatError   the bytes are no collateral file
-    ├── VerificationError       a step of verification refuses; ``steps.py`` has one class for each step
-    ├── AppraisalError          a verified quote is not what the policy accepts; ``refusals`` has all reasons
-    └── PolicyError             the caller's policy, profiles or root cannot mean what they say
+    ├── VerificationError            the quote is refused, at the step that ``step`` numbers
+    │   ├── QuoteFormatError         step 0: the bytes are not a quote of a kind that is read here
+    │   ├── (one class for each)     steps 1 to 37: it is not genuine; ``README.md`` beside this file has the table
+    │   └── AppraisalError           step 38: it is genuine, but the policy does not accept it
+    ├── CollateralFormatError        the bytes are not a collateral file
+    ├── EventLogFormatError          the bytes are not an event log of a TD
+    ├── EventLogMismatchError        the event log does not lead to the RTMRs of the quote
+    └── PolicyError                  the caller's policy, profiles or root cannot mean what they say
 
-``code`` is a stable word of each: texts may change, codes do not.
+``code`` is a stable word of each: texts may change, codes do not. Whatever the bytes of a quote, its refusal is a
+`VerificationError`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Final, Literal, TypeAlias
+from typing import Any, ClassVar, Final, Literal, TypeAlias
 
 from attrs import frozen
 
@@ -63,38 +67,23 @@ class QuoteError(ChutesError):
     code: str = "quote"
 
 
-class QuoteFormatError(QuoteError):
-    """The bytes are no quote of a kind that is read here.
-
-    ``got`` is the number that was found: of bytes for ``quote_too_short``, in the header for ``quote_version``,
-    ``quote_tee_type`` and ``quote_key_type``, otherwise 0.
-    """
-
-    def __init__(self, code: QuoteFormatCode, message: str, got: int = 0) -> None:
-        super().__init__(message)
-        self.code = code
-        self.got = got
-
-
 class CollateralFormatError(QuoteError):
-    """The bytes are no collateral file; the text names the member."""
+    """The bytes are not a collateral file; the text names the member."""
 
     code = "collateral_format"
 
 
 class VerificationError(QuoteError):
-    """A step of verification refuses.
+    """The quote is refused: it is not genuine, or the policy does not accept it.
 
-    ``number``, ``code``, ``rule`` and ``faults`` are the step's, from its row in ``steps.py``; ``subject`` is the piece
-    that fails it, ``got`` and ``expected`` the values where there are any.
+    ``step``, ``code`` and ``rule`` are those of the check that refuses it, ``subject`` is the piece that fails it.
+    ``got`` and ``expected`` are the values, bytes, numbers or texts, or None where there are none to compare.
     """
 
-    number: ClassVar[int] = 0
-    code = "verification"
-    rule: ClassVar[str] = ""
-    faults: ClassVar[tuple[str, ...]] = ()
+    step: ClassVar[int]
+    rule: ClassVar[str]
 
-    def __init__(self, subject: str, problem: str, *, got: object = None, expected: object = None) -> None:
+    def __init__(self, subject: str, problem: str, *, got: Any = None, expected: Any = None) -> None:
         super().__init__(subject, problem)
         self.subject = subject
         self.problem = problem
@@ -104,7 +93,25 @@ class VerificationError(QuoteError):
     def __str__(self) -> str:
         values = [f"{name} {shown(v)}" for name, v in (("got", self.got), ("expected", self.expected)) if v is not None]
         detail = f" ({', '.join(values)})" if values else ""
-        return f"{self.subject}: {self.problem}{detail} [step {self.number}: {self.rule}]"
+        return f"{self.subject}: {self.problem}{detail} [step {self.step}: {self.rule}]"
+
+
+class QuoteFormatError(VerificationError):
+    """The bytes are not a quote of a kind that is read here.
+
+    ``got`` and ``expected`` are the number of bytes for ``quote_too_short``, the number in the header for
+    ``quote_version``, ``quote_tee_type`` and ``quote_key_type``, otherwise None.
+    """
+
+    step = 0
+    rule = "the bytes are a quote"
+
+    def __init__(self, code: QuoteFormatCode, message: str, *, got: int | None = None, expected: Any = None) -> None:
+        super().__init__("quote", message, got=got, expected=expected)
+        self.code = code
+
+    def __str__(self) -> str:
+        return self.problem
 
 
 @frozen
@@ -123,18 +130,25 @@ class Refusal:
     expected: str | None = None
 
 
-class AppraisalError(QuoteError):
-    """A verified quote is not what the policy accepts; ``refusals`` has all reasons, and at least one.
+class AppraisalError(VerificationError):
+    """A genuine quote is not what the policy accepts; ``refusals`` has all reasons, and at least one.
 
-    ``steps`` are the numbers of the steps of verification that it passed.
+    ``code``, ``got`` and ``expected`` are those of the first reason, ``subject`` is the part of the policy that gives
+    it. ``steps`` are the numbers of the steps of verification that the quote passed.
     """
 
-    code = "appraisal"
+    step = 38
+    rule = "the policy accepts it"
 
     def __init__(self, refusals: Sequence[Refusal], steps: Sequence[int]) -> None:
-        super().__init__("; ".join(f"{refusal.code}: {refusal.detail}" for refusal in refusals))
-        self.refusals = tuple(refusals)
-        self.steps = tuple(steps)
+        first = refusals[0]
+        super().__init__(first.part, first.detail, got=first.got, expected=first.expected)
+        self.code: str = first.code
+        self.refusals: tuple[Refusal, ...] = tuple(refusals)
+        self.steps: tuple[int, ...] = tuple(steps)
+
+    def __str__(self) -> str:
+        return "; ".join(f"{refusal.code}: {refusal.detail}" for refusal in self.refusals)
 
     def explain(self) -> str:
         """A paragraph for an operator: all reasons, and what to do about each kind of them."""

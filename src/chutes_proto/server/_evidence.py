@@ -25,13 +25,13 @@ from chutes_proto.effects import FetchCollateral, Now
 from chutes_proto.errors import CollateralUnavailable, Refused, Unavailable
 from chutes_proto.quote._layout import parse_quote
 from chutes_proto.quote._steps import (
-    CertificateNotYetValid,
-    CollateralCa,
-    CollateralTee,
-    FmspcMismatch,
-    PceIdMismatch,
-    PckChainMismatch,
-    RootMismatch,
+    CertificateNotYetValidError,
+    CollateralCaError,
+    CollateralTeeError,
+    FmspcMismatchError,
+    PceIdMismatchError,
+    PckChainMismatchError,
+    RootMismatchError,
 )
 from chutes_proto.quote._terms import check_terms
 from chutes_proto.quote._verify import check_signed, open_quote, verify_quote
@@ -50,13 +50,13 @@ if TYPE_CHECKING:
 
 _NOT_VERIFIED = "Unable to parse provided quote for verification."
 _OURS = (
-    CertificateNotYetValid,
-    RootMismatch,
-    CollateralTee,
-    CollateralCa,
-    FmspcMismatch,
-    PceIdMismatch,
-    PckChainMismatch,
+    CertificateNotYetValidError,
+    RootMismatchError,
+    CollateralTeeError,
+    CollateralCaError,
+    FmspcMismatchError,
+    PceIdMismatchError,
+    PckChainMismatchError,
 )
 """A clock of ours that is behind, or collateral that is not this platform's: nothing that a VM could mend."""
 _NOT_EXPECTED = "Quote does not match expected measurements. Ensure you are running a supported VM."
