@@ -69,6 +69,7 @@ lint: $(INSTALLED) ## ruff, mypy, basedpyright; shellcheck where it is installed
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/basedpyright --warnings
+	PATH="$(abspath $(BIN)):$$PATH" basedpyright --verifytypes chutes_proto.quote --ignoreexternal >/dev/null
 	@if command -v shellcheck >/dev/null; then echo "shellcheck $(SCRIPTS)"; shellcheck $(SCRIPTS); \
 	else echo "shellcheck is not installed: $(SCRIPTS) are not checked"; fi
 

@@ -65,7 +65,7 @@ def _table(title: str, quote: bytes, collateral: bytes, now: int, root_der: byte
         return dcap_qvl.verify_with_root_ca(quote, theirs, root_der, now)
 
     def whole() -> object:
-        return verify.verify(quote, pieces, now=now, expected_report_data=None, root=root)
+        return verify.verify_genuine(quote, pieces, now=now, report_data=None, root=root)
 
     def warm() -> object:
         return verify.verify_quote(verify.check_signed(verify.open_quote(quote, now=now, root=root)), verified, now=now)

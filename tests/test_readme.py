@@ -11,10 +11,9 @@ import pytest
 
 import chutes_proto.sync
 from chutes_proto.boot import _exchange as exchange
-from chutes_proto.quote.errors import VerificationError
 from chutes_proto.sync import has_luks_header
+from chutes_proto.testing import SimulatedPlatform
 from chutes_proto.testing._directory import PLATFORM_FILE, PlatformRecord
-from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.wire import endpoints
 from chutes_proto.wire.codes import Code
 from tests.dev_server import dev_server
@@ -32,13 +31,6 @@ def section(title: str) -> str:
 def block(number: int) -> str:
     """The README's Python of this number."""
     return str(re.findall(r"```python\n(.*?)```", README, re.DOTALL)[number])
-
-
-def code(number: int) -> dict[str, Any]:
-    """What the README's Python of this number defines."""
-    names: dict[str, Any] = {}
-    exec(block(number), names)
-    return names
 
 
 def test_the_agent_of_the_readme_is_given_its_keys(tmp_path, monkeypatch):
@@ -67,18 +59,32 @@ def test_the_agent_of_the_readme_is_given_its_keys(tmp_path, monkeypatch):
     assert opened == [("storage", 128, False), ("tdx-cache", 128, True)]
 
 
-def test_the_verifier_of_the_readme_trusts_intel_alone(vectors):
+def test_the_verifier_of_the_readme_returns_what_the_policy_accepts(vectors, tmp_path, monkeypatch, capsys):
     folder = vectors / "real" / "tdx-v4-00806f050000-00b2526a-20250611"
-    expected = json.loads((folder / "expected.json").read_bytes())
-    quote, collateral = (folder / "quote.bin").read_bytes(), (folder / "collateral.json").read_bytes()
-    now = int((folder / "now.txt").read_text())
-    status, mr_td = code(1)["check"](quote, collateral, now, bytes.fromhex(expected["parsed"]["report"]["report_data"]))
-    assert (status, mr_td.hex()) == (expected["tcb_status"], expected["parsed"]["report"]["mr_td"])
-    with pytest.raises(VerificationError):
-        code(1)["check"](quote, collateral, now, b"another report data, of 64 bytes".ljust(64))
+    report = json.loads((folder / "expected.json").read_bytes())["parsed"]["report"]
+    quote, now = (folder / "quote.bin").read_bytes(), int((folder / "now.txt").read_text())
+    monkeypatch.chdir(tmp_path)
+    collateral, policy = Path("collateral.json"), Path("policy.toml")
+
+    def told(quote, expected):
+        """What the example prints; nothing where there is a verdict, which it is then."""
+        names: dict[str, Any] = {"quote": quote, "now": now, "expected": expected}
+        exec(block(1), names)
+        return names.get("verdict") or capsys.readouterr().out
+
+    _ = collateral.write_bytes((folder / "collateral.json").read_bytes())
+    _ = policy.write_text('measurements = "unchecked"')
+    report_data = bytes.fromhex(report["report_data"])
+    verdict = told(quote, report_data)
+    assert (verdict.tcb_status, verdict.quote.body.mr_td.hex()) == ("UpToDate", report["mr_td"])
+    other = b"another report data, of 64 bytes".ljust(64)
+    assert told(quote, other) == f"37 report_data_mismatch {report_data!r} {other!r}\n"
+    assert told(quote[:100], report_data) == "0 quote_too_short 100 at least 632\n"
+    _ = policy.write_text("")
+    assert told(quote, report_data) == "38 no_profiles None None\n"
     platform = SimulatedPlatform(bytes(32))
-    with pytest.raises(VerificationError):
-        code(1)["check"](platform.quote(bytes(64)), platform.collateral_json(now), now, bytes(64))
+    _ = collateral.write_bytes(platform.collateral_json(now))
+    assert told(platform.quote(bytes(64)), bytes(64)).startswith("6 untrusted_root ")
 
 
 def test_it_is_short():

@@ -24,7 +24,7 @@ from tests.cli.conftest import Ended, is_root
 NOW = 1_780_000_000
 REPORT_DATA = bytes(range(64))
 PLATFORM = SimulatedPlatform(bytes(32))
-JUDGED = {"verified", "accepted", "tcb_status", "advisory_ids", "refusals"}
+JUDGED = {"genuine", "accepted", "tcb_status", "advisory_ids", "refusals"}
 
 Command = Callable[..., Ended]
 
@@ -59,7 +59,7 @@ def test_what_is_genuine_and_acceptable_is_accepted(verify: Command, form: str) 
     assert ended.code == 0
     said = ended.json
     assert said.keys() >= JUDGED
-    assert (said["verified"], said["accepted"], said["tcb_status"], said["refusals"]) == (True, True, "UpToDate", [])
+    assert (said["genuine"], said["accepted"], said["tcb_status"], said["refusals"]) == (True, True, "UpToDate", [])
     assert (said["mr_td"], said["report_data"], said["version"]) == (MRTD.hex(), REPORT_DATA.hex(), int(form[1]))
     assert said["pck"]["fmspc"] == PLATFORM.fmspc.hex()
     assert said["attribute_names"] == ["SEPT_VE_DISABLE"]
@@ -70,7 +70,7 @@ def test_what_is_genuine_and_acceptable_is_accepted(verify: Command, form: str) 
 
 
 @pytest.mark.parametrize(
-    ("fault", "verified", "code"),
+    ("fault", "genuine", "code"),
     [
         ("truncated_body", False, "quote_structure"),
         ("truncated_auth", False, "quote_structure"),
@@ -83,12 +83,12 @@ def test_what_is_genuine_and_acceptable_is_accepted(verify: Command, form: str) 
         ("tcb_out_of_date", True, "tcb_status"),
     ],
 )
-def test_what_is_wrong_is_refused_with_its_code(verify: Command, fault: str, verified: bool, code: str) -> None:
+def test_what_is_wrong_is_refused_with_its_code(verify: Command, fault: str, genuine: bool, code: str) -> None:
     ended = verify("--json", faults=(fault,))
     assert ended.code == 1
-    assert (ended.json["verified"], ended.json["accepted"]) == (verified, False)
+    assert (ended.json["genuine"], ended.json["accepted"]) == (genuine, False)
     assert codes(ended) == [code]
-    assert (ended.json["tcb_status"] is not None) == verified
+    assert (ended.json["tcb_status"] is not None) == genuine
 
 
 def test_all_that_a_policy_refuses_is_told(verify: Command) -> None:
@@ -250,7 +250,7 @@ def test_what_does_not_parse_is_refused_in_the_same_shape(
     assert ended.code == 1
     assert ended.json.keys() >= JUDGED
     assert codes(ended)[0].startswith(name[:5])
-    assert (ended.json["verified"], ended.json["accepted"], ended.json["tcb_status"]) == (False, False, None)
+    assert (ended.json["genuine"], ended.json["accepted"], ended.json["tcb_status"]) == (False, False, None)
     assert ("mr_td" in ended.json) == (name != "quote.bin")
 
 
@@ -331,7 +331,7 @@ def test_real_quotes_get_the_verdict_that_is_expected(command: Command, vectors:
             "--at", (case / "now.txt").read_text().strip(),
         )  # fmt: skip
         said = ended.json
-        assert (case.name, said["verified"], said["tcb_status"]) == (
+        assert (case.name, said["genuine"], said["tcb_status"]) == (
             case.name,
             wanted["outcome"] == "ok",
             wanted["tcb_status"],

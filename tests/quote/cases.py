@@ -15,7 +15,7 @@ from chutes_proto.quote._layout import Quote, SgxReport, TdReport15, TdReport15E
 from chutes_proto.quote._policy import Policy, TcbPolicy
 from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
 from chutes_proto.quote._statements import TcbStatus
-from chutes_proto.quote._verify import Verdict, verify
+from chutes_proto.quote._verify import Verdict, verify_genuine
 from tests.conftest import ROOT
 
 FOLDER = ROOT.parent / "shared" / "vectors"
@@ -109,7 +109,7 @@ class Case:
 
     def verify(self) -> Verdict:
         collateral = Collateral.from_json(self.collateral_bytes)
-        return verify(self.quote_bytes, collateral, now=self.now, expected_report_data=None, root=self.root, sgx=True)
+        return verify_genuine(self.quote_bytes, collateral, now=self.now, report_data=None, root=self.root, sgx=True)
 
 
 @cache

@@ -7,7 +7,7 @@ from typing import Any, Final
 from chutes_proto.quote._collateral import Collateral, VerifiedCollateral
 from chutes_proto.quote._measurements import Profile
 from chutes_proto.quote._roots import TrustedRoot
-from chutes_proto.quote._verify import SignedQuote, Verdict, check_signed, open_quote, verify, verify_collateral
+from chutes_proto.quote._verify import SignedQuote, Verdict, check_signed, open_quote, verify_collateral, verify_genuine
 from chutes_proto.testing._platform import BOOT_RTMRS, MRTD, RUNTIME_RTMRS, SimulatedPlatform
 
 NOW: Final = 1_800_000_000
@@ -34,4 +34,4 @@ def verdict_of(platform: SimulatedPlatform, *faults: str, **options: Any) -> Ver
     """The verdict on a quote with these faults; the collateral is as the faults make it."""
     platform = platform.having(*faults)
     quote = platform.quote(REPORT_DATA, **options)
-    return verify(quote, collateral_of(platform), now=NOW, expected_report_data=REPORT_DATA, root=ROOT)
+    return verify_genuine(quote, collateral_of(platform), now=NOW, report_data=REPORT_DATA, root=ROOT)

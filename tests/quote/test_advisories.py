@@ -17,7 +17,7 @@ from chutes_proto.quote._collateral import Collateral
 from chutes_proto.quote._eventlog import parse_event_log
 from chutes_proto.quote._layout import parse_quote
 from chutes_proto.quote._pck import read_pck_extension
-from chutes_proto.quote._verify import verify, verify_collateral, verify_quote
+from chutes_proto.quote._verify import verify_collateral, verify_genuine, verify_quote
 from chutes_proto.quote.errors import QuoteError, QuoteFormatError
 from chutes_proto.testing._faults import Fault
 from chutes_proto.testing._quotes import HeaderDraft, QuoteDraft
@@ -51,12 +51,12 @@ def test_ghsa_6q6c_vvf9_fj3w_a_short_list_of_components_matches_nothing(fault: s
 
 def test_cve_2026_33697_report_data_is_not_forgotten() -> None:
     """Attested TLS took quotes that were bound to other keys: here the caller has to say what the quote must bind."""
-    parameter = inspect.signature(verify).parameters["expected_report_data"]
+    parameter = inspect.signature(verify_genuine).parameters["report_data"]
     assert (parameter.kind, parameter.default) == (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.empty)
     for other in (bytes(64), REPORT_DATA[:32], REPORT_DATA + b"\0", b""):
         with pytest.raises(steps.ReportDataMismatchError):
-            _ = verify(
-                PLATFORM.quote(REPORT_DATA), collateral_of(PLATFORM), now=NOW, expected_report_data=other, root=ROOT
+            _ = verify_genuine(
+                PLATFORM.quote(REPORT_DATA), collateral_of(PLATFORM), now=NOW, report_data=other, root=ROOT
             )
 
 
@@ -132,7 +132,7 @@ def test_no_crl_is_no_empty_crl() -> None:
 def test_a_revocation_counts_for_what_was_seen_before() -> None:
     """What is remembered of a chain must not outlive its revocation."""
     signed = signed_of(PLATFORM.quote(REPORT_DATA))
-    assert verify_quote(signed, verify_collateral(collateral_of(PLATFORM), now=NOW, root=ROOT), now=NOW)
+    _ = verify_quote(signed, verify_collateral(collateral_of(PLATFORM), now=NOW, root=ROOT), now=NOW)
     for fault in ("pck_revoked", "intermediate_revoked"):
         with pytest.raises(QuoteError):
             revoking = verify_collateral(collateral_of(PLATFORM.having(fault)), now=NOW, root=ROOT)
@@ -167,11 +167,11 @@ def test_svns_in_the_header_that_no_cpu_signed_change_nothing(name: str | None) 
     """QE SVN and PCE SVN of the header are the attestation key's word only: TCB levels do not look at them."""
     platform = PLATFORM.having(*([name] if name else []))
     lying = platform.having(Fault(name="header SVNs", side="quote", what="SVNs of 65535", quote=_with_svns))
-    honest = verify(
-        platform.quote(REPORT_DATA), collateral_of(platform), now=NOW, expected_report_data=REPORT_DATA, root=ROOT
+    honest = verify_genuine(
+        platform.quote(REPORT_DATA), collateral_of(platform), now=NOW, report_data=REPORT_DATA, root=ROOT
     )
-    verdict = verify(
-        lying.quote(REPORT_DATA), collateral_of(lying), now=NOW, expected_report_data=REPORT_DATA, root=ROOT
+    verdict = verify_genuine(
+        lying.quote(REPORT_DATA), collateral_of(lying), now=NOW, report_data=REPORT_DATA, root=ROOT
     )
     assert (verdict.quote.header.qe_svn, verdict.quote.header.pce_svn) == (0xFFFF, 0xFFFF)
     assert (honest.quote.header.qe_svn, honest.quote.header.pce_svn) == (0, 0)
@@ -186,4 +186,5 @@ def test_a_malleable_signature_is_no_other_quote_to_remember() -> None:
     order = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
     other = signature[:32] + (order - int.from_bytes(signature[32:])).to_bytes(32)
     for data in (quote, quote.replace(signature, other)):
-        assert verify(data, collateral_of(PLATFORM), now=NOW, expected_report_data=REPORT_DATA, root=ROOT)
+        verdict = verify_genuine(data, collateral_of(PLATFORM), now=NOW, report_data=REPORT_DATA, root=ROOT)
+        assert verdict.tcb_status == "UpToDate"

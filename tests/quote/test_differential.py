@@ -21,7 +21,7 @@ from chutes_proto.quote._certificates import read_pem
 from chutes_proto.quote._collateral import Collateral
 from chutes_proto.quote._layout import parse_quote
 from chutes_proto.quote._pck import Ca
-from chutes_proto.quote._verify import verify
+from chutes_proto.quote._verify import verify_genuine
 from chutes_proto.testing._faults import FAULTS
 from chutes_proto.testing._pki import pem
 from chutes_proto.testing._platform import SimulatedPlatform
@@ -51,7 +51,7 @@ DIFFERENCES: dict[str, Callable[[bytes, Collateral], bool]] = {
 def ours(quote: bytes, collateral: Collateral) -> tuple[str, str]:
     """The TCB status, or an empty text and why it is refused."""
     try:
-        verdict = verify(quote, collateral, now=NOW, expected_report_data=None, root=ROOT)
+        verdict = verify_genuine(quote, collateral, now=NOW, report_data=None, root=ROOT)
         _ = DCAP_QVL_POLICY.appraise(verdict, stage="boot")
         return str(verdict.tcb_status), ""
     except QuoteError as exc:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import attrs
@@ -16,17 +17,17 @@ from chutes_proto.quote._layout import SgxReport, TdAttributes, TdReport10, TdRe
 from chutes_proto.quote._measurements import Stage
 from chutes_proto.quote._policy import (
     MAX_DEPTH,
+    AcceptedVerdict,
     AllOf,
     AnyOf,
     AnyPolicy,
-    Appraisal,
     IdentityPolicy,
     Policy,
     TcbPolicy,
     parse_policy_toml,
 )
 from chutes_proto.quote._statements import TcbStatus
-from chutes_proto.quote._verify import Verdict, verify
+from chutes_proto.quote._verify import Verdict, verify_genuine
 from chutes_proto.quote.errors import AppraisalError, PolicyError, Refusal
 from chutes_proto.testing._platform import SimulatedPlatform
 from tests.conftest import ROOT as PROJECT
@@ -59,28 +60,36 @@ def _report(**changes: Any) -> TdReport15:
 
 def test_an_honest_platform_is_accepted_in_its_stage() -> None:
     boot, runtime = verdict_of(PLATFORM), verdict_of(PLATFORM, stage="runtime")
-    appraisal = POLICY.appraise(boot, stage="boot")
-    assert (appraisal.profile, appraisal.verdict, appraisal.stage) == (PROFILE, boot, "boot")
+    accepted = POLICY.appraise(boot, stage="boot")
+    assert (accepted.profile, accepted.stage) == (PROFILE, "boot")
+    for member in attrs.fields(Verdict):
+        assert member.name == "proof" or getattr(accepted, member.name) is getattr(boot, member.name)
     assert POLICY.appraise(runtime, stage="runtime").profile is PROFILE
     assert _refused(POLICY, runtime, "boot") == _refused(POLICY, boot, "runtime") == ["measurement_mismatch"]
     with pytest.raises(PolicyError, match="stage"):
         _ = POLICY.appraise(boot, stage="later")  # type: ignore[arg-type]
 
 
-def test_an_appraisal_is_not_made_by_hand() -> None:
-    appraisal = POLICY.appraise(verdict_of(PLATFORM), stage="boot")
+def test_an_accepted_verdict_is_not_made_by_hand() -> None:
+    verdict = verdict_of(PLATFORM)
+    accepted = POLICY.appraise(verdict, stage="boot")
+    members = {member.name: getattr(verdict, member.name) for member in attrs.fields(Verdict)}
     with pytest.raises(TypeError, match="proves a check"):
-        _ = Appraisal(verdict=appraisal.verdict, stage="boot", matched=PROFILE, proof=None)  # type: ignore[arg-type]
+        _ = AcceptedVerdict(stage="boot", matched=PROFILE, **members)
     with pytest.raises(TypeError, match="proves a check"):
-        _ = attrs.evolve(appraisal, stage="runtime")
+        _ = attrs.evolve(accepted, stage="runtime")
+    impostor: Any = SimpleNamespace(steps=verdict.steps, **members)
+    for policy in (UNCHECKED, AllOf((UNCHECKED,)), AnyOf((UNCHECKED,))):
+        with pytest.raises(TypeError, match="must be a Verdict"):
+            _ = policy.appraise(impostor, stage="boot")
 
 
 def test_without_profiles_nothing_is_accepted_unless_said() -> None:
     assert _refused(Policy(), verdict_of(PLATFORM)) == ["no_profiles"]
-    appraisal = UNCHECKED.appraise(verdict_of(PLATFORM), stage="boot")
-    assert appraisal.matched is None
+    accepted = UNCHECKED.appraise(verdict_of(PLATFORM), stage="boot")
+    assert accepted.matched is None
     with pytest.raises(PolicyError, match="unchecked"):
-        _ = appraisal.profile
+        _ = accepted.profile
 
 
 def test_all_reasons_are_given() -> None:
@@ -159,7 +168,7 @@ def test_only_up_to_date_unless_said(status: TcbStatus) -> None:
     verdict = verdict_of(PLATFORM, fault)
     assert _refused(UNCHECKED, verdict) == ["tcb_status"]
     tcb = TcbPolicy(accepted_statuses=[str(status)])
-    assert Policy(tcb=tcb, measurements="unchecked").appraise(verdict, stage="boot").verdict is verdict
+    assert Policy(tcb=tcb, measurements="unchecked").appraise(verdict, stage="boot").tcb_status == status
     assert _refused(Policy(tcb=tcb, measurements="unchecked"), verdict_of(PLATFORM)) == ["tcb_status"]
 
 
@@ -232,8 +241,8 @@ def test_out_of_date_only_for_so_long(fault: str, name: str, part: str) -> None:
 def test_collateral_past_its_end_only_for_so_long() -> None:
     collateral = collateral_of(PLATFORM)
     end = verified_of(PLATFORM).window[1]
-    verdict = verify(
-        PLATFORM.quote(bytes(64)), collateral, now=end + 10, expected_report_data=bytes(64), root=ROOT, grace=100
+    verdict = verify_genuine(
+        PLATFORM.quote(bytes(64)), collateral, now=end + 10, report_data=bytes(64), root=ROOT, grace=100
     )
     assert UNCHECKED.appraise(verdict, stage="boot")
     accepting = Policy(tcb=TcbPolicy(collateral_grace=10), measurements="unchecked")
@@ -368,8 +377,8 @@ def _explained(policy: AnyPolicy, verdict: Verdict) -> str:
 )
 def test_fresh_collateral_is_what_old_collateral_asks_for(tcb: TcbPolicy) -> None:
     now = verified_of(PLATFORM).window[1] + 1
-    verdict = verify(
-        PLATFORM.quote(REPORT_DATA), collateral_of(PLATFORM), now=now, expected_report_data=None, root=ROOT, grace=1
+    verdict = verify_genuine(
+        PLATFORM.quote(REPORT_DATA), collateral_of(PLATFORM), now=now, report_data=None, root=ROOT, grace=1
     )
     text = _explained(Policy(tcb=tcb, measurements="unchecked"), verdict)
     assert "`chutes-proto collateral fetch`" in text

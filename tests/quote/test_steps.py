@@ -9,7 +9,7 @@ import pytest
 from chutes_proto.quote import _steps
 from chutes_proto.quote._policy import Policy
 from chutes_proto.quote._roots import TrustedRoot
-from chutes_proto.quote._verify import verify
+from chutes_proto.quote._verify import verify_genuine
 from chutes_proto.quote.errors import AppraisalError, QuoteFormatError, VerificationError
 from chutes_proto.testing._faults import FAULTS
 from tests.conftest import ROOT as PROJECT
@@ -129,6 +129,12 @@ def test_the_steps_are_in_order() -> None:
     assert len({step.code for step in STEPS}) == len({step.rule for step in steps}) - 2 == len(STEPS)
 
 
+def test_the_readme_lists_the_steps() -> None:
+    rows = [f"| {step.step} | `{step.code}` | {step.rule} |" for step in STEPS]
+    readme = (PROJECT / "src" / "chutes_proto" / "quote" / "README.md").read_text("utf-8")
+    assert re.findall(r"^\| \d+ \| `\w+` \| .*$", readme, re.MULTILINE) == rows
+
+
 def test_every_fault_has_one_place() -> None:
     placed = [*BY_FAULT, *FORMAT, *STATUS, *AT_PRESENT, *ATTRIBUTES, *MEASUREMENTS]
     assert sorted(placed) == sorted(FAULTS)
@@ -148,8 +154,8 @@ def test_a_fault_is_refused_by_its_step(fault: str) -> None:
     platform = PLATFORM.having(fault)
     root = TrustedRoot.from_der(platform.root_der) if fault == "root_expired" else ROOT
     with pytest.raises(VerificationError) as caught:
-        _ = verify(
-            platform.quote(REPORT_DATA), collateral_of(platform), now=NOW, expected_report_data=REPORT_DATA, root=root
+        _ = verify_genuine(
+            platform.quote(REPORT_DATA), collateral_of(platform), now=NOW, report_data=REPORT_DATA, root=root
         )
     assert type(caught.value) is BY_FAULT[fault], str(caught.value)
     assert f"step {caught.value.step}" in str(caught.value)

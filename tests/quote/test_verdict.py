@@ -14,7 +14,7 @@ from chutes_proto.quote._collateral import Collateral
 from chutes_proto.quote._policy import Policy, TcbPolicy
 from chutes_proto.quote._statements import TcbStatus
 from chutes_proto.quote._steps import QeIdentityMismatchError
-from chutes_proto.quote._verify import Verdict, forget, verify
+from chutes_proto.quote._verify import Verdict, forget, verify_genuine
 from chutes_proto.quote.errors import AppraisalError
 from chutes_proto.testing._faults import Fault
 from chutes_proto.testing._quotes import QuoteDraft
@@ -228,6 +228,6 @@ def test_a_root_that_no_chain_brings_is_not_checked() -> None:
         for _ in range(2):  # made, then remembered
             collateral = _without_root(collateral_of(platform))
             quote = platform.quote(REPORT_DATA)
-            verdict = verify(quote, collateral, now=NOW, expected_report_data=REPORT_DATA, root=ROOT)
+            verdict = verify_genuine(quote, collateral, now=NOW, report_data=REPORT_DATA, root=ROOT)
             assert verdict.steps == steps
             assert [piece.subject for piece in verdict.checked if 6 in piece.steps] == ["PCK chain"] * (6 in steps)

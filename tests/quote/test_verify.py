@@ -28,6 +28,7 @@ from chutes_proto.quote import _terms as terms
 from chutes_proto.quote import _verify as stages
 from chutes_proto.quote._collateral import VerifiedCollateral
 from chutes_proto.quote._layout import parse_quote
+from chutes_proto.quote._policy import Policy
 from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
 from chutes_proto.quote._steps import (
     CertificateExpiredError,
@@ -47,11 +48,11 @@ from chutes_proto.quote._verify import (
     authenticate_collateral,
     check_signed,
     open_quote,
-    verify,
     verify_collateral,
+    verify_genuine,
     verify_quote,
 )
-from chutes_proto.quote.errors import QuoteFormatError, VerificationError
+from chutes_proto.quote.errors import VerificationError
 from chutes_proto.testing._pki import EXPIRES, ISSUED
 from chutes_proto.testing._platform import COLLATERAL_SECONDS, SimulatedPlatform
 from chutes_proto.testing._quotes import QuoteParts
@@ -116,7 +117,7 @@ def test_a_root_is_a_trusted_root(wrong: Any) -> None:
         lambda: open_quote(QUOTE, now=NOW, root=wrong),
         lambda: verify_collateral(collateral, now=NOW, root=wrong),
         lambda: authenticate_collateral(collateral, root=wrong),
-        lambda: verify(QUOTE, collateral, now=NOW, expected_report_data=None, root=wrong),
+        lambda: verify_genuine(QUOTE, collateral, now=NOW, report_data=None, root=wrong),
     ):
         with pytest.raises(TypeError, match=r"TrustedRoot\.from_der"):
             _ = stage()
@@ -131,11 +132,11 @@ def test_one_collateral_serves_all_quotes_of_a_platform() -> None:
 
 def test_report_data_must_be_said() -> None:
     with pytest.raises(TypeError):
-        _ = verify(QUOTE, collateral_of(PLATFORM), now=NOW, root=ROOT)  # type: ignore[call-arg]
+        _ = verify_genuine(QUOTE, collateral_of(PLATFORM), now=NOW, root=ROOT)  # type: ignore[call-arg]
     with pytest.raises(ReportDataMismatchError) as caught:
-        _ = verify(QUOTE, collateral_of(PLATFORM), now=NOW, root=ROOT, expected_report_data=bytes(64))
+        _ = verify_genuine(QUOTE, collateral_of(PLATFORM), now=NOW, root=ROOT, report_data=bytes(64))
     assert (caught.value.got, caught.value.expected) == (REPORT_DATA, bytes(64))
-    _ = verify(QUOTE, collateral_of(PLATFORM), now=NOW, root=ROOT, expected_report_data=None)
+    _ = verify_genuine(QUOTE, collateral_of(PLATFORM), now=NOW, root=ROOT, report_data=None)
 
 
 def test_another_root_is_only_trusted_by_name() -> None:
@@ -158,6 +159,7 @@ def test_the_readme_tells_how_another_root_is_trusted() -> None:
         "file_bytes": PLATFORM.collateral_json(NOW),
         "root_bytes": PLATFORM.root_der,
         "report_data": REPORT_DATA,
+        "policy": Policy(measurements="unchecked"),
         "now": NOW,
     }
     exec(block, names)
@@ -175,9 +177,10 @@ def test_an_import_brings_what_verification_needs_and_no_more() -> None:
     done = subprocess.run([sys.executable, "-c", text], capture_output=True, check=True, text=True, env=alone)
     loaded = done.stdout.split()
     of_project = {name for name in loaded if name.startswith("chutes_proto")}
-    assert {name for name in of_project if not name.startswith("chutes_proto.quote")} == {"chutes_proto"}
-    for lazy in ("eventlog", "policy", "measurements", "attributes", "identity", "tables"):
-        assert f"chutes_proto.quote.{lazy}" not in of_project
+    outside = {name for name in of_project if not name.startswith("chutes_proto.quote")}
+    assert outside == {"chutes_proto", "chutes_proto._lazy"}
+    for lazy in ("accept", "eventlog", "policy", "measurements", "attributes", "identity", "tables"):
+        assert f"chutes_proto.quote._{lazy}" not in of_project
     assert {"cattrs", "tomllib", "h11", "cryptography.x509", "logging", "asyncio"}.isdisjoint(loaded)
 
 
@@ -214,13 +217,13 @@ def _by_subject(verdict: Verdict, *, remembered: bool) -> dict[str, tuple[int, .
 def test_a_verdict_says_which_steps_were_taken() -> None:
     stages.forget()
     collateral = attrs.evolve(collateral_of(PLATFORM), pck_certificate_chain=None)
-    verdict = verify(QUOTE, collateral, now=NOW, root=ROOT, expected_report_data=REPORT_DATA)
+    verdict = verify_genuine(QUOTE, collateral, now=NOW, root=ROOT, report_data=REPORT_DATA)
     assert verdict.steps == tuple(number for number in range(1, 38) if number != 26)
     assert _by_subject(verdict, remembered=False) == FRESH | {"report data": (37,)}
-    unbound = verify(QUOTE, collateral, now=NOW, root=ROOT, expected_report_data=None)
+    unbound = verify_genuine(QUOTE, collateral, now=NOW, root=ROOT, report_data=None)
     assert set(verdict.steps) - set(unbound.steps) == {37}
     beside = attrs.evolve(collateral, pck_certificate_chain=parse_quote(QUOTE).certification)
-    beside_too = verify(QUOTE, beside, now=NOW, root=ROOT, expected_report_data=REPORT_DATA)
+    beside_too = verify_genuine(QUOTE, beside, now=NOW, root=ROOT, report_data=REPORT_DATA)
     assert beside_too.steps == tuple(range(1, 38))
     untimed = stages.authenticate_collateral(collateral, root=ROOT)
     assert {number for piece in untimed.checked for number in piece.steps}.isdisjoint({9, 10, 19, 20})
@@ -275,7 +278,7 @@ def test_no_copy_of_a_parsed_quote_verifies(name: str) -> None:
             with pytest.raises(TypeError, match="bytes-like object is required"):
                 _ = open_quote(altered, now=NOW, root=ROOT, sgx=sgx)
             with pytest.raises(TypeError, match="bytes-like object is required"):
-                _ = verify(altered, COLLATERAL, now=NOW, root=ROOT, expected_report_data=None, sgx=sgx)
+                _ = verify_genuine(altered, COLLATERAL, now=NOW, root=ROOT, report_data=None, sgx=sgx)
 
 
 def test_a_stage_takes_only_what_the_stage_before_it_made() -> None:
@@ -390,7 +393,7 @@ def test_a_time_is_an_integer(wrong: Any) -> None:
         lambda: open_quote(QUOTE, now=wrong, root=ROOT),
         lambda: verify_collateral(COLLATERAL, now=wrong, root=ROOT),
         lambda: verify_quote(signed, verified, now=wrong),
-        lambda: verify(QUOTE, COLLATERAL, now=wrong, root=ROOT, expected_report_data=None),
+        lambda: verify_genuine(QUOTE, COLLATERAL, now=wrong, root=ROOT, report_data=None),
         lambda: terms.check_terms(opened.chain.terms, wrong),
     ):
         with pytest.raises(TypeError, match=f"now: must be an int, in whole seconds, not {wrong!r}"):
@@ -399,7 +402,7 @@ def test_a_time_is_an_integer(wrong: Any) -> None:
         lambda: verify_collateral(COLLATERAL, now=NOW, root=ROOT, grace=wrong),
         lambda: authenticate_collateral(COLLATERAL, root=ROOT, grace=wrong),
         lambda: terms.check_terms(opened.chain.terms, NOW, wrong),
-        lambda: verify(QUOTE, COLLATERAL, now=NOW, root=ROOT, expected_report_data=None, grace=wrong),
+        lambda: verify_genuine(QUOTE, COLLATERAL, now=NOW, root=ROOT, report_data=None, grace=wrong),
     ):
         with pytest.raises(TypeError, match=f"grace: must be an int, in whole seconds, not {wrong!r}"):
             _ = stage()
@@ -436,7 +439,7 @@ def test_a_malleable_variant_is_another_one() -> None:
     quote = QUOTE.replace(signature, variant)
     assert quote != QUOTE
     assert (
-        verify(quote, collateral_of(PLATFORM), now=NOW, expected_report_data=REPORT_DATA, root=ROOT).quote.trailing == 0
+        verify_genuine(quote, collateral_of(PLATFORM), now=NOW, report_data=REPORT_DATA, root=ROOT).quote.trailing == 0
     )
 
 
@@ -454,8 +457,8 @@ def test_no_byte_of_a_quote_can_be_changed(at: int, change: int) -> None:
     mutated = QUOTE[:at] + bytes([QUOTE[at] ^ change]) + QUOTE[at + 1 :]
     pem = QUOTE.index(b"-----BEGIN")
     try:
-        verdict = verify(mutated, collateral_of(PLATFORM), now=NOW, expected_report_data=None, root=ROOT)
-    except (QuoteFormatError, VerificationError):
+        verdict = verify_genuine(mutated, collateral_of(PLATFORM), now=NOW, report_data=None, root=ROOT)
+    except VerificationError:
         return
     # White space in PEM says nothing; everything else is signed or declared.
     assert at >= pem

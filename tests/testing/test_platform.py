@@ -16,7 +16,7 @@ from chutes_proto.errors import LocalProtocolError
 from chutes_proto.quote._measurements import Stage
 from chutes_proto.quote._pck import Ca
 from chutes_proto.quote._policy import Policy
-from chutes_proto.quote._verify import verify
+from chutes_proto.quote._verify import verify_genuine
 from chutes_proto.testing._faults import FAULTS, Fault
 from chutes_proto.testing._platform import (
     BOOT_RTMRS,
@@ -112,7 +112,7 @@ def test_this_verifier_accepts_every_form_and_names_the_machine(form: Form, ca: 
     machine = SimulatedPlatform(HONEST.seed, index=3, form=form, ca=ca)
     for stage in STAGES:
         quote = machine.quote(REPORT_DATA, stage=stage)
-        verdict = verify(quote, machine.collateral(NOW), now=NOW, expected_report_data=REPORT_DATA, root=HONEST.root)
+        verdict = verify_genuine(quote, machine.collateral(NOW), now=NOW, report_data=REPORT_DATA, root=HONEST.root)
         assert Policy(profiles=(PROFILE,)).appraise(verdict, stage=stage).profile == PROFILE
         pck = verdict.pck
         assert (pck.ca, pck.fmspc, pck.ppid) == (ca, machine.fmspc, machine.ppid)

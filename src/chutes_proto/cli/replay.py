@@ -10,8 +10,8 @@ from chutes_proto.cli import console
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from chutes_proto.quote._eventlog import Difference, Event, EventLog
-    from chutes_proto.quote._layout import TdReport10
+    from chutes_proto.quote import Event, EventLog, TdReport10
+    from chutes_proto.quote._eventlog import Difference
 
 NAME = "replay"
 
@@ -57,15 +57,15 @@ def run(options: argparse.Namespace) -> int:
 
 def _judge(names: Sequence[str], files: Sequence[bytes]) -> dict[str, Any]:
     """The report on a log, a quote and perhaps the log of a good boot, each with the name of its file."""
-    from chutes_proto.quote._eventlog import (
+    from chutes_proto.quote import (
         EventLogFormatError,
         EventLogMismatchError,
+        QuoteFormatError,
         first_difference,
         parse_event_log,
+        parse_quote,
         replay,
     )
-    from chutes_proto.quote._layout import parse_quote
-    from chutes_proto.quote.errors import QuoteFormatError
 
     report: dict[str, Any] = {"accepted": False, "parsed": False, "replayed": False, "refusals": []}
 

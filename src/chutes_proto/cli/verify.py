@@ -12,9 +12,7 @@ from chutes_proto.quote._terms import rfc3339
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from chutes_proto.quote._policy import AnyPolicy
-    from chutes_proto.quote._roots import TrustedRoot
-    from chutes_proto.quote.errors import QuoteError
+    from chutes_proto.quote import AnyPolicy, QuoteError, TrustedRoot
 
 NAME = "verify"
 _SHORTEST: Final = 1024  # digits; no quote has fewer
@@ -31,7 +29,7 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
         without a word, measurements left unchecked: TCB UpToDate, no debugging, SEPT_VE_DISABLE, not migratable.
         Needs no network.
 
-        exit code: 0 verified and accepted; 1 refused, also where quote or collateral do not parse; 2 usage, or a file
+        exit code: 0 genuine and accepted; 1 refused, also where quote or collateral do not parse; 2 usage, or a file
         that cannot be opened
         """,
         """
@@ -89,17 +87,15 @@ def run(options: argparse.Namespace) -> int:
 
 def _policy(options: argparse.Namespace) -> AnyPolicy:
     from chutes_proto.errors import ConfigurationError, QuoteError
-    from chutes_proto.io.files import read_file
-    from chutes_proto.quote._policy import Policy, parse_policy_toml
+    from chutes_proto.quote import Policy
     from chutes_proto.server._profiles import EXTRA_KEYS
 
     if options.policy is None:
         return Policy(measurements="unchecked")
-    data = read_file(options.policy)
     try:
-        return parse_policy_toml(data, extra_keys=EXTRA_KEYS)
+        return Policy.load(options.policy, extra_keys=EXTRA_KEYS)
     except QuoteError as exc:
-        raise ConfigurationError(f"--policy: {options.policy}: {exc}") from None
+        raise ConfigurationError(f"--policy: {exc}") from None
 
 
 def _judge(
@@ -111,13 +107,19 @@ def _judge(
     policy: AnyPolicy,
 ) -> dict[str, Any]:
     from chutes_proto.cli.quotes import claimed_platform, plain, platform_fields, quote_fields
-    from chutes_proto.quote._collateral import Collateral
-    from chutes_proto.quote._layout import parse_quote
-    from chutes_proto.quote._verify import open_quote, verify
-    from chutes_proto.quote.errors import AppraisalError, CollateralFormatError, QuoteFormatError, VerificationError
+    from chutes_proto.quote import (
+        AppraisalError,
+        Collateral,
+        CollateralFormatError,
+        QuoteFormatError,
+        VerificationError,
+        open_quote,
+        parse_quote,
+        verify_genuine,
+    )
 
     report: dict[str, Any] = {
-        "verified": False,
+        "genuine": False,
         "accepted": False,
         "tcb_status": None,
         "advisory_ids": [],
@@ -133,10 +135,10 @@ def _judge(
     report |= quote_fields(quote) | platform_fields(claimed_platform(quote))
     try:
         collateral = Collateral.from_json(collateral_data)
-        verdict = verify(quote_data, collateral, now=now, expected_report_data=options.report_data, root=root, sgx=True)
+        verdict = verify_genuine(quote_data, collateral, now=now, report_data=options.report_data, root=root, sgx=True)
         report |= plain(
             {
-                "verified": True,
+                "genuine": True,
                 "tcb_status": verdict.tcb_status,
                 "advisory_ids": verdict.advisory_ids,
                 "tcb_date": verdict.tcb_date,
@@ -147,8 +149,8 @@ def _judge(
                 "checked": verdict.checked,
             }
         )
-        appraisal = policy.appraise(verdict, stage=options.stage)
-        report |= {"accepted": True, "profile": appraisal.matched.name if appraisal.matched else None}
+        matched = policy.appraise(verdict, stage=options.stage).matched
+        report |= {"accepted": True, "profile": matched.name if matched else None}
     except AppraisalError as exc:
         report["refusals"] = [{"code": refusal.code, "detail": refusal.detail} for refusal in exc.refusals]
         report["explanation"] = exc.explain()
@@ -175,8 +177,8 @@ def _hint(options: argparse.Namespace, exc: QuoteError, open_again: Callable[[],
     import shlex
 
     from chutes_proto.cli.quotes import ANOTHER_ROOT
+    from chutes_proto.quote import CollateralFormatError
     from chutes_proto.quote import _steps as steps
-    from chutes_proto.quote.errors import CollateralFormatError
 
     file = options.collateral
     match exc:
@@ -210,10 +212,10 @@ def _say(options: argparse.Namespace, report: dict[str, Any]) -> None:
     from chutes_proto.cli.quotes import say_fields
     from chutes_proto.quote.errors import spans
 
-    told = ("accepted", "verified", "refusals", "explanation", "unjudged", "hint", "steps", "checked")
+    told = ("accepted", "genuine", "refusals", "explanation", "unjudged", "hint", "steps", "checked")
     if report["accepted"]:
         console.say("ACCEPTED: the quote verifies")
-    elif report["verified"]:
+    elif report["genuine"]:
         console.say("REFUSED: the quote is genuine, but not acceptable")
     elif "unjudged" in report:
         console.say("REFUSED: it cannot be judged with this collateral")
@@ -229,7 +231,7 @@ def _say(options: argparse.Namespace, report: dict[str, Any]) -> None:
     if options.policy is None:
         console.say("Measurements were not compared with anything: say --policy with profiles to check them.")
     fields = {name: _shown(name, value) for name, value in report.items() if name not in told}
-    say_fields({"steps": spans(report["steps"]), **fields} if report["verified"] else fields)
+    say_fields({"steps": spans(report["steps"]), **fields} if report["genuine"] else fields)
 
 
 def _shown(name: str, value: Any) -> object:

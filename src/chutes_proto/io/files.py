@@ -22,7 +22,7 @@ MAX_SIZE: Final = 4 * 1024 * 1024
 """No file that is read here needs more bytes."""
 
 
-def read_file(path: str | Path, *, limit: int = MAX_SIZE) -> bytes:
+def read_file(path: str | os.PathLike[str], *, limit: int = MAX_SIZE) -> bytes:
     """The whole file. Raises `FileUnavailable`, also for one of more than ``limit`` bytes."""
     return _bounded(path, read_head(path, limit + 1), limit)
 
@@ -32,7 +32,7 @@ def absolute(path: str | os.PathLike[str]) -> str:
     return str(Path(path).absolute())
 
 
-def read_head(path: str | Path, size: int) -> bytes:
+def read_head(path: str | os.PathLike[str], size: int) -> bytes:
     """The first ``size`` bytes of the file, or all that it has. Raises `FileUnavailable`."""
     try:
         with Path(path).open("rb") as file:
@@ -126,7 +126,7 @@ def _is_credential(path: Path) -> bool:
     return given is not None and Path(given) in path.resolve().parents
 
 
-def _bounded(path: str | Path, data: bytes, limit: int) -> bytes:
+def _bounded(path: str | os.PathLike[str], data: bytes, limit: int) -> bytes:
     if len(data) > limit:
         raise FileUnavailable(f"{path}: has more than {limit} bytes, which nothing of this kind has")
     return data
@@ -146,6 +146,6 @@ def _written_beside(path: Path, data: bytes, mode: int) -> Path:
     return partial
 
 
-def _unavailable(path: str | Path, what: str, exc: Exception) -> FileUnavailable:
+def _unavailable(path: str | os.PathLike[str], what: str, exc: Exception) -> FileUnavailable:
     why = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
     return FileUnavailable(f"{path}: {what}: {why}")

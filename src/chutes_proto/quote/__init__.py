@@ -1,1 +1,156 @@
-"""The quote verifier, usable alone: of the project it imports `_converter` only. Start at ``quote/_verify.py``."""
+"""Verify Intel TDX and SGX quotes, and appraise them. No I/O, no clock: bytes and times come from the caller.
+
+    verdict = verify(quote, Collateral.load("collateral.json"), now=now, report_data=expected,
+                     policy=Policy.load("policy.toml"))
+
+`verify` returns only what the policy accepts, and raises `VerificationError` for everything else. `open_quote`,
+`check_signed`, `verify_collateral`, `verify_quote` and `Policy.appraise` are its stages, for callers that keep verified
+collateral for many quotes. The package can be taken out and used alone; only `Collateral.load` and `Policy.load` need
+the rest of the project. ``README.md`` beside this file has the rules.
+"""
+
+from typing import TYPE_CHECKING
+
+from chutes_proto._lazy import lazily
+
+if TYPE_CHECKING:
+    from chutes_proto.quote._accept import verify
+    from chutes_proto.quote._attributes import AttributePolicy
+    from chutes_proto.quote._collateral import Collateral, VerifiedCollateral
+    from chutes_proto.quote._eventlog import (
+        Event,
+        EventLog,
+        EventLogFormatError,
+        EventLogMismatchError,
+        ReplayedLog,
+        first_difference,
+        parse_event_log,
+        replay,
+    )
+    from chutes_proto.quote._identity import IdentityPolicy
+    from chutes_proto.quote._layout import (
+        Quote,
+        SgxAttributes,
+        SgxReport,
+        TdAttributes,
+        TdReport10,
+        TdReport15,
+        TdReport15Ex,
+        Xfam,
+        parse_quote,
+    )
+    from chutes_proto.quote._measurements import Profile, Stage, parse_profiles_json, parse_profiles_toml
+    from chutes_proto.quote._pck import PckIdentity
+    from chutes_proto.quote._policy import (
+        AcceptedVerdict,
+        AllOf,
+        AnyOf,
+        AnyPolicy,
+        Policy,
+        TcbPolicy,
+        parse_policy_toml,
+    )
+    from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
+    from chutes_proto.quote._statements import TcbStatus
+    from chutes_proto.quote._verify import (
+        OpenedQuote,
+        SignedQuote,
+        Verdict,
+        check_signed,
+        open_quote,
+        verify_collateral,
+        verify_genuine,
+        verify_quote,
+    )
+    from chutes_proto.quote.errors import (
+        AppraisalError,
+        CollateralFormatError,
+        PolicyError,
+        QuoteError,
+        QuoteFormatError,
+        Refusal,
+        VerificationError,
+    )
+else:
+    __getattr__ = lazily(
+        globals(),
+        {
+            "chutes_proto.quote._accept": "verify",
+            "chutes_proto.quote._attributes": "AttributePolicy",
+            "chutes_proto.quote._collateral": "Collateral VerifiedCollateral",
+            "chutes_proto.quote._eventlog": (
+                "Event EventLog EventLogFormatError EventLogMismatchError ReplayedLog first_difference "
+                "parse_event_log replay"
+            ),
+            "chutes_proto.quote._identity": "IdentityPolicy",
+            "chutes_proto.quote._layout": (
+                "Quote SgxAttributes SgxReport TdAttributes TdReport10 TdReport15 TdReport15Ex Xfam parse_quote"
+            ),
+            "chutes_proto.quote._measurements": "Profile Stage parse_profiles_json parse_profiles_toml",
+            "chutes_proto.quote._pck": "PckIdentity",
+            "chutes_proto.quote._policy": "AcceptedVerdict AllOf AnyOf AnyPolicy Policy TcbPolicy parse_policy_toml",
+            "chutes_proto.quote._roots": "INTEL_ROOT TrustedRoot",
+            "chutes_proto.quote._statements": "TcbStatus",
+            "chutes_proto.quote._verify": (
+                "OpenedQuote SignedQuote Verdict check_signed open_quote verify_collateral verify_genuine verify_quote"
+            ),
+            "chutes_proto.quote.errors": (
+                "AppraisalError CollateralFormatError PolicyError QuoteError QuoteFormatError Refusal VerificationError"
+            ),
+        },
+    )
+
+__all__ = [
+    "INTEL_ROOT",
+    "AcceptedVerdict",
+    "AllOf",
+    "AnyOf",
+    "AnyPolicy",
+    "AppraisalError",
+    "AttributePolicy",
+    "Collateral",
+    "CollateralFormatError",
+    "Event",
+    "EventLog",
+    "EventLogFormatError",
+    "EventLogMismatchError",
+    "IdentityPolicy",
+    "OpenedQuote",
+    "PckIdentity",
+    "Policy",
+    "PolicyError",
+    "Profile",
+    "Quote",
+    "QuoteError",
+    "QuoteFormatError",
+    "Refusal",
+    "ReplayedLog",
+    "SgxAttributes",
+    "SgxReport",
+    "SignedQuote",
+    "Stage",
+    "TcbPolicy",
+    "TcbStatus",
+    "TdAttributes",
+    "TdReport10",
+    "TdReport15",
+    "TdReport15Ex",
+    "TrustedRoot",
+    "Verdict",
+    "VerificationError",
+    "VerifiedCollateral",
+    "Xfam",
+    "check_signed",
+    "first_difference",
+    "open_quote",
+    "parse_event_log",
+    "parse_policy_toml",
+    "parse_profiles_json",
+    "parse_profiles_toml",
+    "parse_quote",
+    "replay",
+    "verify",
+    "verify_collateral",
+    "verify_genuine",
+    "verify_quote",
+]

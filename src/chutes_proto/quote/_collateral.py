@@ -5,7 +5,7 @@ Rules kept here:
 * a `Collateral` holds the pieces as they were signed, byte for byte, and says nothing about them;
 * its file form is one JSON object: certificate chains as PEM text, TCB info and QE identity as the signed text, their
   signatures and both CRLs in hexadecimal digits. An unknown or doubled member is refused;
-* a `VerifiedCollateral` is made by ``verify.py`` only.
+* a `VerifiedCollateral` is made by ``_verify.py`` only.
 
 Source of the pieces: Intel SGX and TDX Provisioning Certification Service API, version 4.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Final, cast
+from typing import Final, Protocol, cast
 
 from attrs import field, frozen
 
@@ -30,6 +30,12 @@ from chutes_proto.quote.errors import CollateralFormatError
 
 MAX_SIZE: Final = 4 * 1024 * 1024
 """More bytes than any collateral file has."""
+
+
+class PathLike(Protocol):
+    """An `os.PathLike` of text, without the module ``os``."""
+
+    def __fspath__(self) -> str: ...
 
 
 @frozen(kw_only=True)
@@ -49,6 +55,20 @@ class Collateral:
     qe_identity: bytes
     qe_identity_signature: bytes
     pck_certificate_chain: bytes | None = None
+
+    @classmethod
+    def load(cls, path: str | PathLike) -> Collateral:
+        """Read the pieces from a file of the form that `from_json` reads.
+
+        Raises `chutes_proto.errors.FileUnavailable` and `CollateralFormatError`; both name the file.
+        """
+        from chutes_proto.io.files import read_file
+
+        data = read_file(path, limit=MAX_SIZE)
+        try:
+            return cls.from_json(data)
+        except CollateralFormatError as exc:
+            raise CollateralFormatError(f"{path}: {exc}") from None
 
     @classmethod
     def from_json(cls, data: bytes | str) -> Collateral:

@@ -1,14 +1,14 @@
-"""Is a verified quote acceptable? What a caller demands of the TCB, of the TD's attributes and of its measurements.
+"""Policies: what a caller demands of the TCB, of the TD's attributes and of its measurements.
 
     policy = Policy(profiles=profiles)
-    appraisal = policy.appraise(verdict, stage="boot")
+    accepted = policy.appraise(verdict, stage="boot")
 
 Rules kept here:
 
 * a policy is checked when it is made: what cannot mean anything is refused then, and nothing is ignored;
 * the defaults accept what is up to date and nothing less, and no measurement at all: profiles must be given, or the
   policy must say that measurements are not its business (``measurements="unchecked"``);
-* an `Appraisal` is made by `Policy.appraise` only; an `AppraisalError` lists all that is not acceptable.
+* an `AcceptedVerdict` is made by `Policy.appraise` only; an `AppraisalError` lists all that is not acceptable.
 """
 
 from __future__ import annotations
@@ -17,23 +17,25 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Final, Literal, TypeAlias, cast, get_args
 
-from attrs import field, frozen
+from attrs import field, fields, frozen
 
 from chutes_proto.quote._attributes import AttributePolicy
+from chutes_proto.quote._collateral import PathLike
 from chutes_proto.quote._files import CONVERTER, read_toml, within
 from chutes_proto.quote._identity import IdentityPolicy
 from chutes_proto.quote._layout import SgxAttributes, SgxReport
 from chutes_proto.quote._measurements import Profile, ProfileTables, Stage, Tables, read_profiles
-from chutes_proto.quote._proof import PROOF, Proof, proven
+from chutes_proto.quote._proof import PROOF
 from chutes_proto.quote._statements import Stated, TcbStatus
 from chutes_proto.quote._tcb import OUT_OF_DATE
 from chutes_proto.quote._verify import Verdict
 from chutes_proto.quote.errors import AppraisalError, PolicyError, Refusal
 
 __all__ = [
+    "AcceptedVerdict",
     "AllOf",
     "AnyOf",
-    "Appraisal",
+    "AnyPolicy",
     "AttributePolicy",
     "IdentityPolicy",
     "Policy",
@@ -171,13 +173,11 @@ def _reached(*parts: Stated | None) -> int | None:
 
 
 @frozen(kw_only=True, eq=False)
-class Appraisal:
+class AcceptedVerdict(Verdict):
     """A verdict that a policy accepts in a stage. ``matched`` is None if the policy leaves measurements unchecked."""
 
-    verdict: Verdict
     stage: Stage
     matched: Profile | None
-    proof: Proof = proven()
 
     @property
     def profile(self) -> Profile:
@@ -185,6 +185,17 @@ class Appraisal:
         if self.matched is None:
             raise PolicyError("measurements were left unchecked, so no profile matched")
         return self.matched
+
+    def __bool__(self) -> bool:
+        return True
+
+
+def _accepted(verdict: Verdict, stage: Stage, matched: Profile | None) -> AcceptedVerdict:
+    members: dict[str, Any] = {name: getattr(verdict, name) for name in _OF_VERDICT}
+    return AcceptedVerdict(**members, stage=stage, matched=matched, proof=PROOF)
+
+
+_OF_VERDICT: Final = tuple(member.name for member in fields(Verdict) if member.name != "proof")
 
 
 @frozen(kw_only=True)
@@ -211,13 +222,27 @@ class Policy:
         if len({profile.name for profile in self.profiles}) != len(self.profiles):
             raise PolicyError("profile: a name is there twice")
 
-    def appraise(self, verdict: Verdict, *, stage: Stage) -> Appraisal:
-        """The verdict as one that is acceptable in a stage. Raises `AppraisalError` with all that is not.
+    @classmethod
+    def load(cls, path: str | PathLike, *, extra_keys: frozenset[str] = frozenset()) -> AnyPolicy:
+        """Read a policy from a TOML file of the form that `parse_policy_toml` reads.
+
+        Raises `chutes_proto.errors.FileUnavailable` and `PolicyError`; both name the file.
+        """
+        from chutes_proto.io.files import read_file
+
+        data = read_file(path)
+        try:
+            return parse_policy_toml(data, extra_keys=extra_keys)
+        except PolicyError as exc:
+            raise PolicyError(f"{path}: {exc}") from None
+
+    def appraise(self, verdict: Verdict, *, stage: Stage) -> AcceptedVerdict:
+        """Accept a verdict in a stage. Raises `AppraisalError` with all reasons not to; `TypeError` for no verdict.
 
         Of several profiles that the TD measures to, the first whose attributes accept it counts. Where it measures to
         none, the refusals are against the one that differs in the fewest registers.
         """
-        _check_stage(stage)
+        _check_appraised(verdict, stage)
         body = verdict.quote.body
         refusals = self.tcb.refusals(verdict) + self.identity.refusals(verdict.pck, body)
         if isinstance(body, SgxReport):
@@ -237,7 +262,7 @@ class Policy:
             refusals += refused
         if refusals:
             raise AppraisalError(refusals, verdict.steps)
-        return Appraisal(verdict=verdict, stage=stage, matched=matched, proof=PROOF)
+        return _accepted(verdict, stage, matched)
 
     def _of_enclave(self, body: SgxReport) -> list[Refusal]:
         """An SGX enclave has no TD attributes and no RTMRs: profiles never accept it."""
@@ -263,23 +288,23 @@ class AllOf:
     def __attrs_post_init__(self) -> None:
         _check_policies("AllOf", self.policies)
 
-    def appraise(self, verdict: Verdict, *, stage: Stage) -> Appraisal:
-        """The verdict as one that is acceptable; ``matched`` is the first profile that one of these matched.
+    def appraise(self, verdict: Verdict, *, stage: Stage) -> AcceptedVerdict:
+        """Accept a verdict that all of these accept; ``matched`` is the first profile that one of these matched.
 
-        Raises `AppraisalError` with all reasons of all of these.
+        Raises `AppraisalError` with all reasons of all of these; `TypeError` for no verdict.
         """
-        _check_stage(stage)
+        _check_appraised(verdict, stage)
         matched: Profile | None = None
         refusals: list[Refusal] = []
         for policy in self.policies:
             try:
-                appraisal = policy.appraise(verdict, stage=stage)
-                matched = matched or appraisal.matched
+                accepted = policy.appraise(verdict, stage=stage)
+                matched = matched or accepted.matched
             except AppraisalError as exc:
                 refusals += exc.refusals
         if refusals:
             raise AppraisalError(tuple(dict.fromkeys(refusals)), verdict.steps)
-        return Appraisal(verdict=verdict, stage=stage, matched=matched, proof=PROOF)
+        return _accepted(verdict, stage, matched)
 
 
 @frozen
@@ -291,12 +316,12 @@ class AnyOf:
     def __attrs_post_init__(self) -> None:
         _check_policies("AnyOf", self.policies)
 
-    def appraise(self, verdict: Verdict, *, stage: Stage) -> Appraisal:
-        """What the first of these that accepts the verdict makes of it.
+    def appraise(self, verdict: Verdict, *, stage: Stage) -> AcceptedVerdict:
+        """Accept a verdict that one of these accepts; the result is that of the first which does.
 
-        Raises `AppraisalError` with all reasons of all of these.
+        Raises `AppraisalError` with all reasons of all of these; `TypeError` for no verdict.
         """
-        _check_stage(stage)
+        _check_appraised(verdict, stage)
         refusals: list[Refusal] = []
         for policy in self.policies:
             try:
@@ -317,11 +342,19 @@ def _check_policies(name: str, policies: object) -> None:
         raise PolicyError(f"{name}: must have at least one policy")
 
 
+def check_policy(policy: object) -> None:
+    """Raises `TypeError` for what does not appraise."""
+    if not _is_policy(policy):
+        raise TypeError(f"policy: must be a Policy, AllOf or AnyOf, as of Policy.load, not {type(policy).__name__}")
+
+
 def _is_policy(value: object) -> bool:
     return isinstance(value, (Policy, AllOf, AnyOf))
 
 
-def _check_stage(stage: Stage) -> None:
+def _check_appraised(verdict: object, stage: Stage) -> None:
+    if not isinstance(verdict, Verdict):
+        raise TypeError(f"verdict: must be a Verdict, as of verify_genuine, not {type(verdict).__name__}")
     if stage not in get_args(Stage):
         raise PolicyError(f"stage: must be one of {', '.join(get_args(Stage))}")
 

@@ -3,7 +3,7 @@
     opened = open_quote(data, now=now)                               which collateral to ask for: opened.pck
     signed = check_signed(opened)                                    the platform did make this quote
     verified = verify_collateral(collateral, now=now)                once for many quotes
-    verdict = verify_quote(signed, verified, now=now)                the answer; or all at once: verify(…)
+    verdict = verify_quote(signed, verified, now=now)                the answer; or all at once: verify_genuine(…)
 
 Rules kept here:
 
@@ -15,7 +15,8 @@ Rules kept here:
 * what was verified may be remembered, by all the bytes that were: a check that passed for them passes for them always.
   Times, CRLs, identities and TCB levels are not remembered; nor is what was refused.
 
-A verdict does not say that the quote is acceptable: look at its status, or better let a ``policy.Policy`` appraise it.
+A verdict does not say that the quote is acceptable: a policy decides that (``_policy.py``), and ``verify`` of
+``_accept.py`` returns nothing that a policy did not accept.
 """
 
 from __future__ import annotations
@@ -103,8 +104,8 @@ __all__ = [
     "check_signed",
     "forget",
     "open_quote",
-    "verify",
     "verify_collateral",
+    "verify_genuine",
     "verify_quote",
 ]
 
@@ -176,6 +177,9 @@ class SignedQuote:
 class Verdict:
     """A quote that is genuine, of a platform that is genuine; ``tcb_status`` says how well its TCB is kept.
 
+    That does not make it acceptable: its host may debug the TD, the image may be any, and the platform out of date.
+    `Policy.appraise` decides; a verdict has no truth value, so that no ``if`` mistakes it for a decision.
+
     Revoked TCBs have no verdict. ``advisory_ids`` are those of all parts; levels that are up to date may have some too.
     ``tcb_date`` (unix seconds) is the earliest date of the parts' levels; ``platform``, ``module`` and ``qe`` are the
     levels at launch, ``current_status`` is of the TCB at present where the report has it. ``evaluation_number`` is the
@@ -206,13 +210,20 @@ class Verdict:
         """The numbers of all steps that were taken, in order."""
         return tuple(sorted({number for piece in self.checked for number in piece.steps}))
 
+    def __bool__(self) -> bool:
+        """Raises `TypeError`: genuine is not yet acceptable."""
+        raise TypeError(
+            "a verdict is neither true nor false: the quote is genuine, which a policy may still refuse;"
+            " call verify(..., policy=...), or Policy.appraise with this verdict"
+        )
+
 
 def open_quote(data: BytesLike, *, now: int, root: TrustedRoot = INTEL_ROOT, sgx: bool = False) -> OpenedQuote:
     """Steps 1 to 11: the quote's structure, and its PCK chain up to the root.
 
     ``data`` are the bytes of a TDX quote, with ``sgx`` also those of an SGX quote (`parse_quote` reads both). ``now``
-    is in whole unix seconds. Raises `QuoteFormatError` and `VerificationError`; `TypeError` for arguments of another
-    type, a parsed quote among them.
+    is in whole unix seconds. Raises `VerificationError`; `TypeError` for arguments of another type, a parsed quote
+    among them.
     """
     _check_kind("root", root, TrustedRoot, "TrustedRoot.from_der")
     quote = parse_quote(data, sgx=sgx)
@@ -270,6 +281,7 @@ def authenticate_collateral(
 
 
 def _collateral(collateral: Collateral, now: int | None, root: TrustedRoot, grace: int) -> VerifiedCollateral:
+    _check_kind("collateral", collateral, Collateral, "Collateral.load")
     _check_kind("root", root, TrustedRoot, "TrustedRoot.from_der")
     check_seconds("grace", grace)
     issuer, issuer_key, issuer_terms, issuer_notes = _signer(root, collateral.pck_crl_issuer_chain, _PCK_CA)  # 3-8
@@ -420,26 +432,26 @@ _ENCLAVE_LEVELS: Final = checked("TCB", 35, 36)
 _REPORT_DATA: Final = checked("report data", 37)
 
 
-def verify(
+def verify_genuine(
     data: BytesLike,
     collateral: Collateral,
     *,
     now: int,
-    expected_report_data: bytes | None,
+    report_data: bytes | None,
     root: TrustedRoot = INTEL_ROOT,
     grace: int = 0,
     sgx: bool = False,
 ) -> Verdict:
-    """All stages, and step 37: the report data are the 64 bytes that the caller expects.
+    """Verify a quote with all stages, without a policy: the result says that it is genuine, not that it is acceptable.
 
-    The other arguments are those of `open_quote` and `verify_collateral`. Pass None for ``expected_report_data`` only
-    if something else binds the quote to whom you speak with: a genuine quote of another machine verifies as well.
-    Raises `QuoteFormatError` and `VerificationError`; `TypeError` for arguments of another type.
+    ``report_data`` are the 64 bytes that it must bind (step 37). Pass None only if something else binds the quote to
+    whom you speak with: a genuine quote of another machine verifies as well. The other arguments are those of
+    `open_quote` and `verify_collateral`. Raises `VerificationError`; `TypeError` for arguments of another type.
     """
     opened = open_quote(data, now=now, root=root, sgx=sgx)
     verified = verify_collateral(collateral, now=now, root=root, grace=grace)
     _check_belongs(opened, verified, now)
-    return _judge(check_signed(opened), verified, now, expected_report_data)
+    return _judge(check_signed(opened), verified, now, report_data)
 
 
 def forget() -> None:

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from chutes_proto.auth.certificates import ClientKey
     from chutes_proto.effects import Flow
     from chutes_proto.quote._collateral import VerifiedCollateral
-    from chutes_proto.quote._policy import Appraisal
+    from chutes_proto.quote._policy import AcceptedVerdict
     from chutes_proto.quote._verify import Verdict
     from chutes_proto.server._service import Service
 
@@ -119,7 +119,7 @@ def _no_collateral(reason: str) -> Unavailable:
     return Unavailable(Code.COLLATERAL_UNAVAILABLE, text, reason=reason, retry_after=10)
 
 
-def appraise(service: Service, evidence: Evidence, stage: Literal["boot", "runtime"]) -> Appraisal:
+def appraise(service: Service, evidence: Evidence, stage: Literal["boot", "runtime"]) -> AcceptedVerdict:
     """Steps 5 and 6. Raises `Refused`; its reason lists all that is not acceptable, with values got and expected."""
     try:
         return service.policy.appraise(evidence.verdict, stage=stage)

@@ -1,1 +1,17 @@
-"""What tests of this project and of its users need: a simulated TDX platform, playbooks, the store contract suite."""
+"""What tests of this project and of its users need: a simulated TDX platform, playbooks, the store contract suite.
+
+platform = SimulatedPlatform(b"the world of my tests")
+quote, collateral, root = platform.quote(report_data), platform.collateral(now), platform.root
+faulty = platform.having("debug").quote(report_data)
+"""
+
+from typing import TYPE_CHECKING
+
+from chutes_proto._lazy import lazily
+
+if TYPE_CHECKING:
+    from chutes_proto.testing._platform import SimulatedPlatform
+else:
+    __getattr__ = lazily(globals(), {"chutes_proto.testing._platform": "SimulatedPlatform"})
+
+__all__ = ["SimulatedPlatform"]

@@ -115,6 +115,11 @@ class SimulatedPlatform:
         return TrustedRoot.from_der(self.root_der)
 
     @property
+    def profile(self) -> Profile:
+        """The measurements of the image that an honest TD runs."""
+        return PROFILE
+
+    @property
     def fmspc(self) -> bytes:
         return self._draw("FMSPC", 6)
 

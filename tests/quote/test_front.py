@@ -1,0 +1,165 @@
+"""The public package: its names, that they are imported late, and the one call that decides."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from chutes_proto import quote
+from chutes_proto.errors import FileUnavailable
+from chutes_proto.quote import (
+    AcceptedVerdict,
+    AllOf,
+    AppraisalError,
+    Collateral,
+    CollateralFormatError,
+    Policy,
+    PolicyError,
+    QuoteError,
+    QuoteFormatError,
+    TcbPolicy,
+    VerificationError,
+    verify,
+    verify_genuine,
+)
+from tests.quote.simulated import NOW, PLATFORM, PROFILE, REPORT_DATA, ROOT, collateral_of, verdict_of
+
+POLICY = Policy(profiles=(PROFILE,))
+
+SURFACE = """
+AcceptedVerdict AllOf AnyOf AnyPolicy AppraisalError AttributePolicy Collateral CollateralFormatError Event EventLog
+EventLogFormatError EventLogMismatchError INTEL_ROOT IdentityPolicy OpenedQuote PckIdentity Policy PolicyError Profile
+Quote QuoteError QuoteFormatError Refusal ReplayedLog SgxAttributes SgxReport SignedQuote Stage TcbPolicy TcbStatus
+TdAttributes TdReport10 TdReport15 TdReport15Ex TrustedRoot Verdict VerificationError VerifiedCollateral Xfam
+check_signed first_difference open_quote parse_event_log parse_policy_toml parse_profiles_json parse_profiles_toml
+parse_quote replay verify verify_collateral verify_genuine verify_quote
+"""
+"""Reviewed: what is here cannot change without notice."""
+
+
+# --- names ---
+
+
+def test_the_surface_is_the_one_that_was_reviewed() -> None:
+    assert sorted(quote.__all__) == sorted(SURFACE.split())
+
+
+def test_importing_the_package_imports_nothing_else() -> None:
+    text = "import sys; old = {*sys.modules}; import chutes_proto.quote; print(*{*sys.modules} - old)"
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, check=True, text=True, env={})
+    of_project = {name for name in done.stdout.split() if name.startswith("chutes_proto")}
+    assert of_project == {"chutes_proto", "chutes_proto._lazy", "chutes_proto.quote"}
+    assert {"attrs", "cryptography", "msgspec"}.isdisjoint(done.stdout.split())
+
+
+# --- verify ---
+
+
+def _verify(data: bytes, collateral: Collateral, **options: Any) -> AcceptedVerdict:
+    usual: dict[str, Any] = {"now": NOW, "report_data": REPORT_DATA, "policy": POLICY, "root": ROOT}
+    return verify(data, collateral, **usual | options)
+
+
+def test_what_the_policy_accepts_is_returned() -> None:
+    verdict = _verify(PLATFORM.quote(REPORT_DATA), collateral_of(PLATFORM))
+    assert verdict
+    assert (verdict.profile, verdict.stage, verdict.tcb_status) == (PROFILE, "boot", "UpToDate")
+    assert verdict.quote.body.report_data == REPORT_DATA
+    runtime = PLATFORM.quote(REPORT_DATA, stage="runtime")
+    assert _verify(runtime, collateral_of(PLATFORM), stage="runtime").stage == "runtime"
+
+
+@pytest.mark.parametrize(
+    ("fault", "step", "code", "got", "expected"),
+    [
+        ("truncated_body", 0, "quote_too_short", 548, "at least 632"),
+        ("version", 0, "quote_version", 6, "4 or 5"),
+        ("auth_trailing", 0, "quote_structure", None, None),
+        ("cert_type", 2, "certification_type", 4, 5),
+        ("tcb_revoked", 36, "tcb_revoked", None, None),
+        ("tcb_out_of_date", 38, "tcb_status", "OutOfDate", "UpToDate"),
+        ("migratable", 38, "migratable", "0x0000000030000000", "bit 29 clear"),
+        ("rtmr1", 38, "measurement_mismatch", None, PROFILE.boot[1].hex()),
+    ],
+)
+def test_every_refusal_is_one_error_with_its_step(fault: str, step: int, code: str, got: Any, expected: Any) -> None:
+    platform = PLATFORM.having(fault)
+    quote_bytes = platform.quote(REPORT_DATA)
+    with pytest.raises(VerificationError) as caught:
+        _ = _verify(quote_bytes, collateral_of(platform))
+    exc = caught.value
+    if fault == "rtmr1":
+        got = quote.parse_quote(quote_bytes).body.rtmrs[1].hex()  # type: ignore[union-attr]
+    assert (exc.step, exc.code, exc.got, exc.expected) == (step, code, got, expected)
+    assert isinstance(exc, AppraisalError) == (step == 38)
+    assert isinstance(exc, QuoteFormatError) == (step == 0)
+
+
+def test_all_reasons_are_there_and_the_first_is_the_errors() -> None:
+    platform = PLATFORM.having("debug", "tcb_out_of_date", "rtmr1")
+    with pytest.raises(AppraisalError) as caught:
+        _ = _verify(platform.quote(REPORT_DATA), collateral_of(platform))
+    exc = caught.value
+    assert [refusal.code for refusal in exc.refusals] == ["tcb_status", "debug", "measurement_mismatch"]
+    assert (exc.code, exc.subject, exc.problem) == ("tcb_status", "tcb", exc.refusals[0].detail)
+
+
+def test_report_data_and_policy_must_be_said() -> None:
+    parameters = inspect.signature(verify).parameters
+    for name in ("now", "report_data", "policy"):
+        assert (parameters[name].kind, parameters[name].default) == (inspect.Parameter.KEYWORD_ONLY, inspect._empty)
+    data, collateral = PLATFORM.quote(REPORT_DATA), collateral_of(PLATFORM)
+    with pytest.raises(VerificationError, match="report data"):
+        _ = _verify(data, collateral, report_data=bytes(64))
+    assert _verify(data, collateral, report_data=None).steps[-1] == 36
+    for wrong in (None, "policy.toml", SimpleNamespace(appraise=lambda verdict, stage: verdict)):
+        with pytest.raises(TypeError, match=r"policy: must be a Policy, AllOf or AnyOf, as of Policy\.load"):
+            _ = _verify(data, collateral, policy=wrong)
+    with pytest.raises(TypeError, match=r"as of Collateral\.load"):
+        _ = _verify(data, "collateral.json")  # type: ignore[arg-type]
+
+
+def test_a_verdict_without_a_policy_is_neither_true_nor_false() -> None:
+    """``if verify_genuine(…)`` admitted debug TDs and platforms that are out of date."""
+    verdict = verdict_of(PLATFORM, "debug")
+    for use in (bool, lambda value: value and 1, lambda value: not value, lambda value: all([value])):
+        with pytest.raises(TypeError, match="policy"):
+            use(verdict)
+    assert all([verdict is not None, AllOf((POLICY,)).appraise(verdict_of(PLATFORM), stage="boot")])
+    data, collateral = PLATFORM.quote(REPORT_DATA), collateral_of(PLATFORM)
+    genuine = verify_genuine(data, collateral, now=NOW, report_data=REPORT_DATA, root=ROOT)
+    assert not isinstance(genuine, AcceptedVerdict)
+
+
+# --- files ---
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_collateral_and_policies_are_loaded_from_files(tmp_path: Path, kind: Any) -> None:
+    collateral, policy = tmp_path / "collateral.json", tmp_path / "policy.toml"
+    _ = collateral.write_bytes(PLATFORM.collateral_json(NOW))
+    _ = policy.write_text(f'[tcb]\naccepted_statuses = ["UpToDate", "OutOfDate"]\n{PROFILE.to_toml()}')
+    assert Collateral.load(kind(collateral)) == collateral_of(PLATFORM)
+    accepting = TcbPolicy(accepted_statuses=frozenset({quote.TcbStatus.UP_TO_DATE, quote.TcbStatus.OUT_OF_DATE}))
+    assert Policy.load(kind(policy)) == Policy(tcb=accepting, profiles=(PROFILE,))
+
+
+@pytest.mark.parametrize(
+    ("load", "error"),
+    [(Collateral.load, CollateralFormatError), (Policy.load, PolicyError)],
+    ids=["collateral", "policy"],
+)
+def test_a_file_that_cannot_be_loaded_is_named(tmp_path: Path, load: Any, error: type[QuoteError]) -> None:
+    bad = tmp_path / "bad"
+    with pytest.raises(FileUnavailable, match=re.escape(str(bad))):
+        load(bad)
+    _ = bad.write_bytes(b'unknown_key = "value"')
+    with pytest.raises(error, match=re.escape(f"{bad}: ")):
+        load(bad)
