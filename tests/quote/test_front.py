@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,7 @@ from chutes_proto.quote import (
     verify,
     verify_genuine,
 )
+from tests.conftest import ROOT as PROJECT
 from tests.quote.simulated import NOW, PLATFORM, PROFILE, REPORT_DATA, ROOT, collateral_of, verdict_of
 
 POLICY = Policy(profiles=(PROFILE,))
@@ -163,3 +165,36 @@ def test_a_file_that_cannot_be_loaded_is_named(tmp_path: Path, load: Any, error:
     _ = bad.write_bytes(b'unknown_key = "value"')
     with pytest.raises(error, match=re.escape(f"{bad}: ")):
         load(bad)
+
+
+# --- examples ---
+
+
+def test_the_example_verifies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("time.time", lambda: NOW)
+    main = runpy.run_path(str(PROJECT / "examples" / "verify_quote.py"))["main"]
+
+    def run(*faults: str) -> object:
+        platform = PLATFORM.having(*faults)
+        for name, data in (
+            ("quote.bin", platform.quote(REPORT_DATA)),
+            ("collateral.json", platform.collateral_json(NOW)),
+            ("policy.toml", PROFILE.to_toml().encode()),
+            ("root.der", platform.root_der),
+        ):
+            _ = (tmp_path / name).write_bytes(data)
+        files = [tmp_path / name for name in ("quote.bin", "collateral.json", "policy.toml")]
+        return main(*files, REPORT_DATA.hex(), tmp_path / "root.der")
+
+    assert run() == 0
+    assert capsys.readouterr().out == f"accepted: simulated, MRTD {PROFILE.mrtd.hex()}, TCB UpToDate\n"
+    assert run("tcb_out_of_date") == "refused: tcb_status (step 38, got OutOfDate, expected UpToDate)"
+
+
+def test_the_example_tests_pass() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "examples/test_with_quotes.py"]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "6 passed" in done.stdout
