@@ -228,13 +228,11 @@ def quoter(site: Path) -> str:
 
 
 def test_the_service_is_what_the_files_say(site: Path) -> None:
-    edit(
-        site, 'hotkeys = "*"', f'hotkeys = ["{HOTKEY}"]\nnetuid = 7\nplatform_binding = "off"\nlimits.verifications = 3'
-    )
+    edit(site, 'hotkeys = "*"', f'hotkeys = ["{HOTKEY}"]\nnetuid = 7\nlimits.verifications = 3')
     setup = make_setup(ServerConfig.load(site / "server.toml"))
     service = setup.service
     assert service.hotkeys == frozenset({HOTKEY})
-    assert (service.netuid, service.platform_binding, service.verifications.size) == (7, "off", 3)
+    assert (service.netuid, service.verifications.size) == (7, 3)
     assert service.root == TrustedRoot.from_der(PLATFORM.root_der)
     assert service.trust.endswith(service.root.digest.hex())
     assert service.profiles["simulated"].image_passphrase is None

@@ -77,16 +77,16 @@ def test_a_prune_retires_and_makes_nothing() -> None:
     assert prune([], 9) == Change()
 
 
-def test_a_pruned_key_comes_back_or_not() -> None:
+def test_a_pruned_key_comes_back() -> None:
     pruned = [row(1, "retired"), row(2, "retired", retirement="prune")]
     assert fetch(pruned, never) == Supply((row(2),), word="revived", current=row(2))
-    anew = fetch(pruned, row, "new")
+    anew = rekey(pruned, row, 9)
     assert (anew.word, anew.current) == ("created", row(3))
     assert anew.updated == (row(2, "retired", retirement="relisted"),)
 
 
 def test_a_key_that_a_newer_one_followed_does_not_come_back() -> None:
-    after = play([("fetch", "new"), ("prune", ""), ("rekey", ""), ("prune", "")])
+    after = play(["fetch", "prune", "rekey", "prune"])
     back = fetch(after, never)
     assert back.current.generation == 2
 
@@ -126,12 +126,10 @@ def test_a_candidate_is_handed_out_until_it_is_decided_on() -> None:
     assert again == HandOut(current=row(1), next=row(2, "candidate"))
 
 
-def test_what_was_pruned_comes_back_with_a_candidate_or_not() -> None:
+def test_what_was_pruned_comes_back_with_a_candidate() -> None:
     pruned = [row(1, "retired", retirement="prune")]
     back = hand_out(pruned, seal)
     assert (back.updated, back.current, back.next) == ((row(1),), row(1), row(2, "candidate"))
-    anew = hand_out(pruned, seal, "new")
-    assert (anew.current, anew.next) == (None, row(2))
 
 
 def test_a_promotion_is_provisional_and_pins_what_it_superseded() -> None:
@@ -224,16 +222,16 @@ def check_unique(table: dict[int, GenerationRow]) -> None:
     assert states["candidate"] <= 1
 
 
-def play(calls: list[tuple[str, str]]) -> list[GenerationRow]:
+def play(calls: list[str]) -> list[GenerationRow]:
     """The rows after these calls, starting from none; asserts what holds after each."""
     rows: list[GenerationRow] = []
     ever: dict[int, bytes | None] = {}
-    for at, (call, pruned) in enumerate(calls):
+    for at, call in enumerate(calls):
         before = active(rows)
         change: Change
         match call:
             case "fetch":
-                change = fetch(reversed(rows), row, "revive" if pruned == "revive" else "new")
+                change = fetch(reversed(rows), row)
             case "rekey":
                 change = rekey(reversed(rows), row, at)
             case "prune":
@@ -254,6 +252,6 @@ def play(calls: list[tuple[str, str]]) -> list[GenerationRow]:
     return rows
 
 
-@given(st.lists(st.tuples(st.sampled_from(["fetch", "rekey", "prune", "disown"]), st.sampled_from(["revive", "new"]))))
-def test_any_calls_lose_nothing(calls: list[tuple[str, str]]) -> None:
+@given(st.lists(st.sampled_from(["fetch", "rekey", "prune", "disown"])))
+def test_any_calls_lose_nothing(calls: list[str]) -> None:
     play(calls)

@@ -45,7 +45,7 @@ def _base_ours(world: World, choices: Choices, missing: bool) -> bool:
     volumes = [OTHER] if missing else [VOLUME]
     unit = sync(granted, "body", *volumes)
     formatted = frozenset({VOLUME} if world.slots and not missing else ())
-    keys = _again(world, evolve(unit, formatted=formatted, pruned=world.policy.pruned), choices)
+    keys = _again(world, evolve(unit, formatted=formatted), choices)
     return not missing and _open_or_format(world, keys, choices, consent=True)
 
 
@@ -55,7 +55,7 @@ def _base_deployed(world: World, choices: Choices, missing: bool) -> bool:
         unit = sync(granted, "body", OTHER)
     else:
         unit = sync(granted, "body", VOLUME, rekey=[] if world.slots else [VOLUME])
-    keys = world.ask(evolve(unit, certificate=None, pruned=world.policy.pruned), choices)
+    keys = world.ask(evolve(unit, certificate=None), choices)
     return not missing and _open_or_format(world, keys, choices, consent=False)
 
 
@@ -73,7 +73,7 @@ def _two_phase_ours(world: World, choices: Choices, missing: bool) -> bool:
     granted = world.granted()
     formatted = [VOLUME] if world.slots and not missing else []
     unit = attest(granted, "body", OTHER if missing else VOLUME, formatted=formatted)
-    handed = _again(world, evolve(unit, pruned=world.policy.pruned), choices)
+    handed = _again(world, unit, choices)
     if missing:
         return False
     current, following = _pair(handed)
@@ -95,7 +95,7 @@ def _two_phase_ours(world: World, choices: Choices, missing: bool) -> bool:
 def _two_phase_deployed(world: World, choices: Choices, missing: bool) -> bool:
     """As image 1.3 does: asks once, acts on the status alone, and takes the new key off again if it is not 200."""
     granted = world.granted()
-    unit = evolve(attest(granted, "body", OTHER if missing else VOLUME), pruned=world.policy.pruned)
+    unit = attest(granted, "body", OTHER if missing else VOLUME)
     handed = world.ask(unit, choices)
     if missing:
         return False

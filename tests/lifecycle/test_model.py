@@ -1,8 +1,8 @@
 """No key is ever lost: all that can befall a VM with one volume, and its disk opens afterwards.
 
-Tried are both exchanges, both policies for pruned volumes, our agent and the deployed clients; each message lost,
-doubled or delayed to any later point; VM and server killed before and after each effect; the disk missing for a boot.
-Two such boots exhaustively, of a blank disk and of a formatted one; longer lives at random.
+Tried are both exchanges, our agent and the deployed clients; each message lost, doubled or delayed to any later point;
+VM and server killed before and after each effect; the disk missing for a boot. Two such boots exhaustively, of a blank
+disk and of a formatted one; longer lives at random.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from chutes_proto.errors import Refused
 from chutes_proto.keys import generations
-from chutes_proto.keys.generations import Change, HandOut, Pruned
+from chutes_proto.keys.generations import Change, HandOut
 from chutes_proto.store.rows import Exchange, ReadVm, UpdateGeneration, VmRow
 from chutes_proto.testing.store_suite import VM, boot
 from chutes_proto.units import rotation
@@ -31,9 +31,8 @@ from tests.lifecycle.world import VOLUME, Choices, Policy, World, explore
 T = TypeVar("T")
 
 EXCHANGES: tuple[Exchange, ...] = ("base", "two-phase")
-PRUNED: tuple[Pruned, ...] = ("revive", "new")
-POLICIES = [Policy(*policy) for policy in itertools.product(EXCHANGES, PRUNED, (True, False))]
-DEPLOYED = Policy("two-phase", "revive", ours=False)
+POLICIES = [Policy(*policy) for policy in itertools.product(EXCHANGES, (True, False))]
+DEPLOYED = Policy("two-phase", ours=False)
 RECOVERY = 3
 """How many undisturbed boots it may take until the VM is up again."""
 STEADY = 2
@@ -78,13 +77,9 @@ def comes_up(world: World) -> int | None:
 
 
 def is_excused(world: World) -> bool:
-    """The two exceptions: a rekey that no format followed, and a pruned volume that is listed again without revival.
-
-    Both end with an operator's restore, so that is tried.
-    """
+    """The exception: a rekey that no format followed. It ends with an operator's restore, so that is tried."""
     opening = [row for row in world.rows() if world.opens(row) and row.state == "retired"]
-    allowed: set[str | None] = {"prune", "relisted"} if world.policy.pruned == "new" else set()
-    allowed |= set() if world.policy.ours else {"rekey", "relisted"}  # "relisted": a prune came before the rekey
+    allowed = set() if world.policy.ours else {"rekey", "relisted"}  # "relisted": a prune came before the rekey
     if world.policy.exchange != "base" or not opening or not {row.retirement for row in opening} <= allowed:
         return False
     restored = world.copy()
@@ -143,8 +138,8 @@ def test_every_life_of_a_few_boots(policy: Policy, figure: Callable[[str], None]
         assert search.run(bound.boots) is None
         assert len(search.settled) > 15
         assert search.ways > 200
-        # the exceptions are reached where they are said to be, and nowhere else
-        assert bool(search.excused) == (policy.exchange == "base" and not (policy.ours and policy.pruned == "revive"))
+        # the exception is reached where it is said to be, and nowhere else
+        assert bool(search.excused) == (policy.exchange == "base" and not policy.ours)
         # a deployed client may have to wait for its turn of the two keys; ours tries both
         assert search.slowest == (2 if policy.exchange == "two-phase" and not policy.ours else 1)
         told = f"{search.ways} lives to {len(search.settled)} worlds; {search.excused} need an operator's restore"
@@ -155,7 +150,7 @@ def test_every_life_of_a_few_boots(policy: Policy, figure: Callable[[str], None]
 def test_the_way_back_to_the_base_exchange(ours: bool) -> None:
     """It is refused, unless an operator allows it. Then the active key is given, and opens, but where the deployed
     client did not hear of its last rotation: there the pinned key does, once it is restored or the VM comes back."""
-    policy = Policy("two-phase", "revive", ours)
+    policy = Policy("two-phase", ours)
     formatted = World(policy)
     assert undisturbed(formatted)
     locked = 0
@@ -210,7 +205,7 @@ def test_long_lives(policy: Policy, data: st.DataObject) -> None:
 
 
 def hand_out_without_turns(*arguments: Any) -> HandOut:
-    return HAND_OUT(*arguments[:3])
+    return HAND_OUT(*arguments[:2])
 
 
 def confirm_retires_what_was_not_rotated(
@@ -237,7 +232,7 @@ def fetch_that_always_renews(rows: Any, seal: Any, *_: Any) -> Any:
 
 
 HAND_OUT, CONFIRM, PRUNE = generations.hand_out, generations.confirm, generations.prune
-BASE = Policy("base", "revive", ours=True)
+BASE = Policy("base", ours=True)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,6 @@ from typing import Any, TypeVar
 from attrs import define, evolve, field, frozen
 
 from chutes_proto.errors import Refused
-from chutes_proto.keys.generations import Pruned
 from chutes_proto.keys.vault import Address
 from chutes_proto.store._memory import MemoryStore
 from chutes_proto.store._run import Unit
@@ -125,11 +124,10 @@ class Policy:
     """What is the same in a whole run."""
 
     exchange: Exchange
-    pruned: Pruned
     ours: bool
 
     def __str__(self) -> str:
-        return f"{self.exchange}, pruned {self.pruned}, {'our agent' if self.ours else 'deployed client'}"
+        return f"{self.exchange}, {'our agent' if self.ours else 'deployed client'}"
 
 
 @define

@@ -221,8 +221,6 @@ def test_names_are_bound_to_their_platform(world):
     world.platform = world.platform.another(1)
     assert refusal(world.boot())[:2] == (403, Code.PLATFORM_MISMATCH)
     assert answer(world.boot(vm_name="vm-2"))
-    world.app = App(service(platform_binding="off"))
-    assert answer(world.boot())
 
 
 def test_a_platform_has_so_many_names(world):

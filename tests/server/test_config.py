@@ -30,7 +30,7 @@ def problem(text: str) -> str:
 def test_defaults_are_the_documented_ones():
     config = ServerConfig.from_toml(GOOD.encode())
     assert config.volumes == ("storage", "tdx-cache")
-    assert (config.platform_binding, config.pruned, config.exchange_downgrade) == ("pin", "revive", "refuse")
+    assert config.exchange_downgrade == "refuse"
     assert (config.roots, config.netuid, config.hotkeys) == ("intel", 64, "*")
     assert config.listen_address == ("127.0.0.1", 8443)
     assert config.store == "sqlite:/var/lib/chutes/keys.db"
@@ -65,8 +65,13 @@ def test_collateral_from_services():
         ('netuid = "64"', "netuid"),
         ("netuid = true", "netuid"),
         ("netuid = 6.4", "netuid"),
-        ('platform_binding = "Pin"', "platform_binding"),
-        ('pruned = ""', "pruned"),
+        (
+            'platform_binding = "off"',
+            "platform_binding: this setting is gone, remove it; a VM's name is served",
+        ),
+        ('pruned = "new"', "pruned: this setting is gone, remove it; a volume that a sync left out"),
+        ("pruned = 1\nnetuid = true", "netuid"),
+        ("limits.pruned = 1", "limits.pruned: Unknown key"),
         ("volumes = []", "volumes"),
         ("volumes = [1]", "volumes.0"),
         ('volumes = "storage"', "volumes"),

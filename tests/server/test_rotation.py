@@ -234,22 +234,11 @@ def test_the_quote_is_of_the_runtime_stage_and_of_the_boots_platform(world):
     assert answer(attest(world, nonce))
 
 
-def test_the_platform_is_the_boots_also_where_names_are_bound_to_none(world):
-    world.app = App(two_phase(platform_binding="off"))
-    nonce, home = quote_nonce(world), world.platform
-    world.platform = home.another(1)
-    assert refusal(attest(world, nonce))[:2] == (403, Code.PLATFORM_MISMATCH)
-    world.platform = home
-    assert answer(attest(world, nonce))
-
-
 def test_a_name_that_was_rebound_meanwhile(world):
     nonce = quote_nonce(world)
     (claim,) = world.rows(VmRow)
     world.store.transact(Ask(Put(evolve(claim, pin=evolve(claim.pin, value=bytes(16))))))
     assert refusal(attest(world, nonce))[:2] == (403, Code.PLATFORM_MISMATCH)
-    world.app = App(two_phase(platform_binding="off"))
-    assert answer(attest(world, nonce))
 
 
 @pytest.mark.parametrize("busy", ["collateral", "slots", "store"])

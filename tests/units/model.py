@@ -118,9 +118,9 @@ class Volume:
         self.in_use, self.may_format = self.in_use or reported, False
         return barred
 
-    def hand_out(self, current: bytes | None, following: bytes, revive: bool, kek: str, at: int) -> None:
+    def hand_out(self, current: bytes | None, following: bytes, kek: str, at: int) -> None:
         """An attestation of the VM was given these."""
-        key = self.revive() if revive else self.active
+        key = self.revive()
         if key is None:
             assert current is None
             self.make(following, kek, at)
@@ -197,8 +197,8 @@ class Machine:
         assert [name for name, _ in answer.passphrases] == [*unit.volumes]
         for name, passphrase in answer.passphrases:
             volume, text = self.volumes[name], passphrase.reveal()
-            key = volume.revive() if unit.pruned == "revive" and name not in unit.rekey else volume.active
-            if key is None or name in unit.rekey:
+            key = None if name in unit.rekey else volume.revive()
+            if key is None:
                 assert text not in self.texts
                 volume.make(text, kek, unit.now)
             else:
@@ -214,7 +214,7 @@ class Machine:
             volume = self.volumes[name]
             assert volume.is_barred(name in (unit.formatted or ())) == (name in answer.in_use)
             current = None if pair.current is None else pair.current.reveal()
-            volume.hand_out(current, pair.next.reveal(), unit.pruned == "revive", kek, unit.now)
+            volume.hand_out(current, pair.next.reveal(), kek, unit.now)
         self.attested = granted
 
     def confirmed(self, unit: ConfirmVolumes, given: HandedKeys) -> tuple[tuple[str, Result], ...] | None:

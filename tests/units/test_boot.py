@@ -253,15 +253,6 @@ def test_a_proven_claim_is_taken_over_by_no_boot(store: MemoryStore) -> None:
     assert claim(store).proven
 
 
-def test_without_binding_any_platform_boots_and_the_claim_stays(store: MemoryStore) -> None:
-    first = store.transact(boot("first"))
-    moved = evolve(boot("moved", now=NOW + 1), platform=AWAY, hotkey_proven=True, platform_binding="off")
-    assert store.transact(moved).root == first.root
-    assert (claim(store).pin, claim(store).proven, claim(store).last_boot_at) == (HOME.pin, False, NOW + 1)
-    store.transact(boot("home"))
-    refused(store, evolve(boot("bound again"), platform=AWAY), Code.PLATFORM_MISMATCH)
-
-
 def import_key(store: MemoryStore, state: str = "active") -> None:
     row = Keeper(VM, VAULT, NOW, "import").sealer("storage", fresh("imported"))(1)
     store.transact(Ask(Insert(row)))
@@ -281,12 +272,6 @@ def test_a_free_name_that_holds_keys_is_opened_by_a_signature_only(store: Memory
     assert (answer.passphrases[0][1] == fresh("imported").passphrase) == (state == "active")
 
 
-def test_a_free_name_that_holds_keys_opens_where_nothing_is_bound(store: MemoryStore) -> None:
-    import_key(store)
-    store.transact(evolve(boot("unsigned"), platform_binding="off"))
-    assert claim(store).pin == HOME.pin
-
-
 def test_a_purged_key_holds_no_name(store: MemoryStore) -> None:
     row = Keeper(VM, VAULT, NOW, "import").sealer("storage", fresh("imported"))(1)
     store.transact(Ask(Insert(evolve(row, state="purged", sealed=None, kek_id=None, wrapped_key=None))))
@@ -299,7 +284,6 @@ def test_a_platform_holds_so_many_names(store: MemoryStore) -> None:
     third = evolve(boot("third", vm=Vm(VM.hotkey, "vm-2")), claims_per_platform=2)
     refusal = refused(store, third, Code.PLATFORM_MISMATCH)
     assert "holds 2 names, claims_per_platform is 2" in refusal.reason
-    refused(store, evolve(third, platform_binding="off"), Code.PLATFORM_MISMATCH)
     store.transact(evolve(boot("known", vm=Vm(VM.hotkey, "vm-1")), claims_per_platform=2))
     store.transact(evolve(third, platform=AWAY))
     takeover = evolve(boot("takeover", vm=third.vm), hotkey_proven=True, claims_per_platform=2)

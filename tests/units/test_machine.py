@@ -75,7 +75,6 @@ VAULTS = [Vault(*KEKS), Vault(*reversed(KEKS))]
 NOTHING: set[str] = set()
 
 some_volumes = st.lists(st.sampled_from(VOLUMES), min_size=1, max_size=2, unique=True)
-some_policy = st.sampled_from(["revive", "revive", "new"])
 
 
 class Calls(RuleBasedStateMachine):
@@ -114,13 +113,12 @@ class Calls(RuleBasedStateMachine):
 
     @initialize(vm=st.sampled_from(VMS), exchange=st.sampled_from(["base", "two-phase"]))
     def first_boot(self, vm: Vm, exchange: Exchange) -> None:
-        self.boot(vm, "north", False, "pin", False, exchange, "refuse", None)
+        self.boot(vm, "north", False, False, exchange, "refuse", None)
 
     @rule(
         vm=st.sampled_from(VMS),
         home=st.sampled_from(PLATFORMS),
         proven=st.booleans(),
-        binding=st.sampled_from(["pin", "pin", "pin", "off"]),
         needs_certificate=st.booleans(),
         exchange=st.sampled_from(["base", "two-phase"]),
         downgrade=st.sampled_from(["refuse", "allow"]),
@@ -131,7 +129,6 @@ class Calls(RuleBasedStateMachine):
         vm: Vm,
         home: str,
         proven: bool,
-        binding: Literal["pin", "off"],
         needs_certificate: bool,
         exchange: Exchange,
         downgrade: Literal["refuse", "allow"],
@@ -141,7 +138,6 @@ class Calls(RuleBasedStateMachine):
             boot(self.label(), now=self.now, vm=vm),
             platform=platform(home),
             hotkey_proven=proven,
-            platform_binding=binding,
             token_needs_certificate=needs_certificate,
             exchange=exchange,
             exchange_downgrade=downgrade,
@@ -156,9 +152,9 @@ class Calls(RuleBasedStateMachine):
         outcome = self.do(unit)
         known = self.vms.get(vm, Machine())
         room = sum(machine.platform == home for machine in self.vms.values()) < NAMES_PER_PLATFORM
-        takes_over = known.platform not in (None, home) and binding == "pin"
+        takes_over = known.platform not in (None, home)
         if known.platform is None:
-            free = not known.holds_keys or proven or binding == "off"
+            free = not known.holds_keys or proven
         else:
             free = not takes_over or (proven and not known.proven)
         if not free or ((known.platform is None or takes_over) and not room):
@@ -182,8 +178,7 @@ class Calls(RuleBasedStateMachine):
             known.attested = None
         if takes_over or known.platform is None:
             known.platform = home
-        if known.platform == home:
-            known.proven |= proven
+        known.proven |= proven
         known.two_phase |= exchange == "two-phase"
         known.booted = True
         assert outcome.root is not None
@@ -216,7 +211,6 @@ class Calls(RuleBasedStateMachine):
         formatted=st.none() | st.frozensets(st.sampled_from(VOLUMES)),
         caller=st.sampled_from(["own", "own", "own", "bare", "other"]),
         vm=st.none() | st.none() | st.none() | st.sampled_from(VMS),
-        pruned=some_policy,
     )
     def sync(
         self,
@@ -226,7 +220,6 @@ class Calls(RuleBasedStateMachine):
         formatted: frozenset[str] | None,
         caller: str,
         vm: Vm | None,
-        pruned: Literal["revive", "new"],
     ) -> None:
         token = self.tokens[which % len(self.tokens)]
         rekey = rekey & set(volumes)
@@ -236,7 +229,6 @@ class Calls(RuleBasedStateMachine):
             vm=vm or token.granted.vm,
             certificate={"own": token.granted.certificate, "bare": None, "other": bytes(32)}[caller],
             formatted=formatted,
-            pruned=pruned,
             vault=self.vault,
         )
         outcome = self.do(unit)
@@ -254,18 +246,17 @@ class Calls(RuleBasedStateMachine):
         vm=st.sampled_from(VMS),
         volumes=some_volumes,
         rekey=st.sets(st.sampled_from(VOLUMES), max_size=1),
-        pruned=some_policy,
         times=st.integers(1, 4),
     )
-    def honest(self, vm: Vm, volumes: list[str], rekey: set[str], pruned: Literal["revive", "new"], times: int) -> None:
+    def honest(self, vm: Vm, volumes: list[str], rekey: set[str], times: int) -> None:
         """A VM boots where it belongs and syncs, as nearly all do; and again."""
         for _ in range(times):
             if self._honest_boot(vm, "base"):
-                self.sync(-1, volumes, rekey, None, "own", None, pruned)
+                self.sync(-1, volumes, rekey, None, "own", None)
 
     def _honest_boot(self, vm: Vm, exchange: Exchange) -> bool:
         known, before = self.vms.get(vm, Machine()), len(self.tokens)
-        self.boot(vm, known.platform or "north", False, "pin", False, exchange, "allow", None)
+        self.boot(vm, known.platform or "north", False, False, exchange, "allow", None)
         return len(self.tokens) > before
 
     @precondition(lambda self: any(token.spent for token in self.tokens))
@@ -310,7 +301,6 @@ class Calls(RuleBasedStateMachine):
         formatted=st.none() | st.frozensets(st.sampled_from(VOLUMES)),
         caller=st.sampled_from(["own", "own", "own", "own", "other", "moved"]),
         vm=st.none() | st.none() | st.none() | st.sampled_from(VMS),
-        pruned=some_policy,
         again=st.booleans(),
     )
     def attest(
@@ -320,12 +310,11 @@ class Calls(RuleBasedStateMachine):
         formatted: frozenset[str] | None,
         caller: str,
         vm: Vm | None,
-        pruned: Literal["revive", "new"],
         again: bool,
     ) -> None:
         token = self.tokens[which % len(self.tokens)]
         granted, body = token.granted, self.label()
-        unit = evolve(attest(granted, body, *volumes), formatted=formatted, pruned=pruned)
+        unit = evolve(attest(granted, body, *volumes), formatted=formatted)
         if again and token.attested:
             unit = evolve(token.attested[0], request_id=entropy(f"again {body}", 16).hex())
         unit = evolve(unit, now=self.now, vm=vm or granted.vm, vault=self.vault)
@@ -398,14 +387,11 @@ class Calls(RuleBasedStateMachine):
         vm=st.sampled_from(VMS),
         volumes=some_volumes,
         rotated=st.none() | st.booleans(),
-        pruned=some_policy,
     )
-    def honest_rotation(
-        self, vm: Vm, volumes: list[str], rotated: bool | None, pruned: Literal["revive", "new"]
-    ) -> None:
+    def honest_rotation(self, vm: Vm, volumes: list[str], rotated: bool | None) -> None:
         """A VM boots where it belongs, attests, and confirms unless it is killed before."""
         if self._honest_boot(vm, "two-phase"):
-            self.attest(-1, volumes, None, "own", None, pruned, False)
+            self.attest(-1, volumes, None, "own", None, False)
             if rotated is not None:
                 self.confirm(-1, dict.fromkeys(volumes, rotated), None, False)
 
@@ -637,7 +623,7 @@ CONFIRM, HAND_OUT, RESTORE, PURGEABLE = (
 
 
 def hand_out_without_turns(*arguments: Any) -> HandOut:
-    return HAND_OUT(*arguments[:3])
+    return HAND_OUT(*arguments[:2])
 
 
 def confirm_pins_nothing(*arguments: Any, **more: Any) -> Change | None:

@@ -210,7 +210,7 @@ def test_another_vms_keys_are_left_alone(store: MemoryStore) -> None:
     assert ("vm-1", "storage", "active") in states
 
 
-def test_a_prune_leaves_a_tombstone_and_the_policy_decides(store: MemoryStore) -> None:
+def test_a_prune_leaves_a_tombstone_which_comes_back_unless_it_is_rekeyed(store: MemoryStore) -> None:
     first = store.transact(sync(granted(store, "1"), "body", "storage", "tdx-cache"))
     store.transact(sync(granted(store, "2"), "body", "tdx-cache"))
     assert audits(store)[-1][2] == "tdx-cache/1 kept, storage/1 retired"
@@ -218,7 +218,7 @@ def test_a_prune_leaves_a_tombstone_and_the_policy_decides(store: MemoryStore) -
     assert revived.passphrases == first.passphrases
     assert audits(store)[-1][2] == "storage/1 revived, tdx-cache/1 kept"
     store.transact(sync(granted(store, "4"), "body", "tdx-cache"))
-    anew = store.transact(evolve(sync(granted(store, "5"), "body", "storage"), pruned="new"))
+    anew = store.transact(sync(granted(store, "5"), "body", "storage", rekey=["storage"]))
     assert anew.passphrases[0] != first.passphrases[0]
     assert audits(store)[-1][2] == "storage/2 created, tdx-cache/1 retired"
 

@@ -30,9 +30,6 @@ K3S_VOLUME = "k3s"
 RESERVED_VOLUMES = frozenset({ROOT_VOLUME, K3S_VOLUME})
 """Keys of the VM itself: made once, never rekeyed, pruned or rotated; a volume never has such a name."""
 
-Pruned: TypeAlias = Literal["revive", "new"]
-"""Policy: what a volume gets that was left out once and is listed again."""
-
 
 @frozen
 class Change:
@@ -78,16 +75,13 @@ def holds_keys(rows: Generations) -> bool:
     return any(row.state != "purged" for row in rows)
 
 
-def fetch(rows: Generations, seal: Seal, pruned: Pruned = "revive") -> Supply:
-    """A key to open or format the disk with: the active one, else the one that a prune retired, else a new one.
-
-    With ``pruned="new"`` a pruned key stays retired and a new one is made.
-    """
+def fetch(rows: Generations, seal: Seal) -> Supply:
+    """A key to open or format the disk with: the active one, else the one that a prune retired, else a new one."""
     rows = tuple(rows)
     if current := active(rows):
         return Supply(word="kept", current=current)
     revivable = next((row for row in rows if row.state == "retired" and row.retirement == "prune"), None)
-    if revivable is not None and pruned == "revive":
+    if revivable is not None:
         current = evolve(revivable, state="active", retired_at=None, retirement=None)
         return Supply((current,), word="revived", current=current)
     return _renew(rows, seal, at=None, word="created")
@@ -99,7 +93,7 @@ def rekey(rows: Generations, seal: Seal, at: int) -> Supply:
     return _renew(rows, seal, at=at, word="rekeyed" if active(rows) else "created")
 
 
-def hand_out(rows: Generations, seal: Seal, pruned: Pruned = "revive", handed: int | None = None) -> HandOut:
+def hand_out(rows: Generations, seal: Seal, handed: int | None = None) -> HandOut:
     """The current key and the next one of a two-phase boot.
 
     Without an active key, and none that comes back as `fetch` has it, there is no current key, and the next one is
@@ -107,7 +101,7 @@ def hand_out(rows: Generations, seal: Seal, pruned: Pruned = "revive", handed: i
     where that was a provisional one, it is the pinned one's turn, and the provisional one is the next.
     """
     rows = tuple(rows)
-    supply = fetch(rows, seal, pruned)
+    supply = fetch(rows, seal)
     if supply.word == "created":
         return HandOut(supply.updated, supply.created, current=None, next=supply.current)
     other = pinned(rows)

@@ -95,7 +95,6 @@ def _claim(
             token_digest=token_digest(token.reveal()),
             quote_digest=evidence.quote_digest,
             peer_address=request.peer_address,
-            platform_binding=service.platform_binding,
             claims_per_platform=service.limits.claims_per_platform,
             exchange_downgrade=service.exchange_downgrade,
             vault=service.vault,

@@ -167,9 +167,7 @@ class ServerConfig:
     roots: str = "intel"
     volumes: tuple[str, ...] = ("storage", "tdx-cache")
     netuid: int = 64
-    platform_binding: Literal["pin", "off"] = "pin"
     exchange_downgrade: Literal["refuse", "allow"] = "refuse"
-    pruned: Literal["revive", "new"] = "revive"
     retention_days: int = 90
     """How long a retired key is kept at least. A server purges nothing: this is for the command ``keys purge``."""
     audit_days: int = 365
@@ -196,7 +194,8 @@ class ServerConfig:
         try:
             return _CONVERTER.from_toml(data, cls, _problems)
         except ProblemsError as exc:
-            raise ConfigurationError(str(exc)) from None
+            told = (_GONE.get(str(problem), str(problem)) for problem in exc.problems)
+            raise ConfigurationError("; ".join(told)) from None
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> ServerConfig:
@@ -213,6 +212,14 @@ class ServerConfig:
         except ConfigurationError as exc:
             raise ConfigurationError(f"{whole}: {exc}") from None
 
+
+_GONE: Final = {
+    "platform_binding: Unknown key": "platform_binding: this setting is gone, remove it; a VM's name is served only"
+    " from the platform that it is bound to, and `chutes-proto vm rebind` binds it to another one",
+    "pruned: Unknown key": "pruned: this setting is gone, remove it; a volume that a sync left out and a later one"
+    " lists always gets its old key",
+}
+"""Problems of older configurations, and the words for them."""
 
 _FLOORS: Final = {
     "connections": (1, "or nobody is served"),

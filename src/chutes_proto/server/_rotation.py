@@ -87,8 +87,6 @@ def attest_volumes(service: Service, call: Call[vms.VolumeAttestationRequest]) -
                 fresh={**fresh, K3S_VOLUME: FreshKey.encryption_key(parts[-1])},
                 confirm_nonces=_confirm_nonces(service, nonce),
                 vault=service.vault,
-                pruned=service.pruned,
-                platform_binding=service.platform_binding,
             ),
             request.arrived,
         )

@@ -117,7 +117,6 @@ def _grant(
             profile_version=profile.version,
             quote_digest=evidence.quote_digest,
             peer_address=call.request.peer_address,
-            platform_binding=service.platform_binding,
         )
     )
     yield from call.log(

@@ -60,7 +60,6 @@ def register_server(service: Service, call: SignedCall[miners.RegisterServerRequ
             profiles={name: profile.measurements for name, profile in service.profiles.items()},
             peer_address=call.request.peer_address,
             evidence=service.registration_evidence,
-            platform_binding=service.platform_binding,
             shown=shown,
         )
     )

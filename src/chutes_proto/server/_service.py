@@ -69,9 +69,7 @@ class Service:
     hotkeys: frozenset[str] | Literal["*"]
     volumes: tuple[str, ...] = ("storage", "tdx-cache")
     netuid: int = 64
-    platform_binding: Literal["pin", "off"] = "pin"
     exchange_downgrade: Literal["refuse", "allow"] = "refuse"
-    pruned: Literal["revive", "new"] = "revive"
     signatures: SigningPolicy = "compatible"
     registration_evidence: Literal["link", "boot", "callback"] = "link"
     callback: Callback | None = None

@@ -82,7 +82,6 @@ def sync_volumes(service: Service, call: Call[VolumeSyncRequest]) -> Flow[Volume
             rekey=frozenset(rekey),
             formatted=None if message.formatted is None else frozenset(message.formatted),
             fresh=fresh,
-            pruned=service.pruned,
             vault=service.vault,
         ),
         call.request.arrived,

@@ -88,7 +88,6 @@ class GrantBoot(Unit[BootGrant]):
     peer_address: str
     vault: Vault
     root: FreshKey | None = None
-    platform_binding: Literal["pin", "off"] = "pin"
     exchange_downgrade: Literal["refuse", "allow"] = "refuse"
     claims_per_platform: int = 64
 
@@ -168,9 +167,6 @@ class GrantBoot(Unit[BootGrant]):
                 ppid=self.platform.ppid,
                 proven=claim.proven or self.hotkey_proven,
             )
-        elif self.platform_binding == "off":
-            # The claim stays with who made it, so that switching the binding on hands no name to a later comer.
-            ground = f"bound to {claim.pin}, which is not enforced"
         elif self.hotkey_proven and not claim.proven:
             yield from self._check_room()
             yield from keeper.disown()
@@ -203,7 +199,7 @@ class GrantBoot(Unit[BootGrant]):
 
     def _new_claim(self) -> Script[str]:
         held = generations.holds_keys((yield from ReadLiveGenerations(self.vm)))
-        if held and self.platform_binding == "pin" and not self.hotkey_proven:
+        if held and not self.hotkey_proven:
             raise taken(
                 self.vm, "it holds keys and is bound to no platform; a hotkey signature or the operator opens it"
             )

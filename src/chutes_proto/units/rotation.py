@@ -21,7 +21,7 @@ from attrs import evolve, frozen
 
 from chutes_proto.errors import KeyUnavailable, Refused
 from chutes_proto.keys import generations
-from chutes_proto.keys.generations import K3S_VOLUME, Pruned
+from chutes_proto.keys.generations import K3S_VOLUME
 from chutes_proto.store._run import Unit
 from chutes_proto.store.rows import (
     AttestationRow,
@@ -132,8 +132,6 @@ class AttestVolumes(Unit[HandedKeys]):
     fresh: Mapping[str, FreshKey]
     confirm_nonces: tuple[ConfirmNonce, ...]
     vault: Vault
-    pruned: Pruned = "revive"
-    platform_binding: Literal["pin", "off"] = "pin"
 
     def script(self) -> Script[HandedKeys]:
         """Check again, spend, hand out, record what was given; or give a recorded answer again."""
@@ -141,7 +139,7 @@ class AttestVolumes(Unit[HandedKeys]):
         if boot.pin != self.pin:
             raise taken(self.vm, f"it booted on {boot.pin}, and this quote comes from {self.pin}")
         claim = yield from ReadVm(self.vm)
-        if claim is None or (claim.pin != self.pin and self.platform_binding == "pin"):
+        if claim is None or claim.pin != self.pin:
             raise taken(self.vm, f"{'no claim' if claim is None else claim.pin} binds it, not {self.pin}")
         if boot.spent_at is not None:
             return (yield from self._replay(boot))
@@ -156,7 +154,7 @@ class AttestVolumes(Unit[HandedKeys]):
         for position, volume in enumerate(self.volumes):
             before = known.get(volume) or VolumeRow(self.vm, volume, in_use=False, format_allowed=False)
             seal = keeper.sealer(volume, self.fresh[volume])
-            out = generations.hand_out(stored[volume], seal, self.pruned, before.handed)
+            out = generations.hand_out(stored[volume], seal, before.handed)
             pairs.append((volume, Pair(*(yield from keeper.hand_out(out)))))
             current = None if out.current is None else out.current.generation
             yield from Put(evolve(before, handed=current))

@@ -73,9 +73,9 @@ class HostQuote:
 class RegisterServer(Unit[ServerRow]):
     """Register a server with its GPUs, linked to its newest boot by name, else by address.
 
-    A boot counts while its VM's name is bound to the platform it came from (with ``platform_binding="off"``: always)
-    and its profile is one of ``profiles``, by name. ``gpus`` bear ``server_id``. What the host has ``shown`` must come
-    from the linked boot's platform; it names no hotkey, so it is no better evidence and binds no platform.
+    A boot counts while its VM's name is bound to the platform it came from and its profile is one of ``profiles``, by
+    name. ``gpus`` bear ``server_id``. The quote that the host has ``shown`` must come from the linked boot's platform;
+    it names no hotkey, so it is not better evidence and binds no platform.
 
     Raises `Refused` (``boot_required``, ``platform_mismatch``, ``gpu_taken``, ``host_taken``, ``server_taken``,
     ``name_taken``) and `BadRequest` (``gpu_invalid``) for GPUs that a profile does not expect.
@@ -92,7 +92,6 @@ class RegisterServer(Unit[ServerRow]):
     profiles: Mapping[str, Profile]
     peer_address: str
     evidence: Literal["link", "boot", "callback"] = "link"
-    platform_binding: Literal["pin", "off"] = "pin"
     shown: HostQuote | None = None
 
     def script(self) -> Script[ServerRow]:
@@ -135,7 +134,7 @@ class RegisterServer(Unit[ServerRow]):
             if boot is None or boot.profile_name not in self.profiles:
                 continue
             claim = yield from ReadVm(boot.vm)
-            if self.platform_binding == "off" or (claim is not None and claim.pin == boot.pin):
+            if claim is not None and claim.pin == boot.pin:
                 return boot
         return None
 
@@ -152,7 +151,7 @@ class RegisterServer(Unit[ServerRow]):
 
     def _check_shown(self, shown: HostQuote, link: BootRow | None) -> None:
         self._check_gpus(self.profiles[shown.profile_name])
-        if link is not None and self.platform_binding == "pin" and link.pin != shown.pin:
+        if link is not None and link.pin != shown.pin:
             raise Refused(
                 Code.PLATFORM_MISMATCH,
                 "Server registration failed - the host's quote comes from another platform than the server's boot.",
@@ -274,9 +273,8 @@ class ReadOwnServer(Unit[tuple[ServerRow, AttestationRow | None]]):
 class GrantRuntime(Unit[None]):
     """Record an accepted runtime quote, and redeem its nonce.
 
-    With ``platform_binding="pin"`` the quote must come from the platform that the linked VM's name is bound to; without
-    a link, from the one that the first accepted quote came from. Raises `Refused` (``server_not_found``,
-    ``platform_mismatch``, ``nonce_invalid``).
+    The quote must come from the platform that the linked VM's name is bound to; without a link, from the one that the
+    first accepted quote came from. Raises `Refused` (``server_not_found``, ``platform_mismatch``, ``nonce_invalid``).
     """
 
     now: int
@@ -290,13 +288,12 @@ class GrantRuntime(Unit[None]):
     profile_version: str
     quote_digest: bytes
     peer_address: str
-    platform_binding: Literal["pin", "off"] = "pin"
 
     def script(self) -> Script[None]:
         """Platform, nonce, records."""
         server = yield from _same(self.server)
         bound = yield from self._bound_to(server)
-        if bound not in (None, self.pin) and self.platform_binding == "pin":
+        if bound not in (None, self.pin):
             raise Refused(
                 Code.PLATFORM_MISMATCH,
                 "This server is bound to another platform.",

@@ -21,7 +21,7 @@ from attrs import frozen
 
 from chutes_proto.errors import Refused
 from chutes_proto.keys import generations
-from chutes_proto.keys.generations import RESERVED_VOLUMES, Pruned, Supply
+from chutes_proto.keys.generations import RESERVED_VOLUMES, Supply
 from chutes_proto.store._run import Unit
 from chutes_proto.store.rows import (
     BootRow,
@@ -114,7 +114,6 @@ class SyncVolumes(Unit[VolumeKeys]):
     formatted: frozenset[str] | None
     fresh: Mapping[str, FreshKey]
     vault: Vault
-    pruned: Pruned = "revive"
 
     def script(self) -> Script[VolumeKeys]:
         """Check and spend the token, change the keys, record what was given; or give a recorded answer again."""
@@ -129,10 +128,8 @@ class SyncVolumes(Unit[VolumeKeys]):
         for volume in dict.fromkeys(self.volumes):
             seal = keeper.sealer(volume, self.fresh[volume])
             rows = stored[volume]
-            if volume in self.rekey:
-                supply = generations.rekey(rows, seal, self.now)
-            else:
-                supply = generations.fetch(rows, seal, self.pruned)
+            renews = volume in self.rekey
+            supply = generations.rekey(rows, seal, self.now) if renews else generations.fetch(rows, seal)
             passphrases.append((volume, (yield from keeper.supply(supply))))
             given[volume] = supply.current.generation
         for volume in sorted(stored.keys() - given.keys() - RESERVED_VOLUMES):
