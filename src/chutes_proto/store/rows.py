@@ -263,6 +263,11 @@ class ServerRow:
     updated_at: int | None = None
     attested: str | None = None
 
+    @property
+    def vm(self) -> Vm:
+        """The VM of its owner's that has its name."""
+        return Vm(self.hotkey, self.name)
+
 
 @frozen
 class GpuRow:

@@ -21,13 +21,12 @@ from chutes_proto.errors import Refused
 from chutes_proto.keys import generations
 from chutes_proto.store._run import Unit
 from chutes_proto.store.rows import (
-    AttestationRow,
-    AuditRow,
     BootRow,
     CountClaims,
     CountRefusals,
     Exchange,
     Insert,
+    Pin,
     Platform,
     Put,
     ReadLiveGenerations,
@@ -37,6 +36,7 @@ from chutes_proto.store.rows import (
 )
 from chutes_proto.units.keys import Keeper, by_volume
 from chutes_proto.units.nonces import redeem_nonce
+from chutes_proto.units.records import Quote, Records, legible
 from chutes_proto.wire.codes import Code
 
 if TYPE_CHECKING:
@@ -91,6 +91,11 @@ class GrantBoot(Unit[BootGrant]):
     exchange_downgrade: Literal["refuse", "allow"] = "refuse"
     claims_per_platform: int = 64
 
+    @property
+    def pin(self) -> Pin:
+        """The platform, as the name is bound to it."""
+        return self.platform.pin
+
     def script(self) -> Script[BootGrant]:
         """Claim, nonce, root passphrase, boot, records."""
         keeper = Keeper(self.vm, self.vault, self.now, self.boot_id)
@@ -105,7 +110,7 @@ class GrantBoot(Unit[BootGrant]):
             BootRow(
                 boot_id=self.boot_id,
                 vm=self.vm,
-                pin=self.platform.pin,
+                pin=self.pin,
                 certificate=self.certificate,
                 profile_name=self.profile_name,
                 profile_version=self.profile_version,
@@ -118,48 +123,18 @@ class GrantBoot(Unit[BootGrant]):
                 created_at=self.now,
             )
         )
-        yield from Insert(
-            AttestationRow(
-                attestation_id=self.boot_id,
-                stage="boot",
-                vm=self.vm,
-                pin=self.platform.pin,
-                code=None,
-                reason=how,
-                profile_name=self.profile_name,
-                profile_version=self.profile_version,
-                quote_digest=self.quote_digest,
-                peer_address=self.peer_address,
-                created_at=self.now,
-            )
-        )
-        yield from Insert(
-            AuditRow(
-                at=self.now,
-                actor="vm",
-                event="boot",
-                decision="granted",
-                reason=how,
-                vm=self.vm,
-                boot_id=self.boot_id,
-                request_id=self.boot_id,
-                pin=self.platform.pin,
-                profile=f"{self.profile_name} {self.profile_version}",
-                quote_digest=self.quote_digest,
-                keys=keeper.told,
-                peer_address=self.peer_address,
-            )
-        )
+        records = Records(self.now, self.boot_id, self.vm, Quote.of(self), self.peer_address, self.boot_id)
+        yield from records.verdict("boot", how)
+        yield from records.audit("boot", "granted", how, keeper.told)
         return BootGrant(self.boot_id, root)
 
     def _claim(self, keeper: Keeper) -> Script[str]:
         """Check the claim and take it; the reply says in words on what ground the boot has the name."""
         claim = yield from ReadVm(self.vm)
-        pin = self.platform.pin
         if claim is None:
             ground = yield from self._new_claim()
             claim = self._claim_of_mine()
-        elif claim.pin == pin:
+        elif claim.pin == self.pin:
             ground = "bound to this platform"
             claim = evolve(
                 claim,
@@ -174,7 +149,7 @@ class GrantBoot(Unit[BootGrant]):
             claim = self._claim_of_mine()
         else:
             proven = "a proven claim" if claim.proven else "a claim"
-            raise taken(self.vm, f"{proven} binds it to {claim.pin}, and this boot comes from {pin}")
+            raise taken(self.vm, f"{proven} binds it to {claim.pin}, and this boot comes from {self.pin}")
         if claim.exchange == "two-phase" and self.exchange == "base" and self.exchange_downgrade == "refuse":
             raise Refused(
                 Code.EXCHANGE_DOWNGRADE,
@@ -188,7 +163,7 @@ class GrantBoot(Unit[BootGrant]):
     def _claim_of_mine(self) -> VmRow:
         return VmRow(
             vm=self.vm,
-            pin=self.platform.pin,
+            pin=self.pin,
             instance_id=self.platform.instance_id,
             ppid=self.platform.ppid,
             proven=self.hotkey_proven,
@@ -207,12 +182,12 @@ class GrantBoot(Unit[BootGrant]):
         return "first claim, of a name that holds keys" if held else "first claim"
 
     def _check_room(self) -> Script[None]:
-        claims = yield from CountClaims(self.platform.pin)
+        claims = yield from CountClaims(self.pin)
         if claims >= self.claims_per_platform:
             raise Refused(
                 Code.PLATFORM_MISMATCH,
                 "This platform holds as many VM names as it may.",
-                reason=f"{self.platform.pin} holds {claims} names, claims_per_platform is {self.claims_per_platform}",
+                reason=f"{self.pin} holds {claims} names, claims_per_platform is {self.claims_per_platform}",
             )
 
 
@@ -242,35 +217,10 @@ class RecordRefusal(Unit[bool]):
             return False
         vm = Vm(legible(self.vm.hotkey, 64), legible(self.vm.name, 128))
         reason = legible(self.reason, 2000)
-        yield from Insert(
-            AttestationRow(
-                attestation_id=self.request_id,
-                stage=self.stage,
-                vm=vm,
-                pin=pin,
-                code=self.code,
-                reason=reason,
-                profile_name=None,
-                profile_version=None,
-                quote_digest=self.quote_digest,
-                peer_address=self.peer_address,
-                created_at=self.now,
-            )
-        )
-        yield from Insert(
-            AuditRow(
-                at=self.now,
-                actor="vm",
-                event="boot" if self.stage == "boot" else "attest volumes",
-                decision="refused",
-                reason=f"{self.code}: {reason}",
-                vm=vm,
-                request_id=self.request_id,
-                pin=pin,
-                quote_digest=self.quote_digest,
-                peer_address=self.peer_address,
-            )
-        )
+        records = Records(self.now, self.request_id, vm, Quote(pin, self.quote_digest), self.peer_address)
+        yield from records.verdict(self.stage, reason, self.code)
+        event = "boot" if self.stage == "boot" else "attest volumes"
+        yield from records.audit(event, "refused", f"{self.code}: {reason}")
         return True
 
 
@@ -281,8 +231,3 @@ def taken(vm: Vm, why: str) -> Refused:
         "This VM name is bound to another platform.",
         reason=f"{vm.name!r} of {vm.hotkey}: {why}",
     )
-
-
-def legible(text: str, limit: int) -> str:
-    """``text`` as any store takes it: no control characters, no lone surrogates, not longer than ``limit``."""
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text[:limit])

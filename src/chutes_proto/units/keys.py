@@ -11,7 +11,6 @@ from attrs import define, evolve, field
 from chutes_proto.keys import generations
 from chutes_proto.keys.vault import Address
 from chutes_proto.store.rows import (
-    AuditRow,
     GenerationRow,
     Insert,
     Put,
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from chutes_proto.keys.vault import FreshKey, Vault
     from chutes_proto.secret import Secret
     from chutes_proto.store._run import Script
-    from chutes_proto.store.rows import BootRow, Decision
 
 
 def by_volume(rows: Iterable[GenerationRow]) -> defaultdict[str, list[GenerationRow]]:
@@ -137,20 +135,3 @@ def report(vm: Vm, volumes: Iterable[str], formatted: Iterable[str]) -> Script[t
         if before.format_allowed or (reported and not before.in_use):
             yield from Put(evolve(before, in_use=before.in_use or reported, format_allowed=False))
     return tuple(in_use)
-
-
-def audit(boot: BootRow, now: int, request_id: str, event: str, decision: Decision, keys: str) -> AuditRow:
-    """The audit row of what a VM's boot did."""
-    return AuditRow(
-        at=now,
-        actor="vm",
-        event=event,
-        decision=decision,
-        vm=boot.vm,
-        boot_id=boot.boot_id,
-        request_id=request_id,
-        pin=boot.pin,
-        profile=f"{boot.profile_name} {boot.profile_version}",
-        quote_digest=boot.quote_digest,
-        keys=keys,
-    )

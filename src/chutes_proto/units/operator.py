@@ -474,7 +474,7 @@ class RemoveRegistration(Unit[ServerRow]):
             raise _refused(text, Code.SERVER_NOT_FOUND)
         yield from DeleteServer(server.server_id)
         reason = f"{self.reason}; server {server.server_id} at {server.address}"
-        yield from Insert(_audit(self.now, "registration removed", reason, Vm(server.hotkey, server.name)))
+        yield from Insert(_audit(self.now, "registration removed", reason, server.vm))
         return server
 
 

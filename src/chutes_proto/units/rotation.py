@@ -24,7 +24,6 @@ from chutes_proto.keys import generations
 from chutes_proto.keys.generations import K3S_VOLUME
 from chutes_proto.store._run import Unit
 from chutes_proto.store.rows import (
-    AttestationRow,
     BootRow,
     BootVolumeRow,
     FindBoot,
@@ -42,7 +41,8 @@ from chutes_proto.store.rows import (
     VolumeRow,
 )
 from chutes_proto.units.boot import taken
-from chutes_proto.units.keys import Keeper, audit, by_volume, report
+from chutes_proto.units.keys import Keeper, by_volume, report
+from chutes_proto.units.records import Quote, Records
 from chutes_proto.wire.codes import Code
 
 if TYPE_CHECKING:
@@ -171,22 +171,9 @@ class AttestVolumes(Unit[HandedKeys]):
             )
         )
         yield from Put(evolve(claim, attested=boot.boot_id))
-        yield from Insert(
-            AttestationRow(
-                attestation_id=self.request_id,
-                stage="runtime",
-                vm=self.vm,
-                pin=self.pin,
-                code=None,
-                reason=f"volumes of boot {boot.boot_id}",
-                profile_name=self.profile_name,
-                profile_version=self.profile_version,
-                quote_digest=self.quote_digest,
-                peer_address=self.peer_address,
-                created_at=self.now,
-            )
-        )
-        yield from self._record(boot, "granted", keeper.told)
+        records = Records(self.now, self.request_id, self.vm, Quote.of(self), self.peer_address, boot.boot_id)
+        yield from records.verdict("runtime", f"volumes of boot {boot.boot_id}")
+        yield from records.audit("attest volumes", "granted", keys=keeper.told)
         return HandedKeys(tuple(pairs), confirm.nonce, k3s, in_use)
 
     def _replay(self, boot: BootRow) -> Script[HandedKeys]:
@@ -206,14 +193,10 @@ class AttestVolumes(Unit[HandedKeys]):
         if k3s is None:
             raise KeyUnavailable(f"{self.vm.name!r} of {self.vm.hotkey} has no active encryption key")
         told = ", ".join(f"{item.volume}/{number} repeated" for item in given for number in _numbers(item))
-        yield from self._record(boot, "replayed", told)
+        records = Records(self.now, self.request_id, self.vm, Quote.of(self), self.peer_address, boot.boot_id)
+        yield from records.audit("attest volumes", "replayed", keys=told)
         in_use = tuple(item.volume for item in given if item.in_use)
         return HandedKeys(tuple(pairs), confirm.nonce, keeper.open(k3s), in_use, replayed=True)
-
-    def _record(self, boot: BootRow, decision: Literal["granted", "replayed"], keys: str) -> Script[None]:
-        row = audit(boot, self.now, self.request_id, "attest volumes", decision, keys)
-        profile = f"{self.profile_name} {self.profile_version}"
-        yield from Insert(evolve(row, quote_digest=self.quote_digest, profile=profile, peer_address=self.peer_address))
 
 
 @frozen
@@ -255,9 +238,9 @@ class ConfirmVolumes(Unit[tuple[tuple[str, Result], ...]]):
             results.append((volume, "promoted" if rotated else "discarded" if had_choice else "no_pending"))
         if not again:
             yield from Put(evolve(boot, confirm_body_digest=self.body_digest))
-        decision: Literal["granted", "replayed"] = "replayed" if again else "granted"
         told = keeper.told or ", ".join(f"{volume} {result}" for volume, result in results)
-        yield from Insert(audit(boot, self.now, self.request_id, "confirm volumes", decision, told))
+        records = Records(self.now, self.request_id, self.vm, Quote.of(boot), boot_id=boot.boot_id)
+        yield from records.audit("confirm volumes", "replayed" if again else "granted", keys=told)
         return tuple(results)
 
     def _decide(self, keeper: Keeper, rows: list[GenerationRow], item: BootVolumeRow, rotated: bool) -> Script[None]:

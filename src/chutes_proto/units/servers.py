@@ -22,7 +22,6 @@ from chutes_proto.errors import BadRequest, Refused, StoreBusy
 from chutes_proto.store._run import Unit
 from chutes_proto.store.rows import (
     AttestationRow,
-    AuditRow,
     BootRow,
     Claim,
     CountServerRefusals,
@@ -31,7 +30,6 @@ from chutes_proto.store.rows import (
     FindLastBootFrom,
     FindServer,
     GpuRow,
-    Insert,
     IsRedeemed,
     Pin,
     Put,
@@ -44,13 +42,15 @@ from chutes_proto.store.rows import (
     ServerRow,
     Vm,
 )
-from chutes_proto.units.boot import DAY, REFUSALS_PER_DAY, legible
+from chutes_proto.units.boot import DAY, REFUSALS_PER_DAY
 from chutes_proto.units.nonces import redeem_nonce
+from chutes_proto.units.records import NO_QUOTE, Quote, Records, legible
 from chutes_proto.wire.codes import Code
 
 if TYPE_CHECKING:
     from chutes_proto.quote._measurements import Profile
     from chutes_proto.store._run import Script
+    from chutes_proto.store.rows import Decision, Insert
 
 EVIDENCE_SECONDS = 86_400
 """How long a boot shows whose the address is that it came from."""
@@ -119,13 +119,14 @@ class RegisterServer(Unit[ServerRow]):
         for row in rows:
             if not (yield from Claim(row)):  # somebody else's transaction came in between
                 raise StoreBusy(f"a {row.TABLE} row was claimed meanwhile")
+        quote = NO_QUOTE if self.shown is None else Quote.of(self.shown)
         told = "no link" if link is None else f"linked to boot {link.boot_id} of {link.vm.name}"
         told += f"; {len(self.gpus)} GPUs"
         if self.shown is not None:
-            yield from Insert(_accepted(self, server, self.shown, self.address))
+            records = Records(self.now, self.request_id, server.vm, quote, self.address)
+            yield from records.verdict("runtime", "", registration=server.registration)
             told += f"; its host gave a quote of {self.shown.pin}; {self.shown.gpus}"
-        reason = f"at {server.address}: {told}"
-        yield from _audit(self, server, "register server", reason, link.boot_id if link else None, self.shown)
+        yield from _audit(self, server, "register server", f"at {server.address}: {told}", server.boot_id, quote)
         return server
 
     def _link(self) -> Script[BootRow | None]:
@@ -301,7 +302,7 @@ class GrantRuntime(Unit[None]):
             )
         yield from redeem_nonce(self.nonce, self.nonce_purpose, self.nonce_issued_at, self.now)
         yield from Put(evolve(server, pin=self.pin if bound is None else server.pin, attested=self.request_id))
-        yield from _record(server, _accepted(self, server, self, self.peer_address), "")
+        yield from _record(self, server, Quote.of(self))
 
     def _bound_to(self, server: ServerRow) -> Script[Pin | None]:
         if server.boot_id is None:
@@ -339,21 +340,8 @@ class RecordRuntimeRefusal(Unit[bool]):
         if (yield from CountServerRefusals(server.registration, self.now - self.now % DAY)) >= self.per_day:
             return False
         yield from Put(evolve(server, attested=self.request_id))
-        row = AttestationRow(
-            attestation_id=self.request_id,
-            stage="runtime",
-            vm=Vm(server.hotkey, server.name),
-            pin=self.pin,
-            code=self.code,
-            reason=legible(self.detail, 2000),
-            profile_name=None,
-            profile_version=None,
-            quote_digest=self.quote_digest,
-            peer_address=self.peer_address,
-            created_at=self.now,
-            registration=server.registration,
-        )
-        yield from _record(server, row, f": {self.code}: {legible(self.reason, 2000)}")
+        quote, told = Quote(self.pin, self.quote_digest), legible(self.detail, 2000)
+        yield from _record(self, server, quote, self.code, told, f": {self.code}: {legible(self.reason, 2000)}")
         return True
 
 
@@ -386,70 +374,30 @@ def _same(before: ServerRow) -> Script[ServerRow]:
     return server
 
 
-def _accepted(
-    unit: RegisterServer | GrantRuntime, server: ServerRow, quote: HostQuote | GrantRuntime, address: str
-) -> AttestationRow:
-    return AttestationRow(
-        attestation_id=unit.request_id,
-        stage="runtime",
-        vm=Vm(server.hotkey, server.name),
-        pin=quote.pin,
-        code=None,
-        reason="",
-        profile_name=quote.profile_name,
-        profile_version=quote.profile_version,
-        quote_digest=quote.quote_digest,
-        peer_address=address,
-        created_at=unit.now,
-        registration=server.registration,
-    )
-
-
 def _audit(
     unit: RegisterServer | RenameServer | RemoveServer,
     server: ServerRow,
     event: str,
     reason: str,
     boot_id: str | None = None,
-    shown: HostQuote | None = None,
+    quote: Quote = NO_QUOTE,
+) -> Insert:
+    records = Records(unit.now, unit.request_id, server.vm, quote, unit.peer_address, boot_id, "miner")
+    return records.audit(event, "granted", f"server {server.server_id} {reason}")
+
+
+def _record(
+    unit: GrantRuntime | RecordRuntimeRefusal,
+    server: ServerRow,
+    quote: Quote,
+    code: str | None = None,
+    told: str = "",
+    why: str = "",
 ) -> Script[None]:
-    yield from Insert(
-        AuditRow(
-            at=unit.now,
-            actor="miner",
-            event=event,
-            decision="granted",
-            reason=f"server {server.server_id} {reason}",
-            vm=Vm(server.hotkey, server.name),
-            boot_id=boot_id,
-            request_id=unit.request_id,
-            pin=None if shown is None else shown.pin,
-            profile=None if shown is None else f"{shown.profile_name} {shown.profile_version}",
-            quote_digest=None if shown is None else shown.quote_digest,
-            peer_address=unit.peer_address,
-        )
-    )
-
-
-def _record(server: ServerRow, row: AttestationRow, why: str) -> Script[None]:
-    yield from Insert(row)
-    profile = None if row.profile_name is None else f"{row.profile_name} {row.profile_version}"
-    yield from Insert(
-        AuditRow(
-            at=row.created_at,
-            actor="miner",
-            event="attest server",
-            decision="granted" if row.code is None else "refused",
-            reason=f"server {server.server_id}{why}",
-            vm=row.vm,
-            boot_id=server.boot_id,
-            request_id=row.attestation_id,
-            pin=row.pin,
-            profile=profile,
-            quote_digest=row.quote_digest,
-            peer_address=row.peer_address,
-        )
-    )
+    records = Records(unit.now, unit.request_id, server.vm, quote, unit.peer_address, server.boot_id, "miner")
+    yield from records.verdict("runtime", told, code, server.registration)
+    decision: Decision = "granted" if code is None else "refused"
+    yield from records.audit("attest server", decision, f"server {server.server_id}{why}")
 
 
 def _check_name(hotkey: str, server_id: str, name: str) -> Script[None]:

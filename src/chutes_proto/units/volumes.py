@@ -34,7 +34,8 @@ from chutes_proto.store.rows import (
     SpendToken,
     Vm,
 )
-from chutes_proto.units.keys import Keeper, audit, by_volume, report
+from chutes_proto.units.keys import Keeper, by_volume, report
+from chutes_proto.units.records import Quote, Records
 from chutes_proto.wire.codes import Code
 
 if TYPE_CHECKING:
@@ -87,7 +88,8 @@ class ReadVolume(Unit["Secret"]):
         keeper = Keeper(self.vm, self.vault, self.now, boot.boot_id)
         passphrase = yield from keeper.supply(Supply(word="kept", current=current))
         _ = yield from report(self.vm, (self.volume,), {self.volume})
-        yield from Insert(audit(boot, self.now, self.request_id, "read", "granted", keeper.told))
+        records = Records(self.now, self.request_id, self.vm, Quote.of(boot), boot_id=boot.boot_id)
+        yield from records.audit("read", "granted", keys=keeper.told)
         return passphrase
 
 
@@ -138,7 +140,8 @@ class SyncVolumes(Unit[VolumeKeys]):
         in_use = yield from report(self.vm, given, formatted)
         for position, (volume, generation) in enumerate(given.items()):
             yield from Insert(BootVolumeRow(boot.boot_id, volume, position, generation, None, volume in in_use))
-        yield from Insert(audit(boot, self.now, self.request_id, "sync", "granted", keeper.told))
+        records = Records(self.now, self.request_id, self.vm, Quote.of(boot), boot_id=boot.boot_id)
+        yield from records.audit("sync", "granted", keys=keeper.told)
         return VolumeKeys(tuple(passphrases), in_use)
 
     def _replay(self, boot: BootRow) -> Script[VolumeKeys]:
@@ -153,7 +156,8 @@ class SyncVolumes(Unit[VolumeKeys]):
         rows: dict[tuple[str, int | None], GenerationRow] = {(row.volume, row.generation): row for row in stored}
         passphrases = tuple((item.volume, keeper.open(rows[item.volume, item.current_generation])) for item in given)
         told = ", ".join(f"{item.volume}/{item.current_generation} repeated" for item in given)
-        yield from Insert(audit(boot, self.now, self.request_id, "sync", "replayed", told))
+        records = Records(self.now, self.request_id, self.vm, Quote.of(boot), boot_id=boot.boot_id)
+        yield from records.audit("sync", "replayed", keys=told)
         return VolumeKeys(passphrases, tuple(item.volume for item in given if item.in_use), replayed=True)
 
 
