@@ -35,7 +35,7 @@ from chutes_proto.store.rows import (
     GpuRow,
     Insert,
     RaiseHorizon,
-    ReadHorizon,
+    ReadTimes,
     RewrapGeneration,
     Scan,
     Vm,
@@ -354,7 +354,7 @@ def test_a_horizon_in_the_future_is_set_back_and_the_one_in_force_is_shown(site:
     began = int(time.time())
     told = site.json("store", "restored", "--reason", "the clock was ahead")
     with closing(make_setup(ServerConfig.load(site.configuration)).store.open()) as store:
-        horizon = store.transact(Ask(ReadHorizon()))
+        horizon = store.transact(Ask(ReadTimes())).horizon
     assert began + 60 <= horizon <= time.time() + 60
     assert told["restored"].endswith(f"boots are granted again after {rfc3339(horizon)}")
     assert (told["nonce_horizon"], told["nonce_horizon_before"]) == (rfc3339(horizon), rfc3339(NOW + 10 * DAY))

@@ -13,7 +13,7 @@ from chutes_proto.io.stores.postgres import PostgresStore
 from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.store._memory import MemoryStore
 from chutes_proto.store._run import Script, Store, Unit
-from chutes_proto.store.rows import ReadHorizon, StoreOp
+from chutes_proto.store.rows import ReadTimes, StoreOp
 
 T = TypeVar("T")
 
@@ -42,8 +42,8 @@ def together(calls: Sequence[Callable[[], T]]) -> list[T | Exception]:
 class Gate(Unit[None]):
     """Stays inside its transaction, between two operations, until it is let go."""
 
-    first: StoreOp[Any] = ReadHorizon()
-    last: StoreOp[Any] = ReadHorizon()
+    first: StoreOp[Any] = ReadTimes()
+    last: StoreOp[Any] = ReadTimes()
     inside: threading.Event = field(factory=threading.Event)
     leave: threading.Event = field(factory=threading.Event)
 

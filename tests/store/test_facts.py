@@ -12,7 +12,7 @@ import pytest
 
 from chutes_proto.errors import StoreError
 from chutes_proto.io.stores.address import StorePlace
-from chutes_proto.store.rows import BootRow, ReadHorizon, Scan
+from chutes_proto.store.rows import BootRow, ReadTimes, Scan
 from chutes_proto.store.sql import SCHEMA_VERSION
 from chutes_proto.testing.store_suite import Ask, boot
 
@@ -69,4 +69,4 @@ def test_a_unit_that_asks_for_no_lost_fact_goes_on(place: StorePlace) -> None:
     with closing(place.open()) as store:
         change(place, "DELETE FROM fact WHERE name = 'nonce_horizon'")
         assert store.transact(Ask(Scan(BootRow))) == ()
-        refused(lambda: store.transact(Ask(ReadHorizon())))
+        refused(lambda: store.transact(Ask(ReadTimes())))

@@ -15,7 +15,17 @@ from attrs import frozen
 from chutes_proto.errors import Refused, StoreBusy, StoreError
 from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.store._run import Script, Unit
-from chutes_proto.store.rows import AuditRow, BootRow, Insert, NonceRow, RaiseHorizon, ReadHorizon, RedeemNonce, Scan
+from chutes_proto.store.rows import (
+    AuditRow,
+    BootRow,
+    Insert,
+    NonceRow,
+    RaiseHorizon,
+    ReadTimes,
+    RedeemNonce,
+    Scan,
+    Times,
+)
 from chutes_proto.testing.store_suite import CALLERS, NOW, Ask, boot, dump, sync
 from chutes_proto.wire.codes import Code
 from tests.store.harness import Gate, together
@@ -77,11 +87,11 @@ def test_what_raises_is_undone_alone(store: SqliteStore) -> None:
     exc = LookupError("no")
     stop = KeyboardInterrupt()
     outcomes = in_one_commit(
-        store, [Ask(RaiseHorizon(3)), Raising(exc), Ask(ReadHorizon()), Raising(stop), Ask(RaiseHorizon(5))]
+        store, [Ask(RaiseHorizon(3)), Raising(exc), Ask(ReadTimes()), Raising(stop), Ask(RaiseHorizon(5))]
     )
-    assert outcomes == [None, exc, 3, stop, None]
+    assert outcomes == [None, exc, Times(3, None), stop, None]
     assert outcomes[1] is exc
-    assert store.transact(Ask(ReadHorizon())) == 5
+    assert store.transact(Ask(ReadTimes())).horizon == 5
 
 
 def test_what_the_schema_refuses_is_undone_alone(store: SqliteStore) -> None:
@@ -91,7 +101,7 @@ def test_what_the_schema_refuses_is_undone_alone(store: SqliteStore) -> None:
     assert outcomes[0] is outcomes[2] is None
     assert isinstance(outcomes[1], StoreError)
     assert "UNIQUE" in str(outcomes[1])
-    assert store.transact(Ask(ReadHorizon())) == 4
+    assert store.transact(Ask(ReadTimes())).horizon == 4
 
 
 def test_units_of_one_commit_see_one_another(store: SqliteStore) -> None:
@@ -141,7 +151,7 @@ def test_an_interrupted_writer_leaves_nobody_waiting(store: SqliteStore) -> None
     fail_at_commit(store, interrupt)
     outcomes = in_one_commit(store, [Ask(RaiseHorizon(3)), Ask(RaiseHorizon(4)), Ask(RaiseHorizon(5))])
     assert sorted(type(outcome).__name__ for outcome in outcomes) == ["KeyboardInterrupt", "StoreError", "StoreError"]
-    assert store.transact(Ask(ReadHorizon())) == 0
+    assert store.transact(Ask(ReadTimes())).horizon == 0
 
 
 def test_another_process_that_holds_the_file_makes_all_busy(tmp_path: Path) -> None:
@@ -154,7 +164,7 @@ def test_another_process_that_holds_the_file_makes_all_busy(tmp_path: Path) -> N
         outcomes = together([lambda: store.transact(Ask(RaiseHorizon(3)))] * CALLERS)
         other.execute("ROLLBACK")
         assert {type(outcome) for outcome in outcomes} == {StoreBusy}
-        assert store.transact(Ask(ReadHorizon())) == 0
+        assert store.transact(Ask(ReadTimes())).horizon == 0
 
 
 def test_many_callers_share_commits(tmp_path: Path) -> None:

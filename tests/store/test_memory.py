@@ -8,7 +8,7 @@ from attrs import frozen
 from chutes_proto.errors import LocalProtocolError
 from chutes_proto.store._memory import MemoryStore
 from chutes_proto.store._run import Script, Unit
-from chutes_proto.store.rows import RaiseHorizon, ReadHorizon, StoreOp
+from chutes_proto.store.rows import RaiseHorizon, ReadTimes, StoreOp
 from chutes_proto.testing.store_suite import Ask
 
 
@@ -19,11 +19,11 @@ def test_a_transaction_inside_a_transaction_is_refused() -> None:
     class Outer(Unit[None]):
         def script(self) -> Script[None]:
             yield from RaiseHorizon(5)
-            store.transact(Ask(ReadHorizon()))
+            store.transact(Ask(ReadTimes()))
 
     with pytest.raises(LocalProtocolError, match="one transaction at a time"):
         store.transact(Outer())
-    assert store.transact(Ask(ReadHorizon())) == 0
+    assert store.transact(Ask(ReadTimes())).horizon == 0
 
 
 def test_a_stranger_is_no_operation() -> None:

@@ -21,7 +21,7 @@ from chutes_proto.io.stores import postgres
 from chutes_proto.io.stores.postgres import PostgresStore
 from chutes_proto.store import sql
 from chutes_proto.store._run import Script, Unit
-from chutes_proto.store.rows import AuditRow, BootRow, Insert, RaiseHorizon, ReadHorizon, Scan, Vm
+from chutes_proto.store.rows import AuditRow, BootRow, Insert, RaiseHorizon, ReadTimes, Scan, Vm
 from chutes_proto.testing.store_suite import NOW, VM, Ask, boot, dump, platform, sync
 from tests.postgres import PASSWORD, Cluster, schema
 from tests.store.harness import Gate, together
@@ -260,7 +260,7 @@ def test_a_name_says_where_and_as_whom_and_no_more(cluster: Cluster) -> None:
 def test_many_may_migrate_at_once(empty_schema: str) -> None:
     def migrate() -> str:
         with closing(PostgresStore(empty_schema, migrate=True, busy_seconds=30)) as store:
-            store.transact(Ask(ReadHorizon()))
+            store.transact(Ask(ReadTimes()))
             return str(store.found_version)
 
     found = together([migrate] * 6)
@@ -286,7 +286,7 @@ def held(store: PostgresStore) -> Iterator[Gate]:
 def test_no_more_connections_than_allowed(url: str) -> None:
     name = f"{url}&application_name=counted"
     with closing(PostgresStore(name, connections=3, busy_seconds=30)) as store:
-        assert together([lambda: store.transact(Ask(ReadHorizon()))] * 16) == [0] * 16
+        assert together([lambda: store.transact(Ask(ReadTimes())).horizon] * 16) == [0] * 16
         count = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'counted'"
         assert 1 <= ask(url, count)[0][0] <= 3
 
@@ -296,7 +296,7 @@ def test_a_connection_that_is_not_to_be_had_is_busy(url: str) -> None:
         closing(PostgresStore(url, connections=1, busy_seconds=0.05)) as store,
         held(store),
     ):
-        told(lambda: store.transact(Ask(ReadHorizon())), "other transactions take too long", StoreBusy)
+        told(lambda: store.transact(Ask(ReadTimes())), "other transactions take too long", StoreBusy)
 
 
 def test_a_database_without_a_free_connection_is_busy(url: str, database: str) -> None:
@@ -329,7 +329,7 @@ def test_transactions_that_get_in_the_way_are_tried_for_so_long_only(url: str) -
         runs: list[int] = field(factory=list[int])
 
         def script(self) -> Script[None]:
-            horizon = yield from ReadHorizon()
+            horizon = (yield from ReadTimes()).horizon
             self.other.transact(Ask(RaiseHorizon(horizon + 1)))
             self.runs.append(horizon)
             yield from RaiseHorizon(10**6)
@@ -338,7 +338,7 @@ def test_transactions_that_get_in_the_way_are_tried_for_so_long_only(url: str) -
         unit = Unlucky(other)
         told(lambda: store.transact(unit), "other transactions got in the way every time", StoreBusy)
         assert len(unit.runs) > 3
-        assert store.transact(Ask(ReadHorizon())) == len(unit.runs)
+        assert store.transact(Ask(ReadTimes())).horizon == len(unit.runs)
 
 
 @frozen
@@ -388,7 +388,7 @@ class Bereft(Unit[int]):
     runs: list[int] = field(factory=list[int])
 
     def script(self) -> Script[int]:
-        horizon = yield from ReadHorizon()
+        horizon = (yield from ReadTimes()).horizon
         if not self.at_end:
             self._end()
         yield from RaiseHorizon(horizon + 1)
@@ -411,7 +411,7 @@ def test_a_connection_lost_before_the_commit_is_replaced_and_the_unit_done_once(
         unit = Bereft(url, at_end=False)
         assert store.transact(unit) == 0
         assert len(unit.runs) == 2
-        assert store.transact(Ask(ReadHorizon())) == 1
+        assert store.transact(Ask(ReadTimes())).horizon == 1
 
 
 def test_a_connection_lost_at_the_commit_is_said_and_nothing_is_done_again(url: str) -> None:
@@ -419,14 +419,14 @@ def test_a_connection_lost_at_the_commit_is_said_and_nothing_is_done_again(url: 
         unit = Bereft(url, at_end=True)
         told(lambda: store.transact(unit), "the connection was lost at the commit")
         assert len(unit.runs) == 1
-        assert store.transact(Ask(ReadHorizon())) == 0
+        assert store.transact(Ask(ReadTimes())).horizon == 0
 
 
 def test_idle_connections_that_were_ended_are_replaced(url: str) -> None:
     with closing(PostgresStore(f"{url}&application_name=ended")) as store:
-        assert together([lambda: store.transact(boot("one"))] + [lambda: store.transact(Ask(ReadHorizon()))] * 7)[1:]
+        assert together([lambda: store.transact(boot("one"))] + [lambda: store.transact(Ask(ReadTimes()))] * 7)[1:]
         ask(url, "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE application_name = 'ended'")
-        assert store.transact(Ask(ReadHorizon())) == 0
+        assert store.transact(Ask(ReadTimes())).horizon == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGQUIT, signal.SIGKILL], ids=lambda number: number.name)

@@ -15,7 +15,7 @@ from attrs import evolve
 
 from chutes_proto.errors import Refused, StoreBusy, StoreError
 from chutes_proto.io.stores.postgres import PostgresStore
-from chutes_proto.store.rows import ReadHorizon, Vm
+from chutes_proto.store.rows import ReadTimes, Vm
 from chutes_proto.testing.store_suite import VM, Ask, boot, platform
 from chutes_proto.wire.codes import Code
 from tests.postgres import Pooler
@@ -71,7 +71,7 @@ def test_a_session_that_is_lost(pooled: Callable[[str], str], mode: str) -> None
         assert store.transact(before) == 0
         told(lambda: store.transact(at_end), "the connection was lost at the commit")
         assert (len(before.runs), len(at_end.runs)) == (2, 1)
-        assert store.transact(Ask(ReadHorizon())) == 1
+        assert store.transact(Ask(ReadTimes())).horizon == 1
 
 
 def test_a_pooler_that_keeps_no_transaction_together_is_refused(pooled: Callable[[str], str]) -> None:

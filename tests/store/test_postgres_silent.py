@@ -27,9 +27,9 @@ from chutes_proto.store.rows import (
     CountSealed,
     RaiseHorizon,
     ReadAudit,
-    ReadHorizon,
     ReadNames,
     ReadOtherwiseSealed,
+    ReadTimes,
     ReadVm,
     Scan,
     StoreOp,
@@ -136,7 +136,7 @@ def test_a_connection_that_turns_mute_is_given_up_and_replaced(behind: PostgresS
         )
     assert len(unit.runs) == 1
     proxy.mute.clear()
-    assert behind.transact(Ask(ReadHorizon())) == 0
+    assert behind.transact(Ask(ReadTimes())).horizon == 0
 
 
 def test_of_a_commit_that_is_not_answered_the_fate_is_unknown(behind: PostgresStore, proxy: Proxy) -> None:
@@ -145,7 +145,7 @@ def test_of_a_commit_that_is_not_answered_the_fate_is_unknown(behind: PostgresSt
         told(lambda: behind.transact(unit), "the connection was lost at the commit; .*may be changed or not")
     assert len(unit.runs) == 1
     proxy.mute.clear()
-    behind.transact(Ask(ReadHorizon()))
+    behind.transact(Ask(ReadTimes()))
 
 
 def test_a_roll_back_that_is_not_answered_keeps_nobody(behind: PostgresStore, proxy: Proxy) -> None:
@@ -159,7 +159,7 @@ def test_a_roll_back_that_is_not_answered_keeps_nobody(behind: PostgresStore, pr
     with bounded(), pytest.raises(LookupError):
         behind.transact(Refusing())
     proxy.mute.clear()
-    assert behind.transact(Ask(ReadHorizon())) == 0
+    assert behind.transact(Ask(ReadTimes())).horizon == 0
 
 
 def test_a_store_is_not_opened_where_nothing_is_answered(behind: PostgresStore, proxy: Proxy) -> None:
@@ -174,7 +174,7 @@ def test_a_store_is_not_opened_where_nothing_is_answered(behind: PostgresStore, 
     behind._pool.drop()
     with pytest.MonkeyPatch.context() as patch, bounded():
         patch.setattr(postgres._Connection, "connect", mute)
-        told(lambda: behind.transact(Ask(ReadHorizon())), "no answer for", StoreBusy)
+        told(lambda: behind.transact(Ask(ReadTimes())), "no answer for", StoreBusy)
 
 
 def test_a_backend_that_stands_still_is_given_up(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,7 +185,7 @@ def test_a_backend_that_stands_still_is_given_up(url: str, monkeypatch: pytest.M
         try:
             with bounded():
                 told(lambda: store.transact(Ask(RaiseHorizon(7))), "no answer for", StoreBusy)
-            assert store.transact(Ask(ReadHorizon())) == 0
+            assert store.transact(Ask(ReadTimes())).horizon == 0
             assert store._pool.idle[0].info.backend_pid != stopped
         finally:
             os.kill(stopped, signal.SIGCONT)
@@ -239,7 +239,7 @@ def slow(url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[PostgresStore]:
 def test_a_statement_of_a_unit_that_takes_too_long_is_cancelled(slow: PostgresStore, op: StoreOp[object]) -> None:
     (connection,) = slow._pool.idle
     told(lambda: slow.transact(Ask(op)), r"a statement was cancelled \(.*statement timeout\)", StoreBusy)
-    assert slow.transact(Ask(ReadHorizon())) == 0
+    assert slow.transact(Ask(ReadTimes())).horizon == 0
     assert slow._pool.idle == [connection]
 
 

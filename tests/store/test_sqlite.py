@@ -19,7 +19,7 @@ from attrs import frozen
 from chutes_proto.errors import StoreBusy, StoreError
 from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.store._run import Script, Unit
-from chutes_proto.store.rows import AuditRow, BootRow, Insert, RaiseHorizon, ReadHorizon, Scan
+from chutes_proto.store.rows import AuditRow, BootRow, Insert, RaiseHorizon, ReadTimes, Scan
 from chutes_proto.store.sql import SCHEMA_VERSION
 from chutes_proto.testing.store_suite import NOW, VM, Ask, boot, dump, sync
 
@@ -86,7 +86,7 @@ def test_many_may_make_the_file_at_once(path: Path) -> None:
         thread.join()
     assert len(stores) == 8
     stores[0].transact(Ask(RaiseHorizon(7)))
-    assert {store.transact(Ask(ReadHorizon())) for store in stores} == {7}
+    assert {store.transact(Ask(ReadTimes())).horizon for store in stores} == {7}
     for store in stores:
         store.close()
 
@@ -94,7 +94,7 @@ def test_many_may_make_the_file_at_once(path: Path) -> None:
 def test_an_empty_file_becomes_a_store(path: Path) -> None:
     path.touch()
     with closing(SqliteStore(path)) as store:
-        assert store.transact(Ask(ReadHorizon())) == 0
+        assert store.transact(Ask(ReadTimes())).horizon == 0
 
 
 def test_an_unknown_schema_version_is_refused_and_left_alone(path: Path) -> None:
@@ -262,10 +262,10 @@ def test_another_thread_at_work_is_busy(path: Path) -> None:
         thread.start()
         assert inside.wait(10)
         with pytest.raises(StoreBusy, match="other transactions take too long"):
-            store.transact(Ask(ReadHorizon()))
+            store.transact(Ask(ReadTimes()))
         leave.set()
         thread.join()
-        assert store.transact(Ask(ReadHorizon())) == 1
+        assert store.transact(Ask(ReadTimes())).horizon == 1
 
 
 def test_a_closed_store_says_so(path: Path) -> None:
@@ -288,13 +288,13 @@ def test_a_connection_that_cannot_roll_back_is_replaced(store: SqliteStore, path
 
     with pytest.raises(LookupError):
         store.transact(Breaks())
-    assert store.transact(Ask(ReadHorizon())) == 0
+    assert store.transact(Ask(ReadTimes())).horizon == 0
     with pytest.raises(LookupError):
         store.transact(Breaks())
     path.unlink()
     for _ in range(2):
         with pytest.raises(StoreError, match="moved, removed or replaced"):
-            store.transact(Ask(ReadHorizon()))
+            store.transact(Ask(ReadTimes()))
     assert not path.exists()
 
 

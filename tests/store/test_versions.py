@@ -14,7 +14,7 @@ import pytest
 from chutes_proto.errors import StoreError
 from chutes_proto.io.stores.address import StorePlace
 from chutes_proto.store import sql
-from chutes_proto.store.rows import RaiseHorizon, ReadHorizon
+from chutes_proto.store.rows import RaiseHorizon, ReadTimes
 from chutes_proto.testing.store_suite import Ask, boot, dump, sync
 from tests.store.harness import Gate
 from tests.waiting import wait_until
@@ -115,7 +115,7 @@ def test_a_server_that_was_migrated_under_is_refused(place: StorePlace, monkeypa
             gate.leave.set()
             running.result(30)
             with closing(migrating.result(30)) as store:
-                assert store.transact(Ask(ReadHorizon())) == 40
+                assert store.transact(Ask(ReadTimes())).horizon == 40
         for _ in range(2):
             with pytest.raises(StoreError, match=r"schema version 3, .* knows version 2; run the release that made it"):
                 older.transact(Ask(RaiseHorizon(50)))
@@ -123,7 +123,7 @@ def test_a_server_that_was_migrated_under_is_refused(place: StorePlace, monkeypa
             older.check()
         set_release(monkeypatch, *CURRENT, "")
         with closing(place.open()) as store:
-            assert store.transact(Ask(ReadHorizon())) == 40
+            assert store.transact(Ask(ReadTimes())).horizon == 40
 
 
 def test_who_begins_during_a_migration_waits_and_is_refused(
@@ -140,11 +140,11 @@ def test_who_begins_during_a_migration_waits_and_is_refused(
         psycopg.connect(empty_schema, autocommit=True) as other,
         ThreadPoolExecutor() as threads,
     ):
-        older.transact(Ask(ReadHorizon()))
+        older.transact(Ask(ReadTimes()))
         with psycopg.connect(empty_schema) as migrating:
             for statement in migration:
                 migrating.execute(statement.encode())
-            asking = threads.submit(older.transact, Ask(ReadHorizon()))
+            asking = threads.submit(older.transact, Ask(ReadTimes()))
             waits = "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'fact'::regclass"
             _ = wait_until(lambda: other.execute(waits.encode()).fetchone() != (0,))
         with pytest.raises(StoreError, match="schema version 3"):

@@ -21,7 +21,7 @@ from chutes_proto.store.rows import (
     Platform,
     Put,
     RaiseHorizon,
-    ReadHorizon,
+    ReadTimes,
     ReadVm,
     RedeemNonce,
     Scan,
@@ -154,16 +154,16 @@ def test_old_redemptions_go_a_hundred_at_a_time_and_stay_refused(store: MemorySt
     store.transact(boot("first", now=150 + 6 + 86_400))
     left = [row for row in store.transact(Ask(Scan(NonceRow))) if row.issued_at < 150]
     assert sorted(row.issued_at for row in left) == list(range(100, 150))
-    assert store.transact(Ask(ReadHorizon())) == 99
+    assert store.transact(Ask(ReadTimes())).horizon == 99
     store.transact(boot("second", now=150 + 6 + 86_400))
-    assert store.transact(Ask(ReadHorizon())) == 149
+    assert store.transact(Ask(ReadTimes())).horizon == 149
 
 
 def test_redemptions_of_the_last_day_stay(store: MemoryStore) -> None:
     store.transact(boot("first"))
     store.transact(boot("second", now=NOW + 86_399))
     assert len(store.transact(Ask(Scan(NonceRow)))) == 2
-    assert store.transact(Ask(ReadHorizon())) == 0
+    assert store.transact(Ask(ReadTimes())).horizon == 0
 
 
 # --- claims ---

@@ -6,7 +6,7 @@ import itertools
 from typing import Any, TypeVar
 
 import pytest
-from attrs import frozen
+from attrs import evolve, frozen
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
@@ -16,7 +16,7 @@ from chutes_proto.secret import Secret
 from chutes_proto.server._nonces import RANDOM_SIZE, MacKey, NonceMint
 from chutes_proto.store._memory import MemoryStore, Tables
 from chutes_proto.store._run import Script, Unit, run_script
-from chutes_proto.store.rows import ReadClock, ReadHorizon, StoreOp
+from chutes_proto.store.rows import ReadTimes, StoreOp, Times
 from chutes_proto.testing.store_suite import DAY, NOW, Ask
 from chutes_proto.units.nonces import SKEW, redeem_nonce
 from chutes_proto.units.operator import StoreRestored
@@ -51,7 +51,8 @@ class ClockedStore(MemoryStore):
         tables = self._tables.copy()
 
         def perform(op: StoreOp[Any]) -> object:
-            return self.clock if isinstance(op, ReadClock) else tables.perform(op)
+            reply = tables.perform(op)
+            return evolve(reply, clock=self.clock) if isinstance(reply, Times) else reply
 
         result = run_script(unit.script(), perform)
         self._tables = tables
@@ -165,7 +166,7 @@ class SeveralMachines(Nonces):
 
     @invariant()
     def the_horizon_is_a_days_age_or_of_a_restore(self) -> None:
-        assert self.store.transact(Ask(ReadHorizon())) <= max(self.void_until, self.time - DAY)
+        assert self.store.transact(Ask(ReadTimes())).horizon <= max(self.void_until, self.time - DAY)
 
 
 class OneMachine(Nonces):

@@ -22,7 +22,7 @@ from chutes_proto.store.rows import (
     GenerationRow,
     Insert,
     Put,
-    ReadHorizon,
+    ReadTimes,
     ReadVolumes,
     Scan,
     StoreOp,
@@ -347,7 +347,7 @@ def test_a_permission_waits_for_a_boot_that_lists_the_volume(store: MemoryStore)
 def test_after_a_restore_no_token_and_no_nonce_of_before_counts(store: MemoryStore) -> None:
     unit = granted(store)
     store.transact(StoreRestored(NOW + 10))
-    assert store.transact(Ask(ReadHorizon())) == NOW + 70
+    assert store.transact(Ask(ReadTimes())).horizon == NOW + 70
     assert "voided" in refused(store, sync(unit, "body", "storage")).reason
     assert [row.voided_at for row in store.transact(Ask(Scan(BootRow)))] == [NOW + 10]
     audit = store.transact(Ask(Scan(AuditRow)))[-1]

@@ -49,15 +49,14 @@ from chutes_proto.store.rows import (
     ReadAudit,
     ReadBoot,
     ReadBootVolumes,
-    ReadClock,
     ReadGenerations,
     ReadGpu,
-    ReadHorizon,
     ReadLiveGenerations,
     ReadNames,
     ReadOtherwiseSealed,
     ReadServer,
     ReadServers,
+    ReadTimes,
     ReadVm,
     ReadVolumes,
     RedeemNonce,
@@ -69,6 +68,7 @@ from chutes_proto.store.rows import (
     SpendToken,
     StoreOp,
     SweepNonces,
+    Times,
     UpdateGeneration,
     Vm,
     VmRow,
@@ -107,14 +107,12 @@ class Tables:
                 return (value,) in self.rows[NonceRow]
             case SweepNonces(until, limit):
                 return self._sweep(until, limit)
-            case ReadHorizon():
-                return self.horizon
+            case ReadTimes():
+                return Times(self.horizon, None)
             case RaiseHorizon(to):
                 self.horizon = max(self.horizon, to)
             case SetHorizon(to):
                 self.horizon = to
-            case ReadClock():
-                return None
             case ReadVm(vm):
                 return _first(self._where(VmRow, lambda row: row.vm == vm))
             case ReadNames(name):

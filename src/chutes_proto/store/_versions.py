@@ -17,7 +17,7 @@ from attrs import frozen
 
 from chutes_proto.errors import StoreError
 from chutes_proto.store import sql
-from chutes_proto.store.rows import ROWS, ReadHorizon
+from chutes_proto.store.rows import ROWS, ReadTimes
 
 MIGRATE = "chutes-proto store migrate"
 
@@ -49,7 +49,8 @@ class Versions:
     def require(self) -> None:
         """Raises `StoreError`, with what to do, unless the database has our schema version and all facts."""
         self._judge(self.found())
-        if not self.execute(sql.statement(ReadHorizon())[0]):
+        text, _ = sql.statement(ReadTimes())
+        if not self.execute(sql.for_driver(text, self.dialect)):
             raise self._lost()
 
     def judge(self, rows: Sequence[Sequence[Any]]) -> None:

@@ -376,8 +376,20 @@ class SweepNonces(StoreOp[tuple[NonceRow, ...]]):
 
 
 @frozen
-class ReadHorizon(StoreOp[int]):
-    """Nonces issued at or before this time may have been forgotten, and count as redeemed."""
+class Times:
+    """The horizon, and the start of the transaction by the store's own clock, both in unix seconds.
+
+    Nonces issued at or before the horizon may have been forgotten, and count as redeemed. ``clock`` is None where the
+    store has only this machine's.
+    """
+
+    horizon: int
+    clock: int | None
+
+
+@frozen
+class ReadTimes(StoreOp[Times]):
+    """The times that decide whether a nonce may be redeemed."""
 
 
 @frozen
@@ -392,11 +404,6 @@ class SetHorizon(StoreOp[None]):
     """Move the horizon to ``to``, also back."""
 
     to: int
-
-
-@frozen
-class ReadClock(StoreOp[int | None]):
-    """The start of the transaction by the store's own clock, in unix seconds; None where it has only this machine's."""
 
 
 @frozen

@@ -56,15 +56,14 @@ from chutes_proto.store.rows import (
     ReadAudit,
     ReadBoot,
     ReadBootVolumes,
-    ReadClock,
     ReadGenerations,
     ReadGpu,
-    ReadHorizon,
     ReadLiveGenerations,
     ReadNames,
     ReadOtherwiseSealed,
     ReadServer,
     ReadServers,
+    ReadTimes,
     ReadVm,
     ReadVolumes,
     RedeemNonce,
@@ -76,6 +75,7 @@ from chutes_proto.store.rows import (
     SpendToken,
     StoreOp,
     SweepNonces,
+    Times,
     UpdateGeneration,
     Vm,
     VmRow,
@@ -435,10 +435,10 @@ def _number(rows: Rows) -> Any:
     return rows[0][0]
 
 
-def _fact(rows: Rows) -> Any:
+def _times(rows: Rows) -> Times:
     if not rows:
         raise LostFactError
-    return rows[0][0]
+    return Times(*rows[0])
 
 
 def _sorted(kind: type[Row], rows: Rows) -> tuple[Any, ...]:
@@ -513,10 +513,9 @@ _QUERIES: Final[dict[type[StoreOp[Any]], _Query]] = {
         " RETURNING value, purpose, issued_at, redeemed_at",
         partial(_sorted, NonceRow),
     ),
-    ReadHorizon: _query("SELECT value FROM fact WHERE name = 'nonce_horizon'", _fact),
+    ReadTimes: _query("SELECT value, {clock} FROM fact WHERE name = 'nonce_horizon'", _times),
     RaiseHorizon: _query("UPDATE fact SET value = :to WHERE name = 'nonce_horizon' AND value < :to"),
     SetHorizon: _query("UPDATE fact SET value = :to WHERE name = 'nonce_horizon'"),
-    ReadClock: _query("SELECT {clock}", _number),
     # names and boots
     ReadVm: _one(VmRow, _THE_VM),
     ReadNames: _either(

@@ -23,7 +23,7 @@ from chutes_proto.store.rows import (
     NonceRow,
     Put,
     RaiseHorizon,
-    ReadHorizon,
+    ReadTimes,
     RedeemNonce,
     Row,
     Scan,
@@ -53,7 +53,7 @@ class ReadContents(Unit[Contents]):
         rows: list[Row] = []
         for kind in ROWS:
             rows.extend((yield from Scan(kind)))
-        return Contents((yield from ReadHorizon()), tuple(rows))
+        return Contents((yield from ReadTimes()).horizon, tuple(rows))
 
 
 @frozen

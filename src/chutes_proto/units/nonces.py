@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from chutes_proto.errors import Refused, Unavailable
 from chutes_proto.quote._terms import rfc3339
-from chutes_proto.store.rows import NonceRow, RaiseHorizon, ReadClock, ReadHorizon, RedeemNonce, SweepNonces
+from chutes_proto.store.rows import NonceRow, RaiseHorizon, ReadTimes, RedeemNonce, SweepNonces
 from chutes_proto.wire.codes import Code
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ def redeem_nonce(nonce: bytes, purpose: str, issued_at: int, now: int) -> Script
     the horizon lies ahead, as it does for a minute after a restore: then no nonce can be redeemed, and none is at
     fault.
     """
-    horizon = yield from ReadHorizon()
-    clock = yield from ReadClock()
+    times = yield from ReadTimes()
+    horizon, clock = times.horizon, times.clock
     if horizon >= now:
         text = "No nonce can be redeemed now. Retry shortly."
         raise Unavailable(Code.STORE_UNAVAILABLE, text, retry_after=10, reason=_why_void(horizon, now, clock))

@@ -32,12 +32,11 @@ from chutes_proto.store.rows import (
     PurgeGeneration,
     Put,
     ReadAudit,
-    ReadClock,
     ReadGenerations,
-    ReadHorizon,
     ReadNames,
     ReadOtherwiseSealed,
     ReadServer,
+    ReadTimes,
     ReadVm,
     ReadVolumes,
     RewrapGeneration,
@@ -430,8 +429,8 @@ class StoreRestored(Unit[Restored]):
 
     def script(self) -> Script[Restored]:
         """Set the horizon, void all tokens."""
-        before = yield from ReadHorizon()
-        clock = yield from ReadClock()
+        times = yield from ReadTimes()
+        before, clock = times.horizon, times.clock
         # A redemption that was lost is of a nonce issued at most SKEW later than this clock (see `redeem_nonce`).
         # A horizon beyond this one also covers nonces that a clock which was ahead has dated into the future. If their
         # redemption is still here, they stay refused. If it was swept or lost, they cannot be told from nonces that are

@@ -23,7 +23,7 @@ from chutes_proto.keys.generations import K3S_VOLUME
 from chutes_proto.keys.vault import FreshKey, KeyEncryptionKey, Vault
 from chutes_proto.secret import Secret
 from chutes_proto.store._run import Script, Store, Unit
-from chutes_proto.store.rows import ROWS, Platform, ReadHorizon, Scan, StoreOp, Vm
+from chutes_proto.store.rows import ROWS, Platform, ReadTimes, Scan, StoreOp, Vm
 from chutes_proto.units.boot import GrantBoot
 from chutes_proto.units.rotation import AttestVolumes, ConfirmNonce, ConfirmVolumes
 from chutes_proto.units.volumes import ReadVolume, SyncVolumes
@@ -207,7 +207,7 @@ class Everything(Unit[tuple[object, ...]]):
 
     def script(self) -> Script[tuple[object, ...]]:
         """One scan after the other."""
-        found: tuple[object, ...] = ((yield from ReadHorizon()),)
+        found: tuple[object, ...] = ((yield from ReadTimes()).horizon,)
         for kind in ROWS:
             found = (*found, (yield from Scan(kind)))
         return found

@@ -38,15 +38,14 @@ from chutes_proto.store.rows import (
     ReadAudit,
     ReadBoot,
     ReadBootVolumes,
-    ReadClock,
     ReadGenerations,
     ReadGpu,
-    ReadHorizon,
     ReadLiveGenerations,
     ReadNames,
     ReadOtherwiseSealed,
     ReadServer,
     ReadServers,
+    ReadTimes,
     ReadVm,
     ReadVolumes,
     RedeemNonce,
@@ -311,10 +310,10 @@ def nonces_are_redeemed_once_and_swept(harness: Harness) -> None:
     expect(ask(Ask(SweepNonces(NOW + 9, 10))), (ahead,), "a nonce whose time has come")
     for to, wanted in ((NOW, NOW), (NOW - 1, NOW), (NOW + 1, NOW + 1)):
         ask(Ask(RaiseHorizon(to)))
-        expect(ask(Ask(ReadHorizon())), wanted, "the horizon")
+        expect(ask(Ask(ReadTimes())).horizon, wanted, "the horizon")
     ask(Ask(SetHorizon(NOW - 2)))
-    expect(ask(Ask(ReadHorizon())), NOW - 2, "the horizon set back")
-    clock = ask(Ask(ReadClock()))
+    expect(ask(Ask(ReadTimes())).horizon, NOW - 2, "the horizon set back")
+    clock = ask(Ask(ReadTimes())).clock
     expect(clock is None or clock > NOW, True, f"the store's own clock says {clock}")
 
 

@@ -16,9 +16,8 @@ from chutes_proto.store.rows import (
     GpuRow,
     IsRedeemed,
     NonceRow,
-    ReadClock,
     ReadGenerations,
-    ReadHorizon,
+    ReadTimes,
     RedeemNonce,
     Scan,
     ServerRow,
@@ -374,7 +373,7 @@ def a_nonce_is_refused_when_it_must_be(harness: Harness) -> None:
 
 def _after(store: Store, horizon: int) -> GrantBoot:
     """A boot whose nonce was issued in the first second after a restore's horizon."""
-    if store.transact(Ask(ReadClock())) is None:
+    if store.transact(Ask(ReadTimes())).clock is None:
         return boot("after", now=horizon + 6)
     store.transact(Ask(SetHorizon(horizon - SKEW)))  # no case waits for a minute of the store's own clock
     return boot("after", now=horizon - SKEW + 6)
@@ -383,7 +382,7 @@ def _after(store: Store, horizon: int) -> GrantBoot:
 def clocks_that_are_ahead_stop_no_boot(harness: Harness) -> None:
     """A sweep and a restore under a clock that is days ahead: no nonce counts twice, and a right clock mends it all."""
     store = harness.open()
-    clock = store.transact(Ask(ReadClock()))
+    clock = store.transact(Ask(ReadTimes())).clock
     now = NOW if clock is None else clock
     first = boot("first", now=now)
     _ = store.transact(first)
@@ -393,14 +392,14 @@ def clocks_that_are_ahead_stop_no_boot(harness: Harness) -> None:
     if clock is None:  # then this was the time by all there is, and it went back since
         _all_refused(store, [(boot("right", now=now + 100), Code.STORE_UNAVAILABLE)])
     else:
-        expect(store.transact(Ask(ReadHorizon())), 0, "the horizon after a sweep under a clock that is ahead")
+        expect(store.transact(Ask(ReadTimes())).horizon, 0, "the horizon after a sweep under a clock that is ahead")
         _all_refused(store, [(boot("wrong", now=now + DAY), Code.SERVER_FAULT)])
         _ = store.transact(boot("right", now=now + 1))
         expect(store.transact(Ask(IsRedeemed(ahead.value))), True, "a redemption from the future is remembered")
     wrong = store.transact(StoreRestored(now + 30 * DAY))
     right = store.transact(StoreRestored(now + 100))
-    expect((right.before, store.transact(Ask(ReadHorizon()))), (wrong.horizon, right.horizon), "horizons")
-    latest = store.transact(Ask(ReadClock()))
+    expect((right.before, store.transact(Ask(ReadTimes())).horizon), (wrong.horizon, right.horizon), "horizons")
+    latest = store.transact(Ask(ReadTimes())).clock
     if clock is None or latest is None:
         expect((wrong.horizon, right.horizon), (now + 30 * DAY + SKEW, now + 100 + SKEW), "horizons of two restores")
     else:
