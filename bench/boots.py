@@ -46,7 +46,6 @@ from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.quote import _ecdsa as ecdsa
 from chutes_proto.server import ServerConfig
 from chutes_proto.server._app import App
-from chutes_proto.store._memory import MemoryStore
 from chutes_proto.store.rows import Vm
 from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.testing.store_suite import VM, boot, platform, sync
@@ -54,6 +53,7 @@ from chutes_proto.transport.tls import TlsSession
 from chutes_proto.wire.answers import JSON_HEADERS
 from chutes_proto.wire.codec import encode_quote
 from chutes_proto.wire.http import HttpRequest, HttpResponse
+from tests.store.memory import MemoryStore
 
 BOOTS = 300
 SYNCS = 960

@@ -28,13 +28,13 @@ from chutes_proto.log import Record
 from chutes_proto.quote._collateral import VerifiedCollateral
 from chutes_proto.quote._pck import PckIdentity
 from chutes_proto.quote._verify import open_quote
-from chutes_proto.store._memory import MemoryStore
 from chutes_proto.testing._platform import COLLATERAL_SECONDS, SimulatedPlatform
 from chutes_proto.testing._service import CollateralService
 from chutes_proto.wire.http import HttpRequest
 from tests.collateral import network
 from tests.collateral.network import PLATFORM, ROOT, Fault, Upstream, running
 from tests.io.peers import Credentials, make_credentials
+from tests.store.memory import MemoryStore
 from tests.waiting import async_wait_until
 
 PATIENT = TimeLimits(connect=10.0, read=10.0, total=10.0)  # an answer that comes is taken, however busy the machine is

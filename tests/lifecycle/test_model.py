@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from chutes_proto.errors import Refused
 from chutes_proto.keys import generations
 from chutes_proto.keys.generations import Change, HandOut
-from chutes_proto.store.rows import Exchange, ReadVm, UpdateGeneration, VmRow
+from chutes_proto.store.rows import Exchange, ReadVm, VmRow
 from chutes_proto.testing.store_suite import VM, boot
 from chutes_proto.units import rotation
 from chutes_proto.units.operator import RestoreKey
@@ -83,11 +83,7 @@ def is_excused(world: World) -> bool:
     if world.policy.exchange != "base" or not opening or not {row.retirement for row in opening} <= allowed:
         return False
     restored = world.copy()
-    restored.tables = restored.tables.copy()
-    change = generations.restore(restored.rows(), opening[-1].generation, 0)
-    assert change is not None
-    for row in change.updated:
-        restored.tables.perform(UpdateGeneration(row))
+    _ = restored.transact(RestoreKey(0, VM, VOLUME, opening[-1].generation, ""))
     return comes_up(restored) == 1
 
 
@@ -157,7 +153,7 @@ def test_the_way_back_to_the_base_exchange(ours: bool) -> None:
     for world, _ in explore(partial(disturbed, formatted), 2):
         with pytest.raises(Refused, match="gets no boot token again"):
             world.copy().transact(boot("downgrade"))
-        back = evolve(world, policy=evolve(policy, exchange="base"))
+        back = evolve(world.copy(), policy=evolve(policy, exchange="base"))
         opens = undisturbed(back)
         if not opens:
             locked += 1
@@ -168,7 +164,7 @@ def test_the_way_back_to_the_base_exchange(ours: bool) -> None:
             restored = back.copy()
             restored.transact(RestoreKey(0, VM, VOLUME, pinned.generation, ""))
             assert comes_up(restored) == 1
-        assert comes_up(evolve(back, policy=policy)) is not None
+        assert comes_up(evolve(back.copy(), policy=policy)) is not None
     assert bool(locked) != ours
 
 

@@ -25,7 +25,6 @@ from attrs import define, evolve, field, frozen
 
 from chutes_proto.errors import Refused
 from chutes_proto.keys.vault import Address
-from chutes_proto.store._memory import MemoryStore
 from chutes_proto.store._run import Unit
 from chutes_proto.store.rows import (
     BootRow,
@@ -42,6 +41,7 @@ from chutes_proto.testing.store_suite import VAULT, VM, Ask, boot
 from chutes_proto.units.boot import GrantBoot
 from chutes_proto.units.rotation import AttestVolumes, ConfirmVolumes
 from chutes_proto.units.volumes import SyncVolumes
+from tests.store.memory import MemoryStore
 
 T = TypeVar("T")
 VOLUME = "storage"
@@ -137,7 +137,9 @@ class World:
     policy: Policy
     in_flight: int = 1
     """How many messages may be under way and late at once."""
-    tables: Any = field(factory=lambda: MemoryStore()._tables)
+    store: MemoryStore = field(factory=MemoryStore)
+    is_shared: bool = False
+    """Whether another world has the same store, which is then copied before it changes."""
     slots: frozenset[bytes] = frozenset()
     flight: tuple[Unit[Any], ...] = ()
     boots: int = 0
@@ -145,15 +147,15 @@ class World:
     """Whether the disk was ever formatted: then it must open for ever."""
 
     def copy(self) -> World:
+        self.is_shared = True
         return evolve(self)
 
     def transact(self, unit: Unit[T]) -> T:
-        store = MemoryStore()
-        store._tables = self.tables
+        if self.is_shared:
+            self.store, self.is_shared = MemoryStore(self.store.image()), False
         try:
-            return store.transact(unit)
+            return self.store.transact(unit)
         finally:
-            self.tables = store._tables
             self.check()
 
     # --- the network ---
@@ -227,7 +229,7 @@ class World:
         return [row for row in self.read(ReadGenerations(VM)) if row.volume == VOLUME]
 
     def read(self, op: Any) -> Any:
-        return self.tables.perform(op)
+        return self.store.perform(op)
 
     def opens(self, row: GenerationRow) -> bool:
         return row.sealed is not None and passphrase(row) in self.slots

@@ -29,13 +29,13 @@ from chutes_proto.quote._collateral import Collateral, VerifiedCollateral
 from chutes_proto.quote._pck import PckIdentity
 from chutes_proto.quote._verify import verify_collateral
 from chutes_proto.server._app import App
-from chutes_proto.store._memory import MemoryStore
 from chutes_proto.store._run import Store
 from chutes_proto.store.rows import ROWS
 from chutes_proto.transport.tls import server_context
 from chutes_proto.wire.codec import encode_quote
 from tests.server.world import HOTKEY, PLATFORM, ScanAll, service
 from tests.store.harness import Locked
+from tests.store.memory import MemoryStore
 
 VOLUMES = ["storage", "tdx-cache"]
 SERVER = make_server_identity(int(time.time()), bytes(range(32)))

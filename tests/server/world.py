@@ -26,7 +26,6 @@ from chutes_proto.server._app import App
 from chutes_proto.server._nonces import NonceMint
 from chutes_proto.server._profiles import ServedProfile
 from chutes_proto.server._service import Service
-from chutes_proto.store._memory import MemoryStore
 from chutes_proto.store._run import Script, Unit
 from chutes_proto.store.rows import Row, Scan
 from chutes_proto.testing._platform import PROFILE, SimulatedPlatform
@@ -34,6 +33,7 @@ from chutes_proto.wire import json
 from chutes_proto.wire.codec import encode_quote
 from chutes_proto.wire.http import HttpRequest, HttpResponse
 from chutes_proto.wire.miners import NodeArgs
+from tests.store.memory import MemoryStore
 
 NOW = 1_800_000_000
 CERTIFICATES = [load_pem_x509_certificate(make_client_identity(NOW, bytes([n]) * 32).certificate_pem) for n in range(2)]

@@ -11,9 +11,9 @@ from attrs import field, frozen
 
 from chutes_proto.io.stores.postgres import PostgresStore
 from chutes_proto.io.stores.sqlite import SqliteStore
-from chutes_proto.store._memory import MemoryStore
 from chutes_proto.store._run import Script, Store, Unit
 from chutes_proto.store.rows import ReadTimes, StoreOp
+from tests.store.memory import MemoryStore
 
 T = TypeVar("T")
 

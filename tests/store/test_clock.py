@@ -7,11 +7,11 @@ from pathlib import Path
 
 from chutes_proto.io.stores.postgres import PostgresStore
 from chutes_proto.io.stores.sqlite import SqliteStore
-from chutes_proto.store._memory import MemoryStore
 from chutes_proto.store.rows import ReadTimes
 from chutes_proto.testing.store_suite import NOW, Ask
 from chutes_proto.units.operator import StoreRestored
 from tests.postgres import schema_with_clock
+from tests.store.memory import MemoryStore
 
 
 def test_postgresql_goes_by_the_databases_clock(database: str) -> None:

@@ -11,20 +11,18 @@ from typing import Any, TypeVar
 import pytest
 from attrs import evolve
 
-from chutes_proto.store._memory import MemoryStore, Tables
-from chutes_proto.store._run import Unit, run_script
+from chutes_proto.store._run import Store, Unit, run_script
 from chutes_proto.store.rows import (
     CountClaims,
     CountRefusals,
     FindBoot,
-    GenerationRow,
     Insert,
-    NonceRow,
     RaiseHorizon,
     ReadBootVolumes,
     ReadTimes,
     ReadVm,
     RedeemNonce,
+    Row,
     SetHorizon,
     SpendToken,
     StoreOp,
@@ -33,7 +31,7 @@ from chutes_proto.store.rows import (
     UpdateGeneration,
     VoidTokens,
 )
-from chutes_proto.store.sql import key_of
+from chutes_proto.store.sql import key_of, statement
 from chutes_proto.testing.store_suite import DAY, NOW, Case, Harness, operations, transactions
 from tests.store.bindings import BindingHarness
 from tests.store.harness import (
@@ -44,6 +42,7 @@ from tests.store.harness import (
     SqliteHarness,
     together,
 )
+from tests.store.memory import MemoryStore
 
 T = TypeVar("T")
 
@@ -96,83 +95,78 @@ def test_contract_behind_a_binding(
 # --- the suite bites ---
 
 Perform = Callable[[StoreOp[Any]], Any]
-Fault = Callable[[Tables, StoreOp[Any], Perform], Any]
+Fault = Callable[[MemoryStore, StoreOp[Any], Perform], Any]
 
 
 def forget(kind: type[StoreOp[Any]], reply: object = None) -> Fault:
     """A store that does not carry out one kind of operation."""
 
-    def fault(_: Tables, op: StoreOp[Any], perform: Perform) -> object:
+    def fault(_: MemoryStore, op: StoreOp[Any], perform: Perform) -> object:
         return reply if isinstance(op, kind) else perform(op)
 
     return fault
 
 
-def spend_again(tables: Tables, op: StoreOp[Any], perform: Perform) -> object:
+def spend_again(store: MemoryStore, op: StoreOp[Any], perform: Perform) -> object:
     return perform(op) or isinstance(op, SpendToken)
 
 
-def void_all(tables: Tables, op: StoreOp[Any], perform: Perform) -> object:
+def void_all(store: MemoryStore, op: StoreOp[Any], perform: Perform) -> object:
     return perform(evolve(op, vm=None) if isinstance(op, VoidTokens) else op)
 
 
-def prune_deletes(tables: Tables, op: StoreOp[Any], perform: Perform) -> object:
+def prune_deletes(store: MemoryStore, op: StoreOp[Any], perform: Perform) -> object:
     if isinstance(op, UpdateGeneration) and op.row.state == "retired":
-        return tables.rows[GenerationRow].pop(key_of(op.row), None)
+        key = "(hotkey, vm, volume, generation) = (?, ?, ?, ?)"
+        return store.connection.execute(f"DELETE FROM generation WHERE {key}", key_of(op.row)).fetchone()
     return perform(op)
 
 
-def update_overwrites_key(tables: Tables, op: StoreOp[Any], perform: Perform) -> object:
-    if isinstance(op, UpdateGeneration):
-        tables.rows[GenerationRow][key_of(op.row)] = op.row
-        return None
-    return perform(op)
+def overwrite(store: MemoryStore, row: Row) -> object:
+    """Whatever other rows there are with the same key."""
+    text, values = statement(Insert(row))  # type: ignore[arg-type]
+    return store.connection.execute(text.replace("INSERT", "INSERT OR REPLACE"), values).fetchone()
 
 
-def insert_overwrites(tables: Tables, op: StoreOp[Any], perform: Perform) -> object:
-    if isinstance(op, Insert) and (key := key_of(op.row)):
-        tables.rows[type(op.row)][key] = op.row
-        return None
-    return perform(op)
+def update_overwrites_key(store: MemoryStore, op: StoreOp[Any], perform: Perform) -> object:
+    return overwrite(store, op.row) if isinstance(op, UpdateGeneration) else perform(op)
 
 
-def sweep_all(tables: Tables, op: StoreOp[Any], perform: Perform) -> object:
+def insert_overwrites(store: MemoryStore, op: StoreOp[Any], perform: Perform) -> object:
+    return overwrite(store, op.row) if isinstance(op, Insert) else perform(op)
+
+
+def sweep_all(store: MemoryStore, op: StoreOp[Any], perform: Perform) -> object:
     return perform(evolve(op, limit=10**6) if isinstance(op, SweepNonces) else op)
 
 
-def sweep_young(tables: Tables, op: StoreOp[Any], perform: Perform) -> object:
+def sweep_young(store: MemoryStore, op: StoreOp[Any], perform: Perform) -> object:
     return perform(evolve(op, until=10**12) if isinstance(op, SweepNonces) else op)
 
 
-def sweep_by_redemption(tables: Tables, op: StoreOp[Any], perform: Perform) -> object:
+def sweep_by_redemption(store: MemoryStore, op: StoreOp[Any], perform: Perform) -> object:
     """Takes also what a clock that was ahead has issued for a time to come."""
     if not isinstance(op, SweepNonces):
         return perform(op)
-    rows = tables.rows[NonceRow]
-    for key, row in [*rows.items()]:
-        assert isinstance(row, NonceRow)
-        rows[key] = evolve(row, issued_at=min(row.issued_at, row.redeemed_at))
+    _ = store.connection.execute("UPDATE nonce SET issued_at = min(issued_at, redeemed_at)")
     return perform(op)
 
 
-def horizon_sinks(tables: Tables, op: StoreOp[Any], perform: Perform) -> object:
-    if isinstance(op, RaiseHorizon):
-        tables.horizon = op.to
-        return None
-    return perform(op)
+def horizon_sinks(store: MemoryStore, op: StoreOp[Any], perform: Perform) -> object:
+    return perform(SetHorizon(op.to) if isinstance(op, RaiseHorizon) else op)
 
 
 def with_clock(clock: int | None) -> Fault:
     """Not a fault: a store that may have a clock of its own."""
 
-    def fault(_: Tables, op: StoreOp[Any], perform: Perform) -> object:
+    def fault(_: MemoryStore, op: StoreOp[Any], perform: Perform) -> object:
         reply = perform(op)
         return evolve(reply, clock=clock) if isinstance(reply, Times) else reply
 
     return fault
 
 
-def volumes_backwards(tables: Tables, op: StoreOp[Any], perform: Perform) -> object:
+def volumes_backwards(store: MemoryStore, op: StoreOp[Any], perform: Perform) -> object:
     reply = perform(op)
     return reply[::-1] if isinstance(op, ReadBootVolumes) else reply
 
@@ -184,37 +178,37 @@ class Faulty(MemoryStore):
         super().__init__()
         self._fault = fault
 
-    def transact(self, unit: Unit[T]) -> T:
-        tables = self._tables.copy()
-        result = run_script(unit.script(), lambda op: self._fault(tables, op, tables.perform))
-        self._tables = tables
-        return result
+    def perform(self, op: StoreOp[Any]) -> Any:
+        return self._fault(self, op, super().perform)
 
 
 class NoRollBack(MemoryStore):
     def transact(self, unit: Unit[T]) -> T:
-        return run_script(unit.script(), self._tables.perform)
+        return run_script(unit.script(), self.perform)
 
 
 class CommitsAtRefusal(MemoryStore):
     """Keeps what a refused script wrote: the classic of a ``finally: commit``."""
 
     def transact(self, unit: Unit[T]) -> T:
-        tables = self._tables.copy()
+        _ = self.connection.execute("BEGIN")
         try:
-            return run_script(unit.script(), tables.perform)
+            return run_script(unit.script(), self.perform)
         finally:
-            self._tables = tables
+            _ = self.connection.execute("COMMIT")
 
 
-class LastWriterWins(MemoryStore):
+class LastWriterWins:
     """Transactions that do not see one another: the last to commit undoes the others."""
 
+    def __init__(self) -> None:
+        self._image = MemoryStore().image()
+
     def transact(self, unit: Unit[T]) -> T:
-        tables = self._tables.copy()
-        result = run_script(unit.script(), tables.perform)
+        copy = MemoryStore(self._image)
+        result = copy.transact(unit)
         time.sleep(0.005)
-        self._tables = tables
+        self._image = copy.image()
         return result
 
 
@@ -223,10 +217,10 @@ class Open:
 
     together = staticmethod(together)
 
-    def __init__(self, store: MemoryStore) -> None:
+    def __init__(self, store: Store) -> None:
         self._store = store
 
-    def open(self) -> MemoryStore:
+    def open(self) -> Store:
         return self._store
 
 

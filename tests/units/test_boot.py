@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from chutes_proto.errors import KeyUnavailable, Refused, SealBroken
 from chutes_proto.keys.vault import KeyEncryptionKey, Vault
-from chutes_proto.store._memory import MemoryStore
 from chutes_proto.store.rows import (
     AttestationRow,
     AuditRow,
@@ -45,6 +44,7 @@ from chutes_proto.testing.store_suite import (
 from chutes_proto.units.boot import BootGrant, GrantBoot, RecordRefusal
 from chutes_proto.units.keys import Keeper
 from chutes_proto.wire.codes import Code
+from tests.store.memory import MemoryStore
 
 HOME, AWAY = platform("home"), platform("away")
 OTHER = Vault(KeyEncryptionKey.from_bytes(b"x" * 32))

@@ -14,12 +14,12 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from chutes_proto.errors import Refusal
 from chutes_proto.secret import Secret
 from chutes_proto.server._nonces import RANDOM_SIZE, MacKey, NonceMint
-from chutes_proto.store._memory import MemoryStore, Tables
-from chutes_proto.store._run import Script, Unit, run_script
+from chutes_proto.store._run import Script, Unit
 from chutes_proto.store.rows import ReadTimes, StoreOp, Times
 from chutes_proto.testing.store_suite import DAY, NOW, Ask
 from chutes_proto.units.nonces import SKEW, redeem_nonce
 from chutes_proto.units.operator import StoreRestored
+from tests.store.memory import MemoryStore
 
 T = TypeVar("T")
 
@@ -43,26 +43,13 @@ class Redeem(Unit[None]):
 
 
 class ClockedStore(MemoryStore):
-    """A store that may have a clock of its own, as PostgreSQL has, and can be put back to what it held before."""
+    """A store that may have a clock of its own, as PostgreSQL has."""
 
     clock: int | None = None
 
-    def transact(self, unit: Unit[T]) -> T:
-        tables = self._tables.copy()
-
-        def perform(op: StoreOp[Any]) -> object:
-            reply = tables.perform(op)
-            return evolve(reply, clock=self.clock) if isinstance(reply, Times) else reply
-
-        result = run_script(unit.script(), perform)
-        self._tables = tables
-        return result
-
-    def back_up(self) -> Tables:
-        return self._tables.copy()
-
-    def restore(self, backup: Tables) -> None:
-        self._tables = backup.copy()
+    def perform(self, op: StoreOp[Any]) -> Any:
+        reply = super().perform(op)
+        return evolve(reply, clock=self.clock) if isinstance(reply, Times) else reply
 
 
 class Nonces(RuleBasedStateMachine):
@@ -76,7 +63,7 @@ class Nonces(RuleBasedStateMachine):
         self.numbers = itertools.count()
         self.issued: list[str] = []
         self.redeemed: dict[str, int] = {}
-        self.backups: list[Tables] = []
+        self.backups: list[bytes] = []
 
     def now(self, server: int) -> int:
         return self.time + self.offsets[server]
@@ -122,12 +109,12 @@ class Nonces(RuleBasedStateMachine):
 
     @rule()
     def back_up(self) -> None:
-        self.backups.append(self.store.back_up())
+        self.backups.append(self.store.image())
 
     @precondition(lambda self: self.backups)
     @rule(which=st.integers(0, 9), server=some_server)
     def restore(self, which: int, server: int) -> None:
-        self.store.restore(self.backups[which % len(self.backups)])
+        self.store = ClockedStore(self.backups[which % len(self.backups)])
         self.store_restored(server)
 
     def turn(self, server: int, offset: int) -> None:

@@ -1,4 +1,4 @@
-"""Any calls in any order, of VMs and of operators, on memory and on SQLite; `Machine` foretells what comes of each."""
+"""Any calls in any order, of VMs and of operators, on SQLite; `Machine` foretells what comes of each."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ from chutes_proto.keys import generations
 from chutes_proto.keys.generations import Change, HandOut
 from chutes_proto.keys.vault import NONCE_SIZE, Address, FreshKey, KeyEncryptionKey, Vault
 from chutes_proto.secret import Secret
-from chutes_proto.store._memory import MemoryStore
 from chutes_proto.store._run import Store, Unit
 from chutes_proto.store.rows import AuditRow, Exchange, GenerationRow, Scan, Vm, VmRow, VolumeRow
 from chutes_proto.testing.store_suite import (
@@ -62,6 +61,7 @@ from chutes_proto.units.operator import (
 from chutes_proto.units.rotation import HandedKeys
 from chutes_proto.units.volumes import VolumeKeys
 from chutes_proto.wire.codes import Code
+from tests.store.memory import MemoryStore
 from tests.units.model import Key, Machine, Token
 
 T = TypeVar("T")
@@ -78,7 +78,7 @@ some_volumes = st.lists(st.sampled_from(VOLUMES), min_size=1, max_size=2, unique
 
 
 class Calls(RuleBasedStateMachine):
-    """Calls of the units; each outcome is foretold by the model, and equal on all stores, of which memory is one."""
+    """Calls of the units; each outcome is foretold by the model, and equal on all stores, of which one is in memory."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -591,7 +591,7 @@ def shown(key: Key) -> Key:
 
 
 class SqliteCalls(Calls):
-    """The outcomes on SQLite are the same, and so are the rows in the end."""
+    """The outcomes on a file are the same, and so are the rows in the end."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -10,7 +10,6 @@ from attrs import evolve
 from chutes_proto.errors import KeyUnavailable, Refused
 from chutes_proto.keys.vault import NONCE_SIZE, Address, FreshKey, KeyEncryptionKey, Vault
 from chutes_proto.secret import Secret
-from chutes_proto.store._memory import MemoryStore
 from chutes_proto.store._run import Unit
 from chutes_proto.store.rows import (
     AuditRow,
@@ -54,6 +53,7 @@ from chutes_proto.units.operator import (
 )
 from chutes_proto.units.rotation import AttestVolumes, Pair
 from chutes_proto.wire.codes import Code
+from tests.store.memory import MemoryStore
 
 WHY = "operator: because"
 NEW = Vault(KeyEncryptionKey.from_bytes(b"n" * 32), VAULT.current)
@@ -349,9 +349,9 @@ def test_a_rotation_since_the_backup_opens_again_by_a_restore(store: MemoryStore
     first, _ = attested("1")
     store.transact(confirm(first, {"storage": False}))
     second, pair = attested("2")
-    backup = store._tables.copy()
+    backup = store.image()
     assert store.transact(confirm(second, {"storage": True})) == (("storage", "promoted"),)
-    store._tables = backup
+    store = MemoryStore(backup)
     store.transact(StoreRestored(NOW - 70, WHY))
     assert attested("3")[1].current != pair.next  # which alone is on the disk
     store.transact(RestoreKey(NOW + 5, VM, "storage", 2, WHY))

@@ -13,7 +13,6 @@ from chutes_proto.errors import KeyUnavailable, Refused
 from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.keys.vault import KeyEncryptionKey, Vault
 from chutes_proto.quote._terms import rfc3339
-from chutes_proto.store._memory import MemoryStore
 from chutes_proto.store._run import Unit, run_script
 from chutes_proto.store.rows import (
     AuditRow,
@@ -49,6 +48,7 @@ from chutes_proto.units.operator import StoreRestored
 from chutes_proto.units.rotation import HandedKeys
 from chutes_proto.units.volumes import SyncVolumes, VolumeKeys
 from chutes_proto.wire.codes import Code
+from tests.store.memory import MemoryStore
 
 OTHER = Vault(KeyEncryptionKey.from_bytes(b"x" * 32))
 
@@ -248,7 +248,7 @@ def test_what_a_request_reads_does_not_grow_with_the_keys(store: MemoryStore) ->
     replies: list[object] = []
 
     def perform(op: StoreOp[Any]) -> object:
-        replies.append(store._tables.perform(op))
+        replies.append(store.perform(op))
         return replies[-1]
 
     for unit in units:

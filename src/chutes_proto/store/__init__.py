@@ -1,1 +1,1 @@
-"""Rows, row operations, their SQL, and the memory store."""
+"""Rows, row operations and their SQL; units, and how they are run."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from attrs import evolve
 
 from chutes_proto.errors import StoreError
-from chutes_proto.store._memory import MemoryStore
 from chutes_proto.store._run import Store
 from chutes_proto.store.rows import (
     ROWS,
@@ -139,22 +138,44 @@ _SERVER = ServerRow(
     created_at=NOW,
 )
 _GPU = GpuRow("gpu-1", "n1", "h200", '{"uuid":"GPU-1"}')
+_VOLUME = VolumeRow(VM, "storage", in_use=True, format_allowed=False)
+_NONCE = NonceRow(bytes(32), "boot", NOW - 60, NOW)
+_INSERTED = (
+    _BOOT,
+    evolve(_BOOT, boot_id="b1", token_digest=bytes(32), spent_at=NOW, body_digest=b"\0\xff", voided_at=NOW),
+    BootVolumeRow("b0", "storage", 0, 1, None, in_use=True),
+    _KEY,
+    evolve(_KEY, generation=2, state="retired", delivered_at=NOW, retired_at=NOW, retirement="prune"),
+    evolve(_KEY, generation=3, state="purged", sealed=None, kek_id=None, wrapped_key=None),
+    evolve(_KEY, generation=4, state="candidate", provisional=True),
+    _REFUSAL,
+    evolve(_REFUSAL, attestation_id="a2", stage="runtime", pin=None, registration="r1"),
+    AuditRow(NOW, "vm", "zuerst", "granted", vm=VM, pin=_PIN, quote_digest=bytes(32), keys="storage/1 created"),
+    AuditRow(NOW - 1, "operator", "afterwards", "done"),
+)
+_OTHER_SERVER = evolve(_SERVER, server_id="n2", registration="r2", name="b", address="2001:db8::1")
+_CLAIMED = (
+    _SERVER,
+    evolve(_OTHER_SERVER, boot_id="b0", pin=_PIN, updated_at=NOW, attested="a2"),
+    _GPU,
+)
+_BY_KIND: dict[type[Row], tuple[Row, ...]] = {
+    kind: tuple(row for row in (*_INSERTED, _VM, _VOLUME, _NONCE, *_CLAIMED) if type(row) is kind) for kind in ROWS
+}
+"""Rows of all kinds, with and without their optional values, as a scan gives them."""
 
 
 def rows_come_back_as_they_were(harness: Harness) -> None:
     """Every kind of row, with and without its optional values, through another handle; audit rows in their order."""
-    rows = _write_rows_of_every_kind(harness.open())
+    _write_rows_of_every_kind(harness.open())
     other = harness.open()
-    for kind in ROWS:
-        expect(other.transact(Ask(Scan(kind))), tuple(row for row in rows if type(row) is kind), kind.TABLE)
+    for kind, rows in _BY_KIND.items():
+        expect(other.transact(Ask(Scan(kind))), rows, kind.TABLE)
 
 
 def a_store_is_copied_whole(harness: Harness) -> None:
     """Every kind of row into a store that is empty, and none into one that is not."""
-    source = MemoryStore()
-    _ = _write_rows_of_every_kind(source)
-    source.transact(Ask(RaiseHorizon(NOW)))
-    contents = source.transact(ReadContents())
+    contents = Contents(NOW, tuple(row for rows in _BY_KIND.values() for row in rows))
     store = harness.open()
     same_address = evolve(_SERVER, server_id="n9", registration="r9", name="z")
     _expect_not_filled(store, Contents(0, (_BOOT, _SERVER, same_address)))
@@ -176,45 +197,16 @@ def _expect_not_filled(store: Store, contents: Contents) -> None:
     raise AssertionError("a store was filled that is not empty, or with rows that contradict one another")
 
 
-def _write_rows_of_every_kind(store: Store) -> tuple[Row, ...]:
-    """Rows of all kinds, with and without their optional values, as they were written."""
-    rows: tuple[Row, ...] = (
-        _BOOT,
-        evolve(_BOOT, boot_id="b1", token_digest=bytes(32), spent_at=NOW, body_digest=b"\0\xff", voided_at=NOW),
-        BootVolumeRow("b0", "storage", 0, 1, None, in_use=True),
-        _KEY,
-        evolve(_KEY, generation=2, state="retired", delivered_at=NOW, retired_at=NOW, retirement="prune"),
-        evolve(_KEY, generation=3, state="purged", sealed=None, kek_id=None, wrapped_key=None),
-        evolve(_KEY, generation=4, state="candidate", provisional=True),
-        _REFUSAL,
-        evolve(_REFUSAL, attestation_id="a2", stage="runtime", pin=None, registration="r1"),
-        AuditRow(NOW, "vm", "zuerst", "granted", vm=VM, pin=_PIN, quote_digest=bytes(32), keys="storage/1 created"),
-        AuditRow(NOW - 1, "operator", "afterwards", "done"),
-    )
-    for row in rows:
-        store.transact(Ask(Insert(row)))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType] - see `Insert`
-    volume = VolumeRow(VM, "storage", in_use=True, format_allowed=False)
-    for row in (_VM, volume):
-        store.transact(Ask(Put(row)))
-    other_server = evolve(
-        _SERVER,
-        server_id="n2",
-        registration="r2",
-        name="b",
-        address="2001:db8::1",
-        boot_id="b0",
-        pin=_PIN,
-        updated_at=NOW,
-        attested="a2",
-    )
-    servers = (_SERVER, other_server, _GPU)
-    for claimed in servers:
+def _write_rows_of_every_kind(store: Store) -> None:
+    for row in _INSERTED:
+        store.transact(Ask(Insert(row)))
+    for known in (_VM, _VOLUME):
+        store.transact(Ask(Put(known)))
+    for claimed in _CLAIMED:
         expect(store.transact(Ask(Claim(claimed))), True, "a new row")
-    nonce = NonceRow(bytes(32), "boot", NOW - 60, NOW)
-    expect(store.transact(Ask(IsRedeemed(nonce.value))), False, "a nonce that is not there")
-    expect(store.transact(Ask(RedeemNonce(nonce))), True, "a new nonce")
-    expect(store.transact(Ask(IsRedeemed(nonce.value))), True, "a nonce that is there")
-    return (*rows, _VM, volume, nonce, *servers)
+    expect(store.transact(Ask(IsRedeemed(_NONCE.value))), False, "a nonce that is not there")
+    expect(store.transact(Ask(RedeemNonce(_NONCE))), True, "a new nonce")
+    expect(store.transact(Ask(IsRedeemed(_NONCE.value))), True, "a nonce that is there")
 
 
 def operations_reply_what_they_say(harness: Harness) -> None:
