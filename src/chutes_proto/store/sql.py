@@ -25,61 +25,23 @@ from typing import Any, Final, Literal, TypeAlias, Union, get_args, get_origin
 import attrs
 from attrs import frozen
 
+from chutes_proto.store import rows as ops
 from chutes_proto.store.rows import (
     ROWS,
     AttestationRow,
     AuditRow,
     BootRow,
     BootVolumeRow,
-    Claim,
-    CountClaims,
-    CountRefusals,
-    CountSealed,
-    CountServerRefusals,
-    DeleteServer,
-    FindBoot,
-    FindConfirm,
-    FindLastBoot,
-    FindLastBootFrom,
-    FindServer,
     GenerationRow,
     GpuRow,
-    Insert,
-    IsRedeemed,
     NonceRow,
     Pin,
-    PurgeAudit,
-    PurgeGeneration,
-    Put,
-    RaiseHorizon,
-    ReadAttestation,
-    ReadAudit,
-    ReadBoot,
-    ReadBootVolumes,
-    ReadGenerations,
-    ReadGpu,
-    ReadLiveGenerations,
-    ReadNames,
-    ReadOtherwiseSealed,
-    ReadServer,
-    ReadServers,
-    ReadTimes,
-    ReadVm,
-    ReadVolumes,
-    RedeemNonce,
-    RewrapGeneration,
     Row,
-    Scan,
     ServerRow,
-    SetHorizon,
-    SpendToken,
     StoreOp,
-    SweepNonces,
     Times,
-    UpdateGeneration,
     Vm,
     VmRow,
-    VoidTokens,
     VolumeRow,
 )
 
@@ -499,26 +461,26 @@ def _change_generation(to: str, where: str = "TRUE") -> _Query:
 
 
 _QUERIES: Final[dict[type[StoreOp[Any]], _Query]] = {
-    Insert: _write(_insert, ROWS, _nothing),
-    Put: _write(_put, (VmRow, BootRow, VolumeRow, ServerRow), _nothing),
-    Claim: _write(_claim, (ServerRow, GpuRow), bool),
-    Scan: _Query(lambda op: (_SCANS[op.kind], ()), lambda op, rows: _sorted(op.kind, rows)),
+    ops.Insert: _write(_insert, ROWS, _nothing),
+    ops.Put: _write(_put, (VmRow, BootRow, VolumeRow, ServerRow), _nothing),
+    ops.Claim: _write(_claim, (ServerRow, GpuRow), bool),
+    ops.Scan: _Query(lambda op: (_SCANS[op.kind], ()), lambda op, rows: _sorted(op.kind, rows)),
     # nonces
-    RedeemNonce: _write(_claim, (NonceRow,), bool),
-    IsRedeemed: _query("SELECT value FROM nonce WHERE value = :value", bool),
-    SweepNonces: _query(
+    ops.RedeemNonce: _write(_claim, (NonceRow,), bool),
+    ops.IsRedeemed: _query("SELECT value FROM nonce WHERE value = :value", bool),
+    ops.SweepNonces: _query(
         "DELETE FROM nonce WHERE value IN"
         " (SELECT value FROM nonce WHERE redeemed_at <= :until AND issued_at <= :until"
         " ORDER BY redeemed_at LIMIT :limit)"
         " RETURNING value, purpose, issued_at, redeemed_at",
         partial(_sorted, NonceRow),
     ),
-    ReadTimes: _query("SELECT value, {clock} FROM fact WHERE name = 'nonce_horizon'", _times),
-    RaiseHorizon: _query("UPDATE fact SET value = :to WHERE name = 'nonce_horizon' AND value < :to"),
-    SetHorizon: _query("UPDATE fact SET value = :to WHERE name = 'nonce_horizon'"),
+    ops.ReadTimes: _query("SELECT value, {clock} FROM fact WHERE name = 'nonce_horizon'", _times),
+    ops.RaiseHorizon: _query("UPDATE fact SET value = :to WHERE name = 'nonce_horizon' AND value < :to"),
+    ops.SetHorizon: _query("UPDATE fact SET value = :to WHERE name = 'nonce_horizon'"),
     # names and boots
-    ReadVm: _one(VmRow, _THE_VM),
-    ReadNames: _either(
+    ops.ReadVm: _one(VmRow, _THE_VM),
+    ops.ReadNames: _either(
         lambda op: op.name is None,
         _query("SELECT hotkey, vm FROM vm UNION SELECT hotkey, vm FROM generation", _names),
         _query(
@@ -526,60 +488,62 @@ _QUERIES: Final[dict[type[StoreOp[Any]], _Query]] = {
             _names,
         ),
     ),
-    CountClaims: _count(VmRow, _THE_PLATFORM),
-    ReadBoot: _one(BootRow, "boot_id = :boot_id"),
-    FindBoot: _one(BootRow, "token_digest = :token_digest"),
-    FindConfirm: _one(BootRow, "confirm_digest = :confirm_digest"),
-    FindLastBoot: _one(BootRow, f"{_THE_VM} {_NEWEST}"),
-    FindLastBootFrom: _one(BootRow, f"hotkey = :hotkey AND peer_address = :address {_NEWEST}"),
-    SpendToken: _query(
+    ops.CountClaims: _count(VmRow, _THE_PLATFORM),
+    ops.ReadBoot: _one(BootRow, "boot_id = :boot_id"),
+    ops.FindBoot: _one(BootRow, "token_digest = :token_digest"),
+    ops.FindConfirm: _one(BootRow, "confirm_digest = :confirm_digest"),
+    ops.FindLastBoot: _one(BootRow, f"{_THE_VM} {_NEWEST}"),
+    ops.FindLastBootFrom: _one(BootRow, f"hotkey = :hotkey AND peer_address = :address {_NEWEST}"),
+    ops.SpendToken: _query(
         "UPDATE boot SET spent_at = :at, body_digest = :body_digest"
         " WHERE boot_id = :boot_id AND spent_at IS NULL RETURNING boot_id",
         bool,
     ),
-    VoidTokens: _either(lambda op: op.vm is None, _query(_VOID), _query(f"{_VOID} AND {_THE_VM}")),
-    ReadBootVolumes: _query(
+    ops.VoidTokens: _either(lambda op: op.vm is None, _query(_VOID), _query(f"{_VOID} AND {_THE_VM}")),
+    ops.ReadBootVolumes: _query(
         _select(BootVolumeRow, "WHERE boot_id = :boot_id ORDER BY position"), partial(decode_rows, BootVolumeRow)
     ),
     # keys and volumes
-    ReadGenerations: _all(GenerationRow, _THE_VM),
-    ReadLiveGenerations: _either(
+    ops.ReadGenerations: _all(GenerationRow, _THE_VM),
+    ops.ReadLiveGenerations: _either(
         lambda op: op.boot_id is None,
         _all(GenerationRow, f"{_THE_VM} AND ({_LIVE})"),
         _all(GenerationRow, f"{_THE_VM} AND ({_LIVE} OR {_GIVEN})"),
     ),
-    UpdateGeneration: _change_generation(
+    ops.UpdateGeneration: _change_generation(
         "state = :row.state, provisional = :row.provisional, delivered_at = :row.delivered_at,"
         " retired_at = :row.retired_at, retirement = :row.retirement"
     ),
-    RewrapGeneration: _change_generation("kek_id = :row.kek_id, wrapped_key = :row.wrapped_key", "sealed IS NOT NULL"),
-    PurgeGeneration: _change_generation(
+    ops.RewrapGeneration: _change_generation(
+        "kek_id = :row.kek_id, wrapped_key = :row.wrapped_key", "sealed IS NOT NULL"
+    ),
+    ops.PurgeGeneration: _change_generation(
         "state = 'purged', provisional = FALSE, sealed = NULL, kek_id = NULL, wrapped_key = NULL", "state = 'retired'"
     ),
-    CountSealed: _query(
+    ops.CountSealed: _query(
         "SELECT kek_id, count(*) FROM generation WHERE kek_id IS NOT NULL GROUP BY kek_id",
         lambda rows: tuple(sorted((kek_id, count) for kek_id, count in rows)),
     ),
-    ReadOtherwiseSealed: _all(GenerationRow, "kek_id IS NOT NULL AND kek_id <> :kek_id LIMIT :limit"),
-    ReadVolumes: _all(VolumeRow, _THE_VM),
+    ops.ReadOtherwiseSealed: _all(GenerationRow, "kek_id IS NOT NULL AND kek_id <> :kek_id LIMIT :limit"),
+    ops.ReadVolumes: _all(VolumeRow, _THE_VM),
     # servers and verdicts
-    ReadServer: _one(ServerRow, "server_id = :server_id"),
-    FindServer: _one(ServerRow, "address = :address"),
-    ReadServers: _all(ServerRow, "hotkey = :hotkey"),
-    DeleteServer: _query("DELETE FROM server WHERE server_id = :server_id"),  # and its GPUs, by their reference
-    ReadGpu: _one(GpuRow, "uuid = :uuid"),
-    ReadAttestation: _one(AttestationRow, "attestation_id = :attestation_id"),
-    CountRefusals: _count(AttestationRow, f"{_THE_PLATFORM} AND code IS NOT NULL AND created_at >= :since"),
-    CountServerRefusals: _count(
+    ops.ReadServer: _one(ServerRow, "server_id = :server_id"),
+    ops.FindServer: _one(ServerRow, "address = :address"),
+    ops.ReadServers: _all(ServerRow, "hotkey = :hotkey"),
+    ops.DeleteServer: _query("DELETE FROM server WHERE server_id = :server_id"),  # and its GPUs, by their reference
+    ops.ReadGpu: _one(GpuRow, "uuid = :uuid"),
+    ops.ReadAttestation: _one(AttestationRow, "attestation_id = :attestation_id"),
+    ops.CountRefusals: _count(AttestationRow, f"{_THE_PLATFORM} AND code IS NOT NULL AND created_at >= :since"),
+    ops.CountServerRefusals: _count(
         AttestationRow, "registration = :registration AND code IS NOT NULL AND created_at >= :since"
     ),
     # audit
-    ReadAudit: _either(
+    ops.ReadAudit: _either(
         lambda op: op.backwards,
         _query(_select(AuditRow, "WHERE id < :beyond ORDER BY id DESC LIMIT :limit", "id"), _numbered),
         _query(_select(AuditRow, "WHERE id > :beyond ORDER BY id LIMIT :limit", "id"), _numbered),
     ),
-    PurgeAudit: _query("DELETE FROM audit WHERE id > :beyond AND id <= :through AND at < :before"),
+    ops.PurgeAudit: _query("DELETE FROM audit WHERE id > :beyond AND id <= :through AND at < :before"),
 }
 
 
