@@ -541,13 +541,6 @@ class Claim(StoreOp[bool]):
 
 
 @frozen
-class ReadServer(StoreOp[ServerRow | None]):
-    """A server, whosever it is."""
-
-    server_id: str
-
-
-@frozen
 class FindServer(StoreOp[ServerRow | None]):
     """The server at an address."""
 
@@ -569,20 +562,6 @@ class DeleteServer(StoreOp[None]):
 
 
 @frozen
-class ReadGpu(StoreOp[GpuRow | None]):
-    """A GPU, whosever it is."""
-
-    uuid: str
-
-
-@frozen
-class ReadBoot(StoreOp[BootRow | None]):
-    """A granted boot."""
-
-    boot_id: str
-
-
-@frozen
 class FindLastBoot(StoreOp[BootRow | None]):
     """The newest granted boot of a VM."""
 
@@ -595,13 +574,6 @@ class FindLastBootFrom(StoreOp[BootRow | None]):
 
     hotkey: str
     address: str
-
-
-@frozen
-class ReadAttestation(StoreOp[AttestationRow | None]):
-    """A verdict."""
-
-    attestation_id: str
 
 
 @frozen
@@ -631,6 +603,14 @@ class PurgeAudit(StoreOp[None]):
     beyond: int
     through: int
     before: int
+
+
+@frozen
+class Read(StoreOp[R | None], Generic[R]):
+    """The row of a kind whose key is one text: a boot, a verdict, a server or a GPU, whosever it is."""
+
+    kind: type[R]
+    key: str
 
 
 @frozen

@@ -383,6 +383,9 @@ def _claim(kind: type[Row]) -> str:
     return f"{_insert(kind)} ON CONFLICT DO NOTHING RETURNING {kind.KEY[0]}"
 
 
+_READS: Final = {
+    kind: _select(kind, f"WHERE {kind.KEY[0]} = ?") for kind in (BootRow, AttestationRow, ServerRow, GpuRow)
+}
 _SCANS: Final = {kind: _select(kind, "" if kind.KEY else "ORDER BY id") for kind in ROWS}
 
 
@@ -401,6 +404,10 @@ def _times(rows: Rows) -> Times:
     if not rows:
         raise LostFactError
     return Times(*rows[0])
+
+
+def _first(kind: type[Row], rows: Rows) -> Any:
+    return decode_rows(kind, rows)[0] if rows else None
 
 
 def _sorted(kind: type[Row], rows: Rows) -> tuple[Any, ...]:
@@ -444,7 +451,7 @@ def _write(text: Callable[[type[Row]], str], kinds: Sequence[type[Row]], reply: 
 
 
 def _one(kind: type[Row], where: str) -> _Query:
-    return _query(_select(kind, f"WHERE {where}"), lambda rows: decode_rows(kind, rows)[0] if rows else None)
+    return _query(_select(kind, f"WHERE {where}"), partial(_first, kind))
 
 
 def _all(kind: type[Row], where: str) -> _Query:
@@ -464,6 +471,7 @@ _QUERIES: Final[dict[type[StoreOp[Any]], _Query]] = {
     ops.Insert: _write(_insert, ROWS, _nothing),
     ops.Put: _write(_put, (VmRow, BootRow, VolumeRow, ServerRow), _nothing),
     ops.Claim: _write(_claim, (ServerRow, GpuRow), bool),
+    ops.Read: _Query(lambda op: (_READS[op.kind], (op.key,)), lambda op, rows: _first(op.kind, rows)),
     ops.Scan: _Query(lambda op: (_SCANS[op.kind], ()), lambda op, rows: _sorted(op.kind, rows)),
     # nonces
     ops.RedeemNonce: _write(_claim, (NonceRow,), bool),
@@ -489,7 +497,6 @@ _QUERIES: Final[dict[type[StoreOp[Any]], _Query]] = {
         ),
     ),
     ops.CountClaims: _count(VmRow, _THE_PLATFORM),
-    ops.ReadBoot: _one(BootRow, "boot_id = :boot_id"),
     ops.FindBoot: _one(BootRow, "token_digest = :token_digest"),
     ops.FindConfirm: _one(BootRow, "confirm_digest = :confirm_digest"),
     ops.FindLastBoot: _one(BootRow, f"{_THE_VM} {_NEWEST}"),
@@ -527,12 +534,9 @@ _QUERIES: Final[dict[type[StoreOp[Any]], _Query]] = {
     ops.ReadOtherwiseSealed: _all(GenerationRow, "kek_id IS NOT NULL AND kek_id <> :kek_id LIMIT :limit"),
     ops.ReadVolumes: _all(VolumeRow, _THE_VM),
     # servers and verdicts
-    ops.ReadServer: _one(ServerRow, "server_id = :server_id"),
     ops.FindServer: _one(ServerRow, "address = :address"),
     ops.ReadServers: _all(ServerRow, "hotkey = :hotkey"),
     ops.DeleteServer: _query("DELETE FROM server WHERE server_id = :server_id"),  # and its GPUs, by their reference
-    ops.ReadGpu: _one(GpuRow, "uuid = :uuid"),
-    ops.ReadAttestation: _one(AttestationRow, "attestation_id = :attestation_id"),
     ops.CountRefusals: _count(AttestationRow, f"{_THE_PLATFORM} AND code IS NOT NULL AND created_at >= :since"),
     ops.CountServerRefusals: _count(
         AttestationRow, "registration = :registration AND code IS NOT NULL AND created_at >= :since"

@@ -31,11 +31,11 @@ from chutes_proto.store.rows import (
     PurgeAudit,
     PurgeGeneration,
     Put,
+    Read,
     ReadAudit,
     ReadGenerations,
     ReadNames,
     ReadOtherwiseSealed,
-    ReadServer,
     ReadTimes,
     ReadVm,
     ReadVolumes,
@@ -467,7 +467,7 @@ class RemoveRegistration(Unit[ServerRow]):
 
     def script(self) -> Script[ServerRow]:
         """Delete."""
-        server = yield from ReadServer(self.server_id)
+        server = yield from Read(ServerRow, self.server_id)
         if server is None:
             text = f"no server {self.server_id!r} is registered; `chutes-proto registrations list` shows those that are"
             raise _refused(text, Code.SERVER_NOT_FOUND)

@@ -33,10 +33,7 @@ from chutes_proto.store.rows import (
     IsRedeemed,
     Pin,
     Put,
-    ReadAttestation,
-    ReadBoot,
-    ReadGpu,
-    ReadServer,
+    Read,
     ReadServers,
     ReadVm,
     ServerRow,
@@ -172,10 +169,10 @@ class RegisterServer(Unit[ServerRow]):
             yield from _audit(self, neighbour, "server yields", reason, better.boot_id)
             neighbour = None
         for gpu in self.gpus:
-            held = yield from ReadGpu(gpu.uuid)
+            held = yield from Read(GpuRow, gpu.uuid)
             if held is not None:
                 text = "Nodes already exist in inventory, please contact chutes team to resolve: " + str([gpu.uuid])
-                raise _taken(Code.GPU_TAKEN, text, (yield from ReadServer(held.server_id)))
+                raise _taken(Code.GPU_TAKEN, text, (yield from Read(ServerRow, held.server_id)))
         if neighbour is not None:
             text = _TAKEN
             if neighbour.hotkey == self.hotkey:
@@ -184,7 +181,7 @@ class RegisterServer(Unit[ServerRow]):
                     " IPs must be unique across all servers."
                 )
             raise _taken(Code.HOST_TAKEN, text, neighbour, "; if the address is the claimant's now: boot the VM again")
-        holder = yield from ReadServer(self.server_id)
+        holder = yield from Read(ServerRow, self.server_id)
         if holder is not None:
             text = "The server id is registered to you already." if holder.hotkey == self.hotkey else _TAKEN
             raise _taken(Code.SERVER_TAKEN, text, holder)
@@ -267,7 +264,7 @@ class ReadOwnServer(Unit[tuple[ServerRow, AttestationRow | None]]):
     def script(self) -> Script[tuple[ServerRow, AttestationRow | None]]:
         """Read."""
         server = yield from read_own(self.hotkey, self.server_id)
-        return server, None if server.attested is None else (yield from ReadAttestation(server.attested))
+        return server, None if server.attested is None else (yield from Read(AttestationRow, server.attested))
 
 
 @frozen
@@ -307,7 +304,7 @@ class GrantRuntime(Unit[None]):
     def _bound_to(self, server: ServerRow) -> Script[Pin | None]:
         if server.boot_id is None:
             return server.pin
-        boot = yield from ReadBoot(server.boot_id)
+        boot = yield from Read(BootRow, server.boot_id)
         claim = None if boot is None else (yield from ReadVm(boot.vm))
         return server.pin if claim is None else claim.pin
 
@@ -347,7 +344,7 @@ class RecordRuntimeRefusal(Unit[bool]):
 
 def read_own(hotkey: str, server_id: str) -> Script[ServerRow]:
     """A server of ``hotkey``'s. Raises `Refused`."""
-    server = yield from ReadServer(server_id)
+    server = yield from Read(ServerRow, server_id)
     if server is None or server.hotkey != hotkey:
         raise not_found(server_id)
     return server

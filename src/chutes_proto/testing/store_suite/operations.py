@@ -33,16 +33,13 @@ from chutes_proto.store.rows import (
     PurgeGeneration,
     Put,
     RaiseHorizon,
-    ReadAttestation,
+    Read,
     ReadAudit,
-    ReadBoot,
     ReadBootVolumes,
     ReadGenerations,
-    ReadGpu,
     ReadLiveGenerations,
     ReadNames,
     ReadOtherwiseSealed,
-    ReadServer,
     ReadServers,
     ReadTimes,
     ReadVm,
@@ -316,8 +313,8 @@ def servers_are_claimed_found_and_deleted(harness: Harness) -> None:
     ask(Ask(Insert(evolve(_BOOT, boot_id="b1", token_digest=bytes(32), created_at=NOW + 1))))
     stranger = evolve(_BOOT, boot_id="b2", token_digest=b"2", vm=Vm("other", VM.name), created_at=NOW + 2)
     ask(Ask(Insert(stranger)))
-    expect(ask(Ask(ReadBoot("b0"))), _BOOT, "a boot by its id")
-    expect(ask(Ask(ReadBoot("b9"))), None, "a boot that is not there")
+    expect(ask(Ask(Read(BootRow, "b0"))), _BOOT, "a boot by its id")
+    expect(ask(Ask(Read(BootRow, "b9"))), None, "a boot that is not there")
     for newest in (FindLastBoot(VM), FindLastBootFrom(VM.hotkey, _BOOT.peer_address)):
         found = ask(Ask(newest))
         expect(found and found.boot_id, "b1", "the newest boot")
@@ -340,33 +337,33 @@ def servers_are_claimed_found_and_deleted(harness: Harness) -> None:
     expect(ask(Ask(Claim(evolve(_GPU, server_id="n2")))), False, "a GPU of two servers")
     expect(dump(harness.open()), before, "rows after what was not claimed")
     expect(ask(Ask(Claim(evolve(third, hotkey="other", name="vm-0")))), True, "another hotkey's server of one name")
-    expect(ask(Ask(ReadServer("n1"))), _SERVER, "a server by its id")
-    expect(ask(Ask(ReadServer("n9"))), None, "a server that is not there")
+    expect(ask(Ask(Read(ServerRow, "n1"))), _SERVER, "a server by its id")
+    expect(ask(Ask(Read(ServerRow, "n9"))), None, "a server that is not there")
     expect(ask(Ask(FindServer("5.6.7.8"))), fresh_server, "the server at an address")
     expect(ask(Ask(FindServer("5.6.7.9"))), None, "the server at no address")
     expect(ask(Ask(ReadServers(VM.hotkey))), (_SERVER, fresh_server), "servers of a hotkey")
-    expect(ask(Ask(ReadGpu("gpu-1"))), _GPU, "a GPU")
-    expect(ask(Ask(ReadGpu("gpu-2"))), None, "a GPU that is not there")
+    expect(ask(Ask(Read(GpuRow, "gpu-1"))), _GPU, "a GPU")
+    expect(ask(Ask(Read(GpuRow, "gpu-2"))), None, "a GPU that is not there")
     refusal = evolve(_REFUSAL, stage="runtime", registration="r1")
     ask(Ask(Insert(refusal)))
     ask(Ask(Insert(evolve(refusal, attestation_id="a2", code=None))))
     ask(Ask(Insert(evolve(refusal, attestation_id="a3", created_at=NOW - 1))))
     ask(Ask(Insert(evolve(refusal, attestation_id="a4", registration="r2"))))
     expect(ask(Ask(CountServerRefusals("r1", NOW))), 1, "refusals of a registration since a time")
-    expect(ask(Ask(ReadAttestation("a1"))), refusal, "a verdict")
-    expect(ask(Ask(ReadAttestation("a9"))), None, "a verdict that is not there")
+    expect(ask(Ask(Read(AttestationRow, "a1"))), refusal, "a verdict")
+    expect(ask(Ask(Read(AttestationRow, "a9"))), None, "a verdict that is not there")
     renamed = evolve(_SERVER, name="z", updated_at=NOW, attested="a1", pin=_PIN)
     ask(Ask(Put(renamed)))
-    expect(ask(Ask(ReadServer("n1"))), renamed, "a server that was replaced")
+    expect(ask(Ask(Read(ServerRow, "n1"))), renamed, "a server that was replaced")
     try:
         ask(Ask(Put(evolve(renamed, name="b"))))
     except StoreError:
-        expect(ask(Ask(ReadServer("n1"))), renamed, "a server after a name that is taken")
+        expect(ask(Ask(Read(ServerRow, "n1"))), renamed, "a server after a name that is taken")
     else:
         raise AssertionError("taken: a name of two servers")
     ask(Ask(DeleteServer("n1")))
-    expect(ask(Ask(ReadServer("n1"))), None, "a deleted server")
-    expect(ask(Ask(ReadGpu("gpu-1"))), None, "a GPU of a deleted server")
+    expect(ask(Ask(Read(ServerRow, "n1"))), None, "a deleted server")
+    expect(ask(Ask(Read(GpuRow, "gpu-1"))), None, "a GPU of a deleted server")
     expect(len(ask(Ask(Scan(AttestationRow)))), 4, "verdicts after their server is gone")
     expect(len(ask(Ask(Scan(ServerRow)))), 2, "servers after one is gone")
 
