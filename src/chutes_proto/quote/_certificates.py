@@ -5,7 +5,7 @@ Rules kept here:
 * X.509 version 3, keys on P-256, signatures ECDSA with SHA-256, and nothing else;
 * names stay DER and are compared as such; a serial number is the content of its INTEGER;
 * every extension has its place once; one that is critical and not known here is refused;
-* nothing is verified here: who signed what is ``verify.py``'s to check.
+* nothing is verified here: who signed what is ``_verify.py``'s to check.
 
 Sources: RFC 5280, 4.1, 4.2 and 5.1-5.3; RFC 7468 (PEM); Intel SGX PCK Certificate and CRL Profile Specification.
 """

@@ -4,7 +4,7 @@ Rules kept here:
 
 * a form has the members that Intel writes, in its order, with their types and ranges; what is not known is ignored;
 * a text is what would be written for what was read of it, byte for byte, as Intel's are: then it can mean nothing else.
-  Or it is JSON by the rules of ``strict_json.py``.
+  Or it is JSON by the rules of ``_strict_json.py``.
 
 Source: Intel SGX and TDX Provisioning Certification Service API, version 4 ("TCB Info V3", "Enclave Identity V2") and
 version 3 ("TCB Info V2").

@@ -7,7 +7,7 @@ Rules kept here:
 * a level of a TDX module or a quoting enclave is ``UpToDate``, ``OutOfDate`` or ``Revoked``, and nothing else: nothing
   would follow from another status;
 * levels are sorted here, best first, whatever their order in the text; no level stands twice;
-* nothing is verified here: who signed the text is ``verify.py``'s to check, over the text itself.
+* nothing is verified here: who signed the text is ``_verify.py``'s to check, over the text itself.
 
 Source: Intel SGX and TDX Provisioning Certification Service API, version 4 ("TCB Info V3", "Enclave Identity V2") and
 version 3 ("TCB Info V2"); the statuses of quoting enclaves: the same, "Enclave Identity V2", ``tcbStatus``, and Intel's

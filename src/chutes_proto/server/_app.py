@@ -9,7 +9,7 @@ Rules kept here:
 * one address may ask so often, but deployed clients that are asked to wait where they ask only once would give up, as
   would those that hold a token behind the same address as others. So these operations are never told to wait; what they
   refuse with 401 counts against the rest that the address asks;
-* a server that drains ends as soon as no boot of its own is open (``open_boots.py``), and none can become open.
+* a server that drains ends as soon as no boot of its own is open (``_open_boots.py``), and none can become open.
 """
 
 from __future__ import annotations

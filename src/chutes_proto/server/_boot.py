@@ -1,6 +1,6 @@
 """Operations 1 and 2: a nonce, then a quote over it, then the root passphrase and a boot token.
 
-The order of checks of operation 2: ``evidence.py`` has steps 1 to 6; then
+The order of checks of operation 2: ``_evidence.py`` has steps 1 to 6; then
 
 7. the claim: a known hotkey in canonical form, the signature if there is one or must be one, the VM's name free or
    bound to this platform;

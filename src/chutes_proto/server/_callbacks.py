@@ -6,7 +6,7 @@ Rules kept here:
   followed, and how long and how large an answer may be is bounded;
 * the nonce is drawn for this one question, and is kept nowhere else;
 * the quote binds the key of the very connection that it came over, and is judged as a runtime quote is
-  (``evidence.py``);
+  (``_evidence.py``);
 * whatever becomes of the network, the caller hears one text: a server is no way to look around behind it.
 
 What it shows: an approved TD answers at that address. Whose it is, it does not show: the question names no hotkey of

@@ -1,7 +1,7 @@
 """Is this quote evidence of an approved TD that holds this TLS key? The order of checks stands here, once for all.
 
-1. the nonce: shape, tag, age, binding (`nonces.py`), or for the volumes of a two-phase boot that boot's
-   (`rotation.py`); the client certificate's key;
+1. the nonce: shape, tag, age, binding (`_nonces.py`), or for the volumes of a two-phase boot that boot's
+   (`_rotation.py`); the client certificate's key;
 2. base64 and the quote's structure;
 3. report data: the nonce, then the key;
 4. the PCK chain up to the trusted root and the quote's signatures; only then collateral for its platform; then the

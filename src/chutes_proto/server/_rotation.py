@@ -3,7 +3,7 @@
 The order of checks of operation 13:
 
 1. the volumes' names; the quote nonce: of a two-phase boot that this VM, hotkey and client key made, and alive;
-2. the quote, over that nonce and the client key, at the runtime stage (``evidence.py``, steps 2 to 6);
+2. the quote, over that nonce and the client key, at the runtime stage (``_evidence.py``, steps 2 to 6);
 3. one transaction: the nonce again and spent, the platform the boot's and the name's, keys handed out, the confirm
    nonce issued, the record and its audit row written (``units/rotation.py``).
 

@@ -1,7 +1,7 @@
 """Operations 10 to 12: a nonce for one server, a runtime quote over it, and what came of the newest one.
 
-The order of checks of operation 11, after the signature (``callers.py``): the body; the server is the caller's; the
-nonce was issued for it; then as at a boot (``evidence.py``), at the runtime stage; then one transaction: the platform
+The order of checks of operation 11, after the signature (``_callers.py``): the body; the server is the caller's; the
+nonce was issued for it; then as at a boot (``_evidence.py``), at the runtime stage; then one transaction: the platform
 is the one that the server is bound to, the nonce redeemed, the verdict recorded (``units/servers.py``).
 
 A refusal of a quote is recorded if the nonce has held and was not redeemed before: it is the owner's own, so nobody who

@@ -1,7 +1,7 @@
 """Operations 5 to 9 and 15: the miners' servers, and the measurements that are accepted.
 
-Who calls was checked before (``callers.py``); what is a server's is the units' to say (``units/servers.py``). Of a
-registration the GPUs are checked first, then the host, then what the host shows, where it is asked (``callbacks.py``),
+Who calls was checked before (``_callers.py``); what is a server's is the units' to say (``units/servers.py``). Of a
+registration the GPUs are checked first, then the host, then what the host shows, where it is asked (``_callbacks.py``),
 then what needs rows. A host may be slow to be found and to answer, so one hotkey has one at a time.
 """
 
