@@ -71,7 +71,7 @@ QUOTE = "chutes_proto.quote"
 CONVERTER = f"{CORE}._converter"
 QUOTE_MAY_IMPORT = (
     *("attr", "attrs", "cattrs", "cryptography", "msgspec"),
-    *(QUOTE, CONVERTER, f"{CORE}.ChutesError", f"{CORE}._lazy"),
+    *(QUOTE, CONVERTER, f"{CORE}._error", f"{CORE}._lazy"),
 )
 """The verifier can be used alone, with the converter: both import this and the pure part of the standard library."""
 
@@ -242,7 +242,10 @@ def test_violations_are_found(module: str, source: str, what: str) -> None:
         ("chutes_proto.boot._flows", "def f():\n  r = yield from Sleep(1)"),
         ("chutes_proto.units.boot", "x = self.now"),
         ("chutes_proto.wire.http", "from urllib.parse import quote\nimport timeit_like"),
-        ("chutes_proto.quote._verify", "import struct\nfrom chutes_proto import ChutesError\nfrom .errors import X"),
+        (
+            "chutes_proto.quote._verify",
+            "from chutes_proto._error import ChutesError\nfrom .errors import X",
+        ),
         ("chutes_proto.quote", "from .verify import verify"),
         ("chutes_proto.server._asgi", "def asgi_app():\n  from chutes_proto.io import files"),
         ("chutes_proto.server._config", "class ServerConfig:\n  def load(cls):\n    import chutes_proto.io.files"),

@@ -1,11 +1,50 @@
 """A sans-I/O protocol library for confidential VMs: attest at boot, receive disk passphrases, keep proving.
 
-Nothing but the packages ``io`` and ``cli`` opens a socket, reads a clock or draws randomness. Each package's
-``__init__`` says what it is for. This file imports nothing, so that ``import chutes_proto.quote`` stays cheap.
+This is the front: the few names that most programs need. The rest is in the public packages:
+
+* ``chutes_proto.sync``, ``chutes_proto_trio``, ``chutes_proto_asyncio``: clients, and the key server in a program;
+* ``chutes_proto.boot``, ``chutes_proto.miner``: a VM's and a miner's flows and values;
+* ``chutes_proto.server``: the key server's configuration and ASGI application;
+* ``chutes_proto.quote``: the verifier of quotes, usable alone;
+* ``chutes_proto.store``, ``chutes_proto.effects``: for a store or a driver of one's own;
+* ``chutes_proto.testing``: a simulated platform, playbooks, the contract of a store;
+* ``chutes_proto.errors``, ``chutes_proto.secret``, ``chutes_proto.log``.
+
+Nothing but ``chutes_proto.io`` and the commands opens a socket, reads a clock or draws randomness. Names are imported
+when they are first used, so ``import chutes_proto.quote`` stays cheap.
 """
+
+from typing import TYPE_CHECKING
+
+from chutes_proto._error import ChutesError
+from chutes_proto._lazy import lazily
+
+if TYPE_CHECKING:
+    from chutes_proto.errors import Refusal, Refused, TransportError, Unavailable
+    from chutes_proto.log import Level, Record
+    from chutes_proto.quote.errors import VerificationError
+    from chutes_proto.secret import Secret
+else:
+    __getattr__ = lazily(
+        globals(),
+        {
+            "chutes_proto.errors": "Refusal Refused TransportError Unavailable",
+            "chutes_proto.log": "Level Record",
+            "chutes_proto.quote.errors": "VerificationError",
+            "chutes_proto.secret": "Secret",
+        },
+    )
 
 __version__ = "0.1.0"
 
-
-class ChutesError(Exception):
-    """Root of every error that this distribution raises on purpose (the tree is in ``chutes_proto.errors``)."""
+__all__ = [
+    "ChutesError",
+    "Level",
+    "Record",
+    "Refusal",
+    "Refused",
+    "Secret",
+    "TransportError",
+    "Unavailable",
+    "VerificationError",
+]

@@ -34,7 +34,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
-from chutes_proto import ChutesError
+from chutes_proto._error import ChutesError
 from chutes_proto.quote.errors import QuoteError
 from chutes_proto.wire.codes import Code
 

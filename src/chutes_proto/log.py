@@ -9,6 +9,8 @@ from typing import Final, TypeAlias
 
 from attrs import field, frozen
 
+__all__ = ["LONGEST", "Level", "Record", "Value"]
+
 Value: TypeAlias = "str | int | float | bool | None | list[str]"
 
 LONGEST: Final = 4096

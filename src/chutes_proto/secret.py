@@ -11,6 +11,8 @@ from __future__ import annotations
 import hmac
 from typing import ClassVar, NoReturn
 
+__all__ = ["Secret"]
+
 
 class Secret:
     """Secret bytes. ``repr`` and ``str`` are ``***``; equality takes constant time; no hashing, no pickling."""

@@ -17,7 +17,7 @@ import signal
 import time
 from typing import TYPE_CHECKING, Any
 
-from chutes_proto import ChutesError
+from chutes_proto._error import ChutesError
 from chutes_proto.cli import console
 
 if TYPE_CHECKING:

@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Final
 
-from chutes_proto import ChutesError, __version__
+from chutes_proto import __version__
+from chutes_proto._error import ChutesError
 from chutes_proto.cli import console
 
 COMMANDS: Final = (

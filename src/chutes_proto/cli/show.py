@@ -14,7 +14,7 @@ import httpx
 import trio
 from attrs import frozen
 
-from chutes_proto import ChutesError
+from chutes_proto._error import ChutesError
 from chutes_proto.auth.client_identity import ENTROPY_SIZE, ClientIdentity, make_client_identity
 from chutes_proto.boot._flows import BootSettings, attest_boot, boot, fetch_nonce, make_quote, sync_volumes
 from chutes_proto.boot._retry_policy import RetryPolicy

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Final, Literal, TypeAlias
 
 from attrs import frozen
 
-from chutes_proto import ChutesError
+from chutes_proto._error import ChutesError
 
 __all__ = [
     "AppraisalError",

@@ -11,7 +11,14 @@ from chutes_proto._lazy import lazily
 
 if TYPE_CHECKING:
     from chutes_proto.testing._platform import SimulatedPlatform
+    from chutes_proto.testing._playbook import Playbook, PlaybookError
 else:
-    __getattr__ = lazily(globals(), {"chutes_proto.testing._platform": "SimulatedPlatform"})
+    __getattr__ = lazily(
+        globals(),
+        {
+            "chutes_proto.testing._platform": "SimulatedPlatform",
+            "chutes_proto.testing._playbook": "Playbook PlaybookError",
+        },
+    )
 
-__all__ = ["SimulatedPlatform"]
+__all__ = ["Playbook", "PlaybookError", "SimulatedPlatform"]

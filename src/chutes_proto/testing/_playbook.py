@@ -23,8 +23,8 @@ from chutes_proto.effects import Effect, Flow, run
 
 T = TypeVar("T")
 
-Expected: TypeAlias = "Effect[Any] | type[Effect[Any]] | Callable[[Effect[Any]], bool]"
-Aside: TypeAlias = "Mapping[type[Any], Callable[[Any], object]]"
+Expected: TypeAlias = Effect[Any] | type[Effect[Any]] | Callable[[Effect[Any]], bool]
+Aside: TypeAlias = Mapping[type[Any], Callable[[Any], object]]
 
 
 class PlaybookError(AssertionError):

@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 from urllib.parse import quote_from_bytes, unquote
 
-from chutes_proto import ChutesError
+from chutes_proto._error import ChutesError
 from chutes_proto.effects import Uptime
 from chutes_proto.errors import BadRequest, LocalProtocolError
 from chutes_proto.transport.h1 import DEFAULT_LIMITS, Application, Limits

@@ -8,17 +8,38 @@ Rules kept here:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from attrs import frozen
 
 from chutes_proto.store.rows import AttestationRow, AuditRow, Insert, Pin, Vm
 
 if TYPE_CHECKING:
-    from chutes_proto.store.rows import BootRow, Decision
-    from chutes_proto.units.boot import GrantBoot
-    from chutes_proto.units.rotation import AttestVolumes
-    from chutes_proto.units.servers import GrantRuntime, HostQuote
+    from chutes_proto.store.rows import Decision
+
+
+class Quoted(Protocol):
+    """A boot, or a unit that grants something, with the quote that it rests on."""
+
+    @property
+    def pin(self) -> Pin | None:
+        """The pin of the platform."""
+        ...
+
+    @property
+    def quote_digest(self) -> bytes:
+        """The SHA-256 of the quote."""
+        ...
+
+    @property
+    def profile_name(self) -> str:
+        """The name of the profile that the quote matched."""
+        ...
+
+    @property
+    def profile_version(self) -> str:
+        """The version of that profile."""
+        ...
 
 
 @frozen
@@ -31,7 +52,7 @@ class Quote:
     profile_version: str | None = None
 
     @classmethod
-    def of(cls, given: BootRow | GrantBoot | AttestVolumes | GrantRuntime | HostQuote) -> Quote:
+    def of(cls, given: Quoted) -> Quote:
         """The quote of a boot, or of a unit that grants something for it."""
         return cls(given.pin, given.quote_digest, given.profile_name, given.profile_version)
 
