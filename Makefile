@@ -69,7 +69,9 @@ lint: $(INSTALLED) ## ruff, mypy, basedpyright; shellcheck where it is installed
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/basedpyright --warnings
-	PATH="$(abspath $(BIN)):$$PATH" basedpyright --verifytypes chutes_proto.quote --ignoreexternal >/dev/null
+	@for package in chutes_proto chutes_proto_trio chutes_proto_asyncio; do \
+	PATH="$(abspath $(BIN)):$$PATH" basedpyright --verifytypes $$package --ignoreexternal >.verifytypes || \
+	{ cat .verifytypes; exit 1; }; grep score .verifytypes; rm .verifytypes; done
 	@if command -v shellcheck >/dev/null; then echo "shellcheck $(SCRIPTS)"; shellcheck $(SCRIPTS); \
 	else echo "shellcheck is not installed: $(SCRIPTS) are not checked"; fi
 

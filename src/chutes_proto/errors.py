@@ -134,10 +134,10 @@ class Refusal(ChutesError):
             status = code.status
         self.code = code
         self.detail = detail
-        self.reason = reason or (detail if isinstance(detail, str) else str(list(detail)))
+        self.reason: str = reason or (detail if isinstance(detail, str) else str(list(detail)))
         self.status = status
         self.request_id = request_id
-        self.headers = tuple(headers)
+        self.headers: tuple[tuple[str, str], ...] = tuple(headers)
         self.recorded = False
 
     def __str__(self) -> str:
@@ -224,8 +224,8 @@ class HeaderRejected(DiskError):
 
     def __init__(self, reason: str, found: object, expected: object, device: str) -> None:
         super().__init__(reason, f"its LUKS2 header is refused ({reason}): found {found}, expected {expected}", device)
-        self.found = str(found)
-        self.expected = str(expected)
+        self.found: str = str(found)
+        self.expected: str = str(expected)
 
 
 class BootInterrupted(ChutesError):

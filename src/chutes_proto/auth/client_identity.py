@@ -25,9 +25,9 @@ try:
     from cryptography.hazmat.primitives.asymmetric import ec
     from cryptography.hazmat.primitives.hashes import SHA256
     from cryptography.hazmat.primitives.kdf.hkdf import HKDF
-except ImportError as exc:  # the boot agent as one file has a distribution's Python around it
+except ImportError as _missing:  # the boot agent as one file has a distribution's Python around it
     raise LocalProtocolError(
-        f"certificates need Python's package cryptography ({exc}); Debian: apt-get install python3-cryptography"
+        f"certificates need Python's package cryptography ({_missing}); Debian: apt-get install python3-cryptography"
     ) from None
 
 ENTROPY_SIZE: Final = 32

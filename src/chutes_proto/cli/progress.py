@@ -57,7 +57,7 @@ class Progress:
         self._as_json = as_json
         self._deadline = time.monotonic() + seconds
         self.server = server
-        self.step = ""
+        self.step: str = ""
         self.stopped: Mapping[str, Value] = {}
         self.written: list[str] = []
         self.opened: list[str] = []

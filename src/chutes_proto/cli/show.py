@@ -51,7 +51,7 @@ class Steps:
 
     def __init__(self) -> None:
         self._began = time.monotonic()
-        self.taken = 0
+        self.taken: int = 0
 
     @property
     def seconds(self) -> float:

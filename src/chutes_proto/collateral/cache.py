@@ -144,7 +144,7 @@ class CollateralCache:
     ) -> None:
         if not upstreams or len(set(upstreams)) != len(upstreams):
             raise ConfigurationError("name at least one collateral service, and none twice")
-        self.upstreams = tuple(upstreams)
+        self.upstreams: tuple[Upstream, ...] = tuple(upstreams)
         self.root = root
         self.policy = policy
         self.update: Update = update

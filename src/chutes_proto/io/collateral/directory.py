@@ -41,7 +41,7 @@ class CollateralDirectory:
     AGAIN_AFTER: Final = 60
 
     def __init__(self, path: str | Path, root: TrustedRoot, *, grace: int = 0) -> None:
-        self.path = Path(path)
+        self.path: Path = Path(path)
         self._root = root
         self._grace = grace
         self._lock = threading.Lock()

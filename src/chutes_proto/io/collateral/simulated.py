@@ -31,7 +31,7 @@ class CollateralServer(ThreadingHTTPServer):
         self.age = age
         self._scheme = "http"
         if ":" in address[0]:
-            self.address_family = socket.AF_INET6
+            self.address_family: int = socket.AF_INET6
         super().__init__(address, _Handler)
 
     @property
@@ -52,7 +52,7 @@ class CollateralServer(ThreadingHTTPServer):
         write_file(chain, identity.chain_pem + identity.key_pem.reveal(), mode=0o600)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(chain)
-        self.socket = context.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
+        self.socket: socket.socket = context.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
         self._scheme = "https"
         return authority
 

@@ -89,7 +89,11 @@ class Missing:
         """In place of a function."""
         raise LocalProtocolError(f"a flow needs the part {self._part!r}, which this driver was not given")
 
-    transact = fetch = at_hand = inspect = act = __call__
+    transact: Callable[..., NoReturn] = __call__
+    fetch: Callable[..., NoReturn] = __call__
+    at_hand: Callable[..., NoReturn] = __call__
+    inspect: Callable[..., NoReturn] = __call__
+    act: Callable[..., NoReturn] = __call__
 
 
 def log_record(record: Record) -> None:

@@ -22,7 +22,7 @@ from chutes_proto.io.drivers.sync import log_record
 from chutes_proto.io.server.aio import Server, run_until_stopped
 from chutes_proto.io.server.log_writer import FLUSH_SECONDS, LogWriter
 from chutes_proto.io.server.setup import ServerSetup, check_keys, make_setup
-from chutes_proto.io.server.sockets import listen_tls, listen_unix, room_for, urls
+from chutes_proto.io.server.sockets import Listening, listen_tls, listen_unix, room_for, urls
 from chutes_proto.log import Level, Record
 from chutes_proto.quote._roots import INTEL_ROOT
 from chutes_proto.server._app import App
@@ -71,14 +71,14 @@ class Listeners:
         self._setup = setup
         self._context = setup.tls
         with ExitStack() as opened:
-            self.sockets = listen_tls(setup.config.listen_address, lambda: self._context)
+            self.sockets: list[Listening] = listen_tls(setup.config.listen_address, lambda: self._context)
             for listening in self.sockets:
                 _ = opened.callback(listening.socket.close)
             if setup.proxy_socket is not None:
                 self.sockets.append(listen_unix(setup.proxy_socket))
                 _ = opened.callback(self.sockets[-1].socket.close)
                 _ = opened.callback(setup.proxy_socket.unlink, missing_ok=True)
-            self.urls = urls(self.sockets)
+            self.urls: list[str] = urls(self.sockets)
             self._opened = opened.pop_all()
 
     def reload_certificate(self) -> Record:

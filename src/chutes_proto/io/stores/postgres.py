@@ -53,9 +53,9 @@ from chutes_proto.store.sql import READ_VERSION, LostFactError, decode, for_driv
 try:
     import psycopg
     from psycopg import conninfo, errors
-except ImportError as exc:
+except ImportError as _missing:
     raise ConfigurationError(
-        f"a store in PostgreSQL takes psycopg, which cannot be imported ({exc});"
+        f"a store in PostgreSQL takes psycopg, which cannot be imported ({_missing});"
         " install it with: pip install 'chutes-proto[postgres]'"
     ) from None
 
@@ -213,9 +213,10 @@ class PostgresStore:
     """
 
     def __init__(self, url: str, *, connections: int = 16, busy_seconds: float = 5.0, migrate: bool = False) -> None:
+        self.name: str
         self._conninfo, self.name = _parse(url)
         self.found_version: int | None = None
-        self.retries = 0
+        self.retries: int = 0
         self._counting = threading.Lock()
         self._busy_seconds = busy_seconds
         self._patience = busy_seconds + _SILENCE

@@ -97,9 +97,9 @@ class SqliteStore:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, busy_seconds: float = 5.0, migrate: bool = False) -> None:
-        self.path = Path(path).resolve()
-        self.name = str(self.path)
-        self.commits = 0
+        self.path: Path = Path(path).resolve()
+        self.name: str = str(self.path)
+        self.commits: int = 0
         self.found_version: int | None = None
         self._migrate = migrate
         self._busy_seconds = busy_seconds
