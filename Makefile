@@ -31,7 +31,10 @@ RESOLVE := $(VENV)-uv/bin/uv pip compile --quiet --universal --python-version 3.
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lint soak fuzz bench zipapp constraints clean
+QUICK_TESTS := $(addprefix tests/,auth keys luks quote units wire server testing) \
+	--ignore tests/units/test_machine_postgres.py
+
+.PHONY: help install demo test quick lint soak fuzz bench zipapp constraints clean
 
 help: ## this list
 	@echo "make TARGET, where TARGET is one of"
@@ -60,6 +63,9 @@ ifeq ($(strip $(PYTEST_ARGS)),)
 else
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 endif
+
+quick: $(INSTALLED) ## the tests of the pure packages, in under a minute: for before a commit
+	@$(BIN)/python -m pytest -n auto --dist worksteal -q $(QUICK_TESTS)
 
 soak: $(INSTALLED) ## the tests of what must never be lost, in their long form: SOAK_TESTS for hours
 	@CHUTES_PROTO_SOAK=1 $(BIN)/python -m pytest -n auto --hypothesis-profile soak $(SOAK_TESTS)
