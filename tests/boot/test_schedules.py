@@ -37,6 +37,7 @@ def quoter(report_data: bytes) -> bytes:
     return b"quote over " + report_data
 
 
+@pytest.mark.usefixtures("told_on_purpose")  # a mood of the server's repeats the token; what is logged is checked below
 @given(
     moods=st.lists(st.sampled_from((WELL, *BAD_MOODS)) | st.sampled_from(FINAL_MOODS), max_size=14),
     fates=st.lists(st.sampled_from(Fate), max_size=14),
