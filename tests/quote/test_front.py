@@ -57,7 +57,7 @@ def test_importing_the_package_imports_nothing_else() -> None:
     text = "import sys; old = {*sys.modules}; import chutes_proto.quote; print(*{*sys.modules} - old)"
     done = subprocess.run([sys.executable, "-c", text], capture_output=True, check=True, text=True, env={})
     of_project = {name for name in done.stdout.split() if name.startswith("chutes_proto")}
-    assert of_project == {"chutes_proto", "chutes_proto._lazy", "chutes_proto.quote"}
+    assert of_project == {"chutes_proto", "chutes_proto._error", "chutes_proto._lazy", "chutes_proto.quote"}
     assert {"attrs", "cryptography", "msgspec"}.isdisjoint(done.stdout.split())
 
 
