@@ -234,3 +234,11 @@ def test_derived_keys_are_hkdf() -> None:
     pseudo_random_key = hmac.digest(bytes(32), b"n" * 32, "sha256")
     wanted = hmac.digest(pseudo_random_key, b"chutes-proto derive label" + b"\x01", "sha256")
     assert VAULT.derive("label")[0][1] == Secret(wanted)
+
+
+def test_a_purged_key_is_neither_wrapped_anew_nor_opened() -> None:
+    purged = evolve(ROW, sealed=None, kek_id=None, wrapped_key=None, state="purged")
+    with pytest.raises(SealBroken, match="was purged"):
+        _ = VAULT.rewrap(ADDRESS, purged, bytes(12))
+    with pytest.raises(SealBroken, match="was purged"):
+        _ = VAULT.open(ADDRESS, evolve(ROW, wrapped_key=None))

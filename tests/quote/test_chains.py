@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from base64 import encodebytes
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -22,6 +23,7 @@ from chutes_proto.quote._steps import (
     CertificateFormatError,
     CertificateRevokedError,
     CrlFormatError,
+    UntrustedRootError,
 )
 from chutes_proto.quote._verify import (
     authenticate_collateral,
@@ -98,6 +100,20 @@ def test_no_grace_for_a_certificate_of_the_collateral(draft: str, member: str) -
         assert (caught.value.subject, caught.value.code) == (PLACES[draft], "certificate_expired")
     with pytest.raises(CertificateExpiredError):
         _ = verify_collateral(collateral, now=END + 1, root=ROOT, grace=GRACE)
+
+
+def test_a_root_of_the_same_name_and_key_must_be_signed_by_it() -> None:
+    forged = PLATFORM.root_der[:-1] + bytes([PLATFORM.root_der[-1] ^ 1])
+    collateral = collateral_of(PLATFORM)
+    pem = collateral.tcb_info_issuer_chain.replace(_pem(PLATFORM.root_der), _pem(forged))
+    assert pem != collateral.tcb_info_issuer_chain
+    with pytest.raises(UntrustedRootError):
+        _ = verify_collateral(evolve(collateral, tcb_info_issuer_chain=pem), now=NOW, root=ROOT)
+
+
+def _pem(data: bytes) -> bytes:
+    lines = encodebytes(data).replace(b"\n", b"")
+    return b"\n".join(lines[at : at + 64] for at in range(0, len(lines), 64))
 
 
 def test_grace_is_for_what_is_no_certificate() -> None:

@@ -30,7 +30,7 @@ from chutes_proto.quote._certificates import (
 )
 from chutes_proto.quote._der import DerError
 from chutes_proto.quote._pck import read_pck_extension
-from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
+from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot, check_self_signed
 from chutes_proto.quote.errors import PolicyError
 from chutes_proto.testing._pki import nested, sgx_tcb
 from tests.quote.simulated import PLATFORM, collateral_of
@@ -204,6 +204,11 @@ def test_a_root_must_be_a_self_signed_ca() -> None:
             _ = TrustedRoot.from_der(wrong)
 
 
+def test_an_intermediate_is_not_self_signed() -> None:
+    with pytest.raises(DerError, match="another issuer"):
+        check_self_signed(read_certificate(CHAIN[1]))
+
+
 # --- constraints, key usage, names ---
 
 BASIC_CONSTRAINTS, KEY_USAGE, KEY_ID = bytes.fromhex("551d13"), bytes.fromhex("551d0f"), bytes.fromhex("551d0e")
@@ -282,6 +287,8 @@ def test_common_names(name: str, problem: str | None) -> None:
         ("300a06082a8648ce3d040302", "300a06082a8648ce3d040303"),  # another algorithm
         ("0603551d13", "0603551d0f"),  # key usage twice
         ("0603551d130101ff", "0603551d13010101"),  # a BOOLEAN that is neither
+        ("0603551d130101ff", "0403551d130101ff"),  # an extension without an identifier
+        ("034200", "034201"),  # a key that is not of whole bytes
     ],
 )
 def test_certificates_of_another_kind(old: str, new: str) -> None:
@@ -291,10 +298,18 @@ def test_certificates_of_another_kind(old: str, new: str) -> None:
         _ = read_certificate(changed)
 
 
+def test_a_signature_is_of_whole_bytes() -> None:
+    ends = range(len(PCK) - 80, len(PCK))
+    start = next(at for at in ends if PCK[at] == der.BIT_STRING and at + 2 + PCK[at + 1] == len(PCK))
+    with pytest.raises(DerError, match="whole bytes"):
+        _ = read_certificate(PCK[: start + 2] + b"\x01" + PCK[start + 3 :])
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [
         ("020101300a0608", "020100300a0608"),  # version 1
+        ("020101300a0608", "040101300a0608"),  # a version that is not a number
         ("0603551d14", "0603551d15"),  # no CRL number
         ("0603551d23", "0603551d24"),  # no authority key identifier
     ],

@@ -228,3 +228,13 @@ def test_mutated_files(data: st.DataObject) -> None:
         except PolicyError:
             continue
         assert all(len(register) == 48 for register in (*profile.registers("boot"), *profile.registers("runtime")))
+
+
+def test_a_file_that_is_too_large_is_not_read() -> None:
+    with pytest.raises(PolicyError, match="more than 4194304 bytes"):
+        _ = parse_profiles_toml(b"#" * (4 * 1024 * 1024 + 1))
+
+
+def test_a_register_of_another_length_is_refused(form: str) -> None:
+    with pytest.raises(PolicyError, match="96 hexadecimal digits"):
+        _ = _parse(form, _entry(boot_rtmrs={**_rtmrs(BOOT), "rtmr0": "00" * 47}))

@@ -13,15 +13,17 @@ from hypothesis import strategies as st
 from chutes_proto.auth.hotkey import HotkeyPair
 from chutes_proto.auth.signing import body_message
 from chutes_proto.effects import Effect, Resolve, Transact, run
-from chutes_proto.errors import TransportError
+from chutes_proto.errors import Refused, StoreBusy, TransportError
 from chutes_proto.quote._measurements import parse_profiles_json
 from chutes_proto.quote._policy import Policy
 from chutes_proto.secret import Secret
 from chutes_proto.server._app import App
 from chutes_proto.server._gpus import GPUS, Gpu
 from chutes_proto.server._profiles import ServedProfile
-from chutes_proto.store.rows import AuditRow, BootRow, GenerationRow, GpuRow, ServerRow, VmRow
+from chutes_proto.store._run import run_script
+from chutes_proto.store.rows import AuditRow, BootRow, Claim, GenerationRow, GpuRow, ServerRow, VmRow
 from chutes_proto.testing._platform import PROFILE
+from chutes_proto.units.servers import RecordRuntimeRefusal, RegisterServer
 from chutes_proto.wire import json
 from chutes_proto.wire.codes import Code
 from chutes_proto.wire.http import HttpRequest, HttpResponse
@@ -859,3 +861,49 @@ def test_the_published_measurements_are_the_profiles(world):
         ["version", "name", "mrtd", "boot_rtmrs", "runtime_rtmrs", "expected_gpus", "gpu_count"],
     ]
     assert tuple(one for one, _ in parse_profiles_json(response.body)) == policy.profiles
+
+
+def test_a_boot_of_a_name_that_is_bound_elsewhere_is_no_link(world):
+    boot(world)
+    _ = world.store.connection.execute("UPDATE vm SET platform_id = x'00'")
+    registered(register(world))
+    assert world.rows(ServerRow)[0].boot_id is None
+
+
+def test_what_another_transaction_claims_meanwhile_is_tried_again(world):
+    unit = RegisterServer(
+        now=NOW,
+        request_id="r",
+        hotkey=MINER.hotkey.address,
+        server_id="n1",
+        name="vm-1",
+        host=HOST,
+        address=HOST,
+        gpus=(),
+        profiles={},
+        peer_address="",
+    )
+    with pytest.raises(StoreBusy, match="claimed meanwhile"):
+        _ = run_script(unit.script(), lambda op: False if isinstance(op, Claim) else world.store.perform(op))
+
+
+def test_a_verdict_on_a_server_that_was_registered_anew_is_not_its(world):
+    registered(register(world))
+    (before,) = world.rows(ServerRow)
+    answer(world.ask_signed("DELETE", "/servers/n1"))
+    world.now += 1
+    registered(register(world))
+    unit = RecordRuntimeRefusal(
+        now=NOW,
+        request_id="r",
+        server=before,
+        nonce=bytes(32),
+        pin=None,
+        code="quote_rejected",
+        detail="",
+        reason="",
+        quote_digest=bytes(32),
+        peer_address="",
+    )
+    with pytest.raises(Refused, match="not found"):
+        _ = world.store.transact(unit)

@@ -430,3 +430,16 @@ def test_audit_rows_of_a_vm_name_boot_profile_and_quote(store: MemoryStore) -> N
     )
     of_quotes = {unit.boot_id: unit.quote_digest for unit in (base, reader, two)}
     assert all(row.quote_digest in (of_quotes[row.boot_id or ""], attested.quote_digest) for row in rows)
+
+
+def test_a_lost_attestation_needs_the_keys_that_it_was_given(store: MemoryStore) -> None:
+    attested = attest(granted(store, "1", exchange="two-phase"), "body", "storage")
+    _ = store.transact(attested)
+    other = attest(boot("2"), "body", "storage").confirm_nonces
+    with pytest.raises(KeyUnavailable, match="confirm nonce"):  # it was made under another key-encryption key
+        _ = store.transact(evolve(attested, request_id="again", confirm_nonces=other))
+    _ = store.connection.execute(
+        "UPDATE generation SET state = 'retired', retired_at = 1, retirement = 'prune' WHERE volume = 'k3s'"
+    )
+    with pytest.raises(KeyUnavailable, match="no active encryption key"):
+        _ = store.transact(evolve(attested, request_id="again"))

@@ -80,3 +80,8 @@ def test_every_reference_resolves():
 
 def test_the_codes_are_the_closed_list():
     assert DOCUMENT["components"]["schemas"]["Error"]["properties"]["code"]["enum"] == [str(code) for code in Code]
+
+
+def test_a_type_without_a_schema_is_refused():
+    with pytest.raises(TypeError, match="no JSON schema for"):
+        openapi._schema(complex)

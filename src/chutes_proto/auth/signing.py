@@ -75,7 +75,7 @@ def messages_to_sign(
             return (body_message(hotkey, nonce, body), whole)
         case "purpose":
             return (purpose_message(hotkey, nonce, PURPOSE), whole)
-        case "nonce":
+        case _:  # "nonce"
             return (body_message(hotkey, nonce, body), purpose_message(hotkey, nonce, PURPOSE), whole)
 
 

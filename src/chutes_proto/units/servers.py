@@ -357,10 +357,9 @@ def not_found(name_or_id: str) -> Refused:
 
 def _taken(code: Code, text: str, holder: ServerRow | None, more: str = "") -> Refused:
     """A refusal whose reason names ``holder``, and what to do, to the operator."""
-    if holder is None:
-        return Refused(code, text)
-    frees = f"its owner frees it, or `chutes-proto registrations remove {holder.server_id}`"
-    return Refused(code, text, reason=f"{text}: held by server {holder.server_id} of {holder.hotkey}; {frees}{more}")
+    name, hotkey = ("?", "?") if holder is None else (holder.server_id, holder.hotkey)
+    frees = f"its owner frees it, or `chutes-proto registrations remove {name}`"
+    return Refused(code, text, reason=f"{text}: held by server {name} of {hotkey}; {frees}{more}")
 
 
 def _same(before: ServerRow) -> Script[ServerRow]:
