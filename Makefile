@@ -100,6 +100,7 @@ constraints: ## resolve all pins anew, for every Python from 3.11 on, and hash t
 	@$(VENV)-uv/bin/python -m pip --disable-pip-version-check install --quiet uv
 	@$(RESOLVE) --all-extras --group build pyproject.toml --output-file constraints.txt
 	@$(RESOLVE) --group fuzz --output-file tests/fuzz/requirements.txt
+	@$(RESOLVE) --group docs --output-file tools/docs-requirements.txt
 
 clean: ## remove the environment and everything that was made
 	rm -rf $(VENV) $(VENV)-uv build dist .coverage .coverage.* htmlcov .hypothesis .pytest_cache .mypy_cache .ruff_cache .fuzz
