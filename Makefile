@@ -22,6 +22,7 @@ SOAK_TESTS ?= tests/lifecycle tests/store tests/units tests/cli/test_processes.p
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 FUZZ_INSTALLED := $(VENV)/.installed-fuzz
+DOCS_INSTALLED := $(VENV)/.installed-docs
 SCRIPTS := .ci/run tests/scenario/initramfs.sh examples/initramfs/hooks/chutes-proto \
 	examples/initramfs/scripts/local-top/chutes-proto
 # The pins are complete and installed with --no-deps: an older pip would look for the newest release of an extra.
@@ -34,7 +35,7 @@ RESOLVE := $(VENV)-uv/bin/uv pip compile --quiet --universal --python-version 3.
 QUICK_TESTS := $(addprefix tests/,auth keys luks quote units wire server testing) \
 	--ignore tests/units/test_machine_postgres.py
 
-.PHONY: help install demo test quick lint soak fuzz bench zipapp constraints clean
+.PHONY: help install demo test quick lint soak fuzz bench docs zipapp constraints clean
 
 help: ## this list
 	@echo "make TARGET, where TARGET is one of"
@@ -87,12 +88,21 @@ fuzz: $(FUZZ_INSTALLED) ## coverage-guided fuzzing, FUZZ_SECONDS for each of FUZ
 bench: $(INSTALLED) ## what takes how long, beside others and beside what cannot be done without; prints ratios
 	@$(BIN)/python -m bench $(BENCH_SUBJECTS)
 
+docs: $(DOCS_INSTALLED) ## the documentation site in build/site; every link and anchor in it is checked
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict --clean
+	@$(BIN)/python -m tools.docs.check build/site
+
 zipapp: $(INSTALLED) ## the boot agent as one file, build/chutes-proto-agent.pyz, for TARGET_PYTHON and its cryptography
 	@$(BIN)/python -m tools.agent_zipapp build/chutes-proto-agent.pyz --python $(TARGET_PYTHON)
 
 $(FUZZ_INSTALLED): tests/fuzz/requirements.txt $(INSTALLED)
 	@echo "==> $(VENV): atheris, checked against its hash (there are wheels for Linux on x86-64)"
 	@$(PIP) install --quiet --require-hashes --no-deps --only-binary :all: --requirement $<
+	@touch $@
+
+$(DOCS_INSTALLED): tools/docs-requirements.txt $(INSTALLED)
+	@echo "==> $(VENV): the site's builder, checked against its hashes"
+	@$(PIP) install --quiet --require-hashes --no-deps --requirement $<
 	@touch $@
 
 constraints: ## resolve all pins anew, for every Python from 3.11 on, and hash them

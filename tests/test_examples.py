@@ -7,20 +7,27 @@ import importlib.util
 import inspect
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from functools import partial
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
+from attrs import evolve
 
 from chutes_proto.miner import HotkeyPair
 from chutes_proto.secret import Secret
+from chutes_proto.testing._directory import PLATFORM_FILE, PlatformRecord
+from chutes_proto.testing.store_suite import Case, operations, transactions
 from tests.clients import run
 from tests.conftest import ROOT
 from tests.dev_server import DevServer, dev_server
 from tests.luks import headers
 from tests.server.world import GPU
+from tests.store.harness import together
 from tests.test_public import PUBLIC
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -79,15 +86,75 @@ def test_a_miner_registers_and_attests_a_server(server: DevServer, capsys: pytes
         assert line.endswith(": fresh")
 
 
+def test_an_httpx_client_of_ones_own_lists_the_servers(server: DevServer) -> None:
+    pair = HotkeyPair.from_seed(Secret(bytes(range(1, 33))))
+    quoter = load("miner_client").make_quoter(f"simulated:{server.platform}", stage="runtime")
+    assert load("hotkey_auth").servers(server.url, pair, server.ca) == []
+    load("miner_client").attest(
+        server.url, pair, quoter, server.ca.read_bytes(), "node-2", "1.2.3.5", [evolve(GPU, uuid="GPU-2")]
+    )
+    (listed,) = load("hotkey_auth").servers(server.url, pair, server.ca)
+    assert listed["server_id"] == "node-2"
+
+
+def test_a_quoter_of_ones_own_asks_its_service(server: DevServer) -> None:
+    platform = PlatformRecord.decode((server.platform / PLATFORM_FILE).read_bytes()).platform
+    refused = True
+
+    class Service(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            nonlocal refused
+            report_data = self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(503 if refused else 200)
+            self.end_headers()
+            _ = self.wfile.write(b"" if refused else platform.quote(report_data))
+            refused = False  # the agent asks again
+
+        def log_request(self, *_: object) -> None: ...
+
+    with HTTPServer(("127.0.0.1", 0), Service) as service:
+        threading.Thread(target=service.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{service.server_address[1]}/quote"
+        grant = load("own_quoter").boot(address, server.url, HOTKEY, "vm-quoter", server.ca.read_bytes())
+        service.shutdown()
+    assert len(grant.root_passphrase) == 128
+
+
+T = TypeVar("T")
+
+
+class OwnStoreHarness:
+    def __init__(self) -> None:
+        self.store: Any = load("own_store").OwnStore()
+
+    def open(self) -> Any:
+        return self.store
+
+    def together(self, calls: Sequence[Callable[[], T]]) -> list[T | Exception]:
+        return together(calls)
+
+
+@pytest.mark.parametrize("case", operations.CASES + transactions.CASES, ids=lambda case: case.__name__)
+def test_a_store_of_ones_own_keeps_the_contract(case: Case) -> None:
+    harness = OwnStoreHarness()
+    with closing(harness.store):
+        case(harness)
+
+
 @each_example
 def test_an_example_imports_public_names_only(example: Path) -> None:
     for node in ast.walk(ast.parse(example.read_text("utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("chutes_proto"):
             assert node.module in PUBLIC
             exported = getattr(importlib.import_module(node.module), "__all__", ())
-            assert {alias.name for alias in node.names} <= {*exported}
+            modules = {path.stem for path in package_of(node.module).glob("[!_]*.py")}
+            assert {alias.name for alias in node.names} <= {*exported, *modules}
         elif isinstance(node, ast.Import):
             assert all(alias.name in PUBLIC or "chutes_proto" not in alias.name for alias in node.names)
+
+
+def package_of(name: str) -> Path:
+    return ROOT / "src" / Path(*name.split("."))
 
 
 @pytest.mark.parametrize("example", PROGRAMS, ids=lambda path: path.stem)

@@ -13,13 +13,13 @@ import attrs
 import pytest
 from attrs import evolve
 
-import chutes_proto.quote
 from chutes_proto.cli.development import write_server
 from chutes_proto.quote._collateral import Collateral
 from chutes_proto.quote._measurements import parse_profiles_toml
 from chutes_proto.testing._directory import simulation_files
 from chutes_proto.testing._platform import MRTD, PROFILE, RUNTIME_RTMRS, SimulatedPlatform
 from tests.cli.conftest import Ended, is_root
+from tests.conftest import ROOT
 
 NOW = 1_780_000_000
 REPORT_DATA = bytes(range(64))
@@ -204,10 +204,10 @@ def test_a_quote_as_text_gets_a_hint(
 
 def test_help_and_document_name_the_members_of_the_collateral_file(command: Command) -> None:
     text = " ".join(command("verify", "--help").out.split())
-    readme = Path(chutes_proto.quote.__path__[0], "README.md").read_text("utf-8")
+    page = (ROOT / "docs" / "reference" / "collateral.md").read_text("utf-8")
     members = [attribute.name for attribute in attrs.fields(Collateral)]
     assert all(re.search(rf"\b{member}\b", text) for member in members)
-    assert re.findall(r"^\| `(\w+)` \| .*(?:PEM|hex|text)", readme, re.MULTILINE) == members
+    assert re.findall(r"^\| `(\w+)` \| .*(?:PEM|hex|text)", page, re.MULTILINE) == members
 
 
 def test_the_quote_must_bind_the_expected_report_data(verify: Command) -> None:

@@ -101,7 +101,7 @@ def test_foreign_bytes_do_not_open(sealed: bytes, wrapped: bytes) -> None:
 
 
 def test_a_layer_does_not_open_in_the_place_of_the_other() -> None:
-    """The envelope by hand, as the README has it; and the same with the layers' associated data the wrong way round."""
+    """The envelope by hand, as the documentation has it; and the same with the layers' associated data exchanged."""
     kek, data_key, nonce = NEW.key.reveal(), b"d" * 32, b"n" * 12
 
     def by_hand(inner: bytes, outer: bytes) -> GenerationRow:

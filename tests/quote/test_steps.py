@@ -14,6 +14,7 @@ from chutes_proto.quote.errors import AppraisalError, QuoteFormatError, Verifica
 from chutes_proto.testing._faults import FAULTS
 from tests.conftest import ROOT as PROJECT
 from tests.quote.simulated import NOW, PLATFORM, PROFILE, REPORT_DATA, ROOT, collateral_of, verdict_of
+from tools.docs import generate
 
 Step = type[VerificationError]
 STEPS: list[Step] = [
@@ -129,10 +130,10 @@ def test_the_steps_are_in_order() -> None:
     assert len({step.code for step in STEPS}) == len({step.rule for step in steps}) - 2 == len(STEPS)
 
 
-def test_the_readme_lists_the_steps() -> None:
+def test_the_reference_lists_the_steps() -> None:
     rows = [f"| {step.step} | `{step.code}` | {step.rule} |" for step in STEPS]
-    readme = (PROJECT / "src" / "chutes_proto" / "quote" / "README.md").read_text("utf-8")
-    assert re.findall(r"^\| \d+ \| `\w+` \| .*$", readme, re.MULTILINE) == rows
+    page = generate.filled((PROJECT / "docs" / "reference" / "verification.md").read_text("utf-8"))
+    assert re.findall(r"^\| \d+ \| `\w+` \| .*$", page, re.MULTILINE) == rows
 
 
 def test_every_fault_has_one_place() -> None:

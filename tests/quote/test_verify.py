@@ -151,9 +151,9 @@ def test_another_root_is_only_trusted_by_name() -> None:
         _ = verify_quote(signed_of(QUOTE), verified, now=NOW)
 
 
-def test_the_readme_tells_how_another_root_is_trusted() -> None:
-    readme = (PROJECT / "src/chutes_proto/quote/README.md").read_text("utf-8")
-    block = next(b for b in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "root=" in b)
+def test_the_reference_shows_how_another_root_is_trusted() -> None:
+    page = (PROJECT / "docs/reference/verification.md").read_text("utf-8")
+    block = next(b for b in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "root=" in b)
     names: dict[str, Any] = {
         "quote_bytes": QUOTE,
         "file_bytes": PLATFORM.collateral_json(NOW),

@@ -1,4 +1,4 @@
-"""The recipes for operators in ``keys/README.md``: a shell runs every command in them, where it would be needed."""
+"""The how-to guides about keys, backups and stores: a shell runs every command in them, where it would be needed."""
 
 from __future__ import annotations
 
@@ -20,18 +20,22 @@ import pytest
 from cryptography.fernet import Fernet
 from psycopg.conninfo import conninfo_to_dict
 
-import chutes_proto.keys
 from chutes_proto.io.files import write_file
 from chutes_proto.testing._platform import SimulatedPlatform
 from tests.cli.conftest import HOTKEY
 from tests.scenario.premises import Premises
 from tests.waiting import wait_until
+from tools.docs.pages import DOCS, fences
 
-TEXT = Path(chutes_proto.keys.__path__[0], "README.md").read_text("utf-8").partition("## Recipes for operators\n")[2]
-RECIPES = {
-    title: re.findall(r"^```sh\n(.*?)^```", body, re.MULTILINE | re.DOTALL)
-    for title, body in re.findall(r"^### (.*?)\n(.*?)(?=^### |\Z)", TEXT, re.MULTILINE | re.DOTALL)
-}
+RECIPES: dict[str, list[str]] = {}
+for page in ("keys-and-disks", "backup-restore", "rotate-kek"):
+    for fence in fences(DOCS / "how-to" / f"{page}.md"):
+        if fence.language == "sh":
+            RECIPES.setdefault(fence.heading, []).append(fence.text)
+MOVE = "Move a store from SQLite"
+RECIPES[MOVE] = [
+    one.text for one in fences(DOCS / "how-to" / "postgresql.md") if (one.heading, one.language) == (MOVE, "sh")
+]
 PPID, INSTANCE = "00112233445566778899aabbccddeeff", "ffeeddccbbaa99887766554433221100"
 
 in_a_file = pytest.mark.parametrize("premises", ["sqlite"], indirect=True)
@@ -143,21 +147,21 @@ def test_a_backup(premises: Premises, require_program: Callable[[str], str]) -> 
     token = premises.vm().boot()["boot_token"]
     nonce = premises.vm().nonce()
     issued = int(time.time())
-    _ = follow(premises, "A backup of the store", 0)
+    _ = follow(premises, "Back up a store in SQLite", 0)
     assert (premises.directory / "keys.backup").stat().st_mode & 0o777 == 0o600
     assert key(premises, rekey=["storage"]) != first
     premises.kill()
     assert (premises.directory / "keys.db-wal").stat().st_size
     with pytest.raises(AssertionError):
-        _ = follow(premises, "The store came back from a backup", 0, misspelt={"keys.backup": "keys.bakup"})
+        _ = follow(premises, "Restore a store in SQLite", 0, misspelt={"keys.backup": "keys.bakup"})
     assert (premises.directory / "keys.db-wal").stat().st_size
-    _ = follow(premises, "The store came back from a backup", 0)
+    _ = follow(premises, "Restore a store in SQLite", 0)
     assert (premises.directory / "replaced" / "keys.db-wal").stat().st_size
     (premises.directory / "replaced").rename(premises.directory / "older")
     for lost in premises.directory.glob("keys.db*"):  # a disk that took the store with it
         lost.unlink()
-    _ = follow(premises, "The store came back from a backup", 0)
-    assert "keys sealed under" in follow(premises, "The store came back from a backup", 1)
+    _ = follow(premises, "Restore a store in SQLite", 0)
+    assert "keys sealed under" in follow(premises, "Restore a store in SQLite", 1)
     premises.start()
     _ = premises.vm().sync(token, status=401)
     for of_before in (nonce, None):
@@ -185,7 +189,7 @@ def test_a_clock_that_was_ahead(premises: Premises) -> None:
 
 @in_a_file
 def test_another_key_encryption_key(premises: Premises) -> None:
-    title = "The key-encryption key is to be changed"
+    title = "One server"
     premises.start()
     first = key(premises)
     old = (premises.directory / "kek").read_bytes()
@@ -213,10 +217,10 @@ def test_a_purge(premises: Premises) -> None:
     premises.start()
     last = [key(premises, rekey=["storage"]) for _ in range(5)][-1]
     premises.sql("UPDATE generation SET retired_at = retired_at - 91 * 86400")
-    said = follow(premises, "Old keys are to go", 0)
+    said = follow(premises, "Purge retired keys", 0)
     assert "2 passphrases deleted" in said
     premises.sql("UPDATE audit SET at = at - 366 * 86400 WHERE event = 'boot'")
-    assert " deleted: 5" in follow(premises, "Old keys are to go", 1)
+    assert " deleted: 5" in follow(premises, "Purge retired keys", 1)
     (exported,) = premises.directory.glob("audit-*.jsonl")
     assert [json.loads(line)["event"] for line in exported.read_text().splitlines()].count("boot") == 5
     assert key(premises) == last
@@ -229,14 +233,13 @@ def test_a_move_to_postgresql(premises: Premises, empty_schema: str) -> None:
     token = vm.boot()["boot_token"]
     first = key(premises, formatted=["storage"])
     premises.stop()
-    title = "The store is to move to PostgreSQL"
     moved = premises.directory / "postgres.toml"
     write_file(moved, premises.configuration.read_bytes().replace(b"sqlite:keys.db", empty_schema.encode()), mode=0o600)
     before = (premises.directory / "keys.db").read_bytes()
     with pytest.raises(AssertionError, match="not made yet"):
-        _ = follow(premises, title, 0, misspelt={"sqlite:keys.db": "sqlite:keys.bd"})
+        _ = follow(premises, MOVE, 0, misspelt={"sqlite:keys.db": "sqlite:keys.bd"})
     assert (premises.directory / "keys.db").read_bytes() == before
-    said = follow(premises, title, 0)
+    said = follow(premises, MOVE, 0)
     assert f"copied from: {premises.directory}/keys.db" in said
     assert not list(premises.directory.glob("keys.db*"))
     assert (premises.directory / "moved" / "keys.db").stat().st_size
@@ -269,16 +272,16 @@ def test_an_import(premises: Premises, empty_schema: str, require_program: Calla
         "dbname": "PGDATABASE",
     }
     env = {variable: str(where[name]) for name, variable in names.items() if name in where}
-    said = follow(premises, "Keys come from the reference system", 0, env=env)
+    said = follow(premises, "Import keys from the reference system", 0, env=env)
     assert "is bound to no platform" in said
     premises.start()
     assert premises.vm().boot(status=403)["code"] == "platform_mismatch"
-    _ = follow(premises, "Keys come from the reference system", 1, premises.platform)
+    _ = follow(premises, "Import keys from the reference system", 1, premises.platform)
     assert key(premises) == "storage" * 9
 
 
 def test_no_recipe_is_left_out() -> None:
     source = Path(__file__).read_text("utf-8")
     for title in RECIPES:
-        assert f'"{title}"' in source
+        assert f'"{title}"' in source, title
     assert sum(map(len, RECIPES.values())) == 15

@@ -154,8 +154,8 @@ case "$1" in prereqs) echo udev; exit 0 ;; esac
 configure_networking
 """
 
-# As an operator writes them, see examples/systemd/README.md.
-(CONFIG_MOUNT,) = re.findall("^    (LABEL=config .*\n)", (ROOT / "examples/systemd/README.md").read_text(), re.M)
+# As an operator writes them, see docs/how-to/systemd.md.
+(CONFIG_MOUNT,) = re.findall("^(LABEL=config .*\n)", (ROOT / "docs/how-to/systemd.md").read_text("utf-8"), re.M)
 FSTAB = """\
 /dev/mapper/storage /data ext4 _netdev,x-systemd.requires=storage-makefs.service,x-systemd.device-timeout=15min 0 2
 """

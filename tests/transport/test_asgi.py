@@ -215,7 +215,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("command", "prefix"),
     [
         (["uvicorn", "--no-proxy-headers", "--log-level", "error", "--uds", "SOCKET", "asgi_app:app"], ""),
-        (["uvicorn", "--factory", "--log-level", "error", "--uds", "SOCKET", "asgi_app:mounted"], "/keys"),
+        (["uvicorn", "--no-proxy-headers", "--log-level", "error", "--uds", "SOCKET", "fastapi_app:app"], "/keys"),
         (["hypercorn", "--bind", "unix:SOCKET", "asgi_app:app"], ""),
         (["hypercorn", "--worker-class", "trio", "--bind", "unix:SOCKET", "asgi_app:app"], ""),
     ],

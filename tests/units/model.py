@@ -1,6 +1,6 @@
 """What becomes of a VM's keys, told with plain lists and passphrases: the model that the units are held against.
 
-It knows nothing of rows, generations' numbers, envelopes or stores, and is written from ``keys/README.md``.
+It knows nothing of rows, generations' numbers, envelopes or stores, and follows ``docs/explanation/key-lifecycle.md``.
 """
 
 from __future__ import annotations

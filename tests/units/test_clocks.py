@@ -171,7 +171,7 @@ class OneMachine(Nonces):
     def store_restored(self, server: int) -> None:
         horizon = self.transact(StoreRestored(self.now(server))).horizon
         assert horizon == self.now(server) + SKEW
-        # Of nonces that a clock has dated beyond it, keys/README.md warns.
+        # Of nonces that a clock has dated beyond it, docs/how-to/backup-restore.md warns.
         self.redeemed = {text: at for text, at in self.redeemed.items() if at <= horizon}
         self.time += SKEW + 1
         assert self.boots(server), "a minute after a restore"

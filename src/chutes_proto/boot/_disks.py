@@ -8,7 +8,7 @@ Rules kept here:
 * one disk's failure does not keep the others from being opened and confirmed; it is raised when they are;
 * keys are wiped from here when they were used, whatever happened.
 
-``luks/README.md`` says what is done to a disk and why.
+``docs/explanation/disks.md`` says what is done to a disk and why.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from chutes_proto.wire.codes import Code
 
 
 class State(Enum):
-    """Where a VM stands; the value is the name in the diagram."""
+    """Where a VM stands; the value is the name in the documentation."""
 
     START = "start"
     NONCE_HELD = "nonce_held"
@@ -38,7 +38,7 @@ class State(Enum):
 
 
 class Input(Enum):
-    """What can happen; the value is the label in the diagram."""
+    """What can happen; the value is its name in the documentation."""
 
     NONCE = "nonce"
     QUOTE = "quote"
@@ -122,15 +122,3 @@ def failure(state: State, error: ChutesError) -> Input:
         return Input.NOT_NOW
     gone = next((gone for gone in (Input.TOKEN_GONE, Input.NONCE_GONE) if gone in TRANSITIONS[state]), Input.FINAL)
     return gone if error.status == 401 and error.code not in _OTHERS_TOKEN else Input.FINAL
-
-
-def mermaid() -> str:
-    """The table as a Mermaid state diagram, one line per pair of states."""
-    lines = ["stateDiagram-v2", f"    [*] --> {State.START.value}"]
-    for state, row in TRANSITIONS.items():
-        arrows: dict[State, list[str]] = {}
-        for happened, following in row.items():
-            arrows.setdefault(following, []).append(happened.value)
-        lines += [f"    {state.value} --> {end.value}: {', '.join(labels)}" for end, labels in arrows.items()]
-    lines += [f"    {state.value} --> [*]" for state in (State.SYNCED, State.CONFIRMED, State.STOPPED)]
-    return "\n".join(lines) + "\n"

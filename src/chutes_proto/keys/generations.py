@@ -1,6 +1,6 @@
 """What becomes of a volume's keys: pure functions over the generations of one volume.
 
-The text is in ``README.md`` beside this file. Rules kept here:
+``docs/explanation/key-lifecycle.md`` explains them. Rules kept here:
 
 * a boot call overwrites and deletes nothing: an old generation is retired, a new one gets the next number;
 * at most one generation is active and at most one is a candidate, also between the steps of a change;

@@ -1,7 +1,7 @@
 """Sealing: no passphrase is stored in the clear, and a sealed one opens only as the row it was sealed for.
 
 Each passphrase is sealed with AES-256-GCM under a data key of its own, and the data key with AES-256-GCM under a
-key-encryption key. What the two layers look like, byte for byte, is in ``README.md`` beside this file.
+key-encryption key. What the two layers look like, byte for byte, is in ``docs/explanation/key-lifecycle.md``.
 
 Rules kept here:
 

@@ -7,7 +7,7 @@ Rules kept here:
   stops the boot before any disk is touched;
 * a key is taken off a disk only when the server said that the next one is promoted, and the next one opens the disk.
 
-``luks/README.md`` says why.
+``docs/explanation/disks.md`` says why.
 """
 
 from __future__ import annotations

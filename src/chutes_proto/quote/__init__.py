@@ -6,7 +6,7 @@
 `verify` returns only what the policy accepts, and raises `VerificationError` for everything else. `open_quote`,
 `check_signed`, `verify_collateral`, `verify_quote` and `Policy.appraise` are its stages, for callers that keep verified
 collateral for many quotes. The package can be taken out and used alone; only `Collateral.load` and `Policy.load` need
-the rest of the project. ``README.md`` beside this file has the rules.
+the rest of the project. The rules are in ``docs/reference/verification.md``.
 """
 
 from typing import TYPE_CHECKING

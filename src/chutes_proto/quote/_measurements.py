@@ -6,7 +6,7 @@ Rules kept here:
 * an unknown key, a register of the wrong length, a name that is there twice are errors that name the profile and key;
 * keys that only the caller knows pass through if it names them (``extra_keys``), and are errors otherwise.
 
-Two forms are read, described in ``README.md`` beside this file: TOML, and the JSON list that key servers publish.
+Two forms are read, described in ``docs/reference/policies.md``: TOML, and the JSON list that key servers publish.
 """
 
 from __future__ import annotations

@@ -363,7 +363,7 @@ def _check_appraised(verdict: object, stage: Stage) -> None:
 
 
 def parse_policy_toml(data: bytes | str, *, extra_keys: frozenset[str] = frozenset()) -> AnyPolicy:
-    """The policy in a TOML file, or in its text (the form is in ``README.md`` beside this file).
+    """The policy in a TOML file, or in its text (``docs/reference/policies.md`` has the form).
 
     Profiles may have keys of ``extra_keys``, which mean nothing here. Raises `PolicyError` that names the key.
     """

@@ -9,7 +9,7 @@ Rules kept here:
 
 * each stage returns a value that only it can make, and takes the value of the one before: what did not verify cannot
   look like what did. A quote goes in as bytes, so that what is read of it is what its signature is over;
-* the numbers beside the checks are those of the steps in ``_steps.py``; ``README.md`` beside this file has the rules;
+* the numbers beside the checks are those of ``_steps.py``; ``docs/reference/verification.md`` has the rules;
 * ``now`` is the caller's clock in unix seconds, and all times are checked against it in every stage;
 * no chain is built: three certificates with fixed places, names compared as DER, the root pinned by its key;
 * what was verified may be remembered, by all the bytes that were: a check that passed for them passes for them always.

@@ -3,7 +3,7 @@
     QuoteError
     ├── VerificationError            the quote is refused, at the step that ``step`` numbers
     │   ├── QuoteFormatError         step 0: the bytes are not a quote of a kind that is read here
-    │   ├── (one class for each)     steps 1 to 37: it is not genuine; ``README.md`` beside this file has the table
+    │   ├── (one class for each)     steps 1 to 37: it is not genuine; ``_steps.py`` has them
     │   └── AppraisalError           step 38: it is genuine, but the policy does not accept it
     ├── CollateralFormatError        the bytes are not a collateral file
     ├── EventLogFormatError          the bytes are not an event log of a TD

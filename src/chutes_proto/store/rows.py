@@ -71,10 +71,10 @@ Exchange: TypeAlias = Literal["base", "two-phase"]
 """How a VM gets its volumes' keys: for a boot token, or by attesting again and confirming."""
 
 State: TypeAlias = Literal["active", "candidate", "retired", "purged"]
-"""Of a key generation; see ``keys/README.md``."""
+"""Of a key generation; see ``docs/explanation/key-lifecycle.md``."""
 
 Retirement: TypeAlias = Literal["rekey", "prune", "relisted", "takeover", "dropped", "superseded"]
-"""Why a generation is retired; see ``keys/README.md``."""
+"""Why a generation is retired; see ``docs/explanation/key-lifecycle.md``."""
 
 
 Decision: TypeAlias = Literal["granted", "refused", "replayed", "done"]
@@ -173,7 +173,7 @@ class BootVolumeRow:
 
 @frozen
 class GenerationRow:
-    """One generation of one volume's key; see ``keys/README.md`` for its states.
+    """One generation of one volume's key; see ``docs/explanation/key-lifecycle.md`` for its states.
 
     ``sealed`` never changes while the row has it (only a purge removes it); ``kek_id`` and ``wrapped_key`` change when
     the row is wrapped anew. ``origin`` is the boot id of the request that made it, or the operator's command.

@@ -1,6 +1,6 @@
 """The endpoint table: the one list of operations.
 
-The client's encoder, the server's router and decoder, the OpenAPI document and the README's table are made from it.
+The client's encoder, the server's router and decoder, the OpenAPI document and the reference are made from it.
 
 Rules of routing: a fixed path wins over one with parameters; ``%2F`` never stands for a separator and matches nothing;
 another verb is 405 with ``Allow``; a path that only lacks or has too much of a final slash is redirected with 307.
@@ -119,10 +119,3 @@ def _templates() -> tuple[tuple[re.Pattern[str], tuple[Endpoint, ...]], ...]:
 
 def _pattern(template: str) -> re.Pattern[str]:
     return re.compile(_SEGMENT.join(re.escape(part) for part in template.split("{}")))
-
-
-def markdown_table() -> str:
-    """The table of operations as the README shows it."""
-    lines = ["| # | operation | method and path | authentication |", "|---|---|---|---|"]
-    lines.extend(f"| {e.number} | {e.operation} | `{e.method} {e.path}` | {e.authentication} |" for e in ENDPOINTS)
-    return "\n".join(lines)

@@ -13,7 +13,7 @@ from chutes_proto.wire.names import Name
 
 @frozen
 class SignedRequest:
-    """What all requests of a hotkey carry: its signature (``README.md`` beside this file, "Signed requests")."""
+    """What all requests of a hotkey carry: its signature (``docs/reference/wire.md``, section 8)."""
 
     hotkey: str | None = header("X-Chutes-Hotkey", "SS58 address of the caller's hotkey")
     signature: str | None = header("X-Chutes-Signature", "hex of the sr25519 signature, without 0x")

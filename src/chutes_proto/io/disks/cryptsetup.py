@@ -11,7 +11,7 @@ Rules kept here:
   number may not change, nor its size shrink;
 * a key goes through a pipe: into no argument, environment or file.
 
-``luks/README.md`` says what this is good against.
+``docs/explanation/disks.md`` says what this protects against.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The document of the configuration: what it shows loads, it leaves no key out, and its defaults are the real ones."""
+"""The example of the configuration: it loads, it leaves no key out, and its defaults are the real ones."""
 
 from __future__ import annotations
 
@@ -11,14 +11,24 @@ from typing import Any
 import attrs
 import pytest
 
-import chutes_proto.server
 from chutes_proto.server._config import CollateralOptions, ServerConfig
 from chutes_proto.server._gpus import Gpu
 from chutes_proto.server._profiles import EXTRA_KEYS, ServedOptions
 
-README = Path(chutes_proto.server.__path__[0], "README.md").read_text("utf-8")
-COMPLETE, SERVICES, PROFILE = re.findall(r"^```toml\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLE = (ROOT / "examples" / "server.toml").read_text("utf-8")
 NO_DEFAULTS = {"kek_previous_file", "networks", "unix", "secret_file"}
+ALTERNATIVES = ("collateral = {", "directory = ", "hotkey_file = ", "root_passphrase_file = ")
+"""The beginnings of lines that exclude others."""
+
+
+def uncommented(*left_out: str) -> str:
+    """The example with every key and table that is commented out, but for lines that begin with ``left_out``."""
+    whole = re.sub(r"^# (\w+ = .*|\[[\w.]+\])$", r"\1", EXAMPLE, flags=re.MULTILINE)
+    return "".join(line for line in whole.splitlines(True) if not line.startswith(left_out))
+
+
+COMPLETE = uncommented(*ALTERNATIVES)
 
 
 def leaves(table: Any) -> Iterator[tuple[str, attrs.Attribute[Any]]]:
@@ -35,18 +45,25 @@ def test_the_complete_configuration_loads():
     assert set(config.profile_defaults) | {"root_passphrase_file"} == EXTRA_KEYS
 
 
+def test_the_example_is_a_configuration_as_it_stands():
+    config = ServerConfig.from_toml(EXAMPLE.encode())
+    assert config.collateral == CollateralOptions(directory="collateral")
+    assert set(config.profile_defaults) == {"root_passphrase"}
+
+
 def test_collateral_of_services_loads():
-    without = "".join(line for line in COMPLETE.splitlines(True) if not line.startswith("collateral ="))
-    options = ServerConfig.from_toml(f"{without}\n{SERVICES}".encode()).collateral
-    assert len(options.upstreams) == 2
+    options = ServerConfig.from_toml(COMPLETE.encode()).collateral
+    assert len(options.upstreams) == 1
     assert options.cache == "cache"
     default = CollateralOptions()
     for name in ("update", "grace_seconds", "refresh_seconds", "fetches_per_minute"):
         assert getattr(options, name) == getattr(default, name)
 
 
-def test_the_profile_is_toml():
-    (profile,) = tomllib.loads(PROFILE)["profile"]
+def test_the_profile_of_the_reference_is_toml():
+    page = (ROOT / "docs" / "reference" / "configuration.md").read_text("utf-8")
+    (block,) = re.findall(r"^```toml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    (profile,) = tomllib.loads(block)["profile"]
     assert profile["root_passphrase"] == "image"
 
 
@@ -55,8 +72,7 @@ def test_the_profile_is_toml():
 )
 def test_no_key_is_left_out(name: str) -> None:
     """But the path, which a file does not say of itself."""
-    text = f"{COMPLETE}\n{SERVICES}"
-    assert re.search(rf"(?:^|[{{ ]|# |\[){name}(?: =|\]|\.)", text, re.MULTILINE), name
+    assert re.search(rf"(?:^|[{{ ]|\[){name}(?: =|\]|\.)", uncommented(), re.MULTILINE), name
 
 
 def test_what_is_shown_as_a_default_is_one():

@@ -1,0 +1,145 @@
+"""The site's tools: pictures, the check of the built site, and the newcomer."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import pytest
+
+from tools.docs import check, newcomer, pages, pictures
+
+# --- pictures ---
+
+
+@pytest.mark.parametrize("kind", pictures.KINDS)
+def test_the_pictures_of_pages_are_drawn(kind: str) -> None:
+    found = [f for page in pages.DOCS.rglob("*.md") for f in pages.fences(page) if f.language == kind]
+    assert found
+    for fence in found:
+        drawn = ET.fromstring(pictures.KINDS[kind](fence.text, pictures.SITE))
+        assert drawn.tag.endswith("svg")
+
+
+def test_a_line_that_is_no_picture_is_an_error() -> None:
+    for kind in pictures.KINDS.values():
+        with pytest.raises(ValueError, match="circle 1 2"):
+            _ = kind("circle 1 2", pictures.SITE)
+
+
+def test_text_in_a_picture_cannot_be_markup() -> None:
+    assert "<b>" not in pictures.boxes("box a 0 0 9 9 <b>", pictures.SITE)
+
+
+# --- the check of the built site ---
+
+
+def site_of(folder: Path, **files: str) -> list[str]:
+    for name, text in files.items():
+        _ = (folder / f"{name.replace('_', '.')}").write_text(text)
+    return list(check.problems(folder))
+
+
+def test_a_site_without_faults(tmp_path: Path) -> None:
+    page = '<a href="#x">a</a><a href="https://example.org">b</a><p id="x"><img src="a.css"><a href="b.html#y">c</a>'
+    assert site_of(tmp_path, a_html=page, b_html="<h1 id=y>", a_css="p { background: url(data:x) }") == []
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        '<script src="https://cdn.example/x.js"></script>',
+        '<link rel="stylesheet" href="https://fonts.googleapis.com/css">',
+        '<link rel="preconnect" href="https://fonts.gstatic.com">',
+        '<img src="//elsewhere.example/a.png">',
+        "<style>@import url(https://fonts.example/a.css);</style>",
+        '<p style="background: url(https://a.example/b.png)">',
+        '<a href="nothing.html">x</a>',
+        '<a href="#nothing">x</a>',
+    ],
+)
+def test_a_fault_of_a_page_is_found(tmp_path: Path, page: str) -> None:
+    assert len(site_of(tmp_path, a_html=page)) == 1
+
+
+def test_a_style_sheet_that_loads_fonts_from_elsewhere_is_found(tmp_path: Path) -> None:
+    assert len(site_of(tmp_path, a_html="", a_css='@font-face { src: url("https://a.example/f.woff2") }')) == 1
+
+
+def test_no_site_is_a_fault(tmp_path: Path) -> None:
+    assert site_of(tmp_path) == [f"{tmp_path}: holds no page; run make docs"]
+
+
+# --- the newcomer ---
+
+
+@pytest.mark.parametrize(
+    ("expected", "printed"),
+    [
+        ("", ""),
+        ("a\n", "a\n"),
+        ("a\n", "a"),
+        ("…\n", ""),
+        ("…\n", "a\nb\n"),
+        ("a…c\n", "abc\n"),
+        ("…\nb\n…\n", "a\nb\n"),
+        ("a…\n", "a\n"),
+    ],
+)
+def test_an_output_as_the_page_shows_it(expected: str, printed: str) -> None:
+    assert newcomer.agrees(expected, printed)
+
+
+@pytest.mark.parametrize(("expected", "printed"), [("", "a\n"), ("a\n", ""), ("a…c\n", "a\nc\n"), ("a\n", "ab\n")])
+def test_another_output(expected: str, printed: str) -> None:
+    assert not newcomer.agrees(expected, printed)
+
+
+def follow(folder: Path, page: str) -> list[str]:
+    path = pages.ROOT / "build" / f"{folder.name}.md"
+    path.parent.mkdir(exist_ok=True)
+    _ = path.write_text(page, "utf-8")
+    try:
+        return list(newcomer.follow(path, folder, dict(os.environ)))
+    finally:
+        path.unlink()
+
+
+def test_a_page_is_followed(tmp_path: Path) -> None:
+    page = """# A page
+```text title="a file"
+port 8443
+```
+```console
+$ mkdir below && cd below && word=hello
+$ echo $word > said; cat said "../a file"
+hello
+port …
+$ false
+$ echo $?
+1
+```
+```console title="Terminal 1"
+$ echo begun; cat /dev/zero
+begun
+```
+"""
+    assert len(follow(tmp_path, page)) == 5
+    assert (tmp_path / "below" / "said").read_text() == "hello\n"
+    assert (tmp_path / "a file").read_text() != "port 8443\n"
+
+
+@pytest.mark.parametrize(
+    "commands",
+    ["$ false", "$ echo a\nb", "$ false\n$ echo $?\n0", "$ exit 1"],
+    ids=["fails", "prints", "status", "ends"],
+)
+def test_a_page_that_promises_something_else(tmp_path: Path, commands: str) -> None:
+    with pytest.raises(newcomer.NotAsPromised):
+        _ = follow(tmp_path, f"```console\n{commands}\n```\n")
+
+
+def test_a_newcomer_gets_through_every_tutorial(capfd: pytest.CaptureFixture[str]) -> None:
+    """With the packages of this environment; `.ci/run` does it in one of its own."""
+    assert newcomer.main(["--quick"]) == 0, capfd.readouterr().err
