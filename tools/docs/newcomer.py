@@ -64,7 +64,7 @@ class Terminal:
     environment: dict[str, str]
     _heard: queue.Queue[str | None] = field(factory=queue.Queue, init=False)
     _process: subprocess.Popen[str] = field(init=False)
-    _is_busy: bool = field(default=False, init=False)
+    _listener: threading.Thread = field(init=False)
 
     def __attrs_post_init__(self) -> None:
         self._process = subprocess.Popen(
@@ -77,12 +77,14 @@ class Terminal:
             text=True,
             start_new_session=True,
         )
-        threading.Thread(target=self._listen, daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
 
     def _listen(self) -> None:
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._heard.put(line)
+        with self._process.stdout as output:
+            for line in output:
+                self._heard.put(line)
         self._heard.put(None)
 
     def run(self, command: str, expected: str | None, *, may_stay: bool) -> tuple[str, int | None]:
@@ -119,9 +121,9 @@ class Terminal:
             with suppress(ProcessLookupError, subprocess.TimeoutExpired):
                 os.killpg(self._process.pid, number)
                 _ = self._process.wait(5)
-        for stream in (self._process.stdin, self._process.stdout):
-            if stream is not None:
-                stream.close()
+        self._listener.join(5)
+        if self._process.stdin is not None:
+            self._process.stdin.close()
 
 
 def agrees(expected: str, printed: str) -> bool:
@@ -203,17 +205,19 @@ def make_environment(folder: Path, wheel: Path, *, quick: bool) -> Path:
     venv.create(folder, with_pip=not quick, symlinks=True)
     python = folder / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "--python", str(python)] if quick else [str(python), "-m", "pip"]
-    install = [*pip, "--disable-pip-version-check", "--quiet", "--no-input", "install", "--no-deps"]
+    install = [*pip, "--disable-pip-version-check", "--quiet", "--no-input", "install"]
     if quick:
         (packages,) = (folder / "lib").glob("python*/site-packages")
         mine = Path(sys.executable).parent.parent / packages.relative_to(folder)
-        _ = (packages / "borrowed.pth").write_text(
-            f"{mine}\n"
-        )  # whose own .pth files, and so the checkout, do not count
+        # Only this file is read, and not the .pth files in that directory, one of which names the checkout.
+        _ = (packages / "borrowed.pth").write_text(f"{mine}\n")
+        what = ["--no-deps", str(wheel)]
     else:
-        pins = ["--require-hashes", "--requirement", str(ROOT / "constraints.txt")]
-        _ = subprocess.run([*install, *pins], check=True)
-    _ = subprocess.run([*install, str(wheel)], check=True)
+        pins = re.findall(r"^[\w.-]+==[^\\\n]+", (ROOT / "constraints.txt").read_text("utf-8"), re.MULTILINE)
+        constraints = folder / "constraints.txt"
+        _ = constraints.write_text("\n".join(pins))
+        what = ["--constraint", str(constraints), f"{wheel}[all]"]
+    _ = subprocess.run([*install, *what], check=True)
     return folder / "bin"
 
 
@@ -231,11 +235,24 @@ def outside(environment: dict[str, str], programs: Path, home: Path) -> dict[str
     }
 
 
+def follow_readme() -> None:
+    """Run the commands of the README's "Try it" here, but for the tests, which run this."""
+    for fence in fences(ROOT / "README.md"):
+        if fence.heading == "Try it" and fence.language == "sh":
+            for line in fence.text.splitlines():
+                command = line.partition("#")[0].strip()
+                if command != "make test":
+                    print(f"  $ {command}", flush=True)
+                    _ = subprocess.run(command, shell=True, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)  # noqa: S602
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.docs.newcomer", description=__doc__.partition("\n")[0])
     _ = parser.add_argument("page", nargs="*", type=Path, default=PAGES, help="a page (default: every tutorial)")
     _ = parser.add_argument("--quick", action="store_true", help="borrow the packages of this environment")
     options = parser.parse_args(arguments)
+    if not options.quick:
+        follow_readme()
     with tempfile.TemporaryDirectory(prefix="chutes-proto-newcomer-") as name:
         folder = Path(name)
         programs = make_environment(folder / "venv", make_wheel(folder), quick=options.quick)

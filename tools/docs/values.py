@@ -37,10 +37,12 @@ def _is_value(found: Class) -> bool:
 
 def _fields(found: Class) -> Iterator[Parameter]:
     for name, member in found.members.items():
-        is_field = isinstance(member, Attribute) and member.annotation is not None and "property" not in member.labels
-        if is_field and not str(member.annotation).startswith("ClassVar"):
-            default = member.value
-            if default is not None and "field(" in str(default):
-                default = "..." if any(word in str(default) for word in ("default=", "factory=")) else None
-            kind = ParameterKind.positional_or_keyword
-            yield Parameter(name.lstrip("_"), annotation=member.annotation, kind=kind, default=default)
+        if not isinstance(member, Attribute) or member.annotation is None or "property" in member.labels:
+            continue
+        if str(member.annotation).startswith("ClassVar"):
+            continue
+        default = member.value
+        if default is not None and "field(" in str(default):
+            default = "..." if any(word in str(default) for word in ("default=", "factory=")) else None
+        kind = ParameterKind.positional_or_keyword
+        yield Parameter(name.lstrip("_"), annotation=member.annotation, kind=kind, default=default)
