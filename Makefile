@@ -89,7 +89,7 @@ bench: $(INSTALLED) ## what takes how long, beside others and beside what cannot
 	@$(BIN)/python -m bench $(BENCH_SUBJECTS)
 
 docs: $(DOCS_INSTALLED) ## the documentation site in build/site; every link and anchor in it is checked
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict --clean
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --clean
 	@$(BIN)/python -m tools.docs.check build/site
 
 zipapp: $(INSTALLED) ## the boot agent as one file, build/chutes-proto-agent.pyz, for TARGET_PYTHON and its cryptography

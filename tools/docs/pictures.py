@@ -195,10 +195,10 @@ def _draw_arrow(drawing: Drawing, places: dict[str, Box], start: str, end: str, 
     if not first_side and not second_side:
         a, b = _straight(here, there, a, b)
     drawing.line(a, b, dashed=dashed)
-    is_upright = abs(a[0] - b[0]) < abs(a[1] - b[1])
-    y = (a[1] + b[1]) / 2 + (4 if is_upright else -8)
+    is_level = a[1] == b[1]
     if label:
-        drawing.text((a[0] + b[0]) / 2, y, label, size=12.5, backed=is_upright)
+        y = (a[1] + b[1]) / 2 + (-8 if is_level else 4)
+        drawing.text((a[0] + b[0]) / 2, y, label, size=12.5, backed=not is_level)
 
 
 def _straight(
