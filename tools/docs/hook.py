@@ -1,6 +1,7 @@
 """What mkdocs does with each page of ours, beside rendering it.
 
-Generated parts are filled in, and links to files of the repository that are no pages lead to the project's URL.
+Generated parts are filled in. Links to files of the repository that are not pages lead to the project's URL, and so do
+the names of tests, which are shown as words.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from tools.docs import generate
 
 PAGES = generate.ROOT / "docs"
 URL = tomllib.loads((generate.ROOT / "pyproject.toml").read_text("utf-8"))["project"]["urls"]["Source"]
+TEST = re.compile(r"`(tests/[\w/]+\.py)::test_(\w+)`")
 LINK = re.compile(r"(\]\()(?!https?:|#|/)([^)#\s]+)")
 
 
@@ -37,6 +39,7 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
         text = generate.filled(markdown)
     except ValueError as exc:
         raise PluginError(f"{page.file.src_uri}: {exc}") from None
+    text = TEST.sub(lambda match: f"[{match[2].replace('_', ' ')}]({URL}/blob/main/{match[1]})", text)
     minutes = page.meta.get("minutes")
     if minutes:
         text = re.sub(r"^(# .+)$", rf"\1\n\n*Takes less than {minutes} minutes.*", text, count=1, flags=re.MULTILINE)
