@@ -10,6 +10,8 @@ import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 
@@ -43,6 +45,16 @@ def test_every_dependency_is_pinned_with_hashes() -> None:
     lists = [PROJECT["project"]["dependencies"], PROJECT["build-system"]["requires"], *extras]
     names = {re.split(r"[^A-Za-z0-9-]", dependency)[0].lower() for listed in lists for dependency in listed}
     assert names - {"chutes-proto"} <= set(pins)
+
+
+@pytest.mark.parametrize(
+    ("group", "pins"), [("docs", "tools/docs-requirements.txt"), ("fuzz", "tests/fuzz/requirements.txt")]
+)
+def test_what_users_do_not_need_is_pinned_too(group: str, pins: str) -> None:
+    text = (ROOT / pins).read_text("utf-8")
+    pinned = re.findall(r"^([a-z0-9-]+)==\S+.*\\\n(?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+", text, re.M)
+    assert len(pinned) == len(re.findall(r"^\S+==", text, re.M))
+    assert {re.split(r"[^A-Za-z0-9-]", name)[0].lower() for name in PROJECT["dependency-groups"][group]} <= set(pinned)
 
 
 def test_the_command_and_the_module_are_installed() -> None:
