@@ -12,6 +12,7 @@ from attrs import field, frozen
 __all__ = ["LONGEST", "Level", "Record", "Value"]
 
 Value: TypeAlias = "str | int | float | bool | None | list[str]"
+"""A value of a log record, as JSON has it."""
 
 LONGEST: Final = 4096
 """How many characters of a text, or of all texts of a list, are printed: strangers may have a say in how long it is."""

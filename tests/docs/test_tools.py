@@ -71,6 +71,16 @@ def test_no_site_is_a_fault(tmp_path: Path) -> None:
     assert site_of(tmp_path) == [f"{tmp_path}: holds no page; run make docs"]
 
 
+def test_a_public_name_that_no_page_describes_is_found(tmp_path: Path) -> None:
+    folder = tmp_path / "reference" / "api" / "front"
+    folder.mkdir(parents=True)
+    _ = (folder / "index.html").write_text('<h2 id="package.One">')
+    surface = tmp_path / "surface.txt"
+    _ = surface.write_text("package: One\npackage: Two\n")
+    (found,) = check.missing_names(tmp_path, surface)
+    assert "package exports Two" in found
+
+
 # --- the newcomer ---
 
 

@@ -1,6 +1,7 @@
 """Checks a built site: ``python -m tools.docs.check build/site``.
 
-Every link and anchor inside the site leads somewhere, and nothing is loaded from elsewhere when a page is read.
+Every link and anchor inside the site leads somewhere, nothing is loaded from elsewhere when a page is read, and every
+public name is in the API reference.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from urllib.parse import unquote, urldefrag, urljoin, urlsplit
 
 from attrs import define, field
 
+SURFACE = Path(__file__).resolve().parents[2] / "tests" / "public_surface.txt"
 LOADED = {
     "audio": "src",
     "embed": "src",
@@ -105,8 +107,19 @@ def _link(site: Path, path: Path, url: str, pages: dict[Path, Page]) -> Iterator
         yield f"the link {url} leads to a page without the anchor {anchor}"
 
 
+def missing_names(site: Path, surface: Path) -> Iterator[str]:
+    """Every public name of the file ``surface`` that the API reference of the site does not describe."""
+    pages = [read(path) for path in (site / "reference" / "api").rglob("*.html")]
+    described = {anchor for page in pages for anchor in page.anchors}
+    for line in surface.read_text("utf-8").splitlines():
+        package, _, name = line.partition(": ")
+        if f"{package}.{name}" not in described:
+            yield f"reference/api: {package} exports {name}, which no page describes; write its docstring"
+
+
 def main(arguments: list[str]) -> int:
-    found = list(problems(Path(arguments[0] if arguments else "build/site")))
+    site = Path(arguments[0] if arguments else "build/site")
+    found = [*problems(site), *missing_names(site, SURFACE)]
     for problem in found:
         print(problem, file=sys.stderr)
     return 1 if found else 0

@@ -40,3 +40,4 @@ class RetryPolicy:
 
 
 DEFAULT_RETRY = RetryPolicy()
+"""The retry policy of a boot agent that sets no other."""

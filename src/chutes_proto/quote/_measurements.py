@@ -34,6 +34,8 @@ from chutes_proto.quote._layout import TdReport10
 from chutes_proto.quote.errors import PolicyError, Refusal
 
 Stage: TypeAlias = Literal["boot", "runtime"]
+"""When a quote was made: before the VM has its keys, or later."""
+
 Rtmrs: TypeAlias = "tuple[bytes, bytes, bytes, bytes]"
 Extras: TypeAlias = "dict[str, object]"
 ProfileAndExtras: TypeAlias = "tuple[Profile, Extras]"
