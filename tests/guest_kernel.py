@@ -273,6 +273,6 @@ def guest_kernel(mountpoint: Path, quote: Callable[[bytes], bytes] | None = None
             yield kernel
         finally:
             _ = libc.umount2(bytes(mountpoint), _MNT_DETACH)
-            server.join(20)
+            server.join(60)
     finally:
         os.close(descriptor)

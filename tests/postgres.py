@@ -13,14 +13,15 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import psycopg
+
+from tests.waiting import wait_until
 
 VARIABLE = "CHUTES_PROTO_TEST_POSTGRES"
 PASSWORD = "canary-password-of-the-database"
@@ -95,24 +96,31 @@ class Cluster:
         process: subprocess.Popen[bytes] = subprocess.Popen(
             [*deathbed, *command], stderr=subprocess.DEVNULL, **self._as
         )
-        until = time.monotonic() + 60
-        while True:
-            try:
+
+        def answers() -> bool:
+            assert process.poll() is None, f"{command[0]} does not start"
+            with suppress(psycopg.OperationalError):
                 psycopg.connect(url).close()
-                return process
-            except psycopg.OperationalError:
-                assert process.poll() is None, f"{command[0]} does not start"
-                assert time.monotonic() < until, f"{command[0]} does not answer"
-            time.sleep(0.02)
+                return True
+            return False
+
+        _ = wait_until(answers)
+        return process
 
     def stop(self, number: signal.Signals = signal.SIGINT) -> None:
         """End it: SIGINT (fast), SIGQUIT (at once, with recovery at the next start), SIGKILL (the same, as a crash)."""
         if self._process is not None:
+            children = children_of(self._process.pid)
             self._process.send_signal(number)
             self._process.wait(60)
             self._process = None
-            if number is signal.SIGKILL:
-                time.sleep(0.3)  # its children notice, and end
+            # After a SIGKILL its children notice, and end: until then no other server may have the cluster.
+            _ = wait_until(lambda: not any(map(is_running, children)))
+
+    def processes(self) -> list[int]:
+        """The process of the server, and those of its sessions and workers."""
+        assert self._process is not None
+        return [self._process.pid, *children_of(self._process.pid)]
 
     def remove(self) -> None:
         self.stop(signal.SIGQUIT)
@@ -170,6 +178,19 @@ class Pooler:
     def close(self) -> None:
         self._process.kill()
         self._process.wait(60)
+
+
+def children_of(process: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+def is_running(process: int) -> bool:
+    """It has not ended. One that has may still be listed, as a zombie."""
+    try:
+        status = Path(f"/proc/{process}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return status.rpartition(")")[2].split()[0] not in "ZX"
 
 
 def _is_user(name: str) -> bool:

@@ -139,7 +139,7 @@ def test_the_deadline_is_that_of_quotes_and_signatures(
         settings = write_settings(tmp_path, server, said)
         begun = time.monotonic()
         ended = command("agent", "run", "--images", "--config", settings)
-    assert (ended.code, time.monotonic() - begun < 15) == (2, True)
+    assert (ended.code, time.monotonic() - begun < 60) == (2, True)
     told = " ".join(ended.err.split())
     assert "sleep: the deadline, retry.deadline_seconds, ended it means " in told
 
@@ -355,9 +355,8 @@ def test_a_signal_closes_what_was_opened_also_by_what_it_met(
 def test_a_second_signal_does_not_wait(machine: Held) -> None:
     with machine.start("run") as agent:
         machine.wait_for_the_second(agent)
-        for _ in range(2):
-            agent.terminate()
-            time.sleep(0.3)  # or the kernel makes one signal of both
+        for number in (signal.SIGINT, signal.SIGTERM):  # of two that are alike, the kernel may make one
+            agent.send_signal(number)
         said = agent.communicate(timeout=60)[1]
     assert agent.returncode == 143, said
     assert (machine.closed, machine.mapped) == (MAPPINGS[:1], [])

@@ -240,7 +240,7 @@ def test_a_program_that_does_not_end_is_ended_with_all_it_started(tmp_path: Path
     begun = time.monotonic()
     with pytest.raises(SignatureUnavailable, match=r"did not end within 0\.2 s"):
         _ = signer(b"message")
-    assert time.monotonic() - begun < 30
+    assert time.monotonic() - begun < 59  # what it started would take 60
 
 
 @pytest.mark.parametrize(("text", "told"), [("'", "it cannot be cut into arguments"), ("''  x", "it names no program")])

@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from chutes_proto.io.http.tls import client_context
 from chutes_proto.wire.http import HttpRequest
 from chutes_proto.wire.origin import Origin
 from tests.io.peers import Behaviour, Credentials, answering, peer, read_request
+from tests.slow_peer import drip
 
 REQUEST = HttpRequest("POST", "/servers/vm/luks", (("x-boot-token", "70"),), b'{"volumes":["storage"]}')
 SHORT = TimeLimits(connect=5.0, read=5.0, total=0.4)
@@ -39,7 +41,7 @@ def fails(credentials: Credentials, behaviour: Behaviour, limits: TimeLimits = T
     with peer(credentials, behaviour) as (url, _), sender(credentials, url, limits) as send:
         with pytest.raises(TransportError) as raised:
             _ = send(REQUEST)
-        assert time.monotonic() - began < limits.total + 10
+        assert time.monotonic() - began < limits.total + 60
     return raised.value
 
 
@@ -180,9 +182,7 @@ def dripping(start: bytes, drop: bytes) -> Behaviour:
     def behave(stream: ssl.SSLSocket) -> None:
         _ = read_request(stream)
         stream.sendall(start)
-        while True:
-            stream.sendall(drop)
-            time.sleep(0.02)
+        drip(stream.sendall, repeat(drop), 0.02)
 
     return behave
 
@@ -208,7 +208,7 @@ def test_a_server_that_says_nothing(credentials: Credentials) -> None:
 
     def behave(stream: ssl.SSLSocket) -> None:
         _ = read_request(stream)
-        _ = done.wait(20)
+        _ = done.wait(60)
 
     with peer(credentials, behave) as (url, _), sender(credentials, url, TimeLimits(read=0.2)) as send:
         with pytest.raises(TransportError, match=r"the server was silent for 0\.2 s") as raised:
@@ -221,7 +221,7 @@ def test_a_server_that_does_not_read(credentials: Credentials) -> None:
     done = threading.Event()
 
     def behave(_: ssl.SSLSocket) -> None:
-        done.wait(20)
+        done.wait(60)
 
     with peer(credentials, behave) as (url, _):
         request = HttpRequest("POST", "/", (), bytes(32 * 1024 * 1024))
@@ -258,7 +258,7 @@ def test_a_resolver_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def hanging(*where: Any, flags: int, **options: Any) -> object:
         if not flags:
-            _ = done.wait(20)
+            _ = done.wait(60)
         return real(*where, flags=flags, **options)
 
     monkeypatch.setattr(socket, "getaddrinfo", hanging)

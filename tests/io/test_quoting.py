@@ -330,7 +330,7 @@ def ended_by_the_deadline(text: str) -> Iterator[None]:
     before, begun = signal.getsignal(signal.SIGALRM), time.monotonic()
     with pytest.raises(QuoteUnavailable, match=f"{text}: the deadline, retry.deadline_seconds, ended it$"):
         yield
-    assert 0.2 < time.monotonic() - begun < 20
+    assert 0.2 < time.monotonic() - begun < 60
     assert signal.getsignal(signal.SIGALRM) is before
 
 

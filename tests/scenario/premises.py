@@ -36,6 +36,7 @@ from chutes_proto.server import ServerConfig
 from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.wire.codec import encode_quote
 from tests.cli.conftest import HOTKEY, PROGRAM, Ended, Server, end, start_server
+from tests.waiting import wait_until
 
 VOLUMES = ("storage", "tdx-cache")
 REFUSED = 400
@@ -112,10 +113,7 @@ class Premises:
     def wait_for_log(self, *texts: str) -> None:
         """Return once the server's log has all of ``texts``: a thread writes it, maybe after the answer."""
         log = self.directory.with_name("log")
-        until = time.monotonic() + 60
-        while not all(text in log.read_text() for text in texts):
-            assert time.monotonic() < until, log.read_text()
-            time.sleep(0.02)
+        _ = wait_until(lambda: all(text in log.read_text() for text in texts))
 
     def close(self) -> None:
         """Stop, and hear what the server had to say."""
@@ -267,7 +265,7 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         self._over.set()
         assert self._thread is not None
-        self._thread.join(20)
+        self._thread.join(60)
 
     def _look(self) -> None:
         known: set[tuple[str, bytes]] = set()

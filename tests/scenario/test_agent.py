@@ -29,12 +29,13 @@ from attrs import define, field
 
 from chutes_proto.auth.hotkey import HotkeyPair
 from chutes_proto.cli.main import main
-from chutes_proto.io.agent import IN_MEMORY, LEAST_SECONDS, file_system
+from chutes_proto.io.agent import IN_MEMORY, file_system
 from chutes_proto.secret import Secret
 from tests.cli.conftest import HOTKEY, PROGRAM, Ended, end, start_server
 from tests.io.peers import Credentials, make_credentials, peer
 from tests.luks import headers
 from tests.scenario.premises import Premises
+from tests.slow_peer import drip
 
 SIZE = 20 * 1024 * 1024
 VOLUMES = ("storage", "tdx-cache")
@@ -450,7 +451,7 @@ def test_the_deadline_ends_it(machine: Machine) -> None:
     machine.changes["retry.deadline_seconds"] = 2
     begun = time.monotonic()
     told = machine.stops(2)
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 60
     assert "at step nonce" in told
     assert "Connection refused" in told
     assert "No server that this agent trusts answered in all the time there was" in told
@@ -462,7 +463,7 @@ def test_the_deadline_ends_a_quote(site: Premises, machine: Machine) -> None:
     machine.changes["retry.deadline_seconds"] = 1
     begun = time.monotonic()
     told = machine.stops(2)
-    assert time.monotonic() - begun < LEAST_SECONDS + 10
+    assert time.monotonic() - begun < 60  # the quote command would take 100
     assert "the quote command /bin/sleep: the deadline, retry.deadline_seconds, ended it" in told
 
 
@@ -509,9 +510,7 @@ def endless(stream: ssl.SSLSocket) -> None:
 
 def dripping(stream: ssl.SSLSocket) -> None:
     _ = one_request(stream)
-    for byte in b"HTTP/1.1 200 OK\r\n" * 100:
-        stream.sendall(bytes([byte]))
-        time.sleep(0.2)
+    drip(stream.sendall, [bytes([byte]) for byte in b"HTTP/1.1 200 OK\r\n" * 100], 0.2)
 
 
 def half(stream: ssl.SSLSocket) -> None:

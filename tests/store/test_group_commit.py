@@ -45,7 +45,7 @@ def in_one_commit(store: SqliteStore, units: list[Unit[Any]]) -> list[Any]:
     gate = Gate()
     writer = threading.Thread(target=store.transact, args=(gate,))
     writer.start()
-    assert gate.inside.wait(10)
+    assert gate.inside.wait(60)
     outcomes: list[Any] = [None] * len(units)
 
     def call(index: int) -> None:
@@ -61,7 +61,7 @@ def in_one_commit(store: SqliteStore, units: list[Unit[Any]]) -> list[Any]:
             assert thread.is_alive()
     gate.leave.set()
     for thread in (writer, *threads):
-        thread.join(10)
+        thread.join(60)
         assert not thread.is_alive()
     return outcomes
 

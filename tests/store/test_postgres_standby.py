@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from functools import partial
@@ -20,6 +19,7 @@ from chutes_proto.testing.store_suite import VM, boot
 from tests.postgres import PASSWORD, Cluster
 from tests.store.harness import together
 from tests.store.test_postgres import ask
+from tests.waiting import wait_until
 
 STREAMING = {"wal_level": "replica", "max_wal_senders": "4"}
 
@@ -33,12 +33,6 @@ def clusters(postgres_programs: Path) -> Iterator[tuple[Cluster, Cluster]]:
         standby = Cluster(postgres_programs, primary, STREAMING)
         stack.callback(standby.remove)
         yield primary, standby
-
-
-def wait(holds: Callable[[], object]) -> None:
-    until = time.monotonic() + 60
-    while not holds():
-        assert time.monotonic() < until
 
 
 @pytest.mark.parametrize(
@@ -65,13 +59,13 @@ def test_a_commit_whose_wait_for_the_standby_ended_early_is_not_acknowledged(
 
     def end_the_wait() -> None:
         waiting = "SELECT pid FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
-        wait(lambda: ask(url, waiting))
+        _ = wait_until(lambda: ask(url, waiting))
         ask(url, f"SELECT {how}(pid) FROM ({waiting}) AS waiting")
 
     with closing(PostgresStore(url, busy_seconds=60, migrate=True)) as store:
         ask(url, "ALTER SYSTEM SET synchronous_standby_names = 'standby'")
         ask(url, "SELECT pg_reload_conf()")
-        wait(lambda: ask(url, "SELECT 1 FROM pg_stat_replication WHERE sync_state = 'sync'"))
+        _ = wait_until(lambda: ask(url, "SELECT 1 FROM pg_stat_replication WHERE sync_state = 'sync'"))
         for number in range(8):  # the driver has prepared its statements then
             boots(store, f"vm-{number}")
         standby.stop()

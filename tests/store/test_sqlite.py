@@ -256,11 +256,11 @@ def test_another_thread_at_work_is_busy(path: Path) -> None:
             def script(self) -> Script[None]:
                 yield from RaiseHorizon(1)
                 inside.set()
-                assert leave.wait(10)
+                assert leave.wait(60)
 
         thread = threading.Thread(target=lambda: store.transact(Slow()))
         thread.start()
-        assert inside.wait(10)
+        assert inside.wait(60)
         with pytest.raises(StoreBusy, match="other transactions take too long"):
             store.transact(Ask(ReadTimes()))
         leave.set()

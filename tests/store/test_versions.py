@@ -107,7 +107,7 @@ def test_a_server_that_was_migrated_under_is_refused(place: StorePlace, monkeypa
     gate = Gate(RaiseHorizon(3), RaiseHorizon(4))
     with closing(older), ThreadPoolExecutor() as threads:
         running = threads.submit(older.transact, gate)
-        assert gate.inside.wait(30)
+        assert gate.inside.wait(60)
         with monkeypatch.context() as newer:
             set_release(newer, *CURRENT, "UPDATE fact SET value = value * 10 WHERE name = 'nonce_horizon'")
             migrating = threads.submit(place.open, migrate=True)
