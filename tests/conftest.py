@@ -45,6 +45,22 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
                 terminalreporter.write_line(f"{report.location[2]}: {text}")
 
 
+@pytest.fixture(params=["trio", "asyncio"])
+def loop(request: pytest.FixtureRequest) -> str:
+    """The name of an event loop: a test that asks for it is run for each."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture
+def anyio_backend(loop: str) -> str:
+    """Runs ``async def`` tests that are marked ``anyio`` on each event loop, where it is `loop` that they run on.
+
+    Those marked ``trio`` are pytest-trio's, and run on trio.
+    """
+    return loop
+
+
 @pytest.fixture(scope="session")
 def require_program() -> Callable[[str], str]:
     """Gives the path of a real program; where it is missing the test is skipped, or fails when ``CI`` is set.

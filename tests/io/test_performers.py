@@ -40,6 +40,7 @@ from chutes_proto.luks.plan import Action, KeepKey, Key, Keys
 from chutes_proto.secret import Secret
 from chutes_proto.store._run import Script, Unit
 from chutes_proto.wire.http import HttpRequest, HttpResponse
+from tests.loops import on_loop
 
 T = TypeVar("T")
 Driver = Callable[..., Any]
@@ -103,11 +104,11 @@ def _awaitable(send: Any) -> Callable[[HttpRequest], Awaitable[HttpResponse]] | 
 
 
 def by_trio(flow: Flow[T], send: Any = None, **parts: Any) -> T:
-    return anyio.run(aio.Performer(send=_awaitable(send), **parts).run, flow, backend="trio")
+    return on_loop("trio", aio.Performer(send=_awaitable(send), **parts).run, flow)
 
 
 def by_asyncio(flow: Flow[T], send: Any = None, **parts: Any) -> T:
-    return anyio.run(aio.Performer(send=_awaitable(send), **parts).run, flow, backend="asyncio")
+    return on_loop("asyncio", aio.Performer(send=_awaitable(send), **parts).run, flow)
 
 
 @pytest.fixture(params=[by_blocking, by_trio, by_asyncio])
@@ -284,43 +285,33 @@ class SlowStore:
 
     def transact(self, unit: Unit[T], /) -> T:
         self.began.set()
-        _ = self.goes_on.wait(10)
+        _ = self.goes_on.wait(60)
         self.ended.set()
         return cast("T", 42)
 
 
-on_both_loops = pytest.mark.parametrize("loop", ["trio", "asyncio"])
-
-
-@on_both_loops
-def test_a_loop_goes_on_while_a_store_blocks_and_a_cancellation_waits_for_it(loop: str) -> None:
+@pytest.mark.anyio
+async def test_a_loop_goes_on_while_a_store_blocks_and_a_cancellation_waits_for_it() -> None:
     store = SlowStore()
-
-    async def main() -> None:
-        performer = aio.Performer(store=store)
-        async with anyio.create_task_group() as group:
-            group.start_soon(performer.run, ask(Transact(Answer())))
-            _ = await anyio.to_thread.run_sync(store.began.wait, 60)
-            group.cancel_scope.cancel()
-            store.goes_on.set()
-
-    anyio.run(main, backend=loop)
+    performer = aio.Performer(store=store)
+    async with anyio.create_task_group() as group:
+        group.start_soon(performer.run, ask(Transact(Answer())))
+        _ = await anyio.to_thread.run_sync(store.began.wait, 60)
+        group.cancel_scope.cancel()
+        store.goes_on.set()
     assert store.ended.is_set()
 
 
-@on_both_loops
-def test_a_cancellation_does_not_wait_for_a_quote(loop: str) -> None:
+@pytest.mark.anyio
+async def test_a_cancellation_does_not_wait_for_a_quote() -> None:
     goes_on = threading.Event()
 
     def quoter(report_data: bytes) -> bytes:
         assert goes_on.wait(60)
         return b"late"
 
-    async def main() -> None:
-        with anyio.move_on_after(0.05) as scope:
-            _ = await aio.Performer(quoter=quoter).run(ask(MakeQuote(bytes(64))))
-        assert scope.cancelled_caught
-        assert not goes_on.is_set()
-        goes_on.set()  # asyncio's thread pool is joined when the loop ends
-
-    anyio.run(main, backend=loop)
+    with anyio.move_on_after(0.05) as scope:
+        _ = await aio.Performer(quoter=quoter).run(ask(MakeQuote(bytes(64))))
+    assert scope.cancelled_caught
+    assert not goes_on.is_set()
+    goes_on.set()  # asyncio's thread pool is joined when the loop ends

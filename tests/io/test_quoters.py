@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import anyio
 import pytest
 
 from chutes_proto.effects import Flow, MakeQuote
@@ -31,6 +30,7 @@ from chutes_proto.io.quoters.device import (
 from chutes_proto.io.quoters.tsm import TsmQuoter
 from chutes_proto.testing._platform import SimulatedPlatform
 from tests.guest_kernel import Entry, GuestKernel, fail, guest_kernel, jump
+from tests.loops import on_loop
 from tests.qgs import listening, qgs_answer, quoting
 
 DATA = bytes(range(64))
@@ -368,5 +368,5 @@ def test_every_driver_takes_them(kernel: GuestKernel) -> None:
         return (yield from MakeQuote(DATA))
 
     for loop in ("trio", "asyncio"):
-        assert anyio.run(aio.Performer(quoter=TsmQuoter(kernel.reports)).run, flow(), backend=loop) == QUOTE
+        assert on_loop(loop, aio.Performer(quoter=TsmQuoter(kernel.reports)).run, flow()) == QUOTE
     assert Performer(quoter=TsmQuoter(kernel.reports)).run(flow()) == QUOTE

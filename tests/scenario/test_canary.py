@@ -17,7 +17,6 @@ from typing import Any
 
 import psycopg
 import pytest
-import trio
 
 from chutes_proto.boot._retry_policy import RetryPolicy
 from chutes_proto.errors import ChutesError
@@ -73,19 +72,20 @@ def test_the_search_finds_each_form(form: bytes) -> None:
         assert leaks([whole], [base64.b64encode(bytes(shift) + whole + b"!")])
 
 
-def test_no_secret_is_anywhere(premises: Premises, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.trio
+async def test_no_secret_is_anywhere(premises: Premises, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     secrets = {text.encode() for volumes in PLANTED.values() for text in volumes.values()}
     with Watch() as watch:
         premises.plant(PLANTED)
         premises.start()
-        secrets |= base_exchange(premises)
-        refusals(premises)
+        secrets |= await base_exchange(premises)
+        await refusals(premises)
         operating(premises, premises.do)
         premises.stop()
         premises.edit('root_passphrase = "vm"', 'root_passphrase = "vm"\nexchange = "two-phase"')
         premises.start("--transport", "asyncio")
-        secrets |= two_phase(premises)
+        secrets |= await two_phase(premises)
         operating(premises, lambda *words: premises.here(*words, "--json"))
         faults(premises)
     premises.close()
@@ -102,7 +102,7 @@ def test_no_secret_is_anywhere(premises: Premises, caplog: pytest.LogCaptureFixt
 # --- what is done ---
 
 
-def base_exchange(premises: Premises) -> set[bytes]:
+async def base_exchange(premises: Premises) -> set[bytes]:
     """Boots of the agent, the command, and a deployed client; hands out what they were given."""
     given: set[bytes] = set()
     for name in (*PLANTED, "fresh"):
@@ -123,18 +123,15 @@ def base_exchange(premises: Premises) -> set[bytes]:
     given |= {path.read_bytes() for path in folder.iterdir()}
     assert PLANTED["canary-1"]["storage"].encode() in given
 
-    async def boot() -> None:
-        async with agent(premises, "canary-2") as booting:
-            grant = await booting.boot()
-            keys = await booting.sync({"storage": True})
-        premises.heard.append(repr([grant, keys]).encode())
-        assert keys["storage"].passphrase.reveal().decode() == PLANTED["canary-2"]["storage"]
-
-    trio.run(boot)
+    async with agent(premises, "canary-2") as booting:
+        grant = await booting.boot()
+        keys = await booting.sync({"storage": True})
+    premises.heard.append(repr([grant, keys]).encode())
+    assert keys["storage"].passphrase.reveal().decode() == PLANTED["canary-2"]["storage"]
     return given
 
 
-def two_phase(premises: Premises) -> set[bytes]:
+async def two_phase(premises: Premises) -> set[bytes]:
     """Rotations: lost, doubled, late and refused confirmations; hands out what was given."""
     given: set[bytes] = set()
 
@@ -159,24 +156,21 @@ def two_phase(premises: Premises) -> set[bytes]:
     assert premises.do("keys", "restore", "canary-1", "storage", 1).code == 0
     _ = vm.confirm(answer["confirm_nonce"], status=409, storage=True)
 
-    async def rotate() -> None:
-        for answered in (False, True):
-            async with agent(premises, "canary-2") as booting:
-                try:
-                    async with booting.rotate({"storage": True}) as rotation:
-                        premises.heard.append(repr(rotation).encode())
-                        given.add(rotation.keys["storage"].next.reveal())
-                        if not answered:
-                            raise OSError("the disk is gone")
-                        rotation.added("storage")
-                except OSError:
-                    premises.heard.append(traceback.format_exc().encode())
-
-    trio.run(rotate)
+    for answered in (False, True):
+        async with agent(premises, "canary-2") as booting:
+            try:
+                async with booting.rotate({"storage": True}) as rotation:
+                    premises.heard.append(repr(rotation).encode())
+                    given.add(rotation.keys["storage"].next.reveal())
+                    if not answered:
+                        raise OSError("the disk is gone")
+                    rotation.added("storage")
+            except OSError:
+                premises.heard.append(traceback.format_exc().encode())
     return given
 
 
-def refusals(premises: Premises) -> None:
+async def refusals(premises: Premises) -> None:
     """What a server refuses, and an agent reports."""
     vm = premises.vm("canary-1")
     grant = vm.boot()
@@ -203,16 +197,13 @@ def refusals(premises: Premises) -> None:
         _ = premises.vm("canary-1").boot(status=REFUSED)
     premises.platform = honest
 
-    async def refused() -> None:
-        async with agent(premises, "canary-1", quoter=lambda data: b"no quote at all") as booting:
-            await told(premises, booting.boot())
-        async with agent(premises, "canary-1") as booting:
-            grant = await booting.boot()
-            assert grant.boot_token is not None
-            _ = vm.sync(grant.boot_token.reveal().decode(), status=401)  # another client key
-            await told(premises, booting.sync({"unknown": False}))
-
-    trio.run(refused)
+    async with agent(premises, "canary-1", quoter=lambda data: b"no quote at all") as booting:
+        await told(premises, booting.boot())
+    async with agent(premises, "canary-1") as booting:
+        grant = await booting.boot()
+        assert grant.boot_token is not None
+        _ = vm.sync(grant.boot_token.reveal().decode(), status=401)  # another client key
+        await told(premises, booting.sync({"unknown": False}))
 
 
 async def told(premises: Premises, work: Any) -> None:
