@@ -27,6 +27,8 @@ _RUN = re.compile(rb"[0-9a-z+/=_-]{%d,}" % _PART)
 _VARIED = 5
 """A part of fewer characters than that, like one of zeros, is in many texts."""
 _MADE: set[bytes] = set()
+_KNOWN: set[bytes] = set()
+"""The values whose parts are in `_MADE`: the same passphrase is opened again and again."""
 _TOLD: list[str] = []
 
 
@@ -51,9 +53,11 @@ def _before(owner: type[Any], name: str, see: Callable[..., None]) -> None:
 
 
 def _made(_: Secret, value: bytes) -> None:
-    if _WORD.fullmatch(value):
+    if value not in _KNOWN and _WORD.fullmatch(value):
         if len(_MADE) >= _MANY:
             _MADE.clear()
+            _KNOWN.clear()
+        _KNOWN.add(value)
         parts = (bytes(value[at : at + _PART]).lower() for at in range(len(value) - _PART + 1))
         _MADE.update(part for part in parts if len(set(part)) >= _VARIED)
 
@@ -73,6 +77,7 @@ def told_on_purpose() -> None:
 def pytest_runtest_logstart() -> None:
     """Each test has secrets of its own."""
     _MADE.clear()
+    _KNOWN.clear()
     _TOLD.clear()
 
 

@@ -105,17 +105,17 @@ class Search:
         assert undisturbed(formatted)
         worlds = [(blank, ""), (formatted, "formatted; ")]
         for number in range(boots):
-            found: dict[object, tuple[World, str]] = {}
+            found: list[tuple[World, str]] = []
             for world, told in worlds:
                 for after, choices in explore(partial(disturbed, world), self.mishaps):
                     self.ways += 1
-                    story = f"{told}boot {number + 1}: {', '.join(choices.told) or 'as usual'}; "
-                    _ = found.setdefault(after.key, (after, story))
-            worlds = [found[key] for key in found if key not in self.settled]
-            for key, (world, story) in found.items():
-                if key not in self.settled and not self._settles(world):
-                    return story
-                self.settled.add(key)
+                    if after.key not in self.settled:
+                        story = f"{told}boot {number + 1}: {', '.join(choices.told) or 'as usual'}; "
+                        if not self._settles(after):
+                            return story
+                        self.settled.add(after.key)
+                        found.append((after, story))
+            worlds = found
         return None
 
     def _settles(self, world: World) -> bool:
