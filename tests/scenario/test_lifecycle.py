@@ -118,7 +118,7 @@ def test_the_base_exchange(premises: Premises, disk: Disk) -> None:
     assert disk.opens(key(premises, disk))
     # ... and one that was then not formatted takes an operator
     assert not disk.opens(key(premises, disk, rekey=["storage"]))
-    assert premises.do("keys", "restore", "vm-1", "storage", 2, "--reason", "rekeyed, not formatted").code == 0
+    assert premises.here("keys", "restore", "vm-1", "storage", 2, "--reason", "rekeyed, not formatted").code == 0
     assert disk.opens(key(premises, disk))
     # a disk that was missing at one boot, or at several
     for _ in range(2):
@@ -135,7 +135,7 @@ def test_the_base_exchange(premises: Premises, disk: Disk) -> None:
     answer = vm.sync(vm.boot()["boot_token"], formatted=disk.formatted)
     assert answer["in_use"] == ["storage"]
     # the operator permits one format
-    assert premises.do("keys", "allow-format", "vm-1", "storage").code == 0
+    assert premises.here("keys", "allow-format", "vm-1", "storage").code == 0
     vm = premises.vm()
     answer = vm.sync(vm.boot()["boot_token"], formatted=disk.formatted)
     assert answer["in_use"] == []
@@ -196,7 +196,7 @@ def test_the_two_phase_exchange(premises: Premises, disk: Disk) -> None:
     disk.format(old["current"])
     assert not disk.opens(pair(premises, disk)[0]["current"])
     (first,) = [g["generation"] for g in history(premises) if g["volume"] == "storage" and g["generation"] == 1]
-    assert premises.do("keys", "restore", "vm-1", "storage", first).code == 0
+    assert premises.here("keys", "restore", "vm-1", "storage", first).code == 0
     assert disk.opens(pair(premises, disk)[0]["current"])
 
 
@@ -215,7 +215,7 @@ def test_keys_are_wrapped_anew_while_disks_are_opened(premises: Premises, disk: 
     assert len(between) == 2, f"it was killed too late: {before}, {between}"
     assert sum(between.values()) == sum(before.values())
     assert disk.opens(key(premises, disk))
-    done = premises.do("keys", "rewrap")
+    done = premises.here("keys", "rewrap")
     assert (done.code, "no key is under another" in done.out) == (0, True)
     assert disk.opens(key(premises, disk))
     premises.stop()
