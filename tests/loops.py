@@ -6,14 +6,15 @@ A test that is on both loops is an ``async def`` marked ``anyio``, and one that 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import TypeVar, TypeVarTuple
 
 import anyio
 
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 
-def on_loop(loop: str, work: Callable[..., Awaitable[T]], *arguments: Any) -> T:
+def on_loop(loop: str, work: Callable[[*Ts], Awaitable[T]], *arguments: *Ts) -> T:
     """Call ``work`` with ``arguments`` on a new loop, ``trio`` or ``asyncio``; no longer than a minute."""
 
     async def bounded() -> T:

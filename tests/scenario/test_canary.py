@@ -126,10 +126,10 @@ async def base_exchange(premises: Premises) -> set[bytes]:
     assert PLANTED["canary-1"]["storage"].encode() in given
 
     async with agent(premises, "canary-2") as booting:
-        grant = await booting.boot()
-        keys = await booting.sync({"storage": True})
-    premises.heard.append(repr([grant, keys]).encode())
-    assert keys["storage"].passphrase.reveal().decode() == PLANTED["canary-2"]["storage"]
+        granted = await booting.boot()
+        received = await booting.sync({"storage": True})
+    premises.heard.append(repr([granted, received]).encode())
+    assert received["storage"].passphrase.reveal().decode() == PLANTED["canary-2"]["storage"]
     return given
 
 
@@ -202,9 +202,9 @@ async def refusals(premises: Premises) -> None:
     async with agent(premises, "canary-1", quoter=lambda data: b"no quote at all") as booting:
         await told(premises, booting.boot())
     async with agent(premises, "canary-1") as booting:
-        grant = await booting.boot()
-        assert grant.boot_token is not None
-        _ = vm.sync(grant.boot_token.reveal().decode(), status=401)  # another client key
+        granted = await booting.boot()
+        assert granted.boot_token is not None
+        _ = vm.sync(granted.boot_token.reveal().decode(), status=401)  # another client key
         await told(premises, booting.sync({"unknown": False}))
 
 

@@ -110,7 +110,7 @@ async def test_a_client_hears_503_where_a_commit_was_cancelled_and_boots_again(
             nonce = await vm.nonce()
             standby.stop()
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(trio.to_thread.run_sync, end_the_wait, url)
+                nursery.start_soon(trio.to_thread.run_sync, partial(end_the_wait, url))
                 answer = await vm.attest(nonce)
             assert code(answer) == (503, "store_unavailable")
             assert int(answer.headers["retry-after"]) > 0

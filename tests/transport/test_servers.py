@@ -195,8 +195,8 @@ def make_client_certificate(openssl: str, kind: str, folder: Path) -> str:
     """Make a key of this kind and its certificate. Returns the digest of the public key."""
     options = ["-pkeyopt", "ec_paramgen_curve:P-256"] if kind == "ec" else []
     make = [openssl, "req", "-x509", "-newkey", kind, *options, "-nodes", "-days", "1", "-subj", "/CN=tdx-vm-1"]
-    subprocess.run([*make, "-keyout", folder / "k.pem", "-out", folder / "c.pem"], check=True, capture_output=True)
-    read = [openssl, "x509", "-in", folder / "c.pem", "-pubkey", "-noout"]
+    subprocess.run([*make, "-keyout", f"{folder}/k.pem", "-out", f"{folder}/c.pem"], check=True, capture_output=True)
+    read = [openssl, "x509", "-in", f"{folder}/c.pem", "-pubkey", "-noout"]
     pem = subprocess.run(read, check=True, capture_output=True).stdout
     encode = [openssl, "pkey", "-pubin", "-outform", "der"]
     return hashlib.sha256(subprocess.run(encode, input=pem, check=True, capture_output=True).stdout).hexdigest()
