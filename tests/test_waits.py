@@ -1,8 +1,8 @@
 """No test sleeps in the hope that something has happened by then, and none starts a loop that its runner could start.
 
-Every call of a ``sleep`` and of a loop's ``run`` is listed here, with its reason. Whoever adds one waits for an event
-with `tests.waiting` first, and marks an ``async def`` test ``trio`` or, for both loops, ``anyio``. A program that a
-test writes may sleep: it is a slow peer. Such programs are texts and are not looked at.
+Every call of a ``sleep`` and of a loop's ``run`` is listed here, with its reason. Before you add one, wait for an event
+with `tests.waiting`, and mark an ``async def`` test ``trio`` or, for both loops, ``anyio``. A program that a test
+writes may sleep: it is a slow peer. Such programs are texts and are not looked at.
 """
 
 from __future__ import annotations

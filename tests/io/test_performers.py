@@ -12,7 +12,9 @@ from typing import Any, TypeVar, cast
 import anyio
 import anyio.lowlevel
 import pytest
+import trio
 from attrs import define, evolve
+from trio.testing import MockClock
 
 from chutes_proto.effects import (
     ActOnDisk,
@@ -300,6 +302,13 @@ async def test_a_loop_goes_on_while_a_store_blocks_and_a_cancellation_waits_for_
         group.cancel_scope.cancel()
         store.goes_on.set()
     assert store.ended.is_set()
+
+
+@pytest.mark.trio
+async def test_a_flow_sleeps_on_the_clock_of_its_loop(autojump_clock: MockClock) -> None:
+    before = trio.current_time()
+    await aio.Performer().run(ask(Sleep(3600.0)))
+    assert trio.current_time() - before == pytest.approx(3600)
 
 
 @pytest.mark.anyio

@@ -75,7 +75,7 @@ def test_the_search_finds_each_form(form: bytes) -> None:
 @pytest.mark.trio
 async def test_no_secret_is_anywhere(premises: Premises, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
-    # What a process shows of itself does not depend on the store: with PostgreSQL most commands are run in this one.
+    # The store does not change what a process shows of itself: with PostgreSQL most commands are run in this one.
     do = premises.do if premises.store.startswith("sqlite:") else premises.here
     secrets = {text.encode() for volumes in PLANTED.values() for text in volumes.values()}
     with Watch() as watch:
