@@ -1,8 +1,8 @@
 """A PostgreSQL for the tests: the one that ``CHUTES_PROTO_TEST_POSTGRES`` names, or a private one.
 
-A private one is a cluster made with the installed programs: it lives in a temporary folder, listens on a Unix socket
-there, asks for a password, and ends with the tests. PostgreSQL does not run as root, so root gives it to another user.
-A standby of it and a pgbouncer before it are private in the same way.
+A private one is a cluster made with the installed programs: it lives in a temporary folder, in memory where there is
+room, listens on a Unix socket there, asks for a password, and ends with the tests. PostgreSQL does not run as root, so
+root gives it to another user. A standby of it and a pgbouncer before it are private in the same way.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Cluster:
     ) -> None:
         self._programs = programs
         self._settings = settings or {}
-        self.folder = Path(tempfile.mkdtemp(prefix="chutes-proto-pg-"))
+        self.folder = Path(tempfile.mkdtemp(prefix="chutes-proto-pg-", dir=_memory()))
         self._as: dict[str, Any] = {"cwd": self.folder}
         self._process: subprocess.Popen[bytes] | None = None
         if os.geteuid() == 0:
@@ -81,6 +81,7 @@ class Cluster:
             "max_connections": "120",
             "shared_buffers": "32MB",
             "wal_level": "minimal",
+            "max_wal_size": "128MB",
             "max_wal_senders": "0",
             "log_min_messages": "fatal",
             **self._settings,
@@ -178,6 +179,12 @@ class Pooler:
     def close(self) -> None:
         self._process.kill()
         self._process.wait(60)
+
+
+def _memory() -> str | None:
+    """A file system in memory with room for clusters: each commit waits for the disk, and no test ends the machine."""
+    place = Path("/dev/shm")
+    return str(place) if place.is_dir() and shutil.disk_usage(place).free > 2 << 30 else None
 
 
 def children_of(process: int) -> list[int]:
