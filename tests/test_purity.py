@@ -188,7 +188,7 @@ LOAD = "class Policy:\n  def load():\n    "
         ("chutes_proto.units.boot", "from chutes_proto import cli", "is not pure"),
         ("chutes_proto.units.boot", "from ..io.stores import sqlite", "imports chutes_proto.io.stores.sqlite"),
         ("chutes_proto.units.boot", "from .. import io", "imports chutes_proto.io"),
-        ("chutes_proto.testing._network", "import chutes_proto_trio", "is not pure"),
+        ("chutes_proto.testing._playbook", "import chutes_proto_trio", "is not pure"),
         ("chutes_proto.server._asgi", "from chutes_proto.io import files\ndef asgi_app(): ...", "1: imports"),
         ("chutes_proto.server._asgi", "def another():\n  from chutes_proto.io import files", "is not pure"),
         ("chutes_proto.server._app", "def asgi_app():\n  from chutes_proto.io import files", "is not pure"),

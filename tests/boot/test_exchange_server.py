@@ -33,8 +33,8 @@ from chutes_proto.effects import Effect, Flow, Transact, run
 from chutes_proto.errors import QuoteUnavailable, Refusal, StoreBusy, TransportError
 from chutes_proto.secret import Secret
 from chutes_proto.store.rows import BootRow, GenerationRow, NonceRow, Row
-from chutes_proto.testing._network import Fate, SimulatedNetwork
 from chutes_proto.wire.http import HttpRequest, HttpResponse
+from tests.network import Fate, SimulatedNetwork
 from tests.server.world import HOTKEY, NOW, World
 
 T = TypeVar("T")

@@ -1,7 +1,7 @@
 """A network that loses, doubles and delays messages on command, with a clock that moves only when somebody waits.
 
-`SimulatedNetwork.perform` drives client flows against a server in the same process: nothing is random that the test
-did not draw, nothing sleeps, and what happened can be read afterwards.
+`SimulatedNetwork.perform` drives client flows against a server in the same process: nothing is random but what the test
+drew, nothing sleeps, and everything that happened can be read afterwards.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from chutes_proto.wire.http import HttpRequest, HttpResponse
 
 
 class Fate(Enum):
-    """What becomes of one request."""
+    """The outcome of one request."""
 
     DELIVERED = "delivered"
     REQUEST_LOST = "request lost"
@@ -27,11 +27,11 @@ class Fate(Enum):
 
 
 class SimulatedNetwork:
-    """One client's way to ``server``, and the client's clock, random source, quoter and console.
+    """One client's connection to ``server``, with the client's clock, entropy, quoter and log.
 
-    The ``fates`` befall the requests in order; all that follow are delivered. A lost message costs ``timeout``
-    seconds. ``elapsed`` is the seconds since the start, ``sent`` every request that was given to the network, in
-    order, ``records`` every log record.
+    The requests meet the ``fates`` in order; all later ones are delivered. A lost message costs ``timeout`` seconds.
+    ``elapsed`` is the number of seconds since the start, ``sent`` has every request in order, ``records`` every log
+    record.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class SimulatedNetwork:
 
     @property
     def wall_clock(self) -> int:
-        """Unix seconds, as `Now` tells them."""
+        """Unix seconds, as `Now` replies them."""
         return self._started + int(self.elapsed)
 
     def wait(self, seconds: float) -> None:
@@ -85,7 +85,7 @@ class SimulatedNetwork:
             case Log(record):
                 self.records.append(record)
             case _:
-                raise LocalProtocolError(f"{type(effect).__name__} is not an effect of a client's flow")
+                raise LocalProtocolError(f"{type(effect).__name__} is not an effect of client flows")
         return reply
 
     def _carry(self, request: HttpRequest) -> HttpResponse:
