@@ -6,8 +6,7 @@ One implementation on anyio serves both loops: ``chutes_proto_trio`` has the sam
 from typing import TYPE_CHECKING
 
 from chutes_proto._lazy import lazily
-from chutes_proto.io.clients.boot_aio import BootAgent
-from chutes_proto.io.clients.miner_aio import MinerClient
+from chutes_proto.io.clients.aio import BootAgent, MinerClient
 from chutes_proto.io.disks.cryptsetup import has_luks_header
 from chutes_proto.io.drivers.aio import HttpxSender, Performer
 from chutes_proto.io.hotkey_file import read_hotkey

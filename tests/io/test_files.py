@@ -107,16 +107,16 @@ def test_files_come_change_and_go(shelf: CollateralDirectory) -> None:
         _ = shelf.fetch(identity(), NOW)
 
 
-def test_what_was_found_is_at_hand_for_that_second(shelf: CollateralDirectory) -> None:
-    assert shelf.at_hand(identity(), NOW) is None
+def test_what_was_found_is_available_in_that_second(shelf: CollateralDirectory) -> None:
+    assert shelf.available(identity(), NOW) is None
     found = shelf.fetch(identity(), NOW)
     (shelf.path / "a.json").unlink()
-    assert shelf.at_hand(identity(), NOW) is found
-    assert shelf.at_hand(identity(PLATFORM.another(1)), NOW) is None
-    assert shelf.at_hand(identity(), NOW + 1) is None
+    assert shelf.available(identity(), NOW) is found
+    assert shelf.available(identity(PLATFORM.another(1)), NOW) is None
+    assert shelf.available(identity(), NOW + 1) is None
     with pytest.raises(CollateralUnavailable):
         _ = shelf.fetch(identity(), NOW)
-    assert shelf.at_hand(identity(), NOW) is None
+    assert shelf.available(identity(), NOW) is None
 
 
 def test_a_file_is_verified_once(shelf: CollateralDirectory, monkeypatch: pytest.MonkeyPatch) -> None:

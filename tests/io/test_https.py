@@ -301,7 +301,7 @@ def test_a_reset_after_the_request(credentials: Credentials) -> None:
     assert str(error).startswith("the connection broke: ")
 
 
-def test_an_answer_cut_off_without_goodbye_is_not_whole(credentials: Credentials) -> None:
+def test_an_answer_cut_off_without_a_close_is_not_whole(credentials: Credentials) -> None:
     """Without a length only TLS's own end says that the answer is whole."""
 
     def behave(stream: ssl.SSLSocket) -> None:
@@ -310,7 +310,7 @@ def test_an_answer_cut_off_without_goodbye_is_not_whole(credentials: Credentials
 
     error = fails(credentials, behave)
     assert error.maybe_delivered
-    assert "without a word of TLS" in str(error)
+    assert "without a TLS alert" in str(error)
 
 
 @contextmanager
@@ -355,7 +355,7 @@ def _old_tls(credentials: Credentials) -> Callable[[socket.socket], None]:
 def test_what_is_no_tls_that_counts_hears_nothing(credentials: Credentials) -> None:
     for behaviour, why in (
         (_plain_http, "TLS: "),
-        (_close, "without a word of TLS"),
+        (_close, "without a TLS alert"),
         (_old_tls(credentials), "TLS: .*version"),
     ):
         with raw(behaviour) as url:

@@ -34,7 +34,7 @@ from chutes_proto.effects import (
     Uptime,
 )
 from chutes_proto.errors import LocalProtocolError, QuoteUnavailable, StoreBusy, TransportError
-from chutes_proto.io.drivers import aio
+from chutes_proto.io.drivers import aio, sync
 from chutes_proto.io.drivers.sync import Performer
 from chutes_proto.log import LONGEST, Level, Record
 from chutes_proto.luks.disk import Blank
@@ -83,7 +83,7 @@ class SimulatedDisks:
 class Collateral:
     kept: Any = None
 
-    def at_hand(self, identity: Any, now: int) -> Any:
+    def available(self, identity: Any, now: int) -> Any:
         return self.kept
 
     def fetch(self, identity: Any, now: int) -> Any:
@@ -185,7 +185,7 @@ def test_collateral_is_fetched(drive: Driver) -> None:
     assert drive(ask(FetchCollateral(identity, 7)), collateral=Collateral()) == ("collateral", "a platform", 7)
 
 
-def test_a_loop_takes_collateral_that_is_at_hand(drive: Driver) -> None:
+def test_a_loop_takes_available_collateral_without_a_thread(drive: Driver) -> None:
     source = Collateral("collateral in memory")
     fetched = drive(ask(FetchCollateral(cast("Any", "a platform"), 7)), collateral=source)
     assert fetched == (("collateral", "a platform", 7) if drive is by_blocking else "collateral in memory")
@@ -215,7 +215,7 @@ def test_a_name_is_resolved(drive: Driver, monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_loop_does_not_wait_for_a_resolver_for_ever(drive: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     goes_on = threading.Event()
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [goes_on.wait(60)][1:])
-    monkeypatch.setattr(aio, "RESOLVE_SECONDS", 0.05)
+    monkeypatch.setattr(sync, "RESOLVE_SECONDS", 0.05)
     try:
         with pytest.raises(TransportError, match="slow cannot be resolved: no answer within"):
             drive(ask(Resolve("slow")))

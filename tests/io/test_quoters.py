@@ -223,7 +223,7 @@ def test_what_is_no_guest_device(tmp_path: Path) -> None:
         _ = DeviceQuoter(device=tmp_path / "tdx_guest")(DATA)
     with pytest.raises(QuoteUnavailable, match="/dev/null gives no report: Inappropriate ioctl"):
         _ = DeviceQuoter(device="/dev/null")(DATA)
-    with pytest.raises(LocalProtocolError, match="report data has 64 bytes, not 63"):
+    with pytest.raises(LocalProtocolError, match="report data: 63 bytes; a report binds 64"):
         _ = DeviceQuoter(device="/dev/null")(DATA[:63])
     with pytest.raises(OSError, match="Inappropriate ioctl"):
         _ = get_report(DATA, "/dev/null")

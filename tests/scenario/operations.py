@@ -49,7 +49,7 @@ class FreshCollateral:
 
     kept: VerifiedCollateral | None = None
 
-    def at_hand(self, identity: PckIdentity, now: int) -> VerifiedCollateral | None:
+    def available(self, identity: PckIdentity, now: int) -> VerifiedCollateral | None:
         return self.kept
 
     def fetch(self, identity: PckIdentity, now: int) -> VerifiedCollateral:

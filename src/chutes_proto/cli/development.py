@@ -70,9 +70,9 @@ class RenewedCollateral:
     directory: CollateralDirectory
     platform: SimulatedPlatform
 
-    def at_hand(self, identity: PckIdentity, now: int) -> VerifiedCollateral | None:
-        """See `CollateralDirectory.at_hand`."""
-        return self.directory.at_hand(identity, now)
+    def available(self, identity: PckIdentity, now: int) -> VerifiedCollateral | None:
+        """See `CollateralDirectory.available`."""
+        return self.directory.available(identity, now)
 
     def fetch(self, identity: PckIdentity, now: int) -> VerifiedCollateral:
         """See `CollateralDirectory.fetch`."""

@@ -22,7 +22,7 @@ from chutes_proto.cli import console
 from chutes_proto.cli.development import AUTHORITY, CONFIGURATION, write_collateral, write_server
 from chutes_proto.effects import Flow
 from chutes_proto.errors import Refusal
-from chutes_proto.io.clients.boot_aio import BootAgent
+from chutes_proto.io.clients.aio import BootAgent
 from chutes_proto.io.disks.cryptsetup import HOW_TO_INSTALL, Disks, find_cryptsetup
 from chutes_proto.io.drivers.aio import HttpxSender, Performer
 from chutes_proto.io.http.tls import client_context

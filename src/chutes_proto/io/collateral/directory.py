@@ -48,8 +48,8 @@ class CollateralDirectory:
         self._read: dict[str, _Read] = {}
         self._found: tuple[int, tuple[Item, ...]] = (0, ())
 
-    def at_hand(self, identity: PckIdentity, now: int) -> VerifiedCollateral | None:
-        """What `fetch` gives, for as long as the second lasts in which the files were looked at; then None."""
+    def available(self, identity: PckIdentity, now: int) -> VerifiedCollateral | None:
+        """Return the result of `fetch` in the second in which the files were last read, otherwise None."""
         at, items = self._found
         if at != now:
             return None
