@@ -104,15 +104,15 @@ WRONG = {
     "directory": (_directory, "kek: cannot be read: Is a directory"),
     "loop": (_loop, "kek: cannot be read: Too many levels of symbolic links"),
     "dangling": (_dangling, "kek: cannot be read: No such file"),
-    "link": (_open_behind_a_link, "mode 0644 lets others at a secret; run: chmod 600"),
+    "link": (_open_behind_a_link, "permissions are 0644, which is too open; run: chmod 600"),
     "empty": (_content(b""), "32 raw bytes or 64 hex digits; this one has 0 bytes"),
     "31": (_content(KEY[:31]), "this one has 31 bytes"),
     "33": (_content(KEY + b"\n"), "this one has 33 bytes"),
     "63": (_content(KEY.hex().encode()[:63]), "this one has 63 bytes"),
     "long": (_content(bytes(5 * 1024 * 1024)), "kek: has more than 4194304 bytes"),
     "base64": (_content(b"yMnKy8zNzs/Q0dLT1NXW19jZ2tvc3d7f4OHi4+Tl5uc="), "this one has 44 bytes"),
-    "world": (_mode(0o604), "mode 0604 lets others at a secret; run: chmod 600"),
-    "group": (_mode(0o640), "mode 0640 lets others at a secret; run: chmod 600"),
+    "world": (_mode(0o604), "permissions are 0604, which is too open; run: chmod 600"),
+    "group": (_mode(0o640), "permissions are 0640, which is too open; run: chmod 600"),
     "twice": (_copied, "kek_previous_file: "),
     "previous missing": (_previous(None), "old: cannot be read: No such file"),
     "previous short": (_previous(KEY[:16]), "old: a key-encryption key is"),
@@ -151,7 +151,7 @@ def test_a_credential_of_the_service_manager(
     (site / "kek").unlink()
     name(site, f'kek_file = "{given}/kek"')
     config = ("--config", site / "server.toml")
-    assert "lets others at a secret" in command("serve", *config, "--check").err
+    assert "which is too open" in command("serve", *config, "--check").err
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(given))
     server = start(*config, ca=site / "ca.pem")
     assert boot(command, server, site, "vm-1", tmp_path / "keys").code == 0

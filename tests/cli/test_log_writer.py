@@ -65,7 +65,7 @@ def stalled(log: LogWriter, count: int) -> None:
 @pytest.fixture
 def full(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, int]]:
     """A pipe without room, and a log with room for three."""
-    monkeypatch.setattr(log_writer, "ROOM", 3)
+    monkeypatch.setattr(log_writer, "MAX_WAITING", 3)
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     with pytest.raises(BlockingIOError):
@@ -85,7 +85,7 @@ def read(reading: int, lines: int) -> bytes:
     return said
 
 
-def test_what_there_is_no_room_for_is_counted_where_it_is_missing(full: tuple[int, int]) -> None:
+def test_records_that_cannot_wait_are_counted_where_they_are_missing(full: tuple[int, int]) -> None:
     reading, writing = full
     with closing(LogWriter(writing)) as log:
         began = time.monotonic()

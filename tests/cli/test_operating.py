@@ -273,7 +273,7 @@ def test_an_import(site: Site, reference: dict[str, Path]) -> None:
     [
         (lambda files: files["key"].write_bytes(Fernet.generate_key()), "does not open under this Fernet key"),
         (lambda files: files["key"].write_bytes(b"x"), "key: not a Fernet key, which is 44 characters"),
-        (lambda files: files["key"].chmod(0o644), "lets others at a secret"),
+        (lambda files: files["key"].chmod(0o644), "which is too open"),
         (lambda files: files["rows"].write_text("\n"), "holds no rows"),
         (lambda files: files["rows"].write_text("[]\n"), "not a JSON object"),
         (lambda files: files["rows"].write_text("{\n"), "line 1"),

@@ -163,7 +163,7 @@ def _other_database(site: Path) -> None:
             r"measurements: .*/none: cannot be read",
         ),
         (_edited('root_passphrase = "vm"', 'root_passphrase = "vm"\ncolour = 1'), r"measurements: .*colour"),
-        (_edited('hotkeys = "*"', 'hotkeys = ["5Grw"]'), r"hotkeys: '5Grw' is no hotkey"),
+        (_edited('hotkeys = "*"', 'hotkeys = ["5Grw"]'), r"hotkeys: '5Grw' is not a hotkey"),
         (_edited('"collateral"', '"elsewhere"'), r"collateral\.directory: .*/elsewhere is not a directory"),
         (_edited('hotkeys = "*"', 'hotkeys = "*"\nnet_uid = 1'), r"/server\.toml: .*net_uid"),
         (_garbage("server.toml"), r"/server\.toml: not TOML"),

@@ -174,7 +174,7 @@ def test_no_key_that_fits(bench: Bench) -> None:
     assert bench.opens(A)
 
 
-def test_full_slots_make_room(bench: Bench) -> None:
+def test_full_slots_are_freed(bench: Bench) -> None:
     bench.format()
     for number in range(MAX_SLOTS - 1):
         bench.add(A, b"left over %d" % number)
@@ -601,7 +601,7 @@ def test_a_program_that_fails(bench: Bench, tmp_path: Path, monkeypatch: pytest.
     program("exit 0")
     assert "cryptsetup left no header" in str(bench.refused(bench.format, "cryptsetup"))
     program("kill -9 $$")
-    assert "ended with -9: it said nothing" in str(bench.refused(bench.format, "cryptsetup"))
+    assert "ended with -9: it wrote no error" in str(bench.refused(bench.format, "cryptsetup"))
     bench.again(str(tmp_path / "missing"))
     assert "cannot be run: No such file" in str(bench.refused(bench.format, "no_cryptsetup"))
     monkeypatch.setattr(module, "find_cryptsetup", lambda: None)

@@ -1,9 +1,9 @@
-"""From a configuration to a key server that can start: all files that it names, read and checked together.
+"""Set-up of a key server: reads and checks all files that a configuration names.
 
 Rules kept here:
 
-* everything that is wrong is told at once, one line each, with the key and the file;
-* relative paths begin at the configuration file's directory, or at the working directory where it has no file;
+* all problems are reported together, one a line, with the key and the file;
+* relative paths begin at the configuration file's directory, or at the working directory if it has no file;
 * nothing is made or changed: a check leaves no trace.
 """
 
@@ -49,12 +49,12 @@ from chutes_proto.wire.origin import check_socket_path
 T = TypeVar("T")
 
 _JSON: Final = re.compile(rb"\s*(?:\{|\[\s*[{\]])")
-"""How JSON begins, and TOML cannot."""
+"""The beginning of JSON, which TOML cannot have."""
 
 
 @frozen
 class ServerSetup:
-    """A key server that can start."""
+    """A key server that is ready to start."""
 
     config: ServerConfig
     service: Service
@@ -65,17 +65,17 @@ class ServerSetup:
 
     @property
     def limits(self) -> Limits:
-        """Those of each connection."""
-        said = self.config.limits
-        return Limits(head_bytes=said.head_bytes, body_bytes=said.body_bytes, request_seconds=said.request_seconds)
+        """The limits of each connection."""
+        given = self.config.limits
+        return Limits(head_bytes=given.head_bytes, body_bytes=given.body_bytes, request_seconds=given.request_seconds)
 
     def reload_tls(self) -> ServerContext:
-        """The certificate and key as the files have them now. Raises `ConfigurationError`."""
+        """Read certificate and key from the files again. Raises `ConfigurationError`."""
         return _tls(self.config, self.base)
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What an operator should know before anybody else does."""
+        """The warnings for the operator, at a check and at every start."""
         found: list[str] = []
         try:
             check_installed()
@@ -83,15 +83,15 @@ class ServerSetup:
             found.append(f"signed requests (operations 5 to 12, and boots that prove their hotkey) get 503: {exc}")
         registration = self.config.registration
         if registration.unsafe_private_networks:
-            told = ", ".join(registration.unsafe_private_networks)
-            found.append(f"registration.unsafe_private_networks: hosts in {told} pass for public ones")
+            networks = ", ".join(registration.unsafe_private_networks)
+            found.append(f"registration.unsafe_private_networks: hosts in {networks} pass for public ones")
         if registration.evidence == "callback":
             found.append('registration.evidence = "callback": what GPUs say of themselves is fetched and NOT verified')
         return tuple(found)
 
     @property
     def proxy_socket(self) -> Path | None:
-        """The unix socket to listen on for proxies."""
+        """The Unix socket to listen on for proxies."""
         return None if self.config.proxy.unix is None else self.base / self.config.proxy.unix
 
 
@@ -108,7 +108,10 @@ def make_setup(config: ServerConfig) -> ServerSetup:
         previous_path = base / config.kek_previous_file
         previous = problems.attempt("kek_previous_file", lambda: _kek(previous_path))
     if previous is not None and previous == current:
-        problems.add("kek_previous_file", f"{base / str(config.kek_previous_file)} holds the same key as kek_file")
+        problems.add(
+            "kek_previous_file",
+            f"{base / str(config.kek_previous_file)} holds the same key as kek_file",
+        )
     profiles = _profiles(config, base, problems)
     policy = problems.attempt("measurements", lambda: Policy(profiles=tuple(p.measurements for p in profiles)))
     hotkeys: frozenset[str] | Literal["*"] | None = problems.attempt("hotkeys", lambda: _hotkeys(config.hotkeys))
@@ -153,16 +156,16 @@ def make_setup(config: ServerConfig) -> ServerSetup:
 
 
 def trust(root: TrustedRoot, name: str) -> str:
-    """Which root quotes are verified to, as the log says it at every start and with every grant."""
+    """Return the name of the trusted root for the log, which has it at every start and with every grant."""
     if root == INTEL_ROOT:
         return "Intel SGX Root CA"
     return f"NOT Intel's root but {name}, SHA-256 {root.digest.hex()}"
 
 
 def check_store(place: StorePlace, vault: Vault) -> str:
-    """What is known of the store, in words, without making or changing it.
+    """Return a description of the store, without making or changing it.
 
-    Raises `StoreError` for one that cannot be used, or holds keys that ``vault`` cannot open.
+    Raises `StoreError` for one that cannot be used, or that holds keys that ``vault`` cannot open.
     """
     if not place.is_made():
         return f"{place.path}: not made yet"
@@ -173,21 +176,21 @@ def check_store(place: StorePlace, vault: Vault) -> str:
 
 
 def check_keys(store: DurableStore, vault: Vault) -> dict[str, int]:
-    """How many keys are sealed under each key-encryption key. Raises `StoreError` where one of these is not at hand."""
+    """Return how many keys are sealed under each KEK. Raises `StoreError` for a KEK that ``vault`` does not have."""
     sealed = dict(store.transact(_CountKeys()))
     live = {key.kek_id for key in vault.live}
     if lost := {kek_id: count for kek_id, count in sealed.items() if kek_id not in live}:
-        told = ", ".join(f"{count} under {kek_id}" for kek_id, count in sorted(lost.items()))
+        counts = ", ".join(f"{count} under {kek_id}" for kek_id, count in sorted(lost.items()))
         raise StoreError(
-            f"store {store.name}: keys are sealed under a key-encryption key that is neither kek_file nor"
-            f" kek_previous_file ({', '.join(sorted(live))}): {told}"
+            f"store {store.name}: keys are sealed under a KEK that is neither kek_file nor kek_previous_file"
+            f" ({', '.join(sorted(live))}): {counts}; name the file of that KEK"
         )
     return sealed
 
 
 @frozen
 class _CountKeys(Unit[tuple[tuple[str, int], ...]]):
-    """How many keys are sealed under each key-encryption key."""
+    """Counts the keys that are sealed under each KEK."""
 
     def script(self) -> Script[tuple[tuple[str, int], ...]]:
         return (yield from CountSealed())
@@ -197,7 +200,7 @@ class _CountKeys(Unit[tuple[tuple[str, int], ...]]):
 
 
 class _Problems:
-    """What is wrong so far."""
+    """The problems that were found so far."""
 
     def __init__(self) -> None:
         self.found: list[str] = []
@@ -206,7 +209,7 @@ class _Problems:
         self.found.append(f"{key}: {text}")
 
     def attempt(self, key: str, make: Callable[[], T]) -> T | None:
-        """What ``make`` gives; None, and a problem more, if it cannot."""
+        """Return the result of ``make``; add a problem and return None if it fails."""
         try:
             return make()
         except (ConfigurationError, QuoteError) as exc:
@@ -232,7 +235,7 @@ def _proxies(options: ProxyOptions, base: Path) -> TrustedProxies:
         path = base / options.secret_file
         secrets = [line.strip() for line in read_private(path, group_may=True).splitlines() if line.strip()]
         if not 1 <= len(secrets) <= 2 or not all(re.fullmatch(rb"[!-~]+", secret) for secret in secrets):
-            raise ConfigurationError(f"{path}: not one or two lines of printable ASCII without spaces")
+            raise ConfigurationError(f"{path}: not one or two secrets, one a line, in printable ASCII without spaces")
     return TrustedProxies(
         networks=options.parsed_networks,
         unix=options.unix is not None,
@@ -269,7 +272,7 @@ def _collateral(config: ServerConfig, base: Path, root: TrustedRoot) -> Collater
     if options.directory is not None:
         path = base / options.directory
         if not path.is_dir():
-            raise ConfigurationError(f"{path} is not a directory")
+            raise ConfigurationError(f"{path} is not a directory; make it, or name another")
         return CollateralDirectory(path, root, grace=options.grace_seconds)
     cache = CollateralCache(
         [Upstream.parse(service.url, service.root_ca_crl) for service in options.upstreams],
@@ -288,7 +291,7 @@ def _collateral(config: ServerConfig, base: Path, root: TrustedRoot) -> Collater
 
 
 def _check_private(config: ServerConfig) -> None:
-    """Check that a configuration file that holds the database's password is not for everybody to read."""
+    """Check that a configuration file with the database's password cannot be read by everybody."""
     if not config.store.startswith("postgresql:"):
         return
     from chutes_proto.io.stores.postgres import has_secret
@@ -312,7 +315,7 @@ def _hotkeys(addresses: tuple[str, ...] | Literal["*"]) -> frozenset[str] | Lite
         try:
             _ = Hotkey.parse(address)
         except HotkeyError as exc:
-            raise ConfigurationError(f"{address!r} is no hotkey: {exc}") from None
+            raise ConfigurationError(f"{address!r} is not a hotkey: {exc}") from None
     return frozenset(addresses)
 
 
