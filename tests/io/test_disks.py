@@ -223,7 +223,7 @@ def test_all_that_is_looked_at_is_looked_at(tmp_path: Path, size: int) -> None:
 def test_a_disk_that_is_too_small(bench: Bench) -> None:
     _ = bench.path.write_bytes(bytes(1 << 20))
     assert isinstance(bench.inspect(), Blank)
-    assert "17825792 at least" in str(bench.refused(bench.format, "too_small"))
+    assert "17825792 or more" in str(bench.refused(bench.format, "too_small"))
 
 
 def test_an_unfinished_format_begins_again(bench: Bench) -> None:

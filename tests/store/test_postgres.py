@@ -533,7 +533,7 @@ def test_what_sql_cannot_hold_is_the_stores_error(store: PostgresStore) -> None:
         AuditRow(0, "vm", "\ud800", "granted"),
         AuditRow(0, "vm", "\0", "granted"),
     ):
-        told(lambda: store.transact(Ask(Insert(row))), "a value of Insert cannot be kept")  # noqa: B023
+        told(lambda: store.transact(Ask(Insert(row))), "a value of Insert cannot be stored")  # noqa: B023
     assert store.transact(Ask(Scan(AuditRow))) == ()
 
 

@@ -83,7 +83,7 @@ def test_a_commit_whose_wait_for_the_standby_ended_early_is_not_acknowledged(
         calls: list[Callable[[], None]] = [partial(boots, store, "vm-lost"), partial(end_the_wait, url, how)]
         (outcome,) = together(calls)
         assert type(outcome) is StoreError
-        assert re.search(rf"{text} at the commit.*; what was to be changed may be changed or not", str(outcome))
+        assert re.search(rf"{text} at the commit.*; the change may be committed or not", str(outcome))
         assert PASSWORD not in str(outcome)
         assert (store.retries, store._pool.idle) == (0, [])
     primary.stop(signal.SIGQUIT)

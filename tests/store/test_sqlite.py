@@ -308,9 +308,9 @@ def test_a_file_that_was_emptied_is_damaged(store: SqliteStore, path: Path) -> N
 
 
 def test_what_sql_cannot_hold_is_the_stores_error(store: SqliteStore) -> None:
-    with pytest.raises(StoreError, match="cannot be kept"):
+    with pytest.raises(StoreError, match="cannot be stored"):
         store.transact(Ask(Insert(AuditRow(2**63, "vm", "boot", "granted"))))
-    with pytest.raises(StoreError, match="cannot be kept"):
+    with pytest.raises(StoreError, match="cannot be stored"):
         store.transact(Ask(Insert(AuditRow(0, "vm", "\ud800", "granted"))))
     assert store.transact(Ask(Scan(AuditRow))) == ()
     assert VM.name
