@@ -31,10 +31,11 @@ from chutes_proto.testing._pki import (
     CertificateDraft,
     CrlDraft,
     Keys,
+    flipped,
     nested,
     sgx_tcb,
 )
-from chutes_proto.testing._quotes import TD_REPORT, QuoteDraft, QuoteParts, flipped
+from chutes_proto.testing._quotes import TD_REPORT, QuoteDraft, QuoteParts
 from chutes_proto.testing._statements import (
     PCE_SVN,
     SGX_COMPONENTS,

@@ -38,11 +38,12 @@ from chutes_proto.testing._pki import (
     Keys,
     SgxItems,
     enumerated,
+    flipped,
     pem,
     sgx_configuration,
     sgx_tcb,
 )
-from chutes_proto.testing._quotes import Form, HeaderDraft, QeReportDraft, QuoteDraft, TdReportDraft, flipped
+from chutes_proto.testing._quotes import Form, HeaderDraft, QeReportDraft, QuoteDraft, TdReportDraft
 from chutes_proto.testing._statements import (
     PCE_SVN,
     SGX_COMPONENTS,

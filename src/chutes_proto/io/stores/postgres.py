@@ -114,7 +114,7 @@ _LOCK: Final = "SELECT pg_advisory_xact_lock(7163393186713182564)"  # one migrat
 _LOCK_VERSION: Final = "LOCK TABLE fact IN ACCESS SHARE MODE"
 
 _READ_SETTINGS: Final = (
-    # `on` waits for the disks of this server and of its synchronous standbys; `remote_apply`, which waits longer, stays.
+    # `on` waits for the disks of this server and of its synchronous standbys; `remote_apply`, which waits more, stays.
     # A weaker setting is raised to `on`, because keys could be lost.
     "SELECT pg_backend_pid(), set_config('synchronous_commit', CASE current_setting('synchronous_commit')"
     " WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END, true), "
