@@ -1,10 +1,10 @@
-"""A key server as an ASGI application, behind a proxy that ends TLS. Its configuration has a [proxy] table.
+"""A key server as an ASGI application, behind a proxy that terminates TLS. Its configuration has a [proxy] table.
 
     CHUTES_CONFIG=server.toml uvicorn --no-proxy-headers --uds keys.sock asgi_app:app
     CHUTES_CONFIG=server.toml hypercorn --bind unix:keys.sock asgi_app:app
     CHUTES_CONFIG=server.toml hypercorn --worker-class trio --bind unix:keys.sock asgi_app:app
 
-`mounted` has it under a path of another application.
+`mounted` serves it under a path of another application.
 """
 
 import os
@@ -16,7 +16,7 @@ app = asgi_app(ServerConfig.load(os.environ.get("CHUTES_CONFIG", "server.toml"))
 
 
 def mounted():
-    """A FastAPI application with the key server under /keys."""
+    """Return a FastAPI application with the key server under /keys."""
     from fastapi import FastAPI
 
     @asynccontextmanager

@@ -96,7 +96,7 @@ def test_a_python_without_cryptography_is_told(agent: Path, tmp_path: Path, more
     [
         ("/nowhere/python3", "cannot be run: No such file or directory"),
         ("echo 3.9.18 False", "is Python 3.9.18; the agent needs Python 3.11 or newer"),
-        ("false", "is no Python that runs"),
+        ("false", "does not run as Python"),
     ],
 )
 def test_a_target_that_is_none(tmp_path: Path, python: str, why: str) -> None:

@@ -227,7 +227,7 @@ def test_where_the_agent_fails_the_machine_goes_off_and_nobody_gets_a_shell(imag
     image.write(quoter="auto")
     ended = image.enter("/local-top")
     assert ended.stdout.splitlines()[-2:] == [
-        "chutes-proto: the root disk is not open; the machine goes off",
+        "chutes-proto: the root disk is not open; the machine is switched off in 30 seconds",
         "poweroff -f",
     ]
     assert "network" in ended.stdout

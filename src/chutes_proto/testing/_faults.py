@@ -303,7 +303,7 @@ _TABLE = (
     _enclave("qe_outdated", "a quoting enclave whose SVN is OutOfDate", svn=SVN_LADDER["OutOfDate"]),
     _enclave("qe_revoked", "a quoting enclave whose SVN is Revoked", svn=SVN_LADDER["Revoked"]),
     _enclave("qe_not_supported", "a quoting enclave whose SVN is below every level", svn=0),
-    # What the TD report says
+    # The TD report
     _quote("debug", "a debug TD (TUD bit 0)", _attribute(0)),
     _quote("profiling", "a TD with performance profiling (TUD bit 5)", _attribute(5)),
     _quote("reserved_tud", "a reserved bit of the TUD byte set", _attribute(1)),
