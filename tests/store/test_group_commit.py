@@ -111,14 +111,14 @@ def test_units_of_one_commit_see_one_another(store: SqliteStore) -> None:
 
 def fail_at_commit(store: SqliteStore, fault: Callable[[], None]) -> None:
     """Have the check before the next but one commit call ``fault``; the commit after that one is as usual."""
-    check, calls = store._check_place, iter((None, fault))
+    check, calls = store._check_file, iter((None, fault))
 
     def checked() -> None:
         if call := next(calls, None):
             call()
         check()
 
-    store._check_place = checked  # type: ignore[method-assign]
+    store._check_file = checked  # type: ignore[method-assign]
 
 
 def test_a_commit_that_fails_fails_all(store: SqliteStore) -> None:

@@ -66,10 +66,8 @@ def read_config_volume(directory: str, names: Iterable[str], *, limit: int) -> d
         raise FileUnavailable(f"config volume {directory}: {reason(exc)}; is it mounted there?") from None
     try:
         for name in names:
-            with suppress(FileNotFoundError):
+            with unavailable("config volume", name), suppress(FileNotFoundError):
                 found[name] = _plain_file(name, folder, limit)
-    except OSError as exc:
-        raise FileUnavailable(f"config volume: {name}: {reason(exc)}") from None
     finally:
         os.close(folder)
     return found

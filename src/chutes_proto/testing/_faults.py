@@ -167,6 +167,10 @@ def _fmspc_first(draft: CertificateDraft) -> CertificateDraft:
     return evolve(draft, sgx=(*items[3:], *items[:3]))
 
 
+def _cut(at: int) -> Change[bytes]:
+    return lambda data: data[:at]
+
+
 def _order(*positions: int) -> Change[Chain]:
     return lambda chain: tuple(chain[position] for position in positions)
 
@@ -208,13 +212,17 @@ def _rows_of(side: Side, part: str) -> Callable[..., Fault]:
 
 def _rows_in(part: str) -> Callable[..., Fault]:
     """Return the maker of rows that set fields in one part of a quote."""
-    return lambda name, what, **fields: _quote(name, what, _set_in(part, **fields))
+
+    def row(name: str, what: str, **fields: Any) -> Fault:
+        return _quote(name, what, _set_in(part, **fields))
+
+    return row
 
 
 _certificates, _collateral = partial(_row, "certificates"), partial(_row, "collateral")
 _quote = _rows_of("quote", "quote")
 _header, _report, _enclave = map(_rows_in, ("header", "body", "qe_report"))
-_parts = _rows_of("quote", "parts")
+_parts, _bytes = _rows_of("quote", "parts"), _rows_of("quote", "raw")
 _root, _intermediate, _pck, _chain = (
     _rows_of("certificates", part) for part in ("root", "intermediate", "pck", "pck_chain")
 )
@@ -222,10 +230,6 @@ _root_crl, _pck_crl, _tcb_signer, _tcb_info, _qe_identity, _members = (
     _rows_of("collateral", part)
     for part in ("root_crl", "pck_crl", "tcb_signer", "tcb_info", "qe_identity", "collateral")
 )
-
-
-def _cut(name: str, what: str, at: int) -> Fault:
-    return _row("quote", name, what, raw=lambda raw: raw[:at])
 
 
 def _launched(name: str, what: str, status: str | None = "UpToDate", **module: Any) -> Fault:
@@ -255,14 +259,18 @@ def _level(name: str, what: str, **fields: Any) -> Fault:
 
 
 def _swapped(name: str, what: str, **members: str) -> Fault:
-    """Members of the collateral that hold what belongs into others."""
-    return _members(name, what, lambda files: {**files, **{member: files[other] for member, other in members.items()}})
+    """Make a row with members of the collateral that have the content of others."""
+
+    def change(files: dict[str, str]) -> dict[str, str]:
+        return {**files, **{member: files[other] for member, other in members.items()}}
+
+    return _members(name, what, change)
 
 
 _TABLE = (
     # The quote's form
-    _cut("truncated_body", "the quote ends inside the TD report", TD_REPORT + 500),
-    _cut("truncated_auth", "the quote ends inside the authentication data", TD_REPORT + 584 + 4 + 600),
+    _bytes("truncated_body", "the quote ends inside the TD report", _cut(TD_REPORT + 500)),
+    _bytes("truncated_auth", "the quote ends inside the authentication data", _cut(TD_REPORT + 584 + 4 + 600)),
     _header("version", "version 6 in the header", version=6),
     _header("tee_type", "TEE type 0 (SGX) in the header", tee_type=0),
     _header("key_type", "attestation key type 3 (P-384) in the header", key_type=3),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import anyio
@@ -34,7 +35,7 @@ from chutes_proto.effects import (
 )
 from chutes_proto.io.drivers import sync
 from chutes_proto.io.drivers.sync import CollateralSource, DiskWorker, Missing, Transactor, log_record, unknown
-from chutes_proto.io.http.evidence import any_certificate, evidence_limits, evidence_request, peer_certificate
+from chutes_proto.io.http.evidence import any_certificate, evidence_limits, evidence_request, keep_certificate
 from chutes_proto.io.http.https import TimeLimits
 from chutes_proto.io.http.httpx_messages import origin, prepare, received, transport_errors
 from chutes_proto.io.quoters.choose import Quoter
@@ -86,12 +87,9 @@ class HttpxGetter:
 
 async def _fetch_evidence(asked: FetchEvidence) -> tuple[HttpResponse, bytes]:
     limits, certificates = evidence_limits(asked), list[bytes]()
-
-    def keep_certificate(response: httpx.Response) -> None:
-        certificates.append(peer_certificate(response))
-
     async with open_client(any_certificate()) as client:
-        answer = await _answer(client, evidence_request(client, asked, limits), limits, begun=keep_certificate)
+        request = evidence_request(client, asked, limits)
+        answer = await _answer(client, request, limits, partial(keep_certificate, certificates))
     return answer, certificates[0]
 
 

@@ -11,6 +11,7 @@ The limits of ``io/http/httpx_messages.py`` hold here too.
 from __future__ import annotations
 
 import ssl
+from functools import partial
 from ipaddress import IPv6Address, ip_address
 from typing import TYPE_CHECKING, Final
 
@@ -29,12 +30,9 @@ _CONNECT_SECONDS: Final = 5.0
 def fetch_evidence(asked: FetchEvidence) -> tuple[HttpResponse, bytes]:
     """Perform `FetchEvidence` without an event loop, where nothing can interrupt a read. Raises `TransportError`."""
     limits, certificates = evidence_limits(asked), list[bytes]()
-
-    def keep_certificate(response: httpx.Response) -> None:
-        certificates.append(peer_certificate(response))
-
     with httpx.Client(verify=any_certificate(), trust_env=False) as client:
-        answer = whole_answer(client, evidence_request(client, asked, limits), limits, begun=keep_certificate)
+        request = evidence_request(client, asked, limits)
+        answer = whole_answer(client, request, limits, partial(keep_certificate, certificates))
     return answer, certificates[0]
 
 
@@ -63,7 +61,6 @@ def evidence_request(
     return prepare(client, limits, "GET", url, headers=headers, extensions={"sni_hostname": asked.host})
 
 
-def peer_certificate(response: httpx.Response) -> bytes:
-    """Return the certificate, in DER, of the open connection of an answer."""
-    certificate: bytes = response.extensions["network_stream"].get_extra_info("ssl_object").getpeercert(True)
-    return certificate
+def keep_certificate(certificates: list[bytes], response: httpx.Response) -> None:
+    """Append the certificate, in DER, of the connection of an answer, which must be open."""
+    certificates.append(response.extensions["network_stream"].get_extra_info("ssl_object").getpeercert(True))

@@ -8,13 +8,7 @@ from collections.abc import Generator
 import httpx
 
 from chutes_proto.auth.hotkey import Hotkey, HotkeyError
-from chutes_proto.auth.signing import (
-    Signer,
-    SigningPolicy,
-    messages_to_sign,
-    request_message,
-    signature_headers,
-)
+from chutes_proto.auth.signing import Signer, SigningPolicy, messages_to_sign, request_message, signature_headers
 from chutes_proto.errors import LocalProtocolError
 from chutes_proto.wire.endpoints import Match, route
 from chutes_proto.wire.names import HEX_32

@@ -18,14 +18,7 @@ from anyio.abc import TaskGroup
 from chutes_proto.io.drivers.aio import Performer
 from chutes_proto.io.server.sockets import ACCEPT_PAUSE, Listening
 from chutes_proto.transport.connections import Answer, Connections, Receive, Send, Sent
-from chutes_proto.transport.h1 import (
-    DEFAULT_LIMITS,
-    READ_SIZE,
-    Application,
-    Limits,
-    ServerConnection,
-    peer_address,
-)
+from chutes_proto.transport.h1 import DEFAULT_LIMITS, READ_SIZE, Application, Limits, ServerConnection, peer_address
 
 
 class Server:

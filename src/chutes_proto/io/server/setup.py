@@ -108,10 +108,7 @@ def make_setup(config: ServerConfig) -> ServerSetup:
         previous_path = base / config.kek_previous_file
         previous = problems.attempt("kek_previous_file", lambda: _kek(previous_path))
     if previous is not None and previous == current:
-        problems.add(
-            "kek_previous_file",
-            f"{base / str(config.kek_previous_file)} holds the same key as kek_file",
-        )
+        problems.add("kek_previous_file", f"{base / str(config.kek_previous_file)} holds the same key as kek_file")
     profiles = _profiles(config, base, problems)
     policy = problems.attempt("measurements", lambda: Policy(profiles=tuple(p.measurements for p in profiles)))
     hotkeys: frozenset[str] | Literal["*"] | None = problems.attempt("hotkeys", lambda: _hotkeys(config.hotkeys))
@@ -130,9 +127,7 @@ def make_setup(config: ServerConfig) -> ServerSetup:
     service = Service(
         vault=vault,
         mint=NonceMint.of(
-            vault,
-            bind_address=config.nonce.bind_address,
-            expected_key_ids=frozenset(config.nonce.expected_key_ids),
+            vault, bind_address=config.nonce.bind_address, expected_key_ids=frozenset(config.nonce.expected_key_ids)
         ),
         root=root,
         trust=trust(root, config.roots),
@@ -250,9 +245,7 @@ def _callback(options: RegistrationOptions, base: Path) -> Callback | None:
         return None
     try:
         pair = read_hotkey(base / options.hotkey_file)
-    except ConfigurationError:
-        raise
-    except LocalProtocolError as exc:
+    except LocalProtocolError as exc:  # the file, or sr25519 is not installed
         raise ConfigurationError(str(exc)) from None
     return Callback(pair.hotkey, pair.sign, options.evidence_port)
 

@@ -25,15 +25,10 @@ T = TypeVar("T")
 class DurableStore(Protocol):
     """A store on disk: `SqliteStore` or `PostgresStore`. May be used from several threads."""
 
-    @property
-    def name(self) -> str:
-        """Its address for people, without a password."""
-        ...
-
-    @property
-    def found_version(self) -> int | None:
-        """The schema version that it had when it was opened with ``migrate``, None if it was empty."""
-        ...
+    name: str
+    """Its address for people, without a password."""
+    found_version: int | None
+    """The schema version that it had when it was opened with ``migrate``, None if it was empty."""
 
     def transact(self, unit: Unit[T], /) -> T:
         """See `chutes_proto.store._run.Store`."""

@@ -154,11 +154,7 @@ _INSERTED = (
     AuditRow(NOW - 1, "operator", "afterwards", "done"),
 )
 _OTHER_SERVER = evolve(_SERVER, server_id="n2", registration="r2", name="b", address="2001:db8::1")
-_CLAIMED = (
-    _SERVER,
-    evolve(_OTHER_SERVER, boot_id="b0", pin=_PIN, updated_at=NOW, attested="a2"),
-    _GPU,
-)
+_CLAIMED = (_SERVER, evolve(_OTHER_SERVER, boot_id="b0", pin=_PIN, updated_at=NOW, attested="a2"), _GPU)
 _BY_KIND: dict[type[Row], tuple[Row, ...]] = {
     kind: tuple(row for row in (*_INSERTED, _VM, _VOLUME, _NONCE, *_CLAIMED) if type(row) is kind) for kind in ROWS
 }
