@@ -1,8 +1,8 @@
-"""In every test: no secret that it makes is in a log record, an audit row, an error's text, or what it prints.
+"""Check of every test: none of its secrets is in a log record, an audit row, an error's text or its output.
 
-A secret is the value of each `Secret` that looks like a passphrase, a token or a key in hex or base64. What is looked
-for is 31 or more of its characters in a row, wherever they stand and in either case. What processes of their own say is
-looked at by ``tests/scenario/test_canary.py``.
+A secret is the value of each `Secret` that looks like a passphrase, a token or a key in hex or base64. A match is 31 or
+more of its characters in a row, anywhere and in either case. ``tests/scenario/test_canary.py`` checks the output of
+other processes.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ for _error in (ChutesError, Refusal):
 
 @pytest.fixture
 def told_on_purpose() -> None:
-    """For a test that tells a secret to see what becomes of it."""
+    """For a test that shows a secret on purpose."""
 
 
 def pytest_runtest_logstart() -> None:

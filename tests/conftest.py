@@ -1,4 +1,4 @@
-"""What all tests share: Hypothesis profiles, real programs, the test vectors."""
+"""Shared parts of all tests: Hypothesis profiles, real programs, the test vectors."""
 
 from __future__ import annotations
 

@@ -176,12 +176,12 @@ def test_all_that_is_in_it_can_be_imported(agent: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_simulated_platform_is_told_not_to_be_in_it(agent: Path) -> None:
+def test_a_missing_simulated_platform_is_reported(agent: Path) -> None:
     make = "from chutes_proto.io.quoters.choose import make_quoter; make_quoter('simulated:/tmp')"
     code = f"import sys; sys.path.insert(0, {str(agent)!r}); {make}"
     done = subprocess.run([SYSTEM, "-I", "-c", code], capture_output=True, text=True, env={}, check=False)
     assert done.stderr.splitlines()[-1].startswith(
-        "chutes_proto.errors.ConfigurationError: the simulated platform is not"
+        "chutes_proto.errors.ConfigurationError: quoter: this agent has no simulated platform"
     )
 
 

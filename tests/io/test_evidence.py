@@ -1,4 +1,4 @@
-"""`FetchEvidence` by each of the three drivers, from hosts that are against it, over real sockets and real TLS."""
+"""`FetchEvidence` by each driver, from hostile hosts, over real sockets and real TLS."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Reply = tuple[HttpResponse, bytes]
 Driver = Callable[[Flow[Reply]], Reply]
 
 NAME = "no-such-host.invalid"
-"""Nobody can resolve it: who reaches the host has used the address that he was given (RFC 6761, section 6.4)."""
+"""A name that cannot be resolved, so that only the given address leads to the host (RFC 6761, section 6.4)."""
 
 
 def ask(effect: FetchEvidence) -> Flow[Reply]:
@@ -60,7 +60,7 @@ def fetch(drive: Driver, url: str, seconds: float = 20.0, host: str = NAME) -> R
 
 
 @everywhere
-def test_the_address_is_asked_and_the_name_only_told(
+def test_the_address_is_connected_and_the_name_only_sent(
     drive: Driver, credentials: Credentials, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
@@ -182,7 +182,7 @@ def test_on_a_loop_a_head_has_its_time_too(drive: Driver, credentials: Credentia
 
 
 @everywhere
-def test_what_speaks_no_tls(drive: Driver) -> None:
+def test_a_peer_without_tls(drive: Driver) -> None:
     def serve_one(listener: socket.socket) -> None:
         raw, _ = listener.accept()
         with raw, suppress(OSError):
@@ -201,6 +201,6 @@ def test_what_speaks_no_tls(drive: Driver) -> None:
 
 @everywhere
 @pytest.mark.parametrize("address", ["localhost", "1.2.3", ""])
-def test_a_name_is_no_address(drive: Driver, address: str) -> None:
+def test_a_name_is_not_an_address(drive: Driver, address: str) -> None:
     with pytest.raises(ValueError, match="does not appear to be an IPv4 or IPv6 address"):
         _ = drive(ask(FetchEvidence(address, 443, "h", "/", (), 1.0)))

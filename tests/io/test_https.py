@@ -1,4 +1,4 @@
-"""What the sender without an event loop promises beyond an answer: every wait ends, and a kept connection is clean."""
+"""The sender without an event loop: every wait ends, and a kept connection is clean."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def fails(credentials: Credentials, behaviour: Behaviour, limits: TimeLimits = T
 
 
 def unreachable(send: HttpsSender) -> TransportError:
-    """The error of a request that was not even begun."""
+    """Return the error of a request that was not sent."""
     with send, pytest.raises(TransportError, match="no connection to ") as raised:
         _ = send(REQUEST)
     assert not raised.value.maybe_delivered
@@ -58,7 +58,7 @@ def unreachable(send: HttpsSender) -> TransportError:
 
 @contextmanager
 def counted(credentials: Credentials, behaviour: Behaviour) -> Iterator[tuple[HttpsSender, list[int]]]:
-    """A sender to a peer, and the connections that it made."""
+    """A sender to a peer, with the connections that it made."""
     connections: list[int] = []
 
     def behave(stream: ssl.SSLSocket) -> None:
@@ -104,7 +104,7 @@ def test_a_connection_that_the_server_closed_is_replaced(credentials: Credential
     assert len(connections) == 2
 
 
-def test_what_was_sent_ahead_is_never_an_answer(credentials: Credentials) -> None:
+def test_bytes_sent_ahead_are_never_an_answer(credentials: Credentials) -> None:
     forged = b"HTTP/1.1 200 OK\r\ncontent-length: 6\r\n\r\nforged"
     ahead = threading.Event()
 
@@ -154,7 +154,7 @@ def test_a_connection_that_was_begun_long_ago_is_replaced(
     assert len(ended) == 2
 
 
-def test_the_server_is_greeted_at_once() -> None:
+def test_the_hello_is_sent_at_once() -> None:
     listener = socket.create_server(("127.0.0.1", 0))
     with listener, HttpsSender(client_context(), f"https://127.0.0.1:{listener.getsockname()[1]}") as send:
         send.begin()
@@ -162,7 +162,7 @@ def test_the_server_is_greeted_at_once() -> None:
             assert connection.recv(1) == b"\x16"  # a TLS handshake
 
 
-def test_a_beginning_that_fails_is_told_by_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_beginning_is_raised_by_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as reserved:
         reserved.bind(("127.0.0.1", 0))
         send = HttpsSender(client_context(), f"https://127.0.0.1:{reserved.getsockname()[1]}")
@@ -197,7 +197,7 @@ def dripping(start: bytes, drop: bytes) -> Behaviour:
     ],
     ids=["head", "body", "chunks", "interim answers"],
 )
-def test_what_drips_ends_with_the_whole_time(credentials: Credentials, start: bytes, drop: bytes) -> None:
+def test_a_slow_peer_ends_with_the_whole_time(credentials: Credentials, start: bytes, drop: bytes) -> None:
     error = fails(credentials, dripping(start, drop), SHORT)
     assert error.maybe_delivered
     assert str(error) == "no whole answer within 0.4 s"
@@ -267,7 +267,7 @@ def test_a_resolver_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(error) == "no connection to localhost:1: none within 0.2 s"
 
 
-def test_a_name_that_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_name(monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(*_: object, **__: object) -> object:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
@@ -352,7 +352,7 @@ def _old_tls(credentials: Credentials) -> Callable[[socket.socket], None]:
     return behave
 
 
-def test_what_is_no_tls_that_counts_hears_nothing(credentials: Credentials) -> None:
+def test_a_peer_without_proper_tls_gets_no_request(credentials: Credentials) -> None:
     for behaviour, why in (
         (_plain_http, "TLS: "),
         (_close, "without a TLS alert"),
@@ -362,7 +362,7 @@ def test_what_is_no_tls_that_counts_hears_nothing(credentials: Credentials) -> N
             assert re.search(why, str(unreachable(sender(credentials, url))))
 
 
-def test_certificates_that_do_not_count(tmp_path: Path, credentials: Credentials) -> None:
+def test_invalid_certificates(tmp_path: Path, credentials: Credentials) -> None:
     heard: list[bytes] = []
 
     def behave(stream: ssl.SSLSocket) -> None:

@@ -323,8 +323,8 @@ def test_too_old_a_library_is_said(path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert not path.exists()
 
 
-def test_a_place_without_a_write_ahead_log_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_without_a_write_ahead_log_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     connect = sqlite3.connect
     monkeypatch.setattr(sqlite3, "connect", lambda _, **options: connect(":memory:", **options))
-    with pytest.raises(StoreError, match="does not take journal_mode = wal"):
+    with pytest.raises(StoreError, match="does not accept journal_mode = wal"):
         SqliteStore(path)
