@@ -148,15 +148,15 @@ def _server(folder: Path, transport: str, what: str = "served") -> Generator[tup
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdout=pipe, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout is not None
-        said = process.stdout
+        output = process.stdout
 
         def parts() -> dict[str, float]:
             process.send_signal(signal.SIGUSR1)
-            found: dict[str, float] = json.loads(said.readline())
+            found: dict[str, float] = json.loads(output.readline())
             return found
 
         try:
-            yield said.readline().strip(), parts
+            yield output.readline().strip(), parts
         finally:
             process.terminate()
 
@@ -174,13 +174,13 @@ def _serve(folder: str, transport: Any, what: str) -> None:
     timed("store", SqliteStore, "transact")
     if what == "idle":
         setattr(App, "handle", _nothing_done)  # noqa: B010
-    told = threading.Lock()
+    lock = threading.Lock()
 
-    def tell(*_: object) -> None:
-        with told:
+    def report(*_: object) -> None:
+        with lock:
             print(json.dumps({"whole": time.process_time(), "system": os.times().system, **cpu}), flush=True)
 
-    _ = signal.signal(signal.SIGUSR1, tell)
+    _ = signal.signal(signal.SIGUSR1, report)
     setup = make_setup(ServerConfig.load(Path(folder) / "server.toml"))
     announce = lambda urls: print(urls[0], flush=True)  # noqa: E731
     serving.serve_until_stopped(transport, setup, setup.collateral, announce, (signal.SIGTERM,))

@@ -260,13 +260,13 @@ def _postgres(url: str) -> None:
                 process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
                 workers.append(stack.enter_context(process))
             streams: list[tuple[Any, Any]] = [(worker.stdin, worker.stdout) for worker in workers]
-            for _, said in streams:
-                assert said.readline() == "ready\n"
+            for _, output in streams:
+                assert output.readline() == "ready\n"
             start = perf_counter()
-            for told, _ in streams:
-                told.write("go\n")
-                told.flush()
-            retries = sum(int(said.readline()) for _, said in streams)
+            for start_signal, _ in streams:
+                start_signal.write("go\n")
+                start_signal.flush()
+            retries = sum(int(output.readline()) for _, output in streams)
             rate = SYNCS / (perf_counter() - start)
             first = first or rate
             print(f"{processes:>12}{rate:>12.0f}{rate / first:>12.2f}{retries / SYNCS:>20.2f}")
