@@ -126,10 +126,12 @@ class SimulatedPlatform:
 
     @property
     def fmspc(self) -> bytes:
+        """6 bytes: the family, model, platform and custom SKU in its PCK certificate."""
         return self._draw("FMSPC", 6)
 
     @property
     def ppid(self) -> bytes:
+        """16 bytes: the platform provisioning id in its PCK certificate."""
         return self._draw("PPID", 16)
 
     @property

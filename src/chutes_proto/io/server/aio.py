@@ -22,11 +22,11 @@ from chutes_proto.transport.h1 import DEFAULT_LIMITS, READ_SIZE, Application, Li
 
 
 class Server:
-    """Serves an application, once; it is made within the loop.
+    """Serves the application ``app`` on the running event loop, once.
 
-    At most ``connections`` are open, and one more for each further listener. At the limit, a connection on which the
-    server waits for the peer ends (``chutes_proto.transport.connections``); if there is none, new ones wait in the
-    listeners' queues.
+    ``performer`` performs the effects of ``app``, ``limits`` bound each connection. At most ``connections`` are open,
+    and one more for each further listener. At the limit, a connection on which the server waits for the peer ends; if
+    there is none, new ones wait in the listeners' queues.
     """
 
     def __init__(
