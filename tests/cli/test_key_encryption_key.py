@@ -102,7 +102,7 @@ def _mode(mode: int) -> Callable[[Path], None]:
 WRONG = {
     "missing": (lambda site: (site / "kek").unlink(), "kek: cannot be read: No such file"),
     "directory": (_directory, "kek: cannot be read: Is a directory"),
-    "loop": (_loop, "kek: cannot be read: Too many levels of symbolic links"),
+    "loop": (_loop, "kek: cannot be read: not a plain file, but a link or a loop of links"),
     "dangling": (_dangling, "kek: cannot be read: No such file"),
     "link": (_open_behind_a_link, "permissions are 0644, which is too open; run: chmod 600"),
     "empty": (_content(b""), "32 raw bytes or 64 hex digits; this one has 0 bytes"),
@@ -161,7 +161,7 @@ def test_a_credential_of_the_service_manager(
 # --- while a server runs ---
 
 
-def test_a_server_that_lacks_a_rows_key_says_not_now_and_nothing_is_lost(
+def test_a_server_that_lacks_a_rows_key_answers_503_and_nothing_is_lost(
     command: Command, site: Path, start: Start, tmp_path: Path
 ) -> None:
     config = ("--config", site / "server.toml")

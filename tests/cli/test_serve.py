@@ -171,7 +171,7 @@ def _other_database(site: Path) -> None:
         (_no_collateral, r"collateral\.directory: .* holds no \*\.json"),
         (_other_database, r"keys\.db: it is another program's database"),
         (_garbage("keys.db"), r"keys\.db: "),
-        (_edited("sqlite:keys.db", "sqlite:none/keys.db"), r"none/keys\.db: its directory is not there"),
+        (_edited("sqlite:keys.db", "sqlite:none/keys.db"), r"none/keys\.db: its directory does not exist"),
     ],
 )
 def test_what_is_wrong_is_told_with_key_and_file(

@@ -142,5 +142,5 @@ def unavailable(path: str | os.PathLike[str], what: str) -> Generator[None]:
 def reason(exc: Exception) -> str:
     """Return the text of an error without the path, which the caller knows."""
     if isinstance(exc, OSError) and exc.errno == errno.ELOOP:
-        return "not a plain file, but a link"
+        return "not a plain file, but a link or a loop of links"
     return exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)

@@ -177,8 +177,8 @@ def check_keys(store: DurableStore, vault: Vault) -> dict[str, int]:
     if lost := {kek_id: count for kek_id, count in sealed.items() if kek_id not in live}:
         counts = ", ".join(f"{count} under {kek_id}" for kek_id, count in sorted(lost.items()))
         raise StoreError(
-            f"store {store.name}: keys are sealed under a KEK that is neither kek_file nor kek_previous_file"
-            f" ({', '.join(sorted(live))}): {counts}; name the file of that KEK"
+            f"store {store.name}: keys are sealed under a key-encryption key (KEK) that is neither kek_file nor"
+            f" kek_previous_file ({', '.join(sorted(live))}): {counts}; name the file of that KEK"
         )
     return sealed
 
