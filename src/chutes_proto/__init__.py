@@ -37,14 +37,5 @@ else:
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "ChutesError",
-    "Level",
-    "Record",
-    "Refusal",
-    "Refused",
-    "Secret",
-    "TransportError",
-    "Unavailable",
-    "VerificationError",
-]
+__all__ = ["ChutesError", "Refusal", "Refused", "TransportError", "Unavailable", "VerificationError"]
+__all__ += ["Level", "Record", "Secret"]

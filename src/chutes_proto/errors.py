@@ -38,34 +38,11 @@ from chutes_proto._error import ChutesError
 from chutes_proto.quote.errors import QuoteError
 from chutes_proto.wire.codes import Code
 
-__all__ = [
-    "BadRequest",
-    "BootInterrupted",
-    "ChutesError",
-    "CollateralUnavailable",
-    "ConfigurationError",
-    "DiskError",
-    "FileUnavailable",
-    "HandoverRejected",
-    "HeaderRejected",
-    "KeyUnavailable",
-    "LocalProtocolError",
-    "NotInMemory",
-    "QuoteError",
-    "QuoteUnavailable",
-    "Refusal",
-    "Refused",
-    "RemoteProtocolError",
-    "SealBroken",
-    "SignatureUnavailable",
-    "StoreBusy",
-    "StoreError",
-    "TransportError",
-    "Unavailable",
-    "UpstreamError",
-    "ValidationProblem",
-    "refusal",
-]
+__all__ = ["ChutesError", "ConfigurationError", "FileUnavailable", "LocalProtocolError", "NotInMemory"]
+__all__ += ["BadRequest", "Refusal", "Refused", "RemoteProtocolError", "TransportError", "Unavailable", "UpstreamError"]
+__all__ += ["BootInterrupted", "DiskError", "HandoverRejected", "HeaderRejected"]
+__all__ += ["QuoteUnavailable", "SignatureUnavailable", "ValidationProblem", "refusal"]
+__all__ += ["CollateralUnavailable", "KeyUnavailable", "QuoteError", "SealBroken", "StoreBusy", "StoreError"]
 
 ValidationProblem = dict[str, object]
 """One problem of a 422: ``{"type": str, "loc": list of str and int, "msg": str}``."""

@@ -100,57 +100,12 @@ else:
         },
     )
 
-__all__ = [
-    "INTEL_ROOT",
-    "AcceptedVerdict",
-    "AllOf",
-    "AnyOf",
-    "AnyPolicy",
-    "AppraisalError",
-    "AttributePolicy",
-    "Collateral",
-    "CollateralFormatError",
-    "Event",
-    "EventLog",
-    "EventLogFormatError",
-    "EventLogMismatchError",
-    "IdentityPolicy",
-    "OpenedQuote",
-    "PckIdentity",
-    "Policy",
-    "PolicyError",
-    "Profile",
-    "Quote",
-    "QuoteError",
-    "QuoteFormatError",
-    "Refusal",
-    "ReplayedLog",
-    "SgxAttributes",
-    "SgxReport",
-    "SignedQuote",
-    "Stage",
-    "TcbPolicy",
-    "TcbStatus",
-    "TdAttributes",
-    "TdReport10",
-    "TdReport15",
-    "TdReport15Ex",
-    "TrustedRoot",
-    "Verdict",
-    "VerificationError",
-    "VerifiedCollateral",
-    "Xfam",
-    "check_signed",
-    "first_difference",
-    "open_quote",
-    "parse_event_log",
-    "parse_policy_toml",
-    "parse_profiles_json",
-    "parse_profiles_toml",
-    "parse_quote",
-    "replay",
-    "verify",
-    "verify_collateral",
-    "verify_genuine",
-    "verify_quote",
-]
+__all__ = ["check_signed", "open_quote", "verify", "verify_collateral", "verify_genuine", "verify_quote"]
+__all__ += ["Collateral", "OpenedQuote", "PckIdentity", "SignedQuote", "TcbStatus", "Verdict", "VerifiedCollateral"]
+__all__ += ["AcceptedVerdict", "AllOf", "AnyOf", "AnyPolicy", "Policy", "Stage", "parse_policy_toml"]
+__all__ += ["AttributePolicy", "IdentityPolicy", "Profile", "TcbPolicy", "parse_profiles_json", "parse_profiles_toml"]
+__all__ += ["Quote", "SgxAttributes", "SgxReport", "TdAttributes", "TdReport10", "TdReport15", "TdReport15Ex", "Xfam"]
+__all__ += ["INTEL_ROOT", "TrustedRoot", "parse_quote"]
+__all__ += ["Event", "EventLog", "ReplayedLog", "first_difference", "parse_event_log", "replay"]
+__all__ += ["AppraisalError", "CollateralFormatError", "EventLogFormatError", "EventLogMismatchError", "PolicyError"]
+__all__ += ["QuoteError", "QuoteFormatError", "Refusal", "VerificationError"]

@@ -34,18 +34,6 @@ from chutes_proto.quote._measurements import REGISTERS, Rtmrs
 from chutes_proto.quote._proof import PROOF, Proof, proven
 from chutes_proto.quote.errors import QuoteError
 
-__all__ = [
-    "Difference",
-    "Event",
-    "EventLog",
-    "EventLogFormatError",
-    "EventLogMismatchError",
-    "ReplayedLog",
-    "first_difference",
-    "parse_event_log",
-    "replay",
-]
-
 MAX_SIZE: Final = 4 * 1024 * 1024
 MAX_EVENTS: Final = 16384
 MAX_ALGORITHMS: Final = 8

@@ -31,19 +31,6 @@ from chutes_proto.quote._tcb import OUT_OF_DATE
 from chutes_proto.quote._verify import Verdict
 from chutes_proto.quote.errors import AppraisalError, PolicyError, Refusal
 
-__all__ = [
-    "AcceptedVerdict",
-    "AllOf",
-    "AnyOf",
-    "AnyPolicy",
-    "AttributePolicy",
-    "IdentityPolicy",
-    "Policy",
-    "Profile",
-    "TcbPolicy",
-    "parse_policy_toml",
-]
-
 _ADVISORY: Final = re.compile(f"INTEL-(SA|DOC)-[0-9]{{5}}|SIMULATED-SA-({'|'.join(TcbStatus)})".upper())
 """Intel's, and the simulated platform's: an identifier that nobody issues would refuse nothing."""
 

@@ -12,12 +12,7 @@ from typing import Final, TypeAlias
 
 from msgspec import Struct
 
-from chutes_proto.quote._steps import (
-    CertificateExpiredError,
-    CertificateNotYetValidError,
-    CollateralExpiredError,
-    CollateralNotYetValidError,
-)
+from chutes_proto.quote import _steps as steps
 from chutes_proto.quote.errors import VerificationError
 
 Window: TypeAlias = tuple[int, int]
@@ -44,12 +39,12 @@ def check_terms(terms: Iterable[Term], now: int, grace: int = 0) -> None:
     step: type[VerificationError]
     for term in terms:
         if now < term.begin:  # 9, 19
-            step = CertificateNotYetValidError if term.is_certificate else CollateralNotYetValidError
+            step = steps.CertificateNotYetValidError if term.is_certificate else steps.CollateralNotYetValidError
             raise step(
                 term.subject, "its time has not begun", got=rfc3339(now), expected=f"at least {rfc3339(term.begin)}"
             )
         if now > (term.end if term.is_certificate else term.end + grace):  # 10, 20
-            step = CertificateExpiredError if term.is_certificate else CollateralExpiredError
+            step = steps.CertificateExpiredError if term.is_certificate else steps.CollateralExpiredError
             raise step(term.subject, "its time has ended", got=rfc3339(now), expected=f"at most {rfc3339(term.end)}")
 
 

@@ -32,6 +32,7 @@ from msgspec import Struct
 
 from chutes_proto.quote import _certificates as certificates
 from chutes_proto.quote import _ecdsa as ecdsa
+from chutes_proto.quote import _steps as steps
 from chutes_proto.quote._certificates import Certificate, Kind
 from chutes_proto.quote._collateral import Collateral, VerifiedCollateral
 from chutes_proto.quote._der import DerError
@@ -58,56 +59,10 @@ from chutes_proto.quote._statements import (
     read_qe_identity,
     read_tcb_info,
 )
-from chutes_proto.quote._steps import (
-    AttestationKeyError,
-    CertificateFormatError,
-    CertificateIssuerError,
-    CertificateRevokedError,
-    CertificateRoleError,
-    CertificateSignatureError,
-    CertificationTypeError,
-    ChainFormError,
-    Checked,
-    CollateralCaError,
-    CollateralTeeError,
-    CrlFormatError,
-    CrlIssuerError,
-    CrlSignatureError,
-    FmspcMismatchError,
-    PceIdMismatchError,
-    PckChainMismatchError,
-    PckExtensionError,
-    PckRevokedError,
-    QeDebugError,
-    QeIdentityMismatchError,
-    QeReportDataError,
-    QeReportSignatureError,
-    QeVendorError,
-    QuoteSignatureError,
-    ReportDataMismatchError,
-    RootMismatchError,
-    StatementFormatError,
-    StatementKindError,
-    StatementSignatureError,
-    UntrustedRootError,
-    checked,
-)
+from chutes_proto.quote._steps import Checked, checked
 from chutes_proto.quote._strict_json import JsonError
 from chutes_proto.quote._tcb import assess
 from chutes_proto.quote._terms import Term, Window, check_seconds, check_terms, common, window
-
-__all__ = [
-    "OpenedQuote",
-    "SignedQuote",
-    "Verdict",
-    "authenticate_collateral",
-    "check_signed",
-    "forget",
-    "open_quote",
-    "verify_collateral",
-    "verify_genuine",
-    "verify_quote",
-]
 
 T = TypeVar("T")
 
@@ -228,10 +183,12 @@ def open_quote(data: BytesLike, *, now: int, root: TrustedRoot = INTEL_ROOT, sgx
     _check_kind("root", root, TrustedRoot, "TrustedRoot.from_der")
     quote = parse_quote(data, sgx=sgx)
     if quote.header.qe_vendor_id != INTEL_VENDOR_ID:  # 1
-        raise QeVendorError("quote", "another vendor", got=quote.header.qe_vendor_id, expected=INTEL_VENDOR_ID)
+        raise steps.QeVendorError("quote", "another vendor", got=quote.header.qe_vendor_id, expected=INTEL_VENDOR_ID)
     if quote.certification_type != CERTIFICATION_PCK_CHAIN:  # 2
         got, expected = quote.certification_type, CERTIFICATION_PCK_CHAIN
-        raise CertificationTypeError("quote", "the certification data is of another type", got=got, expected=expected)
+        raise steps.CertificationTypeError(
+            "quote", "the certification data is of another type", got=got, expected=expected
+        )
     chain = _pck_chain(root, quote.tee, quote.certification)  # 3-8, 11
     check_terms(chain.terms, now)  # 9, 10
     notes = (_OPENED, *chain.notes.take(), _CHAIN_TIMES)
@@ -252,7 +209,7 @@ def check_signed(opened: OpenedQuote) -> SignedQuote:
     try:
         ecdsa.verify_raw(attestation_key, quote.signature, quote.signed)  # 33
     except ecdsa.InvalidSignature:
-        raise QuoteSignatureError("quote", "the attestation key did not sign it") from None
+        raise steps.QuoteSignatureError("quote", "the attestation key did not sign it") from None
     passed = (*opened.checked, *notes.take(), _SIGNED)
     return SignedQuote(opened=opened, qe_report=qe_report, checked=passed, proof=PROOF)
 
@@ -300,7 +257,9 @@ def _collateral(collateral: Collateral, now: int | None, root: TrustedRoot, grac
     tcb_info = _statement("TCB info", collateral.tcb_info, read_tcb_info)  # 17, 18
     qe_identity = _statement("QE identity", collateral.qe_identity, read_qe_identity)
     if qe_identity.tee != tcb_info.tee:  # 18
-        raise StatementKindError("QE identity", "it is of another TEE", got=qe_identity.tee, expected=tcb_info.tee)
+        raise steps.StatementKindError(
+            "QE identity", "it is of another TEE", got=qe_identity.tee, expected=tcb_info.tee
+        )
     terms = (
         *certificate_terms,
         Term("root CRL", root_crl.this_update, root_crl.next_update, is_certificate=False),
@@ -353,22 +312,22 @@ def _check_belongs(opened: OpenedQuote, verified: VerifiedCollateral, now: int) 
     quote, chain, pck = opened.quote, opened.chain, opened.pck
     info = verified.tcb_info
     if verified.root != opened.root:  # 21
-        raise RootMismatchError("collateral", "it was verified under another root than the quote")
+        raise steps.RootMismatchError("collateral", "it was verified under another root than the quote")
     check_terms(chain.terms, now)  # 9, 10
     check_terms(verified.terms, now, verified.grace)  # 9, 10, 19, 20
     if info.tee != quote.tee:  # 22
-        raise CollateralTeeError("collateral", "it is for another TEE", got=info.tee, expected=quote.tee)
+        raise steps.CollateralTeeError("collateral", "it is for another TEE", got=info.tee, expected=quote.tee)
     if (chain.issuer.subject, chain.issuer.point) != (verified.issuer_name, verified.issuer_point):  # 23
-        raise CollateralCaError("PCK CRL", "it is of another CA", got=verified.ca, expected=pck.ca)
+        raise steps.CollateralCaError("PCK CRL", "it is of another CA", got=verified.ca, expected=pck.ca)
     if info.fmspc != pck.fmspc:  # 24
-        raise FmspcMismatchError("TCB info", "it is for another FMSPC", got=info.fmspc, expected=pck.fmspc)
+        raise steps.FmspcMismatchError("TCB info", "it is for another FMSPC", got=info.fmspc, expected=pck.fmspc)
     if info.pce_id != pck.pce_id:  # 25
-        raise PceIdMismatchError("TCB info", "it is for another PCE-ID", got=info.pce_id, expected=pck.pce_id)
+        raise steps.PceIdMismatchError("TCB info", "it is for another PCE-ID", got=info.pce_id, expected=pck.pce_id)
     if verified.pck_chain is not None and verified.pck_chain[:2] != chain.chain:  # 26
-        raise PckChainMismatchError("PCK chain beside the collateral", "it is not the quote's")
+        raise steps.PckChainMismatchError("PCK chain beside the collateral", "it is not the quote's")
     _check_not_revoked(_PCK_CA.subject, chain.issuer.serial, verified.revoked_by_root)  # 15
     if chain.leaf.serial in verified.revoked_pcks:  # 27
-        raise PckRevokedError(_PCK.subject, "it is on the PCK CRL", got=chain.leaf.serial)
+        raise steps.PckRevokedError(_PCK.subject, "it is on the PCK CRL", got=chain.leaf.serial)
 
 
 def _judge(signed: SignedQuote, verified: VerifiedCollateral, now: int, expected: bytes | None) -> Verdict:
@@ -379,7 +338,7 @@ def _judge(signed: SignedQuote, verified: VerifiedCollateral, now: int, expected
     tcb = assess(verified.tcb_info, verified.qe_identity, pck, quote.body, signed.qe_report)  # 34-36
     got = quote.body.report_data
     if expected is not None and not compare_digest(got, expected):  # 37
-        raise ReportDataMismatchError("quote", "the report data is another", got=got, expected=expected)
+        raise steps.ReportDataMismatchError("quote", "the report data is another", got=got, expected=expected)
     return Verdict(
         quote=quote,
         pck=pck,
@@ -486,11 +445,11 @@ def _pck_chain(root: TrustedRoot, tee: Tee, certification: bytes) -> PckChain:
     leaf = _issued(leaf_der, _PCK, issuer.subject, issuer_key)
     extension = leaf.extensions.get(certificates.SGX_EXTENSION)
     if extension is None:  # 11
-        raise PckExtensionError(_PCK.subject, "there is no SGX extension")
+        raise steps.PckExtensionError(_PCK.subject, "there is no SGX extension")
     try:
         identity = read_pck_extension(extension, ca=_ca(issuer), tee=tee)  # 11
     except DerError as exc:
-        raise PckExtensionError(_PCK.subject, str(exc)) from None
+        raise steps.PckExtensionError(_PCK.subject, str(exc)) from None
     terms = (*root_terms, issuer_term, _term(leaf, _PCK))
     notes = _Notes(_CHAIN_WITH_ROOT if above else _CHAIN, *issuer_notes.take(), _LEAF)
     key = _key(leaf, _PCK.subject)
@@ -515,9 +474,11 @@ def _read_chain(pem: bytes, subject: str, least: int) -> tuple[bytes, ...]:
     try:
         ders = certificates.read_pem(pem)  # 3
     except DerError as exc:
-        raise ChainFormError(subject, str(exc)) from None
+        raise steps.ChainFormError(subject, str(exc)) from None
     if not least <= len(ders) <= least + 1:  # 3
-        raise ChainFormError(subject, "it is too short or too long", got=len(ders), expected=f"{least} or {least + 1}")
+        raise steps.ChainFormError(
+            subject, "it is too short or too long", got=len(ders), expected=f"{least} or {least + 1}"
+        )
     return ders
 
 
@@ -540,11 +501,11 @@ def _root_terms(root: TrustedRoot, above: tuple[bytes, ...]) -> tuple[Term, ...]
 def _check_root(root: TrustedRoot, der: bytes) -> Term:
     certificate = _read(der, "root certificate")
     if certificate.subject != root.name or certificate.point != root.point:  # 6
-        raise UntrustedRootError("root certificate", "it is another", got=certificate.point, expected=root.point)
+        raise steps.UntrustedRootError("root certificate", "it is another", got=certificate.point, expected=root.point)
     try:
         check_self_signed(certificate)  # 6: made anew with the same name and key
     except DerError as exc:
-        raise UntrustedRootError("root certificate", str(exc)) from None
+        raise steps.UntrustedRootError("root certificate", str(exc)) from None
     return Term("root certificate", certificate.not_before, certificate.not_after, is_certificate=True)
 
 
@@ -571,16 +532,20 @@ def _issued(der: bytes, place: _Place, issuer: bytes, issuer_key: EllipticCurveP
         name = certificates.common_name(certificate.subject)  # 5
         certificates.check_kind(certificate, place.kind)
     except DerError as exc:
-        raise CertificateRoleError(place.subject, str(exc)) from None
+        raise steps.CertificateRoleError(place.subject, str(exc)) from None
     if name not in place.names:  # 5
         got, expected = name.decode("utf-8", "replace"), " or ".join(sorted(n.decode() for n in place.names))
-        raise CertificateRoleError(place.subject, "it is called something else", got=repr(got), expected=repr(expected))
+        raise steps.CertificateRoleError(
+            place.subject, "it is called something else", got=repr(got), expected=repr(expected)
+        )
     if certificate.issuer != issuer:  # 7
-        raise CertificateIssuerError(place.subject, "it names another issuer", got=certificate.issuer, expected=issuer)
+        raise steps.CertificateIssuerError(
+            place.subject, "it names another issuer", got=certificate.issuer, expected=issuer
+        )
     try:
         ecdsa.verify(issuer_key, certificate.signature, certificate.signed)  # 8
     except ecdsa.InvalidSignature:
-        raise CertificateSignatureError(place.subject, "its issuer did not sign it") from None
+        raise steps.CertificateSignatureError(place.subject, "its issuer did not sign it") from None
     return certificate
 
 
@@ -589,14 +554,14 @@ def _read(der: bytes, subject: str) -> Certificate:
     try:
         return certificates.read_certificate(der)  # 4
     except DerError as exc:
-        raise CertificateFormatError(subject, str(exc)) from None
+        raise steps.CertificateFormatError(subject, str(exc)) from None
 
 
 def _key(certificate: Certificate, subject: str) -> EllipticCurvePublicKey:
     try:
         return ecdsa.load_point(certificate.point)  # 4
     except ValueError:
-        raise CertificateFormatError(subject, "its key is no point of P-256") from None
+        raise steps.CertificateFormatError(subject, "its key is no point of P-256") from None
 
 
 def _term(certificate: Certificate, place: _Place) -> Term:
@@ -617,19 +582,19 @@ def _crl(
     try:
         crl = certificates.read_crl(der)  # 12
         if crl.issuer != issuer:  # 13
-            raise CrlIssuerError(subject, "it names another issuer", got=crl.issuer, expected=issuer)
+            raise steps.CrlIssuerError(subject, "it names another issuer", got=crl.issuer, expected=issuer)
         ecdsa.verify(issuer_key, crl.signature, crl.signed)  # 14
         return crl, certificates.revoked_serials(crl)
     except DerError as exc:
-        raise CrlFormatError(subject, str(exc)) from None
+        raise steps.CrlFormatError(subject, str(exc)) from None
     except ecdsa.InvalidSignature:
-        raise CrlSignatureError(subject, "its issuer did not sign it") from None
+        raise steps.CrlSignatureError(subject, "its issuer did not sign it") from None
 
 
 def _check_not_revoked(subject: str, serial: bytes, revoked: frozenset[bytes]) -> None:
     """Step 15."""
     if serial in revoked:  # 15
-        raise CertificateRevokedError(subject, "it is on the root CRL", got=serial)
+        raise steps.CertificateRevokedError(subject, "it is on the root CRL", got=serial)
 
 
 def _check_stated(subject: str, text: bytes, signature: bytes, key: EllipticCurvePublicKey) -> None:
@@ -637,7 +602,7 @@ def _check_stated(subject: str, text: bytes, signature: bytes, key: EllipticCurv
     try:
         ecdsa.verify_raw(key, signature, text)
     except ecdsa.InvalidSignature:
-        raise StatementSignatureError(subject, "the TCB signing key did not sign it") from None
+        raise steps.StatementSignatureError(subject, "the TCB signing key did not sign it") from None
 
 
 def _statement(subject: str, text: bytes, read: Callable[[bytes], T]) -> T:
@@ -645,9 +610,9 @@ def _statement(subject: str, text: bytes, read: Callable[[bytes], T]) -> T:
     try:
         return read(text)
     except AnotherKindError as exc:
-        raise StatementKindError(subject, str(exc)) from None
+        raise steps.StatementKindError(subject, str(exc)) from None
     except JsonError as exc:
-        raise StatementFormatError(subject, str(exc)) from None
+        raise steps.StatementFormatError(subject, str(exc)) from None
 
 
 # --- the quote ---
@@ -661,18 +626,18 @@ def _quoting_enclave(
     try:
         ecdsa.verify_raw(chain.leaf_key, signature, report)  # 28
     except ecdsa.InvalidSignature:
-        raise QeReportSignatureError("QE report", "the PCK did not sign it") from None
+        raise steps.QeReportSignatureError("QE report", "the PCK did not sign it") from None
     qe_report = parse_sgx_report(report)
     expected = sha256(attestation_key + auth).digest() + bytes(32)
     if qe_report.report_data != expected:  # 29
         got = qe_report.report_data
-        raise QeReportDataError(
+        raise steps.QeReportDataError(
             "QE report", "its report data is not the attestation key's hash", got=got, expected=expected
         )
     try:
         key = ecdsa.load_point(attestation_key)  # 30
     except ValueError:
-        raise AttestationKeyError("attestation key", "it is no point of P-256", got=attestation_key) from None
+        raise steps.AttestationKeyError("attestation key", "it is no point of P-256", got=attestation_key) from None
     return qe_report, key, _Notes(_ENCLAVE)
 
 
@@ -682,7 +647,7 @@ _DEBUG: Final = int(SgxAttributes.DEBUG)
 def _check_quoting_enclave(report: SgxReport, identity: QeIdentity) -> None:
     """Steps 31 and 32."""
     if report.flags & _DEBUG:  # 31
-        raise QeDebugError("quoting enclave", "it is a debug enclave")
+        raise steps.QeDebugError("quoting enclave", "it is a debug enclave")
     misc_select = int.from_bytes(report.misc_select, "little") & identity.misc_select_mask
     attributes = int.from_bytes(report.attributes, "little") & identity.attributes_mask
     for name, got, expected in (
@@ -692,4 +657,4 @@ def _check_quoting_enclave(report: SgxReport, identity: QeIdentity) -> None:
         ("ATTRIBUTES under their mask", attributes, identity.attributes),
     ):
         if got != expected:  # 32
-            raise QeIdentityMismatchError("quoting enclave", f"{name} is another", got=got, expected=expected)
+            raise steps.QeIdentityMismatchError("quoting enclave", f"{name} is another", got=got, expected=expected)

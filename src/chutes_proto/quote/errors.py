@@ -23,18 +23,8 @@ from attrs import frozen
 
 from chutes_proto._error import ChutesError
 
-__all__ = [
-    "AppraisalError",
-    "CollateralFormatError",
-    "PolicyError",
-    "QuoteError",
-    "QuoteFormatCode",
-    "QuoteFormatError",
-    "Refusal",
-    "VerificationError",
-    "shown",
-    "spans",
-]
+__all__ = ["AppraisalError", "PolicyError", "QuoteError", "QuoteFormatError", "VerificationError"]
+__all__ += ["CollateralFormatError", "QuoteFormatCode", "Refusal", "shown", "spans"]
 
 QuoteFormatCode: TypeAlias = Literal[
     "quote_too_short", "quote_version", "quote_tee_type", "quote_key_type", "quote_structure"
