@@ -1,4 +1,4 @@
-"""Verify a quote and hold it against a policy, in one call: what it returns is genuine and acceptable."""
+"""Verify a quote and appraise it by a policy, in one call: the verdict returned is genuine and acceptable."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def verify(
 ) -> AcceptedVerdict:
     """Verify a quote against Intel's collateral, and return a verdict only if the policy accepts it.
 
-    ``data`` are the bytes of a TDX quote, with ``sgx`` also those of an SGX quote. ``now`` is the time to judge at, in
-    whole unix seconds. ``report_data`` are the 64 bytes that the quote must bind; pass None only if something else
-    binds it to whom you speak with, because a genuine quote of another machine verifies as well. ``root`` is the CA to
-    trust in place of Intel's, ``grace`` the seconds that CRLs, TCB info and QE identity may be past their end.
+    ``data`` are the bytes of a TDX quote, with ``sgx`` also those of an SGX quote. ``now`` is the time of verification,
+    in whole unix seconds. ``report_data`` are the 64 bytes that the quote must bind; pass None only if something else
+    binds it to the peer, because a genuine quote of another machine verifies as well. ``root`` is the CA to trust in
+    place of Intel's, ``grace`` the seconds for which expired CRLs, TCB info and QE identity are still accepted.
     ``stage`` says which registers of the policy's profiles count.
 
-    Raises `VerificationError` for every refusal, with the step that refuses: a quote that does not parse, that is not
-    genuine, or that the policy does not accept (`AppraisalError`). Raises `TypeError` for arguments of another type.
+    Raises `VerificationError` for every refusal, with its step: the quote does not parse, is not genuine, or is not
+    accepted by the policy (`AppraisalError`). Raises `TypeError` for arguments of another type.
     """
     check_policy(policy)
     verdict = verify_genuine(data, collateral, now=now, report_data=report_data, root=root, grace=grace, sgx=sgx)

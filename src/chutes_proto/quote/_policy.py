@@ -1,21 +1,21 @@
-"""Policies: what a caller demands of the TCB, of the TD's attributes and of its measurements.
+"""Policies: a caller's demands on the TCB, on the TD's attributes and on its measurements.
 
     policy = Policy(profiles=profiles)
     accepted = policy.appraise(verdict, stage="boot")
 
 Rules kept here:
 
-* a policy is checked when it is made: what cannot mean anything is refused then, and nothing is ignored;
+* a policy is checked when it is made: meaningless values are refused then, and nothing is ignored;
 * the defaults accept what is up to date and nothing less, and no measurement at all: profiles must be given, or the
   policy must say that measurements are not its business (``measurements="unchecked"``);
-* an `AcceptedVerdict` is made by `Policy.appraise` only; an `AppraisalError` lists all that is not acceptable.
+* an `AcceptedVerdict` is made by `Policy.appraise` only; an `AppraisalError` lists all reasons.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, Final, Literal, TypeAlias, cast, get_args
+from typing import Any, Final, Literal, TypeAlias, cast, get_args, get_type_hints
 
 from attrs import field, fields, frozen
 
@@ -60,20 +60,30 @@ def _advisories(values: Any) -> frozenset[str]:
 _ACCEPTABLE: Final = tuple(status for status in TcbStatus if status is not TcbStatus.REVOKED)
 
 
+def _resolve_init(kind: type[Any]) -> None:
+    """Resolve the types of the ``__init__`` that attrs made, for `typing.get_type_hints`.
+
+    Its globals lack names that its module defines later, and those of a base class's module.
+    """
+    made: Any = kind.__init__
+    hints = get_type_hints(kind)
+    made.__annotations__.update({name: hints[name] for name in made.__annotations__ if name in hints})
+
+
 @frozen(kw_only=True)
 class TcbPolicy:
-    """What the platform's TCB must be. Raises `PolicyError` for what contradicts itself.
+    """The demands on the platform's TCB. Raises `PolicyError` for fields that contradict each other.
 
-    ``accepted_statuses`` are `TcbStatus` or their texts; a revoked TCB never gets this far. Where the report has the
-    TCB at present, its status is not out of date either, unless that is accepted. Advisories are refused only if they
-    are listed. ``min_evaluation_number`` is a floor under the collateral that no clock can lower,
-    ``min_tcb_info_version`` one under its form. The three flags, if false, refuse platforms that have, or may have,
-    what they name.
+    ``accepted_statuses`` are `TcbStatus` or their texts; a revoked TCB is refused before. A report with the current TCB
+    is refused if that is out of date, unless such a status is accepted. Advisories are refused only if they are listed.
+    ``min_evaluation_number`` is a lower bound for the collateral's TCB evaluation data number, which no clock lowers,
+    ``min_tcb_info_version`` one for the version of TCB info. The three flags, if false, refuse platforms that have, or
+    may have, the named feature.
 
-    Graces are seconds and narrow what is accepted; None sets no limit. Where the status is out of date and accepted,
-    platform and TDX module (``platform_grace``) and the quoting enclave (``qe_grace``) may be so until so long after
-    the date of the level that they do reach. ``collateral_grace`` is how far past its end collateral may be that was
-    verified with a grace.
+    Graces are seconds and only narrow the policy; None sets no limit. Where the status is out of date and accepted,
+    platform and TDX module (``platform_grace``) and the quoting enclave (``qe_grace``) may be so until this long after
+    the date of the level that they reach. ``collateral_grace`` is how long collateral that was verified with a grace
+    may have been expired.
     """
 
     accepted_statuses: frozenset[TcbStatus] = field(default=frozenset({TcbStatus.UP_TO_DATE}), converter=_statuses)
@@ -105,7 +115,7 @@ class TcbPolicy:
                 raise PolicyError(f"{name}: goes with an OutOfDate status in accepted_statuses")
 
     def refusals(self, verdict: Verdict) -> list[Refusal]:
-        """All that is not acceptable in the platform."""
+        """List every reason to refuse the platform of a verdict."""
         found: list[Refusal] = []
 
         def refuse(code: str, detail: str, got: object, expected: object) -> None:
@@ -116,7 +126,7 @@ class TcbPolicy:
             accepted = " or ".join(status for status in _ACCEPTABLE if status in self.accepted_statuses)
             refuse("tcb_status", "the TCB status is not accepted", verdict.tcb_status, accepted)
         if verdict.current_status in OUT_OF_DATE - self.accepted_statuses:
-            refuse("current_tcb_status", "the TCB at present", verdict.current_status, "one that is not out of date")
+            refuse("current_tcb_status", "the current TCB is out of date", verdict.current_status, "another status")
         rejected = sorted(a for a in verdict.advisory_ids if a.upper() in self.rejected_advisories)
         if rejected:
             refuse("advisory", "an advisory applies that is not accepted", ", ".join(rejected), "none of these")
@@ -148,14 +158,14 @@ class TcbPolicy:
 
 
 _GRACES: Final = {
-    "platform_grace": "platform or TDX module are out of date for too long",
-    "qe_grace": "the quoting enclave is out of date for too long",
-    "collateral_grace": "the collateral has ended too long ago",
+    "platform_grace": "platform or TDX module have been out of date for too long",
+    "qe_grace": "the quoting enclave has been out of date for too long",
+    "collateral_grace": "the collateral expired too long ago",
 }
 
 
 def _reached(*parts: Stated | None) -> int | None:
-    """The earliest date of the levels that are out of date."""
+    """The earliest date of the levels that are out of date; None if none is."""
     return min((part.date for part in parts if part is not None and part.status in OUT_OF_DATE), default=None)
 
 
@@ -168,13 +178,16 @@ class AcceptedVerdict(Verdict):
 
     @property
     def profile(self) -> Profile:
-        """The profile that the TD measures to. Raises `PolicyError` if measurements were left unchecked."""
+        """The profile that the TD's measurements match. Raises `PolicyError` if measurements were left unchecked."""
         if self.matched is None:
             raise PolicyError("measurements were left unchecked, so no profile matched")
         return self.matched
 
     def __bool__(self) -> bool:
         return True
+
+
+_resolve_init(AcceptedVerdict)
 
 
 def _accepted(verdict: Verdict, stage: Stage, matched: Profile | None) -> AcceptedVerdict:
@@ -187,7 +200,7 @@ _OF_VERDICT: Final = tuple(member.name for member in fields(Verdict) if member.n
 
 @frozen(kw_only=True)
 class Policy:
-    """What a caller accepts. Raises `PolicyError` for what contradicts itself."""
+    """A caller's appraisal policy for evidence. Raises `PolicyError` for fields that contradict each other."""
 
     tcb: TcbPolicy = TcbPolicy()
     attributes: AttributePolicy = AttributePolicy()
@@ -207,7 +220,7 @@ class Policy:
         if self.measurements == "unchecked" and self.profiles:
             raise PolicyError('measurements: "unchecked" goes without profiles')
         if len({profile.name for profile in self.profiles}) != len(self.profiles):
-            raise PolicyError("profile: a name is there twice")
+            raise PolicyError("profile: a name is given twice")
 
     @classmethod
     def load(cls, path: str | PathLike, *, extra_keys: frozenset[str] = frozenset()) -> AnyPolicy:
@@ -226,8 +239,8 @@ class Policy:
     def appraise(self, verdict: Verdict, *, stage: Stage) -> AcceptedVerdict:
         """Accept a verdict in a stage. Raises `AppraisalError` with all reasons not to; `TypeError` for no verdict.
 
-        Of several profiles that the TD measures to, the first whose attributes accept it counts. Where it measures to
-        none, the refusals are against the one that differs in the fewest registers.
+        Of several profiles that match the TD's measurements, the first whose attributes accept it counts. Where none
+        matches, the refusals are against the one that differs in the fewest registers.
         """
         _check_appraised(verdict, stage)
         body = verdict.quote.body
@@ -252,7 +265,7 @@ class Policy:
         return _accepted(verdict, stage, matched)
 
     def _of_enclave(self, body: SgxReport) -> list[Refusal]:
-        """An SGX enclave has no TD attributes and no RTMRs: profiles never accept it."""
+        """List the refusals of an SGX enclave: it has no TD attributes and no RTMRs, so profiles never accept it."""
         found: list[Refusal] = []
         if body.flags & SgxAttributes.DEBUG and not self.attributes.unsafe_allow_debug:
             got, expected = f"0x{body.flags:016x}", "bit 1 clear"
@@ -267,13 +280,23 @@ _NO_PROFILES: Final = Refusal("measurement", "no_profiles", "the policy has no m
 
 
 @frozen
-class AllOf:
-    """Accepts what all of these accept. Raises `PolicyError` for none."""
+class _Combined:
+    """Policies that are appraised together."""
 
     policies: tuple[AnyPolicy, ...]
 
     def __attrs_post_init__(self) -> None:
-        _check_policies("AllOf", self.policies)
+        policies, name = cast("Any", self.policies), type(self).__name__
+        if type(policies) is not tuple or not all(map(_is_policy, cast("tuple[object, ...]", policies))):
+            raise PolicyError(f"{name}: must be a tuple of policies")
+        if not policies:
+            raise PolicyError(f"{name}: must have at least one policy")
+
+
+class AllOf(_Combined):
+    """Accept a verdict if all of these policies do. Raises `PolicyError` unless there is at least one."""
+
+    __slots__ = ()
 
     def appraise(self, verdict: Verdict, *, stage: Stage) -> AcceptedVerdict:
         """Accept a verdict that all of these accept; ``matched`` is the first profile that one of these matched.
@@ -294,14 +317,10 @@ class AllOf:
         return _accepted(verdict, stage, matched)
 
 
-@frozen
-class AnyOf:
-    """Accepts what one of these accepts. Raises `PolicyError` for none."""
+class AnyOf(_Combined):
+    """Accept a verdict if one of these policies does. Raises `PolicyError` unless there is at least one."""
 
-    policies: tuple[AnyPolicy, ...]
-
-    def __attrs_post_init__(self) -> None:
-        _check_policies("AnyOf", self.policies)
+    __slots__ = ()
 
     def appraise(self, verdict: Verdict, *, stage: Stage) -> AcceptedVerdict:
         """Accept a verdict that one of these accepts; the result is that of the first which does.
@@ -319,18 +338,13 @@ class AnyOf:
 
 
 AnyPolicy: TypeAlias = Policy | AllOf | AnyOf
-"""Whatever appraises."""
+"""Every kind of policy."""
 
-
-def _check_policies(name: str, policies: object) -> None:
-    if type(policies) is not tuple or not all(map(_is_policy, cast("tuple[object, ...]", policies))):
-        raise PolicyError(f"{name}: must be a tuple of policies")
-    if not policies:
-        raise PolicyError(f"{name}: must have at least one policy")
+_resolve_init(_Combined)
 
 
 def check_policy(policy: object) -> None:
-    """Raises `TypeError` for what does not appraise."""
+    """Check that this is a policy. Raises `TypeError`."""
     if not _is_policy(policy):
         raise TypeError(f"policy: must be a Policy, AllOf or AnyOf, as of Policy.load, not {type(policy).__name__}")
 
@@ -350,9 +364,9 @@ def _check_appraised(verdict: object, stage: Stage) -> None:
 
 
 def parse_policy_toml(data: bytes | str, *, extra_keys: frozenset[str] = frozenset()) -> AnyPolicy:
-    """The policy in a TOML file, or in its text (the form is in ``README.md`` beside this file).
+    """Read the policy in a TOML file, or in its text (``README.md`` beside this file has the form).
 
-    Profiles may have keys of ``extra_keys``, which mean nothing here. Raises `PolicyError` that names the key.
+    Profiles may have keys of ``extra_keys``, which are ignored. Raises `PolicyError`, which names the key.
     """
     return within("", _read_policy, read_toml(data), extra_keys, MAX_DEPTH)
 

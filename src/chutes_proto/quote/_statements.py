@@ -1,4 +1,4 @@
-"""What Intel states about platforms and quoting enclaves: TCB info and QE identity, as values.
+"""Intel's statements about platforms and quoting enclaves: TCB info and QE identity, as values.
 
 Rules kept here:
 
@@ -45,7 +45,7 @@ class TcbStatus(StrEnum):
 
 
 Statuses: TypeAlias = Mapping[str, TcbStatus]
-"""Those that can be stated of something, by their names."""
+"""The statuses that a statement may use, by their names."""
 
 _OF_PLATFORMS: Final[Statuses] = {
     str(status): status for status in TcbStatus if not status.startswith("TDRelaunchAdvised")
@@ -55,7 +55,7 @@ _OF_COMPONENTS: Final[Statuses] = {name: _OF_PLATFORMS[name] for name in ("UpToD
 
 
 class Stated(Struct, frozen=True):
-    """What a level says of the TCBs that reach it; ``date`` (unix seconds) is when this was the TCB to have."""
+    """The status of the TCBs that reach a level; ``date`` (unix seconds) is when the level was the newest."""
 
     status: TcbStatus
     date: int
@@ -121,11 +121,11 @@ class QeIdentity(Struct, frozen=True):
 
 
 class AnotherKindError(JsonError):
-    """A statement of another kind: id, version or TCB type."""
+    """A statement of an unsupported kind: id, version or TCB type."""
 
 
 def read_tcb_info(text: bytes) -> TcbInfo:
-    """Raises `JsonError`, as `AnotherKindError` for a kind that is not read here."""
+    """Read TCB info. Raises `JsonError`; `AnotherKindError` for a kind or version that is not supported."""
     kind = forms.decode(text, forms.TCB_INFO_KIND)
     name = "SGX" if kind.version == 2 and kind.id is UNSET else _id(kind)
     if name not in ("SGX", "TDX"):
@@ -155,7 +155,7 @@ def read_tcb_info(text: bytes) -> TcbInfo:
 
 
 def read_qe_identity(text: bytes) -> QeIdentity:
-    """Raises `JsonError`, as `AnotherKindError` for a kind that is not read here."""
+    """Read a QE identity. Raises `JsonError`; `AnotherKindError` for a kind or version that is not supported."""
     kind = forms.decode(text, forms.QE_IDENTITY_KIND)
     name = _id(kind)
     if name not in ("QE", "TD_QE"):
@@ -185,7 +185,7 @@ def _id(kind: forms.KindForm) -> str:
 
 
 def _another_kind(text: bytes, what: str) -> AnotherKindError:
-    """Once it is sure that the text can mean nothing else."""
+    """Make the error, once it is sure that the text can mean nothing else."""
     _ = strict_json.decode(text)
     return AnotherKindError(what)
 
@@ -216,7 +216,7 @@ def _svn_levels(entries: Sequence[forms.LevelForm[forms.TcbForm[int]]]) -> tuple
 
 
 def _levels(entries: Sequence[forms.LevelForm[forms.TcbForm[T]]], legal: Statuses) -> list[tuple[T, Stated]]:
-    """What is stated of the TCBs that reach each level, best first."""
+    """The status of the TCBs that reach each level, best first."""
     levels = {entry.tcb.reached_with(): _stated(entry, legal) for entry in entries}
     if not levels:
         raise JsonError("tcbLevels is empty")

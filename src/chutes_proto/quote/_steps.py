@@ -1,4 +1,4 @@
-"""The steps of verification: one error class each, with its number, its stable code and what holds once it passes.
+"""The steps of verification: one error class each, with its number, its stable code and the rule that it checks.
 
 A new check is one class here, and one function in ``_verify.py`` or ``_tcb.py`` with the step's number beside it.
 Steps 3 to 10 are taken for every chain of certificates, 12 to 15 for both CRLs, 16 to 18 for TCB info and QE identity:
@@ -38,7 +38,7 @@ class CertificateRoleError(VerificationError):
 
 
 class UntrustedRootError(VerificationError):
-    step, code, rule = 6, "untrusted_root", "a root certificate is the trusted one's"
+    step, code, rule = 6, "untrusted_root", "a root certificate is the trusted root's"
 
 
 class CertificateIssuerError(VerificationError):
@@ -50,15 +50,15 @@ class CertificateSignatureError(VerificationError):
 
 
 class CertificateNotYetValidError(VerificationError):
-    step, code, rule = 9, "certificate_not_yet_valid", "a certificate's time has begun"
+    step, code, rule = 9, "certificate_not_yet_valid", "a certificate has become valid"
 
 
 class CertificateExpiredError(VerificationError):
-    step, code, rule = 10, "certificate_expired", "a certificate's time has not ended"
+    step, code, rule = 10, "certificate_expired", "a certificate has not expired"
 
 
 class PckExtensionError(VerificationError):
-    step, code, rule = 11, "pck_extension", "the PCK certificate's SGX extension is whole"
+    step, code, rule = 11, "pck_extension", "the PCK certificate's SGX extension is complete"
 
 
 # verify_collateral: what Intel says of platforms
@@ -93,11 +93,15 @@ class StatementKindError(VerificationError):
 
 
 class CollateralNotYetValidError(VerificationError):
-    step, code, rule = 19, "collateral_not_yet_valid", "a CRL's or statement's time has begun"
+    step, code, rule = 19, "collateral_not_yet_valid", "a CRL or statement has become valid"
 
 
 class CollateralExpiredError(VerificationError):
-    step, code, rule = 20, "collateral_expired", "a CRL's or statement's time, or the grace after it, has not ended"
+    step, code, rule = (
+        20,
+        "collateral_expired",
+        "a CRL or statement has not expired, or is within its grace",
+    )
 
 
 # verify_quote: the quote, held against the collateral; 28 to 30 and 33 are taken before, by check_signed
@@ -176,7 +180,7 @@ class ReportDataMismatchError(VerificationError):
 
 @frozen
 class Checked:
-    """What a piece passed: the numbers of the steps; ``remembered`` if not now, but earlier for the same bytes."""
+    """The numbers of the steps that a piece passed; ``remembered``: earlier, for the same bytes."""
 
     subject: str
     steps: tuple[int, ...]
@@ -185,5 +189,5 @@ class Checked:
 
 @lru_cache(maxsize=256)
 def checked(subject: str, *steps: int, remembered: bool = False) -> Checked:
-    """The same `Checked` for the same words: there are few, and a verdict has many."""
+    """Make a `Checked`, the same one for the same words: there are few, and a verdict has many."""
     return Checked(subject, steps, remembered)

@@ -1,4 +1,4 @@
-"""Which TCB level a platform reaches, and what follows from it.
+"""Find the TCB level that a platform reaches, and the status that follows from it.
 
 Rules kept here, with the numbers of the steps:
 
@@ -40,7 +40,7 @@ _NEEDS_CONFIGURATION: Final = frozenset(
 
 
 class TcbAssessment(Struct, frozen=True):
-    """What the TCB levels say. ``status`` is the verdict on all of them; the parts are those at launch.
+    """The result of the TCB levels. ``status`` is that of all of them; the parts are those at launch.
 
     ``current`` is the status of the present TCB where the report has one. ``date`` (unix seconds) is the earliest of
     the levels', ``advisory_ids`` are those of all of them, once each.
@@ -58,7 +58,7 @@ class TcbAssessment(Struct, frozen=True):
 def assess(
     info: TcbInfo, identity: QeIdentity, pck: PckIdentity, body: TdReport10 | SgxReport, qe_report: SgxReport
 ) -> TcbAssessment:
-    """Steps 34 to 36. Raises `VerificationError`."""
+    """Assess a platform's TCB (steps 34 to 36). Raises `VerificationError`."""
     svn = None if isinstance(body, SgxReport) else body.tee_tcb_svn
     if not isinstance(body, SgxReport):
         _check_module(info, body)  # 34
@@ -93,10 +93,10 @@ def _check_module(info: TcbInfo, body: TdReport10) -> None:
     major = body.tee_tcb_svn[1]
     identity = _module_identity(info, major)
     if identity is None:  # 34
-        raise steps.TdxModuleMismatchError("TDX module", f"there is no identity TDX_{major:02X}")
+        raise steps.TdxModuleMismatchError("TDX module", f"the TCB info lacks the identity TDX_{major:02X}")
     if body.mr_signer_seam != identity.mr_signer:  # 34
         raise steps.TdxModuleMismatchError(
-            "TDX module", "MRSIGNERSEAM is another", got=body.mr_signer_seam, expected=identity.mr_signer
+            "TDX module", "MRSIGNERSEAM does not match", got=body.mr_signer_seam, expected=identity.mr_signer
         )
     if body.seam_attributes != 0 or identity.attributes != 0:  # 34
         got, expected = f"0x{body.seam_attributes:x}", f"0 and an identity with 0x{identity.attributes:x} = 0"
@@ -104,14 +104,14 @@ def _check_module(info: TcbInfo, body: TdReport10) -> None:
 
 
 def _levels(info: TcbInfo, pck: PckIdentity, svn: bytes | None, when: str) -> tuple[Stated, Stated | None]:
-    """What is stated of the platform and, for a TD whose module has one, of the module's identity."""
+    """The level of the platform and, for a TD whose module has an identity, that of the module."""
     module = None
     start = 0
     if svn is not None and svn[1] > 0:
         start = 2
         identity = _module_identity(info, svn[1])
         if identity is None:  # 35
-            raise steps.TcbNotSupportedError(f"TDX module{when}", f"there is no identity TDX_{svn[1]:02X}")
+            raise steps.TcbNotSupportedError(f"TDX module{when}", f"the TCB info lacks the identity TDX_{svn[1]:02X}")
         module = _svn_level(identity.levels, svn[0], f"TDX module{when}")
     components, tdx = pck.components, b"" if svn is None else svn[start:]
     for level in info.levels:

@@ -1,9 +1,9 @@
-"""Is this a genuine quote of a genuine platform, and how well is its TCB kept?
+"""Verify that a quote is genuine, of a genuine platform, and find its TCB status.
 
-    opened = open_quote(data, now=now)                               which collateral to ask for: opened.pck
-    signed = check_signed(opened)                                    the platform did make this quote
+    opened = open_quote(data, now=now)                               opened.pck: which collateral to ask for
+    signed = check_signed(opened)                                    the platform made this quote
     verified = verify_collateral(collateral, now=now)                once for many quotes
-    verdict = verify_quote(signed, verified, now=now)                the answer; or all at once: verify_genuine(…)
+    verdict = verify_quote(signed, verified, now=now)                the result; or all at once: verify_genuine(…)
 
 Rules kept here:
 
@@ -71,7 +71,7 @@ _OF_CERTIFICATES: Final = (4, 5, 7, 8)
 
 
 class _Notes:
-    """What was checked for a value that is remembered: news for who takes it first, remembered for all others."""
+    """The checks of a remembered value: new for the first caller, marked as remembered for all others."""
 
     __slots__ = ("_again", "_first", "_notes")
 
@@ -88,7 +88,7 @@ class _Notes:
 
 
 class PckChain(Struct, frozen=True, eq=False):
-    """A PCK certificate that is the root's through its CA; ``chain`` is both in DER, without the root."""
+    """A PCK certificate that its CA links to the root; ``chain`` is both in DER, without the root."""
 
     leaf: Certificate
     leaf_key: EllipticCurvePublicKey
@@ -102,7 +102,7 @@ class PckChain(Struct, frozen=True, eq=False):
 
 @frozen(kw_only=True, eq=False)
 class OpenedQuote:
-    """A quote whose PCK chain is the root's. The quote itself is not verified yet.
+    """A quote whose PCK chain leads to the root. The quote itself is not verified yet.
 
     ``pck`` says which platform it claims to be of, and so what collateral to ask for.
     """
@@ -117,7 +117,7 @@ class OpenedQuote:
 
 @frozen(kw_only=True, eq=False)
 class SignedQuote:
-    """A quote that the platform of its PCK certificate made. How up to date that platform is, collateral says.
+    """A quote made by the platform of its PCK certificate. Collateral says how up to date that platform is.
 
     ``qe_report`` is the report of the quoting enclave that signed it.
     """
@@ -130,7 +130,7 @@ class SignedQuote:
 
 @frozen(kw_only=True, eq=False)
 class Verdict:
-    """A quote that is genuine, of a platform that is genuine; ``tcb_status`` says how well its TCB is kept.
+    """A genuine quote of a genuine platform; ``tcb_status`` says how up to date its TCB is.
 
     That does not make it acceptable: its host may debug the TD, the image may be any, and the platform out of date.
     `Policy.appraise` decides; a verdict has no truth value, so that no ``if`` mistakes it for a decision.
@@ -174,7 +174,7 @@ class Verdict:
 
 
 def open_quote(data: BytesLike, *, now: int, root: TrustedRoot = INTEL_ROOT, sgx: bool = False) -> OpenedQuote:
-    """Steps 1 to 11: the quote's structure, and its PCK chain up to the root.
+    """Parse a quote and verify its PCK chain up to the root (steps 1 to 11).
 
     ``data`` are the bytes of a TDX quote, with ``sgx`` also those of an SGX quote (`parse_quote` reads both). ``now``
     is in whole unix seconds. Raises `VerificationError`; `TypeError` for arguments of another type, a parsed quote
@@ -183,11 +183,13 @@ def open_quote(data: BytesLike, *, now: int, root: TrustedRoot = INTEL_ROOT, sgx
     _check_kind("root", root, TrustedRoot, "TrustedRoot.from_der")
     quote = parse_quote(data, sgx=sgx)
     if quote.header.qe_vendor_id != INTEL_VENDOR_ID:  # 1
-        raise steps.QeVendorError("quote", "another vendor", got=quote.header.qe_vendor_id, expected=INTEL_VENDOR_ID)
+        raise steps.QeVendorError(
+            "quote", "the vendor does not match", got=quote.header.qe_vendor_id, expected=INTEL_VENDOR_ID
+        )
     if quote.certification_type != CERTIFICATION_PCK_CHAIN:  # 2
         got, expected = quote.certification_type, CERTIFICATION_PCK_CHAIN
         raise steps.CertificationTypeError(
-            "quote", "the certification data is of another type", got=got, expected=expected
+            "quote", "unsupported type of certification data", got=got, expected=expected
         )
     chain = _pck_chain(root, quote.tee, quote.certification)  # 3-8, 11
     check_terms(chain.terms, now)  # 9, 10
@@ -196,10 +198,10 @@ def open_quote(data: BytesLike, *, now: int, root: TrustedRoot = INTEL_ROOT, sgx
 
 
 def check_signed(opened: OpenedQuote) -> SignedQuote:
-    """Steps 28 to 30 and 33, which need no collateral: the platform did make the quote, well kept or not.
+    """Verify without collateral that the platform made the quote, up to date or not (steps 28 to 30 and 33).
 
-    Before collateral is asked for: else who knows the platform's certificates, which are no secret, could have it asked
-    for. Raises `VerificationError`; `TypeError` for what is not an `OpenedQuote`.
+    Call it before collateral is fetched: otherwise anyone who knows the platform's certificates, which are not secret,
+    could cause the fetch. Raises `VerificationError`; `TypeError` for anything but an `OpenedQuote`.
     """
     _check_kind("opened", opened, OpenedQuote, "open_quote")
     quote = opened.quote
@@ -217,7 +219,7 @@ def check_signed(opened: OpenedQuote) -> SignedQuote:
 def verify_collateral(
     collateral: Collateral, *, now: int, root: TrustedRoot = INTEL_ROOT, grace: int = 0
 ) -> VerifiedCollateral:
-    """Steps 3 to 10 and 12 to 20: CRLs, TCB info and QE identity, and the certificates of who signed them.
+    """Verify CRLs, TCB info, QE identity and the chains of their signers (steps 3 to 10 and 12 to 20).
 
     ``grace`` seconds are added to the end of CRLs, TCB info and QE identity, never to a certificate's. ``now`` and
     ``grace`` are whole numbers. Raises `VerificationError`; `TypeError` for arguments of another type.
@@ -229,9 +231,9 @@ def verify_collateral(
 def authenticate_collateral(
     collateral: Collateral, *, root: TrustedRoot = INTEL_ROOT, grace: int = 0
 ) -> VerifiedCollateral:
-    """`verify_collateral` without steps 9, 10, 19 and 20: whose collateral it is, not whether its time is now.
+    """Verify collateral but for its times: `verify_collateral` without steps 9, 10, 19 and 20.
 
-    For who asks at what times it is valid; ``verify_quote`` checks all times in any case. Raises `VerificationError`;
+    For callers that ask when it is valid; ``verify_quote`` checks all times in any case. Raises `VerificationError`;
     `TypeError` for a root or a grace of another type.
     """
     return _collateral(collateral, None, root, grace)
@@ -297,7 +299,7 @@ def _collateral(collateral: Collateral, now: int | None, root: TrustedRoot, grac
 
 
 def verify_quote(signed: SignedQuote, verified: VerifiedCollateral, *, now: int) -> Verdict:
-    """Steps 9, 10, 15, 19 to 27, 31, 32 and 34 to 36: the quote under collateral of its platform.
+    """Verify a quote by collateral of its platform (steps 9, 10, 15, 19 to 27, 31, 32 and 34 to 36).
 
     ``now`` is in whole unix seconds. Raises `VerificationError`; `TypeError` for arguments of another type.
     """
@@ -338,7 +340,7 @@ def _judge(signed: SignedQuote, verified: VerifiedCollateral, now: int, expected
     tcb = assess(verified.tcb_info, verified.qe_identity, pck, quote.body, signed.qe_report)  # 34-36
     got = quote.body.report_data
     if expected is not None and not compare_digest(got, expected):  # 37
-        raise steps.ReportDataMismatchError("quote", "the report data is another", got=got, expected=expected)
+        raise steps.ReportDataMismatchError("quote", "the report data does not match", got=got, expected=expected)
     return Verdict(
         quote=quote,
         pck=pck,
@@ -401,10 +403,10 @@ def verify_genuine(
     grace: int = 0,
     sgx: bool = False,
 ) -> Verdict:
-    """Verify a quote with all stages, without a policy: the result says that it is genuine, not that it is acceptable.
+    """Verify a quote with all stages but the policy: the verdict is genuine, not yet acceptable.
 
-    ``report_data`` are the 64 bytes that it must bind (step 37). Pass None only if something else binds the quote to
-    whom you speak with: a genuine quote of another machine verifies as well. The other arguments are those of
+    ``report_data`` are the 64 bytes that it must bind (step 37); pass None only if something else binds the quote to
+    the peer: a genuine quote of another machine verifies as well. The other arguments are those of
     `open_quote` and `verify_collateral`. Raises `VerificationError`; `TypeError` for arguments of another type.
     """
     opened = open_quote(data, now=now, root=root, sgx=sgx)
@@ -414,7 +416,7 @@ def verify_genuine(
 
 
 def forget() -> None:
-    """Drop what is remembered of verified chains and quoting enclaves. It costs time, nothing else."""
+    """Drop all remembered chains and quoting enclaves; this only costs time."""
     for remembered in (_root_terms, _issued_by_root, _signer, _pck_chain, _quoting_enclave):
         remembered.cache_clear()
 
@@ -445,7 +447,7 @@ def _pck_chain(root: TrustedRoot, tee: Tee, certification: bytes) -> PckChain:
     leaf = _issued(leaf_der, _PCK, issuer.subject, issuer_key)
     extension = leaf.extensions.get(certificates.SGX_EXTENSION)
     if extension is None:  # 11
-        raise steps.PckExtensionError(_PCK.subject, "there is no SGX extension")
+        raise steps.PckExtensionError(_PCK.subject, "the SGX extension is missing")
     try:
         identity = read_pck_extension(extension, ca=_ca(issuer), tee=tee)  # 11
     except DerError as exc:
@@ -490,7 +492,7 @@ def _check_kind(name: str, value: object, kind: type, maker: str) -> None:
 
 @lru_cache(maxsize=16)
 def _root_terms(root: TrustedRoot, above: tuple[bytes, ...]) -> tuple[Term, ...]:
-    """When the root is valid, by the pin and by another certificate of it that came with a chain; step 6 for that."""
+    """The validity of the root: by the pin, and by another certificate of it that came with a chain (step 6)."""
     terms: tuple[Term, ...] = (Term("root certificate", root.not_before, root.not_after, is_certificate=True),)
     for der in above:
         if sha256(der).digest() != root.digest:
@@ -501,9 +503,9 @@ def _root_terms(root: TrustedRoot, above: tuple[bytes, ...]) -> tuple[Term, ...]
 def _check_root(root: TrustedRoot, der: bytes) -> Term:
     certificate = _read(der, "root certificate")
     if certificate.subject != root.name or certificate.point != root.point:  # 6
-        raise steps.UntrustedRootError("root certificate", "it is another", got=certificate.point, expected=root.point)
+        raise steps.UntrustedRootError("root certificate", "untrusted", got=certificate.point, expected=root.point)
     try:
-        check_self_signed(certificate)  # 6: made anew with the same name and key
+        check_self_signed(certificate)  # 6: renewed with the same name and key
     except DerError as exc:
         raise steps.UntrustedRootError("root certificate", str(exc)) from None
     return Term("root certificate", certificate.not_before, certificate.not_after, is_certificate=True)
@@ -521,7 +523,7 @@ def _issued_by_root(
 
 @lru_cache(maxsize=16)
 def _root_key(root: TrustedRoot) -> EllipticCurvePublicKey:
-    """Not among what `forget` drops: who is trusted is the caller's to say, and nothing that was verified."""
+    """Load the root's key. `forget` does not drop it: it is the caller's choice, not a result of verification."""
     return ecdsa.load_point(root.point)
 
 
@@ -536,7 +538,7 @@ def _issued(der: bytes, place: _Place, issuer: bytes, issuer_key: EllipticCurveP
     if name not in place.names:  # 5
         got, expected = name.decode("utf-8", "replace"), " or ".join(sorted(n.decode() for n in place.names))
         raise steps.CertificateRoleError(
-            place.subject, "it is called something else", got=repr(got), expected=repr(expected)
+            place.subject, "its common name does not match", got=repr(got), expected=repr(expected)
         )
     if certificate.issuer != issuer:  # 7
         raise steps.CertificateIssuerError(
@@ -561,7 +563,7 @@ def _key(certificate: Certificate, subject: str) -> EllipticCurvePublicKey:
     try:
         return ecdsa.load_point(certificate.point)  # 4
     except ValueError:
-        raise steps.CertificateFormatError(subject, "its key is no point of P-256") from None
+        raise steps.CertificateFormatError(subject, "its key is not a point of P-256") from None
 
 
 def _term(certificate: Certificate, place: _Place) -> Term:
@@ -637,7 +639,7 @@ def _quoting_enclave(
     try:
         key = ecdsa.load_point(attestation_key)  # 30
     except ValueError:
-        raise steps.AttestationKeyError("attestation key", "it is no point of P-256", got=attestation_key) from None
+        raise steps.AttestationKeyError("attestation key", "it is not a point of P-256", got=attestation_key) from None
     return qe_report, key, _Notes(_ENCLAVE)
 
 
@@ -657,4 +659,4 @@ def _check_quoting_enclave(report: SgxReport, identity: QeIdentity) -> None:
         ("ATTRIBUTES under their mask", attributes, identity.attributes),
     ):
         if got != expected:  # 32
-            raise steps.QeIdentityMismatchError("quoting enclave", f"{name} is another", got=got, expected=expected)
+            raise steps.QeIdentityMismatchError("quoting enclave", f"{name} does not match", got=got, expected=expected)
