@@ -18,7 +18,7 @@ from attrs import frozen
 from chutes_proto.auth.client_identity import ClientIdentity
 from chutes_proto.auth.hotkey import Hotkey
 from chutes_proto.boot._flows import BootGrant
-from chutes_proto.boot._handoff import Handover
+from chutes_proto.boot._handoff import Handoff
 from chutes_proto.boot._settings import AgentSettings, vm_identity
 from chutes_proto.collateral import pcs
 from chutes_proto.errors import (
@@ -449,7 +449,7 @@ def config_volumes() -> list[bytes]:
 def check_hand_off(data: bytes) -> None:
     """The key hand-off of a run is read back byte for byte, or not at all."""
     try:
-        left = Handover.decode(data, _AGENT, boot_id="b", uptime=2.0)
+        left = Handoff.decode(data, _AGENT, boot_id="b", uptime=2.0)
     except ConfigurationError as exc:
         _ = str(exc)
     else:
@@ -460,7 +460,7 @@ def hand_offs() -> list[bytes]:
     identity = ClientIdentity(b"certificate", Secret(b"key"), bytes(32))
     nothing, opener = Secret(b""), Secret(b"70" * 32)
     grants = [BootGrant("h", "vm", nothing, opener), BootGrant("h", "vm", nothing, None, opener)]
-    return [Handover("https://a", 1.5, "b", grant, identity).encode().reveal() for grant in grants]
+    return [Handoff("https://a", 1.5, "b", grant, identity).encode().reveal() for grant in grants]
 
 
 TARGETS = {

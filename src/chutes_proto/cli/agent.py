@@ -251,19 +251,19 @@ def _run(options: argparse.Namespace, settings: AgentSettings, progress: Progres
 
         from chutes_proto.boot._agent import run_agent  # while the server answers
         from chutes_proto.boot._flows import BootSettings
-        from chutes_proto.boot._handoff import Handover
+        from chutes_proto.boot._handoff import Handoff
 
         linecache.clearcache()  # all methods that attrs has made, as text: nobody debugs them here, and memory is short
 
         boot_settings = BootSettings(who.hotkey.address, who.vm_name, client.spki_sha256, signer, settings.policy)
         performer = _performer(options, settings, progress, servers, deadline)
         volumes = () if leaves else settings.disks
-        flow = run_agent(boot_settings, settings.root_disk, volumes, patience=settings.disk_wait_seconds)
+        flow = run_agent(boot_settings, settings.root_disk, volumes, disk_wait_seconds=settings.disk_wait_seconds)
         booted = _driven(flow, performer, progress, stops)
     finally:
         servers.close()
     if leaves:
-        handover = Handover(servers.origin, booted.at, boot_id(), booted.grant, client)
+        handover = Handoff(servers.origin, booted.at, boot_id(), booted.grant, client)
         write_state(state.file, handover.encode(), on_disk=state.on_disk)
     _keep_k3s_key(settings, booted)
     return booted
@@ -272,7 +272,7 @@ def _run(options: argparse.Namespace, settings: AgentSettings, progress: Progres
 def _resume(options: argparse.Namespace, settings: AgentSettings, progress: Progress, stops: _Stops) -> Booted:
     from chutes_proto.boot._agent import resume_agent
     from chutes_proto.boot._flows import BootSettings
-    from chutes_proto.boot._handoff import MAX_SIZE, Handover
+    from chutes_proto.boot._handoff import MAX_SIZE, Handoff
     from chutes_proto.errors import HandoverRejected, Refusal, Unavailable
     from chutes_proto.io.agent import boot_id, check_place, make_signer, read_state, remove_state
 
@@ -280,7 +280,7 @@ def _resume(options: argparse.Namespace, settings: AgentSettings, progress: Prog
     state = settings.state
     data = read_state(state.file, limit=MAX_SIZE)
     try:
-        left = Handover.decode(data, settings, boot_id=boot_id(), uptime=time.monotonic())
+        left = Handoff.decode(data, settings, boot_id=boot_id(), uptime=time.monotonic())
     except HandoverRejected as exc:
         raise HandoverRejected(f"{state.file}: {exc}") from None
     grant, client = left.grant, left.identity
@@ -293,7 +293,7 @@ def _resume(options: argparse.Namespace, settings: AgentSettings, progress: Prog
     servers = _servers(settings, client, deadline, first=left.server)
     performer = _performer(options, settings, progress, servers, deadline)
     try:
-        flow = resume_agent(boot_settings, settings.disks, grant, patience=settings.disk_wait_seconds)
+        flow = resume_agent(boot_settings, settings.disks, grant, disk_wait_seconds=settings.disk_wait_seconds)
         booted = _driven(flow, performer, progress, stops)
     except Refusal as exc:
         if not isinstance(exc, Unavailable):  # final: the file is of no more use

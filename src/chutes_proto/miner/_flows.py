@@ -38,7 +38,7 @@ from chutes_proto.errors import (
 from chutes_proto.wire import codec, miners
 from chutes_proto.wire.codes import Code
 from chutes_proto.wire.endpoint import Endpoint, Message, NonceAnswer
-from chutes_proto.wire.names import HEX_32, NAME_PATTERN, NAME_RULE, Name
+from chutes_proto.wire.names import NAME_PATTERN, NAME_RULE, Name, hex_32
 
 T = TypeVar("T")
 A = TypeVar("A", bound=Message)
@@ -195,9 +195,8 @@ def attest_server(miner: Miner, server_id: str, spki_sha256: bytes) -> Flow[Runt
 
     def attempt(_: bool) -> Flow[RuntimeAttestation]:
         given = yield from _ask(miner, miners.RUNTIME_NONCE, nonce_request, NonceAnswer)
-        if not HEX_32.fullmatch(given.nonce):
-            raise RemoteProtocolError("the server's nonce is not 64 lowercase hex digits")
-        quote = yield from MakeQuote(report_data(bytes.fromhex(given.nonce), spki_sha256))
+        nonce = bytes.fromhex(hex_32(given.nonce, "nonce"))
+        quote = yield from MakeQuote(report_data(nonce, spki_sha256))
         request = miners.RuntimeAttestationRequest(server_id=_name(server_id), quote=codec.encode_quote(quote))
         kind = miners.RuntimeAttestationAnswer
         answer = yield from _ask(miner, miners.RUNTIME_ATTESTATION, request, kind, given.nonce)

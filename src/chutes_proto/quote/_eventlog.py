@@ -7,7 +7,7 @@
 Rules kept here:
 
 * for all bytes, `parse_event_log` returns or raises `EventLogFormatError`; size and number of events are bounded;
-* a log is of version 2.0 of its specification, whatever the errata: another version may have another form;
+* a log is of version 2.0 of its specification, with any errata: another version may have another form;
 * every event has just one SHA-384 digest and a register that a TD has; after the log there is nothing but padding, all
   of zeros or all of ones: no event hides behind it;
 * all four RTMRs are compared: one without events must be zero;
