@@ -98,7 +98,7 @@ def test_fetch_tells_why_there_is_none(
     fetch = ("collateral", "fetch", "--ca", "platform", "--root", root, "--out", tmp_path / "out", "--upstream", url)
     ended = command(*fetch, "--fmspc", platform.fmspc.hex())
     assert ended.code == 1
-    assert "its time has ended at" in ended.err
+    assert "it expired at" in ended.err
     ended = command(*fetch, "--fmspc", "00806f050000", "--upstream", "http://127.0.0.1:1")
     assert ended.code == 1
     assert f"{url}: TCB info: status 404; http://127.0.0.1:1: ConnectError" in ended.err

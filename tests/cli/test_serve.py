@@ -167,7 +167,7 @@ def _other_database(site: Path) -> None:
         (_edited('"collateral"', '"elsewhere"'), r"collateral\.directory: .*/elsewhere is not a directory"),
         (_edited('hotkeys = "*"', 'hotkeys = "*"\nnet_uid = 1'), r"/server\.toml: .*net_uid"),
         (_garbage("server.toml"), r"/server\.toml: not TOML"),
-        (_old_collateral, r"collateral: .*\.json: of no use: .*time has ended"),
+        (_old_collateral, r"collateral: .*\.json: unusable: .*expired"),
         (_no_collateral, r"collateral\.directory: .* holds no \*\.json"),
         (_other_database, r"keys\.db: it is another program's database"),
         (_garbage("keys.db"), r"keys\.db: "),

@@ -161,7 +161,7 @@ def no_chain(handler: Handler, honest: HttpResponse) -> HttpResponse:
 
 
 def of_another(handler: Handler, honest: HttpResponse) -> HttpResponse:
-    """What belongs to another FMSPC."""
+    """Collateral of another FMSPC."""
     service = handler.upstream.service
     return service.answer(
         HttpRequest("GET", f"/tdx/certification/v4/tcb?fmspc={PLATFORM.another(1).fmspc.hex()}"), int(time.time())

@@ -112,7 +112,7 @@ async def outcome(fetcher: Any, platform: SimulatedPlatform | PckIdentity) -> Ve
 
 
 async def changed(fetcher: Any, before: VerifiedCollateral | str) -> VerifiedCollateral | str:
-    """What is had for the platform once it is no longer ``before``."""
+    """The collateral for the platform once it is no longer ``before``."""
 
     async def other() -> VerifiedCollateral | str | None:
         found = await outcome(fetcher, PLATFORM)
@@ -177,7 +177,7 @@ FAULTS: dict[str, tuple[Fault, str, str]] = {
     "redirect": (network.redirecting, "tcb", "TCB info: status 307"),
     "garbage": (network.garbage, "tcb", "tcbInfo: not JSON"),
     "garbage identity": (network.garbage, "identity", "enclaveIdentity: not JSON"),
-    "garbage CRL": (network.garbage, "pckcrl", "no DER, no PEM"),
+    "garbage CRL": (network.garbage, "pckcrl", "neither DER nor PEM"),
     "altered": (network.altered, "tcb", "the TCB signing key did not sign it"),
     "altered CRL": (network.altered, "pckcrl", "PCK CRL"),
     "no chain": (network.no_chain, "tcb", "the header is missing"),
@@ -206,7 +206,7 @@ def test_a_fault_is_told_and_the_next_upstream_asked(
 
 @pytest.mark.parametrize(
     ("age", "told"),
-    [(COLLATERAL_SECONDS + 60, "its time has ended at 20"), (-3600, "its time begins at .*clocks wrong")],
+    [(COLLATERAL_SECONDS + 60, "it expired at 20"), (-3600, "it is valid from .*check the clocks")],
     ids=["expired", "not yet valid"],
 )
 def test_the_wrong_time(each: Loop, upstream: Upstream, other: Upstream, age: int, told: str) -> None:
@@ -291,11 +291,11 @@ def test_it_dies_and_comes_back(each: Loop) -> None:
     upstream = Upstream()
     with running(upstream):
         of = source(upstream)
-    assert "ConnectError" in each.fetch(of)[0]  # without what is at hand: a 503
+    assert "ConnectError" in each.fetch(of)[0]  # without cached collateral: a 503
     with running(upstream):
         (warm,) = each.fetch(of)
         assert isinstance(warm, VerifiedCollateral)
-    cold, still = each.fetch(of, PLATFORM.another(1), PLATFORM)  # what is at hand outlives its upstream
+    cold, still = each.fetch(of, PLATFORM.another(1), PLATFORM)  # cached collateral outlives its upstream
     assert "ConnectError" in cold
     assert still is warm
     with running(upstream):
@@ -320,7 +320,7 @@ def test_refreshed_ahead_in_the_background(each: Loop, upstream: Upstream) -> No
         first = await outcome(fetcher, PLATFORM)
         upstream.age = 0
         upstream.fault = network.slow if each.name == "trio" else None
-        assert await outcome(fetcher, PLATFORM) is first  # whoever asks does not wait
+        assert await outcome(fetcher, PLATFORM) is first  # a caller does not wait
         upstream.fault = None
         now = await changed(fetcher, first)
         assert isinstance(now, VerifiedCollateral)
@@ -333,7 +333,7 @@ def test_refreshed_ahead_in_the_background(each: Loop, upstream: Upstream) -> No
 def test_stale_only_within_the_grace_and_only_in_an_outage(each: Loop, upstream: Upstream) -> None:
     upstream.age = COLLATERAL_SECONDS + 60
     (none,) = each.fetch(source(upstream, policy=evolve(QUICK, grace=30)))
-    assert "its time has ended" in none
+    assert "it expired at" in none
     of = source(upstream, policy=evolve(QUICK, grace=600))
     (stale,) = each.fetch(of)
     assert stale.window[1] < time.time() < stale.usable_until
@@ -465,7 +465,7 @@ def test_threads_are_left_alone(each: Loop, upstream: Upstream) -> None:
             tasks.start_soon(each.together, fetcher, [PLATFORM] * 100)
 
     _ = each.run(of, main)
-    assert counted[0] <= before + 3  # a fetch is no thread, and a hundred who wait for it are none
+    assert counted[0] <= before + 3  # a fetch needs no thread, nor do a hundred who wait for it
 
 
 @pytest.mark.anyio

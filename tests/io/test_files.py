@@ -137,7 +137,7 @@ def test_a_file_is_verified_once(directory: CollateralDirectory, monkeypatch: py
 
 def test_expired_collateral_is_missing_whenever_it_was_read(directory: CollateralDirectory) -> None:
     late = NOW + COLLATERAL_SECONDS + 1
-    with pytest.raises(CollateralUnavailable, match=r"a\.json: of no use: .*time has ended"):
+    with pytest.raises(CollateralUnavailable, match=r"a\.json: unusable: .*expired"):
         _ = CollateralDirectory(directory.path, ROOT).fetch(identity(), late)
     _ = directory.fetch(identity(), NOW)
     with pytest.raises(CollateralUnavailable, match=r"a\.json: FMSPC .* valid "):
@@ -145,7 +145,7 @@ def test_expired_collateral_is_missing_whenever_it_was_read(directory: Collatera
 
 
 def test_collateral_that_is_not_valid_yet_is_read_again(directory: CollateralDirectory) -> None:
-    with pytest.raises(CollateralUnavailable, match="time has not begun"):
+    with pytest.raises(CollateralUnavailable, match="not yet valid"):
         _ = directory.fetch(identity(), NOW - 10)
     with pytest.raises(CollateralUnavailable):
         _ = directory.fetch(identity(), NOW)
@@ -155,21 +155,21 @@ def test_collateral_that_is_not_valid_yet_is_read_again(directory: CollateralDir
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        (b"", "of no use"),
-        (b"\xff\xfe", "of no use"),
+        (b"", "unusable"),
+        (b"\xff\xfe", "unusable"),
         (b"[]", "not a JSON object"),
         (b"{}", "is missing"),
-        (b"[" * 100_000, "of no use"),
+        (b"[" * 100_000, "unusable"),
         (bytes(5_000_000), "more than"),
         (PLATFORM.having("tcb_info_signature").collateral_json(NOW), "TCB info"),
         (SimulatedPlatform(bytes(31) + b"1").collateral_json(NOW), "root"),
     ],
     ids=["empty", "binary", "list", "object", "deep", "huge", "unsigned", "another root's"],
 )
-def test_an_unusable_file_is_named_and_left_out(directory: CollateralDirectory, content: bytes, why: str) -> None:
+def test_a_file_of_no_use_is_named_and_harms_no_other(directory: CollateralDirectory, content: bytes, why: str) -> None:
     write_file(directory.path / "b.json", content)
     assert directory.fetch(identity(), NOW).fmspc == PLATFORM.fmspc
-    with pytest.raises(CollateralUnavailable, match=rf"b\.json: of no use: .*{why}|{why}"):
+    with pytest.raises(CollateralUnavailable, match=rf"b\.json: unusable: .*{why}|{why}"):
         _ = directory.fetch(identity(PLATFORM.another(1)), NOW)
 
 
@@ -201,5 +201,5 @@ def test_items_show_an_operator_the_content(directory: CollateralDirectory) -> N
         f"{directory.path}/a.json: FMSPC {PLATFORM.fmspc.hex()}, platform CA, TDX,"
         " valid 2026-05-28T20:26:40Z to 2026-06-27T20:26:40Z"
     )
-    assert str(evolve(item, content="why")) == f"{directory.path}/a.json: of no use: why"
+    assert str(evolve(item, content="why")) == f"{directory.path}/a.json: unusable: why"
     assert isinstance(item, Item)

@@ -18,7 +18,7 @@ from typing import Final, Literal, TypeAlias, cast
 from attrs import evolve, field, frozen
 
 from chutes_proto._converter import ProblemsError, StrictConverter
-from chutes_proto.auth.hotkey import Hotkey, HotkeyError
+from chutes_proto.auth.hotkey import SEED_TEXT, Hotkey, HotkeyError
 from chutes_proto.boot._quoter_names import COMMAND, cut_command, parse_quoter
 from chutes_proto.boot._retry_policy import RetryPolicy
 from chutes_proto.errors import ConfigurationError, LocalProtocolError
@@ -38,7 +38,7 @@ Place: TypeAlias = Literal["run", "resume"]
 CONFIG_VOLUME_SIGNER: Final = "config-volume"
 _PLACE = re.compile(r"/[^\0]*")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}")
-_SEED = re.compile(r"(?:0x)?[0-9a-fA-F]{64}")
+
 ROOT: Final = "root"
 """The root disk's name among the volumes; no volume has it."""
 
@@ -323,7 +323,7 @@ def vm_identity(settings: AgentSettings, files: Mapping[str, bytes]) -> VmIdenti
     if settings.signer != CONFIG_VOLUME_SIGNER:
         return VmIdentity(name, hotkey)
     seed = seed or _text(volume.seed, files)
-    if not _SEED.fullmatch(seed):
+    if not SEED_TEXT.fullmatch(seed):
         raise _wrong(volume.seed, "a seed is 32 bytes in hex")
     return VmIdentity(name, hotkey, Secret(bytes.fromhex(seed.removeprefix("0x"))))
 
