@@ -23,7 +23,7 @@ from chutes_proto.boot._flows import BootGrant, BootSettings, Rotation, VolumeKe
 from chutes_proto.boot._retry import described
 from chutes_proto.effects import ActOnDisk, Flow, InspectDisk, Log
 from chutes_proto.errors import ChutesError, DiskError, LocalProtocolError
-from chutes_proto.log import Level, Record, Value
+from chutes_proto.log import Level, Record
 from chutes_proto.luks.disk import Blank, Disk, Luks
 from chutes_proto.luks.plan import Action, Format, Key, Keys, Plan, plan_open, plan_promoted, plan_root, plan_rotation
 from chutes_proto.luks.volume import Volume
@@ -79,10 +79,8 @@ def forecast(volumes: Sequence[Volume]) -> Flow[tuple[Forecast, ...]]:
         except DiskError as exc:
             seen.append(Forecast(volume, disk, error=exc))
         else:
-            condition = (
-                "the server does not know it to hold data; else the boot stops" if isinstance(disk, Blank) else ""
-            )
-            seen.append(Forecast(volume, disk, base, two_phase, condition))
+            consent = "the server does not know it to hold data; else the boot stops"
+            seen.append(Forecast(volume, disk, base, two_phase, consent if isinstance(disk, Blank) else ""))
     return tuple(seen)
 
 
@@ -233,8 +231,8 @@ def _act(action: Action[T], keys: Keys) -> Flow[T]:
 
 def tell_failure(volume: str, error: DiskError) -> Flow[None]:
     """Log what is wrong with the disk of a volume."""
-    fields: dict[str, Value] = {"volume": volume, "device": error.device, "reason": error.reason, "text": str(error)}
-    yield from Log(Record(Level.ERROR, "disk_failed", fields))
+    told = {"volume": volume, "device": error.device, "reason": error.reason, "text": str(error)}
+    yield from Log(Record.of(Level.ERROR, "disk_failed", **told))
 
 
 def _opened(volume: Volume, plan: Plan) -> OpenVolume:

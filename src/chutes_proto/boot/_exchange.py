@@ -55,6 +55,7 @@ class Input(Enum):
 
 
 _FINAL = {Input.FINAL: State.STOPPED}
+_NONCE_GONE = {Input.NONCE_GONE: State.START}
 _AGAIN = {Input.RETRY_LATER: State.START, **_FINAL}
 _GRANTED = {Input.KEYS: State.SYNCED, Input.TOKEN_GONE: State.START, **_FINAL}
 
@@ -65,12 +66,7 @@ _ROWS: dict[State, dict[Input, State]] = {
     State.TOKEN_HELD: {Input.PASSPHRASE: State.TOKEN_HELD, Input.RETRY_LATER: State.TOKEN_HELD, **_GRANTED},
     State.SYNCED: {Input.RETRY_LATER: State.SYNCED, **_GRANTED},
     State.QUOTE_NONCE_HELD: {Input.QUOTE: State.REQUOTED, Input.RETRY_LATER: State.QUOTE_NONCE_HELD, **_FINAL},
-    State.REQUOTED: {
-        Input.PAIRS: State.HANDED,
-        Input.RETRY_LATER: State.REQUOTED,
-        Input.NONCE_GONE: State.START,
-        **_FINAL,
-    },
+    State.REQUOTED: {Input.PAIRS: State.HANDED, Input.RETRY_LATER: State.REQUOTED, **_NONCE_GONE, **_FINAL},
     State.HANDED: {Input.CONFIRMED: State.CONFIRMED, Input.RETRY_LATER: State.HANDED, **_FINAL},
     State.CONFIRMED: {},
     State.STOPPED: {},

@@ -380,10 +380,7 @@ def _sync_step(volumes: Volumes) -> _Step:
         _check_answered(asked, passphrases, answer.in_use)
         keys = tuple(
             VolumeKey(
-                volume=name,
-                passphrase=passphrases[name],
-                is_formatted=volumes[name],
-                is_in_use=name in answer.in_use,
+                volume=name, passphrase=passphrases[name], is_formatted=volumes[name], is_in_use=name in answer.in_use
             )
             for name in asked
         )

@@ -29,7 +29,7 @@ from collections.abc import Sequence
 from hashlib import sha256
 from typing import TYPE_CHECKING, TypeAlias
 
-from attrs import define, evolve, frozen
+from attrs import evolve, frozen
 
 from chutes_proto.collateral.library import Family
 from chutes_proto.collateral.pcs import MAX_RETRY_AFTER, Update, Upstream, ask
@@ -118,14 +118,6 @@ class _Health:
     rests_until: int = 0
 
 
-@define
-class _Allowance:
-    """The number of fetches that are still allowed, and when it was counted."""
-
-    left: float
-    counted: int
-
-
 class CollateralCache:
     """The collateral of families, the health of the upstreams, and the decision what to do next.
 
@@ -150,7 +142,8 @@ class CollateralCache:
         self._seed = seed
         self._entries: dict[Family, _Entry] = {}
         self._health = {upstream: _Health() for upstream in self.upstreams}
-        self._allowance = _Allowance(float(policy.fetches_per_minute), 0)
+        self._allowed = float(policy.fetches_per_minute)
+        self._counted_at = 0
 
     # --- questions ---
 
@@ -195,7 +188,7 @@ class CollateralCache:
         if self._hindrance(entry, now) is not None:
             return ()
         self._count(now)
-        self._allowance.left -= 1
+        self._allowed -= 1
         return self._awake(now)
 
     def take(self, family: Family, fetched: VerifiedCollateral, now: int) -> bool:
@@ -253,7 +246,7 @@ class CollateralCache:
             return entry.why or "all upstreams are left alone for a while after they failed"
         self._count(now)
         reserve = 0 if entry.held is not None else self.policy.fetches_per_minute // 2
-        if self._allowance.left < 1 + reserve:
+        if self._allowed < 1 + reserve:
             return "there were too many fetches in the last minute"
         return None
 
@@ -264,9 +257,9 @@ class CollateralCache:
     def _count(self, now: int) -> None:
         """Refill the allowance, a minute's fetches per minute; a clock that steps back gives none."""
         most = self.policy.fetches_per_minute
-        passed = max(0, now - self._allowance.counted)
-        self._allowance.left = min(float(most), self._allowance.left + passed * most / 60)
-        self._allowance.counted = now
+        passed = max(0, now - self._counted_at)
+        self._allowed = min(float(most), self._allowed + passed * most / 60)
+        self._counted_at = now
 
     def _backoff(self, failures: int, what: object) -> int:
         wait = min(self.policy.retry * 2 ** min(failures - 1, 16), self.policy.retry_most)

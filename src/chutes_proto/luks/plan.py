@@ -150,10 +150,8 @@ def _plan(volume: Volume, disk: Disk, in_use: bool, keys: tuple[Key, ...]) -> Pl
             )
         case Blank():
             key = keys[0]
-            return (
-                Format(volume.name, volume.device, key),
-                Open(volume.name, volume.device, volume.mapping, (key,)),
-            )
+            opening = Open(volume.name, volume.device, volume.mapping, (key,))
+            return (Format(volume.name, volume.device, key), opening)
         case Foreign(found=found):
             raise DiskError(
                 "foreign",

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from chutes_proto._lazy import lazily
 
 if TYPE_CHECKING:
-    from chutes_proto.quote._accept import verify
     from chutes_proto.quote._attributes import AttributePolicy
     from chutes_proto.quote._collateral import Collateral, VerifiedCollateral
     from chutes_proto.quote._eventlog import (
@@ -49,6 +48,7 @@ if TYPE_CHECKING:
         Policy,
         TcbPolicy,
         parse_policy_toml,
+        verify,
     )
     from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
     from chutes_proto.quote._statements import TcbStatus
@@ -75,7 +75,6 @@ else:
     __getattr__ = lazily(
         globals(),
         {
-            "chutes_proto.quote._accept": "verify",
             "chutes_proto.quote._attributes": "AttributePolicy",
             "chutes_proto.quote._collateral": "Collateral VerifiedCollateral",
             "chutes_proto.quote._eventlog": (
@@ -88,7 +87,9 @@ else:
             ),
             "chutes_proto.quote._measurements": "Profile Stage parse_profiles_json parse_profiles_toml",
             "chutes_proto.quote._pck": "PckIdentity",
-            "chutes_proto.quote._policy": "AcceptedVerdict AllOf AnyOf AnyPolicy Policy TcbPolicy parse_policy_toml",
+            "chutes_proto.quote._policy": (
+                "AcceptedVerdict AllOf AnyOf AnyPolicy Policy TcbPolicy parse_policy_toml verify"
+            ),
             "chutes_proto.quote._roots": "INTEL_ROOT TrustedRoot",
             "chutes_proto.quote._statements": "TcbStatus",
             "chutes_proto.quote._verify": (

@@ -13,7 +13,6 @@ given by who starts the TD); Intel SGX PCK Certificate and CRL Profile Specifica
 
 from __future__ import annotations
 
-from itertools import repeat
 from typing import Any, Final, TypeAlias, cast
 
 from attrs import frozen
@@ -54,9 +53,7 @@ class IdentityPolicy:
             values: Any = getattr(self, name)
             if values is None:
                 continue
-            if not isinstance(values, tuple) or not all(
-                map(_is_value, cast("tuple[object, ...]", values), repeat(size))
-            ):
+            if not isinstance(values, tuple) or not all(_is_value(value, size) for value in cast("Any", values)):
                 raise PolicyError(f"{name}: must be values of {size} bytes")
             if not values:
                 raise PolicyError(f"{name}: an empty list would accept nothing; leave it out to accept anything")

@@ -316,11 +316,7 @@ def _body(data: bytes, version: int) -> tuple[TdReport10 | SgxReport, int]:
     return TdReport15Ex(*fields), pos + _TD15_EX.size
 
 
-_V5_SIZES: Final = {
-    2: _TD10.size,
-    3: _TD10.size + _TD15.size,
-    4: _TD10.size + _TD15.size + _TD15_EX.size,
-}
+_V5_SIZES: Final = {2: _TD10.size, 3: _TD10.size + _TD15.size, 4: _TD10.size + _TD15.size + _TD15_EX.size}
 """Body type of a version 5 quote to size: TD 1.0, TD 1.5, TD 1.5 extended."""
 
 

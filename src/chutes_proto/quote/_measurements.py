@@ -17,16 +17,7 @@ from typing import Any, Final, Literal, NewType, TypeAlias, cast
 
 from attrs import astuple, field, frozen
 
-from chutes_proto._converter import (
-    Hook,
-    MismatchError,
-    Problem,
-    ProblemsError,
-    StrictConverter,
-    integer,
-    list_of,
-    string,
-)
+from chutes_proto._converter import Hook, MismatchError, ProblemsError, StrictConverter, integer, list_of, string
 from chutes_proto.quote import _strict_json as strict_json
 from chutes_proto.quote._attributes import AttributePolicy
 from chutes_proto.quote._files import CONVERTER, MAX_SIZE, file_converter, read_toml, within
@@ -196,7 +187,7 @@ def _attributes(value: object, _: object) -> AttributePolicy:
     """Null is refused: it would take a default away unseen."""
     attributes = CONVERTER.structure(value, AttributePolicy)
     if "unsafe_allow_debug" in cast("dict[str, object]", value):
-        raise ProblemsError([Problem(("unsafe_allow_debug",), "extra_forbidden", "a profile cannot say this")])
+        raise ProblemsError(MismatchError("extra_forbidden", "a profile cannot say this").at("unsafe_allow_debug"))
     return attributes
 
 

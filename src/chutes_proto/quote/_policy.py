@@ -20,15 +20,16 @@ from typing import Any, Final, Literal, TypeAlias, cast, get_args, get_type_hint
 from attrs import field, fields, frozen
 
 from chutes_proto.quote._attributes import AttributePolicy
-from chutes_proto.quote._collateral import PathLike
+from chutes_proto.quote._collateral import Collateral, PathLike
 from chutes_proto.quote._files import CONVERTER, read_toml, within
 from chutes_proto.quote._identity import IdentityPolicy
-from chutes_proto.quote._layout import SgxAttributes, SgxReport
+from chutes_proto.quote._layout import BytesLike, SgxAttributes, SgxReport
 from chutes_proto.quote._measurements import Profile, ProfileTables, Stage, Tables, read_profiles
 from chutes_proto.quote._proof import PROOF
+from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
 from chutes_proto.quote._statements import Stated, TcbStatus
 from chutes_proto.quote._tcb import OUT_OF_DATE
-from chutes_proto.quote._verify import Verdict
+from chutes_proto.quote._verify import Verdict, verify_genuine
 from chutes_proto.quote.errors import AppraisalError, PolicyError, Refusal
 
 _ADVISORY: Final = re.compile(f"INTEL-(SA|DOC)-[0-9]{{5}}|SIMULATED-SA-({'|'.join(TcbStatus)})".upper())
@@ -42,7 +43,7 @@ def _statuses(values: Any) -> frozenset[TcbStatus]:
     names = tuple(cast("Iterable[str]", values))
     for name in names:
         if name not in _ACCEPTABLE:
-            raise PolicyError(f"{refused}, and {str(name)[:80]!r} is none")
+            raise PolicyError(f"{refused}; {str(name)[:80]!r} is not one")
     return frozenset(map(TcbStatus, names))
 
 
@@ -53,7 +54,7 @@ def _advisories(values: Any) -> frozenset[str]:
     names = [str(name).upper() for name in cast("Iterable[object]", values)]
     for name in names:
         if not _ADVISORY.fullmatch(name):
-            raise PolicyError(f"{refused}, and {name[:80]!r} is none")
+            raise PolicyError(f"{refused}; {name[:80]!r} is not one")
     return frozenset(names)
 
 
@@ -343,12 +344,6 @@ AnyPolicy: TypeAlias = Policy | AllOf | AnyOf
 _resolve_init(_Combined)
 
 
-def check_policy(policy: object) -> None:
-    """Check that this is a policy. Raises `TypeError`."""
-    if not _is_policy(policy):
-        raise TypeError(f"policy: must be a Policy, AllOf or AnyOf, as of Policy.load, not {type(policy).__name__}")
-
-
 def _is_policy(value: object) -> bool:
     return isinstance(value, (Policy, AllOf, AnyOf))
 
@@ -358,6 +353,35 @@ def _check_appraised(verdict: object, stage: Stage) -> None:
         raise TypeError(f"verdict: must be a Verdict, as of verify_genuine, not {type(verdict).__name__}")
     if stage not in get_args(Stage):
         raise PolicyError(f"stage: must be one of {', '.join(get_args(Stage))}")
+
+
+def verify(
+    data: BytesLike,
+    collateral: Collateral,
+    *,
+    now: int,
+    report_data: bytes | None,
+    policy: AnyPolicy,
+    root: TrustedRoot = INTEL_ROOT,
+    grace: int = 0,
+    sgx: bool = False,
+    stage: Stage = "boot",
+) -> AcceptedVerdict:
+    """Verify a quote against Intel's collateral, and return a verdict only if the policy accepts it.
+
+    ``data`` are the bytes of a TDX quote, with ``sgx`` also those of an SGX quote. ``now`` is the time of verification,
+    in whole unix seconds. ``report_data`` are the 64 bytes that the quote must bind; pass None only if something else
+    binds it to the peer, because a genuine quote of another machine verifies as well. ``root`` is the CA to trust in
+    place of Intel's, ``grace`` the seconds for which expired CRLs, TCB info and QE identity are still accepted.
+    ``stage`` says which registers of the policy's profiles count.
+
+    Raises `VerificationError` for every refusal, with its step: the quote does not parse, is not genuine, or is not
+    accepted by the policy (`AppraisalError`). Raises `TypeError` for arguments of another type.
+    """
+    if not _is_policy(policy):
+        raise TypeError(f"policy: must be a Policy, AllOf or AnyOf, as of Policy.load, not {type(policy).__name__}")
+    verdict = verify_genuine(data, collateral, now=now, report_data=report_data, root=root, grace=grace, sgx=sgx)
+    return policy.appraise(verdict, stage=stage)
 
 
 # --- policies in TOML ---

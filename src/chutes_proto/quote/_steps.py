@@ -97,11 +97,7 @@ class CollateralNotYetValidError(VerificationError):
 
 
 class CollateralExpiredError(VerificationError):
-    step, code, rule = (
-        20,
-        "collateral_expired",
-        "a CRL or statement has not expired, or is within its grace",
-    )
+    step, code, rule = 20, "collateral_expired", "a CRL or statement has not expired, or is within its grace"
 
 
 # verify_quote: the quote, held against the collateral; 28 to 30 and 33 are taken before, by check_signed

@@ -15,8 +15,8 @@ Rules kept here:
 * what was verified may be remembered, by all the bytes that were: a check that passed for them passes for them always.
   Times, CRLs, identities and TCB levels are not remembered; nor is what was refused.
 
-A verdict does not say that the quote is acceptable: a policy decides that (``_policy.py``), and ``verify`` of
-``_accept.py`` returns nothing that a policy did not accept.
+A verdict does not say that the quote is acceptable: a policy decides that, and ``verify`` of ``_policy.py`` returns
+nothing that a policy did not accept.
 """
 
 from __future__ import annotations
@@ -32,33 +32,18 @@ from msgspec import Struct
 
 from chutes_proto.quote import _certificates as certificates
 from chutes_proto.quote import _ecdsa as ecdsa
+from chutes_proto.quote import _layout as layout
+from chutes_proto.quote import _statements as statements
 from chutes_proto.quote import _steps as steps
 from chutes_proto.quote._certificates import Certificate, Kind
 from chutes_proto.quote._collateral import Collateral, VerifiedCollateral
 from chutes_proto.quote._der import DerError
 from chutes_proto.quote._ecdsa import EllipticCurvePublicKey
-from chutes_proto.quote._layout import (
-    CERTIFICATION_PCK_CHAIN,
-    INTEL_VENDOR_ID,
-    BytesLike,
-    Quote,
-    SgxAttributes,
-    SgxReport,
-    Tee,
-    parse_quote,
-    parse_sgx_report,
-)
+from chutes_proto.quote._layout import BytesLike, Quote, SgxReport, Tee
 from chutes_proto.quote._pck import Ca, PckIdentity, read_pck_extension
 from chutes_proto.quote._proof import PROOF, Proof, proven
 from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot, check_self_signed
-from chutes_proto.quote._statements import (
-    AnotherKindError,
-    QeIdentity,
-    Stated,
-    TcbStatus,
-    read_qe_identity,
-    read_tcb_info,
-)
+from chutes_proto.quote._statements import QeIdentity, Stated, TcbStatus
 from chutes_proto.quote._steps import Checked, checked
 from chutes_proto.quote._strict_json import JsonError
 from chutes_proto.quote._tcb import assess
@@ -181,13 +166,13 @@ def open_quote(data: BytesLike, *, now: int, root: TrustedRoot = INTEL_ROOT, sgx
     among them.
     """
     _check_kind("root", root, TrustedRoot, "TrustedRoot.from_der")
-    quote = parse_quote(data, sgx=sgx)
-    if quote.header.qe_vendor_id != INTEL_VENDOR_ID:  # 1
+    quote = layout.parse_quote(data, sgx=sgx)
+    if quote.header.qe_vendor_id != layout.INTEL_VENDOR_ID:  # 1
         raise steps.QeVendorError(
-            "quote", "the vendor does not match", got=quote.header.qe_vendor_id, expected=INTEL_VENDOR_ID
+            "quote", "the vendor does not match", got=quote.header.qe_vendor_id, expected=layout.INTEL_VENDOR_ID
         )
-    if quote.certification_type != CERTIFICATION_PCK_CHAIN:  # 2
-        got, expected = quote.certification_type, CERTIFICATION_PCK_CHAIN
+    if quote.certification_type != layout.CERTIFICATION_PCK_CHAIN:  # 2
+        got, expected = quote.certification_type, layout.CERTIFICATION_PCK_CHAIN
         raise steps.CertificationTypeError(
             "quote", "unsupported type of certification data", got=got, expected=expected
         )
@@ -256,8 +241,8 @@ def _collateral(collateral: Collateral, now: int | None, root: TrustedRoot, grac
         _check_not_revoked(place.subject, certificate.serial, revoked_by_root)
     _check_stated("TCB info", collateral.tcb_info, collateral.tcb_info_signature, tcb_key)  # 16
     _check_stated("QE identity", collateral.qe_identity, collateral.qe_identity_signature, qe_key)
-    tcb_info = _statement("TCB info", collateral.tcb_info, read_tcb_info)  # 17, 18
-    qe_identity = _statement("QE identity", collateral.qe_identity, read_qe_identity)
+    tcb_info = _statement("TCB info", collateral.tcb_info, statements.read_tcb_info)  # 17, 18
+    qe_identity = _statement("QE identity", collateral.qe_identity, statements.read_qe_identity)
     if qe_identity.tee != tcb_info.tee:  # 18
         raise steps.StatementKindError(
             "QE identity", "it is of another TEE", got=qe_identity.tee, expected=tcb_info.tee
@@ -611,7 +596,7 @@ def _statement(subject: str, text: bytes, read: Callable[[bytes], T]) -> T:
     """Steps 17 and 18."""
     try:
         return read(text)
-    except AnotherKindError as exc:
+    except statements.AnotherKindError as exc:
         raise steps.StatementKindError(subject, str(exc)) from None
     except JsonError as exc:
         raise steps.StatementFormatError(subject, str(exc)) from None
@@ -629,7 +614,7 @@ def _quoting_enclave(
         ecdsa.verify_raw(chain.leaf_key, signature, report)  # 28
     except ecdsa.InvalidSignature:
         raise steps.QeReportSignatureError("QE report", "the PCK did not sign it") from None
-    qe_report = parse_sgx_report(report)
+    qe_report = layout.parse_sgx_report(report)
     expected = sha256(attestation_key + auth).digest() + bytes(32)
     if qe_report.report_data != expected:  # 29
         got = qe_report.report_data
@@ -643,7 +628,7 @@ def _quoting_enclave(
     return qe_report, key, _Notes(_ENCLAVE)
 
 
-_DEBUG: Final = int(SgxAttributes.DEBUG)
+_DEBUG: Final = int(layout.SgxAttributes.DEBUG)
 
 
 def _check_quoting_enclave(report: SgxReport, identity: QeIdentity) -> None:

@@ -171,11 +171,11 @@ def _refusal(response: HttpResponse) -> Refusal:
     with suppress(RemoteProtocolError):  # a proxy's error page: its status still counts
         content = _answer_object(response)
     detail, code, request_id = (content.get(name) for name in ("detail", "code", "request_id"))
-    problems = isinstance(detail, list) and all(isinstance(item, dict) for item in cast("list[object]", detail))
+    is_problems = isinstance(detail, list) and all(isinstance(item, dict) for item in cast("list[object]", detail))
     return refusal(
         response.status,
         code if isinstance(code, str) else "unknown",
-        detail if problems or isinstance(detail, str) else f"HTTP status {response.status}",
+        cast("Any", detail) if is_problems or isinstance(detail, str) else f"HTTP status {response.status}",
         retry_after=_retry_after(response),
         request_id=request_id if isinstance(request_id, str) else None,
     )

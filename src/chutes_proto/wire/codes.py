@@ -38,16 +38,8 @@ class Code(StrEnum):
     BOOT_TOKEN_INVALID = "boot_token_invalid", 401, "unknown, expired or redeemed boot token, or one of another key"
     HOTKEY_MISMATCH = "hotkey_mismatch", 401, "the boot token is another hotkey's"
     VM_NAME_MISMATCH = "vm_name_mismatch", 401, "the boot token is another VM's"
-    QUOTE_NONCE_INVALID = (
-        "quote_nonce_invalid",
-        401,
-        "the quote nonce is missing, unknown, expired or consumed",
-    )
-    CONFIRM_NONCE_INVALID = (
-        "confirm_nonce_invalid",
-        401,
-        "the confirm nonce is missing, expired or another boot's",
-    )
+    QUOTE_NONCE_INVALID = "quote_nonce_invalid", 401, "the quote nonce is missing, unknown, expired or consumed"
+    CONFIRM_NONCE_INVALID = "confirm_nonce_invalid", 401, "the confirm nonce is missing, expired or another boot's"
     SIGNATURE_INVALID = "signature_invalid", 401, "the hotkey signature is missing or does not hold"
     SIGNATURE_STALE = "signature_stale", 401, "X-Chutes-Nonce is not the present time in unix seconds"
     HOTKEY_UNKNOWN = "hotkey_unknown", 401, "the signature holds, and its hotkey is not known here"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ipaddress import IPv4Address, IPv6Address, ip_address
+from ipaddress import IPv6Address, ip_address
 from typing import TYPE_CHECKING
 
 from attrs import field, frozen
@@ -84,10 +84,6 @@ def address_prefix(address: str) -> bytes:
         parsed = ip_address(address)
     except ValueError:
         return address.encode()
-    match parsed:
-        case IPv4Address():
-            return parsed.packed
-        case IPv6Address(ipv4_mapped=IPv4Address() as mapped):
-            return mapped.packed
-        case _:
-            return parsed.packed[:8]
+    if isinstance(parsed, IPv6Address) and parsed.ipv4_mapped is None:
+        return parsed.packed[:8]
+    return parsed.packed[-4:]  # of IPv4, mapped into IPv6 or not

@@ -94,10 +94,7 @@ def _responses(endpoint: Endpoint, *, takes_input: bool) -> dict[str, object]:
     for status in sorted({code.status for code in codes}):
         lines = [f"`{code}`: {code.meaning}" for code in dict.fromkeys(codes) if code.status == status]
         schema = _INVALID if status == Code.VALIDATION_ERROR.status else _ERROR
-        responses[str(status)] = {
-            "description": "; ".join(lines),
-            "content": {"application/json": {"schema": schema}},
-        }
+        responses[str(status)] = {"description": "; ".join(lines), "content": {"application/json": {"schema": schema}}}
     return responses
 
 
