@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from chutes_proto.quote._attributes import RESERVED, AttributePolicy
+from chutes_proto.quote._identity import IdentityPolicy
 from chutes_proto.quote._layout import SgxReport, TdAttributes, TdReport10, TdReport15
 from chutes_proto.quote._measurements import Stage
 from chutes_proto.quote._policy import (
@@ -21,7 +22,6 @@ from chutes_proto.quote._policy import (
     AllOf,
     AnyOf,
     AnyPolicy,
-    IdentityPolicy,
     Policy,
     TcbPolicy,
     parse_policy_toml,

@@ -2,7 +2,7 @@
 
 Rules kept here:
 
-* every disk is looked at before anything is asked for, and the server is told which of them have a header;
+* every disk is looked at before anything is asked for, and the server learns which of them have a header;
 * every step of every disk is planned before the first is taken; a disk that must not be touched stops the boot;
 * the exchange follows the grant; with a grant of an earlier run, it continues there;
 * one disk's failure does not keep the others from being opened and confirmed; it is raised afterwards;
@@ -231,8 +231,8 @@ def _act(action: Action[T], keys: Keys) -> Flow[T]:
 
 def tell_failure(volume: str, error: DiskError) -> Flow[None]:
     """Log what is wrong with the disk of a volume."""
-    told = {"volume": volume, "device": error.device, "reason": error.reason, "text": str(error)}
-    yield from Log(Record.of(Level.ERROR, "disk_failed", **told))
+    fields = {"volume": volume, "device": error.device, "reason": error.reason, "text": str(error)}
+    yield from Log(Record.of(Level.ERROR, "disk_failed", **fields))
 
 
 def _opened(volume: Volume, plan: Plan) -> OpenVolume:

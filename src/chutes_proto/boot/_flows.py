@@ -439,8 +439,8 @@ def _confirm_step() -> _Step:
         answer = yield from _ask(vms.VOLUME_CONFIRMATION, request, vms.VolumeConfirmationAnswer)
         _check_answered(rotation.report, answer.volumes)
         results = {name: part.result for name, part in answer.volumes.items()}
-        told = [f"{name}: {result}" for name, result in results.items()]
-        yield from Log(Record.of(Level.INFO, "rotation_confirmed", volumes=told))
+        lines = [f"{name}: {result}" for name, result in results.items()]
+        yield from Log(Record.of(Level.INFO, "rotation_confirmed", volumes=lines))
         return results
 
     return _Step("confirmation", Input.CONFIRMED, confirm)

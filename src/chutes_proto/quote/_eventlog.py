@@ -13,7 +13,7 @@ Rules kept here:
 * all four RTMRs are compared: one without events must be zero;
 * a replay vouches for digests and their order within a register, for nothing else: not for an event's type, its data or
   the order between registers. Data count only where a digest is theirs (`Event.measured`), and extractors use nothing
-  else. What is there was measured; that something is absent proves nothing.
+  else. An event that is there was measured; an absent one proves nothing.
 
 Sources: TCG PC Client Platform Firmware Profile, 10 (crypto agile log; 10.4.5.1, Spec ID event); UEFI Specification,
 38.4 (virtual platform CC event log: register 0 is MRTD, 1 to 4 are RTMR0 to RTMR3); GNU GRUB manual, "Measuring boot
