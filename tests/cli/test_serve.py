@@ -307,7 +307,7 @@ def test_one_name_in_two_files_is_an_error(command: Command, site: Path) -> None
     edit(site, '["measurements.toml"]', '["measurements.toml", "measurements.toml"]')
     ended = check(command, site)
     assert ended.code == 1
-    assert "measurements: profile: a name is there twice" in ended.err
+    assert "measurements: profile: a name is given twice" in ended.err
 
 
 def test_the_configuration_in_the_help_is_one(capsys: pytest.CaptureFixture[str]) -> None:

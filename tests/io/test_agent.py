@@ -243,7 +243,7 @@ def test_a_program_that_hangs_is_killed_with_its_children(tmp_path: Path) -> Non
     assert time.monotonic() - begun < 59  # what it started would take 60
 
 
-@pytest.mark.parametrize(("text", "told"), [("'", "it cannot be split into arguments"), ("''  x", "it names no program")])
+@pytest.mark.parametrize(("text", "told"), [("'", "it cannot be split into"), ("''  x", "it names no program")])
 def test_a_text_that_is_not_a_command(text: str, told: str) -> None:
     with pytest.raises(ConfigurationError, match=f"^the signature command: {told}"):
         _ = agent.make_signer(f"command:{text}", identity(None))

@@ -61,8 +61,8 @@ def test_a_text_names_a_quoter(text: str, described: str) -> None:
         ("  ", "the quote command: it names no program"),
         ("command:", "the quote command: it names no program"),
         ("''", "the quote command: it names no program"),
-        ("'", "the quote command: it cannot be cut into arguments: No closing quotation"),
-        ("a\0b", "the quote command: it has a NUL"),
+        ("'", "the quote command: it cannot be split into arguments: No closing quotation"),
+        ("a\0b", "the quote command: it contains a NUL"),
         ("auto:", "auto is followed by nothing"),
         ("auto:tsm", "auto is followed by nothing"),
         ("tsm:", "tsm is followed by nothing, or :DIR"),
@@ -292,7 +292,7 @@ def test_a_program_that_does_not_exist(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("words", "told"),
-    [([], "it names no program"), (["", "x"], "it names no program"), (["a", "b\0"], "it has a NUL")],
+    [([], "it names no program"), (["", "x"], "it names no program"), (["a", "b\0"], "it contains a NUL")],
 )
 def test_a_list_that_is_not_a_command(words: list[str], told: str) -> None:
     with pytest.raises(ConfigurationError, match=f"^the quote command: {told}$"):

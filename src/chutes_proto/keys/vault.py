@@ -186,7 +186,8 @@ class Vault:
         key = next((key.key for key in self.live if key.kek_id == row.kek_id), None)
         if key is None:
             live = ", ".join(key.kek_id for key in self.live)
-            raise KeyUnavailable(f"the key {_where(address)} is sealed under KEK {row.kek_id}; available: {live}")
+            sealed = f"sealed under key-encryption key (KEK) {row.kek_id}"
+            raise KeyUnavailable(f"the key {_where(address)} is {sealed}; available: {live}")
         try:
             return _decrypt(key.reveal(), row.wrapped_key, address.associated_data(b"data key"))
         except (InvalidTag, ValueError):
