@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from chutes_proto.errors import Refused
 from chutes_proto.keys import generations
 from chutes_proto.keys.generations import Change, HandOut
+from chutes_proto.store import rows
 from chutes_proto.store.rows import Exchange, ReadVm, VmRow
 from chutes_proto.testing.store_suite import VM, boot
 from chutes_proto.units import rotation
@@ -265,7 +266,7 @@ def test_a_confirmation_of_an_older_boot_locks_a_disk(monkeypatch: pytest.Monkey
 
     def confirmable(unit: Any) -> Any:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(rotation, "ReadVm", ReadAnything)
+            patch.setattr(rows, "ReadVm", ReadAnything)
             return (yield from CONFIRMABLE(unit))
 
     monkeypatch.setattr(rotation.ConfirmVolumes, "_confirmable", confirmable)

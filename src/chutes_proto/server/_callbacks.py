@@ -4,13 +4,13 @@ Rules kept here:
 
 * the address that the host was located at is the one that is asked; its name is not resolved again, no redirect is
   followed, and how long and how large an answer may be is bounded;
-* the nonce is drawn for this one question, and is kept nowhere else;
-* the quote binds the key of the very connection that it came over, and is judged as a runtime quote is
+* the nonce is drawn for this one request, and is kept nowhere else;
+* the quote binds the key of the very connection that it came over, and is verified and appraised as a runtime quote
   (``_evidence.py``);
-* whatever becomes of the network, the caller hears one text: a server is no way to look around behind it.
+* every fault of the network has the same text for the caller, who must not be able to scan the server's network.
 
-What it shows: an approved TD answers at that address. Whose it is, it does not show: the question names no hotkey of
-the caller's. What GPUs say of themselves is not verified here; that it was not is written into the audit.
+It shows that an approved TD answers at that address. It does not show whose it is: the request names no hotkey of the
+caller's. GPU evidence is not verified; the audit row says so.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from chutes_proto.wire.miners import RegisterServerRequest
 
 SECONDS: Final = 20.0
-"""How long a host may take: it makes a quote and asks its GPUs."""
+"""The time that a host may take: it makes a quote and asks its GPUs."""
 
 
 def ask_host(
@@ -61,13 +61,7 @@ def ask_host(
     yield from call.log(
         "host_evidence", host=host, address=address, profile=profile.name, gpus=gpus, trust=service.trust
     )
-    return HostQuote(
-        pin=evidence.platform.pin,
-        profile_name=profile.name,
-        profile_version=profile.version,
-        quote_digest=evidence.quote_digest,
-        gpus=gpus,
-    )
+    return HostQuote(evidence.quote_digest, evidence.platform.pin, profile.name, profile.version, gpus)
 
 
 def _fetch(callback: Callback, nonce: bytes, host: str, address: str) -> Flow[tuple[HostEvidence, ClientKey]]:

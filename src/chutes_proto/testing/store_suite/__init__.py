@@ -17,7 +17,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias, TypeVar
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from chutes_proto.errors import Refusal, StoreError
 from chutes_proto.keys.generations import K3S_VOLUME
@@ -26,6 +26,7 @@ from chutes_proto.secret import Secret
 from chutes_proto.store._run import Script, Store, Unit
 from chutes_proto.store.rows import ROWS, Platform, ReadTimes, Scan, StoreOp, Vm
 from chutes_proto.units.boot import GrantBoot
+from chutes_proto.units.nonces import Nonce
 from chutes_proto.units.rotation import AttestVolumes, ConfirmNonce, ConfirmVolumes
 from chutes_proto.units.volumes import ReadVolume, SyncVolumes
 from chutes_proto.wire.codes import Code
@@ -85,9 +86,7 @@ def boot(label: str, *, now: int = NOW, vm: Vm = VM) -> GrantBoot:
     return GrantBoot(
         now=now,
         boot_id=entropy(f"boot {label}", 16).hex(),
-        nonce=entropy(f"nonce {label}", 32),
-        nonce_purpose="boot",
-        nonce_issued_at=now - 5,
+        nonce=Nonce(entropy(f"nonce {label}", 32), "boot", now - 5),
         vm=vm,
         platform=platform("home"),
         hotkey_proven=False,
@@ -145,10 +144,7 @@ def attest(granted: GrantBoot, body: str, *volumes: str, formatted: Sequence[str
         nonce_digest=granted.token_digest,
         certificate=granted.certificate,
         body_digest=entropy(f"body {body}", 32),
-        quote_digest=entropy(f"runtime quote {body}", 32),
-        profile_name=granted.profile_name,
-        profile_version=granted.profile_version,
-        pin=granted.platform.pin,
+        quote=evolve(granted.quote, digest=entropy(f"runtime quote {body}", 32)),
         peer_address=granted.peer_address,
         volumes=volumes,
         formatted=None if formatted is None else frozenset(formatted),

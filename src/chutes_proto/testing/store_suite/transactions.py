@@ -343,12 +343,12 @@ def a_nonce_is_refused_when_it_must_be(harness: Harness) -> None:
     _all_refused(store, [(again, Code.NONCE_INVALID)])
     _ = store.transact(boot("a day later", now=NOW + DAY))
     kept = [row.value for row in store.transact(Ask(Scan(NonceRow)))]
-    expect(kept, [boot("a day later").nonce], "nonces that are remembered after a day")
+    expect(kept, [boot("a day later").nonce.value], "nonces that are remembered after a day")
     _all_refused(store, [(again, Code.NONCE_INVALID)])
     horizon = store.transact(StoreRestored(NOW + 90_000)).horizon
     late = boot("late", now=horizon + 1)
     _all_refused(store, [(evolve(late, now=horizon), Code.STORE_UNAVAILABLE)])
-    _all_refused(store, [(evolve(late, nonce_issued_at=horizon), Code.NONCE_INVALID)])
+    _all_refused(store, [(evolve(late, nonce=evolve(late.nonce, issued_at=horizon)), Code.NONCE_INVALID)])
     _ = store.transact(_after(store, horizon))
 
 
@@ -369,7 +369,8 @@ def clocks_that_are_ahead_stop_no_boot(harness: Harness) -> None:
     _ = store.transact(first)
     ahead = NonceRow(entropy("ahead", 32), "boot", now + 10 * DAY, now + 10 * DAY)
     _ = store.transact(Ask(RedeemNonce(ahead)))
-    _ = store.transact(evolve(boot("sweep", now=now + 12 * DAY), nonce_issued_at=now))
+    sweep = boot("sweep", now=now + 12 * DAY)
+    _ = store.transact(evolve(sweep, nonce=evolve(sweep.nonce, issued_at=now)))
     if clock is None:  # then this was the latest time, and the clock went back since
         _all_refused(store, [(boot("right", now=now + 100), Code.STORE_UNAVAILABLE)])
     else:
@@ -387,7 +388,7 @@ def clocks_that_are_ahead_stop_no_boot(harness: Harness) -> None:
         between = clock + SKEW <= wrong.horizon <= right.horizon <= latest + SKEW
         expect(between, True, f"horizons {wrong.horizon} and {right.horizon} by a clock from {clock} to {latest}")
     _ = store.transact(_after(store, right.horizon))
-    again = evolve(boot("again", now=right.horizon + 1), nonce=first.nonce, nonce_issued_at=first.nonce_issued_at)
+    again = evolve(boot("again", now=right.horizon + 1), nonce=first.nonce)
     _all_refused(store, [(again, Code.NONCE_INVALID)])
 
 
