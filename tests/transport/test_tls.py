@@ -408,7 +408,7 @@ def test_a_long_chain_is_accepted(tmp_path: Path) -> None:
         (b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n", IDENTITY.key_pem, "chain is not PEM"),
         (IDENTITY.chain_pem, Secret(b""), "not a private key"),
         (IDENTITY.chain_pem, Secret(IDENTITY.chain_pem), "not a private key"),
-        (IDENTITY.ca_pem, IDENTITY.key_pem, "not the one of the certificate"),
+        (IDENTITY.ca_pem, IDENTITY.key_pem, "does not match the certificate"),
     ],
 )
 def test_contexts_that_cannot_be(chain: bytes, key: Secret, why: str) -> None:

@@ -15,29 +15,25 @@ there are many, because anyone can cause it.
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from chutes_proto.auth.certificates import client_key
+from chutes_proto.auth.certificates import ClientKey, client_key
 from chutes_proto.auth.hotkey import Hotkey, HotkeyError
 from chutes_proto.auth.signing import check_body_signature
-from chutes_proto.effects import Entropy, Transact
+from chutes_proto.effects import Entropy, Flow, Transact
 from chutes_proto.errors import LocalProtocolError, Refused
 from chutes_proto.keys.vault import FreshKey
 from chutes_proto.secret import Secret
+from chutes_proto.server._call import Call
 from chutes_proto.server._evidence import Evidence, appraise, verify_evidence
 from chutes_proto.server._nonces import RANDOM_SIZE, expires_at
+from chutes_proto.server._service import Service
 from chutes_proto.store.rows import Vm
 from chutes_proto.units.boot import GrantBoot, RecordRefusal
+from chutes_proto.units.nonces import Nonce
 from chutes_proto.wire.codes import Code
 from chutes_proto.wire.endpoint import NonceAnswer
 from chutes_proto.wire.vms import BootAttestationAnswer, BootAttestationRequest, BootNonceRequest
-
-if TYPE_CHECKING:
-    from chutes_proto.auth.certificates import ClientKey
-    from chutes_proto.effects import Flow
-    from chutes_proto.server._call import Call
-    from chutes_proto.server._service import Service
-    from chutes_proto.units.nonces import Nonce
 
 
 def issue_boot_nonce(service: Service, call: Call[BootNonceRequest]) -> Flow[NonceAnswer]:

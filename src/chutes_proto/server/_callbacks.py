@@ -16,26 +16,21 @@ caller's. GPU evidence is not verified; the audit row says so.
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from cryptography import x509
 
-from chutes_proto.auth.certificates import client_key
+from chutes_proto.auth.certificates import ClientKey, client_key
 from chutes_proto.auth.signing import purpose_message, signature_headers
-from chutes_proto.effects import Entropy, FetchEvidence, Now
+from chutes_proto.effects import Entropy, FetchEvidence, Flow, Now
 from chutes_proto.errors import BadRequest, Refusal, Refused, RemoteProtocolError, TransportError, Unavailable
+from chutes_proto.server._call import SignedCall
 from chutes_proto.server._evidence import appraise, verify_evidence
+from chutes_proto.server._service import Callback, Service
 from chutes_proto.units.servers import HostQuote
 from chutes_proto.wire.codes import Code
-from chutes_proto.wire.evidence import PURPOSE, decode_evidence, evidence_target
-
-if TYPE_CHECKING:
-    from chutes_proto.auth.certificates import ClientKey
-    from chutes_proto.effects import Flow
-    from chutes_proto.server._call import SignedCall
-    from chutes_proto.server._service import Callback, Service
-    from chutes_proto.wire.evidence import HostEvidence
-    from chutes_proto.wire.miners import RegisterServerRequest
+from chutes_proto.wire.evidence import PURPOSE, HostEvidence, decode_evidence, evidence_target
+from chutes_proto.wire.miners import RegisterServerRequest
 
 SECONDS: Final = 20.0
 """The time that a host may take: it makes a quote and asks its GPUs."""

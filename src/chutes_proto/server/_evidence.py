@@ -15,32 +15,28 @@ Nothing here writes or consumes. Texts are those that deployed clients print; th
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from attrs import frozen
 
 from chutes_proto.auth.binding import check_report_data
-from chutes_proto.effects import FetchCollateral, Now
+from chutes_proto.auth.certificates import ClientKey
+from chutes_proto.effects import FetchCollateral, Flow, Now
 from chutes_proto.errors import CollateralUnavailable, Refused, Unavailable
+from chutes_proto.log import Value
 from chutes_proto.quote import _steps as steps
+from chutes_proto.quote._collateral import VerifiedCollateral
 from chutes_proto.quote._layout import parse_quote
+from chutes_proto.quote._measurements import Profile
+from chutes_proto.quote._policy import AcceptedVerdict
 from chutes_proto.quote._terms import check_terms
-from chutes_proto.quote._verify import check_signed, open_quote, verify_quote
+from chutes_proto.quote._verify import Verdict, check_signed, open_quote, verify_quote
 from chutes_proto.quote.errors import AppraisalError, QuoteFormatError, VerificationError
+from chutes_proto.server._service import Service
 from chutes_proto.store.rows import Platform
 from chutes_proto.units.records import AcceptedQuote, Quote
 from chutes_proto.wire.codec import decode_quote
 from chutes_proto.wire.codes import Code
-
-if TYPE_CHECKING:
-    from chutes_proto.auth.certificates import ClientKey
-    from chutes_proto.effects import Flow
-    from chutes_proto.log import Value
-    from chutes_proto.quote._collateral import VerifiedCollateral
-    from chutes_proto.quote._measurements import Profile
-    from chutes_proto.quote._policy import AcceptedVerdict
-    from chutes_proto.quote._verify import Verdict
-    from chutes_proto.server._service import Service
 
 _NOT_VERIFIED = "Unable to parse provided quote for verification."
 _OURS = (

@@ -24,20 +24,18 @@ The store sees to it that a nonce is redeemed once (``units/nonces.py``).
 from __future__ import annotations
 
 import hmac
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from attrs import frozen
 
 from chutes_proto.errors import Refused, Unavailable
+from chutes_proto.keys.vault import Vault
 from chutes_proto.secret import Secret
 from chutes_proto.units.nonces import SKEW, Nonce, nonce_from_future
 from chutes_proto.wire.codes import Code
 from chutes_proto.wire.http import address_prefix
 from chutes_proto.wire.names import HEX_32
 from chutes_proto.wire.times import timestamp
-
-if TYPE_CHECKING:
-    from chutes_proto.keys.vault import Vault
 
 Purpose = Literal["boot", "runtime"]
 

@@ -16,29 +16,25 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from typing import TYPE_CHECKING
 
 from attrs import evolve
 
 from chutes_proto.auth.certificates import client_key
-from chutes_proto.effects import Now
+from chutes_proto.effects import Flow, Now
 from chutes_proto.errors import Refused
 from chutes_proto.keys.generations import K3S_VOLUME
 from chutes_proto.keys.vault import FreshKey
 from chutes_proto.secret import Secret
 from chutes_proto.server._boot import record_refusal, token_digest
+from chutes_proto.server._call import Call
 from chutes_proto.server._evidence import appraise, verify_evidence
 from chutes_proto.server._retry import transact_with_retries, verify_with_retries
+from chutes_proto.server._service import Service
 from chutes_proto.server._volumes import check_names, check_shape, check_volumes, entropy_parts
 from chutes_proto.store.rows import Vm
 from chutes_proto.units.rotation import AttestVolumes, ConfirmNonce, ConfirmVolumes, FindQuoteNonce
 from chutes_proto.wire import vms
 from chutes_proto.wire.codes import Code
-
-if TYPE_CHECKING:
-    from chutes_proto.effects import Flow
-    from chutes_proto.server._call import Call
-    from chutes_proto.server._service import Service
 
 _LABEL = "chutes-proto confirm nonce v1"
 

@@ -11,26 +11,21 @@ request again cannot make a server look failed.
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
 
 from chutes_proto.auth.certificates import client_key
-from chutes_proto.effects import Entropy, Transact
+from chutes_proto.effects import Entropy, Flow, Transact
 from chutes_proto.errors import BadRequest, Refused
-from chutes_proto.server._evidence import appraise, verify_evidence
+from chutes_proto.server._call import SignedCall
+from chutes_proto.server._evidence import Evidence, appraise, verify_evidence
 from chutes_proto.server._nonces import RANDOM_SIZE, expires_at
+from chutes_proto.server._service import Service
+from chutes_proto.store.rows import AttestationRow, ServerRow
+from chutes_proto.units.nonces import Nonce
 from chutes_proto.units.records import Quote
 from chutes_proto.units.servers import GrantRuntime, ReadOwnServer, RecordRuntimeRefusal
 from chutes_proto.wire import miners
 from chutes_proto.wire.endpoint import NonceAnswer
 from chutes_proto.wire.times import timestamp
-
-if TYPE_CHECKING:
-    from chutes_proto.effects import Flow
-    from chutes_proto.server._call import SignedCall
-    from chutes_proto.server._evidence import Evidence
-    from chutes_proto.server._service import Service
-    from chutes_proto.store.rows import AttestationRow, ServerRow
-    from chutes_proto.units.nonces import Nonce
 
 
 def issue_runtime_nonce(service: Service, call: SignedCall[miners.RuntimeNonceRequest]) -> Flow[NonceAnswer]:

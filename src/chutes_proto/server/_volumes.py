@@ -7,26 +7,22 @@ Checks without rows are made here, in the order in which deployed clients know t
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from chutes_proto.auth.certificates import spki_sha256
-from chutes_proto.effects import Entropy
+from chutes_proto.effects import Entropy, Flow
 from chutes_proto.errors import BadRequest, Refused
 from chutes_proto.keys.vault import FreshKey
 from chutes_proto.server._boot import token_digest
+from chutes_proto.server._call import Call
 from chutes_proto.server._retry import transact_with_retries
+from chutes_proto.server._service import Service
 from chutes_proto.store.rows import Vm
 from chutes_proto.units.volumes import ReadVolume, SyncVolumes
 from chutes_proto.wire.codes import Code
 from chutes_proto.wire.names import HEX_32
 from chutes_proto.wire.vms import CachePassphraseAnswer, CachePassphraseRequest, VolumeSyncAnswer, VolumeSyncRequest
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
-    from chutes_proto.effects import Flow
-    from chutes_proto.server._call import Call
-    from chutes_proto.server._service import Service
 
 
 def read_cache_passphrase(service: Service, call: Call[CachePassphraseRequest]) -> Flow[CachePassphraseAnswer]:

@@ -2,13 +2,13 @@
 
 Rules kept here:
 
-* an operation is one entry of `_QUERIES`: its statement with parameters, and how a reply is made of what comes back;
-* every value is a parameter, written as where the operation has it (``:vm.name``) and made a ``?``; `for_driver`
-  turns that into what a driver wants, and no statement has a ``:``, ``?`` or ``%`` for anything else;
-* ``{clock}`` in a statement is the time by the database's own clock, NULL in a dialect that has only this machine's;
+* an operation is one entry of `_QUERIES`: its statement with parameters, and a function from the result to the reply;
+* every value is a parameter, written as its path in the operation (``:vm.name``) and made a ``?``; `for_driver` turns
+  that into the driver's mark, and no statement has a ``:``, ``?`` or ``%`` for anything else;
+* ``{clock}`` in a statement is the time by the database's own clock, NULL in a dialect without one;
 * table and column names come from the row classes alone;
-* types are what both dialects have: TEXT, BIGINT, BOOLEAN and bytes; no TEXT is compared but for equality, because
-  collations differ, so order is made here;
+* types are those that both dialects have: TEXT, BIGINT, BOOLEAN and bytes; TEXT is compared for equality only, because
+  collations differ, so rows are sorted here;
 * a release that changes the schema adds a step to `STEPS`; the number of steps that made a database is its schema
   version, and stands in the ``fact`` table.
 """
@@ -206,7 +206,7 @@ TABLES: Final[dict[Dialect, str]] = {
     "sqlite": "SELECT name FROM sqlite_master",
     "postgresql": "SELECT tablename FROM pg_tables WHERE schemaname = current_schema()",
 }
-"""What there is in a database, ours or not."""
+"""The statement that lists all tables of a database, ours or not."""
 
 _TYPES: Final[dict[Dialect, dict[str, str]]] = {
     "sqlite": {"bytes": "BLOB", "serial": "INTEGER", "room": "", "alone": ""},
@@ -215,7 +215,7 @@ _TYPES: Final[dict[Dialect, dict[str, str]]] = {
         "serial": "BIGINT GENERATED ALWAYS AS IDENTITY",
         # Every unit holds the weakest lock of this table, so none runs beside a migration.
         "alone": "LOCK TABLE fact IN ACCESS EXCLUSIVE MODE",
-        # A new version of a row that finds no room beside the old one is entered in every index, where it conflicts
+        # A new version of a row that does not fit beside the old one is entered in every index, where it conflicts
         # with each transaction that read a neighbour there.
         "room": ";".join(f"ALTER TABLE {table} SET (fillfactor = 50)" for table in ("vm", "boot", "volume")),
     },
@@ -260,25 +260,25 @@ def _type_of(attribute: attrs.Attribute[Any]) -> Any:
 
 
 _PAIRS: Final[dict[Any, tuple[str, str]]] = {store.Vm: ("hotkey", "vm"), store.Pin: ("platform_kind", "platform_id")}
-"""The columns of what is two."""
+"""The columns of each type that is two of them."""
 
 _PARTS: Final[dict[Any, Callable[[Any], Values]]] = {
     store.Vm: attrgetter("hotkey", "name"),
     store.Pin: attrgetter("kind", "value"),
 }
-"""The values of what is two columns."""
+"""The values of the same."""
 
 
 @frozen
 class _Layout:
-    """How a row's fields are its columns: each is one, but for those that are a pair of them."""
+    """The columns of a row's fields: one for each, or a pair."""
 
     columns: tuple[str, ...]
     fields: Callable[[store.Row], Values]
     pairs: tuple[tuple[int, Any], ...]
-    """Place and type."""
+    """Index and type of each field that is a pair."""
     flags: tuple[int, ...]
-    """The places of the booleans."""
+    """The indexes of the booleans."""
 
     @classmethod
     def of(cls, kind: type[Any]) -> _Layout:
@@ -411,7 +411,7 @@ def _numbered(rows: Rows) -> tuple[tuple[int, store.AuditRow], ...]:
 
 @frozen
 class _Query:
-    """How an operation is carried out: its statement and parameters, and its reply, from the rows that came back."""
+    """An operation in SQL: its statement and parameters, and its reply, from the rows that the statement returned."""
 
     ask: Callable[[Any], tuple[str, Values]]
     reply: Callable[[Any, Rows], Any]
@@ -430,7 +430,7 @@ def _either(holds: Callable[[Any], bool], yes: _Query, no: _Query) -> _Query:
 def _write(
     text: Callable[[type[store.Row]], str], kinds: Sequence[type[store.Row]], reply: Callable[[Rows], Any]
 ) -> _Query:
-    """Of the operation's row, whole."""
+    """The query that writes the operation's whole row."""
     texts = {kind: text(kind) for kind in kinds}
     return _Query(lambda op: (texts[type(op.row)], encode(op.row)), lambda _, rows: reply(rows))
 
@@ -538,7 +538,7 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query]] = {
 
 
 def statement(op: store.StoreOp[Any]) -> tuple[str, Values]:
-    """The statement of an operation and its parameters. Raises `TypeError` for what is no operation."""
+    """The statement of an operation and its parameters. Raises `TypeError` for any other value."""
     query = _QUERIES.get(type(op))
     if query is None:
         raise TypeError(f"{type(op).__name__} is not a row operation")
@@ -546,5 +546,5 @@ def statement(op: store.StoreOp[Any]) -> tuple[str, Values]:
 
 
 def decode(op: store.StoreOp[Any], rows: Rows) -> Any:
-    """The reply to an operation, from what its statement returned (nothing, for one that returns no rows)."""
+    """The reply to an operation, from the rows that its statement returned, which may be none."""
     return _QUERIES[type(op)].reply(op, rows)

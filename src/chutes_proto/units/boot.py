@@ -13,26 +13,21 @@ The order in which the server checks before it comes here is in ``server/_boot.p
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable
+from typing import Literal
 
 from attrs import evolve, frozen
 
 from chutes_proto.errors import Refused
 from chutes_proto.keys import generations
+from chutes_proto.keys.vault import FreshKey, Vault
+from chutes_proto.secret import Secret
 from chutes_proto.store import rows as store
-from chutes_proto.store._run import Unit
+from chutes_proto.store._run import Script, Unit
 from chutes_proto.units.keys import VmKeys, by_volume
-from chutes_proto.units.nonces import redeem_nonce
+from chutes_proto.units.nonces import Nonce, redeem_nonce
 from chutes_proto.units.records import AcceptedQuote, Quote, Records, legible
 from chutes_proto.wire.codes import Code
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from chutes_proto.keys.vault import FreshKey, Vault
-    from chutes_proto.secret import Secret
-    from chutes_proto.store._run import Script
-    from chutes_proto.units.nonces import Nonce
 
 TOKEN_SECONDS = 600
 REFUSALS_PER_DAY = 100

@@ -8,18 +8,14 @@ Rules kept here:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable, Mapping
+from typing import Any, Final
 
 from attrs import frozen
 
 from chutes_proto.errors import StoreError
 from chutes_proto.store import rows as store
-from chutes_proto.store._run import Unit
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    from chutes_proto.store._run import Script
+from chutes_proto.store._run import Script, Unit
 
 _WRITES: Final[Mapping[type[store.Row], Callable[[Any], store.StoreOp[Any]]]] = {
     store.NonceRow: store.RedeemNonce,

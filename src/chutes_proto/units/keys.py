@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from attrs import define, evolve, field
 
 from chutes_proto.keys import generations
-from chutes_proto.keys.vault import Address
+from chutes_proto.keys.generations import Change, HandOut, Seal, Supply
+from chutes_proto.keys.vault import Address, FreshKey, Vault
+from chutes_proto.secret import Secret
 from chutes_proto.store import rows as store
-
-if TYPE_CHECKING:
-    from chutes_proto.keys.generations import Change, HandOut, Seal, Supply
-    from chutes_proto.keys.vault import FreshKey, Vault
-    from chutes_proto.secret import Secret
-    from chutes_proto.store._run import Script
+from chutes_proto.store._run import Script
 
 
 def by_volume(rows: Iterable[store.GenerationRow]) -> defaultdict[str, list[store.GenerationRow]]:

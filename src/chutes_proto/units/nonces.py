@@ -12,17 +12,13 @@ Rules kept here:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from attrs import frozen
 
 from chutes_proto.errors import Refused, Unavailable
 from chutes_proto.quote._terms import rfc3339
+from chutes_proto.store._run import Script
 from chutes_proto.store.rows import NonceRow, RaiseHorizon, ReadTimes, RedeemNonce, SweepNonces
 from chutes_proto.wire.codes import Code
-
-if TYPE_CHECKING:
-    from chutes_proto.store._run import Script
 
 SKEW = 60
 """How far ahead of our clocks a nonce may have been issued, in seconds."""

@@ -8,14 +8,11 @@ Rules kept here:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from attrs import frozen
 
-from chutes_proto.store.rows import AttestationRow, AuditRow, Insert, Pin, Vm
-
-if TYPE_CHECKING:
-    from chutes_proto.store.rows import BootRow, Decision
+from chutes_proto.store.rows import AttestationRow, AuditRow, BootRow, Decision, Insert, Pin, Vm
 
 
 @frozen

@@ -16,24 +16,21 @@ Rules kept here:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from attrs import evolve, frozen
 
 from chutes_proto.errors import KeyUnavailable, Refused
 from chutes_proto.keys import generations
 from chutes_proto.keys.generations import K3S_VOLUME
+from chutes_proto.keys.vault import FreshKey, Vault
+from chutes_proto.secret import Secret
 from chutes_proto.store import rows as store
-from chutes_proto.store._run import Unit
+from chutes_proto.store._run import Script, Unit
 from chutes_proto.units.boot import check_token, taken
 from chutes_proto.units.keys import VmKeys, by_volume, disk_of, report
 from chutes_proto.units.records import AcceptedQuote, Records
 from chutes_proto.wire.codes import Code
-
-if TYPE_CHECKING:
-    from chutes_proto.keys.vault import FreshKey, Vault
-    from chutes_proto.secret import Secret
-    from chutes_proto.store._run import Script
 
 CONFIRM_SECONDS = 300
 

@@ -14,22 +14,18 @@ Rules kept here:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from attrs import evolve, frozen
 
 from chutes_proto.errors import BadRequest, Refused, StoreBusy
+from chutes_proto.quote._measurements import Profile
 from chutes_proto.store import rows as store
-from chutes_proto.store._run import Unit
+from chutes_proto.store._run import Script, Unit
 from chutes_proto.units.boot import DAY, REFUSALS_PER_DAY
-from chutes_proto.units.nonces import redeem_nonce
+from chutes_proto.units.nonces import Nonce, redeem_nonce
 from chutes_proto.units.records import NO_QUOTE, AcceptedQuote, Quote, Records, legible
 from chutes_proto.wire.codes import Code
-
-if TYPE_CHECKING:
-    from chutes_proto.quote._measurements import Profile
-    from chutes_proto.store._run import Script
-    from chutes_proto.units.nonces import Nonce
 
 EVIDENCE_SECONDS = 86_400
 """How long a boot shows whose the address is that it came from."""

@@ -15,24 +15,20 @@ Rules kept here:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from attrs import frozen
 
 from chutes_proto.errors import Refused
 from chutes_proto.keys import generations
 from chutes_proto.keys.generations import RESERVED_VOLUMES, Supply
+from chutes_proto.keys.vault import FreshKey, Vault
+from chutes_proto.secret import Secret
 from chutes_proto.store import rows as store
-from chutes_proto.store._run import Unit
+from chutes_proto.store._run import Script, Unit
 from chutes_proto.units.boot import check_token
 from chutes_proto.units.keys import VmKeys, by_volume, report
 from chutes_proto.units.records import AcceptedQuote, Records
 from chutes_proto.wire.codes import Code
-
-if TYPE_CHECKING:
-    from chutes_proto.keys.vault import FreshKey, Vault
-    from chutes_proto.secret import Secret
-    from chutes_proto.store._run import Script
 
 
 @frozen
@@ -48,7 +44,7 @@ class VolumeKeys:
 
 
 @frozen
-class ReadVolume(Unit["Secret"]):
+class ReadVolume(Unit[Secret]):
     """Operation 3: the passphrase of one volume, which is in use from then on: its VM is about to open the disk.
 
     ``certificate`` is the SHA-256 of the presented key's SubjectPublicKeyInfo, None where none was presented. Raises

@@ -367,7 +367,7 @@ class PostgresStore:
             settings, *version = _rows(connection, begin)
             self._check_settings(connection, *settings)
             if begin == self._begin:
-                self._versions(connection).judge(version)
+                self._versions(connection).check(version)
             yield
             committing = True
             self._commit(connection)

@@ -335,7 +335,7 @@ class SqliteStore:
     def _require_version(self, connection: sqlite3.Connection) -> None:
         """Check the version: a newer release may have migrated the file since it was opened."""
         versions = self._versions(connection)
-        versions.judge(versions.execute(READ_VERSION))
+        versions.check(versions.execute(READ_VERSION))
 
     def _check_file(self) -> None:
         """Check that the path leads to the open file: commits to a file without a name are lost at the next start."""
