@@ -90,7 +90,7 @@ def is_excused(world: World) -> bool:
 
 @define
 class Search:
-    """All worlds that some disturbed boots can lead to, and what becomes of them."""
+    """All worlds that some disturbed boots can lead to, and their ends."""
 
     policy: Policy
     in_flight: int = 1

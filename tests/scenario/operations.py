@@ -116,7 +116,7 @@ Scene = Callable[..., Site]
 
 @define
 class Vm:
-    """A VM with a throw-away TLS key; each of its methods is one request."""
+    """A VM with an ephemeral TLS key; each of its methods is one request."""
 
     site: Site
     name: str = "vm-1"

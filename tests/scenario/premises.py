@@ -212,7 +212,7 @@ class Premises:
         return ended.json
 
     def sql(self, statement: str) -> None:
-        """What an administrator of the database does behind the server's back."""
+        """A change by the database's administrator behind the server's back."""
         if self.store.startswith("sqlite:"):
             with closing(sqlite3.connect(self.directory / "keys.db", timeout=60)) as connection, connection:
                 _ = connection.execute(statement)
@@ -229,7 +229,7 @@ class Premises:
 
 @define
 class Vm:
-    """A boot of a VM with a throw-away TLS key; each method is one request, and hands out its answer's members."""
+    """A boot of a VM with an ephemeral TLS key; each method is one request, and hands out its answer's members."""
 
     premises: Premises
     name: str
@@ -281,7 +281,7 @@ class Vm:
 
 @define
 class Watch:
-    """What anyone on the machine sees of its processes: all command lines and environments, looked at all the time.
+    """The view of the machine's processes that everyone has: all command lines and environments, read all the time.
 
     An environment is read once for each command line that a process has: it is fixed as that is, when a program begins.
     """

@@ -133,7 +133,7 @@ class Machine:
         return dict(json.loads(ended.out.splitlines()[-1]))
 
     def trusts(self, hostile: Credentials) -> None:
-        """What it asks is a hostile server."""
+        """It asks a hostile server."""
         _ = (self.folder / "hostile.pem").write_bytes(hostile.ca_pem)
         self.changes |= {"ca_file": str(self.folder / "hostile.pem")}
         self.changes |= {"retry.deadline_seconds": 3, "retry.attempts": 2}
@@ -214,7 +214,7 @@ def test_the_next_server_is_asked_where_one_is_down(site: Premises, machine: Mac
 
 
 def test_a_server_that_dies_after_its_grant_is_replaced(site: Premises, machine: Machine, tmp_path: Path) -> None:
-    """What it granted holds at every server of the store: the same bytes go to the next one."""
+    """Its grant holds at every server of the store: the same bytes go to the next one."""
     two_phase(site)
     site.start()
     other = start_server("--config", site.configuration, ca=site.ca, stderr=subprocess.DEVNULL)
@@ -604,7 +604,7 @@ BASE: dict[str, dict[str, object]] = {
     "attestation": {"key": WRONG, "boot_token": TOKEN},
     "luks": {"storage": WRONG, "tdx-cache": WRONG, "in_use": []},
 }
-"""What a server says in an exchange that goes well, by the last word of the path."""
+"""A server's answers in an exchange that succeeds, by the last word of the path."""
 TWO_PHASE: dict[str, dict[str, object]] = {
     "nonce": _NONCE,
     "attestation": {"key": WRONG, "boot_token": None, "luks_quote_nonce": TOKEN},
@@ -658,7 +658,7 @@ def test_a_server_that_turns_hostile(
         with pytest.raises(BlockingIOError):
             _ = elsewhere.accept()
     steps = [*exchange]
-    again = steps[:2] if step == "attestation" else [step]  # a nonce is spent by it
+    again = steps[:2] if step == "attestation" else [step]  # it redeems a nonce
     assert asked == [*steps[: steps.index(step) + 1], *again]
     assert told in " ".join(ended.err.split())
     assert not any(secret in ended.out + ended.err for secret in (WRONG, WORD, TOKEN, NONCE))

@@ -115,7 +115,7 @@ async def base_exchange(premises: Premises) -> set[bytes]:
             assert vm.read(grant["boot_token"])["passphrase"] == PLANTED[name]["storage"]
         keys = vm.sync(grant["boot_token"], rekey=[] if name in PLANTED else ["tdx-cache"])
         given |= {keys[volume].encode() for volume in ("storage", "tdx-cache")}
-        # a token is spent: each refusal is heard
+        # a token is consumed: each refusal is heard
         _ = vm.sync(grant["boot_token"], "storage", status=401)
         _ = vm.read(grant["boot_token"], status=401)
     folder = premises.directory.with_name("keys")
@@ -173,7 +173,7 @@ async def two_phase(premises: Premises) -> set[bytes]:
 
 
 async def refusals(premises: Premises) -> None:
-    """What a server refuses, and an agent reports."""
+    """Refusals by a server, reported by an agent."""
     vm = premises.vm("canary-1")
     grant = vm.boot()
     token, nonce = grant["boot_token"], vm.nonce()
@@ -243,7 +243,7 @@ def operating(premises: Premises, do: Callable[..., Ended], *options: str) -> No
 
 
 def faults(premises: Premises, do: Callable[..., Ended]) -> None:
-    """What fails on the server's side, and says so in its log."""
+    """Faults of the server, in its log."""
     premises.sql("ALTER TABLE audit RENAME TO audit_away")
     answer = premises.vm("canary-1").boot(status=503)
     assert answer["code"] == "store_unavailable"

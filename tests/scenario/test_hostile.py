@@ -42,7 +42,7 @@ def registration(body: bytes, **headers: str) -> bytes:
 
 
 def requests() -> dict[str, tuple[bytes, int]]:
-    """What is sent, and the status of its answer. Made anew at each call: signatures grow old."""
+    """Requests, and the status of each answer. Made again at each call: signatures expire."""
     again = f"X-Chutes-Hotkey: {MINER.hotkey.address}\r\n"
     token = {"X-Boot-Token": "0" * 64, "X-Chutes-Hotkey": HOTKEY} | JSON
     volumes = b'{"volumes":["storage"]}'

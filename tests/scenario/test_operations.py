@@ -92,7 +92,7 @@ async def test_refusals(scene: Scene) -> None:
         assert code(await vm.attest(nonce, miner_hotkey=HOTKEY[:-1])) == (403, "hotkey_rejected")
         assert code(await vm.attest("0" * 64)) == (401, "nonce_invalid")
         assert code(await vm.attest(nonce, vm_name=7)) == (422, "validation_error")
-        assert (await vm.attest(nonce)).status_code == 200  # no refusal spent it
+        assert (await vm.attest(nonce)).status_code == 200  # no refusal redeemed it
         assert code(await vm.sync("0" * 64)) == (401, "boot_token_invalid")
         assert code(await vm.http.get("/nowhere")) == (404, "not_found")
         assert code(await vm.http.get(f"/servers/a%2Fb/luks?hotkey={HOTKEY}")) == (404, "not_found")
@@ -314,7 +314,7 @@ async def test_a_cancellation_leaves_nothing_half_done(
             after = rows(site.store)
             changed = {name for name in after if after[name] != before[name]}
             match operation:
-                case "boot" if changed:  # granted, and the answer lost: the nonce is spent, the next boot is granted
+                case "boot" if changed:  # granted, and the answer lost: the nonce is redeemed, the next boot is granted
                     assert {"NonceRow", "VmRow", "BootRow", "AttestationRow"} <= changed
                     assert code(await vm.attest(proof)) == (401, "nonce_invalid")
                     assert await vm.boot()

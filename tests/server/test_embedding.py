@@ -191,7 +191,7 @@ def test_an_address_in_use_leaves_nothing_open(site: Path) -> None:
 
 
 async def _live(app: AsgiApp, while_up: Callable[[], None] = lambda: None) -> list[dict[str, Any]]:
-    """What it says to the lifespan protocol."""
+    """Its messages in the lifespan protocol."""
     said: list[dict[str, Any]] = []
     asked = ["startup", "shutdown"]
 

@@ -1,4 +1,4 @@
-"""What strangers can do to the operator's log: neither hide what is said of a VM, nor fill it."""
+"""Attackers can neither hide lines about a VM in the operator's log, nor fill it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Operations 10 to 12 in process: order of checks, what is spent and recorded when, and how a success grows old."""
+"""Operations 10 to 12 in process: order of checks, consumption, records, and the age of a success."""
 
 from __future__ import annotations
 

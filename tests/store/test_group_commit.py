@@ -41,7 +41,7 @@ def store(tmp_path: Path) -> Iterator[SqliteStore]:
 
 
 def in_one_commit(store: SqliteStore, units: list[Unit[Any]]) -> list[Any]:
-    """What became of units that waited, in their order, while another one was written."""
+    """The outcomes of units that waited, in their order, while another one was written."""
     gate = Gate()
     writer = threading.Thread(target=store.transact, args=(gate,))
     writer.start()

@@ -43,7 +43,7 @@ def store(url: str) -> Iterator[PostgresStore]:
 
 
 def ask(url: str, text: str) -> list[tuple[Any, ...]]:
-    """What PostgreSQL says to an operator."""
+    """PostgreSQL's text for an operator."""
     with psycopg.connect(url, autocommit=True) as connection:
         cursor = connection.execute(text.encode())
         return cursor.fetchall() if cursor.description else []

@@ -40,7 +40,7 @@ def test_each_older_schema_becomes_ours(place: StorePlace, version: int, monkeyp
     place.open(migrate=True).close()
     set_release(monkeypatch, *CURRENT)
     with pytest.raises(
-        StoreError, match=f"schema version {version}, .*; run `chutes-proto store migrate`; it was left"
+        StoreError, match=f"schema version {version}, .*; run `chutes-proto store migrate`; nothing in it was changed"
     ):
         place.open()
     with closing(place.open(migrate=True)) as store:

@@ -86,7 +86,7 @@ async def ask(
     pause: float = 0,
     **scope: Any,
 ) -> tuple[HttpRequest | MalformedRequest | None, list[dict[str, Any]]]:
-    """What the application was asked, and what was sent."""
+    """The application's requests, and the messages sent."""
     recorder, sent = Recorder(), list[dict[str, Any]]()
     chunks = [*pieces[:-1], *pieces[-1:]] or [b""]
     queue = events or [

@@ -1,4 +1,4 @@
-"""The servers of both bindings, over real sockets and with real programs. What runs the test runs on the same loop."""
+"""The servers of both bindings, over real sockets and with real programs. The test itself runs on the same loop."""
 
 from __future__ import annotations
 

@@ -314,7 +314,7 @@ def test_an_upgrade_is_welcome_and_a_new_owner_starts_afresh(store: MemoryStore)
     assert claim(store).exchange == "base"
 
 
-# --- keys that are not at hand ---
+# --- keys that are not available ---
 
 
 def test_a_missing_key_spends_nothing(store: MemoryStore) -> None:

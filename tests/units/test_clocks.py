@@ -157,7 +157,7 @@ class SeveralMachines(Nonces):
 
 
 class OneMachine(Nonces):
-    """All servers have one clock, and there is no other, as with a file in SQLite."""
+    """All servers have one clock, and the store has none, as with a file in SQLite."""
 
     @rule(server=some_server, offset=some_offset)
     def turn(self, server: int, offset: int) -> None:

@@ -92,7 +92,7 @@ class Calls(RuleBasedStateMachine):
         self.tokens: list[Token] = []
 
     def do(self, unit: Unit[T]) -> T | Code | str:
-        """What the unit returns, or the code of its refusal."""
+        """The result of the unit, or the code of its refusal."""
         outcomes: list[T | Code | str] = []
         for store in self.stores:
             try:

@@ -1,4 +1,4 @@
-"""What an operator's commands do to rows: keys, names, and the audit row of each."""
+"""An operator's commands on rows: keys, names, and the audit row of each."""
 
 from __future__ import annotations
 

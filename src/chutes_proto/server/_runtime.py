@@ -53,10 +53,18 @@ def attest_runtime(
     try:
         with service.proxies.excusing(request):
             evidence = yield from verify_evidence(service, nonce.value, key, message.quote, call.now)
-        yield from _grant(service, call, server, nonce, evidence)
+        profile = appraise(service, evidence, "runtime").profile
+        yield from Transact(GrantRuntime(call.now, call.request_id, server, nonce, evidence.accepted(profile), address))
     except (Refused, BadRequest) as exc:
         yield from _record(call, server, nonce, evidence, exc)
         raise
+    yield from call.log(
+        "server_attested",
+        server=server.server_id,
+        hotkey=server.hotkey,
+        profile=profile.name,
+        **evidence.fields(service),
+    )
     return miners.RuntimeAttestationAnswer(
         attestation_id=call.request_id, verified_at=timestamp(call.now), status="verified"
     )
@@ -88,25 +96,6 @@ def _last(row: AttestationRow) -> miners.LastAttestation:
         created_at=at,
         verified_at=at if verified else None,
         verification_error=None if verified else row.reason,
-    )
-
-
-def _grant(
-    service: Service,
-    call: SignedCall[miners.RuntimeAttestationRequest],
-    server: ServerRow,
-    nonce: Nonce,
-    evidence: Evidence,
-) -> Flow[None]:
-    profile = appraise(service, evidence, "runtime").profile
-    quote, address = evidence.accepted(profile), call.request.peer_address
-    yield from Transact(GrantRuntime(call.now, call.request_id, server, nonce, quote, address))
-    yield from call.log(
-        "server_attested",
-        server=server.server_id,
-        hotkey=server.hotkey,
-        profile=profile.name,
-        **evidence.fields(service),
     )
 
 

@@ -31,10 +31,8 @@ def register_server(service: Service, call: SignedCall[miners.RegisterServerRequ
     """Operation 5: register a server."""
     message, hotkey = call.message, call.caller.address
     if message.id in _SHADOWED:
-        raise BadRequest(
-            Code.VALIDATION_ERROR,
-            [{"type": "value_error", "loc": ["body", "id"], "msg": "The id is reserved"}],
-        )
+        problem: ValidationProblem = {"type": "value_error", "loc": ["body", "id"], "msg": "The id is reserved"}
+        raise BadRequest(Code.VALIDATION_ERROR, [problem])
     nodes = check_nodes(message.gpus, service.gpus)
     shown = None
     with service.hosts.of(hotkey):

@@ -13,8 +13,7 @@ if TYPE_CHECKING:
     from chutes_proto.store.rows import StoreOp
 else:
     __getattr__ = lazily(
-        globals(),
-        {"chutes_proto.store._run": "Script Store Unit run_script", "chutes_proto.store.rows": "StoreOp"},
+        globals(), {"chutes_proto.store._run": "Script Store Unit run_script", "chutes_proto.store.rows": "StoreOp"}
     )
 
 __all__ = ["Script", "Store", "StoreOp", "Unit", "run_script"]

@@ -118,6 +118,11 @@ class VmRow:
     last_boot_at: int
     attested: str | None = None
 
+    @classmethod
+    def of(cls, vm: Vm, platform: Platform, at: int) -> "VmRow":
+        """A new claim of ``platform`` on a name, not proven and without a boot."""
+        return cls(vm, platform.pin, platform.instance_id, platform.ppid, False, "base", at, 0)
+
 
 @frozen
 class BootRow:

@@ -229,10 +229,7 @@ def schema(dialect: Dialect, since: int = 0) -> Iterator[str]:
     return (statement for part in text.split(";") if (statement := part.strip()))
 
 
-_CLOCK: Final[dict[Dialect, str]] = {
-    "sqlite": "NULL",
-    "postgresql": "CAST(floor(extract(epoch FROM now())) AS BIGINT)",
-}
+_CLOCK: Final[dict[Dialect, str]] = {"sqlite": "NULL", "postgresql": "CAST(floor(extract(epoch FROM now())) AS BIGINT)"}
 
 
 def for_driver(statement: str, dialect: Dialect) -> str:

@@ -64,9 +64,9 @@ class ClientConnection:
         ended = not data
         try:
             while True:  # no more at a time than a head may have, however the bytes are cut
-                room = MAX_HEAD - len(self._h11.trailing_data[0])
-                self._h11.receive_data(data[:room])
-                data = data[room:]
+                space = MAX_HEAD - len(self._h11.trailing_data[0])
+                self._h11.receive_data(data[:space])
+                data = data[space:]
                 response = self._next_response()
                 if response is not None or not data:
                     break

@@ -122,12 +122,7 @@ class ServerConnection:
     """
 
     def __init__(
-        self,
-        now: float,
-        *,
-        tls: TlsSession | None = None,
-        limits: Limits = DEFAULT_LIMITS,
-        peer_address: str = "",
+        self, now: float, *, tls: TlsSession | None = None, limits: Limits = DEFAULT_LIMITS, peer_address: str = ""
     ) -> None:
         self.peer_address: Final = peer_address
         """As in `HttpRequest.peer_address`."""
@@ -159,7 +154,7 @@ class ServerConnection:
         self._sending: HttpResponse | None = None
         self._sent: HttpResponse | None = None
         self._peer_ended = False
-        self._end_told = False
+        self._end_given = False
         self._draining = False
         self._last = False  # nothing is answered any more
         self._swallowed = 0
@@ -339,13 +334,13 @@ class ServerConnection:
 
     def _feed(self) -> bool:
         if self._inbox:
-            room = self._limits.head_bytes - len(self._h11.trailing_data[0])
-            if data := bytes(self._inbox[:room]):
+            space = self._limits.head_bytes - len(self._h11.trailing_data[0])
+            if data := bytes(self._inbox[:space]):
                 self._h11.receive_data(data)
-                del self._inbox[:room]
+                del self._inbox[:space]
             return bool(data)
-        if self._peer_ended and not self._end_told:
-            self._end_told = True
+        if self._peer_ended and not self._end_given:
+            self._end_given = True
             self._h11.receive_data(b"")
             return True
         return False
@@ -398,7 +393,7 @@ class ServerConnection:
             self._finish("", now)
         else:
             sent_ahead, _ = self._h11.trailing_data
-            self._h11, self._end_told = self._reader(), False
+            self._h11, self._end_given = self._reader(), False
             if sent_ahead:
                 self._h11.receive_data(sent_ahead)
             self._enter(_Phase.ANSWERING, now)

@@ -92,7 +92,7 @@ class TlsSession:
         """The certificate whose key the peer proved to hold; None before the handshake is complete."""
         self._connection = SSL.Connection(context, None)
         self._connection.set_accept_state()
-        self._room = HANDSHAKE_SIZE
+        self._handshake_left = HANDSHAKE_SIZE
         self._ended = False
 
     def receive_data(self, data: bytes) -> bytes:
@@ -148,8 +148,8 @@ class TlsSession:
     def _take(self, data: bytes) -> bytes:
         if self.established:
             return self._read(data)
-        within, beyond = data[: self._room], data[self._room :]
-        self._room -= len(within)
+        within, beyond = data[: self._handshake_left], data[self._handshake_left :]
+        self._handshake_left -= len(within)
         plaintext = self._read(within) if within else b""
         if not beyond:
             return plaintext

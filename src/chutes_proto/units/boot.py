@@ -116,44 +116,26 @@ class GrantBoot(Unit[BootGrant]):
         claim, pin = (yield from store.ReadVm(self.vm)), self.platform.pin
         if claim is None:
             ground = yield from self._new_claim()
-            claim = self._claim_of_mine()
+            claim = store.VmRow.of(self.vm, self.platform, self.now)
         elif claim.pin == pin:
             ground = "bound to this platform"
-            claim = evolve(
-                claim,
-                instance_id=self.platform.instance_id,
-                ppid=self.platform.ppid,
-                proven=claim.proven or self.hotkey_proven,
-            )
+            claim = evolve(claim, instance_id=self.platform.instance_id, ppid=self.platform.ppid)
         elif self.hotkey_proven and not claim.proven:
             yield from self._check_claims_left()
             yield from keys.disown()
             ground = f"taken over from {claim.pin}, which never proved the hotkey; with new keys"
-            claim = self._claim_of_mine()
+            claim = store.VmRow.of(self.vm, self.platform, self.now)
         else:
-            proven = "a proven claim" if claim.proven else "a claim"
-            raise taken(self.vm, f"{proven} binds it to {claim.pin}, and this boot comes from {pin}")
+            kind = "a proven claim" if claim.proven else "a claim"
+            raise taken(self.vm, f"{kind} binds it to {claim.pin}, and this boot comes from {pin}")
         if claim.exchange == "two-phase" and self.exchange == "base" and self.exchange_downgrade == "refuse":
-            raise Refused(
-                Code.EXCHANGE_DOWNGRADE,
-                "This VM was served the two-phase exchange and gets no boot token again.",
-                reason=f"profile {self.profile_name!r} has exchange 'base', and {self.vm.name!r} was served two-phase",
-            )
+            text = "This VM was served the two-phase exchange and gets no boot token again."
+            reason = f"profile {self.profile_name!r} has exchange 'base', and {self.vm.name!r} was served two-phase"
+            raise Refused(Code.EXCHANGE_DOWNGRADE, text, reason=reason)
         exchange: store.Exchange = "two-phase" if "two-phase" in (claim.exchange, self.exchange) else "base"
-        yield from store.Put(evolve(claim, exchange=exchange, last_boot_at=self.now))
+        proven = claim.proven or self.hotkey_proven
+        yield from store.Put(evolve(claim, proven=proven, exchange=exchange, last_boot_at=self.now))
         return ground
-
-    def _claim_of_mine(self) -> store.VmRow:
-        return store.VmRow(
-            vm=self.vm,
-            pin=self.platform.pin,
-            instance_id=self.platform.instance_id,
-            ppid=self.platform.ppid,
-            proven=self.hotkey_proven,
-            exchange=self.exchange,
-            created_at=self.now,
-            last_boot_at=self.now,
-        )
 
     def _new_claim(self) -> Script[str]:
         held = generations.holds_keys((yield from store.ReadLiveGenerations(self.vm)))

@@ -306,11 +306,11 @@ class ImportKeys(Unit[tuple[str, ...]]):
             if volume not in generations.RESERVED_VOLUMES:
                 yield from store.Put(evolve(disk_of(known, self.vm, volume), in_use=True))
             made[volume] = supply.current.generation
-        bound = claim is None and self.platform is not None
-        if bound and self.platform is not None:
-            yield from store.Put(_claim(self.vm, self.platform, self.now))
-        if made or bound:
-            reason = f"{self.reason}; bound to {self.platform.pin}" if bound and self.platform else self.reason
+        bound = self.platform if claim is None else None
+        if bound is not None:
+            yield from store.Put(store.VmRow.of(self.vm, bound, self.now))
+        if made or bound is not None:
+            reason = self.reason if bound is None else f"{self.reason}; bound to {bound.pin}"
             created = ", ".join(f"{volume}/{generation} created" for volume, generation in made.items())
             yield from store.Insert(_audit(self.now, "keys imported", reason, self.vm, keys=created))
         return tuple(made)
@@ -336,7 +336,7 @@ class BindVm(Unit[None]):
         claim = yield from store.ReadVm(self.vm)
         if claim is not None:
             raise _refused(f"{_named(self.vm)} is bound to {claim.pin} already; rebind it", Code.PLATFORM_MISMATCH)
-        yield from store.Put(_claim(self.vm, self.platform, self.now))
+        yield from store.Put(store.VmRow.of(self.vm, self.platform, self.now))
         yield from store.Insert(_audit(self.now, "vm bound", self.reason, self.vm, self.platform))
 
 
@@ -360,7 +360,7 @@ class RebindVm(Unit[None]):
         if claim is None:
             raise _refused(f"{_named(self.vm)} is bound to no platform; bind it", Code.PLATFORM_MISMATCH)
         keys = VmKeys(self.vm, self.vault, self.now, "rebind")
-        moved = _claim(self.vm, self.platform, self.now)
+        moved = store.VmRow.of(self.vm, self.platform, self.now)
         if self.keep_keys:
             yield from store.VoidTokens(self.vm, self.now)
             moved = evolve(moved, created_at=claim.created_at, exchange=claim.exchange)
@@ -436,19 +436,6 @@ class RemoveRegistration(Unit[store.ServerRow]):
         reason = f"{self.reason}; server {server.server_id} at {server.address}"
         yield from store.Insert(_audit(self.now, "registration removed", reason, server.vm))
         return server
-
-
-def _claim(vm: store.Vm, platform: store.Platform, now: int) -> store.VmRow:
-    return store.VmRow(
-        vm=vm,
-        pin=platform.pin,
-        instance_id=platform.instance_id,
-        ppid=platform.ppid,
-        proven=False,
-        exchange="base",
-        created_at=now,
-        last_boot_at=0,
-    )
 
 
 def _named(vm: store.Vm) -> str:

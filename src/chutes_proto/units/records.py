@@ -55,11 +55,7 @@ class Records:
     actor: Literal["vm", "miner"] = "vm"
 
     def verdict(
-        self,
-        stage: Literal["boot", "runtime"],
-        reason: str,
-        code: str | None = None,
-        registration: str | None = None,
+        self, stage: Literal["boot", "runtime"], reason: str, code: str | None = None, registration: str | None = None
     ) -> Insert:
         """Add the verdict on the quote: granted, or refused with ``code``."""
         return Insert(
