@@ -185,7 +185,7 @@ def test_a_clock_that_was_ahead(premises: Premises) -> None:
 
 @in_a_file
 def test_another_key_encryption_key(premises: Premises) -> None:
-    title = "The KEK is rotated"
+    title = "The key-encryption key is to be changed"
     premises.start_here()
     first = key(premises)
     old = (premises.directory / "kek").read_bytes()

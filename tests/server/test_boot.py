@@ -161,7 +161,7 @@ def test_the_order_of_checks(world, first):
         world.rows(NonceRow),
         world.rows(BootRow),
         world.rows(VmRow),
-    ) == before  # nothing is consumed, nothing granted
+    ) == before  # nothing consumed, nothing granted
     recorded = [row.code for row in world.rows(AttestationRow) if row.code]
     dcap_held = first > [name for name, *_ in ORDER].index("qe_prod_id")
     assert recorded == ([expected_code] if dcap_held else [])

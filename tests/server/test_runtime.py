@@ -300,7 +300,7 @@ def test_refusals_are_recorded_up_to_a_number_a_day(world):
         request_id="0",
         server=server,
         nonce=bytes(32),
-        quote=Quote(bytes(32)),
+        quote=Quote.refused(bytes(32)),
         code="quote_rejected",
         detail="d",
         reason="r",

@@ -899,7 +899,7 @@ def test_a_verdict_on_a_server_that_was_registered_anew_is_not_its(world):
         request_id="r",
         server=before,
         nonce=bytes(32),
-        quote=Quote(bytes(32)),
+        quote=Quote.refused(bytes(32)),
         code="quote_rejected",
         detail="",
         reason="",

@@ -15,7 +15,7 @@ from functools import partial
 from ipaddress import ip_network
 from operator import attrgetter
 from os import PathLike
-from typing import Final, Literal
+from typing import Final, Literal, cast
 
 import attrs
 from attrs import field, frozen
@@ -378,13 +378,14 @@ def _hotkeys(value: object, _: object) -> tuple[str, ...] | str:
 
 def _service(value: object, _: object) -> CollateralService:
     """A service is its URL, or a table."""
-    match value:
-        case str(url):
-            return CollateralService(url)
-        case {"url": str(url), **rest} if not rest:
-            return CollateralService(url)
-        case {"url": str(url), "root_ca_crl": str(crl), **rest} if not rest:
+    if isinstance(value, str):
+        return CollateralService(value)
+    members: dict[str, object] = cast("dict[str, object]", value) if isinstance(value, dict) else {}
+    match members:
+        case {"url": str(url), "root_ca_crl": str(crl)} if len(members) == 2:
             return CollateralService(url, crl)
+        case {"url": str(url)} if len(members) == 1:
+            return CollateralService(url)
         case _:
             raise MismatchError("service_type", 'Input should be "https://…" or { url = "…", root_ca_crl = "…" }')
 

@@ -34,7 +34,7 @@ from chutes_proto.quote._verify import Verdict, check_signed, open_quote, verify
 from chutes_proto.quote.errors import AppraisalError, QuoteFormatError, VerificationError
 from chutes_proto.server._service import Service
 from chutes_proto.store.rows import Platform
-from chutes_proto.units.records import AcceptedQuote, Quote
+from chutes_proto.units.records import AcceptedQuote
 from chutes_proto.wire.codec import decode_quote
 from chutes_proto.wire.codes import Code
 
@@ -73,11 +73,6 @@ class Evidence:
     def accepted(self, profile: Profile) -> AcceptedQuote:
         """The quote as rows name it, accepted under ``profile``."""
         return AcceptedQuote(self.quote_digest, self.platform.pin, profile.name, profile.version)
-
-    @property
-    def refused(self) -> Quote:
-        """The quote as rows name it, not accepted."""
-        return Quote(self.quote_digest, self.platform.pin)
 
     def fields(self, service: Service) -> dict[str, Value]:
         """The fields of a log line about a grant for this quote."""

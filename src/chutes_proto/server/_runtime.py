@@ -106,13 +106,16 @@ def _record(
     evidence: Evidence | None,
     refusal: Refused | BadRequest,
 ) -> Flow[None]:
-    text = call.message.quote.encode()
+    if evidence is None:
+        quote = Quote.refused(hashlib.sha256(call.message.quote.encode()).digest())
+    else:
+        quote = Quote.refused(evidence.quote_digest, evidence.platform.pin)
     unit = RecordRuntimeRefusal(
         now=call.now,
         request_id=call.request_id,
         server=server,
         nonce=nonce.value,
-        quote=evidence.refused if evidence else Quote(hashlib.sha256(text).digest()),
+        quote=quote,
         code=str(refusal.code),
         detail=str(refusal.detail),
         reason=refusal.reason,

@@ -124,15 +124,15 @@ class ServerConnection:
     def __init__(
         self, now: float, *, tls: TlsSession | None = None, limits: Limits = DEFAULT_LIMITS, peer_address: str = ""
     ) -> None:
-        self.peer_address: Final = peer_address
+        self.peer_address: str = peer_address
         """As in `HttpRequest.peer_address`."""
-        self.since = now
+        self.since: float = now
         """The time at which its phase began: accepted, handshake complete, request begun, answered."""
-        self.deadline = math.inf
+        self.deadline: float = math.inf
         """The time to stop waiting for the peer and call `expire`; infinity while the peer is not waited for."""
-        self.sent_ahead = False
+        self.sent_ahead: bool = False
         """A part of the latest request had come before the answer to the previous one was sent."""
-        self.close_reason = ""
+        self.close_reason: str = ""
         """Why the connection ends before its time, for the operator; empty while it does not."""
         self._tls = tls
         self._limits = limits

@@ -84,9 +84,9 @@ class TlsSession:
     """
 
     def __init__(self, context: ServerContext) -> None:
-        self.established = False
+        self.established: bool = False
         """The handshake is complete."""
-        self.peer_closed = False
+        self.peer_closed: bool = False
         """The peer will send no more: it said so, or its bytes ended."""
         self.peer_certificate: x509.Certificate | None = None
         """The certificate whose key the peer proved to hold; None before the handshake is complete."""

@@ -182,7 +182,7 @@ class RecordRefusal(Unit[bool]):
             return False
         vm = store.Vm(legible(self.vm.hotkey, 64), legible(self.vm.name, 128))
         reason = legible(self.reason, 2000)
-        records = Records(self.now, self.request_id, vm, Quote(self.quote_digest, pin), self.peer_address)
+        records = Records(self.now, self.request_id, vm, Quote.refused(self.quote_digest, pin), self.peer_address)
         yield from records.verdict(self.stage, reason, self.code)
         event = "boot" if self.stage == "boot" else "attest volumes"
         yield from records.audit(event, "refused", f"{self.code}: {reason}")

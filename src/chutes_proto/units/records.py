@@ -20,9 +20,14 @@ class Quote:
     """A quote as rows name it: SHA-256, its platform if it verified, the matched profile if it was accepted."""
 
     digest: bytes
-    pin: Pin | None = None
-    profile_name: str | None = None
-    profile_version: str | None = None
+    pin: Pin | None
+    profile_name: str | None
+    profile_version: str | None
+
+    @classmethod
+    def refused(cls, digest: bytes, pin: Pin | None = None) -> Quote:
+        """A quote that was not accepted; without ``pin`` one that did not verify."""
+        return Quote(digest, pin, None, None)
 
 
 @frozen
@@ -39,7 +44,7 @@ class AcceptedQuote(Quote):
         return cls(boot.quote_digest, boot.pin, boot.profile_name, boot.profile_version)
 
 
-NO_QUOTE = Quote(b"")
+NO_QUOTE = Quote.refused(b"")
 
 
 @frozen
