@@ -58,7 +58,7 @@ class WriteContents(Unit[None]):
     def script(self) -> Script[None]:
         for kind in store.ROWS:
             if found := len((yield from store.Scan(kind))):
-                raise StoreError(f"the store to fill has {found} rows of {kind.TABLE} already; take an empty store")
+                raise StoreError(f"the store to fill has rows already ({kind.TABLE}: {found}); take an empty store")
         # Also a horizon in the future: it covers redemptions that were swept.
         yield from store.RaiseHorizon(self.contents.horizon)
         for row in self.contents.rows:
