@@ -225,7 +225,7 @@ def test_a_rewrap_gets_past_rows_that_do_not_open(store: MemoryStore) -> None:
 
 
 def test_one_format_is_allowed(store: MemoryStore) -> None:
-    assert "not known to be in use" in str(refused(store, AllowFormat(NOW, VM, "storage", WHY)).detail)
+    assert "is known to be in use" in str(refused(store, AllowFormat(NOW, VM, "storage", WHY)).detail)
     booted(store, "1", "storage")
     store.transact(AllowFormat(NOW, VM, "storage", WHY))
     (known,) = store.transact(Ask(ReadVolumes(VM)))

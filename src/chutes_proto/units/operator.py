@@ -257,8 +257,8 @@ class AllowFormat(Unit[None]):
         known = disk_of((yield from store.ReadVolumes(self.vm)), self.vm, self.volume)
         if not known.in_use:
             raise _refused(
-                f"{self.volume!r} of {_named(self.vm)} is not known to be in use, and needs no permission to be"
-                " formatted; `chutes-proto keys history` shows the disks that are in use"
+                f"no disk {self.volume!r} of {_named(self.vm)} is known to be in use, and only one that is needs this"
+                " permission; `chutes-proto keys history` shows them"
             )
         yield from store.Put(evolve(known, format_allowed=True))
         yield from store.Insert(_audit(self.now, "format allowed", self.reason, self.vm, keys=self.volume))
