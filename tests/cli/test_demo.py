@@ -18,7 +18,7 @@ REFUSED = {
     "a wrong measurement": "403 measurement_mismatch; operator reads: measurement_mismatch: RTMR1",
     "a debug TD": "403 attributes_rejected; operator reads: debug: ",
     "a revoked PCK certificate": "403 quote_rejected; operator reads: pck_revoked: ",
-    "a consumed boot token with another body": "401 boot_token_invalid; operator reads: ",
+    "a used boot token with another body": "401 boot_token_invalid; operator reads: ",
 }
 
 

@@ -215,7 +215,7 @@ class _Show:
             Rebuff("a debug TD", boot, having("debug").quote, Code.ATTRIBUTES_REJECTED, "debug"),
             Rebuff("a revoked PCK certificate", boot, revoked.quote, Code.QUOTE_REJECTED, "pck_revoked"),
             Rebuff(
-                "a consumed boot token with another body", _reuse_token, honest, Code.BOOT_TOKEN_INVALID, "consumed"
+                "a redeemed boot token with another body", _reuse_token, honest, Code.BOOT_TOKEN_INVALID, "consumed"
             ),
         )
 
