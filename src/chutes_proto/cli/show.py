@@ -214,9 +214,7 @@ class _Show:
             Rebuff("a wrong measurement", boot, having("rtmr1").quote, Code.MEASUREMENT_MISMATCH, "RTMR1"),
             Rebuff("a debug TD", boot, having("debug").quote, Code.ATTRIBUTES_REJECTED, "debug"),
             Rebuff("a revoked PCK certificate", boot, revoked.quote, Code.QUOTE_REJECTED, "pck_revoked"),
-            Rebuff(
-                "a redeemed boot token with another body", _reuse_token, honest, Code.BOOT_TOKEN_INVALID, "consumed"
-            ),
+            Rebuff("a used boot token with another body", _reuse_token, honest, Code.BOOT_TOKEN_INVALID, "consumed"),
         )
 
     async def _refused(self, rebuff: Rebuff) -> None:
