@@ -43,9 +43,9 @@ if sys.version_info < {OLDEST}:
     sys.stderr.write("chutes-proto: this is Python %d.%d; {NEEDED}\\n" % sys.version_info[:2])
     sys.exit(2)
 
-from {PACKAGE}.cli.main import main
+from {PACKAGE}.cli.main import agent_main
 
-sys.exit(main(commands=("agent",)))
+sys.exit(agent_main())
 """
 """What an older Python can read too."""
 _FIRST_TIME = 315_532_800  # 1980-01-01, before which a ZIP file has no times

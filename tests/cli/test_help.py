@@ -1,36 +1,41 @@
-"""The help of every command: as wide as the terminal, its text in one column, with examples."""
+"""The help of every command: complete, as wide as the terminal, with examples that run."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-
+import click
 import pytest
 
-from chutes_proto.cli.main import COMMANDS
-from tests.cli.conftest import Ended
+from chutes_proto.cli.base import Command, Described
+from chutes_proto.cli.describe import as_help
+from chutes_proto.cli.tree import COMMANDS, _Bridge, walk
 
-Command = Callable[..., Ended]
-
-
-def texts(command: Command, *words: str) -> dict[str, str]:
-    """The help of a command and those of its actions."""
-    ended = command(*words, "--help")
-    assert ended.code == 0
-    found = {" ".join(words): ended.out}
-    actions = ended.out.partition("\n  ACTION\n")[2].partition("\n\n")[0]
-    for action in re.findall(r"^    ([a-z-]+)", actions, re.MULTILINE):
-        found |= texts(command, *words, action)
-    return found
+WALK = [(ctx, command) for ctx, command in walk() if not isinstance(command, _Bridge)]
 
 
-@pytest.mark.parametrize("columns", [80, 120])
-@pytest.mark.parametrize("name", COMMANDS)
-def test_help(command: Command, name: str, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", str(columns))
-    for words, text in texts(command, name).items():
-        described, _, examples = text.partition("\nexamples:\n")
-        assert f"chutes-proto {words}" in examples
-        assert not [line for line in described.splitlines() if len(line) > columns]
-        prose = re.split(r"\n(?:positional arguments|options):\n", described)[0].split("\n\n")[1:]
-        assert not [line for line in "\n".join(prose).splitlines() if line.startswith(" ")], words
+@pytest.mark.parametrize(("ctx", "command"), WALK, ids=lambda one: getattr(one, "command_path", ""))
+def test_a_description_is_complete(ctx: click.Context, command: Described) -> None:
+    told = command.describe(ctx)
+    assert told.sentence.endswith(".")
+    assert all(one.startswith("chutes-proto ") or " | chutes-proto " in one for one in told.examples)
+    if isinstance(command, Command):
+        assert len(told.examples) >= 2
+        assert told.exits
+    for words in told.related:
+        named = ctx.find_root().command
+        for word in words.split():
+            assert isinstance(named, click.Group)
+            found = named.get_command(ctx, word)
+            assert found is not None, words
+            named = found
+    for width in (78, 100):
+        described = as_help(told, width).partition("\nExamples:\n")[0]
+        assert not [line for line in described.splitlines() if len(line) > width]
+
+
+def test_the_top_help_has_the_first_sentence_of_each_command() -> None:
+    said = {
+        ctx.command.name: command.describe(ctx).sentence
+        for ctx, command in WALK
+        if ctx.parent and not ctx.parent.parent
+    }
+    assert said == {name: f"{COMMANDS[str(name)][1]}." for name in said}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from chutes_proto.cli import console, miner, quoter
+from chutes_proto.cli import console, quoter
+from chutes_proto.cli.miner import asking as miner
 
 NAME = "attest"
 

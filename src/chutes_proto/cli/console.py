@@ -38,11 +38,20 @@ class Subparsers(Protocol):
     def add_parser(self, name: str, **kwargs: Any) -> argparse.ArgumentParser: ...
 
 
+OptionError = argparse.ArgumentTypeError
+"""What is wrong with the value of an option, in words for people."""
+
+
 class Help(argparse.RawDescriptionHelpFormatter):
     """As wide as the terminal. argparse asks `shutil` for that at each option, which imports every compressor."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, width=_columns() - 2)
+
+
+def help_width() -> int:
+    """As wide as the terminal, but no wider than lines are read with ease."""
+    return min(_columns() - 2, 100)
 
 
 def _columns() -> int:
@@ -112,6 +121,24 @@ def plain(value: Any) -> dict[str, Any]:
 def tell(text: str) -> None:
     """One line beside the result: progress, or what is wrong."""
     print(clean(text), file=sys.stderr, flush=True)
+
+
+def tell_lines(text: str) -> None:
+    """A text of several lines beside the result."""
+    for line in text.splitlines():
+        tell(line)
+
+
+def complain(text: str) -> None:
+    """An error, "what failed: why; what to do": one line in a log, and one for each part on a terminal."""
+    if not sys.stderr.isatty():
+        tell(f"chutes-proto: {text}")
+        return
+    what, colon, why = text.partition(": ")
+    why, _, remedy = why.rpartition("; ") if "; " in why else (why, "", "")
+    tell(f"chutes-proto: {what}{colon.strip()}")
+    for line in filter(None, (why, remedy)):
+        tell(f"  {line}")
 
 
 def say_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

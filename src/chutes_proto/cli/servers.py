@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from chutes_proto.cli import console, miner
+from chutes_proto.cli import console
+from chutes_proto.cli.miner import asking as miner
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from chutes_proto.cli import console, miner
+from chutes_proto.cli import console
+from chutes_proto.cli.miner import asking as miner
 
 NAME = "status"
 

@@ -1,0 +1,153 @@
+"""Output for people: tables that fit the terminal, times, digests, states, progress.
+
+Rules kept here:
+
+* on a terminal rich draws; in a pipe, or with ``--plain``, columns of whole values stand side by side;
+* every text is cleaned and none is markup, so a peer or a file steers no terminal;
+* colour says a state, and nothing else; ``NO_COLOR`` turns it off.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Literal
+
+from attrs import frozen
+
+from chutes_proto.cli import console
+from chutes_proto.cli.base import wants
+from chutes_proto.quote._terms import rfc3339
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+
+State = Literal["good", "bad", "warn", ""]
+_STYLES = {"good": "green", "bad": "red", "warn": "yellow", "": ""}
+_SHORT = 12
+_AGES = ((86_400 * 365, "y"), (86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))
+_SHOWN_AFTER = 1.0
+
+
+@frozen
+class Cell:
+    """A text with what state it says; colour only repeats it."""
+
+    text: str
+    state: State = ""
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def draws() -> bool:
+    """Whether standard output is a terminal that takes more than plain lines."""
+    return sys.stdout.isatty() and not wants("plain")
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str | Cell]]) -> None:
+    """Print rows in columns."""
+    cells = [[one if isinstance(one, Cell) else Cell(one) for one in row] for row in rows]
+    if not draws():
+        console.say_table(heads, [[cell.text for cell in row] for row in cells])
+        return
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for head in heads:
+        drawn.add_column(head, overflow="fold")
+    for row in cells:
+        drawn.add_row(*(Text(console.clean(cell.text), style=_STYLES[cell.state]) for cell in row))
+    _console().print(drawn)
+
+
+def say(text: str, state: State) -> None:
+    """Print one line of the result that says a state."""
+    if not draws():
+        console.say(text)
+        return
+    from rich.text import Text
+
+    _console().print(Text(console.clean(text), style=_STYLES[state]), soft_wrap=True)
+
+
+def short(text: str | None) -> str:
+    """A digest, key or address, of which a terminal shows the beginning, and with ``--full`` all."""
+    if not text:
+        return "-"
+    return text if wants("full") or not draws() or len(text) <= _SHORT else f"{text[: _SHORT - 1]}…"
+
+
+def when(at: int | None) -> str:
+    """A time: in RFC 3339, and on a terminal how long ago it is or how far ahead."""
+    if at is None:
+        return "-"
+    return f"{rfc3339(at)} ({age(at)})" if draws() else rfc3339(at)
+
+
+def age(at: int) -> str:
+    """How long ago a time is, or how far ahead, in the largest unit."""
+    seconds = int(time.time()) - at
+    size, unit = next(((size, unit) for size, unit in _AGES if abs(seconds) >= size), (1, "s"))
+    told = f"{abs(seconds) // size} {unit}"
+    return f"{told} ago" if seconds >= 0 else f"in {told}"
+
+
+@contextmanager
+def progress(doing: str, total: int | None = None) -> Generator[Callable[[int, int | None], None]]:
+    """Progress on standard error: call the result with how much is done, and with a new total where it changes.
+
+    On a terminal it is a bar with an estimate that appears after a second, elsewhere a line each time.
+    """
+    if not sys.stderr.isatty() or wants("plain"):
+
+        def tell(done: int, new_total: int | None = None) -> None:
+            of = new_total if new_total is not None else total
+            console.tell(f"{doing}: {done}" + (f" of {of}" if of is not None else ""))
+
+        yield tell
+        return
+    began = time.monotonic()
+    bar: Bar | None = None
+
+    def advance(done: int, new_total: int | None = None) -> None:
+        nonlocal bar, total
+        total = new_total if new_total is not None else total
+        if bar is None and time.monotonic() - began >= _SHOWN_AFTER:
+            bar = _bar()
+            _ = bar.add_task(console.clean(doing), total=total)
+            bar.start()
+        if bar is not None:
+            bar.update(bar.task_ids[0], completed=done, total=total)
+
+    try:
+        yield advance
+    finally:
+        if bar is not None:
+            bar.stop()
+
+
+def _bar() -> Bar:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=_console(stderr=True), transient=True)
+
+
+def watch(draw: Callable[[], int], every: float) -> int:
+    """Run ``draw`` again and again until SIGINT; on a terminal each time on an empty screen."""
+    while True:
+        if draws():
+            console.out("\x1b[H\x1b[2J\x1b[3J", end="")
+        _ = draw()
+        time.sleep(every)
+
+
+def _console(*, stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False)

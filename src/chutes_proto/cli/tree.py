@@ -1,0 +1,168 @@
+"""The tree of commands, grouped by who uses them; a command's module is imported when it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, Final
+
+import click
+from click.shell_completion import CompletionItem
+
+from chutes_proto import __version__
+from chutes_proto.cli import console
+from chutes_proto.cli.arguments import run_argparse
+from chutes_proto.cli.base import Command, Described, Group
+from chutes_proto.cli.describe import Pairs
+
+_SECTIONS: Final = {
+    "Try it": {
+        "demo": ("demo", "see a VM boot and receive its keys, end to end on this machine"),
+    },
+    "In the VM": {
+        "agent": ("agent", "the boot agent: attest, open the VM's disks, rotate their keys"),
+    },
+    "Operate a key server": {
+        "serve": ("serve", "serve keys"),
+        "keys": ("keys", "history, restore, purge, rewrap, import of keys"),
+        "vm": ("vm", "list, bind and rebind VMs"),
+        "registrations": ("registrations", "list and remove what miners registered"),
+        "audit": ("audit", "show, export and purge the audit rows"),
+        "store": ("store", "make, migrate, copy and check a key server's store"),
+        "openapi": ("operator.openapi", "Print the API as an OpenAPI document"),
+    },
+    "Mine": {
+        "boot": ("boot", "boot a VM once, for a trial"),
+        "register": ("register", "register a server"),
+        "servers": ("servers", "list, show, rename and remove your servers"),
+        "attest": ("attest", "attest a registered server at runtime"),
+        "status": ("status", "what came of a server's newest runtime attestation"),
+        "hotkey": ("hotkey", "make a hotkey for trials"),
+    },
+    "Verify quotes": {
+        "verify": ("verify", "verify a quote against collateral, and appraise it"),
+        "inspect": ("inspect", "show what a quote says, without verifying it"),
+        "profile": ("profile", "write a measurement profile from two quotes"),
+        "replay": ("replay", "replay an event log"),
+        "collateral": ("collateral", "fetch collateral, look at it, forecast its end, or serve simulated"),
+        "simulate": ("simulate", "make a quote of the simulated platform"),
+    },
+}
+"""By heading and name: the module under ``chutes_proto.cli``, and the first sentence of its help."""
+
+COMMANDS: Final = {name: entry for section in _SECTIONS.values() for name, entry in section.items()}
+
+
+class Root(Group):
+    """All commands."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        del ctx
+        return [*COMMANDS]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        del ctx
+        if cmd_name not in COMMANDS:
+            return None
+        module = import_module(f"chutes_proto.cli.{COMMANDS[cmd_name][0]}")
+        found: click.Command = _Bridge(cmd_name) if hasattr(module, "add") else module.command
+        return found
+
+    def sections(self, ctx: click.Context) -> tuple[tuple[str, Pairs], ...]:
+        del ctx
+        return tuple(
+            (title, tuple((name, sentence) for name, (_, sentence) in section.items()))
+            for title, section in _SECTIONS.items()
+        )
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        if incomplete.startswith("-"):
+            return super().shell_complete(ctx, incomplete)
+        return [CompletionItem(name, help=COMMANDS[name][1]) for name in COMMANDS if name.startswith(incomplete)]
+
+
+class _Bridge(Command):
+    """A command that is written with argparse."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            name,
+            help=COMMANDS[name][1],
+            add_help_option=False,
+            context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+            params=[click.Argument(["words"], nargs=-1, type=click.UNPROCESSED)],
+            callback=self._run,
+        )
+
+    def _run(self, words: tuple[str, ...]) -> int:
+        name = str(self.name)
+        return run_argparse([name, *words], (name,))
+
+
+def _version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        console.say(f"chutes-proto {__version__}")
+        ctx.exit()
+
+
+ROOT: Final = Root(
+    "chutes-proto",
+    help="""
+    Boot confidential VMs that prove with a TDX quote what they are, and serve the keys of their disks.
+
+    `chutes-proto COMMAND --help` has examples. Start with: chutes-proto demo
+    """,
+    params=[
+        click.Option(["--version"], is_flag=True, is_eager=True, expose_value=False, callback=_version, help="show it")
+    ],
+    exits={
+        0: "done, granted, accepted",
+        1: "refused",
+        2: "wrong usage, or a file that cannot be read",
+        130: "interrupted by SIGINT",
+        141: "the reader of a pipe has ended",
+        143: "ended by SIGTERM",
+    },
+)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run one command; the result is the exit code of the process."""
+    import os
+
+    if instruction := os.environ.get("_CHUTES_PROTO_COMPLETE"):
+        from click.shell_completion import shell_complete
+
+        return shell_complete(ROOT, {}, "chutes-proto", "_CHUTES_PROTO_COMPLETE", instruction)
+    try:
+        with ROOT.make_context("chutes-proto", [*argv]) as ctx:
+            code: Any = ROOT.invoke(ctx)
+    except click.exceptions.Exit as exc:
+        return exc.exit_code
+    except click.exceptions.NoArgsIsHelpError as exc:
+        console.tell_lines(exc.format_message())
+        return console.USAGE
+    except click.ClickException as exc:
+        console.complain(_problem(exc))
+        return console.USAGE
+    return code if isinstance(code, int) else console.GRANTED
+
+
+def _problem(exc: click.ClickException) -> str:
+    """A usage error, with the command whose help says more."""
+    message = exc.format_message().strip().rstrip(".")
+    ctx = exc.ctx if isinstance(exc, click.UsageError) else None
+    words = ctx.command_path if ctx else "chutes-proto"
+    return f"{message[:1].lower()}{message[1:]}; see {words} --help"
+
+
+def walk(ctx: click.Context | None = None) -> list[tuple[click.Context, Described]]:
+    """Every command with its context, from the top down."""
+    ctx = ctx or click.Context(ROOT, info_name="chutes-proto")
+    found = [(ctx, ctx.command)] if isinstance(ctx.command, Described) else []
+    if isinstance(ctx.command, click.Group):
+        for name in ctx.command.list_commands(ctx):
+            command = ctx.command.get_command(ctx, name)
+            if command is not None:
+                found += walk(click.Context(command, ctx, name))
+    return found
