@@ -34,7 +34,7 @@ from attrs import evolve
 from bench.measure import resident
 from chutes_proto.auth.binding import report_data
 from chutes_proto.auth.client_identity import ENTROPY_SIZE, ClientIdentity, make_client_identity
-from chutes_proto.cli.development import write_server
+from chutes_proto.cli.operator.development import write_server
 from chutes_proto.effects import Flow
 from chutes_proto.effects import run as perform
 from chutes_proto.io.drivers.sync import Performer

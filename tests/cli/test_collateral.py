@@ -259,7 +259,7 @@ def test_show(command: Command, shelf: Path, root: Path, platform: SimulatedPlat
 def test_a_server_with_upstreams(
     command: Command, serve: Any, start: Any, platform: SimulatedPlatform, tmp_path: Path
 ) -> None:
-    from chutes_proto.cli.development import AUTHORITY, CONFIGURATION, write_server
+    from chutes_proto.cli.operator.development import AUTHORITY, CONFIGURATION, write_server
 
     service, process = serve()
     directory = tmp_path / "server"

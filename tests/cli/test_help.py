@@ -23,6 +23,8 @@ def test_a_description_is_complete(ctx: click.Context, command: Described) -> No
     for words in told.related:
         named = ctx.find_root().command
         for word in words.split():
+            if isinstance(named, _Bridge):
+                break
             assert isinstance(named, click.Group)
             found = named.get_command(ctx, word)
             assert found is not None, words

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 
 from chutes_proto.auth.hotkey import HotkeyPair
 from chutes_proto.auth.server_identity import make_server_identity
-from chutes_proto.cli.development import RenewedCollateral, write_collateral, write_server
 from chutes_proto.cli.main import main
+from chutes_proto.cli.operator.development import RenewedCollateral, write_collateral, write_server
 from chutes_proto.errors import CollateralUnavailable, ConfigurationError
 from chutes_proto.io.collateral.directory import CollateralDirectory
 from chutes_proto.io.server.setup import make_setup
@@ -76,7 +76,7 @@ def test_a_check_says_what_is_there_and_makes_nothing(command: Command, site: Pa
     assert "NOT Intel's root but simulated-root.der" in ended.out
     assert "measurements: simulated" in ended.out
     assert "volumes: storage, tdx-cache" in ended.out
-    assert "hotkeys: every hotkey" in ended.out
+    assert "hotkeys: any hotkey" in ended.out
     assert re.search(rf"collateral: .*{PLATFORM.fmspc.hex()}, platform CA, TDX, valid .* to ", ended.out)
     assert "keys.db: not made yet" in ended.out
 
@@ -314,7 +314,7 @@ def test_the_configuration_in_the_help_is_one(capsys: pytest.CaptureFixture[str]
     assert main(["serve", "--help"]) == 0
     said = capsys.readouterr().out
     assert "README.md of the package chutes_proto.server" in " ".join(said.split())
-    text = said.partition("server.toml:\n")[2].partition("measurements.toml:\n")[0]
+    text = said.partition("server.toml:\n")[2].partition("measurements.toml (")[0]
     config = ServerConfig.from_toml(textwrap.dedent(text).encode())
     assert config.measurements == ("measurements.toml",)
 

@@ -22,7 +22,7 @@ import trio
 
 import chutes_proto_asyncio
 import chutes_proto_trio
-from chutes_proto.cli.development import write_server
+from chutes_proto.cli.operator.development import write_server
 from chutes_proto.errors import ConfigurationError, FileUnavailable, StoreError
 from chutes_proto.io.server.setup import make_setup
 from chutes_proto.log import Record

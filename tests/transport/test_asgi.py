@@ -18,7 +18,7 @@ from attrs import define, field
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chutes_proto.cli.development import write_server
+from chutes_proto.cli.operator.development import write_server
 from chutes_proto.effects import Flow, Log
 from chutes_proto.errors import LocalProtocolError
 from chutes_proto.io.drivers.aio import Performer

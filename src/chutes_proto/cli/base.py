@@ -19,8 +19,8 @@ A command is a function with click's own decorators; ``cls=Command`` takes the r
   talks to the same kind of thing shares a subclass of `Command` whose ``invoke`` turns that thing's exceptions into an
   exit code, and whose ``exits`` says what the codes mean.
 * Options: ``parsed(convert)`` makes a callback of a function that raises `ValueError` with a text for people.
-  `json_option`, `plain_option` and `full_option` are not passed to the function: ask `wants` ("json", "plain", "full").
-  `table_options` is all three.
+  `json_option`, `plain_option`, `full_option` and `watch_option` are not passed to the function: ask `wants`, for
+  example `wants("json")`; `answer` prints a result as JSON or for people. `table_options` is the first three.
 * Examples are complete command lines; tests/cli/test_help.py runs each in a folder that has the files they name.
 * Import what needs an extra inside the function, everything else at the top: a command's module is imported for its
   help. A missing extra needs no code: `chutes_proto.cli.main` names it.
@@ -145,6 +145,7 @@ def _flag(what: str, told: str) -> Callable[[F], F]:
 
 json_option = _flag("json", "print one JSON object instead of lines for people")
 plain_option = _flag("plain", "print neither colour nor frames, as into a pipe")
+watch_option = _flag("watch", "print it again every 2 seconds, until interrupted")
 full_option = _flag("full", "print digests, keys and names whole")
 
 
@@ -192,10 +193,11 @@ def one_of(**named: object) -> None:
 
 
 def answer(value: Mapping[str, object], people: Callable[[], object] | str) -> None:
-    """Print the result: ``value`` with ``--json``, else a line, or what ``people`` prints."""
+    """Print the result: ``value`` with ``--json``, else lines, or what ``people`` prints."""
     if wants("json"):
         console.say_json(value)
     elif isinstance(people, str):
-        console.say(people)
+        for line in people.splitlines():
+            console.say(line)
     else:
         _ = people()

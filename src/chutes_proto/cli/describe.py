@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from typing import Final
 
 from attrs import frozen
 
 Pairs = tuple[tuple[str, str], ...]
 
-EXITS: Mapping[int, str] = {0: "done", 1: "refused", 2: "wrong usage, or a file that cannot be read"}
+EXITS: Final = {0: "done", 1: "refused", 2: "wrong usage, or a file that cannot be read"}
 """Exit codes of a command that says nothing else; it never uses another number for the same thing."""
 
 

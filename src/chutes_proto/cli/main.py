@@ -15,24 +15,10 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Final
 
 from chutes_proto._error import ChutesError
 from chutes_proto.cli import console
 from chutes_proto.cli.arguments import run_argparse
-
-_EXTRAS: Final = {
-    "click": "cli",
-    "rich": "cli",
-    "httpx": "asyncio",
-    "anyio": "asyncio",
-    "trio": "trio",
-    "h11": "tls",
-    "OpenSSL": "tls",
-    "sr25519": "hotkey",
-    "psycopg": "postgres",
-}
-"""The extra that brings each package which is optional."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,10 +53,12 @@ def guarded(work: Callable[[], int]) -> int:
         console.complain(str(exc))
         return console.USAGE
     except ModuleNotFoundError as exc:
-        extra = _EXTRAS.get((exc.name or "").partition(".")[0])
+        from chutes_proto.cli.extras import advice, extra_of
+
+        extra = extra_of(exc.name or "")
         if extra is None:
             raise
-        console.complain(f"this command needs the extra {extra}: pip install 'chutes-proto[{extra}]'")
+        console.complain(advice(extra))
         return console.USAGE
     return code
 

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from attrs import frozen
 
@@ -25,11 +25,14 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as Bar
 
+    from chutes_proto.store.rows import Vm
+
 State = Literal["good", "bad", "warn", ""]
 _STYLES = {"good": "green", "bad": "red", "warn": "yellow", "": ""}
 _SHORT = 12
 _AGES = ((86_400 * 365, "y"), (86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))
 _SHOWN_AFTER = 1.0
+_WATCH_SECONDS = 2.0
 
 
 @frozen
@@ -48,9 +51,12 @@ def draws() -> bool:
     return sys.stdout.isatty() and not wants("plain")
 
 
-def table(heads: Sequence[str], rows: Iterable[Sequence[str | Cell]]) -> None:
-    """Print rows in columns."""
+def table(heads: Sequence[str], rows: Iterable[Sequence[str | Cell]], *, empty: str) -> None:
+    """Print rows in columns, or a line that says that there is none."""
     cells = [[one if isinstance(one, Cell) else Cell(one) for one in row] for row in rows]
+    if not cells:
+        console.say(empty)
+        return
     if not draws():
         console.say_table(heads, [[cell.text for cell in row] for row in cells])
         return
@@ -82,6 +88,11 @@ def short(text: str | None) -> str:
     return text if wants("full") or not draws() or len(text) <= _SHORT else f"{text[: _SHORT - 1]}…"
 
 
+def vm(named: Vm) -> str:
+    """A VM: its hotkey, which a terminal shows the beginning of, and its name."""
+    return f"{short(named.hotkey)}/{named.name}"
+
+
 def when(at: int | None) -> str:
     """A time: in RFC 3339, and on a terminal how long ago it is or how far ahead."""
     if at is None:
@@ -97,8 +108,14 @@ def age(at: int) -> str:
     return f"{told} ago" if seconds >= 0 else f"in {told}"
 
 
+class Advance(Protocol):
+    """Takes how much is done, and a total where it has changed."""
+
+    def __call__(self, done: int, total: int | None = None, /) -> None: ...
+
+
 @contextmanager
-def progress(doing: str, total: int | None = None) -> Generator[Callable[[int, int | None], None]]:
+def progress(doing: str, total: int | None = None) -> Generator[Advance]:
     """Progress on standard error: call the result with how much is done, and with a new total where it changes.
 
     On a terminal it is a bar with an estimate that appears after a second, elsewhere a line each time.
@@ -138,13 +155,14 @@ def _bar() -> Bar:
     return Progress(*columns, console=_console(stderr=True), transient=True)
 
 
-def watch(draw: Callable[[], int], every: float) -> int:
-    """Run ``draw`` again and again until SIGINT; on a terminal each time on an empty screen."""
-    while True:
+def watching(draw: Callable[[], int]) -> int:
+    """Run ``draw`` once, or with ``--watch`` until SIGINT, on a terminal each time on an empty screen."""
+    while wants("watch"):
         if draws():
             console.out("\x1b[H\x1b[2J\x1b[3J", end="")
         _ = draw()
-        time.sleep(every)
+        time.sleep(_WATCH_SECONDS)
+    return draw()
 
 
 def _console(*, stderr: bool = False) -> Console:

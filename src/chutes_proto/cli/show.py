@@ -19,7 +19,7 @@ from chutes_proto.auth.client_identity import ENTROPY_SIZE, ClientIdentity, make
 from chutes_proto.boot._flows import BootSettings, attest_boot, boot, fetch_nonce, make_quote, sync_volumes
 from chutes_proto.boot._retry_policy import RetryPolicy
 from chutes_proto.cli import console
-from chutes_proto.cli.development import AUTHORITY, CONFIGURATION, write_collateral, write_server
+from chutes_proto.cli.operator.development import AUTHORITY, CONFIGURATION, write_collateral, write_server
 from chutes_proto.effects import Flow
 from chutes_proto.errors import Refusal
 from chutes_proto.io.clients.boot_aio import BootAgent

@@ -23,12 +23,12 @@ _SECTIONS: Final = {
         "agent": ("agent", "the boot agent: attest, open the VM's disks, rotate their keys"),
     },
     "Operate a key server": {
-        "serve": ("serve", "serve keys"),
-        "keys": ("keys", "history, restore, purge, rewrap, import of keys"),
-        "vm": ("vm", "list, bind and rebind VMs"),
-        "registrations": ("registrations", "list and remove what miners registered"),
-        "audit": ("audit", "show, export and purge the audit rows"),
-        "store": ("store", "make, migrate, copy and check a key server's store"),
+        "serve": ("operator.serve", "Serve keys to VMs that prove what they are"),
+        "keys": ("operator.keys", "Show, restore, purge, rewrap and import keys"),
+        "vm": ("operator.vm", "List, bind and rebind VMs"),
+        "registrations": ("operator.registrations", "List and remove the servers that miners registered"),
+        "audit": ("operator.audit", "Show, export and purge the audit rows"),
+        "store": ("operator.store", "Make, migrate, copy and check the store of a key server"),
         "openapi": ("operator.openapi", "Print the API as an OpenAPI document"),
     },
     "Mine": {
