@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable
-from typing import Final
-
-from attrs import frozen
+from typing import Final, NamedTuple
 
 Pairs = tuple[tuple[str, str], ...]
 
@@ -14,8 +12,7 @@ EXITS: Final = {0: "done", 1: "refused", 2: "wrong usage, or a file that cannot 
 """Exit codes of a command that says nothing else; it never uses another number for the same thing."""
 
 
-@frozen
-class Description:
+class Description(NamedTuple):
     """Everything that a reader is told about one command; ``commands`` are those of a group, by name."""
 
     words: str

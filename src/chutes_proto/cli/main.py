@@ -18,18 +18,17 @@ from collections.abc import Callable, Sequence
 
 from chutes_proto._error import ChutesError
 from chutes_proto.cli import console
-from chutes_proto.cli.arguments import run_argparse
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; the result is the exit code of the process."""
     words = sys.argv[1:] if argv is None else argv
-    return guarded(lambda: run_argparse(words, ("agent",)) if words[:1] == ["agent"] else _run_click(words))
+    return guarded(lambda: _run_agent(words) if words[:1] == ["agent"] else _run_click(words))
 
 
 def agent_main() -> int:
     """Run a command line of the agent as one file, which has no other commands."""
-    return guarded(lambda: run_argparse(sys.argv[1:], ("agent",)))
+    return guarded(lambda: _run_agent(sys.argv[1:]))
 
 
 def guarded(work: Callable[[], int]) -> int:
@@ -61,6 +60,12 @@ def guarded(work: Callable[[], int]) -> int:
         console.complain(advice(extra))
         return console.USAGE
     return code
+
+
+def _run_agent(words: Sequence[str]) -> int:
+    from chutes_proto.cli.arguments import run_argparse
+
+    return run_argparse(words, ("agent",))
 
 
 def _run_click(words: Sequence[str]) -> int:

@@ -13,9 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal, Protocol
-
-from attrs import frozen
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from chutes_proto.cli import console
 from chutes_proto.cli.base import wants
@@ -35,8 +33,7 @@ _SHOWN_AFTER = 1.0
 _WATCH_SECONDS = 2.0
 
 
-@frozen
-class Cell:
+class Cell(NamedTuple):
     """A text with what state it says; colour only repeats it."""
 
     text: str

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
-from click.shell_completion import CompletionItem
 
 from chutes_proto import __version__
 from chutes_proto.cli import console
-from chutes_proto.cli.arguments import run_argparse
 from chutes_proto.cli.base import Command, Described, Group
 from chutes_proto.cli.describe import Pairs
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 _SECTIONS: Final = {
     "Try it": {
@@ -78,6 +79,8 @@ class Root(Group):
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         if incomplete.startswith("-"):
             return super().shell_complete(ctx, incomplete)
+        from click.shell_completion import CompletionItem
+
         return [CompletionItem(name, help=COMMANDS[name][1]) for name in COMMANDS if name.startswith(incomplete)]
 
 
@@ -95,6 +98,8 @@ class _Bridge(Command):
         )
 
     def _run(self, words: tuple[str, ...]) -> int:
+        from chutes_proto.cli.arguments import run_argparse
+
         name = str(self.name)
         return run_argparse([name, *words], (name,))
 

@@ -37,7 +37,7 @@ from chutes_proto.wire.names import NAME_PATTERN
 F = TypeVar("F", bound=Callable[..., Any])
 
 DAY = 24 * 60 * 60
-CONFIG = "--config /etc/chutes/server.toml"
+CONFIG = "--config server.toml"
 """The end of most examples."""
 
 _COUNT = re.compile(r"[0-9]{1,5}")

@@ -35,7 +35,7 @@ command = OperatorGroup(
     """,
     examples=(
         f"chutes-proto store migrate {CONFIG}",
-        "chutes-proto store check --store sqlite:/var/lib/chutes/keys.db --json",
+        "chutes-proto store check --store sqlite:keys.db --json",
     ),
     related=("serve", "keys rewrap"),
 )
@@ -53,7 +53,7 @@ def _which(function: F) -> F:
 @command.command(
     examples=(
         f"chutes-proto store migrate {CONFIG}",
-        "chutes-proto store migrate --store sqlite:/var/lib/chutes/keys.db",
+        "chutes-proto store migrate --store sqlite:keys.db",
         "chutes-proto store migrate --store 'postgresql://chutes@db.internal/keys?passfile=/etc/chutes/pgpass'",
     ),
     exits={
@@ -88,8 +88,8 @@ def migrate(config: str | None, store: str | None) -> int:
 
 @command.command(
     examples=(
-        "chutes-proto store copy --from sqlite:/var/lib/chutes/keys.db --store sqlite:/var/lib/chutes/new.db",
-        "chutes-proto store copy --from sqlite:/var/lib/chutes/keys.db --config /etc/chutes/postgres.toml",
+        "chutes-proto store copy --from sqlite:keys.db --store sqlite:new.db",
+        "chutes-proto store copy --from sqlite:keys.db --config postgres.toml",
     ),
     exits={0: "all rows are copied", 1: "no row was copied", 2: "wrong usage, or a file that cannot be read"},
     related=("store migrate", "store check"),
@@ -124,7 +124,7 @@ def copy(source: str, reason: str, config: str | None, store: str | None) -> int
 @command.command(
     examples=(
         f"chutes-proto store check {CONFIG}",
-        "chutes-proto store check --store sqlite:/var/lib/chutes/keys.db --json",
+        "chutes-proto store check --store sqlite:keys.db --json",
     ),
     exits={0: "nothing is wrong", 1: "something is wrong", 2: "wrong usage, or a file that cannot be read"},
     related=("serve", "keys rewrap"),
@@ -149,7 +149,7 @@ def check(config: str | None, store: str | None) -> int:
 @command.command(
     examples=(
         f"chutes-proto store restored {CONFIG} --reason 'disk failure on db1'",
-        "chutes-proto store restored --store sqlite:/var/lib/chutes/keys.db --json",
+        "chutes-proto store restored --store sqlite:keys.db --json",
     ),
     exits={0: "done", 1: "the store cannot be written", 2: "wrong usage, or a file that cannot be read"},
     related=("store check", "audit list"),
