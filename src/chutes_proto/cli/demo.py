@@ -10,7 +10,7 @@ NAME = "demo"
 
 
 def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
-    return console.command(
+    parser = console.command(
         subparsers,
         NAME,
         "see a VM boot and receive its keys, end to end on this machine",
@@ -22,8 +22,10 @@ def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
 
         exit code: 0 everything went as it should; 1 something did not
         """,
-        "chutes-proto demo",
+        "chutes-proto demo\nchutes-proto demo --plain",
     )
+    console.add(parser, "--plain", action="store_true", help="no colour, and only ASCII characters")
+    return parser
 
 
 def run(options: argparse.Namespace) -> int:
@@ -32,7 +34,9 @@ def run(options: argparse.Namespace) -> int:
 
     import trio
 
+    from chutes_proto.cli.page import Page, make_console
     from chutes_proto.cli.show import show
 
     with tempfile.TemporaryDirectory(prefix="chutes-proto-demo-") as directory:
-        return console.GRANTED if trio.run(show, Path(directory)) else console.REFUSED
+        page = Page(make_console(plain=options.plain), plain=options.plain)
+        return console.GRANTED if trio.run(show, Path(directory), page) else console.REFUSED

@@ -1,11 +1,12 @@
-"""What `demo` shows, step by step: everything is real but the platform, and every expectation is checked."""
+"""The steps of `demo`: everything but the platform is real, and every expectation is checked."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -18,8 +19,8 @@ from chutes_proto._error import ChutesError
 from chutes_proto.auth.client_identity import ENTROPY_SIZE, ClientIdentity, make_client_identity
 from chutes_proto.boot._flows import BootSettings, attest_boot, boot, fetch_nonce, make_quote, sync_volumes
 from chutes_proto.boot._retry_policy import RetryPolicy
-from chutes_proto.cli import console
 from chutes_proto.cli.operator.development import AUTHORITY, CONFIGURATION, write_collateral, write_server
+from chutes_proto.cli.page import Page
 from chutes_proto.effects import Flow
 from chutes_proto.errors import Refusal
 from chutes_proto.io.clients.boot_aio import BootAgent
@@ -42,32 +43,9 @@ SECONDS: Final = 60
 _IMAGE_SIZE: Final = 20 * 1024 * 1024  # a LUKS2 header takes 16 MiB
 
 
-class UnexpectedError(Exception):
-    """Something did not go as it should; the text says what."""
-
-
-class Steps:
-    """Prints each step with its time, and counts."""
-
-    def __init__(self) -> None:
-        self._began = time.monotonic()
-        self.taken: int = 0
-
-    @property
-    def seconds(self) -> float:
-        """Since the beginning."""
-        return time.monotonic() - self._began
-
-    def say(self, text: str, *, done: bool = True) -> None:
-        """One line. Long hexadecimal values are cut, because they are for a log."""
-        self.taken += done
-        short = re.sub(r"\b([0-9a-f]{12})[0-9a-f]{28,}\b", r"\1..", text)
-        console.say(f"{self.seconds:6.2f} s  {'ok    ' if done else 'FAILED'}  {short}")
-
-
 @frozen
-class Rebuff:
-    """What must be refused: how the VM goes about it, with which quoter, and the answer it must get."""
+class Attack:
+    """An attempt that must be refused: how the VM goes about it, with which quoter, and the answer it must get."""
 
     what: str
     go_about: Callable[[BootSettings], Flow[object]]
@@ -76,53 +54,73 @@ class Rebuff:
     reason: str
 
 
-async def show(directory: Path) -> bool:
-    """Everything, with its files in ``directory``; whether all went as it should."""
-    steps = Steps()
+@frozen
+class Received:
+    """Keys that one boot received, and the public key that it used."""
+
+    spki_sha256: bytes
+    nonce: bytes
+    passphrases: Mapping[str, Secret]
+
+
+async def show(directory: Path, page: Page) -> bool:
+    """Run everything, with its files in ``directory``; return whether all went as it should."""
+    page.title(
+        "A confidential VM gets its disk keys from a key server",
+        "Everything runs now, on this machine; only the TDX platform is simulated.",
+    )
+    story = _Story(directory, page)
     complaint = ""
     with trio.move_on_after(SECONDS) as limit:
         try:
             with unwrapped():
-                await _Show(directory, steps).run()
-        except (UnexpectedError, ChutesError) as exc:
+                await story.run()
+        except ChutesError as exc:
             complaint = str(exc)
     if limit.cancelled_caught:
         complaint = f"not done after {SECONDS} s"
     if complaint:
-        steps.say(complaint, done=False)
-        console.say(f"After {steps.taken} steps, one did NOT go as it should.")
+        page.step("stopped", complaint, passed=False)
+    if page.failed:
+        page.summary(f"{page.failed} of {page.failed + page.passed} checks FAILED.", passed=False)
         return False
-    console.say(
-        f"All {steps.taken} steps went as they should, in {steps.seconds:.1f} s: two boots granted, six others refused."
+    page.summary(
+        f"All {page.passed} checks passed in {page.seconds:.1f} s:"
+        f" {story.granted} boots granted, {story.refused} attacks refused.",
+        passed=True,
     )
+    page.note("Next, a server of your own: chutes-proto serve --dev")
     return True
 
 
-class _Show:
-    def __init__(self, directory: Path, steps: Steps) -> None:
+class _Story:
+    def __init__(self, directory: Path, page: Page) -> None:
         self._directory = directory
-        self._step = steps.say
+        self._page = page
         self._platform = SimulatedPlatform(os.urandom(32))
         self._url = ""
         self._log: list[Record] = []
-        self._secrets: tuple[Secret, ...] = ()
+        self.granted: int = 0
+        self.refused: int = 0
 
     async def run(self) -> None:
         """The key server, and all that happens to it."""
+        self._page.section("A key server starts")
         now = int(time.time())
         write_server(self._directory, self._platform, now)
         revoked = self._platform.another(1)
         write_collateral(self._directory / "collateral", revoked.having("pck_revoked"), now)
-        self._step("platform: a simulated one, whose root is not Intel's and is trusted by this server only")
+        self._page.step("platform", "simulated; only this server trusts its root")
         async with trio.open_nursery() as nursery:
             (self._url,) = await nursery.start(self._serve)
-            store = next(record.fields["store"] for record in self._log if record.event == "serving")
-            self._step(f"server: {self._url}, mutual TLS, on trio, store in SQLite at {store}")
-            await self._boots()
-            for rebuff in self._rebuffs(revoked):
-                await self._refused(rebuff)
+            self._page.step("server", f"{self._url}, mutual TLS, rows in SQLite")
+            received = await self._boots()
+            self._page.section("Attacks are refused")
+            rows = [await self._attack(attack) for attack in self._attacks(revoked)]
+            self._page.table(("Attack", "Check that failed", "Answer"), rows)
             nursery.cancel_scope.cancel()
-        self._look_for_secrets()
+        self._page.section("Secrets stay secret")
+        self._look_for_secrets(received.passphrases.values())
 
     async def _serve(self, task_status: trio.TaskStatus[Sequence[str]]) -> None:
         config = ServerConfig.load(self._directory / CONFIGURATION)
@@ -130,39 +128,48 @@ class _Show:
 
     # --- what is granted ---
 
-    async def _boots(self) -> None:
+    async def _boots(self) -> Received:
         program = find_cryptsetup()
         disks = Disks(program, images=True, mapping=False)
-        received = await self._boot("boot", formatted=())
+        self._page.section("A VM boots")
+        first = await self._boot(formatted=())
+        for name, passphrase in first.passphrases.items():
+            text = f"passphrase {_fingerprint(passphrase.reveal())} received"
+            if program is not None and name in VOLUMES:
+                action = Format(name, self._make_image(name), Key.CURRENT)
+                _ = await trio.to_thread.run_sync(disks.act, action, {Key.CURRENT: passphrase})
+                text += ", disk formatted"
+            self._page.step(name, text)
+        self._page.section("It reboots and gets the same keys")
+        again = await self._boot(formatted=() if program is None else VOLUMES)
+        rows = [
+            _compared("TLS key", first.spki_sha256, again.spki_sha256, "new at each boot", same=False),
+            _compared("nonce", first.nonce, again.nonce, "new at each boot", same=False),
+        ]
+        for name, passphrase in again.passphrases.items():
+            found = ""
+            if program is not None and name in VOLUMES:
+                opening = Open(name, self._image(name), name, (Key.CURRENT,))
+                _ = await trio.to_thread.run_sync(disks.act, opening, {Key.CURRENT: passphrase})
+                found = "opens the LUKS2 disk"
+            rows.append(_compared(name, first.passphrases[name].reveal(), passphrase.reveal(), found, same=True))
+        self._page.table(("", "First boot", "", "Reboot", ""), rows)
+        self._page.note("Keys are shown as the beginning of their SHA-256, never themselves.")
         if program is None:
-            self._step(f"disks: cryptsetup is not installed, so there are none; get it with: {HOW_TO_INSTALL}")
-        else:
-            for volume in VOLUMES:
-                action = Format(volume, self._make_image(volume), Key.CURRENT)
-                _ = await trio.to_thread.run_sync(disks.act, action, {Key.CURRENT: received[volume]})
-                self._step(f"disks: {volume} formatted as LUKS2 with its passphrase")
-        again = await self._boot("reboot", formatted=() if program is None else VOLUMES)
-        for name, passphrase in again.items():
-            if passphrase != received[name]:
-                raise UnexpectedError(f"the passphrase of {name} is another one after the reboot")
-        if program is None:
-            self._step("reboot: a new client key, the same passphrases")
-        else:
-            for volume in VOLUMES:
-                opening = Open(volume, self._image(volume), volume, (Key.CURRENT,))
-                _ = await trio.to_thread.run_sync(disks.act, opening, {Key.CURRENT: again[volume]})
-                self._step(f"reboot: the passphrase received now opens {volume}")
-        self._secrets = tuple(received.values())
+            self._page.note(f"cryptsetup is not installed, so there are no disks. To see them: {HOW_TO_INSTALL}")
+        return again
 
-    async def _boot(self, title: str, formatted: tuple[str, ...]) -> Mapping[str, Secret]:
-        """One boot of the VM by the boot agent: the passphrases, the root's under ``root``."""
+    async def _boot(self, formatted: tuple[str, ...]) -> Received:
+        """One boot of the VM by the boot agent."""
         identity = _identity()
-        self._step(f"{title}: a throw-away client key, SHA-256 {identity.spki_sha256.hex()}")
+        self._page.step("TLS key", f"{_fingerprint(identity.spki_sha256)} made for this boot")
+        nonce = b""
 
         def quoter(report_data: bytes) -> bytes:
-            self._step(f"{title}: a nonce, ..{report_data[26:32].hex()}")
+            nonlocal nonce
+            nonce = report_data[:32]
             quote = self._platform.quote(report_data)
-            self._step(f"{title}: a TDX quote of {len(quote)} bytes that binds the nonce and the client key")
+            self._page.step("quote", f"{len(quote):,} bytes; binds the server's nonce and the TLS key")
             return quote
 
         async with BootAgent(
@@ -176,15 +183,13 @@ class _Show:
         ) as agent:
             grant = await agent.boot()
             granted = next(r for r in reversed(self._log) if r.event == "boot_granted").fields
-            self._step(
-                f"{title}: granted; TCB {granted['tcb_status']}, measurements {granted['profile']!r}: "
-                f"root passphrase ({len(grant.root_passphrase)} characters) and boot token received"
+            self._page.step(
+                "granted", f"TCB {granted['tcb_status']}, measurements match profile {granted['profile']!r}"
             )
+            self.granted += 1
             keys = await agent.sync({volume: volume in formatted for volume in VOLUMES})
-            lengths = ", ".join(f"{key.volume} ({len(key.passphrase)} characters)" for key in keys)
-            in_use = ", ".join(key.volume for key in keys if key.is_in_use) or "none"
-            self._step(f"{title}: synced; passphrases of {lengths}; in use: {in_use}")
-        return {"root": grant.root_passphrase, **{key.volume: key.passphrase for key in keys}}
+        passphrases = {"root": grant.root_passphrase, **{key.volume: key.passphrase for key in keys}}
+        return Received(identity.spki_sha256, nonce, passphrases)
 
     def _image(self, volume: str) -> str:
         return str(self._directory / f"{volume}.img")
@@ -196,47 +201,63 @@ class _Show:
             _ = file.truncate(_IMAGE_SIZE)
         return path
 
-    def _look_for_secrets(self) -> None:
-        """No passphrase may stand in the clear where one is not meant to be."""
+    def _look_for_secrets(self, secrets: Iterable[Secret]) -> None:
+        """Look for each passphrase in the clear, in the server's log and in its store."""
         logged = "\n".join(record.as_json("") for record in self._log).encode()
         stored = b"".join(path.read_bytes() for path in self._directory.glob("keys.db*"))
-        if any(secret.reveal() in logged + stored for secret in self._secrets):
-            raise UnexpectedError("a passphrase stands in the clear in the server's log or store")
-        self._step(f"secrets: no passphrase in {len(self._log)} lines of log or in {len(stored)} bytes of store")
+        places = {"log": (logged, f"{len(self._log)} lines"), "store": (stored, f"{len(stored):,} bytes")}
+        for place, (content, size) in places.items():
+            found = sum(secret.reveal() in content for secret in secrets)
+            self._page.step(place, f"{size}; passphrases in the clear: {found}", passed=not found)
 
     # --- what is refused ---
 
-    def _rebuffs(self, revoked: SimulatedPlatform) -> tuple[Rebuff, ...]:
+    def _attacks(self, revoked: SimulatedPlatform) -> tuple[Attack, ...]:
         honest, having = self._platform.quote, self._platform.having
         return (
-            Rebuff("a replayed nonce", _replay_nonce, honest, Code.NONCE_INVALID, "redeemed"),
-            Rebuff("a quote for another TLS key", _quote_other_key, honest, Code.CERTIFICATE_MISMATCH, "TLS key"),
-            Rebuff("a wrong measurement", boot, having("rtmr1").quote, Code.MEASUREMENT_MISMATCH, "RTMR1"),
-            Rebuff("a debug TD", boot, having("debug").quote, Code.ATTRIBUTES_REJECTED, "debug"),
-            Rebuff("a revoked PCK certificate", boot, revoked.quote, Code.QUOTE_REJECTED, "pck_revoked"),
-            Rebuff("a spent boot token with another body", _reuse_token, honest, Code.BOOT_TOKEN_INVALID, "spent"),
+            Attack("replayed nonce", _replay_nonce, honest, Code.NONCE_INVALID, "redeemed"),
+            Attack("quote for another TLS key", _quote_other_key, honest, Code.CERTIFICATE_MISMATCH, "TLS key"),
+            Attack("altered kernel", boot, having("rtmr1").quote, Code.MEASUREMENT_MISMATCH, "RTMR1"),
+            Attack("debug TD", boot, having("debug").quote, Code.ATTRIBUTES_REJECTED, "debug"),
+            Attack("revoked platform", boot, revoked.quote, Code.QUOTE_REJECTED, "pck_revoked"),
+            Attack("boot token used again", _reuse_token, honest, Code.BOOT_TOKEN_INVALID, "another body"),
         )
 
-    async def _refused(self, rebuff: Rebuff) -> None:
+    async def _attack(self, attack: Attack) -> tuple[bool, tuple[str, ...]]:
+        """Try it: whether it was refused as it must be, and the cells of its row."""
         identity = _identity()
         settings = BootSettings(HOTKEY, "vm-2", identity.spki_sha256, retry=RetryPolicy(attempts=1))
         context = client_context(identity, (self._directory / AUTHORITY).read_bytes())
+        expected = f"{attack.code.status} {attack.code}"
         async with httpx.AsyncClient(verify=context, trust_env=False) as client:
-            performer = Performer(send=HttpxSender(client, self._url), quoter=rebuff.quoter, log=lambda _: None)
+            performer = Performer(send=HttpxSender(client, self._url), quoter=attack.quoter, log=lambda _: None)
             try:
-                _ = await performer.run(rebuff.go_about(settings))
+                _ = await performer.run(attack.go_about(settings))
             except Refusal as exc:
                 refusal = exc
             else:
-                raise UnexpectedError(f"{rebuff.what} was NOT refused")
-        record = next(
-            (r for r in self._log if r.event == "refused" and r.fields["request_id"] == refusal.request_id), None
-        )
-        operator = f"operator reads: {'nothing' if record is None else record.fields['reason']}"
-        text = f"refused: {rebuff.what}: {refusal.status} {refusal.code}; {operator}"
-        if (refusal.code, refusal.status) != (rebuff.code, rebuff.code.status) or rebuff.reason not in operator:
-            raise UnexpectedError(f"{text} (expected {rebuff.code.status} {rebuff.code} and {rebuff.reason!r})")
-        self._step(text)
+                return False, (attack.what, f"none; expected {expected}", "NOT refused")
+        self.refused += 1
+        logged = (r for r in self._log if r.event == "refused" and r.fields["request_id"] == refusal.request_id)
+        record = next(logged, None)
+        reason = "" if record is None else str(record.fields["reason"])
+        answer = f"{refusal.status} {refusal.code}"
+        check = re.sub(r" [(\[].*", "", reason.removeprefix(f"{refusal.code}: "))  # values and steps are for a log
+        passed = answer == expected and attack.reason in reason
+        if not passed:
+            check += f" (expected {expected} and {attack.reason!r})"
+        return passed, (attack.what, check, answer)
+
+
+def _fingerprint(value: bytes) -> str:
+    """A few digits of a hash, to compare values that must not be shown."""
+    return hashlib.sha256(value).hexdigest()[:8] + "…"
+
+
+def _compared(name: str, first: bytes, again: bytes, remark: str, *, same: bool) -> tuple[bool, tuple[str, ...]]:
+    """A row that shows whether two values are the same, as they should be or should not."""
+    relation = "=" if first == again else "≠"
+    return (first == again) is same, (name, _fingerprint(first), relation, _fingerprint(again), remark)
 
 
 def _identity() -> ClientIdentity:

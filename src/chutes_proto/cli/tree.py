@@ -33,23 +33,30 @@ _SECTIONS: Final = {
         "openapi": ("operator.openapi", "Print the API as an OpenAPI document"),
     },
     "Mine": {
-        "boot": ("boot", "boot a VM once, for a trial"),
-        "register": ("register", "register a server"),
-        "servers": ("servers", "list, show, rename and remove your servers"),
-        "attest": ("attest", "attest a registered server at runtime"),
-        "status": ("status", "what came of a server's newest runtime attestation"),
-        "hotkey": ("hotkey", "make a hotkey for trials"),
+        "boot": ("miner.boot", "Boot against a running server, as a VM without disks"),
+        "register": ("miner.servers:register", "Register a server with its GPUs"),
+        "servers": ("miner.servers:servers", "List, show, rename and remove your servers"),
+        "attest": ("miner.servers:attest", "Attest a registered server at runtime"),
+        "status": (
+            "miner.servers:status",
+            "Show the newest runtime attestation of a server, and whether it still counts",
+        ),
+        "hotkey": ("miner.hotkey", "Inspect a hotkey's address, or check a signature"),
     },
     "Verify quotes": {
-        "verify": ("verify", "verify a quote against collateral, and appraise it"),
-        "inspect": ("inspect", "show what a quote says, without verifying it"),
-        "profile": ("profile", "write a measurement profile from two quotes"),
-        "replay": ("replay", "replay an event log"),
-        "collateral": ("collateral", "fetch collateral, look at it, forecast its end, or serve simulated"),
-        "simulate": ("simulate", "make a quote of the simulated platform"),
+        "verify": ("verifier.verify", "Verify a quote against collateral, and appraise it"),
+        "inspect": ("verifier.quotes:inspect", "Show the content of a quote without verifying it"),
+        "profile": ("verifier.quotes:profile", "Write a measurement profile from two quotes"),
+        "replay": ("verifier.replay", "Replay an event log against a quote, and find the first event that differs"),
+        "collateral": (
+            "verifier.collateral",
+            "Fetch, show and check collateral, or serve that of the simulated platform",
+        ),
+        "simulate": ("verifier.simulate", "Make a quote and collateral of a simulated platform"),
     },
 }
-"""By heading and name: the module under ``chutes_proto.cli``, and the first sentence of its help."""
+"""By heading and name: the module under ``chutes_proto.cli``, with the attribute where it is not ``command``, and the
+first sentence of the help."""
 
 COMMANDS: Final = {name: entry for section in _SECTIONS.values() for name, entry in section.items()}
 
@@ -65,8 +72,9 @@ class Root(Group):
         del ctx
         if cmd_name not in COMMANDS:
             return None
-        module = import_module(f"chutes_proto.cli.{COMMANDS[cmd_name][0]}")
-        found: click.Command = _Bridge(cmd_name) if hasattr(module, "add") else module.command
+        path, _, attribute = COMMANDS[cmd_name][0].partition(":")
+        module = import_module(f"chutes_proto.cli.{path}")
+        found: click.Command = _Bridge(cmd_name) if hasattr(module, "add") else getattr(module, attribute or "command")
         return found
 
     def sections(self, ctx: click.Context) -> tuple[tuple[str, Pairs], ...]:
