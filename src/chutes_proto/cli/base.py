@@ -77,7 +77,7 @@ class Described(click.Command):
             sentence=sentence_of(text),
             paragraphs=paragraphs_of(text),
             arguments=tuple((one.make_metavar(ctx), one.told) for one in params if isinstance(one, Argument)),
-            options=tuple(record for one in params if (record := one.get_help_record(ctx)) is not None),
+            options=tuple(one.get_help_record(ctx) or ("", "") for one in params if isinstance(one, click.Option)),
             commands=self.sections(ctx),
             examples=self.examples,
             exits=tuple((str(code), meaning) for code, meaning in self.exits.items()),
