@@ -17,9 +17,9 @@ from attrs import frozen
 
 from chutes_proto.auth import client_identity
 from chutes_proto.boot._settings import AgentSettings
-from chutes_proto.cli.agent import close_opened
+from chutes_proto.cli.agent.progress import Progress
+from chutes_proto.cli.agent.running import close_opened
 from chutes_proto.cli.main import main
-from chutes_proto.cli.progress import Progress
 from chutes_proto.log import Level, Record
 from tests.cli.conftest import HOTKEY, PROGRAM, Ended
 from tests.conftest import CI

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from chutes_proto.cli import progress as module
-from chutes_proto.cli.progress import WIDTH, Progress, said
+from chutes_proto.cli.agent import progress as module
+from chutes_proto.cli.agent.progress import WIDTH, Progress, said
 from chutes_proto.errors import DiskError, TransportError, refusal
 from chutes_proto.log import Level, Record, Value
 from chutes_proto.luks.plan import Format, Key, Open

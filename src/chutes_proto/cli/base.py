@@ -37,6 +37,9 @@ import click
 from chutes_proto.cli import console
 from chutes_proto.cli.describe import EXITS, Description, Pairs, as_help, paragraphs_of, sentence_of
 
+COMPLETE = "_CHUTES_PROTO_COMPLETE"
+"""The environment variable by which a shell asks for completions."""
+
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -89,6 +92,10 @@ class Described(click.Command):
         del ctx
         return ()
 
+    def descriptions(self, ctx: click.Context) -> list[Description]:
+        """This description, and those of all commands below it."""
+        return [self.describe(ctx)]
+
     def get_help(self, ctx: click.Context) -> str:
         return as_help(self.describe(ctx), console.help_width())
 
@@ -114,6 +121,14 @@ class Group(Described, click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         del ctx
         return [*self.commands]  # as they are written, not by the alphabet
+
+    def descriptions(self, ctx: click.Context) -> list[Description]:
+        found = [self.describe(ctx)]
+        for name in self.list_commands(ctx):
+            command = self.get_command(ctx, name)
+            if isinstance(command, Described):
+                found += command.descriptions(click.Context(command, ctx, name))
+        return found
 
 
 def _show_help(ctx: click.Context, _: click.Parameter, value: bool) -> None:
@@ -162,7 +177,7 @@ def parsed(convert: Callable[[str], T]) -> Callable[[click.Context, click.Parame
             if isinstance(value, tuple):
                 return tuple(convert(one) for one in cast("tuple[str, ...]", value))
             return convert(value) if isinstance(value, str) else value
-        except (ValueError, console.OptionError) as exc:
+        except ValueError as exc:
             raise click.BadParameter(str(exc), ctx, param) from None
 
     return callback

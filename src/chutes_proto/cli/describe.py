@@ -37,17 +37,18 @@ def paragraphs_of(text: str) -> tuple[str, ...]:
     lines = text.strip().splitlines()
     whole = "\n".join([lines[0].strip(), textwrap.dedent("\n".join(lines[1:]))]) if lines else ""
     rest = [part.strip("\n") for part in whole.split("\n\n")[1:]]
-    return tuple(part if _is_verbatim(part) else " ".join(part.split()) for part in rest if part.strip())
+    return tuple(part if is_verbatim(part) else " ".join(part.split()) for part in rest if part.strip())
 
 
-def _is_verbatim(text: str) -> bool:
+def is_verbatim(text: str) -> bool:
+    """Whether a paragraph keeps its lines."""
     return text.startswith(" ") or "\n " in text
 
 
 def as_help(told: Description, width: int) -> str:
     """The text of ``--help``, as wide as that where words fit; examples are never broken."""
     parts = [f"Usage: {told.usage}", _filled(told.sentence, width)]
-    parts += [part if _is_verbatim(part) else _filled(part, width) for part in told.paragraphs]
+    parts += [part if is_verbatim(part) else _filled(part, width) for part in told.paragraphs]
     lists = [("Arguments", told.arguments), *told.commands, ("Options", told.options), ("Exit codes", told.exits)]
     parts += [f"{title}:\n{_pairs(pairs, width)}" for title, pairs in lists if pairs]
     if told.examples:

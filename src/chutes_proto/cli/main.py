@@ -22,22 +22,16 @@ from chutes_proto.cli import console
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; the result is the exit code of the process."""
-    words = sys.argv[1:] if argv is None else argv
-    return guarded(lambda: _run_agent(words) if words[:1] == ["agent"] else _run_click(words))
+    return guarded(_run, sys.argv[1:] if argv is None else argv)
 
 
-def agent_main() -> int:
-    """Run a command line of the agent as one file, which has no other commands."""
-    return guarded(lambda: _run_agent(sys.argv[1:]))
-
-
-def guarded(work: Callable[[], int]) -> int:
-    """The exit code of ``work``, or the one of the error that ended it, when that is told."""
+def guarded(run: Callable[[Sequence[str]], int], words: Sequence[str]) -> int:
+    """The exit code of ``run``, or that of the error that ended it, which is printed."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        code = work()
+        code = run(words)
         console.out("", end="")
     except OSError as exc:
         # What is still buffered for standard output would fail again when Python ends.
@@ -62,13 +56,11 @@ def guarded(work: Callable[[], int]) -> int:
     return code
 
 
-def _run_agent(words: Sequence[str]) -> int:
-    from chutes_proto.cli.arguments import run_argparse
+def _run(words: Sequence[str]) -> int:
+    if words[:1] == ["agent"]:
+        from chutes_proto.cli.agent import main as run_agent
 
-    return run_argparse(words, ("agent",))
-
-
-def _run_click(words: Sequence[str]) -> int:
+        return run_agent(words[1:])
     from chutes_proto.cli.tree import run
 
     return run(words)

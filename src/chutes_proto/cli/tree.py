@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
@@ -10,18 +10,18 @@ import click
 
 from chutes_proto import __version__
 from chutes_proto.cli import console
-from chutes_proto.cli.base import Command, Described, Group
+from chutes_proto.cli.base import COMPLETE, Group
 from chutes_proto.cli.describe import Pairs
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
-_SECTIONS: Final = {
+_SECTIONS: Final[Mapping[str, Mapping[str, tuple[str, str]]]] = {
     "Try it": {
-        "demo": ("demo", "see a VM boot and receive its keys, end to end on this machine"),
+        "demo": ("demo", "Show a VM that boots and receives its keys, end to end on this machine"),
     },
     "In the VM": {
-        "agent": ("agent", "the boot agent: attest, open the VM's disks, rotate their keys"),
+        "agent": ("agent.command", "Attest a VM at boot, open its disks and rotate their keys"),
     },
     "Operate a key server": {
         "serve": ("operator.serve", "Serve keys to VMs that prove what they are"),
@@ -32,7 +32,7 @@ _SECTIONS: Final = {
         "store": ("operator.store", "Make, migrate, copy and check the store of a key server"),
         "openapi": ("operator.openapi", "Print the API as an OpenAPI document"),
     },
-    "Mine": {
+    "Run servers as a miner": {
         "boot": ("miner.boot", "Boot against a running server, as a VM without disks"),
         "register": ("miner.servers:register", "Register a server with its GPUs"),
         "servers": ("miner.servers:servers", "List, show, rename and remove your servers"),
@@ -54,6 +54,9 @@ _SECTIONS: Final = {
         ),
         "simulate": ("verifier.simulate", "Make a quote and collateral of a simulated platform"),
     },
+    "This command": {
+        "completion": ("completion", "Print the completion script of a shell"),
+    },
 }
 """By heading and name: the module under ``chutes_proto.cli``, with the attribute where it is not ``command``, and the
 first sentence of the help."""
@@ -73,8 +76,7 @@ class Root(Group):
         if cmd_name not in COMMANDS:
             return None
         path, _, attribute = COMMANDS[cmd_name][0].partition(":")
-        module = import_module(f"chutes_proto.cli.{path}")
-        found: click.Command = _Bridge(cmd_name) if hasattr(module, "add") else getattr(module, attribute or "command")
+        found: click.Command = getattr(import_module(f"chutes_proto.cli.{path}"), attribute or "command")
         return found
 
     def sections(self, ctx: click.Context) -> tuple[tuple[str, Pairs], ...]:
@@ -90,26 +92,6 @@ class Root(Group):
         from click.shell_completion import CompletionItem
 
         return [CompletionItem(name, help=COMMANDS[name][1]) for name in COMMANDS if name.startswith(incomplete)]
-
-
-class _Bridge(Command):
-    """A command that is written with argparse."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(
-            name,
-            help=COMMANDS[name][1],
-            add_help_option=False,
-            context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
-            params=[click.Argument(["words"], nargs=-1, type=click.UNPROCESSED)],
-            callback=self._run,
-        )
-
-    def _run(self, words: tuple[str, ...]) -> int:
-        from chutes_proto.cli.arguments import run_argparse
-
-        name = str(self.name)
-        return run_argparse([name, *words], (name,))
 
 
 def _version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
@@ -143,10 +125,10 @@ def run(argv: Sequence[str]) -> int:
     """Run one command; the result is the exit code of the process."""
     import os
 
-    if instruction := os.environ.get("_CHUTES_PROTO_COMPLETE"):
+    if instruction := os.environ.get(COMPLETE):
         from click.shell_completion import shell_complete
 
-        return shell_complete(ROOT, {}, "chutes-proto", "_CHUTES_PROTO_COMPLETE", instruction)
+        return shell_complete(ROOT, {}, "chutes-proto", COMPLETE, instruction)
     try:
         with ROOT.make_context("chutes-proto", [*argv]) as ctx:
             code: Any = ROOT.invoke(ctx)
@@ -167,15 +149,3 @@ def _problem(exc: click.ClickException) -> str:
     ctx = exc.ctx if isinstance(exc, click.UsageError) else None
     words = ctx.command_path if ctx else "chutes-proto"
     return f"{message[:1].lower()}{message[1:]}; see {words} --help"
-
-
-def walk(ctx: click.Context | None = None) -> list[tuple[click.Context, Described]]:
-    """Every command with its context, from the top down."""
-    ctx = ctx or click.Context(ROOT, info_name="chutes-proto")
-    found = [(ctx, ctx.command)] if isinstance(ctx.command, Described) else []
-    if isinstance(ctx.command, click.Group):
-        for name in ctx.command.list_commands(ctx):
-            command = ctx.command.get_command(ctx, name)
-            if command is not None:
-                found += walk(click.Context(command, ctx, name))
-    return found

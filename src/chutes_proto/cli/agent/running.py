@@ -1,4 +1,4 @@
-"""``chutes-proto agent``: the boot agent of a VM, in the initramfs and in the booted system.
+"""What `agent` does: a whole boot, in the initramfs and in the booted system.
 
 Rules kept here:
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from chutes_proto.boot._agent import Booted
     from chutes_proto.boot._disks import Forecast
     from chutes_proto.boot._settings import AgentSettings, VmIdentity
-    from chutes_proto.cli.progress import Progress
+    from chutes_proto.cli.agent.progress import Progress
     from chutes_proto.effects import Flow
     from chutes_proto.io.agent import Servers
     from chutes_proto.io.disks.cryptsetup import Disks
@@ -35,82 +35,14 @@ if TYPE_CHECKING:
     from chutes_proto.io.quoters.choose import Quoter
     from chutes_proto.log import Value
 
-NAME = "agent"
 _MAX_SETTINGS = 64 * 1024
 _LOOK_AGAIN = 0.2
 _SIGNALLED = 128  # what a shell adds to the number of a signal that ended a program
 _IMAGES = "disks may be images: keys are tried, nothing is mapped"
 
-_EXIT_CODES = """
-        exit code: 0 done; 1 refused by a server, or by this agent because of what a disk holds; 2 usage, a file that
-        cannot be read, no answer, or no quote; 130 ended by SIGINT, 143 by SIGTERM, when what is done to a disk is
-        done. After a failure, on_failure of the settings comes first
-"""
-
-
-def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
-    parser = console.command(
-        subparsers,
-        NAME,
-        "the boot agent: attest, open the VM's disks, rotate their keys",
-        f"""
-        What a VM runs when it boots, as its settings file says (examples/agent.toml has every key): it looks at the
-        disks, has the platform quote a throw-away key, gets the passphrases from the first of its servers that answers,
-        opens the disks, and formats one only if it is blank and the server does not know it to hold data.
-        {_EXIT_CODES}
-        """,
-        """
-        chutes-proto agent run --config /etc/chutes-proto/agent.toml --dry-run   # what would be done to which disk
-        chutes-proto agent run --config /etc/chutes-proto/agent.toml
-        chutes-proto agent resume --config /etc/chutes-proto/agent.toml          # in the booted system
-        """,
-    )
-    actions = parser.add_subparsers(metavar="ACTION", dest="action", required=True)
-    run_action = console.command(
-        actions,
-        "run",
-        "boot: open the root disk and the volumes",
-        f"""
-        The whole boot. With volumes_at = "resume" in the settings it opens the root disk only, and leaves to `agent
-        resume`, in a file in memory, what that needs to open the volumes.
-        {_EXIT_CODES}
-        """,
-        """
-        chutes-proto agent run --config /etc/chutes-proto/agent.toml
-        chutes-proto agent run --config agent.toml --images --json   # a trial: disks may be files, nothing is mapped
-        """,
-    )
-    resume = console.command(
-        actions,
-        "resume",
-        "go on after `run`: open the volumes",
-        f"""
-        Open the volumes that `agent run` left, within ten minutes and in the same boot of the machine. The file that it
-        left is removed once they are open.
-        {_EXIT_CODES}
-        """,
-        "chutes-proto agent resume --config /etc/chutes-proto/agent.toml",
-    )
-    console.add(
-        run_action,
-        "--dry-run",
-        action="store_true",
-        help="look at settings, config volume and disks, say what would be done, ask no server and write nothing",
-    )
-    for action in (run_action, resume):
-        console.add(action, "--config", metavar="FILE", required=True, help="the agent's settings, TOML")
-        console.add(
-            action,
-            "--images",
-            action="store_true",
-            help="for trials: disks may be image files; keys are tried, nothing is mapped",
-        )
-        console.add(action, "--json", action="store_true", help="print JSON objects, one a line, not lines for people")
-    return parser
-
 
 def run(options: argparse.Namespace) -> int:
-    from chutes_proto.cli.progress import Progress
+    from chutes_proto.cli.agent.progress import Progress
 
     settings = _settings(options.config)
     if options.action == "run" and options.dry_run:
@@ -196,7 +128,7 @@ def _done(options: argparse.Namespace, settings: AgentSettings, progress: Progre
         import sys
         import traceback
 
-        from chutes_proto.cli.progress import put
+        from chutes_proto.cli.agent.progress import put
 
         put("".join(traceback.format_tb(exc.__traceback__)), sys.stderr)  # not what it says, which nobody has looked at
         code = console.USAGE
@@ -426,7 +358,7 @@ def _tell_failure(
 ) -> None:
     """Close what this run has opened, and say what has happened, what it means and what comes next."""
     from chutes_proto.boot._advice import advise
-    from chutes_proto.cli.progress import said
+    from chutes_proto.cli.agent.progress import said
     from chutes_proto.errors import DiskError
 
     if not options.images:
