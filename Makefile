@@ -35,7 +35,7 @@ RESOLVE := $(VENV)-uv/bin/uv pip compile --quiet --universal --python-version 3.
 QUICK_TESTS := $(addprefix tests/,auth keys luks quote units wire server testing) \
 	--ignore tests/units/test_machine_postgres.py
 
-.PHONY: help install demo test quick lint soak fuzz bench zipapp constraints clean
+.PHONY: help install demo test quick lint soak fuzz bench zipapp man constraints clean
 
 help: ## this list
 	@echo "make TARGET, where TARGET is one of"
@@ -90,6 +90,9 @@ bench: $(INSTALLED) ## what takes how long, beside others and beside what cannot
 
 zipapp: $(INSTALLED) ## the boot agent as one file, build/chutes-proto-agent.pyz, for TARGET_PYTHON and its cryptography
 	@$(BIN)/python -m tools.agent_zipapp build/chutes-proto-agent.pyz --python $(TARGET_PYTHON)
+
+man: $(INSTALLED) ## the manual pages of all commands, build/man/*.1
+	@$(BIN)/python -m tools.man_pages build/man
 
 $(FUZZ_INSTALLED): tests/fuzz/requirements.txt $(INSTALLED)
 	@echo "==> $(VENV): atheris, checked against its hash (there are wheels for Linux on x86-64)"

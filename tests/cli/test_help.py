@@ -19,10 +19,10 @@ import pytest
 from attrs import evolve
 from cryptography.fernet import Fernet
 
-from chutes_proto.cli.base import Command, Described
-from chutes_proto.cli.describe import as_help
+from chutes_proto.cli.base import Command
+from chutes_proto.cli.describe import Description, as_help
 from chutes_proto.cli.operator.development import write_server
-from chutes_proto.cli.tree import COMMANDS, ROOT, _Bridge, walk
+from chutes_proto.cli.tree import COMMANDS, ROOT
 from chutes_proto.io.server.store_setup import make_store_setup
 from chutes_proto.keys.vault import FreshKey
 from chutes_proto.secret import Secret
@@ -33,40 +33,69 @@ from chutes_proto.testing.store_suite import boot, sync
 from chutes_proto.units.operator import ImportKeys
 from chutes_proto.units.servers import RegisterServer
 from tests.cli.conftest import HOTKEY, Ended
+from tools.man_pages import name_of, page
 
-WALK = [(ctx, command) for ctx, command in walk() if not isinstance(command, _Bridge)]
+ALL = ROOT.descriptions(click.Context(ROOT, info_name="chutes-proto"))
+WORDS = {told.words for told in ALL}
 EXAMPLES = [
-    pytest.param(example, id=example.removeprefix("chutes-proto "))
-    for ctx, command in WALK
-    for example in command.examples
+    pytest.param(example, id=example.removeprefix("chutes-proto ")) for told in ALL for example in told.examples
 ]
 
 
-@pytest.mark.parametrize(("ctx", "command"), WALK, ids=lambda one: getattr(one, "command_path", ""))
-def test_a_description_is_complete(ctx: click.Context, command: Described) -> None:
-    told = command.describe(ctx)
+@pytest.mark.parametrize("told", ALL, ids=lambda told: told.words)
+def test_a_description_is_complete(told: Description) -> None:
     assert told.sentence.endswith(".")
-    if isinstance(command, Command):
-        assert len(told.examples) >= 2
-        assert told.exits
-    for words in told.related:
-        named = ctx.find_root().command
-        for word in words.split():
-            if isinstance(named, _Bridge):
-                break
-            assert isinstance(named, click.Group)
-            found = named.get_command(ctx, word)
-            assert found is not None, words
-            named = found
+    assert told.commands or len(told.examples) >= 2
+    assert told.commands or told.exits
+    assert set(told.related) <= WORDS
     for width in (78, 100):
         described = as_help(told, width).partition("\nExamples:\n")[0]
         assert not [line for line in described.splitlines() if len(line) > width]
 
 
 def test_the_top_help_has_the_first_sentence_of_each_command() -> None:
-    tops = [(ctx, command) for ctx, command in WALK if ctx.parent and not ctx.parent.parent]
-    said = {command.name: command.describe(ctx).sentence for ctx, command in tops}
-    assert said == {name: f"{COMMANDS[str(name)][1]}." for name in said}
+    said = {told.words: told.sentence for told in ALL if told.words in COMMANDS}
+    assert said == {name: f"{sentence}." for name, (_, sentence) in COMMANDS.items()}
+
+
+def test_manual_pages_have_every_command_and_no_fault(tmp_path: Path) -> None:
+    files = [tmp_path / f"{name_of(told.words)}.1" for told in ALL]
+    for file, told in zip(files, ALL, strict=True):
+        _ = file.write_text(page(told), "ascii")
+    groff = shutil.which("groff")
+    if groff is None:
+        pytest.skip("groff is not installed")
+    done = subprocess.run([groff, "-man", "-Tutf8", "-ww", *files], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    for told in ALL:
+        assert told.sentence.rstrip(".") in " ".join(done.stdout.replace("\u2019", "'").split()), told.words
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_completion_script_is_one_of_its_shell(command: Callable[..., Ended], shell: str) -> None:
+    script = command("completion", shell).out
+    assert "_CHUTES_PROTO_COMPLETE" in script
+    if program := shutil.which(shell):
+        assert subprocess.run([program, "-n"], input=script, text=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("re", {"register", "registrations", "replay"}),
+        ("vm re", {"rebind"}),
+        ("agent ", {"run", "resume"}),
+        ("keys purge --y", {"--yes"}),
+        ("completion z", {"zsh"}),
+    ],
+)
+def test_commands_and_options_are_completed(
+    command: Callable[..., Ended], words: str, found: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("_CHUTES_PROTO_COMPLETE", "bash_complete")
+    monkeypatch.setenv("COMP_WORDS", f"chutes-proto {words}")
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split(" "))))
+    assert {line.removeprefix("plain,") for line in command().out.splitlines()} == found
 
 
 # --- examples ---
