@@ -86,13 +86,17 @@ def tell_lines(text: str) -> None:
         tell(line)
 
 
-def complain(text: str) -> None:
-    """An error, "what failed: why; what to do": one line in a log, and one for each part on a terminal."""
+def complain(text: str, help_of: str = "") -> None:
+    """An error, "what failed: why; what to do": one line in a log, and one for each part on a terminal.
+
+    An error that does not say what to do refers a terminal to the help of the command ``help_of``.
+    """
     if not sys.stderr.isatty():
         tell(f"chutes-proto: {text}")
         return
-    what, colon, why = text.partition(": ")
-    why, _, remedy = why.rpartition("; ") if "; " in why else (why, "", "")
+    problem, semicolon, remedy = text.rpartition("; ")
+    what, colon, why = (problem if semicolon else text).partition(": ")
+    remedy = remedy if semicolon else f"see {help_of} --help" if help_of else ""
     tell(f"chutes-proto: {what}{colon.strip()}")
     for line in filter(None, (why, remedy)):
         tell(f"  {line}")

@@ -43,7 +43,7 @@ def guarded(run: Callable[[Sequence[str]], int], words: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return console.INTERRUPTED
     except ChutesError as exc:
-        console.complain(str(exc))
+        console.complain(str(exc), " ".join(["chutes-proto", *words[:1]]))
         return console.USAGE
     except ModuleNotFoundError as exc:
         from chutes_proto.cli.extras import advice, extra_of

@@ -22,13 +22,16 @@ from chutes_proto.quote._terms import rfc3339
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as Bar
+    from rich.text import Text
 
     from chutes_proto.store.rows import Vm
 
 State = Literal["good", "bad", "warn", ""]
 _STYLES = {"good": "green", "bad": "red", "warn": "yellow", "": ""}
-_SHORT = 12
-_AGES = ((86_400 * 365, "y"), (86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))
+_SHORT = 8
+_NARROW = 100
+_DAY = 86_400
+_AGES = ((_DAY * 365, "y"), (_DAY, "d"), (3_600, "h"), (60, "min"), (1, "s"))
 _SHOWN_AFTER = 1.0
 _WATCH_SECONDS = 2.0
 
@@ -58,14 +61,19 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str | Cell]], *, empty: 
         console.say_table(heads, [[cell.text for cell in row] for row in cells])
         return
     from rich.table import Table
-    from rich.text import Text
 
     drawn = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for head in heads:
         drawn.add_column(head, overflow="fold")
     for row in cells:
-        drawn.add_row(*(Text(console.clean(cell.text), style=_STYLES[cell.state]) for cell in row))
+        drawn.add_row(*(_text(cell) for cell in row))
     _console().print(drawn)
+
+
+def _text(cell: Cell) -> Text:
+    from rich.text import Text
+
+    return Text("\n".join(map(console.clean, cell.text.split("\n"))), style=_STYLES[cell.state])
 
 
 def say(text: str, state: State) -> None:
@@ -73,16 +81,15 @@ def say(text: str, state: State) -> None:
     if not draws():
         console.say(text)
         return
-    from rich.text import Text
-
-    _console().print(Text(console.clean(text), style=_STYLES[state]), soft_wrap=True)
+    _console().print(_text(Cell(text, state)), soft_wrap=True)
 
 
 def short(text: str | None) -> str:
     """A digest, key or address, of which a terminal shows the beginning, and with ``--full`` all."""
-    if not text:
-        return "-"
-    return text if wants("full") or not draws() or len(text) <= _SHORT else f"{text[: _SHORT - 1]}…"
+    if not text or wants("full") or not draws():
+        return text or "-"
+    kind, colon, value = text.rpartition(":")
+    return text if len(value) <= _SHORT + 1 else f"{kind}{colon}{value[:_SHORT]}…"
 
 
 def vm(named: Vm) -> str:
@@ -91,10 +98,15 @@ def vm(named: Vm) -> str:
 
 
 def when(at: int | None) -> str:
-    """A time: in RFC 3339, and on a terminal how long ago it is or how far ahead."""
-    if at is None:
-        return "-"
-    return f"{rfc3339(at)} ({age(at)})" if draws() else rfc3339(at)
+    """A time: the day, or within one day the time of the day, and how long ago or how far ahead it is.
+
+    In a pipe, and with ``--full``, it is a whole time of RFC 3339.
+    """
+    if at is None or not draws() or wants("full"):
+        return "-" if at is None else rfc3339(at)
+    day, _, hour = rfc3339(at).partition("T")
+    between = ", " if _console().width >= _NARROW else "\n"
+    return f"{hour if abs(time.time() - at) < _DAY else day}{between}{age(at)}"
 
 
 def age(at: int) -> str:

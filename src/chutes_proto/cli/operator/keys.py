@@ -102,7 +102,7 @@ def _cells(row: GenerationRow) -> tuple[str | output.Cell, ...]:
     return (
         f"{row.volume}/{row.generation}",
         output.Cell(state, _STATES.get(row.state, "")),
-        row.origin,
+        output.short(row.origin),
         output.when(row.created_at),
         output.when(row.delivered_at) if row.delivered_at else "never",
         f"{output.when(row.retired_at)}, {row.retirement}" if row.retired_at else "-",
