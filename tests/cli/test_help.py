@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -32,7 +32,8 @@ from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.testing.store_suite import boot, sync
 from chutes_proto.units.operator import ImportKeys
 from chutes_proto.units.servers import RegisterServer
-from tests.cli.conftest import HOTKEY, Ended
+from tests.cli import examples
+from tests.cli.conftest import HOTKEY, Ended, Server
 from tools.man_pages import name_of, page
 
 ALL = ROOT.descriptions(click.Context(ROOT, info_name="chutes-proto"))
@@ -100,8 +101,11 @@ def test_commands_and_options_are_completed(
 
 # --- examples ---
 
-NOT_RUN = ("postgresql://", "postgres.toml", "serve --dev", "serve --config server.toml")
-"""They need a database, or run until a signal: their options are parsed."""
+NOT_RUN = (
+    *("postgresql://", "postgres.toml", "serve --dev", "serve --config server.toml"),
+    *("https://pccs.example", "https://api.trustedservices.intel.com", "collateral serve"),
+)
+"""They need a database or a network, or run until a signal: their options are parsed."""
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +114,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("prepared")
     platform, now = SimulatedPlatform(bytes(32)), int(time.time())
     write_server(folder, platform, now)
+    examples.write_files(folder, platform, now)
     key = Fernet.generate_key()
     _ = (folder / "fernet.key").write_bytes(key)
     (folder / "fernet.key").chmod(0o600)
@@ -145,16 +150,33 @@ def registration(name: str, now: int) -> RegisterServer:
     )
 
 
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Path]]:
+    state = tmp_path_factory.mktemp("state")
+    with examples.served(state) as server:
+        yield server, state
+
+
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_an_example_runs(
-    example: str, command: Callable[..., Ended], prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    example: str,
+    command: Callable[..., Ended],
+    prepared: Path,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if any(words in example for words in NOT_RUN) and "--check" not in example:
-        parse(shlex.split(example)[1:])
+        parse(shlex.split(example.replace("\\\n", ""), comments=True)[1:])
         return
     folder = tmp_path / "here"
     _ = shutil.copytree(prepared, folder)
     monkeypatch.chdir(folder)
+    if examples.URL in example:
+        server, state = request.getfixturevalue("live")
+        ended = examples.run_against(server, state, example, command, monkeypatch)
+        assert ended.code == 0, ended.out + ended.err
+        return
     if set(example) & set("|>$;"):
         environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
         done = subprocess.run(

@@ -3,21 +3,9 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Final
 
+from chutes_proto._extras import EXTRAS
 from chutes_proto.errors import ConfigurationError
-
-_TLS: Final = ("h11", "OpenSSL")
-_ASYNC: Final = ("anyio", "httpx", *_TLS)
-EXTRAS: Final = {
-    "cli": ("click", "rich"),
-    "tls": _TLS,
-    "hotkey": ("sr25519",),
-    "postgres": ("psycopg",),
-    "asyncio": _ASYNC,
-    "trio": ("trio", *_ASYNC),
-}
-"""By extra: the modules that a command cannot do without. Of two with the same one, the smaller stands first."""
 
 
 def advice(extra: str) -> str:

@@ -15,6 +15,7 @@ from chutes_proto.cli.miner.asking import Peer, PeerCommand, new_identity, open_
 from chutes_proto.io.files import make_directory, write_file
 from chutes_proto.secret import Secret
 
+_AT = "https://127.0.0.1:8443 --ca ca.pem --hotkey 5Grw... --vm vm-1"
 _VOLUME = re.compile(r"(?!\.)[A-Za-z0-9_.-]{1,64}")
 
 
@@ -34,8 +35,8 @@ def _volumes(text: str) -> tuple[str, ...]:
     "boot",
     cls=_BootCommand,
     examples=(
-        "chutes-proto boot https://127.0.0.1:8443 --ca ca.pem --hotkey 5Grw... --vm vm-1",
-        "chutes-proto boot https://keys.example:8443 --hotkey 5Grw... --vm vm-1 --quoter 'my-quoter {report_data}'",
+        f"chutes-proto boot {_AT}",
+        f"chutes-proto boot {_AT} --quoter 'my-quoter {{report_data}}' --keys keys",
     ),
     related=("agent", "serve", "register"),
 )

@@ -112,7 +112,7 @@ def rename_server(asker: Asker, server_id: str, name: str) -> int:
 
 @servers.command(
     "remove",
-    examples=(f"chutes-proto servers remove {_AT} vm-2", f"chutes-proto servers remove {_AT} n1 --json"),
+    examples=(f"chutes-proto servers remove {_AT} vm-1", f"chutes-proto servers remove {_AT} n1 --json"),
     related=("servers list", "register"),
 )
 @click.argument("server", cls=Argument, metavar="NAME_OR_ID", help="the server's name or id")

@@ -17,8 +17,9 @@ import click
 from chutes_proto.cli import console, output
 from chutes_proto.cli.base import Command, one_of, platform_option
 from chutes_proto.cli.extras import need
+from chutes_proto.cli.operator.checking import Finding, check_setup
 from chutes_proto.cli.operator.operating import CONFIG
-from chutes_proto.errors import CollateralUnavailable, ConfigurationError, FileUnavailable, StoreError
+from chutes_proto.errors import ConfigurationError, FileUnavailable, StoreError
 from chutes_proto.server import ServerConfig
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ _HOTKEY = "5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY"
         1: "the configuration, or something that it names, is wrong",
         2: "wrong usage, or the configuration file cannot be opened",
     },
-    related=("store migrate", "boot", "collateral fetch", "profile"),
+    related=("doctor", "store migrate", "boot", "collateral fetch", "profile"),
 )
 @click.option("--config", metavar="FILE", type=click.Path(), help="the configuration file (TOML)")
 @click.option("--dev", is_flag=True, help="a server for development, on loopback")
@@ -115,38 +116,14 @@ def command(config: str | None, dev: bool, check: bool, transport: Transport | N
 
 def _check(setup: ServerSetup) -> int:
     """Report what there is; 1 if something of it cannot work."""
-    from chutes_proto.io.collateral.upstream import UpstreamCollateral
-    from chutes_proto.io.server.store_setup import check_store
-
-    faults: list[str] = []
-    console.say(f"root: {setup.service.trust}")
-    for profile in setup.service.policy.profiles:
-        console.say(f"measurements: {profile.name}, version {profile.version}")
-    console.say(f"volumes: {', '.join(setup.service.volumes)}")
-    hotkeys = setup.service.hotkeys
-    console.say(f"hotkeys: {'any hotkey' if hotkeys == '*' else len(hotkeys)}")
-    if isinstance(setup.collateral, UpstreamCollateral):
-        for upstream in setup.collateral.cache.upstreams:
-            console.say(f"collateral: from {upstream.url} (not asked now)")
-    else:
-        try:
-            items = setup.collateral.items(int(time.time()))
-            for item in items:
-                console.say(f"collateral: {item}")
-                if isinstance(item.content, str):
-                    faults.append(f"collateral: {item}")
-            if not items:
-                faults.append(f"collateral.directory: {setup.collateral.path} holds no *.json")
-        except CollateralUnavailable as exc:
-            faults.append(str(exc))
-    try:
-        console.say(f"store: {check_store(setup.store, setup.service.vault)}")
-    except (ConfigurationError, StoreError) as exc:
-        faults.append(str(exc))
-    for warning in setup.warnings:
-        output.say(f"warning: {warning}", "warn")
+    faults: list[Finding] = []
+    for finding in check_setup(setup):
+        if finding.state == "problem":
+            faults.append(finding)
+        else:
+            output.say(str(finding), "warn" if finding.state == "note" else "")
     for fault in faults:
-        console.complain(fault)
+        console.complain(str(fault))
     return console.REFUSED if faults else console.GRANTED
 
 

@@ -1,0 +1,100 @@
+"""What a configuration lacks, before a server starts with it: for `serve --check` and `doctor`."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Literal
+
+from attrs import frozen
+from cryptography import x509
+
+from chutes_proto.cli import output
+from chutes_proto.errors import CollateralUnavailable, ConfigurationError, StoreError
+from chutes_proto.io.files import read_file
+from chutes_proto.quote import VerifiedCollateral
+
+if TYPE_CHECKING:
+    from chutes_proto.io.server.setup import ServerSetup
+
+State = Literal["ok", "note", "problem"]
+_DAY: Final = 86_400
+_EARLY: Final = {"certificate": 30 * _DAY, "collateral": 7 * _DAY}
+"""How long before its end each is worth a note."""
+
+
+@frozen
+class Finding:
+    """One thing that was looked at, and the command that mends it."""
+
+    state: State
+    what: str
+    detail: str
+    remedy: str = ""
+
+    @classmethod
+    def of_problem(cls, text: str) -> Finding:
+        """A problem in the form of our errors, "what: why; run: command"."""
+        what, colon, why = text.partition(": ")
+        why, _, remedy = re.sub(r"; run:? ", "\0", why, count=1).partition("\0")
+        return cls("problem", what, why, remedy) if colon else cls("problem", "configuration", text)
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.detail}" + (f"; run: {self.remedy}" if self.remedy else "")
+
+
+def check_setup(setup: ServerSetup) -> Iterator[Finding]:
+    """Everything that `serve --check` reports."""
+    from chutes_proto.io.collateral.upstream import UpstreamCollateral
+    from chutes_proto.io.server.store_setup import check_store
+
+    yield Finding("ok", "root", str(setup.service.trust))
+    for profile in setup.service.policy.profiles:
+        yield Finding("ok", "measurements", f"{profile.name}, version {profile.version}")
+    yield Finding("ok", "volumes", ", ".join(setup.service.volumes))
+    hotkeys = setup.service.hotkeys
+    yield Finding("ok", "hotkeys", "any hotkey" if hotkeys == "*" else str(len(hotkeys)))
+    if isinstance(setup.collateral, UpstreamCollateral):
+        for upstream in setup.collateral.cache.upstreams:
+            yield Finding("ok", "collateral", f"from {upstream.url} (not asked now)")
+    else:
+        try:
+            items = setup.collateral.items(int(time.time()))
+            for item in items:
+                yield Finding("problem" if isinstance(item.content, str) else "ok", "collateral", str(item))
+            if not items:
+                yield Finding("problem", "collateral.directory", f"{setup.collateral.path} holds no *.json")
+        except CollateralUnavailable as exc:
+            yield Finding.of_problem(str(exc))
+    try:
+        yield Finding("ok", "store", check_store(setup.store, setup.service.vault))
+    except (ConfigurationError, StoreError) as exc:
+        yield Finding.of_problem(str(exc))
+    for warning in setup.warnings:
+        yield Finding("note", "warning", warning)
+
+
+def check_ends(setup: ServerSetup) -> Iterator[Finding]:
+    """When the certificate and each file of collateral expire."""
+    path = Path(setup.base, setup.config.tls.certificate)
+    for certificate in x509.load_pem_x509_certificates(read_file(path)):
+        remedy = f"replace {path}, then send SIGHUP to the server"
+        yield _end("certificate", str(path), int(certificate.not_valid_after_utc.timestamp()), remedy)
+    items = getattr(setup.collateral, "items", None)
+    if items is None:
+        return
+    directory = setup.config.collateral.directory
+    for item in items(int(time.time())):
+        if isinstance(item.content, VerifiedCollateral):
+            fetch = f"chutes-proto collateral fetch --fmspc {item.content.fmspc.hex()} --ca {item.content.ca}"
+            remedy = f"{fetch} --tee {item.content.tee} --upstream URL --out {Path(setup.base, str(directory))}"
+            yield _end("collateral", item.name, item.content.window[1], remedy)
+
+
+def _end(what: str, name: str, end: int, remedy: str) -> Finding:
+    left = end - time.time()
+    state: State = "problem" if left < 0 else "note" if left < _EARLY[what] else "ok"
+    word = "expired" if left < 0 else "expires"
+    return Finding(state, what, f"{name} {word} {output.age(end)}", "" if state == "ok" else remedy)
