@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from chutes_proto._extras import EXTRAS
 from chutes_proto.cli import console, output
-from chutes_proto.cli.extras import EXTRAS, extra_of
+from chutes_proto.cli.extras import extra_of
 from chutes_proto.cli.main import guarded, main
 from chutes_proto.cli.operator.development import write_server
 from chutes_proto.cli.output import Cell
@@ -30,8 +31,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         monkeypatch.setenv(name, value)
     for name in ("NO_COLOR", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
-    for stream in (sys.stdout, sys.stderr):
-        monkeypatch.setattr(stream, "isatty", lambda: True)
+    monkeypatch.setattr(type(sys.stdout), "isatty", lambda _: True)
     return lambda: "".join(capsys.readouterr())
 
 
