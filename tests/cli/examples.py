@@ -52,6 +52,16 @@ def write_files(folder: Path, platform: SimulatedPlatform, now: int) -> None:
     (folder / "my-quoter").chmod(0o755)
 
 
+def write_agent(folder: Path, server: Server) -> None:
+    """Settings of a boot agent with one blank disk, which is an image."""
+    with (folder / "disk.img").open("wb") as disk:
+        _ = disk.truncate(32 * 1024 * 1024)
+    said = {"ca_file": str(server.ca), "quoter": "simulated", "hotkey": HOTKEY, "vm_name": "vm-of-agent"}
+    lines = [f"servers = [{json.dumps(server.url)}]", *(f"{key} = {json.dumps(value)}" for key, value in said.items())]
+    disks = f'[volumes.storage]\ndevice = "{folder}/disk.img"\n'
+    _ = (folder / "agent.toml").write_text("\n".join([*lines, disks]))
+
+
 @contextmanager
 def served(state: Path) -> Iterator[Server]:
     """A server that trusts the simulated platform of a user whose state is kept there."""

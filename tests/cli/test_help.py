@@ -19,6 +19,7 @@ import pytest
 from attrs import evolve
 from cryptography.fernet import Fernet
 
+from chutes_proto.cli.agent import make_parser
 from chutes_proto.cli.base import Command
 from chutes_proto.cli.describe import Description, as_help
 from chutes_proto.cli.operator.development import write_server
@@ -104,8 +105,9 @@ def test_commands_and_options_are_completed(
 NOT_RUN = (
     *("postgresql://", "postgres.toml", "serve --dev", "serve --config server.toml"),
     *("https://pccs.example", "https://api.trustedservices.intel.com", "collateral serve"),
+    *("agent run", "agent resume"),
 )
-"""They need a database or a network, or run until a signal: their options are parsed."""
+"""They need a database, a network or a VM's disks, or run until a signal: their options are parsed."""
 
 
 @pytest.fixture(scope="module")
@@ -166,12 +168,18 @@ def test_an_example_runs(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if any(words in example for words in NOT_RUN) and "--check" not in example:
+    runs = "--check" in example or "agent run --config agent.toml --images" in example
+    if any(words in example for words in NOT_RUN) and not runs:
         parse(shlex.split(example.replace("\\\n", ""), comments=True)[1:])
         return
     folder = tmp_path / "here"
     _ = shutil.copytree(prepared, folder)
     monkeypatch.chdir(folder)
+    if " agent " in example:
+        server, state = request.getfixturevalue("live")
+        examples.write_agent(folder, server)
+        monkeypatch.setenv("XDG_STATE_HOME", str(state))
+        monkeypatch.setenv("PATH", f"{os.environ['PATH']}:/usr/sbin:/sbin")
     if examples.URL in example:
         server, state = request.getfixturevalue("live")
         ended = examples.run_against(server, state, example, command, monkeypatch)
@@ -195,6 +203,9 @@ def test_an_example_runs(
 
 def parse(words: list[str]) -> None:
     """Read a command line as click does, and do nothing."""
+    if words[0] == "agent":
+        _ = make_parser().parse_args(words[1:])
+        return
     here: click.Command = ROOT
     ctx = click.Context(here, info_name="chutes-proto")
     while isinstance(here, click.Group):

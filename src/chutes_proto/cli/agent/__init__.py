@@ -17,7 +17,6 @@ _EXITS = {
     130: "ended by SIGINT, once the current step on a disk is done",
     143: "ended by SIGTERM, likewise",
 }
-_CONFIG = "--config /etc/chutes-proto/agent.toml"
 
 
 def _formatter(prog: str) -> argparse.HelpFormatter:
@@ -99,9 +98,9 @@ def make_parser() -> Parser:
         know that it holds data. After a failure it does what on_failure of the settings says, and then ends.
         """,
         examples=(
-            f"chutes-proto agent run {_CONFIG} --dry-run",
-            f"chutes-proto agent run {_CONFIG}",
-            f"chutes-proto agent resume {_CONFIG}",
+            "chutes-proto agent run --config agent.toml --dry-run",
+            "chutes-proto agent run --config agent.toml",
+            "chutes-proto agent resume --config agent.toml",
         ),
         related=("boot", "serve", "doctor"),
     )
@@ -113,7 +112,7 @@ def make_parser() -> Parser:
             which `agent resume` opens the volumes.
             """,
             "examples": (
-                f"chutes-proto agent run {_CONFIG} --dry-run",
+                "chutes-proto agent run --config agent.toml --images --dry-run",
                 "chutes-proto agent run --config agent.toml --images --json",
             ),
             "related": ("agent resume",),
@@ -125,7 +124,7 @@ def make_parser() -> Parser:
             the file that it left once they are open.
             """,
             "examples": (
-                f"chutes-proto agent resume {_CONFIG}",
+                "chutes-proto agent resume --config agent.toml",
                 "chutes-proto agent resume --config agent.toml --images --json",
             ),
             "related": ("agent run",),
