@@ -1,4 +1,4 @@
-"""`boot` against a server in a process of its own: what it grants, what it refuses, and what is no answer at all."""
+"""`boot` against a server in a process of its own: grants, refusals, and no answer at all."""
 
 from __future__ import annotations
 

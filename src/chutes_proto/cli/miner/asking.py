@@ -71,7 +71,7 @@ class PeerCommand(Command):
     def __init__(self, *args: Any, params: list[click.Parameter] | None = None, **kwargs: Any) -> None:
         url = Argument(["url"], metavar="URL", help="the key server, https://host:port")
         ca = click.Option(["--ca"], metavar="FILE", help="PEM certificates to trust (default: the system's)")
-        told = f"retry for this long where there is no answer, or a 503 (default: {self.wait:g}; 0: ask once)"
+        told = f"retry for this long while the server does not answer or says 503 (default: {self.wait:g}; 0: ask once)"
         wait = click.Option(["--wait"], metavar="SECONDS", type=float, default=self.wait, help=told)
         super().__init__(*args, params=[url, *(params or []), ca, wait], **kwargs)
         _ = json_option(self)

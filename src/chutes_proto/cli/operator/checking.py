@@ -1,4 +1,4 @@
-"""What a configuration lacks, before a server starts with it: for `serve --check` and `doctor`."""
+"""Look for everything that a configuration lacks, for `serve --check` and `doctor`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from cryptography import x509
 
 from chutes_proto.cli import output
 from chutes_proto.errors import CollateralUnavailable, ConfigurationError, StoreError
+from chutes_proto.io.collateral.directory import CollateralDirectory
 from chutes_proto.io.files import read_file
 from chutes_proto.quote import VerifiedCollateral
 
@@ -60,12 +61,15 @@ def check_setup(setup: ServerSetup) -> Iterator[Finding]:
         for upstream in setup.collateral.cache.upstreams:
             yield Finding("ok", "collateral", f"from {upstream.url} (not asked now)")
     else:
+        path = setup.collateral.path
+        fetch = f"chutes-proto collateral fetch --quote QUOTE --upstream URL --out {path}"
         try:
             items = setup.collateral.items(int(time.time()))
             for item in items:
-                yield Finding("problem" if isinstance(item.content, str) else "ok", "collateral", str(item))
+                is_bad = isinstance(item.content, str)
+                yield Finding("problem" if is_bad else "ok", "collateral", str(item), fetch if is_bad else "")
             if not items:
-                yield Finding("problem", "collateral.directory", f"{setup.collateral.path} holds no *.json")
+                yield Finding("problem", "collateral.directory", f"{path} holds no *.json", fetch)
         except CollateralUnavailable as exc:
             yield Finding.of_problem(str(exc))
     try:
@@ -82,15 +86,14 @@ def check_ends(setup: ServerSetup) -> Iterator[Finding]:
     for certificate in x509.load_pem_x509_certificates(read_file(path)):
         remedy = f"replace {path}, then send SIGHUP to the server"
         yield _end("certificate", str(path), int(certificate.not_valid_after_utc.timestamp()), remedy)
-    items = getattr(setup.collateral, "items", None)
-    if items is None:
+    if not isinstance(setup.collateral, CollateralDirectory):
         return
-    directory = setup.config.collateral.directory
-    for item in items(int(time.time())):
-        if isinstance(item.content, VerifiedCollateral):
-            fetch = f"chutes-proto collateral fetch --fmspc {item.content.fmspc.hex()} --ca {item.content.ca}"
-            remedy = f"{fetch} --tee {item.content.tee} --upstream URL --out {Path(setup.base, str(directory))}"
-            yield _end("collateral", item.name, item.content.window[1], remedy)
+    for item in setup.collateral.items(int(time.time())):
+        if isinstance(content := item.content, VerifiedCollateral):
+            fetch = f"chutes-proto collateral fetch --fmspc {content.fmspc.hex()} --ca {content.ca} --tee {content.tee}"
+            yield _end(
+                "collateral", item.name, content.window[1], f"{fetch} --upstream URL --out {setup.collateral.path}"
+            )
 
 
 def _end(what: str, name: str, end: int, remedy: str) -> Finding:

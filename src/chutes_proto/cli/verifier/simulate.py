@@ -21,7 +21,7 @@ from chutes_proto.testing._platform import SimulatedPlatform
 
 def _fault(name: str) -> str:
     if name not in FAULTS:
-        raise ValueError(f"there is no fault {name!r}; `chutes-proto simulate --list-faults` lists them")
+        raise ValueError(f"{name!r} is not the name of a fault; `chutes-proto simulate --list-faults` lists them")
     return name
 
 
