@@ -18,7 +18,7 @@ import pytest
 from attrs import frozen
 from packaging.requirements import Requirement
 
-from chutes_proto.cli.operator.development import write_server
+from chutes_proto.io.server.development import write_server
 from chutes_proto.testing._directory import simulation_files
 from chutes_proto.testing._platform import SimulatedPlatform
 from tests.test_public import EXPORTED

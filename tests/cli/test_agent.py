@@ -54,8 +54,8 @@ def write(tmp_path: Path) -> Callable[[str], Path]:
 def test_help_has_examples_and_exit_codes(command: Command, action: list[str]) -> None:
     ended = command("agent", *action, "--help")
     assert ended.code == 0
-    assert "examples:\n  chutes-proto agent " in ended.out
-    assert "exit code: 0 done; 1 refused" in ended.out
+    assert "Examples:\n  chutes-proto agent " in ended.out
+    assert "Exit codes:\n  0    done\n  1    refused" in ended.out
 
 
 @pytest.mark.parametrize("arguments", [[], ["halt"], ["run"], ["resume", "--config", "a", "--dry-run"]], ids=str)

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from chutes_proto.cli import console
-from chutes_proto.cli.operator.development import write_server
 from chutes_proto.io.quoters.simulated import open_platform
+from chutes_proto.io.server.development import write_server
 from tests.cli.conftest import HOTKEY, Ended, Server, start_server
 
 Command = Callable[..., Ended]

@@ -264,7 +264,7 @@ def test_show(command: Command, collected: Path, root: Path, platform: Simulated
 def test_a_server_with_upstreams(
     command: Command, serve: Any, start: Any, platform: SimulatedPlatform, tmp_path: Path
 ) -> None:
-    from chutes_proto.cli.operator.development import AUTHORITY, CONFIGURATION, write_server
+    from chutes_proto.io.server.development import AUTHORITY, CONFIGURATION, write_server
 
     service, process = serve()
     directory = tmp_path / "server"

@@ -13,7 +13,7 @@ import pytest
 
 from chutes_proto._extras import EXTRAS
 from chutes_proto.cli import doctor
-from chutes_proto.cli.operator.development import write_server
+from chutes_proto.io.server.development import write_server
 from chutes_proto.testing._platform import COLLATERAL_SECONDS, SimulatedPlatform
 from tests.cli.conftest import Ended
 

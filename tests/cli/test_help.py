@@ -22,8 +22,8 @@ from cryptography.fernet import Fernet
 from chutes_proto.cli.agent import make_parser
 from chutes_proto.cli.base import Command
 from chutes_proto.cli.describe import Description, as_help
-from chutes_proto.cli.operator.development import write_server
 from chutes_proto.cli.tree import COMMANDS, ROOT
+from chutes_proto.io.server.development import write_server
 from chutes_proto.io.server.store_setup import make_store_setup
 from chutes_proto.keys.vault import FreshKey
 from chutes_proto.secret import Secret

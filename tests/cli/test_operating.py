@@ -22,7 +22,7 @@ from attrs import define, evolve, frozen
 from cryptography.fernet import Fernet
 
 from chutes_proto.cli.main import main
-from chutes_proto.cli.operator.development import write_server
+from chutes_proto.io.server.development import write_server
 from chutes_proto.io.server.setup import make_setup
 from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.quote._terms import rfc3339

@@ -16,8 +16,8 @@ from chutes_proto._extras import EXTRAS
 from chutes_proto.cli import console, output
 from chutes_proto.cli.extras import extra_of
 from chutes_proto.cli.main import guarded, main
-from chutes_proto.cli.operator.development import write_server
 from chutes_proto.cli.output import Cell
+from chutes_proto.io.server.development import write_server
 from chutes_proto.testing._platform import SimulatedPlatform
 from tests.cli.conftest import PROGRAM, Ended
 

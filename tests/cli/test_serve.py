@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 from chutes_proto.auth.hotkey import HotkeyPair
 from chutes_proto.auth.server_identity import make_server_identity
 from chutes_proto.cli.main import main
-from chutes_proto.cli.operator.development import RenewedCollateral, write_collateral, write_server
 from chutes_proto.errors import CollateralUnavailable, ConfigurationError
 from chutes_proto.io.collateral.directory import CollateralDirectory
+from chutes_proto.io.server.development import RenewedCollateral, write_collateral, write_server
 from chutes_proto.io.server.setup import make_setup
 from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.keys.vault import KeyEncryptionKey

@@ -14,7 +14,7 @@ import pytest
 from attrs import evolve
 
 import chutes_proto.quote
-from chutes_proto.cli.operator.development import write_server
+from chutes_proto.io.server.development import write_server
 from chutes_proto.quote._collateral import Collateral
 from chutes_proto.quote._measurements import parse_profiles_toml
 from chutes_proto.testing._directory import simulation_files

@@ -19,7 +19,6 @@ from chutes_proto._error import ChutesError
 from chutes_proto.auth.client_identity import ENTROPY_SIZE, ClientIdentity, make_client_identity
 from chutes_proto.boot._flows import BootSettings, attest_boot, boot, fetch_nonce, make_quote, sync_volumes
 from chutes_proto.boot._retry_policy import RetryPolicy
-from chutes_proto.cli.operator.development import AUTHORITY, CONFIGURATION, write_collateral, write_server
 from chutes_proto.cli.page import Page
 from chutes_proto.effects import Flow
 from chutes_proto.errors import Refusal
@@ -28,6 +27,7 @@ from chutes_proto.io.disks.cryptsetup import HOW_TO_INSTALL, Disks, find_cryptse
 from chutes_proto.io.drivers.aio import HttpxSender, Performer
 from chutes_proto.io.http.tls import client_context
 from chutes_proto.io.quoters.choose import Quoter
+from chutes_proto.io.server.development import AUTHORITY, CONFIGURATION, write_collateral, write_server
 from chutes_proto.io.server.serving import serve, unwrapped
 from chutes_proto.log import Record
 from chutes_proto.luks.plan import Format, Key, Open

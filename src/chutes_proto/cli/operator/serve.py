@@ -151,9 +151,9 @@ def _announce(urls: Sequence[str]) -> None:
 
 
 def _develop(transport: Transport, platform: str | None) -> int:
-    from chutes_proto.cli.operator.development import AUTHORITY, CONFIGURATION, RenewedCollateral, write_server
     from chutes_proto.io.collateral.directory import CollateralDirectory
     from chutes_proto.io.quoters.simulated import open_platform, platform_directory
+    from chutes_proto.io.server.development import AUTHORITY, CONFIGURATION, RenewedCollateral, write_server
     from chutes_proto.io.server.setup import make_setup
 
     now = int(time.time())
