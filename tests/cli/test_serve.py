@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import sqlite3
@@ -432,6 +433,26 @@ def test_two_servers_for_development_share_one_platform(
         assert said.code == 0
         assert not directory.exists()
         assert "SIMULATED" in server.said[0]
+
+
+@pytest.mark.parametrize("more", [[], ["--platform", "a platform"]], ids=["default", "platform"])
+def test_the_next_commands_work_as_they_are_printed(
+    start: Callable[..., Server], command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    server = start("--dev", *more)
+    assert server.process.stdout is not None
+    said = [server.process.stdout.readline() for _ in range(5)]
+    assert said[0].startswith("next")
+    shown = {}
+    for line in said[1:]:
+        program, *words = shlex.split(line)
+        assert program == "chutes-proto"
+        shown[words[0]] = command(*words)
+    assert [ended.code for ended in shown.values()] == [0] * 4
+    assert f"{HOTKEY}/vm-1" in shown["vm"].out
+    assert "storage/1" in shown["keys"].out
+    assert "boot" in shown["audit"].out
 
 
 def test_a_full_disk_behind_the_log_stops_no_boot(start: Callable[..., Server], command: Command) -> None:
