@@ -168,9 +168,10 @@ def test_an_example_runs(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    example = example.replace("\\\n", "")
     runs = "--check" in example or "agent run --config agent.toml --images" in example
     if any(words in example for words in NOT_RUN) and not runs:
-        parse(shlex.split(example.replace("\\\n", ""), comments=True)[1:])
+        parse(shlex.split(example, comments=True)[1:])
         return
     folder = tmp_path / "here"
     _ = shutil.copytree(prepared, folder)

@@ -2,7 +2,7 @@
 
 A command is a function with click's own decorators; ``cls=Command`` takes the rest of its description:
 
-    @click.command("inspect", cls=Command, examples=("chutes-proto inspect quote.bin",), related=("verify",))
+    @click.command("inspect", cls=Command)
     @click.argument("quote", cls=Argument, metavar="QUOTE", help="a file with the quote's bytes")
     @click.option("--at", metavar="TIME", callback=parsed(moment), help="the time to verify at (default: now)")
     @json_option
@@ -10,12 +10,18 @@ A command is a function with click's own decorators; ``cls=Command`` takes the r
         \"\"\"Show the content of a quote without verifying it.
 
         More paragraphs of the help. One that has an indented line is printed as it stands.
+
+        Examples:
+          chutes-proto inspect quote.bin
+          chutes-proto inspect quote.bin --json
+
+        See also: verify
         \"\"\"
 
 * The function returns the exit code. It lives in a module that `chutes_proto.cli.tree` names, as ``command``; there the
   first sentence of the docstring is repeated without its full stop, so that the top help imports no command.
-* Several commands under one name: ``command = Group("vm", help=..., examples=...)``, then ``@command.command("list",
-  examples=...)``, which makes a `Command`; a subclass of `Group` may say another ``command_class``. Every command that
+* Several commands under one name: ``command = Group("vm", help=...)``, then ``@command.command("list")``, which makes a
+  `Command`; a subclass of `Group` may say another ``command_class``. Every command that
   talks to the same kind of thing shares a subclass of `Command` whose ``invoke`` turns that thing's exceptions into an
   exit code, and whose ``exits`` says what the codes mean.
 * Options: ``parsed(convert)`` makes a callback of a function that raises `ValueError` with a text for people.
@@ -29,13 +35,22 @@ A command is a function with click's own decorators; ``cls=Command`` takes the r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
 import click
 
 from chutes_proto.cli import console
-from chutes_proto.cli.describe import EXITS, Description, Pairs, as_help, paragraphs_of, sentence_of
+from chutes_proto.cli.describe import (
+    EXITS,
+    Description,
+    Pairs,
+    as_help,
+    examples_of,
+    paragraphs_of,
+    related_of,
+    sentence_of,
+)
 
 COMPLETE = "_CHUTES_PROTO_COMPLETE"
 """The environment variable by which a shell asks for completions."""
@@ -60,14 +75,10 @@ class Described(click.Command):
     def __init__(
         self,
         *args: Any,
-        examples: Sequence[str] = (),
         exits: Mapping[int, str] | None = None,
-        related: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.examples = tuple(examples)
-        self.related = tuple(related)
         self.exits = exits or self.exits
 
     def describe(self, ctx: click.Context) -> Description:
@@ -78,13 +89,13 @@ class Described(click.Command):
             words=ctx.command_path.partition(" ")[2],
             usage=" ".join([ctx.command_path, *self.collect_usage_pieces(ctx)]),
             sentence=sentence_of(text),
-            paragraphs=paragraphs_of(text),
+            paragraphs=paragraphs_of(text, described=False),
             arguments=tuple((one.make_metavar(ctx), one.told) for one in params if isinstance(one, Argument)),
             options=tuple(one.get_help_record(ctx) or ("", "") for one in params if isinstance(one, click.Option)),
             commands=self.sections(ctx),
-            examples=self.examples,
+            examples=examples_of(text),
             exits=tuple((str(code), meaning) for code, meaning in self.exits.items()),
-            related=self.related,
+            related=related_of(text),
         )
 
     def sections(self, ctx: click.Context) -> tuple[tuple[str, Pairs], ...]:

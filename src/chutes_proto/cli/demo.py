@@ -12,13 +12,7 @@ from chutes_proto.cli.base import Command
 from chutes_proto.cli.extras import need
 
 
-@click.command(
-    "demo",
-    cls=Command,
-    examples=("chutes-proto demo", "chutes-proto demo --plain"),
-    exits={0: "everything went as it should", 1: "something did not", 2: "wrong usage"},
-    related=("serve", "boot", "simulate"),
-)
+@click.command("demo", cls=Command, exits={0: "everything went as it should", 1: "something did not", 2: "wrong usage"})
 @click.option("--plain", is_flag=True, help="print no colour, and only ASCII characters")
 def command(plain: bool) -> int:
     """Show a VM that boots and receives its keys, end to end on this machine.
@@ -27,6 +21,12 @@ def command(plain: bool) -> int:
     it: nonce, TDX quote of a simulated platform, verification, root passphrase, the passphrases of two volumes. With
     cryptsetup it formats real LUKS2 images, and opens them again after a reboot. Then it shows what a server refuses,
     with the reason as the operator reads it. It needs no network and leaves nothing behind.
+
+    Examples:
+      chutes-proto demo
+      chutes-proto demo --plain
+
+    See also: serve, boot, simulate
     """
     need("trio")
     import trio

@@ -6,6 +6,8 @@ import textwrap
 from collections.abc import Iterable
 from typing import Final, NamedTuple
 
+EXAMPLES: Final = "Examples:\n"
+RELATED: Final = "See also:"
 Pairs = tuple[tuple[str, str], ...]
 
 EXITS: Final = {0: "done", 1: "refused", 2: "wrong usage, or a file that cannot be read"}
@@ -32,12 +34,29 @@ def sentence_of(text: str) -> str:
     return " ".join(textwrap.dedent(text).strip().partition("\n\n")[0].split())
 
 
-def paragraphs_of(text: str) -> tuple[str, ...]:
-    """All other paragraphs. One that has an indented line keeps its lines, and the indent."""
+def paragraphs_of(text: str, *, described: bool = True) -> tuple[str, ...]:
+    """All other paragraphs; without ``described`` neither the examples nor the related commands.
+
+    One that has an indented line keeps its lines, and the indent.
+    """
     lines = text.strip().splitlines()
     whole = "\n".join([lines[0].strip(), textwrap.dedent("\n".join(lines[1:]))]) if lines else ""
-    rest = [part.strip("\n") for part in whole.split("\n\n")[1:]]
-    return tuple(part if is_verbatim(part) else " ".join(part.split()) for part in rest if part.strip())
+    rest = [part.strip("\n").rstrip() for part in whole.split("\n\n")[1:]]
+    wanted = [part for part in rest if part.strip() and (described or not part.startswith((EXAMPLES, RELATED)))]
+    return tuple(part if is_verbatim(part) else " ".join(part.split()) for part in wanted)
+
+
+def examples_of(text: str) -> tuple[str, ...]:
+    """The command lines of the paragraph ``Examples:``, of which one may go on after a backslash."""
+    found = [part for part in paragraphs_of(text) if part.startswith(EXAMPLES)]
+    whole = textwrap.dedent("\n".join(part.removeprefix(EXAMPLES) for part in found))
+    return tuple(filter(None, (one.replace("\0", "\\\n") for one in whole.replace("\\\n", "\0").splitlines())))
+
+
+def related_of(text: str) -> tuple[str, ...]:
+    """The commands of the paragraph ``See also:``."""
+    found = [part.removeprefix(RELATED) for part in paragraphs_of(text) if part.startswith(RELATED)]
+    return tuple(one.strip(" .") for part in found for one in part.split(","))
 
 
 def is_verbatim(text: str) -> bool:

@@ -38,12 +38,6 @@ _COLOURS: Final[dict[str, output.State]] = {"ok": "good", "note": "warn", "probl
         1: "something is missing or wrong",
         2: "wrong usage, or a file that cannot be read",
     },
-    examples=(
-        "chutes-proto doctor --for verifier",
-        "chutes-proto doctor --config server.toml",
-        "chutes-proto doctor --config server.toml --json",
-    ),
-    related=("serve", "agent", "collateral check"),
 )
 @click.option(
     "--for",
@@ -61,6 +55,13 @@ def command(roles: tuple[str, ...], config: str | None) -> int:
     Looks at this machine: Python, extras, the clock; for a VM also cryptsetup, and whether the TDX guest device or the
     kernel's configfs-TSM gives a quote. With --config looks at everything that a key server needs to start, at the
     permissions of its secrets, and at when its certificate and collateral expire. Changes nothing.
+
+    Examples:
+      chutes-proto doctor --for verifier
+      chutes-proto doctor --config server.toml
+      chutes-proto doctor --config server.toml --json
+
+    See also: serve, agent, collateral check
     """
     if config and roles:
         raise click.UsageError("--for goes without --config")

@@ -8,7 +8,7 @@ from typing import Any
 
 from chutes_proto import __version__
 from chutes_proto.cli import console
-from chutes_proto.cli.describe import Description, as_help, paragraphs_of, sentence_of
+from chutes_proto.cli.describe import Description, as_help, examples_of, paragraphs_of, related_of, sentence_of
 
 _EXITS = {
     0: "done",
@@ -27,18 +27,10 @@ def _formatter(prog: str) -> argparse.HelpFormatter:
 class Parser(argparse.ArgumentParser):
     """A parser with a description like that of every other command, from which it prints its help."""
 
-    def __init__(
-        self,
-        *,
-        text: str = "",
-        examples: Sequence[str] = (),
-        exits: Mapping[int, str] = _EXITS,
-        related: Sequence[str] = (),
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, *, text: str, **kwargs: Any) -> None:
         self._options: list[argparse.Action] = []
         self._actions_by_name: dict[str, Parser] = {}
-        self._text, self._examples, self._exits, self._related = text, tuple(examples), exits, tuple(related)
+        self._text = text
         super().__init__(add_help=False, allow_abbrev=False, formatter_class=_formatter, **kwargs)
         _ = self.add_argument("--help", action="help", help="show this help")
 
@@ -47,11 +39,11 @@ class Parser(argparse.ArgumentParser):
         self._options.append(super().add_argument(*args, **kwargs))
         return self._options[-1]
 
-    def add_actions(self, parsers: Mapping[str, Mapping[str, Any]]) -> Iterator[Parser]:
+    def add_actions(self, texts: Mapping[str, str]) -> Iterator[Parser]:
         """Add a parser for each word that must follow."""
         found = self.add_subparsers(metavar="ACTION", dest="action", required=True, parser_class=Parser)
-        for name, described in parsers.items():
-            self._actions_by_name[name] = found.add_parser(name, **described)
+        for name, text in texts.items():
+            self._actions_by_name[name] = found.add_parser(name, text=text)
             yield self._actions_by_name[name]
 
     def describe(self) -> Description:
@@ -65,12 +57,12 @@ class Parser(argparse.ArgumentParser):
             words=self.prog.partition(" ")[2],
             usage=f"{self.prog} {'ACTION ...' if commands else '[OPTIONS]'}",
             sentence=sentence_of(self._text),
-            paragraphs=paragraphs_of(self._text),
+            paragraphs=paragraphs_of(self._text, described=False),
             options=tuple(pairs),
             commands=(("Actions", commands),) if commands else (),
-            examples=self._examples,
-            exits=tuple((str(code), meaning) for code, meaning in self._exits.items()),
-            related=self._related,
+            examples=examples_of(self._text),
+            exits=tuple((str(code), meaning) for code, meaning in _EXITS.items()),
+            related=related_of(self._text),
         )
 
     def descriptions(self) -> list[Description]:
@@ -96,39 +88,38 @@ def make_parser() -> Parser:
         looks at the disks, has the platform quote an ephemeral TLS key, gets the passphrases from the first of its
         servers that answers, and opens the disks. It formats a disk only if the disk is blank and the server does not
         know that it holds data. After a failure it does what on_failure of the settings says, and then ends.
+
+        Examples:
+          chutes-proto agent run --config agent.toml --dry-run
+          chutes-proto agent run --config agent.toml
+          chutes-proto agent resume --config agent.toml
+
+        See also: boot, serve, doctor
         """,
-        examples=(
-            "chutes-proto agent run --config agent.toml --dry-run",
-            "chutes-proto agent run --config agent.toml",
-            "chutes-proto agent resume --config agent.toml",
-        ),
-        related=("boot", "serve", "doctor"),
     )
     actions = {
-        "run": {
-            "text": """Boot: open the root disk and the volumes.
+        "run": """Boot: open the root disk and the volumes.
 
-            With volumes_at = "resume" in the settings it opens the root disk only, and leaves a file in memory with
-            which `agent resume` opens the volumes.
-            """,
-            "examples": (
-                "chutes-proto agent run --config agent.toml --images --dry-run",
-                "chutes-proto agent run --config agent.toml --images --json",
-            ),
-            "related": ("agent resume",),
-        },
-        "resume": {
-            "text": """Go on after `run`: open the volumes.
+        With volumes_at = "resume" in the settings it opens the root disk only, and leaves a file in memory with which
+        `agent resume` opens the volumes.
 
-            Opens the volumes that `agent run` left, within ten minutes and in the same boot of the machine. Removes
-            the file that it left once they are open.
-            """,
-            "examples": (
-                "chutes-proto agent resume --config agent.toml",
-                "chutes-proto agent resume --config agent.toml --images --json",
-            ),
-            "related": ("agent run",),
-        },
+        Examples:
+          chutes-proto agent run --config agent.toml --images --dry-run
+          chutes-proto agent run --config agent.toml --images --json
+
+        See also: agent resume
+        """,
+        "resume": """Go on after `run`: open the volumes.
+
+        Opens the volumes that `agent run` left, within ten minutes and in the same boot of the machine. Removes the
+        file that it left once they are open.
+
+        Examples:
+          chutes-proto agent resume --config agent.toml
+          chutes-proto agent resume --config agent.toml --images --json
+
+        See also: agent run
+        """,
     }
     for action in parser.add_actions(actions):
         _ = action.add_argument("--config", metavar="FILE", required=True, help="the agent's settings, TOML")

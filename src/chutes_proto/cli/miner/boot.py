@@ -31,15 +31,7 @@ def _volumes(text: str) -> tuple[str, ...]:
     return names
 
 
-@click.command(
-    "boot",
-    cls=_BootCommand,
-    examples=(
-        f"chutes-proto boot {_AT}",
-        f"chutes-proto boot {_AT} --quoter 'my-quoter {{report_data}}' --keys keys",
-    ),
-    related=("agent", "serve", "register"),
-)
+@click.command("boot", cls=_BootCommand)
 @click.option("--hotkey", metavar="SS58", required=True, help="the hotkey that owns the VM")
 @click.option("--vm", metavar="NAME", required=True, help="the VM's name")
 @quoter_options
@@ -64,6 +56,13 @@ def command(
 
     In the two-phase exchange each volume has two keys; --keys writes the next one to a second file, NAME.next. Nothing
     is confirmed, because no disk was opened: the server keeps the keys as they are.
+
+    Examples:
+      chutes-proto boot https://127.0.0.1:8443 --ca ca.pem --hotkey 5Grw... --vm vm-1
+      chutes-proto boot https://127.0.0.1:8443 --ca ca.pem --hotkey 5Grw... --vm vm-1 \\
+          --quoter 'my-quoter {report_data}' --keys keys
+
+    See also: agent, serve, register
     """
     identity = new_identity()
     settings = BootSettings(hotkey, vm, identity.spki_sha256, retry=peer.retry)

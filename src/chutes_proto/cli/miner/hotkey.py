@@ -42,43 +42,52 @@ command = _Hotkeys(
     help="""Inspect a hotkey's address, or check a signature.
 
     Hotkeys are SS58 addresses of sr25519 keys, network prefix 42.
+
+    Examples:
+      chutes-proto hotkey inspect 5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY
+
+    See also: register
     """,
-    examples=(f"chutes-proto hotkey inspect {_ALICE}",),
-    related=("register",),
 )
 _address = click.argument("address", cls=Argument, metavar="SS58", help="the address")
 
 
-@command.command(
-    "inspect",
-    examples=(f"chutes-proto hotkey inspect {_ALICE}", f"chutes-proto hotkey inspect {_ALICE} --json"),
-    related=("hotkey check",),
-)
+@command.command("inspect")
 @_address
 @json_option
 def inspect_command(address: str) -> int:
-    """Show the public key of an address, or why the address is not valid."""
+    """Show the public key of an address, or why the address is not valid.
+
+    Examples:
+      chutes-proto hotkey inspect 5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY
+      chutes-proto hotkey inspect 5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY --json
+
+    See also: hotkey check
+    """
     hotkey = Hotkey.parse(address)
     said = {"valid": True, "address": hotkey.address, "public_key": hotkey.public_key.hex(), "prefix": PREFIX}
     answer(said, f"public key  {hotkey.public_key.hex()}\nprefix      {PREFIX}")
     return console.GRANTED
 
 
-@command.command(
-    "check",
-    examples=(
-        f"chutes-proto hotkey check {_ALICE} --message-file message.bin --signature $(cat signature.hex)",
-        f"chutes-proto hotkey check {_ALICE} --message-file message.bin --signature $(cat signature.hex) --json",
-    ),
-    related=("hotkey inspect",),
-)
+@command.command("check")
 @_address
 @click.option("--message", metavar="TEXT", help="the signed text")
 @click.option("--message-file", metavar="FILE", help="a file of the signed bytes")
 @click.option("--signature", metavar="HEX", required=True, help="the signature, 128 hex digits without 0x")
 @json_option
 def check_command(address: str, message: str | None, message_file: str | None, signature: str) -> int:
-    """Check that a signature over a message is a hotkey's."""
+    """Check that a signature over a message is a hotkey's.
+
+    Examples:
+      chutes-proto hotkey check 5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY \\
+          --message-file message.bin \\
+          --signature $(cat signature.hex)
+      chutes-proto hotkey check 5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY \\
+          --message-file message.bin --signature $(cat signature.hex) --json
+
+    See also: hotkey inspect
+    """
     one_of(message=message, message_file=message_file)
     hotkey = Hotkey.parse(address)
     signed = read_file(message_file) if message_file is not None else str(message).encode("utf-8", "surrogateescape")

@@ -20,15 +20,7 @@ _AT = "https://127.0.0.1:8443 --ca ca.pem --hotkey-file hotkey"
 _id_argument = click.argument("server_id", cls=Argument, metavar="ID", help="the server's id")
 
 
-@click.command(
-    "register",
-    cls=MinerCommand,
-    examples=(
-        f"chutes-proto register {_AT} --id n1 --name vm-1 --host 198.51.100.7 --gpus gpus.json",
-        f"chutes-proto register {_AT} --id n1 --name vm-1 --host 198.51.100.7 --gpus gpus.json --json",
-    ),
-    related=("servers", "attest", "status"),
-)
+@click.command("register", cls=MinerCommand)
 @click.option("--id", "server_id", metavar="ID", required=True, help="the server's id, for example its node's uid")
 @click.option("--name", metavar="NAME", help="its name, the VM's (default: the id)")
 @click.option("--host", metavar="HOST", required=True, help="its public IPv4 address or DNS name")
@@ -40,6 +32,15 @@ def register(asker: Asker, server_id: str, name: str | None, host: str, gpus: st
     The server is linked to the boot of the VM with its name, else to one from its address. The GPUs come from a file: a
     JSON list with one object for each GPU, members uuid, name, memory (bytes), clock_rate (kHz), device_index,
     gpu_identifier, verification_host, verification_port, and others that the API's description lists.
+
+    Examples:
+      chutes-proto register https://127.0.0.1:8443 --ca ca.pem --hotkey-file hotkey --id n1 \\
+          --name vm-1 --host 198.51.100.7 \\
+          --gpus gpus.json
+      chutes-proto register https://127.0.0.1:8443 --ca ca.pem --hotkey-file hotkey --id n1 \\
+          --name vm-1 --host 198.51.100.7 --gpus gpus.json --json
+
+    See also: servers, attest, status
     """
     try:
         nodes = decode_list(read_file(gpus), NodeArgs)
@@ -62,22 +63,32 @@ class _Servers(Group):
 
 servers = _Servers(
     "servers",
-    help="List, show, rename and remove your servers.",
-    examples=(f"chutes-proto servers list {_AT}", f"chutes-proto servers show {_AT} n1 --json"),
-    related=("register", "attest", "status"),
+    help="""List, show, rename and remove your servers.
+
+    Examples:
+      chutes-proto servers list https://127.0.0.1:8443 --ca ca.pem --hotkey-file hotkey
+      chutes-proto servers show https://127.0.0.1:8443 --ca ca.pem --hotkey-file hotkey n1 --json
+
+    See also: register, attest, status
+    """,
 )
 
 
 @servers.command(
     "list",
-    examples=(f"chutes-proto servers list {_AT}", f"chutes-proto servers list {_AT} --json"),
-    related=("servers show", "register"),
 )
 @plain_option
 @full_option
 @click.pass_obj
 def list_servers(asker: Asker) -> int:
-    """List all your servers, newest first."""
+    """List all your servers, newest first.
+
+    Examples:
+      chutes-proto servers list https://127.0.0.1:8443 --ca ca.pem --hotkey-file hotkey
+      chutes-proto servers list https://127.0.0.1:8443 --ca ca.pem --hotkey-file hotkey --json
+
+    See also: servers show, register
+    """
     found = asker.ask(flows.list_servers)
     answer({"granted": True, "servers": [console.plain(row) for row in found]}, lambda: _say(found))
     return console.GRANTED
@@ -85,40 +96,55 @@ def list_servers(asker: Asker) -> int:
 
 @servers.command(
     "show",
-    examples=(f"chutes-proto servers show {_AT} n1", f"chutes-proto servers show {_AT} n1 --json"),
-    related=("servers list", "status"),
 )
 @_id_argument
 @plain_option
 @full_option
 @click.pass_obj
 def show_server(asker: Asker, server_id: str) -> int:
-    """Show one server."""
+    """Show one server.
+
+    Examples:
+      chutes-proto servers show https://127.0.0.1:8443 --ca ca.pem --hotkey-file hotkey n1
+      chutes-proto servers show https://127.0.0.1:8443 --ca ca.pem --hotkey-file hotkey n1 --json
+
+    See also: servers list, status
+    """
     return _answer(asker.ask(lambda who: flows.read_server(who, server_id)))
 
 
 @servers.command(
     "rename",
-    examples=(f"chutes-proto servers rename {_AT} n1 vm-2", f"chutes-proto servers rename {_AT} n1 vm-2 --json"),
-    related=("servers show",),
 )
 @_id_argument
 @click.argument("name", cls=Argument, metavar="NAME", help="its new name")
 @click.pass_obj
 def rename_server(asker: Asker, server_id: str, name: str) -> int:
-    """Give a server another name; the keys of its VM stay as they are."""
+    """Give a server another name; the keys of its VM stay as they are.
+
+    Examples:
+      chutes-proto servers rename https://127.0.0.1:8443 --ca ca.pem --hotkey-file hotkey n1 vm-2
+      chutes-proto servers rename https://127.0.0.1:8443 --ca ca.pem --hotkey-file hotkey n1 vm-2 --json
+
+    See also: servers show
+    """
     return _answer(asker.ask(lambda who: flows.rename_server(who, server_id, name)))
 
 
 @servers.command(
     "remove",
-    examples=(f"chutes-proto servers remove {_AT} vm-1", f"chutes-proto servers remove {_AT} n1 --json"),
-    related=("servers list", "register"),
 )
 @click.argument("server", cls=Argument, metavar="NAME_OR_ID", help="the server's name or id")
 @click.pass_obj
 def remove_server(asker: Asker, server: str) -> int:
-    """Remove a server; the keys of its VM are kept."""
+    """Remove a server; the keys of its VM are kept.
+
+    Examples:
+      chutes-proto servers remove https://127.0.0.1:8443 --ca ca.pem --hotkey-file hotkey vm-1
+      chutes-proto servers remove https://127.0.0.1:8443 --ca ca.pem --hotkey-file hotkey n1 --json
+
+    See also: servers list, register
+    """
     removed = asker.ask(lambda who: flows.remove_server(who, server))
     answer({"granted": True, "removed": removed}, f"removed: {removed}; the keys of its VM are kept")
     return console.GRANTED
@@ -138,12 +164,7 @@ def _say(found: Sequence[flows.Server]) -> None:
 # --- runtime attestation ---
 
 
-@click.command(
-    "attest",
-    cls=MinerCommand,
-    examples=(f"chutes-proto attest {_AT} n1", f"chutes-proto attest {_AT} n1 --quoter 'my-quoter {{report_data}}'"),
-    related=("status", "register"),
-)
+@click.command("attest", cls=MinerCommand)
 @_id_argument
 @quoter_options
 @click.pass_obj
@@ -152,6 +173,12 @@ def attest(asker: Asker, server_id: str, quoter: str, platform: str | None) -> i
 
     Gets a nonce for the server, has the platform make a quote of it and of an ephemeral TLS key, and sends the quote.
     This shows that an accepted TD on the server's platform holds that key, not that it is the TD that booted.
+
+    Examples:
+      chutes-proto attest https://127.0.0.1:8443 --ca ca.pem --hotkey-file hotkey n1
+      chutes-proto attest https://127.0.0.1:8443 --ca ca.pem --hotkey-file hotkey n1 --quoter 'my-quoter {report_data}'
+
+    See also: status, register
     """
     attested = asker.ask_as(
         lambda who, identity: flows.attest_server(who, server_id, identity.spki_sha256),
@@ -162,17 +189,19 @@ def attest(asker: Asker, server_id: str, quoter: str, platform: str | None) -> i
     return console.GRANTED
 
 
-@click.command(
-    "status",
-    cls=MinerCommand,
-    examples=(f"chutes-proto status {_AT} n1", f"chutes-proto status {_AT} n1 --json"),
-    related=("attest", "servers show"),
-)
+@click.command("status", cls=MinerCommand)
 @_id_argument
 @watch_option
 @click.pass_obj
 def status(asker: Asker, server_id: str) -> int:
-    """Show the newest runtime attestation of a server, and whether it still counts."""
+    """Show the newest runtime attestation of a server, and whether it still counts.
+
+    Examples:
+      chutes-proto status https://127.0.0.1:8443 --ca ca.pem --hotkey-file hotkey n1
+      chutes-proto status https://127.0.0.1:8443 --ca ca.pem --hotkey-file hotkey n1 --json
+
+    See also: attest, servers show
+    """
 
     def draw() -> int:
         found = asker.ask(lambda who: flows.read_status(who, server_id))

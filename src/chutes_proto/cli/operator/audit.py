@@ -13,7 +13,7 @@ from chutes_proto.cli import console, output
 from chutes_proto.cli.base import answer, json_option, parsed, table_options
 from chutes_proto.cli.console import moment
 from chutes_proto.cli.operator import operating
-from chutes_proto.cli.operator.operating import CONFIG, DAY, OperatorGroup
+from chutes_proto.cli.operator.operating import DAY, OperatorGroup
 from chutes_proto.errors import ConfigurationError
 from chutes_proto.io.stores.address import DurableStore
 from chutes_proto.quote._terms import rfc3339
@@ -32,12 +32,13 @@ command = OperatorGroup(
 
     Each decision is kept in the transaction that carried it out: who asked, which boot, the decision and its reason,
     measurement profile, digest of the quote, generations of keys. No audit row contains a secret.
+
+    Examples:
+      chutes-proto audit list --vm vm-1 --config server.toml
+      chutes-proto audit export --since 2026-05-01 --config server.toml > audit.jsonl
+
+    See also: vm, keys
     """,
-    examples=(
-        f"chutes-proto audit list --vm vm-1 {CONFIG}",
-        f"chutes-proto audit export --since 2026-05-01 {CONFIG} > audit.jsonl",
-    ),
-    related=("vm", "keys"),
 )
 
 
@@ -70,19 +71,19 @@ def _selection(default: int | None) -> Callable[[F], F]:
     return decorate
 
 
-@command.command(
-    "list",
-    examples=(
-        f"chutes-proto audit list --event boot --last 20 {CONFIG}",
-        f"chutes-proto audit list --vm vm-1 --since 2026-05-01 {CONFIG} --json",
-    ),
-    related=("audit export", "keys history"),
-)
+@command.command("list")
 @_selection(_SHOWN)
 @operating.config_option
 @table_options
 def listing(vm: str | None, event: str | None, since: int, until: int | None, last: int, config: str) -> int:
-    """Show audit rows for people, the newest last."""
+    """Show audit rows for people, the newest last.
+
+    Examples:
+      chutes-proto audit list --event boot --last 20 --config server.toml
+      chutes-proto audit list --vm vm-1 --since 2026-05-01 --config server.toml --json
+
+    See also: audit export, keys history
+    """
     unit = _unit(vm, event, since, until)
     with operating.opened(config) as (_, store):
         rows = _newest(store, unit, last)
@@ -94,13 +95,7 @@ def listing(vm: str | None, event: str | None, since: int, until: int | None, la
     return console.GRANTED
 
 
-@command.command(
-    examples=(
-        f"chutes-proto audit export {CONFIG} > audit.jsonl",
-        f"chutes-proto audit export --since 2026-05-01 --event boot {CONFIG}",
-    ),
-    related=("audit list", "audit purge"),
-)
+@command.command()
 @_selection(None)
 @operating.config_option
 def export(vm: str | None, event: str | None, since: int, until: int | None, last: int | None, config: str) -> int:
@@ -108,6 +103,12 @@ def export(vm: str | None, event: str | None, since: int, until: int | None, las
 
     Each line is one JSON object with all members, in the order of the decisions. Decisions that are made while an
     export runs may be in the next export only: let that one begin a minute before the last one did.
+
+    Examples:
+      chutes-proto audit export --config server.toml > audit.jsonl
+      chutes-proto audit export --since 2026-05-01 --event boot --config server.toml
+
+    See also: audit list, audit purge
     """
     unit = _unit(vm, event, since, until)
     with operating.opened(config) as (_, store):
@@ -116,13 +117,7 @@ def export(vm: str | None, event: str | None, since: int, until: int | None, las
     return console.GRANTED
 
 
-@command.command(
-    examples=(
-        f"chutes-proto audit purge {CONFIG}",
-        f"chutes-proto audit purge --older-than 730 --yes {CONFIG}",
-    ),
-    related=("audit export", "keys purge"),
-)
+@command.command()
 @click.option(
     "--older-than",
     metavar="DAYS",
@@ -139,6 +134,12 @@ def purge(older_than: int | None, yes: bool, reason: str, config: str) -> int:
     Deletes the audit rows that are older than audit_days of the configuration, by the time of each row and this
     machine's clock. Export them before. Servers may run meanwhile, and the purge may be stopped and begun again. An
     audit row says who deleted how many. Without --yes nothing is deleted, only counted.
+
+    Examples:
+      chutes-proto audit purge --config server.toml
+      chutes-proto audit purge --older-than 730 --yes --config server.toml
+
+    See also: audit export, keys purge
     """
     with (
         operating.opened(config) as (setup, store),

@@ -15,7 +15,7 @@ from chutes_proto.auth.hotkey import Hotkey, HotkeyError
 from chutes_proto.cli import console, output
 from chutes_proto.cli.base import Argument, answer, json_option, parsed, table_options, wants
 from chutes_proto.cli.operator import operating
-from chutes_proto.cli.operator.operating import CONFIG, DAY, OperatorGroup
+from chutes_proto.cli.operator.operating import DAY, OperatorGroup
 from chutes_proto.errors import ConfigurationError, QuoteError, Refused
 from chutes_proto.io.files import read_lines, read_private
 from chutes_proto.keys.vault import NONCE_SIZE, Address, FreshKey
@@ -45,12 +45,13 @@ command = OperatorGroup(
 
     A server never deletes a key; old generations stay until an operator purges them. No command shows a passphrase or
     takes one on the command line. Every change writes an audit row.
+
+    Examples:
+      chutes-proto keys history vm-1 --config server.toml
+      chutes-proto keys restore vm-1 storage 1 --reason 'rekeyed, but not formatted' --config server.toml
+
+    See also: vm, audit, store check
     """,
-    examples=(
-        f"chutes-proto keys history vm-1 {CONFIG}",
-        f"chutes-proto keys restore vm-1 storage 1 --reason 'rekeyed, but not formatted' {CONFIG}",
-    ),
-    related=("vm", "audit", "store check"),
 )
 
 _volume_argument = click.argument("volume", cls=Argument, metavar="VOLUME", help="the volume's name")
@@ -62,10 +63,7 @@ def _generation(text: str) -> int:
     return int(text)
 
 
-@command.command(
-    examples=(f"chutes-proto keys history vm-1 {CONFIG}", f"chutes-proto keys history vm-1 {CONFIG} --json"),
-    related=("keys restore", "audit list"),
-)
+@command.command()
 @operating.vm_argument()
 @operating.config_option
 @table_options
@@ -74,6 +72,12 @@ def history(vm: str, config: str) -> int:
 
     One row for each generation: its state, its origin, when it was made, handed out and retired and why, and the
     KEK that seals it. After the table, one line for each volume: whether it is in use.
+
+    Examples:
+      chutes-proto keys history vm-1 --config server.toml
+      chutes-proto keys history vm-1 --config server.toml --json
+
+    See also: keys restore, audit list
     """
     with operating.opened(config) as (_, store):
         named = operating.find_vm(store, vm)
@@ -110,13 +114,7 @@ def _cells(row: GenerationRow) -> tuple[str | output.Cell, ...]:
     )
 
 
-@command.command(
-    examples=(
-        f"chutes-proto keys restore vm-1 storage 1 {CONFIG}",
-        f"chutes-proto keys restore vm-1 storage 1 --reason 'rekeyed, but not formatted' {CONFIG}",
-    ),
-    related=("keys history", "keys allow-format"),
-)
+@command.command()
 @operating.vm_argument()
 @_volume_argument
 @click.argument(
@@ -130,6 +128,12 @@ def restore(vm: str, volume: str, generation: int, reason: str, config: str) -> 
 
     Use it after a rekey of a disk that was then not formatted. The generation that is active now is retired. Do it
     while the VM is off: keys that it has received before are void.
+
+    Examples:
+      chutes-proto keys restore vm-1 storage 1 --config server.toml
+      chutes-proto keys restore vm-1 storage 1 --reason 'rekeyed, but not formatted' --config server.toml
+
+    See also: keys history, keys allow-format
     """
     with operating.opened(config) as (_, store):
         named = operating.find_vm(store, vm)
@@ -137,13 +141,7 @@ def restore(vm: str, volume: str, generation: int, reason: str, config: str) -> 
     return operating.done(f"{row.volume}/{row.generation} of {named.hotkey}/{named.name} is the active key")
 
 
-@command.command(
-    examples=(
-        f"chutes-proto keys purge {CONFIG}",
-        f"chutes-proto keys purge vm-1 --older-than 365 --yes {CONFIG}",
-    ),
-    related=("keys history", "audit purge"),
-)
+@command.command()
 @operating.vm_argument(optional=True)
 @click.option(
     "--older-than",
@@ -161,6 +159,12 @@ def purge(vm: str | None, older_than: int | None, yes: bool, reason: str, config
     Deletes the passphrases that were retired at least retention_days ago, as the configuration says. Each volume's
     three newest generations stay, and so does every key that a VM may still receive. The purge goes VM by VM, and may
     be stopped and begun again. Without --yes nothing is deleted, only shown.
+
+    Examples:
+      chutes-proto keys purge --config server.toml
+      chutes-proto keys purge vm-1 --older-than 365 --yes --config server.toml
+
+    See also: keys history, audit purge
     """
     found: list[tuple[Vm, GenerationRow]] = []
     with operating.opened(config) as (setup, store), output.progress("VMs") as tell:
@@ -191,10 +195,7 @@ def purge(vm: str | None, older_than: int | None, yes: bool, reason: str, config
     return console.GRANTED
 
 
-@command.command(
-    examples=(f"chutes-proto keys rewrap {CONFIG}", f"chutes-proto keys rewrap --reason 'yearly rotation' {CONFIG}"),
-    related=("store check", "serve"),
-)
+@command.command()
 @operating.reason_option
 @operating.config_option
 @json_option
@@ -204,6 +205,12 @@ def rewrap(reason: str, config: str) -> int:
     Wraps every key that is still under kek_previous_file under kek_file, a few at a time. Servers may run meanwhile,
     and it may be stopped and begun again. When it says that no key is under another KEK, wait 600 seconds, and then
     remove kek_previous_file from the configuration of all servers.
+
+    Examples:
+      chutes-proto keys rewrap --config server.toml
+      chutes-proto keys rewrap --reason 'yearly rotation' --config server.toml
+
+    See also: store check, serve
     """
     wrapped = 0
     broken = frozenset[Address]()
@@ -235,14 +242,7 @@ def rewrap(reason: str, config: str) -> int:
     return console.REFUSED if broken else console.GRANTED
 
 
-@command.command(
-    "allow-format",
-    examples=(
-        f"chutes-proto keys allow-format vm-1 storage {CONFIG}",
-        f"chutes-proto keys allow-format vm-1 storage --reason 'new disk' {CONFIG}",
-    ),
-    related=("keys history",),
-)
+@command.command("allow-format")
 @operating.vm_argument()
 @_volume_argument
 @operating.reason_option
@@ -252,6 +252,12 @@ def allow_format(vm: str, volume: str, reason: str, config: str) -> int:
     """Permit one format of a volume that is in use.
 
     The next answer to the VM does not say that the volume is in use, so that its agent formats a blank disk.
+
+    Examples:
+      chutes-proto keys allow-format vm-1 storage --config server.toml
+      chutes-proto keys allow-format vm-1 storage --reason 'new disk' --config server.toml
+
+    See also: keys history
     """
     with operating.opened(config) as (_, store):
         named = operating.find_vm(store, vm)
@@ -259,14 +265,7 @@ def allow_format(vm: str, volume: str, reason: str, config: str) -> int:
     return operating.done(f"{volume} of {named.hotkey}/{named.name} may be formatted once")
 
 
-@command.command(
-    "import-fernet",
-    examples=(
-        f"chutes-proto keys import-fernet rows.jsonl --fernet-key-file fernet.key {CONFIG}",
-        f"chutes-proto keys import-fernet rows.jsonl --fernet-key-file fernet.key {CONFIG} --json",
-    ),
-    related=("vm bind", "keys history"),
-)
+@command.command("import-fernet")
 @click.argument("file", cls=Argument, metavar="FILE", type=click.Path(), help="the rows, one JSON object a line")
 @click.option(
     "--fernet-key-file",
@@ -288,6 +287,12 @@ def import_fernet(file: str, fernet_key_file: str, reason: str, config: str) -> 
     Each has miner_hotkey, vm_name and volume_passphrases (volume: Fernet token), and perhaps boot_quote: the VM's last
     verified boot quote in base64, whose platform the name is then bound to. The passphrases are sealed again under the
     server's KEK. The import may be stopped and begun again.
+
+    Examples:
+      chutes-proto keys import-fernet rows.jsonl --fernet-key-file fernet.key --config server.toml
+      chutes-proto keys import-fernet rows.jsonl --fernet-key-file fernet.key --config server.toml --json
+
+    See also: vm bind, keys history
     """
     try:
         fernet = Fernet(read_private(fernet_key_file).strip())

@@ -37,9 +37,6 @@ from chutes_proto.wire.names import NAME_PATTERN
 F = TypeVar("F", bound=Callable[..., Any])
 
 DAY = 24 * 60 * 60
-CONFIG = "--config server.toml"
-"""The end of most examples."""
-
 _COUNT = re.compile(r"[0-9]{1,5}")
 _HOTKEY = re.compile(r"[!-~]{1,128}")
 _REASON_LENGTH = 500

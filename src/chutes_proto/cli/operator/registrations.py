@@ -7,7 +7,7 @@ import click
 from chutes_proto.cli import console, output
 from chutes_proto.cli.base import Argument, answer, json_option, table_options
 from chutes_proto.cli.operator import operating
-from chutes_proto.cli.operator.operating import CONFIG, OperatorGroup
+from chutes_proto.cli.operator.operating import OperatorGroup
 from chutes_proto.store.rows import ServerRow, Vm
 from chutes_proto.units.operator import Registrations, RemoveRegistration
 
@@ -17,26 +17,29 @@ command = OperatorGroup(
 
     An id, an address and a GPU belong to one server. A server without evidence is replaced by a registration at its
     address that is linked to a boot from there; every other wrong claim an operator removes here. Miners use `servers`.
+
+    Examples:
+      chutes-proto registrations list --config server.toml
+      chutes-proto registrations remove n1 --reason 'the address is not theirs' --config server.toml
+
+    See also: servers, vm, audit
     """,
-    examples=(
-        f"chutes-proto registrations list {CONFIG}",
-        f"chutes-proto registrations remove n1 --reason 'the address is not theirs' {CONFIG}",
-    ),
-    related=("servers", "vm", "audit"),
 )
 
 
-@command.command(
-    "list",
-    examples=(f"chutes-proto registrations list {CONFIG}", f"chutes-proto registrations list {CONFIG} --json"),
-    related=("registrations remove", "vm list"),
-)
+@command.command("list")
 @operating.config_option
 @table_options
 def listing(config: str) -> int:
     """List all registered servers.
 
     One row for each server: id, hotkey and name, host and address, and the evidence that the address is the miner's.
+
+    Examples:
+      chutes-proto registrations list --config server.toml
+      chutes-proto registrations list --config server.toml --json
+
+    See also: registrations remove, vm list
     """
     with operating.opened(config) as (_, store):
         rows = store.transact(Registrations())
@@ -57,13 +60,7 @@ def _cells(row: ServerRow) -> tuple[str | output.Cell, ...]:
     return row.server_id, server, row.host, row.address, told, output.when(row.created_at)
 
 
-@command.command(
-    examples=(
-        f"chutes-proto registrations remove n1 --reason 'the address is not theirs' {CONFIG}",
-        f"chutes-proto registrations remove n2 {CONFIG} --json",
-    ),
-    related=("registrations list",),
-)
+@command.command()
 @click.argument("id", cls=Argument, metavar="ID", help="the server's id")
 @operating.reason_option
 @operating.config_option
@@ -72,6 +69,12 @@ def remove(id: str, reason: str, config: str) -> int:  # noqa: A002 - the argume
     """Remove a server, whichever miner registered it.
 
     Its id, address and GPUs are free then, and it may be registered again. The keys of its VM are kept.
+
+    Examples:
+      chutes-proto registrations remove n1 --reason 'the address is not theirs' --config server.toml
+      chutes-proto registrations remove n2 --config server.toml --json
+
+    See also: registrations list
     """
     with operating.opened(config) as (_, store):
         row = store.transact(RemoveRegistration(operating.now(), id, reason))

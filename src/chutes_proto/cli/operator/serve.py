@@ -18,7 +18,6 @@ from chutes_proto.cli import console, output
 from chutes_proto.cli.base import Command, one_of, platform_option
 from chutes_proto.cli.extras import need
 from chutes_proto.cli.operator.checking import Finding, check_setup
-from chutes_proto.cli.operator.operating import CONFIG
 from chutes_proto.errors import ConfigurationError, FileUnavailable, StoreError
 from chutes_proto.server import ServerConfig
 
@@ -34,17 +33,11 @@ _HOTKEY = "5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY"
 @click.command(
     "serve",
     cls=Command,
-    examples=(
-        "chutes-proto serve --dev",
-        f"chutes-proto serve {CONFIG} --check",
-        f"chutes-proto serve {CONFIG}",
-    ),
     exits={
         0: "stopped by a signal, or --check found nothing wrong",
         1: "the configuration, or something that it names, is wrong",
         2: "wrong usage, or the configuration file cannot be opened",
     },
-    related=("doctor", "store migrate", "boot", "collateral fetch", "profile"),
 )
 @click.option("--config", metavar="FILE", type=click.Path(), help="the configuration file (TOML)")
 @click.option("--dev", is_flag=True, help="a server for development, on loopback")
@@ -90,6 +83,13 @@ def command(config: str | None, dev: bool, check: bool, transport: Transport | N
       mrtd = "..."
       boot = { rtmr0 = "...", rtmr1 = "...", rtmr2 = "...", rtmr3 = "..." }
       runtime = { rtmr0 = "...", rtmr1 = "...", rtmr2 = "...", rtmr3 = "..." }
+
+    Examples:
+      chutes-proto serve --dev
+      chutes-proto serve --config server.toml --check
+      chutes-proto serve --config server.toml
+
+    See also: doctor, store migrate, boot, collateral fetch, profile
     """
     one_of(config=config, dev=dev)
     if check and dev:

@@ -12,7 +12,7 @@ import click
 from chutes_proto.cli import console
 from chutes_proto.cli.base import answer, json_option, one_of
 from chutes_proto.cli.operator import operating
-from chutes_proto.cli.operator.operating import CONFIG, OperatorGroup
+from chutes_proto.cli.operator.operating import OperatorGroup
 from chutes_proto.errors import ConfigurationError, StoreError
 from chutes_proto.io.server.store_setup import check_keys, make_store_setup
 from chutes_proto.io.stores.address import StorePlace
@@ -32,12 +32,13 @@ command = OperatorGroup(
 
     The store is a database: a file of SQLite, or PostgreSQL. In PostgreSQL a server never makes or changes the schema,
     and in no database does it migrate the schema of another release.
+
+    Examples:
+      chutes-proto store migrate --config server.toml
+      chutes-proto store check --store sqlite:keys.db --json
+
+    See also: serve, keys rewrap
     """,
-    examples=(
-        f"chutes-proto store migrate {CONFIG}",
-        "chutes-proto store check --store sqlite:keys.db --json",
-    ),
-    related=("serve", "keys rewrap"),
 )
 
 
@@ -51,17 +52,11 @@ def _which(function: F) -> F:
 
 
 @command.command(
-    examples=(
-        f"chutes-proto store migrate {CONFIG}",
-        "chutes-proto store migrate --store sqlite:keys.db",
-        "chutes-proto store migrate --store 'postgresql://chutes@db.internal/keys?passfile=/etc/chutes/pgpass'",
-    ),
     exits={
         0: "the schema is now this release's",
         1: "it cannot be made so, and is unchanged",
         2: "wrong usage, or a file that cannot be read",
-    },
-    related=("store copy", "store check"),
+    }
 )
 @_which
 def migrate(config: str | None, store: str | None) -> int:
@@ -72,6 +67,13 @@ def migrate(config: str | None, store: str | None) -> int:
     done to a schema that is this release's already. For the rows of another store see `store copy`.
 
     Give one of --config and --store.
+
+    Examples:
+      chutes-proto store migrate --config server.toml
+      chutes-proto store migrate --store sqlite:keys.db
+      chutes-proto store migrate --store 'postgresql://chutes@db.internal/keys?passfile=/etc/chutes/pgpass'
+
+    See also: store copy, store check
     """
     place, _ = _place(config, store)
     opened = place.open(migrate=True)
@@ -87,12 +89,7 @@ def migrate(config: str | None, store: str | None) -> int:
 
 
 @command.command(
-    examples=(
-        "chutes-proto store copy --from sqlite:keys.db --store sqlite:new.db",
-        "chutes-proto store copy --from sqlite:keys.db --config postgres.toml",
-    ),
-    exits={0: "all rows are copied", 1: "no row was copied", 2: "wrong usage, or a file that cannot be read"},
-    related=("store migrate", "store check"),
+    exits={0: "all rows are copied", 1: "no row was copied", 2: "wrong usage, or a file that cannot be read"}
 )
 @click.option("--from", "source", metavar="URL", required=True, help="the store that has the rows")
 @operating.reason_option
@@ -104,6 +101,12 @@ def copy(source: str, reason: str, config: str | None, store: str | None) -> int
     to PostgreSQL, for example, or back. Before, stop all servers, and never start one on the old store again: the new
     store does not know what it would grant. The old store is not changed, but it must be writable. Keys stay sealed
     under the same KEK. In PostgreSQL make the schema first, with `store migrate`; a missing SQLite file is made.
+
+    Examples:
+      chutes-proto store copy --from sqlite:keys.db --store sqlite:new.db
+      chutes-proto store copy --from sqlite:keys.db --config postgres.toml
+
+    See also: store migrate, store check
     """
     place, vault = _place(config, store)
     origin = _named("--from", source)
@@ -122,12 +125,7 @@ def copy(source: str, reason: str, config: str | None, store: str | None) -> int
 
 
 @command.command(
-    examples=(
-        f"chutes-proto store check {CONFIG}",
-        "chutes-proto store check --store sqlite:keys.db --json",
-    ),
-    exits={0: "nothing is wrong", 1: "something is wrong", 2: "wrong usage, or a file that cannot be read"},
-    related=("serve", "keys rewrap"),
+    exits={0: "nothing is wrong", 1: "something is wrong", 2: "wrong usage, or a file that cannot be read"}
 )
 @_which
 def check(config: str | None, store: str | None) -> int:
@@ -135,6 +133,12 @@ def check(config: str | None, store: str | None) -> int:
 
     Checks the schema version, looks for damage, counts the rows, and with --config checks that the server has the KEKs
     that its keys are sealed under. Nothing is changed. Give one of --config and --store.
+
+    Examples:
+      chutes-proto store check --config server.toml
+      chutes-proto store check --store sqlite:keys.db --json
+
+    See also: serve, keys rewrap
     """
     place, vault = _place(config, store)
     if not place.is_made():
@@ -146,14 +150,7 @@ def check(config: str | None, store: str | None) -> int:
     return _told(found)
 
 
-@command.command(
-    examples=(
-        f"chutes-proto store restored {CONFIG} --reason 'disk failure on db1'",
-        "chutes-proto store restored --store sqlite:keys.db --json",
-    ),
-    exits={0: "done", 1: "the store cannot be written", 2: "wrong usage, or a file that cannot be read"},
-    related=("store check", "audit list"),
-)
+@command.command(exits={0: "done", 1: "the store cannot be written", 2: "wrong usage, or a file that cannot be read"})
 @operating.reason_option
 @_which
 def restored(reason: str, config: str | None, store: str | None) -> int:
@@ -164,6 +161,12 @@ def restored(reason: str, config: str | None, store: str | None) -> int:
 
     Run it also after a clock was ahead and boots wait for a time in the future, once all clocks are right. It sets the
     time from which nonces count, forward or back: by the clock of PostgreSQL, and with SQLite by this machine's.
+
+    Examples:
+      chutes-proto store restored --config server.toml --reason 'disk failure on db1'
+      chutes-proto store restored --store sqlite:keys.db --json
+
+    See also: store check, audit list
     """
     place, _ = _place(config, store)
     if not place.is_made():

@@ -10,13 +10,11 @@ from chutes_proto.auth.hotkey import Hotkey, HotkeyError
 from chutes_proto.cli import console, output
 from chutes_proto.cli.base import answer, json_option, one_of, table_options, watch_option
 from chutes_proto.cli.operator import operating
-from chutes_proto.cli.operator.operating import CONFIG, OperatorGroup
+from chutes_proto.cli.operator.operating import OperatorGroup
 from chutes_proto.cli.output import Cell
 from chutes_proto.errors import ConfigurationError
 from chutes_proto.store.rows import Platform, VmRow
 from chutes_proto.units.operator import BindVm, Everyone, RebindVm
-
-_PPID = "--ppid 00112233445566778899aabbccddeeff"
 
 command = OperatorGroup(
     "vm",
@@ -24,20 +22,18 @@ command = OperatorGroup(
 
     A VM's name is bound to the platform that booted it first. These commands show the platform, and change it. Every
     change writes an audit row.
+
+    Examples:
+      chutes-proto vm list --config server.toml
+      chutes-proto vm rebind vm-1 --ppid 00112233445566778899aabbccddeeff --keep-keys \\
+          --reason 'disk moved' --config server.toml
+
+    See also: keys, audit, registrations
     """,
-    examples=(
-        f"chutes-proto vm list {CONFIG}",
-        f"chutes-proto vm rebind vm-1 {_PPID} --keep-keys --reason 'disk moved' {CONFIG}",
-    ),
-    related=("keys", "audit", "registrations"),
 )
 
 
-@command.command(
-    "list",
-    examples=(f"chutes-proto vm list {CONFIG}", f"chutes-proto vm list {CONFIG} --json"),
-    related=("keys history", "audit list"),
-)
+@command.command("list")
 @operating.config_option
 @watch_option
 @table_options
@@ -46,6 +42,12 @@ def listing(config: str) -> int:
 
     One row for each VM: hotkey and name, the platform that it is bound to, the exchange that it uses, whether its
     hotkey is proven, and its last boot.
+
+    Examples:
+      chutes-proto vm list --config server.toml
+      chutes-proto vm list --config server.toml --json
+
+    See also: keys history, audit list
     """
     return output.watching(lambda: _list(config))
 
@@ -74,13 +76,7 @@ def _list(config: str) -> int:
     return console.GRANTED
 
 
-@command.command(
-    examples=(
-        f"chutes-proto vm bind 5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY/vm-9 {_PPID} {CONFIG}",
-        f"chutes-proto vm bind vm-imported {_PPID} --reason 'imported' {CONFIG}",
-    ),
-    related=("vm rebind", "keys import-fernet", "inspect"),
-)
+@command.command()
 @operating.vm_argument()
 @operating.platform_options
 @operating.reason_option
@@ -90,6 +86,13 @@ def bind(vm: str, ppid: bytes, instance: bytes | None, reason: str, config: str)
     """Bind a name that is not bound to a platform, as after an import.
 
     The next boot on that platform receives the keys that the name holds.
+
+    Examples:
+      chutes-proto vm bind 5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY/vm-9 \\
+          --ppid 00112233445566778899aabbccddeeff --config server.toml
+      chutes-proto vm bind vm-imported --ppid 00112233445566778899aabbccddeeff --reason 'imported' --config server.toml
+
+    See also: vm rebind, keys import-fernet, inspect
     """
     platform = Platform(instance_id=instance, ppid=ppid)
     with operating.opened(config) as (_, store):
@@ -102,13 +105,7 @@ def bind(vm: str, ppid: bytes, instance: bytes | None, reason: str, config: str)
     return operating.done(f"{named.hotkey}/{named.name} is bound to {platform.pin}")
 
 
-@command.command(
-    examples=(
-        f"chutes-proto vm rebind vm-1 {_PPID} --keep-keys --reason 'disk moved' {CONFIG}",
-        f"chutes-proto vm rebind vm-1 {_PPID} --new-keys {CONFIG}",
-    ),
-    related=("vm list", "keys history"),
-)
+@command.command()
 @operating.vm_argument()
 @operating.platform_options
 @click.option("--keep-keys", is_flag=True, help="the disk moved to the other machine: keep the keys")
@@ -122,6 +119,13 @@ def rebind(
     """Bind a name to another platform.
 
     All tokens that were issued to the name become void. Give one of --keep-keys and --new-keys.
+
+    Examples:
+      chutes-proto vm rebind vm-1 --ppid 00112233445566778899aabbccddeeff --keep-keys \\
+          --reason 'disk moved' --config server.toml
+      chutes-proto vm rebind vm-1 --ppid 00112233445566778899aabbccddeeff --new-keys --config server.toml
+
+    See also: vm list, keys history
     """
     one_of(keep_keys=keep_keys, new_keys=new_keys)
     platform = Platform(instance_id=instance, ppid=ppid)

@@ -39,12 +39,13 @@ command = Group(
 
     Collateral is everything that Intel signs about a platform: CRLs, TCB info, QE identity. It expires after some
     weeks.
+
+    Examples:
+      chutes-proto collateral check collateral --root sim/root.der
+      chutes-proto collateral show collateral --root sim/root.der
+
+    See also: verify, serve
     """,
-    examples=(
-        "chutes-proto collateral check collateral --root sim/root.der",
-        "chutes-proto collateral show collateral --root sim/root.der",
-    ),
-    related=("verify", "serve"),
 )
 
 
@@ -71,13 +72,7 @@ def _address(text: str) -> tuple[str, int]:
 
 
 @command.command(
-    "fetch",
-    exits=exits("written", "no service has any that verifies, or the quote's PCK chain does not verify"),
-    examples=(
-        "chutes-proto collateral fetch --quote quote.bin --upstream https://pccs.example:8081 --out collateral",
-        _FROM_INTEL,
-    ),
-    related=("collateral show", "collateral check", "verify"),
+    "fetch", exits=exits("written", "no service has any that verifies, or the quote's PCK chain does not verify")
 )
 @click.option("--quote", metavar="FILE", help="a quote of the platform")
 @click.option("--fmspc", metavar="HEX", callback=parsed(_fmspc), help="the platform's FMSPC, 12 hex digits")
@@ -114,6 +109,14 @@ def fetch_command(
     { directory = "…" }` reads such a directory, and reloads it when it changes.
 
     Give the platform by a quote of it, or by --fmspc and --ca.
+
+    Examples:
+      chutes-proto collateral fetch --quote quote.bin --upstream https://pccs.example:8081 --out collateral
+      chutes-proto collateral fetch --fmspc 00806f050000 --ca platform --out collateral \\
+          --upstream https://api.trustedservices.intel.com \\
+          --root-ca-crl https://certificates.trustedservices.intel.com/IntelSGXRootCA.der
+
+    See also: collateral show, collateral check, verify
     """
     import httpx
 
@@ -194,15 +197,7 @@ def _read_all(paths: tuple[str, ...], root: str | None) -> Iterator[tuple[str, V
                 yield str(file), _with_hint(str(exc))
 
 
-@command.command(
-    "show",
-    exits=exits("shown", "a file is not collateral, or not the root's"),
-    examples=(
-        "chutes-proto collateral show collateral --root sim/root.der",
-        "chutes-proto collateral show sim/collateral.json --root sim/root.der --json",
-    ),
-    related=("collateral check", "collateral fetch"),
-)
+@command.command("show", exits=exits("shown", "a file is not collateral, or not the root's"))
 @_files
 @full_option
 def show_command(paths: tuple[str, ...], root: str | None) -> int:
@@ -210,6 +205,12 @@ def show_command(paths: tuple[str, ...], root: str | None) -> int:
 
     Verifies who signed it, up to Intel's root or to --root, at whatever time, and shows its content and when each piece
     expires.
+
+    Examples:
+      chutes-proto collateral show collateral --root sim/root.der
+      chutes-proto collateral show sim/collateral.json --root sim/root.der --json
+
+    See also: collateral check, collateral fetch
     """
     reports = [{"file": name, **_described(content)} for name, content in _read_all(paths, root)]
 
@@ -246,15 +247,7 @@ def _described(content: VerifiedCollateral | str) -> dict[str, Any]:
     }
 
 
-@command.command(
-    "check",
-    exits=exits("all files verify then", "a file does not verify then"),
-    examples=(
-        "chutes-proto collateral check collateral --root sim/root.der",
-        "chutes-proto collateral check collateral --root sim/root.der --at $(( $(date +%s) + 7 * 86400 )) --json",
-    ),
-    related=("collateral show", "collateral fetch", "doctor"),
-)
+@command.command("check", exits=exits("all files verify then", "a file does not verify then"))
 @_files
 @at_option("the time to verify at")
 @click.option(
@@ -270,6 +263,12 @@ def check_command(paths: tuple[str, ...], root: str | None, at: int | None, grac
 
     Lists for each piece from when to when it is valid (the last second included), and whether all of them verify at
     --at. Verifies who signed it, up to Intel's root or to --root.
+
+    Examples:
+      chutes-proto collateral check collateral --root sim/root.der
+      chutes-proto collateral check collateral --root sim/root.der --at $(( $(date +%s) + 7 * 86400 )) --json
+
+    See also: collateral show, collateral fetch, doctor
     """
     now = int(time.time()) if at is None else at
     reports = [{"file": name, **_forecast(content, now, grace)} for name, content in _read_all(paths, root)]
@@ -328,17 +327,7 @@ def _say_forecast(report: dict[str, Any], at: int) -> None:
 # --- serve ---
 
 
-@command.command(
-    "serve",
-    exits=exits("stopped by a signal", "it cannot listen there"),
-    examples=(
-        "chutes-proto collateral serve",
-        "chutes-proto collateral serve --listen 127.0.0.1:8081 --tls tls        # clients trust tls/ca.pem",
-        "chutes-proto collateral serve --fault tcb_info_signature",
-        "chutes-proto collateral serve --age 2592001                            # expired",
-    ),
-    related=("simulate", "collateral fetch"),
-)
+@command.command("serve", exits=exits("stopped by a signal", "it cannot listen there"))
 @click.option(
     "--listen",
     metavar="HOST:PORT",
@@ -361,6 +350,14 @@ def serve_command(
     or SIGTERM; for tests of tools that fetch collateral. It is under a root that is not Intel's, and made for each
     request. The platform is the one that `serve --dev`, `boot` and `simulate` use. Without --tls it is plain HTTP.
     Prints its URL.
+
+    Examples:
+      chutes-proto collateral serve
+      chutes-proto collateral serve --listen 127.0.0.1:8081 --tls tls        # clients trust tls/ca.pem
+      chutes-proto collateral serve --fault tcb_info_signature
+      chutes-proto collateral serve --age 2592001                            # expired
+
+    See also: simulate, collateral fetch
     """
     from chutes_proto.io.collateral.simulated import CollateralServer
     from chutes_proto.testing._service import CollateralService

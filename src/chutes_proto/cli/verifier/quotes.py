@@ -12,13 +12,7 @@ from chutes_proto.errors import ConfigurationError
 from chutes_proto.io.files import MAX_SIZE, read_head
 
 
-@click.command(
-    "inspect",
-    cls=Command,
-    exits=exits("decoded", "not a quote"),
-    examples=("chutes-proto inspect sim/quote.bin", "chutes-proto inspect sim/quote.bin --json | python3 -m json.tool"),
-    related=("verify", "profile"),
-)
+@click.command("inspect", cls=Command, exits=exits("decoded", "not a quote"))
 @quote_argument
 @json_option
 @full_option
@@ -27,6 +21,12 @@ def inspect(quote: str) -> int:
 
     Decodes header, report, attributes by name, and the claims of the PCK certificate about its platform. Nothing is
     verified: anyone can make a quote that says this.
+
+    Examples:
+      chutes-proto inspect sim/quote.bin
+      chutes-proto inspect sim/quote.bin --json | python3 -m json.tool
+
+    See also: verify, profile
     """
     try:
         fields = quote_fields(verifier.parse_quote(read_head(quote, MAX_SIZE), sgx=True))
@@ -44,14 +44,7 @@ def inspect(quote: str) -> int:
 
 
 @click.command(
-    "profile",
-    cls=Command,
-    exits=exits("printed", "a quote does not parse, is not of a TD, or the MRTDs differ"),
-    examples=(
-        "chutes-proto profile boot.quote runtime.quote --name 8xh200 --version 1.0 > measurements.toml",
-        "chutes-proto profile boot.quote runtime.quote --name 8xh200 --json",
-    ),
-    related=("verify", "inspect", "serve"),
+    "profile", cls=Command, exits=exits("printed", "a quote does not parse, is not of a TD, or the MRTDs differ")
 )
 @click.argument("boot", cls=Argument, metavar="BOOT", help="a quote made when the TD asks for its keys")
 @click.argument("runtime", cls=Argument, metavar="RUNTIME", help="a quote that the same TD made later")
@@ -66,6 +59,12 @@ def profile(boot: str, runtime: str, name: str, version: str) -> int:
 
     Nothing is verified: take quotes of a machine that you trust, and check them with `chutes-proto verify`. If you can
     build the image again, compare the registers with those of your build.
+
+    Examples:
+      chutes-proto profile boot.quote runtime.quote --name 8xh200 --version 1.0 > measurements.toml
+      chutes-proto profile boot.quote runtime.quote --name 8xh200 --json
+
+    See also: verify, inspect, serve
     """
     reports: list[verifier.TdReport10] = []
     for path in (boot, runtime):

@@ -24,11 +24,6 @@ _NOT_FIELDS: Final = ("accepted", "parsed", "replayed", "refusals", "difference"
         "the log is the quote's and, with --against, measures the same as the good log",
         "it does not, also where a file does not parse",
     ),
-    examples=(
-        "chutes-proto replay CCEL --quote quote.bin",
-        "chutes-proto replay CCEL --quote quote.bin --against good/CCEL --json",
-    ),
-    related=("verify", "inspect"),
 )
 @click.argument("log", cls=Argument, metavar="LOG", help="a file with the event log's bytes")
 @click.option("--quote", metavar="QUOTE", required=True, help="a file with the quote's bytes")
@@ -41,6 +36,12 @@ def command(log: str, quote: str, against: str | None) -> int:
     Replays an event log (CCEL; on Linux /sys/firmware/acpi/tables/data/CCEL) and compares the result with RTMR0 to
     RTMR3 of a TDX quote. With --against also compares it with the log of a known-good boot. The quote is not verified
     here; `chutes-proto verify` does that. The simulated platform has no event log: use log and quote of a real TD.
+
+    Examples:
+      chutes-proto replay CCEL --quote quote.bin
+      chutes-proto replay CCEL --quote quote.bin --against good/CCEL --json
+
+    See also: verify, inspect
     """
     report = _report(log, quote, against)
     answer(report, lambda: _say(report))

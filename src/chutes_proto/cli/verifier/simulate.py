@@ -47,17 +47,7 @@ def _list_faults(ctx: click.Context, _: click.Parameter, value: bool) -> None:
         ctx.exit()
 
 
-@click.command(
-    "simulate",
-    cls=Command,
-    exits={0: "written", 2: "wrong usage, or files that cannot be written"},
-    examples=(
-        "chutes-proto simulate --report-data $(printf %0128d 0) --out sim",
-        "chutes-proto simulate --report-data $(printf %0128d 0) --out debug --fault debug",
-        "chutes-proto verify sim/quote.bin --collateral sim/collateral.json --root sim/root.der",
-    ),
-    related=("verify", "inspect", "collateral serve"),
-)
+@click.command("simulate", cls=Command, exits={0: "written", 2: "wrong usage, or files that cannot be written"})
 @click.option(
     "--report-data",
     metavar="HEX",
@@ -92,6 +82,13 @@ def command(
 
     Writes quote.bin, collateral.json, now.txt and root.der: a complete TDX quote under a root that is not Intel's, for
     tests of your own tools. The platform is the one that `serve --dev` trusts and `boot` uses.
+
+    Examples:
+      chutes-proto simulate --report-data $(printf %0128d 0) --out sim
+      chutes-proto simulate --report-data $(printf %0128d 0) --out debug --fault debug
+      chutes-proto verify sim/quote.bin --collateral sim/collateral.json --root sim/root.der
+
+    See also: verify, inspect, collateral serve
     """
     now = int(time.time()) if at is None else at
     simulated = evolve(simulated_platform(platform, now), form=form).having(*faults)

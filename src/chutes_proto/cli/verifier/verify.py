@@ -40,14 +40,7 @@ _SIMULATED: Final = "sim/quote.bin --collateral sim/collateral.json --root sim/r
 
 
 @click.command(
-    "verify",
-    cls=Command,
-    exits=exits("genuine and accepted", "refused, also where quote or collateral do not parse"),
-    examples=(
-        f"chutes-proto verify {_SIMULATED}",
-        f"chutes-proto verify {_SIMULATED} --at $(cat sim/now.txt) --policy measurements.toml --json",
-    ),
-    related=("inspect", "collateral fetch", "profile", "simulate"),
+    "verify", cls=Command, exits=exits("genuine and accepted", "refused, also where quote or collateral do not parse")
 )
 @quote_argument
 @click.option(
@@ -87,6 +80,13 @@ def command(
     Verifies a TDX quote (version 4 or 5; also SGX, version 3): PCK chain up to Intel's root or to --root, CRLs, TCB
     info, QE identity, signatures, TCB levels. Then appraises it: by --policy, or by an empty policy that does not check
     measurements: TCB UpToDate, no debugging, SEPT_VE_DISABLE, not migratable. Needs no network.
+
+    Examples:
+      chutes-proto verify sim/quote.bin --collateral sim/collateral.json --root sim/root.der
+      chutes-proto verify sim/quote.bin --collateral sim/collateral.json \\
+          --root sim/root.der --at $(cat sim/now.txt) --policy measurements.toml --json
+
+    See also: inspect, collateral fetch, profile, simulate
     """
     now = int(time.time()) if at is None else at
     trust = trusted_root(root)
