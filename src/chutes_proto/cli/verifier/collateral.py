@@ -321,7 +321,9 @@ def _say_forecast(report: dict[str, Any], at: int) -> None:
         mark = "ok" if piece["verifies"] else "NO"
         told = f"  {mark}  {piece['piece']:24} {piece['from']} to {piece['until']}"
         output.say(told, "" if piece["verifies"] else "bad")
-    until = output.when(console.moment(report["verifies_until"]))
+    until: str = report["verifies_until"]
+    if output.draws():
+        until += f" ({output.age(console.moment(until))})"
     console.say(f"  all of it verifies until {until}: then {report['first_to_end']} expires")
 
 
