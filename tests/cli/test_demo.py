@@ -19,11 +19,11 @@ from tests.cli.conftest import PROGRAM, Ended
 
 REFUSED = {
     "replayed nonce": "401 nonce_invalid",
-    "quote for another TLS key": "403 certificate_mismatch",
+    "another TLS key": "403 certificate_mismatch",
     "altered kernel": "403 measurement_mismatch",
     "debug TD": "403 attributes_rejected",
     "revoked platform": "403 quote_rejected",
-    "boot token used again": "401 boot_token_invalid",
+    "reused boot token": "401 boot_token_invalid",
 }
 
 

@@ -74,7 +74,7 @@ def command(roles: tuple[str, ...], config: str | None) -> int:
 
 def _say(findings: Iterable[Finding]) -> None:
     for finding in findings:
-        output.say(f"{finding.state:8} {finding.what}: {finding.detail}", _COLOURS[finding.state])
+        output.prose(f"{finding.state:8} {finding.what}: {finding.detail}", _COLOURS[finding.state], rest=9)
         if finding.remedy:
             console.say(f"{'':8} run: {finding.remedy}")
 

@@ -9,11 +9,13 @@ Rules kept here:
 
 from __future__ import annotations
 
+import re
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from chutes_proto.cli import console
 from chutes_proto.cli.base import wants
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 State = Literal["good", "bad", "warn", ""]
 _STYLES = {"good": "green", "bad": "red", "warn": "yellow", "": ""}
+_DIGEST = re.compile(r"\b[0-9a-f]{40,}\b")
+_WHOLE_WORDS: Any = {"break_long_words": False, "break_on_hyphens": False}
 _SHORT = 8
 _NARROW = 100
 _DAY = 86_400
@@ -82,6 +86,17 @@ def say(text: str, state: State) -> None:
         console.say(text)
         return
     _console().print(_text(Cell(text, state)), soft_wrap=True)
+
+
+def prose(text: str, state: State = "", *, rest: int = 0) -> None:
+    """Print a text of the result. A terminal breaks it between words, later lines begin at ``rest``, and digests in it
+    are short."""
+    if not draws():
+        console.say(text)
+        return
+    brief = _DIGEST.sub(lambda match: short(match[0]), text)
+    for line in textwrap.wrap(brief, console.help_width(), subsequent_indent=" " * rest, **_WHOLE_WORDS):
+        say(line, state)
 
 
 def short(text: str | None) -> str:

@@ -216,11 +216,11 @@ class _Story:
         honest, having = self._platform.quote, self._platform.having
         return (
             Attack("replayed nonce", _replay_nonce, honest, Code.NONCE_INVALID, "redeemed"),
-            Attack("quote for another TLS key", _quote_other_key, honest, Code.CERTIFICATE_MISMATCH, "TLS key"),
+            Attack("another TLS key", _quote_other_key, honest, Code.CERTIFICATE_MISMATCH, "TLS key"),
             Attack("altered kernel", boot, having("rtmr1").quote, Code.MEASUREMENT_MISMATCH, "RTMR1"),
             Attack("debug TD", boot, having("debug").quote, Code.ATTRIBUTES_REJECTED, "debug"),
             Attack("revoked platform", boot, revoked.quote, Code.QUOTE_REJECTED, "pck_revoked"),
-            Attack("boot token used again", _reuse_token, honest, Code.BOOT_TOKEN_INVALID, "another body"),
+            Attack("reused boot token", _reuse_token, honest, Code.BOOT_TOKEN_INVALID, "another body"),
         )
 
     async def _attack(self, attack: Attack) -> tuple[bool, tuple[str, ...]]:

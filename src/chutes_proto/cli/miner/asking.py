@@ -14,7 +14,7 @@ from attrs import frozen
 
 from chutes_proto.auth.client_identity import ENTROPY_SIZE, ClientIdentity, make_client_identity
 from chutes_proto.boot._retry_policy import RetryPolicy
-from chutes_proto.cli import console
+from chutes_proto.cli import console, output
 from chutes_proto.cli.base import Argument, Command, F, answer, json_option, platform_option
 from chutes_proto.effects import Flow
 from chutes_proto.errors import ChutesError, ConfigurationError, Refusal, TransportError
@@ -95,11 +95,13 @@ class PeerCommand(Command):
 
 
 def _say_refusal(refusal: Refusal) -> None:
+    def people() -> None:
+        output.prose(f"refused: {refusal}", "bad")
+        if refusal.request_id:
+            output.prose(f"the server's log has the reason under request {refusal.request_id}")
+
     said = {"granted": False, "status": refusal.status, "code": str(refusal.code), "detail": refusal.detail}
-    lines = f"refused: {refusal}"
-    if refusal.request_id:
-        lines += f"\nthe server's log has the reason under request {refusal.request_id}"
-    answer({**said, "request_id": refusal.request_id}, lines)
+    answer({**said, "request_id": refusal.request_id}, people)
 
 
 @frozen

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import click
-from attrs import field, frozen
 
 from chutes_proto.boot._flows import BootGrant, BootSettings, Rotation, VolumeKeys, boot, receive_keys
-from chutes_proto.cli import console
+from chutes_proto.cli import console, output
 from chutes_proto.cli.base import answer, parsed
 from chutes_proto.cli.miner.asking import Peer, PeerCommand, new_identity, open_quoter, quoter_options, tell
 from chutes_proto.io.files import make_directory, write_file
@@ -71,56 +71,52 @@ def command(
     with peer.connected(identity, tell) as performer:
         grant = performer(at_boot).run(boot(settings))
         later = performer(at_runtime if grant.boot_token is None else at_boot)
-        received = _received(later.run(receive_keys(settings, dict.fromkeys(volumes, False), grant=grant)))
+        result = later.run(receive_keys(settings, dict.fromkeys(volumes, False), grant=grant))
+    received, exchange = _keys(result), "base" if isinstance(result, tuple) else "two-phase"
+    grant = result[0] if isinstance(result, tuple) else result.grant
     if directory is not None:
-        following = {f"{name}.next": passphrase for name, passphrase in received.next.items()}
-        for name, passphrase in {"root": grant.root_passphrase, **received.passphrases, **following}.items():
+        following = {f"{name}.next": key.next for name, key in received.items() if key.next}
+        current = {name: key.passphrase for name, key in received.items()}
+        for name, passphrase in {"root": grant.root_passphrase, **current, **following}.items():
             write_file(directory / name, passphrase.reveal(), mode=0o600)
             console.tell(f"{name}: passphrase written to {directory / name}")
     said = {
         "granted": True,
         "hotkey": grant.miner_hotkey,
         "vm": grant.vm_name,
-        "exchange": received.exchange,
+        "exchange": exchange,
         "root_passphrase_length": len(grant.root_passphrase),
         "volumes": {
-            name: {"passphrase_length": len(passphrase), "in_use": name in received.in_use}
-            for name, passphrase in received.passphrases.items()
+            name: {"passphrase_length": len(key.passphrase), "in_use": key.is_in_use} for name, key in received.items()
         },
     }
-    answer(said, lambda: _say(received))
+    answer(said, lambda: _say(grant, received, exchange))
     return console.GRANTED
 
 
-@frozen
-class _Received:
-    """The passphrase of each volume, which opens it or formats it, and its next one in the two-phase exchange."""
+class _Keys(NamedTuple):
+    """The passphrase of a volume, which opens it or formats it, and its next one in the two-phase exchange."""
 
-    exchange: str
-    grant: BootGrant
-    passphrases: Mapping[str, Secret]
-    in_use: frozenset[str]
-    next: Mapping[str, Secret] = field(factory=dict[str, Secret])
+    passphrase: Secret
+    next: Secret | None
+    is_in_use: bool
 
 
-def _received(result: tuple[BootGrant, VolumeKeys] | Rotation) -> _Received:
+def _keys(result: tuple[BootGrant, VolumeKeys] | Rotation) -> dict[str, _Keys]:
     if isinstance(result, tuple):
-        grant, keys = result
-        opening = {key.volume: key.passphrase for key in keys}
-        return _Received("base", grant, opening, frozenset(key.volume for key in keys if key.is_in_use))
-    in_use = frozenset(name for name, pair in result.keys.items() if pair.is_in_use)
-    opening = {name: pair.current or pair.next for name, pair in result.keys.items()}
-    following = {name: pair.next for name, pair in result.keys.items() if pair.current is not None}
-    return _Received("two-phase", result.grant, opening, in_use, following)
+        return {key.volume: _Keys(key.passphrase, None, key.is_in_use) for key in result[1]}
+    return {
+        name: _Keys(pair.current or pair.next, pair.next if pair.current else None, pair.is_in_use)
+        for name, pair in result.keys.items()
+    }
 
 
-def _say(received: _Received) -> None:
-    grant = received.grant
+def _say(grant: BootGrant, keys: Mapping[str, _Keys], exchange: str) -> None:
     console.say(f"granted: {grant.vm_name} of {grant.miner_hotkey}")
     console.say(f"root passphrase received, {len(grant.root_passphrase)} characters")
-    for name, passphrase in received.passphrases.items():
-        used = "in use: do not format a blank disk" if name in received.in_use else "not known to be in use"
-        also = ", and the next one" if name in received.next else ""
-        console.say(f"{name}: passphrase received, {len(passphrase)} characters{also}; {used}")
-    if received.exchange == "two-phase":
-        console.say("two-phase exchange: nothing is confirmed, because no disk was opened; the keys stay as they are")
+    for name, key in keys.items():
+        used = "in use: do not format a blank disk" if key.is_in_use else "not known to be in use"
+        also = ", and the next one" if key.next else ""
+        console.say(f"{name}: passphrase received, {len(key.passphrase)} characters{also}; {used}")
+    if exchange == "two-phase":
+        output.prose("two-phase exchange: nothing is confirmed, because no disk was opened; the keys stay as they are")

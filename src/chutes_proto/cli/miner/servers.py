@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 
+import attrs
 import click
 
 from chutes_proto.cli import console, output
@@ -156,9 +158,12 @@ def _answer(server: flows.Server) -> int:
 
 
 def _say(found: Sequence[flows.Server]) -> None:
-    rows = [console.plain(server) for server in found]
-    heads = [name.upper() for name in rows[0]] if rows else []
-    output.table(heads, [[str(cell or "-") for cell in row.values()] for row in rows], empty="no servers")
+    heads = [field.name.upper() for field in attrs.fields(flows.Server)]
+    output.table(heads, [[*map(_cell, attrs.astuple(server))] for server in found], empty="no servers")
+
+
+def _cell(value: str | datetime | None) -> str:
+    return output.when(int(value.timestamp())) if isinstance(value, datetime) else value or "-"
 
 
 # --- runtime attestation ---

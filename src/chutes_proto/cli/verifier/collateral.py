@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from chutes_proto.collateral.library import Family
     from chutes_proto.quote import TrustedRoot
 
+_SECONDS: Final = click.IntRange(0, 999_999_999)
 _FROM_INTEL: Final = """\
 chutes-proto collateral fetch --fmspc 00806f050000 --ca platform --out collateral \\
     --upstream https://api.trustedservices.intel.com \\
@@ -53,12 +54,6 @@ def _fmspc(text: str) -> bytes:
     if not re.fullmatch(r"[0-9a-fA-F]{12}", text):
         raise ValueError("an FMSPC is 6 bytes, so 12 hex digits")
     return bytes.fromhex(text)
-
-
-def _seconds(text: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,9}", text):
-        raise ValueError("whole seconds, for example 86400")
-    return int(text)
 
 
 def _address(text: str) -> tuple[str, int]:
@@ -253,9 +248,9 @@ def _described(content: VerifiedCollateral | str) -> dict[str, Any]:
 @click.option(
     "--grace",
     metavar="SECONDS",
-    default="0",
+    type=_SECONDS,
+    default=0,
     show_default=True,
-    callback=parsed(_seconds),
     help="a server's grace_seconds: added to the end of everything but certificates",
 )
 def check_command(paths: tuple[str, ...], root: str | None, at: int | None, grace: int) -> int:
@@ -320,7 +315,9 @@ def _say_forecast(report: dict[str, Any], at: int) -> None:
         mark = "ok" if piece["verifies"] else "NO"
         told = f"  {mark}  {piece['piece']:24} {piece['from']} to {piece['until']}"
         output.say(told, "" if piece["verifies"] else "bad")
-    until = output.when(console.moment(report["verifies_until"]))
+    until: str = report["verifies_until"]
+    if output.draws():
+        until += f" ({output.age(console.moment(until))})"
     console.say(f"  all of it verifies until {until}: then {report['first_to_end']} expires")
 
 
@@ -337,9 +334,7 @@ def _say_forecast(report: dict[str, Any], at: int) -> None:
 )
 @click.option("--tls", metavar="DIR", help="serve https, with a key and CA made in this directory")
 @fault_option
-@click.option(
-    "--age", metavar="SECONDS", default="0", callback=parsed(_seconds), help="serve collateral made so long ago"
-)
+@click.option("--age", metavar="SECONDS", type=_SECONDS, default=0, help="serve collateral made so long ago")
 @simulated_option
 def serve_command(
     listen: tuple[str, int], tls: str | None, faults: tuple[str, ...], age: int, platform: str | None

@@ -5,7 +5,6 @@ Bytes, and the 64-bit sets of flags, are lowercase hex in the order in which the
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Final, cast
 
@@ -31,7 +30,6 @@ _BODY_TYPES: Final = {
 }
 _FLAGS: Final = {"seam_attributes", "td_attributes", "xfam", "init_servtd_attributes", "current_servtd_attributes"}
 _WIDTH: Final = 26
-_LONG = re.compile(r"[0-9a-f]{40,}")
 OTHER_ROOT: Final = (
     "is under another root than Intel's, or than that of --root, which names one to trust"
     " (that of the simulated platform is in the root.der that `simulate` writes)"
@@ -131,7 +129,7 @@ def say_verdict(report: Mapping[str, object], headline: str) -> None:
     """The first lines of a report: a headline with its state, and each refusal."""
     output.say(headline, "good" if report["accepted"] else "bad")
     for one in cast("list[dict[str, str]]", report["refusals"]):
-        console.say(f"{one['code']}: {one['detail']}")
+        output.prose(f"{one['code']}: {one['detail']}")
 
 
 def say_fields(fields: Mapping[str, object]) -> None:
@@ -148,4 +146,4 @@ def say_fields(fields: Mapping[str, object]) -> None:
                 text = ", ".join(map(str, cast("list[object]", value)))
             case _:
                 text = str(value)
-        console.say(f"{name:{_WIDTH}} {output.short(text) if _LONG.fullmatch(text) else text}")
+        output.prose(f"{name:{_WIDTH}} {text}", rest=_WIDTH + 1)

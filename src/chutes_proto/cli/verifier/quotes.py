@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from chutes_proto import quote as verifier
-from chutes_proto.cli import console
+from chutes_proto.cli import console, output
 from chutes_proto.cli.base import Argument, Command, answer, full_option, json_option, wants
 from chutes_proto.cli.verifier.fields import exits, quote_argument, quote_fields, refusal, registers, say_fields
 from chutes_proto.errors import ConfigurationError
@@ -36,7 +36,7 @@ def inspect(quote: str) -> int:
         return console.REFUSED
 
     def people() -> None:
-        console.say("This is what the quote says. Nothing of it was verified; `chutes-proto verify` does that.")
+        output.prose("This is what the quote says. Nothing of it was verified; `chutes-proto verify` does that.")
         say_fields(fields)
 
     answer({"parsed": True, "verified": False, **fields}, people)

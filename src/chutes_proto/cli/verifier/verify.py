@@ -11,7 +11,7 @@ from typing import Any, Final
 import click
 
 from chutes_proto import quote as verifier
-from chutes_proto.cli import console
+from chutes_proto.cli import console, output
 from chutes_proto.cli.base import Command, answer, at_option, full_option, json_option, parsed
 from chutes_proto.cli.verifier.fields import (
     OTHER_ROOT,
@@ -201,11 +201,11 @@ def _say(report: dict[str, Any], *, is_bound: bool, is_measured: bool) -> None:
     say_verdict(report, headline)
     for name in ("explanation", "hint"):
         if name in report:
-            console.say(report[name])
+            output.prose(report[name])
     if not is_bound:
-        console.say("The report data was not compared with anything: use --report-data to bind the quote.")
+        output.prose("The report data was not compared with anything: use --report-data to bind the quote.")
     if not is_measured:
-        console.say("Measurements were not compared with anything: use --policy with profiles to check them.")
+        output.prose("Measurements were not compared with anything: use --policy with profiles to check them.")
     fields = {name: value for name, value in report.items() if name not in _NOT_FIELDS}
     fields |= {name: rfc3339(fields[name]) for name in _TIMES if name in fields}
     say_fields({"steps": spans(report["steps"]), **fields} if report["genuine"] else fields)
