@@ -344,7 +344,7 @@ def test_a_name_of_several_hotkeys(site: Site) -> None:
     for nobody in ("vm-9", f"{HOTKEY}/vm-9"):
         for words in (("history", nobody), ("restore", nobody, "storage", 1), ("purge", nobody)):
             ended = site.do("keys", *words)
-            assert (ended.code, f"there is no VM '{nobody}'" in ended.err) == (1, True)
+            assert (ended.code, f"VM '{nobody}' does not exist" in ended.err) == (1, True)
 
 
 def test_a_horizon_in_the_future_is_set_back_and_the_one_in_force_is_shown(site: Site) -> None:

@@ -1,4 +1,4 @@
-"""What every command shares: how it speaks and how its options are read.
+"""Lines on standard output and standard error, and the types of options that several commands share.
 
 Rules kept here:
 

@@ -34,9 +34,9 @@ def guarded(run: Callable[[Sequence[str]], int], words: Sequence[str]) -> int:
         code = run(words)
         console.out("", end="")
     except OSError as exc:
-        # What is still buffered for standard output would fail again when Python ends.
+        # The rest of the buffer of standard output would fail again when Python ends.
         _ = os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(exc, BrokenPipeError):  # who reads has seen enough
+        if isinstance(exc, BrokenPipeError):  # the reader has seen enough
             return console.BROKEN_PIPE
         console.complain(str(exc))
         return console.USAGE

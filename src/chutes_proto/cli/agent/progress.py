@@ -1,4 +1,4 @@
-"""What the boot agent says while it works: lines for who stands before a serial console, or one JSON object a line.
+"""The boot agent's progress: lines for people at a serial console, or one JSON object a line.
 
 Rules kept here:
 
@@ -138,7 +138,7 @@ def put(text: str, stream: TextIO) -> None:
         try:
             print(text, file=stream, flush=True)
         except TimeoutError:
-            # What is left in the stream's buffer would be waited for when Python ends.
+            # Python would wait at its end for the rest of the stream's buffer.
             _ = os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         finally:
             _ = signal.setitimer(signal.ITIMER_REAL, 0)
@@ -177,7 +177,7 @@ def _lines(event: str, fields: Mapping[str, str]) -> list[str]:
             again = f"trying again in {fields['wait']} s"
             if "next_server" in fields:
                 again += f" at {fields['next_server']}"
-            return [f"NOT NOW: {_why(fields)}", again]
+            return [f"RETRY LATER: {_why(fields)}", again]
         case "boot_stopped":
             return [f"STOPPED: {_why(fields)}"]
         case "grant_received":

@@ -1,4 +1,4 @@
-"""What the commands of an operator share: the server's store and keys from its configuration, VMs by name.
+"""The commands of an operator: their options, the store and keys that a configuration names, VMs by name.
 
 Rules kept here:
 
@@ -45,7 +45,7 @@ _REASON_LENGTH = 500
 class OperatorCommand(Command):
     """A command that works on the store; a refusal of it, or of the store, is exit code 1."""
 
-    exits = EXITS | {1: "not possible as asked; whatever was refused is unchanged"}
+    exits = EXITS | {1: "refused, or the store cannot be used; nothing is changed by what was refused"}
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -85,7 +85,7 @@ def find_vm(store: DurableStore, text: str, *, new: bool = False) -> Vm:
     if len(found) == 1:
         return found[0]
     if not found:
-        raise Refused(Code.KEY_NOT_FOUND, f"there is no VM {text!r}; `chutes-proto vm list` shows all")
+        raise Refused(Code.KEY_NOT_FOUND, f"VM {text!r} does not exist; `chutes-proto vm list` shows all")
     hotkeys = ", ".join(vm.hotkey for vm in found)
     raise Refused(Code.KEY_NOT_FOUND, f"several hotkeys have a VM {text!r}; say HOTKEY/{text} with one of: {hotkeys}")
 

@@ -65,7 +65,7 @@ def write_collateral(directory: Path, platform: SimulatedPlatform, now: int) -> 
 
 @frozen
 class RenewedCollateral:
-    """Collateral from a directory; that of ``platform`` is made anew there when it has grown old or is gone."""
+    """Collateral from a directory; that of ``platform`` is made again there when it has expired or is missing."""
 
     directory: CollateralDirectory
     platform: SimulatedPlatform

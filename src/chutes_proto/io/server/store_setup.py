@@ -52,7 +52,7 @@ def make_store_setup(config: ServerConfig) -> StoreSetup:
 
 
 def check_store(place: StorePlace, vault: Vault) -> str:
-    """What is known of the store, in words, without making or changing it.
+    """The state of the store, in words. Never makes or changes it.
 
     Raises `StoreError` for one that cannot be used, or holds keys that ``vault`` cannot open.
     """
@@ -65,7 +65,7 @@ def check_store(place: StorePlace, vault: Vault) -> str:
 
 
 def check_keys(store: DurableStore, vault: Vault) -> dict[str, int]:
-    """How many keys are sealed under each key-encryption key. Raises `StoreError` where one of these is not at hand."""
+    """How many keys are sealed under each key-encryption key. Raises `StoreError` if ``vault`` lacks one."""
     sealed = dict(store.transact(_CountKeys()))
     live = {key.kek_id for key in vault.live}
     if lost := {kek_id: count for kek_id, count in sealed.items() if kek_id not in live}:
@@ -89,7 +89,7 @@ class _CountKeys(Unit[tuple[tuple[str, int], ...]]):
 
 
 class Problems:
-    """What is wrong so far."""
+    """The problems so far."""
 
     def __init__(self) -> None:
         self.found: list[str] = []
@@ -98,7 +98,7 @@ class Problems:
         self.found.append(f"{key}: {text}")
 
     def attempt(self, key: str, make: Callable[[], T]) -> T | None:
-        """What ``make`` gives; None, and a problem more, if it cannot."""
+        """The result of ``make``; None, and one problem more, if it fails."""
         try:
             return make()
         except (ConfigurationError, QuoteError) as exc:
