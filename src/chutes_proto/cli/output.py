@@ -108,8 +108,8 @@ def short(text: str | None) -> str:
 
 
 def vm(named: Vm) -> str:
-    """A VM: its hotkey, which a terminal shows the beginning of, and its name."""
-    return f"{short(named.hotkey)}/{named.name}"
+    """A VM: its hotkey, of which a terminal shows the beginning, and its name; in a narrow one below each other."""
+    return f"{named.name}\n{short(named.hotkey)}" if _is_narrow() else f"{short(named.hotkey)}/{named.name}"
 
 
 def when(at: int | None) -> str:
@@ -120,8 +120,12 @@ def when(at: int | None) -> str:
     if at is None or not draws() or wants("full"):
         return "-" if at is None else rfc3339(at)
     day, _, hour = rfc3339(at).partition("T")
-    between = ", " if _console().width >= _NARROW else "\n"
+    between = "\n" if _is_narrow() else ", "
     return f"{hour if abs(time.time() - at) < _DAY else day}{between}{age(at)}"
+
+
+def _is_narrow() -> bool:
+    return draws() and _console().width < _NARROW
 
 
 def age(at: int) -> str:

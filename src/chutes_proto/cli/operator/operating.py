@@ -56,7 +56,7 @@ class OperatorCommand(Command):
             why = str(exc)
         if wants("json"):
             console.say_json({"ok": False, "error": why})
-        console.complain(why)
+        console.complain(why, ctx.command_path)
         return console.REFUSED
 
 

@@ -65,7 +65,7 @@ def _list(config: str) -> int:
             output.vm(claim.vm),
             output.short(str(claim.pin)),
             claim.exchange,
-            Cell("yes", "good") if claim.proven else Cell("no", "warn"),
+            Cell("yes", "good") if claim.proven else "no",
             output.when(claim.last_boot_at) if claim.last_boot_at else "not since it was bound",
         )
         for claim in claims
