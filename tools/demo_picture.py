@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.terminal_theme import TerminalTheme
 
 from chutes_proto.cli.page import Page
-from chutes_proto.cli.show import show
+from chutes_proto.io.demonstration import show
 
 COLUMNS: Final = 88
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from chutes_proto.cli import show
+from chutes_proto.io import demonstration as show
 from chutes_proto.io.clients.boot_aio import BootAgent
 from chutes_proto.testing._platform import SimulatedPlatform
 from tests.cli.conftest import PROGRAM, Ended

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from chutes_proto._extras import EXTRAS
-from chutes_proto.cli import doctor
+from chutes_proto.io import machine
 from chutes_proto.io.server.development import write_server
 from chutes_proto.testing._platform import COLLATERAL_SECONDS, SimulatedPlatform
 from tests.cli.conftest import Ended
@@ -44,7 +44,7 @@ def test_a_machine_for_a_verifier_lacks_nothing(command: Command) -> None:
 def test_a_missing_extra_and_program_come_with_the_command_that_installs_them(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "find_cryptsetup", lambda: None)
+    monkeypatch.setattr(machine, "find_cryptsetup", lambda: None)
     monkeypatch.setitem(EXTRAS, "hotkey", ("not_installed",))
     ended = command("doctor", "--for", "server", "--json")
     assert (ended.code, found(ended)["extra hotkey"]["remedy"]) == (1, "pip install 'chutes-proto[hotkey]'")
@@ -66,7 +66,7 @@ def test_a_good_configuration_lacks_nothing(command: Command, site: Path) -> Non
     assert ended.code == 0
     assert "certificate: " in ended.out
     assert "server.pem expires in " in ended.out
-    assert re.search(r"\.json expires in (29|30) d", ended.out)
+    assert re.search(r"\.json expires in (29|30) days, at 2", ended.out)
     assert "problem" not in ended.out
 
 
@@ -94,7 +94,7 @@ def test_collateral_that_soon_expires(command: Command, site: Path) -> None:
     path.write_bytes(PLATFORM.collateral_json(int(time.time()) - COLLATERAL_SECONDS + 3 * 86_400 + 60))
     ended = command("doctor", "--config", site / "server.toml", "--json")
     assert (ended.code, found(ended)["collateral"]["state"]) == (0, "note")
-    assert "expires in 3 d" in found(ended)["collateral"]["detail"]
+    assert "expires in 3 days" in found(ended)["collateral"]["detail"]
     fetch = f"chutes-proto collateral fetch --fmspc {PLATFORM.fmspc.hex()} --ca platform --tee TDX --upstream URL"
     assert found(ended)["collateral"]["remedy"] == f"{fetch} --out {site}/collateral"
 

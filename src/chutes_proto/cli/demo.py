@@ -32,7 +32,7 @@ def command(plain: bool) -> int:
     import trio
 
     from chutes_proto.cli.page import Page, make_console
-    from chutes_proto.cli.show import show
+    from chutes_proto.io.demonstration import show
 
     with tempfile.TemporaryDirectory(prefix="chutes-proto-demo-") as directory:
         page = Page(make_console(plain=plain), plain=plain)

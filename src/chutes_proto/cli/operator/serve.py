@@ -17,13 +17,13 @@ import click
 from chutes_proto.cli import console, output
 from chutes_proto.cli.base import Command, one_of, platform_option
 from chutes_proto.cli.extras import need
-from chutes_proto.cli.operator.checking import Finding, check_setup
 from chutes_proto.errors import ConfigurationError, FileUnavailable, StoreError
 from chutes_proto.server import ServerConfig
 
 if TYPE_CHECKING:
     from chutes_proto.io.collateral.upstream import UpstreamCollateral
     from chutes_proto.io.drivers.sync import CollateralSource
+    from chutes_proto.io.finding import Finding
     from chutes_proto.io.server.serving import Transport
     from chutes_proto.io.server.setup import ServerSetup
 
@@ -116,6 +116,8 @@ def command(config: str | None, dev: bool, check: bool, transport: Transport | N
 
 def _check(setup: ServerSetup) -> int:
     """Report what there is; 1 if something of it cannot work."""
+    from chutes_proto.io.server.checking import check_setup
+
     faults: list[Finding] = []
     for finding in check_setup(setup):
         if finding.state == "problem":

@@ -1,56 +1,31 @@
-"""Look for everything that a configuration lacks, for `serve --check` and `doctor`."""
+"""Everything that a key server's configuration lacks, for `serve --check` and `doctor`."""
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import Final
 
-from attrs import frozen
 from cryptography import x509
 
-from chutes_proto.cli import output
 from chutes_proto.errors import CollateralUnavailable, ConfigurationError, StoreError
 from chutes_proto.io.collateral.directory import CollateralDirectory
+from chutes_proto.io.collateral.upstream import UpstreamCollateral
 from chutes_proto.io.files import read_file
+from chutes_proto.io.finding import Finding, State
+from chutes_proto.io.server.setup import ServerSetup
+from chutes_proto.io.server.store_setup import check_store
 from chutes_proto.quote import VerifiedCollateral
+from chutes_proto.quote._terms import rfc3339
 
-if TYPE_CHECKING:
-    from chutes_proto.io.server.setup import ServerSetup
-
-State = Literal["ok", "note", "problem"]
 _DAY: Final = 86_400
 _EARLY: Final = {"certificate": 30 * _DAY, "collateral": 7 * _DAY}
 """How long before its end each is worth a note."""
 
 
-@frozen
-class Finding:
-    """One thing that was looked at, and the command that mends it."""
-
-    state: State
-    what: str
-    detail: str
-    remedy: str = ""
-
-    @classmethod
-    def of_problem(cls, text: str) -> Finding:
-        """A problem in the form of our errors, "what: why; run: command"."""
-        what, colon, why = text.partition(": ")
-        why, _, remedy = re.sub(r"; run:? ", "\0", why, count=1).partition("\0")
-        return cls("problem", what, why, remedy) if colon else cls("problem", "configuration", text)
-
-    def __str__(self) -> str:
-        return f"{self.what}: {self.detail}" + (f"; run: {self.remedy}" if self.remedy else "")
-
-
 def check_setup(setup: ServerSetup) -> Iterator[Finding]:
     """Everything that `serve --check` reports."""
-    from chutes_proto.io.collateral.upstream import UpstreamCollateral
-    from chutes_proto.io.server.store_setup import check_store
-
     yield Finding("ok", "root", str(setup.service.trust))
     for profile in setup.service.policy.profiles:
         yield Finding("ok", "measurements", f"{profile.name}, version {profile.version}")
@@ -97,7 +72,8 @@ def check_ends(setup: ServerSetup) -> Iterator[Finding]:
 
 
 def _end(what: str, name: str, end: int, remedy: str) -> Finding:
-    left = end - time.time()
+    left = end - int(time.time())
     state: State = "problem" if left < 0 else "note" if left < _EARLY[what] else "ok"
-    word = "expired" if left < 0 else "expires"
-    return Finding(state, what, f"{name} {word} {output.age(end)}", "" if state == "ok" else remedy)
+    days = abs(left) // _DAY
+    when = f"expired {days} days ago" if left < 0 else f"expires in {days} days"
+    return Finding(state, what, f"{name} {when}, at {rfc3339(end)}", "" if state == "ok" else remedy)

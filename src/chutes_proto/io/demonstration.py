@@ -1,4 +1,4 @@
-"""The steps of `demo`: everything but the platform is real, and every expectation is checked."""
+"""The steps of `chutes-proto demo`: everything but the platform is real, and every expectation is checked."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 import attrs
 import httpx
@@ -19,7 +19,6 @@ from chutes_proto._error import ChutesError
 from chutes_proto.auth.client_identity import ENTROPY_SIZE, ClientIdentity, make_client_identity
 from chutes_proto.boot._flows import BootSettings, attest_boot, boot, fetch_nonce, make_quote, sync_volumes
 from chutes_proto.boot._retry_policy import RetryPolicy
-from chutes_proto.cli.page import Page
 from chutes_proto.effects import Flow
 from chutes_proto.errors import Refusal
 from chutes_proto.io.clients.boot_aio import BootAgent
@@ -41,6 +40,22 @@ VOLUMES: Final = ("storage", "tdx-cache")
 SECONDS: Final = 60
 """How long the whole may take."""
 _IMAGE_SIZE: Final = 20 * 1024 * 1024  # a LUKS2 header takes 16 MiB
+
+
+class Page(Protocol):
+    """Shows each step as it ends, and counts checks."""
+
+    passed: int
+    failed: int
+
+    @property
+    def seconds(self) -> float: ...
+    def title(self, text: str, explanation: str) -> None: ...
+    def section(self, title: str) -> None: ...
+    def step(self, name: str, text: str, *, passed: bool = True) -> None: ...
+    def table(self, heads: Sequence[str], rows: Sequence[tuple[bool, Sequence[str]]]) -> None: ...
+    def note(self, text: str) -> None: ...
+    def summary(self, text: str, *, passed: bool) -> None: ...
 
 
 @frozen
