@@ -21,10 +21,10 @@ class Finding:
 
     @classmethod
     def of_problem(cls, text: str) -> Finding:
-        """A problem in the form of our errors, "what: why; run: command"."""
+        """A problem in the form of our errors, "what: why; run command"."""
         what, colon, why = text.partition(": ")
         why, _, remedy = re.sub(r"; run:? ", "\0", why, count=1).partition("\0")
         return cls("problem", what, why, remedy) if colon else cls("problem", "configuration", text)
 
     def __str__(self) -> str:
-        return f"{self.what}: {self.detail}" + (f"; run: {self.remedy}" if self.remedy else "")
+        return f"{self.what}: {self.detail}" + (f"; run {self.remedy}" if self.remedy else "")
