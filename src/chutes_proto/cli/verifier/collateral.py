@@ -17,11 +17,12 @@ from chutes_proto.cli.base import Argument, F, Group, answer, at_option, full_op
 from chutes_proto.cli.base import platform_option as simulated_option
 from chutes_proto.cli.verifier.fields import OTHER_ROOT, exits, root_option, say_fields, trusted_root
 from chutes_proto.cli.verifier.simulate import fault_option, simulated_platform
+from chutes_proto.collateral.report import described, forecast
 from chutes_proto.errors import ConfigurationError, QuoteError, TransportError
 from chutes_proto.io.files import read_file
 from chutes_proto.quote import Collateral, VerifiedCollateral
 from chutes_proto.quote._steps import UntrustedRootError
-from chutes_proto.quote._terms import Term, rfc3339
+from chutes_proto.quote._terms import rfc3339
 from chutes_proto.quote._verify import authenticate_collateral, open_quote
 
 if TYPE_CHECKING:
@@ -207,7 +208,7 @@ def show_command(paths: tuple[str, ...], root: str | None) -> int:
 
     See also: collateral check, collateral fetch
     """
-    reports = [{"file": name, **_described(content)} for name, content in _read_all(paths, root)]
+    reports = [{"file": name, **described(content)} for name, content in _read_all(paths, root)]
 
     def people() -> None:
         for report in reports:
@@ -216,30 +217,6 @@ def show_command(paths: tuple[str, ...], root: str | None) -> int:
 
     answer({"files": reports}, people)
     return console.REFUSED if any("problem" in report for report in reports) else console.GRANTED
-
-
-def _described(content: VerifiedCollateral | str) -> dict[str, Any]:
-    if isinstance(content, str):
-        return {"problem": content}
-    info, identity = content.tcb_info, content.qe_identity
-    ends = sorted(((term.end, term.subject) for term in content.terms), reverse=True)
-    return {
-        "fmspc": content.fmspc.hex(),
-        "ca": content.ca,
-        "tee": content.tee,
-        "pce_id": info.pce_id.hex(),
-        "tcb_evaluation_number": info.evaluation_number,
-        "qe_evaluation_number": identity.evaluation_number,
-        "tcb_levels": [f"{level.stated.status} of {rfc3339(level.stated.date)[:10]}" for level in info.levels],
-        "tdx_modules": sorted(info.modules),
-        "root_crl_number": content.root_crl_number,
-        "revoked_by_root": len(content.revoked_by_root),
-        "pck_crl_number": content.pck_crl_number,
-        "revoked_pcks": len(content.revoked_pcks),
-        "valid_from": rfc3339(content.window[0]),
-        "valid_until": rfc3339(content.window[1]),
-        "ends": {subject: rfc3339(end) for end, subject in ends},
-    }
 
 
 @command.command("check", exits=exits("all files verify then", "a file does not verify then"))
@@ -266,7 +243,7 @@ def check_command(paths: tuple[str, ...], root: str | None, at: int | None, grac
     See also: collateral show, collateral fetch, doctor
     """
     now = int(time.time()) if at is None else at
-    reports = [{"file": name, **_forecast(content, now, grace)} for name, content in _read_all(paths, root)]
+    reports = [{"file": name, **forecast(content, now, grace)} for name, content in _read_all(paths, root)]
 
     def people() -> None:
         for report in reports:
@@ -274,34 +251,6 @@ def check_command(paths: tuple[str, ...], root: str | None, at: int | None, grac
 
     answer({"at": rfc3339(now), "files": reports}, people)
     return console.GRANTED if reports and all(report["verifies"] for report in reports) else console.REFUSED
-
-
-def _forecast(content: VerifiedCollateral | str, at: int, grace: int) -> dict[str, Any]:
-    if isinstance(content, str):
-        return {"verifies": False, "problem": content}
-
-    def end(term: Term) -> int:
-        return term.end if term.is_certificate else term.end + grace
-
-    pieces = sorted(dict.fromkeys(content.terms), key=lambda term: (end(term), term.subject))
-    return {
-        "fmspc": content.fmspc.hex(),
-        "ca": content.ca,
-        "tee": content.tee,
-        "verifies": all(term.begin <= at <= end(term) for term in pieces),
-        "verifies_from": rfc3339(max(term.begin for term in pieces)),
-        "verifies_until": rfc3339(end(pieces[0])),
-        "first_to_end": pieces[0].subject,
-        "pieces": [
-            {
-                "piece": term.subject,
-                "from": rfc3339(term.begin),
-                "until": rfc3339(end(term)),
-                "verifies": term.begin <= at <= end(term),
-            }
-            for term in pieces
-        ],
-    }
 
 
 def _say_forecast(report: dict[str, Any], at: int) -> None:

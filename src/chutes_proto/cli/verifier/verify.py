@@ -16,9 +16,7 @@ from chutes_proto.cli.base import Command, answer, at_option, full_option, json_
 from chutes_proto.cli.verifier.fields import (
     OTHER_ROOT,
     exits,
-    plain,
     quote_argument,
-    quote_fields,
     refusal,
     root_option,
     say_fields,
@@ -29,6 +27,7 @@ from chutes_proto.cli.verifier.fields import (
 from chutes_proto.errors import ConfigurationError
 from chutes_proto.io.files import MAX_SIZE, read_head
 from chutes_proto.quote import _steps as steps
+from chutes_proto.quote._plain import plain, quote_fields
 from chutes_proto.quote._terms import rfc3339
 from chutes_proto.quote.errors import spans
 from chutes_proto.server._profiles import EXTRA_KEYS
