@@ -36,7 +36,7 @@ A command is a function with click's own decorators; ``cls=Command`` takes the r
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import click
 
@@ -57,6 +57,12 @@ COMPLETE = "_CHUTES_PROTO_COMPLETE"
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Decorator(Protocol):
+    """Adds an option or an argument to a function or a command."""
+
+    def __call__(self, function: F, /) -> F: ...
 
 
 class Argument(click.Argument):
@@ -162,17 +168,17 @@ def wants(what: str) -> bool:
     return ctx is not None and bool(ctx.meta.get(f"chutes_proto.{what}"))
 
 
-def _flag(what: str, told: str) -> Callable[[F], F]:
+def _flag(what: str, told: str) -> Decorator:
     def keep(ctx: click.Context, _: click.Parameter, value: bool) -> None:
         ctx.meta[f"chutes_proto.{what}"] = value
 
     return click.option(f"--{what}", is_flag=True, expose_value=False, callback=keep, help=told)
 
 
-json_option = _flag("json", "print one JSON object instead of lines for people")
-plain_option = _flag("plain", "print neither colour nor frames, as into a pipe")
-watch_option = _flag("watch", "print it again every 2 seconds, until interrupted")
-full_option = _flag("full", "print digests, keys and names whole")
+json_option: Decorator = _flag("json", "print one JSON object instead of lines for people")
+plain_option: Decorator = _flag("plain", "print neither colour nor frames, as into a pipe")
+watch_option: Decorator = _flag("watch", "print it again every 2 seconds, until interrupted")
+full_option: Decorator = _flag("full", "print digests, keys and names whole")
 
 
 def table_options(function: F) -> F:
@@ -194,12 +200,12 @@ def parsed(convert: Callable[[str], T]) -> Callable[[click.Context, click.Parame
     return callback
 
 
-def at_option(told: str) -> Callable[[F], F]:
+def at_option(told: str) -> Decorator:
     forms = "YYYY-MM-DD, YYYY-MM-DDThh:mm:ssZ or unix seconds"
     return click.option("--at", metavar="TIME", callback=parsed(console.moment), help=f"{told}: {forms} (default: now)")
 
 
-platform_option = click.option(
+platform_option: Decorator = click.option(
     "--platform",
     metavar="DIR",
     help="the directory of the simulated platform (default: $XDG_STATE_HOME/chutes-proto/platform, which is"

@@ -7,7 +7,7 @@ import ssl
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import click
 from attrs import frozen
@@ -66,7 +66,7 @@ class PeerCommand(Command):
         1: "the server refused, or was still not available at the end of --wait",
         2: "wrong usage, a file that cannot be read, or no answer",
     }
-    wait: ClassVar = 10.0
+    wait: float = 10.0
 
     def __init__(self, *args: Any, params: list[click.Parameter] | None = None, **kwargs: Any) -> None:
         url = Argument(["url"], metavar="URL", help="the key server, https://host:port")

@@ -21,7 +21,7 @@ _VOLUME = re.compile(r"(?!\.)[A-Za-z0-9_.-]{1,64}")
 
 class _BootCommand(PeerCommand):
     exits: Mapping[int, str] = {**PeerCommand.exits, 0: "granted", 2: "wrong usage, no answer, or no quote to send"}
-    wait = 30.0
+    wait: float = 30.0
 
 
 def _volumes(text: str) -> tuple[str, ...]:

@@ -34,10 +34,10 @@ class _HotkeyCommand(Command):
 
 
 class _Hotkeys(Group):
-    command_class = _HotkeyCommand
+    command_class: type[click.Command] | None = _HotkeyCommand
 
 
-command = _Hotkeys(
+command: Group = _Hotkeys(
     "hotkey",
     help="""Inspect a hotkey's address, or check a signature.
 

@@ -60,10 +60,10 @@ def register(asker: Asker, server_id: str, name: str | None, host: str, gpus: st
 
 
 class _Servers(Group):
-    command_class = MinerCommand
+    command_class: type[click.Command] | None = MinerCommand
 
 
-servers = _Servers(
+servers: Group = _Servers(
     "servers",
     help="""List, show, rename and remove your servers.
 

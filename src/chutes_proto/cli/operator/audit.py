@@ -26,7 +26,7 @@ _END = 1 << 62
 _SHOWN = 1000
 _STATES: dict[str, output.State] = {"granted": "good", "done": "good", "refused": "bad"}
 
-command = OperatorGroup(
+command: OperatorGroup = OperatorGroup(
     "audit",
     help="""Show, export and purge the audit rows.
 

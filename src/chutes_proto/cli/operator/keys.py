@@ -39,7 +39,7 @@ BATCH = 200
 _LINE_BYTES = 256 * 1024  # a boot quote, the largest part, takes less than a tenth
 _STATES: dict[str, output.State] = {"active": "good", "purged": "bad"}
 
-command = OperatorGroup(
+command: OperatorGroup = OperatorGroup(
     "keys",
     help="""Show, restore, purge, rewrap and import keys.
 

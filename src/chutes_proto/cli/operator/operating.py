@@ -13,7 +13,7 @@ import os
 import pwd
 import re
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing, contextmanager
 from functools import cache
 from typing import Any, TypeVar
@@ -23,7 +23,7 @@ import click
 
 from chutes_proto._converter import StrictConverter
 from chutes_proto.cli import console
-from chutes_proto.cli.base import Argument, Command, Group, answer, parsed, wants
+from chutes_proto.cli.base import Argument, Command, Decorator, Group, answer, parsed, wants
 from chutes_proto.cli.describe import EXITS
 from chutes_proto.errors import KeyUnavailable, Refusal, Refused, SealBroken, StoreError
 from chutes_proto.io.server.store_setup import StoreSetup, make_store_setup
@@ -45,7 +45,9 @@ _REASON_LENGTH = 500
 class OperatorCommand(Command):
     """A command that works on the store; a refusal of it, or of the store, is exit code 1."""
 
-    exits = EXITS | {1: "refused, or the store cannot be used; nothing is changed by what was refused"}
+    exits: Mapping[int, str] = EXITS | {
+        1: "refused, or the store cannot be used; nothing is changed by what was refused"
+    }
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -63,7 +65,7 @@ class OperatorCommand(Command):
 class OperatorGroup(Group):
     """Commands of an operator under one name."""
 
-    command_class = OperatorCommand
+    command_class: type[click.Command] | None = OperatorCommand
 
 
 @contextmanager
@@ -158,14 +160,14 @@ def _identifier(text: str) -> bytes:
     return bytes.fromhex(text)
 
 
-config_option = click.option(
+config_option: Decorator = click.option(
     "--config",
     type=click.Path(),
     metavar="FILE",
     required=True,
     help="the server's configuration file (TOML)",
 )
-reason_option = click.option(
+reason_option: Decorator = click.option(
     "--reason",
     metavar="TEXT",
     callback=parsed(_reason),

@@ -11,7 +11,7 @@ from chutes_proto.cli.operator.operating import OperatorGroup
 from chutes_proto.store.rows import ServerRow, Vm
 from chutes_proto.units.operator import Registrations, RemoveRegistration
 
-command = OperatorGroup(
+command: OperatorGroup = OperatorGroup(
     "registrations",
     help="""List and remove the servers that miners registered.
 

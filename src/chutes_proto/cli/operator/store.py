@@ -26,7 +26,7 @@ from chutes_proto.units.operator import StoreRestored
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-command = OperatorGroup(
+command: OperatorGroup = OperatorGroup(
     "store",
     help="""Make, migrate, copy and check the store of a key server.
 

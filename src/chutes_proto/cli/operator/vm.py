@@ -16,7 +16,7 @@ from chutes_proto.errors import ConfigurationError
 from chutes_proto.store.rows import Platform, VmRow
 from chutes_proto.units.operator import BindVm, Everyone, RebindVm
 
-command = OperatorGroup(
+command: OperatorGroup = OperatorGroup(
     "vm",
     help="""List, bind and rebind VMs.
 

@@ -35,7 +35,7 @@ chutes-proto collateral fetch --fmspc 00806f050000 --ca platform --out collatera
     --upstream https://api.trustedservices.intel.com \\
     --root-ca-crl https://certificates.trustedservices.intel.com/IntelSGXRootCA.der"""
 
-command = Group(
+command: Group = Group(
     "collateral",
     help="""Fetch, show and check collateral, or serve that of the simulated platform.
 

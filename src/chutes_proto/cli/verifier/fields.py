@@ -9,7 +9,7 @@ import click
 
 from chutes_proto import quote as verifier
 from chutes_proto.cli import console, output
-from chutes_proto.cli.base import Argument
+from chutes_proto.cli.base import Argument, Decorator
 from chutes_proto.errors import ConfigurationError, QuoteError
 from chutes_proto.io.files import read_file
 
@@ -30,9 +30,9 @@ def exits(done: str, refused: str) -> dict[int, str]:
     }
 
 
-quote_argument = click.argument("quote", cls=Argument, metavar="QUOTE", help="a file with the quote's bytes")
-root_option = click.option("--root", metavar="DER", help="a root to trust instead of Intel's")
-stage_option = click.option(
+quote_argument: Decorator = click.argument("quote", cls=Argument, metavar="QUOTE", help="a file with the quote's bytes")
+root_option: Decorator = click.option("--root", metavar="DER", help="a root to trust instead of Intel's")
+stage_option: Decorator = click.option(
     "--stage", type=click.Choice(("boot", "runtime")), default="boot", show_default=True, help="measurements of"
 )
 

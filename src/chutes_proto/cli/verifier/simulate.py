@@ -10,7 +10,7 @@ import click
 from attrs import evolve
 
 from chutes_proto.cli import console
-from chutes_proto.cli.base import Command, at_option, parsed, platform_option
+from chutes_proto.cli.base import Command, Decorator, at_option, parsed, platform_option
 from chutes_proto.cli.verifier.fields import stage_option
 from chutes_proto.io.files import make_directory, write_file
 from chutes_proto.io.quoters.simulated import open_platform, platform_directory
@@ -25,7 +25,7 @@ def _fault(name: str) -> str:
     return name
 
 
-fault_option = click.option(
+fault_option: Decorator = click.option(
     "--fault",
     "faults",
     multiple=True,
