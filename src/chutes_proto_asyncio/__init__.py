@@ -19,8 +19,8 @@ try:
     from chutes_proto.io.http.tls import client_context
     from chutes_proto.io.quoters.choose import Quoter, auto_quoter, make_quoter
     from chutes_proto.io.server.aio import Server
-except ModuleNotFoundError as exc:
-    raise missing("asyncio", exc) from None
+except ModuleNotFoundError as _error:
+    raise missing("asyncio", _error) from None
 
 if TYPE_CHECKING:
     from chutes_proto.io.server.serving import serve

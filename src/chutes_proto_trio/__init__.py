@@ -21,8 +21,8 @@ try:
     from chutes_proto.io.http.tls import client_context
     from chutes_proto.io.quoters.choose import Quoter, auto_quoter, make_quoter
     from chutes_proto.io.server.aio import Server
-except ModuleNotFoundError as exc:
-    raise missing("trio", exc) from None
+except ModuleNotFoundError as _error:
+    raise missing("trio", _error) from None
 
 if TYPE_CHECKING:
     from chutes_proto.io.server.serving import serve

@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -144,3 +145,12 @@ def test_a_disk_that_does_not_open_is_a_failure(
     ended = command("demo")
     assert ended.code == 1
     assert re.search(r"NO stopped .*nothing was written", " ".join(ended.out.split()))
+
+
+def test_its_pictures_load_nothing_from_elsewhere(tmp_path: Path) -> None:
+    tool = [sys.executable, "-m", "tools.demo_picture", str(tmp_path)]
+    _ = subprocess.run(tool, check=True, stdout=subprocess.DEVNULL, timeout=60)
+    for name in ("light", "dark"):
+        picture = (tmp_path / f"demo-{name}.svg").read_text("utf-8")
+        assert "replayed" in picture
+        assert not re.search(r"@font-face|@import|href=|url\((?!#)", picture)

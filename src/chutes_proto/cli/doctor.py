@@ -44,6 +44,9 @@ def command(roles: tuple[str, ...], config: str | None) -> int:
     kernel's configfs-TSM gives a quote. With --config looks at everything that a key server needs to start, at the
     permissions of its secrets, and at when its certificate and collateral expire. Changes nothing.
 
+    With --json it prints an object: "ok" says whether nothing is missing or wrong; "findings" has an object for each
+    finding, with "state" ("ok", "note" or "problem"), "what", "detail" and "remedy" (a command, or empty).
+
     Examples:
       chutes-proto doctor --for verifier
       chutes-proto doctor --config server.toml
