@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import os
 import re
-from typing import Any, cast
 
 import click
-from cryptography.fernet import Fernet, InvalidToken
+from cryptography.fernet import Fernet
 
-from chutes_proto.auth.hotkey import Hotkey, HotkeyError
 from chutes_proto.cli import console, output
 from chutes_proto.cli.base import Argument, answer, json_option, parsed, table_options, wants
 from chutes_proto.cli.operator import operating
 from chutes_proto.cli.operator.operating import DAY, OperatorGroup
-from chutes_proto.errors import ConfigurationError, QuoteError, Refused
+from chutes_proto.errors import ConfigurationError, Refused
 from chutes_proto.io.files import read_lines, read_private
+from chutes_proto.io.reference_keys import read_row
 from chutes_proto.keys.vault import NONCE_SIZE, Address, FreshKey
-from chutes_proto.quote._roots import TrustedRoot
-from chutes_proto.quote._verify import open_quote
-from chutes_proto.secret import Secret
 from chutes_proto.store.rows import GenerationRow, Platform, Vm
 from chutes_proto.units.operator import (
     AllowFormat,
@@ -33,7 +27,6 @@ from chutes_proto.units.operator import (
     RewrapKeys,
 )
 from chutes_proto.wire.json import JsonError, decode
-from chutes_proto.wire.names import NAME_PATTERN, NAME_RULE
 
 BATCH = 200
 _LINE_BYTES = 256 * 1024  # a boot quote, the largest part, takes less than a tenth
@@ -307,7 +300,7 @@ def import_fernet(file: str, fernet_key_file: str, reason: str, config: str) -> 
             if not line.strip():
                 continue
             try:
-                rows.append(_row(decode(line), fernet, setup.root, setup.config.volumes))
+                rows.append(read_row(decode(line), fernet, setup.root, setup.config.volumes))
             except (JsonError, ValueError) as exc:
                 raise ConfigurationError(f"{file}, line {number}: {exc}; nothing was imported") from None
         if not rows:
@@ -327,46 +320,3 @@ def import_fernet(file: str, fernet_key_file: str, reason: str, config: str) -> 
         f"{made} keys imported, {left} were there already; {bound} of {len(rows)} VMs came with a platform",
     )
     return console.REFUSED if refused else console.GRANTED
-
-
-def _row(
-    content: object, fernet: Fernet, root: TrustedRoot, served: tuple[str, ...]
-) -> tuple[Vm, dict[str, FreshKey], Platform | None]:
-    """One VM of the reference system. Raises `ValueError`, whose text repeats no secret."""
-    if not isinstance(content, dict):
-        raise ValueError("not a JSON object")  # noqa: TRY004 - what a line holds is a value
-    given = cast("dict[str, Any]", content)
-    hotkey, name, tokens = (given.get(key) for key in ("miner_hotkey", "vm_name", "volume_passphrases"))
-    if not isinstance(hotkey, str) or not isinstance(name, str) or not isinstance(tokens, dict):
-        raise ValueError(  # noqa: TRY004
-            "it takes the texts miner_hotkey and vm_name, and the object volume_passphrases"
-        )
-    if not re.fullmatch(NAME_PATTERN, name, re.ASCII):
-        raise ValueError(f"vm_name {name[:200]!r}: no boot can be of this name; a VM's name is {NAME_RULE}")
-    try:
-        _ = Hotkey.parse(hotkey)
-    except HotkeyError as exc:
-        raise ValueError(f"miner_hotkey {hotkey[:200]!r} is not a hotkey: {exc}") from None
-    keys: dict[str, FreshKey] = {}
-    for volume, token in cast("dict[str, object]", tokens).items():
-        if volume not in served:
-            raise ValueError(f"volume {volume[:200]!r} is not among the server's volumes: {', '.join(served)}")
-        try:
-            passphrase = fernet.decrypt(str(token).encode("ascii", "replace"))
-        except InvalidToken:
-            raise ValueError(f"the token of volume {volume!r} does not open under this Fernet key") from None
-        if not passphrase or not passphrase.isascii() or not passphrase.decode("ascii").isprintable():
-            raise ValueError(f"the passphrase of volume {volume!r} is not printable ASCII")
-        keys[volume] = FreshKey.of_passphrase(Secret(passphrase), os.urandom(FreshKey.SIZE))
-    return Vm(hotkey, name), keys, _platform(given.get("boot_quote"), root)
-
-
-def _platform(quote: object, root: TrustedRoot) -> Platform | None:
-    """The platform of a boot quote, whose PCK certificate must lead to the server's root."""
-    if quote is None:
-        return None
-    try:
-        pck = open_quote(base64.b64decode(str(quote), validate=True), now=operating.now(), root=root).pck
-    except (binascii.Error, QuoteError) as exc:
-        raise ValueError(f"boot_quote: {exc}") from None
-    return Platform(instance_id=pck.platform_instance_id, ppid=pck.ppid)
