@@ -33,13 +33,13 @@ from attrs import evolve
 from bench.measure import resident
 from chutes_proto.auth.binding import report_data
 from chutes_proto.auth.client_identity import ENTROPY_SIZE, ClientIdentity, make_client_identity
-from chutes_proto.cli.development import write_server
 from chutes_proto.effects import Flow
 from chutes_proto.effects import run as perform
 from chutes_proto.io.drivers.sync import Performer
 from chutes_proto.io.http.https import HttpsSender, TimeLimits
 from chutes_proto.io.http.tls import client_context
 from chutes_proto.io.server import serving
+from chutes_proto.io.server.development import write_server
 from chutes_proto.io.server.setup import make_setup
 from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.quote import _ecdsa as ecdsa

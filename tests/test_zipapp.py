@@ -61,7 +61,7 @@ def after(statement: str) -> tuple[str, ...]:
 
 def test_it_is_the_agent_and_nothing_else(agent: Path) -> None:
     assert run(agent, "--version")[:2] == (0, "chutes-proto 0.1.0\n")
-    assert run(agent, "agent", "run", "--help")[1].startswith("usage: chutes-proto agent run")
+    assert run(agent, "agent", "run", "--help")[1].startswith("Usage: chutes-proto agent run")
     code, _, complaint = run(agent, "serve")
     assert code == 2
     assert "invalid choice: 'serve'" in complaint

@@ -27,7 +27,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 PACKAGE = "chutes_proto"
-ROOTS = (f"{PACKAGE}.cli.main", f"{PACKAGE}.cli.agent")
+ROOTS = (f"{PACKAGE}.cli.main", f"{PACKAGE}.cli.agent.running")
 BUNDLED = ("attr", "attrs", "cattrs", "h11", "typing_extensions")
 LEFT_OUT = frozenset({"preconf", "strategies", "tests"})
 """Folders of bundled packages that no command imports."""
@@ -43,9 +43,10 @@ if sys.version_info < {OLDEST}:
     sys.stderr.write("chutes-proto: this is Python %d.%d; {NEEDED}\\n" % sys.version_info[:2])
     sys.exit(2)
 
-from {PACKAGE}.cli.main import main
+from {PACKAGE}.cli.agent import main_of_file
+from {PACKAGE}.cli.main import guarded
 
-sys.exit(main(commands=("agent",)))
+sys.exit(guarded(main_of_file, sys.argv[1:]))
 """
 """Code that older Pythons can read too."""
 _FIRST_TIME = 315_532_800  # 1980-01-01, the first time that a ZIP file can have

@@ -17,9 +17,9 @@ from attrs import frozen
 
 from chutes_proto.auth import client_identity
 from chutes_proto.boot._settings import AgentSettings
-from chutes_proto.cli.agent import close_opened
+from chutes_proto.cli.agent.progress import Progress
+from chutes_proto.cli.agent.running import close_opened
 from chutes_proto.cli.main import main
-from chutes_proto.cli.progress import Progress
 from chutes_proto.log import Level, Record
 from tests.cli.conftest import HOTKEY, PROGRAM, Ended
 from tests.conftest import CI
@@ -54,8 +54,8 @@ def write(tmp_path: Path) -> Callable[[str], Path]:
 def test_help_has_examples_and_exit_codes(command: Command, action: list[str]) -> None:
     ended = command("agent", *action, "--help")
     assert ended.code == 0
-    assert "examples:\n  chutes-proto agent " in ended.out
-    assert "exit code: 0 done; 1 refused" in ended.out
+    assert "Examples:\n  chutes-proto agent " in ended.out
+    assert "Exit codes:\n  0    done\n  1    refused" in ended.out
 
 
 @pytest.mark.parametrize("arguments", [[], ["halt"], ["run"], ["resume", "--config", "a", "--dry-run"]], ids=str)

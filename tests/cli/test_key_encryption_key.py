@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from chutes_proto.cli.development import write_server
 from chutes_proto.io.quoters.simulated import open_platform
+from chutes_proto.io.server.development import write_server
 from tests.cli.conftest import HOTKEY, Ended, Server
 
 Command = Callable[..., Ended]

@@ -23,9 +23,9 @@ from attrs import define, field
 from chutes_proto.auth.client_identity import ENTROPY_SIZE
 from chutes_proto.boot import DEFAULT_RETRY, BootGrant, ClientIdentity, make_client_identity
 from chutes_proto.boot._retry import begin
-from chutes_proto.cli.development import write_server
 from chutes_proto.effects import Flow, Send
 from chutes_proto.errors import ChutesError, TransportError, Unavailable
+from chutes_proto.io.server.development import write_server
 from chutes_proto.io.server.setup import make_setup
 from chutes_proto.keys.vault import Address
 from chutes_proto.secret import Secret

@@ -24,8 +24,8 @@ from attrs import field, frozen
 from chutes_proto.auth.binding import report_data
 from chutes_proto.auth.client_identity import ClientIdentity, make_client_identity
 from chutes_proto.auth.server_identity import ServerIdentity, make_server_identity
-from chutes_proto.cli.development import write_server
 from chutes_proto.io.http.tls import client_context
+from chutes_proto.io.server.development import write_server
 from chutes_proto.io.server.setup import make_setup
 from chutes_proto.server import ServerConfig
 from chutes_proto.testing._platform import SimulatedPlatform

@@ -17,8 +17,8 @@ import trio
 from attrs import define, field
 
 from chutes_proto.boot._retry_policy import RetryPolicy
-from chutes_proto.cli.development import write_server
 from chutes_proto.errors import Unavailable
+from chutes_proto.io.server.development import write_server
 from chutes_proto.io.server.setup import make_setup
 from chutes_proto.log import Record
 from chutes_proto.server import ServerConfig

@@ -28,11 +28,11 @@ from cryptography.fernet import Fernet
 import chutes_proto_trio
 from chutes_proto.auth.binding import report_data
 from chutes_proto.auth.client_identity import ClientIdentity, make_client_identity
-from chutes_proto.cli.development import write_server
 from chutes_proto.cli.main import main
 from chutes_proto.io.files import write_file
 from chutes_proto.io.http.tls import client_context
 from chutes_proto.io.quoters.simulated import open_platform
+from chutes_proto.io.server.development import write_server
 from chutes_proto.io.server.log_writer import LogWriter
 from chutes_proto.io.server.setup import make_setup
 from chutes_proto.io.stores.address import DurableStore

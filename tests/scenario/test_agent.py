@@ -195,7 +195,7 @@ def test_a_server_that_comes_up_late_is_waited_for(site: Premises, machine: Mach
     machine.servers = [f"https://127.0.0.1:{port}"]
     with subprocess.Popen(machine.command("run"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as agent:
         assert agent.stderr is not None
-        while "NOT NOW" not in (line := agent.stderr.readline()):
+        while "RETRY LATER" not in (line := agent.stderr.readline()):
             assert line, "it ended without an attempt"
         site.start_here()
         out, err = agent.communicate(timeout=90)
@@ -801,8 +801,8 @@ def test_what_follows_a_failure(machine: Machine, action: str) -> None:
 @pytest.mark.parametrize(
     ("number", "awaited", "attempts", "code"),
     [
-        (signal.SIGINT, ["NOT NOW", "next  "], 30, 130),
-        (signal.SIGTERM, ["NOT NOW", "next  "], 30, 143),
+        (signal.SIGINT, ["RETRY LATER", "next  "], 30, 130),
+        (signal.SIGTERM, ["RETRY LATER", "next  "], 30, 143),
         (signal.SIGINT, ["next  "], 1, 2),
     ],
 )

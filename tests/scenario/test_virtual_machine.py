@@ -664,7 +664,7 @@ def test_the_config_volume_says_who_the_machine_is(machine: Machine, site: Premi
 
 def test_a_server_that_comes_up_late_is_waited_for(machine: Machine, site: Premises) -> None:
     def hear(line: str) -> None:
-        if "NOT NOW" in line and site.server is None:
+        if "RETRY LATER" in line and site.server is None:
             site.start()
 
     told = machine.boots(hear)
@@ -723,7 +723,7 @@ def test_the_guest_device_and_a_quote_service_over_vsock(machine: Machine, site:
         ": it made no quote: error 0x12001, unexpected error; its own log says more",
         ": it closed the connection after 996 of 5024 bytes",
     ]
-    places = [told.index(f"NOT NOW: the quote generation service at vsock 1:4050{what}") for what in refusals]
+    places = [told.index(f"RETRY LATER: the quote generation service at vsock 1:4050{what}") for what in refusals]
     assert places == sorted(places)
     # Without the driver of a host's vsock the kernel's loopback answers as the host, whom `auto` asks.
     machine.words += " initcall_blacklist=virtio_vsock_init"

@@ -22,8 +22,8 @@ import trio
 
 import chutes_proto_asyncio
 import chutes_proto_trio
-from chutes_proto.cli.development import write_server
 from chutes_proto.errors import ConfigurationError, FileUnavailable, StoreError
+from chutes_proto.io.server.development import write_server
 from chutes_proto.io.server.setup import make_setup
 from chutes_proto.log import Record
 from chutes_proto.server import AsgiApp, ServerConfig, asgi_app

@@ -51,7 +51,7 @@ def test_nor_one_about_our_own_fault(world: World) -> None:
 
 
 @pytest.mark.parametrize("network", ["10.{}.{}.1", "2001:db8:{:x}:{:x}::1"])
-def test_many_addresses_make_no_more_lines_than_there_is_room_for(world: World, network: str) -> None:
+def test_many_addresses_make_no_more_lines_than_there_is_allowed_connections(world: World, network: str) -> None:
     asked = [network.format(n // 256, n % 256) for n in range(3000)]
     for peer in asked:
         assert refusal(world.ask("GET", "/x", peer_address=peer))[0] == 404

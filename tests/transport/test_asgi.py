@@ -19,10 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trio.testing import MockClock
 
-from chutes_proto.cli.development import write_server
 from chutes_proto.effects import Flow, Log
 from chutes_proto.errors import LocalProtocolError
 from chutes_proto.io.drivers.aio import Performer
+from chutes_proto.io.server.development import write_server
 from chutes_proto.log import Level, Record
 from chutes_proto.transport.asgi import AsgiApp
 from chutes_proto.transport.h1 import DEFAULT_LIMITS, Limits

@@ -21,8 +21,9 @@ from chutes_proto.io.collateral.aio import open_performer
 from chutes_proto.io.drivers.sync import log_record
 from chutes_proto.io.server.aio import Server, run_until_stopped
 from chutes_proto.io.server.log_writer import FLUSH_SECONDS, LogWriter
-from chutes_proto.io.server.setup import ServerSetup, check_keys, make_setup
+from chutes_proto.io.server.setup import ServerSetup, make_setup
 from chutes_proto.io.server.sockets import Listening, allowed_connections, listen_tls, listen_unix, urls
+from chutes_proto.io.server.store_setup import check_keys
 from chutes_proto.log import Level, Record
 from chutes_proto.quote._roots import INTEL_ROOT
 from chutes_proto.server._app import App

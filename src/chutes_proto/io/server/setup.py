@@ -11,25 +11,23 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
-from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Final, Literal, TypeVar
+from typing import Final, Literal
 
 from attrs import frozen
 
 from chutes_proto.auth.hotkey import Hotkey, HotkeyError, check_installed
 from chutes_proto.collateral.cache import CachePolicy, CollateralCache
 from chutes_proto.collateral.pcs import Upstream
-from chutes_proto.errors import ConfigurationError, LocalProtocolError, QuoteError, StoreError
+from chutes_proto.errors import ConfigurationError, LocalProtocolError
 from chutes_proto.io.collateral.directory import CollateralDirectory
 from chutes_proto.io.collateral.upstream import UpstreamCollateral
-from chutes_proto.io.files import check_private, read_file, read_private
+from chutes_proto.io.files import read_file, read_private
 from chutes_proto.io.hotkey_file import read_hotkey
 from chutes_proto.io.http.tls import context_trusting
-from chutes_proto.io.stores.address import DurableStore, StorePlace
-from chutes_proto.keys.vault import KeyEncryptionKey, Vault
+from chutes_proto.io.server.store_setup import Problems, check_configuration, read_root, read_vault
+from chutes_proto.io.stores.address import StorePlace
 from chutes_proto.quote._measurements import parse_profiles_json, parse_profiles_toml
 from chutes_proto.quote._policy import Policy
 from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
@@ -40,13 +38,9 @@ from chutes_proto.server._nonces import NonceMint
 from chutes_proto.server._profiles import EXTRA_KEYS, ServedProfile, serve_profile
 from chutes_proto.server._proxy import TrustedProxies
 from chutes_proto.server._service import Callback, Service
-from chutes_proto.store._run import Script, Unit
-from chutes_proto.store.rows import CountSealed
 from chutes_proto.transport.h1 import Limits
 from chutes_proto.transport.tls import ServerContext, server_context
 from chutes_proto.wire.origin import check_socket_path
-
-T = TypeVar("T")
 
 _JSON: Final = re.compile(rb"\s*(?:\{|\[\s*[{\]])")
 """The beginning of JSON, which TOML cannot have."""
@@ -97,18 +91,12 @@ class ServerSetup:
 
 def make_setup(config: ServerConfig) -> ServerSetup:
     """Read all files that ``config`` names. Raises `ConfigurationError` with all problems, one a line."""
-    problems = _Problems()
+    problems = Problems()
     base = Path.cwd() if config.path is None else Path(config.path).parent
-    _ = problems.attempt("store", lambda: _check_private(config))
+    _ = problems.attempt("store", lambda: check_configuration(config))
     tls = problems.attempt("tls", lambda: _tls(config, base))
-    root = problems.attempt("roots", lambda: _root(config, base))
-    current = problems.attempt("kek_file", lambda: _kek(base / config.kek_file))
-    previous = None
-    if config.kek_previous_file is not None:
-        previous_path = base / config.kek_previous_file
-        previous = problems.attempt("kek_previous_file", lambda: _kek(previous_path))
-    if previous is not None and previous == current:
-        problems.add("kek_previous_file", f"{base / str(config.kek_previous_file)} holds the same key as kek_file")
+    root = problems.attempt("roots", lambda: read_root(config, base))
+    vault = read_vault(config, base, problems)
     profiles = _profiles(config, base, problems)
     policy = problems.attempt("measurements", lambda: Policy(profiles=tuple(p.measurements for p in profiles)))
     hotkeys: frozenset[str] | Literal["*"] | None = problems.attempt("hotkeys", lambda: _hotkeys(config.hotkeys))
@@ -119,11 +107,10 @@ def make_setup(config: ServerConfig) -> ServerSetup:
     callback = problems.attempt("registration.hotkey_file", lambda: _callback(config.registration, base))
     collateral_key = "collateral.ca_file" if config.collateral.directory is None else "collateral.directory"
     collateral = None if root is None else problems.attempt(collateral_key, lambda: _collateral(config, base, root))
-    if tls is None or root is None or current is None or policy is None or hotkeys is None or collateral is None:
+    if tls is None or root is None or vault is None or policy is None or hotkeys is None or collateral is None:
         raise problems.error()
     if proxies is None or problems.found:
         raise problems.error()
-    vault = Vault(current, previous)
     service = Service(
         vault=vault,
         mint=NonceMint.of(
@@ -157,62 +144,7 @@ def trust(root: TrustedRoot, name: str) -> str:
     return f"NOT Intel's root but {name}, SHA-256 {root.digest.hex()}"
 
 
-def check_store(place: StorePlace, vault: Vault) -> str:
-    """Return a description of the store, without making or changing it.
-
-    Raises `StoreError` for one that cannot be used, or that holds keys that ``vault`` cannot open.
-    """
-    if not place.is_made():
-        return f"{place.path}: not made yet"
-    with closing(place.open()) as store:
-        _ = store.check()
-        store.check_writing()
-        return f"{store.name}: {sum(check_keys(store, vault).values())} keys"
-
-
-def check_keys(store: DurableStore, vault: Vault) -> dict[str, int]:
-    """Return how many keys are sealed under each KEK. Raises `StoreError` for a KEK that ``vault`` does not have."""
-    sealed = dict(store.transact(_CountKeys()))
-    live = {key.kek_id for key in vault.live}
-    if lost := {kek_id: count for kek_id, count in sealed.items() if kek_id not in live}:
-        counts = ", ".join(f"{count} under {kek_id}" for kek_id, count in sorted(lost.items()))
-        raise StoreError(
-            f"store {store.name}: keys are sealed under a key-encryption key (KEK) that is neither kek_file nor"
-            f" kek_previous_file ({', '.join(sorted(live))}): {counts}; name the file of that KEK"
-        )
-    return sealed
-
-
-@frozen
-class _CountKeys(Unit[tuple[tuple[str, int], ...]]):
-    """Counts the keys that are sealed under each KEK."""
-
-    def script(self) -> Script[tuple[tuple[str, int], ...]]:
-        return (yield from CountSealed())
-
-
 # --- the parts ---
-
-
-class _Problems:
-    """The problems that were found so far."""
-
-    def __init__(self) -> None:
-        self.found: list[str] = []
-
-    def add(self, key: str, text: str) -> None:
-        self.found.append(f"{key}: {text}")
-
-    def attempt(self, key: str, make: Callable[[], T]) -> T | None:
-        """Return the result of ``make``; add a problem and return None if it fails."""
-        try:
-            return make()
-        except (ConfigurationError, QuoteError) as exc:
-            self.add(key, str(exc))
-            return None
-
-    def error(self) -> ConfigurationError:
-        return ConfigurationError("\n".join(self.found))
 
 
 def _tls(config: ServerConfig, base: Path) -> ServerContext:
@@ -250,16 +182,6 @@ def _callback(options: RegistrationOptions, base: Path) -> Callback | None:
     return Callback(pair.hotkey, pair.sign, options.evidence_port)
 
 
-def _root(config: ServerConfig, base: Path) -> TrustedRoot:
-    if config.roots == "intel":
-        return INTEL_ROOT
-    data = read_file(base / config.roots)
-    try:
-        return TrustedRoot.from_der(data)
-    except QuoteError as exc:
-        raise ConfigurationError(f'{base / config.roots}: {exc}; say "intel", or name a DER file') from None
-
-
 def _collateral(config: ServerConfig, base: Path, root: TrustedRoot) -> CollateralDirectory | UpstreamCollateral:
     options = config.collateral
     if options.directory is not None:
@@ -283,24 +205,6 @@ def _collateral(config: ServerConfig, base: Path, root: TrustedRoot) -> Collater
     return UpstreamCollateral(cache, context_trusting(ca_file), kept)
 
 
-def _check_private(config: ServerConfig) -> None:
-    """Check that a configuration file with the database's password cannot be read by everybody."""
-    if not config.store.startswith("postgresql:"):
-        return
-    from chutes_proto.io.stores.postgres import has_secret
-
-    if has_secret(config.store) and config.path is not None:
-        check_private(config.path, group_may=True)
-
-
-def _kek(path: Path) -> KeyEncryptionKey:
-    data = read_private(path)
-    try:
-        return KeyEncryptionKey.from_bytes(data)
-    except ConfigurationError as exc:
-        raise ConfigurationError(f"{path}: {exc}") from None
-
-
 def _hotkeys(addresses: tuple[str, ...] | Literal["*"]) -> frozenset[str] | Literal["*"]:
     if isinstance(addresses, str):
         return "*"
@@ -312,7 +216,7 @@ def _hotkeys(addresses: tuple[str, ...] | Literal["*"]) -> frozenset[str] | Lite
     return frozenset(addresses)
 
 
-def _profiles(config: ServerConfig, base: Path, problems: _Problems) -> list[ServedProfile]:
+def _profiles(config: ServerConfig, base: Path, problems: Problems) -> list[ServedProfile]:
     served: list[ServedProfile] = []
     served_defaults = {key: value for key, value in config.profile_defaults.items() if key in EXTRA_KEYS}
     defaults = {key: value for key, value in config.profile_defaults.items() if key not in EXTRA_KEYS}
