@@ -26,7 +26,8 @@ DOCS_INSTALLED := $(VENV)/.installed-docs
 SCRIPTS := .ci/run tests/scenario/initramfs.sh examples/initramfs/hooks/chutes-proto \
 	examples/initramfs/scripts/local-top/chutes-proto
 # The pins are complete and installed with --no-deps: an older pip would look for the newest release of an extra.
-PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input --retries 10
+PIP_OPTIONS := --disable-pip-version-check --no-input --retries 10
+PIP := $(BIN)/python -m pip $(PIP_OPTIONS)
 RESOLVE := $(VENV)-uv/bin/uv pip compile --quiet --universal --python-version 3.11 --upgrade --generate-hashes \
 	--no-annotate --custom-compile-command "make constraints"
 
@@ -35,7 +36,7 @@ RESOLVE := $(VENV)-uv/bin/uv pip compile --quiet --universal --python-version 3.
 QUICK_TESTS := $(addprefix tests/,auth keys luks quote units wire server testing) \
 	--ignore tests/units/test_machine_postgres.py
 
-.PHONY: help install demo test quick lint soak fuzz bench docs zipapp constraints clean
+.PHONY: help install demo test quick lint soak fuzz bench docs zipapp man constraints clean
 
 help: ## this list
 	@echo "make TARGET, where TARGET is one of"
@@ -48,13 +49,13 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; say which one with make PYTHON=...")'
 	@$(PYTHON) -m venv $(VENV) || { echo "this Python makes no environments; on Debian: apt-get install python3-venv" >&2; exit 1; }
 	@echo "==> $(VENV): the packages of constraints.txt, each checked against its hash"
-	@$(PIP) install --quiet --require-hashes --no-deps --requirement constraints.txt
+	@$(BIN)/python -m tools.pip_progress $(PIP_OPTIONS) --require-hashes --no-deps constraints.txt
 	@echo "==> $(VENV): chutes-proto itself, editable"
 	@$(PIP) install --quiet --no-deps --no-build-isolation --editable .
 	@$(PIP) check >/dev/null || { $(PIP) check; echo "constraints.txt lacks something; make constraints" >&2; exit 1; }
 	@touch $@
 
-demo: $(INSTALLED) ## a VM boots against a key server, and refusals, end to end on this machine
+demo: $(INSTALLED) ## a VM boots against a key server, and attacks are refused, on this machine
 	@$(BIN)/chutes-proto demo
 
 test: $(INSTALLED) ## all tests; a run without PYTEST_ARGS also checks the floor of coverage
@@ -94,6 +95,9 @@ docs: $(DOCS_INSTALLED) ## the documentation site in build/site; every link and 
 
 zipapp: $(INSTALLED) ## the boot agent as one file, build/chutes-proto-agent.pyz, for TARGET_PYTHON and its cryptography
 	@$(BIN)/python -m tools.agent_zipapp build/chutes-proto-agent.pyz --python $(TARGET_PYTHON)
+
+man: $(INSTALLED) ## the manual pages of all commands, build/man/*.1
+	@$(BIN)/python -m tools.man_pages build/man
 
 $(FUZZ_INSTALLED): tests/fuzz/requirements.txt $(INSTALLED)
 	@echo "==> $(VENV): atheris, checked against its hash (there are wheels for Linux on x86-64)"

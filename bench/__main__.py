@@ -1,4 +1,4 @@
-"""Runs the subjects that are named, or all of them."""
+"""Run the named subjects, or all of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def main() -> None:
     _ = parser.add_argument("subject", nargs="*", help=f"of {', '.join(subjects)} (default: all)")
     chosen = parser.parse_args().subject or subjects
     if unknown := set(chosen) - set(subjects):
-        parser.error(f"there is no subject {min(unknown)}")
+        parser.error(f"unknown subject {min(unknown)}; choose one of: {', '.join(subjects)}")
     for subject in chosen:
         import_module(f"bench.{subject}").run()
 

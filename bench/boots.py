@@ -1,11 +1,10 @@
-"""What a boot costs a key server: a real process on SQLite, over TLS; and what a nonce costs it.
+"""The cost of a boot for a key server, a real process on SQLite over TLS, and the cost of a nonce.
 
-A boot is a connection of its own, nonce, attestation and sync, each sent as the agent sends it: head and body at once.
-Its platform was seen before, so that all which can be remembered of it is. CPU time is of the whole server process, and
-of each part that is timed within it: the TLS session, the checks of signatures, and the store's transactions (of which
-the units' own Python, sealing and audit rows among it, is shown as measured in memory). The rest is what is left:
-sockets, loop, threads, HTTP, JSON, parsing, checks, log. What of it are sockets, loop and HTTP, a server shows whose
-application does nothing.
+A boot has its own connection, with nonce, attestation and sync, each sent as the agent sends it: head and body at once.
+Its platform was seen before, so that the caches have it. CPU time is that of the whole server process, and of each part
+that is timed within it: the TLS session, the checks of signatures, and the store's transactions (of which the units'
+own Python, with sealing and audit rows, is measured in memory). The rest is everything else: sockets, loop, threads,
+HTTP, JSON, parsing, checks, log. A server whose application does nothing shows the share of sockets, loop and HTTP.
 
 Syncs are sent over connections that stay open, by client threads of one process, on the same machine.
 """
@@ -34,13 +33,13 @@ from attrs import evolve
 from bench.measure import resident
 from chutes_proto.auth.binding import report_data
 from chutes_proto.auth.client_identity import ENTROPY_SIZE, ClientIdentity, make_client_identity
-from chutes_proto.cli.development import write_server
 from chutes_proto.effects import Flow
 from chutes_proto.effects import run as perform
 from chutes_proto.io.drivers.sync import Performer
 from chutes_proto.io.http.https import HttpsSender, TimeLimits
 from chutes_proto.io.http.tls import client_context
 from chutes_proto.io.server import serving
+from chutes_proto.io.server.development import write_server
 from chutes_proto.io.server.setup import make_setup
 from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.quote import _ecdsa as ecdsa
@@ -100,7 +99,7 @@ def _whole_boots(folder: Path) -> None:
 
 
 def _measured(folder: Path, transport: str, what: str) -> list[float]:
-    """CPU of the server and of its parts for a boot, in ms."""
+    """Return the CPU time of the server and of its parts for a boot, in ms."""
     with _server(folder, transport, what) as (url, parts):
         for number in range(20):
             _boot(folder, url, f"vm-{number % 10}")
@@ -127,7 +126,7 @@ def _boot_over(sender: HttpsSender, identity: ClientIdentity, vm: str) -> None:
 
 
 def _units_alone() -> float:
-    """CPU of a boot's two units on a store in memory, in ms."""
+    """Return the CPU time of a boot's two units on a store in memory, in ms."""
     store = MemoryStore()
     boots = [evolve(boot(str(number)), now=boot("").now) for number in range(BOOTS)]
     syncs = [sync(granted, "body", *VOLUMES) for granted in boots]
@@ -149,59 +148,59 @@ def _server(folder: Path, transport: str, what: str = "served") -> Generator[tup
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdout=pipe, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout is not None
-        said = process.stdout
+        output = process.stdout
 
         def parts() -> dict[str, float]:
             process.send_signal(signal.SIGUSR1)
-            found: dict[str, float] = json.loads(said.readline())
+            found: dict[str, float] = json.loads(output.readline())
             return found
 
         try:
-            yield said.readline().strip(), parts
+            yield output.readline().strip(), parts
         finally:
             process.terminate()
 
 
 def _serve(folder: str, transport: Any, what: str) -> None:
-    """A server that says at SIGUSR1 how much CPU time it and its parts have taken; an idle one does nothing else."""
-    spent = {"tls": 0.0, "signatures": 0.0, "store": 0.0}
+    """Serve; at SIGUSR1, print the CPU time of the server and its parts. An idle server answers without work."""
+    cpu = {"tls": 0.0, "signatures": 0.0, "store": 0.0}
 
     def timed(part: str, owner: Any, *names: str) -> None:
         for name in names:
-            setattr(owner, name, _timed(spent, part, getattr(owner, name)))
+            setattr(owner, name, _timed(cpu, part, getattr(owner, name)))
 
     timed("tls", TlsSession, "__init__", "receive_data", "send_data", "close", "data_to_send")
     timed("signatures", ecdsa, "load_point", "verify", "verify_raw")
     timed("store", SqliteStore, "transact")
     if what == "idle":
         setattr(App, "handle", _nothing_done)  # noqa: B010
-    told = threading.Lock()
+    lock = threading.Lock()
 
-    def tell(*_: object) -> None:
-        with told:
-            print(json.dumps({"whole": time.process_time(), "system": os.times().system, **spent}), flush=True)
+    def report(*_: object) -> None:
+        with lock:
+            print(json.dumps({"whole": time.process_time(), "system": os.times().system, **cpu}), flush=True)
 
-    _ = signal.signal(signal.SIGUSR1, tell)
+    _ = signal.signal(signal.SIGUSR1, report)
     setup = make_setup(ServerConfig.load(Path(folder) / "server.toml"))
     announce = lambda urls: print(urls[0], flush=True)  # noqa: E731
     serving.serve_until_stopped(transport, setup, setup.collateral, announce, (signal.SIGTERM,))
 
 
 def _nothing_done(*_: object) -> Flow[HttpResponse]:
-    """In place of the application: an answer that each step of a boot takes."""
+    """Return, in place of the application, an answer that fits each step of a boot."""
     yield from ()
     members = dict.fromkeys(("nonce", "key", "boot_token", *VOLUMES), "0" * 64)
     return HttpResponse(200, (("content-type", "application/json"),), json.dumps(members).encode())
 
 
-def _timed(spent: dict[str, float], part: str, work: Callable[..., Any]) -> Callable[..., Any]:
+def _timed(cpu: dict[str, float], part: str, work: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(work)
     def timing(*arguments: Any, **named: Any) -> Any:
         start = time.thread_time()
         try:
             return work(*arguments, **named)
         finally:
-            spent[part] += time.thread_time() - start
+            cpu[part] += time.thread_time() - start
 
     return timing
 
@@ -269,7 +268,7 @@ def _ask(
 
 
 def _nonces(folder: Path) -> None:
-    """Nonces in a row, without HTTP: memory must not grow, and nothing is written."""
+    """Issue nonces in a row, without HTTP: memory must not grow, and nothing is written."""
     setup = make_setup(ServerConfig.load(folder / "server.toml"))
     app = App(setup.service)
     request = HttpRequest("GET", f"/servers/nonce?miner_hotkey={VM.hotkey}", peer_address="10.0.0.1")

@@ -1,8 +1,8 @@
-"""Taking turns: what is compared is measured alternately, so that a slow moment is everyone's.
+"""Alternate measurement: the compared works take turns, so that a slow moment affects all of them.
 
-Turns are long, so that few of the times are of caches that are full of what had its turn before. Each work's time is
-the median of its quickest turn: on a machine that is shared, what makes a turn slower is the neighbours'. Nothing else
-is done between two times: a look at the system's counters would cost the next one some of its caches.
+Turns are long, so that few measurements have caches that the previous work filled. The time of a work is the median of
+its quickest turn: on a shared machine, other processes make a turn slower. Nothing else runs between two measurements:
+reading the system's counters would displace a part of the caches.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ Work = Callable[[], object]
 
 
 def one_core() -> None:
-    """Keep this process on one core, where that can be said."""
+    """Keep this process on one core, if the system allows it."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
 
 def microseconds(works: Mapping[str, tuple[Work, Work]], turns: int = 10, each: int = 100) -> dict[str, float]:
-    """The time of each work: the median of its quickest turn, in turns of some repetitions.
+    """Return the time of each work: the median of its quickest turn of ``each`` repetitions.
 
-    A work is what prepares, which is not measured, and what is.
+    A work is a pair of functions: one that prepares, which is not measured, and the measured one.
     """
     medians: dict[str, list[float]] = {name: [] for name in works}
     gc.collect()
@@ -41,7 +41,7 @@ def microseconds(works: Mapping[str, tuple[Work, Work]], turns: int = 10, each: 
 
 
 def _turn(prepare: Work, work: Work, each: int) -> float:
-    """Seconds, as a median."""
+    """Return the median in seconds."""
     times: list[float] = []
     for _ in range(each):
         _ = prepare()
@@ -52,7 +52,7 @@ def _turn(prepare: Work, work: Work, each: int) -> float:
 
 
 def resident() -> int:
-    """Resident memory in kB; 0 where the system does not say."""
+    """Return the resident memory in kB; 0 if the system does not report it."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     return next((int(line.split()[1]) for line in lines if line.startswith("VmRSS:")), 0)

@@ -1,8 +1,8 @@
 """A million verdicts in a row: memory must not grow once all machines have been seen.
 
-Nine of ten are of few machines, whose PCK chains and quoting enclaves are remembered; the tenth is of more machines
-than are remembered, so that something is forgotten for it; now and then collateral is verified anew. Ratios are to the
-resident memory after the first tenth.
+Nine of ten are of few machines, whose PCK chains and quoting enclaves are cached; the tenth is of more machines than
+the cache holds, so that entries are evicted; now and then collateral is verified again. Ratios are to the resident
+memory after the first tenth.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from chutes_proto.testing._platform import SimulatedPlatform
 VERDICTS = 1_000_000
 MACHINES = 300
 FEW = 16
-ANEW = 1000
-"""After so many verdicts a machine's collateral is verified anew."""
+REVERIFY = 1000
+"""After so many verdicts, the collateral of a machine is verified again."""
 NOW = 1_800_000_000
 
 
@@ -34,7 +34,7 @@ def run() -> None:
     start = perf_counter()
     for number in range(VERDICTS):
         which = number // 10 % MACHINES if number % 10 == 0 else number % FEW
-        if number % ANEW == 0:
+        if number % REVERIFY == 0:
             verified[which] = verify_collateral(collateral[which], now=NOW, root=root)
         signed = check_signed(open_quote(quotes[which], now=NOW, root=root))
         _ = verify_quote(signed, verified[which], now=NOW)
@@ -42,7 +42,7 @@ def run() -> None:
             sizes.append(resident())
     rate = VERDICTS / (perf_counter() - start)
     if not sizes[0]:
-        print("memory: this system does not say how much is resident")
+        print("memory: this system does not report resident memory")
         return
     shown = " ".join(f"{size / sizes[0]:.3f}" for size in sizes)
     print(f"memory: {VERDICTS} verdicts of {MACHINES} machines, {rate:.0f} a second; resident after each tenth, in")

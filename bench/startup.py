@@ -1,12 +1,12 @@
-"""The boot agent from the start of its process, installed and as a zipapp, beside ``python -c REFERENCE``.
+"""Start-up of the boot agent, installed and as a zipapp, compared with ``python -c REFERENCE``.
 
-The reference imports TLS and X.509. The first byte is the first one of the ClientHello
-that reaches a server on loopback, after settings and config were read and a throw-away key was made; a reference ends
-when its process does. Both are medians, started by turns on one core.
+The reference imports TLS and X.509. The first byte is that of the ClientHello at a server on loopback, after the agent
+has read settings and config volume and made an ephemeral key; a reference ends with its process. Both are medians,
+started alternately on one core.
 
-Memory is the peak of a process (VmHWM): when the first byte has come, and of the whole boot, with one blank disk,
-against a server that grants it; the modules of that are counted too. What no agent boots without is then used piece by
-piece in one process, without a line of ours: how little memory an agent could have.
+Memory is the peak of a process (VmHWM): at the first byte, and for a whole boot with one blank disk, against a server
+that grants it; the modules of that boot are counted too. The libraries that every agent needs are then used one by one
+in one process, without code of this project: the least memory that an agent can have.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ _ = subprocess.run(["true"], check=True)
     ),
     ("attrs, cattrs, h11", "import attrs, cattrs, h11"),
 )
-"""Names, and what uses them: all in one process, one after the other."""
+"""Names, and code that uses them: all in one process, one after the other."""
 HOTKEY = "5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY"
 
 _SAY_PEAK = "\nprint(open('/proc/self/status').read())\n"
@@ -75,7 +75,7 @@ _ENVIRONMENT = {"PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"}
 
 @frozen
 class Subject:
-    """An agent, the interpreter that runs it, and where that finds what the agent brings along, empty if it knows."""
+    """An agent, its interpreter, and the path of the libraries that it includes, if the interpreter has none."""
 
     name: str
     python: str
@@ -91,8 +91,8 @@ def run() -> None:
     one_core()
     with tempfile.TemporaryDirectory(prefix="chutes-proto-bench-") as folder:
         subjects = _subjects(Path(folder))
-        told = f"{'ms':>10}{'reference':>12}{'ratio':>8}{'limit':>8}{'MiB':>10}{'ratio':>8}{'limit':>8}"
-        print(f"{'first byte sent':>16}{told}")
+        header = f"{'ms':>10}{'reference':>12}{'ratio':>8}{'limit':>8}{'MiB':>10}{'ratio':>8}{'limit':>8}"
+        print(f"{'first byte sent':>16}{header}")
         for subject in subjects:
             first, reference, peak = _first_bytes(subject, Path(folder))
             memory = f"{peak / 1024:>10.1f}{peak / _reference_peak(subject):>8.2f}{MEMORY_LIMIT:>8.1f}"
@@ -141,7 +141,7 @@ def _subjects(folder: Path) -> list[Subject]:
 
 
 def _first_bytes(subject: Subject, folder: Path) -> tuple[float, float, float]:
-    """Milliseconds until the agent's first byte, and for the reference; KiB that the agent has had till then."""
+    """Return ms until the agent's first byte, ms of the reference, and the agent's peak in KiB until then."""
     first: list[float] = []
     reference: list[float] = []
     peaks: list[int] = []
@@ -182,13 +182,13 @@ def _any_ca() -> bytes:
 
 
 def _settings(folder: Path, url: str, ca: Path, quoter: str) -> list[str]:
-    """The arguments of an agent with one blank disk."""
+    """Return the arguments of an agent with one blank disk."""
     folder.mkdir()
     disk, settings = folder / "disk.img", folder / "agent.toml"
     with disk.open("wb") as file:
         _ = file.truncate(64 * 1024 * 1024)
-    said = {"ca_file": str(ca), "quoter": quoter, "hotkey": HOTKEY, "vm_name": f"vm-{folder.name}"}
-    lines = [f"servers = [{json.dumps(url)}]", *(f"{key} = {json.dumps(value)}" for key, value in said.items())]
+    values = {"ca_file": str(ca), "quoter": quoter, "hotkey": HOTKEY, "vm_name": f"vm-{folder.name}"}
+    lines = [f"servers = [{json.dumps(url)}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
     _ = settings.write_text("\n".join([*lines, "[volumes.storage]", f"device = {json.dumps(str(disk))}", ""]))
     return ["agent", "run", "--images", "--config", str(settings)]
 
@@ -197,7 +197,7 @@ def _settings(folder: Path, url: str, ca: Path, quoter: str) -> list[str]:
 
 
 def _boot(subject: Subject, server: DevServer, folder: Path) -> tuple[int, int]:
-    """KiB at the peak, and modules imported: of two boots, for the first may have to compile what was edited."""
+    """Return the peak in KiB and the number of modules, of two boots: the first may compile edited modules."""
     quoter = f"command:{_quote_program(folder / f'{subject.name}-quote', server)}"
     python, *rest = subject.agent
     settings = _settings(folder / f"{subject.name}-boot", server.url, server.ca, quoter)
@@ -208,8 +208,8 @@ def _boot(subject: Subject, server: DevServer, folder: Path) -> tuple[int, int]:
         while agent.poll() is None:
             peak = max(peak, _peak(Path(f"/proc/{agent.pid}/status")))
             sleep(0.005)
-        said = agent.stderr.read().decode() if agent.stderr else ""
-    assert agent.returncode == 0, said
+        errors = agent.stderr.read().decode() if agent.stderr else ""
+    assert agent.returncode == 0, errors
     return peak, modules
 
 
@@ -230,7 +230,7 @@ def _reference_peak(subject: Subject) -> int:
 
 
 def _piece_peaks(subject: Subject, server: DevServer) -> list[int]:
-    """KiB at the peak after each of `PIECES`."""
+    """Return the peak in KiB after each of `PIECES`."""
     found = f"import sys; sys.path.insert(0, {subject.path!r})\n" if subject.path else ""
     program = found + "".join(code + _SAY_PEAK for _, code in PIECES)
     command = [subject.python, "-I", "-c", program, str(server.ca), server.url.rpartition(":")[2]]

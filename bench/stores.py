@@ -1,17 +1,17 @@
 """Syncs per second at the store, without HTTP: SQLite with many callers, PostgreSQL with several processes.
 
 A sync is the whole transaction of a boot's volumes: token, keys, records. All boots were granted before, and each
-caller's are of a VM and a platform of its own. Ratios are to one caller and to one process.
+caller has a VM and a platform of its own. Ratios are to one caller and to one process.
 
-What callers gain by sharing commits is what a commit costs, so SQLite is measured on the disk that is there, and with a
-disk that takes `SLOW_FLUSH` for each flush (by a library that is loaded before libc, where there is a C compiler).
-``of the best`` is the rate over that of all syncs in one transaction, by processor time: what no sharing can surpass.
-The bare store is the limit: as many threads share commits in the same way, of the same statements and the same keys to
-open, with nothing of ours about them. Its ratio is to one caller of ours. Where 64 callers are not `WANTED` times one,
-it is told from which flush on they would be.
+Callers that share a commit save its cost, so SQLite is measured on the present disk, and with a disk that needs
+`SLOW_FLUSH` for each flush (with a library that is loaded before libc, if there is a C compiler). ``of the best`` is
+the ratio to the rate of all syncs in one transaction, by processor time, which no sharing can exceed. The bare store is
+the limit: as many threads share commits in the same way, with the same statements and the same keys to open, and no
+other code. Its ratio is to one caller of our store. If 64 callers are not `WANTED` times as fast as one, the duration
+of a flush at which they would be is printed.
 
-PostgreSQL's callers have made their connections and prepared their statements before. How often a transaction ran
-again, because it could not be serialized with others, is printed for each sync.
+PostgreSQL's callers have made their connections and prepared their statements before. The number of repeated
+transactions, which could not be serialized with others, is printed for each sync.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ PROCESSES = (1, 2, 4)
 CALLERS_PER_PROCESS = 8
 WANTED = 4
 WARMING = 8
-"""Syncs of each caller before: psycopg prepares a statement when it comes for the sixth time."""
+"""Syncs of each caller before the measurement: psycopg prepares a statement at its sixth use."""
 
 SLOW_FLUSH = 0.002
-"""Seconds, as of a disk without a write cache that outlives power."""
+"""Seconds of a flush, as on a disk without a protected write cache."""
 
 _SLOW_C = f"""
 #include <sys/syscall.h>
@@ -84,7 +84,7 @@ def run() -> None:
 
 @frozen
 class _All(Unit[None]):
-    """Some units as one transaction."""
+    """Several units as one transaction."""
 
     units: tuple[Unit[Any], ...]
 
@@ -124,7 +124,7 @@ def _sqlite() -> None:
 
 @frozen
 class _BareSync:
-    """What a sync says to SQLite, and the keys that it opens: key, box, associated data."""
+    """Record a sync's SQL statements, and the keys that it opens: key, box, associated data."""
 
     statements: Sequence[tuple[str, Sequence[Any]]]
     boxes: Sequence[tuple[tuple[bytes, bytes], tuple[bytes, bytes]]]
@@ -138,7 +138,7 @@ class _BareSync:
 
 
 class _BareStore:
-    """Who comes while nobody writes runs all that waits, in one transaction."""
+    """A caller that finds no writer runs all waiting units, in one transaction."""
 
     def __init__(self, connection: sqlite3.Connection, key: bytes) -> None:
         self._connection = connection
@@ -178,7 +178,7 @@ class _BareStore:
 
 
 def _bare_store() -> tuple[float, float]:
-    """Syncs a second of 64 callers, and syncs a commit."""
+    """Return the syncs a second of 64 callers, and the syncs of a commit."""
     with tempfile.TemporaryDirectory(prefix="chutes-proto-bench-") as folder:
         path = Path(folder) / "keys.db"
         with closing(SqliteStore(path)) as store:
@@ -221,7 +221,7 @@ def _bare_sync(connection: sqlite3.Connection, unit: SyncVolumes) -> _BareSync:
 
 
 def _flush(path: Path) -> float:
-    """Seconds, as a median."""
+    """Return the median in seconds."""
     times: list[float] = []
     with path.open("wb", buffering=0) as file:
         for _ in range(100):
@@ -260,20 +260,20 @@ def _postgres(url: str) -> None:
                 process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
                 workers.append(stack.enter_context(process))
             streams: list[tuple[Any, Any]] = [(worker.stdin, worker.stdout) for worker in workers]
-            for _, said in streams:
-                assert said.readline() == "ready\n"
+            for _, output in streams:
+                assert output.readline() == "ready\n"
             start = perf_counter()
-            for told, _ in streams:
-                told.write("go\n")
-                told.flush()
-            retries = sum(int(said.readline()) for _, said in streams)
+            for start_signal, _ in streams:
+                start_signal.write("go\n")
+                start_signal.flush()
+            retries = sum(int(output.readline()) for _, output in streams)
             rate = SYNCS / (perf_counter() - start)
             first = first or rate
             print(f"{processes:>12}{rate:>12.0f}{rate / first:>12.2f}{retries / SYNCS:>20.2f}")
 
 
 def _process(address: str, name: str, syncs: str) -> None:
-    """One process of several on PostgreSQL."""
+    """Run one of several processes on PostgreSQL."""
     with closing(StorePlace(address, Path.cwd()).open()) as store:
         assert isinstance(store, PostgresStore)
         callers = [f"{name}.{caller}" for caller in range(CALLERS_PER_PROCESS)]
@@ -287,7 +287,7 @@ def _process(address: str, name: str, syncs: str) -> None:
 
 
 def _units(store: Store, caller: str, syncs: int, after: int = 0) -> list[SyncVolumes]:
-    """Grant a caller's boots; their syncs."""
+    """Grant a caller's boots; return their syncs."""
     vm = Vm(VM.hotkey, f"vm-{caller}")
     numbers = range(after, after + syncs)
     boots = [evolve(boot(f"{caller}.{number}", vm=vm), platform=platform(caller)) for number in numbers]
@@ -297,13 +297,13 @@ def _units(store: Store, caller: str, syncs: int, after: int = 0) -> list[SyncVo
 
 
 def _prepare(store: Store, caller: str, syncs: int, after: int = 0) -> Work:
-    """Grant a caller's boots, ``after`` so many earlier ones; what comes back does their syncs."""
+    """Grant a caller's boots, ``after`` so many earlier ones; return a function that does their syncs."""
     units = _units(store, caller, syncs, after)
     return lambda: [store.transact(unit) for unit in units]
 
 
 def _together(works: Sequence[Work]) -> float:
-    """Seconds until all are done."""
+    """Return the seconds until all are done."""
     threads = [threading.Thread(target=work) for work in works]
     start = perf_counter()
     for thread in threads:

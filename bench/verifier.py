@@ -126,7 +126,7 @@ def _forget_texts() -> None:
 
 
 def _forget_pem(pieces: Collateral) -> None:
-    """All certificates, but those of the collateral, which is seen."""
+    """Forget all certificates except those of the collateral."""
     certificates._read_block.cache_clear()
     _ = certificates.read_pem(pieces.pck_crl_issuer_chain)
 
@@ -134,7 +134,7 @@ def _forget_pem(pieces: Collateral) -> None:
 def _parts(
     data: bytes, pieces: Collateral, verified: VerifiedCollateral, bare: dict[str, Callable[[], object]]
 ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
-    """What the two dearest steps need beside the bare checks, each in a loop of its own; checks and all in one pass."""
+    """Measure the parts of the two most expensive steps besides the bare checks, each in its own loop."""
     quote = parse_quote(data)
     leaf, issuer, *_ = certificates.read_pem(quote.certification)
     tcb_signer, *_ = certificates.read_pem(pieces.tcb_info_issuer_chain)
@@ -186,7 +186,7 @@ def _parts(
 
 
 def _bare_checks(data: bytes, pieces: Collateral, root: TrustedRoot) -> dict[str, Callable[[], object]]:
-    """For each step the signatures that it cannot do without, and nothing else."""
+    """Return for each step the signature checks that it needs, and nothing else."""
     quote = parse_quote(data)
     leaf, issuer, *_ = map(certificates.read_certificate, certificates.read_pem(quote.certification))
     tcb_signer = certificates.read_certificate(certificates.read_pem(pieces.tcb_info_issuer_chain)[0])
@@ -223,7 +223,7 @@ def _bare_checks(data: bytes, pieces: Collateral, root: TrustedRoot) -> dict[str
 
 
 def _imports() -> None:
-    """What an import costs, each in processes of its own, in turns; byte code is there, as after any first use."""
+    """Measure imports, each in its own processes, alternately, with byte code, as after a first use."""
     names = ("cryptography.x509, attrs", "chutes_proto.quote._verify")
     times: dict[str, list[float]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory(prefix="chutes-proto-bench-") as cache:

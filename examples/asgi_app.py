@@ -1,4 +1,4 @@
-"""A key server as an ASGI application, behind a proxy that ends TLS. Its configuration has a [proxy] table.
+"""A key server as an ASGI application, behind a proxy that terminates TLS. Its configuration has a [proxy] table.
 
     CHUTES_CONFIG=server.toml uvicorn --no-proxy-headers --uds keys.sock asgi_app:app
     CHUTES_CONFIG=server.toml hypercorn --bind unix:keys.sock asgi_app:app

@@ -1,9 +1,9 @@
-"""A miner registers a server, has it attested at runtime, and lists what the key server knows of all servers.
+"""A miner registers a server, attests it at runtime, and lists the status of all its servers.
 
 python examples/miner_client.py https://keys.example:8443 ~/.bittensor/wallets/w/hotkeys/h auto ca.pem
     node-1 203.0.113.7 gpus.json
 
-It runs in the server's VM, where quotes are made. ``gpus.json`` is a list of objects with the members of `Gpu`.
+Run it in the server's VM, which can make quotes. ``gpus.json`` is a list of objects with the members of `Gpu`.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""A key server inside a trio program of one's own, beside the program's own work. On asyncio: chutes_proto_asyncio.
+"""A key server inside a trio program, beside the program's own work; chutes_proto_asyncio does the same on asyncio.
 
 python examples/server_trio.py server.toml
 """
@@ -23,7 +23,7 @@ async def serve(config, task_status):
 
 
 async def own_work(urls):
-    """Stands for whatever else the program does; here it ends with the next line on standard input."""
+    """Stands for the program's own work; it ends with the next line on standard input."""
     print(*urls, sep="\n", flush=True)
     await trio.to_thread.run_sync(sys.stdin.readline)
 

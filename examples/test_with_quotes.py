@@ -1,4 +1,4 @@
-"""Test code of your own that takes quotes: a simulated platform makes good and faulty ones, under a root of its own.
+"""Test your own code that verifies quotes: a simulated platform makes good and faulty ones, under a root of its own.
 
 pytest examples/test_with_quotes.py
 """
@@ -14,7 +14,7 @@ PLATFORM = SimulatedPlatform(b"the world of these tests")
 
 
 def admit(quote, collateral, policy, *, now, root=INTEL_ROOT):
-    """Stands for your code: who is admitted, by the name of the image."""
+    """Stands for your code: admit a machine by the name of its image."""
     return verify(quote, collateral, now=now, report_data=REPORT_DATA, policy=policy, root=root).profile.name
 
 

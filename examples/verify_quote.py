@@ -1,8 +1,8 @@
-"""Verify a quote with Intel's collateral: print what runs in the TD if the policy accepts it, else why it does not.
+"""Verify a quote with Intel's collateral; print the image of the TD if the policy accepts it, otherwise the reason.
 
 python examples/verify_quote.py quote.bin collateral.json policy.toml REPORT_DATA_IN_HEX [root.der]
 
-The last argument is a root to trust in place of Intel's, such as the one that `chutes-proto simulate` writes.
+The last argument is a root to trust instead of Intel's, such as the one that `chutes-proto simulate` writes.
 """
 
 import sys

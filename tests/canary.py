@@ -1,8 +1,8 @@
-"""In every test: no secret that it makes is in a log record, an audit row, an error's text, or what it prints.
+"""Check of every test: none of its secrets is in a log record, an audit row, an error's text or its output.
 
-A secret is the value of each `Secret` that looks like a passphrase, a token or a key in hex or base64. What is looked
-for is 31 or more of its characters in a row, wherever they stand and in either case. What processes of their own say is
-looked at by ``tests/scenario/test_canary.py``.
+A secret is the value of each `Secret` that looks like a passphrase, a token or a key in hex or base64. A match is 31 or
+more of its characters in a row, anywhere and in either case. ``tests/scenario/test_canary.py`` checks the output of
+other processes.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ _RUN = re.compile(rb"[0-9a-z+/=_-]{%d,}" % _PART)
 _VARIED = 5
 """A part of fewer characters than that, like one of zeros, is in many texts."""
 _MADE: set[bytes] = set()
+_KNOWN: set[bytes] = set()
+"""The values whose parts are in `_MADE`: the same passphrase is opened again and again."""
 _TOLD: list[str] = []
 
 
@@ -51,9 +53,11 @@ def _before(owner: type[Any], name: str, see: Callable[..., None]) -> None:
 
 
 def _made(_: Secret, value: bytes) -> None:
-    if _WORD.fullmatch(value):
+    if value not in _KNOWN and _WORD.fullmatch(value):
         if len(_MADE) >= _MANY:
             _MADE.clear()
+            _KNOWN.clear()
+        _KNOWN.add(value)
         parts = (bytes(value[at : at + _PART]).lower() for at in range(len(value) - _PART + 1))
         _MADE.update(part for part in parts if len(set(part)) >= _VARIED)
 
@@ -67,12 +71,13 @@ for _error in (ChutesError, Refusal):
 
 @pytest.fixture
 def told_on_purpose() -> None:
-    """For a test that tells a secret to see what becomes of it."""
+    """For a test that shows a secret on purpose."""
 
 
 def pytest_runtest_logstart() -> None:
     """Each test has secrets of its own."""
     _MADE.clear()
+    _KNOWN.clear()
     _TOLD.clear()
 
 

@@ -7,12 +7,12 @@ from contextlib import asynccontextmanager
 from types import ModuleType
 from typing import Any
 
-import anyio
 from attrs import frozen
 
 import chutes_proto.sync
 import chutes_proto_asyncio
 import chutes_proto_trio
+from tests.loops import on_loop
 
 KINDS: dict[str, ModuleType] = {
     "sync": chutes_proto.sync,
@@ -54,7 +54,7 @@ def make_client(kind: str, name: str, *arguments: Any, **options: Any) -> Any:
 
 def run(kind: str, work: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
     """Run ``work`` on the loop of that kind; what a synchronous client does needs none."""
-    return without_loop(work()) if kind == "sync" else anyio.run(work, backend=kind)
+    return without_loop(work()) if kind == "sync" else on_loop(kind, work)
 
 
 def without_loop(work: Coroutine[Any, Any, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""What all tests share: Hypothesis profiles, real programs, the test vectors."""
+"""Shared parts of all tests: Hypothesis profiles, real programs, the test vectors."""
 
 from __future__ import annotations
 
@@ -43,6 +43,22 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         for name, text in report.user_properties:
             if name == "figure" and report.when == "call":
                 terminalreporter.write_line(f"{report.location[2]}: {text}")
+
+
+@pytest.fixture(params=["trio", "asyncio"])
+def loop(request: pytest.FixtureRequest) -> str:
+    """The name of an event loop: a test that asks for it is run for each."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture
+def anyio_backend(loop: str) -> str:
+    """Runs ``async def`` tests that are marked ``anyio`` on each event loop, where it is `loop` that they run on.
+
+    Those marked ``trio`` are pytest-trio's, and run on trio.
+    """
+    return loop
 
 
 @pytest.fixture(scope="session")

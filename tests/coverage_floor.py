@@ -18,9 +18,9 @@ from coverage import Coverage
 
 COUNTS = ("num_statements", "covered_lines", "num_branches", "covered_branches")
 EDGE = ("io", "cli", "__main__")
-"""What is not core in the core package: I/O, tested as programs and over real sockets."""
+"""Parts of the core package that are not core: I/O, tested as programs and over real sockets."""
 WHOLE = ("auth", "keys", "quote", "units", "wire")
-"""Packages of which the tests take every branch: a rule that nothing tries is not kept."""
+"""Packages of which the tests cover every branch: an untested rule is not kept."""
 
 
 def room_of(file: str) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""What a TD meets of its kernel and its host, within a virtual machine that is none: a program for its initramfs.
+"""A TD's kernel and host, simulated within a virtual machine that is not a TD: a program for its initramfs.
 
 It makes ``/dev/tdx_guest`` a character device in user space (CUSE), whose ``ioctl`` gives a TDREPORT, and hands on what
 comes in by vsock to the quote generation service outside, from the second report on: until then nobody listens.

@@ -1,8 +1,8 @@
-"""What a TD's kernel offers to make quotes, as a file system in user space: configfs-TSM and the TDX guest device.
+"""A TD's kernel interfaces for quotes, as a file system in user space: configfs-TSM and the TDX guest device.
 
-Programs meet it as they meet the kernel: ``mkdir`` makes an entry's attributes, ``rmdir`` takes them away, a write is
-taken when the file is closed and its fate is told to nobody, a read of ``outblob`` has the quote made and blocks for so
-long, ``ioctl`` gives a TDREPORT. The simulated platform quotes. What goes wrong is put in `GuestKernel.faults`.
+It behaves as the kernel does: ``mkdir`` makes an entry's attributes, ``rmdir`` removes them, a write takes effect when
+the file is closed and its result is not reported, a read of ``outblob`` has the quote made and blocks meanwhile,
+``ioctl`` returns a TDREPORT. The simulated platform makes the quotes. `GuestKernel.faults` has the faults.
 
 Source: Linux ``drivers/virt/coco/tsm.c``, ``drivers/virt/coco/tdx-guest``, ``fs/configfs/file.c`` for what it does;
 ``include/uapi/linux/fuse.h`` for how it says so.
@@ -107,7 +107,7 @@ class GuestKernel:
                 answer, error = self._answer(opcode, node, request[40:]), 0
             except OSError as exc:
                 answer, error = b"", exc.errno or errno.EIO
-            except Exception:  # noqa: BLE001 - whoever waits for the answer could not even be killed
+            except Exception:  # noqa: BLE001 - a process that waits for the answer could not even be killed
                 traceback.print_exc()
                 answer, error = b"", errno.EIO
             try:
@@ -273,6 +273,6 @@ def guest_kernel(mountpoint: Path, quote: Callable[[bytes], bytes] | None = None
             yield kernel
         finally:
             _ = libc.umount2(bytes(mountpoint), _MNT_DETACH)
-            server.join(20)
+            server.join(60)
     finally:
         os.close(descriptor)

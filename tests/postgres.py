@@ -1,8 +1,8 @@
 """A PostgreSQL for the tests: the one that ``CHUTES_PROTO_TEST_POSTGRES`` names, or a private one.
 
-A private one is a cluster made with the installed programs: it lives in a temporary folder, listens on a Unix socket
-there, asks for a password, and ends with the tests. PostgreSQL does not run as root, so root gives it to another user.
-A standby of it and a pgbouncer before it are private in the same way.
+A private one is a cluster made with the installed programs: it lives in a temporary folder, in memory where there is
+room, listens on a Unix socket there, asks for a password, and ends with the tests. PostgreSQL does not run as root, so
+root gives it to another user. A standby of it and a pgbouncer before it are private in the same way.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import psycopg
+
+from tests.waiting import wait_until
 
 VARIABLE = "CHUTES_PROTO_TEST_POSTGRES"
 PASSWORD = "canary-password-of-the-database"
@@ -45,7 +46,7 @@ class Cluster:
     ) -> None:
         self._programs = programs
         self._settings = settings or {}
-        self.folder = Path(tempfile.mkdtemp(prefix="chutes-proto-pg-"))
+        self.folder = Path(tempfile.mkdtemp(prefix="chutes-proto-pg-", dir=_memory()))
         self._as: dict[str, Any] = {"cwd": self.folder}
         self._process: subprocess.Popen[bytes] | None = None
         if os.geteuid() == 0:
@@ -80,6 +81,7 @@ class Cluster:
             "max_connections": "120",
             "shared_buffers": "32MB",
             "wal_level": "minimal",
+            "max_wal_size": "128MB",
             "max_wal_senders": "0",
             "log_min_messages": "fatal",
             **self._settings,
@@ -95,24 +97,31 @@ class Cluster:
         process: subprocess.Popen[bytes] = subprocess.Popen(
             [*deathbed, *command], stderr=subprocess.DEVNULL, **self._as
         )
-        until = time.monotonic() + 60
-        while True:
-            try:
+
+        def answers() -> bool:
+            assert process.poll() is None, f"{command[0]} does not start"
+            with suppress(psycopg.OperationalError):
                 psycopg.connect(url).close()
-                return process
-            except psycopg.OperationalError:
-                assert process.poll() is None, f"{command[0]} does not start"
-                assert time.monotonic() < until, f"{command[0]} does not answer"
-            time.sleep(0.02)
+                return True
+            return False
+
+        _ = wait_until(answers)
+        return process
 
     def stop(self, number: signal.Signals = signal.SIGINT) -> None:
         """End it: SIGINT (fast), SIGQUIT (at once, with recovery at the next start), SIGKILL (the same, as a crash)."""
         if self._process is not None:
+            children = children_of(self._process.pid)
             self._process.send_signal(number)
             self._process.wait(60)
             self._process = None
-            if number is signal.SIGKILL:
-                time.sleep(0.3)  # its children notice, and end
+            # After a SIGKILL its children notice, and end: until then no other server may have the cluster.
+            _ = wait_until(lambda: not any(map(is_running, children)))
+
+    def processes(self) -> list[int]:
+        """The process of the server, and those of its sessions and workers."""
+        assert self._process is not None
+        return [self._process.pid, *children_of(self._process.pid)]
 
     def remove(self) -> None:
         self.stop(signal.SIGQUIT)
@@ -170,6 +179,25 @@ class Pooler:
     def close(self) -> None:
         self._process.kill()
         self._process.wait(60)
+
+
+def _memory() -> str | None:
+    """A file system in memory with room for clusters: each commit waits for the disk, and no test ends the machine."""
+    place = Path("/dev/shm")
+    return str(place) if place.is_dir() and shutil.disk_usage(place).free > 2 << 30 else None
+
+
+def children_of(process: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+def is_running(process: int) -> bool:
+    """It has not ended. One that has may still be listed, as a zombie."""
+    try:
+        status = Path(f"/proc/{process}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return status.rpartition(")")[2].split()[0] not in "ZX"
 
 
 def _is_user(name: str) -> bool:

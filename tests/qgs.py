@@ -71,4 +71,4 @@ def listening(listener: socket.socket, serve: Callable[[socket.socket], None]) -
     finally:
         listener.shutdown(socket.SHUT_RDWR)
         listener.close()
-        thread.join(20)
+        thread.join(60)

@@ -1,4 +1,4 @@
-"""What the boot agent must not import: a whole boot, by the command as it is installed, with real `cryptsetup`."""
+"""Imports of the boot agent in a whole boot, by the installed command, with real `cryptsetup`."""
 
 from __future__ import annotations
 

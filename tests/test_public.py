@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import attrs
 import pytest
 
 import chutes_proto.sync
@@ -35,11 +36,13 @@ def callables(value: Any) -> Iterator[Any]:
         return
     yield value
     if inspect.isclass(value):
+        if attrs.has(value):
+            yield value.__init__
         for name, member in inspect.getmembers_static(value):
             if name.startswith("_") and not name.endswith("__"):
                 continue
             function = inspect.unwrap(getattr(member, "fget", None) or getattr(member, "__func__", member))
-            if inspect.isfunction(function) and "/chutes_proto" in function.__code__.co_filename:  # not of attrs
+            if inspect.isfunction(function) and "/chutes_proto" in function.__code__.co_filename:  # others are of attrs
                 yield function
 
 

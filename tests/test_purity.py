@@ -53,7 +53,7 @@ ASYNC_FILES = frozenset({"chutes_proto.effects", "chutes_proto.transport.asgi"})
 YIELD_FILES = frozenset({"chutes_proto.effects", "chutes_proto.store.rows"})
 """Where a bare ``yield`` makes an effect or a row operation; anywhere else it would bypass their types.
 
-Except in a context manager, which is no flow.
+Context managers are not flows, and may.
 """
 
 NEVER_IMPORTS: dict[str, tuple[str, ...]] = {
@@ -150,7 +150,7 @@ def _is_context_manager(node: ast.AST) -> bool:
 
 
 def violations(module: str, source: str, *, is_package: bool = False) -> list[str]:
-    """What the module, by its dotted name, does that it must not: one ``line: what`` each."""
+    """Return the violations of a module, by its dotted name: one ``line: what`` each."""
     tree = ast.parse(source)
     package = module if is_package else module.rpartition(".")[0]
     imports = imported_names(tree, package)
@@ -188,7 +188,7 @@ LOAD = "class Policy:\n  def load():\n    "
         ("chutes_proto.units.boot", "from chutes_proto import cli", "is not pure"),
         ("chutes_proto.units.boot", "from ..io.stores import sqlite", "imports chutes_proto.io.stores.sqlite"),
         ("chutes_proto.units.boot", "from .. import io", "imports chutes_proto.io"),
-        ("chutes_proto.testing._network", "import chutes_proto_trio", "is not pure"),
+        ("chutes_proto.testing._playbook", "import chutes_proto_trio", "is not pure"),
         ("chutes_proto.server._asgi", "from chutes_proto.io import files\ndef asgi_app(): ...", "1: imports"),
         ("chutes_proto.server._asgi", "def another():\n  from chutes_proto.io import files", "is not pure"),
         ("chutes_proto.server._app", "def asgi_app():\n  from chutes_proto.io import files", "is not pure"),

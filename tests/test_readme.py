@@ -62,7 +62,7 @@ def test_the_verifier_of_the_readme_returns_what_the_policy_accepts(vectors, tmp
     collateral, policy = Path("collateral.json"), Path("policy.toml")
 
     def told(quote, expected):
-        """What the example prints; nothing where there is a verdict, which it is then."""
+        """Return the verdict of the example, or the text that it prints."""
         names: dict[str, Any] = {"quote": quote, "now": now, "expected": expected}
         exec(block(1), names)
         return names.get("verdict") or capsys.readouterr().out

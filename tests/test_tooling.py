@@ -62,7 +62,7 @@ def test_the_command_and_the_module_are_installed() -> None:
     for command in ([Path(sys.executable).parent / "chutes-proto"], [sys.executable, "-m", "chutes_proto"]):
         done = subprocess.run([*command, "--help"], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.startswith("usage: chutes-proto ")
+        assert done.stdout.startswith("Usage: chutes-proto ")
 
 
 def test_each_package_is_marked_as_typed() -> None:

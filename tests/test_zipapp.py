@@ -61,7 +61,7 @@ def after(statement: str) -> tuple[str, ...]:
 
 def test_it_is_the_agent_and_nothing_else(agent: Path) -> None:
     assert run(agent, "--version")[:2] == (0, "chutes-proto 0.1.0\n")
-    assert run(agent, "agent", "run", "--help")[1].startswith("usage: chutes-proto agent run")
+    assert run(agent, "agent", "run", "--help")[1].startswith("Usage: chutes-proto agent run")
     code, _, complaint = run(agent, "serve")
     assert code == 2
     assert "invalid choice: 'serve'" in complaint
@@ -96,7 +96,7 @@ def test_a_python_without_cryptography_is_told(agent: Path, tmp_path: Path, more
     [
         ("/nowhere/python3", "cannot be run: No such file or directory"),
         ("echo 3.9.18 False", "is Python 3.9.18; the agent needs Python 3.11 or newer"),
-        ("false", "is no Python that runs"),
+        ("false", "does not run as Python"),
     ],
 )
 def test_a_target_that_is_none(tmp_path: Path, python: str, why: str) -> None:
@@ -176,12 +176,12 @@ def test_all_that_is_in_it_can_be_imported(agent: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_simulated_platform_is_told_not_to_be_in_it(agent: Path) -> None:
+def test_a_missing_simulated_platform_is_reported(agent: Path) -> None:
     make = "from chutes_proto.io.quoters.choose import make_quoter; make_quoter('simulated:/tmp')"
     code = f"import sys; sys.path.insert(0, {str(agent)!r}); {make}"
     done = subprocess.run([SYSTEM, "-I", "-c", code], capture_output=True, text=True, env={}, check=False)
     assert done.stderr.splitlines()[-1].startswith(
-        "chutes_proto.errors.ConfigurationError: the simulated platform is not"
+        "chutes_proto.errors.ConfigurationError: quoter: this agent has no simulated platform"
     )
 
 

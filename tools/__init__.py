@@ -1,1 +1,1 @@
-"""What builds and checks the project, beside its packages."""
+"""Tools that build and check the project."""

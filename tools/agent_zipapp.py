@@ -1,14 +1,14 @@
 """The boot agent as one file: ``python -m tools.agent_zipapp OUT --python TARGET``, or ``make zipapp``.
 
-The file runs with the target's own Python, 3.11 or newer, and cryptography, 38 or newer; all else that it
-needs is in it, pure Python, with byte code for the target beside the source.
+The file runs with the target's own Python, 3.11 or newer, and cryptography, 38 or newer; it contains everything else
+that it needs, in pure Python, with byte code for the target beside the source.
 
 Rules kept here:
 
-* what is in it follows from the imports of its commands: a module that needs what is not there is left out;
-* byte code is bound to its source by nothing but this file (PEP 552, unchecked), so it counts whatever the clock says;
-* the same sources and the same target make the same bytes: names sorted, times from ``SOURCE_DATE_EPOCH``, nothing
-  compressed, since an initramfs is.
+* its content follows from the imports of its commands: a module that needs a missing package is left out;
+* byte code is not checked against its source (PEP 552, unchecked), so that it is valid whatever the clock shows;
+* the same sources and the same target give the same bytes: names sorted, times from ``SOURCE_DATE_EPOCH``, and no
+  compression, because an initramfs is compressed.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 PACKAGE = "chutes_proto"
-ROOTS = (f"{PACKAGE}.cli.main", f"{PACKAGE}.cli.agent")
+ROOTS = (f"{PACKAGE}.cli.main", f"{PACKAGE}.cli.agent.running")
 BUNDLED = ("attr", "attrs", "cattrs", "h11", "typing_extensions")
 LEFT_OUT = frozenset({"preconf", "strategies", "tests"})
 """Folders of bundled packages that no command imports."""
 THERE = ("cryptography",)
-"""What the target's own packages have."""
+"""Packages of the target."""
 
 OLDEST = (3, 11)
 NEEDED = f"the agent needs Python {OLDEST[0]}.{OLDEST[1]} or newer"
@@ -43,12 +43,13 @@ if sys.version_info < {OLDEST}:
     sys.stderr.write("chutes-proto: this is Python %d.%d; {NEEDED}\\n" % sys.version_info[:2])
     sys.exit(2)
 
-from {PACKAGE}.cli.main import main
+from {PACKAGE}.cli.agent import main_of_file
+from {PACKAGE}.cli.main import guarded
 
-sys.exit(main(commands=("agent",)))
+sys.exit(guarded(main_of_file, sys.argv[1:]))
 """
-"""What an older Python can read too."""
-_FIRST_TIME = 315_532_800  # 1980-01-01, before which a ZIP file has no times
+"""Code that older Pythons can read too."""
+_FIRST_TIME = 315_532_800  # 1980-01-01, the first time that a ZIP file can have
 
 
 def build(out: Path, python: str) -> None:
@@ -66,33 +67,33 @@ def build(out: Path, python: str) -> None:
 def _gather(tree: Path) -> None:
     for name in sorted(modules()):
         source = _source(name)
-        _copy(source, tree / Path(*name.split(".")) / source.name if _is_package(source) else _place(tree, name))
+        _copy(source, tree / Path(*name.split(".")) / source.name if _is_package(source) else _target_path(tree, name))
     for bundled in BUNDLED:
         origin = _source(bundled)
         if not _is_package(origin):
-            _copy(origin, _place(tree, bundled))
+            _copy(origin, _target_path(tree, bundled))
             continue
         for source in sorted(origin.parent.rglob("*.py")):
-            place = source.relative_to(origin.parent)
-            if LEFT_OUT.isdisjoint(place.parts):
-                _copy(source, tree / bundled / place)
+            path = source.relative_to(origin.parent)
+            if LEFT_OUT.isdisjoint(path.parts):
+                _copy(source, tree / bundled / path)
     _ = (tree / "__main__.py").write_text(MAIN, "utf-8")
 
 
-def _place(tree: Path, name: str) -> Path:
+def _target_path(tree: Path, name: str) -> Path:
     return tree.joinpath(*name.split(".")).with_suffix(".py")
 
 
-def _copy(source: Path, place: Path) -> None:
-    place.parent.mkdir(parents=True, exist_ok=True)
-    _ = shutil.copyfile(source, place)
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _ = shutil.copyfile(source, target)
 
 
 def _compile(tree: Path, python: str) -> None:
-    """Put ``module.pyc`` beside each ``module.py``, where `zipimport` looks first; no path of this machine is in it.
+    """Put ``module.pyc`` beside each ``module.py``, where `zipimport` looks first; it has no path of this machine.
 
-    Without docstrings and columns, which nobody reads in an initramfs: they would be in memory. Nor with assertions, of
-    which the project has none.
+    Docstrings and column numbers are left out: in an initramfs they would only take memory. So are assertions, which
+    the project does not use.
     """
     options = ["-q", "-b", "-o", "2", "--invalidation-mode", "unchecked-hash", "-s", str(tree)]
     command = [python, "-s", "-X", "no_debug_ranges", "-m", "compileall", *options, str(tree)]
@@ -111,11 +112,11 @@ def _pack(tree: Path, out: Path, python: str) -> None:
     out.chmod(0o755)
 
 
-# --- what is in it ---
+# --- content ---
 
 
 def modules() -> set[str]:
-    """The modules of the project that the commands need, with their packages."""
+    """Return the modules of the project that the commands need, with their packages."""
     found: set[str] = set()
     waiting = [*ROOTS]
     while waiting:
@@ -130,7 +131,7 @@ def modules() -> set[str]:
 
 
 def _fits(name: str) -> bool:
-    """Whether all that is imported when a module is, is there."""
+    """Return whether everything that a module imports, directly or not, is available."""
     allowed = {PACKAGE, *BUNDLED, *THERE, *sys.stdlib_module_names}
     needed: set[str] = set()
     waiting = [name]
@@ -142,7 +143,7 @@ def _fits(name: str) -> bool:
 
 
 def _imports(name: str, *, later: bool = True) -> list[str]:
-    """The modules that a module imports, when it is imported or also ``later``, but not for types alone."""
+    """Return the modules that a module imports, at once or also ``later``, but not for types alone."""
     tree = ast.parse(_source(name).read_bytes())
     return [found for node in _statements(tree, later=later) for found in _named(node)]
 
@@ -184,7 +185,7 @@ def _is_package(source: Path) -> bool:
 def _source(name: str) -> Path:
     spec = find_spec(name)
     if spec is None or spec.origin is None:
-        raise FileNotFoundError(f"there is no module {name}")
+        raise FileNotFoundError(f"module {name} not found; install the project first: make install")
     return Path(spec.origin)
 
 
@@ -197,12 +198,12 @@ def main() -> None:
     options = parser.parse_args()
     version, cryptography = _target(options.python)
     build(options.out, options.python)
-    there = f"cryptography {cryptography} there" if cryptography else "no cryptography there"
-    print(f"{options.out}: {options.out.stat().st_size // 1024} KiB, byte code for Python {version}, {there}")
+    has = f"which has cryptography {cryptography}" if cryptography else "which lacks cryptography (install 38 or newer)"
+    print(f"{options.out}: {options.out.stat().st_size // 1024} KiB, byte code for Python {version}, {has}")
 
 
 def _target(python: str) -> tuple[str, str]:
-    """The versions of an interpreter that can run the agent, and of its cryptography, which may be missing."""
+    """Return the versions of an interpreter that can run the agent, and of its cryptography, empty if missing."""
     ask = f"import sys; print(sys.version.split()[0], sys.version_info >= {OLDEST})"
     ask += "; import cryptography; print(cryptography.__version__)"
     try:
@@ -215,7 +216,7 @@ def _target(python: str) -> tuple[str, str]:
         case [version, *_]:
             sys.exit(f"{python} is Python {version}; {NEEDED}")
         case _:
-            sys.exit(f"{python} is no Python that runs")
+            sys.exit(f"{python} does not run as Python; name the target's interpreter (make zipapp TARGET_PYTHON=…)")
 
 
 if __name__ == "__main__":

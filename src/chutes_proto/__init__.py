@@ -10,7 +10,7 @@ This is the front: the few names that most programs need. The rest is in the pub
 * ``chutes_proto.testing``: a simulated platform, playbooks, the contract of a store;
 * ``chutes_proto.errors``, ``chutes_proto.secret``, ``chutes_proto.log``.
 
-Nothing but ``chutes_proto.io`` and the commands opens a socket, reads a clock or draws randomness. Names are imported
+Only ``chutes_proto.io`` and the commands open sockets, read clocks or draw randomness. Names are imported
 when they are first used, so ``import chutes_proto.quote`` stays cheap.
 """
 
@@ -37,14 +37,5 @@ else:
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "ChutesError",
-    "Level",
-    "Record",
-    "Refusal",
-    "Refused",
-    "Secret",
-    "TransportError",
-    "Unavailable",
-    "VerificationError",
-]
+__all__ = ["ChutesError", "Refusal", "Refused", "TransportError", "Unavailable", "VerificationError"]
+__all__ += ["Level", "Record", "Secret"]

@@ -45,14 +45,14 @@ class Problem:
 
 
 class ProblemsError(ValueError):
-    """Lists all problems of a value."""
+    """A value with problems, all of which ``problems`` lists."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = tuple(problems)[:MOST]
         super().__init__("; ".join(map(str, self.problems)))
 
     def at(self, place: int | str) -> list[Problem]:
-        """The same problems, seen from the value that has this one at ``place``."""
+        """The same problems, with ``place`` in front of their paths."""
         return [attrs.evolve(problem, path=(place, *problem.path)) for problem in self.problems]
 
 
@@ -97,20 +97,20 @@ class StrictConverter:
         self._omit_none = omit_none
 
     def structure(self, value: object, kind: type[T]) -> T:
-        """``value`` as a ``kind``. Raises `ProblemsError`."""
+        """Convert plain data to a ``kind``. Raises `ProblemsError`."""
         try:
             return self._fast.structure(value, kind)
         except self._failures:
             return self._detailed.structure(value, kind)
 
     def unstructure(self, value: object) -> Any:
-        """``value`` as plain data."""
+        """Convert ``value`` to plain data."""
         return self._fast.unstructure(value)
 
     def from_toml(self, data: bytes, kind: type[T], check: Callable[[T], Iterable[str]]) -> T:
-        """The ``kind`` in a TOML file.
+        """Read a ``kind`` from a TOML file.
 
-        Raises `ProblemsError` with all that is wrong with its form, or else with all that ``check`` finds.
+        Raises `ProblemsError` with all problems of its form, or else with all that ``check`` finds.
         """
         made = self.structure(load_toml(data), kind)
         if problems := [Problem((), "value_error", text) for text in check(made)]:
@@ -223,7 +223,7 @@ class StrictConverter:
 
 
 def load_toml(data: bytes) -> dict[str, object]:
-    """The content of a TOML file. Raises `ProblemsError`."""
+    """Parse a TOML file. Raises `ProblemsError`."""
     try:
         return tomllib.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as exc:
@@ -231,7 +231,7 @@ def load_toml(data: bytes) -> dict[str, object]:
 
 
 def exactly(wanted: type[T], error: str, msg: str) -> Callable[..., T]:
-    """A hook for values of just this type."""
+    """Make a hook for values of exactly this type."""
 
     def hook(value: object, kind: object = wanted) -> T:
         if type(value) is not wanted or kind is not wanted:  # cattrs asks this hook for subclasses too
@@ -242,7 +242,7 @@ def exactly(wanted: type[T], error: str, msg: str) -> Callable[..., T]:
 
 
 def list_of(item: Callable[[object], T]) -> Callable[..., tuple[T, ...]]:
-    """A hook that makes a tuple of a list."""
+    """Make a hook that converts a list to a tuple."""
 
     def hook(value: object, _: object = None) -> tuple[T, ...]:
         return tuple(_each(enumerate(_list(value)), item))
@@ -251,7 +251,7 @@ def list_of(item: Callable[[object], T]) -> Callable[..., tuple[T, ...]]:
 
 
 def literal(*values: str) -> Hook:
-    """A hook for one of a few words."""
+    """Make a hook for one of a few words."""
     choices = " or ".join(f'"{value}"' for value in values)
 
     def hook(value: object, _: object) -> str:
@@ -263,7 +263,7 @@ def literal(*values: str) -> Hook:
 
 
 def number(value: object, _: object) -> float:
-    """A finite number: neither JSON nor TOML needs to tell 1 from 1.0."""
+    """Convert a finite number: neither JSON nor TOML needs to tell 1 from 1.0."""
     try:
         if type(value) in (int, float) and isfinite(made := float(cast("float", value))):
             return made
@@ -301,7 +301,7 @@ def _mapping_of(item: Callable[[object], T], *, tell_names: bool) -> Hook:
 
 
 def _each(members: Iterable[tuple[int | str, object]], item: Callable[[object], T]) -> list[T]:
-    """What ``item`` makes of each at its place."""
+    """Convert each member by ``item``, with its place in the path of its problems."""
     made: list[T] = []
     problems: list[Problem] = []
     for place, member in members:

@@ -1,4 +1,4 @@
-"""Names that a package imports when they are first used (PEP 562), so that importing the package costs nothing."""
+"""Import a package's names when they are first used (PEP 562), so that importing the package costs nothing."""
 
 from __future__ import annotations
 
@@ -23,3 +23,13 @@ def lazily(package: MutableMapping[str, Any], modules: dict[str, str]) -> Callab
 
     package["__dir__"] = lambda: [*package, *homes]
     return resolve
+
+
+class LazyModule:
+    """A module that is imported at the first use of its names: for annotations, which only get_type_hints evaluates."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(import_module(self._name), name)

@@ -1,4 +1,4 @@
-"""Flows and effects: functions that say what they need from the outside world and never fetch it themselves.
+"""Flows and effects: functions that ask for what they need from the outside world and never fetch it themselves.
 
 A flow is a plain generator. ``reply = yield from Effect(...)`` asks for one of the closed list of effects below; all
 the rest of a flow is arithmetic. `run` and `run_async` drive a flow with a ``perform`` that carries effects out.
@@ -17,14 +17,20 @@ from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
 from attrs import frozen
 
+from chutes_proto._lazy import LazyModule
+from chutes_proto.log import Record
+from chutes_proto.wire.http import Headers, HttpRequest, HttpResponse
+
 if TYPE_CHECKING:
-    from chutes_proto.log import Record
-    from chutes_proto.luks.disk import Disk
-    from chutes_proto.luks.plan import Action, Keys
-    from chutes_proto.quote._collateral import VerifiedCollateral
-    from chutes_proto.quote._pck import PckIdentity
-    from chutes_proto.store._run import Unit
-    from chutes_proto.wire.http import Headers, HttpRequest, HttpResponse
+    from chutes_proto import quote, store
+    from chutes_proto.luks import disk, plan
+else:  # a client has no use for the modules of most effects; their types resolve all the same
+    disk, plan = LazyModule("chutes_proto.luks.disk"), LazyModule("chutes_proto.luks.plan")
+    quote, store = LazyModule("chutes_proto.quote"), LazyModule("chutes_proto.store")
+
+__all__ = ["Effect", "Flow", "run", "run_async"]
+__all__ += ["ActOnDisk", "Entropy", "FetchCollateral", "FetchEvidence", "Get", "InspectDisk", "Log", "MakeQuote"]
+__all__ += ["NextServer", "Now", "Resolve", "Send", "Sleep", "Transact", "Uptime"]
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -41,14 +47,14 @@ class Effect(Generic[T_co]):
 
 
 Flow: TypeAlias = Generator[Effect[Any], Any, T]
-"""What a flow is: it yields effects, is sent replies, and returns ``T``."""
+"""The type of a flow: it yields effects, is sent replies, and returns ``T``."""
 
 
 @frozen
-class Send(Effect["HttpResponse"]):
+class Send(Effect[HttpResponse]):
     """Send one HTTP request to the server that the driver was made for, and reply with its whole answer.
 
-    Raises `TransportError` in the flow when there is no answer; never for a status.
+    Raises `TransportError` in the flow without an answer; never for a status.
     """
 
     request: HttpRequest
@@ -56,17 +62,17 @@ class Send(Effect["HttpResponse"]):
 
 @frozen
 class NextServer(Effect[str]):
-    """From now on `Send` goes to the next of the servers that the driver was made for; the reply is its origin.
+    """Direct `Send` to the next of the servers that the driver was made for; the reply is its origin.
 
     The first follows the last. Only a driver for several servers carries it out.
     """
 
 
 @frozen
-class Get(Effect["HttpResponse"]):
+class Get(Effect[HttpResponse]):
     """GET a URL of any service, following no redirect, and reply with the whole answer.
 
-    Raises `TransportError` in the flow when there is no answer; never for a status.
+    Raises `TransportError` in the flow without an answer; never for a status.
     """
 
     url: str
@@ -74,7 +80,7 @@ class Get(Effect["HttpResponse"]):
 
 @frozen
 class MakeQuote(Effect[bytes]):
-    """Have the platform quote 64 bytes of report data; the reply is the quote. Raises `QuoteUnavailable`."""
+    """Quote 64 bytes of report data on the platform; the reply is the quote. Raises `QuoteUnavailable`."""
 
     report_data: bytes
 
@@ -88,43 +94,43 @@ class Sleep(Effect[None]):
 
 @frozen
 class Now(Effect[int]):
-    """The wall clock, in whole unix seconds."""
+    """Read the wall clock, in whole unix seconds."""
 
 
 @frozen
 class Uptime(Effect[float]):
-    """A clock in seconds that never steps; only differences mean anything. `HttpRequest.arrived` is on this clock."""
+    """Read a clock in seconds that never steps; only differences mean anything. `HttpRequest.arrived` is on it."""
 
 
 @frozen
 class Entropy(Effect[bytes]):
-    """This many bytes from the operating system's random source. The reply is secret unless the flow says otherwise."""
+    """Draw ``size`` bytes from the operating system's random source. The reply is secret unless the flow reveals it."""
 
     size: int
 
 
 @frozen
-class FetchCollateral(Effect["VerifiedCollateral"]):
-    """Verified collateral for the platform of a quote whose PCK chain was checked. Raises `CollateralUnavailable`."""
+class FetchCollateral(Effect["quote.VerifiedCollateral"]):
+    """Get verified collateral for the platform of a quote with a checked PCK chain. Raises `CollateralUnavailable`."""
 
-    identity: PckIdentity
+    identity: quote.PckIdentity
     now: int
 
 
 @frozen
 class Resolve(Effect[tuple[str, ...]]):
-    """All IP addresses of a host name; none where it has none. Raises `TransportError` where nobody can tell in 5 s."""
+    """Resolve a host name to all its IP addresses, none if it has none. Raises `TransportError` after 5 seconds."""
 
     name: str
 
 
 @frozen
-class FetchEvidence(Effect["tuple[HttpResponse, bytes]"]):
+class FetchEvidence(Effect[tuple[HttpResponse, bytes]]):
     """GET ``target`` from a host's very ``address``, over TLS, and reply with the whole answer and its certificate.
 
-    Nothing is resolved: ``host`` is only told to the peer, as the name in SNI and Host. Whose the certificate (DER) is
-    stays for the flow to judge; that the peer holds its key, TLS has shown. Follows no redirect, takes at most
-    ``seconds``. Raises `TransportError` in the flow when there is no answer; never for a status.
+    Nothing is resolved: ``host`` is only the name in SNI and Host. TLS shows that the peer holds the key of the
+    certificate (DER); the flow decides whose it is. Follows no redirect, takes at most ``seconds``. Raises
+    `TransportError` in the flow without an answer; never for a status.
     """
 
     address: str
@@ -137,36 +143,36 @@ class FetchEvidence(Effect["tuple[HttpResponse, bytes]"]):
 
 @frozen
 class Transact(Effect[T_co]):
-    """Run one unit as one serializable transaction; the reply is what its script returns.
+    """Run one unit as one serializable transaction; the reply is the result of its script.
 
-    What the script raises comes out unchanged after a roll-back. Raises `StoreError` when the store is at fault;
+    An error of the script comes out unchanged after a roll-back. Raises `StoreError` when the store is at fault;
     `StoreBusy`, when trying again may help.
     """
 
-    unit: Unit[T_co]
+    unit: store.Unit[T_co]
 
 
 @frozen
-class InspectDisk(Effect["Disk"]):
-    """Look what a disk holds and write nothing. Raises `DiskError`; `HeaderRejected`, for a LUKS header not allowed."""
+class InspectDisk(Effect["disk.Disk"]):
+    """Classify a disk without writing. Raises `DiskError`; `HeaderRejected` for a LUKS header that is not allowed."""
 
     device: str
 
 
 @frozen
 class ActOnDisk(Effect[T_co]):
-    """Carry out one action of a plan with the keys that it names; the reply is as the action says.
+    """Carry out one action of a plan with the keys that it names; the reply is the action's ``T_co``.
 
-    Raises `DiskError`; what was on the disk is then still there, and every key that opened it still does.
+    Raises `DiskError`; the content of the disk is then still there, and every key that opened it still does.
     """
 
-    action: Action[T_co]
-    keys: Keys
+    action: plan.Action[T_co]
+    keys: plan.Keys
 
 
 @frozen
 class Log(Effect[None]):
-    """Tell the operator. A record never holds a secret."""
+    """Log a record for the operator; it never holds a secret."""
 
     record: Record
 

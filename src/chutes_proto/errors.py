@@ -1,17 +1,17 @@
-"""The tree of errors. A test holds it against the classes::
+"""The tree of errors, which a test compares with the classes::
 
     ChutesError
-    ├── LocalProtocolError             you called us wrong
-    │   └── ConfigurationError         a file of yours says something it cannot say
+    ├── LocalProtocolError             the library was called wrongly
+    │   └── ConfigurationError         a configuration file or option is wrong
     │       ├── FileUnavailable        … or cannot be read or written
-    │       ├── HandoverRejected       … or what `agent run` left is not for use now
+    │       ├── HandoverRejected       … or the key hand-off of `agent run` is not valid now
     │       └── NotInMemory            … or would have a secret written to a disk
     ├── RemoteProtocolError            the peer's bytes are not the protocol
-    │   └── UpstreamError              … or a collateral service's answer is of no use
-    ├── Refusal                        an answer of the server that is no grant
+    │   └── UpstreamError              … or a collateral service's answer cannot be used
+    ├── Refusal                        an answer of the server that is not a grant
     │   ├── BadRequest                 400, 405, 408, 413, 422, 431: the request itself
     │   ├── Refused                    401, 403, 404, 409: this caller, quote, token or name; final
-    │   └── Unavailable                429, 5xx: not now; ``retry_after`` says when
+    │   └── Unavailable                429, 5xx: retry later, after ``retry_after`` seconds
     ├── TransportError                 no answer; ``maybe_delivered`` says whether the request may have arrived
     ├── QuoteUnavailable               this machine cannot make a quote
     │   └── SignatureUnavailable       … or the program that signs gives no signature
@@ -21,12 +21,12 @@
     ├── BootInterrupted                a signal ended the boot
     ├── StoreError                     the store cannot do its work
     │   └── StoreBusy                  … now; trying again may help
-    ├── KeyUnavailable                 a row is sealed under a key-encryption key that is not at hand
-    ├── SealBroken                     a sealed row does not open: altered, or not the row it says it is
+    ├── KeyUnavailable                 a row is sealed under a KEK that is not available
+    ├── SealBroken                     a sealed row does not open: altered, or another row's
     └── QuoteError                     ``chutes_proto.quote.errors`` has its branches
 
-The server raises a `Refusal` and answers with it; the client turns the answer back into an equal one. What the peer may
-know is in ``detail`` and ``code``, what only the operator reads is in ``reason``.
+The server raises a `Refusal` and answers with it; the client turns the answer back into an equal one. ``detail`` and
+``code`` are for the peer, ``reason`` is for the operator only.
 """
 
 from __future__ import annotations
@@ -38,45 +38,22 @@ from chutes_proto._error import ChutesError
 from chutes_proto.quote.errors import QuoteError
 from chutes_proto.wire.codes import Code
 
-__all__ = [
-    "BadRequest",
-    "BootInterrupted",
-    "ChutesError",
-    "CollateralUnavailable",
-    "ConfigurationError",
-    "DiskError",
-    "FileUnavailable",
-    "HandoverRejected",
-    "HeaderRejected",
-    "KeyUnavailable",
-    "LocalProtocolError",
-    "NotInMemory",
-    "QuoteError",
-    "QuoteUnavailable",
-    "Refusal",
-    "Refused",
-    "RemoteProtocolError",
-    "SealBroken",
-    "SignatureUnavailable",
-    "StoreBusy",
-    "StoreError",
-    "TransportError",
-    "Unavailable",
-    "UpstreamError",
-    "ValidationProblem",
-    "refusal",
-]
+__all__ = ["ChutesError", "ConfigurationError", "FileUnavailable", "LocalProtocolError", "NotInMemory"]
+__all__ += ["BadRequest", "Refusal", "Refused", "RemoteProtocolError", "TransportError", "Unavailable", "UpstreamError"]
+__all__ += ["BootInterrupted", "DiskError", "HandoverRejected", "HeaderRejected"]
+__all__ += ["QuoteUnavailable", "SignatureUnavailable", "ValidationProblem", "refusal"]
+__all__ += ["CollateralUnavailable", "KeyUnavailable", "QuoteError", "SealBroken", "StoreBusy", "StoreError"]
 
 ValidationProblem = dict[str, object]
 """One problem of a 422: ``{"type": str, "loc": list of str and int, "msg": str}``."""
 
 
 class LocalProtocolError(ChutesError):
-    """The caller used this library in a way it cannot be used."""
+    """The library was called wrongly; the text says how to call it."""
 
 
 class ConfigurationError(LocalProtocolError):
-    """A configuration file or option is wrong; the text names the key and says what it takes."""
+    """A configuration file or option is wrong; the text names the key and its legal values."""
 
 
 class FileUnavailable(ConfigurationError):
@@ -84,22 +61,22 @@ class FileUnavailable(ConfigurationError):
 
 
 class HandoverRejected(ConfigurationError):
-    """What `agent run` left to `agent resume` is not for use now: too old, of another boot, or altered."""
+    """The key hand-off from `agent run` to `agent resume` is not valid now: expired, of another boot, or altered."""
 
 
 class NotInMemory(ConfigurationError):
-    """A file for a secret is on no file system in memory, and the settings do not permit that."""
+    """A file for a secret would be on a disk, and the settings do not permit that."""
 
 
 class RemoteProtocolError(ChutesError):
-    """The peer's bytes are not the protocol."""
+    """The peer's bytes do not follow the protocol."""
 
 
 class UpstreamError(RemoteProtocolError):
-    """What a collateral service answered is of no use.
+    """A collateral service's answer cannot be used.
 
-    ``unknown``: it says that it has nothing for this platform. ``retry_after``: it asks to be left alone for so many
-    seconds (None: it does not).
+    ``unknown``: the service has nothing for this platform. ``retry_after``: the service asks for a pause of this many
+    seconds, or None.
     """
 
     def __init__(self, message: str, *, unknown: bool = False, retry_after: int | None = None) -> None:
@@ -109,7 +86,7 @@ class UpstreamError(RemoteProtocolError):
 
 
 class Refusal(ChutesError):
-    """An answer that is no grant.
+    """An answer of the server that is not a grant.
 
     ``status`` and ``code`` go on the wire with ``detail`` (a text, or the list of problems of a 422); ``reason`` is for
     the operator's log alone. ``recorded``: the server's store keeps it, which bounds how many there can be. On the
@@ -130,7 +107,7 @@ class Refusal(ChutesError):
         super().__init__(code, detail)
         if status is None:
             if not isinstance(code, Code):
-                raise LocalProtocolError("a refusal with a code of another server needs its status")
+                raise LocalProtocolError("a refusal with a code of another server needs a status; pass status=")
             status = code.status
         self.code = code
         self.detail = detail
@@ -155,7 +132,7 @@ class Refused(Refusal):
 
 
 class Unavailable(Refusal):
-    """Not now: a fault or a limit on the server's side; try again after ``retry_after`` seconds."""
+    """A fault or a limit of the server: retry later, after ``retry_after`` seconds."""
 
     def __init__(
         self,
@@ -180,7 +157,7 @@ def refusal(
     retry_after: int = 2,
     request_id: str | None = None,
 ) -> Refusal:
-    """The refusal that an answer with this status is: the one rule of which status is which class."""
+    """Make the refusal of an answer: the one rule of which status is which class."""
     if status >= 500 or status == 429:
         return Unavailable(code, detail, retry_after=retry_after, status=status, request_id=request_id)
     kind = Refused if status in (401, 403, 404, 409) else BadRequest
@@ -188,7 +165,7 @@ def refusal(
 
 
 class TransportError(ChutesError):
-    """There is no answer. ``maybe_delivered``: the request may have reached the server and taken effect."""
+    """The request got no answer. ``maybe_delivered``: it may have reached the server and taken effect."""
 
     def __init__(self, message: str, *, maybe_delivered: bool) -> None:
         super().__init__(message)
@@ -200,11 +177,11 @@ class QuoteUnavailable(ChutesError):
 
 
 class SignatureUnavailable(QuoteUnavailable):
-    """The program that signs with the hotkey gives no signature; the text has its last words."""
+    """The program that signs with the hotkey gives no signature; the text has its last output."""
 
 
 class CollateralUnavailable(ChutesError):
-    """No collateral for a platform: none there, or none that verifies."""
+    """No collateral for a platform is available, or none that verifies."""
 
 
 class DiskError(ChutesError):
@@ -220,7 +197,7 @@ class DiskError(ChutesError):
 
 
 class HeaderRejected(DiskError):
-    """A LUKS2 header says what is not allowed. ``found`` is what it says, ``expected`` what it may say."""
+    """A LUKS2 header has content that is not allowed: ``found`` instead of ``expected``."""
 
     def __init__(self, reason: str, found: object, expected: object, device: str) -> None:
         super().__init__(reason, f"its LUKS2 header is refused ({reason}): found {found}, expected {expected}", device)
@@ -237,15 +214,15 @@ class StoreError(ChutesError):
 
 
 class StoreBusy(StoreError):
-    """The store cannot do its work now; trying again may help."""
+    """The store cannot do its work now; a retry may succeed."""
 
 
 class KeyUnavailable(ChutesError):
-    """A row is sealed under a key-encryption key that this process does not have."""
+    """A row is sealed under a key-encryption key (KEK) that this process does not have."""
 
 
 class SealBroken(ChutesError):
-    """A sealed row does not open under its own key: its bytes were altered, or it is not the row it says it is."""
+    """A sealed row does not open under its own key: its bytes were altered, or it is another row's."""
 
 
 def _problem_text(problem: ValidationProblem) -> str:

@@ -1,4 +1,4 @@
-"""Log records as values. A flow makes them, a binding prints them; nothing secret is ever a field."""
+"""Log records as values. A flow makes them, a driver prints them; no field ever holds a secret."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Value: TypeAlias = "str | int | float | bool | None | list[str]"
 """A value of a log record, as JSON has it."""
 
 LONGEST: Final = 4096
-"""How many characters of a text, or of all texts of a list, are printed: strangers may have a say in how long it is."""
+"""How many characters of a text, or of all texts of a list, are printed: a peer may choose their length."""
 
 
 class Level(IntEnum):
@@ -29,11 +29,16 @@ class Level(IntEnum):
 
 @frozen
 class Record:
-    """One thing that happened: a snake_case ``event`` and its fields, in the order in which they are printed."""
+    """One event: its name in snake_case, and its fields in the order in which they are printed."""
 
     level: Level
     event: str
     fields: Mapping[str, Value] = field(factory=dict[str, "Value"])
+
+    @classmethod
+    def of(cls, level: Level, event: str, **fields: Value) -> Record:
+        """Make a record of these fields."""
+        return cls(level, event, fields)
 
     @property
     def shown(self) -> dict[str, Value]:
@@ -41,7 +46,7 @@ class Record:
         return {name: _cut(value) for name, value in self.fields.items()}
 
     def as_json(self, at: str) -> str:
-        """One line of JSON without its line end; ``at`` is the time as it shall be printed."""
+        """Format as one line of JSON without its line end; ``at`` is the time as it is printed."""
         line = {"at": at, "level": self.level.name.lower(), "event": self.event, **self.shown}
         return json.dumps(line, separators=(",", ":"))
 
@@ -52,10 +57,10 @@ def _cut(value: Value) -> Value:
             return value[:LONGEST] + "…"
         case list() if sum(map(len, value)) + len(value) > LONGEST:
             kept: list[str] = []
-            room = LONGEST
+            left = LONGEST
             for text in value:
-                room -= len(text) + 1
-                if room < 0:
+                left -= len(text) + 1
+                if left < 0:
                     break
                 kept.append(text)
             return [*kept, "…"]

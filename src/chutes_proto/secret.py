@@ -1,4 +1,4 @@
-"""Secrets are a type of their own: what holds one does not show it, compare it in variable time or hash it.
+"""Secrets as a type: they are not shown, compared in variable time, hashed or pickled.
 
 ``reveal()`` is the only way to the bytes, so that a search for it finds every place where a secret leaves.
 
@@ -23,14 +23,14 @@ class Secret:
         self._value: bytearray | None = bytearray(value)
 
     def reveal(self) -> bytes:
-        """The bytes, to put on the wire, into a cipher or into a pipe, and nowhere else.
+        """Return the bytes, to put on the wire, into a cipher or into a pipe, and nowhere else.
 
-        Raises `ValueError` when they were wiped: nothing is ever encrypted with what is left of them.
+        Raises `ValueError` when they were wiped, so that nothing is ever encrypted with zeros.
         """
         return bytes(self._held())
 
     def wipe(self) -> None:
-        """Overwrite the bytes; `reveal` has nothing more to give. Wiping twice does no harm."""
+        """Overwrite the bytes; `reveal` raises from then on. Wiping twice does no harm."""
         if self._value is not None:
             self._value[:] = bytes(len(self._value))
             self._value = None

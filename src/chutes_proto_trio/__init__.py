@@ -5,17 +5,23 @@ One implementation on anyio serves both loops: ``chutes_proto_asyncio`` has the 
 
 from typing import TYPE_CHECKING
 
+from chutes_proto._extras import missing
 from chutes_proto._lazy import lazily
-from chutes_proto.io.clients.boot_aio import BootAgent
-from chutes_proto.io.clients.miner_aio import MinerClient
-from chutes_proto.io.disks.cryptsetup import has_luks_header
-from chutes_proto.io.drivers.aio import HttpxSender, Performer
-from chutes_proto.io.hotkey_file import read_hotkey
-from chutes_proto.io.http.hotkey_auth import HotkeyAuth
-from chutes_proto.io.http.https import TimeLimits
-from chutes_proto.io.http.tls import client_context
-from chutes_proto.io.quoters.choose import Quoter, auto_quoter, make_quoter
-from chutes_proto.io.server.aio import Server
+
+try:
+    import trio  # noqa: F401 # pyright: ignore[reportUnusedImport] - anyio imports it late
+
+    from chutes_proto.io.clients.aio import BootAgent, MinerClient
+    from chutes_proto.io.disks.cryptsetup import has_luks_header
+    from chutes_proto.io.drivers.aio import HttpxSender, Performer
+    from chutes_proto.io.hotkey_file import read_hotkey
+    from chutes_proto.io.http.hotkey_auth import HotkeyAuth
+    from chutes_proto.io.http.https import TimeLimits
+    from chutes_proto.io.http.tls import client_context
+    from chutes_proto.io.quoters.choose import Quoter, auto_quoter, make_quoter
+    from chutes_proto.io.server.aio import Server
+except ModuleNotFoundError as _error:
+    raise missing("trio", _error) from None
 
 if TYPE_CHECKING:
     from chutes_proto.io.server.serving import serve

@@ -59,7 +59,7 @@ def test_no_certificate() -> None:
 
 
 def broken_key_certificate() -> x509.Certificate:
-    """A certificate that loads, whose key is no point of its curve."""
+    """A certificate that loads, whose key is not on its curve."""
     certificate = self_signed(ec.generate_private_key(ec.SECP256R1()))
     der = bytearray(certificate.public_bytes(Encoding.DER))
     point = certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)[-64:]

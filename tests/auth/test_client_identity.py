@@ -1,4 +1,4 @@
-"""The throw-away identity of a client: its bytes are those that `cryptography.x509` writes."""
+"""The ephemeral identity of a client: its bytes are those that `cryptography.x509` writes."""
 
 from __future__ import annotations
 

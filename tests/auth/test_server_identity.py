@@ -1,4 +1,4 @@
-"""The throw-away identity of a server."""
+"""The ephemeral identity of a server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is signed, and that nothing else passes; with signatures that a real wallet made."""
+"""The messages that are signed, and that nothing else passes; with signatures that a real wallet made."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of the client's flows say and hear: requests and answers of one boot."""
+"""The requests and answers of one boot, for the tests of the client's flows."""
 
 from __future__ import annotations
 

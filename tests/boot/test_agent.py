@@ -147,7 +147,7 @@ def test_disks_may_take_a_while_to_appear() -> None:
     told: list[Record] = []
     with pytest.raises(DiskError, match="cannot be opened"):
         run(
-            run_agent(talk.SETTINGS, None, VOLUMES, patience=2.0),
+            run_agent(talk.SETTINGS, None, VOLUMES, disk_wait_seconds=2.0),
             *[*nothing, (Sleep, None)] * 2,
             *nothing,
             uptime=lambda: next(clock),
@@ -179,7 +179,7 @@ def test_all_disks_that_must_not_be_opened_are_told() -> None:
 def test_a_header_that_is_refused_is_not_waited_for() -> None:
     with pytest.raises(DiskError, match="cipher_null-ecb"):
         run(
-            run_agent(talk.SETTINGS, None, VOLUMES, patience=60.0),
+            run_agent(talk.SETTINGS, None, VOLUMES, disk_wait_seconds=60.0),
             (InspectDisk(STORAGE.device), BAD),
             (InspectDisk(CACHE.device), MISSING),
         )
@@ -354,10 +354,14 @@ def test_every_error_means_something_and_repeats_nothing(error: ChutesError) -> 
             "The program that signs with the hotkey gave no",
             "Check signer in the settings",
         ),
-        (ConfigurationError("servers"), "The settings or the config volume say", "See the reason."),
+        (ConfigurationError("servers"), "The settings or the config volume are wrong.", "See the reason."),
         (FileUnavailable("boot.json"), "A file or directory that the agent needs cannot be read", "See the reason."),
-        (HandoverRejected("boot.json"), "What `agent run` left for the booted system is too old", "Boot again."),
-        (BootInterrupted("SIGTERM"), "The boot was ended before it was done.", "Boot again."),
+        (
+            HandoverRejected("boot.json"),
+            "The key hand-off of `agent run` to the booted system is too old",
+            "Boot again.",
+        ),
+        (BootInterrupted("SIGTERM"), "A signal ended the boot.", "Boot again."),
         (
             NotInMemory("boot.json"),
             "A file that the settings name for a token or a key would be on",
@@ -375,9 +379,7 @@ def test_what_is_wrong_here_is_not_mistaken_for_its_neighbour(error: ChutesError
 @pytest.mark.parametrize("reason", ["no_cryptsetup", "write_lost", "timeout", "key_refused", "unavailable"])
 def test_of_a_disk_no_more_is_said_than_is_known(reason: str) -> None:
     advice = advise(DiskError(reason, "detail", STORAGE.device))
-    assert advice.means == (
-        "A disk cannot be used as it is, or a program failed on it. No data on it was written over."
-    )
+    assert advice.means == "A disk cannot be used as it is, or a program failed on it. No data on it was overwritten."
     assert advice.do == "See the reason."
 
 

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import anyio
 import httpx
 import pytest
 
@@ -214,17 +213,14 @@ def test_the_older_read(kind: str, credentials: Credentials, identity: ClientIde
     assert one.reveal() == f"{CANARY}-storage".encode()
 
 
-@pytest.mark.parametrize("loop", ["trio", "asyncio"])
-def test_an_own_client_stays_open(loop: str, credentials: Credentials, identity: ClientIdentity) -> None:
-    async def main(url: str) -> bool:
+@pytest.mark.anyio
+async def test_an_own_client_stays_open(credentials: Credentials, identity: ClientIdentity) -> None:
+    who: dict[str, Any] = {"hotkey": talk.HOTKEY, "vm_name": talk.VM, "identity": identity}
+    with peer(credentials, over_http(ModelServer(iter(()))), client_ca=identity.certificate_pem) as (url, _):
         async with httpx.AsyncClient(verify=client_context(identity, credentials.ca_pem), trust_env=False) as client:
-            who: dict[str, Any] = {"hotkey": talk.HOTKEY, "vm_name": talk.VM, "identity": identity}
             async with BootAgent(url, **who, quoter=lambda _: b"quote", client=client) as agent:
                 _ = await agent.boot()
-            return client.is_closed
-
-    with peer(credentials, over_http(ModelServer(iter(()))), client_ca=identity.certificate_pem) as (url, _):
-        assert anyio.run(main, url, backend=loop) is False
+            assert not client.is_closed
 
 
 def test_an_own_client_without_its_identity() -> None:

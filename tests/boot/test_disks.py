@@ -40,7 +40,7 @@ TWO_PHASE = BootGrant(talk.HOTKEY, talk.VM, Secret(b"root"), None, Secret(NONCE.
 
 
 class Said:
-    """What was told to the operator."""
+    """The records that were logged."""
 
     def __init__(self) -> None:
         self.records: list[Record] = []

@@ -57,12 +57,12 @@ def test_whatever_a_failure_is_it_is_in_the_table() -> None:
         (403, "platform_mismatch", State.REQUOTED, Input.FINAL),
         (401, "confirm_nonce_invalid", State.HANDED, Input.FINAL),
         (409, "rotation_superseded", State.HANDED, Input.FINAL),
-        (503, "store_unavailable", State.HANDED, Input.NOT_NOW),
+        (503, "store_unavailable", State.HANDED, Input.RETRY_LATER),
         (404, "key_not_found", State.TOKEN_HELD, Input.FINAL),
         (422, "validation_error", State.QUOTED, Input.FINAL),
-        (429, "unknown", State.START, Input.NOT_NOW),
-        (500, "unknown", State.QUOTED, Input.NOT_NOW),
-        (503, "draining", State.START, Input.NOT_NOW),
+        (429, "unknown", State.START, Input.RETRY_LATER),
+        (500, "unknown", State.QUOTED, Input.RETRY_LATER),
+        (503, "draining", State.START, Input.RETRY_LATER),
     ],
 )
 def test_what_is_final_and_what_is_not(status: int, code: str, state: State, expected: Input) -> None:

@@ -33,8 +33,8 @@ from chutes_proto.effects import Effect, Flow, Transact, run
 from chutes_proto.errors import QuoteUnavailable, Refusal, StoreBusy, TransportError
 from chutes_proto.secret import Secret
 from chutes_proto.store.rows import BootRow, GenerationRow, NonceRow, Row
-from chutes_proto.testing._network import Fate, SimulatedNetwork
 from chutes_proto.wire.http import HttpRequest, HttpResponse
+from tests.network import Fate, SimulatedNetwork
 from tests.server.world import HOTKEY, NOW, World
 
 T = TypeVar("T")
@@ -112,7 +112,7 @@ class Boots(RuleBasedStateMachine):
         return brought
 
     def refused(self, flow: Flow[object]) -> tuple[int, str]:
-        """What the server says to a step that the table does not have; the machine hears nothing of it."""
+        """The server's answer to a step that the table does not have; the machine hears nothing of it."""
         self.mishap = "none"
         try:
             _ = run(flow, self.network.perform)
@@ -179,7 +179,7 @@ class Boots(RuleBasedStateMachine):
         if grant is not None:
             self.grant, self.taken = grant, None
         if self.exchange.state is State.START and mishap == Fate.ANSWER_LOST.value:
-            # why a new attempt has a new nonce: this one is spent, or never was any good
+            # why a new attempt has a new nonce: this one is consumed, or never was any good
             assert self.refused(attest_boot(SETTINGS, self.nonce, self.quoted))[0] in (401, 403)
 
     @when(State.TOKEN_HELD, State.SYNCED)

@@ -71,7 +71,7 @@ PASSING = {
     "204": HttpResponse(204),
     "redirect": HttpResponse(307, (("location", "https://elsewhere.example/servers/nonce"),)),
 }
-"""What may go better next time."""
+"""Failures that may pass."""
 
 FINAL = {400: BadRequest, 401: Refused, 403: Refused, 404: Refused, 405: BadRequest, 408: BadRequest, 409: Refused} | {
     413: BadRequest,

@@ -1,4 +1,4 @@
-"""What an agent leaves to a later one: it comes back whole or not at all, in this boot, for ten minutes."""
+"""The key hand-off to a later agent: it comes back whole or not at all, in this boot, for ten minutes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from chutes_proto.auth.client_identity import ClientIdentity, make_client_identity
 from chutes_proto.boot._flows import BootGrant
-from chutes_proto.boot._handoff import LIFE, MAX_SIZE, Handover
+from chutes_proto.boot._handoff import LIFE, MAX_SIZE, Handoff
 from chutes_proto.boot._settings import AgentSettings
 from chutes_proto.errors import HandoverRejected
 from chutes_proto.secret import Secret
@@ -25,12 +25,12 @@ BASE = BootGrant(HOTKEY, VM, Secret(ROOT.encode()), Secret(TOKEN.encode()))
 TWO_PHASE = BootGrant(HOTKEY, VM, Secret(ROOT.encode()), None, Secret(TOKEN.encode()))
 
 
-def handover(grant: BootGrant = BASE, server: str = SERVERS[1]) -> Handover:
-    return Handover(server, 100.5, "boot-1", grant, IDENTITY)
+def handover(grant: BootGrant = BASE, server: str = SERVERS[1]) -> Handoff:
+    return Handoff(server, 100.5, "boot-1", grant, IDENTITY)
 
 
-def read(data: bytes, boot_id: str = "boot-1", uptime: float = 101.0) -> Handover:
-    return Handover.decode(data, SETTINGS, boot_id=boot_id, uptime=uptime)
+def read(data: bytes, boot_id: str = "boot-1", uptime: float = 101.0) -> Handoff:
+    return Handoff.decode(data, SETTINGS, boot_id=boot_id, uptime=uptime)
 
 
 def opened(identity: ClientIdentity) -> tuple[bytes, bytes, bytes]:
@@ -90,7 +90,7 @@ def test_it_names_no_server_that_the_settings_do_not_name() -> None:
 )
 def test_what_is_not_whole_is_not_used(change: dict[str, Any]) -> None:
     members = {**json.decode(handover().encode().reveal()), **change}
-    with pytest.raises(HandoverRejected, match="not what `agent run`") as raised:
+    with pytest.raises(HandoverRejected, match="not a file of `agent run`") as raised:
         _ = read(json.encode(members) + b"\n")
     assert TOKEN not in str(raised.value)
 

@@ -6,8 +6,8 @@ import pytest
 
 from chutes_proto.effects import Entropy, FetchCollateral, Flow, MakeQuote, Now, Send, Sleep, Uptime, run
 from chutes_proto.errors import LocalProtocolError, QuoteUnavailable, TransportError
-from chutes_proto.testing._network import Fate, SimulatedNetwork
 from chutes_proto.wire.http import HttpRequest, HttpResponse
+from tests.network import Fate, SimulatedNetwork
 
 REQUEST = HttpRequest("GET", "/")
 

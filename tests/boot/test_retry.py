@@ -71,13 +71,13 @@ def test_the_budget_of_attempts() -> None:
     ]
 
 
-@pytest.mark.parametrize(("spent", "goes_on"), [(59.4, True), (59.5, False), (1000.0, False)])
-def test_no_attempt_begins_after_the_deadline(spent: float, goes_on: bool) -> None:
+@pytest.mark.parametrize(("passed", "goes_on"), [(59.4, True), (59.5, False), (1000.0, False)])
+def test_no_attempt_begins_after_the_deadline(passed: float, goes_on: bool) -> None:
     clock = [100.0]
 
     def one() -> Flow[None]:
         budget = yield from begin(RetryPolicy(deadline=60.0))
-        clock[0] += spent
+        clock[0] += passed
         yield from budget.pause("nonce", CUT)
 
     aside: Aside = {Uptime: lambda _: clock[0], Entropy: lambda e: bytes(e.size), Log: lambda _: None}

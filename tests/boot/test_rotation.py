@@ -1,4 +1,4 @@
-"""The client's part of the two-phase exchange: what it sends again, what it begins anew, what it makes of answers."""
+"""The client's part of the two-phase exchange: what it sends again, when it begins again, what it makes of answers."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_what_is_reported() -> None:
     rotation = attest((MakeQuote, b"quote"), (Send, handed()))
     rotation.left_out("storage")
     for report in (rotation.added, rotation.left_out):
-        with pytest.raises(LocalProtocolError, match="none of the volumes"):
+        with pytest.raises(LocalProtocolError, match="not among the volumes"):
             report("storage")
     assert rotation.report == {"tdx-cache": False}
     rotation.left_out("tdx-cache")

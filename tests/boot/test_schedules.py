@@ -16,10 +16,10 @@ from chutes_proto.boot._flows import BootGrant, VolumeKeys, boot_and_sync
 from chutes_proto.boot._retry_policy import RetryPolicy
 from chutes_proto.effects import Effect, Send, run
 from chutes_proto.errors import BadRequest, QuoteUnavailable, Refused, RemoteProtocolError, TransportError, Unavailable
-from chutes_proto.testing._network import Fate, SimulatedNetwork
 from chutes_proto.wire.http import HttpResponse
 from tests.boot import talk
 from tests.boot.model import BAD_MOODS, CANARY, FINAL_MOODS, VOLUMES, WELL, ModelServer
+from tests.network import Fate, SimulatedNetwork
 
 POLICY = RetryPolicy(attempts=6, base=1.0, cap=20.0, deadline=120.0)
 TIMEOUT = 30.0

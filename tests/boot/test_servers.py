@@ -202,7 +202,7 @@ def test_not_now_is_waited_for_as_long_as_the_server_says(network: Network) -> N
 
     def before(effect: Effect[Any]) -> None:
         if isinstance(effect, Transact) and next(busy, False):
-            raise StoreBusy("not now")
+            raise StoreBusy("retry later")
 
     network.before = before
     assert play(network, servers.list_servers(miner())) == ()

@@ -17,9 +17,9 @@ from attrs import frozen
 
 from chutes_proto.auth import client_identity
 from chutes_proto.boot._settings import AgentSettings
-from chutes_proto.cli.agent import close_opened
+from chutes_proto.cli.agent.progress import Progress
+from chutes_proto.cli.agent.running import close_opened
 from chutes_proto.cli.main import main
-from chutes_proto.cli.progress import Progress
 from chutes_proto.log import Level, Record
 from tests.cli.conftest import HOTKEY, PROGRAM, Ended
 from tests.conftest import CI
@@ -54,8 +54,8 @@ def write(tmp_path: Path) -> Callable[[str], Path]:
 def test_help_has_examples_and_exit_codes(command: Command, action: list[str]) -> None:
     ended = command("agent", *action, "--help")
     assert ended.code == 0
-    assert "examples:\n  chutes-proto agent " in ended.out
-    assert "exit code: 0 done; 1 refused" in ended.out
+    assert "Examples:\n  chutes-proto agent " in ended.out
+    assert "Exit codes:\n  0    done\n  1    refused" in ended.out
 
 
 @pytest.mark.parametrize("arguments", [[], ["halt"], ["run"], ["resume", "--config", "a", "--dry-run"]], ids=str)
@@ -139,7 +139,7 @@ def test_the_deadline_is_that_of_quotes_and_signatures(
         settings = write_settings(tmp_path, server, said)
         begun = time.monotonic()
         ended = command("agent", "run", "--images", "--config", settings)
-    assert (ended.code, time.monotonic() - begun < 15) == (2, True)
+    assert (ended.code, time.monotonic() - begun < 60) == (2, True)
     told = " ".join(ended.err.split())
     assert "sleep: the deadline, retry.deadline_seconds, ended it means " in told
 
@@ -192,7 +192,7 @@ def test_sigterm_is_a_failure_or_ends_the_wait(tmp_path: Path, attempts: int, aw
     assert agent.returncode == code, said
     if code == 143:
         told = " ".join(said.split())
-        assert "BOOT FAILED reason ended by SIGTERM means The boot was ended before it was done." in told
+        assert "BOOT FAILED reason ended by SIGTERM means A signal ended the boot." in told
         assert "next poweroff in 0 s" in told
     assert gone.exists()
 
@@ -355,9 +355,8 @@ def test_a_signal_closes_what_was_opened_also_by_what_it_met(
 def test_a_second_signal_does_not_wait(machine: Held) -> None:
     with machine.start("run") as agent:
         machine.wait_for_the_second(agent)
-        for _ in range(2):
-            agent.terminate()
-            time.sleep(0.3)  # or the kernel makes one signal of both
+        for number in (signal.SIGINT, signal.SIGTERM):  # of two that are alike, the kernel may make one
+            agent.send_signal(number)
         said = agent.communicate(timeout=60)[1]
     assert agent.returncode == 143, said
     assert (machine.closed, machine.mapped) == (MAPPINGS[:1], [])

@@ -1,4 +1,4 @@
-"""`boot` against a server in a process of its own: what it grants, what it refuses, and what is no answer at all."""
+"""`boot` against a server in a process of its own: grants, refusals, and no answer at all."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from chutes_proto.cli import console
-from chutes_proto.cli.development import write_server
 from chutes_proto.io.quoters.simulated import open_platform
+from chutes_proto.io.server.development import write_server
 from tests.cli.conftest import HOTKEY, Ended, Server, start_server
 
 Command = Callable[..., Ended]

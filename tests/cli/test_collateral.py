@@ -36,10 +36,10 @@ def root(platform: SimulatedPlatform, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def shelf(platform: SimulatedPlatform, tmp_path: Path) -> Path:
-    (tmp_path / "shelf").mkdir()
-    write_file(tmp_path / "shelf" / "a.json", platform.collateral_json(MADE))
-    return tmp_path / "shelf"
+def collected(platform: SimulatedPlatform, tmp_path: Path) -> Path:
+    (tmp_path / "collected").mkdir()
+    write_file(tmp_path / "collected" / "a.json", platform.collateral_json(MADE))
+    return tmp_path / "collected"
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_fetch_tells_why_there_is_none(
     fetch = ("collateral", "fetch", "--ca", "platform", "--root", root, "--out", tmp_path / "out", "--upstream", url)
     ended = command(*fetch, "--fmspc", platform.fmspc.hex())
     assert ended.code == 1
-    assert "its time has ended at" in ended.err
+    assert "it expired at" in ended.err
     ended = command(*fetch, "--fmspc", "00806f050000", "--upstream", "http://127.0.0.1:1")
     assert ended.code == 1
     assert f"{url}: TCB info: status 404; http://127.0.0.1:1: ConnectError" in ended.err
@@ -193,8 +193,8 @@ END = "2027-02-14T08:00:00Z"
         ("2060-01-01", False),
     ],
 )
-def test_check_tells_the_date(command: Command, shelf: Path, root: Path, at: object, verifies: bool) -> None:
-    ended = command("collateral", "check", shelf, "--root", root, "--at", at, "--json")
+def test_check_tells_the_date(command: Command, collected: Path, root: Path, at: object, verifies: bool) -> None:
+    ended = command("collateral", "check", collected, "--root", root, "--at", at, "--json")
     assert ended.code == (0 if verifies else 1)
     (report,) = ended.json["files"]
     assert report["verifies"] is verifies
@@ -204,43 +204,47 @@ def test_check_tells_the_date(command: Command, shelf: Path, root: Path, at: obj
     assert verifies == all(piece["verifies"] for piece in report["pieces"])
 
 
-def test_check_tells_of_each_piece(command: Command, shelf: Path, root: Path, platform: SimulatedPlatform) -> None:
-    ended = command("collateral", "check", shelf, "--root", root, "--at", "2027-03-01")
+def test_check_tells_of_each_piece(command: Command, collected: Path, root: Path, platform: SimulatedPlatform) -> None:
+    ended = command("collateral", "check", collected, "--root", root, "--at", "2027-03-01")
     lines = ended.out.splitlines()
     assert lines[0] == (
-        f"{shelf}/a.json: FMSPC {platform.fmspc.hex()}, platform CA, TDX: DOES NOT VERIFY at 2027-03-01T00:00:00Z"
+        f"{collected}/a.json: FMSPC {platform.fmspc.hex()}, platform CA, TDX: DOES NOT VERIFY at 2027-03-01T00:00:00Z"
     )
     assert f"  NO  TCB info                 2027-01-15T08:00:00Z to {END}" in lines
     assert any(line.startswith("  ok  PCK CA certificate") for line in lines)
-    assert lines[-1] == f"  all of it verifies until {END}: then PCK CRL ends"
-    ended = command("collateral", "check", shelf, "--root", root, "--at", "2027-03-01", "--grace", 20 * 86400, "--json")
+    assert lines[-1] == f"  all of it verifies until {END}: then PCK CRL expires"
+    ended = command(
+        "collateral", "check", collected, "--root", root, "--at", "2027-03-01", "--grace", 20 * 86400, "--json"
+    )
     assert ended.code == 0
     assert ended.json["files"][0]["verifies_until"] == "2027-03-06T08:00:00Z"
 
 
-def test_check_agrees_with_the_verifier(command: Command, shelf: Path, root: Path, platform: SimulatedPlatform) -> None:
-    write_file(shelf / "quote.bin", platform.quote(bytes(64)))
+def test_check_agrees_with_the_verifier(
+    command: Command, collected: Path, root: Path, platform: SimulatedPlatform
+) -> None:
+    write_file(collected / "quote.bin", platform.quote(bytes(64)))
     for at in (MADE - 1, MADE, MADE + COLLATERAL_SECONDS, MADE + COLLATERAL_SECONDS + 1):
         verdict = command(
-            "verify", shelf / "quote.bin", "--collateral", shelf / "a.json", "--root", root, "--at", at
+            "verify", collected / "quote.bin", "--collateral", collected / "a.json", "--root", root, "--at", at
         ).code
-        assert command("collateral", "check", shelf, "--root", root, "--at", at).code == verdict
+        assert command("collateral", "check", collected, "--root", root, "--at", at).code == verdict
 
 
-def test_files_of_no_use(command: Command, shelf: Path, root: Path, tmp_path: Path) -> None:
-    write_file(shelf / "b.json", b"{}")
+def test_files_of_no_use(command: Command, collected: Path, root: Path, tmp_path: Path) -> None:
+    write_file(collected / "b.json", b"{}")
     for action in ("show", "check"):
-        ended = command("collateral", action, shelf, "--root", root, "--json")
+        ended = command("collateral", action, collected, "--root", root, "--json")
         assert ended.code == 1
         assert "is missing" in ended.json["files"][1]["problem"]
-        assert "is missing" in command("collateral", action, shelf, "--root", root).out
-        ended = command("collateral", action, shelf / "a.json")  # simulated is not Intel's
+        assert "is missing" in command("collateral", action, collected, "--root", root).out
+        ended = command("collateral", action, collected / "a.json")  # simulated is not Intel's
         assert (ended.code, "--root, which names one to trust" in ended.out) == (1, True)
         assert command("collateral", action, tmp_path, "--root", root).code == 2  # no *.json
 
 
-def test_show(command: Command, shelf: Path, root: Path, platform: SimulatedPlatform) -> None:
-    (shown,) = command("collateral", "show", shelf / "a.json", "--root", root, "--json").json["files"]
+def test_show(command: Command, collected: Path, root: Path, platform: SimulatedPlatform) -> None:
+    (shown,) = command("collateral", "show", collected / "a.json", "--root", root, "--json").json["files"]
     assert (shown["fmspc"], shown["ca"], shown["tee"]) == (platform.fmspc.hex(), "platform", "TDX")
     assert (shown["revoked_by_root"], shown["revoked_pcks"]) == (0, 1)
     assert any(level.startswith("UpToDate of 20") for level in shown["tcb_levels"])
@@ -248,7 +252,7 @@ def test_show(command: Command, shelf: Path, root: Path, platform: SimulatedPlat
     of_intel = {"root CRL": END, "PCK CRL": END, "TCB info": END, "QE identity": END}
     of_ca = dict.fromkeys(("root certificate", "PCK CA certificate", "TCB signing certificate"), "2049-12-31T23:59:59Z")
     assert shown["ends"] == of_ca | of_intel
-    said = command("collateral", "show", shelf, "--root", root).out
+    said = command("collateral", "show", collected, "--root", root).out
     assert platform.fmspc.hex() in said
     assert f"ends.TCB info              {END}" in said
 
@@ -259,7 +263,7 @@ def test_show(command: Command, shelf: Path, root: Path, platform: SimulatedPlat
 def test_a_server_with_upstreams(
     command: Command, serve: Any, start: Any, platform: SimulatedPlatform, tmp_path: Path
 ) -> None:
-    from chutes_proto.cli.development import AUTHORITY, CONFIGURATION, write_server
+    from chutes_proto.io.server.development import AUTHORITY, CONFIGURATION, write_server
 
     service, process = serve()
     directory = tmp_path / "server"

@@ -1,36 +1,217 @@
-"""The help of every command: as wide as the terminal, its text in one column, with examples."""
+"""The help of every command: complete, no wider than the terminal, with examples that run."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
+import base64
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
 
+import click
 import pytest
+from attrs import evolve
+from cryptography.fernet import Fernet
 
-from chutes_proto.cli.main import COMMANDS
-from tests.cli.conftest import Ended
+from chutes_proto.cli.agent import make_parser
+from chutes_proto.cli.base import Command
+from chutes_proto.cli.describe import Description, as_help
+from chutes_proto.cli.tree import COMMANDS, ROOT
+from chutes_proto.io.server.development import write_server
+from chutes_proto.io.server.store_setup import make_store_setup
+from chutes_proto.keys.vault import FreshKey
+from chutes_proto.secret import Secret
+from chutes_proto.server import ServerConfig
+from chutes_proto.store.rows import GpuRow, Vm
+from chutes_proto.testing._platform import SimulatedPlatform
+from chutes_proto.testing.store_suite import boot, sync
+from chutes_proto.units.operator import ImportKeys
+from chutes_proto.units.servers import RegisterServer
+from tests.cli import examples
+from tests.cli.conftest import HOTKEY, Ended, Server
+from tools.man_pages import name_of, page
 
-Command = Callable[..., Ended]
+ALL = ROOT.descriptions(click.Context(ROOT, info_name="chutes-proto"))
+WORDS = {told.words for told in ALL}
+EXAMPLES = [
+    pytest.param(example, id=example.removeprefix("chutes-proto ")) for told in ALL for example in told.examples
+]
 
 
-def texts(command: Command, *words: str) -> dict[str, str]:
-    """The help of a command and those of its actions."""
-    ended = command(*words, "--help")
-    assert ended.code == 0
-    found = {" ".join(words): ended.out}
-    actions = ended.out.partition("\n  ACTION\n")[2].partition("\n\n")[0]
-    for action in re.findall(r"^    ([a-z-]+)", actions, re.MULTILINE):
-        found |= texts(command, *words, action)
-    return found
+@pytest.mark.parametrize("told", ALL, ids=lambda told: told.words)
+def test_a_description_is_complete(told: Description) -> None:
+    assert told.sentence.endswith(".")
+    assert told.commands or len(told.examples) >= 2
+    assert told.commands or told.exits
+    assert set(told.related) <= WORDS
+    for width in (78, 100):
+        described = as_help(told, width).partition("\nExamples:\n")[0]
+        assert not [line for line in described.splitlines() if len(line) > width]
 
 
-@pytest.mark.parametrize("columns", [80, 120])
-@pytest.mark.parametrize("name", COMMANDS)
-def test_help(command: Command, name: str, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", str(columns))
-    for words, text in texts(command, name).items():
-        described, _, examples = text.partition("\nexamples:\n")
-        assert f"chutes-proto {words}" in examples
-        assert not [line for line in described.splitlines() if len(line) > columns]
-        prose = re.split(r"\n(?:positional arguments|options):\n", described)[0].split("\n\n")[1:]
-        assert not [line for line in "\n".join(prose).splitlines() if line.startswith(" ")], words
+def test_the_top_help_has_the_first_sentence_of_each_command() -> None:
+    said = {told.words: told.sentence for told in ALL if told.words in COMMANDS}
+    assert said == {name: f"{sentence}." for name, (_, sentence) in COMMANDS.items()}
+
+
+def test_manual_pages_have_every_command_and_no_fault(tmp_path: Path) -> None:
+    files = [tmp_path / f"{name_of(told.words)}.1" for told in ALL]
+    for file, told in zip(files, ALL, strict=True):
+        _ = file.write_text(page(told), "ascii")
+    groff = shutil.which("groff")
+    if groff is None:
+        pytest.skip("groff is not installed")
+    done = subprocess.run([groff, "-man", "-Tutf8", "-ww", *files], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    for told in ALL:
+        assert told.sentence.rstrip(".") in " ".join(done.stdout.replace("\u2019", "'").split()), told.words
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_completion_script_is_one_of_its_shell(command: Callable[..., Ended], shell: str) -> None:
+    script = command("completion", shell).out
+    assert "_CHUTES_PROTO_COMPLETE" in script
+    if program := shutil.which(shell):
+        assert subprocess.run([program, "-n"], input=script, text=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("re", {"register", "registrations", "replay"}),
+        ("vm re", {"rebind"}),
+        ("agent ", {"run", "resume"}),
+        ("keys purge --y", {"--yes"}),
+        ("completion z", {"zsh"}),
+    ],
+)
+def test_commands_and_options_are_completed(
+    command: Callable[..., Ended], words: str, found: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("_CHUTES_PROTO_COMPLETE", "bash_complete")
+    monkeypatch.setenv("COMP_WORDS", f"chutes-proto {words}")
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split(" "))))
+    assert {line.removeprefix("plain,") for line in command().out.splitlines()} == found
+
+
+# --- examples ---
+
+NOT_RUN = (
+    *("postgresql://", "postgres.toml", "serve --dev", "serve --config server.toml"),
+    *("https://pccs.example", "https://api.trustedservices.intel.com", "collateral serve"),
+    *("agent run", "agent resume"),
+)
+"""They need a database, a network or a VM's disks, or run until a signal: their options are parsed."""
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files that examples name, and a store with VMs and servers that they name."""
+    folder = tmp_path_factory.mktemp("prepared")
+    platform, now = SimulatedPlatform(bytes(32)), int(time.time())
+    write_server(folder, platform, now)
+    examples.write_files(folder, platform, now)
+    key = Fernet.generate_key()
+    _ = (folder / "fernet.key").write_bytes(key)
+    (folder / "fernet.key").chmod(0o600)
+    tokens = {"storage": Fernet(key).encrypt(b"passphrase").decode()}
+    quote = base64.b64encode(platform.quote(bytes(64))).decode()
+    row = {"miner_hotkey": HOTKEY, "vm_name": "vm-7", "volume_passphrases": tokens, "boot_quote": quote}
+    _ = (folder / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    setup = make_store_setup(ServerConfig.load(folder / "server.toml"))
+    with closing(setup.store.open(migrate=True)) as store:
+        for label, rekey in (("1", ()), ("2", ("storage",)), ("3", ())):
+            granted = evolve(boot(label, now=now, vm=Vm(HOTKEY, "vm-1")), vault=setup.vault)
+            _ = store.transact(granted)
+            _ = store.transact(evolve(sync(granted, "body", "storage", rekey=rekey), vault=setup.vault))
+        imported = {"storage": FreshKey.of_passphrase(Secret(b"passphrase"), bytes(FreshKey.SIZE))}
+        _ = store.transact(ImportKeys(now, Vm(HOTKEY, "vm-imported"), imported, None, setup.vault, "prepared"))
+        for name in ("n1", "n2"):
+            _ = store.transact(registration(name, now))
+    return folder
+
+
+def registration(name: str, now: int) -> RegisterServer:
+    return RegisterServer(
+        now=now,
+        request_id=name,
+        hotkey=HOTKEY,
+        server_id=name,
+        name=name,
+        host=f"198.51.100.{name[1:]}",
+        address=f"198.51.100.{name[1:]}",
+        gpus=(GpuRow(f"gpu-{name}", name, "h200", "{}"),),
+        profiles={},
+        peer_address="192.0.2.1",
+    )
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Path]]:
+    state = tmp_path_factory.mktemp("state")
+    with examples.served(state) as server:
+        yield server, state
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_an_example_runs(
+    example: str,
+    command: Callable[..., Ended],
+    prepared: Path,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    example = example.replace("\\\n", "")
+    runs = "--check" in example or "agent run --config agent.toml --images" in example
+    if any(words in example for words in NOT_RUN) and not runs:
+        parse(shlex.split(example, comments=True)[1:])
+        return
+    folder = tmp_path / "here"
+    _ = shutil.copytree(prepared, folder)
+    monkeypatch.chdir(folder)
+    if " agent " in example:
+        server, state = request.getfixturevalue("live")
+        examples.write_agent(folder, server)
+        monkeypatch.setenv("XDG_STATE_HOME", str(state))
+        monkeypatch.setenv("PATH", f"{os.environ['PATH']}:/usr/sbin:/sbin")
+    if examples.URL in example:
+        server, state = request.getfixturevalue("live")
+        ended = examples.run_against(server, state, example, command, monkeypatch)
+        assert ended.code == 0, ended.out + ended.err
+        return
+    if set(example) & set("|>$;"):
+        environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", example],
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return
+    ended = command(*shlex.split(example)[1:])
+    assert ended.code == 0, ended.out + ended.err
+
+
+def parse(words: list[str]) -> None:
+    """Read a command line as click does, and do nothing."""
+    if words[0] == "agent":
+        _ = make_parser().parse_args(words[1:])
+        return
+    here: click.Command = ROOT
+    ctx = click.Context(here, info_name="chutes-proto")
+    while isinstance(here, click.Group):
+        found = here.get_command(ctx, words[0])
+        assert found is not None
+        here = found
+        ctx = here.make_context(words[0], words[1:], ctx) if isinstance(here, Command) else click.Context(here, ctx)
+        words = words[1:]

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from chutes_proto.cli.development import write_server
 from chutes_proto.io.quoters.simulated import open_platform
+from chutes_proto.io.server.development import write_server
 from tests.cli.conftest import HOTKEY, Ended, Server
 
 Command = Callable[..., Ended]
@@ -102,17 +102,17 @@ def _mode(mode: int) -> Callable[[Path], None]:
 WRONG = {
     "missing": (lambda site: (site / "kek").unlink(), "kek: cannot be read: No such file"),
     "directory": (_directory, "kek: cannot be read: Is a directory"),
-    "loop": (_loop, "kek: cannot be read: Too many levels of symbolic links"),
+    "loop": (_loop, "kek: cannot be read: not a plain file, but a link or a loop of links"),
     "dangling": (_dangling, "kek: cannot be read: No such file"),
-    "link": (_open_behind_a_link, "mode 0644 lets others at a secret; run: chmod 600"),
+    "link": (_open_behind_a_link, "permissions are 0644, which is too open; run: chmod 600"),
     "empty": (_content(b""), "32 raw bytes or 64 hex digits; this one has 0 bytes"),
     "31": (_content(KEY[:31]), "this one has 31 bytes"),
     "33": (_content(KEY + b"\n"), "this one has 33 bytes"),
     "63": (_content(KEY.hex().encode()[:63]), "this one has 63 bytes"),
     "long": (_content(bytes(5 * 1024 * 1024)), "kek: has more than 4194304 bytes"),
     "base64": (_content(b"yMnKy8zNzs/Q0dLT1NXW19jZ2tvc3d7f4OHi4+Tl5uc="), "this one has 44 bytes"),
-    "world": (_mode(0o604), "mode 0604 lets others at a secret; run: chmod 600"),
-    "group": (_mode(0o640), "mode 0640 lets others at a secret; run: chmod 600"),
+    "world": (_mode(0o604), "permissions are 0604, which is too open; run: chmod 600"),
+    "group": (_mode(0o640), "permissions are 0640, which is too open; run: chmod 600"),
     "twice": (_copied, "kek_previous_file: "),
     "previous missing": (_previous(None), "old: cannot be read: No such file"),
     "previous short": (_previous(KEY[:16]), "old: a key-encryption key is"),
@@ -151,7 +151,7 @@ def test_a_credential_of_the_service_manager(
     (site / "kek").unlink()
     name(site, f'kek_file = "{given}/kek"')
     config = ("--config", site / "server.toml")
-    assert "lets others at a secret" in command("serve", *config, "--check").err
+    assert "which is too open" in command("serve", *config, "--check").err
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(given))
     server = start(*config, ca=site / "ca.pem")
     assert boot(command, server, site, "vm-1", tmp_path / "keys").code == 0
@@ -161,7 +161,7 @@ def test_a_credential_of_the_service_manager(
 # --- while a server runs ---
 
 
-def test_a_server_that_lacks_a_rows_key_says_not_now_and_nothing_is_lost(
+def test_a_server_that_lacks_a_rows_key_answers_503_and_nothing_is_lost(
     command: Command, site: Path, start: Start, tmp_path: Path
 ) -> None:
     config = ("--config", site / "server.toml")

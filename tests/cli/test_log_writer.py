@@ -21,6 +21,7 @@ import pytest
 from chutes_proto.io.server import log_writer
 from chutes_proto.io.server.log_writer import LogWriter
 from chutes_proto.log import LONGEST, Level, Record, Value
+from tests.waiting import wait_until
 
 
 def record(number: int) -> Record:
@@ -39,7 +40,7 @@ def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
     one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with one, other:
         one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
-        other.settimeout(10)
+        other.settimeout(60)
         yield one, other
 
 
@@ -56,9 +57,7 @@ def test_records_come_in_order_each_in_one_write(ends: tuple[socket.socket, sock
 def stalled(log: LogWriter, count: int) -> None:
     """Log so many records, of which the first waits in the thread for who reads."""
     log(record(0))
-    until = time.monotonic() + 10
-    while log._waiting.qsize() and time.monotonic() < until:
-        time.sleep(0.001)
+    _ = wait_until(lambda: not log._waiting.qsize())
     for number in range(1, count):
         log(record(number))
 
@@ -66,7 +65,7 @@ def stalled(log: LogWriter, count: int) -> None:
 @pytest.fixture
 def full(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, int]]:
     """A pipe without room, and a log with room for three."""
-    monkeypatch.setattr(log_writer, "ROOM", 3)
+    monkeypatch.setattr(log_writer, "MAX_WAITING", 3)
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     with pytest.raises(BlockingIOError):
@@ -81,12 +80,12 @@ def full(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, int]]:
 def read(reading: int, lines: int) -> bytes:
     said = b""
     while said.count(b"\n") < lines:
-        assert select.select([reading], [], [], 10)[0], said
+        assert select.select([reading], [], [], 60)[0], said
         said += os.read(reading, 65536)
     return said
 
 
-def test_what_there_is_no_room_for_is_counted_where_it_is_missing(full: tuple[int, int]) -> None:
+def test_records_that_cannot_wait_are_counted_where_they_are_missing(full: tuple[int, int]) -> None:
     reading, writing = full
     with closing(LogWriter(writing)) as log:
         began = time.monotonic()
@@ -99,7 +98,7 @@ def test_what_there_is_no_room_for_is_counted_where_it_is_missing(full: tuple[in
 
 
 def test_what_is_missing_at_the_end_is_told_too(full: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(log_writer, "FLUSH_SECONDS", 10.0)
+    monkeypatch.setattr(log_writer, "FLUSH_SECONDS", 60.0)
     reading, writing = full
     said: list[bytes] = []
     reader = Thread(target=lambda: said.append(read(reading, 5)))
@@ -107,7 +106,7 @@ def test_what_is_missing_at_the_end_is_told_too(full: tuple[int, int], monkeypat
     stalled(log, 6)
     reader.start()
     log.close()
-    reader.join(10)
+    reader.join(60)
     assert told(said[0]) == [0, 1, 2, 3, "missing 2"]
 
 
@@ -131,9 +130,7 @@ def test_what_a_full_disk_did_not_take_is_counted() -> None:
     descriptor = log._descriptor
     for number in range(3):
         log(record(number))
-    until = time.monotonic() + 10
-    while log._missing < 3 and time.monotonic() < until:
-        time.sleep(0.001)
+    _ = wait_until(lambda: log._missing == 3)
     _ = os.dup2(writing, descriptor)
     log(record(3))
     log.close()
@@ -148,9 +145,7 @@ def test_the_next_record_begins_on_a_line_of_its_own() -> None:
     os.set_blocking(writing, False)
     log = LogWriter(writing)
     log(Record(Level.INFO, "long", {"one": "a" * LONGEST, "two": "b" * room}))
-    until = time.monotonic() + 10
-    while not log._missing and time.monotonic() < until:
-        time.sleep(0.001)
+    _ = wait_until(lambda: log._missing)
     part = os.read(reading, room)
     assert len(part) == room
     log(record(1))
@@ -164,16 +159,17 @@ def test_the_next_record_begins_on_a_line_of_its_own() -> None:
 
 
 def test_who_logs_does_not_wait_for_the_end(full: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(log_writer, "FLUSH_SECONDS", 2.0)
+    monkeypatch.setattr(log_writer, "FLUSH_SECONDS", 60.0)
     log = LogWriter(full[1])
     stalled(log, 10)
     end = Thread(target=log.close)
     end.start()
-    time.sleep(0.2)
+    _ = wait_until(lambda: not log._missing)  # the end has taken what is missing, and waits to tell it
     log(record(10))
     assert end.is_alive()
-    end.join(10)
-    _ = read(full[0], 4)
+    assert told(read(full[0], 5)) == [0, 1, 2, 3, "missing 6"]
+    end.join(60)
+    assert not end.is_alive()
 
 
 WITHOUT_STANDARD_ERROR = """

@@ -23,9 +23,9 @@ from attrs import define, field
 from chutes_proto.auth.client_identity import ENTROPY_SIZE
 from chutes_proto.boot import DEFAULT_RETRY, BootGrant, ClientIdentity, make_client_identity
 from chutes_proto.boot._retry import begin
-from chutes_proto.cli.development import write_server
 from chutes_proto.effects import Flow, Send
 from chutes_proto.errors import ChutesError, TransportError, Unavailable
+from chutes_proto.io.server.development import write_server
 from chutes_proto.io.server.setup import make_setup
 from chutes_proto.keys.vault import Address
 from chutes_proto.secret import Secret
@@ -104,7 +104,8 @@ def sync_and_rekey(grant: BootGrant, volumes: tuple[str, ...], rekey: list[str])
             yield from budget.pause("sync", exc)
 
 
-def test_first_boots_through_four_servers_get_one_root_passphrase(start: Start, site: Path) -> None:
+@pytest.mark.trio
+async def test_first_boots_through_four_servers_get_one_root_passphrase(start: Start, site: Path) -> None:
     """64 boots of one VM at once, 16 with each server: 64 answers, one passphrase, one key."""
     servers = [serve(start, site) for _ in range(4)]
     answers: list[bytes] = []
@@ -115,13 +116,10 @@ def test_first_boots_through_four_servers_get_one_root_passphrase(start: Start, 
         assert grant.root_passphrase is not None
         answers.append(grant.root_passphrase.reveal())
 
-    async def all_at_once() -> None:
-        with trio.fail_after(120):
-            async with trio.open_nursery() as nursery:
-                for index in range(64):
-                    nursery.start_soon(boot, index)
-
-    trio.run(all_at_once)
+    with trio.fail_after(120):
+        async with trio.open_nursery() as nursery:
+            for index in range(64):
+                nursery.start_soon(boot, index)
     assert len(answers) == 64
     assert len(set(answers)) == 1
     with closing(make_setup(ServerConfig.load(site / "server.toml")).store.open()) as store:
@@ -182,7 +180,8 @@ class Fleet:
 
 # httpx leaves the socket of a handshake that fails or is cancelled to the garbage collector.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_killed_server_loses_nothing_and_leaves_no_half_unit(
+@pytest.mark.trio
+async def test_a_killed_server_loses_nothing_and_leaves_no_half_unit(
     start: Start, site: Path, figure: Callable[[str], None]
 ) -> None:
     """Killed by turns in the middle of syncs and of rotations; afterwards every disk opens."""
@@ -215,9 +214,9 @@ def test_a_killed_server_loses_nothing_and_leaves_no_half_unit(
         exchange, work = (("base", fleet.sync), ("two-phase", fleet.rotate))[number % 2]
         server = served(exchange)
         try:
-            trio.run(storm, server, work, str(number))
+            await storm(server, work, str(number))
         except* ChutesError:  # an agent saw the end first
-            assert server.process.wait(20)
+            assert server.process.wait(60)
         fleet.hear_nothing()
         gc.collect()
         with closing(setup.store.open()) as store:
@@ -231,9 +230,7 @@ def test_a_killed_server_loses_nothing_and_leaves_no_half_unit(
         assert fleet.answered <= there
     assert fleet.rotations
 
-    async def all_open(server: Server) -> None:
-        for index in range(6):
-            assert [await fleet.rotate(server, f"end {index} {turn}", index) for turn in range(3)][-2:] == [True, True]
-
-    trio.run(all_open, served("two-phase"))
+    server = served("two-phase")
+    for index in range(6):
+        assert [await fleet.rotate(server, f"end {index} {turn}", index) for turn in range(3)][-2:] == [True, True]
     figure(f"{KILLS} kills, {len(fleet.answered)} passphrases answered, {fleet.rotations} rotations")

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from chutes_proto.cli import progress as module
-from chutes_proto.cli.progress import WIDTH, Progress, said
+from chutes_proto.cli.agent import progress as module
+from chutes_proto.cli.agent.progress import WIDTH, Progress, said
 from chutes_proto.errors import DiskError, TransportError, refusal
 from chutes_proto.log import Level, Record, Value
 from chutes_proto.luks.plan import Format, Key, Open
@@ -36,11 +36,11 @@ def test_a_step_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_failure_that_may_pass_says_why_and_what_comes_next(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines(capsys, "boot_delayed", **STEP, **WHY, wait=1.5) == [
-        "NOT NOW: later (busy, request r-1)",
+        "RETRY LATER: later (busy, request r-1)",
         "trying again in 1.5 s",
     ]
     assert lines(capsys, "boot_delayed", **STEP, reason="cut", error="TransportError", wait=1.5, next_server="b") == [
-        "NOT NOW: cut",
+        "RETRY LATER: cut",
         "trying again in 1.5 s at b",
     ]
     assert lines(capsys, "boot_stopped", **STEP, **WHY) == ["STOPPED: later (busy, request r-1)"]

@@ -68,7 +68,7 @@ def test_where_a_boot_went_another_way(replay: Callable[..., Ended]) -> None:
     assert (said.code, said.json["replayed"]) == (1, True)
     assert [refusal["code"] for refusal in said.json["refusals"]] == ["event_log_difference"]
     told = replay(OTHER, quote_of(OTHER), good=GOOD).out.splitlines()
-    assert told[0] == "REFUSED: the log replays to the RTMRs of the quote, but it is not the good boot's"
+    assert told[0] == "REFUSED: the log replays to the RTMRs of the quote, but differs from the good boot's"
     difference = said.json["difference"]
     assert (difference["register"], difference["got"]["number"], difference["expected"]["number"]) == ("RTMR2", 8, 8)
     assert bytes.fromhex(difference["got"]["data"]) == b"kernel_cmdline: init=/bin/sh\0"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import sqlite3
@@ -21,10 +22,10 @@ from hypothesis import strategies as st
 
 from chutes_proto.auth.hotkey import HotkeyPair
 from chutes_proto.auth.server_identity import make_server_identity
-from chutes_proto.cli.development import RenewedCollateral, write_collateral, write_server
 from chutes_proto.cli.main import main
 from chutes_proto.errors import CollateralUnavailable, ConfigurationError
 from chutes_proto.io.collateral.directory import CollateralDirectory
+from chutes_proto.io.server.development import RenewedCollateral, write_collateral, write_server
 from chutes_proto.io.server.setup import make_setup
 from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.keys.vault import KeyEncryptionKey
@@ -76,7 +77,7 @@ def test_a_check_says_what_is_there_and_makes_nothing(command: Command, site: Pa
     assert "NOT Intel's root but simulated-root.der" in ended.out
     assert "measurements: simulated" in ended.out
     assert "volumes: storage, tdx-cache" in ended.out
-    assert "hotkeys: every hotkey" in ended.out
+    assert "hotkeys: any hotkey" in ended.out
     assert re.search(rf"collateral: .*{PLATFORM.fmspc.hex()}, platform CA, TDX, valid .* to ", ended.out)
     assert "keys.db: not made yet" in ended.out
 
@@ -163,15 +164,15 @@ def _other_database(site: Path) -> None:
             r"measurements: .*/none: cannot be read",
         ),
         (_edited('root_passphrase = "vm"', 'root_passphrase = "vm"\ncolour = 1'), r"measurements: .*colour"),
-        (_edited('hotkeys = "*"', 'hotkeys = ["5Grw"]'), r"hotkeys: '5Grw' is no hotkey"),
+        (_edited('hotkeys = "*"', 'hotkeys = ["5Grw"]'), r"hotkeys: '5Grw' is not a hotkey"),
         (_edited('"collateral"', '"elsewhere"'), r"collateral\.directory: .*/elsewhere is not a directory"),
         (_edited('hotkeys = "*"', 'hotkeys = "*"\nnet_uid = 1'), r"/server\.toml: .*net_uid"),
         (_garbage("server.toml"), r"/server\.toml: not TOML"),
-        (_old_collateral, r"collateral: .*\.json: of no use: .*time has ended"),
+        (_old_collateral, r"collateral: .*\.json: unusable: .*expired"),
         (_no_collateral, r"collateral\.directory: .* holds no \*\.json"),
         (_other_database, r"keys\.db: it is another program's database"),
         (_garbage("keys.db"), r"keys\.db: "),
-        (_edited("sqlite:keys.db", "sqlite:none/keys.db"), r"none/keys\.db: its directory is not there"),
+        (_edited("sqlite:keys.db", "sqlite:none/keys.db"), r"none/keys\.db: its directory does not exist"),
     ],
 )
 def test_what_is_wrong_is_told_with_key_and_file(
@@ -307,14 +308,14 @@ def test_one_name_in_two_files_is_an_error(command: Command, site: Path) -> None
     edit(site, '["measurements.toml"]', '["measurements.toml", "measurements.toml"]')
     ended = check(command, site)
     assert ended.code == 1
-    assert "measurements: profile: a name is there twice" in ended.err
+    assert "measurements: profile: a name is given twice" in ended.err
 
 
 def test_the_configuration_in_the_help_is_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "--help"]) == 0
     said = capsys.readouterr().out
     assert "README.md of the package chutes_proto.server" in " ".join(said.split())
-    text = said.partition("server.toml:\n")[2].partition("measurements.toml:\n")[0]
+    text = said.partition("server.toml:\n")[2].partition("measurements.toml (")[0]
     config = ServerConfig.from_toml(textwrap.dedent(text).encode())
     assert config.measurements == ("measurements.toml",)
 
@@ -432,6 +433,26 @@ def test_two_servers_for_development_share_one_platform(
         assert said.code == 0
         assert not directory.exists()
         assert "SIMULATED" in server.said[0]
+
+
+@pytest.mark.parametrize("more", [[], ["--platform", "a platform"]], ids=["default", "platform"])
+def test_the_next_commands_work_as_they_are_printed(
+    start: Callable[..., Server], command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    server = start("--dev", *more)
+    assert server.process.stdout is not None
+    said = [server.process.stdout.readline() for _ in range(5)]
+    assert said[0].startswith("next")
+    shown = {}
+    for line in said[1:]:
+        program, *words = shlex.split(line)
+        assert program == "chutes-proto"
+        shown[words[0]] = command(*words)
+    assert [ended.code for ended in shown.values()] == [0] * 4
+    assert f"{HOTKEY}/vm-1" in shown["vm"].out
+    assert "storage/1" in shown["keys"].out
+    assert "boot" in shown["audit"].out
 
 
 def test_a_full_disk_behind_the_log_stops_no_boot(start: Callable[..., Server], command: Command) -> None:

@@ -85,7 +85,6 @@ def test_those_who_make_the_platform_at_the_same_moment_share_one(tmp_path: Path
 @pytest.mark.parametrize(
     "arguments",
     [
-        [],
         ["simulate"],
         ["simulate", "--report-data", "00", "--out", "x"],
         ["simulate", "--report-data", "g" * 128, "--out", "x"],
@@ -112,6 +111,12 @@ def test_wrong_usage_is_2_and_one_readable_complaint(
     assert captured.out == ""
     assert captured.err.splitlines()[-1].startswith("chutes-proto")
     assert "Traceback" not in captured.err
+
+
+def test_without_a_command_the_help_is_shown_and_that_is_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err.splitlines()[0]) == ("", "Usage: chutes-proto [OPTIONS] COMMAND [ARGS]...")
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", b"{}", bytes(5_000_000)], ids=["empty", "text", "object", "huge"])

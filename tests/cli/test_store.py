@@ -12,7 +12,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from chutes_proto.cli.development import write_server
+from chutes_proto.io.server.development import write_server
 from chutes_proto.io.stores.postgres import PostgresStore
 from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.store.sql import SCHEMA_VERSION

@@ -17,8 +17,8 @@ import trio
 from attrs import define, field
 
 from chutes_proto.boot._retry_policy import RetryPolicy
-from chutes_proto.cli.development import write_server
 from chutes_proto.errors import Unavailable
+from chutes_proto.io.server.development import write_server
 from chutes_proto.io.server.setup import make_setup
 from chutes_proto.log import Record
 from chutes_proto.server import ServerConfig
@@ -34,6 +34,8 @@ PLATFORM = SimulatedPlatform(bytes(32))
 VOLUMES = ("storage", "tdx-cache")
 ONCE = RetryPolicy(attempts=1)
 PATIENT = RetryPolicy(attempts=100, base=0.2, cap=1.0)
+
+pytestmark = pytest.mark.trio
 
 Start = Callable[..., Server]
 
@@ -155,7 +157,7 @@ def make_site(directory: Path, store: str) -> Path:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
-def test_a_database_that_stops(start: Start, cluster: Cluster, number: signal.Signals, tmp_path: Path) -> None:
+async def test_a_database_that_stops(start: Start, cluster: Cluster, number: signal.Signals, tmp_path: Path) -> None:
     stopped = False
 
     def stop() -> None:
@@ -173,7 +175,7 @@ def test_a_database_that_stops(start: Start, cluster: Cluster, number: signal.Si
         site = make_site(tmp_path, url)
         make_setup(ServerConfig.load(site / "server.toml")).store.open(migrate=True).close()
         server = serve(start, site)
-        trio.run(lambda: outlives(server, stop, go_on, is_busy=True))
+        await outlives(server, stop, go_on, is_busy=True)
         assert "no connection to the database" in refused(server)
         nothing_twice(site)
 
@@ -199,7 +201,11 @@ def small_disk(place: Path) -> Iterator[Path]:
         _ = subprocess.run(["umount", "--lazy", place], check=True)
 
 
-def test_a_disk_that_is_full(start: Start, tmp_path: Path) -> None:
+def remount(disk: Path, option: str) -> None:
+    _ = subprocess.run(["mount", "-o", f"remount,{option}", disk], check=True)
+
+
+async def test_a_disk_that_is_full(start: Start, tmp_path: Path) -> None:
     site = make_site(tmp_path, "sqlite:disk/keys.db")
     with small_disk(site / "disk") as disk:
         server = serve(start, site)
@@ -214,12 +220,12 @@ def test_a_disk_that_is_full(start: Start, tmp_path: Path) -> None:
                     except OSError:
                         continue
 
-        trio.run(lambda: outlives(server, fill, lambda: filler.unlink(missing_ok=True), is_busy=False))
+        await outlives(server, fill, lambda: filler.unlink(missing_ok=True), is_busy=False)
         assert "the disk is full; nothing was changed" in refused(server)
         nothing_twice(site)
 
 
-def test_a_file_that_another_program_holds(start: Start, tmp_path: Path) -> None:
+async def test_a_file_that_another_program_holds(start: Start, tmp_path: Path) -> None:
     site = make_site(tmp_path, "sqlite:keys.db")
     server = serve(start, site)
     with closing(sqlite3.connect(site / "keys.db", isolation_level=None, check_same_thread=False)) as other:
@@ -228,12 +234,12 @@ def test_a_file_that_another_program_holds(start: Start, tmp_path: Path) -> None
             if other.in_transaction:
                 _ = other.execute("ROLLBACK")
 
-        trio.run(lambda: outlives(server, lambda: other.execute("BEGIN EXCLUSIVE"), release, is_busy=True))
+        await outlives(server, lambda: other.execute("BEGIN EXCLUSIVE"), release, is_busy=True)
     assert "another transaction takes too long" in refused(server)
     nothing_twice(site)
 
 
-def test_a_file_that_is_gone_for_a_while(start: Start, tmp_path: Path) -> None:
+async def test_a_file_that_is_gone_for_a_while(start: Start, tmp_path: Path) -> None:
     site = make_site(tmp_path, "sqlite:keys.db")
     server = serve(start, site)
     path, away = site / "keys.db", site / "away.db"
@@ -242,42 +248,42 @@ def test_a_file_that_is_gone_for_a_while(start: Start, tmp_path: Path) -> None:
         if away.exists():
             _ = away.rename(path)
 
-    trio.run(lambda: outlives(server, lambda: path.rename(away), bring_back, is_busy=False))
+    await outlives(server, lambda: path.rename(away), bring_back, is_busy=False)
     assert "it was moved, removed or replaced while in use" in refused(server)
     nothing_twice(site)
 
 
-def test_a_file_that_is_damaged_under_a_server(start: Start, tmp_path: Path) -> None:
+async def test_a_file_that_is_damaged_under_a_server(start: Start, tmp_path: Path) -> None:
     """It refuses and changes nothing more; the file stays for the operator, and a backup in its place serves again."""
     site = make_site(tmp_path, "sqlite:keys.db")
     path, backup = site / "keys.db", site / "backup.db"
     first = serve(start, site)
-    given = trio.run(boot_and_sync, first)
+    given = await boot_and_sync(first)
     _ = first.stop(signal.SIGTERM)
     _ = shutil.copy(path, backup)
     server = serve(start, site)
     content = bytearray(path.read_bytes())
     content[4096:] = b"\xa5" * len(content[4096:])
     _ = path.write_bytes(content)
-    trio.run(refuses, server)
+    await refuses(server)
     assert "damaged; stop the server, keep the file, and restore a backup" in refused(server)
     assert path.read_bytes() == content
     for beside in site.glob("keys.db*"):
         _ = beside.rename(site / f"broken {beside.name}")
     _ = shutil.copy(backup, path)
-    assert trio.run(boot_and_sync, serve(start, site)) == given
+    assert await boot_and_sync(serve(start, site)) == given
 
 
-def test_a_disk_that_only_reads(start: Start, tmp_path: Path) -> None:
+async def test_a_disk_that_only_reads(start: Start, tmp_path: Path) -> None:
     site = make_site(tmp_path, "sqlite:disk/keys.db")
     with small_disk(site / "disk") as disk:
         first = serve(start, site)
-        given = trio.run(boot_and_sync, first)
+        given = await boot_and_sync(first)
         _ = first.stop(signal.SIGTERM)
-        _ = subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        remount(disk, "ro")
         before = (disk / "keys.db").read_bytes()
         with pytest.raises(AssertionError, match=r"cannot be opened; .*may this user write it"):
             _ = serve(start, site)
         assert (disk / "keys.db").read_bytes() == before
-        _ = subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
-        assert trio.run(boot_and_sync, serve(start, site)) == given
+        remount(disk, "rw")
+        assert await boot_and_sync(serve(start, site)) == given

@@ -13,7 +13,7 @@ import attrs
 import pytest
 from attrs import evolve
 
-from chutes_proto.cli.development import write_server
+from chutes_proto.io.server.development import write_server
 from chutes_proto.quote._collateral import Collateral
 from chutes_proto.quote._measurements import parse_profiles_toml
 from chutes_proto.testing._directory import simulation_files
@@ -121,11 +121,11 @@ def test_a_policys_refusal_leaves_the_quote_genuine(verify: Command) -> None:
 def test_collateral_out_of_its_time_says_nothing_about_the_quote(verify: Command, tmp_path: Path, fault: str) -> None:
     refused = verify(faults=(fault,))
     assert refused.code == 1
-    assert refused.out.startswith("REFUSED: it cannot be judged with this collateral\ncollateral_")
+    assert refused.out.startswith("REFUSED: the quote cannot be verified with this collateral\ncollateral_")
     assert "got 2026-05-28T20:26:40Z, expected at " in refused.out
-    assert "judge at another time with --at" in refused.out
+    assert "verify at another time with --at" in refused.out
     assert "--at" in verify("--json", faults=(fault,)).json["hint"]
-    assert f"Fetch {tmp_path}/collateral.json anew" in refused.out
+    assert f"Fetch {tmp_path}/collateral.json again" in refused.out
 
 
 @pytest.mark.parametrize(
@@ -143,9 +143,9 @@ def test_collateral_of_another_platform_says_nothing_about_the_quote(
 ) -> None:
     refused = verify(faults=(fault,))
     assert refused.code == 1
-    assert refused.out.startswith(f"REFUSED: it cannot be judged with this collateral\n{code}: ")
+    assert refused.out.startswith(f"REFUSED: the quote cannot be verified with this collateral\n{code}: ")
     fetch = f"`chutes-proto collateral fetch --quote {tmp_path}/quote.bin --root {tmp_path}/root.der --upstream"
-    assert f"{tmp_path}/collateral.json is not of the platform of {tmp_path}/quote.bin; fetch what is: {fetch}" in (
+    assert f"{tmp_path}/collateral.json is not of the platform of {tmp_path}/quote.bin; fetch its own: {fetch}" in (
         refused.out
     )
 
@@ -163,7 +163,7 @@ def test_whose_root_is_another_is_told(verify: Command, command: Command, tmp_pa
         return [lines[0], lines[2].split(" than ")[0]]
 
     root = ("--root", tmp_path / "root.der")
-    alone, together = "REFUSED: it cannot be judged with this collateral", "REFUSED: the quote does not verify"
+    alone, together = "REFUSED: the quote cannot be verified with this collateral", "REFUSED: the quote does not verify"
     assert told("quote.bin", "other-collateral.json", *root) == [
         alone, f"{tmp_path}/other-collateral.json is under another root"
     ]  # fmt: skip
@@ -176,7 +176,7 @@ def test_whose_root_is_another_is_told(verify: Command, command: Command, tmp_pa
 def test_what_is_no_collateral_says_nothing_about_the_quote(verify: Command, tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     refused = verify("--collateral", tmp_path / "empty")
-    assert refused.out.startswith("REFUSED: it cannot be judged with this collateral\ncollateral_format: ")
+    assert refused.out.startswith("REFUSED: the quote cannot be verified with this collateral\ncollateral_format: ")
     assert f"{tmp_path}/empty: fetch it with `chutes-proto collateral fetch`" in refused.out
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import repeat
 from typing import Any, ClassVar
 
 from attrs import define, evolve, field
@@ -16,6 +17,7 @@ from attrs import define, evolve, field
 from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.testing._service import CollateralService
 from chutes_proto.wire.http import HttpRequest, HttpResponse
+from tests.slow_peer import drip
 
 PLATFORM = SimulatedPlatform(b"a world for collateral" * 2)
 ROOT = PLATFORM.root
@@ -115,10 +117,7 @@ def dripping(handler: Handler, honest: HttpResponse) -> None:
     handler.send_header("content-length", "1000")
     handler.end_headers()
     with suppress(OSError):
-        for _ in range(40):
-            _ = handler.wfile.write(b"x")
-            handler.wfile.flush()
-            time.sleep(0.05)
+        drip(handler.wfile.write, repeat(b"x", 40), 0.05)  # which is not buffered
 
 
 def truncated(handler: Handler, honest: HttpResponse) -> None:
@@ -162,7 +161,7 @@ def no_chain(handler: Handler, honest: HttpResponse) -> HttpResponse:
 
 
 def of_another(handler: Handler, honest: HttpResponse) -> HttpResponse:
-    """What belongs to another FMSPC."""
+    """Collateral of another FMSPC."""
     service = handler.upstream.service
     return service.answer(
         HttpRequest("GET", f"/tdx/certification/v4/tcb?fmspc={PLATFORM.another(1).fmspc.hex()}"), int(time.time())

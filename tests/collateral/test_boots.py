@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
+from functools import partial
 from typing import Any
 
 import dcap_qvl
+import pytest
 import trio
 from attrs import define, evolve, field
 from cryptography import x509
@@ -53,96 +54,86 @@ def connected(fetcher: CollateralFetcher) -> Connected:
     return Connected(app=app, platform=PLATFORM, now=int(time.time()), certificate=CERTIFICATE, fetcher=fetcher)
 
 
-def boots(fetcher_source: Any, *, times: int = 1, before: Any = None) -> list[HttpResponse]:
+async def boots(fetcher_source: Any, *, times: int = 1) -> list[HttpResponse]:
     """Answers to so many boots at once."""
     found: list[HttpResponse] = []
+    async with open_collateral(fetcher_source, log=lambda _: None) as fetcher:
+        world = connected(fetcher)
+        attestations = [world.attestation(vm_name=f"vm-{number}") for number in range(times)]
 
-    async def main() -> None:
-        async with open_collateral(fetcher_source, log=lambda _: None) as fetcher:
-            world = connected(fetcher)
-            attestations = [world.attestation(vm_name=f"vm-{number}") for number in range(times)]
+        def one(body: Any, headers: Any) -> None:
+            found.append(world.ask("POST", "/servers/boot/attestation", body, headers=headers))
 
-            def one(body: Any, headers: Any) -> None:
-                found.append(world.ask("POST", "/servers/boot/attestation", body, headers=headers))
-
-            async with trio.open_nursery() as nursery:
-                limiter = trio.CapacityLimiter(times)
-                for body, headers in attestations:
-
-                    async def boot(body: Any = body, headers: Any = headers) -> None:
-                        await trio.to_thread.run_sync(one, body, headers, limiter=limiter)
-
-                    nursery.start_soon(boot)
-
-    trio.run(main)
+        async with trio.open_nursery() as nursery:
+            limiter = trio.CapacityLimiter(times)
+            for body, headers in attestations:
+                nursery.start_soon(partial(trio.to_thread.run_sync, one, body, headers, limiter=limiter))
     return found
 
 
-def test_an_outage_without_a_warm_cache_is_a_503_and_with_one_nothing() -> None:
+@pytest.mark.trio
+async def test_an_outage_without_a_warm_cache_is_a_503_and_with_one_nothing() -> None:
     upstream = Upstream()
     with running(upstream):
         of = source(upstream)
-    (cold,) = boots(of)
+    (cold,) = await boots(of)
     assert refusal(cold)[:2] == (503, "collateral_unavailable")
     assert int(cold.header("retry-after") or 0) > 0
     with running(upstream):
-        _ = answer(boots(of)[0])
-    for response in boots(of, times=3):  # the plug is pulled again
+        _ = answer((await boots(of))[0])
+    for response in await boots(of, times=3):  # the plug is pulled again
         assert answer(response)["key"]
 
 
-def test_a_storm_of_boots_is_one_fetch() -> None:
+@pytest.mark.trio
+async def test_a_storm_of_boots_is_one_fetch() -> None:
     with running(Upstream()) as upstream:
-        for response in boots(source(upstream), times=40):
+        for response in await boots(source(upstream), times=40):
             assert answer(response)["key"]
         assert len(upstream.asked) == 4
 
 
-def test_collateral_that_is_younger_than_its_request() -> None:
+@pytest.mark.trio
+async def test_collateral_that_is_younger_than_its_request() -> None:
     with running(Upstream(age=-1)) as upstream:  # made a second after the quote came
-        (response,) = boots(source(upstream))
+        (response,) = await boots(source(upstream))
     assert answer(response)["key"]
 
 
-def test_a_new_crl_is_always_consulted() -> None:
+@pytest.mark.trio
+async def test_a_new_crl_is_always_consulted() -> None:
     quote = PLATFORM.quote(bytes(64))
+    with running(Upstream(age=10)) as upstream:
+        of = source(upstream, policy=evolve(QUICK, refresh=0))
+        async with open_collateral(of, log=lambda _: None) as fetcher:
 
-    async def main() -> None:
-        with running(Upstream(age=10)) as upstream:
-            of = source(upstream, policy=evolve(QUICK, refresh=0))
-            async with open_collateral(of, log=lambda _: None) as fetcher:
+            async def judge() -> Any:
+                now = int(time.time())
+                signed = check_signed(open_quote(quote, now=now, root=ROOT))
+                return verify_quote(signed, await fetcher.fetch(identity(), now), now=now)
 
-                async def judge() -> Any:
-                    now = int(time.time())
-                    signed = check_signed(open_quote(quote, now=now, root=ROOT))
-                    return verify_quote(signed, await fetcher.fetch(identity(), now), now=now)
+            _ = await judge()
+            _ = await judge()  # leaf and quoting enclave were seen
+            upstream.age = 0
+            revoking = PLATFORM.having("pck_revoked")
+            upstream.service = CollateralService((revoking,))
 
-                _ = await judge()
-                _ = await judge()  # leaf and quoting enclave were seen
-                upstream.age = 0
-                revoking = PLATFORM.having("pck_revoked")
-                upstream.service = CollateralService((revoking,))
+            async def is_revoked() -> bool:
+                try:
+                    _ = await judge()
+                except VerificationError as exc:
+                    return exc.code == "pck_revoked"
+                return False
 
-                async def is_revoked() -> bool:
-                    try:
-                        _ = await judge()
-                    except VerificationError as exc:
-                        return exc.code == "pck_revoked"
-                    return False
-
-                _ = await async_wait_until(is_revoked)
-
-    trio.run(main)
+            _ = await async_wait_until(is_revoked)
 
 
-def test_another_verifier_fetches_from_the_simulated_service_and_accepts() -> None:
+@pytest.mark.anyio
+@pytest.mark.parametrize("loop", ["asyncio"])  # it knows no other
+async def test_another_verifier_fetches_from_the_simulated_service_and_accepts() -> None:
     quote = PLATFORM.quote(bytes(64))
     with running(Upstream()) as upstream:
-
-        async def fetched() -> Any:
-            return await dcap_qvl.get_collateral(upstream.url, quote)
-
-        collateral = asyncio.run(fetched())
+        collateral = await dcap_qvl.get_collateral(upstream.url, quote)
     report = dcap_qvl.verify_with_root_ca(quote, collateral, PLATFORM.root_der, int(time.time()))
     assert report.status == "UpToDate"
 

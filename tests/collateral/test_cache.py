@@ -153,7 +153,7 @@ def test_what_ends_soon_is_refreshed_soon() -> None:
     last.age = COLLATERAL_SECONDS - 10
     _ = last.warm()
     last.now += 11
-    assert isinstance(last.decide(), Fetch)  # its end is no time to wait
+    assert isinstance(last.decide(), Fetch)  # nothing waits until its end
 
 
 def test_a_refresh_that_fails_changes_nothing_and_waits_longer_each_time() -> None:
@@ -262,7 +262,7 @@ def test_fetches_per_minute_and_the_share_of_the_known() -> None:
     assert isinstance(world.decide(), Use)
     assert isinstance(world.decide(family(200)), GiveUp)
     asked = len(world.asked)
-    _ = world.fetch()  # whoever asks anyway is told no
+    _ = world.fetch()  # a caller is refused
     assert len(world.asked) == asked
     world.now += 60
     assert isinstance(world.decide(), Refresh)
@@ -336,9 +336,9 @@ def test_nothing_is_replaced_by_what_is_older() -> None:
     world.cache.restore(newer)
     world.now += 10
     assert world.fetch() is None
-    assert "it is older than what is at hand" in str(world.log[-1].fields["error"])
+    assert "it is older than the cached collateral" in str(world.log[-1].fields["error"])
     assert world.decide() == Use(newer)
-    world.now = LATE  # but what has ended is no reason to refuse
+    world.now = LATE  # but an expired one does not refuse
     assert world.fetch() is not None
 
 
@@ -350,7 +350,7 @@ def test_no_younger_crl_is_replaced_by_an_older_one_of_the_same_number() -> None
     world.now += 61
     world.age = 30
     assert world.fetch() is None
-    assert "it is older than what is at hand" in str(world.log[-1].fields["error"])
+    assert "it is older than the cached collateral" in str(world.log[-1].fields["error"])
 
 
 def test_the_same_again_is_no_news() -> None:
@@ -373,7 +373,7 @@ def test_a_service_whose_clock_is_ahead_is_waited_for_a_little() -> None:
     world.age = -6
     assert world.fetch() is None
     assert world.now == NOW
-    assert "is one of the clocks wrong?" in reason(world.decide())
+    assert "check the clocks" in reason(world.decide())
 
 
 def test_what_was_kept_is_used_at_once_and_refreshed() -> None:

@@ -34,6 +34,7 @@ from chutes_proto.wire.http import HttpRequest
 from tests.collateral import network
 from tests.collateral.network import PLATFORM, ROOT, Fault, Upstream, running
 from tests.io.peers import Credentials, make_credentials
+from tests.loops import on_loop
 from tests.store.memory import MemoryStore
 from tests.waiting import async_wait_until
 
@@ -77,7 +78,7 @@ class Loop:
             async with open_collateral(of, log=log.append) as fetcher:
                 return await main(fetcher)
 
-        return anyio.run(opened, backend=self.name), log
+        return on_loop(self.name, opened), log
 
     def fetch(self, of: UpstreamCollateral, *platforms: SimulatedPlatform) -> list[Any]:
         """The outcome for each platform, one after the other."""
@@ -111,7 +112,7 @@ async def outcome(fetcher: Any, platform: SimulatedPlatform | PckIdentity) -> Ve
 
 
 async def changed(fetcher: Any, before: VerifiedCollateral | str) -> VerifiedCollateral | str:
-    """What is had for the platform once it is no longer ``before``."""
+    """The collateral for the platform once it is no longer ``before``."""
 
     async def other() -> VerifiedCollateral | str | None:
         found = await outcome(fetcher, PLATFORM)
@@ -121,9 +122,9 @@ async def changed(fetcher: Any, before: VerifiedCollateral | str) -> VerifiedCol
     return found
 
 
-@pytest.fixture(params=["trio", "asyncio"])
-def loop(request: pytest.FixtureRequest) -> Loop:
-    return Loop(request.param)
+@pytest.fixture
+def each(loop: str) -> Loop:
+    return Loop(loop)
 
 
 @pytest.fixture
@@ -138,8 +139,8 @@ def other() -> Iterator[Upstream]:
         yield one
 
 
-def test_fetched_once_and_used_again(loop: Loop, upstream: Upstream) -> None:
-    first, second, another = loop.fetch(source(upstream), PLATFORM, PLATFORM, PLATFORM.another(1))
+def test_fetched_once_and_used_again(each: Loop, upstream: Upstream) -> None:
+    first, second, another = each.fetch(source(upstream), PLATFORM, PLATFORM, PLATFORM.another(1))
     assert first is second
     assert (first.fmspc, first.ca, first.tee, first.root) == (PLATFORM.fmspc, "platform", "TDX", ROOT)
     assert another.fmspc == PLATFORM.another(1).fmspc
@@ -153,10 +154,10 @@ def test_fetched_once_and_used_again(loop: Loop, upstream: Upstream) -> None:
     assert len(upstream.asked) == 8
 
 
-def test_another_ca_and_another_place_of_the_root_crl(loop: Loop, upstream: Upstream) -> None:
+def test_another_ca_and_another_place_of_the_root_crl(each: Loop, upstream: Upstream) -> None:
     parsed = pcs.Upstream.parse(f"{upstream.url}/sgx/certification/v4/", f"{upstream.url}/IntelSGXRootCA.der")
     of = evolve(source(upstream), cache=CollateralCache([parsed], root=ROOT, update="early"))
-    (found,) = loop.fetch(of, evolve(PLATFORM, ca="processor"))
+    (found,) = each.fetch(of, evolve(PLATFORM, ca="processor"))
     assert found.ca == "processor"
     assert [target.partition("?")[2] for target in upstream.asked] == [
         f"fmspc={PLATFORM.fmspc.hex()}&update=early",
@@ -176,7 +177,7 @@ FAULTS: dict[str, tuple[Fault, str, str]] = {
     "redirect": (network.redirecting, "tcb", "TCB info: status 307"),
     "garbage": (network.garbage, "tcb", "tcbInfo: not JSON"),
     "garbage identity": (network.garbage, "identity", "enclaveIdentity: not JSON"),
-    "garbage CRL": (network.garbage, "pckcrl", "no DER, no PEM"),
+    "garbage CRL": (network.garbage, "pckcrl", "neither DER nor PEM"),
     "altered": (network.altered, "tcb", "the TCB signing key did not sign it"),
     "altered CRL": (network.altered, "pckcrl", "PCK CRL"),
     "no chain": (network.no_chain, "tcb", "the header is missing"),
@@ -191,39 +192,39 @@ FAULTS: dict[str, tuple[Fault, str, str]] = {
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_told_and_the_next_upstream_asked(
-    loop: Loop, upstream: Upstream, other: Upstream, name: str
+    each: Loop, upstream: Upstream, other: Upstream, name: str
 ) -> None:
     upstream.fault, upstream.only, told = FAULTS[name]
     limits = HASTY if name in ("slow", "dripping") else PATIENT
-    (alone,) = loop.fetch(source(upstream, limits=limits))
+    (alone,) = each.fetch(source(upstream, limits=limits))
     assert isinstance(alone, str)
     assert re.search(f"{re.escape(upstream.url)}: .*{told}", alone)
-    (found,) = loop.fetch(source(upstream, other, limits=limits))
+    (found,) = each.fetch(source(upstream, other, limits=limits))
     assert isinstance(found, VerifiedCollateral)
     assert other.rounds() == 1
 
 
 @pytest.mark.parametrize(
     ("age", "told"),
-    [(COLLATERAL_SECONDS + 60, "its time has ended at 20"), (-3600, "its time begins at .*clocks wrong")],
+    [(COLLATERAL_SECONDS + 60, "it expired at 20"), (-3600, "it is valid from .*check the clocks")],
     ids=["expired", "not yet valid"],
 )
-def test_the_wrong_time(loop: Loop, upstream: Upstream, other: Upstream, age: int, told: str) -> None:
+def test_the_wrong_time(each: Loop, upstream: Upstream, other: Upstream, age: int, told: str) -> None:
 
     upstream.age = age
-    (alone,) = loop.fetch(source(upstream))
+    (alone,) = each.fetch(source(upstream))
     assert re.search(told, alone)
-    (found,) = loop.fetch(source(upstream, other))
+    (found,) = each.fetch(source(upstream, other))
     assert found.fmspc == PLATFORM.fmspc
 
 
-def test_a_clock_that_is_a_little_ahead_is_waited_for(loop: Loop, upstream: Upstream) -> None:
+def test_a_clock_that_is_a_little_ahead_is_waited_for(each: Loop, upstream: Upstream) -> None:
     upstream.age = -1
-    (found,) = loop.fetch(source(upstream))
+    (found,) = each.fetch(source(upstream))
     assert found.window[0] <= time.time()
 
 
-def test_another_root_and_another_ca_are_refused(loop: Loop, upstream: Upstream) -> None:
+def test_another_root_and_another_ca_are_refused(each: Loop, upstream: Upstream) -> None:
     upstream.service = CollateralService((evolve(PLATFORM, seed=b"another world" * 3),))
     upstream.fault, upstream.only = (
         lambda handler, _: handler.upstream.service.answer(
@@ -232,25 +233,25 @@ def test_another_root_and_another_ca_are_refused(loop: Loop, upstream: Upstream)
         ),
         "tcb",
     )
-    (told,) = loop.fetch(source(upstream))
+    (told,) = each.fetch(source(upstream))
     assert "root" in told
 
 
-def test_an_upstream_that_asks_for_it_is_left_alone(loop: Loop, upstream: Upstream, other: Upstream) -> None:
+def test_an_upstream_that_asks_for_it_is_left_alone(each: Loop, upstream: Upstream, other: Upstream) -> None:
     upstream.fault = network.status(429, ("retry-after", "600"))
     of = source(upstream, other)
-    found = loop.fetch(of, PLATFORM, PLATFORM.another(1))
+    found = each.fetch(of, PLATFORM, PLATFORM.another(1))
     assert all(isinstance(one, VerifiedCollateral) for one in found)
     assert len(upstream.asked) == 1
     alone = source(upstream)
-    told = loop.fetch(alone, PLATFORM, PLATFORM, PLATFORM.another(1))
+    told = each.fetch(alone, PLATFORM, PLATFORM, PLATFORM.another(1))
     assert len(upstream.asked) == 2
     assert "429" in told[1]
     assert "left alone" in told[2]
 
 
-def test_a_hundred_boots_of_a_known_family_are_one_fetch(loop: Loop, upstream: Upstream) -> None:
-    found, log = loop.run(source(upstream), lambda fetcher: loop.together(fetcher, [PLATFORM] * 100))
+def test_a_hundred_boots_of_a_known_family_are_one_fetch(each: Loop, upstream: Upstream) -> None:
+    found, log = each.run(source(upstream), lambda fetcher: each.together(fetcher, [PLATFORM] * 100))
     assert len(found) == 100
     assert len(set(map(id, found))) == 1
     assert isinstance(found[0], VerifiedCollateral)
@@ -258,23 +259,23 @@ def test_a_hundred_boots_of_a_known_family_are_one_fetch(loop: Loop, upstream: U
     assert [record.event for record in log] == ["collateral_fetched"]
 
 
-def test_a_hundred_boots_of_an_unknown_family_are_one_fetch(loop: Loop, upstream: Upstream) -> None:
+def test_a_hundred_boots_of_an_unknown_family_are_one_fetch(each: Loop, upstream: Upstream) -> None:
     async def main(fetcher: Any) -> list[Any]:
-        return await loop.together(fetcher, [UNKNOWN] * 100) + [await outcome(fetcher, UNKNOWN)]
+        return await each.together(fetcher, [UNKNOWN] * 100) + [await outcome(fetcher, UNKNOWN)]
 
-    told, _ = loop.run(source(upstream), main)
+    told, _ = each.run(source(upstream), main)
     assert len(told) == 101
     assert all("status 404" in one for one in told)
     assert upstream.asked == [f"/tdx/certification/v4/tcb?fmspc={UNKNOWN.fmspc.hex()}"]
 
 
-def test_fetches_for_new_families_are_bounded_and_known_ones_have_their_share(loop: Loop, upstream: Upstream) -> None:
+def test_fetches_for_new_families_are_bounded_and_known_ones_have_their_share(each: Loop, upstream: Upstream) -> None:
     of = source(upstream, policy=evolve(QUICK, fetches_per_minute=8, refresh=0))
     strangers = [PLATFORM.another(index) for index in range(20, 60)]
 
     async def main(fetcher: Any) -> list[Any]:
         known = await outcome(fetcher, PLATFORM)
-        told = await loop.together(fetcher, strangers)
+        told = await each.together(fetcher, strangers)
         assert sum("too many fetches" in one for one in told) >= len(strangers) - 5
         before = upstream.rounds()
         assert before <= 5
@@ -283,92 +284,92 @@ def test_fetches_for_new_families_are_bounded_and_known_ones_have_their_share(lo
         assert upstream.rounds() == before + 1
         return told
 
-    _ = loop.run(of, main)
+    _ = each.run(of, main)
 
 
-def test_it_dies_and_comes_back(loop: Loop) -> None:
+def test_it_dies_and_comes_back(each: Loop) -> None:
     upstream = Upstream()
     with running(upstream):
         of = source(upstream)
-    assert "ConnectError" in loop.fetch(of)[0]  # without what is at hand: a 503
+    assert "ConnectError" in each.fetch(of)[0]  # without cached collateral: a 503
     with running(upstream):
-        (warm,) = loop.fetch(of)
+        (warm,) = each.fetch(of)
         assert isinstance(warm, VerifiedCollateral)
-    cold, still = loop.fetch(of, PLATFORM.another(1), PLATFORM)  # what is at hand outlives its upstream
+    cold, still = each.fetch(of, PLATFORM.another(1), PLATFORM)  # cached collateral outlives its upstream
     assert "ConnectError" in cold
     assert still is warm
     with running(upstream):
-        assert isinstance(loop.fetch(of, PLATFORM.another(1))[0], VerifiedCollateral)
+        assert isinstance(each.fetch(of, PLATFORM.another(1))[0], VerifiedCollateral)
 
 
-def test_the_plug_is_pulled_in_the_middle(loop: Loop, other: Upstream) -> None:
+def test_the_plug_is_pulled_in_the_middle(each: Loop, other: Upstream) -> None:
     upstream = Upstream(fault=network.truncated, only="identity")
     with running(upstream):
         of = source(upstream, other)
-        found, _ = loop.run(of, lambda fetcher: loop.together(fetcher, [PLATFORM] * 20))
+        found, _ = each.run(of, lambda fetcher: each.together(fetcher, [PLATFORM] * 20))
     assert len(set(map(id, found))) == 1
     assert isinstance(found[0], VerifiedCollateral)
     assert other.rounds() == 1
 
 
-def test_refreshed_ahead_in_the_background(loop: Loop, upstream: Upstream) -> None:
+def test_refreshed_ahead_in_the_background(each: Loop, upstream: Upstream) -> None:
     upstream.age = 10
     of = source(upstream, policy=evolve(QUICK, refresh=0))
 
     async def main(fetcher: Any) -> None:
         first = await outcome(fetcher, PLATFORM)
         upstream.age = 0
-        upstream.fault = network.slow if loop.name == "trio" else None
-        assert await outcome(fetcher, PLATFORM) is first  # whoever asks does not wait
+        upstream.fault = network.slow if each.name == "trio" else None
+        assert await outcome(fetcher, PLATFORM) is first  # a caller does not wait
         upstream.fault = None
         now = await changed(fetcher, first)
         assert isinstance(now, VerifiedCollateral)
         assert isinstance(first, VerifiedCollateral)
         assert now.window[0] >= first.window[0] + 10
 
-    _ = loop.run(of, main)
+    _ = each.run(of, main)
 
 
-def test_stale_only_within_the_grace_and_only_in_an_outage(loop: Loop, upstream: Upstream) -> None:
+def test_stale_only_within_the_grace_and_only_in_an_outage(each: Loop, upstream: Upstream) -> None:
     upstream.age = COLLATERAL_SECONDS + 60
-    (none,) = loop.fetch(source(upstream, policy=evolve(QUICK, grace=30)))
-    assert "its time has ended" in none
+    (none,) = each.fetch(source(upstream, policy=evolve(QUICK, grace=30)))
+    assert "it expired at" in none
     of = source(upstream, policy=evolve(QUICK, grace=600))
-    (stale,) = loop.fetch(of)
+    (stale,) = each.fetch(of)
     assert stale.window[1] < time.time() < stale.usable_until
     upstream.age = 0
 
     async def main(fetcher: Any) -> Any:
         return await changed(fetcher, stale)
 
-    fresh, _ = loop.run(of, main)
+    fresh, _ = each.run(of, main)
     assert isinstance(fresh, VerifiedCollateral)
     assert fresh.window[1] > time.time()
 
 
-def test_kept_on_disk_and_verified_again(loop: Loop, tmp_path: Path) -> None:
+def test_kept_on_disk_and_verified_again(each: Loop, tmp_path: Path) -> None:
     kept = tmp_path / "kept"
     with running(Upstream()) as upstream:
-        (first,) = loop.fetch(source(upstream, directory=kept))
+        (first,) = each.fetch(source(upstream, directory=kept))
     name = f"{PLATFORM.fmspc.hex()}-platform-tdx.json"
     assert [path.name for path in kept.iterdir()] == [name]
 
     async def main(fetcher: Any) -> list[Any]:
         return [await outcome(fetcher, PLATFORM), await outcome(fetcher, PLATFORM.another(1))]
 
-    (again, none), log = loop.run(source(upstream, directory=kept), main)  # an outage, with a warm cache and without
+    (again, none), log = each.run(source(upstream, directory=kept), main)  # an outage, with a warm cache and without
     assert (again.window, again.tcb_info) == (first.window, first.tcb_info)
     assert "ConnectError" in none
     assert log[0].fields["files"] == 1
     text = (kept / name).read_bytes()
     (kept / name).write_bytes(text.replace(b"UpToDate", b"UptoDate"))
-    (_, told), log = loop.run(source(upstream, directory=kept), main)
+    (_, told), log = each.run(source(upstream, directory=kept), main)
     assert "ConnectError" in told
     assert [record.event for record in log][:2] == ["collateral_restored", "collateral_not_restored"]
     assert "did not sign" in str(log[1].fields["error"])
 
 
-def test_a_disk_that_fails_costs_nothing_but_a_line(loop: Loop, upstream: Upstream, tmp_path: Path) -> None:
+def test_a_disk_that_fails_costs_nothing_but_a_line(each: Loop, upstream: Upstream, tmp_path: Path) -> None:
     kept = tmp_path / "kept"
     of = source(upstream, directory=kept)
 
@@ -385,11 +386,11 @@ def test_a_disk_that_fails_costs_nothing_but_a_line(loop: Loop, upstream: Upstre
         async with open_collateral(of, log=log.append) as fetcher:
             return await main(fetcher)
 
-    assert isinstance(anyio.run(opened, backend=loop.name), VerifiedCollateral)
+    assert isinstance(on_loop(each.name, opened), VerifiedCollateral)
     assert log[-1].event == "collateral_not_kept"
 
 
-def test_a_slow_fetch_is_waited_for_so_long_and_goes_on(loop: Loop, upstream: Upstream) -> None:
+def test_a_slow_fetch_is_waited_for_so_long_and_goes_on(each: Loop, upstream: Upstream) -> None:
     upstream.fault, upstream.only = network.slow, "rootcacrl"
     of = source(upstream, policy=evolve(QUICK, wait=0.1))
 
@@ -402,10 +403,10 @@ def test_a_slow_fetch_is_waited_for_so_long_and_goes_on(loop: Loop, upstream: Up
         _ = await async_wait_until(is_there)
         assert upstream.rounds() == 1
 
-    _ = loop.run(of, main)
+    _ = each.run(of, main)
 
 
-def test_who_is_cancelled_does_not_end_the_fetch_of_others(loop: Loop, upstream: Upstream) -> None:
+def test_who_is_cancelled_does_not_end_the_fetch_of_others(each: Loop, upstream: Upstream) -> None:
     upstream.fault, upstream.only = network.slow, "rootcacrl"
     of = source(upstream)
 
@@ -416,20 +417,20 @@ def test_who_is_cancelled_does_not_end_the_fetch_of_others(loop: Loop, upstream:
         assert isinstance(await outcome(fetcher, PLATFORM), VerifiedCollateral)
         assert upstream.rounds() == 1
 
-    _ = loop.run(of, main)
+    _ = each.run(of, main)
 
 
-def test_a_defect_ends_one_fetch(loop: Loop, upstream: Upstream, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_defect_ends_one_fetch(each: Loop, upstream: Upstream, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("a defect")
 
     of = source(upstream)
     with monkeypatch.context() as patch:
         patch.setattr(of.cache, "begin", broken)
-        told, log = loop.run(of, lambda fetcher: outcome(fetcher, PLATFORM))
+        told, log = each.run(of, lambda fetcher: outcome(fetcher, PLATFORM))
     assert "still being fetched" in told
     assert log[0].event == "collateral_fetch_failed"
-    assert isinstance(loop.fetch(of)[0], VerifiedCollateral)
+    assert isinstance(each.fetch(of)[0], VerifiedCollateral)
 
 
 @pytest.fixture(scope="module")
@@ -437,18 +438,18 @@ def credentials(tmp_path_factory: pytest.TempPathFactory) -> Credentials:
     return make_credentials(tmp_path_factory.mktemp("tls"))
 
 
-def test_tls_is_checked(loop: Loop, credentials: Credentials) -> None:
+def test_tls_is_checked(each: Loop, credentials: Credentials) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(credentials.chain)
     with running(Upstream(), context) as upstream:
-        (told,) = loop.fetch(source(upstream))
+        (told,) = each.fetch(source(upstream))
         assert "CERTIFICATE_VERIFY_FAILED" in told
         assert upstream.asked == []
-        (found,) = loop.fetch(source(upstream, context=client_context(None, credentials.ca_pem)))
+        (found,) = each.fetch(source(upstream, context=client_context(None, credentials.ca_pem)))
         assert isinstance(found, VerifiedCollateral)
 
 
-def test_threads_are_left_alone(loop: Loop, upstream: Upstream) -> None:
+def test_threads_are_left_alone(each: Loop, upstream: Upstream) -> None:
     before = threading.active_count()
     upstream.fault, upstream.only = network.slow, "rootcacrl"
     of = source(upstream)
@@ -461,21 +462,18 @@ def test_threads_are_left_alone(loop: Loop, upstream: Upstream) -> None:
 
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(count)
-            tasks.start_soon(loop.together, fetcher, [PLATFORM] * 100)
+            tasks.start_soon(each.together, fetcher, [PLATFORM] * 100)
 
-    _ = loop.run(of, main)
-    assert counted[0] <= before + 3  # a fetch is no thread, and a hundred who wait for it are none
+    _ = each.run(of, main)
+    assert counted[0] <= before + 3  # a fetch needs no thread, nor do a hundred who wait for it
 
 
-def test_a_performer_for_files_or_for_services(loop: Loop, upstream: Upstream, tmp_path: Path) -> None:
+@pytest.mark.anyio
+async def test_a_performer_for_files_or_for_services(upstream: Upstream, tmp_path: Path) -> None:
     write_file(tmp_path / "a.json", PLATFORM.collateral_json(int(time.time())))
-
-    async def main() -> None:
-        for collateral in (CollateralDirectory(tmp_path, ROOT), source(upstream)):
-            async with open_performer(MemoryStore(), collateral, log=lambda _: None) as performer:
-                effect = FetchCollateral(identity(), int(time.time()) + 1)
-                found: Any = await performer.perform(effect)
-                assert found.fmspc == PLATFORM.fmspc
-
-    anyio.run(main, backend=loop.name)
+    for collateral in (CollateralDirectory(tmp_path, ROOT), source(upstream)):
+        async with open_performer(MemoryStore(), collateral, log=lambda _: None) as performer:
+            effect = FetchCollateral(identity(), int(time.time()) + 1)
+            found: Any = await performer.perform(effect)
+            assert found.fmspc == PLATFORM.fmspc
     assert upstream.rounds() == 1

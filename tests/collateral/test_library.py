@@ -43,7 +43,7 @@ def numbered(number: int, at: int = NOW) -> VerifiedCollateral:
 
 def missing(*items: Item, wanted: PckIdentity | None = None, now: int = NOW) -> str:
     with pytest.raises(CollateralUnavailable) as caught:
-        _ = choose(items, wanted or identity(), now, "/shelf")
+        _ = choose(items, wanted or identity(), now, "/source")
     return str(caught.value)
 
 
@@ -60,8 +60,8 @@ def test_each_platform_gets_its_own() -> None:
 
 @pytest.mark.parametrize("now", [NOW - 1, END + 1])
 def test_what_is_not_valid_now_is_missing_and_named(now: int) -> None:
-    text = missing(Item("/shelf/a.json", verified()), now=now)
-    assert "/shelf/a.json: FMSPC" in text
+    text = missing(Item("/source/a.json", verified()), now=now)
+    assert "/source/a.json: FMSPC" in text
     assert "valid 2026-05-28T20:26:40Z to 2026-06-27T20:26:40Z" in text
 
 
@@ -93,16 +93,16 @@ def test_an_old_file_beside_a_new_one_hides_no_revocation() -> None:
 
 
 def test_files_of_no_use_are_named_unless_one_fits() -> None:
-    useless = [Item(f"/shelf/{number}.json", "not JSON") for number in range(7)]
+    useless = [Item(f"/source/{number}.json", "not JSON") for number in range(7)]
     text = missing(*useless)
-    assert "/shelf" in text
-    assert "/shelf/4.json: of no use: not JSON" in text
-    assert "/shelf/5.json" not in text
+    assert "/source" in text
+    assert "/source/4.json: unusable: not JSON" in text
+    assert "/source/5.json" not in text
     assert "not JSON" not in missing(*useless, Item("old", verified()), now=END + 1)
 
 
 def test_an_empty_place_is_named() -> None:
-    assert "/shelf" in missing()
+    assert "/source" in missing()
 
 
 def test_past_its_time_only_within_the_grace_and_only_where_nothing_is_valid() -> None:

@@ -1,4 +1,4 @@
-"""What services are asked, and what their answers say: both spellings, every form, and whatever else comes."""
+"""Requests to services, and their answers: both spellings, every form, and whatever else comes."""
 
 from __future__ import annotations
 

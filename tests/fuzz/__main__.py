@@ -1,4 +1,4 @@
-"""Fuzzes each target for a while; ``python -m tests.fuzz --seconds 60 quote http``.
+"""Fuzz each target for a while; ``python -m tests.fuzz --seconds 60 quote http``.
 
 Each target runs in a process of its own and keeps what it found interesting in ``.fuzz/NAME/corpus``, so that a later
 run goes on from there. An input that breaks a promise stays as ``.fuzz/NAME/crash-…``; give its path to ``--replay``.
@@ -20,7 +20,7 @@ GRACE = 300
 
 
 def fuzz_here(name: str, seconds: int) -> None:
-    """Fuzzes one target; this process does not come back."""
+    """Fuzz one target; this does not return."""
     import atheris
 
     with atheris.instrument_imports(include=["chutes_proto", "h11", "json"]):
@@ -37,7 +37,7 @@ def fuzz_here(name: str, seconds: int) -> None:
 
 
 def fuzz_apart(name: str, seconds: int) -> bool:
-    """Fuzzes one target in a process of its own and prints how it went; true when every promise was kept."""
+    """Fuzz one target in a process of its own, print the outcome, and return whether every promise was kept."""
     command = [sys.executable, "-m", "tests.fuzz", "--here", "--seconds", str(seconds), name]
     try:
         done = subprocess.run(command, capture_output=True, check=False, timeout=seconds + GRACE)
@@ -65,7 +65,7 @@ def main() -> int:
     options = parser.parse_args()
     names: list[str] = options.names or list(TARGETS)
     if unknown := set(names) - set(TARGETS):
-        parser.error(f"there is no target {', '.join(sorted(unknown))}")
+        parser.error(f"unknown target {', '.join(sorted(unknown))}; choose of: {', '.join(TARGETS)}")
     if options.replay is not None:
         if len(options.names) != 1:
             parser.error("--replay takes exactly one target")

@@ -1,4 +1,4 @@
-"""What is fuzzed: everything that takes bytes of a peer, each with the promise it must keep for all of them.
+"""Fuzz targets: every function that reads bytes of a peer, each with the promise that it keeps for all inputs.
 
 ``make test`` runs these targets on inputs that Hypothesis makes of the seeds, ``make fuzz`` for longer on inputs that
 atheris finds by their coverage. A check raises only where a promise is broken.
@@ -18,7 +18,7 @@ from attrs import frozen
 from chutes_proto.auth.client_identity import ClientIdentity
 from chutes_proto.auth.hotkey import Hotkey
 from chutes_proto.boot._flows import BootGrant
-from chutes_proto.boot._handoff import Handover
+from chutes_proto.boot._handoff import Handoff
 from chutes_proto.boot._settings import AgentSettings, vm_identity
 from chutes_proto.collateral import pcs
 from chutes_proto.errors import (
@@ -270,7 +270,7 @@ def exchange(pieces: Iterable[bytes]) -> tuple[list[HttpRequest], bytes]:
         if not sent and request is None:
             connection.receive_data(next(arriving), 0.0)
         answers += sent
-    # Whoever is asked for "100 Continue" need not say it when the body is there already.
+    # "100 Continue" may be left out when the body has arrived already.
     return requests, bytes(answers).replace(b"HTTP/1.1 100 \r\n\r\n", b"")
 
 
@@ -315,7 +315,7 @@ def check_request_body(data: bytes) -> None:
 
 
 def check_host_evidence(data: bytes) -> None:
-    """What a host that is asked for evidence says is evidence, or one error that repeats none of it."""
+    """A host's answer is evidence, or one error that repeats none of it."""
     with suppress(RemoteProtocolError):
         found = decode_evidence(HttpResponse(200, _JSON, data))
         _ = json.decode(found.gpus.encode())
@@ -329,7 +329,7 @@ def host_evidences() -> list[bytes]:
 
 
 def check_answer_body(data: bytes) -> None:
-    """What a server, or whoever answers in its place, sends becomes an answer or one of our errors."""
+    """A peer's answer becomes a message or one of our errors."""
     for endpoint in endpoints.ENDPOINTS:
         for status in (endpoint.status, 307, 403, 422, 503):
             try:
@@ -339,7 +339,7 @@ def check_answer_body(data: bytes) -> None:
 
 
 def answer_in(pieces: Iterable[bytes]) -> HttpResponse | None:
-    """What a client takes for the answer in a server's bytes, after which they end; None for none."""
+    """Return the answer that a client reads from a server's bytes, after which they end, or None."""
     connection = ClientConnection("h")
     _ = connection.send_request(HttpRequest("GET", "/"))
     with suppress(RemoteProtocolError):
@@ -366,7 +366,7 @@ def http_answers() -> list[bytes]:
 
 
 def check_json(data: bytes) -> None:
-    """What is taken is what another parser takes, and comes out of the encoder to be taken again as the same value."""
+    """A decoded value equals that of another parser, and is the same after it was encoded and decoded again."""
     try:
         value = json.decode(data)
     except json.JsonError as exc:
@@ -446,21 +446,21 @@ def config_volumes() -> list[bytes]:
     return [b"vm-1\n\n%b\n\n%b\n" % (_HOTKEY.encode(), b"5e" * 32), b"vm.a_b\n\n" + wallet]
 
 
-def check_handover(data: bytes) -> None:
-    """What one run left is read back as it was written, byte for byte, or not at all."""
+def check_hand_off(data: bytes) -> None:
+    """The key hand-off of a run is read back byte for byte, or not at all."""
     try:
-        left = Handover.decode(data, _AGENT, boot_id="b", uptime=2.0)
+        left = Handoff.decode(data, _AGENT, boot_id="b", uptime=2.0)
     except ConfigurationError as exc:
         _ = str(exc)
     else:
         assert left.encode() == Secret(data)
 
 
-def handovers() -> list[bytes]:
+def hand_offs() -> list[bytes]:
     identity = ClientIdentity(b"certificate", Secret(b"key"), bytes(32))
     nothing, opener = Secret(b""), Secret(b"70" * 32)
     grants = [BootGrant("h", "vm", nothing, opener), BootGrant("h", "vm", nothing, None, opener)]
-    return [Handover("https://a", 1.5, "b", grant, identity).encode().reveal() for grant in grants]
+    return [Handoff("https://a", 1.5, "b", grant, identity).encode().reveal() for grant in grants]
 
 
 TARGETS = {
@@ -475,7 +475,7 @@ TARGETS = {
     "qgs-answer": Target(check_qgs_answer, qgs_answers),
     "agent-settings": Target(check_agent_settings, agent_settings),
     "config-volume": Target(check_config_volume, config_volumes),
-    "handover": Target(check_handover, handovers),
+    "hand-off": Target(check_hand_off, hand_offs),
     "http": Target(check_http, http_requests),
     "http-answer": Target(check_http_answer, http_answers),
     "json": Target(check_json, json_bodies),

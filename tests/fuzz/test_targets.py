@@ -43,7 +43,7 @@ def mutations(draw: st.DrawFn, seeds: list[bytes]) -> bytes:
     return bytes(data)
 
 
-def test_honest_inputs_get_through() -> None:
+def test_honest_inputs_are_accepted() -> None:
     """Else a target would see no more than the first check of what it tests."""
     for quote in targets.quotes():
         _ = open_quote(quote, now=targets.NOW, root=targets.ROOT, sgx=True)

@@ -16,7 +16,7 @@ from attrs import frozen
 from chutes_proto.auth.server_identity import make_server_identity
 
 Behaviour = Callable[[ssl.SSLSocket], None]
-"""What a server does with one connection, the request still unread."""
+"""The behaviour of a server on one connection, before it has read the request."""
 
 
 @frozen
@@ -38,7 +38,7 @@ def make_credentials(folder: Path) -> Credentials:
 def peer(
     credentials: Credentials, behaviour: Behaviour, *, client_ca: bytes | None = None
 ) -> Generator[tuple[str, list[BaseException | None]]]:
-    """Serve on a loopback port; gives the origin and, per connection, how it ended."""
+    """Serve on a loopback port; yield the origin and the outcome of each connection."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(credentials.chain)
     if client_ca is not None:
@@ -80,7 +80,7 @@ def peer(
 
 
 def read_request(stream: ssl.SSLSocket) -> bytes:
-    """One whole request, head and body."""
+    """Read one whole request, head and body."""
     data = b""
     while b"\r\n\r\n" not in data:
         if not (more := stream.recv(65536)):
@@ -94,7 +94,7 @@ def read_request(stream: ssl.SSLSocket) -> bytes:
 
 
 def answering(response: bytes) -> Behaviour:
-    """Reads a request, sends ``response``, closes."""
+    """Return a behaviour that reads a request, sends ``response`` and closes."""
 
     def behave(stream: ssl.SSLSocket) -> None:
         _ = read_request(stream)

@@ -1,4 +1,4 @@
-"""What the agent needs of the machine: a config volume that lies, state in memory, a signer, an end."""
+"""The agent's access to its machine: an untrusted config volume, state in memory, a signer, the end."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def read(folder: Path, *names: str) -> dict[str, bytes]:
 # --- the config volume ---
 
 
-def test_files_that_are_there_are_read_to_the_bound(tmp_path: Path) -> None:
+def test_existing_files_are_read_to_the_limit(tmp_path: Path) -> None:
     _ = (tmp_path / "hostname").write_bytes(b"vm-1\n")
     _ = (tmp_path / "large").write_bytes(bytes(1 << 20))
     assert read(tmp_path, "hostname", "large", "missing") == {"hostname": b"vm-1\n", "large": bytes(LIMIT + 1)}
@@ -66,14 +66,14 @@ def a_device(path: Path) -> None:
 
 
 @pytest.mark.parametrize("lie", [a_link, a_link_to_nowhere, a_folder, a_pipe, a_socket, a_device])
-def test_what_is_no_plain_file_is_refused_at_once(tmp_path: Path, lie: object) -> None:
+def test_a_link_pipe_or_device_is_refused_at_once(tmp_path: Path, lie: object) -> None:
     assert callable(lie)
     _ = lie(tmp_path / "hostname")
     with pytest.raises(FileUnavailable, match="config volume: hostname: not a plain file"):
         _ = read(tmp_path, "hostname")
 
 
-def test_a_file_that_becomes_a_link_after_it_was_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_becomes_a_link_after_it_was_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "hostname"
     file.touch()
     look = os.stat
@@ -90,7 +90,7 @@ def test_a_file_that_becomes_a_link_after_it_was_looked_at(tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("folder", ["/nowhere", "/etc/hostname", "/a\0b"])
-def test_a_config_volume_that_is_not_there(folder: str) -> None:
+def test_a_missing_config_volume_is_reported(folder: str) -> None:
     with pytest.raises(FileUnavailable, match="is it mounted there"):
         _ = agent.read_config_volume(folder, ["hostname"], limit=LIMIT)
 
@@ -106,7 +106,7 @@ def in_memory() -> Iterator[Path]:
         yield Path(folder)
 
 
-def test_state_is_its_owners_alone_and_replaces_what_is_there(in_memory: Path) -> None:
+def test_state_is_private_and_replaces_an_older_file(in_memory: Path) -> None:
     state = in_memory / "run" / "boot.json"
     agent.write_state(str(state), Secret(b"first"))
     agent.write_state(str(state), Secret(b"second"))
@@ -119,7 +119,7 @@ def test_state_is_its_owners_alone_and_replaces_what_is_there(in_memory: Path) -
         _ = agent.read_state(str(state), limit=LIMIT)
 
 
-def test_a_link_in_its_place_is_neither_followed_nor_kept(in_memory: Path) -> None:
+def test_a_link_at_the_path_is_neither_followed_nor_kept(in_memory: Path) -> None:
     state, other = in_memory / "boot.json", in_memory / "other"
     _ = other.write_bytes(b"precious")
     state.symlink_to(other)
@@ -130,7 +130,7 @@ def test_a_link_in_its_place_is_neither_followed_nor_kept(in_memory: Path) -> No
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o666])
-def test_state_that_others_can_get_at_is_not_used(in_memory: Path, mode: int) -> None:
+def test_state_that_others_can_read_is_not_used(in_memory: Path, mode: int) -> None:
     state = in_memory / "boot.json"
     agent.write_state(str(state), Secret(b"state"))
     state.chmod(mode)
@@ -149,13 +149,13 @@ def test_state_of_another_user_is_not_used(in_memory: Path) -> None:
         _ = agent.read_state(str(state), limit=LIMIT)
 
 
-def test_a_pipe_in_its_place_is_not_waited_for(in_memory: Path) -> None:
+def test_a_pipe_at_the_path_does_not_block(in_memory: Path) -> None:
     os.mkfifo(in_memory / "boot.json", 0o600)
     with pytest.raises(HandoverRejected, match="not a plain file"):
         _ = agent.read_state(str(in_memory / "boot.json"), limit=LIMIT)
 
 
-def test_state_goes_to_a_disk_only_where_that_is_said(tmp_path: Path) -> None:
+def test_state_is_written_to_a_disk_only_on_request(tmp_path: Path) -> None:
     kind = agent.file_system(tmp_path)
     if kind in agent.IN_MEMORY:
         pytest.skip(f"{tmp_path} is on {kind}")
@@ -167,7 +167,7 @@ def test_state_goes_to_a_disk_only_where_that_is_said(tmp_path: Path) -> None:
     assert agent.read_state(str(state), limit=LIMIT) == b"state"
 
 
-def test_the_file_system_of_a_place() -> None:
+def test_the_file_system_of_a_path() -> None:
     assert agent.file_system("/proc") == "proc"
     assert agent.file_system("/proc/self") == "proc"
     assert agent.boot_id() == agent.boot_id() != ""
@@ -190,7 +190,7 @@ def program(tmp_path: Path, text: str) -> str:
     return f"command:{script}"
 
 
-def test_nothing_signs_where_nothing_is_said() -> None:
+def test_without_a_setting_there_is_no_signer() -> None:
     assert agent.make_signer(None, identity()) is None
 
 
@@ -225,7 +225,7 @@ def test_a_program_signs(tmp_path: Path) -> None:
     [
         ("exit 3", "^the signature command .* ended with exit status 3"),
         ("echo 00", "did not write a signature"),
-        ("head -c 200000 /dev/zero", "^the signature command .* more than 49152 bytes, which is no signature$"),
+        ("head -c 200000 /dev/zero", "^the signature command .* more than 49152 bytes, more than any signature has$"),
     ],
 )
 def test_a_program_that_does_not_sign_says_so(tmp_path: Path, text: str, told: str) -> None:
@@ -235,21 +235,21 @@ def test_a_program_that_does_not_sign_says_so(tmp_path: Path, text: str, told: s
         _ = signer(b"message")
 
 
-def test_a_program_that_does_not_end_is_ended_with_all_it_started(tmp_path: Path) -> None:
+def test_a_program_that_hangs_is_killed_with_its_children(tmp_path: Path) -> None:
     signer = agent.command_signer(program(tmp_path, "sleep 60 & sleep 60").removeprefix("command:"), timeout=0.2)
     begun = time.monotonic()
     with pytest.raises(SignatureUnavailable, match=r"did not end within 0\.2 s"):
         _ = signer(b"message")
-    assert time.monotonic() - begun < 30
+    assert time.monotonic() - begun < 59  # what it started would take 60
 
 
-@pytest.mark.parametrize(("text", "told"), [("'", "it cannot be cut into arguments"), ("''  x", "it names no program")])
-def test_what_is_no_command(text: str, told: str) -> None:
+@pytest.mark.parametrize(("text", "told"), [("'", "it cannot be split into"), ("''  x", "it names no program")])
+def test_a_text_that_is_not_a_command(text: str, told: str) -> None:
     with pytest.raises(ConfigurationError, match=f"^the signature command: {told}"):
         _ = agent.make_signer(f"command:{text}", identity(None))
 
 
-def test_a_program_that_is_not_there() -> None:
+def test_a_program_that_does_not_exist() -> None:
     with pytest.raises(SignatureUnavailable, match=r"^the signature command /nowhere/signer cannot be run"):
         _ = agent.command_signer("/nowhere/signer")(b"message")
 
@@ -264,7 +264,7 @@ def test_a_program_signs_in_any_thread_where_there_is_no_deadline(tmp_path: Path
 # --- the end ---
 
 
-def test_the_end_comes_after_a_wait(tmp_path: Path) -> None:
+def test_the_end_command_runs_after_a_wait(tmp_path: Path) -> None:
     waits: list[float] = []
     assert agent.end_with(["touch", str(tmp_path / "went-off")], 30.0, sleep=waits.append) is None
     assert (waits, (tmp_path / "went-off").exists()) == ([30.0], True)
@@ -283,7 +283,7 @@ def test_mappings_are_closed_the_last_one_first(tmp_path: Path) -> None:
     assert "No such file" in problem
 
 
-def test_what_closes_a_mapping_gets_no_signal_that_is_for_the_agent(tmp_path: Path) -> None:
+def test_the_closing_program_gets_no_signal_to_the_agent(tmp_path: Path) -> None:
     told = tmp_path / "told"
     script = tmp_path / "cryptsetup"
     _ = script.write_text(f"#!/bin/sh\ncut -d' ' -f5 /proc/$$/stat > {told}\n")  # proc_pid_stat(5), pgrp
@@ -292,6 +292,6 @@ def test_what_closes_a_mapping_gets_no_signal_that_is_for_the_agent(tmp_path: Pa
     assert int(told.read_text()) != os.getpgrp()
 
 
-def test_an_end_that_does_not_come_is_told() -> None:
+def test_a_failed_end_command_is_reported() -> None:
     assert agent.end_with(["/nowhere/reboot"], 0.0) == "/nowhere/reboot cannot be run: No such file or directory"
     assert agent.end_with(["false"], 0.0) == "false ended with exit status 1"

@@ -35,7 +35,7 @@ FAST = "--pbkdf pbkdf2 --pbkdf-force-iterations 1000 --batch-mode --key-file=-".
 
 
 class Bench:
-    """One image file as the disk of ``storage``, and what is done to it."""
+    """One image file as the disk of ``storage``, and the actions on it."""
 
     def __init__(self, program: str, folder: Path) -> None:
         self.program = program
@@ -45,7 +45,7 @@ class Bench:
             _ = file.truncate(SIZE)
 
     def again(self, program: str | None = None) -> None:
-        """A new boot; perhaps with another program in place of `cryptsetup`."""
+        """Begin a new boot, perhaps with another program in place of `cryptsetup`."""
         self.disks = Disks(program or self.program, images=True, mapping=False)
 
     @property
@@ -73,7 +73,7 @@ class Bench:
         assert self.act(KeepKey("storage", self.device, Key.NEXT), A, following) is None
 
     def opens(self, key: bytes) -> bool:
-        """What the real program says of the real disk."""
+        """Return whether the real program opens the real disk."""
         command = [self.program, "open", "--test-passphrase", "--key-file=-", self.device]
         return subprocess.run(command, input=key, capture_output=True, check=False).returncode == 0
 
@@ -174,7 +174,7 @@ def test_no_key_that_fits(bench: Bench) -> None:
     assert bench.opens(A)
 
 
-def test_full_slots_make_room(bench: Bench) -> None:
+def test_full_slots_are_freed(bench: Bench) -> None:
     bench.format()
     for number in range(MAX_SLOTS - 1):
         bench.add(A, b"left over %d" % number)
@@ -186,7 +186,7 @@ def test_full_slots_make_room(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("key", [b"", b"x" * 4097])
-def test_a_key_that_is_none(bench: Bench, key: bytes) -> None:
+def test_a_key_of_a_forbidden_size(bench: Bench, key: bytes) -> None:
     _ = bench.refused(lambda: bench.format(key), "key_size")
 
 
@@ -206,7 +206,7 @@ def test_a_disk_that_is_not_blank(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("size", [1, HEAD_SIZE, HEAD_SIZE + 1, LOOKED_AT, LOOKED_AT + 1, 2 * LOOKED_AT + 1, SIZE])
-def test_all_that_is_looked_at_is_looked_at(tmp_path: Path, size: int) -> None:
+def test_data_anywhere_in_the_inspected_parts_is_found(tmp_path: Path, size: int) -> None:
     disk = tmp_path / "disk"
     disks = Disks("/nowhere", images=True)
     edges = (0, HEAD_SIZE, 2 * HEAD_SIZE, LOOKED_AT, size - LOOKED_AT, size - HEAD_SIZE, size)
@@ -223,7 +223,7 @@ def test_all_that_is_looked_at_is_looked_at(tmp_path: Path, size: int) -> None:
 def test_a_disk_that_is_too_small(bench: Bench) -> None:
     _ = bench.path.write_bytes(bytes(1 << 20))
     assert isinstance(bench.inspect(), Blank)
-    assert "17825792 at least" in str(bench.refused(bench.format, "too_small"))
+    assert "17825792 or more" in str(bench.refused(bench.format, "too_small"))
 
 
 def test_an_unfinished_format_begins_again(bench: Bench) -> None:
@@ -238,7 +238,7 @@ def test_an_unfinished_format_begins_again(bench: Bench) -> None:
 # --- devices ---
 
 
-def test_what_is_no_block_device(bench: Bench, tmp_path: Path) -> None:
+def test_a_path_that_is_not_a_block_device(bench: Bench, tmp_path: Path) -> None:
     pipe, listening, link, loop = (tmp_path / name for name in ("pipe", "socket", "link", "loop"))
     os.mkfifo(pipe)
     with socket.socket(socket.AF_UNIX) as unix:
@@ -262,7 +262,7 @@ def test_what_is_no_block_device(bench: Bench, tmp_path: Path) -> None:
             assert text in str(bench.refused(act, reason, path=str(path)))
 
 
-def test_a_regular_file_is_none_either_unless_allowed(bench: Bench) -> None:
+def test_a_regular_file_is_refused_unless_allowed(bench: Bench) -> None:
     strict = Disks(bench.program)
     action = Format("storage", bench.device, Key.CURRENT)
     for act in (lambda: strict.inspect(bench.device), lambda: strict.act(action, {Key.CURRENT: Secret(A)})):
@@ -317,7 +317,7 @@ def test_a_link_that_changes(bench: Bench, tmp_path: Path) -> None:
     _ = bench.refused(lambda: bench.act(action, A), "changed", path=str(link))
 
 
-def test_a_device_that_becomes_a_link_after_it_was_looked_at(
+def test_a_device_that_becomes_a_link_after_it_was_checked(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = os.open
@@ -404,7 +404,7 @@ def _with(image: bytes, written: Iterable[tuple[int, bytes]]) -> bytes:
 
 
 def writes(bench: Bench, act: Callable[[], None]) -> list[list[tuple[int, bytes]]]:
-    """What ``act`` writes to the disk, where, up to each flush."""
+    """Return the writes of ``act`` to the disk, with their offsets, up to each flush."""
     write, flush = os.pwrite, os.fsync
     told: list[list[tuple[int, bytes]]] = [[]]
 
@@ -467,7 +467,7 @@ def test_a_key_added_and_cut_off_anywhere(bench: Bench) -> None:
     assert {1, 2} == {*seen}
 
 
-def test_keys_taken_off_and_cut_off_anywhere(bench: Bench) -> None:
+def test_a_removal_of_keys_cut_off_anywhere(bench: Bench) -> None:
     bench.format()
     bench.add(A, B)
     bench.add(A, C)
@@ -481,7 +481,7 @@ def test_keys_taken_off_and_cut_off_anywhere(bench: Bench) -> None:
     assert {1, 3} == {*seen}
 
 
-def test_room_made_and_cut_off_anywhere(bench: Bench) -> None:
+def test_slots_freed_and_cut_off_anywhere(bench: Bench) -> None:
     bench.format()
     for number in range(MAX_SLOTS - 1):
         bench.add(A, b"left over %d" % number)
@@ -601,7 +601,7 @@ def test_a_program_that_fails(bench: Bench, tmp_path: Path, monkeypatch: pytest.
     program("exit 0")
     assert "cryptsetup left no header" in str(bench.refused(bench.format, "cryptsetup"))
     program("kill -9 $$")
-    assert "ended with -9: it said nothing" in str(bench.refused(bench.format, "cryptsetup"))
+    assert "ended with -9: it wrote no error" in str(bench.refused(bench.format, "cryptsetup"))
     bench.again(str(tmp_path / "missing"))
     assert "cannot be run: No such file" in str(bench.refused(bench.format, "no_cryptsetup"))
     monkeypatch.setattr(module, "find_cryptsetup", lambda: None)
@@ -616,7 +616,7 @@ def test_a_program_that_fails(bench: Bench, tmp_path: Path, monkeypatch: pytest.
     assert "did not end in 0.2 s" in str(bench.refused(bench.format, "timeout"))
 
 
-def test_a_program_that_is_given_up_ends_with_all_it_has_started(
+def test_a_program_that_is_given_up_ends_with_its_children(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fifo = tmp_path / "alive"
@@ -644,7 +644,7 @@ def test_a_program_that_drops_the_old_key(bench: Bench, tmp_path: Path) -> None:
     _ = bench.refused(lambda: bench.add(A, B), "key_refused")
 
 
-def test_a_program_that_makes_what_is_not_allowed(bench: Bench, tmp_path: Path) -> None:
+def test_a_program_that_makes_a_forbidden_header(bench: Bench, tmp_path: Path) -> None:
     """A future `cryptsetup` may choose otherwise: what it made is checked before it comes to the disk."""
     path = tmp_path / "other"
     _ = path.write_text(f"#!/bin/sh\nexec {bench.program} $(echo \"$@\" | sed 's/--key-size 512/--key-size 256/')\n")
@@ -653,7 +653,7 @@ def test_a_program_that_makes_what_is_not_allowed(bench: Bench, tmp_path: Path) 
     _ = bench.refused(bench.format, "keyslot_key_size")
 
 
-def test_an_action_that_is_not_known(bench: Bench) -> None:
+def test_an_unknown_action(bench: Bench) -> None:
     with pytest.raises(LocalProtocolError):
         _ = bench.disks.act(Action("storage", bench.device), {})
 
@@ -727,7 +727,7 @@ def test_a_mapping(bench: Bench, loop: str) -> None:
     assert DATA not in bench.path.read_bytes()
 
 
-def test_udev_is_waited_for_only_where_it_listens(tmp_path: Path) -> None:
+def test_udev_is_used_only_if_it_listens(tmp_path: Path) -> None:
     """An initramfs leaves udev's socket behind; `cryptsetup` would wait there for what nobody does. udev itself hears
     nothing of the question: it would log each connection."""
     place = str(tmp_path / "control")
@@ -748,7 +748,7 @@ def test_udev_is_waited_for_only_where_it_listens(tmp_path: Path) -> None:
     assert environment(place)["DM_DISABLE_UDEV"] == "1"
 
 
-def test_without_device_mapper_it_is_said(bench: Bench, loop: str) -> None:
+def test_a_missing_device_mapper_is_reported(bench: Bench, loop: str) -> None:
     if "device-mapper" in Path("/proc/misc").read_text():
         pytest.skip("the kernel has a device mapper, so volumes are mapped (this holds with CI=true too)")
     disks, key = Disks(bench.program), {Key.CURRENT: Secret(A)}

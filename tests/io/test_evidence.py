@@ -1,4 +1,4 @@
-"""`FetchEvidence` by each of the three drivers, from hosts that are against it, over real sockets and real TLS."""
+"""`FetchEvidence` by each driver, from hostile hosts, over real sockets and real TLS."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import repeat
 from urllib.parse import urlsplit
 
-import anyio
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
@@ -22,12 +22,14 @@ from chutes_proto.io.drivers.sync import Performer
 from chutes_proto.transport.client import MAX_ANSWER
 from chutes_proto.wire.http import HttpResponse
 from tests.io.peers import Behaviour, Credentials, answering, peer, read_request
+from tests.loops import on_loop
+from tests.slow_peer import drip
 
 Reply = tuple[HttpResponse, bytes]
 Driver = Callable[[Flow[Reply]], Reply]
 
 NAME = "no-such-host.invalid"
-"""Nobody can resolve it: who reaches the host has used the address that he was given (RFC 6761, section 6.4)."""
+"""A name that cannot be resolved, so that only the given address leads to the host (RFC 6761, section 6.4)."""
 
 
 def ask(effect: FetchEvidence) -> Flow[Reply]:
@@ -39,11 +41,11 @@ def by_blocking(flow: Flow[Reply]) -> Reply:
 
 
 def by_trio(flow: Flow[Reply]) -> Reply:
-    return anyio.run(aio.Performer().run, flow, backend="trio")
+    return on_loop("trio", aio.Performer().run, flow)
 
 
 def by_asyncio(flow: Flow[Reply]) -> Reply:
-    return anyio.run(aio.Performer().run, flow, backend="asyncio")
+    return on_loop("asyncio", aio.Performer().run, flow)
 
 
 interruptible = pytest.mark.parametrize("drive", [by_trio, by_asyncio])
@@ -58,7 +60,7 @@ def fetch(drive: Driver, url: str, seconds: float = 20.0, host: str = NAME) -> R
 
 
 @everywhere
-def test_the_address_is_asked_and_the_name_only_told(
+def test_the_address_is_connected_and_the_name_only_sent(
     drive: Driver, credentials: Credentials, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
@@ -139,24 +141,18 @@ def lines_without_end(stream: ssl.SSLSocket) -> None:
 
 def continues_without_end(stream: ssl.SSLSocket) -> None:
     _ = read_request(stream)
-    while True:
-        stream.sendall(b"HTTP/1.1 100 Continue\r\n\r\n" * 100)
-        time.sleep(0.01)
+    drip(stream.sendall, repeat(b"HTTP/1.1 100 Continue\r\n\r\n" * 100), 0.01)
 
 
 def drips(stream: ssl.SSLSocket) -> None:
     _ = read_request(stream)
     stream.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\n")
-    while True:
-        stream.sendall(b"x")
-        time.sleep(0.05)
+    drip(stream.sendall, repeat(b"x"), 0.05)
 
 
 def drips_its_head(stream: ssl.SSLSocket) -> None:
     _ = read_request(stream)
-    while True:
-        stream.sendall(b"H")
-        time.sleep(0.05)
+    drip(stream.sendall, repeat(b"H"), 0.05)
 
 
 def is_silent(stream: ssl.SSLSocket) -> None:
@@ -175,7 +171,7 @@ def test_no_whole_answer_in_time(drive: Driver, credentials: Credentials, behavi
     began = time.monotonic()
     with peer(credentials, behaviour) as (url, _), pytest.raises(TransportError):
         _ = fetch(drive, url, seconds=1.0)
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 60
 
 
 @interruptible
@@ -186,7 +182,7 @@ def test_on_a_loop_a_head_has_its_time_too(drive: Driver, credentials: Credentia
 
 
 @everywhere
-def test_what_speaks_no_tls(drive: Driver) -> None:
+def test_a_peer_without_tls(drive: Driver) -> None:
     def serve_one(listener: socket.socket) -> None:
         raw, _ = listener.accept()
         with raw, suppress(OSError):
@@ -205,6 +201,6 @@ def test_what_speaks_no_tls(drive: Driver) -> None:
 
 @everywhere
 @pytest.mark.parametrize("address", ["localhost", "1.2.3", ""])
-def test_a_name_is_no_address(drive: Driver, address: str) -> None:
+def test_a_name_is_not_an_address(drive: Driver, address: str) -> None:
     with pytest.raises(ValueError, match="does not appear to be an IPv4 or IPv6 address"):
         _ = drive(ask(FetchEvidence(address, 443, "h", "/", (), 1.0)))

@@ -32,7 +32,7 @@ def identity(platform: SimulatedPlatform = PLATFORM) -> PckIdentity:
 # --- single files ---
 
 
-def test_a_file_is_put_in_place_whole_and_private(tmp_path: Path) -> None:
+def test_a_file_appears_whole_and_private(tmp_path: Path) -> None:
     path = tmp_path / "secret"
     for content in (b"first", b"second"):
         write_file(path, content, mode=0o600)
@@ -41,7 +41,7 @@ def test_a_file_is_put_in_place_whole_and_private(tmp_path: Path) -> None:
     assert [found.name for found in tmp_path.iterdir()] == ["secret"]
 
 
-def test_a_file_that_cannot_be_put_in_place_leaves_nothing(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
     with pytest.raises(FileUnavailable, match="taken: cannot be written"):
         write_file(tmp_path / "taken", b"content")
@@ -51,7 +51,7 @@ def test_a_file_that_cannot_be_put_in_place_leaves_nothing(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o601])
-def test_a_secret_that_others_can_get_at_is_refused(mode: int, tmp_path: Path) -> None:
+def test_permissions_that_are_too_open_are_refused(mode: int, tmp_path: Path) -> None:
     path = tmp_path / "secret"
     write_file(path, b"content")
     path.chmod(mode)
@@ -70,14 +70,14 @@ def test_a_credential_of_the_service_manager_may_be_its_groups(tmp_path: Path, m
         _ = read_private(path)
 
 
-def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
     for path, why in ((tmp_path, "Is a directory"), (tmp_path / "none", "No such file"), ("nul\0", "null")):
         for read in (read_file, read_private):
             with pytest.raises(FileUnavailable, match=why):
                 _ = read(path)
 
 
-def test_what_has_no_end_is_refused() -> None:
+def test_an_endless_file_is_refused() -> None:
     with pytest.raises(FileUnavailable, match="/dev/zero: has more than 100 bytes"):
         _ = read_file("/dev/zero", limit=100)
 
@@ -86,40 +86,40 @@ def test_what_has_no_end_is_refused() -> None:
 
 
 @pytest.fixture
-def shelf(tmp_path: Path) -> CollateralDirectory:
+def directory(tmp_path: Path) -> CollateralDirectory:
     write_file(tmp_path / "a.json", PLATFORM.collateral_json(NOW))
     return CollateralDirectory(tmp_path, ROOT)
 
 
-def test_files_come_change_and_go(shelf: CollateralDirectory) -> None:
+def test_files_come_change_and_go(directory: CollateralDirectory) -> None:
     other = PLATFORM.another(1)
-    first = shelf.fetch(identity(), NOW)
-    assert shelf.fetch(identity(), NOW) is first
+    first = directory.fetch(identity(), NOW)
+    assert directory.fetch(identity(), NOW) is first
     with pytest.raises(CollateralUnavailable):
-        _ = shelf.fetch(identity(other), NOW)
-    write_file(shelf.path / "b.json", other.collateral_json(NOW))
-    assert shelf.fetch(identity(other), NOW).fmspc == other.fmspc
-    assert shelf.fetch(identity(), NOW) is first
-    write_file(shelf.path / "a.json", PLATFORM.collateral_json(NOW - 5))
-    assert shelf.fetch(identity(), NOW).window[1] == NOW - 5 + COLLATERAL_SECONDS
-    (shelf.path / "a.json").unlink()
+        _ = directory.fetch(identity(other), NOW)
+    write_file(directory.path / "b.json", other.collateral_json(NOW))
+    assert directory.fetch(identity(other), NOW).fmspc == other.fmspc
+    assert directory.fetch(identity(), NOW) is first
+    write_file(directory.path / "a.json", PLATFORM.collateral_json(NOW - 5))
+    assert directory.fetch(identity(), NOW).window[1] == NOW - 5 + COLLATERAL_SECONDS
+    (directory.path / "a.json").unlink()
     with pytest.raises(CollateralUnavailable):
-        _ = shelf.fetch(identity(), NOW)
+        _ = directory.fetch(identity(), NOW)
 
 
-def test_what_was_found_is_at_hand_for_that_second(shelf: CollateralDirectory) -> None:
-    assert shelf.at_hand(identity(), NOW) is None
-    found = shelf.fetch(identity(), NOW)
-    (shelf.path / "a.json").unlink()
-    assert shelf.at_hand(identity(), NOW) is found
-    assert shelf.at_hand(identity(PLATFORM.another(1)), NOW) is None
-    assert shelf.at_hand(identity(), NOW + 1) is None
+def test_collateral_is_available_in_the_same_second(directory: CollateralDirectory) -> None:
+    assert directory.available(identity(), NOW) is None
+    found = directory.fetch(identity(), NOW)
+    (directory.path / "a.json").unlink()
+    assert directory.available(identity(), NOW) is found
+    assert directory.available(identity(PLATFORM.another(1)), NOW) is None
+    assert directory.available(identity(), NOW + 1) is None
     with pytest.raises(CollateralUnavailable):
-        _ = shelf.fetch(identity(), NOW)
-    assert shelf.at_hand(identity(), NOW) is None
+        _ = directory.fetch(identity(), NOW)
+    assert directory.available(identity(), NOW) is None
 
 
-def test_a_file_is_verified_once(shelf: CollateralDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_verified_once(directory: CollateralDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
 
     def counted(*args: object, **settings: object) -> VerifiedCollateral:
@@ -127,7 +127,7 @@ def test_a_file_is_verified_once(shelf: CollateralDirectory, monkeypatch: pytest
         return verify_collateral(*args, **settings)  # type: ignore[arg-type]
 
     monkeypatch.setattr("chutes_proto.io.collateral.directory.verify_collateral", counted)
-    threads = [threading.Thread(target=shelf.fetch, args=(identity(), NOW + n)) for n in range(8)]
+    threads = [threading.Thread(target=directory.fetch, args=(identity(), NOW + n)) for n in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -135,51 +135,51 @@ def test_a_file_is_verified_once(shelf: CollateralDirectory, monkeypatch: pytest
     assert len(calls) == 1
 
 
-def test_what_has_grown_old_is_missing_whenever_it_was_read(shelf: CollateralDirectory) -> None:
+def test_expired_collateral_is_missing_whenever_it_was_read(directory: CollateralDirectory) -> None:
     late = NOW + COLLATERAL_SECONDS + 1
-    with pytest.raises(CollateralUnavailable, match=r"a\.json: of no use: .*time has ended"):
-        _ = CollateralDirectory(shelf.path, ROOT).fetch(identity(), late)
-    _ = shelf.fetch(identity(), NOW)
+    with pytest.raises(CollateralUnavailable, match=r"a\.json: unusable: .*expired"):
+        _ = CollateralDirectory(directory.path, ROOT).fetch(identity(), late)
+    _ = directory.fetch(identity(), NOW)
     with pytest.raises(CollateralUnavailable, match=r"a\.json: FMSPC .* valid "):
-        _ = shelf.fetch(identity(), late)
+        _ = directory.fetch(identity(), late)
 
 
-def test_what_was_not_valid_yet_is_looked_at_again(shelf: CollateralDirectory) -> None:
-    with pytest.raises(CollateralUnavailable, match="time has not begun"):
-        _ = shelf.fetch(identity(), NOW - 10)
+def test_collateral_that_is_not_valid_yet_is_read_again(directory: CollateralDirectory) -> None:
+    with pytest.raises(CollateralUnavailable, match="not yet valid"):
+        _ = directory.fetch(identity(), NOW - 10)
     with pytest.raises(CollateralUnavailable):
-        _ = shelf.fetch(identity(), NOW)
-    assert shelf.fetch(identity(), NOW - 10 + shelf.AGAIN_AFTER).fmspc == PLATFORM.fmspc
+        _ = directory.fetch(identity(), NOW)
+    assert directory.fetch(identity(), NOW - 10 + directory.AGAIN_AFTER).fmspc == PLATFORM.fmspc
 
 
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        (b"", "of no use"),
-        (b"\xff\xfe", "of no use"),
+        (b"", "unusable"),
+        (b"\xff\xfe", "unusable"),
         (b"[]", "not a JSON object"),
         (b"{}", "is missing"),
-        (b"[" * 100_000, "of no use"),
+        (b"[" * 100_000, "unusable"),
         (bytes(5_000_000), "more than"),
         (PLATFORM.having("tcb_info_signature").collateral_json(NOW), "TCB info"),
         (SimulatedPlatform(bytes(31) + b"1").collateral_json(NOW), "root"),
     ],
     ids=["empty", "binary", "list", "object", "deep", "huge", "unsigned", "another root's"],
 )
-def test_a_file_of_no_use_is_named_and_harms_no_other(shelf: CollateralDirectory, content: bytes, why: str) -> None:
-    write_file(shelf.path / "b.json", content)
-    assert shelf.fetch(identity(), NOW).fmspc == PLATFORM.fmspc
-    with pytest.raises(CollateralUnavailable, match=rf"b\.json: of no use: .*{why}|{why}"):
-        _ = shelf.fetch(identity(PLATFORM.another(1)), NOW)
+def test_a_file_of_no_use_is_named_and_harms_no_other(directory: CollateralDirectory, content: bytes, why: str) -> None:
+    write_file(directory.path / "b.json", content)
+    assert directory.fetch(identity(), NOW).fmspc == PLATFORM.fmspc
+    with pytest.raises(CollateralUnavailable, match=rf"b\.json: unusable: .*{why}|{why}"):
+        _ = directory.fetch(identity(PLATFORM.another(1)), NOW)
 
 
-def test_other_files_and_what_cannot_be_read(shelf: CollateralDirectory) -> None:
-    write_file(shelf.path / ".hidden.json", b"")
-    write_file(shelf.path / "README", b"")
-    (shelf.path / "b.json").mkdir()
-    (shelf.path / "c.json").symlink_to("nowhere")
-    os.link(shelf.path / "a.json", shelf.path / "d.json")
-    found = {Path(item.name).name: item.content for item in shelf.items(NOW)}
+def test_other_files_and_unreadable_ones(directory: CollateralDirectory) -> None:
+    write_file(directory.path / ".hidden.json", b"")
+    write_file(directory.path / "README", b"")
+    (directory.path / "b.json").mkdir()
+    (directory.path / "c.json").symlink_to("nowhere")
+    os.link(directory.path / "a.json", directory.path / "d.json")
+    found = {Path(item.name).name: item.content for item in directory.items(NOW)}
     assert list(found) == ["a.json", "b.json", "c.json", "d.json"]
     assert "Is a directory" in str(found["b.json"])
     assert "No such file" in str(found["c.json"])
@@ -195,11 +195,11 @@ def test_one_machines_chain_beside_the_collateral_does_not_bind_the_others(tmp_p
     assert CollateralDirectory(tmp_path, ROOT).fetch(identity(), NOW).pck_chain is None
 
 
-def test_items_tell_an_operator_what_is_there(shelf: CollateralDirectory) -> None:
-    (item,) = shelf.items(NOW)
+def test_items_show_an_operator_the_content(directory: CollateralDirectory) -> None:
+    (item,) = directory.items(NOW)
     assert str(item) == (
-        f"{shelf.path}/a.json: FMSPC {PLATFORM.fmspc.hex()}, platform CA, TDX,"
+        f"{directory.path}/a.json: FMSPC {PLATFORM.fmspc.hex()}, platform CA, TDX,"
         " valid 2026-05-28T20:26:40Z to 2026-06-27T20:26:40Z"
     )
-    assert str(evolve(item, content="why")) == f"{shelf.path}/a.json: of no use: why"
+    assert str(evolve(item, content="why")) == f"{directory.path}/a.json: unusable: why"
     assert isinstance(item, Item)

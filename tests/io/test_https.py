@@ -1,4 +1,4 @@
-"""What the sender without an event loop promises beyond an answer: every wait ends, and a kept connection is clean."""
+"""The sender without an event loop: every wait ends, and a kept connection is clean."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from chutes_proto.io.http.tls import client_context
 from chutes_proto.wire.http import HttpRequest
 from chutes_proto.wire.origin import Origin
 from tests.io.peers import Behaviour, Credentials, answering, peer, read_request
+from tests.slow_peer import drip
 
 REQUEST = HttpRequest("POST", "/servers/vm/luks", (("x-boot-token", "70"),), b'{"volumes":["storage"]}')
 SHORT = TimeLimits(connect=5.0, read=5.0, total=0.4)
@@ -39,12 +41,12 @@ def fails(credentials: Credentials, behaviour: Behaviour, limits: TimeLimits = T
     with peer(credentials, behaviour) as (url, _), sender(credentials, url, limits) as send:
         with pytest.raises(TransportError) as raised:
             _ = send(REQUEST)
-        assert time.monotonic() - began < limits.total + 10
+        assert time.monotonic() - began < limits.total + 60
     return raised.value
 
 
 def unreachable(send: HttpsSender) -> TransportError:
-    """The error of a request that was not even begun."""
+    """Return the error of a request that was not sent."""
     with send, pytest.raises(TransportError, match="no connection to ") as raised:
         _ = send(REQUEST)
     assert not raised.value.maybe_delivered
@@ -56,7 +58,7 @@ def unreachable(send: HttpsSender) -> TransportError:
 
 @contextmanager
 def counted(credentials: Credentials, behaviour: Behaviour) -> Iterator[tuple[HttpsSender, list[int]]]:
-    """A sender to a peer, and the connections that it made."""
+    """A sender to a peer, with the connections that it made."""
     connections: list[int] = []
 
     def behave(stream: ssl.SSLSocket) -> None:
@@ -102,7 +104,7 @@ def test_a_connection_that_the_server_closed_is_replaced(credentials: Credential
     assert len(connections) == 2
 
 
-def test_what_was_sent_ahead_is_never_an_answer(credentials: Credentials) -> None:
+def test_bytes_sent_ahead_are_never_an_answer(credentials: Credentials) -> None:
     forged = b"HTTP/1.1 200 OK\r\ncontent-length: 6\r\n\r\nforged"
     ahead = threading.Event()
 
@@ -152,7 +154,7 @@ def test_a_connection_that_was_begun_long_ago_is_replaced(
     assert len(ended) == 2
 
 
-def test_the_server_is_greeted_at_once() -> None:
+def test_the_hello_is_sent_at_once() -> None:
     listener = socket.create_server(("127.0.0.1", 0))
     with listener, HttpsSender(client_context(), f"https://127.0.0.1:{listener.getsockname()[1]}") as send:
         send.begin()
@@ -160,7 +162,7 @@ def test_the_server_is_greeted_at_once() -> None:
             assert connection.recv(1) == b"\x16"  # a TLS handshake
 
 
-def test_a_beginning_that_fails_is_told_by_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_beginning_is_raised_by_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as reserved:
         reserved.bind(("127.0.0.1", 0))
         send = HttpsSender(client_context(), f"https://127.0.0.1:{reserved.getsockname()[1]}")
@@ -180,9 +182,7 @@ def dripping(start: bytes, drop: bytes) -> Behaviour:
     def behave(stream: ssl.SSLSocket) -> None:
         _ = read_request(stream)
         stream.sendall(start)
-        while True:
-            stream.sendall(drop)
-            time.sleep(0.02)
+        drip(stream.sendall, repeat(drop), 0.02)
 
     return behave
 
@@ -197,7 +197,7 @@ def dripping(start: bytes, drop: bytes) -> Behaviour:
     ],
     ids=["head", "body", "chunks", "interim answers"],
 )
-def test_what_drips_ends_with_the_whole_time(credentials: Credentials, start: bytes, drop: bytes) -> None:
+def test_a_slow_peer_ends_with_the_whole_time(credentials: Credentials, start: bytes, drop: bytes) -> None:
     error = fails(credentials, dripping(start, drop), SHORT)
     assert error.maybe_delivered
     assert str(error) == "no whole answer within 0.4 s"
@@ -208,7 +208,7 @@ def test_a_server_that_says_nothing(credentials: Credentials) -> None:
 
     def behave(stream: ssl.SSLSocket) -> None:
         _ = read_request(stream)
-        _ = done.wait(20)
+        _ = done.wait(60)
 
     with peer(credentials, behave) as (url, _), sender(credentials, url, TimeLimits(read=0.2)) as send:
         with pytest.raises(TransportError, match=r"the server was silent for 0\.2 s") as raised:
@@ -221,7 +221,7 @@ def test_a_server_that_does_not_read(credentials: Credentials) -> None:
     done = threading.Event()
 
     def behave(_: ssl.SSLSocket) -> None:
-        done.wait(20)
+        done.wait(60)
 
     with peer(credentials, behave) as (url, _):
         request = HttpRequest("POST", "/", (), bytes(32 * 1024 * 1024))
@@ -258,7 +258,7 @@ def test_a_resolver_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def hanging(*where: Any, flags: int, **options: Any) -> object:
         if not flags:
-            _ = done.wait(20)
+            _ = done.wait(60)
         return real(*where, flags=flags, **options)
 
     monkeypatch.setattr(socket, "getaddrinfo", hanging)
@@ -267,7 +267,7 @@ def test_a_resolver_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(error) == "no connection to localhost:1: none within 0.2 s"
 
 
-def test_a_name_that_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_name(monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(*_: object, **__: object) -> object:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
@@ -301,7 +301,7 @@ def test_a_reset_after_the_request(credentials: Credentials) -> None:
     assert str(error).startswith("the connection broke: ")
 
 
-def test_an_answer_cut_off_without_goodbye_is_not_whole(credentials: Credentials) -> None:
+def test_an_answer_cut_off_without_a_close_is_not_whole(credentials: Credentials) -> None:
     """Without a length only TLS's own end says that the answer is whole."""
 
     def behave(stream: ssl.SSLSocket) -> None:
@@ -310,7 +310,7 @@ def test_an_answer_cut_off_without_goodbye_is_not_whole(credentials: Credentials
 
     error = fails(credentials, behave)
     assert error.maybe_delivered
-    assert "without a word of TLS" in str(error)
+    assert "without a TLS alert" in str(error)
 
 
 @contextmanager
@@ -352,17 +352,17 @@ def _old_tls(credentials: Credentials) -> Callable[[socket.socket], None]:
     return behave
 
 
-def test_what_is_no_tls_that_counts_hears_nothing(credentials: Credentials) -> None:
+def test_a_peer_without_proper_tls_gets_no_request(credentials: Credentials) -> None:
     for behaviour, why in (
         (_plain_http, "TLS: "),
-        (_close, "without a word of TLS"),
+        (_close, "without a TLS alert"),
         (_old_tls(credentials), "TLS: .*version"),
     ):
         with raw(behaviour) as url:
             assert re.search(why, str(unreachable(sender(credentials, url))))
 
 
-def test_certificates_that_do_not_count(tmp_path: Path, credentials: Credentials) -> None:
+def test_invalid_certificates(tmp_path: Path, credentials: Credentials) -> None:
     heard: list[bytes] = []
 
     def behave(stream: ssl.SSLSocket) -> None:

@@ -12,7 +12,9 @@ from typing import Any, TypeVar, cast
 import anyio
 import anyio.lowlevel
 import pytest
+import trio
 from attrs import define, evolve
+from trio.testing import MockClock
 
 from chutes_proto.effects import (
     ActOnDisk,
@@ -32,7 +34,7 @@ from chutes_proto.effects import (
     Uptime,
 )
 from chutes_proto.errors import LocalProtocolError, QuoteUnavailable, StoreBusy, TransportError
-from chutes_proto.io.drivers import aio
+from chutes_proto.io.drivers import aio, sync
 from chutes_proto.io.drivers.sync import Performer
 from chutes_proto.log import LONGEST, Level, Record
 from chutes_proto.luks.disk import Blank
@@ -40,6 +42,7 @@ from chutes_proto.luks.plan import Action, KeepKey, Key, Keys
 from chutes_proto.secret import Secret
 from chutes_proto.store._run import Script, Unit
 from chutes_proto.wire.http import HttpRequest, HttpResponse
+from tests.loops import on_loop
 
 T = TypeVar("T")
 Driver = Callable[..., Any]
@@ -80,7 +83,7 @@ class SimulatedDisks:
 class Collateral:
     kept: Any = None
 
-    def at_hand(self, identity: Any, now: int) -> Any:
+    def available(self, identity: Any, now: int) -> Any:
         return self.kept
 
     def fetch(self, identity: Any, now: int) -> Any:
@@ -103,11 +106,11 @@ def _awaitable(send: Any) -> Callable[[HttpRequest], Awaitable[HttpResponse]] | 
 
 
 def by_trio(flow: Flow[T], send: Any = None, **parts: Any) -> T:
-    return anyio.run(aio.Performer(send=_awaitable(send), **parts).run, flow, backend="trio")
+    return on_loop("trio", aio.Performer(send=_awaitable(send), **parts).run, flow)
 
 
 def by_asyncio(flow: Flow[T], send: Any = None, **parts: Any) -> T:
-    return anyio.run(aio.Performer(send=_awaitable(send), **parts).run, flow, backend="asyncio")
+    return on_loop("asyncio", aio.Performer(send=_awaitable(send), **parts).run, flow)
 
 
 @pytest.fixture(params=[by_blocking, by_trio, by_asyncio])
@@ -182,7 +185,7 @@ def test_collateral_is_fetched(drive: Driver) -> None:
     assert drive(ask(FetchCollateral(identity, 7)), collateral=Collateral()) == ("collateral", "a platform", 7)
 
 
-def test_a_loop_takes_collateral_that_is_at_hand(drive: Driver) -> None:
+def test_a_loop_takes_available_collateral_without_a_thread(drive: Driver) -> None:
     source = Collateral("collateral in memory")
     fetched = drive(ask(FetchCollateral(cast("Any", "a platform"), 7)), collateral=source)
     assert fetched == (("collateral", "a platform", 7) if drive is by_blocking else "collateral in memory")
@@ -212,7 +215,7 @@ def test_a_name_is_resolved(drive: Driver, monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_loop_does_not_wait_for_a_resolver_for_ever(drive: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     goes_on = threading.Event()
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [goes_on.wait(60)][1:])
-    monkeypatch.setattr(aio, "RESOLVE_SECONDS", 0.05)
+    monkeypatch.setattr(sync, "RESOLVE_SECONDS", 0.05)
     try:
         with pytest.raises(TransportError, match="slow cannot be resolved: no answer within"):
             drive(ask(Resolve("slow")))
@@ -284,43 +287,40 @@ class SlowStore:
 
     def transact(self, unit: Unit[T], /) -> T:
         self.began.set()
-        _ = self.goes_on.wait(10)
+        _ = self.goes_on.wait(60)
         self.ended.set()
         return cast("T", 42)
 
 
-on_both_loops = pytest.mark.parametrize("loop", ["trio", "asyncio"])
-
-
-@on_both_loops
-def test_a_loop_goes_on_while_a_store_blocks_and_a_cancellation_waits_for_it(loop: str) -> None:
+@pytest.mark.anyio
+async def test_a_loop_goes_on_while_a_store_blocks_and_a_cancellation_waits_for_it() -> None:
     store = SlowStore()
-
-    async def main() -> None:
-        performer = aio.Performer(store=store)
-        async with anyio.create_task_group() as group:
-            group.start_soon(performer.run, ask(Transact(Answer())))
-            _ = await anyio.to_thread.run_sync(store.began.wait, 60)
-            group.cancel_scope.cancel()
-            store.goes_on.set()
-
-    anyio.run(main, backend=loop)
+    performer = aio.Performer(store=store)
+    async with anyio.create_task_group() as group:
+        group.start_soon(performer.run, ask(Transact(Answer())))
+        _ = await anyio.to_thread.run_sync(store.began.wait, 60)
+        group.cancel_scope.cancel()
+        store.goes_on.set()
     assert store.ended.is_set()
 
 
-@on_both_loops
-def test_a_cancellation_does_not_wait_for_a_quote(loop: str) -> None:
+@pytest.mark.trio
+async def test_a_flow_sleeps_on_the_clock_of_its_loop(autojump_clock: MockClock) -> None:
+    before = trio.current_time()
+    await aio.Performer().run(ask(Sleep(3600.0)))
+    assert trio.current_time() - before == pytest.approx(3600)
+
+
+@pytest.mark.anyio
+async def test_a_cancellation_does_not_wait_for_a_quote() -> None:
     goes_on = threading.Event()
 
     def quoter(report_data: bytes) -> bytes:
         assert goes_on.wait(60)
         return b"late"
 
-    async def main() -> None:
-        with anyio.move_on_after(0.05) as scope:
-            _ = await aio.Performer(quoter=quoter).run(ask(MakeQuote(bytes(64))))
-        assert scope.cancelled_caught
-        assert not goes_on.is_set()
-        goes_on.set()  # asyncio's thread pool is joined when the loop ends
-
-    anyio.run(main, backend=loop)
+    with anyio.move_on_after(0.05) as scope:
+        _ = await aio.Performer(quoter=quoter).run(ask(MakeQuote(bytes(64))))
+    assert scope.cancelled_caught
+    assert not goes_on.is_set()
+    goes_on.set()  # asyncio's thread pool is joined when the loop ends

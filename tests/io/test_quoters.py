@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import anyio
 import pytest
 
 from chutes_proto.effects import Flow, MakeQuote
@@ -31,6 +30,7 @@ from chutes_proto.io.quoters.device import (
 from chutes_proto.io.quoters.tsm import TsmQuoter
 from chutes_proto.testing._platform import SimulatedPlatform
 from tests.guest_kernel import Entry, GuestKernel, fail, guest_kernel, jump
+from tests.loops import on_loop
 from tests.qgs import listening, qgs_answer, quoting
 
 DATA = bytes(range(64))
@@ -223,7 +223,7 @@ def test_what_is_no_guest_device(tmp_path: Path) -> None:
         _ = DeviceQuoter(device=tmp_path / "tdx_guest")(DATA)
     with pytest.raises(QuoteUnavailable, match="/dev/null gives no report: Inappropriate ioctl"):
         _ = DeviceQuoter(device="/dev/null")(DATA)
-    with pytest.raises(LocalProtocolError, match="report data has 64 bytes, not 63"):
+    with pytest.raises(LocalProtocolError, match="report data: 63 bytes; a report binds 64"):
         _ = DeviceQuoter(device="/dev/null")(DATA[:63])
     with pytest.raises(OSError, match="Inappropriate ioctl"):
         _ = get_report(DATA, "/dev/null")
@@ -240,7 +240,7 @@ def test_the_service_quotes_the_report(tmp_path: Path, settings: dict[str, int])
 
 
 def test_the_service_over_vsock() -> None:
-    """Over the loopback of the kernel (VMADDR_CID_LOCAL), from whose side nothing differs from the host's."""
+    """Uses the kernel's loopback (VMADDR_CID_LOCAL), which behaves like the host."""
     listener = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
     try:
         listener.bind((socket.VMADDR_CID_ANY, socket.VMADDR_PORT_ANY))
@@ -257,12 +257,12 @@ def test_the_service_over_vsock() -> None:
         assert request_quote(VsockService(1, port), REPORT, 30) == QUOTE
 
 
-def test_a_vsock_where_nobody_listens_is_told() -> None:
+def test_a_vsock_without_a_listener_is_reported() -> None:
     with pytest.raises(QuoteUnavailable, match=r"at vsock 1:4050 cannot be reached: .*; does the host run it"):
         _ = request_quote(VsockService(1), REPORT, 10)
 
 
-def test_nobody_there(tmp_path: Path) -> None:
+def test_an_unreachable_service(tmp_path: Path) -> None:
     with pytest.raises(QuoteUnavailable, match=r"at /.*/none cannot be reached: No such file"):
         _ = request_quote(UnixService(str(tmp_path / "none")), REPORT, 30)
 
@@ -291,7 +291,7 @@ def test_an_answer_in_pieces(tmp_path: Path) -> None:
         (qgs_answer(b"", error=0x12001), "it made no quote: error 0x12001, unexpected error; its own log says more"),
     ],
 )
-def test_what_is_no_answer(tmp_path: Path, answer: bytes, told: str) -> None:
+def test_bytes_that_are_not_an_answer(tmp_path: Path, answer: bytes, told: str) -> None:
     def serve(connection: socket.socket) -> None:
         _ = connection.recv(65536)
         connection.sendall(answer)
@@ -311,7 +311,7 @@ def silent(gone: threading.Event) -> Callable[[socket.socket], None]:
 
 
 def dripping(gone: threading.Event) -> Callable[[socket.socket], None]:
-    """Never silent for long, and never done."""
+    """A service that is never silent for long, and never finishes."""
 
     def serve(connection: socket.socket) -> None:
         connection.sendall((60000).to_bytes(4, "big"))
@@ -337,7 +337,7 @@ ENDED = "the deadline, retry.deadline_seconds, ended it$"
 
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> float:
-    """A deadline that is over, after which a quote has little time."""
+    """A deadline in the past, after which a quote has little time."""
     monkeypatch.setattr(agent, "LEAST_SECONDS", 0.3)
     return 0.0
 
@@ -363,10 +363,10 @@ def test_the_deadline_ends_a_service_that_never_does(
 # --- what all of them are for ---
 
 
-def test_every_driver_takes_them(kernel: GuestKernel) -> None:
+def test_every_driver_accepts_these_quoters(kernel: GuestKernel) -> None:
     def flow() -> Flow[bytes]:
         return (yield from MakeQuote(DATA))
 
     for loop in ("trio", "asyncio"):
-        assert anyio.run(aio.Performer(quoter=TsmQuoter(kernel.reports)).run, flow(), backend=loop) == QUOTE
+        assert on_loop(loop, aio.Performer(quoter=TsmQuoter(kernel.reports)).run, flow()) == QUOTE
     assert Performer(quoter=TsmQuoter(kernel.reports)).run(flow()) == QUOTE

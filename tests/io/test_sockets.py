@@ -1,4 +1,4 @@
-"""Sockets to listen on: what stands in the way is told, and nothing of others is removed."""
+"""Listening sockets: a conflict is reported, and no file of another program is removed."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def test_ipv6() -> None:
 
 
 @pytest.mark.parametrize("host", ["no such host", "192.0.2.1"])
-def test_an_address_that_is_not_ours(host: str) -> None:
+def test_an_address_of_another_machine(host: str) -> None:
     with pytest.raises(ConfigurationError, match=f"listen: {host}:1"):
         _ = listen_tls((host, 1), context)
 
 
-def test_what_a_dead_server_left_behind_is_replaced(tmp_path: Path) -> None:
+def test_the_socket_of_a_dead_server_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "s"
     close(listen_unix(path))
     assert path.is_socket()
@@ -54,7 +54,7 @@ def test_what_a_dead_server_left_behind_is_replaced(tmp_path: Path) -> None:
     close(again)
 
 
-def test_what_is_in_use_or_no_socket_is_left_alone(tmp_path: Path) -> None:
+def test_a_socket_in_use_and_other_files_are_kept(tmp_path: Path) -> None:
     path, other = tmp_path / "s", tmp_path / "file"
     _ = other.write_text("kept")
     place = listen_unix(path)
@@ -82,9 +82,9 @@ def test_what_is_in_use_or_no_socket_is_left_alone(tmp_path: Path) -> None:
 )
 def test_no_more_connections_than_files(soft: int, hard: int, connections: int, room: int, then: int) -> None:
     code = (
-        "import resource as r; from chutes_proto.io.server.sockets import room_for;"
+        "import resource as r; from chutes_proto.io.server.sockets import allowed_connections;"
         f"r.setrlimit(r.RLIMIT_NOFILE, ({soft}, {hard}));"
-        f"print(room_for({connections}), *r.getrlimit(r.RLIMIT_NOFILE))"
+        f"print(allowed_connections({connections}), *r.getrlimit(r.RLIMIT_NOFILE))"
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ended.stdout.split() == [str(room), str(then), str(hard)]

@@ -1,4 +1,4 @@
-"""The client's TLS context: what it demands of a server, and that the client's key is nowhere on a disk afterwards."""
+"""The client's TLS context: it verifies servers, and leaves the client's key on no disk."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from chutes_proto.io.http.tls import client_context
 from tests.io.peers import Credentials, peer
 
 
-def test_what_the_context_demands() -> None:
+def test_the_context_verifies_chain_and_name() -> None:
     context = client_context()
     assert context.verify_mode is ssl.CERT_REQUIRED
     assert context.check_hostname

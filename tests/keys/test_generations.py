@@ -202,7 +202,7 @@ def test_what_holds_keys() -> None:
 
 
 def apply(rows: list[GenerationRow], change: Change) -> list[GenerationRow]:
-    """What a store would hold after the change; each step keeps the unique indexes."""
+    """The rows of a store after the change; each step keeps the unique indexes."""
     table = {row.generation: row for row in rows}
     for updated in change.updated:
         before = table[updated.generation]

@@ -1,4 +1,4 @@
-"""What the VMs do: our agent, and the clients that are deployed, in the base exchange and in the two-phase one.
+"""The VMs' programs: our agent and deployed clients, in the base and the two-phase exchange.
 
 Each function is one boot with one disk, from the granted boot on. It returns whether the VM is up, with its disk open.
 """

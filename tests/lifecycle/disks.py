@@ -21,7 +21,7 @@ class Killed(Exception):
 
 
 class VmDisks(Protocol):
-    """What performs the effects of disks, and tells a test how many keys open each."""
+    """The performer of disks' effects, which tells a test how many keys open each."""
 
     def inspect(self, device: str) -> Disk: ...
     def act(self, action: Action[Any], keys: Keys) -> object: ...

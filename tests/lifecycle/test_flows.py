@@ -28,11 +28,11 @@ from chutes_proto.luks.volume import Volume
 from chutes_proto.server._app import App
 from chutes_proto.server._profiles import ServedProfile
 from chutes_proto.store.rows import Exchange, GenerationRow
-from chutes_proto.testing._network import Fate, SimulatedNetwork
 from chutes_proto.testing._platform import PROFILE
 from chutes_proto.wire.http import HttpRequest, HttpResponse
 from tests.lifecycle.disks import Killed, RealDisks, SimulatedDisks, VmDisks
 from tests.luks import headers
+from tests.network import Fate, SimulatedNetwork
 from tests.server.world import HOTKEY, NOW, World, service
 
 VOLUMES = ("storage", "tdx-cache")

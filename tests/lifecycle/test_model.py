@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from chutes_proto.errors import Refused
 from chutes_proto.keys import generations
 from chutes_proto.keys.generations import Change, HandOut
+from chutes_proto.store import rows
 from chutes_proto.store.rows import Exchange, ReadVm, VmRow
 from chutes_proto.testing.store_suite import VM, boot
 from chutes_proto.units import rotation
@@ -89,7 +90,7 @@ def is_excused(world: World) -> bool:
 
 @define
 class Search:
-    """All worlds that some disturbed boots can lead to, and what becomes of them."""
+    """All worlds that some disturbed boots can lead to, and their ends."""
 
     policy: Policy
     in_flight: int = 1
@@ -105,17 +106,17 @@ class Search:
         assert undisturbed(formatted)
         worlds = [(blank, ""), (formatted, "formatted; ")]
         for number in range(boots):
-            found: dict[object, tuple[World, str]] = {}
+            found: list[tuple[World, str]] = []
             for world, told in worlds:
                 for after, choices in explore(partial(disturbed, world), self.mishaps):
                     self.ways += 1
-                    story = f"{told}boot {number + 1}: {', '.join(choices.told) or 'as usual'}; "
-                    _ = found.setdefault(after.key, (after, story))
-            worlds = [found[key] for key in found if key not in self.settled]
-            for key, (world, story) in found.items():
-                if key not in self.settled and not self._settles(world):
-                    return story
-                self.settled.add(key)
+                    if after.key not in self.settled:
+                        story = f"{told}boot {number + 1}: {', '.join(choices.told) or 'as usual'}; "
+                        if not self._settles(after):
+                            return story
+                        self.settled.add(after.key)
+                        found.append((after, story))
+            worlds = found
         return None
 
     def _settles(self, world: World) -> bool:
@@ -265,7 +266,7 @@ def test_a_confirmation_of_an_older_boot_locks_a_disk(monkeypatch: pytest.Monkey
 
     def confirmable(unit: Any) -> Any:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(rotation, "ReadVm", ReadAnything)
+            patch.setattr(rows, "ReadVm", ReadAnything)
             return (yield from CONFIRMABLE(unit))
 
     monkeypatch.setattr(rotation.ConfirmVolumes, "_confirmable", confirmable)

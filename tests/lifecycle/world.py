@@ -75,7 +75,7 @@ class Choices:
 
 
 def explore(run: Callable[[Choices], T], mishaps: int | None = None) -> Iterator[tuple[T, Choices]]:
-    """What ``run`` gives, for all choices with so many mishaps."""
+    """The results of ``run``, for all choices with so many mishaps."""
     given: list[int] = []
     while True:
         choices = Choices(given, mishaps)
@@ -88,7 +88,7 @@ def explore(run: Callable[[Choices], T], mishaps: int | None = None) -> Iterator
 
 
 class Fate(Enum):
-    """What becomes of a request and its answer. The first is what usually does."""
+    """The fate of a request and its answer. The first is the usual one."""
 
     ANSWERED = "answered"
     REQUEST_LOST = "request lost"
@@ -103,7 +103,7 @@ _LATE = (Fate.DELAYED, Fate.DOUBLED_LATE)
 
 
 class Mishap(Enum):
-    """What becomes of a write to the disk, or of the VM beside it."""
+    """The fate of a write to the disk, or of the VM beside it."""
 
     NONE = "none"
     FAILED = "failed"
@@ -121,7 +121,7 @@ class Killed(Exception):
 
 @frozen
 class Policy:
-    """What is the same in a whole run."""
+    """The constants of a whole run."""
 
     exchange: Exchange
     ours: bool
@@ -202,7 +202,7 @@ class World:
             _ = self.transact(unit)
 
     def deliver(self, choices: Choices) -> None:
-        """What is in flight may arrive now."""
+        """A message in flight may arrive now."""
         for unit in self.flight:
             if choices.pick(f"late {type(unit).__name__}", (False, True)):
                 self.flight = tuple(other for other in self.flight if other is not unit)
@@ -240,7 +240,7 @@ class World:
 
     @property
     def key(self) -> object:
-        """What decides over all that follows."""
+        """The state that decides over all that follows."""
         kept = [
             row
             for row in self.rows()
@@ -284,7 +284,7 @@ _OPENED: dict[bytes, bytes] = {}
 
 
 def passphrase(row: GenerationRow) -> bytes:
-    """What a row holds; opened once, because rows do not change."""
+    """The passphrase of a row; opened once, because rows do not change."""
     assert row.sealed is not None
     if row.sealed not in _OPENED:
         address = Address(row.vm, row.volume, row.generation)

@@ -36,7 +36,7 @@ def slot(number: int = 0, kdf: Any = _PBKDF2) -> dict[str, Any]:
 
 
 def told(slots: int = 1) -> dict[str, Any]:
-    """What an ordinary header says, for a test to alter."""
+    """The content of an ordinary header, for a test to alter."""
     return copy.deepcopy(
         {
             "keyslots": {str(number): slot(number) for number in range(slots)},

@@ -1,4 +1,4 @@
-"""What a LUKS2 header may say: everything that `cryptsetup` makes of our kind is taken, every other word is refused."""
+"""The allowed content of a LUKS2 header: all that `cryptsetup` makes of our kind passes, everything else is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a disk holds, and what is done to it: never a format of what is not blank, or is in use."""
+"""The content of a disk, and the steps for it: never a format of what is not blank, or is in use."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_format_that_was_cut_off() -> None:
     for head in (at(0, UNFINISHED), at(0, UNFINISHED)[:4096] + both(told())[4096:]):
         disk = judge(head, [ZEROS], SIZE, "/dev/vdb")
         assert disk == Blank("/dev/vdb", SIZE, unfinished=True)
-        assert str(disk).endswith("a format of it was begun and cut off")
+        assert str(disk).endswith("a format of it was interrupted")
     assert isinstance(judge(at(0, UNFINISHED[:-1] + b"x"), [ZEROS], SIZE, "/dev/vdb"), Foreign)
 
 

@@ -1,4 +1,4 @@
-"""Headers that the real `cryptsetup` makes: ours are taken, others are refused, and what is written anew opens."""
+"""Headers of the real `cryptsetup`: ours pass, others are refused, and the rewritten area opens."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ DCAP_QVL_POLICY = Policy(
     attributes=AttributePolicy(xfam_required=0, xfam_allowed=(1 << 64) - 1),
     measurements="unchecked",
 )
-"""What dcap-qvl decides besides verification: no debugging, migration or service TD, SEPT_VE_DISABLE; any XFAM."""
+"""Decisions of dcap-qvl besides verification: no debugging, migration or service TD, SEPT_VE_DISABLE; any XFAM."""
 
 POLICY_HINTS = frozenset({"debug", "td_attributes", "service_td"})
 """Refusals of dcap-qvl's that are a policy's here: verification alone answers as Intel's does (``relaxed``)."""
@@ -57,7 +57,7 @@ DIFFERENCES: dict[str, tuple[Answer, str]] = {
     ),
 }
 """Cases that we decide otherwise on purpose, in verification alone and with a policy, and why. TCB info of version 2,
-which dcap-qvl cannot read, is no difference: Intel's answer (``relaxed``) is ours."""
+which dcap-qvl cannot read, does not count as a difference: Intel's answer (``relaxed``) is ours."""
 
 
 @frozen
@@ -76,7 +76,7 @@ class Case:
 
     @property
     def strict(self) -> Answer:
-        """What dcap-qvl's choices come to, but for TCB info of version 2."""
+        """The result of dcap-qvl's choices, but for TCB info of version 2."""
         source = self.expected["relaxed"] if self.hint == "tcb_info_v2" else self.expected
         return source["outcome"], source["tcb_status"]
 

@@ -130,7 +130,7 @@ def test_no_crl_is_no_empty_crl() -> None:
 
 
 def test_a_revocation_counts_for_what_was_seen_before() -> None:
-    """What is remembered of a chain must not outlive its revocation."""
+    """A remembered chain must not outlive its revocation."""
     signed = signed_of(PLATFORM.quote(REPORT_DATA))
     _ = verify_quote(signed, verify_collateral(collateral_of(PLATFORM), now=NOW, root=ROOT), now=NOW)
     for fault in ("pck_revoked", "intermediate_revoked"):

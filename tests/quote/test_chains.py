@@ -133,7 +133,7 @@ class _NewSerials(Keys):
 
 
 def test_of_two_certificates_of_one_ca_the_revoked_one_is_not_in_the_quote() -> None:
-    new = Fault(name="new", side="certificates", what="a PCK CA made anew", keys=lambda keys: _NewSerials(keys.seed))
+    new = Fault(name="new", side="certificates", what="a renewed PCK CA", keys=lambda keys: _NewSerials(keys.seed))
     data = PLATFORM.having(new).quote(REPORT_DATA)
 
     def revoking(label: str) -> Fault:
@@ -158,7 +158,7 @@ SHA384 = der.sequence(der.oid("1.2.840.10045.4.3.3"))
 
 
 def _renamed(signed: bytes, signer: str, inner: bytes, outer: bytes) -> bytes:
-    """Signed anew, and with SHA-256 whatever the algorithm inside and outside of what is signed is called."""
+    """Signed again, and with SHA-256 whatever the algorithm inside and outside of what is signed is called."""
     assert signed.count(SHA256) == 1
     signed = signed.replace(SHA256, inner)
     return der.sequence(signed, outer, der.bits(Keys(PLATFORM.seed).sign(signer, signed)))

@@ -233,11 +233,11 @@ def _with(extensions: dict[bytes, str | None]) -> Certificate:
         ("end entity", "30030101ff", "030206c0", "are a CA's"),
         ("end entity", "3000", "03020284", "signs statements"),
         ("end entity", "3000", "03020640", "signs statements"),
-        ("end entity", "3003020100", "030206c0", "none"),  # a path length of no CA
+        ("end entity", "3003020100", "030206c0", "malformed"),  # a path length of no CA
         ("end entity", "300301ff00", "030206c0", "a length"),
         ("end entity", "3003010101", "030206c0", "BOOLEAN"),
-        ("end entity", "3000", "030106", "none"),
-        ("end entity", "3000", "03020880", "none"),
+        ("end entity", "3000", "030106", "malformed"),
+        ("end entity", "3000", "03020880", "malformed"),
         ("end entity", None, "030206c0", "missing"),
         ("end entity", "3000", None, "missing"),
     ],
@@ -264,10 +264,10 @@ def test_a_path_length_must_reach() -> None:
     [
         ("300d310b300906035504030c024341", None),
         ("300d310b3009060355040313024341", None),
-        ("300d310b300906035504030402" + "4341", "no text"),
+        ("300d310b300906035504030402" + "4341", "neither UTF8String"),
         ("300d310b300906035504060c024341", "exactly one"),
         ("301a" + "310b300906035504030c024341" * 2, "exactly one"),
-        ("300d300b300906035504030c024341", "none"),
+        ("300d300b300906035504030c024341", "malformed"),
         ("3000", "exactly one"),
     ],
 )
@@ -479,7 +479,7 @@ def test_every_flipped_bit_of_the_sgx_extension() -> None:
 
 
 def test_every_cut_of_the_sgx_extension() -> None:
-    """With the outer length put right. What may be left out stands at the end; nothing else can be missing."""
+    """With the outer length put right. Optional parts are at the end; nothing else can be missing."""
     begin, end = der.only(EXTENSION, 0, len(EXTENSION), der.SEQUENCE)
     items = der.elements(EXTENSION, begin, end)
     taken: list[int] = []

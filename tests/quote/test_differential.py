@@ -45,7 +45,7 @@ def _lacks_root(quote: bytes, collateral: Collateral) -> bool:
 DIFFERENCES: dict[str, Callable[[bytes, Collateral], bool]] = {
     "the root is pinned by its key, so a chain may leave its certificate out": _lacks_root,
 }
-"""What is accepted here on purpose though dcap-qvl may refuse it."""
+"""Quotes that are accepted here on purpose though dcap-qvl may refuse them."""
 
 
 def ours(quote: bytes, collateral: Collateral) -> tuple[str, str]:
@@ -69,7 +69,7 @@ def theirs(quote: bytes, collateral: Collateral) -> tuple[str, str]:
 
 
 def check(quote: bytes, collateral: Collateral) -> None:
-    """What is accepted here has the same status there, or differs on purpose."""
+    """A quote that is accepted here has the same status there, or differs on purpose."""
     status, _ = ours(quote, collateral)
     if status:
         other, error = theirs(quote, collateral)

@@ -176,7 +176,7 @@ def test_no_register_may_be_left_out(form: str, stage: str, register: int) -> No
 
 
 def test_a_name_stands_once(form: str) -> None:
-    with pytest.raises(PolicyError, match="'8xh200': the name is there twice"):
+    with pytest.raises(PolicyError, match="'8xh200': this name is given twice"):
         _ = _parse(form, _entry(), _entry(version="0.3.0"))
 
 

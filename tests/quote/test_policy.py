@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from chutes_proto.quote._attributes import RESERVED, AttributePolicy
+from chutes_proto.quote._identity import IdentityPolicy
 from chutes_proto.quote._layout import SgxReport, TdAttributes, TdReport10, TdReport15
 from chutes_proto.quote._measurements import Stage
 from chutes_proto.quote._policy import (
@@ -21,7 +22,6 @@ from chutes_proto.quote._policy import (
     AllOf,
     AnyOf,
     AnyPolicy,
-    IdentityPolicy,
     Policy,
     TcbPolicy,
     parse_policy_toml,
@@ -191,7 +191,7 @@ def test_advisories_are_refused_only_if_listed() -> None:
 
 def test_an_advisory_that_nobody_issues_is_named() -> None:
     assert TcbPolicy(rejected_advisories=["intel-doc-10000", "INTEL-SA-00837"]).rejected_advisories
-    with pytest.raises(PolicyError, match="'INTLE-SA-00837' is none"):
+    with pytest.raises(PolicyError, match="'INTLE-SA-00837' is not one"):
         _ = TcbPolicy(rejected_advisories=["INTEL-SA-00837", "INTLE-SA-00837"])
 
 
@@ -396,11 +396,11 @@ def test_the_cure_for_no_profiles_is_a_policy() -> None:
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (["UpToDate", "Uptodate"], "'Uptodate' is none"),
-        (["Revoked"], "'Revoked' is none"),
-        ([5], "'5' is none"),
-        ([["UpToDate"]], "is none"),
-        (["x" * 9000], f"'{'x' * 80}' is none"),
+        (["UpToDate", "Uptodate"], "'Uptodate' is not one"),
+        (["Revoked"], "'Revoked' is not one"),
+        ([5], "'5' is not one"),
+        ([["UpToDate"]], "is not one"),
+        (["x" * 9000], f"'{'x' * 80}' is not one"),
         ("UpToDate", "a list of UpToDate, "),
         (5, "a list of UpToDate, "),
     ],

@@ -26,7 +26,7 @@ DEBUG_ENCLAVES_OF_OLD_TCB_INFO = {
     "real/sgx-v3-00906ed50000-3346527d-20250611",
     "real/sgx-v3-00906ed50000-ad730280-20250611",
 }
-"""dcap-qvl stops at the TCB info; whoever reads it finds debug enclaves."""
+"""dcap-qvl stops at the TCB info; a verifier that reads it finds debug enclaves."""
 
 CODES = {
     "attestation_key": {"attestation_key"},

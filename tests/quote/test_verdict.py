@@ -1,4 +1,4 @@
-"""What a verdict says, where the parts that it is made of differ: dates, numbers, levels, masks, steps."""
+"""The content of a verdict, where the parts that it is made of differ: dates, numbers, levels, masks, steps."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _respelled(change: Callable[[Statement], None]) -> Callable[[str], str]:
 def _stating(
     info: Callable[[Statement], None] = lambda _: None, identity: Callable[[Statement], None] = lambda _: None
 ) -> Fault:
-    """What Intel states, signed, with these changes to TCB info and QE identity."""
+    """Intel's statements, signed, with these changes to TCB info and QE identity."""
     return Fault(
         name="stating",
         side="collateral",
@@ -113,7 +113,7 @@ def _refusals(verdict: Verdict, **tcb: Any) -> list[str]:
 def test_the_grace_of_a_platform_begins_with_its_first_outdated_part(
     platform: str, module: str, days: tuple[str, str, str], earliest: str
 ) -> None:
-    """What is up to date does not count, nor does the quoting enclave, which has a grace of its own."""
+    """A part that is up to date does not count, nor does the quoting enclave, which has a grace of its own."""
     svns = tee_tcb_svn(platform, module=module)
     outdated = _quoting(lambda draft: evolve(draft, body=evolve(draft.body, tee_tcb_svn=svns)))
     verdict = verdict_of(PLATFORM.having("qe_outdated", outdated, _dated(*days)))

@@ -1,13 +1,12 @@
 """No scenario leaves a store open, or a server running."""
 
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from chutes_proto.server._app import App
-from tests.scenario.operations import LOOPS, Scene, Site, close_stores, open_store, run
+from tests.scenario.operations import LOOPS, Scene, Site, close_stores, open_store
 from tests.scenario.premises import Premises
 from tests.server.world import service
 
@@ -20,17 +19,7 @@ def stores_are_closed() -> Iterator[None]:
 
 @pytest.fixture
 def scene(loop: str, kind: str, tmp_path: Path) -> Scene:
-    def play(act: Callable[[Site], Coroutine[Any, Any, None]], **policy: Any) -> Site:
-        site = Site(LOOPS[loop], open_store(kind, tmp_path), App(service(**policy)))
-
-        async def main() -> None:
-            async with site.serving():
-                await act(site)
-
-        run(loop, main)
-        return site
-
-    return play
+    return lambda **policy: Site(LOOPS[loop], open_store(kind, tmp_path), App(service(**policy)))
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

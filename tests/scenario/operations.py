@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ class FreshCollateral:
 
     kept: VerifiedCollateral | None = None
 
-    def at_hand(self, identity: PckIdentity, now: int) -> VerifiedCollateral | None:
+    def available(self, identity: PckIdentity, now: int) -> VerifiedCollateral | None:
         return self.kept
 
     def fetch(self, identity: PckIdentity, now: int) -> VerifiedCollateral:
@@ -105,17 +105,18 @@ class Site:
         async with anyio.create_task_group() as group:
             self.server = self.loop.Server(self.app, self.performer())
             group.start_soon(self.server.serve, listening)
-            yield self
+            with anyio.fail_after(60):
+                yield self
             group.cancel_scope.cancel()
 
 
 Scene = Callable[..., Site]
-"""Plays what is to be done at a server of its own, on a loop and with a store of the test's."""
+"""Makes the server of a test, for its loop and with its store; takes what is else than usual in its policy."""
 
 
 @define
 class Vm:
-    """A VM with a throw-away TLS key; each of its methods is one request."""
+    """A VM with an ephemeral TLS key; each of its methods is one request."""
 
     site: Site
     name: str = "vm-1"
@@ -174,14 +175,6 @@ class Vm:
         return evolve(self, identity=None, http=None)
 
 
-def run(loop: str, main: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
-    async def bounded() -> Any:
-        with anyio.fail_after(60):
-            return await main()
-
-    return anyio.run(bounded, backend=loop)
-
-
 def code(response: httpx.Response) -> tuple[int, str]:
     """Status and code of a refusal, which must have the documented shape."""
     members = response.json()
@@ -190,4 +183,3 @@ def code(response: httpx.Response) -> tuple[int, str]:
 
 
 everywhere = pytest.mark.parametrize("kind", ["sqlite", "memory"])
-both_loops = pytest.mark.parametrize("loop", list(LOOPS))

@@ -29,12 +29,13 @@ from attrs import define, field
 
 from chutes_proto.auth.hotkey import HotkeyPair
 from chutes_proto.cli.main import main
-from chutes_proto.io.agent import IN_MEMORY, LEAST_SECONDS, file_system
+from chutes_proto.io.agent import IN_MEMORY, file_system
 from chutes_proto.secret import Secret
 from tests.cli.conftest import HOTKEY, PROGRAM, Ended, end, start_server
 from tests.io.peers import Credentials, make_credentials, peer
 from tests.luks import headers
 from tests.scenario.premises import Premises
+from tests.slow_peer import drip
 
 SIZE = 20 * 1024 * 1024
 VOLUMES = ("storage", "tdx-cache")
@@ -119,10 +120,10 @@ class Machine:
         assert all(len(line) < 80 for line in ended.err.splitlines()), ended.err
         return ended
 
-    def here(self) -> Ended:
-        """A boot in this process, where it is of no matter whose process it is."""
+    def here(self, action: str = "run", *options: str) -> Ended:
+        """`do` in this process, where it is of no matter whose process it is."""
         with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
-            code = main(self.command("run")[len(PROGRAM) :])
+            code = main(self.command(action, *options)[len(PROGRAM) :])
         return self.heard(Ended(code, out.getvalue(), err.getvalue()))
 
     def boots(self, *options: str) -> dict[str, Any]:
@@ -132,7 +133,7 @@ class Machine:
         return dict(json.loads(ended.out.splitlines()[-1]))
 
     def trusts(self, hostile: Credentials) -> None:
-        """What it asks is a hostile server."""
+        """It asks a hostile server."""
         _ = (self.folder / "hostile.pem").write_bytes(hostile.ca_pem)
         self.changes |= {"ca_file": str(self.folder / "hostile.pem")}
         self.changes |= {"retry.deadline_seconds": 3, "retry.attempts": 2}
@@ -140,7 +141,7 @@ class Machine:
     def stops(self, code: int, action: str = "run") -> str:
         """A boot that ends with ``code`` and changes no disk; its last words, on one line."""
         before = self.prints()
-        ended = self.do(action)
+        ended = self.here(action)
         assert ended.code == code, ended.err
         assert self.prints() == before
         head, _, last = ended.err.partition("BOOT FAILED")
@@ -174,13 +175,13 @@ def free_port() -> int:
 
 
 def test_a_first_boot_formats_and_later_ones_open(site: Premises, machine: Machine) -> None:
-    site.start()
+    site.start_here()
     first = machine.boots()
     assert (first["event"], first["formatted"]) == ("agent_done", [*VOLUMES])
     assert first["opened"] == [f"{name}: {machine.disk(name)}" for name in VOLUMES]
     formatted = machine.prints()
     site.stop()
-    site.start()
+    site.start_here()
     assert machine.boots()["formatted"] == []
     assert machine.prints() == formatted
     told = machine.do().err
@@ -194,9 +195,9 @@ def test_a_server_that_comes_up_late_is_waited_for(site: Premises, machine: Mach
     machine.servers = [f"https://127.0.0.1:{port}"]
     with subprocess.Popen(machine.command("run"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as agent:
         assert agent.stderr is not None
-        while "NOT NOW" not in (line := agent.stderr.readline()):
+        while "RETRY LATER" not in (line := agent.stderr.readline()):
             assert line, "it ended without an attempt"
-        site.start()
+        site.start_here()
         out, err = agent.communicate(timeout=90)
     ended = machine.heard(Ended(agent.returncode, out, err))
     assert ended.code == 0, ended.err
@@ -204,7 +205,7 @@ def test_a_server_that_comes_up_late_is_waited_for(site: Premises, machine: Mach
 
 
 def test_the_next_server_is_asked_where_one_is_down(site: Premises, machine: Machine) -> None:
-    site.start()
+    site.start_here()
     machine.servers = [NOWHERE, site.url]
     ended = machine.do()
     assert ended.code == 0, ended.err
@@ -213,7 +214,7 @@ def test_the_next_server_is_asked_where_one_is_down(site: Premises, machine: Mac
 
 
 def test_a_server_that_dies_after_its_grant_is_replaced(site: Premises, machine: Machine, tmp_path: Path) -> None:
-    """What it granted holds at every server of the store: the same bytes go to the next one."""
+    """Its grant holds at every server of the store: the same bytes go to the next one."""
     two_phase(site)
     site.start()
     other = start_server("--config", site.configuration, ca=site.ca, stderr=subprocess.DEVNULL)
@@ -251,7 +252,7 @@ def two_phase(site: Premises) -> None:
 
 def test_keys_are_rotated_at_each_boot(site: Premises, machine: Machine) -> None:
     two_phase(site)
-    site.start()
+    site.start_here()
     key_file = machine.memory / "k3s"
     machine.changes["state.k3s_key_file"] = str(key_file)
     assert machine.boots()["formatted"] == [*VOLUMES]
@@ -285,7 +286,7 @@ def make_root(machine: Machine) -> None:
 def test_the_root_disk_first_and_the_volumes_later(site: Premises, machine: Machine, exchange: str) -> None:
     if exchange == "two-phase":
         two_phase(site)
-    site.start()
+    site.start_here()
     make_root(machine)
     machine.changes["volumes_at"] = "resume"
     state = machine.memory / "boot.json"
@@ -307,7 +308,7 @@ def test_the_root_disk_first_and_the_volumes_later(site: Premises, machine: Mach
 
 
 def test_state_that_is_not_ours_is_not_used(site: Premises, machine: Machine) -> None:
-    site.start()
+    site.start_here()
     machine.changes["volumes_at"] = "resume"
     if file_system(machine.memory) not in IN_MEMORY:
         machine.changes["state.on_disk"] = True
@@ -326,7 +327,7 @@ def test_state_that_is_not_ours_is_not_used(site: Premises, machine: Machine) ->
 def test_state_is_not_left_on_a_disk(site: Premises, machine: Machine, tmp_path: Path) -> None:
     if file_system(tmp_path) in IN_MEMORY:
         pytest.skip(f"{tmp_path} is in memory")
-    site.start()
+    site.start_here()
     machine.changes |= {"volumes_at": "resume", "state.file": str(tmp_path / "boot.json")}
     assert "not in memory: a boot token is not written there" in machine.stops(2)
     assert not (tmp_path / "boot.json").exists()
@@ -336,7 +337,7 @@ def test_state_is_not_left_on_a_disk(site: Premises, machine: Machine, tmp_path:
 
 
 def test_a_refusal_is_told_whole(site: Premises, machine: Machine, tmp_path: Path) -> None:
-    site.start()
+    site.start_here()
     machine.quoter = quote_command(site, tmp_path, "--fault", "rtmr1")
     told = machine.stops(1)
     assert told.startswith(f"at step attestation, at {site.url} reason Quote does not match")
@@ -350,7 +351,7 @@ def test_a_refusal_is_told_whole(site: Premises, machine: Machine, tmp_path: Pat
 
 
 def test_a_refusal_as_json(site: Premises, machine: Machine, tmp_path: Path) -> None:
-    site.start()
+    site.start_here()
     machine.quoter = quote_command(site, tmp_path, "--fault", "rtmr1")
     ended = machine.do("run", "--json")
     assert ended.code == 1
@@ -367,7 +368,7 @@ def test_a_refusal_as_json(site: Premises, machine: Machine, tmp_path: Path) -> 
 
 
 def test_a_blank_disk_in_the_place_of_a_volume_stops(site: Premises, machine: Machine) -> None:
-    site.start()
+    site.start_here()
     for _ in range(2):  # the second boot shows the server that the disk has a header
         _ = machine.boots()
     machine.blank("storage")
@@ -377,7 +378,7 @@ def test_a_blank_disk_in_the_place_of_a_volume_stops(site: Premises, machine: Ma
 
 
 def test_a_header_with_the_null_cipher_stops_before_a_server_is_asked(site: Premises, machine: Machine) -> None:
-    site.start()
+    site.start_here()
     _ = machine.boots()
     told = headers.told()
     told["segments"]["0"]["encryption"] = "cipher_null-ecb"
@@ -389,7 +390,7 @@ def test_a_header_with_the_null_cipher_stops_before_a_server_is_asked(site: Prem
 
 
 def test_another_vms_disk_stops(site: Premises, machine: Machine) -> None:
-    site.start()
+    site.start_here()
     _ = machine.boots()
     machine.changes["vm_name"] = "vm-2"
     assert "the current key does not open it" in machine.stops(1)
@@ -397,7 +398,7 @@ def test_another_vms_disk_stops(site: Premises, machine: Machine) -> None:
 
 @pytest.mark.parametrize("kind", ["link", "folder", "pipe", "missing"])
 def test_what_is_no_disk_stops(site: Premises, machine: Machine, kind: str) -> None:
-    site.start()
+    site.start_here()
     place = machine.folder / "strange"
     match kind:
         case "folder":
@@ -420,7 +421,7 @@ def test_what_is_no_disk_stops(site: Premises, machine: Machine, kind: str) -> N
 def test_a_disk_that_changes_after_it_was_looked_at(
     site: Premises, machine: Machine, tmp_path: Path, change: str, told: str
 ) -> None:
-    site.start()
+    site.start_here()
     link, other = machine.folder / "link", machine.folder / "other.img"
     link.symlink_to("storage.img")
     _ = shutil.copyfile(machine.disk("storage"), other)
@@ -433,7 +434,7 @@ def test_a_disk_that_changes_after_it_was_looked_at(
 
 
 def test_a_disk_that_appears_late_is_waited_for(site: Premises, machine: Machine) -> None:
-    site.start()
+    site.start_here()
     hidden = machine.disk("storage").rename(machine.folder / "hidden")
     machine.changes["disk_wait_seconds"] = 60
     with subprocess.Popen(machine.command("run"), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as agent:
@@ -450,19 +451,19 @@ def test_the_deadline_ends_it(machine: Machine) -> None:
     machine.changes["retry.deadline_seconds"] = 2
     begun = time.monotonic()
     told = machine.stops(2)
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 60
     assert "at step nonce" in told
     assert "Connection refused" in told
     assert "No server that this agent trusts answered in all the time there was" in told
 
 
 def test_the_deadline_ends_a_quote(site: Premises, machine: Machine) -> None:
-    site.start()
+    site.start_here()
     machine.quoter = "command:/bin/sleep 100"
     machine.changes["retry.deadline_seconds"] = 1
     begun = time.monotonic()
     told = machine.stops(2)
-    assert time.monotonic() - begun < LEAST_SECONDS + 10
+    assert time.monotonic() - begun < 60  # the quote command would take 100
     assert "the quote command /bin/sleep: the deadline, retry.deadline_seconds, ended it" in told
 
 
@@ -509,9 +510,7 @@ def endless(stream: ssl.SSLSocket) -> None:
 
 def dripping(stream: ssl.SSLSocket) -> None:
     _ = one_request(stream)
-    for byte in b"HTTP/1.1 200 OK\r\n" * 100:
-        stream.sendall(bytes([byte]))
-        time.sleep(0.2)
+    drip(stream.sendall, [bytes([byte]) for byte in b"HTTP/1.1 200 OK\r\n" * 100], 0.2)
 
 
 def half(stream: ssl.SSLSocket) -> None:
@@ -605,7 +604,7 @@ BASE: dict[str, dict[str, object]] = {
     "attestation": {"key": WRONG, "boot_token": TOKEN},
     "luks": {"storage": WRONG, "tdx-cache": WRONG, "in_use": []},
 }
-"""What a server says in an exchange that goes well, by the last word of the path."""
+"""A server's answers in an exchange that succeeds, by the last word of the path."""
 TWO_PHASE: dict[str, dict[str, object]] = {
     "nonce": _NONCE,
     "attestation": {"key": WRONG, "boot_token": None, "luks_quote_nonce": TOKEN},
@@ -659,7 +658,7 @@ def test_a_server_that_turns_hostile(
         with pytest.raises(BlockingIOError):
             _ = elsewhere.accept()
     steps = [*exchange]
-    again = steps[:2] if step == "attestation" else [step]  # a nonce is spent by it
+    again = steps[:2] if step == "attestation" else [step]  # it redeems a nonce
     assert asked == [*steps[: steps.index(step) + 1], *again]
     assert told in " ".join(ended.err.split())
     assert not any(secret in ended.out + ended.err for secret in (WRONG, WORD, TOKEN, NONCE))
@@ -681,7 +680,7 @@ def hostile(tmp_path: Path) -> Credentials:
 def test_tls_with_another_name_or_authority(
     site: Premises, machine: Machine, hostile: Credentials, tmp_path: Path
 ) -> None:
-    site.start()
+    site.start_here()
     machine.changes["retry.deadline_seconds"] = 2
     asked: list[bytes] = []
     with peer(hostile, lambda stream: asked.append(one_request(stream))) as (url, _ended):
@@ -709,7 +708,7 @@ def volume(machine: Machine) -> Path:
 
 
 def test_a_config_volume_says_who_the_vm_is(site: Premises, machine: Machine, volume: Path) -> None:
-    site.start()
+    site.start_here()
     assert (machine.boots()["vm_name"], volume.is_dir()) == ("vm-1", True)
 
 
@@ -744,7 +743,7 @@ def test_a_config_volume_that_lies(machine: Machine, volume: Path, name: str, li
 
 
 def test_a_config_volume_chooses_nothing_else(site: Premises, machine: Machine, volume: Path) -> None:
-    site.start()
+    site.start_here()
     for name in ("agent.toml", "servers", "ca.pem", "ca_file", "quoter"):
         _ = (volume / name).write_text('servers = ["https://evil.example"]\n')
     assert machine.boots()["event"] == "agent_done"
@@ -755,7 +754,7 @@ def test_the_seed_of_the_config_volume_signs(site: Premises, machine: Machine, v
     address = HotkeyPair.from_seed(Secret(seed)).hotkey.address
     _ = (volume / "miner-ss58").write_text(json.dumps({"ss58Address": address, "secretSeed": f"0x{seed.hex()}"}))
     site.edit('root_passphrase = "vm"', 'root_passphrase = "vm"\nrequire_hotkey_signature = true')
-    site.start()
+    site.start_here()
     machine.changes["disk_wait_seconds"] = 1
     assert "signature_invalid" in machine.stops(1)
     machine.changes["signer"] = "config-volume"
@@ -766,7 +765,7 @@ def test_the_seed_of_the_config_volume_signs(site: Premises, machine: Machine, v
 
 
 def test_a_dry_run_asks_no_server_and_writes_nothing(site: Premises, machine: Machine) -> None:
-    site.start()
+    site.start_here()
     _ = machine.boots()
     machine.servers = [NOWHERE]
     machine.blank("tdx-cache")
@@ -802,8 +801,8 @@ def test_what_follows_a_failure(machine: Machine, action: str) -> None:
 @pytest.mark.parametrize(
     ("number", "awaited", "attempts", "code"),
     [
-        (signal.SIGINT, ["NOT NOW", "next  "], 30, 130),
-        (signal.SIGTERM, ["NOT NOW", "next  "], 30, 143),
+        (signal.SIGINT, ["RETRY LATER", "next  "], 30, 130),
+        (signal.SIGTERM, ["RETRY LATER", "next  "], 30, 143),
         (signal.SIGINT, ["next  "], 1, 2),
     ],
 )

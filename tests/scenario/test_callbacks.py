@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 import ssl
-import time
 from collections.abc import Callable, Iterator
 from ipaddress import ip_network
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -29,11 +29,13 @@ from chutes_proto.store.rows import AttestationRow, AuditRow, ServerRow
 from chutes_proto.wire import json
 from chutes_proto.wire.codec import encode_quote
 from tests.io.peers import Behaviour, Credentials, answering, make_credentials, peer, read_request
-from tests.scenario.operations import LOOPS, Site, both_loops, everywhere, open_store, run
+from tests.loops import on_loop
+from tests.scenario.operations import LOOPS, Site, everywhere, open_store
 from tests.scenario.test_miner import client
 from tests.server.world import GPU, PLATFORM, ScanAll, service
+from tests.slow_peer import drip
 
-pytestmark = [both_loops, everywhere]
+pytestmark = [pytest.mark.anyio, everywhere]
 
 NAME = "host.example"
 VALIDATOR = HotkeyPair.from_seed(Secret(b"the key server's own hotkey".ljust(32, b"!")))
@@ -103,7 +105,7 @@ def register(loop: str, kind: str, directory: Path, credentials: Credentials, be
                 except Refusal as exc:
                     failed.append(exc)
 
-        run(loop, main)
+        on_loop(loop, main)
     for exc in failed:
         assert site.store.transact(ScanAll(ServerRow)) == ()
         assert site.store.transact(ScanAll(AttestationRow)) == ()
@@ -147,16 +149,12 @@ def redirects(stream: ssl.SSLSocket) -> None:
 def drips(stream: ssl.SSLSocket) -> None:
     _ = read_request(stream)
     stream.sendall(HEAD % 1000)
-    while True:
-        stream.sendall(b" ")
-        time.sleep(0.05)
+    drip(stream.sendall, repeat(b" "), 0.05)
 
 
 def drips_its_head(stream: ssl.SSLSocket) -> None:
     _ = read_request(stream)
-    while True:
-        stream.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        time.sleep(0.05)
+    drip(stream.sendall, repeat(b"HTTP/1.1 100 Continue\r\n\r\n"), 0.05)
 
 
 def sends_100_megabytes(stream: ssl.SSLSocket) -> None:

@@ -14,11 +14,11 @@ from anyio.streams.tls import TLSStream
 from chutes_proto.auth.signing import body_message, purpose_message
 from chutes_proto.io.http.tls import client_context
 from chutes_proto.wire import json
-from tests.scenario.operations import LOOPS, SERVER, Site, both_loops, everywhere, open_store, rows, run
+from tests.scenario.operations import LOOPS, SERVER, Site, everywhere, open_store, rows
 from tests.server.test_servers import server
 from tests.server.world import HOTKEY, MINER
 
-pytestmark = [both_loops, everywhere]
+pytestmark = [pytest.mark.anyio, everywhere]
 
 JSON = {"Content-Type": "application/json"}
 LONG = "x" * 10_000
@@ -42,7 +42,7 @@ def registration(body: bytes, **headers: str) -> bytes:
 
 
 def requests() -> dict[str, tuple[bytes, int]]:
-    """What is sent, and the status of its answer. Made anew at each call: signatures grow old."""
+    """Requests, and the status of each answer. Made again at each call: signatures expire."""
     again = f"X-Chutes-Hotkey: {MINER.hotkey.address}\r\n"
     token = {"X-Boot-Token": "0" * 64, "X-Chutes-Hotkey": HOTKEY} | JSON
     volumes = b'{"volumes":["storage"]}'
@@ -110,39 +110,31 @@ async def ask(site: Site, data: bytes) -> tuple[int, dict[str, str], Any]:
     return int(line.split()[1]), dict(field.lower().split(": ", 1) for field in fields), json.decode(body)
 
 
-def test_each_is_refused_and_changes_nothing(loop: str, kind: str, tmp_path: Path) -> None:
+async def test_each_is_refused_and_changes_nothing(loop: str, kind: str, tmp_path: Path) -> None:
     site = Site(LOOPS[loop], open_store(kind, tmp_path))
     wrong: list[tuple[str, int, Any]] = []
-
-    async def main() -> None:
-        async with site.serving():
-            before = rows(site.store)
-            for name, (data, expected) in requests().items():
-                status, headers, content = await ask(site, data)
-                if status != expected:
-                    wrong.append((name, status, content))
-                assert list(content) == ["detail", "code", "request_id"], name
-                assert headers["content-type"] == "application/json", name
-                assert "set-cookie" not in headers, name
-                assert LONG not in str(content), name
-            assert rows(site.store) == before
-            body = json.encode(server())  # and then the good one
-            assert (await ask(site, registration(body)))[0] == 201
-
-    run(loop, main)
+    async with site.serving():
+        before = rows(site.store)
+        for name, (data, expected) in requests().items():
+            status, headers, content = await ask(site, data)
+            if status != expected:
+                wrong.append((name, status, content))
+            assert list(content) == ["detail", "code", "request_id"], name
+            assert headers["content-type"] == "application/json", name
+            assert "set-cookie" not in headers, name
+            assert LONG not in str(content), name
+        assert rows(site.store) == before
+        body = json.encode(server())  # and then the good one
+        assert (await ask(site, registration(body)))[0] == 201
     assert wrong == []
     assert not [record for record in site.log if record.fields.get("code") == "server_fault"]
 
 
 @pytest.mark.parametrize("name", ["X-Chutes-Hotkey", "X-Chutes-Nonce", "X-Chutes-Signature"])
-def test_a_header_with_a_line_of_its_own(name: str, loop: str, kind: str, tmp_path: Path) -> None:
+async def test_a_header_with_a_line_of_its_own(name: str, loop: str, kind: str, tmp_path: Path) -> None:
     """A carriage return within a value begins no other header."""
     site = Site(LOOPS[loop], open_store(kind, tmp_path))
-
-    async def main() -> None:
-        async with site.serving():
-            headers = signed() | {name: "a\rX-Chutes-Nonce: 1"}
-            status, _, content = await ask(site, request("GET /servers/", headers))
-            assert (status, content["code"]) == (400, "bad_request")
-
-    run(loop, main)
+    async with site.serving():
+        headers = signed() | {name: "a\rX-Chutes-Nonce: 1"}
+        status, _, content = await ask(site, request("GET /servers/", headers))
+        assert (status, content["code"]) == (400, "bad_request")

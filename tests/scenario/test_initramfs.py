@@ -55,7 +55,7 @@ def test_two_boots_get_the_same_keys(server, tmp_path):
     storage, cache, root, before, after = first.stdout.split()
     assert len({storage, cache, root}) == 3
     assert before == "legacy-before:404:none"  # no key yet: the sync makes it
-    assert after == "legacy-after:401"  # the sync has spent the token
+    assert after == "legacy-after:401"  # the sync has consumed the token
     second = boot(server, "vm-curl", quote)
     assert second.returncode == 0, second.stderr
     assert second.stdout.split() == [storage, cache, root, f"legacy-before:200:{storage}", "legacy-after:401"]

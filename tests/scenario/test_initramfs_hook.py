@@ -27,7 +27,7 @@ from tests.qgs import listening, quoting
 from tools.agent_zipapp import build
 
 PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
-"""Root's, whoever's the tests have."""
+"""Root's, whichever user runs the tests."""
 HOOK = ROOT / "examples/initramfs/hooks/chutes-proto"
 SCRIPT = ROOT / "examples/initramfs/scripts/local-top/chutes-proto"
 FUNCTIONS = Path("/usr/share/initramfs-tools/hook-functions")
@@ -37,7 +37,7 @@ HOTKEY = "5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY"
 # As `mkinitramfs` lays a tree out before it runs a hook.
 MERGED = ("bin", "lib", "lib64", "sbin")
 
-# What /init of the initramfs has mounted when a script runs.
+# The mounts of /init of the initramfs when a script runs.
 ENTER = """\
 set -e
 mount -t proc proc "$1/proc"
@@ -76,7 +76,7 @@ class Image:
         _ = (self.tree / "etc/chutes-proto/agent.toml").write_text(text)
 
     def boot(self, *options: str) -> subprocess.CompletedProcess[str]:
-        """What the script of local-top runs, but disks are files."""
+        """The programs that the script of local-top runs, but disks are files."""
         agent = [PYTHON, "-I", "/usr/lib/chutes-proto/agent.pyz", "agent", "run"]
         return self.enter(*agent, "--config", "/etc/chutes-proto/agent.toml", "--images", *options)
 
@@ -227,7 +227,7 @@ def test_where_the_agent_fails_the_machine_goes_off_and_nobody_gets_a_shell(imag
     image.write(quoter="auto")
     ended = image.enter("/local-top")
     assert ended.stdout.splitlines()[-2:] == [
-        "chutes-proto: the root disk is not open; the machine goes off",
+        "chutes-proto: the root disk is not open; the machine is switched off in 30 seconds",
         "poweroff -f",
     ]
     assert "network" in ended.stdout

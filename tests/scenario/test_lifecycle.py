@@ -45,7 +45,7 @@ class Disk:
 
     @property
     def formatted(self) -> list[str]:
-        """What a boot reports of it."""
+        """A boot's report of it."""
         luks = subprocess.run([self.program, "isLuks", str(self.image)], check=False).returncode == 0
         return ["storage"] if luks else []
 
@@ -92,7 +92,7 @@ def disk(require_program: Callable[[str], str], tmp_path: Path) -> Disk:
 
 
 def key(premises: Premises, disk: Disk, **members: Any) -> str:
-    """What a boot with the base exchange is handed for the disk."""
+    """The key that a boot with the base exchange is handed for the disk."""
     vm = premises.vm()
     answer = vm.sync(vm.boot()["boot_token"], formatted=disk.formatted, **members)
     return str(answer["storage"])
@@ -118,7 +118,7 @@ def test_the_base_exchange(premises: Premises, disk: Disk) -> None:
     assert disk.opens(key(premises, disk))
     # ... and one that was then not formatted takes an operator
     assert not disk.opens(key(premises, disk, rekey=["storage"]))
-    assert premises.do("keys", "restore", "vm-1", "storage", 2, "--reason", "rekeyed, not formatted").code == 0
+    assert premises.here("keys", "restore", "vm-1", "storage", 2, "--reason", "rekeyed, not formatted").code == 0
     assert disk.opens(key(premises, disk))
     # a disk that was missing at one boot, or at several
     for _ in range(2):
@@ -135,13 +135,13 @@ def test_the_base_exchange(premises: Premises, disk: Disk) -> None:
     answer = vm.sync(vm.boot()["boot_token"], formatted=disk.formatted)
     assert answer["in_use"] == ["storage"]
     # the operator permits one format
-    assert premises.do("keys", "allow-format", "vm-1", "storage").code == 0
+    assert premises.here("keys", "allow-format", "vm-1", "storage").code == 0
     vm = premises.vm()
     answer = vm.sync(vm.boot()["boot_token"], formatted=disk.formatted)
     assert answer["in_use"] == []
     disk.format(answer["storage"])
     assert disk.opens(key(premises, disk))
-    assert Disk(kept, disk.program).opens(key(premises, disk))  # nothing was made anew for it
+    assert Disk(kept, disk.program).opens(key(premises, disk))  # no key was made for it
     # the server dies in between
     premises.kill()
     premises.start()
@@ -175,7 +175,7 @@ def test_the_two_phase_exchange(premises: Premises, disk: Disk) -> None:
     _ = confirm(True)
     disk.remove(keys["next"])
     opened = 0
-    for _ in range(4):  # nobody confirms: by turns
+    for _ in range(4):  # nobody confirms: alternately
         keys, confirm = pair(premises, disk)
         opened += disk.opens(keys["current"])
     assert opened == 2
@@ -196,7 +196,7 @@ def test_the_two_phase_exchange(premises: Premises, disk: Disk) -> None:
     disk.format(old["current"])
     assert not disk.opens(pair(premises, disk)[0]["current"])
     (first,) = [g["generation"] for g in history(premises) if g["volume"] == "storage" and g["generation"] == 1]
-    assert premises.do("keys", "restore", "vm-1", "storage", first).code == 0
+    assert premises.here("keys", "restore", "vm-1", "storage", first).code == 0
     assert disk.opens(pair(premises, disk)[0]["current"])
 
 
@@ -215,7 +215,7 @@ def test_keys_are_wrapped_anew_while_disks_are_opened(premises: Premises, disk: 
     assert len(between) == 2, f"it was killed too late: {before}, {between}"
     assert sum(between.values()) == sum(before.values())
     assert disk.opens(key(premises, disk))
-    done = premises.do("keys", "rewrap")
+    done = premises.here("keys", "rewrap")
     assert (done.code, "no key is under another" in done.out) == (0, True)
     assert disk.opens(key(premises, disk))
     premises.stop()
@@ -310,7 +310,7 @@ def test_a_boot_that_is_cut_off_anywhere(premises: Premises, disk: Disk, exchang
                 opened = agent.boot(cut, fate)
             except (Off, ChutesError):
                 if not cut:
-                    opened = agent.boot()  # by turns: the other key
+                    opened = agent.boot()  # alternately: the other key
                 else:
                     continue
             assert [volume.name for volume in opened.volumes] == ["storage"]

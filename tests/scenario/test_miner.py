@@ -23,8 +23,10 @@ from chutes_proto.miner import RuntimeVerdict
 from chutes_proto.miner import _flows as servers
 from chutes_proto.store.rows import ServerRow
 from tests.clients import make_client, without_loop
-from tests.scenario.operations import SERVER, Scene, Site, Vm, both_loops, code, everywhere, rows
+from tests.scenario.operations import SERVER, Scene, Site, Vm, code, everywhere, rows
 from tests.server.world import GPU, MINER, OTHER, PLATFORM, ScanAll, service
+
+pytestmark = pytest.mark.anyio
 
 
 def client(site: Site, kind: str, pair: HotkeyPair = MINER, **options: Any) -> Any:
@@ -69,26 +71,26 @@ def check_life(site: Site) -> None:
     assert site.store.transact(ScanAll(ServerRow)) == ()
 
 
-@both_loops
 @everywhere
 @pytest.mark.parametrize("signatures", ["compatible", "request"])
 @pytest.mark.parametrize("synchronous", [False, True], ids=["on the loop", "without an event loop"])
-def test_the_life_of_a_server(scene: Scene, loop: str, signatures: str, synchronous: bool) -> None:
-    async def act(site: Site) -> None:
+async def test_the_life_of_a_server(scene: Scene, loop: str, signatures: str, synchronous: bool) -> None:
+    site = scene(signatures=signatures)
+    async with site.serving():
         if synchronous:
             await anyio.to_thread.run_sync(without_loop, live(site, "sync", signatures))
         else:
             await live(site, loop, signatures)
 
-    check_life(scene(act, signatures=signatures))
+    check_life(site)
 
 
-@both_loops
 @everywhere
-def test_one_vm_removes_no_other_miners_servers(scene: Scene, loop: str) -> None:
+async def test_one_vm_removes_no_other_miners_servers(scene: Scene, loop: str) -> None:
     """A boot shows the address that it came from, and neither GPUs nor ids: claims to these are refused."""
 
-    async def act(site: Site) -> None:
+    site = scene()
+    async with site.serving():
         site.app.service = service(unsafe_networks=(ip_network("127.0.0.0/8"),))
         async with client(site, loop) as miner, client(site, loop, OTHER) as other, Vm(site) as vm:
             await miner.register("n1", host="1.2.3.4", gpus=[GPU], name="vm-1")
@@ -105,15 +107,13 @@ def test_one_vm_removes_no_other_miners_servers(scene: Scene, loop: str) -> None
             assert [server.server_id for server in await other.servers()] == ["n9"]
             assert {server.server_id for server in await miner.servers()} == {"n1", "n2"}
 
-    scene(act)
 
-
-@both_loops
 @everywhere
-def test_signed_requests_of_ones_own_client(scene: Scene) -> None:
+async def test_signed_requests_of_ones_own_client(scene: Scene) -> None:
     auth = HotkeyAuth(MINER.hotkey.address, MINER.sign)
 
-    async def act(site: Site) -> None:
+    site = scene()
+    async with site.serving():
         context = client_context(None, SERVER.ca_pem)
         async with httpx.AsyncClient(base_url=site.url, verify=context, trust_env=False, auth=auth, timeout=60) as http:
             body = {"host": "1.2.3.4", "id": "n1", "gpus": []}
@@ -126,36 +126,30 @@ def test_signed_requests_of_ones_own_client(scene: Scene) -> None:
             assert code(attested) == (404, "server_not_found")
             assert (await http.get("/servers/tee/measurements")).json()[0]["name"] == "simulated"
 
-    scene(act)
 
-
-@both_loops
 @everywhere
-def test_one_signature_over_a_request_is_enough(scene: Scene) -> None:
+async def test_one_signature_over_a_request_is_enough(scene: Scene) -> None:
     auth = HotkeyAuth(MINER.hotkey.address, MINER.sign, signatures="request")
 
-    async def act(site: Site) -> None:
+    site = scene(signatures="request")
+    async with site.serving():
         context = client_context(None, SERVER.ca_pem)
         async with httpx.AsyncClient(base_url=site.url, verify=context, trust_env=False, timeout=60) as http:
             assert (await http.get("/servers/", auth=auth)).json() == []
             weak = HotkeyAuth(MINER.hotkey.address, MINER.sign)
             assert code(await http.get("/servers/", auth=weak)) == (401, "signature_invalid")
 
-    scene(act, signatures="request")
 
-
-@both_loops
 @everywhere
-def test_signed_requests_without_an_event_loop(scene: Scene) -> None:
+async def test_signed_requests_without_an_event_loop(scene: Scene) -> None:
     def ask(site: Site) -> object:
         auth = HotkeyAuth(MINER.hotkey.address, MINER.sign)
         with httpx.Client(verify=client_context(None, SERVER.ca_pem), trust_env=False, auth=auth, timeout=60) as http:
             return http.get(f"{site.url}/servers/").json()
 
-    async def act(site: Site) -> None:
+    site = scene()
+    async with site.serving():
         assert await anyio.to_thread.run_sync(ask, site) == []
-
-    scene(act)
 
 
 def test_a_hotkey_in_a_wallets_file(tmp_path: Path) -> None:

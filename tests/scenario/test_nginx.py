@@ -16,8 +16,8 @@ from attrs import frozen
 
 from chutes_proto.auth.binding import report_data
 from chutes_proto.auth.client_identity import ClientIdentity, make_client_identity
-from chutes_proto.cli.development import write_server
 from chutes_proto.io.http.tls import client_context
+from chutes_proto.io.server.development import write_server
 from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.wire.codec import encode_quote
 from tests.cli.conftest import HOTKEY, start_server

@@ -32,25 +32,24 @@ from tests.scenario.operations import (
     Scene,
     Site,
     Vm,
-    both_loops,
     code,
     everywhere,
     open_store,
     rows,
-    run,
 )
 from tests.server.test_servers import server
 from tests.server.world import HOTKEY, MINER, PLATFORM, service
 
 T = TypeVar("T")
 
-pytestmark = [both_loops, everywhere]
+pytestmark = [pytest.mark.anyio, everywhere]
 
 
-def test_boot_sync_and_what_comes_after(scene: Scene) -> None:
+async def test_boot_sync_and_what_comes_after(scene: Scene) -> None:
     secrets: set[str] = set()
 
-    async def act(site: Site) -> None:
+    site = scene()
+    async with site.serving():
         async with Vm(site) as vm:
             nonce = await vm.nonce()
             granted = await vm.attest(nonce)
@@ -74,46 +73,45 @@ def test_boot_sync_and_what_comes_after(scene: Scene) -> None:
             kept = (await rebooted.sync(grant["boot_token"])).json()
             assert {name: kept[name] for name in VOLUMES} == {name: keys[name] for name in VOLUMES}
 
-    site = scene(act)
     assert [record.event for record in site.log if record.event == "boot_granted"] == ["boot_granted"] * 2
     logged = "".join(record.as_json("") for record in site.log)
     assert len(secrets) == 6
     assert not [secret for secret in secrets if secret in logged]
 
 
-def test_refusals(scene: Scene) -> None:
-    async def act(site: Site) -> None:
-        async with Vm(site) as vm, vm.bare() as bare, vm.stranger() as stranger:
-            nonce = await vm.nonce()
-            assert code(await bare.attest(nonce)) == (401, "client_certificate_required")
-            quote_of_vm = vm.attestation(nonce)["quote"]
-            assert code(await stranger.attest(nonce, quote=quote_of_vm)) == (403, "certificate_mismatch")
-            assert code(await vm.attest(nonce, quote="!")) == (403, "quote_malformed")
-            assert code(await vm.attest(nonce, PLATFORM.having("rtmr1"))) == (403, "measurement_mismatch")
-            assert code(await vm.attest(nonce, PLATFORM.having("debug"))) == (403, "attributes_rejected")
-            assert code(await vm.attest(nonce, miner_hotkey=HOTKEY[:-1])) == (403, "hotkey_rejected")
-            assert code(await vm.attest("0" * 64)) == (401, "nonce_invalid")
-            assert code(await vm.attest(nonce, vm_name=7)) == (422, "validation_error")
-            assert (await vm.attest(nonce)).status_code == 200  # no refusal spent it
-            assert code(await vm.sync("0" * 64)) == (401, "boot_token_invalid")
-            assert code(await vm.http.get("/nowhere")) == (404, "not_found")
-            assert code(await vm.http.get(f"/servers/a%2Fb/luks?hotkey={HOTKEY}")) == (404, "not_found")
-            wrong = await vm.http.put("/servers/vm-1/luks")
-            assert code(wrong) == (405, "method_not_allowed")
-            assert wrong.headers["allow"] == "GET, POST"
-            assert (await vm.http.get("/servers/nonce/")).headers["location"] == f"{site.url}/servers/nonce"
-            forged = await vm.http.get("/servers/nonce", headers={"x-client-cert": "x"})
-            assert code(forged) == (400, "bad_request")
-            large = await vm.http.post("/servers/vm-1/luks", content=b"x" * 70_000)
-            assert code(large) == (413, "body_too_large")
-            head = await vm.http.get("/servers/nonce", headers={"x": "x" * 20_000})
-            assert code(head) == (431, "head_too_large")
+async def test_refusals(scene: Scene) -> None:
+    site = scene()
+    async with site.serving(), Vm(site) as vm, vm.bare() as bare, vm.stranger() as stranger:
+        nonce = await vm.nonce()
+        assert code(await bare.attest(nonce)) == (401, "client_certificate_required")
+        quote_of_vm = vm.attestation(nonce)["quote"]
+        assert code(await stranger.attest(nonce, quote=quote_of_vm)) == (403, "certificate_mismatch")
+        assert code(await vm.attest(nonce, quote="!")) == (403, "quote_malformed")
+        assert code(await vm.attest(nonce, PLATFORM.having("rtmr1"))) == (403, "measurement_mismatch")
+        assert code(await vm.attest(nonce, PLATFORM.having("debug"))) == (403, "attributes_rejected")
+        assert code(await vm.attest(nonce, miner_hotkey=HOTKEY[:-1])) == (403, "hotkey_rejected")
+        assert code(await vm.attest("0" * 64)) == (401, "nonce_invalid")
+        assert code(await vm.attest(nonce, vm_name=7)) == (422, "validation_error")
+        assert (await vm.attest(nonce)).status_code == 200  # no refusal redeemed it
+        assert code(await vm.sync("0" * 64)) == (401, "boot_token_invalid")
+        assert code(await vm.http.get("/nowhere")) == (404, "not_found")
+        assert code(await vm.http.get(f"/servers/a%2Fb/luks?hotkey={HOTKEY}")) == (404, "not_found")
+        wrong = await vm.http.put("/servers/vm-1/luks")
+        assert code(wrong) == (405, "method_not_allowed")
+        assert wrong.headers["allow"] == "GET, POST"
+        assert (await vm.http.get("/servers/nonce/")).headers["location"] == f"{site.url}/servers/nonce"
+        forged = await vm.http.get("/servers/nonce", headers={"x-client-cert": "x"})
+        assert code(forged) == (400, "bad_request")
+        large = await vm.http.post("/servers/vm-1/luks", content=b"x" * 70_000)
+        assert code(large) == (413, "body_too_large")
+        head = await vm.http.get("/servers/nonce", headers={"x": "x" * 20_000})
+        assert code(head) == (431, "head_too_large")
 
-    refused = {record.fields["code"] for record in scene(act).log if record.event == "refused"}
+    refused = {record.fields["code"] for record in site.log if record.event == "refused"}
     assert {"certificate_mismatch", "head_too_large", "nonce_invalid"} <= refused
 
 
-def test_two_phases_by_the_boot_agent_also_while_draining(loop: str, kind: str, tmp_path: Path) -> None:
+async def test_two_phases_by_the_boot_agent_also_while_draining(loop: str, kind: str, tmp_path: Path) -> None:
     profiles = {PROFILE.name: ServedProfile(PROFILE, None, False, False, "two-phase")}
     site = Site(LOOPS[loop], open_store(kind, tmp_path), App(service(profiles=profiles)))
     stages: Any = itertools.cycle(["boot", "runtime"])
@@ -132,42 +130,35 @@ def test_two_phases_by_the_boot_agent_also_while_draining(loop: str, kind: str, 
                     rotation.added(volume)
             return rotation
 
-    async def main() -> None:
-        async with site.serving():
-            first = await boot(is_formatted=False)
-            second = await boot(is_formatted=True, stop=True)
-            for volume in VOLUMES:
-                assert second.keys[volume].current == first.keys[volume].next
-                assert second.keys[volume].next != second.keys[volume].current
-
-    run(loop, main)
+    async with site.serving():
+        first = await boot(is_formatted=False)
+        second = await boot(is_formatted=True, stop=True)
+        for volume in VOLUMES:
+            assert second.keys[volume].current == first.keys[volume].next
+            assert second.keys[volume].next != second.keys[volume].current
 
 
-def test_the_description(scene: Scene) -> None:
-    async def act(site: Site) -> None:
-        async with Vm(site).bare() as anyone:
-            assert (await anyone.http.get("/openapi.json")).content == openapi.document()
-
-    scene(act)
+async def test_the_description(scene: Scene) -> None:
+    site = scene()
+    async with site.serving(), Vm(site).bare() as anyone:
+        assert (await anyone.http.get("/openapi.json")).content == openapi.document()
 
 
-def test_while_draining_boots_are_sent_away_and_syncs_served(scene: Scene) -> None:
-    async def act(site: Site) -> None:
-        async with Vm(site) as vm, vm.stranger() as other:
-            grant = await vm.boot()
-            nonce = await other.nonce()
-            site.server.stop()
-            sent_away = await other.attest(nonce)
-            assert code(sent_away) == (503, "draining")
-            assert sent_away.headers["connection"] == "close"
-            assert "retry-after" in sent_away.headers
-            assert code(await other.http.get("/servers/nonce")) == (503, "draining")
-            assert (await vm.read(grant["boot_token"])).status_code == 404
-            synced = await vm.sync(grant["boot_token"])
-            assert synced.status_code == 200
-            assert synced.headers["connection"] == "close"
-
-    scene(act)
+async def test_while_draining_boots_are_sent_away_and_syncs_served(scene: Scene) -> None:
+    site = scene()
+    async with site.serving(), Vm(site) as vm, vm.stranger() as other:
+        grant = await vm.boot()
+        nonce = await other.nonce()
+        site.server.stop()
+        sent_away = await other.attest(nonce)
+        assert code(sent_away) == (503, "draining")
+        assert sent_away.headers["connection"] == "close"
+        assert "retry-after" in sent_away.headers
+        assert code(await other.http.get("/servers/nonce")) == (503, "draining")
+        assert (await vm.read(grant["boot_token"])).status_code == 404
+        synced = await vm.sync(grant["boot_token"])
+        assert synced.status_code == 200
+        assert synced.headers["connection"] == "close"
 
 
 # --- cancellation ---
@@ -277,7 +268,7 @@ async def of_a_miner(site: Site, vm: Vm, operation: str) -> HttpRequest:
 
 @pytest.mark.parametrize("within", [False, True], ids=["before", "within"])
 @pytest.mark.parametrize("operation", list(SIGNED))
-def test_a_cancelled_call_of_a_miner_is_done_or_not(
+async def test_a_cancelled_call_of_a_miner_is_done_or_not(
     operation: str, within: bool, loop: str, kind: str, tmp_path: Path
 ) -> None:
     status, rows_of_it, again = SIGNED[operation]
@@ -297,20 +288,17 @@ def test_a_cancelled_call_of_a_miner_is_done_or_not(
             assert later.status == (again if changed else status)
             return response is not None, bool(changed)
 
-    async def main() -> None:
-        seen: list[tuple[bool, bool]] = []
-        while not seen or not seen[-1][0]:
-            seen.append(await play(len(seen) + 1))
-        assert len(seen) > 3
-        committed = [changed for _, changed in seen]
-        assert committed == sorted(committed)
-
-    run(loop, main)
+    seen: list[tuple[bool, bool]] = []
+    while not seen or not seen[-1][0]:
+        seen.append(await play(len(seen) + 1))
+    assert len(seen) > 3
+    committed = [changed for _, changed in seen]
+    assert committed == sorted(committed)
 
 
 @pytest.mark.parametrize("within", [False, True], ids=["before", "within"])
 @pytest.mark.parametrize("operation", ["boot", "sync", "read"])
-def test_a_cancellation_leaves_nothing_half_done(
+async def test_a_cancellation_leaves_nothing_half_done(
     operation: str, within: bool, loop: str, kind: str, tmp_path: Path
 ) -> None:
     """Whichever effect it hits: the store is as before or as after, and the VM gets what it asks for afterwards."""
@@ -326,7 +314,7 @@ def test_a_cancellation_leaves_nothing_half_done(
             after = rows(site.store)
             changed = {name for name in after if after[name] != before[name]}
             match operation:
-                case "boot" if changed:  # granted, and the answer lost: the nonce is spent, the next boot is granted
+                case "boot" if changed:  # granted, and the answer lost: the nonce is redeemed, the next boot is granted
                     assert {"NonceRow", "VmRow", "BootRow", "AttestationRow"} <= changed
                     assert code(await vm.attest(proof)) == (401, "nonce_invalid")
                     assert await vm.boot()
@@ -339,12 +327,9 @@ def test_a_cancellation_leaves_nothing_half_done(
                     assert (await vm.read(proof)).status_code == 200
             return response is not None, bool(changed)
 
-    async def main() -> None:
-        seen: list[tuple[bool, bool]] = []
-        while not seen or not seen[-1][0]:
-            seen.append(await play(len(seen) + 1))
-        assert len(seen) > 3
-        committed = [changed for _, changed in seen]
-        assert committed == sorted(committed)  # what is committed stays so, however late the cancellation
-
-    run(loop, main)
+    seen: list[tuple[bool, bool]] = []
+    while not seen or not seen[-1][0]:
+        seen.append(await play(len(seen) + 1))
+    assert len(seen) > 3
+    committed = [changed for _, changed in seen]
+    assert committed == sorted(committed)  # what is committed stays so, however late the cancellation

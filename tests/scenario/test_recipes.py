@@ -80,7 +80,7 @@ def key(premises: Premises, **members: Any) -> str:
 
 @in_a_file
 def test_after_a_rekey(premises: Premises) -> None:
-    premises.start()
+    premises.start_here()
     first = key(premises)
     assert key(premises, rekey=["storage"]) != first
     assert "retired" in follow(premises, "A disk does not open after a rekey", 0)
@@ -90,7 +90,7 @@ def test_after_a_rekey(premises: Premises) -> None:
 @in_a_file
 def test_a_lost_confirmation(premises: Premises) -> None:
     premises.edit('root_passphrase = "vm"', 'root_passphrase = "vm"\nexchange = "two-phase"')
-    premises.start()
+    premises.start_here()
 
     def attest() -> tuple[Any, Callable[..., Any]]:
         vm = premises.vm()
@@ -108,7 +108,7 @@ def test_a_lost_confirmation(premises: Premises) -> None:
 
 @in_a_file
 def test_a_new_disk(premises: Premises) -> None:
-    premises.start()
+    premises.start_here()
     first = key(premises, formatted=["storage"])
 
     def in_use() -> list[str]:
@@ -124,7 +124,7 @@ def test_a_new_disk(premises: Premises) -> None:
 
 @in_a_file
 def test_another_machine(premises: Premises) -> None:
-    premises.start()
+    premises.start_here()
     first = key(premises)
     home = premises.platform
     premises.platform = home.another(1)
@@ -174,7 +174,7 @@ def test_a_backup(premises: Premises, require_program: Callable[[str], str]) -> 
 
 @pytest.mark.parametrize("premises", ["sqlite", "postgresql"], indirect=True)
 def test_a_clock_that_was_ahead(premises: Premises) -> None:
-    premises.start()
+    premises.start_here()
     premises.sql(f"UPDATE fact SET value = {premises.now + 86_400} WHERE name = 'nonce_horizon'")
     assert premises.vm().boot(status=503)["code"] == "store_unavailable"
     premises.wait_for_log("a clock was ahead", "run `chutes-proto store restored`")
@@ -190,7 +190,7 @@ def test_a_clock_that_was_ahead(premises: Premises) -> None:
 @in_a_file
 def test_another_key_encryption_key(premises: Premises) -> None:
     title = "One server"
-    premises.start()
+    premises.start_here()
     first = key(premises)
     old = (premises.directory / "kek").read_bytes()
     assert "store: " in follow(premises, title, 0)
@@ -203,18 +203,18 @@ def test_another_key_encryption_key(premises: Premises) -> None:
     assert (premises.directory / "kek.previous").read_bytes() == old
     assert premises.configuration.stat().st_mode & 0o777 == 0o600
     premises.stop()
-    premises.start()
+    premises.start_here()
     assert key(premises) == first
     assert "no key is under another" in follow(premises, title, 1)
     premises.edit('kek_previous_file = "kek.previous"\n', "")
     premises.stop()
-    premises.start()
+    premises.start_here()
     assert key(premises) == first
 
 
 @in_a_file
 def test_a_purge(premises: Premises) -> None:
-    premises.start()
+    premises.start_here()
     last = [key(premises, rekey=["storage"]) for _ in range(5)][-1]
     premises.sql("UPDATE generation SET retired_at = retired_at - 91 * 86400")
     said = follow(premises, "Purge retired keys", 0)
@@ -228,7 +228,7 @@ def test_a_purge(premises: Premises) -> None:
 
 @in_a_file
 def test_a_move_to_postgresql(premises: Premises, empty_schema: str) -> None:
-    premises.start()
+    premises.start_here()
     vm = premises.vm()
     token = vm.boot()["boot_token"]
     first = key(premises, formatted=["storage"])
@@ -244,7 +244,7 @@ def test_a_move_to_postgresql(premises: Premises, empty_schema: str) -> None:
     assert not list(premises.directory.glob("keys.db*"))
     assert (premises.directory / "moved" / "keys.db").stat().st_size
     assert empty_schema in premises.configuration.read_text()
-    premises.start()
+    premises.start_here()
     assert vm.sync(token, formatted=["storage"])["storage"] == first  # what was issued counts
     vm = premises.vm()
     assert vm.sync(vm.boot()["boot_token"], formatted=[])["in_use"] == ["storage"]
@@ -273,8 +273,8 @@ def test_an_import(premises: Premises, empty_schema: str, require_program: Calla
     }
     env = {variable: str(where[name]) for name, variable in names.items() if name in where}
     said = follow(premises, "Import keys from the reference system", 0, env=env)
-    assert "is bound to no platform" in said
-    premises.start()
+    assert "not bound, holds keys" in said
+    premises.start_here()
     assert premises.vm().boot(status=403)["code"] == "platform_mismatch"
     _ = follow(premises, "Import keys from the reference system", 1, premises.platform)
     assert key(premises) == "storage" * 9

@@ -69,7 +69,7 @@ PACKAGES = {
 KERNEL = "linux-image-amd64"
 KEY = re.compile(r"[0-9a-f]{64}")  # tokens and nonces, which no store holds in the clear
 GATEWAY = "10.0.2.2"
-"""What the guest calls this machine's loopback (qemu's network of its own)."""
+"""The guest's name of this machine's loopback (qemu's network of its own)."""
 TWO_PHASE = ('root_passphrase = "vm"', 'root_passphrase = "vm"\nexchange = "two-phase"')
 SIZE = 64 * 1024 * 1024
 ROOT_SIZE = 256 * 1024 * 1024
@@ -88,7 +88,7 @@ service.sendall(struct.pack(">I", len(message)) + message)
 sys.stdout.buffer.write(service.makefile("rb").read()[28:])
 """
 
-# What the probe needs, and what the programs of the quoter and of the root disk need beside the agent.
+# The probe's needs, and those of the programs of the quoter and of the root disk beside the agent.
 HOOK = """\
 #!/bin/sh
 set -e
@@ -375,9 +375,9 @@ class Machine:
     words: str = ""
     """More of the kernel's command line."""
     files: dict[str, str] = field(factory=dict[str, str])
-    """What is different in the initramfs."""
+    """The differences in the initramfs."""
     faults: list[Callable[[socket.socket], None]] = field(factory=list[Callable[[socket.socket], None]])
-    """What the quote service does instead, in its first connections."""
+    """The quote service's faults in its first connections."""
 
     def __attrs_post_init__(self) -> None:
         for name in VOLUMES:
@@ -552,7 +552,7 @@ class Machine:
         return plain
 
     def add_config_volume(self) -> None:
-        """Who the VM is stands on a disk of the host's, and nowhere else."""
+        """The VM's identity is on a disk of the host's, and nowhere else."""
         folder = self.folder / "config"
         write_tree(folder, {"hostname": "vm-1\n", "miner-ss58": f"{HOTKEY}\n"})
         command: list[str | Path] = ["xorriso", "-as", "mkisofs", "-quiet", "-V", "config", "-R"]
@@ -664,7 +664,7 @@ def test_the_config_volume_says_who_the_machine_is(machine: Machine, site: Premi
 
 def test_a_server_that_comes_up_late_is_waited_for(machine: Machine, site: Premises) -> None:
     def hear(line: str) -> None:
-        if "NOT NOW" in line and site.server is None:
+        if "RETRY LATER" in line and site.server is None:
             site.start()
 
     told = machine.boots(hear)
@@ -723,7 +723,7 @@ def test_the_guest_device_and_a_quote_service_over_vsock(machine: Machine, site:
         ": it made no quote: error 0x12001, unexpected error; its own log says more",
         ": it closed the connection after 996 of 5024 bytes",
     ]
-    places = [told.index(f"NOT NOW: the quote generation service at vsock 1:4050{what}") for what in refusals]
+    places = [told.index(f"RETRY LATER: the quote generation service at vsock 1:4050{what}") for what in refusals]
     assert places == sorted(places)
     # Without the driver of a host's vsock the kernel's loopback answers as the host, whom `auto` asks.
     machine.words += " initcall_blacklist=virtio_vsock_init"

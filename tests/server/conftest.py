@@ -1,4 +1,4 @@
-"""What most tests of the key server begin with."""
+"""Fixtures of most tests of the key server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Operations 1 and 2 in process: order of checks, what is spent when, texts and codes."""
+"""Operations 1 and 2 in process: order of checks, consumption, texts and codes."""
 
 import base64
 import hashlib
@@ -157,7 +157,11 @@ def test_the_order_of_checks(world, first):
     assert (status, code) == (expected_status, expected_code)
     assert text is None or detail == text
     assert response.header("connection") == "close"
-    assert (world.rows(NonceRow), world.rows(BootRow), world.rows(VmRow)) == before  # nothing is spent, nothing granted
+    assert (
+        world.rows(NonceRow),
+        world.rows(BootRow),
+        world.rows(VmRow),
+    ) == before  # nothing consumed, nothing granted
     recorded = [row.code for row in world.rows(AttestationRow) if row.code]
     dcap_held = first > [name for name, *_ in ORDER].index("qe_prod_id")
     assert recorded == ([expected_code] if dcap_held else [])

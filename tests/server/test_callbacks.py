@@ -118,7 +118,7 @@ def test_a_name_is_resolved_once_and_pinned(world):
 
     def rebind(effect: Effect[Any]) -> None:
         if isinstance(effect, FetchEvidence):
-            world.names["host.example"] = ("127.0.0.1",)  # whoever asked again would be led inside
+            world.names["host.example"] = ("127.0.0.1",)  # a second resolution would lead inside
 
     world.before = rebind
     registered(register(world, host="host.example"))

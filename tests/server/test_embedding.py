@@ -22,8 +22,8 @@ import trio
 
 import chutes_proto_asyncio
 import chutes_proto_trio
-from chutes_proto.cli.development import write_server
 from chutes_proto.errors import ConfigurationError, FileUnavailable, StoreError
+from chutes_proto.io.server.development import write_server
 from chutes_proto.io.server.setup import make_setup
 from chutes_proto.log import Record
 from chutes_proto.server import AsgiApp, ServerConfig, asgi_app
@@ -68,35 +68,31 @@ def test_both_bindings_have_the_same_serve() -> None:
     assert "serve" in chutes_proto_asyncio.__all__
 
 
-@pytest.mark.parametrize("loop", ["trio", "asyncio"])
-def test_it_serves_from_when_it_is_ready_until_it_is_cancelled(loop: str, site: Path) -> None:
+@pytest.mark.anyio
+async def test_it_serves_from_when_it_is_ready_until_it_is_cancelled(site: Path) -> None:
     log: list[Record] = []
     told: list[Sequence[str]] = []
+    ready = anyio.Event()
 
-    async def main() -> None:
-        ready = anyio.Event()
+    def note(urls: Sequence[str]) -> None:
+        told.append(urls)
+        ready.set()
 
-        def note(urls: Sequence[str]) -> None:
-            told.append(urls)
-            ready.set()
+    async def serve() -> None:
+        await chutes_proto_trio.serve(ServerConfig.load(site / "server.toml"), ready=note, log=log.append)
 
-        async def serve() -> None:
-            await chutes_proto_trio.serve(ServerConfig.load(site / "server.toml"), ready=note, log=log.append)
-
-        with anyio.fail_after(60):
-            async with anyio.create_task_group() as group:
-                _ = group.start_soon(serve)
-                await ready.wait()
-                async with httpx.AsyncClient(verify=trusting(site), trust_env=False, timeout=60) as client:
-                    assert (await client.get(f"{told[0][0]}/servers/nonce")).status_code == 200
-                assert (site / "keys.sock").exists()
-                assert open_files(site)
-                group.cancel_scope.cancel()
-        async with httpx.AsyncClient(verify=trusting(site), trust_env=False, timeout=60) as client:
-            with pytest.raises(httpx.ConnectError):
-                _ = await client.get(f"{told[0][0]}/servers/nonce")
-
-    anyio.run(main, backend=loop)
+    with anyio.fail_after(60):
+        async with anyio.create_task_group() as group:
+            _ = group.start_soon(serve)
+            await ready.wait()
+            async with httpx.AsyncClient(verify=trusting(site), trust_env=False, timeout=60) as client:
+                assert (await client.get(f"{told[0][0]}/servers/nonce")).status_code == 200
+            assert (site / "keys.sock").exists()
+            assert open_files(site)
+            group.cancel_scope.cancel()
+    async with httpx.AsyncClient(verify=trusting(site), trust_env=False, timeout=60) as client:
+        with pytest.raises(httpx.ConnectError):
+            _ = await client.get(f"{told[0][0]}/servers/nonce")
     ((https, unix),) = told
     assert https.startswith("https://127.0.0.1:")
     assert unix == f"unix:{site / 'keys.sock'}"
@@ -147,6 +143,9 @@ def test_the_example_ends_its_server_with_its_own_work(site: Path) -> None:
 # --- what is wrong ---
 
 
+# `serve` as a program runs it, beside `asgi_app`: what is wrong is told by the call.
+
+
 def _served(config: ServerConfig) -> None:
     trio.run(chutes_proto_trio.serve, config)
 
@@ -192,7 +191,7 @@ def test_an_address_in_use_leaves_nothing_open(site: Path) -> None:
 
 
 async def _live(app: AsgiApp, while_up: Callable[[], None] = lambda: None) -> list[dict[str, Any]]:
-    """What it says to the lifespan protocol."""
+    """Its messages in the lifespan protocol."""
     said: list[dict[str, Any]] = []
     asked = ["startup", "shutdown"]
 
@@ -208,24 +207,25 @@ async def _live(app: AsgiApp, while_up: Callable[[], None] = lambda: None) -> li
     return said
 
 
-@pytest.mark.parametrize("loop", ["trio", "asyncio"])
-def test_the_store_is_open_while_the_application_lives(loop: str, site: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.anyio
+async def test_the_store_is_open_while_the_application_lives(site: Path, caplog: pytest.LogCaptureFixture) -> None:
     app = asgi_app(ServerConfig.load(site / "server.toml"))
     assert open_files(site) == []
     opened: list[bool] = []
     caplog.set_level(logging.INFO, "chutes_proto")
     for _ in range(2):  # a test client may begin and end it often
-        said = anyio.run(_live, app, lambda: opened.append(bool(open_files(site))), backend=loop)
+        said = await _live(app, lambda: opened.append(bool(open_files(site))))
         assert [message["type"] for message in said] == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
     assert opened == [True, True]
     assert open_files(site) == []
     assert "NOT Intel's root" in caplog.text
 
 
-def test_a_store_that_is_gone_when_the_application_starts(site: Path) -> None:
+@pytest.mark.anyio
+async def test_a_store_that_is_gone_when_the_application_starts(site: Path) -> None:
     app = asgi_app(ServerConfig.load(site / "server.toml"))
     _ = (site / "keys.db").write_bytes(b"no database at all" * 100)
-    ((message),) = anyio.run(_live, app)
+    (message,) = await _live(app)
     assert message["type"] == "lifespan.startup.failed"
     assert "keys.db" in message["message"]
 

@@ -1,4 +1,4 @@
-"""What strangers can do to the operator's log: neither hide what is said of a VM, nor fill it."""
+"""Attackers can neither hide lines about a VM in the operator's log, nor fill it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_nor_one_about_our_own_fault(world: World) -> None:
 
 
 @pytest.mark.parametrize("network", ["10.{}.{}.1", "2001:db8:{:x}:{:x}::1"])
-def test_many_addresses_make_no_more_lines_than_there_is_room_for(world: World, network: str) -> None:
+def test_many_addresses_make_no_more_lines_than_there_is_allowed_connections(world: World, network: str) -> None:
     asked = [network.format(n // 256, n % 256) for n in range(3000)]
     for peer in asked:
         assert refusal(world.ask("GET", "/x", peer_address=peer))[0] == 404

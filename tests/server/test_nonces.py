@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from chutes_proto.errors import Refused, Unavailable
 from chutes_proto.quote._terms import rfc3339
 from chutes_proto.secret import Secret
-from chutes_proto.server._nonces import RANDOM_SIZE, MacKey, Nonce, NonceMint, expires_at
+from chutes_proto.server._nonces import RANDOM_SIZE, MacKey, NonceMint, expires_at
+from chutes_proto.units.nonces import Nonce
 from chutes_proto.wire.codes import Code
 
 NOW = 1_800_000_000

@@ -189,7 +189,7 @@ def test_a_vm_that_boots_again_has_one_open_boot() -> None:
     assert seconds_left(here) == 0
 
 
-def test_no_more_are_remembered_than_there_is_room_for() -> None:
+def test_no_more_are_remembered_than_there_is_allowed_connections() -> None:
     boots = OpenBoots(most=3)
     for number in range(9):
         boots.note_granted(BootAttestationRequest(quote="", vm_name=Name(f"vm-{number}"), miner_hotkey=HOTKEY), number)

@@ -1,4 +1,4 @@
-"""What is wrong with the server's collateral is never a VM's fault: a 503, nothing spent, and a fetch that mends it."""
+"""A fault of the server's collateral is never a VM's: a 503, nothing consumed, and a fetch that mends it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def world() -> Collected:
 
 
 def refused(world: Collected) -> str:
-    """The operator's reason, of a refusal that is one for collateral and is not final; and that it spent nothing."""
+    """The operator's reason, of a refusal for collateral, which is not final and consumed nothing."""
     nonce = world.nonce()
     response = world.boot(nonce)
     assert refusal(response)[:2] == (503, Code.COLLATERAL_UNAVAILABLE)

@@ -1,4 +1,4 @@
-"""Operations 13 and 14: order of checks, what is spent when, what a lost answer costs, what a confirmation decides."""
+"""Operations 13 and 14: order of checks, consumption, lost answers, confirmations."""
 
 import base64
 import re
@@ -143,7 +143,7 @@ def test_a_proxy_that_sends_none_of_its_headers_is_told_at_once_and_spends_nothi
 
 
 def test_deployed_clients_cut_the_first_match_out(world):
-    """What ``grep -o '"name":"[^"]*"'`` finds, for each name that a client looks for."""
+    """The matches of ``grep -o '"name":"[^"]*"'``, for each name that a client looks for."""
     pair(world)
     body = attest(world, quote_nonce(world), "storage").body
     for name in (b"current", b"next", b"confirm_nonce", b"k3s_encryption_key"):
@@ -253,9 +253,9 @@ def test_what_is_busy_is_waited_for(world, busy, seconds, granted):
     def before(effect):
         taken.size = 64 if world.uptime >= until else 0
         if world.uptime < until and busy == "collateral" and isinstance(effect, FetchCollateral):
-            raise CollateralUnavailable("not now")
+            raise CollateralUnavailable("retry later")
         if world.uptime < until and busy == "store" and isinstance(effect, Transact):
-            raise StoreBusy("not now")
+            raise StoreBusy("retry later")
 
     world.before = before
     response = attest(world, nonce, body=body)

@@ -1,4 +1,4 @@
-"""Operations 10 to 12 in process: order of checks, what is spent and recorded when, and how a success grows old."""
+"""Operations 10 to 12 in process: order of checks, consumption, records, and the age of a success."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from chutes_proto.server._app import App
 from chutes_proto.server._proxy import TrustedProxies
 from chutes_proto.store.rows import AttestationRow, AuditRow, NonceRow, ServerRow, Vm
 from chutes_proto.units.boot import REFUSALS_PER_DAY
+from chutes_proto.units.records import Quote
 from chutes_proto.units.servers import RecordRuntimeRefusal
 from chutes_proto.wire import json
 from chutes_proto.wire.codec import encode_quote
@@ -299,11 +300,10 @@ def test_refusals_are_recorded_up_to_a_number_a_day(world):
         request_id="0",
         server=server,
         nonce=bytes(32),
-        pin=None,
+        quote=Quote.refused(bytes(32)),
         code="quote_rejected",
         detail="d",
         reason="r",
-        quote_digest=bytes(32),
         peer_address="",
     )
     kept = [world.store.transact(evolve(unit, request_id=f"{number}")) for number in range(REFUSALS_PER_DAY + 1)]

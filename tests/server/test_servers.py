@@ -23,6 +23,7 @@ from chutes_proto.server._profiles import ServedProfile
 from chutes_proto.store._run import run_script
 from chutes_proto.store.rows import AuditRow, BootRow, Claim, GenerationRow, GpuRow, ServerRow, VmRow
 from chutes_proto.testing._platform import PROFILE
+from chutes_proto.units.records import Quote
 from chutes_proto.units.servers import RecordRuntimeRefusal, RegisterServer
 from chutes_proto.wire import json
 from chutes_proto.wire.codes import Code
@@ -898,11 +899,10 @@ def test_a_verdict_on_a_server_that_was_registered_anew_is_not_its(world):
         request_id="r",
         server=before,
         nonce=bytes(32),
-        pin=None,
+        quote=Quote.refused(bytes(32)),
         code="quote_rejected",
         detail="",
         reason="",
-        quote_digest=bytes(32),
         peer_address="",
     )
     with pytest.raises(Refused, match="not found"):

@@ -1,4 +1,4 @@
-"""Operations 3, 4 and 16, and the frame of all: routing, patience, what is logged."""
+"""Operations 3, 4 and 16, and the frame of all: routing, retries, log lines."""
 
 import pytest
 from hypothesis import given
@@ -96,7 +96,7 @@ def test_what_needs_no_rows_is_checked_before_the_token(world, body, expected):
     token = world.token()
     assert refusal(world.sync(token, body)) == expected
     assert refusal(world.sync("not a token", body)) == expected
-    assert answer(world.sync(token, BOTH))  # the token was not spent
+    assert answer(world.sync(token, BOTH))  # the token was not consumed
 
 
 def test_a_refusal_of_names_is_short_whatever_was_asked(world):

@@ -14,6 +14,7 @@ import anyio.to_thread
 from chutes_proto.effects import Transact
 from chutes_proto.io.drivers.aio import Performer
 from chutes_proto.store._run import Store, Unit
+from tests.loops import on_loop
 from tests.store.harness import MemoryHarness, SharedPostgresHarness, SharedSqliteHarness
 
 T = TypeVar("T")
@@ -29,7 +30,7 @@ class BindingHarness:
     def __init__(self, loop: str, harness: MemoryHarness | SharedSqliteHarness | SharedPostgresHarness) -> None:
         self._harness = harness
         self._calling = _Calling()
-        self._run: Callable[..., Any] = partial(anyio.run, backend=loop)
+        self._run: Callable[..., Any] = partial(on_loop, loop)
         self._perform: Any = Performer(store=harness.open()).perform
 
     def open(self) -> Store:

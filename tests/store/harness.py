@@ -50,7 +50,7 @@ class Gate(Unit[None]):
     def script(self) -> Script[None]:
         yield from self.first
         self.inside.set()
-        assert self.leave.wait(30)
+        assert self.leave.wait(60)
         yield from self.last
 
 

@@ -41,11 +41,11 @@ def store(tmp_path: Path) -> Iterator[SqliteStore]:
 
 
 def in_one_commit(store: SqliteStore, units: list[Unit[Any]]) -> list[Any]:
-    """What became of units that waited, in their order, while another one was written."""
+    """The outcomes of units that waited, in their order, while another one was written."""
     gate = Gate()
     writer = threading.Thread(target=store.transact, args=(gate,))
     writer.start()
-    assert gate.inside.wait(10)
+    assert gate.inside.wait(60)
     outcomes: list[Any] = [None] * len(units)
 
     def call(index: int) -> None:
@@ -61,7 +61,7 @@ def in_one_commit(store: SqliteStore, units: list[Unit[Any]]) -> list[Any]:
             assert thread.is_alive()
     gate.leave.set()
     for thread in (writer, *threads):
-        thread.join(10)
+        thread.join(60)
         assert not thread.is_alive()
     return outcomes
 
@@ -111,14 +111,14 @@ def test_units_of_one_commit_see_one_another(store: SqliteStore) -> None:
 
 def fail_at_commit(store: SqliteStore, fault: Callable[[], None]) -> None:
     """Have the check before the next but one commit call ``fault``; the commit after that one is as usual."""
-    check, calls = store._check_place, iter((None, fault))
+    check, calls = store._check_file, iter((None, fault))
 
     def checked() -> None:
         if call := next(calls, None):
             call()
         check()
 
-    store._check_place = checked  # type: ignore[method-assign]
+    store._check_file = checked  # type: ignore[method-assign]
 
 
 def test_a_commit_that_fails_fails_all(store: SqliteStore) -> None:

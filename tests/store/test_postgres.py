@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
@@ -25,6 +24,7 @@ from chutes_proto.store.rows import AuditRow, BootRow, Insert, RaiseHorizon, Rea
 from chutes_proto.testing.store_suite import NOW, VM, Ask, boot, dump, platform, sync
 from tests.postgres import PASSWORD, Cluster, schema
 from tests.store.harness import Gate, together
+from tests.waiting import wait_until
 
 T = TypeVar("T")
 
@@ -43,7 +43,7 @@ def store(url: str) -> Iterator[PostgresStore]:
 
 
 def ask(url: str, text: str) -> list[tuple[Any, ...]]:
-    """What PostgreSQL says to an operator."""
+    """PostgreSQL's text for an operator."""
     with psycopg.connect(url, autocommit=True) as connection:
         cursor = connection.execute(text.encode())
         return cursor.fetchall() if cursor.description else []
@@ -88,9 +88,7 @@ def reloaded(cluster: Cluster, store: PostgresStore, setting: str, value: str) -
         ask(cluster.url(), text)
         ask(cluster.url(), "SELECT pg_reload_conf()")
         (connection,) = store._pool.idle
-        until = time.monotonic() + 60
-        while connection.execute(f"SHOW {setting}".encode()).fetchall() != [(seen,)]:
-            assert time.monotonic() < until
+        _ = wait_until(lambda: connection.execute(f"SHOW {setting}".encode()).fetchall() == [(seen,)])
 
     ((before,),) = ask(cluster.url(), f"SHOW {setting}")
     change(f"ALTER SYSTEM SET {setting} = {value}", value)
@@ -275,12 +273,12 @@ def held(store: PostgresStore) -> Iterator[Gate]:
     gate = Gate()
     thread = threading.Thread(target=store.transact, args=(gate,))
     thread.start()
-    assert gate.inside.wait(10)
+    assert gate.inside.wait(60)
     try:
         yield gate
     finally:
         gate.leave.set()
-        thread.join(20)
+        thread.join(60)
 
 
 def test_no_more_connections_than_allowed(url: str) -> None:
@@ -353,7 +351,7 @@ class Meeting(Unit[T]):
         result = yield from self.unit.script()
         self.runs.append(1)
         if len(self.runs) == 1:
-            _ = self.end.wait(20)
+            _ = self.end.wait(60)
         return result
 
 
@@ -535,7 +533,7 @@ def test_what_sql_cannot_hold_is_the_stores_error(store: PostgresStore) -> None:
         AuditRow(0, "vm", "\ud800", "granted"),
         AuditRow(0, "vm", "\0", "granted"),
     ):
-        told(lambda: store.transact(Ask(Insert(row))), "a value of Insert cannot be kept")  # noqa: B023
+        told(lambda: store.transact(Ask(Insert(row))), "a value of Insert cannot be stored")  # noqa: B023
     assert store.transact(Ask(Scan(AuditRow))) == ()
 
 

@@ -121,7 +121,7 @@ class Silenced(Unit[None]):
 def bounded() -> Iterator[None]:
     began = time.monotonic()
     yield
-    assert SILENCE <= time.monotonic() - began < SILENCE + 6  # connecting anew has a bound of its own
+    assert SILENCE <= time.monotonic() - began < SILENCE + 60  # without the bound it would be for ever
 
 
 # --- silent ---
@@ -142,7 +142,7 @@ def test_a_connection_that_turns_mute_is_given_up_and_replaced(behind: PostgresS
 def test_of_a_commit_that_is_not_answered_the_fate_is_unknown(behind: PostgresStore, proxy: Proxy) -> None:
     unit = Silenced(proxy.mute.set, at_end=True)
     with bounded():
-        told(lambda: behind.transact(unit), "the connection was lost at the commit; .*may be changed or not")
+        told(lambda: behind.transact(unit), "the connection was lost at the commit; .*may be committed or not")
     assert len(unit.runs) == 1
     proxy.mute.clear()
     behind.transact(Ask(ReadTimes()))

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import re
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 
 import pytest
+import trio
 
+import chutes_proto_trio
 from chutes_proto.errors import StoreError
 from chutes_proto.io.stores.postgres import PostgresStore
 from chutes_proto.secret import Secret
 from chutes_proto.store.rows import Vm
 from chutes_proto.testing.store_suite import VM, boot
 from tests.postgres import PASSWORD, Cluster
+from tests.scenario import operations
+from tests.scenario.operations import Site, code
 from tests.store.harness import together
 from tests.store.test_postgres import ask
+from tests.waiting import wait_until
 
 STREAMING = {"wal_level": "replica", "max_wal_senders": "4"}
 
@@ -35,10 +39,18 @@ def clusters(postgres_programs: Path) -> Iterator[tuple[Cluster, Cluster]]:
         yield primary, standby
 
 
-def wait(holds: Callable[[], object]) -> None:
-    until = time.monotonic() + 60
-    while not holds():
-        assert time.monotonic() < until
+def make_synchronous(url: str) -> None:
+    """Let every commit from now on wait for the standby."""
+    ask(url, "ALTER SYSTEM SET synchronous_standby_names = 'standby'")
+    ask(url, "SELECT pg_reload_conf()")
+    _ = wait_until(lambda: ask(url, "SELECT 1 FROM pg_stat_replication WHERE sync_state = 'sync'"))
+
+
+def end_the_wait(url: str, how: str = "pg_cancel_backend") -> None:
+    """Wait for a commit that waits for the standby, and end that."""
+    waiting = "SELECT pid FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+    _ = wait_until(lambda: ask(url, waiting))
+    ask(url, f"SELECT {how}(pid) FROM ({waiting}) AS waiting")
 
 
 @pytest.mark.parametrize(
@@ -63,22 +75,15 @@ def test_a_commit_whose_wait_for_the_standby_ended_early_is_not_acknowledged(
         acknowledged.setdefault(name, root)
         assert root == acknowledged[name]
 
-    def end_the_wait() -> None:
-        waiting = "SELECT pid FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
-        wait(lambda: ask(url, waiting))
-        ask(url, f"SELECT {how}(pid) FROM ({waiting}) AS waiting")
-
     with closing(PostgresStore(url, busy_seconds=60, migrate=True)) as store:
-        ask(url, "ALTER SYSTEM SET synchronous_standby_names = 'standby'")
-        ask(url, "SELECT pg_reload_conf()")
-        wait(lambda: ask(url, "SELECT 1 FROM pg_stat_replication WHERE sync_state = 'sync'"))
+        make_synchronous(url)
         for number in range(8):  # the driver has prepared its statements then
             boots(store, f"vm-{number}")
         standby.stop()
-        calls: list[Callable[[], None]] = [partial(boots, store, "vm-lost"), end_the_wait]
+        calls: list[Callable[[], None]] = [partial(boots, store, "vm-lost"), partial(end_the_wait, url, how)]
         (outcome,) = together(calls)
         assert type(outcome) is StoreError
-        assert re.search(rf"{text} at the commit.*; what was to be changed may be changed or not", str(outcome))
+        assert re.search(rf"{text} at the commit.*; the change may be committed or not", str(outcome))
         assert PASSWORD not in str(outcome)
         assert (store.retries, store._pool.idle) == (0, [])
     primary.stop(signal.SIGQUIT)
@@ -88,3 +93,30 @@ def test_a_commit_whose_wait_for_the_standby_ended_early_is_not_acknowledged(
     with closing(PostgresStore(standby.url())) as store:
         for name in list(acknowledged):
             boots(store, name)
+
+
+@pytest.mark.trio
+async def test_a_client_hears_503_where_a_commit_was_cancelled_and_boots_again(
+    clusters: tuple[Cluster, Cluster],
+) -> None:
+    """Over HTTPS. Nobody knows what became of that boot, so that it is not answered with a key."""
+    primary, standby = clusters
+    url = primary.url()
+    with closing(PostgresStore(url, busy_seconds=60, migrate=True)) as store:
+        make_synchronous(url)
+        site = Site(chutes_proto_trio, store)
+        async with site.serving(), operations.Vm(site) as vm, vm.stranger() as again:
+            key = (await vm.boot())["key"]
+            nonce = await vm.nonce()
+            standby.stop()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(trio.to_thread.run_sync, partial(end_the_wait, url))
+                answer = await vm.attest(nonce)
+            assert code(answer) == (503, "store_unavailable")
+            assert int(answer.headers["retry-after"]) > 0
+            assert store._pool.idle == []  # the session whose commit it was is closed
+            (refused,) = [record.fields for record in site.log if record.event == "refused"]
+            assert "the database warned" in str(refused["reason"])
+            assert PASSWORD not in str(refused)
+            standby.start()
+            assert (await again.boot())["key"] == key

@@ -40,7 +40,7 @@ def test_each_older_schema_becomes_ours(place: StorePlace, version: int, monkeyp
     place.open(migrate=True).close()
     set_release(monkeypatch, *CURRENT)
     with pytest.raises(
-        StoreError, match=f"schema version {version}, .*; run `chutes-proto store migrate`; it was left"
+        StoreError, match=f"schema version {version}, .*; run `chutes-proto store migrate`; nothing in it was changed"
     ):
         place.open()
     with closing(place.open(migrate=True)) as store:
@@ -107,7 +107,7 @@ def test_a_server_that_was_migrated_under_is_refused(place: StorePlace, monkeypa
     gate = Gate(RaiseHorizon(3), RaiseHorizon(4))
     with closing(older), ThreadPoolExecutor() as threads:
         running = threads.submit(older.transact, gate)
-        assert gate.inside.wait(30)
+        assert gate.inside.wait(60)
         with monkeypatch.context() as newer:
             set_release(newer, *CURRENT, "UPDATE fact SET value = value * 10 WHERE name = 'nonce_horizon'")
             migrating = threads.submit(place.open, migrate=True)

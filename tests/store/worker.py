@@ -7,7 +7,7 @@ own.
 * ``lives``: N threads boot until they are killed: one half syncs, the other rotates the key of a disk of its own. The
   line that it reads has the disks' keys by VM. Writes a line for each answer, after it was given.
 
-A line is JSON, so what a killed process has not written whole is no line.
+A line is JSON, so text that a killed process has not written whole is not a line.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is kept of a simulated platform comes back whole, or not at all."""
+"""The files of a simulated platform are read back whole, or not at all."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NOW = 1_780_000_000
 RECORD = PlatformRecord(bytes(range(32)), NOW)
 
 
-def test_a_platform_comes_back_from_its_file() -> None:
+def test_a_platform_is_restored_from_its_file() -> None:
     again = PlatformRecord.decode(RECORD.encode())
     assert again == RECORD
     assert again.platform.root_der == SimulatedPlatform(bytes(range(32))).root_der
@@ -61,7 +61,7 @@ def test_the_measurements_read_back_as_profile_and_as_policy() -> None:
     assert parse_policy_toml(measurements_toml()) == Policy(profiles=(PROFILE,))
 
 
-def test_a_simulation_holds_what_a_verifier_needs() -> None:
+def test_a_simulation_has_all_inputs_of_a_verifier() -> None:
     files = simulation_files(SimulatedPlatform(bytes(32)), bytes(64), now=NOW)
     assert files.keys() == {"quote.bin", "collateral.json", "now.txt", "root.der"}
     report = dcap_qvl.verify_with_root_ca(

@@ -1,6 +1,6 @@
-"""The simulated platform, as verifiers that know nothing of it see it: dcap-qvl and pyca/cryptography.
+"""The simulated platform, checked by independent libraries: dcap-qvl and pyca/cryptography.
 
-What this project's own verifier makes of each fault stands with its steps, in ``tests/quote/test_steps.py``.
+``tests/quote/test_steps.py`` has the answer of this project's own verifier to each fault.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ ACCEPTED_BY_DCAP_QVL = {
     "inner_trailing": "UpToDate",
     "outer_type": "UpToDate",
     "qe_report_data_tail": "UpToDate",
-    # What the caller appraises.
+    # Left to the caller's appraisal.
     "xfam": "UpToDate",
     "mrtd": "UpToDate",
     "rtmr0": "UpToDate",
@@ -86,13 +86,13 @@ ACCEPTED_BY_DCAP_QVL = {
     "tcb_info_duplicate_levels": "UpToDate",
     "qe_identity_version": "UpToDate",
 }
-"""The faults that dcap-qvl 0.7 lets pass, with the status it gives. Every other fault it refuses."""
+"""The faults that dcap-qvl 0.7 accepts, with its status. It refuses every other fault."""
 
 
 def ask_dcap_qvl(
     platform: SimulatedPlatform, *, root: SimulatedPlatform = HONEST, now: int = NOW, padding: int = 0
 ) -> str:
-    """The TCB status that dcap-qvl gives; raises ValueError where it refuses."""
+    """Return the TCB status of dcap-qvl. Raises ValueError if it refuses."""
     collateral = dcap_qvl.QuoteCollateralV3.from_json(platform.collateral_json(NOW).decode())
     quote = platform.quote(REPORT_DATA, padding=padding)
     return str(dcap_qvl.verify_with_root_ca(quote, collateral, root.root_der, now).status)
@@ -119,7 +119,7 @@ def test_this_verifier_accepts_every_form_and_names_the_machine(form: Form, ca: 
         assert pck.platform_instance_id == machine.platform_instance_id
 
 
-def test_only_who_trusts_the_simulated_root_accepts() -> None:
+def test_only_a_verifier_that_trusts_the_simulated_root_accepts() -> None:
     collateral = dcap_qvl.QuoteCollateralV3.from_json(HONEST.collateral_json(NOW).decode())
     with pytest.raises(ValueError, match=r"."):
         dcap_qvl.verify(HONEST.quote(REPORT_DATA), collateral, NOW)
@@ -151,7 +151,7 @@ def test_a_fault_travels_where_its_side_says(fault: Fault) -> None:
         assert (quote_differs, collateral_differs) == (fault.side == "quote", fault.side == "collateral")
 
 
-def test_faults_add_up_and_may_be_made_by_the_caller() -> None:
+def test_faults_combine_and_callers_may_make_them() -> None:
     late = Fault(name="late", side="quote", what="cut to nothing", raw=lambda _: b"")
     both = HONEST.having("debug").having("mrtd", late)
     assert [fault.name for fault in both.faults] == ["debug", "mrtd", "late"]
@@ -190,7 +190,7 @@ def test_two_machines_share_a_root_and_nothing_that_names_a_machine() -> None:
         dcap_qvl.verify_with_root_ca(other.quote(REPORT_DATA), collateral, HONEST.root_der, NOW)
 
 
-def test_collateral_grows_old_and_is_made_anew_under_the_same_root() -> None:
+def test_collateral_expires_and_is_made_again_under_the_same_root() -> None:
     end = NOW + COLLATERAL_SECONDS
     assert ask_dcap_qvl(HONEST, now=end - 1) == "UpToDate"
     with pytest.raises(ValueError, match=r"[Ee]xpired"):
@@ -221,7 +221,7 @@ def test_an_independent_parser_finds_the_identity_of_the_machine() -> None:
         assert extension.platform_instance_id == machine.platform_instance_id
 
 
-def test_certificates_hold_together_for_an_independent_x509_library() -> None:
+def test_an_independent_x509_library_accepts_the_certificates() -> None:
     root = x509.load_der_x509_certificate(HONEST.root_der)
     root.verify_directly_issued_by(root)
     leaf, intermediate, embedded_root = map(x509.load_der_x509_certificate, HONEST.pck_chain())
@@ -245,7 +245,7 @@ def test_certificates_hold_together_for_an_independent_x509_library() -> None:
 
 
 @pytest.mark.parametrize(("member", "signer"), [("root_ca_crl", 2), ("pck_crl", 1)])
-def test_crls_hold_together_for_an_independent_x509_library(member: str, signer: int) -> None:
+def test_an_independent_x509_library_accepts_the_crls(member: str, signer: int) -> None:
     crl = x509.load_der_x509_crl(bytes.fromhex(json.loads(HONEST.collateral_json(NOW))[member]))
     issuer = x509.load_der_x509_certificate(HONEST.pck_chain()[signer])
     assert crl.is_signature_valid(issuer.public_key())  # type: ignore[arg-type]  # a P-256 key

@@ -17,14 +17,15 @@ import pytest
 from attrs import define, field
 from hypothesis import given
 from hypothesis import strategies as st
+from trio.testing import MockClock
 
-from chutes_proto.cli.development import write_server
 from chutes_proto.effects import Flow, Log
 from chutes_proto.errors import LocalProtocolError
 from chutes_proto.io.drivers.aio import Performer
+from chutes_proto.io.server.development import write_server
 from chutes_proto.log import Level, Record
 from chutes_proto.transport.asgi import AsgiApp
-from chutes_proto.transport.h1 import Limits
+from chutes_proto.transport.h1 import DEFAULT_LIMITS, Limits
 from chutes_proto.wire.answers import error_response
 from chutes_proto.wire.http import HttpRequest, HttpResponse, MalformedRequest
 from tests.server.world import PLATFORM
@@ -78,14 +79,14 @@ SCOPE = {
 }
 
 
-def ask(
+async def ask(
     *pieces: bytes,
     limits: Limits = Limits(),
     events: list[dict[str, Any]] | None = None,
     pause: float = 0,
     **scope: Any,
 ) -> tuple[HttpRequest | MalformedRequest | None, list[dict[str, Any]]]:
-    """What the application was asked, and what was sent."""
+    """The application's requests, and the messages sent."""
     recorder, sent = Recorder(), list[dict[str, Any]]()
     chunks = [*pieces[:-1], *pieces[-1:]] or [b""]
     queue = events or [
@@ -100,17 +101,15 @@ def ask(
     async def send(message: Any) -> None:
         sent.append(message)
 
-    async def main() -> None:
-        async with AsgiApp(recorder, performer, limits=limits) as app:
-            await app(dict(SCOPE) | scope, receive, send)
-
-    anyio.run(main)
+    async with AsgiApp(recorder, performer, limits=limits) as app:
+        await app(dict(SCOPE) | scope, receive, send)
     assert [response.status for response in recorder.told] == [start["status"] for start in sent[::2]]
     return (recorder.asked[0] if recorder.asked else None), sent
 
 
-def test_a_request_and_its_answer() -> None:
-    request, sent = ask(b"a", b"", b"bc")
+@pytest.mark.anyio
+async def test_a_request_and_its_answer() -> None:
+    request, sent = await ask(b"a", b"", b"bc")
     assert isinstance(request, HttpRequest)
     assert (request.method, request.target, request.body) == ("POST", "/a%20b?c=%20", b"abc")
     assert request.headers == (("host", "h"), ("x-a", "é"), ("x-a", "2"))
@@ -122,8 +121,10 @@ def test_a_request_and_its_answer() -> None:
     assert body["body"] == b"/a%20b?c=%20"
 
 
-def test_http_2_knows_no_connection_header() -> None:
-    assert ask(http_version="2")[1][0]["headers"] == [(b"x", b"y"), (b"content-length", b"12")]
+@pytest.mark.anyio
+async def test_http_2_knows_no_connection_header() -> None:
+    _, (start, _) = await ask(http_version="2")
+    assert start["headers"] == [(b"x", b"y"), (b"content-length", b"12")]
 
 
 @pytest.mark.parametrize(
@@ -136,8 +137,9 @@ def test_http_2_knows_no_connection_header() -> None:
         (("", 0), "0.0.0.0"),
     ],
 )
-def test_only_a_peer_without_an_address_is_one_of_a_unix_socket(client: Any, address: str) -> None:
-    request, _ = ask(client=client)
+@pytest.mark.anyio
+async def test_only_a_peer_without_an_address_is_one_of_a_unix_socket(client: Any, address: str) -> None:
+    request, _ = await ask(client=client)
     assert request is not None
     assert request.peer_address == address
 
@@ -154,45 +156,56 @@ def test_only_a_peer_without_an_address_is_one_of_a_unix_socket(client: Any, add
         ("", None, "/a%20b?c=%20"),
     ],
 )
-def test_the_target_is_as_it_was_sent_without_the_mount(root: str, raw: bytes | None, target: str) -> None:
-    request, _ = ask(root_path=root, raw_path=raw)
+@pytest.mark.anyio
+async def test_the_target_is_as_it_was_sent_without_the_mount(root: str, raw: bytes | None, target: str) -> None:
+    request, _ = await ask(root_path=root, raw_path=raw)
     assert isinstance(request, HttpRequest)
     assert request.target == target
 
 
-def refused(*pieces: bytes, **options: Any) -> tuple[int, int]:
-    request, sent = ask(*pieces, **options)
+async def refused(*pieces: bytes, **options: Any) -> tuple[int, int]:
+    request, sent = await ask(*pieces, **options)
     assert isinstance(request, MalformedRequest)
     return request.refusal.status, sent[0]["status"]
 
 
-def test_limits() -> None:
-    assert refused(b"x" * 40_000, b"x" * 40_000, b"") == (413, 413)
-    assert refused(headers=[(b"x", b"y" * 20_000)]) == (431, 431)
-    assert refused(raw_path=b"/" + b"x" * 20_000) == (431, 431)
-    assert refused(b"a", b"b", b"c", limits=Limits(request_seconds=0.01), pause=0.02) == (408, 408)
-    assert refused(raw_path=b"/\xff") == (400, 400)
-    assert refused(raw_path=b"*") == (400, 400)
+@pytest.mark.anyio
+async def test_limits() -> None:
+    assert await refused(b"x" * 40_000, b"x" * 40_000, b"") == (413, 413)
+    assert await refused(headers=[(b"x", b"y" * 20_000)]) == (431, 431)
+    assert await refused(raw_path=b"/" + b"x" * 20_000) == (431, 431)
+    assert await refused(raw_path=b"/\xff") == (400, 400)
+    assert await refused(raw_path=b"*") == (400, 400)
 
 
-def test_a_peer_that_went_away_is_not_answered() -> None:
+@pytest.mark.trio
+async def test_a_body_has_its_time(autojump_clock: MockClock) -> None:
+    seconds = DEFAULT_LIMITS.request_seconds
+    assert await refused(b"a", b"b", b"c", pause=seconds / 2 + 1) == (408, 408)
+    assert (await ask(b"a", b"b", pause=seconds / 2 - 1))[1][0]["status"] == 200
+
+
+@pytest.mark.anyio
+async def test_a_peer_that_went_away_is_not_answered() -> None:
     events: list[dict[str, Any]] = [
         {"type": "http.request", "body": b"a", "more_body": True},
         {"type": "http.disconnect"},
     ]
-    assert ask(events=events) == (None, [])
+    assert await ask(events=events) == (None, [])
 
 
-def test_other_protocols_and_an_application_that_was_not_started() -> None:
+@pytest.mark.anyio
+async def test_other_protocols_and_an_application_that_was_not_started() -> None:
     with pytest.raises(LocalProtocolError, match="websocket"):
-        ask(type="websocket")
+        _ = await ask(type="websocket")
     with pytest.raises(LocalProtocolError, match="lifespan"):
-        anyio.run(cast("Any", AsgiApp(Recorder(), performer)), dict(SCOPE), None, None)
+        await cast("Any", AsgiApp(Recorder(), performer))(dict(SCOPE), None, None)
 
 
 @given(raw=st.binary(max_size=30), root=st.text(max_size=6), query=st.binary(max_size=6))
-def test_whatever_the_target_there_is_an_answer(raw: bytes, root: str, query: bytes) -> None:
-    request, sent = ask(raw_path=raw, root_path=root, query_string=query)
+@pytest.mark.trio
+async def test_whatever_the_target_there_is_an_answer(raw: bytes, root: str, query: bytes) -> None:
+    request, sent = await ask(raw_path=raw, root_path=root, query_string=query)
     assert sent[0]["status"] in (200, 400)
     assert not isinstance(request, HttpRequest) or request.target.startswith("/")
 

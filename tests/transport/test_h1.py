@@ -1,4 +1,4 @@
-"""The HTTP connection: what becomes of requests, of their limits, and of bytes that are none."""
+"""The HTTP connection: requests, their limits, and bytes that are not requests."""
 
 from __future__ import annotations
 

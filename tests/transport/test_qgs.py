@@ -53,7 +53,7 @@ def answer(major: int = 1, kind: int = 1, size: int = 124, error: int = 0, key_i
         (answer(kind=3), "of type 3"),
         (answer(error=0x12001), "error 0x12001, unexpected error"),
         (answer(error=0x12003, size=24, quote=0), "error 0x12003, wrong parameter"),
-        (answer(error=0xFFFFFFFF), "error 0xffffffff, which is not known here"),
+        (answer(error=0xFFFFFFFF), "error 0xffffffff, which is unknown"),
         (answer(size=123), "do not agree: 124 bytes came, 123 are announced"),
         (answer(size=125), "do not agree"),
         (answer(quote=99), "do not agree"),

@@ -1,4 +1,4 @@
-"""The servers of both bindings, over real sockets and with real programs. What runs the test runs on the same loop."""
+"""The servers of both bindings, over real sockets and with real programs. The test itself runs on the same loop."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import socket
 import ssl
 import subprocess
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ from chutes_proto.wire.answers import error_response
 from chutes_proto.wire.http import HttpRequest, HttpResponse, MalformedRequest
 from tests.transport.tls_client import NOW, client_context
 from tests.waiting import async_wait_until
+
+pytestmark = pytest.mark.anyio
 
 JSON = (("content-type", "application/json"),)
 GET = b"GET /a HTTP/1.1\r\nHost: h\r\n\r\n"
@@ -132,6 +134,10 @@ class Running:
     async def connect(self) -> TLSStream:
         return await shaken(await self.plain())
 
+    def receives_a_request(self) -> bool:
+        """The server has a part of one."""
+        return any(connection._phase.name == "RECEIVING" for connection in self.server._connections._open)
+
     async def slow(self) -> TLSStream:
         """A connection whose request is being worked on until it is released."""
         held = self.app.held
@@ -147,19 +153,8 @@ async def shaken(stream: anyio.abc.ByteStream) -> TLSStream:
     )
 
 
-@pytest.fixture(params=["trio", "asyncio"])
-def loop(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
-
-
-def run(loop: str, main: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
-    return anyio.run(main, backend=loop)
-
-
 @asynccontextmanager
 async def running(
-    loop: str,
     limits: Limits = DEFAULT_LIMITS,
     connections: int = 100,
     app: Echo | None = None,
@@ -196,8 +191,19 @@ async def ask(stream: anyio.abc.ByteStream, request: bytes = GET) -> bytes:
     return await stream.receive()
 
 
+def make_client_certificate(openssl: str, kind: str, folder: Path) -> str:
+    """Make a key of this kind and its certificate. Returns the digest of the public key."""
+    options = ["-pkeyopt", "ec_paramgen_curve:P-256"] if kind == "ec" else []
+    make = [openssl, "req", "-x509", "-newkey", kind, *options, "-nodes", "-days", "1", "-subj", "/CN=tdx-vm-1"]
+    subprocess.run([*make, "-keyout", f"{folder}/k.pem", "-out", f"{folder}/c.pem"], check=True, capture_output=True)
+    read = [openssl, "x509", "-in", f"{folder}/c.pem", "-pubkey", "-noout"]
+    pem = subprocess.run(read, check=True, capture_output=True).stdout
+    encode = [openssl, "pkey", "-pubin", "-outform", "der"]
+    return hashlib.sha256(subprocess.run(encode, input=pem, check=True, capture_output=True).stdout).hexdigest()
+
+
 @pytest.mark.parametrize("kind", ["rsa:2048", "ec", "ed25519", None])
-def test_curl(loop: str, kind: str | None, tmp_path: Path, require_program: Callable[[str], str]) -> None:
+async def test_curl(kind: str | None, tmp_path: Path, require_program: Callable[[str], str]) -> None:
     curl, openssl = require_program("curl"), require_program("openssl")
     (tmp_path / "ca.pem").write_bytes(IDENTITY.ca_pem)
     body = b'{"a":1}' * 1000
@@ -206,336 +212,268 @@ def test_curl(loop: str, kind: str | None, tmp_path: Path, require_program: Call
     command += ["--data-binary", f"@{tmp_path}/body"]
     digest = None
     if kind is not None:
-        options = ["-pkeyopt", "ec_paramgen_curve:P-256"] if kind == "ec" else []
-        key, certificate = f"{tmp_path}/k.pem", f"{tmp_path}/c.pem"
-        make = [openssl, "req", "-x509", "-newkey", kind, *options, "-nodes", "-days", "1", "-subj", "/CN=tdx-vm-1"]
-        subprocess.run([*make, "-keyout", key, "-out", certificate], check=True, capture_output=True)
-        command += ["--cert", certificate, "--key", key]
-        read = [openssl, "x509", "-in", certificate, "-pubkey", "-noout"]
-        pem = subprocess.run(read, check=True, capture_output=True).stdout
-        encode = [openssl, "pkey", "-pubin", "-outform", "der"]
-        der = subprocess.run(encode, input=pem, check=True, capture_output=True).stdout
-        digest = hashlib.sha256(der).hexdigest()
+        digest = make_client_certificate(openssl, kind, tmp_path)
+        command += ["--cert", f"{tmp_path}/c.pem", "--key", f"{tmp_path}/k.pem"]
 
-    async def main() -> bytes:
-        async with running(loop) as server:
-            urls = [f"https://{host}:{server.port}/a" for host in ("localhost", "127.0.0.1")]
-            return (await anyio.run_process([*command, "-4", *urls])).stdout
-
+    async with running() as server:
+        urls = [f"https://{host}:{server.port}/a" for host in ("localhost", "127.0.0.1")]
+        done = await anyio.run_process([*command, "-4", *urls])
     expected = {"target": "/a", "body": hashlib.sha256(body).hexdigest(), "peer": "127.0.0.1", "key": digest}
-    assert run(loop, main) == json.encode(expected) * 2
+    assert done.stdout == json.encode(expected) * 2
 
 
-def test_openssl_as_a_client(loop: str, require_program: Callable[[str], str], tmp_path: Path) -> None:
+async def test_openssl_as_a_client(require_program: Callable[[str], str], tmp_path: Path) -> None:
     openssl = require_program("openssl")
     (tmp_path / "ca.pem").write_bytes(IDENTITY.ca_pem)
-
-    async def main() -> str:
-        async with running(loop) as server:
-            command = [openssl, "s_client", "-connect", f"127.0.0.1:{server.port}", "-verify_ip", "127.0.0.1"]
-            command += ["-verify_return_error", "-CAfile", f"{tmp_path}/ca.pem", "-ign_eof"]
-            done = await anyio.run_process(command, input=GET.replace(b"/a", b"/last"))
-            return done.stdout.decode()
-
-    said = run(loop, main)
+    async with running() as server:
+        command = [openssl, "s_client", "-connect", f"127.0.0.1:{server.port}", "-verify_ip", "127.0.0.1"]
+        command += ["-verify_return_error", "-CAfile", f"{tmp_path}/ca.pem", "-ign_eof"]
+        done = await anyio.run_process(command, input=GET.replace(b"/a", b"/last"))
+    said = done.stdout.decode()
     assert "Verify return code: 0 (ok)" in said
     assert "HTTP/1.1 200" in said
 
 
-def test_connections_are_kept_and_ended(loop: str) -> None:
-    async def main() -> None:
-        async with running(loop) as server, await server.connect() as stream:
-            for _ in range(3):
-                assert (await ask(stream)).startswith(b"HTTP/1.1 200")
-            assert b"connection: close" in await ask(stream, GET.replace(b"/a", b"/last"))
-            assert await read_all(stream) == b""
-            assert server.log == []
-
-    run(loop, main)
+async def test_connections_are_kept_and_ended() -> None:
+    async with running() as server, await server.connect() as stream:
+        for _ in range(3):
+            assert (await ask(stream)).startswith(b"HTTP/1.1 200")
+        assert b"connection: close" in await ask(stream, GET.replace(b"/a", b"/last"))
+        assert await read_all(stream) == b""
+        assert server.log == []
 
 
-def test_a_unix_socket_speaks_plain_http(loop: str, tmp_path: Path) -> None:
+async def test_a_unix_socket_speaks_plain_http(tmp_path: Path) -> None:
     path = tmp_path / "socket"
-
-    async def main() -> bytes:
-        async with running(loop, more=(listen_unix(path),)) as server:
-            assert path.stat().st_mode & 0o777 == 0o660
-            async with await server.connect() as stream:
-                assert (await ask(stream)).startswith(b"HTTP/1.1 200")
-            async with await anyio.connect_unix(path) as plain:
-                return await ask(plain)
-
-    assert b'"peer":""' in run(loop, main)
+    async with running(more=(listen_unix(path),)) as server:
+        assert path.stat().st_mode & 0o777 == 0o660
+        async with await server.connect() as stream:
+            assert (await ask(stream)).startswith(b"HTTP/1.1 200")
+        async with await anyio.connect_unix(path) as plain:
+            assert b'"peer":""' in await ask(plain)
 
 
-def test_deadlines_of_silent_and_slow_peers(loop: str) -> None:
+async def test_deadlines_of_silent_and_slow_peers() -> None:
     limits = Limits(handshake_seconds=0.2, idle_seconds=0.2, request_seconds=0.2, linger_seconds=0.2)
-
-    async def main() -> None:
-        async with running(loop, limits) as server:
-            async with await server.plain() as silent:
-                assert await read_all(silent) == b""
-            async with await server.plain() as halfway:
-                await halfway.send(b"\x16\x03\x01\x02\x00\x01")
-                assert await read_all(halfway) == b""
-            async with await server.connect() as idle:
-                assert await read_all(idle) == b""
-            async with await server.connect() as slow:
-                await slow.send(GET[:10])
-                answer = await read_all(slow)
-                assert answer.startswith(b"HTTP/1.1 408")
-                assert b'"code":"request_timeout"' in answer
-            async with await server.connect() as drip:
-                with pytest.raises(GONE):
-                    for byte in GET * 20:  # a byte now and then does not buy time
-                        await drip.send(bytes([byte]))
-                        await anyio.sleep(0.02)
-                    await drip.receive()
-                    await drip.receive()
-
-    run(loop, main)
+    async with running(limits) as server:
+        async with await server.plain() as silent:
+            assert await read_all(silent) == b""
+        async with await server.plain() as halfway:
+            await halfway.send(b"\x16\x03\x01\x02\x00\x01")
+            assert await read_all(halfway) == b""
+        async with await server.connect() as idle:
+            assert await read_all(idle) == b""
+        async with await server.connect() as slow:
+            await slow.send(GET[:10])
+            answer = await read_all(slow)
+            assert answer.startswith(b"HTTP/1.1 408")
+            assert b'"code":"request_timeout"' in answer
+        async with await server.connect() as drip:
+            with pytest.raises(GONE):
+                for byte in GET * 20:  # a byte now and then does not buy time
+                    await drip.send(bytes([byte]))
+                    await anyio.sleep(0.02)
+                await drip.receive()
+                await drip.receive()
 
 
-def test_a_peer_that_does_not_read_is_cut_off(loop: str) -> None:
+async def test_a_peer_that_does_not_read_is_cut_off() -> None:
     limits = Limits(write_seconds=0.3)
-
-    async def main() -> None:
-        async with running(loop, limits, connections=1) as server:
-            deaf = await server.connect()
-            await deaf.send(GET.replace(b"/a", b"/big"))
-            with pytest.raises(anyio.BrokenResourceError):
-                for _ in range(10_000):  # requests without end, and no answer taken
-                    await deaf.send(GET * 1000)
-            await anyio.aclose_forcefully(deaf)
-            async with await server.connect() as other:  # its slot is free again
-                assert (await ask(other)).startswith(b"HTTP/1.1 200")
-
-    run(loop, main)
+    async with running(limits, connections=1) as server:
+        deaf = await server.connect()
+        await deaf.send(GET.replace(b"/a", b"/big"))
+        with pytest.raises(anyio.BrokenResourceError):
+            for _ in range(10_000):  # requests without end, and no answer taken
+                await deaf.send(GET * 1000)
+        await anyio.aclose_forcefully(deaf)
+        async with await server.connect() as other:  # its slot is free again
+            assert (await ask(other)).startswith(b"HTTP/1.1 200")
 
 
-def test_a_refusal_reaches_a_peer_that_goes_on_sending(loop: str) -> None:
-    async def main() -> None:
-        async with running(loop) as server:
-            stream = await server.connect()
-            await stream.send(b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 500000\r\n\r\n" + b"x" * 500_000)
-            answer = await stream.receive()
-            assert answer.startswith(b"HTTP/1.1 413")
-            assert b'"code":"body_too_large"' in answer
-            await anyio.aclose_forcefully(stream)
-
-    run(loop, main)
+async def test_a_refusal_reaches_a_peer_that_goes_on_sending() -> None:
+    async with running() as server:
+        stream = await server.connect()
+        await stream.send(b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 500000\r\n\r\n" + b"x" * 500_000)
+        answer = await stream.receive()
+        assert answer.startswith(b"HTTP/1.1 413")
+        assert b'"code":"body_too_large"' in answer
+        await anyio.aclose_forcefully(stream)
 
 
-def test_others_have_their_turn_between_requests_that_are_sent_ahead(loop: str) -> None:
-    async def main() -> None:
-        app, requests = Counted(), 50
-        async with running(loop, app=app) as server, anyio.create_task_group() as nursery:
-            async with await server.connect() as stream:
-                nursery.start_soon(app.count_turns)
-                await stream.send(GET * requests)
-                answers = b""
-                while answers.count(b"HTTP/1.1 200") < requests:
-                    answers += await stream.receive()
-            nursery.cancel_scope.cancel()
-        assert len(set(app.seen)) > requests // 4  # trio shuffles whose turn is first
-
-    run(loop, main)
+async def test_others_have_their_turn_between_requests_that_are_sent_ahead() -> None:
+    app, requests = Counted(), 50
+    async with running(app=app) as server, anyio.create_task_group() as nursery:
+        async with await server.connect() as stream:
+            nursery.start_soon(app.count_turns)
+            await stream.send(GET * requests)
+            answers = b""
+            while answers.count(b"HTTP/1.1 200") < requests:
+                answers += await stream.receive()
+        nursery.cancel_scope.cancel()
+    assert len(set(app.seen)) > requests // 4  # trio shuffles whose turn is first
 
 
-def test_a_connection_waits_for_its_slot(loop: str) -> None:
+async def test_a_connection_waits_for_its_slot() -> None:
     """Nobody's request is given up for another's sake."""
-
-    async def main() -> None:
-        async with running(loop, connections=2) as server:
-            first, second = await server.slow(), await server.slow()
-            third = await server.plain()
-            with anyio.move_on_after(0.2) as waiting:
-                await shaken(third)
-            assert waiting.cancelled_caught
-            await anyio.aclose_forcefully(third)
-            server.app.released = True
-            for stream in (first, second):
-                assert (await stream.receive()).startswith(b"HTTP/1.1 200")
-            async with await server.connect() as fourth:  # their answers were given, so one of them yields
-                assert (await ask(fourth)).startswith(b"HTTP/1.1 200")
-            for stream in (first, second):
-                await anyio.aclose_forcefully(stream)
-
-    run(loop, main)
+    async with running(connections=2) as server:
+        first, second = await server.slow(), await server.slow()
+        third = await server.plain()
+        with anyio.move_on_after(0.2) as waiting:
+            await shaken(third)
+        assert waiting.cancelled_caught
+        await anyio.aclose_forcefully(third)
+        server.app.released = True
+        for stream in (first, second):
+            assert (await stream.receive()).startswith(b"HTTP/1.1 200")
+        async with await server.connect() as fourth:  # their answers were given, so one of them yields
+            assert (await ask(fourth)).startswith(b"HTTP/1.1 200")
+        for stream in (first, second):
+            await anyio.aclose_forcefully(stream)
 
 
 @pytest.mark.parametrize("listeners", [1, 2])
-def test_silent_peers_keep_nobody_out(loop: str, listeners: int, tmp_path: Path) -> None:
+async def test_silent_peers_keep_nobody_out(listeners: int, tmp_path: Path) -> None:
     """As many as there may be, in each state in which a peer can be silent; and who asks is answered at once."""
 
     limits = Limits(handshake_seconds=3600.0, idle_seconds=3600.0, request_seconds=3600.0)
-
-    async def main() -> None:
-        more = tuple(listen_unix(tmp_path / "s") for _ in range(listeners - 1))
-        async with running(loop, limits, connections=8, more=more) as server:
-            silent: list[anyio.abc.ByteStream] = [await server.plain() for _ in range(10)]
-            halfway = await server.connect()
-            await halfway.send(GET[:10])
-            silent += [halfway, await server.connect()]
-            async with await server.connect() as stream:
-                assert (await ask(stream)).startswith(b"HTTP/1.1 200")
-                silent += [await server.plain() for _ in range(5)]
-                assert (await ask(stream)).startswith(b"HTTP/1.1 200")  # who goes on stays before who is silent
-                silent += [await server.plain() for _ in range(5)]
-                assert (await ask(stream)).startswith(b"HTTP/1.1 200")
-            for peer in silent:
-                await anyio.aclose_forcefully(peer)
-            assert server.log == []
-
-    run(loop, main)
+    more = tuple(listen_unix(tmp_path / "s") for _ in range(listeners - 1))
+    async with running(limits, connections=8, more=more) as server:
+        silent: list[anyio.abc.ByteStream] = [await server.plain() for _ in range(10)]
+        halfway = await server.connect()
+        await halfway.send(GET[:10])
+        silent += [halfway, await server.connect()]
+        async with await server.connect() as stream:
+            assert (await ask(stream)).startswith(b"HTTP/1.1 200")
+            silent += [await server.plain() for _ in range(5)]
+            assert (await ask(stream)).startswith(b"HTTP/1.1 200")  # who goes on stays before who is silent
+            silent += [await server.plain() for _ in range(5)]
+            assert (await ask(stream)).startswith(b"HTTP/1.1 200")
+        for peer in silent:
+            await anyio.aclose_forcefully(peer)
+        assert server.log == []
 
 
-def test_peers_that_do_not_read_keep_nobody_out(loop: str) -> None:
-    async def main() -> None:
-        async with running(loop, Limits(write_seconds=3600.0), connections=4) as server:
-            deaf: list[anyio.abc.ByteStream] = []
-            for _ in range(6):
-                deaf.append(await server.connect())
-                assert (await ask(deaf[-1], GET.replace(b"/a", b"/big"))).startswith(b"HTTP/1.1 200")
-            async with await server.connect() as stream:
-                assert (await ask(stream)).startswith(b"HTTP/1.1 200")
-            for peer in deaf:
-                await anyio.aclose_forcefully(peer)
-            assert server.log == []
-
-    run(loop, main)
+async def test_peers_that_do_not_read_keep_nobody_out() -> None:
+    async with running(Limits(write_seconds=3600.0), connections=4) as server:
+        deaf: list[anyio.abc.ByteStream] = []
+        for _ in range(6):
+            deaf.append(await server.connect())
+            assert (await ask(deaf[-1], GET.replace(b"/a", b"/big"))).startswith(b"HTTP/1.1 200")
+        async with await server.connect() as stream:
+            assert (await ask(stream)).startswith(b"HTTP/1.1 200")
+        for peer in deaf:
+            await anyio.aclose_forcefully(peer)
+        assert server.log == []
 
 
-def test_faults_end_one_connection_and_are_logged(loop: str) -> None:
-    async def main() -> None:
-        async with running(loop, connections=2) as server:
-            async with await server.connect() as stream:
-                await stream.send(GET.replace(b"/a", b"/broken"))
-                with pytest.raises(GONE):
-                    await stream.receive()
-            for _ in range(5):
-                gone = await server.connect()
-                await gone.send(GET)
-                await anyio.aclose_forcefully(gone)
-                async with await server.plain() as garbage:
-                    await garbage.send(GET)
-            async with await server.connect() as stream:
-                assert (await ask(stream)).startswith(b"HTTP/1.1 200")
-            assert [(record.event, record.fields["error"]) for record in server.log] == [
-                ("connection_failed", "RuntimeError: a defect")
-            ]
-
-    run(loop, main)
+async def test_faults_end_one_connection_and_are_logged() -> None:
+    async with running(connections=2) as server:
+        async with await server.connect() as stream:
+            await stream.send(GET.replace(b"/a", b"/broken"))
+            with pytest.raises(GONE):
+                await stream.receive()
+        for _ in range(5):
+            gone = await server.connect()
+            await gone.send(GET)
+            await anyio.aclose_forcefully(gone)
+            async with await server.plain() as garbage:
+                await garbage.send(GET)
+        async with await server.connect() as stream:
+            assert (await ask(stream)).startswith(b"HTTP/1.1 200")
+        assert [(record.event, record.fields["error"]) for record in server.log] == [
+            ("connection_failed", "RuntimeError: a defect")
+        ]
 
 
-def test_cancellation_ends_the_flows_in_hand(loop: str) -> None:
-    async def main() -> Echo:
-        async with running(loop) as server:
-            stream = await server.slow()
-            assert server.app.cancelled == []
-        with anyio.fail_after(5), pytest.raises(GONE):
-            await stream.receive()
-        await anyio.aclose_forcefully(stream)
-        return server.app
-
-    assert run(loop, main).cancelled == ["/slow"]
+async def test_cancellation_ends_the_flows_in_hand() -> None:
+    async with running() as server:
+        stream = await server.slow()
+        assert server.app.cancelled == []
+    with anyio.fail_after(60), pytest.raises(GONE):
+        await stream.receive()
+    await anyio.aclose_forcefully(stream)
+    assert server.app.cancelled == ["/slow"]
 
 
 # --- stopping ---
 
 
-def test_a_server_that_stops_ends_connections_with_their_answers(loop: str) -> None:
-    async def main() -> None:
-        async with running(loop) as server:
-            idle, busy, sending = await server.connect(), await server.slow(), await server.connect()
-            assert (await ask(idle)).startswith(b"HTTP/1.1 200")
-            await sending.send(GET[:10])
-            await anyio.sleep(0.1)
-            server.server.stop()
-            server.app.released = True
-            await sending.send(GET[10:])
-            for stream in (sending, busy):  # what was under way is answered, for the last time
-                answer = await read_all(stream)
-                assert answer.startswith(b"HTTP/1.1 200")
-                assert b"connection: close" in answer
-            with anyio.fail_after(5):  # long before an idle connection would end
-                assert await read_all(idle) == b""
-            async with await server.connect() as late:  # the listener is open until the end
-                assert (await ask(late)).startswith(b"HTTP/1.1 200")
-            for stream in (idle, busy, sending):
-                await anyio.aclose_forcefully(stream)
-
-    run(loop, main)
+async def test_a_server_that_stops_ends_connections_with_their_answers() -> None:
+    async with running(Limits(idle_seconds=3600.0)) as server:
+        idle, busy, sending = await server.connect(), await server.slow(), await server.connect()
+        assert (await ask(idle)).startswith(b"HTTP/1.1 200")
+        await sending.send(GET[:10])
+        _ = await async_wait_until(server.receives_a_request)
+        server.server.stop()
+        server.app.released = True
+        await sending.send(GET[10:])
+        for stream in (sending, busy):  # what was under way is answered, for the last time
+            answer = await read_all(stream)
+            assert answer.startswith(b"HTTP/1.1 200")
+            assert b"connection: close" in answer
+        with anyio.fail_after(60):  # an idle connection would not end
+            assert await read_all(idle) == b""
+        async with await server.connect() as late:  # the listener is open until the end
+            assert (await ask(late)).startswith(b"HTTP/1.1 200")
+        for stream in (idle, busy, sending):
+            await anyio.aclose_forcefully(stream)
 
 
-def test_a_server_ends_once_nothing_is_open(loop: str) -> None:
+async def test_a_server_ends_once_nothing_is_open() -> None:
     """Whatever the other connections do: one that waits for nothing, and peers that do not go on."""
 
     limits = Limits(handshake_seconds=3600.0, idle_seconds=3600.0, request_seconds=3600.0, write_seconds=3600.0)
-
-    async def main() -> None:
-        async with running(loop, limits, app=Echo(drain=3600.0, open={"slow"})) as server:
-            silent, idle, halfway, deaf = await server.plain(), *[await server.connect() for _ in range(3)]
-            assert (await ask(idle)).startswith(b"HTTP/1.1 200")
-            await halfway.send(GET[:10])
-            assert (await ask(deaf, GET.replace(b"/a", b"/big"))).startswith(b"HTTP/1.1 200")
-            last = await server.slow()
-            assert server.server.stop() == pytest.approx(3600)
-            async with await server.connect() as other:  # until then it serves
-                assert (await ask(other)).startswith(b"HTTP/1.1 200")
-            assert not server.ended.is_set()
-            server.app.released = True
-            assert (await read_all(last)).startswith(b"HTTP/1.1 200")
-            await server.ended.wait()
-            for stream in (silent, idle, halfway, deaf, last):
-                await anyio.aclose_forcefully(stream)
-            assert server.log == []
-
-    run(loop, main)
-
-
-def test_a_server_with_nothing_open_answers_what_is_under_way_and_accepts_no_more(loop: str) -> None:
-    async def main() -> None:
-        async with running(loop, app=Echo(drain=3600.0, open=set())) as server:
-            idle, busy = await server.connect(), await server.slow()
-            server.server.stop()
-            with pytest.raises((*GONE, ssl.SSLError)):
-                await idle.receive()
-            with pytest.raises(OSError):  # noqa: PT011 - whatever says that nobody listens
-                await server.plain()
-            assert not server.ended.is_set()
-            server.app.released = True
-            assert (await read_all(busy)).startswith(b"HTTP/1.1 200")
-            await server.ended.wait()
-            for stream in (idle, busy):
-                await anyio.aclose_forcefully(stream)
-
-    run(loop, main)
-
-
-def test_what_is_not_done_in_time_is_cancelled(loop: str) -> None:
-    async def main() -> Echo:
-        async with running(loop, app=Echo(drain=0.3)) as server:
-            stream = await server.slow()
-            server.server.stop()
-            with pytest.raises(GONE):
-                await stream.receive()
+    async with running(limits, app=Echo(drain=3600.0, open={"slow"})) as server:
+        silent, idle, halfway, deaf = await server.plain(), *[await server.connect() for _ in range(3)]
+        assert (await ask(idle)).startswith(b"HTTP/1.1 200")
+        await halfway.send(GET[:10])
+        assert (await ask(deaf, GET.replace(b"/a", b"/big"))).startswith(b"HTTP/1.1 200")
+        last = await server.slow()
+        assert server.server.stop() == pytest.approx(3600)
+        async with await server.connect() as other:  # until then it serves
+            assert (await ask(other)).startswith(b"HTTP/1.1 200")
+        assert not server.ended.is_set()
+        server.app.released = True
+        assert (await read_all(last)).startswith(b"HTTP/1.1 200")
+        await server.ended.wait()
+        for stream in (silent, idle, halfway, deaf, last):
             await anyio.aclose_forcefully(stream)
-            with pytest.raises(OSError):  # noqa: PT011 - whatever says that nobody listens
-                await server.plain()
-            return server.app
-
-    assert run(loop, main).cancelled == ["/slow"]
+        assert server.log == []
 
 
-def test_told_again_a_server_ends_at_once(loop: str) -> None:
-    async def main() -> None:
-        async with running(loop, app=Echo(drain=3600.0)) as server:
-            stream = await server.connect()
-            assert server.server.stop() == pytest.approx(3600)
-            assert server.server.stop() == 0
-            with pytest.raises((*GONE, ssl.SSLError)):
-                await stream.receive()
+async def test_a_server_with_nothing_open_answers_what_is_under_way_and_accepts_no_more() -> None:
+    async with running(app=Echo(drain=3600.0, open=set())) as server:
+        idle, busy = await server.connect(), await server.slow()
+        server.server.stop()
+        with pytest.raises((*GONE, ssl.SSLError)):
+            await idle.receive()
+        with pytest.raises(OSError):  # noqa: PT011 - whatever says that nobody listens
+            await server.plain()
+        assert not server.ended.is_set()
+        server.app.released = True
+        assert (await read_all(busy)).startswith(b"HTTP/1.1 200")
+        await server.ended.wait()
+        for stream in (idle, busy):
             await anyio.aclose_forcefully(stream)
 
-    run(loop, main)
+
+async def test_what_is_not_done_in_time_is_cancelled() -> None:
+    async with running(app=Echo(drain=0.3)) as server:
+        stream = await server.slow()
+        server.server.stop()
+        with pytest.raises(GONE):
+            await stream.receive()
+        await anyio.aclose_forcefully(stream)
+        with pytest.raises(OSError):  # noqa: PT011 - whatever says that nobody listens
+            await server.plain()
+    assert server.app.cancelled == ["/slow"]
+
+
+async def test_told_again_a_server_ends_at_once() -> None:
+    async with running(app=Echo(drain=3600.0)) as server:
+        stream = await server.connect()
+        assert server.server.stop() == pytest.approx(3600)
+        assert server.server.stop() == 0
+        with pytest.raises((*GONE, ssl.SSLError)):
+            await stream.receive()
+        await anyio.aclose_forcefully(stream)

@@ -261,7 +261,7 @@ def test_a_damaged_record_is_refused(at: int, flip: int, whole: bool) -> None:
 
 
 def more_than_a_record(client: TlsClient) -> bytes:
-    """What a session waits for when it has seen a damaged length."""
+    """The bytes that a session waits for after a damaged length."""
     client.send(b"y" * 70_000)
     return client.data_to_send()
 
@@ -313,7 +313,7 @@ def test_renegotiation_is_refused() -> None:
 
 
 class Stuck:
-    """What OpenSSL is like after a part of another hello, which no client library here can be made to cut in two."""
+    """OpenSSL's state after a part of another hello, which no client library here can be made to cut in two."""
 
     def sendall(self, _data: bytes) -> None:
         raise SSL.WantReadError
@@ -408,7 +408,7 @@ def test_a_long_chain_is_accepted(tmp_path: Path) -> None:
         (b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n", IDENTITY.key_pem, "chain is not PEM"),
         (IDENTITY.chain_pem, Secret(b""), "not a private key"),
         (IDENTITY.chain_pem, Secret(IDENTITY.chain_pem), "not a private key"),
-        (IDENTITY.ca_pem, IDENTITY.key_pem, "not the one of the certificate"),
+        (IDENTITY.ca_pem, IDENTITY.key_pem, "does not match the certificate"),
     ],
 )
 def test_contexts_that_cannot_be(chain: bytes, key: Secret, why: str) -> None:

@@ -1,4 +1,4 @@
-"""What becomes of a VM's keys, told with plain lists and passphrases: the model that the units are held against.
+"""The key lifecycle in plain lists and passphrases: the model that the units are compared with.
 
 It knows nothing of rows, generations' numbers, envelopes or stores, and follows ``docs/explanation/key-lifecycle.md``.
 """
@@ -45,7 +45,7 @@ class Volume:
     in_use: bool = False
     may_format: bool = False
     handed: Key | None = None
-    """What the last attestation gave as the current key, while nothing was confirmed since."""
+    """The current key of the last attestation, until a confirmation."""
 
     def find(self, state: str) -> Key | None:
         return next((key for key in self.keys if key.state == state), None)
@@ -164,7 +164,7 @@ class Volume:
 
 @define
 class Machine:
-    """What the model knows of a VM; ``platform`` is None while its name is no one's."""
+    """The model's state of a VM; ``platform`` is None until its name is claimed."""
 
     platform: str | None = None
     proven: bool = False
@@ -218,7 +218,7 @@ class Machine:
         self.attested = granted
 
     def confirmed(self, unit: ConfirmVolumes, given: HandedKeys) -> tuple[tuple[str, Result], ...] | None:
-        """What comes of it; None if it is refused, and then nothing has changed."""
+        """The outcome; None if it is refused, and then nothing has changed."""
         after = deepcopy(self.volumes)
         pairs = dict(given.volumes)
         results: list[tuple[str, Result]] = []
@@ -244,7 +244,7 @@ class Machine:
 
 @define
 class Token:
-    """What the model knows of a token or quote nonce, and of the answers that were given for it."""
+    """The model's state of a token or quote nonce, and the answers that were given for it."""
 
     granted: GrantBoot
     home: str

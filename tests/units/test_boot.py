@@ -42,7 +42,7 @@ from chutes_proto.testing.store_suite import (
     sync,
 )
 from chutes_proto.units.boot import BootGrant, GrantBoot, RecordRefusal
-from chutes_proto.units.keys import Keeper
+from chutes_proto.units.keys import VmKeys
 from chutes_proto.wire.codes import Code
 from tests.store.memory import MemoryStore
 
@@ -85,7 +85,7 @@ def test_a_first_boot_and_all_that_it_writes(store: MemoryStore) -> None:
     assert unit.root is not None
     assert grant == BootGrant(unit.boot_id, unit.root.passphrase)
     assert claim(store) == VmRow(VM, HOME.pin, HOME.instance_id, HOME.ppid, False, "base", NOW, NOW)
-    assert store.transact(Ask(Scan(NonceRow))) == (NonceRow(unit.nonce, "boot", NOW - 5, NOW),)
+    assert store.transact(Ask(Scan(NonceRow))) == (NonceRow(unit.nonce.value, "boot", NOW - 5, NOW),)
     (row,) = store.transact(Ask(Scan(BootRow)))
     assert (row.boot_id, row.token_digest, row.certificate) == (unit.boot_id, unit.token_digest, unit.certificate)
     assert (row.token_expires_at, row.spent_at, row.voided_at) == (NOW + 600, None, None)
@@ -137,14 +137,16 @@ def test_root_passphrases_differ_between_vms(store: MemoryStore) -> None:
 @pytest.mark.parametrize("issued_at", [0, NOW - 300, NOW - 200])
 def test_nothing_issued_up_to_the_horizon_is_redeemed(store: MemoryStore, issued_at: int) -> None:
     store.transact(Ask(RaiseHorizon(NOW - 200)))
-    refusal = refused(store, evolve(boot("late"), nonce_issued_at=issued_at), Code.NONCE_INVALID)
+    late = boot("late")
+    before, after = (evolve(late, nonce=evolve(late.nonce, issued_at=at)) for at in (issued_at, NOW - 199))
+    refusal = refused(store, before, Code.NONCE_INVALID)
     assert refusal.detail == "Invalid nonce supplied"
-    store.transact(evolve(boot("late"), nonce_issued_at=NOW - 199))
+    store.transact(after)
 
 
 def test_a_replay_is_refused_whatever_else_is_new(store: MemoryStore) -> None:
     store.transact(boot("first"))
-    replay = evolve(boot("second", now=NOW + 1), nonce=boot("first").nonce, nonce_purpose="runtime")
+    replay = evolve(boot("second", now=NOW + 1), nonce=evolve(boot("first").nonce, purpose="runtime"))
     assert refused(store, replay, Code.NONCE_INVALID).reason == "nonce redeemed before"
 
 
@@ -188,7 +190,7 @@ def test_the_instance_id_counts_and_the_ppid_where_there_is_none(store: MemorySt
     bare = evolve(boot("bare", vm=Vm("other", "vm")), platform=Platform(None, HOME.ppid))
     store.transact(bare)
     assert claim(store, bare.vm).pin == Pin("ppid", HOME.ppid)
-    confused = evolve(bare, platform=Platform(HOME.ppid, HOME.ppid), nonce=bytes(32), boot_id="x")
+    confused = evolve(bare, platform=Platform(HOME.ppid, HOME.ppid), nonce=boot("x").nonce, boot_id="x")
     refused(store, confused, Code.PLATFORM_MISMATCH)
 
 
@@ -254,7 +256,7 @@ def test_a_proven_claim_is_taken_over_by_no_boot(store: MemoryStore) -> None:
 
 
 def import_key(store: MemoryStore, state: str = "active") -> None:
-    row = Keeper(VM, VAULT, NOW, "import").sealer("storage", fresh("imported"))(1)
+    row = VmKeys(VM, VAULT, NOW, "import").sealer("storage", fresh("imported"))(1)
     store.transact(Ask(Insert(row)))
     if state != "active":
         store.transact(Ask(UpdateGeneration(evolve(row, state="retired", retired_at=NOW, retirement="rekey"))))
@@ -273,7 +275,7 @@ def test_a_free_name_that_holds_keys_is_opened_by_a_signature_only(store: Memory
 
 
 def test_a_purged_key_holds_no_name(store: MemoryStore) -> None:
-    row = Keeper(VM, VAULT, NOW, "import").sealer("storage", fresh("imported"))(1)
+    row = VmKeys(VM, VAULT, NOW, "import").sealer("storage", fresh("imported"))(1)
     store.transact(Ask(Insert(evolve(row, state="purged", sealed=None, kek_id=None, wrapped_key=None))))
     store.transact(boot("first"))
 
@@ -283,7 +285,7 @@ def test_a_platform_holds_so_many_names(store: MemoryStore) -> None:
         store.transact(evolve(boot(str(index), vm=Vm(VM.hotkey, f"vm-{index}")), claims_per_platform=2))
     third = evolve(boot("third", vm=Vm(VM.hotkey, "vm-2")), claims_per_platform=2)
     refusal = refused(store, third, Code.PLATFORM_MISMATCH)
-    assert "holds 2 names, claims_per_platform is 2" in refusal.reason
+    assert "holds 2 names, and limits.claims_per_platform is 2" in refusal.reason
     store.transact(evolve(boot("known", vm=Vm(VM.hotkey, "vm-1")), claims_per_platform=2))
     store.transact(evolve(third, platform=AWAY))
     takeover = evolve(boot("takeover", vm=third.vm), hotkey_proven=True, claims_per_platform=2)
@@ -312,7 +314,7 @@ def test_an_upgrade_is_welcome_and_a_new_owner_starts_afresh(store: MemoryStore)
     assert claim(store).exchange == "base"
 
 
-# --- keys that are not at hand ---
+# --- keys that are not available ---
 
 
 def test_a_missing_key_spends_nothing(store: MemoryStore) -> None:

@@ -17,7 +17,7 @@ from chutes_proto.server._nonces import RANDOM_SIZE, MacKey, NonceMint
 from chutes_proto.store._run import Script, Unit
 from chutes_proto.store.rows import ReadTimes, StoreOp, Times
 from chutes_proto.testing.store_suite import DAY, NOW, Ask
-from chutes_proto.units.nonces import SKEW, redeem_nonce
+from chutes_proto.units.nonces import SKEW, Nonce, redeem_nonce
 from chutes_proto.units.operator import StoreRestored
 from tests.store.memory import MemoryStore
 
@@ -39,7 +39,7 @@ class Redeem(Unit[None]):
     now: int
 
     def script(self) -> Script[None]:
-        yield from redeem_nonce(self.nonce, "boot", self.issued_at, self.now)
+        yield from redeem_nonce(Nonce(self.nonce, "boot", self.issued_at), self.now)
 
 
 class ClockedStore(MemoryStore):
@@ -157,7 +157,7 @@ class SeveralMachines(Nonces):
 
 
 class OneMachine(Nonces):
-    """All servers have one clock, and there is no other, as with a file in SQLite."""
+    """All servers have one clock, and the store has none, as with a file in SQLite."""
 
     @rule(server=some_server, offset=some_offset)
     def turn(self, server: int, offset: int) -> None:

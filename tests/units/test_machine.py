@@ -92,7 +92,7 @@ class Calls(RuleBasedStateMachine):
         self.tokens: list[Token] = []
 
     def do(self, unit: Unit[T]) -> T | Code | str:
-        """What the unit returns, or the code of its refusal."""
+        """The result of the unit, or the code of its refusal."""
         outcomes: list[T | Code | str] = []
         for store in self.stores:
             try:
@@ -148,7 +148,7 @@ class Calls(RuleBasedStateMachine):
         if used:
             assert again is not None
             old = self.tokens[again % len(self.tokens)].granted
-            unit = evolve(unit, nonce=old.nonce, nonce_issued_at=old.nonce_issued_at)
+            unit = evolve(unit, nonce=old.nonce)
         outcome = self.do(unit)
         known = self.vms.get(vm, Machine())
         room = sum(machine.platform == home for machine in self.vms.values()) < NAMES_PER_PLATFORM
@@ -166,7 +166,7 @@ class Calls(RuleBasedStateMachine):
         if self.now <= self.horizon:
             assert outcome == Code.STORE_UNAVAILABLE
             return
-        if used or unit.nonce_issued_at <= self.horizon:
+        if used or unit.nonce.issued_at <= self.horizon:
             assert outcome == Code.NONCE_INVALID
             return
         assert not isinstance(outcome, str)
@@ -321,7 +321,7 @@ class Calls(RuleBasedStateMachine):
         if caller == "other":
             unit = evolve(unit, certificate=bytes(32))
         if caller == "moved":
-            unit = evolve(unit, pin=platform("elsewhere").pin)
+            unit = evolve(unit, quote=evolve(unit.quote, pin=platform("elsewhere").pin))
         outcome = self.do(unit)
         known = self.vms[granted.vm]
         if (

@@ -1,4 +1,4 @@
-"""What an operator's commands do to rows: keys, names, and the audit row of each."""
+"""An operator's commands on rows: keys, names, and the audit row of each."""
 
 from __future__ import annotations
 
@@ -225,7 +225,7 @@ def test_a_rewrap_gets_past_rows_that_do_not_open(store: MemoryStore) -> None:
 
 
 def test_one_format_is_allowed(store: MemoryStore) -> None:
-    assert "not in use" in str(refused(store, AllowFormat(NOW, VM, "storage", WHY)).detail)
+    assert "is known to be in use" in str(refused(store, AllowFormat(NOW, VM, "storage", WHY)).detail)
     booted(store, "1", "storage")
     store.transact(AllowFormat(NOW, VM, "storage", WHY))
     (known,) = store.transact(Ask(ReadVolumes(VM)))

@@ -43,7 +43,7 @@ from chutes_proto.testing.store_suite import (
     sync,
 )
 from chutes_proto.units.boot import GrantBoot, RecordRefusal
-from chutes_proto.units.keys import Keeper
+from chutes_proto.units.keys import VmKeys
 from chutes_proto.units.operator import StoreRestored
 from chutes_proto.units.rotation import HandedKeys
 from chutes_proto.units.volumes import SyncVolumes, VolumeKeys
@@ -155,7 +155,7 @@ def test_an_answer_is_given_again_after_another_boot_changed_the_keys(store: Mem
 
 
 @pytest.mark.parametrize("wrong", ["body", "bare", "other"])
-def test_a_spent_token_is_good_for_nothing_else(store: MemoryStore, wrong: str) -> None:
+def test_a_consumed_token_gets_nothing_else(store: MemoryStore, wrong: str) -> None:
     unit = granted(store)
     good = sync(unit, "body", "storage")
     store.transact(good)
@@ -166,10 +166,10 @@ def test_a_spent_token_is_good_for_nothing_else(store: MemoryStore, wrong: str) 
     }[wrong]
     refusal = refused(store, changed)
     assert (refusal.code, refusal.detail) == (Code.BOOT_TOKEN_INVALID, "Boot token not found or expired")
-    assert "spent" in refused(store, read(unit, "storage")).reason
+    assert "consumed" in refused(store, read(unit, "storage")).reason
 
 
-def test_a_token_spent_without_a_certificate_is_replayed_to_the_attested_one_only(store: MemoryStore) -> None:
+def test_a_token_consumed_without_a_certificate_is_replayed_to_the_attested_one_only(store: MemoryStore) -> None:
     unit = granted(store)
     bare = evolve(sync(unit, "body", "storage"), certificate=None)
     answer = store.transact(bare)
@@ -194,7 +194,7 @@ def test_the_answer_keeps_the_order_and_names_each_volume_once(store: MemoryStor
 
 def test_keys_of_the_vm_itself_are_not_pruned(store: MemoryStore) -> None:
     unit = granted(store)
-    k3s = Keeper(VM, VAULT, NOW, "boot").sealer("k3s", fresh("k3s"))(1)
+    k3s = VmKeys(VM, VAULT, NOW, "boot").sealer("k3s", fresh("k3s"))(1)
     store.transact(Ask(Insert(k3s)))
     store.transact(sync(unit, "body", "storage"))
     rows = store.transact(Ask(Scan(GenerationRow)))
@@ -260,7 +260,7 @@ def test_what_a_request_reads_does_not_grow_with_the_keys(store: MemoryStore) ->
 
 def test_a_row_imported_without_a_delivery_is_marked_when_it_is_given(store: MemoryStore) -> None:
     unit = granted(store)
-    row = Keeper(VM, VAULT, NOW, "import").sealer("storage", fresh("imported"))(1)
+    row = VmKeys(VM, VAULT, NOW, "import").sealer("storage", fresh("imported"))(1)
     store.transact(Ask(Insert(evolve(row, delivered_at=None))))
     store.transact(sync(unit, "body", "storage"))
     (after,) = (row for row in store.transact(Ask(Scan(GenerationRow))) if row.volume == "storage")
@@ -429,7 +429,7 @@ def test_audit_rows_of_a_vm_name_boot_profile_and_quote(store: MemoryStore) -> N
         + [(two.boot_id, "attest volumes", "granted"), (two.boot_id, "confirm volumes", "granted")]
     )
     of_quotes = {unit.boot_id: unit.quote_digest for unit in (base, reader, two)}
-    assert all(row.quote_digest in (of_quotes[row.boot_id or ""], attested.quote_digest) for row in rows)
+    assert all(row.quote_digest in (of_quotes[row.boot_id or ""], attested.quote.digest) for row in rows)
 
 
 def test_a_lost_attestation_needs_the_keys_that_it_was_given(store: MemoryStore) -> None:

@@ -1,1 +1,1 @@
-"""Who is speaking: client certificates, report data, hotkeys and signed headers."""
+"""Authentication of callers: client certificates, report data, hotkeys and signed headers."""

@@ -1,4 +1,4 @@
-"""Report data: how a quote is bound to one nonce and one TLS key.
+"""Report data, which binds a quote to one nonce and one TLS key.
 
 The 64 bytes are the nonce (32) followed by SHA-256 of the DER SubjectPublicKeyInfo of the client certificate (32). Both
 halves are compared in constant time, the nonce first.
@@ -19,14 +19,14 @@ _HALF: Final = 32
 
 
 def report_data(nonce: bytes, spki_sha256: bytes) -> bytes:
-    """The 64 bytes to be quoted. Raises `LocalProtocolError` unless both halves have 32 bytes."""
+    """Make the 64 bytes of report data. Raises `LocalProtocolError` unless both halves have 32 bytes."""
     if len(nonce) != _HALF or len(spki_sha256) != _HALF:
         raise LocalProtocolError(f"report data is {_HALF} bytes of nonce and {_HALF} of digest")
     return nonce + spki_sha256
 
 
 def check_report_data(quoted: bytes, nonce: bytes, key: ClientKey) -> None:
-    """Hold a quote's 64 bytes of report data against the nonce and the client key.
+    """Compare a quote's 64 bytes of report data with the nonce and the client key.
 
     Raises `BadRequest` unless ``quoted`` begins with ``nonce``, then `Refused` unless it ends with the key's digest.
     """

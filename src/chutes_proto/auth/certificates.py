@@ -1,10 +1,10 @@
-"""Client certificates: which keys count.
+"""Client certificates, of which only the key counts.
 
 Rules kept here:
 
 * a client certificate is a carrier of its key and nothing else: names, dates and issuer are not looked at, because the
   quote, not a CA, says whose key it is; possession is proved by the TLS handshake;
-* keys that count are RSA of 2048 to 4096 bits, P-256, P-384 and Ed25519;
+* accepted keys are RSA of 2048 to 4096 bits, P-256, P-384 and Ed25519;
 * a key's digest is SHA-256 of its SubjectPublicKeyInfo in DER (RFC 5280, section 4.1), which is what
   ``openssl x509 -pubkey -noout | openssl pkey -pubin -outform der | sha256sum`` prints.
 """
@@ -31,7 +31,7 @@ _MADE_HERE: Final = object()
 
 @frozen
 class ClientKey:
-    """Proof that a peer presented a certificate with a key that counts; only `client_key` makes one.
+    """Proof that a peer presented a certificate with an accepted key; only `client_key` makes one.
 
     ``digest`` is the SHA-256 of its SubjectPublicKeyInfo, 32 bytes.
     """
@@ -45,7 +45,7 @@ class ClientKey:
 
 
 def client_key(certificate: x509.Certificate | None) -> ClientKey:
-    """The key of a presented certificate. Raises `Refused` when there is none, or its key is of another kind."""
+    """Read the key of a presented certificate. Raises `Refused` without one, or for a key of another kind."""
     if certificate is None:
         raise _refused("no client certificate was presented")
     key = _public_key(certificate)
@@ -57,12 +57,12 @@ def client_key(certificate: x509.Certificate | None) -> ClientKey:
         case ed25519.Ed25519PublicKey():
             pass
         case _:
-            raise _refused(f"the client key is {_kind(key)}; RSA 2048 to 4096, P-256, P-384 and Ed25519 count")
+            raise _refused(f"the client key is {_kind(key)}; RSA 2048 to 4096, P-256, P-384 and Ed25519 are accepted")
     return ClientKey(_digest(key), _MADE_HERE)
 
 
 def spki_sha256(certificate: x509.Certificate) -> bytes:
-    """SHA-256 of the certificate's SubjectPublicKeyInfo, 32 bytes, whatever kind its key is.
+    """Return the SHA-256 of a certificate's SubjectPublicKeyInfo (32 bytes), for a key of any kind.
 
     Raises `Refused` if the key cannot be read at all.
     """

@@ -1,4 +1,4 @@
-"""The throw-away identity of a client: a P-256 key and a certificate for it, from entropy.
+"""The ephemeral identity of a client: a P-256 key and a certificate for it, from entropy.
 
 Rules kept here:
 
@@ -47,7 +47,7 @@ _SUBJECT_KEY_IDENTIFIER: Final = der.oid("2.5.29.14")
 
 @frozen
 class ClientIdentity:
-    """A throw-away client certificate and key in PEM, and the digest of the key."""
+    """An ephemeral client certificate and key in PEM, and the SHA-256 of the key's SPKI (32 bytes)."""
 
     certificate_pem: bytes = field(repr=False)
     key_pem: Secret
@@ -55,7 +55,7 @@ class ClientIdentity:
 
 
 def make_client_identity(now: int, entropy: bytes) -> ClientIdentity:
-    """A self-signed P-256 certificate as a VM makes one at each boot: ``CN=tdx-vm-{now}``, valid for a day.
+    """Make the self-signed P-256 certificate of one boot: ``CN=tdx-vm-{now}``, valid for a day.
 
     ``entropy`` is 32 secret bytes, never used for anything else. Raises `LocalProtocolError` for entropy of another
     size, and for a time before 1970 or after 9999.
@@ -86,7 +86,7 @@ def make_client_identity(now: int, entropy: bytes) -> ClientIdentity:
 
 
 def derived_key(entropy: bytes, label: str) -> ec.EllipticCurvePrivateKey:
-    """A key of P-256 that follows from the entropy and what it is for.
+    """Derive a P-256 key from 32 bytes of entropy for one purpose.
 
     Raises `LocalProtocolError` for entropy of another size.
     """
@@ -96,12 +96,12 @@ def derived_key(entropy: bytes, label: str) -> ec.EllipticCurvePrivateKey:
 
 
 def derived_serial(entropy: bytes, label: str) -> int:
-    """A certificate's serial number, positive and of 16 bytes (RFC 5280, 4.1.2.2). Raises `LocalProtocolError`."""
+    """Derive a positive serial number of 16 bytes (RFC 5280, 4.1.2.2). Raises `LocalProtocolError`."""
     return _derived(entropy, label, 16) | 1
 
 
 def _derived(entropy: bytes, label: str, size: int) -> int:
     if len(entropy) != ENTROPY_SIZE:
-        raise LocalProtocolError(f"an identity is made of {ENTROPY_SIZE} bytes of entropy")
+        raise LocalProtocolError(f"an identity needs {ENTROPY_SIZE} bytes of entropy, not {len(entropy)}")
     hkdf = HKDF(SHA256(), size, salt=None, info=b"chutes-proto identity: " + label.encode())
     return int.from_bytes(hkdf.derive(entropy), "big")

@@ -1,4 +1,4 @@
-"""A writer of DER, as much of it as certificates, CRLs and keys need; ``quote/_der.py`` is the strict reader.
+"""Write DER, as much of it as certificates, CRLs and keys need; ``quote/_der.py`` is the strict reader.
 
 Sources: ITU-T X.690, chapters 8 and 10; RFC 5280, 4.1.2.5 (times); RFC 7468 (PEM).
 """
@@ -15,7 +15,7 @@ _LAST: Final = 253_402_300_799  # 9999-12-31T23:59:59Z
 
 
 def tlv(tag: int, *content: bytes) -> bytes:
-    """An element of this tag, of one byte, with these parts as its content."""
+    """Encode an element with this tag, of one byte, and these parts as its content."""
     value = b"".join(content)
     size = len(value)
     if size < 0x80:
@@ -57,19 +57,19 @@ def oid(dotted: str) -> bytes:
 
 
 def time(moment: int) -> bytes:
-    """A time in unix seconds as certificates have it: a UTCTime until 2049, from then on a GeneralizedTime.
+    """Encode unix seconds as certificates do: UTCTime until 2049, from then on GeneralizedTime.
 
     Raises `LocalProtocolError` for one before 1970 or after 9999.
     """
     if not 0 <= moment <= _LAST:
-        raise LocalProtocolError(f"a certificate of the time {moment}: it is from 1970 to 9999, in unix seconds")
+        raise LocalProtocolError(f"a certificate's time is in unix seconds from 1970 to 9999, not {moment}")
     when = datetime.fromtimestamp(moment, UTC)
     text = f"{when:%Y%m%d%H%M%SZ}".encode()
     return tlv(0x17, text[2:]) if when.year < 2050 else tlv(0x18, text)
 
 
 def pem(label: str, der: bytes) -> bytes:
-    """The same as text, with ``label`` in its first and last line."""
+    """Encode DER as PEM, with ``label`` in its first and last line."""
     text = b64encode(der)
     lines = [text[start : start + 64] for start in range(0, len(text), 64)]
     return b"\n".join([f"-----BEGIN {label}-----".encode(), *lines, f"-----END {label}-----".encode(), b""])

@@ -4,7 +4,7 @@ Rules kept here:
 
 * an address has one spelling: network prefix 42, a key of 32 bytes, the checksum of the SS58 format (the first two
   bytes of BLAKE2b-512 over ``SS58PRE``, prefix and key), base58 without anything around it;
-* the key of 32 zero bytes, ristretto255's neutral element, is no hotkey: one constant signature of it would hold for
+* the key of 32 zero bytes, ristretto255's neutral element, is not a hotkey: one constant signature of it would hold for
   every message (RFC 9496, 4.3: the group has no other element of small order);
 * signatures are schnorrkel's with the signing context ``substrate``, 64 bytes;
 * sr25519 comes from py-sr25519-bindings, which is imported only where a signature is made or checked.
@@ -32,19 +32,19 @@ SIGNATURE_SIZE: Final = 64
 _ALPHABET: Final = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 _DIGITS: Final = {character: number for number, character in enumerate(_ALPHABET)}
 _CHECKSUM_SIZE: Final = 2
-_SEED: Final = re.compile(r"(?:0x)?[0-9a-fA-F]{64}")
+SEED_TEXT: Final = re.compile(r"(?:0x)?[0-9a-fA-F]{64}")
 _LONGEST: Final = 64  # no SS58 address of a 32-byte key is as long; bounds the arithmetic
 
 
 class HotkeyError(ValueError):
-    """A text that is no hotkey, or a signature that is not the hotkey's; the text says why."""
+    """A malformed hotkey, or a signature that is not the hotkey's; the text says why."""
 
 
 def _public_key_size(_: object, __: object, value: bytes) -> None:
     if len(value) != KEY_SIZE:
         raise HotkeyError(f"a public key has {KEY_SIZE} bytes, not {len(value)}")
     if not any(value):
-        raise HotkeyError("the public key of all zeros is nobody's: everyone can sign for it")
+        raise HotkeyError("the public key is all zeros, for which everyone can sign")
 
 
 @frozen
@@ -57,18 +57,18 @@ class Hotkey:
     @classmethod
     @lru_cache(maxsize=1024)
     def parse(cls, address: str) -> Hotkey:
-        """The hotkey of an SS58 address. Raises `HotkeyError` for every text but the one that `address` would give."""
+        """Parse an SS58 address. Raises `HotkeyError` for every text but the canonical `address`."""
         data = _unbase58(address)
         _expect_prefix(data)
         if len(data) != 1 + KEY_SIZE + _CHECKSUM_SIZE:
             raise HotkeyError(f"not the address of a {KEY_SIZE}-byte key: it has {len(data)} bytes in all")
         payload, checksum = data[:-_CHECKSUM_SIZE], data[-_CHECKSUM_SIZE:]
         if not hmac.compare_digest(_checksum(payload), checksum):
-            raise HotkeyError("the address's checksum does not hold")
+            raise HotkeyError("the address's checksum does not match")
         return cls(payload[1:])
 
     def check_signature(self, message: bytes, signature: bytes) -> None:
-        """Raises `HotkeyError` unless ``signature`` is this hotkey's over ``message``."""
+        """Check that ``signature`` is this hotkey's over ``message``. Raises `HotkeyError`."""
         try:
             holds = _sr25519().verify(signature, message, self.public_key)
         except ValueError:  # not the encoding of a signature or of a key
@@ -79,14 +79,14 @@ class Hotkey:
 
 @frozen
 class HotkeyPair:
-    """A hotkey with its expanded secret key, 64 bytes: what signs."""
+    """A hotkey with its expanded secret key (64 bytes), which signs."""
 
     hotkey: Hotkey
     secret_key: Secret
 
     @classmethod
     def from_seed(cls, seed: Secret) -> HotkeyPair:
-        """The pair of a 32-byte seed (a "mini secret key"). Raises `HotkeyError` for another size."""
+        """Make the pair of a 32-byte seed (a "mini secret key"). Raises `HotkeyError` for another size."""
         if len(seed) != SEED_SIZE:
             raise HotkeyError(f"a seed has {SEED_SIZE} bytes, not {len(seed)}")
         public_key, secret_key = _sr25519().pair_from_seed(seed.reveal())
@@ -94,7 +94,7 @@ class HotkeyPair:
 
     @classmethod
     def from_json(cls, data: bytes) -> HotkeyPair:
-        """The pair in a hotkey file as wallets write it: JSON with ``secretSeed`` (hex) and ``ss58Address``.
+        """Read the pair from a wallet's hotkey file: JSON with ``secretSeed`` (hex) and ``ss58Address``.
 
         Raises `HotkeyError`, whose text repeats nothing of the file, also where the address is another key's.
         """
@@ -104,7 +104,7 @@ class HotkeyPair:
             raise HotkeyError("not a hotkey file: not JSON; an encrypted file must be decrypted first") from None
         members = cast("dict[str, object]", content) if isinstance(content, dict) else {}
         seed, address = members.get("secretSeed"), members.get("ss58Address")
-        if not isinstance(seed, str) or not _SEED.fullmatch(seed):
+        if not isinstance(seed, str) or not SEED_TEXT.fullmatch(seed):
             raise HotkeyError("not a hotkey file: it has no secretSeed of 32 bytes in hex")
         pair = cls.from_seed(Secret(bytes.fromhex(seed.removeprefix("0x"))))
         if address != pair.hotkey.address:
@@ -112,12 +112,12 @@ class HotkeyPair:
         return pair
 
     def sign(self, message: bytes) -> bytes:
-        """A signature over ``message``, 64 bytes, another one each time."""
+        """Sign ``message``: 64 bytes, different each time."""
         return _sr25519().sign((self.hotkey.public_key, self.secret_key.reveal()), message)
 
 
 class _Sr25519(Protocol):
-    """What this room needs of an sr25519 implementation."""
+    """The functions used of an sr25519 implementation."""
 
     def verify(self, signature: bytes, message: bytes, pubkey: bytes, /) -> bool: ...
 
@@ -127,7 +127,7 @@ class _Sr25519(Protocol):
 
 
 def check_installed() -> None:
-    """Raises `LocalProtocolError`, which names the package, where signatures can neither be made nor checked."""
+    """Check that signatures can be made and checked. Raises `LocalProtocolError`, which names the missing package."""
     _ = _sr25519()
 
 
@@ -152,15 +152,11 @@ def _checksum(payload: bytes) -> bytes:
 
 def _expect_prefix(data: bytes) -> None:
     # The SS58 format: first bytes 0-63 are a prefix, 64-127 begin one of two bytes, the rest is reserved.
-    match data[:2]:
-        case bytes() as start if not start:
-            raise HotkeyError("an empty address")
-        case bytes() as start if start[0] == PREFIX:
-            return
-        case bytes() as start if start[0] < 64:
-            raise HotkeyError(f"an address of network prefix {start[0]}, not {PREFIX}")
-        case _:
-            raise HotkeyError(f"an address of another network than prefix {PREFIX}")
+    if not data:
+        raise HotkeyError("an empty address")
+    if data[0] != PREFIX:
+        found = f"network prefix {data[0]}, not" if data[0] < 64 else "another network than prefix"
+        raise HotkeyError(f"an address of {found} {PREFIX}")
 
 
 def _base58(data: bytes) -> str:

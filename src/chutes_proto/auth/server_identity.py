@@ -1,4 +1,4 @@
-"""The throw-away identity of a server, for development and tests: a CA and a certificate under it, from entropy.
+"""The ephemeral identity of a server, for development and tests: a CA and a certificate under it, from entropy.
 
 Nothing is drawn: keys and serial numbers follow from the entropy that is given (`client_identity`).
 """
@@ -26,7 +26,7 @@ _DAY: Final = 24 * 60 * 60
 
 @frozen
 class ServerIdentity:
-    """A CA certificate, a server's chain under it, and the server's key, in PEM. The CA's own key is gone."""
+    """A CA certificate, a server's chain under it, and the server's key, in PEM. The CA's own key is not kept."""
 
     ca_pem: bytes = field(repr=False)
     chain_pem: bytes = field(repr=False)
@@ -36,7 +36,7 @@ class ServerIdentity:
 def make_server_identity(
     now: int, entropy: bytes, hosts: Sequence[str] = ("localhost", "127.0.0.1", "::1"), *, days: int = 365
 ) -> ServerIdentity:
-    """A server certificate for ``hosts`` (names or IP addresses) under a CA of its own, for development and tests.
+    """Make a server certificate for ``hosts`` (names or IP addresses) under a CA of its own.
 
     Valid from an hour before ``now``, because clocks differ, for ``days``. ``entropy`` is 32 secret bytes, never used
     for anything else. Raises `LocalProtocolError` without a host.
@@ -64,7 +64,8 @@ def make_server_identity(
         .add_extension(authority, critical=False)
         .sign(ca_key, hashes.SHA256())
     )
-    return ServerIdentity(_pem(ca), _pem(certificate), _key_pem(key))
+    key_pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    return ServerIdentity(ca.public_bytes(Encoding.PEM), certificate.public_bytes(Encoding.PEM), Secret(key_pem))
 
 
 def _name(common_name: str) -> x509.Name:
@@ -87,17 +88,9 @@ def _builder(
 
 
 def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=not signs_certificates,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        key_cert_sign=signs_certificates,
-        crl_sign=signs_certificates,
-        encipher_only=False,
-        decipher_only=False,
-    )
+    others = "content_commitment key_encipherment data_encipherment key_agreement encipher_only decipher_only".split()
+    ca = dict.fromkeys(("key_cert_sign", "crl_sign"), signs_certificates)
+    return x509.KeyUsage(digital_signature=not signs_certificates, **ca, **dict.fromkeys(others, False))
 
 
 def _general_name(host: str) -> x509.GeneralName:
@@ -105,11 +98,3 @@ def _general_name(host: str) -> x509.GeneralName:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
         return x509.DNSName(host)
-
-
-def _pem(certificate: x509.Certificate) -> bytes:
-    return certificate.public_bytes(Encoding.PEM)
-
-
-def _key_pem(key: ec.EllipticCurvePrivateKey) -> Secret:
-    return Secret(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))

@@ -1,4 +1,4 @@
-"""Signed requests: what a hotkey signs, and the check of it.
+"""Signed requests: the message that a hotkey signs, and its check.
 
 A signed message is ``{hotkey}:{nonce}:{third}``. Three schemes differ in what the third part covers:
 
@@ -6,8 +6,8 @@ A signed message is ``{hotkey}:{nonce}:{third}``. Three schemes differ in what t
 * a body: SHA-256 of the raw body, in lowercase hex;
 * a request: ``request:`` and SHA-256, in lowercase hex, of ``{METHOD} {target}``, a line feed and the raw body.
 
-Of each operation the endpoint table says what its signature covers at least (`Coverage`); one over the whole request is
-always as good.
+The endpoint table says for each operation what its signature must cover at least (`Coverage`); one over the whole
+request is always accepted.
 
 Rules kept here:
 
@@ -38,27 +38,27 @@ WINDOW: Final = 600
 _SECONDS: Final = re.compile(r"[0-9]{1,15}")
 
 Coverage: TypeAlias = Literal["body", "purpose", "nonce"]
-"""What the signature of an operation covers at least: the body; only the purpose; the server's nonce with either."""
+"""The least that an operation's signature covers: the body; only the purpose; the server's nonce with either."""
 
 SigningPolicy: TypeAlias = Literal["compatible", "request"]
-"""Whether signatures over less than the whole request are taken, or made."""
+"""Whether signatures over less than the whole request are accepted, or made."""
 
 Signer: TypeAlias = Callable[[bytes], bytes]
 """Signs a message with the hotkey (sr25519, Substrate context): message in, 64 bytes of signature out."""
 
 
 def purpose_message(hotkey: Hotkey, nonce: str, purpose: str) -> bytes:
-    """What is signed where the endpoint has a purpose. It covers neither method, path nor body."""
+    """Make the message that covers the endpoint's purpose, but neither method, path nor body."""
     return f"{hotkey.address}:{nonce}:{purpose}".encode()
 
 
 def body_message(hotkey: Hotkey, nonce: str, body: bytes) -> bytes:
-    """What is signed over a raw body, which may be empty."""
+    """Make the message that covers a raw body, which may be empty."""
     return purpose_message(hotkey, nonce, hashlib.sha256(body).hexdigest())
 
 
 def request_message(hotkey: Hotkey, nonce: str, method: str, target: str, body: bytes) -> bytes:
-    """What is signed over a whole request: ``target`` is the origin form as it is sent, query included."""
+    """Make the message that covers a whole request; ``target`` is the origin form as it is sent, with its query."""
     digest = hashlib.sha256(f"{method} {target}\n".encode() + body).hexdigest()
     return purpose_message(hotkey, nonce, f"request:{digest}")
 
@@ -66,7 +66,7 @@ def request_message(hotkey: Hotkey, nonce: str, method: str, target: str, body: 
 def messages_to_sign(
     coverage: Coverage, policy: SigningPolicy, hotkey: Hotkey, nonce: str, method: str, target: str, body: bytes
 ) -> tuple[bytes, ...]:
-    """The messages of which one must be signed. A client signs the first, a server takes any."""
+    """List the messages of which one must be signed. A client signs the first, a server accepts any."""
     whole = request_message(hotkey, nonce, method, target, body)
     if policy == "request":
         return (whole,)
@@ -80,7 +80,7 @@ def messages_to_sign(
 
 
 def signature_headers(hotkey: Hotkey, nonce: str, message: bytes, signer: Signer) -> tuple[tuple[str, str], ...]:
-    """The three headers of a signed request, names in lower case."""
+    """Make the three headers of a signed request, names in lower case."""
     return (
         ("x-chutes-hotkey", hotkey.address),
         ("x-chutes-nonce", nonce),
@@ -89,7 +89,7 @@ def signature_headers(hotkey: Hotkey, nonce: str, message: bytes, signer: Signer
 
 
 def check_time(nonce: str, now: int) -> None:
-    """Raises `Refused` unless ``nonce`` is a time in unix seconds, less than `WINDOW` away from ``now``."""
+    """Check that ``nonce`` is a time in unix seconds less than `WINDOW` from ``now``. Raises `Refused`."""
     if not _SECONDS.fullmatch(nonce) or abs(now - int(nonce)) >= WINDOW:
         raise Refused(
             Code.SIGNATURE_STALE,
@@ -99,7 +99,7 @@ def check_time(nonce: str, now: int) -> None:
 
 
 def check_signature(hotkey: Hotkey, messages: Sequence[bytes], signature: str) -> None:
-    """Raises `Refused` unless ``signature``, a text of the wire, is the hotkey's over one of ``messages``."""
+    """Check that ``signature``, in hex, is the hotkey's over one of ``messages``. Raises `Refused`."""
     if not _SIGNATURE.fullmatch(signature):
         raise Refused(
             Code.SIGNATURE_INVALID,
@@ -120,7 +120,7 @@ def check_signature(hotkey: Hotkey, messages: Sequence[bytes], signature: str) -
 def check_body_signature(
     hotkey: Hotkey, named: str | None, nonce: str | None, body: bytes, signature: str | None
 ) -> None:
-    """Raises `Refused` unless ``signature`` is the hotkey's over ``nonce`` and ``body``.
+    """Check that ``signature`` is the hotkey's over ``nonce`` and ``body``. Raises `Refused`.
 
     ``named`` (the address in the request's header), ``nonce`` and ``signature`` are the texts of the request's headers.
     Shape and age of the nonce are for the caller to check.

@@ -46,27 +46,7 @@ else:
         },
     )
 
-__all__ = [
-    "DEFAULT_RETRY",
-    "BootGrant",
-    "BootSettings",
-    "ClientIdentity",
-    "KeyPair",
-    "RetryPolicy",
-    "Rotation",
-    "Signer",
-    "VolumeKey",
-    "VolumeKeys",
-    "Volumes",
-    "attest_boot",
-    "attest_volumes",
-    "boot",
-    "boot_and_sync",
-    "confirm_volumes",
-    "fetch_nonce",
-    "make_client_identity",
-    "make_quote",
-    "read_cache_passphrase",
-    "receive_keys",
-    "sync_volumes",
-]
+__all__ = ["boot", "boot_and_sync", "confirm_volumes", "read_cache_passphrase", "receive_keys", "sync_volumes"]
+__all__ += ["attest_boot", "attest_volumes", "fetch_nonce", "make_quote"]
+__all__ += ["BootGrant", "BootSettings", "KeyPair", "Rotation", "Signer", "VolumeKey", "VolumeKeys", "Volumes"]
+__all__ += ["DEFAULT_RETRY", "ClientIdentity", "RetryPolicy", "make_client_identity"]

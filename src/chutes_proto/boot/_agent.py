@@ -18,7 +18,7 @@ from chutes_proto.boot._disks import Forecast, OpenVolume, forecast, tell_failur
 from chutes_proto.boot._flows import BootGrant, BootSettings, boot
 from chutes_proto.effects import Flow, InspectDisk, Log, Sleep, Uptime
 from chutes_proto.errors import DiskError, LocalProtocolError
-from chutes_proto.log import Level, Record, Value
+from chutes_proto.log import Level, Record
 from chutes_proto.luks.disk import Disk
 from chutes_proto.luks.plan import plan_root
 from chutes_proto.luks.volume import Volume
@@ -29,9 +29,9 @@ _LOOK_AGAIN: Final = 0.5
 
 @frozen
 class Booted:
-    """What a run has done. ``grant`` is still of use where volumes are left to a later one, when it was made at ``at``.
+    """The result of a run. ``grant`` was received at ``at`` (`Uptime`) and serves a later run that opens the volumes.
 
-    ``k3s_encryption_key`` is of the two-phase exchange only.
+    ``k3s_encryption_key`` comes with the two-phase exchange only.
     """
 
     grant: BootGrant
@@ -41,15 +41,15 @@ class Booted:
 
 
 def run_agent(
-    settings: BootSettings, root: Volume | None, volumes: Sequence[Volume], *, patience: float = 0.0
+    settings: BootSettings, root: Volume | None, volumes: Sequence[Volume], *, disk_wait_seconds: float = 0.0
 ) -> Flow[Booted]:
-    """Boot and open what there is: the root disk, and the volumes, which are the whole set, or none to leave them.
+    """Boot, then open the root disk and ``volumes``: the VM's whole set, or none to leave them to a later run.
 
-    ``patience`` is how many seconds disks may take to appear. Raises as `unlock` does, also before anything was asked,
-    for a disk that must not be opened.
+    Disks may take ``disk_wait_seconds`` to appear. Raises as `unlock` does; for a disk that must not be opened, before
+    any request is sent.
     """
     settings = yield from _begun(settings)
-    yield from _look(root, volumes, patience)
+    yield from _look(root, volumes, disk_wait_seconds)
     grant = yield from boot(settings)
     at = yield from Uptime()
     try:
@@ -62,33 +62,32 @@ def run_agent(
 
 
 def resume_agent(
-    settings: BootSettings, volumes: Sequence[Volume], grant: BootGrant, *, patience: float = 0.0
+    settings: BootSettings, volumes: Sequence[Volume], grant: BootGrant, *, disk_wait_seconds: float = 0.0
 ) -> Flow[Booted]:
     """Open the volumes that an earlier run left, with its grant. Arguments and errors are those of `run_agent`."""
     if not volumes:
-        raise LocalProtocolError("there is nothing to go on with: no volumes")
+        raise LocalProtocolError("there are no volumes to open; name at least one in the settings")
     settings = yield from _begun(settings)
-    yield from _look(None, volumes, patience)
+    yield from _look(None, volumes, disk_wait_seconds)
     return (yield from _go_on(settings, volumes, grant, (yield from Uptime()), ()))
 
 
 def foresee(root: Volume | None, volumes: Sequence[Volume]) -> Flow[tuple[Forecast, ...]]:
-    """What `run_agent` would do to each disk, as far as no server need be asked; it raises nothing."""
+    """Forecast what `run_agent` would do to each disk, as far as this is known without a server. Raises nothing."""
     first = () if root is None else ((yield from _foresee_root(root)),)
     return (*first, *(yield from forecast(volumes)))
 
 
 def _begun(settings: BootSettings) -> Flow[BootSettings]:
-    """The same, with a deadline that counts from now for all that is asked."""
+    """Start the deadline: it counts from now, for all requests of the run."""
     return evolve(settings, retry=evolve(settings.retry, started=(yield from Uptime())))
 
 
-def _look(root: Volume | None, volumes: Sequence[Volume], patience: float) -> Flow[None]:
-    """Raises the `DiskError` of the first disk that must not be opened, or has not appeared in time; tells all."""
+def _look(root: Volume | None, volumes: Sequence[Volume], wait: float) -> Flow[None]:
+    """Raise the `DiskError` of the first disk that must not be opened or does not appear in time; log all of them."""
     began = yield from Uptime()
-    disks = [] if root is None else [root.device]
-    looked_at: dict[str, Value] = {"devices": [*disks, *(volume.device for volume in volumes)]}
-    yield from Log(Record(Level.INFO, "disks_looked_at", looked_at))
+    devices = [volume.device for volume in ([] if root is None else [root]) + [*volumes]]
+    yield from Log(Record.of(Level.INFO, "disks_looked_at", devices=devices))
     awaited = False
     while True:
         errors = {
@@ -97,13 +96,13 @@ def _look(root: Volume | None, volumes: Sequence[Volume], patience: float) -> Fl
         if not errors:
             return
         missing = all(error.reason == "unavailable" for error in errors.values())
-        if not missing or (yield from Uptime()) - began >= patience:
+        if not missing or (yield from Uptime()) - began >= wait:
             for name, error in errors.items():
                 yield from tell_failure(name, error)
             raise next(iter(errors.values()))
         if not awaited:
-            fields: dict[str, Value] = {"devices": [error.device for error in errors.values()], "wait": patience}
-            yield from Log(Record(Level.INFO, "disks_awaited", fields))
+            devices = [error.device for error in errors.values()]
+            yield from Log(Record.of(Level.INFO, "disks_awaited", devices=devices, wait=wait))
             awaited = True
         yield from Sleep(_LOOK_AGAIN)
 

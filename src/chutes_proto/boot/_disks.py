@@ -1,14 +1,14 @@
-"""What a VM does with its disks, as flows: look at them, get their keys, open or format them, rotate.
+"""Unlock a VM's disks, as flows: look at them, get their keys, open or format them, rotate.
 
 Rules kept here:
 
-* every disk is looked at before anything is asked for, and the server is told which of them have a header;
-* every step of every disk is planned before the first is taken; a disk that must not be touched stops the boot there;
-* the exchange follows the grant; a grant that was handed over is gone on with;
-* one disk's failure does not keep the others from being opened and confirmed; it is raised when they are;
-* keys are wiped from here when they were used, whatever happened.
+* every disk is looked at before anything is asked for, and the server learns which of them have a header;
+* every step of every disk is planned before the first is taken; a disk that must not be touched stops the boot;
+* the exchange follows the grant; with a grant of an earlier run, it continues there;
+* one disk's failure does not keep the others from being opened and confirmed; it is raised afterwards;
+* keys are wiped once they were used, also after an error.
 
-``docs/explanation/disks.md`` says what is done to a disk and why.
+``docs/explanation/disks.md`` says what happens to a disk and why.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from chutes_proto.boot._flows import BootGrant, BootSettings, Rotation, VolumeKe
 from chutes_proto.boot._retry import described
 from chutes_proto.effects import ActOnDisk, Flow, InspectDisk, Log
 from chutes_proto.errors import ChutesError, DiskError, LocalProtocolError
-from chutes_proto.log import Level, Record, Value
+from chutes_proto.log import Level, Record
 from chutes_proto.luks.disk import Blank, Disk, Luks
 from chutes_proto.luks.plan import Action, Format, Key, Keys, Plan, plan_open, plan_promoted, plan_root, plan_rotation
 from chutes_proto.luks.volume import Volume
@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 @frozen
 class OpenVolume:
-    """A volume that is mapped now. ``formatted``: it was made by this boot and holds no file system yet."""
+    """A mapped volume. ``formatted``: this boot made it, and it holds no file system yet."""
 
     name: str
     device: str
@@ -44,7 +44,7 @@ class OpenVolume:
 
 @frozen
 class Unlocked:
-    """What a boot has when its disks are open. ``k3s_encryption_key`` is of the two-phase exchange only."""
+    """The result of `unlock`. ``k3s_encryption_key`` comes with the two-phase exchange only."""
 
     grant: BootGrant
     volumes: tuple[OpenVolume, ...]
@@ -53,10 +53,10 @@ class Unlocked:
 
 @frozen
 class Forecast:
-    """What would be done to one disk, as far as can be said without asking the server.
+    """The steps for one disk, as far as they are known without the server.
 
-    ``base`` and ``two_phase`` are the steps in either exchange; ``error`` is why there are none. ``condition`` is what
-    they depend on, empty if they do not.
+    ``base`` and ``two_phase`` are the steps of either exchange; ``error`` is why there are none. ``condition`` is what
+    they depend on, empty if on nothing.
     """
 
     volume: Volume
@@ -68,7 +68,7 @@ class Forecast:
 
 
 def forecast(volumes: Sequence[Volume]) -> Flow[tuple[Forecast, ...]]:
-    """Look at the disks and say what `unlock` would do. Nothing is written and no key asked for; it raises nothing."""
+    """Look at the disks and forecast what `unlock` would do. Writes nothing, asks for no key and raises nothing."""
     seen: list[Forecast] = []
     for volume in volumes:
         disk: Disk | None = None
@@ -79,8 +79,8 @@ def forecast(volumes: Sequence[Volume]) -> Flow[tuple[Forecast, ...]]:
         except DiskError as exc:
             seen.append(Forecast(volume, disk, error=exc))
         else:
-            consent = "the server does not know it to hold data; else the boot stops" if isinstance(disk, Blank) else ""
-            seen.append(Forecast(volume, disk, base, two_phase, consent))
+            consent = "the server does not know it to hold data; else the boot stops"
+            seen.append(Forecast(volume, disk, base, two_phase, consent if isinstance(disk, Blank) else ""))
     return tuple(seen)
 
 
@@ -93,18 +93,18 @@ def unlock_root(root: Volume, grant: BootGrant) -> Flow[OpenVolume]:
 
 
 def unlock(settings: BootSettings, volumes: Sequence[Volume], *, grant: BootGrant | None = None) -> Flow[Unlocked]:
-    """Open every volume of the VM, format those that are blank and may be, rotate keys where the exchange does.
+    """Open every volume of the VM, format blank disks where that is allowed, rotate keys where the exchange does.
 
-    ``volumes`` is the whole set; a server in the base exchange retires the keys of all others. With a ``grant`` that
-    was handed over it goes on there. A next key that cannot be added, and a confirmation that is refused or does not
-    get through, leave the old keys on the disks, which are open all the same.
+    ``volumes`` is the whole set; a server in the base exchange retires the keys of all others. With a ``grant`` of an
+    earlier run it continues there. A next key that cannot be added, and a confirmation that is refused or lost, leave
+    the old keys on the disks, which are open all the same.
 
-    Raises as `receive_keys` does, and `DiskError`: before any disk was touched where one must not be, else for the
-    first that did not open, when all others are open.
+    Raises as `receive_keys` does, and `DiskError`: for a disk that must not be touched before any disk is, otherwise
+    for the first that did not open, once all others are open.
     """
     by_name = {volume.name: volume for volume in volumes}
     if len(by_name) != len(volumes) or not volumes:
-        raise LocalProtocolError("a boot needs volumes, each with a name of its own")
+        raise LocalProtocolError("a boot needs at least one volume, and a different name for each")
     disks = yield from _inspect(volumes)
     for volume in volumes:  # no answer could make a foreign disk ours
         _ = yield from _planned(volume, partial(plan_open, volume, disks[volume.name], in_use=False))
@@ -160,12 +160,11 @@ def _rotate(
 
 
 def _confirm(rotation: Rotation, settings: BootSettings) -> Flow[Mapping[str, str]]:
-    """What the server says of each volume; nothing where nothing is known, and both keys stay."""
+    """Confirm a rotation; the result of each volume, none where nothing is known, and then both keys stay."""
     try:
         return (yield from confirm_volumes(rotation, retry=settings.retry))
     except ChutesError as exc:
-        fields = {"volumes": [*rotation.report], **described(exc)}
-        yield from Log(Record(Level.WARNING, "rotation_undecided", fields))
+        yield from Log(Record.of(Level.WARNING, "rotation_undecided", volumes=[*rotation.report], **described(exc)))
         return {}
 
 
@@ -174,7 +173,7 @@ def _confirm(rotation: Rotation, settings: BootSettings) -> Flow[Mapping[str, st
 
 @frozen
 class _Done:
-    """How far a plan was carried out: the key that opened the disk, and why it ended before its end."""
+    """The progress of a plan: the key that opened the disk, and the error that ended it early."""
 
     opened: Key | None
     error: DiskError | None = None
@@ -188,8 +187,8 @@ def _inspect(volumes: Sequence[Volume]) -> Flow[dict[str, Disk]]:
         except DiskError as exc:
             yield from tell_failure(volume.name, exc)
             raise
-        fields: dict[str, Value] = {"volume": volume.name, "device": volume.device, "holds": str(disk)}
-        yield from Log(Record(Level.INFO, "disk_found", fields))
+        found = Record.of(Level.INFO, "disk_found", volume=volume.name, device=volume.device, holds=str(disk))
+        yield from Log(found)
         disks[volume.name] = disk
     return disks
 
@@ -210,11 +209,10 @@ def _carry_out_all(plans: Mapping[str, Plan], keys: Mapping[str, Keys]) -> Flow[
 
 
 def _carry_out(plan: Plan, keys: Keys) -> Flow[_Done]:
-    """Step after step, until one fails."""
+    """Carry a plan out, step by step, until one fails."""
     opened: Key | None = None
     for action in plan:
-        fields: dict[str, Value] = {**action.as_dict()}
-        yield from Log(Record(Level.INFO, "disk_action", fields))
+        yield from Log(Record.of(Level.INFO, "disk_action", **action.as_dict()))
         try:
             reply = yield from _act(action, keys)
         except DiskError as exc:
@@ -222,8 +220,8 @@ def _carry_out(plan: Plan, keys: Keys) -> Flow[_Done]:
             return _Done(opened, exc)
         if isinstance(reply, Key):
             opened = reply
-            fields = {"volume": action.volume, "device": action.device, "key": reply.value}
-            yield from Log(Record(Level.INFO, "disk_opened", fields))
+            opening = Record.of(Level.INFO, "disk_opened", volume=action.volume, device=action.device, key=reply.value)
+            yield from Log(opening)
     return _Done(opened)
 
 
@@ -232,9 +230,9 @@ def _act(action: Action[T], keys: Keys) -> Flow[T]:
 
 
 def tell_failure(volume: str, error: DiskError) -> Flow[None]:
-    """Tell the operator what is wrong with the disk of a volume."""
-    fields: dict[str, Value] = {"volume": volume, "device": error.device, "reason": error.reason, "text": str(error)}
-    yield from Log(Record(Level.ERROR, "disk_failed", fields))
+    """Log what is wrong with the disk of a volume."""
+    fields = {"volume": volume, "device": error.device, "reason": error.reason, "text": str(error)}
+    yield from Log(Record.of(Level.ERROR, "disk_failed", **fields))
 
 
 def _opened(volume: Volume, plan: Plan) -> OpenVolume:

@@ -1,4 +1,4 @@
-"""The boot exchange as one table: the states a VM is in, what can happen to it, and where that leads.
+"""The boot exchange as one table: the states of a VM, the inputs that can happen, and the states they lead to.
 
 Rules kept here:
 
@@ -23,7 +23,7 @@ from chutes_proto.wire.codes import Code
 
 
 class State(Enum):
-    """Where a VM stands; the value is the name in the documentation."""
+    """The state of a VM in the exchange; the value is its name in the diagram."""
 
     START = "start"
     NONCE_HELD = "nonce_held"
@@ -38,7 +38,7 @@ class State(Enum):
 
 
 class Input(Enum):
-    """What can happen; the value is its name in the documentation."""
+    """An input of the exchange; the value is its label in the diagram."""
 
     NONCE = "nonce"
     QUOTE = "quote"
@@ -48,45 +48,33 @@ class Input(Enum):
     TWO_PHASE_GRANT = "two-phase grant"
     PAIRS = "key pairs"
     CONFIRMED = "confirmed"
-    NOT_NOW = "not now"
+    RETRY_LATER = "retry later"
     TOKEN_GONE = "token gone"
     NONCE_GONE = "nonce gone"
     FINAL = "refused"
 
 
-_AGAIN = {Input.NOT_NOW: State.START, Input.FINAL: State.STOPPED}
-_GRANTED = {Input.KEYS: State.SYNCED, Input.TOKEN_GONE: State.START, Input.FINAL: State.STOPPED}
+_FINAL = {Input.FINAL: State.STOPPED}
+_NONCE_GONE = {Input.NONCE_GONE: State.START}
+_AGAIN = {Input.RETRY_LATER: State.START, **_FINAL}
+_GRANTED = {Input.KEYS: State.SYNCED, Input.TOKEN_GONE: State.START, **_FINAL}
 
+_ROWS: dict[State, dict[Input, State]] = {
+    State.START: {Input.NONCE: State.NONCE_HELD, **_AGAIN},
+    State.NONCE_HELD: {Input.QUOTE: State.QUOTED, **_AGAIN},
+    State.QUOTED: {Input.GRANT: State.TOKEN_HELD, Input.TWO_PHASE_GRANT: State.QUOTE_NONCE_HELD, **_AGAIN},
+    State.TOKEN_HELD: {Input.PASSPHRASE: State.TOKEN_HELD, Input.RETRY_LATER: State.TOKEN_HELD, **_GRANTED},
+    State.SYNCED: {Input.RETRY_LATER: State.SYNCED, **_GRANTED},
+    State.QUOTE_NONCE_HELD: {Input.QUOTE: State.REQUOTED, Input.RETRY_LATER: State.QUOTE_NONCE_HELD, **_FINAL},
+    State.REQUOTED: {Input.PAIRS: State.HANDED, Input.RETRY_LATER: State.REQUOTED, **_NONCE_GONE, **_FINAL},
+    State.HANDED: {Input.CONFIRMED: State.CONFIRMED, Input.RETRY_LATER: State.HANDED, **_FINAL},
+    State.CONFIRMED: {},
+    State.STOPPED: {},
+}
 TRANSITIONS: Mapping[State, Mapping[Input, State]] = MappingProxyType(
-    {
-        State.START: MappingProxyType({Input.NONCE: State.NONCE_HELD, **_AGAIN}),
-        State.NONCE_HELD: MappingProxyType({Input.QUOTE: State.QUOTED, **_AGAIN}),
-        State.QUOTED: MappingProxyType(
-            {Input.GRANT: State.TOKEN_HELD, Input.TWO_PHASE_GRANT: State.QUOTE_NONCE_HELD, **_AGAIN}
-        ),
-        State.TOKEN_HELD: MappingProxyType(
-            {Input.PASSPHRASE: State.TOKEN_HELD, Input.NOT_NOW: State.TOKEN_HELD, **_GRANTED}
-        ),
-        State.SYNCED: MappingProxyType({Input.NOT_NOW: State.SYNCED, **_GRANTED}),
-        State.QUOTE_NONCE_HELD: MappingProxyType(
-            {Input.QUOTE: State.REQUOTED, Input.NOT_NOW: State.QUOTE_NONCE_HELD, Input.FINAL: State.STOPPED}
-        ),
-        State.REQUOTED: MappingProxyType(
-            {
-                Input.PAIRS: State.HANDED,
-                Input.NOT_NOW: State.REQUOTED,
-                Input.NONCE_GONE: State.START,
-                Input.FINAL: State.STOPPED,
-            }
-        ),
-        State.HANDED: MappingProxyType(
-            {Input.CONFIRMED: State.CONFIRMED, Input.NOT_NOW: State.HANDED, Input.FINAL: State.STOPPED}
-        ),
-        State.CONFIRMED: MappingProxyType({}),
-        State.STOPPED: MappingProxyType({}),
-    }
+    {state: MappingProxyType(row) for state, row in _ROWS.items()}
 )
-"""The table. `Input.KEYS` spends the token, `Input.PASSPHRASE` does not; a sync repeated as it was is `KEYS` again."""
+"""The table. `Input.KEYS` redeems the token, `Input.PASSPHRASE` does not; a sync that is repeated is `KEYS` again."""
 
 
 class Exchange:
@@ -97,11 +85,11 @@ class Exchange:
 
     @property
     def state(self) -> State:
-        """Where the VM stands now."""
+        """The current state."""
         return self._state
 
     def take(self, happened: Input) -> State:
-        """Go where the table says, and say where that is. Raises `LocalProtocolError`, changing nothing."""
+        """Move to the state that the table says, and return it. Raises `LocalProtocolError`, then changes nothing."""
         following = TRANSITIONS[self._state].get(happened)
         if following is None:
             raise LocalProtocolError(f"{happened.value!r} cannot happen to a VM in state {self._state.value}")
@@ -113,12 +101,12 @@ _OTHERS_TOKEN = (Code.HOTKEY_MISMATCH, Code.VM_NAME_MISMATCH)
 
 
 def failure(state: State, error: ChutesError) -> Input:
-    """Which input a failed step is: the one rule of what is final and what is tried again.
+    """Decide which input a failed step is: the one rule of which errors are final and which are tried again.
 
-    What a server answers with a 4xx other than 429 is final, but for a boot token or a quote nonce that it no longer
-    takes. Everything else may go better next time: 5xx, 429, no answer, an answer that is not the protocol, no quote.
+    A 4xx other than 429 is final, but for a boot token or a quote nonce that the server no longer accepts. Everything
+    else may succeed later: 5xx, 429, no answer, an answer that is not the protocol, no quote.
     """
     if not isinstance(error, Refusal) or isinstance(error, Unavailable):
-        return Input.NOT_NOW
+        return Input.RETRY_LATER
     gone = next((gone for gone in (Input.TOKEN_GONE, Input.NONCE_GONE) if gone in TRANSITIONS[state]), Input.FINAL)
     return gone if error.status == 401 and error.code not in _OTHERS_TOKEN else Input.FINAL

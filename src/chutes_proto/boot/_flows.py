@@ -1,4 +1,4 @@
-"""What a VM does, as flows: get a nonce, attest, receive the root passphrase, receive its volumes' passphrases.
+"""A VM's side of the exchange, as flows: nonce, attestation, root passphrase, keys of the volumes, confirmation.
 
 Rules kept here:
 
@@ -32,18 +32,12 @@ from chutes_proto.boot._exchange import Exchange, Input, State, failure
 from chutes_proto.boot._retry import begin, conceal
 from chutes_proto.boot._retry_policy import DEFAULT_RETRY, RetryPolicy
 from chutes_proto.effects import Flow, Log, MakeQuote, Send
-from chutes_proto.errors import (
-    LocalProtocolError,
-    QuoteUnavailable,
-    Refusal,
-    RemoteProtocolError,
-    TransportError,
-)
-from chutes_proto.log import Level, Record, Value
+from chutes_proto.errors import LocalProtocolError, QuoteUnavailable, Refusal, RemoteProtocolError, TransportError
+from chutes_proto.log import Level, Record
 from chutes_proto.secret import Secret
 from chutes_proto.wire import codec, vms
 from chutes_proto.wire.endpoint import Endpoint, Message, NonceAnswer
-from chutes_proto.wire.names import HEX_32, NAME_PATTERN, NAME_RULE, Name
+from chutes_proto.wire.names import NAME_PATTERN, NAME_RULE, Name, hex_32
 
 A = TypeVar("A", bound=Message)
 
@@ -55,7 +49,7 @@ _PRINTABLE = re.compile(r"[!-~]{1,128}")
 
 @frozen
 class BootSettings:
-    """Who boots: the hotkey that owns the VM, the VM's name, and the SHA-256 of its client key.
+    """The VM that boots: its owner's hotkey, its name, and the SHA-256 (32 bytes) of its client key.
 
     ``spki_sha256`` is over the DER SubjectPublicKeyInfo of the client certificate that the driver's connections
     present. With a ``signer`` the attestation also proves the hotkey. Raises `LocalProtocolError` for values that no
@@ -70,23 +64,23 @@ class BootSettings:
 
     def __attrs_post_init__(self) -> None:
         if not _PRINTABLE.fullmatch(self.miner_hotkey):
-            raise LocalProtocolError("a hotkey is an SS58 address")
+            raise LocalProtocolError(f"a hotkey is an SS58 address, not {self.miner_hotkey[:128]!r}")
         if not re.fullmatch(NAME_PATTERN, self.vm_name):
-            raise LocalProtocolError(f"a VM's name is {NAME_RULE}")
+            raise LocalProtocolError(f"a VM's name is {NAME_RULE}, not {self.vm_name[:128]!r}")
         if self.signer is not None:
             try:
                 _ = Hotkey.parse(self.miner_hotkey)
             except HotkeyError as exc:
                 raise LocalProtocolError(f"a signer needs a hotkey: {exc}") from None
         if len(self.spki_sha256) != hashlib.sha256().digest_size:
-            raise LocalProtocolError("the digest of the client key is 32 bytes")
+            raise LocalProtocolError(f"the digest of the client key is 32 bytes, not {len(self.spki_sha256)}")
 
 
 @frozen
 class BootGrant:
-    """What a verified boot is given. Exactly one of ``boot_token`` and ``luks_quote_nonce`` is there.
+    """The server's grant to a verified boot, with exactly one of ``boot_token`` and ``luks_quote_nonce``.
 
-    ``boot_token`` opens one sync within 600 s; ``luks_quote_nonce`` is for images with the two-phase exchange.
+    ``boot_token`` is valid for one sync within 600 seconds; ``luks_quote_nonce`` is that of the two-phase exchange.
     """
 
     miner_hotkey: str
@@ -194,14 +188,14 @@ class Rotation:
 
     def _check(self, volume: str) -> None:
         if volume not in self.report:
-            raise LocalProtocolError(f"{volume!r} is none of the volumes to confirm: {', '.join(self.report)}")
+            raise LocalProtocolError(f"{volume!r} is not among the volumes to confirm: {', '.join(self.report)}")
 
 
 # --- the whole exchange ---
 
 
 def boot(settings: BootSettings) -> Flow[BootGrant]:
-    """Attest until the server grants: nonce, quote, attestation, and all of it anew after a failure that may pass.
+    """Attest until the server grants: nonce, quote, attestation, and again from the start after a temporary failure.
 
     Raises `Refused` or `BadRequest` at the first final answer, and, when attempts or time are used up, the last of
     `Unavailable`, `TransportError`, `RemoteProtocolError`, `QuoteUnavailable`.
@@ -226,7 +220,7 @@ def boot_and_sync(
 ) -> Flow[tuple[BootGrant, VolumeKeys]]:
     """`boot` and `sync_volumes` in one, on one budget; begins with the sync where there is a ``grant``.
 
-    When the token has died before a sync was answered, a new boot begins. Raises as `boot` does.
+    When the token expires before a sync is answered, a new boot begins. Raises as `boot` does.
     """
     steps = {**_boot_steps(settings), State.TOKEN_HELD: _sync_step(volumes)}
     held: tuple[BootGrant, VolumeKeys] = yield from _reach({Input.KEYS}, steps, settings.retry, grant)
@@ -262,14 +256,10 @@ def receive_keys(
 
     Arguments and errors are theirs.
     """
-    steps = {
-        **_boot_steps(settings),
-        State.TOKEN_HELD: _sync_step(volumes),
-        **_attest_steps(settings, volumes),
-    }
-    received: tuple[BootGrant, VolumeKeys] | Rotation = yield from _reach(
-        {Input.KEYS, Input.PAIRS}, steps, settings.retry, grant
-    )
+    sync = {State.TOKEN_HELD: _sync_step(volumes)}
+    steps = {**_boot_steps(settings), **sync, **_attest_steps(settings, volumes)}
+    goals = {Input.KEYS, Input.PAIRS}
+    received: tuple[BootGrant, VolumeKeys] | Rotation = yield from _reach(goals, steps, settings.retry, grant)
     return received
 
 
@@ -296,9 +286,7 @@ def fetch_nonce(settings: BootSettings) -> Flow[bytes]:
     """Fetch a boot nonce of 32 bytes, bound to the settings' hotkey. Raises `Refusal`, `TransportError`."""
     request = vms.BootNonceRequest(miner_hotkey=settings.miner_hotkey)
     answer = yield from _ask(vms.BOOT_NONCE, request, NonceAnswer)
-    if not HEX_32.fullmatch(answer.nonce):
-        raise RemoteProtocolError("the server's nonce is not 64 lowercase hex digits")
-    return bytes.fromhex(answer.nonce)
+    return bytes.fromhex(hex_32(answer.nonce, "nonce"))
 
 
 def make_quote(settings: BootSettings, nonce: bytes) -> Flow[bytes]:
@@ -307,7 +295,7 @@ def make_quote(settings: BootSettings, nonce: bytes) -> Flow[bytes]:
 
 
 def attest_boot(settings: BootSettings, nonce: bytes, quote: bytes) -> Flow[BootGrant]:
-    """Hand the quote in and receive the grant; the nonce is consumed if, and only if, the server grants.
+    """Send the quote and receive the grant; the nonce is consumed if, and only if, the server grants.
 
     Raises `Refusal`, `TransportError`, and `RemoteProtocolError` for an answer that is not a whole grant.
     """
@@ -323,11 +311,10 @@ def attest_boot(settings: BootSettings, nonce: bytes, quote: bytes) -> Flow[Boot
     if (answer.boot_token is None) == (answer.luks_quote_nonce is None):
         raise RemoteProtocolError("the server's grant has both a boot token and a quote nonce, or neither")
     for opener in (answer.boot_token, answer.luks_quote_nonce):
-        if opener is not None and not HEX_32.fullmatch(opener.reveal().decode("ascii")):
-            raise RemoteProtocolError("the server's boot token or quote nonce is not 64 lowercase hex digits")
+        if opener is not None:
+            _ = hex_32(opener.reveal().decode("ascii"), "boot token or quote nonce")
     grant = BootGrant(settings.miner_hotkey, settings.vm_name, answer.key, answer.boot_token, answer.luks_quote_nonce)
-    fields: dict[str, Value] = {"hotkey": grant.miner_hotkey, "vm_name": grant.vm_name}
-    yield from Log(Record(Level.INFO, "grant_received", fields))
+    yield from Log(Record.of(Level.INFO, "grant_received", hotkey=grant.miner_hotkey, vm_name=grant.vm_name))
     return grant
 
 
@@ -336,7 +323,7 @@ def attest_boot(settings: BootSettings, nonce: bytes, quote: bytes) -> Flow[Boot
 
 @frozen
 class _Step:
-    """What is done in a state: ``take`` makes of what this state holds what the next one holds."""
+    """The step taken in a state: ``take`` makes the value of the next state from that of this one."""
 
     name: str
     done: Input
@@ -390,22 +377,15 @@ def _sync_step(volumes: Volumes) -> _Step:
         )
         answer = yield from _ask(vms.VOLUME_SYNC, request, vms.VolumeSyncAnswer)
         passphrases = dict(answer.passphrases)
-        if {*passphrases} != {*asked} or not {*answer.in_use} <= {*asked}:
-            raise RemoteProtocolError(f"the server's answer is not about exactly the volumes {', '.join(asked)}")
-        keys = VolumeKeys(
-            tuple(
-                VolumeKey(
-                    volume=name,
-                    passphrase=passphrases[name],
-                    is_formatted=volumes[name],
-                    is_in_use=name in answer.in_use,
-                )
-                for name in asked
+        _check_answered(asked, passphrases, answer.in_use)
+        keys = tuple(
+            VolumeKey(
+                volume=name, passphrase=passphrases[name], is_formatted=volumes[name], is_in_use=name in answer.in_use
             )
+            for name in asked
         )
-        fields: dict[str, Value] = {"volumes": list(asked), "in_use": sorted(answer.in_use)}
-        yield from Log(Record(Level.INFO, "volumes_received", fields))
-        return grant, keys
+        yield from Log(Record.of(Level.INFO, "volumes_received", volumes=list(asked), in_use=sorted(answer.in_use)))
+        return grant, VolumeKeys(keys)
 
     return _Step("sync", Input.KEYS, sync)
 
@@ -428,10 +408,8 @@ def _attest_steps(settings: BootSettings, volumes: Volumes) -> dict[State, _Step
             formatted=formatted,
         )
         answer = yield from _ask(vms.VOLUME_ATTESTATION, request, vms.VolumeAttestationAnswer)
-        if {*answer.volumes} != {*asked} or not {*answer.in_use} <= {*asked}:
-            raise RemoteProtocolError(f"the server's answer is not about exactly the volumes {', '.join(asked)}")
-        if not HEX_32.fullmatch(answer.confirm_nonce.reveal().decode("ascii")):
-            raise RemoteProtocolError("the server's confirm nonce is not 64 lowercase hex digits")
+        _check_answered(asked, answer.volumes, answer.in_use)
+        _ = hex_32(answer.confirm_nonce.reveal().decode("ascii"), "confirm nonce")
         pairs = {
             name: KeyPair(
                 current=answer.volumes[name].current,
@@ -441,8 +419,7 @@ def _attest_steps(settings: BootSettings, volumes: Volumes) -> dict[State, _Step
             )
             for name in asked
         }
-        fields: dict[str, Value] = {"volumes": list(asked), "in_use": sorted(answer.in_use)}
-        yield from Log(Record(Level.INFO, "keys_received", fields))
+        yield from Log(Record.of(Level.INFO, "keys_received", volumes=list(asked), in_use=sorted(answer.in_use)))
         return Rotation(pairs, answer.k3s_encryption_key, grant, answer.confirm_nonce)
 
     return {
@@ -460,16 +437,19 @@ def _confirm_step() -> _Step:
             volumes={name: vms.VolumeConfirmation(rotated=added) for name, added in rotation.report.items()},
         )
         answer = yield from _ask(vms.VOLUME_CONFIRMATION, request, vms.VolumeConfirmationAnswer)
-        if {*answer.volumes} != {*rotation.report}:
-            raise RemoteProtocolError(
-                f"the server's answer is not about exactly the volumes {', '.join(rotation.report)}"
-            )
+        _check_answered(rotation.report, answer.volumes)
         results = {name: part.result for name, part in answer.volumes.items()}
-        fields: dict[str, Value] = {"volumes": [f"{name}: {result}" for name, result in results.items()]}
-        yield from Log(Record(Level.INFO, "rotation_confirmed", fields))
+        lines = [f"{name}: {result}" for name, result in results.items()]
+        yield from Log(Record.of(Level.INFO, "rotation_confirmed", volumes=lines))
         return results
 
     return _Step("confirmation", Input.CONFIRMED, confirm)
+
+
+def _check_answered(asked: Iterable[str], answered: Iterable[str], in_use: Iterable[str] = ()) -> None:
+    """Check that an answer is about exactly the volumes that were asked for. Raises `RemoteProtocolError`."""
+    if {*answered} != {*asked} or not {*in_use} <= {*asked}:
+        raise RemoteProtocolError(f"the server's answer is not about exactly the volumes {', '.join(asked)}")
 
 
 def _read_step() -> _Step:
@@ -493,9 +473,9 @@ def _reach(
     held: Any = None,
     begun: State | None = None,
 ) -> Flow[Any]:
-    """Take step after step, as the exchange table says, until one of ``goals`` has happened; reply with its outcome.
+    """Take the steps of the exchange table until one of ``goals`` has happened; return its outcome.
 
-    ``held`` is what is there already, a grant or what the state ``begun`` holds.
+    ``held`` is the value to begin with: a grant, or that of the state ``begun``.
     """
     exchange = Exchange(begun or (State.START if held is None else _granted(held)[1]))
     if exchange.state not in steps:
@@ -524,31 +504,31 @@ def _reach(
             yield from budget.give_up(step.name, error)
         yield from budget.pause(step.name, error)
         if exchange.state is not before:
-            held = None  # a new attempt owes nothing to the one that failed
+            held = None  # a new attempt uses nothing of the one that failed
 
 
 def _ask(endpoint: Endpoint, message: Message, kind: type[A]) -> Flow[A]:
-    """One request and its answer, which the endpoint table says is a ``kind``."""
+    """Send one request and decode its answer, which the endpoint table says is a ``kind``."""
     response = yield from Send(codec.encode_request(endpoint, message))
     return cast("A", codec.decode_answer(endpoint, response))
 
 
 def _signed(message: vms.BootAttestationRequest, nonce: bytes, signer: Signer) -> vms.BootAttestationRequest:
-    """The same message with the proof of its hotkey; the headers are not part of the body that is signed."""
+    """Sign a message with its hotkey; the headers are not part of the body that is signed."""
     body = codec.encode_request(vms.BOOT_ATTESTATION, message).body
     signature = signer(body_message(Hotkey.parse(message.miner_hotkey), nonce.hex(), body))
     return attrs.evolve(message, hotkey=message.miner_hotkey, signature=signature.hex())
 
 
 def _granted(grant: BootGrant) -> tuple[Input, State]:
-    """What a grant is to the exchange, and where it leads."""
+    """The input that a grant is, and the state that it leads to."""
     if grant.boot_token is None:
         return Input.TWO_PHASE_GRANT, State.QUOTE_NONCE_HELD
     return Input.GRANT, State.TOKEN_HELD
 
 
 def _opener(held: Any) -> Secret | None:
-    """The nonce or token that the request of a state carries, which no error's text may repeat."""
+    """The nonce or token that the request of a state carries; no error's text may repeat it."""
     if isinstance(held, Rotation):
         return held.confirm_nonce
     grant = cast("object", held[0] if isinstance(held, tuple) else held)
@@ -569,5 +549,7 @@ def _quote_nonce(grant: BootGrant) -> str:
 
 def _other_exchange(grant: BootGrant) -> LocalProtocolError:
     if grant.boot_token is None:
-        return LocalProtocolError("this boot was granted the two-phase exchange, which has no boot token: rotate")
-    return LocalProtocolError("this boot was granted the base exchange, which hands out no next keys: sync")
+        return LocalProtocolError(
+            "this boot was granted the two-phase exchange, which has no boot token: rotate the keys"
+        )
+    return LocalProtocolError("this boot was granted the base exchange, which has no next keys: sync")

@@ -1,12 +1,12 @@
-"""What an agent in the initramfs leaves to one in the booted system: enough to ask for the volumes' keys, and no key.
+"""The key hand-off from the agent in the initramfs to the one in the booted system: a grant, but no disk key.
 
 Rules kept here:
 
-* no passphrase is in it. The boot token, or the quote nonce, and the throw-away client key are: the two-phase exchange
-  takes a quote nonce only together with the attested key, and a lost answer is given again only to its certificate.
-  They are worth something for `LIFE` seconds, at one VM's name, and end with the boot that made them;
-* it counts in the boot that wrote it, on the clock of `Uptime`, which steps over a correction of the wall clock;
-* it says nothing that the settings decide: a server that they do not name is not asked.
+* it holds no passphrase. It holds the boot token, or the quote nonce, and the ephemeral client key: the two-phase
+  exchange accepts a quote nonce only with the attested key, and a lost answer is repeated only to its certificate.
+  They are valid for `LIFE` seconds, for one VM's name, and end with the boot that made them;
+* it is valid in the boot that wrote it, on the clock of `Uptime`, which no correction of the wall clock changes;
+* it decides nothing that the settings decide: no request goes to a server that they do not name.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _FORMAT: Final = 1
 
 
 @frozen
-class Handover:
-    """A grant on its way: where and when it was given, in which boot of the machine, and the key it is bound to.
+class Handoff:
+    """A grant on its way: its server and time, the boot of the machine, and the client key that it is bound to.
 
     ``granted`` is on the clock of `Uptime`; ``boot_id`` is the kernel's. The grant that comes out has an empty root
     passphrase.
@@ -45,7 +45,7 @@ class Handover:
     identity: ClientIdentity
 
     def encode(self) -> Secret:
-        """The bytes of the file."""
+        """Encode as the bytes of the file."""
         grant, identity = self.grant, self.identity
         members: dict[str, object] = {
             "format": _FORMAT,
@@ -63,23 +63,23 @@ class Handover:
         return Secret(json.encode(members) + b"\n")
 
     @classmethod
-    def decode(cls, data: bytes, settings: AgentSettings, *, boot_id: str, uptime: float) -> Handover:
-        """What ``data`` says, for use now. Raises `HandoverRejected`, whose text repeats nothing of it."""
+    def decode(cls, data: bytes, settings: AgentSettings, *, boot_id: str, uptime: float) -> Handoff:
+        """Decode and check ``data`` for use now. Raises `HandoverRejected`, whose text repeats nothing of it."""
         try:
             members = json.decode(data)
         except json.JsonError:
             members = None
-        handover = _read(cast("dict[str, object]", members) if isinstance(members, dict) else {})
-        if handover is None or handover.encode() != Secret(data):
-            raise HandoverRejected("not what `agent run` of this version leaves; boot again")
-        if handover.boot_id != boot_id or not 0 <= uptime - handover.granted < LIFE:
+        handoff = _read(cast("dict[str, object]", members) if isinstance(members, dict) else {})
+        if handoff is None or handoff.encode() != Secret(data):
+            raise HandoverRejected("not a file of `agent run` of this version; boot again")
+        if handoff.boot_id != boot_id or not 0 <= uptime - handoff.granted < LIFE:
             raise HandoverRejected(f"left by another boot, or more than {LIFE} s ago; boot again")
-        if handover.server not in settings.servers:
+        if handoff.server not in settings.servers:
             raise HandoverRejected("left by a boot at a server that the settings do not name; boot again")
-        return handover
+        return handoff
 
 
-def _read(members: dict[str, object]) -> Handover | None:
+def _read(members: dict[str, object]) -> Handoff | None:
     match members:
         case {
             "server": str(server),
@@ -95,7 +95,7 @@ def _read(members: dict[str, object]) -> Handover | None:
         } if (token is None) != (nonce is None) and all(map(HEX_32.fullmatch, (token or nonce or "", digest))):
             grant = BootGrant(hotkey, vm_name, Secret(b""), _secret(token), _secret(nonce))
             identity = ClientIdentity(certificate.encode(), Secret(key.encode()), bytes.fromhex(digest))
-            return Handover(server, granted, boot_id, grant, identity)
+            return Handoff(server, granted, boot_id, grant, identity)
         case _:
             return None
 

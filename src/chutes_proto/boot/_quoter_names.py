@@ -1,6 +1,6 @@
-"""How a text names a quoter: for settings and command lines, checked before a machine is there that could quote.
+"""Names of quoters in settings and on command lines, checked without a machine that could quote.
 
-`chutes_proto.io.quoters.choose` makes what is named, and says what each kind is.
+`chutes_proto.io.quoters.choose` makes the quoters, and describes each kind.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from chutes_proto.errors import ConfigurationError
 from chutes_proto.wire.origin import check_socket_path
 
 COMMAND: Final = "command:"
-"""What stands before a program and its arguments."""
+"""The prefix of a program and its arguments."""
 
 _ADDRESS = re.compile(r"([0-9]{1,10}):([0-9]{1,10})")
 _FOLLOWED: Final = {
@@ -26,9 +26,9 @@ _FOLLOWED: Final = {
 
 
 def parse_quoter(text: str) -> tuple[str, str]:
-    """The kind of quoter, and what follows its colon; a text that begins with no kind's name is a ``command``.
+    """Split into the kind of quoter and the text after its colon; without a kind it is a ``command``.
 
-    Raises `ConfigurationError` where something else has to follow.
+    Raises `ConfigurationError` where the kind needs another text.
     """
     kind, colon, rest = text.partition(":")
     if kind not in _FOLLOWED:
@@ -50,20 +50,20 @@ def _is_address(text: str) -> bool:
 
 
 def cut_command(line: str) -> list[str]:
-    """A program and its arguments, cut as a shell would. Raises `ConfigurationError`, for a caller to say of what."""
+    """Cut a program and its arguments as a shell would. Raises `ConfigurationError`; the caller adds the key."""
     import shlex
 
     try:
         words = shlex.split(line)
     except ValueError as exc:
-        raise ConfigurationError(f"it cannot be cut into arguments: {exc}") from None
+        raise ConfigurationError(f"it cannot be split into arguments: {exc}") from None
     return check_command(words)
 
 
 def check_command(words: Sequence[str]) -> list[str]:
-    """The words, if they are a program and its arguments. Raises `ConfigurationError`, for a caller to say of what."""
+    """Check that the words are a program and its arguments. Raises `ConfigurationError`; the caller adds the key."""
     if not words or not words[0]:
         raise ConfigurationError("it names no program")
     if any("\0" in word for word in words):
-        raise ConfigurationError("it has a NUL")
+        raise ConfigurationError("it contains a NUL")
     return list(words)

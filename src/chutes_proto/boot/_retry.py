@@ -1,12 +1,12 @@
-"""When to try again: the budget of one exchange, which spends a policy's.
+"""Decide when to try again: the budget of one exchange, under a retry policy.
 
 Rules kept here:
 
 * a ``Retry-After`` is the least wait, never a longer deadline;
 * no attempt begins after the deadline: where the wait would reach beyond it, the last error is raised at once;
 * of several servers, which share one store, the next is asked after every failure that may pass, but for a quote that
-  this machine could not make. The exchange table says what is asked there: a new nonce, or the same bytes again. What
-  one server asks to wait is nothing to another, until all were asked.
+  this machine could not make. The exchange table says what is asked there: a new nonce, or the same bytes again. The
+  ``Retry-After`` of one server does not delay the others, until all were asked.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Budget:
         self._failures = 0
 
     def announce(self, step: str) -> Flow[None]:
-        """Tell the operator which step begins, in which attempt, and how long the exchange may still take."""
-        yield from Log(Record(Level.INFO, f"{self._what}_step", self._told(step, (yield from self._left()))))
+        """Log which step begins, in which attempt, and how long the exchange may still take."""
+        yield from Log(Record(Level.INFO, f"{self._what}_step", self._progress(step, (yield from self._left()))))
 
     def pause(self, step: str, error: ChutesError) -> Flow[None]:
         """Wait before the next attempt. Raises ``error`` where the policy allows none."""
@@ -45,7 +45,7 @@ class Budget:
         delay = self._policy.delay(self._failures + 1, jitter, self._asked(error))
         if self._failures + 1 >= self._policy.attempts or delay >= left:
             yield from self.give_up(step, error)
-        fields = {**self._told(step, left), "wait": round(delay, 1), **described(error)}
+        fields = {**self._progress(step, left), "wait": round(delay, 1), **described(error)}
         if self._policy.servers > 1 and not isinstance(error, QuoteUnavailable):
             fields["next_server"] = yield from NextServer()
         yield from Log(Record(Level.WARNING, f"{self._what}_delayed", fields))
@@ -53,13 +53,13 @@ class Budget:
         self._failures += 1
 
     def give_up(self, step: str, error: ChutesError) -> Flow[NoReturn]:
-        """Tell the operator why the exchange ends, and raise ``error``."""
-        fields = {**self._told(step, (yield from self._left())), **described(error)}
+        """Log why the exchange ends, and raise ``error``."""
+        fields = {**self._progress(step, (yield from self._left())), **described(error)}
         yield from Log(Record(Level.ERROR, f"{self._what}_stopped", fields))
         raise error
 
     def _asked(self, error: ChutesError) -> float:
-        """The wait that a ``Retry-After`` makes: with several servers, once all were asked, and no longer than any."""
+        """The wait of a ``Retry-After``, in seconds: with several servers, once all were asked, and `cap` at most."""
         asked = error.retry_after if isinstance(error, Unavailable) else 0
         if self._policy.servers == 1:
             return asked
@@ -68,18 +68,18 @@ class Budget:
     def _left(self) -> Flow[float]:
         return self._policy.deadline - ((yield from Uptime()) - self._started)
 
-    def _told(self, step: str, left: float) -> dict[str, Value]:
+    def _progress(self, step: str, left: float) -> dict[str, Value]:
         attempt = f"{self._failures + 1}/{self._policy.attempts}"
         return {"step": step, "attempt": attempt, "seconds_left": round(max(left, 0.0), 1)}
 
 
 def begin(policy: RetryPolicy, what: str = "boot") -> Flow[Budget]:
-    """A budget that runs from now on."""
+    """Make a budget that runs from now on."""
     return Budget(policy, (yield from Uptime()) if policy.started is None else policy.started, what)
 
 
 def conceal(error: ChutesError, secret: Secret) -> None:
-    """Take ``secret``, which the peer may have repeated, out of all that an error says."""
+    """Remove ``secret``, which the peer may have repeated, from an error's text and attributes."""
     pattern = re.compile(re.escape(secret.reveal().decode("ascii")), re.IGNORECASE)
 
     def without(value: object) -> object:
@@ -102,7 +102,7 @@ def conceal(error: ChutesError, secret: Secret) -> None:
 
 
 def described(error: ChutesError) -> dict[str, Value]:
-    """An error as fields of a log record: what the peer said cut short."""
+    """Describe an error as fields of a log record, with the peer's texts cut short."""
     texts = {"error": type(error).__name__, "reason": str(error)}
     if isinstance(error, Refusal):
         texts = {"reason": error.reason, "code": str(error.code), "request_id": error.request_id or ""}

@@ -6,25 +6,15 @@ from collections.abc import Mapping
 
 from attrs import define
 
-from chutes_proto.boot._flows import (
-    BootGrant,
-    BootSettings,
-    Rotation,
-    VolumeKeys,
-    Volumes,
-    attest_volumes,
-    boot,
-    boot_and_sync,
-    confirm_volumes,
-    read_cache_passphrase,
-)
+from chutes_proto.boot import _flows as flows
+from chutes_proto.boot._flows import BootGrant, BootSettings, Rotation, VolumeKeys, Volumes
 from chutes_proto.effects import Flow
 from chutes_proto.secret import Secret
 
 
 @define
 class BootSession:
-    """A client's state between its steps: the grant of the last boot, which the next step uses where it can.
+    """A client's state between its steps: the grant of the last boot, which the next step uses if it is valid.
 
     The flows raise as `boot` does.
     """
@@ -34,24 +24,24 @@ class BootSession:
 
     def boot(self) -> Flow[BootGrant]:
         """Attest until the server grants."""
-        self.grant = yield from boot(self.settings)
+        self.grant = yield from flows.boot(self.settings)
         return self.grant
 
     def sync(self, volumes: Volumes) -> Flow[VolumeKeys]:
-        """Get the keys of ``volumes``; boots first where there is no grant, or where its token has expired."""
-        self.grant, keys = yield from boot_and_sync(self.settings, volumes, grant=self.grant)
+        """Get the keys of ``volumes``; boots first without a grant, or where its token has expired."""
+        self.grant, keys = yield from flows.boot_and_sync(self.settings, volumes, grant=self.grant)
         return keys
 
     def begin_rotation(self, volumes: Volumes) -> Flow[Rotation]:
         """Get the current and next keys of ``volumes``. A grant serves one rotation."""
         grant, self.grant = self.grant, None
-        return (yield from attest_volumes(self.settings, volumes, grant=grant))
+        return (yield from flows.attest_volumes(self.settings, volumes, grant=grant))
 
     def confirm(self, rotation: Rotation) -> Flow[Mapping[str, str]]:
         """Send the server the caller's report."""
-        return (yield from confirm_volumes(rotation, retry=self.settings.retry))
+        return (yield from flows.confirm_volumes(rotation, retry=self.settings.retry))
 
     def cache_passphrase(self) -> Flow[Secret]:
-        """Read the passphrase of the server's first volume; boots first where there is no grant."""
+        """Read the passphrase of the server's first volume; boots first without a grant."""
         grant = self.grant or (yield from self.boot())
-        return (yield from read_cache_passphrase(grant, retry=self.settings.retry))
+        return (yield from flows.read_cache_passphrase(grant, retry=self.settings.retry))

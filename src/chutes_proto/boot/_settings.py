@@ -1,11 +1,11 @@
-"""The boot agent's settings: TOML in, values out; and who the VM is, which a config volume may say.
+"""The boot agent's settings in TOML, and the VM's identity, which a config volume may provide.
 
 Rules kept here:
 
 * the file is measured with the image, and alone decides on servers, certificates, quoter, disks and what follows a
   failure; an unknown key is an error;
-* a config volume is the host's, and lies: it says at most who the VM claims to be and what signs for it, in files of
-  bounded size whose content is checked before use; what the settings say themselves is not asked of it;
+* a config volume is the host's, and untrusted: it provides at most the identity that the VM claims and the seed that
+  signs, in files of bounded size whose content is checked before use; it does not override the settings;
 * nothing here reads a file; no error repeats what is in one.
 """
 
@@ -18,7 +18,7 @@ from typing import Final, Literal, TypeAlias, cast
 from attrs import evolve, field, frozen
 
 from chutes_proto._converter import ProblemsError, StrictConverter
-from chutes_proto.auth.hotkey import Hotkey, HotkeyError
+from chutes_proto.auth.hotkey import SEED_TEXT, Hotkey, HotkeyError
 from chutes_proto.boot._quoter_names import COMMAND, cut_command, parse_quoter
 from chutes_proto.boot._retry_policy import RetryPolicy
 from chutes_proto.errors import ConfigurationError, LocalProtocolError
@@ -38,7 +38,7 @@ Place: TypeAlias = Literal["run", "resume"]
 CONFIG_VOLUME_SIGNER: Final = "config-volume"
 _PLACE = re.compile(r"/[^\0]*")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}")
-_SEED = re.compile(r"(?:0x)?[0-9a-fA-F]{64}")
+
 ROOT: Final = "root"
 """The root disk's name among the volumes; no volume has it."""
 
@@ -78,11 +78,11 @@ class VolumeDisk:
 
 @frozen
 class RetryOptions:
-    """How often, and for how long in all; the waits between as `RetryPolicy` has them.
+    """The retries of the agent; the waits between them are those of `RetryPolicy`.
 
-    ``deadline_seconds`` count from the agent's start. Waits, requests, quotes and signatures end with them, but what
-    begins near the end, or after it, has a few seconds. What has begun on a disk is brought to its end: no program is
-    killed under a format or a change of keys before it has had the time that those take.
+    ``deadline_seconds`` count from the agent's start. Waits, requests, quotes and signatures end with them, but those
+    that begin near the end, or after it, have a few seconds. Work on a disk is completed: no program is killed during a
+    format or a change of keys before it has had the time that those take.
     """
 
     attempts: int = 30
@@ -93,10 +93,10 @@ class RetryOptions:
 
 @frozen
 class StateOptions:
-    """Files for what comes after the agent, on a file system in memory unless ``on_disk`` permits another.
+    """Files for programs that run after the agent, on a file system in memory unless ``on_disk`` permits another.
 
-    ``file`` is what ``run`` leaves to ``resume``. The two-phase exchange hands out a key that no disk needs, 32 bytes
-    in base64, the same at every boot; it is written to ``k3s_key_file`` if that is named.
+    ``file`` is the key hand-off from ``run`` to ``resume``. The two-phase exchange also provides a key that no disk
+    needs, 32 bytes in base64, the same at every boot; it is written to ``k3s_key_file`` if that is named.
     """
 
     file: str = "/run/chutes-proto/boot.json"
@@ -106,7 +106,7 @@ class StateOptions:
 
 @frozen
 class FailureOptions:
-    """What follows a boot that failed, after a wait for who reads the console; the rest is the commands for it."""
+    """The action after a failed boot, the wait before it, in which the console can be read, and its commands."""
 
     action: Action = "exit"
     wait_seconds: float = 30.0
@@ -116,13 +116,13 @@ class FailureOptions:
 
     @property
     def command(self) -> tuple[str, ...]:
-        """The command of the action; none to exit."""
+        """The command of the action; empty for exit."""
         return {"exit": (), "reboot": self.reboot, "poweroff": self.poweroff, "shell": self.shell}[self.action]
 
 
 @frozen
 class AgentSettings:
-    """One settings file, checked as far as one can without looking at the machine.
+    """One settings file, checked as far as possible without the machine.
 
     ``servers`` are origins of servers that share one store. ``volumes_at`` says which command opens the volumes: with
     "resume", ``run`` opens the root disk only. ``disk_wait_seconds`` is how long disks may take to appear.
@@ -145,7 +145,7 @@ class AgentSettings:
 
     @property
     def policy(self) -> RetryPolicy:
-        """The `retry` options for that many servers. Raises `LocalProtocolError`."""
+        """The `retry` options as a policy for all servers. Raises `LocalProtocolError`."""
         options = self.retry
         return RetryPolicy(
             attempts=options.attempts,
@@ -168,7 +168,7 @@ class AgentSettings:
 
     @property
     def asked(self) -> tuple[str, ...]:
-        """The names of the files that the config volume is asked for."""
+        """The names of the files that are read from the config volume."""
         volume = self.config_volume
         return tuple(
             name
@@ -182,7 +182,7 @@ class AgentSettings:
 
     @classmethod
     def from_toml(cls, data: bytes) -> AgentSettings:
-        """The settings in ``data``. Raises `ConfigurationError`, which lists all that is wrong."""
+        """Read the settings from ``data``. Raises `ConfigurationError`, which lists all problems."""
         try:
             settings = _CONVERTER.from_toml(data, cls, _problems)
         except ProblemsError as exc:
@@ -290,12 +290,12 @@ def _disk_problems(settings: AgentSettings) -> list[str]:
     return found + [f"volumes: a {kind} is given twice" for kind in twice]
 
 
-# --- who the VM is ---
+# --- the VM's identity ---
 
 
 @frozen
 class VmIdentity:
-    """Who the VM claims to be: nothing of it is trusted, the server decides. ``seed`` is what signs, if it came."""
+    """The identity that the VM claims: untrusted, the server decides. ``seed`` is the hotkey's, if it was provided."""
 
     vm_name: str
     hotkey: Hotkey
@@ -303,7 +303,7 @@ class VmIdentity:
 
 
 def vm_identity(settings: AgentSettings, files: Mapping[str, bytes]) -> VmIdentity:
-    """From the settings and the files (`AgentSettings.asked`) of the config volume.
+    """Find the VM's identity in the settings and the files (`AgentSettings.asked`) of the config volume.
 
     Raises `ConfigurationError`, which names the file and repeats nothing of it.
     """
@@ -323,13 +323,13 @@ def vm_identity(settings: AgentSettings, files: Mapping[str, bytes]) -> VmIdenti
     if settings.signer != CONFIG_VOLUME_SIGNER:
         return VmIdentity(name, hotkey)
     seed = seed or _text(volume.seed, files)
-    if not _SEED.fullmatch(seed):
+    if not SEED_TEXT.fullmatch(seed):
         raise _wrong(volume.seed, "a seed is 32 bytes in hex")
     return VmIdentity(name, hotkey, Secret(bytes.fromhex(seed.removeprefix("0x"))))
 
 
 def _hotkey(text: str) -> tuple[str, str | None]:
-    """Address and seed; a text that is no wallet's JSON is an address."""
+    """Return address and seed; a text that is not a wallet's JSON is an address."""
     if not text.startswith("{"):
         return text, None
     try:
@@ -344,13 +344,13 @@ def _hotkey(text: str) -> tuple[str, str | None]:
 def _text(name: str, files: Mapping[str, bytes]) -> str:
     data = files.get(name)
     if data is None:
-        raise _wrong(name, "it is not there")
+        raise _wrong(name, "the file is missing")
     if len(data) > MAX_CONFIG_FILE:
-        raise _wrong(name, f"it has more than {MAX_CONFIG_FILE} bytes")
+        raise _wrong(name, f"the file has more than {MAX_CONFIG_FILE} bytes")
     try:
         return data.decode("ascii").strip("\r\n\t ")
     except UnicodeDecodeError:
-        raise _wrong(name, "it is not ASCII text") from None
+        raise _wrong(name, "the file is not ASCII text") from None
 
 
 def _wrong(name: str, what: str) -> ConfigurationError:

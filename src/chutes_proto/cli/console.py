@@ -1,4 +1,4 @@
-"""What every command shares: how it speaks and how its options are read.
+"""Lines on standard output and standard error, and the types of options that several commands share.
 
 Rules kept here:
 
@@ -8,17 +8,12 @@ Rules kept here:
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
 import sys
-import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
-
-if TYPE_CHECKING:
-    from chutes_proto.errors import Refusal
+from typing import Any
 
 GRANTED, REFUSED, USAGE, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
 """Exit codes. The last two are what a shell makes of a program that died of SIGINT and of SIGPIPE."""
@@ -29,20 +24,11 @@ _RFC3339 = re.compile(
     r"([T ][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]+)?(Z|[+-][0-9]{2}:[0-9]{2})?)?"
 )
 _LAST = 253_402_300_799  # 9999-12-31T23:59:59Z
-_WHOLE: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
 
 
-class Subparsers(Protocol):
-    """Where a command adds its parser."""
-
-    def add_parser(self, name: str, **kwargs: Any) -> argparse.ArgumentParser: ...
-
-
-class Help(argparse.RawDescriptionHelpFormatter):
-    """As wide as the terminal. argparse asks `shutil` for that at each option, which imports every compressor."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, width=_columns() - 2)
+def help_width() -> int:
+    """As wide as the terminal, but no wider than lines are read with ease."""
+    return min(_columns() - 2, 100)
 
 
 def _columns() -> int:
@@ -50,26 +36,6 @@ def _columns() -> int:
         return int(os.environ.get("COLUMNS", "0")) or os.get_terminal_size().columns or _COLUMNS
     except (ValueError, OSError):
         return _COLUMNS
-
-
-def command(
-    subparsers: Subparsers, name: str, summary: str, description: str, examples: str
-) -> argparse.ArgumentParser:
-    """A parser for one command, whose help ends with ``examples``."""
-    return subparsers.add_parser(
-        name,
-        help=summary,
-        description=filled(description),
-        epilog="examples:\n" + textwrap.indent(textwrap.dedent(examples).strip(), "  "),
-        formatter_class=Help,
-        allow_abbrev=False,
-    )
-
-
-def filled(text: str) -> str:
-    """The paragraphs of ``text``, as wide as the help; one with indented lines keeps its own."""
-    paragraphs = textwrap.dedent(text).strip().split("\n\n")
-    return "\n\n".join(one if "\n " in one else textwrap.fill(one, _columns() - 2, **_WHOLE) for one in paragraphs)
 
 
 def clean(text: str) -> str:
@@ -114,6 +80,28 @@ def tell(text: str) -> None:
     print(clean(text), file=sys.stderr, flush=True)
 
 
+def tell_lines(text: str) -> None:
+    """A text of several lines beside the result."""
+    for line in text.splitlines():
+        tell(line)
+
+
+def complain(text: str, help_of: str = "") -> None:
+    """An error, "what failed: why; what to do": one line in a log, and one for each part on a terminal.
+
+    An error that does not say what to do refers a terminal to the help of the command ``help_of``.
+    """
+    if not sys.stderr.isatty():
+        tell(f"chutes-proto: {text}")
+        return
+    problem, semicolon, remedy = text.rpartition("; ")
+    what, colon, why = (problem if semicolon else text).partition(": ")
+    remedy = remedy if semicolon else f"see {help_of} --help" if help_of else ""
+    tell(f"chutes-proto: {what}{colon.strip()}")
+    for line in filter(None, (why, remedy)):
+        tell(f"  {line}")
+
+
 def say_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Lines for people, in columns."""
     table = [list(heads), *([clean(cell) for cell in row] for row in rows)]
@@ -122,32 +110,13 @@ def say_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def refused(options: argparse.Namespace, refusal: Refusal) -> int:
-    """Say that the server refused, and why; the result is the exit code."""
-    if options.json:
-        say_json(
-            {
-                "granted": False,
-                "status": refusal.status,
-                "code": str(refusal.code),
-                "detail": refusal.detail,
-                "request_id": refusal.request_id,
-            }
-        )
-    else:
-        say(f"refused: {refusal}")
-        if refusal.request_id:
-            say(f"the server's log has the reason under request {refusal.request_id}")
-    return REFUSED
-
-
 # --- types of options ---
 
 
 def report_data(text: str) -> bytes:
     """64 bytes in hex, in either case."""
     if not re.fullmatch(r"[0-9a-fA-F]{128}", text):
-        raise argparse.ArgumentTypeError("report data is 64 bytes, so 128 hex digits")
+        raise ValueError("report data is 64 bytes, so 128 hex digits")
     return bytes.fromhex(text)
 
 
@@ -166,32 +135,8 @@ def moment(text: str) -> int:
     except ValueError:
         seconds = -1
     if not 0 <= seconds <= _LAST:
-        raise argparse.ArgumentTypeError(
+        raise ValueError(
             "a time is a date or a time of RFC 3339, or whole unix seconds,"
             " for example 2026-05-28, 2026-05-28T20:26:40Z or 1780000000"
         )
     return seconds
-
-
-def add(parser: argparse.ArgumentParser, *names: str, **settings: Any) -> None:
-    """`argparse.ArgumentParser.add_argument`, whose result no one needs."""
-    _ = parser.add_argument(*names, **settings)
-
-
-def add_at(parser: argparse.ArgumentParser, told: str) -> None:
-    forms = "YYYY-MM-DD, YYYY-MM-DDThh:mm:ssZ or unix seconds"
-    add(parser, "--at", type=moment, metavar="TIME", help=f"{told}: {forms} (default: now)")
-
-
-def add_json(parser: argparse.ArgumentParser) -> None:
-    add(parser, "--json", action="store_true", help="print one JSON object instead of lines for people")
-
-
-def add_platform(parser: argparse.ArgumentParser) -> None:
-    add(
-        parser,
-        "--platform",
-        metavar="DIR",
-        help="where the simulated platform is kept (default: $XDG_STATE_HOME/chutes-proto/platform, which is"
-        " ~/.local/state/chutes-proto/platform where that is not set); made if missing",
-    )

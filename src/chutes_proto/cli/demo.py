@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
-import argparse
+import tempfile
+from pathlib import Path
+
+import click
 
 from chutes_proto.cli import console
-
-NAME = "demo"
-
-
-def add(subparsers: console.Subparsers) -> argparse.ArgumentParser:
-    return console.command(
-        subparsers,
-        NAME,
-        "see a VM boot and receive its keys, end to end on this machine",
-        """
-        Start a key server (trio, mutual TLS on a loopback port, SQLite in a temporary directory) and boot a VM against
-        it: nonce, TDX quote of a simulated platform, verification, root passphrase, the passphrases of two volumes.
-        With cryptsetup, real LUKS2 images are formatted, and opened again after a reboot. Then show what is refused,
-        with the reason as the operator reads it. Needs no network and leaves nothing behind.
-
-        exit code: 0 everything went as it should; 1 something did not
-        """,
-        "chutes-proto demo",
-    )
+from chutes_proto.cli.base import Command
+from chutes_proto.cli.extras import need
 
 
-def run(options: argparse.Namespace) -> int:
-    import tempfile
-    from pathlib import Path
+@click.command("demo", cls=Command, exits={0: "everything went as it should", 1: "something did not", 2: "wrong usage"})
+@click.option("--plain", is_flag=True, help="print no colour, and only ASCII characters")
+def command(plain: bool) -> int:
+    """Show a VM that boots and receives its keys, end to end on this machine.
 
+    Starts a key server (trio, mutual TLS on a loopback port, SQLite in a temporary directory) and boots a VM against
+    it: nonce, TDX quote of a simulated platform, verification, root passphrase, the passphrases of two volumes. With
+    cryptsetup it formats real LUKS2 images, and opens them again after a reboot. Then it shows what a server refuses,
+    with the reason as the operator reads it. It needs no network and leaves nothing behind.
+
+    Examples:
+      chutes-proto demo
+      chutes-proto demo --plain
+
+    See also: serve, boot, simulate
+    """
+    need("trio")
     import trio
 
-    from chutes_proto.cli.show import show
+    from chutes_proto.cli.page import Page, make_console
+    from chutes_proto.io.demonstration import show
 
     with tempfile.TemporaryDirectory(prefix="chutes-proto-demo-") as directory:
-        return console.GRANTED if trio.run(show, Path(directory)) else console.REFUSED
+        page = Page(make_console(plain=plain), plain=plain)
+        return console.GRANTED if trio.run(show, Path(directory), page) else console.REFUSED

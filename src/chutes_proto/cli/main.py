@@ -1,96 +1,66 @@
-"""The command ``chutes-proto``: which command, and what becomes of every way to end.
+"""The command ``chutes-proto``: which half runs a command line, and an exit code for every way to end.
 
 Rules kept here:
 
-* exit code 0: done, granted, accepted; 1: refused; 2: usage, or a file that cannot be opened; a command's help says
-  what else it means by them;
-* an error is a readable line that says what to do, never a traceback; an interruption ends quietly;
-* a command is imported where it is asked for, and the rooms by the command that needs them, so that each is quick.
+* exit code 0: done, granted, accepted; 1: refused; 2: wrong usage, or a file that cannot be opened; a command's help
+  says what else it means by them;
+* an error is readable and says what to do, never a traceback; an interruption ends quietly;
+* `agent` runs in an initramfs: argparse reads its options, and neither click nor rich is imported for it;
+* an extra that is not installed is named here, for every command.
 """
 
 from __future__ import annotations
 
-import argparse
 import io
 import os
 import sys
-from collections.abc import Sequence
-from importlib import import_module
-from typing import Final
+from collections.abc import Callable, Sequence
 
-from chutes_proto import __version__
 from chutes_proto._error import ChutesError
 from chutes_proto.cli import console
 
-COMMANDS: Final = (
-    "demo",
-    "serve",
-    "boot",
-    "agent",
-    "register",
-    "servers",
-    "attest",
-    "status",
-    "hotkey",
-    "verify",
-    "inspect",
-    "profile",
-    "replay",
-    "collateral",
-    "simulate",
-    "keys",
-    "vm",
-    "registrations",
-    "audit",
-    "store",
-    "openapi",
-)
-"""Each is a module beside this one, in the order of the help."""
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; the result is the exit code of the process."""
+    return guarded(_run, sys.argv[1:] if argv is None else argv)
 
 
-def main(argv: Sequence[str] | None = None, *, commands: Sequence[str] = COMMANDS) -> int:
-    """Run one of ``commands``; the result is the exit code of the process."""
+def guarded(run: Callable[[Sequence[str]], int], words: Sequence[str]) -> int:
+    """The exit code of ``run``, or that of the error that ended it, which is printed."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        code = _run(sys.argv[1:] if argv is None else argv, commands)
+        code = run(words)
         console.out("", end="")
     except OSError as exc:
-        # What is still buffered for standard output would fail again when Python ends.
+        # The rest of the buffer of standard output would fail again when Python ends.
         _ = os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(exc, BrokenPipeError):  # who reads has seen enough
+        if isinstance(exc, BrokenPipeError):  # the reader has seen enough
             return console.BROKEN_PIPE
-        console.tell(f"chutes-proto: {exc}")
+        console.complain(str(exc))
         return console.USAGE
     except KeyboardInterrupt:
         return console.INTERRUPTED
     except ChutesError as exc:
-        console.tell(f"chutes-proto: {exc}")
+        console.complain(str(exc), " ".join(["chutes-proto", *words[:1]]))
+        return console.USAGE
+    except ModuleNotFoundError as exc:
+        from chutes_proto.cli.extras import advice, extra_of
+
+        extra = extra_of(exc.name or "")
+        if extra is None:
+            raise
+        console.complain(advice(extra))
         return console.USAGE
     return code
 
 
-def _run(argv: Sequence[str], commands: Sequence[str]) -> int:
-    try:
-        options = _parser(argv, commands).parse_args(argv)
-    except SystemExit as exc:  # argparse has said what there is to say
-        return exc.code if isinstance(exc.code, int) else console.USAGE
-    code: int = options.run(options)
-    return code
+def _run(words: Sequence[str]) -> int:
+    if words[:1] == ["agent"]:
+        from chutes_proto.cli.agent import main as run_agent
 
+        return run_agent(words[1:])
+    from chutes_proto.cli.tree import run
 
-def _parser(argv: Sequence[str], commands: Sequence[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="chutes-proto",
-        description="A VM boots: it proves with a TDX quote what it is, and receives the passphrases of its disks.",
-        epilog=f"`chutes-proto COMMAND --help` has examples. Start with: chutes-proto {commands[0]}",
-        formatter_class=console.Help,
-        allow_abbrev=False,
-    )
-    console.add(parser, "--version", action="version", version=f"chutes-proto {__version__}")
-    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name in argv[:1] if argv and argv[0] in commands else commands:
-        module = import_module(f"chutes_proto.cli.{name}")
-        module.add(subparsers).set_defaults(run=module.run)
-    return parser
+    return run(words)

@@ -1,1 +1,1 @@
-"""Which collateral is at hand for a platform."""
+"""Collateral for platforms: its choice, its fetching and its cache."""

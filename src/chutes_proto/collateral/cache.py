@@ -1,24 +1,24 @@
-"""Collateral from upstream services: when what is at hand is used, when and where it is fetched anew, when given up.
+"""Cache of collateral from upstream services: when it is used, when and where it is fetched again, when given up.
 
-    decision = cache.decide(family, now)         Use it, Use it and Refresh in the background, Fetch first, or GiveUp
+    decision = cache.decide(family, now)         Use, Refresh (use, and fetch in the background), Fetch or GiveUp
     kept = yield from fetch(cache, family)       one round: upstreams in their order, until one has it
 
 Rules kept here:
 
 * the cache is asked only for a platform whose PCK chain was verified up to the root: only real platforms cause fetches;
-* what is at hand is used until its time ends, and is refreshed long before that in the background; a fetch that fails
-  changes nothing about it;
-* past that time it is used only while it cannot be fetched, only within the operator's grace (none unless configured),
-  and never beyond;
-* nothing is replaced by what is older: lower TCB evaluation data or CRL numbers, while what is at hand is valid;
+* cached collateral is used until it expires, and is refreshed in the background long before; a failed fetch does not
+  change it;
+* expired collateral is used only while it cannot be fetched, and only within the operator's grace (none unless
+  configured);
+* valid collateral is never replaced by older: lower TCB evaluation data or CRL numbers;
 * upstreams are asked in their order. One that does not answer, or asks for it (429, 503, ``Retry-After``), is left
-  alone for a while, longer each time; a family that nobody knows is remembered as such. While nothing may be asked,
-  everyone is told so at once;
-* there are bounds on families remembered and on fetches per minute, of which half are kept for families that were
-  fetched before: new platforms cannot make known ones grow old;
+  alone for a while, longer each time; a family that no upstream knows is remembered as such. While none may be asked,
+  every caller is refused at once;
+* the families remembered and the fetches per minute are bounded, and half of the fetches are kept for families that
+  were fetched before: new platforms cannot make known ones expire;
 * waits are spread by jitter, so that several servers that lost the same upstream do not come back in step.
 
-State changes in `CollateralCache` only. It has no lock: its driver calls it from one thread, and flies one `fetch` at a
+State changes in `CollateralCache` only. It has no lock: its driver calls it from one thread, and runs one `fetch` at a
 time for each family.
 """
 
@@ -29,7 +29,7 @@ from collections.abc import Sequence
 from hashlib import sha256
 from typing import TYPE_CHECKING, TypeAlias
 
-from attrs import define, evolve, frozen
+from attrs import evolve, frozen
 
 from chutes_proto.collateral.library import Family
 from chutes_proto.collateral.pcs import MAX_RETRY_AFTER, Update, Upstream, ask
@@ -49,10 +49,10 @@ if TYPE_CHECKING:
 
 @frozen(kw_only=True)
 class CachePolicy:
-    """Seconds, unless it says otherwise.
+    """The limits of a cache, in seconds but for the last two.
 
-    ``grace``: how long past its time collateral is used while it cannot be fetched. ``refresh``: when what is at hand
-    is fetched anew, at the latest after three quarters of the time it has left. ``unknown``: how long a family that no
+    ``grace``: how long expired collateral is used while it cannot be fetched. ``refresh``: when cached collateral is
+    fetched again, at the latest after three quarters of its remaining validity. ``unknown``: how long a family that no
     upstream knows is remembered. ``retry`` and ``retry_most``: the wait after the first failure, and the longest.
     ``wait``: how long one request waits for a fetch, which goes on after that. ``skew``: how far an upstream's clock
     may be ahead. ``fetches_per_minute`` rounds, ``families`` remembered.
@@ -71,28 +71,28 @@ class CachePolicy:
 
 @frozen
 class Use:
-    """Use this."""
+    """Use this collateral."""
 
     collateral: VerifiedCollateral
 
 
 @frozen
 class Refresh:
-    """Use this, and let a `fetch` fly in the background."""
+    """Use this collateral, and run a `fetch` in the background."""
 
     collateral: VerifiedCollateral
 
 
 @frozen
 class Fetch:
-    """Let a `fetch` fly if none does, wait so many seconds for its end, and ask `landed`."""
+    """Run a `fetch` if none runs, wait ``wait`` seconds for its end, and ask `landed`."""
 
     wait: float
 
 
 @frozen
 class GiveUp:
-    """There is none now: `CollateralUnavailable` with this reason."""
+    """Raise `CollateralUnavailable` with this reason."""
 
     reason: str
 
@@ -102,7 +102,7 @@ Decision: TypeAlias = Use | Refresh | Fetch | GiveUp
 
 @frozen
 class _Entry:
-    """What is known of a family. ``failures`` since the last success; nothing is fetched before ``due``."""
+    """The state of a family: its collateral, ``failures`` since the last success; it is not fetched before ``due``."""
 
     held: VerifiedCollateral | None = None
     due: int = 0
@@ -112,25 +112,16 @@ class _Entry:
 
 @frozen
 class _Health:
-    """How an upstream did: failures since the last answer, and until when it is left alone."""
+    """The health of an upstream: failures since the last answer, and until when it is left alone."""
 
     failures: int = 0
     rests_until: int = 0
 
 
-@define
-class _Allowance:
-    """Fetches that are allowed still, and when that was counted."""
-
-    left: float
-    counted: int
-
-
 class CollateralCache:
-    """What is at hand, what is known of the upstreams, and what to do next.
+    """The collateral of families, the health of the upstreams, and the decision what to do next.
 
-    ``root`` is what collateral is verified to; ``seed`` makes the jitter and is any bytes that other servers do not
-    have.
+    Collateral is verified up to ``root``; ``seed`` makes the jitter, from any bytes that other servers do not have.
     """
 
     def __init__(
@@ -151,7 +142,8 @@ class CollateralCache:
         self._seed = seed
         self._entries: dict[Family, _Entry] = {}
         self._health = {upstream: _Health() for upstream in self.upstreams}
-        self._allowance = _Allowance(float(policy.fetches_per_minute), 0)
+        self._allowed = float(policy.fetches_per_minute)
+        self._counted_at = 0
 
     # --- questions ---
 
@@ -171,7 +163,7 @@ class CollateralCache:
         return GiveUp(f"no collateral for {family}: {hindrance}")
 
     def landed(self, family: Family, now: int) -> Use | GiveUp:
-        """`decide` for who has waited for a fetch."""
+        """Decide for a caller that has waited for a fetch."""
         check_seconds("now", now)
         entry = self._touch(family)
         if entry.held is not None and _is_usable(entry.held, now):
@@ -180,35 +172,35 @@ class CollateralCache:
         return GiveUp(f"no collateral for {family}: {why}")
 
     def held(self) -> tuple[VerifiedCollateral, ...]:
-        """All that is at hand, valid or not."""
+        """All cached collateral, valid or not."""
         return tuple(entry.held for entry in self._entries.values() if entry.held is not None)
 
     # --- changes ---
 
     def restore(self, kept: VerifiedCollateral) -> None:
-        """Take what an earlier process kept; it is used, and refreshed in the background at its first use."""
+        """Take collateral that an earlier process kept; it is refreshed in the background at its first use."""
         family = Family.of(kept)
         self._put(family, evolve(self._entries.get(family, _Entry()), held=kept, due=0))
 
     def begin(self, family: Family, now: int) -> tuple[Upstream, ...]:
-        """The upstreams that may be asked now, in order; none, if nothing may be fetched. Counts as a fetch."""
+        """Begin a fetch, and return the upstreams to ask, in order; none if no fetch is allowed now."""
         entry = self._entries.get(family, _Entry())
         if self._hindrance(entry, now) is not None:
             return ()
         self._count(now)
-        self._allowance.left -= 1
+        self._allowed -= 1
         return self._awake(now)
 
     def take(self, family: Family, fetched: VerifiedCollateral, now: int) -> bool:
-        """Hold what was fetched, unless what is held is as good. Returns whether it is held now.
+        """Keep fetched collateral, unless the cached one is as good. Returns whether it is kept.
 
-        Raises `UpstreamError` for what must not take the place of what is held.
+        Raises `UpstreamError` for collateral that is older than the cached one, while that is valid.
         """
         entry = self._entries.get(family, _Entry())
         held = entry.held
         if held is not None and _is_valid(held, now):
             if any(new < old for new, old in zip(_numbers(fetched), _numbers(held), strict=True)):
-                raise UpstreamError("it is older than what is at hand")
+                raise UpstreamError("it is older than the cached collateral")
             if _numbers(fetched) == _numbers(held) and fetched.window[1] <= held.window[1]:
                 return False
         elif held is not None and held.window[1] >= fetched.window[1]:
@@ -217,7 +209,7 @@ class CollateralCache:
         return True
 
     def succeeded(self, family: Family, upstream: Upstream, now: int) -> None:
-        """An upstream gave what is valid now: the round is over."""
+        """End a round: an upstream gave valid collateral."""
         self._health[upstream] = _Health()
         entry = self._entries.get(family, _Entry())
         left = max(0, entry.held.window[1] - now) if entry.held is not None else 0
@@ -225,7 +217,7 @@ class CollateralCache:
         self._put(family, evolve(entry, due=now + self._spread(wait, family, 0), failures=0, why=""))
 
     def failed(self, upstream: Upstream, error: Exception, now: int) -> None:
-        """An upstream was asked in vain. Is that the upstream's fault, or about the family only?"""
+        """Note the error of an upstream: a fault of the upstream, or about the family only."""
         if isinstance(error, TransportError):
             asked = 0
         elif isinstance(error, UpstreamError) and error.retry_after is not None:
@@ -238,7 +230,7 @@ class CollateralCache:
         self._health[upstream] = _Health(failures, now + rest)
 
     def gave_up(self, family: Family, why: str, now: int, *, unknown: bool) -> None:
-        """No upstream gave what is valid now: the round is over. ``unknown``: all of them say there is none."""
+        """End a round: no upstream gave valid collateral. ``unknown``: all of them say that there is none."""
         entry = self._entries.get(family, _Entry())
         failures = entry.failures + 1
         wait = self._spread(self.policy.unknown, family, failures) if unknown else self._backoff(failures, family)
@@ -247,14 +239,14 @@ class CollateralCache:
     # --- the parts ---
 
     def _hindrance(self, entry: _Entry, now: int) -> str | None:
-        """Why nothing is fetched for a family now, or None."""
+        """The reason why a family must not be fetched now, or None."""
         if _rests(entry.due, now, max(self.policy.refresh, self.policy.unknown, self.policy.retry_most)):
             return entry.why or "it was fetched just now"
         if not self._awake(now):
             return entry.why or "all upstreams are left alone for a while after they failed"
         self._count(now)
         reserve = 0 if entry.held is not None else self.policy.fetches_per_minute // 2
-        if self._allowance.left < 1 + reserve:
+        if self._allowed < 1 + reserve:
             return "there were too many fetches in the last minute"
         return None
 
@@ -263,24 +255,24 @@ class CollateralCache:
         return tuple(u for u in self.upstreams if not _rests(self._health[u].rests_until, now, longest))
 
     def _count(self, now: int) -> None:
-        """A minute's fetches come back in a minute, bit by bit; a clock that steps back gives none."""
+        """Refill the allowance, a minute's fetches per minute; a clock that steps back gives none."""
         most = self.policy.fetches_per_minute
-        passed = max(0, now - self._allowance.counted)
-        self._allowance.left = min(float(most), self._allowance.left + passed * most / 60)
-        self._allowance.counted = now
+        passed = max(0, now - self._counted_at)
+        self._allowed = min(float(most), self._allowed + passed * most / 60)
+        self._counted_at = now
 
     def _backoff(self, failures: int, what: object) -> int:
         wait = min(self.policy.retry * 2 ** min(failures - 1, 16), self.policy.retry_most)
         return self._spread(wait, what, failures)
 
     def _spread(self, wait: int, what: object, count: int) -> int:
-        """Between three quarters of ``wait`` and the whole."""
+        """Spread a wait by jitter: between three quarters of ``wait`` and the whole."""
         digest = sha256(self._seed + f"{what}, {count}".encode()).digest()
         share = int.from_bytes(digest[:4], "big") / 2**32
         return math.ceil(wait * (0.75 + share / 4))
 
     def _touch(self, family: Family) -> _Entry:
-        """What is known of a family, which becomes the one that is forgotten last."""
+        """The state of a family, which becomes the one that is forgotten last."""
         entry = self._entries.pop(family, None)
         if entry is None:
             return _Entry()
@@ -296,9 +288,9 @@ class CollateralCache:
 
 
 def fetch(cache: CollateralCache, family: Family) -> Flow[Collateral | None]:
-    """One round for a family: ask upstreams until one gives what is valid now; what comes of it stands in the cache.
+    """Fetch collateral for a family: ask upstreams until one gives a valid one; the cache keeps the result.
 
-    Returns what is worth keeping for the next process, or None. Raises nothing.
+    Returns collateral to keep for the next process, or None. Raises nothing.
     """
     now = yield from Now()
     kept: Collateral | None = None
@@ -313,15 +305,15 @@ def fetch(cache: CollateralCache, family: Family) -> Flow[Collateral | None]:
             if cache.take(family, verified, now):
                 kept = collateral
             if verified.window[1] < now:
-                raise UpstreamError(f"its time has ended at {rfc3339(verified.window[1])}")
-        except Exception as exc:  # noqa: BLE001 - a defect of ours ends no round: the others are asked, and then it rests
+                raise UpstreamError(f"it expired at {rfc3339(verified.window[1])}")
+        except Exception as exc:  # noqa: BLE001 - a defect of ours ends no round: the other upstreams are asked
             expected = isinstance(exc, TransportError | UpstreamError | QuoteError)
-            level, told = (Level.WARNING, str(exc)) if expected else (Level.ERROR, f"{type(exc).__name__}: {exc}")
+            level, text = (Level.WARNING, str(exc)) if expected else (Level.ERROR, f"{type(exc).__name__}: {exc}")
             now = yield from Now()
             cache.failed(upstream, exc, now)
             unknown = unknown and isinstance(exc, UpstreamError) and exc.unknown
-            problems.append(f"{upstream.url}: {told}")
-            yield from _log(level, "collateral_upstream_failed", family, upstream=upstream.url, error=told)
+            problems.append(f"{upstream.url}: {text}")
+            yield from _log(level, "collateral_upstream_failed", family, upstream=upstream.url, error=text)
         else:
             cache.succeeded(family, upstream, now)
             end = rfc3339(verified.window[1])
@@ -333,17 +325,17 @@ def fetch(cache: CollateralCache, family: Family) -> Flow[Collateral | None]:
 
 
 def clock() -> Flow[int]:
-    """The time, for who asks the cache."""
+    """Read the clock for a caller of the cache."""
     return (yield from Now())
 
 
 def settle(cache: CollateralCache, family: Family) -> Flow[Use | GiveUp]:
-    """What became of a fetch that was waited for."""
+    """Decide for a caller that has waited for a fetch, at the present time."""
     return cache.landed(family, (yield from Now()))
 
 
 def _verified(cache: CollateralCache, family: Family, collateral: Collateral) -> Flow[VerifiedCollateral]:
-    """What an upstream gave, if it is the root's, this family's, and has begun.
+    """Verify an upstream's collateral: of the root, of this family, and already valid.
 
     Raises `UpstreamError` and `QuoteError`.
     """
@@ -353,17 +345,16 @@ def _verified(cache: CollateralCache, family: Family, collateral: Collateral) ->
     now = yield from Now()
     early = verified.window[0] - now
     if early > cache.policy.skew:
-        raise UpstreamError(f"its time begins at {rfc3339(verified.window[0])}: is one of the clocks wrong?")
+        raise UpstreamError(f"it is valid from {rfc3339(verified.window[0])} only: check the clocks")
     if early > 0:
         yield from Sleep(early)
     if verified.usable_until < now:
-        raise UpstreamError(f"its time has ended at {rfc3339(verified.window[1])}")
+        raise UpstreamError(f"it expired at {rfc3339(verified.window[1])}")
     return verified
 
 
 def _log(level: Level, event: str, family: Family, **fields: Value) -> Log:
-    whose: dict[str, Value] = {"fmspc": family.fmspc.hex(), "ca": family.ca, "tee": family.tee}
-    return Log(Record(level, event, whose | fields))
+    return Log(Record.of(level, event, fmspc=family.fmspc.hex(), ca=family.ca, tee=family.tee, **fields))
 
 
 def _is_valid(held: VerifiedCollateral, now: int) -> bool:
@@ -376,7 +367,7 @@ def _is_usable(held: VerifiedCollateral, now: int) -> bool:
 
 
 def _numbers(collateral: VerifiedCollateral) -> tuple[int, ...]:
-    """What must never fall. CRLs go by their dates as well: Intel's all bear the number 1."""
+    """The numbers that must never decrease. CRLs count by date as well: Intel's all have the number 1."""
     issued = {term.subject: term.begin for term in collateral.terms}
     return (
         collateral.tcb_info.evaluation_number,
@@ -389,5 +380,5 @@ def _numbers(collateral: VerifiedCollateral) -> tuple[int, ...]:
 
 
 def _rests(until: int, now: int, longest: int) -> bool:
-    """Whether a time is yet to come; one further away than it can be was set before the clock stepped back."""
+    """Whether a time is in the future; one further away than ``longest`` was set before the clock stepped back."""
     return now < until <= now + longest

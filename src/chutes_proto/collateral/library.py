@@ -1,14 +1,14 @@
-"""Which of the collateral at hand serves a platform now.
+"""Choose the collateral for a platform from a directory source.
 
 Rules kept here:
 
-* collateral is for one FMSPC, one CA and one TEE; of several that serve, one that is valid is before one whose time has
-  ended, then the one with the highest TCB evaluation data number, then the one that ends last: an old file beside a
-  new one changes nothing;
-* what is neither valid now nor within the grace that it was verified with is never handed out. That it has grown old is
-  the operator's matter (`CollateralUnavailable`), while a verifier that is given it must refuse the quote, and so the
+* collateral is for one FMSPC, one CA and one TEE; of several that fit, a valid one is preferred to an expired one, then
+  the one with the highest TCB evaluation data number, then the one that expires last: an old file beside a new one
+  changes nothing;
+* collateral that is neither valid now nor within the grace that it was verified with is never chosen. Expired files are
+  the operator's problem (`CollateralUnavailable`), while a verifier that gets them must refuse the quote, and so the
   VM;
-* the text of the error tells the operator which file it is about, and what to do.
+* the text of the error names the file, and says what to do.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from chutes_proto.quote._layout import Tee
 from chutes_proto.quote._pck import Ca, PckIdentity
 from chutes_proto.quote._terms import check_seconds, rfc3339
 
-_TOLD: Final = 5
+_MOST_NAMED: Final = 5
 """How many files an error names."""
 
 
@@ -43,31 +43,31 @@ class Family:
 
     @property
     def name(self) -> str:
-        """A word for it, for file names."""
+        """The family as a word, for file names."""
         return f"{self.fmspc.hex()}-{self.ca}-{self.tee.lower()}"
 
     def __str__(self) -> str:
-        """As the operator reads it."""
+        """The family for people."""
         return f"FMSPC {self.fmspc.hex()}, {self.ca} CA, {self.tee}"
 
 
 @frozen
 class Item:
-    """One file of collateral: its name, and what it holds or, in words, why it is of no use."""
+    """One file of collateral: its name, and its content or, in words, why it cannot be used."""
 
     name: str
     content: VerifiedCollateral | str
 
     def __str__(self) -> str:
-        """One line for the operator."""
+        """The file in one line, for the operator."""
         if isinstance(self.content, str):
-            return f"{self.name}: of no use: {self.content}"
+            return f"{self.name}: unusable: {self.content}"
         begin, end = self.content.window
         return f"{self.name}: {Family.of(self.content)}, valid {rfc3339(begin)} to {rfc3339(end)}"
 
 
 def choose(items: Iterable[Item], identity: PckIdentity, now: int, where: str) -> VerifiedCollateral:
-    """The collateral for a platform at ``now`` (unix seconds), of the ``items`` that were found at ``where``.
+    """Choose the collateral for a platform at ``now`` (unix seconds) from the ``items`` that were found at ``where``.
 
     Raises `CollateralUnavailable`; `TypeError` unless ``now`` is an integer.
     """
@@ -82,14 +82,14 @@ def choose(items: Iterable[Item], identity: PckIdentity, now: int, where: str) -
     if current := [content for _, content in fitting if content.window[0] <= now <= content.usable_until]:
         return max(current, key=lambda content: _preference(content, now))
     doubtful = [item for item, _ in fitting] or [item for item in items if isinstance(item.content, str)]
-    told = "".join(f"; {item}" for item in doubtful[:_TOLD])
+    named = "".join(f"; {item}" for item in doubtful[:_MOST_NAMED])
     raise CollateralUnavailable(
-        f"no collateral for {family} that is valid at {rfc3339(now)} is in {where}: put a fresh file there" + told
+        f"no collateral for {family} that is valid at {rfc3339(now)} is in {where}: put a fresh file there" + named
     )
 
 
 def _preference(content: VerifiedCollateral, now: int) -> tuple[bool, int, int, int, int]:
-    """Within its time, then the newest in each respect. CRLs go by their dates: Intel's all bear the number 1."""
+    """Prefer valid ones, then the newest in each respect. CRLs count by date: Intel's all have the number 1."""
     number = min(content.tcb_info.evaluation_number, content.qe_identity.evaluation_number)
     issued = {term.subject: term.begin for term in content.terms}
     return now <= content.window[1], number, issued["PCK CRL"], issued["root CRL"], content.window[1]

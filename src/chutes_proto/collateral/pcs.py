@@ -1,14 +1,14 @@
-"""What Intel's PCS and a PCCS are asked for the collateral of a platform, and what their answers say.
+"""Fetch the collateral of a platform from Intel's PCS or a PCCS, and parse their answers.
 
 Rules kept here:
 
 * four answers make up collateral: TCB info, which says whether the service knows the platform at all, then QE identity,
-  PCK CRL and root CA CRL; that of a service which is asked for the first in vain is not asked for the rest;
+  PCK CRL and root CA CRL; after the first refusal a service is not asked for the rest;
 * TCB info and QE identity are kept as the exact text that was signed, cut out of the answer;
 * issuer chains are percent-encoded PEM in a header, whose name begins with ``SGX-`` or does not; CRLs are DER, PEM or
   hexadecimal digits. The services differ in all this, and so do their versions;
-* nothing is believed: whatever the bytes, the parsers return or raise `UpstreamError`, and what they return is still
-  to be verified.
+* answers are untrusted: for any bytes, the parsers return or raise `UpstreamError`, and their result is not verified
+  yet.
 
 Sources: Intel SGX and TDX Provisioning Certification Service API, version 4; Intel SGX/TDX Provisioning Certificate
 Caching Service (PCCS), design guide; RFC 3986, 2.1; RFC 7468; RFC 9110, 10.2.3.
@@ -41,10 +41,10 @@ if TYPE_CHECKING:
     from chutes_proto.wire.http import HttpResponse
 
 Update: TypeAlias = Literal["standard", "early"]
-"""Whether TCB info and QE identity are those that count since a TCB recovery was announced, or already those after."""
+"""Whether TCB info and QE identity are the standard ones, or the early ones of an announced TCB recovery."""
 
 MAX_RETRY_AFTER: Final = 3600
-"""Seconds; longer than this no service is left alone because it asks for it."""
+"""The longest ``Retry-After`` that is respected, in seconds."""
 
 _API: Final = "/certification/v4"
 _ROOT_CA_CRL: Final = f"/sgx{_API}/rootcacrl"
@@ -66,10 +66,10 @@ class Upstream:
 
     @classmethod
     def parse(cls, url: str, root_ca_crl: str | None = None) -> Upstream:
-        """The service at ``url``; the tail ``/sgx/certification/v4`` may be there.
+        """Parse the ``url`` of a service, with or without the tail ``/sgx/certification/v4``.
 
         A PCCS has the root CA's CRL among its paths. Intel publishes it elsewhere: give ``root_ca_crl``, the URL of
-        that. Raises `ConfigurationError` for what is no URL of a service: https, or http to this machine only.
+        that. Raises `ConfigurationError` for anything but https, or http to this machine.
         """
         base = _checked(url).geturl().rstrip("/")
         for tee in ("/sgx", "/tdx"):
@@ -79,22 +79,22 @@ class Upstream:
         return cls(base, crl)
 
     def tcb_info(self, family: Family, update: Update) -> str:
-        """The URL of TCB info."""
+        """The URL of the TCB info for a family."""
         fmspc = f"{self.url}/{family.tee.lower()}{_API}/tcb?fmspc={family.fmspc.hex()}"
         return f"{fmspc}&update={update}" if update != "standard" else fmspc
 
     def qe_identity(self, family: Family, update: Update) -> str:
-        """The URL of the quoting enclave's identity."""
+        """The URL of the quoting enclave's identity for a family."""
         identity = f"{self.url}/{family.tee.lower()}{_API}/qe/identity"
         return f"{identity}?update={update}" if update != "standard" else identity
 
     def pck_crl(self, family: Family) -> str:
-        """The URL of the PCK CRL."""
+        """The URL of the PCK CRL for a family."""
         return f"{self.url}/sgx{_API}/pckcrl?ca={family.ca}&encoding=der"
 
 
 def ask(upstream: Upstream, family: Family, update: Update) -> Flow[Collateral]:
-    """The collateral that a service gives, not verified. Raises `TransportError` and `UpstreamError`."""
+    """Fetch unverified collateral from a service. Raises `TransportError` and `UpstreamError`."""
     tcb_info = yield from _get(upstream.tcb_info(family, update), "TCB info", says_unknown=True)
     info, info_signature = read_statement(tcb_info.body, "tcbInfo")
     qe_identity = yield from _get(upstream.qe_identity(family, update), "QE identity")
@@ -115,7 +115,7 @@ def ask(upstream: Upstream, family: Family, update: Update) -> Flow[Collateral]:
 
 
 def check_status(response: HttpResponse, what: str, now: int, *, says_unknown: bool = False) -> None:
-    """Raises `UpstreamError` for all but 200. ``says_unknown``: 404 means that the platform is not known there."""
+    """Raise `UpstreamError` for all but 200. ``says_unknown``: 404 says that the platform is unknown."""
     if response.status == 200:
         return
     asked = _retry_after(response.header("retry-after"), now) if response.status in (429, 503) else None
@@ -125,7 +125,7 @@ def check_status(response: HttpResponse, what: str, now: int, *, says_unknown: b
 
 
 def read_statement(body: bytes, name: str) -> tuple[bytes, bytes]:
-    """The signed text and its signature (r ‖ s), of ``{name: {…}, "signature": hex}``. Raises `UpstreamError`."""
+    """Cut signed text and signature (r ‖ s) out of ``{name: {…}, "signature": hex}``. Raises `UpstreamError`."""
     try:
         table = strict_json.decode(body)
         if not isinstance(table, dict):
@@ -133,7 +133,7 @@ def read_statement(body: bytes, name: str) -> tuple[bytes, bytes]:
         members = cast("Mapping[str, object]", table)
         signature = members.get("signature")
         if not isinstance(members.get(name), dict) or not isinstance(signature, str):
-            raise strict_json.JsonError(f"{name} is no object, or signature no string")
+            raise strict_json.JsonError(f"{name} is not an object, or signature not a string")
         signed_with = strict_json.hexadecimal(signature, "signature", 64)
     except strict_json.JsonError as exc:
         raise UpstreamError(f"{name}: {exc}") from None
@@ -141,7 +141,7 @@ def read_statement(body: bytes, name: str) -> tuple[bytes, bytes]:
 
 
 def read_chain(response: HttpResponse, name: str) -> bytes:
-    """The chain of certificates in the header of this name, or ``sgx-`` and this. Raises `UpstreamError`."""
+    """Read the certificate chain in the header ``name`` or ``sgx-name``. Raises `UpstreamError`."""
     found = {value for key, value in response.headers if key in (name, f"sgx-{name}")}
     if len(found) != 1:
         raise UpstreamError(f"{name}: {'two different headers' if found else 'the header is missing'}")
@@ -150,12 +150,12 @@ def read_chain(response: HttpResponse, name: str) -> bytes:
         raise UpstreamError(f"{name}: the header is not percent-encoded text")
     chain = unquote_to_bytes(value)
     if not chain.isascii():
-        raise UpstreamError(f"{name}: the header is no PEM")
+        raise UpstreamError(f"{name}: the header is not PEM")
     return chain
 
 
 def read_crl(body: bytes) -> bytes:
-    """The DER of a CRL, which is DER already, hexadecimal digits, or PEM. Raises `UpstreamError`."""
+    """Read a CRL in DER, hexadecimal digits or PEM, and return its DER. Raises `UpstreamError`."""
     if body.startswith(b"\x30"):  # a SEQUENCE; as a digit it would be "0", which no CRL begins with
         return body
     if digits := _HEX.fullmatch(body):
@@ -166,7 +166,7 @@ def read_crl(body: bytes) -> bytes:
                 return der
         except Base64Error:
             pass
-    raise UpstreamError("CRL: the answer is no DER, no PEM and no hexadecimal digits")
+    raise UpstreamError("CRL: the answer is neither DER nor PEM nor hexadecimal digits")
 
 
 def _get(url: str, what: str, *, says_unknown: bool = False) -> Flow[HttpResponse]:
@@ -176,7 +176,7 @@ def _get(url: str, what: str, *, says_unknown: bool = False) -> Flow[HttpRespons
 
 
 def _member_text(text: str, name: str) -> str:
-    """The text of a member's value, of an object that is known to be well-formed and to have the member once."""
+    """Cut out the text of a member's value; the object is known to be well-formed and to have the member once."""
     at = text.index("{") + 1
     while True:
         key, at = _scan(text, _after_blank(text, at))
@@ -211,14 +211,14 @@ def _checked(url: str) -> SplitResult:
         parts = urlsplit(url)
         _ = parts.port
     except ValueError as exc:
-        raise ConfigurationError(f"{url!r} is no URL: {exc}") from None
+        raise ConfigurationError(f"{url!r} is not a URL: {exc}") from None
     host = parts.hostname
     if not host or not url.isascii() or not url.isprintable() or " " in url:
-        raise ConfigurationError(f'{url!r} is no URL; say for example "https://pccs.example:8081"')
+        raise ConfigurationError(f'{url!r} is not a URL; write for example "https://pccs.example:8081"')
     if parts.username is not None or parts.query or parts.fragment or not _PATH.fullmatch(parts.path):
-        raise ConfigurationError(f"the URL of {host}: a user, a query or a fragment does not belong there")
+        raise ConfigurationError(f"the URL of {host}: remove the user, query or fragment")
     if parts.scheme != "https" and not (parts.scheme == "http" and _is_this_machine(host)):
-        raise ConfigurationError(f"{url!r}: https, please; http is for a service on this machine only")
+        raise ConfigurationError(f"{url!r}: use https; http is for a service on this machine only")
     return parts
 
 

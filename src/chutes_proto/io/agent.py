@@ -1,12 +1,12 @@
-"""What the boot agent needs of the machine beside disks and a quoter: config volume, state in memory, servers, an end.
+"""The boot agent's access to its machine, besides disks and quotes: config volume, state, servers, signer, the end.
 
 Rules kept here:
 
-* a config volume is the host's: only plain files of it are read, by a name without a path, to a bound, and nothing
-  that stands for one (a link, a pipe, a device) is opened or waited for;
-* state with a token in it is written to a file system in memory, never over anything, for its owner alone, and read
-  only where that is still so;
-* no request, no quote and no signature goes on for long after the deadline.
+* the host writes the config volume: only regular files of it are read, by a name without a path and up to a limit; no
+  link, pipe or device is opened or waited for;
+* state with a token is written to a file system in memory, never over another file, for its owner alone, and read only
+  while that still holds;
+* no request, quote or signature continues for long after the deadline.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import re
 import stat
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -29,6 +30,7 @@ from chutes_proto.errors import (
     QuoteUnavailable,
     SignatureUnavailable,
 )
+from chutes_proto.io.files import make_directory, read_file, reason, unavailable
 from chutes_proto.io.http.https import HttpsSender, TimeLimits
 from chutes_proto.io.quoters.choose import OutOfTimeError, Quoter
 
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
 
 IN_MEMORY: Final = frozenset({"tmpfs", "ramfs", "rootfs"})  # the last is an initramfs itself
 LEAST_SECONDS: Final = 5.0
-"""What is given to a request, quote or signature that begins near the deadline, or in an exchange after it."""
+"""The least time for a request, quote or signature that begins near the deadline, or after it in an exchange."""
 SIGN_SECONDS: Final = 30.0
 
 _ESCAPE: Final = re.compile(rb"\\([0-7]{3})")
@@ -53,23 +55,19 @@ _SIGNATURE: Final = re.compile(rb"(?:0x)?([0-9a-fA-F]{128})\s*")
 
 
 def read_config_volume(directory: str, names: Iterable[str], *, limit: int) -> dict[str, bytes]:
-    """The files of ``names`` that are there, up to one byte more than ``limit``.
+    """Return those files of ``names`` that exist, up to one byte more than ``limit``.
 
-    Raises `FileUnavailable` for a directory or file that cannot be read, or is not a plain one.
+    Raises `FileUnavailable` for a directory or file that cannot be read, or is not a regular file.
     """
     found: dict[str, bytes] = {}
     try:
         folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except (OSError, ValueError) as exc:
-        raise FileUnavailable(f"config volume {directory}: {_why(exc)}; is it mounted there?") from None
+        raise FileUnavailable(f"config volume {directory}: {reason(exc)}; is it mounted there?") from None
     try:
         for name in names:
-            try:
+            with unavailable("config volume", name), suppress(FileNotFoundError):
                 found[name] = _plain_file(name, folder, limit)
-            except FileNotFoundError:
-                continue
-            except OSError as exc:
-                raise FileUnavailable(f"config volume: {name}: {_why(exc)}") from None
     finally:
         os.close(folder)
     return found
@@ -92,23 +90,18 @@ def _plain_file(name: str, folder: int, limit: int) -> bytes:
 
 
 def boot_id() -> str:
-    """The kernel's name for this boot. Raises `FileUnavailable`."""
-    from chutes_proto.io.files import read_file
-
+    """Return the kernel's identifier of this boot. Raises `FileUnavailable`."""
     return read_file("/proc/sys/kernel/random/boot_id", limit=64).decode("ascii", "replace").strip()
 
 
 def check_place(path: str, *, on_disk: bool = False) -> None:
-    """Make the directory of a state file where it is missing.
+    """Make the directory of a state file if it is missing.
 
-    Raises `NotInMemory` where its file system is not, unless ``on_disk`` permits that, and `FileUnavailable`.
+    Raises `NotInMemory` if its file system is not in memory, unless ``on_disk`` allows that, and `FileUnavailable`.
     """
     parent = Path(path).parent
-    try:
-        parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        kind = file_system(parent)
-    except (OSError, ValueError) as exc:
-        raise FileUnavailable(f"{parent}: cannot be made: {_why(exc)}") from None
+    with unavailable(parent, "cannot be made"):
+        kind = file_system(make_directory(parent, mode=0o700))
     if not on_disk and kind not in IN_MEMORY:
         raise NotInMemory(
             f"{path}: on {kind}, not in memory: a boot token is not written there; name a file on tmpfs, or say"
@@ -117,43 +110,38 @@ def check_place(path: str, *, on_disk: bool = False) -> None:
 
 
 def write_state(path: str, data: Secret, *, on_disk: bool = False) -> None:
-    """Make a file that only its owner can read; what a run before left there goes first. Raises as `check_place`."""
+    """Make a file that only its owner can read, in place of an earlier run's. Raises as `check_place`."""
     check_place(path, on_disk=on_disk)
-    try:
+    with unavailable(path, "cannot be written"):
         Path(path).unlink(missing_ok=True)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         with os.fdopen(os.open(path, flags, 0o600), "wb") as file:
             _ = file.write(data.reveal())
-    except (OSError, ValueError) as exc:
-        raise FileUnavailable(f"{path}: cannot be written: {_why(exc)}") from None
 
 
 def read_state(path: str, *, limit: int) -> bytes:
-    """The bytes of a state file that this user made. Raises `FileUnavailable`, `HandoverRejected`."""
-    try:
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            found = os.fstat(file.fileno())
+    """Return the bytes of a state file that this user made. Raises `FileUnavailable`, `HandoverRejected`."""
+    with unavailable(path, "cannot be read"):
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise FileUnavailable(f"{path}: not there: `agent run` leaves it, `agent resume` uses it once") from None
+        with os.fdopen(descriptor, "rb") as file:
+            found = os.fstat(descriptor)
             if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077:
                 raise HandoverRejected(f"{path}: not a plain file that is this user's alone; it is not used")
             return file.read(limit + 1)
-    except FileNotFoundError:
-        raise FileUnavailable(f"{path}: not there: `agent run` leaves it, and `agent resume` takes it once") from None
-    except (OSError, ValueError) as exc:
-        raise FileUnavailable(f"{path}: cannot be read: {_why(exc)}") from None
 
 
 def remove_state(path: str) -> None:
-    """The file is gone afterwards. Raises `FileUnavailable`."""
-    try:
+    """Remove the file, if it exists. Raises `FileUnavailable`."""
+    with unavailable(path, "cannot be removed"):
         Path(path).unlink(missing_ok=True)
-    except OSError as exc:
-        raise FileUnavailable(f"{path}: cannot be removed: {_why(exc)}") from None
 
 
 def file_system(path: str | Path) -> str:
-    """The type of the file system that ``path`` is on, as the kernel calls it. Raises `OSError`."""
-    place = os.path.realpath(path)
-    device = Path(place).stat().st_dev
+    """Return the kernel's name of the type of file system that ``path`` is on. Raises `OSError`."""
+    device = Path(os.path.realpath(path)).stat().st_dev
     number = f"{os.major(device)}:{os.minor(device)}".encode()
     kinds = [kind for mounted, kind in _mounts(Path("/proc/self/mountinfo").read_bytes()) if mounted == number]
     return kinds[-1] if kinds else "an unknown file system"
@@ -171,7 +159,7 @@ def _mounts(mountinfo: bytes) -> list[tuple[bytes, str]]:
 class Servers:
     """Performs `Send` at one of several servers, and `NextServer`. ``deadline`` is on the clock of ``time.monotonic``.
 
-    Near the deadline a request gets less time than usual; `LEAST_SECONDS` it always has.
+    Near the deadline a request gets less time than usual, but at least `LEAST_SECONDS`.
     """
 
     def __init__(self, context: ssl.SSLContext, origins: Sequence[str], deadline: float, *, first: str = "") -> None:
@@ -183,28 +171,28 @@ class Servers:
 
     @property
     def origin(self) -> str:
-        """The server that is asked now."""
+        """The present server."""
         return self._origins[self._at]
 
     def begin(self) -> None:
-        """Begin a connection to the first server, which answers while the caller prepares what it asks."""
+        """Begin a connection to the first server, which answers while the caller prepares its request."""
         self._sender = HttpsSender(self._context, self.origin, TimeLimits())
         self._sender.begin()
 
     def next(self) -> str:
-        """Go on to the next one; says which."""
+        """Change to the next server; return its origin."""
         self.close()
         self._at = (self._at + 1) % len(self._origins)
         return self.origin
 
     def close(self) -> None:
-        """Leave no connection behind."""
+        """Close the connection."""
         sender, self._sender = self._sender, None
         if sender is not None:
             sender.close()
 
     def __call__(self, request: HttpRequest) -> HttpResponse:
-        """The whole answer. Raises as `HttpsSender` does."""
+        """Return the whole answer. Raises as `HttpsSender` does."""
         usual = TimeLimits()
         left = max(self._deadline - time.monotonic(), LEAST_SECONDS)
         if left < usual.total:
@@ -220,10 +208,10 @@ class Servers:
 
 
 class TimedQuoter:
-    """A quoter that gets what is left until ``deadline``, on the clock of ``time.monotonic``, `LEAST_SECONDS` at least.
+    """Ends a quoter at ``deadline``, on the clock of ``time.monotonic``, but not before `LEAST_SECONDS`.
 
-    The process's alarm clock (SIGALRM) ends it, whatever it waits for, the kernel too: so it is called in the main
-    thread, and has that clock for itself.
+    The process's timer (SIGALRM) ends it, whatever it waits for, even in the kernel: so it must be called in the main
+    thread, and nothing else may use that timer.
     """
 
     def __init__(self, quoter: Quoter, deadline: float) -> None:
@@ -234,7 +222,7 @@ class TimedQuoter:
         return str(self._quoter)
 
     def __call__(self, report_data: bytes) -> bytes:
-        """Its quote. Raises `QuoteUnavailable`, also for what the deadline ended."""
+        """Return its quote. Raises `QuoteUnavailable`, also at the deadline."""
         import signal
 
         def end(*_: object) -> None:
@@ -257,10 +245,10 @@ class TimedQuoter:
 
 
 def make_signer(text: str | None, identity: VmIdentity, deadline: float = math.inf) -> Signer | None:
-    """What ``signer`` of the settings means: nothing, the seed that came with the VM's identity, or a program.
+    """Return the signer that the settings name: none, the seed of the VM's identity, or a program.
 
-    A program gets no longer than a quote does, see `TimedQuoter`. Raises `ConfigurationError`, and `LocalProtocolError`
-    where sr25519 is not installed.
+    A program has the time of a quote, see `TimedQuoter`. Raises `ConfigurationError`, and `LocalProtocolError` if
+    sr25519 is not installed.
     """
     from chutes_proto.boot._quoter_names import COMMAND
 
@@ -271,21 +259,21 @@ def make_signer(text: str | None, identity: VmIdentity, deadline: float = math.i
     from chutes_proto.auth.hotkey import HotkeyError, HotkeyPair
 
     if identity.seed is None:
-        raise ConfigurationError("signer: the config volume has no seed")
+        raise ConfigurationError("signer: the config volume has no seed; add one, or name a program that signs")
     try:
         pair = HotkeyPair.from_seed(identity.seed)
     except HotkeyError as exc:
-        raise ConfigurationError(f"config volume: the seed is of no use: {exc}") from None
+        raise ConfigurationError(f"config volume: the seed cannot be used: {exc}") from None
     if pair.hotkey != identity.hotkey:
-        raise ConfigurationError("config volume: the seed is not that of the hotkey")
+        raise ConfigurationError(f"config volume: the seed is not that of the hotkey {identity.hotkey}")
     return pair.sign
 
 
 def command_signer(command: str, *, timeout: float = SIGN_SECONDS, deadline: float = math.inf) -> Signer:
-    """A program that signs: the message in hex on its standard input, 64 bytes in hex on its standard output.
+    """Return a signer that runs a program: it reads the message in hex and writes the signature, 64 bytes in hex.
 
-    It is run as a quote command is, and ended as one. Raises `ConfigurationError`; the signer,
-    `SignatureUnavailable`, which is tried again.
+    It is run and ended as a quote command is. Raises `ConfigurationError`; the signer raises `SignatureUnavailable`,
+    after which the flow tries again.
     """
     from chutes_proto.io.quoters.command import CommandQuoter
 
@@ -309,7 +297,7 @@ def command_signer(command: str, *, timeout: float = SIGN_SECONDS, deadline: flo
 
 
 def close_mappings(program: str | None, mappings: Iterable[str]) -> list[str]:
-    """Close what is mapped, the last one first; says what went wrong, if anything did."""
+    """Close the mappings, the last one first; return the problems."""
     import subprocess
 
     from chutes_proto.io.disks.cryptsetup import run_cryptsetup
@@ -327,7 +315,7 @@ def close_mappings(program: str | None, mappings: Iterable[str]) -> list[str]:
 
 
 def end_with(command: Sequence[str], wait: float, *, sleep: Callable[[float], None] = time.sleep) -> str | None:
-    """Wait, then run what follows a failed boot, until it ends; says what went wrong with it, if anything did."""
+    """Wait ``wait`` seconds, then run ``command`` after a failed boot until it ends; return its problem, or None."""
     import subprocess
 
     sleep(wait)
@@ -336,13 +324,3 @@ def end_with(command: Sequence[str], wait: float, *, sleep: Callable[[float], No
     except OSError as exc:
         return f"{command[0]} cannot be run: {exc.strerror}"
     return f"{command[0]} ended with exit status {done.returncode}" if done.returncode else None
-
-
-def _why(exc: Exception) -> str:
-    match exc:
-        case OSError(errno=errno.ELOOP):
-            return "not a plain file, but a link"
-        case OSError(strerror=str(text)):
-            return text
-        case _:
-            return "no such name"

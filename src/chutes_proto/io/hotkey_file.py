@@ -1,4 +1,4 @@
-"""Hotkeys in wallets' files."""
+"""Hotkeys in the files of wallets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from chutes_proto.io.files import read_private
 def read_hotkey(path: str | Path) -> HotkeyPair:
     """Return the hotkey in a wallet's file: JSON with ``secretSeed`` and ``ss58Address``, readable by its owner alone.
 
-    Raises `FileUnavailable`, and `ConfigurationError` for another file; neither repeats what is in it.
+    Raises `FileUnavailable`, and `ConfigurationError` for any other file or permissions that are too open; neither
+    repeats the content.
     """
     try:
         return HotkeyPair.from_json(read_private(path))

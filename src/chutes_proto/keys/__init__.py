@@ -1,1 +1,1 @@
-"""Passphrases: how they are sealed and what becomes of their generations."""
+"""Passphrases: their seal, and their lifecycle by generations (NIST SP 800-57)."""

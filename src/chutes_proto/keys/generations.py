@@ -1,12 +1,12 @@
-"""What becomes of a volume's keys: pure functions over the generations of one volume.
+"""The key lifecycle: pure functions over the generations of one volume.
 
-``docs/explanation/key-lifecycle.md`` explains them. Rules kept here:
+``docs/explanation/key-lifecycle.md`` describes it. Rules kept here:
 
 * a boot call overwrites and deletes nothing: an old generation is retired, a new one gets the next number;
 * at most one generation is active and at most one is a candidate, also between the steps of a change;
 * at most one retired generation can be revived, the one that was active last, and none once a newer one was made;
 * a promotion is provisional until a boot that was given the new key confirms. Until then the key that it superseded is
-  *pinned* (retired as ``superseded`` and ``provisional``): it is handed out by turns and cannot be purged.
+  *pinned* (retired as ``superseded`` and ``provisional``): it is offered alternately and cannot be purged.
 
 Every function takes all generations of one volume, in any order, and returns a `Change`; none touches a store.
 """
@@ -33,7 +33,7 @@ RESERVED_VOLUMES = frozenset({ROOT_VOLUME, K3S_VOLUME})
 
 @frozen
 class Change:
-    """What happens to one volume: ``updated`` rows are written first, then ``created`` is added."""
+    """A change to one volume: ``updated`` rows are written first, then ``created`` is added."""
 
     updated: tuple[GenerationRow, ...] = ()
     created: GenerationRow | None = None
@@ -41,7 +41,7 @@ class Change:
 
 @frozen
 class Supply(Change):
-    """A change after which ``current`` is the active generation; ``word`` says how that came."""
+    """A change after which ``current`` is the active generation; ``word`` says why."""
 
     word: Literal["kept", "created", "rekeyed", "revived"] = field(kw_only=True)
     current: GenerationRow = field(kw_only=True)
@@ -49,34 +49,34 @@ class Supply(Change):
 
 @frozen
 class HandOut(Change):
-    """What a two-phase boot is given: the key that should open the disk, None where there is none, and the next one."""
+    """The keys for a two-phase boot: the one that should open the disk (None for a new volume), and the next one."""
 
     current: GenerationRow | None = field(kw_only=True)
     next: GenerationRow = field(kw_only=True)
 
 
 def active(rows: Generations) -> GenerationRow | None:
-    """The active generation."""
+    """Find the active generation."""
     return next((row for row in rows if row.state == "active"), None)
 
 
 def candidate(rows: Generations) -> GenerationRow | None:
-    """The generation that was handed out as the next one and is not decided on."""
+    """Find the generation that was handed out as the next one and is not confirmed."""
     return next((row for row in rows if row.state == "candidate"), None)
 
 
 def pinned(rows: Generations) -> GenerationRow | None:
-    """The generation that a provisional promotion superseded: the disk may yet need it."""
+    """Find the generation that a provisional promotion superseded: the disk may still need it."""
     return next((row for row in rows if row.provisional and row.retirement == "superseded"), None)
 
 
 def holds_keys(rows: Generations) -> bool:
-    """Whether there is any key that a disk may need, be it retired."""
+    """Whether there is any key that a disk may need, active or retired."""
     return any(row.state != "purged" for row in rows)
 
 
 def fetch(rows: Generations, seal: Seal) -> Supply:
-    """A key to open or format the disk with: the active one, else the one that a prune retired, else a new one."""
+    """Supply a key to open or format the disk: the active one, else the one that a prune retired, else a new one."""
     rows = tuple(rows)
     if current := active(rows):
         return Supply(word="kept", current=current)
@@ -88,17 +88,17 @@ def fetch(rows: Generations, seal: Seal) -> Supply:
 
 
 def rekey(rows: Generations, seal: Seal, at: int) -> Supply:
-    """A new key for a disk that is about to be formatted; the old one is retired, and so is an open candidate."""
+    """Make a new key for a disk that is about to be formatted; retire the old one and an open candidate."""
     rows = tuple(rows)
     return _renew(rows, seal, at=at, word="rekeyed" if active(rows) else "created")
 
 
 def hand_out(rows: Generations, seal: Seal, handed: int | None = None) -> HandOut:
-    """The current key and the next one of a two-phase boot.
+    """Hand out the current and the next key of a two-phase boot.
 
-    Without an active key, and none that comes back as `fetch` has it, there is no current key, and the next one is
-    active at once. ``handed`` is the generation that the last boot was given as the current one and did not confirm:
-    where that was a provisional one, it is the pinned one's turn, and the provisional one is the next.
+    Without an active key, and none that `fetch` would revive, the current key is None, and the next one is active at
+    once. ``handed`` is the generation that the last boot received as the current one and did not confirm: where that
+    was a provisional one, the pinned one is offered instead, and the provisional one is the next.
     """
     rows = tuple(rows)
     supply = fetch(rows, seal)
@@ -114,12 +114,11 @@ def hand_out(rows: Generations, seal: Seal, handed: int | None = None) -> HandOu
 
 
 def confirm(rows: Generations, current: int | None, following: int, *, rotated: bool, at: int) -> Change | None:
-    """A boot that was handed ``current`` and ``following`` says that it opened the disk, or formatted it.
+    """Confirm that a boot that received ``current`` and ``following`` opened the disk, or formatted it.
 
-    ``rotated``: the disk has the key ``following`` too, which is active afterwards, and provisional; ``current`` is
-    pinned. None if ``following`` is neither active nor a candidate to be: something else was decided meanwhile.
-    Not ``rotated``: ``current`` is active afterwards and ``following`` retired, unless something else was decided
-    meanwhile; then that stands.
+    ``rotated``: the disk has the key ``following`` too, which becomes active, and provisional; ``current`` is pinned.
+    Returns None if ``following`` can no longer become active, because of another change since. Not ``rotated``:
+    ``current`` becomes active and ``following`` is retired, unless another change since decided otherwise.
     """
     rows = tuple(rows)
     by_number = {row.generation: row for row in rows}
@@ -146,7 +145,7 @@ def confirm(rows: Generations, current: int | None, following: int, *, rotated: 
 
 
 def restore(rows: Generations, generation: int, at: int) -> Change | None:
-    """An operator's choice: ``generation`` is active afterwards. None where it is not there, purged, or active."""
+    """Make ``generation`` active, as an operator's choice. Returns None where it is missing, purged, or active."""
     rows = tuple(rows)
     chosen = next((row for row in rows if row.generation == generation), None)
     if chosen is None or chosen.state in ("purged", "active"):
@@ -158,7 +157,7 @@ def restore(rows: Generations, generation: int, at: int) -> Change | None:
 
 
 def purgeable(rows: Generations, now: int, retention: int, keep: int) -> tuple[GenerationRow, ...]:
-    """What an operator may purge: retired for at least ``retention`` seconds, not pinned, not of the last ``keep``."""
+    """List the generations to purge: retired for ``retention`` seconds, not pinned, not among the last ``keep``."""
     ordered = sorted(rows, key=lambda row: row.generation)
     return tuple(
         row
@@ -171,12 +170,12 @@ def purgeable(rows: Generations, now: int, retention: int, keep: int) -> tuple[G
 
 
 def prune(rows: Generations, at: int) -> Change:
-    """No key for a volume that a boot left out: the active one is retired so that it can be revived."""
+    """Retire the active key of a volume that a boot left out; it can be revived."""
     return Change(_retired(rows, at, "prune"))
 
 
 def disown(rows: Generations, at: int) -> Change:
-    """All keys of a name that goes to another owner: retired, and none to be revived."""
+    """Retire all keys of a name that goes to another owner; none can be revived."""
     rows = tuple(rows)
     retired = (evolve(row, provisional=False) for row in _retired(rows, at, "takeover"))
     return Change((*retired, *_outdated(rows, "takeover")))
@@ -193,7 +192,7 @@ def _following(rows: tuple[GenerationRow, ...]) -> int:
 
 
 def _outdated(rows: tuple[GenerationRow, ...], why: Retirement) -> tuple[GenerationRow, ...]:
-    """The retired rows that an answer could yet bring back: from now on none of them can."""
+    """The retired rows that could still be revived, changed so that none can."""
     return tuple(
         evolve(row, provisional=False, retirement=why if row.retirement == "prune" else row.retirement)
         for row in rows
@@ -202,7 +201,7 @@ def _outdated(rows: tuple[GenerationRow, ...], why: Retirement) -> tuple[Generat
 
 
 def _retired(rows: Generations, at: int, why: Retirement) -> tuple[GenerationRow, ...]:
-    """The rows that are in force, retired: the active one for this reason, a candidate because it fell with it."""
+    """The active row retired for this reason, and a candidate that is dropped with it."""
     reasons: dict[str, Retirement] = {"active": why, "candidate": "dropped"}
     return tuple(
         evolve(row, state="retired", retired_at=at, retirement=reasons[row.state])

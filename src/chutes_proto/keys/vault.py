@@ -1,15 +1,15 @@
-"""Sealing: no passphrase is stored in the clear, and a sealed one opens only as the row it was sealed for.
+"""Seal passphrases: none is stored in the clear, and a sealed one opens only as the row it was sealed for.
 
-Each passphrase is sealed with AES-256-GCM under a data key of its own, and the data key with AES-256-GCM under a
-key-encryption key. What the two layers look like, byte for byte, is in ``docs/explanation/key-lifecycle.md``.
+Each passphrase is encrypted with AES-256-GCM (NIST SP 800-38D) under a data-encryption key (DEK) of its own, and the
+DEK with AES-256-GCM under a key-encryption key (KEK); ``docs/explanation/key-lifecycle.md`` has them byte by byte.
 
 Rules kept here:
 
 * hotkey, VM, volume and generation are associated data of both layers, so a row that is copied elsewhere does not open;
 * a nonce is never used twice under one key, even when a unit runs again and seals another generation from the same
   entropy: nonces are made from that entropy *and* the row's address;
-* two key-encryption keys may be live; new rows are sealed under the current one. A row under any other is
-  `KeyUnavailable`; nothing falls back to anything;
+* two KEKs may be in use while one is rotated; new rows are sealed under the current one. A row under any other is
+  `KeyUnavailable`; nothing falls back to another key;
 * nothing secret is in a ``repr`` or in an error's text.
 """
 
@@ -39,50 +39,35 @@ KEY_SIZE: Final = 32
 NONCE_SIZE: Final = 12
 
 _length = struct.Struct(">I").pack
-_generation = struct.Struct(">IQ").pack
-_VERSION = struct.pack(">II", 4, SEAL_VERSION)
 
 _HEX_KEY = re.compile(rb"([0-9a-fA-F]{64})\n?")
 
 
 @frozen
 class Address:
-    """Which row a passphrase belongs to."""
+    """The address of a passphrase's row."""
 
     vm: Vm
     volume: str
     generation: int
 
     def associated_data(self, layer: bytes) -> bytes:
-        """What binds a layer of the envelope to this row: each part with its length before it."""
-        title, hotkey, name = b"chutes-proto " + layer, self.vm.hotkey.encode(), self.vm.name.encode()
-        volume = self.volume.encode()
-        return b"".join(
-            (
-                _length(len(title)),
-                title,
-                _VERSION,
-                _length(len(hotkey)),
-                hotkey,
-                _length(len(name)),
-                name,
-                _length(len(volume)),
-                volume,
-                _generation(8, self.generation),
-            )
-        )
+        """The associated data that bind a layer of the envelope to this row: each part after its length."""
+        names = (self.vm.hotkey.encode(), self.vm.name.encode(), self.volume.encode())
+        parts = (b"chutes-proto " + layer, _length(SEAL_VERSION), *names, self.generation.to_bytes(8, "big"))
+        return b"".join([_length(len(part)) + part for part in parts])
 
 
 @frozen
 class KeyEncryptionKey:
-    """A key that wraps data keys; ``kek_id`` names it in the rows and may be known to anyone."""
+    """A key-encryption key (KEK), which wraps DEKs; ``kek_id`` names it in the rows and is not secret."""
 
     key: Secret
     kek_id: str
 
     @classmethod
     def from_bytes(cls, data: bytes) -> KeyEncryptionKey:
-        """The key of a file's content: 32 raw bytes, or 64 hex digits with or without a line end.
+        """Read the key from a file's content: 32 raw bytes, or 64 hex digits with or without a line end.
 
         Raises `ConfigurationError` for anything else.
         """
@@ -98,7 +83,7 @@ class KeyEncryptionKey:
 
 @frozen
 class FreshKey:
-    """The entropy for one row that a unit may come to make: drawn before, so that the unit may run again."""
+    """The entropy for one row that a unit may make: drawn before, so that the unit may run again."""
 
     SIZE: ClassVar[int] = 64 + KEY_SIZE + 2 * NONCE_SIZE
 
@@ -108,17 +93,17 @@ class FreshKey:
 
     @classmethod
     def from_entropy(cls, entropy: bytes) -> FreshKey:
-        """The key of `SIZE` random bytes, which must serve nothing else. The passphrase is 128 lowercase hex digits."""
+        """Make a passphrase of 128 lowercase hex digits from `SIZE` random bytes, which must serve nothing else."""
         return cls._of(entropy[:64].hex().encode("ascii"), entropy)
 
     @classmethod
     def encryption_key(cls, entropy: bytes) -> FreshKey:
-        """The same, for a key of 32 bytes instead of a passphrase: sealed and handed out as base64."""
+        """Make a key of 32 bytes instead of a passphrase: it is sealed and handed out in base64."""
         return cls._of(base64.b64encode(entropy[:KEY_SIZE]), entropy)
 
     @classmethod
     def of_passphrase(cls, passphrase: Secret, entropy: bytes) -> FreshKey:
-        """The same, for a passphrase that is there already; of ``entropy`` only the envelope's part is used."""
+        """Take an existing passphrase; of ``entropy`` only the envelope's part is used."""
         return cls._of(passphrase.reveal(), entropy)
 
     @classmethod
@@ -143,18 +128,18 @@ class Sealed:
 
 @frozen
 class Vault:
-    """Seals and opens passphrases under the live key-encryption keys."""
+    """Seals and opens passphrases under the current KEK and, while it is rotated, the previous one."""
 
     current: KeyEncryptionKey = field()
     previous: KeyEncryptionKey | None = None
 
     @property
     def live(self) -> tuple[KeyEncryptionKey, ...]:
-        """The current key first."""
+        """The KEKs in use, the current one first."""
         return (self.current,) if self.previous is None else (self.current, self.previous)
 
     def seal(self, address: Address, fresh: FreshKey) -> Sealed:
-        """``fresh.passphrase`` for the row at ``address``, under the current key-encryption key."""
+        """Seal ``fresh.passphrase`` for the row at ``address``, under the current KEK."""
         passphrase_data, key_data = address.associated_data(b"passphrase"), address.associated_data(b"data key")
         seeds = fresh.nonce_seeds.reveal()
         data_key = fresh.data_key.reveal()
@@ -167,9 +152,9 @@ class Vault:
         )
 
     def open(self, address: Address, row: GenerationRow) -> Secret:
-        """The passphrase of ``row``, which must be the row at ``address``.
+        """Open the passphrase of ``row``, which must be the row at ``address``.
 
-        Raises `KeyUnavailable` if the row's key-encryption key is not live, and `SealBroken` if the row does not open:
+        Raises `KeyUnavailable` if the row's KEK is not in use, and `SealBroken` if the row does not open:
         its bytes were altered, it is the row of another address, or it was purged.
         """
         if row.sealed is None:
@@ -181,16 +166,16 @@ class Vault:
             raise _broken(address) from None
 
     def rewrap(self, address: Address, row: GenerationRow, nonce_seed: bytes) -> Sealed:
-        """The envelope of ``row`` with its data key wrapped under the current key-encryption key.
+        """Wrap the DEK of ``row`` under the current KEK.
 
-        ``nonce_seed`` is `NONCE_SIZE` random bytes. The passphrase is not opened, and its layer stays as it is. Raises
+        ``nonce_seed`` is `NONCE_SIZE` random bytes. The passphrase is not opened, and its layer does not change. Raises
         as `open` does.
         """
         if row.sealed is None:
             raise SealBroken(f"the key {_where(address)} was purged")
         key_data = address.associated_data(b"data key")
         data_key = self._data_key(address, row)
-        # the old wrapping is in the nonce, so that the same seed for the same row cannot meet another data key
+        # the old wrapping is in the nonce, so that the same seed for the same row cannot meet another DEK
         nonce = hmac.digest(nonce_seed, key_data + (row.wrapped_key or b""), "sha256")[:NONCE_SIZE]
         wrapped = nonce + AESGCM(self.current.key.reveal()).encrypt(nonce, data_key, key_data)
         return Sealed(row.sealed, self.current.kek_id, wrapped)
@@ -201,18 +186,17 @@ class Vault:
         key = next((key.key for key in self.live if key.kek_id == row.kek_id), None)
         if key is None:
             live = ", ".join(key.kek_id for key in self.live)
-            raise KeyUnavailable(
-                f"the key {_where(address)} is sealed under key-encryption key {row.kek_id}; at hand: {live}"
-            )
+            sealed = f"sealed under key-encryption key (KEK) {row.kek_id}"
+            raise KeyUnavailable(f"the key {_where(address)} is {sealed}; available: {live}")
         try:
             return _decrypt(key.reveal(), row.wrapped_key, address.associated_data(b"data key"))
         except (InvalidTag, ValueError):
             raise _broken(address) from None
 
     def derive(self, label: str, size: int = KEY_SIZE) -> tuple[tuple[str, Secret], ...]:
-        """For each live key-encryption key, the current one first: its id, and ``size`` bytes of its own for ``label``.
+        """Derive ``size`` bytes for ``label`` from each KEK, the current one first; returns them with the KEK's id.
 
-        HKDF-SHA256 (RFC 5869) without salt; what is derived says nothing about the key or about another label's.
+        HKDF-SHA256 (RFC 5869) without salt; the bytes reveal nothing about the KEK or about another label's.
         """
         info = b"chutes-proto derive " + label.encode()
         return tuple(

@@ -1,1 +1,1 @@
-"""Disks as LUKS2 volumes: what a header may say, and what is done to a disk. It parses and judges; nothing is run."""
+"""Disks as LUKS2 volumes: which headers are safe, and the steps for each disk. Nothing is run here."""

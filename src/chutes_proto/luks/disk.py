@@ -1,10 +1,10 @@
-"""What a disk holds: nothing, a LUKS2 volume, or something that is not ours to touch.
+"""Classify a disk: blank, a LUKS2 volume, or foreign data that must not be touched.
 
 Rules kept here:
 
-* what is not surely blank is not blank: a disk counts as blank if its first and its last `LOOKED_AT` bytes are zero.
-  Partition tables, file systems, RAID, LVM, ZFS and LUKS all keep what they are known by within these;
-* one thing else is blank: a disk that begins with `UNFINISHED`, because a format of it was begun and cut off. A host
+* a disk counts as blank only if its first and its last `LOOKED_AT` bytes are zero.
+  Partition tables, file systems, RAID, LVM, ZFS and LUKS all keep their signatures within these;
+* a disk that begins with `UNFINISHED` is blank too, because a format of it was interrupted. A host
   can write that, as it can write zeros; a disk that the server knows to be in use is formatted in neither case.
 """
 
@@ -33,14 +33,14 @@ _SIGNATURES: Final = (
 
 @frozen
 class Blank:
-    """Nothing. ``unfinished``: a format of it was begun and cut off."""
+    """A blank disk. ``unfinished``: a format of it was interrupted."""
 
     device: str
     size: int
     unfinished: bool = False
 
     def __str__(self) -> str:
-        return f"blank, {self.size} bytes{'; a format of it was begun and cut off' if self.unfinished else ''}"
+        return f"blank, {self.size} bytes{'; a format of it was interrupted' if self.unfinished else ''}"
 
 
 @frozen
@@ -53,13 +53,13 @@ class Luks:
 
     def __str__(self) -> str:
         slots = len(self.header.keyslots)
-        torn = "" if self.header.whole else "; an update of its header was cut off, the newest copy counts"
+        torn = "" if self.header.whole else "; an update of its header was interrupted, the newest copy counts"
         return f"LUKS2, UUID {self.header.uuid}, {slots} key slot{'s' * (slots != 1)}{torn}"
 
 
 @frozen
 class Foreign:
-    """Something else, which is never formatted. ``found`` is what it looks like."""
+    """A disk with other data, which is never formatted. ``found`` describes them."""
 
     device: str
     size: int
@@ -73,7 +73,7 @@ Disk: TypeAlias = Blank | Luks | Foreign
 
 
 def judge(head: bytes, rest: Iterable[bytes], size: int, device: str) -> Disk:
-    """What a disk of ``size`` bytes holds.
+    """Classify a disk of ``size`` bytes.
 
     ``head`` is its first `HEAD_SIZE` bytes, or all there are; ``rest``, in pieces, is what else is in the first and the
     last `LOOKED_AT` bytes, and is asked for only where nothing is in the head. Raises `HeaderRejected` for a LUKS

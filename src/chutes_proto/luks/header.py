@@ -1,12 +1,12 @@
-"""May this LUKS2 header be used? The host can write what it likes on a disk, so nothing runs on a header before this.
+"""Check a LUKS2 header: the host can write anything on a disk, so no program reads a header before this check.
 
-    header = check_header(head, size, device)      a CheckedHeader, None where no header is, or HeaderRejected
+    header = check_header(head, size, device)      a CheckedHeader, None without a header, or HeaderRejected
 
 Rules kept here:
 
-* a header is accepted only if everything it says is on a list of what it may say: one encrypted segment, one cipher,
+* a header is accepted only if all of its content is on an allow-list: one encrypted segment, one cipher,
   key slots whose cost is bounded, no token, no flag, no requirement, no member that is not known;
-* what a program is then given is `CheckedHeader.area`, which is written anew from what was checked, both copies alike:
+* programs then read `CheckedHeader.area` only, which is written again from the checked content, both copies alike:
   nothing else can be read out of it;
 * every copy whose checksum holds is checked, so it does not matter which one counts; where they differ, the newer one
   counts as it does for cryptsetup, and only if the older one differs by key slots that were added or taken off;
@@ -35,7 +35,7 @@ from chutes_proto.quote._proof import PROOF, Proof, proven
 PRIMARY: Final = b"LUKS\xba\xbe"
 SECONDARY: Final = b"SKUL\xba\xbe"
 SIZES: Final = (0x4000, 0x8000, 0x10000, 0x20000)
-"""Bytes of one copy, binary header and JSON (2.2). The specification goes on to 4 MiB, for which nobody has a use."""
+"""Bytes of one copy, binary header and JSON (2.2). The specification goes on to 4 MiB, which nobody uses."""
 HEAD_SIZE: Final = 2 * SIZES[-1]
 """So many bytes of a disk have both copies in them."""
 MAX_AREA: Final = 64 * 1024 * 1024
@@ -69,10 +69,10 @@ _SLOT: Final = re.compile(r"[0-9]|[12][0-9]|3[01]")
 
 @frozen
 class CheckedHeader:
-    """A header that says only what is allowed; only `check_header` makes one.
+    """A header with allowed content only; `check_header` alone makes one.
 
     ``offset`` is where the encrypted data begins and ``sector_size`` its unit, in bytes. ``whole`` says that both
-    copies are there and say the same. ``area`` is both copies written anew, as they stand at the beginning of the disk;
+    copies are present and equal. ``area`` is both copies written again, as they are at the beginning of the disk;
     ``slots`` is where on the disk each key slot begins and ends.
     """
 
@@ -90,18 +90,18 @@ class CheckedHeader:
 
 @frozen
 class _Copy:
-    """One copy whose checksum holds, and what it says."""
+    """One copy whose checksum is right, and its content."""
 
     size: int
     sequence: int
     uuid: str
     binary: bytes
     json: bytes
-    told: Mapping[str, Any]
+    content: Mapping[str, Any]
 
 
 def check_header(head: bytes, size: int, device: str) -> CheckedHeader | None:
-    """The header at the beginning of a disk of ``size`` bytes; None where there is no trace of one.
+    """Check the header at the beginning of a disk of ``size`` bytes; returns None without any trace of one.
 
     ``head`` is the first `HEAD_SIZE` bytes, or all there are. ``device`` is for the error's text. Raises
     `HeaderRejected`.
@@ -110,7 +110,7 @@ def check_header(head: bytes, size: int, device: str) -> CheckedHeader | None:
 
 
 class _Reader:
-    """Reads the header of one disk, and says in its errors which."""
+    """Reads the header of one disk, which its errors name."""
 
     def __init__(self, device: str) -> None:
         self._device = device
@@ -157,14 +157,14 @@ class _Reader:
         return _Copy(size, sequence, match[1].decode(), binary, json, self._json(json))
 
     def _agree(self, primary: _Copy, secondary: _Copy) -> bool:
-        """Whether they say the same; False where an update of key slots was cut off between them."""
+        """Whether the copies are equal; False where an update of key slots was interrupted between them."""
         if (primary.sequence, primary.json) == (secondary.sequence, secondary.json):
             if primary.uuid != secondary.uuid:
                 raise self._rejected("copies", "two UUIDs", "one")
             return True
         if primary.sequence == secondary.sequence:
             raise self._rejected("copies", f"two contents with the sequence number {primary.sequence}", "one")
-        ours, theirs = (copy.told["keyslots"] for copy in (primary, secondary))
+        ours, theirs = (copy.content["keyslots"] for copy in (primary, secondary))
         shared = ours.keys() & theirs.keys()
         if (
             _lasting(primary) != _lasting(secondary)
@@ -175,16 +175,16 @@ class _Reader:
         return False
 
     def _checked(self, copy: _Copy, whole: bool) -> CheckedHeader:
-        segment = copy.told["segments"]["0"]
+        segment = copy.content["segments"]["0"]
         return CheckedHeader(
             uuid=copy.uuid,
             cipher=segment["encryption"],
             sector_size=segment["sector_size"],
             offset=int(segment["offset"]),
-            keyslots=tuple(sorted(map(int, copy.told["keyslots"]))),
+            keyslots=tuple(sorted(map(int, copy.content["keyslots"]))),
             sequence=copy.sequence,
             whole=whole,
-            slots=tuple(sorted(map(_place, copy.told["keyslots"].values()))),
+            slots=tuple(sorted(map(_place, copy.content["keyslots"].values()))),
             area=_written(copy, PRIMARY, 0) + _written(copy, SECONDARY, copy.size),
             proof=PROOF,
         )
@@ -202,25 +202,25 @@ class _Reader:
         return self._object(value, "the JSON area", "config digests keyslots segments tokens")
 
     def _check(self, copy: _Copy, size: int) -> None:
-        told = copy.told
+        content = copy.content
         slots_at = 2 * copy.size
-        config = self._object(told["config"], "config", "json_size keyslots_size", "flags requirements")
+        config = self._object(content["config"], "config", "json_size keyslots_size", "flags requirements")
         self._nothing("flags", config.get("flags", []), ([],))
         self._nothing("requirements", config.get("requirements", {}), ({}, {"mandatory": []}))
         self._equal("json_size", self._decimal(config, "json_size"), copy.size - _BINARY_SIZE)
         end = slots_at + self._decimal(config, "keyslots_size")
         if end > min(MAX_AREA, size) or end % _SECTOR:
             raise self._rejected("keyslots_size", end - slots_at, f"sectors, up to {min(MAX_AREA, size) - slots_at}")
-        self._nothing("tokens", told["tokens"], ({},))
-        self._check_segment(told["segments"], end, size)
-        slots: Mapping[str, Any] = self._table(told["keyslots"], "keyslots")
+        self._nothing("tokens", content["tokens"], ({},))
+        self._check_segment(content["segments"], end, size)
+        slots: Mapping[str, Any] = self._table(content["keyslots"], "keyslots")
         if not 1 <= len(slots) <= MAX_SLOTS or not all(map(_SLOT.fullmatch, slots)):
             raise self._rejected("keyslots", f"{len(slots)}: {', '.join(slots)[:80]}", f"1 to {MAX_SLOTS}")
         areas = sorted(self._check_slot(f"keyslots.{name}", slot) for name, slot in slots.items())
         for (begin, after), (following, _) in zip([(0, slots_at), *areas], [*areas, (end, end)], strict=True):
             if following < after:
                 raise self._rejected("keyslot_area", f"{begin} to {after}, then {following}", "areas of their own")
-        digest = self._check_digest(told["digests"], set(slots))
+        digest = self._check_digest(content["digests"], set(slots))
         self._check_cost([*(slot["kdf"] for slot in slots.values()), digest])
 
     # 3.3
@@ -249,7 +249,7 @@ class _Reader:
 
     # 3.2
     def _check_slot(self, where: str, value: object) -> tuple[int, int]:
-        """Where its key material begins and ends."""
+        """Check a key slot; returns where its key material begins and ends."""
         slot = self._object(value, where, "af area kdf key_size type", "priority")
         self._equal("keyslot_type", slot["type"], "luks2")
         self._equal("keyslot_priority", slot.get("priority", 1), 1)
@@ -293,7 +293,7 @@ class _Reader:
         return digest
 
     def _check_cost(self, kdfs: Sequence[Mapping[str, Any]]) -> None:
-        """All key slots may be tried, for one key after the other."""
+        """Check the cost of all key slots together: each may be tried, for one key after the other."""
         rounds = sum(
             self._number("kdf_iterations", kdf["iterations"], MAX_ITERATIONS) for kdf in kdfs if kdf["type"] == "pbkdf2"
         )
@@ -311,11 +311,11 @@ class _Reader:
 
     def _table(self, value: object, where: str) -> dict[str, Any]:
         if type(value) is not dict:
-            raise self._rejected("json", f"{where} that is no object", "an object")
+            raise self._rejected("json", f"{where} that is not an object", "an object")
         return cast("dict[str, Any]", value)
 
     def _object(self, value: object, where: str, names: str, more: str = "") -> dict[str, Any]:
-        """An object with the members ``names``, perhaps with some of ``more``, and none else."""
+        """An object with exactly the members ``names``, and optionally some of ``more``."""
         table = self._table(value, where)
         missing, unknown = {*names.split()} - {*table}, {*table} - {*names.split(), *more.split()}
         if missing or unknown:
@@ -332,7 +332,7 @@ class _Reader:
             raise self._rejected(reason, str(found)[:80], "none")
 
     def _cipher(self, reason: str, table: Mapping[str, object]) -> int:
-        """The bytes of its key."""
+        """Check a cipher; returns the bytes of its key."""
         name = table["encryption"]
         if not isinstance(name, str) or name not in CIPHERS:
             what = f"{str(name)[:80]}, which encrypts nothing" if "cipher_null" in str(name) else str(name)[:80]
@@ -372,13 +372,13 @@ def _place(slot: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _lasting(copy: _Copy) -> object:
-    """What no update of key slots changes."""
-    digests = {name: {**digest, "keyslots": None} for name, digest in copy.told["digests"].items()}
-    return copy.uuid, copy.size, copy.told["segments"], copy.told["config"], digests
+    """The content that no update of key slots changes."""
+    digests = {name: {**digest, "keyslots": None} for name, digest in copy.content["digests"].items()}
+    return copy.uuid, copy.size, copy.content["segments"], copy.content["config"], digests
 
 
 def _written(copy: _Copy, magic: bytes, offset: int) -> bytes:
-    """The copy as it stands at ``offset``: magic, offset and checksum are its own."""
+    """Write the copy for ``offset``, with its own magic, offset and checksum."""
     binary = bytearray(copy.binary)
     binary[:6] = magic
     binary[256:264] = offset.to_bytes(8, "big")

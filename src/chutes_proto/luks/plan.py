@@ -1,13 +1,13 @@
-"""What is done to disks: each action is a value first, which can be printed, and then is carried out.
+"""Plans for disks: each action is first a value, which can be printed, and then carried out.
 
 Rules kept here:
 
-* an action names keys by their part in the exchange and never holds one, so its text has no secret in it;
+* an action names keys by their part in the exchange and never holds one, so its text holds no secret;
 * a disk is formatted only if it is blank and the server does not know it to be in use; one that holds anything else
   stops the boot before any disk is touched;
 * a key is taken off a disk only when the server said that the next one is promoted, and the next one opens the disk.
 
-``docs/explanation/disks.md`` says why.
+``docs/explanation/disks.md`` has the reasons.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Keys: TypeAlias = Mapping[Key, Secret]
 
 @frozen
 class Action(Generic[T_co]):
-    """One thing done to the disk of one volume; carrying it out replies with ``T_co``. `str` says what it does."""
+    """One thing done to the disk of one volume; carrying it out replies with ``T_co``. `str` describes it."""
 
     name: ClassVar[str]
 
@@ -46,7 +46,7 @@ class Action(Generic[T_co]):
     device: str
 
     def as_dict(self) -> dict[str, str]:
-        """The same for a program."""
+        """The action as fields of a log record or of JSON."""
         return {"volume": self.volume, "action": self.name, "device": self.device, "text": str(self)}
 
 
@@ -78,7 +78,7 @@ class Open(Action[Key]):
 
 @frozen
 class AddKey(Action[None]):
-    """See to it that ``key`` opens the volume too, which some key already does."""
+    """Add ``key`` to the volume unless it opens it already, and test it."""
 
     name = "add_key"
 
@@ -105,7 +105,7 @@ Plan: TypeAlias = tuple[Step, ...]
 
 
 def plan_open(volume: Volume, disk: Disk, *, in_use: bool) -> Plan:
-    """The base exchange: open with the one key; format first if the disk is blank and the server consents.
+    """Plan the base exchange: open with the one key; format a blank disk first if the server does not forbid it.
 
     ``in_use``: the server knows the disk to hold data. Raises `DiskError` where the boot must stop.
     """
@@ -113,7 +113,7 @@ def plan_open(volume: Volume, disk: Disk, *, in_use: bool) -> Plan:
 
 
 def plan_rotation(volume: Volume, disk: Disk, *, in_use: bool, first: bool) -> Plan:
-    """The two-phase exchange up to its confirmation: open with the current key, else the next; have the next one added.
+    """Plan the two-phase exchange up to its confirmation: open with the current key, else the next; add the next.
 
     ``first``: the server never had a key for it, and has the next one only. Raises `DiskError` where the boot must
     stop.
@@ -124,12 +124,12 @@ def plan_rotation(volume: Volume, disk: Disk, *, in_use: bool, first: bool) -> P
 
 
 def plan_promoted(volume: Volume) -> Plan:
-    """After the server said that the next key is promoted."""
+    """Plan the end of a rotation, once the server has promoted the next key."""
     return (KeepKey(volume.name, volume.device, Key.NEXT),)
 
 
 def plan_root(volume: Volume, disk: Disk) -> Plan:
-    """The root disk: opened with the one key, never formatted. Raises `DiskError` where the boot must stop."""
+    """Plan the root disk: open it with the one key, never format it. Raises `DiskError` where the boot must stop."""
     if isinstance(disk, Blank):
         raise DiskError(
             "blank_root", "the root disk is blank; attach the right one, it is never formatted", volume.device
@@ -145,15 +145,13 @@ def _plan(volume: Volume, disk: Disk, in_use: bool, keys: tuple[Key, ...]) -> Pl
             raise DiskError(
                 "blank_in_use",
                 f"the disk of {volume.name} is blank, but the server knows it to hold data: it is not formatted; attach"
-                f" the right disk, or have the operator say: keys allow-format NAME {volume.name}",
+                f" the right disk, or have the operator run: keys allow-format NAME {volume.name}",
                 volume.device,
             )
         case Blank():
             key = keys[0]
-            return (
-                Format(volume.name, volume.device, key),
-                Open(volume.name, volume.device, volume.mapping, (key,)),
-            )
+            opening = Open(volume.name, volume.device, volume.mapping, (key,))
+            return (Format(volume.name, volume.device, key), opening)
         case Foreign(found=found):
             raise DiskError(
                 "foreign",

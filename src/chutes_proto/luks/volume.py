@@ -1,11 +1,11 @@
-"""Which disk is which volume's."""
+"""A volume and its disk."""
 
 from __future__ import annotations
 
 import re
 from typing import Final
 
-from attrs import field, frozen
+from attrs import frozen
 
 from chutes_proto.errors import LocalProtocolError
 
@@ -16,18 +16,18 @@ _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 class Volume:
     """A volume by its name in the exchange, its device, and the name of its mapping in ``/dev/mapper``.
 
-    Raises `LocalProtocolError` for names that neither can have.
+    Raises `LocalProtocolError` for impossible names, and for a device that is not an absolute path.
     """
 
     name: str
     device: str
-    mapping: str = field(default="")
+    mapping: str = ""
 
     def __attrs_post_init__(self) -> None:
         if not self.mapping:
             object.__setattr__(self, "mapping", self.name)
         for name in (self.name, self.mapping):
             if not _NAME.fullmatch(name) or name == "control":
-                raise LocalProtocolError(f"{name!r} is no name of a volume: letters, digits, '_', '.', '-', at most 64")
+                raise LocalProtocolError(f"{name!r} is not a volume's name: letters, digits, '_', '.', '-', at most 64")
         if not self.device.startswith("/"):
-            raise LocalProtocolError(f"the device of {self.name} is a path that begins with '/', not {self.device!r}")
+            raise LocalProtocolError(f"the device of {self.name} must be an absolute path, not {self.device!r}")

@@ -40,24 +40,7 @@ else:
         },
     )
 
-__all__ = [
-    "MINER_RETRY",
-    "AttestationStatus",
-    "Gpu",
-    "Hotkey",
-    "HotkeyError",
-    "HotkeyPair",
-    "Miner",
-    "RuntimeAttestation",
-    "RuntimeVerdict",
-    "Server",
-    "Signer",
-    "SigningPolicy",
-    "attest_server",
-    "list_servers",
-    "read_server",
-    "read_status",
-    "register_server",
-    "remove_server",
-    "rename_server",
-]
+__all__ = ["attest_server", "read_status"]
+__all__ += ["list_servers", "read_server", "register_server", "remove_server", "rename_server"]
+__all__ += ["AttestationStatus", "Gpu", "Miner", "RuntimeAttestation", "RuntimeVerdict", "Server"]
+__all__ += ["MINER_RETRY", "Hotkey", "HotkeyError", "HotkeyPair", "Signer", "SigningPolicy"]

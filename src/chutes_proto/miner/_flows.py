@@ -1,11 +1,11 @@
-"""What a miner does with its servers, as flows: register, list, rename, remove; attest at runtime, ask what came of it.
+"""A miner's flows: register, list, rename and remove servers; attest at runtime, read the attestation status.
 
 Rules kept here:
 
-* each request is signed by the hotkey, over the bytes that are sent, at the time when they are sent;
-* no answer, 429 and 5xx are tried again, as the retry policy says; a refusal is final. What the server may have done
-  before its answer was lost is not taken for a refusal: a registration that is found as it was asked for and of that
-  time, and a removal of what is gone, are done. "Not now" loses nothing. An attestation begins again, with a new nonce;
+* each request is signed by the hotkey, over the bytes that are sent, when they are sent;
+* no answer, 429 and 5xx are tried again, by the retry policy; a refusal is final. A refusal that the lost first attempt
+  may have caused is not one: a registration that is found with the same content and of that time, and a removal of a
+  server that is gone, are done. An attestation begins again, with a new nonce;
 * no answer makes a flow send its request anywhere else: a redirect is an error.
 
 All raise `Refusal`, `TransportError`, and `RemoteProtocolError` for an answer that is not the protocol;
@@ -38,18 +38,18 @@ from chutes_proto.errors import (
 from chutes_proto.wire import codec, miners
 from chutes_proto.wire.codes import Code
 from chutes_proto.wire.endpoint import Endpoint, Message, NonceAnswer
-from chutes_proto.wire.names import HEX_32, NAME_PATTERN, NAME_RULE, Name
+from chutes_proto.wire.names import NAME_PATTERN, NAME_RULE, Name, hex_32
 
 T = TypeVar("T")
 A = TypeVar("A", bound=Message)
 
 MINER_RETRY: Final = RetryPolicy(attempts=4, cap=10.0, deadline=60.0)
-"""What a person at a terminal, or a script, waits for."""
+"""Retries for a person at a terminal, or a script: a minute at most."""
 
-_NOT_NOW: Final = frozenset(
+_WITHOUT_EFFECT: Final = frozenset(
     {Code.RATE_LIMITED, Code.BUSY, Code.DRAINING, Code.COLLATERAL_UNAVAILABLE, Code.KEY_UNAVAILABLE}
 )
-"""What a server says instead of doing anything."""
+"""The codes of a server that has not begun the operation."""
 
 
 Gpu: TypeAlias = miners.NodeArgs
@@ -65,10 +65,10 @@ def _parsed(address: str) -> Hotkey:
 
 @frozen
 class Miner:
-    """Whose servers: the hotkey, from its SS58 address, and what signs with it.
+    """A miner: its hotkey, from the SS58 address, and the signer that signs with it.
 
-    The ``signer`` may be `HotkeyPair.sign`, or call whatever holds the key. With ``signatures="request"`` each
-    signature is over the whole request and good for nothing else. ``retry`` is for each flow by itself.
+    The ``signer`` may be `HotkeyPair.sign`, or call any program that holds the key. With ``signatures="request"`` each
+    signature is valid for one request only. ``retry`` applies to each flow by itself.
     """
 
     hotkey: Hotkey = field(converter=_parsed)
@@ -148,27 +148,27 @@ def register_server(
 
 
 def list_servers(miner: Miner) -> Flow[tuple[Server, ...]]:
-    """The miner's servers, newest first."""
+    """List the miner's servers, newest first."""
     request = miners.ListServersRequest()
     answer = yield from _repeat(miner, miners.LIST_SERVERS, request, miners.ServerListAnswer)
-    return tuple(map(_server, answer.servers))
+    return tuple(_server(server, server.server_id) for server in answer.servers)
 
 
 def rename_server(miner: Miner, server_id: str, name: str) -> Flow[Server]:
     """Give a server another name; the keys of its VM stay where they are."""
     request = miners.RenameServerRequest(server_id=_name(server_id), server_name=_name(name))
     answer = yield from _repeat(miner, miners.RENAME_SERVER, request, miners.RenamedServerAnswer)
-    return Server(server_id, answer.name, answer.ip, _time(answer.created_at), _time_or_none(answer.updated_at))
+    return _server(answer, server_id)
 
 
 def read_server(miner: Miner, server_id: str) -> Flow[Server]:
-    """One server."""
+    """Read one server."""
     request = miners.ServerDetailsRequest(server_id=_name(server_id))
-    return _server((yield from _repeat(miner, miners.SERVER_DETAILS, request, miners.ServerAnswer)))
+    return _server((yield from _repeat(miner, miners.SERVER_DETAILS, request, miners.ServerAnswer)), server_id)
 
 
 def remove_server(miner: Miner, name_or_id: str) -> Flow[str]:
-    """Remove a server; the reply is its name, or ``name_or_id`` where an answer was lost and then it was gone.
+    """Remove a server; returns its name, or ``name_or_id`` where an answer was lost and then the server was gone.
 
     The key server keeps the keys of its VM.
     """
@@ -195,9 +195,8 @@ def attest_server(miner: Miner, server_id: str, spki_sha256: bytes) -> Flow[Runt
 
     def attempt(_: bool) -> Flow[RuntimeAttestation]:
         given = yield from _ask(miner, miners.RUNTIME_NONCE, nonce_request, NonceAnswer)
-        if not HEX_32.fullmatch(given.nonce):
-            raise RemoteProtocolError("the server's nonce is not 64 lowercase hex digits")
-        quote = yield from MakeQuote(report_data(bytes.fromhex(given.nonce), spki_sha256))
+        nonce = bytes.fromhex(hex_32(given.nonce, "nonce"))
+        quote = yield from MakeQuote(report_data(nonce, spki_sha256))
         request = miners.RuntimeAttestationRequest(server_id=_name(server_id), quote=codec.encode_quote(quote))
         kind = miners.RuntimeAttestationAnswer
         answer = yield from _ask(miner, miners.RUNTIME_ATTESTATION, request, kind, given.nonce)
@@ -207,22 +206,22 @@ def attest_server(miner: Miner, server_id: str, spki_sha256: bytes) -> Flow[Runt
 
 
 def read_status(miner: Miner, server_id: str) -> Flow[AttestationStatus]:
-    """The newest verdict on a runtime quote of a server, and whether it still counts."""
+    """Read the newest verdict on a runtime quote of a server, and whether it still counts."""
     request = miners.AttestationStatusRequest(server_id=_name(server_id))
     answer = yield from _repeat(miner, miners.ATTESTATION_STATUS, request, miners.AttestationStatusAnswer)
-    last = answer.last_attestation
-    verdict = (
-        None if last is None else RuntimeVerdict(last.attestation_id, _time(last.created_at), last.verification_error)
-    )
+    verdict: RuntimeVerdict | None = None
+    if (last := answer.last_attestation) is not None:
+        verdict = RuntimeVerdict(last.attestation_id, _time(last.created_at), last.verification_error)
     return AttestationStatus(answer.server_id, answer.name, verdict, answer.fresh, answer.age_seconds)
 
 
-def _server(answer: miners.ServerAnswer) -> Server:
-    return Server(answer.server_id, answer.name, answer.ip, _time(answer.created_at), _time_or_none(answer.updated_at))
+def _server(answer: miners.ServerAnswer | miners.RenamedServerAnswer, server_id: str) -> Server:
+    updated_at = None if answer.updated_at is None else _time(answer.updated_at)
+    return Server(server_id, answer.name, answer.ip, _time(answer.created_at), updated_at)
 
 
 def _time(text: str) -> datetime:
-    """Return a time with its offset: without one it would count as this machine's local time."""
+    """Parse a time with its offset: without one it would count as this machine's local time."""
     try:
         if (time := datetime.fromisoformat(text)).tzinfo is not None:
             return time
@@ -231,12 +230,8 @@ def _time(text: str) -> datetime:
     raise RemoteProtocolError(f"the server's answer has a time that is not RFC 3339: {text[:40]!r}")
 
 
-def _time_or_none(text: str | None) -> datetime | None:
-    return None if text is None else _time(text)
-
-
 def _is_registered(miner: Miner, message: miners.RegisterServerRequest, began: int) -> Flow[bool]:
-    """Whether the miner has this very server, registered since ``began`` as far as the two clocks may differ."""
+    """Whether the miner has this server, registered since ``began`` as far as the two clocks may differ."""
     request = miners.ServerDetailsRequest(server_id=message.id)
     try:
         found = yield from _ask(miner, miners.SERVER_DETAILS, request, miners.ServerAnswer)
@@ -248,12 +243,12 @@ def _is_registered(miner: Miner, message: miners.RegisterServerRequest, began: i
 
 
 def _repeat(miner: Miner, endpoint: Endpoint, message: Message, kind: type[A]) -> Flow[A]:
-    """A request that does no more when it comes twice."""
+    """Send a request that has the same effect when it is repeated."""
     return (yield from _persist(miner, endpoint, lambda _: _ask(miner, endpoint, message, kind)))
 
 
 def _persist(miner: Miner, endpoint: Endpoint, attempt: Callable[[bool], Flow[T]]) -> Flow[T]:
-    """Attempt after attempt, each told whether one before it may have had its effect, until one is answered."""
+    """Attempt until there is an answer; each attempt knows whether an earlier one may have had its effect."""
     budget = yield from begin(miner.retry, "request")
     lost = False
     while True:
@@ -269,13 +264,13 @@ def _may_have_effect(error: Exception) -> bool:
         case TransportError():
             return error.maybe_delivered
         case Unavailable():
-            return error.code not in _NOT_NOW
+            return error.code not in _WITHOUT_EFFECT
         case _:
             return True
 
 
 def _ask(miner: Miner, endpoint: Endpoint, message: Message, kind: type[A], nonce: str | None = None) -> Flow[A]:
-    """One signed request and its answer, which the endpoint table says is a ``kind``."""
+    """Send one signed request and decode its answer, which the endpoint table says is a ``kind``."""
     request = codec.encode_request(endpoint, message)
     if endpoint.signed is None:
         raise LocalProtocolError(f"{endpoint.operation} is not signed")

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from chutes_proto._lazy import lazily
 
 if TYPE_CHECKING:
-    from chutes_proto.quote._accept import verify
     from chutes_proto.quote._attributes import AttributePolicy
     from chutes_proto.quote._collateral import Collateral, VerifiedCollateral
     from chutes_proto.quote._eventlog import (
@@ -49,6 +48,7 @@ if TYPE_CHECKING:
         Policy,
         TcbPolicy,
         parse_policy_toml,
+        verify,
     )
     from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
     from chutes_proto.quote._statements import TcbStatus
@@ -75,7 +75,6 @@ else:
     __getattr__ = lazily(
         globals(),
         {
-            "chutes_proto.quote._accept": "verify",
             "chutes_proto.quote._attributes": "AttributePolicy",
             "chutes_proto.quote._collateral": "Collateral VerifiedCollateral",
             "chutes_proto.quote._eventlog": (
@@ -88,7 +87,9 @@ else:
             ),
             "chutes_proto.quote._measurements": "Profile Stage parse_profiles_json parse_profiles_toml",
             "chutes_proto.quote._pck": "PckIdentity",
-            "chutes_proto.quote._policy": "AcceptedVerdict AllOf AnyOf AnyPolicy Policy TcbPolicy parse_policy_toml",
+            "chutes_proto.quote._policy": (
+                "AcceptedVerdict AllOf AnyOf AnyPolicy Policy TcbPolicy parse_policy_toml verify"
+            ),
             "chutes_proto.quote._roots": "INTEL_ROOT TrustedRoot",
             "chutes_proto.quote._statements": "TcbStatus",
             "chutes_proto.quote._verify": (
@@ -100,57 +101,12 @@ else:
         },
     )
 
-__all__ = [
-    "INTEL_ROOT",
-    "AcceptedVerdict",
-    "AllOf",
-    "AnyOf",
-    "AnyPolicy",
-    "AppraisalError",
-    "AttributePolicy",
-    "Collateral",
-    "CollateralFormatError",
-    "Event",
-    "EventLog",
-    "EventLogFormatError",
-    "EventLogMismatchError",
-    "IdentityPolicy",
-    "OpenedQuote",
-    "PckIdentity",
-    "Policy",
-    "PolicyError",
-    "Profile",
-    "Quote",
-    "QuoteError",
-    "QuoteFormatError",
-    "Refusal",
-    "ReplayedLog",
-    "SgxAttributes",
-    "SgxReport",
-    "SignedQuote",
-    "Stage",
-    "TcbPolicy",
-    "TcbStatus",
-    "TdAttributes",
-    "TdReport10",
-    "TdReport15",
-    "TdReport15Ex",
-    "TrustedRoot",
-    "Verdict",
-    "VerificationError",
-    "VerifiedCollateral",
-    "Xfam",
-    "check_signed",
-    "first_difference",
-    "open_quote",
-    "parse_event_log",
-    "parse_policy_toml",
-    "parse_profiles_json",
-    "parse_profiles_toml",
-    "parse_quote",
-    "replay",
-    "verify",
-    "verify_collateral",
-    "verify_genuine",
-    "verify_quote",
-]
+__all__ = ["check_signed", "open_quote", "verify", "verify_collateral", "verify_genuine", "verify_quote"]
+__all__ += ["Collateral", "OpenedQuote", "PckIdentity", "SignedQuote", "TcbStatus", "Verdict", "VerifiedCollateral"]
+__all__ += ["AcceptedVerdict", "AllOf", "AnyOf", "AnyPolicy", "Policy", "Stage", "parse_policy_toml"]
+__all__ += ["AttributePolicy", "IdentityPolicy", "Profile", "TcbPolicy", "parse_profiles_json", "parse_profiles_toml"]
+__all__ += ["Quote", "SgxAttributes", "SgxReport", "TdAttributes", "TdReport10", "TdReport15", "TdReport15Ex", "Xfam"]
+__all__ += ["INTEL_ROOT", "TrustedRoot", "parse_quote"]
+__all__ += ["Event", "EventLog", "ReplayedLog", "first_difference", "parse_event_log", "replay"]
+__all__ += ["AppraisalError", "CollateralFormatError", "EventLogFormatError", "EventLogMismatchError", "PolicyError"]
+__all__ += ["QuoteError", "QuoteFormatError", "Refusal", "VerificationError"]

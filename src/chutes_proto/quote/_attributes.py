@@ -1,10 +1,10 @@
-"""Which attributes of a TD are acceptable: the part of a policy that a measurement profile may replace.
+"""Appraise a TD's attributes: the part of a policy that a measurement profile may replace.
 
 Rules kept here:
 
 * reserved bits are zero, always; the bits under test (TUD: debug, profiling) are zero unless ``unsafe_allow_debug``
   says otherwise, which no file of measurement profiles can say;
-* SEPT_VE_DISABLE is set, MIGRATABLE and SERVTD_EXT are clear and there is no service TD unless allowed by name;
+* SEPT_VE_DISABLE is set, MIGRATABLE and SERVTD_EXT are clear and a service TD is refused unless allowed by name;
 * what could export a TD's memory, a migratable TD or a service TD, is only allowed together with the measurements of
   those service TDs, so only for reports that have them (TDX 1.5).
 
@@ -37,7 +37,7 @@ XFAM_KNOWN: Final = 0x6DBE7
 
 @frozen(kw_only=True)
 class AttributePolicy:
-    """What a TD's attributes and XFAM may be. Raises `PolicyError` for what contradicts itself.
+    """The TD attributes and XFAM that are acceptable. Raises `PolicyError` for fields that contradict each other.
 
     ``mr_service_td`` are the measurements (48 bytes each) of service TDs that a TD may be bound to; it goes with
     ``migratable`` or ``service_td`` "allowed" and only with them. ``xfam_required`` are the bits that XFAM must have,
@@ -76,7 +76,7 @@ class AttributePolicy:
             )
 
     def refusals(self, body: TdReport10) -> list[Refusal]:
-        """All that is not acceptable in a TD's report."""
+        """List every reason to refuse the attributes, XFAM and service TD of a TD's report."""
         bits = body.td_attributes
         found: list[Refusal] = []
 
@@ -118,6 +118,6 @@ class AttributePolicy:
             acceptable, expected = bound is None or not any(bound), "none"
         if acceptable:
             return []
-        got = "a report that does not say" if bound is None else bound.hex()
+        got = "a report without MRSERVICETD" if bound is None else bound.hex()
         detail = f"the service TD is not allowed (got {got}, expected {expected})"
         return [Refusal("attributes", "service_td", detail, None, got, expected)]

@@ -1,4 +1,4 @@
-"""Certificates and revocation lists of the SGX/TDX PKI: what they say, read from their DER.
+"""Read certificates and revocation lists of the SGX/TDX PKI from their DER.
 
 Rules kept here:
 
@@ -64,7 +64,7 @@ Kind: TypeAlias = Literal["CA", "end entity"]
 
 
 class Certificate(Struct, frozen=True, eq=False):
-    """What a certificate says. ``point`` is its key, x ‖ y; times are unix seconds, both inclusive."""
+    """The content of a certificate. ``point`` is its key, x ‖ y (64 bytes); times are unix seconds, both inclusive."""
 
     der: bytes
     signed: bytes
@@ -79,7 +79,7 @@ class Certificate(Struct, frozen=True, eq=False):
 
 
 class Crl(Struct, frozen=True, eq=False):
-    """What a revocation list says, but for the entries: `revoked_serials` reads them once its signature holds."""
+    """The content of a CRL, but for its entries: `revoked_serials` reads them once its signature verifies."""
 
     der: bytes
     signed: bytes
@@ -123,7 +123,7 @@ def _read_block(block: bytes) -> bytes:
 
 
 def read_certificate(data: bytes) -> Certificate:
-    """What the certificate in DER says. Raises `DerError`."""
+    """Read a certificate from DER (RFC 5280, 4.1). Raises `DerError`."""
     signed, signature = _split(data)
     version, serial, algorithm, issuer, validity, subject, key, wrapped = der.members(data, *signed[2:], *_MEMBERS)
     if not data.startswith(_VERSION_3, version[1]):
@@ -147,11 +147,11 @@ def read_certificate(data: bytes) -> Certificate:
 
 
 def read_crl(data: bytes) -> Crl:
-    """What the revocation list in DER says. Raises `DerError`."""
+    """Read a revocation list from DER (RFC 5280, 5.1). Raises `DerError`."""
     signed, signature = _split(data)
     fields = der.several(data, signed[2], signed[3], 6, 7)
     if len(fields) == 6:
-        fields.insert(5, (der.SEQUENCE, 0, 0, 0))  # without entries there is no list of them
+        fields.insert(5, (der.SEQUENCE, 0, 0, 0))  # a CRL without entries leaves their list out
     version, algorithm, issuer, this_update, next_update, entries, wrapped = fields
     if (version[0], issuer[0], entries[0], wrapped[0]) != (der.INTEGER, der.SEQUENCE, der.SEQUENCE, 0xA0):
         raise DerError("not a certificate revocation list")
@@ -176,7 +176,7 @@ def read_crl(data: bytes) -> Crl:
 
 
 def revoked_serials(crl: Crl) -> frozenset[bytes]:
-    """The serial numbers on the list: what is on it is revoked, whatever else its entry says. Raises `DerError`."""
+    """Read the serial numbers on the list: each is revoked, whatever else its entry says. Raises `DerError`."""
     data = crl.der
     serials: set[bytes] = set()
     add = serials.add
@@ -184,7 +184,7 @@ def revoked_serials(crl: Crl) -> frozenset[bytes]:
         begin = start + 2
         end = begin + data[start + 1] if stop > begin else start
         if tag != der.SEQUENCE or not start < end < stop:
-            raise DerError("an entry that is none")
+            raise DerError("malformed CRL entry")
         sign = data[begin] == 0
         if data[start] == der.INTEGER and 0 < end - begin - sign <= 20 and (data[begin + sign] > 0x7F) == sign:
             add(data[begin:end])  # as nearly all are
@@ -199,12 +199,12 @@ def common_name(name: bytes) -> bytes:
     found: list[bytes] = []
     for tag, _, start, stop in der.elements(name, *der.only(name, 0, len(name), der.SEQUENCE)):
         if tag != der.SET:
-            raise DerError("a name that is none")
+            raise DerError("malformed name")
         for attribute in der.elements(name, start, stop):
             kind, value = der.several(name, attribute[2], attribute[3], 2, 2)
             if der.content(name, kind) == _COMMON_NAME:
                 if value[0] not in (der.UTF8_STRING, der.PRINTABLE_STRING):
-                    raise DerError("a common name that is no text")
+                    raise DerError("a common name that is neither UTF8String nor PrintableString")
                 found.append(der.content(name, value))
     if len(found) != 1:
         raise DerError("not exactly one common name")
@@ -212,7 +212,7 @@ def common_name(name: bytes) -> bytes:
 
 
 def check_kind(certificate: Certificate, kind: Kind, *, path_length: int = 0) -> None:
-    """That constraints and key usage are those of a CA with so many CAs below it, or of no CA. Raises `DerError`."""
+    """Check constraints and key usage: of a CA with ``path_length`` CAs below it, or of no CA. Raises `DerError`."""
     extensions = certificate.extensions
     if not extensions.keys() >= {_SUBJECT_KEY_ID, _AUTHORITY_KEY_ID, _BASIC_CONSTRAINTS, _KEY_USAGE}:
         raise DerError("basic constraints, key usage or a key identifier is missing")
@@ -231,7 +231,7 @@ def check_kind(certificate: Certificate, kind: Kind, *, path_length: int = 0) ->
 
 
 def _split(data: bytes) -> tuple[der.Element, bytes]:
-    """What is signed, and the signature in DER."""
+    """Split into the signed element and the signature, both in DER."""
     start, stop = der.only(data, 0, len(data), der.SEQUENCE)
     signed, algorithm, signature = der.members(data, start, stop, der.SEQUENCE, der.SEQUENCE, der.BIT_STRING)
     _check_algorithm(data, algorithm)
@@ -247,7 +247,7 @@ def _read_extensions(data: bytes, wrapped: der.Element, known: frozenset[bytes])
     extensions: dict[bytes, bytes] = {}
     for tag, _, start, stop in der.elements(data, *der.only(data, wrapped[2], wrapped[3], der.SEQUENCE)):
         if tag != der.SEQUENCE or stop - start < 2 or data[start] != der.OBJECT_IDENTIFIER or data[start + 1] > 0x7F:
-            raise DerError("an extension that is none")
+            raise DerError("malformed extension")
         end = start + 2 + data[start + 1]
         name = data[start + 2 : end]
         critical = data.startswith(_TRUE, end)
@@ -265,12 +265,12 @@ def _basic_constraints(value: bytes) -> tuple[bool, int | None]:
     is_ca = bool(fields) and fields[0][0] == der.BOOLEAN and der.boolean(value, fields.pop(0))
     path_length = int.from_bytes(der.unsigned(value, fields.pop(0), size=1)) if fields and is_ca else None
     if fields:
-        raise DerError("basic constraints that are none")
+        raise DerError("malformed basic constraints")
     return is_ca, path_length
 
 
 def _key_usage(value: bytes) -> int:
     start, stop = der.only(value, 0, len(value), der.BIT_STRING)
     if stop - start < 2 or value[start] > 7:
-        raise DerError("a key usage that is none")
+        raise DerError("malformed key usage")
     return value[start + 1]

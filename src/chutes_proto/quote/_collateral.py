@@ -1,4 +1,4 @@
-"""Collateral: all that Intel signs about a platform, before and after it is verified.
+"""Collateral: everything that Intel signs about a platform, before and after its verification.
 
 Rules kept here:
 
@@ -16,7 +16,7 @@ import json
 from collections.abc import Mapping
 from typing import Final, Protocol, cast
 
-from attrs import field, frozen
+from attrs import field, fields, frozen
 
 from chutes_proto.quote import _strict_json as strict_json
 from chutes_proto.quote._layout import Tee
@@ -40,9 +40,9 @@ class PathLike(Protocol):
 
 @frozen(kw_only=True)
 class Collateral:
-    """The pieces, none of them verified: PEM for chains (leaf first), DER for CRLs, the signed text for statements.
+    """Unverified collateral: PEM for chains (leaf first), DER for CRLs, the signed text for statements.
 
-    Signatures are r ‖ s. ``pck_certificate_chain`` is optional; if it is there it must be the quote's.
+    Signatures are r ‖ s (64 bytes). ``pck_certificate_chain`` is optional; if present it must be the quote's.
     """
 
     pck_crl_issuer_chain: bytes
@@ -72,7 +72,7 @@ class Collateral:
 
     @classmethod
     def from_json(cls, data: bytes | str) -> Collateral:
-        """The pieces in a file, or in its text. Raises `CollateralFormatError`, whatever is in it."""
+        """Read the pieces from a file's bytes or text. Raises `CollateralFormatError` and nothing else."""
         if isinstance(data, str):
             data = data.encode("utf-8", "surrogatepass")  # a lone surrogate is refused below
         try:
@@ -83,14 +83,14 @@ class Collateral:
             raise CollateralFormatError("not a JSON object")
         members = cast("Mapping[str, object]", table)
         if unknown := sorted(name for name in members if name not in _MEMBERS):
-            raise CollateralFormatError(f"{unknown[0]!r} is no member of collateral")
+            raise CollateralFormatError(f"{unknown[0]!r} is not a member of collateral; remove it")
         pieces = {name: _piece(members[name], name) for name in _MEMBERS if name in members}
         if missing := [name for name in _MEMBERS if name not in pieces and name != _OPTIONAL]:
             raise CollateralFormatError(f"{missing[0]} is missing")
         return cls(**pieces)
 
     def to_json(self) -> bytes:
-        """The file that `from_json` reads. Raises `CollateralFormatError` if a text piece is no UTF-8."""
+        """Write the file that `from_json` reads. Raises `CollateralFormatError` for a text piece that is not UTF-8."""
         table: dict[str, str] = {}
         for name in _MEMBERS:
             piece: bytes | None = getattr(self, name)
@@ -99,13 +99,18 @@ class Collateral:
         return json.dumps(table, indent=1).encode("ascii")
 
 
+_OPTIONAL: Final = "pck_certificate_chain"
+_IN_HEX: Final = frozenset({"root_ca_crl", "pck_crl", "tcb_info_signature", "qe_identity_signature"})
+_MEMBERS: Final = tuple(member.name for member in fields(Collateral))
+
+
 @frozen(kw_only=True, eq=False)
 class VerifiedCollateral:
-    """Collateral that verified under ``root``; `Collateral`'s pieces as values.
+    """Collateral that verified under ``root``, as values.
 
-    Keep it and use it for as many quotes of its platforms as come until ``usable_until``: ``verify_quote`` checks all
-    times again. Revoked serial numbers are the contents of their INTEGERs. ``window`` is from when to when all pieces
-    are valid, in unix seconds, both inclusive, without any grace. ``checked`` says which steps each piece passed.
+    Keep it for all quotes of its platforms until ``usable_until``: ``verify_quote`` checks all times again. Revoked
+    serial numbers are the contents of their INTEGERs. ``window`` is from when to when all pieces are valid, in unix
+    seconds, both inclusive, without any grace. ``checked`` says which steps each piece passed.
     """
 
     root: TrustedRoot
@@ -135,29 +140,13 @@ class VerifiedCollateral:
 
     @property
     def usable_until(self) -> int:
-        """The last second at which ``verify_quote`` takes it: the end of the window, or of the grace after it."""
+        """The last second at which `verify_quote` accepts it: the end of the window, or of the grace after it."""
         return window(self.terms, self.grace)[1]
-
-
-_OPTIONAL: Final = "pck_certificate_chain"
-_IN_HEX: Final = frozenset({"root_ca_crl", "pck_crl", "tcb_info_signature", "qe_identity_signature"})
-_MEMBERS: Final = (
-    "pck_crl_issuer_chain",
-    "root_ca_crl",
-    "pck_crl",
-    "tcb_info_issuer_chain",
-    "tcb_info",
-    "tcb_info_signature",
-    "qe_identity_issuer_chain",
-    "qe_identity",
-    "qe_identity_signature",
-    _OPTIONAL,
-)
 
 
 def _piece(value: object, name: str) -> bytes:
     if not isinstance(value, str):
-        raise CollateralFormatError(f"{name} is no string")
+        raise CollateralFormatError(f"{name} is not a string")
     if name not in _IN_HEX:
         return value.encode("utf-8")
     try:
@@ -173,4 +162,4 @@ def _text(piece: bytes, name: str) -> str:
     try:
         return piece.decode("utf-8")
     except UnicodeDecodeError:
-        raise CollateralFormatError(f"{name} is no text in UTF-8") from None
+        raise CollateralFormatError(f"{name} is not text in UTF-8") from None

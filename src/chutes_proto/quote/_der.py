@@ -92,7 +92,7 @@ def only(data: bytes, start: int, end: int, tag: int) -> tuple[int, int]:
 
 
 def several(data: bytes, start: int, end: int, least: int, most: int) -> list[Element]:
-    """Between so many and so many elements that fill ``data[start:end]``."""
+    """The elements that fill ``data[start:end]``, at least ``least`` and at most ``most``."""
     found = elements(data, start, end)
     if not least <= len(found) <= most:
         raise DerError("a structure has more or fewer members than it should")

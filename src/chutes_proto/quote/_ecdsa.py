@@ -1,4 +1,4 @@
-"""ECDSA over P-256 with SHA-256, the only signatures there are here.
+"""Verify ECDSA signatures over P-256 with SHA-256, the only ones in quotes and collateral.
 
 Rules kept here:
 
@@ -23,7 +23,7 @@ _ALGORITHM: Final = ECDSA(SHA256())
 
 
 def load_point(point: bytes) -> EllipticCurvePublicKey:
-    """The key x ‖ y (64 bytes). Raises `ValueError` for what is no point of the curve."""
+    """Load the key x ‖ y (64 bytes). Raises `ValueError` unless it is a point of the curve."""
     return EllipticCurvePublicKey.from_encoded_point(_CURVE, b"\x04" + point)
 
 

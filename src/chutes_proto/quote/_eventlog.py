@@ -1,19 +1,19 @@
-"""What a TD's firmware and boot loader say they measured (the CCEL event log), held against the RTMRs of a quote.
+"""Replay the event log of a TD's firmware and boot loader (CCEL) against the RTMRs of a quote.
 
     log = parse_event_log(data)                                  /sys/firmware/acpi/tables/data/CCEL
-    replayed = replay(log, verdict.quote.body.rtmrs)             the log is what the RTMRs were extended with
+    replayed = replay(log, verdict.quote.body.rtmrs)             the RTMRs were extended with this log
     replayed.secure_boot, replayed.kernel_command_lines
 
 Rules kept here:
 
-* whatever the bytes, `parse_event_log` returns or raises `EventLogFormatError`; size and number of events are bounded;
-* a log is of version 2.0 of its specification, whatever the errata: another version may have another form;
+* for all bytes, `parse_event_log` returns or raises `EventLogFormatError`; size and number of events are bounded;
+* a log is of version 2.0 of its specification, with any errata: another version may have another form;
 * every event has just one SHA-384 digest and a register that a TD has; after the log there is nothing but padding, all
   of zeros or all of ones: no event hides behind it;
 * all four RTMRs are compared: one without events must be zero;
 * a replay vouches for digests and their order within a register, for nothing else: not for an event's type, its data or
   the order between registers. Data count only where a digest is theirs (`Event.measured`), and extractors use nothing
-  else. What is there was measured; that something is absent proves nothing.
+  else. An event that is there was measured; an absent one proves nothing.
 
 Sources: TCG PC Client Platform Firmware Profile, 10 (crypto agile log; 10.4.5.1, Spec ID event); UEFI Specification,
 38.4 (virtual platform CC event log: register 0 is MRTD, 1 to 4 are RTMR0 to RTMR3); GNU GRUB manual, "Measuring boot
@@ -33,18 +33,6 @@ from attrs import frozen
 from chutes_proto.quote._measurements import REGISTERS, Rtmrs
 from chutes_proto.quote._proof import PROOF, Proof, proven
 from chutes_proto.quote.errors import QuoteError
-
-__all__ = [
-    "Difference",
-    "Event",
-    "EventLog",
-    "EventLogFormatError",
-    "EventLogMismatchError",
-    "ReplayedLog",
-    "first_difference",
-    "parse_event_log",
-    "replay",
-]
 
 MAX_SIZE: Final = 4 * 1024 * 1024
 MAX_EVENTS: Final = 16384
@@ -119,14 +107,14 @@ _SECURE_BOOT_OFF: Final = frozenset({_secure_boot(b"\x00"), _secure_boot(b"")})
 
 
 class EventLogFormatError(QuoteError):
-    """The bytes are no event log of a TD."""
+    """The bytes are not an event log of a TD."""
 
     code = "event_log_format"
 
 
 @frozen
 class Event:
-    """An event as the log tells it. ``number`` counts from 0 through the log, ``register`` is one of `REGISTERS`."""
+    """An event of a log. ``number`` counts from 0 through the log, ``register`` is one of `REGISTERS`."""
 
     number: int
     register: str
@@ -140,15 +128,15 @@ class Event:
 
     @property
     def digest_verified(self) -> bool:
-        """Whether the digest is that of the data, so that who vouches for it vouches for all of them."""
+        """Whether the digest is that of the whole data, so that the RTMR vouches for all of them."""
         return sha384(self.data).digest() == self.digest
 
     @property
     def measured(self) -> bytes | None:
-        """The part of the data that the digest is of; None if there is none, as with images and files.
+        """The part of the data that the digest covers; None if it covers none, as with images and files.
 
-        That is all of them, or what follows the label in GRUB's, the value in an EFI variable's, the payload in
-        TD-Shim's events. Then nothing vouches for what stands before it.
+        It is the whole data, or the text after the label in GRUB's, the value in an EFI variable's, the payload in
+        TD-Shim's events. Nothing vouches for the bytes before it.
         """
         return next((part for part in self._parts() if sha384(part).digest() == self.digest), None)
 
@@ -182,14 +170,14 @@ class EventLog:
 
     @property
     def rtmrs(self) -> Rtmrs:
-        """What RTMR0 to RTMR3 are after these events: from zero on, SHA-384(register ‖ digest) for each."""
+        """RTMR0 to RTMR3 after these events: from zero on, SHA-384(register ‖ digest) for each event."""
         rtmr0, rtmr1, rtmr2, rtmr3 = (_extended(event.digest for event in self.of(name)) for name in REGISTERS[1:])
         return rtmr0, rtmr1, rtmr2, rtmr3
 
 
 @frozen
 class Difference:
-    """The first event of a register that is another than in a log of a known-good boot; None is no event at all."""
+    """The first event of a register that differs from the log of a known-good boot; None where a log has no event."""
 
     register: str
     got: Event | None
@@ -200,7 +188,7 @@ class Difference:
 
 
 class EventLogMismatchError(QuoteError):
-    """The log is not what the RTMRs were extended with.
+    """The event log does not match the RTMRs.
 
     ``register`` is the first that differs, ``registers`` are all; ``got`` is the quote's value, ``expected`` the
     log's. ``difference`` is the first event in which the log differs from the known-good one, if that was given.
@@ -256,7 +244,7 @@ class ReplayedLog:
     def boot_applications(self) -> tuple[bytes, ...]:
         """The Authenticode SHA-384 of what firmware and boot loaders started: no path, as nothing vouches for one.
 
-        Nothing vouches for an event's type either. Whoever wrote the log can pass another event of RTMR1 off as one of
+        Nothing vouches for an event's type either. The log's writer can pass another event of RTMR1 off as one of
         these, or hide one of them: look for digests that you know.
         """
         return tuple(event.digest for event in self.log.of("RTMR1") if event.type == EFI_BOOT_SERVICES_APPLICATION)
@@ -271,7 +259,7 @@ class ReplayedLog:
 
 
 def replay(log: EventLog, rtmrs: Rtmrs, *, good: EventLog | None = None) -> ReplayedLog:
-    """The log as one that the RTMRs vouch for: take them from a verdict, or nothing vouches for them.
+    """Replay a log against RTMRs; take them from a verdict, or nothing vouches for them.
 
     ``good`` is the log of a known-good boot, to name the event where they part. Raises `EventLogMismatchError`.
     """
@@ -353,7 +341,7 @@ def _event(reader: _Reader, sizes: dict[int, int], number: int) -> Event:
 
 
 class _Reader:
-    """A position in the bytes. What is cut off raises `EventLogFormatError`."""
+    """A position in the bytes. Raises `EventLogFormatError` where they are cut off."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data

@@ -1,4 +1,4 @@
-"""Read a caller's files of configuration (TOML, JSON): policies and measurement profiles.
+"""Read a caller's configuration files (TOML, JSON): policies and measurement profiles.
 
 Rules kept here:
 

@@ -1,11 +1,11 @@
-"""Whose quotes are acceptable: the part of a policy that lists TDX modules, owners and machines by name.
+"""Appraise a quote's origin: the part of a policy that lists TDX modules, owners and machines by name.
 
 Rules kept here:
 
 * a list that is not there accepts all, a list that is there accepts its members and nothing else, also where the quote
   says nothing; an empty list is refused, because it would accept nothing;
-* attestation alone cannot tell a machine that its owner tampers with from one in a locked room: who knows its machines
-  lists their PPIDs or platform instance ids.
+* attestation alone cannot tell a machine that its owner tampers with from one in a locked room: a caller with known
+  machines lists their PPIDs or platform instance ids.
 
 Source: Intel TDX Module Base Architecture Specification, "TD measurement" (MRSEAM is the module's, the others are
 given by who starts the TD); Intel SGX PCK Certificate and CRL Profile Specification (PPID, platform instance id).
@@ -13,7 +13,6 @@ given by who starts the TD); Intel SGX PCK Certificate and CRL Profile Specifica
 
 from __future__ import annotations
 
-from itertools import repeat
 from typing import Any, Final, TypeAlias, cast
 
 from attrs import frozen
@@ -23,7 +22,7 @@ from chutes_proto.quote._pck import PckIdentity
 from chutes_proto.quote.errors import PolicyError, Refusal
 
 Accepted: TypeAlias = tuple[bytes, ...] | None
-"""All that is accepted; None is anything."""
+"""The accepted values; None accepts any."""
 
 _OF_TDS: Final = {
     "mr_seam": "MRSEAM",
@@ -37,9 +36,9 @@ _SIZES: Final = {**dict.fromkeys(_OF_TDS, 48), **dict.fromkeys(_OF_PLATFORMS, 16
 
 @frozen(kw_only=True)
 class IdentityPolicy:
-    """What each of these may be. Registers have 48 bytes, PPID and platform instance id 16.
+    """The accepted values of each field. Registers have 48 bytes, PPID and platform instance id 16.
 
-    Raises `PolicyError` for what contradicts itself.
+    Raises `PolicyError` for values of another length, and for an empty list.
     """
 
     mr_seam: Accepted = None
@@ -54,15 +53,13 @@ class IdentityPolicy:
             values: Any = getattr(self, name)
             if values is None:
                 continue
-            if not isinstance(values, tuple) or not all(
-                map(_is_value, cast("tuple[object, ...]", values), repeat(size))
-            ):
+            if not isinstance(values, tuple) or not all(_is_value(value, size) for value in cast("Any", values)):
                 raise PolicyError(f"{name}: must be values of {size} bytes")
             if not values:
                 raise PolicyError(f"{name}: an empty list would accept nothing; leave it out to accept anything")
 
     def refusals(self, pck: PckIdentity, body: TdReport10 | SgxReport) -> list[Refusal]:
-        """One for each that is not on its list."""
+        """List the refusals: one for each value that is not on its list."""
         found: list[Refusal] = []
         for name, called in _OF_PLATFORMS.items():
             found += self._refusal(name, called, getattr(pck, name), None)
@@ -76,7 +73,7 @@ class IdentityPolicy:
             return []
         said = "none" if got is None else got.hex()
         expected = " or ".join(value.hex() for value in accepted)
-        detail = f"{called} is not one that is accepted (got {said}, expected {expected})"
+        detail = f"{called} is not accepted (got {said}, expected {expected})"
         return [Refusal("tcb" if register is None else "measurement", name, detail, register, said, expected)]
 
 

@@ -1,4 +1,4 @@
-"""The bytes of a quote, and nothing else: where each field stands, and that every length is one that can be.
+"""Parse the bytes of a quote: where each field is, and whether every length is possible.
 
 Rules kept here:
 
@@ -73,7 +73,7 @@ class TdAttributes(IntFlag, boundary=KEEP):
 
 
 class Xfam(IntFlag, boundary=KEEP):
-    """The extended features that a TD may use, those that have names: ``Xfam(body.xfam)``."""
+    """The extended features that a TD may use, as far as they have names: ``Xfam(body.xfam)``."""
 
     X87 = 1 << 0
     SSE = 1 << 1
@@ -161,7 +161,7 @@ class TdReport10(Struct, frozen=True):
 
 
 class TdReport15(TdReport10, frozen=True):
-    """A TD report of TDX 1.5 (648 bytes): the TCB at present and the service TD besides."""
+    """A TD report of TDX 1.5 (648 bytes), which adds the current TCB and the service TD."""
 
     tee_tcb_svn_2: bytes
     mr_service_td: bytes
@@ -224,16 +224,16 @@ class Quote(Struct, frozen=True):
 
 
 def parse_sgx_report(data: bytes) -> SgxReport:
-    """The fields of exactly 384 bytes."""
+    """Parse an SGX report of exactly 384 bytes."""
     return SgxReport(*_SGX_REPORT.unpack(data))
 
 
 def parse_quote(data: BytesLike, *, sgx: bool = False) -> Quote:
-    """The fields of a TDX quote of version 4 or 5, with ``sgx`` also those of an SGX quote of version 3.
+    """Parse a TDX quote of version 4 or 5, with ``sgx`` also an SGX quote of version 3.
 
-    Raises `QuoteFormatError`, and nothing else, whatever the bytes; `TypeError` for what holds none. The checks, in
-    this order: enough bytes for the smallest quote, the version, the TEE type, the type of the attestation key, then
-    the structure.
+    Raises `QuoteFormatError`, and nothing else, whatever the bytes; `TypeError` for an object without bytes. The order
+    of checks: enough bytes for the smallest quote, the version, the TEE type, the attestation key's type, the
+    structure.
     """
     if type(data) is not bytes:
         data = bytes(memoryview(data))
@@ -316,11 +316,7 @@ def _body(data: bytes, version: int) -> tuple[TdReport10 | SgxReport, int]:
     return TdReport15Ex(*fields), pos + _TD15_EX.size
 
 
-_V5_SIZES: Final = {
-    2: _TD10.size,
-    3: _TD10.size + _TD15.size,
-    4: _TD10.size + _TD15.size + _TD15_EX.size,
-}
+_V5_SIZES: Final = {2: _TD10.size, 3: _TD10.size + _TD15.size, 4: _TD10.size + _TD15.size + _TD15_EX.size}
 """Body type of a version 5 quote to size: TD 1.0, TD 1.5, TD 1.5 extended."""
 
 

@@ -1,4 +1,4 @@
-"""Measurement profiles: the images that are accepted, by what they measure to.
+"""Measurement profiles: reference values of accepted images (RFC 9334, section 4.1).
 
 Rules kept here:
 
@@ -17,16 +17,7 @@ from typing import Any, Final, Literal, NewType, TypeAlias, cast
 
 from attrs import astuple, field, frozen
 
-from chutes_proto._converter import (
-    Hook,
-    MismatchError,
-    Problem,
-    ProblemsError,
-    StrictConverter,
-    integer,
-    list_of,
-    string,
-)
+from chutes_proto._converter import Hook, MismatchError, ProblemsError, StrictConverter, integer, list_of, string
 from chutes_proto.quote import _strict_json as strict_json
 from chutes_proto.quote._attributes import AttributePolicy
 from chutes_proto.quote._files import CONVERTER, MAX_SIZE, file_converter, read_toml, within
@@ -48,7 +39,7 @@ _DEFAULTABLE = frozenset({"version", "expected_gpus", "gpu_count", "attributes"}
 
 @frozen(kw_only=True)
 class Profile:
-    """An accepted image on accepted hardware. Raises `PolicyError` for what cannot be one.
+    """Reference values of one image on one kind of hardware. Raises `PolicyError` for impossible values.
 
     Registers have 48 bytes. ``boot`` and ``runtime`` are RTMR0 to RTMR3 when the TD asks for its keys, and later.
     ``gpu_count`` None means any number. ``attributes`` replace the policy's for this profile. ``fingerprint`` (32
@@ -92,12 +83,12 @@ class Profile:
         return "\n".join(lines) + "\n"
 
     def refusals(self, body: TdReport10, stage: Stage) -> list[Refusal]:
-        """One for each register of the report that is not the profile's."""
+        """List the refusals: one for each register of the report that does not match the profile."""
         found: list[Refusal] = []
         for register, got, expected in zip(REGISTERS, (body.mr_td, *body.rtmrs), self.registers(stage), strict=True):
             if got != expected:
                 where = f"profile {self.name!r} {self.version}, {stage} stage"
-                detail = f"{register} is another than that of {where} (got {got.hex()}, expected {expected.hex()})"
+                detail = f"{register} does not match {where} (got {got.hex()}, expected {expected.hex()})"
                 found.append(
                     Refusal("measurement", "measurement_mismatch", detail, register, got.hex(), expected.hex())
                 )
@@ -115,7 +106,7 @@ class ProfileTables:
 def parse_profiles_toml(
     data: bytes | str, *, extra_keys: frozenset[str] = frozenset(), defaults: Mapping[str, object] | None = None
 ) -> tuple[ProfileAndExtras, ...]:
-    """The profiles of a TOML file, each with its keys that are in ``extra_keys``.
+    """Read the profiles of a TOML file, each with its keys that are in ``extra_keys``.
 
     ``defaults`` stand in for keys that neither a profile nor the file's ``profile_defaults`` has. Raises `PolicyError`.
     """
@@ -126,7 +117,7 @@ def parse_profiles_toml(
 def parse_profiles_json(
     data: bytes, *, extra_keys: frozenset[str] = frozenset(), defaults: Mapping[str, object] | None = None
 ) -> tuple[ProfileAndExtras, ...]:
-    """The profiles of a JSON list, each with its keys that are in ``extra_keys``.
+    """Read the profiles of a JSON list, each with its keys that are in ``extra_keys``.
 
     ``defaults`` stand in for keys that a profile lacks. Raises `PolicyError`.
     """
@@ -141,10 +132,10 @@ def parse_profiles_json(
 def read_profiles(
     tables: ProfileTables, extra_keys: frozenset[str], defaults: Mapping[str, object] | None = None
 ) -> tuple[ProfileAndExtras, ...]:
-    """The profiles in tables, each with its keys that are in ``extra_keys``. Raises `PolicyError`."""
+    """Read profiles from tables, each with its keys that are in ``extra_keys``. Raises `PolicyError`."""
     own = tables.profile_defaults
     if unknown := own.keys() - _DEFAULTABLE - extra_keys:
-        raise PolicyError(f"profile_defaults.{min(unknown)}: there is no such key, or it has no default")
+        raise PolicyError(f"profile_defaults.{min(unknown)}: unknown key, or one that has no default")
     return _profiles(tables.profile, _IN_TOML, extra_keys, {**(defaults or {}), **own})
 
 
@@ -159,14 +150,14 @@ def _profiles(
         extras = {key: own.pop(key) for key in own.keys() & extra_keys}
         profile = within(where, converter.structure, own, Profile)
         if profile.name in profiles:
-            raise PolicyError(f"{where}: the name is there twice")
+            raise PolicyError(f"{where}: this name is given twice")
         profiles[profile.name] = profile, extras
     return tuple(profiles.values())
 
 
 def _not_empty(profiles: tuple[ProfileAndExtras, ...]) -> tuple[ProfileAndExtras, ...]:
     if not profiles:
-        raise PolicyError("the file: there is no profile in it")
+        raise PolicyError("the file has no profile; add a [[profile]]")
     return profiles
 
 
@@ -198,7 +189,7 @@ def _attributes(value: object, _: object) -> AttributePolicy:
     """Null is refused: it would take a default away unseen."""
     attributes = CONVERTER.structure(value, AttributePolicy)
     if "unsafe_allow_debug" in cast("dict[str, object]", value):
-        raise ProblemsError([Problem(("unsafe_allow_debug",), "extra_forbidden", "a profile cannot say this")])
+        raise ProblemsError(MismatchError("extra_forbidden", "a profile cannot say this").at("unsafe_allow_debug"))
     return attributes
 
 

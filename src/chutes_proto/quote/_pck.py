@@ -1,4 +1,4 @@
-"""Who the platform is: the SGX extension of its PCK certificate.
+"""Read a platform's identity from the SGX extension of its PCK certificate.
 
 Rules kept here:
 
@@ -43,7 +43,7 @@ _PPID: Final = _head(der.OCTET_STRING, 16, 1)
 _TCB: Final = _oid(2)
 _SVNS: Final = tuple(_head(der.INTEGER, 1, 2, arc) for arc in range(1, 17))
 _GREAT_SVNS: Final = tuple(_head(der.INTEGER, 2, 2, arc) + b"\0" for arc in range(1, 17))
-"""What stands before the number of each component; before one above 127 is a zero, so that it is not negative."""
+"""The DER before the number of each component; one above 127 has a zero before it, so that it is not negative."""
 _SVN_SIZE: Final = len(_SVNS[0]) + 1
 _COMPONENTS: Final = b"".join(head + b"\0" for head in _SVNS)
 """Sixteen components of at most 127: the last of each `_SVN_SIZE` bytes is the number."""
@@ -57,7 +57,7 @@ _INSTANCE_ID: Final = _head(der.OCTET_STRING, 16, 6)
 
 
 _LONG: Final = 4
-"""The size of what `_long` puts before its content."""
+"""The size of the header that `_long` puts before its content."""
 
 
 def _configuration(*flags: bool | None) -> bytes:
@@ -76,7 +76,7 @@ _SGX_TYPES: Final[tuple[SgxType, ...]] = ("standard", "scalable", "scalable with
 
 
 class PckIdentity(Struct, frozen=True):
-    """What the PCK certificate says of a platform, and so what collateral to ask for: ``fmspc``, ``ca`` and ``tee``.
+    """A platform's identity by its PCK certificate; ``fmspc``, ``ca`` and ``tee`` say which collateral it needs.
 
     The last three fields and ``platform_instance_id`` are known under the platform CA only.
     """
@@ -101,7 +101,7 @@ class PckIdentity(Struct, frozen=True):
 
 
 def read_pck_extension(value: bytes, *, ca: Ca, tee: Tee) -> PckIdentity:
-    """The identity in the SGX extension's value. Raises `DerError`."""
+    """Read the identity from the SGX extension's value. Raises `DerError`."""
     pos, _ = der.only(value, 0, len(value), der.SEQUENCE)
     ppid, pos = _content(value, pos, _PPID, "PPID")
     cpu_svn, pce_svn, pos = _tcb(value, pos)
@@ -109,20 +109,18 @@ def read_pck_extension(value: bytes, *, ca: Ca, tee: Tee) -> PckIdentity:
     fmspc, pos = _content(value, pos, _FMSPC, "FMSPC")
     (sgx_type,), pos = _content(value, pos, _SGX_TYPE, "SGX type")
     if sgx_type >= len(_SGX_TYPES):
-        raise DerError("the SGX type is not one that is known")
+        raise DerError("unknown SGX type")
     instance_id = None
     if value.startswith(_INSTANCE_ID, pos):
         instance_id, pos = _content(value, pos, _INSTANCE_ID, "platform instance id")
     flags = _FLAGS.get(value[pos:])
     if flags is None:
-        raise DerError(
-            "what ends the SGX extension is no platform instance id or configuration as the profile has them"
-        )
+        raise DerError("the SGX extension ends with neither a platform instance id nor a configuration of the profile")
     return PckIdentity(fmspc, pce_id, ca, tee, ppid, cpu_svn, pce_svn, _SGX_TYPES[sgx_type], instance_id, *flags)
 
 
 def _content(value: bytes, pos: int, head: bytes, name: str) -> tuple[bytes, int]:
-    """What stands behind ``head``, which must be at ``pos``, and where it ends."""
+    """Cut the content that follows ``head``, which must be at ``pos``; also return where it ends."""
     start = pos + len(head)
     end = start + head[-1]
     if not value.startswith(head, pos) or end > len(value):

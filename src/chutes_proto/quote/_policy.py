@@ -1,48 +1,36 @@
-"""Policies: what a caller demands of the TCB, of the TD's attributes and of its measurements.
+"""Policies: a caller's demands on the TCB, on the TD's attributes and on its measurements.
 
     policy = Policy(profiles=profiles)
     accepted = policy.appraise(verdict, stage="boot")
 
 Rules kept here:
 
-* a policy is checked when it is made: what cannot mean anything is refused then, and nothing is ignored;
+* a policy is checked when it is made: meaningless values are refused then, and nothing is ignored;
 * the defaults accept what is up to date and nothing less, and no measurement at all: profiles must be given, or the
   policy must say that measurements are not its business (``measurements="unchecked"``);
-* an `AcceptedVerdict` is made by `Policy.appraise` only; an `AppraisalError` lists all that is not acceptable.
+* an `AcceptedVerdict` is made by `Policy.appraise` only; an `AppraisalError` lists all reasons.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, Final, Literal, TypeAlias, cast, get_args
+from typing import Any, Final, Literal, TypeAlias, cast, get_args, get_type_hints
 
 from attrs import field, fields, frozen
 
 from chutes_proto.quote._attributes import AttributePolicy
-from chutes_proto.quote._collateral import PathLike
+from chutes_proto.quote._collateral import Collateral, PathLike
 from chutes_proto.quote._files import CONVERTER, read_toml, within
 from chutes_proto.quote._identity import IdentityPolicy
-from chutes_proto.quote._layout import SgxAttributes, SgxReport
+from chutes_proto.quote._layout import BytesLike, SgxAttributes, SgxReport
 from chutes_proto.quote._measurements import Profile, ProfileTables, Stage, Tables, read_profiles
 from chutes_proto.quote._proof import PROOF
+from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
 from chutes_proto.quote._statements import Stated, TcbStatus
 from chutes_proto.quote._tcb import OUT_OF_DATE
-from chutes_proto.quote._verify import Verdict
+from chutes_proto.quote._verify import Verdict, verify_genuine
 from chutes_proto.quote.errors import AppraisalError, PolicyError, Refusal
-
-__all__ = [
-    "AcceptedVerdict",
-    "AllOf",
-    "AnyOf",
-    "AnyPolicy",
-    "AttributePolicy",
-    "IdentityPolicy",
-    "Policy",
-    "Profile",
-    "TcbPolicy",
-    "parse_policy_toml",
-]
 
 _ADVISORY: Final = re.compile(f"INTEL-(SA|DOC)-[0-9]{{5}}|SIMULATED-SA-({'|'.join(TcbStatus)})".upper())
 """Intel's, and the simulated platform's: an identifier that nobody issues would refuse nothing."""
@@ -55,7 +43,7 @@ def _statuses(values: Any) -> frozenset[TcbStatus]:
     names = tuple(cast("Iterable[str]", values))
     for name in names:
         if name not in _ACCEPTABLE:
-            raise PolicyError(f"{refused}, and {str(name)[:80]!r} is none")
+            raise PolicyError(f"{refused}; {str(name)[:80]!r} is not one")
     return frozenset(map(TcbStatus, names))
 
 
@@ -66,27 +54,37 @@ def _advisories(values: Any) -> frozenset[str]:
     names = [str(name).upper() for name in cast("Iterable[object]", values)]
     for name in names:
         if not _ADVISORY.fullmatch(name):
-            raise PolicyError(f"{refused}, and {name[:80]!r} is none")
+            raise PolicyError(f"{refused}; {name[:80]!r} is not one")
     return frozenset(names)
 
 
 _ACCEPTABLE: Final = tuple(status for status in TcbStatus if status is not TcbStatus.REVOKED)
 
 
+def _resolve_init(kind: type[Any]) -> None:
+    """Resolve the types of the ``__init__`` that attrs made, for `typing.get_type_hints`.
+
+    Its globals lack names that its module defines later, and those of a base class's module.
+    """
+    made: Any = kind.__init__
+    hints = get_type_hints(kind)
+    made.__annotations__.update({name: hints[name] for name in made.__annotations__ if name in hints})
+
+
 @frozen(kw_only=True)
 class TcbPolicy:
-    """What the platform's TCB must be. Raises `PolicyError` for what contradicts itself.
+    """The demands on the platform's TCB. Raises `PolicyError` for fields that contradict each other.
 
-    ``accepted_statuses`` are `TcbStatus` or their texts; a revoked TCB never gets this far. Where the report has the
-    TCB at present, its status is not out of date either, unless that is accepted. Advisories are refused only if they
-    are listed. ``min_evaluation_number`` is a floor under the collateral that no clock can lower,
-    ``min_tcb_info_version`` one under its form. The three flags, if false, refuse platforms that have, or may have,
-    what they name.
+    ``accepted_statuses`` are `TcbStatus` or their texts; a revoked TCB is refused before. A report with the current TCB
+    is refused if that is out of date, unless such a status is accepted. Advisories are refused only if they are listed.
+    ``min_evaluation_number`` is a lower bound for the collateral's TCB evaluation data number, which no clock lowers,
+    ``min_tcb_info_version`` one for the version of TCB info. The three flags, if false, refuse platforms that have, or
+    may have, the named feature.
 
-    Graces are seconds and narrow what is accepted; None sets no limit. Where the status is out of date and accepted,
-    platform and TDX module (``platform_grace``) and the quoting enclave (``qe_grace``) may be so until so long after
-    the date of the level that they do reach. ``collateral_grace`` is how far past its end collateral may be that was
-    verified with a grace.
+    Graces are seconds and only narrow the policy; None sets no limit. Where the status is out of date and accepted,
+    platform and TDX module (``platform_grace``) and the quoting enclave (``qe_grace``) may be so until this long after
+    the date of the level that they reach. ``collateral_grace`` is how long collateral that was verified with a grace
+    may have been expired.
     """
 
     accepted_statuses: frozenset[TcbStatus] = field(default=frozenset({TcbStatus.UP_TO_DATE}), converter=_statuses)
@@ -118,7 +116,7 @@ class TcbPolicy:
                 raise PolicyError(f"{name}: goes with an OutOfDate status in accepted_statuses")
 
     def refusals(self, verdict: Verdict) -> list[Refusal]:
-        """All that is not acceptable in the platform."""
+        """List every reason to refuse the platform of a verdict."""
         found: list[Refusal] = []
 
         def refuse(code: str, detail: str, got: object, expected: object) -> None:
@@ -129,7 +127,7 @@ class TcbPolicy:
             accepted = " or ".join(status for status in _ACCEPTABLE if status in self.accepted_statuses)
             refuse("tcb_status", "the TCB status is not accepted", verdict.tcb_status, accepted)
         if verdict.current_status in OUT_OF_DATE - self.accepted_statuses:
-            refuse("current_tcb_status", "the TCB at present", verdict.current_status, "one that is not out of date")
+            refuse("current_tcb_status", "the current TCB is out of date", verdict.current_status, "another status")
         rejected = sorted(a for a in verdict.advisory_ids if a.upper() in self.rejected_advisories)
         if rejected:
             refuse("advisory", "an advisory applies that is not accepted", ", ".join(rejected), "none of these")
@@ -161,14 +159,14 @@ class TcbPolicy:
 
 
 _GRACES: Final = {
-    "platform_grace": "platform or TDX module are out of date for too long",
-    "qe_grace": "the quoting enclave is out of date for too long",
-    "collateral_grace": "the collateral has ended too long ago",
+    "platform_grace": "platform or TDX module have been out of date for too long",
+    "qe_grace": "the quoting enclave has been out of date for too long",
+    "collateral_grace": "the collateral expired too long ago",
 }
 
 
 def _reached(*parts: Stated | None) -> int | None:
-    """The earliest date of the levels that are out of date."""
+    """The earliest date of the levels that are out of date; None if none is."""
     return min((part.date for part in parts if part is not None and part.status in OUT_OF_DATE), default=None)
 
 
@@ -181,13 +179,16 @@ class AcceptedVerdict(Verdict):
 
     @property
     def profile(self) -> Profile:
-        """The profile that the TD measures to. Raises `PolicyError` if measurements were left unchecked."""
+        """The profile that the TD's measurements match. Raises `PolicyError` if measurements were left unchecked."""
         if self.matched is None:
             raise PolicyError("measurements were left unchecked, so no profile matched")
         return self.matched
 
     def __bool__(self) -> bool:
         return True
+
+
+_resolve_init(AcceptedVerdict)
 
 
 def _accepted(verdict: Verdict, stage: Stage, matched: Profile | None) -> AcceptedVerdict:
@@ -200,7 +201,7 @@ _OF_VERDICT: Final = tuple(member.name for member in fields(Verdict) if member.n
 
 @frozen(kw_only=True)
 class Policy:
-    """What a caller accepts. Raises `PolicyError` for what contradicts itself."""
+    """A caller's appraisal policy for evidence. Raises `PolicyError` for fields that contradict each other."""
 
     tcb: TcbPolicy = TcbPolicy()
     attributes: AttributePolicy = AttributePolicy()
@@ -220,7 +221,7 @@ class Policy:
         if self.measurements == "unchecked" and self.profiles:
             raise PolicyError('measurements: "unchecked" goes without profiles')
         if len({profile.name for profile in self.profiles}) != len(self.profiles):
-            raise PolicyError("profile: a name is there twice")
+            raise PolicyError("profile: a name is given twice")
 
     @classmethod
     def load(cls, path: str | PathLike, *, extra_keys: frozenset[str] = frozenset()) -> AnyPolicy:
@@ -239,8 +240,8 @@ class Policy:
     def appraise(self, verdict: Verdict, *, stage: Stage) -> AcceptedVerdict:
         """Accept a verdict in a stage. Raises `AppraisalError` with all reasons not to; `TypeError` for no verdict.
 
-        Of several profiles that the TD measures to, the first whose attributes accept it counts. Where it measures to
-        none, the refusals are against the one that differs in the fewest registers.
+        Of several profiles that match the TD's measurements, the first whose attributes accept it counts. Where none
+        matches, the refusals are against the one that differs in the fewest registers.
         """
         _check_appraised(verdict, stage)
         body = verdict.quote.body
@@ -265,7 +266,7 @@ class Policy:
         return _accepted(verdict, stage, matched)
 
     def _of_enclave(self, body: SgxReport) -> list[Refusal]:
-        """An SGX enclave has no TD attributes and no RTMRs: profiles never accept it."""
+        """List the refusals of an SGX enclave: it has no TD attributes and no RTMRs, so profiles never accept it."""
         found: list[Refusal] = []
         if body.flags & SgxAttributes.DEBUG and not self.attributes.unsafe_allow_debug:
             got, expected = f"0x{body.flags:016x}", "bit 1 clear"
@@ -280,13 +281,23 @@ _NO_PROFILES: Final = Refusal("measurement", "no_profiles", "the policy has no m
 
 
 @frozen
-class AllOf:
-    """Accepts what all of these accept. Raises `PolicyError` for none."""
+class _Combined:
+    """Policies that are appraised together."""
 
     policies: tuple[AnyPolicy, ...]
 
     def __attrs_post_init__(self) -> None:
-        _check_policies("AllOf", self.policies)
+        policies, name = cast("Any", self.policies), type(self).__name__
+        if type(policies) is not tuple or not all(map(_is_policy, cast("tuple[object, ...]", policies))):
+            raise PolicyError(f"{name}: must be a tuple of policies")
+        if not policies:
+            raise PolicyError(f"{name}: must have at least one policy")
+
+
+class AllOf(_Combined):
+    """Accept a verdict if all of these policies do. Raises `PolicyError` unless there is at least one."""
+
+    __slots__ = ()
 
     def appraise(self, verdict: Verdict, *, stage: Stage) -> AcceptedVerdict:
         """Accept a verdict that all of these accept; ``matched`` is the first profile that one of these matched.
@@ -307,14 +318,10 @@ class AllOf:
         return _accepted(verdict, stage, matched)
 
 
-@frozen
-class AnyOf:
-    """Accepts what one of these accepts. Raises `PolicyError` for none."""
+class AnyOf(_Combined):
+    """Accept a verdict if one of these policies does. Raises `PolicyError` unless there is at least one."""
 
-    policies: tuple[AnyPolicy, ...]
-
-    def __attrs_post_init__(self) -> None:
-        _check_policies("AnyOf", self.policies)
+    __slots__ = ()
 
     def appraise(self, verdict: Verdict, *, stage: Stage) -> AcceptedVerdict:
         """Accept a verdict that one of these accepts; the result is that of the first which does.
@@ -332,20 +339,9 @@ class AnyOf:
 
 
 AnyPolicy: TypeAlias = Policy | AllOf | AnyOf
-"""Whatever appraises."""
+"""Every kind of policy."""
 
-
-def _check_policies(name: str, policies: object) -> None:
-    if type(policies) is not tuple or not all(map(_is_policy, cast("tuple[object, ...]", policies))):
-        raise PolicyError(f"{name}: must be a tuple of policies")
-    if not policies:
-        raise PolicyError(f"{name}: must have at least one policy")
-
-
-def check_policy(policy: object) -> None:
-    """Raises `TypeError` for what does not appraise."""
-    if not _is_policy(policy):
-        raise TypeError(f"policy: must be a Policy, AllOf or AnyOf, as of Policy.load, not {type(policy).__name__}")
+_resolve_init(_Combined)
 
 
 def _is_policy(value: object) -> bool:
@@ -359,13 +355,42 @@ def _check_appraised(verdict: object, stage: Stage) -> None:
         raise PolicyError(f"stage: must be one of {', '.join(get_args(Stage))}")
 
 
+def verify(
+    data: BytesLike,
+    collateral: Collateral,
+    *,
+    now: int,
+    report_data: bytes | None,
+    policy: AnyPolicy,
+    root: TrustedRoot = INTEL_ROOT,
+    grace: int = 0,
+    sgx: bool = False,
+    stage: Stage = "boot",
+) -> AcceptedVerdict:
+    """Verify a quote against Intel's collateral, and return a verdict only if the policy accepts it.
+
+    ``data`` are the bytes of a TDX quote, with ``sgx`` also those of an SGX quote. ``now`` is the time of verification,
+    in whole unix seconds. ``report_data`` are the 64 bytes that the quote must bind; pass None only if something else
+    binds it to the peer, because a genuine quote of another machine verifies as well. ``root`` is the CA to trust in
+    place of Intel's, ``grace`` the seconds for which expired CRLs, TCB info and QE identity are still accepted.
+    ``stage`` says which registers of the policy's profiles count.
+
+    Raises `VerificationError` for every refusal, with its step: the quote does not parse, is not genuine, or is not
+    accepted by the policy (`AppraisalError`). Raises `TypeError` for arguments of another type.
+    """
+    if not _is_policy(policy):
+        raise TypeError(f"policy: must be a Policy, AllOf or AnyOf, as of Policy.load, not {type(policy).__name__}")
+    verdict = verify_genuine(data, collateral, now=now, report_data=report_data, root=root, grace=grace, sgx=sgx)
+    return policy.appraise(verdict, stage=stage)
+
+
 # --- policies in TOML ---
 
 
 def parse_policy_toml(data: bytes | str, *, extra_keys: frozenset[str] = frozenset()) -> AnyPolicy:
-    """The policy in a TOML file, or in its text (``docs/reference/policies.md`` has the form).
+    """Read the policy in a TOML file, or in its text (``docs/reference/policies.md`` has the form).
 
-    Profiles may have keys of ``extra_keys``, which mean nothing here. Raises `PolicyError` that names the key.
+    Profiles may have keys of ``extra_keys``, which are ignored. Raises `PolicyError`, which names the key.
     """
     return within("", _read_policy, read_toml(data), extra_keys, MAX_DEPTH)
 

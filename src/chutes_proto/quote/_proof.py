@@ -13,7 +13,7 @@ from attrs import field
 
 
 class Proof:
-    """What nothing decodes to."""
+    """A type that no decoder makes a value of."""
 
 
 PROOF: Final = Proof()

@@ -1,4 +1,4 @@
-"""The roots of trust: Intel's, pinned by its key, and any other only as an explicit argument.
+"""Roots of trust: Intel's, pinned by its key, and any other only as an explicit argument.
 
 Source: Intel SGX PCK Certificate and CRL Profile Specification, 1.3.1; the certificate at
 https://certificates.trustedservices.intel.com/IntelSGXRootCA.der.
@@ -19,7 +19,7 @@ from chutes_proto.quote.errors import PolicyError
 
 @frozen(cache_hash=True)
 class TrustedRoot:
-    """A root CA that is trusted.
+    """A trusted root CA.
 
     ``name`` is its subject in DER, ``point`` its key (x ‖ y), ``serial`` the content of its serial number's INTEGER,
     ``digest`` the SHA-256 of its certificate; the times are unix seconds, both inclusive.
@@ -34,7 +34,7 @@ class TrustedRoot:
 
     @classmethod
     def from_der(cls, data: bytes) -> TrustedRoot:
-        """The root of a self-signed CA certificate. Raises `PolicyError` for what is none."""
+        """Read the root from a self-signed CA certificate in DER. Raises `PolicyError` for anything else."""
         try:
             certificate = read_certificate(data)
             check_kind(certificate, "CA", path_length=1)
@@ -52,7 +52,7 @@ class TrustedRoot:
 
 
 def check_self_signed(certificate: Certificate) -> None:
-    """That the certificate names itself as issuer and its own key signed it. Raises `DerError`."""
+    """Check that the certificate names itself as issuer and its own key signed it. Raises `DerError`."""
     if certificate.issuer != certificate.subject:
         raise DerError("it names another issuer")
     try:

@@ -1,4 +1,4 @@
-"""The JSON of TCB info and QE identity, member for member.
+"""Decode the JSON of TCB info and QE identity, member by member.
 
 Rules kept here:
 
@@ -57,7 +57,7 @@ class TcbForm(Protocol[T_co]):
     """A TCB: of a platform, in one of three forms, or of a TDX module or a quoting enclave."""
 
     def reached_with(self) -> T_co:
-        """What a level is reached with; of two levels, the greater one is better."""
+        """The SVNs that reach this level; of two levels, the one with the greater SVNs is better."""
         ...
 
 
@@ -163,7 +163,7 @@ class QeIdentityForm(_Object):
 
 
 class KindForm(_Object, kw_only=True):
-    """What says which of these a text is."""
+    """The members that tell the forms apart."""
 
     id: str | UnsetType = UNSET
     version: _U32
@@ -188,7 +188,7 @@ _ENCODER: Final = Encoder()
 
 
 def read(text: bytes, form: Decoder[T]) -> T:
-    """The text in its form, if it can mean nothing else. Raises `JsonError`."""
+    """Decode a text in its form, if it can mean nothing else. Raises `JsonError`."""
     value = decode(text, form)
     if _ENCODER.encode(value) != text:
         _ = strict_json.decode(text)
@@ -196,11 +196,11 @@ def read(text: bytes, form: Decoder[T]) -> T:
 
 
 def decode(text: bytes, form: Decoder[T]) -> T:
-    """The text in its form; of members that are there twice, one. Raises `JsonError`."""
+    """Decode a text in its form; of a doubled member, one counts. Raises `JsonError`."""
     if len(text) > strict_json.MAX_SIZE:
         raise JsonError(f"more than {strict_json.MAX_SIZE} bytes of JSON")
     try:
         return form.decode(text)
     except (MsgspecError, ValueError, RecursionError) as exc:
-        _ = strict_json.decode(text)  # says it better of what is no JSON
+        _ = strict_json.decode(text)  # has the better text for bytes that are not JSON
         raise JsonError(f"not of its form: {exc}") from None

@@ -1,4 +1,4 @@
-"""What Intel states about platforms and quoting enclaves: TCB info and QE identity, as values.
+"""Intel's statements about platforms and quoting enclaves: TCB info and QE identity, as values.
 
 Rules kept here:
 
@@ -22,24 +22,9 @@ from typing import Any, Final, TypeAlias, TypeVar
 
 from msgspec import UNSET, Struct, UnsetType
 
+from chutes_proto.quote import _statement_forms as forms
 from chutes_proto.quote import _strict_json as strict_json
 from chutes_proto.quote._layout import Tee
-from chutes_proto.quote._statement_forms import (
-    QE_IDENTITY,
-    QE_IDENTITY_KIND,
-    TCB_INFO,
-    TCB_INFO_KIND,
-    KindForm,
-    LevelForm,
-    ModuleForm,
-    ModuleIdentityForm,
-    ReachedWith,
-    SgxTcbInfoForm,
-    TcbForm,
-    TdxTcbInfoForm,
-    decode,
-    read,
-)
 from chutes_proto.quote._strict_json import JsonError, date, hexadecimal
 
 T = TypeVar("T")
@@ -60,7 +45,7 @@ class TcbStatus(StrEnum):
 
 
 Statuses: TypeAlias = Mapping[str, TcbStatus]
-"""Those that can be stated of something, by their names."""
+"""The statuses that a statement may use, by their names."""
 
 _OF_PLATFORMS: Final[Statuses] = {
     str(status): status for status in TcbStatus if not status.startswith("TDRelaunchAdvised")
@@ -70,7 +55,7 @@ _OF_COMPONENTS: Final[Statuses] = {name: _OF_PLATFORMS[name] for name in ("UpToD
 
 
 class Stated(Struct, frozen=True):
-    """What a level says of the TCBs that reach it; ``date`` (unix seconds) is when this was the TCB to have."""
+    """The status of the TCBs that reach a level; ``date`` (unix seconds) is when the level was the newest."""
 
     status: TcbStatus
     date: int
@@ -136,24 +121,24 @@ class QeIdentity(Struct, frozen=True):
 
 
 class AnotherKindError(JsonError):
-    """A statement of another kind: id, version or TCB type."""
+    """A statement of an unsupported kind: id, version or TCB type."""
 
 
 def read_tcb_info(text: bytes) -> TcbInfo:
-    """Raises `JsonError`, as `AnotherKindError` for a kind that is not read here."""
-    kind = decode(text, TCB_INFO_KIND)
+    """Read TCB info. Raises `JsonError`; `AnotherKindError` for a kind or version that is not supported."""
+    kind = forms.decode(text, forms.TCB_INFO_KIND)
     name = "SGX" if kind.version == 2 and kind.id is UNSET else _id(kind)
     if name not in ("SGX", "TDX"):
         raise _another_kind(text, f"id {name!r} is not of TCB info")
     tee: Tee = "TDX" if name == "TDX" else "SGX"
-    form = TCB_INFO.get((tee, kind.version))
+    form = forms.TCB_INFO.get((tee, kind.version))
     if form is None:
         raise _another_kind(text, f"version {kind.version} of TCB info for {tee} is not read here")
     if kind.tcb_type != 0:
         raise _another_kind(text, f"TCB type {kind.tcb_type} is not read here")
-    info: TdxTcbInfoForm | SgxTcbInfoForm[Any] = read(text, form)
+    info: forms.TdxTcbInfoForm | forms.SgxTcbInfoForm[Any] = forms.read(text, form)
     module, modules = None, {}
-    if isinstance(info, TdxTcbInfoForm):
+    if isinstance(info, forms.TdxTcbInfoForm):
         module, modules = _module(info.tdx_module, ()), _modules(info.tdx_module_identities)
     return TcbInfo(
         tee=tee,
@@ -170,14 +155,14 @@ def read_tcb_info(text: bytes) -> TcbInfo:
 
 
 def read_qe_identity(text: bytes) -> QeIdentity:
-    """Raises `JsonError`, as `AnotherKindError` for a kind that is not read here."""
-    kind = decode(text, QE_IDENTITY_KIND)
+    """Read a QE identity. Raises `JsonError`; `AnotherKindError` for a kind or version that is not supported."""
+    kind = forms.decode(text, forms.QE_IDENTITY_KIND)
     name = _id(kind)
     if name not in ("QE", "TD_QE"):
         raise _another_kind(text, f"id {name!r} is not of a quoting enclave")
     if kind.version != 2:
         raise _another_kind(text, f"version {kind.version} of QE identity is not read here")
-    identity = read(text, QE_IDENTITY)
+    identity = forms.read(text, forms.QE_IDENTITY)
     return QeIdentity(
         tee="TDX" if name == "TD_QE" else "SGX",
         issued=date(identity.issue_date, "issueDate"),
@@ -193,19 +178,19 @@ def read_qe_identity(text: bytes) -> QeIdentity:
     )
 
 
-def _id(kind: KindForm) -> str:
+def _id(kind: forms.KindForm) -> str:
     if kind.id is UNSET:
         raise JsonError("id is missing")
     return kind.id
 
 
 def _another_kind(text: bytes, what: str) -> AnotherKindError:
-    """Once it is sure that the text can mean nothing else."""
+    """Make the error, once it is sure that the text can mean nothing else."""
     _ = strict_json.decode(text)
     return AnotherKindError(what)
 
 
-def _modules(entries: Sequence[ModuleIdentityForm] | UnsetType) -> dict[str, ModuleIdentity]:
+def _modules(entries: Sequence[forms.ModuleIdentityForm] | UnsetType) -> dict[str, ModuleIdentity]:
     modules: dict[str, ModuleIdentity] = {}
     for entry in () if entries is UNSET else entries:
         name = entry.id.upper()
@@ -215,23 +200,23 @@ def _modules(entries: Sequence[ModuleIdentityForm] | UnsetType) -> dict[str, Mod
     return modules
 
 
-def _module(entry: ModuleForm | ModuleIdentityForm, levels: tuple[SvnLevel, ...]) -> ModuleIdentity:
+def _module(entry: forms.ModuleForm | forms.ModuleIdentityForm, levels: tuple[SvnLevel, ...]) -> ModuleIdentity:
     return ModuleIdentity(
         hexadecimal(entry.mrsigner, "mrsigner", 48), _little(entry.attributes, "attributes", 8), levels
     )
 
 
-def _platform_levels(entries: Sequence[LevelForm[TcbForm[ReachedWith]]]) -> tuple[PlatformLevel, ...]:
+def _platform_levels(entries: Sequence[forms.LevelForm[forms.TcbForm[forms.ReachedWith]]]) -> tuple[PlatformLevel, ...]:
     levels = _levels(entries, _OF_PLATFORMS)
     return tuple([PlatformLevel(sgx, pce_svn, tdx, stated) for (sgx, pce_svn, tdx), stated in levels])
 
 
-def _svn_levels(entries: Sequence[LevelForm[TcbForm[int]]]) -> tuple[SvnLevel, ...]:
+def _svn_levels(entries: Sequence[forms.LevelForm[forms.TcbForm[int]]]) -> tuple[SvnLevel, ...]:
     return tuple([SvnLevel(svn, stated) for svn, stated in _levels(entries, _OF_COMPONENTS)])
 
 
-def _levels(entries: Sequence[LevelForm[TcbForm[T]]], legal: Statuses) -> list[tuple[T, Stated]]:
-    """What is stated of the TCBs that reach each level, best first."""
+def _levels(entries: Sequence[forms.LevelForm[forms.TcbForm[T]]], legal: Statuses) -> list[tuple[T, Stated]]:
+    """The status of the TCBs that reach each level, best first."""
     levels = {entry.tcb.reached_with(): _stated(entry, legal) for entry in entries}
     if not levels:
         raise JsonError("tcbLevels is empty")
@@ -240,7 +225,7 @@ def _levels(entries: Sequence[LevelForm[TcbForm[T]]], legal: Statuses) -> list[t
     return sorted(levels.items(), reverse=True)
 
 
-def _stated(entry: LevelForm[Any], legal: Statuses) -> Stated:
+def _stated(entry: forms.LevelForm[Any], legal: Statuses) -> Stated:
     status = legal.get(entry.tcb_status)
     if status is None:
         raise JsonError("tcbStatus is not one that can be stated here")

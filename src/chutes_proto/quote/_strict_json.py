@@ -1,9 +1,9 @@
-"""JSON that can mean one thing only.
+"""Decode JSON that can mean one thing only.
 
 Rules kept here:
 
 * UTF-8, bounded in size and in depth; no lone surrogates;
-* no member twice, no number that is none, none that is not whole unless fractions are asked for;
+* no member twice, no NaN or Infinity, only whole numbers unless fractions are asked for;
 * whatever the bytes, `decode` returns or raises `JsonError`, in time proportional to their number.
 
 Source: RFC 8259; RFC 3339 for dates, as far as Intel's services use it.
@@ -49,7 +49,7 @@ class JsonError(QuoteError):
 
 
 def decode(data: bytes, *, limit: int = MAX_SIZE, fractions: bool = False) -> object:
-    """The value in ``data``. Numbers are whole; with ``fractions`` also what a float holds. Raises `JsonError`."""
+    """Decode ``data``. Numbers are whole; with ``fractions`` also what a float holds. Raises `JsonError`."""
     if len(data) > limit:
         raise JsonError(f"more than {limit} bytes of JSON")
     _check_depth(data)
@@ -68,7 +68,7 @@ def decode(data: bytes, *, limit: int = MAX_SIZE, fractions: bool = False) -> ob
 
 
 def hexadecimal(text: str, name: str, size: int) -> bytes:
-    """So many bytes in hexadecimal digits of either case, as the member ``name`` has them."""
+    """Decode ``size`` bytes from hexadecimal digits of either case, of the member ``name``. Raises `JsonError`."""
     try:
         value = bytes.fromhex(text)
     except ValueError:
@@ -79,11 +79,11 @@ def hexadecimal(text: str, name: str, size: int) -> bytes:
 
 
 def date(text: str, name: str) -> int:
-    """A date and time of UTC in whole seconds, ending with ``Z``, as unix seconds."""
+    """Decode a date and time of UTC in whole seconds, ending with ``Z``, to unix seconds. Raises `JsonError`."""
     try:
         return _unix_seconds(text)
     except ValueError:
-        raise JsonError(f"{name} is no date of the form YYYY-MM-DDThh:mm:ssZ") from None
+        raise JsonError(f"{name} is not a date of the form YYYY-MM-DDThh:mm:ssZ") from None
 
 
 @lru_cache(maxsize=256)

@@ -1,4 +1,4 @@
-"""Which TCB level a platform reaches, and what follows from it.
+"""Find the TCB level that a platform reaches, and the status that follows from it.
 
 Rules kept here, with the numbers of the steps:
 
@@ -24,10 +24,10 @@ from typing import Final
 
 from msgspec import Struct
 
+from chutes_proto.quote import _steps as steps
 from chutes_proto.quote._layout import SgxReport, TdReport10, TdReport15
 from chutes_proto.quote._pck import PckIdentity
 from chutes_proto.quote._statements import ModuleIdentity, QeIdentity, Stated, SvnLevel, TcbInfo, TcbStatus
-from chutes_proto.quote._steps import TcbNotSupportedError, TcbRevokedError, TdxModuleMismatchError
 
 OUT_OF_DATE: Final = frozenset({TcbStatus.OUT_OF_DATE, TcbStatus.OUT_OF_DATE_CONFIGURATION_NEEDED})
 _NEEDS_CONFIGURATION: Final = frozenset(
@@ -40,7 +40,7 @@ _NEEDS_CONFIGURATION: Final = frozenset(
 
 
 class TcbAssessment(Struct, frozen=True):
-    """What the TCB levels say. ``status`` is the verdict on all of them; the parts are those at launch.
+    """The result of the TCB levels. ``status`` is that of all of them; the parts are those at launch.
 
     ``current`` is the status of the present TCB where the report has one. ``date`` (unix seconds) is the earliest of
     the levels', ``advisory_ids`` are those of all of them, once each.
@@ -58,7 +58,7 @@ class TcbAssessment(Struct, frozen=True):
 def assess(
     info: TcbInfo, identity: QeIdentity, pck: PckIdentity, body: TdReport10 | SgxReport, qe_report: SgxReport
 ) -> TcbAssessment:
-    """Steps 34 to 36. Raises `VerificationError`."""
+    """Assess a platform's TCB (steps 34 to 36). Raises `VerificationError`."""
     svn = None if isinstance(body, SgxReport) else body.tee_tcb_svn
     if not isinstance(body, SgxReport):
         _check_module(info, body)  # 34
@@ -93,25 +93,25 @@ def _check_module(info: TcbInfo, body: TdReport10) -> None:
     major = body.tee_tcb_svn[1]
     identity = _module_identity(info, major)
     if identity is None:  # 34
-        raise TdxModuleMismatchError("TDX module", f"there is no identity TDX_{major:02X}")
+        raise steps.TdxModuleMismatchError("TDX module", f"the TCB info lacks the identity TDX_{major:02X}")
     if body.mr_signer_seam != identity.mr_signer:  # 34
-        raise TdxModuleMismatchError(
-            "TDX module", "MRSIGNERSEAM is another", got=body.mr_signer_seam, expected=identity.mr_signer
+        raise steps.TdxModuleMismatchError(
+            "TDX module", "MRSIGNERSEAM does not match", got=body.mr_signer_seam, expected=identity.mr_signer
         )
     if body.seam_attributes != 0 or identity.attributes != 0:  # 34
         got, expected = f"0x{body.seam_attributes:x}", f"0 and an identity with 0x{identity.attributes:x} = 0"
-        raise TdxModuleMismatchError("TDX module", "the SEAM attributes are not zero", got=got, expected=expected)
+        raise steps.TdxModuleMismatchError("TDX module", "the SEAM attributes are not zero", got=got, expected=expected)
 
 
 def _levels(info: TcbInfo, pck: PckIdentity, svn: bytes | None, when: str) -> tuple[Stated, Stated | None]:
-    """What is stated of the platform and, for a TD whose module has one, of the module's identity."""
+    """The level of the platform and, for a TD whose module has an identity, that of the module."""
     module = None
     start = 0
     if svn is not None and svn[1] > 0:
         start = 2
         identity = _module_identity(info, svn[1])
         if identity is None:  # 35
-            raise TcbNotSupportedError(f"TDX module{when}", f"there is no identity TDX_{svn[1]:02X}")
+            raise steps.TcbNotSupportedError(f"TDX module{when}", f"the TCB info lacks the identity TDX_{svn[1]:02X}")
         module = _svn_level(identity.levels, svn[0], f"TDX module{when}")
     components, tdx = pck.components, b"" if svn is None else svn[start:]
     for level in info.levels:
@@ -122,20 +122,20 @@ def _levels(info: TcbInfo, pck: PckIdentity, svn: bytes | None, when: str) -> tu
         ):
             return level.stated, module
     got = f"CPUSVN {pck.cpu_svn.hex()}, PCESVN {pck.pce_svn}" + ("" if svn is None else f", TEE_TCB_SVN {svn.hex()}")
-    raise TcbNotSupportedError(f"platform{when}", "it reaches no TCB level", got=got)  # 35
+    raise steps.TcbNotSupportedError(f"platform{when}", "it reaches no TCB level", got=got)  # 35
 
 
 def _svn_level(levels: Iterable[SvnLevel], svn: int, subject: str) -> Stated:
     for level in levels:
         if svn >= level.svn:
             return level.stated
-    raise TcbNotSupportedError(subject, "it reaches no TCB level", got=f"SVN {svn}")  # 35
+    raise steps.TcbNotSupportedError(subject, "it reaches no TCB level", got=f"SVN {svn}")  # 35
 
 
 def _check_not_revoked(platform: Stated, module: Stated | None, qe: Stated, when: str) -> None:
     for subject, stated in (("platform", platform), ("TDX module", module), ("quoting enclave", qe)):
         if stated is not None and stated.status is TcbStatus.REVOKED:  # 36
-            raise TcbRevokedError(subject + when, "its TCB level is revoked")
+            raise steps.TcbRevokedError(subject + when, "its TCB level is revoked")
 
 
 def _converge(platform: Stated, module: Stated | None, qe: Stated) -> TcbStatus:

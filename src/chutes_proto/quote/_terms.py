@@ -1,4 +1,4 @@
-"""From when to when each piece is valid; all times are unix seconds, both ends inclusive (RFC 5280, 4.1.2.5).
+"""Validity of each piece, from its begin to its end in unix seconds, both inclusive (RFC 5280, 4.1.2.5).
 
 Times are integers: a NaN is before no begin and past no end. `check_seconds` refuses what is not one, wherever a caller
 gives a time.
@@ -12,12 +12,7 @@ from typing import Final, TypeAlias
 
 from msgspec import Struct
 
-from chutes_proto.quote._steps import (
-    CertificateExpiredError,
-    CertificateNotYetValidError,
-    CollateralExpiredError,
-    CollateralNotYetValidError,
-)
+from chutes_proto.quote import _steps as steps
 from chutes_proto.quote.errors import VerificationError
 
 Window: TypeAlias = tuple[int, int]
@@ -26,7 +21,7 @@ _LAST: Final = 253_402_300_799  # 9999-12-31T23:59:59Z, the last time that a cer
 
 
 class Term(Struct, frozen=True):
-    """The time of one piece: a certificate, or one of the collateral, which is made anew every few weeks."""
+    """The validity of one piece: a certificate, or a CRL or statement, which Intel renews every few weeks."""
 
     subject: str
     begin: int
@@ -35,7 +30,7 @@ class Term(Struct, frozen=True):
 
 
 def check_terms(terms: Iterable[Term], now: int, grace: int = 0) -> None:
-    """Steps 9, 10, 19 and 20. ``grace`` seconds are added to every end but that of a certificate.
+    """Check validity (steps 9, 10, 19 and 20); ``grace`` seconds are added to every end but a certificate's.
 
     Raises `VerificationError`; `TypeError` unless ``now`` and ``grace`` are integers.
     """
@@ -44,33 +39,31 @@ def check_terms(terms: Iterable[Term], now: int, grace: int = 0) -> None:
     step: type[VerificationError]
     for term in terms:
         if now < term.begin:  # 9, 19
-            step = CertificateNotYetValidError if term.is_certificate else CollateralNotYetValidError
-            raise step(
-                term.subject, "its time has not begun", got=rfc3339(now), expected=f"at least {rfc3339(term.begin)}"
-            )
+            step = steps.CertificateNotYetValidError if term.is_certificate else steps.CollateralNotYetValidError
+            raise step(term.subject, "not yet valid", got=rfc3339(now), expected=f"at least {rfc3339(term.begin)}")
         if now > (term.end if term.is_certificate else term.end + grace):  # 10, 20
-            step = CertificateExpiredError if term.is_certificate else CollateralExpiredError
-            raise step(term.subject, "its time has ended", got=rfc3339(now), expected=f"at most {rfc3339(term.end)}")
+            step = steps.CertificateExpiredError if term.is_certificate else steps.CollateralExpiredError
+            raise step(term.subject, "expired", got=rfc3339(now), expected=f"at most {rfc3339(term.end)}")
 
 
 def check_seconds(name: str, value: object) -> None:
-    """Raises `TypeError` for what is not an integer; a bool is not one."""
+    """Check that a time is an integer, which a bool is not. Raises `TypeError`."""
     if type(value) is not int:
         raise TypeError(f"{name}: must be an int, in whole seconds, not {value!r}")
 
 
 def rfc3339(time: int) -> str:
-    """A time for people (RFC 3339, section 5.6)."""
+    """Format a time for people (RFC 3339, section 5.6)."""
     return datetime.fromtimestamp(max(0, min(time, _LAST)), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def window(terms: Iterable[Term], grace: int = 0) -> Window:
-    """The time that all the pieces have in common."""
+    """The time in which all the pieces are valid."""
     terms = tuple(terms)
     ends = [term.end if term.is_certificate else term.end + grace for term in terms]
     return max([term.begin for term in terms]), min(ends)
 
 
 def common(one: Window, other: Window) -> Window:
-    """The time that two windows have in common."""
+    """The intersection of two windows."""
     return max(one[0], other[0]), min(one[1], other[1])

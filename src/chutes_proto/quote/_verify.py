@@ -1,9 +1,9 @@
-"""Is this a genuine quote of a genuine platform, and how well is its TCB kept?
+"""Verify that a quote is genuine, of a genuine platform, and find its TCB status.
 
-    opened = open_quote(data, now=now)                               which collateral to ask for: opened.pck
-    signed = check_signed(opened)                                    the platform did make this quote
+    opened = open_quote(data, now=now)                               opened.pck: which collateral to ask for
+    signed = check_signed(opened)                                    the platform made this quote
     verified = verify_collateral(collateral, now=now)                once for many quotes
-    verdict = verify_quote(signed, verified, now=now)                the answer; or all at once: verify_genuine(…)
+    verdict = verify_quote(signed, verified, now=now)                the result; or all at once: verify_genuine(…)
 
 Rules kept here:
 
@@ -15,8 +15,8 @@ Rules kept here:
 * what was verified may be remembered, by all the bytes that were: a check that passed for them passes for them always.
   Times, CRLs, identities and TCB levels are not remembered; nor is what was refused.
 
-A verdict does not say that the quote is acceptable: a policy decides that (``_policy.py``), and ``verify`` of
-``_accept.py`` returns nothing that a policy did not accept.
+A verdict does not say that the quote is acceptable: a policy decides that, and ``verify`` of ``_policy.py`` returns
+nothing that a policy did not accept.
 """
 
 from __future__ import annotations
@@ -32,82 +32,22 @@ from msgspec import Struct
 
 from chutes_proto.quote import _certificates as certificates
 from chutes_proto.quote import _ecdsa as ecdsa
+from chutes_proto.quote import _layout as layout
+from chutes_proto.quote import _statements as statements
+from chutes_proto.quote import _steps as steps
 from chutes_proto.quote._certificates import Certificate, Kind
 from chutes_proto.quote._collateral import Collateral, VerifiedCollateral
 from chutes_proto.quote._der import DerError
 from chutes_proto.quote._ecdsa import EllipticCurvePublicKey
-from chutes_proto.quote._layout import (
-    CERTIFICATION_PCK_CHAIN,
-    INTEL_VENDOR_ID,
-    BytesLike,
-    Quote,
-    SgxAttributes,
-    SgxReport,
-    Tee,
-    parse_quote,
-    parse_sgx_report,
-)
+from chutes_proto.quote._layout import BytesLike, Quote, SgxReport, Tee
 from chutes_proto.quote._pck import Ca, PckIdentity, read_pck_extension
 from chutes_proto.quote._proof import PROOF, Proof, proven
 from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot, check_self_signed
-from chutes_proto.quote._statements import (
-    AnotherKindError,
-    QeIdentity,
-    Stated,
-    TcbStatus,
-    read_qe_identity,
-    read_tcb_info,
-)
-from chutes_proto.quote._steps import (
-    AttestationKeyError,
-    CertificateFormatError,
-    CertificateIssuerError,
-    CertificateRevokedError,
-    CertificateRoleError,
-    CertificateSignatureError,
-    CertificationTypeError,
-    ChainFormError,
-    Checked,
-    CollateralCaError,
-    CollateralTeeError,
-    CrlFormatError,
-    CrlIssuerError,
-    CrlSignatureError,
-    FmspcMismatchError,
-    PceIdMismatchError,
-    PckChainMismatchError,
-    PckExtensionError,
-    PckRevokedError,
-    QeDebugError,
-    QeIdentityMismatchError,
-    QeReportDataError,
-    QeReportSignatureError,
-    QeVendorError,
-    QuoteSignatureError,
-    ReportDataMismatchError,
-    RootMismatchError,
-    StatementFormatError,
-    StatementKindError,
-    StatementSignatureError,
-    UntrustedRootError,
-    checked,
-)
+from chutes_proto.quote._statements import QeIdentity, Stated, TcbStatus
+from chutes_proto.quote._steps import Checked, checked
 from chutes_proto.quote._strict_json import JsonError
 from chutes_proto.quote._tcb import assess
 from chutes_proto.quote._terms import Term, Window, check_seconds, check_terms, common, window
-
-__all__ = [
-    "OpenedQuote",
-    "SignedQuote",
-    "Verdict",
-    "authenticate_collateral",
-    "check_signed",
-    "forget",
-    "open_quote",
-    "verify_collateral",
-    "verify_genuine",
-    "verify_quote",
-]
 
 T = TypeVar("T")
 
@@ -116,7 +56,7 @@ _OF_CERTIFICATES: Final = (4, 5, 7, 8)
 
 
 class _Notes:
-    """What was checked for a value that is remembered: news for who takes it first, remembered for all others."""
+    """The checks of a remembered value: new for the first caller, marked as remembered for all others."""
 
     __slots__ = ("_again", "_first", "_notes")
 
@@ -133,7 +73,7 @@ class _Notes:
 
 
 class PckChain(Struct, frozen=True, eq=False):
-    """A PCK certificate that is the root's through its CA; ``chain`` is both in DER, without the root."""
+    """A PCK certificate that its CA links to the root; ``chain`` is both in DER, without the root."""
 
     leaf: Certificate
     leaf_key: EllipticCurvePublicKey
@@ -147,7 +87,7 @@ class PckChain(Struct, frozen=True, eq=False):
 
 @frozen(kw_only=True, eq=False)
 class OpenedQuote:
-    """A quote whose PCK chain is the root's. The quote itself is not verified yet.
+    """A quote whose PCK chain leads to the root. The quote itself is not verified yet.
 
     ``pck`` says which platform it claims to be of, and so what collateral to ask for.
     """
@@ -162,7 +102,7 @@ class OpenedQuote:
 
 @frozen(kw_only=True, eq=False)
 class SignedQuote:
-    """A quote that the platform of its PCK certificate made. How up to date that platform is, collateral says.
+    """A quote made by the platform of its PCK certificate. Collateral says how up to date that platform is.
 
     ``qe_report`` is the report of the quoting enclave that signed it.
     """
@@ -175,7 +115,7 @@ class SignedQuote:
 
 @frozen(kw_only=True, eq=False)
 class Verdict:
-    """A quote that is genuine, of a platform that is genuine; ``tcb_status`` says how well its TCB is kept.
+    """A genuine quote of a genuine platform; ``tcb_status`` says how up to date its TCB is.
 
     That does not make it acceptable: its host may debug the TD, the image may be any, and the platform out of date.
     `Policy.appraise` decides; a verdict has no truth value, so that no ``if`` mistakes it for a decision.
@@ -219,19 +159,23 @@ class Verdict:
 
 
 def open_quote(data: BytesLike, *, now: int, root: TrustedRoot = INTEL_ROOT, sgx: bool = False) -> OpenedQuote:
-    """Steps 1 to 11: the quote's structure, and its PCK chain up to the root.
+    """Parse a quote and verify its PCK chain up to the root (steps 1 to 11).
 
     ``data`` are the bytes of a TDX quote, with ``sgx`` also those of an SGX quote (`parse_quote` reads both). ``now``
     is in whole unix seconds. Raises `VerificationError`; `TypeError` for arguments of another type, a parsed quote
     among them.
     """
     _check_kind("root", root, TrustedRoot, "TrustedRoot.from_der")
-    quote = parse_quote(data, sgx=sgx)
-    if quote.header.qe_vendor_id != INTEL_VENDOR_ID:  # 1
-        raise QeVendorError("quote", "another vendor", got=quote.header.qe_vendor_id, expected=INTEL_VENDOR_ID)
-    if quote.certification_type != CERTIFICATION_PCK_CHAIN:  # 2
-        got, expected = quote.certification_type, CERTIFICATION_PCK_CHAIN
-        raise CertificationTypeError("quote", "the certification data is of another type", got=got, expected=expected)
+    quote = layout.parse_quote(data, sgx=sgx)
+    if quote.header.qe_vendor_id != layout.INTEL_VENDOR_ID:  # 1
+        raise steps.QeVendorError(
+            "quote", "the vendor does not match", got=quote.header.qe_vendor_id, expected=layout.INTEL_VENDOR_ID
+        )
+    if quote.certification_type != layout.CERTIFICATION_PCK_CHAIN:  # 2
+        got, expected = quote.certification_type, layout.CERTIFICATION_PCK_CHAIN
+        raise steps.CertificationTypeError(
+            "quote", "unsupported type of certification data", got=got, expected=expected
+        )
     chain = _pck_chain(root, quote.tee, quote.certification)  # 3-8, 11
     check_terms(chain.terms, now)  # 9, 10
     notes = (_OPENED, *chain.notes.take(), _CHAIN_TIMES)
@@ -239,10 +183,10 @@ def open_quote(data: BytesLike, *, now: int, root: TrustedRoot = INTEL_ROOT, sgx
 
 
 def check_signed(opened: OpenedQuote) -> SignedQuote:
-    """Steps 28 to 30 and 33, which need no collateral: the platform did make the quote, well kept or not.
+    """Verify without collateral that the platform made the quote, up to date or not (steps 28 to 30 and 33).
 
-    Before collateral is asked for: else who knows the platform's certificates, which are no secret, could have it asked
-    for. Raises `VerificationError`; `TypeError` for what is not an `OpenedQuote`.
+    Call it before collateral is fetched: otherwise anyone who knows the platform's certificates, which are not secret,
+    could cause the fetch. Raises `VerificationError`; `TypeError` for anything but an `OpenedQuote`.
     """
     _check_kind("opened", opened, OpenedQuote, "open_quote")
     quote = opened.quote
@@ -252,7 +196,7 @@ def check_signed(opened: OpenedQuote) -> SignedQuote:
     try:
         ecdsa.verify_raw(attestation_key, quote.signature, quote.signed)  # 33
     except ecdsa.InvalidSignature:
-        raise QuoteSignatureError("quote", "the attestation key did not sign it") from None
+        raise steps.QuoteSignatureError("quote", "the attestation key did not sign it") from None
     passed = (*opened.checked, *notes.take(), _SIGNED)
     return SignedQuote(opened=opened, qe_report=qe_report, checked=passed, proof=PROOF)
 
@@ -260,7 +204,7 @@ def check_signed(opened: OpenedQuote) -> SignedQuote:
 def verify_collateral(
     collateral: Collateral, *, now: int, root: TrustedRoot = INTEL_ROOT, grace: int = 0
 ) -> VerifiedCollateral:
-    """Steps 3 to 10 and 12 to 20: CRLs, TCB info and QE identity, and the certificates of who signed them.
+    """Verify CRLs, TCB info, QE identity and the chains of their signers (steps 3 to 10 and 12 to 20).
 
     ``grace`` seconds are added to the end of CRLs, TCB info and QE identity, never to a certificate's. ``now`` and
     ``grace`` are whole numbers. Raises `VerificationError`; `TypeError` for arguments of another type.
@@ -272,9 +216,9 @@ def verify_collateral(
 def authenticate_collateral(
     collateral: Collateral, *, root: TrustedRoot = INTEL_ROOT, grace: int = 0
 ) -> VerifiedCollateral:
-    """`verify_collateral` without steps 9, 10, 19 and 20: whose collateral it is, not whether its time is now.
+    """Verify collateral but for its times: `verify_collateral` without steps 9, 10, 19 and 20.
 
-    For who asks at what times it is valid; ``verify_quote`` checks all times in any case. Raises `VerificationError`;
+    For callers that ask when it is valid; ``verify_quote`` checks all times in any case. Raises `VerificationError`;
     `TypeError` for a root or a grace of another type.
     """
     return _collateral(collateral, None, root, grace)
@@ -297,10 +241,12 @@ def _collateral(collateral: Collateral, now: int | None, root: TrustedRoot, grac
         _check_not_revoked(place.subject, certificate.serial, revoked_by_root)
     _check_stated("TCB info", collateral.tcb_info, collateral.tcb_info_signature, tcb_key)  # 16
     _check_stated("QE identity", collateral.qe_identity, collateral.qe_identity_signature, qe_key)
-    tcb_info = _statement("TCB info", collateral.tcb_info, read_tcb_info)  # 17, 18
-    qe_identity = _statement("QE identity", collateral.qe_identity, read_qe_identity)
+    tcb_info = _statement("TCB info", collateral.tcb_info, statements.read_tcb_info)  # 17, 18
+    qe_identity = _statement("QE identity", collateral.qe_identity, statements.read_qe_identity)
     if qe_identity.tee != tcb_info.tee:  # 18
-        raise StatementKindError("QE identity", "it is of another TEE", got=qe_identity.tee, expected=tcb_info.tee)
+        raise steps.StatementKindError(
+            "QE identity", "it is of another TEE", got=qe_identity.tee, expected=tcb_info.tee
+        )
     terms = (
         *certificate_terms,
         Term("root CRL", root_crl.this_update, root_crl.next_update, is_certificate=False),
@@ -338,7 +284,7 @@ def _collateral(collateral: Collateral, now: int | None, root: TrustedRoot, grac
 
 
 def verify_quote(signed: SignedQuote, verified: VerifiedCollateral, *, now: int) -> Verdict:
-    """Steps 9, 10, 15, 19 to 27, 31, 32 and 34 to 36: the quote under collateral of its platform.
+    """Verify a quote by collateral of its platform (steps 9, 10, 15, 19 to 27, 31, 32 and 34 to 36).
 
     ``now`` is in whole unix seconds. Raises `VerificationError`; `TypeError` for arguments of another type.
     """
@@ -353,22 +299,22 @@ def _check_belongs(opened: OpenedQuote, verified: VerifiedCollateral, now: int) 
     quote, chain, pck = opened.quote, opened.chain, opened.pck
     info = verified.tcb_info
     if verified.root != opened.root:  # 21
-        raise RootMismatchError("collateral", "it was verified under another root than the quote")
+        raise steps.RootMismatchError("collateral", "it was verified under another root than the quote")
     check_terms(chain.terms, now)  # 9, 10
     check_terms(verified.terms, now, verified.grace)  # 9, 10, 19, 20
     if info.tee != quote.tee:  # 22
-        raise CollateralTeeError("collateral", "it is for another TEE", got=info.tee, expected=quote.tee)
+        raise steps.CollateralTeeError("collateral", "it is for another TEE", got=info.tee, expected=quote.tee)
     if (chain.issuer.subject, chain.issuer.point) != (verified.issuer_name, verified.issuer_point):  # 23
-        raise CollateralCaError("PCK CRL", "it is of another CA", got=verified.ca, expected=pck.ca)
+        raise steps.CollateralCaError("PCK CRL", "it is of another CA", got=verified.ca, expected=pck.ca)
     if info.fmspc != pck.fmspc:  # 24
-        raise FmspcMismatchError("TCB info", "it is for another FMSPC", got=info.fmspc, expected=pck.fmspc)
+        raise steps.FmspcMismatchError("TCB info", "it is for another FMSPC", got=info.fmspc, expected=pck.fmspc)
     if info.pce_id != pck.pce_id:  # 25
-        raise PceIdMismatchError("TCB info", "it is for another PCE-ID", got=info.pce_id, expected=pck.pce_id)
+        raise steps.PceIdMismatchError("TCB info", "it is for another PCE-ID", got=info.pce_id, expected=pck.pce_id)
     if verified.pck_chain is not None and verified.pck_chain[:2] != chain.chain:  # 26
-        raise PckChainMismatchError("PCK chain beside the collateral", "it is not the quote's")
+        raise steps.PckChainMismatchError("PCK chain beside the collateral", "it is not the quote's")
     _check_not_revoked(_PCK_CA.subject, chain.issuer.serial, verified.revoked_by_root)  # 15
     if chain.leaf.serial in verified.revoked_pcks:  # 27
-        raise PckRevokedError(_PCK.subject, "it is on the PCK CRL", got=chain.leaf.serial)
+        raise steps.PckRevokedError(_PCK.subject, "it is on the PCK CRL", got=chain.leaf.serial)
 
 
 def _judge(signed: SignedQuote, verified: VerifiedCollateral, now: int, expected: bytes | None) -> Verdict:
@@ -379,7 +325,7 @@ def _judge(signed: SignedQuote, verified: VerifiedCollateral, now: int, expected
     tcb = assess(verified.tcb_info, verified.qe_identity, pck, quote.body, signed.qe_report)  # 34-36
     got = quote.body.report_data
     if expected is not None and not compare_digest(got, expected):  # 37
-        raise ReportDataMismatchError("quote", "the report data is another", got=got, expected=expected)
+        raise steps.ReportDataMismatchError("quote", "the report data does not match", got=got, expected=expected)
     return Verdict(
         quote=quote,
         pck=pck,
@@ -442,10 +388,10 @@ def verify_genuine(
     grace: int = 0,
     sgx: bool = False,
 ) -> Verdict:
-    """Verify a quote with all stages, without a policy: the result says that it is genuine, not that it is acceptable.
+    """Verify a quote with all stages but the policy: the verdict is genuine, not yet acceptable.
 
-    ``report_data`` are the 64 bytes that it must bind (step 37). Pass None only if something else binds the quote to
-    whom you speak with: a genuine quote of another machine verifies as well. The other arguments are those of
+    ``report_data`` are the 64 bytes that it must bind (step 37); pass None only if something else binds the quote to
+    the peer: a genuine quote of another machine verifies as well. The other arguments are those of
     `open_quote` and `verify_collateral`. Raises `VerificationError`; `TypeError` for arguments of another type.
     """
     opened = open_quote(data, now=now, root=root, sgx=sgx)
@@ -455,7 +401,7 @@ def verify_genuine(
 
 
 def forget() -> None:
-    """Drop what is remembered of verified chains and quoting enclaves. It costs time, nothing else."""
+    """Drop all remembered chains and quoting enclaves; this only costs time."""
     for remembered in (_root_terms, _issued_by_root, _signer, _pck_chain, _quoting_enclave):
         remembered.cache_clear()
 
@@ -486,11 +432,11 @@ def _pck_chain(root: TrustedRoot, tee: Tee, certification: bytes) -> PckChain:
     leaf = _issued(leaf_der, _PCK, issuer.subject, issuer_key)
     extension = leaf.extensions.get(certificates.SGX_EXTENSION)
     if extension is None:  # 11
-        raise PckExtensionError(_PCK.subject, "there is no SGX extension")
+        raise steps.PckExtensionError(_PCK.subject, "the SGX extension is missing")
     try:
         identity = read_pck_extension(extension, ca=_ca(issuer), tee=tee)  # 11
     except DerError as exc:
-        raise PckExtensionError(_PCK.subject, str(exc)) from None
+        raise steps.PckExtensionError(_PCK.subject, str(exc)) from None
     terms = (*root_terms, issuer_term, _term(leaf, _PCK))
     notes = _Notes(_CHAIN_WITH_ROOT if above else _CHAIN, *issuer_notes.take(), _LEAF)
     key = _key(leaf, _PCK.subject)
@@ -515,9 +461,11 @@ def _read_chain(pem: bytes, subject: str, least: int) -> tuple[bytes, ...]:
     try:
         ders = certificates.read_pem(pem)  # 3
     except DerError as exc:
-        raise ChainFormError(subject, str(exc)) from None
+        raise steps.ChainFormError(subject, str(exc)) from None
     if not least <= len(ders) <= least + 1:  # 3
-        raise ChainFormError(subject, "it is too short or too long", got=len(ders), expected=f"{least} or {least + 1}")
+        raise steps.ChainFormError(
+            subject, "it is too short or too long", got=len(ders), expected=f"{least} or {least + 1}"
+        )
     return ders
 
 
@@ -529,7 +477,7 @@ def _check_kind(name: str, value: object, kind: type, maker: str) -> None:
 
 @lru_cache(maxsize=16)
 def _root_terms(root: TrustedRoot, above: tuple[bytes, ...]) -> tuple[Term, ...]:
-    """When the root is valid, by the pin and by another certificate of it that came with a chain; step 6 for that."""
+    """The validity of the root: by the pin, and by another certificate of it that came with a chain (step 6)."""
     terms: tuple[Term, ...] = (Term("root certificate", root.not_before, root.not_after, is_certificate=True),)
     for der in above:
         if sha256(der).digest() != root.digest:
@@ -540,11 +488,11 @@ def _root_terms(root: TrustedRoot, above: tuple[bytes, ...]) -> tuple[Term, ...]
 def _check_root(root: TrustedRoot, der: bytes) -> Term:
     certificate = _read(der, "root certificate")
     if certificate.subject != root.name or certificate.point != root.point:  # 6
-        raise UntrustedRootError("root certificate", "it is another", got=certificate.point, expected=root.point)
+        raise steps.UntrustedRootError("root certificate", "untrusted", got=certificate.point, expected=root.point)
     try:
-        check_self_signed(certificate)  # 6: made anew with the same name and key
+        check_self_signed(certificate)  # 6: renewed with the same name and key
     except DerError as exc:
-        raise UntrustedRootError("root certificate", str(exc)) from None
+        raise steps.UntrustedRootError("root certificate", str(exc)) from None
     return Term("root certificate", certificate.not_before, certificate.not_after, is_certificate=True)
 
 
@@ -560,7 +508,7 @@ def _issued_by_root(
 
 @lru_cache(maxsize=16)
 def _root_key(root: TrustedRoot) -> EllipticCurvePublicKey:
-    """Not among what `forget` drops: who is trusted is the caller's to say, and nothing that was verified."""
+    """Load the root's key. `forget` does not drop it: it is the caller's choice, not a result of verification."""
     return ecdsa.load_point(root.point)
 
 
@@ -571,16 +519,20 @@ def _issued(der: bytes, place: _Place, issuer: bytes, issuer_key: EllipticCurveP
         name = certificates.common_name(certificate.subject)  # 5
         certificates.check_kind(certificate, place.kind)
     except DerError as exc:
-        raise CertificateRoleError(place.subject, str(exc)) from None
+        raise steps.CertificateRoleError(place.subject, str(exc)) from None
     if name not in place.names:  # 5
         got, expected = name.decode("utf-8", "replace"), " or ".join(sorted(n.decode() for n in place.names))
-        raise CertificateRoleError(place.subject, "it is called something else", got=repr(got), expected=repr(expected))
+        raise steps.CertificateRoleError(
+            place.subject, "its common name does not match", got=repr(got), expected=repr(expected)
+        )
     if certificate.issuer != issuer:  # 7
-        raise CertificateIssuerError(place.subject, "it names another issuer", got=certificate.issuer, expected=issuer)
+        raise steps.CertificateIssuerError(
+            place.subject, "it names another issuer", got=certificate.issuer, expected=issuer
+        )
     try:
         ecdsa.verify(issuer_key, certificate.signature, certificate.signed)  # 8
     except ecdsa.InvalidSignature:
-        raise CertificateSignatureError(place.subject, "its issuer did not sign it") from None
+        raise steps.CertificateSignatureError(place.subject, "its issuer did not sign it") from None
     return certificate
 
 
@@ -589,14 +541,14 @@ def _read(der: bytes, subject: str) -> Certificate:
     try:
         return certificates.read_certificate(der)  # 4
     except DerError as exc:
-        raise CertificateFormatError(subject, str(exc)) from None
+        raise steps.CertificateFormatError(subject, str(exc)) from None
 
 
 def _key(certificate: Certificate, subject: str) -> EllipticCurvePublicKey:
     try:
         return ecdsa.load_point(certificate.point)  # 4
     except ValueError:
-        raise CertificateFormatError(subject, "its key is no point of P-256") from None
+        raise steps.CertificateFormatError(subject, "its key is not a point of P-256") from None
 
 
 def _term(certificate: Certificate, place: _Place) -> Term:
@@ -617,19 +569,19 @@ def _crl(
     try:
         crl = certificates.read_crl(der)  # 12
         if crl.issuer != issuer:  # 13
-            raise CrlIssuerError(subject, "it names another issuer", got=crl.issuer, expected=issuer)
+            raise steps.CrlIssuerError(subject, "it names another issuer", got=crl.issuer, expected=issuer)
         ecdsa.verify(issuer_key, crl.signature, crl.signed)  # 14
         return crl, certificates.revoked_serials(crl)
     except DerError as exc:
-        raise CrlFormatError(subject, str(exc)) from None
+        raise steps.CrlFormatError(subject, str(exc)) from None
     except ecdsa.InvalidSignature:
-        raise CrlSignatureError(subject, "its issuer did not sign it") from None
+        raise steps.CrlSignatureError(subject, "its issuer did not sign it") from None
 
 
 def _check_not_revoked(subject: str, serial: bytes, revoked: frozenset[bytes]) -> None:
     """Step 15."""
     if serial in revoked:  # 15
-        raise CertificateRevokedError(subject, "it is on the root CRL", got=serial)
+        raise steps.CertificateRevokedError(subject, "it is on the root CRL", got=serial)
 
 
 def _check_stated(subject: str, text: bytes, signature: bytes, key: EllipticCurvePublicKey) -> None:
@@ -637,17 +589,17 @@ def _check_stated(subject: str, text: bytes, signature: bytes, key: EllipticCurv
     try:
         ecdsa.verify_raw(key, signature, text)
     except ecdsa.InvalidSignature:
-        raise StatementSignatureError(subject, "the TCB signing key did not sign it") from None
+        raise steps.StatementSignatureError(subject, "the TCB signing key did not sign it") from None
 
 
 def _statement(subject: str, text: bytes, read: Callable[[bytes], T]) -> T:
     """Steps 17 and 18."""
     try:
         return read(text)
-    except AnotherKindError as exc:
-        raise StatementKindError(subject, str(exc)) from None
+    except statements.AnotherKindError as exc:
+        raise steps.StatementKindError(subject, str(exc)) from None
     except JsonError as exc:
-        raise StatementFormatError(subject, str(exc)) from None
+        raise steps.StatementFormatError(subject, str(exc)) from None
 
 
 # --- the quote ---
@@ -661,28 +613,28 @@ def _quoting_enclave(
     try:
         ecdsa.verify_raw(chain.leaf_key, signature, report)  # 28
     except ecdsa.InvalidSignature:
-        raise QeReportSignatureError("QE report", "the PCK did not sign it") from None
-    qe_report = parse_sgx_report(report)
+        raise steps.QeReportSignatureError("QE report", "the PCK did not sign it") from None
+    qe_report = layout.parse_sgx_report(report)
     expected = sha256(attestation_key + auth).digest() + bytes(32)
     if qe_report.report_data != expected:  # 29
         got = qe_report.report_data
-        raise QeReportDataError(
+        raise steps.QeReportDataError(
             "QE report", "its report data is not the attestation key's hash", got=got, expected=expected
         )
     try:
         key = ecdsa.load_point(attestation_key)  # 30
     except ValueError:
-        raise AttestationKeyError("attestation key", "it is no point of P-256", got=attestation_key) from None
+        raise steps.AttestationKeyError("attestation key", "it is not a point of P-256", got=attestation_key) from None
     return qe_report, key, _Notes(_ENCLAVE)
 
 
-_DEBUG: Final = int(SgxAttributes.DEBUG)
+_DEBUG: Final = int(layout.SgxAttributes.DEBUG)
 
 
 def _check_quoting_enclave(report: SgxReport, identity: QeIdentity) -> None:
     """Steps 31 and 32."""
     if report.flags & _DEBUG:  # 31
-        raise QeDebugError("quoting enclave", "it is a debug enclave")
+        raise steps.QeDebugError("quoting enclave", "it is a debug enclave")
     misc_select = int.from_bytes(report.misc_select, "little") & identity.misc_select_mask
     attributes = int.from_bytes(report.attributes, "little") & identity.attributes_mask
     for name, got, expected in (
@@ -692,4 +644,4 @@ def _check_quoting_enclave(report: SgxReport, identity: QeIdentity) -> None:
         ("ATTRIBUTES under their mask", attributes, identity.attributes),
     ):
         if got != expected:  # 32
-            raise QeIdentityMismatchError("quoting enclave", f"{name} is another", got=got, expected=expected)
+            raise steps.QeIdentityMismatchError("quoting enclave", f"{name} does not match", got=got, expected=expected)

@@ -1,7 +1,7 @@
-"""The verifier's errors, one tree::
+"""The verifier's errors as one tree::
 
     QuoteError
-    ├── VerificationError            the quote is refused, at the step that ``step`` numbers
+    ├── VerificationError            the quote is refused; ``step`` is the number of the step
     │   ├── QuoteFormatError         step 0: the bytes are not a quote of a kind that is read here
     │   ├── (one class for each)     steps 1 to 37: it is not genuine; ``_steps.py`` has them
     │   └── AppraisalError           step 38: it is genuine, but the policy does not accept it
@@ -23,18 +23,8 @@ from attrs import frozen
 
 from chutes_proto._error import ChutesError
 
-__all__ = [
-    "AppraisalError",
-    "CollateralFormatError",
-    "PolicyError",
-    "QuoteError",
-    "QuoteFormatCode",
-    "QuoteFormatError",
-    "Refusal",
-    "VerificationError",
-    "shown",
-    "spans",
-]
+__all__ = ["AppraisalError", "PolicyError", "QuoteError", "QuoteFormatError", "VerificationError"]
+__all__ += ["CollateralFormatError", "QuoteFormatCode", "Refusal", "shown", "spans"]
 
 QuoteFormatCode: TypeAlias = Literal[
     "quote_too_short", "quote_version", "quote_tee_type", "quote_key_type", "quote_structure"
@@ -46,12 +36,12 @@ Part: TypeAlias = Literal["tcb", "attributes", "measurement"]
 
 
 def shown(value: object) -> str:
-    """A value as error texts print it: bytes in hex."""
+    """Format a value for error texts: bytes in hex."""
     return value.hex() if isinstance(value, bytes) else str(value)
 
 
 def spans(numbers: Sequence[int]) -> str:
-    """Ascending numbers for people: ``1-5, 7``."""
+    """Format ascending numbers for people: ``1-5, 7``."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:
@@ -62,7 +52,7 @@ def spans(numbers: Sequence[int]) -> str:
 
 
 class QuoteError(ChutesError):
-    """Root of everything that the verifier raises on purpose."""
+    """Root of all errors that the verifier raises on purpose."""
 
     code: str = "quote"
 
@@ -151,7 +141,7 @@ class AppraisalError(VerificationError):
         return "; ".join(f"{refusal.code}: {refusal.detail}" for refusal in self.refusals)
 
     def explain(self) -> str:
-        """A paragraph for an operator: all reasons, and what to do about each kind of them."""
+        """Explain the refusal to an operator: all reasons, and what to do about each kind of them."""
         count = "one reason" if len(self.refusals) == 1 else f"{len(self.refusals)} reasons"
         passed = f"The quote is genuine (it passed steps {spans(self.steps)})"
         sentences = [f"{passed}, but the policy does not accept it, for {count}."]
@@ -168,7 +158,7 @@ _ABOUT: Final[dict[str, str]] = {
     "no_profiles": "profiles",
     "not_a_td": "profiles",
 }
-"""Refusals that something else cures than the others of their part."""
+"""Refusals whose remedy differs from that of the others of their part."""
 
 _ADVICE: Final[dict[str, str]] = {
     "collateral": "This is about the collateral: get newer (`chutes-proto collateral fetch`; with `--update early` it"

@@ -1,6 +1,6 @@
 """The key server: its configuration, and the application to embed.
 
-``chutes_proto_trio`` and ``chutes_proto_asyncio`` have ``serve``, for a program of one's own that listens itself;
+``chutes_proto_trio`` and ``chutes_proto_asyncio`` have ``serve``, for a program that listens itself;
 ``chutes-proto serve`` is the server as a process. The operations themselves are flows; ``_app.py`` runs them.
 """
 

@@ -1,14 +1,14 @@
-"""The key server as one flow per request: route, decode, do, answer; and what becomes of every error.
+"""The key server as one flow per request: route, decode, handle, answer; every error has an answer too.
 
 Rules kept here:
 
-* whatever happens, the peer gets an answer of the documented shape; a fault of ours is a 503, never a 4xx, because
-  deployed clients power off on a 4xx and try again on a 5xx;
-* the peer hears the refusal's text and code, the operator its reason too, under the same request id;
+* the peer always gets an answer of the documented form; a fault of ours is a 503, never a 4xx, because deployed clients
+  power off on a 4xx and retry on a 5xx;
+* the peer gets the refusal's text and code; the log has its reason too, under the same request id;
 * a refused attestation ends its connection;
-* one address may ask so often, but deployed clients that are asked to wait where they ask only once would give up, as
-  would those that hold a token behind the same address as others. So these operations are never told to wait; what they
-  refuse with 401 counts against the rest that the address asks;
+* one address may send a limited number of requests, but deployed clients give up if an operation that they send only
+  once gets 429, and so do VMs with a token behind the address of others. So these operations never get it; their 401s
+  count against the other operations of the address;
 * a server that drains ends as soon as no boot of its own is open (``_open_boots.py``), and none can become open.
 """
 
@@ -19,64 +19,46 @@ import re
 import traceback
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from attrs import define, evolve, field, frozen
 
-from chutes_proto.effects import Entropy, Log, Now, Uptime
+from chutes_proto.effects import Entropy, Flow, Log, Now, Uptime
 from chutes_proto.errors import BadRequest, KeyUnavailable, Refusal, Refused, SealBroken, StoreError, Unavailable
-from chutes_proto.log import Level, Record
+from chutes_proto.log import Level, Record, Value
+from chutes_proto.server import _servers as servers
 from chutes_proto.server._boot import attest_boot, issue_boot_nonce
 from chutes_proto.server._call import Call, SignedCall
 from chutes_proto.server._callers import check_caller
 from chutes_proto.server._open_boots import completed_by
 from chutes_proto.server._rotation import attest_volumes, confirm_volumes
 from chutes_proto.server._runtime import attest_runtime, issue_runtime_nonce, read_status
-from chutes_proto.server._servers import (
-    list_servers,
-    publish_measurements,
-    read_server,
-    register_server,
-    remove_server,
-    rename_server,
-)
+from chutes_proto.server._service import Service
 from chutes_proto.server._volumes import read_cache_passphrase, sync_volumes
+from chutes_proto.store.rows import Vm
 from chutes_proto.wire import endpoints, miners, openapi, public, vms
 from chutes_proto.wire.answers import error_response
 from chutes_proto.wire.codec import decode_request, encode_answer
 from chutes_proto.wire.codes import Code
+from chutes_proto.wire.endpoint import Endpoint, Message
 from chutes_proto.wire.http import HttpRequest, HttpResponse, MalformedRequest
 from chutes_proto.wire.public import ApiDescriptionAnswer, ApiDescriptionRequest
 
-if TYPE_CHECKING:
-    from chutes_proto.effects import Flow
-    from chutes_proto.log import Value
-    from chutes_proto.server._service import Service
-    from chutes_proto.store.rows import Vm
-    from chutes_proto.wire.endpoint import Endpoint, Message
-
 _HOST = re.compile(r"[A-Za-z0-9.\-]+(?::[0-9]+)?|\[[0-9A-Fa-f:.]+\](?::[0-9]+)?")
 _DRAINED = (vms.BOOT_NONCE, vms.BOOT_ATTESTATION)
-_ASKED_ONCE = (
-    vms.CACHE_PASSPHRASE,
-    vms.VOLUME_SYNC,
-    vms.VOLUME_ATTESTATION,
-    vms.VOLUME_CONFIRMATION,
-)
+_ASKED_ONCE = (vms.CACHE_PASSPHRASE, vms.VOLUME_SYNC, vms.VOLUME_ATTESTATION, vms.VOLUME_CONFIRMATION)
 _GRANTS = (vms.BOOT_ATTESTATION, vms.VOLUME_ATTESTATION)
 _ATTESTATIONS = (vms.BOOT_ATTESTATION, miners.RUNTIME_ATTESTATION)
 
 
 def describe_api(service: Service, call: Call[ApiDescriptionRequest]) -> Flow[ApiDescriptionAnswer]:
-    """Operation 16."""
+    """Operation 16: publish the API description."""
     yield from ()
     return ApiDescriptionAnswer(document=_document())
 
 
-@cache
-def _document() -> bytes:
-    """Made once: anyone may ask for it, and it takes longer to make than all else that strangers may ask."""
-    return openapi.document()
+_document = cache(openapi.document)
+"""The document, made once: anyone may ask for it, and nothing else that anyone may ask costs as much."""
 
 
 _HANDLERS: Mapping[Endpoint, Callable[[Service, Any], Flow[Message]]] = {
@@ -86,13 +68,13 @@ _HANDLERS: Mapping[Endpoint, Callable[[Service, Any], Flow[Message]]] = {
     vms.VOLUME_SYNC: sync_volumes,
     vms.VOLUME_ATTESTATION: attest_volumes,
     vms.VOLUME_CONFIRMATION: confirm_volumes,
-    public.MEASUREMENTS: publish_measurements,
+    public.MEASUREMENTS: servers.publish_measurements,
     public.API_DESCRIPTION: describe_api,
-    miners.REGISTER_SERVER: register_server,
-    miners.LIST_SERVERS: list_servers,
-    miners.RENAME_SERVER: rename_server,
-    miners.SERVER_DETAILS: read_server,
-    miners.REMOVE_SERVER: remove_server,
+    miners.REGISTER_SERVER: servers.register_server,
+    miners.LIST_SERVERS: servers.list_servers,
+    miners.RENAME_SERVER: servers.rename_server,
+    miners.SERVER_DETAILS: servers.read_server,
+    miners.REMOVE_SERVER: servers.remove_server,
     miners.RUNTIME_NONCE: issue_runtime_nonce,
     miners.RUNTIME_ATTESTATION: attest_runtime,
     miners.ATTESTATION_STATUS: read_status,
@@ -108,21 +90,21 @@ class _LastAnswer(HttpResponse):
 
 @define
 class App:
-    """One key server. ``draining``: boots are sent away (503), what deployed clients ask only once is still served."""
+    """One key server. While it is ``draining``, boots get 503 and operations that clients send only once are served."""
 
     service: Service
     draining: bool = False
     _latest_end: float = field(init=False, default=math.inf)
-    _granting: int = field(init=False, default=0)  # requests under way that may open a boot
+    _granting: int = field(init=False, default=0)  # pending requests that may open a boot
 
     def stop(self, now: float) -> float:
-        """Begin to drain; returns the latest end, ``limits.drain_seconds`` after ``now``. Told again, end at once."""
+        """Begin to drain; returns the latest end, ``limits.drain_seconds`` after ``now``. Called again, end at once."""
         self._latest_end = now if self.draining else now + self.service.limits.drain_seconds
         self.draining = True
         return self._latest_end
 
     def ends_at(self, now: float) -> float:
-        """When the last open boot expires, ``now`` where none is open, or the latest end if sooner; else infinity."""
+        """The expiry of the last open boot, ``now`` if none is open, or the latest end if sooner; else infinity."""
         if not self.draining or self._granting:
             return self._latest_end
         return min(self._latest_end, self.service.boots.last_expiry(now))
@@ -133,14 +115,10 @@ class App:
             self.service.boots.close(response.vm)
 
     def complain(self, event: str, error: Exception) -> Flow[None]:
-        """The operator's line about a fault of a connection; a peer may cause many, and then they are counted."""
+        """Log a fault of a connection; a peer may cause many, and then some are held back and counted."""
         held_back = self.service.faults.admits("", (yield from Uptime()))
-        if held_back is None:
-            return
-        fields: dict[str, Value] = {"error": f"{type(error).__name__}: {error}"}
-        if held_back:
-            fields["held_back"] = held_back
-        yield from Log(Record(Level.ERROR, event, fields))
+        if held_back is not None:
+            yield from _log(Level.ERROR, event, {"error": f"{type(error).__name__}: {error}"}, held_back)
 
     def handle(self, request: HttpRequest | MalformedRequest) -> Flow[HttpResponse]:
         """The answer to ``request``; raises nothing but what ends the process."""
@@ -151,7 +129,7 @@ class App:
         return evolve(response, headers=(*response.headers, ("connection", "close")))
 
     def _respond(self, request: HttpRequest | MalformedRequest, request_id: str) -> Flow[HttpResponse]:
-        """An answer to everything, and a line for the operator about what is no grant."""
+        """Answer every request, and log a refusal for the operator."""
         try:
             if isinstance(request, MalformedRequest):
                 raise request.refusal
@@ -167,7 +145,7 @@ class App:
             refusal = Unavailable(Code.KEY_UNAVAILABLE, text, reason=f"{type(exc).__name__}: {exc}", retry_after=30)
         except Exception as exc:  # noqa: BLE001 - a defect of ours must not become a 4xx, nor end the connection silently
             refusal = Unavailable(Code.SERVER_FAULT, "A fault of the server's. Retry shortly.", reason=_where(exc))
-        yield from self._tell(request, request_id, refusal)
+        yield from self._log_refusal(request, request_id, refusal)
         return error_response(refusal, request_id)
 
     def _answer(self, request: HttpRequest, request_id: str) -> Flow[HttpResponse]:
@@ -203,12 +181,12 @@ class App:
             self._granting -= grants
 
     def _count(self, request: HttpRequest) -> Flow[float]:
-        """Count a request of its address, if it has one; for one too many, return in how many seconds it were none."""
+        """Count a request of its address, if it has one; returns the seconds to wait, 0 within the limit."""
         now = yield from Uptime()
         return self.service.rates.take(request.peer_address, now) if request.peer_address else 0.0
 
     def _handle(self, match: endpoints.Match, request: HttpRequest, request_id: str) -> Flow[HttpResponse]:
-        """Of a signed request nothing is looked at before its caller is known."""
+        """Decode and handle a request; the caller of a signed one is checked before anything else in it."""
         now = yield from Now()
         call: Call[Message]
         if match.endpoint.signed is None:
@@ -223,8 +201,8 @@ class App:
         vm = completed_by(message)
         return response if vm is None else _LastAnswer(response.status, response.headers, response.body, vm=vm)
 
-    def _tell(self, request: HttpRequest | MalformedRequest, request_id: str, refusal: Refusal) -> Flow[None]:
-        """The operator's line. Anyone can cause refusals: many of an address are counted, unless the store does it."""
+    def _log_refusal(self, request: HttpRequest | MalformedRequest, request_id: str, refusal: Refusal) -> Flow[None]:
+        """Log a refusal. Anyone can cause them: many of an address are counted only, unless the store records them."""
         ours = refusal.status >= 500
         throttle = self.service.faults if ours else self.service.refusals
         held_back = 0 if refusal.recorded else throttle.admits(request.peer_address, (yield from Uptime()))
@@ -234,19 +212,21 @@ class App:
         if isinstance(request, HttpRequest):
             fields |= {"method": request.method[:16], "path": request.target.partition("?")[0][:200]}
         fields |= {"status": refusal.status, "code": str(refusal.code), "reason": refusal.reason}
-        if held_back:
-            fields["held_back"] = held_back
-        yield from Log(Record(Level.ERROR if ours else Level.WARNING, "refused", fields))
+        yield from _log(Level.ERROR if ours else Level.WARNING, "refused", fields, held_back)
+
+
+def _log(level: Level, event: str, fields: dict[str, Value], held_back: int) -> Flow[None]:
+    yield from Log(Record(level, event, {**fields, "held_back": held_back} if held_back else fields))
 
 
 def _origin(request: HttpRequest) -> str:
-    """``https://host`` of the request, or nothing, for a relative redirect, where its Host is not a plain one."""
+    """``https://host`` of the request, or nothing, for a relative redirect, unless its Host is a plain one."""
     host = "".join(request.header_values("host")[:1])
     return f"https://{host}" if _HOST.fullmatch(host) else ""
 
 
 def _where(exc: Exception) -> str:
-    """Type and place of a defect. Its text stays out: it could repeat what a peer sent, or a secret."""
+    """The type and the source lines of a defect, without its text: it could repeat a secret or a peer's input."""
     frames = traceback.extract_tb(exc.__traceback__)
     places = [f"{frame.filename.rpartition('chutes_proto')[2].lstrip('/')}:{frame.lineno}" for frame in frames[-4:]]
     return f"{type(exc).__name__} at {' < '.join(reversed(places))}"

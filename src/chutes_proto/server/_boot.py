@@ -7,40 +7,37 @@ The order of checks of operation 2: ``_evidence.py`` has steps 1 to 6; then
 8. one transaction: the claim taken, the nonce redeemed, the passphrase read or made, the token issued, the record and
    its audit row written (``units/boot.py``; that the name is free is read there too, first).
 
-Until step 8 nothing is spent. A refusal from step 5 on is recorded, capped per platform and day; before that it is a
-log line, held back when there are many, because anyone can cause it.
+Until step 8 nothing is consumed: a boot that is refused, or that the server fails, can be tried again with the same
+nonce. A refusal from step 5 on is recorded, capped per platform and day; before that it is a log line, held back when
+there are many, because anyone can cause it.
 """
 
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from chutes_proto.auth.certificates import client_key
+from chutes_proto.auth.certificates import ClientKey, client_key
 from chutes_proto.auth.hotkey import Hotkey, HotkeyError
 from chutes_proto.auth.signing import check_body_signature
-from chutes_proto.effects import Entropy, Transact
+from chutes_proto.effects import Entropy, Flow, Transact
 from chutes_proto.errors import LocalProtocolError, Refused
 from chutes_proto.keys.vault import FreshKey
 from chutes_proto.secret import Secret
+from chutes_proto.server._call import Call
 from chutes_proto.server._evidence import Evidence, appraise, verify_evidence
 from chutes_proto.server._nonces import RANDOM_SIZE, expires_at
+from chutes_proto.server._service import Service
 from chutes_proto.store.rows import Vm
 from chutes_proto.units.boot import GrantBoot, RecordRefusal
+from chutes_proto.units.nonces import Nonce
 from chutes_proto.wire.codes import Code
 from chutes_proto.wire.endpoint import NonceAnswer
 from chutes_proto.wire.vms import BootAttestationAnswer, BootAttestationRequest, BootNonceRequest
 
-if TYPE_CHECKING:
-    from chutes_proto.auth.certificates import ClientKey
-    from chutes_proto.effects import Flow
-    from chutes_proto.server._call import Call
-    from chutes_proto.server._nonces import Nonce
-    from chutes_proto.server._service import Service
-
 
 def issue_boot_nonce(service: Service, call: Call[BootNonceRequest]) -> Flow[NonceAnswer]:
-    """Operation 1: costs a MAC, writes nothing."""
+    """Operation 1: issue a nonce, which costs one MAC and writes nothing."""
     hotkey, address = call.message.miner_hotkey, call.request.peer_address
     random = yield from Entropy(RANDOM_SIZE)
     value = service.mint.issue("boot", call.now, random, hotkey=hotkey, address=address)
@@ -48,7 +45,7 @@ def issue_boot_nonce(service: Service, call: Call[BootNonceRequest]) -> Flow[Non
 
 
 def attest_boot(service: Service, call: Call[BootAttestationRequest]) -> Flow[BootAttestationAnswer]:
-    """Operation 2."""
+    """Operation 2: verify and appraise a boot's quote; grant its root passphrase and a token."""
     request, message = call.request, call.message
     hotkey, address = message.miner_hotkey, request.peer_address
     nonce = service.mint.check(message.nonce, "boot", call.now, hotkey=hotkey, address=address)
@@ -65,7 +62,7 @@ def attest_boot(service: Service, call: Call[BootAttestationRequest]) -> Flow[Bo
 def _claim(
     service: Service, call: Call[BootAttestationRequest], nonce: Nonce, key: ClientKey, evidence: Evidence
 ) -> Flow[BootAttestationAnswer]:
-    """Steps 5 to 8."""
+    """Appraise the evidence, check the claim and grant (steps 5 to 8)."""
     request, message = call.request, call.message
     measurements = appraise(service, evidence, "boot").profile
     profile = service.profiles[measurements.name]
@@ -80,9 +77,7 @@ def _claim(
         GrantBoot(
             now=call.now,
             boot_id=call.request_id,
-            nonce=nonce.value,
-            nonce_purpose=nonce.purpose,
-            nonce_issued_at=nonce.issued_at,
+            nonce=nonce,
             vm=Vm(hotkey.address, message.vm_name),
             platform=evidence.platform,
             hotkey_proven=proven,
@@ -106,9 +101,7 @@ def _claim(
         hotkey=hotkey.address,
         hotkey_proven=proven,
         profile=measurements.name,
-        tcb_status=str(evidence.verdict.tcb_status),
-        platform=str(evidence.platform.pin),
-        trust=service.trust,
+        **evidence.fields(service),
     )
     passphrase = image if image is not None else grant.root
     if passphrase is None:
@@ -119,12 +112,12 @@ def _claim(
 
 
 def token_digest(token: bytes) -> bytes:
-    """What the store keeps of a token."""
+    """The SHA-256 of a token or nonce as text: the store never has the token itself."""
     return hashlib.sha256(token).digest()
 
 
 def known_hotkey(service: Service, address: str) -> Hotkey:
-    """The hotkey of ``address``. Raises `Refused` for what is no canonical address, or one that is not known here."""
+    """The hotkey of ``address``. Raises `Refused` for an address that is not canonical, or not known here."""
     try:
         hotkey = Hotkey.parse(address)
     except HotkeyError as exc:
@@ -134,7 +127,7 @@ def known_hotkey(service: Service, address: str) -> Hotkey:
 
 
 def _is_signed(message: BootAttestationRequest) -> bool:
-    """One header alone counts as none, as deployed servers have it."""
+    """Whether both headers of a signature are there; one alone counts as none, as in deployed servers."""
     return message.hotkey is not None and message.signature is not None
 
 

@@ -1,21 +1,17 @@
-"""One request, as the handler of its operation gets it, and what a handler notes of it."""
+"""One request as the handler of its operation gets it, and the log lines and records that a handler makes of it."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from attrs import frozen
 
-from chutes_proto.effects import Log, Transact
+from chutes_proto.auth.hotkey import Hotkey
+from chutes_proto.effects import Flow, Log, Transact
 from chutes_proto.errors import Refused, StoreError
-from chutes_proto.log import Level, Record
-
-if TYPE_CHECKING:
-    from chutes_proto.auth.hotkey import Hotkey
-    from chutes_proto.effects import Flow
-    from chutes_proto.log import Value
-    from chutes_proto.store._run import Unit
-    from chutes_proto.wire.http import HttpRequest
+from chutes_proto.log import Level, Record, Value
+from chutes_proto.store._run import Unit
+from chutes_proto.wire.http import HttpRequest
 
 M = TypeVar("M")
 
@@ -34,7 +30,7 @@ class Call(Generic[M]):
         yield from Log(Record(level, event, {"request_id": self.request_id, **fields}))
 
     def record_refusal(self, unit: Unit[bool]) -> Flow[bool]:
-        """Have ``unit`` record a refusal; return whether it did. That it cannot does not change the refusal."""
+        """Run ``unit``, which records a refusal; return whether it did. A failure does not change the refusal."""
         try:
             return (yield from Transact(unit))
         except (StoreError, Refused) as exc:

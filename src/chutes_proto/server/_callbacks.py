@@ -4,41 +4,36 @@ Rules kept here:
 
 * the address that the host was located at is the one that is asked; its name is not resolved again, no redirect is
   followed, and how long and how large an answer may be is bounded;
-* the nonce is drawn for this one question, and is kept nowhere else;
-* the quote binds the key of the very connection that it came over, and is judged as a runtime quote is
+* the nonce is drawn for this one request, and is kept nowhere else;
+* the quote binds the key of the very connection that it came over, and is verified and appraised as a runtime quote
   (``_evidence.py``);
-* whatever becomes of the network, the caller hears one text: a server is no way to look around behind it.
+* every fault of the network has the same text for the caller, who must not be able to scan the server's network.
 
-What it shows: an approved TD answers at that address. Whose it is, it does not show: the question names no hotkey of
-the caller's. What GPUs say of themselves is not verified here; that it was not is written into the audit.
+It shows that an approved TD answers at that address. It does not show whose it is: the request names no hotkey of the
+caller's. GPU evidence is not verified; the audit row says so.
 """
 
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from cryptography import x509
 
-from chutes_proto.auth.certificates import client_key
+from chutes_proto.auth.certificates import ClientKey, client_key
 from chutes_proto.auth.signing import purpose_message, signature_headers
-from chutes_proto.effects import Entropy, FetchEvidence, Now
+from chutes_proto.effects import Entropy, FetchEvidence, Flow, Now
 from chutes_proto.errors import BadRequest, Refusal, Refused, RemoteProtocolError, TransportError, Unavailable
+from chutes_proto.server._call import SignedCall
 from chutes_proto.server._evidence import appraise, verify_evidence
+from chutes_proto.server._service import Callback, Service
 from chutes_proto.units.servers import HostQuote
 from chutes_proto.wire.codes import Code
-from chutes_proto.wire.evidence import PURPOSE, decode_evidence, evidence_target
-
-if TYPE_CHECKING:
-    from chutes_proto.auth.certificates import ClientKey
-    from chutes_proto.effects import Flow
-    from chutes_proto.server._call import SignedCall
-    from chutes_proto.server._service import Callback, Service
-    from chutes_proto.wire.evidence import HostEvidence
-    from chutes_proto.wire.miners import RegisterServerRequest
+from chutes_proto.wire.evidence import PURPOSE, HostEvidence, decode_evidence, evidence_target
+from chutes_proto.wire.miners import RegisterServerRequest
 
 SECONDS: Final = 20.0
-"""How long a host may take: it makes a quote and asks its GPUs."""
+"""The time that a host may take: it makes a quote and asks its GPUs."""
 
 
 def ask_host(
@@ -61,13 +56,7 @@ def ask_host(
     yield from call.log(
         "host_evidence", host=host, address=address, profile=profile.name, gpus=gpus, trust=service.trust
     )
-    return HostQuote(
-        pin=evidence.platform.pin,
-        profile_name=profile.name,
-        profile_version=profile.version,
-        quote_digest=evidence.quote_digest,
-        gpus=gpus,
-    )
+    return HostQuote(evidence.quote_digest, evidence.platform.pin, profile.name, profile.version, gpus)
 
 
 def _fetch(callback: Callback, nonce: bytes, host: str, address: str) -> Flow[tuple[HostEvidence, ClientKey]]:

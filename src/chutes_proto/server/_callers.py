@@ -1,4 +1,4 @@
-"""Who calls? The check of a signed request, before anything else in it is looked at.
+"""The check of a signed request's caller, before anything else in it is read:
 
 1. hotkey, nonce and signature are there; none of the headers comes twice (400);
 2. the nonce is the present time (of a runtime attestation it is the server's nonce, which is checked later);
@@ -8,19 +8,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from chutes_proto.auth.hotkey import Hotkey, HotkeyError
-from chutes_proto.auth.signing import check_signature, check_time, messages_to_sign
+from chutes_proto.auth.signing import Coverage, check_signature, check_time, messages_to_sign
 from chutes_proto.errors import Refused
+from chutes_proto.server._service import Service
 from chutes_proto.wire.codec import decode_headers
 from chutes_proto.wire.codes import Code
+from chutes_proto.wire.http import HttpRequest
 from chutes_proto.wire.names import HEX_32
-
-if TYPE_CHECKING:
-    from chutes_proto.auth.signing import Coverage
-    from chutes_proto.server._service import Service
-    from chutes_proto.wire.http import HttpRequest
 
 _HEADERS: Final = ("X-Chutes-Hotkey", "X-Chutes-Nonce", "X-Chutes-Signature")
 

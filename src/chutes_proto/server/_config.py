@@ -1,9 +1,8 @@
-"""The key server's configuration file: TOML in, values out; what it cannot mean is an error that names the key.
+"""The key server's configuration file: TOML in, values out; every error names its key.
 
 Rules kept here:
 
-* an unknown key is an error, in every table;
-* a key for something that this version does not do is an error, never ignored: an operator who sets it relies on it;
+* an unknown key is an error, in every table: an operator who sets one relies on it;
 * only `ServerConfig.load` reads a file, the configuration's own: paths stay paths, and ``io/server/setup.py`` makes a
   `ServerSetup` of them.
 """
@@ -11,8 +10,10 @@ Rules kept here:
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from ipaddress import ip_network
+from operator import attrgetter
 from os import PathLike
 from typing import Final, Literal, cast
 
@@ -35,7 +36,7 @@ ANSWER_MEMBERS = frozenset(
         "volumes confirm_nonce k3s_encryption_key rotated result current next status"
     ).split()
 )
-"""Names that no volume may bear: deployed clients cut ``"name":"…"`` out of answers and must find it only once."""
+"""Names that no volume may have: deployed clients cut ``"name":"…"`` out of answers and must find it only once."""
 
 
 @frozen
@@ -48,7 +49,7 @@ class TlsFiles:
 
 @frozen
 class CollateralService:
-    """A service of the `CollateralOptions`: ``root_ca_crl`` is for one that has the root CA's CRL elsewhere."""
+    """A service of the `CollateralOptions`; ``root_ca_crl`` is the URL of the root CA's CRL, if it is elsewhere."""
 
     url: str
     root_ca_crl: str | None = None
@@ -56,11 +57,11 @@ class CollateralService:
 
 @frozen
 class CollateralOptions:
-    """Where collateral comes from: a ``directory`` of files, or services, asked in the order of ``upstreams``.
+    """The source of collateral: a ``directory`` of files, or services, asked in the order of ``upstreams``.
 
-    ``grace_seconds``: how long past its time collateral is used while there is no fresher. The rest is for services:
-    ``cache`` is a directory for what was fetched, ``ca_file`` the CAs to trust with their TLS certificates instead of
-    the system's.
+    Expired collateral is used for ``grace_seconds`` while nothing fresher is available. The other keys are for
+    services: ``cache`` is a directory for fetched collateral, ``ca_file`` the CAs to trust with their TLS certificates
+    instead of the system's.
     """
 
     directory: str | None = None
@@ -75,7 +76,7 @@ class CollateralOptions:
 
 @frozen
 class NonceOptions:
-    """``expected_key_ids``: ids of MAC keys that other processes of this server use already."""
+    """Options of nonces; ``expected_key_ids`` are ids of MAC keys that other processes of this server use already."""
 
     bind_address: bool = False
     expected_key_ids: tuple[int, ...] = ()
@@ -83,7 +84,7 @@ class NonceOptions:
 
 @frozen
 class RegistrationOptions:
-    """What a registration must show.
+    """The evidence that a registration needs.
 
     With ``evidence="callback"`` its host is asked, on ``evidence_port``, in the name of the hotkey in ``hotkey_file``.
     Hosts in ``unsafe_private_networks`` count as public ones, for a laboratory.
@@ -97,23 +98,23 @@ class RegistrationOptions:
     @property
     def parsed_networks(self) -> tuple[Network, ...]:
         """The ``unsafe_private_networks`` as values. Raises `ConfigurationError`."""
-        return tuple(_network("registration.unsafe_private_networks", text) for text in self.unsafe_private_networks)
+        return _networks("registration.unsafe_private_networks", self.unsafe_private_networks)
 
 
 @frozen
 class RuntimeOptions:
-    """When a runtime attestation counts as fresh."""
+    """Options of runtime attestations; one counts as fresh for ``fresh_seconds``."""
 
     fresh_seconds: int = 3600
 
 
 @frozen
 class ProxyOptions:
-    """The proxies that may say who their client is; none where neither ``networks`` nor ``unix`` is given.
+    """The trusted proxies, which name their client; none if neither ``networks`` nor ``unix`` is set.
 
-    ``networks``: whence they come over TLS, with a secret of ``secret_file``, which holds one, or two while it is being
-    changed, each on its line. ``unix``: the path of a socket where they speak plain HTTP. Each proxy sets exactly the
-    two headers named here.
+    Proxies in ``networks`` use TLS and show a secret of ``secret_file``, which holds one secret a line: one, or two
+    during a change. ``unix`` is the path of a socket where proxies speak plain HTTP. Each proxy sets exactly the two
+    headers named here.
     """
 
     networks: tuple[str, ...] = ()
@@ -125,16 +126,16 @@ class ProxyOptions:
     @property
     def parsed_networks(self) -> tuple[Network, ...]:
         """The ``networks`` as values. Raises `ConfigurationError`."""
-        return tuple(_network("proxy.networks", text) for text in self.networks)
+        return _networks("proxy.networks", self.networks)
 
 
 @frozen
 class LimitOptions:
-    """Bounds on what peers can make the server do.
+    """Limits on the resources that peers can use.
 
-    ``requests_per_minute``: of one address (0: as many as it likes); what clients ask only once counts if it gets 401.
-    ``drain_seconds``: how long at most a server that was told to stop waits for its open boots (0: not at all).
-    ``store_connections``: how many one process may have open to a store in PostgreSQL.
+    ``requests_per_minute`` is of one address (0: without a limit); requests that clients send only once count if they
+    get 401. A server that stops waits at most ``drain_seconds`` for its open boots (0: not at all).
+    ``store_connections`` is the most connections of one process to a store in PostgreSQL.
     """
 
     connections: int = 1024
@@ -150,10 +151,10 @@ class LimitOptions:
 
 @frozen
 class ServerConfig:
-    """The key server's configuration, checked as far as one can without reading the files that it names.
+    """The key server's configuration, checked as far as possible without reading the files that it names.
 
     ``path`` is the absolute path of the file that it was read from: relative paths begin at that file's directory, or
-    at the working directory where there is none.
+    at the working directory without one.
     """
 
     tls: TlsFiles
@@ -169,9 +170,9 @@ class ServerConfig:
     netuid: int = 64
     exchange_downgrade: Literal["refuse", "allow"] = "refuse"
     retention_days: int = 90
-    """How long a retired key is kept at least. A server purges nothing: this is for the command ``keys purge``."""
+    """The least age of a retired key that ``keys purge`` deletes. A server itself purges nothing."""
     audit_days: int = 365
-    """How long an audit row is kept at least. A server deletes none: this is for the command ``audit purge``."""
+    """The least age of an audit row that ``audit purge`` deletes. A server itself deletes none."""
     signatures: Literal["compatible", "request"] = "compatible"
     nonce: NonceOptions = field(factory=NonceOptions)
     registration: RegistrationOptions = field(factory=RegistrationOptions)
@@ -185,23 +186,26 @@ class ServerConfig:
 
     @property
     def listen_address(self) -> tuple[str, int]:
-        """Host and port of ``listen``; port 0 means any free one."""
-        return _listen_address(self.listen)
+        """Host and port of ``listen``; port 0 means any free one. Raises `ConfigurationError`."""
+        host, _, port = self.listen.rpartition(":")
+        if not host or not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > 65535:
+            raise ConfigurationError('listen: say "address:port", for example "0.0.0.0:8443" or "[::]:8443"')
+        return host.removeprefix("[").removesuffix("]"), int(port)
 
     @classmethod
     def from_toml(cls, data: bytes) -> ServerConfig:
-        """The configuration in ``data``. Raises `ConfigurationError`, which lists all that is wrong."""
+        """Parse a configuration. Raises `ConfigurationError`, which lists all problems."""
         try:
             return _CONVERTER.from_toml(data, cls, _problems)
         except ProblemsError as exc:
-            told = (_GONE.get(str(problem), str(problem)) for problem in exc.problems)
-            raise ConfigurationError("; ".join(told)) from None
+            problems = (_GONE.get(str(problem), str(problem)) for problem in exc.problems)
+            raise ConfigurationError("; ".join(problems)) from None
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> ServerConfig:
         """Read the configuration file at ``path``; the files that it names are not read yet.
 
-        Raises `FileUnavailable` if it cannot be read, and `ConfigurationError`, which lists all that is wrong with it.
+        Raises `FileUnavailable` if it cannot be read, and `ConfigurationError`, which lists all its problems.
         """
         from chutes_proto.io.files import absolute, read_file
 
@@ -219,166 +223,146 @@ _GONE: Final = {
     "pruned: Unknown key": "pruned: this setting is gone, remove it; a volume that a sync left out and a later one"
     " lists always gets its old key",
 }
-"""Problems of older configurations, and the words for them."""
+"""Problems of older configurations, and their texts."""
 
-_FLOORS: Final = {
-    "connections": (1, "or nobody is served"),
-    "verifications": (1, "or no quote is verified"),
-    "body_bytes": (16 * 1024, "which a quote in base64 needs"),
-    "head_bytes": (1024, "which the head of a request needs"),
-    "request_seconds": (1, "or no request is in time"),
-    "requests_per_minute": (0, "which is: as many as one likes"),
-    "drain_seconds": (0, "which is: not at all"),
-    "claims_per_platform": (1, "or no VM can boot"),
-    "store_connections": (1, "or no request reaches the store"),
+_LEAST: Final = {
+    "retention_days": (1, ""),
+    "audit_days": (1, ""),
+    "runtime.fresh_seconds": (1, ""),
+    "collateral.grace_seconds": (0, ""),
+    "collateral.refresh_seconds": (60, ""),
+    "collateral.fetches_per_minute": (2, ""),
+    "limits.connections": (1, ", or nobody is served"),
+    "limits.verifications": (1, ", or no quote is verified"),
+    "limits.body_bytes": (16 * 1024, ", which a quote in base64 needs"),
+    "limits.head_bytes": (1024, ", which the head of a request needs"),
+    "limits.request_seconds": (1, ", or no request is in time"),
+    "limits.requests_per_minute": (0, ", which is: without a limit"),
+    "limits.drain_seconds": (0, ", which is: not at all"),
+    "limits.claims_per_platform": (1, ", or no VM can boot"),
+    "limits.store_connections": (1, ", or no request reaches the store"),
 }
-"""The least that each of the `LimitOptions` can be, and why."""
+"""The least value of each number, and why."""
 
 
 def check_store_address(text: str) -> str | None:
-    """What is wrong with the address of a store, as far as one can say without opening it."""
+    """The problem of a store's address, as far as it can be found without opening the store; None if it has none."""
     if re.match("sqlite:.|postgresql://", text):
         return None
     return 'say "sqlite:/path/to/keys.db" or "postgresql://user@host/database"'
 
 
-def _problems(config: ServerConfig) -> list[str]:
-    found: list[str] = []
+def _problems(config: ServerConfig) -> Iterator[str]:
     if config.path is not None:
-        found.append("path: Unknown key")  # it is not the file that says where it is
+        yield "path: Unknown key"  # the file itself does not say where it is
     if problem := check_store_address(config.store):
-        found.append(f"store: {problem}")
+        yield f"store: {problem}"
     if config.kek_previous_file == config.kek_file:
-        found.append("kek_previous_file: it is kek_file; name the file of the key before it, or remove this one")
-    try:
-        _ = config.listen_address
-    except ConfigurationError as exc:
-        found.append(str(exc))
+        yield "kek_previous_file: the same file as kek_file; name the file of the previous KEK, or remove this key"
+    yield from _raised(lambda: config.listen_address)
     if not config.volumes:
-        found.append("volumes: name at least one")
+        yield "volumes: name at least one"
     for volume in config.volumes:
         if not _VOLUME.fullmatch(volume):
-            found.append(f"volumes: {volume!r} is not [A-Za-z0-9_.-]{{1,64}}")
+            yield f"volumes: {volume!r} is not [A-Za-z0-9_.-]{{1,64}}"
         if volume in RESERVED_VOLUMES | ANSWER_MEMBERS:
-            found.append(f"volumes: {volume!r} is a reserved name")
+            yield f"volumes: {volume!r} is a reserved name"
     if len(set(config.volumes)) != len(config.volumes):
-        found.append("volumes: a name is given twice")
+        yield "volumes: a name is given twice"
     if not config.measurements:
-        found.append("measurements: name at least one file of measurement profiles")
+        yield "measurements: name at least one file of measurement profiles"
     if not config.hotkeys:
-        found.append('hotkeys: name at least one, or say "*" for every hotkey')
-    if config.runtime.fresh_seconds < 1:
-        found.append("runtime.fresh_seconds: at least 1")
-    kept = {"retention_days": config.retention_days, "audit_days": config.audit_days}
-    found.extend(f"{name}: at least 1" for name, days in kept.items() if days < 1)
-    found.extend(_registration_problems(config.registration))
-    found.extend(problem for name, gpu in config.gpus.items() for problem in _gpu_problems(name, gpu))
-    found.extend(_collateral_problems(config.collateral))
-    limits = attrs.asdict(config.limits)
-    found.extend(
-        f"limits.{name}: at least {least}, {why}" for name, (least, why) in _FLOORS.items() if limits[name] < least
-    )
+        yield 'hotkeys: name at least one, or say "*" for every hotkey'
+    for path, (least, why) in _LEAST.items():
+        if attrgetter(path)(config) < least:
+            yield f"{path}: at least {least}{why}"
+    yield from _registration_problems(config.registration)
+    for name, gpu in config.gpus.items():
+        yield from _gpu_problems(name, gpu)
+    yield from _collateral_problems(config.collateral)
     if any(not 0 <= key_id <= 63 for key_id in config.nonce.expected_key_ids):
-        found.append("nonce.expected_key_ids: ids are 0 to 63")
-    found.extend(_proxy_problems(config.proxy))
-    return found
+        yield "nonce.expected_key_ids: ids are 0 to 63"
+    yield from _proxy_problems(config.proxy)
 
 
-def _gpu_problems(name: str, gpu: Gpu) -> list[str]:
-    found: list[str] = []
+def _raised(read: Callable[[], object], key: str = "") -> Iterator[str]:
+    """The text of the `ConfigurationError` that ``read`` raises, after ``key``."""
+    try:
+        _ = read()
+    except ConfigurationError as exc:
+        yield f"{key}{exc}"
+
+
+def _gpu_problems(name: str, gpu: Gpu) -> Iterator[str]:
     if not re.fullmatch(r"[a-z0-9_]{1,64}", name):
-        found.append(f"gpus: {name!r} is not [a-z0-9_]{{1,64}}")
+        yield f"gpus: {name!r} is not [a-z0-9_]{{1,64}}"
     try:
         if not gpu.model:
-            found.append(f"gpus.{name}.model: a pattern of the model's name")
+            yield f"gpus.{name}.model: a pattern of the model's name"
         _ = re.compile(gpu.model)
     except re.error as exc:
-        found.append(f"gpus.{name}.model: no regular expression: {exc}")
-    numbers = {key: value for key, value in attrs.asdict(gpu).items() if key != "model"}
-    found.extend(f"gpus.{name}.{key}: at least 1" for key, value in numbers.items() if value < 1)
+        yield f"gpus.{name}.model: not a regular expression: {exc}"
+    for key, value in attrs.asdict(gpu).items():
+        if key != "model" and value < 1:
+            yield f"gpus.{name}.{key}: at least 1"
     if gpu.clock_boost_mhz < gpu.clock_base_mhz:
-        found.append(f"gpus.{name}.clock_boost_mhz: less than clock_base_mhz")
-    return found
+        yield f"gpus.{name}.clock_boost_mhz: less than clock_base_mhz"
 
 
-def _registration_problems(options: RegistrationOptions) -> list[str]:
-    found: list[str] = []
+def _registration_problems(options: RegistrationOptions) -> Iterator[str]:
     if options.evidence == "callback" and options.hotkey_file is None:
-        found.append("registration.hotkey_file: hosts give evidence to a hotkey that they know; name its file")
+        yield "registration.hotkey_file: hosts give evidence to a hotkey that they know; name its file"
     if options.evidence != "callback":
-        found += _not_default("registration", options, 'evidence = "callback"', "hotkey_file evidence_port")
+        yield from _not_default("registration", options, 'evidence = "callback"', "hotkey_file evidence_port")
     if not 1 <= options.evidence_port <= 65535:
-        found.append("registration.evidence_port: 1 to 65535")
-    try:
-        _ = options.parsed_networks
-    except ConfigurationError as exc:
-        found.append(str(exc))
-    return found
+        yield "registration.evidence_port: 1 to 65535"
+    yield from _raised(lambda: options.parsed_networks)
 
 
-def _not_default(table: str, options: attrs.AttrsInstance, companion: str, names: str) -> list[str]:
-    """The keys among ``names`` that are set although they go with ``companion``, which is not there."""
+def _not_default(table: str, options: attrs.AttrsInstance, companion: str, names: str) -> Iterator[str]:
+    """The keys among ``names`` that are set although they go with ``companion``, which is not set."""
     keys = attrs.fields_dict(type(options))
-    return [
-        f"{table}.{key}: goes with {companion}" for key in names.split() if getattr(options, key) != keys[key].default
-    ]
+    for key in names.split():
+        if getattr(options, key) != keys[key].default:
+            yield f"{table}.{key}: goes with {companion}"
 
 
-def _collateral_problems(options: CollateralOptions) -> list[str]:
-    found: list[str] = []
+def _collateral_problems(options: CollateralOptions) -> Iterator[str]:
     if (options.directory is None) == (not options.upstreams):
-        found.append('collateral: say { directory = "…" }, or { upstreams = ["https://…", …] }')
+        yield 'collateral: say { directory = "…" }, or { upstreams = ["https://…", …] }'
     if options.directory is not None:
         names = "cache ca_file update refresh_seconds fetches_per_minute"
-        found += _not_default("collateral", options, "collateral.upstreams", names)
+        yield from _not_default("collateral", options, "collateral.upstreams", names)
     for service in options.upstreams:
-        try:
-            _ = Upstream.parse(service.url, service.root_ca_crl)
-        except ConfigurationError as exc:
-            found.append(f"collateral.upstreams: {exc}")
+        yield from _raised(partial(Upstream.parse, service.url, service.root_ca_crl), "collateral.upstreams: ")
     if len({service.url for service in options.upstreams}) != len(options.upstreams):
-        found.append("collateral.upstreams: a service is given twice")
-    for name, least in (("grace_seconds", 0), ("refresh_seconds", 60), ("fetches_per_minute", 2)):
-        if getattr(options, name) < least:
-            found.append(f"collateral.{name}: at least {least}")
-    return found
+        yield "collateral.upstreams: a service is given twice"
 
 
-def _proxy_problems(proxy: ProxyOptions) -> list[str]:
-    found: list[str] = []
-    try:
-        _ = proxy.parsed_networks
-    except ConfigurationError as exc:
-        found.append(str(exc))
+def _proxy_problems(proxy: ProxyOptions) -> Iterator[str]:
+    yield from _raised(lambda: proxy.parsed_networks)
     if proxy.networks and proxy.secret_file is None:
-        found.append("proxy.secret_file: a proxy that comes over the network shows a secret; name its file")
+        yield "proxy.secret_file: a proxy that comes over the network shows a secret; name its file"
     if proxy != ProxyOptions() and not proxy.networks and proxy.unix is None:
-        found.append("proxy: name networks or a unix socket that proxies come from")
+        yield "proxy: name networks or a unix socket that proxies come from"
     if proxy.unix == "":
-        found.append("proxy.unix: name a path")
+        yield "proxy.unix: name a path"
     if proxy.certificate_header.lower() not in CERTIFICATE_HEADERS:
-        found.append('proxy.certificate_header: say "X-Client-Cert" or "Client-Cert"')
+        yield 'proxy.certificate_header: say "X-Client-Cert" or "Client-Cert"'
     address_header = proxy.address_header.lower()
     if not _TOKEN.fullmatch(address_header) or address_header in (*CERTIFICATE_HEADERS, SECRET_HEADER):
-        found.append('proxy.address_header: name the header of the client\'s address, for example "X-Forwarded-For"')
-    return found
+        yield 'proxy.address_header: name the header of the client\'s address, for example "X-Forwarded-For"'
 
 
-def _network(key: str, text: str) -> Network:
+def _networks(key: str, texts: Iterable[str]) -> tuple[Network, ...]:
     try:
-        network = ip_network(text)
+        networks = tuple(map(ip_network, texts))
     except ValueError as exc:
         raise ConfigurationError(f"{key}: {exc}") from None
-    if network.prefixlen == 0:
-        raise ConfigurationError(f"{key}: {text} is everybody")
-    return network
-
-
-def _listen_address(text: str) -> tuple[str, int]:
-    host, colon, port = text.rpartition(":")
-    if not colon or not host or not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > 65535:
-        raise ConfigurationError('listen: say "address:port", for example "0.0.0.0:8443" or "[::]:8443"')
-    return host.removeprefix("[").removesuffix("]"), int(port)
+    for network in networks:
+        if network.prefixlen == 0:
+            raise ConfigurationError(f"{key}: {network} contains every address; name the proxies' or hosts' networks")
+    return networks
 
 
 # --- strict structuring ---

@@ -1,70 +1,60 @@
-"""Is this quote evidence of an approved TD that holds this TLS key? The order of checks stands here, once for all.
+"""Verification and appraisal of a quote as evidence of an approved TD that holds a TLS key, in this order of checks:
 
 1. the nonce: shape, tag, age, binding (`_nonces.py`), or for the volumes of a two-phase boot that boot's
    (`_rotation.py`); the client certificate's key;
 2. base64 and the quote's structure;
 3. report data: the nonce, then the key;
 4. the PCK chain up to the trusted root and the quote's signatures; only then collateral for its platform; then the
-   quote against it. That the collateral is not of this time, or not this platform's, is a fault of ours (503);
+   quote against it. Collateral that is not current, or not this platform's, is a fault of ours (503);
 5. TCB status and attributes against the policy;
 6. measurements against the accepted profiles.
 
-Nothing here writes or spends. Texts are those that deployed clients print; what exactly was wrong is the operator's to
-read.
+Nothing here writes or consumes. Texts are those that deployed clients print; the exact reason is for the operator.
 """
 
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from attrs import frozen
 
 from chutes_proto.auth.binding import check_report_data
-from chutes_proto.effects import FetchCollateral, Now
+from chutes_proto.auth.certificates import ClientKey
+from chutes_proto.effects import FetchCollateral, Flow, Now
 from chutes_proto.errors import CollateralUnavailable, Refused, Unavailable
+from chutes_proto.log import Value
+from chutes_proto.quote import _steps as steps
+from chutes_proto.quote._collateral import VerifiedCollateral
 from chutes_proto.quote._layout import parse_quote
-from chutes_proto.quote._steps import (
-    CertificateNotYetValidError,
-    CollateralCaError,
-    CollateralTeeError,
-    FmspcMismatchError,
-    PceIdMismatchError,
-    PckChainMismatchError,
-    RootMismatchError,
-)
+from chutes_proto.quote._measurements import Profile
+from chutes_proto.quote._policy import AcceptedVerdict
 from chutes_proto.quote._terms import check_terms
-from chutes_proto.quote._verify import check_signed, open_quote, verify_quote
+from chutes_proto.quote._verify import Verdict, check_signed, open_quote, verify_quote
 from chutes_proto.quote.errors import AppraisalError, QuoteFormatError, VerificationError
+from chutes_proto.server._service import Service
 from chutes_proto.store.rows import Platform
+from chutes_proto.units.records import AcceptedQuote
 from chutes_proto.wire.codec import decode_quote
 from chutes_proto.wire.codes import Code
 
-if TYPE_CHECKING:
-    from chutes_proto.auth.certificates import ClientKey
-    from chutes_proto.effects import Flow
-    from chutes_proto.quote._collateral import VerifiedCollateral
-    from chutes_proto.quote._policy import AcceptedVerdict
-    from chutes_proto.quote._verify import Verdict
-    from chutes_proto.server._service import Service
-
 _NOT_VERIFIED = "Unable to parse provided quote for verification."
 _OURS = (
-    CertificateNotYetValidError,
-    RootMismatchError,
-    CollateralTeeError,
-    CollateralCaError,
-    FmspcMismatchError,
-    PceIdMismatchError,
-    PckChainMismatchError,
+    steps.CertificateNotYetValidError,
+    steps.RootMismatchError,
+    steps.CollateralTeeError,
+    steps.CollateralCaError,
+    steps.FmspcMismatchError,
+    steps.PceIdMismatchError,
+    steps.PckChainMismatchError,
 )
-"""A clock of ours that is behind, or collateral that is not this platform's: nothing that a VM could mend."""
+"""A clock of ours that is behind, or collateral that is not this platform's: no VM could mend it."""
 _NOT_EXPECTED = "Quote does not match expected measurements. Ensure you are running a supported VM."
 
 
 @frozen
 class Evidence:
-    """A quote that verified: steps 1 to 4 hold. Whether it is acceptable is `appraise`'s to say."""
+    """A quote that verified: steps 1 to 4 hold. `appraise` decides whether it is accepted."""
 
     verdict: Verdict
     quote: bytes
@@ -80,9 +70,18 @@ class Evidence:
         pck = self.verdict.pck
         return Platform(instance_id=pck.platform_instance_id, ppid=pck.ppid)
 
+    def accepted(self, profile: Profile) -> AcceptedQuote:
+        """The quote as rows name it, accepted under ``profile``."""
+        return AcceptedQuote(self.quote_digest, self.platform.pin, profile.name, profile.version)
+
+    def fields(self, service: Service) -> dict[str, Value]:
+        """The fields of a log line about a grant for this quote."""
+        status, platform = str(self.verdict.tcb_status), str(self.platform.pin)
+        return {"tcb_status": status, "platform": platform, "trust": service.trust}
+
 
 def verify_evidence(service: Service, nonce: bytes, key: ClientKey, quote_text: str, now: int) -> Flow[Evidence]:
-    """Steps 2 to 4. Raises `Refused`, or `Unavailable` when the fault is ours."""
+    """Verify a quote over ``nonce`` (32 bytes): steps 2 to 4. Raises `Refused`; `Unavailable` for a fault of ours."""
     data = decode_quote(quote_text)
     try:
         claimed = parse_quote(data)
@@ -107,7 +106,7 @@ def verify_evidence(service: Service, nonce: bytes, key: ClientKey, quote_text: 
 
 
 def _check_current(collateral: VerifiedCollateral, now: int) -> None:
-    """Raises `Unavailable` for what ended while it was fetched, certificates too; who asks next has it fetched."""
+    """Raise `Unavailable` for collateral that expired while it was fetched; the next request fetches it again."""
     try:
         check_terms(collateral.terms, now, collateral.grace)
     except VerificationError as exc:
@@ -120,7 +119,7 @@ def _no_collateral(reason: str) -> Unavailable:
 
 
 def appraise(service: Service, evidence: Evidence, stage: Literal["boot", "runtime"]) -> AcceptedVerdict:
-    """Steps 5 and 6. Raises `Refused`; its reason lists all that is not acceptable, with values got and expected."""
+    """Appraise evidence (steps 5 and 6). Raises `Refused`; its reason lists all differences, got and expected."""
     try:
         return service.policy.appraise(evidence.verdict, stage=stage)
     except AppraisalError as exc:

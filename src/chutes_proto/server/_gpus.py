@@ -1,11 +1,11 @@
-"""GPUs that may be declared, and whether a declaration is one of them.
+"""The table of GPUs that may be declared, and the check of a declaration against it.
 
 Rules kept here:
 
-* a declaration must be what the table, or else the configuration, says of its ``gpu_identifier``: model, memory,
-  processors, threads and clock;
+* a declaration must have the model, memory, processors, threads and clock of its ``gpu_identifier`` in the table or the
+  configuration;
 * a server has at least one GPU, and none twice;
-* what a declaration leaves out of the table's facts is filled in from the table.
+* facts that a declaration leaves out are filled in from the table.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _MOST: Final = 10
 
 @frozen
 class Gpu:
-    """Facts of one kind; ``model`` is a pattern of its name."""
+    """The facts of one kind; ``model`` is a regular expression that is found in its name."""
 
     model: str
     memory_gb: int
@@ -80,7 +80,7 @@ class Node:
 
 
 def check_nodes(gpus: Sequence[NodeArgs], table: Mapping[str, Gpu] = GPUS) -> tuple[Node, ...]:
-    """The declared GPUs. Raises `BadRequest`, which names the first that cannot be, and all that is wrong with it."""
+    """The declared GPUs. Raises `BadRequest`, which names the first wrong one and all its problems."""
     if not gpus:
         raise _invalid("gpus must name at least one")
     if len({gpu.uuid.lower() for gpu in gpus}) != len(gpus):
@@ -99,7 +99,7 @@ def _node(index: int, args: NodeArgs, table: Mapping[str, Gpu]) -> Node:
 
 
 def _problems(args: NodeArgs, gpu: Gpu) -> list[str]:
-    """The members that are not what the table says, or what no GPU could have."""
+    """The members that differ from the table, or that no GPU could have."""
     clock, base, boost = args.clock_rate / 1000, gpu.clock_base_mhz, gpu.clock_boost_mhz
     threads = gpu.max_threads_per_processor
     parts = [part for part in (args.major, args.minor) if part is not None]

@@ -1,24 +1,21 @@
-"""Where a server says it is: a public IPv4 address, or a name that has only public addresses.
+"""The host of a registration: a public IPv4 address, or a name that has only public addresses.
 
-A name is resolved once, and what it resolved to is what is kept, compared, and connected to where evidence is fetched.
+A name is resolved once: its address at that time is stored, compared, and connected to when evidence is fetched. A
+second resolution could give an address inside the server's network.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-from chutes_proto.effects import Resolve
+from chutes_proto.effects import Flow, Resolve
 from chutes_proto.errors import BadRequest, TransportError, Unavailable
+from chutes_proto.server._proxy import Network
 from chutes_proto.wire.codes import Code
 from chutes_proto.wire.http import plain_address
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from chutes_proto.effects import Flow
-    from chutes_proto.server._proxy import Network
 
 _LABEL: Final = r"(?!-)[a-z0-9-]{1,63}(?<!-)"
 _NAME: Final = re.compile(rf"(?=.{{1,255}}\Z){_LABEL}(?:\.{_LABEL})*", re.IGNORECASE | re.ASCII)
@@ -30,16 +27,16 @@ _NUMERIC: Final = re.compile(r"(?:0x[0-9a-f]*|[0-9]+)", re.IGNORECASE | re.ASCII
 
 
 def locate(host: str, unsafe_networks: Sequence[Network] = ()) -> Flow[str]:
-    """The address of ``host``: its first, IPv4 before IPv6. Addresses in ``unsafe_networks`` pass for public ones.
+    """The first address of ``host``, IPv4 before IPv6. Addresses in ``unsafe_networks`` count as public.
 
-    Raises `BadRequest`, and `Unavailable` where nobody can tell now.
+    Raises `BadRequest`, and `Unavailable` if the name cannot be resolved now.
     """
     if not _NAME.fullmatch(host):
         raise _invalid("not a name and not an IPv4 address")
     try:
         addresses = [ip_address(host)]
     except ValueError:
-        # RFC 1123 section 2.1: else resolvers take 127.1 for an address
+        # RFC 1123 section 2.1: otherwise resolvers take 127.1 for an address
         if _NUMERIC.fullmatch(host.rpartition(".")[2]):
             raise _invalid("a name whose last label is a number") from None
         addresses = [ip_address(plain_address(text)) for text in (yield from _resolved(host))]

@@ -1,4 +1,4 @@
-"""Limits on what peers can make one process do and print: how much at once, and how often. All may be lost."""
+"""Limits on the work and the log lines that peers cause in one process, at once and over time; never stored."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from chutes_proto.wire.http import address_prefix
 
 @define
 class Admission:
-    """At most ``size`` under way at once, and ``share`` of them for one party, so that none keeps all others out."""
+    """Admits at most ``size`` at once, and ``share`` of them of one party, so that none keeps all others out."""
 
     size: int
     share: int
@@ -23,7 +23,7 @@ class Admission:
 
     @contextmanager
     def of(self, party: Hashable) -> Generator[None]:
-        """Admit one of ``party`` while the context lasts. Raises `Unavailable` where there are too many."""
+        """Admit one of ``party`` while the context lasts. Raises `Unavailable` beyond a limit."""
         if self.held.total() >= self.size or self.held[party] >= self.share:
             raise Unavailable(Code.BUSY, "Too many verifications at once. Retry shortly.")
         self.held[party] += 1
@@ -37,10 +37,10 @@ class Admission:
 
 @define
 class TokenBuckets:
-    """A bucket for each address: ``size`` tokens at most (0: as many as one likes), into which ``per_second`` flow.
+    """A bucket for each address: ``size`` tokens at most (0: no limit), into which ``per_second`` flow.
 
-    Of IPv6 an address is its /64; IPv4 counts whole, because those who share a network of a data centre need not know
-    each other. ``most`` addresses are remembered, those that came last; a bucket that was forgotten is full.
+    An IPv6 address counts by its /64; IPv4 counts whole, because tenants of a data centre's network are strangers. The
+    latest ``most`` addresses are remembered; a bucket that was forgotten is full.
     """
 
     size: float
@@ -52,7 +52,7 @@ class TokenBuckets:
     """Tokens, and when they were counted."""
 
     def take(self, address: str, now: float) -> float:
-        """Take a token and return 0, or the seconds until there is one; ``now`` never steps."""
+        """Take a token and return 0, or the seconds until there is one; ``now`` is a monotonic clock's."""
         if not self.size:
             return 0.0
         key = address_prefix(address)
@@ -67,9 +67,9 @@ class TokenBuckets:
 
 @define
 class LogThrottle:
-    """Decides which log lines are written: of each address so many at once and as they flow in, and of all together.
+    """Limits log lines, of each address and of all together.
 
-    All together have room for what twenty addresses may cause, so nobody with fewer hides what is said of a VM.
+    The limit of all is that of twenty addresses: an attacker with fewer cannot hide the lines about a VM.
     """
 
     _each: TokenBuckets = field(factory=lambda: TokenBuckets(20, 0.2, most=1024))
@@ -77,7 +77,7 @@ class LogThrottle:
     _held_back: int = field(init=False, default=0)
 
     def admits(self, address: str, now: float) -> int | None:
-        """None: hold this line back. Else the number of lines held back since the last one; ``now`` never steps."""
+        """None to hold this line back, else the number held back since the last one; ``now`` is a monotonic clock's."""
         if self._each.take(address, now) or self._all.take("", now):
             self._held_back += 1
             return None

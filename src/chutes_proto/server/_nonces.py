@@ -1,4 +1,4 @@
-"""Nonces that cost a MAC to issue and no memory to keep.
+"""Nonces: issued for one MAC, without memory or a row, and checked.
 
 A nonce is 32 bytes, on the wire 64 lowercase hex digits::
 
@@ -7,7 +7,8 @@ A nonce is 32 bytes, on the wire 64 lowercase hex digits::
     6   random               10 bytes
     16  tag                  HMAC-SHA-256 cut to 16 bytes
 
-The tag covers the 16 bytes before it and, each with its length before it, the purpose and what the nonce is bound to.
+The tag covers the 16 bytes before it and, each with its length before it, the purpose and the hotkey, address and
+server that the nonce is bound to.
 
 Rules kept here:
 
@@ -17,26 +18,24 @@ Rules kept here:
 * MAC keys come from the key-encryption keys by label, so all processes of one server agree; an id whose key this
   process lacks is an invalid nonce, unless the configuration expects that id: then the fault is ours (503).
 
-That a nonce is redeemed once is the store's to see (``units/boot.py``).
+The store sees to it that a nonce is redeemed once (``units/nonces.py``).
 """
 
 from __future__ import annotations
 
 import hmac
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from attrs import frozen
 
 from chutes_proto.errors import Refused, Unavailable
+from chutes_proto.keys.vault import Vault
 from chutes_proto.secret import Secret
-from chutes_proto.units.nonces import SKEW, nonce_from_future
+from chutes_proto.units.nonces import SKEW, Nonce, nonce_from_future
 from chutes_proto.wire.codes import Code
 from chutes_proto.wire.http import address_prefix
 from chutes_proto.wire.names import HEX_32
 from chutes_proto.wire.times import timestamp
-
-if TYPE_CHECKING:
-    from chutes_proto.keys.vault import Vault
 
 Purpose = Literal["boot", "runtime"]
 
@@ -58,17 +57,8 @@ class MacKey:
 
 
 @frozen
-class Nonce:
-    """A nonce of this server whose tag, age, purpose and binding hold; only `NonceMint.check` makes one."""
-
-    value: bytes
-    purpose: Purpose
-    issued_at: int
-
-
-@frozen
 class NonceMint:
-    """Issues and checks nonces. ``keys``: the current MAC key first, then the previous one, if two are live."""
+    """Issues and checks nonces. ``keys`` has the current MAC key first, then the previous one, if two are live."""
 
     keys: tuple[MacKey, ...]
     bind_address: bool = False
@@ -93,7 +83,7 @@ class NonceMint:
         address: str = "",
         scope: str = "",
     ) -> bytes:
-        """32 bytes. ``random`` is `RANDOM_SIZE` fresh bytes; ``scope`` is the server id of a runtime nonce."""
+        """Make a nonce (32 bytes) from `RANDOM_SIZE` fresh bytes; ``scope`` is the server id of a runtime nonce."""
         bound = address if self.bind_address else ""
         key = self.keys[0]
         flags = (_HOTKEY_BOUND if hotkey is not None else 0) | (_ADDRESS_BOUND if bound else 0)
@@ -110,7 +100,7 @@ class NonceMint:
         address: str = "",
         scope: str = "",
     ) -> Nonce:
-        """The nonce that ``text`` is.
+        """Check ``text``, a nonce in hex.
 
         Raises `Refused`, and `Unavailable` for one under a key that is expected to come, or from the future.
         """
@@ -122,29 +112,24 @@ class NonceMint:
         candidates = [key for key in self.keys if key.key_id == key_id]
         if not candidates:
             if key_id in self.expected_key_ids:
-                raise Unavailable(
-                    Code.KEY_UNAVAILABLE,
-                    "A key of this server is not loaded yet",
-                    reason=f"nonce under key id {key_id}, which is expected but not loaded",
-                )
-            raise _invalid(f"made under key id {key_id}, which is none of ours")
+                reason = f"nonce under key id {key_id}, which nonce.expected_key_ids names and no KEK here has"
+                raise Unavailable(Code.KEY_UNAVAILABLE, "A key of this server is not loaded yet", reason=reason)
+            raise _invalid(f"made under key id {key_id}, which is not one of this server's")
         bound_hotkey = hotkey if head[0] & _HOTKEY_BOUND else None
         bound_address = address if head[0] & _ADDRESS_BOUND else ""
-        for key in candidates:
-            if hmac.compare_digest(tag, _tag(key, head, purpose, bound_hotkey, bound_address, scope)):
-                break
-        else:
+        tags = [_tag(key, head, purpose, bound_hotkey, bound_address, scope) for key in candidates]
+        if not any(hmac.compare_digest(tag, expected) for expected in tags):
             raise _invalid("tag does not hold: forged, or bound to another purpose, hotkey, address or server")
         issued_at = int.from_bytes(head[1:6], "big")
         if issued_at > now + SKEW:
             raise nonce_from_future(issued_at, now, "this server's")
         if now - issued_at > LIFETIME:
-            raise _invalid(f"{now - issued_at} s old")
+            raise _invalid(f"{now - issued_at} s old, and valid for {LIFETIME} s")
         return Nonce(value, purpose, issued_at)
 
 
 def expires_at(issued_at: int) -> str:
-    """When a nonce ends, as RFC 3339 in UTC with whole seconds."""
+    """The time at which a nonce expires, as RFC 3339 in UTC with whole seconds."""
     return timestamp(issued_at + LIFETIME)
 
 

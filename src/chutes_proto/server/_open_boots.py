@@ -5,39 +5,30 @@ A server that is told to stop goes on for them, because deployed clients ask for
 Rules kept here:
 
 * an open boot is one with a boot token, a quote nonce or a confirm nonce that is not redeemed and not expired;
-* a VM has one open boot at most, its newest: who boots again has lost what was granted before;
+* a VM has one open boot at most, its newest: a VM that boots again has lost the grant before;
 * it is complete when the answer that redeems the last of these was sent: a sync, a read of the cache passphrase (older
   images do nothing else) or a confirmation. A refusal completes nothing;
-* what another process grants, redeems or voids in the same store is not seen here: such a boot is open until it
+* grants, redemptions and voidings by another process on the same store are not seen here: such a boot is open until it
   expires;
-* there is a bound on how many are remembered; beyond it the one that expires first is forgotten.
+* a limited number is remembered; beyond it the one that expires first is forgotten.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import TYPE_CHECKING
 
 from attrs import define, field
 
 from chutes_proto.store.rows import Vm
 from chutes_proto.units.boot import TOKEN_SECONDS
 from chutes_proto.units.rotation import CONFIRM_SECONDS
-from chutes_proto.wire.vms import (
-    BootAttestationRequest,
-    CachePassphraseRequest,
-    VolumeAttestationRequest,
-    VolumeConfirmationRequest,
-    VolumeSyncRequest,
-)
-
-if TYPE_CHECKING:
-    from chutes_proto.wire.endpoint import Message
+from chutes_proto.wire import vms
+from chutes_proto.wire.endpoint import Message
 
 
 @define
 class OpenBoots:
-    """The open boots by VM, at most ``most`` of each lifetime. ``now`` is seconds of a clock that never steps."""
+    """The open boots by VM, at most ``most`` of each lifetime. ``now`` is seconds of a monotonic clock."""
 
     most: int = 32768
     _expiries: dict[int, OrderedDict[Vm, float]] = field(
@@ -48,22 +39,22 @@ class OpenBoots:
         return sum(map(len, self._expiries.values()))
 
     def note_granted(self, message: Message, now: float) -> None:
-        """``message`` was granted: if that hands out a token or nonce, its VM has an open boot from now on."""
+        """Note that ``message`` was granted: if it hands out a token or nonce, its VM has an open boot from now on."""
         match message:
-            case BootAttestationRequest(vm_name=name, miner_hotkey=hotkey):
+            case vms.BootAttestationRequest(vm_name=name, miner_hotkey=hotkey):
                 self._open(Vm(hotkey, name), TOKEN_SECONDS, now)
-            case VolumeAttestationRequest(vm_name=name, hotkey=str(hotkey)):
+            case vms.VolumeAttestationRequest(vm_name=name, hotkey=str(hotkey)):
                 self._open(Vm(hotkey, name), CONFIRM_SECONDS, now)
             case _:
                 pass
 
     def close(self, vm: Vm) -> None:
-        """The boot of ``vm`` is complete."""
+        """Note that the boot of ``vm`` is complete."""
         for expiries in self._expiries.values():
             _ = expiries.pop(vm, None)
 
     def last_expiry(self, now: float) -> float:
-        """When the last open boot expires; ``now`` where none is open. Forgets those that are expired."""
+        """The expiry of the last open boot; ``now`` if none is open. Forgets expired ones."""
         for expiries in self._expiries.values():
             while expiries and next(iter(expiries.values())) <= now:
                 _ = expiries.popitem(last=False)
@@ -78,13 +69,14 @@ class OpenBoots:
 
 
 def completed_by(message: Message) -> Vm | None:
-    """The VM whose boot is complete when ``message`` was granted and the answer sent; None for other messages."""
+    """The VM whose boot is complete once ``message`` is granted and answered; None for other messages."""
     match message:
-        case CachePassphraseRequest(vm_name=name, hotkey=hotkey, hotkey_header=other):
+        case (
+            vms.CachePassphraseRequest(vm_name=name, hotkey=hotkey, hotkey_header=other)
+            | vms.VolumeSyncRequest(vm_name=name, hotkey=hotkey, hotkey_query=other)
+        ):
             return Vm(hotkey or other or "", name)
-        case VolumeSyncRequest(vm_name=name, hotkey=hotkey, hotkey_query=other):
-            return Vm(hotkey or other or "", name)
-        case VolumeConfirmationRequest(vm_name=name, hotkey=hotkey):
+        case vms.VolumeConfirmationRequest(vm_name=name, hotkey=hotkey):
             return Vm(hotkey or "", name)
         case _:
             return None

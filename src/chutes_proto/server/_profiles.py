@@ -1,8 +1,7 @@
-"""What the server does for each measurement profile: which root passphrase it serves and what it demands besides; and
-what it tells of it (operation 15).
+"""The server's options for each measurement profile, and the published reference values (operation 15).
 
-These keys stand in the profile's table, or in the configuration's ``[profile_defaults]``; none has a default where a
-wrong guess could lose a disk: ``root_passphrase`` must be said.
+These keys are set in the profile's table, or in the configuration's ``[profile_defaults]``. ``root_passphrase`` has no
+default: a wrong guess could lose a disk.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
+import attrs
 from attrs import frozen
 
 from chutes_proto._converter import ProblemsError, StrictConverter
@@ -23,7 +23,7 @@ from chutes_proto.wire.public import MEASUREMENTS, EncodedMeasurements, Measurem
 
 @frozen
 class ServedOptions:
-    """The server's keys of one profile, as they are written."""
+    """The server's keys of one profile, as in its file."""
 
     root_passphrase: Literal["image", "vm"]
     root_passphrase_file: str | None = None
@@ -32,15 +32,13 @@ class ServedOptions:
     token_needs_certificate: bool = False
 
 
-EXTRA_KEYS = frozenset(
-    {"root_passphrase", "root_passphrase_file", "exchange", "require_hotkey_signature", "token_needs_certificate"}
-)
+EXTRA_KEYS = frozenset(attrs.fields_dict(ServedOptions))
 """The keys of `ServedOptions`, for the parser of measurement profiles."""
 
 
 @frozen
 class ServedProfile:
-    """One profile with what is served under it. ``image_passphrase`` is set exactly when all its VMs share one."""
+    """One profile with its options. ``image_passphrase`` is set exactly when all its VMs share one."""
 
     measurements: Profile
     image_passphrase: Secret | None
@@ -52,7 +50,7 @@ class ServedProfile:
 def serve_profile(
     profile: Profile, extras: Mapping[str, object], defaults: Mapping[str, object], read: Callable[[str], bytes]
 ) -> ServedProfile:
-    """Join a profile with its options; ``read`` gets a passphrase file. Raises `ConfigurationError`."""
+    """Join a profile with its options; ``read`` reads a passphrase file. Raises `ConfigurationError`."""
     named = f"profile {profile.name!r}"
     try:
         options = _CONVERTER.structure({**defaults, **extras}, ServedOptions)
@@ -71,7 +69,7 @@ def serve_profile(
 
 
 def publish(profiles: Iterable[Profile]) -> EncodedMeasurements:
-    """The answer of operation 15. It is made once: anyone may ask for it, and it can be long."""
+    """Make the answer of operation 15, once: anyone may ask for it, and it can be long."""
     answer = MeasurementsAnswer(profiles=tuple(map(_published, profiles)))
     return EncodedMeasurements(profiles=encode_answer(MEASUREMENTS, answer).body)
 

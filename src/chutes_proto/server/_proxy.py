@@ -1,17 +1,17 @@
-"""Requests that come through a proxy which ended TLS: whose certificate and address they bear, and who is believed.
+"""Requests through a proxy that ends TLS: the client's certificate and address in its headers, and the proxy's proof.
 
 Rules kept here:
 
-* only a trusted proxy says who its client is: what comes over the unix socket, or from a configured network with a live
-  secret in ``X-Attestation-Proxy-Auth``. The secret is compared in constant time; no error and no log repeats it;
+* only a trusted proxy names its client: a peer on the unix socket, or in a configured network with a live secret in
+  ``X-Attestation-Proxy-Auth``. The secret is compared in constant time; no error and no log repeats it;
 * a proxy has one certificate header and one address header, which it sets itself on every request; the certificate may
   be absent, the address not. A second value, another such header, or any of them from anyone else is a 400: a client
   that gets a 401 or 403 would give up for good over a proxy's mistake;
-* a peer of the networks that sends none of these headers is a client of its own, or a proxy that was not told to send
-  them. Where it is refused for its certificate, that is no refusal but a fault of ours: nothing is recorded of it, and
-  the log says what to mend;
-* of a list of addresses the last one that is none of the proxies' own counts; when all are theirs, the first;
-* what the flows see is the client's certificate and address, never the proxy's, and no header of this kind.
+* a peer of the networks that sends none of these headers is a client, or a proxy that is not configured to send them.
+  If it would be refused for its certificate, it gets a 503 instead: nothing is recorded of it, and the log says what to
+  configure;
+* of a list of addresses the last one counts that is not a proxy's; if all are proxies', the first;
+* flows see the client's certificate and address, never the proxy's, and none of these headers.
 
 ``X-Client-Cert`` is PEM, percent-encoded (nginx: ``$ssl_client_escaped_cert``); ``Client-Cert`` is RFC 9440, section
 2.2: DER as a byte sequence of RFC 8941, ``:base64:``.
@@ -55,14 +55,15 @@ def _guarded(proxies: TrustedProxies) -> frozenset[str]:
 
 @frozen
 class ProxiedRequest(HttpRequest):
-    """A request of a client for whom a trusted proxy spoke."""
+    """A request of a client that a trusted proxy named."""
 
 
 @frozen
 class TrustedProxies:
-    """Whom to believe, and in which headers (lower case); by default nobody.
+    """The trusted proxies and their headers (lower case); by default none.
 
-    ``unix``: peers without an address came over the unix socket. ``secrets`` are live for peers in the ``networks``.
+    With ``unix``, peers without an address come over the unix socket. ``secrets`` are live for peers in the
+    ``networks``.
     """
 
     networks: tuple[Network, ...] = ()
@@ -98,9 +99,9 @@ class TrustedProxies:
 
     @contextmanager
     def excusing(self, request: HttpRequest) -> Generator[None]:
-        """A refusal for the certificate, raised inside, is `Unavailable` where the peer may be a silent proxy.
+        """Raise `Unavailable` in place of a refusal for the certificate if the peer may be a silent proxy.
 
-        ``request`` is what `client_request` made of the peer's. Whatever records refusals stands outside.
+        ``request`` is the result of `client_request`. Code that records refusals stands outside of this context.
         """
         try:
             yield
@@ -123,7 +124,7 @@ class TrustedProxies:
     def _admit(self, request: HttpRequest, shown: list[str]) -> None:
         """Raises `BadRequest` unless the peer is one of the proxies."""
         if not self._over_unix(request) and not self._ours(request.peer_address):
-            raise _refused("a header that only a trusted proxy may set, from a peer that is none")
+            raise _refused("a header that only a trusted proxy may set, from another peer; see proxy.networks")
         matches = [
             hmac.compare_digest(value.encode("latin-1"), secret.reveal()) for value in shown for secret in self.secrets
         ]
@@ -135,7 +136,7 @@ class TrustedProxies:
         return bool(address) and any(ip_address(address) in network for network in self.networks)
 
     def _address(self, text: str) -> str:
-        """The client's address, from what the proxies wrote of it."""
+        """The client's address in the header that the proxies wrote."""
         address = ""
         for element in reversed(text.split(",")):
             try:
@@ -157,7 +158,7 @@ class TrustedProxies:
                 raise ValueError
             return x509.load_der_x509_certificate(base64.b64decode(text[1:-1], validate=True))
         except (ValueError, binascii.Error, x509.InvalidVersion):
-            raise _refused(f"{self.certificate_header} holds no certificate as it should") from None
+            raise _refused(f"{self.certificate_header} does not hold a certificate in its form") from None
 
 
 def _refused(reason: str) -> BadRequest:

@@ -1,23 +1,19 @@
-"""How long an operation retries a busy store or missing collateral, and from when on it starts nothing new.
+"""Retries of a busy store and of missing collateral within one request, and the latest start of a transaction.
 
-Deployed clients give up 30 s after they asked and try these operations only once. So what is busy is tried again, for
+Deployed clients give up 30 s after they asked and try these operations only once. So a busy store is tried again, for
 `RETRY_SECONDS`; and no transaction starts later than `LAST_START_SECONDS` after the request came: its answer would
-reach nobody.
+not reach the client.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable
+from typing import TypeVar
 
-from chutes_proto.effects import Sleep, Transact, Uptime
+from chutes_proto.effects import Flow, Sleep, Transact, Uptime
 from chutes_proto.errors import StoreBusy, Unavailable
+from chutes_proto.store._run import Unit
 from chutes_proto.wire.codes import Code
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from chutes_proto.effects import Flow
-    from chutes_proto.store._run import Unit
 
 T = TypeVar("T")
 
@@ -27,7 +23,7 @@ _STEP = 0.5
 
 
 def transact_with_retries(unit: Unit[T], arrived: float) -> Flow[T]:
-    """Run ``unit``, waiting for a busy store. ``arrived`` is when the request's first byte came, on the `Uptime` clock.
+    """Run ``unit``, waiting for a busy store; ``arrived`` is the `Uptime` at the request's first byte, in seconds.
 
     Raises `Unavailable` when the store stays busy or the time is over, and what the unit raises.
     """
@@ -52,9 +48,9 @@ def transact_with_retries(unit: Unit[T], arrived: float) -> Flow[T]:
 
 
 def verify_with_retries(attempt: Callable[[], Flow[T]], arrived: float) -> Flow[T]:
-    """What ``attempt`` returns, which is made again while it says that it cannot be done now.
+    """Run ``attempt``, and again while it raises `Unavailable`; returns its result.
 
-    Raises `Unavailable` as it did when `RETRY_SECONDS` is over, or when it is too late for a transaction to follow.
+    Raises its last `Unavailable` when `RETRY_SECONDS` are over, or when it is too late for a transaction to follow.
     """
     began = yield from Uptime()
     while True:

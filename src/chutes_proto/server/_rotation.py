@@ -1,57 +1,52 @@
-"""Operations 13 and 14: the volumes' keys of a two-phase boot, for a second quote, and the confirmation that they open.
+"""Operations 13 and 14: the volumes' keys of a two-phase boot, for a second quote, and their confirmation.
 
 The order of checks of operation 13:
 
 1. the volumes' names; the quote nonce: of a two-phase boot that this VM, hotkey and client key made, and alive;
 2. the quote, over that nonce and the client key, at the runtime stage (``_evidence.py``, steps 2 to 6);
-3. one transaction: the nonce again and spent, the platform the boot's and the name's, keys handed out, the confirm
-   nonce issued, the record and its audit row written (``units/rotation.py``).
+3. one transaction: the nonce checked again and consumed, the platform compared with the boot's and the name's, keys
+   handed out, the confirm nonce issued, the record and its audit row written (``units/rotation.py``).
 
-Deployed clients ask each of these once, so what is busy is waited for. A confirm nonce belongs to one quote nonce, so
-that a lost answer can be given again although nothing secret is kept: it is HMAC-SHA256 over the quote nonce, under a
-key that comes from the key-encryption key by label.
+Deployed clients send each of these once, so a busy store is waited for. A confirm nonce belongs to one quote nonce, so
+that a lost answer can be given again although no secret is kept: it is HMAC-SHA256 over the quote nonce, under a key
+derived from the KEK by label.
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
-from typing import TYPE_CHECKING
 
 from attrs import evolve
 
 from chutes_proto.auth.certificates import client_key
-from chutes_proto.effects import Entropy, Now
+from chutes_proto.effects import Flow, Now
 from chutes_proto.errors import Refused
 from chutes_proto.keys.generations import K3S_VOLUME
 from chutes_proto.keys.vault import FreshKey
 from chutes_proto.secret import Secret
 from chutes_proto.server._boot import record_refusal, token_digest
+from chutes_proto.server._call import Call
 from chutes_proto.server._evidence import appraise, verify_evidence
 from chutes_proto.server._retry import transact_with_retries, verify_with_retries
-from chutes_proto.server._volumes import check_names, check_shape, check_volumes
+from chutes_proto.server._service import Service
+from chutes_proto.server._volumes import check_names, check_shape, check_volumes, entropy_parts
 from chutes_proto.store.rows import Vm
 from chutes_proto.units.rotation import AttestVolumes, ConfirmNonce, ConfirmVolumes, FindQuoteNonce
 from chutes_proto.wire import vms
 from chutes_proto.wire.codes import Code
 
-if TYPE_CHECKING:
-    from chutes_proto.effects import Flow
-    from chutes_proto.server._call import Call
-    from chutes_proto.server._service import Service
-
 _LABEL = "chutes-proto confirm nonce v1"
 
 
 def attest_volumes(service: Service, call: Call[vms.VolumeAttestationRequest]) -> Flow[vms.VolumeAttestationAnswer]:
-    """Operation 13."""
+    """Operation 13: verify and appraise a second quote; hand out the volumes' keys and a confirm nonce."""
     request, message = call.request, call.message
     volumes = tuple(dict.fromkeys(message.volumes))
     check_volumes(service, volumes)
     check_names("formatted volume", message.formatted or (), service.volumes)
     if not message.quote_nonce or not message.hotkey:
-        text = "Quote nonce (X-Quote-Nonce) and hotkey are required"
-        raise Refused(Code.QUOTE_NONCE_INVALID, text)
+        raise Refused(Code.QUOTE_NONCE_INVALID, "Quote nonce (X-Quote-Nonce) and hotkey are required")
     nonce = check_shape(message.quote_nonce, Code.QUOTE_NONCE_INVALID, "Quote nonce")
     with service.proxies.excusing(request):
         key = client_key(request.peer_certificate)
@@ -66,9 +61,8 @@ def attest_volumes(service: Service, call: Call[vms.VolumeAttestationRequest]) -
     call = evolve(call, now=(yield from Now()))  # collateral may have been waited for
     try:
         profile = appraise(service, evidence, "runtime").profile
-        entropy = yield from Entropy(FreshKey.SIZE * (len(volumes) + 1))
-        parts = [entropy[FreshKey.SIZE * n : FreshKey.SIZE * (n + 1)] for n in range(len(volumes) + 1)]
-        fresh = {volume: FreshKey.from_entropy(part) for volume, part in zip(volumes, parts, strict=False)}
+        *parts, k3s = yield from entropy_parts(len(volumes) + 1)
+        fresh = {volume: FreshKey.from_entropy(part) for volume, part in zip(volumes, parts, strict=True)}
         handed = yield from transact_with_retries(
             AttestVolumes(
                 now=call.now,
@@ -77,14 +71,11 @@ def attest_volumes(service: Service, call: Call[vms.VolumeAttestationRequest]) -
                 nonce_digest=digest,
                 certificate=key.digest,
                 body_digest=body_digest,
-                quote_digest=evidence.quote_digest,
-                profile_name=profile.name,
-                profile_version=profile.version,
-                pin=evidence.platform.pin,
+                quote=evidence.accepted(profile),
                 peer_address=request.peer_address,
                 volumes=volumes,
                 formatted=None if message.formatted is None else frozenset(message.formatted),
-                fresh={**fresh, K3S_VOLUME: FreshKey.encryption_key(parts[-1])},
+                fresh={**fresh, K3S_VOLUME: FreshKey.encryption_key(k3s)},
                 confirm_nonces=_confirm_nonces(service, nonce),
                 vault=service.vault,
             ),
@@ -99,9 +90,7 @@ def attest_volumes(service: Service, call: Call[vms.VolumeAttestationRequest]) -
         hotkey=vm.hotkey,
         volumes=list(volumes),
         replayed=handed.replayed,
-        tcb_status=str(evidence.verdict.tcb_status),
-        platform=str(evidence.platform.pin),
-        trust=service.trust,
+        **evidence.fields(service),
     )
     return vms.VolumeAttestationAnswer(
         volumes={volume: vms.VolumePair(current=pair.current, next=pair.next) for volume, pair in handed.volumes},
@@ -112,13 +101,12 @@ def attest_volumes(service: Service, call: Call[vms.VolumeAttestationRequest]) -
 
 
 def confirm_volumes(service: Service, call: Call[vms.VolumeConfirmationRequest]) -> Flow[vms.VolumeConfirmationAnswer]:
-    """Operation 14."""
+    """Operation 14: take the VM's confirmation that its disks open with the keys handed out."""
     message = call.message
     rotated = tuple((volume, confirmation.rotated) for volume, confirmation in message.volumes.items())
     check_volumes(service, [volume for volume, _ in rotated])
     if not message.confirm_nonce or not message.hotkey:
-        text = "Confirm nonce (X-Confirm-Nonce) and hotkey are required"
-        raise Refused(Code.CONFIRM_NONCE_INVALID, text)
+        raise Refused(Code.CONFIRM_NONCE_INVALID, "Confirm nonce (X-Confirm-Nonce) and hotkey are required")
     nonce = check_shape(message.confirm_nonce, Code.CONFIRM_NONCE_INVALID, "Confirm nonce")
     vm = Vm(message.hotkey, message.vm_name)
     unit = ConfirmVolumes(
@@ -131,15 +119,15 @@ def confirm_volumes(service: Service, call: Call[vms.VolumeConfirmationRequest])
         vault=service.vault,
     )
     results = yield from transact_with_retries(unit, call.request.arrived)
-    told = [f"{volume}: {result}" for volume, result in results]
-    yield from call.log("volumes_confirmed", vm=vm.name, hotkey=vm.hotkey, volumes=told)
+    outcomes = [f"{volume}: {result}" for volume, result in results]
+    yield from call.log("volumes_confirmed", vm=vm.name, hotkey=vm.hotkey, volumes=outcomes)
     return vms.VolumeConfirmationAnswer(
         status="confirmed", volumes={volume: vms.VolumeResult(result=result) for volume, result in results}
     )
 
 
 def _confirm_nonces(service: Service, quote_nonce: bytes) -> tuple[ConfirmNonce, ...]:
-    """The confirm nonce that belongs to a quote nonce, under each live key-encryption key, the current one's first."""
+    """The confirm nonces that belong to a quote nonce, one under each live KEK, the current one's first."""
     derived = (key.reveal() for _, key in service.vault.derive(_LABEL))
     nonces = (hmac.digest(key, quote_nonce, "sha256").hex().encode("ascii") for key in derived)
     return tuple(ConfirmNonce(Secret(nonce), token_digest(nonce)) for nonce in nonces)

@@ -1,39 +1,35 @@
-"""Operations 10 to 12: a nonce for one server, a runtime quote over it, and what came of the newest one.
+"""Operations 10 to 12: a nonce for one server, a runtime quote over it, and the verdict on the newest one.
 
 The order of checks of operation 11, after the signature (``_callers.py``): the body; the server is the caller's; the
 nonce was issued for it; then as at a boot (``_evidence.py``), at the runtime stage; then one transaction: the platform
 is the one that the server is bound to, the nonce redeemed, the verdict recorded (``units/servers.py``).
 
-A refusal of a quote is recorded if the nonce has held and was not redeemed before: it is the owner's own, so nobody who
-sends again what the owner sent can make a server look failed.
+A refusal of a quote is recorded if the nonce has held and was not redeemed before: an attacker who sends the owner's
+request again cannot make a server look failed.
 """
 
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
 
 from chutes_proto.auth.certificates import client_key
-from chutes_proto.effects import Entropy, Transact
+from chutes_proto.effects import Entropy, Flow, Transact
 from chutes_proto.errors import BadRequest, Refused
-from chutes_proto.server._evidence import appraise, verify_evidence
+from chutes_proto.server._call import SignedCall
+from chutes_proto.server._evidence import Evidence, appraise, verify_evidence
 from chutes_proto.server._nonces import RANDOM_SIZE, expires_at
+from chutes_proto.server._service import Service
+from chutes_proto.store.rows import AttestationRow, ServerRow
+from chutes_proto.units.nonces import Nonce
+from chutes_proto.units.records import Quote
 from chutes_proto.units.servers import GrantRuntime, ReadOwnServer, RecordRuntimeRefusal
 from chutes_proto.wire import miners
 from chutes_proto.wire.endpoint import NonceAnswer
 from chutes_proto.wire.times import timestamp
 
-if TYPE_CHECKING:
-    from chutes_proto.effects import Flow
-    from chutes_proto.server._call import SignedCall
-    from chutes_proto.server._evidence import Evidence
-    from chutes_proto.server._nonces import Nonce
-    from chutes_proto.server._service import Service
-    from chutes_proto.store.rows import AttestationRow, ServerRow
-
 
 def issue_runtime_nonce(service: Service, call: SignedCall[miners.RuntimeNonceRequest]) -> Flow[NonceAnswer]:
-    """Operation 10."""
+    """Operation 10: issue a nonce for a runtime quote of the caller's server."""
     hotkey, address = call.caller.address, call.request.peer_address
     server, _ = yield from Transact(ReadOwnServer(hotkey, call.message.server_id))
     random = yield from Entropy(RANDOM_SIZE)
@@ -44,7 +40,7 @@ def issue_runtime_nonce(service: Service, call: SignedCall[miners.RuntimeNonceRe
 def attest_runtime(
     service: Service, call: SignedCall[miners.RuntimeAttestationRequest]
 ) -> Flow[miners.RuntimeAttestationAnswer]:
-    """Operation 11."""
+    """Operation 11: verify, appraise and record a runtime quote of the caller's server."""
     request, message = call.request, call.message
     hotkey, address = call.caller.address, request.peer_address
     server, _ = yield from Transact(ReadOwnServer(hotkey, message.server_id))
@@ -57,10 +53,18 @@ def attest_runtime(
     try:
         with service.proxies.excusing(request):
             evidence = yield from verify_evidence(service, nonce.value, key, message.quote, call.now)
-        yield from _grant(service, call, server, nonce, evidence)
+        profile = appraise(service, evidence, "runtime").profile
+        yield from Transact(GrantRuntime(call.now, call.request_id, server, nonce, evidence.accepted(profile), address))
     except (Refused, BadRequest) as exc:
         yield from _record(call, server, nonce, evidence, exc)
         raise
+    yield from call.log(
+        "server_attested",
+        server=server.server_id,
+        hotkey=server.hotkey,
+        profile=profile.name,
+        **evidence.fields(service),
+    )
     return miners.RuntimeAttestationAnswer(
         attestation_id=call.request_id, verified_at=timestamp(call.now), status="verified"
     )
@@ -69,7 +73,7 @@ def attest_runtime(
 def read_status(
     service: Service, call: SignedCall[miners.AttestationStatusRequest]
 ) -> Flow[miners.AttestationStatusAnswer]:
-    """Operation 12."""
+    """Operation 12: report the newest verdict on the caller's server."""
     server, last = yield from Transact(ReadOwnServer(call.caller.address, call.message.server_id))
     age = None if last is None else max(0, call.now - last.created_at)
     verified = last is not None and last.code is None
@@ -95,41 +99,6 @@ def _last(row: AttestationRow) -> miners.LastAttestation:
     )
 
 
-def _grant(
-    service: Service,
-    call: SignedCall[miners.RuntimeAttestationRequest],
-    server: ServerRow,
-    nonce: Nonce,
-    evidence: Evidence,
-) -> Flow[None]:
-    profile = appraise(service, evidence, "runtime").profile
-    pin = evidence.platform.pin
-    yield from Transact(
-        GrantRuntime(
-            now=call.now,
-            request_id=call.request_id,
-            server=server,
-            pin=pin,
-            nonce=nonce.value,
-            nonce_purpose=nonce.purpose,
-            nonce_issued_at=nonce.issued_at,
-            profile_name=profile.name,
-            profile_version=profile.version,
-            quote_digest=evidence.quote_digest,
-            peer_address=call.request.peer_address,
-        )
-    )
-    yield from call.log(
-        "server_attested",
-        server=server.server_id,
-        hotkey=server.hotkey,
-        profile=profile.name,
-        tcb_status=str(evidence.verdict.tcb_status),
-        platform=str(pin),
-        trust=service.trust,
-    )
-
-
 def _record(
     call: SignedCall[miners.RuntimeAttestationRequest],
     server: ServerRow,
@@ -137,17 +106,19 @@ def _record(
     evidence: Evidence | None,
     refusal: Refused | BadRequest,
 ) -> Flow[None]:
-    quote = call.message.quote.encode() if evidence is None else evidence.quote
+    if evidence is None:
+        quote = Quote.refused(hashlib.sha256(call.message.quote.encode()).digest())
+    else:
+        quote = Quote.refused(evidence.quote_digest, evidence.platform.pin)
     unit = RecordRuntimeRefusal(
         now=call.now,
         request_id=call.request_id,
         server=server,
         nonce=nonce.value,
-        pin=None if evidence is None else evidence.platform.pin,
+        quote=quote,
         code=str(refusal.code),
         detail=str(refusal.detail),
         reason=refusal.reason,
-        quote_digest=hashlib.sha256(quote).digest(),
         peer_address=call.request.peer_address,
     )
     _ = yield from call.record_refusal(unit)

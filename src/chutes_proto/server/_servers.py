@@ -1,52 +1,45 @@
-"""Operations 5 to 9 and 15: the miners' servers, and the measurements that are accepted.
+"""Operations 5 to 9 and 15: the miners' servers, and the published reference values.
 
-Who calls was checked before (``_callers.py``); what is a server's is the units' to say (``units/servers.py``). Of a
-registration the GPUs are checked first, then the host, then what the host shows, where it is asked (``_callbacks.py``),
-then what needs rows. A host may be slow to be found and to answer, so one hotkey has one at a time.
+The caller was checked before (``_callers.py``). A registration's GPUs are checked first, then its host, then the host's
+quote, if it is asked for one (``_callbacks.py``), then its claims against the rows (``units/servers.py``). A host may
+be slow to resolve and to answer, so one hotkey has one at a time.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
-from chutes_proto.effects import Now, Transact
-from chutes_proto.errors import BadRequest
+from chutes_proto.effects import Flow, Now, Transact
+from chutes_proto.errors import BadRequest, ValidationProblem
+from chutes_proto.server._call import Call, SignedCall
 from chutes_proto.server._callbacks import ask_host
 from chutes_proto.server._gpus import check_nodes
 from chutes_proto.server._hosts import locate
-from chutes_proto.store.rows import GpuRow
+from chutes_proto.server._service import Service
+from chutes_proto.store.rows import GpuRow, ServerRow
 from chutes_proto.units.servers import ListServers, ReadOwnServer, RegisterServer, RemoveServer, RenameServer
 from chutes_proto.wire import miners
 from chutes_proto.wire.codes import Code
+from chutes_proto.wire.public import EncodedMeasurements, MeasurementsRequest
 from chutes_proto.wire.times import timestamp
-
-if TYPE_CHECKING:
-    from chutes_proto.effects import Flow
-    from chutes_proto.errors import ValidationProblem
-    from chutes_proto.server._call import Call, SignedCall
-    from chutes_proto.server._service import Service
-    from chutes_proto.store.rows import ServerRow
-    from chutes_proto.wire.public import EncodedMeasurements, MeasurementsRequest
 
 _SHADOWED: Final = frozenset({"nonce", "boot"})
 """Ids whose paths are other operations'."""
 
 
 def register_server(service: Service, call: SignedCall[miners.RegisterServerRequest]) -> Flow[miners.MessageAnswer]:
-    """Operation 5."""
+    """Operation 5: register a server."""
     message, hotkey = call.message, call.caller.address
     if message.id in _SHADOWED:
-        raise BadRequest(
-            Code.VALIDATION_ERROR,
-            [{"type": "value_error", "loc": ["body", "id"], "msg": "The id is reserved"}],
-        )
+        problem: ValidationProblem = {"type": "value_error", "loc": ["body", "id"], "msg": "The id is reserved"}
+        raise BadRequest(Code.VALIDATION_ERROR, [problem])
     nodes = check_nodes(message.gpus, service.gpus)
     shown = None
     with service.hosts.of(hotkey):
         address = yield from locate(message.host, service.unsafe_networks)
         if service.callback is not None:
             shown = yield from ask_host(service, service.callback, call, address)
-    now = yield from Now()  # the host may have been slow to find and to answer
+    now = yield from Now()  # the host may have been slow to resolve and to answer
     server = yield from Transact(
         RegisterServer(
             now=now,
@@ -63,18 +56,18 @@ def register_server(service: Service, call: SignedCall[miners.RegisterServerRequ
             shown=shown,
         )
     )
-    yield from _tell("server_registered", call, server)
+    yield from _log("server_registered", call, server)
     return miners.MessageAnswer(message="Server registered successfully.")
 
 
 def list_servers(service: Service, call: SignedCall[miners.ListServersRequest]) -> Flow[miners.ServerListAnswer]:
-    """Operation 6."""
+    """Operation 6: list the caller's servers."""
     rows = yield from Transact(ListServers(call.caller.address))
     return miners.ServerListAnswer(servers=tuple(_described(row) for row in rows))
 
 
 def rename_server(service: Service, call: SignedCall[miners.RenameServerRequest]) -> Flow[miners.RenamedServerAnswer]:
-    """Operation 7."""
+    """Operation 7: rename the caller's server."""
     message = call.message
     if message.server_name is None:
         problem: ValidationProblem = {"type": "missing", "loc": ["query", "server_name"], "msg": "Field required"}
@@ -82,7 +75,7 @@ def rename_server(service: Service, call: SignedCall[miners.RenameServerRequest]
     hotkey, address = call.caller.address, call.request.peer_address
     unit = RenameServer(call.now, call.request_id, hotkey, message.server_id, message.server_name, address)
     server = yield from Transact(unit)
-    yield from _tell("server_renamed", call, server)
+    yield from _log("server_renamed", call, server)
     return miners.RenamedServerAnswer(
         name=server.name,
         ip=server.host,
@@ -92,22 +85,22 @@ def rename_server(service: Service, call: SignedCall[miners.RenameServerRequest]
 
 
 def read_server(service: Service, call: SignedCall[miners.ServerDetailsRequest]) -> Flow[miners.ServerAnswer]:
-    """Operation 8."""
+    """Operation 8: describe the caller's server."""
     server, _ = yield from Transact(ReadOwnServer(call.caller.address, call.message.server_id))
     return _described(server)
 
 
 def remove_server(service: Service, call: SignedCall[miners.RemoveServerRequest]) -> Flow[miners.RemovedServerAnswer]:
-    """Operation 9."""
+    """Operation 9: remove the caller's server."""
     hotkey, address = call.caller.address, call.request.peer_address
     unit = RemoveServer(call.now, call.request_id, hotkey, call.message.server_name_or_id, address)
     server = yield from Transact(unit)
-    yield from _tell("server_removed", call, server)
+    yield from _log("server_removed", call, server)
     return miners.RemovedServerAnswer(name=server.name, message="Server removed successfully")
 
 
 def publish_measurements(service: Service, call: Call[MeasurementsRequest]) -> Flow[EncodedMeasurements]:
-    """Operation 15."""
+    """Operation 15: publish the reference values."""
     yield from ()
     return service.published
 
@@ -122,5 +115,5 @@ def _described(server: ServerRow) -> miners.ServerAnswer:
     )
 
 
-def _tell(event: str, call: SignedCall[Any], server: ServerRow) -> Flow[None]:
+def _log(event: str, call: SignedCall[Any], server: ServerRow) -> Flow[None]:
     yield from call.log(event, server=server.server_id, name=server.name, hotkey=server.hotkey)

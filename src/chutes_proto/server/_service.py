@@ -1,39 +1,36 @@
-"""What the server's flows know: values made once from the configuration, and small counters that may be lost.
+"""The values that the server's flows share: made once from the configuration, with small counters that may be lost.
 
-The store is the state.
+All state is in the store.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from attrs import Factory, field, frozen
 
+from chutes_proto.auth.hotkey import Hotkey
+from chutes_proto.auth.signing import Signer, SigningPolicy
 from chutes_proto.errors import Refused
+from chutes_proto.keys.vault import Vault
+from chutes_proto.quote._policy import Policy
+from chutes_proto.quote._roots import TrustedRoot
 from chutes_proto.server._config import LimitOptions
 from chutes_proto.server._gpus import GPUS, Gpu
 from chutes_proto.server._limits import Admission, LogThrottle, TokenBuckets
+from chutes_proto.server._nonces import NonceMint
 from chutes_proto.server._open_boots import OpenBoots
 from chutes_proto.server._profiles import ServedProfile, publish
-from chutes_proto.server._proxy import TrustedProxies
+from chutes_proto.server._proxy import Network, TrustedProxies
+from chutes_proto.wire.codes import Code
 from chutes_proto.wire.evidence import PORT
-
-if TYPE_CHECKING:
-    from chutes_proto.auth.hotkey import Hotkey
-    from chutes_proto.auth.signing import Signer, SigningPolicy
-    from chutes_proto.keys.vault import Vault
-    from chutes_proto.quote._policy import Policy
-    from chutes_proto.quote._roots import TrustedRoot
-    from chutes_proto.server._nonces import NonceMint
-    from chutes_proto.server._proxy import Network
-    from chutes_proto.wire.codes import Code
-    from chutes_proto.wire.public import EncodedMeasurements
+from chutes_proto.wire.public import EncodedMeasurements
 
 
 @frozen
 class Callback:
-    """How hosts are asked: the hotkey that they let ask, what signs with it, and the port they answer on."""
+    """The access to hosts: the hotkey that they answer to, its signer, and the port they listen on."""
 
     hotkey: Hotkey
     signer: Signer = field(repr=False)
@@ -55,9 +52,9 @@ def _rates(service: Service) -> TokenBuckets:
 class Service:
     """One key server.
 
-    ``policy`` holds the measurement profiles, ``profiles`` what is served under each, by name. ``trust`` says which
-    root quotes are verified to: it stands in every grant's log line, so that no one trusts a simulated platform
-    unawares. ``callback`` goes with that ``registration_evidence``; addresses in ``unsafe_networks`` count as public.
+    ``policy`` has the measurement profiles, ``profiles`` the options of each, by name. ``trust`` names the root that
+    quotes are verified to: every grant's log line has it, so that trust in a simulated platform is seen. ``callback``
+    goes with that ``registration_evidence``; addresses in ``unsafe_networks`` count as public.
     """
 
     vault: Vault

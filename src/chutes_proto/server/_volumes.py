@@ -1,32 +1,28 @@
 """Operations 3 and 4: the passphrases of a VM's volumes, for the boot token of its last boot.
 
-What needs no rows is checked here, in the order in which deployed clients know the texts; the token and the keys are
-the unit's (``units/volumes.py``), where a token is spent in the same transaction as what it grants.
+Checks without rows are made here, in the order in which deployed clients know the texts; the unit checks the token
+(``units/volumes.py``) and consumes it in the same transaction as the keys that it grants.
 """
 
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from chutes_proto.auth.certificates import spki_sha256
-from chutes_proto.effects import Entropy
+from chutes_proto.effects import Entropy, Flow
 from chutes_proto.errors import BadRequest, Refused
 from chutes_proto.keys.vault import FreshKey
 from chutes_proto.server._boot import token_digest
+from chutes_proto.server._call import Call
 from chutes_proto.server._retry import transact_with_retries
+from chutes_proto.server._service import Service
 from chutes_proto.store.rows import Vm
 from chutes_proto.units.volumes import ReadVolume, SyncVolumes
 from chutes_proto.wire.codes import Code
 from chutes_proto.wire.names import HEX_32
 from chutes_proto.wire.vms import CachePassphraseAnswer, CachePassphraseRequest, VolumeSyncAnswer, VolumeSyncRequest
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
-    from chutes_proto.effects import Flow
-    from chutes_proto.server._call import Call
-    from chutes_proto.server._service import Service
 
 
 def read_cache_passphrase(service: Service, call: Call[CachePassphraseRequest]) -> Flow[CachePassphraseAnswer]:
@@ -64,11 +60,8 @@ def sync_volumes(service: Service, call: Call[VolumeSyncRequest]) -> Flow[Volume
         )
     if message.formatted is not None:
         check_names("formatted volume", message.formatted, service.volumes)
-    entropy = yield from Entropy(FreshKey.SIZE * len(volumes))
-    fresh = {
-        volume: FreshKey.from_entropy(entropy[FreshKey.SIZE * index : FreshKey.SIZE * (index + 1)])
-        for index, volume in enumerate(volumes)
-    }
+    parts = yield from entropy_parts(len(volumes))
+    fresh = {volume: FreshKey.from_entropy(part) for volume, part in zip(volumes, parts, strict=True)}
     vm = Vm(hotkey, message.vm_name)
     keys = yield from transact_with_retries(
         SyncVolumes(
@@ -99,7 +92,7 @@ def sync_volumes(service: Service, call: Call[VolumeSyncRequest]) -> Flow[Volume
 
 
 def _credentials(token: str | None, in_header: str | None, in_query: str | None) -> tuple[str, str]:
-    """Token and hotkey. Older images send the hotkey in the query; given twice, both must agree."""
+    """The token and the hotkey. Older images send the hotkey in the query; if it comes twice, both must agree."""
     if not token:
         raise BadRequest(Code.BOOT_TOKEN_REQUIRED, "Boot token is required (X-Boot-Token header)")
     if in_header and in_query and in_header != in_query:
@@ -114,33 +107,39 @@ def _token_digest(token: str) -> bytes:
     return token_digest(check_shape(token, Code.BOOT_TOKEN_INVALID, "Boot token"))
 
 
+def entropy_parts(count: int) -> Flow[list[bytes]]:
+    """Draw entropy for ``count`` keys at once, in parts of `FreshKey.SIZE` bytes."""
+    entropy = yield from Entropy(FreshKey.SIZE * count)
+    return [entropy[FreshKey.SIZE * index :][: FreshKey.SIZE] for index in range(count)]
+
+
 def check_shape(text: str, code: Code, what: str) -> bytes:
-    """A token or nonce as it is digested: its text. Raises `Refused` for one of another shape, which is not ours."""
+    """A token or nonce as it is digested: its text. Raises `Refused` unless it is 64 lowercase hex digits."""
     if not HEX_32.fullmatch(text):
         raise Refused(code, f"{what} not found or expired", reason=f"{what.lower()}: not 64 lowercase hex digits")
     return text.encode("ascii")
 
 
 def check_volumes(service: Service, volumes: Sequence[str]) -> None:
-    """Raises `BadRequest` for no volumes, and for one that this server does not serve."""
+    """Raise `BadRequest` for an empty list, and for a volume that this server does not serve."""
     if not volumes:
         raise BadRequest(Code.VOLUMES_REQUIRED, "volumes is required and must be non-empty")
     check_names("volume", volumes, service.volumes)
 
 
 def check_names(what: str, names: Iterable[str], served: tuple[str, ...]) -> None:
-    """Raises `BadRequest` for a name that this server does not serve."""
+    """Raise `BadRequest` for a name that this server does not serve."""
     if unknown := [name for name in names if name not in served]:
         raise BadRequest(Code.VOLUME_UNKNOWN, f"Invalid {what} name(s): {_some(unknown)}. Supported: {list(served)}")
 
 
 def _some(names: list[str]) -> str:
-    """The first names, cut, as a peer hears them again: an answer is not as long as what was asked."""
+    """The first four names, cut: an answer must not be as long as the request."""
     shown = str([name[:64] for name in names[:4]])
     return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"
 
 
 def _presented(call: Call[Any]) -> bytes | None:
-    """Return the digest of the presented certificate's key. The boot says whether one must be presented."""
+    """The SHA-256 of the presented certificate's key. The boot says whether one must be presented."""
     certificate = call.request.peer_certificate
     return None if certificate is None else spki_sha256(certificate)

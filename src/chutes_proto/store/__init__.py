@@ -1,7 +1,7 @@
-"""What a store of one's own is written against: units, the script that each runs, and how it is run.
+"""The interface of a store: units, the script that each runs, and the function that drives it.
 
 ``chutes_proto.store.rows`` has the rows and the operations that a script yields, ``chutes_proto.store.sql`` both as SQL
-for two dialects, ``chutes_proto.testing.store_suite`` the contract that every store keeps.
+for two dialects, ``chutes_proto.testing.store_suite`` the contract that a store of your own must pass.
 """
 
 from typing import TYPE_CHECKING
@@ -13,8 +13,7 @@ if TYPE_CHECKING:
     from chutes_proto.store.rows import StoreOp
 else:
     __getattr__ = lazily(
-        globals(),
-        {"chutes_proto.store._run": "Script Store Unit run_script", "chutes_proto.store.rows": "StoreOp"},
+        globals(), {"chutes_proto.store._run": "Script Store Unit run_script", "chutes_proto.store.rows": "StoreOp"}
     )
 
 __all__ = ["Script", "Store", "StoreOp", "Unit", "run_script"]

@@ -1,10 +1,10 @@
-"""Units: what must be atomic, as one value; and how a script is driven.
+"""Units, each one transaction as a value, and the function that drives a unit's script.
 
 Rules kept here:
 
-* a unit's script returns: everything is kept; it raises: nothing is;
+* a unit's script returns: all its changes are kept; it raises: none is;
 * a script is pure. A store may run it more than once, against rows that changed in between, so all entropy and the time
-  were drawn before and are fields of the unit.
+  were drawn before and are fields of the unit: a retry must not hand out another passphrase.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
 Script: TypeAlias = Generator[StoreOp[Any], Any, T]
-"""What a script is: it yields operations, is sent replies, and returns ``T``."""
+"""A generator that yields operations, is sent their replies, and returns ``T``."""
 
 
 class Unit(Generic[T_co]):
-    """One transaction as a frozen value; subclasses say what it does in `script`."""
+    """One transaction as a frozen value; subclasses define it in `script`."""
 
     __slots__ = ()
 
@@ -32,19 +32,19 @@ class Unit(Generic[T_co]):
 
 
 class Store(Protocol):
-    """The whole of persistence."""
+    """A store: one method is the whole of persistence."""
 
     def transact(self, unit: Unit[T], /) -> T:
-        """Run ``unit`` as one serializable transaction; return what its script returns once that is durable.
+        """Run ``unit`` as one serializable transaction; return its script's result once that is durable.
 
-        What the script raises comes out unchanged after a roll-back that leaves no trace. Raises `StoreError` when the
-        store is at fault; `StoreBusy`, when trying again may help.
+        An exception of the script comes out unchanged after a roll-back that leaves no trace. Raises `StoreError` for a
+        fault of the store, and `StoreBusy` if a retry may help: then nothing was changed.
         """
         ...
 
 
 def run_script(script: Script[T], perform: Callable[[StoreOp[Any]], Any]) -> T:
-    """Drive ``script`` to its end. What ``perform`` raises ends it: a script does not handle a store's faults."""
+    """Drive ``script`` to its end. An exception of ``perform`` ends it: a script does not handle a store's faults."""
     try:
         op = next(script)
         while True:

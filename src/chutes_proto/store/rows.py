@@ -1,4 +1,4 @@
-"""What the store keeps, as frozen rows, and the closed list of operations on them.
+"""The rows of a store, as frozen values, and the closed list of operations on them.
 
 A unit's script asks for one operation at a time (``row = yield from ReadVm(vm)``) and never sees a connection.
 
@@ -6,7 +6,7 @@ Rules kept here:
 
 * a row class is its table: ``TABLE`` is the name, ``KEY`` the primary key, which comes first, and the fields are the
   columns in their order; a `Vm` is the two columns ``hotkey, vm``, a `Pin` the two ``platform_kind, platform_id``;
-* nothing secret is in a row in the clear: passphrases are sealed, tokens and nonces of a boot are digests;
+* no row has a secret in the clear: passphrases are sealed, tokens and nonces of a boot are digests (SHA-256);
 * no operation changes a sealed passphrase or an audit row, and only an operator's `PurgeGeneration` and `PurgeAudit`
   delete them;
 * this is the only file of the pure part, next to ``effects.py``, with a bare ``yield``.
@@ -15,7 +15,7 @@ Times are integer unix seconds.
 """
 
 from collections.abc import Generator
-from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar, get_args
 
 from attrs import field, frozen
 
@@ -37,7 +37,7 @@ class StoreOp(Generic[T_co]):
 
 @frozen(order=True)
 class Vm:
-    """Whose VM, and which: the hotkey's SS58 address and the VM's name."""
+    """A VM: its owner's hotkey, as SS58 address, and its name."""
 
     hotkey: str
     name: str
@@ -45,7 +45,7 @@ class Vm:
 
 @frozen(order=True)
 class Pin:
-    """What a VM's name is bound to: a platform, by the one identifier that names it best."""
+    """The platform that a VM's name is bound to, by its best identifier (16 bytes)."""
 
     kind: Literal["instance", "ppid"]
     value: bytes
@@ -56,29 +56,29 @@ class Pin:
 
 @frozen
 class Platform:
-    """What a PCK certificate says of its platform: the instance id where there is one, and the PPID (16 bytes each)."""
+    """The identifiers in a PCK certificate: the platform instance id, if it has one, and the PPID (16 bytes each)."""
 
     instance_id: bytes | None
     ppid: bytes
 
     @property
     def pin(self) -> Pin:
-        """The instance id, which names a multi-package platform whole; else the PPID."""
+        """The instance id, which names a multi-package platform as a whole, or else the PPID."""
         return Pin("ppid", self.ppid) if self.instance_id is None else Pin("instance", self.instance_id)
 
 
 Exchange: TypeAlias = Literal["base", "two-phase"]
-"""How a VM gets its volumes' keys: for a boot token, or by attesting again and confirming."""
+"""The exchange in which a VM gets its volumes' keys: for a boot token, or by attesting again and confirming."""
 
 State: TypeAlias = Literal["active", "candidate", "retired", "purged"]
-"""Of a key generation; see ``docs/explanation/key-lifecycle.md``."""
+"""The state of a key generation; see ``docs/explanation/key-lifecycle.md``."""
 
 Retirement: TypeAlias = Literal["rekey", "prune", "relisted", "takeover", "dropped", "superseded"]
-"""Why a generation is retired; see ``docs/explanation/key-lifecycle.md``."""
+"""The reason why a generation is retired; see ``docs/explanation/key-lifecycle.md``."""
 
 
 Decision: TypeAlias = Literal["granted", "refused", "replayed", "done"]
-"""What came of what an audit row tells of; ``done`` is for an operator's commands."""
+"""The outcome that an audit row records; ``done`` is for an operator's commands."""
 
 
 # --- rows ---
@@ -101,7 +101,7 @@ class NonceRow:
 class VmRow:
     """A claim: this name of this hotkey belongs to this platform.
 
-    ``proven``: a boot that was granted on this platform carried the hotkey's signature. ``exchange`` is ``two-phase``
+    It is ``proven`` once a granted boot on this platform carried the hotkey's signature. ``exchange`` is ``two-phase``
     once a boot was served so. ``attested`` is the boot that attested its volumes last, whose confirmation counts.
     """
 
@@ -118,14 +118,19 @@ class VmRow:
     last_boot_at: int
     attested: str | None = None
 
+    @classmethod
+    def of(cls, vm: Vm, platform: Platform, at: int) -> "VmRow":
+        """A new claim of ``platform`` on a name, not proven and without a boot."""
+        return cls(vm, platform.pin, platform.instance_id, platform.ppid, False, "base", at, 0)
+
 
 @frozen
 class BootRow:
     """A granted boot and the one token that was issued to it: a boot token, or with ``two-phase`` a quote nonce.
 
-    ``certificate`` is the SHA-256 of the attested key's SubjectPublicKeyInfo. A token is worth something while
-    ``spent_at`` and ``voided_at`` are None and the time is before ``token_expires_at``; ``body_digest`` is the SHA-256
-    of the request body that spent it. A two-phase boot that attested its volumes has a confirm nonce too, good until
+    ``certificate`` is the SHA-256 of the attested key's SubjectPublicKeyInfo. A token is valid while ``spent_at`` and
+    ``voided_at`` are None and the time is before ``token_expires_at``; ``body_digest`` is the SHA-256 of the request
+    body that consumed it. A two-phase boot that attested its volumes has a confirm nonce too, valid until
     ``confirm_expires_at``; ``confirm_body_digest`` is of the request that confirmed.
     """
 
@@ -155,9 +160,9 @@ class BootRow:
 
 @frozen
 class BootVolumeRow:
-    """What a boot was given for one volume: generations, so that the same answer can be given again.
+    """The generations that a boot was given for one volume, so that the same answer can be given again.
 
-    ``position`` is the volume's place in the answer; ``in_use`` what the answer said of it.
+    ``position`` is the volume's index in the answer; ``in_use`` whether the answer listed it as in use.
     """
 
     TABLE: ClassVar[str] = "boot_volume"
@@ -175,8 +180,9 @@ class BootVolumeRow:
 class GenerationRow:
     """One generation of one volume's key; see ``docs/explanation/key-lifecycle.md`` for its states.
 
-    ``sealed`` never changes while the row has it (only a purge removes it); ``kek_id`` and ``wrapped_key`` change when
-    the row is wrapped anew. ``origin`` is the boot id of the request that made it, or the operator's command.
+    ``sealed`` is never overwritten, because a disk may have that key: only a purge removes it. ``kek_id`` and
+    ``wrapped_key`` change when the row is rewrapped. ``origin`` is the boot id of the request that made it, or the
+    operator's command.
     """
 
     TABLE: ClassVar[str] = "generation"
@@ -199,7 +205,7 @@ class GenerationRow:
 
 @frozen
 class VolumeRow:
-    """What is known of a volume's disk: whether it holds data, and whether one format of it is permitted even so.
+    """The state of a volume's disk: whether it is in use, and whether one format of it is permitted even so.
 
     ``handed`` is the generation that the last attestation handed out as the current one, until a boot confirms.
     """
@@ -241,11 +247,11 @@ class AttestationRow:
 
 @frozen
 class ServerRow:
-    """A registered server. ``registration`` names this registration of the id, once for all time.
+    """A registered server. ``registration`` is unique for all time, also after a new registration of the same id.
 
-    ``address`` is what ``host`` resolved to. ``boot_id`` is the boot that it was linked to at registration; ``pin`` the
-    platform that its first accepted runtime quote came from, where there is no link. ``attested`` is the newest verdict
-    on a runtime quote of it.
+    ``address`` is the address that ``host`` resolved to. ``boot_id`` is the boot that it was linked to at registration;
+    ``pin``, without a link, the platform of its first accepted runtime quote. ``attested`` is the newest verdict on a
+    runtime quote of it.
     """
 
     TABLE: ClassVar[str] = "server"
@@ -265,13 +271,13 @@ class ServerRow:
 
     @property
     def vm(self) -> Vm:
-        """The VM of its owner's that has its name."""
+        """The owner's VM of the same name."""
         return Vm(self.hotkey, self.name)
 
 
 @frozen
 class GpuRow:
-    """A GPU of a server; ``declared`` is the JSON of all that its owner says of it."""
+    """A GPU of a server; ``declared`` is its owner's declaration as JSON."""
 
     TABLE: ClassVar[str] = "gpu"
     KEY: ClassVar[tuple[str, ...]] = ("uuid",)
@@ -284,7 +290,7 @@ class GpuRow:
 
 @frozen
 class AuditRow:
-    """What was decided, for whom and why, written in the same transaction as what it tells of; never changed.
+    """A decision, for whom and why, written in the transaction of the change that it records; never changed.
 
     ``keys`` names the generations that it concerns, one ``volume/generation change`` each, with a comma and a space
     between. Audit rows have no key of their own; the store keeps them in the order in which they were written.
@@ -321,18 +327,8 @@ Row: TypeAlias = (
     | AuditRow
 )
 
-ROWS: tuple[type[Row], ...] = (
-    NonceRow,
-    VmRow,
-    BootRow,
-    BootVolumeRow,
-    GenerationRow,
-    VolumeRow,
-    AttestationRow,
-    ServerRow,
-    GpuRow,
-    AuditRow,
-)
+ROWS: tuple[type[Row], ...] = get_args(Row)
+"""All kinds of rows, those that others refer to before these."""
 
 R = TypeVar("R", bound=Row)
 
@@ -379,8 +375,8 @@ class SweepNonces(StoreOp[tuple[NonceRow, ...]]):
 class Times:
     """The horizon, and the start of the transaction by the store's own clock, both in unix seconds.
 
-    Nonces issued at or before the horizon may have been forgotten, and count as redeemed. ``clock`` is None where the
-    store has only this machine's.
+    Nonces issued at or before the horizon may have been forgotten, and count as redeemed. ``clock`` is None for a store
+    without a clock of its own.
     """
 
     horizon: int
@@ -415,35 +411,35 @@ class ReadVm(StoreOp[VmRow | None]):
 
 @frozen
 class ReadNames(StoreOp[tuple[Vm, ...]]):
-    """All names that are claimed or have keys, in order; with ``name``, those of any hotkey that are called so."""
+    """All VMs that are claimed or have keys, in order; with ``name``, those of that name, of any hotkey."""
 
     name: str | None = None
 
 
 @frozen
 class CountClaims(StoreOp[int]):
-    """How many names are bound to a platform."""
+    """The number of names that are bound to a platform."""
 
     pin: Pin
 
 
 @frozen
 class FindBoot(StoreOp[BootRow | None]):
-    """The boot that a token was issued to, whatever became of the token."""
+    """The boot that a token was issued to, also of a consumed, void or expired one."""
 
     token_digest: bytes
 
 
 @frozen
 class FindConfirm(StoreOp[BootRow | None]):
-    """The boot that a confirm nonce was issued to, whatever became of it."""
+    """The boot that a confirm nonce was issued to, also of a used, void or expired one."""
 
     confirm_digest: bytes
 
 
 @frozen
 class SpendToken(StoreOp[bool]):
-    """Mark a boot's token as spent by a request body; False if it was spent before, and then nothing changes."""
+    """Mark a boot's token as consumed by a request body; False, and no change, if it was consumed before."""
 
     boot_id: str
     at: int
@@ -460,7 +456,7 @@ class VoidTokens(StoreOp[None]):
 
 @frozen
 class ReadBootVolumes(StoreOp[tuple[BootVolumeRow, ...]]):
-    """What a boot was given, by position."""
+    """The volumes and generations that a boot was given, by position."""
 
     boot_id: str
 
@@ -474,10 +470,11 @@ class ReadGenerations(StoreOp[tuple[GenerationRow, ...]]):
 
 @frozen
 class ReadLiveGenerations(StoreOp[tuple[GenerationRow, ...]]):
-    """Of a VM's generations those on which a request may depend, by volume and generation: few, however many there are.
+    """The generations of a VM on which a request may depend, by volume and generation: few, however many there are.
 
-    They are the active ones, the candidates, what a prune retired, what is provisional, the newest of each volume,
-    which no purge takes, and what the boot ``boot_id`` was given.
+    They are the active ones, the candidates, those that a prune retired, the provisional ones, the newest of each
+    volume, which no purge takes, and those that the boot ``boot_id`` was given. Without the newest, the next generation
+    would get a number that exists.
     """
 
     vm: Vm
@@ -507,12 +504,12 @@ class PurgeGeneration(StoreOp[None]):
 
 @frozen
 class CountSealed(StoreOp[tuple[tuple[str, int], ...]]):
-    """How many passphrases are sealed under each key-encryption key, by ``kek_id``."""
+    """The number of passphrases sealed under each KEK, by ``kek_id``."""
 
 
 @frozen
 class ReadOtherwiseSealed(StoreOp[tuple[GenerationRow, ...]]):
-    """Up to ``limit`` generations whose passphrase is sealed under another key-encryption key than ``kek_id``."""
+    """Up to ``limit`` generations whose passphrase is sealed under another KEK than ``kek_id``."""
 
     kek_id: str
     limit: int
@@ -520,14 +517,14 @@ class ReadOtherwiseSealed(StoreOp[tuple[GenerationRow, ...]]):
 
 @frozen
 class ReadVolumes(StoreOp[tuple[VolumeRow, ...]]):
-    """What is known of a VM's disks, by volume."""
+    """The known disks of a VM, by volume."""
 
     vm: Vm
 
 
 @frozen
 class CountRefusals(StoreOp[int]):
-    """How many refusals of a platform's quotes are recorded since a time, inclusive."""
+    """The number of recorded refusals of a platform's quotes since a time, inclusive."""
 
     pin: Pin
     since: int
@@ -578,7 +575,7 @@ class FindLastBootFrom(StoreOp[BootRow | None]):
 
 @frozen
 class CountServerRefusals(StoreOp[int]):
-    """How many refusals of a registration's runtime quotes are recorded since a time, inclusive."""
+    """The number of recorded refusals of a registration's runtime quotes since a time, inclusive."""
 
     registration: str
     since: int
@@ -598,7 +595,7 @@ class ReadAudit(StoreOp[tuple[tuple[int, AuditRow], ...]]):
 
 @frozen
 class PurgeAudit(StoreOp[None]):
-    """Delete the audit rows after the number ``beyond``, up to ``through``, that tell of a time before ``before``."""
+    """Delete the audit rows after the number ``beyond``, up to ``through``, that record a time before ``before``."""
 
     beyond: int
     through: int
@@ -607,7 +604,7 @@ class PurgeAudit(StoreOp[None]):
 
 @frozen
 class Read(StoreOp[R | None], Generic[R]):
-    """The row of a kind whose key is one text: a boot, a verdict, a server or a GPU, whosever it is."""
+    """The row of a kind whose key is one text: a boot, a verdict, a server or a GPU, of any owner."""
 
     kind: type[R]
     key: str

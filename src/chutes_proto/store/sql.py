@@ -2,13 +2,13 @@
 
 Rules kept here:
 
-* an operation is one entry of `_QUERIES`: its statement with parameters, and how a reply is made of what comes back;
-* every value is a parameter, written as where the operation has it (``:vm.name``) and made a ``?``; `for_driver`
-  turns that into what a driver wants, and no statement has a ``:``, ``?`` or ``%`` for anything else;
-* ``{clock}`` in a statement is the time by the database's own clock, NULL in a dialect that has only this machine's;
+* an operation is one entry of `_QUERIES`: its statement with parameters, and a function from the result to the reply;
+* every value is a parameter, written as its path in the operation (``:vm.name``) and made a ``?``; `for_driver` turns
+  that into the driver's mark, and no statement has a ``:``, ``?`` or ``%`` for anything else;
+* ``{clock}`` in a statement is the time by the database's own clock, NULL in a dialect without one;
 * table and column names come from the row classes alone;
-* types are what both dialects have: TEXT, BIGINT, BOOLEAN and bytes; no TEXT is compared but for equality, because
-  collations differ, so order is made here;
+* types are those that both dialects have: TEXT, BIGINT, BOOLEAN and bytes; TEXT is compared for equality only, because
+  collations differ, so rows are sorted here;
 * a release that changes the schema adds a step to `STEPS`; the number of steps that made a database is its schema
   version, and stands in the ``fact`` table.
 """
@@ -25,25 +25,7 @@ from typing import Any, Final, Literal, TypeAlias, Union, get_args, get_origin
 import attrs
 from attrs import frozen
 
-from chutes_proto.store import rows as ops
-from chutes_proto.store.rows import (
-    ROWS,
-    AttestationRow,
-    AuditRow,
-    BootRow,
-    BootVolumeRow,
-    GenerationRow,
-    GpuRow,
-    NonceRow,
-    Pin,
-    Row,
-    ServerRow,
-    StoreOp,
-    Times,
-    Vm,
-    VmRow,
-    VolumeRow,
-)
+from chutes_proto.store import rows as store
 
 Dialect: TypeAlias = Literal["sqlite", "postgresql"]
 Values: TypeAlias = tuple[Any, ...]
@@ -224,7 +206,7 @@ TABLES: Final[dict[Dialect, str]] = {
     "sqlite": "SELECT name FROM sqlite_master",
     "postgresql": "SELECT tablename FROM pg_tables WHERE schemaname = current_schema()",
 }
-"""What there is in a database, ours or not."""
+"""The statement that lists all tables of a database, ours or not."""
 
 _TYPES: Final[dict[Dialect, dict[str, str]]] = {
     "sqlite": {"bytes": "BLOB", "serial": "INTEGER", "room": "", "alone": ""},
@@ -233,7 +215,7 @@ _TYPES: Final[dict[Dialect, dict[str, str]]] = {
         "serial": "BIGINT GENERATED ALWAYS AS IDENTITY",
         # Every unit holds the weakest lock of this table, so none runs beside a migration.
         "alone": "LOCK TABLE fact IN ACCESS EXCLUSIVE MODE",
-        # A new version of a row that finds no room beside the old one is entered in every index, where it conflicts
+        # A new version of a row that does not fit beside the old one is entered in every index, where it conflicts
         # with each transaction that read a neighbour there.
         "room": ";".join(f"ALTER TABLE {table} SET (fillfactor = 50)" for table in ("vm", "boot", "volume")),
     },
@@ -247,10 +229,7 @@ def schema(dialect: Dialect, since: int = 0) -> Iterator[str]:
     return (statement for part in text.split(";") if (statement := part.strip()))
 
 
-_CLOCK: Final[dict[Dialect, str]] = {
-    "sqlite": "NULL",
-    "postgresql": "CAST(floor(extract(epoch FROM now())) AS BIGINT)",
-}
+_CLOCK: Final[dict[Dialect, str]] = {"sqlite": "NULL", "postgresql": "CAST(floor(extract(epoch FROM now())) AS BIGINT)"}
 
 
 def for_driver(statement: str, dialect: Dialect) -> str:
@@ -277,26 +256,26 @@ def _type_of(attribute: attrs.Attribute[Any]) -> Any:
     return kind
 
 
-_PAIRS: Final[dict[Any, tuple[str, str]]] = {Vm: ("hotkey", "vm"), Pin: ("platform_kind", "platform_id")}
-"""The columns of what is two."""
+_PAIRS: Final[dict[Any, tuple[str, str]]] = {store.Vm: ("hotkey", "vm"), store.Pin: ("platform_kind", "platform_id")}
+"""The columns of each type that is two of them."""
 
 _PARTS: Final[dict[Any, Callable[[Any], Values]]] = {
-    Vm: attrgetter("hotkey", "name"),
-    Pin: attrgetter("kind", "value"),
+    store.Vm: attrgetter("hotkey", "name"),
+    store.Pin: attrgetter("kind", "value"),
 }
-"""The values of what is two columns."""
+"""The values of the same."""
 
 
 @frozen
 class _Layout:
-    """How a row's fields are its columns: each is one, but for those that are a pair of them."""
+    """The columns of a row's fields: one for each, or a pair."""
 
     columns: tuple[str, ...]
-    fields: Callable[[Row], Values]
+    fields: Callable[[store.Row], Values]
     pairs: tuple[tuple[int, Any], ...]
-    """Place and type."""
+    """Index and type of each field that is a pair."""
     flags: tuple[int, ...]
-    """The places of the booleans."""
+    """The indexes of the booleans."""
 
     @classmethod
     def of(cls, kind: type[Any]) -> _Layout:
@@ -309,15 +288,15 @@ class _Layout:
         )
 
 
-_LAYOUTS: Final = {kind: _Layout.of(kind) for kind in ROWS}
+_LAYOUTS: Final = {kind: _Layout.of(kind) for kind in store.ROWS}
 
 
-def columns(kind: type[Row]) -> tuple[str, ...]:
+def columns(kind: type[store.Row]) -> tuple[str, ...]:
     """The names of a row's columns, in the order of its values."""
     return _LAYOUTS[kind].columns
 
 
-def encode(row: Row) -> Values:
+def encode(row: store.Row) -> Values:
     """The values of a row, one for each column."""
     layout = _LAYOUTS[type(row)]
     values = list(layout.fields(row))
@@ -343,7 +322,7 @@ def decode_rows(kind: type[Any], rows: Rows) -> tuple[Any, ...]:
     return tuple(made)
 
 
-def key_of(row: Row) -> Values:
+def key_of(row: store.Row) -> Values:
     """The values of a row's primary key."""
     return encode(row)[: len(row.KEY)]
 
@@ -365,28 +344,29 @@ _VOID: Final = "UPDATE boot SET voided_at = :at WHERE voided_at IS NULL"
 _NEWEST: Final = "ORDER BY created_at DESC LIMIT 1"
 
 
-def _select(kind: type[Row], rest: str, *others: str) -> str:
+def _select(kind: type[store.Row], rest: str, *others: str) -> str:
     return f"SELECT {', '.join((*others, *columns(kind)))} FROM {kind.TABLE} {rest}"  # noqa: S608 - names of ours
 
 
-def _insert(kind: type[Row]) -> str:
+def _insert(kind: type[store.Row]) -> str:
     names = columns(kind)
     return f"INSERT INTO {kind.TABLE} ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})"  # noqa: S608
 
 
-def _put(kind: type[Row]) -> str:
+def _put(kind: type[store.Row]) -> str:
     changes = ", ".join(f"{name} = excluded.{name}" for name in columns(kind) if name not in kind.KEY)
     return f"{_insert(kind)} ON CONFLICT ({', '.join(kind.KEY)}) DO UPDATE SET {changes}"
 
 
-def _claim(kind: type[Row]) -> str:
+def _claim(kind: type[store.Row]) -> str:
     return f"{_insert(kind)} ON CONFLICT DO NOTHING RETURNING {kind.KEY[0]}"
 
 
 _READS: Final = {
-    kind: _select(kind, f"WHERE {kind.KEY[0]} = ?") for kind in (BootRow, AttestationRow, ServerRow, GpuRow)
+    kind: _select(kind, f"WHERE {kind.KEY[0]} = ?")
+    for kind in (store.BootRow, store.AttestationRow, store.ServerRow, store.GpuRow)
 }
-_SCANS: Final = {kind: _select(kind, "" if kind.KEY else "ORDER BY id") for kind in ROWS}
+_SCANS: Final = {kind: _select(kind, "" if kind.KEY else "ORDER BY id") for kind in store.ROWS}
 
 
 # --- replies ---
@@ -400,27 +380,27 @@ def _number(rows: Rows) -> Any:
     return rows[0][0]
 
 
-def _times(rows: Rows) -> Times:
+def _times(rows: Rows) -> store.Times:
     if not rows:
         raise LostFactError
-    return Times(*rows[0])
+    return store.Times(*rows[0])
 
 
-def _first(kind: type[Row], rows: Rows) -> Any:
+def _first(kind: type[store.Row], rows: Rows) -> Any:
     return decode_rows(kind, rows)[0] if rows else None
 
 
-def _sorted(kind: type[Row], rows: Rows) -> tuple[Any, ...]:
+def _sorted(kind: type[store.Row], rows: Rows) -> tuple[Any, ...]:
     return decode_rows(kind, sorted(rows, key=itemgetter(slice(len(kind.KEY)))))
 
 
-def _names(rows: Rows) -> tuple[Vm, ...]:
-    return tuple(sorted(Vm(*values) for values in rows))
+def _names(rows: Rows) -> tuple[store.Vm, ...]:
+    return tuple(sorted(store.Vm(*values) for values in rows))
 
 
-def _numbered(rows: Rows) -> tuple[tuple[int, AuditRow], ...]:
+def _numbered(rows: Rows) -> tuple[tuple[int, store.AuditRow], ...]:
     numbers = [values[0] for values in rows]
-    return tuple(zip(numbers, decode_rows(AuditRow, [values[1:] for values in rows]), strict=True))
+    return tuple(zip(numbers, decode_rows(store.AuditRow, [values[1:] for values in rows]), strict=True))
 
 
 # --- operations ---
@@ -428,7 +408,7 @@ def _numbered(rows: Rows) -> tuple[tuple[int, AuditRow], ...]:
 
 @frozen
 class _Query:
-    """How an operation is carried out: its statement and parameters, and its reply, from the rows that came back."""
+    """An operation in SQL: its statement and parameters, and its reply, from the rows that the statement returned."""
 
     ask: Callable[[Any], tuple[str, Values]]
     reply: Callable[[Any, Rows], Any]
@@ -444,21 +424,23 @@ def _either(holds: Callable[[Any], bool], yes: _Query, no: _Query) -> _Query:
     return _Query(lambda op: (yes if holds(op) else no).ask(op), yes.reply)
 
 
-def _write(text: Callable[[type[Row]], str], kinds: Sequence[type[Row]], reply: Callable[[Rows], Any]) -> _Query:
-    """Of the operation's row, whole."""
+def _write(
+    text: Callable[[type[store.Row]], str], kinds: Sequence[type[store.Row]], reply: Callable[[Rows], Any]
+) -> _Query:
+    """The query that writes the operation's whole row."""
     texts = {kind: text(kind) for kind in kinds}
     return _Query(lambda op: (texts[type(op.row)], encode(op.row)), lambda _, rows: reply(rows))
 
 
-def _one(kind: type[Row], where: str) -> _Query:
+def _one(kind: type[store.Row], where: str) -> _Query:
     return _query(_select(kind, f"WHERE {where}"), partial(_first, kind))
 
 
-def _all(kind: type[Row], where: str) -> _Query:
+def _all(kind: type[store.Row], where: str) -> _Query:
     return _query(_select(kind, f"WHERE {where}"), partial(_sorted, kind))
 
 
-def _count(kind: type[Row], where: str) -> _Query:
+def _count(kind: type[store.Row], where: str) -> _Query:
     return _query(f"SELECT count(*) FROM {kind.TABLE} WHERE {where}", _number)  # noqa: S608
 
 
@@ -467,28 +449,28 @@ def _change_generation(to: str, where: str = "TRUE") -> _Query:
     return _query(f"UPDATE generation SET {to} WHERE {key} AND {where}")  # noqa: S608
 
 
-_QUERIES: Final[dict[type[StoreOp[Any]], _Query]] = {
-    ops.Insert: _write(_insert, ROWS, _nothing),
-    ops.Put: _write(_put, (VmRow, BootRow, VolumeRow, ServerRow), _nothing),
-    ops.Claim: _write(_claim, (ServerRow, GpuRow), bool),
-    ops.Read: _Query(lambda op: (_READS[op.kind], (op.key,)), lambda op, rows: _first(op.kind, rows)),
-    ops.Scan: _Query(lambda op: (_SCANS[op.kind], ()), lambda op, rows: _sorted(op.kind, rows)),
+_QUERIES: Final[dict[type[store.StoreOp[Any]], _Query]] = {
+    store.Insert: _write(_insert, store.ROWS, _nothing),
+    store.Put: _write(_put, (store.VmRow, store.BootRow, store.VolumeRow, store.ServerRow), _nothing),
+    store.Claim: _write(_claim, (store.ServerRow, store.GpuRow), bool),
+    store.Read: _Query(lambda op: (_READS[op.kind], (op.key,)), lambda op, rows: _first(op.kind, rows)),
+    store.Scan: _Query(lambda op: (_SCANS[op.kind], ()), lambda op, rows: _sorted(op.kind, rows)),
     # nonces
-    ops.RedeemNonce: _write(_claim, (NonceRow,), bool),
-    ops.IsRedeemed: _query("SELECT value FROM nonce WHERE value = :value", bool),
-    ops.SweepNonces: _query(
+    store.RedeemNonce: _write(_claim, (store.NonceRow,), bool),
+    store.IsRedeemed: _query("SELECT value FROM nonce WHERE value = :value", bool),
+    store.SweepNonces: _query(
         "DELETE FROM nonce WHERE value IN"
         " (SELECT value FROM nonce WHERE redeemed_at <= :until AND issued_at <= :until"
         " ORDER BY redeemed_at LIMIT :limit)"
         " RETURNING value, purpose, issued_at, redeemed_at",
-        partial(_sorted, NonceRow),
+        partial(_sorted, store.NonceRow),
     ),
-    ops.ReadTimes: _query("SELECT value, {clock} FROM fact WHERE name = 'nonce_horizon'", _times),
-    ops.RaiseHorizon: _query("UPDATE fact SET value = :to WHERE name = 'nonce_horizon' AND value < :to"),
-    ops.SetHorizon: _query("UPDATE fact SET value = :to WHERE name = 'nonce_horizon'"),
+    store.ReadTimes: _query("SELECT value, {clock} FROM fact WHERE name = 'nonce_horizon'", _times),
+    store.RaiseHorizon: _query("UPDATE fact SET value = :to WHERE name = 'nonce_horizon' AND value < :to"),
+    store.SetHorizon: _query("UPDATE fact SET value = :to WHERE name = 'nonce_horizon'"),
     # names and boots
-    ops.ReadVm: _one(VmRow, _THE_VM),
-    ops.ReadNames: _either(
+    store.ReadVm: _one(store.VmRow, _THE_VM),
+    store.ReadNames: _either(
         lambda op: op.name is None,
         _query("SELECT hotkey, vm FROM vm UNION SELECT hotkey, vm FROM generation", _names),
         _query(
@@ -496,69 +478,70 @@ _QUERIES: Final[dict[type[StoreOp[Any]], _Query]] = {
             _names,
         ),
     ),
-    ops.CountClaims: _count(VmRow, _THE_PLATFORM),
-    ops.FindBoot: _one(BootRow, "token_digest = :token_digest"),
-    ops.FindConfirm: _one(BootRow, "confirm_digest = :confirm_digest"),
-    ops.FindLastBoot: _one(BootRow, f"{_THE_VM} {_NEWEST}"),
-    ops.FindLastBootFrom: _one(BootRow, f"hotkey = :hotkey AND peer_address = :address {_NEWEST}"),
-    ops.SpendToken: _query(
+    store.CountClaims: _count(store.VmRow, _THE_PLATFORM),
+    store.FindBoot: _one(store.BootRow, "token_digest = :token_digest"),
+    store.FindConfirm: _one(store.BootRow, "confirm_digest = :confirm_digest"),
+    store.FindLastBoot: _one(store.BootRow, f"{_THE_VM} {_NEWEST}"),
+    store.FindLastBootFrom: _one(store.BootRow, f"hotkey = :hotkey AND peer_address = :address {_NEWEST}"),
+    store.SpendToken: _query(
         "UPDATE boot SET spent_at = :at, body_digest = :body_digest"
         " WHERE boot_id = :boot_id AND spent_at IS NULL RETURNING boot_id",
         bool,
     ),
-    ops.VoidTokens: _either(lambda op: op.vm is None, _query(_VOID), _query(f"{_VOID} AND {_THE_VM}")),
-    ops.ReadBootVolumes: _query(
-        _select(BootVolumeRow, "WHERE boot_id = :boot_id ORDER BY position"), partial(decode_rows, BootVolumeRow)
+    store.VoidTokens: _either(lambda op: op.vm is None, _query(_VOID), _query(f"{_VOID} AND {_THE_VM}")),
+    store.ReadBootVolumes: _query(
+        _select(store.BootVolumeRow, "WHERE boot_id = :boot_id ORDER BY position"),
+        partial(decode_rows, store.BootVolumeRow),
     ),
     # keys and volumes
-    ops.ReadGenerations: _all(GenerationRow, _THE_VM),
-    ops.ReadLiveGenerations: _either(
+    store.ReadGenerations: _all(store.GenerationRow, _THE_VM),
+    store.ReadLiveGenerations: _either(
         lambda op: op.boot_id is None,
-        _all(GenerationRow, f"{_THE_VM} AND ({_LIVE})"),
-        _all(GenerationRow, f"{_THE_VM} AND ({_LIVE} OR {_GIVEN})"),
+        _all(store.GenerationRow, f"{_THE_VM} AND ({_LIVE})"),
+        _all(store.GenerationRow, f"{_THE_VM} AND ({_LIVE} OR {_GIVEN})"),
     ),
-    ops.UpdateGeneration: _change_generation(
+    store.UpdateGeneration: _change_generation(
         "state = :row.state, provisional = :row.provisional, delivered_at = :row.delivered_at,"
         " retired_at = :row.retired_at, retirement = :row.retirement"
     ),
-    ops.RewrapGeneration: _change_generation(
+    store.RewrapGeneration: _change_generation(
         "kek_id = :row.kek_id, wrapped_key = :row.wrapped_key", "sealed IS NOT NULL"
     ),
-    ops.PurgeGeneration: _change_generation(
+    store.PurgeGeneration: _change_generation(
         "state = 'purged', provisional = FALSE, sealed = NULL, kek_id = NULL, wrapped_key = NULL", "state = 'retired'"
     ),
-    ops.CountSealed: _query(
+    store.CountSealed: _query(
         "SELECT kek_id, count(*) FROM generation WHERE kek_id IS NOT NULL GROUP BY kek_id",
         lambda rows: tuple(sorted((kek_id, count) for kek_id, count in rows)),
     ),
-    ops.ReadOtherwiseSealed: _all(GenerationRow, "kek_id IS NOT NULL AND kek_id <> :kek_id LIMIT :limit"),
-    ops.ReadVolumes: _all(VolumeRow, _THE_VM),
+    store.ReadOtherwiseSealed: _all(store.GenerationRow, "kek_id IS NOT NULL AND kek_id <> :kek_id LIMIT :limit"),
+    store.ReadVolumes: _all(store.VolumeRow, _THE_VM),
     # servers and verdicts
-    ops.FindServer: _one(ServerRow, "address = :address"),
-    ops.ReadServers: _all(ServerRow, "hotkey = :hotkey"),
-    ops.DeleteServer: _query("DELETE FROM server WHERE server_id = :server_id"),  # and its GPUs, by their reference
-    ops.CountRefusals: _count(AttestationRow, f"{_THE_PLATFORM} AND code IS NOT NULL AND created_at >= :since"),
-    ops.CountServerRefusals: _count(
-        AttestationRow, "registration = :registration AND code IS NOT NULL AND created_at >= :since"
+    store.FindServer: _one(store.ServerRow, "address = :address"),
+    store.ReadServers: _all(store.ServerRow, "hotkey = :hotkey"),
+    store.DeleteServer: _query("DELETE FROM server WHERE server_id = :server_id"),  # and its GPUs, by their reference
+    store.CountRefusals: _count(store.AttestationRow, f"{_THE_PLATFORM} AND code IS NOT NULL AND created_at >= :since"),
+    store.CountServerRefusals: _count(
+        store.AttestationRow, "registration = :registration AND code IS NOT NULL AND created_at >= :since"
     ),
     # audit
-    ops.ReadAudit: _either(
+    store.ReadAudit: _either(
         lambda op: op.backwards,
-        _query(_select(AuditRow, "WHERE id < :beyond ORDER BY id DESC LIMIT :limit", "id"), _numbered),
-        _query(_select(AuditRow, "WHERE id > :beyond ORDER BY id LIMIT :limit", "id"), _numbered),
+        _query(_select(store.AuditRow, "WHERE id < :beyond ORDER BY id DESC LIMIT :limit", "id"), _numbered),
+        _query(_select(store.AuditRow, "WHERE id > :beyond ORDER BY id LIMIT :limit", "id"), _numbered),
     ),
-    ops.PurgeAudit: _query("DELETE FROM audit WHERE id > :beyond AND id <= :through AND at < :before"),
+    store.PurgeAudit: _query("DELETE FROM audit WHERE id > :beyond AND id <= :through AND at < :before"),
 }
 
 
-def statement(op: StoreOp[Any]) -> tuple[str, Values]:
-    """The statement of an operation and its parameters. Raises `TypeError` for what is no operation."""
+def statement(op: store.StoreOp[Any]) -> tuple[str, Values]:
+    """The statement of an operation and its parameters. Raises `TypeError` for any other value."""
     query = _QUERIES.get(type(op))
     if query is None:
         raise TypeError(f"{type(op).__name__} is not a row operation")
     return query.ask(op)
 
 
-def decode(op: StoreOp[Any], rows: Rows) -> Any:
-    """The reply to an operation, from what its statement returned (nothing, for one that returns no rows)."""
+def decode(op: store.StoreOp[Any], rows: Rows) -> Any:
+    """The reply to an operation, from the rows that its statement returned, which may be none."""
     return _QUERIES[type(op)].reply(op, rows)

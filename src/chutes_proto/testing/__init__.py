@@ -1,4 +1,4 @@
-"""What tests of this project and of its users need: a simulated TDX platform, playbooks, the store contract suite.
+"""Parts of tests, for this project and its users: a simulated TDX platform, playbooks, the store contract suite.
 
 platform = SimulatedPlatform(b"the world of my tests")
 quote, collateral, root = platform.quote(report_data), platform.collateral(now), platform.root

@@ -1,13 +1,13 @@
 """The files of a simulated platform, as names and bytes: nothing here touches a disk.
 
-Two kinds of directory. A *platform's* keeps `PLATFORM_FILE`, which is all that has to be kept: root, certificates and
-measurements follow from the seed, and collateral is made anew whenever it has grown old. A *simulation's* holds one
-quote with all that a verifier needs.
+There are two kinds of directory. A *platform's* has `PLATFORM_FILE` alone: root, certificates and measurements follow
+from the seed, and collateral is made again when it has expired. A *simulation's* has one quote and everything that a
+verifier needs.
 
 Rules kept here:
 
-* `PLATFORM_FILE` holds the keys of a root that someone may trust: who writes it makes it readable by its owner alone;
-* it is read only if it is, byte for byte, what `PlatformRecord.encode` writes, so that nothing is ever half understood.
+* `PLATFORM_FILE` holds the keys of a root that someone may trust: it is written readable by its owner alone;
+* it is read only if it equals, byte for byte, the output of `PlatformRecord.encode`: nothing is understood in part.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _FORMAT: Final = 1
 
 @frozen
 class PlatformRecord:
-    """What `PLATFORM_FILE` says. ``created`` is in unix seconds, for people: nothing follows from it."""
+    """The content of `PLATFORM_FILE`. ``created`` (unix seconds) is for people: nothing follows from it."""
 
     seed: bytes
     created: int
@@ -43,7 +43,7 @@ class PlatformRecord:
 
     @classmethod
     def decode(cls, data: bytes) -> PlatformRecord:
-        """Raises `ConfigurationError`, whose text repeats nothing of the file."""
+        """Raise `ConfigurationError` for any other data; its text repeats nothing of the file."""
         try:
             match json.decode(data):
                 case {"seed": str(seed), "created": int(created)}:
@@ -55,19 +55,19 @@ class PlatformRecord:
         except ValueError:
             pass
         raise ConfigurationError(
-            f"{PLATFORM_FILE} is not a simulated platform of format {_FORMAT}; remove it for a new one"
+            f"{PLATFORM_FILE} is not a simulated platform of format {_FORMAT}; remove it to get a new one"
         )
 
 
 def measurements_toml() -> bytes:
-    """The measurement profile of simulated TDs as a file, which a server's configuration or a policy may be."""
+    """Return the profile of simulated TDs as TOML, for a server's configuration or a policy."""
     return PROFILE.to_toml().encode()
 
 
 def simulation_files(
     platform: SimulatedPlatform, report_data: bytes, *, now: int, stage: Stage = "boot"
 ) -> dict[str, bytes]:
-    """A quote over 64 bytes of report data with everything to verify it at ``now``: file names and contents."""
+    """Return a quote over 64 bytes of report data and everything to verify it at ``now``, by file name."""
     return {
         "quote.bin": platform.quote(report_data, stage=stage),
         "collateral.json": platform.collateral_json(now),

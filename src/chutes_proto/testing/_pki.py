@@ -4,9 +4,9 @@ Rules kept here:
 
 * everything follows from the seed: keys and serial numbers by HKDF (RFC 5869), signatures by deterministic ECDSA
   (RFC 6979), so that the same drafts give the same bytes;
-* subjects have the common names of Intel's PCK Certificate and CRL Profile Specification, because verifiers tell roles
-  by them, and an organisation that nobody can take for Intel;
-* certificates are valid from 2018 to 2049, like Intel's root: only collateral grows old.
+* subjects have the common names of Intel's PCK Certificate and CRL Profile Specification, because verifiers recognize
+  roles by them, and an organisation that cannot be confused with Intel;
+* certificates are valid from 2018 to 2049, like Intel's root: only collateral expires.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ SGX_EXTENSION: Final = "1.2.840.113741.1.13.1"
 Curve: TypeAlias = Literal["P-256", "P-384"]
 Digest: TypeAlias = Literal["SHA-256", "SHA-384"]
 SgxItems: TypeAlias = tuple[tuple[int, bytes], ...]
-"""The items of the SGX extension: the last arc of the OID below `SGX_EXTENSION`, and the DER of the value."""
+"""The items of the SGX extension: the last arc of the OID under `SGX_EXTENSION`, and the DER of the value."""
 
 
 @frozen
 class Keys:
-    """All secrets of a simulated world, by label."""
+    """All keys of a simulated world, by label."""
 
     seed: bytes
 
     def draw(self, label: str, size: int) -> bytes:
-        """``size`` bytes that only ``label`` and the seed determine."""
+        """Return ``size`` bytes that follow from ``label`` and the seed."""
         hkdf = HKDF(hashes.SHA256(), size, salt=None, info=b"chutes-proto simulated platform: " + label.encode())
         return hkdf.derive(self.seed)
 
@@ -58,20 +58,20 @@ class Keys:
         return _private_key(self, label, curve)
 
     def public_point(self, label: str) -> bytes:
-        """The P-256 key as x ‖ y, 64 bytes."""
+        """Return the P-256 key as x ‖ y, 64 bytes."""
         return self.private(label).public_key().public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)[1:]
 
     def serial(self, label: str) -> int:
-        """The serial number of the certificate for the key ``label``: 159 bits, never zero."""
+        """Return the serial number of the certificate for the key ``label``: 159 bits, never zero."""
         return int.from_bytes(self.draw(f"serial {label}", 20)) >> 1 | 1
 
     def sign(self, label: str, data: bytes, digest: Digest = "SHA-256") -> bytes:
-        """An ECDSA signature in DER."""
+        """Return an ECDSA signature in DER."""
         algorithm = hashes.SHA256() if digest == "SHA-256" else hashes.SHA384()
         return self.private(label).sign(data, ec.ECDSA(algorithm, deterministic_signing=True))
 
     def sign_raw(self, label: str, data: bytes) -> bytes:
-        """An ECDSA signature over SHA-256 as r ‖ s, 64 bytes."""
+        """Return an ECDSA signature over SHA-256 as r ‖ s, 64 bytes."""
         r, s = decode_dss_signature(self.sign(label, data))
         return r.to_bytes(32) + s.to_bytes(32)
 
@@ -80,13 +80,13 @@ CURVE_ORDERS: Final[Mapping[Curve, int]] = {
     "P-256": 0xFFFFFFFF_00000000_FFFFFFFF_FFFFFFFF_BCE6FAAD_A7179E84_F3B9CAC2_FC632551,
     "P-384": int("FF" * 24 + "C7634D81F4372DDF581A0DB248B0A77AECEC196ACCC52973", 16),
 }
-"""SP 800-186, section 3.2.1: an older cryptography, Debian's for one, does not tell them."""
+"""SP 800-186, section 3.2.1: older releases of cryptography, such as Debian's, do not have them."""
 
 
 @lru_cache(maxsize=64)
 def _private_key(keys: Keys, label: str, curve: Curve) -> ec.EllipticCurvePrivateKey:
     group = ec.SECP256R1() if curve == "P-256" else ec.SECP384R1()
-    # 16 bytes more than the group order, so that the remainder is even over it; zero has no chance to be drawn.
+    # 16 bytes more than the group order, so that the remainder is uniform; zero has a negligible probability.
     number = int.from_bytes(keys.draw(f"key {curve} {label}", group.key_size // 8 + 16))
     return ec.derive_private_key(number % CURVE_ORDERS[curve], group)
 
@@ -121,7 +121,7 @@ class CertificateDraft:
             _extension("2.5.29.19", _basic_constraints(self.ca, self.path_length), critical=True),
         ]
         if self.sgx is not None:
-            extensions.append(_extension(SGX_EXTENSION, _sgx_extension(self.sgx) + self.sgx_trailing))
+            extensions.append(_extension(SGX_EXTENSION, _sgx_items(SGX_EXTENSION, self.sgx) + self.sgx_trailing))
         if self.critical_extension:
             extensions.append(_extension("1.3.6.1.4.1.55555.1", der.tlv(0x05), critical=True))
         algorithm = _signature_algorithm(self.digest)
@@ -142,7 +142,7 @@ class CertificateDraft:
 class CrlDraft:
     """A certificate revocation list before it is bytes.
 
-    ``revoked`` are labels of the keys whose certificates are; ``own`` is the one in the platform's own chain.
+    ``revoked`` are labels of keys with revoked certificates; ``own`` is the key in the platform's own chain.
     """
 
     issuer: str
@@ -179,18 +179,18 @@ class CrlDraft:
 
 
 def pem(certificates: Iterable[bytes]) -> str:
-    """Certificates in DER as one PEM text (RFC 7468)."""
+    """Return certificates in DER as one PEM text (RFC 7468)."""
     return "".join(der.pem("CERTIFICATE", certificate).decode() for certificate in certificates)
 
 
 def sgx_tcb(components: tuple[int, ...], pce_svn: int, cpu_svn: bytes) -> bytes:
-    """The value of the SGX extension's TCB item."""
+    """Return the value of the SGX extension's TCB item."""
     items = [(number, der.integer(svn)) for number, svn in enumerate(components, 1)]
     return _sgx_items(f"{SGX_EXTENSION}.2", [*items, (17, der.integer(pce_svn)), (18, der.octets(cpu_svn))])
 
 
 def sgx_configuration(*flags: bool) -> bytes:
-    """The value of the SGX extension's configuration item: dynamicPlatform, cachedKeys, SMTenabled."""
+    """Return the value of the configuration item: dynamicPlatform, cachedKeys, SMTenabled."""
     return _sgx_items(
         f"{SGX_EXTENSION}.7", [(n, der.tlv(0x01, b"\xff" if flag else b"\0")) for n, flag in enumerate(flags, 1)]
     )
@@ -201,7 +201,7 @@ def enumerated(value: int) -> bytes:
 
 
 def nested(depth: int) -> bytes:
-    """SEQUENCEs inside one another."""
+    """Return SEQUENCEs inside one another."""
     value = b""
     for _ in range(depth):
         value = der.sequence(value)
@@ -233,10 +233,6 @@ def _key_identifier(keys: Keys, label: str) -> bytes:
     return sha1(b"\x04" + keys.public_point(label), usedforsecurity=False).digest()
 
 
-def _sgx_extension(items: SgxItems) -> bytes:
-    return _sgx_items(SGX_EXTENSION, items)
-
-
 def _sgx_items(arc: str, items: Iterable[tuple[int, bytes]]) -> bytes:
     return der.sequence(*(der.sequence(der.oid(f"{arc}.{number}"), value) for number, value in items))
 
@@ -246,6 +242,11 @@ def _signature_algorithm(digest: Digest) -> bytes:
 
 
 def _signed(body: bytes, algorithm: bytes, signature: bytes, flip: bool) -> bytes:
-    if flip:
-        signature = signature[:-1] + bytes([signature[-1] ^ 1])
-    return der.sequence(body, algorithm, der.bits(signature))
+    return der.sequence(body, algorithm, der.bits(flipped(signature) if flip else signature))
+
+
+def flipped(data: bytes, offset: int = -1) -> bytes:
+    """Return ``data`` with the lowest bit of one byte changed."""
+    changed = bytearray(data)
+    changed[offset] ^= 1
+    return bytes(changed)

@@ -1,4 +1,4 @@
-"""A simulated TDX platform: what a real one and Intel's services would give a verifier, under a root of its own.
+"""A simulated TDX platform: the quotes and the collateral of a real one, under a root of its own.
 
     platform = SimulatedPlatform(bytes(32))
     quote = platform.quote(report_data)
@@ -8,15 +8,15 @@
 Rules kept here:
 
 * no clock and no entropy: the same seed, arguments and faults give the same bytes;
-* the shapes are whole, so that an independent verifier, given the root, accepts what an honest platform makes;
-* nothing here is Intel's: whoever trusts `SimulatedPlatform.root_der` trusts everyone who knows the seed.
+* the formats are complete, so that an independent verifier, given the root, accepts what an honest platform makes;
+* nothing here is Intel's: to trust `SimulatedPlatform.root_der` is to trust everyone who knows the seed.
 """
 
 from __future__ import annotations
 
 import json
 from hashlib import sha384
-from typing import Final
+from typing import Final, TypeVar
 
 from attrs import evolve, field, frozen
 
@@ -38,11 +38,12 @@ from chutes_proto.testing._pki import (
     Keys,
     SgxItems,
     enumerated,
+    flipped,
     pem,
     sgx_configuration,
     sgx_tcb,
 )
-from chutes_proto.testing._quotes import Form, HeaderDraft, QeReportDraft, QuoteDraft, TdReportDraft, flipped
+from chutes_proto.testing._quotes import Form, HeaderDraft, QeReportDraft, QuoteDraft, TdReportDraft
 from chutes_proto.testing._statements import (
     PCE_SVN,
     SGX_COMPONENTS,
@@ -53,8 +54,10 @@ from chutes_proto.testing._statements import (
     tee_tcb_svn,
 )
 
+T = TypeVar("T")
+
 COLLATERAL_SECONDS: Final = 30 * 86400
-"""How long collateral is valid from the time it was made."""
+"""How long collateral is valid, from the time at which it was made."""
 
 _TCB_SIGNER: Final = "TCB signing"
 
@@ -74,8 +77,10 @@ PROFILE: Final = Profile(name="simulated", version="1", mrtd=MRTD, boot=BOOT_RTM
 class SimulatedPlatform:
     """One machine of a simulated world.
 
-    ``seed`` is the world: its root, its CAs, its TCB signer. ``index`` tells machines under one root apart: each has
-    its own FMSPC, PPID, platform instance id, PCK and attestation key. All run the same image on the same parts.
+    ``seed``, at least 16 bytes, determines the world: its root, its CAs, its TCB signer. ``index`` distinguishes
+    machines under one root: each has its own FMSPC, PPID, platform instance id, PCK and attestation key. All run the
+    same image on the same parts. ``ca`` issues the PCK certificate, ``form`` is the format of the quotes. Raises
+    `LocalProtocolError` for a seed that is too short.
     """
 
     seed: bytes = field(repr=False)
@@ -86,32 +91,32 @@ class SimulatedPlatform:
 
     def __attrs_post_init__(self) -> None:
         if len(self.seed) < 16:
-            raise LocalProtocolError("the seed of a simulated platform has at least 16 bytes")
+            raise LocalProtocolError(f"seed: {len(self.seed)} bytes; a simulated platform needs 16 or more")
 
     def having(self, *faults: str | Fault) -> SimulatedPlatform:
-        """The same platform with these faults besides.
+        """Return the same platform with these faults too.
 
         Raises `LocalProtocolError` for a name that is not in `FAULTS`.
         """
         named: list[Fault] = []
         for fault in faults:
             if isinstance(fault, str) and fault not in FAULTS:
-                raise LocalProtocolError(f"there is no fault {fault!r}; there are: {', '.join(FAULTS)}")
+                raise LocalProtocolError(f"unknown fault {fault!r}; choose one of: {', '.join(FAULTS)}")
             named.append(FAULTS[fault] if isinstance(fault, str) else fault)
         return evolve(self, faults=(*self.faults, *named))
 
     def another(self, index: int) -> SimulatedPlatform:
-        """Another machine under the same root."""
+        """Return another machine under the same root."""
         return evolve(self, index=index)
 
     @property
     def root_der(self) -> bytes:
-        """The root certificate that a verifier has to trust explicitly."""
+        """The root certificate in DER, which a verifier must trust explicitly."""
         return self._root().der(Keys(self.seed))
 
     @property
     def root(self) -> TrustedRoot:
-        """`root_der` as the verifier takes it."""
+        """`root_der` as a trusted root of the verifier."""
         return TrustedRoot.from_der(self.root_der)
 
     @property
@@ -121,38 +126,37 @@ class SimulatedPlatform:
 
     @property
     def fmspc(self) -> bytes:
+        """6 bytes: the family, model, platform and custom SKU in its PCK certificate."""
         return self._draw("FMSPC", 6)
 
     @property
     def ppid(self) -> bytes:
+        """16 bytes: the platform provisioning id in its PCK certificate."""
         return self._draw("PPID", 16)
 
     @property
     def platform_instance_id(self) -> bytes | None:
-        """None under the processor CA, which knows none."""
+        """16 bytes; None under the processor CA, whose certificates have none."""
         return self._draw("platform instance id", 16) if self.ca == "platform" else None
 
     def quote(self, report_data: bytes, *, stage: Stage = "boot", padding: int = 0) -> bytes:
-        """A quote over 64 bytes of report data, with so many zero bytes after its end as some hosts add."""
+        """Return a quote over 64 bytes of report data.
+
+        ``padding`` is the number of zero bytes after its end, which some hosts add. Raises `LocalProtocolError` for
+        report data of another length.
+        """
         if len(report_data) != 64:
-            raise LocalProtocolError(f"report data has 64 bytes, not {len(report_data)}")
-        draft = self._quote_draft(report_data, stage)
-        for fault in self.faults:
-            draft = fault.quote(draft)
-        parts = draft.sign(self._keys)
-        for fault in self.faults:
-            parts = fault.parts(parts)
-        raw = parts.encode() + bytes(padding)
-        for fault in self.faults:
-            raw = fault.raw(raw)
-        return raw
+            raise LocalProtocolError(f"report data: {len(report_data)} bytes; a quote binds 64 bytes")
+        draft = self._faulty("quote", self._quote_draft(report_data, stage))
+        parts = self._faulty("parts", draft.sign(self._keys))
+        return self._faulty("raw", parts.encode() + bytes(padding))
 
     def collateral(self, now: int) -> Collateral:
-        """All collateral for this platform, valid from ``now`` for `COLLATERAL_SECONDS`."""
+        """Return the collateral for this platform, valid from ``now`` (unix seconds) for 30 days."""
         return Collateral.from_json(self.collateral_json(now))
 
     def collateral_json(self, now: int) -> bytes:
-        """The file form of `collateral`."""
+        """Return `collateral` as the JSON of a file."""
         root, tcb_signer = self._root(), self._tcb_signer()
         other_ca: Ca = "processor" if self.ca == "platform" else "platform"
         intermediate = self._intermediate(other_ca if any(fault.other_ca for fault in self.faults) else self.ca)
@@ -170,19 +174,15 @@ class SimulatedPlatform:
         )
         tcb_info = TcbInfo(issued=now, next_update=until, fmspc=self.fmspc)
         qe_identity = QeIdentity(issued=now, next_update=until, mr_signer=self._qe_signer)
-        tcb_chain: Chain = (tcb_signer.der(self._keys), root.der(self._keys))
-        for fault in self.faults:
-            root_crl, pck_crl = fault.root_crl(root_crl), fault.pck_crl(pck_crl)
-            tcb_info, qe_identity = fault.tcb_info(tcb_info), fault.qe_identity(qe_identity)
-            tcb_chain = fault.tcb_chain(tcb_chain)
+        tcb_chain = pem(self._faulty("tcb_chain", (tcb_signer.der(self._keys), root.der(self._keys))))
         members = {
             "pck_crl_issuer_chain": pem((intermediate.der(self._keys), root.der(self._keys))),
-            "root_ca_crl": root_crl.der(self._keys).hex(),
-            "pck_crl": pck_crl.der(self._keys).hex(),
-            "tcb_info_issuer_chain": pem(tcb_chain),
-            **self._stated("tcb_info", tcb_info),
-            "qe_identity_issuer_chain": pem(tcb_chain),
-            **self._stated("qe_identity", qe_identity),
+            "root_ca_crl": self._faulty("root_crl", root_crl).der(self._keys).hex(),
+            "pck_crl": self._faulty("pck_crl", pck_crl).der(self._keys).hex(),
+            "tcb_info_issuer_chain": tcb_chain,
+            **self._signed("tcb_info", self._faulty("tcb_info", tcb_info)),
+            "qe_identity_issuer_chain": tcb_chain,
+            **self._signed("qe_identity", self._faulty("qe_identity", qe_identity)),
         }
         for fault in self.faults:
             if fault.chain_beside is not None:
@@ -190,12 +190,15 @@ class SimulatedPlatform:
             members = fault.collateral(members)
         return json.dumps(members, indent=1).encode()
 
+    def _faulty(self, field: str, value: T) -> T:
+        """Return ``value`` after the change that each fault has in ``field``."""
+        for fault in self.faults:
+            value = getattr(fault, field)(value)
+        return value
+
     @property
     def _keys(self) -> Keys:
-        keys = Keys(self.seed)
-        for fault in self.faults:
-            keys = fault.keys(keys)
-        return keys
+        return self._faulty("keys", Keys(self.seed))
 
     def _draw(self, label: str, size: int) -> bytes:
         return Keys(self.seed).draw(f"{label} {self.index}", size)
@@ -206,9 +209,7 @@ class SimulatedPlatform:
 
     def _root(self) -> CertificateDraft:
         draft = CertificateDraft(common_name=ROOT_CA, key="root", issuer=ROOT_CA, signer="root", ca=True, path_length=1)
-        for fault in self.faults:
-            draft = fault.root(draft)
-        return draft
+        return self._faulty("root", draft)
 
     def _intermediate(self, ca: Ca) -> CertificateDraft:
         draft = CertificateDraft(
@@ -219,9 +220,7 @@ class SimulatedPlatform:
             ca=True,
             path_length=0,
         )
-        for fault in self.faults:
-            draft = fault.intermediate(draft)
-        return draft
+        return self._faulty("intermediate", draft)
 
     def _pck(self) -> CertificateDraft:
         intermediate = self._intermediate(self.ca)
@@ -232,15 +231,11 @@ class SimulatedPlatform:
             signer=intermediate.key,
             sgx=self._sgx(),
         )
-        for fault in self.faults:
-            draft = fault.pck(draft)
-        return draft
+        return self._faulty("pck", draft)
 
     def _tcb_signer(self) -> CertificateDraft:
         draft = CertificateDraft(common_name=TCB_SIGNING, key=_TCB_SIGNER, issuer=ROOT_CA, signer="root")
-        for fault in self.faults:
-            draft = fault.tcb_signer(draft)
-        return draft
+        return self._faulty("tcb_signer", draft)
 
     def _sgx(self) -> SgxItems:
         items = (
@@ -260,13 +255,9 @@ class SimulatedPlatform:
         )
 
     def pck_chain(self) -> Chain:
-        """The certificates in its quotes, in DER: PCK, PCK CA, root."""
-        chain: Chain = tuple(
-            draft.der(self._keys) for draft in (self._pck(), self._intermediate(self.ca), self._root())
-        )
-        for fault in self.faults:
-            chain = fault.pck_chain(chain)
-        return chain
+        """Return the certificates in its quotes, in DER: PCK, PCK CA, root."""
+        drafts = self._pck(), self._intermediate(self.ca), self._root()
+        return self._faulty("pck_chain", tuple(draft.der(self._keys) for draft in drafts))
 
     def _quote_draft(self, report_data: bytes, stage: Stage) -> QuoteDraft:
         attestation_key = f"attestation key {self.index}"
@@ -295,7 +286,7 @@ class SimulatedPlatform:
             cert_data=pem(self.pck_chain()).encode() + b"\0",
         )
 
-    def _stated(self, name: str, statement: Statement) -> dict[str, str]:
+    def _signed(self, name: str, statement: Statement) -> dict[str, str]:
         text = statement.text()
         signature = self._keys.sign_raw(_TCB_SIGNER, text.encode())
         if statement.flip_signature:

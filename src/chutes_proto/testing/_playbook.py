@@ -1,4 +1,4 @@
-"""Playbooks: a flow tested as a dialogue. This effect is expected, that reply is given.
+"""Playbooks: tests of a flow as a dialogue of expected effects and their replies.
 
 ::
 
@@ -6,12 +6,12 @@
         (Send(request), TransportError("cut", maybe_delivered=True)),  # an exception is raised in the flow
         (Sleep, None),  # any effect of this class
         (Send(request), HttpResponse(200, body=b"...")),  # an effect equal to this one
-        (lambda effect: isinstance(effect, Send), answer),  # an effect that this says yes to
-        aside={Uptime: lambda _: 0.0, Log: records.append},  # these are answered whenever they are asked
+        (lambda effect: isinstance(effect, Send), answer),  # an effect for which this is true
+        aside={Uptime: lambda _: 0.0, Log: records.append},  # these are answered at any time
     ).run(flow)
 
-Rules kept here: every expectation is met in its order, nothing else is asked for but what ``aside`` names, and what
-goes wrong is told with the whole dialogue so far.
+Rules kept here: every expectation is met in its order, no other effect is allowed except those of ``aside``, and an
+error shows the whole dialogue so far.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ Aside: TypeAlias = Mapping[type[Any], Callable[[Any], object]]
 
 
 class PlaybookError(AssertionError):
-    """The flow did not keep to its playbook; the text says where, and tells the dialogue so far."""
+    """The flow left its playbook; the text says where, and shows the dialogue so far."""
 
 
 class Playbook:
-    """Expected effects, each with its reply.
+    """Expected effects with their replies: an effect, a class of effects or a function; a reply or an exception.
 
-    ``aside`` answers effects of its classes whenever they are not what comes next. What a function there returns is
-    the reply; what it raises is raised in the flow.
+    ``aside`` has a function for each class of effects that is answered at any time: its result is the reply, and its
+    exception is raised in the flow.
     """
 
     def __init__(self, *script: tuple[Expected, object], aside: Aside | None = None) -> None:
@@ -43,7 +43,7 @@ class Playbook:
         self._aside: Aside = aside or {}
 
     def run(self, flow: Flow[T]) -> T:
-        """What the flow returns or raises. Raises `PlaybookError` where it left the script or ended before its end."""
+        """Return or raise what the flow does. Raises `PlaybookError` if it leaves the script or ends too early."""
         reading = _Reading(self._script, self._aside)
         try:
             result = run(flow, reading.perform)
@@ -51,15 +51,15 @@ class Playbook:
             raise PlaybookError(str(exc)) from None
         except Exception as exc:
             if reading.unfinished():
-                raise PlaybookError(reading.told(f"the flow raised {exc!r}")) from exc
+                raise PlaybookError(reading.report(f"the flow raised {exc!r}")) from exc
             raise
         if reading.unfinished():
-            raise PlaybookError(reading.told(f"the flow returned {result!r}"))
+            raise PlaybookError(reading.report(f"the flow returned {result!r}"))
         return result
 
 
 class _Departure(BaseException):
-    """The flow left the script. No flow may handle this, so it is not an `Exception`."""
+    """The flow left the script. It is not an `Exception`, so that no flow handles it."""
 
 
 class _Reading:
@@ -81,12 +81,12 @@ class _Reading:
             return reply
         if type(effect) in self._aside:
             return self._aside[type(effect)](effect)
-        raise _Departure(self.told(f"the flow asked for {effect!r}"))
+        raise _Departure(self.report(f"the flow asked for {effect!r}"))
 
     def unfinished(self) -> bool:
         return self._position < len(self._script)
 
-    def told(self, what: str) -> str:
+    def report(self, what: str) -> str:
         if self.unfinished():
             step = f"step {self._position + 1} of {len(self._script)}"
             expected = f"{step} expects {_name(self._script[self._position][0])}"

@@ -22,7 +22,7 @@ _BODY_TYPES: Final = {"v5-td10": 2, "v5-td15": 3, "v5-td15ex": 4}
 INTEL_QE_VENDOR_ID: Final = bytes.fromhex("939a7233f79c4ca9940a0db3957f0607")
 SEPT_VE_DISABLE: Final = 1 << 28
 TD_REPORT: Final = 48
-"""Where the TD report of a v4 quote starts; in a v5 quote 6 bytes later."""
+"""Offset of the TD report in a v4 quote; in a v5 quote it is 6 bytes later."""
 
 
 @frozen(kw_only=True)
@@ -39,7 +39,7 @@ class HeaderDraft:
 
 @frozen(kw_only=True)
 class TdReportDraft:
-    """``extended`` is what an extended report of TDX 1.5 has behind the rest."""
+    """A TD report; ``extended`` is the end of an extended report of TDX 1.5."""
 
     tee_tcb_svn: bytes
     mr_seam: bytes
@@ -78,7 +78,7 @@ class TdReportDraft:
 
 @frozen(kw_only=True)
 class QeReportDraft:
-    """``report_data`` None stands for the hash that vouches for the attestation key."""
+    """A report of the quoting enclave; ``report_data`` None stands for the hash of the attestation key."""
 
     cpu_svn: bytes
     misc_select: int = 0
@@ -109,8 +109,8 @@ class QeReportDraft:
 class QuoteDraft:
     """A quote before its signatures.
 
-    Keys are labels: of who signs the quote, of the attestation key in it, of the key that the QE report vouches for.
-    ``attestation_point`` stands in the place of the last two.
+    Keys are labels: the key that signs the quote, the attestation key in it, the key that the QE report vouches for.
+    ``attestation_point`` replaces the last two.
     """
 
     form: Form
@@ -150,7 +150,7 @@ class QuoteDraft:
 
 @frozen(kw_only=True)
 class QuoteParts:
-    """A quote whose signatures are made, before it is put together. A length that is None is the true one."""
+    """A quote with its signatures, before it is put together. A length that is None is the true one."""
 
     signed: bytes
     signature: bytes
@@ -169,30 +169,13 @@ class QuoteParts:
     inner_trailing: bytes = b""
 
     def encode(self) -> bytes:
-        qe_auth_length = len(self.qe_auth) if self.qe_auth_length is None else self.qe_auth_length
-        cert_length = len(self.cert_data) if self.cert_length is None else self.cert_length
-        inner = (
-            self.qe_report
-            + self.qe_signature
-            + pack("<H", qe_auth_length)
-            + self.qe_auth
-            + pack("<HI", self.cert_type, cert_length)
-            + self.cert_data
-            + self.inner_trailing
-        )
-        outer_length = len(inner) if self.outer_length is None else self.outer_length
-        auth = (
-            self.signature
-            + self.attestation_key
-            + pack("<HI", self.outer_type, outer_length)
-            + inner
-            + self.auth_trailing
-        )
-        return self.signed + pack("<I", len(auth) if self.auth_length is None else self.auth_length) + auth
+        qe_auth = pack("<H", _length(self.qe_auth, self.qe_auth_length)) + self.qe_auth
+        certificates = pack("<HI", self.cert_type, _length(self.cert_data, self.cert_length)) + self.cert_data
+        inner = self.qe_report + self.qe_signature + qe_auth + certificates + self.inner_trailing
+        outer = pack("<HI", self.outer_type, _length(inner, self.outer_length)) + inner
+        auth = self.signature + self.attestation_key + outer + self.auth_trailing
+        return self.signed + pack("<I", _length(auth, self.auth_length)) + auth
 
 
-def flipped(data: bytes, offset: int = -1) -> bytes:
-    """``data`` with the lowest bit of one byte changed."""
-    changed = bytearray(data)
-    changed[offset] ^= 1
-    return bytes(changed)
+def _length(data: bytes, claimed: int | None) -> int:
+    return len(data) if claimed is None else claimed

@@ -1,14 +1,14 @@
-"""A simulated collateral service: what a PCS or a PCCS would answer for simulated platforms.
+"""A simulated collateral service: answers as a PCS or a PCCS would, for simulated platforms.
 
     service = CollateralService((platform,))
     response = service.answer(HttpRequest("GET", "/tdx/certification/v4/tcb?fmspc=…"), now)
 
 Rules kept here:
 
-* no clock and no network: who serves it brings requests and the time, at which all collateral is made;
+* no clock and no network: the caller passes requests and the time, at which all collateral is made;
 * paths, parameters, headers and forms are those of the real services: issuer chains are percent-encoded, the PCK CRL is
-  PEM or, with ``encoding=der``, DER; the root CA's CRL is hexadecimal digits as of a PCCS, and DER where Intel has it;
-* a platform that is not among its own is a 404.
+  PEM or, with ``encoding=der``, DER; the root CA's CRL is hexadecimal as of a PCCS, and DER at Intel's path;
+* an unknown platform gets a 404.
 
 Sources: Intel SGX and TDX Provisioning Certification Service API, version 4; Intel SGX/TDX Provisioning Certificate
 Caching Service (PCCS), design guide.
@@ -16,24 +16,23 @@ Caching Service (PCCS), design guide.
 
 from __future__ import annotations
 
-import textwrap
-from base64 import b64encode
 from urllib.parse import parse_qsl, quote
 
 from attrs import evolve, frozen
 
+from chutes_proto.auth.der import pem
 from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.wire.http import Headers, HttpRequest, HttpResponse
 
 
 @frozen
 class CollateralService:
-    """A service that knows ``platforms``, all of one world: at least one."""
+    """A service for ``platforms``, one or more, all of one world."""
 
     platforms: tuple[SimulatedPlatform, ...]
 
     def answer(self, request: HttpRequest, now: int) -> HttpResponse:
-        """The answer to a request at ``now`` (unix seconds)."""
+        """Return the answer to a request at ``now`` (unix seconds)."""
         path, _, query = request.target.partition("?")
         parameters = dict(parse_qsl(query))
         made = self.platforms[0].collateral(now)
@@ -71,9 +70,7 @@ class CollateralService:
         headers = (("sgx-pck-crl-issuer-chain", _encoded(made.pck_crl_issuer_chain)),)
         if encoding == "der":
             return HttpResponse(200, (*headers, ("content-type", "application/pkix-crl")), made.pck_crl)
-        lines = "\n".join(textwrap.wrap(b64encode(made.pck_crl).decode(), 64))
-        pem = f"-----BEGIN X509 CRL-----\n{lines}\n-----END X509 CRL-----\n"
-        return HttpResponse(200, (*headers, ("content-type", "application/x-pem-file")), pem.encode())
+        return HttpResponse(200, (*headers, ("content-type", "application/x-pem-file")), pem("X509 CRL", made.pck_crl))
 
 
 def _statement(name: str, text: bytes, signature: bytes, chain: tuple[str, str]) -> HttpResponse:

@@ -1,9 +1,9 @@
-"""What the simulated Intel says about platforms and quoting enclaves: TCB info v3 and QE identity v2, as signed JSON.
+"""Statements of the simulated Intel: TCB info v3 and QE identity v2, as signed JSON.
 
 Rules kept here:
 
-* the shapes are those of Intel's Provisioning Certification Service API v4; the signature is over the exact text;
-* the levels form ladders, one rung per status, so that one honest TCB info has every status to give, by SVNs alone.
+* the form is that of Intel's Provisioning Certification Service API v4; the signature covers the exact text;
+* the levels form ladders, one level a status, so that one honest TCB info has every status, by SVNs alone.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ _OLD_DATE: Final = "2024-03-13T00:00:00Z"
 
 
 def tcb_components(status: str) -> tuple[int, ...]:
-    """The sixteen TDX component SVNs of the rung with this status; the first two are the TDX module's own."""
+    """Return the sixteen TDX component SVNs of the level with this status; the first two are the TDX module's."""
     return (0, 0, TCB_LADDER[status], *[0] * 13)
 
 
 def tee_tcb_svn(status: str | None = "UpToDate", *, module: str | None = "UpToDate", module_version: int = 1) -> bytes:
-    """The SVNs in a TD report of a platform with this TCB status and TDX module; None stands for below every level."""
+    """Return the SVNs in a TD report for a TCB status and a TDX module; None stands for below every level."""
     svn = 0 if status is None else TCB_LADDER[status]
     return bytes([0 if module is None else SVN_LADDER[module], module_version, svn, *[0] * 13])
 
@@ -86,7 +86,7 @@ def _honest_levels() -> tuple[TcbLevel, ...]:
 
 @frozen(kw_only=True)
 class Statement(ABC):
-    """A signed document before it is text. ``respell`` acts before the signature is made, ``alter`` after it."""
+    """A signed document before it is text; ``respell`` changes it before it is signed, ``alter`` afterwards."""
 
     id: str
     version: int
@@ -99,10 +99,10 @@ class Statement(ABC):
 
     @abstractmethod
     def members(self) -> dict[str, object]:
-        """The members that the kind of document adds."""
+        """Return the members of the kind of document."""
 
     def text(self) -> str:
-        """The text that is signed."""
+        """Return the signed text."""
         document: dict[str, object] = {
             "id": self.id,
             "version": self.version,

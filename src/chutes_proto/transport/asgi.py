@@ -2,9 +2,9 @@
 
 Rules kept here:
 
-* no event loop is named: whoever makes it brings what drives flows, so it runs wherever its server runs;
-* the limits are those of `ServerConnection`, and what breaks them is answered by the same application. Only a peer that
-  sends nothing at all is left to the ASGI server, because nothing wakes this end;
+* no event loop is named: its maker gives it a driver of flows, so it runs on its server's loop;
+* the limits are those of `ServerConnection`, and the same application answers a request that breaks them. Only a peer
+  that sends nothing at all is left to the ASGI server, because nothing wakes this end;
 * an ASGI server shows no client certificate: one comes in a header of a trusted proxy, or not at all
   (``chutes_proto/server/_proxy.py``). A peer without an address is one of a unix socket; an ASGI server that rewrites
   addresses from headers (uvicorn, unless told ``--no-proxy-headers``) must not do so here;
@@ -18,18 +18,15 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 from urllib.parse import quote_from_bytes, unquote
 
 from chutes_proto._error import ChutesError
-from chutes_proto.effects import Uptime
+from chutes_proto.effects import Flow, Uptime
 from chutes_proto.errors import BadRequest, LocalProtocolError
-from chutes_proto.transport.h1 import DEFAULT_LIMITS, Application, Limits
+from chutes_proto.transport.h1 import DEFAULT_LIMITS, Application, Limits, bad_request
 from chutes_proto.wire.codes import Code
 from chutes_proto.wire.http import HttpRequest, MalformedRequest, plain_address
-
-if TYPE_CHECKING:
-    from chutes_proto.effects import Flow
 
 T = TypeVar("T")
 
@@ -41,7 +38,7 @@ _UNKNOWN: Final = "0.0.0.0"  # noqa: S104 - the unspecified address: of a peer t
 
 
 class Driver(Protocol):
-    """What drives flows: the `Performer` of a binding."""
+    """A driver of flows: the `Performer` of a binding."""
 
     async def run(self, flow: Flow[T], /) -> T:
         """Drive ``flow`` to its end."""
@@ -52,7 +49,7 @@ class AsgiApp:
     """``application`` as an ASGI application.
 
     ``open_driver`` makes a context that is entered when the ASGI server starts and left when it ends. An application
-    that mounts this one hears of start and end in its place: it does ``async with`` this one.
+    that mounts this one gets start and end in its place: it does ``async with`` this one.
     """
 
     def __init__(
@@ -79,14 +76,14 @@ class AsgiApp:
         _ = await self._life.__aexit__(kind, value, traceback)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """One connection of the ASGI protocols ``http`` and ``lifespan``; another is a `LocalProtocolError`."""
+        """Serve one connection of the ASGI protocols ``http`` and ``lifespan``; others raise `LocalProtocolError`."""
         match scope["type"]:
             case "http":
                 await self._serve(scope, receive, send)
             case "lifespan":
                 await self._live(receive, send)
             case other:
-                raise LocalProtocolError(f"ASGI's {other} is not served")
+                raise LocalProtocolError(f"the ASGI protocol {other!r} is not served; it is http or lifespan")
 
     async def _live(self, receive: Receive, send: Send) -> None:
         _ = await receive()
@@ -102,7 +99,10 @@ class AsgiApp:
 
     async def _run(self, flow: Flow[T]) -> T:
         if self._opened is None:
-            raise LocalProtocolError("not started: it needs the lifespan protocol, or whoever mounts it enters it")
+            raise LocalProtocolError(
+                "the application was not started: run the ASGI server with the lifespan protocol, or enter the"
+                " application by `async with` in the one that mounts it"
+            )
         return await self._opened.run(flow)
 
     async def _serve(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -121,7 +121,7 @@ class AsgiApp:
     async def _request(self, scope: Message, receive: Receive) -> HttpRequest | MalformedRequest | None:
         """The whole request; None from a peer that went away."""
         peer = _peer(scope)
-        arrived = await self._run(_uptime())
+        arrived = await self._run(iter(Uptime()))
         try:
             target, headers = self._head(scope)
             body = bytearray()
@@ -134,7 +134,7 @@ class AsgiApp:
                 more = event.get("more_body", False)
                 if len(body) > self._limits.body_bytes:
                     raise BadRequest(Code.BODY_TOO_LARGE, "Request body too large")
-                if more and await self._run(_uptime()) - arrived > self._limits.request_seconds:
+                if more and await self._run(iter(Uptime())) - arrived > self._limits.request_seconds:
                     raise BadRequest(Code.REQUEST_TIMEOUT, "Request timeout")
         except BadRequest as exc:
             return MalformedRequest(exc, peer)
@@ -147,7 +147,7 @@ class AsgiApp:
         if len(target) + sum(len(name) + len(value) + 4 for name, value in headers) > self._limits.head_bytes:
             raise BadRequest(Code.HEAD_TOO_LARGE, "Request head too large")
         if not target.startswith("/") or not target.isascii():
-            raise BadRequest(Code.BAD_REQUEST, "Bad Request", reason="the request's target is not in origin form")
+            raise bad_request("the request's target is not in origin form")
         return target, headers
 
 
@@ -172,7 +172,3 @@ def _peer(scope: Message) -> str:
         return plain_address(str(client[0]).partition("%")[0])
     except ValueError:
         return _UNKNOWN
-
-
-def _uptime() -> Flow[float]:
-    return (yield from Uptime())

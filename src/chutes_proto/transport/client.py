@@ -2,10 +2,11 @@
 
 Rules kept here:
 
-* limits hold before more is kept: a head or body that is too large ends the connection, and so does what is no HTTP;
-* content codings are neither asked for nor undone, so that an answer cannot swell;
+* limits hold before more is kept: a head or body that is too large ends the connection, and so do bytes that are not
+  HTTP;
+* content codings are neither requested nor decoded, so that a small answer cannot become a large one;
 * a redirect is an answer like any other;
-* a connection is used again only when nothing of the peer's is left over that could be taken for the next answer.
+* a connection is reused only if no bytes of the peer are left that could be taken for the next answer.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from chutes_proto.wire.http import HttpRequest, HttpResponse
 try:
     import h11
 except ImportError:
-    raise LocalProtocolError("asking over HTTP needs h11: pip install 'chutes-proto[tls]'") from None
+    raise LocalProtocolError("requests over HTTP need h11: pip install 'chutes-proto[tls]'") from None
 
 MAX_HEAD: Final = 16 * 1024
 """Bytes of head that an answer may have."""
@@ -29,7 +30,7 @@ _TEXT_SIZE: Final = 200
 
 
 class ClientConnection:
-    """One connection, the client's end of it: request, answer, by turns. ``authority`` is ``host`` or ``host:port``."""
+    """The client's end of one connection: one request, then its answer. ``authority`` is ``host`` or ``host:port``."""
 
     def __init__(self, authority: str) -> None:
         self._authority = authority
@@ -39,11 +40,11 @@ class ClientConnection:
 
     @property
     def reusable(self) -> bool:
-        """Another request may follow: one may begin, and the peer has sent nothing ahead."""
+        """Whether another request may follow: the last answer is whole, and the peer has sent nothing ahead."""
         return self._h11.our_state is self._h11.their_state is h11.IDLE and not self._h11.trailing_data[0]
 
     def send_request(self, request: HttpRequest) -> bytes:
-        """What to send. Raises `LocalProtocolError` for a request that HTTP/1.1 cannot carry."""
+        """The bytes to send. Raises `LocalProtocolError` for a request that HTTP/1.1 cannot carry."""
         headers = [("host", self._authority), ("accept-encoding", "identity"), *request.headers]
         if request.body or request.method not in ("GET", "HEAD"):
             headers.append(("content-length", str(len(request.body))))
@@ -53,19 +54,19 @@ class ClientConnection:
             events = (head, h11.Data(data=request.body), h11.EndOfMessage())
             return b"".join(self._h11.send(event) or b"" for event in events)
         except (h11.LocalProtocolError, UnicodeEncodeError) as exc:
-            raise LocalProtocolError(f"not a request that HTTP/1.1 can carry: {exc}") from exc
+            raise LocalProtocolError(f"HTTP/1.1 cannot carry this request: {exc}") from exc
 
     def receive_data(self, data: bytes) -> HttpResponse | None:
-        """What the peer sent, ``b""`` when there will be no more; gives the whole answer once it is there.
+        """Take bytes that the peer sent, ``b""`` when there will be no more; returns the answer once it is whole.
 
-        Raises `RemoteProtocolError`, after which the connection is of no use.
+        Raises `RemoteProtocolError`, after which the connection cannot be used.
         """
         ended = not data
         try:
             while True:  # no more at a time than a head may have, however the bytes are cut
-                room = MAX_HEAD - len(self._h11.trailing_data[0])
-                self._h11.receive_data(data[:room])
-                data = data[room:]
+                space = MAX_HEAD - len(self._h11.trailing_data[0])
+                self._h11.receive_data(data[:space])
+                data = data[space:]
                 response = self._next_response()
                 if response is not None or not data:
                     break

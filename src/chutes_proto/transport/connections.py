@@ -1,14 +1,14 @@
-"""The connections of one server: what each does next, and which one ends when there is no room for another.
+"""The connections of one server: the next step of each, and which one ends when all are in use and another comes.
 
 Rules kept here:
 
 * a request is answered before anything is sent, and all is sent before anything is received;
-* a connection whose request is being worked on is never ended for another's sake;
-* of those that make the server wait, one ends at a time: the one that came to where it is longest ago. Who does what a
-  client does is younger than who does not, whatever that is: a handshake, a request, to take an answer;
-* at the server's end only those stay that have a request or its answer under way, and of these none whose peer is slow;
-* an address with more than its share of all ends its own first, so that none keeps all others out. Who has no more is
-  not looked at by address: many VMs may come from one, and an attacker from many;
+* a connection whose request is being handled is never ended for another's sake;
+* of those that make the server wait, one ends at a time: the one whose phase began longest ago. A client that goes on
+  (handshake, request, taking the answer) is younger than a peer that does not;
+* when the server ends, only connections with a pending request or answer stay, and of these none whose peer is slow;
+* an address with more than its share of all connections loses its own first, so that none keeps all others out. Below
+  that share addresses do not count: many VMs may come from one, and an attacker from many;
 * an IPv6 address counts by its /64, which is one host's; peers of a unix socket are trusted, and never ended.
 """
 
@@ -16,23 +16,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from attrs import frozen
 
+from chutes_proto.transport.h1 import ServerConnection
 from chutes_proto.wire.http import HttpRequest, HttpResponse, MalformedRequest, address_prefix
 
-if TYPE_CHECKING:
-    from chutes_proto.transport.h1 import ServerConnection
-
-
 SHARE: Final = 8
-"""One in so many of all is what one address may have while others want more; one is always its."""
+"""The divisor of one address's share: it may have ``size // SHARE`` connections, at least one, while others wait."""
 
 
 @frozen
 class Answer:
-    """Give the application's answer to `send_response`; where the request was sent ahead, others have a turn first."""
+    """Give the application's answer to `send_response`; after other connections if the request was ``sent_ahead``."""
 
     request: HttpRequest | MalformedRequest
     sent_ahead: bool
@@ -61,20 +58,20 @@ _RECEIVE: Final = Receive()
 
 
 class Connections:
-    """Those of one server, of which there may be ``size``; where that many are open, one ends before the next comes.
+    """The connections of one server, at most ``size``: one ends before another one comes.
 
-    ``wake`` is told of each connection whose deadline was brought forward by something other than its own steps.
+    ``wake`` is called with each connection whose deadline another connection or the server's end has brought forward.
     """
 
     def __init__(self, size: int, wake: Callable[[ServerConnection], None]) -> None:
         self._size = size
         self._wake = wake
         self._share = max(1, size // SHARE)
-        self._open: dict[ServerConnection, bytes] = {}  # and whence; in the order of their arrival
+        self._open: dict[ServerConnection, bytes] = {}  # and its address's prefix; in the order of arrival
         self._finishing = False
 
     def next_step(self, connection: ServerConnection, now: float) -> Answer | Send | Sent | Receive | None:
-        """What to do next for a connection; None: close it. After its deadline, `expire` comes first."""
+        """The next step of a connection; None: close it. After its deadline, call `expire` first."""
         sent = connection.sent_response(now)
         if sent is not None:
             return Sent(sent)
@@ -91,20 +88,20 @@ class Connections:
         return Send(data) if data else _RECEIVE
 
     def drain(self, now: float) -> None:
-        """Let all of them end with their next answer."""
+        """Let all connections end with their next answer."""
         for connection in self._open:
             connection.drain(now)
             self._wake(connection)
 
     def finish(self, now: float) -> None:
-        """Let all of them end, those that are yet to come too; each first answers the request that it has."""
+        """Let all connections end, and those that are accepted later; each first answers the request that it has."""
         self._finishing = True
         for connection in self._open:
             connection.finish(now)
             self._wake(connection)
 
     def make_room(self, connection: ServerConnection) -> tuple[ServerConnection, ...]:
-        """Before each wait of a connection: those that end now for its sake (at most one, and never itself)."""
+        """Register a connection before it waits; returns those that end for its sake (at most one, never itself)."""
         if connection not in self._open:
             self._open[connection] = address_prefix(connection.peer_address)
         if len(self._open) < self._size:
@@ -119,10 +116,10 @@ class Connections:
         ((most, held),) = Counter(others.values()).most_common(1)
         candidates = [other for other, prefix in others.items() if prefix == most or held <= self._share]
         ended = min(candidates, key=lambda other: other.since)
-        ended.abandon("others needed its place")
+        ended.abandon("all connections were in use and another one came; limits.connections bounds them")
         self.remove(ended)
         return (ended,)
 
     def remove(self, connection: ServerConnection) -> None:
-        """It has ended."""
+        """Forget a connection that has ended."""
         _ = self._open.pop(connection, None)

@@ -1,21 +1,21 @@
 """An HTTP/1.1 server connection (RFC 9112) as bytes in, whole requests out; whole answers in, bytes out.
 
-The connection goes through these phases; each has a deadline, and `expire` says what its end means::
+The connection goes through these phases. Each has a deadline, and `expire` acts on one that has passed::
 
     HANDSHAKE ─▶ IDLE ─▶ RECEIVING ─▶ HANDLING ─▶ ANSWERING ─▶ IDLE, or LINGERING ─▶ CLOSED
 
 Rules kept here:
 
 * limits hold before anything is parsed or kept: a head or body that is too large is refused (431, 413), a request that
-  takes too long (408), and what is no request (400). What an error's answer looks like is not known here: it is asked
-  for like the answer to a request;
-* of what h11 takes, this is refused, too (400), because parsers are known to differ over where such a request ends: a
-  line of head or trailers that no CR ends, a folded line, a length that is not one plain number, two kinds of length;
+  takes too long (408), and bytes that are not a request (400). The application makes the answer to an error, as it does
+  the answer to a request;
+* these are refused (400) although h11 takes them, because parsers differ over where such a request ends: a line of head
+  or trailers that no CR ends, a folded line, a length that is not one plain number, two kinds of length;
 * however the peer's bytes are cut, requests and answers are the same;
 * one request at a time: bytes of the next wait until the answer has been sent;
-* after the last answer the peer is told that there will be no more, and a bounded amount of what it still sends is
-  swallowed: closing at once could destroy the answer on its way (RFC 9112, section 9.6);
-* times are seconds of a clock that never steps, told by the caller at each call.
+* after the last answer the peer is told that there will be no more, and a bounded amount of its further bytes is
+  discarded: closing at once could destroy the answer on its way (RFC 9112, section 9.6);
+* times are seconds of a monotonic clock, given by the caller at each call.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ except ImportError:
     raise LocalProtocolError("serving HTTP needs h11: pip install 'chutes-proto[tls]'") from None
 
 READ_SIZE: Final = 16 * 1024
-"""How many bytes a binding reads at a time: what one connection can make it hold beyond a request."""
+"""Bytes that a binding reads at a time, which one connection can make it hold beyond a request."""
 
 LAST_CALL_SECONDS: Final = 1.0
-"""How long a connection that waits for a request stays open once it is draining; at the end, for what is under way."""
+"""The time that an idle connection stays open once the server drains, and a pending answer once the server ends."""
 
 _CLOSE: Final = ("connection", "close")
 
@@ -56,38 +56,38 @@ _LENGTH: Final = re.compile(rb"\ncontent-length:(.*)\r", re.IGNORECASE)
 
 
 class Application(Protocol):
-    """What answers requests."""
+    """The application that answers requests."""
 
     def handle(self, request: HttpRequest | MalformedRequest, /) -> Flow[HttpResponse]:
         """The answer to a request, or to bytes that never became one; raises nothing."""
         ...
 
     def stop(self, now: float, /) -> float:
-        """Begin to stop; returns when to end at the latest, on the clock of ``now``. Told again, that may be sooner."""
+        """Begin to stop; returns the latest end, on the clock of ``now``. A second call may return a sooner one."""
         ...
 
     def ends_at(self, now: float, /) -> float:
-        """When to accept no more and end with what is under way, as things are; infinity until told to stop.
+        """The time to stop accepting and to end once pending answers are sent; infinity until `stop`.
 
         Each answer may change it: it is asked again whenever a connection has ended.
         """
         ...
 
     def sent(self, response: HttpResponse, /) -> None:
-        """Hear that all of ``response`` was given to the peer's connection; of one that is lost, it hears nothing."""
+        """Note that all of ``response`` was given to the peer's connection; not called for one that is lost."""
         ...
 
     def complain(self, event: str, error: Exception, /) -> Flow[None]:
-        """Tell the operator of a fault in accepting or serving a connection; raises nothing."""
+        """Log a fault in accepting or serving a connection; raises nothing."""
         ...
 
 
 @frozen
 class Limits:
-    """What one peer can make a connection hold and wait for.
+    """Limits on the bytes that one peer can make a connection hold, and on the time that it waits.
 
     ``request_seconds`` is for a whole request from its first byte, ``idle_seconds`` for the first byte of the next one,
-    ``write_seconds`` for the peer to take an answer, ``linger_…`` for what follows the last answer.
+    ``write_seconds`` for the peer to take an answer, ``linger_…`` for bytes after the last answer.
     """
 
     head_bytes: int = 16 * 1024
@@ -114,7 +114,7 @@ class _Phase(Enum):
 
 
 class ServerConnection:
-    """One connection, the server's end of it.
+    """The server's end of one connection.
 
     Until the connection is `closed`, a binding repeats: take `next_request`, and if there is one, give its answer to
     `send_response`; send what `data_to_send` gives, or where that is nothing, read some bytes for `receive_data`; and
@@ -122,16 +122,20 @@ class ServerConnection:
     """
 
     def __init__(
-        self,
-        now: float,
-        *,
-        tls: TlsSession | None = None,
-        limits: Limits = DEFAULT_LIMITS,
-        peer_address: str = "",
+        self, now: float, *, tls: TlsSession | None = None, limits: Limits = DEFAULT_LIMITS, peer_address: str = ""
     ) -> None:
+        self.peer_address: str = peer_address
+        """As in `HttpRequest.peer_address`."""
+        self.since: float = now
+        """The time at which its phase began: accepted, handshake complete, request begun, answered."""
+        self.deadline: float = math.inf
+        """The time to stop waiting for the peer and call `expire`; infinity while the peer is not waited for."""
+        self.sent_ahead: bool = False
+        """A part of the latest request had come before the answer to the previous one was sent."""
+        self.close_reason: str = ""
+        """Why the connection ends before its time, for the operator; empty while it does not."""
         self._tls = tls
         self._limits = limits
-        self._peer_address = peer_address
         self._seconds: Mapping[_Phase, float] = {
             _Phase.HANDSHAKE: limits.handshake_seconds,
             _Phase.IDLE: limits.idle_seconds,
@@ -146,61 +150,33 @@ class ServerConnection:
         self._head: h11.Request | None = None
         self._body = bytearray()
         self._arrived = now
-        self._sent_ahead = False
         self._ready: HttpRequest | MalformedRequest | None = None
         self._sending: HttpResponse | None = None
         self._sent: HttpResponse | None = None
         self._peer_ended = False
-        self._end_told = False
+        self._end_given = False
         self._draining = False
         self._last = False  # nothing is answered any more
         self._swallowed = 0
-        self._close_reason = ""
-        self._deadline = math.inf
         self._enter(_Phase.IDLE if tls is None else _Phase.HANDSHAKE, now)
 
     @property
     def closed(self) -> bool:
-        """There is nothing left to do but to close the socket."""
+        """Whether nothing is left to do but to close the socket."""
         return self._phase is _Phase.CLOSED
 
     @property
-    def peer_address(self) -> str:
-        """As in `HttpRequest.peer_address`."""
-        return self._peer_address
-
-    @property
     def waits_for_peer(self) -> bool:
-        """No request is being worked on: whether it sends or takes what comes next, or does not, is the peer's."""
+        """Whether the next step is the peer's, to send or to take bytes: no request is being handled."""
         return self._phase not in (_Phase.HANDLING, _Phase.CLOSED)
 
-    @property
-    def since(self) -> float:
-        """When it came to where it is: accepted, shaken hands, begun a request, been answered."""
-        return self._since
-
-    @property
-    def sent_ahead(self) -> bool:
-        """Of the latest request something had come before the answer to the one before was sent."""
-        return self._sent_ahead
-
-    @property
-    def close_reason(self) -> str:
-        """Why the connection ends before its time, for the operator; empty while it does not."""
-        return self._close_reason
-
-    @property
-    def deadline(self) -> float:
-        """When to stop waiting for the peer and call `expire`; infinity while it is not the peer that is waited for."""
-        return self._deadline
-
     def receive_data(self, data: bytes, now: float) -> None:
-        """What the peer sent; ``b""`` when there will be no more.
+        """Take bytes that the peer sent; ``b""`` when there will be no more.
 
-        Raises `LocalProtocolError` while a request waits for its answer: what comes next is to be left in the socket.
+        Raises `LocalProtocolError` while a request waits for its answer: leave further bytes in the socket.
         """
         if self._phase is _Phase.HANDLING:
-            raise LocalProtocolError("there is a request to answer")
+            raise LocalProtocolError("a request waits for its answer; call send_response first")
         self._in_flight = False
         self._peer_ended = self._peer_ended or not data
         if self._last:
@@ -213,15 +189,15 @@ class ServerConnection:
             self._arrive(now)
 
     def sent_response(self, now: float) -> HttpResponse | None:
-        """The answer of which the last bytes that `data_to_send` gave have now been sent, once; else None."""
+        """The answer whose last bytes, from `data_to_send`, have now been sent, once; else None."""
         self._note_sent(now)
         response, self._sent = self._sent, None
         return response
 
     def next_request(self, now: float) -> HttpRequest | MalformedRequest | None:
-        """The next whole request, once; None while there is none, and until the one before has been answered.
+        """The next whole request, once; None while there is none, and until the previous one has been answered.
 
-        What can never become a request comes as a `MalformedRequest`; its answer is the last one.
+        Bytes that can never become a request come as a `MalformedRequest`; its answer is the last one.
         """
         self._note_sent(now)
         if self._phase in (_Phase.IDLE, _Phase.RECEIVING) and self._has_unread:
@@ -237,64 +213,64 @@ class ServerConnection:
         return request
 
     def send_response(self, response: HttpResponse, now: float) -> None:
-        """The answer to the request that `next_request` gave.
+        """Answer the request that `next_request` gave.
 
-        Raises `LocalProtocolError` if there is none to answer or the answer is none of HTTP's; that changes nothing.
+        Raises `LocalProtocolError`, and changes nothing, if no request waits or HTTP cannot carry the answer.
         """
         if self._phase is not _Phase.HANDLING or self._ready is not None:
-            raise LocalProtocolError("there is no request to answer")
+            raise LocalProtocolError("no request waits for an answer; call next_request first")
         try:
             self._answer(response, now, last=self._draining)
         except RemoteProtocolError as exc:
             self._finish(str(exc), now)
 
     def data_to_send(self) -> bytes:
-        """What to send to the peer now; it is given only once."""
+        """Bytes to send to the peer now; they are given only once."""
         data = bytes(self._outbox)
         self._outbox.clear()
         self._in_flight = bool(data)
         return data
 
     def drain(self, now: float) -> None:
-        """Make the next answer the last one, and do not wait long for a next request: only for one under way."""
+        """Make the next answer the last one; wait for a next request no longer than `LAST_CALL_SECONDS`."""
         self._draining = True
         if self._phase is _Phase.IDLE:
-            self._deadline = min(self._deadline, now + LAST_CALL_SECONDS)
+            self.deadline = min(self.deadline, now + LAST_CALL_SECONDS)
 
     def finish(self, now: float) -> None:
-        """The server ends: end it now, unless a request or its answer is under way; for these do not wait long."""
+        """End the connection with the server: now, or within `LAST_CALL_SECONDS` if a request or answer is pending."""
         self._draining = True
         if self._phase in (_Phase.HANDSHAKE, _Phase.IDLE):
             self.abandon("the server ends")
         elif self._phase is not _Phase.HANDLING:
-            self._deadline = min(self._deadline, now + LAST_CALL_SECONDS)
+            self.deadline = min(self.deadline, now + LAST_CALL_SECONDS)
 
     def abandon(self, reason: str) -> None:
-        """End it now, without a word. The deadline has passed then."""
+        """End the connection now, without telling the peer. Its deadline has passed then."""
         self._outbox.clear()
         self._inbox.clear()
-        self._close_reason = reason
+        self.close_reason = reason
         self._last = True
-        self._phase, self._deadline = _Phase.CLOSED, -math.inf
+        self._phase, self.deadline = _Phase.CLOSED, -math.inf
 
     def expire(self, now: float) -> None:
-        """The deadline has passed, whatever was waited for."""
+        """Act on a deadline that has passed: answer 408, or end the connection."""
         if self._phase is _Phase.RECEIVING and not self._in_flight:
             self._refuse(BadRequest(Code.REQUEST_TIMEOUT, "Request timeout"), now)
         elif self._phase in (_Phase.HANDSHAKE, _Phase.IDLE) and not self._in_flight:
             waited_for = "TLS handshake" if self._phase is _Phase.HANDSHAKE else "request"
             self._finish(f"no {waited_for} in time", now)
         elif self._phase is not _Phase.HANDLING:
-            # Bytes were to be sent and the peer did not take them, or it was waited for long enough after the last.
+            # The peer did not take the bytes to send, or the time after the last answer is over.
             self._outbox.clear()
-            self._close_reason = self._close_reason or ("the peer does not read" if self._in_flight else "")
+            self.close_reason = self.close_reason or ("the peer does not read" if self._in_flight else "")
             self._enter(_Phase.CLOSED, now)
 
-    # --- from here on: what the phases do ---
+    # --- the work of the phases ---
 
     def _enter(self, phase: _Phase, now: float) -> None:
-        self._phase, self._since = phase, now
-        self._deadline = now + self._seconds.get(phase, math.inf)
+        self._phase, self.since = phase, now
+        self.deadline = now + self._seconds.get(phase, math.inf)
 
     def _arrive(self, now: float) -> None:
         self._arrived = now
@@ -316,7 +292,7 @@ class ServerConnection:
 
     @property
     def _has_unread(self) -> bool:
-        """There is what `_parse` has not seen, or may see anew now that the request before is answered."""
+        """Whether there are bytes that `_parse` has not seen, or must see again after the previous answer."""
         return bool(self._inbox or self._peer_ended or self._h11.trailing_data[0])
 
     def _parse(self, now: float) -> None:
@@ -345,9 +321,9 @@ class ServerConnection:
                     return
 
     def _next_event(self) -> tuple[object, bytes]:
-        """The next event of h11, given no more than it may hold, so that its limit does not depend on cuts.
+        """The next event of h11 and the bytes read for it, such as a head or trailers as they were sent.
 
-        With it comes what was read for it, a head or trailers as they were sent.
+        h11 is given no more than it may hold, so that its limit does not depend on how the bytes are cut.
         """
         _ = self._feed()
         while True:
@@ -358,13 +334,13 @@ class ServerConnection:
 
     def _feed(self) -> bool:
         if self._inbox:
-            room = self._limits.head_bytes - len(self._h11.trailing_data[0])
-            if data := bytes(self._inbox[:room]):
+            space = self._limits.head_bytes - len(self._h11.trailing_data[0])
+            if data := bytes(self._inbox[:space]):
                 self._h11.receive_data(data)
-                del self._inbox[:room]
+                del self._inbox[:space]
             return bool(data)
-        if self._peer_ended and not self._end_told:
-            self._end_told = True
+        if self._peer_ended and not self._end_given:
+            self._end_given = True
             self._h11.receive_data(b"")
             return True
         return False
@@ -376,14 +352,14 @@ class ServerConnection:
         length = int(headers.get(b"content-length", b"0"))
         said = [value.strip(b" \t") for value in _LENGTH.findall(sent)]
         if said not in ([], [b"%d" % length]):  # h11 makes one of several that are equal
-            raise BadRequest(Code.BAD_REQUEST, "Bad Request", reason="the request's length is not one plain number")
+            raise bad_request("the request's length is not one plain number")
         if head.http_version not in (b"1.0", b"1.1"):
-            raise BadRequest(Code.BAD_REQUEST, "Bad Request", reason="neither HTTP/1.0 nor HTTP/1.1")
+            raise bad_request("neither HTTP/1.0 nor HTTP/1.1")
         if not head.target.startswith(b"/"):
-            raise BadRequest(Code.BAD_REQUEST, "Bad Request", reason="the request's target is not in origin form")
+            raise bad_request("the request's target is not in origin form")
         if b"transfer-encoding" in headers and (b"content-length" in headers or head.http_version == b"1.0"):
-            # RFC 9112, section 6.3: what an attacker sends to make two parsers disagree.
-            raise BadRequest(Code.BAD_REQUEST, "Bad Request", reason="the request's body has two lengths")
+            # RFC 9112, section 6.3: an attacker sends both to make two parsers disagree.
+            raise bad_request("the request's body has two lengths")
         if length > self._limits.body_bytes:
             raise BadRequest(Code.BODY_TOO_LARGE, "Request body too large")
 
@@ -394,14 +370,14 @@ class ServerConnection:
             headers=tuple((name.decode("ascii"), value.decode("latin-1")) for name, value in head.headers),
             body=bytes(self._body),
             peer_certificate=None if self._tls is None else self._tls.peer_certificate,
-            peer_address=self._peer_address,
+            peer_address=self.peer_address,
             arrived=self._arrived,
         )
 
     def _refuse(self, refusal: BadRequest, now: float) -> None:
         self._draining = True
-        self._close_reason = refusal.reason
-        self._ready = MalformedRequest(refusal, self._peer_address)
+        self.close_reason = refusal.reason
+        self._ready = MalformedRequest(refusal, self.peer_address)
         self._enter(_Phase.HANDLING, now)
 
     def _answer(self, response: HttpResponse, now: float, *, last: bool) -> None:
@@ -417,13 +393,13 @@ class ServerConnection:
             self._finish("", now)
         else:
             sent_ahead, _ = self._h11.trailing_data
-            self._h11, self._end_told = self._reader(), False
+            self._h11, self._end_given = self._reader(), False
             if sent_ahead:
                 self._h11.receive_data(sent_ahead)
             self._enter(_Phase.ANSWERING, now)
 
     def _reader(self) -> h11.Connection:
-        """What reads one request. It is told of no answer: that would cost as much again as reading."""
+        """An h11 connection that reads one request. It does not see the answer: that would cost as much as reading."""
         return h11.Connection(h11.SERVER, max_incomplete_event_size=self._limits.head_bytes - 1)
 
     def _write(self, data: bytes) -> None:
@@ -434,9 +410,9 @@ class ServerConnection:
             self._outbox += self._tls.data_to_send()
 
     def _finish(self, reason: str, now: float) -> None:
-        """Nothing more comes from our side than what is in the outbox."""
+        """End our side: nothing follows the bytes in the outbox."""
         self._last = True
-        self._close_reason = self._close_reason or reason
+        self.close_reason = self.close_reason or reason
         self._inbox.clear()
         if self._tls is not None:
             self._tls.close()
@@ -446,18 +422,18 @@ class ServerConnection:
             self._answered(now)
 
     def _note_sent(self, now: float) -> None:
-        """The caller has come back, and has sent what it was given."""
+        """Note that the caller has sent the bytes it was given: it calls again only then."""
         self._in_flight = False
         if self._phase is _Phase.ANSWERING and not self._outbox:
             self._answered(now)
 
     def _answered(self, now: float) -> None:
-        """The peer has been sent all there was."""
+        """Go on after the whole answer was sent."""
         self._sent, self._sending = self._sending, None
         if not self._last:
             self._enter(_Phase.IDLE, now)
-            self._sent_ahead = bool(self._inbox or self._h11.trailing_data[0])
-            if self._sent_ahead:  # its turn begins now
+            self.sent_ahead = bool(self._inbox or self._h11.trailing_data[0])
+            if self.sent_ahead:  # its time begins now
                 self._arrive(now)
         elif self._peer_ended:
             self._enter(_Phase.CLOSED, now)
@@ -466,7 +442,7 @@ class ServerConnection:
 
 
 def peer_address(name: tuple[object, ...] | str | bytes) -> str:
-    """The IP address in what a socket says of its peer; empty where there is none, as for a unix socket."""
+    """The IP address in a socket's peer name; empty if it has none, as for a unix socket."""
     match name:
         case (str(host), *_):
             try:
@@ -479,25 +455,30 @@ def peer_address(name: tuple[object, ...] | str | bytes) -> str:
 
 @lru_cache(maxsize=256)
 def _written_head(status: int, headers: Headers) -> bytes:
-    """The head of an answer as h11 writes it, once for all that are alike. Raises `LocalProtocolError`."""
+    """The head of an answer as h11 writes it; equal heads are written once. Raises `LocalProtocolError`."""
     try:
         return h11.Connection(h11.SERVER).send(h11.Response(status_code=status, headers=list(headers))) or b""
     except h11.LocalProtocolError as exc:
         raise LocalProtocolError(f"not an answer of HTTP: {exc}") from exc
 
 
+def bad_request(reason: str) -> BadRequest:
+    """The refusal of bytes that are not a request; only the operator hears ``reason``."""
+    return BadRequest(Code.BAD_REQUEST, "Bad Request", reason=reason)
+
+
 def _check_lines(sent: bytes) -> None:
-    """Raises `BadRequest` where a line of a head or of trailers ends in LF alone, or is folded.
+    """Raise `BadRequest` for a line of a head or of trailers that ends in LF alone, or is folded.
 
     RFC 9112, sections 2.2 and 5.2.
     """
     if _BARE_LF.search(sent):
-        raise BadRequest(Code.BAD_REQUEST, "Bad Request", reason="a line of the request ends without CR")
+        raise bad_request("a line of the request ends without CR")
     if _FOLDED.search(sent):
-        raise BadRequest(Code.BAD_REQUEST, "Bad Request", reason="a folded line in the request's head or trailers")
+        raise bad_request("a folded line in the request's head or trailers")
 
 
 def _not_http(exc: h11.RemoteProtocolError) -> BadRequest:
     if exc.error_status_hint == 431:
         return BadRequest(Code.HEAD_TOO_LARGE, "Request head too large")
-    return BadRequest(Code.BAD_REQUEST, "Bad Request", reason=str(exc)[:200])
+    return bad_request(str(exc)[:200])

@@ -1,4 +1,4 @@
-"""Intel's quote generation service (QGS): what a TD sends to it, and what of its answer is taken.
+"""Messages of Intel's quote generation service (QGS): the request for a quote, and the quote in its answer.
 
 Source: Intel DCAP, ``QuoteGeneration/quote_wrapper``: ``qgs_msg_lib/inc/qgs_msg_lib.h`` for the messages (packed,
 numbers little-endian) and ``tdx_attest/tdx_attest.c`` for the frame around them (the message's size, four bytes,
@@ -6,8 +6,8 @@ big-endian).
 
 Rules kept here:
 
-* the service says how much is read only within `MAX_MESSAGE`;
-* every size in an answer agrees with every other, or nothing of it is taken.
+* no more than `MAX_MESSAGE` is read, whatever size the service announces;
+* an answer is used only if all its sizes agree.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ REPORT_SIZE: Final = 1024
 """Bytes of a TDREPORT (Intel TDX Module ABI, TDREPORT_STRUCT)."""
 FRAME_SIZE: Final = 4
 MAX_MESSAGE: Final = 64 * 1024
-"""A quote has some 5000 bytes, with its certificates; the library of Intel's takes 16 KiB."""
+"""The most bytes of a message. A quote has some 5000, with its certificates; Intel's library takes 16 KiB."""
 
 _HEADER: Final = struct.Struct("<HHIII")
 """Major and minor version, type, size of the whole message, error code."""
 _SIZES: Final = struct.Struct("<II")
-"""In a request of the report and of a list of key ids, in an answer of the chosen key id and of the quote."""
+"""Sizes of the report and of the list of key ids in a request, of the chosen key id and of the quote in an answer."""
 _MAJOR, _MINOR = 1, 1
 _GET_QUOTE_REQ, _GET_QUOTE_RESP = 0, 1
 
@@ -51,15 +51,15 @@ def quote_request(report: bytes) -> bytes:
 
 
 def message_size(frame: bytes) -> int:
-    """How many bytes follow the four of ``frame``. Raises `RemoteProtocolError` for what no answer has."""
+    """The number of bytes after the four of ``frame``. Raises `RemoteProtocolError` for a size that no answer has."""
     size = int.from_bytes(frame, "big")
     if len(frame) != FRAME_SIZE or not _HEADER.size + _SIZES.size <= size <= MAX_MESSAGE:
-        raise RemoteProtocolError(f"an answer of {size} bytes is none of a quote generation service")
+        raise RemoteProtocolError(f"an answer of {size} bytes does not come from a quote generation service")
     return size
 
 
 def read_quote(message: bytes) -> bytes:
-    """The quote in an answer without its frame; it is not looked into.
+    """The quote in an answer without its frame; the quote itself is not parsed.
 
     Raises `RemoteProtocolError`, with the service's own error where it has one.
     """
@@ -72,9 +72,7 @@ def read_quote(message: bytes) -> bytes:
     if kind != _GET_QUOTE_RESP:
         raise RemoteProtocolError(f"its answer is of type {kind}, not {_GET_QUOTE_RESP} (GET_QUOTE_RESP)")
     if error:
-        raise RemoteProtocolError(
-            f"it made no quote: error {error:#x}, {_ERRORS.get(error, 'which is not known here')}"
-        )
+        raise RemoteProtocolError(f"it made no quote: error {error:#x}, {_ERRORS.get(error, 'which is unknown')}")
     key_id_size, quote_size = _SIZES.unpack_from(message, _HEADER.size)
     start = _HEADER.size + _SIZES.size + key_id_size
     if not quote_size or not size == len(message) == start + quote_size:

@@ -2,13 +2,12 @@
 
 Rules kept here:
 
-* TLS 1.2 or 1.3; no renegotiation, no session is kept or resumed, so every connection proves its key anew;
-* a client certificate is asked for and any is accepted, and so is none: the handshake proves possession of its key, and
-  the quote says whose it is. A certificate that RFC 5280 does not know counts as not presented;
+* TLS 1.2 or 1.3; no renegotiation, no session is kept or resumed, so every connection proves its key;
+* a client certificate is requested and any is accepted, and so is none: the handshake proves possession of its key, and
+  the quote says whose it is. A certificate that RFC 5280 does not allow counts as not presented;
 * a stranger's handshake has a bound: of its bytes, and of what its signatures cost. A key of more than 4096 bits and an
   RSA exponent of 2**32 or more are refused before a signature is checked with them;
-* what the peer does wrong is one error, `RemoteProtocolError`; the alert that OpenSSL tells it so with is among the
-  bytes to send.
+* every fault of the peer is a `RemoteProtocolError`; OpenSSL's alert for it is among the bytes to send.
 
 pyOpenSSL does this because Python's own ``ssl`` refuses every client certificate that it cannot chain to a CA.
 """
@@ -32,12 +31,12 @@ except ImportError:
     raise LocalProtocolError("TLS needs pyOpenSSL: pip install 'chutes-proto[tls]'") from None
 
 ServerContext = SSL.Context
-"""What the connections of one server have in common: its certificate and key, and the rules above."""
+"""The certificate and key of a server, and the rules above, for all its connections."""
 
 HANDSHAKE_SIZE: Final = 32 * 1024
-"""How many bytes a peer may send before its handshake is complete; with a certificate it sends two or three KiB."""
+"""The most bytes that a peer may send before its handshake is complete; with a certificate it sends 2 or 3 KiB."""
 
-_CURVE_BITS: Final = 1023  # more than the key of any curve has, and less than an RSA key that is of use
+_CURVE_BITS: Final = 1023  # more than the key of any curve has, and less than a usable RSA key
 _KEY_BITS: Final = 4096
 _EXPONENT_BITS: Final = 32
 _CHUNK: Final = 64 * 1024
@@ -47,7 +46,7 @@ _NO_RENEGOTIATION: Final = 1 << 30  # SSL_OP_NO_RENEGOTIATION of openssl/ssl.h, 
 def server_context(chain_pem: bytes, key_pem: Secret) -> ServerContext:
     """A context for the certificate chain (the server's own first) and its key, in PEM.
 
-    Raises `ConfigurationError` for what is not PEM, an encrypted key, or a key that is not the certificate's.
+    Raises `ConfigurationError` for a chain or key that is not PEM, an encrypted key, or a key of another certificate.
     """
     try:
         certificates = x509.load_pem_x509_certificates(chain_pem)
@@ -55,15 +54,15 @@ def server_context(chain_pem: bytes, key_pem: Secret) -> ServerContext:
         raise ConfigurationError(f"the TLS certificate chain is not PEM: {exc}") from None
     try:
         key = load_pem_private_key(key_pem.reveal(), password=None)
-    except (ValueError, TypeError, UnsupportedAlgorithm):  # without its text, which may speak of what is in the key
-        raise ConfigurationError("the TLS key is not a private key in PEM without a password") from None
+    except (ValueError, TypeError, UnsupportedAlgorithm):  # without its text, which may repeat parts of the key
+        raise ConfigurationError("the TLS key is not a private key in PEM without a password; convert it") from None
     context = SSL.Context(SSL.TLS_SERVER_METHOD)
     context.set_min_proto_version(SSL.TLS1_2_VERSION)
     _ = context.set_options(SSL.OP_NO_TICKET | SSL.OP_CIPHER_SERVER_PREFERENCE | _NO_RENEGOTIATION)
     _ = context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
     _ = context.set_mode(SSL.MODE_RELEASE_BUFFERS)
     context.set_verify(SSL.VERIFY_PEER, _accept)
-    # Nothing above the peer's own certificate is looked at: a long chain would cost much time and prove nothing.
+    # Nothing above the peer's own certificate is verified: a long chain would cost much time and prove nothing.
     context.set_verify_depth(0)
     try:
         context.use_certificate(certificates[0])
@@ -72,52 +71,40 @@ def server_context(chain_pem: bytes, key_pem: Secret) -> ServerContext:
         context.use_privatekey(key)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType] - else a TypeError
         context.check_privatekey()
     except (SSL.Error, TypeError):
-        raise ConfigurationError("the TLS key is not the one of the certificate, or is of no use for TLS") from None
+        raise ConfigurationError("the TLS key does not match the certificate, or cannot be used for TLS") from None
     return context
 
 
 class TlsSession:
-    """One TLS connection, the server's end of it.
+    """The server's end of one TLS connection.
 
-    Feed what the peer sent to `receive_data`, hand plaintext to `send_data`, and send the peer whatever `data_to_send`
-    gives after each. Nothing is kept from one call to the next but a record or a handshake message that is not yet
-    whole, which OpenSSL bounds.
+    Give bytes of the peer to `receive_data` and plaintext to `send_data`, and after each send the peer the bytes of
+    `data_to_send`. Nothing is kept from one call to the next but a record or a handshake message that is not yet whole,
+    which OpenSSL bounds.
     """
 
     def __init__(self, context: ServerContext) -> None:
+        self.established: bool = False
+        """The handshake is complete."""
+        self.peer_closed: bool = False
+        """The peer will send no more: it said so, or its bytes ended."""
+        self.peer_certificate: x509.Certificate | None = None
+        """The certificate whose key the peer proved to hold; None before the handshake is complete."""
         self._connection = SSL.Connection(context, None)
         self._connection.set_accept_state()
-        self._established = False
-        self._room = HANDSHAKE_SIZE
+        self._handshake_left = HANDSHAKE_SIZE
         self._ended = False
-        self._peer_closed = False
-        self._peer_certificate: x509.Certificate | None = None
-
-    @property
-    def established(self) -> bool:
-        """The handshake is complete."""
-        return self._established
-
-    @property
-    def peer_closed(self) -> bool:
-        """The peer will send no more: it said so, or its bytes ended."""
-        return self._peer_closed
-
-    @property
-    def peer_certificate(self) -> x509.Certificate | None:
-        """The certificate whose key the peer proved to hold; None before the handshake is complete."""
-        return self._peer_certificate
 
     def receive_data(self, data: bytes) -> bytes:
-        """Ciphertext in, ``b""`` when there will be no more; plaintext out, which may be empty.
+        """Take ciphertext, ``b""`` when there will be no more; returns plaintext, which may be empty.
 
         Raises `RemoteProtocolError` once the peer breaks the protocol; the session is then at its end.
         """
-        if self._ended or self._peer_closed:
+        if self._ended or self.peer_closed:
             return b""
         if not data:
-            self._peer_closed = True
-            if not self._established:
+            self.peer_closed = True
+            if not self.established:
                 self._ended = True
                 raise RemoteProtocolError("the peer's bytes ended within the TLS handshake")
             return b""
@@ -128,12 +115,12 @@ class TlsSession:
             raise RemoteProtocolError(f"TLS: {_text(exc)}") from None
 
     def send_data(self, data: bytes) -> None:
-        """Plaintext for the peer.
+        """Encrypt plaintext for the peer.
 
-        Raises `LocalProtocolError` before the handshake and after the end, and `RemoteProtocolError`, at the end, where
-        the peer has begun another handshake and will take no data.
+        Raises `LocalProtocolError` before the handshake and after the end, and `RemoteProtocolError` if the peer has
+        begun another handshake and takes no data; the session is then at its end.
         """
-        if not self._established or self._ended:
+        if not self.established or self._ended:
             raise LocalProtocolError("a TLS session carries data after its handshake and before its end")
         try:
             _ = self._connection.sendall(data)
@@ -143,13 +130,13 @@ class TlsSession:
 
     def close(self) -> None:
         """Tell the peer that there will be no more (a close_notify alert). No more can be sent."""
-        if self._established and not self._ended:
-            with suppress(SSL.Error):  # within a handshake that the peer began anew there is nothing to tell it
+        if self.established and not self._ended:
+            with suppress(SSL.Error):  # within another handshake of the peer's no alert can be sent
                 _ = self._connection.shutdown()
         self._ended = True
 
     def data_to_send(self) -> bytes:
-        """Ciphertext for the peer since the last call: also handshake messages and alerts."""
+        """Ciphertext for the peer since the last call, with handshake messages and alerts."""
         ciphertext = b""
         try:
             while len(ciphertext) % _CHUNK == 0:  # OpenSSL's buffer gives all that it has, or as much as was asked for
@@ -159,14 +146,14 @@ class TlsSession:
         return ciphertext
 
     def _take(self, data: bytes) -> bytes:
-        if self._established:
+        if self.established:
             return self._read(data)
-        within, beyond = data[: self._room], data[self._room :]
-        self._room -= len(within)
+        within, beyond = data[: self._handshake_left], data[self._handshake_left :]
+        self._handshake_left -= len(within)
         plaintext = self._read(within) if within else b""
         if not beyond:
             return plaintext
-        if not self._established:
+        if not self.established:
             self._ended = True
             raise RemoteProtocolError(f"TLS: a handshake of more than {HANDSHAKE_SIZE} bytes")
         return plaintext + self._read(beyond)
@@ -175,16 +162,16 @@ class TlsSession:
         _ = self._connection.bio_write(data)
         plaintext = bytearray()
         try:
-            if not self._established:
+            if not self.established:
                 self._connection.do_handshake()
-                self._peer_certificate = self._presented()
-                self._established = True
+                self.peer_certificate = self._presented()
+                self.established = True
             while True:
                 plaintext += self._connection.recv(_CHUNK)
         except SSL.WantReadError:
             pass
         except SSL.ZeroReturnError:
-            self._peer_closed = True
+            self.peer_closed = True
         return bytes(plaintext)
 
     def _presented(self) -> x509.Certificate | None:
@@ -195,9 +182,9 @@ class TlsSession:
 
 
 def _accept(_connection: object, certificate: crypto.X509, *_: object) -> bool:
-    """Whether the handshake goes on, asked before a signature is checked with the key of this certificate.
+    """Whether the handshake goes on; OpenSSL asks before it checks a signature with the key of this certificate.
 
-    The one above the peer's own counts, too: OpenSSL checks with its key what it has signed.
+    That is also the issuer's certificate, whose key checks the signature on the peer's own.
     """
     try:
         key = certificate.get_pubkey()
@@ -205,13 +192,13 @@ def _accept(_connection: object, certificate: crypto.X509, *_: object) -> bool:
             return True
         public = key.to_cryptography_key()
     except (crypto.Error, ValueError, UnsupportedAlgorithm):
-        return False  # nobody can prove to hold it
+        return False  # possession of an unreadable key cannot be proved
     cheap = not isinstance(public, RSAPublicKey) or public.public_numbers().e.bit_length() <= _EXPONENT_BITS
     return cheap and key.bits() <= _KEY_BITS
 
 
 def _text(exc: SSL.Error) -> str:
-    """What OpenSSL says, without its file names and codes."""
+    """OpenSSL's text of an error, without its file names and codes."""
     match exc.args:
         case ([*errors],):
             return "; ".join(str(error[-1]) for error in errors)

@@ -1,63 +1,59 @@
-"""What units do with keys: carry out a change of generations, hand a passphrase out, remember it for the audit row."""
+"""Changes of a VM's keys within a unit: write generations, open passphrases, collect the text for the audit row."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from attrs import define, evolve, field
 
 from chutes_proto.keys import generations
-from chutes_proto.keys.vault import Address
-from chutes_proto.store.rows import (
-    GenerationRow,
-    Insert,
-    Put,
-    ReadLiveGenerations,
-    ReadVolumes,
-    UpdateGeneration,
-    Vm,
-    VoidTokens,
-    VolumeRow,
-)
-
-if TYPE_CHECKING:
-    from chutes_proto.keys.generations import Change, HandOut, Seal, Supply
-    from chutes_proto.keys.vault import FreshKey, Vault
-    from chutes_proto.secret import Secret
-    from chutes_proto.store._run import Script
+from chutes_proto.keys.generations import Change, HandOut, Seal, Supply
+from chutes_proto.keys.vault import Address, FreshKey, Vault
+from chutes_proto.secret import Secret
+from chutes_proto.store import rows as store
+from chutes_proto.store._run import Script
 
 
-def by_volume(rows: Iterable[GenerationRow]) -> defaultdict[str, list[GenerationRow]]:
+def by_volume(rows: Iterable[store.GenerationRow]) -> defaultdict[str, list[store.GenerationRow]]:
     """The generations of each volume; none for a volume that never had a key."""
-    volumes = defaultdict[str, list[GenerationRow]](list)
+    volumes = defaultdict[str, list[store.GenerationRow]](list)
     for row in rows:
         volumes[row.volume].append(row)
     return volumes
 
 
-@define
-class Keeper:
-    """One run of one unit over one VM's keys."""
+def disk_of(known: Iterable[store.VolumeRow], vm: store.Vm, volume: str) -> store.VolumeRow:
+    """The row of ``volume`` among those ``known`` of ``vm``; a disk that was never reported is not in use."""
+    unknown = store.VolumeRow(vm, volume, in_use=False, format_allowed=False)
+    return next((row for row in known if row.volume == volume), unknown)
 
-    vm: Vm
+
+@define
+class VmKeys:
+    """The keys of one VM in one run of one unit. ``origin`` is the boot, or the operator's command, that makes keys.
+
+    A new or revived generation is written in the transaction that hands its passphrase out, never later: a passphrase
+    that left without its row would lock the disk for ever.
+    """
+
+    vm: store.Vm
     vault: Vault
     now: int
     origin: str
-    _told: list[str] = field(factory=list[str], init=False)
+    _changes: list[str] = field(factory=list[str], init=False)
 
     @property
-    def told(self) -> str:
-        """What was done so far, for `AuditRow.keys`."""
-        return ", ".join(self._told)
+    def changes(self) -> str:
+        """The changes so far, for `AuditRow.keys`."""
+        return ", ".join(self._changes)
 
     def sealer(self, volume: str, fresh: FreshKey) -> Seal:
-        """Makes the active row of a new generation of ``volume`` from ``fresh``; this unit's answer delivers it."""
+        """Make the active row of a new generation of ``volume`` from ``fresh``; this unit's answer delivers it."""
 
-        def seal(generation: int) -> GenerationRow:
+        def seal(generation: int) -> store.GenerationRow:
             sealed = self.vault.seal(Address(self.vm, volume, generation), fresh)
-            return GenerationRow(
+            return store.GenerationRow(
                 vm=self.vm,
                 volume=volume,
                 generation=generation,
@@ -75,63 +71,66 @@ class Keeper:
 
     def supply(self, supply: Supply) -> Script[Secret]:
         """Write the rows of ``supply`` and open the passphrase that is active afterwards, be it new or old."""
-        row = supply.current
         yield from self._write(supply)
-        if row.delivered_at is None:
-            yield from UpdateGeneration(evolve(row, delivered_at=self.now))
-        self._told.append(f"{row.volume}/{row.generation} {supply.word}")
-        return self.open(row)
+        return (yield from self._deliver(supply.current, supply.word))
 
     def hand_out(self, pair: HandOut) -> Script[tuple[Secret | None, Secret]]:
         """Write the rows of ``pair`` and open the current passphrase, if there is one, and the next one."""
         yield from self._write(pair)
-        for what, row in (("current", pair.current), ("next", pair.next)):
-            if row is not None:
-                if row.delivered_at is None:
-                    yield from UpdateGeneration(evolve(row, delivered_at=self.now))
-                self._told.append(f"{row.volume}/{row.generation} {what}")
-        return None if pair.current is None else self.open(pair.current), self.open(pair.next)
+        current = None if pair.current is None else (yield from self._deliver(pair.current, "current"))
+        return current, (yield from self._deliver(pair.next, "next"))
 
     def settle(self, volume: str, change: Change) -> Script[None]:
         """Write the rows of ``change``, after which there is an active key."""
         yield from self._write(change)
-        self._told.extend(f"{row.volume}/{row.generation} {row.state}" for row in change.updated)
+        self._changes.extend(f"{row.volume}/{row.generation} {row.state}" for row in change.updated)
         if not change.updated:
-            self._told.append(f"{volume} unchanged")
+            self._changes.append(f"{volume} unchanged")
 
     def retire(self, change: Change) -> Script[None]:
-        """Write the rows of ``change``, after which there is no active key."""
+        """Write the rows of ``change``, after which no key is active."""
         yield from self._write(change)
-        self._told.extend(f"{row.volume}/{row.generation} retired" for row in change.updated)
+        self._changes.extend(f"{row.volume}/{row.generation} retired" for row in change.updated)
 
     def disown(self) -> Script[None]:
-        """Nothing of the name's holder reaches the next one, nor the other way round: keys, disks or tokens."""
-        for rows in by_volume((yield from ReadLiveGenerations(self.vm))).values():
-            yield from self.retire(generations.disown(rows, self.now))
-        for volume in (yield from ReadVolumes(self.vm)):
-            yield from Put(evolve(volume, in_use=False, format_allowed=False, handed=None))
-        yield from VoidTokens(self.vm, self.now)
+        """Retire all keys, forget the disks and void the tokens: the next owner of the name gets nothing of this one's.
 
-    def open(self, row: GenerationRow) -> Secret:
-        """The passphrase of a row of this VM."""
+        Nor does this one get anything of the next owner's.
+        """
+        for rows in by_volume((yield from store.ReadLiveGenerations(self.vm))).values():
+            yield from self.retire(generations.disown(rows, self.now))
+        for volume in (yield from store.ReadVolumes(self.vm)):
+            yield from store.Put(evolve(volume, in_use=False, format_allowed=False, handed=None))
+        yield from store.VoidTokens(self.vm, self.now)
+
+    def open(self, row: store.GenerationRow) -> Secret:
+        """The passphrase of a row of this VM. Raises `KeyUnavailable` and `SealBroken`."""
         return self.vault.open(Address(self.vm, row.volume, row.generation), row)
 
+    def _deliver(self, row: store.GenerationRow, word: str) -> Script[Secret]:
+        if row.delivered_at is None:
+            yield from store.UpdateGeneration(evolve(row, delivered_at=self.now))
+        self._changes.append(f"{row.volume}/{row.generation} {word}")
+        return self.open(row)
+
     def _write(self, change: Change) -> Script[None]:
+        # Updates come first: a volume has at most one active generation and one candidate at every moment.
         for row in change.updated:
-            yield from UpdateGeneration(row)
+            yield from store.UpdateGeneration(row)
         if change.created is not None:
-            yield from Insert(change.created)
+            yield from store.Insert(change.created)
 
 
-def report(vm: Vm, volumes: Iterable[str], formatted: Iterable[str]) -> Script[tuple[str, ...]]:
-    """Keep which of ``volumes`` are reported to have a LUKS header; reply with those that must not be formatted."""
-    known = {row.volume: row for row in (yield from ReadVolumes(vm))}
+def report(vm: store.Vm, volumes: Iterable[str], formatted: Iterable[str]) -> Script[tuple[str, ...]]:
+    """Record which of ``volumes`` are reported to have a LUKS header; reply with those that must not be formatted."""
+    known = yield from store.ReadVolumes(vm)
     in_use: list[str] = []
     for volume in volumes:
-        before = known.get(volume) or VolumeRow(vm, volume, in_use=False, format_allowed=False)
+        before = disk_of(known, vm, volume)
         reported = volume in formatted
         if reported or (before.in_use and not before.format_allowed):
             in_use.append(volume)
+        # A permission to format holds for one answer, so it ends here, whether or not this answer used it.
         if before.format_allowed or (reported and not before.in_use):
-            yield from Put(evolve(before, in_use=before.in_use or reported, format_allowed=False))
+            yield from store.Put(evolve(before, in_use=before.in_use or reported, format_allowed=False))
     return tuple(in_use)

@@ -12,15 +12,13 @@ Rules kept here:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from attrs import frozen
 
 from chutes_proto.errors import Refused, Unavailable
 from chutes_proto.quote._terms import rfc3339
+from chutes_proto.store._run import Script
 from chutes_proto.store.rows import NonceRow, RaiseHorizon, ReadTimes, RedeemNonce, SweepNonces
 from chutes_proto.wire.codes import Code
-
-if TYPE_CHECKING:
-    from chutes_proto.store._run import Script
 
 SKEW = 60
 """How far ahead of our clocks a nonce may have been issued, in seconds."""
@@ -29,8 +27,17 @@ NONCE_KEPT_SECONDS = 86_400
 NONCES_SWEPT = 100
 
 
-def redeem_nonce(nonce: bytes, purpose: str, issued_at: int, now: int) -> Script[None]:
-    """Redeem a nonce whose tag, age and purpose hold; ``now`` is the server's time.
+@frozen
+class Nonce:
+    """A nonce of this server (32 bytes) whose tag, age, purpose and binding hold; only `NonceMint.check` makes one."""
+
+    value: bytes
+    purpose: str
+    issued_at: int
+
+
+def redeem_nonce(nonce: Nonce, now: int) -> Script[None]:
+    """Redeem ``nonce``; ``now`` is the server's time.
 
     Raises `Refused` for one that was redeemed or may have been. Raises `Unavailable` for one from the future, and while
     the horizon lies ahead, as it does for a minute after a restore: then no nonce can be redeemed, and none is at
@@ -41,11 +48,11 @@ def redeem_nonce(nonce: bytes, purpose: str, issued_at: int, now: int) -> Script
     if horizon >= now:
         text = "No nonce can be redeemed now. Retry shortly."
         raise Unavailable(Code.STORE_UNAVAILABLE, text, retry_after=10, reason=_why_void(horizon, now, clock))
-    if clock is not None and issued_at > clock + SKEW:
-        raise nonce_from_future(issued_at, clock, "the database's")
-    if issued_at <= horizon:
-        raise _invalid(f"issued at {issued_at}, and the horizon is {horizon}")
-    if not (yield from RedeemNonce(NonceRow(nonce, purpose, issued_at, now))):
+    if clock is not None and nonce.issued_at > clock + SKEW:
+        raise nonce_from_future(nonce.issued_at, clock, "the database's")
+    if nonce.issued_at <= horizon:
+        raise _invalid(f"issued at {nonce.issued_at}, and the horizon is {horizon}")
+    if not (yield from RedeemNonce(NonceRow(nonce.value, nonce.purpose, nonce.issued_at, now))):
         raise _invalid("redeemed before")
     # Nothing issued or redeemed later than this is deleted, so the horizon, which follows, lies in the past: a row from
     # the future, which a clock that was ahead has left, stays until its time has passed.

@@ -1,63 +1,50 @@
-"""The rows that tell of a decision: the verdict on a quote, and the audit row beside each change.
+"""The rows that record a decision: the verdict on a quote, and the audit row beside each change.
 
 Rules kept here:
 
-* both are written in the transaction of the change that they tell of;
+* both are written in the transaction of the change that they record;
 * text that a peer chose freely is kept as legible text of bounded length.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal
 
 from attrs import frozen
 
-from chutes_proto.store.rows import AttestationRow, AuditRow, Insert, Pin, Vm
-
-if TYPE_CHECKING:
-    from chutes_proto.store.rows import Decision
-
-
-class Quoted(Protocol):
-    """A boot, or a unit that grants something, with the quote that it rests on."""
-
-    @property
-    def pin(self) -> Pin | None:
-        """The pin of the platform."""
-        ...
-
-    @property
-    def quote_digest(self) -> bytes:
-        """The SHA-256 of the quote."""
-        ...
-
-    @property
-    def profile_name(self) -> str:
-        """The name of the profile that the quote matched."""
-        ...
-
-    @property
-    def profile_version(self) -> str:
-        """The version of that profile."""
-        ...
+from chutes_proto.store.rows import AttestationRow, AuditRow, BootRow, Decision, Insert, Pin, Vm
 
 
 @frozen
 class Quote:
-    """A quote as rows name it: without a pin where it did not verify, without a profile where it was refused."""
+    """A quote as rows name it: SHA-256, its platform if it verified, the matched profile if it was accepted."""
 
-    pin: Pin | None
     digest: bytes
-    profile_name: str | None = None
-    profile_version: str | None = None
+    pin: Pin | None
+    profile_name: str | None
+    profile_version: str | None
 
     @classmethod
-    def of(cls, given: Quoted) -> Quote:
-        """The quote of a boot, or of a unit that grants something for it."""
-        return cls(given.pin, given.quote_digest, given.profile_name, given.profile_version)
+    def refused(cls, digest: bytes, pin: Pin | None = None) -> Quote:
+        """A quote that was not accepted; without ``pin`` one that did not verify."""
+        return Quote(digest, pin, None, None)
 
 
-NO_QUOTE = Quote(None, b"")
+@frozen
+class AcceptedQuote(Quote):
+    """A quote that the policy accepts."""
+
+    pin: Pin
+    profile_name: str
+    profile_version: str
+
+    @classmethod
+    def of(cls, boot: BootRow) -> AcceptedQuote:
+        """The quote that a boot was granted for."""
+        return cls(boot.quote_digest, boot.pin, boot.profile_name, boot.profile_version)
+
+
+NO_QUOTE = Quote.refused(b"")
 
 
 @frozen
@@ -73,11 +60,7 @@ class Records:
     actor: Literal["vm", "miner"] = "vm"
 
     def verdict(
-        self,
-        stage: Literal["boot", "runtime"],
-        reason: str,
-        code: str | None = None,
-        registration: str | None = None,
+        self, stage: Literal["boot", "runtime"], reason: str, code: str | None = None, registration: str | None = None
     ) -> Insert:
         """Add the verdict on the quote: granted, or refused with ``code``."""
         return Insert(
@@ -120,5 +103,5 @@ class Records:
 
 
 def legible(text: str, limit: int) -> str:
-    """``text`` as any store takes it: no control characters, no lone surrogates, not longer than ``limit``."""
+    """``text`` as any store takes it: no control characters, no lone surrogates, at most ``limit`` characters."""
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text[:limit])

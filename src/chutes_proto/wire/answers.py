@@ -1,4 +1,4 @@
-"""How a refusal is rendered: the one place where the shape of an error answer stands."""
+"""Refusals as answers: the one place that knows the form of an error answer."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Messages to HTTP and back, for both sides, driven by the endpoint table.
+"""Convert messages to HTTP and back, for both sides, driven by the endpoint table.
 
 Rules kept here:
 
-* a request is decoded whole or not at all, and one 422 lists all that is wrong with it, without repeating the input;
+* a request is decoded whole or not at all, and one 422 lists all of its problems, without repeating the input;
 * types are strict: a number is not a string, a string is not a list;
 * members that a message does not know are ignored;
 * a declared header or query parameter that comes twice is a 400: two readers could see two callers;
@@ -15,6 +15,7 @@ import base64
 import binascii
 import re
 from collections.abc import Container, Iterable, Mapping
+from contextlib import suppress
 from functools import cache
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 from urllib.parse import parse_qsl, quote, urlencode
@@ -45,7 +46,7 @@ _PLACES = ("path", "query", "header", "body")
 
 
 def encode_request(endpoint: Endpoint, message: Message, headers: Headers = ()) -> HttpRequest:
-    """The request that asks ``message`` of ``endpoint``; fields that are None are left out."""
+    """Encode ``message`` as a request to ``endpoint``; fields that are None are left out."""
     values: dict[str, dict[str, Any]] = {place: {} for place in _PLACES}
     for attribute in attrs.fields(type(message)):
         value = getattr(message, attribute.name)
@@ -64,7 +65,7 @@ def encode_request(endpoint: Endpoint, message: Message, headers: Headers = ()) 
 
 
 def decode_request(match: Match, request: HttpRequest) -> Message:
-    """The message that ``request`` asks. Raises `BadRequest` (400, 422)."""
+    """Decode the message of ``request``. Raises `BadRequest` (400, 422)."""
     places = _places(match.endpoint.request)
     sources: dict[str, dict[str, Any]] = {
         "path": match.parameters,
@@ -81,20 +82,20 @@ def decode_request(match: Match, request: HttpRequest) -> Message:
     try:
         return _CONVERTER.structure(raw, match.endpoint.request)
     except ProblemsError as exc:
-        whence = {field: [place, name] for place, names in places.items() for name, field in names.items()}
+        origins = {field: [place, name] for place, names in places.items() for name, field in names.items()}
         problems: list[ValidationProblem] = [
-            {"type": p.kind, "loc": [*whence[str(p.path[0])], *p.path[1:]], "msg": p.msg} for p in exc.problems
+            {"type": p.kind, "loc": [*origins[str(p.path[0])], *p.path[1:]], "msg": p.msg} for p in exc.problems
         ]
         raise BadRequest(Code.VALIDATION_ERROR, problems) from None
 
 
 def decode_list(data: bytes, kind: type[T]) -> tuple[T, ...]:
-    """A JSON list of one kind of a message's parts. Raises `ValueError`, whose text repeats none of it."""
+    """Decode a JSON list of one kind of a message's parts. Raises `ValueError`, whose text repeats none of it."""
     return _CONVERTER.structure(json.decode(data), tuple[kind, ...])  # type: ignore[valid-type]
 
 
 def decode_quote(text: str) -> bytes:
-    """The quote of an attestation: standard base64 with its padding (RFC 4648 section 4), nothing else."""
+    """Decode the quote of an attestation: standard base64 with padding (RFC 4648, section 4). Raises `Refused`."""
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
@@ -102,7 +103,7 @@ def decode_quote(text: str) -> bytes:
 
 
 def encode_quote(data: bytes) -> str:
-    """What `decode_quote` takes."""
+    """Encode a quote as `decode_quote` reads it."""
     return base64.b64encode(data).decode("ascii")
 
 
@@ -110,7 +111,7 @@ def encode_quote(data: bytes) -> str:
 
 
 def encode_answer(endpoint: Endpoint, answer: Message) -> HttpResponse:
-    """The answer on the wire: compact JSON, members in the documented order."""
+    """Encode an answer: compact JSON, members in the documented order."""
     return HttpResponse(endpoint.status, JSON_HEADERS, _answer_content(answer))
 
 
@@ -127,7 +128,7 @@ def _answer_content(answer: Message) -> bytes:
 
 
 def decode_answer(endpoint: Endpoint, response: HttpResponse) -> Message:
-    """The answer in ``response``.
+    """Decode the answer in ``response``.
 
     Raises the `Refusal` that the server raised, or `RemoteProtocolError` where the bytes are neither.
     """
@@ -150,37 +151,31 @@ def _answer_json(response: HttpResponse) -> Any:
     try:
         return json.decode(response.body)
     except json.JsonError as exc:
-        raise RemoteProtocolError(f"the server answered {response.status} with what is not JSON: {exc}") from None
+        raise RemoteProtocolError(
+            f"the server answered {response.status} with bytes that are not JSON: {exc}"
+        ) from None
 
 
 def _answer_object(response: HttpResponse) -> dict[str, Any]:
     content = _answer_json(response)
     if not isinstance(content, dict):
-        raise RemoteProtocolError(f"the server answered {response.status} with JSON that is no object")
+        raise RemoteProtocolError(f"the server answered {response.status} with JSON that is not an object")
     return cast("dict[str, Any]", content)
 
 
 def _refusal(response: HttpResponse) -> Refusal:
-    """An answer that is no grant, from this server or from a proxy in front of it."""
+    """Decode a refusal, of this server or of a proxy in front of it."""
     if not 400 <= response.status < 600:
         raise RemoteProtocolError(f"the server answered {response.status}, which is neither a grant nor a refusal")
-    detail: Any = None
-    code: Any = None
-    request_id: Any = None
-    try:
+    content: dict[str, Any] = {}
+    with suppress(RemoteProtocolError):  # a proxy's error page: its status still counts
         content = _answer_object(response)
-        detail, code, request_id = content.get("detail"), content.get("code"), content.get("request_id")
-    except RemoteProtocolError:
-        pass  # a proxy's error page: the status still tells
-    if isinstance(detail, list) and all(isinstance(item, dict) for item in cast("list[object]", detail)):
-        problems = cast("list[ValidationProblem]", detail)
-    else:
-        problems = None
-    text = problems if problems is not None else detail if isinstance(detail, str) else f"HTTP status {response.status}"
+    detail, code, request_id = (content.get(name) for name in ("detail", "code", "request_id"))
+    is_problems = isinstance(detail, list) and all(isinstance(item, dict) for item in cast("list[object]", detail))
     return refusal(
         response.status,
         code if isinstance(code, str) else "unknown",
-        text,
+        cast("Any", detail) if is_problems or isinstance(detail, str) else f"HTTP status {response.status}",
         retry_after=_retry_after(response),
         request_id=request_id if isinstance(request_id, str) else None,
     )
@@ -201,7 +196,7 @@ def _place(attribute: attrs.Attribute[Any]) -> str:
 
 @cache
 def _places(message_type: type[Message]) -> Mapping[str, Mapping[str, str]]:
-    """What a request has in each place: names on the wire, and the fields that they are."""
+    """The names on the wire in each place of a request, and the fields that they are."""
     places: dict[str, dict[str, str]] = {place: {} for place in _PLACES}
     for attribute in attrs.fields(message_type):
         places[_place(attribute)][wire_name(attribute)] = attribute.name
@@ -220,7 +215,7 @@ def _query(request: HttpRequest, names: Container[str]) -> dict[str, str]:
 
 
 def decode_headers(request: HttpRequest, names: Iterable[str]) -> dict[str, str]:
-    """Those of the headers ``names`` that are there. Raises `BadRequest` for one that is there twice."""
+    """Read the headers ``names``, as far as they are present. Raises `BadRequest` for one that is present twice."""
     values: dict[str, str] = {}
     for name in names:
         match request.header_values(name.lower()):

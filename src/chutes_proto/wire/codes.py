@@ -1,4 +1,4 @@
-"""The closed list of ``code`` words in an error's answer, with the status each one always has.
+"""The closed list of ``code`` words in an error's answer, with the fixed status of each.
 
 A client may branch on a code; the words never change their meaning. They are coarse on purpose: what exactly was wrong
 with a quote stands in the operator's log under the verifier's own codes (``quote/errors.py``).
@@ -33,21 +33,13 @@ class Code(StrEnum):
     EVIDENCE_UNAVAILABLE = "evidence_unavailable", 400, "the host that registers does not give its evidence when asked"
     GPU_INVALID = "gpu_invalid", 400, "a declared GPU is not what the GPU table or the measurement profile says"
     NONCE_MISMATCH = "nonce_mismatch", 400, "the quote's report data holds another nonce"
-    NONCE_INVALID = "nonce_invalid", 401, "not a nonce of this server, too old, bound to another caller, or used"
+    NONCE_INVALID = "nonce_invalid", 401, "not a nonce of this server, expired, consumed, or bound to another caller"
     CLIENT_CERTIFICATE_REQUIRED = "client_certificate_required", 401, "no client certificate, or a key not accepted"
-    BOOT_TOKEN_INVALID = "boot_token_invalid", 401, "unknown, expired or spent boot token, or one of another key"
+    BOOT_TOKEN_INVALID = "boot_token_invalid", 401, "unknown, expired or redeemed boot token, or one of another key"
     HOTKEY_MISMATCH = "hotkey_mismatch", 401, "the boot token is another hotkey's"
     VM_NAME_MISMATCH = "vm_name_mismatch", 401, "the boot token is another VM's"
-    QUOTE_NONCE_INVALID = (
-        "quote_nonce_invalid",
-        401,
-        "missing, unknown, expired or spent quote nonce, or another boot's",
-    )
-    CONFIRM_NONCE_INVALID = (
-        "confirm_nonce_invalid",
-        401,
-        "missing, unknown or expired confirm nonce, or an older boot's",
-    )
+    QUOTE_NONCE_INVALID = "quote_nonce_invalid", 401, "the quote nonce is missing, unknown, expired or consumed"
+    CONFIRM_NONCE_INVALID = "confirm_nonce_invalid", 401, "the confirm nonce is missing, expired or another boot's"
     SIGNATURE_INVALID = "signature_invalid", 401, "the hotkey signature is missing or does not hold"
     SIGNATURE_STALE = "signature_stale", 401, "X-Chutes-Nonce is not the present time in unix seconds"
     HOTKEY_UNKNOWN = "hotkey_unknown", 401, "the signature holds, and its hotkey is not known here"
@@ -65,11 +57,7 @@ class Code(StrEnum):
     KEY_NOT_FOUND = "key_not_found", 404, "no passphrase is kept for this VM"
     SERVER_NOT_FOUND = "server_not_found", 404, "the hotkey has no such server"
     METHOD_NOT_ALLOWED = "method_not_allowed", 405, "another verb; see Allow"
-    ROTATION_SUPERSEDED = (
-        "rotation_superseded",
-        409,
-        "the key that a VM says it added is no longer to be the active one",
-    )
+    ROTATION_SUPERSEDED = "rotation_superseded", 409, "the key that the VM reports as added can no longer become active"
     REQUEST_TIMEOUT = "request_timeout", 408, "the request took longer than the server waits"
     HOST_TAKEN = "host_taken", 409, "another server is registered at this address"
     GPU_TAKEN = "gpu_taken", 409, "a GPU belongs to another server"

@@ -1,4 +1,4 @@
-"""An operation as a value, and what all of them share: how a message says where its fields travel, and codes.
+"""Operations as values, the places of a message's fields in a request, and shared codes.
 
 The messages of the operations are values of attrs. Each field says where it travels (`path`, `query`, `header`,
 `body`); the codec, the endpoint table, and the OpenAPI document read it from there and nowhere else. The order of an
@@ -38,20 +38,20 @@ def path(description: str) -> Any:
 
 
 def query(description: str, *, wire_name: str | None = None, required: bool = False) -> Any:
-    """A query parameter. Its absence never fails the decoding: whether it is an error is the operation's to say.
+    """A query parameter. Its absence never fails the decoding: the operation decides whether it is an error.
 
-    ``required`` is what the API's description says of it.
+    ``required`` is for the API's description only.
     """
     return _optional("query", description, wire_name, required)
 
 
 def header(name: str, description: str) -> Any:
-    """A header field; its absence never fails the decoding. None is shown in a ``repr``: some are secrets."""
+    """A header field; its absence never fails the decoding. A ``repr`` shows none of them: some are secrets."""
     return _optional("header", description, name, required=False)
 
 
 def body(description: str, **options: Any) -> Any:
-    """A member of the JSON body; without a ``default`` it must be there."""
+    """A member of the JSON body, mandatory unless it has a ``default``."""
     return field(kw_only=True, metadata={PLACE: "body", DESCRIPTION: description}, **options)
 
 
@@ -61,19 +61,19 @@ def _optional(place: str, description: str, wire_name: str | None, required: boo
 
 
 def wire_name(attribute: Attribute[Any]) -> str:
-    """The name under which a field travels."""
+    """The name of a field on the wire."""
     name: str | None = attribute.metadata.get(WIRE_NAME)
     return name or attribute.name
 
 
 def the_list(kind: type[Any]) -> str | None:
-    """The one field of an answer that is a list and nothing around it."""
+    """The name of the one field of an answer that is a bare list on the wire; None for other answers."""
     name: str | None = getattr(kind, "LIST", None)
     return name
 
 
 def the_bytes(kind: type[Any]) -> str | None:
-    """The one field of an answer that is its whole body, already encoded."""
+    """The name of the one field of an answer that is its whole encoded body; None for other answers."""
     name: str | None = getattr(kind, "BYTES", None)
     return name
 
@@ -83,7 +83,7 @@ def the_bytes(kind: type[Any]) -> str | None:
 
 @frozen
 class Endpoint:
-    """One operation: where it is, what it takes, what it gives, what it may refuse with."""
+    """One operation: its path, request, answer, and the codes of its refusals."""
 
     number: int
     operation: str
@@ -105,10 +105,10 @@ class Endpoint:
 
 @frozen
 class NonceAnswer:
-    """A nonce, 64 lowercase hex digits, and when it ends (RFC 3339, UTC, whole seconds)."""
+    """A nonce, 64 lowercase hex digits, and when it expires (RFC 3339, UTC, whole seconds)."""
 
     nonce: str = body("32 bytes in lowercase hex")
-    expires_at: str = body("when the nonce ends, RFC 3339 in UTC")
+    expires_at: str = body("when the nonce expires, RFC 3339 in UTC")
 
 
 QUOTE_REFUSALS = (

@@ -28,7 +28,7 @@ COMMON_CODES = (
     Code.HEAD_TOO_LARGE,
     Code.SERVER_FAULT,
 )
-"""What any request may be answered with, before or beside its operation."""
+"""The codes that any request may be answered with, besides those of its operation."""
 
 ENDPOINTS: tuple[Endpoint, ...] = (
     vms.BOOT_NONCE,
@@ -52,7 +52,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
 
 @frozen
 class Match:
-    """The operation that a request is for, with the path's parameters, percent-decoded."""
+    """The operation of a request, with the path's parameters, percent-decoded."""
 
     endpoint: Endpoint
     parameters: dict[str, str]
@@ -73,7 +73,7 @@ class Redirect:
 
 
 def route(method: str, path: str) -> Match | WrongMethod | Redirect | None:
-    """What a request line asks for; ``path`` still percent-encoded and without its query."""
+    """Route a request line; ``path`` is still percent-encoded and without its query."""
     here = _matches(path)
     for endpoint, values in here:
         if endpoint.method == method:

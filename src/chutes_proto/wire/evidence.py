@@ -1,4 +1,4 @@
-"""What a key server asks of the host of a server that registers, and what the host answers: a quote and GPU evidence.
+"""The exchange with the host of a server that registers, whose evidence is a quote and GPU evidence.
 
 ::
 
@@ -25,19 +25,19 @@ PURPOSE: Final = "attest"
 
 @frozen
 class HostEvidence:
-    """``quote`` in base64; ``gpus``: what the GPUs say of themselves, JSON as the host's tool made it."""
+    """``quote`` in base64; ``gpus``: the GPUs' evidence, JSON as the host's tool made it."""
 
     quote: str
     gpus: str
 
 
 def evidence_target(nonce: bytes) -> str:
-    """The target of the request."""
+    """Make the target of the request."""
     return f"/server/attest?nonce={nonce.hex()}"
 
 
 def decode_evidence(response: HttpResponse) -> HostEvidence:
-    """The evidence in an answer. Raises `RemoteProtocolError`, whose text repeats none of it."""
+    """Decode the evidence in an answer. Raises `RemoteProtocolError`, whose text repeats none of it."""
     if response.status != 200:
         raise RemoteProtocolError(f"the host answers {response.status}")
     try:
@@ -45,7 +45,7 @@ def decode_evidence(response: HttpResponse) -> HostEvidence:
             case {"tdx_quote": str(quote), "nvtrust_evidence": str(gpus)}:
                 _ = json.decode(gpus.encode())
             case _:
-                raise RemoteProtocolError("the host's answer lacks tdx_quote or nvtrust_evidence, or they are no texts")
+                raise RemoteProtocolError("the host's answer lacks the strings tdx_quote and nvtrust_evidence")
     except json.JsonError as exc:
         raise RemoteProtocolError(f"the host's answer is {exc}") from None
     return HostEvidence(quote, gpus)

@@ -1,8 +1,8 @@
-"""HTTP requests and answers as values: what transports make and flows eat."""
+"""HTTP requests and answers as values, between transports and flows."""
 
 from __future__ import annotations
 
-from ipaddress import IPv4Address, IPv6Address, ip_address
+from ipaddress import IPv6Address, ip_address
 from typing import TYPE_CHECKING
 
 from attrs import field, frozen
@@ -41,7 +41,7 @@ class HttpRequest:
 
 @frozen
 class MalformedRequest:
-    """Bytes that never became a request: what they are answered with, and whose they are."""
+    """Bytes that are not a request: the refusal that answers them, and the peer's address."""
 
     refusal: BadRequest
     peer_address: str = ""
@@ -64,30 +64,26 @@ class HttpResponse:
 
 
 def plain_address(text: str) -> str:
-    """An IP address as `HttpRequest.peer_address` has it: an IPv4 address mapped into IPv6 is the IPv4 address.
+    """Normalise an IP address: an IPv4 address mapped into IPv6 becomes the IPv4 address.
 
-    Raises `ValueError` for what is none, or has a zone (RFC 4007).
+    Raises `ValueError` for anything else, and for an address with a zone (RFC 4007).
     """
     address = ip_address(text)
     if isinstance(address, IPv6Address):
         if address.scope_id is not None:
-            raise ValueError("an address with a zone is another host's matter")
+            raise ValueError("an address with a zone means something on its own host only")
         return str(address.ipv4_mapped or address)
     return str(address)
 
 
 def address_prefix(address: str) -> bytes:
-    """What of an address is one host's: an IPv4 address whole, of IPv6 the /64; empty where there is none."""
+    """The part of an address that stands for one host: all of IPv4, the /64 of IPv6; empty without an address."""
     if not address:
         return b""
     try:
         parsed = ip_address(address)
     except ValueError:
         return address.encode()
-    match parsed:
-        case IPv4Address():
-            return parsed.packed
-        case IPv6Address(ipv4_mapped=IPv4Address() as mapped):
-            return mapped.packed
-        case _:
-            return parsed.packed[:8]
+    if isinstance(parsed, IPv6Address) and parsed.ipv4_mapped is None:
+        return parsed.packed[:8]
+    return parsed.packed[-4:]  # of IPv4, mapped into IPv6 or not

@@ -1,7 +1,7 @@
-"""JSON as this API takes and gives it.
+"""The JSON of this API.
 
-Taken: what `strict_json` takes (RFC 8259 in UTF-8, nested at most 16 deep, no member twice, no lone surrogates), with
-numbers that a float holds. Given: compact, because deployed VM images cut answers apart with ``grep``.
+Accepted is the JSON of `strict_json` (RFC 8259 in UTF-8, nested at most 16 deep, no member twice, no lone surrogates),
+with numbers that a float holds. Written is compact JSON, because deployed VM images cut answers apart with ``grep``.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from chutes_proto.quote import _strict_json as strict_json
 
 
 class JsonError(ValueError):
-    """Bytes that are not JSON as this API takes it; the text says what is wrong and repeats none of the input."""
+    """Bytes that are not JSON of this API; the text names the problem and repeats none of the input."""
 
 
 def decode(data: bytes) -> Any:
-    """The value that ``data`` says. Raises `JsonError`."""
+    """Decode ``data``. Raises `JsonError`."""
     try:
         return strict_json.decode(data, fractions=True)
     except strict_json.JsonError as exc:
@@ -25,5 +25,5 @@ def decode(data: bytes) -> Any:
 
 
 def encode(value: object) -> bytes:
-    """Compact JSON in ASCII, members in the order of ``value``."""
+    """Encode as compact JSON in ASCII, members in the order of ``value``."""
     return json.dumps(value, separators=(",", ":"), allow_nan=False).encode("ascii")

@@ -1,4 +1,4 @@
-"""What a miner asks: the messages and endpoints of operations 5 to 12."""
+"""The messages and endpoints of a miner: operations 5 to 12."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from chutes_proto.wire.names import Name
 
 @frozen
 class SignedRequest:
-    """What all requests of a hotkey carry: its signature (``docs/reference/wire.md``, section 8)."""
+    """The headers of every request of a hotkey: its signature (``docs/reference/wire.md``, section 8)."""
 
     hotkey: str | None = header("X-Chutes-Hotkey", "SS58 address of the caller's hotkey")
     signature: str | None = header("X-Chutes-Signature", "hex of the sr25519 signature, without 0x")
@@ -23,7 +23,7 @@ class SignedRequest:
 
 @frozen
 class NodeArgs:
-    """One GPU as its owner declares it; what must hold of it stands in ``server/_gpus.py``."""
+    """One GPU as its owner declares it; ``server/_gpus.py`` checks it."""
 
     uuid: str = body("GPU uuid, unique among all servers")
     name: str = body("model name as the driver has it")
@@ -118,7 +118,7 @@ class RemoveServerRequest(SignedRequest):
 
 @frozen
 class RemovedServerAnswer:
-    """The name of what is gone."""
+    """The name of the removed server."""
 
     name: str = body("the server's name")
     message: str = body("what was done")
@@ -143,7 +143,7 @@ class RuntimeAttestationRequest(SignedRequest):
 class RuntimeAttestationAnswer:
     """An approved TD on the server's platform holds the TLS key of this connection.
 
-    That it is the same TD as the one that booted is not said.
+    It does not say that this is the TD that booted.
     """
 
     attestation_id: str = body("names the record; the request id in the server's log")

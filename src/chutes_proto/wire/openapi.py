@@ -31,7 +31,7 @@ _INVALID = {"$ref": "#/components/schemas/ValidationError"}
 
 
 def document(endpoints: Sequence[Endpoint] = ENDPOINTS) -> bytes:
-    """The document, as the server answers it.
+    """Make the document, as the server answers it.
 
     Templates that differ in their parameters' names only are one path (OpenAPI 3.1, section 4.8.8.2), the first one's.
     """
@@ -52,7 +52,7 @@ def document(endpoints: Sequence[Endpoint] = ENDPOINTS) -> bytes:
 
 
 def _fields(message: type[Any]) -> Sequence[attrs.Attribute[Any]]:
-    """Of which also the types are looked at."""
+    """The fields of a message with their types resolved."""
     fields: Sequence[attrs.Attribute[Any]] = attrs.fields(attrs.resolve_types(message))
     return fields
 
@@ -94,10 +94,7 @@ def _responses(endpoint: Endpoint, *, takes_input: bool) -> dict[str, object]:
     for status in sorted({code.status for code in codes}):
         lines = [f"`{code}`: {code.meaning}" for code in dict.fromkeys(codes) if code.status == status]
         schema = _INVALID if status == Code.VALIDATION_ERROR.status else _ERROR
-        responses[str(status)] = {
-            "description": "; ".join(lines),
-            "content": {"application/json": {"schema": schema}},
-        }
+        responses[str(status)] = {"description": "; ".join(lines), "content": {"application/json": {"schema": schema}}}
     return responses
 
 

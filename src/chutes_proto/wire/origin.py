@@ -1,4 +1,4 @@
-"""Where a server is: the one form of URL that a client takes, and the paths that a unix socket can have."""
+"""A server's origin, from the one form of URL that a client accepts; and the paths of unix sockets."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Origin:
 
     @classmethod
     def parse(cls, url: str) -> Origin:
-        """The origin of ``https://host`` or ``https://host:port``. Raises `LocalProtocolError` for anything else."""
+        """Parse ``https://host`` or ``https://host:port``. Raises `LocalProtocolError` for anything else."""
         match = _ORIGIN.fullmatch(url)
         port = int(match[3] or _PORT) if match else 0
         if match is None or not 0 < port < 1 << 16:
@@ -33,18 +33,18 @@ class Origin:
 
     @property
     def name(self) -> bytes:
-        """The host in ASCII: what is text would be encoded with tables that no ASCII name needs."""
+        """The host in ASCII bytes: a text would be encoded with tables that no ASCII name needs."""
         return self.host.encode("ascii")
 
     @property
     def authority(self) -> str:
-        """As ``Host`` has it."""
+        """The value of the header ``Host``."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return host if self.port == _PORT else f"{host}:{self.port}"
 
 
 def check_socket_path(path: str) -> str:
-    """The path, if a unix socket in the file system can have it. Raises `ConfigurationError`."""
+    """Check that a unix socket in the file system can have this path. Raises `ConfigurationError`."""
     try:
         size = len(path.encode("utf-8", "surrogateescape"))
     except UnicodeEncodeError:

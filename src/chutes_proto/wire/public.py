@@ -1,4 +1,4 @@
-"""What anybody asks: the messages and endpoints of operations 15 and 16."""
+"""The messages and endpoints without authentication: operations 15 and 16."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class MeasurementsAnswer:
 
 @frozen
 class EncodedMeasurements:
-    """The same, already encoded."""
+    """All accepted profiles, already encoded."""
 
     profiles: bytes = body("the list")
 

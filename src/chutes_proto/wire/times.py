@@ -1,4 +1,4 @@
-"""Times as answers tell them."""
+"""Times in answers."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from datetime import UTC, datetime
 
 
 def timestamp(at: int) -> str:
-    """Unix seconds as RFC 3339 has them, in UTC with whole seconds and ``+00:00``, which deployed clients know."""
+    """Format unix seconds by RFC 3339, in UTC with whole seconds and ``+00:00``, which deployed clients know."""
     return datetime.fromtimestamp(at, UTC).isoformat()

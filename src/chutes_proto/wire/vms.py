@@ -1,4 +1,4 @@
-"""What a VM asks: the messages and endpoints of operations 1 to 4, 13 and 14."""
+"""The messages and endpoints of a VM: operations 1 to 4, 13 and 14."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class BootAttestationRequest:
 
 @frozen
 class BootAttestationAnswer:
-    """The root passphrase, and what opens the next step: a boot token, or (two-phase) a quote nonce, never both."""
+    """The root passphrase, and a boot token or (two-phase) a quote nonce for the next step, never both."""
 
     key: Secret = body("the root disk's passphrase")
-    boot_token: Secret | None = body("64 hex digits, for one sync of the volumes within 600 s")
+    boot_token: Secret | None = body("64 hex digits, for one sync of the volumes within 600 seconds")
     luks_quote_nonce: Secret | None = body("the nonce of the two-phase exchange's quote", default=None)
 
 
@@ -66,7 +66,7 @@ class VolumeSyncRequest:
     vm_name: Name = path("VM name/identifier")
     hotkey: str | None = header("X-Chutes-Hotkey", "Miner hotkey that owns this VM")
     hotkey_query: str | None = query("the same hotkey, for callers that send it in the query", wire_name="hotkey")
-    boot_token: str | None = header("X-Boot-Token", "the boot token of operation 2; spent by this call")
+    boot_token: str | None = header("X-Boot-Token", "the boot token of operation 2; this call redeems it")
     volumes: tuple[str, ...] = body("Volume names the VM is managing (defines full set)")
     rekey: tuple[str, ...] | None = body(
         "Volume names that must receive new passphrases because they are about to be formatted; a subset of volumes",
@@ -93,20 +93,20 @@ class VolumeSyncAnswer:
 class VolumePair:
     """A volume's keys of a two-phase boot."""
 
-    current: Secret | None = body("what opens the disk; null where the volume has no key yet")
-    next: Secret = body("what the VM adds to the disk, or formats it with where there is no current one")
+    current: Secret | None = body("the key that opens the disk; null where the volume has no key yet")
+    next: Secret = body("the key that the VM adds to the disk, or formats it with where current is null")
 
 
 @frozen
 class VolumeConfirmation:
-    """What a VM says of a volume that it opened, with ``current`` or ``next``, or formatted."""
+    """A VM's report on a volume that it opened, with ``current`` or ``next``, or formatted."""
 
     rotated: bool = body("the disk has the next key too")
 
 
 @frozen
 class VolumeResult:
-    """What came of it."""
+    """The result of a confirmation."""
 
     result: str = body("promoted, discarded, or no_pending where there was nothing to decide")
 
@@ -117,7 +117,7 @@ class VolumeAttestationRequest:
 
     vm_name: Name = path("VM name/identifier")
     hotkey: str | None = header("X-Chutes-Hotkey", "Miner hotkey that owns this VM")
-    quote_nonce: str | None = header("X-Quote-Nonce", "the luks_quote_nonce of operation 2; spent by this call")
+    quote_nonce: str | None = header("X-Quote-Nonce", "the luks_quote_nonce of operation 2; this call consumes it")
     quote: str = body("Base64 encoded TDX quote")
     volumes: tuple[str, ...] = body("Volume names that the VM is about to open; others are left alone")
     formatted: tuple[str, ...] | None = body("Volume names that have a LUKS header on the VM's disks", default=None)
@@ -132,7 +132,7 @@ class VolumeAttestationAnswer:
     """
 
     volumes: Mapping[str, VolumePair] = body("volume name: its keys")
-    confirm_nonce: Secret = body("64 hex digits, for one confirmation within 300 s")
+    confirm_nonce: Secret = body("64 hex digits, for one confirmation within 300 seconds")
     k3s_encryption_key: Secret = body("32 bytes in base64, the same at every boot")
     in_use: tuple[str, ...] = body("the volumes whose disks are known to hold data", default=())
 
@@ -149,10 +149,10 @@ class VolumeConfirmationRequest:
 
 @frozen
 class VolumeConfirmationAnswer:
-    """What came of each volume."""
+    """The result for each volume."""
 
     status: str = body("confirmed")
-    volumes: Mapping[str, VolumeResult] = body("volume name: what came of it")
+    volumes: Mapping[str, VolumeResult] = body("volume name: its result")
 
 
 # --- endpoints ---
@@ -187,14 +187,7 @@ BOOT_ATTESTATION = Endpoint(
     BootAttestationAnswer,
     "quote, client certificate, nonce",
     "Verify a boot quote and release the root passphrase",
-    (
-        *QUOTE_CODES,
-        Code.HOTKEY_REJECTED,
-        Code.SIGNATURE_INVALID,
-        Code.EXCHANGE_DOWNGRADE,
-        *STORE_CODES,
-        Code.DRAINING,
-    ),
+    (*QUOTE_CODES, Code.HOTKEY_REJECTED, Code.SIGNATURE_INVALID, Code.EXCHANGE_DOWNGRADE, *STORE_CODES, Code.DRAINING),
 )
 
 CACHE_PASSPHRASE = Endpoint(
@@ -216,7 +209,7 @@ VOLUME_SYNC = Endpoint(
     "/servers/{vm_name}/luks",
     VolumeSyncRequest,
     VolumeSyncAnswer,
-    "boot token (spent)",
+    "boot token (redeemed)",
     "The passphrases of the VM's volumes, made where there are none",
     (*_TOKEN_CODES, Code.VOLUMES_REQUIRED, Code.VOLUME_UNKNOWN, Code.REKEY_NOT_SUBSET, *STORE_CODES),
 )
@@ -228,7 +221,7 @@ VOLUME_ATTESTATION = Endpoint(
     "/servers/{vm_name}/luks/attest",
     VolumeAttestationRequest,
     VolumeAttestationAnswer,
-    "quote, client certificate, quote nonce (spent)",
+    "quote, client certificate, quote nonce (consumed)",
     "The current and the next key of each volume, for a quote of the booted VM",
     (*QUOTE_CODES, Code.QUOTE_NONCE_INVALID, Code.VOLUMES_REQUIRED, Code.VOLUME_UNKNOWN, *STORE_CODES),
 )
@@ -242,11 +235,5 @@ VOLUME_CONFIRMATION = Endpoint(
     VolumeConfirmationAnswer,
     "confirm nonce",
     "The volumes were opened; the next keys become active where they were added",
-    (
-        Code.CONFIRM_NONCE_INVALID,
-        Code.VOLUMES_REQUIRED,
-        Code.VOLUME_UNKNOWN,
-        Code.ROTATION_SUPERSEDED,
-        *STORE_CODES,
-    ),
+    (Code.CONFIRM_NONCE_INVALID, Code.VOLUMES_REQUIRED, Code.VOLUME_UNKNOWN, Code.ROTATION_SUPERSEDED, *STORE_CODES),
 )

@@ -1,1 +1,1 @@
-"""Clients as objects that own their connection and their driver, one file each: who boots does not load miners."""
+"""Clients that own their connection and their driver. Without a loop one file each, so that agents load no miner's."""

@@ -1,4 +1,4 @@
-"""The boot agent without an event loop. The flows of ``chutes_proto.boot`` decide everything."""
+"""The boot agent without an event loop: the flows of ``chutes_proto.boot`` decide everything."""
 
 from __future__ import annotations
 
@@ -25,15 +25,14 @@ class BootAgent:
 
     ``url`` is ``https://host:port``. ``hotkey`` is the SS58 address of the miner that owns the VM, ``vm_name`` the VM's
     name. ``quoter`` is called with 64 bytes of report data and returns the quote: see `auto_quoter`, `make_quoter`.
-    ``ca_pem`` is the CA bundle to trust instead of the system's. ``signer`` proves the hotkey, for servers that want
-    that. The agent makes an ephemeral client key, which the quotes bind, or takes ``identity``. ``retry`` limits each
-    method by itself, ``limits`` each request; ``log`` is called with every record, none of which holds a secret. The
-    environment's proxies are not used.
+    ``ca_pem`` is the CA bundle to trust instead of the system's. ``signer`` proves the hotkey, for servers that require
+    it. The agent makes an ephemeral client key, which the quotes bind, or uses ``identity``. ``retry`` limits each
+    method, ``limits`` each request; ``log`` is called with every record, none of which holds a secret. Proxies of the
+    environment are not used.
 
-    The methods raise `Refused` or `BadRequest` at the first final answer, and, when attempts or time are used up, the
-    last of `Unavailable`, `TransportError`, `RemoteProtocolError`, `QuoteUnavailable`; `LocalProtocolError`, before
-    anything is sent, for values that no request could carry, and for a method of the exchange that the server did not
-    grant.
+    The methods raise `Refused` or `BadRequest` at the first final answer, and, after the last attempt, the last of
+    `Unavailable`, `TransportError`, `RemoteProtocolError`, `QuoteUnavailable`. They raise `LocalProtocolError`, before
+    anything is sent, for values that no request can carry, and for a method of an exchange that was not granted.
     """
 
     def __init__(
@@ -65,34 +64,34 @@ class BootAgent:
         self._sender.close()
 
     def boot(self) -> BootGrant:
-        """Attest until the server grants: the root passphrase, and what the next method needs."""
+        """Attest until the server grants; return the root passphrase and the token of the next method."""
         return self._run(self._session.boot())
 
     def sync(self, volumes: Volumes) -> VolumeKeys:
         """Return the keys of ``volumes``: each name, and whether its disk has a LUKS header.
 
-        ``volumes`` is the whole set of the VM's volumes; the server retires the keys of all others. Boots first where
-        there is no grant, or where its token has expired or was redeemed.
+        ``volumes`` is the whole set of the VM's volumes; the server retires the keys of all others. Boots first
+        without a grant, or if its token has expired or was redeemed.
         """
         return self._run(self._session.sync(volumes))
 
     @contextmanager
     def rotate(self, volumes: Volumes) -> Generator[Rotation]:
-        """Get the current and next keys of ``volumes``; the end of the block confirms what the caller reported.
+        """Get the current and next keys of ``volumes``; the end of the block confirms the keys that were added.
 
-        For profiles with the two-phase exchange. Boots first where there is no grant, or where it has served a
-        rotation. A block that raises confirms nothing. The block raises what the confirmation raises, and then no key
-        may be taken off a disk::
+        For profiles with the two-phase exchange. Boots first without a grant, or if it has served a rotation. A block
+        that raises confirms nothing. If the confirmation raises, so does the block, and then no key may be removed
+        from a disk::
 
             with agent.rotate({"storage": True}) as rotation:
                 ...  # open the disk with rotation.keys["storage"].current, add .next
                 rotation.added("storage")
-            ...  # take the other keys off the disk
+            ...  # remove the other keys from the disk
         """
         rotation = self._run(self._session.begin_rotation(volumes))
         yield rotation
         _ = self._run(self._session.confirm(rotation))
 
     def cache_passphrase(self) -> Secret:
-        """Read the passphrase of the server's first volume, as older images do; boots first where there is no grant."""
+        """Return the passphrase of the server's first volume, as older images need it; boots first without a grant."""
         return self._run(self._session.cache_passphrase())

@@ -1,4 +1,4 @@
-"""A miner's client without an event loop. The flows of ``chutes_proto.miner`` decide everything."""
+"""A miner's client without an event loop: the flows of ``chutes_proto.miner`` decide everything."""
 
 from __future__ import annotations
 
@@ -14,21 +14,8 @@ from chutes_proto.io.http.https import HttpsSender, TimeLimits
 from chutes_proto.io.http.tls import client_context, presented
 from chutes_proto.io.quoters.choose import Quoter, check_quoter
 from chutes_proto.log import Record
-from chutes_proto.miner._flows import (
-    MINER_RETRY,
-    AttestationStatus,
-    Gpu,
-    Miner,
-    RuntimeAttestation,
-    Server,
-    attest_server,
-    list_servers,
-    read_server,
-    read_status,
-    register_server,
-    remove_server,
-    rename_server,
-)
+from chutes_proto.miner import _flows as flows
+from chutes_proto.miner._flows import MINER_RETRY, AttestationStatus, Gpu, Miner, RuntimeAttestation, Server
 
 
 class MinerClient:
@@ -37,11 +24,11 @@ class MinerClient:
     ``url`` is ``https://host:port``. ``hotkey`` is the SS58 address, and ``signer`` signs with it: `HotkeyPair.sign`
     (see `read_hotkey`), or a function that asks the program or device with the key. With ``signatures="request"`` each
     signature covers the whole request. ``ca_pem`` is the CA bundle to trust instead of the system's. `attest` needs a
-    ``quoter``, and proves the ephemeral client key that the client makes, or that of ``identity``. ``retry`` limits
-    each method by itself, ``limits`` each request; ``log`` is called with every record, none of which holds a secret.
+    ``quoter``; its quote binds the ephemeral client key that the client makes, or that of ``identity``. ``retry``
+    limits each method, ``limits`` each request; ``log`` is called with every record, none of which holds a secret.
 
-    The methods raise `Refusal`, `TransportError`, and `RemoteProtocolError` for an answer that is not the protocol;
-    `LocalProtocolError`, before anything is sent, for values that no request could carry.
+    The methods raise `Refusal`, `TransportError`, `RemoteProtocolError` for an answer that breaks the protocol, and,
+    before anything is sent, `LocalProtocolError` for values that no request can carry.
     """
 
     def __init__(
@@ -74,29 +61,29 @@ class MinerClient:
         self._sender.close()
 
     def register(self, server_id: str, *, host: str, gpus: Sequence[Gpu], name: str | None = None) -> None:
-        """Register a server; without ``name`` its id is its name."""
-        self._run(register_server(self._miner, server_id=server_id, host=host, gpus=gpus, name=name))
+        """Register a server at ``host``, a name or address; without ``name`` its id is its name."""
+        self._run(flows.register_server(self._miner, server_id=server_id, host=host, gpus=gpus, name=name))
 
     def servers(self) -> tuple[Server, ...]:
-        """Return all servers, newest first."""
-        return self._run(list_servers(self._miner))
+        """Return all servers of the hotkey, newest first."""
+        return self._run(flows.list_servers(self._miner))
 
     def server(self, server_id: str) -> Server:
-        """Return one server."""
-        return self._run(read_server(self._miner, server_id))
+        """Return the server with this id."""
+        return self._run(flows.read_server(self._miner, server_id))
 
     def rename(self, server_id: str, name: str) -> Server:
         """Give a server another name; the keys of its VM stay where they are."""
-        return self._run(rename_server(self._miner, server_id, name))
+        return self._run(flows.rename_server(self._miner, server_id, name))
 
     def remove(self, name_or_id: str) -> str:
-        """Remove a server and return its name. The keys of its VM are kept."""
-        return self._run(remove_server(self._miner, name_or_id))
+        """Remove a server and return its name; the keys of its VM are kept."""
+        return self._run(flows.remove_server(self._miner, name_or_id))
 
     def attest(self, server_id: str) -> RuntimeAttestation:
-        """Attest a server at runtime, with a quote that binds this client's key. Raises `QuoteUnavailable`, too."""
-        return self._run(attest_server(self._miner, server_id, self._identity.spki_sha256))
+        """Attest a server at runtime, with a quote that binds this client's key; may also raise `QuoteUnavailable`."""
+        return self._run(flows.attest_server(self._miner, server_id, self._identity.spki_sha256))
 
     def status(self, server_id: str) -> AttestationStatus:
-        """Return the newest verdict on a runtime quote, and whether it still counts."""
-        return self._run(read_status(self._miner, server_id))
+        """Return the newest verdict on a runtime quote, and whether it is still valid."""
+        return self._run(flows.read_status(self._miner, server_id))

@@ -16,7 +16,7 @@ from chutes_proto.collateral.library import Family
 from chutes_proto.effects import Log
 from chutes_proto.errors import CollateralUnavailable
 from chutes_proto.io.collateral.upstream import UpstreamCollateral
-from chutes_proto.io.drivers.aio import HttpxGetter, Performer
+from chutes_proto.io.drivers.aio import HttpxGetter, Performer, open_client
 from chutes_proto.io.drivers.sync import CollateralSource, log_record
 from chutes_proto.log import Level, Record
 from chutes_proto.quote._collateral import VerifiedCollateral
@@ -28,12 +28,12 @@ from chutes_proto.store._run import Store
 async def open_collateral(
     source: UpstreamCollateral, *, log: Callable[[Record], None] = log_record
 ) -> AsyncGenerator[CollateralFetcher]:
-    """What performs `FetchCollateral` from ``source``: give its `fetch` to a `Performer`.
+    """Open the fetcher of ``source``; its `fetch` is the ``fetch`` of a `Performer`.
 
-    What an earlier process kept is at hand from the beginning; fetches that still fly at the end are cancelled. Raises
-    `FileUnavailable` and `CollateralUnavailable` where what was kept cannot be read.
+    The collateral of an earlier process is available from the beginning; fetches that run at the end are cancelled.
+    Raises `FileUnavailable` and `CollateralUnavailable` if the files of an earlier process cannot be read.
     """
-    async with source.client() as client:
+    async with open_client(source.context) as client:
         performer = Performer(get=HttpxGetter(client, source.limits), log=log)
         for record in await anyio.to_thread.run_sync(source.restore, await performer.run(clock())):
             log(record)
@@ -46,7 +46,7 @@ async def open_collateral(
 async def open_performer(
     store: Store, source: CollateralSource | UpstreamCollateral, *, log: Callable[[Record], None] = log_record
 ) -> AsyncGenerator[Performer]:
-    """What carries out a key server's effects, whether its collateral comes from files or from the network."""
+    """Open the performer of a key server's effects, with collateral from files or from the network."""
     if isinstance(source, UpstreamCollateral):
         async with open_collateral(source, log=log) as fetcher:
             yield Performer(store=store, fetch=fetcher.fetch, log=log)
@@ -61,45 +61,45 @@ class CollateralFetcher:
         self._source = source
         self._performer = performer
         self._group = group
-        self._flights: dict[Family, anyio.Event] = {}
+        self._fetches: dict[Family, anyio.Event] = {}
 
     async def fetch(self, identity: PckIdentity, now: int) -> VerifiedCollateral:
-        """Verified collateral for a platform whose PCK chain was checked. Raises `CollateralUnavailable`.
+        """Return verified collateral for a platform whose PCK chain was checked. Raises `CollateralUnavailable`.
 
-        Who is cancelled while waiting does not end the fetch that others wait for.
+        A caller that is cancelled does not end the fetch that others wait for.
         """
         family = Family.of(identity)
         decision = self._source.cache.decide(family, now)
         if isinstance(decision, Fetch):
             with anyio.move_on_after(decision.wait):
-                await self._flight(family).wait()
+                await self._fetch_of(family).wait()
             decision = await self._performer.run(settle(self._source.cache, family))
         if isinstance(decision, Refresh):
-            _ = self._flight(family)
+            _ = self._fetch_of(family)
         if isinstance(decision, GiveUp):
             raise CollateralUnavailable(decision.reason)
         return decision.collateral
 
-    def _flight(self, family: Family) -> anyio.Event:
-        """The end of the fetch that flies for a family; begins one where there is none."""
-        landed = self._flights.get(family)
-        if landed is None:
-            landed = self._flights[family] = anyio.Event()
-            _ = self._group.start_soon(self._fly, family, landed)
-        return landed
+    def _fetch_of(self, family: Family) -> anyio.Event:
+        """Return the event at the end of the fetch for a family; begin a fetch if none runs."""
+        ended = self._fetches.get(family)
+        if ended is None:
+            ended = self._fetches[family] = anyio.Event()
+            _ = self._group.start_soon(self._fetch_once, family, ended)
+        return ended
 
-    async def _fly(self, family: Family, landed: anyio.Event) -> None:
-        """One fetch. A defect in it ends it and nothing else."""
+    async def _fetch_once(self, family: Family, ended: anyio.Event) -> None:
+        """Fetch once. A defect ends this fetch and nothing else."""
         try:
             fetched = await self._performer.run(fetch(self._source.cache, family))
-        except Exception as exc:  # noqa: BLE001 - whoever waits is told that there is none, and the server goes on
+        except Exception as exc:  # noqa: BLE001 - the callers get an error, and the server goes on
             fetched = None
             fields = {"error": f"{type(exc).__name__}: {exc}"}
             _ = await self._performer.perform(Log(Record(Level.ERROR, "collateral_fetch_failed", fields)))
         finally:
-            del self._flights[family]
-            landed.set()
+            del self._fetches[family]
+            ended.set()
         if fetched is not None:
-            with anyio.CancelScope(shield=True):  # a server that stops now would have fetched in vain
+            with anyio.CancelScope(shield=True):  # a server that stops now keeps its last fetch
                 if record := await anyio.to_thread.run_sync(self._source.keep, family, fetched):
                     _ = await self._performer.perform(Log(record))

@@ -21,7 +21,7 @@ from chutes_proto.quote.errors import QuoteError
 
 @frozen
 class _Read:
-    """What was made of a file; ``stamp`` changes when the file does."""
+    """A file as it was read at ``at``; ``stamp`` changes with the file."""
 
     stamp: tuple[int, int, int]
     at: int
@@ -31,11 +31,11 @@ class _Read:
 class CollateralDirectory:
     """Collateral in the ``*.json`` files of a directory, one platform family a file (`Collateral.from_json`).
 
-    Files may come, go and change at any time. Each is read and verified once; one that does not verify is looked at
-    again after a while, because its time may not have begun. Past its time collateral is used for ``grace`` seconds, as
-    long as there is none that is valid. May be used from several threads.
+    Files may come, go and change at any time. Each is read and verified once; one that does not verify is read again
+    after a minute, because its validity may begin later. Expired collateral is used for ``grace`` seconds, as long as
+    there is none that is valid. May be used from several threads.
 
-    A PCK certificate chain beside the collateral is left out: it is one machine's, and a file here serves many.
+    A PCK certificate chain in the file is left out: it belongs to one machine, and a file here serves many.
     """
 
     AGAIN_AFTER: Final = 60
@@ -48,8 +48,8 @@ class CollateralDirectory:
         self._read: dict[str, _Read] = {}
         self._found: tuple[int, tuple[Item, ...]] = (0, ())
 
-    def at_hand(self, identity: PckIdentity, now: int) -> VerifiedCollateral | None:
-        """What `fetch` gives, for as long as the second lasts in which the files were looked at; then None."""
+    def available(self, identity: PckIdentity, now: int) -> VerifiedCollateral | None:
+        """Return the result of `fetch` in the second in which the files were last read, otherwise None."""
         at, items = self._found
         if at != now:
             return None
@@ -59,11 +59,11 @@ class CollateralDirectory:
             return None
 
     def fetch(self, identity: PckIdentity, now: int) -> VerifiedCollateral:
-        """The collateral for a platform at ``now``. Raises `CollateralUnavailable`."""
+        """Return the collateral for a platform at ``now`` (unix seconds). Raises `CollateralUnavailable`."""
         return choose(self.items(now), identity, now, str(self.path))
 
     def items(self, now: int) -> tuple[Item, ...]:
-        """All files, by name. Raises `CollateralUnavailable` if the directory cannot be read."""
+        """Return all files, by name. Raises `CollateralUnavailable` if the directory cannot be read."""
         with self._lock:
             try:
                 with os.scandir(self.path) as entries:

@@ -1,4 +1,4 @@
-"""The simulated collateral service on a port, for tests of tools; a thread for each connection."""
+"""The simulated collateral service on a port, for tests of tools; it has a thread for each connection."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from chutes_proto.wire.http import HttpRequest
 
 
 class CollateralServer(ThreadingHTTPServer):
-    """Serves `CollateralService` at an address (host, port; port 0: any free one); ``age`` seconds ago is its now.
+    """Serves `CollateralService` at an address (host, port; port 0: any free one).
 
-    Raises `OSError` where it cannot listen.
+    Its clock is ``age`` seconds late. Raises `OSError` if it cannot listen.
     """
 
     daemon_threads = True
@@ -36,12 +36,12 @@ class CollateralServer(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        """Where clients reach it."""
+        """The origin for clients."""
         host, port = self.server_address[:2]
         return f"{self._scheme}://[{host!s}]:{port}" if ":" in str(host) else f"{self._scheme}://{host!s}:{port}"
 
     def use_tls(self, directory: str | Path, now: int) -> Path:
-        """Serve https, with a key made in ``directory``; the CA certificate to trust is the result.
+        """Serve https, with a key made in ``directory``; return the path of the CA certificate to trust.
 
         Raises `FileUnavailable`.
         """
@@ -57,7 +57,7 @@ class CollateralServer(ThreadingHTTPServer):
         return authority
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that goes away is nothing to report."""
+        """Report nothing: clients may leave."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -74,4 +74,4 @@ class _Handler(BaseHTTPRequestHandler):
         _ = self.wfile.write(response.body)
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the name of what it replaces
-        """Nobody reads this."""
+        """Write no log."""

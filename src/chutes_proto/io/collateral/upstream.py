@@ -1,9 +1,9 @@
-"""Collateral from services on the network: what a driver needs for it besides an event loop.
+"""Collateral from services on the network: configuration and files, without an event loop.
 
 Rules kept here:
 
-* TLS certificates of services are checked, against the system's CAs or those that the operator names;
-* what was fetched is kept in files of the form that `CollateralDirectory` reads, and verified again when it is loaded.
+* TLS certificates of services are verified, against the system's CAs or those that the operator names;
+* fetched collateral is kept in files that `CollateralDirectory` reads, and verified again when it is loaded.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import ssl
 from pathlib import Path
 from typing import Final
 
-import httpx
 from attrs import field, frozen
 
 from chutes_proto.collateral.cache import CollateralCache
@@ -25,14 +24,14 @@ from chutes_proto.log import Level, Record
 from chutes_proto.quote._collateral import Collateral, VerifiedCollateral
 
 FETCH_LIMITS: Final = TimeLimits(connect=3.0, read=5.0, total=10.0)
-"""Collateral is four small answers; a service that is slower than this is as good as down."""
+"""Collateral is four small answers; a service that is slower than this counts as down."""
 
 
 @frozen
 class UpstreamCollateral:
-    """Services on the network as a source of collateral; a binding's ``open_collateral`` runs it.
+    """Services on the network as a source of collateral; ``open_collateral`` of ``aio.py`` runs it.
 
-    ``directory`` is where what was fetched is kept, or None.
+    ``directory`` keeps the fetched collateral for a later process; None keeps nothing.
     """
 
     cache: CollateralCache
@@ -40,12 +39,8 @@ class UpstreamCollateral:
     directory: Path | None = None
     limits: TimeLimits = FETCH_LIMITS
 
-    def client(self) -> httpx.AsyncClient:
-        """A client for the services, of no other use. It takes no proxy from the environment."""
-        return httpx.AsyncClient(verify=self.context, trust_env=False)
-
     def restore(self, now: int) -> list[Record]:
-        """Take what an earlier process kept; says what there is. Raises `FileUnavailable`, `CollateralUnavailable`."""
+        """Load an earlier process's files; return records. Raises `FileUnavailable`, `CollateralUnavailable`."""
         if self.directory is None:
             return []
         _ = make_directory(self.directory)
@@ -58,7 +53,7 @@ class UpstreamCollateral:
         return records + [Record(Level.WARNING, "collateral_not_restored", {"error": str(item)}) for item in useless]
 
     def keep(self, family: Family, collateral: Collateral) -> Record | None:
-        """Write what was fetched for a later process; a fault is for the log only."""
+        """Write fetched collateral for a later process; return the log record of a fault."""
         if self.directory is None:
             return None
         try:
@@ -69,7 +64,7 @@ class UpstreamCollateral:
 
 
 def keep_collateral(directory: str | Path, family: Family, collateral: Collateral) -> Path:
-    """Write the one file of a family, in place of its older. Raises `FileUnavailable`."""
+    """Write the file of a family, in place of an older one; return its path. Raises `FileUnavailable`."""
     path = make_directory(directory) / f"{family.name}.json"
     write_file(path, collateral.to_json() + b"\n")
     return path

@@ -1,17 +1,17 @@
-"""Disks, carried out: what `InspectDisk` and `ActOnDisk` do, with the program ``cryptsetup``.
+"""Disks: performs `InspectDisk` and `ActOnDisk` with the program ``cryptsetup``.
 
 Rules kept here:
 
 * the program never reads the header on a disk, which the host can change at any moment. The header is copied into
-  memory, checked and written anew there; the program works on that copy;
-* what the program made of the copy is checked again, and tested with the key, before it goes back to the disk: first
-  the key slots, then one copy of the header, then the other, each flushed before the next, so that at every instant a
-  copy holds and the key slots that stay are whole; where there was none, a mark goes before them all;
-* a device is what it was when it was looked at, or nothing is done: its path is resolved once, and its node and its
-  number may not change, nor its size shrink;
-* a key goes through a pipe: into no argument, environment or file.
+  memory, checked and written again there; the program works on that copy;
+* the program's result is checked again, and tested with the key, before it is written back to the disk: first the key
+  slots, then one copy of the header, then the other, each flushed before the next, so that at every instant one copy is
+  valid and the key slots that stay are whole; on a blank disk, a mark comes before them all;
+* a device must be the one that was inspected, or nothing is done: its path is resolved once, its node and its number
+  may not change, and its size may not shrink;
+* a key goes through a pipe, never into an argument, the environment or a file.
 
-``docs/explanation/disks.md`` says what this protects against.
+``docs/explanation/disks.md`` names the attacks that this stops.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ if TYPE_CHECKING:
 HOW_TO_INSTALL: Final = "apt-get install cryptsetup-bin"
 
 _OFFSET: Final = 16 * 1024 * 1024
-"""Where the data of a disk begins that is formatted here, as `cryptsetup` would choose itself."""
+"""Offset of the data on a disk that is formatted here: the default of `cryptsetup`."""
 _LEAST: Final = _OFFSET + LOOKED_AT
 _PIECE: Final = 32 * 1024
-"""Bytes that are read or written at once: an agent has little memory."""
+"""How many bytes are read or written at once: an agent has little memory."""
 _MAX_KEY: Final = 4096  # a pipe holds it
 _SECONDS: Final = 300.0
 _LATE_SECONDS: Final = 60.0
-"""For one run of the program; the second where it begins near the caller's end, or after it. As long as a checked
-header's key slots may cost."""
+"""Time limits for one run of the program; the second for one that begins near the caller's end, or after it. They cover
+the most that the key slots of a checked header can cost."""
 _KDF: Final = ("--pbkdf", "pbkdf2", "--hash", "sha256", "--pbkdf-force-iterations", "1000")
-"""A passphrase has 512 random bits: to stretch it would cost time at each boot and add nothing."""
+"""A passphrase has 512 random bits: stretching it would cost time at each boot and add nothing."""
 _CIPHER: Final = ("--cipher", "aes-xts-plain64", "--key-size", "512")
 _REFUSED, _BUSY = 2, 5  # cryptsetup(8), RETURN CODES
 _SEALS: Final = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
@@ -61,8 +61,8 @@ _SEALS: Final = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fc
 def has_luks_header(device: str, *, images: bool = False) -> bool:
     """Return whether the disk at ``device`` has a LUKS2 header that may be used; False for a blank disk.
 
-    ``images`` allows a regular file in place of a block device. Raises `DiskError` for a disk that holds anything else,
-    since that must not be formatted, and for a header that is not allowed.
+    ``images`` allows a regular file in place of a block device. Raises `DiskError` for a disk with any other content,
+    which must not be formatted, for a header that is not allowed, and for a device that cannot be read.
     """
     match Disks(images=images).inspect(device):
         case Foreign() as disk:
@@ -72,10 +72,10 @@ def has_luks_header(device: str, *, images: bool = False) -> bool:
 
 
 class Disks:
-    """Looks at disks and acts on them, with the program at ``program`` (None: the installed one).
+    """Inspects disks and acts on them, with the program at ``program`` (None: the installed one).
 
-    For tests and demonstrations: ``images`` allows regular files in place of block devices, and without ``mapping`` a
-    volume is not mapped, but its key is tried. Nothing takes long after ``end``, on the clock of ``time.monotonic``.
+    For tests and demonstrations, ``images`` allows regular files in place of block devices, and without ``mapping`` a
+    volume is not mapped, but its key is tried. Runs end soon after ``end``, on the clock of ``time.monotonic``.
     """
 
     def __init__(
@@ -88,12 +88,12 @@ class Disks:
         self._seen: dict[str, _Identity] = {}
 
     def inspect(self, device: str) -> Disk:
-        """What the disk holds. Raises `DiskError`."""
+        """Return the content of the disk. Raises `DiskError`."""
         with self._device(device) as disk:
             return disk.judge()
 
     def act(self, action: Action[Any], keys: Keys) -> object:
-        """Carry out one action. Raises `DiskError`."""
+        """Perform one action; return the key that opened the disk, for `Open`. Raises `DiskError`."""
         match action:
             case Format():
                 self._format(action, keys[action.key])
@@ -104,7 +104,7 @@ class Disks:
             case KeepKey():
                 self._keep(action, keys[action.key])
             case _:
-                raise LocalProtocolError(f"{type(action).__name__} is not an action that is known")
+                raise LocalProtocolError(f"{type(action).__name__} is not a known action")
         return None
 
     # --- actions ---
@@ -115,16 +115,16 @@ class Disks:
             if not isinstance(found, Blank):
                 raise disk.error("not_blank", f"it was blank and now is {found}: nothing was written")
             if disk.size < _LEAST:
-                raise disk.error("too_small", f"it has {disk.size} bytes; a volume needs {_LEAST} at least")
+                raise disk.error("too_small", f"it has {disk.size} bytes; a volume needs {_LEAST} or more")
             sector = "4096" if disk.size % 4096 == 0 else "512"
-            place = ("--sector-size", sector, "--offset", str(_OFFSET // 512))
+            layout = ("--sector-size", sector, "--offset", str(_OFFSET // 512))
             _ = copy.run(
-                "luksFormat", "--type", "luks2", *_CIPHER, *_KDF, *place, "--key-file=-", copy.path, keys=[key]
+                "luksFormat", "--type", "luks2", *_CIPHER, *_KDF, *layout, "--key-file=-", copy.path, keys=[key]
             )
             header = copy.check()
             copy.must_open(key)
             disk.write(0, UNFINISHED)
-            os.fsync(disk.descriptor)  # key slots without it would be a disk that is not ours
+            os.fsync(disk.descriptor)  # with key slots and without the mark, the disk would not be ours
             disk.put(copy, header, header)
 
     def _open(self, action: Open, keys: Keys) -> Key:
@@ -145,7 +145,7 @@ class Disks:
             raise disk.error(
                 "key_refused",
                 f"{tried}: it is another disk, or its key was replaced on the server; there,"
-                " keys history shows what was, and keys restore brings one back",
+                " keys history shows the older keys, and keys restore brings one back",
             )
 
     def _add(self, action: AddKey, keys: Keys) -> None:
@@ -154,25 +154,27 @@ class Disks:
             if copy.opens(added):
                 return
             if len(header.keyslots) == MAX_SLOTS:
-                header = self._make_room(disk, copy, header, others)
+                header = self._free_slots(disk, copy, header, others)
             for opener in others:
                 arguments = ("luksAddKey", *_KDF, "--key-file=-", copy.path)
                 if copy.run(*arguments, keys=[opener, added], refusable=True):
                     break
             else:
-                raise disk.error("key_refused", f"no key opens it that the {action.key.value} one could be added with")
+                raise disk.error("key_refused", f"no key opens it, so the {action.key.value} key cannot be added")
             copy.must_open(added)
             copy.must_open(opener)
             disk.put(copy, copy.check(), header)
 
-    def _make_room(self, disk: _Device, copy: _Copy, header: CheckedHeader, keys: Sequence[Secret]) -> CheckedHeader:
-        """Take off what none of ``keys`` opens; nothing if none opens any. An update of its own: copies of a header may
-        differ by slots that were added or by slots that were taken off."""
+    def _free_slots(self, disk: _Device, copy: _Copy, header: CheckedHeader, keys: Sequence[Secret]) -> CheckedHeader:
+        """Remove the slots that none of ``keys`` opens, unless none opens any.
+
+        This is an update of its own: the copies of a header may differ by added slots or by removed slots, not by both.
+        """
         opener = next((key for key in keys if copy.opens(key)), None)
         if opener is None:
             return header
-        left = [slot for slot in header.keyslots if not any(copy.opens(key, slot) for key in keys)]
-        self._remove(copy, opener, left)
+        unknown = [slot for slot in header.keyslots if not any(copy.opens(key, slot) for key in keys)]
+        self._remove(copy, opener, unknown)
         fewer = copy.check()
         disk.put(copy, fewer, header)
         return fewer
@@ -197,11 +199,11 @@ class Disks:
 
     @contextmanager
     def _device(self, path: str, flags: int = os.O_RDONLY) -> Generator[_Device, None, None]:
-        """The device at ``path``, opened, and the same as ever. Raises `DiskError`."""
+        """Open the device at ``path``, which must be the one that was inspected. Raises `DiskError`."""
         seen = self._seen.get(path)
         try:
             real = os.path.realpath(path, strict=True)
-            # Looked at before it is opened: to open a pipe or a tape would wait, or do something.
+            # Before it is opened: opening a pipe would wait, and opening a tape moves it.
             kind = os.lstat(real).st_mode
             if not (stat.S_ISBLK(kind) or (self._images and stat.S_ISREG(kind))):
                 raise DiskError("kind", f"it is {_kind(kind)}, not a block device", path)
@@ -214,7 +216,7 @@ class Disks:
             size = os.lseek(descriptor, 0, os.SEEK_END)
             identity = _Identity.of(real, os.fstat(descriptor), size)
             if size == 0:
-                raise DiskError("empty", "it has no bytes: is a medium in it?", path)
+                raise DiskError("empty", "it has 0 bytes: is a medium in the drive?", path)
             if seen is not None:
                 seen.check(identity, path)
             self._seen[path] = identity
@@ -226,7 +228,7 @@ class Disks:
 
     @contextmanager
     def _copied(self, path: str, flags: int) -> Generator[tuple[_Device, _Copy, CheckedHeader], None, None]:
-        """The device, and its header in memory as it was checked."""
+        """Open the device, and copy its checked header into memory."""
         with ExitStack() as stack:
             disk = stack.enter_context(self._device(path, flags))
             found = disk.judge()
@@ -235,10 +237,10 @@ class Disks:
             header = found.header
             copy = stack.enter_context(self._memory(header.offset + LOOKED_AT, disk))
             copy.write(0, header.area)
-            for place, length in _pieces(*header.slots):
-                copy.write(place, disk.read(place, length))
+            for offset, length in _pieces(*header.slots):
+                copy.write(offset, disk.read(offset, length))
             if flags & os.O_RDWR and not header.whole:
-                disk.put(copy, header, header)  # or the next update that is cut off leaves copies two updates apart
+                disk.put(copy, header, header)  # otherwise an interrupted update would leave copies two updates apart
             yield disk, copy, header
 
     @contextmanager
@@ -252,32 +254,32 @@ class Disks:
 
 
 def find_cryptsetup() -> str | None:
-    """The installed program. Distributions keep it where only root's PATH looks."""
+    """Return the path of the installed program, also in directories that are only in root's PATH."""
     folders = (*os.get_exec_path(), "/usr/local/sbin", "/usr/sbin", "/sbin")
     paths = (Path(folder, "cryptsetup") for folder in folders)
     return next((str(path) for path in paths if path.is_file() and os.access(path, os.X_OK)), None)
 
 
 def environment(udev: str = "/run/udev/control") -> dict[str, str]:
-    """What the program gets to know.
+    """Return the environment of the program.
 
-    It has udev make the nodes of what it maps, and waits for that, where udev's socket is; also if nobody holds that
-    any more, as after an initramfs whose system has no udev. Then it makes them itself.
+    The program lets udev make device nodes and waits for it, if udev's socket exists, even if no process has the socket
+    open any more, as after an initramfs whose system has no udev. In that case it must make the nodes itself.
 
     Source: unix(7), EPROTOTYPE and ECONNREFUSED.
     """
     import socket
 
-    told = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}
+    variables = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}
     try:
-        # By a socket of another type, which the kernel refuses: a connection would reach udev, and be in its log.
+        # With a socket of another type, which the kernel refuses: a connection would reach udev and appear in its log.
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as asking:
             asking.connect(udev)
     except (ConnectionRefusedError, FileNotFoundError):
-        told["DM_DISABLE_UDEV"] = "1"
-    except OSError:  # of another type: somebody holds it; or it is not for this user
+        variables["DM_DISABLE_UDEV"] = "1"
+    except OSError:  # EPROTOTYPE: a process has it open; or this user may not use it
         pass
-    return told
+    return variables
 
 
 def run_cryptsetup(
@@ -285,8 +287,8 @@ def run_cryptsetup(
 ) -> subprocess.CompletedProcess[bytes]:
     """Run the program, with ``stdin`` (None: nothing) and the descriptors in ``keep``.
 
-    In a session of its own: a signal to the caller's process group (Ctrl-C) is the caller's to judge, and where the run
-    is given up, one signal ends all that it started. Raises `OSError`, `subprocess.TimeoutExpired`.
+    It has a session of its own: a signal to the caller's process group (Ctrl-C) does not reach it, and when the run is
+    given up, one signal ends every process that it started. Raises `OSError`, `subprocess.TimeoutExpired`.
     """
     import subprocess
 
@@ -303,7 +305,7 @@ def run_cryptsetup(
         try:
             output, said = process.communicate(timeout=seconds)
         except BaseException:
-            with suppress(ProcessLookupError):  # it has just ended
+            with suppress(ProcessLookupError):  # it has ended meanwhile
                 os.killpg(process.pid, signal.SIGKILL)
             raise
     return subprocess.CompletedProcess(command, process.returncode, output, said)
@@ -311,7 +313,7 @@ def run_cryptsetup(
 
 @frozen
 class _Identity:
-    """What a path was when it was looked at."""
+    """The device at a path when it was inspected."""
 
     real: str
     number: tuple[int, ...]
@@ -322,7 +324,7 @@ class _Identity:
         return cls(real, (status.st_dev, status.st_ino, status.st_rdev), size)
 
     def check(self, now: _Identity, path: str) -> None:
-        """Raises `DiskError` if ``now`` is another device, or a smaller one."""
+        """Raise `DiskError` if ``now`` is another device, or a smaller one."""
         if (self.real, self.number) != (now.real, now.number):
             raise DiskError("changed", f"it led to {self.real}, and now leads to another device, {now.real}", path)
         if now.size < self.size:
@@ -345,36 +347,36 @@ class _Device:
         return judge(self.read(0, min(self.size, HEAD_SIZE)), self._rest(), self.size, self.name)
 
     def _rest(self) -> Iterator[bytes]:
-        """What else is in the first and the last `LOOKED_AT` bytes, in pieces."""
+        """Yield the rest of the first and the last `LOOKED_AT` bytes, in pieces."""
         parts = (HEAD_SIZE, min(self.size, LOOKED_AT)), (max(self.size - LOOKED_AT, 0), self.size)
-        return (self.read(place, length) for place, length in _pieces(*parts))
+        return (self.read(offset, length) for offset, length in _pieces(*parts))
 
-    def read(self, place: int, length: int) -> bytes:
-        data = _read(self.descriptor, place, length)
+    def read(self, offset: int, length: int) -> bytes:
+        data = _read(self.descriptor, offset, length)
         if len(data) < length:
-            raise self.error("shrunk", f"it ended at {place + len(data)} while it was read")
+            raise self.error("shrunk", f"it ended at {offset + len(data)} while it was read")
         return data
 
-    def write(self, place: int, data: bytes) -> None:
-        _write(self.descriptor, place, data)
+    def write(self, offset: int, data: bytes) -> None:
+        _write(self.descriptor, offset, data)
 
     def put(self, copy: _Copy, header: CheckedHeader, before: CheckedHeader) -> None:
-        """Bring ``header`` and its key slots from ``copy`` to the disk, in an order that may be cut off anywhere.
+        """Write ``header`` and its key slots from ``copy`` to the disk, in an order that is safe to interrupt.
 
-        ``before`` is the header on the disk: the slots that only it names are overwritten with what is left of them.
+        ``before`` is the header on the disk: the slots that only it names are overwritten with the copy's content.
         """
         half = len(header.area) // 2
         slots = sorted({*before.slots, *header.slots})
-        for place, data in copy.pieces(slots):
-            if data != self.read(place, len(data)):
-                self.write(place, data)
+        for offset, data in copy.pieces(slots):
+            if data != self.read(offset, len(data)):
+                self.write(offset, data)
         os.fsync(self.descriptor)
-        for place in (half, 0):
-            self.write(place, header.area[place : place + half])
+        for offset in (half, 0):
+            self.write(offset, header.area[offset : offset + half])
             os.fsync(self.descriptor)
         os.posix_fadvise(self.descriptor, 0, header.offset, os.POSIX_FADV_DONTNEED)
-        if any(self.read(place, len(data)) != data for place, data in chain([(0, header.area)], copy.pieces(slots))):
-            raise self.error("write_lost", "it does not keep what was written to it; have the disk looked at")
+        if any(self.read(offset, len(data)) != data for offset, data in chain([(0, header.area)], copy.pieces(slots))):
+            raise self.error("write_lost", "it does not keep what was written to it; replace the disk")
 
 
 @frozen
@@ -390,26 +392,26 @@ class _Copy:
     def path(self) -> str:
         return f"/proc/self/fd/{self.descriptor}"
 
-    def write(self, place: int, data: bytes) -> None:
-        _write(self.descriptor, place, data)
+    def write(self, offset: int, data: bytes) -> None:
+        _write(self.descriptor, offset, data)
 
     def pieces(self, parts: Iterable[tuple[int, int]]) -> Iterator[tuple[int, bytes]]:
-        """What is in the parts, and where each piece of it begins."""
-        return ((place, _read(self.descriptor, place, length)) for place, length in _pieces(*parts))
+        """Yield the content of the parts: the offset and the bytes of each piece."""
+        return ((offset, _read(self.descriptor, offset, length)) for offset, length in _pieces(*parts))
 
     def seal(self) -> None:
-        """From now on nothing changes it."""
+        """Make the copy read-only for ever."""
         _ = fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, _SEALS)
 
     def check(self) -> CheckedHeader:
-        """What the program made of it."""
+        """Check the header that the program wrote, and return it."""
         header = check_header(_read(self.descriptor, 0, HEAD_SIZE), self.disk.size, self.disk.name)
         if header is None:
             raise self.disk.error("cryptsetup", "cryptsetup left no header")
         return header
 
     def opens(self, key: Secret, slot: int | None = None) -> bool:
-        """Whether the key opens it; with the slot, if that one does."""
+        """Return whether the key opens the header, or the one slot."""
         only = () if slot is None else ("--key-slot", str(slot))
         arguments = ("open", "--test-passphrase", "--type", "luks2", "--key-file=-", *only, self.path)
         return self.run(*arguments, keys=[key], refusable=True)
@@ -419,10 +421,9 @@ class _Copy:
             raise self.disk.error("key_refused", "a key does not open what cryptsetup made: nothing was written")
 
     def run(self, *arguments: str, keys: Sequence[Secret], refusable: bool = False) -> bool:
-        """Run the program; each key after the first is a key file, the last argument.
+        """Run the program; each key after the first becomes a key file, as the last argument.
 
-        Whether it did what it was asked to; it did not only if ``refusable`` and the key does not fit. Raises
-        `DiskError`.
+        Returns False only if ``refusable`` and the key does not fit. Raises `DiskError` for every other failure.
         """
         if self.program is None:
             raise self.disk.error("no_cryptsetup", f"cryptsetup is not installed; get it with: {HOW_TO_INSTALL}")
@@ -446,16 +447,16 @@ class _Copy:
             return True
         if refusable and done.returncode == _REFUSED:
             return False
-        said = " ".join(done.stderr.decode("utf-8", "replace").split())[:200] or "it said nothing"
+        said = " ".join(done.stderr.decode("utf-8", "replace").split())[:200] or "it wrote no error"
         if done.returncode == _BUSY:
             raise self.disk.error("busy", f"cryptsetup {arguments[0]}: {said}; is it open already?")
         raise self.disk.error("cryptsetup", f"cryptsetup {arguments[0]} ended with {done.returncode}: {said}")
 
 
 def _pipe(key: Secret, disk: _Device) -> int:
-    """The end of a pipe that holds the key and nothing after it."""
+    """Return the reading end of a pipe that holds the key and nothing else."""
     if not 0 < len(key) <= _MAX_KEY:
-        raise disk.error("key_size", f"a key of {len(key)} bytes; it may have 1 to {_MAX_KEY}")
+        raise disk.error("key_size", f"a key has {len(key)} bytes; it may have 1 to {_MAX_KEY}")
     reading, writing = os.pipe()
     try:
         _ = os.write(writing, key.reveal())
@@ -465,22 +466,22 @@ def _pipe(key: Secret, disk: _Device) -> int:
 
 
 def _pieces(*parts: tuple[int, int]) -> Iterator[tuple[int, int]]:
-    """Begin and length of the pieces of parts that begin and end somewhere."""
-    return ((place, min(_PIECE, end - place)) for begin, end in parts for place in range(begin, end, _PIECE))
+    """Yield offset and length of the pieces of ``parts``, each of which is an offset and an end."""
+    return ((offset, min(_PIECE, end - offset)) for begin, end in parts for offset in range(begin, end, _PIECE))
 
 
-def _read(descriptor: int, place: int, length: int) -> bytes:
-    data = os.pread(descriptor, length, place)
-    while len(data) < length and (more := os.pread(descriptor, length - len(data), place + len(data))):
+def _read(descriptor: int, offset: int, length: int) -> bytes:
+    data = os.pread(descriptor, length, offset)
+    while len(data) < length and (more := os.pread(descriptor, length - len(data), offset + len(data))):
         data += more
     return data
 
 
-def _write(descriptor: int, place: int, data: bytes) -> None:
+def _write(descriptor: int, offset: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
-        written = os.pwrite(descriptor, view, place)
-        view, place = view[written:], place + written
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written
 
 
 def _kind(mode: int) -> str:

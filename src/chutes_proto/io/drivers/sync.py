@@ -1,10 +1,10 @@
-"""The driver without an event loop: it carries out the effects of a flow, one after the other, in this thread.
+"""The driver without an event loop: it performs the effects of a flow, one after the other, in this thread.
 
 Rules kept here:
 
 * the list of effects is closed; one that is not in it, or whose part this driver was not given, is a
   `LocalProtocolError`;
-* what a part raises is ours already when it reaches the flow: each part translates what its libraries raise.
+* a flow sees only errors of this project: each part translates those of its libraries.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ T = TypeVar("T")
 
 
 class Transactor(Protocol):
-    """Performs `Transact`: each store, by the one method that a driver needs. An agent does not load the store."""
+    """Performs `Transact`: the one method of a store that a driver needs, so that an agent loads no store."""
 
     def transact(self, unit: Any, /) -> Any:
         """Run a unit as one transaction; return what its script returns."""
@@ -68,36 +68,36 @@ class DiskWorker(Protocol):
 
 
 class CollateralSource(Protocol):
-    """What performs `FetchCollateral`; it may be called from several threads at once."""
+    """Performs `FetchCollateral`; it may be called from several threads at once."""
 
-    def at_hand(self, identity: PckIdentity, now: int) -> VerifiedCollateral | None:
-        """What `fetch` would give, if it takes nothing but a look into memory. Does not block."""
+    def available(self, identity: PckIdentity, now: int) -> VerifiedCollateral | None:
+        """Return the result of `fetch` if it is in memory, without blocking."""
         ...
 
     def fetch(self, identity: PckIdentity, now: int) -> VerifiedCollateral:
-        """Verified collateral for a platform; may block. Raises `CollateralUnavailable`."""
+        """Return verified collateral for a platform; may block. Raises `CollateralUnavailable`."""
         ...
 
 
 class Missing:
-    """The place of a part that a driver was not given: each of its uses raises `LocalProtocolError`."""
+    """Stands for a part that a driver was not given: each use of it raises `LocalProtocolError`."""
 
     def __init__(self, part: str) -> None:
         self._part = part
 
     def __call__(self, *_: object) -> NoReturn:
-        """In place of a function."""
-        raise LocalProtocolError(f"a flow needs the part {self._part!r}, which this driver was not given")
+        """Raise, where the part would be called."""
+        raise LocalProtocolError(f"a flow needs {self._part!r}, which this driver lacks; give it to the Performer")
 
     transact: Callable[..., NoReturn] = __call__
     fetch: Callable[..., NoReturn] = __call__
-    at_hand: Callable[..., NoReturn] = __call__
+    available: Callable[..., NoReturn] = __call__
     inspect: Callable[..., NoReturn] = __call__
     act: Callable[..., NoReturn] = __call__
 
 
 def log_record(record: Record) -> None:
-    """Hand a record to the standard library's ``logging``, logger ``chutes_proto``."""
+    """Write a record to the standard library's ``logging``, logger ``chutes_proto``."""
     import json
     import logging
 
@@ -106,9 +106,9 @@ def log_record(record: Record) -> None:
 
 
 def careful(log: Callable[[Record], None]) -> Callable[[Record], None]:
-    """``log``, but its faults are told elsewhere: what was decided, and is perhaps committed, stays decided."""
+    """Return ``log``, but without its errors: a decision that is perhaps committed already stays decided."""
 
-    def tell(record: Record) -> None:
+    def log_carefully(record: Record) -> None:
         try:
             log(record)
         except Exception:
@@ -116,17 +116,17 @@ def careful(log: Callable[[Record], None]) -> Callable[[Record], None]:
 
             logging.getLogger("chutes_proto").exception("a log record was lost: %s", record.event)
 
-    return tell
+    return log_carefully
 
 
 RESOLVE_SECONDS: Final = 5.0
-"""How long `Resolve` may take, where something can interrupt it."""
+"""How long `Resolve` may take, where the driver can interrupt it."""
 RESOLVERS: Final = 16
-"""How many threads may wait for a resolver; an interrupted one waits on, so they are not those of the store."""
+"""How many threads may wait for the resolver: not the store's threads, since one that is interrupted waits on."""
 
 
 def resolve(name: str) -> tuple[str, ...]:
-    """The addresses that this machine's resolver has for a name. Raises `TransportError` where it cannot tell."""
+    """Return this machine's addresses for a name, none if it does not exist. Raises `TransportError`."""
     try:
         found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
     except UnicodeError:
@@ -139,17 +139,22 @@ def resolve(name: str) -> tuple[str, ...]:
 
 
 def unresolved(name: str, why: str = f"no answer within {RESOLVE_SECONDS:g} s") -> TransportError:
-    """Nobody can tell now what the addresses of ``name`` are."""
+    """Return the error for a name about which the resolver has no answer now."""
     return TransportError(f"{name} cannot be resolved: {why}", maybe_delivered=False)
 
 
 def unknown(effect: Effect[Any]) -> LocalProtocolError:
-    """The error for what is not in the closed list of effects."""
+    """Return the error for an object that is not in the closed list of effects."""
     return LocalProtocolError(f"{type(effect).__name__} is not an effect that drivers know")
 
 
 class Performer:
-    """Carries out effects with the parts that it is given."""
+    """Performs effects with the parts that it is given, in the calling thread.
+
+    ``send`` performs `Send` (`HttpsSender`), ``get`` performs `Get`, ``next_server`` changes to the next server and
+    returns its origin, ``quoter`` makes quotes, ``store`` runs transactions, ``collateral`` has verified collateral,
+    ``disks`` looks at disks and acts on them, ``log`` is called with every record.
+    """
 
     def __init__(
         self,
@@ -173,11 +178,14 @@ class Performer:
         self._log = careful(log)
 
     def run(self, flow: Flow[T]) -> T:
-        """Drive ``flow`` to its end."""
+        """Drive ``flow`` to its end; return what it returns, raise what it raises."""
         return run(flow, self.perform)
 
     def perform(self, effect: Effect[Any]) -> object:
-        """Carry out one effect; the reply is as the effect's documentation says."""
+        """Perform one effect; return the reply that the effect documents.
+
+        Raises `LocalProtocolError` for an effect that needs a part that this driver does not have.
+        """
         match effect:
             case Send(request):
                 return self._send(request)

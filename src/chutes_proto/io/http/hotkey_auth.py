@@ -1,4 +1,4 @@
-"""Signed requests for callers with an httpx client of their own."""
+"""Signatures for requests of the caller's own httpx client."""
 
 from __future__ import annotations
 
@@ -8,13 +8,7 @@ from collections.abc import Generator
 import httpx
 
 from chutes_proto.auth.hotkey import Hotkey, HotkeyError
-from chutes_proto.auth.signing import (
-    Signer,
-    SigningPolicy,
-    messages_to_sign,
-    request_message,
-    signature_headers,
-)
+from chutes_proto.auth.signing import Signer, SigningPolicy, messages_to_sign, request_message, signature_headers
 from chutes_proto.errors import LocalProtocolError
 from chutes_proto.wire.endpoints import Match, route
 from chutes_proto.wire.names import HEX_32
@@ -23,10 +17,12 @@ from chutes_proto.wire.names import HEX_32
 class HotkeyAuth(httpx.Auth):
     """Signs the requests of an `httpx.Client` or `httpx.AsyncClient` to a key server with a hotkey.
 
-    ``hotkey`` is the SS58 address; ``signer`` signs with it. Each signature covers what its operation wants, or with
-    ``signatures="request"`` the whole request; a request to no operation of the server's is always signed whole. A
-    header ``X-Chutes-Nonce`` that holds a server's nonce, as a runtime attestation has it, is kept. Redirects are not
-    for signed requests: leave ``follow_redirects`` off.
+    ``hotkey`` is the SS58 address; ``signer`` signs with it. Each signature covers the parts that its operation
+    requires, or with ``signatures="request"`` the whole request; for a path that is not an operation of the server it
+    always covers the whole request. A header ``X-Chutes-Nonce`` that holds a server's nonce, as a runtime attestation
+    has it, is kept. A signature does not survive a redirect: leave ``follow_redirects`` off.
+
+    Raises `LocalProtocolError` for a text that is not a hotkey.
     """
 
     requires_request_body = True
@@ -35,12 +31,12 @@ class HotkeyAuth(httpx.Auth):
         try:
             self._hotkey = Hotkey.parse(hotkey)
         except HotkeyError as exc:
-            raise LocalProtocolError(f"a signature needs a hotkey: {exc}") from None
+            raise LocalProtocolError(f"hotkey: a signature needs a hotkey: {exc}") from None
         self._signer = signer
         self._signatures: SigningPolicy = signatures
 
     def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
-        """The request with its three headers."""
+        """Add the three signature headers to the request."""
         target = request.url.raw_path.decode("ascii")
         given = request.headers.get("x-chutes-nonce", "")
         nonce = given if HEX_32.fullmatch(given) else str(int(time.time()))

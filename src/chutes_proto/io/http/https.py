@@ -2,11 +2,11 @@
 
 Rules kept here:
 
-* a request goes to the one origin its sender was made for, over https; none follows a redirect;
+* a request goes to the one origin of its sender, over https; no redirect is followed;
 * no request is sent before the server's chain and name are verified;
-* every wait ends: each address has its share of the time for a connection, and a peer that drips ends with the whole;
-* a connection can be begun before its request is there: the server answers meanwhile;
-* a failed request leaves no connection behind; one that is kept is used again only while the server is silent on it.
+* every wait ends: each address has its share of the time for a connection, and a slow peer ends with the whole time;
+* a connection can begin before its request is ready: the server answers in the meantime;
+* a failed request leaves no connection behind; a connection is used again only while the server is silent on it.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 _READ_SIZE: Final = 16 * 1024
 _BEGIN_SECONDS: Final = 1.0
 _BEGUN_SECONDS: Final = 2.0
-"""How long a connection that was begun is of use: a server ends one on which it hears nothing more."""
+"""How long a connection that was begun may be used: a server closes one on which it receives nothing more."""
 
 
 @frozen
 class TimeLimits:
-    """Seconds for making a connection, for each read or write, and for the whole of one request and its answer.
+    """Time limits of one request in seconds: to connect, for each read or write, and in total.
 
-    The server may work on a request for 25 s before it gives up.
+    The server may work on a request for 25 s before it gives up, so ``read`` and ``total`` should be longer.
     """
 
     connect: float = 10.0
@@ -46,7 +46,7 @@ class TimeLimits:
     total: float = 60.0
 
     def exceeded(self, body: bytearray) -> TransportError:
-        """The error for an answer of which this much had come when it was given up: too slow, or too large."""
+        """Return the error for an answer that was given up after ``body``: too slow, or too large."""
         from chutes_proto.transport.client import MAX_ANSWER
 
         if len(body) > MAX_ANSWER:
@@ -58,7 +58,8 @@ class HttpsSender:
     """Performs `Send` over connections of its own, one at a time, which it keeps for the next request.
 
     ``url`` is the server's origin, ``https://host:port``; ``context``, which must verify it, is the caller's choice.
-    A sender is closed when it is done, or used as a context manager.
+    Close a sender after its last request, or use it as a context manager. Raises `LocalProtocolError` for an ``url``
+    that is not such an origin.
     """
 
     def __init__(self, context: ssl.SSLContext, url: str, limits: TimeLimits = TimeLimits()) -> None:
@@ -78,7 +79,7 @@ class HttpsSender:
         self.close()
 
     def close(self) -> None:
-        """Leave no connection behind."""
+        """Close the connections."""
         kept, self._kept = self._kept, None
         begun, self._begun = self._begun, None
         for connection in (kept, begun):
@@ -86,7 +87,7 @@ class HttpsSender:
                 connection.close()
 
     def __call__(self, request: HttpRequest) -> HttpResponse:
-        """The whole answer. Raises `TransportError`, and `LocalProtocolError` for what HTTP cannot carry."""
+        """Return the whole answer. Raises `TransportError`, and `LocalProtocolError` if HTTP forbids the request."""
         end = time.monotonic() + self._limits.total
         connection, self._kept = self._kept, None
         if connection is None or not connection.is_silent():
@@ -113,14 +114,14 @@ class HttpsSender:
     def begin(self) -> None:
         """Send the first bytes of a connection, so that the server works while the caller still prepares a request.
 
-        A fault is that request's to tell. Takes at most a second.
+        Takes at most a second. A fault is not raised here, but by the request.
         """
         with suppress(TransportError):
             self._begun = self._begun or self._begin(time.monotonic() + min(_BEGIN_SECONDS, self._limits.connect))
             self._begun_at = time.monotonic()
 
     def _begin(self, end: float) -> ssl.SSLSocket:
-        """A connection on which the server has been greeted. Raises `TransportError`."""
+        """Return a connection on which the client hello is sent. Raises `TransportError`."""
         with self._connecting():
             stream = self._wrapped(_connected(_addresses(self._origin, end), end))
             try:
@@ -134,14 +135,14 @@ class HttpsSender:
             return stream
 
     def _connect(self, end: float) -> _Connection:
-        """A connection whose peer is the origin. Raises `TransportError`."""
+        """Return a connection whose peer is verified. Raises `TransportError`."""
         end = min(end, time.monotonic() + self._limits.connect)
         begun, self._begun = self._begun, None
         if begun is not None and time.monotonic() - self._begun_at > _BEGUN_SECONDS:
             begun.close()
             begun = None
         stream = begun or self._begin(end)
-        from chutes_proto.transport.client import ClientConnection  # while the greeting is on its way
+        from chutes_proto.transport.client import ClientConnection  # while the hello is on its way
 
         try:
             with self._connecting():
@@ -154,30 +155,30 @@ class HttpsSender:
 
     @contextmanager
     def _connecting(self) -> Generator[None]:
-        """Turns what goes wrong before a request is sent into `TransportError`."""
+        """Turn every error before a request is sent into `TransportError`."""
         try:
             yield
         except TimeoutError as exc:
             raise _unreachable(self._origin, f"none within {self._limits.connect:g} s") from exc
-        except (OSError, ValueError) as exc:  # ValueError: no name that a certificate could have
+        except (OSError, ValueError) as exc:  # ValueError: a name that no certificate can have
             raise _unreachable(self._origin, _why(exc)) from exc
 
     def _wrapped(self, plain: socket.socket) -> ssl.SSLSocket:
-        with plain:  # what is wrapped has another owner
+        with plain:  # the wrapped socket has another owner
             return self._context.wrap_socket(
                 plain, server_hostname=self._origin.name, do_handshake_on_connect=False, suppress_ragged_eofs=False
             )
 
 
 class _Connection:
-    """A TLS connection to the origin and the state of HTTP on it."""
+    """A TLS connection to the origin, with the state of HTTP on it."""
 
     def __init__(self, stream: ssl.SSLSocket, http: ClientConnection) -> None:
         self._stream = stream
         self.http = http
 
     def exchange(self, request: HttpRequest, read: float, end: float) -> HttpResponse:
-        """Raises `OSError`, of which `TimeoutError` for what took longer, and `RemoteProtocolError`."""
+        """Return the answer. Raises `OSError` (`TimeoutError` where it took too long) and `RemoteProtocolError`."""
         unsent = memoryview(self.http.send_request(request))
         while unsent:
             self._stream.settimeout(min(read, _left(end)))
@@ -189,12 +190,12 @@ class _Connection:
                 return response
 
     def is_silent(self) -> bool:
-        """Whether the server has said nothing, not even goodbye, since its last answer."""
+        """Return whether the server has sent nothing, not even a close, since its last answer."""
         self._stream.settimeout(0)
         try:
             _ = self._stream.recv(1)
         except ssl.SSLWantReadError:
-            return True  # at most a message of TLS itself, as a session ticket
+            return True  # at most a message of TLS itself, such as a session ticket
         except OSError:
             pass
         return False
@@ -204,7 +205,7 @@ class _Connection:
 
 
 def _addresses(origin: Origin, end: float) -> list[tuple[int, Any]]:
-    """Families and addresses to try, in the resolver's order. Raises `OSError`."""
+    """Return families and addresses to try, in the resolver's order. Raises `OSError`."""
     try:
         return _resolved(origin, socket.AI_NUMERICHOST)
     except socket.gaierror:
@@ -218,7 +219,7 @@ def _addresses(origin: Origin, end: float) -> list[tuple[int, Any]]:
         try:
             found.extend(_resolved(origin, 0))
         except UnicodeError:
-            errors.append(OSError(f"{origin.host} is no host name"))
+            errors.append(OSError(f"{origin.host} is not a host name"))
         except OSError as exc:
             errors.append(exc)
 
@@ -236,7 +237,7 @@ def _resolved(origin: Origin, flags: int) -> list[tuple[int, Any]]:
 
 
 def _connected(addresses: list[tuple[int, Any]], end: float) -> socket.socket:
-    """A connection to the first address that answers in its share of the time. Raises the last one's `OSError`."""
+    """Connect to the first address that answers in its share of the time. Raises the last one's `OSError`."""
     error: OSError = TimeoutError()
     for index, (family, address) in enumerate(addresses):
         try:
@@ -256,7 +257,7 @@ def _connected(addresses: list[tuple[int, Any]], end: float) -> socket.socket:
 
 
 def _left(end: float) -> float:
-    """Seconds until ``end``. Raises `TimeoutError` when there are none."""
+    """Return the seconds until ``end``. Raises `TimeoutError` after it."""
     left = end - time.monotonic()
     if left <= 0:
         raise TimeoutError
@@ -272,7 +273,7 @@ def _why(exc: Exception) -> str:
         case ssl.SSLCertVerificationError():
             return f"the server's certificate does not verify: {exc.verify_message}"
         case ssl.SSLEOFError():
-            return "the server ended it without a word of TLS"
+            return "the server closed the connection without a TLS alert"
         case ssl.SSLError(reason=str(reason)):
             return f"TLS: {reason.lower().replace('_', ' ')}"
         case OSError(strerror=str(text)):

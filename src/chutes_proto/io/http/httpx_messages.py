@@ -1,8 +1,8 @@
-"""`Get` by httpx, and `Send` where there is an event loop: requests and answers as httpx has them, its errors as ours.
+"""`Get` with httpx, and `Send` on an event loop: conversion of requests, answers and errors.
 
-Rules kept here, for all three drivers:
+Rules kept here, for both drivers:
 
-* the one map from what httpx raises to `TransportError` is here;
+* the one map from httpx's errors to `TransportError` is here;
 * a request of `Send` goes to the one origin its sender was made for, over https; none follows a redirect;
 * an answer is bounded in size; content codings are neither asked for nor undone, so it cannot swell.
 """
@@ -10,7 +10,7 @@ Rules kept here, for all three drivers:
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 import httpx
@@ -18,7 +18,7 @@ import httpx
 from chutes_proto.errors import LocalProtocolError, TransportError
 from chutes_proto.io.http.https import TimeLimits
 from chutes_proto.transport.client import MAX_ANSWER
-from chutes_proto.wire.http import HttpRequest, HttpResponse
+from chutes_proto.wire.http import Headers, HttpResponse
 from chutes_proto.wire.origin import Origin
 
 _NOT_DELIVERED = (
@@ -42,17 +42,23 @@ class HttpxGetter:
         self._limits = limits
 
     def __call__(self, url: str) -> HttpResponse:
-        """The whole answer. Raises `TransportError`."""
-        return whole_answer(self._client, prepare_get(self._client, url, self._limits), self._limits)
+        """Return the whole answer. Raises `TransportError`."""
+        return whole_answer(self._client, prepare(self._client, self._limits, "GET", url), self._limits)
 
 
-def whole_answer(client: httpx.Client, request: httpx.Request, limits: TimeLimits) -> HttpResponse:
-    """What ``client`` is answered. Raises `TransportError`."""
+def whole_answer(
+    client: httpx.Client,
+    request: httpx.Request,
+    limits: TimeLimits,
+    begun: Callable[[httpx.Response], None] = lambda _: None,
+) -> HttpResponse:
+    """Return the whole answer; call ``begun`` before its body is read. Raises `TransportError`."""
     end = time.monotonic() + limits.total
     body = bytearray()
     with transport_errors():
         response = client.send(request, stream=True, follow_redirects=False)
         try:
+            begun(response)
             for chunk in response.iter_raw():
                 body += chunk
                 if len(body) > MAX_ANSWER or time.monotonic() > end:
@@ -63,42 +69,44 @@ def whole_answer(client: httpx.Client, request: httpx.Request, limits: TimeLimit
 
 
 def origin(url: str) -> httpx.URL:
-    """The origin of ``https://host`` or ``https://host:port``. Raises `LocalProtocolError` for anything else."""
+    """Return the origin of ``https://host[:port]``. Raises `LocalProtocolError` for anything else."""
     return httpx.URL(f"https://{Origin.parse(url).authority}")
 
 
 def prepare(
-    client: httpx.Client | httpx.AsyncClient, where: httpx.URL, request: HttpRequest, limits: TimeLimits
+    client: httpx.Client | httpx.AsyncClient,
+    limits: TimeLimits,
+    method: str,
+    url: httpx.URL | str,
+    *,
+    headers: Headers = (),
+    content: bytes | None = None,
+    extensions: dict[str, str] | None = None,
 ) -> httpx.Request:
-    """The request as httpx has it: the target exactly as it stands, and no coding of the answer."""
+    """Return the request as httpx has it, for an answer without content coding."""
     return client.build_request(
-        request.method,
-        where.copy_with(raw_path=request.target.encode("ascii")),
-        headers=[*request.headers, ("accept-encoding", "identity")],
-        content=request.body,
+        method,
+        url,
+        headers=[*headers, ("accept-encoding", "identity")],
+        content=content,
         timeout=httpx.Timeout(limits.read, connect=limits.connect),
+        extensions=extensions,
     )
 
 
-def prepare_get(client: httpx.Client | httpx.AsyncClient, url: str, limits: TimeLimits) -> httpx.Request:
-    """The request of a `Get` as httpx has it."""
-    timeout = httpx.Timeout(limits.read, connect=limits.connect)
-    return client.build_request("GET", url, headers=[("accept-encoding", "identity")], timeout=timeout)
-
-
 def received(response: httpx.Response, body: bytearray) -> HttpResponse:
-    """The answer as ours."""
+    """Return httpx's answer as a response of this project."""
     headers = tuple((name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in response.headers.raw)
     return HttpResponse(response.status_code, headers, bytes(body))
 
 
 @contextmanager
 def transport_errors() -> Generator[None]:
-    """Turns what httpx and the operating system raise into `TransportError`."""
+    """Turn the errors of httpx and of the operating system into `TransportError`."""
     try:
         yield
     except httpx.LocalProtocolError as exc:
-        raise LocalProtocolError(f"not a request that HTTP/1.1 can carry: {exc}") from exc
+        raise LocalProtocolError(f"HTTP/1.1 cannot carry the request: {exc}") from exc
     except _NOT_DELIVERED as exc:
         raise TransportError(_text(exc), maybe_delivered=False) from exc
     except (httpx.TransportError, OSError) as exc:
@@ -106,7 +114,7 @@ def transport_errors() -> Generator[None]:
 
 
 def _text(exc: Exception) -> str:
-    """What happened, in the words of the first error on the way down that has any."""
+    """Return the text of the first error in the chain of causes that has one."""
     cause: BaseException | None = exc
     while cause is not None and not str(cause):
         cause = cause.__cause__ or cause.__context__

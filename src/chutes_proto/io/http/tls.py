@@ -1,4 +1,4 @@
-"""TLS as a client: the throw-away client certificate from memory, the server's name and chain always checked."""
+"""TLS as a client: the ephemeral client certificate from memory, the server's name and chain always verified."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _MEMORY = "/proc/self/fd/{}"
 def presented(identity: ClientIdentity | None, client: object | None = None) -> ClientIdentity:
     """Return ``identity``, or an ephemeral one where there is none.
 
-    Raises `LocalProtocolError` for a ``client`` of the caller's own without the identity that it presents.
+    Raises `LocalProtocolError` for a ``client`` of the caller without the identity that it presents.
     """
     if client is not None and identity is None:
-        raise LocalProtocolError("an own client comes with the identity whose certificate it presents")
+        raise LocalProtocolError("client: give identity too, the one whose certificate your client presents")
     return identity or make_client_identity(int(time.time()), os.urandom(ENTROPY_SIZE))
 
 
 def client_context(identity: ClientIdentity | None = None, ca_pem: bytes | None = None) -> ssl.SSLContext:
-    """A context for TLS 1.2 or newer that presents ``identity`` and trusts ``ca_pem`` (None: the system's CAs).
+    """Return a context for TLS 1.2 or newer that presents ``identity`` and trusts ``ca_pem`` (None: the system's CAs).
 
-    Raises `ConfigurationError` for a CA bundle that holds no certificate.
+    Chain and name of the server are verified. Raises `ConfigurationError` for a CA bundle that holds no certificate.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # checks chain and host name
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -39,7 +39,7 @@ def client_context(identity: ClientIdentity | None = None, ca_pem: bytes | None 
         try:
             context.load_verify_locations(cadata=ca_pem.decode("ascii"))
         except (ssl.SSLError, ValueError) as exc:
-            raise ConfigurationError("not one or more PEM certificates of CAs") from exc
+            raise ConfigurationError("not one or more PEM certificates of CAs; give a CA bundle in PEM") from exc
     if identity is not None:
         with _as_file(identity.certificate_pem + identity.key_pem.reveal()) as path:
             context.load_cert_chain(path)
@@ -47,7 +47,7 @@ def client_context(identity: ClientIdentity | None = None, ca_pem: bytes | None 
 
 
 def context_trusting(ca_file: str | Path | None, identity: ClientIdentity | None = None) -> ssl.SSLContext:
-    """`client_context` with the CAs in a file (None: the system's), which a `ConfigurationError` names."""
+    """Return the `client_context` for the CAs in a file (None: the system's), which a `ConfigurationError` names."""
     data = None if ca_file is None else read_file(ca_file)
     try:
         return client_context(identity, data)
@@ -57,7 +57,7 @@ def context_trusting(ca_file: str | Path | None, identity: ClientIdentity | None
 
 @contextmanager
 def _as_file(content: bytes) -> Generator[str]:
-    """A path under which OpenSSL reads ``content``: memory where the system can, else a private file, gone at once."""
+    """A path at which OpenSSL reads ``content``: in memory where possible, otherwise a private file, then removed."""
     descriptor, path, is_on_disk = _open()
     try:
         with os.fdopen(descriptor, "wb") as file:

@@ -1,12 +1,12 @@
-"""Where quotes come from. A quoter is a callable: 64 bytes of report data in, the quote out; it may block.
+"""Choice of a quoter: a callable that takes 64 bytes of report data and returns the quote; it may block.
 
-`make_quoter` makes one of what a configuration names; the simulated platform's is its method
-``SimulatedPlatform.quote``. Whatever goes wrong with a quoter reaches a flow as `QuoteUnavailable`, whose text says
-what was tried.
+`make_quoter` makes the one that a configuration names; the simulated platform's is its method
+``SimulatedPlatform.quote``. Every fault of a quoter reaches a flow as `QuoteUnavailable`, whose text says what was
+tried.
 
 Rules kept here:
 
-* "auto" never chooses what only trials and the operator can mean: the simulated platform, and a program;
+* "auto" never chooses the simulated platform or a program: only tests and operators ask for these;
 * a kind of quoter is imported when one is made.
 """
 
@@ -21,47 +21,48 @@ from chutes_proto.errors import ConfigurationError, LocalProtocolError, QuoteUna
 from chutes_proto.io.quoters import MAX_QUOTE
 
 Quoter: TypeAlias = Callable[[bytes], bytes]
-"""Makes a quote of 64 bytes of report data. It may block."""
+"""A callable that returns a quote of 64 bytes of report data. It may block, and raises `QuoteUnavailable`."""
 
 _Stage: TypeAlias = Literal["boot", "runtime"]  # `Stage` of the verifier, which no agent loads
 
 
 def check_quoter(quoter: object) -> None:
-    """Raises `LocalProtocolError` for what cannot be a quoter, before anything is asked of a server."""
+    """Raise `LocalProtocolError` for an object that cannot be a quoter, before a server is asked for anything."""
     if not callable(quoter):
         kind = type(quoter).__name__
         raise LocalProtocolError(
-            f"a quoter is called with the report data and gives the quote, and {kind} cannot be called; say"
-            ' make_quoter("auto"), or make_quoter(command)'
+            f'quoter: {kind} cannot be called; say make_quoter("auto") or make_quoter(command), or give a function'
+            " that returns the quote of 64 bytes of report data"
         )
 
 
 def take_quote(quoter: Quoter, report_data: bytes) -> bytes:
-    """What the quoter gives for ``report_data``. Raises `QuoteUnavailable`."""
+    """Return the quote of ``report_data``. Raises `QuoteUnavailable`, also for one of no or too many bytes."""
     try:
         quote = quoter(report_data)
     except OSError as exc:
         raise QuoteUnavailable(f"the quoter failed: {exc}") from exc
     if not 0 < len(quote) <= MAX_QUOTE:
-        raise QuoteUnavailable(f"the quoter gave {len(quote)} bytes, which is no quote")
+        raise QuoteUnavailable(f"the quoter gave {len(quote)} bytes; a quote has 1 to {MAX_QUOTE}")
     return quote
 
 
 def log_line(text: str) -> None:
-    """Hand a text to the standard library's ``logging``, logger ``chutes_proto``."""
+    """Write a text to the standard library's ``logging``, logger ``chutes_proto``."""
     import logging
 
     logging.getLogger("chutes_proto").info("%s", text)
 
 
 class OutOfTimeError(BaseException):
-    """Raised into a quoter by who has no more time; no quoter takes it for a fault that it knows what to do about."""
+    """Raised into a quoter by a caller that has no more time; not an `Exception`, so that no quoter handles it."""
 
 
 class AutoQuoter:
-    """The first of some quoters that gives a quote; from then on, that one. ``tell`` hears which, and why not others.
+    """Chooses the first of several quoters that gives a quote, and keeps it.
 
-    Every quote is the server's to judge, so it does not matter for security which one it is.
+    ``tell`` is called with its name and with the reasons against the others. The choice does not matter for security:
+    the server appraises every quote.
     """
 
     def __init__(self, quoters: Sequence[Quoter], *, tell: Callable[[str], None] = log_line) -> None:
@@ -72,7 +73,7 @@ class AutoQuoter:
         return ", or else ".join(map(str, self._quoters))
 
     def __call__(self, report_data: bytes) -> bytes:
-        """Its quote. Raises `QuoteUnavailable` with the reasons of all."""
+        """Return the quote. Raises `QuoteUnavailable` with the reasons of all."""
         reasons: list[str] = []
         for quoter in self._quoters:
             try:
@@ -98,23 +99,22 @@ def make_quoter(
     platform: str | Path | None = None,
     stage: _Stage = "boot",
 ) -> Quoter:
-    """The quoter that ``text``, of a configuration or a command line, names.
+    """Return the quoter that ``text`` names, as settings and command lines have it.
 
     ``auto``
-        the first of ``tsm`` and ``vsock`` that gives a quote; ``tell`` hears which
+        the first of ``tsm`` and ``vsock`` that gives a quote; ``tell`` is called with the choice
     ``tsm``, ``tsm:DIR``
-        the kernel's configfs-TSM, in DIR if it is mounted elsewhere
+        the kernel's configfs-TSM, at DIR if it is mounted elsewhere
     ``vsock``, ``vsock:CID:PORT``
         the TDX guest device, and a quote generation service over vsock (``2:4050``)
     ``unix:PATH``
         the TDX guest device, and a quote generation service at a Unix socket
     ``command:LINE``, or any other text
-        a program, see `CommandQuoter`
+        a program that gets the report data in hex on its standard input and writes the quote
     ``simulated``, ``simulated:DIR``
-        the simulated platform in DIR (``platform``, or this user's), made if missing; a simulated TD measures as it
-        does at ``stage``
+        the simulated platform in DIR (``platform``, or this user's), made if missing; its RTMRs are those of ``stage``
 
-    Raises `ConfigurationError`.
+    Raises `ConfigurationError` for a text that names none, and for a simulated platform that cannot be opened.
     """
     kind, rest = parse_quoter(text)
     match kind:
@@ -141,7 +141,10 @@ def make_quoter(
 
 
 def auto_quoter(*, tell: Callable[[str], None] = log_line) -> Quoter:
-    """The first of configfs-TSM and the TDX guest device that gives a quote: ``make_quoter("auto")``."""
+    """Return a quoter that uses configfs-TSM or else the TDX guest device: ``make_quoter("auto")``.
+
+    ``tell`` is called with the choice, once the first quote is made.
+    """
     return make_quoter("auto", tell=tell)
 
 
@@ -154,7 +157,7 @@ def _simulated(directory: str | Path | None, stage: _Stage) -> Quoter:
         from chutes_proto.io.quoters.simulated import open_platform, platform_directory
     except ModuleNotFoundError:  # the agent as one file
         raise ConfigurationError(
-            'the simulated platform is not in this agent; install chutes-proto, or say quoter = "command:..."'
+            'quoter: this agent has no simulated platform; install chutes-proto, or say quoter = "command:..."'
         ) from None
 
     record = open_platform(directory or platform_directory(os.environ), int(time.time()))

@@ -1,10 +1,10 @@
-"""Quotes from a program.
+"""Quotes from an external program.
 
 Rules kept here:
 
-* no shell runs; the program gets the report data, which is not secret, and nothing else of ours;
-* when its time is over, so is that of every process it has started;
-* what it writes is bounded, and a file for the quote stands in a directory that only we can enter.
+* no shell runs; the program gets the report data, which is not secret, and nothing else;
+* at its time limit, it and every process that it has started are killed;
+* its output is bounded, and a file for the quote is in a directory that only this user can enter.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _TAIL: Final = 300
 class CommandQuoter:
     """An external program as a quoter.
 
-    ``command`` is a list of arguments, or a line that is cut as a shell would cut it (no shell runs). The program gets
-    the report data in hex, as one line on its standard input and wherever an argument says ``{report_data}``. It writes
-    the quote to its standard output, or, where an argument says ``{output}``, to the file of that name, and exits
-    with 0 within ``timeout`` seconds. ``what`` it writes, if not a quote, is for what is told. Raises
-    `ConfigurationError` for what is no command.
+    ``command`` is a list of arguments, or a line that is split as a shell would split it (no shell runs). The program
+    gets the report data in hex, as one line on its standard input and wherever an argument says ``{report_data}``. It
+    writes the quote to its standard output, or, where an argument says ``{output}``, to the file of that name, and
+    exits with 0 within ``timeout`` seconds. ``what`` names its output in messages. Raises `ConfigurationError` for an
+    empty or unbalanced command.
     """
 
     def __init__(self, command: Sequence[str] | str, *, timeout: float = 30.0, what: str = "quote") -> None:
@@ -48,7 +48,7 @@ class CommandQuoter:
         return f"the {self._what} command {self._command[0]}"
 
     def __call__(self, report_data: bytes) -> bytes:
-        """What the program made. Raises `QuoteUnavailable` with its exit status and its last words."""
+        """Return the program's output. Raises `QuoteUnavailable` with its exit status and its last lines."""
         text = report_data.hex()
         arguments = [argument.replace(_REPORT_DATA, text) for argument in self._command]
         if not any(_OUTPUT in argument for argument in arguments):
@@ -63,7 +63,7 @@ class CommandQuoter:
                 with output.open("rb") as file:
                     quote = file.read(MAX_QUOTE + 1)
             except OSError as exc:
-                raise QuoteUnavailable(f"{self} ended well, but {output} cannot be read: {exc.strerror}") from exc
+                raise QuoteUnavailable(f"{self} ended with 0, but {output} cannot be read: {exc.strerror}") from exc
         self._check_size(quote)
         return quote
 
@@ -92,11 +92,11 @@ class CommandQuoter:
         if status != 0:
             ended = f"with exit status {status}" if status > 0 else f"by signal {-status}"
             last = said.decode("utf-8", "replace").strip()[-_TAIL:]
-            raise QuoteUnavailable(f"{self} ended {ended}: {last or 'it said nothing'}")
+            raise QuoteUnavailable(f"{self} ended {ended}: {last or 'it wrote no error'}")
         return output
 
     def _talk(self, process: subprocess.Popen[bytes], line: bytes, end: float) -> tuple[bytes, bytes]:
-        """What the program writes until it closes both its outputs: the first, and the last words of the second."""
+        """Return the whole of standard output and the end of standard error, once the program has closed both."""
         import selectors
 
         stdin, stdout, stderr = cast("tuple[IO[bytes], ...]", (process.stdin, process.stdout, process.stderr))
@@ -119,4 +119,4 @@ class CommandQuoter:
 
     def _check_size(self, output: bytes | bytearray) -> None:
         if len(output) > MAX_QUOTE:
-            raise QuoteUnavailable(f"{self} gave more than {MAX_QUOTE} bytes, which is no {self._what}")
+            raise QuoteUnavailable(f"{self} gave more than {MAX_QUOTE} bytes, more than any {self._what} has")

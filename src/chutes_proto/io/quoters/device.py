@@ -4,7 +4,7 @@ Source: Linux ``include/uapi/linux/tdx-guest.h`` for the report; `chutes_proto.t
 
 Rules kept here:
 
-* a report leaves this machine only to be quoted; whether the quote is right is for who verifies it;
+* a report leaves this machine only to be quoted; the verifier appraises the quote;
 * the service has one time limit, from the connection to the last byte, and a bounded answer.
 """
 
@@ -25,7 +25,7 @@ from chutes_proto.transport.qgs import FRAME_SIZE, REPORT_SIZE, message_size, qu
 DEVICE: Final = "/dev/tdx_guest"
 REPORT_DATA_SIZE: Final = 64
 TDX_CMD_GET_REPORT0: Final = 3 << 30 | (REPORT_DATA_SIZE + REPORT_SIZE) << 16 | ord("T") << 8 | 1
-"""``_IOWR('T', 1, struct tdx_report_req)``: 64 bytes of report data, then room for the 1024 of the report."""
+"""``_IOWR('T', 1, struct tdx_report_req)``: 64 bytes of report data, then space for the report's 1024."""
 
 
 @frozen
@@ -39,13 +39,13 @@ class VsockService:
         return f"vsock {self.cid}:{self.port}"
 
     def connect(self, timeout: float) -> socket.socket:
-        """A connection. Raises `OSError`."""
+        """Connect within ``timeout`` seconds. Raises `OSError`."""
         return _connected(socket.AF_VSOCK, (self.cid, self.port), timeout)
 
 
 @frozen
 class UnixService:
-    """The service at a Unix socket, as a host offers it to itself, or a proxy in the VM."""
+    """The service at a Unix socket, which the host or a proxy in the VM offers."""
 
     path: str
 
@@ -53,12 +53,12 @@ class UnixService:
         return self.path
 
     def connect(self, timeout: float) -> socket.socket:
-        """A connection. Raises `OSError`."""
+        """Connect within ``timeout`` seconds. Raises `OSError`."""
         return _connected(socket.AF_UNIX, self.path, timeout)
 
 
 class DeviceQuoter:
-    """The TDX guest device and a quote generation service as a quoter; ``timeout`` in seconds is for the service."""
+    """The TDX guest device and a quote generation service as a quoter; the service has ``timeout`` seconds."""
 
     def __init__(
         self,
@@ -75,12 +75,12 @@ class DeviceQuoter:
         return f"TDX guest device {self._device} with a quote generation service at {self._service}"
 
     def __call__(self, report_data: bytes) -> bytes:
-        """The quote of 64 bytes of report data. Raises `QuoteUnavailable`, which says what to do."""
+        """Return the quote of 64 bytes of report data. Raises `QuoteUnavailable`, which says what to do."""
         return request_quote(self._service, self._report(report_data), self._timeout)
 
     def _report(self, report_data: bytes) -> bytes:
         if len(report_data) != REPORT_DATA_SIZE:
-            raise LocalProtocolError(f"report data has {REPORT_DATA_SIZE} bytes, not {len(report_data)}")
+            raise LocalProtocolError(f"report data: {len(report_data)} bytes; a report binds {REPORT_DATA_SIZE}")
         try:
             return get_report(report_data, self._device)
         except FileNotFoundError:
@@ -90,7 +90,7 @@ class DeviceQuoter:
 
 
 def request_quote(service: VsockService | UnixService, report: bytes, timeout: float) -> bytes:
-    """The quote that the service makes of a TDREPORT. Raises `QuoteUnavailable`."""
+    """Return the service's quote of a TDREPORT (1024 bytes). Raises `QuoteUnavailable`."""
     end = time.monotonic() + timeout
     named = f"the quote generation service at {service}"
     try:
@@ -99,7 +99,7 @@ def request_quote(service: VsockService | UnixService, report: bytes, timeout: f
             connection.sendall(quote_request(report))
             return read_quote(_receive(connection, message_size(_receive(connection, FRAME_SIZE, end)), end))
     except OSError as exc:
-        if isinstance(exc, TimeoutError) and exc.errno is None:  # ours; the kernel has one for what it cannot reach
+        if isinstance(exc, TimeoutError) and exc.errno is None:  # ours; the kernel's have an errno
             raise QuoteUnavailable(f"{named} did not answer within {timeout:g} s") from None
         raise QuoteUnavailable(f"{named} cannot be reached: {exc.strerror or exc}; does the host run it?") from exc
     except RemoteProtocolError as exc:
@@ -107,7 +107,7 @@ def request_quote(service: VsockService | UnixService, report: bytes, timeout: f
 
 
 def get_report(report_data: bytes, device: str | Path = DEVICE) -> bytes:
-    """The 1024 bytes of a TDREPORT (subtype 0) that binds 64 bytes of report data. Raises `OSError`."""
+    """Return a TDREPORT (subtype 0, 1024 bytes) that binds 64 bytes of report data. Raises `OSError`."""
     import fcntl
 
     request = bytearray(report_data + bytes(REPORT_SIZE))

@@ -2,8 +2,8 @@
 
 Rules kept here:
 
-* what a production server loads does not import this: a simulated root is trusted only by who asks for one;
-* of several who ask for a platform at the same moment, all get the same.
+* a production server does not import this: a simulated root is trusted only on explicit request;
+* of several processes that ask for a platform at once, all get the same.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from chutes_proto.testing._directory import PLATFORM_FILE, SEED_SIZE, PlatformRe
 
 
 def platform_directory(environment: Mapping[str, str]) -> Path:
-    """Where this user's simulated platform is kept (XDG Base Directory Specification, ``$XDG_STATE_HOME``)."""
+    """Return the directory of this user's simulated platform (XDG Base Directory Specification, XDG_STATE_HOME)."""
     state = environment.get("XDG_STATE_HOME", "")
     try:
         base = Path(state) if Path(state).is_absolute() else Path.home() / ".local" / "state"
@@ -28,9 +28,9 @@ def platform_directory(environment: Mapping[str, str]) -> Path:
 
 
 def open_platform(directory: str | Path, now: int) -> PlatformRecord:
-    """The simulated platform that is kept in ``directory``, made there if it is missing.
+    """Return the simulated platform in ``directory``, made at ``now`` (unix seconds) if it is missing.
 
-    Raises `ConfigurationError`. Whoever asks at the same moment gets the same platform.
+    Raises `ConfigurationError`, and `FileUnavailable` for a file that cannot be read or written.
     """
     file = make_directory(directory, mode=0o700) / PLATFORM_FILE
     if not file.exists():

@@ -5,9 +5,9 @@ Source: Linux ``Documentation/ABI/testing/configfs-tsm``, ``drivers/virt/coco/ts
 
 Rules kept here:
 
-* each quote has a directory of its own, with a name that nobody can foresee; it is removed whatever happens;
-* a quote is taken only if the kernel counted our one write between the two readings of ``generation``, and no other;
-* what passes by itself is tried again, until the time is over.
+* each quote has a directory of its own, with an unpredictable name, which is removed in every case;
+* a quote is used only if the kernel counted our one write between the two readings of ``generation``, and no other;
+* an attempt that met a temporary fault is repeated until the time limit.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from __future__ import annotations
 import errno
 import os
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -24,10 +26,10 @@ from chutes_proto.io.quoters import MAX_QUOTE
 ROOT: Final = "/sys/kernel/config/tsm/report"
 
 _PROVIDER: Final = b"tdx_guest"
-_PASSING: Final = frozenset({errno.EBUSY, errno.EWOULDBLOCK, errno.EINTR, errno.ETIMEDOUT, errno.ENOENT, errno.EEXIST})
-"""EBUSY: the host still works at an earlier request; ENOENT, once there is an entry: somebody removed it."""
+_PASSES: Final = frozenset({errno.EBUSY, errno.EWOULDBLOCK, errno.EINTR, errno.ETIMEDOUT, errno.ENOENT, errno.EEXIST})
+"""EBUSY: the host still processes an earlier request; ENOENT, once there is an entry: somebody removed it."""
 _SETTLE: Final = 1.0
-"""How long the kernel may take to count a write, in seconds; it does so before ``close`` returns, all but always."""
+"""How many seconds the kernel may take to count a write; nearly always it has when ``close`` returns."""
 _PAUSES: Final = (0.05, 2.0)
 
 
@@ -46,7 +48,7 @@ class TsmQuoter:
         return f"configfs-TSM at {self._root}"
 
     def __call__(self, report_data: bytes) -> bytes:
-        """The quote of 64 bytes of report data. Raises `QuoteUnavailable`, which says what to do."""
+        """Return the quote of 64 bytes of report data. Raises `QuoteUnavailable`, which says what to do."""
         end = time.monotonic() + self._timeout
         pause, longest = _PAUSES
         while True:
@@ -64,13 +66,13 @@ class TsmQuoter:
         try:
             entry.mkdir(mode=0o700)
         except OSError as exc:
-            if exc.errno in _PASSING and self._root.is_dir():
+            if exc.errno in _PASSES and self._root.is_dir():
                 raise _AgainError(f"{entry} cannot be made: {exc.strerror}") from exc
             raise QuoteUnavailable(f"{self}: {_why_not_there(exc)}") from exc
         try:
             return self._quote(entry, report_data)
         except OSError as exc:
-            if exc.errno in _PASSING:
+            if exc.errno in _PASSES:
                 raise _AgainError(f"{exc.filename}: {exc.strerror}") from exc
             raise QuoteUnavailable(f"{self}: {exc.filename}: {exc.strerror}") from exc
         finally:
@@ -85,7 +87,7 @@ class TsmQuoter:
         _write(entry / "inblob", report_data)
         written = _wait_for_change(entry, before)
         if written == before:
-            # configfs hands the write on when the file is closed, and drops what comes of it.
+            # configfs passes the write on when the file is closed, and drops its result.
             raise _AgainError("the kernel did not take the report data")
         if written != before + 1:
             raise _AgainError(f"somebody else wrote to {entry}")
@@ -101,7 +103,7 @@ class TsmQuoter:
 
 
 class _AgainError(Exception):
-    """Nothing that stays: another attempt may succeed."""
+    """A temporary fault: another attempt may succeed."""
 
 
 def _why_not_there(exc: OSError) -> str:
@@ -130,32 +132,33 @@ def _generation(entry: Path) -> int:
     return int(text)
 
 
-def _read(path: Path, limit: int) -> bytes:
-    """The whole of an attribute; one of more than ``limit`` bytes is an `OSError`."""
-    data = bytearray()
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+@contextmanager
+def _attribute(path: Path, flags: int) -> Generator[int]:
+    """Open an attribute; every `OSError` of the block names it."""
+    descriptor = os.open(path, flags | os.O_CLOEXEC)
     try:
-        while len(data) <= limit:
-            if not (piece := os.read(descriptor, limit + 1 - len(data))):
-                return bytes(data)
-            data += piece
+        yield descriptor
     except OSError as exc:
         raise OSError(exc.errno, exc.strerror, str(path)) from exc
     finally:
         os.close(descriptor)
-    raise OSError(errno.EFBIG, f"more than {limit} bytes", str(path))
+
+
+def _read(path: Path, limit: int) -> bytes:
+    """Return the whole attribute. Raises `OSError`, also for more than ``limit`` bytes."""
+    data = bytearray()
+    with _attribute(path, os.O_RDONLY) as descriptor:
+        while piece := os.read(descriptor, limit + 1 - len(data)):
+            data += piece
+            if len(data) > limit:
+                raise OSError(errno.EFBIG, f"more than {limit} bytes")
+    return bytes(data)
 
 
 def _write(path: Path, data: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        count = os.write(descriptor, data)
-    except OSError as exc:
-        raise OSError(exc.errno, exc.strerror, str(path)) from exc
-    finally:
-        os.close(descriptor)
-    if count != len(data):
-        raise OSError(errno.EIO, f"took {count} bytes of {len(data)}", str(path))
+    with _attribute(path, os.O_WRONLY) as descriptor:
+        if (count := os.write(descriptor, data)) != len(data):
+            raise OSError(errno.EIO, f"took {count} bytes of {len(data)}")
 
 
 def _remove(entry: Path) -> None:

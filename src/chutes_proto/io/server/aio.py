@@ -1,7 +1,7 @@
 """The key server on an event loop: accepts connections, moves their bytes and runs the flows of their requests.
 
-No rule is decided here: `Connections` says what to do next, `ServerConnection` how long to wait for it, and the
-application what to answer and when to end.
+No rule is decided here: `Connections` returns the next step, `ServerConnection` its deadline, and the application the
+answers and the time to end.
 """
 
 from __future__ import annotations
@@ -18,22 +18,15 @@ from anyio.abc import TaskGroup
 from chutes_proto.io.drivers.aio import Performer
 from chutes_proto.io.server.sockets import ACCEPT_PAUSE, Listening
 from chutes_proto.transport.connections import Answer, Connections, Receive, Send, Sent
-from chutes_proto.transport.h1 import (
-    DEFAULT_LIMITS,
-    READ_SIZE,
-    Application,
-    Limits,
-    ServerConnection,
-    peer_address,
-)
+from chutes_proto.transport.h1 import DEFAULT_LIMITS, READ_SIZE, Application, Limits, ServerConnection, peer_address
 
 
 class Server:
-    """Serves an application, once; made within the loop.
+    """Serves the application ``app`` on the running event loop, once.
 
-    About ``connections`` are open at once: as many, and one for each further listener. Where there is no room, one that
-    makes the server wait ends (``chutes_proto.transport.connections``); where none does, more wait in the listeners'
-    queues.
+    ``performer`` performs the effects of ``app``, ``limits`` bound each connection. At most ``connections`` are open,
+    and one more for each further listener. At the limit, a connection on which the server waits for the peer ends; if
+    there is none, new ones wait in the listeners' queues.
     """
 
     def __init__(
@@ -49,19 +42,19 @@ class Server:
         self._waiting: dict[ServerConnection, anyio.CancelScope] = {}
 
     async def serve(self, listening: Sequence[Listening]) -> None:
-        """Serve until cancelled, or until `stop` has come to its end; closes the sockets."""
+        """Serve until cancelled, or until the end that `stop` began; close the sockets."""
         with self._serving:
             async with anyio.create_task_group() as nursery:
                 with self._accepting:
                     async with anyio.create_task_group() as listeners:
-                        for place in listening:
-                            _ = listeners.start_soon(self._accept, place, nursery)
+                        for listener in listening:
+                            _ = listeners.start_soon(self._accept, listener, nursery)
                 self._connections.finish(anyio.current_time())
 
     def stop(self) -> float:
-        """Tell the application to stop, which says when to end; connections end with their next answer.
+        """Tell the application to stop; it decides when to end, and connections end with their next answer.
 
-        Returns in how many seconds it ends at the latest.
+        Returns the number of seconds after which the server has ended.
         """
         now = anyio.current_time()
         self._serving.deadline = end = self._app.stop(now)
@@ -72,10 +65,10 @@ class Server:
     def _update_end(self) -> None:
         self._accepting.deadline = self._app.ends_at(anyio.current_time())
 
-    async def _accept(self, place: Listening, nursery: TaskGroup) -> None:
-        with place.socket as listener:
+    async def _accept(self, listening: Listening, nursery: TaskGroup) -> None:
+        with listening.socket as listener:
             listener.setblocking(False)
-            self._slots.release()  # for the one that a listener holds while nobody comes
+            self._slots.release()  # for the slot that a listener holds while it waits
             while True:
                 await self._slots.acquire()
                 try:
@@ -85,15 +78,15 @@ class Server:
                     await self._complain("accept_failed", exc)
                     await anyio.sleep(ACCEPT_PAUSE)
                 else:
-                    _ = nursery.start_soon(self._serve_socket, accepted, place)
+                    _ = nursery.start_soon(self._serve_socket, accepted, listening)
 
-    async def _serve_socket(self, accepted: socket, place: Listening) -> None:
-        """One connection. Its faults end it and nothing else."""
+    async def _serve_socket(self, accepted: socket, listening: Listening) -> None:
+        """Serve one connection. Its faults end it and nothing else."""
         try:
             with accepted:
                 peer = peer_address(accepted.getpeername())
                 connection = ServerConnection(
-                    anyio.current_time(), tls=place.session(), limits=self._limits, peer_address=peer
+                    anyio.current_time(), tls=listening.session(), limits=self._limits, peer_address=peer
                 )
                 try:
                     await self._serve_connection(accepted, connection)
@@ -102,7 +95,7 @@ class Server:
                     self._update_end()
         except OSError:
             pass  # the peer went away
-        except Exception as exc:  # noqa: BLE001 - a defect met in one connection must not end the others
+        except Exception as exc:  # noqa: BLE001 - a defect in one connection must not end the others
             await self._complain("connection_failed", exc)
         finally:
             self._slots.release()
@@ -151,9 +144,9 @@ async def run_until_stopped(
     signals: Mapping[Signals, Callable[[], None]],
     ready: Callable[[], None],
 ) -> None:
-    """Serve until the server is stopped, and call what stands in ``signals`` for each one that comes.
+    """Serve until the server is stopped; call the function in ``signals`` at each signal.
 
-    ``ready`` is called when a signal finds its function. Runs in the main thread.
+    ``ready`` is called once signals are handled. Must run in the main thread.
     """
     with anyio.open_signal_receiver(*signals) as received:
         ready()
@@ -178,7 +171,7 @@ async def _accepted(listener: socket) -> socket:
 
 
 async def _received(accepted: socket) -> bytes:
-    """What comes next; ``b""`` at the end."""
+    """Return the next bytes; ``b""`` at the end."""
     while True:
         await anyio.wait_readable(accepted)
         with suppress(BlockingIOError):
@@ -192,7 +185,7 @@ async def _sent(accepted: socket, data: memoryview) -> None:
 
 
 def _unsent(accepted: socket, data: memoryview) -> memoryview:
-    """What there is no room for now."""
+    """Send without waiting; return the bytes for which the socket has no space now."""
     try:
         return data[accepted.send(data) :]
     except BlockingIOError:

@@ -1,12 +1,12 @@
-"""A server's log on standard error: whoever reads it, or does not, keeps the server from nothing.
+"""A server's log on standard error, which never blocks the server, even if nobody reads it.
 
 Rules kept here:
 
 * one thread writes the records in their order, each in one write;
-* `ROOM` of them may wait; those beyond are counted, as are those that a full disk did not take, and the count is told
-  before the next record that there is room for. What was decided stands in the audit, which is the store's;
-* of a record that was taken in part, the rest is missing: the next begins on a line of its own;
-* at the end what waits has `FLUSH_SECONDS`.
+* at most `MAX_WAITING` of them wait; further ones are counted, as are those that a full disk did not take, and the
+  count is written before the next record that can wait. Decisions are not lost: the store's audit has them;
+* of a record that was written in part, the rest is missing: the next begins on a line of its own;
+* at the end, waiting records have `FLUSH_SECONDS`.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from typing import Final
 
 from chutes_proto.log import Level, Record
 
-ROOM: Final = 1000
+MAX_WAITING: Final = 1000
 FLUSH_SECONDS: Final = 1.0
 
 _Waiting = tuple[bytes, int]
-"""A line, and for how many records it stands."""
+"""A line, and how many records it stands for."""
 
 
 class LogWriter:
-    """Writes records to ``descriptor``, or to standard error; where the process has none, nowhere.
+    """Writes records to ``descriptor``, or to standard error; nowhere if the process has none.
 
-    Not through Python's own stream, whose lock Python waits for when it ends.
+    It does not use Python's own stream, because Python waits for the lock of that stream when it ends.
     """
 
     def __init__(self, descriptor: int | None = None) -> None:
         self._descriptor = _standard_error() if descriptor is None else descriptor
-        self._waiting = Queue[_Waiting | None](ROOM)
+        self._waiting = Queue[_Waiting | None](MAX_WAITING)
         self._lock = Lock()
         self._missing = 0
         self._thread = Thread(target=self._write, name="log", daemon=True)
         self._thread.start()
 
     def __call__(self, record: Record) -> None:
-        """Have one line of JSON written; never waits. May be called in every thread."""
+        """Queue one line of JSON, without waiting. May be called in every thread."""
         with self._lock:
             try:
                 if self._missing:
@@ -54,9 +54,9 @@ class LogWriter:
                 self._missing += 1
 
     def close(self) -> None:
-        """Wait until all is written, for at most `FLUSH_SECONDS`. What comes afterwards is lost."""
+        """Wait until all is written, for at most `FLUSH_SECONDS`. Later records are lost."""
         end = time.monotonic() + FLUSH_SECONDS
-        with self._lock:  # not for longer: whoever logs meanwhile does not wait
+        with self._lock:  # not for longer: a thread that logs meanwhile must not wait
             missing, self._missing = self._missing, 0
         try:
             for last in ([_incomplete(missing)] if missing else []) + [None]:
@@ -81,7 +81,7 @@ class LogWriter:
 
 
 def _standard_error() -> int:
-    """Python has none where the process was started without; another file may have got its number since."""
+    """Return its descriptor; a process may begin without, and then a file may have its number."""
     return os.open(os.devnull, os.O_WRONLY) if sys.stderr is None else sys.stderr.fileno()
 
 

@@ -1,6 +1,6 @@
-"""A key server in this process: `serve` until it is cancelled, `serve_until_stopped` until a signal, or under ASGI.
+"""A key server in this process: `serve` until cancelled, `serve_until_stopped` until a signal, or an ASGI application.
 
-All three check the store before they serve, say in the log what they serve, and let go of everything at their end.
+All three check the store before they serve, log their configuration, and release everything at the end.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from chutes_proto.io.collateral.aio import open_performer
 from chutes_proto.io.drivers.sync import log_record
 from chutes_proto.io.server.aio import Server, run_until_stopped
 from chutes_proto.io.server.log_writer import FLUSH_SECONDS, LogWriter
-from chutes_proto.io.server.setup import ServerSetup, check_keys, make_setup
-from chutes_proto.io.server.sockets import Listening, listen_tls, listen_unix, room_for, urls
+from chutes_proto.io.server.setup import ServerSetup, make_setup
+from chutes_proto.io.server.sockets import Listening, allowed_connections, listen_tls, listen_unix, urls
+from chutes_proto.io.server.store_setup import check_keys
 from chutes_proto.log import Level, Record
 from chutes_proto.quote._roots import INTEL_ROOT
 from chutes_proto.server._app import App
@@ -41,7 +42,7 @@ T = TypeVar("T")
 Transport = Literal["trio", "asyncio"]
 
 END_SECONDS: Final = 2.0
-"""How long a server that serves no more goes on, for what is under way and at last for its log.
+"""How many seconds a server that has stopped lives on, for running work and then for its log.
 
 A store may hang for longer, or for ever.
 """
@@ -62,9 +63,9 @@ def _first(exc: BaseException) -> BaseException:
 
 
 class Listeners:
-    """The sockets that a server listens on, and the TLS certificate that new connections get.
+    """The listening sockets of the configuration in ``setup``, and the TLS certificate for new connections.
 
-    Listens where the configuration of ``setup`` says. Raises `ConfigurationError`.
+    Raises `ConfigurationError` for an address or path that cannot be used.
     """
 
     def __init__(self, setup: ServerSetup) -> None:
@@ -82,7 +83,7 @@ class Listeners:
             self._opened = opened.pop_all()
 
     def reload_certificate(self) -> Record:
-        """Load the certificate's files again; where they cannot be used, keep the present certificate."""
+        """Load the certificate's files again; if they cannot be used, keep the present certificate."""
         try:
             self._context = self._setup.reload_tls()
         except ConfigurationError as exc:
@@ -90,13 +91,13 @@ class Listeners:
         return Record(Level.INFO, "certificate_reloaded", {})
 
     def close(self) -> None:
-        """Close the sockets and remove the unix socket; the second time, do nothing."""
+        """Close the sockets and remove the Unix socket; a second call does nothing."""
         self._opened.close()
 
 
 @contextmanager
 def open_store(setup: ServerSetup) -> Generator[DurableStore]:
-    """The store of ``setup``, once it can be written and its keys can be opened. Raises `StoreError`."""
+    """Open the store of ``setup``; check that it can be written and its keys opened. Raises `StoreError`."""
     with closing(setup.store.open()) as store:
         store.check_writing()
         _ = check_keys(store, setup.service.vault)
@@ -110,11 +111,11 @@ async def open_server(
     collateral: CollateralSource | UpstreamCollateral,
     log: Callable[[Record], None],
 ) -> AsyncGenerator[Server]:
-    """A server of ``setup`` on the running event loop."""
+    """Make a server of ``setup`` on the running event loop."""
     wanted = setup.config.limits.connections
-    connections = room_for(wanted)
+    connections = allowed_connections(wanted)
     if connections < wanted:
-        about = f"limits.connections: the system lets this process open files for {connections}; raise its limit"
+        about = f"limits.connections: the limit of open files allows {connections} of {wanted}; raise it (LimitNOFILE)"
         log(Record(Level.WARNING, "warning", {"about": about}))
     async with open_performer(store, collateral, log=log) as performer:
         yield Server(App(setup.service), performer, limits=setup.limits, connections=connections)
@@ -129,13 +130,13 @@ async def serve(
     """Serve keys until cancelled.
 
     Reads the files that ``config`` names, checks the store, listens, and calls ``ready`` with the URLs: from then on
-    requests are answered. ``log`` gets each record and must not block; by default it goes to the standard library's
-    ``logging``, logger ``chutes_proto``.
+    requests are answered. ``log`` is called with each record and must not block; by default it writes to the standard
+    library's ``logging``, logger ``chutes_proto``.
 
     When cancelled, it ends the connections, waits for transactions that have begun, closes the store and removes
-    the unix socket. It handles no signals and does not drain: `chutes-proto serve` does.
+    the Unix socket. It handles no signals and does not drain: `chutes-proto serve` does.
 
-    Raises `ConfigurationError` with everything that is wrong, one problem a line, and `StoreError`.
+    Raises `ConfigurationError` with all problems, one a line, and `StoreError` for a store that cannot be used.
     """
     async with (
         _in_thread(_opened(config)) as (setup, store, listeners),
@@ -168,7 +169,7 @@ def make_asgi_app(config: ServerConfig) -> AsgiApp:
     """See `chutes_proto.server.asgi_app`."""
     setup = make_setup(config)
     with open_store(setup):
-        pass  # it is opened in the process that serves: an ASGI server may fork before
+        pass  # opened again in the process that serves: an ASGI server may fork before
 
     @asynccontextmanager
     async def open_driver() -> AsyncGenerator[Performer]:
@@ -200,14 +201,13 @@ def serve_until_stopped(
     announce: Callable[[Sequence[str]], None],
     stops: Sequence[signal.Signals],
 ) -> None:
-    """Listen, ``announce`` the URLs, and serve until one of the signals ``stops`` has come and no boot is open.
+    """Listen, ``announce`` the URLs, and serve until one of the signals ``stops`` has arrived and no boot is open.
 
-    After a signal it serves for at most ``limits.drain_seconds``, after a second one not at all. SIGHUP, where it is
-    not one of them, reloads the certificate's files. Raises `ConfigurationError` and `StoreError`.
+    After a signal it serves for at most ``limits.drain_seconds``, after a second one not at all. SIGHUP, if it is not
+    in ``stops``, reloads the certificate's files. Raises `ConfigurationError` and `StoreError`.
 
-    The process ends `END_SECONDS` after that, whatever its threads do: what they have not done is not done at all,
-    because a unit of the store is one transaction. That holds after this has returned, too, for what else the process
-    has to do before it ends.
+    The process ends `END_SECONDS` after that, whatever its threads do: unfinished work leaves no trace, because a unit
+    of the store is one transaction. This limit also holds for the work of the process after this function.
     """
     if transport not in anyio.get_available_backends():
         raise ConfigurationError(f"{transport} is not installed; run: pip install 'chutes-proto[{transport}]'")
@@ -246,10 +246,10 @@ def serve_until_stopped(
 
 
 def _end_after(seconds: float, log: LogWriter, listeners: Listeners) -> None:
-    """Let the process live for no more than so long; then close ``listeners``, unless they are closed."""
+    """End the process after ``seconds``, with ``listeners`` closed and the log written."""
 
     def end() -> NoReturn:
-        about = "the store, or what else was waited for, did not answer in time"
+        about = "the store, or another service, did not answer in time"
         log(Record(Level.WARNING, "stopped", {"about": about}))
         with suppress(OSError):
             listeners.close()

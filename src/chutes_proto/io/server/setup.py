@@ -1,9 +1,9 @@
-"""From a configuration to a key server that can start: all files that it names, read and checked together.
+"""Set-up of a key server: reads and checks all files that a configuration names.
 
 Rules kept here:
 
-* everything that is wrong is told at once, one line each, with the key and the file;
-* relative paths begin at the configuration file's directory, or at the working directory where it has no file;
+* all problems are reported together, one a line, with the key and the file;
+* relative paths begin at the configuration file's directory, or at the working directory if it has no file;
 * nothing is made or changed: a check leaves no trace.
 """
 
@@ -11,25 +11,23 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
-from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Final, Literal, TypeVar
+from typing import Final, Literal
 
 from attrs import frozen
 
 from chutes_proto.auth.hotkey import Hotkey, HotkeyError, check_installed
 from chutes_proto.collateral.cache import CachePolicy, CollateralCache
 from chutes_proto.collateral.pcs import Upstream
-from chutes_proto.errors import ConfigurationError, LocalProtocolError, QuoteError, StoreError
+from chutes_proto.errors import ConfigurationError, LocalProtocolError
 from chutes_proto.io.collateral.directory import CollateralDirectory
 from chutes_proto.io.collateral.upstream import UpstreamCollateral
-from chutes_proto.io.files import check_private, read_file, read_private
+from chutes_proto.io.files import read_file, read_private
 from chutes_proto.io.hotkey_file import read_hotkey
 from chutes_proto.io.http.tls import context_trusting
-from chutes_proto.io.stores.address import DurableStore, StorePlace
-from chutes_proto.keys.vault import KeyEncryptionKey, Vault
+from chutes_proto.io.server.store_setup import Problems, check_configuration, read_root, read_vault
+from chutes_proto.io.stores.address import StorePlace
 from chutes_proto.quote._measurements import parse_profiles_json, parse_profiles_toml
 from chutes_proto.quote._policy import Policy
 from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
@@ -40,21 +38,17 @@ from chutes_proto.server._nonces import NonceMint
 from chutes_proto.server._profiles import EXTRA_KEYS, ServedProfile, serve_profile
 from chutes_proto.server._proxy import TrustedProxies
 from chutes_proto.server._service import Callback, Service
-from chutes_proto.store._run import Script, Unit
-from chutes_proto.store.rows import CountSealed
 from chutes_proto.transport.h1 import Limits
 from chutes_proto.transport.tls import ServerContext, server_context
 from chutes_proto.wire.origin import check_socket_path
 
-T = TypeVar("T")
-
 _JSON: Final = re.compile(rb"\s*(?:\{|\[\s*[{\]])")
-"""How JSON begins, and TOML cannot."""
+"""The beginning of JSON, which TOML cannot have."""
 
 
 @frozen
 class ServerSetup:
-    """A key server that can start."""
+    """A key server that is ready to start."""
 
     config: ServerConfig
     service: Service
@@ -65,17 +59,17 @@ class ServerSetup:
 
     @property
     def limits(self) -> Limits:
-        """Those of each connection."""
-        said = self.config.limits
-        return Limits(head_bytes=said.head_bytes, body_bytes=said.body_bytes, request_seconds=said.request_seconds)
+        """The limits of each connection."""
+        given = self.config.limits
+        return Limits(head_bytes=given.head_bytes, body_bytes=given.body_bytes, request_seconds=given.request_seconds)
 
     def reload_tls(self) -> ServerContext:
-        """The certificate and key as the files have them now. Raises `ConfigurationError`."""
+        """Read certificate and key from the files again. Raises `ConfigurationError`."""
         return _tls(self.config, self.base)
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What an operator should know before anybody else does."""
+        """The warnings for the operator, at a check and at every start."""
         found: list[str] = []
         try:
             check_installed()
@@ -83,32 +77,26 @@ class ServerSetup:
             found.append(f"signed requests (operations 5 to 12, and boots that prove their hotkey) get 503: {exc}")
         registration = self.config.registration
         if registration.unsafe_private_networks:
-            told = ", ".join(registration.unsafe_private_networks)
-            found.append(f"registration.unsafe_private_networks: hosts in {told} pass for public ones")
+            networks = ", ".join(registration.unsafe_private_networks)
+            found.append(f"registration.unsafe_private_networks: hosts in {networks} pass for public ones")
         if registration.evidence == "callback":
             found.append('registration.evidence = "callback": what GPUs say of themselves is fetched and NOT verified')
         return tuple(found)
 
     @property
     def proxy_socket(self) -> Path | None:
-        """The unix socket to listen on for proxies."""
+        """The Unix socket to listen on for proxies."""
         return None if self.config.proxy.unix is None else self.base / self.config.proxy.unix
 
 
 def make_setup(config: ServerConfig) -> ServerSetup:
     """Read all files that ``config`` names. Raises `ConfigurationError` with all problems, one a line."""
-    problems = _Problems()
+    problems = Problems()
     base = Path.cwd() if config.path is None else Path(config.path).parent
-    _ = problems.attempt("store", lambda: _check_private(config))
+    _ = problems.attempt("store", lambda: check_configuration(config))
     tls = problems.attempt("tls", lambda: _tls(config, base))
-    root = problems.attempt("roots", lambda: _root(config, base))
-    current = problems.attempt("kek_file", lambda: _kek(base / config.kek_file))
-    previous = None
-    if config.kek_previous_file is not None:
-        previous_path = base / config.kek_previous_file
-        previous = problems.attempt("kek_previous_file", lambda: _kek(previous_path))
-    if previous is not None and previous == current:
-        problems.add("kek_previous_file", f"{base / str(config.kek_previous_file)} holds the same key as kek_file")
+    root = problems.attempt("roots", lambda: read_root(config, base))
+    vault = read_vault(config, base, problems)
     profiles = _profiles(config, base, problems)
     policy = problems.attempt("measurements", lambda: Policy(profiles=tuple(p.measurements for p in profiles)))
     hotkeys: frozenset[str] | Literal["*"] | None = problems.attempt("hotkeys", lambda: _hotkeys(config.hotkeys))
@@ -119,17 +107,14 @@ def make_setup(config: ServerConfig) -> ServerSetup:
     callback = problems.attempt("registration.hotkey_file", lambda: _callback(config.registration, base))
     collateral_key = "collateral.ca_file" if config.collateral.directory is None else "collateral.directory"
     collateral = None if root is None else problems.attempt(collateral_key, lambda: _collateral(config, base, root))
-    if tls is None or root is None or current is None or policy is None or hotkeys is None or collateral is None:
+    if tls is None or root is None or vault is None or policy is None or hotkeys is None or collateral is None:
         raise problems.error()
     if proxies is None or problems.found:
         raise problems.error()
-    vault = Vault(current, previous)
     service = Service(
         vault=vault,
         mint=NonceMint.of(
-            vault,
-            bind_address=config.nonce.bind_address,
-            expected_key_ids=frozenset(config.nonce.expected_key_ids),
+            vault, bind_address=config.nonce.bind_address, expected_key_ids=frozenset(config.nonce.expected_key_ids)
         ),
         root=root,
         trust=trust(root, config.roots),
@@ -153,68 +138,13 @@ def make_setup(config: ServerConfig) -> ServerSetup:
 
 
 def trust(root: TrustedRoot, name: str) -> str:
-    """Which root quotes are verified to, as the log says it at every start and with every grant."""
+    """Return the name of the trusted root for the log, which has it at every start and with every grant."""
     if root == INTEL_ROOT:
         return "Intel SGX Root CA"
     return f"NOT Intel's root but {name}, SHA-256 {root.digest.hex()}"
 
 
-def check_store(place: StorePlace, vault: Vault) -> str:
-    """What is known of the store, in words, without making or changing it.
-
-    Raises `StoreError` for one that cannot be used, or holds keys that ``vault`` cannot open.
-    """
-    if not place.is_made():
-        return f"{place.path}: not made yet"
-    with closing(place.open()) as store:
-        _ = store.check()
-        store.check_writing()
-        return f"{store.name}: {sum(check_keys(store, vault).values())} keys"
-
-
-def check_keys(store: DurableStore, vault: Vault) -> dict[str, int]:
-    """How many keys are sealed under each key-encryption key. Raises `StoreError` where one of these is not at hand."""
-    sealed = dict(store.transact(_CountKeys()))
-    live = {key.kek_id for key in vault.live}
-    if lost := {kek_id: count for kek_id, count in sealed.items() if kek_id not in live}:
-        told = ", ".join(f"{count} under {kek_id}" for kek_id, count in sorted(lost.items()))
-        raise StoreError(
-            f"store {store.name}: keys are sealed under a key-encryption key that is neither kek_file nor"
-            f" kek_previous_file ({', '.join(sorted(live))}): {told}"
-        )
-    return sealed
-
-
-@frozen
-class _CountKeys(Unit[tuple[tuple[str, int], ...]]):
-    """How many keys are sealed under each key-encryption key."""
-
-    def script(self) -> Script[tuple[tuple[str, int], ...]]:
-        return (yield from CountSealed())
-
-
 # --- the parts ---
-
-
-class _Problems:
-    """What is wrong so far."""
-
-    def __init__(self) -> None:
-        self.found: list[str] = []
-
-    def add(self, key: str, text: str) -> None:
-        self.found.append(f"{key}: {text}")
-
-    def attempt(self, key: str, make: Callable[[], T]) -> T | None:
-        """What ``make`` gives; None, and a problem more, if it cannot."""
-        try:
-            return make()
-        except (ConfigurationError, QuoteError) as exc:
-            self.add(key, str(exc))
-            return None
-
-    def error(self) -> ConfigurationError:
-        return ConfigurationError("\n".join(self.found))
 
 
 def _tls(config: ServerConfig, base: Path) -> ServerContext:
@@ -232,7 +162,7 @@ def _proxies(options: ProxyOptions, base: Path) -> TrustedProxies:
         path = base / options.secret_file
         secrets = [line.strip() for line in read_private(path, group_may=True).splitlines() if line.strip()]
         if not 1 <= len(secrets) <= 2 or not all(re.fullmatch(rb"[!-~]+", secret) for secret in secrets):
-            raise ConfigurationError(f"{path}: not one or two lines of printable ASCII without spaces")
+            raise ConfigurationError(f"{path}: not one or two secrets, one a line, in printable ASCII without spaces")
     return TrustedProxies(
         networks=options.parsed_networks,
         unix=options.unix is not None,
@@ -247,21 +177,9 @@ def _callback(options: RegistrationOptions, base: Path) -> Callback | None:
         return None
     try:
         pair = read_hotkey(base / options.hotkey_file)
-    except ConfigurationError:
-        raise
-    except LocalProtocolError as exc:
+    except LocalProtocolError as exc:  # the file, or sr25519 is not installed
         raise ConfigurationError(str(exc)) from None
     return Callback(pair.hotkey, pair.sign, options.evidence_port)
-
-
-def _root(config: ServerConfig, base: Path) -> TrustedRoot:
-    if config.roots == "intel":
-        return INTEL_ROOT
-    data = read_file(base / config.roots)
-    try:
-        return TrustedRoot.from_der(data)
-    except QuoteError as exc:
-        raise ConfigurationError(f'{base / config.roots}: {exc}; say "intel", or name a DER file') from None
 
 
 def _collateral(config: ServerConfig, base: Path, root: TrustedRoot) -> CollateralDirectory | UpstreamCollateral:
@@ -269,7 +187,7 @@ def _collateral(config: ServerConfig, base: Path, root: TrustedRoot) -> Collater
     if options.directory is not None:
         path = base / options.directory
         if not path.is_dir():
-            raise ConfigurationError(f"{path} is not a directory")
+            raise ConfigurationError(f"{path} is not a directory; make it, or name another")
         return CollateralDirectory(path, root, grace=options.grace_seconds)
     cache = CollateralCache(
         [Upstream.parse(service.url, service.root_ca_crl) for service in options.upstreams],
@@ -287,24 +205,6 @@ def _collateral(config: ServerConfig, base: Path, root: TrustedRoot) -> Collater
     return UpstreamCollateral(cache, context_trusting(ca_file), kept)
 
 
-def _check_private(config: ServerConfig) -> None:
-    """Check that a configuration file that holds the database's password is not for everybody to read."""
-    if not config.store.startswith("postgresql:"):
-        return
-    from chutes_proto.io.stores.postgres import has_secret
-
-    if has_secret(config.store) and config.path is not None:
-        check_private(config.path, group_may=True)
-
-
-def _kek(path: Path) -> KeyEncryptionKey:
-    data = read_private(path)
-    try:
-        return KeyEncryptionKey.from_bytes(data)
-    except ConfigurationError as exc:
-        raise ConfigurationError(f"{path}: {exc}") from None
-
-
 def _hotkeys(addresses: tuple[str, ...] | Literal["*"]) -> frozenset[str] | Literal["*"]:
     if isinstance(addresses, str):
         return "*"
@@ -312,11 +212,11 @@ def _hotkeys(addresses: tuple[str, ...] | Literal["*"]) -> frozenset[str] | Lite
         try:
             _ = Hotkey.parse(address)
         except HotkeyError as exc:
-            raise ConfigurationError(f"{address!r} is no hotkey: {exc}") from None
+            raise ConfigurationError(f"{address!r} is not a hotkey: {exc}") from None
     return frozenset(addresses)
 
 
-def _profiles(config: ServerConfig, base: Path, problems: _Problems) -> list[ServedProfile]:
+def _profiles(config: ServerConfig, base: Path, problems: Problems) -> list[ServedProfile]:
     served: list[ServedProfile] = []
     served_defaults = {key: value for key, value in config.profile_defaults.items() if key in EXTRA_KEYS}
     defaults = {key: value for key, value in config.profile_defaults.items() if key not in EXTRA_KEYS}

@@ -1,10 +1,11 @@
-"""Sockets that a server listens on, made before any event loop runs.
+"""Listening sockets of a server, made before any event loop runs.
 
 Rules kept here:
 
-* a TCP socket carries TLS; a unix socket carries plain HTTP, because whoever may open it is trusted: its mode is 0660;
-* a unix socket that a server left behind is replaced; one on which somebody answers is not, nor any other file;
-* a server has no more connections than the system lets it open.
+* a TCP socket carries TLS; a Unix socket carries plain HTTP, because every process that may open it is trusted: its
+  mode is 0660;
+* a Unix socket that a server left behind is replaced; one on which a server answers is not, nor is any other file;
+* a server has no more connections than the system allows it open files.
 """
 
 from __future__ import annotations
@@ -27,21 +28,21 @@ ACCEPT_PAUSE: Final = 0.2
 """Seconds to wait after a connection could not be accepted."""
 
 SPARE_FILES: Final = 128
-"""What a server has open beside its connections: listeners, store, collateral, the hosts and services that it asks."""
+"""How many files a server opens besides connections: listeners, store, collateral, hosts and services it asks."""
 
 _BACKLOG: Final = 1024
 
 
 @frozen
 class Listening:
-    """A listening socket, and what makes the TLS session of a connection to it, or None where there is no TLS."""
+    """A listening socket, and a function that makes the TLS session of a connection, None for plain HTTP."""
 
     socket: socket.socket
     session: Callable[[], TlsSession | None]
 
 
 def listen_tls(address: tuple[str, int], context: Callable[[], ServerContext]) -> list[Listening]:
-    """Listen on every address that a host and port mean. ``context`` is asked at each connection.
+    """Listen on every address of a host and port. ``context`` is called for each connection.
 
     Raises `ConfigurationError`.
     """
@@ -50,17 +51,17 @@ def listen_tls(address: tuple[str, int], context: Callable[[], ServerContext]) -
     try:
         for family, _, _, _, name in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE):
             bound = socket.create_server(name, family=family, backlog=_BACKLOG)
-            bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # those that it accepts have it from it
+            bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # accepted sockets inherit it
             listening.append(Listening(bound, lambda: TlsSession(context())))
     except OSError as exc:
-        for place in listening:
-            place.socket.close()
+        for opened in listening:
+            opened.socket.close()
         raise ConfigurationError(f"listen: {host}:{port}: {_text(exc)}") from None
     return listening
 
 
 def listen_unix(path: Path) -> Listening:
-    """Listen on a unix socket for plain HTTP. Raises `ConfigurationError`."""
+    """Listen on a Unix socket for plain HTTP. Raises `ConfigurationError`."""
     bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         _remove_left_behind(path)
@@ -76,11 +77,11 @@ def listen_unix(path: Path) -> Listening:
     return Listening(bound, lambda: None)
 
 
-def room_for(connections: int) -> int:
-    """How many connections may be open, at most ``connections``, once the process may open as many files as it can.
+def allowed_connections(connections: int) -> int:
+    """Raise the process's limit of open files; return how many connections it allows, at most ``connections``.
 
-    One that could not be opened would be no connection that another ends for: then silent peers would keep all others
-    out.
+    At its own limit a server ends an old connection for a new one. At the system's limit it cannot accept the new one:
+    then silent peers would keep all others out.
     """
     wanted = connections + SPARE_FILES
     soft, hard = (wanted if limit == resource.RLIM_INFINITY else limit for limit in _limits())
@@ -95,31 +96,31 @@ def _limits() -> tuple[int, int]:
 
 
 def urls(listening: list[Listening]) -> list[str]:
-    """Where clients reach the sockets: ``https://host:port`` or ``unix:path``."""
+    """Return the addresses for clients: ``https://host:port`` or ``unix:path``."""
     found: list[str] = []
-    for place in listening:
-        match place.socket.getsockname():
+    for each in listening:
+        match each.socket.getsockname():
             case str(path):
                 found.append(f"unix:{path}")
             case (str(host), port, *_):
                 found.append(f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}")
             case other:
-                raise LocalProtocolError(f"not a socket to serve on: {other!r}")
+                raise LocalProtocolError(f"socket address {other!r}: give a TCP or Unix socket to serve on")
     return found
 
 
 def _text(exc: OSError) -> str:
-    """Without the address, which some add."""
+    """Return the text of an error without the address, which some errors have."""
     if isinstance(exc, socket.gaierror) or exc.errno is None:
         return exc.strerror or str(exc)
     return os.strerror(exc.errno)
 
 
 def _remove_left_behind(path: Path) -> None:
-    """Remove the socket of a server that is gone. Raises `OSError` where something else is in the way."""
+    """Remove the socket of a server that has ended. Raises `OSError` if the path is anything else."""
     try:
         if not stat.S_ISSOCK(path.lstat().st_mode):
-            raise OSError(errno.EEXIST, os.strerror(errno.EEXIST))  # it is no socket
+            raise OSError(errno.EEXIST, os.strerror(errno.EEXIST))  # not a socket
     except FileNotFoundError:
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:

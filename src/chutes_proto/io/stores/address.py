@@ -1,10 +1,10 @@
-"""The store that an operator names: ``sqlite:/path`` or ``postgresql://user@host/database``.
+"""Addresses of stores: ``sqlite:/path`` or ``postgresql://user@host/database``.
 
 Rules kept here:
 
-* relative paths begin where the address was written: at the configuration file's directory, or at the working one;
+* relative paths begin at the configuration file's directory, or at the working directory on a command line;
 * PostgreSQL's driver is imported for a store in PostgreSQL only;
-* an address may hold a password, and is shown nowhere; the name of an open store holds none.
+* an address may hold a password, and is never shown; the name of an open store holds none.
 """
 
 from __future__ import annotations
@@ -23,38 +23,33 @@ T = TypeVar("T")
 
 
 class DurableStore(Protocol):
-    """What `SqliteStore` and `PostgresStore` are; may be used from several threads."""
+    """A store on disk: `SqliteStore` or `PostgresStore`. May be used from several threads."""
 
-    @property
-    def name(self) -> str:
-        """Where it is, for people."""
-        ...
-
-    @property
-    def found_version(self) -> int | None:
-        """The schema version that it had when it was opened to migrate it, None if it was empty."""
-        ...
+    name: str
+    """Its address for people, without a password."""
+    found_version: int | None
+    """The schema version that it had when it was opened with ``migrate``, None if it was empty."""
 
     def transact(self, unit: Unit[T], /) -> T:
         """See `chutes_proto.store._run.Store`."""
         ...
 
     def check(self) -> dict[str, int]:
-        """Read everything; returns how many rows each table has. Raises `StoreError`."""
+        """Read everything; return the number of rows of each table. Raises `StoreError`."""
         ...
 
     def check_writing(self) -> None:
-        """That rows may be added, changed and deleted; none is. Raises `StoreError`."""
+        """Check, without a change, that rows may be added, changed and deleted. Raises `StoreError`."""
         ...
 
     def close(self) -> None:
-        """Let go of it."""
+        """Close it."""
         ...
 
 
 @frozen
 class StorePlace:
-    """Where a store is; ``connections`` is how many one process may have open to a database server."""
+    """The address of a store; ``connections`` is how many one process may have open to a database server."""
 
     address: str = field(repr=False)
     base: Path
@@ -62,14 +57,14 @@ class StorePlace:
 
     @property
     def path(self) -> Path | None:
-        """The file of a store in SQLite."""
+        """The file of a store in SQLite, otherwise None."""
         kind, colon, path = self.address.partition(":")
         return self.base / path if colon and kind == "sqlite" else None
 
     def is_made(self) -> bool:
-        """Whether there is anything. False for an SQLite file that opening would make, if it could be made there.
+        """Return whether the store exists; False for an SQLite file that `open` can make.
 
-        Raises `StoreError` if it could not.
+        Raises `StoreError` for a path at which it cannot be made.
         """
         path = self.path
         if path is None:
@@ -80,13 +75,13 @@ class StorePlace:
         except OSError as exc:
             raise StoreError(f"store {path}: {exc.strerror}") from None
         if not os.access(path.parent, os.W_OK | os.X_OK):
-            raise StoreError(f"store {path}: its directory is not there, or this user may not write it")
+            raise StoreError(f"store {path}: its directory does not exist, or this user may not write it")
         return False
 
     def open(self, *, migrate: bool = False) -> DurableStore:
-        """Open it, and with ``migrate`` bring its schema to this release's version.
+        """Open it; with ``migrate``, bring its schema to this release's version.
 
-        Raises `StoreError`, and `ConfigurationError` for an address that leads nowhere.
+        Raises `StoreError`, and `ConfigurationError` for an address that is not one of a store.
         """
         if self.path is not None:
             return SqliteStore(self.path, migrate=migrate)

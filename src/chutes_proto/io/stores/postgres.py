@@ -3,22 +3,22 @@
 Rules kept here:
 
 * nothing is set for a session: behind a pooler each transaction may meet another session of the database. So the
-  message that begins a transaction sets for that transaction alone whatever it needs;
+  message that begins a transaction makes the settings for that transaction alone;
 * an answer leaves only after its transaction is durable: each transaction sets ``synchronous_commit`` to ``on`` at
   least, and is refused where ``fsync`` or ``full_page_writes`` is off at that moment;
 * every transaction is SERIALIZABLE; one that PostgreSQL could not serialize with others runs again, until
   ``busy_seconds`` are over;
 * a transaction whose connection is lost before the commit was sent never was, and runs again on a new connection; one
-  whose connection is lost at the commit, or whose commit came with a notice, is never run again here: it may be there,
-  and a fail-over may take it away, because a wait for a synchronous standby that is cancelled succeeds with a warning;
-* a statement of a unit that takes too long is cancelled by the database, and where even that does not come the
-  connection is closed; a migration, a check, and what only operators ask take their time;
-* at most ``connections`` are open; each is made by the caller who needs it, who is told why where it cannot be made;
+  whose connection is lost at the commit, or whose commit came with a notice, is never run again here: it may be
+  committed, and a fail-over may lose it, because a cancelled wait for a synchronous standby succeeds with a warning;
+* the database cancels a statement of a unit that takes too long; if it does not answer at all, the connection is
+  closed; a migration, a check and the operations of operators have no such limit;
+* at most ``connections`` are open; each is made by the caller that needs it, which gets the reason if that fails;
 * a database without our schema is refused, and neither changed nor, unless an operator asks for it, migrated; every
   transaction looks at the version, because a newer release may have migrated meanwhile;
 * a password is in no name, error or log line.
 
-It takes the extra ``chutes-proto[postgres]``, a database or schema of its own with encoding UTF8, and direct
+It needs the extra ``chutes-proto[postgres]``, a database or schema of its own with encoding UTF8, and direct
 connections or a pooler that keeps a transaction together.
 """
 
@@ -55,7 +55,7 @@ try:
     from psycopg import conninfo, errors
 except ImportError as _missing:
     raise ConfigurationError(
-        f"a store in PostgreSQL takes psycopg, which cannot be imported ({_missing});"
+        f"a store in PostgreSQL needs psycopg, which cannot be imported ({_missing});"
         " install it with: pip install 'chutes-proto[postgres]'"
     ) from None
 
@@ -72,56 +72,56 @@ _OLDEST_SERVER: Final = 12_00_00
 _DEFAULTS: Final[dict[str, str]] = {
     "connect_timeout": "5",
     "target_session_attrs": "read-write",  # of several hosts, the one that can write
-    # A host that is gone is noticed: while something is sent, and while its answer is waited for.
+    # A dead host is noticed, both while data is sent and while an answer is awaited.
     "tcp_user_timeout": "10000",
     "keepalives_idle": "10",
     "keepalives_interval": "5",
     "keepalives_count": "3",
     "application_name": "chutes-proto",
 }
-"""What a connection has where the URL says nothing else."""
+"""Settings of a connection, unless the URL has others."""
 
 _URL: Final = re.compile(r"postgres(ql)?://([^/@]*+@)?+[^/@?]*(/[^@?]*)?(\?.*)?", re.DOTALL)
-"""No ``@`` but the one before the host: any other ends a password of which something is not percent-encoded, of which
-libpq makes names and a port, and tells them."""
+"""No ``@`` but the one before the host: with any other, a password was not percent-encoded, and libpq would show parts
+of it as names and port."""
 
 _FILES: Final = frozenset({"passfile", "sslcert", "sslkey", "sslrootcert", "sslcrl", "sslcrldir"})
-"""libpq looks for these from the directory in which a process happens to run."""
+"""Options with paths, which libpq resolves from the working directory."""
 
 _MUST_BE: Final = {"fsync": "on", "full_page_writes": "on", "server_encoding": "UTF8"}
 """Settings of the database that no transaction can choose. A reload changes the first two under open sessions."""
 
 _SET_LOCAL: Final = (
-    # Of a transaction that reads a whole table every concurrent writer of that table is a conflict.
+    # A transaction that reads a whole table conflicts with every concurrent writer of that table.
     "enable_seqscan = off",
-    # A process that hangs in the middle of a transaction does not hold up the others for long.
+    # A process that hangs in the middle of a transaction must not block the others for long.
     "idle_in_transaction_session_timeout = '10s'",
-    # The warning that a commit did not reach the standby must come, whatever the role or the database has here.
+    # The warning that a commit did not reach the standby must arrive, whatever the role or the database sets here.
     "client_min_messages = warning",
 )
 
 _WORK: Final = 3.0
-"""How many seconds a statement of a unit may take beside ``busy_seconds``, for which it may wait for a lock. More than
-it ever needs; it is then cancelled by the database, and the connection goes on."""
+"""How many seconds a statement of a unit may take, besides ``busy_seconds`` of waiting for a lock: more than it ever
+needs. The database then cancels it, and the connection is used further."""
 
 _SILENCE: Final = 5.0
-"""How many seconds beside ``busy_seconds`` an answer may take. More than `_WORK`, so that a database that works has
-said by then that it cancelled; a COMMIT it does not cancel, and the fate of that is unknown then. More than
-``busy_seconds`` in all, so that nothing is tried again."""
+"""How many seconds an answer may take, besides ``busy_seconds``. More than `_WORK`, so that a working database has
+answered by then that it cancelled; it does not cancel a COMMIT, whose outcome is unknown then. More than
+``busy_seconds`` in total, so that nothing is tried again."""
 
 _LOCK: Final = "SELECT pg_advisory_xact_lock(7163393186713182564)"  # one migration at a time
 
 _LOCK_VERSION: Final = "LOCK TABLE fact IN ACCESS SHARE MODE"
 
 _READ_SETTINGS: Final = (
-    # `on` waits for the disks of this server and of its synchronous standbys; `remote_apply` for more. An operator who
-    # has the latter keeps it; one who has less does not lose keys.
+    # `on` waits for the disks of this server and of its synchronous standbys; `remote_apply`, which waits more, stays.
+    # A weaker setting is raised to `on`, because keys could be lost.
     "SELECT pg_backend_pid(), set_config('synchronous_commit', CASE current_setting('synchronous_commit')"
     " WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END, true), "
     + ", ".join(f"current_setting('{name}')" for name in _MUST_BE)
 )
 
-_COME_AGAIN: Final = {
+_TEMPORARY: Final = {
     "40001": "other transactions got in the way every time",
     "40P01": "other transactions got in the way every time",
     "55P03": "another transaction takes too long",
@@ -134,7 +134,7 @@ _COME_AGAIN: Final = {
     "53300": "the database has no connection left",
     "08P01": "the connection pooler lost the database, or refused",
 }
-"""SQLSTATEs of what passes."""
+"""SQLSTATEs of temporary faults."""
 
 _FAULTS: Final = {
     "53100": "the database's disk is full; nothing was changed",
@@ -144,31 +144,31 @@ _FAULTS: Final = {
     "XX001": "the database is damaged; stop the server and restore a backup",
     "XX002": "the database is damaged; stop the server and restore a backup",
 }
-"""SQLSTATEs of what an operator must see to."""
+"""SQLSTATEs of faults that an operator must repair."""
 
 _AGAIN: Final = (errors.SerializationFailure, errors.DeadlockDetected, errors.UniqueViolation)
-"""What becomes of a transaction that is run beside others and would not have been alone. A row that is there already
-can be another transaction's of the same moment: then the next run sees it. If it is not, the next run says the same.
-See "Serialization Failure Handling" in PostgreSQL's documentation."""
+"""Errors that only concurrent transactions cause. A row that exists already may be one of another transaction of the
+same moment: then the next run sees it. If it is not, the next run fails in the same way. See "Serialization Failure
+Handling" in PostgreSQL's documentation."""
 
-_RUNS_INTO_A_ROW: Final = 3
+_MAX_DUPLICATES: Final = 3
 
 _STATEMENT_MODE: Final = "statement pooling mode"
-"""Part of pgbouncer's error for a BEGIN. Its texts are not translated, and the error has no SQLSTATE of its own."""
+"""Part of pgbouncer's error for a BEGIN, which is not translated and has no SQLSTATE of its own."""
 
-_UNKNOWN: Final = "what was to be changed may be changed or not"
+_UNKNOWN: Final = "the change may be committed or not"
 
 
 class _Connection(psycopg.Connection[tuple[Any, ...]]):
-    """One that is closed, as if it were lost, where an answer takes more than ``patience`` seconds (None: it may).
+    """A connection that closes, as if it were lost, if an answer takes more than ``answer_seconds`` (None: no limit).
 
-    The kernel does not end it where a process of the database stands still, or a proxy has lost its other side.
+    The kernel does not end it if a process of the database hangs, or if a proxy has lost its other side.
     """
 
-    patience: float | None = None
+    answer_seconds: float | None = None
 
     def wait(self, gen: PQGen[T], *args: Any, **kwargs: Any) -> T:
-        """As psycopg's, through which all of its waiting goes."""
+        """Wait as psycopg does; all of its waiting goes through here."""
         return super().wait(self._bounded(gen), *args, **kwargs)
 
     def _bounded(self, gen: PQGen[T]) -> PQGen[T]:
@@ -176,11 +176,11 @@ class _Connection(psycopg.Connection[tuple[Any, ...]]):
         try:
             wanted = next(gen)
             while True:
-                # psycopg comes back several times a second; releases differ in what they then say is ready.
+                # psycopg returns here several times a second; releases differ in the readiness that they then report.
                 wanted = gen.send((yield wanted))
-                if self.patience is not None and time.monotonic() - began > self.patience:
+                if self.answer_seconds is not None and time.monotonic() - began > self.answer_seconds:
                     self.close()
-                    raise psycopg.OperationalError(f"no answer for {self.patience:g} seconds")
+                    raise psycopg.OperationalError(f"no answer for {self.answer_seconds:g} seconds")
         except StopIteration as stop:
             result: T = stop.value
             return result
@@ -188,13 +188,13 @@ class _Connection(psycopg.Connection[tuple[Any, ...]]):
 
 @define(eq=False)
 class _Pool:
-    """Connections that nobody uses, the latest first, and how many more there may be."""
+    """Idle connections, the latest first, and a semaphore for the number of connections."""
 
-    room: threading.BoundedSemaphore
+    slots: threading.BoundedSemaphore
     idle: list[_Connection] = field(factory=list[_Connection])
 
     def drop(self) -> None:
-        """Close what nobody uses."""
+        """Close the idle connections."""
         while self.idle:
             with contextlib.suppress(IndexError):
                 self.idle.pop().close()
@@ -203,13 +203,13 @@ class _Pool:
 class PostgresStore:
     """Rows in the database at ``url`` (``postgresql://user@host/database``). May be used from several threads.
 
-    The URL takes what libpq takes, a password file (``?passfile=/path``) among it. ``connections`` is how many may be
-    open at once, ``busy_seconds`` how long a transaction waits for a connection, and for others that get in its way,
-    before it is `StoreBusy`; so it is, too, where the database has not answered for a few seconds more. With
-    ``migrate`` an empty database, or one of an older schema version, is brought to ours; ``found_version`` says which
-    one it had (None: it was empty), and ``retries`` how often a transaction ran again.
+    The URL may have every option of libpq, such as a password file (``?passfile=/path``). At most ``connections`` are
+    open at once. A transaction raises `StoreBusy` after it waited ``busy_seconds`` for a connection or for conflicting
+    transactions, or if the database has not answered for a few seconds more. With ``migrate`` an empty database, or one
+    of an older schema version, is brought to this release's; ``found_version`` is the one that it had (None: it was
+    empty), ``retries`` the number of repeated transactions.
 
-    Raises `ConfigurationError` for what is no such URL, and `StoreError` where the database cannot be a store.
+    Raises `ConfigurationError` for any other text, and `StoreError` for a database that cannot be a store.
     """
 
     def __init__(self, url: str, *, connections: int = 16, busy_seconds: float = 5.0, migrate: bool = False) -> None:
@@ -219,7 +219,7 @@ class PostgresStore:
         self.retries: int = 0
         self._counting = threading.Lock()
         self._busy_seconds = busy_seconds
-        self._patience = busy_seconds + _SILENCE
+        self._answer_seconds = busy_seconds + _SILENCE
         self._pool = _Pool(threading.BoundedSemaphore(connections))
         self._closed = False
         self._set_local = (
@@ -227,15 +227,15 @@ class PostgresStore:
             f"lock_timeout = {int(1000 * busy_seconds)}",
             f"statement_timeout = {int(1000 * (busy_seconds + _WORK))}",
         )
-        # The lock comes before what is read, so that nothing is older than a migration that was waited for.
+        # The lock comes before the reads, so that these see a migration for which the lock waited.
         self._begin = self._beginning("SERIALIZABLE", _LOCK_VERSION, _READ_SETTINGS, READ_VERSION)
-        # A migration must see what another one, for which it waited, has done.
+        # A migration must see the changes of another one for which it waited.
         begin = self._beginning("READ COMMITTED" if migrate else "SERIALIZABLE", _READ_SETTINGS)
         try:
             with self._connection() as connection, self._transaction(connection, begin):
                 versions = self._versions(connection)
                 if migrate:
-                    self._take_time(connection)
+                    self._lift_limits(connection)
                     _ = connection.execute(_LOCK)
                     self.found_version = versions.migrate()
                 versions.require()
@@ -247,33 +247,33 @@ class PostgresStore:
 
     def transact(self, unit: Unit[T]) -> T:
         """Run ``unit`` as one transaction; see `chutes_proto.store._run.Store`."""
-        return self._patiently(lambda connection: self._run(connection, unit))
+        return self._with_retries(lambda connection: self._run(connection, unit))
 
     def check(self) -> dict[str, int]:
-        """Read all rows; returns how many each table has. Raises `StoreError` for damage and for another schema."""
-        return self._patiently(self._check)
+        """Read all rows; return their number for each table. Raises `StoreError` for damage and for another schema."""
+        return self._with_retries(self._check)
 
     def check_writing(self) -> None:
-        """That the database's user may do with all tables what a server does. Raises `StoreError`."""
-        self._patiently(self._check_writing)
+        """Check that the database's user has all rights that a server needs. Raises `StoreError`."""
+        self._with_retries(self._check_writing)
 
     def close(self) -> None:
-        """Close what nobody uses; afterwards every call raises `StoreError`. Running transactions end as usual."""
+        """Close idle connections; then every call raises `StoreError`. Running transactions end as usual."""
         self._closed = True
         self._pool.drop()
 
-    def _patiently(self, work: Callable[[_Connection], T]) -> T:
-        """Do ``work`` as one transaction, as often as it takes."""
+    def _with_retries(self, work: Callable[[_Connection], T]) -> T:
+        """Do ``work`` as one transaction; repeat it after conflicts, until ``busy_seconds`` are over."""
         until = time.monotonic() + self._busy_seconds
         pause = 0.001
-        taken = 0
+        duplicates = 0
         while True:
             try:
                 with self._connection() as connection, self._transaction(connection, self._begin):
                     return work(connection)
             except _Again as exc:
-                taken += isinstance(exc.__cause__, errors.UniqueViolation)
-                if time.monotonic() + pause > until or taken > _RUNS_INTO_A_ROW:
+                duplicates += isinstance(exc.__cause__, errors.UniqueViolation)
+                if time.monotonic() + pause > until or duplicates > _MAX_DUPLICATES:
                     raise exc.fault from exc.__cause__
             with self._counting:
                 self.retries += 1
@@ -282,8 +282,8 @@ class PostgresStore:
 
     def _check(self, connection: _Connection) -> dict[str, int]:
         self._versions(connection).require()
-        self._take_time(connection)
-        # As text, so that every value is read whole.
+        self._lift_limits(connection)
+        # As text, so that every value is read completely.
         texts = ((kind.TABLE, f"SELECT count(row::text) FROM {kind.TABLE} AS row") for kind in ROWS)  # noqa: S608
         return {table: _rows(connection, text)[0][0] for table, text in texts}
 
@@ -298,11 +298,11 @@ class PostgresStore:
         def perform(op: StoreOp[Any]) -> object:
             text, values = statement(op)
             if _may_take_long(op):
-                self._take_time(connection)
+                self._lift_limits(connection)
             try:
                 cursor = connection.execute(_query(text), values)
             except (psycopg.DataError, UnicodeEncodeError) as exc:
-                raise self._fault(f"a value of {type(op).__name__} cannot be kept: {type(exc).__name__}") from exc
+                raise self._fault(f"a value of {type(op).__name__} cannot be stored: {type(exc).__name__}") from exc
             try:
                 return decode(op, cursor.fetchall() if cursor.description else ())
             except LostFactError as exc:
@@ -317,10 +317,10 @@ class PostgresStore:
 
     @contextlib.contextmanager
     def _connection(self) -> Generator[_Connection]:
-        """A connection that no one else uses meanwhile."""
+        """Reserve a connection."""
         if self._closed:
             raise self._fault("it was closed")
-        if not self._pool.room.acquire(timeout=self._busy_seconds):
+        if not self._pool.slots.acquire(timeout=self._busy_seconds):
             raise StoreBusy(f"store {self.name}: other transactions take too long")
         try:
             try:
@@ -331,43 +331,43 @@ class PostgresStore:
                 yield connection
             finally:
                 if connection.closed:
-                    self._pool.drop()  # what ended this one has most likely ended them all
+                    self._pool.drop()  # the same fault has most likely ended them all
                 elif self._closed or connection.info.transaction_status != psycopg.pq.TransactionStatus.IDLE:
                     connection.close()
                 else:
                     self._pool.idle.append(connection)
         finally:
-            self._pool.room.release()
+            self._pool.slots.release()
 
     def _connect(self) -> _Connection:
         try:
             connection = _Connection.connect(self._conninfo, autocommit=True)
         except psycopg.Error as exc:
-            told = " ".join(str(exc).split())
-            if "no password supplied" in told:
-                told += "; a password file must be there, of mode 0600, with a line for this host, port and database"
-            raise StoreBusy(f"store {self.name}: no connection to the database: {told}") from None
-        connection.patience = self._patience
+            text = " ".join(str(exc).split())
+            if "no password supplied" in text:
+                text += "; give a password file of mode 0600, with a line for this host, port and database"
+            raise StoreBusy(f"store {self.name}: no connection to the database: {text}") from None
+        connection.answer_seconds = self._answer_seconds
         if connection.info.server_version < _OLDEST_SERVER:
             connection.close()
             raise self._fault(f"PostgreSQL {_OLDEST_SERVER // 10_000} or newer is needed")
         return connection
 
     def _beginning(self, level: str, *statements: str) -> str:
-        """The one message that begins a transaction; the first row that it yields is of `_READ_SETTINGS`."""
+        """Return the one message that begins a transaction; its first row is that of `_READ_SETTINGS`."""
         settings = (f"SET LOCAL {setting}" for setting in self._set_local)
         return "; ".join((f"BEGIN ISOLATION LEVEL {level}", *settings, *statements))
 
     @contextlib.contextmanager
     def _transaction(self, connection: _Connection, begin: str) -> Generator[None]:
-        """Begin, and commit what was done inside; roll back whatever is raised there."""
+        """Begin, and commit the work of the block; roll back if it raises."""
         committing = False
-        connection.patience = self._patience
+        connection.answer_seconds = self._answer_seconds
         try:
             settings, *version = _rows(connection, begin)
             self._check_settings(connection, *settings)
             if begin == self._begin:
-                self._versions(connection).judge(version)
+                self._versions(connection).check(version)
             yield
             committing = True
             self._commit(connection)
@@ -386,13 +386,13 @@ class PostgresStore:
         for (setting, wanted), value in zip(_MUST_BE.items(), found, strict=True):
             if value != wanted:
                 raise self._fault(f"{setting} is {value!r} there and must be {wanted!r}, or keys may be lost")
-        # If it was a pooler that answered when the connection was made, the next transaction may meet another session,
-        # without the statements that this one has prepared. Not every pooler carries them over.
+        # If a pooler answered when the connection was made, the next transaction may meet another session, without the
+        # prepared statements of this one. Not every pooler carries them over.
         if backend != connection.info.backend_pid:
             connection.prepare_threshold = None
 
     def _commit(self, connection: _Connection) -> None:
-        """Commit. Raises `StoreError`, and closes the connection, where the server has something to say about it."""
+        """Commit. Raises `StoreError`, and closes the connection, if the server sends a notice."""
         notices: list[str] = []
 
         def note(notice: errors.Diagnostic) -> None:
@@ -403,16 +403,16 @@ class PostgresStore:
             _ = connection.execute("COMMIT")
         finally:
             connection.remove_notice_handler(note)
-        # Any notice, because their texts are translated, and none belongs to a commit that simply succeeded.
+        # Any notice counts: their texts are translated, and a commit that succeeds has none.
         if notices:
             connection.close()
             what = f"the database warned at the commit ({notices[0]})"
             raise self._fault(f"{what}; {_UNKNOWN}, and a fail-over may lose it")
 
-    def _take_time(self, connection: _Connection) -> None:
-        """Lift the bounds of this transaction's statements."""
+    def _lift_limits(self, connection: _Connection) -> None:
+        """Remove the time limits of this transaction's statements."""
         _ = _rows(connection, "SET LOCAL statement_timeout = 0")
-        connection.patience = None
+        connection.answer_seconds = None
 
     def _roll_back(self, connection: _Connection) -> None:
         try:
@@ -421,24 +421,24 @@ class PostgresStore:
             connection.close()
 
     def _translated(self, exc: psycopg.Error) -> StoreError:
-        """Ours for PostgreSQL's; of its text only the first line, because others quote rows."""
+        """Return our error for PostgreSQL's; with only the first line of its text, because others quote rows."""
         state = exc.sqlstate or ""
         lines = str(exc).splitlines()
-        told = exc.diag.message_primary or (lines[0] if lines else type(exc).__name__)
-        if _STATEMENT_MODE in told:
-            return self._fault(f"{told}; set pool_mode of the connection pooler to transaction or session")
-        if text := _COME_AGAIN.get(state):
-            return StoreBusy(f"store {self.name}: {text} ({told})")
+        text = exc.diag.message_primary or (lines[0] if lines else type(exc).__name__)
+        if _STATEMENT_MODE in text:
+            return self._fault(f"{text}; set pool_mode of the connection pooler to transaction or session")
+        if fault := _TEMPORARY.get(state):
+            return StoreBusy(f"store {self.name}: {fault} ({text})")
         if not state:  # the driver says so, not the database
-            return StoreBusy(f"store {self.name}: the connection to the database failed ({told})")
-        return self._fault(f"{_FAULTS.get(state, 'PostgreSQL refused')} ({told})")
+            return StoreBusy(f"store {self.name}: the connection to the database failed ({text})")
+        return self._fault(f"{_FAULTS.get(state, 'PostgreSQL refused')} ({text})")
 
     def _fault(self, what: str) -> StoreError:
         return StoreError(f"store {self.name}: {what}")
 
 
 class _Again(Exception):
-    """A transaction that left no trace and may be run again; ``fault`` is for when there is no time left for it."""
+    """A transaction that left no trace and may be run again; ``fault`` is raised when no time is left."""
 
     def __init__(self, fault: StoreError) -> None:
         super().__init__(fault)
@@ -446,7 +446,7 @@ class _Again(Exception):
 
 
 def _may_take_long(op: StoreOp[Any]) -> bool:
-    """What only operators ask, of tables that may have many rows."""
+    """Return whether only operators use this operation, on tables that may have many rows."""
     if isinstance(op, VoidTokens):
         return op.vm is None
     return isinstance(op, (Scan, ReadNames, ReadAudit, PurgeAudit, CountSealed, ReadOtherwiseSealed))
@@ -458,7 +458,7 @@ def _query(text: str) -> bytes:
 
 
 def _rows(connection: _Connection, text: str) -> list[tuple[Any, ...]]:
-    """The rows of a statement of ours, or of several, in order; none for one that returns none."""
+    """Run one or several constant statements; return their rows in order."""
     cursor = connection.execute(text.encode(), prepare=False)
     rows: list[tuple[Any, ...]] = []
     while True:
@@ -468,7 +468,7 @@ def _rows(connection: _Connection, text: str) -> list[tuple[Any, ...]]:
 
 
 def has_secret(url: str) -> bool:
-    """Whether ``url`` holds what one can log in with, however it is written. Raises `ConfigurationError`."""
+    """Return whether ``url`` has a secret to log in with, in any spelling. Raises `ConfigurationError`."""
     _ = _parse(url)
     given = (option for option in psycopg.pq.Conninfo.parse(url.encode()) if option.val)
     # libpq marks with * what is a password, but not the SCRAM keys, which are as good as one.
@@ -476,7 +476,7 @@ def has_secret(url: str) -> bool:
 
 
 def _parse(url: str) -> tuple[str, str]:
-    """libpq's form of ``url``, and its name: where it leads and as whom, without a password."""
+    """Return libpq's form of ``url``, and its name: user, host, port and database, without a password."""
     try:
         if not _URL.fullmatch(url):
             raise ValueError(url)
@@ -484,9 +484,9 @@ def _parse(url: str) -> tuple[str, str]:
         if not re.fullmatch(r"[0-9,]*", str(given.get("port", ""))):
             raise ValueError(url)
         full = conninfo.make_conninfo("", **{**_DEFAULTS, **given, "client_encoding": "UTF8"})
-    except (psycopg.Error, ValueError):  # whose text may quote the password
+    except (psycopg.Error, ValueError):  # their text may quote the password
         raise ConfigurationError(
-            'not a PostgreSQL URL; say "postgresql://user@host/database", and of what is special in a password'
+            'not a PostgreSQL URL; say "postgresql://user@host/database", and percent-encode a password:'
             " %40 for @, %2F for /, %3F for ?, %25 for %"
         ) from None
     named = {name: str(given[name]) for name in _FILES & given.keys()}

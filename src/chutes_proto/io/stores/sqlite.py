@@ -6,11 +6,11 @@ Rules kept here:
   that was moved away or replaced under us;
 * one writer at a time, from its first read on (``BEGIN IMMEDIATE``): serializable, and no script runs twice;
 * units that wait while another is written share the next commit: one of their threads runs all of them, one after the
-  other, each within a savepoint. What a script raises undoes that unit alone; where the commit fails, all of them fail,
-  and also what a unit was refused because of another one is no refusal then;
+  other, each within a savepoint. An error of a script undoes that unit alone; if the commit fails, all of them fail,
+  and a refusal that another of these units caused is replaced by that failure;
 * the file is private (0600) from its first byte; an existing file of another kind or schema version is refused, and
-  neither changed nor, unless an operator asks for it, migrated; one that was migrated under us is refused too;
-* what SQLite raises becomes `StoreBusy` (come again) or `StoreError` (an operator must look), with the file's name.
+  neither changed nor, unless an operator asks for it, migrated; so is one that was migrated while it was open;
+* SQLite's errors become `StoreBusy` (retry later) or `StoreError` (an operator must act), with the file's name.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ _SETTINGS: tuple[tuple[str, str | int], ...] = (
 _MAKING = threading.Lock()
 
 _ALONE: Final = Unit[Any]()
-"""What a caller waits with who is to be the writer and has no unit."""
+"""The unit of a caller that wants to be the writer for other work than a unit."""
 
 
 def _locked() -> threading.Lock:
@@ -75,10 +75,9 @@ def _locked() -> threading.Lock:
 
 @define(eq=False)
 class _Job:
-    """A unit that waits to be written, and what became of it: ``fault`` is what its caller gets, if anything.
+    """A unit that waits for a writer, and its outcome: ``result``, or ``fault``, which is raised in its caller.
 
-    ``turn`` is released once: when the caller is to be
-    the writer, or when a writer is through with the unit.
+    ``turn`` is released once: when its caller becomes the writer, or when another writer has finished the unit.
     """
 
     unit: Unit[Any]
@@ -88,11 +87,11 @@ class _Job:
 
 
 class SqliteStore:
-    """Rows in the SQLite file at ``path``, which is made if it is not there. May be used from several threads.
+    """Rows in the SQLite file at ``path``, which is made if it does not exist. May be used from several threads.
 
-    ``busy_seconds`` is how long one transaction waits for another, of this process or of another one, before it is
-    `StoreBusy`. With ``migrate`` a file of an older schema version is brought to ours; ``found_version`` says which one
-    it had (None: it was empty), and ``commits`` how often something was committed. Raises `StoreError` where the file
+    ``busy_seconds`` is how long one transaction waits for another, of this process or of another one, before it raises
+    `StoreBusy`. With ``migrate`` a file of an older schema version is brought to this release's; ``found_version`` is
+    the one that it had (None: it was empty), ``commits`` the number of commits. Raises `StoreError` for a file that
     cannot be a store.
     """
 
@@ -108,9 +107,9 @@ class SqliteStore:
         self._waiting: list[_Job] = []
         self._connection: sqlite3.Connection | None = None
         self._closed = False
-        self._place: tuple[int, int] | None = None
+        self._inode: tuple[int, int] | None = None
         if sqlite3.sqlite_version_info < _OLDEST_SQLITE:
-            raise StoreError(f"SQLite {sqlite3.sqlite_version} is too old for the store; it takes 3.35 or newer")
+            raise StoreError(f"SQLite {sqlite3.sqlite_version} is too old for the store; install 3.35 or newer")
         with self._my_turn(_Job(_ALONE)):
             self._connection = self._open()
 
@@ -126,9 +125,9 @@ class SqliteStore:
         return result
 
     def check(self) -> dict[str, int]:
-        """Read the whole file, as it is now, while others write on; returns how many rows each table has.
+        """Read the whole file in one snapshot, while others write; return the number of rows of each table.
 
-        Raises `StoreError` for damage, another schema, or a file that is no longer there.
+        Raises `StoreError` for damage, another schema, or a file that was removed.
         """
         with self._my_turn(_Job(_ALONE)), self._transaction("BEGIN") as connection:
             if self._versions(connection).found() is None:
@@ -141,32 +140,32 @@ class SqliteStore:
             return {table: connection.execute(text).fetchone()[0] for table, text in counts}
 
     def check_writing(self) -> None:
-        """Begin a transaction that writes, and end it. Raises `StoreError` where the file may only be read."""
+        """Begin a transaction that writes, and end it. Raises `StoreError` for a file that can only be read."""
         with self._my_turn(_Job(_ALONE)), self._transaction():
             pass
 
     def close(self) -> None:
         """Close the file; afterwards every call raises `StoreError`. Waits for a running transaction."""
-        with self._my_turn(_Job(_ALONE), patient=True):
+        with self._my_turn(_Job(_ALONE), may_wait=True):
             self._closed = True
             self._drop()
 
     # --- turns ---
 
     @contextlib.contextmanager
-    def _my_turn(self, job: _Job, *, patient: bool = False) -> Generator[bool]:
-        """Wait until nobody writes, and be the writer inside; False where another one has done ``job`` meanwhile."""
+    def _my_turn(self, job: _Job, *, may_wait: bool = False) -> Generator[bool]:
+        """Wait to be the writer, and be it inside; yield False if another writer has done ``job`` meanwhile."""
         with self._lock:
             self._waiting.append(job)
             if self._writer is None:
                 self._call_next()
         try:
-            if not job.turn.acquire(timeout=-1 if patient else self._busy_seconds):
+            if not job.turn.acquire(timeout=-1 if may_wait else self._busy_seconds):
                 with self._lock:
                     if job in self._waiting:
                         self._waiting.remove(job)
                         raise StoreBusy(f"store {self.name}: other transactions take too long")
-                _ = job.turn.acquire()  # a writer is at it, and what becomes of it must be known
+                _ = job.turn.acquire()  # a writer has begun it, and its outcome must be known
             yield self._writer is job
         finally:
             with self._lock:
@@ -181,14 +180,14 @@ class SqliteStore:
             self._writer.turn.release()
 
     def _take(self, job: _Job) -> list[_Job]:
-        """The writer's own unit, and all that wait."""
+        """Take the writer's own unit, and all that wait."""
         with self._lock:
             units = [other for other in self._waiting if other.unit is not _ALONE]
             self._waiting = [other for other in self._waiting if other.unit is _ALONE]
         return [job, *units]
 
     def _write(self, job: _Job) -> None:
-        """Run ``job`` and all that waits, in one transaction."""
+        """Run ``job`` and all units that wait, in one transaction."""
         jobs: list[_Job] = []
         try:
             with self._transaction() as connection:
@@ -199,11 +198,11 @@ class SqliteStore:
         except BaseException as exc:
             jobs = jobs or self._take(job)
             seen = False
-            for each in jobs:  # a fault stands if nothing of this transaction, which is undone, can have led to it
+            for each in jobs:  # a fault counts if no unit before it, which is now undone, can have caused it
                 seen |= each.fault is None
                 if seen:
-                    told = exc.args if isinstance(exc, StoreError) else (f"store {self.name}: interrupted",)
-                    each.fault = (type(exc) if isinstance(exc, StoreError) else StoreError)(*told)
+                    reason = exc.args if isinstance(exc, StoreError) else (f"store {self.name}: interrupted",)
+                    each.fault = (type(exc) if isinstance(exc, StoreError) else StoreError)(*reason)
             if not isinstance(exc, StoreError):
                 raise
         finally:
@@ -211,14 +210,14 @@ class SqliteStore:
                 each.turn.release()
 
     def _run(self, connection: sqlite3.Connection, job: _Job) -> None:
-        """Run one unit, and undo what it did if it raises. Raises what undid more than this unit."""
+        """Run one unit; undo its changes if it raises. Raises only an error that undid more than this unit."""
 
         def perform(op: StoreOp[Any]) -> object:
             text, values = statement(op)
             try:
                 rows = connection.execute(for_driver(text, "sqlite"), values).fetchall()
             except (OverflowError, UnicodeEncodeError) as exc:
-                raise self._fault(f"a value of {type(op).__name__} cannot be kept: {type(exc).__name__}") from exc
+                raise self._fault(f"a value of {type(op).__name__} cannot be stored: {type(exc).__name__}") from exc
             try:
                 return decode(op, rows)
             except LostFactError as exc:
@@ -230,7 +229,7 @@ class SqliteStore:
                 job.result = run_script(job.unit.script(), perform)
         except BaseException as exc:
             job.fault = exc
-            if not connection.in_transaction:  # SQLite rolls all back by itself after some faults
+            if not connection.in_transaction:  # SQLite itself rolls everything back after some faults
                 raise
             _ = connection.execute("ROLLBACK TO unit")
         _ = connection.execute("RELEASE unit")
@@ -239,7 +238,7 @@ class SqliteStore:
 
     @contextlib.contextmanager
     def _transaction(self, begin: str = "BEGIN IMMEDIATE") -> Generator[sqlite3.Connection]:
-        """Begin, and commit what was done inside; roll back whatever is raised there."""
+        """Begin, and commit the work of the block; roll back if it raises."""
         with self._translated():
             if self._closed:
                 raise self._fault("it was closed")
@@ -249,7 +248,7 @@ class SqliteStore:
             _ = connection.execute(begin)
             try:
                 yield connection
-                self._check_place()
+                self._check_file()
                 _ = connection.execute("COMMIT")
                 self.commits += 1
             except BaseException:
@@ -271,28 +270,28 @@ class SqliteStore:
 
     def _open(self) -> sqlite3.Connection:
         with self._translated():
-            self._find_place()
+            self._find_file()
             connection = sqlite3.connect(
                 self.path, timeout=self._busy_seconds, isolation_level=None, check_same_thread=False
             )
             try:
-                self._prepare_patiently(connection)
+                self._prepare_with_retries(connection)
             except BaseException:
                 connection.close()
                 raise
             return connection
 
-    def _find_place(self) -> None:
-        """Make the file if there is none, and remember which it is; a store that is opened again opens the same one."""
-        if self._place is not None:
-            self._check_place()
+    def _find_file(self) -> None:
+        """Make the file if there is none, and remember its inode: it must be the same when it is opened again."""
+        if self._inode is not None:
+            self._check_file()
             return
         try:
             self._make_file()
             found = self.path.stat()
         except OSError as exc:
             raise self._fault(f"{_FAULTS[sqlite3.SQLITE_CANTOPEN]} ({exc.strerror})") from exc
-        self._place = found.st_dev, found.st_ino
+        self._inode = found.st_dev, found.st_ino
 
     def _make_file(self) -> None:
         # Closing any descriptor of a file drops all locks that this process holds on it (POSIX), SQLite's too. So the
@@ -300,8 +299,8 @@ class SqliteStore:
         with _MAKING, contextlib.suppress(FileExistsError):
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
 
-    def _prepare_patiently(self, connection: sqlite3.Connection) -> None:
-        """Prepare. SQLite does not wait by itself when two processes switch a new file to the write-ahead log."""
+    def _prepare_with_retries(self, connection: sqlite3.Connection) -> None:
+        """Prepare; retry, because SQLite does not wait when two processes switch a new file to the write-ahead log."""
         until = time.monotonic() + self._busy_seconds
         while True:
             try:
@@ -313,18 +312,16 @@ class SqliteStore:
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
         versions = self._versions(connection)
-        if (
-            versions.found() is not None and not self._migrate
-        ):  # before anything is changed: the file may be another program's
-            versions.require()
+        if versions.found() is not None and not self._migrate:
+            versions.require()  # before any change: the file may be another program's
         for setting, wanted in _SETTINGS:
             _ = connection.execute(f"PRAGMA {setting} = {wanted}").fetchone()
             found = connection.execute(f"PRAGMA {setting}").fetchone()
             if found != (wanted,):
-                raise self._fault(f"SQLite does not take {setting} = {wanted} there; is it on a local disk?")
+                raise self._fault(f"SQLite does not accept {setting} = {wanted} there; is it on a local disk?")
         _ = connection.execute("BEGIN IMMEDIATE")
         try:
-            if self._migrate or versions.found() is None:  # a new file is made with our schema, which migrates nothing
+            if self._migrate or versions.found() is None:  # a new file gets the schema in any case
                 self.found_version = versions.migrate()
             versions.require()
             _ = connection.execute("COMMIT")
@@ -336,17 +333,17 @@ class SqliteStore:
         return Versions(self.name, "sqlite", lambda text: connection.execute(text).fetchall())
 
     def _require_version(self, connection: sqlite3.Connection) -> None:
-        """A newer release may have migrated the file since it was opened."""
+        """Check the version: a newer release may have migrated the file since it was opened."""
         versions = self._versions(connection)
-        versions.judge(versions.execute(READ_VERSION))
+        versions.check(versions.execute(READ_VERSION))
 
-    def _check_place(self) -> None:
-        """What is committed to a file without a name is lost at the next start."""
+    def _check_file(self) -> None:
+        """Check that the path leads to the open file: commits to a file without a name are lost at the next start."""
         try:
             found = self.path.stat()
         except OSError:
             found = None
-        if found is None or (found.st_dev, found.st_ino) != self._place:
+        if found is None or (found.st_dev, found.st_ino) != self._inode:
             raise self._fault("it was moved, removed or replaced while in use; restart the server when it is back")
 
     def _fault(self, what: str) -> StoreError:
@@ -364,6 +361,6 @@ class SqliteStore:
 
 
 def _code_of(exc: sqlite3.Error) -> int:
-    """SQLite's primary result code; 0 for what Python's module raises by itself."""
+    """Return SQLite's primary result code; 0 for errors of Python's module."""
     code: int = getattr(exc, "sqlite_errorcode", 0)
     return code & 0xFF

@@ -1,30 +1,32 @@
-"""The contract of a store, as cases that any store must pass; here is what cases are made of.
+"""The contract of a store, as cases that every store must pass; here are the parts of the cases.
 
-A store's tests bring a `Harness` and run each case of ``operations.py`` and ``transactions.py`` with a new one. A case
+A store's tests have a `Harness` and run each case of ``operations.py`` and ``transactions.py`` with a new one. A case
 raises `AssertionError`.
 
 Rules kept here:
 
-* a case knows the store by `transact` alone, and what the store holds by `Scan`;
+* a case uses `transact` alone, and reads the content of a store with `Scan`;
 * entropy is made from labels, so two runs of a case do the same;
-* what a store must do under a race is tried with as many callers at once as the harness can bring.
+* races are tried with `CALLERS` callers at once.
 """
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias, TypeVar
 
-from attrs import frozen
+from attrs import evolve, frozen
 
-from chutes_proto.errors import Refusal
+from chutes_proto.errors import Refusal, StoreError
 from chutes_proto.keys.generations import K3S_VOLUME
 from chutes_proto.keys.vault import FreshKey, KeyEncryptionKey, Vault
 from chutes_proto.secret import Secret
 from chutes_proto.store._run import Script, Store, Unit
 from chutes_proto.store.rows import ROWS, Platform, ReadTimes, Scan, StoreOp, Vm
 from chutes_proto.units.boot import GrantBoot
+from chutes_proto.units.nonces import Nonce
 from chutes_proto.units.rotation import AttestVolumes, ConfirmNonce, ConfirmVolumes
 from chutes_proto.units.volumes import ReadVolume, SyncVolumes
 from chutes_proto.wire.codes import Code
@@ -33,23 +35,30 @@ T = TypeVar("T")
 
 
 class Harness(Protocol):
-    """One empty store, and a way to call it from several places at once."""
+    """One empty store, and a way to call it from several threads at once."""
 
     def open(self) -> Store:
-        """A handle; all handles of one harness see the same rows, as different processes would."""
+        """Return a handle; all handles of one harness see the same rows, as different processes would."""
         ...
 
     def together(self, calls: Sequence[Callable[[], T]]) -> list[T | Exception]:
-        """Make all calls at once, each in a thread of its own; what each returned or raised, in order."""
+        """Make all calls at once, each in its own thread; return their results and exceptions, in order."""
         ...
 
 
 Case: TypeAlias = Callable[[Harness], None]
 
+
+def cases_of(module: Mapping[str, Any]) -> tuple[Case, ...]:
+    """Return the public functions of a module, in their order: every one is a case, so that none is forgotten."""
+    own = (value for name, value in module.items() if not name.startswith("_") and inspect.isfunction(value))
+    return tuple(value for value in own if value.__module__ == module["__name__"])
+
+
 # --- requests to try a store with ---
 
 NOW = 1_700_000_000
-"""A time that is over by every store's own clock."""
+"""A time in the past of every store's own clock."""
 
 DAY = 86_400
 VAULT = Vault(KeyEncryptionKey.from_bytes(bytes(range(32))))
@@ -58,28 +67,26 @@ CALLERS = 8
 
 
 def entropy(label: str, size: int) -> bytes:
-    """Bytes that are another label's with no chance worth speaking of."""
+    """Return ``size`` bytes that follow from the label."""
     return hashlib.shake_256(label.encode()).digest(size)
 
 
 def fresh(label: str) -> FreshKey:
-    """The key that ``label`` stands for."""
+    """Return the new key of ``label``."""
     return FreshKey.from_entropy(entropy(f"key {label}", FreshKey.SIZE))
 
 
 def platform(label: str) -> Platform:
-    """A platform with an instance id."""
+    """Return a platform with an instance id."""
     return Platform(entropy(f"instance {label}", 16), entropy(f"ppid {label}", 16))
 
 
 def boot(label: str, *, now: int = NOW, vm: Vm = VM) -> GrantBoot:
-    """A boot of ``vm`` on platform ``home``; another label has another nonce, token, certificate and root entropy."""
+    """Return a boot of ``vm`` on platform ``home``; nonce, token, certificate and root key follow from ``label``."""
     return GrantBoot(
         now=now,
         boot_id=entropy(f"boot {label}", 16).hex(),
-        nonce=entropy(f"nonce {label}", 32),
-        nonce_purpose="boot",
-        nonce_issued_at=now - 5,
+        nonce=Nonce(entropy(f"nonce {label}", 32), "boot", now - 5),
         vm=vm,
         platform=platform("home"),
         hotkey_proven=False,
@@ -97,7 +104,7 @@ def boot(label: str, *, now: int = NOW, vm: Vm = VM) -> GrantBoot:
 
 
 def sync(granted: GrantBoot, body: str, *volumes: str, rekey: Sequence[str] = ()) -> SyncVolumes:
-    """A sync with the token of ``granted``, from its VM and with its certificate, one second later."""
+    """Return a sync with the token of ``granted``, from its VM and with its certificate, one second later."""
     return SyncVolumes(
         now=granted.now + 1,
         request_id=entropy(f"request {body}", 16).hex(),
@@ -114,7 +121,7 @@ def sync(granted: GrantBoot, body: str, *volumes: str, rekey: Sequence[str] = ()
 
 
 def read(granted: GrantBoot, volume: str) -> ReadVolume:
-    """A read of one volume with the token of ``granted``, from its VM and with its certificate, one second later."""
+    """Return a read of one volume with the token of ``granted``, one second later, as `sync` does."""
     return ReadVolume(
         now=granted.now + 1,
         request_id=entropy(f"read {granted.boot_id} {volume}", 16).hex(),
@@ -127,7 +134,7 @@ def read(granted: GrantBoot, volume: str) -> ReadVolume:
 
 
 def attest(granted: GrantBoot, body: str, *volumes: str, formatted: Sequence[str] | None = None) -> AttestVolumes:
-    """An attestation of ``volumes`` with the quote nonce of ``granted``, a two-phase boot, one second later."""
+    """Return an attestation of ``volumes`` with the quote nonce of ``granted``, a two-phase boot, one second later."""
     nonce = entropy(f"confirm {granted.boot_id}", 32)
     fresh_keys = {volume: fresh(f"{granted.boot_id} {body} {volume}") for volume in volumes}
     return AttestVolumes(
@@ -137,10 +144,7 @@ def attest(granted: GrantBoot, body: str, *volumes: str, formatted: Sequence[str
         nonce_digest=granted.token_digest,
         certificate=granted.certificate,
         body_digest=entropy(f"body {body}", 32),
-        quote_digest=entropy(f"runtime quote {body}", 32),
-        profile_name=granted.profile_name,
-        profile_version=granted.profile_version,
-        pin=granted.platform.pin,
+        quote=evolve(granted.quote, digest=entropy(f"runtime quote {body}", 32)),
         peer_address=granted.peer_address,
         volumes=volumes,
         formatted=None if formatted is None else frozenset(formatted),
@@ -151,7 +155,7 @@ def attest(granted: GrantBoot, body: str, *volumes: str, formatted: Sequence[str
 
 
 def confirm(attested: AttestVolumes, rotated: Mapping[str, bool]) -> ConfirmVolumes:
-    """The confirmation of what ``attested`` was handed, one second later."""
+    """Return the confirmation of the keys that ``attested`` got, one second later."""
     body = repr(sorted(rotated.items()))
     return ConfirmVolumes(
         now=attested.now + 1,
@@ -171,23 +175,28 @@ class Ask(Unit[T]):
     op: StoreOp[T]
 
     def script(self) -> Script[T]:
-        """The operation."""
+        """Perform the operation."""
         return (yield from self.op)
 
 
+def asking(store: Store) -> Callable[[StoreOp[T]], T]:
+    """Return a function that performs one operation of ``store`` in a transaction of its own."""
+    return lambda op: store.transact(Ask(op))
+
+
 class Interruption(Exception):
-    """What an `Interrupted` unit raises."""
+    """Raised by an `Interrupted` unit."""
 
 
 @frozen
 class Interrupted(Unit[T]):
-    """``unit``, which raises `Interruption` after ``operations`` of its operations; with fewer, it ends as usual."""
+    """``unit``, interrupted after ``operations`` of its operations; with fewer, it ends as usual."""
 
     unit: Unit[T]
     operations: int
 
     def script(self) -> Script[T]:
-        """The operations of the unit, one by one."""
+        """Perform the operations of the unit, then raise `Interruption`."""
         script = self.unit.script()
         reply: Any = None
         for _ in range(self.operations):
@@ -203,10 +212,10 @@ class Interrupted(Unit[T]):
 
 @frozen
 class Everything(Unit[tuple[object, ...]]):
-    """The horizon, then all rows of each kind."""
+    """Reads the horizon, then all rows of each kind."""
 
     def script(self) -> Script[tuple[object, ...]]:
-        """One scan after the other."""
+        """Perform one scan after the other."""
         found: tuple[object, ...] = ((yield from ReadTimes()).horizon,)
         for kind in ROWS:
             found = (*found, (yield from Scan(kind)))
@@ -214,18 +223,27 @@ class Everything(Unit[tuple[object, ...]]):
 
 
 def dump(store: Store) -> tuple[object, ...]:
-    """All that a store holds."""
+    """Return the whole content of a store."""
     return store.transact(Everything())
 
 
 def expect(found: object, wanted: object, what: str) -> None:
-    """Raises `AssertionError` unless both are equal."""
+    """Raise `AssertionError` unless both are equal."""
     if found != wanted:
         raise AssertionError(f"{what}: {found!r}, not {wanted!r}")
 
 
+def expect_fault(call: Callable[[], object], what: str) -> None:
+    """Raise `AssertionError` unless the call raises `StoreError`."""
+    try:
+        reply = call()
+    except StoreError:
+        return
+    raise AssertionError(f"{what} is accepted: {reply!r}")
+
+
 def expect_refused(call: Callable[[], object], code: Code) -> None:
-    """Raises `AssertionError` unless the call is refused with ``code``."""
+    """Raise `AssertionError` unless the call is refused with ``code``."""
     try:
         reply = call()
     except Refusal as exc:

@@ -1,0 +1,122 @@
+"""``chutes-proto boot``: the agent without disks, against a running server."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import click
+
+from chutes_proto.boot._flows import BootGrant, BootSettings, Rotation, VolumeKeys, boot, receive_keys
+from chutes_proto.cli import console, output
+from chutes_proto.cli.base import answer, parsed
+from chutes_proto.cli.miner.asking import Peer, PeerCommand, new_identity, open_quoter, quoter_options, tell
+from chutes_proto.io.files import make_directory, write_file
+from chutes_proto.secret import Secret
+
+_AT = "https://127.0.0.1:8443 --ca ca.pem --hotkey 5Grw... --vm vm-1"
+_VOLUME = re.compile(r"(?!\.)[A-Za-z0-9_.-]{1,64}")
+
+
+class _BootCommand(PeerCommand):
+    exits: Mapping[int, str] = {**PeerCommand.exits, 0: "granted", 2: "wrong usage, no answer, or no quote to send"}
+    wait: float = 30.0
+
+
+def _volumes(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(text.split(",")))
+    if wrong := [name for name in names if not _VOLUME.fullmatch(name) or name == "root"]:
+        raise ValueError(f"{wrong[0]!r} is not a volume's name; give for example storage,tdx-cache")
+    return names
+
+
+@click.command("boot", cls=_BootCommand)
+@click.option("--hotkey", metavar="SS58", required=True, help="the hotkey that owns the VM")
+@click.option("--vm", metavar="NAME", required=True, help="the VM's name")
+@quoter_options
+@click.option(
+    "--volumes",
+    metavar="A,B",
+    default="storage,tdx-cache",
+    show_default=True,
+    callback=parsed(_volumes),
+    help="all volumes of the VM; the server retires the keys of others",
+)
+@click.option("--keys", metavar="DIR", help="write the passphrases into this directory, made if missing")
+@click.pass_obj
+def command(
+    peer: Peer, hotkey: str, vm: str, quoter: str, platform: str | None, volumes: tuple[str, ...], keys: str | None
+) -> int:
+    """Boot against a running server, as a VM without disks.
+
+    Does what a VM does when it boots: makes an ephemeral TLS key, gets a nonce, has the platform make a quote of both,
+    sends it, and asks for the passphrases of the volumes. It shows none of them; with --keys it writes them into files
+    that only you can read, for a program like `cryptsetup --key-file`.
+
+    In the two-phase exchange each volume has two keys; --keys writes the next one to a second file, NAME.next. Nothing
+    is confirmed, because no disk was opened: the server keeps the keys as they are.
+
+    Examples:
+      chutes-proto boot https://127.0.0.1:8443 --ca ca.pem --hotkey 5Grw... --vm vm-1
+      chutes-proto boot https://127.0.0.1:8443 --ca ca.pem --hotkey 5Grw... --vm vm-1 \\
+          --quoter 'my-quoter {report_data}' --keys keys
+
+    See also: agent, serve, register
+    """
+    identity = new_identity()
+    settings = BootSettings(hotkey, vm, identity.spki_sha256, retry=peer.retry)
+    at_boot, at_runtime = (open_quoter(quoter, platform, stage) for stage in ("boot", "runtime"))
+    directory = make_directory(keys, mode=0o700) if keys else None
+    with peer.connected(identity, tell) as performer:
+        grant = performer(at_boot).run(boot(settings))
+        later = performer(at_runtime if grant.boot_token is None else at_boot)
+        result = later.run(receive_keys(settings, dict.fromkeys(volumes, False), grant=grant))
+    received, exchange = _keys(result), "base" if isinstance(result, tuple) else "two-phase"
+    grant = result[0] if isinstance(result, tuple) else result.grant
+    if directory is not None:
+        following = {f"{name}.next": key.next for name, key in received.items() if key.next}
+        current = {name: key.passphrase for name, key in received.items()}
+        for name, passphrase in {"root": grant.root_passphrase, **current, **following}.items():
+            write_file(directory / name, passphrase.reveal(), mode=0o600)
+            console.tell(f"{name}: passphrase written to {directory / name}")
+    said = {
+        "granted": True,
+        "hotkey": grant.miner_hotkey,
+        "vm": grant.vm_name,
+        "exchange": exchange,
+        "root_passphrase_length": len(grant.root_passphrase),
+        "volumes": {
+            name: {"passphrase_length": len(key.passphrase), "in_use": key.is_in_use} for name, key in received.items()
+        },
+    }
+    answer(said, lambda: _say(grant, received, exchange))
+    return console.GRANTED
+
+
+class _Keys(NamedTuple):
+    """The passphrase of a volume, which opens it or formats it, and its next one in the two-phase exchange."""
+
+    passphrase: Secret
+    next: Secret | None
+    is_in_use: bool
+
+
+def _keys(result: tuple[BootGrant, VolumeKeys] | Rotation) -> dict[str, _Keys]:
+    if isinstance(result, tuple):
+        return {key.volume: _Keys(key.passphrase, None, key.is_in_use) for key in result[1]}
+    return {
+        name: _Keys(pair.current or pair.next, pair.next if pair.current else None, pair.is_in_use)
+        for name, pair in result.keys.items()
+    }
+
+
+def _say(grant: BootGrant, keys: Mapping[str, _Keys], exchange: str) -> None:
+    console.say(f"granted: {grant.vm_name} of {grant.miner_hotkey}")
+    console.say(f"root passphrase received, {len(grant.root_passphrase)} characters")
+    for name, key in keys.items():
+        used = "in use: do not format a blank disk" if key.is_in_use else "not known to be in use"
+        also = ", and the next one" if key.next else ""
+        console.say(f"{name}: passphrase received, {len(key.passphrase)} characters{also}; {used}")
+    if exchange == "two-phase":
+        output.prose("two-phase exchange: nothing is confirmed, because no disk was opened; the keys stay as they are")

@@ -1,0 +1,96 @@
+"""``chutes-proto hotkey``: inspect an address, check a signature."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from chutes_proto.auth.hotkey import PREFIX, Hotkey, HotkeyError
+from chutes_proto.auth.signing import check_signature
+from chutes_proto.cli import console
+from chutes_proto.cli.base import Argument, Command, Group, answer, json_option, one_of
+from chutes_proto.errors import Refused
+from chutes_proto.io.files import read_file
+
+_ALICE = "5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY"
+
+
+class _HotkeyCommand(Command):
+    """Errors in an address or a signature are the result: exit code 1."""
+
+    exits: Mapping[int, str] = {0: "valid", 1: "not valid", 2: "wrong usage, or a file that cannot be read"}
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except HotkeyError as exc:
+            reason = f"not a hotkey's address: {exc}"
+        except Refused as exc:
+            reason = exc.reason
+        answer({"valid": False, "reason": reason}, f"invalid: {reason}")
+        return console.REFUSED
+
+
+class _Hotkeys(Group):
+    command_class: type[click.Command] | None = _HotkeyCommand
+
+
+command: Group = _Hotkeys(
+    "hotkey",
+    help="""Inspect a hotkey's address, or check a signature.
+
+    Hotkeys are SS58 addresses of sr25519 keys, network prefix 42.
+
+    Examples:
+      chutes-proto hotkey inspect 5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY
+
+    See also: register
+    """,
+)
+_address = click.argument("address", cls=Argument, metavar="SS58", help="the address")
+
+
+@command.command("inspect")
+@_address
+@json_option
+def inspect_command(address: str) -> int:
+    """Show the public key of an address, or why the address is not valid.
+
+    Examples:
+      chutes-proto hotkey inspect 5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY
+      chutes-proto hotkey inspect 5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY --json
+
+    See also: hotkey check
+    """
+    hotkey = Hotkey.parse(address)
+    said = {"valid": True, "address": hotkey.address, "public_key": hotkey.public_key.hex(), "prefix": PREFIX}
+    answer(said, f"public key  {hotkey.public_key.hex()}\nprefix      {PREFIX}")
+    return console.GRANTED
+
+
+@command.command("check")
+@_address
+@click.option("--message", metavar="TEXT", help="the signed text")
+@click.option("--message-file", metavar="FILE", help="a file of the signed bytes")
+@click.option("--signature", metavar="HEX", required=True, help="the signature, 128 hex digits without 0x")
+@json_option
+def check_command(address: str, message: str | None, message_file: str | None, signature: str) -> int:
+    """Check that a signature over a message is a hotkey's.
+
+    Examples:
+      chutes-proto hotkey check 5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY \\
+          --message-file message.bin \\
+          --signature $(cat signature.hex)
+      chutes-proto hotkey check 5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY \\
+          --message-file message.bin --signature $(cat signature.hex) --json
+
+    See also: hotkey inspect
+    """
+    one_of(message=message, message_file=message_file)
+    hotkey = Hotkey.parse(address)
+    signed = read_file(message_file) if message_file is not None else str(message).encode("utf-8", "surrogateescape")
+    check_signature(hotkey, (signed,), signature)
+    answer({"valid": True, "address": hotkey.address}, f"valid: the signature is {hotkey.address}'s over this message")
+    return console.GRANTED

@@ -1,0 +1,200 @@
+"""``chutes-proto audit``: every decision, for whom and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any, TypeVar
+
+import click
+from attrs import evolve
+
+from chutes_proto.cli import console, output
+from chutes_proto.cli.base import answer, json_option, parsed, table_options
+from chutes_proto.cli.console import moment
+from chutes_proto.cli.operator import operating
+from chutes_proto.cli.operator.operating import DAY, OperatorGroup
+from chutes_proto.errors import ConfigurationError
+from chutes_proto.io.stores.address import DurableStore
+from chutes_proto.quote._terms import rfc3339
+from chutes_proto.store.rows import AuditRow
+from chutes_proto.units.operator import PurgeAudits, ReadAuditPage
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_END = 1 << 62
+_SHOWN = 1000
+_STATES: dict[str, output.State] = {"granted": "good", "done": "good", "refused": "bad"}
+
+command: OperatorGroup = OperatorGroup(
+    "audit",
+    help="""Show, export and purge the audit rows.
+
+    Each decision is kept in the transaction that carried it out: who asked, which boot, the decision and its reason,
+    measurement profile, digest of the quote, generations of keys. No audit row contains a secret.
+
+    Examples:
+      chutes-proto audit list --vm vm-1 --config server.toml
+      chutes-proto audit export --since 2026-05-01 --config server.toml > audit.jsonl
+
+    See also: vm, keys
+    """,
+)
+
+
+def _selection(default: int | None) -> Callable[[F], F]:
+    """The options that select audit rows."""
+
+    def decorate(function: F) -> F:
+        options = (
+            click.option(
+                "--vm",
+                metavar="VM",
+                callback=parsed(operating.vm_name),
+                help="HOTKEY/NAME, or NAME of any hotkey; also of a VM that was only ever refused",
+            ),
+            click.option("--event", metavar="WORD", help="one event, for example boot or 'key restored'"),
+            click.option("--since", metavar="TIME", callback=parsed(moment), default="0", help="from this time on"),
+            click.option("--until", metavar="TIME", callback=parsed(moment), help="before this time"),
+            click.option(
+                "--last",
+                metavar="N",
+                callback=parsed(operating.count),
+                default=default and str(default),
+                help=f"only the N newest (default: {default or 'all'})",
+            ),
+        )
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+@command.command("list")
+@_selection(_SHOWN)
+@operating.config_option
+@table_options
+def listing(vm: str | None, event: str | None, since: int, until: int | None, last: int, config: str) -> int:
+    """Show audit rows for people, the newest last.
+
+    Examples:
+      chutes-proto audit list --event boot --last 20 --config server.toml
+      chutes-proto audit list --vm vm-1 --since 2026-05-01 --config server.toml --json
+
+    See also: audit export, keys history
+    """
+    unit = _unit(vm, event, since, until)
+    with operating.opened(config) as (_, store):
+        rows = _newest(store, unit, last)
+    heads = ("TIME", "ACTOR", "EVENT", "DECISION", "VM", "KEYS", "REASON")
+    answer(
+        {"ok": True, "rows": [_members(row) for row in rows]},
+        lambda: output.table(heads, map(_cells, rows), empty="no audit rows"),
+    )
+    return console.GRANTED
+
+
+@command.command()
+@_selection(None)
+@operating.config_option
+def export(vm: str | None, event: str | None, since: int, until: int | None, last: int | None, config: str) -> int:
+    """Write audit rows as lines of JSON.
+
+    Each line is one JSON object with all members, in the order of the decisions. Decisions that are made while an
+    export runs may be in the next export only: let that one begin a minute before the last one did.
+
+    Examples:
+      chutes-proto audit export --config server.toml > audit.jsonl
+      chutes-proto audit export --since 2026-05-01 --event boot --config server.toml
+
+    See also: audit list, audit purge
+    """
+    unit = _unit(vm, event, since, until)
+    with operating.opened(config) as (_, store):
+        for row in _every(store, unit) if last is None else _newest(store, unit, last):
+            console.say_json(_members(row))
+    return console.GRANTED
+
+
+@command.command()
+@click.option(
+    "--older-than",
+    metavar="DAYS",
+    callback=parsed(operating.count),
+    help="written at least so many days ago; audit_days of the configuration (365 by default) or more",
+)
+@click.option("--yes", is_flag=True, help="delete them")
+@operating.reason_option
+@operating.config_option
+@json_option
+def purge(older_than: int | None, yes: bool, reason: str, config: str) -> int:
+    """Delete audit rows whose retention has ended, for ever.
+
+    Deletes the audit rows that are older than audit_days of the configuration, by the time of each row and this
+    machine's clock. Export them before. Servers may run meanwhile, and the purge may be stopped and begun again. An
+    audit row says who deleted how many. Without --yes nothing is deleted, only counted.
+
+    Examples:
+      chutes-proto audit purge --config server.toml
+      chutes-proto audit purge --older-than 730 --yes --config server.toml
+
+    See also: audit export, keys purge
+    """
+    with (
+        operating.opened(config) as (setup, store),
+        output.progress(f"audit rows {'deleted' if yes else 'found'} so far") as tell,
+    ):
+        days = operating.kept_days(older_than, "audit_days", setup.config.audit_days, "audit rows")
+        began = operating.now()
+        before = began - days * DAY
+        unit, found = PurgeAudits(began, before, reason, carry_out=yes), 0
+        while True:
+            step = store.transact(unit)
+            found += step.count
+            if step.beyond is None:
+                break
+            unit = evolve(unit, beyond=step.beyond)
+            tell(found)
+    if not found:
+        told = f"nothing to purge: no audit row is older than {rfc3339(before)}"
+    elif yes:
+        told = f"audit rows older than {rfc3339(before)} deleted: {found}"
+    else:
+        told = f"audit rows older than {rfc3339(before)}: {found}; with --yes they are deleted"
+    answer({"ok": True, "purged": yes, "older_than_days": days, "before": before, "rows": found}, told)
+    return console.GRANTED
+
+
+def _unit(vm: str | None, event: str | None, since: int, until: int | None) -> ReadAuditPage:
+    end = _END if until is None else until
+    if since >= end:
+        raise ConfigurationError("--since: it is not before --until, so no time is selected; say an earlier one")
+    hotkey, _, name = (vm or "").rpartition("/")
+    return ReadAuditPage(since, end, hotkey, name, event)
+
+
+def _every(store: DurableStore, unit: ReadAuditPage) -> Iterator[AuditRow]:
+    """The rows one after the other, of which a page at a time is in memory."""
+    while True:
+        page = store.transact(unit)
+        yield from page.rows
+        if page.beyond is None:
+            return
+        unit = evolve(unit, beyond=page.beyond)
+
+
+def _newest(store: DurableStore, unit: ReadAuditPage, limit: int) -> list[AuditRow]:
+    """So many of the newest rows, the oldest of them first."""
+    return [*islice(_every(store, evolve(unit, backwards=True)), limit)][::-1]
+
+
+def _members(row: AuditRow) -> dict[str, object]:
+    names = "at actor event decision reason hotkey vm boot_id request_id platform profile quote_digest keys"
+    return operating.members(row, f"{names} peer_address")
+
+
+def _cells(row: AuditRow) -> tuple[str | output.Cell, ...]:
+    vm = output.vm(row.vm) if row.vm else "-"
+    decision = output.Cell(row.decision, _STATES.get(row.decision, ""))
+    return output.when(row.at), row.actor, row.event, decision, vm, row.keys or "-", row.reason or "-"

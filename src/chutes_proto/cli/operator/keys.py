@@ -1,0 +1,322 @@
+"""``chutes-proto keys``: the key lifecycle, as far as an operator decides it."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import click
+from cryptography.fernet import Fernet
+
+from chutes_proto.cli import console, output
+from chutes_proto.cli.base import Argument, answer, json_option, parsed, table_options, wants
+from chutes_proto.cli.operator import operating
+from chutes_proto.cli.operator.operating import DAY, OperatorGroup
+from chutes_proto.errors import ConfigurationError, Refused
+from chutes_proto.io.files import read_lines, read_private
+from chutes_proto.io.reference_keys import read_row
+from chutes_proto.keys.vault import NONCE_SIZE, Address, FreshKey
+from chutes_proto.store.rows import GenerationRow, Platform, Vm
+from chutes_proto.units.operator import (
+    AllowFormat,
+    FindNames,
+    History,
+    ImportKeys,
+    PurgeKeys,
+    RestoreKey,
+    RewrapKeys,
+)
+from chutes_proto.wire.json import JsonError, decode
+
+BATCH = 200
+_LINE_BYTES = 256 * 1024  # a boot quote, the largest part, takes less than a tenth
+_STATES: dict[str, output.State] = {"active": "good", "purged": "bad"}
+
+command: OperatorGroup = OperatorGroup(
+    "keys",
+    help="""Show, restore, purge, rewrap and import keys.
+
+    A server never deletes a key; old generations stay until an operator purges them. No command shows a passphrase or
+    takes one on the command line. Every change writes an audit row.
+
+    Examples:
+      chutes-proto keys history vm-1 --config server.toml
+      chutes-proto keys restore vm-1 storage 1 --reason 'rekeyed, but not formatted' --config server.toml
+
+    See also: vm, audit, store check
+    """,
+)
+
+_volume_argument = click.argument("volume", cls=Argument, metavar="VOLUME", help="the volume's name")
+
+
+def _generation(text: str) -> int:
+    if not re.fullmatch(r"[1-9][0-9]{0,17}", text):
+        raise ValueError("a generation is a number from 1 on, as `keys history` shows it")
+    return int(text)
+
+
+@command.command()
+@operating.vm_argument()
+@operating.config_option
+@table_options
+def history(vm: str, config: str) -> int:
+    """Show all generations of a VM's keys.
+
+    One row for each generation: its state, its origin, when it was made, handed out and retired and why, and the
+    KEK that seals it. After the table, one line for each volume: whether it is in use.
+
+    Examples:
+      chutes-proto keys history vm-1 --config server.toml
+      chutes-proto keys history vm-1 --config server.toml --json
+
+    See also: keys restore, audit list
+    """
+    with operating.opened(config) as (_, store):
+        named = operating.find_vm(store, vm)
+        rows, volumes = store.transact(History(named))
+    known = [{"volume": row.volume, "in_use": row.in_use, "format_allowed": row.format_allowed} for row in volumes]
+    told = {"hotkey": named.hotkey, "vm": named.name, "generations": [_members(row) for row in rows], "volumes": known}
+
+    def people() -> None:
+        heads = ("KEY", "STATE", "ORIGIN", "MADE", "HANDED OUT", "RETIRED", "KEK")
+        output.table(heads, map(_cells, rows), empty="no keys")
+        for volume in volumes:
+            used = "in use" if volume.in_use else "not known to be in use"
+            console.say(f"{volume.volume}: {used}{'; one format is permitted' if volume.format_allowed else ''}")
+
+    answer({"ok": True, **told}, people)
+    return console.GRANTED
+
+
+def _members(row: GenerationRow) -> dict[str, object]:
+    names = "volume generation state provisional created_at origin delivered_at retired_at retirement kek_id"
+    return operating.members(row, names)
+
+
+def _cells(row: GenerationRow) -> tuple[str | output.Cell, ...]:
+    state = f"{row.state}{', provisional' if row.provisional else ''}"
+    return (
+        f"{row.volume}/{row.generation}",
+        output.Cell(state, _STATES.get(row.state, "")),
+        output.short(row.origin),
+        output.when(row.created_at),
+        output.when(row.delivered_at) if row.delivered_at else "never",
+        f"{output.when(row.retired_at)}, {row.retirement}" if row.retired_at else "-",
+        output.short(row.kek_id),
+    )
+
+
+@command.command()
+@operating.vm_argument()
+@_volume_argument
+@click.argument(
+    "generation", cls=Argument, metavar="GENERATION", callback=parsed(_generation), help="its number in `keys history`"
+)
+@operating.reason_option
+@operating.config_option
+@json_option
+def restore(vm: str, volume: str, generation: int, reason: str, config: str) -> int:
+    """Make an old generation the active one again.
+
+    Use it after a rekey of a disk that was then not formatted. The generation that is active now is retired. Do it
+    while the VM is off: keys that it has received before are void.
+
+    Examples:
+      chutes-proto keys restore vm-1 storage 1 --config server.toml
+      chutes-proto keys restore vm-1 storage 1 --reason 'rekeyed, but not formatted' --config server.toml
+
+    See also: keys history, keys allow-format
+    """
+    with operating.opened(config) as (_, store):
+        named = operating.find_vm(store, vm)
+        row = store.transact(RestoreKey(operating.now(), named, volume, generation, reason))
+    return operating.done(f"{row.volume}/{row.generation} of {named.hotkey}/{named.name} is the active key")
+
+
+@command.command()
+@operating.vm_argument(optional=True)
+@click.option(
+    "--older-than",
+    metavar="DAYS",
+    callback=parsed(operating.count),
+    help="retired at least so many days ago; retention_days of the configuration (90 by default) or more",
+)
+@click.option("--yes", is_flag=True, help="delete them")
+@operating.reason_option
+@operating.config_option
+@table_options
+def purge(vm: str | None, older_than: int | None, yes: bool, reason: str, config: str) -> int:
+    """Delete passphrases whose retention has ended, for ever.
+
+    Deletes the passphrases that were retired at least retention_days ago, as the configuration says. Each volume's
+    three newest generations stay, and so does every key that a VM may still receive. The purge goes VM by VM, and may
+    be stopped and begun again. Without --yes nothing is deleted, only shown.
+
+    Examples:
+      chutes-proto keys purge --config server.toml
+      chutes-proto keys purge vm-1 --older-than 365 --yes --config server.toml
+
+    See also: keys history, audit purge
+    """
+    found: list[tuple[Vm, GenerationRow]] = []
+    with operating.opened(config) as (setup, store), output.progress("VMs") as tell:
+        vms = (operating.find_vm(store, vm),) if vm else store.transact(FindNames())
+        days = operating.kept_days(older_than, "retention_days", setup.config.retention_days, "retired keys")
+        began = operating.now()
+        try:
+            for index, one in enumerate(vms):
+                unit = PurgeKeys(began, days * DAY, reason, one, yes)
+                found += [(one, row) for row in store.transact(unit)]
+                if index % BATCH == BATCH - 1:
+                    tell(index + 1, len(vms))
+        finally:  # what is deleted is shown, also where a signal ends it
+            if not wants("json") and found:
+                rows = [
+                    (output.vm(one), f"{row.volume}/{row.generation}", output.when(row.retired_at))
+                    for one, row in found
+                ]
+                output.table(("VM", "KEY", "RETIRED"), rows, empty="")
+    named = [{"hotkey": one.hotkey, "vm": one.name, **_members(row)} for one, row in found]
+    if not found:
+        told = f"nothing to purge: no passphrase that may be deleted was retired {days} days ago or earlier"
+    elif yes:
+        told = f"{len(found)} passphrases deleted that were retired {days} days ago or earlier"
+    else:
+        told = f"{len(found)} passphrases were retired {days} days ago or earlier; with --yes they are deleted"
+    answer({"ok": True, "purged": yes, "older_than_days": days, "generations": named}, told)
+    return console.GRANTED
+
+
+@command.command()
+@operating.reason_option
+@operating.config_option
+@json_option
+def rewrap(reason: str, config: str) -> int:
+    """Wrap all keys under the current key-encryption key (KEK).
+
+    Wraps every key that is still under kek_previous_file under kek_file, a few at a time. Servers may run meanwhile,
+    and it may be stopped and begun again. When it says that no key is under another KEK, wait 600 seconds, and then
+    remove kek_previous_file from the configuration of all servers.
+
+    Examples:
+      chutes-proto keys rewrap --config server.toml
+      chutes-proto keys rewrap --reason 'yearly rotation' --config server.toml
+
+    See also: store check, serve
+    """
+    wrapped = 0
+    broken = frozenset[Address]()
+    with operating.opened(config) as (setup, store), output.progress("keys wrapped") as tell:
+        vault = setup.vault
+        while True:
+            entropy = os.urandom(NONCE_SIZE * BATCH)
+            step = store.transact(RewrapKeys(operating.now(), entropy, vault, reason, broken))
+            broken |= frozenset(step.broken)
+            if not step.count and not step.broken:
+                break
+            wrapped += step.count
+            tell(wrapped, wrapped + sum(left for kek_id, left in step.sealed if kek_id != vault.current.kek_id))
+    told = sorted(f"{row.vm.hotkey}/{row.vm.name} {row.volume}/{row.generation}" for row in broken)
+    for row in told:
+        console.complain(f"{row}: it does not open, because its row was altered or is another's; it is left unchanged")
+    lines = [f"{wrapped} keys wrapped; no key is under another KEK than {vault.current.kek_id}"]
+    if broken:
+        lines = [f"{wrapped} keys wrapped; {len(broken)} are still under another KEK"]
+    elif vault.previous is not None:
+        lines += [
+            f"keep kek_previous_file for 600 seconds, and until {vault.current.kek_id} is kek_file of every server:",
+            f"any other server still makes keys under {vault.previous.kek_id}; `chutes-proto store check` shows them",
+        ]
+    answer(
+        {"ok": not broken, "rewrapped": wrapped, "sealed_under": dict(step.sealed), "broken": told},
+        "\n".join(lines),
+    )
+    return console.REFUSED if broken else console.GRANTED
+
+
+@command.command("allow-format")
+@operating.vm_argument()
+@_volume_argument
+@operating.reason_option
+@operating.config_option
+@json_option
+def allow_format(vm: str, volume: str, reason: str, config: str) -> int:
+    """Permit one format of a volume that is in use.
+
+    The next answer to the VM does not say that the volume is in use, so that its agent formats a blank disk.
+
+    Examples:
+      chutes-proto keys allow-format vm-1 storage --config server.toml
+      chutes-proto keys allow-format vm-1 storage --reason 'new disk' --config server.toml
+
+    See also: keys history
+    """
+    with operating.opened(config) as (_, store):
+        named = operating.find_vm(store, vm)
+        store.transact(AllowFormat(operating.now(), named, volume, reason))
+    return operating.done(f"{volume} of {named.hotkey}/{named.name} may be formatted once")
+
+
+@command.command("import-fernet")
+@click.argument("file", cls=Argument, metavar="FILE", type=click.Path(), help="the rows, one JSON object a line")
+@click.option(
+    "--fernet-key-file",
+    metavar="FILE",
+    type=click.Path(),
+    required=True,
+    help="44 characters of urlsafe base64; only you may be able to read it",
+)
+@operating.reason_option
+@operating.config_option
+@json_option
+def import_fernet(file: str, fernet_key_file: str, reason: str, config: str) -> int:
+    """Import the keys of the reference system.
+
+    The file has rows of the reference system's table vm_cache_configs, one JSON object a line:
+
+      psql -tAc "SELECT row_to_json(t) FROM vm_cache_configs t" > rows.jsonl
+
+    Each has miner_hotkey, vm_name and volume_passphrases (volume: Fernet token), and perhaps boot_quote: the VM's last
+    verified boot quote in base64, whose platform the name is then bound to. The passphrases are sealed again under the
+    server's KEK. The import may be stopped and begun again.
+
+    Examples:
+      chutes-proto keys import-fernet rows.jsonl --fernet-key-file fernet.key --config server.toml
+      chutes-proto keys import-fernet rows.jsonl --fernet-key-file fernet.key --config server.toml --json
+
+    See also: vm bind, keys history
+    """
+    try:
+        fernet = Fernet(read_private(fernet_key_file).strip())
+    except ValueError:
+        told = f"{fernet_key_file}: not a Fernet key, which is 44 characters of urlsafe base64"
+        raise ConfigurationError(told) from None
+    made = left = bound = 0
+    refused: list[str] = []
+    with operating.opened(config, new=True) as (setup, store), output.progress("VMs imported") as tell:
+        rows: list[tuple[Vm, dict[str, FreshKey], Platform | None]] = []
+        for number, line in enumerate(read_lines(file, limit=_LINE_BYTES), 1):
+            if not line.strip():
+                continue
+            try:
+                rows.append(read_row(decode(line), fernet, setup.root, setup.config.volumes))
+            except (JsonError, ValueError) as exc:
+                raise ConfigurationError(f"{file}, line {number}: {exc}; nothing was imported") from None
+        if not rows:
+            raise ConfigurationError(f"{file}: holds no rows; nothing was imported")
+        for index, (vm, keys, platform) in enumerate(rows, 1):
+            try:
+                volumes = store.transact(ImportKeys(operating.now(), vm, keys, platform, setup.vault, reason))
+            except Refused as exc:
+                refused.append(str(exc.detail))
+                continue
+            made, left, bound = made + len(volumes), left + len(keys) - len(volumes), bound + (platform is not None)
+            tell(index, len(rows))
+    for told in refused:
+        console.complain(told)
+    answer(
+        {"ok": not refused, "imported": made, "there_already": left, "refused": refused},
+        f"{made} keys imported, {left} were there already; {bound} of {len(rows)} VMs came with a platform",
+    )
+    return console.REFUSED if refused else console.GRANTED

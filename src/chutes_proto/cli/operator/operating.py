@@ -1,0 +1,195 @@
+"""The commands of an operator: their options, the store and keys that a configuration names, VMs by name.
+
+Rules kept here:
+
+* each command works on the store that the server's own configuration names, and with its key-encryption keys;
+* nothing secret is read from the command line or shown;
+* every change is told with a reason, and the operator's user name stands before it in the audit row.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import re
+import time
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing, contextmanager
+from functools import cache
+from typing import Any, TypeVar
+
+import attrs
+import click
+
+from chutes_proto._converter import StrictConverter
+from chutes_proto.cli import console
+from chutes_proto.cli.base import Argument, Command, Decorator, Group, answer, parsed, wants
+from chutes_proto.cli.describe import EXITS
+from chutes_proto.errors import KeyUnavailable, Refusal, Refused, SealBroken, StoreError
+from chutes_proto.io.server.store_setup import StoreSetup, make_store_setup
+from chutes_proto.io.stores.address import DurableStore
+from chutes_proto.server import ServerConfig
+from chutes_proto.store.rows import Pin, Vm
+from chutes_proto.units.operator import FindNames
+from chutes_proto.wire.codes import Code
+from chutes_proto.wire.names import NAME_PATTERN
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+DAY = 24 * 60 * 60
+_COUNT = re.compile(r"[0-9]{1,5}")
+_HOTKEY = re.compile(r"[!-~]{1,128}")
+_REASON_LENGTH = 500
+
+
+class OperatorCommand(Command):
+    """A command that works on the store; a refusal of it, or of the store, is exit code 1."""
+
+    exits: Mapping[int, str] = EXITS | {
+        1: "refused, or the store cannot be used; nothing is changed by what was refused"
+    }
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Refusal as exc:
+            why = str(exc.detail)
+        except (StoreError, KeyUnavailable, SealBroken) as exc:
+            why = str(exc)
+        if wants("json"):
+            console.say_json({"ok": False, "error": why})
+        console.complain(why, ctx.command_path)
+        return console.REFUSED
+
+
+class OperatorGroup(Group):
+    """Commands of an operator under one name."""
+
+    command_class: type[click.Command] | None = OperatorCommand
+
+
+@contextmanager
+def opened(config: str, *, new: bool = False) -> Generator[tuple[StoreSetup, DurableStore]]:
+    """The store of a configuration, which must exist unless it may be ``new``. Raises `StoreError`."""
+    setup = make_store_setup(ServerConfig.load(config))
+    if not setup.store.is_made() and not new:
+        raise StoreError(f"store {setup.store.path}: not made yet; a server makes it, or `chutes-proto store migrate`")
+    with closing(setup.store.open()) as store:
+        yield setup, store
+
+
+def find_vm(store: DurableStore, text: str, *, new: bool = False) -> Vm:
+    """The VM that an operator names; with its hotkey it may be ``new``. Raises `Refused` for none, or several."""
+    hotkey, slash, name = text.rpartition("/")
+    if slash and new:
+        return Vm(hotkey, name)
+    found = [vm for vm in store.transact(FindNames(name)) if hotkey in ("", vm.hotkey)]
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise Refused(Code.KEY_NOT_FOUND, f"VM {text!r} does not exist; `chutes-proto vm list` shows all")
+    hotkeys = ", ".join(vm.hotkey for vm in found)
+    raise Refused(Code.KEY_NOT_FOUND, f"several hotkeys have a VM {text!r}; say HOTKEY/{text} with one of: {hotkeys}")
+
+
+def done(text: str) -> int:
+    """Say what was changed; the result is the exit code."""
+    answer({"ok": True}, text)
+    return console.GRANTED
+
+
+def kept_days(older_than: int | None, name: str, least: int, what: str) -> int:
+    """Days of ``--older-than``, by default and at least those that the configuration keeps. Raises `Refused`."""
+    days = least if older_than is None else older_than
+    if days < least:
+        text = f"--older-than {days}: the configuration keeps {what} for {least} days; say {least} or more, or change"
+        raise Refused(Code.KEY_NOT_FOUND, f"{text} {name}")
+    return days
+
+
+def now() -> int:
+    return int(time.time())
+
+
+def members(row: object, names: str) -> dict[str, object]:
+    """Members of a row for JSON, by name: bytes in hex, ``platform`` in words, ``hotkey`` and ``vm`` of its VM."""
+    found: dict[str, Any] = _rows().unstructure(row)
+    if "vm" in found:
+        found["hotkey"], found["vm"] = found["vm"] or (None, None)
+    found["platform"] = found.get("pin")
+    return {name: found[name] for name in names.split()}
+
+
+@cache
+def _rows() -> StrictConverter:
+    return StrictConverter(plain={bytes: bytes.hex, Pin: str, Vm: attrs.astuple})
+
+
+# --- options ---
+
+
+def count(text: str) -> int:
+    """A number of something."""
+    if not _COUNT.fullmatch(text):
+        raise ValueError("say a whole number, for example 90")
+    return int(text)
+
+
+def vm_name(text: str) -> str:
+    """A VM as `find_vm` takes it."""
+    hotkey, slash, name = text.rpartition("/")
+    if not re.fullmatch(NAME_PATTERN, name, re.ASCII) or (slash and not _HOTKEY.fullmatch(hotkey)):
+        raise ValueError("a VM is HOTKEY/NAME or NAME, and its name has letters, digits, _ . and - only")
+    return text
+
+
+def _reason(text: str) -> str:
+    """The reason of an audit row: who, and why."""
+    if not text.isprintable() or len(text) > _REASON_LENGTH:
+        raise ValueError(f"a reason is one line of at most {_REASON_LENGTH} characters")
+    try:
+        user = pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        user = str(os.getuid())
+    return f"{user}: {text}" if text else user
+
+
+def _identifier(text: str) -> bytes:
+    if not re.fullmatch(r"[0-9a-fA-F]{32}", text):
+        raise ValueError("say 16 bytes, which is 32 hex digits")
+    return bytes.fromhex(text)
+
+
+config_option: Decorator = click.option(
+    "--config",
+    type=click.Path(),
+    metavar="FILE",
+    required=True,
+    help="the server's configuration file (TOML)",
+)
+reason_option: Decorator = click.option(
+    "--reason",
+    metavar="TEXT",
+    callback=parsed(_reason),
+    default="",
+    help="why; the audit row keeps it beside your user name",
+)
+
+
+def vm_argument(*, optional: bool = False) -> Callable[[F], F]:
+    told = "HOTKEY/NAME, or only NAME where one hotkey has it" + (" (default: all VMs)" if optional else "")
+    return click.argument("vm", cls=Argument, metavar="VM", required=not optional, callback=parsed(vm_name), help=told)
+
+
+def platform_options(function: F) -> F:
+    """The options that say a platform."""
+    ppid = click.option(
+        "--ppid", metavar="HEX", required=True, callback=parsed(_identifier), help="the platform's PPID, 16 bytes"
+    )
+    instance = click.option(
+        "--instance",
+        metavar="HEX",
+        callback=parsed(_identifier),
+        help="its platform instance id, 16 bytes, if its PCK certificate has one (`inspect` shows both)",
+    )
+    return ppid(instance(function))

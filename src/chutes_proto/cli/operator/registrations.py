@@ -1,0 +1,83 @@
+"""``chutes-proto registrations``: the servers that all miners have registered, for the operator."""
+
+from __future__ import annotations
+
+import click
+
+from chutes_proto.cli import console, output
+from chutes_proto.cli.base import Argument, answer, json_option, table_options
+from chutes_proto.cli.operator import operating
+from chutes_proto.cli.operator.operating import OperatorGroup
+from chutes_proto.store.rows import ServerRow, Vm
+from chutes_proto.units.operator import Registrations, RemoveRegistration
+
+command: OperatorGroup = OperatorGroup(
+    "registrations",
+    help="""List and remove the servers that miners registered.
+
+    An id, an address and a GPU belong to one server. A server without evidence is replaced by a registration at its
+    address that is linked to a boot from there; every other wrong claim an operator removes here. Miners use `servers`.
+
+    Examples:
+      chutes-proto registrations list --config server.toml
+      chutes-proto registrations remove n1 --reason 'the address is not theirs' --config server.toml
+
+    See also: servers, vm, audit
+    """,
+)
+
+
+@command.command("list")
+@operating.config_option
+@table_options
+def listing(config: str) -> int:
+    """List all registered servers.
+
+    One row for each server: id, hotkey and name, host and address, and the evidence that the address is the miner's.
+
+    Examples:
+      chutes-proto registrations list --config server.toml
+      chutes-proto registrations list --config server.toml --json
+
+    See also: registrations remove, vm list
+    """
+    with operating.opened(config) as (_, store):
+        rows = store.transact(Registrations())
+    names = "server_id hotkey name host address boot_id platform created_at"
+    heads = ("ID", "SERVER", "HOST", "ADDRESS", "EVIDENCE", "SINCE")
+    answer(
+        {"ok": True, "registrations": [operating.members(row, names) for row in rows]},
+        lambda: output.table(heads, map(_cells, rows), empty="no registrations"),
+    )
+    return console.GRANTED
+
+
+def _cells(row: ServerRow) -> tuple[str | output.Cell, ...]:
+    boot = f"boot {output.short(row.boot_id)}" if row.boot_id else None
+    evidence = boot or (f"attested from {output.short(str(row.pin))}" if row.pin else None)
+    told = output.Cell(evidence, "good") if evidence else output.Cell("none", "warn")
+    server = output.vm(Vm(row.hotkey, row.name))
+    return row.server_id, server, row.host, row.address, told, output.when(row.created_at)
+
+
+@command.command()
+@click.argument("id", cls=Argument, metavar="ID", help="the server's id")
+@operating.reason_option
+@operating.config_option
+@json_option
+def remove(id: str, reason: str, config: str) -> int:  # noqa: A002 - the argument's name
+    """Remove a server, whichever miner registered it.
+
+    Its id, address and GPUs are free then, and it may be registered again. The keys of its VM are kept.
+
+    Examples:
+      chutes-proto registrations remove n1 --reason 'the address is not theirs' --config server.toml
+      chutes-proto registrations remove n2 --config server.toml --json
+
+    See also: registrations list
+    """
+    with operating.opened(config) as (_, store):
+        row = store.transact(RemoveRegistration(operating.now(), id, reason))
+    told = f"removed: {row.server_id} of {row.hotkey}, at {row.address}; the keys of its VM are kept"
+    answer({"ok": True, "removed": row.server_id}, told)
+    return console.GRANTED

@@ -1,0 +1,188 @@
+"""``chutes-proto serve``: the key server."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from chutes_proto.cli import console, output
+from chutes_proto.cli.base import Command, one_of, platform_option
+from chutes_proto.cli.extras import need
+from chutes_proto.errors import ConfigurationError, FileUnavailable, StoreError
+from chutes_proto.server import ServerConfig
+
+if TYPE_CHECKING:
+    from chutes_proto.io.collateral.upstream import UpstreamCollateral
+    from chutes_proto.io.drivers.sync import CollateralSource
+    from chutes_proto.io.finding import Finding
+    from chutes_proto.io.server.serving import Transport
+    from chutes_proto.io.server.setup import ServerSetup
+
+_HOTKEY = "5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY"
+
+
+@click.command(
+    "serve",
+    cls=Command,
+    exits={
+        0: "stopped by a signal, or --check found nothing wrong",
+        1: "the configuration, or something that it names, is wrong",
+        2: "wrong usage, or the configuration file cannot be opened",
+    },
+)
+@click.option("--config", metavar="FILE", type=click.Path(), help="the configuration file (TOML)")
+@click.option("--dev", is_flag=True, help="a server for development, on loopback")
+@click.option("--check", is_flag=True, help="check files, store and keys, report, and stop")
+@click.option(
+    "--transport",
+    type=click.Choice(["trio", "asyncio"]),
+    help="the event loop (default: trio if it is installed)",
+)
+@platform_option
+def command(config: str | None, dev: bool, check: bool, transport: Transport | None, platform: str | None) -> int:
+    """Serve keys to VMs that prove what they are.
+
+    Runs the key server until SIGINT or SIGTERM. It prints its URLs on standard output and logs lines of JSON to
+    standard error; when nobody reads the log, lines are dropped, and a later line says how many. Relative paths in the
+    configuration file begin at the directory of the file. All keys are in docs/reference/configuration.md and in
+    examples/server.toml.
+
+    After a signal to stop, new boots are sent away, and the server ends as soon as the boots that it has granted are
+    complete, after limits.drain_seconds at the latest. A second signal ends it at once. If the store hangs then, the
+    process ends two seconds later: every transaction is done as a whole or not at all. SIGHUP reloads the files of the
+    TLS certificate, and keeps the old certificate if the new one cannot be used.
+
+    Give one of --config and --dev. With --dev it serves at once on a free loopback port, with a store that ends with
+    it: it trusts the simulated platform that `boot` and `simulate` use, and accepts any hotkey. Never expose it.
+
+    server.toml:
+      listen = "0.0.0.0:8443"
+      tls = { certificate = "server.pem", key = "server.key" }
+      store = "sqlite:keys.db"  # or "postgresql://user@host/database"
+      kek_file = "kek"          # (umask 077; head -c 32 /dev/urandom > kek)
+      roots = "intel"
+      collateral = { directory = "collateral" }
+      # or { upstreams = ["https://pccs.example:8081"], cache = "cache" }
+      measurements = ["measurements.toml"]
+      hotkeys = ["5Grw..."]     # or "*"
+      [profile_defaults]
+      root_passphrase = "vm"    # or "image", with root_passphrase_file
+
+    measurements.toml (MRTD and registers have 96 hex digits):
+      [[profile]]
+      name = "8xh200"
+      version = "1.0"
+      mrtd = "..."
+      boot = { rtmr0 = "...", rtmr1 = "...", rtmr2 = "...", rtmr3 = "..." }
+      runtime = { rtmr0 = "...", rtmr1 = "...", rtmr2 = "...", rtmr3 = "..." }
+
+    Examples:
+      chutes-proto serve --dev
+      chutes-proto serve --config server.toml --check
+      chutes-proto serve --config server.toml
+
+    See also: doctor, store migrate, boot, collateral fetch, profile
+    """
+    one_of(config=config, dev=dev)
+    if check and dev:
+        raise ConfigurationError("--check goes with --config")
+    if platform and not dev:
+        raise ConfigurationError("--platform goes with --dev; a configuration names its root under roots")
+    transport = transport or ("trio" if find_spec("trio") else "asyncio")
+    need(transport)
+    if dev:
+        return _develop(transport, platform)
+
+    from chutes_proto.io.server.setup import make_setup
+
+    try:
+        setup = make_setup(ServerConfig.load(str(config)))
+    except FileUnavailable:
+        raise
+    except ConfigurationError as exc:
+        for problem in str(exc).splitlines():
+            console.complain(problem)
+        return console.REFUSED
+    return _check(setup) if check else _serve(transport, setup, setup.collateral, _announce)
+
+
+def _check(setup: ServerSetup) -> int:
+    """Report what there is; 1 if something of it cannot work."""
+    from chutes_proto.io.server.checking import check_setup
+
+    faults: list[Finding] = []
+    for finding in check_setup(setup):
+        if finding.state == "problem":
+            faults.append(finding)
+        else:
+            output.say(str(finding), "warn" if finding.state == "note" else "")
+    for fault in faults:
+        console.complain(str(fault))
+    return console.REFUSED if faults else console.GRANTED
+
+
+def _serve(
+    transport: Transport,
+    setup: ServerSetup,
+    collateral: CollateralSource | UpstreamCollateral,
+    announce: Callable[[Sequence[str]], None],
+    *more: int,
+) -> int:
+    from chutes_proto.io.server.serving import serve_until_stopped
+
+    stops = (signal.SIGINT, signal.SIGTERM, *map(signal.Signals, more))
+    try:
+        serve_until_stopped(transport, setup, collateral, announce, stops)
+    except (ConfigurationError, StoreError) as exc:
+        console.complain(str(exc))
+        return console.REFUSED
+    return console.GRANTED
+
+
+def _announce(urls: Sequence[str]) -> None:
+    for url in urls:
+        console.say(url)
+
+
+def _develop(transport: Transport, platform: str | None) -> int:
+    from chutes_proto.io.collateral.directory import CollateralDirectory
+    from chutes_proto.io.quoters.simulated import open_platform, platform_directory
+    from chutes_proto.io.server.development import AUTHORITY, CONFIGURATION, RenewedCollateral, write_server
+    from chutes_proto.io.server.setup import make_setup
+
+    now = int(time.time())
+    kept = Path(platform or platform_directory(os.environ))
+    simulated = open_platform(kept, now).platform
+    with tempfile.TemporaryDirectory(prefix="chutes-proto-") as name:
+        directory = Path(name).resolve()
+        write_server(directory, simulated, now)
+        authority, configuration = str(directory / AUTHORITY), str(directory / CONFIGURATION)
+
+        def announce(urls: Sequence[str]) -> None:
+            warning = f"This server trusts a SIMULATED platform ({kept}) and accepts any hotkey: for development only."
+            output.say(warning, "warn")
+            for url in urls:
+                console.say(f"key server: {url}")
+            console.say(f"CA certificate: {authority}")
+            where = ["--platform", platform] if platform else []
+            console.say("next, in another terminal:")
+            for words in (
+                ["boot", urls[0], "--ca", authority, *where, "--hotkey", _HOTKEY, "--vm", "vm-1"],
+                ["vm", "list", "--config", configuration],
+                ["keys", "history", "vm-1", "--config", configuration],
+                ["audit", "list", "--config", configuration],
+            ):
+                console.say(f"  chutes-proto {shlex.join(words)}")
+
+        setup = make_setup(ServerConfig.load(configuration))
+        renewed = RenewedCollateral(CollateralDirectory(directory / "collateral", setup.service.root), simulated)
+        return _serve(transport, setup, renewed, announce, signal.SIGHUP)

@@ -1,0 +1,222 @@
+"""``chutes-proto store``: the database of a key server, which only its operator migrates, copies and restores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from chutes_proto.cli import console
+from chutes_proto.cli.base import answer, json_option, one_of
+from chutes_proto.cli.operator import operating
+from chutes_proto.cli.operator.operating import OperatorGroup
+from chutes_proto.errors import ConfigurationError, StoreError
+from chutes_proto.io.server.store_setup import check_keys, make_store_setup
+from chutes_proto.io.stores.address import StorePlace
+from chutes_proto.keys.vault import Vault
+from chutes_proto.quote._terms import rfc3339
+from chutes_proto.server import ServerConfig
+from chutes_proto.server._config import check_store_address
+from chutes_proto.store.sql import SCHEMA_VERSION
+from chutes_proto.units.contents import ReadContents, WriteContents
+from chutes_proto.units.operator import StoreRestored
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+command: OperatorGroup = OperatorGroup(
+    "store",
+    help="""Make, migrate, copy and check the store of a key server.
+
+    The store is a database: a file of SQLite, or PostgreSQL. In PostgreSQL a server never makes or changes the schema,
+    and in no database does it migrate the schema of another release.
+
+    Examples:
+      chutes-proto store migrate --config server.toml
+      chutes-proto store check --store sqlite:keys.db --json
+
+    See also: serve, keys rewrap
+    """,
+)
+
+
+def _which(function: F) -> F:
+    """The options that name the store."""
+    config = click.option("--config", metavar="FILE", type=click.Path(), help="the server's configuration file (TOML)")
+    store = click.option(
+        "--store", metavar="URL", help="sqlite:/path, or postgresql://user@host/database (no password: use passfile)"
+    )
+    return config(store(json_option(function)))
+
+
+@command.command(
+    exits={
+        0: "the schema is now this release's",
+        1: "it cannot be made so, and is unchanged",
+        2: "wrong usage, or a file that cannot be read",
+    }
+)
+@_which
+def migrate(config: str | None, store: str | None) -> int:
+    """Make the schema, or bring an older one to this release.
+
+    Makes the schema in an empty database, or migrates that of an older release, in one transaction. Before, back up
+    the database and stop the servers of the older release: they refuse a newer schema at their next start. Nothing is
+    done to a schema that is this release's already. For the rows of another store see `store copy`.
+
+    Give one of --config and --store.
+
+    Examples:
+      chutes-proto store migrate --config server.toml
+      chutes-proto store migrate --store sqlite:keys.db
+      chutes-proto store migrate --store 'postgresql://chutes@db.internal/keys?passfile=/etc/chutes/pgpass'
+
+    See also: store copy, store check
+    """
+    place, _ = _place(config, store)
+    opened = place.open(migrate=True)
+    opened.close()
+    found: dict[str, Any] = {
+        "store": opened.name,
+        "schema_version": SCHEMA_VERSION,
+        "schema_version_before": opened.found_version or 0,
+    }
+    if opened.found_version is None:
+        found["made"] = "a new store without keys; `chutes-proto store copy` fills it from another one"
+    return _told(found)
+
+
+@command.command(
+    exits={0: "all rows are copied", 1: "no row was copied", 2: "wrong usage, or a file that cannot be read"}
+)
+@click.option("--from", "source", metavar="URL", required=True, help="the store that has the rows")
+@operating.reason_option
+@_which
+def copy(source: str, reason: str, config: str | None, store: str | None) -> int:
+    """Fill an empty store with all rows of another one.
+
+    Copies every row of the store --from into the empty store of --config or --store, in one transaction: from a file
+    to PostgreSQL, for example, or back. Before, stop all servers, and never start one on the old store again: the new
+    store does not know what it would grant. The old store is not changed, but it must be writable. Keys stay sealed
+    under the same KEK. In PostgreSQL make the schema first, with `store migrate`; a missing SQLite file is made.
+
+    Examples:
+      chutes-proto store copy --from sqlite:keys.db --store sqlite:new.db
+      chutes-proto store copy --from sqlite:keys.db --config postgres.toml
+
+    See also: store migrate, store check
+    """
+    place, vault = _place(config, store)
+    origin = _named("--from", source)
+    if not origin.is_made():
+        raise StoreError(f"store {origin.path}: not made yet, so there is nothing to copy; see --from")
+    with closing(origin.open()) as old, closing(place.open()) as new:
+        if new.name == old.name:
+            raise ConfigurationError(f"--from: {old.name} is the store to fill; name another one")
+        _ = old.check()
+        sealed = None if vault is None else check_keys(old, vault)
+        contents = old.transact(ReadContents())
+        console.tell(f"copying {len(contents.rows)} rows from {old.name} to {new.name}")
+        new.transact(WriteContents(contents, operating.now(), reason))
+        found: dict[str, Any] = {"store": new.name, "copied_from": old.name, "rows": new.check()}
+    return _told(found if sealed is None else found | {"keys_sealed_under": sealed})
+
+
+@command.command(
+    exits={0: "nothing is wrong", 1: "something is wrong", 2: "wrong usage, or a file that cannot be read"}
+)
+@_which
+def check(config: str | None, store: str | None) -> int:
+    """Read the whole store and say what is wrong.
+
+    Checks the schema version, looks for damage, counts the rows, and with --config checks that the server has the KEKs
+    that its keys are sealed under. Nothing is changed. Give one of --config and --store.
+
+    Examples:
+      chutes-proto store check --config server.toml
+      chutes-proto store check --store sqlite:keys.db --json
+
+    See also: serve, keys rewrap
+    """
+    place, vault = _place(config, store)
+    if not place.is_made():
+        raise StoreError(f"store {place.path}: not made yet; a server makes it, or `chutes-proto store migrate`")
+    with closing(place.open()) as opened:
+        found: dict[str, Any] = {"store": opened.name, "schema_version": SCHEMA_VERSION, "rows": opened.check()}
+        if vault is not None:
+            found["keys_sealed_under"] = check_keys(opened, vault)
+    return _told(found)
+
+
+@command.command(exits={0: "done", 1: "the store cannot be written", 2: "wrong usage, or a file that cannot be read"})
+@operating.reason_option
+@_which
+def restored(reason: str, config: str | None, store: str | None) -> int:
+    """Tell the server that its store came back from a backup.
+
+    Run it after a restore, before a server starts on the store. Tokens that were redeemed since the backup are unknown,
+    so all earlier nonces and tokens become void. VMs boot again; no key is changed.
+
+    Run it also after a clock was ahead and boots wait for a time in the future, once all clocks are right. It sets the
+    time from which nonces count, forward or back: by the clock of PostgreSQL, and with SQLite by this machine's.
+
+    Examples:
+      chutes-proto store restored --config server.toml --reason 'disk failure on db1'
+      chutes-proto store restored --store sqlite:keys.db --json
+
+    See also: store check, audit list
+    """
+    place, _ = _place(config, store)
+    if not place.is_made():
+        raise StoreError(f"store {place.path}: not made yet, so there is nothing to restore; see --config or --store")
+    with closing(place.open()) as opened:
+        done = opened.transact(StoreRestored(operating.now(), reason))
+    again = f"boots are granted again after {rfc3339(done.horizon)}"
+    return _told(
+        {
+            "store": opened.name,
+            "restored": f"all earlier nonces and tokens are void; {again}",
+            "nonce_horizon": rfc3339(done.horizon),
+            "nonce_horizon_before": rfc3339(done.before),
+        }
+    )
+
+
+def _told(found: dict[str, Any]) -> int:
+    def people() -> None:
+        for name, value in found.items():
+            if name in ("rows", "keys_sealed_under"):
+                value = ", ".join(f"{key} {count}" for key, count in value.items())
+            console.say(f"{name.replace('_', ' ')}: {value}")
+
+    answer({"ok": True, **found}, people)
+    return console.GRANTED
+
+
+def _place(config: str | None, store: str | None) -> tuple[StorePlace, Vault | None]:
+    """The store, and with a configuration the server's key-encryption keys."""
+    one_of(config=config, store=store)
+    if config is None:
+        return _named("--store", str(store)), None
+    setup = make_store_setup(ServerConfig.load(config))
+    return setup.store, setup.vault
+
+
+def _named(option: str, address: str) -> StorePlace:
+    """The store at an address on the command line."""
+    if problem := check_store_address(address):
+        raise ConfigurationError(f"{option}: {problem}")
+    if address.startswith("postgresql:"):
+        from chutes_proto.io.stores.postgres import has_secret
+
+        try:
+            told = has_secret(address)
+        except ConfigurationError as exc:
+            raise ConfigurationError(f"{option}: {exc}") from None
+        if told:
+            raise ConfigurationError(
+                f"{option}: other users can read a command line; leave the password out, and say ?passfile=/path"
+            )
+    return StorePlace(address, Path.cwd())

@@ -1,0 +1,136 @@
+"""``chutes-proto vm``: which platform each VM's name is bound to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import click
+
+from chutes_proto.auth.hotkey import Hotkey, HotkeyError
+from chutes_proto.cli import console, output
+from chutes_proto.cli.base import answer, json_option, one_of, table_options, watch_option
+from chutes_proto.cli.operator import operating
+from chutes_proto.cli.operator.operating import OperatorGroup
+from chutes_proto.cli.output import Cell
+from chutes_proto.errors import ConfigurationError
+from chutes_proto.store.rows import Platform, VmRow
+from chutes_proto.units.operator import BindVm, Everyone, RebindVm
+
+command: OperatorGroup = OperatorGroup(
+    "vm",
+    help="""List, bind and rebind VMs.
+
+    A VM's name is bound to the platform that booted it first. These commands show the platform, and change it. Every
+    change writes an audit row.
+
+    Examples:
+      chutes-proto vm list --config server.toml
+      chutes-proto vm rebind vm-1 --ppid 00112233445566778899aabbccddeeff --keep-keys \\
+          --reason 'disk moved' --config server.toml
+
+    See also: keys, audit, registrations
+    """,
+)
+
+
+@command.command("list")
+@operating.config_option
+@watch_option
+@table_options
+def listing(config: str) -> int:
+    """List all VMs.
+
+    One row for each VM: hotkey and name, the platform that it is bound to, the exchange that it uses, whether its
+    hotkey is proven, and its last boot.
+
+    Examples:
+      chutes-proto vm list --config server.toml
+      chutes-proto vm list --config server.toml --json
+
+    See also: keys history, audit list
+    """
+    return output.watching(lambda: _list(config))
+
+
+def _list(config: str) -> int:
+    with operating.opened(config) as (_, store):
+        everyone = store.transact(Everyone())
+    claims = [row for row in everyone if isinstance(row, VmRow)]
+    unbound = [row for row in everyone if not isinstance(row, VmRow)]
+    names = "hotkey vm platform proven exchange created_at last_boot_at"
+    bound = [operating.members(claim, names) | {"last_boot_at": claim.last_boot_at or None} for claim in claims]
+    free = [{"hotkey": vm.hotkey, "vm": vm.name, "platform": None} for vm in unbound]
+    rows: list[Sequence[str | Cell]] = [
+        (
+            output.vm(claim.vm),
+            output.short(str(claim.pin)),
+            claim.exchange,
+            Cell("yes", "good") if claim.proven else "no",
+            output.when(claim.last_boot_at) if claim.last_boot_at else "not since it was bound",
+        )
+        for claim in claims
+    ]
+    rows += [(output.vm(vm), Cell("not bound, holds keys", "warn"), "-", "-", "-") for vm in unbound]
+    heads = ("VM", "PLATFORM", "EXCHANGE", "HOTKEY PROVEN", "LAST BOOT")
+    answer({"ok": True, "vms": [*bound, *free]}, lambda: output.table(heads, rows, empty="no VMs"))
+    return console.GRANTED
+
+
+@command.command()
+@operating.vm_argument()
+@operating.platform_options
+@operating.reason_option
+@operating.config_option
+@json_option
+def bind(vm: str, ppid: bytes, instance: bytes | None, reason: str, config: str) -> int:
+    """Bind a name that is not bound to a platform, as after an import.
+
+    The next boot on that platform receives the keys that the name holds.
+
+    Examples:
+      chutes-proto vm bind 5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY/vm-9 \\
+          --ppid 00112233445566778899aabbccddeeff --config server.toml
+      chutes-proto vm bind vm-imported --ppid 00112233445566778899aabbccddeeff --reason 'imported' --config server.toml
+
+    See also: vm rebind, keys import-fernet, inspect
+    """
+    platform = Platform(instance_id=instance, ppid=ppid)
+    with operating.opened(config) as (_, store):
+        named = operating.find_vm(store, vm, new=True)
+        try:
+            _ = Hotkey.parse(named.hotkey)
+        except HotkeyError as exc:
+            raise ConfigurationError(f"{named.hotkey!r} is not a hotkey: {exc}") from None
+        store.transact(BindVm(operating.now(), named, platform, reason))
+    return operating.done(f"{named.hotkey}/{named.name} is bound to {platform.pin}")
+
+
+@command.command()
+@operating.vm_argument()
+@operating.platform_options
+@click.option("--keep-keys", is_flag=True, help="the disk moved to the other machine: keep the keys")
+@click.option("--new-keys", is_flag=True, help="somebody else had taken the name: retire all its keys")
+@operating.reason_option
+@operating.config_option
+@json_option
+def rebind(
+    vm: str, ppid: bytes, instance: bytes | None, keep_keys: bool, new_keys: bool, reason: str, config: str
+) -> int:
+    """Bind a name to another platform.
+
+    All tokens that were issued to the name become void. Give one of --keep-keys and --new-keys.
+
+    Examples:
+      chutes-proto vm rebind vm-1 --ppid 00112233445566778899aabbccddeeff --keep-keys \\
+          --reason 'disk moved' --config server.toml
+      chutes-proto vm rebind vm-1 --ppid 00112233445566778899aabbccddeeff --new-keys --config server.toml
+
+    See also: vm list, keys history
+    """
+    one_of(keep_keys=keep_keys, new_keys=new_keys)
+    platform = Platform(instance_id=instance, ppid=ppid)
+    with operating.opened(config) as (setup, store):
+        named = operating.find_vm(store, vm)
+        store.transact(RebindVm(operating.now(), named, platform, keep_keys, setup.vault, reason))
+    how = "with its keys" if keep_keys else "its keys are retired"
+    return operating.done(f"{named.hotkey}/{named.name} is bound to {platform.pin}, {how}; its tokens are void")

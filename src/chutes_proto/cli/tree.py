@@ -1,0 +1,152 @@
+"""The tree of commands, grouped by who uses them; a command's module is imported when it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from chutes_proto import __version__
+from chutes_proto.cli import console
+from chutes_proto.cli.base import COMPLETE, Group
+from chutes_proto.cli.describe import Pairs
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
+_SECTIONS: Final[Mapping[str, Mapping[str, tuple[str, str]]]] = {
+    "Try it": {
+        "demo": ("demo", "Show a VM that boots and receives its keys, end to end on this machine"),
+        "doctor": ("doctor", "Find what a machine or a configuration lacks, and the commands that mend it"),
+    },
+    "In the VM": {
+        "agent": ("agent.command", "Attest a VM at boot, open its disks and rotate their keys"),
+    },
+    "Operate a key server": {
+        "serve": ("operator.serve", "Serve keys to VMs that prove what they are"),
+        "keys": ("operator.keys", "Show, restore, purge, rewrap and import keys"),
+        "vm": ("operator.vm", "List, bind and rebind VMs"),
+        "registrations": ("operator.registrations", "List and remove the servers that miners registered"),
+        "audit": ("operator.audit", "Show, export and purge the audit rows"),
+        "store": ("operator.store", "Make, migrate, copy and check the store of a key server"),
+        "openapi": ("operator.openapi", "Print the API as an OpenAPI document"),
+    },
+    "Run servers as a miner": {
+        "boot": ("miner.boot", "Boot against a running server, as a VM without disks"),
+        "register": ("miner.servers:register", "Register a server with its GPUs"),
+        "servers": ("miner.servers:servers", "List, show, rename and remove your servers"),
+        "attest": ("miner.servers:attest", "Attest a registered server at runtime"),
+        "status": (
+            "miner.servers:status",
+            "Show the newest runtime attestation of a server, and whether it still counts",
+        ),
+        "hotkey": ("miner.hotkey", "Inspect a hotkey's address, or check a signature"),
+    },
+    "Verify quotes": {
+        "verify": ("verifier.verify", "Verify a quote against collateral, and appraise it"),
+        "inspect": ("verifier.quotes:inspect", "Show the content of a quote without verifying it"),
+        "profile": ("verifier.quotes:profile", "Write a measurement profile from two quotes"),
+        "replay": ("verifier.replay", "Replay an event log against a quote, and find the first event that differs"),
+        "collateral": (
+            "verifier.collateral",
+            "Fetch, show and check collateral, or serve that of the simulated platform",
+        ),
+        "simulate": ("verifier.simulate", "Make a quote and collateral of a simulated platform"),
+    },
+    "This command": {
+        "completion": ("completion", "Print the completion script of a shell"),
+    },
+}
+"""By heading and name: the module under ``chutes_proto.cli``, with the attribute where it is not ``command``, and the
+first sentence of the help."""
+
+COMMANDS: Final = {name: entry for section in _SECTIONS.values() for name, entry in section.items()}
+
+
+class Root(Group):
+    """All commands."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        del ctx
+        return [*COMMANDS]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        del ctx
+        if cmd_name not in COMMANDS:
+            return None
+        path, _, attribute = COMMANDS[cmd_name][0].partition(":")
+        found: click.Command = getattr(import_module(f"chutes_proto.cli.{path}"), attribute or "command")
+        return found
+
+    def sections(self, ctx: click.Context) -> tuple[tuple[str, Pairs], ...]:
+        del ctx
+        return tuple(
+            (title, tuple((name, sentence) for name, (_, sentence) in section.items()))
+            for title, section in _SECTIONS.items()
+        )
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        if incomplete.startswith("-"):
+            return super().shell_complete(ctx, incomplete)
+        from click.shell_completion import CompletionItem
+
+        return [CompletionItem(name, help=COMMANDS[name][1]) for name in COMMANDS if name.startswith(incomplete)]
+
+
+def _version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        console.say(f"chutes-proto {__version__}")
+        ctx.exit()
+
+
+ROOT: Final = Root(
+    "chutes-proto",
+    help="""
+    Boot confidential VMs that prove with a TDX quote what they are, and serve the keys of their disks.
+
+    `chutes-proto COMMAND --help` has examples. Start with: chutes-proto demo
+    """,
+    params=[
+        click.Option(["--version"], is_flag=True, is_eager=True, expose_value=False, callback=_version, help="show it")
+    ],
+    exits={
+        0: "done, granted, accepted",
+        1: "refused",
+        2: "wrong usage, or a file that cannot be read",
+        130: "interrupted by SIGINT",
+        141: "the reader of a pipe has ended",
+        143: "ended by SIGTERM",
+    },
+)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run one command; the result is the exit code of the process."""
+    import os
+
+    if instruction := os.environ.get(COMPLETE):
+        from click.shell_completion import shell_complete
+
+        return shell_complete(ROOT, {}, "chutes-proto", COMPLETE, instruction)
+    try:
+        with ROOT.make_context("chutes-proto", [*argv]) as ctx:
+            code: Any = ROOT.invoke(ctx)
+    except click.exceptions.Exit as exc:
+        return exc.exit_code
+    except click.exceptions.NoArgsIsHelpError as exc:
+        console.tell_lines(exc.format_message())
+        return console.USAGE
+    except click.ClickException as exc:
+        console.complain(_problem(exc))
+        return console.USAGE
+    return code if isinstance(code, int) else console.GRANTED
+
+
+def _problem(exc: click.ClickException) -> str:
+    """A usage error, with the command whose help says more."""
+    message = exc.format_message().strip().rstrip(".")
+    ctx = exc.ctx if isinstance(exc, click.UsageError) else None
+    words = ctx.command_path if ctx else "chutes-proto"
+    return f"{message[:1].lower()}{message[1:]}; see {words} --help"

@@ -1,0 +1,77 @@
+"""Shared by the verifying commands: options, exit codes, and how a report is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final, cast
+
+import click
+
+from chutes_proto import quote as verifier
+from chutes_proto.cli import console, output
+from chutes_proto.cli.base import Argument, Decorator
+from chutes_proto.errors import ConfigurationError, QuoteError
+from chutes_proto.io.files import read_file
+
+_WIDTH: Final = 26
+OTHER_ROOT: Final = (
+    "is under another root than Intel's, or than that of --root, which names one to trust"
+    " (that of the simulated platform is in the root.der that `simulate` writes)"
+)
+"""The remedy where a chain ends at a root that is not trusted."""
+
+
+def exits(done: str, refused: str) -> dict[int, str]:
+    """The exit codes of a command that only reads files."""
+    return {
+        console.GRANTED: done,
+        console.REFUSED: refused,
+        console.USAGE: "wrong usage, or a file that cannot be opened",
+    }
+
+
+quote_argument: Decorator = click.argument("quote", cls=Argument, metavar="QUOTE", help="a file with the quote's bytes")
+root_option: Decorator = click.option("--root", metavar="DER", help="a root to trust instead of Intel's")
+stage_option: Decorator = click.option(
+    "--stage", type=click.Choice(("boot", "runtime")), default="boot", show_default=True, help="measurements of"
+)
+
+
+def trusted_root(path: str | None) -> verifier.TrustedRoot:
+    """The root of ``--root``, or Intel's. Raises `ConfigurationError`."""
+    if path is None:
+        return verifier.INTEL_ROOT
+    data = read_file(path)
+    try:
+        return verifier.TrustedRoot.from_der(data)
+    except QuoteError as exc:
+        raise ConfigurationError(f"--root: {path}: {exc}") from None
+
+
+def refusal(code: str, detail: str) -> dict[str, str]:
+    """One of ``refusals`` in a report."""
+    return {"code": code, "detail": detail}
+
+
+def say_verdict(report: Mapping[str, object], headline: str) -> None:
+    """The first lines of a report: a headline with its state, and each refusal."""
+    output.say(headline, "good" if report["accepted"] else "bad")
+    for one in cast("list[dict[str, str]]", report["refusals"]):
+        output.prose(f"{one['code']}: {one['detail']}")
+
+
+def say_fields(fields: Mapping[str, object]) -> None:
+    """One line each; members of a mapping are named after it, an empty list and None are a dash."""
+    for name, value in fields.items():
+        match value:
+            case dict():
+                members = cast("dict[str, object]", value)
+                say_fields({f"{name}.{member}": inner for member, inner in members.items()})
+                continue
+            case None | []:
+                text = "-"
+            case list():
+                text = ", ".join(map(str, cast("list[object]", value)))
+            case _:
+                text = str(value)
+        output.prose(f"{name:{_WIDTH}} {text}", rest=_WIDTH + 1)

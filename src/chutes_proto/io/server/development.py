@@ -1,0 +1,85 @@
+"""A key server for one run on this machine, as files like an operator's, that trusts the simulated platform.
+
+Rules kept here:
+
+* the directory is private and belongs to this run: keys, store and certificates end with it;
+* the server is the one that `serve --config` makes of the same files.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from attrs import frozen
+
+from chutes_proto.auth.client_identity import ENTROPY_SIZE
+from chutes_proto.auth.server_identity import make_server_identity
+from chutes_proto.errors import CollateralUnavailable
+from chutes_proto.io.files import make_directory, write_file
+from chutes_proto.testing._directory import measurements_toml
+
+if TYPE_CHECKING:
+    from chutes_proto.io.collateral.directory import CollateralDirectory
+    from chutes_proto.quote._collateral import VerifiedCollateral
+    from chutes_proto.quote._pck import PckIdentity
+    from chutes_proto.testing._platform import SimulatedPlatform
+
+CONFIGURATION: Final = "server.toml"
+AUTHORITY: Final = "ca.pem"
+
+_SERVER: Final = """\
+listen = "127.0.0.1:0"
+tls = { certificate = "server.pem", key = "server.key" }
+store = "sqlite:keys.db"
+kek_file = "kek"
+roots = "simulated-root.der"
+collateral = { directory = "collateral" }
+measurements = ["measurements.toml"]
+hotkeys = "*"
+limits.drain_seconds = 0
+
+[profile_defaults]
+root_passphrase = "vm"
+"""
+
+
+def write_server(directory: Path, platform: SimulatedPlatform, now: int) -> None:
+    """All files of a server that trusts ``platform`` and accepts what it measures."""
+    identity = make_server_identity(now, os.urandom(ENTROPY_SIZE))
+    write_file(directory / AUTHORITY, identity.ca_pem)
+    write_file(directory / "server.pem", identity.chain_pem)
+    write_file(directory / "server.key", identity.key_pem.reveal(), mode=0o600)
+    write_file(directory / "kek", os.urandom(32), mode=0o600)
+    write_file(directory / "simulated-root.der", platform.root_der)
+    write_file(directory / "measurements.toml", measurements_toml())
+    write_file(directory / CONFIGURATION, _SERVER.encode(), mode=0o600)  # it may come to hold a password
+    write_collateral(make_directory(directory / "collateral"), platform, now)
+
+
+def write_collateral(directory: Path, platform: SimulatedPlatform, now: int) -> None:
+    """Fresh collateral of ``platform``, in place of its older."""
+    write_file(directory / f"{platform.fmspc.hex()}.json", platform.collateral_json(now))
+
+
+@frozen
+class RenewedCollateral:
+    """Collateral from a directory; that of ``platform`` is made again there when it has expired or is missing."""
+
+    directory: CollateralDirectory
+    platform: SimulatedPlatform
+
+    def available(self, identity: PckIdentity, now: int) -> VerifiedCollateral | None:
+        """See `CollateralDirectory.available`."""
+        return self.directory.available(identity, now)
+
+    def fetch(self, identity: PckIdentity, now: int) -> VerifiedCollateral:
+        """See `CollateralDirectory.fetch`."""
+        try:
+            return self.directory.fetch(identity, now)
+        except CollateralUnavailable:
+            if identity.fmspc != self.platform.fmspc:
+                raise
+            write_collateral(self.directory.path, self.platform, now)
+            return self.directory.fetch(identity, now)

@@ -1,0 +1,150 @@
+"""Set-up of the part of a server that its operator's commands need: the store, and the KEKs of its rows.
+
+Rules kept here:
+
+* all problems are reported together, one a line, with the key and the file;
+* relative paths begin at the configuration file's directory, or at the working directory if it has no file;
+* nothing is made or changed: a check leaves no trace;
+* nothing here needs an extra, but for a store in PostgreSQL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import TypeVar
+
+from attrs import frozen
+
+from chutes_proto.errors import ConfigurationError, QuoteError, StoreError
+from chutes_proto.io.files import check_private, read_file, read_private
+from chutes_proto.io.stores.address import DurableStore, StorePlace
+from chutes_proto.keys.vault import KeyEncryptionKey, Vault
+from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
+from chutes_proto.server._config import ServerConfig
+from chutes_proto.store._run import Script, Unit
+from chutes_proto.store.rows import CountSealed
+
+T = TypeVar("T")
+
+
+@frozen
+class StoreSetup:
+    """The store of a configuration, and its key-encryption keys; ``root`` is the one that quotes must lead to."""
+
+    config: ServerConfig
+    store: StorePlace
+    vault: Vault
+    root: TrustedRoot
+
+
+def make_store_setup(config: ServerConfig) -> StoreSetup:
+    """Read the files that these parts need. Raises `ConfigurationError` with all problems, one a line."""
+    problems = Problems()
+    base = Path.cwd() if config.path is None else Path(config.path).parent
+    _ = problems.attempt("store", lambda: check_configuration(config))
+    root = problems.attempt("roots", lambda: read_root(config, base))
+    vault = read_vault(config, base, problems)
+    if root is None or vault is None or problems.found:
+        raise problems.error()
+    return StoreSetup(config, StorePlace(config.store, base, config.limits.store_connections), vault, root)
+
+
+def check_store(place: StorePlace, vault: Vault) -> str:
+    """Return a description of the store, without making or changing it.
+
+    Raises `StoreError` for one that cannot be used, or that holds keys that ``vault`` cannot open.
+    """
+    if not place.is_made():
+        return f"{place.path}: not made yet"
+    with closing(place.open()) as store:
+        _ = store.check()
+        store.check_writing()
+        return f"{store.name}: {sum(check_keys(store, vault).values())} keys"
+
+
+def check_keys(store: DurableStore, vault: Vault) -> dict[str, int]:
+    """Return how many keys are sealed under each KEK. Raises `StoreError` for a KEK that ``vault`` does not have."""
+    sealed = dict(store.transact(_CountKeys()))
+    live = {key.kek_id for key in vault.live}
+    if lost := {kek_id: count for kek_id, count in sealed.items() if kek_id not in live}:
+        counts = ", ".join(f"{count} under {kek_id}" for kek_id, count in sorted(lost.items()))
+        raise StoreError(
+            f"store {store.name}: keys are sealed under a key-encryption key (KEK) that is neither kek_file nor"
+            f" kek_previous_file ({', '.join(sorted(live))}): {counts}; name the file of that KEK"
+        )
+    return sealed
+
+
+@frozen
+class _CountKeys(Unit[tuple[tuple[str, int], ...]]):
+    """Counts the keys that are sealed under each KEK."""
+
+    def script(self) -> Script[tuple[tuple[str, int], ...]]:
+        return (yield from CountSealed())
+
+
+# --- the parts ---
+
+
+class Problems:
+    """The problems that were found so far."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    def add(self, key: str, text: str) -> None:
+        self.found.append(f"{key}: {text}")
+
+    def attempt(self, key: str, make: Callable[[], T]) -> T | None:
+        """Return the result of ``make``; add a problem and return None if it fails."""
+        try:
+            return make()
+        except (ConfigurationError, QuoteError) as exc:
+            self.add(key, str(exc))
+            return None
+
+    def error(self) -> ConfigurationError:
+        return ConfigurationError("\n".join(self.found))
+
+
+def read_root(config: ServerConfig, base: Path) -> TrustedRoot:
+    """The root of trust that ``roots`` names."""
+    if config.roots == "intel":
+        return INTEL_ROOT
+    data = read_file(base / config.roots)
+    try:
+        return TrustedRoot.from_der(data)
+    except QuoteError as exc:
+        raise ConfigurationError(f'{base / config.roots}: {exc}; say "intel", or name a DER file') from None
+
+
+def check_configuration(config: ServerConfig) -> None:
+    """Check that a configuration file that holds the database's password is not for everybody to read."""
+    if not config.store.startswith("postgresql:"):
+        return
+    from chutes_proto.io.stores.postgres import has_secret
+
+    if has_secret(config.store) and config.path is not None:
+        check_private(config.path, group_may=True)
+
+
+def read_vault(config: ServerConfig, base: Path, problems: Problems) -> Vault | None:
+    """The key-encryption keys, or None and problems more."""
+    current = problems.attempt("kek_file", lambda: _kek(base / config.kek_file))
+    previous = None
+    if config.kek_previous_file is not None:
+        previous_path = base / config.kek_previous_file
+        previous = problems.attempt("kek_previous_file", lambda: _kek(previous_path))
+    if previous is not None and previous == current:
+        problems.add("kek_previous_file", f"{base / str(config.kek_previous_file)} holds the same key as kek_file")
+    return None if current is None else Vault(current, previous)
+
+
+def _kek(path: Path) -> KeyEncryptionKey:
+    data = read_private(path)
+    try:
+        return KeyEncryptionKey.from_bytes(data)
+    except ConfigurationError as exc:
+        raise ConfigurationError(f"{path}: {exc}") from None

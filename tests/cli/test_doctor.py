@@ -1,0 +1,104 @@
+"""`doctor`: what a machine or a configuration lacks, each with the command that mends it."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chutes_proto._extras import EXTRAS
+from chutes_proto.io import machine
+from chutes_proto.io.server.development import write_server
+from chutes_proto.testing._platform import COLLATERAL_SECONDS, SimulatedPlatform
+from tests.cli.conftest import Ended
+
+Command = Callable[..., Ended]
+PLATFORM = SimulatedPlatform(bytes(32))
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    write_server(tmp_path, PLATFORM, int(time.time()))
+    return tmp_path
+
+
+def found(ended: Ended) -> dict[str, Any]:
+    """The findings of `--json`, by what was looked at."""
+    assert ended.json["ok"] == (ended.code == 0)
+    return {finding["what"]: finding for finding in ended.json["findings"]}
+
+
+def test_a_machine_for_a_verifier_lacks_nothing(command: Command) -> None:
+    ended = command("doctor", "--for", "verifier")
+    assert ended.code == 0
+    assert f"ok       Python: {sys.version_info.major}.{sys.version_info.minor}." in ended.out
+    assert "extra cli: installed" in ended.out
+    assert "clock: " in ended.out
+
+
+def test_a_missing_extra_and_program_come_with_the_command_that_installs_them(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "find_cryptsetup", lambda: None)
+    monkeypatch.setitem(EXTRAS, "hotkey", ("not_installed",))
+    ended = command("doctor", "--for", "server", "--json")
+    assert (ended.code, found(ended)["extra hotkey"]["remedy"]) == (1, "pip install 'chutes-proto[hotkey]'")
+    ended = command("doctor", "--for", "vm", "--json")
+    assert found(ended)["cryptsetup"]["remedy"] == "apt-get install cryptsetup-bin"
+    assert found(ended)["extra hotkey"]["state"] == "note"
+
+
+def test_outside_a_td_there_is_no_quote(command: Command) -> None:
+    if Path("/dev/tdx_guest").exists():
+        pytest.skip("this is a TD")
+    ended = command("doctor", "--for", "vm")
+    assert ended.code == 1
+    assert ended.out.count("run: modprobe tdx_guest") == 2
+
+
+def test_a_good_configuration_lacks_nothing(command: Command, site: Path) -> None:
+    ended = command("doctor", "--config", site / "server.toml")
+    assert ended.code == 0
+    assert "certificate: " in ended.out
+    assert "server.pem expires in " in ended.out
+    assert re.search(r"\.json expires in (29|30) days, at 2", ended.out)
+    assert "problem" not in ended.out
+
+
+def test_permissions_that_are_too_open(command: Command, site: Path) -> None:
+    (site / "kek").chmod(0o644)
+    ended = command("doctor", "--config", site / "server.toml")
+    assert ended.code == 1
+    problem, remedy = ended.out.splitlines()
+    assert problem.startswith(f"problem  kek_file: {site}/kek: ")
+    assert remedy.split() == ["run:", "chmod", "600", f"{site}/kek"]
+
+
+def test_collateral_that_has_expired(command: Command, site: Path) -> None:
+    (path,) = (site / "collateral").iterdir()
+    path.write_bytes(PLATFORM.collateral_json(int(time.time()) - COLLATERAL_SECONDS - 60))
+    ended = command("doctor", "--config", site / "server.toml")
+    assert ended.code == 1
+    assert f"problem  collateral: {path}: " in ended.out
+    fetch = f"run: chutes-proto collateral fetch --quote QUOTE --upstream URL --out {site}/collateral"
+    assert fetch in ended.out
+
+
+def test_collateral_that_soon_expires(command: Command, site: Path) -> None:
+    (path,) = (site / "collateral").iterdir()
+    path.write_bytes(PLATFORM.collateral_json(int(time.time()) - COLLATERAL_SECONDS + 3 * 86_400 + 60))
+    ended = command("doctor", "--config", site / "server.toml", "--json")
+    assert (ended.code, found(ended)["collateral"]["state"]) == (0, "note")
+    assert "expires in 3 days" in found(ended)["collateral"]["detail"]
+    fetch = f"chutes-proto collateral fetch --fmspc {PLATFORM.fmspc.hex()} --ca platform --tee TDX --upstream URL"
+    assert found(ended)["collateral"]["remedy"] == f"{fetch} --out {site}/collateral"
+
+
+@pytest.mark.parametrize("words", [("--config", "nowhere.toml"), ("--for", "x"), ("--for", "vm", "--config", "x")])
+def test_usage(command: Command, words: tuple[str, ...]) -> None:
+    assert command("doctor", *words).code == 2

@@ -1,0 +1,168 @@
+"""How results look on a terminal, in a pipe, and where a text would steer the terminal."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from chutes_proto._extras import EXTRAS
+from chutes_proto.cli import console, output
+from chutes_proto.cli.extras import extra_of
+from chutes_proto.cli.main import guarded, main
+from chutes_proto.cli.output import Cell
+from chutes_proto.io.server.development import write_server
+from chutes_proto.testing._platform import SimulatedPlatform
+from tests.cli.conftest import PROGRAM, Ended
+
+Shown = Callable[[], str]
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shown:
+    """Both streams are a terminal of 80 columns; returns what it has shown since the last time."""
+    for name, value in (("TERM", "xterm-256color"), ("COLUMNS", "80")):
+        monkeypatch.setenv(name, value)
+    for name in ("NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(type(sys.stdout), "isatty", lambda _: True)
+    return lambda: "".join(capsys.readouterr())
+
+
+ROWS = [("5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY/vm-1", Cell("refused", "bad"), "a word " * 30)]
+HEADS = ("VM", "STATE", "REASON")
+
+
+def test_a_table_fits_the_terminal_and_colours_a_state(terminal: Shown) -> None:
+    output.table(HEADS, ROWS, empty="none")
+    shown = terminal()
+    assert "\x1b[31mrefused" in shown
+    assert max(map(len, shown.replace("\x1b[31m", "").replace("\x1b[0m", "").replace("\x1b[1m", "").splitlines())) <= 80
+
+
+def test_no_colour_where_it_is_not_wanted(terminal: Shown, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    output.table(HEADS, ROWS, empty="none")
+    assert "\x1b[3" not in terminal()
+
+
+def test_a_pipe_gets_whole_values_in_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    output.table(HEADS, ROWS, empty="none")
+    heads, row = capsys.readouterr().out.splitlines()
+    assert heads.split() == list(HEADS)
+    assert row == f"{ROWS[0][0]}  refused  {ROWS[0][2]}".rstrip()
+
+
+@pytest.mark.parametrize("hostile", ["\x1b]0;owned\x07", "\x1b[2J", "[red]x[/red][link=file:///]", "\x9b2J", "\u202e"])
+def test_no_text_steers_a_terminal(terminal: Shown, hostile: str) -> None:
+    output.table(("A", "B"), [(hostile, Cell(hostile, "good"))], empty="none")
+    output.say(hostile, "warn")
+    console.complain(f"{hostile}: {hostile}; {hostile}")
+    shown = terminal()
+    for known in ("\x1b[1m", "\x1b[0m", "\x1b[32m", "\x1b[33m"):
+        shown = shown.replace(known, "")
+    assert shown.replace("\n", "").isprintable()
+    assert hostile.isprintable() == (hostile in shown)
+
+
+def test_times_and_digests_are_short_on_a_terminal(terminal: Shown) -> None:
+    now = int(time.time())
+    assert output.short("ppid:00112233445566778899aabbccddeeff") == "ppid:00112233…"
+    assert output.when(now - 7300).endswith("Z\n2 h ago")
+    assert output.when(now - 200 * 86_400).endswith("\n200 d ago")
+    assert output.age(now + 100) == "in 1 min"
+    assert terminal() == ""
+
+
+ERROR = "kek: permissions are 0644, which is too open; run chmod 600 kek"
+
+
+def test_an_error_has_a_line_for_each_part_on_a_terminal(terminal: Shown) -> None:
+    console.complain(ERROR)
+    assert terminal() == "chutes-proto: kek:\n  permissions are 0644, which is too open\n  run chmod 600 kek\n"
+
+
+def test_an_error_is_one_line_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
+    console.complain(ERROR)
+    assert capsys.readouterr().err == f"chutes-proto: {ERROR}\n"
+
+
+def test_progress_appears_after_a_second(terminal: Shown, monkeypatch: pytest.MonkeyPatch) -> None:
+    with output.progress("keys wrapped", 10) as tell:
+        tell(1)
+        assert terminal() == ""
+        monkeypatch.setattr(output, "_SHOWN_AFTER", 0.0)
+        tell(5)
+    assert "keys wrapped" in terminal()
+
+
+def test_watching_shows_it_again_until_it_is_interrupted(tmp_path: Path) -> None:
+    """On a real terminal, with a real SIGINT."""
+    controller, device = pty.openpty()
+    write_server(tmp_path, SimulatedPlatform(bytes(32)), int(time.time()))
+    configuration = str(tmp_path / "server.toml")
+    assert main(["store", "migrate", "--config", configuration]) == 0
+    watching = [*PROGRAM, "vm", "list", "--watch", "--config", configuration]
+    with subprocess.Popen(watching, stdin=device, stdout=device, stderr=device) as process:
+        os.close(device)
+        shown = b""
+        while shown.count(b"no VMs") < 2:
+            shown += os.read(controller, 4096)
+        process.send_signal(2)
+        assert process.wait(60) == 130
+    os.close(controller)
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_a_missing_extra_is_one_line(extra: str, capsys: pytest.CaptureFixture[str]) -> None:
+    module = next(one for one in EXTRAS[extra] if extra_of(one) == extra)
+
+    def run(_: object) -> int:
+        raise ModuleNotFoundError(name=f"{module}.part")
+
+    assert guarded(run, []) == 2
+    told = f"chutes-proto: this command needs the extra {extra}: pip install 'chutes-proto[{extra}]'\n"
+    assert capsys.readouterr().err == told
+
+
+def without(*modules: str) -> list[str]:
+    """The program in a Python where these modules are not installed."""
+    hide = f"""
+import sys
+class Finder:
+    def __init__(self, finder):
+        self.finder = finder
+    def find_spec(self, name, path=None, target=None):
+        return None if name.partition(".")[0] in {modules!r} else self.finder.find_spec(name, path, target)
+sys.meta_path[:] = map(Finder, sys.meta_path)
+from chutes_proto.cli.main import main
+sys.exit(main())
+"""
+    return [sys.executable, "-c", hide]
+
+
+@pytest.mark.parametrize(
+    ("words", "hidden", "told"),
+    [
+        (["--help"], ("click",), "extra cli"),
+        (["serve", "--dev"], ("trio", "anyio"), "extra asyncio"),
+        (["serve", "--dev", "--transport", "trio"], ("trio",), "extra trio"),
+    ],
+)
+def test_a_command_names_its_extra(words: list[str], hidden: tuple[str, ...], told: str) -> None:
+    done = subprocess.run([*without(*hidden), *words], capture_output=True, text=True, check=False)
+    assert (done.returncode, told in done.stderr, len(done.stderr.splitlines())) == (2, True, 1), done.stderr
+
+
+def test_the_store_needs_no_extra_but_cli(command: Callable[..., Ended], tmp_path: Path) -> None:
+    address = f"sqlite:{tmp_path}/keys.db"
+    assert command("store", "migrate", "--store", address).code == 0
+    hidden = without("httpx", "anyio", "trio", "h11", "OpenSSL", "sr25519", "psycopg", "rich")
+    done = subprocess.run([*hidden, "store", "check", "--store", address], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
