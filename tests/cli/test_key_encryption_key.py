@@ -116,7 +116,7 @@ WRONG = {
     "twice": (_copied, "kek_previous_file: "),
     "previous missing": (_previous(None), "old: cannot be read: No such file"),
     "previous short": (_previous(KEY[:16]), "old: a key-encryption key is"),
-    "the same": (lambda site: name(site, 'kek_file = "kek"\nkek_previous_file = "kek"'), "it is kek_file"),
+    "the same": (lambda site: name(site, 'kek_file = "kek"\nkek_previous_file = "kek"'), "the same file as kek_file"),
 }
 
 

@@ -149,7 +149,7 @@ def _other_database(site: Path) -> None:
         (_unreadable_kek, r"kek_file: .*/kek: .*0640.*chmod 600 .*/kek"),
         (_short_kek, r"kek_file: .*/kek: .*32 raw bytes or 64 hex digits.*31 bytes"),
         (_no_kek, r"kek_file: .*/kek: cannot be read: No such file"),
-        (_other_tls_key, r"tls: .*server\.pem.*server\.key.*not the one of the certificate"),
+        (_other_tls_key, r"tls: .*server\.pem.*server\.key.*does not match the certificate"),
         (_open_tls_key, r"tls: .*/server\.key: .*0644.*chmod 640"),
         (_garbage("server.pem"), r"tls: .*server\.pem.*not PEM"),
         (_garbage("server.key"), r"tls: .*server\.key.*not a private key"),

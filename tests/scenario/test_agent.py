@@ -321,7 +321,7 @@ def test_state_that_is_not_ours_is_not_used(site: Premises, machine: Machine) ->
     _ = state.write_text(json.dumps({**left, "server": "https://evil.example"}, separators=(",", ":")) + "\n")
     told = machine.stops(2, action="resume")
     assert "boot.json: left by a boot at a server that the settings do not name" in told
-    assert "What `agent run` left for the booted system is too old, of another boot" in told
+    assert "The key hand-off of `agent run` to the booted system is too old, of another boot" in told
 
 
 def test_state_is_not_left_on_a_disk(site: Premises, machine: Machine, tmp_path: Path) -> None:
@@ -454,7 +454,7 @@ def test_the_deadline_ends_it(machine: Machine) -> None:
     assert time.monotonic() - begun < 60
     assert "at step nonce" in told
     assert "Connection refused" in told
-    assert "No server that this agent trusts answered in all the time there was" in told
+    assert "No server that this agent trusts answered before the deadline" in told
 
 
 def test_the_deadline_ends_a_quote(site: Premises, machine: Machine) -> None:
