@@ -6,6 +6,7 @@ SITE is the directory of the servers' configuration, DATABASE a URL without host
 whether it can write. Each line on standard input is a command, each answer one line of JSON:
 
 * ``check``: what the store lacks of all that was answered until now;
+* ``settle``: the time, once each VM is up by a boot that began after the command;
 * ``report BEGIN END``: figures of a time, on the clock of `time.monotonic`;
 * ``end``: the fleet stops, each VM boots until its disks open, and everything is checked once more.
 
@@ -51,6 +52,7 @@ from chutes_proto_trio import BootAgent
 from tests.cli.conftest import HOTKEY
 from tests.cluster.nodes import NODES, address
 from tests.store.test_processes import nothing_is_half_done
+from tests.waiting import async_wait_until
 
 PLATFORM = SimulatedPlatform(bytes(32))
 ROTATING = PLATFORM.having("mrtd")
@@ -62,6 +64,7 @@ REPLACED = 0.1
 """How often a VM of the base exchange finds blank disks; a deployed client then asks for new keys."""
 ATTEMPTS, BETWEEN_SECONDS, REQUEST_SECONDS = 3, 2.0, 30.0
 """The schedule of image 1.4.0."""
+SETTLING_SECONDS = 300.0
 OPENS_WITHIN = 3
 """After so many boots the disk of a rotating VM has opened: superseded and new key are offered alternately."""
 
@@ -100,6 +103,8 @@ class Vm:
     disks: dict[str, set[bytes]]
     root: bytes | None = None
     unopened: int = 0
+    up_since: float = 0.0
+    """When the last boot that brought it up began."""
 
 
 @define
@@ -140,17 +145,24 @@ class Fleet:
 
     async def boot(self, vm: Vm) -> bool:
         """Boot once. Returns whether the VM is up."""
-        began = time.monotonic()
+        began, fault = time.monotonic(), ""
         try:
             await self.ways()[vm.kind](vm)
-            fault = ""
         except ChutesError as exc:
             fault = f"{type(exc).__name__}: {getattr(exc, 'code', '')} {exc}"
         except GaveUpError as exc:
             fault = str(exc)
+        else:
+            vm.up_since = began
         now = time.monotonic()
         self.boots.append(Boot(now, vm.kind, now - began, fault))
         return not fault
+
+    async def settled(self) -> float:
+        """Return the time once no boot is left that met a fault, and each VM is up."""
+        asked = time.monotonic()
+        await async_wait_until(lambda: all(vm.up_since > asked for vm in self.vms), SETTLING_SECONDS)
+        return time.monotonic()
 
     # --- our agent ---
 
@@ -441,6 +453,8 @@ async def main(*arguments: str) -> None:
             match line.split():
                 case ["check"]:
                     tell(await trio.to_thread.run_sync(fleet.missing))
+                case ["settle"]:
+                    tell(await fleet.settled())
                 case ["report", begin, end]:
                     tell(report(fleet, probe, float(begin), float(end)))
                 case _:
