@@ -10,6 +10,7 @@ import grp
 import json
 import os
 import pwd
+import re
 import shutil
 import signal
 import subprocess
@@ -43,7 +44,7 @@ class Nodes:
     programs: Path
     edits: dict[str, str] = field(factory=dict[str, str])
     folder: Path = field(init=False)
-    name: str = field(factory=lambda: f"cp{os.getpid()}")
+    name: str = field(factory=lambda: f"chutes-{os.getpid()}")
     _patroni: dict[str, subprocess.Popen[bytes]] = field(factory=dict[str, "subprocess.Popen[bytes]"])
     _spawned: list[subprocess.Popen[bytes]] = field(factory=list["subprocess.Popen[bytes]"])
     _ends: ExitStack = field(factory=ExitStack)
@@ -56,6 +57,7 @@ class Nodes:
             self._ends.callback(shutil.rmtree, self.folder)
             self._ends.callback(lambda: [process.wait(60) for process in self._spawned])
             self._give(self.folder)
+            self._remove_leftovers()
             self._make_network()
             for node in NODES:
                 self._start_etcd(node)
@@ -191,10 +193,16 @@ class Nodes:
 
     # --- set-up ---
 
+    def _remove_leftovers(self) -> None:
+        """Remove the namespaces of runs that were killed, and what still runs there."""
+        for line in _run("ip", "netns", "list").splitlines():
+            if (named := re.match(r"chutes-([0-9]+)-\w+", line)) and not Path(f"/proc/{named[1]}").exists():
+                _remove(named[0])
+
     def _make_network(self) -> None:
         for place in ("apps", *NODES):
             _run("ip", "netns", "add", self.namespace(place))
-            self._ends.callback(self._remove, place)
+            self._ends.callback(_remove, self.namespace(place))
             self.within(place, "ip", "link", "set", "lo", "up")
         self.within("apps", "ip", "link", "add", "bridge", "type", "bridge")
         self.within("apps", "ip", "address", "add", "10.0.0.1/24", "dev", "bridge")
@@ -205,21 +213,6 @@ class Nodes:
             self.within("apps", "ip", "link", "set", node, "master", "bridge", "up")
             self.within(node, "ip", "address", "add", f"{address(node)}/24", "dev", "eth0")
             self.within(node, "ip", "link", "set", "eth0", "up")
-
-    def _remove(self, place: str) -> None:
-        """End all that runs in a namespace of ours, and it."""
-
-        def all_ended() -> bool:
-            running = _run("ip", "netns", "pids", self.namespace(place)).split()
-            for process in running:
-                try:
-                    os.kill(int(process), signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
-            return not running
-
-        wait_until(all_ended)
-        _run("ip", "netns", "delete", self.namespace(place))
 
     def _start_etcd(self, node: str) -> None:
         lines = (EXAMPLE / "etcd.conf").read_text().splitlines()
@@ -270,6 +263,22 @@ class Nodes:
 
     def _give(self, path: Path) -> None:
         os.chown(path, pwd.getpwnam("postgres").pw_uid, grp.getgrnam("postgres").gr_gid)
+
+
+def _remove(namespace: str) -> None:
+    """End all that runs in a namespace of ours, and it."""
+
+    def all_ended() -> bool:
+        running = _run("ip", "netns", "pids", namespace).split()
+        for process in running:
+            try:
+                os.kill(int(process), signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        return not running
+
+    wait_until(all_ended)
+    _run("ip", "netns", "delete", namespace)
 
 
 def _run(*command: str) -> str:

@@ -61,7 +61,7 @@ def _missing() -> str:
         )
     if programs() is None:
         return "no PostgreSQL is installed"
-    probe = f"cp{os.getpid()}-probe"
+    probe = f"chutes-{os.getpid()}-probe"
     if subprocess.run(["ip", "netns", "add", probe], capture_output=True, check=False).returncode:
         return "this machine does not allow network namespaces"
     subprocess.run(["ip", "netns", "delete", probe], check=True)
