@@ -32,18 +32,20 @@ from chutes_proto.cli.development import write_server
 from chutes_proto.quote import parse_quote
 from chutes_proto.quote._layout import TdReport10
 from tests.cluster.load import PLATFORM, ROTATING
-from tests.cluster.nodes import PASSWORD, PROGRAMS, Nodes
+from tests.cluster.nodes import NODES, PASSWORD, PROGRAMS, Nodes
 from tests.conftest import CI, SOAK
 from tests.postgres import programs
 from tests.waiting import wait_until
 
-FAULTS = int(os.environ.get("CHUTES_PROTO_CLUSTER_FAULTS", "30" if SOAK else "3"))
+FAULTS = int(os.environ.get("CHUTES_PROTO_CLUSTER_FAULTS", "30" if SOAK else "4"))
 IN_FRONT = min(FAULTS, 6)
 """How many faults there are with a proxy or a pooler in front."""
 SEED = int(os.environ.get("CHUTES_PROTO_CLUSTER_SEED", "0")) or random.SystemRandom().randrange(1, 10**6)
-KINDS = ("kill", "pause", "partition")
+KINDS = ("kill", "pause", "partition", "behind")
 LASTS_SECONDS = (5.0, 45.0)
 """A fault lasts from less than Patroni's ttl, so that the old primary goes on, to more."""
+BEHIND_SECONDS = 6.0
+"""The standbys are cut off for this time before the primary is killed: less than Patroni's retry_timeout."""
 LATEST_ANSWER_SECONDS = 30.0
 """Deployed clients wait no longer."""
 
@@ -117,7 +119,7 @@ class Siege:
         lasts = self.chance.uniform(*LASTS_SECONDS)
         old = self.nodes.primary()
         began = time.monotonic()
-        undo = {"kill": self._kill, "pause": self._pause, "partition": self._cut}[kind](old)
+        undo = {"kill": self._kill, "pause": self._pause, "partition": self._cut, "behind": self._behind}[kind](old)
         try:
             time.sleep(max(0.0, began + lasts - time.monotonic()))
         finally:
@@ -134,6 +136,18 @@ class Siege:
     def _kill(self, node: str) -> Callable[[], None]:
         self.nodes.kill(node)
         return lambda: self.nodes.start(node)
+
+    def _behind(self, node: str) -> Callable[[], None]:
+        """Kill the primary while both standbys lack what it did last; without synchronous replication keys are lost."""
+        standbys = [other for other in NODES if other != node]
+        try:
+            for standby in standbys:
+                self.nodes.link(standby, "down")
+            time.sleep(BEHIND_SECONDS)
+            return self._kill(node)
+        finally:
+            for standby in standbys:
+                self.nodes.link(standby, "up")
 
     def _pause(self, node: str) -> Callable[[], None]:
         self.nodes.signal(node, signal.SIGSTOP)
