@@ -46,6 +46,7 @@ LASTS_SECONDS = (5.0, 45.0)
 """A fault lasts from less than Patroni's ttl, so that the old primary goes on, to more."""
 BEHIND_SECONDS = 6.0
 """The standbys are cut off for this time before the primary is killed: less than Patroni's retry_timeout."""
+FAIL_OVER_SECONDS = 180.0
 LATEST_ANSWER_SECONDS = 30.0
 """Deployed clients wait no longer."""
 
@@ -144,10 +145,12 @@ class Siege:
             for standby in standbys:
                 self.nodes.link(standby, "down")
             time.sleep(BEHIND_SECONDS)
-            return self._kill(node)
+            start = self._kill(node)
         finally:
             for standby in standbys:
                 self.nodes.link(standby, "up")
+        wait_until(lambda: self.nodes.primary() not in ("", node), FAIL_OVER_SECONDS)
+        return start
 
     def _pause(self, node: str) -> Callable[[], None]:
         self.nodes.signal(node, signal.SIGSTOP)
