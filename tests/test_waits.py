@@ -14,6 +14,11 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parent
 
 SLEEPS = {
+    "cluster/load.py:Fleet.deployed_boot": "the schedule of a deployed client",
+    "cluster/load.py:Fleet.live": "how often a VM boots",
+    "cluster/load.py:Probe._commit_on": "how often each node is asked",
+    "cluster/test_patroni.py:Siege._behind": "for how long the standbys are cut off",
+    "cluster/test_patroni.py:Siege.befall": "for how long a fault lasts",
     "collateral/network.py:slow": "a service that is slow on purpose",
     "slow_peer.py:drip": "a peer that is slow on purpose",
     "store/test_suite.py:LastWriterWins.transact": "a store whose transactions overlap: that is its fault",
@@ -23,6 +28,7 @@ SLEEPS = {
     "waiting.py:wait_until": "the pause between two looks at what is waited for",
 }
 RUNS = {
+    "cluster/load.py:": "a program in a network namespace",
     "loops.py:on_loop": "for what is on a loop or without any, under one text",
     "server/test_embedding.py:_served": "`serve` as a program runs it",
     "server/test_embedding.py:_served_on_asyncio": "`serve` as a program runs it",
