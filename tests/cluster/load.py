@@ -401,7 +401,7 @@ class Probe:
         while True:
             try:
                 with _Connection.connect(url, autocommit=True) as connection:
-                    connection.patience = 2.0
+                    connection.answer_seconds = 2.0
                     while True:
                         _ = connection.execute("INSERT INTO probe.probe DEFAULT VALUES")
                         self.commits.append(time.monotonic())
