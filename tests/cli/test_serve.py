@@ -314,7 +314,7 @@ def test_one_name_in_two_files_is_an_error(command: Command, site: Path) -> None
 def test_the_configuration_in_the_help_is_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "--help"]) == 0
     said = capsys.readouterr().out
-    assert "README.md of the package chutes_proto.server" in " ".join(said.split())
+    assert "docs/reference/configuration.md" in " ".join(said.split())
     text = said.partition("server.toml:\n")[2].partition("measurements.toml (")[0]
     config = ServerConfig.from_toml(textwrap.dedent(text).encode())
     assert config.measurements == ("measurements.toml",)

@@ -286,8 +286,8 @@ def test_an_answer_in_pieces(tmp_path: Path) -> None:
         (b"", "closed the connection after 0 of 4 bytes"),
         (qgs_answer(QUOTE)[:3], "closed the connection after 3 of 4 bytes"),
         (qgs_answer(QUOTE)[:1000], "closed the connection after 996 of"),
-        (b"\xff" * 100, "an answer of 4294967295 bytes is none"),
-        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "an answer of 1213486160 bytes is none"),
+        (b"\xff" * 100, "an answer of 4294967295 bytes does not come"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "an answer of 1213486160 bytes does not come"),
         (qgs_answer(b"", error=0x12001), "it made no quote: error 0x12001, unexpected error; its own log says more"),
     ],
 )
