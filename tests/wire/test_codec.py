@@ -81,7 +81,7 @@ requests = st.one_of(
         confirm_nonce=st.none() | HEADERS,
         volumes=st.dictionaries(NAMES, st.builds(vms.VolumeConfirmation, rotated=st.booleans()), max_size=3),
     ),
-    st.just(public.ApiDescriptionRequest()),
+    st.just(public.PublicRequest()),
 )
 
 

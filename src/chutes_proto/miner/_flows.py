@@ -149,7 +149,7 @@ def register_server(
 
 def list_servers(miner: Miner) -> Flow[tuple[Server, ...]]:
     """List the miner's servers, newest first."""
-    request = miners.ListServersRequest()
+    request = miners.SignedRequest()
     answer = yield from _repeat(miner, miners.LIST_SERVERS, request, miners.ServerListAnswer)
     return tuple(_server(server, server.server_id) for server in answer.servers)
 
@@ -163,7 +163,7 @@ def rename_server(miner: Miner, server_id: str, name: str) -> Flow[Server]:
 
 def read_server(miner: Miner, server_id: str) -> Flow[Server]:
     """Read one server."""
-    request = miners.ServerDetailsRequest(server_id=_name(server_id))
+    request = miners.ServerRequest(server_id=_name(server_id))
     return _server((yield from _repeat(miner, miners.SERVER_DETAILS, request, miners.ServerAnswer)), server_id)
 
 
@@ -191,7 +191,7 @@ def attest_server(miner: Miner, server_id: str, spki_sha256: bytes) -> Flow[Runt
 
     The connections must present that key's certificate. Raises `QuoteUnavailable`, too.
     """
-    nonce_request = miners.RuntimeNonceRequest(server_id=_name(server_id))
+    nonce_request = miners.ServerRequest(server_id=_name(server_id))
 
     def attempt(_: bool) -> Flow[RuntimeAttestation]:
         given = yield from _ask(miner, miners.RUNTIME_NONCE, nonce_request, NonceAnswer)
@@ -207,7 +207,7 @@ def attest_server(miner: Miner, server_id: str, spki_sha256: bytes) -> Flow[Runt
 
 def read_status(miner: Miner, server_id: str) -> Flow[AttestationStatus]:
     """Read the newest verdict on a runtime quote of a server, and whether it still counts."""
-    request = miners.AttestationStatusRequest(server_id=_name(server_id))
+    request = miners.ServerRequest(server_id=_name(server_id))
     answer = yield from _repeat(miner, miners.ATTESTATION_STATUS, request, miners.AttestationStatusAnswer)
     verdict: RuntimeVerdict | None = None
     if (last := answer.last_attestation) is not None:
@@ -232,7 +232,7 @@ def _time(text: str) -> datetime:
 
 def _is_registered(miner: Miner, message: miners.RegisterServerRequest, began: int) -> Flow[bool]:
     """Whether the miner has this server, registered since ``began`` as far as the two clocks may differ."""
-    request = miners.ServerDetailsRequest(server_id=message.id)
+    request = miners.ServerRequest(server_id=message.id)
     try:
         found = yield from _ask(miner, miners.SERVER_DETAILS, request, miners.ServerAnswer)
     except Refused:

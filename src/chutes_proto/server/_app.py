@@ -42,7 +42,7 @@ from chutes_proto.wire.codec import decode_request, encode_answer
 from chutes_proto.wire.codes import Code
 from chutes_proto.wire.endpoint import Endpoint, Message
 from chutes_proto.wire.http import HttpRequest, HttpResponse, MalformedRequest
-from chutes_proto.wire.public import ApiDescriptionAnswer, ApiDescriptionRequest
+from chutes_proto.wire.public import ApiDescriptionAnswer, PublicRequest
 
 _HOST = re.compile(r"[A-Za-z0-9.\-]+(?::[0-9]+)?|\[[0-9A-Fa-f:.]+\](?::[0-9]+)?")
 _DRAINED = (vms.BOOT_NONCE, vms.BOOT_ATTESTATION)
@@ -51,7 +51,7 @@ _GRANTS = (vms.BOOT_ATTESTATION, vms.VOLUME_ATTESTATION)
 _ATTESTATIONS = (vms.BOOT_ATTESTATION, miners.RUNTIME_ATTESTATION)
 
 
-def describe_api(service: Service, call: Call[ApiDescriptionRequest]) -> Flow[ApiDescriptionAnswer]:
+def describe_api(service: Service, call: Call[PublicRequest]) -> Flow[ApiDescriptionAnswer]:
     """Operation 16: publish the API description."""
     yield from ()
     return ApiDescriptionAnswer(document=_document())

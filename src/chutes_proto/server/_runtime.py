@@ -28,7 +28,7 @@ from chutes_proto.wire.endpoint import NonceAnswer
 from chutes_proto.wire.times import timestamp
 
 
-def issue_runtime_nonce(service: Service, call: SignedCall[miners.RuntimeNonceRequest]) -> Flow[NonceAnswer]:
+def issue_runtime_nonce(service: Service, call: SignedCall[miners.ServerRequest]) -> Flow[NonceAnswer]:
     """Operation 10: issue a nonce for a runtime quote of the caller's server."""
     hotkey, address = call.caller.address, call.request.peer_address
     server, _ = yield from Transact(ReadOwnServer(hotkey, call.message.server_id))
@@ -70,9 +70,7 @@ def attest_runtime(
     )
 
 
-def read_status(
-    service: Service, call: SignedCall[miners.AttestationStatusRequest]
-) -> Flow[miners.AttestationStatusAnswer]:
+def read_status(service: Service, call: SignedCall[miners.ServerRequest]) -> Flow[miners.AttestationStatusAnswer]:
     """Operation 12: report the newest verdict on the caller's server."""
     server, last = yield from Transact(ReadOwnServer(call.caller.address, call.message.server_id))
     age = None if last is None else max(0, call.now - last.created_at)

@@ -20,7 +20,7 @@ from chutes_proto.store.rows import GpuRow, ServerRow
 from chutes_proto.units.servers import ListServers, ReadOwnServer, RegisterServer, RemoveServer, RenameServer
 from chutes_proto.wire import miners
 from chutes_proto.wire.codes import Code
-from chutes_proto.wire.public import EncodedMeasurements, MeasurementsRequest
+from chutes_proto.wire.public import EncodedMeasurements, PublicRequest
 from chutes_proto.wire.times import timestamp
 
 _SHADOWED: Final = frozenset({"nonce", "boot"})
@@ -60,7 +60,7 @@ def register_server(service: Service, call: SignedCall[miners.RegisterServerRequ
     return miners.MessageAnswer(message="Server registered successfully.")
 
 
-def list_servers(service: Service, call: SignedCall[miners.ListServersRequest]) -> Flow[miners.ServerListAnswer]:
+def list_servers(service: Service, call: SignedCall[miners.SignedRequest]) -> Flow[miners.ServerListAnswer]:
     """Operation 6: list the caller's servers."""
     rows = yield from Transact(ListServers(call.caller.address))
     return miners.ServerListAnswer(servers=tuple(_described(row) for row in rows))
@@ -84,7 +84,7 @@ def rename_server(service: Service, call: SignedCall[miners.RenameServerRequest]
     )
 
 
-def read_server(service: Service, call: SignedCall[miners.ServerDetailsRequest]) -> Flow[miners.ServerAnswer]:
+def read_server(service: Service, call: SignedCall[miners.ServerRequest]) -> Flow[miners.ServerAnswer]:
     """Operation 8: describe the caller's server."""
     server, _ = yield from Transact(ReadOwnServer(call.caller.address, call.message.server_id))
     return _described(server)
@@ -99,7 +99,7 @@ def remove_server(service: Service, call: SignedCall[miners.RemoveServerRequest]
     return miners.RemovedServerAnswer(name=server.name, message="Server removed successfully")
 
 
-def publish_measurements(service: Service, call: Call[MeasurementsRequest]) -> Flow[EncodedMeasurements]:
+def publish_measurements(service: Service, call: Call[PublicRequest]) -> Flow[EncodedMeasurements]:
     """Operation 15: publish the reference values."""
     yield from ()
     return service.published

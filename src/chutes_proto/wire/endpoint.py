@@ -83,19 +83,26 @@ def the_bytes(kind: type[Any]) -> str | None:
 
 @frozen
 class Endpoint:
-    """One operation: its path, request, answer, and the codes of its refusals."""
+    """One operation: its method and path (``target``), request, answer, and the codes of its refusals."""
 
     number: int
     operation: str
-    method: str
-    path: str
+    target: str
     request: type[Message]
     answer: type[Message]
-    authentication: str
     summary: str
     codes: tuple[Code, ...] = ()
+    authentication: str = "none"
     status: int = 200
     signed: Coverage | None = None
+
+    @property
+    def method(self) -> str:
+        return self.target.partition(" ")[0]
+
+    @property
+    def path(self) -> str:
+        return self.target.partition(" ")[2]
 
     @property
     def parameters(self) -> tuple[str, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from attrs import frozen
 
 from chutes_proto.wire.codes import Code
@@ -13,12 +15,22 @@ from chutes_proto.wire.names import Name
 
 @frozen
 class SignedRequest:
-    """The headers of every request of a hotkey: its signature (``docs/reference/wire.md``, section 8)."""
+    """The headers of every request of a hotkey, and all of operation 6: its signature.
+
+    ``docs/reference/wire.md`` describes it in section 8.
+    """
 
     hotkey: str | None = header("X-Chutes-Hotkey", "SS58 address of the caller's hotkey")
     signature: str | None = header("X-Chutes-Signature", "hex of the sr25519 signature, without 0x")
     nonce: str | None = header("X-Chutes-Nonce", "unix seconds; of a runtime attestation the server's nonce")
     authorization: str | None = header("Authorization", "ignored")
+
+
+@frozen
+class ServerRequest(SignedRequest):
+    """Operations 8, 10 and 12: of one server."""
+
+    server_id: Name = path("Server ID")
 
 
 @frozen
@@ -60,11 +72,6 @@ class MessageAnswer:
 
 
 @frozen
-class ListServersRequest(SignedRequest):
-    """Operation 6."""
-
-
-@frozen
 class ServerAnswer:
     """One server; times are RFC 3339 in UTC."""
 
@@ -85,10 +92,9 @@ class ServerListAnswer:
 
 
 @frozen
-class RenameServerRequest(SignedRequest):
+class RenameServerRequest(ServerRequest):
     """Operation 7."""
 
-    server_id: Name = path("Server ID")
     server_name: Name | None = query("New VM name to set", required=True)
 
 
@@ -100,13 +106,6 @@ class RenamedServerAnswer:
     ip: str = body("the host that it was registered with")
     created_at: str = body("when it was registered")
     updated_at: str | None = body("when it was renamed last")
-
-
-@frozen
-class ServerDetailsRequest(SignedRequest):
-    """Operation 8."""
-
-    server_id: Name = path("Server ID")
 
 
 @frozen
@@ -125,17 +124,9 @@ class RemovedServerAnswer:
 
 
 @frozen
-class RuntimeNonceRequest(SignedRequest):
-    """Operation 10."""
-
-    server_id: Name = path("Server ID")
-
-
-@frozen
-class RuntimeAttestationRequest(SignedRequest):
+class RuntimeAttestationRequest(ServerRequest):
     """Operation 11. ``X-Chutes-Nonce`` is the nonce that operation 10 gave; the quote's report data begins with it."""
 
-    server_id: Name = path("Server ID")
     quote: str = body("Base64 encoded TDX quote")
 
 
@@ -149,13 +140,6 @@ class RuntimeAttestationAnswer:
     attestation_id: str = body("names the record; the request id in the server's log")
     verified_at: str = body("RFC 3339 in UTC")
     status: str = body("verified")
-
-
-@frozen
-class AttestationStatusRequest(SignedRequest):
-    """Operation 12."""
-
-    server_id: Name = path("Server ID")
 
 
 @frozen
@@ -185,16 +169,16 @@ class AttestationStatusAnswer:
 
 _SIGNATURE_CODES = (Code.SIGNATURE_INVALID, Code.SIGNATURE_STALE, Code.HOTKEY_UNKNOWN)
 _OWN_SERVER_CODES = (*_SIGNATURE_CODES, Code.SERVER_NOT_FOUND, Code.STORE_UNAVAILABLE)
-_TEE = "hotkey signature, purpose tee"
+_of_hotkey = partial(
+    Endpoint, codes=_OWN_SERVER_CODES, authentication="hotkey signature, purpose tee", signed="purpose"
+)
 
 REGISTER_SERVER = Endpoint(
     5,
     "register_server",
-    "POST",
-    "/servers/",
+    "POST /servers/",
     RegisterServerRequest,
     MessageAnswer,
-    "hotkey signature over the body",
     "Register a server with its GPUs",
     (
         *_SIGNATURE_CODES,
@@ -211,95 +195,68 @@ REGISTER_SERVER = Endpoint(
     ),
     status=201,
     signed="body",
+    authentication="hotkey signature over the body",
 )
 
-LIST_SERVERS = Endpoint(
+LIST_SERVERS = _of_hotkey(
     6,
     "list_servers",
-    "GET",
-    "/servers/",
-    ListServersRequest,
+    "GET /servers/",
+    SignedRequest,
     ServerListAnswer,
-    _TEE,
     "The caller's servers, newest first",
-    (*_SIGNATURE_CODES, Code.STORE_UNAVAILABLE),
-    signed="purpose",
+    codes=(*_SIGNATURE_CODES, Code.STORE_UNAVAILABLE),
 )
 
-RENAME_SERVER = Endpoint(
+RENAME_SERVER = _of_hotkey(
     7,
     "rename_server",
-    "PATCH",
-    "/servers/{server_id}",
+    "PATCH /servers/{server_id}",
     RenameServerRequest,
     RenamedServerAnswer,
-    _TEE,
     "Give a server another name; the keys of its VM are not touched",
-    (*_OWN_SERVER_CODES, Code.NAME_TAKEN),
-    signed="purpose",
+    codes=(*_OWN_SERVER_CODES, Code.NAME_TAKEN),
 )
 
-SERVER_DETAILS = Endpoint(
-    8,
-    "get_server",
-    "GET",
-    "/servers/{server_id}",
-    ServerDetailsRequest,
-    ServerAnswer,
-    _TEE,
-    "One of the caller's servers",
-    _OWN_SERVER_CODES,
-    signed="purpose",
+SERVER_DETAILS = _of_hotkey(
+    8, "get_server", "GET /servers/{server_id}", ServerRequest, ServerAnswer, "One of the caller's servers"
 )
 
-REMOVE_SERVER = Endpoint(
+REMOVE_SERVER = _of_hotkey(
     9,
     "remove_server",
-    "DELETE",
-    "/servers/{server_name_or_id}",
+    "DELETE /servers/{server_name_or_id}",
     RemoveServerRequest,
     RemovedServerAnswer,
-    _TEE,
     "Remove a server; the keys of its VM are kept",
-    _OWN_SERVER_CODES,
-    signed="purpose",
 )
 
-RUNTIME_NONCE = Endpoint(
+RUNTIME_NONCE = _of_hotkey(
     10,
     "get_runtime_nonce",
-    "GET",
-    "/servers/{server_id}/nonce",
-    RuntimeNonceRequest,
+    "GET /servers/{server_id}/nonce",
+    ServerRequest,
     NonceAnswer,
-    _TEE,
     "A nonce for a runtime attestation of this server",
-    _OWN_SERVER_CODES,
-    signed="purpose",
 )
 
 RUNTIME_ATTESTATION = Endpoint(
     11,
     "verify_runtime_attestation",
-    "POST",
-    "/servers/{server_id}/attestation",
+    "POST /servers/{server_id}/attestation",
     RuntimeAttestationRequest,
     RuntimeAttestationAnswer,
-    "hotkey signature over the server's nonce, quote, client certificate",
     "Verify a runtime quote: an approved TD on the server's platform holds this TLS key, the booted one or another",
     (*QUOTE_CODES, *_OWN_SERVER_CODES),
     signed="nonce",
+    authentication="hotkey signature over the server's nonce, quote, client certificate",
 )
 
-ATTESTATION_STATUS = Endpoint(
+ATTESTATION_STATUS = _of_hotkey(
     12,
     "get_attestation_status",
-    "GET",
-    "/servers/{server_id}/attestation/status",
-    AttestationStatusRequest,
+    "GET /servers/{server_id}/attestation/status",
+    ServerRequest,
     AttestationStatusAnswer,
-    _TEE,
     "The newest runtime verdict and its age",
-    _OWN_SERVER_CODES,
-    signed="purpose",
 )

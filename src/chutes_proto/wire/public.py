@@ -10,8 +10,8 @@ from chutes_proto.wire.endpoint import Endpoint, body
 
 
 @frozen
-class MeasurementsRequest:
-    """Operation 15."""
+class PublicRequest:
+    """Operations 15 and 16."""
 
 
 @frozen
@@ -57,11 +57,6 @@ class EncodedMeasurements:
 
 
 @frozen
-class ApiDescriptionRequest:
-    """Operation 16."""
-
-
-@frozen
 class ApiDescriptionAnswer:
     """The OpenAPI document, already encoded."""
 
@@ -75,21 +70,17 @@ class ApiDescriptionAnswer:
 MEASUREMENTS = Endpoint(
     15,
     "get_measurements",
-    "GET",
-    "/servers/tee/measurements",
-    MeasurementsRequest,
+    "GET /servers/tee/measurements",
+    PublicRequest,
     MeasurementsAnswer,
-    "none",
     "The accepted measurement profiles",
 )
 
 API_DESCRIPTION = Endpoint(
     16,
     "get_api_description",
-    "GET",
-    "/openapi.json",
-    ApiDescriptionRequest,
+    "GET /openapi.json",
+    PublicRequest,
     ApiDescriptionAnswer,
-    "none",
     "This API as an OpenAPI 3.1 document",
 )

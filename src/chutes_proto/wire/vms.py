@@ -169,11 +169,9 @@ _TOKEN_CODES = (
 BOOT_NONCE = Endpoint(
     1,
     "get_boot_nonce",
-    "GET",
-    "/servers/nonce",
+    "GET /servers/nonce",
     BootNonceRequest,
     NonceAnswer,
-    "none",
     "A nonce for a boot attestation",
     (Code.DRAINING,),
 )
@@ -181,59 +179,54 @@ BOOT_NONCE = Endpoint(
 BOOT_ATTESTATION = Endpoint(
     2,
     "verify_boot_attestation",
-    "POST",
-    "/servers/boot/attestation",
+    "POST /servers/boot/attestation",
     BootAttestationRequest,
     BootAttestationAnswer,
-    "quote, client certificate, nonce",
     "Verify a boot quote and release the root passphrase",
     (*QUOTE_CODES, Code.HOTKEY_REJECTED, Code.SIGNATURE_INVALID, Code.EXCHANGE_DOWNGRADE, *STORE_CODES, Code.DRAINING),
+    authentication="quote, client certificate, nonce",
 )
 
 CACHE_PASSPHRASE = Endpoint(
     3,
     "get_cache_passphrase",
-    "GET",
-    "/servers/{vm_name}/luks",
+    "GET /servers/{vm_name}/luks",
     CachePassphraseRequest,
     CachePassphraseAnswer,
-    "boot token",
     "The passphrase of the first volume (older images)",
     (*_TOKEN_CODES, Code.KEY_NOT_FOUND, *STORE_CODES),
+    authentication="boot token",
 )
 
 VOLUME_SYNC = Endpoint(
     4,
     "sync_volumes",
-    "POST",
-    "/servers/{vm_name}/luks",
+    "POST /servers/{vm_name}/luks",
     VolumeSyncRequest,
     VolumeSyncAnswer,
-    "boot token (redeemed)",
     "The passphrases of the VM's volumes, made where there are none",
     (*_TOKEN_CODES, Code.VOLUMES_REQUIRED, Code.VOLUME_UNKNOWN, Code.REKEY_NOT_SUBSET, *STORE_CODES),
+    authentication="boot token (redeemed)",
 )
 
 VOLUME_ATTESTATION = Endpoint(
     13,
     "attest_volumes",
-    "POST",
-    "/servers/{vm_name}/luks/attest",
+    "POST /servers/{vm_name}/luks/attest",
     VolumeAttestationRequest,
     VolumeAttestationAnswer,
-    "quote, client certificate, quote nonce (consumed)",
     "The current and the next key of each volume, for a quote of the booted VM",
     (*QUOTE_CODES, Code.QUOTE_NONCE_INVALID, Code.VOLUMES_REQUIRED, Code.VOLUME_UNKNOWN, *STORE_CODES),
+    authentication="quote, client certificate, quote nonce (consumed)",
 )
 
 VOLUME_CONFIRMATION = Endpoint(
     14,
     "confirm_volumes",
-    "POST",
-    "/servers/{vm_name}/luks/confirm",
+    "POST /servers/{vm_name}/luks/confirm",
     VolumeConfirmationRequest,
     VolumeConfirmationAnswer,
-    "confirm nonce",
     "The volumes were opened; the next keys become active where they were added",
     (Code.CONFIRM_NONCE_INVALID, Code.VOLUMES_REQUIRED, Code.VOLUME_UNKNOWN, Code.ROTATION_SUPERSEDED, *STORE_CODES),
+    authentication="confirm nonce",
 )
