@@ -9,8 +9,8 @@ import pytest
 from attrs import evolve
 
 from chutes_proto.boot._advice import BY_CODE, advise
-from chutes_proto.boot._agent import Booted, foresee, resume_agent, run_agent
-from chutes_proto.boot._disks import OpenVolume
+from chutes_proto.boot._agent import Booted, resume_agent, run_agent
+from chutes_proto.boot._disks import OpenVolume, foresee
 from chutes_proto.boot._flows import BootGrant
 from chutes_proto.effects import ActOnDisk, Flow, InspectDisk, Log, MakeQuote, NextServer, Send, Sleep, Uptime
 from chutes_proto.errors import (

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from chutes_proto.boot._disks import Forecast, OpenVolume, Unlocked, forecast, unlock, unlock_root
+from chutes_proto.boot._disks import Forecast, OpenVolume, Unlocked, foresee, unlock, unlock_root
 from chutes_proto.boot._flows import BootGrant
 from chutes_proto.effects import ActOnDisk, Flow, InspectDisk, Log, MakeQuote, Send
 from chutes_proto.errors import (
@@ -409,7 +409,7 @@ def test_the_root_disk_is_opened_with_the_passphrase_of_the_grant(said: Said) ->
 
 
 def test_what_would_be_done_is_said_without_a_server(said: Said) -> None:
-    storage, cache = said.run(forecast(VOLUMES), *looked(BLANK, OTHER))
+    storage, cache = said.run(foresee(None, VOLUMES), *looked(BLANK, OTHER))
     assert [str(action) for action in storage.two_phase] == [
         "storage: format /dev/vdb as LUKS2 with the current key",
         "storage: open /dev/vdb as /dev/mapper/storage with the current key",
@@ -419,7 +419,9 @@ def test_what_would_be_done_is_said_without_a_server(said: Said) -> None:
     assert storage.base == storage.two_phase[:2]
     assert "does not know it to hold data; else the boot stops" in storage.condition
     assert (cache.disk, cache.condition, cache.error) == (OTHER, "", None)
-    foreign, bad = said.run(forecast(VOLUMES), (InspectDisk(STORAGE.device), FOREIGN), (InspectDisk(CACHE.device), BAD))
+    foreign, bad = said.run(
+        foresee(None, VOLUMES), (InspectDisk(STORAGE.device), FOREIGN), (InspectDisk(CACHE.device), BAD)
+    )
     assert isinstance(foreign, Forecast)
     assert isinstance(foreign.error, DiskError)
     assert (foreign.disk, foreign.base, foreign.error.reason) == (FOREIGN, (), "foreign")

@@ -14,13 +14,11 @@ from typing import Final
 
 from attrs import evolve, frozen
 
-from chutes_proto.boot._disks import Forecast, OpenVolume, forecast, tell_failure, unlock, unlock_root
+from chutes_proto.boot._disks import OpenVolume, foresee, tell_failure, unlock, unlock_root
 from chutes_proto.boot._flows import BootGrant, BootSettings, boot
-from chutes_proto.effects import Flow, InspectDisk, Log, Sleep, Uptime
-from chutes_proto.errors import DiskError, LocalProtocolError
+from chutes_proto.effects import Flow, Log, Sleep, Uptime
+from chutes_proto.errors import LocalProtocolError
 from chutes_proto.log import Level, Record
-from chutes_proto.luks.disk import Disk
-from chutes_proto.luks.plan import plan_root
 from chutes_proto.luks.volume import Volume
 from chutes_proto.secret import Secret
 
@@ -72,12 +70,6 @@ def resume_agent(
     return (yield from _go_on(settings, volumes, grant, (yield from Uptime()), ()))
 
 
-def foresee(root: Volume | None, volumes: Sequence[Volume]) -> Flow[tuple[Forecast, ...]]:
-    """Forecast what `run_agent` would do to each disk, as far as this is known without a server. Raises nothing."""
-    first = () if root is None else ((yield from _foresee_root(root)),)
-    return (*first, *(yield from forecast(volumes)))
-
-
 def _begun(settings: BootSettings) -> Flow[BootSettings]:
     """Start the deadline: it counts from now, for all requests of the run."""
     return evolve(settings, retry=evolve(settings.retry, started=(yield from Uptime())))
@@ -105,16 +97,6 @@ def _look(root: Volume | None, volumes: Sequence[Volume], wait: float) -> Flow[N
             yield from Log(Record.of(Level.INFO, "disks_awaited", devices=devices, wait=wait))
             awaited = True
         yield from Sleep(_LOOK_AGAIN)
-
-
-def _foresee_root(root: Volume) -> Flow[Forecast]:
-    disk: Disk | None = None
-    try:
-        disk = yield from InspectDisk(root.device)
-        plan = plan_root(root, disk)
-    except DiskError as exc:
-        return Forecast(root, disk, error=exc)
-    return Forecast(root, disk, plan, plan)
 
 
 def _go_on(

@@ -14,8 +14,6 @@ Rules kept here:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
-from typing import TypeVar
 
 from attrs import frozen
 
@@ -25,11 +23,9 @@ from chutes_proto.effects import ActOnDisk, Flow, InspectDisk, Log
 from chutes_proto.errors import ChutesError, DiskError, LocalProtocolError
 from chutes_proto.log import Level, Record
 from chutes_proto.luks.disk import Blank, Disk, Luks
-from chutes_proto.luks.plan import Action, Format, Key, Keys, Plan, plan_open, plan_promoted, plan_root, plan_rotation
+from chutes_proto.luks.plan import Format, Key, Keys, Plan, plan_open, plan_promoted, plan_root, plan_rotation
 from chutes_proto.luks.volume import Volume
 from chutes_proto.secret import Secret
-
-T = TypeVar("T")
 
 
 @frozen
@@ -67,15 +63,21 @@ class Forecast:
     error: DiskError | None = None
 
 
-def forecast(volumes: Sequence[Volume]) -> Flow[tuple[Forecast, ...]]:
-    """Look at the disks and forecast what `unlock` would do. Writes nothing, asks for no key and raises nothing."""
+def foresee(root: Volume | None, volumes: Sequence[Volume]) -> Flow[tuple[Forecast, ...]]:
+    """Look at the disks and forecast what `unlock_root` and `unlock` would do, as far as that needs no server.
+
+    Writes nothing, asks for no key and raises nothing.
+    """
     seen: list[Forecast] = []
-    for volume in volumes:
+    for volume in volumes if root is None else (root, *volumes):
         disk: Disk | None = None
         try:
             disk = yield from InspectDisk(volume.device)
-            base = plan_open(volume, disk, in_use=False)
-            two_phase = (*plan_rotation(volume, disk, in_use=False, first=False), *plan_promoted(volume))
+            if volume is root:
+                base = two_phase = plan_root(volume, disk)
+            else:
+                base = plan_open(volume, disk, in_use=False)
+                two_phase = (*plan_rotation(volume, disk, in_use=False, first=False), *plan_promoted(volume))
         except DiskError as exc:
             seen.append(Forecast(volume, disk, error=exc))
         else:
@@ -87,9 +89,9 @@ def forecast(volumes: Sequence[Volume]) -> Flow[tuple[Forecast, ...]]:
 def unlock_root(root: Volume, grant: BootGrant) -> Flow[OpenVolume]:
     """Open the root disk with the grant's passphrase; it is never formatted. Raises `DiskError`."""
     disks = yield from _inspect([root])
-    plan = yield from _planned(root, partial(plan_root, root, disks[root.name]))
-    _raise_unopened({root.name: (yield from _carry_out(plan, {Key.CURRENT: grant.root_passphrase}))})
-    return _opened(root, plan)
+    plans = yield from _plan_all([root], lambda root: plan_root(root, disks[root.name]))
+    done = yield from _carry_out_all(plans, {root.name: {Key.CURRENT: grant.root_passphrase}})
+    return _opened([root], plans, done)[0]
 
 
 def unlock(settings: BootSettings, volumes: Sequence[Volume], *, grant: BootGrant | None = None) -> Flow[Unlocked]:
@@ -102,47 +104,46 @@ def unlock(settings: BootSettings, volumes: Sequence[Volume], *, grant: BootGran
     Raises as `receive_keys` does, and `DiskError`: for a disk that must not be touched before any disk is, otherwise
     for the first that did not open, once all others are open.
     """
-    by_name = {volume.name: volume for volume in volumes}
-    if len(by_name) != len(volumes) or not volumes:
+    if len({volume.name for volume in volumes}) != len(volumes) or not volumes:
         raise LocalProtocolError("a boot needs at least one volume, and a different name for each")
     disks = yield from _inspect(volumes)
-    for volume in volumes:  # no answer could make a foreign disk ours
-        _ = yield from _planned(volume, partial(plan_open, volume, disks[volume.name], in_use=False))
+    # no answer could make a foreign disk ours
+    _ = yield from _plan_all(volumes, lambda volume: plan_open(volume, disks[volume.name], in_use=False))
     formatted = {name: isinstance(disk, Luks) for name, disk in disks.items()}
     received = yield from receive_keys(settings, formatted, grant=grant)
     if isinstance(received, Rotation):
-        return (yield from _rotate(settings, by_name, disks, received))
-    return (yield from _open(by_name, disks, *received))
+        return (yield from _rotate(settings, volumes, disks, received))
+    return (yield from _open(volumes, disks, *received))
 
 
 def _open(
-    volumes: Mapping[str, Volume], disks: Mapping[str, Disk], grant: BootGrant, received: VolumeKeys
+    volumes: Sequence[Volume], disks: Mapping[str, Disk], grant: BootGrant, received: VolumeKeys
 ) -> Flow[Unlocked]:
+    def planned(volume: Volume) -> Plan:
+        return plan_open(volume, disks[volume.name], in_use=received[volume.name].is_in_use)
+
     keys = {key.volume: {Key.CURRENT: key.passphrase} for key in received}
     try:
-        plans: dict[str, Plan] = {}
-        for name, volume in volumes.items():
-            plan = partial(plan_open, volume, disks[name], in_use=received[name].is_in_use)
-            plans[name] = yield from _planned(volume, plan)
+        plans = yield from _plan_all(volumes, planned)
         done = yield from _carry_out_all(plans, keys)
     finally:
         _wipe(keys.values())
-    _raise_unopened(done)
-    return Unlocked(grant, tuple(_opened(volumes[name], plan) for name, plan in plans.items()))
+    return Unlocked(grant, _opened(volumes, plans, done))
 
 
 def _rotate(
-    settings: BootSettings, volumes: Mapping[str, Volume], disks: Mapping[str, Disk], rotation: Rotation
+    settings: BootSettings, volumes: Sequence[Volume], disks: Mapping[str, Disk], rotation: Rotation
 ) -> Flow[Unlocked]:
+    def planned(volume: Volume) -> Plan:
+        pair = rotation.keys[volume.name]
+        return plan_rotation(volume, disks[volume.name], in_use=pair.is_in_use, first=pair.current is None)
+
     keys: dict[str, dict[Key, Secret]] = {
         name: {Key.NEXT: pair.next} if pair.current is None else {Key.CURRENT: pair.current, Key.NEXT: pair.next}
         for name, pair in rotation.keys.items()
     }
     try:
-        plans: dict[str, Plan] = {}
-        for name, volume in volumes.items():
-            known = {"in_use": rotation.keys[name].is_in_use, "first": rotation.keys[name].current is None}
-            plans[name] = yield from _planned(volume, partial(plan_rotation, volume, disks[name], **known))
+        plans = yield from _plan_all(volumes, planned)
         done = yield from _carry_out_all(plans, keys)
         for name, came in done.items():
             if came.error is None:
@@ -150,13 +151,11 @@ def _rotate(
             elif came.opened is not Key.CURRENT:
                 rotation.left_out(name)
         results = yield from _confirm(rotation, settings)
-        promoted = {name: plan_promoted(volumes[name]) for name, result in results.items() if result == "promoted"}
+        promoted = {v.name: plan_promoted(v) for v in volumes if results.get(v.name) == "promoted"}
         _ = yield from _carry_out_all(promoted, keys)  # what stays on a disk after this opens it, and goes another time
     finally:
         _wipe(keys.values())
-    _raise_unopened(done)
-    opened = tuple(_opened(volumes[name], plan) for name, plan in plans.items())
-    return Unlocked(rotation.grant, opened, rotation.k3s_encryption_key)
+    return Unlocked(rotation.grant, _opened(volumes, plans, done), rotation.k3s_encryption_key)
 
 
 def _confirm(rotation: Rotation, settings: BootSettings) -> Flow[Mapping[str, str]]:
@@ -193,12 +192,15 @@ def _inspect(volumes: Sequence[Volume]) -> Flow[dict[str, Disk]]:
     return disks
 
 
-def _planned(volume: Volume, plan: Callable[[], Plan]) -> Flow[Plan]:
-    try:
-        return plan()
-    except DiskError as exc:
-        yield from tell_failure(volume.name, exc)
-        raise
+def _plan_all(volumes: Sequence[Volume], planned: Callable[[Volume], Plan]) -> Flow[dict[str, Plan]]:
+    plans: dict[str, Plan] = {}
+    for volume in volumes:
+        try:
+            plans[volume.name] = planned(volume)
+        except DiskError as exc:
+            yield from tell_failure(volume.name, exc)
+            raise
+    return plans
 
 
 def _carry_out_all(plans: Mapping[str, Plan], keys: Mapping[str, Keys]) -> Flow[dict[str, _Done]]:
@@ -214,7 +216,7 @@ def _carry_out(plan: Plan, keys: Keys) -> Flow[_Done]:
     for action in plan:
         yield from Log(Record.of(Level.INFO, "disk_action", **action.as_dict()))
         try:
-            reply = yield from _act(action, keys)
+            reply: Key | None = yield from ActOnDisk(action, keys)
         except DiskError as exc:
             yield from tell_failure(action.volume, exc)
             return _Done(opened, exc)
@@ -225,25 +227,19 @@ def _carry_out(plan: Plan, keys: Keys) -> Flow[_Done]:
     return _Done(opened)
 
 
-def _act(action: Action[T], keys: Keys) -> Flow[T]:
-    return (yield from ActOnDisk(action, keys))
-
-
 def tell_failure(volume: str, error: DiskError) -> Flow[None]:
     """Log what is wrong with the disk of a volume."""
     fields = {"volume": volume, "device": error.device, "reason": error.reason, "text": str(error)}
     yield from Log(Record.of(Level.ERROR, "disk_failed", **fields))
 
 
-def _opened(volume: Volume, plan: Plan) -> OpenVolume:
-    formatted = any(isinstance(action, Format) for action in plan)
-    return OpenVolume(volume.name, volume.device, f"/dev/mapper/{volume.mapping}", formatted)
-
-
-def _raise_unopened(done: Mapping[str, _Done]) -> None:
+def _opened(volumes: Sequence[Volume], plans: Mapping[str, Plan], done: Mapping[str, _Done]) -> tuple[OpenVolume, ...]:
+    """The volumes as they are now. Raises the `DiskError` of the first that did not open."""
     for came in done.values():
         if came.opened is None and came.error is not None:
             raise came.error
+    formatted = {name for name, plan in plans.items() if any(isinstance(action, Format) for action in plan)}
+    return tuple(OpenVolume(v.name, v.device, f"/dev/mapper/{v.mapping}", v.name in formatted) for v in volumes)
 
 
 def _wipe(keys: Iterable[Keys]) -> None:

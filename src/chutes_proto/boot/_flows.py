@@ -232,7 +232,15 @@ def read_cache_passphrase(grant: BootGrant, *, retry: RetryPolicy = DEFAULT_RETR
 
     Raises as `sync_volumes` does; `Refused` with status 404 where no passphrase is kept.
     """
-    passphrase: Secret = yield from _reach({Input.PASSPHRASE}, {State.TOKEN_HELD: _read_step()}, retry, grant)
+
+    def read(grant: BootGrant) -> Flow[Secret]:
+        request = vms.CachePassphraseRequest(
+            vm_name=Name(grant.vm_name), hotkey=grant.miner_hotkey, boot_token=_carried(grant, grant.boot_token)
+        )
+        return (yield from _ask(vms.CACHE_PASSPHRASE, request, vms.CachePassphraseAnswer)).passphrase
+
+    step = _Step("passphrase", Input.PASSPHRASE, read)
+    passphrase: Secret = yield from _reach({Input.PASSPHRASE}, {State.TOKEN_HELD: step}, retry, grant)
     return passphrase
 
 
@@ -273,9 +281,23 @@ def confirm_volumes(rotation: Rotation, *, retry: RetryPolicy = DEFAULT_RETRY) -
     """
     if not rotation.report:
         return {}
-    results: Mapping[str, str] = yield from _reach(
-        {Input.CONFIRMED}, {State.HANDED: _confirm_step()}, retry, rotation, State.HANDED
-    )
+
+    def confirm(rotation: Rotation) -> Flow[Mapping[str, str]]:
+        request = vms.VolumeConfirmationRequest(
+            vm_name=Name(rotation.grant.vm_name),
+            hotkey=rotation.grant.miner_hotkey,
+            confirm_nonce=rotation.confirm_nonce.reveal().decode("ascii"),
+            volumes={name: vms.VolumeConfirmation(rotated=added) for name, added in rotation.report.items()},
+        )
+        answer = yield from _ask(vms.VOLUME_CONFIRMATION, request, vms.VolumeConfirmationAnswer)
+        _check_answered(rotation.report, answer.volumes)
+        results = {name: part.result for name, part in answer.volumes.items()}
+        lines = [f"{name}: {result}" for name, result in results.items()]
+        yield from Log(Record.of(Level.INFO, "rotation_confirmed", volumes=lines))
+        return results
+
+    steps = {State.HANDED: _Step("confirmation", Input.CONFIRMED, confirm)}
+    results: Mapping[str, str] = yield from _reach({Input.CONFIRMED}, steps, retry, rotation, State.HANDED)
     return results
 
 
@@ -371,7 +393,7 @@ def _sync_step(volumes: Volumes) -> _Step:
         request = vms.VolumeSyncRequest(
             vm_name=Name(grant.vm_name),
             hotkey=grant.miner_hotkey,
-            boot_token=_token(grant),
+            boot_token=_carried(grant, grant.boot_token),
             volumes=asked,
             formatted=formatted,
         )
@@ -395,14 +417,14 @@ def _attest_steps(settings: BootSettings, volumes: Volumes) -> dict[State, _Step
     asked, formatted = _checked(volumes)
 
     def quote(grant: BootGrant) -> Flow[tuple[BootGrant, bytes]]:
-        return grant, (yield from make_quote(settings, bytes.fromhex(_quote_nonce(grant))))
+        return grant, (yield from make_quote(settings, bytes.fromhex(_carried(grant, grant.luks_quote_nonce))))
 
     def attest(held: tuple[BootGrant, bytes]) -> Flow[Rotation]:
         grant, quoted = held
         request = vms.VolumeAttestationRequest(
             vm_name=Name(grant.vm_name),
             hotkey=grant.miner_hotkey,
-            quote_nonce=_quote_nonce(grant),
+            quote_nonce=_carried(grant, grant.luks_quote_nonce),
             quote=codec.encode_quote(quoted),
             volumes=asked,
             formatted=formatted,
@@ -428,39 +450,10 @@ def _attest_steps(settings: BootSettings, volumes: Volumes) -> dict[State, _Step
     }
 
 
-def _confirm_step() -> _Step:
-    def confirm(rotation: Rotation) -> Flow[Mapping[str, str]]:
-        request = vms.VolumeConfirmationRequest(
-            vm_name=Name(rotation.grant.vm_name),
-            hotkey=rotation.grant.miner_hotkey,
-            confirm_nonce=rotation.confirm_nonce.reveal().decode("ascii"),
-            volumes={name: vms.VolumeConfirmation(rotated=added) for name, added in rotation.report.items()},
-        )
-        answer = yield from _ask(vms.VOLUME_CONFIRMATION, request, vms.VolumeConfirmationAnswer)
-        _check_answered(rotation.report, answer.volumes)
-        results = {name: part.result for name, part in answer.volumes.items()}
-        lines = [f"{name}: {result}" for name, result in results.items()]
-        yield from Log(Record.of(Level.INFO, "rotation_confirmed", volumes=lines))
-        return results
-
-    return _Step("confirmation", Input.CONFIRMED, confirm)
-
-
 def _check_answered(asked: Iterable[str], answered: Iterable[str], in_use: Iterable[str] = ()) -> None:
     """Check that an answer is about exactly the volumes that were asked for. Raises `RemoteProtocolError`."""
     if {*answered} != {*asked} or not {*in_use} <= {*asked}:
         raise RemoteProtocolError(f"the server's answer is not about exactly the volumes {', '.join(asked)}")
-
-
-def _read_step() -> _Step:
-    def read(grant: BootGrant) -> Flow[Secret]:
-        request = vms.CachePassphraseRequest(
-            vm_name=Name(grant.vm_name), hotkey=grant.miner_hotkey, boot_token=_token(grant)
-        )
-        answer = yield from _ask(vms.CACHE_PASSPHRASE, request, vms.CachePassphraseAnswer)
-        return answer.passphrase
-
-    return _Step("passphrase", Input.PASSPHRASE, read)
 
 
 _GRANTED = frozenset({Input.GRANT, Input.TWO_PHASE_GRANT})
@@ -535,16 +528,11 @@ def _opener(held: Any) -> Secret | None:
     return grant.boot_token or grant.luks_quote_nonce if isinstance(grant, BootGrant) else None
 
 
-def _token(grant: BootGrant) -> str:
-    if grant.boot_token is None:
+def _carried(grant: BootGrant, opener: Secret | None) -> str:
+    """The text of the token or nonce, which the grant must have."""
+    if opener is None:
         raise _other_exchange(grant)
-    return grant.boot_token.reveal().decode("ascii")
-
-
-def _quote_nonce(grant: BootGrant) -> str:
-    if grant.luks_quote_nonce is None:
-        raise _other_exchange(grant)
-    return grant.luks_quote_nonce.reveal().decode("ascii")
+    return opener.reveal().decode("ascii")
 
 
 def _other_exchange(grant: BootGrant) -> LocalProtocolError:

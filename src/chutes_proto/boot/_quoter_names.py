@@ -33,7 +33,9 @@ def parse_quoter(text: str) -> tuple[str, str]:
     kind, colon, rest = text.partition(":")
     if kind not in _FOLLOWED:
         return "command", text.removeprefix(COMMAND)
-    fits = {"auto": not colon, "vsock": not colon or _is_address(rest), "unix": bool(rest)}
+    address = _ADDRESS.fullmatch(rest)
+    is_address = address is not None and max(map(int, address.groups())) < 2**32
+    fits = {"auto": not colon, "vsock": not colon or is_address, "unix": bool(rest)}
     if not fits.get(kind, bool(rest) or not colon):
         raise ConfigurationError(f"quoter: {kind} is followed by {_FOLLOWED[kind]}")
     if kind == "unix":
@@ -42,11 +44,6 @@ def parse_quoter(text: str) -> tuple[str, str]:
         except ConfigurationError as exc:
             raise ConfigurationError(f"quoter: {exc}") from None
     return kind, rest
-
-
-def _is_address(text: str) -> bool:
-    found = _ADDRESS.fullmatch(text)
-    return found is not None and max(map(int, found.groups())) < 2**32
 
 
 def cut_command(line: str) -> list[str]:

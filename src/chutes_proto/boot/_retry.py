@@ -106,8 +106,5 @@ def described(error: ChutesError) -> dict[str, Value]:
     texts = {"error": type(error).__name__, "reason": str(error)}
     if isinstance(error, Refusal):
         texts = {"reason": error.reason, "code": str(error.code), "request_id": error.request_id or ""}
-    return {name: _shortened(text) for name, text in texts.items()}
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= _TEXT_SIZE else text[: _TEXT_SIZE - len(_CUT)] + _CUT
+    cut = _TEXT_SIZE - len(_CUT)
+    return {name: text if len(text) <= _TEXT_SIZE else text[:cut] + _CUT for name, text in texts.items()}

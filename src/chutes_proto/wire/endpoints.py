@@ -114,8 +114,4 @@ def _templates() -> tuple[tuple[re.Pattern[str], tuple[Endpoint, ...]], ...]:
     for endpoint in ENDPOINTS:
         by_path.setdefault(PARAMETER.sub("{}", endpoint.path), []).append(endpoint)
     paths = sorted(by_path, key=lambda path: path.count("{"))
-    return tuple((_pattern(path), tuple(by_path[path])) for path in paths)
-
-
-def _pattern(template: str) -> re.Pattern[str]:
-    return re.compile(_SEGMENT.join(re.escape(part) for part in template.split("{}")))
+    return tuple((re.compile(_SEGMENT.join(map(re.escape, path.split("{}")))), tuple(by_path[path])) for path in paths)

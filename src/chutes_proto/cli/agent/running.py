@@ -181,7 +181,7 @@ def close_opened(settings: AgentSettings, progress: Progress) -> None:
 
 
 def _foresee(options: argparse.Namespace, settings: AgentSettings) -> int:
-    from chutes_proto.boot._agent import foresee
+    from chutes_proto.boot._disks import foresee
     from chutes_proto.io.drivers.sync import Performer
     from chutes_proto.io.quoters.choose import make_quoter
 
