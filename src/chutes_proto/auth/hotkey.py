@@ -59,7 +59,12 @@ class Hotkey:
     def parse(cls, address: str) -> Hotkey:
         """Parse an SS58 address. Raises `HotkeyError` for every text but the canonical `address`."""
         data = _unbase58(address)
-        _expect_prefix(data)
+        # The SS58 format: first bytes 0-63 are a prefix, 64-127 begin one of two bytes, the rest is reserved.
+        if not data:
+            raise HotkeyError("an empty address")
+        if data[0] != PREFIX:
+            found = f"network prefix {data[0]}, not" if data[0] < 64 else "another network than prefix"
+            raise HotkeyError(f"an address of {found} {PREFIX}")
         if len(data) != 1 + KEY_SIZE + _CHECKSUM_SIZE:
             raise HotkeyError(f"not the address of a {KEY_SIZE}-byte key: it has {len(data)} bytes in all")
         payload, checksum = data[:-_CHECKSUM_SIZE], data[-_CHECKSUM_SIZE:]
@@ -148,15 +153,6 @@ def _address(public_key: bytes) -> str:
 
 def _checksum(payload: bytes) -> bytes:
     return hashlib.blake2b(b"SS58PRE" + payload, digest_size=64).digest()[:_CHECKSUM_SIZE]
-
-
-def _expect_prefix(data: bytes) -> None:
-    # The SS58 format: first bytes 0-63 are a prefix, 64-127 begin one of two bytes, the rest is reserved.
-    if not data:
-        raise HotkeyError("an empty address")
-    if data[0] != PREFIX:
-        found = f"network prefix {data[0]}, not" if data[0] < 64 else "another network than prefix"
-        raise HotkeyError(f"an address of {found} {PREFIX}")
 
 
 def _base58(data: bytes) -> str:

@@ -157,13 +157,8 @@ class Vault:
         Raises `KeyUnavailable` if the row's KEK is not in use, and `SealBroken` if the row does not open:
         its bytes were altered, it is the row of another address, or it was purged.
         """
-        if row.sealed is None:
-            raise SealBroken(f"the key {_where(address)} was purged")
-        data_key = self._data_key(address, row)
-        try:
-            return Secret(_decrypt(data_key, row.sealed, address.associated_data(b"passphrase")))
-        except (InvalidTag, ValueError):
-            raise _broken(address) from None
+        data_key, sealed = self._data_key(address, row)
+        return Secret(_decrypt(address, b"passphrase", data_key, sealed))
 
     def rewrap(self, address: Address, row: GenerationRow, nonce_seed: bytes) -> Sealed:
         """Wrap the DEK of ``row`` under the current KEK.
@@ -171,27 +166,23 @@ class Vault:
         ``nonce_seed`` is `NONCE_SIZE` random bytes. The passphrase is not opened, and its layer does not change. Raises
         as `open` does.
         """
-        if row.sealed is None:
-            raise SealBroken(f"the key {_where(address)} was purged")
         key_data = address.associated_data(b"data key")
-        data_key = self._data_key(address, row)
+        data_key, sealed = self._data_key(address, row)
         # the old wrapping is in the nonce, so that the same seed for the same row cannot meet another DEK
         nonce = hmac.digest(nonce_seed, key_data + (row.wrapped_key or b""), "sha256")[:NONCE_SIZE]
         wrapped = nonce + AESGCM(self.current.key.reveal()).encrypt(nonce, data_key, key_data)
-        return Sealed(row.sealed, self.current.kek_id, wrapped)
+        return Sealed(sealed, self.current.kek_id, wrapped)
 
-    def _data_key(self, address: Address, row: GenerationRow) -> bytes:
-        if row.wrapped_key is None or row.kek_id is None:
+    def _data_key(self, address: Address, row: GenerationRow) -> tuple[bytes, bytes]:
+        """The DEK of a row, and the passphrase that is sealed under it."""
+        if row.sealed is None or row.wrapped_key is None or row.kek_id is None:
             raise SealBroken(f"the key {_where(address)} was purged")
         key = next((key.key for key in self.live if key.kek_id == row.kek_id), None)
         if key is None:
             live = ", ".join(key.kek_id for key in self.live)
             sealed = f"sealed under key-encryption key (KEK) {row.kek_id}"
             raise KeyUnavailable(f"the key {_where(address)} is {sealed}; available: {live}")
-        try:
-            return _decrypt(key.reveal(), row.wrapped_key, address.associated_data(b"data key"))
-        except (InvalidTag, ValueError):
-            raise _broken(address) from None
+        return _decrypt(address, b"data key", key.reveal(), row.wrapped_key), row.sealed
 
     def derive(self, label: str, size: int = KEY_SIZE) -> tuple[tuple[str, Secret], ...]:
         """Derive ``size`` bytes for ``label`` from each KEK, the current one first; returns them with the KEK's id.
@@ -208,9 +199,9 @@ def _where(address: Address) -> str:
     return f"{address.vm.hotkey}/{address.vm.name}/{address.volume}/{address.generation}"
 
 
-def _broken(address: Address) -> SealBroken:
-    return SealBroken(f"the key {_where(address)} does not open: its row was altered or is another's")
-
-
-def _decrypt(key: bytes, box: bytes, associated_data: bytes) -> bytes:
-    return AESGCM(key).decrypt(box[:NONCE_SIZE], box[NONCE_SIZE:], associated_data)
+def _decrypt(address: Address, layer: bytes, key: bytes, box: bytes) -> bytes:
+    """Open a layer of an envelope. Raises `SealBroken`."""
+    try:
+        return AESGCM(key).decrypt(box[:NONCE_SIZE], box[NONCE_SIZE:], address.associated_data(layer))
+    except (InvalidTag, ValueError):
+        raise SealBroken(f"the key {_where(address)} does not open: its row was altered or is another's") from None

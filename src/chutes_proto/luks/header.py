@@ -153,7 +153,9 @@ class _Reader:
             raise self._rejected("header_offset", offset, place)
         match = _UUID.fullmatch(uuid)
         if match is None:
-            raise self._rejected("uuid", _shown(uuid), "a UUID in lower case")
+            raise self._rejected(
+                "uuid", repr(uuid.rstrip(b"\0").decode("ascii", "replace"))[:80], "a UUID in lower case"
+            )
         return _Copy(size, sequence, match[1].decode(), binary, json, self._json(json))
 
     def _agree(self, primary: _Copy, secondary: _Copy) -> bool:
@@ -205,13 +207,13 @@ class _Reader:
         content = copy.content
         slots_at = 2 * copy.size
         config = self._object(content["config"], "config", "json_size keyslots_size", "flags requirements")
-        self._nothing("flags", config.get("flags", []), ([],))
-        self._nothing("requirements", config.get("requirements", {}), ({}, {"mandatory": []}))
-        self._equal("json_size", self._decimal(config, "json_size"), copy.size - _BINARY_SIZE)
+        self._among("flags", config.get("flags", []), [], called="none")
+        self._among("requirements", config.get("requirements", {}), {}, {"mandatory": []}, called="none")
+        self._among("json_size", self._decimal(config, "json_size"), copy.size - _BINARY_SIZE)
         end = slots_at + self._decimal(config, "keyslots_size")
         if end > min(MAX_AREA, size) or end % _SECTOR:
             raise self._rejected("keyslots_size", end - slots_at, f"sectors, up to {min(MAX_AREA, size) - slots_at}")
-        self._nothing("tokens", content["tokens"], ({},))
+        self._among("tokens", content["tokens"], {}, called="none")
         self._check_segment(content["segments"], end, size)
         slots: Mapping[str, Any] = self._table(content["keyslots"], "keyslots")
         if not 1 <= len(slots) <= MAX_SLOTS or not all(map(_SLOT.fullmatch, slots)):
@@ -229,16 +231,15 @@ class _Reader:
         if table.keys() != {"0"}:
             raise self._rejected("segments", ", ".join(table)[:80] or "none", "one, named 0")
         kind = self._table(table["0"], "segments.0")
-        self._equal("segment_type", kind.get("type"), "crypt")
+        self._among("segment_type", kind.get("type"), "crypt")
         if "integrity" in kind:
             raise self._rejected("integrity", "an integrity layer", "none")
         names = "encryption iv_tweak offset sector_size size type"
         segment = self._object(kind, "segments.0", names, "flags")
-        self._nothing("segment_flags", segment.get("flags", []), ([],))
+        self._among("segment_flags", segment.get("flags", []), [], called="none")
         _ = self._cipher("cipher", segment)
-        self._equal("iv_tweak", segment["iv_tweak"], "0")
-        if type(unit := segment["sector_size"]) is not int or unit not in SECTOR_SIZES:
-            raise self._rejected("sector_size", str(unit)[:80], "512 or 4096")
+        self._among("iv_tweak", segment["iv_tweak"], "0")
+        self._among("sector_size", unit := segment["sector_size"], *sorted(SECTOR_SIZES))
         offset = self._decimal(segment, "offset")
         if not end <= offset < size or offset % _SECTOR:
             raise self._rejected("segment_offset", offset, f"a sector from {end} to the end of the disk at {size}")
@@ -251,18 +252,19 @@ class _Reader:
     def _check_slot(self, where: str, value: object) -> tuple[int, int]:
         """Check a key slot; returns where its key material begins and ends."""
         slot = self._object(value, where, "af area kdf key_size type", "priority")
-        self._equal("keyslot_type", slot["type"], "luks2")
-        self._equal("keyslot_priority", slot.get("priority", 1), 1)
+        self._among("keyslot_type", slot["type"], "luks2")
+        self._among("keyslot_priority", slot.get("priority", 1), 1)
         area = self._object(slot["area"], f"{where}.area", "encryption key_size offset size type")
-        self._equal("keyslot_area", area["type"], "raw")
-        self._equal("keyslot_key_size", area["key_size"], self._cipher("keyslot_cipher", area))
-        self._equal("key_size", slot["key_size"], max(CIPHERS.values()))
+        self._among("keyslot_area", area["type"], "raw")
+        self._among("keyslot_key_size", area["key_size"], self._cipher("keyslot_cipher", area))
+        self._among("key_size", slot["key_size"], max(CIPHERS.values()))
         splitter = self._object(slot["af"], f"{where}.af", "hash stripes type")
-        self._equal("af", (splitter["type"], splitter["stripes"]), ("luks1", STRIPES))
-        self._hash("af_hash", splitter)
+        self._among("af", (splitter["type"], splitter["stripes"]), ("luks1", STRIPES))
+        self._among("af_hash", splitter["hash"], *sorted(HASHES))
         kdf = self._table(slot["kdf"], f"{where}.kdf")
         if kdf.get("type") == "pbkdf2":
-            self._hash("kdf_hash", self._object(kdf, f"{where}.kdf", "hash iterations salt type"))
+            _ = self._object(kdf, f"{where}.kdf", "hash iterations salt type")
+            self._among("kdf_hash", kdf["hash"], *sorted(HASHES))
         elif kdf.get("type") == "argon2id":
             _ = self._object(kdf, f"{where}.kdf", "cpus memory salt time type")
             _ = self._number("kdf_cpus", kdf["cpus"], 64)
@@ -282,9 +284,9 @@ class _Reader:
             raise self._rejected("digests", ", ".join(table)[:80] or "none", "one")
         (value,) = table.values()
         digest = self._object(value, "digests", "digest hash iterations keyslots salt segments type")
-        self._equal("digest_type", digest["type"], "pbkdf2")
-        self._hash("digest_hash", digest)
-        self._equal("digest_segments", digest["segments"], ["0"])
+        self._among("digest_type", digest["type"], "pbkdf2")
+        self._among("digest_hash", digest["hash"], *sorted(HASHES))
+        self._among("digest_segments", digest["segments"], ["0"])
         named = digest["keyslots"]
         if not isinstance(named, list) or sorted(map(str, cast("list[object]", named))) != sorted(slots):
             raise self._rejected("digest_keyslots", str(cast("object", named))[:80], "every key slot once")
@@ -323,13 +325,10 @@ class _Reader:
             raise self._rejected("members", f"{', '.join(found)[:80]} in {where}", names.replace(" ", ", "))
         return table
 
-    def _equal(self, reason: str, found: object, expected: object) -> None:
-        if type(found) is not type(expected) or found != expected:
-            raise self._rejected(reason, str(found)[:80], expected)
-
-    def _nothing(self, reason: str, found: object, allowed: tuple[object, ...]) -> None:
-        if found not in allowed:
-            raise self._rejected(reason, str(found)[:80], "none")
+    def _among(self, reason: str, found: object, *allowed: object, called: str = "") -> None:
+        """Check that a value is one of these, and of its type: true is not 1."""
+        if not any(type(found) is type(value) and found == value for value in allowed):
+            raise self._rejected(reason, str(found)[:80], called or " or ".join(map(str, allowed)))
 
     def _cipher(self, reason: str, table: Mapping[str, object]) -> int:
         """Check a cipher; returns the bytes of its key."""
@@ -338,10 +337,6 @@ class _Reader:
             what = f"{str(name)[:80]}, which encrypts nothing" if "cipher_null" in str(name) else str(name)[:80]
             raise self._rejected(reason, what, " or ".join(CIPHERS))
         return CIPHERS[name]
-
-    def _hash(self, reason: str, table: Mapping[str, object]) -> None:
-        if not isinstance(name := table["hash"], str) or name not in HASHES:
-            raise self._rejected(reason, str(name)[:80], " or ".join(sorted(HASHES)))
 
     def _number(self, reason: str, value: object, most: int) -> int:
         if type(value) is not int or not 1 <= value <= most:
@@ -390,7 +385,3 @@ def _checksum(binary: bytes | bytearray, json: bytes) -> bytes:
     """2.3, in its field of 64 bytes."""
     blank = binary[: _CHECKSUM.start] + bytes(64) + binary[_CHECKSUM.stop :]
     return sha256(blank + json).digest().ljust(64, b"\0")
-
-
-def _shown(value: bytes) -> str:
-    return repr(value.rstrip(b"\0").decode("ascii", "replace"))[:80]

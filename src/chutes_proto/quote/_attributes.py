@@ -18,7 +18,7 @@ from typing import Final, Literal, TypeAlias, get_args
 from attrs import frozen
 
 from chutes_proto.quote._layout import TdAttributes, TdReport10, TdReport15
-from chutes_proto.quote.errors import PolicyError, Refusal
+from chutes_proto.quote.errors import PolicyError, Refusal, mismatch
 
 Demand: TypeAlias = Literal["required", "any"]
 Allowance: TypeAlias = Literal["refused", "allowed"]
@@ -81,10 +81,7 @@ class AttributePolicy:
         found: list[Refusal] = []
 
         def refuse(code: str, detail: str, got: int, expected: str) -> None:
-            value = f"0x{got:016x}"
-            found.append(
-                Refusal("attributes", code, f"{detail} (got {value}, expected {expected})", None, value, expected)
-            )
+            found.append(mismatch("attributes", code, detail, f"0x{got:016x}", expected))
 
         if bits & RESERVED:
             refuse("td_attributes_reserved", "reserved TD attributes are set", bits, f"no bit of 0x{RESERVED:016x}")
@@ -107,17 +104,12 @@ class AttributePolicy:
     def _service_td(self, body: TdReport10) -> list[Refusal]:
         migratable = bool(body.td_attributes & TdAttributes.MIGRATABLE)
         bound = body.mr_service_td if isinstance(body, TdReport15) else None
+        acceptable, expected = bound is None or not any(bound), "none"
         if migratable and self.migratable == "allowed":
             acceptable, expected = bound in self.mr_service_td, "one of mr_service_td, as the TD is migratable"
         elif self.service_td == "allowed":
-            acceptable, expected = (
-                bound is None or not any(bound) or bound in self.mr_service_td,
-                "one of mr_service_td",
-            )
-        else:
-            acceptable, expected = bound is None or not any(bound), "none"
+            acceptable, expected = acceptable or bound in self.mr_service_td, "one of mr_service_td"
         if acceptable:
             return []
         got = "a report without MRSERVICETD" if bound is None else bound.hex()
-        detail = f"the service TD is not allowed (got {got}, expected {expected})"
-        return [Refusal("attributes", "service_td", detail, None, got, expected)]
+        return [mismatch("attributes", "service_td", "the service TD is not allowed", got, expected)]

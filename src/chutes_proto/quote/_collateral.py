@@ -149,11 +149,7 @@ def _piece(value: object, name: str) -> bytes:
         raise CollateralFormatError(f"{name} is not a string")
     if name not in _IN_HEX:
         return value.encode("utf-8")
-    try:
-        piece = bytes.fromhex(value)
-    except ValueError:
-        piece = b""
-    if 2 * len(piece) != len(value):
+    if (piece := strict_json.digits(value)) is None:
         raise CollateralFormatError(f"{name} is not in hexadecimal digits")
     return piece
 

@@ -22,7 +22,6 @@ components".
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from hashlib import sha384
 from itertools import zip_longest
 from struct import Struct, error
@@ -171,8 +170,11 @@ class EventLog:
     @property
     def rtmrs(self) -> Rtmrs:
         """RTMR0 to RTMR3 after these events: from zero on, SHA-384(register ‖ digest) for each event."""
-        rtmr0, rtmr1, rtmr2, rtmr3 = (_extended(event.digest for event in self.of(name)) for name in REGISTERS[1:])
-        return rtmr0, rtmr1, rtmr2, rtmr3
+        values = dict.fromkeys(REGISTERS, bytes(48))
+        for event in self.events:
+            if event.type != NO_ACTION:
+                values[event.register] = sha384(values[event.register] + event.digest).digest()
+        return values["RTMR0"], values["RTMR1"], values["RTMR2"], values["RTMR3"]
 
 
 @frozen
@@ -371,13 +373,6 @@ class _Reader:
         if rest.strip(b"\0") and rest.strip(b"\xff"):
             raise EventLogFormatError("there is more than padding after the events")
         return True
-
-
-def _extended(digests: Iterable[bytes]) -> bytes:
-    value = bytes(48)
-    for digest in digests:
-        value = sha384(value + digest).digest()
-    return value
 
 
 def _text(data: bytes) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, ParamSpec, TypeVar
 
 from chutes_proto._converter import Hook, MismatchError, ProblemsError, StrictConverter, list_of, load_toml, string
+from chutes_proto.quote import _strict_json as strict_json
 from chutes_proto.quote._statements import TcbStatus
 from chutes_proto.quote.errors import PolicyError
 
@@ -39,12 +40,7 @@ def within(where: str, read: Callable[P, T], *args: P.args, **kwargs: P.kwargs) 
 
 
 def _octets(value: object, _: object) -> bytes:
-    text = string(value)
-    try:
-        octets = bytes.fromhex(text)
-    except ValueError:
-        octets = b""
-    if 2 * len(octets) != len(text):
+    if (octets := strict_json.digits(string(value))) is None:
         raise MismatchError("value_error", "must be hexadecimal digits")
     return octets
 

@@ -19,7 +19,7 @@ from attrs import frozen
 
 from chutes_proto.quote._layout import SgxReport, TdReport10
 from chutes_proto.quote._pck import PckIdentity
-from chutes_proto.quote.errors import PolicyError, Refusal
+from chutes_proto.quote.errors import PolicyError, Refusal, mismatch
 
 Accepted: TypeAlias = tuple[bytes, ...] | None
 """The accepted values; None accepts any."""
@@ -53,7 +53,7 @@ class IdentityPolicy:
             values: Any = getattr(self, name)
             if values is None:
                 continue
-            if not isinstance(values, tuple) or not all(_is_value(value, size) for value in cast("Any", values)):
+            if type(values) is not tuple or not all(type(v) is bytes and len(v) == size for v in cast("Any", values)):
                 raise PolicyError(f"{name}: must be values of {size} bytes")
             if not values:
                 raise PolicyError(f"{name}: an empty list would accept nothing; leave it out to accept anything")
@@ -73,9 +73,5 @@ class IdentityPolicy:
             return []
         said = "none" if got is None else got.hex()
         expected = " or ".join(value.hex() for value in accepted)
-        detail = f"{called} is not accepted (got {said}, expected {expected})"
-        return [Refusal("tcb" if register is None else "measurement", name, detail, register, said, expected)]
-
-
-def _is_value(value: object, size: int) -> bool:
-    return type(value) is bytes and len(value) == size
+        values = (f"{called} is not accepted", said, expected, register)
+        return [mismatch("tcb" if register is None else "measurement", name, *values)]

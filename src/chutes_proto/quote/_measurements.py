@@ -22,7 +22,7 @@ from chutes_proto.quote import _strict_json as strict_json
 from chutes_proto.quote._attributes import AttributePolicy
 from chutes_proto.quote._files import CONVERTER, MAX_SIZE, file_converter, read_toml, within
 from chutes_proto.quote._layout import TdReport10
-from chutes_proto.quote.errors import PolicyError, Refusal
+from chutes_proto.quote.errors import PolicyError, Refusal, mismatch
 
 Stage: TypeAlias = Literal["boot", "runtime"]
 """When a quote was made: before the VM has its keys, or later."""
@@ -88,10 +88,8 @@ class Profile:
         for register, got, expected in zip(REGISTERS, (body.mr_td, *body.rtmrs), self.registers(stage), strict=True):
             if got != expected:
                 where = f"profile {self.name!r} {self.version}, {stage} stage"
-                detail = f"{register} does not match {where} (got {got.hex()}, expected {expected.hex()})"
-                found.append(
-                    Refusal("measurement", "measurement_mismatch", detail, register, got.hex(), expected.hex())
-                )
+                values = (f"{register} does not match {where}", got.hex(), expected.hex(), register)
+                found.append(mismatch("measurement", "measurement_mismatch", *values))
         return found
 
 
@@ -193,15 +191,11 @@ def _attributes(value: object, _: object) -> AttributePolicy:
     return attributes
 
 
-def _gpu_count(value: object, _: object) -> int | None:
-    return None if value is None else integer(value) or None
-
-
 _HOOKS: Final[Mapping[Any, Hook]] = {
     _Register: _register,
     tuple[bytes, bytes, bytes, bytes]: _rtmrs,
     AttributePolicy | None: _attributes,
-    int | None: _gpu_count,
+    int | None: lambda value, _: None if value is None else integer(value) or None,
     tuple[str, ...]: list_of(lambda value: string(value).lower()),
 }
 _IN_TOML: Final = file_converter(_HOOKS)

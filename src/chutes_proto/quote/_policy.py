@@ -30,7 +30,7 @@ from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
 from chutes_proto.quote._statements import Stated, TcbStatus
 from chutes_proto.quote._tcb import OUT_OF_DATE
 from chutes_proto.quote._verify import Verdict, verify_genuine
-from chutes_proto.quote.errors import AppraisalError, PolicyError, Refusal
+from chutes_proto.quote.errors import AppraisalError, PolicyError, Refusal, mismatch
 
 _ADVISORY: Final = re.compile(f"INTEL-(SA|DOC)-[0-9]{{5}}|SIMULATED-SA-({'|'.join(TcbStatus)})".upper())
 """Intel's, and the simulated platform's: an identifier that nobody issues would refuse nothing."""
@@ -120,8 +120,7 @@ class TcbPolicy:
         found: list[Refusal] = []
 
         def refuse(code: str, detail: str, got: object, expected: object) -> None:
-            text = f"{detail} (got {got}, expected {expected})"
-            found.append(Refusal("tcb", code, text, None, str(got), str(expected)))
+            found.append(mismatch("tcb", code, detail, str(got), str(expected)))
 
         if verdict.tcb_status not in self.accepted_statuses:
             accepted = " or ".join(status for status in _ACCEPTABLE if status in self.accepted_statuses)
@@ -269,9 +268,8 @@ class Policy:
         """List the refusals of an SGX enclave: it has no TD attributes and no RTMRs, so profiles never accept it."""
         found: list[Refusal] = []
         if body.flags & SgxAttributes.DEBUG and not self.attributes.unsafe_allow_debug:
-            got, expected = f"0x{body.flags:016x}", "bit 1 clear"
-            detail = f"the enclave can be debugged by its host (got {got}, expected {expected})"
-            found.append(Refusal("attributes", "debug", detail, None, got, expected))
+            problem, got = "the enclave can be debugged by its host", f"0x{body.flags:016x}"
+            found.append(mismatch("attributes", "debug", problem, got, "bit 1 clear"))
         if self.measurements != "unchecked":
             found.append(Refusal("measurement", "not_a_td", "an SGX enclave is not a TD and has none of its registers"))
         return found

@@ -69,13 +69,19 @@ def decode(data: bytes, *, limit: int = MAX_SIZE, fractions: bool = False) -> ob
 
 def hexadecimal(text: str, name: str, size: int) -> bytes:
     """Decode ``size`` bytes from hexadecimal digits of either case, of the member ``name``. Raises `JsonError`."""
+    value = digits(text)
+    if value is None or len(value) != size:
+        raise JsonError(f"{name} is not {size} bytes in hexadecimal digits")
+    return value
+
+
+def digits(text: str) -> bytes | None:
+    """Decode hexadecimal digits of either case, without white space; None for another text."""
     try:
         value = bytes.fromhex(text)
     except ValueError:
-        value = b""
-    if len(value) != size or len(text) != 2 * size:
-        raise JsonError(f"{name} is not {size} bytes in hexadecimal digits")
-    return value
+        return None
+    return value if 2 * len(value) == len(text) else None
 
 
 def date(text: str, name: str) -> int:

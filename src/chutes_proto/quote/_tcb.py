@@ -59,8 +59,9 @@ def assess(
     info: TcbInfo, identity: QeIdentity, pck: PckIdentity, body: TdReport10 | SgxReport, qe_report: SgxReport
 ) -> TcbAssessment:
     """Assess a platform's TCB (steps 34 to 36). Raises `VerificationError`."""
-    svn = None if isinstance(body, SgxReport) else body.tee_tcb_svn
+    svn = None
     if not isinstance(body, SgxReport):
+        svn = body.tee_tcb_svn
         _check_module(info, body)  # 34
     platform, module = _levels(info, pck, svn, "")  # 35
     qe = _svn_level(identity.levels, qe_report.isv_svn, "quoting enclave")

@@ -26,7 +26,7 @@ class Term(Struct, frozen=True):
     subject: str
     begin: int
     end: int
-    is_certificate: bool
+    is_certificate: bool = False
 
 
 def check_terms(terms: Iterable[Term], now: int, grace: int = 0) -> None:

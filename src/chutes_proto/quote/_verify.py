@@ -249,10 +249,10 @@ def _collateral(collateral: Collateral, now: int | None, root: TrustedRoot, grac
         )
     terms = (
         *certificate_terms,
-        Term("root CRL", root_crl.this_update, root_crl.next_update, is_certificate=False),
-        Term("PCK CRL", pck_crl.this_update, pck_crl.next_update, is_certificate=False),
-        Term("TCB info", tcb_info.issued, tcb_info.next_update, is_certificate=False),
-        Term("QE identity", qe_identity.issued, qe_identity.next_update, is_certificate=False),
+        Term("root CRL", root_crl.this_update, root_crl.next_update),
+        Term("PCK CRL", pck_crl.this_update, pck_crl.next_update),
+        Term("TCB info", tcb_info.issued, tcb_info.next_update),
+        Term("QE identity", qe_identity.issued, qe_identity.next_update),
     )
     if now is not None:
         check_terms(terms, now, grace)  # 19, 20

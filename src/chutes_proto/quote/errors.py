@@ -24,7 +24,7 @@ from attrs import frozen
 from chutes_proto._error import ChutesError
 
 __all__ = ["AppraisalError", "PolicyError", "QuoteError", "QuoteFormatError", "VerificationError"]
-__all__ += ["CollateralFormatError", "QuoteFormatCode", "Refusal", "shown", "spans"]
+__all__ += ["CollateralFormatError", "QuoteFormatCode", "Refusal", "mismatch", "shown", "spans"]
 
 QuoteFormatCode: TypeAlias = Literal[
     "quote_too_short", "quote_version", "quote_tee_type", "quote_key_type", "quote_structure"
@@ -118,6 +118,11 @@ class Refusal:
     register: str | None = None
     got: str | None = None
     expected: str | None = None
+
+
+def mismatch(part: Part, code: str, problem: str, got: str, expected: str, register: str | None = None) -> Refusal:
+    """Make a refusal whose text has both values."""
+    return Refusal(part, code, f"{problem} (got {got}, expected {expected})", register, got, expected)
 
 
 class AppraisalError(VerificationError):
