@@ -70,13 +70,9 @@ def messages_to_sign(
     whole = request_message(hotkey, nonce, method, target, body)
     if policy == "request":
         return (whole,)
-    match coverage:
-        case "body":
-            return (body_message(hotkey, nonce, body), whole)
-        case "purpose":
-            return (purpose_message(hotkey, nonce, PURPOSE), whole)
-        case _:  # "nonce"
-            return (body_message(hotkey, nonce, body), purpose_message(hotkey, nonce, PURPOSE), whole)
+    over_body, over_purpose = body_message(hotkey, nonce, body), purpose_message(hotkey, nonce, PURPOSE)
+    least = {"body": (over_body,), "purpose": (over_purpose,), "nonce": (over_body, over_purpose)}
+    return (*least[coverage], whole)
 
 
 def signature_headers(hotkey: Hotkey, nonce: str, message: bytes, signer: Signer) -> tuple[tuple[str, str], ...]:

@@ -117,8 +117,7 @@ _BY_KIND: Final[Mapping[type[ChutesError], Advice]] = {
         "Check signer in the settings, and that the program gets its key.",
     ),
     errors.QuoteUnavailable: Advice(
-        "This machine cannot make a quote.",
-        "Check that it is a TD, and that the host's quote generation service runs.",
+        "This machine cannot make a quote.", "Check that it is a TD, and that the host's quote generation service runs."
     ),
     errors.HeaderRejected: Advice(
         "The disk's header is not safe to open: it was altered, is damaged, or belongs to another system.",

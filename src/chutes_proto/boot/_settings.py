@@ -146,14 +146,9 @@ class AgentSettings:
     @property
     def policy(self) -> RetryPolicy:
         """The `retry` options as a policy for all servers. Raises `LocalProtocolError`."""
-        options = self.retry
-        return RetryPolicy(
-            attempts=options.attempts,
-            base=options.base_seconds,
-            cap=options.cap_seconds,
-            deadline=options.deadline_seconds,
-            servers=len(self.servers),
-        )
+        retry = self.retry
+        seconds = (retry.base_seconds, retry.cap_seconds, retry.deadline_seconds)
+        return RetryPolicy(retry.attempts, *seconds, servers=len(self.servers))
 
     @property
     def root_disk(self) -> Volume | None:

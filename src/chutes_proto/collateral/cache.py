@@ -109,6 +109,11 @@ class _Entry:
     failures: int = 0
     why: str = ""
 
+    def usable(self, now: int) -> VerifiedCollateral | None:
+        """The collateral, if it is valid at ``now`` or within its grace."""
+        held = self.held
+        return held if held is not None and held.window[0] <= now <= held.usable_until else None
+
 
 @frozen
 class _Health:
@@ -151,23 +156,18 @@ class CollateralCache:
         """Decide what to do for a platform of this family at ``now`` (unix seconds; `TypeError` unless an integer)."""
         check_seconds("now", now)
         entry = self._touch(family)
-        held = entry.held
+        usable = entry.usable(now)
         hindrance = self._hindrance(entry, now)
-        if held is not None and _is_valid(held, now):
-            return Use(held) if hindrance else Refresh(held)
-        if hindrance is None:
-            stale = held is not None and entry.failures and _is_usable(held, now)
-            return Refresh(held) if held is not None and stale else Fetch(self.policy.wait)
-        if held is not None and _is_usable(held, now):
-            return Use(held)
-        return GiveUp(f"no collateral for {family}: {hindrance}")
+        if usable is not None and (now <= usable.window[1] or hindrance or entry.failures):
+            return Use(usable) if hindrance else Refresh(usable)
+        return Fetch(self.policy.wait) if hindrance is None else GiveUp(f"no collateral for {family}: {hindrance}")
 
     def landed(self, family: Family, now: int) -> Use | GiveUp:
         """Decide for a caller that has waited for a fetch."""
         check_seconds("now", now)
         entry = self._touch(family)
-        if entry.held is not None and _is_usable(entry.held, now):
-            return Use(entry.held)
+        if (usable := entry.usable(now)) is not None:
+            return Use(usable)
         why = entry.why or self._hindrance(entry, now) or "it is still being fetched"
         return GiveUp(f"no collateral for {family}: {why}")
 
@@ -198,7 +198,7 @@ class CollateralCache:
         """
         entry = self._entries.get(family, _Entry())
         held = entry.held
-        if held is not None and _is_valid(held, now):
+        if held is not None and held.window[0] <= now <= held.window[1]:
             if any(new < old for new, old in zip(_numbers(fetched), _numbers(held), strict=True)):
                 raise UpstreamError("it is older than the cached collateral")
             if _numbers(fetched) == _numbers(held) and fetched.window[1] <= held.window[1]:
@@ -355,15 +355,6 @@ def _verified(cache: CollateralCache, family: Family, collateral: Collateral) ->
 
 def _log(level: Level, event: str, family: Family, **fields: Value) -> Log:
     return Log(Record.of(level, event, fmspc=family.fmspc.hex(), ca=family.ca, tee=family.tee, **fields))
-
-
-def _is_valid(held: VerifiedCollateral, now: int) -> bool:
-    begin, end = held.window
-    return begin <= now <= end
-
-
-def _is_usable(held: VerifiedCollateral, now: int) -> bool:
-    return held.window[0] <= now <= held.usable_until
 
 
 def _numbers(collateral: VerifiedCollateral) -> tuple[int, ...]:

@@ -51,15 +51,22 @@ class Action(Generic[T_co]):
 
 
 @frozen
-class Format(Action[None]):
-    """Make a blank disk a LUKS2 volume that ``key`` opens."""
+class _KeyAction(Action[None]):
+    """An action with one key; ``text`` describes it."""
 
-    name = "format"
+    text: ClassVar[str]
 
     key: Key
 
     def __str__(self) -> str:
-        return f"{self.volume}: format {self.device} as LUKS2 with the {self.key.value} key"
+        return f"{self.volume}: {self.text.format(device=self.device, key=self.key.value)}"
+
+
+@frozen
+class Format(_KeyAction):
+    """Make a blank disk a LUKS2 volume that ``key`` opens."""
+
+    name, text = "format", "format {device} as LUKS2 with the {key} key"
 
 
 @frozen
@@ -77,27 +84,17 @@ class Open(Action[Key]):
 
 
 @frozen
-class AddKey(Action[None]):
+class AddKey(_KeyAction):
     """Add ``key`` to the volume unless it opens it already, and test it."""
 
-    name = "add_key"
-
-    key: Key
-
-    def __str__(self) -> str:
-        return f"{self.volume}: add the {self.key.value} key to {self.device} unless it has it, and test it"
+    name, text = "add_key", "add the {key} key to {device} unless it has it, and test it"
 
 
 @frozen
-class KeepKey(Action[None]):
+class KeepKey(_KeyAction):
     """Take every key off the disk but ``key``, which must open it."""
 
-    name = "keep_key"
-
-    key: Key
-
-    def __str__(self) -> str:
-        return f"{self.volume}: take every key but the {self.key.value} one off {self.device}"
+    name, text = "keep_key", "take every key but the {key} one off {device}"
 
 
 Step: TypeAlias = Format | Open | AddKey | KeepKey

@@ -260,13 +260,9 @@ def _persist(miner: Miner, endpoint: Endpoint, attempt: Callable[[bool], Flow[T]
 
 
 def _may_have_effect(error: Exception) -> bool:
-    match error:
-        case TransportError():
-            return error.maybe_delivered
-        case Unavailable():
-            return error.code not in _WITHOUT_EFFECT
-        case _:
-            return True
+    if isinstance(error, TransportError):
+        return error.maybe_delivered
+    return not isinstance(error, Unavailable) or error.code not in _WITHOUT_EFFECT
 
 
 def _ask(miner: Miner, endpoint: Endpoint, message: Message, kind: type[A], nonce: str | None = None) -> Flow[A]:

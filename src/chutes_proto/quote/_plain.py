@@ -25,12 +25,7 @@ from chutes_proto.quote._layout import (
 )
 from chutes_proto.quote._pck import Ca, PckIdentity, read_pck_extension
 
-_BODY_TYPES: Final = {
-    SgxReport: "SGX",
-    TdReport10: "TD10",
-    TdReport15: "TD15",
-    TdReport15Ex: "TD15Ex",
-}
+_BODY_TYPES: Final = {SgxReport: "SGX", TdReport10: "TD10", TdReport15: "TD15", TdReport15Ex: "TD15Ex"}
 _FLAGS: Final = {"seam_attributes", "td_attributes", "xfam", "init_servtd_attributes", "current_servtd_attributes"}
 
 
@@ -61,23 +56,16 @@ def quote_fields(quote: Quote) -> dict[str, object]:
         elif not name.startswith("reserved"):
             fields[name] = value.to_bytes(8, "little") if name in _FLAGS else value
     if isinstance(body, SgxReport):
-        fields["attribute_names"] = _names(SgxAttributes(body.flags))
+        fields["attribute_names"] = [flag.name for flag in SgxAttributes(body.flags)]
     else:
-        fields |= {
-            "attribute_names": _names(TdAttributes(body.td_attributes)),
-            "xfam_names": _names(Xfam(body.xfam)),
-        }
+        fields["attribute_names"] = [flag.name for flag in TdAttributes(body.td_attributes)]
+        fields["xfam_names"] = [flag.name for flag in Xfam(body.xfam)]
     return plain({**fields, "trailing_bytes": quote.trailing, "pck": _claimed_platform(quote)})
 
 
 def registers(rtmrs: tuple[bytes, ...]) -> dict[str, str]:
     """RTMRs by name, in hex."""
     return {f"rtmr{number}": rtmr.hex() for number, rtmr in enumerate(rtmrs)}
-
-
-def _names(flags: TdAttributes | SgxAttributes | Xfam) -> list[str]:
-    """Those of the bits that have one."""
-    return [str(flag.name) for flag in flags]
 
 
 def _claimed_platform(quote: Quote) -> PckIdentity | None:

@@ -36,19 +36,12 @@ class TrustedRoot:
     def from_der(cls, data: bytes) -> TrustedRoot:
         """Read the root from a self-signed CA certificate in DER. Raises `PolicyError` for anything else."""
         try:
-            certificate = read_certificate(data)
-            check_kind(certificate, "CA", path_length=1)
-            check_self_signed(certificate)
+            root = read_certificate(data)
+            check_kind(root, "CA", path_length=1)
+            check_self_signed(root)
         except DerError as exc:
             raise PolicyError(f"not the certificate of a root CA: {exc}") from None
-        return cls(
-            certificate.subject,
-            certificate.point,
-            certificate.serial,
-            certificate.not_before,
-            certificate.not_after,
-            sha256(data).digest(),
-        )
+        return cls(root.subject, root.point, root.serial, root.not_before, root.not_after, sha256(data).digest())
 
 
 def check_self_signed(certificate: Certificate) -> None:

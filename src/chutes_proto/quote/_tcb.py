@@ -74,15 +74,9 @@ def assess(
         current = _converge(platform_now, module_now, qe)
         status = _relaunch(status, current)
     parts = (platform, qe) if module is None else (platform, module, qe)
-    return TcbAssessment(
-        status,
-        current,
-        platform,
-        module,
-        qe,
-        min([part.date for part in parts]),
-        tuple(dict.fromkeys([advisory for part in parts for advisory in part.advisory_ids])),
-    )
+    date = min([part.date for part in parts])
+    advisories = tuple(dict.fromkeys([advisory for part in parts for advisory in part.advisory_ids]))
+    return TcbAssessment(status, current, platform, module, qe, date, advisories)
 
 
 def _module_identity(info: TcbInfo, major: int) -> ModuleIdentity | None:

@@ -62,8 +62,3 @@ def window(terms: Iterable[Term], grace: int = 0) -> Window:
     terms = tuple(terms)
     ends = [term.end if term.is_certificate else term.end + grace for term in terms]
     return max([term.begin for term in terms]), min(ends)
-
-
-def common(one: Window, other: Window) -> Window:
-    """The intersection of two windows."""
-    return max(one[0], other[0]), min(one[1], other[1])

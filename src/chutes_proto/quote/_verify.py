@@ -47,7 +47,7 @@ from chutes_proto.quote._statements import QeIdentity, Stated, TcbStatus
 from chutes_proto.quote._steps import Checked, checked
 from chutes_proto.quote._strict_json import JsonError
 from chutes_proto.quote._tcb import assess
-from chutes_proto.quote._terms import Term, Window, check_seconds, check_terms, common, window
+from chutes_proto.quote._terms import Term, Window, check_seconds, check_terms, window
 
 T = TypeVar("T")
 
@@ -326,6 +326,7 @@ def _judge(signed: SignedQuote, verified: VerifiedCollateral, now: int, expected
     got = quote.body.report_data
     if expected is not None and not compare_digest(got, expected):  # 37
         raise steps.ReportDataMismatchError("quote", "the report data does not match", got=got, expected=expected)
+    chain, collateral = opened.chain.window, verified.window
     return Verdict(
         quote=quote,
         pck=pck,
@@ -338,7 +339,7 @@ def _judge(signed: SignedQuote, verified: VerifiedCollateral, now: int, expected
         qe=tcb.qe,
         evaluation_number=min(verified.tcb_info.evaluation_number, verified.qe_identity.evaluation_number),
         tcb_info_version=verified.tcb_info.version,
-        window=common(opened.chain.window, verified.window),
+        window=(max(chain[0], collateral[0]), min(chain[1], collateral[1])),
         verified_at=now,
         root=opened.root,
         checked=(
