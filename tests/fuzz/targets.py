@@ -58,7 +58,7 @@ from chutes_proto.transport import qgs
 from chutes_proto.transport.client import ClientConnection
 from chutes_proto.transport.h1 import ServerConnection
 from chutes_proto.wire import codec, endpoints, json
-from chutes_proto.wire.answers import error_response
+from chutes_proto.wire.codec import error_response
 from chutes_proto.wire.evidence import decode_evidence
 from chutes_proto.wire.http import HttpRequest, HttpResponse, MalformedRequest
 from tests.luks import headers as luks

@@ -9,7 +9,7 @@ from attrs import frozen
 from chutes_proto.transport.h1 import DEFAULT_LIMITS, Limits, ServerConnection
 from chutes_proto.transport.tls import TlsSession
 from chutes_proto.wire import json
-from chutes_proto.wire.answers import error_response
+from chutes_proto.wire.codec import error_response
 from chutes_proto.wire.http import HttpRequest, HttpResponse, MalformedRequest
 
 JSON = (("content-type", "application/json"),)

@@ -26,7 +26,7 @@ from chutes_proto.io.server.development import write_server
 from chutes_proto.log import Level, Record
 from chutes_proto.transport.asgi import AsgiApp
 from chutes_proto.transport.h1 import DEFAULT_LIMITS, Limits
-from chutes_proto.wire.answers import error_response
+from chutes_proto.wire.codec import error_response
 from chutes_proto.wire.http import HttpRequest, HttpResponse, MalformedRequest
 from tests.server.world import PLATFORM
 from tests.waiting import wait_until

@@ -29,7 +29,7 @@ from chutes_proto.log import Level, Record
 from chutes_proto.transport.h1 import DEFAULT_LIMITS, Limits
 from chutes_proto.transport.tls import server_context
 from chutes_proto.wire import json
-from chutes_proto.wire.answers import error_response
+from chutes_proto.wire.codec import error_response
 from chutes_proto.wire.http import HttpRequest, HttpResponse, MalformedRequest
 from tests.transport.tls_client import NOW, client_context
 from tests.waiting import async_wait_until

@@ -11,7 +11,7 @@ from chutes_proto._converter import MOST
 from chutes_proto.errors import BadRequest, Refusal, Refused, RemoteProtocolError, Unavailable
 from chutes_proto.secret import Secret
 from chutes_proto.wire import codec, endpoints, json, public, vms
-from chutes_proto.wire.answers import error_response
+from chutes_proto.wire.codec import error_response
 from chutes_proto.wire.codes import Code
 from chutes_proto.wire.endpoint import Message, NonceAnswer
 from chutes_proto.wire.http import HttpRequest, HttpResponse

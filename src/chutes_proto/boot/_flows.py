@@ -328,7 +328,9 @@ def attest_boot(settings: BootSettings, nonce: bytes, quote: bytes) -> Flow[Boot
         nonce=nonce.hex(),
     )
     if settings.signer is not None:
-        message = _signed(message, nonce, settings.signer)
+        body = codec.encode_request(vms.BOOT_ATTESTATION, message).body  # without the headers
+        signature = settings.signer(body_message(Hotkey.parse(message.miner_hotkey), nonce.hex(), body))
+        message = attrs.evolve(message, hotkey=message.miner_hotkey, signature=signature.hex())
     answer = yield from _ask(vms.BOOT_ATTESTATION, message, vms.BootAttestationAnswer)
     if (answer.boot_token is None) == (answer.luks_quote_nonce is None):
         raise RemoteProtocolError("the server's grant has both a boot token and a quote nonce, or neither")
@@ -504,13 +506,6 @@ def _ask(endpoint: Endpoint, message: Message, kind: type[A]) -> Flow[A]:
     """Send one request and decode its answer, which the endpoint table says is a ``kind``."""
     response = yield from Send(codec.encode_request(endpoint, message))
     return cast("A", codec.decode_answer(endpoint, response))
-
-
-def _signed(message: vms.BootAttestationRequest, nonce: bytes, signer: Signer) -> vms.BootAttestationRequest:
-    """Sign a message with its hotkey; the headers are not part of the body that is signed."""
-    body = codec.encode_request(vms.BOOT_ATTESTATION, message).body
-    signature = signer(body_message(Hotkey.parse(message.miner_hotkey), nonce.hex(), body))
-    return attrs.evolve(message, hotkey=message.miner_hotkey, signature=signature.hex())
 
 
 def _granted(grant: BootGrant) -> tuple[Input, State]:

@@ -120,9 +120,14 @@ class ModuleIdentityForm(_Object, kw_only=True):
     tcb_levels: list[LevelForm[_SvnTcb]]
 
 
-class _TcbInfoForm(_Object, kw_only=True):
+class KindForm(_Object, kw_only=True):
+    """The members that tell the forms apart."""
+
     id: str | UnsetType = UNSET
     version: _U32
+
+
+class _TcbInfoForm(KindForm, kw_only=True):
     issue_date: str
     next_update: str
     fmspc: str
@@ -160,13 +165,6 @@ class QeIdentityForm(_Object):
     mrsigner: str
     isvprodid: _U16
     tcb_levels: list[LevelForm[_SvnTcb]]
-
-
-class KindForm(_Object, kw_only=True):
-    """The members that tell the forms apart."""
-
-    id: str | UnsetType = UNSET
-    version: _U32
 
 
 class TcbInfoKindForm(KindForm, kw_only=True):

@@ -37,8 +37,7 @@ from chutes_proto.server._service import Service
 from chutes_proto.server._volumes import read_cache_passphrase, sync_volumes
 from chutes_proto.store.rows import Vm
 from chutes_proto.wire import endpoints, miners, openapi, public, vms
-from chutes_proto.wire.answers import error_response
-from chutes_proto.wire.codec import decode_request, encode_answer
+from chutes_proto.wire.codec import decode_request, encode_answer, error_response
 from chutes_proto.wire.codes import Code
 from chutes_proto.wire.endpoint import Endpoint, Message
 from chutes_proto.wire.http import HttpRequest, HttpResponse, MalformedRequest

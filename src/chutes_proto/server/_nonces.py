@@ -34,8 +34,7 @@ from chutes_proto.secret import Secret
 from chutes_proto.units.nonces import SKEW, Nonce, nonce_from_future
 from chutes_proto.wire.codes import Code
 from chutes_proto.wire.http import address_prefix
-from chutes_proto.wire.names import HEX_32
-from chutes_proto.wire.times import timestamp
+from chutes_proto.wire.names import HEX_32, timestamp
 
 Purpose = Literal["boot", "runtime"]
 

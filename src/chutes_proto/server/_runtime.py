@@ -25,7 +25,7 @@ from chutes_proto.units.records import Quote
 from chutes_proto.units.servers import GrantRuntime, ReadOwnServer, RecordRuntimeRefusal
 from chutes_proto.wire import miners
 from chutes_proto.wire.endpoint import NonceAnswer
-from chutes_proto.wire.times import timestamp
+from chutes_proto.wire.names import timestamp
 
 
 def issue_runtime_nonce(service: Service, call: SignedCall[miners.ServerRequest]) -> Flow[NonceAnswer]:

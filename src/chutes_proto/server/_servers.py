@@ -20,8 +20,8 @@ from chutes_proto.store.rows import GpuRow, ServerRow
 from chutes_proto.units.servers import ListServers, ReadOwnServer, RegisterServer, RemoveServer, RenameServer
 from chutes_proto.wire import miners
 from chutes_proto.wire.codes import Code
+from chutes_proto.wire.names import timestamp
 from chutes_proto.wire.public import EncodedMeasurements, PublicRequest
-from chutes_proto.wire.times import timestamp
 
 _SHADOWED: Final = frozenset({"nonce", "boot"})
 """Ids whose paths are other operations'."""

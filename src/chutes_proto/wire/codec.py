@@ -23,10 +23,17 @@ from urllib.parse import parse_qsl, quote, urlencode
 import attrs
 
 from chutes_proto._converter import MismatchError, ProblemsError, StrictConverter, list_of, string
-from chutes_proto.errors import BadRequest, Refusal, Refused, RemoteProtocolError, ValidationProblem, refusal
+from chutes_proto.errors import (
+    BadRequest,
+    Refusal,
+    Refused,
+    RemoteProtocolError,
+    Unavailable,
+    ValidationProblem,
+    refusal,
+)
 from chutes_proto.secret import Secret
 from chutes_proto.wire import json
-from chutes_proto.wire.answers import JSON_HEADERS
 from chutes_proto.wire.codes import Code
 from chutes_proto.wire.endpoint import PLACE, Endpoint, Message, the_bytes, the_list, wire_name
 from chutes_proto.wire.http import Headers, HttpRequest, HttpResponse
@@ -39,6 +46,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _JSON_TYPE = re.compile(r"\s*application/(?:json|[!-~]+\+json)\s*(?:;.*)?", re.IGNORECASE)
+JSON_HEADERS = (("content-type", "application/json"),)
 _PLACES = ("path", "query", "header", "body")
 
 
@@ -113,6 +121,15 @@ def encode_quote(data: bytes) -> str:
 def encode_answer(endpoint: Endpoint, answer: Message) -> HttpResponse:
     """Encode an answer: compact JSON, members in the documented order."""
     return HttpResponse(endpoint.status, JSON_HEADERS, _answer_content(answer))
+
+
+def error_response(refusal: Refusal, request_id: str) -> HttpResponse:
+    """``{"detail","code","request_id"}`` with the refusal's status, and ``Retry-After`` where trying again may help."""
+    headers = (*JSON_HEADERS, *refusal.headers)
+    if isinstance(refusal, Unavailable):
+        headers = (*headers, ("retry-after", str(refusal.retry_after)))
+    content = {"detail": refusal.detail, "code": str(refusal.code), "request_id": request_id}
+    return HttpResponse(refusal.status, headers, json.encode(content))
 
 
 def _answer_content(answer: Message) -> bytes:

@@ -1,8 +1,9 @@
-"""The form of names, nonces and tokens on the wire."""
+"""The form of names, nonces, tokens and times on the wire."""
 
 from __future__ import annotations
 
 import re
+from datetime import UTC, datetime
 from typing import Final, NewType
 
 from chutes_proto.errors import RemoteProtocolError
@@ -23,3 +24,8 @@ def hex_32(text: str, what: str) -> str:
     if not HEX_32.fullmatch(text):
         raise RemoteProtocolError(f"the server's {what} is not 64 lowercase hex digits")
     return text
+
+
+def timestamp(at: int) -> str:
+    """Format unix seconds by RFC 3339, in UTC with whole seconds and ``+00:00``, which deployed clients know."""
+    return datetime.fromtimestamp(at, UTC).isoformat()
