@@ -6,14 +6,16 @@ import hashlib
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
+import attrs
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from chutes_proto.auth.certificates import ClientKey, client_key, spki_sha256
-from chutes_proto.errors import LocalProtocolError, Refused
+from chutes_proto.errors import Refused
 from chutes_proto.wire.codes import Code
 from tests.certificates import NEW_KEY, certificate_pem, self_signed
 
@@ -81,8 +83,10 @@ def test_an_expired_certificate_still_carries_its_key() -> None:
 
 
 def test_a_client_key_cannot_be_made_by_hand() -> None:
-    with pytest.raises(LocalProtocolError):
-        ClientKey(bytes(32), None)
+    with pytest.raises(TypeError):
+        _ = ClientKey(bytes(32), proof=cast("Any", None))
+    with pytest.raises(TypeError):
+        _ = attrs.evolve(client_key(self_signed(NEW_KEY["rsa2048"]())), digest=bytes(32))
 
 
 def test_digest_is_that_of_openssl(tmp_path: Path, require_program: Callable[[str], str]) -> None:

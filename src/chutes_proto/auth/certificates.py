@@ -12,21 +12,20 @@ Rules kept here:
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
-from attrs import field, frozen
+from attrs import frozen
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from chutes_proto.errors import LocalProtocolError, Refused
+from chutes_proto.errors import Refused
+from chutes_proto.quote._proof import PROOF, Proof, proven
 from chutes_proto.wire.codes import Code
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
-
-_MADE_HERE: Final = object()
 
 
 @frozen
@@ -37,11 +36,7 @@ class ClientKey:
     """
 
     digest: bytes
-    _made_by: object = field(repr=False, eq=False)
-
-    def __attrs_post_init__(self) -> None:
-        if self._made_by is not _MADE_HERE:
-            raise LocalProtocolError("only client_key() makes a ClientKey")
+    proof: Proof = proven()
 
 
 def client_key(certificate: x509.Certificate | None) -> ClientKey:
@@ -56,7 +51,7 @@ def client_key(certificate: x509.Certificate | None) -> ClientKey:
             pass
         case _:
             raise _refused(f"the client key is {_kind(key)}; RSA 2048 to 4096, P-256, P-384 and Ed25519 are accepted")
-    return ClientKey(_digest(key), _MADE_HERE)
+    return ClientKey(_digest(key), proof=PROOF)
 
 
 def spki_sha256(certificate: x509.Certificate) -> bytes:

@@ -22,6 +22,7 @@ components".
 
 from __future__ import annotations
 
+from enum import IntEnum
 from hashlib import sha384
 from itertools import zip_longest
 from struct import Struct, error
@@ -37,39 +38,36 @@ MAX_SIZE: Final = 4 * 1024 * 1024
 MAX_EVENTS: Final = 16384
 MAX_ALGORITHMS: Final = 8
 
-NO_ACTION: Final = 0x3
-IPL: Final = 0xD
-PLATFORM_CONFIG_FLAGS: Final = 0xA
-EFI_VARIABLE_BOOT: Final = 0x80000002
-EFI_BOOT_SERVICES_APPLICATION: Final = 0x80000003
 
-TYPE_NAMES: Final = {
-    0x0: "EV_PREBOOT_CERT",
-    0x1: "EV_POST_CODE",
-    NO_ACTION: "EV_NO_ACTION",
-    0x4: "EV_SEPARATOR",
-    0x5: "EV_ACTION",
-    0x6: "EV_EVENT_TAG",
-    0x7: "EV_S_CRTM_CONTENTS",
-    0x8: "EV_S_CRTM_VERSION",
-    PLATFORM_CONFIG_FLAGS: "EV_PLATFORM_CONFIG_FLAGS",
-    0xB: "EV_TABLE_OF_DEVICES",
-    0xC: "EV_COMPACT_HASH",
-    IPL: "EV_IPL",
-    0x80000001: "EV_EFI_VARIABLE_DRIVER_CONFIG",
-    EFI_VARIABLE_BOOT: "EV_EFI_VARIABLE_BOOT",
-    EFI_BOOT_SERVICES_APPLICATION: "EV_EFI_BOOT_SERVICES_APPLICATION",
-    0x80000004: "EV_EFI_BOOT_SERVICES_DRIVER",
-    0x80000005: "EV_EFI_RUNTIME_SERVICES_DRIVER",
-    0x80000006: "EV_EFI_GPT_EVENT",
-    0x80000007: "EV_EFI_ACTION",
-    0x80000008: "EV_EFI_PLATFORM_FIRMWARE_BLOB",
-    0x80000009: "EV_EFI_HANDOFF_TABLES",
-    0x8000000A: "EV_EFI_PLATFORM_FIRMWARE_BLOB2",
-    0x8000000B: "EV_EFI_HANDOFF_TABLES2",
-    0x8000000C: "EV_EFI_VARIABLE_BOOT2",
-    0x800000E0: "EV_EFI_VARIABLE_AUTHORITY",
-}
+class EventType(IntEnum):
+    """The types of events that have names, which begin with ``EV_``."""
+
+    PREBOOT_CERT = 0x0
+    POST_CODE = 0x1
+    NO_ACTION = 0x3
+    SEPARATOR = 0x4
+    ACTION = 0x5
+    EVENT_TAG = 0x6
+    S_CRTM_CONTENTS = 0x7
+    S_CRTM_VERSION = 0x8
+    PLATFORM_CONFIG_FLAGS = 0xA
+    TABLE_OF_DEVICES = 0xB
+    COMPACT_HASH = 0xC
+    IPL = 0xD
+    EFI_VARIABLE_DRIVER_CONFIG = 0x80000001
+    EFI_VARIABLE_BOOT = 0x80000002
+    EFI_BOOT_SERVICES_APPLICATION = 0x80000003
+    EFI_BOOT_SERVICES_DRIVER = 0x80000004
+    EFI_RUNTIME_SERVICES_DRIVER = 0x80000005
+    EFI_GPT_EVENT = 0x80000006
+    EFI_ACTION = 0x80000007
+    EFI_PLATFORM_FIRMWARE_BLOB = 0x80000008
+    EFI_HANDOFF_TABLES = 0x80000009
+    EFI_PLATFORM_FIRMWARE_BLOB2 = 0x8000000A
+    EFI_HANDOFF_TABLES2 = 0x8000000B
+    EFI_VARIABLE_BOOT2 = 0x8000000C
+    EFI_VARIABLE_AUTHORITY = 0x800000E0
+
 
 _SHA384: Final = 0xC
 _SIZES: Final = {0x4: 20, 0xB: 32, _SHA384: 48, 0xD: 64, 0x12: 32}
@@ -123,7 +121,10 @@ class Event:
 
     @property
     def type_name(self) -> str:
-        return TYPE_NAMES.get(self.type, f"0x{self.type:x}")
+        try:
+            return f"EV_{EventType(self.type).name}"
+        except ValueError:
+            return f"0x{self.type:x}"
 
     @property
     def digest_verified(self) -> bool:
@@ -141,13 +142,13 @@ class Event:
 
     def _parts(self) -> tuple[bytes, ...]:
         data = self.data
-        if self.type == IPL:
+        if self.type == EventType.IPL:
             return data, data.partition(b": ")[2].removesuffix(b"\0")
-        if self.type == EFI_VARIABLE_BOOT and len(data) >= _VARIABLE.size:
+        if self.type == EventType.EFI_VARIABLE_BOOT and len(data) >= _VARIABLE.size:
             _, name_size, size = _VARIABLE.unpack_from(data)
             if _VARIABLE.size + 2 * name_size + size == len(data):
                 return data, data[len(data) - size :]
-        if self.type == PLATFORM_CONFIG_FLAGS and len(data) >= _SHIM.size:
+        if self.type == EventType.PLATFORM_CONFIG_FLAGS and len(data) >= _SHIM.size:
             _, size = _SHIM.unpack_from(data)
             if _SHIM.size + size == len(data):
                 return data, data[_SHIM.size :]
@@ -165,14 +166,14 @@ class EventLog:
 
     def of(self, register: str) -> tuple[Event, ...]:
         """The events that extend a register, in their order."""
-        return tuple(event for event in self.events if event.register == register and event.type != NO_ACTION)
+        return tuple(event for event in self.events if event.register == register and event.type != EventType.NO_ACTION)
 
     @property
     def rtmrs(self) -> Rtmrs:
         """RTMR0 to RTMR3 after these events: from zero on, SHA-384(register ‖ digest) for each event."""
         values = dict.fromkeys(REGISTERS, bytes(48))
         for event in self.events:
-            if event.type != NO_ACTION:
+            if event.type != EventType.NO_ACTION:
                 values[event.register] = sha384(values[event.register] + event.digest).digest()
         return values["RTMR0"], values["RTMR1"], values["RTMR2"], values["RTMR3"]
 
@@ -234,7 +235,7 @@ class ReplayedLog:
     @property
     def kernel_command_lines(self) -> tuple[str, ...]:
         """Command lines of kernels, as GRUB and TD-Shim measure them."""
-        shim = self._measured("RTMR1", PLATFORM_CONFIG_FLAGS, _SHIM_COMMAND_LINE)
+        shim = self._measured("RTMR1", EventType.PLATFORM_CONFIG_FLAGS, _SHIM_COMMAND_LINE)
         return (*(_text(part.partition(b"\0")[0]) for part in shim), *self._grub(_KERNEL_COMMAND_LINE))
 
     @property
@@ -249,10 +250,12 @@ class ReplayedLog:
         Nothing vouches for an event's type either. The log's writer can pass another event of RTMR1 off as one of
         these, or hide one of them: look for digests that you know.
         """
-        return tuple(event.digest for event in self.log.of("RTMR1") if event.type == EFI_BOOT_SERVICES_APPLICATION)
+        return tuple(
+            event.digest for event in self.log.of("RTMR1") if event.type == EventType.EFI_BOOT_SERVICES_APPLICATION
+        )
 
     def _grub(self, label: bytes) -> tuple[str, ...]:
-        parts = self._measured("RTMR2", IPL, label)
+        parts = self._measured("RTMR2", EventType.IPL, label)
         return tuple(_text(part.removeprefix(label).removesuffix(b"\0")) for part in parts)
 
     def _measured(self, register: str, kind: int, label: bytes) -> list[bytes]:
@@ -288,7 +291,7 @@ def parse_event_log(data: bytes) -> EventLog:
         raise EventLogFormatError(f"more than {MAX_SIZE} bytes")
     reader = _Reader(data)
     register, kind, _, size = reader.unpack(_FIRST)
-    if kind != NO_ACTION or register >= len(REGISTERS):
+    if kind != EventType.NO_ACTION or register >= len(REGISTERS):
         raise EventLogFormatError("it does not begin with a Spec ID event")
     sizes = _algorithms(reader.take(size))
     events: list[Event] = []

@@ -286,7 +286,7 @@ class _Combined:
 
     def __attrs_post_init__(self) -> None:
         policies, name = cast("Any", self.policies), type(self).__name__
-        if type(policies) is not tuple or not all(map(_is_policy, cast("tuple[object, ...]", policies))):
+        if type(policies) is not tuple or not all(isinstance(policy, AnyPolicy) for policy in policies):
             raise PolicyError(f"{name}: must be a tuple of policies")
         if not policies:
             raise PolicyError(f"{name}: must have at least one policy")
@@ -342,10 +342,6 @@ AnyPolicy: TypeAlias = Policy | AllOf | AnyOf
 _resolve_init(_Combined)
 
 
-def _is_policy(value: object) -> bool:
-    return isinstance(value, (Policy, AllOf, AnyOf))
-
-
 def _check_appraised(verdict: object, stage: Stage) -> None:
     if not isinstance(verdict, Verdict):
         raise TypeError(f"verdict: must be a Verdict, as of verify_genuine, not {type(verdict).__name__}")
@@ -376,7 +372,7 @@ def verify(
     Raises `VerificationError` for every refusal, with its step: the quote does not parse, is not genuine, or is not
     accepted by the policy (`AppraisalError`). Raises `TypeError` for arguments of another type.
     """
-    if not _is_policy(policy):
+    if not isinstance(cast("object", policy), AnyPolicy):
         raise TypeError(f"policy: must be a Policy, AllOf or AnyOf, as of Policy.load, not {type(policy).__name__}")
     verdict = verify_genuine(data, collateral, now=now, report_data=report_data, root=root, grace=grace, sgx=sgx)
     return policy.appraise(verdict, stage=stage)

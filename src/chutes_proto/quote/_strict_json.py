@@ -17,7 +17,7 @@ from collections import Counter
 from datetime import datetime
 from functools import lru_cache
 from math import isinf
-from typing import Any, Final, NoReturn, TypeVar, cast
+from typing import Any, Final, NoReturn, TypeVar
 
 from chutes_proto.quote.errors import QuoteError
 
@@ -29,7 +29,6 @@ MAX_DEPTH: Final = 16
 # Possessive, and with an optional end, so that no input makes it look at a byte twice.
 _STRING: Final = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 _NOT_SKELETON: Final = bytes(set(range(256)) - set(b'[]{}"\\'))
-_SURROGATE: Final = re.compile("[\ud800-\udfff]")
 _DATE: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T(?!24)[0-9]{2}:[0-9]{2}:[0-9]{2}Z")
 
 
@@ -62,8 +61,11 @@ def decode(data: bytes, *, limit: int = MAX_SIZE, fractions: bool = False) -> ob
         raise JsonError(f"not JSON at character {exc.pos}") from None
     except ValueError:  # what turns digits into a number has a bound
         raise JsonError("a number too long") from None
-    if "\\" in text and _has_surrogate(value):
-        raise JsonError("a lone surrogate")
+    if "\\" in text:
+        try:
+            _ = json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise JsonError("a lone surrogate") from None
     return value
 
 
@@ -139,19 +141,6 @@ def _refuse(_: str) -> NoReturn:
 
 def _none(_: str) -> NoReturn:
     raise JsonError("NaN or Infinity")
-
-
-def _has_surrogate(value: Any) -> bool:
-    match value:
-        case str():
-            return _SURROGATE.search(value) is not None
-        case list():
-            return any(map(_has_surrogate, cast("list[object]", value)))
-        case dict():
-            table = cast("dict[str, object]", value)
-            return any(map(_has_surrogate, (*table, *table.values())))
-        case _:
-            return False
 
 
 _DECODER: Final = json.JSONDecoder(object_pairs_hook=_unique, parse_float=_refuse, parse_constant=_none)

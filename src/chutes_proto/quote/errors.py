@@ -157,11 +157,8 @@ class AppraisalError(VerificationError):
 
 
 _ABOUT: Final[dict[str, str]] = {
-    "evaluation_number": "collateral",
-    "tcb_info_version": "collateral",
-    "collateral_grace": "collateral",
-    "no_profiles": "profiles",
-    "not_a_td": "profiles",
+    **dict.fromkeys(("evaluation_number", "tcb_info_version", "collateral_grace"), "collateral"),
+    **dict.fromkeys(("no_profiles", "not_a_td"), "profiles"),
 }
 """Refusals whose remedy differs from that of the others of their part."""
 
