@@ -18,6 +18,8 @@ from collections.abc import Mapping
 from enum import Enum
 from types import MappingProxyType
 
+from attrs import define
+
 from chutes_proto.errors import ChutesError, LocalProtocolError, Refusal, Unavailable
 from chutes_proto.wire.codes import Code
 
@@ -77,23 +79,18 @@ TRANSITIONS: Mapping[State, Mapping[Input, State]] = MappingProxyType(
 """The table. `Input.KEYS` redeems the token, `Input.PASSPHRASE` does not; a sync that is repeated is `KEYS` again."""
 
 
+@define
 class Exchange:
-    """The machine: one VM's place in the table."""
+    """The machine: one VM's place in the table, which only `take` changes."""
 
-    def __init__(self, state: State = State.START) -> None:
-        self._state = state
-
-    @property
-    def state(self) -> State:
-        """The current state."""
-        return self._state
+    state: State = State.START
 
     def take(self, happened: Input) -> State:
         """Move to the state that the table says, and return it. Raises `LocalProtocolError`, then changes nothing."""
-        following = TRANSITIONS[self._state].get(happened)
+        following = TRANSITIONS[self.state].get(happened)
         if following is None:
-            raise LocalProtocolError(f"{happened.value!r} cannot happen to a VM in state {self._state.value}")
-        self._state = following
+            raise LocalProtocolError(f"{happened.value!r} cannot happen to a VM in state {self.state.value}")
+        self.state = following
         return following
 
 

@@ -140,10 +140,7 @@ class VolumeKeys(Iterable[VolumeKey]):
 
     def __getitem__(self, volume: str) -> VolumeKey:
         """Return the key of a volume. Raises `KeyError` for one that was not asked for."""
-        for key in self:
-            if key.volume == volume:
-                return key
-        raise KeyError(volume)
+        return {key.volume: key for key in self}[volume]
 
 
 @frozen(kw_only=True)
@@ -434,14 +431,10 @@ def _attest_steps(settings: BootSettings, volumes: Volumes) -> dict[State, _Step
         answer = yield from _ask(vms.VOLUME_ATTESTATION, request, vms.VolumeAttestationAnswer)
         _check_answered(asked, answer.volumes, answer.in_use)
         _ = hex_32(answer.confirm_nonce.reveal().decode("ascii"), "confirm nonce")
+        given, in_use = answer.volumes, answer.in_use
         pairs = {
-            name: KeyPair(
-                current=answer.volumes[name].current,
-                next=answer.volumes[name].next,
-                is_formatted=volumes[name],
-                is_in_use=name in answer.in_use,
-            )
-            for name in asked
+            name: KeyPair(current=pair.current, next=pair.next, is_formatted=volumes[name], is_in_use=name in in_use)
+            for name, pair in ((name, given[name]) for name in asked)
         }
         yield from Log(Record.of(Level.INFO, "keys_received", volumes=list(asked), in_use=sorted(answer.in_use)))
         return Rotation(pairs, answer.k3s_encryption_key, grant, answer.confirm_nonce)

@@ -139,8 +139,7 @@ def confirm(rows: Generations, current: int | None, following: int, *, rotated: 
         return None
     if after.state == "active" and opened == pinned(rows):
         back = evolve(opened, state="active", provisional=False, retired_at=None, retirement=None)
-        fallen = (evolve(row, provisional=False) for row in _retired(rows, at, "dropped"))
-        return Change((*fallen, back))
+        return Change((*_retired(rows, at, "dropped"), back))
     return Change()
 
 
@@ -152,8 +151,7 @@ def restore(rows: Generations, generation: int, at: int) -> Change | None:
         return None
     others = tuple(row for row in rows if row is not chosen)
     back = evolve(chosen, state="active", provisional=False, retired_at=None, retirement=None)
-    fallen = (evolve(row, provisional=False) for row in _retired(others, at, "superseded"))
-    return Change((*fallen, *_outdated(others, "relisted"), back))
+    return Change((*_retired(others, at, "superseded"), *_outdated(others, "relisted"), back))
 
 
 def purgeable(rows: Generations, now: int, retention: int, keep: int) -> tuple[GenerationRow, ...]:
@@ -177,12 +175,11 @@ def prune(rows: Generations, at: int) -> Change:
 def disown(rows: Generations, at: int) -> Change:
     """Retire all keys of a name that goes to another owner; none can be revived."""
     rows = tuple(rows)
-    retired = (evolve(row, provisional=False) for row in _retired(rows, at, "takeover"))
-    return Change((*retired, *_outdated(rows, "takeover")))
+    return Change((*_retired(rows, at, "takeover"), *_outdated(rows, "takeover")))
 
 
 def _renew(rows: tuple[GenerationRow, ...], seal: Seal, at: int | None, word: Literal["created", "rekeyed"]) -> Supply:
-    retired = () if at is None else (evolve(row, provisional=False) for row in _retired(rows, at, "rekey"))
+    retired = () if at is None else _retired(rows, at, "rekey")
     created = seal(_following(rows))
     return Supply((*retired, *_outdated(rows, "relisted")), created, word=word, current=created)
 
@@ -201,10 +198,14 @@ def _outdated(rows: tuple[GenerationRow, ...], why: Retirement) -> tuple[Generat
 
 
 def _retired(rows: Generations, at: int, why: Retirement) -> tuple[GenerationRow, ...]:
-    """The active row retired for this reason, and a candidate that is dropped with it."""
+    """The active row retired for this reason, and a candidate that is dropped with it.
+
+    Only a prune, whose key can be revived, leaves a provisional key provisional.
+    """
     reasons: dict[str, Retirement] = {"active": why, "candidate": "dropped"}
+    keep = why == "prune"
     return tuple(
-        evolve(row, state="retired", retired_at=at, retirement=reasons[row.state])
+        evolve(row, state="retired", retired_at=at, retirement=reasons[row.state], provisional=keep and row.provisional)
         for row in rows
         if row.state in reasons
     )

@@ -132,18 +132,11 @@ def read_certificate(data: bytes) -> Certificate:
     if not data.startswith(_P256_KEY, key[1]):
         raise DerError("the key is not on P-256")
     begin, end = der.several(data, validity[2], validity[3], 2, 2)
-    return Certificate(
-        data,
-        der.whole(data, signed),
-        signature,
-        der.unsigned(data, serial, size=20),
-        der.whole(data, issuer),
-        der.whole(data, subject),
-        der.time(data, begin),
-        der.time(data, end),
-        data[key[3] - 64 : key[3]],
-        _read_extensions(data, wrapped, _OF_CERTIFICATES),
-    )
+    number = der.unsigned(data, serial, size=20)
+    names = der.whole(data, issuer), der.whole(data, subject)
+    times = der.time(data, begin), der.time(data, end)
+    point, extensions = data[key[3] - 64 : key[3]], _read_extensions(data, wrapped, _OF_CERTIFICATES)
+    return Certificate(data, der.whole(data, signed), signature, number, *names, *times, point, extensions)
 
 
 def read_crl(data: bytes) -> Crl:
@@ -163,16 +156,9 @@ def read_crl(data: bytes) -> Crl:
         raise DerError("no CRL number, or no authority key identifier")
     number = extensions[_CRL_NUMBER]
     (value,) = der.members(number, 0, len(number), der.INTEGER)
-    return Crl(
-        data,
-        der.whole(data, signed),
-        signature,
-        der.whole(data, issuer),
-        der.time(data, this_update),
-        der.time(data, next_update),
-        int.from_bytes(der.unsigned(number, value, size=20)),
-        entries[2:],
-    )
+    times = der.time(data, this_update), der.time(data, next_update)
+    count = int.from_bytes(der.unsigned(number, value, size=20))
+    return Crl(data, der.whole(data, signed), signature, der.whole(data, issuer), *times, count, entries[2:])
 
 
 def revoked_serials(crl: Crl) -> frozenset[bytes]:

@@ -94,8 +94,12 @@ class Collateral:
         table: dict[str, str] = {}
         for name in _MEMBERS:
             piece: bytes | None = getattr(self, name)
-            if piece is not None:
-                table[name] = piece.hex() if name in _IN_HEX else _text(piece, name)
+            if piece is None:
+                continue
+            try:
+                table[name] = piece.hex() if name in _IN_HEX else piece.decode("utf-8")
+            except UnicodeDecodeError:
+                raise CollateralFormatError(f"{name} is not text in UTF-8") from None
         return json.dumps(table, indent=1).encode("ascii")
 
 
@@ -152,10 +156,3 @@ def _piece(value: object, name: str) -> bytes:
     if (piece := strict_json.digits(value)) is None:
         raise CollateralFormatError(f"{name} is not in hexadecimal digits")
     return piece
-
-
-def _text(piece: bytes, name: str) -> str:
-    try:
-        return piece.decode("utf-8")
-    except UnicodeDecodeError:
-        raise CollateralFormatError(f"{name} is not text in UTF-8") from None

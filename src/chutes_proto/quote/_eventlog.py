@@ -171,7 +171,7 @@ class EventLog:
     @property
     def rtmrs(self) -> Rtmrs:
         """RTMR0 to RTMR3 after these events: from zero on, SHA-384(register ‖ digest) for each event."""
-        values = dict.fromkeys(REGISTERS, bytes(48))
+        values: dict[str, bytes] = dict.fromkeys(REGISTERS, bytes(48))
         for event in self.events:
             if event.type != EventType.NO_ACTION:
                 values[event.register] = sha384(values[event.register] + event.digest).digest()

@@ -285,7 +285,8 @@ class _Combined:
     policies: tuple[AnyPolicy, ...]
 
     def __attrs_post_init__(self) -> None:
-        policies, name = cast("Any", self.policies), type(self).__name__
+        policies: tuple[object, ...] = cast("Any", self.policies)
+        name = type(self).__name__
         if type(policies) is not tuple or not all(isinstance(policy, AnyPolicy) for policy in policies):
             raise PolicyError(f"{name}: must be a tuple of policies")
         if not policies:

@@ -207,8 +207,7 @@ def _module(entry: forms.ModuleForm | forms.ModuleIdentityForm, levels: tuple[Sv
 
 
 def _platform_levels(entries: Sequence[forms.LevelForm[forms.TcbForm[forms.ReachedWith]]]) -> tuple[PlatformLevel, ...]:
-    levels = _levels(entries, _OF_PLATFORMS)
-    return tuple([PlatformLevel(sgx, pce_svn, tdx, stated) for (sgx, pce_svn, tdx), stated in levels])
+    return tuple([PlatformLevel(*reached, stated) for reached, stated in _levels(entries, _OF_PLATFORMS)])
 
 
 def _svn_levels(entries: Sequence[forms.LevelForm[forms.TcbForm[int]]]) -> tuple[SvnLevel, ...]:

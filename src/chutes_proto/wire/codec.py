@@ -35,7 +35,7 @@ from chutes_proto.errors import (
 from chutes_proto.secret import Secret
 from chutes_proto.wire import json
 from chutes_proto.wire.codes import Code
-from chutes_proto.wire.endpoint import PLACE, Endpoint, Message, the_bytes, the_list, wire_name
+from chutes_proto.wire.endpoint import PLACE, Endpoint, Message, sole_field, wire_name
 from chutes_proto.wire.http import Headers, HttpRequest, HttpResponse
 from chutes_proto.wire.names import NAME_PATTERN, Name
 from chutes_proto.wire.vms import VolumeSyncAnswer
@@ -137,10 +137,10 @@ def _answer_content(answer: Message) -> bytes:
         case VolumeSyncAnswer(passphrases=passphrases, in_use=in_use):
             members: dict[str, object] = {volume: _CONVERTER.unstructure(secret) for volume, secret in passphrases}
             return json.encode({**members, VolumeSyncAnswer.IN_USE: list(in_use)})
-        case _ if (verbatim := the_bytes(type(answer))) is not None:
+        case _ if (verbatim := sole_field(type(answer), "BYTES")) is not None:
             return cast("bytes", getattr(answer, verbatim))
         case _:
-            name = the_list(type(answer))
+            name = sole_field(type(answer), "LIST")
             return json.encode(_CONVERTER.unstructure(answer if name is None else getattr(answer, name)))
 
 
@@ -151,9 +151,9 @@ def decode_answer(endpoint: Endpoint, response: HttpResponse) -> Message:
     """
     if response.status != endpoint.status:
         raise _refusal(response)
-    if (verbatim := the_bytes(endpoint.answer)) is not None:
+    if (verbatim := sole_field(endpoint.answer, "BYTES")) is not None:
         return endpoint.answer(**{verbatim: response.body})
-    name = the_list(endpoint.answer)
+    name = sole_field(endpoint.answer, "LIST")
     content = _answer_object(response) if name is None else {name: _answer_json(response)}
     if endpoint.answer is VolumeSyncAnswer:
         in_use = content.pop(VolumeSyncAnswer.IN_USE, [])
@@ -235,22 +235,17 @@ def decode_headers(request: HttpRequest, names: Iterable[str]) -> dict[str, str]
     """Read the headers ``names``, as far as they are present. Raises `BadRequest` for one that is present twice."""
     values: dict[str, str] = {}
     for name in names:
-        match request.header_values(name.lower()):
-            case ():
-                pass
-            case (value,):
-                values[name] = value
-            case _:
-                raise BadRequest(Code.BAD_REQUEST, f"The header {name} is given twice")
+        found = request.header_values(name.lower())
+        if len(found) > 1:
+            raise BadRequest(Code.BAD_REQUEST, f"The header {name} is given twice")
+        values.update((name, value) for value in found)
     return values
 
 
 def _body(request: HttpRequest) -> dict[str, Any]:
-    types = request.header_values("content-type")
-    if len(types) > 1:
-        raise BadRequest(Code.BAD_REQUEST, "The header Content-Type is given twice")
+    content_type = decode_headers(request, ["Content-Type"]).get("Content-Type", "application/json")
     not_an_object = "Input should be a valid dictionary or object to extract fields from"
-    if types and not _JSON_TYPE.fullmatch(types[0]):
+    if not _JSON_TYPE.fullmatch(content_type):
         _invalid_body("model_attributes_type", not_an_object)
     if not request.body:
         _invalid_body("missing", "Field required")

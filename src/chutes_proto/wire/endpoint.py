@@ -8,7 +8,7 @@ answer's fields is the order of its JSON members.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from attrs import Attribute, field, frozen
 
@@ -66,15 +66,9 @@ def wire_name(attribute: Attribute[Any]) -> str:
     return name or attribute.name
 
 
-def the_list(kind: type[Any]) -> str | None:
-    """The name of the one field of an answer that is a bare list on the wire; None for other answers."""
-    name: str | None = getattr(kind, "LIST", None)
-    return name
-
-
-def the_bytes(kind: type[Any]) -> str | None:
-    """The name of the one field of an answer that is its whole encoded body; None for other answers."""
-    name: str | None = getattr(kind, "BYTES", None)
+def sole_field(kind: type[Any], form: Literal["LIST", "BYTES"]) -> str | None:
+    """The name of the one field of an answer that is a bare list, or all bytes, on the wire; None for other answers."""
+    name: str | None = getattr(kind, form, None)
     return name
 
 

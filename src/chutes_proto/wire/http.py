@@ -78,8 +78,6 @@ def plain_address(text: str) -> str:
 
 def address_prefix(address: str) -> bytes:
     """The part of an address that stands for one host: all of IPv4, the /64 of IPv6; empty without an address."""
-    if not address:
-        return b""
     try:
         parsed = ip_address(address)
     except ValueError:

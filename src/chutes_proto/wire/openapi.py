@@ -17,8 +17,7 @@ from chutes_proto.wire.endpoint import (
     DOCUMENTED_AS_REQUIRED,
     PLACE,
     Endpoint,
-    the_bytes,
-    the_list,
+    sole_field,
     wire_name,
 )
 from chutes_proto.wire.endpoints import COMMON_CODES, ENDPOINTS
@@ -124,7 +123,7 @@ def _describe(message: type[Any], schemas: dict[str, object]) -> None:
 
 
 def _object(message: type[Any], fields: Sequence[attrs.Attribute[Any]]) -> dict[str, object]:
-    verbatim = the_bytes(message)
+    verbatim = sole_field(message, "BYTES")
     if verbatim is not None:
         return {"type": "object", "description": next(f.metadata[DESCRIPTION] for f in fields if f.name == verbatim)}
     if message is VolumeSyncAnswer:
@@ -136,7 +135,7 @@ def _object(message: type[Any], fields: Sequence[attrs.Attribute[Any]]) -> dict[
             "required": [VolumeSyncAnswer.IN_USE],
             "additionalProperties": {"type": "string"},
         }
-    name = the_list(message)
+    name = sole_field(message, "LIST")
     if name is not None:
         return _schema(next(f.type for f in fields if f.name == name))
     properties = {f.name: {**_schema(f.type), "description": f.metadata[DESCRIPTION]} for f in fields}
