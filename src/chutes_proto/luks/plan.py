@@ -66,7 +66,8 @@ class _KeyAction(Action[None]):
 class Format(_KeyAction):
     """Make a blank disk a LUKS2 volume that ``key`` opens."""
 
-    name, text = "format", "format {device} as LUKS2 with the {key} key"
+    name = "format"
+    text = "format {device} as LUKS2 with the {key} key"
 
 
 @frozen
@@ -87,14 +88,16 @@ class Open(Action[Key]):
 class AddKey(_KeyAction):
     """Add ``key`` to the volume unless it opens it already, and test it."""
 
-    name, text = "add_key", "add the {key} key to {device} unless it has it, and test it"
+    name = "add_key"
+    text = "add the {key} key to {device} unless it has it, and test it"
 
 
 @frozen
 class KeepKey(_KeyAction):
     """Take every key off the disk but ``key``, which must open it."""
 
-    name, text = "keep_key", "take every key but the {key} one off {device}"
+    name = "keep_key"
+    text = "take every key but the {key} one off {device}"
 
 
 Step: TypeAlias = Format | Open | AddKey | KeepKey
