@@ -18,7 +18,6 @@ from chutes_proto.errors import (
     refusal,
 )
 from chutes_proto.wire.codes import Code
-from tests.documents import mermaid
 
 
 def test_every_state_has_a_row_and_every_input_a_use() -> None:

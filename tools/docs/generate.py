@@ -28,7 +28,7 @@ from chutes_proto.server._gpus import Gpu
 from chutes_proto.server._profiles import ServedOptions
 from chutes_proto.wire import endpoints
 from chutes_proto.wire.codes import Code
-from chutes_proto.wire.endpoint import DESCRIPTION, PLACE, Endpoint, the_list, wire_name
+from chutes_proto.wire.endpoint import DESCRIPTION, PLACE, Endpoint, sole_field, wire_name
 from tools.docs import commands
 
 ROOT: Final = Path(__file__).resolve().parents[2]
@@ -105,7 +105,7 @@ def _members(message: type[Any], prefix: str = "") -> Iterator[str]:
             continue
         name = f"{prefix}{wire_name(field)}"
         inner = _inner(field.type)
-        shown = "list" if the_list(message) == field.name else f"`{name}`"
+        shown = "list" if sole_field(message, "LIST") == field.name else f"`{name}`"
         optional = "" if field.default is attrs.NOTHING else ", optional"
         cells = (shown, field.metadata[PLACE] + optional, type_name(field.type), _cell(field.metadata[DESCRIPTION]))
         yield f"| {' | '.join(cells)} |"
