@@ -21,7 +21,7 @@ from chutes_proto.errors import Refused
 from chutes_proto.keys import generations
 from chutes_proto.keys.generations import Change, HandOut
 from chutes_proto.store import rows
-from chutes_proto.store.rows import Exchange, ReadVm, VmRow
+from chutes_proto.store.rows import Exchange, Read, VmRow
 from chutes_proto.testing.store_suite import VM, boot
 from chutes_proto.units import rotation
 from chutes_proto.units.operator import RestoreKey
@@ -259,14 +259,14 @@ def test_a_confirmation_of_an_older_boot_locks_a_disk(monkeypatch: pytest.Monkey
 
         __hash__ = None  # type: ignore[assignment]
 
-    class ReadAnything(ReadVm):
+    class ReadAnything(Read[Any]):
         def __iter__(self) -> Any:
-            row: VmRow | None = yield from ReadVm(self.vm)
-            return row and evolve(row, attested=Newest())  # type: ignore[arg-type]
+            row = yield from Read(self.kind, self.key, self.by)
+            return evolve(row, attested=Newest()) if isinstance(row, VmRow) else row  # type: ignore[arg-type]
 
     def confirmable(unit: Any) -> Any:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(rows, "ReadVm", ReadAnything)
+            patch.setattr(rows, "Read", ReadAnything)
             return (yield from CONFIRMABLE(unit))
 
     monkeypatch.setattr(rotation.ConfirmVolumes, "_confirmable", confirmable)

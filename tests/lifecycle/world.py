@@ -29,13 +29,12 @@ from chutes_proto.store._run import Unit
 from chutes_proto.store.rows import (
     BootRow,
     Exchange,
-    FindBoot,
-    FindConfirm,
     GenerationRow,
+    Read,
     ReadBootVolumes,
     ReadGenerations,
-    ReadVm,
     ReadVolumes,
+    VmRow,
 )
 from chutes_proto.testing.store_suite import VAULT, VM, Ask, boot
 from chutes_proto.units.boot import GrantBoot
@@ -247,7 +246,7 @@ class World:
             if row.state != "retired" or row.provisional or row.retirement == "prune" or self.opens(row)
         ]
         numbers = {row.generation: index for index, row in enumerate(kept)}
-        claim = self.read(ReadVm(VM))
+        claim = self.read(Read(VmRow, VM))
         (known,) = [row for row in self.read(ReadVolumes(VM)) if row.volume == VOLUME] or [None]
         flying = [self._flying(unit, numbers, claim and claim.attested) for unit in self.flight]
         return (
@@ -264,10 +263,10 @@ class World:
         match unit:
             case AttestVolumes() | SyncVolumes():
                 digest = unit.nonce_digest if isinstance(unit, AttestVolumes) else unit.token_digest
-                found: BootRow = self.read(FindBoot(digest))
+                found: BootRow = self.read(Read(BootRow, digest, "token_digest"))
                 more: object = (unit.volumes, unit.formatted, getattr(unit, "rekey", None))
             case ConfirmVolumes():
-                found = self.read(FindConfirm(unit.nonce_digest))
+                found = self.read(Read(BootRow, unit.nonce_digest, "confirm_digest"))
                 more = unit.rotated
             case _:
                 raise AssertionError(unit)

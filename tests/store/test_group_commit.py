@@ -18,11 +18,11 @@ from chutes_proto.store._run import Script, Unit
 from chutes_proto.store.rows import (
     AuditRow,
     BootRow,
+    Claim,
     Insert,
     NonceRow,
     RaiseHorizon,
     ReadTimes,
-    RedeemNonce,
     Scan,
     Times,
 )
@@ -106,7 +106,7 @@ def test_what_the_schema_refuses_is_undone_alone(store: SqliteStore) -> None:
 
 def test_units_of_one_commit_see_one_another(store: SqliteStore) -> None:
     nonce = NonceRow(bytes(32), "boot", NOW, NOW)
-    assert in_one_commit(store, [Ask(RedeemNonce(nonce))] * 3) == [True, False, False]
+    assert in_one_commit(store, [Ask(Claim(nonce))] * 3) == [True, False, False]
 
 
 def fail_at_commit(store: SqliteStore, fault: Callable[[], None]) -> None:

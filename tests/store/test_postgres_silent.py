@@ -26,11 +26,11 @@ from chutes_proto.store._run import Script, Unit
 from chutes_proto.store.rows import (
     CountSealed,
     RaiseHorizon,
+    Read,
     ReadAudit,
     ReadNames,
     ReadOtherwiseSealed,
     ReadTimes,
-    ReadVm,
     Scan,
     StoreOp,
     VmRow,
@@ -235,7 +235,7 @@ def slow(url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[PostgresStore]:
         yield store
 
 
-@pytest.mark.parametrize("op", [ReadVm(VM), VoidTokens(VM, NOW)], ids=lambda op: type(op).__name__)
+@pytest.mark.parametrize("op", [Read(VmRow, VM), VoidTokens(VM, NOW)], ids=lambda op: type(op).__name__)
 def test_a_statement_of_a_unit_that_takes_too_long_is_cancelled(slow: PostgresStore, op: StoreOp[object]) -> None:
     (connection,) = slow._pool.idle
     told(lambda: slow.transact(Ask(op)), r"a statement was cancelled \(.*statement timeout\)", StoreBusy)
@@ -260,7 +260,7 @@ def test_what_operators_ask_of_whole_tables_takes_its_time(slow: PostgresStore, 
     began = time.monotonic()
     slow.transact(Ask(op))
     assert time.monotonic() - began > 1
-    told(lambda: slow.transact(Ask(ReadVm(VM))), "a statement was cancelled", StoreBusy)  # the bounds are back
+    told(lambda: slow.transact(Ask(Read(VmRow, VM))), "a statement was cancelled", StoreBusy)  # the bounds are back
 
 
 def test_a_check_takes_its_time(slow: PostgresStore) -> None:

@@ -13,15 +13,16 @@ from attrs import evolve
 
 from chutes_proto.store._run import Store, Unit, run_script
 from chutes_proto.store.rows import (
+    BootRow,
+    Claim,
     CountClaims,
     CountRefusals,
-    FindBoot,
     Insert,
+    NonceRow,
     RaiseHorizon,
+    Read,
     ReadBootVolumes,
     ReadTimes,
-    ReadVm,
-    RedeemNonce,
     Row,
     SetHorizon,
     SpendToken,
@@ -29,6 +30,7 @@ from chutes_proto.store.rows import (
     SweepNonces,
     Times,
     UpdateGeneration,
+    VmRow,
     VoidTokens,
 )
 from chutes_proto.store.sql import key_of, statement
@@ -105,6 +107,16 @@ def forget(kind: type[StoreOp[Any]], reply: object = None) -> Fault:
         return reply if isinstance(op, kind) else perform(op)
 
     return fault
+
+
+def read_nothing(kind: type[Row]) -> Fault:
+    """A store that finds no row of one kind by its key."""
+    return lambda _, op, perform: None if isinstance(op, Read) and op.kind is kind else perform(op)
+
+
+def claim_nothing(kind: type[Row]) -> Fault:
+    """A store that says it added a row of one kind, and did not."""
+    return lambda _, op, perform: True if isinstance(op, Claim) and isinstance(op.row, kind) else perform(op)
 
 
 def spend_again(store: MemoryStore, op: StoreOp[Any], perform: Perform) -> object:
@@ -230,7 +242,7 @@ FAULTS: dict[str, Callable[[], Harness]] = {
         for name, fault in {
             "spend nothing": forget(SpendToken, True),
             "spend twice": spend_again,
-            "redeem nothing": forget(RedeemNonce, True),
+            "redeem nothing": claim_nothing(NonceRow),
             "void nothing": forget(VoidTokens),
             "void all": void_all,
             "sweep nothing": forget(SweepNonces, ()),
@@ -241,10 +253,10 @@ FAULTS: dict[str, Callable[[], Harness]] = {
             "horizon sinks": horizon_sinks,
             "horizon stuck": forget(SetHorizon),
             "horizon unread": forget(ReadTimes, Times(0, None)),
-            "no claims": forget(ReadVm),
+            "no claims": read_nothing(VmRow),
             "claims uncounted": forget(CountClaims, 0),
             "refusals uncounted": forget(CountRefusals, 0),
-            "no boots": forget(FindBoot),
+            "no boots": read_nothing(BootRow),
             "nothing updated": forget(UpdateGeneration),
             "prune deletes": prune_deletes,
             "update overwrites the key": update_overwrites_key,

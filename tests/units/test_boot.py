@@ -13,6 +13,7 @@ from chutes_proto.store.rows import (
     AttestationRow,
     AuditRow,
     BootRow,
+    Claim,
     GenerationRow,
     Insert,
     NonceRow,
@@ -20,9 +21,8 @@ from chutes_proto.store.rows import (
     Platform,
     Put,
     RaiseHorizon,
+    Read,
     ReadTimes,
-    ReadVm,
-    RedeemNonce,
     Scan,
     UpdateGeneration,
     Vm,
@@ -66,7 +66,7 @@ def refused(store: MemoryStore, unit: GrantBoot, code: Code) -> Refused:
 
 
 def claim(store: MemoryStore, vm: Vm = VM) -> VmRow:
-    row = store.transact(Ask(ReadVm(vm)))
+    row = store.transact(Ask(Read(VmRow, vm)))
     assert row is not None
     return row
 
@@ -152,7 +152,7 @@ def test_a_replay_is_refused_whatever_else_is_new(store: MemoryStore) -> None:
 
 def test_old_redemptions_go_a_hundred_at_a_time_and_stay_refused(store: MemoryStore) -> None:
     for index in range(150):
-        store.transact(Ask(RedeemNonce(NonceRow(entropy(str(index), 32), "boot", index, index + 7))))
+        store.transact(Ask(Claim(NonceRow(entropy(str(index), 32), "boot", index, index + 7))))
     store.transact(boot("first", now=150 + 6 + 86_400))
     left = [row for row in store.transact(Ask(Scan(NonceRow))) if row.issued_at < 150]
     assert sorted(row.issued_at for row in left) == list(range(100, 150))

@@ -15,13 +15,14 @@ from chutes_proto.store.rows import (
     AuditRow,
     GenerationRow,
     Insert,
+    Read,
     ReadAudit,
     ReadGenerations,
-    ReadVm,
     ReadVolumes,
     RewrapGeneration,
     Scan,
     Vm,
+    VmRow,
 )
 from chutes_proto.testing.store_suite import (
     NOW,
@@ -319,7 +320,7 @@ def test_a_name_is_rebound(store: MemoryStore, keep: bool) -> None:
     assert told.pin == elsewhere.pin
     assert ("with its keys" if keep else "with new keys") in told.reason
     assert ("retired" in told.keys) != keep
-    claim = store.transact(Ask(ReadVm(VM)))
+    claim = store.transact(Ask(Read(VmRow, VM)))
     assert claim is not None
     assert (claim.pin, claim.attested) == (elsewhere.pin, None)
 

@@ -350,20 +350,6 @@ class Put(StoreOp[None]):
 
 
 @frozen
-class RedeemNonce(StoreOp[bool]):
-    """Add a redeemed nonce; False if it is there already, and then nothing changes."""
-
-    row: NonceRow
-
-
-@frozen
-class IsRedeemed(StoreOp[bool]):
-    """Whether a nonce was redeemed, as far as that is remembered."""
-
-    value: bytes
-
-
-@frozen
 class SweepNonces(StoreOp[tuple[NonceRow, ...]]):
     """Delete up to ``limit`` nonces issued and redeemed at or before ``until``, oldest first, and reply with them."""
 
@@ -403,13 +389,6 @@ class SetHorizon(StoreOp[None]):
 
 
 @frozen
-class ReadVm(StoreOp[VmRow | None]):
-    """The claim on a name."""
-
-    vm: Vm
-
-
-@frozen
 class ReadNames(StoreOp[tuple[Vm, ...]]):
     """All VMs that are claimed or have keys, in order; with ``name``, those of that name, of any hotkey."""
 
@@ -421,20 +400,6 @@ class CountClaims(StoreOp[int]):
     """The number of names that are bound to a platform."""
 
     pin: Pin
-
-
-@frozen
-class FindBoot(StoreOp[BootRow | None]):
-    """The boot that a token was issued to, also of a consumed, void or expired one."""
-
-    token_digest: bytes
-
-
-@frozen
-class FindConfirm(StoreOp[BootRow | None]):
-    """The boot that a confirm nonce was issued to, also of a used, void or expired one."""
-
-    confirm_digest: bytes
 
 
 @frozen
@@ -534,14 +499,7 @@ class CountRefusals(StoreOp[int]):
 class Claim(StoreOp[bool]):
     """Add a row, unless that would break one of its table's unique constraints: then False, and nothing changes."""
 
-    row: ServerRow | GpuRow
-
-
-@frozen
-class FindServer(StoreOp[ServerRow | None]):
-    """The server at an address."""
-
-    address: str
+    row: NonceRow | ServerRow | GpuRow
 
 
 @frozen
@@ -604,10 +562,11 @@ class PurgeAudit(StoreOp[None]):
 
 @frozen
 class Read(StoreOp[R | None], Generic[R]):
-    """The row of a kind whose key is one text: a boot, a verdict, a server or a GPU, of any owner."""
+    """The row of a kind by its primary key, or by another column that is unique; whoever owns it, and in any state."""
 
     kind: type[R]
-    key: str
+    key: str | bytes | Vm
+    by: Literal["", "token_digest", "confirm_digest", "address"] = ""
 
 
 @frozen

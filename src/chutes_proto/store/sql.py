@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 import types
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from operator import attrgetter, itemgetter
 from typing import Any, Final, Literal, TypeAlias, Union, get_args, get_origin
 
@@ -362,10 +362,11 @@ def _claim(kind: type[store.Row]) -> str:
     return f"{_insert(kind)} ON CONFLICT DO NOTHING RETURNING {kind.KEY[0]}"
 
 
-_READS: Final = {
-    kind: _select(kind, f"WHERE {kind.KEY[0]} = ?")
-    for kind in (store.BootRow, store.AttestationRow, store.ServerRow, store.GpuRow)
-}
+@cache
+def _read(kind: type[store.Row], by: str) -> str:
+    return _select(kind, "WHERE " + " AND ".join(f"{name} = ?" for name in ((by,) if by else kind.KEY)))
+
+
 _SCANS: Final = {kind: _select(kind, "" if kind.KEY else "ORDER BY id") for kind in store.ROWS}
 
 
@@ -452,12 +453,13 @@ def _change_generation(to: str, where: str = "TRUE") -> _Query:
 _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query]] = {
     store.Insert: _write(_insert, store.ROWS, _nothing),
     store.Put: _write(_put, (store.VmRow, store.BootRow, store.VolumeRow, store.ServerRow), _nothing),
-    store.Claim: _write(_claim, (store.ServerRow, store.GpuRow), bool),
-    store.Read: _Query(lambda op: (_READS[op.kind], (op.key,)), lambda op, rows: _first(op.kind, rows)),
+    store.Claim: _write(_claim, (store.NonceRow, store.ServerRow, store.GpuRow), bool),
+    store.Read: _Query(
+        lambda op: (_read(op.kind, op.by), _PARTS[store.Vm](op.key) if isinstance(op.key, store.Vm) else (op.key,)),
+        lambda op, rows: _first(op.kind, rows),
+    ),
     store.Scan: _Query(lambda op: (_SCANS[op.kind], ()), lambda op, rows: _sorted(op.kind, rows)),
     # nonces
-    store.RedeemNonce: _write(_claim, (store.NonceRow,), bool),
-    store.IsRedeemed: _query("SELECT value FROM nonce WHERE value = :value", bool),
     store.SweepNonces: _query(
         "DELETE FROM nonce WHERE value IN"
         " (SELECT value FROM nonce WHERE redeemed_at <= :until AND issued_at <= :until"
@@ -469,7 +471,6 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query]] = {
     store.RaiseHorizon: _query("UPDATE fact SET value = :to WHERE name = 'nonce_horizon' AND value < :to"),
     store.SetHorizon: _query("UPDATE fact SET value = :to WHERE name = 'nonce_horizon'"),
     # names and boots
-    store.ReadVm: _one(store.VmRow, _THE_VM),
     store.ReadNames: _either(
         lambda op: op.name is None,
         _query("SELECT hotkey, vm FROM vm UNION SELECT hotkey, vm FROM generation", _names),
@@ -479,8 +480,6 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query]] = {
         ),
     ),
     store.CountClaims: _count(store.VmRow, _THE_PLATFORM),
-    store.FindBoot: _one(store.BootRow, "token_digest = :token_digest"),
-    store.FindConfirm: _one(store.BootRow, "confirm_digest = :confirm_digest"),
     store.FindLastBoot: _one(store.BootRow, f"{_THE_VM} {_NEWEST}"),
     store.FindLastBootFrom: _one(store.BootRow, f"hotkey = :hotkey AND peer_address = :address {_NEWEST}"),
     store.SpendToken: _query(
@@ -517,7 +516,6 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query]] = {
     store.ReadOtherwiseSealed: _all(store.GenerationRow, "kek_id IS NOT NULL AND kek_id <> :kek_id LIMIT :limit"),
     store.ReadVolumes: _all(store.VolumeRow, _THE_VM),
     # servers and verdicts
-    store.FindServer: _one(store.ServerRow, "address = :address"),
     store.ReadServers: _all(store.ServerRow, "hotkey = :hotkey"),
     store.DeleteServer: _query("DELETE FROM server WHERE server_id = :server_id"),  # and its GPUs, by their reference
     store.CountRefusals: _count(store.AttestationRow, f"{_THE_PLATFORM} AND code IS NOT NULL AND created_at >= :since"),

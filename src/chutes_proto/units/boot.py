@@ -113,7 +113,7 @@ class GrantBoot(Unit[BootGrant]):
 
     def _claim(self, keys: VmKeys) -> Script[str]:
         """Check the claim and take it; the reply says in words on what ground the boot has the name."""
-        claim, pin = (yield from store.ReadVm(self.vm)), self.platform.pin
+        claim, pin = (yield from store.Read(store.VmRow, self.vm)), self.platform.pin
         if claim is None:
             ground = yield from self._new_claim()
             claim = store.VmRow.of(self.vm, self.platform, self.now)

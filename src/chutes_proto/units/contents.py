@@ -19,7 +19,7 @@ from chutes_proto.store._run import Script, Unit
 
 _WRITES: Mapping[type[store.Row], Callable[[Any], store.StoreOp[Any]]] = {
     **dict.fromkeys(store.ROWS, store.Insert),
-    store.NonceRow: store.RedeemNonce,
+    store.NonceRow: store.Claim,
     store.VmRow: store.Put,
     store.VolumeRow: store.Put,
     store.ServerRow: store.Claim,

@@ -17,7 +17,7 @@ from attrs import frozen
 from chutes_proto.errors import Refused, Unavailable
 from chutes_proto.quote._terms import rfc3339
 from chutes_proto.store._run import Script
-from chutes_proto.store.rows import NonceRow, RaiseHorizon, ReadTimes, RedeemNonce, SweepNonces
+from chutes_proto.store.rows import Claim, NonceRow, RaiseHorizon, ReadTimes, SweepNonces
 from chutes_proto.wire.codes import Code
 
 SKEW = 60
@@ -52,7 +52,7 @@ def redeem_nonce(nonce: Nonce, now: int) -> Script[None]:
         raise nonce_from_future(nonce.issued_at, clock, "the database's")
     if nonce.issued_at <= horizon:
         raise _invalid(f"issued at {nonce.issued_at}, and the horizon is {horizon}")
-    if not (yield from RedeemNonce(NonceRow(nonce.value, nonce.purpose, nonce.issued_at, now))):
+    if not (yield from Claim(NonceRow(nonce.value, nonce.purpose, nonce.issued_at, now))):
         raise _invalid("redeemed before")
     # Nothing issued or redeemed later than this is deleted, so the horizon, which follows, lies in the past: a row from
     # the future, which a clock that was ahead has left, stays until its time has passed.

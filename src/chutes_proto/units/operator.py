@@ -287,7 +287,7 @@ class ImportKeys(Unit[tuple[str, ...]]):
         keys = VmKeys(self.vm, self.vault, self.now, "import")
         stored = by_volume((yield from store.ReadGenerations(self.vm)))
         known = yield from store.ReadVolumes(self.vm)
-        claim = yield from store.ReadVm(self.vm)
+        claim = yield from store.Read(store.VmRow, self.vm)
         made: dict[str, int] = {}
         for volume, fresh in self.keys.items():
             supply = generations.fetch(stored[volume], keys.sealer(volume, fresh))
@@ -333,7 +333,7 @@ class BindVm(Unit[None]):
     reason: str
 
     def script(self) -> Script[None]:
-        claim = yield from store.ReadVm(self.vm)
+        claim = yield from store.Read(store.VmRow, self.vm)
         if claim is not None:
             raise _refused(f"{_named(self.vm)} is bound to {claim.pin} already; rebind it", Code.PLATFORM_MISMATCH)
         yield from store.Put(store.VmRow.of(self.vm, self.platform, self.now))
@@ -356,7 +356,7 @@ class RebindVm(Unit[None]):
     reason: str
 
     def script(self) -> Script[None]:
-        claim = yield from store.ReadVm(self.vm)
+        claim = yield from store.Read(store.VmRow, self.vm)
         if claim is None:
             raise _refused(f"{_named(self.vm)} is bound to no platform; bind it", Code.PLATFORM_MISMATCH)
         keys = VmKeys(self.vm, self.vault, self.now, "rebind")

@@ -116,7 +116,7 @@ class AttestVolumes(Unit[HandedKeys]):
         boot, pin = (yield from _attestable(self)), self.quote.pin
         if boot.pin != pin:
             raise taken(self.vm, f"it booted on {boot.pin}, and this quote comes from {pin}")
-        claim = yield from store.ReadVm(self.vm)
+        claim = yield from store.Read(store.VmRow, self.vm)
         if claim is None or claim.pin != pin:
             raise taken(self.vm, f"{'no claim' if claim is None else claim.pin} binds it, not {pin}")
         if boot.spent_at is not None:
@@ -237,7 +237,7 @@ class ConfirmVolumes(Unit[tuple[tuple[str, Result], ...]]):
         yield from keys.settle(item.volume, change)
 
     def _confirmable(self) -> Script[store.BootRow]:
-        boot = yield from store.FindConfirm(self.nonce_digest)
+        boot = yield from store.Read(store.BootRow, self.nonce_digest, "confirm_digest")
         if boot is None or boot.confirm_expires_at is None:
             raise _confirm_refused("unknown")
         if boot.voided_at is not None:
@@ -246,7 +246,7 @@ class ConfirmVolumes(Unit[tuple[tuple[str, Result], ...]]):
             raise _confirm_refused("expired")
         if boot.vm != self.vm:
             raise _confirm_refused(f"issued to {boot.vm}, presented by {self.vm}", "mismatch")
-        claim: store.VmRow | None = yield from store.ReadVm(self.vm)
+        claim = yield from store.Read(store.VmRow, self.vm)
         if claim is None or claim.attested != boot.boot_id:
             raise _confirm_refused("another boot has attested since")
         if boot.confirm_body_digest not in (None, self.body_digest):
@@ -256,7 +256,9 @@ class ConfirmVolumes(Unit[tuple[tuple[str, Result], ...]]):
 
 def _attestable(unit: FindQuoteNonce | AttestVolumes) -> Script[store.BootRow]:
     """The boot of the unit's quote nonce, which was not consumed, or by the very same request."""
-    boot = check_token((yield from store.FindBoot(unit.nonce_digest)), "two-phase", unit.now, _quote_refused)
+    boot = check_token(
+        (yield from store.Read(store.BootRow, unit.nonce_digest, "token_digest")), "two-phase", unit.now, _quote_refused
+    )
     if boot.vm != unit.vm:
         raise _quote_refused(f"issued to {boot.vm}, presented by {unit.vm}", "mismatch")
     if boot.certificate != unit.certificate:

@@ -107,7 +107,7 @@ class RegisterServer(Unit[store.ServerRow]):
             boot = yield from question
             if boot is None or boot.profile_name not in self.profiles:
                 continue
-            claim = yield from store.ReadVm(boot.vm)
+            claim = yield from store.Read(store.VmRow, boot.vm)
             if claim is not None and claim.pin == boot.pin:
                 return boot
         return None
@@ -134,7 +134,7 @@ class RegisterServer(Unit[store.ServerRow]):
 
     def _check_free(self, link: store.BootRow | None) -> Script[None]:
         """Raise `Refused` for a claim of another server, once one that yields the address is removed with its GPUs."""
-        neighbour = yield from store.FindServer(self.address)
+        neighbour = yield from store.Read(store.ServerRow, self.address, "address")
         better = None if neighbour is None else (yield from self._better_evidence(link, neighbour))
         if neighbour is not None and better is not None:
             yield from store.DeleteServer(neighbour.server_id)
@@ -271,7 +271,7 @@ class GrantRuntime(Unit[None]):
         if server.boot_id is None:
             return server.pin
         boot = yield from store.Read(store.BootRow, server.boot_id)
-        claim = None if boot is None else (yield from store.ReadVm(boot.vm))
+        claim = None if boot is None else (yield from store.Read(store.VmRow, boot.vm))
         return server.pin if claim is None else claim.pin
 
 
@@ -297,7 +297,7 @@ class RecordRuntimeRefusal(Unit[bool]):
     def script(self) -> Script[bool]:
         """Count, record."""
         server = yield from _same(self.server)
-        if (yield from store.IsRedeemed(self.nonce)):
+        if (yield from store.Read(store.NonceRow, self.nonce)):
             return False
         if (yield from store.CountServerRefusals(server.registration, self.now - self.now % DAY)) >= self.per_day:
             return False

@@ -24,8 +24,9 @@ from chutes_proto.keys.generations import K3S_VOLUME
 from chutes_proto.keys.vault import FreshKey, KeyEncryptionKey, Vault
 from chutes_proto.secret import Secret
 from chutes_proto.store._run import Script, Store, Unit
-from chutes_proto.store.rows import ROWS, Platform, ReadTimes, Scan, StoreOp, Vm
+from chutes_proto.store.rows import Platform, StoreOp, Vm
 from chutes_proto.units.boot import GrantBoot
+from chutes_proto.units.contents import Contents, ReadContents
 from chutes_proto.units.nonces import Nonce
 from chutes_proto.units.rotation import AttestVolumes, ConfirmNonce, ConfirmVolumes
 from chutes_proto.units.volumes import ReadVolume, SyncVolumes
@@ -210,21 +211,9 @@ class Interrupted(Unit[T]):
         raise Interruption
 
 
-@frozen
-class Everything(Unit[tuple[object, ...]]):
-    """Reads the horizon, then all rows of each kind."""
-
-    def script(self) -> Script[tuple[object, ...]]:
-        """Perform one scan after the other."""
-        found: tuple[object, ...] = ((yield from ReadTimes()).horizon,)
-        for kind in ROWS:
-            found = (*found, (yield from Scan(kind)))
-        return found
-
-
-def dump(store: Store) -> tuple[object, ...]:
+def dump(store: Store) -> Contents:
     """Return the whole content of a store."""
-    return store.transact(Everything())
+    return store.transact(ReadContents())
 
 
 def expect(found: object, wanted: object, what: str) -> None:

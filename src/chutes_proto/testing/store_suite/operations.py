@@ -19,15 +19,11 @@ from chutes_proto.store.rows import (
     CountSealed,
     CountServerRefusals,
     DeleteServer,
-    FindBoot,
-    FindConfirm,
     FindLastBoot,
     FindLastBootFrom,
-    FindServer,
     GenerationRow,
     GpuRow,
     Insert,
-    IsRedeemed,
     NonceRow,
     Pin,
     PurgeAudit,
@@ -43,9 +39,7 @@ from chutes_proto.store.rows import (
     ReadOtherwiseSealed,
     ReadServers,
     ReadTimes,
-    ReadVm,
     ReadVolumes,
-    RedeemNonce,
     RewrapGeneration,
     Row,
     Scan,
@@ -194,26 +188,26 @@ def _write_rows_of_every_kind(store: Store) -> None:
         ask(Put(known))
     for claimed in _CLAIMED:
         expect(ask(Claim(claimed)), True, "a new row")
-    expect(ask(IsRedeemed(_NONCE.value)), False, "a nonce that is not there")
-    expect(ask(RedeemNonce(_NONCE)), True, "a new nonce")
-    expect(ask(IsRedeemed(_NONCE.value)), True, "a nonce that is there")
+    expect(ask(Read(NonceRow, _NONCE.value)), None, "a nonce that is not there")
+    expect(ask(Claim(_NONCE)), True, "a new nonce")
+    expect(ask(Read(NonceRow, _NONCE.value)), _NONCE, "a nonce that is there")
 
 
 def operations_reply_what_they_say(harness: Harness) -> None:
     """The replies of all operations that read, find or count."""
     ask = asking(harness.open())
     stranger = Vm(VM.hotkey, "vm-1")
-    expect(ask(ReadVm(VM)), None, "a claim that is not there")
+    expect(ask(Read(VmRow, VM)), None, "a claim that is not there")
     ask(Put(evolve(_VM, proven=False)))
     ask(Put(_VM))
-    expect(ask(ReadVm(VM)), _VM, "a claim that was replaced")
-    expect(ask(ReadVm(stranger)), None, "another VM's claim")
+    expect(ask(Read(VmRow, VM)), _VM, "a claim that was replaced")
+    expect(ask(Read(VmRow, stranger)), None, "another VM's claim")
     ask(Put(evolve(_VM, vm=stranger)))
     expect(ask(CountClaims(_PIN)), 2, "claims of a platform")
     expect(ask(CountClaims(evolve(_PIN, kind="instance"))), 0, "claims of another kind of platform id")
     ask(Insert(_BOOT))
-    expect(ask(FindBoot(_BOOT.token_digest)), _BOOT, "the boot of a token")
-    expect(ask(FindBoot(bytes(32))), None, "the boot of no token")
+    expect(ask(Read(BootRow, _BOOT.token_digest, "token_digest")), _BOOT, "the boot of a token")
+    expect(ask(Read(BootRow, bytes(32), "token_digest")), None, "the boot of no token")
     for position, volume in enumerate(("zeta", "alpha")):
         ask(Insert(BootVolumeRow("b0", volume, position, 1, 2, in_use=False)))
     given = ask(ReadBootVolumes("b0"))
@@ -277,17 +271,17 @@ def tokens_are_redeemed_once_and_voided(harness: Harness) -> None:
 
 
 def nonces_are_redeemed_once_and_swept(harness: Harness) -> None:
-    """`RedeemNonce` succeeds once; `SweepNonces` removes the oldest, up to a number; `RaiseHorizon` only raises."""
+    """`Claim` succeeds once; `SweepNonces` removes the oldest, up to a number; `RaiseHorizon` only raises."""
     ask = asking(harness.open())
     rows = tuple(NonceRow(bytes([9 - index]) * 32, "boot", NOW + index - 5, NOW + index) for index in range(4))
     for row in rows:
-        expect(ask(RedeemNonce(row)), True, "a new nonce")
-    expect(ask(RedeemNonce(evolve(rows[0], redeemed_at=NOW + 9))), False, "a nonce that was redeemed")
+        expect(ask(Claim(row)), True, "a new nonce")
+    expect(ask(Claim(evolve(rows[0], redeemed_at=NOW + 9))), False, "a nonce that was redeemed")
     expect(ask(SweepNonces(NOW - 1, 10)), (), "nonces too young to sweep")
     expect(ask(SweepNonces(NOW + 2, 2)), (rows[1], rows[0]), "the two oldest nonces, by value")
     expect(ask(Scan(NonceRow)), (rows[3], rows[2]), "the nonces that are left")
     ahead = NonceRow(bytes(32), "boot", NOW + 9, NOW)
-    expect(ask(RedeemNonce(ahead)), True, "a nonce from the future")
+    expect(ask(Claim(ahead)), True, "a nonce from the future")
     expect(ask(SweepNonces(NOW + 8, 10)), (rows[3], rows[2]), "the nonces that were issued and redeemed until then")
     expect(ask(SweepNonces(NOW + 9, 10)), (ahead,), "a nonce whose time has come")
     for to, wanted in ((NOW, NOW), (NOW - 1, NOW), (NOW + 1, NOW + 1)):
@@ -332,8 +326,8 @@ def servers_are_claimed_found_and_deleted(harness: Harness) -> None:
     expect(ask(Claim(evolve(third, hotkey="other", name="vm-0"))), True, "another hotkey's server of one name")
     expect(ask(Read(ServerRow, "n1")), _SERVER, "a server by its id")
     expect(ask(Read(ServerRow, "n9")), None, "a server that is not there")
-    expect(ask(FindServer("5.6.7.8")), fresh_server, "the server at an address")
-    expect(ask(FindServer("5.6.7.9")), None, "the server at no address")
+    expect(ask(Read(ServerRow, "5.6.7.8", "address")), fresh_server, "the server at an address")
+    expect(ask(Read(ServerRow, "5.6.7.9", "address")), None, "the server at no address")
     expect(ask(ReadServers(VM.hotkey)), (_SERVER, fresh_server), "servers of a hotkey")
     expect(ask(Read(GpuRow, "gpu-1")), _GPU, "a GPU")
     expect(ask(Read(GpuRow, "gpu-2")), None, "a GPU that is not there")
@@ -447,20 +441,20 @@ def keys_are_rewrapped_and_purged(harness: Harness) -> None:
 
 
 def boots_are_found_by_their_confirm_nonce(harness: Harness) -> None:
-    """`FindConfirm`, and a boot's row that is replaced; two boots never have one confirm nonce."""
+    """`Read` by a confirm nonce, and a boot's row that is replaced; two boots never have one confirm nonce."""
     ask = asking(harness.open())
     ask(Insert(_BOOT))
-    expect(ask(FindConfirm(bytes(32))), None, "the boot of no confirm nonce")
+    expect(ask(Read(BootRow, bytes(32), "confirm_digest")), None, "the boot of no confirm nonce")
     ask(Insert(BootVolumeRow("b0", "storage", 0, 1, 2, in_use=True)))
     attested = evolve(_BOOT, confirm_digest=bytes(32), confirm_expires_at=NOW + 300)
     ask(Put(attested))
-    expect(ask(FindConfirm(bytes(32))), attested, "the boot of a confirm nonce")
+    expect(ask(Read(BootRow, bytes(32), "confirm_digest")), attested, "the boot of a confirm nonce")
     confirmed = evolve(attested, confirm_body_digest=b"body")
     ask(Put(confirmed))
-    expect(ask(FindBoot(_BOOT.token_digest)), confirmed, "a boot that confirmed")
+    expect(ask(Read(BootRow, _BOOT.token_digest, "token_digest")), confirmed, "a boot that confirmed")
     other = evolve(attested, boot_id="b9", token_digest=b"t" * 32)
     expect_fault(lambda: ask(Insert(other)), "one confirm nonce for two boots")
-    expect(ask(FindBoot(other.token_digest)), None, "a second boot with one confirm nonce")
+    expect(ask(Read(BootRow, other.token_digest, "token_digest")), None, "a second boot with one confirm nonce")
 
 
 CASES: tuple[Case, ...] = cases_of(globals())

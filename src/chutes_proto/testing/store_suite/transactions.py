@@ -12,13 +12,13 @@ from chutes_proto.keys.vault import NONCE_SIZE, Address, KeyEncryptionKey, Vault
 from chutes_proto.store._run import Script, Store, Unit
 from chutes_proto.store.rows import (
     BootRow,
+    Claim,
     GenerationRow,
     GpuRow,
-    IsRedeemed,
     NonceRow,
+    Read,
     ReadGenerations,
     ReadTimes,
-    RedeemNonce,
     Scan,
     ServerRow,
     SetHorizon,
@@ -104,7 +104,7 @@ def an_exception_comes_out_unchanged(harness: Harness) -> None:
         exc: BaseException
 
         def script(self) -> Script[None]:
-            yield from RedeemNonce(NonceRow(bytes(32), "boot", NOW, NOW))
+            yield from Claim(NonceRow(bytes(32), "boot", NOW, NOW))
             raise self.exc
 
     store = harness.open()
@@ -368,7 +368,7 @@ def clocks_that_are_ahead_stop_no_boot(harness: Harness) -> None:
     first = boot("first", now=now)
     _ = store.transact(first)
     ahead = NonceRow(entropy("ahead", 32), "boot", now + 10 * DAY, now + 10 * DAY)
-    _ = store.transact(Ask(RedeemNonce(ahead)))
+    _ = store.transact(Ask(Claim(ahead)))
     sweep = boot("sweep", now=now + 12 * DAY)
     _ = store.transact(evolve(sweep, nonce=evolve(sweep.nonce, issued_at=now)))
     if clock is None:  # then this was the latest time, and the clock went back since
@@ -377,7 +377,7 @@ def clocks_that_are_ahead_stop_no_boot(harness: Harness) -> None:
         expect(store.transact(Ask(ReadTimes())).horizon, 0, "the horizon after a sweep under a clock that is ahead")
         _all_refused(store, [(boot("wrong", now=now + DAY), Code.SERVER_FAULT)])
         _ = store.transact(boot("right", now=now + 1))
-        expect(store.transact(Ask(IsRedeemed(ahead.value))), True, "a redemption from the future is remembered")
+        expect(store.transact(Ask(Read(NonceRow, ahead.value))), ahead, "a redemption from the future is remembered")
     wrong = store.transact(StoreRestored(now + 30 * DAY))
     right = store.transact(StoreRestored(now + 100))
     expect((right.before, store.transact(Ask(ReadTimes())).horizon), (wrong.horizon, right.horizon), "horizons")
