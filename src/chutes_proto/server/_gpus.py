@@ -18,6 +18,7 @@ import attrs
 from attrs import frozen
 
 from chutes_proto.errors import BadRequest
+from chutes_proto.store.rows import GpuRow
 from chutes_proto.wire import json
 from chutes_proto.wire.codes import Code
 from chutes_proto.wire.miners import NodeArgs
@@ -70,32 +71,24 @@ GPUS: Final = {
 """By ``gpu_identifier``. A configuration may have more: b300, for one, whose facts the published table lacked."""
 
 
-@frozen
-class Node:
-    """A declared GPU that is one of the table's."""
-
-    uuid: str
-    identifier: str
-    declared: str
-
-
-def check_nodes(gpus: Sequence[NodeArgs], table: Mapping[str, Gpu] = GPUS) -> tuple[Node, ...]:
-    """The declared GPUs. Raises `BadRequest`, which names the first wrong one and all its problems."""
+def check_nodes(server_id: str, gpus: Sequence[NodeArgs], table: Mapping[str, Gpu]) -> tuple[GpuRow, ...]:
+    """The rows of a server's declared GPUs. Raises `BadRequest`, which names the first wrong one and its problems."""
     if not gpus:
         raise _invalid("gpus must name at least one")
     if len({gpu.uuid.lower() for gpu in gpus}) != len(gpus):
         raise _invalid("gpus: a uuid is given twice")
-    return tuple(_node(index, gpu, table) for index, gpu in enumerate(gpus))
+    return tuple(_row(server_id, index, gpu, table) for index, gpu in enumerate(gpus))
 
 
-def _node(index: int, args: NodeArgs, table: Mapping[str, Gpu]) -> Node:
+def _row(server_id: str, index: int, args: NodeArgs, table: Mapping[str, Gpu]) -> GpuRow:
     gpu = table.get(args.gpu_identifier)
     if gpu is None:
         raise _invalid(f"gpus.{index}: gpu_identifier is not in the GPU table")
     if wrong := _problems(args, gpu):
         raise _invalid(f"gpus.{index}: {', '.join(wrong)}")
     filled = attrs.evolve(args, processors=gpu.processors, max_threads_per_processor=gpu.max_threads_per_processor)
-    return Node(args.uuid, args.gpu_identifier, json.encode(attrs.asdict(filled)).decode("ascii"))
+    declared = json.encode(attrs.asdict(filled)).decode("ascii")
+    return GpuRow(args.uuid.lower(), server_id, args.gpu_identifier, declared)
 
 
 def _problems(args: NodeArgs, gpu: Gpu) -> list[str]:

@@ -16,7 +16,7 @@ from chutes_proto.server._callbacks import ask_host
 from chutes_proto.server._gpus import check_nodes
 from chutes_proto.server._hosts import locate
 from chutes_proto.server._service import Service
-from chutes_proto.store.rows import GpuRow, ServerRow
+from chutes_proto.store.rows import ServerRow
 from chutes_proto.units.servers import ListServers, ReadOwnServer, RegisterServer, RemoveServer, RenameServer
 from chutes_proto.wire import miners
 from chutes_proto.wire.codes import Code
@@ -33,7 +33,7 @@ def register_server(service: Service, call: SignedCall[miners.RegisterServerRequ
     if message.id in _SHADOWED:
         problem: ValidationProblem = {"type": "value_error", "loc": ["body", "id"], "msg": "The id is reserved"}
         raise BadRequest(Code.VALIDATION_ERROR, [problem])
-    nodes = check_nodes(message.gpus, service.gpus)
+    gpus = check_nodes(message.id, message.gpus, service.gpus)
     shown = None
     with service.hosts.of(hotkey):
         address = yield from locate(message.host, service.unsafe_networks)
@@ -49,7 +49,7 @@ def register_server(service: Service, call: SignedCall[miners.RegisterServerRequ
             name=message.id if message.name is None else message.name,
             host=message.host,
             address=address,
-            gpus=tuple(GpuRow(node.uuid.lower(), message.id, node.identifier, node.declared) for node in nodes),
+            gpus=gpus,
             profiles={name: profile.measurements for name, profile in service.profiles.items()},
             peer_address=call.request.peer_address,
             evidence=service.registration_evidence,

@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
+from attrs import frozen
+
 from chutes_proto.store.rows import StoreOp
 
 T = TypeVar("T")
@@ -29,6 +31,17 @@ class Unit(Generic[T_co]):
     def script(self) -> Script[T_co]:
         """A new run of the transaction."""
         raise NotImplementedError
+
+
+@frozen
+class Ask(Unit[T]):
+    """One operation as a transaction of its own."""
+
+    op: StoreOp[T]
+
+    def script(self) -> Script[T]:
+        """Perform the operation."""
+        return (yield from self.op)
 
 
 class Store(Protocol):

@@ -339,7 +339,7 @@ R = TypeVar("R", bound=Row)
 class Insert(StoreOp[None]):
     """Add a row. One with the same key, or a second active generation or candidate of a volume, is a `StoreError`."""
 
-    row: BootRow | BootVolumeRow | GenerationRow | AttestationRow | AuditRow
+    row: Row
 
 
 @frozen

@@ -24,9 +24,9 @@ from urllib.parse import quote_from_bytes, unquote
 from chutes_proto._error import ChutesError
 from chutes_proto.effects import Flow, Uptime
 from chutes_proto.errors import BadRequest, LocalProtocolError
-from chutes_proto.transport.h1 import DEFAULT_LIMITS, Application, Limits, bad_request
+from chutes_proto.transport.h1 import DEFAULT_LIMITS, Application, Limits, bad_request, peer_address
 from chutes_proto.wire.codes import Code
-from chutes_proto.wire.http import HttpRequest, MalformedRequest, plain_address
+from chutes_proto.wire.http import HttpRequest, MalformedRequest
 
 T = TypeVar("T")
 
@@ -166,9 +166,4 @@ def _target(scope: Message) -> str:
 
 def _peer(scope: Message) -> str:
     client = scope.get("client")
-    if client is None:
-        return ""
-    try:
-        return plain_address(str(client[0]).partition("%")[0])
-    except ValueError:
-        return _UNKNOWN
+    return "" if client is None else peer_address((str(client[0]),)) or _UNKNOWN

@@ -45,16 +45,6 @@ class Everyone(Unit[tuple[store.VmRow | store.Vm, ...]]):
 
 
 @frozen
-class FindNames(Unit[tuple[store.Vm, ...]]):
-    """Find all VMs that are claimed or hold keys; with ``name``, those of that name, of any hotkey."""
-
-    name: str | None = None
-
-    def script(self) -> Script[tuple[store.Vm, ...]]:
-        return (yield from store.ReadNames(self.name))
-
-
-@frozen
 class History(Unit[tuple[tuple[store.GenerationRow, ...], tuple[store.VolumeRow, ...]]]):
     """Read all generations of a VM's keys and the rows of its disks."""
 
@@ -133,7 +123,7 @@ class PurgeAudits(Unit[Purged]):
         if count and self.carry_out:
             deleted = f"rows of before {rfc3339(self.before)}: {count}"
             # The new row first: a store without audit rows may number from the beginning again.
-            yield from store.Insert(_audit(self.now, "audit purged", self.reason, keys=deleted))
+            yield from _audit(self.now, "audit purged", self.reason, keys=deleted)
             yield from store.PurgeAudit(self.beyond, read[-1][0], self.before)
         return Purged(count, read[-1][0] if len(read) == self.limit else None)
 
@@ -168,7 +158,7 @@ class RestoreKey(Unit[store.GenerationRow]):
             if known.volume == self.volume:
                 yield from store.Put(evolve(known, handed=None))
         changes = ", ".join(f"{row.volume}/{row.generation} {row.state}" for row in change.updated)
-        yield from store.Insert(_audit(self.now, "key restored", self.reason, self.vm, keys=changes))
+        yield from _audit(self.now, "key restored", self.reason, self.vm, keys=changes)
         return change.updated[-1]
 
 
@@ -193,7 +183,7 @@ class PurgeKeys(Unit[tuple[store.GenerationRow, ...]]):
             for row in gone:
                 yield from store.PurgeGeneration(row)
             deleted = ", ".join(f"{row.volume}/{row.generation} purged" for row in gone)
-            yield from store.Insert(_audit(self.now, "keys purged", self.reason, self.vm, keys=deleted))
+            yield from _audit(self.now, "keys purged", self.reason, self.vm, keys=deleted)
         return tuple(gone)
 
 
@@ -240,7 +230,7 @@ class RewrapKeys(Unit[Rewrapped]):
             yield from store.RewrapGeneration(evolve(row, kek_id=wrapped.kek_id, wrapped_key=wrapped.wrapped_key))
             count += 1
         if count:
-            yield from store.Insert(_audit(self.now, "keys rewrapped", self.reason, keys=f"{count} under {current}"))
+            yield from _audit(self.now, "keys rewrapped", self.reason, keys=f"{count} under {current}")
         return Rewrapped(count, (yield from store.CountSealed()), tuple(broken))
 
 
@@ -261,7 +251,7 @@ class AllowFormat(Unit[None]):
                 " permission; `chutes-proto keys history` shows them"
             )
         yield from store.Put(evolve(known, format_allowed=True))
-        yield from store.Insert(_audit(self.now, "format allowed", self.reason, self.vm, keys=self.volume))
+        yield from _audit(self.now, "format allowed", self.reason, self.vm, keys=self.volume)
 
 
 @frozen
@@ -312,7 +302,7 @@ class ImportKeys(Unit[tuple[str, ...]]):
         if made or bound is not None:
             reason = self.reason if bound is None else f"{self.reason}; bound to {bound.pin}"
             created = ", ".join(f"{volume}/{generation} created" for volume, generation in made.items())
-            yield from store.Insert(_audit(self.now, "keys imported", reason, self.vm, keys=created))
+            yield from _audit(self.now, "keys imported", reason, self.vm, keys=created)
         return tuple(made)
 
     def _is_owners(self, claim: store.VmRow) -> bool:
@@ -337,7 +327,7 @@ class BindVm(Unit[None]):
         if claim is not None:
             raise _refused(f"{_named(self.vm)} is bound to {claim.pin} already; rebind it", Code.PLATFORM_MISMATCH)
         yield from store.Put(store.VmRow.of(self.vm, self.platform, self.now))
-        yield from store.Insert(_audit(self.now, "vm bound", self.reason, self.vm, self.platform))
+        yield from _audit(self.now, "vm bound", self.reason, self.vm, self.platform.pin)
 
 
 @frozen
@@ -369,7 +359,7 @@ class RebindVm(Unit[None]):
         yield from store.Put(moved)
         how = "with its keys" if self.keep_keys else "with new keys"
         reason = f"{self.reason}; from {claim.pin}, {how}"
-        yield from store.Insert(_audit(self.now, "vm rebound", reason, self.vm, self.platform, keys=keys.changes))
+        yield from _audit(self.now, "vm rebound", reason, self.vm, self.platform.pin, keys=keys.changes)
 
 
 @frozen
@@ -404,19 +394,11 @@ class StoreRestored(Unit[Restored]):
         yield from store.SetHorizon(horizon)
         yield from store.VoidTokens(None, self.now)
         moved = f"nonce horizon from {rfc3339(before)} to {rfc3339(horizon)}"
-        yield from store.Insert(_audit(self.now, "store restored", self.reason, keys=moved))
+        yield from _audit(self.now, "store restored", self.reason, keys=moved)
         return Restored(before, horizon)
 
 
 # --- registrations ---
-
-
-@frozen
-class Registrations(Unit[tuple[store.ServerRow, ...]]):
-    """Read the servers of all miners."""
-
-    def script(self) -> Script[tuple[store.ServerRow, ...]]:
-        return (yield from store.Scan(store.ServerRow))
 
 
 @frozen
@@ -434,7 +416,7 @@ class RemoveRegistration(Unit[store.ServerRow]):
             raise _refused(text, Code.SERVER_NOT_FOUND)
         yield from store.DeleteServer(server.server_id)
         reason = f"{self.reason}; server {server.server_id} at {server.address}"
-        yield from store.Insert(_audit(self.now, "registration removed", reason, server.vm))
+        yield from _audit(self.now, "registration removed", reason, server.vm)
         return server
 
 
@@ -447,20 +429,6 @@ def _refused(text: str, code: Code = Code.KEY_NOT_FOUND) -> Refused:
 
 
 def _audit(
-    now: int,
-    event: str,
-    reason: str,
-    vm: store.Vm | None = None,
-    platform: store.Platform | None = None,
-    keys: str = "",
-) -> store.AuditRow:
-    return store.AuditRow(
-        at=now,
-        actor="operator",
-        event=event,
-        decision="done",
-        reason=reason,
-        vm=vm,
-        pin=None if platform is None else platform.pin,
-        keys=keys,
-    )
+    now: int, event: str, reason: str, vm: store.Vm | None = None, pin: store.Pin | None = None, keys: str = ""
+) -> store.Insert:
+    return store.Insert(store.AuditRow(now, "operator", event, "done", reason, vm, pin=pin, keys=keys))

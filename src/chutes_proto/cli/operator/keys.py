@@ -16,10 +16,10 @@ from chutes_proto.errors import ConfigurationError, Refused
 from chutes_proto.io.files import read_lines, read_private
 from chutes_proto.io.reference_keys import read_row
 from chutes_proto.keys.vault import NONCE_SIZE, Address, FreshKey
-from chutes_proto.store.rows import GenerationRow, Platform, Vm
+from chutes_proto.store._run import Ask
+from chutes_proto.store.rows import GenerationRow, Platform, ReadNames, Vm
 from chutes_proto.units.operator import (
     AllowFormat,
-    FindNames,
     History,
     ImportKeys,
     PurgeKeys,
@@ -161,7 +161,7 @@ def purge(vm: str | None, older_than: int | None, yes: bool, reason: str, config
     """
     found: list[tuple[Vm, GenerationRow]] = []
     with operating.opened(config) as (setup, store), output.progress("VMs") as tell:
-        vms = (operating.find_vm(store, vm),) if vm else store.transact(FindNames())
+        vms = (operating.find_vm(store, vm),) if vm else store.transact(Ask(ReadNames()))
         days = operating.kept_days(older_than, "retention_days", setup.config.retention_days, "retired keys")
         began = operating.now()
         try:

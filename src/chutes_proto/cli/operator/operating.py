@@ -29,8 +29,8 @@ from chutes_proto.errors import KeyUnavailable, Refusal, Refused, SealBroken, St
 from chutes_proto.io.server.store_setup import StoreSetup, make_store_setup
 from chutes_proto.io.stores.address import DurableStore
 from chutes_proto.server import ServerConfig
-from chutes_proto.store.rows import Pin, Vm
-from chutes_proto.units.operator import FindNames
+from chutes_proto.store._run import Ask
+from chutes_proto.store.rows import Pin, ReadNames, Vm
 from chutes_proto.wire.codes import Code
 from chutes_proto.wire.names import NAME_PATTERN
 
@@ -83,7 +83,7 @@ def find_vm(store: DurableStore, text: str, *, new: bool = False) -> Vm:
     hotkey, slash, name = text.rpartition("/")
     if slash and new:
         return Vm(hotkey, name)
-    found = [vm for vm in store.transact(FindNames(name)) if hotkey in ("", vm.hotkey)]
+    found = [vm for vm in store.transact(Ask(ReadNames(name))) if hotkey in ("", vm.hotkey)]
     if len(found) == 1:
         return found[0]
     if not found:

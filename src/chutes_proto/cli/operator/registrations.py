@@ -8,8 +8,9 @@ from chutes_proto.cli import console, output
 from chutes_proto.cli.base import Argument, answer, json_option, table_options
 from chutes_proto.cli.operator import operating
 from chutes_proto.cli.operator.operating import OperatorGroup
-from chutes_proto.store.rows import ServerRow, Vm
-from chutes_proto.units.operator import Registrations, RemoveRegistration
+from chutes_proto.store._run import Ask
+from chutes_proto.store.rows import Scan, ServerRow, Vm
+from chutes_proto.units.operator import RemoveRegistration
 
 command: OperatorGroup = OperatorGroup(
     "registrations",
@@ -42,7 +43,7 @@ def listing(config: str) -> int:
     See also: registrations remove, vm list
     """
     with operating.opened(config) as (_, store):
-        rows = store.transact(Registrations())
+        rows = store.transact(Ask(Scan(ServerRow)))
     names = "server_id hotkey name host address boot_id platform created_at"
     heads = ("ID", "SERVER", "HOST", "ADDRESS", "EVIDENCE", "SINCE")
     answer(

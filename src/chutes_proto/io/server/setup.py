@@ -217,6 +217,9 @@ def _hotkeys(addresses: tuple[str, ...] | Literal["*"]) -> frozenset[str] | Lite
 
 
 def _profiles(config: ServerConfig, base: Path, problems: Problems) -> list[ServedProfile]:
+    def read(name: str) -> bytes:
+        return read_private(base / name)
+
     served: list[ServedProfile] = []
     served_defaults = {key: value for key, value in config.profile_defaults.items() if key in EXTRA_KEYS}
     defaults = {key: value for key, value in config.profile_defaults.items() if key not in EXTRA_KEYS}
@@ -228,12 +231,7 @@ def _profiles(config: ServerConfig, base: Path, problems: Problems) -> list[Serv
         parse = parse_profiles_json if _JSON.match(data) else parse_profiles_toml
         parsed = problems.attempt(key, partial(parse, data, extra_keys=EXTRA_KEYS, defaults=defaults))
         for profile, extras in parsed or ():
-            read = partial(_read_under, base)
             one = problems.attempt(key, partial(serve_profile, profile, extras, served_defaults, read))
             if one is not None:
                 served.append(one)
     return served
-
-
-def _read_under(base: Path, name: str) -> bytes:
-    return read_private(base / name)

@@ -23,7 +23,7 @@ from chutes_proto.io.stores.address import DurableStore, StorePlace
 from chutes_proto.keys.vault import KeyEncryptionKey, Vault
 from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
 from chutes_proto.server._config import ServerConfig
-from chutes_proto.store._run import Script, Unit
+from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import CountSealed
 
 T = TypeVar("T")
@@ -66,7 +66,7 @@ def check_store(place: StorePlace, vault: Vault) -> str:
 
 def check_keys(store: DurableStore, vault: Vault) -> dict[str, int]:
     """Return how many keys are sealed under each KEK. Raises `StoreError` for a KEK that ``vault`` does not have."""
-    sealed = dict(store.transact(_CountKeys()))
+    sealed = dict(store.transact(Ask(CountSealed())))
     live = {key.kek_id for key in vault.live}
     if lost := {kek_id: count for kek_id, count in sealed.items() if kek_id not in live}:
         counts = ", ".join(f"{count} under {kek_id}" for kek_id, count in sorted(lost.items()))
@@ -75,14 +75,6 @@ def check_keys(store: DurableStore, vault: Vault) -> dict[str, int]:
             f" kek_previous_file ({', '.join(sorted(live))}): {counts}; name the file of that KEK"
         )
     return sealed
-
-
-@frozen
-class _CountKeys(Unit[tuple[tuple[str, int], ...]]):
-    """Counts the keys that are sealed under each KEK."""
-
-    def script(self) -> Script[tuple[tuple[str, int], ...]]:
-        return (yield from CountSealed())
 
 
 # --- the parts ---

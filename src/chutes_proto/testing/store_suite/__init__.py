@@ -23,6 +23,7 @@ from chutes_proto.errors import Refusal, StoreError
 from chutes_proto.keys.generations import K3S_VOLUME
 from chutes_proto.keys.vault import FreshKey, KeyEncryptionKey, Vault
 from chutes_proto.secret import Secret
+from chutes_proto.store._run import Ask as Ask
 from chutes_proto.store._run import Script, Store, Unit
 from chutes_proto.store.rows import Platform, StoreOp, Vm
 from chutes_proto.units.boot import GrantBoot
@@ -167,17 +168,6 @@ def confirm(attested: AttestVolumes, rotated: Mapping[str, bool]) -> ConfirmVolu
         rotated=tuple(rotated.items()),
         vault=VAULT,
     )
-
-
-@frozen
-class Ask(Unit[T]):
-    """One operation as a transaction of its own."""
-
-    op: StoreOp[T]
-
-    def script(self) -> Script[T]:
-        """Perform the operation."""
-        return (yield from self.op)
 
 
 def asking(store: Store) -> Callable[[StoreOp[T]], T]:
