@@ -114,15 +114,13 @@ def fetch_command(
 
     See also: collateral show, collateral check, verify
     """
-    import httpx
-
     from chutes_proto.cli.miner.asking import reporting
     from chutes_proto.collateral.cache import CollateralCache, GiveUp, fetch, settle
     from chutes_proto.collateral.library import Family
     from chutes_proto.collateral.pcs import Upstream
     from chutes_proto.io.collateral.upstream import FETCH_LIMITS, keep_collateral
     from chutes_proto.io.drivers.sync import Performer
-    from chutes_proto.io.http.httpx_messages import HttpxGetter
+    from chutes_proto.io.http.httpx_messages import BlockingGetter
     from chutes_proto.io.http.tls import context_trusting
 
     trust = trusted_root(root)
@@ -136,10 +134,9 @@ def fetch_command(
     except QuoteError as exc:
         return _refuse(f"{quote}: {exc}")
     cache = CollateralCache(services, root=trust, update=update)
-    with httpx.Client(verify=context, trust_env=False) as client:
-        performer = Performer(get=reporting(HttpxGetter(client, FETCH_LIMITS), _unverified), log=lambda _: None)
-        fetched = performer.run(fetch(cache, family))
-        outcome = performer.run(settle(cache, family))
+    performer = Performer(get=reporting(BlockingGetter(context, FETCH_LIMITS), _unverified), log=lambda _: None)
+    fetched = performer.run(fetch(cache, family))
+    outcome = performer.run(settle(cache, family))
     if isinstance(outcome, GiveUp) or fetched is None:
         return _refuse(outcome.reason if isinstance(outcome, GiveUp) else "nothing was fetched")
     console.say(str(keep_collateral(out, family, fetched)))

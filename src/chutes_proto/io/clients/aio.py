@@ -14,9 +14,10 @@ from chutes_proto.auth.signing import Signer, SigningPolicy
 from chutes_proto.boot._flows import BootGrant, BootSettings, Rotation, VolumeKeys, Volumes
 from chutes_proto.boot._retry_policy import DEFAULT_RETRY, RetryPolicy
 from chutes_proto.boot._session import BootSession
-from chutes_proto.io.drivers.aio import HttpxSender, Performer, open_client
+from chutes_proto.io.drivers.aio import HttpxSender, Performer
 from chutes_proto.io.drivers.sync import log_record
 from chutes_proto.io.http.https import TimeLimits
+from chutes_proto.io.http.httpx_messages import open_client
 from chutes_proto.io.http.tls import client_context, presented
 from chutes_proto.io.quoters.choose import Quoter, check_quoter
 from chutes_proto.log import Record

@@ -16,8 +16,9 @@ from chutes_proto.collateral.library import Family
 from chutes_proto.effects import Log
 from chutes_proto.errors import CollateralUnavailable
 from chutes_proto.io.collateral.upstream import UpstreamCollateral
-from chutes_proto.io.drivers.aio import HttpxGetter, Performer, open_client
+from chutes_proto.io.drivers.aio import HttpxGetter, Performer
 from chutes_proto.io.drivers.sync import CollateralSource, log_record
+from chutes_proto.io.http.httpx_messages import open_client
 from chutes_proto.log import Level, Record
 from chutes_proto.quote._collateral import VerifiedCollateral
 from chutes_proto.quote._pck import PckIdentity

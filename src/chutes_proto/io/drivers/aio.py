@@ -6,51 +6,27 @@ else.
 
 from __future__ import annotations
 
-import ssl
 from collections.abc import Awaitable, Callable
-from functools import partial
 from typing import Any, TypeVar
 
 import anyio
 import httpx
 
-from chutes_proto.effects import (
-    ActOnDisk,
-    Effect,
-    Entropy,
-    FetchCollateral,
-    FetchEvidence,
-    Flow,
-    Get,
-    InspectDisk,
-    Log,
-    MakeQuote,
-    Now,
-    Resolve,
-    Send,
-    Sleep,
-    Transact,
-    Uptime,
-    run_async,
-)
+from chutes_proto import effects
+from chutes_proto.effects import Effect, Flow
 from chutes_proto.io.drivers import sync
-from chutes_proto.io.drivers.sync import CollateralSource, DiskWorker, Missing, Transactor, log_record, unknown
-from chutes_proto.io.http.evidence import any_certificate, evidence_limits, evidence_request, keep_certificate
+from chutes_proto.io.drivers.sync import CollateralSource, DiskWorker, Missing, log_record, unknown
+from chutes_proto.io.http.evidence import fetch_evidence
 from chutes_proto.io.http.https import TimeLimits
-from chutes_proto.io.http.httpx_messages import origin, prepare, received, transport_errors
+from chutes_proto.io.http.httpx_messages import origin, prepare, whole_answer
 from chutes_proto.io.quoters.choose import Quoter
 from chutes_proto.log import Record
 from chutes_proto.quote._collateral import VerifiedCollateral
 from chutes_proto.quote._pck import PckIdentity
-from chutes_proto.transport.client import MAX_ANSWER
+from chutes_proto.store._run import Store
 from chutes_proto.wire.http import HttpRequest, HttpResponse
 
 T = TypeVar("T")
-
-
-def open_client(context: ssl.SSLContext) -> httpx.AsyncClient:
-    """Return a client with the trust and the identity of ``context``. It takes no proxy from the environment."""
-    return httpx.AsyncClient(verify=context, trust_env=False)
 
 
 class HttpxSender:
@@ -70,7 +46,7 @@ class HttpxSender:
         message = prepare(
             self._client, self._limits, request.method, url, headers=request.headers, content=request.body
         )
-        return await _answer(self._client, message, self._limits)
+        return await whole_answer(self._client, message, self._limits)
 
 
 class HttpxGetter:
@@ -82,38 +58,7 @@ class HttpxGetter:
 
     async def __call__(self, url: str) -> HttpResponse:
         """Return the whole answer. Raises `TransportError`."""
-        return await _answer(self._client, prepare(self._client, self._limits, "GET", url), self._limits)
-
-
-async def _fetch_evidence(asked: FetchEvidence) -> tuple[HttpResponse, bytes]:
-    limits, certificates = evidence_limits(asked), list[bytes]()
-    async with open_client(any_certificate()) as client:
-        request = evidence_request(client, asked, limits)
-        answer = await _answer(client, request, limits, partial(keep_certificate, certificates))
-    return answer, certificates[0]
-
-
-async def _answer(
-    client: httpx.AsyncClient,
-    request: httpx.Request,
-    limits: TimeLimits,
-    begun: Callable[[httpx.Response], None] = lambda _: None,
-) -> HttpResponse:
-    """Return the whole answer; call ``begun`` before its body is read, while its connection is open."""
-    body = bytearray()
-    with anyio.move_on_after(limits.total) as scope, transport_errors():
-        response = await client.send(request, stream=True, follow_redirects=False)
-        try:
-            begun(response)
-            async for chunk in response.aiter_raw():
-                body += chunk
-                if len(body) > MAX_ANSWER:
-                    scope.cancel()  # unwinds httpx's generators from inside, which leaving the loop would not
-        finally:
-            await response.aclose()
-        if len(body) <= MAX_ANSWER:
-            return received(response, body)
-    raise limits.exceeded(body)
+        return await whole_answer(self._client, prepare(self._client, self._limits, "GET", url), self._limits)
 
 
 class Performer:
@@ -130,7 +75,7 @@ class Performer:
         send: Callable[[HttpRequest], Awaitable[HttpResponse]] | None = None,
         get: Callable[[str], Awaitable[HttpResponse]] | None = None,
         quoter: Quoter | None = None,
-        store: Transactor | None = None,
+        store: Store | None = None,
         collateral: CollateralSource | None = None,
         fetch: Callable[[PckIdentity, int], Awaitable[VerifiedCollateral]] | None = None,
         disks: DiskWorker | None = None,
@@ -145,7 +90,7 @@ class Performer:
 
     async def run(self, flow: Flow[T]) -> T:
         """Drive ``flow`` to its end; return what it returns, raise what it raises."""
-        return await run_async(flow, self.perform)
+        return await effects.run_async(flow, self.perform)
 
     async def perform(self, effect: Effect[Any]) -> object:
         """Perform one effect; return the reply that the effect documents.
@@ -153,26 +98,26 @@ class Performer:
         Raises `LocalProtocolError` for an effect that needs a part that this driver does not have.
         """
         match effect:
-            case Send(request):
+            case effects.Send(request):
                 return await self._send(request)
-            case Get(url):
+            case effects.Get(url):
                 return await self._get(url)
-            case Sleep(seconds):
+            case effects.Sleep(seconds):
                 await anyio.sleep(seconds)
                 return None
-            case Uptime():
+            case effects.Uptime():
                 return anyio.current_time()
-            case FetchCollateral(identity, now):
+            case effects.FetchCollateral(identity, now):
                 return await self._fetch(identity, now)
-            case Resolve(name):
+            case effects.Resolve(name):
                 return await self._resolve_in_thread(name)
-            case FetchEvidence():
-                return await _fetch_evidence(effect)
-            case Now() | Entropy() | Log():  # these do not block
+            case effects.FetchEvidence():
+                return await fetch_evidence(effect)
+            case effects.Now() | effects.Entropy() | effects.Log():  # these do not block
                 return self._blocking.perform(effect)
-            case MakeQuote():
+            case effects.MakeQuote():
                 return await anyio.to_thread.run_sync(self._blocking.perform, effect, abandon_on_cancel=True)
-            case Transact() | InspectDisk() | ActOnDisk():
+            case effects.Transact() | effects.InspectDisk() | effects.ActOnDisk():
                 return await anyio.to_thread.run_sync(self._blocking.perform, effect)
             case _:
                 raise unknown(effect)

@@ -15,26 +15,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol, TypeVar
 
-from chutes_proto.effects import (
-    ActOnDisk,
-    Effect,
-    Entropy,
-    FetchCollateral,
-    FetchEvidence,
-    Flow,
-    Get,
-    InspectDisk,
-    Log,
-    MakeQuote,
-    NextServer,
-    Now,
-    Resolve,
-    Send,
-    Sleep,
-    Transact,
-    Uptime,
-    run,
-)
+from chutes_proto import effects
+from chutes_proto.effects import Effect, Flow
 from chutes_proto.errors import LocalProtocolError, TransportError
 from chutes_proto.io.quoters.choose import Quoter, take_quote
 from chutes_proto.log import Record
@@ -43,16 +25,9 @@ from chutes_proto.wire.http import HttpRequest, HttpResponse
 if TYPE_CHECKING:
     from chutes_proto.quote._collateral import VerifiedCollateral
     from chutes_proto.quote._pck import PckIdentity
+    from chutes_proto.store._run import Store  # an agent loads none
 
 T = TypeVar("T")
-
-
-class Transactor(Protocol):
-    """Performs `Transact`: the one method of a store that a driver needs, so that an agent loads no store."""
-
-    def transact(self, unit: Any, /) -> Any:
-        """Run a unit as one transaction; return what its script returns."""
-        ...
 
 
 class DiskWorker(Protocol):
@@ -163,7 +138,7 @@ class Performer:
         get: Callable[[str], HttpResponse] | None = None,
         next_server: Callable[[], str] | None = None,
         quoter: Quoter | None = None,
-        store: Transactor | None = None,
+        store: Store | None = None,
         collateral: CollateralSource | None = None,
         disks: DiskWorker | None = None,
         log: Callable[[Record], None] = log_record,
@@ -179,7 +154,7 @@ class Performer:
 
     def run(self, flow: Flow[T]) -> T:
         """Drive ``flow`` to its end; return what it returns, raise what it raises."""
-        return run(flow, self.perform)
+        return effects.run(flow, self.perform)
 
     def perform(self, effect: Effect[Any]) -> object:
         """Perform one effect; return the reply that the effect documents.
@@ -187,37 +162,39 @@ class Performer:
         Raises `LocalProtocolError` for an effect that needs a part that this driver does not have.
         """
         match effect:
-            case Send(request):
+            case effects.Send(request):
                 return self._send(request)
-            case NextServer():
+            case effects.NextServer():
                 return self._next_server()
-            case MakeQuote(report_data):
+            case effects.MakeQuote(report_data):
                 return take_quote(self._quoter, report_data)
-            case Sleep(seconds):
+            case effects.Sleep(seconds):
                 time.sleep(seconds)
-            case Now():
+            case effects.Now():
                 return int(time.time())
-            case Uptime():
+            case effects.Uptime():
                 return time.monotonic()
-            case Entropy(size):
+            case effects.Entropy(size):
                 return os.urandom(size)
-            case Get(url):
+            case effects.Get(url):
                 return self._get(url)
-            case FetchCollateral(identity, now):
+            case effects.FetchCollateral(identity, now):
                 return self._collateral.fetch(identity, now)
-            case Resolve(name):
+            case effects.Resolve(name):
                 return resolve(name)
-            case FetchEvidence():
+            case effects.FetchEvidence():
+                import anyio
+
                 from chutes_proto.io.http.evidence import fetch_evidence  # only this needs httpx
 
-                return fetch_evidence(effect)
-            case Transact(unit):
+                return anyio.run(fetch_evidence, effect)
+            case effects.Transact(unit):
                 return self._store.transact(unit)
-            case InspectDisk(device):
+            case effects.InspectDisk(device):
                 return self._disks.inspect(device)
-            case ActOnDisk(action, keys):
+            case effects.ActOnDisk(action, keys):
                 return self._disks.act(action, keys)
-            case Log(record):
+            case effects.Log(record):
                 self._log(record)
             case _:
                 raise unknown(effect)

@@ -1,6 +1,6 @@
-"""`Get` with httpx, and `Send` on an event loop: conversion of requests, answers and errors.
+"""Requests with httpx, on an event loop: conversion of requests, answers and errors.
 
-Rules kept here, for both drivers:
+Rules kept here:
 
 * the one map from httpx's errors to `TransportError` is here;
 * a request of `Send` goes to the one origin its sender was made for, over https; none follows a redirect;
@@ -9,11 +9,13 @@ Rules kept here, for both drivers:
 
 from __future__ import annotations
 
-import time
+import ssl
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
+import anyio
 import httpx
+from attrs import frozen
 
 from chutes_proto.errors import LocalProtocolError, TransportError
 from chutes_proto.io.http.https import TimeLimits
@@ -30,42 +32,51 @@ _NOT_DELIVERED = (
 )
 
 
-class HttpxGetter:
-    """Performs `Get` with an `httpx.Client`, whose TLS context is the caller's choice.
+def open_client(context: ssl.SSLContext) -> httpx.AsyncClient:
+    """Return a client with the trust and the identity of ``context``. It takes no proxy from the environment."""
+    return httpx.AsyncClient(verify=context, trust_env=False)
 
-    Without an event loop nothing can interrupt a read: the whole may take one ``read`` longer than ``total``, and the
-    head of an answer that drips is only bounded in its size.
-    """
 
-    def __init__(self, client: httpx.Client, limits: TimeLimits = TimeLimits()) -> None:
-        self._client = client
-        self._limits = limits
+@frozen
+class BlockingGetter:
+    """Performs `Get` for a caller without an event loop: each request has a loop of its own, which can interrupt it."""
+
+    context: ssl.SSLContext
+    limits: TimeLimits = TimeLimits()
 
     def __call__(self, url: str) -> HttpResponse:
         """Return the whole answer. Raises `TransportError`."""
-        return whole_answer(self._client, prepare(self._client, self._limits, "GET", url), self._limits)
+        return anyio.run(self._get, url)
+
+    async def _get(self, url: str) -> HttpResponse:
+        async with open_client(self.context) as client:
+            return await whole_answer(client, prepare(client, self.limits, "GET", url), self.limits)
 
 
-def whole_answer(
-    client: httpx.Client,
+async def whole_answer(
+    client: httpx.AsyncClient,
     request: httpx.Request,
     limits: TimeLimits,
     begun: Callable[[httpx.Response], None] = lambda _: None,
 ) -> HttpResponse:
-    """Return the whole answer; call ``begun`` before its body is read. Raises `TransportError`."""
-    end = time.monotonic() + limits.total
+    """Return the whole answer; call ``begun`` before its body is read, while its connection is open."""
     body = bytearray()
-    with transport_errors():
-        response = client.send(request, stream=True, follow_redirects=False)
+    with anyio.move_on_after(limits.total) as scope, transport_errors():
+        response = await client.send(request, stream=True, follow_redirects=False)
         try:
             begun(response)
-            for chunk in response.iter_raw():
+            async for chunk in response.aiter_raw():
                 body += chunk
-                if len(body) > MAX_ANSWER or time.monotonic() > end:
-                    raise limits.exceeded(body)
+                if len(body) > MAX_ANSWER:
+                    scope.cancel()  # unwinds httpx's generators from inside, which leaving the loop would not
         finally:
-            response.close()
-    return received(response, body)
+            await response.aclose()
+        if len(body) <= MAX_ANSWER:
+            headers = tuple(
+                (name.decode("latin-1").lower(), text.decode("latin-1")) for name, text in response.headers.raw
+            )
+            return HttpResponse(response.status_code, headers, bytes(body))
+    raise limits.exceeded(body)
 
 
 def origin(url: str) -> httpx.URL:
@@ -74,7 +85,7 @@ def origin(url: str) -> httpx.URL:
 
 
 def prepare(
-    client: httpx.Client | httpx.AsyncClient,
+    client: httpx.AsyncClient,
     limits: TimeLimits,
     method: str,
     url: httpx.URL | str,
@@ -92,12 +103,6 @@ def prepare(
         timeout=httpx.Timeout(limits.read, connect=limits.connect),
         extensions=extensions,
     )
-
-
-def received(response: httpx.Response, body: bytearray) -> HttpResponse:
-    """Return httpx's answer as a response of this project."""
-    headers = tuple((name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in response.headers.raw)
-    return HttpResponse(response.status_code, headers, bytes(body))
 
 
 @contextmanager

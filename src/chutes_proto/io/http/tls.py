@@ -6,7 +6,7 @@ import os
 import ssl
 import time
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from chutes_proto.auth.client_identity import ENTROPY_SIZE, ClientIdentity, make_client_identity
@@ -70,18 +70,12 @@ def _as_file(content: bytes) -> Generator[str]:
 
 
 def _open() -> tuple[int, str, bool]:
-    try:
+    with suppress(AttributeError, OSError):  # not Linux, or not allowed
         descriptor = os.memfd_create("client-identity")
-    except (AttributeError, OSError):  # not Linux, or not allowed
-        return _open_on_disk()
-    path = _MEMORY.format(descriptor)
-    if Path(path).exists():
-        return descriptor, path, False
-    os.close(descriptor)  # no /proc here
-    return _open_on_disk()
-
-
-def _open_on_disk() -> tuple[int, str, bool]:
+        path = _MEMORY.format(descriptor)
+        if Path(path).exists():
+            return descriptor, path, False
+        os.close(descriptor)  # no /proc here
     import tempfile
 
     return *tempfile.mkstemp(), True

@@ -11,28 +11,22 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from attrs import field, frozen
 
 from chutes_proto.errors import StoreError
 from chutes_proto.io.stores.sqlite import SqliteStore
-from chutes_proto.store._run import Unit
-
-T = TypeVar("T")
+from chutes_proto.store._run import Store
 
 
-class DurableStore(Protocol):
+class DurableStore(Store, Protocol):
     """A store on disk: `SqliteStore` or `PostgresStore`. May be used from several threads."""
 
     name: str
     """Its address for people, without a password."""
     found_version: int | None
     """The schema version that it had when it was opened with ``migrate``, None if it was empty."""
-
-    def transact(self, unit: Unit[T], /) -> T:
-        """See `chutes_proto.store._run.Store`."""
-        ...
 
     def check(self) -> dict[str, int]:
         """Read everything; return the number of rows of each table. Raises `StoreError`."""
