@@ -50,8 +50,7 @@ from chutes_proto.quote._roots import TrustedRoot
 from chutes_proto.quote._statements import read_qe_identity, read_tcb_info
 from chutes_proto.quote._verify import open_quote, verify_collateral
 from chutes_proto.secret import Secret
-from chutes_proto.testing._directory import measurements_toml
-from chutes_proto.testing._platform import SimulatedPlatform
+from chutes_proto.testing._platform import PROFILE, SimulatedPlatform
 from chutes_proto.testing._quotes import Form
 from chutes_proto.testing._service import CollateralService
 from chutes_proto.transport import qgs
@@ -163,7 +162,7 @@ def policies() -> list[bytes]:
     profile = {"name": "p", "version": "1", "mrtd": "00" * 48, "boot_rtmrs": registers, "runtime_rtmrs": registers}
     toml = b'[tcb]\naccepted_statuses = ["UpToDate"]\nmin_evaluation_number = 5\nallow_smt = true\n'
     either = b"[[any_of]]\n[any_of.identity]\nppid = ['" + b"00" * 16 + b"']\n[[any_of]]\n[[any_of.all_of]]\n"
-    return [measurements_toml(), toml + measurements_toml(), json.encode([profile]), either]
+    return [PROFILE.to_toml().encode(), toml + PROFILE.to_toml().encode(), json.encode([profile]), either]
 
 
 def check_event_log(data: bytes) -> None:

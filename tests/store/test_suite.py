@@ -136,7 +136,7 @@ def prune_deletes(store: MemoryStore, op: StoreOp[Any], perform: Perform) -> obj
 
 def overwrite(store: MemoryStore, row: Row) -> object:
     """Whatever other rows there are with the same key."""
-    text, values = statement(Insert(row))  # type: ignore[arg-type]
+    text, values = statement(Insert(row))
     return store.connection.execute(text.replace("INSERT", "INSERT OR REPLACE"), values).fetchone()
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from chutes_proto.errors import ConfigurationError
 from chutes_proto.quote._measurements import parse_profiles_toml
 from chutes_proto.quote._policy import Policy, parse_policy_toml
-from chutes_proto.testing._directory import PlatformRecord, measurements_toml, simulation_files
+from chutes_proto.testing._directory import PlatformRecord, simulation_files
 from chutes_proto.testing._platform import PROFILE, SimulatedPlatform
 
 NOW = 1_780_000_000
@@ -57,8 +57,8 @@ def test_other_bytes_are_an_error(data: bytes) -> None:
 
 
 def test_the_measurements_read_back_as_profile_and_as_policy() -> None:
-    assert parse_profiles_toml(measurements_toml()) == ((PROFILE, {}),)
-    assert parse_policy_toml(measurements_toml()) == Policy(profiles=(PROFILE,))
+    assert parse_profiles_toml(PROFILE.to_toml().encode()) == ((PROFILE, {}),)
+    assert parse_policy_toml(PROFILE.to_toml().encode()) == Policy(profiles=(PROFILE,))
 
 
 def test_a_simulation_has_all_inputs_of_a_verifier() -> None:

@@ -16,8 +16,9 @@ from chutes_proto.server._callbacks import ask_host
 from chutes_proto.server._gpus import check_nodes
 from chutes_proto.server._hosts import locate
 from chutes_proto.server._service import Service
-from chutes_proto.store.rows import ServerRow
-from chutes_proto.units.servers import ListServers, ReadOwnServer, RegisterServer, RemoveServer, RenameServer
+from chutes_proto.store._run import Ask
+from chutes_proto.store.rows import ReadServers, ServerRow
+from chutes_proto.units.servers import ReadOwnServer, RegisterServer, RemoveServer, RenameServer
 from chutes_proto.wire import miners
 from chutes_proto.wire.codes import Code
 from chutes_proto.wire.names import timestamp
@@ -61,9 +62,10 @@ def register_server(service: Service, call: SignedCall[miners.RegisterServerRequ
 
 
 def list_servers(service: Service, call: SignedCall[miners.SignedRequest]) -> Flow[miners.ServerListAnswer]:
-    """Operation 6: list the caller's servers."""
-    rows = yield from Transact(ListServers(call.caller.address))
-    return miners.ServerListAnswer(servers=tuple(_described(row) for row in rows))
+    """Operation 6: list the caller's servers, newest first."""
+    rows = yield from Transact(Ask(ReadServers(call.caller.address)))
+    newest_first = sorted(rows, key=lambda row: row.created_at, reverse=True)
+    return miners.ServerListAnswer(servers=tuple(map(_described, newest_first)))
 
 
 def rename_server(service: Service, call: SignedCall[miners.RenameServerRequest]) -> Flow[miners.RenamedServerAnswer]:

@@ -18,7 +18,7 @@ from attrs import frozen
 
 from chutes_proto.errors import ConfigurationError
 from chutes_proto.quote._measurements import Stage
-from chutes_proto.testing._platform import PROFILE, SimulatedPlatform
+from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.wire import json
 
 PLATFORM_FILE: Final = "platform.json"
@@ -57,11 +57,6 @@ class PlatformRecord:
         raise ConfigurationError(
             f"{PLATFORM_FILE} is not a simulated platform of format {_FORMAT}; remove it to get a new one"
         )
-
-
-def measurements_toml() -> bytes:
-    """Return the profile of simulated TDs as TOML, for a server's configuration or a policy."""
-    return PROFILE.to_toml().encode()
 
 
 def simulation_files(

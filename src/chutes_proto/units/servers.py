@@ -217,17 +217,6 @@ class RemoveServer(Unit[store.ServerRow]):
 
 
 @frozen
-class ListServers(Unit[tuple[store.ServerRow, ...]]):
-    """The servers of a hotkey, newest first."""
-
-    hotkey: str
-
-    def script(self) -> Script[tuple[store.ServerRow, ...]]:
-        servers = yield from store.ReadServers(self.hotkey)
-        return tuple(sorted(servers, key=lambda row: row.created_at, reverse=True))
-
-
-@frozen
 class ReadOwnServer(Unit[tuple[store.ServerRow, store.AttestationRow | None]]):
     """A server of ``hotkey``'s with its newest runtime verdict. Raises `Refused` (``server_not_found``)."""
 

@@ -18,7 +18,7 @@ from chutes_proto.auth.client_identity import ENTROPY_SIZE
 from chutes_proto.auth.server_identity import make_server_identity
 from chutes_proto.errors import CollateralUnavailable
 from chutes_proto.io.files import make_directory, write_file
-from chutes_proto.testing._directory import measurements_toml
+from chutes_proto.testing._platform import PROFILE
 
 if TYPE_CHECKING:
     from chutes_proto.io.collateral.directory import CollateralDirectory
@@ -53,7 +53,7 @@ def write_server(directory: Path, platform: SimulatedPlatform, now: int) -> None
     write_file(directory / "server.key", identity.key_pem.reveal(), mode=0o600)
     write_file(directory / "kek", os.urandom(32), mode=0o600)
     write_file(directory / "simulated-root.der", platform.root_der)
-    write_file(directory / "measurements.toml", measurements_toml())
+    write_file(directory / "measurements.toml", PROFILE.to_toml().encode())
     write_file(directory / CONFIGURATION, _SERVER.encode(), mode=0o600)  # it may come to hold a password
     write_collateral(make_directory(directory / "collateral"), platform, now)
 

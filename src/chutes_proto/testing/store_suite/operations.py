@@ -26,6 +26,7 @@ from chutes_proto.store.rows import (
     Insert,
     NonceRow,
     Pin,
+    Platform,
     PurgeAudit,
     PurgeGeneration,
     Put,
@@ -96,16 +97,7 @@ _KEY = GenerationRow(
     created_at=NOW,
     origin="b0",
 )
-_VM = VmRow(
-    vm=VM,
-    pin=_PIN,
-    instance_id=None,
-    ppid=_PIN.value,
-    proven=True,
-    exchange="two-phase",
-    created_at=NOW,
-    last_boot_at=NOW,
-)
+_VM = evolve(VmRow.of(VM, Platform(None, _PIN.value), NOW), proven=True, exchange="two-phase", last_boot_at=NOW)
 _REFUSAL = AttestationRow(
     attestation_id="a1",
     stage="boot",

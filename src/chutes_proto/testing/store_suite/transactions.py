@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from attrs import evolve, frozen
@@ -131,23 +132,16 @@ def a_commit_is_seen_by_all(harness: Harness) -> None:
 
 def _race(harness: Harness, units: Sequence[Unit[T]], *, winners: int = CALLERS, lost: Code | None = None) -> list[T]:
     """Run all units at once; return the results of ``winners`` units. All others must be refused with ``lost``."""
-    outcomes = harness.together([_caller(harness.open(), unit) for unit in units])
+    outcomes = harness.together([partial(harness.open().transact, unit) for unit in units])
     results = [outcome for outcome in outcomes if not isinstance(outcome, Exception)]
-    refusals = [
-        outcome.code if isinstance(outcome, Refused) else outcome
-        for outcome in outcomes
-        if isinstance(outcome, Exception)
-    ]
+    faults = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
+    refusals = [fault.code if isinstance(fault, Refused) else fault for fault in faults]
     expect(refusals, [lost] * (len(units) - winners), "refusals")
     return results
 
 
 def _generations(harness: Harness, volume: str) -> list[GenerationRow]:
     return [row for row in harness.open().transact(Ask(ReadGenerations(VM))) if row.volume == volume]
-
-
-def _caller(store: Store, unit: Unit[T]) -> Callable[[], T]:
-    return lambda: store.transact(unit)
 
 
 def one_nonce_grants_one_boot(harness: Harness) -> None:
@@ -331,7 +325,7 @@ def a_token_is_refused_when_it_must_be(harness: Harness) -> None:
 def _all_refused(store: Store, units: Sequence[tuple[Unit[Any], Code]]) -> None:
     before = dump(store)
     for unit, code in units:
-        expect_refused(_caller(store, unit), code)
+        expect_refused(partial(store.transact, unit), code)
     expect(dump(store), before, "rows after refusals")
 
 
