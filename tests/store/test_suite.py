@@ -19,13 +19,13 @@ from chutes_proto.store.rows import (
     CountRefusals,
     Insert,
     NonceRow,
+    Put,
     RaiseHorizon,
     Read,
     ReadBootVolumes,
     ReadTimes,
     Row,
     SetHorizon,
-    SpendToken,
     StoreOp,
     SweepNonces,
     Times,
@@ -33,7 +33,7 @@ from chutes_proto.store.rows import (
     VmRow,
     VoidTokens,
 )
-from chutes_proto.store.sql import key_of, statement
+from chutes_proto.store.sql import encode, statement
 from chutes_proto.testing.store_suite import DAY, NOW, Case, Harness, operations, transactions
 from tests.store.bindings import BindingHarness
 from tests.store.harness import (
@@ -119,8 +119,8 @@ def claim_nothing(kind: type[Row]) -> Fault:
     return lambda _, op, perform: True if isinstance(op, Claim) and isinstance(op.row, kind) else perform(op)
 
 
-def spend_again(store: MemoryStore, op: StoreOp[Any], perform: Perform) -> object:
-    return perform(op) or isinstance(op, SpendToken)
+def spend_nothing(store: MemoryStore, op: StoreOp[Any], perform: Perform) -> object:
+    return None if isinstance(op, Put) and isinstance(op.row, BootRow) else perform(op)
 
 
 def void_all(store: MemoryStore, op: StoreOp[Any], perform: Perform) -> object:
@@ -130,7 +130,9 @@ def void_all(store: MemoryStore, op: StoreOp[Any], perform: Perform) -> object:
 def prune_deletes(store: MemoryStore, op: StoreOp[Any], perform: Perform) -> object:
     if isinstance(op, UpdateGeneration) and op.row.state == "retired":
         key = "(hotkey, vm, volume, generation) = (?, ?, ?, ?)"
-        return store.connection.execute(f"DELETE FROM generation WHERE {key}", key_of(op.row)).fetchone()
+        return store.connection.execute(
+            f"DELETE FROM generation WHERE {key}", encode(op.row)[: len(op.row.KEY)]
+        ).fetchone()
     return perform(op)
 
 
@@ -240,8 +242,7 @@ FAULTS: dict[str, Callable[[], Harness]] = {
     **{
         name: lambda fault=fault: MemoryHarness(Faulty(fault))  # type: ignore[misc]
         for name, fault in {
-            "spend nothing": forget(SpendToken, True),
-            "spend twice": spend_again,
+            "spend nothing": spend_nothing,
             "redeem nothing": claim_nothing(NonceRow),
             "void nothing": forget(VoidTokens),
             "void all": void_all,

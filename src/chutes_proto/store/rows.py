@@ -403,15 +403,6 @@ class CountClaims(StoreOp[int]):
 
 
 @frozen
-class SpendToken(StoreOp[bool]):
-    """Mark a boot's token as consumed by a request body; False, and no change, if it was consumed before."""
-
-    boot_id: str
-    at: int
-    body_digest: bytes
-
-
-@frozen
 class VoidTokens(StoreOp[None]):
     """Void all tokens issued to a VM so far, or to every VM."""
 

@@ -322,11 +322,6 @@ def decode_rows(kind: type[Any], rows: Rows) -> tuple[Any, ...]:
     return tuple(made)
 
 
-def key_of(row: store.Row) -> Values:
-    """The values of a row's primary key."""
-    return encode(row)[: len(row.KEY)]
-
-
 # --- statements ---
 
 _PATH: Final = r":([a-z_.]+)"
@@ -375,10 +370,6 @@ _SCANS: Final = {kind: _select(kind, "" if kind.KEY else "ORDER BY id") for kind
 
 def _nothing(_: Rows) -> None:
     return None
-
-
-def _number(rows: Rows) -> Any:
-    return rows[0][0]
 
 
 def _times(rows: Rows) -> store.Times:
@@ -442,7 +433,7 @@ def _all(kind: type[store.Row], where: str) -> _Query:
 
 
 def _count(kind: type[store.Row], where: str) -> _Query:
-    return _query(f"SELECT count(*) FROM {kind.TABLE} WHERE {where}", _number)  # noqa: S608
+    return _query(f"SELECT count(*) FROM {kind.TABLE} WHERE {where}", lambda rows: rows[0][0])  # noqa: S608
 
 
 def _change_generation(to: str, where: str = "TRUE") -> _Query:
@@ -482,11 +473,6 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query]] = {
     store.CountClaims: _count(store.VmRow, _THE_PLATFORM),
     store.FindLastBoot: _one(store.BootRow, f"{_THE_VM} {_NEWEST}"),
     store.FindLastBootFrom: _one(store.BootRow, f"hotkey = :hotkey AND peer_address = :address {_NEWEST}"),
-    store.SpendToken: _query(
-        "UPDATE boot SET spent_at = :at, body_digest = :body_digest"
-        " WHERE boot_id = :boot_id AND spent_at IS NULL RETURNING boot_id",
-        bool,
-    ),
     store.VoidTokens: _either(lambda op: op.vm is None, _query(_VOID), _query(f"{_VOID} AND {_THE_VM}")),
     store.ReadBootVolumes: _query(
         _select(store.BootVolumeRow, "WHERE boot_id = :boot_id ORDER BY position"),

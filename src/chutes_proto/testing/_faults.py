@@ -201,27 +201,20 @@ def _row(side: Side, name: str, what: str, **changes: Any) -> Fault:
     return Fault(name=name, side=side, what=what, **changes)
 
 
-def _rows_of(side: Side, part: str) -> Callable[..., Fault]:
+def _rows_of(side: Side, part: str, setting: Callable[..., Change[Any]] = _set) -> Callable[..., Fault]:
     """Return the maker of rows that change one draft: by a function, or by values for some of its fields."""
 
     def row(name: str, what: str, change: Change[Any] | None = None, **fields: Any) -> Fault:
-        return _row(side, name, what, **{part: change or _set(**fields)})
-
-    return row
-
-
-def _rows_in(part: str) -> Callable[..., Fault]:
-    """Return the maker of rows that set fields in one part of a quote."""
-
-    def row(name: str, what: str, **fields: Any) -> Fault:
-        return _quote(name, what, _set_in(part, **fields))
+        return _row(side, name, what, **{part: change or setting(**fields)})
 
     return row
 
 
 _certificates, _collateral = partial(_row, "certificates"), partial(_row, "collateral")
 _quote = _rows_of("quote", "quote")
-_header, _report, _enclave = map(_rows_in, ("header", "body", "qe_report"))
+_header, _report, _enclave = (
+    _rows_of("quote", "quote", partial(_set_in, part)) for part in ("header", "body", "qe_report")
+)
 _parts, _bytes = _rows_of("quote", "parts"), _rows_of("quote", "raw")
 _root, _intermediate, _pck, _chain = (
     _rows_of("certificates", part) for part in ("root", "intermediate", "pck", "pck_chain")

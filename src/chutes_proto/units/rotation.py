@@ -217,7 +217,9 @@ class ConfirmVolumes(Unit[tuple[tuple[str, Result], ...]]):
                 yield from self._decide(keys, stored[volume], item, rotated)
                 yield from store.Put(evolve(disk_of(known, self.vm, volume), in_use=True, handed=None))
             elif item is not None and rotated:
-                _check_active(volume, stored[volume], item)
+                active = generations.active(stored[volume])
+                if active is None or active.generation != _numbers(item)[-1]:
+                    raise _superseded(volume, "its key was active and no longer is")
             had_choice = item is not None and item.current_generation is not None
             results.append((volume, "promoted" if rotated else "discarded" if had_choice else "no_pending"))
         if not again:
@@ -266,12 +268,6 @@ def _attestable(unit: FindQuoteNonce | AttestVolumes) -> Script[store.BootRow]:
     if boot.body_digest not in (None, unit.body_digest):
         raise _quote_refused("consumed by a request with another body")
     return boot
-
-
-def _check_active(volume: str, rows: list[store.GenerationRow], item: store.BootVolumeRow) -> None:
-    active = generations.active(rows)
-    if active is None or active.generation != _numbers(item)[-1]:
-        raise _superseded(volume, "its key was active and no longer is")
 
 
 def _numbers(item: store.BootVolumeRow) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from chutes_proto.errors import Refused
 from chutes_proto.keys import generations
@@ -107,7 +107,7 @@ class SyncVolumes(Unit[VolumeKeys]):
         boot = yield from _boot_of(self.token_digest, self.vm, self.certificate, self.now)
         if boot.spent_at is not None:
             return (yield from self._replay(boot))
-        _ = yield from store.SpendToken(boot.boot_id, self.now, self.body_digest)
+        yield from store.Put(evolve(boot, spent_at=self.now, body_digest=self.body_digest))
         keys = VmKeys(self.vm, self.vault, self.now, boot.boot_id)
         stored = by_volume((yield from store.ReadLiveGenerations(self.vm)))
         passphrases: list[tuple[str, Secret]] = []

@@ -191,7 +191,8 @@ class SqliteStore:
         jobs: list[_Job] = []
         try:
             with self._transaction() as connection:
-                self._require_version(connection)
+                versions = self._versions(connection)
+                versions.check(versions.execute(READ_VERSION))  # a newer release may have migrated the file meanwhile
                 jobs = self._take(job)
                 for each in jobs:
                     self._run(connection, each)
@@ -331,11 +332,6 @@ class SqliteStore:
 
     def _versions(self, connection: sqlite3.Connection) -> Versions:
         return Versions(self.name, "sqlite", lambda text: connection.execute(text).fetchall())
-
-    def _require_version(self, connection: sqlite3.Connection) -> None:
-        """Check the version: a newer release may have migrated the file since it was opened."""
-        versions = self._versions(connection)
-        versions.check(versions.execute(READ_VERSION))
 
     def _check_file(self) -> None:
         """Check that the path leads to the open file: commits to a file without a name are lost at the next start."""

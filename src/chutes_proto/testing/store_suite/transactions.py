@@ -284,12 +284,11 @@ def rewraps_at_once_wrap_each_key_once(harness: Harness) -> None:
     counts = [rewrapped.count for rewrapped in _race(harness, units)]
     expect(sum(counts), len(before), f"rewrapped keys, by {counts}")
     after = store.transact(Ask(Scan(GenerationRow)))
-    opened = [_opened(vault, rows) for vault, rows in ((VAULT, before), (Vault(newer), after))]
+    opened = [
+        [vault.open(Address(row.vm, row.volume, row.generation), row).reveal() for row in rows]
+        for vault, rows in ((VAULT, before), (Vault(newer), after))
+    ]
     expect(opened[1] == opened[0], True, "the keys under the new KEK alone are the same")
-
-
-def _opened(vault: Vault, rows: Sequence[GenerationRow]) -> list[bytes]:
-    return [vault.open(Address(row.vm, row.volume, row.generation), row).reveal() for row in rows]
 
 
 # --- durable facts ---
