@@ -90,12 +90,10 @@ class ClientConnection:
                     if len(self._body) > MAX_ANSWER:
                         raise RemoteProtocolError(f"the server's answer has more than {MAX_ANSWER} bytes")
                 case h11.EndOfMessage() if self._head is not None:
-                    return self._response(self._head)
+                    if self._h11.our_state is self._h11.their_state is h11.DONE:
+                        self._h11.start_next_cycle()
+                    given = self._head.headers
+                    headers = tuple((name.decode("ascii"), value.decode("latin-1")) for name, value in given)
+                    return HttpResponse(self._head.status_code, headers, bytes(self._body))
                 case _:
                     return None
-
-    def _response(self, head: h11.Response) -> HttpResponse:
-        if self._h11.our_state is self._h11.their_state is h11.DONE:
-            self._h11.start_next_cycle()
-        headers = tuple((name.decode("ascii"), value.decode("latin-1")) for name, value in head.headers)
-        return HttpResponse(head.status_code, headers, bytes(self._body))

@@ -20,7 +20,34 @@ from chutes_proto.log import Record
 from chutes_proto.secret import Secret
 
 
-class BootAgent:
+class Connected:
+    """A client's connection and driver; the connection is closed at the end."""
+
+    def __init__(
+        self,
+        url: str,
+        identity: ClientIdentity | None,
+        ca_pem: bytes | None,
+        limits: TimeLimits,
+        quoter: Quoter | None,
+        log: Callable[[Record], None],
+    ) -> None:
+        if quoter is not None:
+            check_quoter(quoter)
+        self._identity = presented(identity)
+        self._sender = HttpsSender(client_context(self._identity, ca_pem), url, limits)
+        self._run = Performer(send=self._sender, quoter=quoter, log=log).run
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._sender.close()
+
+
+class BootAgent(Connected):
     """One VM's boot against one key server, without an event loop: a context manager.
 
     ``url`` is ``https://host:port``. ``hotkey`` is the SS58 address of the miner that owns the VM, ``vm_name`` the VM's
@@ -50,18 +77,8 @@ class BootAgent:
         log: Callable[[Record], None] = log_record,
     ) -> None:
         check_quoter(quoter)
-        identity = presented(identity)
-        self._session = BootSession(BootSettings(hotkey, vm_name, identity.spki_sha256, signer, retry))
-        self._sender = HttpsSender(client_context(identity, ca_pem), url, limits)
-        self._run = Performer(send=self._sender, quoter=quoter, log=log).run
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._sender.close()
+        super().__init__(url, identity, ca_pem, limits, quoter, log)
+        self._session = BootSession(BootSettings(hotkey, vm_name, self._identity.spki_sha256, signer, retry))
 
     def boot(self) -> BootGrant:
         """Attest until the server grants; return the root passphrase and the token of the next method."""

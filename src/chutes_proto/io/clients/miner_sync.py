@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import Self
 
 from chutes_proto.auth.client_identity import ClientIdentity
 from chutes_proto.auth.signing import Signer, SigningPolicy
 from chutes_proto.boot._retry_policy import RetryPolicy
-from chutes_proto.io.drivers.sync import Performer, log_record
-from chutes_proto.io.http.https import HttpsSender, TimeLimits
-from chutes_proto.io.http.tls import client_context, presented
-from chutes_proto.io.quoters.choose import Quoter, check_quoter
+from chutes_proto.io.clients.boot_sync import Connected
+from chutes_proto.io.drivers.sync import log_record
+from chutes_proto.io.http.https import TimeLimits
+from chutes_proto.io.quoters.choose import Quoter
 from chutes_proto.log import Record
 from chutes_proto.miner import _flows as flows
 from chutes_proto.miner._flows import MINER_RETRY, AttestationStatus, Gpu, Miner, RuntimeAttestation, Server
 
 
-class MinerClient:
+class MinerClient(Connected):
     """One miner's servers at one key server, without an event loop: a context manager.
 
     ``url`` is ``https://host:port``. ``hotkey`` is the SS58 address, and ``signer`` signs with it: `HotkeyPair.sign`
@@ -45,20 +43,8 @@ class MinerClient:
         limits: TimeLimits = TimeLimits(),
         log: Callable[[Record], None] = log_record,
     ) -> None:
-        if quoter is not None:
-            check_quoter(quoter)
         self._miner = Miner(hotkey, signer, signatures, retry)
-        self._identity = presented(identity)
-        self._sender = HttpsSender(client_context(self._identity, ca_pem), url, limits)
-        self._run = Performer(send=self._sender, quoter=quoter, log=log).run
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._sender.close()
+        super().__init__(url, identity, ca_pem, limits, quoter, log)
 
     def register(self, server_id: str, *, host: str, gpus: Sequence[Gpu], name: str | None = None) -> None:
         """Register a server at ``host``, a name or address; without ``name`` its id is its name."""

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 from attrs import frozen
 
 from chutes_proto.errors import RemoteProtocolError, TransportError
+from chutes_proto.io import seconds_left
 from chutes_proto.wire.http import HttpRequest, HttpResponse
 from chutes_proto.wire.origin import Origin
 
@@ -123,7 +124,10 @@ class HttpsSender:
     def _begin(self, end: float) -> ssl.SSLSocket:
         """Return a connection on which the client hello is sent. Raises `TransportError`."""
         with self._connecting():
-            stream = self._wrapped(_connected(_addresses(self._origin, end), end))
+            with _connected(_addresses(self._origin, end), end) as plain:  # the wrapped socket has another owner
+                stream = self._context.wrap_socket(
+                    plain, server_hostname=self._origin.name, do_handshake_on_connect=False, suppress_ragged_eofs=False
+                )
             try:
                 stream.settimeout(0)
                 stream.do_handshake()
@@ -146,7 +150,7 @@ class HttpsSender:
 
         try:
             with self._connecting():
-                stream.settimeout(_left(end))
+                stream.settimeout(seconds_left(end))
                 stream.do_handshake()
         except BaseException:
             stream.close()
@@ -158,16 +162,9 @@ class HttpsSender:
         """Turn every error before a request is sent into `TransportError`."""
         try:
             yield
-        except TimeoutError as exc:
-            raise _unreachable(self._origin, f"none within {self._limits.connect:g} s") from exc
         except (OSError, ValueError) as exc:  # ValueError: a name that no certificate can have
-            raise _unreachable(self._origin, _why(exc)) from exc
-
-    def _wrapped(self, plain: socket.socket) -> ssl.SSLSocket:
-        with plain:  # the wrapped socket has another owner
-            return self._context.wrap_socket(
-                plain, server_hostname=self._origin.name, do_handshake_on_connect=False, suppress_ragged_eofs=False
-            )
+            why = f"none within {self._limits.connect:g} s" if isinstance(exc, TimeoutError) else _why(exc)
+            raise TransportError(f"no connection to {self._origin.authority}: {why}", maybe_delivered=False) from exc
 
 
 class _Connection:
@@ -181,10 +178,10 @@ class _Connection:
         """Return the answer. Raises `OSError` (`TimeoutError` where it took too long) and `RemoteProtocolError`."""
         unsent = memoryview(self.http.send_request(request))
         while unsent:
-            self._stream.settimeout(min(read, _left(end)))
+            self._stream.settimeout(min(read, seconds_left(end)))
             unsent = unsent[self._stream.send(unsent) :]
         while True:
-            self._stream.settimeout(min(read, _left(end)))
+            self._stream.settimeout(min(read, seconds_left(end)))
             response = self.http.receive_data(self._stream.recv(_READ_SIZE))
             if response is not None:
                 return response
@@ -225,7 +222,7 @@ def _addresses(origin: Origin, end: float) -> list[tuple[int, Any]]:
 
     resolver = threading.Thread(target=resolve, daemon=True)  # nothing can interrupt it, so it may be left behind
     resolver.start()
-    resolver.join(_left(end))
+    resolver.join(seconds_left(end))
     if found:
         return found
     raise errors[0] if errors else TimeoutError()
@@ -243,7 +240,7 @@ def _connected(addresses: list[tuple[int, Any]], end: float) -> socket.socket:
         try:
             plain = socket.socket(family, socket.SOCK_STREAM)
             try:
-                plain.settimeout(_left(end) / (len(addresses) - index))
+                plain.settimeout(seconds_left(end) / (len(addresses) - index))
                 plain.connect(address)
             except BaseException:
                 plain.close()
@@ -254,18 +251,6 @@ def _connected(addresses: list[tuple[int, Any]], end: float) -> socket.socket:
             plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             return plain
     raise error
-
-
-def _left(end: float) -> float:
-    """Return the seconds until ``end``. Raises `TimeoutError` after it."""
-    left = end - time.monotonic()
-    if left <= 0:
-        raise TimeoutError
-    return left
-
-
-def _unreachable(origin: Origin, why: str) -> TransportError:
-    return TransportError(f"no connection to {origin.authority}: {why}", maybe_delivered=False)
 
 
 def _why(exc: Exception) -> str:

@@ -17,7 +17,8 @@ from typing import IO, TYPE_CHECKING, Final, cast
 
 from chutes_proto.boot._quoter_names import check_command, cut_command
 from chutes_proto.errors import ConfigurationError, QuoteUnavailable
-from chutes_proto.io.quoters import MAX_QUOTE, seconds_left
+from chutes_proto.io import seconds_left
+from chutes_proto.io.quoters import MAX_QUOTE
 
 if TYPE_CHECKING:
     import subprocess

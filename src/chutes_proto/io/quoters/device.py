@@ -19,7 +19,7 @@ from typing import Final
 from attrs import frozen
 
 from chutes_proto.errors import LocalProtocolError, QuoteUnavailable, RemoteProtocolError
-from chutes_proto.io.quoters import seconds_left
+from chutes_proto.io import seconds_left
 from chutes_proto.transport.qgs import FRAME_SIZE, REPORT_SIZE, message_size, quote_request, read_quote
 
 DEVICE: Final = "/dev/tdx_guest"

@@ -54,12 +54,10 @@ def unwrapped() -> Generator[None]:
     try:
         yield
     except BaseExceptionGroup as group:
-        raise _first(group) from None
-
-
-def _first(exc: BaseException) -> BaseException:
-    members: tuple[BaseException, ...] = getattr(exc, "exceptions", ())
-    return _first(members[0]) if members else exc
+        first: BaseException = group
+        while isinstance(first, BaseExceptionGroup):
+            first = first.exceptions[0]
+        raise first from None
 
 
 class Listeners:
