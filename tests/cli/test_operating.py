@@ -34,10 +34,10 @@ from chutes_proto.store.rows import (
     GenerationRow,
     GpuRow,
     Insert,
-    RaiseHorizon,
     ReadTimes,
     RewrapGeneration,
     Scan,
+    SetHorizon,
     Vm,
 )
 from chutes_proto.testing._platform import SimulatedPlatform
@@ -350,7 +350,7 @@ def test_a_name_of_several_hotkeys(site: Site) -> None:
 def test_a_horizon_in_the_future_is_set_back_and_the_one_in_force_is_shown(site: Site) -> None:
     """It may come from an older release, or from a clock that was ahead and is right now."""
     with closing(make_setup(ServerConfig.load(site.configuration)).store.open()) as store:
-        store.transact(Ask(RaiseHorizon(NOW + 10 * DAY)))
+        store.transact(Ask(SetHorizon(NOW + 10 * DAY)))
     began = int(time.time())
     told = site.json("store", "restored", "--reason", "the clock was ahead")
     with closing(make_setup(ServerConfig.load(site.configuration)).store.open()) as store:

@@ -31,10 +31,10 @@ from chutes_proto.store.rows import (
     Exchange,
     GenerationRow,
     Read,
+    ReadAll,
     ReadBootVolumes,
-    ReadGenerations,
-    ReadVolumes,
     VmRow,
+    VolumeRow,
 )
 from chutes_proto.testing.store_suite import VAULT, VM, Ask, boot
 from chutes_proto.units.boot import GrantBoot
@@ -225,7 +225,7 @@ class World:
     # --- what is there ---
 
     def rows(self) -> list[GenerationRow]:
-        return [row for row in self.read(ReadGenerations(VM)) if row.volume == VOLUME]
+        return [row for row in self.read(ReadAll(GenerationRow, VM)) if row.volume == VOLUME]
 
     def read(self, op: Any) -> Any:
         return self.store.perform(op)
@@ -247,7 +247,7 @@ class World:
         ]
         numbers = {row.generation: index for index, row in enumerate(kept)}
         claim = self.read(Read(VmRow, VM))
-        (known,) = [row for row in self.read(ReadVolumes(VM)) if row.volume == VOLUME] or [None]
+        (known,) = [row for row in self.read(ReadAll(VolumeRow, VM)) if row.volume == VOLUME] or [None]
         flying = [self._flying(unit, numbers, claim and claim.attested) for unit in self.flight]
         return (
             self.policy,

@@ -21,9 +21,9 @@ from chutes_proto.store.rows import (
     Claim,
     Insert,
     NonceRow,
-    RaiseHorizon,
     ReadTimes,
     Scan,
+    SetHorizon,
     Times,
 )
 from chutes_proto.testing.store_suite import CALLERS, NOW, Ask, boot, dump, sync
@@ -71,7 +71,7 @@ class Raising(Unit[None]):
     exc: BaseException
 
     def script(self) -> Script[None]:
-        yield from RaiseHorizon(10**6)
+        yield from SetHorizon(10**6)
         raise self.exc
 
 
@@ -87,7 +87,7 @@ def test_what_raises_is_undone_alone(store: SqliteStore) -> None:
     exc = LookupError("no")
     stop = KeyboardInterrupt()
     outcomes = in_one_commit(
-        store, [Ask(RaiseHorizon(3)), Raising(exc), Ask(ReadTimes()), Raising(stop), Ask(RaiseHorizon(5))]
+        store, [Ask(SetHorizon(3)), Raising(exc), Ask(ReadTimes()), Raising(stop), Ask(SetHorizon(5))]
     )
     assert outcomes == [None, exc, Times(3, None), stop, None]
     assert outcomes[1] is exc
@@ -97,7 +97,7 @@ def test_what_raises_is_undone_alone(store: SqliteStore) -> None:
 def test_what_the_schema_refuses_is_undone_alone(store: SqliteStore) -> None:
     store.transact(boot("first"))
     (row,) = store.transact(Ask(Scan(BootRow)))
-    outcomes = in_one_commit(store, [Ask(RaiseHorizon(3)), Ask(Insert(row)), Ask(RaiseHorizon(4))])
+    outcomes = in_one_commit(store, [Ask(SetHorizon(3)), Ask(Insert(row)), Ask(SetHorizon(4))])
     assert outcomes[0] is outcomes[2] is None
     assert isinstance(outcomes[1], StoreError)
     assert "UNIQUE" in str(outcomes[1])
@@ -149,7 +149,7 @@ def test_an_interrupted_writer_leaves_nobody_waiting(store: SqliteStore) -> None
         raise KeyboardInterrupt
 
     fail_at_commit(store, interrupt)
-    outcomes = in_one_commit(store, [Ask(RaiseHorizon(3)), Ask(RaiseHorizon(4)), Ask(RaiseHorizon(5))])
+    outcomes = in_one_commit(store, [Ask(SetHorizon(3)), Ask(SetHorizon(4)), Ask(SetHorizon(5))])
     assert sorted(type(outcome).__name__ for outcome in outcomes) == ["KeyboardInterrupt", "StoreError", "StoreError"]
     assert store.transact(Ask(ReadTimes())).horizon == 0
 
@@ -161,7 +161,7 @@ def test_another_process_that_holds_the_file_makes_all_busy(tmp_path: Path) -> N
         closing(sqlite3.connect(path, isolation_level=None)) as other,
     ):
         other.execute("BEGIN IMMEDIATE")
-        outcomes = together([lambda: store.transact(Ask(RaiseHorizon(3)))] * CALLERS)
+        outcomes = together([lambda: store.transact(Ask(SetHorizon(3)))] * CALLERS)
         other.execute("ROLLBACK")
         assert {type(outcome) for outcome in outcomes} == {StoreBusy}
         assert store.transact(Ask(ReadTimes())).horizon == 0

@@ -20,7 +20,7 @@ from chutes_proto.io.stores import postgres
 from chutes_proto.io.stores.postgres import PostgresStore
 from chutes_proto.store import sql
 from chutes_proto.store._run import Script, Unit
-from chutes_proto.store.rows import AuditRow, BootRow, Insert, RaiseHorizon, ReadTimes, Scan, Vm
+from chutes_proto.store.rows import AuditRow, BootRow, Insert, ReadTimes, Scan, SetHorizon, Vm
 from chutes_proto.testing.store_suite import NOW, VM, Ask, boot, dump, platform, sync
 from tests.postgres import PASSWORD, Cluster, schema
 from tests.store.harness import Gate, together
@@ -313,9 +313,9 @@ def test_a_row_that_another_transaction_holds_is_busy(url: str) -> None:
         psycopg.connect(url) as other,
     ):
         other.execute("UPDATE fact SET value = 3 WHERE name = 'nonce_horizon'")
-        told(lambda: store.transact(Ask(RaiseHorizon(5))), "another transaction takes too long", StoreBusy)
+        told(lambda: store.transact(Ask(SetHorizon(5))), "another transaction takes too long", StoreBusy)
         other.rollback()
-        store.transact(Ask(RaiseHorizon(5)))
+        store.transact(Ask(SetHorizon(5)))
 
 
 def test_transactions_that_get_in_the_way_are_tried_for_so_long_only(url: str) -> None:
@@ -328,9 +328,9 @@ def test_transactions_that_get_in_the_way_are_tried_for_so_long_only(url: str) -
 
         def script(self) -> Script[None]:
             horizon = (yield from ReadTimes()).horizon
-            self.other.transact(Ask(RaiseHorizon(horizon + 1)))
+            self.other.transact(Ask(SetHorizon(horizon + 1)))
             self.runs.append(horizon)
-            yield from RaiseHorizon(10**6)
+            yield from SetHorizon(10**6)
 
     with closing(PostgresStore(url, busy_seconds=0.3)) as store, closing(PostgresStore(url)) as other:
         unit = Unlucky(other)
@@ -389,7 +389,7 @@ class Bereft(Unit[int]):
         horizon = (yield from ReadTimes()).horizon
         if not self.at_end:
             self._end()
-        yield from RaiseHorizon(horizon + 1)
+        yield from SetHorizon(horizon + 1)
         if self.at_end:
             self._end()
         return horizon

@@ -25,13 +25,13 @@ from chutes_proto.store import sql
 from chutes_proto.store._run import Script, Unit
 from chutes_proto.store.rows import (
     CountSealed,
-    RaiseHorizon,
     Read,
     ReadAudit,
     ReadNames,
     ReadOtherwiseSealed,
     ReadTimes,
     Scan,
+    SetHorizon,
     StoreOp,
     VmRow,
     VoidTokens,
@@ -112,7 +112,7 @@ class Silenced(Unit[None]):
         self.runs.append(1)
         if not self.at_end:
             self.what()
-        yield from RaiseHorizon(7)
+        yield from SetHorizon(7)
         if self.at_end:
             self.what()
 
@@ -152,7 +152,7 @@ def test_a_roll_back_that_is_not_answered_keeps_nobody(behind: PostgresStore, pr
     @frozen
     class Refusing(Unit[None]):
         def script(self) -> Script[None]:
-            yield from RaiseHorizon(7)
+            yield from SetHorizon(7)
             proxy.mute.set()
             raise LookupError
 
@@ -184,7 +184,7 @@ def test_a_backend_that_stands_still_is_given_up(url: str, monkeypatch: pytest.M
         os.kill(stopped, signal.SIGSTOP)
         try:
             with bounded():
-                told(lambda: store.transact(Ask(RaiseHorizon(7))), "no answer for", StoreBusy)
+                told(lambda: store.transact(Ask(SetHorizon(7))), "no answer for", StoreBusy)
             assert store.transact(Ask(ReadTimes())).horizon == 0
             assert store._pool.idle[0].info.backend_pid != stopped
         finally:

@@ -19,7 +19,7 @@ from attrs import frozen
 from chutes_proto.errors import StoreBusy, StoreError
 from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.store._run import Script, Unit
-from chutes_proto.store.rows import AuditRow, BootRow, Insert, RaiseHorizon, ReadTimes, Scan
+from chutes_proto.store.rows import AuditRow, BootRow, Insert, ReadTimes, Scan, SetHorizon
 from chutes_proto.store.sql import SCHEMA_VERSION
 from chutes_proto.testing.store_suite import NOW, VM, Ask, boot, dump, sync
 
@@ -85,7 +85,7 @@ def test_many_may_make_the_file_at_once(path: Path) -> None:
     for thread in threads:
         thread.join()
     assert len(stores) == 8
-    stores[0].transact(Ask(RaiseHorizon(7)))
+    stores[0].transact(Ask(SetHorizon(7)))
     assert {store.transact(Ask(ReadTimes())).horizon for store in stores} == {7}
     for store in stores:
         store.close()
@@ -254,7 +254,7 @@ def test_another_thread_at_work_is_busy(path: Path) -> None:
         @frozen
         class Slow(Unit[None]):
             def script(self) -> Script[None]:
-                yield from RaiseHorizon(1)
+                yield from SetHorizon(1)
                 inside.set()
                 assert leave.wait(60)
 
@@ -281,7 +281,7 @@ def test_a_connection_that_cannot_roll_back_is_replaced(store: SqliteStore, path
     @frozen
     class Breaks(Unit[None]):
         def script(self) -> Script[None]:
-            yield from RaiseHorizon(9)
+            yield from SetHorizon(9)
             assert store._connection is not None
             store._connection.close()
             raise LookupError

@@ -20,7 +20,6 @@ from chutes_proto.store.rows import (
     Insert,
     NonceRow,
     Put,
-    RaiseHorizon,
     Read,
     ReadBootVolumes,
     ReadTimes,
@@ -166,8 +165,9 @@ def sweep_by_redemption(store: MemoryStore, op: StoreOp[Any], perform: Perform) 
     return perform(op)
 
 
-def horizon_sinks(store: MemoryStore, op: StoreOp[Any], perform: Perform) -> object:
-    return perform(SetHorizon(op.to) if isinstance(op, RaiseHorizon) else op)
+def horizon_sticks(store: MemoryStore, op: StoreOp[Any], perform: Perform) -> object:
+    """A horizon that only rises, as it does at a sweep."""
+    return None if isinstance(op, SetHorizon) and op.to < perform(ReadTimes()).horizon else perform(op)
 
 
 def with_clock(clock: int | None) -> Fault:
@@ -250,9 +250,8 @@ FAULTS: dict[str, Callable[[], Harness]] = {
             "sweep all": sweep_all,
             "sweep young": sweep_young,
             "sweep by redemption": sweep_by_redemption,
-            "no horizon": forget(RaiseHorizon),
-            "horizon sinks": horizon_sinks,
-            "horizon stuck": forget(SetHorizon),
+            "no horizon": forget(SetHorizon),
+            "horizon sticks": horizon_sticks,
             "horizon unread": forget(ReadTimes, Times(0, None)),
             "no claims": read_nothing(VmRow),
             "claims uncounted": forget(CountClaims, 0),

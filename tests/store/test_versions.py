@@ -14,7 +14,7 @@ import pytest
 from chutes_proto.errors import StoreError
 from chutes_proto.io.stores.address import StorePlace
 from chutes_proto.store import sql
-from chutes_proto.store.rows import RaiseHorizon, ReadTimes
+from chutes_proto.store.rows import ReadTimes, SetHorizon
 from chutes_proto.testing.store_suite import Ask, boot, dump, sync
 from tests.store.harness import Gate
 from tests.waiting import wait_until
@@ -104,7 +104,7 @@ def test_a_server_that_was_migrated_under_is_refused(place: StorePlace, monkeypa
     """The migration waits for what the older server is at; after it the older server changes nothing more."""
     place.open(migrate=True).close()
     older = place.open()
-    gate = Gate(RaiseHorizon(3), RaiseHorizon(4))
+    gate = Gate(SetHorizon(3), SetHorizon(4))
     with closing(older), ThreadPoolExecutor() as threads:
         running = threads.submit(older.transact, gate)
         assert gate.inside.wait(60)
@@ -118,7 +118,7 @@ def test_a_server_that_was_migrated_under_is_refused(place: StorePlace, monkeypa
                 assert store.transact(Ask(ReadTimes())).horizon == 40
         for _ in range(2):
             with pytest.raises(StoreError, match=r"schema version 3, .* knows version 2; run the release that made it"):
-                older.transact(Ask(RaiseHorizon(50)))
+                older.transact(Ask(SetHorizon(50)))
         with pytest.raises(StoreError, match="schema version 3"):
             older.check()
         set_release(monkeypatch, *CURRENT, "")

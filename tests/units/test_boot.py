@@ -20,10 +20,10 @@ from chutes_proto.store.rows import (
     Pin,
     Platform,
     Put,
-    RaiseHorizon,
     Read,
     ReadTimes,
     Scan,
+    SetHorizon,
     UpdateGeneration,
     Vm,
     VmRow,
@@ -136,7 +136,7 @@ def test_root_passphrases_differ_between_vms(store: MemoryStore) -> None:
 
 @pytest.mark.parametrize("issued_at", [0, NOW - 300, NOW - 200])
 def test_nothing_issued_up_to_the_horizon_is_redeemed(store: MemoryStore, issued_at: int) -> None:
-    store.transact(Ask(RaiseHorizon(NOW - 200)))
+    store.transact(Ask(SetHorizon(NOW - 200)))
     late = boot("late")
     before, after = (evolve(late, nonce=evolve(late.nonce, issued_at=at)) for at in (issued_at, NOW - 199))
     refusal = refused(store, before, Code.NONCE_INVALID)

@@ -16,13 +16,13 @@ from chutes_proto.store.rows import (
     GenerationRow,
     Insert,
     Read,
+    ReadAll,
     ReadAudit,
-    ReadGenerations,
-    ReadVolumes,
     RewrapGeneration,
     Scan,
     Vm,
     VmRow,
+    VolumeRow,
 )
 from chutes_proto.testing.store_suite import (
     NOW,
@@ -93,7 +93,7 @@ def audit(store: MemoryStore, **chosen: Any) -> tuple[AuditRow, ...]:
 
 
 def states(store: MemoryStore, volume: str = "storage") -> list[tuple[int, str, str | None]]:
-    rows = store.transact(Ask(ReadGenerations(VM)))
+    rows = store.transact(Ask(ReadAll(GenerationRow, VM)))
     return [(row.generation, row.state, row.retirement) for row in rows if row.volume == volume]
 
 
@@ -173,7 +173,7 @@ def test_a_purge_keeps_what_it_must(store: MemoryStore) -> None:
     assert store.transact(PurgeKeys(late, 900, WHY, Vm("other", "vm"), carry_out=True)) == ()
     assert store.transact(PurgeKeys(late, 900, WHY, VM, carry_out=True)) == chosen
     assert [state for _, state, _ in states(store)] == ["purged", "purged", "retired", "retired", "active"]
-    gone = store.transact(Ask(ReadGenerations(VM)))[1:3]
+    gone = store.transact(Ask(ReadAll(GenerationRow, VM)))[1:3]
     assert [(row.sealed, row.wrapped_key, row.kek_id) for row in gone] == [(None, None, None)] * 2
     assert last_audit(store).keys == "storage/1 purged, storage/2 purged"
     assert store.transact(PurgeKeys(late, 900, WHY, VM, carry_out=True)) == ()
@@ -229,7 +229,7 @@ def test_one_format_is_allowed(store: MemoryStore) -> None:
     assert "is known to be in use" in str(refused(store, AllowFormat(NOW, VM, "storage", WHY)).detail)
     booted(store, "1", "storage")
     store.transact(AllowFormat(NOW, VM, "storage", WHY))
-    (known,) = store.transact(Ask(ReadVolumes(VM)))
+    (known,) = store.transact(Ask(ReadAll(VolumeRow, VM)))
     assert (known.in_use, known.format_allowed) == (True, True)
     assert (last_audit(store).event, last_audit(store).keys) == ("format allowed", "storage")
 
@@ -254,7 +254,7 @@ def test_an_import_with_its_platform(store: MemoryStore) -> None:
     assert dump(store) == before
     assert refused(store, evolve(boot("thief"), platform=platform("elsewhere"))).code is Code.PLATFORM_MISMATCH
     assert booted(store, "1", "storage") == {"storage": b"an older passphrase"}
-    (known,) = store.transact(Ask(ReadVolumes(VM)))
+    (known,) = store.transact(Ask(ReadAll(VolumeRow, VM)))
     assert known.in_use
     other = imported(("tdx-cache", b"new"), ("storage", b"another"), home=True)
     assert "another key already" in str(refused(store, other).detail)
@@ -272,9 +272,9 @@ def test_an_import_without_its_platform_opens_to_the_operator_or_the_hotkey(stor
 
 def test_an_imported_key_was_not_handed_out_until_a_boot_gets_it(store: MemoryStore) -> None:
     store.transact(imported(("storage", b"an older passphrase"), home=True))
-    assert store.transact(Ask(ReadGenerations(VM)))[0].delivered_at is None
+    assert store.transact(Ask(ReadAll(GenerationRow, VM)))[0].delivered_at is None
     booted(store, "1", "storage")
-    assert [row.delivered_at for row in store.transact(Ask(ReadGenerations(VM))) if row.volume == "storage"] == [
+    assert [row.delivered_at for row in store.transact(Ask(ReadAll(GenerationRow, VM))) if row.volume == "storage"] == [
         NOW + 1
     ]
 

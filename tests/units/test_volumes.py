@@ -21,8 +21,8 @@ from chutes_proto.store.rows import (
     GenerationRow,
     Insert,
     Put,
+    ReadAll,
     ReadTimes,
-    ReadVolumes,
     Scan,
     StoreOp,
     Vm,
@@ -74,7 +74,7 @@ def refused(store: MemoryStore, unit: Unit[object]) -> Refused:
 
 
 def known(store: MemoryStore) -> dict[str, tuple[bool, bool]]:
-    return {row.volume: (row.in_use, row.format_allowed) for row in store.transact(Ask(ReadVolumes(VM)))}
+    return {row.volume: (row.in_use, row.format_allowed) for row in store.transact(Ask(ReadAll(VolumeRow, VM)))}
 
 
 def audits(store: MemoryStore) -> list[tuple[str, str, str]]:

@@ -17,7 +17,7 @@ from chutes_proto.server._gpus import check_nodes
 from chutes_proto.server._hosts import locate
 from chutes_proto.server._service import Service
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import ReadServers, ServerRow
+from chutes_proto.store.rows import ReadAll, ServerRow
 from chutes_proto.units.servers import ReadOwnServer, RegisterServer, RemoveServer, RenameServer
 from chutes_proto.wire import miners
 from chutes_proto.wire.codes import Code
@@ -63,7 +63,7 @@ def register_server(service: Service, call: SignedCall[miners.RegisterServerRequ
 
 def list_servers(service: Service, call: SignedCall[miners.SignedRequest]) -> Flow[miners.ServerListAnswer]:
     """Operation 6: list the caller's servers, newest first."""
-    rows = yield from Transact(Ask(ReadServers(call.caller.address)))
+    rows = yield from Transact(Ask(ReadAll(ServerRow, call.caller.address)))
     newest_first = sorted(rows, key=lambda row: row.created_at, reverse=True)
     return miners.ServerListAnswer(servers=tuple(map(_described, newest_first)))
 

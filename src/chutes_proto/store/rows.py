@@ -375,15 +375,8 @@ class ReadTimes(StoreOp[Times]):
 
 
 @frozen
-class RaiseHorizon(StoreOp[None]):
-    """Move the horizon to ``to``, unless it is there or beyond."""
-
-    to: int
-
-
-@frozen
 class SetHorizon(StoreOp[None]):
-    """Move the horizon to ``to``, also back."""
+    """Move the horizon to ``to``, forward or back."""
 
     to: int
 
@@ -415,13 +408,6 @@ class ReadBootVolumes(StoreOp[tuple[BootVolumeRow, ...]]):
     """The volumes and generations that a boot was given, by position."""
 
     boot_id: str
-
-
-@frozen
-class ReadGenerations(StoreOp[tuple[GenerationRow, ...]]):
-    """All key generations of a VM, by volume and generation."""
-
-    vm: Vm
 
 
 @frozen
@@ -472,17 +458,10 @@ class ReadOtherwiseSealed(StoreOp[tuple[GenerationRow, ...]]):
 
 
 @frozen
-class ReadVolumes(StoreOp[tuple[VolumeRow, ...]]):
-    """The known disks of a VM, by volume."""
-
-    vm: Vm
-
-
-@frozen
 class CountRefusals(StoreOp[int]):
-    """The number of recorded refusals of a platform's quotes since a time, inclusive."""
+    """The number of recorded refusals since a time, inclusive, of a platform's or a registration's quotes."""
 
-    pin: Pin
+    of: Pin | str
     since: int
 
 
@@ -491,13 +470,6 @@ class Claim(StoreOp[bool]):
     """Add a row, unless that would break one of its table's unique constraints: then False, and nothing changes."""
 
     row: NonceRow | ServerRow | GpuRow
-
-
-@frozen
-class ReadServers(StoreOp[tuple[ServerRow, ...]]):
-    """All servers of a hotkey, by id."""
-
-    hotkey: str
 
 
 @frozen
@@ -520,14 +492,6 @@ class FindLastBootFrom(StoreOp[BootRow | None]):
 
     hotkey: str
     address: str
-
-
-@frozen
-class CountServerRefusals(StoreOp[int]):
-    """The number of recorded refusals of a registration's runtime quotes since a time, inclusive."""
-
-    registration: str
-    since: int
 
 
 @frozen
@@ -558,6 +522,14 @@ class Read(StoreOp[R | None], Generic[R]):
     kind: type[R]
     key: str | bytes | Vm
     by: Literal["", "token_digest", "confirm_digest", "address"] = ""
+
+
+@frozen
+class ReadAll(StoreOp[tuple[R, ...]], Generic[R]):
+    """A VM's key generations, by volume and number, or its known disks, by volume; or a hotkey's servers, by id."""
+
+    kind: type[R]
+    owner: Vm | str
 
 
 @frozen

@@ -326,7 +326,7 @@ def decode_rows(kind: type[Any], rows: Rows) -> tuple[Any, ...]:
 
 _PATH: Final = r":([a-z_.]+)"
 _THE_VM: Final = "hotkey = :vm.hotkey AND vm = :vm.name"
-_THE_PLATFORM: Final = "platform_kind = :pin.kind AND platform_id = :pin.value"
+_REFUSED: Final = "code IS NOT NULL AND created_at >= :since"
 _LIVE: Final = (
     "state IN ('active', 'candidate') OR provisional OR retirement = 'prune' OR (volume, generation) IN"  # noqa: S608
     f" (SELECT volume, max(generation) FROM generation WHERE {_THE_VM} GROUP BY volume)"
@@ -358,8 +358,12 @@ def _claim(kind: type[store.Row]) -> str:
 
 
 @cache
-def _read(kind: type[store.Row], by: str) -> str:
-    return _select(kind, "WHERE " + " AND ".join(f"{name} = ?" for name in ((by,) if by else kind.KEY)))
+def _read(kind: type[store.Row], columns: tuple[str, ...]) -> str:
+    return _select(kind, f"WHERE {' AND '.join(f'{name} = ?' for name in columns)}")
+
+
+def _values(key: str | bytes | store.Vm) -> Values:
+    return _PARTS[store.Vm](key) if isinstance(key, store.Vm) else (key,)
 
 
 _SCANS: Final = {kind: _select(kind, "" if kind.KEY else "ORDER BY id") for kind in store.ROWS}
@@ -446,8 +450,12 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query]] = {
     store.Put: _write(_put, (store.VmRow, store.BootRow, store.VolumeRow, store.ServerRow), _nothing),
     store.Claim: _write(_claim, (store.NonceRow, store.ServerRow, store.GpuRow), bool),
     store.Read: _Query(
-        lambda op: (_read(op.kind, op.by), _PARTS[store.Vm](op.key) if isinstance(op.key, store.Vm) else (op.key,)),
+        lambda op: (_read(op.kind, (op.by,) if op.by else op.kind.KEY), _values(op.key)),
         lambda op, rows: _first(op.kind, rows),
+    ),
+    store.ReadAll: _Query(
+        lambda op: (_read(op.kind, ("hotkey", "vm")[: len(_values(op.owner))]), _values(op.owner)),
+        lambda op, rows: _sorted(op.kind, rows),
     ),
     store.Scan: _Query(lambda op: (_SCANS[op.kind], ()), lambda op, rows: _sorted(op.kind, rows)),
     # nonces
@@ -459,7 +467,6 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query]] = {
         partial(_sorted, store.NonceRow),
     ),
     store.ReadTimes: _query("SELECT value, {clock} FROM fact WHERE name = 'nonce_horizon'", _times),
-    store.RaiseHorizon: _query("UPDATE fact SET value = :to WHERE name = 'nonce_horizon' AND value < :to"),
     store.SetHorizon: _query("UPDATE fact SET value = :to WHERE name = 'nonce_horizon'"),
     # names and boots
     store.ReadNames: _either(
@@ -470,7 +477,7 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query]] = {
             _names,
         ),
     ),
-    store.CountClaims: _count(store.VmRow, _THE_PLATFORM),
+    store.CountClaims: _count(store.VmRow, "platform_kind = :pin.kind AND platform_id = :pin.value"),
     store.FindLastBoot: _one(store.BootRow, f"{_THE_VM} {_NEWEST}"),
     store.FindLastBootFrom: _one(store.BootRow, f"hotkey = :hotkey AND peer_address = :address {_NEWEST}"),
     store.VoidTokens: _either(lambda op: op.vm is None, _query(_VOID), _query(f"{_VOID} AND {_THE_VM}")),
@@ -479,7 +486,6 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query]] = {
         partial(decode_rows, store.BootVolumeRow),
     ),
     # keys and volumes
-    store.ReadGenerations: _all(store.GenerationRow, _THE_VM),
     store.ReadLiveGenerations: _either(
         lambda op: op.boot_id is None,
         _all(store.GenerationRow, f"{_THE_VM} AND ({_LIVE})"),
@@ -500,13 +506,12 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query]] = {
         lambda rows: tuple(sorted((kek_id, count) for kek_id, count in rows)),
     ),
     store.ReadOtherwiseSealed: _all(store.GenerationRow, "kek_id IS NOT NULL AND kek_id <> :kek_id LIMIT :limit"),
-    store.ReadVolumes: _all(store.VolumeRow, _THE_VM),
     # servers and verdicts
-    store.ReadServers: _all(store.ServerRow, "hotkey = :hotkey"),
     store.DeleteServer: _query("DELETE FROM server WHERE server_id = :server_id"),  # and its GPUs, by their reference
-    store.CountRefusals: _count(store.AttestationRow, f"{_THE_PLATFORM} AND code IS NOT NULL AND created_at >= :since"),
-    store.CountServerRefusals: _count(
-        store.AttestationRow, "registration = :registration AND code IS NOT NULL AND created_at >= :since"
+    store.CountRefusals: _either(
+        lambda op: isinstance(op.of, str),
+        _count(store.AttestationRow, f"registration = :of AND {_REFUSED}"),
+        _count(store.AttestationRow, f"platform_kind = :of.kind AND platform_id = :of.value AND {_REFUSED}"),
     ),
     # audit
     store.ReadAudit: _either(

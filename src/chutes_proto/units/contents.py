@@ -47,7 +47,8 @@ class WriteContents(Unit[None]):
             if found := len((yield from store.Scan(kind))):
                 raise StoreError(f"the store to fill has rows already ({kind.TABLE}: {found}); take an empty store")
         # Also a horizon in the future: it covers redemptions that were swept.
-        yield from store.RaiseHorizon(self.contents.horizon)
+        horizon = (yield from store.ReadTimes()).horizon
+        yield from store.SetHorizon(max(horizon, self.contents.horizon))
         for row in self.contents.rows:
             yield from store.Insert(row)
         yield from store.Insert(store.AuditRow(self.now, "operator", "store copied", "done", self.reason))

@@ -99,7 +99,7 @@ class VmKeys:
         """
         for rows in by_volume((yield from store.ReadLiveGenerations(self.vm))).values():
             yield from self.retire(generations.disown(rows, self.now))
-        for volume in (yield from store.ReadVolumes(self.vm)):
+        for volume in (yield from store.ReadAll(store.VolumeRow, self.vm)):
             yield from store.Put(evolve(volume, in_use=False, format_allowed=False, handed=None))
         yield from store.VoidTokens(self.vm, self.now)
 
@@ -123,7 +123,7 @@ class VmKeys:
 
 def report(vm: store.Vm, volumes: Iterable[str], formatted: Iterable[str]) -> Script[tuple[str, ...]]:
     """Record which of ``volumes`` are reported to have a LUKS header; reply with those that must not be formatted."""
-    known = yield from store.ReadVolumes(vm)
+    known = yield from store.ReadAll(store.VolumeRow, vm)
     in_use: list[str] = []
     for volume in volumes:
         before = disk_of(known, vm, volume)

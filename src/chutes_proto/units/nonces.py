@@ -17,7 +17,7 @@ from attrs import frozen
 from chutes_proto.errors import Refused, Unavailable
 from chutes_proto.quote._terms import rfc3339
 from chutes_proto.store._run import Script
-from chutes_proto.store.rows import Claim, NonceRow, RaiseHorizon, ReadTimes, SweepNonces
+from chutes_proto.store.rows import Claim, NonceRow, ReadTimes, SetHorizon, SweepNonces
 from chutes_proto.wire.codes import Code
 
 SKEW = 60
@@ -59,7 +59,7 @@ def redeem_nonce(nonce: Nonce, now: int) -> Script[None]:
     until = (now if clock is None else min(now, clock)) - NONCE_KEPT_SECONDS
     swept = yield from SweepNonces(until, NONCES_SWEPT)
     if swept:
-        yield from RaiseHorizon(max(row.issued_at for row in swept))
+        yield from SetHorizon(max(horizon, *(row.issued_at for row in swept)))
 
 
 def nonce_from_future(issued_at: int, time: int, whose: str) -> Unavailable:

@@ -51,7 +51,9 @@ class History(Unit[tuple[tuple[store.GenerationRow, ...], tuple[store.VolumeRow,
     vm: store.Vm
 
     def script(self) -> Script[tuple[tuple[store.GenerationRow, ...], tuple[store.VolumeRow, ...]]]:
-        return (yield from store.ReadGenerations(self.vm)), (yield from store.ReadVolumes(self.vm))
+        return (yield from store.ReadAll(store.GenerationRow, self.vm)), (
+            yield from store.ReadAll(store.VolumeRow, self.vm)
+        )
 
 
 @frozen
@@ -143,7 +145,7 @@ class RestoreKey(Unit[store.GenerationRow]):
 
     def script(self) -> Script[store.GenerationRow]:
         """Retire the active generation, activate this one."""
-        rows = by_volume((yield from store.ReadGenerations(self.vm)))[self.volume]
+        rows = by_volume((yield from store.ReadAll(store.GenerationRow, self.vm)))[self.volume]
         change = generations.restore(rows, self.generation, self.now)
         if change is None:
             states = {row.generation: row.state for row in rows}
@@ -154,7 +156,7 @@ class RestoreKey(Unit[store.GenerationRow]):
             )
         for row in change.updated:
             yield from store.UpdateGeneration(row)
-        for known in (yield from store.ReadVolumes(self.vm)):
+        for known in (yield from store.ReadAll(store.VolumeRow, self.vm)):
             if known.volume == self.volume:
                 yield from store.Put(evolve(known, handed=None))
         changes = ", ".join(f"{row.volume}/{row.generation} {row.state}" for row in change.updated)
@@ -177,7 +179,7 @@ class PurgeKeys(Unit[tuple[store.GenerationRow, ...]]):
     carry_out: bool = False
 
     def script(self) -> Script[tuple[store.GenerationRow, ...]]:
-        volumes = by_volume((yield from store.ReadGenerations(self.vm))).values()
+        volumes = by_volume((yield from store.ReadAll(store.GenerationRow, self.vm))).values()
         gone = [row for rows in volumes for row in generations.purgeable(rows, self.now, self.retention, KEPT)]
         if gone and self.carry_out:
             for row in gone:
@@ -244,7 +246,7 @@ class AllowFormat(Unit[None]):
     reason: str
 
     def script(self) -> Script[None]:
-        known = disk_of((yield from store.ReadVolumes(self.vm)), self.vm, self.volume)
+        known = disk_of((yield from store.ReadAll(store.VolumeRow, self.vm)), self.vm, self.volume)
         if not known.in_use:
             raise _refused(
                 f"no disk {self.volume!r} of {_named(self.vm)} is known to be in use, and only one that is needs this"
@@ -275,8 +277,8 @@ class ImportKeys(Unit[tuple[str, ...]]):
 
     def script(self) -> Script[tuple[str, ...]]:
         keys = VmKeys(self.vm, self.vault, self.now, "import")
-        stored = by_volume((yield from store.ReadGenerations(self.vm)))
-        known = yield from store.ReadVolumes(self.vm)
+        stored = by_volume((yield from store.ReadAll(store.GenerationRow, self.vm)))
+        known = yield from store.ReadAll(store.VolumeRow, self.vm)
         claim = yield from store.Read(store.VmRow, self.vm)
         made: dict[str, int] = {}
         for volume, fresh in self.keys.items():

@@ -126,7 +126,7 @@ class AttestVolumes(Unit[HandedKeys]):
         seal = keys.sealer(K3S_VOLUME, self.fresh[K3S_VOLUME])
         k3s = yield from keys.supply(generations.fetch(stored[K3S_VOLUME], seal))
         in_use = yield from report(self.vm, self.volumes, self.formatted or ())
-        known = yield from store.ReadVolumes(self.vm)
+        known = yield from store.ReadAll(store.VolumeRow, self.vm)
         pairs: list[tuple[str, Pair]] = []
         for position, volume in enumerate(self.volumes):
             before = disk_of(known, self.vm, volume)
@@ -207,7 +207,7 @@ class ConfirmVolumes(Unit[tuple[tuple[str, Result], ...]]):
         keys = VmKeys(self.vm, self.vault, self.now, boot.boot_id)
         stored = by_volume((yield from store.ReadLiveGenerations(self.vm, boot.boot_id)))
         given = {item.volume: item for item in (yield from store.ReadBootVolumes(boot.boot_id))}
-        known = yield from store.ReadVolumes(self.vm)
+        known = yield from store.ReadAll(store.VolumeRow, self.vm)
         results: list[tuple[str, Result]] = []
         for volume, rotated in self.rotated:
             item = given.get(volume)

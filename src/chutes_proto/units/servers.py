@@ -207,7 +207,7 @@ class RemoveServer(Unit[store.ServerRow]):
     peer_address: str
 
     def script(self) -> Script[store.ServerRow]:
-        servers = yield from store.ReadServers(self.hotkey)
+        servers = yield from store.ReadAll(store.ServerRow, self.hotkey)
         server = next((row for row in servers if self.name_or_id in (row.server_id, row.name)), None)
         if server is None:
             raise not_found(self.name_or_id)
@@ -288,7 +288,7 @@ class RecordRuntimeRefusal(Unit[bool]):
         server = yield from _same(self.server)
         if (yield from store.Read(store.NonceRow, self.nonce)):
             return False
-        if (yield from store.CountServerRefusals(server.registration, self.now - self.now % DAY)) >= self.per_day:
+        if (yield from store.CountRefusals(server.registration, self.now - self.now % DAY)) >= self.per_day:
             return False
         yield from store.Put(evolve(server, attested=self.request_id))
         detail, reason = legible(self.detail, 2000), legible(self.reason, 2000)
@@ -350,7 +350,7 @@ def _record(
 
 
 def _check_name(hotkey: str, server_id: str, name: str) -> Script[None]:
-    for other in (yield from store.ReadServers(hotkey)):
+    for other in (yield from store.ReadAll(store.ServerRow, hotkey)):
         if other.server_id == server_id:
             continue
         if name in (other.name, other.server_id) or server_id == other.name:

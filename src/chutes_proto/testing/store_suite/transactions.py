@@ -18,7 +18,7 @@ from chutes_proto.store.rows import (
     GpuRow,
     NonceRow,
     Read,
-    ReadGenerations,
+    ReadAll,
     ReadTimes,
     Scan,
     ServerRow,
@@ -141,7 +141,7 @@ def _race(harness: Harness, units: Sequence[Unit[T]], *, winners: int = CALLERS,
 
 
 def _generations(harness: Harness, volume: str) -> list[GenerationRow]:
-    return [row for row in harness.open().transact(Ask(ReadGenerations(VM))) if row.volume == volume]
+    return [row for row in harness.open().transact(Ask(ReadAll(GenerationRow, VM))) if row.volume == volume]
 
 
 def one_nonce_grants_one_boot(harness: Harness) -> None:
@@ -399,7 +399,7 @@ def keys_live_as_documented(harness: Harness) -> None:
         granted = _granted(store, str(index))
         answer = store.transact(sync(granted, "body", *volumes, rekey=rekey))
         expect(tuple(volume for volume, _ in answer.passphrases), volumes, "volumes in the answer")
-        rows = [row for row in store.transact(Ask(ReadGenerations(VM))) if row.volume != "root"]
+        rows = [row for row in store.transact(Ask(ReadAll(GenerationRow, VM))) if row.volume != "root"]
         expect([(row.volume, row.generation, row.state) for row in rows], wanted, "generations")
         current = {row.volume: row.generation for row in rows if row.state == "active"}
         for volume, passphrase in answer.passphrases:
