@@ -51,9 +51,8 @@ class History(Unit[tuple[tuple[store.GenerationRow, ...], tuple[store.VolumeRow,
     vm: store.Vm
 
     def script(self) -> Script[tuple[tuple[store.GenerationRow, ...], tuple[store.VolumeRow, ...]]]:
-        return (yield from store.ReadAll(store.GenerationRow, self.vm)), (
-            yield from store.ReadAll(store.VolumeRow, self.vm)
-        )
+        keys = yield from store.ReadAll(store.GenerationRow, self.vm)
+        return keys, (yield from store.ReadAll(store.VolumeRow, self.vm))
 
 
 @frozen
