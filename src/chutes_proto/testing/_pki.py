@@ -112,9 +112,10 @@ class CertificateDraft:
 
     def der(self, keys: Keys) -> bytes:
         public_key = keys.private(self.key, self.curve).public_key()
+        location = der.tlv(0xA0, der.tlv(0xA0, der.tlv(0x86, CRL_URL.format(self.signer).encode())))
         extensions = [
             _extension("2.5.29.35", der.sequence(der.tlv(0x80, _key_identifier(keys, self.signer)))),
-            _extension("2.5.29.31", _crl_distribution_point(self.signer)),
+            _extension("2.5.29.31", der.sequence(der.sequence(location))),
             _extension("2.5.29.14", der.tlv(0x04, _key_identifier(keys, self.key))),
             # RFC 5280, 4.2.1.3: keyCertSign and cRLSign for a CA, digitalSignature and contentCommitment otherwise.
             _extension("2.5.29.15", bytes.fromhex("03020106" if self.ca else "030206c0"), critical=True),
@@ -222,11 +223,6 @@ def _basic_constraints(ca: bool, path_length: int | None) -> bytes:
     if not ca:
         return der.sequence()
     return der.sequence(der.tlv(0x01, b"\xff"), b"" if path_length is None else der.integer(path_length))
-
-
-def _crl_distribution_point(signer: str) -> bytes:
-    location = der.tlv(0x86, CRL_URL.format(signer).encode())
-    return der.sequence(der.sequence(der.tlv(0xA0, der.tlv(0xA0, location))))
 
 
 def _key_identifier(keys: Keys, label: str) -> bytes:

@@ -200,7 +200,10 @@ class ServerConnection:
         Bytes that can never become a request come as a `MalformedRequest`; its answer is the last one.
         """
         self._note_sent(now)
-        if self._phase in (_Phase.IDLE, _Phase.RECEIVING) and self._has_unread:
+        # If there are bytes that `_parse` has not seen, or must see again after the previous answer.
+        if self._phase in (_Phase.IDLE, _Phase.RECEIVING) and (
+            self._inbox or self._peer_ended or self._h11.trailing_data[0]
+        ):
             try:
                 self._parse(now)
             except BadRequest as exc:
@@ -289,11 +292,6 @@ class ServerConnection:
         if self._phase is _Phase.HANDSHAKE and self._tls.established:
             self._enter(_Phase.IDLE, now)
         return plaintext
-
-    @property
-    def _has_unread(self) -> bool:
-        """Whether there are bytes that `_parse` has not seen, or must see again after the previous answer."""
-        return bool(self._inbox or self._peer_ended or self._h11.trailing_data[0])
 
     def _parse(self, now: float) -> None:
         while True:

@@ -214,7 +214,8 @@ class Disks:
             raise DiskError("unavailable", f"it cannot be opened: {exc.strerror}", path) from exc
         try:
             size = os.lseek(descriptor, 0, os.SEEK_END)
-            identity = _Identity.of(real, os.fstat(descriptor), size)
+            status = os.fstat(descriptor)
+            identity = _Identity(real, (status.st_dev, status.st_ino, status.st_rdev), size)
             if size == 0:
                 raise DiskError("empty", "it has 0 bytes: is a medium in the drive?", path)
             if seen is not None:
@@ -319,10 +320,6 @@ class _Identity:
     number: tuple[int, ...]
     size: int
 
-    @classmethod
-    def of(cls, real: str, status: os.stat_result, size: int) -> _Identity:
-        return cls(real, (status.st_dev, status.st_ino, status.st_rdev), size)
-
     def check(self, now: _Identity, path: str) -> None:
         """Raise `DiskError` if ``now`` is another device, or a smaller one."""
         if (self.real, self.number) != (now.real, now.number):
@@ -344,12 +341,9 @@ class _Device:
         return DiskError(reason, text, self.name)
 
     def judge(self) -> Disk:
-        return judge(self.read(0, min(self.size, HEAD_SIZE)), self._rest(), self.size, self.name)
-
-    def _rest(self) -> Iterator[bytes]:
-        """Yield the rest of the first and the last `LOOKED_AT` bytes, in pieces."""
-        parts = (HEAD_SIZE, min(self.size, LOOKED_AT)), (max(self.size - LOOKED_AT, 0), self.size)
-        return (self.read(offset, length) for offset, length in _pieces(*parts))
+        rest = (HEAD_SIZE, min(self.size, LOOKED_AT)), (max(self.size - LOOKED_AT, 0), self.size)
+        pieces = (self.read(offset, length) for offset, length in _pieces(*rest))
+        return judge(self.read(0, min(self.size, HEAD_SIZE)), pieces, self.size, self.name)
 
     def read(self, offset: int, length: int) -> bytes:
         data = _read(self.descriptor, offset, length)

@@ -84,15 +84,12 @@ def allowed_connections(connections: int) -> int:
     then silent peers would keep all others out.
     """
     wanted = connections + SPARE_FILES
-    soft, hard = (wanted if limit == resource.RLIM_INFINITY else limit for limit in _limits())
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = (wanted if limit == resource.RLIM_INFINITY else limit for limit in limits)
     if soft < wanted:
         soft = min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, _limits()[1]))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, limits[1]))
     return max(1, min(connections, soft - SPARE_FILES))
-
-
-def _limits() -> tuple[int, int]:
-    return resource.getrlimit(resource.RLIMIT_NOFILE)
 
 
 def urls(listening: list[Listening]) -> list[str]:

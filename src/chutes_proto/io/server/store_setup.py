@@ -86,15 +86,12 @@ class Problems:
     def __init__(self) -> None:
         self.found: list[str] = []
 
-    def add(self, key: str, text: str) -> None:
-        self.found.append(f"{key}: {text}")
-
     def attempt(self, key: str, make: Callable[[], T]) -> T | None:
         """Return the result of ``make``; add a problem and return None if it fails."""
         try:
             return make()
         except (ConfigurationError, QuoteError) as exc:
-            self.add(key, str(exc))
+            self.found.append(f"{key}: {exc}")
             return None
 
     def error(self) -> ConfigurationError:
@@ -130,7 +127,8 @@ def read_vault(config: ServerConfig, base: Path, problems: Problems) -> Vault | 
         previous_path = base / config.kek_previous_file
         previous = problems.attempt("kek_previous_file", lambda: _kek(previous_path))
     if previous is not None and previous == current:
-        problems.add("kek_previous_file", f"{base / str(config.kek_previous_file)} holds the same key as kek_file")
+        text = f"kek_previous_file: {base / str(config.kek_previous_file)} holds the same key as kek_file"
+        problems.found.append(text)
     return None if current is None else Vault(current, previous)
 
 

@@ -6,7 +6,6 @@ from functools import partial
 
 from attrs import evolve
 
-from chutes_proto.store._run import Store
 from chutes_proto.store.rows import (
     ROWS,
     AttestationRow,
@@ -144,7 +143,16 @@ _BY_KIND: dict[type[Row], tuple[Row, ...]] = {
 
 def rows_come_back_as_they_were(harness: Harness) -> None:
     """Every kind of row, with and without its optional values, through another handle; audit rows in their order."""
-    _write_rows_of_every_kind(harness.open())
+    ask = asking(harness.open())
+    for row in _INSERTED:
+        ask(Insert(row))
+    for known in (_VM, _VOLUME):
+        ask(Put(known))
+    for claimed in _CLAIMED:
+        expect(ask(Claim(claimed)), True, "a new row")
+    expect(ask(Read(NonceRow, _NONCE.value)), None, "a nonce that is not there")
+    expect(ask(Claim(_NONCE)), True, "a new nonce")
+    expect(ask(Read(NonceRow, _NONCE.value)), _NONCE, "a nonce that is there")
     ask = asking(harness.open())
     for kind, rows in _BY_KIND.items():
         expect(ask(Scan(kind)), rows, kind.TABLE)
@@ -165,19 +173,6 @@ def a_store_is_copied_whole(harness: Harness) -> None:
     for again in (WriteContents(contents, NOW + 9, "again"), WriteContents(Contents(0, ()), NOW + 9, "again")):
         expect_fault(partial(store.transact, again), "a copy into a store that is not empty")
     expect(store.transact(ReadContents()), copied, "the rows after a copy that was refused")
-
-
-def _write_rows_of_every_kind(store: Store) -> None:
-    ask = asking(store)
-    for row in _INSERTED:
-        ask(Insert(row))
-    for known in (_VM, _VOLUME):
-        ask(Put(known))
-    for claimed in _CLAIMED:
-        expect(ask(Claim(claimed)), True, "a new row")
-    expect(ask(Read(NonceRow, _NONCE.value)), None, "a nonce that is not there")
-    expect(ask(Claim(_NONCE)), True, "a new nonce")
-    expect(ask(Read(NonceRow, _NONCE.value)), _NONCE, "a nonce that is there")
 
 
 def operations_reply_what_they_say(harness: Harness) -> None:
