@@ -13,6 +13,8 @@ from chutes_proto.auth.client_identity import ENTROPY_SIZE, ClientIdentity, make
 from chutes_proto.errors import ConfigurationError, LocalProtocolError
 from chutes_proto.io.files import read_file
 
+_MEMORY = "/proc/self/fd/{}"
+
 
 def presented(identity: ClientIdentity | None, client: object | None = None) -> ClientIdentity:
     """Return ``identity``, or an ephemeral one where there is none.
@@ -70,7 +72,7 @@ def _as_file(content: bytes) -> Generator[str]:
 def _open() -> tuple[int, str, bool]:
     with suppress(AttributeError, OSError):  # not Linux, or not allowed
         descriptor = os.memfd_create("client-identity")
-        path = f"/proc/self/fd/{descriptor}"
+        path = _MEMORY.format(descriptor)
         if Path(path).exists():
             return descriptor, path, False
         os.close(descriptor)  # no /proc here
