@@ -54,10 +54,12 @@ def unwrapped() -> Generator[None]:
     try:
         yield
     except BaseExceptionGroup as group:
-        first: BaseException = group
-        while isinstance(first, BaseExceptionGroup):
-            first = first.exceptions[0]
-        raise first from None
+        raise _first(group) from None
+
+
+def _first(exc: BaseException) -> BaseException:
+    members: tuple[BaseException, ...] = getattr(exc, "exceptions", ())
+    return _first(members[0]) if members else exc
 
 
 class Listeners:
