@@ -58,8 +58,9 @@ def redeem_nonce(nonce: Nonce, now: int) -> Script[None]:
     # the future, which a clock that was ahead has left, stays until its time has passed.
     until = (now if clock is None else min(now, clock)) - NONCE_KEPT_SECONDS
     swept = yield from SweepNonces(until, NONCES_SWEPT)
-    if swept:
-        yield from SetHorizon(max(horizon, *(row.issued_at for row in swept)))
+    newest = max((row.issued_at for row in swept), default=horizon)
+    if newest > horizon:
+        yield from SetHorizon(newest)
 
 
 def nonce_from_future(issued_at: int, time: int, whose: str) -> Unavailable:
