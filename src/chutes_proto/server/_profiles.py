@@ -14,7 +14,7 @@ from attrs import frozen
 
 from chutes_proto._converter import ProblemsError, StrictConverter
 from chutes_proto.errors import ConfigurationError
-from chutes_proto.quote._measurements import Profile
+from chutes_proto.quote._measurements import Profile, Rtmrs
 from chutes_proto.secret import Secret
 from chutes_proto.store.rows import Exchange
 from chutes_proto.wire.codec import encode_answer
@@ -79,12 +79,17 @@ def _published(profile: Profile) -> Measurements:
         version=profile.version,
         name=profile.name,
         mrtd=profile.mrtd.hex(),
-        boot_rtmrs=Registers(*(register.hex() for register in profile.boot)),
-        runtime_rtmrs=Registers(*(register.hex() for register in profile.runtime)),
+        boot_rtmrs=_registers(profile.boot),
+        runtime_rtmrs=_registers(profile.runtime),
         expected_gpus=profile.expected_gpus,
         gpu_count=profile.gpu_count,
         fingerprint=None if profile.fingerprint is None else profile.fingerprint.hex(),
     )
+
+
+def _registers(rtmrs: Rtmrs) -> Registers:
+    rtmr0, rtmr1, rtmr2, rtmr3 = (register.hex() for register in rtmrs)
+    return Registers(rtmr0=rtmr0, rtmr1=rtmr1, rtmr2=rtmr2, rtmr3=rtmr3)
 
 
 def _image_passphrase(named: str, data: bytes) -> Secret:
