@@ -1,7 +1,5 @@
 """The outside world, by subject: the only package that opens files, sockets and databases. Nothing pure imports it."""
 
-from __future__ import annotations
-
 import time
 
 

@@ -1,7 +1,5 @@
 """Quoters, one a file. `chutes_proto.io.quoters.choose` chooses among them."""
 
-from __future__ import annotations
-
 from typing import Final
 
 MAX_QUOTE: Final = 48 * 1024
