@@ -14,9 +14,10 @@ from pathlib import Path
 import click
 
 from chutes_proto import __version__
-from chutes_proto.cli.describe import Description, is_verbatim
+from chutes_proto.cli.describe import Description, folded, is_verbatim
 from chutes_proto.cli.tree import ROOT
 
+_WIDTH = 70
 _ESCAPES = str.maketrans({"\\": "\\e", "-": "\\-", "~": "\\(ti", "^": "\\(ha", "`": "\\(ga", "'": "\\(aq"})
 
 
@@ -59,7 +60,7 @@ def _lines(told: Description) -> Iterator[str]:
     if told.examples:
         yield ".SH EXAMPLES"
     for example in told.examples:
-        yield from (".PP", *_verbatim(example))
+        yield from (".PP", *_verbatim(folded(example, _WIDTH)))
     if told.related:
         yield ".SH SEE ALSO"
         yield ", ".join(f"\\fB{_escaped(name_of(words))}\\fR(1)" for words in told.related)

@@ -417,7 +417,7 @@ def test_the_audit_rows_of_a_vm_that_was_only_ever_refused(site: Site) -> None:
     exported = [json.loads(line) for line in site.do("audit", "export", "--vm", "vm-9").out.splitlines()]
     assert [row["hotkey"] for row in exported] == [HOTKEY, "another"]
     listed = site.do("audit", "list", "--vm", "vm-9").out
-    assert re.search(rf"  {HOTKEY}/vm-9 +- +measurement_mismatch: RTMR1 differs\n", listed)
+    assert re.search(rf"  {HOTKEY}/vm-9 +refused +- +measurement_mismatch: RTMR1 differs\n", listed)
     for nobody in ("vm-8", "another/vm-1", "vm-99"):
         ended = site.do("audit", "list", "--vm", nobody)
         assert (ended.code, ended.out, ended.err) == (0, "no audit rows\n", "")

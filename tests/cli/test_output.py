@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from chutes_proto.cli.output import Cell
 from chutes_proto.io.server.development import write_server
 from chutes_proto.testing._platform import SimulatedPlatform
 from tests.cli.conftest import PROGRAM, Ended
+from tests.waiting import wait_until
 
 Shown = Callable[[], str]
 
@@ -36,32 +38,51 @@ def terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 
 
 ROWS = [("5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY/vm-1", Cell("refused", "bad"), "a word " * 30)]
-HEADS = ("VM", "STATE", "REASON")
+COLUMNS: output.Columns = {"VM": lambda row: row[0], "STATE": lambda row: row[1], "REASON": lambda row: row[2]}
+UNDER = {"REASON": "STATE"}
 
 
 def test_a_table_fits_the_terminal_and_colours_a_state(terminal: Shown) -> None:
-    output.table(HEADS, ROWS, empty="none")
+    output.table(COLUMNS, ROWS, empty="none")
     shown = terminal()
     assert "\x1b[31mrefused" in shown
     assert max(map(len, shown.replace("\x1b[31m", "").replace("\x1b[0m", "").replace("\x1b[1m", "").splitlines())) <= 80
 
 
+def test_columns_stand_under_each_other_where_the_terminal_is_too_narrow(terminal: Shown) -> None:
+    shown: list[str] = []
+    for reason in ("a word", "a word " * 30):
+        rows = [("vm-1", Cell("refused"), reason), ("vm-2", Cell("granted"), "-")]
+        output.table(COLUMNS, rows, empty="none", under=UNDER)
+        shown.append(terminal())
+    assert [text.count("REASON") for text in shown] == [1, 0]
+    assert [text.count("-") for text in shown] == [3, 2]  # two of the names
+
+
+def test_rows_are_lists_where_words_do_not_fit(terminal: Shown, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    output.table(COLUMNS, [("vm-" + "1" * 30, Cell("refused"), "because")] * 2, empty="none")
+    shown = re.sub(r"\x1b\[[0-9]*m", "", terminal())
+    assert max(map(len, shown.splitlines())) <= 40
+    assert shown.count("REASON") == 2
+
+
 def test_no_colour_where_it_is_not_wanted(terminal: Shown, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
-    output.table(HEADS, ROWS, empty="none")
+    output.table(COLUMNS, ROWS, empty="none")
     assert "\x1b[3" not in terminal()
 
 
 def test_a_pipe_gets_whole_values_in_columns(capsys: pytest.CaptureFixture[str]) -> None:
-    output.table(HEADS, ROWS, empty="none")
+    output.table(COLUMNS, ROWS, empty="none")
     heads, row = capsys.readouterr().out.splitlines()
-    assert heads.split() == list(HEADS)
+    assert heads.split() == [*COLUMNS]
     assert row == f"{ROWS[0][0]}  refused  {ROWS[0][2]}".rstrip()
 
 
 @pytest.mark.parametrize("hostile", ["\x1b]0;owned\x07", "\x1b[2J", "[red]x[/red][link=file:///]", "\x9b2J", "\u202e"])
 def test_no_text_steers_a_terminal(terminal: Shown, hostile: str) -> None:
-    output.table(("A", "B"), [(hostile, Cell(hostile, "good"))], empty="none")
+    output.table({"A": str, "B": lambda row: Cell(row, "good")}, [hostile], empty="none")
     output.say(hostile, "warn")
     console.complain(f"{hostile}: {hostile}; {hostile}")
     shown = terminal()
@@ -88,6 +109,28 @@ def test_an_error_has_a_line_for_each_part_on_a_terminal(terminal: Shown) -> Non
     assert terminal() == "chutes-proto: kek:\n  permissions are 0644, which is too open\n  run chmod 600 kek\n"
 
 
+def test_a_long_error_is_broken_between_words(terminal: Shown) -> None:
+    console.complain(f"kek: {'a word ' * 30}; {'a remedy ' * 30}")
+    shown = terminal().splitlines()
+    assert max(map(len, shown)) < 80
+    assert all(line.startswith("  ") and line.endswith(("a", "word", "remedy")) for line in shown[1:])
+
+
+@pytest.mark.parametrize("words", ["--help", "vm --help", "vm list", "no-such-command"])
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", ">&- 2>&-"])
+def test_a_stream_that_is_closed_is_no_fault(words: str, closed: str) -> None:
+    done = subprocess.run(
+        ["bash", "-c", f'"$@" {closed}', "bash", *PROGRAM, *words.split()], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, "Traceback" in done.stderr) == (0 if "help" in words else 2, False)
+
+
+@pytest.mark.parametrize("columns", ["-5", "0", "1", "x"])
+def test_no_width_is_too_small_for_a_help(columns: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    assert main(["vm", "--help"]) == 0
+
+
 def test_an_error_is_one_line_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
     console.complain(ERROR)
     assert capsys.readouterr().err == f"chutes-proto: {ERROR}\n"
@@ -95,11 +138,36 @@ def test_an_error_is_one_line_in_a_log(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_progress_appears_after_a_second(terminal: Shown, monkeypatch: pytest.MonkeyPatch) -> None:
     with output.progress("keys wrapped", 10) as tell:
-        tell(1)
-        assert terminal() == ""
-        monkeypatch.setattr(output, "_SHOWN_AFTER", 0.0)
         tell(5)
-    assert "keys wrapped" in terminal()
+    assert terminal() == ""
+    monkeypatch.setattr(output, "_SHOWN_AFTER", 0.0)
+    shown = ""
+
+    def is_shown() -> bool:
+        nonlocal shown
+        shown += terminal()
+        return "keys wrapped" in shown
+
+    with output.progress("keys wrapped", 10) as tell:
+        tell(5)
+        _ = wait_until(is_shown)
+
+
+def test_results_do_not_go_to_the_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output, "_SHOWN_AFTER", 0.0)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    shown = ""
+
+    def is_shown() -> bool:
+        nonlocal shown
+        shown += capsys.readouterr().err
+        return "VMs" in shown
+
+    with output.progress("VMs", 10):
+        _ = wait_until(is_shown)
+        console.say("a result")
+    assert capsys.readouterr().out == "a result\n"
 
 
 def test_watching_shows_it_again_until_it_is_interrupted(tmp_path: Path) -> None:

@@ -12,13 +12,13 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 GRANTED, REFUSED, USAGE, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
 """Exit codes. The last two are what a shell makes of a program that died of SIGINT and of SIGPIPE."""
 
 _COLUMNS = 80
+_NARROWEST = 20
 _RFC3339 = re.compile(
     r"[0-9]{4}-[0-9]{2}-[0-9]{2}"
     r"([T ][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]+)?(Z|[+-][0-9]{2}:[0-9]{2})?)?"
@@ -27,8 +27,8 @@ _LAST = 253_402_300_799  # 9999-12-31T23:59:59Z
 
 
 def help_width() -> int:
-    """As wide as the terminal, but no wider than lines are read with ease."""
-    return min(_columns() - 2, 100)
+    """As wide as the terminal, but no wider than lines are read with ease, and never too narrow for a word."""
+    return max(min(_columns() - 2, 100), _NARROWEST)
 
 
 def _columns() -> int:
@@ -94,20 +94,14 @@ def complain(text: str, help_of: str = "") -> None:
     if not sys.stderr.isatty():
         tell(f"chutes-proto: {text}")
         return
+    from chutes_proto.cli.describe import filled
+
     problem, semicolon, remedy = text.rpartition("; ")
     what, colon, why = (problem if semicolon else text).partition(": ")
     remedy = remedy if semicolon else f"see {help_of} --help" if help_of else ""
-    tell(f"chutes-proto: {what}{colon.strip()}")
-    for line in filter(None, (why, remedy)):
-        tell(f"  {line}")
-
-
-def say_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Lines for people, in columns."""
-    table = [list(heads), *([clean(cell) for cell in row] for row in rows)]
-    widths = [max(len(row[column]) for row in table) for column in range(len(heads))]
-    for row in table:
-        say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    for first, part in (("chutes-proto: ", what + colon.strip()), ("  ", why), ("  ", remedy)):
+        if part:
+            tell_lines(filled(clean(part), help_width(), first, "  "))
 
 
 # --- types of options ---

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterable
 from typing import Final, NamedTuple
@@ -12,6 +13,11 @@ Pairs = tuple[tuple[str, str], ...]
 
 EXITS: Final = {0: "done", 1: "refused", 2: "wrong usage, or a file that cannot be read"}
 """Exit codes of a command that says nothing else; it never uses another number for the same thing."""
+
+
+def exits(done: str, refused: str = "", wrong: str = EXITS[2]) -> dict[int, str]:
+    """The exit codes of a command in its own words, without 1 where it cannot refuse."""
+    return {0: done, **({1: refused} if refused else {}), 2: wrong}
 
 
 class Description(NamedTuple):
@@ -48,9 +54,8 @@ def paragraphs_of(text: str, *, described: bool = True) -> tuple[str, ...]:
 
 def examples_of(text: str) -> tuple[str, ...]:
     """The command lines of the paragraph ``Examples:``, of which one may go on after a backslash."""
-    found = [part for part in paragraphs_of(text) if part.startswith(EXAMPLES)]
-    whole = textwrap.dedent("\n".join(part.removeprefix(EXAMPLES) for part in found))
-    return tuple(filter(None, (one.replace("\0", "\\\n") for one in whole.replace("\\\n", "\0").splitlines())))
+    found = [part.removeprefix(EXAMPLES) for part in paragraphs_of(text) if part.startswith(EXAMPLES)]
+    return tuple(line.strip() for part in found for line in re.sub(r" *\\\n *", " ", part).splitlines())
 
 
 def related_of(text: str) -> tuple[str, ...]:
@@ -65,22 +70,34 @@ def is_verbatim(text: str) -> bool:
 
 
 def as_help(told: Description, width: int) -> str:
-    """The text of ``--help``, as wide as that where words fit; examples are never broken."""
-    parts = [f"Usage: {told.usage}", _filled(told.sentence, width)]
-    parts += [part if is_verbatim(part) else _filled(part, width) for part in told.paragraphs]
+    """The text of ``--help``, as wide as that where words fit; an example goes on after a backslash."""
+    parts = [f"Usage: {told.usage}", filled(told.sentence, width)]
+    parts += [part if is_verbatim(part) else filled(part, width) for part in told.paragraphs]
     lists = [("Arguments", told.arguments), *told.commands, ("Options", told.options), ("Exit codes", told.exits)]
     parts += [f"{title}:\n{_pairs(pairs, width)}" for title, pairs in lists if pairs]
     if told.examples:
-        parts.append("Examples:\n" + "\n".join(textwrap.indent(one, "  ") for one in told.examples))
+        parts.append("Examples:\n" + "\n".join(f"  {folded(one, width)}" for one in told.examples))
     if told.related:
-        parts.append(_filled("See also: " + ", ".join(f"`chutes-proto {words}`" for words in told.related), width))
+        parts.append(filled("See also: " + ", ".join(f"`chutes-proto {words}`" for words in told.related), width))
     return "\n\n".join(parts)
 
 
-def _filled(text: str, width: int, first: str = "", rest: str = "") -> str:
+def filled(text: str, width: int, first: str = "", rest: str = "") -> str:
+    """``text`` in lines of at most ``width`` where words fit, the first and the later ones after an indent."""
     return textwrap.fill(
         text, width, initial_indent=first, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False
     )
+
+
+def folded(command: str, width: int) -> str:
+    """A command line that a shell takes as it stands: one that is too wide goes on, at an option, after a backslash."""
+    lines = [""]
+    for part in re.split(r" (?=--)", command):
+        if lines[-1] and len(lines[-1]) + len(part) + 5 > width:
+            lines.append(part)
+        else:
+            lines[-1] += f" {part}" if lines[-1] else part
+    return " \\\n      ".join(lines)
 
 
 def _pairs(pairs: Iterable[tuple[str, str]], width: int) -> str:
@@ -93,5 +110,5 @@ def _pairs(pairs: Iterable[tuple[str, str]], width: int) -> str:
         if len(head) > column or head[-1] != " ":
             lines.append(head.rstrip())
             head = " " * column
-        lines.append(_filled(text, width, head, " " * column))
+        lines.append(filled(text, width, head, " " * column))
     return "\n".join(lines)

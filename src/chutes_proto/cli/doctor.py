@@ -10,6 +10,7 @@ import click
 
 from chutes_proto.cli import console, output
 from chutes_proto.cli.base import Command, answer, json_option, plain_option
+from chutes_proto.cli.describe import exits
 from chutes_proto.errors import ConfigurationError, FileUnavailable
 from chutes_proto.io.finding import Finding
 from chutes_proto.io.machine import ROLES, check_machine
@@ -18,15 +19,7 @@ from chutes_proto.server import ServerConfig
 _COLOURS: Final[dict[str, output.State]] = {"ok": "good", "note": "warn", "problem": "bad"}
 
 
-@click.command(
-    "doctor",
-    cls=Command,
-    exits={
-        0: "nothing is missing or wrong",
-        1: "something is missing or wrong",
-        2: "wrong usage, or a file that cannot be read",
-    },
-)
+@click.command("doctor", cls=Command, exits=exits("nothing is missing or wrong", "something is missing or wrong"))
 @click.option(
     "--for",
     "roles",

@@ -15,6 +15,8 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TextIO
 
 from chutes_proto._error import ChutesError
 from chutes_proto.cli import console
@@ -27,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def guarded(run: Callable[[Sequence[str]], int], words: Sequence[str]) -> int:
     """The exit code of ``run``, or that of the error that ended it, which is printed."""
+    sys.stdout, sys.stderr = sys.stdout or _nowhere(), sys.stderr or _nowhere()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -54,6 +57,11 @@ def guarded(run: Callable[[Sequence[str]], int], words: Sequence[str]) -> int:
         console.complain(advice(extra))
         return console.USAGE
     return code
+
+
+def _nowhere() -> TextIO:
+    """In place of a stream that the process was started without (``>&-``)."""
+    return Path(os.devnull).open("w", encoding="utf-8")
 
 
 def _run(words: Sequence[str]) -> int:

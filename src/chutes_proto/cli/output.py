@@ -11,19 +11,20 @@ from __future__ import annotations
 
 import re
 import sys
-import textwrap
+import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from chutes_proto.cli import console
 from chutes_proto.cli.base import wants
+from chutes_proto.cli.describe import filled
 from chutes_proto.quote._terms import rfc3339
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress as Bar
+    from rich.table import Table
     from rich.text import Text
 
     from chutes_proto.store.rows import Vm
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
 State = Literal["good", "bad", "warn", ""]
 _STYLES = {"good": "green", "bad": "red", "warn": "yellow", "": ""}
 _DIGEST = re.compile(r"\b[0-9a-f]{40,}\b")
-_WHOLE_WORDS: Any = {"break_long_words": False, "break_on_hyphens": False}
 _SHORT = 8
+_GAP = 2
 _NARROW = 100
 _DAY = 86_400
 _AGES = ((_DAY * 365, "y"), (_DAY, "d"), (3_600, "h"), (60, "min"), (1, "s"))
@@ -55,23 +56,76 @@ def draws() -> bool:
     return sys.stdout.isatty() and not wants("plain")
 
 
-def table(heads: Sequence[str], rows: Iterable[Sequence[str | Cell]], *, empty: str) -> None:
-    """Print rows in columns, or a line that says that there is none."""
-    cells = [[one if isinstance(one, Cell) else Cell(one) for one in row] for row in rows]
+Columns = Mapping[str, Callable[[Any], str | Cell]]
+"""The columns of a table: by heading, the function that makes a row's cell."""
+
+
+def table(columns: Columns, rows: Iterable[object], *, empty: str, under: Mapping[str, str] | None = None) -> None:
+    """Print rows in columns, or a line that says that there is none.
+
+    Where a terminal is too narrow for that, ``under`` says which columns stand under the text of another one; where it
+    is too narrow for the longest words, each row is a list of its cells.
+    """
+    cells = [{head: _as_cell(cell(row)) for head, cell in columns.items()} for row in rows]
     if not cells:
         console.say(empty)
-        return
-    if not draws():
-        console.say_table(heads, [[cell.text for cell in row] for row in cells])
-        return
-    from rich.table import Table
+    elif not draws():
+        _say_lines([{head: Cell(head) for head in columns}, *cells])
+    else:
+        _console().print(_fitted([*columns], cells, under or {}, _console().width))
 
-    drawn = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+
+def _as_cell(found: str | Cell) -> Cell:
+    return found if isinstance(found, Cell) else Cell(found)
+
+
+def _say_lines(rows: Sequence[Mapping[str, Cell]]) -> None:
+    table = [[console.clean(cell.text) for cell in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        console.say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _fitted(heads: list[str], rows: Sequence[Mapping[str, Cell]], under: Mapping[str, str], width: int) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    texts = [{head: _text(cell) for head, cell in row.items()} for row in rows]
+
+    def needs(size: Callable[[str], int]) -> int:
+        columns = ([Text(head), *(row[head] for row in texts)] for head in heads)
+        return sum(max(size(text.plain) for text in column) + _GAP for column in columns) - _GAP
+
+    if under and needs(_longest_line) > width:
+        heads = [head for head in heads if head not in under]
+        for row, said in zip(texts, rows, strict=True):
+            for head, other in under.items():
+                if said[head].text != "-":
+                    row[other] = Text("\n").join([row[other], row[head]])
+    if needs(_longest_word) > width:
+        found = Table.grid(padding=(0, _GAP, 0, 0))
+        found.add_column(style="bold", no_wrap=True)
+        found.add_column(overflow="fold")
+        for number, row in enumerate(texts):
+            if number:
+                found.add_row()
+            for head in heads:
+                found.add_row(head, row[head])
+        return found
+    found = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="bold")
     for head in heads:
-        drawn.add_column(head, overflow="fold")
-    for row in cells:
-        drawn.add_row(*(_text(cell) for cell in row))
-    _console().print(drawn)
+        found.add_column(head, overflow="fold")
+    for row in texts:
+        found.add_row(*(row[head] for head in heads))
+    return found
+
+
+def _longest_line(text: str) -> int:
+    return max(map(len, text.split("\n")))
+
+
+def _longest_word(text: str) -> int:
+    return max(map(len, text.split() or [""]))
 
 
 def _text(cell: Cell) -> Text:
@@ -95,7 +149,7 @@ def prose(text: str, state: State = "", *, rest: int = 0) -> None:
         console.say(text)
         return
     brief = _DIGEST.sub(lambda match: short(match[0]), text)
-    for line in textwrap.wrap(brief, console.help_width(), subsequent_indent=" " * rest, **_WHOLE_WORDS):
+    for line in filled(console.clean(brief), console.help_width(), rest=" " * rest).splitlines():
         say(line, state)
 
 
@@ -156,31 +210,32 @@ def progress(doing: str, total: int | None = None) -> Generator[Advance]:
 
         yield tell
         return
-    began = time.monotonic()
-    bar: Bar | None = None
-
-    def advance(done: int, new_total: int | None = None) -> None:
-        nonlocal bar, total
-        total = new_total if new_total is not None else total
-        if bar is None and time.monotonic() - began >= _SHOWN_AFTER:
-            bar = _bar()
-            _ = bar.add_task(console.clean(doing), total=total)
-            bar.start()
-        if bar is not None:
-            bar.update(bar.task_ids[0], completed=done, total=total)
-
-    try:
-        yield advance
-    finally:
-        if bar is not None:
-            bar.stop()
-
-
-def _bar() -> Bar:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=_console(stderr=True), transient=True)
+    # Results go to standard output while it is shown: rich would print them beside the bar, on standard error.
+    bar = Progress(
+        *columns, console=_console(stderr=True), transient=True, redirect_stdout=False, redirect_stderr=False
+    )
+    task = bar.add_task(console.clean(doing), total=total)
+    shown = threading.Timer(_SHOWN_AFTER, bar.start)
+    shown.start()
+    try:
+        yield lambda done, new_total=None: bar.update(task, completed=done, total=new_total)
+    finally:
+        shown.cancel()
+        shown.join()
+        bar.stop()
+
+
+def waiting(doing: str, total: int | None = None) -> AbstractContextManager[Advance]:
+    """`progress` for whoever waits at a terminal; a log is told nothing."""
+    return progress(doing, total) if sys.stderr.isatty() else nullcontext(untold)
+
+
+def untold(done: int, total: int | None = None, /) -> None:
+    """Takes how much is done, and tells nobody."""
+    del done, total
 
 
 def watching(draw: Callable[[], int]) -> int:

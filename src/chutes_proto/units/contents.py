@@ -14,6 +14,8 @@ from chutes_proto.errors import StoreError
 from chutes_proto.store import rows as store
 from chutes_proto.store._run import Script, Unit
 
+_ROWS_A_REPORT = 1000
+
 
 @frozen
 class Contents:
@@ -34,6 +36,10 @@ class ReadContents(Unit[Contents]):
         return Contents((yield from store.ReadTimes()).horizon, tuple(rows))
 
 
+def _untold(_: int) -> None:
+    pass
+
+
 @frozen
 class WriteContents(Unit[None]):
     """Fill an empty store with ``contents``, with an audit row. Raises `StoreError` for a store that has rows."""
@@ -41,6 +47,8 @@ class WriteContents(Unit[None]):
     contents: Contents
     now: int
     reason: str
+    tell: Callable[[int], object] = _untold
+    """Takes how many rows are written, now and then."""
 
     def script(self) -> Script[None]:
         for kind in store.ROWS:
@@ -49,6 +57,8 @@ class WriteContents(Unit[None]):
         # Also a horizon in the future: it covers redemptions that were swept.
         horizon = (yield from store.ReadTimes()).horizon
         yield from store.SetHorizon(max(horizon, self.contents.horizon))
-        for row in self.contents.rows:
+        for number, row in enumerate(self.contents.rows):
+            if number % _ROWS_A_REPORT == 0:
+                _ = self.tell(number)
             yield from store.Insert(row)
         yield from store.Insert(store.AuditRow(self.now, "operator", "store copied", "done", self.reason))

@@ -15,7 +15,6 @@ from chutes_proto.cli.miner.asking import Peer, PeerCommand, new_identity, open_
 from chutes_proto.io.files import make_directory, write_file
 from chutes_proto.secret import Secret
 
-_AT = "https://127.0.0.1:8443 --ca ca.pem --hotkey 5Grw... --vm vm-1"
 _VOLUME = re.compile(r"(?!\.)[A-Za-z0-9_.-]{1,64}")
 
 

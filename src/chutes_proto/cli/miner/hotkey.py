@@ -14,8 +14,6 @@ from chutes_proto.cli.base import Argument, Command, Group, answer, json_option,
 from chutes_proto.errors import Refused
 from chutes_proto.io.files import read_file
 
-_ALICE = "5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY"
-
 
 class _HotkeyCommand(Command):
     """Errors in an address or a signature are the result: exit code 1."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 
 import attrs
@@ -16,8 +16,6 @@ from chutes_proto.io.files import read_file
 from chutes_proto.miner import _flows as flows
 from chutes_proto.wire.codec import decode_list
 from chutes_proto.wire.miners import NodeArgs
-
-_AT = "https://127.0.0.1:8443 --ca ca.pem --hotkey-file hotkey"
 
 _id_argument = click.argument("server_id", cls=Argument, metavar="ID", help="the server's id")
 
@@ -76,9 +74,7 @@ servers: Group = _Servers(
 )
 
 
-@servers.command(
-    "list",
-)
+@servers.command("list")
 @plain_option
 @full_option
 @click.pass_obj
@@ -96,9 +92,7 @@ def list_servers(asker: Asker) -> int:
     return console.GRANTED
 
 
-@servers.command(
-    "show",
-)
+@servers.command("show")
 @_id_argument
 @plain_option
 @full_option
@@ -115,9 +109,7 @@ def show_server(asker: Asker, server_id: str) -> int:
     return _answer(asker.ask(lambda who: flows.read_server(who, server_id)))
 
 
-@servers.command(
-    "rename",
-)
+@servers.command("rename")
 @_id_argument
 @click.argument("name", cls=Argument, metavar="NAME", help="its new name")
 @click.pass_obj
@@ -133,9 +125,7 @@ def rename_server(asker: Asker, server_id: str, name: str) -> int:
     return _answer(asker.ask(lambda who: flows.rename_server(who, server_id, name)))
 
 
-@servers.command(
-    "remove",
-)
+@servers.command("remove")
 @click.argument("server", cls=Argument, metavar="NAME_OR_ID", help="the server's name or id")
 @click.pass_obj
 def remove_server(asker: Asker, server: str) -> int:
@@ -158,12 +148,18 @@ def _answer(server: flows.Server) -> int:
 
 
 def _say(found: Sequence[flows.Server]) -> None:
-    heads = [field.name.upper() for field in attrs.fields(flows.Server)]
-    output.table(heads, [[*map(_cell, attrs.astuple(server))] for server in found], empty="no servers")
+    output.table(_COLUMNS, found, empty="no servers")
 
 
-def _cell(value: str | datetime | None) -> str:
-    return output.when(int(value.timestamp())) if isinstance(value, datetime) else value or "-"
+def _column(member: str) -> Callable[[flows.Server], str]:
+    def cell(server: flows.Server) -> str:
+        value: str | datetime | None = getattr(server, member)
+        return output.when(int(value.timestamp())) if isinstance(value, datetime) else value or "-"
+
+    return cell
+
+
+_COLUMNS: output.Columns = {field.name.upper(): _column(field.name) for field in attrs.fields(flows.Server)}
 
 
 # --- runtime attestation ---

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -10,7 +11,7 @@ import click
 from attrs import evolve
 
 from chutes_proto.cli import console, output
-from chutes_proto.cli.base import answer, json_option, parsed, table_options
+from chutes_proto.cli.base import answer, parsed
 from chutes_proto.cli.console import moment
 from chutes_proto.cli.operator import operating
 from chutes_proto.cli.operator.operating import DAY, OperatorGroup
@@ -25,6 +26,16 @@ F = TypeVar("F", bound=Callable[..., Any])
 _END = 1 << 62
 _SHOWN = 1000
 _STATES: dict[str, output.State] = {"granted": "good", "done": "good", "refused": "bad"}
+_COLUMNS: output.Columns = {
+    "TIME": lambda row: output.when(row.at),
+    "ACTOR": lambda row: row.actor,
+    "EVENT": lambda row: row.event,
+    "VM": lambda row: output.vm(row.vm) if row.vm else "-",
+    "DECISION": lambda row: output.Cell(row.decision, _STATES.get(row.decision, "")),
+    "KEYS": lambda row: row.keys or "-",
+    "REASON": lambda row: row.reason or "-",
+}
+_UNDER = {"ACTOR": "EVENT", "REASON": "DECISION", "KEYS": "DECISION"}
 
 command: OperatorGroup = OperatorGroup(
     "audit",
@@ -73,8 +84,7 @@ def _selection(default: int | None) -> Callable[[F], F]:
 
 @command.command("list")
 @_selection(_SHOWN)
-@operating.config_option
-@table_options
+@operating.shows
 def listing(vm: str | None, event: str | None, since: int, until: int | None, last: int, config: str) -> int:
     """Show audit rows for people, the newest last.
 
@@ -87,10 +97,9 @@ def listing(vm: str | None, event: str | None, since: int, until: int | None, la
     unit = _unit(vm, event, since, until)
     with operating.opened(config) as (_, store):
         rows = _newest(store, unit, last)
-    heads = ("TIME", "ACTOR", "EVENT", "DECISION", "VM", "KEYS", "REASON")
     answer(
         {"ok": True, "rows": [_members(row) for row in rows]},
-        lambda: output.table(heads, map(_cells, rows), empty="no audit rows"),
+        lambda: output.table(_COLUMNS, rows, empty="no audit rows", under=_UNDER),
     )
     return console.GRANTED
 
@@ -112,22 +121,21 @@ def export(vm: str | None, event: str | None, since: int, until: int | None, las
     """
     unit = _unit(vm, event, since, until)
     with operating.opened(config) as (_, store):
-        for row in _every(store, unit) if last is None else _newest(store, unit, last):
-            console.say_json(_members(row))
+        if last is not None:
+            for row in _newest(store, unit, last):
+                console.say_json(_members(row))
+            return console.GRANTED
+        newest = store.transact(ReadAuditPage(backwards=True, limit=1)).beyond
+        # No bar between the rows, where they go to the same terminal.
+        with nullcontext(output.untold) if output.draws() else output.waiting("audit rows read", newest) as tell:
+            for row in _every(store, unit, tell):
+                console.say_json(_members(row))
     return console.GRANTED
 
 
 @command.command()
-@click.option(
-    "--older-than",
-    metavar="DAYS",
-    callback=parsed(operating.count),
-    help="written at least so many days ago; audit_days of the configuration (365 by default) or more",
-)
-@click.option("--yes", is_flag=True, help="delete them")
-@operating.reason_option
-@operating.config_option
-@json_option
+@operating.purges("audit_days", 365, "written")
+@operating.changes
 def purge(older_than: int | None, yes: bool, reason: str, config: str) -> int:
     """Delete audit rows whose retention has ended, for ever.
 
@@ -174,11 +182,12 @@ def _unit(vm: str | None, event: str | None, since: int, until: int | None) -> R
     return ReadAuditPage(since, end, hotkey, name, event)
 
 
-def _every(store: DurableStore, unit: ReadAuditPage) -> Iterator[AuditRow]:
+def _every(store: DurableStore, unit: ReadAuditPage, tell: output.Advance = output.untold) -> Iterator[AuditRow]:
     """The rows one after the other, of which a page at a time is in memory."""
     while True:
         page = store.transact(unit)
         yield from page.rows
+        tell(page.beyond or 0)
         if page.beyond is None:
             return
         unit = evolve(unit, beyond=page.beyond)
@@ -192,9 +201,3 @@ def _newest(store: DurableStore, unit: ReadAuditPage, limit: int) -> list[AuditR
 def _members(row: AuditRow) -> dict[str, object]:
     names = "at actor event decision reason hotkey vm boot_id request_id platform profile quote_digest keys"
     return operating.members(row, f"{names} peer_address")
-
-
-def _cells(row: AuditRow) -> tuple[str | output.Cell, ...]:
-    vm = output.vm(row.vm) if row.vm else "-"
-    decision = output.Cell(row.decision, _STATES.get(row.decision, ""))
-    return output.when(row.at), row.actor, row.event, decision, vm, row.keys or "-", row.reason or "-"

@@ -9,7 +9,7 @@ import click
 from cryptography.fernet import Fernet
 
 from chutes_proto.cli import console, output
-from chutes_proto.cli.base import Argument, answer, json_option, parsed, table_options, wants
+from chutes_proto.cli.base import Argument, answer, parsed, wants
 from chutes_proto.cli.operator import operating
 from chutes_proto.cli.operator.operating import DAY, OperatorGroup
 from chutes_proto.errors import ConfigurationError, Refused
@@ -31,6 +31,22 @@ from chutes_proto.wire.json import JsonError, decode
 BATCH = 200
 _LINE_BYTES = 256 * 1024  # a boot quote, the largest part, takes less than a tenth
 _STATES: dict[str, output.State] = {"active": "good", "purged": "bad"}
+_COLUMNS: output.Columns = {
+    "KEY": lambda row: f"{row.volume}/{row.generation}",
+    "STATE": lambda row: output.Cell(
+        f"{row.state}{', provisional' if row.provisional else ''}", _STATES.get(row.state, "")
+    ),
+    "ORIGIN": lambda row: output.short(row.origin),
+    "MADE": lambda row: output.when(row.created_at),
+    "HANDED OUT": lambda row: output.when(row.delivered_at) if row.delivered_at else "never",
+    "RETIRED": lambda row: f"{output.when(row.retired_at)}, {row.retirement}" if row.retired_at else "-",
+    "KEK": lambda row: output.short(row.kek_id),
+}
+_PURGED: output.Columns = {
+    "VM": lambda found: output.vm(found[0]),
+    "KEY": lambda found: f"{found[1].volume}/{found[1].generation}",
+    "RETIRED": lambda found: output.when(found[1].retired_at),
+}
 
 command: OperatorGroup = OperatorGroup(
     "keys",
@@ -58,8 +74,7 @@ def _generation(text: str) -> int:
 
 @command.command()
 @operating.vm_argument()
-@operating.config_option
-@table_options
+@operating.shows
 def history(vm: str, config: str) -> int:
     """Show all generations of a VM's keys.
 
@@ -79,8 +94,7 @@ def history(vm: str, config: str) -> int:
     told = {"hotkey": named.hotkey, "vm": named.name, "generations": [_members(row) for row in rows], "volumes": known}
 
     def people() -> None:
-        heads = ("KEY", "STATE", "ORIGIN", "MADE", "HANDED OUT", "RETIRED", "KEK")
-        output.table(heads, map(_cells, rows), empty="no keys")
+        output.table(_COLUMNS, rows, empty="no keys")
         for volume in volumes:
             used = "in use" if volume.in_use else "not known to be in use"
             console.say(f"{volume.volume}: {used}{'; one format is permitted' if volume.format_allowed else ''}")
@@ -94,28 +108,13 @@ def _members(row: GenerationRow) -> dict[str, object]:
     return operating.members(row, names)
 
 
-def _cells(row: GenerationRow) -> tuple[str | output.Cell, ...]:
-    state = f"{row.state}{', provisional' if row.provisional else ''}"
-    return (
-        f"{row.volume}/{row.generation}",
-        output.Cell(state, _STATES.get(row.state, "")),
-        output.short(row.origin),
-        output.when(row.created_at),
-        output.when(row.delivered_at) if row.delivered_at else "never",
-        f"{output.when(row.retired_at)}, {row.retirement}" if row.retired_at else "-",
-        output.short(row.kek_id),
-    )
-
-
 @command.command()
 @operating.vm_argument()
 @_volume_argument
 @click.argument(
     "generation", cls=Argument, metavar="GENERATION", callback=parsed(_generation), help="its number in `keys history`"
 )
-@operating.reason_option
-@operating.config_option
-@json_option
+@operating.changes
 def restore(vm: str, volume: str, generation: int, reason: str, config: str) -> int:
     """Make an old generation the active one again.
 
@@ -136,16 +135,9 @@ def restore(vm: str, volume: str, generation: int, reason: str, config: str) -> 
 
 @command.command()
 @operating.vm_argument(optional=True)
-@click.option(
-    "--older-than",
-    metavar="DAYS",
-    callback=parsed(operating.count),
-    help="retired at least so many days ago; retention_days of the configuration (90 by default) or more",
-)
-@click.option("--yes", is_flag=True, help="delete them")
+@operating.purges("retention_days", 90, "retired")
 @operating.reason_option
-@operating.config_option
-@table_options
+@operating.shows
 def purge(vm: str | None, older_than: int | None, yes: bool, reason: str, config: str) -> int:
     """Delete passphrases whose retention has ended, for ever.
 
@@ -172,11 +164,7 @@ def purge(vm: str | None, older_than: int | None, yes: bool, reason: str, config
                     tell(index + 1, len(vms))
         finally:  # what is deleted is shown, also where a signal ends it
             if not wants("json") and found:
-                rows = [
-                    (output.vm(one), f"{row.volume}/{row.generation}", output.when(row.retired_at))
-                    for one, row in found
-                ]
-                output.table(("VM", "KEY", "RETIRED"), rows, empty="")
+                output.table(_PURGED, found, empty="")
     named = [{"hotkey": one.hotkey, "vm": one.name, **_members(row)} for one, row in found]
     if not found:
         told = f"nothing to purge: no passphrase that may be deleted was retired {days} days ago or earlier"
@@ -189,9 +177,7 @@ def purge(vm: str | None, older_than: int | None, yes: bool, reason: str, config
 
 
 @command.command()
-@operating.reason_option
-@operating.config_option
-@json_option
+@operating.changes
 def rewrap(reason: str, config: str) -> int:
     """Wrap all keys under the current key-encryption key (KEK).
 
@@ -238,9 +224,7 @@ def rewrap(reason: str, config: str) -> int:
 @command.command("allow-format")
 @operating.vm_argument()
 @_volume_argument
-@operating.reason_option
-@operating.config_option
-@json_option
+@operating.changes
 def allow_format(vm: str, volume: str, reason: str, config: str) -> int:
     """Permit one format of a volume that is in use.
 
@@ -267,9 +251,7 @@ def allow_format(vm: str, volume: str, reason: str, config: str) -> int:
     required=True,
     help="44 characters of urlsafe base64; only you may be able to read it",
 )
-@operating.reason_option
-@operating.config_option
-@json_option
+@operating.changes
 def import_fernet(file: str, fernet_key_file: str, reason: str, config: str) -> int:
     """Import the keys of the reference system.
 

@@ -6,10 +6,11 @@ import click
 
 from chutes_proto.cli import console
 from chutes_proto.cli.base import Command
+from chutes_proto.cli.describe import exits
 from chutes_proto.wire import openapi
 
 
-@click.command("openapi", cls=Command, exits={0: "printed", 2: "wrong usage"})
+@click.command("openapi", cls=Command, exits=exits("printed", wrong="wrong usage"))
 def command() -> int:
     """Print the API as an OpenAPI document.
 

@@ -23,8 +23,8 @@ import click
 
 from chutes_proto._converter import StrictConverter
 from chutes_proto.cli import console
-from chutes_proto.cli.base import Argument, Command, Decorator, Group, answer, parsed, wants
-from chutes_proto.cli.describe import EXITS
+from chutes_proto.cli.base import Argument, Command, Decorator, Group, answer, json_option, parsed, table_options, wants
+from chutes_proto.cli.describe import exits
 from chutes_proto.errors import KeyUnavailable, Refusal, Refused, SealBroken, StoreError
 from chutes_proto.io.server.store_setup import StoreSetup, make_store_setup
 from chutes_proto.io.stores.address import DurableStore
@@ -45,9 +45,9 @@ _REASON_LENGTH = 500
 class OperatorCommand(Command):
     """A command that works on the store; a refusal of it, or of the store, is exit code 1."""
 
-    exits: Mapping[int, str] = EXITS | {
-        1: "refused, or the store cannot be used; nothing is changed by what was refused"
-    }
+    exits: Mapping[int, str] = exits(
+        "done", "refused, or the store cannot be used; nothing is changed by what was refused"
+    )
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -161,11 +161,7 @@ def _identifier(text: str) -> bytes:
 
 
 config_option: Decorator = click.option(
-    "--config",
-    type=click.Path(),
-    metavar="FILE",
-    required=True,
-    help="the server's configuration file (TOML)",
+    "--config", type=click.Path(), metavar="FILE", required=True, help="the server's configuration file (TOML)"
 )
 reason_option: Decorator = click.option(
     "--reason",
@@ -176,9 +172,34 @@ reason_option: Decorator = click.option(
 )
 
 
+def shows(function: F) -> F:
+    """The options of a command that shows rows of the store."""
+    return config_option(table_options(function))
+
+
+def changes(function: F) -> F:
+    """The options of a command that changes rows of the store."""
+    return reason_option(config_option(json_option(function)))
+
+
+def purges(setting: str, days: int, what: str) -> Callable[[F], F]:
+    """The options of a command that deletes what is older than a number of days, which ``setting`` of the
+    configuration has at least."""
+    told = f"{what} at least so many days ago; {setting} of the configuration ({days} by default) or more"
+
+    def decorate(function: F) -> F:
+        carry_out = click.option("--yes", is_flag=True, help="delete them")
+        return click.option("--older-than", metavar="DAYS", callback=parsed(count), help=told)(carry_out(function))
+
+    return decorate
+
+
 def vm_argument(*, optional: bool = False) -> Callable[[F], F]:
-    told = "HOTKEY/NAME, or only NAME where one hotkey has it" + (" (default: all VMs)" if optional else "")
-    return click.argument("vm", cls=Argument, metavar="VM", required=not optional, callback=parsed(vm_name), help=told)
+    """The VM that `find_vm` finds."""
+    metavar, everything = ("[VM]", " (default: all VMs)") if optional else ("VM", "")
+    told = f"HOTKEY/NAME, or only NAME where one hotkey has it{everything}"
+    convert = parsed(vm_name)
+    return click.argument("vm", cls=Argument, metavar=metavar, required=not optional, callback=convert, help=told)
 
 
 def platform_options(function: F) -> F:

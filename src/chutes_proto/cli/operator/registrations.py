@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from chutes_proto.cli import console, output
-from chutes_proto.cli.base import Argument, answer, json_option, table_options
+from chutes_proto.cli.base import Argument, answer
 from chutes_proto.cli.operator import operating
 from chutes_proto.cli.operator.operating import OperatorGroup
 from chutes_proto.store._run import Ask
@@ -29,8 +29,7 @@ command: OperatorGroup = OperatorGroup(
 
 
 @command.command("list")
-@operating.config_option
-@table_options
+@operating.shows
 def listing(config: str) -> int:
     """List all registered servers.
 
@@ -45,27 +44,34 @@ def listing(config: str) -> int:
     with operating.opened(config) as (_, store):
         rows = store.transact(Ask(Scan(ServerRow)))
     names = "server_id hotkey name host address boot_id platform created_at"
-    heads = ("ID", "SERVER", "HOST", "ADDRESS", "EVIDENCE", "SINCE")
     answer(
         {"ok": True, "registrations": [operating.members(row, names) for row in rows]},
-        lambda: output.table(heads, map(_cells, rows), empty="no registrations"),
+        lambda: output.table(_COLUMNS, rows, empty="no registrations"),
     )
     return console.GRANTED
 
 
-def _cells(row: ServerRow) -> tuple[str | output.Cell, ...]:
-    boot = f"boot {output.short(row.boot_id)}" if row.boot_id else None
-    evidence = boot or (f"attested from {output.short(str(row.pin))}" if row.pin else None)
-    told = output.Cell(evidence, "good") if evidence else output.Cell("none", "warn")
-    server = output.vm(Vm(row.hotkey, row.name))
-    return row.server_id, server, row.host, row.address, told, output.when(row.created_at)
+def _evidence(row: ServerRow) -> output.Cell:
+    if row.boot_id:
+        return output.Cell(f"boot {output.short(row.boot_id)}", "good")
+    return (
+        output.Cell(f"attested from {output.short(str(row.pin))}", "good") if row.pin else output.Cell("none", "warn")
+    )
+
+
+_COLUMNS: output.Columns = {
+    "ID": lambda row: row.server_id,
+    "SERVER": lambda row: output.vm(Vm(row.hotkey, row.name)),
+    "HOST": lambda row: row.host,
+    "ADDRESS": lambda row: row.address,
+    "EVIDENCE": _evidence,
+    "SINCE": lambda row: output.when(row.created_at),
+}
 
 
 @command.command()
 @click.argument("id", cls=Argument, metavar="ID", help="the server's id")
-@operating.reason_option
-@operating.config_option
-@json_option
+@operating.changes
 def remove(id: str, reason: str, config: str) -> int:  # noqa: A002 - the argument's name
     """Remove a server, whichever miner registered it.
 

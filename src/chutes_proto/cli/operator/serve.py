@@ -16,6 +16,7 @@ import click
 
 from chutes_proto.cli import console, output
 from chutes_proto.cli.base import Command, one_of, platform_option
+from chutes_proto.cli.describe import exits
 from chutes_proto.cli.extras import need
 from chutes_proto.errors import ConfigurationError, FileUnavailable, StoreError
 from chutes_proto.server import ServerConfig
@@ -30,23 +31,16 @@ if TYPE_CHECKING:
 _HOTKEY = "5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY"
 
 
-@click.command(
-    "serve",
-    cls=Command,
-    exits={
-        0: "stopped by a signal, or --check found nothing wrong",
-        1: "the configuration, or something that it names, is wrong",
-        2: "wrong usage, or the configuration file cannot be opened",
-    },
+_EXITS = exits(
+    "stopped by a signal, or --check found nothing wrong", "the configuration, or something that it names, is wrong"
 )
+
+
+@click.command("serve", cls=Command, exits=_EXITS)
 @click.option("--config", metavar="FILE", type=click.Path(), help="the configuration file (TOML)")
 @click.option("--dev", is_flag=True, help="a server for development, on loopback")
 @click.option("--check", is_flag=True, help="check files, store and keys, report, and stop")
-@click.option(
-    "--transport",
-    type=click.Choice(["trio", "asyncio"]),
-    help="the event loop (default: trio if it is installed)",
-)
+@click.option("--transport", type=click.Choice(["trio", "asyncio"]), help="the event loop (default: trio if installed)")
 @platform_option
 def command(config: str | None, dev: bool, check: bool, transport: Transport | None, platform: str | None) -> int:
     """Serve keys to VMs that prove what they are.

@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 
 import click
 
-from chutes_proto.cli import console
+from chutes_proto.cli import console, output
 from chutes_proto.cli.base import answer, json_option, one_of
+from chutes_proto.cli.describe import exits
 from chutes_proto.cli.operator import operating
 from chutes_proto.cli.operator.operating import OperatorGroup
 from chutes_proto.errors import ConfigurationError, StoreError
@@ -51,13 +52,7 @@ def _which(function: F) -> F:
     return config(store(json_option(function)))
 
 
-@command.command(
-    exits={
-        0: "the schema is now this release's",
-        1: "it cannot be made so, and is unchanged",
-        2: "wrong usage, or a file that cannot be read",
-    }
-)
+@command.command(exits=exits("the schema is now this release's", "it cannot be made so, and is unchanged"))
 @_which
 def migrate(config: str | None, store: str | None) -> int:
     """Make the schema, or bring an older one to this release.
@@ -88,9 +83,7 @@ def migrate(config: str | None, store: str | None) -> int:
     return _told(found)
 
 
-@command.command(
-    exits={0: "all rows are copied", 1: "no row was copied", 2: "wrong usage, or a file that cannot be read"}
-)
+@command.command(exits=exits("all rows are copied", "no row was copied"))
 @click.option("--from", "source", metavar="URL", required=True, help="the store that has the rows")
 @operating.reason_option
 @_which
@@ -115,18 +108,20 @@ def copy(source: str, reason: str, config: str | None, store: str | None) -> int
     with closing(origin.open()) as old, closing(place.open()) as new:
         if new.name == old.name:
             raise ConfigurationError(f"--from: {old.name} is the store to fill; name another one")
-        _ = old.check()
+        with output.waiting(f"checking {old.name}"):
+            _ = old.check()
         sealed = None if vault is None else check_keys(old, vault)
-        contents = old.transact(ReadContents())
+        with output.waiting(f"reading {old.name}"):
+            contents = old.transact(ReadContents())
         console.tell(f"copying {len(contents.rows)} rows from {old.name} to {new.name}")
-        new.transact(WriteContents(contents, operating.now(), reason))
-        found: dict[str, Any] = {"store": new.name, "copied_from": old.name, "rows": new.check()}
+        with output.waiting("rows copied", len(contents.rows)) as tell:
+            new.transact(WriteContents(contents, operating.now(), reason, tell))
+        with output.waiting(f"checking {new.name}"):
+            found: dict[str, Any] = {"store": new.name, "copied_from": old.name, "rows": new.check()}
     return _told(found if sealed is None else found | {"keys_sealed_under": sealed})
 
 
-@command.command(
-    exits={0: "nothing is wrong", 1: "something is wrong", 2: "wrong usage, or a file that cannot be read"}
-)
+@command.command(exits=exits("nothing is wrong", "something is wrong"))
 @_which
 def check(config: str | None, store: str | None) -> int:
     """Read the whole store and say what is wrong.
@@ -143,14 +138,14 @@ def check(config: str | None, store: str | None) -> int:
     place, vault = _place(config, store)
     if not place.is_made():
         raise StoreError(f"store {place.path}: not made yet; a server makes it, or `chutes-proto store migrate`")
-    with closing(place.open()) as opened:
+    with closing(place.open()) as opened, output.waiting(f"checking {opened.name}"):
         found: dict[str, Any] = {"store": opened.name, "schema_version": SCHEMA_VERSION, "rows": opened.check()}
         if vault is not None:
             found["keys_sealed_under"] = check_keys(opened, vault)
     return _told(found)
 
 
-@command.command(exits={0: "done", 1: "the store cannot be written", 2: "wrong usage, or a file that cannot be read"})
+@command.command(exits=exits("done", "the store cannot be written"))
 @operating.reason_option
 @_which
 def restored(reason: str, config: str | None, store: str | None) -> int:
@@ -189,7 +184,7 @@ def _told(found: dict[str, Any]) -> int:
         for name, value in found.items():
             if name in ("rows", "keys_sealed_under"):
                 value = ", ".join(f"{key} {count}" for key, count in value.items())
-            console.say(f"{name.replace('_', ' ')}: {value}")
+            output.prose(f"{name.replace('_', ' ')}: {value}", rest=2)
 
     answer({"ok": True, **found}, people)
     return console.GRANTED

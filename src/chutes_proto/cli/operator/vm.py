@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import click
 
 from chutes_proto.auth.hotkey import Hotkey, HotkeyError
 from chutes_proto.cli import console, output
-from chutes_proto.cli.base import answer, json_option, one_of, table_options, watch_option
+from chutes_proto.cli.base import answer, one_of, watch_option
 from chutes_proto.cli.operator import operating
 from chutes_proto.cli.operator.operating import OperatorGroup
 from chutes_proto.cli.output import Cell
 from chutes_proto.errors import ConfigurationError
-from chutes_proto.store.rows import Platform, VmRow
+from chutes_proto.store.rows import Platform, Vm, VmRow
 from chutes_proto.units.operator import BindVm, Everyone, RebindVm
 
 command: OperatorGroup = OperatorGroup(
@@ -33,10 +33,23 @@ command: OperatorGroup = OperatorGroup(
 )
 
 
+def _bound(cell: Callable[[VmRow], str | Cell], otherwise: str | Cell = "-") -> Callable[[VmRow | Vm], str | Cell]:
+    """The cell of a name that is bound to a platform, and ``otherwise`` of one that only holds keys."""
+    return lambda row: cell(row) if isinstance(row, VmRow) else otherwise
+
+
+_COLUMNS: output.Columns = {
+    "VM": lambda row: output.vm(row.vm if isinstance(row, VmRow) else row),
+    "PLATFORM": _bound(lambda row: output.short(str(row.pin)), Cell("not bound, holds keys", "warn")),
+    "EXCHANGE": _bound(lambda row: row.exchange),
+    "HOTKEY PROVEN": _bound(lambda row: Cell("yes", "good") if row.proven else "no"),
+    "LAST BOOT": _bound(lambda row: output.when(row.last_boot_at) if row.last_boot_at else "not since it was bound"),
+}
+
+
 @command.command("list")
-@operating.config_option
 @watch_option
-@table_options
+@operating.shows
 def listing(config: str) -> int:
     """List all VMs.
 
@@ -60,28 +73,14 @@ def _list(config: str) -> int:
     names = "hotkey vm platform proven exchange created_at last_boot_at"
     bound = [operating.members(claim, names) | {"last_boot_at": claim.last_boot_at or None} for claim in claims]
     free = [{"hotkey": vm.hotkey, "vm": vm.name, "platform": None} for vm in unbound]
-    rows: list[Sequence[str | Cell]] = [
-        (
-            output.vm(claim.vm),
-            output.short(str(claim.pin)),
-            claim.exchange,
-            Cell("yes", "good") if claim.proven else "no",
-            output.when(claim.last_boot_at) if claim.last_boot_at else "not since it was bound",
-        )
-        for claim in claims
-    ]
-    rows += [(output.vm(vm), Cell("not bound, holds keys", "warn"), "-", "-", "-") for vm in unbound]
-    heads = ("VM", "PLATFORM", "EXCHANGE", "HOTKEY PROVEN", "LAST BOOT")
-    answer({"ok": True, "vms": [*bound, *free]}, lambda: output.table(heads, rows, empty="no VMs"))
+    answer({"ok": True, "vms": [*bound, *free]}, lambda: output.table(_COLUMNS, [*claims, *unbound], empty="no VMs"))
     return console.GRANTED
 
 
 @command.command()
 @operating.vm_argument()
 @operating.platform_options
-@operating.reason_option
-@operating.config_option
-@json_option
+@operating.changes
 def bind(vm: str, ppid: bytes, instance: bytes | None, reason: str, config: str) -> int:
     """Bind a name that is not bound to a platform, as after an import.
 
@@ -110,9 +109,7 @@ def bind(vm: str, ppid: bytes, instance: bytes | None, reason: str, config: str)
 @operating.platform_options
 @click.option("--keep-keys", is_flag=True, help="the disk moved to the other machine: keep the keys")
 @click.option("--new-keys", is_flag=True, help="somebody else had taken the name: retire all its keys")
-@operating.reason_option
-@operating.config_option
-@json_option
+@operating.changes
 def rebind(
     vm: str, ppid: bytes, instance: bytes | None, keep_keys: bool, new_keys: bool, reason: str, config: str
 ) -> int:

@@ -15,7 +15,8 @@ import click
 from chutes_proto.cli import console, output
 from chutes_proto.cli.base import Argument, F, Group, answer, at_option, full_option, json_option, one_of, parsed
 from chutes_proto.cli.base import platform_option as simulated_option
-from chutes_proto.cli.verifier.fields import OTHER_ROOT, exits, root_option, say_fields, trusted_root
+from chutes_proto.cli.describe import exits
+from chutes_proto.cli.verifier.fields import OTHER_ROOT, root_option, say_fields, trusted_root
 from chutes_proto.cli.verifier.simulate import fault_option, simulated_platform
 from chutes_proto.collateral.report import described, forecast
 from chutes_proto.errors import ConfigurationError, QuoteError, TransportError
@@ -30,10 +31,6 @@ if TYPE_CHECKING:
     from chutes_proto.quote import TrustedRoot
 
 _SECONDS: Final = click.IntRange(0, 999_999_999)
-_FROM_INTEL: Final = """\
-chutes-proto collateral fetch --fmspc 00806f050000 --ca platform --out collateral \\
-    --upstream https://api.trustedservices.intel.com \\
-    --root-ca-crl https://certificates.trustedservices.intel.com/IntelSGXRootCA.der"""
 
 command: Group = Group(
     "collateral",
@@ -252,11 +249,11 @@ def check_command(paths: tuple[str, ...], root: str | None, at: int | None, grac
 
 def _say_forecast(report: dict[str, Any], at: int) -> None:
     if "problem" in report:
-        output.say(f"{report['file']}: cannot be used: {report['problem']}", "bad")
+        output.prose(f"{report['file']}: cannot be used: {report['problem']}", "bad")
         return
     word = "verifies" if report["verifies"] else "DOES NOT VERIFY"
     about = f"FMSPC {report['fmspc']}, {report['ca']} CA, {report['tee']}: {word} at {rfc3339(at)}"
-    output.say(f"{report['file']}: {about}", "good" if report["verifies"] else "bad")
+    output.prose(f"{report['file']}: {about}", "good" if report["verifies"] else "bad")
     for piece in report["pieces"]:
         mark = "ok" if piece["verifies"] else "NO"
         told = f"  {mark}  {piece['piece']:24} {piece['from']} to {piece['until']}"
@@ -294,9 +291,9 @@ def serve_command(
 
     Examples:
       chutes-proto collateral serve
-      chutes-proto collateral serve --listen 127.0.0.1:8081 --tls tls        # clients trust tls/ca.pem
+      chutes-proto collateral serve --listen 127.0.0.1:8081 --tls tls  # clients trust tls/ca.pem
       chutes-proto collateral serve --fault tcb_info_signature
-      chutes-proto collateral serve --age 2592001                            # expired
+      chutes-proto collateral serve --age 2592001  # expired
 
     See also: simulate, collateral fetch
     """

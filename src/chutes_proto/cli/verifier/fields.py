@@ -8,7 +8,7 @@ from typing import Final, cast
 import click
 
 from chutes_proto import quote as verifier
-from chutes_proto.cli import console, output
+from chutes_proto.cli import output
 from chutes_proto.cli.base import Argument, Decorator
 from chutes_proto.errors import ConfigurationError, QuoteError
 from chutes_proto.io.files import read_file
@@ -19,15 +19,6 @@ OTHER_ROOT: Final = (
     " (that of the simulated platform is in the root.der that `simulate` writes)"
 )
 """The remedy where a chain ends at a root that is not trusted."""
-
-
-def exits(done: str, refused: str) -> dict[int, str]:
-    """The exit codes of a command that only reads files."""
-    return {
-        console.GRANTED: done,
-        console.REFUSED: refused,
-        console.USAGE: "wrong usage, or a file that cannot be opened",
-    }
 
 
 quote_argument: Decorator = click.argument("quote", cls=Argument, metavar="QUOTE", help="a file with the quote's bytes")

@@ -7,7 +7,8 @@ import click
 from chutes_proto import quote as verifier
 from chutes_proto.cli import console, output
 from chutes_proto.cli.base import Argument, Command, answer, full_option, json_option, wants
-from chutes_proto.cli.verifier.fields import exits, quote_argument, refusal, say_fields
+from chutes_proto.cli.describe import exits
+from chutes_proto.cli.verifier.fields import quote_argument, refusal, say_fields
 from chutes_proto.errors import ConfigurationError
 from chutes_proto.io.files import MAX_SIZE, read_head
 from chutes_proto.quote._plain import quote_fields, registers

@@ -10,7 +10,8 @@ import click
 from chutes_proto import quote as verifier
 from chutes_proto.cli import console
 from chutes_proto.cli.base import Argument, Command, answer, full_option, json_option
-from chutes_proto.cli.verifier.fields import exits, refusal, say_fields, say_verdict
+from chutes_proto.cli.describe import exits
+from chutes_proto.cli.verifier.fields import refusal, say_fields, say_verdict
 from chutes_proto.io.files import read_head
 from chutes_proto.quote._eventlog import MAX_SIZE
 from chutes_proto.quote._plain import registers

@@ -13,9 +13,9 @@ import click
 from chutes_proto import quote as verifier
 from chutes_proto.cli import console, output
 from chutes_proto.cli.base import Command, answer, at_option, full_option, json_option, parsed
+from chutes_proto.cli.describe import exits
 from chutes_proto.cli.verifier.fields import (
     OTHER_ROOT,
-    exits,
     quote_argument,
     refusal,
     root_option,
@@ -35,7 +35,6 @@ from chutes_proto.server._profiles import EXTRA_KEYS
 _SHORTEST: Final = 1024  # digits; no quote has fewer
 _NOT_FIELDS: Final = ("accepted", "genuine", "refusals", "explanation", "unjudged", "hint", "steps", "checked")
 _TIMES: Final = ("at", "tcb_date", "valid_from", "valid_until")
-_SIMULATED: Final = "sim/quote.bin --collateral sim/collateral.json --root sim/root.der"
 
 
 @click.command(
