@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ import pytest
 from attrs import evolve
 from cryptography.fernet import Fernet
 
+from chutes_proto.cli import console
 from chutes_proto.cli.agent import make_parser
 from chutes_proto.cli.base import Command
 from chutes_proto.cli.describe import Description, as_help
@@ -39,8 +41,22 @@ from tools.man_pages import name_of, page
 
 ALL = ROOT.descriptions(click.Context(ROOT, info_name="chutes-proto"))
 WORDS = {told.words for told in ALL}
+
+
+def takes_json(told: Description) -> bool:
+    return any(option.startswith("--json") for option, _ in told.options)
+
+
+def with_json(told: Description) -> list[str]:
+    """The first example with ``--json``, where no example has it, so that all forms of JSON are seen."""
+    is_seen = any("--json" in example for example in told.examples)
+    return [f"{told.examples[0]} --json"] if takes_json(told) and not is_seen else []
+
+
 EXAMPLES = [
-    pytest.param(example, id=example.removeprefix("chutes-proto ")) for told in ALL for example in told.examples
+    pytest.param(example, id=example.removeprefix("chutes-proto "))
+    for told in ALL
+    for example in (*told.examples, *with_json(told))
 ]
 
 
@@ -71,6 +87,32 @@ def test_manual_pages_have_every_command_and_no_fault(tmp_path: Path) -> None:
     assert done.stderr == ""
     for told in ALL:
         assert told.sentence.rstrip(".") in " ".join(done.stdout.replace("\u2019", "'").split()), told.words
+
+
+# --- JSON ---
+
+_README = (Path(console.__file__).parent / "README.md").read_text("utf-8").partition("\n## JSON\n")[2]
+JSON = {
+    words: (frozenset(re.findall(r"`([a-z0-9_]+)`", members)), frozenset(re.findall(r"`([a-z0-9_]+)\??`", members)))
+    for words, members in re.findall(r"^\| `([a-z -]+)` \| (.*) \|$", _README.partition("\nObjects")[0], re.MULTILINE)
+}
+"""By command: the members that its JSON always has, and those that it may have."""
+_OF_A_QUOTE = frozenset({"verify", "inspect"})
+
+
+def test_the_json_of_every_command_is_documented() -> None:
+    assert {*JSON} == {told.words for told in ALL if takes_json(told)}
+
+
+def check_json(words: list[str], printed: str) -> None:
+    """The output of a command line has the members that the README says."""
+    name = next(name for size in (2, 1) if (name := " ".join(words[:size])) in JSON)
+    if name.startswith("agent"):
+        return
+    always, sometimes = JSON[name]
+    members = {*json.loads(printed)}
+    assert always <= members
+    assert members <= always | sometimes or name in _OF_A_QUOTE
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -185,6 +227,8 @@ def test_an_example_runs(
         server, state = request.getfixturevalue("live")
         ended = examples.run_against(server, state, example, command, monkeypatch)
         assert ended.code == 0, ended.out + ended.err
+        if "--json" in example:
+            check_json(shlex.split(example)[1:], ended.out)
         return
     if set(example) & set("|>$;"):
         environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
@@ -198,8 +242,11 @@ def test_an_example_runs(
         )
         assert done.returncode == 0, done.stderr
         return
-    ended = command(*shlex.split(example)[1:])
+    words = shlex.split(example)[1:]
+    ended = command(*words)
     assert ended.code == 0, ended.out + ended.err
+    if "--json" in words:
+        check_json(words, ended.out)
 
 
 def parse(words: list[str]) -> None:
