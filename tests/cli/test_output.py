@@ -8,7 +8,8 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from chutes_proto.cli.main import guarded, main
 from chutes_proto.cli.output import Cell
 from chutes_proto.io.server.development import write_server
 from chutes_proto.testing._platform import SimulatedPlatform
-from tests.cli.conftest import PROGRAM, Ended
+from tests.cli.conftest import HOTKEY, PROGRAM, Ended
 from tests.waiting import wait_until
 
 Shown = Callable[[], str]
@@ -168,6 +169,35 @@ def test_results_do_not_go_to_the_bar(capsys: pytest.CaptureFixture[str], monkey
         _ = wait_until(is_shown)
         console.say("a result")
     assert capsys.readouterr().out == "a result\n"
+
+
+def test_long_operations_say_how_far_they_are(
+    command: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, int, int | None]] = []
+
+    @contextmanager
+    def waiting(doing: str, total: int | None = None) -> Generator[output.Advance]:
+        yield lambda done, new_total=None: told.append((doing, done, new_total or total))
+
+    monkeypatch.setattr(output, "waiting", waiting)
+    write_server(tmp_path, SimulatedPlatform(bytes(32)), int(time.time()))
+    configuration = tmp_path / "server.toml"
+    assert command("store", "migrate", "--config", configuration).code == 0
+    for name in ("vm-1", "vm-2"):
+        bound = command("vm", "bind", f"{HOTKEY}/{name}", "--ppid", "00" * 16, "--config", configuration)
+        assert bound.code == 0, bound.err
+    assert len(command("audit", "export", "--config", configuration).out.splitlines()) == 2
+    assert told.pop(0) == ("audit rows read", 0, 2)
+    copied = command(
+        "store", "copy", "--from", f"sqlite:{tmp_path}/keys.db", "--store", f"sqlite:{tmp_path}/new.db", "--json"
+    )
+    assert told == [("rows copied", 0, sum(copied.json["rows"].values()) - 1)]  # the audit row of the copy is new
+
+
+def test_an_error_refers_to_the_help_of_the_whole_command(terminal: Shown) -> None:
+    assert main(["vm", "list", "--config", "/none"]) == 2
+    assert terminal().splitlines()[-1] == "  see chutes-proto vm list --help"
 
 
 def test_watching_shows_it_again_until_it_is_interrupted(tmp_path: Path) -> None:

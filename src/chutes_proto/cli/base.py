@@ -21,7 +21,7 @@ A command is a function with click's own decorators; ``cls=Command`` takes the r
 * The function returns the exit code. It lives in a module that `chutes_proto.cli.tree` names, as ``command``; there the
   first sentence of the docstring is repeated without its full stop, so that the top help imports no command.
 * Several commands under one name: ``command = Group("vm", help=...)``, then ``@command.command("list")``, which makes a
-  `Command`; a subclass of `Group` may say another ``command_class``. Every command that
+  `Command`, or a command of the class ``of``. Every command that
   talks to the same kind of thing shares a subclass of `Command` whose ``invoke`` turns that thing's exceptions into an
   exit code, and whose ``exits`` says what the codes mean.
 * Options: ``parsed(convert)`` makes a callback of a function that raises `ValueError` with a text for people.
@@ -78,12 +78,7 @@ class Described(click.Command):
 
     exits: Mapping[int, str] = EXITS
 
-    def __init__(
-        self,
-        *args: Any,
-        exits: Mapping[int, str] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, *args: Any, exits: Mapping[int, str] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.exits = exits or self.exits
 
@@ -126,10 +121,13 @@ class Command(Described):
 
 
 class Group(Described, click.Group):
-    """Commands under one name."""
+    """Commands under one name, each of class ``of``."""
 
     exits: Mapping[int, str] = {}
-    command_class: type[click.Command] | None = Command
+
+    def __init__(self, *args: Any, of: type[Command] = Command, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.command_class = of
 
     def sections(self, ctx: click.Context) -> tuple[tuple[str, Pairs], ...]:
         found = ((name, self.get_command(ctx, name)) for name in self.list_commands(ctx))
@@ -224,8 +222,8 @@ def one_of(**named: object) -> None:
 # --- results ---
 
 
-def answer(value: Mapping[str, object], people: Callable[[], object] | str) -> None:
-    """Print the result: ``value`` with ``--json``, else lines, or what ``people`` prints."""
+def answer(value: Mapping[str, object], people: Callable[[], object] | str, *, ok: bool = True) -> int:
+    """Print the result: ``value`` with ``--json``, else lines, or what ``people`` prints. Returns the exit code."""
     if wants("json"):
         console.say_json(value)
     elif isinstance(people, str):
@@ -233,3 +231,4 @@ def answer(value: Mapping[str, object], people: Callable[[], object] | str) -> N
             console.say(line)
     else:
         _ = people()
+    return console.GRANTED if ok else console.REFUSED

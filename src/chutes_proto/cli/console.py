@@ -69,10 +69,9 @@ def plain(value: Any) -> dict[str, Any]:
 
     import attrs
 
-    def serialize(_: object, __: object, member: object) -> object:
-        return member.isoformat() if isinstance(member, datetime) else member
-
-    return attrs.asdict(value, value_serializer=serialize)
+    return attrs.asdict(
+        value, value_serializer=lambda _, __, member: member.isoformat() if isinstance(member, datetime) else member
+    )
 
 
 def tell(text: str) -> None:

@@ -9,7 +9,6 @@ import click
 
 from chutes_proto.cli import console
 from chutes_proto.cli.base import Command
-from chutes_proto.cli.extras import need
 
 
 @click.command("demo", cls=Command, exits={0: "everything went as it should", 1: "something did not", 2: "wrong usage"})
@@ -28,7 +27,6 @@ def command(plain: bool) -> int:
 
     See also: serve, boot, simulate
     """
-    need("trio")
     import trio
 
     from chutes_proto.cli.page import Page, make_console

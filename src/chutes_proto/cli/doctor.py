@@ -52,8 +52,7 @@ def command(roles: tuple[str, ...], config: str | None) -> int:
     findings = [*(_configuration(config) if config else check_machine(roles or tuple(ROLES)))]
     is_complete = all(finding.state != "problem" for finding in findings)
     report = {"ok": is_complete, "findings": [attrs.asdict(finding) for finding in findings]}
-    answer(report, lambda: _say(findings))
-    return console.GRANTED if is_complete else console.REFUSED
+    return answer(report, lambda: _say(findings), ok=is_complete)
 
 
 def _say(findings: Iterable[Finding]) -> None:

@@ -15,7 +15,6 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TextIO
 
 from chutes_proto._error import ChutesError
@@ -46,7 +45,7 @@ def guarded(run: Callable[[Sequence[str]], int], words: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return console.INTERRUPTED
     except ChutesError as exc:
-        console.complain(str(exc), " ".join(["chutes-proto", *words[:1]]))
+        console.complain(str(exc), _named(words))
         return console.USAGE
     except ModuleNotFoundError as exc:
         from chutes_proto.cli.extras import advice, extra_of
@@ -59,9 +58,18 @@ def guarded(run: Callable[[Sequence[str]], int], words: Sequence[str]) -> int:
     return code
 
 
+def _named(words: Sequence[str]) -> str:
+    """The command, whose help says more; only the tree knows how many words name one."""
+    if words[:1] == ["agent"] or not sys.stderr.isatty():
+        return " ".join(["chutes-proto", *words[:1]])
+    from chutes_proto.cli.tree import words_of
+
+    return words_of(words)
+
+
 def _nowhere() -> TextIO:
     """In place of a stream that the process was started without (``>&-``)."""
-    return Path(os.devnull).open("w", encoding="utf-8")
+    return os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8")
 
 
 def _run(words: Sequence[str]) -> int:

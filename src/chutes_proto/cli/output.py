@@ -144,13 +144,15 @@ def say(text: str, state: State) -> None:
 
 def prose(text: str, state: State = "", *, rest: int = 0) -> None:
     """Print a text of the result. A terminal breaks it between words, later lines begin at ``rest``, and digests in it
-    are short."""
+    are short. The words before ``rest`` say the state, or all of them."""
     if not draws():
         console.say(text)
         return
     brief = _DIGEST.sub(lambda match: short(match[0]), text)
-    for line in filled(console.clean(brief), console.help_width(), rest=" " * rest).splitlines():
-        say(line, state)
+    lines = filled(console.clean(brief), console.help_width(), rest=" " * rest)
+    shown = _text(Cell(lines))
+    shown.stylize(_STYLES[state], 0, rest or len(lines))
+    _console().print(shown, soft_wrap=True)
 
 
 def short(text: str | None) -> str:
@@ -229,7 +231,7 @@ def progress(doing: str, total: int | None = None) -> Generator[Advance]:
 
 
 def waiting(doing: str, total: int | None = None) -> AbstractContextManager[Advance]:
-    """`progress` for whoever waits at a terminal; a log is told nothing."""
+    """`progress` for people at a terminal only: a log is told nothing."""
     return progress(doing, total) if sys.stderr.isatty() else nullcontext(untold)
 
 

@@ -18,6 +18,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from chutes_proto.cli import console as lines
+
 _WIDEST: Final = 100
 _NAME_WIDTH: Final = 10
 _INDENT: Final = (0, 0, 0, 3)
@@ -101,7 +103,7 @@ class Page:
 
     def _text(self, text: str, style: str = "") -> Text:
         """``text`` without anything that steers a terminal."""
-        clean = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+        clean = lines.clean(text)
         return Text(clean.translate(_ASCII) if self._plain else clean, style=style)
 
     def _print(self, content: Text | Padding | str = "") -> None:

@@ -21,9 +21,7 @@ _SECTIONS: Final[Mapping[str, Mapping[str, tuple[str, str]]]] = {
         "demo": ("demo", "Show a VM that boots and receives its keys, end to end on this machine"),
         "doctor": ("doctor", "Find what a machine or a configuration lacks, and the commands that mend it"),
     },
-    "In the VM": {
-        "agent": ("agent.command", "Attest a VM at boot, open its disks and rotate their keys"),
-    },
+    "In the VM": {"agent": ("agent.command", "Attest a VM at boot, open its disks and rotate their keys")},
     "Operate a key server": {
         "serve": ("operator.serve", "Serve keys to VMs that prove what they are"),
         "keys": ("operator.keys", "Show, restore, purge, rewrap and import keys"),
@@ -55,9 +53,7 @@ _SECTIONS: Final[Mapping[str, Mapping[str, tuple[str, str]]]] = {
         ),
         "simulate": ("verifier.simulate", "Make a quote and collateral of a simulated platform"),
     },
-    "This command": {
-        "completion": ("completion", "Print the completion script of a shell"),
-    },
+    "This command": {"completion": ("completion", "Print the completion script of a shell")},
 }
 """By heading and name: the module under ``chutes_proto.cli``, with the attribute where it is not ``command``, and the
 first sentence of the help."""
@@ -142,6 +138,18 @@ def run(argv: Sequence[str]) -> int:
         console.complain(_problem(exc))
         return console.USAGE
     return code if isinstance(code, int) else console.GRANTED
+
+
+def words_of(argv: Sequence[str]) -> str:
+    """The command that a command line names."""
+    found, ctx = "chutes-proto", click.Context(ROOT)
+    command: click.Command | None = ROOT
+    for word in argv:
+        command = command.get_command(ctx, word) if isinstance(command, click.Group) else None
+        if command is None:
+            break
+        found += f" {word}"
+    return found
 
 
 def _problem(exc: click.ClickException) -> str:

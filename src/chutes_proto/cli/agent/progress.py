@@ -168,7 +168,21 @@ def _said(error: ChutesError) -> dict[str, str]:
             return {"reason": str(error), "error": type(error).__name__}
 
 
+_TEXTS: Final = {
+    "grant_received": "granted",
+    "rotation_confirmed": "the server took note: {volumes}",
+    "disks_looked_at": "looking at {devices}",
+    "disks_awaited": "waiting at most {wait} s for {devices} to appear",
+    "disk_found": "{volume}: {holds}",
+    "disk_action": "{text}",
+    "disk_failed": "{volume}: FAILED: {text}",
+}
+"""The events that are told with the fields of their record alone."""
+
+
 def _lines(event: str, fields: Mapping[str, str]) -> list[str]:
+    if event in _TEXTS:
+        return [_TEXTS[event].format_map(fields)]
     match event:
         case "boot_step":
             step = _STEPS.get(fields["step"], fields["step"]).format(server=fields["server"])
@@ -180,30 +194,16 @@ def _lines(event: str, fields: Mapping[str, str]) -> list[str]:
             return [f"RETRY LATER: {_why(fields)}", again]
         case "boot_stopped":
             return [f"STOPPED: {_why(fields)}"]
-        case "grant_received":
-            return ["granted"]
         case "volumes_received" | "keys_received":
             used = f"; known to hold data: {fields['in_use']}" if fields["in_use"] else ""
             return [f"keys received for {fields['volumes']}{used}"]
-        case "rotation_confirmed":
-            return [f"the server took note: {fields['volumes']}"]
         case "rotation_undecided":
             return [
                 f"the server did not take note of the new keys of {fields['volumes']}: {_why(fields)}",
                 "old and new keys stay on the disks; the next boot decides",
             ]
-        case "disks_looked_at":
-            return [f"looking at {fields['devices']}"]
-        case "disks_awaited":
-            return [f"waiting at most {fields['wait']} s for {fields['devices']} to appear"]
-        case "disk_found":
-            return [f"{fields['volume']}: {fields['holds']}"]
-        case "disk_action":
-            return [fields["text"]]
         case "disk_opened":
             return [f"{fields['volume']}: open" + (", by the next key" if fields["key"] == "next" else "")]
-        case "disk_failed":
-            return [f"{fields['volume']}: FAILED: {fields['text']}"]
         case _:
             return [" ".join([event, *(f"{name}={json.dumps(value)}" for name, value in fields.items())])]
 

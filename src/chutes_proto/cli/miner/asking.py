@@ -85,8 +85,7 @@ class PeerCommand(Command):
         try:
             return super().invoke(ctx)
         except Refusal as exc:
-            _say_refusal(exc)
-            return console.REFUSED
+            return _answer_refusal(exc)
 
     def asker(self, params: dict[str, Any], peer: Peer) -> Any:
         """The first argument of the function."""
@@ -94,14 +93,14 @@ class PeerCommand(Command):
         return peer
 
 
-def _say_refusal(refusal: Refusal) -> None:
+def _answer_refusal(refusal: Refusal) -> int:
     def people() -> None:
         output.prose(f"refused: {refusal}", "bad")
         if refusal.request_id:
             output.prose(f"the server's log has the reason under request {refusal.request_id}")
 
     said = {"granted": False, "status": refusal.status, "code": str(refusal.code), "detail": refusal.detail}
-    answer({**said, "request_id": refusal.request_id}, people)
+    return answer({**said, "request_id": refusal.request_id}, people, ok=False)
 
 
 @frozen

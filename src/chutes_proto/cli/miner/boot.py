@@ -89,8 +89,7 @@ def command(
             name: {"passphrase_length": len(key.passphrase), "in_use": key.is_in_use} for name, key in received.items()
         },
     }
-    answer(said, lambda: _say(grant, received, exchange))
-    return console.GRANTED
+    return answer(said, lambda: _say(grant, received, exchange))
 
 
 class _Keys(NamedTuple):

@@ -9,7 +9,6 @@ import click
 
 from chutes_proto.auth.hotkey import PREFIX, Hotkey, HotkeyError
 from chutes_proto.auth.signing import check_signature
-from chutes_proto.cli import console
 from chutes_proto.cli.base import Argument, Command, Group, answer, json_option, one_of
 from chutes_proto.errors import Refused
 from chutes_proto.io.files import read_file
@@ -27,16 +26,12 @@ class _HotkeyCommand(Command):
             reason = f"not a hotkey's address: {exc}"
         except Refused as exc:
             reason = exc.reason
-        answer({"valid": False, "reason": reason}, f"invalid: {reason}")
-        return console.REFUSED
+        return answer({"valid": False, "reason": reason}, f"invalid: {reason}", ok=False)
 
 
-class _Hotkeys(Group):
-    command_class: type[click.Command] | None = _HotkeyCommand
-
-
-command: Group = _Hotkeys(
+command: Group = Group(
     "hotkey",
+    of=_HotkeyCommand,
     help="""Inspect a hotkey's address, or check a signature.
 
     Hotkeys are SS58 addresses of sr25519 keys, network prefix 42.
@@ -64,8 +59,7 @@ def inspect_command(address: str) -> int:
     """
     hotkey = Hotkey.parse(address)
     said = {"valid": True, "address": hotkey.address, "public_key": hotkey.public_key.hex(), "prefix": PREFIX}
-    answer(said, f"public key  {hotkey.public_key.hex()}\nprefix      {PREFIX}")
-    return console.GRANTED
+    return answer(said, f"public key  {hotkey.public_key.hex()}\nprefix      {PREFIX}")
 
 
 @command.command("check")
@@ -78,8 +72,7 @@ def check_command(address: str, message: str | None, message_file: str | None, s
     """Check that a signature over a message is a hotkey's.
 
     Examples:
-      chutes-proto hotkey check 5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY \\
-          --message-file message.bin \\
+      chutes-proto hotkey check 5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY --message-file message.bin \\
           --signature $(cat signature.hex)
       chutes-proto hotkey check 5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY \\
           --message-file message.bin --signature $(cat signature.hex) --json
@@ -90,5 +83,6 @@ def check_command(address: str, message: str | None, message_file: str | None, s
     hotkey = Hotkey.parse(address)
     signed = read_file(message_file) if message_file is not None else str(message).encode("utf-8", "surrogateescape")
     check_signature(hotkey, (signed,), signature)
-    answer({"valid": True, "address": hotkey.address}, f"valid: the signature is {hotkey.address}'s over this message")
-    return console.GRANTED
+    return answer(
+        {"valid": True, "address": hotkey.address}, f"valid: the signature is {hotkey.address}'s over this message"
+    )

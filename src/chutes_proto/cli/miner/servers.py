@@ -50,19 +50,15 @@ def register(asker: Asker, server_id: str, name: str | None, host: str, gpus: st
     name = name or server_id
     declared = f"{len(nodes)} GPU{'' if len(nodes) == 1 else 's'}"
     said = {"granted": True, "server_id": server_id, "name": name}
-    answer(said, f"registered: {server_id} ({name}) at {host}, {declared}")
-    return console.GRANTED
+    return answer(said, f"registered: {server_id} ({name}) at {host}, {declared}")
 
 
 # --- servers ---
 
 
-class _Servers(Group):
-    command_class: type[click.Command] | None = MinerCommand
-
-
-servers: Group = _Servers(
+servers: Group = Group(
     "servers",
+    of=MinerCommand,
     help="""List, show, rename and remove your servers.
 
     Examples:
@@ -88,8 +84,7 @@ def list_servers(asker: Asker) -> int:
     See also: servers show, register
     """
     found = asker.ask(flows.list_servers)
-    answer({"granted": True, "servers": [console.plain(row) for row in found]}, lambda: _say(found))
-    return console.GRANTED
+    return answer({"granted": True, "servers": [console.plain(row) for row in found]}, lambda: _say(found))
 
 
 @servers.command("show")
@@ -138,13 +133,11 @@ def remove_server(asker: Asker, server: str) -> int:
     See also: servers list, register
     """
     removed = asker.ask(lambda who: flows.remove_server(who, server))
-    answer({"granted": True, "removed": removed}, f"removed: {removed}; the keys of its VM are kept")
-    return console.GRANTED
+    return answer({"granted": True, "removed": removed}, f"removed: {removed}; the keys of its VM are kept")
 
 
 def _answer(server: flows.Server) -> int:
-    answer({"granted": True, **console.plain(server)}, lambda: _say([server]))
-    return console.GRANTED
+    return answer({"granted": True, **console.plain(server)}, lambda: _say([server]))
 
 
 def _say(found: Sequence[flows.Server]) -> None:
@@ -186,8 +179,7 @@ def attest(asker: Asker, server_id: str, quoter: str, platform: str | None) -> i
         lambda: open_quoter(quoter, platform, "runtime"),
     )
     said = {"granted": True, **console.plain(attested)}
-    answer(said, f"verified: {server_id} at {said['verified_at']}, record {attested.attestation_id}")
-    return console.GRANTED
+    return answer(said, f"verified: {server_id} at {said['verified_at']}, record {attested.attestation_id}")
 
 
 @click.command("status", cls=MinerCommand)
@@ -206,8 +198,7 @@ def status(asker: Asker, server_id: str) -> int:
 
     def draw() -> int:
         found = asker.ask(lambda who: flows.read_status(who, server_id))
-        answer({"granted": True, **console.plain(found)}, lambda: _say_status(found))
-        return console.GRANTED
+        return answer({"granted": True, **console.plain(found)}, lambda: _say_status(found))
 
     return output.watching(draw)
 

@@ -11,10 +11,10 @@ import click
 from attrs import evolve
 
 from chutes_proto.cli import console, output
-from chutes_proto.cli.base import answer, parsed
+from chutes_proto.cli.base import Group, answer, parsed
 from chutes_proto.cli.console import moment
 from chutes_proto.cli.operator import operating
-from chutes_proto.cli.operator.operating import DAY, OperatorGroup
+from chutes_proto.cli.operator.operating import DAY, OperatorCommand
 from chutes_proto.errors import ConfigurationError
 from chutes_proto.io.stores.address import DurableStore
 from chutes_proto.quote._terms import rfc3339
@@ -37,8 +37,9 @@ _COLUMNS: output.Columns = {
 }
 _UNDER = {"ACTOR": "EVENT", "REASON": "DECISION", "KEYS": "DECISION"}
 
-command: OperatorGroup = OperatorGroup(
+command: Group = Group(
     "audit",
+    of=OperatorCommand,
     help="""Show, export and purge the audit rows.
 
     Each decision is kept in the transaction that carried it out: who asked, which boot, the decision and its reason,
@@ -97,11 +98,10 @@ def listing(vm: str | None, event: str | None, since: int, until: int | None, la
     unit = _unit(vm, event, since, until)
     with operating.opened(config) as (_, store):
         rows = _newest(store, unit, last)
-    answer(
+    return answer(
         {"ok": True, "rows": [_members(row) for row in rows]},
         lambda: output.table(_COLUMNS, rows, empty="no audit rows", under=_UNDER),
     )
-    return console.GRANTED
 
 
 @command.command()
@@ -170,8 +170,7 @@ def purge(older_than: int | None, yes: bool, reason: str, config: str) -> int:
         told = f"audit rows older than {rfc3339(before)} deleted: {found}"
     else:
         told = f"audit rows older than {rfc3339(before)}: {found}; with --yes they are deleted"
-    answer({"ok": True, "purged": yes, "older_than_days": days, "before": before, "rows": found}, told)
-    return console.GRANTED
+    return answer({"ok": True, "purged": yes, "older_than_days": days, "before": before, "rows": found}, told)
 
 
 def _unit(vm: str | None, event: str | None, since: int, until: int | None) -> ReadAuditPage:

@@ -9,23 +9,16 @@ import click
 from cryptography.fernet import Fernet
 
 from chutes_proto.cli import console, output
-from chutes_proto.cli.base import Argument, answer, parsed, wants
+from chutes_proto.cli.base import Argument, Group, answer, parsed, wants
 from chutes_proto.cli.operator import operating
-from chutes_proto.cli.operator.operating import DAY, OperatorGroup
+from chutes_proto.cli.operator.operating import DAY, OperatorCommand
 from chutes_proto.errors import ConfigurationError, Refused
 from chutes_proto.io.files import read_lines, read_private
 from chutes_proto.io.reference_keys import read_row
 from chutes_proto.keys.vault import NONCE_SIZE, Address, FreshKey
 from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import GenerationRow, Platform, ReadNames, Vm
-from chutes_proto.units.operator import (
-    AllowFormat,
-    History,
-    ImportKeys,
-    PurgeKeys,
-    RestoreKey,
-    RewrapKeys,
-)
+from chutes_proto.units.operator import AllowFormat, History, ImportKeys, PurgeKeys, RestoreKey, RewrapKeys
 from chutes_proto.wire.json import JsonError, decode
 
 BATCH = 200
@@ -48,8 +41,9 @@ _PURGED: output.Columns = {
     "RETIRED": lambda found: output.when(found[1].retired_at),
 }
 
-command: OperatorGroup = OperatorGroup(
+command: Group = Group(
     "keys",
+    of=OperatorCommand,
     help="""Show, restore, purge, rewrap and import keys.
 
     A server never deletes a key; old generations stay until an operator purges them. No command shows a passphrase or
@@ -99,8 +93,7 @@ def history(vm: str, config: str) -> int:
             used = "in use" if volume.in_use else "not known to be in use"
             console.say(f"{volume.volume}: {used}{'; one format is permitted' if volume.format_allowed else ''}")
 
-    answer({"ok": True, **told}, people)
-    return console.GRANTED
+    return answer({"ok": True, **told}, people)
 
 
 def _members(row: GenerationRow) -> dict[str, object]:
@@ -172,8 +165,7 @@ def purge(vm: str | None, older_than: int | None, yes: bool, reason: str, config
         told = f"{len(found)} passphrases deleted that were retired {days} days ago or earlier"
     else:
         told = f"{len(found)} passphrases were retired {days} days ago or earlier; with --yes they are deleted"
-    answer({"ok": True, "purged": yes, "older_than_days": days, "generations": named}, told)
-    return console.GRANTED
+    return answer({"ok": True, "purged": yes, "older_than_days": days, "generations": named}, told)
 
 
 @command.command()
@@ -214,11 +206,11 @@ def rewrap(reason: str, config: str) -> int:
             f"keep kek_previous_file for 600 seconds, and until {vault.current.kek_id} is kek_file of every server:",
             f"any other server still makes keys under {vault.previous.kek_id}; `chutes-proto store check` shows them",
         ]
-    answer(
+    return answer(
         {"ok": not broken, "rewrapped": wrapped, "sealed_under": dict(step.sealed), "broken": told},
         "\n".join(lines),
+        ok=not broken,
     )
-    return console.REFUSED if broken else console.GRANTED
 
 
 @command.command("allow-format")
@@ -297,8 +289,8 @@ def import_fernet(file: str, fernet_key_file: str, reason: str, config: str) -> 
             tell(index, len(rows))
     for told in refused:
         console.complain(told)
-    answer(
+    return answer(
         {"ok": not refused, "imported": made, "there_already": left, "refused": refused},
         f"{made} keys imported, {left} were there already; {bound} of {len(rows)} VMs came with a platform",
+        ok=not refused,
     )
-    return console.REFUSED if refused else console.GRANTED

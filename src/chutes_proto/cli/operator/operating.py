@@ -23,7 +23,7 @@ import click
 
 from chutes_proto._converter import StrictConverter
 from chutes_proto.cli import console
-from chutes_proto.cli.base import Argument, Command, Decorator, Group, answer, json_option, parsed, table_options, wants
+from chutes_proto.cli.base import Argument, Command, Decorator, answer, json_option, parsed, table_options, wants
 from chutes_proto.cli.describe import exits
 from chutes_proto.errors import KeyUnavailable, Refusal, Refused, SealBroken, StoreError
 from chutes_proto.io.server.store_setup import StoreSetup, make_store_setup
@@ -62,12 +62,6 @@ class OperatorCommand(Command):
         return console.REFUSED
 
 
-class OperatorGroup(Group):
-    """Commands of an operator under one name."""
-
-    command_class: type[click.Command] | None = OperatorCommand
-
-
 @contextmanager
 def opened(config: str, *, new: bool = False) -> Generator[tuple[StoreSetup, DurableStore]]:
     """The store of a configuration, which must exist unless it may be ``new``. Raises `StoreError`."""
@@ -94,8 +88,7 @@ def find_vm(store: DurableStore, text: str, *, new: bool = False) -> Vm:
 
 def done(text: str) -> int:
     """Say what was changed; the result is the exit code."""
-    answer({"ok": True}, text)
-    return console.GRANTED
+    return answer({"ok": True}, text)
 
 
 def kept_days(older_than: int | None, name: str, least: int, what: str) -> int:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import click
 
-from chutes_proto.cli import console, output
-from chutes_proto.cli.base import Argument, answer
+from chutes_proto.cli import output
+from chutes_proto.cli.base import Argument, Group, answer
 from chutes_proto.cli.operator import operating
-from chutes_proto.cli.operator.operating import OperatorGroup
+from chutes_proto.cli.operator.operating import OperatorCommand
 from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import Scan, ServerRow, Vm
 from chutes_proto.units.operator import RemoveRegistration
 
-command: OperatorGroup = OperatorGroup(
+command: Group = Group(
     "registrations",
+    of=OperatorCommand,
     help="""List and remove the servers that miners registered.
 
     An id, an address and a GPU belong to one server. A server without evidence is replaced by a registration at its
@@ -44,11 +45,10 @@ def listing(config: str) -> int:
     with operating.opened(config) as (_, store):
         rows = store.transact(Ask(Scan(ServerRow)))
     names = "server_id hotkey name host address boot_id platform created_at"
-    answer(
+    return answer(
         {"ok": True, "registrations": [operating.members(row, names) for row in rows]},
         lambda: output.table(_COLUMNS, rows, empty="no registrations"),
     )
-    return console.GRANTED
 
 
 def _evidence(row: ServerRow) -> output.Cell:
@@ -86,5 +86,4 @@ def remove(id: str, reason: str, config: str) -> int:  # noqa: A002 - the argume
     with operating.opened(config) as (_, store):
         row = store.transact(RemoveRegistration(operating.now(), id, reason))
     told = f"removed: {row.server_id} of {row.hotkey}, at {row.address}; the keys of its VM are kept"
-    answer({"ok": True, "removed": row.server_id}, told)
-    return console.GRANTED
+    return answer({"ok": True, "removed": row.server_id}, told)

@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 import click
 
 from chutes_proto.cli import console, output
-from chutes_proto.cli.base import answer, json_option, one_of
+from chutes_proto.cli.base import Group, answer, json_option, one_of
 from chutes_proto.cli.describe import exits
 from chutes_proto.cli.operator import operating
-from chutes_proto.cli.operator.operating import OperatorGroup
+from chutes_proto.cli.operator.operating import OperatorCommand
 from chutes_proto.errors import ConfigurationError, StoreError
 from chutes_proto.io.server.store_setup import check_keys, make_store_setup
 from chutes_proto.io.stores.address import StorePlace
@@ -27,8 +27,9 @@ from chutes_proto.units.operator import StoreRestored
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-command: OperatorGroup = OperatorGroup(
+command: Group = Group(
     "store",
+    of=OperatorCommand,
     help="""Make, migrate, copy and check the store of a key server.
 
     The store is a database: a file of SQLite, or PostgreSQL. In PostgreSQL a server never makes or changes the schema,
@@ -186,8 +187,7 @@ def _told(found: dict[str, Any]) -> int:
                 value = ", ".join(f"{key} {count}" for key, count in value.items())
             output.prose(f"{name.replace('_', ' ')}: {value}", rest=2)
 
-    answer({"ok": True, **found}, people)
-    return console.GRANTED
+    return answer({"ok": True, **found}, people)
 
 
 def _place(config: str | None, store: str | None) -> tuple[StorePlace, Vault | None]:

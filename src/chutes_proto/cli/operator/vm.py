@@ -7,17 +7,18 @@ from collections.abc import Callable
 import click
 
 from chutes_proto.auth.hotkey import Hotkey, HotkeyError
-from chutes_proto.cli import console, output
-from chutes_proto.cli.base import answer, one_of, watch_option
+from chutes_proto.cli import output
+from chutes_proto.cli.base import Group, answer, one_of, watch_option
 from chutes_proto.cli.operator import operating
-from chutes_proto.cli.operator.operating import OperatorGroup
+from chutes_proto.cli.operator.operating import OperatorCommand
 from chutes_proto.cli.output import Cell
 from chutes_proto.errors import ConfigurationError
 from chutes_proto.store.rows import Platform, Vm, VmRow
 from chutes_proto.units.operator import BindVm, Everyone, RebindVm
 
-command: OperatorGroup = OperatorGroup(
+command: Group = Group(
     "vm",
+    of=OperatorCommand,
     help="""List, bind and rebind VMs.
 
     A VM's name is bound to the platform that booted it first. These commands show the platform, and change it. Every
@@ -73,8 +74,9 @@ def _list(config: str) -> int:
     names = "hotkey vm platform proven exchange created_at last_boot_at"
     bound = [operating.members(claim, names) | {"last_boot_at": claim.last_boot_at or None} for claim in claims]
     free = [{"hotkey": vm.hotkey, "vm": vm.name, "platform": None} for vm in unbound]
-    answer({"ok": True, "vms": [*bound, *free]}, lambda: output.table(_COLUMNS, [*claims, *unbound], empty="no VMs"))
-    return console.GRANTED
+    return answer(
+        {"ok": True, "vms": [*bound, *free]}, lambda: output.table(_COLUMNS, [*claims, *unbound], empty="no VMs")
+    )
 
 
 @command.command()

@@ -209,8 +209,7 @@ def show_command(paths: tuple[str, ...], root: str | None) -> int:
             say_fields(report)
             console.say()
 
-    answer({"files": reports}, people)
-    return console.REFUSED if any("problem" in report for report in reports) else console.GRANTED
+    return answer({"files": reports}, people, ok=not any("problem" in report for report in reports))
 
 
 @command.command("check", exits=exits("all files verify then", "a file does not verify then"))
@@ -243,8 +242,8 @@ def check_command(paths: tuple[str, ...], root: str | None, at: int | None, grac
         for report in reports:
             _say_forecast(report, now)
 
-    answer({"at": rfc3339(now), "files": reports}, people)
-    return console.GRANTED if reports and all(report["verifies"] for report in reports) else console.REFUSED
+    verifies = bool(reports) and all(report["verifies"] for report in reports)
+    return answer({"at": rfc3339(now), "files": reports}, people, ok=verifies)
 
 
 def _say_forecast(report: dict[str, Any], at: int) -> None:

@@ -34,15 +34,13 @@ def inspect(quote: str) -> int:
         fields = quote_fields(verifier.parse_quote(read_head(quote, MAX_SIZE), sgx=True))
     except verifier.QuoteFormatError as exc:
         said = {"parsed": False, "verified": False, "refusals": [refusal(exc.code, str(exc))]}
-        answer(said, f"not a quote: {exc} ({exc.code})")
-        return console.REFUSED
+        return answer(said, f"not a quote: {exc} ({exc.code})", ok=False)
 
     def people() -> None:
         output.prose("This is what the quote says. Nothing of it was verified; `chutes-proto verify` does that.")
         say_fields(fields)
 
-    answer({"parsed": True, "verified": False, **fields}, people)
-    return console.GRANTED
+    return answer({"parsed": True, "verified": False, **fields}, people)
 
 
 @click.command(
@@ -91,8 +89,7 @@ def profile(boot: str, runtime: str, name: str, version: str) -> int:
         "boot": registers(made.boot),
         "runtime": registers(made.runtime),
     }
-    answer({"profile": content}, made.to_toml())
-    return console.GRANTED
+    return answer({"profile": content}, made.to_toml())
 
 
 def _refuse(code: str, detail: str) -> int:

@@ -46,8 +46,7 @@ def command(log: str, quote: str, against: str | None) -> int:
     See also: verify, inspect
     """
     report = _report(log, quote, against)
-    answer(report, lambda: _say(report))
-    return console.GRANTED if report["accepted"] else console.REFUSED
+    return answer(report, lambda: _say(report), ok=bool(report["accepted"]))
 
 
 def _report(log_file: str, quote_file: str, good_file: str | None) -> dict[str, Any]:

@@ -129,8 +129,11 @@ def command(
         report |= _hint(
             exc, quote, collateral_file, root, lambda: verifier.open_quote(data, now=now, root=trust, sgx=True)
         )
-    answer(report, lambda: _say(report, is_bound=report_data is not None, is_measured=policy_file is not None))
-    return console.GRANTED if report["accepted"] else console.REFUSED
+    return answer(
+        report,
+        lambda: _say(report, is_bound=report_data is not None, is_measured=policy_file is not None),
+        ok=report["accepted"],
+    )
 
 
 def _policy(path: str | None) -> verifier.AnyPolicy:
