@@ -84,7 +84,7 @@ def test_a_pipe_gets_whole_values_in_columns(capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize("hostile", ["\x1b]0;owned\x07", "\x1b[2J", "[red]x[/red][link=file:///]", "\x9b2J", "\u202e"])
 def test_no_text_steers_a_terminal(terminal: Shown, hostile: str) -> None:
     output.table({"A": str, "B": lambda row: Cell(row, "good")}, [hostile], empty="none")
-    output.say(hostile, "warn")
+    output.prose(hostile, "warn")
     console.complain(f"{hostile}: {hostile}; {hostile}")
     shown = terminal()
     for known in ("\x1b[1m", "\x1b[0m", "\x1b[32m", "\x1b[33m"):

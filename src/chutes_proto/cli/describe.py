@@ -71,7 +71,7 @@ def is_verbatim(text: str) -> bool:
 
 def as_help(told: Description, width: int) -> str:
     """The text of ``--help``, as wide as that where words fit; an example goes on after a backslash."""
-    parts = [f"Usage: {told.usage}", filled(told.sentence, width)]
+    parts = [filled(f"Usage: {told.usage}", width, rest="  "), filled(told.sentence, width)]
     parts += [part if is_verbatim(part) else filled(part, width) for part in told.paragraphs]
     lists = [("Arguments", told.arguments), *told.commands, ("Options", told.options), ("Exit codes", told.exits)]
     parts += [f"{title}:\n{_pairs(pairs, width)}" for title, pairs in lists if pairs]

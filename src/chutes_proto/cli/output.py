@@ -134,14 +134,6 @@ def _text(cell: Cell) -> Text:
     return Text("\n".join(map(console.clean, cell.text.split("\n"))), style=_STYLES[cell.state])
 
 
-def say(text: str, state: State) -> None:
-    """Print one line of the result that says a state."""
-    if not draws():
-        console.say(text)
-        return
-    _console().print(_text(Cell(text, state)), soft_wrap=True)
-
-
 def prose(text: str, state: State = "", *, rest: int = 0) -> None:
     """Print a text of the result. A terminal breaks it between words, later lines begin at ``rest``, and digests in it
     are short. The words before ``rest`` say the state, or all of them."""

@@ -209,6 +209,6 @@ def _say_status(found: flows.AttestationStatus) -> None:
     if found.age_seconds is not None:
         words += f" {found.age_seconds} s ago, {'fresh' if found.is_fresh else 'not fresh'}"
     is_good = found.is_fresh and last is not None and last.error is None
-    output.say(f"{found.server_id} ({found.name}): {words}", "good" if is_good else "warn" if last is None else "bad")
+    output.prose(f"{found.server_id} ({found.name}): {words}", "good" if is_good else "warn" if last is None else "bad")
     if last is not None and last.error is not None:
         console.say(f"reason: {last.error}")

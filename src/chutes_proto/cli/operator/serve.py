@@ -118,7 +118,7 @@ def _check(setup: ServerSetup) -> int:
         if finding.state == "problem":
             faults.append(finding)
         else:
-            output.say(str(finding), "warn" if finding.state == "note" else "")
+            output.prose(str(finding), "warn" if finding.state == "note" else "")
     for fault in faults:
         console.complain(str(fault))
     return console.REFUSED if faults else console.GRANTED
@@ -163,7 +163,7 @@ def _develop(transport: Transport, platform: str | None) -> int:
 
         def announce(urls: Sequence[str]) -> None:
             warning = f"This server trusts a SIMULATED platform ({kept}) and accepts any hotkey: for development only."
-            output.say(warning, "warn")
+            output.prose(warning, "warn")
             for url in urls:
                 console.say(f"key server: {url}")
             console.say(f"CA certificate: {authority}")

@@ -256,7 +256,7 @@ def _say_forecast(report: dict[str, Any], at: int) -> None:
     for piece in report["pieces"]:
         mark = "ok" if piece["verifies"] else "NO"
         told = f"  {mark}  {piece['piece']:24} {piece['from']} to {piece['until']}"
-        output.say(told, "" if piece["verifies"] else "bad")
+        output.prose(told, "" if piece["verifies"] else "bad")
     until: str = report["verifies_until"]
     if output.draws():
         until += f" ({output.age(console.moment(until))})"

@@ -46,7 +46,7 @@ def refusal(code: str, detail: str) -> dict[str, str]:
 
 def say_verdict(report: Mapping[str, object], headline: str) -> None:
     """The first lines of a report: a headline with its state, and each refusal."""
-    output.say(headline, "good" if report["accepted"] else "bad")
+    output.prose(headline, "good" if report["accepted"] else "bad")
     for one in cast("list[dict[str, str]]", report["refusals"]):
         output.prose(f"{one['code']}: {one['detail']}")
 
