@@ -124,6 +124,7 @@ class Group(Described, click.Group):
     """Commands under one name, each of class ``of``."""
 
     exits: Mapping[int, str] = {}
+    command_class: type[click.Command] | None = Command
 
     def __init__(self, *args: Any, of: type[Command] = Command, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
