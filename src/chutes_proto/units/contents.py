@@ -8,6 +8,8 @@ Rules kept here:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from attrs import frozen
 
 from chutes_proto.errors import StoreError
