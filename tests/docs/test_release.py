@@ -39,3 +39,11 @@ def test_a_wheels_description_has_absolute_links(tmp_path: Path) -> None:
     assert all(link.startswith("https://") for link in links)
     assert f"{URLS['Source']}/blob/v{__version__}/docs/security.md" in links
     assert f"{URLS['Source']}/raw/v{__version__}/docs/pictures/overview-light.svg" in links
+
+
+def test_a_release_in_the_changelog_is_grouped_by_its_readers() -> None:
+    """Branches that append lines merge by union, so that text which one of them removed may come back."""
+    for release in re.split(r"^## ", (ROOT / "CHANGELOG.md").read_text("utf-8"), flags=re.MULTILINE)[1:]:
+        title, _, text = release.partition("\n")
+        if title != "[Unreleased]":
+            assert not re.search(r"^- ", text.partition("\n### ")[0], re.MULTILINE), title
