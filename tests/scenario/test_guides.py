@@ -1,15 +1,25 @@
-"""How-to guides whose commands need an operator's premises and nothing else: a shell runs them, in order."""
+"""How-to guides of an operator: a shell runs their commands, in order, where real machines are simulated."""
 
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 
 import pytest
+from attrs import frozen
 
+from chutes_proto.auth.server_identity import make_server_identity
+from chutes_proto.io.files import write_file
+from chutes_proto.io.quoters.simulated import open_platform
+from tests.cli.conftest import HOTKEY, PROGRAM, end, start_server
 from tests.scenario.premises import Premises
 from tools.docs.pages import DOCS, Step, fences, steps
 
@@ -52,3 +62,181 @@ def test_a_guide_is_followed(premises: Premises, page: str, least: int, tmp_path
         _ = run(premises, step, tmp_path / "home")
     if page == "reference-values":
         assert 'name = "8xh200"' in (premises.directory / "8xh200-1.1.toml").read_text()
+
+
+@frozen
+class Operator:
+    """Runs the commands of a guide in a directory of its own, with another word where the page names a real machine."""
+
+    directory: Path
+    instead: dict[str, str]
+
+    def run(self, heading: str, part: int = 0, *, page: str, code: int = 0) -> str:
+        found = [f.text for f in fences(DOCS / "how-to" / f"{page}.md") if f.language == "sh" and f.heading == heading]
+        script = found[part]
+        for words, meant in self.instead.items():
+            script = script.replace(words, meant)
+        program = f'set -e\nchutes-proto() {{ {shlex.join(PROGRAM)} "$@"; }}\n'
+        done = subprocess.run(
+            ["bash", "-c", program + script],
+            cwd=self.directory,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == code, f"{script}\n{done.stdout}\n{done.stderr}"
+        return done.stdout + done.stderr
+
+
+def text_of(page: str, title: str) -> str:
+    """The file that a guide says to save under this name."""
+    (found,) = [fence.text for fence in fences(DOCS / "how-to" / f"{page}.md") if fence.title == title]
+    return found
+
+
+@contextmanager
+def collateral_service(*options: object) -> Iterator[str]:
+    """The URL of a service with the simulated platform's collateral."""
+    command = [*PROGRAM, "collateral", "serve", *map(str, options)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            yield process.stdout.readline().split()[-1]
+        finally:
+            end(process)
+
+
+INTELS = (
+    "--upstream https://api.trustedservices.intel.com",
+    "    --root-ca-crl https://certificates.trustedservices.intel.com/IntelSGXRootCA.der",
+)
+
+
+def from_there(url: str) -> dict[str, str]:
+    """The service and the root that take the place of Intel's."""
+    return {
+        INTELS[0]: f"--upstream {url}",
+        INTELS[1]: "    --root root.der",
+        "show early": "show early --root root.der",
+        "check collateral": "check collateral --root root.der",
+        "*.json": "*.json --root root.der",
+    }
+
+
+def test_a_server_is_set_up_for_production(tmp_path: Path, require_program: Callable[[str], str]) -> None:
+    analyze, curl = require_program("systemd-analyze"), require_program("curl")
+    page, site, state = "production", tmp_path / "etc", tmp_path / "state"
+    site.mkdir()
+    state.mkdir()
+    platform = open_platform(tmp_path / "platform", now := int(time.time())).platform
+    identity = make_server_identity(now, os.urandom(32))
+    for name, data in {
+        "server.pem": identity.chain_pem,
+        "server.key": identity.key_pem.reveal(),
+        "ca.pem": identity.ca_pem,
+        "root.der": platform.root_der,
+        "boot.quote": platform.quote(bytes(64), stage="boot"),
+        "runtime.quote": platform.quote(bytes(64), stage="runtime"),
+    }.items():
+        write_file(site / name, data)
+    with collateral_service("--platform", tmp_path / "platform") as url:
+        operator = Operator(
+            site, from_there(url) | {"chown keys": f"chown {os.getuid()}", "runuser -u keys -- ": "", "curl": curl}
+        )
+        for part in (0, 1):
+            _ = operator.run("2. Make the key-encryption key", part, page=page)
+        assert {(site / name).stat().st_mode & 0o777 for name in ("kek", "server.key")} == {0o600}
+        _ = operator.run("3. Write down your image's measurements", page=page)
+        for part in (0, 1):
+            _ = operator.run("4. Get Intel's collateral", part, page=page)
+    configuration = text_of(page, "server.toml").replace("/var/lib/chutes-proto", str(state))
+    configuration = configuration.replace("[::]:8443", "127.0.0.1:0")
+    _ = (site / "server.toml").write_text('roots = "root.der"\n' + configuration)
+    said = operator.run("6. Check", page=page)
+    assert "NOT Intel's root" in said
+    assert not list(state.iterdir())
+
+    unit = tmp_path / "chutes-proto.service"
+    text = text_of(page, unit.name)
+    (program,) = re.findall(r"^ExecStart=(\S+) serve --config /etc/chutes-proto/server.toml$", text, re.MULTILINE)
+    _ = unit.write_text(text.replace(program, sys.executable).replace("User=keys", "User=root"))
+    done = subprocess.run([analyze, "verify", "--man=no", unit], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    server = start_server("--config", site / "server.toml", ca=site / "ca.pem")
+    try:
+        operator.instead["https://keys.example:8443"] = server.url
+        operator.instead["--fail"] = "--fail --cacert ca.pem"
+        assert '"nonce"' in operator.run("7. Start", 1, page=page)
+        operator.instead["--hotkey HOTKEY"] = f"--hotkey {HOTKEY} --ca ca.pem"
+        operator.instead["--quoter auto"] = f"--platform {tmp_path / 'platform'}"
+        assert "granted" in operator.run("8. Prove that it works", page=page)
+        script = (
+            f'{shlex.join(PROGRAM)} simulate --fault rtmr1 --report-data "$1" --platform ../platform --out other >&2'
+        )
+        _ = (site / "other-image").write_text(f"{script} && cat other/quote.bin\n")
+        operator.instead["--quoter auto"] = "--quoter 'sh other-image {report_data}'"
+        assert "measurement_mismatch" in operator.run("8. Prove that it works", page=page, code=1)
+    finally:
+        end(server.process)
+
+
+@in_a_file
+def test_a_certificate_is_renewed(premises: Premises, require_program: Callable[[str], str]) -> None:
+    _ = require_program("openssl")
+    premises.start()
+    assert premises.server is not None
+    page, site = "renew-certificate", premises.directory
+    operator = Operator(
+        site,
+        {
+            "systemctl reload chutes-proto": f"kill -HUP {premises.server.process.pid}",
+            "keys.example:8443 -servername keys.example": premises.url.removeprefix("https://"),
+        },
+    )
+    heading = "Renew the TLS certificate"
+    shown = operator.run(heading, 2, page=page)
+    identity = make_server_identity(premises.now - 86_400, os.urandom(32))
+    (site / "new").mkdir()
+    write_file(site / "new" / "server.pem", identity.chain_pem)
+    write_file(site / "new" / "server.key", identity.key_pem.reveal())
+    for part in (0, 1):
+        _ = operator.run(heading, part, page=page)
+    premises.wait_for_log("certificate_reloaded")
+    assert (site / "server.key").stat().st_mode & 0o777 == 0o600
+    renewed = operator.run(heading, 2, page=page)
+    assert "notAfter=" in renewed
+    assert renewed != shown
+    write_file(site / "new" / "server.key", make_server_identity(premises.now, os.urandom(32)).key_pem.reveal())
+    for part in (0, 1):
+        _ = operator.run(heading, part, page=page)
+    premises.wait_for_log("certificate_kept", '"level":"error"')
+    assert operator.run(heading, 2, page=page) == renewed
+
+
+def test_a_tcb_recovery_is_seen_early(tmp_path: Path) -> None:
+    page, heading = "tcb-recovery", "1. Learn early which platforms will fail"
+    platform = open_platform(tmp_path / "platform", int(time.time())).platform
+    site = tmp_path / "site"
+    site.mkdir()
+    write_file(site / "quote.bin", platform.quote(bytes(64)))
+    write_file(site / "root.der", platform.root_der)
+    with collateral_service("--platform", tmp_path / "platform") as url:
+        operator = Operator(site, from_there(url))
+        assert "UpToDate" in operator.run(heading, page=page)
+        old = [*PROGRAM, "simulate", "--report-data", "00" * 64, "--platform", tmp_path / "platform", "--out", site]
+        _ = subprocess.run([*old, "--fault", "tcb_out_of_date"], check=True, stdout=subprocess.DEVNULL)
+        said = operator.run(heading, page=page, code=1)
+    assert re.search(r"^tcb_status: .*OutOfDate", said, re.MULTILINE)
+    assert "SIMULATED-SA-OutOfDate" in said
+    (date,) = re.findall(r"^tcb_date +(\S+)$", said, re.MULTILINE)
+    (policy,) = [fence.text for fence in fences(DOCS / "how-to" / f"{page}.md") if fence.language == "toml"]
+    needed = int(time.time() - datetime.fromisoformat(date).timestamp()) + 86_400
+    for seconds, code in ((31_536_000, 1), (needed, 0)):
+        text = policy.replace("31536000", str(seconds))
+        _ = (site / "policy.toml").write_text(f'measurements = "unchecked"\n{text}')
+        command = [*PROGRAM, "verify", "quote.bin", "--collateral", *(site / "early").glob("*.json")]
+        command += ["--root", "root.der", "--policy", "policy.toml"]
+        done = subprocess.run(command, cwd=site, capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stdout
+        assert ("platform_grace" in done.stdout) == bool(code)

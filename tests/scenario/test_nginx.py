@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 import socket
 import subprocess
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -22,8 +24,10 @@ from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.wire.codec import encode_quote
 from tests.cli.conftest import HOTKEY, start_server
 from tests.waiting import wait_until
+from tools.docs.pages import DOCS, fences
 
 CONFIGURATION = Path(__file__).resolve().parents[2] / "examples" / "behind_nginx" / "nginx.conf"
+GUIDE = [fence for fence in fences(DOCS / "how-to" / "nginx.md") if fence.language in ("toml", "sh")]
 PLATFORM = SimulatedPlatform(bytes(32))
 
 
@@ -46,16 +50,16 @@ def site(
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     text = CONFIGURATION.read_text()
-    told = [line.lstrip("# ") for line in text.splitlines() if line.startswith("#     ")]  # what it says of the server
     with (folder / "server.toml").open("a") as file:
-        _ = file.write("\n" + "\n".join(told) + "\n")
+        _ = file.write("\n" + GUIDE[0].text)
     # Root's workers run as another user, who must get at the socket.
     user = "user root;\n" if folder.owner() == "root" else ""
     _ = (folder / "nginx.conf").write_text(user + text.replace("listen 8443 ssl", f"listen 127.0.0.1:{port} ssl"))
     server = start_server("--config", folder / "server.toml", "--transport", request.param, ca=folder / "ca.pem")
     try:
         assert (folder / "keys.sock").is_socket()
-        command = [nginx, "-p", str(folder), "-c", "nginx.conf", "-e", "stderr", "-g", "daemon off;"]
+        (line,) = [line for line in GUIDE[1].text.splitlines() if line.startswith("nginx ")]
+        command = [nginx, *shlex.split(line.replace("$PWD", str(folder)))[1:], "-e", "stderr", "-g", "daemon off;"]
         with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True) as process:
             try:
                 until_served(port, process)
@@ -97,6 +101,17 @@ def attest(http: httpx.Client, bound: ClientIdentity, headers: dict[str, str] | 
 
 def code(response: httpx.Response) -> tuple[int, str]:
     return response.status_code, response.json()["code"]
+
+
+def test_the_guide_and_the_example_configure_the_server_alike() -> None:
+    lines = [line.lstrip("# ") for line in CONFIGURATION.read_text().splitlines() if line.startswith("#     ")]
+    assert tomllib.loads("\n".join(lines)) == tomllib.loads(GUIDE[0].text)
+
+
+def test_the_guides_probe_finds_the_server_ready(site: Site, require_program: Callable[[str], str]) -> None:
+    _ = require_program("curl")
+    done = subprocess.run(GUIDE[2].text, shell=True, cwd=site.folder, capture_output=True, text=True, check=True)
+    assert '"nonce"' in done.stdout
 
 
 def test_a_boot_and_its_sync(site: Site) -> None:
