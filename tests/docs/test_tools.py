@@ -81,6 +81,14 @@ def test_a_public_name_that_no_page_describes_is_found(tmp_path: Path) -> None:
     assert "package exports Two" in found
 
 
+# --- commands of pages ---
+
+
+def test_a_backslash_continues_a_command() -> None:
+    fence = pages.Fence("console", "", "$ a \\\n    b\nc\nd\n$ e\n", "")
+    assert list(pages.steps(fence)) == [pages.Step("a \\\n    b", "c\nd\n"), pages.Step("e", "")]
+
+
 # --- the newcomer ---
 
 

@@ -13,8 +13,10 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
+import psycopg
 import pytest
 from attrs import frozen
+from psycopg.conninfo import conninfo_to_dict
 
 from chutes_proto.auth.server_identity import make_server_identity
 from chutes_proto.io.files import write_file
@@ -240,3 +242,30 @@ def test_a_tcb_recovery_is_seen_early(tmp_path: Path) -> None:
         done = subprocess.run(command, cwd=site, capture_output=True, text=True, check=False)
         assert done.returncode == code, done.stdout
         assert ("platform_grace" in done.stdout) == bool(code)
+
+
+@in_a_file
+def test_a_store_begins_in_an_empty_database(premises: Premises, database: str) -> None:
+    page, name = "postgresql", f"keys_{os.getpid()}"
+    listed = list(fences(DOCS / "how-to" / f"{page}.md"))
+    sql = next(fence.text for fence in listed if fence.language == "sql")
+    store = next(fence.text for fence in listed if fence.language == "toml")
+    with psycopg.connect(database, autocommit=True) as administrator:
+        try:
+            for statement in re.sub(r"(ROLE|DATABASE|OWNER) keys", rf"\1 {name}", sql).split(";")[:-1]:
+                _ = administrator.execute(statement.encode())
+            line = text_of(page, "pgpass")
+            line = line.replace("db.example:5432:keys:keys", f"*:*:{name}:{name}")
+            write_file(premises.directory / "pgpass", line.encode(), mode=0o600)
+            host = conninfo_to_dict(database)["host"]
+            store = store.replace("keys@db.example/keys?", f"{name}@/{name}?host={host}&")
+            store = store.replace("/etc/chutes-proto", str(premises.directory))
+            premises.edit('store = "sqlite:keys.db"\n', store)
+            said = Operator(premises.directory, {}).run("Start with an empty database", page=page)
+            assert f"{name}: 0 keys" in said
+            premises.start()
+            assert premises.vm().boot()
+            premises.stop()
+        finally:
+            _ = administrator.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)".encode())
+            _ = administrator.execute(f"DROP ROLE IF EXISTS {name}".encode())

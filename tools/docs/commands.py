@@ -73,7 +73,7 @@ def _section(command: Description) -> str:
     for title, pairs in [*lists, ("Option", command.options), ("Exit code", command.exits)]:
         rows = [f"| {_cell(name)} | {_escaped(' '.join(told.split()))} |" for name, told in pairs]
         if rows:
-            lines.append("\n".join([f"| {title.lower()} | |", "|---|---|", *rows]))
+            lines.append("\n".join([f"| {title} | |", "|---|---|", *rows]))
     if command.examples:
         lines.append("```sh\n" + "\n".join(command.examples) + "\n```")
     return "\n\n".join(line for line in lines if line)

@@ -11,6 +11,8 @@ from attrs import frozen
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 _FENCE = re.compile(r'^( *)```(\w+)(?: title="([^"]+)")?\n(.*?)^\1```$', re.MULTILINE | re.DOTALL)
+_CONTINUED = re.compile(r"((?:.*\\\n)*.*)\n?((?:.*\n)*)")
+"""A command, which a backslash at the end of a line continues, and the lines that it prints."""
 _HEADING = re.compile(r"^#{1,6} (.+?)(?: \{#\w+\})?$", re.MULTILINE)
 
 
@@ -48,8 +50,9 @@ def steps(fence: Fence) -> Iterator[Step]:
         yield Step(fence.text, None)
     elif fence.language == "console":
         for part in re.split(r"^\$ ", fence.text, flags=re.MULTILINE)[1:]:
-            command, _, output = part.partition("\n")
-            yield Step(command, output)
+            continued = _CONTINUED.match(part)
+            assert continued is not None
+            yield Step(continued[1], continued[2])
 
 
 def command_lines(page: Path) -> Iterator[str]:
