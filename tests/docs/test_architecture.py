@@ -47,7 +47,7 @@ def test_the_map_is_right(file: str, symbol: str) -> None:
 def test_every_party_says_what_it_can_and_cannot_do() -> None:
     sections = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", SECURITY, re.MULTILINE | re.DOTALL))
     for party in PARTIES:
-        assert "| can |" in sections[party], party
+        assert "| can | test, or why |" in sections[party], party
         assert "| cannot | test |" in sections[party], party
 
 
@@ -55,6 +55,14 @@ def test_every_line_of_what_a_party_cannot_do_names_a_test() -> None:
     for table in re.findall(r"^\| cannot \| test \|\n\|---\|---\|\n((?:\|.*\n)+)", SECURITY, re.MULTILINE):
         for line in table.splitlines():
             assert re.search(r"`tests/[\w/]+\.py::test_\w+`", line), line
+
+
+def test_every_line_of_what_a_party_can_do_names_a_test_or_says_why() -> None:
+    tables = re.findall(r"^\| can \| test, or why \|\n\|---\|---\|\n((?:\|.*\n)+)", SECURITY, re.MULTILINE)
+    assert len(tables) == len(PARTIES)
+    for table in tables:
+        for line in table.splitlines():
+            assert line.rsplit("|", 2)[1].strip(), line
 
 
 @cache
