@@ -109,7 +109,7 @@ def end(process: subprocess.Popen[str]) -> None:
 
 @pytest.fixture(autouse=True)
 def no_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Nothing here touches the platform of whoever runs the tests."""
+    """Nothing here touches the platform of the user who runs the tests."""
     state = tmp_path_factory.mktemp("state")
     monkeypatch.setenv("XDG_STATE_HOME", str(state))
     return state

@@ -1,4 +1,4 @@
-"""`agent`: its help, what it closes, and what becomes of a fault of its own, of its deadline and of signals."""
+"""`agent`: its help, its closing, and how it ends after a fault of its own, its deadline and signals."""
 
 from __future__ import annotations
 

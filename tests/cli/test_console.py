@@ -1,4 +1,4 @@
-"""What every command shares: how its options are read."""
+"""The part that every command shares: how its options are read."""
 
 from __future__ import annotations
 

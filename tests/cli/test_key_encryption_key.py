@@ -1,4 +1,4 @@
-"""The key-encryption key, when it is wrong: no server starts, a running one says "not now", and no key is lost."""
+"""A wrong key-encryption key: no server starts, a running one answers "retry later", and no key is lost."""
 
 from __future__ import annotations
 

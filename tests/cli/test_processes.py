@@ -173,7 +173,7 @@ class Fleet:
         return opens
 
     def hear_nothing(self) -> None:
-        """Whoever heard nothing of a confirmation keeps both keys, or takes the new one off the disk."""
+        """A VM without an answer to its confirmation keeps both keys, or takes the new one off the disk."""
         for disk in self.disks.values():
             del disk[self.chance.randint(1, 2) :]
 
@@ -184,7 +184,7 @@ class Fleet:
 async def test_a_killed_server_loses_nothing_and_leaves_no_half_unit(
     start: Start, site: Path, figure: Callable[[str], None]
 ) -> None:
-    """Killed by turns in the middle of syncs and of rotations; afterwards every disk opens."""
+    """Killed alternately in the middle of syncs and of rotations; afterwards every disk opens."""
     fleet, setup = Fleet(), make_setup(ServerConfig.load(site / "server.toml"))
     configuration = (site / "server.toml").read_text()
 

@@ -1,4 +1,4 @@
-"""What the agent says at a console: whatever a peer says, it is plain, short and steers nothing."""
+"""The texts of the agent at a console: whatever a peer says, they are plain, short and steer nothing."""
 
 from __future__ import annotations
 

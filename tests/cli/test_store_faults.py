@@ -129,7 +129,7 @@ async def boot_and_sync(server: Server) -> tuple[bytes, dict[str, bytes]]:
 
 
 def refused(server: Server) -> str:
-    """What the operator was told, after the end."""
+    """Return what the operator was told, after the end."""
     return server.stop(signal.SIGTERM).err
 
 

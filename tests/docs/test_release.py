@@ -1,4 +1,4 @@
-"""What a release says of itself: a wheel with the README, its links absolute, and the project's URLs."""
+"""The description of a release: a wheel with the README, its links absolute, and the URLs of the project."""
 
 from __future__ import annotations
 
