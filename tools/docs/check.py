@@ -29,14 +29,14 @@ LOADED = {
     "use": "href",
     "video": "src poster",
 }
-"""What a browser loads by itself, by element and attribute; ``link`` depends on its ``rel``."""
+"""Everything that a browser loads by itself, by element and attribute; ``link`` depends on its ``rel``."""
 LOADING_LINKS = {"stylesheet", "icon", "preload", "prefetch", "modulepreload", "preconnect", "dns-prefetch", "manifest"}
 _IN_CSS = re.compile(r"""(?:url\(\s*|@import\s+)["']?((?:https?:)?//[^"')\s]+)""")
 
 
 @define
 class Page(HTMLParser):
-    """What a page links to, what it loads, and the anchors in it."""
+    """The links of a page, the addresses that it loads, and its anchors."""
 
     links: list[str] = field(factory=list[str])
     loaded: list[str] = field(factory=list[str])

@@ -137,7 +137,7 @@ def code_table() -> str:
 
 
 def code(name: str) -> str:
-    """What the code itself says about one error code: under its heading in the page of causes and cures."""
+    """Describe one error code in its own words: under its heading in the page of causes and cures."""
     found = next(code for code in Code if code == name)
     where = [e for e in endpoints.ENDPOINTS if found in e.codes]
     asked = ", ".join(f"[{e.operation}](wire.md#{e.operation})" for e in where)
@@ -228,7 +228,7 @@ def _settings(table: str, options: type[Any], meanings: Mapping[str, str], *, fi
 
 
 def comments(path: Path) -> dict[str, str]:
-    """What the comments of a TOML file say: by ``key`` or ``table.key``, and of tables by ``[table]``.
+    """Read the comments of a TOML file: by ``key`` or ``table.key``, and of tables by ``[table]``.
 
     A comment stands in the lines above its key or table. A key that is commented out is a key; lines between two empty
     lines that have no key at their end are about the file.

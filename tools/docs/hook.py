@@ -1,4 +1,4 @@
-"""What mkdocs does with each page of ours, beside rendering it.
+"""The part of building a page that is not rendering its Markdown.
 
 Generated parts are filled in. Links to files of the repository that are not pages lead to the project's URL, and so do
 the names of tests, which are shown as words.

@@ -1,4 +1,4 @@
-"""What a page asks its reader to do: the fences of its Markdown, with their titles and the heading above them."""
+"""The commands and files of a page: the fences of its Markdown, with their titles and the heading above them."""
 
 from __future__ import annotations
 
