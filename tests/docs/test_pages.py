@@ -139,7 +139,7 @@ def test_the_toml_of_pages_is_toml(page: Path) -> None:
 
 def test_the_configuration_for_production_is_one() -> None:
     (text,) = [f.text for f in pages.fences(pages.DOCS / "how-to" / "production.md") if f.language == "toml"]
-    assert ServerConfig.from_toml(text.encode()).listen == "[::]:8443"
+    assert ServerConfig.from_toml(text.encode()).listen == "0.0.0.0:8443"
 
 
 @pytest.mark.parametrize("page", DOCS, ids=lambda page: str(page.relative_to(pages.DOCS)))

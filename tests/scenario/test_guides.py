@@ -153,7 +153,7 @@ def test_a_server_is_set_up_for_production(tmp_path: Path, require_program: Call
         for part in (0, 1):
             _ = operator.run("4. Get Intel's collateral", part, page=page)
     configuration = text_of(page, "server.toml").replace("/var/lib/chutes-proto", str(state))
-    configuration = configuration.replace("[::]:8443", "127.0.0.1:0")
+    configuration = configuration.replace("0.0.0.0:8443", "127.0.0.1:0")
     _ = (site / "server.toml").write_text('roots = "root.der"\n' + configuration)
     said = operator.run("6. Check", page=page)
     assert "NOT Intel's root" in said

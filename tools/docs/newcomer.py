@@ -90,7 +90,7 @@ class Terminal:
         self._heard.put(None)
 
     def run(self, command: str, expected: str | None, *, may_stay: bool) -> tuple[str, int | None]:
-        """Return the output of ``command`` and its status; None if it still runs and has printed all of ``expected``."""
+        """Return the output of ``command`` and its status; None if it runs on and has printed all of ``expected``."""
         mark = f"newcomer-{os.urandom(8).hex()}"
         with tempfile.NamedTemporaryFile("w", suffix=".sh", delete=False) as script:
             _ = script.write(command)
