@@ -53,7 +53,9 @@ def run(premises: Premises, step: Step, home: Path) -> str:
 @pytest.mark.parametrize(
     ("page", "least"), [("reference-values", 5), ("upgrade", 2), ("denied-at-night", 2), ("capacity", 1)]
 )
-def test_a_guide_is_followed(premises: Premises, page: str, least: int, tmp_path: Path) -> None:
+def test_a_guide_is_followed(
+    premises: Premises, page: str, least: int, tmp_path: Path, require_program: Callable[[str], str]
+) -> None:
     premises.start()
     _ = premises.vm().boot()
     if page == "upgrade":
@@ -62,6 +64,9 @@ def test_a_guide_is_followed(premises: Premises, page: str, least: int, tmp_path
     assert len(listed) >= least
     for step in listed:
         _ = run(premises, step, tmp_path / "home")
+    if page == "denied-at-night" and require_program("curl"):
+        probe = Operator(premises.directory, {"https://keys.example:8443": premises.url})
+        assert '"nonce"' in probe.run("4. No answer at all", page=page)
     if page == "reference-values":
         assert 'name = "8xh200"' in (premises.directory / "8xh200-1.1.toml").read_text()
 
@@ -226,7 +231,8 @@ def test_a_tcb_recovery_is_seen_early(tmp_path: Path) -> None:
     with collateral_service("--platform", tmp_path / "platform") as url:
         operator = Operator(site, from_there(url))
         assert "UpToDate" in operator.run(heading, page=page)
-        old = [*PROGRAM, "simulate", "--report-data", "00" * 64, "--platform", tmp_path / "platform", "--out", site]
+        old = [*PROGRAM, "simulate", "--report-data", "00" * 64, "--platform", str(tmp_path / "platform")]
+        old += ["--out", str(site)]
         _ = subprocess.run([*old, "--fault", "tcb_out_of_date"], check=True, stdout=subprocess.DEVNULL)
         said = operator.run(heading, page=page, code=1)
     assert re.search(r"^tcb_status: .*OutOfDate", said, re.MULTILINE)
@@ -237,7 +243,7 @@ def test_a_tcb_recovery_is_seen_early(tmp_path: Path) -> None:
     for seconds, code in ((31_536_000, 1), (needed, 0)):
         text = policy.replace("31536000", str(seconds))
         _ = (site / "policy.toml").write_text(f'measurements = "unchecked"\n{text}')
-        command = [*PROGRAM, "verify", "quote.bin", "--collateral", *(site / "early").glob("*.json")]
+        command = [*PROGRAM, "verify", "quote.bin", "--collateral", *map(str, (site / "early").glob("*.json"))]
         command += ["--root", "root.der", "--policy", "policy.toml"]
         done = subprocess.run(command, cwd=site, capture_output=True, text=True, check=False)
         assert done.returncode == code, done.stdout
