@@ -38,6 +38,17 @@ def test_ipv6() -> None:
     close(*places)
 
 
+def test_every_address_of_the_machine_is_of_both_families() -> None:
+    try:
+        places = listen_tls(("::", 0), context)
+    except ConfigurationError:
+        pytest.skip("this machine has no IPv6")
+    port = places[0].socket.getsockname()[1]
+    for host in ("127.0.0.1", "::1"):
+        socket.create_connection((host, port), 60).close()
+    close(*places)
+
+
 @pytest.mark.parametrize("host", ["no such host", "192.0.2.1"])
 def test_an_address_of_another_machine(host: str) -> None:
     with pytest.raises(ConfigurationError, match=f"listen: {host}:1"):

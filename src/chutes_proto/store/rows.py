@@ -517,7 +517,7 @@ class PurgeAudit(StoreOp[None]):
 
 @frozen
 class Read(StoreOp[R | None], Generic[R]):
-    """The row of a kind by its primary key, or by another column that is unique; whoever owns it, and in any state."""
+    """The row of a kind by its primary key, or by another column that is unique, of any owner and in any state."""
 
     kind: type[R]
     key: str | bytes | Vm

@@ -50,7 +50,9 @@ def listen_tls(address: tuple[str, int], context: Callable[[], ServerContext]) -
     listening: list[Listening] = []
     try:
         for family, _, _, _, name in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE):
-            bound = socket.create_server(name, family=family, backlog=_BACKLOG)
+            # "::" is every address of the machine, as for other servers: IPv4 clients come as mapped addresses.
+            dual = host == "::" and socket.has_dualstack_ipv6()
+            bound = socket.create_server(name, family=family, backlog=_BACKLOG, dualstack_ipv6=dual)
             bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # accepted sockets inherit it
             listening.append(Listening(bound, lambda: TlsSession(context())))
     except OSError as exc:
