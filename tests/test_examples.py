@@ -1,4 +1,4 @@
-"""The examples against a served development server, over TLS; they import public names only."""
+"""The examples against a served development server, over TLS; they and the pages import public names only."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ from tests.dev_server import DevServer, dev_server
 from tests.luks import headers
 from tests.server.world import GPU
 from tests.store.harness import together
-from tests.test_public import PUBLIC
+from tests.test_public import PUBLIC, PUBLIC_MODULES
+from tools.docs import pages
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 HOTKEY = "5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY"
@@ -141,20 +142,53 @@ def test_a_store_of_ones_own_keeps_the_contract(case: Case) -> None:
         case(harness)
 
 
+def private_imports(source: str) -> list[str]:
+    """The imports of a program that are not public names of ours."""
+    found: list[str] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [one.name for one in node.names if "chutes_proto" in one.name and one.name not in PUBLIC]
+        elif isinstance(node, ast.ImportFrom) and (module := node.module or "").startswith("chutes_proto"):
+            is_public = module in PUBLIC or module in PUBLIC_MODULES
+            exported = getattr(importlib.import_module(module), "__all__", None) if is_public else ()
+            for name in (f"{module}.{one.name}" for one in node.names):
+                is_exported = exported is None or name.removeprefix(f"{module}.") in exported
+                if not is_exported and name not in (*PUBLIC, *PUBLIC_MODULES):
+                    found.append(name)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("import chutes_proto.io.files", ["chutes_proto.io.files"]),
+        ("def f():\n  from chutes_proto.io import files", ["chutes_proto.io.files"]),
+        ("from chutes_proto.quote import verify, _verify", ["chutes_proto.quote._verify"]),
+        ("from chutes_proto.quote._verify import verify", ["chutes_proto.quote._verify.verify"]),
+        ("from chutes_proto.store import sql, run_script\nfrom chutes_proto.store.rows import StoreOp", []),
+        ("import chutes_proto_trio\nfrom chutes_proto.quote.errors import QuoteError", []),
+    ],
+)
+def test_private_imports_are_found(source: str, found: list[str]) -> None:
+    assert private_imports(source) == found
+
+
 @each_example
 def test_an_example_imports_public_names_only(example: Path) -> None:
-    for node in ast.walk(ast.parse(example.read_text("utf-8"))):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("chutes_proto"):
-            assert node.module in PUBLIC
-            exported = getattr(importlib.import_module(node.module), "__all__", ())
-            modules = {path.stem for path in package_of(node.module).glob("[!_]*.py")}
-            assert {alias.name for alias in node.names} <= {*exported, *modules}
-        elif isinstance(node, ast.Import):
-            assert all(alias.name in PUBLIC or "chutes_proto" not in alias.name for alias in node.names)
+    assert private_imports(example.read_text("utf-8")) == []
 
 
-def package_of(name: str) -> Path:
-    return ROOT / "src" / Path(*name.split("."))
+PAGES = [ROOT / "README.md", *sorted(pages.DOCS.rglob("*.md"))]
+PROGRAMS_OF_PAGES = [(page, f.text) for page in PAGES for f in pages.fences(page) if f.language == "python"]
+
+
+def test_pages_have_programs() -> None:
+    assert {"README.md", "boot-agent.md", "embed.md", "verifier.md"} <= {page.name for page, _ in PROGRAMS_OF_PAGES}
+
+
+@pytest.mark.parametrize(("page", "program"), PROGRAMS_OF_PAGES, ids=[page.stem for page, _ in PROGRAMS_OF_PAGES])
+def test_a_program_of_a_page_imports_public_names_only(page: Path, program: str) -> None:
+    assert private_imports(program) == [], page
 
 
 @pytest.mark.parametrize("example", PROGRAMS, ids=lambda path: path.stem)

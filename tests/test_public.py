@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pkgutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -52,6 +53,25 @@ def test_each_public_callable_says_its_types(package: str, name: str) -> None:
         _ = get_type_hints(each)
 
 
+PUBLIC_MODULES = {
+    "chutes_proto.quote.errors",
+    "chutes_proto.store.rows",
+    "chutes_proto.store.sql",
+    "chutes_proto.testing.store_suite",
+    "chutes_proto.testing.store_suite.operations",
+    "chutes_proto.testing.store_suite.transactions",
+}
+"""Modules of public packages whose name says that users may import them."""
+
+
+def test_other_modules_of_public_packages_begin_with_an_underscore() -> None:
+    found: set[str] = set()
+    for package in {*PUBLIC} - {"chutes_proto"}:
+        paths = getattr(import_module(package), "__path__", ())
+        found |= {module.name for module in pkgutil.walk_packages(paths, f"{package}.")}
+    assert {name for name in found if "._" not in name} == PUBLIC_MODULES
+
+
 @pytest.mark.parametrize("package", PUBLIC)
 def test_a_package_has_the_names_that_it_says_and_no_others(package: str) -> None:
     module = import_module(package)
@@ -80,9 +100,14 @@ def test_a_client_without_an_event_loop_loads_its_own_part_only(name: str) -> No
     assert {*UNWANTED[name].split()} & {*ended.stdout.split()} == set()
 
 
+def test_both_loops_have_the_same_objects_under_the_same_names() -> None:
+    assert chutes_proto_trio.__all__ == chutes_proto_asyncio.__all__
+    for name in chutes_proto_trio.__all__:
+        assert getattr(chutes_proto_trio, name) is getattr(chutes_proto_asyncio, name)
+
+
 @pytest.mark.parametrize("name", ["BootAgent", "MinerClient"])
 def test_all_clients_have_the_same_methods_and_arguments(name: str) -> None:
-    assert getattr(chutes_proto_asyncio, name) is getattr(chutes_proto_trio, name)
     without, on_a_loop = (arguments(getattr(package, name)) for package in (chutes_proto.sync, chutes_proto_trio))
     assert on_a_loop["__init__"].pop("client") == "httpx.AsyncClient | None"
     assert without == on_a_loop
