@@ -1,14 +1,15 @@
 """No test sleeps in the hope that something has happened by then, and none starts a loop that its runner could start.
 
-Every call of a ``sleep`` and of a loop's ``run`` is listed here, with its reason. Before you add one, wait for an event
-with `tests.waiting`, and mark an ``async def`` test ``trio`` or, for both loops, ``anyio``. A program that a test
-writes may sleep: it is a slow peer. Such programs are texts and are not looked at.
+Every call of a ``sleep``, every wait of less than a second and every call of a loop's ``run`` is listed here, with its
+reason. Before you add one, wait for an event with `tests.waiting`, and mark an ``async def`` test ``trio`` or, for both
+loops, ``anyio``. A program that a test writes may sleep: it is a slow peer. Such programs are texts and are not looked
+at.
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
@@ -27,6 +28,13 @@ SLEEPS = {
     "waiting.py:async_wait_until": "the pause between two looks at what is waited for",
     "waiting.py:wait_until": "the pause between two looks at what is waited for",
 }
+SHORT_WAITS = {
+    "io/test_quoters.py:dripping.serve": "a peer that is slow on purpose, until the test ends",
+    "scenario/premises.py:Watch._look": "how often processes are looked at",
+    "store/test_versions.py:test_a_server_that_was_migrated_under_is_refused": "a migration that is too early shows",
+    "transport/test_servers.py:test_a_connection_waits_for_its_slot": "a handshake that is too early shows",
+}
+"""Waits for what must not happen fail only if it does: on a slow machine they may see less, and are never wrong."""
 RUNS = {
     "cluster/load.py:": "a program in a network namespace",
     "loops.py:on_loop": "for what is on a loop or without any, under one text",
@@ -35,29 +43,50 @@ RUNS = {
 }
 
 
-def calls(node: ast.AST, where: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
-    """Every call: in which function, and of what."""
+def calls(node: ast.AST, where: tuple[str, ...] = ()) -> Iterator[tuple[str, ast.Call]]:
+    """Every call, and in which function it is."""
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         where = (*where, node.name)
     if isinstance(node, ast.Call):
-        yield ".".join(where), ast.unparse(node.func)
+        yield ".".join(where), node
     for child in ast.iter_child_nodes(node):
         yield from calls(child, where)
 
 
-def found(*names: str) -> set[str]:
-    """The functions of all tests that call one of these."""
+def found(is_looked_for: Callable[[ast.Call], bool]) -> set[str]:
+    """The functions of all tests with such a call."""
     return {
         f"{path.relative_to(TESTS)}:{where}"
         for path in TESTS.rglob("*.py")
-        for where, called in calls(ast.parse(path.read_bytes()))
-        if called in names
+        for where, call in calls(ast.parse(path.read_bytes()))
+        if is_looked_for(call)
     }
 
 
+def is_sleep(call: ast.Call) -> bool:
+    return ast.unparse(call.func) in ("sleep", "time.sleep", "anyio.sleep", "trio.sleep", "asyncio.sleep")
+
+
+def is_short_wait(call: ast.Call) -> bool:
+    name = ast.unparse(call.func).rpartition(".")[2]
+    given = (*call.args, *(keyword.value for keyword in call.keywords))
+    return name in ("wait", "join", "result", "move_on_after", "fail_after") and any(
+        isinstance(value, ast.Constant) and isinstance(value.value, int | float) and 0 < value.value < 1
+        for value in given
+    )
+
+
+def is_run(call: ast.Call) -> bool:
+    return ast.unparse(call.func) in ("anyio.run", "trio.run", "asyncio.run")
+
+
 def test_each_sleep_is_reviewed() -> None:
-    assert found("sleep", "time.sleep", "anyio.sleep", "trio.sleep", "asyncio.sleep") == set(SLEEPS)
+    assert found(is_sleep) == set(SLEEPS)
+
+
+def test_each_short_wait_is_reviewed() -> None:
+    assert found(is_short_wait) == set(SHORT_WAITS)
 
 
 def test_each_loop_is_started_by_the_runner() -> None:
-    assert found("anyio.run", "trio.run", "asyncio.run") == set(RUNS)
+    assert found(is_run) == set(RUNS)

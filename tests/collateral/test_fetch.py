@@ -30,7 +30,7 @@ from chutes_proto.quote._pck import PckIdentity
 from chutes_proto.quote._verify import open_quote
 from chutes_proto.testing._platform import COLLATERAL_SECONDS, SimulatedPlatform
 from chutes_proto.testing._service import CollateralService
-from chutes_proto.wire.http import HttpRequest
+from chutes_proto.wire.http import HttpRequest, HttpResponse
 from tests.collateral import network
 from tests.collateral.network import PLATFORM, ROOT, Fault, Upstream, running
 from tests.io.peers import Credentials, make_credentials
@@ -407,13 +407,22 @@ def test_a_slow_fetch_is_waited_for_so_long_and_goes_on(each: Loop, upstream: Up
 
 
 def test_who_is_cancelled_does_not_end_the_fetch_of_others(each: Loop, upstream: Upstream) -> None:
-    upstream.fault, upstream.only = network.slow, "rootcacrl"
+    asked, goes_on = threading.Event(), threading.Event()
+
+    def held(_: network.Handler, honest: HttpResponse) -> HttpResponse:
+        asked.set()
+        assert goes_on.wait(60)
+        return honest
+
+    upstream.fault, upstream.only = held, "rootcacrl"
     of = source(upstream)
 
     async def main(fetcher: Any) -> None:
-        with anyio.move_on_after(0.1):
-            _ = await outcome(fetcher, PLATFORM)
-            raise AssertionError("it was not slow")
+        async with anyio.create_task_group() as impatient:
+            impatient.start_soon(outcome, fetcher, PLATFORM)
+            _ = await anyio.to_thread.run_sync(asked.wait, 60)
+            impatient.cancel_scope.cancel()
+        goes_on.set()
         assert isinstance(await outcome(fetcher, PLATFORM), VerifiedCollateral)
         assert upstream.rounds() == 1
 
