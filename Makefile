@@ -33,8 +33,8 @@ RESOLVE := $(VENV)-uv/bin/uv pip compile --quiet --universal --python-version 3.
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-QUICK_TESTS := $(addprefix tests/,auth keys luks quote units wire server testing) \
-	--ignore tests/units/test_machine_postgres.py
+QUICK_TESTS := $(addprefix tests/,auth keys luks quote units wire server testing test_purity.py test_public.py \
+	test_waits.py) --ignore tests/units/test_machine_postgres.py
 
 .PHONY: help install demo test quick lint soak fuzz bench docs zipapp man constraints clean
 
@@ -66,7 +66,7 @@ else
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 endif
 
-quick: $(INSTALLED) ## the tests of the pure packages, in under a minute: for before a commit
+quick: $(INSTALLED) ## the tests of the pure packages and of what is public, in a minute: for before a commit
 	@$(BIN)/python -m pytest -n auto --dist worksteal -q $(QUICK_TESTS)
 
 soak: $(INSTALLED) ## the tests of what must never be lost, in their long form: SOAK_TESTS for hours
