@@ -68,6 +68,23 @@ NEVER_IMPORTS: dict[str, tuple[str, ...]] = {
 }
 """Which room never imports which others."""
 
+PACKAGES: dict[str, str] = {
+    "auth": "wire",
+    "boot": "auth luks wire",
+    "collateral": "quote wire",
+    "keys": "store",
+    "luks": "quote",
+    "miner": "auth boot wire",
+    "quote": "",
+    "server": "auth collateral keys quote store transport units wire",
+    "store": "",
+    "testing": "auth keys quote store units wire",
+    "transport": "wire",
+    "units": "keys quote store wire",
+    "wire": "auth quote",
+}
+"""Which others each pure package imports; the modules beside them (errors, effects, log, secret) are for all."""
+
 QUOTE = "chutes_proto.quote"
 CONVERTER = f"{CORE}._converter"
 QUOTE_MAY_IMPORT = (
@@ -273,6 +290,22 @@ def test_the_list_of_loaders_has_no_name_too_many() -> None:
         if is_pure(module):
             found |= {f"{module}.{scope}" for _, name, scope in imports if within(name, "chutes_proto.io")}
     assert found == LOADERS
+
+
+def test_each_pure_package_imports_these_others_and_no_more() -> None:
+    def package_of(name: str) -> str:
+        return [*name.split("."), ""][1]
+
+    imports: dict[str, set[str]] = {}
+    for path in (SRC / CORE).glob("*/**/*.py"):
+        module = module_name(path)
+        if is_pure(module):
+            parent = module if path.name == "__init__.py" else module.rpartition(".")[0]
+            names = [name for _, name, _ in imported_names(ast.parse(path.read_text("utf-8")), parent)]
+            used = {package_of(name) for name in names if within(name, CORE)}
+            imports.setdefault(package_of(module), set()).update(used - {package_of(module)})
+    found = {package: " ".join(sorted(used & {*imports})) for package, used in sorted(imports.items())}
+    assert found == PACKAGES
 
 
 def import_circles(imports: dict[str, set[str]]) -> list[list[str]]:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from chutes_proto._extras import EXTRAS
+
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 
@@ -45,6 +47,21 @@ def test_every_dependency_is_pinned_with_hashes() -> None:
     lists = [PROJECT["project"]["dependencies"], PROJECT["build-system"]["requires"], *extras]
     names = {re.split(r"[^A-Za-z0-9-]", dependency)[0].lower() for listed in lists for dependency in listed}
     assert names - {"chutes-proto"} <= set(pins)
+
+
+def test_every_extra_is_known_to_the_program() -> None:
+    """A missing module is told with the extra that brings it."""
+    extras = PROJECT["project"]["optional-dependencies"]
+    modules = {"click": "click", "rich": "rich", "h11": "h11", "pyOpenSSL": "OpenSSL", "psycopg": "psycopg"}
+    modules |= {"py-sr25519-bindings": "sr25519", "anyio": "anyio", "httpx": "httpx", "trio": "trio"}
+    brought = {
+        name: {modules[re.split(r"[^A-Za-z0-9-]", one)[0]] for one in listed if not one.startswith("chutes-proto")}
+        for name, listed in extras.items()
+        if name not in ("all", "test", "lint")
+    }
+    assert set(brought) == set(EXTRAS)
+    for name, found in brought.items():
+        assert found <= set(EXTRAS[name]), name
 
 
 @pytest.mark.parametrize(
