@@ -72,6 +72,15 @@ def test_other_modules_of_public_packages_begin_with_an_underscore() -> None:
     assert {name for name in found if "._" not in name} == PUBLIC_MODULES
 
 
+@pytest.mark.parametrize("name", sorted(PUBLIC_MODULES))
+def test_each_callable_of_a_public_module_says_its_types(name: str) -> None:
+    members = {word: value for word, value in vars(import_module(name)).items() if not word.startswith("_")}
+    written_here = [value for value in members.values() if getattr(value, "__module__", "") == name]
+    assert written_here
+    for each in (one for value in written_here for one in callables(value)):
+        _ = get_type_hints(each)
+
+
 @pytest.mark.parametrize("package", PUBLIC)
 def test_a_package_has_the_names_that_it_says_and_no_others(package: str) -> None:
     module = import_module(package)
