@@ -89,7 +89,7 @@ QUOTE = "chutes_proto.quote"
 CONVERTER = f"{CORE}._converter"
 QUOTE_MAY_IMPORT = (
     *("attr", "attrs", "cattrs", "cryptography", "msgspec"),
-    *(QUOTE, CONVERTER, f"{CORE}._error", f"{CORE}._lazy"),
+    *(QUOTE, CONVERTER, f"{CORE}._error", f"{CORE}._lazy", f"{CORE}._proof"),
 )
 """The verifier can be used alone, with the converter: both import this and the pure part of the standard library."""
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from msgspec.structs import replace
 
+from chutes_proto._proof import PROOF
 from chutes_proto.collateral.cache import (
     CachePolicy,
     CollateralCache,
@@ -29,7 +30,6 @@ from chutes_proto.effects import Effect, Get, Log, Now, Sleep, run
 from chutes_proto.errors import ConfigurationError, TransportError
 from chutes_proto.log import Level, Record
 from chutes_proto.quote._collateral import VerifiedCollateral
-from chutes_proto.quote._proof import PROOF
 from chutes_proto.quote._verify import authenticate_collateral, verify_collateral
 from chutes_proto.testing._faults import Fault
 from chutes_proto.testing._platform import COLLATERAL_SECONDS, SimulatedPlatform

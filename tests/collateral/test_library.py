@@ -8,11 +8,11 @@ import pytest
 from attrs import evolve
 from msgspec.structs import replace
 
+from chutes_proto._proof import PROOF
 from chutes_proto.collateral.library import Item, choose
 from chutes_proto.errors import CollateralUnavailable
 from chutes_proto.quote._collateral import Collateral, VerifiedCollateral
 from chutes_proto.quote._pck import PckIdentity
-from chutes_proto.quote._proof import PROOF
 from chutes_proto.quote._roots import TrustedRoot
 from chutes_proto.quote._verify import open_quote, verify_collateral
 from chutes_proto.testing._platform import COLLATERAL_SECONDS, SimulatedPlatform

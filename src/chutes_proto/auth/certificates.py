@@ -20,8 +20,8 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from chutes_proto._proof import PROOF, Proof, proven
 from chutes_proto.errors import Refused
-from chutes_proto.quote._proof import PROOF, Proof, proven
 from chutes_proto.wire.codes import Code
 
 if TYPE_CHECKING:

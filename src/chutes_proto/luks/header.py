@@ -28,9 +28,9 @@ from typing import Any, Final, cast
 
 from attrs import field, frozen
 
+from chutes_proto._proof import PROOF, Proof, proven
 from chutes_proto.errors import HeaderRejected
 from chutes_proto.quote import _strict_json as strict_json
-from chutes_proto.quote._proof import PROOF, Proof, proven
 
 PRIMARY: Final = b"LUKS\xba\xbe"
 SECONDARY: Final = b"SKUL\xba\xbe"

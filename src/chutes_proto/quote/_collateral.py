@@ -18,10 +18,10 @@ from typing import Final, Protocol, cast
 
 from attrs import field, fields, frozen
 
+from chutes_proto._proof import Proof, proven
 from chutes_proto.quote import _strict_json as strict_json
 from chutes_proto.quote._layout import Tee
 from chutes_proto.quote._pck import Ca
-from chutes_proto.quote._proof import Proof, proven
 from chutes_proto.quote._roots import TrustedRoot
 from chutes_proto.quote._statements import QeIdentity, TcbInfo
 from chutes_proto.quote._steps import Checked

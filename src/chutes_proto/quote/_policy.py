@@ -19,13 +19,13 @@ from typing import Any, Final, Literal, TypeAlias, cast, get_args, get_type_hint
 
 from attrs import field, fields, frozen
 
+from chutes_proto._proof import PROOF
 from chutes_proto.quote._attributes import AttributePolicy
 from chutes_proto.quote._collateral import Collateral, PathLike
 from chutes_proto.quote._files import CONVERTER, read_toml, within
 from chutes_proto.quote._identity import IdentityPolicy
 from chutes_proto.quote._layout import BytesLike, SgxAttributes, SgxReport
 from chutes_proto.quote._measurements import Profile, ProfileTables, Stage, Tables, read_profiles
-from chutes_proto.quote._proof import PROOF
 from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
 from chutes_proto.quote._statements import Stated, TcbStatus
 from chutes_proto.quote._tcb import OUT_OF_DATE

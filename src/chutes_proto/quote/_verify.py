@@ -30,6 +30,7 @@ from typing import Final, TypeVar
 from attrs import frozen
 from msgspec import Struct
 
+from chutes_proto._proof import PROOF, Proof, proven
 from chutes_proto.quote import _certificates as certificates
 from chutes_proto.quote import _ecdsa as ecdsa
 from chutes_proto.quote import _layout as layout
@@ -41,7 +42,6 @@ from chutes_proto.quote._der import DerError
 from chutes_proto.quote._ecdsa import EllipticCurvePublicKey
 from chutes_proto.quote._layout import BytesLike, Quote, SgxReport, Tee
 from chutes_proto.quote._pck import Ca, PckIdentity, read_pck_extension
-from chutes_proto.quote._proof import PROOF, Proof, proven
 from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot, check_self_signed
 from chutes_proto.quote._statements import QeIdentity, Stated, TcbStatus
 from chutes_proto.quote._steps import Checked, checked

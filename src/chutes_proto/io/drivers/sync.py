@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol, TypeVar
 
 from chutes_proto import effects
+from chutes_proto._lazy import LazyModule
 from chutes_proto.effects import Effect, Flow
 from chutes_proto.errors import LocalProtocolError, TransportError
 from chutes_proto.io.quoters.choose import Quoter, take_quote
@@ -23,9 +24,11 @@ from chutes_proto.log import Record
 from chutes_proto.wire.http import HttpRequest, HttpResponse
 
 if TYPE_CHECKING:
+    from chutes_proto import store
     from chutes_proto.quote._collateral import VerifiedCollateral
     from chutes_proto.quote._pck import PckIdentity
-    from chutes_proto.store._run import Store  # an agent loads none
+else:  # an agent loads no store; the type resolves all the same
+    store = LazyModule("chutes_proto.store")
 
 T = TypeVar("T")
 
@@ -138,7 +141,7 @@ class Performer:
         get: Callable[[str], HttpResponse] | None = None,
         next_server: Callable[[], str] | None = None,
         quoter: Quoter | None = None,
-        store: Store | None = None,
+        store: store.Store | None = None,
         collateral: CollateralSource | None = None,
         disks: DiskWorker | None = None,
         log: Callable[[Record], None] = log_record,
