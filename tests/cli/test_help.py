@@ -76,13 +76,11 @@ def test_the_top_help_has_the_first_sentence_of_each_command() -> None:
     assert said == {name: f"{sentence}." for name, (_, sentence) in COMMANDS.items()}
 
 
-def test_manual_pages_have_every_command_and_no_fault(tmp_path: Path) -> None:
+def test_manual_pages_have_every_command_and_no_fault(tmp_path: Path, require_program: Callable[[str], str]) -> None:
     files = [tmp_path / f"{name_of(told.words)}.1" for told in ALL]
     for file, told in zip(files, ALL, strict=True):
         _ = file.write_text(page(told), "ascii")
-    groff = shutil.which("groff")
-    if groff is None:
-        pytest.skip("groff is not installed")
+    groff = require_program("groff")
     done = subprocess.run([groff, "-man", "-Tutf8", "-ww", *files], capture_output=True, text=True, check=True)
     assert done.stderr == ""
     for told in ALL:
@@ -116,11 +114,12 @@ def check_json(words: list[str], printed: str) -> None:
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_a_completion_script_is_one_of_its_shell(command: Callable[..., Ended], shell: str) -> None:
+def test_a_completion_script_is_one_of_its_shell(
+    command: Callable[..., Ended], shell: str, require_program: Callable[[str], str]
+) -> None:
     script = command("completion", shell).out
     assert "_CHUTES_PROTO_COMPLETE" in script
-    if program := shutil.which(shell):
-        assert subprocess.run([program, "-n"], input=script, text=True, check=False).returncode == 0
+    assert subprocess.run([require_program(shell), "-n"], input=script, text=True, check=False).returncode == 0
 
 
 @pytest.mark.parametrize(

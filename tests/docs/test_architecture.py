@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from tests.test_purity import PACKAGES
 
-MAP = re.findall(r"\| `(src/[\w/.]+)(?::(\w[\w.]*))?` \|", (ROOT / "docs" / "architecture.md").read_text("utf-8"))
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+MAP = re.findall(r"\| `(src/[\w/.]+)(?::(\w[\w.]*))?` \|", ARCHITECTURE)
 SECURITY = (ROOT / "docs" / "security.md").read_text("utf-8")
 SHOWN_BY = sorted(set(re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", SECURITY)))
 PARTIES = (
@@ -42,6 +44,13 @@ def test_the_map_is_right(file: str, symbol: str) -> None:
     body = ast.parse((ROOT / file).read_text("utf-8")).body if file.endswith(".py") else []
     for name in filter(None, symbol.split(".")):
         body = next(found for node in body if (found := members(node, name)) is not None)
+
+
+def test_the_table_of_packages_has_their_imports() -> None:
+    table = ARCHITECTURE.partition("| package | contents | imports |")[2].partition("\n\n")[0]
+    rows = re.findall(r"^\| `(\w+)` \| .* \| ((?:`\w+`(?:, )?)*) ?\|$", table, re.MULTILINE)
+    imports = {package: " ".join(re.findall(r"\w+", others)) for package, others in rows}
+    assert {package: imports.get(package) for package in PACKAGES} == PACKAGES
 
 
 def test_every_party_says_what_it_can_and_cannot_do() -> None:
