@@ -21,14 +21,14 @@ from attrs import evolve
 from chutes_proto.miner import HotkeyPair
 from chutes_proto.secret import Secret
 from chutes_proto.testing._directory import PLATFORM_FILE, PlatformRecord
-from chutes_proto.testing.store_suite import Case, operations, transactions
+from chutes_proto.testing.store_suite import CASES, Case
 from tests.clients import run
 from tests.conftest import ROOT
 from tests.dev_server import DevServer, dev_server
 from tests.luks import headers
 from tests.server.world import GPU
 from tests.store.harness import together
-from tests.test_public import PUBLIC, PUBLIC_MODULES
+from tests.test_public import PUBLIC
 from tools.docs import pages
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -135,7 +135,7 @@ class OwnStoreHarness:
         return together(calls)
 
 
-@pytest.mark.parametrize("case", operations.CASES + transactions.CASES, ids=lambda case: case.__name__)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
 def test_a_store_of_ones_own_keeps_the_contract(case: Case) -> None:
     harness = OwnStoreHarness()
     with closing(harness.store):
@@ -149,11 +149,11 @@ def private_imports(source: str) -> list[str]:
         if isinstance(node, ast.Import):
             found += [one.name for one in node.names if "chutes_proto" in one.name and one.name not in PUBLIC]
         elif isinstance(node, ast.ImportFrom) and (module := node.module or "").startswith("chutes_proto"):
-            is_public = module in PUBLIC or module in PUBLIC_MODULES
+            is_public = module in PUBLIC
             exported = getattr(importlib.import_module(module), "__all__", None) if is_public else ()
             for name in (f"{module}.{one.name}" for one in node.names):
                 is_exported = exported is None or name.removeprefix(f"{module}.") in exported
-                if not is_exported and name not in (*PUBLIC, *PUBLIC_MODULES):
+                if not is_exported and name not in PUBLIC:
                     found.append(name)
     return found
 
@@ -166,7 +166,7 @@ def private_imports(source: str) -> list[str]:
         ("from chutes_proto.quote import verify, _verify", ["chutes_proto.quote._verify"]),
         ("from chutes_proto.quote._verify import verify", ["chutes_proto.quote._verify.verify"]),
         ("from chutes_proto.store import sql, run_script\nfrom chutes_proto.store.rows import StoreOp", []),
-        ("import chutes_proto_trio\nfrom chutes_proto.quote.errors import QuoteError", []),
+        ("import chutes_proto_trio\nfrom chutes_proto.store.rows import VmRow", []),
     ],
 )
 def test_private_imports_are_found(source: str, found: list[str]) -> None:

@@ -22,7 +22,7 @@ from chutes_proto._lazy import lazily
 if TYPE_CHECKING:
     from chutes_proto.errors import Refusal, Refused, TransportError, Unavailable
     from chutes_proto.log import Level, Record
-    from chutes_proto.quote.errors import VerificationError
+    from chutes_proto.quote._errors import VerificationError
     from chutes_proto.secret import Secret
 else:
     __getattr__ = lazily(
@@ -30,7 +30,7 @@ else:
         {
             "chutes_proto.errors": "Refusal Refused TransportError Unavailable",
             "chutes_proto.log": "Level Record",
-            "chutes_proto.quote.errors": "VerificationError",
+            "chutes_proto.quote._errors": "VerificationError",
             "chutes_proto.secret": "Secret",
         },
     )

@@ -23,7 +23,7 @@
     │   └── StoreBusy                  … now; trying again may help
     ├── KeyUnavailable                 a row is sealed under a KEK that is not available
     ├── SealBroken                     a sealed row does not open: altered, or another row's
-    └── QuoteError                     ``chutes_proto.quote.errors`` has its branches
+    └── QuoteError                     ``chutes_proto.quote._errors`` has its branches
 
 The server raises a `Refusal` and answers with it; the client turns the answer back into an equal one. ``detail`` and
 ``code`` are for the peer, ``reason`` is for the operator only.
@@ -35,7 +35,7 @@ from collections.abc import Sequence
 from typing import cast
 
 from chutes_proto._error import ChutesError
-from chutes_proto.quote.errors import QuoteError
+from chutes_proto.quote._errors import QuoteError
 from chutes_proto.wire.codes import Code
 
 __all__ = ["ChutesError", "ConfigurationError", "FileUnavailable", "LocalProtocolError", "NotInMemory"]

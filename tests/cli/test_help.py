@@ -32,7 +32,7 @@ from chutes_proto.secret import Secret
 from chutes_proto.server import ServerConfig
 from chutes_proto.store.rows import GpuRow, Vm
 from chutes_proto.testing._platform import SimulatedPlatform
-from chutes_proto.testing.store_suite import boot, sync
+from chutes_proto.testing.store_suite._parts import boot, sync
 from chutes_proto.units.operator import ImportKeys
 from chutes_proto.units.servers import RegisterServer
 from tests.cli import examples

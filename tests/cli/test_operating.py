@@ -28,7 +28,7 @@ from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.quote._terms import rfc3339
 from chutes_proto.server import ServerConfig
 from chutes_proto.store import sql
-from chutes_proto.store._run import Script, Unit
+from chutes_proto.store._run import Ask, Script, Unit
 from chutes_proto.store.rows import (
     AuditRow,
     GenerationRow,
@@ -41,7 +41,7 @@ from chutes_proto.store.rows import (
     Vm,
 )
 from chutes_proto.testing._platform import SimulatedPlatform
-from chutes_proto.testing.store_suite import DAY, Ask, boot, sync
+from chutes_proto.testing.store_suite._parts import DAY, boot, sync
 from chutes_proto.units.boot import RecordRefusal
 from chutes_proto.units.servers import RegisterServer
 from tests.cli.conftest import Ended

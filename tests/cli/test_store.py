@@ -17,7 +17,7 @@ from chutes_proto.io.stores.postgres import PostgresStore
 from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.store.sql import SCHEMA_VERSION
 from chutes_proto.testing._platform import SimulatedPlatform
-from chutes_proto.testing.store_suite import boot
+from chutes_proto.testing.store_suite._parts import boot
 from tests.cli.conftest import HOTKEY, Ended, Server
 from tests.postgres import PASSWORD, Cluster, schema
 

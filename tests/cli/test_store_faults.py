@@ -22,9 +22,9 @@ from chutes_proto.io.server.development import write_server
 from chutes_proto.io.server.setup import make_setup
 from chutes_proto.log import Record
 from chutes_proto.server import ServerConfig
+from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import GenerationRow, Scan
 from chutes_proto.testing._platform import SimulatedPlatform
-from chutes_proto.testing.store_suite import Ask
 from chutes_proto.wire.codes import Code
 from chutes_proto_trio import BootAgent
 from tests.cli.conftest import HOTKEY, Server

@@ -44,9 +44,10 @@ from chutes_proto.io.server.setup import make_setup
 from chutes_proto.io.stores.postgres import _Connection
 from chutes_proto.keys.vault import Address
 from chutes_proto.server import ServerConfig
+from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import GenerationRow, Scan
 from chutes_proto.testing._platform import SimulatedPlatform
-from chutes_proto.testing.store_suite import Ask, entropy
+from chutes_proto.testing.store_suite._parts import entropy
 from chutes_proto.wire.codec import encode_quote
 from chutes_proto_trio import BootAgent
 from tests.cli.conftest import HOTKEY

@@ -17,8 +17,8 @@ from chutes_proto.auth.client_identity import make_client_identity
 from chutes_proto.collateral.cache import CachePolicy
 from chutes_proto.effects import Effect, FetchCollateral, Now
 from chutes_proto.io.collateral.aio import CollateralFetcher, open_collateral
+from chutes_proto.quote._errors import VerificationError
 from chutes_proto.quote._verify import check_signed, open_quote, verify_quote
-from chutes_proto.quote.errors import VerificationError
 from chutes_proto.server._app import App
 from chutes_proto.server._limits import Admission
 from chutes_proto.testing._service import CollateralService

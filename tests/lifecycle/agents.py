@@ -12,7 +12,7 @@ from attrs import evolve
 
 from chutes_proto.errors import Refused
 from chutes_proto.store._run import Unit
-from chutes_proto.testing.store_suite import attest, confirm, sync
+from chutes_proto.testing.store_suite._parts import attest, confirm, sync
 from chutes_proto.units.rotation import HandedKeys
 from chutes_proto.units.volumes import VolumeKeys
 from tests.lifecycle.world import OTHER, VOLUME, Choices, Killed, NoAnswer, World

@@ -22,7 +22,7 @@ from chutes_proto.keys import generations
 from chutes_proto.keys.generations import Change, HandOut
 from chutes_proto.store import rows
 from chutes_proto.store.rows import Exchange, Read, VmRow
-from chutes_proto.testing.store_suite import VM, boot
+from chutes_proto.testing.store_suite._parts import VM, boot
 from chutes_proto.units import rotation
 from chutes_proto.units.operator import RestoreKey
 from tests.conftest import SOAK

@@ -25,7 +25,7 @@ from attrs import define, evolve, field, frozen
 
 from chutes_proto.errors import Refused
 from chutes_proto.keys.vault import Address
-from chutes_proto.store._run import Unit
+from chutes_proto.store._run import Ask, Unit
 from chutes_proto.store.rows import (
     BootRow,
     Exchange,
@@ -36,7 +36,7 @@ from chutes_proto.store.rows import (
     VmRow,
     VolumeRow,
 )
-from chutes_proto.testing.store_suite import VAULT, VM, Ask, boot
+from chutes_proto.testing.store_suite._parts import VAULT, VM, boot
 from chutes_proto.units.boot import GrantBoot
 from chutes_proto.units.rotation import AttestVolumes, ConfirmVolumes
 from chutes_proto.units.volumes import SyncVolumes

@@ -14,11 +14,11 @@ import pytest
 from chutes_proto.quote import _steps as steps
 from chutes_proto.quote._certificates import common_name, read_certificate, read_crl
 from chutes_proto.quote._collateral import Collateral
+from chutes_proto.quote._errors import QuoteError, QuoteFormatError
 from chutes_proto.quote._eventlog import parse_event_log
 from chutes_proto.quote._layout import parse_quote
 from chutes_proto.quote._pck import read_pck_extension
 from chutes_proto.quote._verify import verify_collateral, verify_genuine, verify_quote
-from chutes_proto.quote.errors import QuoteError, QuoteFormatError
 from chutes_proto.testing._faults import Fault
 from chutes_proto.testing._quotes import HeaderDraft, QuoteDraft
 from tests.quote.logs import spec

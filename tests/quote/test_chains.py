@@ -18,6 +18,7 @@ from chutes_proto import quote
 from chutes_proto.auth import der
 from chutes_proto.quote import _verify as stages
 from chutes_proto.quote._certificates import read_certificate, read_crl
+from chutes_proto.quote._errors import VerificationError
 from chutes_proto.quote._steps import (
     CertificateExpiredError,
     CertificateFormatError,
@@ -32,7 +33,6 @@ from chutes_proto.quote._verify import (
     verify_collateral,
     verify_quote,
 )
-from chutes_proto.quote.errors import VerificationError
 from chutes_proto.testing._faults import Fault
 from chutes_proto.testing._pki import Keys
 from chutes_proto.testing._platform import COLLATERAL_SECONDS, SimulatedPlatform

@@ -29,9 +29,9 @@ from chutes_proto.quote._certificates import (
     revoked_serials,
 )
 from chutes_proto.quote._der import DerError
+from chutes_proto.quote._errors import PolicyError
 from chutes_proto.quote._pck import read_pck_extension
 from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot, check_self_signed
-from chutes_proto.quote.errors import PolicyError
 from chutes_proto.testing._pki import nested, sgx_tcb
 from tests.quote.simulated import PLATFORM, collateral_of
 

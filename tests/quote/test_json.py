@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from chutes_proto.quote import _strict_json as strict_json
 from chutes_proto.quote._collateral import Collateral
+from chutes_proto.quote._errors import CollateralFormatError
 from chutes_proto.quote._statements import AnotherKindError, TcbStatus, read_qe_identity, read_tcb_info
 from chutes_proto.quote._strict_json import MAX_DEPTH, JsonError, decode
-from chutes_proto.quote.errors import CollateralFormatError
 from tests.quote.simulated import PLATFORM, collateral_of
 
 FILE = PLATFORM.collateral_json(1_800_000_000)

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chutes_proto.quote._attributes import XFAM_KNOWN
+from chutes_proto.quote._errors import QuoteFormatError
 from chutes_proto.quote._layout import TdAttributes, TdReport10, TdReport15, TdReport15Ex, Xfam, parse_quote
-from chutes_proto.quote.errors import QuoteFormatError
 from chutes_proto.testing._faults import Fault
 from chutes_proto.testing._platform import SimulatedPlatform
 from tests.quote.simulated import PLATFORM, REPORT_DATA, TD15

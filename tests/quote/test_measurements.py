@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chutes_proto.quote._attributes import AttributePolicy
+from chutes_proto.quote._errors import PolicyError
 from chutes_proto.quote._measurements import Profile, parse_profiles_json, parse_profiles_toml
-from chutes_proto.quote.errors import PolicyError
 
 EXTRA_KEYS = frozenset({"root_passphrase", "require_hotkey_signature"})
 

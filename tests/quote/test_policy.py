@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from chutes_proto.quote._attributes import RESERVED, AttributePolicy
+from chutes_proto.quote._errors import AppraisalError, PolicyError, Refusal
 from chutes_proto.quote._identity import IdentityPolicy
 from chutes_proto.quote._layout import SgxReport, TdAttributes, TdReport10, TdReport15
 from chutes_proto.quote._measurements import Stage
@@ -28,7 +29,6 @@ from chutes_proto.quote._policy import (
 )
 from chutes_proto.quote._statements import TcbStatus
 from chutes_proto.quote._verify import Verdict, verify_genuine
-from chutes_proto.quote.errors import AppraisalError, PolicyError, Refusal
 from chutes_proto.testing._platform import SimulatedPlatform
 from tests.conftest import ROOT as PROJECT
 from tests.quote.cases import ABSENT, FOLDER, cases

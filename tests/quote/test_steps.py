@@ -7,10 +7,10 @@ import re
 import pytest
 
 from chutes_proto.quote import _steps
+from chutes_proto.quote._errors import AppraisalError, QuoteFormatError, VerificationError
 from chutes_proto.quote._policy import Policy
 from chutes_proto.quote._roots import TrustedRoot
 from chutes_proto.quote._verify import verify_genuine
-from chutes_proto.quote.errors import AppraisalError, QuoteFormatError, VerificationError
 from chutes_proto.testing._faults import FAULTS
 from tests.conftest import ROOT as PROJECT
 from tests.quote.simulated import NOW, PLATFORM, PROFILE, REPORT_DATA, ROOT, collateral_of, verdict_of

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from chutes_proto.quote._collateral import Collateral
+from chutes_proto.quote._errors import AppraisalError, VerificationError
 from chutes_proto.quote._layout import TdReport10
 from chutes_proto.quote._measurements import Profile
-from chutes_proto.quote.errors import AppraisalError, VerificationError
 from tests.conftest import ROOT
 from tests.quote.cases import ABSENT, DCAP_QVL_POLICY, DIFFERENCES, FOLDER, Case, cases, described
 

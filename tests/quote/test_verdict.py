@@ -11,11 +11,11 @@ import pytest
 from attrs import evolve
 
 from chutes_proto.quote._collateral import Collateral
+from chutes_proto.quote._errors import AppraisalError
 from chutes_proto.quote._policy import Policy, TcbPolicy
 from chutes_proto.quote._statements import TcbStatus
 from chutes_proto.quote._steps import QeIdentityMismatchError
 from chutes_proto.quote._verify import Verdict, forget, verify_genuine
-from chutes_proto.quote.errors import AppraisalError
 from chutes_proto.testing._faults import Fault
 from chutes_proto.testing._quotes import QuoteDraft
 from chutes_proto.testing._statements import PCE_SVN, SGX_COMPONENTS, TcbLevel, tee_tcb_svn

@@ -27,6 +27,7 @@ from chutes_proto.quote import _tcb as tcb
 from chutes_proto.quote import _terms as terms
 from chutes_proto.quote import _verify as stages
 from chutes_proto.quote._collateral import VerifiedCollateral
+from chutes_proto.quote._errors import VerificationError
 from chutes_proto.quote._layout import parse_quote
 from chutes_proto.quote._policy import Policy
 from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
@@ -52,7 +53,6 @@ from chutes_proto.quote._verify import (
     verify_genuine,
     verify_quote,
 )
-from chutes_proto.quote.errors import VerificationError
 from chutes_proto.testing._pki import EXPIRES, ISSUED
 from chutes_proto.testing._platform import COLLATERAL_SECONDS, SimulatedPlatform
 from chutes_proto.testing._quotes import QuoteParts

@@ -27,7 +27,7 @@ from chutes_proto.io.server.development import write_server
 from chutes_proto.io.server.setup import make_setup
 from chutes_proto.log import Record
 from chutes_proto.server import AsgiApp, ServerConfig, asgi_app
-from chutes_proto.testing.store_suite import boot
+from chutes_proto.testing.store_suite._parts import boot
 from tests.server.world import PLATFORM
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "server_trio.py"

@@ -22,9 +22,9 @@ from chutes_proto.server._nonces import NonceMint
 from chutes_proto.server._profiles import ServedProfile
 from chutes_proto.server._proxy import TrustedProxies
 from chutes_proto.server._service import Service
+from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import AttestationRow, AuditRow, BootRow, GenerationRow, Put, VmRow, VolumeRow
 from chutes_proto.testing._platform import PROFILE, SimulatedPlatform
-from chutes_proto.testing.store_suite import Ask
 from chutes_proto.units.operator import StoreRestored
 from chutes_proto.wire.codec import encode_quote
 from chutes_proto.wire.codes import Code

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from chutes_proto.io.stores.postgres import PostgresStore
 from chutes_proto.io.stores.sqlite import SqliteStore
+from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import ReadTimes
-from chutes_proto.testing.store_suite import NOW, Ask
+from chutes_proto.testing.store_suite._parts import NOW
 from chutes_proto.units.operator import StoreRestored
 from tests.postgres import schema_with_clock
 from tests.store.memory import MemoryStore

@@ -14,7 +14,7 @@ from attrs import frozen
 
 from chutes_proto.errors import Refused, StoreBusy, StoreError
 from chutes_proto.io.stores.sqlite import SqliteStore
-from chutes_proto.store._run import Script, Unit
+from chutes_proto.store._run import Ask, Script, Unit
 from chutes_proto.store.rows import (
     AuditRow,
     BootRow,
@@ -26,7 +26,7 @@ from chutes_proto.store.rows import (
     SetHorizon,
     Times,
 )
-from chutes_proto.testing.store_suite import CALLERS, NOW, Ask, boot, dump, sync
+from chutes_proto.testing.store_suite._parts import CALLERS, NOW, boot, dump, sync
 from chutes_proto.wire.codes import Code
 from tests.store.harness import Gate, together
 

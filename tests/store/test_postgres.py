@@ -19,9 +19,9 @@ from chutes_proto.errors import ConfigurationError, StoreBusy, StoreError
 from chutes_proto.io.stores import postgres
 from chutes_proto.io.stores.postgres import PostgresStore
 from chutes_proto.store import sql
-from chutes_proto.store._run import Script, Unit
+from chutes_proto.store._run import Ask, Script, Unit
 from chutes_proto.store.rows import AuditRow, BootRow, Insert, ReadTimes, Scan, SetHorizon, Vm
-from chutes_proto.testing.store_suite import NOW, VM, Ask, boot, dump, platform, sync
+from chutes_proto.testing.store_suite._parts import NOW, VM, boot, dump, platform, sync
 from tests.postgres import PASSWORD, Cluster, schema
 from tests.store.harness import Gate, together
 from tests.waiting import wait_until

@@ -22,7 +22,7 @@ from chutes_proto.errors import StoreBusy
 from chutes_proto.io.stores import postgres
 from chutes_proto.io.stores.postgres import PostgresStore
 from chutes_proto.store import sql
-from chutes_proto.store._run import Script, Unit
+from chutes_proto.store._run import Ask, Script, Unit
 from chutes_proto.store.rows import (
     CountSealed,
     Read,
@@ -36,7 +36,7 @@ from chutes_proto.store.rows import (
     VmRow,
     VoidTokens,
 )
-from chutes_proto.testing.store_suite import NOW, VM, Ask, boot
+from chutes_proto.testing.store_suite._parts import NOW, VM, boot
 from tests.postgres import Cluster, schema
 from tests.store.test_postgres import ask, told
 

@@ -17,7 +17,7 @@ from chutes_proto.errors import StoreError
 from chutes_proto.io.stores.postgres import PostgresStore
 from chutes_proto.secret import Secret
 from chutes_proto.store.rows import Vm
-from chutes_proto.testing.store_suite import VM, boot
+from chutes_proto.testing.store_suite._parts import VM, boot
 from tests.postgres import PASSWORD, Cluster
 from tests.scenario import operations
 from tests.scenario.operations import Site, code

@@ -18,10 +18,10 @@ from attrs import frozen
 
 from chutes_proto.errors import StoreBusy, StoreError
 from chutes_proto.io.stores.sqlite import SqliteStore
-from chutes_proto.store._run import Script, Unit
+from chutes_proto.store._run import Ask, Script, Unit
 from chutes_proto.store.rows import AuditRow, BootRow, Insert, ReadTimes, Scan, SetHorizon
 from chutes_proto.store.sql import SCHEMA_VERSION
-from chutes_proto.testing.store_suite import NOW, VM, Ask, boot, dump, sync
+from chutes_proto.testing.store_suite._parts import NOW, VM, boot, dump, sync
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_rows_are_there_after_closing_and_after_dying(path: Path) -> None:
         root = store.transact(granted).root
     script = (
         "import os, sys; from chutes_proto.io.stores.sqlite import SqliteStore;"
-        "from chutes_proto.testing.store_suite import *;"
+        "from chutes_proto.testing.store_suite._parts import *;"
         "SqliteStore(sys.argv[1]).transact(sync(boot('first'), 'body', 'storage')); os._exit(9)"
     )
     died = subprocess.run([sys.executable, "-c", script, str(path)], check=False)

@@ -33,7 +33,8 @@ from chutes_proto.store.rows import (
     VoidTokens,
 )
 from chutes_proto.store.sql import encode, statement
-from chutes_proto.testing.store_suite import DAY, NOW, Case, Harness, operations, transactions
+from chutes_proto.testing.store_suite import CASES, Case, Harness
+from chutes_proto.testing.store_suite._parts import DAY, NOW
 from tests.store.bindings import BindingHarness
 from tests.store.harness import (
     MemoryHarness,
@@ -46,8 +47,6 @@ from tests.store.harness import (
 from tests.store.memory import MemoryStore
 
 T = TypeVar("T")
-
-CASES = operations.CASES + transactions.CASES
 
 
 STORES = [

@@ -14,8 +14,9 @@ import pytest
 from chutes_proto.errors import StoreError
 from chutes_proto.io.stores.address import StorePlace
 from chutes_proto.store import sql
+from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import ReadTimes, SetHorizon
-from chutes_proto.testing.store_suite import Ask, boot, dump, sync
+from chutes_proto.testing.store_suite._parts import boot, dump, sync
 from tests.store.harness import Gate
 from tests.waiting import wait_until
 

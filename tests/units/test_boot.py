@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from chutes_proto.errors import KeyUnavailable, Refused, SealBroken
 from chutes_proto.keys.vault import KeyEncryptionKey, Vault
+from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import (
     AttestationRow,
     AuditRow,
@@ -29,18 +30,7 @@ from chutes_proto.store.rows import (
     VmRow,
     VolumeRow,
 )
-from chutes_proto.testing.store_suite import (
-    NOW,
-    VAULT,
-    VM,
-    Ask,
-    boot,
-    dump,
-    entropy,
-    fresh,
-    platform,
-    sync,
-)
+from chutes_proto.testing.store_suite._parts import NOW, VAULT, VM, boot, dump, entropy, fresh, platform, sync
 from chutes_proto.units.boot import BootGrant, GrantBoot, RecordRefusal
 from chutes_proto.units.keys import VmKeys
 from chutes_proto.wire.codes import Code

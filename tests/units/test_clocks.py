@@ -14,9 +14,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from chutes_proto.errors import Refusal
 from chutes_proto.secret import Secret
 from chutes_proto.server._nonces import RANDOM_SIZE, MacKey, NonceMint
-from chutes_proto.store._run import Script, Unit
+from chutes_proto.store._run import Ask, Script, Unit
 from chutes_proto.store.rows import ReadTimes, StoreOp, Times
-from chutes_proto.testing.store_suite import DAY, NOW, Ask
+from chutes_proto.testing.store_suite._parts import DAY, NOW
 from chutes_proto.units.nonces import SKEW, Nonce, redeem_nonce
 from chutes_proto.units.operator import StoreRestored
 from tests.store.memory import MemoryStore

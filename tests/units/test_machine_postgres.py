@@ -11,7 +11,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from chutes_proto.io.stores.postgres import PostgresStore
 from chutes_proto.store._run import Unit
-from chutes_proto.testing.store_suite import dump
+from chutes_proto.testing.store_suite._parts import dump
 from chutes_proto.wire.codes import Code
 from tests.postgres import schema_with_clock
 from tests.units.test_machine import STEPS, Calls, T

@@ -10,7 +10,7 @@ from attrs import evolve
 from chutes_proto.errors import KeyUnavailable, Refused
 from chutes_proto.keys.vault import NONCE_SIZE, Address, FreshKey, KeyEncryptionKey, Vault
 from chutes_proto.secret import Secret
-from chutes_proto.store._run import Unit
+from chutes_proto.store._run import Ask, Unit
 from chutes_proto.store.rows import (
     AuditRow,
     GenerationRow,
@@ -24,11 +24,10 @@ from chutes_proto.store.rows import (
     VmRow,
     VolumeRow,
 )
-from chutes_proto.testing.store_suite import (
+from chutes_proto.testing.store_suite._parts import (
     NOW,
     VAULT,
     VM,
-    Ask,
     attest,
     boot,
     confirm,

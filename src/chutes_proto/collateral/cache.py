@@ -36,9 +36,9 @@ from chutes_proto.collateral.pcs import MAX_RETRY_AFTER, Update, Upstream, ask
 from chutes_proto.effects import Log, Now, Sleep
 from chutes_proto.errors import ConfigurationError, TransportError, UpstreamError
 from chutes_proto.log import Level, Record
+from chutes_proto.quote._errors import QuoteError
 from chutes_proto.quote._terms import check_seconds, rfc3339
 from chutes_proto.quote._verify import authenticate_collateral
-from chutes_proto.quote.errors import QuoteError
 
 if TYPE_CHECKING:
     from chutes_proto.effects import Flow

@@ -16,6 +16,15 @@ from chutes_proto._lazy import lazily
 if TYPE_CHECKING:
     from chutes_proto.quote._attributes import AttributePolicy
     from chutes_proto.quote._collateral import Collateral, VerifiedCollateral
+    from chutes_proto.quote._errors import (
+        AppraisalError,
+        CollateralFormatError,
+        PolicyError,
+        QuoteError,
+        QuoteFormatError,
+        Refusal,
+        VerificationError,
+    )
     from chutes_proto.quote._eventlog import (
         Event,
         EventLog,
@@ -62,15 +71,6 @@ if TYPE_CHECKING:
         verify_genuine,
         verify_quote,
     )
-    from chutes_proto.quote.errors import (
-        AppraisalError,
-        CollateralFormatError,
-        PolicyError,
-        QuoteError,
-        QuoteFormatError,
-        Refusal,
-        VerificationError,
-    )
 else:
     __getattr__ = lazily(
         globals(),
@@ -95,7 +95,7 @@ else:
             "chutes_proto.quote._verify": (
                 "OpenedQuote SignedQuote Verdict check_signed open_quote verify_collateral verify_genuine verify_quote"
             ),
-            "chutes_proto.quote.errors": (
+            "chutes_proto.quote._errors": (
                 "AppraisalError CollateralFormatError PolicyError QuoteError QuoteFormatError Refusal VerificationError"
             ),
         },

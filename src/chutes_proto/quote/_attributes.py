@@ -17,8 +17,8 @@ from typing import Final, Literal, TypeAlias, get_args
 
 from attrs import frozen
 
+from chutes_proto.quote._errors import PolicyError, Refusal, mismatch
 from chutes_proto.quote._layout import TdAttributes, TdReport10, TdReport15
-from chutes_proto.quote.errors import PolicyError, Refusal, mismatch
 
 Demand: TypeAlias = Literal["required", "any"]
 Allowance: TypeAlias = Literal["refused", "allowed"]

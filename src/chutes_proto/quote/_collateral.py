@@ -20,13 +20,13 @@ from attrs import field, fields, frozen
 
 from chutes_proto._proof import Proof, proven
 from chutes_proto.quote import _strict_json as strict_json
+from chutes_proto.quote._errors import CollateralFormatError
 from chutes_proto.quote._layout import Tee
 from chutes_proto.quote._pck import Ca
 from chutes_proto.quote._roots import TrustedRoot
 from chutes_proto.quote._statements import QeIdentity, TcbInfo
 from chutes_proto.quote._steps import Checked
 from chutes_proto.quote._terms import Term, Window, window
-from chutes_proto.quote.errors import CollateralFormatError
 
 MAX_SIZE: Final = 4 * 1024 * 1024
 """More bytes than any collateral file has."""

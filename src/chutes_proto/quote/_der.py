@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from operator import itemgetter
 from typing import Final, TypeAlias
 
-from chutes_proto.quote.errors import QuoteError
+from chutes_proto.quote._errors import QuoteError
 
 BOOLEAN: Final = 0x01
 INTEGER: Final = 0x02

@@ -31,8 +31,8 @@ from typing import Any, Final
 from attrs import frozen
 
 from chutes_proto._proof import PROOF, Proof, proven
+from chutes_proto.quote._errors import QuoteError
 from chutes_proto.quote._measurements import REGISTERS, Rtmrs
-from chutes_proto.quote.errors import QuoteError
 
 MAX_SIZE: Final = 4 * 1024 * 1024
 MAX_EVENTS: Final = 16384

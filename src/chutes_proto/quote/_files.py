@@ -13,8 +13,8 @@ from typing import Any, Final, ParamSpec, TypeVar
 
 from chutes_proto._converter import Hook, MismatchError, ProblemsError, StrictConverter, list_of, load_toml, string
 from chutes_proto.quote import _strict_json as strict_json
+from chutes_proto.quote._errors import PolicyError
 from chutes_proto.quote._statements import TcbStatus
-from chutes_proto.quote.errors import PolicyError
 
 T = TypeVar("T")
 P = ParamSpec("P")

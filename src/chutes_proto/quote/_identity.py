@@ -17,9 +17,9 @@ from typing import Any, Final, TypeAlias, cast
 
 from attrs import frozen
 
+from chutes_proto.quote._errors import PolicyError, Refusal, mismatch
 from chutes_proto.quote._layout import SgxReport, TdReport10
 from chutes_proto.quote._pck import PckIdentity
-from chutes_proto.quote.errors import PolicyError, Refusal, mismatch
 
 Accepted: TypeAlias = tuple[bytes, ...] | None
 """The accepted values; None accepts any."""

@@ -23,7 +23,7 @@ from typing import Any, Final, Literal, TypeAlias
 
 from msgspec import Struct
 
-from chutes_proto.quote.errors import QuoteFormatError
+from chutes_proto.quote._errors import QuoteFormatError
 
 Tee: TypeAlias = Literal["TDX", "SGX"]
 BytesLike: TypeAlias = bytes | bytearray | memoryview

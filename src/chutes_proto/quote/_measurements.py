@@ -20,9 +20,9 @@ from attrs import astuple, field, frozen
 from chutes_proto._converter import Hook, MismatchError, ProblemsError, StrictConverter, integer, list_of, string
 from chutes_proto.quote import _strict_json as strict_json
 from chutes_proto.quote._attributes import AttributePolicy
+from chutes_proto.quote._errors import PolicyError, Refusal, mismatch
 from chutes_proto.quote._files import CONVERTER, MAX_SIZE, file_converter, read_toml, within
 from chutes_proto.quote._layout import TdReport10
-from chutes_proto.quote.errors import PolicyError, Refusal, mismatch
 
 Stage: TypeAlias = Literal["boot", "runtime"]
 """When a quote was made: before the VM has its keys, or later."""

@@ -22,6 +22,7 @@ from attrs import field, fields, frozen
 from chutes_proto._proof import PROOF
 from chutes_proto.quote._attributes import AttributePolicy
 from chutes_proto.quote._collateral import Collateral, PathLike
+from chutes_proto.quote._errors import AppraisalError, PolicyError, Refusal, mismatch
 from chutes_proto.quote._files import CONVERTER, read_toml, within
 from chutes_proto.quote._identity import IdentityPolicy
 from chutes_proto.quote._layout import BytesLike, SgxAttributes, SgxReport
@@ -30,7 +31,6 @@ from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
 from chutes_proto.quote._statements import Stated, TcbStatus
 from chutes_proto.quote._tcb import OUT_OF_DATE
 from chutes_proto.quote._verify import Verdict, verify_genuine
-from chutes_proto.quote.errors import AppraisalError, PolicyError, Refusal, mismatch
 
 _ADVISORY: Final = re.compile(f"INTEL-(SA|DOC)-[0-9]{{5}}|SIMULATED-SA-({'|'.join(TcbStatus)})".upper())
 """Intel's, and the simulated platform's: an identifier that nobody issues would refuse nothing."""

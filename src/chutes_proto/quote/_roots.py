@@ -14,7 +14,7 @@ from attrs import frozen
 from chutes_proto.quote import _ecdsa as ecdsa
 from chutes_proto.quote._certificates import Certificate, check_kind, read_certificate
 from chutes_proto.quote._der import DerError
-from chutes_proto.quote.errors import PolicyError
+from chutes_proto.quote._errors import PolicyError
 
 
 @frozen(cache_hash=True)

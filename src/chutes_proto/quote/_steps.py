@@ -12,7 +12,7 @@ from functools import lru_cache
 
 from attrs import frozen
 
-from chutes_proto.quote.errors import VerificationError
+from chutes_proto.quote._errors import VerificationError
 
 # open_quote: the PCK chain in the quote
 

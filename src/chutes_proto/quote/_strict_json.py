@@ -19,7 +19,7 @@ from functools import lru_cache
 from math import isinf
 from typing import Any, Final, NoReturn, TypeVar
 
-from chutes_proto.quote.errors import QuoteError
+from chutes_proto.quote._errors import QuoteError
 
 T = TypeVar("T")
 

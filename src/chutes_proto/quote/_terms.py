@@ -13,7 +13,7 @@ from typing import Final, TypeAlias
 from msgspec import Struct
 
 from chutes_proto.quote import _steps as steps
-from chutes_proto.quote.errors import VerificationError
+from chutes_proto.quote._errors import VerificationError
 
 Window: TypeAlias = tuple[int, int]
 

@@ -26,12 +26,12 @@ from chutes_proto.errors import CollateralUnavailable, Refused, Unavailable
 from chutes_proto.log import Value
 from chutes_proto.quote import _steps as steps
 from chutes_proto.quote._collateral import VerifiedCollateral
+from chutes_proto.quote._errors import AppraisalError, QuoteFormatError, VerificationError
 from chutes_proto.quote._layout import parse_quote
 from chutes_proto.quote._measurements import Profile
 from chutes_proto.quote._policy import AcceptedVerdict
 from chutes_proto.quote._terms import check_terms
 from chutes_proto.quote._verify import Verdict, check_signed, open_quote, verify_quote
-from chutes_proto.quote.errors import AppraisalError, QuoteFormatError, VerificationError
 from chutes_proto.server._service import Service
 from chutes_proto.store.rows import Platform
 from chutes_proto.units.records import AcceptedQuote

@@ -19,6 +19,14 @@ from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar, get_args
 
 from attrs import field, frozen
 
+__all__ = ["AttestationRow", "AuditRow", "BootRow", "BootVolumeRow", "Claim", "CountClaims", "CountRefusals"]
+__all__ += ["CountSealed", "Decision", "DeleteServer", "Exchange", "FindLastBoot", "FindLastBootFrom"]
+__all__ += ["GenerationRow", "GpuRow", "Insert", "NonceRow", "Pin", "Platform", "PurgeAudit", "PurgeGeneration"]
+__all__ += ["ROWS", "Put", "Read", "ReadAll", "ReadAudit", "ReadBootVolumes", "ReadLiveGenerations", "ReadNames"]
+__all__ += ["ReadOtherwiseSealed", "ReadTimes", "Retirement", "RewrapGeneration", "Row", "Scan", "ServerRow"]
+__all__ += ["SetHorizon", "State", "StoreOp", "SweepNonces", "Times", "UpdateGeneration", "Vm", "VmRow", "VoidTokens"]
+__all__ += ["VolumeRow"]
+
 T_co = TypeVar("T_co", covariant=True)
 
 
@@ -326,6 +334,7 @@ Row: TypeAlias = (
     | GpuRow
     | AuditRow
 )
+"""A row of any kind."""
 
 ROWS: tuple[type[Row], ...] = get_args(Row)
 """All kinds of rows, those that others refer to before these."""

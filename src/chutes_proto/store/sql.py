@@ -27,9 +27,15 @@ from attrs import frozen
 
 from chutes_proto.store import rows as store
 
+__all__ = ["READ_VERSION", "SCHEMA_VERSION", "STEPS", "TABLES", "Dialect", "LostFactError", "Rows", "Values"]
+__all__ += ["columns", "decode", "decode_rows", "encode", "for_driver", "schema", "statement"]
+
 Dialect: TypeAlias = Literal["sqlite", "postgresql"]
+"""The SQL that a database understands."""
 Values: TypeAlias = tuple[Any, ...]
+"""The values of one row, or of a statement's parameters, in order."""
 Rows: TypeAlias = Sequence[Sequence[Any]]
+"""The result of a statement."""
 
 _FIRST: Final = """
 CREATE TABLE fact (
@@ -199,8 +205,10 @@ STEPS: Final = (_FIRST, _CONFIRMATIONS)
 """Step n brings a database of schema version n to version n + 1; an empty database has version 0."""
 
 SCHEMA_VERSION: Final = len(STEPS)
+"""The schema version of this release."""
 
 READ_VERSION: Final = "SELECT value FROM fact WHERE name = 'schema_version'"
+"""The statement that reads the schema version of a database."""
 _WRITE_VERSION: Final = "UPDATE fact SET value = {version} WHERE name = 'schema_version'"
 TABLES: Final[dict[Dialect, str]] = {
     "sqlite": "SELECT name FROM sqlite_master",

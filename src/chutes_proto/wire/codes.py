@@ -1,7 +1,7 @@
 """The closed list of ``code`` words in an error's answer, with the fixed status of each.
 
 A client may branch on a code; the words never change their meaning. They are coarse on purpose: what exactly was wrong
-with a quote stands in the operator's log under the verifier's own codes (``quote/errors.py``).
+with a quote stands in the operator's log under the verifier's own codes (``quote/_errors.py``).
 """
 
 from __future__ import annotations

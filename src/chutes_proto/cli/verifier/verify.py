@@ -27,9 +27,9 @@ from chutes_proto.cli.verifier.fields import (
 from chutes_proto.errors import ConfigurationError
 from chutes_proto.io.files import MAX_SIZE, read_head
 from chutes_proto.quote import _steps as steps
+from chutes_proto.quote._errors import spans
 from chutes_proto.quote._plain import plain, quote_fields
 from chutes_proto.quote._terms import rfc3339
-from chutes_proto.quote.errors import spans
 from chutes_proto.server._profiles import EXTRA_KEYS
 
 _SHORTEST: Final = 1024  # digits; no quote has fewer

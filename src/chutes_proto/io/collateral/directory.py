@@ -13,10 +13,10 @@ from chutes_proto.collateral.library import Item, choose
 from chutes_proto.errors import CollateralUnavailable, FileUnavailable
 from chutes_proto.io.files import read_file
 from chutes_proto.quote._collateral import Collateral, VerifiedCollateral
+from chutes_proto.quote._errors import QuoteError
 from chutes_proto.quote._pck import PckIdentity
 from chutes_proto.quote._roots import TrustedRoot
 from chutes_proto.quote._verify import verify_collateral
-from chutes_proto.quote.errors import QuoteError
 
 
 @frozen

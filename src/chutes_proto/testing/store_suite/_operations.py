@@ -49,7 +49,7 @@ from chutes_proto.store.rows import (
     VoidTokens,
     VolumeRow,
 )
-from chutes_proto.testing.store_suite import (
+from chutes_proto.testing.store_suite._parts import (
     NOW,
     VM,
     Case,

@@ -10,7 +10,7 @@ from attrs import evolve, frozen
 
 from chutes_proto.errors import Refused
 from chutes_proto.keys.vault import NONCE_SIZE, Address, KeyEncryptionKey, Vault
-from chutes_proto.store._run import Script, Store, Unit
+from chutes_proto.store._run import Ask, Script, Store, Unit
 from chutes_proto.store.rows import (
     BootRow,
     Claim,
@@ -25,13 +25,12 @@ from chutes_proto.store.rows import (
     SetHorizon,
     Vm,
 )
-from chutes_proto.testing.store_suite import (
+from chutes_proto.testing.store_suite._parts import (
     CALLERS,
     DAY,
     NOW,
     VAULT,
     VM,
-    Ask,
     Case,
     Harness,
     Interrupted,
