@@ -178,7 +178,7 @@ def test_an_import_brings_what_verification_needs_and_no_more() -> None:
     loaded = done.stdout.split()
     of_project = {name for name in loaded if name.startswith("chutes_proto")}
     outside = {name for name in of_project if not name.startswith("chutes_proto.quote")}
-    assert outside == {"chutes_proto", "chutes_proto._error", "chutes_proto._lazy"}
+    assert outside == {"chutes_proto", "chutes_proto._error", "chutes_proto._lazy", "chutes_proto._proof"}
     for lazy in ("accept", "eventlog", "policy", "measurements", "attributes", "identity", "tables"):
         assert f"chutes_proto.quote._{lazy}" not in of_project
     assert {"cattrs", "tomllib", "h11", "cryptography.x509", "logging", "asyncio"}.isdisjoint(loaded)
