@@ -29,7 +29,6 @@ from types import MappingProxyType
 from typing import Any
 
 from attrs import evolve
-from chutes_proto.wire.answers import JSON_HEADERS
 
 from bench.measure import resident
 from chutes_proto.auth.binding import report_data
@@ -48,9 +47,9 @@ from chutes_proto.server import ServerConfig
 from chutes_proto.server._app import App
 from chutes_proto.store.rows import Vm
 from chutes_proto.testing._platform import SimulatedPlatform
-from chutes_proto.testing.store_suite import VM, boot, platform, sync
+from chutes_proto.testing.store_suite._parts import VM, boot, platform, sync
 from chutes_proto.transport.tls import TlsSession
-from chutes_proto.wire.codec import encode_quote
+from chutes_proto.wire.codec import JSON_HEADERS, encode_quote
 from chutes_proto.wire.http import HttpRequest, HttpResponse
 from tests.store.memory import MemoryStore
 
