@@ -72,7 +72,7 @@ quick: $(INSTALLED) ## the tests of the pure packages and of what is public, in 
 soak: $(INSTALLED) ## the tests of what must never be lost, in their long form: SOAK_TESTS for hours
 	@CHUTES_PROTO_SOAK=1 $(BIN)/python -m pytest -n auto --hypothesis-profile soak $(SOAK_TESTS)
 
-lint: $(INSTALLED) ## ruff, mypy, basedpyright; shellcheck where it is installed
+lint: $(DOCS_INSTALLED) ## ruff, mypy, basedpyright; shellcheck where it is installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
