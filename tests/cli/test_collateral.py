@@ -83,9 +83,11 @@ def test_fetched_shown_checked_and_served_until_a_signal(
     assert command("collateral", "check", out, "--root", root).code == 0
     ended = command(
         "collateral", "fetch", "--fmspc", platform.fmspc.hex().upper(), "--ca", "processor", "--upstream", url,
-        "--root-ca-crl", f"{url}/IntelSGXRootCA.der", "--update", "early", "--root", root, "--out", out,
+        "--root-ca-crl", f"{url}/IntelSGXRootCA.der", "--update", "early", "--root", root, "--out", out, "--json",
     )  # fmt: skip
     assert (ended.code, len(list(out.iterdir()))) == (0, 2)
+    wanted = {"fetched": True, "fmspc": platform.fmspc.hex(), "ca": "processor", "tee": "TDX"}
+    assert ended.json == wanted | {"file": str(next(path for path in out.iterdir() if path != file))}
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (0, "")
@@ -106,6 +108,8 @@ def test_fetch_tells_why_there_is_none(
     url, _ = serve("--fault", "tcb_info_signature")
     ended = command(*fetch[:-1], url, "--fmspc", platform.fmspc.hex())
     assert (ended.code, "did not sign it" in ended.err) == (1, True)
+    ended = command(*fetch[:-1], url, "--fmspc", platform.fmspc.hex(), "--json")
+    assert (ended.json["fetched"], "did not sign it" in ended.json["reason"]) == (False, True)
     ended = command(*fetch[:4], "--out", tmp_path / "out", "--upstream", url, "--fmspc", platform.fmspc.hex())
     assert (ended.code, "root certificate" in ended.err) == (1, True)  # simulated is not Intel's
     assert ended.err.count("--root, which names one to trust") == 1
@@ -207,9 +211,8 @@ def test_check_tells_the_date(command: Command, collected: Path, root: Path, at:
 def test_check_tells_of_each_piece(command: Command, collected: Path, root: Path, platform: SimulatedPlatform) -> None:
     ended = command("collateral", "check", collected, "--root", root, "--at", "2027-03-01")
     lines = ended.out.splitlines()
-    assert lines[0] == (
-        f"{collected}/a.json: FMSPC {platform.fmspc.hex()}, platform CA, TDX: DOES NOT VERIFY at 2027-03-01T00:00:00Z"
-    )
+    about = f"FMSPC {platform.fmspc.hex()}, platform CA, TDX"
+    assert lines[0] == f"NO  {collected}/a.json: {about}: does not verify at 2027-03-01T00:00:00Z"
     assert f"  NO  TCB info                 2027-01-15T08:00:00Z to {END}" in lines
     assert any(line.startswith("  ok  PCK CA certificate") for line in lines)
     assert lines[-1] == f"  all of it verifies until {END}: then PCK CRL expires"

@@ -80,7 +80,7 @@ def test_the_life_of_a_server(miner: Command, register: Command, folder: Path) -
     head, row = miner("servers", "list").out.splitlines()
     assert head.split() == ["SERVER_ID", "NAME", "HOST", "CREATED_AT", "UPDATED_AT"]
     assert row.split()[:3] == ["n1", "vm-1", "1.2.3.4"]
-    assert miner("status", "n1").out == "n1 (vm-1): never attested\n"
+    assert miner("status", "n1").out == "never attested: n1 (vm-1)\n"
     platform = ("--platform", folder / "platform")
     assert miner("attest", "n1", *platform).out.startswith("verified: n1 at ")
     assert " s ago, fresh" in miner("status", "n1").out

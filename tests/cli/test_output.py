@@ -20,6 +20,7 @@ from chutes_proto.cli.extras import extra_of
 from chutes_proto.cli.main import guarded, main
 from chutes_proto.cli.output import Cell
 from chutes_proto.io.server.development import write_server
+from chutes_proto.store.rows import AuditRow, Vm
 from chutes_proto.testing._platform import SimulatedPlatform
 from tests.cli.conftest import HOTKEY, PROGRAM, Ended
 from tests.waiting import wait_until
@@ -81,10 +82,28 @@ def test_a_pipe_gets_whole_values_in_columns(capsys: pytest.CaptureFixture[str])
     assert row == f"{ROWS[0][0]}  refused  {ROWS[0][2]}".rstrip()
 
 
+def test_colour_is_for_the_word_that_says_the_state(terminal: Shown) -> None:
+    output.prose("REFUSED: the quote does not verify", "bad")
+    output.prose("  ok  TCB info", "good")
+    assert terminal() == "\x1b[31mREFUSED\x1b[0m: the quote does not verify\n  \x1b[32mok\x1b[0m  TCB info\n"
+
+
+@pytest.mark.parametrize("columns", ["40", "80", "200"])
+def test_a_text_of_a_row_adds_no_line(terminal: Shown, monkeypatch: pytest.MonkeyPatch, columns: str) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    row = AuditRow(1, "vm", "boot", "refused", "x\ngranted", Vm("5G", "a\nb"))
+    cells: output.Columns = {"VM": lambda row: output.vm(row.vm), "REASON": lambda row: row.reason}
+    output.table(cells, [row], empty="none")
+    output.prose(row.reason, "bad")
+    shown = terminal()
+    assert shown.count("\\ngranted") == 2
+    assert "a\\nb" in shown
+
+
 @pytest.mark.parametrize("hostile", ["\x1b]0;owned\x07", "\x1b[2J", "[red]x[/red][link=file:///]", "\x9b2J", "\u202e"])
 def test_no_text_steers_a_terminal(terminal: Shown, hostile: str) -> None:
     output.table({"A": str, "B": lambda row: Cell(row, "good")}, [hostile], empty="none")
-    output.prose(hostile, "warn")
+    output.prose(f"note: {hostile}", "warn")
     console.complain(f"{hostile}: {hostile}; {hostile}")
     shown = terminal()
     for known in ("\x1b[1m", "\x1b[0m", "\x1b[32m", "\x1b[33m"):
@@ -96,8 +115,8 @@ def test_no_text_steers_a_terminal(terminal: Shown, hostile: str) -> None:
 def test_times_and_digests_are_short_on_a_terminal(terminal: Shown) -> None:
     now = int(time.time())
     assert output.short("ppid:00112233445566778899aabbccddeeff") == "ppid:00112233…"
-    assert output.when(now - 7300).endswith("Z\n2 h ago")
-    assert output.when(now - 200 * 86_400).endswith("\n200 d ago")
+    assert output.when(now - 7300).below == "2 h ago"
+    assert output.when(now - 200 * 86_400, "rekey").below == "200 d ago, rekey"
     assert output.age(now + 100) == "in 1 min"
     assert terminal() == ""
 

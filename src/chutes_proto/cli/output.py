@@ -3,8 +3,8 @@
 Rules kept here:
 
 * on a terminal rich draws; in a pipe, or with ``--plain``, columns of whole values stand side by side;
-* every text is cleaned and none is markup, so a peer or a file steers no terminal;
-* colour says a state, and nothing else; ``NO_COLOR`` turns it off.
+* every text is cleaned and none is markup, so a peer or a file neither steers a terminal nor adds a line;
+* colour is for the word that says a state, and for nothing else; ``NO_COLOR`` turns it off.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 State = Literal["good", "bad", "warn", ""]
 _STYLES = {"good": "green", "bad": "red", "warn": "yellow", "": ""}
 _DIGEST = re.compile(r"\b[0-9a-f]{40,}\b")
+_WORD = re.compile(r"\w+")
 _SHORT = 8
 _GAP = 2
 _NARROW = 100
@@ -42,13 +43,11 @@ _WATCH_SECONDS = 2.0
 
 
 class Cell(NamedTuple):
-    """A text with what state it says; colour only repeats it."""
+    """A text with what state it says; colour only repeats it. ``below`` is a second line."""
 
     text: str
     state: State = ""
-
-    def __str__(self) -> str:
-        return self.text
+    below: str = ""
 
 
 def draws() -> bool:
@@ -131,19 +130,23 @@ def _longest_word(text: str) -> int:
 def _text(cell: Cell) -> Text:
     from rich.text import Text
 
-    return Text("\n".join(map(console.clean, cell.text.split("\n"))), style=_STYLES[cell.state])
+    return Text("\n".join(console.clean(line) for line in (cell.text, cell.below) if line), style=_STYLES[cell.state])
 
 
 def prose(text: str, state: State = "", *, rest: int = 0) -> None:
-    """Print a text of the result. A terminal breaks it between words, later lines begin at ``rest``, and digests in it
-    are short. The words before ``rest`` say the state, or all of them."""
+    """Print a text of the result, whose first word says the state.
+
+    A terminal breaks it between words, later lines begin at ``rest``, and digests in it are short.
+    """
     if not draws():
         console.say(text)
         return
+    from rich.text import Text
+
     brief = _DIGEST.sub(lambda match: short(match[0]), text)
-    lines = filled(console.clean(brief), console.help_width(), rest=" " * rest)
-    shown = _text(Cell(lines))
-    shown.stylize(_STYLES[state], 0, rest or len(lines))
+    shown = Text(filled(console.clean(brief), console.help_width(), rest=" " * rest))
+    if state and (first := _WORD.search(shown.plain)):
+        shown.stylize(_STYLES[state], *first.span())
     _console().print(shown, soft_wrap=True)
 
 
@@ -155,21 +158,24 @@ def short(text: str | None) -> str:
     return text if len(value) <= _SHORT + 1 else f"{kind}{colon}{value[:_SHORT]}…"
 
 
-def vm(named: Vm) -> str:
+def vm(named: Vm) -> Cell:
     """A VM: its hotkey, of which a terminal shows the beginning, and its name; in a narrow one below each other."""
-    return f"{named.name}\n{short(named.hotkey)}" if _is_narrow() else f"{short(named.hotkey)}/{named.name}"
+    hotkey = short(named.hotkey)
+    return Cell(named.name, below=hotkey) if _is_narrow() else Cell(f"{hotkey}/{named.name}")
 
 
-def when(at: int | None) -> str:
-    """A time: the day, or within one day the time of the day, and how long ago or how far ahead it is.
+def when(at: int | None, why: str | None = None) -> Cell:
+    """A time: the day, or within one day the time of the day, how long ago or how far ahead it is, and ``why``.
 
     In a pipe, and with ``--full``, it is a whole time of RFC 3339.
     """
-    if at is None or not draws() or wants("full"):
-        return "-" if at is None else rfc3339(at)
+    if at is None:
+        return Cell("-")
     day, _, hour = rfc3339(at).partition("T")
-    between = "\n" if _is_narrow() else ", "
-    return f"{hour if abs(time.time() - at) < _DAY else day}{between}{age(at)}"
+    is_brief = draws() and not wants("full")
+    first = rfc3339(at) if not is_brief else hour if abs(time.time() - at) < _DAY else day
+    rest = [*([age(at)] if is_brief else []), *([why] if why else [])]
+    return Cell(first, below=", ".join(rest)) if _is_narrow() else Cell(", ".join((first, *rest)))
 
 
 def _is_narrow() -> bool:

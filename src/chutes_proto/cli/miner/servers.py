@@ -144,8 +144,8 @@ def _say(found: Sequence[flows.Server]) -> None:
     output.table(_COLUMNS, found, empty="no servers")
 
 
-def _column(member: str) -> Callable[[flows.Server], str]:
-    def cell(server: flows.Server) -> str:
+def _column(member: str) -> Callable[[flows.Server], str | output.Cell]:
+    def cell(server: flows.Server) -> str | output.Cell:
         value: str | datetime | None = getattr(server, member)
         return output.when(int(value.timestamp())) if isinstance(value, datetime) else value or "-"
 
@@ -209,6 +209,6 @@ def _say_status(found: flows.AttestationStatus) -> None:
     if found.age_seconds is not None:
         words += f" {found.age_seconds} s ago, {'fresh' if found.is_fresh else 'not fresh'}"
     is_good = found.is_fresh and last is not None and last.error is None
-    output.prose(f"{found.server_id} ({found.name}): {words}", "good" if is_good else "warn" if last is None else "bad")
+    output.prose(f"{words}: {found.server_id} ({found.name})", "good" if is_good else "warn" if last is None else "bad")
     if last is not None and last.error is not None:
         console.say(f"reason: {last.error}")

@@ -32,7 +32,7 @@ _COLUMNS: output.Columns = {
     "ORIGIN": lambda row: output.short(row.origin),
     "MADE": lambda row: output.when(row.created_at),
     "HANDED OUT": lambda row: output.when(row.delivered_at) if row.delivered_at else "never",
-    "RETIRED": lambda row: f"{output.when(row.retired_at)}, {row.retirement}" if row.retired_at else "-",
+    "RETIRED": lambda row: output.when(row.retired_at, row.retirement),
     "KEK": lambda row: output.short(row.kek_id),
 }
 _PURGED: output.Columns = {

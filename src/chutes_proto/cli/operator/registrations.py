@@ -54,9 +54,9 @@ def listing(config: str) -> int:
 def _evidence(row: ServerRow) -> output.Cell:
     if row.boot_id:
         return output.Cell(f"boot {output.short(row.boot_id)}", "good")
-    return (
-        output.Cell(f"attested from {output.short(str(row.pin))}", "good") if row.pin else output.Cell("none", "warn")
-    )
+    if row.pin:
+        return output.Cell(f"attested from {output.short(str(row.pin))}", "good")
+    return output.Cell("none", "warn")
 
 
 _COLUMNS: output.Columns = {

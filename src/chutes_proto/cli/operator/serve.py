@@ -162,8 +162,8 @@ def _develop(transport: Transport, platform: str | None) -> int:
         authority, configuration = str(directory / AUTHORITY), str(directory / CONFIGURATION)
 
         def announce(urls: Sequence[str]) -> None:
-            warning = f"This server trusts a SIMULATED platform ({kept}) and accepts any hotkey: for development only."
-            output.prose(warning, "warn")
+            warning = f"SIMULATED: this server trusts a simulated platform ({kept}) and accepts any hotkey."
+            output.prose(f"{warning} It is for development only.", "warn")
             for url in urls:
                 console.say(f"key server: {url}")
             console.say(f"CA certificate: {authority}")

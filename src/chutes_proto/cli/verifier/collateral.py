@@ -6,7 +6,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from chutes_proto.quote import TrustedRoot
 
 _SECONDS: Final = click.IntRange(0, 999_999_999)
+_MARKS: Final[dict[bool, tuple[str, output.State]]] = {True: ("ok", "good"), False: ("NO", "bad")}
 
 command: Group = Group(
     "collateral",
@@ -83,6 +84,7 @@ def _address(text: str) -> tuple[str, int]:
 )
 @click.option("--out", metavar="DIR", required=True, help="the directory for the file; made if missing")
 @root_option
+@json_option
 def fetch_command(
     quote: str | None,
     fmspc: bytes | None,
@@ -136,8 +138,9 @@ def fetch_command(
     outcome = performer.run(settle(cache, family))
     if isinstance(outcome, GiveUp) or fetched is None:
         return _refuse(outcome.reason if isinstance(outcome, GiveUp) else "nothing was fetched")
-    console.say(str(keep_collateral(out, family, fetched)))
-    return console.GRANTED
+    file = str(keep_collateral(out, family, fetched))
+    found = {"file": file, "fmspc": family.fmspc.hex(), "ca": family.ca, "tee": family.tee}
+    return answer({"fetched": True, **found}, file)
 
 
 def _family(quote: str, root: TrustedRoot) -> Family:
@@ -153,8 +156,9 @@ def _unverified(reason: str) -> TransportError:
 
 
 def _refuse(problem: str) -> int:
-    console.complain(_with_hint(problem))
-    return console.REFUSED
+    why = _with_hint(problem)
+    console.complain(why)
+    return answer({"fetched": False, "reason": why}, "", ok=False)
 
 
 def _with_hint(problem: str) -> str:
@@ -248,19 +252,22 @@ def check_command(paths: tuple[str, ...], root: str | None, at: int | None, grac
 
 def _say_forecast(report: dict[str, Any], at: int) -> None:
     if "problem" in report:
-        output.prose(f"{report['file']}: cannot be used: {report['problem']}", "bad")
+        output.prose(f"NO  {report['file']}: cannot be used: {report['problem']}", "bad")
         return
-    word = "verifies" if report["verifies"] else "DOES NOT VERIFY"
+    word = "verifies" if report["verifies"] else "does not verify"
     about = f"FMSPC {report['fmspc']}, {report['ca']} CA, {report['tee']}: {word} at {rfc3339(at)}"
-    output.prose(f"{report['file']}: {about}", "good" if report["verifies"] else "bad")
+    _say_marked(f"{report['file']}: {about}", report)
     for piece in report["pieces"]:
-        mark = "ok" if piece["verifies"] else "NO"
-        told = f"  {mark}  {piece['piece']:24} {piece['from']} to {piece['until']}"
-        output.prose(told, "" if piece["verifies"] else "bad")
+        _say_marked(f"{piece['piece']:24} {piece['from']} to {piece['until']}", piece, indent="  ")
     until: str = report["verifies_until"]
     if output.draws():
         until += f" ({output.age(console.moment(until))})"
     console.say(f"  all of it verifies until {until}: then {report['first_to_end']} expires")
+
+
+def _say_marked(text: str, checked: Mapping[str, Any], indent: str = "") -> None:
+    mark, state = _MARKS[checked["verifies"]]
+    output.prose(f"{indent}{mark}  {text}", state, rest=len(indent) + 4)
 
 
 # --- serve ---
@@ -278,6 +285,7 @@ def _say_forecast(report: dict[str, Any], at: int) -> None:
 @fault_option
 @click.option("--age", metavar="SECONDS", type=_SECONDS, default=0, help="serve collateral made so long ago")
 @simulated_option
+@json_option
 def serve_command(
     listen: tuple[str, int], tls: str | None, faults: tuple[str, ...], age: int, platform: str | None
 ) -> int:
@@ -286,7 +294,7 @@ def serve_command(
     Serves the collateral of the simulated platform at the paths of Intel's PCS, version 4, and of a PCCS, until SIGINT
     or SIGTERM; for tests of tools that fetch collateral. It is under a root that is not Intel's, and made for each
     request. The platform is the one that `serve --dev`, `boot` and `simulate` use. Without --tls it is plain HTTP.
-    Prints its URL.
+    Prints its URL when it accepts connections.
 
     Examples:
       chutes-proto collateral serve
@@ -307,13 +315,16 @@ def serve_command(
         console.complain(f"--listen: {listen[0]}:{listen[1]}: {exc.strerror or exc}")
         return console.REFUSED
     with server:
-        if tls is not None:
-            console.say(f"CA certificate: {server.use_tls(tls, now)}")
+        authority = None if tls is None else str(server.use_tls(tls, now))
         signals = {signal.SIGINT, signal.SIGTERM}
         before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
-        console.say(f"SIMULATED collateral of FMSPC {simulated.fmspc.hex()}: {server.url}")
+        trusted = "" if authority is None else f"CA certificate: {authority}\n"
+        _ = answer(
+            {"url": server.url, "fmspc": simulated.fmspc.hex(), "ca_file": authority},
+            f"{trusted}SIMULATED collateral of FMSPC {simulated.fmspc.hex()}: {server.url}",
+        )
         _ = signal.sigwait(signals)
         server.shutdown()
         _ = signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -10,10 +10,11 @@ import click
 from attrs import evolve
 
 from chutes_proto.cli import console
-from chutes_proto.cli.base import Command, Decorator, at_option, parsed, platform_option
+from chutes_proto.cli.base import Command, Decorator, answer, at_option, json_option, parsed, platform_option
 from chutes_proto.cli.verifier.fields import stage_option
 from chutes_proto.io.files import make_directory, write_file
 from chutes_proto.io.quoters.simulated import open_platform, platform_directory
+from chutes_proto.quote._terms import rfc3339
 from chutes_proto.testing._directory import simulation_files
 from chutes_proto.testing._faults import FAULTS
 from chutes_proto.testing._platform import SimulatedPlatform
@@ -75,6 +76,7 @@ def _list_faults(ctx: click.Context, _: click.Parameter, value: bool) -> None:
 @stage_option
 @at_option("the time at which the collateral is made")
 @platform_option
+@json_option
 def command(
     report_data: bytes, out: str, faults: tuple[str, ...], form: Any, stage: Any, at: int | None, platform: str | None
 ) -> int:
@@ -93,7 +95,10 @@ def command(
     now = int(time.time()) if at is None else at
     simulated = evolve(simulated_platform(platform, now), form=form).having(*faults)
     directory = make_directory(out)
-    for name, data in simulation_files(simulated, report_data, now=now, stage=stage).items():
-        write_file(directory / name, data)
-        console.say(str(directory / name))
-    return console.GRANTED
+    files = {
+        str(directory / name): data
+        for name, data in simulation_files(simulated, report_data, now=now, stage=stage).items()
+    }
+    for name, data in files.items():
+        write_file(name, data)
+    return answer({"files": [*files], "fmspc": simulated.fmspc.hex(), "at": rfc3339(now)}, "\n".join(files))
