@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import socket
 import subprocess
 import time
@@ -44,7 +43,7 @@ class Site:
 def site(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, require_program: Callable[[str], str]
 ) -> Iterator[Site]:
-    nginx = require_program("nginx")
+    _ = require_program("nginx")
     folder = tmp_path_factory.mktemp("site")
     write_server(folder, PLATFORM, int(time.time()))
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -52,15 +51,14 @@ def site(
     text = CONFIGURATION.read_text()
     with (folder / "server.toml").open("a") as file:
         _ = file.write("\n" + GUIDE[0].text)
-    # Root's workers run as another user, who must get at the socket.
-    user = "user root;\n" if folder.owner() == "root" else ""
-    _ = (folder / "nginx.conf").write_text(user + text.replace("listen 8443 ssl", f"listen 127.0.0.1:{port} ssl"))
+    _ = (folder / "nginx.conf").write_text(text.replace("listen 8443 ssl", f"listen 127.0.0.1:{port} ssl"))
     server = start_server("--config", folder / "server.toml", "--transport", request.param, ca=folder / "ca.pem")
     try:
         assert (folder / "keys.sock").is_socket()
         (line,) = [line for line in GUIDE[1].text.splitlines() if line.startswith("nginx ")]
-        command = [nginx, *shlex.split(line.replace("$PWD", str(folder)))[1:], "-e", "stderr", "-g", "daemon off;"]
-        with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(
+            ["sh", "-c", f"exec {line} -e stderr"], cwd=folder, stderr=subprocess.PIPE, text=True
+        ) as process:
             try:
                 until_served(port, process)
                 yield Site(f"https://localhost:{port}", folder, server.url)
@@ -121,7 +119,13 @@ def test_a_boot_and_its_sync(site: Site) -> None:
         assert granted.status_code == 200, granted.text
         headers = {"x-boot-token": granted.json()["boot_token"], "x-chutes-hotkey": HOTKEY}
         synced = http.post("/servers/vm-1/luks", json={"volumes": ["storage"]}, headers=headers)
-        assert list(synced.json()) == ["storage", "in_use"]
+        assert list(synced.json()) == ["storage"]
+
+
+def test_a_redirect_stays_at_the_port_of_nginx(site: Site) -> None:
+    with client(site.url, site.folder, None) as http:
+        redirected = http.get("/servers/nonce/", follow_redirects=True)
+    assert (redirected.status_code, str(redirected.url)) == (200, f"{site.url}/servers/nonce")
 
 
 def test_a_forged_certificate_is_refused(site: Site) -> None:

@@ -98,12 +98,12 @@ ORDER = [
     ("version", 403, Code.QUOTE_MALFORMED, "Invalid quote version: 6 (expected 4 or 5)"),
     ("report_data_nonce", 400, Code.NONCE_MISMATCH, "Quote nonce does not match expected nonce."),
     ("report_data_key", 403, Code.CERTIFICATE_MISMATCH, "Invalid client certificate provided."),
-    ("pck_expired", 403, Code.QUOTE_REJECTED, NOT_VERIFIED),
-    ("quote_signature", 403, Code.QUOTE_REJECTED, NOT_VERIFIED),
+    ("pck_expired", 403, Code.QUOTE_REJECTED, NOT_VERIFIED + " (signature)"),
+    ("quote_signature", 403, Code.QUOTE_REJECTED, NOT_VERIFIED + " (signature)"),
     ("no collateral", 503, Code.COLLATERAL_UNAVAILABLE, None),
-    ("qe_prod_id", 403, Code.QUOTE_REJECTED, NOT_VERIFIED),
-    ("tcb_out_of_date", 403, Code.TCB_REJECTED, NOT_VERIFIED),
-    ("debug", 403, Code.ATTRIBUTES_REJECTED, NOT_VERIFIED),
+    ("qe_prod_id", 403, Code.QUOTE_REJECTED, NOT_VERIFIED + " (signature)"),
+    ("tcb_out_of_date", 403, Code.TCB_REJECTED, NOT_VERIFIED + " (TCB status)"),
+    ("debug", 403, Code.ATTRIBUTES_REJECTED, NOT_VERIFIED + " (attributes)"),
     ("rtmr1", 403, Code.MEASUREMENT_MISMATCH, NOT_EXPECTED + " (RTMR1)"),
     ("hotkey", 403, Code.HOTKEY_REJECTED, "Invalid miner hotkey"),
     ("signature", 401, Code.SIGNATURE_INVALID, None),
@@ -216,8 +216,10 @@ def test_attributes_that_are_never_accepted(world, fault):
 @pytest.mark.parametrize("fault", ["pck_revoked", "tcb_revoked", "qe_report_signature", "tcb_info_fmspc", "other_root"])
 def test_quotes_that_do_not_verify(world, fault):
     world.platform = world.platform.having(fault)
-    status, code, _ = refusal(world.boot())
+    status, code, detail = refusal(world.boot())
     assert (status, code) in [(403, Code.QUOTE_REJECTED), (503, Code.COLLATERAL_UNAVAILABLE)]
+    ends = {"tcb_revoked": "(TCB status)", "other_root": "(root)", "tcb_info_fmspc": "Retry shortly."}
+    assert detail.endswith(ends.get(fault, "(signature)"))
 
 
 def test_names_are_bound_to_their_platform(world):

@@ -258,7 +258,10 @@ def test_the_example_under_a_server(command: list[str], prefix: str, site: Path,
             large = client.post("/servers/vm-1/luks", content=b"x" * 20_001, headers=proxied)
             assert (large.status_code, large.json()["code"]) == (413, "body_too_large")
             wrong = client.put("/servers/nonce", headers=proxied)
-            assert (wrong.status_code, wrong.headers["allow"]) == (405, "GET")
+            assert (wrong.status_code, wrong.headers["allow"]) == (405, "GET, HEAD")
+            assert len(nonce.headers.get_list("date")) == 1
+            head = client.head("/openapi.json", headers=proxied)
+            assert (head.status_code, head.content) == (200, b"")
     finally:
         process.terminate()
         _, said = process.communicate(timeout=60)

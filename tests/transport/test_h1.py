@@ -66,7 +66,7 @@ def test_a_request_and_its_answer() -> None:
             peer_address="192.0.2.1",
         )
     ]
-    assert sent == b'HTTP/1.1 200 \r\ncontent-type: application/json\r\ncontent-length: 7\r\n\r\n{"a":1}'
+    assert sent == b'HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 7\r\n\r\n{"a":1}'
     assert (talk.connection.closed, talk.connection.close_reason) == (False, "")
 
 
@@ -158,7 +158,7 @@ def test_draining_does_not_wait_long_for_a_request() -> None:
 def test_head_has_no_body_and_keeps_the_framing() -> None:
     talk = Talk(lambda request: HttpResponse(405 if request.method == "HEAD" else 200, JSON, b"{}"))
     head = talk.feed(GET.replace(b"GET", b"HEAD"))
-    assert head == b"HTTP/1.1 405 \r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n"
+    assert head == b"HTTP/1.1 405 Method Not Allowed\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n"
     assert answers(talk.feed(GET))[0].body == b"{}"
 
 
@@ -266,6 +266,9 @@ def test_an_answer_that_is_none_changes_nothing(response: HttpResponse) -> None:
         POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
         POST + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
         b"POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        POST + b"Transfer-Encoding: chunked\r\n\r\n1;a\rb\r\nx\r\n0\r\n\r\n",
+        POST + b"Transfer-Encoding: chunked\r\n\r\n1\r\nx\r\n1;\r\r\nx\r\n0\r\n\r\n",
+        POST + b"Transfer-Encoding: chunked\r\n\r\n0;a\rb\r\n\r\n",
         POST + b"Transfer-Encoding: chunked\r\n\r\nxyz\r\n",
         POST + b"Transfer-Encoding: chunked\r\n\r\n2\r\nabc\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",

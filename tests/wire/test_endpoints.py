@@ -1,6 +1,7 @@
 """Routing: what matches, what redirects, what is another verb, and what is nothing."""
 
 import re
+from urllib.parse import urljoin
 
 import pytest
 from hypothesis import given
@@ -23,10 +24,10 @@ def test_numbers_and_names_are_unique() -> None:
 @pytest.mark.parametrize(
     ("method", "path", "allow"),
     [
-        ("POST", "/servers/nonce", ("GET",)),
-        ("HEAD", "/servers/nonce", ("GET",)),
-        ("PUT", "/servers/vm/luks", ("GET", "POST")),
-        ("get", "/openapi.json", ("GET",)),
+        ("POST", "/servers/nonce", ("GET", "HEAD")),
+        ("HEAD", "/servers/boot/attestation", ("POST",)),
+        ("PUT", "/servers/vm/luks", ("GET", "HEAD", "POST")),
+        ("get", "/openapi.json", ("GET", "HEAD")),
     ],
 )
 def test_another_verb(method: str, path: str, allow: tuple[str, ...]) -> None:
@@ -38,7 +39,11 @@ def test_another_verb(method: str, path: str, allow: tuple[str, ...]) -> None:
     [("/servers/nonce/", "/servers/nonce"), ("/servers/vm/luks/", "/servers/vm/luks"), ("/servers", "/servers/")],
 )
 def test_a_final_slash_is_redirected(path: str, other: str) -> None:
-    assert route("GET", path) == Redirect(other)
+    match route("GET", path):
+        case Redirect(reference):
+            assert urljoin("https://host" + path, reference) == "https://host" + other
+        case found:
+            pytest.fail(str(found))
 
 
 @pytest.mark.parametrize(

@@ -37,11 +37,11 @@ REFERENCE = {
         "body.miner_hotkey": True,
         "body.vm_name": True,
     },
-    "get_cache_passphrase": {"vm_name": True, "hotkey": True, "X-Boot-Token": False},
+    "get_cache_passphrase": {"vm_name": True, "hotkey": False, "X-Boot-Token": True},  # a header serves, too
     "sync_volumes": {
         "vm_name": True,
         "X-Chutes-Hotkey": False,
-        "X-Boot-Token": False,
+        "X-Boot-Token": True,
         "body.volumes": True,
         "body.rekey": False,
     },

@@ -398,14 +398,13 @@ def _sync_step(volumes: Volumes) -> _Step:
         )
         answer = yield from _ask(vms.VOLUME_SYNC, request, vms.VolumeSyncAnswer)
         passphrases = dict(answer.passphrases)
-        _check_answered(asked, passphrases, answer.in_use)
+        in_use = answer.in_use or ()
+        _check_answered(asked, passphrases, in_use)
         keys = tuple(
-            VolumeKey(
-                volume=name, passphrase=passphrases[name], is_formatted=volumes[name], is_in_use=name in answer.in_use
-            )
+            VolumeKey(volume=name, passphrase=passphrases[name], is_formatted=volumes[name], is_in_use=name in in_use)
             for name in asked
         )
-        yield from Log(Record.of(Level.INFO, "volumes_received", volumes=list(asked), in_use=sorted(answer.in_use)))
+        yield from Log(Record.of(Level.INFO, "volumes_received", volumes=list(asked), in_use=sorted(in_use)))
         return grant, VolumeKeys(keys)
 
     return _Step("sync", Input.KEYS, sync)

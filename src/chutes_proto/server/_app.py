@@ -15,10 +15,10 @@ Rules kept here:
 from __future__ import annotations
 
 import math
-import re
 import traceback
 from collections.abc import Callable, Mapping
-from functools import cache
+from email.utils import formatdate
+from functools import cache, lru_cache
 from typing import Any
 
 from attrs import define, evolve, field, frozen
@@ -43,7 +43,6 @@ from chutes_proto.wire.endpoint import Endpoint, Message
 from chutes_proto.wire.http import HttpRequest, HttpResponse, MalformedRequest
 from chutes_proto.wire.public import ApiDescriptionAnswer, PublicRequest
 
-_HOST = re.compile(r"[A-Za-z0-9.\-]+(?::[0-9]+)?|\[[0-9A-Fa-f:.]+\](?::[0-9]+)?")
 _DRAINED = (vms.BOOT_NONCE, vms.BOOT_ATTESTATION)
 _ASKED_ONCE = (vms.CACHE_PASSPHRASE, vms.VOLUME_SYNC, vms.VOLUME_ATTESTATION, vms.VOLUME_CONFIRMATION)
 _GRANTS = (vms.BOOT_ATTESTATION, vms.VOLUME_ATTESTATION)
@@ -123,9 +122,9 @@ class App:
         """The answer to ``request``; raises nothing but what ends the process."""
         request_id = (yield from Entropy(16)).hex()
         response = yield from self._respond(request, request_id)
-        if not self.draining:
-            return response
-        return evolve(response, headers=(*response.headers, ("connection", "close")))
+        closing = (("connection", "close"),) if self.draining else ()
+        date = ("date", _http_date((yield from Now())))  # RFC 9110, section 6.6.1
+        return evolve(response, headers=(*response.headers, *closing, date))
 
     def _respond(self, request: HttpRequest | MalformedRequest, request_id: str) -> Flow[HttpResponse]:
         """Answer every request, and log a refusal for the operator."""
@@ -161,7 +160,7 @@ class App:
                 headers = [("allow", ", ".join(allow))]
                 raise BadRequest(Code.METHOD_NOT_ALLOWED, "Method Not Allowed", headers=headers)
             case endpoints.Redirect(other):
-                return HttpResponse(307, (("location", _origin(request) + other + mark + query),))
+                return HttpResponse(307, (("location", other + mark + query),))
             case None:
                 raise Refused(Code.NOT_FOUND, "Not Found")
         if self.draining and match.endpoint in _DRAINED:
@@ -218,10 +217,10 @@ def _log(level: Level, event: str, fields: dict[str, Value], held_back: int) -> 
     yield from Log(Record(level, event, {**fields, "held_back": held_back} if held_back else fields))
 
 
-def _origin(request: HttpRequest) -> str:
-    """``https://host`` of the request, or nothing, for a relative redirect, unless its Host is a plain one."""
-    host = "".join(request.header_values("host")[:1])
-    return f"https://{host}" if _HOST.fullmatch(host) else ""
+@lru_cache(maxsize=4)
+def _http_date(at: int) -> str:
+    """Format unix seconds for a header (RFC 9110, section 5.6.7)."""
+    return formatdate(at, usegmt=True)
 
 
 def _where(exc: Exception) -> str:

@@ -99,7 +99,7 @@ def verify_evidence(service: Service, nonce: bytes, key: ClientKey, quote_text: 
     except VerificationError as exc:
         if isinstance(exc, _OURS):
             raise _no_collateral(f"{exc.code}: {exc}") from None
-        raise Refused(Code.QUOTE_REJECTED, _NOT_VERIFIED, reason=f"{exc.code}: {exc}") from None
+        raise Refused(Code.QUOTE_REJECTED, _NOT_VERIFIED + _part(exc), reason=f"{exc.code}: {exc}") from None
     except CollateralUnavailable as exc:
         raise _no_collateral(str(exc)) from None
     return Evidence(verdict, data)
@@ -126,12 +126,23 @@ def appraise(service: Service, evidence: Evidence, stage: Literal["boot", "runti
         reason = str(exc)
         parts = {refusal.part for refusal in exc.refusals}
         if "tcb" in parts:
-            raise Refused(Code.TCB_REJECTED, _NOT_VERIFIED, reason=reason) from None
+            raise Refused(Code.TCB_REJECTED, f"{_NOT_VERIFIED} (TCB status)", reason=reason) from None
         if "attributes" in parts:
-            raise Refused(Code.ATTRIBUTES_REJECTED, _NOT_VERIFIED, reason=reason) from None
+            raise Refused(Code.ATTRIBUTES_REJECTED, f"{_NOT_VERIFIED} (attributes)", reason=reason) from None
         registers = [refusal.register for refusal in exc.refusals if refusal.register]
         named = f" ({registers[0]})" if registers else ""
         raise Refused(Code.MEASUREMENT_MISMATCH, _NOT_EXPECTED + named, reason=reason) from None
+
+
+def _part(error: VerificationError) -> str:
+    """The end of a refusal's text: deployed clients print no code, and an operator asks first which of these it was."""
+    match error:
+        case steps.UntrustedRootError():
+            return " (root)"
+        case steps.TcbNotSupportedError() | steps.TcbRevokedError():
+            return " (TCB status)"
+        case _:
+            return " (signature)"
 
 
 def _format_text(error: QuoteFormatError) -> str:

@@ -88,7 +88,8 @@ def sync_volumes(service: Service, call: Call[VolumeSyncRequest]) -> Flow[Volume
         rekey=list(rekey),
         replayed=keys.replayed,
     )
-    return VolumeSyncAnswer(passphrases=keys.passphrases, in_use=keys.in_use)
+    # Deployed clients take every member of the answer for a passphrase; only one that sends `formatted` knows the list.
+    return VolumeSyncAnswer(passphrases=keys.passphrases, in_use=None if message.formatted is None else keys.in_use)
 
 
 def _credentials(token: str | None, in_header: str | None, in_query: str | None) -> tuple[str, str]:

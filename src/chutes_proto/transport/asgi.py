@@ -111,11 +111,13 @@ class AsgiApp:
             return
         response = await self._run(self._application.handle(request))
         headers = [(name.encode("ascii"), value.encode("latin-1")) for name, value in response.headers]
+        left_out = [b"date"]  # ASGI servers add their own
         if not scope.get("http_version", "1.1").startswith("1"):  # RFC 9113, section 8.2.2
-            headers = [(name, value) for name, value in headers if name != b"connection"]
+            left_out.append(b"connection")
+        headers = [(name, value) for name, value in headers if name not in left_out]
         headers.append((b"content-length", b"%d" % len(response.body)))
         await send({"type": "http.response.start", "status": response.status, "headers": headers})
-        await send({"type": "http.response.body", "body": response.body})
+        await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else response.body})
         self._application.sent(response)
 
     async def _request(self, scope: Message, receive: Receive) -> HttpRequest | MalformedRequest | None:

@@ -10,7 +10,8 @@ Rules kept here:
   takes too long (408), and bytes that are not a request (400). The application makes the answer to an error, as it does
   the answer to a request;
 * these are refused (400) although h11 takes them, because parsers differ over where such a request ends: a line of head
-  or trailers that no CR ends, a folded line, a length that is not one plain number, two kinds of length;
+  or trailers that no CR ends, a CR within a line (of a chunk's extension), a folded line, a length that is not one
+  plain number, two kinds of length;
 * however the peer's bytes are cut, requests and answers are the same;
 * one request at a time: bytes of the next wait until the answer has been sent;
 * after the last answer the peer is told that there will be no more, and a bounded amount of its further bytes is
@@ -25,6 +26,7 @@ import re
 from collections.abc import Mapping
 from enum import Enum, auto
 from functools import lru_cache
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Final, Protocol
 
 from attrs import frozen
@@ -51,6 +53,8 @@ LAST_CALL_SECONDS: Final = 1.0
 _CLOSE: Final = ("connection", "close")
 
 _BARE_LF: Final = re.compile(rb"[^\r]\n|\A\n\Z")  # trailers that are read on their own may be no more than the LF
+_BARE_CR: Final = re.compile(rb"\r(?!\n)")
+_STATUSES: Final = frozenset(HTTPStatus)
 _FOLDED: Final = re.compile(rb"\n[ \t]")
 _LENGTH: Final = re.compile(rb"\ncontent-length:(.*)\r", re.IGNORECASE)
 
@@ -145,6 +149,7 @@ class ServerConnection:
         }
         self._h11 = self._reader()
         self._inbox = bytearray()  # plaintext that h11 has not been given
+        self._read = b""  # what h11 has taken of the next event: a chunk's header may come before the event does
         self._outbox = bytearray()
         self._in_flight = False  # the caller was given bytes to send and has not come back
         self._head: h11.Request | None = None
@@ -302,6 +307,7 @@ class ServerConnection:
                     if self._h11.they_are_waiting_for_100_continue:
                         self._write(self._h11.send(h11.InformationalResponse(status_code=100, headers=[])) or b"")
                 case h11.Data() as data:
+                    _check_lines(read[: len(read) - len(data.data)])
                     self._body += data.data
                     if len(self._body) > self._limits.body_bytes:
                         raise BadRequest(Code.BODY_TOO_LARGE, "Request body too large")
@@ -319,7 +325,7 @@ class ServerConnection:
                     return
 
     def _next_event(self) -> tuple[object, bytes]:
-        """The next event of h11 and the bytes read for it, such as a head or trailers as they were sent.
+        """The next event of h11 and the bytes read for it, such as a head or a chunk's header as they were sent.
 
         h11 is given no more than it may hold, so that its limit does not depend on how the bytes are cut.
         """
@@ -327,8 +333,12 @@ class ServerConnection:
         while True:
             held, _ = self._h11.trailing_data
             event: object = self._h11.next_event()
-            if event is not h11.NEED_DATA or not self._feed():
-                return event, held[: len(held) - len(self._h11.trailing_data[0])]
+            self._read += held[: len(held) - len(self._h11.trailing_data[0])]
+            if event is not h11.NEED_DATA:
+                read, self._read = self._read, b""
+                return event, read
+            if not self._feed():
+                return event, b""
 
     def _feed(self) -> bool:
         if self._inbox:
@@ -455,9 +465,15 @@ def peer_address(name: tuple[object, ...] | str | bytes) -> str:
 def _written_head(status: int, headers: Headers) -> bytes:
     """The head of an answer as h11 writes it; equal heads are written once. Raises `LocalProtocolError`."""
     try:
-        return h11.Connection(h11.SERVER).send(h11.Response(status_code=status, headers=list(headers))) or b""
+        answer = h11.Response(status_code=status, headers=list(headers), reason=_phrase(status))
+        return h11.Connection(h11.SERVER).send(answer) or b""
     except h11.LocalProtocolError as exc:
         raise LocalProtocolError(f"not an answer of HTTP: {exc}") from exc
+
+
+def _phrase(status: int) -> str:
+    """The reason phrase of a status: RFC 9112 makes it optional, and some clients print nothing else."""
+    return HTTPStatus(status).phrase if status in _STATUSES else ""
 
 
 def bad_request(reason: str) -> BadRequest:
@@ -466,12 +482,14 @@ def bad_request(reason: str) -> BadRequest:
 
 
 def _check_lines(sent: bytes) -> None:
-    """Raise `BadRequest` for a line of a head or of trailers that ends in LF alone, or is folded.
+    """Raise `BadRequest` for a line of a head, a chunk or trailers that ends in LF alone, has a CR in it, or is folded.
 
     RFC 9112, sections 2.2 and 5.2.
     """
     if _BARE_LF.search(sent):
         raise bad_request("a line of the request ends without CR")
+    if _BARE_CR.search(sent):
+        raise bad_request("a line of the request has a CR in it")
     if _FOLDED.search(sent):
         raise bad_request("a folded line in the request's head or trailers")
 

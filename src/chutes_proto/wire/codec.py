@@ -136,7 +136,7 @@ def _answer_content(answer: Message) -> bytes:
     match answer:
         case VolumeSyncAnswer(passphrases=passphrases, in_use=in_use):
             members: dict[str, object] = {volume: _CONVERTER.unstructure(secret) for volume, secret in passphrases}
-            return json.encode({**members, VolumeSyncAnswer.IN_USE: list(in_use)})
+            return json.encode(members if in_use is None else {**members, VolumeSyncAnswer.IN_USE: list(in_use)})
         case _ if (verbatim := sole_field(type(answer), "BYTES")) is not None:
             return cast("bytes", getattr(answer, verbatim))
         case _:
@@ -156,7 +156,7 @@ def decode_answer(endpoint: Endpoint, response: HttpResponse) -> Message:
     name = sole_field(endpoint.answer, "LIST")
     content = _answer_object(response) if name is None else {name: _answer_json(response)}
     if endpoint.answer is VolumeSyncAnswer:
-        in_use = content.pop(VolumeSyncAnswer.IN_USE, [])
+        in_use = content.pop(VolumeSyncAnswer.IN_USE, None)
         content = {"passphrases": list(content.items()), "in_use": in_use}
     try:
         return _CONVERTER.structure(content, endpoint.answer)

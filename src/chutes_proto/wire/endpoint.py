@@ -30,6 +30,7 @@ PLACE = "place"
 WIRE_NAME = "wire_name"
 DESCRIPTION = "description"
 DOCUMENTED_AS_REQUIRED = "documented_as_required"
+AT_LEAST = "at_least"
 
 
 def path(description: str) -> Any:
@@ -45,14 +46,17 @@ def query(description: str, *, wire_name: str | None = None, required: bool = Fa
     return _optional("query", description, wire_name, required)
 
 
-def header(name: str, description: str) -> Any:
-    """A header field; its absence never fails the decoding. A ``repr`` shows none of them: some are secrets."""
-    return _optional("header", description, name, required=False)
+def header(name: str, description: str, *, required: bool = False) -> Any:
+    """A header field, like a `query` parameter. A ``repr`` shows none of them: some are secrets."""
+    return _optional("header", description, name, required)
 
 
-def body(description: str, **options: Any) -> Any:
-    """A member of the JSON body, mandatory unless it has a ``default``."""
-    return field(kw_only=True, metadata={PLACE: "body", DESCRIPTION: description}, **options)
+def body(description: str, *, at_least: int = 0, **options: Any) -> Any:
+    """A member of the JSON body, mandatory unless it has a ``default``.
+
+    ``at_least``, the fewest items, is for the API's description only.
+    """
+    return field(kw_only=True, metadata={PLACE: "body", DESCRIPTION: description, AT_LEAST: at_least}, **options)
 
 
 def _optional(place: str, description: str, wire_name: str | None, required: bool) -> Any:

@@ -3,7 +3,8 @@
 The client's encoder, the server's router and decoder, the OpenAPI document and the reference are made from it.
 
 Rules of routing: a fixed path wins over one with parameters; ``%2F`` never stands for a separator and matches nothing;
-another verb is 405 with ``Allow``; a path that only lacks or has too much of a final slash is redirected with 307.
+HEAD is served wherever GET is (RFC 9110, section 9.3.2); another verb is 405 with ``Allow``; a path that only lacks or
+has too much of a final slash is redirected with 307.
 """
 
 from __future__ import annotations
@@ -67,7 +68,10 @@ class WrongMethod:
 
 @frozen
 class Redirect:
-    """The path is known with, or without, a final slash."""
+    """The path is known with, or without, a final slash.
+
+    ``path`` is relative to the one that was asked for, so that it holds behind a proxy and under a mount.
+    """
 
     path: str
 
@@ -76,13 +80,19 @@ def route(method: str, path: str) -> Match | WrongMethod | Redirect | None:
     """Route a request line; ``path`` is still percent-encoded and without its query."""
     here = _matches(path)
     for endpoint, values in here:
-        if endpoint.method == method:
+        if endpoint.method == ("GET" if method == "HEAD" else method):
             parameters = _parameters(endpoint, values)
             return None if parameters is None else Match(endpoint, parameters)
     if here:
-        return WrongMethod(tuple(dict.fromkeys(endpoint.method for endpoint, _ in here)))
-    other = path.removesuffix("/") if path.endswith("/") else path + "/"
-    return Redirect(other) if _matches(other) else None
+        return WrongMethod(tuple(dict.fromkeys(verb for endpoint, _ in here for verb in _verbs(endpoint))))
+    stem = path.removesuffix("/")
+    last = stem.rpartition("/")[2]
+    other, reference = (path + "/", f"./{last}/") if path == stem else (stem, f"../{last}")
+    return Redirect(reference) if _matches(other) else None
+
+
+def _verbs(endpoint: Endpoint) -> tuple[str, ...]:
+    return ("GET", "HEAD") if endpoint.method == "GET" else (endpoint.method,)
 
 
 def _matches(path: str) -> list[tuple[Endpoint, tuple[str, ...]]]:

@@ -13,6 +13,7 @@ from chutes_proto.secret import Secret
 from chutes_proto.wire import json
 from chutes_proto.wire.codes import Code
 from chutes_proto.wire.endpoint import (
+    AT_LEAST,
     DESCRIPTION,
     DOCUMENTED_AS_REQUIRED,
     PLACE,
@@ -130,17 +131,23 @@ def _object(message: type[Any], fields: Sequence[attrs.Attribute[Any]]) -> dict[
         in_use = {"type": "array", "items": {"type": "string"}}
         return {
             "type": "object",
-            "description": "One member per volume with its passphrase, then `in_use`.",
+            "description": "One member per volume with its passphrase, then `in_use` if the request has `formatted`.",
             "properties": {VolumeSyncAnswer.IN_USE: in_use},
-            "required": [VolumeSyncAnswer.IN_USE],
             "additionalProperties": {"type": "string"},
         }
     name = sole_field(message, "LIST")
     if name is not None:
         return _schema(next(f.type for f in fields if f.name == name))
-    properties = {f.name: {**_schema(f.type), "description": f.metadata[DESCRIPTION]} for f in fields}
+    properties = {f.name: _property(f) for f in fields}
     required = [f.name for f in fields if f.default is attrs.NOTHING]
     return {"type": "object", "properties": properties, "required": required}
+
+
+def _property(field: attrs.Attribute[Any]) -> dict[str, object]:
+    schema = _schema(field.type)
+    if least := field.metadata.get(AT_LEAST):
+        schema["minItems" if schema["type"] == "array" else "minProperties"] = least
+    return {**schema, "description": field.metadata[DESCRIPTION]}
 
 
 def _error(detail: dict[str, object]) -> dict[str, object]:

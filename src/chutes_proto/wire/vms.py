@@ -47,9 +47,9 @@ class CachePassphraseRequest:
     """Operation 3."""
 
     vm_name: Name = path("VM name/identifier")
-    hotkey: str | None = query("Miner hotkey that owns this VM", required=True)
+    hotkey: str | None = query("Miner hotkey that owns this VM, unless the header X-Chutes-Hotkey has it")
     hotkey_header: str | None = header("X-Chutes-Hotkey", "the same hotkey, for callers that send it as a header")
-    boot_token: str | None = header("X-Boot-Token", "the boot token of operation 2")
+    boot_token: str | None = header("X-Boot-Token", "the boot token of operation 2", required=True)
 
 
 @frozen
@@ -66,25 +66,29 @@ class VolumeSyncRequest:
     vm_name: Name = path("VM name/identifier")
     hotkey: str | None = header("X-Chutes-Hotkey", "Miner hotkey that owns this VM")
     hotkey_query: str | None = query("the same hotkey, for callers that send it in the query", wire_name="hotkey")
-    boot_token: str | None = header("X-Boot-Token", "the boot token of operation 2; this call redeems it")
-    volumes: tuple[str, ...] = body("Volume names the VM is managing (defines full set)")
+    boot_token: str | None = header(
+        "X-Boot-Token", "the boot token of operation 2; this call redeems it", required=True
+    )
+    volumes: tuple[str, ...] = body("Volume names the VM is managing (defines full set)", at_least=1)
     rekey: tuple[str, ...] | None = body(
         "Volume names that must receive new passphrases because they are about to be formatted; a subset of volumes",
         default=None,
     )
-    formatted: tuple[str, ...] | None = body("Volume names that have a LUKS header on the VM's disks", default=None)
+    formatted: tuple[str, ...] | None = body(
+        "Volume names that have a LUKS header on the VM's disks; the answer then has in_use", default=None
+    )
 
 
 @frozen
 class VolumeSyncAnswer:
-    """One member per volume, in the order of the request, then ``in_use``.
+    """One member per volume, in the order of the request, then ``in_use`` where the request has ``formatted``.
 
     ``in_use`` names the volumes whose disk is known to hold data: a client that finds a blank disk there does not
     format it.
     """
 
     passphrases: tuple[tuple[str, Secret], ...] = body("volume name: passphrase")
-    in_use: tuple[str, ...] = body("the volumes whose disks are known to hold data")
+    in_use: tuple[str, ...] | None = body("the volumes whose disks are known to hold data", default=None)
 
     IN_USE = "in_use"
 
@@ -119,7 +123,7 @@ class VolumeAttestationRequest:
     hotkey: str | None = header("X-Chutes-Hotkey", "Miner hotkey that owns this VM")
     quote_nonce: str | None = header("X-Quote-Nonce", "the luks_quote_nonce of operation 2; this call consumes it")
     quote: str = body("Base64 encoded TDX quote")
-    volumes: tuple[str, ...] = body("Volume names that the VM is about to open; others are left alone")
+    volumes: tuple[str, ...] = body("Volume names that the VM is about to open; others are left alone", at_least=1)
     formatted: tuple[str, ...] | None = body("Volume names that have a LUKS header on the VM's disks", default=None)
 
 
@@ -144,7 +148,7 @@ class VolumeConfirmationRequest:
     vm_name: Name = path("VM name/identifier")
     hotkey: str | None = header("X-Chutes-Hotkey", "Miner hotkey that owns this VM")
     confirm_nonce: str | None = header("X-Confirm-Nonce", "the confirm_nonce of operation 13")
-    volumes: Mapping[str, VolumeConfirmation] = body("volume name: whether its disk has the next key")
+    volumes: Mapping[str, VolumeConfirmation] = body("volume name: whether its disk has the next key", at_least=1)
 
 
 @frozen
