@@ -111,6 +111,21 @@ def test_people_get_lines(verify: Command) -> None:
     assert refused.out.startswith("REFUSED: the quote does not verify\npck_revoked: ")
 
 
+def test_people_are_told_of_a_missing_floor(verify: Command, tmp_path: Path) -> None:
+    told = "The TCB recovery was not compared with anything"
+    assert told in verify().out
+    floor = "[tcb]\nmin_evaluation_number = 20\n"
+    for text, is_told in (
+        ("", True),
+        (floor, False),
+        ("[[any_of]]\n[[any_of]]\n[any_of.tcb]\nmin_evaluation_number = 20", True),
+        ("[[all_of]]\n[[all_of]]\n[all_of.tcb]\nmin_evaluation_number = 20", False),
+    ):
+        _ = (tmp_path / "policy.toml").write_text(text)
+        assert (told in verify("--policy", tmp_path / "policy.toml").out) == is_told
+    assert verify("--json").json["collateral"]["pck_crl_issued"] == NOW
+
+
 def test_a_policys_refusal_leaves_the_quote_genuine(verify: Command) -> None:
     refused = verify(faults=("debug",))
     assert refused.code == 1

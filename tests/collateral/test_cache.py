@@ -35,6 +35,7 @@ from chutes_proto.testing._faults import Fault
 from chutes_proto.testing._platform import COLLATERAL_SECONDS, SimulatedPlatform
 from chutes_proto.testing._playbook import Playbook
 from chutes_proto.testing._service import CollateralService
+from chutes_proto.testing._statements import EVALUATION_NUMBER
 from chutes_proto.wire.http import HttpRequest, HttpResponse
 
 NOW = 1_800_000_000
@@ -42,6 +43,12 @@ PLATFORM = SimulatedPlatform(bytes(32))
 ROOT = PLATFORM.root
 SERVICE = CollateralService((PLATFORM, PLATFORM.another(1)))
 FIRST, SECOND = Upstream.parse("https://first"), Upstream.parse("https://second")
+NEXT_RECOVERY = Fault(
+    name="next TCB recovery",
+    side="collateral",
+    what="a QE identity of the next TCB evaluation data number",
+    qe_identity=lambda draft: evolve(draft, evaluation_number=EVALUATION_NUMBER + 1),
+)
 LATE = NOW + COLLATERAL_SECONDS + 1
 
 
@@ -57,6 +64,8 @@ def verified(at: int = NOW, **changes: Any) -> VerifiedCollateral:
 class World:
     """A clock, and upstreams that are ``down``, or answer with a ``status``, or honestly with what is ``age`` old.
 
+    With ``only``, the answer of ``status`` is for this path alone.
+
     To ask one that is ``broken`` meets a defect of ours.
     """
 
@@ -66,6 +75,7 @@ class World:
         self.down: set[str] = set()
         self.broken: set[str] = set()
         self.status: dict[str, HttpResponse] = {}
+        self.only: str | None = None
         self.age = 0
         self.asked: list[str] = []
         self.log: list[Record] = []
@@ -92,7 +102,7 @@ class World:
         if host in self.broken:
             raise RuntimeError("a defect")
         honest = SERVICE.answer(HttpRequest("GET", "/" + path), self.now - self.age)
-        return self.status.get(host, honest)
+        return honest if self.only not in (None, "/" + path) else self.status.get(host, honest)
 
     def decide(self, of: Family | None = None) -> Decision:
         return self.cache.decide(of or family(), self.now)
@@ -332,7 +342,7 @@ def test_a_fresh_answer_is_before_a_stale_one() -> None:
 def test_nothing_is_replaced_by_what_is_older() -> None:
     world = World()
     held = world.warm()
-    newer = verified(NOW, root_crl_number=held.root_crl_number + 1)
+    newer = verified(NOW, issue=replace(held.issue, root_crl_number=held.issue.root_crl_number + 1))
     world.cache.restore(newer)
     world.now += 10
     assert world.fetch() is None
@@ -344,13 +354,33 @@ def test_nothing_is_replaced_by_what_is_older() -> None:
 
 def test_no_younger_crl_is_replaced_by_an_older_one_of_the_same_number() -> None:
     world = World()
-    terms = world.warm().terms
-    younger = tuple(replace(term, begin=term.begin + (60 if term.subject == "PCK CRL" else 0)) for term in terms)
-    world.cache.restore(verified(NOW, terms=younger))
+    issue = world.warm().issue
+    world.cache.restore(verified(NOW, issue=replace(issue, pck_crl_issued=issue.pck_crl_issued + 60)))
     world.now += 61
     world.age = 30
     assert world.fetch() is None
     assert "it is older than the cached collateral" in str(world.log[-1].fields["error"])
+
+
+def test_collateral_of_two_tcb_recoveries_is_fetched_again() -> None:
+    """As when Intel publishes one between two answers; the next round mends it."""
+    world = World(FIRST, SECOND)
+    later = CollateralService((PLATFORM.having(NEXT_RECOVERY),))
+    target = FIRST.qe_identity(family(), "standard").removeprefix("https://first")
+    world.status["first"] = later.answer(HttpRequest("GET", target), NOW)
+    world.only = target
+    assert world.fetch() is not None
+    failed = next(record for record in world.log if record.event == "collateral_upstream_failed")
+    assert "TCB evaluation data number 20, its QE identity 21" in str(failed.fields["error"])
+    world.down.add("second")
+    world.cache = CollateralCache((FIRST, SECOND), root=ROOT, seed=b"seed")
+    assert isinstance(world.decide(), Fetch)
+    assert world.fetch() is None
+    assert "QE identity 21" in reason(world.landed())
+    world.only = None
+    world.status.clear()
+    world.now += 120
+    assert world.fetch() is not None
 
 
 def test_the_same_again_is_no_news() -> None:

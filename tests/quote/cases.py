@@ -23,7 +23,7 @@ ABSENT = f"no test vectors: {FOLDER} is not there"
 
 DCAP_QVL_POLICY = Policy(
     tcb=TcbPolicy(accepted_statuses=frozenset(TcbStatus) - {TcbStatus.REVOKED}),
-    attributes=AttributePolicy(xfam_required=0, xfam_allowed=(1 << 64) - 1),
+    attributes=AttributePolicy(attributes_allowed=(1 << 64) - 1, xfam_required=0, xfam_allowed=(1 << 64) - 1),
     measurements="unchecked",
 )
 """Decisions of dcap-qvl besides verification: no debugging, migration or service TD, SEPT_VE_DISABLE; any XFAM."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from chutes_proto.quote._collateral import Collateral, VerifiedCollateral
+from chutes_proto.quote._layout import parse_quote
 from chutes_proto.quote._measurements import Profile
 from chutes_proto.quote._roots import TrustedRoot
 from chutes_proto.quote._verify import SignedQuote, Verdict, check_signed, open_quote, verify_collateral, verify_genuine
@@ -30,8 +31,19 @@ def verified_of(platform: SimulatedPlatform, now: int = NOW) -> VerifiedCollater
     return verify_collateral(collateral_of(platform, now), now=now, root=ROOT)
 
 
-def verdict_of(platform: SimulatedPlatform, *faults: str, **options: Any) -> Verdict:
-    """The verdict on a quote with these faults; the collateral is as the faults make it."""
+def with_certification(quote: bytes, kind: int, data: bytes) -> bytes:
+    """The quote (version 4 or 5) with other certification data: no signature covers it, so only lengths follow."""
+    parsed = parse_quote(quote)
+    start = len(parsed.signed) + 4
+    head = start + 128 + 6  # signature and attestation key, the header of the outer certification data
+    fixed = head + 384 + 64 + 2 + len(parsed.qe_auth)
+    inner = quote[head:fixed] + kind.to_bytes(2, "little") + len(data).to_bytes(4, "little") + data
+    auth = quote[start : start + 128] + (6).to_bytes(2, "little") + len(inner).to_bytes(4, "little") + inner
+    return quote[: start - 4] + len(auth).to_bytes(4, "little") + auth
+
+
+def verdict_of(platform: SimulatedPlatform, *faults: str, now: int = NOW, **options: Any) -> Verdict:
+    """The verdict on a quote with these faults; the collateral is as the faults make it, at ``now``."""
     platform = platform.having(*faults)
     quote = platform.quote(REPORT_DATA, **options)
-    return verify_genuine(quote, collateral_of(platform), now=NOW, report_data=REPORT_DATA, root=ROOT)
+    return verify_genuine(quote, collateral_of(platform, now), now=now, report_data=REPORT_DATA, root=ROOT)

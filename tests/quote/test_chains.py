@@ -16,6 +16,7 @@ from attrs import evolve
 
 from chutes_proto import quote
 from chutes_proto.auth import der
+from chutes_proto.quote import _layout as layout
 from chutes_proto.quote import _verify as stages
 from chutes_proto.quote._certificates import read_certificate, read_crl
 from chutes_proto.quote._errors import VerificationError
@@ -36,7 +37,17 @@ from chutes_proto.quote._verify import (
 from chutes_proto.testing._faults import Fault
 from chutes_proto.testing._pki import Keys
 from chutes_proto.testing._platform import COLLATERAL_SECONDS, SimulatedPlatform
-from tests.quote.simulated import NOW, PLATFORM, REPORT_DATA, ROOT, collateral_of, signed_of, verdict_of, verified_of
+from tests.quote.simulated import (
+    NOW,
+    PLATFORM,
+    REPORT_DATA,
+    ROOT,
+    collateral_of,
+    signed_of,
+    verdict_of,
+    verified_of,
+    with_certification,
+)
 
 QUOTE = PLATFORM.quote(REPORT_DATA)
 END = NOW + 100
@@ -222,6 +233,17 @@ def test_what_is_remembered_is_bounded() -> None:
     assert found.keys() >= {f"{stages.__name__}.{name}" for name in ("_pck_chain", "_quoting_enclave", "_signer")}
     sizes = {name: function.cache_info().maxsize for name, function in found.items()}
     assert {name: size for name, size in sizes.items() if size is None or not 0 < size <= 256} == {}
+
+
+def test_text_around_certificates_makes_no_new_entry() -> None:
+    """Else anyone could push out of the cache what verified, with one quote padded in many ways."""
+    certification = layout.parse_quote(QUOTE).certification
+    entries = {name: function.cache_info().currsize for name, function in _remembering(stages).items() if not forget()}
+    for text in (b"", b"\n", b"\0\0", b"Subject: anyone\n"):
+        _ = open_quote(with_certification(QUOTE, 5, certification + text), now=NOW, root=ROOT)
+        found = {name: function.cache_info().currsize for name, function in _remembering(stages).items()}
+        assert text == b"" or found == entries
+        entries = found
 
 
 def test_forget_drops_all_that_was_verified() -> None:

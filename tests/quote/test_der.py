@@ -9,6 +9,7 @@ from itertools import permutations
 from unittest.mock import Mock
 
 import pytest
+from attrs import evolve
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
@@ -32,8 +33,8 @@ from chutes_proto.quote._der import DerError
 from chutes_proto.quote._errors import PolicyError
 from chutes_proto.quote._pck import read_pck_extension
 from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot, check_self_signed
-from chutes_proto.testing._pki import nested, sgx_tcb
-from tests.quote.simulated import PLATFORM, collateral_of
+from chutes_proto.testing._pki import CrlDraft, Keys, nested, sgx_tcb
+from tests.quote.simulated import NOW, PLATFORM, collateral_of
 
 CHAIN = PLATFORM.pck_chain()
 PCK = CHAIN[0]
@@ -165,10 +166,10 @@ def test_pem() -> None:
     pem = pem[pem.index(b"-----BEGIN") :]
     assert read_pem(pem) == CHAIN
     assert read_pem(pem.replace(b"\n", b"\r\n") + b"\0\0") == CHAIN
+    told = pem.replace(b"-----BEGIN", b"Subject: CN = \xe9\n-----BEGIN")  # RFC 7468, 2: as `openssl x509 -text` has it
+    assert read_pem(told + b"and more") == CHAIN
     for wrong in (
         b"",
-        b"x" + pem,
-        pem + b"x",
         pem.replace(b"-----END CERTIFICATE-----", b"", 1),
         pem + pem,
         pem.replace(b"MII", b"M!I", 1),
@@ -319,6 +320,19 @@ def test_crls_of_another_kind(old: str, new: str) -> None:
     assert changed != CRL
     with pytest.raises(DerError):
         _ = read_crl(changed)
+
+
+@pytest.mark.parametrize("oid", ["2.5.29.27", "2.5.29.28"])
+@pytest.mark.parametrize("critical", [True, False])
+def test_a_crl_that_lists_only_some_is_refused(oid: str, critical: bool) -> None:
+    """Delta CRL indicator and issuing distribution point (RFC 5280, 5.2.4 and 5.2.5)."""
+    draft = CrlDraft(issuer="CA", signer="CA", this_update=NOW, next_update=NOW + 1, own="")
+    assert read_crl(draft.der(Keys(bytes(32)))).number == 1
+    partial = evolve(draft, more_extensions=((oid, bytes.fromhex("020101"), critical),))
+    with pytest.raises(DerError, match=r"delta|critical"):
+        _ = read_crl(partial.der(Keys(bytes(32))))
+    other = evolve(draft, more_extensions=(("2.5.29.46", bytes.fromhex("3000"), False),))  # where deltas are
+    assert read_crl(other.der(Keys(bytes(32)))).number == 1
 
 
 def test_a_crl_without_entries_revokes_nothing() -> None:

@@ -27,7 +27,7 @@ from chutes_proto.testing._pki import pem
 from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.testing._quotes import Form
 from tests.quote.cases import DCAP_QVL_POLICY
-from tests.quote.simulated import NOW, PLATFORM, REPORT_DATA, ROOT
+from tests.quote.simulated import NOW, PLATFORM, REPORT_DATA, ROOT, with_certification
 
 FORMS: tuple[Form, ...] = ("v4", "v5-td10", "v5-td15", "v5-td15ex")
 PIECES = [field.name for field in attrs.fields(Collateral) if field.name != "pck_certificate_chain"]
@@ -146,18 +146,7 @@ def test_rewrapped_chains_in_quotes(pair: tuple[bytes, Collateral], data: st.Dat
     quote, collateral = pair
     parsed = parse_quote(quote)
     chain = data.draw(rewrapped(parsed.certification))
-    check(with_chain(quote, chain), collateral)
-
-
-def with_chain(quote: bytes, chain: bytes) -> bytes:
-    """The quote with another PCK chain: outside all signatures, so that only lengths have to follow."""
-    parsed = parse_quote(quote)
-    start = len(parsed.signed)
-    inner = (
-        quote[start + 4 + 128 + 6 : quote.index(parsed.certification) - 4] + len(chain).to_bytes(4, "little") + chain
-    )
-    auth = quote[start + 4 : start + 4 + 128] + (6).to_bytes(2, "little") + len(inner).to_bytes(4, "little") + inner
-    return quote[:start] + len(auth).to_bytes(4, "little") + auth
+    check(with_certification(quote, 5, chain), collateral)
 
 
 @given(honest, st.sampled_from(PIECES), st.data())
@@ -183,7 +172,7 @@ def test_an_empty_line_in_pem_ends_headers_for_both(end: bytes) -> None:
     quote, collateral = made("v4", "platform", ())
     chain = parse_quote(quote).certification
     for at in (chain.index(b"\n", 40), chain.index(b"\n-----END")):
-        other = with_chain(quote, chain[:at] + end + chain[at + 1 :])
+        other = with_certification(quote, 5, chain[:at] + end + chain[at + 1 :])
         assert (ours(other, collateral)[0], theirs(other, collateral)[0]) == ("", "")
 
 
@@ -198,7 +187,7 @@ def test_a_chain_without_its_root_differs_on_purpose() -> None:
     """Else the table of differences would hide what it does not have to."""
     quote, collateral = made("v4", "platform", ())
     chain = b"".join(pem([der]).encode() for der in read_pem(parse_quote(quote).certification)[:2])
-    short = with_chain(quote, chain)
+    short = with_certification(quote, 5, chain)
     assert ours(short, collateral)[0] == "UpToDate"
     assert _lacks_root(short, collateral)
     assert not _lacks_root(quote, collateral)

@@ -244,7 +244,9 @@ def test_collateral_past_its_end_only_for_so_long() -> None:
     verdict = verify_genuine(
         PLATFORM.quote(bytes(64)), collateral, now=end + 10, report_data=bytes(64), root=ROOT, grace=100
     )
-    assert UNCHECKED.appraise(verdict, stage="boot")
+    assert _refused(UNCHECKED, verdict) == ["collateral_grace"]
+    with pytest.raises(PolicyError, match="collateral_grace: must be a whole number"):
+        _ = TcbPolicy(collateral_grace=None)  # type: ignore[arg-type]
     accepting = Policy(tcb=TcbPolicy(collateral_grace=10), measurements="unchecked")
     assert accepting.appraise(verdict, stage="boot")
     assert _refused(Policy(tcb=TcbPolicy(collateral_grace=9), measurements="unchecked"), verdict) == [
@@ -422,12 +424,18 @@ def _codes(refusals: list[Refusal]) -> list[str]:
 
 @pytest.mark.parametrize("bit", range(64))
 def test_every_bit_of_the_attributes(bit: int) -> None:
-    """Bits 16, 18-22, 27, 28, 30, 31, 62 and 63 are free; all others have a reason to be refused."""
-    codes = _codes(AttributePolicy().refusals(_report(td_attributes=TdAttributes.SEPT_VE_DISABLE | 1 << bit)))
-    free = {16, 18, 19, 20, 21, 22, 27, 28, 30, 31, 62, 63}
+    """Bits 16, 27, 28, 30, 31, 62 and 63 are free, 18 to 22 if allowed; all others have a reason to be refused."""
+    report = _report(td_attributes=TdAttributes.SEPT_VE_DISABLE | 1 << bit)
+    free, unnamed = {16, 27, 28, 30, 31, 62, 63}, {18, 19, 20, 21, 22}
     named = {0: "debug", 4: "profiling", 5: "profiling", 6: "profiling", 17: "servtd_ext", 29: "migratable"}
-    assert codes == ([] if bit in free else [named.get(bit, "td_attributes_reserved")])
+    named |= dict.fromkeys(unnamed, "td_attributes")
+    codes = [] if bit in free else [named.get(bit, "td_attributes_reserved")]
+    assert _codes(AttributePolicy().refusals(report)) == codes
     assert bool(RESERVED >> bit & 1) == (bit not in free and bit not in named)
+    every = AttributePolicy(attributes_allowed=(1 << 64) - 1)
+    assert _codes(every.refusals(report)) == ([] if bit in unnamed else codes)
+    none_else = AttributePolicy(attributes_allowed=int(TdAttributes.SEPT_VE_DISABLE))
+    assert ("td_attributes" in _codes(none_else.refusals(report))) == (not RESERVED >> bit & 1 and bit != 28)
 
 
 @pytest.mark.parametrize(
@@ -570,6 +578,7 @@ def test_everything_that_a_file_can_say() -> None:
         accepted_statuses = ["UpToDate", "OutOfDate"]
         rejected_advisories = ["INTEL-SA-00837"]
         min_evaluation_number = 17
+        evaluation_numbers = "any"
         allow_dynamic_platform = false
         allow_cached_keys = false
         allow_smt = false
@@ -599,6 +608,7 @@ def test_everything_that_a_file_can_say() -> None:
             accepted_statuses=frozenset({TcbStatus.UP_TO_DATE, TcbStatus.OUT_OF_DATE}),
             rejected_advisories=frozenset({"INTEL-SA-00837"}),
             min_evaluation_number=17,
+            evaluation_numbers="any",
             allow_dynamic_platform=False,
             allow_cached_keys=False,
             allow_smt=False,

@@ -87,8 +87,18 @@ def test_the_evaluation_number_is_the_lower_one(info: int, identity: int) -> Non
 
     verdict = verdict_of(PLATFORM.having(_stating(numbered(info), numbered(identity))))
     assert verdict.evaluation_number == 17
-    assert _refusals(verdict, min_evaluation_number=17) == []
-    assert _refusals(verdict, min_evaluation_number=18) == ["evaluation_number"]
+    assert (verdict.collateral.tcb_info_number, verdict.collateral.qe_identity_number) == (info, identity)
+    assert _refusals(verdict, min_evaluation_number=17, evaluation_numbers="any") == []
+    assert _refusals(verdict, min_evaluation_number=18, evaluation_numbers="any") == ["evaluation_number"]
+    assert _refusals(verdict, evaluation_numbers="equal") == _refusals(verdict) == ["evaluation_numbers"]
+
+
+def test_a_rollback_can_be_seen() -> None:
+    """All CRLs of one CA may have one number, so their dates are there as well."""
+    older, newer = (verdict_of(PLATFORM, now=now).collateral for now in (NOW, NOW + 60))
+    assert (older.root_crl_number, older.pck_crl_number) == (newer.root_crl_number, newer.pck_crl_number) == (1, 1)
+    for name in ("root_crl_issued", "pck_crl_issued", "tcb_info_issued", "qe_identity_issued"):
+        assert (getattr(older, name), getattr(newer, name)) == (NOW, NOW + 60)
 
 
 def _refusals(verdict: Verdict, **tcb: Any) -> list[str]:

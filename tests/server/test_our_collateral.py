@@ -95,6 +95,11 @@ def test_that_it_is_another_platforms(world: Collected, changes: dict[str, Any],
     assert reason in refused(world)
 
 
+def test_that_it_is_of_two_tcb_recoveries(world: Collected) -> None:
+    world.changed = having(qe_identity=lambda draft: evolve(draft, evaluation_number=draft.evaluation_number + 1))
+    assert "evaluation_numbers: TCB info and QE identity are of two TCB recoveries" in refused(world)
+
+
 @pytest.mark.parametrize("fault", ["pck_revoked", "qe_mrsigner", "tcb_revoked"])
 def test_what_it_says_of_the_platform_is_final(world: Collected, fault: str) -> None:
     world.platform = world.platform.having(fault)

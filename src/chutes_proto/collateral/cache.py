@@ -11,6 +11,7 @@ Rules kept here:
 * expired collateral is used only while it cannot be fetched, and only within the operator's grace (none unless
   configured);
 * valid collateral is never replaced by older: lower TCB evaluation data or CRL numbers;
+* TCB info and QE identity are of one TCB recovery: an upstream with two is asked again later;
 * upstreams are asked in their order. One that does not answer, or asks for it (429, 503, ``Retry-After``), is left
   alone for a while, longer each time; a family that no upstream knows is remembered as such. While none may be asked,
   every caller is refused at once;
@@ -335,13 +336,16 @@ def settle(cache: CollateralCache, family: Family) -> Flow[Use | GiveUp]:
 
 
 def _verified(cache: CollateralCache, family: Family, collateral: Collateral) -> Flow[VerifiedCollateral]:
-    """Verify an upstream's collateral: of the root, of this family, and already valid.
+    """Verify an upstream's collateral: of the root, of this family, of one TCB recovery, and already valid.
 
     Raises `UpstreamError` and `QuoteError`.
     """
     verified = authenticate_collateral(collateral, root=cache.root, grace=cache.policy.grace)
     if Family.of(verified) != family:
         raise UpstreamError(f"it is for {Family.of(verified)}")
+    of_info, of_qe = verified.issue.tcb_info_number, verified.issue.qe_identity_number
+    if of_info != of_qe:  # it published a TCB recovery between two answers, or one of its caches is old
+        raise UpstreamError(f"its TCB info has TCB evaluation data number {of_info}, its QE identity {of_qe}")
     now = yield from Now()
     early = verified.window[0] - now
     if early > cache.policy.skew:
@@ -359,14 +363,14 @@ def _log(level: Level, event: str, family: Family, **fields: Value) -> Log:
 
 def _numbers(collateral: VerifiedCollateral) -> tuple[int, ...]:
     """The numbers that must never decrease. CRLs count by date as well: Intel's all have the number 1."""
-    issued = {term.subject: term.begin for term in collateral.terms}
+    issue = collateral.issue
     return (
-        collateral.tcb_info.evaluation_number,
-        collateral.qe_identity.evaluation_number,
-        collateral.root_crl_number,
-        collateral.pck_crl_number,
-        issued["root CRL"],
-        issued["PCK CRL"],
+        issue.tcb_info_number,
+        issue.qe_identity_number,
+        issue.root_crl_number,
+        issue.pck_crl_number,
+        issue.root_crl_issued,
+        issue.pck_crl_issued,
     )
 
 

@@ -90,6 +90,11 @@ def choose(items: Iterable[Item], identity: PckIdentity, now: int, where: str) -
 
 def _preference(content: VerifiedCollateral, now: int) -> tuple[bool, int, int, int, int]:
     """Prefer valid ones, then the newest in each respect. CRLs count by date: Intel's all have the number 1."""
-    number = min(content.tcb_info.evaluation_number, content.qe_identity.evaluation_number)
-    issued = {term.subject: term.begin for term in content.terms}
-    return now <= content.window[1], number, issued["PCK CRL"], issued["root CRL"], content.window[1]
+    issue = content.issue
+    return (
+        now <= content.window[1],
+        issue.evaluation_number,
+        issue.pck_crl_issued,
+        issue.root_crl_issued,
+        content.window[1],
+    )

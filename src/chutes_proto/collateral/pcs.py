@@ -127,7 +127,7 @@ def check_status(response: HttpResponse, what: str, now: int, *, says_unknown: b
 def read_statement(body: bytes, name: str) -> tuple[bytes, bytes]:
     """Cut signed text and signature (r ‖ s) out of ``{name: {…}, "signature": hex}``. Raises `UpstreamError`."""
     try:
-        table = strict_json.decode(body)
+        table = strict_json.decode(body, fractions=True)
         if not isinstance(table, dict):
             raise strict_json.JsonError("not a JSON object")
         members = cast("Mapping[str, object]", table)

@@ -12,20 +12,20 @@ def described(content: VerifiedCollateral | str) -> dict[str, Any]:
     """The content of collateral, or the problem with it."""
     if isinstance(content, str):
         return {"problem": content}
-    info, identity = content.tcb_info, content.qe_identity
+    info, issue = content.tcb_info, content.issue
     ends = sorted(((term.end, term.subject) for term in content.terms), reverse=True)
     return {
         "fmspc": content.fmspc.hex(),
         "ca": content.ca,
         "tee": content.tee,
         "pce_id": info.pce_id.hex(),
-        "tcb_evaluation_number": info.evaluation_number,
-        "qe_evaluation_number": identity.evaluation_number,
+        "tcb_evaluation_number": issue.tcb_info_number,
+        "qe_evaluation_number": issue.qe_identity_number,
         "tcb_levels": [f"{level.stated.status} of {rfc3339(level.stated.date)[:10]}" for level in info.levels],
         "tdx_modules": sorted(info.modules),
-        "root_crl_number": content.root_crl_number,
+        "root_crl_number": issue.root_crl_number,
         "revoked_by_root": len(content.revoked_by_root),
-        "pck_crl_number": content.pck_crl_number,
+        "pck_crl_number": issue.pck_crl_number,
         "revoked_pcks": len(content.revoked_pcks),
         "valid_from": rfc3339(content.window[0]),
         "valid_until": rfc3339(content.window[1]),

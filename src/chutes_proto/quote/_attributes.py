@@ -2,8 +2,9 @@
 
 Rules kept here:
 
-* reserved bits are zero, always; the bits under test (TUD: debug, profiling) are zero unless ``unsafe_allow_debug``
-  says otherwise, which no file of measurement profiles can say;
+* reserved bits are zero, always; a bit that has no name yet is zero unless ``attributes_allowed`` has it;
+* the bits under test (TUD: debug, profiling) are zero unless ``unsafe_allow_debug`` says otherwise, which no file of
+  measurement profiles can say;
 * SEPT_VE_DISABLE is set, MIGRATABLE and SERVTD_EXT are clear and a service TD is refused unless allowed by name;
 * what could export a TD's memory, a migratable TD or a service TD, is only allowed together with the measurements of
   those service TDs, so only for reports that have them (TDX 1.5).
@@ -29,6 +30,8 @@ NAMED_UNDER_TEST: Final = (
 )
 RESERVED: Final = 0x3FFF_FFFF_0780_FF00 | (UNDER_TEST & ~int(NAMED_UNDER_TEST))
 """Bits 1-3 and 7, 8-15, 23-26 and 32-61."""
+ATTRIBUTES_KNOWN: Final = sum(map(int, TdAttributes))
+"""The bits that have names. Bits 18 to 22 are neither reserved for ever nor named, so far."""
 
 XFAM_FIXED: Final = 0x3
 """x87 and SSE are always on."""
@@ -40,7 +43,8 @@ class AttributePolicy:
     """The TD attributes and XFAM that are acceptable. Raises `PolicyError` for fields that contradict each other.
 
     ``mr_service_td`` are the measurements (48 bytes each) of service TDs that a TD may be bound to; it goes with
-    ``migratable`` or ``service_td`` "allowed" and only with them. ``xfam_required`` are the bits that XFAM must have,
+    ``migratable`` or ``service_td`` "allowed" and only with them. ``attributes_allowed`` are the bits that the TD
+    attributes may have, as far as the other fields let them. ``xfam_required`` are the bits that XFAM must have,
     ``xfam_allowed`` all that it may have.
     """
 
@@ -49,6 +53,7 @@ class AttributePolicy:
     servtd_ext: Allowance = "refused"
     service_td: Allowance = "refused"
     mr_service_td: tuple[bytes, ...] = ()
+    attributes_allowed: int = ATTRIBUTES_KNOWN
     xfam_required: int = XFAM_FIXED
     xfam_allowed: int = XFAM_KNOWN
     unsafe_allow_debug: bool = False
@@ -61,7 +66,7 @@ class AttributePolicy:
                 raise PolicyError(f'{name}: must be "refused" or "allowed"')
         if type(self.unsafe_allow_debug) is not bool:
             raise PolicyError("unsafe_allow_debug: must be true or false")
-        for name in ("xfam_required", "xfam_allowed"):
+        for name in ("attributes_allowed", "xfam_required", "xfam_allowed"):
             if type(getattr(self, name)) is not int or not 0 <= getattr(self, name) < 1 << 64:
                 raise PolicyError(f"{name}: must be a number of 64 bits")
         if self.xfam_required & ~self.xfam_allowed:
@@ -85,6 +90,9 @@ class AttributePolicy:
 
         if bits & RESERVED:
             refuse("td_attributes_reserved", "reserved TD attributes are set", bits, f"no bit of 0x{RESERVED:016x}")
+        if unknown := bits & ~self.attributes_allowed & ~RESERVED:
+            expected = f"no bit of 0x{unknown:016x}"
+            refuse("td_attributes", "TD attributes are set that attributes_allowed does not have", bits, expected)
         if not self.unsafe_allow_debug:
             if bits & TdAttributes.DEBUG:
                 refuse("debug", "the TD can be debugged by its host", bits, "bit 0 clear")

@@ -4,7 +4,8 @@ Rules kept here:
 
 * X.509 version 3, keys on P-256, signatures ECDSA with SHA-256, and nothing else;
 * names stay DER and are compared as such; a serial number is the content of its INTEGER;
-* every extension has its place once; one that is critical and not known here is refused;
+* every extension has its place once; one that is critical and not known here is refused, and one, critical or not,
+  by which a CRL would list only some of what is revoked;
 * nothing is verified here: who signed what is ``_verify.py``'s to check.
 
 Sources: RFC 5280, 4.1, 4.2 and 5.1-5.3; RFC 7468 (PEM); Intel SGX PCK Certificate and CRL Profile Specification.
@@ -48,6 +49,8 @@ _SUBJECT_KEY_ID: Final = bytes.fromhex("551d0e")
 _KEY_USAGE: Final = bytes.fromhex("551d0f")
 _BASIC_CONSTRAINTS: Final = bytes.fromhex("551d13")
 _CRL_NUMBER: Final = bytes.fromhex("551d14")
+_DELTA_CRL_INDICATOR: Final = bytes.fromhex("551d1b")
+_ISSUING_DISTRIBUTION_POINT: Final = bytes.fromhex("551d1c")
 _CRL_DISTRIBUTION_POINTS: Final = bytes.fromhex("551d1f")
 _AUTHORITY_KEY_ID: Final = bytes.fromhex("551d23")
 SGX_EXTENSION: Final = bytes.fromhex("2a864886f84d010d01")
@@ -56,6 +59,7 @@ _OF_CERTIFICATES: Final = frozenset(
     {_SUBJECT_KEY_ID, _KEY_USAGE, _BASIC_CONSTRAINTS, _CRL_DISTRIBUTION_POINTS, _AUTHORITY_KEY_ID, SGX_EXTENSION}
 )
 _OF_CRLS: Final = frozenset({_CRL_NUMBER, _AUTHORITY_KEY_ID})
+_OF_PARTIAL_CRLS: Final = frozenset({_DELTA_CRL_INDICATOR, _ISSUING_DISTRIBUTION_POINT})
 
 _DIGITAL_SIGNATURE: Final = 0x80
 _CERT_AND_CRL_SIGN: Final = 0x06
@@ -92,23 +96,26 @@ class Crl(Struct, frozen=True, eq=False):
 
 
 def read_pem(data: bytes) -> tuple[bytes, ...]:
-    """The DER of one to three certificates in PEM, with nothing but white space between and NULs or more of it after.
+    """The DER of one to three certificates in PEM; text around them counts for nothing (RFC 7468, section 2).
 
     Lines may be of any length, but not empty. Raises `DerError`.
     """
     if len(data) > MAX_PEM:
         raise DerError(f"more than {MAX_PEM} bytes of PEM")
-    before, *blocks = data.rstrip(b"\0").split(b"-----BEGIN CERTIFICATE-----", MAX_CHAIN + 1)
-    if before.strip() or not 1 <= len(blocks) <= MAX_CHAIN:
+    _, *blocks = data.split(b"-----BEGIN CERTIFICATE-----", MAX_CHAIN + 1)
+    if not 1 <= len(blocks) <= MAX_CHAIN:
         raise DerError(f"not 1 to {MAX_CHAIN} certificates in PEM")
-    return (*map(_read_block, blocks),)
+    bodies: list[bytes] = []
+    for block in blocks:
+        body, end, _ = block.partition(b"-----END CERTIFICATE-----")
+        if not end:
+            raise DerError("a PEM block that does not end")
+        bodies.append(body)
+    return (*map(_read_body, bodies),)
 
 
 @lru_cache(maxsize=64)
-def _read_block(block: bytes) -> bytes:
-    body, end, after = block.partition(b"-----END CERTIFICATE-----")
-    if not end or after.strip():
-        raise DerError("a PEM block that does not end, or text after one")
+def _read_body(body: bytes) -> bytes:
     lines = body.replace(b"\r", b"")
     if lines.rfind(b"\n\n") >= 0:  # before it stand headers, for who reads RFC 1421; "in" takes three times as long
         raise DerError("an empty line in a PEM block")
@@ -154,6 +161,8 @@ def read_crl(data: bytes) -> Crl:
     extensions = _read_extensions(data, wrapped, _OF_CRLS)
     if not extensions.keys() >= _OF_CRLS:
         raise DerError("no CRL number, or no authority key identifier")
+    if not extensions.keys().isdisjoint(_OF_PARTIAL_CRLS):
+        raise DerError("a delta CRL, or one of a distribution point: it may lack certificates that are revoked")
     number = extensions[_CRL_NUMBER]
     (value,) = der.members(number, 0, len(number), der.INTEGER)
     times = der.time(data, this_update), der.time(data, next_update)

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import Final, Protocol, cast
 
 from attrs import field, fields, frozen
+from msgspec import Struct
 
 from chutes_proto._proof import Proof, proven
 from chutes_proto.quote import _strict_json as strict_json
@@ -108,6 +109,28 @@ _IN_HEX: Final = frozenset({"root_ca_crl", "pck_crl", "tcb_info_signature", "qe_
 _MEMBERS: Final = tuple(member.name for member in fields(Collateral))
 
 
+class CollateralIssue(Struct, frozen=True):
+    """Numbers and dates (unix seconds) of the pieces of collateral, none of which Intel ever lowers.
+
+    Keep the highest that were seen to find a rollback. Intel gives all CRLs of one CA the same number, so their dates
+    count.
+    """
+
+    tcb_info_number: int
+    qe_identity_number: int
+    root_crl_number: int
+    pck_crl_number: int
+    tcb_info_issued: int
+    qe_identity_issued: int
+    root_crl_issued: int
+    pck_crl_issued: int
+
+    @property
+    def evaluation_number(self) -> int:
+        """The lower TCB evaluation data number of TCB info and QE identity."""
+        return min(self.tcb_info_number, self.qe_identity_number)
+
+
 @frozen(kw_only=True, eq=False)
 class VerifiedCollateral:
     """Collateral that verified under ``root``, as values.
@@ -125,8 +148,7 @@ class VerifiedCollateral:
     issuer_point: bytes
     revoked_by_root: frozenset[bytes] = field(repr=False)
     revoked_pcks: frozenset[bytes] = field(repr=False)
-    root_crl_number: int
-    pck_crl_number: int
+    issue: CollateralIssue
     pck_chain: tuple[bytes, ...] | None = field(repr=False)
     terms: tuple[Term, ...]
     window: Window

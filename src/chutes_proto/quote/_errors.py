@@ -31,8 +31,8 @@ QuoteFormatCode: TypeAlias = Literal[
 ]
 """Too few bytes for any quote; a number in the header that is not read here; anything else."""
 
-Part: TypeAlias = Literal["tcb", "attributes", "measurement"]
-"""The parts of a policy."""
+Part: TypeAlias = Literal["collateral", "tcb", "attributes", "measurement"]
+"""The parts of a policy: what it demands of the collateral, the platform, how a TD is started and what runs in it."""
 
 
 def shown(value: object) -> str:
@@ -157,7 +157,6 @@ class AppraisalError(VerificationError):
 
 
 _ABOUT: Final[dict[str, str]] = {
-    **dict.fromkeys(("evaluation_number", "tcb_info_version", "collateral_grace"), "collateral"),
     **dict.fromkeys(("no_profiles", "not_a_td"), "profiles"),
 }
 """Refusals whose remedy differs from that of the others of their part."""

@@ -115,7 +115,10 @@ def read_pck_extension(value: bytes, *, ca: Ca, tee: Tee) -> PckIdentity:
         instance_id, pos = _content(value, pos, _INSTANCE_ID, "platform instance id")
     flags = _FLAGS.get(value[pos:])
     if flags is None:
-        raise DerError("the SGX extension ends with neither a platform instance id nor a configuration of the profile")
+        raise DerError(
+            "the SGX extension ends with neither a platform instance id nor a configuration of the profile;"
+            " if the certificate is genuine, Intel has added an item that this version does not know: look for a newer"
+        )
     return PckIdentity(fmspc, pce_id, ca, tee, ppid, cpu_svn, pce_svn, _SGX_TYPES[sgx_type], instance_id, *flags)
 
 

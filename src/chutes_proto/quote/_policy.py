@@ -22,7 +22,7 @@ from attrs import field, fields, frozen
 from chutes_proto._proof import PROOF
 from chutes_proto.quote._attributes import AttributePolicy
 from chutes_proto.quote._collateral import Collateral, PathLike
-from chutes_proto.quote._errors import AppraisalError, PolicyError, Refusal, mismatch
+from chutes_proto.quote._errors import AppraisalError, Part, PolicyError, Refusal, mismatch
 from chutes_proto.quote._files import CONVERTER, read_toml, within
 from chutes_proto.quote._identity import IdentityPolicy
 from chutes_proto.quote._layout import BytesLike, SgxAttributes, SgxReport
@@ -77,32 +77,36 @@ class TcbPolicy:
 
     ``accepted_statuses`` are `TcbStatus` or their texts; a revoked TCB is refused before. A report with the current TCB
     is refused if that is out of date, unless such a status is accepted. Advisories are refused only if they are listed.
-    ``min_evaluation_number`` is a lower bound for the collateral's TCB evaluation data number, which no clock lowers,
-    ``min_tcb_info_version`` one for the version of TCB info. The three flags, if false, refuse platforms that have, or
-    may have, the named feature.
+    ``min_evaluation_number`` is a lower bound for the collateral's TCB evaluation data numbers, which no clock lowers;
+    with 0, the supplier of the collateral chooses the TCB recovery by which the platform is appraised.
+    ``evaluation_numbers`` "equal" refuses TCB info and QE identity of two TCB recoveries, "any" accepts them.
+    ``min_tcb_info_version`` is a lower bound for the version of TCB info. The three flags, if false, refuse platforms
+    that have, or may have, the named feature.
 
-    Graces are seconds and only narrow the policy; None sets no limit. Where the status is out of date and accepted,
-    platform and TDX module (``platform_grace``) and the quoting enclave (``qe_grace``) may be so until this long after
-    the date of the level that they reach. ``collateral_grace`` is how long collateral that was verified with a grace
-    may have been expired.
+    Graces are seconds. Where the status is out of date and accepted, platform and TDX module (``platform_grace``) and
+    the quoting enclave (``qe_grace``) may be so until this long after the date of the level that they reach; None sets
+    no limit. ``collateral_grace`` is how long collateral that was verified with a grace may have been expired.
     """
 
     accepted_statuses: frozenset[TcbStatus] = field(default=frozenset({TcbStatus.UP_TO_DATE}), converter=_statuses)
     rejected_advisories: frozenset[str] = field(default=frozenset(), converter=_advisories)
     min_evaluation_number: int = 0
+    evaluation_numbers: Literal["equal", "any"] = "equal"
     min_tcb_info_version: int = 2
     allow_dynamic_platform: bool = True
     allow_cached_keys: bool = True
     allow_smt: bool = True
     platform_grace: int | None = None
     qe_grace: int | None = None
-    collateral_grace: int | None = None
+    collateral_grace: int = 0
 
     def __attrs_post_init__(self) -> None:
         if not self.accepted_statuses:
             raise PolicyError(f"accepted_statuses: must be some of {', '.join(_ACCEPTABLE)}")
         if type(self.min_evaluation_number) is not int or self.min_evaluation_number < 0:
             raise PolicyError("min_evaluation_number: must be a whole number that is not negative")
+        if self.evaluation_numbers not in ("equal", "any"):
+            raise PolicyError('evaluation_numbers: must be "equal" or "any"')
         for name in ("allow_dynamic_platform", "allow_cached_keys", "allow_smt"):
             if type(getattr(self, name)) is not bool:
                 raise PolicyError(f"{name}: must be true or false")
@@ -110,9 +114,10 @@ class TcbPolicy:
             raise PolicyError("min_tcb_info_version: must be 2 or 3")
         for name in ("platform_grace", "qe_grace", "collateral_grace"):
             grace = getattr(self, name)
-            if grace is not None and (type(grace) is not int or grace < 0):
+            may_be_unlimited = name != "collateral_grace"
+            if (grace is not None or not may_be_unlimited) and (type(grace) is not int or grace < 0):
                 raise PolicyError(f"{name}: must be a whole number of seconds that is not negative")
-            if grace is not None and name != "collateral_grace" and not self.accepted_statuses & OUT_OF_DATE:
+            if grace is not None and may_be_unlimited and not self.accepted_statuses & OUT_OF_DATE:
                 raise PolicyError(f"{name}: goes with an OutOfDate status in accepted_statuses")
 
     def refusals(self, verdict: Verdict) -> list[Refusal]:
@@ -120,7 +125,8 @@ class TcbPolicy:
         found: list[Refusal] = []
 
         def refuse(code: str, detail: str, got: object, expected: object) -> None:
-            found.append(mismatch("tcb", code, detail, str(got), str(expected)))
+            part: Part = "collateral" if code in _OF_COLLATERAL else "tcb"
+            found.append(mismatch(part, code, detail, str(got), str(expected)))
 
         if verdict.tcb_status not in self.accepted_statuses:
             accepted = " or ".join(status for status in _ACCEPTABLE if status in self.accepted_statuses)
@@ -133,6 +139,10 @@ class TcbPolicy:
         if verdict.evaluation_number < self.min_evaluation_number:
             floor = f"at least {self.min_evaluation_number}"
             refuse("evaluation_number", "the collateral is of an old TCB recovery", verdict.evaluation_number, floor)
+        of_info, of_qe = verdict.collateral.tcb_info_number, verdict.collateral.qe_identity_number
+        if of_info != of_qe and self.evaluation_numbers == "equal":
+            got = f"{of_info} and {of_qe}"
+            refuse("evaluation_numbers", "TCB info and QE identity are of two TCB recoveries", got, "equal numbers")
         if verdict.tcb_info_version < self.min_tcb_info_version:
             floor = f"at least {self.min_tcb_info_version}"
             refuse("tcb_info_version", "the TCB info is of an old version", verdict.tcb_info_version, floor)
@@ -156,6 +166,9 @@ class TcbPolicy:
                 refuse(name, f"{name} is not allowed and not excluded by the PCK certificate", got, "no")
         return found
 
+
+_OF_COLLATERAL: Final = frozenset({"evaluation_number", "evaluation_numbers", "tcb_info_version", "collateral_grace"})
+"""The codes of refusals that are about the collateral, not the platform."""
 
 _GRACES: Final = {
     "platform_grace": "platform or TDX module have been out of date for too long",

@@ -4,7 +4,7 @@ Rules kept here:
 
 * a form has the members that Intel writes, in its order, with their types and ranges; what is not known is ignored;
 * a text is what would be written for what was read of it, byte for byte, as Intel's are: then it can mean nothing else.
-  Or it is JSON by the rules of ``_strict_json.py``.
+  Or it is JSON by the rules of ``_strict_json.py``, with fractions, which no member that is read here may have.
 
 Source: Intel SGX and TDX Provisioning Certification Service API, version 4 ("TCB Info V3", "Enclave Identity V2") and
 version 3 ("TCB Info V2").
@@ -189,7 +189,7 @@ def read(text: bytes, form: Decoder[T]) -> T:
     """Decode a text in its form, if it can mean nothing else. Raises `JsonError`."""
     value = decode(text, form)
     if _ENCODER.encode(value) != text:
-        _ = strict_json.decode(text)
+        _ = strict_json.decode(text, fractions=True)
     return value
 
 
@@ -200,5 +200,5 @@ def decode(text: bytes, form: Decoder[T]) -> T:
     try:
         return form.decode(text)
     except (MsgspecError, ValueError, RecursionError) as exc:
-        _ = strict_json.decode(text)  # has the better text for bytes that are not JSON
+        _ = strict_json.decode(text, fractions=True)  # has the better text for bytes that are not JSON
         raise JsonError(f"not of its form: {exc}") from None

@@ -186,7 +186,7 @@ def _id(kind: forms.KindForm) -> str:
 
 def _another_kind(text: bytes, what: str) -> AnotherKindError:
     """Make the error, once it is sure that the text can mean nothing else."""
-    _ = strict_json.decode(text)
+    _ = strict_json.decode(text, fractions=True)
     return AnotherKindError(what)
 
 

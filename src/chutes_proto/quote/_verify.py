@@ -12,7 +12,8 @@ Rules kept here:
 * the numbers beside the checks are those of ``_steps.py``; ``docs/reference/verification.md`` has the rules;
 * ``now`` is the caller's clock in unix seconds, and all times are checked against it in every stage;
 * no chain is built: three certificates with fixed places, names compared as DER, the root pinned by its key;
-* what was verified may be remembered, by all the bytes that were: a check that passed for them passes for them always.
+* what was verified may be remembered, by the DER of certificates and all other bytes that were: a check that passed
+  for them passes for them always.
   Times, CRLs, identities and TCB levels are not remembered; nor is what was refused.
 
 A verdict does not say that the quote is acceptable: a policy decides that, and ``verify`` of ``_policy.py`` returns
@@ -37,7 +38,7 @@ from chutes_proto.quote import _layout as layout
 from chutes_proto.quote import _statements as statements
 from chutes_proto.quote import _steps as steps
 from chutes_proto.quote._certificates import Certificate, Kind
-from chutes_proto.quote._collateral import Collateral, VerifiedCollateral
+from chutes_proto.quote._collateral import Collateral, CollateralIssue, VerifiedCollateral
 from chutes_proto.quote._der import DerError
 from chutes_proto.quote._ecdsa import EllipticCurvePublicKey
 from chutes_proto.quote._layout import BytesLike, Quote, SgxReport, Tee
@@ -122,8 +123,8 @@ class Verdict:
 
     Revoked TCBs have no verdict. ``advisory_ids`` are those of all parts; levels that are up to date may have some too.
     ``tcb_date`` (unix seconds) is the earliest date of the parts' levels; ``platform``, ``module`` and ``qe`` are the
-    levels at launch, ``current_status`` is of the TCB at present where the report has it. ``evaluation_number`` is the
-    lower one of TCB info and QE identity, ``tcb_info_version`` the version of the TCB info's form. ``window`` is when
+    levels at launch, ``current_status`` is of the TCB at present where the report has it. ``collateral`` has the
+    numbers and dates of the collateral, ``tcb_info_version`` is the version of the TCB info's form. ``window`` is when
     all that was used is valid (unix seconds, inclusive, no grace), ``verified_at`` the caller's ``now``. ``checked``
     says which steps each piece passed, in the order of the stages; a step that had nothing to check is not there.
     """
@@ -137,13 +138,18 @@ class Verdict:
     platform: Stated
     module: Stated | None
     qe: Stated
-    evaluation_number: int
+    collateral: CollateralIssue
     tcb_info_version: int
     window: Window
     verified_at: int
     root: TrustedRoot
     checked: tuple[Checked, ...]
     proof: Proof = proven()
+
+    @property
+    def evaluation_number(self) -> int:
+        """The lower TCB evaluation data number of TCB info and QE identity."""
+        return self.collateral.evaluation_number
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -176,7 +182,7 @@ def open_quote(data: BytesLike, *, now: int, root: TrustedRoot = INTEL_ROOT, sgx
         raise steps.CertificationTypeError(
             "quote", "unsupported type of certification data", got=got, expected=expected
         )
-    chain = _pck_chain(root, quote.tee, quote.certification)  # 3-8, 11
+    chain = _pck_chain(root, quote.tee, _read_chain(quote.certification, "PCK chain", 2))  # 3-8, 11
     check_terms(chain.terms, now)  # 9, 10
     notes = (_OPENED, *chain.notes.take(), _CHAIN_TIMES)
     return OpenedQuote(quote=quote, pck=chain.identity, root=root, chain=chain, checked=notes, proof=PROOF)
@@ -228,9 +234,12 @@ def _collateral(collateral: Collateral, now: int | None, root: TrustedRoot, grac
     _check_kind("collateral", collateral, Collateral, "Collateral.load")
     _check_kind("root", root, TrustedRoot, "TrustedRoot.from_der")
     check_seconds("grace", grace)
-    issuer, issuer_key, issuer_terms, issuer_notes = _signer(root, collateral.pck_crl_issuer_chain, _PCK_CA)  # 3-8
-    tcb_signer, tcb_key, tcb_terms, tcb_notes = _signer(root, collateral.tcb_info_issuer_chain, _TCB_SIGNER)
-    qe_signer, qe_key, qe_terms, qe_notes = _signer(root, collateral.qe_identity_issuer_chain, _TCB_SIGNER)
+    of_pck_crl = _read_signers(collateral.pck_crl_issuer_chain, _PCK_CA)  # 3
+    issuer, issuer_key, issuer_terms, issuer_notes = _signer(root, of_pck_crl, _PCK_CA)  # 4-8
+    of_tcb_info = _read_signers(collateral.tcb_info_issuer_chain, _TCB_SIGNER)  # 3
+    tcb_signer, tcb_key, tcb_terms, tcb_notes = _signer(root, of_tcb_info, _TCB_SIGNER)  # 4-8
+    of_qe_identity = _read_signers(collateral.qe_identity_issuer_chain, _TCB_SIGNER)  # 3
+    qe_signer, qe_key, qe_terms, qe_notes = _signer(root, of_qe_identity, _TCB_SIGNER)  # 4-8
     certificate_terms = (*issuer_terms, *tcb_terms, *qe_terms)
     if now is not None:
         check_terms(certificate_terms, now)  # 9, 10
@@ -266,8 +275,16 @@ def _collateral(collateral: Collateral, now: int | None, root: TrustedRoot, grac
         issuer_point=issuer.point,
         revoked_by_root=revoked_by_root,
         revoked_pcks=revoked_pcks,
-        root_crl_number=root_crl.number,
-        pck_crl_number=pck_crl.number,
+        issue=CollateralIssue(
+            tcb_info.evaluation_number,
+            qe_identity.evaluation_number,
+            root_crl.number,
+            pck_crl.number,
+            tcb_info.issued,
+            qe_identity.issued,
+            root_crl.this_update,
+            pck_crl.this_update,
+        ),
         pck_chain=None if beside is None else _read_chain(beside, "PCK chain beside the collateral", 2),
         terms=terms,
         window=window(terms),
@@ -337,7 +354,7 @@ def _judge(signed: SignedQuote, verified: VerifiedCollateral, now: int, expected
         platform=tcb.platform,
         module=tcb.module,
         qe=tcb.qe,
-        evaluation_number=min(verified.tcb_info.evaluation_number, verified.qe_identity.evaluation_number),
+        collateral=verified.issue,
         tcb_info_version=verified.tcb_info.version,
         window=(max(chain[0], collateral[0]), min(chain[1], collateral[1])),
         verified_at=now,
@@ -425,9 +442,9 @@ _TCB_SIGNER: Final = _Place("TCB signing certificate", frozenset({certificates.T
 
 
 @lru_cache(maxsize=256)
-def _pck_chain(root: TrustedRoot, tee: Tee, certification: bytes) -> PckChain:
-    """Steps 3 to 8 and 11."""
-    leaf_der, issuer_der, *above = _read_chain(certification, "PCK chain", 2)
+def _pck_chain(root: TrustedRoot, tee: Tee, ders: tuple[bytes, ...]) -> PckChain:
+    """Steps 3 to 8 and 11, remembered by the certificates: text around them makes no new entry."""
+    leaf_der, issuer_der, *above = ders
     root_terms = _root_terms(root, (*above,))
     issuer, issuer_key, issuer_term, issuer_notes = _issued_by_root(root, issuer_der, _PCK_CA)
     leaf = _issued(leaf_der, _PCK, issuer.subject, issuer_key)
@@ -444,13 +461,18 @@ def _pck_chain(root: TrustedRoot, tee: Tee, certification: bytes) -> PckChain:
     return PckChain(leaf, key, issuer, (leaf_der, issuer_der), identity, terms, window(terms), notes)
 
 
+def _read_signers(pem: bytes, place: _Place) -> tuple[bytes, ...]:
+    """Step 3 for the chain of a signer of collateral."""
+    return _read_chain(pem, f"chain of the {place.subject}", 1)
+
+
 @lru_cache(maxsize=64)
 def _signer(
-    root: TrustedRoot, pem: bytes, place: _Place
+    root: TrustedRoot, ders: tuple[bytes, ...], place: _Place
 ) -> tuple[Certificate, EllipticCurvePublicKey, tuple[Term, ...], _Notes]:
-    """Steps 3 to 8 for a chain of a certificate and, or without, the root that issued it; with their terms."""
+    """Steps 4 to 8 for a chain of a certificate and, or without, the root that issued it; with their terms."""
     subject = f"chain of the {place.subject}"
-    der, *above = _read_chain(pem, subject, 1)
+    der, *above = ders
     root_terms = _root_terms(root, (*above,))
     certificate, key, term, notes = _issued_by_root(root, der, place)
     form = checked(subject, 3, 6) if above else checked(subject, 3)
@@ -489,7 +511,8 @@ def _root_terms(root: TrustedRoot, above: tuple[bytes, ...]) -> tuple[Term, ...]
 def _check_root(root: TrustedRoot, der: bytes) -> Term:
     certificate = _read(der, "root certificate")
     if certificate.subject != root.name or certificate.point != root.point:  # 6
-        raise steps.UntrustedRootError("root certificate", "untrusted", got=certificate.point, expected=root.point)
+        problem = "untrusted; a root other than Intel's is trusted only as the argument root="
+        raise steps.UntrustedRootError("root certificate", problem, got=certificate.point, expected=root.point)
     try:
         check_self_signed(certificate)  # 6: renewed with the same name and key
     except DerError as exc:

@@ -119,12 +119,17 @@ def _no_collateral(reason: str) -> Unavailable:
 
 
 def appraise(service: Service, evidence: Evidence, stage: Literal["boot", "runtime"]) -> AcceptedVerdict:
-    """Appraise evidence (steps 5 and 6). Raises `Refused`; its reason lists all differences, got and expected."""
+    """Appraise evidence (steps 5 and 6). Raises `Refused`; its reason lists all differences, got and expected.
+
+    Raises `Unavailable` where the policy refuses the collateral: no VM could mend it.
+    """
     try:
         return service.policy.appraise(evidence.verdict, stage=stage)
     except AppraisalError as exc:
         reason = str(exc)
         parts = {refusal.part for refusal in exc.refusals}
+        if "collateral" in parts:
+            raise _no_collateral(reason) from None
         if "tcb" in parts:
             raise Refused(Code.TCB_REJECTED, f"{_NOT_VERIFIED} (TCB status)", reason=reason) from None
         if "attributes" in parts:

@@ -143,7 +143,8 @@ class CertificateDraft:
 class CrlDraft:
     """A certificate revocation list before it is bytes.
 
-    ``revoked`` are labels of keys with revoked certificates; ``own`` is the key in the platform's own chain.
+    ``revoked`` are labels of keys with revoked certificates; ``own`` is the key in the platform's own chain;
+    ``more_extensions`` are OIDs, values and whether they are critical.
     """
 
     issuer: str
@@ -154,6 +155,7 @@ class CrlDraft:
     revoked: tuple[str, ...] = ()
     number: int | None = 1
     authority_key_identifier: bool = True
+    more_extensions: tuple[tuple[str, bytes, bool], ...] = ()
     trailing: bytes = b""
     flip_signature: bool = False
 
@@ -164,6 +166,7 @@ class CrlDraft:
         if self.authority_key_identifier:
             identifier = _key_identifier(keys, self.signer)
             extensions.append(_extension("2.5.29.35", der.sequence(der.tlv(0x80, identifier))))
+        extensions += [_extension(oid, value, critical=critical) for oid, value, critical in self.more_extensions]
         reason = der.sequence(_extension("2.5.29.21", enumerated(1)))  # keyCompromise
         entries = [der.sequence(der.integer(keys.serial(key)), der.time(ISSUED), reason) for key in self.revoked]
         algorithm = _signature_algorithm("SHA-256")

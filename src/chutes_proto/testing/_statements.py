@@ -92,6 +92,7 @@ class Statement(ABC):
     version: int
     issued: int
     next_update: int
+    evaluation_number: int = EVALUATION_NUMBER
     leave_out: str = ""
     respell: Respelling = str
     alter: Respelling = str
@@ -130,7 +131,7 @@ class TcbInfo(Statement):
             "fmspc": self.fmspc.hex().upper(),
             "pceId": self.pce_id.hex().upper(),
             "tcbType": self.tcb_type,
-            "tcbEvaluationDataNumber": EVALUATION_NUMBER,
+            "tcbEvaluationDataNumber": self.evaluation_number,
             "tdxModule": _module(),
             "tdxModuleIdentities": [{"id": "TDX_01", **_module(), "tcbLevels": _svn_levels(SVN_LADDER)}],
             "tcbLevels": [level.document() for level in self.levels],
@@ -152,7 +153,7 @@ class QeIdentity(Statement):
 
     def members(self) -> dict[str, object]:
         return {
-            "tcbEvaluationDataNumber": EVALUATION_NUMBER,
+            "tcbEvaluationDataNumber": self.evaluation_number,
             "miscselect": "00000000",
             "miscselectMask": "FFFFFFFF",
             "attributes": "11000000000000000000000000000000",

@@ -111,6 +111,7 @@ def command(
                 "advisory_ids": verdict.advisory_ids,
                 "tcb_date": verdict.tcb_date,
                 "evaluation_number": verdict.evaluation_number,
+                "collateral": verdict.collateral,
                 "valid_from": verdict.window[0],
                 "valid_until": verdict.window[1],
                 "steps": verdict.steps,
@@ -131,7 +132,12 @@ def command(
         )
     return answer(
         report,
-        lambda: _say(report, is_bound=report_data is not None, is_measured=policy_file is not None),
+        lambda: _say(
+            report,
+            is_bound=report_data is not None,
+            is_measured=policy_file is not None,
+            has_floor=_has_floor(policy),
+        ),
         ok=report["accepted"],
     )
 
@@ -190,7 +196,18 @@ def _hint(
     return {"unjudged": True, "hint": hint}
 
 
-def _say(report: dict[str, Any], *, is_bound: bool, is_measured: bool) -> None:
+def _has_floor(policy: verifier.AnyPolicy) -> bool:
+    """Whether a lower bound of the TCB evaluation data number holds for all that is accepted."""
+    match policy:
+        case verifier.AllOf(policies=members):
+            return any(map(_has_floor, members))
+        case verifier.AnyOf(policies=members):
+            return all(map(_has_floor, members))
+        case verifier.Policy():
+            return policy.tcb.min_evaluation_number > 0
+
+
+def _say(report: dict[str, Any], *, is_bound: bool, is_measured: bool, has_floor: bool) -> None:
     if report["accepted"]:
         headline = "ACCEPTED: the quote verifies"
     elif report["genuine"]:
@@ -207,6 +224,11 @@ def _say(report: dict[str, Any], *, is_bound: bool, is_measured: bool) -> None:
         output.prose("The report data was not compared with anything: use --report-data to bind the quote.")
     if not is_measured:
         output.prose("Measurements were not compared with anything: use --policy with profiles to check them.")
+    if not has_floor:
+        output.prose(
+            "The TCB recovery was not compared with anything: the supplier of the collateral chooses it; use"
+            " min_evaluation_number of a policy."
+        )
     fields = {name: value for name, value in report.items() if name not in _NOT_FIELDS}
     fields |= {name: rfc3339(fields[name]) for name in _TIMES if name in fields}
     say_fields({"steps": spans(report["steps"]), **fields} if report["genuine"] else fields)

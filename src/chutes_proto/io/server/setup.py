@@ -29,7 +29,7 @@ from chutes_proto.io.http.tls import context_trusting
 from chutes_proto.io.server.store_setup import Problems, check_configuration, read_root, read_vault
 from chutes_proto.io.stores.address import StorePlace
 from chutes_proto.quote._measurements import parse_profiles_json, parse_profiles_toml
-from chutes_proto.quote._policy import Policy
+from chutes_proto.quote._policy import Policy, TcbPolicy
 from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
 from chutes_proto.secret import Secret
 from chutes_proto.server._config import ProxyOptions, RegistrationOptions, ServerConfig
@@ -98,7 +98,8 @@ def make_setup(config: ServerConfig) -> ServerSetup:
     root = problems.attempt("roots", lambda: read_root(config, base))
     vault = read_vault(config, base, problems)
     profiles = _profiles(config, base, problems)
-    policy = problems.attempt("measurements", lambda: Policy(profiles=tuple(p.measurements for p in profiles)))
+    tcb = TcbPolicy(collateral_grace=config.collateral.grace_seconds)  # the directory and the cache keep it, too
+    policy = problems.attempt("measurements", lambda: Policy(tcb=tcb, profiles=tuple(p.measurements for p in profiles)))
     hotkeys: frozenset[str] | Literal["*"] | None = problems.attempt("hotkeys", lambda: _hotkeys(config.hotkeys))
     proxies = problems.attempt("proxy.secret_file", lambda: _proxies(config.proxy, base))
     if config.proxy.unix is not None:
