@@ -27,12 +27,12 @@ def printed_tree(docstring: str) -> dict[str, str]:
 
 
 def classes_below(root: type[ChutesError]) -> dict[str, str]:
-    """Name → name of the parent, of each public class below ``root``, but not of those below `QuoteError`."""
+    """Name → name of the parent, of each public class below ``root``, but not of those below the verifiers' roots."""
     found: dict[str, str] = {}
     for child in root.__subclasses__():
         if child.__module__.startswith("chutes_proto") and not child.__name__.startswith("_"):
             found[child.__name__] = root.__name__
-            if child is not errors.QuoteError:
+            if child not in (errors.QuoteError, errors.GpuError):
                 found |= classes_below(child)
     return found
 

@@ -72,6 +72,7 @@ PACKAGES: dict[str, str] = {
     "auth": "wire",
     "boot": "auth luks wire",
     "collateral": "quote wire",
+    "gpu": "quote",
     "keys": "store",
     "luks": "quote",
     "miner": "auth boot wire",

@@ -23,6 +23,7 @@
     │   └── StoreBusy                  … now; trying again may help
     ├── KeyUnavailable                 a row is sealed under a KEK that is not available
     ├── SealBroken                     a sealed row does not open: altered, or another row's
+    ├── GpuError                       ``chutes_proto.gpu._errors`` has its branches
     └── QuoteError                     ``chutes_proto.quote._errors`` has its branches
 
 The server raises a `Refusal` and answers with it; the client turns the answer back into an equal one. ``detail`` and
@@ -35,6 +36,7 @@ from collections.abc import Sequence
 from typing import cast
 
 from chutes_proto._error import ChutesError
+from chutes_proto.gpu._errors import GpuError
 from chutes_proto.quote._errors import QuoteError
 from chutes_proto.wire.codes import Code
 
@@ -42,7 +44,8 @@ __all__ = ["ChutesError", "ConfigurationError", "FileUnavailable", "LocalProtoco
 __all__ += ["BadRequest", "Refusal", "Refused", "RemoteProtocolError", "TransportError", "Unavailable", "UpstreamError"]
 __all__ += ["BootInterrupted", "DiskError", "HandoverRejected", "HeaderRejected"]
 __all__ += ["QuoteUnavailable", "SignatureUnavailable", "ValidationProblem", "refusal"]
-__all__ += ["CollateralUnavailable", "KeyUnavailable", "QuoteError", "SealBroken", "StoreBusy", "StoreError"]
+__all__ += ["CollateralUnavailable", "GpuError", "KeyUnavailable", "QuoteError", "SealBroken"]
+__all__ += ["StoreBusy", "StoreError"]
 
 ValidationProblem = dict[str, object]
 """One problem of a 422: ``{"type": str, "loc": list of str and int, "msg": str}``."""

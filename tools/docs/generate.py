@@ -22,6 +22,8 @@ import attrs
 
 from chutes_proto.boot import _exchange as exchange
 from chutes_proto.boot._settings import AgentSettings
+from chutes_proto.gpu import GpuVerificationError
+from chutes_proto.gpu import _steps as _gpu_steps
 from chutes_proto.quote import VerificationError, _steps
 from chutes_proto.server._config import ServerConfig
 from chutes_proto.server._gpus import Gpu
@@ -153,9 +155,18 @@ def _code_link(code: Code) -> str:
 
 
 def steps() -> str:
-    """The numbered steps of verification."""
+    """The numbered steps of the verification of a quote."""
+    return _steps_of(VerificationError, _steps.__name__)
+
+
+def gpu_steps() -> str:
+    """The numbered steps of the verification of GPU evidence."""
+    return _steps_of(GpuVerificationError, _gpu_steps.__name__)
+
+
+def _steps_of(root: type[VerificationError | GpuVerificationError], module: str) -> str:
     lines = ["| step | code | what holds once it passes |", "|---|---|---|"]
-    found = [each for each in VerificationError.__subclasses__() if each.__module__ == _steps.__name__]
+    found = [each for each in root.__subclasses__() if each.__module__ == module]
     lines += [
         f"| {step.step} | `{step.code}` | {_cell(step.rule)} |" for step in sorted(found, key=lambda each: each.step)
     ]
@@ -323,6 +334,7 @@ PARTS: Final[Mapping[str, Callable[..., str]]] = {
         picture,
         server_settings,
         steps,
+        gpu_steps,
         transitions,
     )
 }

@@ -1,8 +1,8 @@
-"""Read certificates and revocation lists of the SGX/TDX PKI from their DER.
+"""Read certificates and revocation lists of the SGX/TDX PKI, or of another with the same discipline, from their DER.
 
 Rules kept here:
 
-* X.509 version 3, keys on P-256, signatures ECDSA with SHA-256, and nothing else;
+* X.509 version 3, keys and signatures of one `Suite` (Intel's is P-256 with SHA-256), and nothing else;
 * names stay DER and are compared as such; a serial number is the content of its INTEGER;
 * every extension has its place once; one that is critical and not known here is refused, and one, critical or not,
   by which a CRL would list only some of what is revoked;
@@ -32,11 +32,8 @@ TCB_SIGNING: Final = b"Intel SGX TCB Signing"
 MAX_PEM: Final = 64 * 1024
 MAX_CHAIN: Final = 3
 
-_ECDSA_WITH_SHA256: Final = bytes.fromhex("300a06082a8648ce3d040302")
 _VERSION_3: Final = bytes.fromhex("a003020102")
 _CRL_VERSION_2: Final = bytes.fromhex("020101")
-_P256_KEY: Final = bytes.fromhex("3059301306072a8648ce3d020106082a8648ce3d03010703420004")
-"""SubjectPublicKeyInfo of a P-256 key as an uncompressed point, up to the point."""
 
 _MEMBERS: Final = (0xA0, der.INTEGER, *[der.SEQUENCE] * 5, 0xA3)
 """The tags of a certificate's members."""
@@ -45,26 +42,56 @@ _TRUE: Final = bytes([der.BOOLEAN, 1, 0xFF])
 """DER leaves a critical flag that is false out."""
 
 _COMMON_NAME: Final = bytes.fromhex("550403")
-_SUBJECT_KEY_ID: Final = bytes.fromhex("551d0e")
-_KEY_USAGE: Final = bytes.fromhex("551d0f")
-_BASIC_CONSTRAINTS: Final = bytes.fromhex("551d13")
+SUBJECT_KEY_ID: Final = bytes.fromhex("551d0e")
+KEY_USAGE: Final = bytes.fromhex("551d0f")
+BASIC_CONSTRAINTS: Final = bytes.fromhex("551d13")
 _CRL_NUMBER: Final = bytes.fromhex("551d14")
 _DELTA_CRL_INDICATOR: Final = bytes.fromhex("551d1b")
 _ISSUING_DISTRIBUTION_POINT: Final = bytes.fromhex("551d1c")
 _CRL_DISTRIBUTION_POINTS: Final = bytes.fromhex("551d1f")
-_AUTHORITY_KEY_ID: Final = bytes.fromhex("551d23")
+AUTHORITY_KEY_ID: Final = bytes.fromhex("551d23")
 SGX_EXTENSION: Final = bytes.fromhex("2a864886f84d010d01")
 
+EXTENDED_KEY_USAGE: Final = bytes.fromhex("551d25")
+
 _OF_CERTIFICATES: Final = frozenset(
-    {_SUBJECT_KEY_ID, _KEY_USAGE, _BASIC_CONSTRAINTS, _CRL_DISTRIBUTION_POINTS, _AUTHORITY_KEY_ID, SGX_EXTENSION}
+    {SUBJECT_KEY_ID, KEY_USAGE, BASIC_CONSTRAINTS, _CRL_DISTRIBUTION_POINTS, AUTHORITY_KEY_ID}
 )
-_OF_CRLS: Final = frozenset({_CRL_NUMBER, _AUTHORITY_KEY_ID})
+_OF_CRLS: Final = frozenset({_CRL_NUMBER, AUTHORITY_KEY_ID})
 _OF_PARTIAL_CRLS: Final = frozenset({_DELTA_CRL_INDICATOR, _ISSUING_DISTRIBUTION_POINT})
 
 _DIGITAL_SIGNATURE: Final = 0x80
 _CERT_AND_CRL_SIGN: Final = 0x06
 
 Kind: TypeAlias = Literal["CA", "end entity"]
+
+
+class Suite(Struct, frozen=True):
+    """The form of a PKI's certificates and CRLs.
+
+    ``algorithm`` is the AlgorithmIdentifier of every signature in DER, ``key`` the SubjectPublicKeyInfo of every key,
+    an uncompressed point, up to the point of ``point_size`` bytes; ``critical`` are the extensions that its
+    certificates may have as critical ones.
+    """
+
+    algorithm: bytes
+    key: bytes
+    point_size: int
+    critical: frozenset[bytes]
+
+
+P256_SHA256: Final = Suite(
+    bytes.fromhex("300a06082a8648ce3d040302"),
+    bytes.fromhex("3059301306072a8648ce3d020106082a8648ce3d03010703420004"),
+    64,
+    _OF_CERTIFICATES | {SGX_EXTENSION},
+)
+P384_SHA384: Final = Suite(
+    bytes.fromhex("300a06082a8648ce3d040303"),
+    bytes.fromhex("3076301006072a8648ce3d020106052b8104002203620004"),
+    96,
+    _OF_CERTIFICATES | {EXTENDED_KEY_USAGE},
+)
 
 
 class Certificate(Struct, frozen=True, eq=False):
@@ -95,16 +122,16 @@ class Crl(Struct, frozen=True, eq=False):
     entries: tuple[int, int]
 
 
-def read_pem(data: bytes) -> tuple[bytes, ...]:
-    """The DER of one to three certificates in PEM; text around them counts for nothing (RFC 7468, section 2).
+def read_pem(data: bytes, most: int = MAX_CHAIN) -> tuple[bytes, ...]:
+    """The DER of one to ``most`` certificates in PEM; text around them counts for nothing (RFC 7468, section 2).
 
     Lines may be of any length, but not empty. Raises `DerError`.
     """
     if len(data) > MAX_PEM:
         raise DerError(f"more than {MAX_PEM} bytes of PEM")
-    _, *blocks = data.split(b"-----BEGIN CERTIFICATE-----", MAX_CHAIN + 1)
-    if not 1 <= len(blocks) <= MAX_CHAIN:
-        raise DerError(f"not 1 to {MAX_CHAIN} certificates in PEM")
+    _, *blocks = data.split(b"-----BEGIN CERTIFICATE-----", most + 1)
+    if not 1 <= len(blocks) <= most:
+        raise DerError(f"not 1 to {most} certificates in PEM")
     bodies: list[bytes] = []
     for block in blocks:
         body, end, _ = block.partition(b"-----END CERTIFICATE-----")
@@ -129,26 +156,26 @@ def _read_body(body: bytes) -> bytes:
     return value
 
 
-def read_certificate(data: bytes) -> Certificate:
+def read_certificate(data: bytes, suite: Suite = P256_SHA256) -> Certificate:
     """Read a certificate from DER (RFC 5280, 4.1). Raises `DerError`."""
-    signed, signature = _split(data)
+    signed, signature = _split(data, suite)
     version, serial, algorithm, issuer, validity, subject, key, wrapped = der.members(data, *signed[2:], *_MEMBERS)
     if not data.startswith(_VERSION_3, version[1]):
         raise DerError("not an X.509 certificate of version 3")
-    _check_algorithm(data, algorithm)
-    if not data.startswith(_P256_KEY, key[1]):
-        raise DerError("the key is not on P-256")
+    _check_algorithm(data, algorithm, suite)
+    if not data.startswith(suite.key, key[1]):
+        raise DerError("the key is not on the curve of this PKI")
     begin, end = der.several(data, validity[2], validity[3], 2, 2)
     number = der.unsigned(data, serial, size=20)
     names = der.whole(data, issuer), der.whole(data, subject)
     times = der.time(data, begin), der.time(data, end)
-    point, extensions = data[key[3] - 64 : key[3]], _read_extensions(data, wrapped, _OF_CERTIFICATES)
+    point, extensions = data[key[3] - suite.point_size : key[3]], _read_extensions(data, wrapped, suite.critical)
     return Certificate(data, der.whole(data, signed), signature, number, *names, *times, point, extensions)
 
 
-def read_crl(data: bytes) -> Crl:
+def read_crl(data: bytes, suite: Suite = P256_SHA256) -> Crl:
     """Read a revocation list from DER (RFC 5280, 5.1). Raises `DerError`."""
-    signed, signature = _split(data)
+    signed, signature = _split(data, suite)
     fields = der.several(data, signed[2], signed[3], 6, 7)
     if len(fields) == 6:
         fields.insert(5, (der.SEQUENCE, 0, 0, 0))  # a CRL without entries leaves their list out
@@ -157,7 +184,7 @@ def read_crl(data: bytes) -> Crl:
         raise DerError("not a certificate revocation list")
     if not data.startswith(_CRL_VERSION_2, version[1]):
         raise DerError("not a certificate revocation list of version 2")
-    _check_algorithm(data, algorithm)
+    _check_algorithm(data, algorithm, suite)
     extensions = _read_extensions(data, wrapped, _OF_CRLS)
     if not extensions.keys() >= _OF_CRLS:
         raise DerError("no CRL number, or no authority key identifier")
@@ -209,10 +236,10 @@ def common_name(name: bytes) -> bytes:
 def check_kind(certificate: Certificate, kind: Kind, *, path_length: int = 0) -> None:
     """Check constraints and key usage: of a CA with ``path_length`` CAs below it, or of no CA. Raises `DerError`."""
     extensions = certificate.extensions
-    if not extensions.keys() >= {_SUBJECT_KEY_ID, _AUTHORITY_KEY_ID, _BASIC_CONSTRAINTS, _KEY_USAGE}:
+    if not extensions.keys() >= {SUBJECT_KEY_ID, AUTHORITY_KEY_ID, BASIC_CONSTRAINTS, KEY_USAGE}:
         raise DerError("basic constraints, key usage or a key identifier is missing")
-    is_ca, allowed_path = _basic_constraints(extensions[_BASIC_CONSTRAINTS])
-    usage = _key_usage(extensions[_KEY_USAGE])
+    is_ca, allowed_path = basic_constraints(extensions[BASIC_CONSTRAINTS])
+    usage = key_usage(extensions[KEY_USAGE])
     if kind == "CA":
         if not is_ca or (allowed_path is not None and allowed_path < path_length):
             raise DerError("the basic constraints are not a CA's")
@@ -225,17 +252,17 @@ def check_kind(certificate: Certificate, kind: Kind, *, path_length: int = 0) ->
             raise DerError("the key usage is not that of a certificate that signs statements only")
 
 
-def _split(data: bytes) -> tuple[der.Element, bytes]:
+def _split(data: bytes, suite: Suite) -> tuple[der.Element, bytes]:
     """Split into the signed element and the signature, both in DER."""
     start, stop = der.only(data, 0, len(data), der.SEQUENCE)
     signed, algorithm, signature = der.members(data, start, stop, der.SEQUENCE, der.SEQUENCE, der.BIT_STRING)
-    _check_algorithm(data, algorithm)
+    _check_algorithm(data, algorithm, suite)
     return signed, der.bits(data, signature)
 
 
-def _check_algorithm(data: bytes, element: der.Element) -> None:
-    if not data.startswith(_ECDSA_WITH_SHA256, element[1]):
-        raise DerError("the signature algorithm is not ECDSA with SHA-256")
+def _check_algorithm(data: bytes, element: der.Element, suite: Suite) -> None:
+    if not data.startswith(suite.algorithm, element[1]):
+        raise DerError("the signature algorithm is not that of this PKI")
 
 
 def _read_extensions(data: bytes, wrapped: der.Element, known: frozenset[bytes]) -> dict[bytes, bytes]:
@@ -255,7 +282,8 @@ def _read_extensions(data: bytes, wrapped: der.Element, known: frozenset[bytes])
     return extensions
 
 
-def _basic_constraints(value: bytes) -> tuple[bool, int | None]:
+def basic_constraints(value: bytes) -> tuple[bool, int | None]:
+    """Whether basic constraints are a CA's, and their path length. Raises `DerError`."""
     fields = der.elements(value, *der.only(value, 0, len(value), der.SEQUENCE))
     is_ca = bool(fields) and fields[0][0] == der.BOOLEAN and der.boolean(value, fields.pop(0))
     path_length = int.from_bytes(der.unsigned(value, fields.pop(0), size=1)) if fields and is_ca else None
@@ -264,7 +292,8 @@ def _basic_constraints(value: bytes) -> tuple[bool, int | None]:
     return is_ca, path_length
 
 
-def _key_usage(value: bytes) -> int:
+def key_usage(value: bytes) -> int:
+    """The first eight bits of a key usage, digitalSignature the highest. Raises `DerError`."""
     start, stop = der.only(value, 0, len(value), der.BIT_STRING)
     if stop - start < 2 or value[start] > 7:
         raise DerError("malformed key usage")

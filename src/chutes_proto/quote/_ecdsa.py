@@ -1,4 +1,4 @@
-"""Verify ECDSA signatures over P-256 with SHA-256, the only ones in quotes and collateral.
+"""Verify ECDSA signatures: over P-256 with SHA-256, as in quotes and collateral, or with another scheme.
 
 Rules kept here:
 
@@ -13,31 +13,42 @@ from __future__ import annotations
 from typing import Final
 
 from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ec import ECDSA, SECP256R1, EllipticCurvePublicKey
-from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.asymmetric.ec import ECDSA, SECP256R1, SECP384R1, EllipticCurvePublicKey
+from cryptography.hazmat.primitives.hashes import SHA256, SHA384
+from msgspec import Struct
 
-__all__ = ["EllipticCurvePublicKey", "InvalidSignature", "load_point", "verify", "verify_raw"]
-
-_CURVE: Final = SECP256R1()
-_ALGORITHM: Final = ECDSA(SHA256())
+__all__ = ["P256", "P384", "EllipticCurvePublicKey", "InvalidSignature", "Scheme", "load_point", "verify", "verify_raw"]
 
 
-def load_point(point: bytes) -> EllipticCurvePublicKey:
-    """Load the key x ‖ y (64 bytes). Raises `ValueError` unless it is a point of the curve."""
-    return EllipticCurvePublicKey.from_encoded_point(_CURVE, b"\x04" + point)
+class Scheme(Struct, frozen=True):
+    """A curve with a digest; ``size`` is that of a coordinate, and of each half of a raw signature, in bytes."""
+
+    curve: SECP256R1 | SECP384R1
+    algorithm: ECDSA
+    size: int
 
 
-def verify(key: EllipticCurvePublicKey, signature: bytes, message: bytes) -> None:
+P256: Final = Scheme(SECP256R1(), ECDSA(SHA256()), 32)
+P384: Final = Scheme(SECP384R1(), ECDSA(SHA384()), 48)
+
+
+def load_point(point: bytes, scheme: Scheme = P256) -> EllipticCurvePublicKey:
+    """Load the key x ‖ y. Raises `ValueError` unless it is a point of the curve."""
+    return EllipticCurvePublicKey.from_encoded_point(scheme.curve, b"\x04" + point)
+
+
+def verify(key: EllipticCurvePublicKey, signature: bytes, message: bytes, scheme: Scheme = P256) -> None:
     """Check a signature in DER. Raises `InvalidSignature`."""
-    key.verify(signature, message, _ALGORITHM)
+    key.verify(signature, message, scheme.algorithm)
 
 
-def verify_raw(key: EllipticCurvePublicKey, signature: bytes, message: bytes) -> None:
-    """Check a signature r ‖ s (64 bytes). Raises `InvalidSignature`."""
-    if len(signature) != 64:
+def verify_raw(key: EllipticCurvePublicKey, signature: bytes, message: bytes, scheme: Scheme = P256) -> None:
+    """Check a signature r ‖ s. Raises `InvalidSignature`."""
+    size = scheme.size
+    if len(signature) != 2 * size:
         raise InvalidSignature
-    pair = _integer(signature[:32]) + _integer(signature[32:])
-    key.verify(b"\x30%c%b" % (len(pair), pair), message, _ALGORITHM)
+    pair = _integer(signature[:size]) + _integer(signature[size:])
+    key.verify(b"\x30%c%b" % (len(pair), pair), message, scheme.algorithm)
 
 
 def _integer(value: bytes) -> bytes:
