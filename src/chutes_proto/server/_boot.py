@@ -37,7 +37,8 @@ from chutes_proto.wire.vms import BootAttestationAnswer, BootAttestationRequest,
 
 
 def issue_boot_nonce(service: Service, call: Call[BootNonceRequest]) -> Flow[NonceAnswer]:
-    """Operation 1: issue a nonce, which costs one MAC and writes nothing."""
+    """Operation 1: issue a nonce, which costs one MAC and writes nothing; balancers ask it whether boots are served."""
+    service.readiness.require()
     hotkey, address = call.message.miner_hotkey, call.request.peer_address
     random = yield from Entropy(RANDOM_SIZE)
     value = service.mint.issue("boot", call.now, random, hotkey=hotkey, address=address)

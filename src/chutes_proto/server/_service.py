@@ -23,6 +23,7 @@ from chutes_proto.server._nonces import NonceMint
 from chutes_proto.server._open_boots import OpenBoots
 from chutes_proto.server._profiles import ServedProfile, publish
 from chutes_proto.server._proxy import Network, TrustedProxies
+from chutes_proto.server._readiness import Readiness
 from chutes_proto.wire.codes import Code
 from chutes_proto.wire.evidence import PORT
 from chutes_proto.wire.public import EncodedMeasurements
@@ -84,6 +85,7 @@ class Service:
     rates: TokenBuckets = field(default=Factory(_rates, takes_self=True))
     refusals: LogThrottle = field(factory=LogThrottle)
     faults: LogThrottle = field(factory=LogThrottle)
+    readiness: Readiness = field(factory=Readiness)
 
     def check_known(self, hotkey: Hotkey, code: Code) -> None:
         """Raise `Refused` with ``code`` unless ``hotkey`` is one of those that are served."""

@@ -28,6 +28,7 @@ from chutes_proto.log import Level, Record
 from chutes_proto.quote._roots import INTEL_ROOT
 from chutes_proto.server._app import App
 from chutes_proto.server._config import ServerConfig
+from chutes_proto.server._readiness import watch_store
 from chutes_proto.transport.asgi import AsgiApp
 
 if TYPE_CHECKING:
@@ -117,8 +118,17 @@ async def open_server(
     if connections < wanted:
         about = f"limits.connections: the limit of open files allows {connections} of {wanted}; raise it (LimitNOFILE)"
         log(Record(Level.WARNING, "warning", {"about": about}))
-    async with open_performer(store, collateral, log=log) as performer:
+    async with open_performer(store, collateral, log=log) as performer, _watching(setup, performer):
         yield Server(App(setup.service), performer, limits=setup.limits, connections=connections)
+
+
+@asynccontextmanager
+async def _watching(setup: ServerSetup, performer: Performer) -> AsyncGenerator[None]:
+    """Look at the store all the time, so that the server knows whether it can serve boots."""
+    async with anyio.create_task_group() as background:
+        _ = background.start_soon(performer.run, watch_store(setup.service.readiness))
+        yield
+        background.cancel_scope.cancel()
 
 
 async def serve(
@@ -175,7 +185,8 @@ def make_asgi_app(config: ServerConfig) -> AsgiApp:
     async def open_driver() -> AsyncGenerator[Performer]:
         async with _in_thread(open_store(setup)) as store, open_performer(store, setup.collateral) as performer:
             _log_start(setup, store, [], log_record)
-            yield performer
+            async with _watching(setup, performer):
+                yield performer
 
     return AsgiApp(App(setup.service), open_driver, limits=setup.limits)
 
