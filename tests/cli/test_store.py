@@ -72,7 +72,7 @@ def test_a_newer_schema_and_damage_are_refused_and_left_alone(command: Command, 
         for number in range(40):
             store.transact(boot(str(number)))
     with closing(sqlite3.connect(path)) as connection, connection:
-        connection.execute("UPDATE fact SET value = 999 WHERE name = 'schema_version'")
+        connection.execute("UPDATE fact SET value = 999 WHERE name IN ('schema_version', 'compatible_since')")
     before = path.read_bytes()
     for action in ("check", "migrate"):
         end = command("store", action, "--store", f"sqlite:{path}", "--json")
@@ -121,7 +121,9 @@ def test_a_server_works_only_in_a_schema_that_was_made(
 def test_another_schema_version_is_refused(command: Command, site: Path, empty_schema: str, version: int) -> None:
     PostgresStore(empty_schema, migrate=True).close()
     with psycopg.connect(empty_schema) as connection:
-        connection.execute("UPDATE fact SET value = %s WHERE name = 'schema_version'", (version,))
+        connection.execute(
+            "UPDATE fact SET value = %s WHERE name IN ('schema_version', 'compatible_since')", (version,)
+        )
     for words in (["serve"], ["serve", "--check"], ["store", "migrate"], ["store", "check"]):
         end = command(*words, "--config", site / "server.toml")
         assert end.code == 1

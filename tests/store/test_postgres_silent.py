@@ -270,7 +270,7 @@ def test_a_check_takes_its_time(slow: PostgresStore) -> None:
 def test_a_migration_takes_its_time(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(postgres, "_WORK", 0.3)
     monkeypatch.setattr(postgres, "_SILENCE", SILENCE)
-    monkeypatch.setattr(sql, "STEPS", (*sql.STEPS, "SELECT pg_sleep(1)"))
+    monkeypatch.setattr(sql, "STEPS", (*sql.STEPS, sql.Step("SELECT pg_sleep(1)")))
     monkeypatch.setattr(sql, "SCHEMA_VERSION", len(sql.STEPS))
     with closing(PostgresStore(url, busy_seconds=0.1, migrate=True)) as store:
         assert store.found_version == sql.SCHEMA_VERSION - 1

@@ -102,7 +102,9 @@ def test_an_unknown_schema_version_is_refused_and_left_alone(path: Path) -> None
         store.transact(boot("first"))
     for version in (0, SCHEMA_VERSION + 1, 999):
         with closing(sqlite3.connect(path)) as connection, connection:
-            connection.execute("UPDATE fact SET value = ? WHERE name = 'schema_version'", (version,))
+            connection.execute(
+                "UPDATE fact SET value = ? WHERE name IN ('schema_version', 'compatible_since')", (version,)
+            )
         before = path.read_bytes()
         with pytest.raises(
             StoreError, match=f"schema version {version}, and this release knows version {SCHEMA_VERSION}; run"

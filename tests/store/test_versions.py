@@ -12,15 +12,23 @@ import psycopg
 import pytest
 
 from chutes_proto.errors import StoreError
+from chutes_proto.io.stores import postgres
 from chutes_proto.io.stores.address import StorePlace
 from chutes_proto.store import sql
 from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import ReadTimes, SetHorizon
+from chutes_proto.store.sql import Step
 from chutes_proto.testing.store_suite._parts import boot, dump, sync
 from tests.store.harness import Gate
 from tests.waiting import wait_until
 
 CURRENT = sql.STEPS
+EXPANSION = Step(
+    "CREATE TABLE owner (name TEXT); ALTER TABLE vm ADD COLUMN note TEXT; ALTER TABLE boot ADD COLUMN note TEXT",
+    compatible_since=len(CURRENT),
+    indexes=("CREATE INDEX boot_created ON boot (created_at)",),
+)
+"""Servers of this release can live with it."""
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -29,7 +37,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> StorePlace:
     return StorePlace(address, tmp_path)
 
 
-def set_release(monkeypatch: pytest.MonkeyPatch, *steps: str) -> None:
+def set_release(monkeypatch: pytest.MonkeyPatch, *steps: Step) -> None:
     """From here on this is a release with these steps."""
     monkeypatch.setattr(sql, "STEPS", steps)
     monkeypatch.setattr(sql, "SCHEMA_VERSION", len(steps))
@@ -59,7 +67,7 @@ def test_a_newer_release_keeps_the_rows_and_the_older_one_refuses_them(
         assert store.found_version is None
         store.transact(boot("first"))
         before = dump(store)
-    set_release(monkeypatch, *CURRENT, "CREATE TABLE owner (name TEXT)")
+    set_release(monkeypatch, *CURRENT, Step("CREATE TABLE owner (name TEXT)"))
     with pytest.raises(StoreError, match="run `chutes-proto store migrate`"):
         place.open()
     with closing(place.open(migrate=True)) as store:
@@ -75,13 +83,13 @@ def test_a_newer_release_keeps_the_rows_and_the_older_one_refuses_them(
 
 def test_a_step_that_fails_leaves_no_trace(place: StorePlace, monkeypatch: pytest.MonkeyPatch) -> None:
     place.open(migrate=True).close()
-    set_release(monkeypatch, *CURRENT, "CREATE TABLE owner (name TEXT); CREATE TABLE vm (name TEXT)")
+    set_release(monkeypatch, *CURRENT, Step("CREATE TABLE owner (name TEXT); CREATE TABLE vm (name TEXT)"))
     with pytest.raises(StoreError, match="already exists"):
         place.open(migrate=True)
     set_release(monkeypatch, *CURRENT)
     with closing(place.open()) as store:
         store.check()
-    set_release(monkeypatch, *CURRENT, "CREATE TABLE owner (name TEXT)")
+    set_release(monkeypatch, *CURRENT, Step("CREATE TABLE owner (name TEXT)"))
     place.open(migrate=True).close()
 
 
@@ -98,7 +106,7 @@ def test_what_cannot_be_read_is_not_migrated(tmp_path: Path, damage: Callable[[P
         assert path.read_bytes() == content
     else:  # root may open what nobody may
         with closing(sqlite3.connect(path)) as connection:
-            assert connection.execute(sql.READ_VERSION).fetchone() == (sql.SCHEMA_VERSION,)
+            assert connection.execute(sql.READ_VERSION).fetchone() == (sql.SCHEMA_VERSION, sql.compatible_since())
 
 
 def test_a_server_that_was_migrated_under_is_refused(place: StorePlace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +118,7 @@ def test_a_server_that_was_migrated_under_is_refused(place: StorePlace, monkeypa
         running = threads.submit(older.transact, gate)
         assert gate.inside.wait(60)
         with monkeypatch.context() as newer:
-            set_release(newer, *CURRENT, "UPDATE fact SET value = value * 10 WHERE name = 'nonce_horizon'")
+            set_release(newer, *CURRENT, Step("UPDATE fact SET value = value * 10 WHERE name = 'nonce_horizon'"))
             migrating = threads.submit(place.open, migrate=True)
             assert not wait((migrating,), timeout=0.3).done
             gate.leave.set()
@@ -118,11 +126,11 @@ def test_a_server_that_was_migrated_under_is_refused(place: StorePlace, monkeypa
             with closing(migrating.result(30)) as store:
                 assert store.transact(Ask(ReadTimes())).horizon == 40
         for _ in range(2):
-            with pytest.raises(StoreError, match=r"schema version 3, .* knows version 2; run the release that made it"):
+            with pytest.raises(StoreError, match=r"schema version 4, .* knows version 3; run the release that made it"):
                 older.transact(Ask(SetHorizon(50)))
-        with pytest.raises(StoreError, match="schema version 3"):
+        with pytest.raises(StoreError, match="schema version 4"):
             older.check()
-        set_release(monkeypatch, *CURRENT, "")
+        set_release(monkeypatch, *CURRENT, Step(""))
         with closing(place.open()) as store:
             assert store.transact(Ask(ReadTimes())).horizon == 40
 
@@ -134,7 +142,7 @@ def test_who_begins_during_a_migration_waits_and_is_refused(
     place = StorePlace(empty_schema, tmp_path)
     place.open(migrate=True).close()
     with monkeypatch.context() as newer:
-        set_release(newer, *CURRENT, "")
+        set_release(newer, *CURRENT, Step(""))
         migration = [*sql.schema("postgresql", len(CURRENT))]
     with (
         closing(place.open()) as older,
@@ -148,5 +156,90 @@ def test_who_begins_during_a_migration_waits_and_is_refused(
             asking = threads.submit(older.transact, Ask(ReadTimes()))
             waits = "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'fact'::regclass"
             _ = wait_until(lambda: other.execute(waits.encode()).fetchone() != (0,))
-        with pytest.raises(StoreError, match="schema version 3"):
+        with pytest.raises(StoreError, match="schema version 4"):
             asking.result(30)
+
+
+# --- servers of two releases on one store ---
+
+
+def test_a_newer_schema_that_says_so_is_used_by_the_release_before(
+    place: StorePlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.open(migrate=True).close()
+    with closing(place.open()) as older:
+        older.transact(boot("before"))
+        with monkeypatch.context() as newer:
+            set_release(newer, *CURRENT, EXPANSION)
+            with pytest.raises(StoreError, match="run `chutes-proto store migrate`"):
+                place.open()
+            with closing(place.open(migrate=True)) as store:
+                assert (store.found_version, store.schema_version) == (len(CURRENT), len(CURRENT) + 1)
+                store.transact(boot("newer"))
+                store.check()
+        older.transact(boot("after"))
+        assert older.check()["boot"] == 3
+    for migrate in (False, True):
+        with closing(place.open(migrate=migrate)) as again:
+            assert again.schema_version == len(CURRENT) + 1
+            again.transact(boot(f"again {migrate}"))
+    # A later step removes what only this release still needs.
+    set_release(monkeypatch, *CURRENT, EXPANSION, Step("", compatible_since=len(CURRENT) + 1))
+    with closing(place.open(migrate=True)) as store:
+        assert store.check()["boot"] == 5
+    set_release(monkeypatch, *CURRENT)
+    with pytest.raises(StoreError, match="run the release that made it"):
+        place.open()
+
+
+def test_a_migration_that_gets_no_lock_says_who_has_it(
+    empty_schema: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = StorePlace(empty_schema, tmp_path)
+    place.open(migrate=True).close()
+    set_release(monkeypatch, *CURRENT, EXPANSION)
+    with psycopg.connect(empty_schema, application_name="a report") as other, ThreadPoolExecutor() as threads:
+        other.execute("SELECT count(*) FROM boot")
+        with monkeypatch.context() as hasty:
+            hasty.setattr(postgres, "_MIGRATION_SECONDS", 0.0)
+            state = r"\(a report, idle in transaction, in a transaction for \d+ s\)"
+            held = rf"session {other.info.backend_pid} of \w+ {state} has boot; wait for it, or end it"
+            with pytest.raises(StoreError, match=f"does not get the locks.*{held}"):
+                place.open(migrate=True)
+        migrating = threads.submit(place.open, migrate=True)
+        _ = wait_until(lambda: waits_for_a_lock(empty_schema))
+        _ = wait_until(lambda: not waits_for_a_lock(empty_schema))  # it lets the others work meanwhile
+        _ = wait_until(lambda: waits_for_a_lock(empty_schema))
+        other.rollback()
+        migrating.result(60).close()
+
+
+def waits_for_a_lock(url: str) -> bool:
+    with psycopg.connect(url) as connection:
+        found = connection.execute("SELECT 1 FROM pg_locks WHERE NOT granted AND relation = 'boot'::regclass")
+        return found.fetchone() is not None
+
+
+def test_an_index_whose_build_was_interrupted_is_built_again(
+    empty_schema: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is built beside a migration that stays open, as a server's transaction does."""
+    place = StorePlace(empty_schema, tmp_path)
+    place.open(migrate=True).close()
+    set_release(monkeypatch, *CURRENT, EXPANSION)
+    with psycopg.connect(empty_schema) as blocking, ThreadPoolExecutor() as threads:
+        blocking.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        blocking.execute("SELECT 1 FROM attestation")  # the build waits for everyone who may still see the older rows
+        migrating = threads.submit(place.open, migrate=True)
+        with psycopg.connect(empty_schema, autocommit=True) as other:
+            building = "SELECT pid FROM pg_stat_progress_create_index WHERE index_relid = to_regclass('boot_created')"
+            (pid,) = wait_until(lambda: other.execute(building.encode()).fetchone())
+            other.execute("SELECT pg_cancel_backend(%s)", (pid,))
+            with pytest.raises(StoreError, match="a statement was cancelled"):
+                migrating.result(60)
+            with closing(place.open()) as store:  # it is right without the index, and slower
+                store.transact(boot("first"))
+                with pytest.raises(StoreError, match="the index boot_created is missing or incomplete; run `chutes"):
+                    store.check()
+    with closing(place.open(migrate=True)) as store:
+        assert store.check()["boot"] == 1

@@ -2,10 +2,12 @@
 
 Rules kept here:
 
-* a database of another version is refused, and the error says what to run; a server never migrates, an operator does;
+* a database of an older version is refused, and so is one of a newer version that says that servers of ours cannot use
+  it; the error says what to run; a server never migrates, an operator does;
 * a database with other tables than ours is another program's, and is left alone; one with our tables and without a
   version is damaged;
-* all steps of a migration are one transaction, which the caller begins and commits.
+* all steps of a migration are one transaction, which the caller begins and commits, except for indexes that
+  PostgreSQL builds meanwhile.
 """
 
 from __future__ import annotations
@@ -43,28 +45,32 @@ class Versions:
         version: int = rows[0][0]
         return version
 
-    def require(self) -> None:
-        """Raise `StoreError`, with what to do, unless the database has our schema version and all facts."""
-        self._check(self.found())
+    def require(self) -> int:
+        """Return the schema version. Raises `StoreError`, with what to do, unless we can use it and all facts exist."""
+        if self.found() is None:
+            raise self._unusable("it is empty", is_older=True)
+        version = self.check(self.execute(sql.READ_VERSION))
         text, _ = sql.statement(ReadTimes())
         if not self.execute(sql.for_driver(text, self.dialect)):
             raise self._lost()
+        return version
 
-    def check(self, rows: Sequence[Sequence[Any]]) -> None:
+    def check(self, rows: Sequence[Sequence[Any]]) -> int:
         """As `require`, for a store that was open: ``rows`` are the present result of `sql.READ_VERSION`."""
         if not rows:
             raise self._lost()
-        self._check(rows[0][0])
+        found, since = rows[0]
+        if found != sql.SCHEMA_VERSION and not (found > sql.SCHEMA_VERSION and since and since <= sql.SCHEMA_VERSION):
+            state = f"it has schema version {found}, and this release knows version {sql.SCHEMA_VERSION}"
+            raise self._unusable(state, is_older=0 < found < sql.SCHEMA_VERSION)
+        version: int = found
+        return version
 
-    def _check(self, found: int | None) -> None:
-        if found == sql.SCHEMA_VERSION:
-            return
-        state = f"it has schema version {found}, and this release knows version {sql.SCHEMA_VERSION}"
-        if found is None:
-            state = "it is empty"
-        known = found is None or 0 < found < sql.SCHEMA_VERSION
-        remedy = f"run `{MIGRATE}`" if known else "run the release that made it"
-        raise StoreError(f"store {self.name}: {state}; {remedy}; nothing in it was changed")
+    def require_indexes(self) -> None:
+        """Raise `StoreError` if an index that PostgreSQL builds apart is not complete; a newer release needs others."""
+        for name, _ in sql.indexes() if self.found() == sql.SCHEMA_VERSION else ():
+            if list(self.execute(sql.INDEX_STATE.format(name=name))) != [(True,)]:
+                raise StoreError(f"store {self.name}: the index {name} is missing or incomplete; run `{MIGRATE}`")
 
     def migrate(self) -> int | None:
         """Migrate to our schema version; returns the previous one. Raises `StoreError` for an unknown version."""
@@ -72,8 +78,12 @@ class Versions:
         if found is None or 0 < found < sql.SCHEMA_VERSION:
             for statement in sql.schema(self.dialect, found or 0):
                 _ = self.execute(statement)
-        self.require()
+        _ = self.require()
         return found
+
+    def _unusable(self, state: str, *, is_older: bool) -> StoreError:
+        remedy = f"run `{MIGRATE}`" if is_older else "run the release that made it"
+        return StoreError(f"store {self.name}: {state}; {remedy}; nothing in it was changed")
 
     def _lost(self) -> StoreError:
         return StoreError(f"store {self.name}: {sql.LostFactError()}")

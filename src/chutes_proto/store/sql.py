@@ -9,8 +9,8 @@ Rules kept here:
 * table and column names come from the row classes alone;
 * types are those that both dialects have: TEXT, BIGINT, BOOLEAN and bytes; TEXT is compared for equality only, because
   collations differ, so rows are sorted here;
-* a release that changes the schema adds a step to `STEPS`; the number of steps that made a database is its schema
-  version, and stands in the ``fact`` table.
+* a release that changes the schema adds a `Step` to `STEPS`; the number of steps that made a database is its schema
+  version, and stands in the ``fact`` table beside the oldest version whose servers may still use it.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from attrs import frozen
 
 from chutes_proto.store import rows as store
 
-__all__ = ["READ_VERSION", "SCHEMA_VERSION", "STEPS", "TABLES", "Dialect", "LostFactError", "Rows", "Values"]
-__all__ += ["columns", "decode", "decode_rows", "encode", "for_driver", "schema", "statement"]
+__all__ = ["READ_VERSION", "SCHEMA_VERSION", "STEPS", "TABLES", "Dialect", "LostFactError", "Rows"]
+__all__ += ["Step", "Values", "columns", "compatible_since", "decode", "decode_rows", "encode", "for_driver", "indexes"]
+__all__ += ["schema", "statement"]
 
 Dialect: TypeAlias = Literal["sqlite", "postgresql"]
 """The SQL that a database understands."""
@@ -201,15 +202,60 @@ CREATE INDEX generation_kek ON generation (kek_id);
 {room}
 """
 
-STEPS: Final = (_FIRST, _CONFIRMATIONS)
+_EXPAND: Final = """
+INSERT INTO fact (name, value) VALUES ('compatible_since', 0);
+"""
+
+
+@frozen
+class Step:
+    """A change of the schema: statements with a ``;`` between them, and the oldest version that can live with it.
+
+    Servers of the schema versions from ``compatible_since`` on go on beside a migration to this step and after it;
+    None: no older server can. ``indexes`` are ``CREATE INDEX name ON ...`` of tables that may be large: PostgreSQL
+    builds them while others write, after ``change`` is committed.
+    """
+
+    change: str
+    compatible_since: int | None = None
+    indexes: tuple[str, ...] = ()
+
+
+# How a schema changes: expand, and contract a release later.
+#
+# A step that is released is never edited. One that is not released takes the changes of everyone until it is. Whenever
+# possible ``compatible_since`` is the version before, so that servers are replaced one by one, after `store migrate`:
+#
+# * expand: add tables; columns that are nullable or have a constant default; indexes that are not unique. Servers of
+#   the version before neither read nor write these, so a row without them must mean what it meant before. They insert
+#   no value of a new enumeration, and must still decode a row that a newer server wrote;
+# * no NOT NULL without a default, no CHECK, UNIQUE or foreign key on what they write, no rewrite of a table and no
+#   UPDATE of many rows: each holds a lock for as long as it works. Fill in by pages, later, from a command;
+# * contract: drop or rename only what no server from ``compatible_since`` on uses: so in a later step than the one that
+#   made it superfluous, with the ``compatible_since`` of that one at least.
+STEPS: Final = (
+    Step(_FIRST),
+    Step(_CONFIRMATIONS),
+    Step(_EXPAND, compatible_since=2),  # not released: add to it
+)
 """Step n brings a database of schema version n to version n + 1; an empty database has version 0."""
 
 SCHEMA_VERSION: Final = len(STEPS)
 """The schema version of this release."""
 
-READ_VERSION: Final = "SELECT value FROM fact WHERE name = 'schema_version'"
-"""The statement that reads the schema version of a database."""
-_WRITE_VERSION: Final = "UPDATE fact SET value = {version} WHERE name = 'schema_version'"
+READ_VERSION: Final = (
+    "SELECT value, (SELECT value FROM fact WHERE name = 'compatible_since') FROM fact WHERE name = 'schema_version'"
+)
+"""The statement that reads the schema version of a database, and the oldest version whose servers may use it.
+
+The second is NULL in versions 1 and 2, which have servers of their own version only.
+"""
+_WRITE_VERSION: Final = (
+    "UPDATE fact SET value = {version} WHERE name = 'schema_version';"
+    "UPDATE fact SET value = {compatible_since} WHERE name = 'compatible_since'"
+)
+INDEX_STATE: Final = "SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass('{name}')"
+"""The statement that tells whether an index of PostgreSQL is complete: no row if there is none."""
 TABLES: Final[dict[Dialect, str]] = {
     "sqlite": "SELECT name FROM sqlite_master",
     "postgresql": "SELECT tablename FROM pg_tables WHERE schemaname = current_schema()",
@@ -230,11 +276,29 @@ _TYPES: Final[dict[Dialect, dict[str, str]]] = {
 }
 
 
+def compatible_since() -> int:
+    """The oldest schema version whose servers may use a database of ours."""
+    since = (number if step.compatible_since is None else step.compatible_since for number, step in enumerate(STEPS, 1))
+    return max(since)
+
+
 def schema(dialect: Dialect, since: int = 0) -> Iterator[str]:
-    """The statements that bring a database from schema version ``since`` to ours, one at a time."""
-    alone = "{alone}" if since else ""
-    text = ";".join((alone, *STEPS[since:], _WRITE_VERSION)).format(version=len(STEPS), **_TYPES[dialect])
+    """The statements of the transaction that brings a database from schema version ``since`` to ours, one at a time.
+
+    In PostgreSQL those of `indexes` follow it, unless the database was empty.
+    """
+    alone = "{alone}" if 0 < since < compatible_since() else ""
+    at_once = dialect == "sqlite" or not since
+    steps = (part for step in STEPS[since:] for part in (step.change, *(step.indexes if at_once else ())))
+    text = ";".join((alone, *steps, _WRITE_VERSION))
+    text = text.format(version=len(STEPS), compatible_since=compatible_since(), **_TYPES[dialect])
     return (statement for part in text.split(";") if (statement := part.strip()))
+
+
+def indexes() -> Iterator[tuple[str, str]]:
+    """The name of each index that PostgreSQL builds while others write, and the statement that does."""
+    parts = (index.partition(" INDEX ") for step in STEPS for index in step.indexes)
+    return ((rest.split()[0], f"{create} INDEX CONCURRENTLY {rest}") for create, _, rest in parts)
 
 
 _CLOCK: Final[dict[Dialect, str]] = {"sqlite": "NULL", "postgresql": "CAST(floor(extract(epoch FROM now())) AS BIGINT)"}

@@ -15,13 +15,13 @@ from chutes_proto.cli.describe import exits
 from chutes_proto.cli.operator import operating
 from chutes_proto.cli.operator.operating import OperatorCommand
 from chutes_proto.errors import ConfigurationError, StoreError
-from chutes_proto.io.server.store_setup import check_keys, make_store_setup
+from chutes_proto.io.server.store_setup import check_keys, make_store_setup, of_newer_schema
 from chutes_proto.io.stores.address import StorePlace
 from chutes_proto.keys.vault import Vault
 from chutes_proto.quote._terms import rfc3339
 from chutes_proto.server import ServerConfig
 from chutes_proto.server._config import check_store_address
-from chutes_proto.store.sql import SCHEMA_VERSION
+from chutes_proto.store.sql import compatible_since
 from chutes_proto.units.contents import ReadContents, WriteContents
 from chutes_proto.units.operator import StoreRestored
 
@@ -58,9 +58,11 @@ def _which(function: F) -> F:
 def migrate(config: str | None, store: str | None) -> int:
     """Make the schema, or bring an older one to this release.
 
-    Makes the schema in an empty database, or migrates that of an older release, in one transaction. Before, back up
-    the database and stop the servers of the older release: they refuse a newer schema at their next start. Nothing is
-    done to a schema that is this release's already. For the rows of another store see `store copy`.
+    Makes the schema in an empty database, or migrates that of an older release. Before, back up the database. Servers
+    of the release before go on meanwhile and after it, if the new schema allows it: the command says which must stop.
+    In PostgreSQL it holds no lock for longer than a second, tries for a minute, and builds indexes while servers
+    write; if it is interrupted, run it again. Nothing is done to a schema that is this release's or newer. For the
+    rows of another store see `store copy`.
 
     Give one of --config and --store.
 
@@ -76,9 +78,13 @@ def migrate(config: str | None, store: str | None) -> int:
     opened.close()
     found: dict[str, Any] = {
         "store": opened.name,
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": opened.schema_version,
         "schema_version_before": opened.found_version or 0,
     }
+    if newer := of_newer_schema(opened):
+        found["note"] = newer
+    elif opened.found_version is not None:
+        found["note"] = f"servers that know schema version {compatible_since()} or a newer one can use it"
     if opened.found_version is None:
         found["made"] = "a new store without keys; `chutes-proto store copy` fills it from another one"
     return _told(found)
@@ -109,6 +115,9 @@ def copy(source: str, reason: str, config: str | None, store: str | None) -> int
     with closing(origin.open()) as old, closing(place.open()) as new:
         if new.name == old.name:
             raise ConfigurationError(f"--from: {old.name} is the store to fill; name another one")
+        for each in (old, new):
+            if newer := of_newer_schema(each):  # it may have columns that this release does not know
+                raise StoreError(f"store {each.name}: {newer}, and copy with that release")
         with output.waiting(f"checking {old.name}"):
             _ = old.check()
         sealed = None if vault is None else check_keys(old, vault)
@@ -140,7 +149,9 @@ def check(config: str | None, store: str | None) -> int:
     if not place.is_made():
         raise StoreError(f"store {place.path}: not made yet; a server makes it, or `chutes-proto store migrate`")
     with closing(place.open()) as opened, output.waiting(f"checking {opened.name}"):
-        found: dict[str, Any] = {"store": opened.name, "schema_version": SCHEMA_VERSION, "rows": opened.check()}
+        found: dict[str, Any] = {"store": opened.name, "schema_version": opened.schema_version, "rows": opened.check()}
+        if newer := of_newer_schema(opened):
+            found["note"] = newer
         if vault is not None:
             found["keys_sealed_under"] = check_keys(opened, vault)
     return _told(found)

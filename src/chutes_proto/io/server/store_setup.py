@@ -10,7 +10,7 @@ Rules kept here:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import TypeVar
@@ -19,12 +19,14 @@ from attrs import frozen
 
 from chutes_proto.errors import ConfigurationError, QuoteError, StoreError
 from chutes_proto.io.files import check_private, read_file, read_private
+from chutes_proto.io.finding import Finding
 from chutes_proto.io.stores.address import DurableStore, StorePlace
 from chutes_proto.keys.vault import KeyEncryptionKey, Vault
 from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
 from chutes_proto.server._config import ServerConfig
 from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import CountSealed
+from chutes_proto.store.sql import SCHEMA_VERSION
 
 T = TypeVar("T")
 
@@ -51,17 +53,30 @@ def make_store_setup(config: ServerConfig) -> StoreSetup:
     return StoreSetup(config, StorePlace(config.store, base, config.limits.store_connections), vault, root)
 
 
-def check_store(place: StorePlace, vault: Vault) -> str:
-    """Return a description of the store, without making or changing it.
+def check_store(place: StorePlace, vault: Vault) -> Iterator[Finding]:
+    """Describe the store, without making or changing it.
 
     Raises `StoreError` for one that cannot be used, or that holds keys that ``vault`` cannot open.
     """
     if not place.is_made():
-        return f"{place.path}: not made yet"
+        yield Finding("ok", "store", f"{place.path}: not made yet")
+        return
     with closing(place.open()) as store:
         _ = store.check()
         store.check_writing()
-        return f"{store.name}: {sum(check_keys(store, vault).values())} keys"
+        yield Finding("ok", "store", f"{store.name}: {sum(check_keys(store, vault).values())} keys")
+        if newer := of_newer_schema(store):
+            yield Finding("note", "store", newer)
+
+
+def of_newer_schema(store: DurableStore) -> str:
+    """Return a note for a store with a newer schema that this release can use; empty for one of its own."""
+    if store.schema_version == SCHEMA_VERSION:
+        return ""
+    return (
+        f"its schema has version {store.schema_version}, which is newer than this release's ({SCHEMA_VERSION}) and"
+        " compatible; upgrade this server"
+    )
 
 
 def check_keys(store: DurableStore, vault: Vault) -> dict[str, int]:

@@ -27,6 +27,8 @@ class DurableStore(Store, Protocol):
     """Its address for people, without a password."""
     found_version: int | None
     """The schema version that it had when it was opened with ``migrate``, None if it was empty."""
+    schema_version: int
+    """The schema version that it has; it may be newer than this release's, if it says that we can use it."""
 
     def check(self) -> dict[str, int]:
         """Read everything; return the number of rows of each table. Raises `StoreError`."""

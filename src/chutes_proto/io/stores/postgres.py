@@ -16,6 +16,8 @@ Rules kept here:
 * at most ``connections`` are open; each is made by the caller that needs it, which gets the reason if that fails;
 * a database without our schema is refused, and neither changed nor, unless an operator asks for it, migrated; every
   transaction looks at the version, because a newer release may have migrated meanwhile;
+* a migration that our servers can live with stops none of them: it gives up what it cannot finish within a second,
+  tries again, and builds indexes while others write;
 * a password is in no name, error or log line.
 
 It needs the extra ``chutes-proto[postgres]``, a database or schema of its own with encoding UTF8, and direct
@@ -33,7 +35,7 @@ import time
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from attrs import define, field
+from attrs import define, evolve, field
 
 from chutes_proto.errors import ConfigurationError, StoreBusy, StoreError
 from chutes_proto.store._run import run_script
@@ -48,7 +50,16 @@ from chutes_proto.store.rows import (
     Scan,
     VoidTokens,
 )
-from chutes_proto.store.sql import READ_VERSION, LostFactError, decode, for_driver, statement
+from chutes_proto.store.sql import (
+    INDEX_STATE,
+    READ_VERSION,
+    LostFactError,
+    compatible_since,
+    decode,
+    for_driver,
+    indexes,
+    statement,
+)
 
 try:
     import psycopg
@@ -110,6 +121,22 @@ answered by then that it cancelled; it does not cancel a COMMIT, whose outcome i
 ``busy_seconds`` in total, so that nothing is tried again."""
 
 _LOCK: Final = "SELECT pg_advisory_xact_lock(7163393186713182564)"  # one migration at a time
+
+_EXPANSION_SECONDS: Final = 1.0
+"""How long one attempt at a migration may hold up the servers that go on beside it."""
+
+_MIGRATION_SECONDS: Final = 60.0
+"""After how many seconds a migration makes no further attempt to get its locks."""
+
+_HOLDERS: Final = (
+    # A role that is not a monitor sees NULL for what the sessions of others do.
+    "SELECT pid, usename, application_name, state, extract(epoch FROM now() - min(xact_start)),"
+    " string_agg(DISTINCT relname, ', ') FROM pg_locks JOIN pg_stat_activity USING (pid)"
+    " JOIN pg_class ON pg_class.oid = relation WHERE granted AND pid <> pg_backend_pid() AND relkind = 'r'"
+    " AND relnamespace = current_schema()::regnamespace AND datname = current_database()"
+    " GROUP BY 1, 2, 3, 4 ORDER BY min(xact_start) LIMIT 3"
+)
+"""The statement that lists the sessions with locks on our tables, the oldest transaction first."""
 
 _LOCK_VERSION: Final = "LOCK TABLE fact IN ACCESS SHARE MODE"
 
@@ -207,7 +234,7 @@ class PostgresStore:
     open at once. A transaction raises `StoreBusy` after it waited ``busy_seconds`` for a connection or for conflicting
     transactions, or if the database has not answered for a few seconds more. With ``migrate`` an empty database, or one
     of an older schema version, is brought to this release's; ``found_version`` is the one that it had (None: it was
-    empty), ``retries`` the number of repeated transactions.
+    empty), ``schema_version`` the one that it has now, ``retries`` the number of repeated transactions.
 
     Raises `ConfigurationError` for any other text, and `StoreError` for a database that cannot be a store.
     """
@@ -228,17 +255,12 @@ class PostgresStore:
             f"statement_timeout = {int(1000 * (busy_seconds + _WORK))}",
         )
         # The lock comes before the reads, so that these see a migration for which the lock waited.
-        self._begin = self._beginning("SERIALIZABLE", _LOCK_VERSION, _READ_SETTINGS, READ_VERSION)
-        # A migration must see the changes of another one for which it waited.
-        begin = self._beginning("READ COMMITTED" if migrate else "SERIALIZABLE", _READ_SETTINGS)
+        self._begin = self._beginning("SERIALIZABLE", _LOCK_VERSION, then=READ_VERSION)
         try:
-            with self._connection() as connection, self._transaction(connection, begin):
-                versions = self._versions(connection)
-                if migrate:
-                    self._lift_limits(connection)
-                    _ = connection.execute(_LOCK)
-                    self.found_version = versions.migrate()
-                versions.require()
+            if migrate:
+                self.found_version = self._migrate()
+            with self._connection() as connection, self._transaction(connection, self._beginning("SERIALIZABLE")):
+                self.schema_version: int = self._versions(connection).require()
         except BaseException as exc:
             self.close()
             if isinstance(exc, _Again):
@@ -281,7 +303,8 @@ class PostgresStore:
             pause = min(2 * pause, 0.1)
 
     def _check(self, connection: _Connection) -> dict[str, int]:
-        self._versions(connection).require()
+        _ = self._versions(connection).require()
+        self._versions(connection).require_indexes()
         self._lift_limits(connection)
         # As text, so that every value is read completely.
         texts = ((kind.TABLE, f"SELECT count(row::text) FROM {kind.TABLE} AS row") for kind in ROWS)  # noqa: S608
@@ -312,6 +335,76 @@ class PostgresStore:
 
     def _versions(self, connection: _Connection) -> Versions:
         return Versions(self.name, "postgresql", lambda text: _rows(connection, text))
+
+    # --- migration ---
+
+    def _migrate(self) -> int | None:
+        """Bring the database to our schema; return the version that it had. Raises `StoreError`."""
+        # A migration must see the changes of another one for which it waited.
+        begin = self._beginning("READ COMMITTED")
+        with contextlib.closing(self._connect()) as lock, self._transaction(lock, begin):
+            self._lift_limits(lock)
+            _ = _rows(lock, f"SET LOCAL idle_in_transaction_session_timeout = 0; {_LOCK}")
+            with contextlib.closing(self._connect()) as connection:
+                found = self._change_schema(connection, begin)
+                connection.answer_seconds = None
+                for name, create in indexes():
+                    self._build_index(connection, name, create)
+        return found
+
+    def _change_schema(self, connection: _Connection, begin: str) -> int | None:
+        """Make the transaction of a migration, until it gets its locks; return the version before."""
+        until = time.monotonic() + _MIGRATION_SECONDS
+        pause = 0.05
+        while True:
+            try:
+                with self._transaction(connection, begin):
+                    versions = self._versions(connection)
+                    self._lift_limits(connection)
+                    if (found := versions.found()) is not None and found >= compatible_since():
+                        versions = evolve(versions, execute=self._within_a_second(connection))
+                    return versions.migrate()
+            except (StoreBusy, _Again) as exc:
+                if not isinstance(exc.__cause__, (errors.LockNotAvailable, errors.QueryCanceled, *_AGAIN)):
+                    raise
+                if time.monotonic() + pause > until:
+                    raise self._held_up(connection, begin) from exc
+            time.sleep(random.uniform(pause / 2, pause))  # noqa: S311 - not a secret; others work meanwhile
+            pause = min(2 * pause, 1.0)
+
+    def _within_a_second(self, connection: _Connection) -> Callable[[str], list[tuple[Any, ...]]]:
+        """Return what runs the statements of one transaction, all of them within `_EXPANSION_SECONDS`."""
+        end = time.monotonic() + _EXPANSION_SECONDS
+
+        def execute(text: str) -> list[tuple[Any, ...]]:
+            left = max(1, round(1000 * (end - time.monotonic())))
+            return _rows(connection, f"SET LOCAL lock_timeout = {left}; SET LOCAL statement_timeout = {left}; {text}")
+
+        return execute
+
+    def _held_up(self, connection: _Connection, begin: str) -> StoreError:
+        """Return the error of a migration that does not get its locks, with the sessions that have them."""
+        with self._transaction(connection, begin):
+            holders = _rows(connection, _HOLDERS)
+        sessions = "; ".join(
+            f"session {pid} of {user} ({program or 'no name'}, {state or 'its state is hidden from this role'},"
+            f" in a transaction for {seconds or 0:.0f} s) has {tables}"
+            for pid, user, program, state, seconds, tables in holders
+        )
+        advice = "wait for it, or end it with SELECT pg_terminate_backend(...), and run the command again"
+        found = f"{sessions}; {advice}" if holders else "no session has them now; run the command again"
+        return StoreBusy(f"store {self.name}: the migration does not get the locks of its tables: {found}")
+
+    def _build_index(self, connection: _Connection, name: str, create: str) -> None:
+        """Build an index while others write; again, if a build was interrupted."""
+        try:
+            state = _rows(connection, INDEX_STATE.format(name=name))
+            if state == [(False,)]:
+                _ = _rows(connection, f"DROP INDEX CONCURRENTLY {name}")
+            if state != [(True,)]:
+                _ = _rows(connection, create)
+        except psycopg.Error as exc:
+            raise self._translated(exc) from exc
 
     # --- connections and transactions ---
 
@@ -353,10 +446,11 @@ class PostgresStore:
             raise self._fault(f"PostgreSQL {_OLDEST_SERVER // 10_000} or newer is needed")
         return connection
 
-    def _beginning(self, level: str, *statements: str) -> str:
+    def _beginning(self, level: str, *statements: str, then: str = "") -> str:
         """Return the one message that begins a transaction; its first row is that of `_READ_SETTINGS`."""
         settings = (f"SET LOCAL {setting}" for setting in self._set_local)
-        return "; ".join((f"BEGIN ISOLATION LEVEL {level}", *settings, *statements))
+        every = (f"BEGIN ISOLATION LEVEL {level}", *settings, *statements, _READ_SETTINGS, then)
+        return "; ".join(filter(None, every))
 
     @contextlib.contextmanager
     def _transaction(self, connection: _Connection, begin: str) -> Generator[None]:

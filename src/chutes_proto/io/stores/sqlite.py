@@ -91,8 +91,8 @@ class SqliteStore:
 
     ``busy_seconds`` is how long one transaction waits for another, of this process or of another one, before it raises
     `StoreBusy`. With ``migrate`` a file of an older schema version is brought to this release's; ``found_version`` is
-    the one that it had (None: it was empty), ``commits`` the number of commits. Raises `StoreError` for a file that
-    cannot be a store.
+    the one that it had (None: it was empty), ``schema_version`` the one that it has now, ``commits`` the number of
+    commits. Raises `StoreError` for a file that cannot be a store.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, busy_seconds: float = 5.0, migrate: bool = False) -> None:
@@ -100,6 +100,7 @@ class SqliteStore:
         self.name: str = str(self.path)
         self.commits: int = 0
         self.found_version: int | None = None
+        self.schema_version: int = 0
         self._migrate = migrate
         self._busy_seconds = busy_seconds
         self._lock = threading.Lock()  # guards the next two
@@ -132,7 +133,7 @@ class SqliteStore:
         with self._my_turn(_Job(_ALONE)), self._transaction("BEGIN") as connection:
             if self._versions(connection).found() is None:
                 raise self._fault(_FAULTS[sqlite3.SQLITE_CORRUPT])
-            self._versions(connection).require()
+            _ = self._versions(connection).require()
             (verdict,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
             if verdict != "ok" or connection.execute("PRAGMA foreign_key_check").fetchone():
                 raise self._fault(_FAULTS[sqlite3.SQLITE_CORRUPT])
@@ -192,7 +193,8 @@ class SqliteStore:
         try:
             with self._transaction() as connection:
                 versions = self._versions(connection)
-                versions.check(versions.execute(READ_VERSION))  # a newer release may have migrated the file meanwhile
+                # A newer release may have migrated the file meanwhile.
+                _ = versions.check(versions.execute(READ_VERSION))
                 jobs = self._take(job)
                 for each in jobs:
                     self._run(connection, each)
@@ -314,7 +316,7 @@ class SqliteStore:
     def _prepare(self, connection: sqlite3.Connection) -> None:
         versions = self._versions(connection)
         if versions.found() is not None and not self._migrate:
-            versions.require()  # before any change: the file may be another program's
+            _ = versions.require()  # before any change: the file may be another program's
         for setting, wanted in _SETTINGS:
             _ = connection.execute(f"PRAGMA {setting} = {wanted}").fetchone()
             found = connection.execute(f"PRAGMA {setting}").fetchone()
@@ -324,7 +326,7 @@ class SqliteStore:
         try:
             if self._migrate or versions.found() is None:  # a new file gets the schema in any case
                 self.found_version = versions.migrate()
-            versions.require()
+            self.schema_version = versions.require()
             _ = connection.execute("COMMIT")
         except BaseException:
             self._roll_back(connection)
