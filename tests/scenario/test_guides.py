@@ -168,8 +168,11 @@ def test_a_server_is_set_up_for_production(tmp_path: Path, require_program: Call
     text = text_of(page, unit.name)
     (program,) = re.findall(r"^ExecStart=(\S+) serve --config /etc/chutes-proto/server.toml$", text, re.MULTILINE)
     _ = unit.write_text(text.replace(program, sys.executable).replace("User=keys", "User=root"))
-    done = subprocess.run([analyze, "verify", "--man=no", unit], capture_output=True, text=True, check=False)
+    held = unit.with_suffix(".socket")
+    _ = held.write_text(text_of(page, held.name))
+    done = subprocess.run([analyze, "verify", "--man=no", unit, held], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+    assert f'listen = "{re.findall("ListenStream=(.*)", held.read_text())[0]}"' in text_of(page, "server.toml")
     server = start_server("--config", site / "server.toml", ca=site / "ca.pem")
     try:
         operator.instead["https://keys.example:8443"] = server.url

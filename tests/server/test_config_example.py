@@ -17,7 +17,7 @@ from chutes_proto.server._profiles import EXTRA_KEYS, ServedOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = (ROOT / "examples" / "server.toml").read_text("utf-8")
-NO_DEFAULTS = {"kek_previous_file", "networks", "unix", "secret_file"}
+NO_DEFAULTS = {"kek_previous_file", "takeover", "networks", "unix", "secret_file"}
 ALTERNATIVES = ("collateral = {", "directory = ", "hotkey_file = ", "root_passphrase_file = ")
 """The beginnings of lines that exclude others."""
 

@@ -81,6 +81,17 @@ def test_told_again_it_ends_at_once() -> None:
     assert seconds_left(here) == 0
 
 
+def test_once_another_process_has_its_listeners_it_ends_at_once_and_serves_what_it_accepted() -> None:
+    here = world()
+    token = here.token()
+    assert here.app.stop(here.uptime, handed_over=True) == here.uptime + DRAIN
+    assert seconds_left(here) == 0
+    _ = answer(here.sync(token, {"volumes": ["storage"]}))
+    granted = here.boot()  # to send it away would cost the VM an attempt
+    assert granted.status == 200
+    assert granted.header("connection") == "close"
+
+
 def test_a_boot_token_is_open_until_the_answer_to_its_sync_is_sent() -> None:
     here = world()
     token = here.token()

@@ -45,7 +45,7 @@ class Recorder:
     def complain(self, event: str, error: Exception) -> Flow[None]:
         yield from Log(Record(Level.ERROR, event, {"error": f"{type(error).__name__}: {error}"}))
 
-    def stop(self, now: float) -> float:
+    def stop(self, now: float, *, handed_over: bool = False) -> float:
         return now
 
     def ends_at(self, now: float) -> float:

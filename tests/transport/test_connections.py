@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chutes_proto.transport.connections import Answer, Connections, Receive, Send, Sent
-from chutes_proto.transport.h1 import LAST_CALL_SECONDS, ServerConnection
+from chutes_proto.transport.h1 import FIRST_CALL_SECONDS, LAST_CALL_SECONDS, ServerConnection
 from chutes_proto.wire.http import HttpResponse
 
 GET = b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"
@@ -175,6 +175,23 @@ def test_at_the_end_only_requests_and_their_answers_go_on() -> None:
     assert isinstance(connections.next_step(made["halfway"], 1.5), Answer)
     newcomer = connection("2.2.2.2", now=2.0)
     assert connections.next_step(newcomer, 2.0) is None
+
+
+def test_who_was_accepted_before_another_process_serves_is_served_here() -> None:
+    woken: list[ServerConnection] = []
+    connections = Connections(10, woken.append)
+    made = {state: connection("1.1.1.1", state) for state in STATES}
+    for one in made.values():
+        assert connections.make_room(one) == ()
+    connections.hand_over(1.0)
+    assert woken == list(made.values())
+    assert not any(one.closed for one in made.values())
+    assert made["working"].deadline == math.inf
+    made["halfway"].receive_data(GET[5:], 5.5)
+    assert isinstance(connections.next_step(made["halfway"], 5.5), Answer)
+    newcomer = connection("2.2.2.2", now=2.0)  # accepted, and its task runs only now
+    assert connections.next_step(newcomer, 2.0) == Receive()
+    assert newcomer.deadline == 1.0 + FIRST_CALL_SECONDS
 
 
 def test_others_are_woken_when_they_end_or_are_to_end_soon() -> None:

@@ -155,6 +155,25 @@ def test_draining_does_not_wait_long_for_a_request() -> None:
     assert idle.connection.close_reason == "no request in time"
 
 
+def test_a_connection_of_a_server_that_was_replaced_may_send_one_more_request() -> None:
+    fresh = Talk()
+    fresh.connection.hand_over(fresh.now, fresh.now + 5)
+    assert fresh.connection.deadline == fresh.now + 5
+    fresh.feed(GET[:9])
+    assert fresh.connection.deadline == 1005  # no part of a request prolongs it
+    fresh.now += 4
+    assert answers(fresh.feed(GET[9:]))[0].headers["connection"] == "close"
+    assert fresh.connection.deadline == fresh.now + Limits().linger_seconds
+    answered = Talk()
+    answered.feed(GET)
+    answered.connection.hand_over(answered.now, answered.now + 5)
+    assert answered.connection.deadline == answered.now + LAST_CALL_SECONDS
+    silent = Talk()
+    silent.connection.hand_over(silent.now, silent.now + 5)
+    assert silent.expire() == b""
+    assert silent.connection.close_reason == "no request in time"
+
+
 def test_head_has_no_body_and_keeps_the_framing() -> None:
     talk = Talk(lambda request: HttpResponse(405 if request.method == "HEAD" else 200, JSON, b"{}"))
     head = talk.feed(GET.replace(b"GET", b"HEAD"))
@@ -553,7 +572,7 @@ def test_every_request_arrives_as_it_was_said(said: list[tuple[HttpRequest, byte
     assert closed
 
 
-@given(st.lists(st.sampled_from([GET, GET[:9], b"\r\n\r\n", b"", "expire", "drain", "send"]), max_size=12))
+@given(st.lists(st.sampled_from([GET, GET[:9], b"\r\n\r\n", b"", "expire", "drain", "hand over", "send"]), max_size=12))
 def test_no_order_of_calls_makes_it_raise(calls: list[bytes | str]) -> None:
     connection = ServerConnection(0.0)
     for now, call in enumerate(calls, 1):
@@ -564,6 +583,8 @@ def test_no_order_of_calls_makes_it_raise(calls: list[bytes | str]) -> None:
                 connection.expire(now)
             case "drain":
                 connection.drain(now)
+            case "hand over":
+                connection.hand_over(now, now + 2)
             case _:
                 connection.data_to_send()
         if connection.next_request(now) is not None:

@@ -61,9 +61,11 @@ class Echo:
     def complain(self, event: str, error: Exception) -> Flow[None]:
         yield from Log(Record(Level.ERROR, event, {"error": f"{type(error).__name__}: {error}"}))
 
-    def stop(self, now: float) -> float:
+    def stop(self, now: float, *, handed_over: bool = False) -> float:
         self.latest = now if self.stopped else now + self.drain
         self.stopped = True
+        if handed_over:
+            self.open.clear()
         return self.latest
 
     def ends_at(self, now: float) -> float:
@@ -454,6 +456,23 @@ async def test_a_server_with_nothing_open_answers_what_is_under_way_and_accepts_
         assert (await read_all(busy)).startswith(b"HTTP/1.1 200")
         await server.ended.wait()
         for stream in (idle, busy):
+            await anyio.aclose_forcefully(stream)
+
+
+async def test_a_server_that_handed_its_listener_over_answers_what_it_accepted() -> None:
+    async with running(app=Echo(drain=3600.0)) as server:
+        answered, fresh, busy = await server.connect(), await server.connect(), await server.slow()
+        assert (await ask(answered)).startswith(b"HTTP/1.1 200")
+        server.server.stop(handed_over=True)
+        with pytest.raises(OSError):  # noqa: PT011 - nobody else has this listener, so nobody listens
+            await server.plain()
+        await fresh.send(GET)
+        assert b"connection: close" in await read_all(fresh)
+        assert not server.ended.is_set()
+        server.app.released = True
+        assert (await read_all(busy)).startswith(b"HTTP/1.1 200")
+        await server.ended.wait()
+        for stream in (answered, fresh, busy):
             await anyio.aclose_forcefully(stream)
 
 

@@ -9,7 +9,9 @@ Rules kept here:
 * one address may send a limited number of requests, but deployed clients give up if an operation that they send only
   once gets 429, and so do VMs with a token behind the address of others. So these operations never get it; their 401s
   count against the other operations of the address;
-* a server that drains ends as soon as no boot of its own is open (``_open_boots.py``), and none can become open.
+* a server that drains ends as soon as no boot of its own is open (``_open_boots.py``), and none can become open;
+* one whose listeners were handed over ends as soon as what it accepted is answered: its successor on the same store
+  redeems every token and nonce. Until then it serves all operations.
 """
 
 from __future__ import annotations
@@ -88,21 +90,31 @@ class _LastAnswer(HttpResponse):
 
 @define
 class App:
-    """One key server. While it is ``draining``, boots get 503 and operations that clients send only once are served."""
+    """One key server.
+
+    While it is ``draining``, boots get 503 and operations that clients send only once are served. Once its listeners
+    were ``handed_over``, boots are served, too.
+    """
 
     service: Service
     draining: bool = False
+    handed_over: bool = False
     _latest_end: float = field(init=False, default=math.inf)
     _granting: int = field(init=False, default=0)  # pending requests that may open a boot
 
-    def stop(self, now: float) -> float:
+    def stop(self, now: float, *, handed_over: bool = False) -> float:
         """Begin to drain; returns the latest end, ``limits.drain_seconds`` after ``now``. Called again, end at once."""
         self._latest_end = now if self.draining else now + self.service.limits.drain_seconds
-        self.draining = True
+        self.draining, self.handed_over = True, handed_over
         return self._latest_end
 
     def ends_at(self, now: float) -> float:
-        """The expiry of the last open boot, ``now`` if none is open, or the latest end if sooner; else infinity."""
+        """The expiry of the last open boot, ``now`` if none is open, or the latest end if sooner; else infinity.
+
+        ``now`` once the listeners were handed over.
+        """
+        if self.handed_over:
+            return now
         if not self.draining or self._granting:
             return self._latest_end
         return min(self._latest_end, self.service.boots.last_expiry(now))
@@ -163,7 +175,7 @@ class App:
                 return HttpResponse(307, (("location", other + mark + query),))
             case None:
                 raise Refused(Code.NOT_FOUND, "Not Found")
-        if self.draining and match.endpoint in _DRAINED:
+        if self.draining and not self.handed_over and match.endpoint in _DRAINED:
             raise Unavailable(Code.DRAINING, "The server is stopping. Retry shortly.", retry_after=5)
         grants = match.endpoint in _GRANTS
         self._granting += grants

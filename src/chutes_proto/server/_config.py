@@ -164,6 +164,8 @@ class ServerConfig:
     measurements: tuple[str, ...]
     hotkeys: tuple[str, ...] | Literal["*"]
     listen: str = "127.0.0.1:8443"
+    takeover: str | None = None
+    """The path of a Unix socket at which the next server of the same user takes the listening sockets over."""
     kek_previous_file: str | None = None
     roots: str = "intel"
     volumes: tuple[str, ...] = ("storage", "tdx-cache")

@@ -7,6 +7,8 @@ Rules kept here:
 * of those that make the server wait, one ends at a time: the one whose phase began longest ago. A client that goes on
   (handshake, request, taking the answer) is younger than a peer that does not;
 * when the server ends, only connections with a pending request or answer stay, and of these none whose peer is slow;
+* when it ends because another process took its listeners over, each connection that was accepted may still send one
+  request: deployed clients send some only once, and nobody else has their connections;
 * an address with more than its share of all connections loses its own first, so that none keeps all others out. Below
   that share addresses do not count: many VMs may come from one, and an attacker from many;
 * an IPv6 address counts by its /64, which is one host's; peers of a unix socket are trusted, and never ended.
@@ -20,7 +22,7 @@ from typing import Final
 
 from attrs import frozen
 
-from chutes_proto.transport.h1 import ServerConnection
+from chutes_proto.transport.h1 import FIRST_CALL_SECONDS, ServerConnection
 from chutes_proto.wire.http import HttpRequest, HttpResponse, MalformedRequest, address_prefix
 
 SHARE: Final = 8
@@ -69,6 +71,7 @@ class Connections:
         self._share = max(1, size // SHARE)
         self._open: dict[ServerConnection, bytes] = {}  # and its address's prefix; in the order of arrival
         self._finishing = False
+        self._heard_until: float | None = None
 
     def next_step(self, connection: ServerConnection, now: float) -> Answer | Send | Sent | Receive | None:
         """The next step of a connection; None: close it. After its deadline, call `expire` first."""
@@ -77,6 +80,8 @@ class Connections:
             return Sent(sent)
         if self._finishing:
             connection.finish(now)
+        elif self._heard_until is not None:
+            connection.hand_over(now, self._heard_until)
         request = connection.next_request(now)
         if request is not None:
             return Answer(request, connection.sent_ahead)
@@ -91,6 +96,13 @@ class Connections:
         """Let all connections end with their next answer."""
         for connection in self._open:
             connection.drain(now)
+            self._wake(connection)
+
+    def hand_over(self, now: float) -> None:
+        """Let all connections end with their next answer, those too that were accepted and not yet registered."""
+        self._heard_until = now + FIRST_CALL_SECONDS
+        for connection in self._open:
+            connection.hand_over(now, self._heard_until)
             self._wake(connection)
 
     def finish(self, now: float) -> None:

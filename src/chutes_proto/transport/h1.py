@@ -50,6 +50,9 @@ READ_SIZE: Final = 16 * 1024
 LAST_CALL_SECONDS: Final = 1.0
 """The time that an idle connection stays open once the server drains, and a pending answer once the server ends."""
 
+FIRST_CALL_SECONDS: Final = 5.0
+"""The time that accepted connections have to send a request once another process has taken the listeners over."""
+
 _CLOSE: Final = ("connection", "close")
 
 _BARE_LF: Final = re.compile(rb"[^\r]\n|\A\n\Z")  # trailers that are read on their own may be no more than the LF
@@ -66,8 +69,11 @@ class Application(Protocol):
         """The answer to a request, or to bytes that never became one; raises nothing."""
         ...
 
-    def stop(self, now: float, /) -> float:
-        """Begin to stop; returns the latest end, on the clock of ``now``. A second call may return a sooner one."""
+    def stop(self, now: float, /, *, handed_over: bool = False) -> float:
+        """Begin to stop; returns the latest end, on the clock of ``now``. A second call may return a sooner one.
+
+        ``handed_over``: another process serves the same listeners and the same store from now on.
+        """
         ...
 
     def ends_at(self, now: float, /) -> float:
@@ -161,6 +167,8 @@ class ServerConnection:
         self._peer_ended = False
         self._end_given = False
         self._draining = False
+        self._heard_until = math.inf  # no request is waited for after this time
+        self._has_answered = False
         self._last = False  # nothing is answered any more
         self._swallowed = 0
         self._enter(_Phase.IDLE if tls is None else _Phase.HANDSHAKE, now)
@@ -245,6 +253,17 @@ class ServerConnection:
         if self._phase is _Phase.IDLE:
             self.deadline = min(self.deadline, now + LAST_CALL_SECONDS)
 
+    def hand_over(self, now: float, until: float) -> None:
+        """`drain`, and hear a request that was not answered yet until the time ``until``, however slow it comes.
+
+        So who was accepted just before is served, and a silent peer does not keep the server from its end.
+        """
+        self._draining = True
+        self._heard_until = until
+        if self._phase is _Phase.IDLE and self._has_answered:
+            self.deadline = min(self.deadline, now + LAST_CALL_SECONDS)
+        self._cap_deadline()
+
     def finish(self, now: float) -> None:
         """End the connection with the server: now, or within `LAST_CALL_SECONDS` if a request or answer is pending."""
         self._draining = True
@@ -279,6 +298,11 @@ class ServerConnection:
     def _enter(self, phase: _Phase, now: float) -> None:
         self._phase, self.since = phase, now
         self.deadline = now + self._seconds.get(phase, math.inf)
+        self._cap_deadline()
+
+    def _cap_deadline(self) -> None:
+        if self._phase in (_Phase.HANDSHAKE, _Phase.IDLE, _Phase.RECEIVING):
+            self.deadline = min(self.deadline, self._heard_until)
 
     def _arrive(self, now: float) -> None:
         self._arrived = now
@@ -397,6 +421,7 @@ class ServerConnection:
         has_body = self._head is None or self._head.method != b"HEAD"
         self._write(head + response.body if has_body else head)
         self._head, self._body, self._sending = None, bytearray(), response
+        self._has_answered = True
         if is_last:
             self._finish("", now)
         else:

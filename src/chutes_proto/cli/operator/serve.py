@@ -55,6 +55,10 @@ def command(config: str | None, dev: bool, check: bool, transport: Transport | N
     process ends two seconds later: every transaction is done as a whole or not at all. SIGHUP reloads the files of the
     TLS certificate, and keeps the old certificate if the new one cannot be used.
 
+    No boot is lost in a restart if systemd holds the listening sockets (socket activation), or if the configuration
+    names a takeover socket: then a second serve takes the sockets of the running server over, which ends once the new
+    one serves.
+
     Give one of --config and --dev. With --dev it serves at once on a free loopback port, with a store that ends with
     it: it trusts the simulated platform that `boot` and `simulate` use, and accepts any hotkey. Never expose it.
 

@@ -6,7 +6,7 @@ answers and the time to end.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from signal import Signals
 from socket import socket
@@ -40,6 +40,7 @@ class Server:
         self._serving = anyio.CancelScope()
         self._accepting = anyio.CancelScope()
         self._waiting: dict[ServerConnection, anyio.CancelScope] = {}
+        self._handed_over = False
 
     async def serve(self, listening: Sequence[Listening]) -> None:
         """Serve until cancelled, or until the end that `stop` began; close the sockets."""
@@ -49,16 +50,24 @@ class Server:
                     async with anyio.create_task_group() as listeners:
                         for listener in listening:
                             _ = listeners.start_soon(self._accept, listener, nursery)
-                self._connections.finish(anyio.current_time())
+                if not self._handed_over:
+                    self._connections.finish(anyio.current_time())
 
-    def stop(self) -> float:
+    def stop(self, *, handed_over: bool = False) -> float:
         """Tell the application to stop; it decides when to end, and connections end with their next answer.
+
+        ``handed_over``: another process serves the same listeners from now on, so this one accepts no more, and ends
+        once the connections that it accepted have had their answers.
 
         Returns the number of seconds after which the server has ended.
         """
         now = anyio.current_time()
-        self._serving.deadline = end = self._app.stop(now)
-        self._connections.drain(now)
+        self._serving.deadline = end = self._app.stop(now, handed_over=handed_over)
+        self._handed_over = handed_over
+        if handed_over:
+            self._connections.hand_over(now)
+        else:
+            self._connections.drain(now)
         self._update_end()
         return end - now
 
@@ -143,15 +152,19 @@ async def run_until_stopped(
     listening: Sequence[Listening],
     signals: Mapping[Signals, Callable[[], None]],
     ready: Callable[[], None],
+    *background: Callable[[], Coroutine[object, object, None]],
 ) -> None:
     """Serve until the server is stopped; call the function in ``signals`` at each signal.
 
-    ``ready`` is called once signals are handled. Must run in the main thread.
+    ``ready`` is called once signals are handled. Each of ``background`` runs beside the server, and is cancelled at its
+    end. Must run in the main thread.
     """
     with anyio.open_signal_receiver(*signals) as received:
         ready()
         async with anyio.create_task_group() as nursery:
             _ = nursery.start_soon(_call, received, signals)
+            for run in background:
+                _ = nursery.start_soon(run)
             await server.serve(listening)
             nursery.cancel_scope.cancel()
 

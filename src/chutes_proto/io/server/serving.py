@@ -11,9 +11,11 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, closing, contextmanager, suppress
 from functools import partial
+from socket import AF_UNIX, SOCK_DGRAM, socket
 from typing import TYPE_CHECKING, Final, Literal, NoReturn, TypeVar
 
 import anyio
+from attrs import frozen
 
 from chutes_proto import __version__
 from chutes_proto.errors import ConfigurationError
@@ -22,8 +24,19 @@ from chutes_proto.io.drivers.sync import log_record
 from chutes_proto.io.server.aio import Server, run_until_stopped
 from chutes_proto.io.server.log_writer import FLUSH_SECONDS, LogWriter
 from chutes_proto.io.server.setup import ServerSetup, make_setup
-from chutes_proto.io.server.sockets import Listening, allowed_connections, listen_tls, listen_unix, urls
+from chutes_proto.io.server.sockets import (
+    GivenSockets,
+    Listening,
+    allowed_connections,
+    inherited_sockets,
+    listen_tls,
+    listen_unix,
+    serve_plain,
+    serve_tls,
+    urls,
+)
 from chutes_proto.io.server.store_setup import check_keys
+from chutes_proto.io.server.takeover import Door, TakenOver, take_over
 from chutes_proto.log import Level, Record
 from chutes_proto.quote._roots import INTEL_ROOT
 from chutes_proto.server._app import App
@@ -32,6 +45,8 @@ from chutes_proto.server._readiness import watch_store
 from chutes_proto.transport.asgi import AsgiApp
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from chutes_proto.io.collateral.upstream import UpstreamCollateral
     from chutes_proto.io.drivers.aio import Performer
     from chutes_proto.io.drivers.sync import CollateralSource
@@ -66,20 +81,32 @@ def _first(exc: BaseException) -> BaseException:
 class Listeners:
     """The listening sockets of the configuration in ``setup``, and the TLS certificate for new connections.
 
-    Raises `ConfigurationError` for an address or path that cannot be used.
+    Those among ``given`` are used; the others are opened. Raises `ConfigurationError` for an address or path that
+    cannot be used, and for a given socket that the configuration does not name.
     """
 
-    def __init__(self, setup: ServerSetup) -> None:
+    def __init__(self, setup: ServerSetup, given: Sequence[socket] = ()) -> None:
         self._setup = setup
         self._context = setup.tls
+        self.handed_over = False
+        """Whether another process serves on them, too: then files of Unix sockets are left to it."""
+        offered = GivenSockets(given)
         with ExitStack() as opened:
-            self.sockets: list[Listening] = listen_tls(setup.config.listen_address, lambda: self._context)
+            tcp = offered.take_tcp(setup.config.listen_address)
+            self.sockets: list[Listening] = [serve_tls(bound, lambda: self._context) for bound in tcp]
+            if not tcp:
+                self.sockets += listen_tls(setup.config.listen_address, lambda: self._context)
+            self.all_given: bool = bool(tcp)
+            """Whether each of them was given."""
             for listening in self.sockets:
                 _ = opened.callback(listening.socket.close)
-            if setup.proxy_socket is not None:
-                self.sockets.append(listen_unix(setup.proxy_socket))
+            if (path := setup.proxy_socket) is not None:
+                unix = offered.take_unix(path)
+                self.sockets += [serve_plain(bound) for bound in unix] or [listen_unix(path)]
+                self.all_given &= bool(unix)
                 _ = opened.callback(self.sockets[-1].socket.close)
-                _ = opened.callback(setup.proxy_socket.unlink, missing_ok=True)
+                _ = opened.callback(self._remove, path)
+            offered.check_all_taken()
             self.urls: list[str] = urls(self.sockets)
             self._opened = opened.pop_all()
 
@@ -90,6 +117,10 @@ class Listeners:
         except ConfigurationError as exc:
             return Record(Level.ERROR, "certificate_kept", {"error": str(exc)})
         return Record(Level.INFO, "certificate_reloaded", {})
+
+    def _remove(self, path: Path) -> None:
+        if not self.handed_over:
+            path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Close the sockets and remove the Unix socket; a second call does nothing."""
@@ -217,35 +248,53 @@ def serve_until_stopped(
     After a signal it serves for at most ``limits.drain_seconds``, after a second one not at all. SIGHUP, if it is not
     in ``stops``, reloads the certificate's files. Raises `ConfigurationError` and `StoreError`.
 
+    The listening sockets are those that the service manager passed, or those of the server that answers at the path
+    ``takeover`` of the configuration, which then ends. While others hold its sockets, a server that stops accepts no
+    more and waits for no open boot, because others on the same store serve these.
+
     The process ends `END_SECONDS` after that, whatever its threads do: unfinished work leaves no trace, because a unit
     of the store is one transaction. This limit also holds for the work of the process after this function.
     """
     if transport not in anyio.get_available_backends():
         raise ConfigurationError(f"{transport} is not installed; run: pip install 'chutes-proto[{transport}]'")
-    with open_store(setup) as store, closing(Listeners(setup)) as listeners, closing(LogWriter()) as log:
+    with open_store(setup) as store, _listeners(setup, store.name) as held, closing(LogWriter()) as log:
+        listeners = held.listeners
 
         def ready() -> None:
+            held.begin()
             _log_start(setup, store, listeners.urls, log)
             announce(listeners.urls)
+            _tell_manager("READY=1")
 
         async def main() -> None:
             async with open_server(setup, store, collateral, log) as server:
 
-                def stop(number: signal.Signals) -> None:
-                    seconds = server.stop()
+                def stop(why: str, *, handed_over: bool) -> None:
+                    listeners.handed_over |= handed_over
+                    seconds = server.stop(handed_over=handed_over)
                     fields: dict[str, Value] = {
-                        "signal": number.name,
+                        "signal": why,
                         "open_boots": len(setup.service.boots),
                         "drain_seconds": round(seconds),
+                        "handed_over": handed_over,
                     }
                     log(Record(Level.INFO, "stopping", fields))
+                    _tell_manager("STOPPING=1")
                     _end_after(seconds + END_SECONDS, log, listeners)
+
+                async def end_after_takeover() -> None:
+                    if held.door is not None:
+                        await held.door.successor(store.name, [each.socket for each in listeners.sockets])
+                        stop("takeover", handed_over=True)
 
                 signals: dict[signal.Signals, Callable[[], None]] = {
                     signal.SIGHUP: lambda: log(listeners.reload_certificate())
                 }
-                signals |= {number: partial(stop, number) for number in stops}
-                await run_until_stopped(server, listeners.sockets, signals, ready)
+                signals |= {
+                    number: partial(stop, number.name, handed_over=held.by_manager and listeners.all_given)
+                    for number in stops
+                }
+                await run_until_stopped(server, listeners.sockets, signals, ready, end_after_takeover)
                 _end_after(END_SECONDS, log, listeners)
 
         try:
@@ -254,6 +303,48 @@ def serve_until_stopped(
         finally:
             listeners.close()
         log(Record(Level.INFO, "stopped", {}))
+
+
+@frozen
+class _Held:
+    """The listeners of this process, who gave them, and where the next process asks for them."""
+
+    listeners: Listeners
+    by_manager: bool
+    taken: TakenOver | None
+    door: Door | None
+
+    def begin(self) -> None:
+        """Note that this process serves: a successor asks it from now on, and its predecessor ends."""
+        if self.door is not None:
+            self.door.open()
+        if self.taken is not None:
+            self.taken.confirm()
+
+
+@contextmanager
+def _listeners(setup: ServerSetup, store: str) -> Generator[_Held]:
+    inherited = inherited_sockets(os.environ)
+    path = setup.takeover_socket
+    taken = None if path is None or inherited else take_over(path, store)
+    given = inherited if taken is None else taken.sockets
+    with ExitStack() as opened:
+        if taken is not None:
+            _ = opened.callback(taken.connection.close)
+        listeners = opened.enter_context(closing(Listeners(setup, given)))
+        door = None if path is None else Door(path)
+        try:
+            yield _Held(listeners, bool(inherited), taken, door)
+        finally:
+            if door is not None:
+                door.close(is_successors=listeners.handed_over)
+
+
+def _tell_manager(state: str) -> None:
+    """Tell systemd the state of the service, if it asked for it. Source: sd_notify(3)."""
+    if address := os.environ.get("NOTIFY_SOCKET"):
+        with socket(AF_UNIX, SOCK_DGRAM) as manager, suppress(OSError):
+            _ = manager.sendto(state.encode(), address.replace("@", "\0", 1))
 
 
 def _end_after(seconds: float, log: LogWriter, listeners: Listeners) -> None:

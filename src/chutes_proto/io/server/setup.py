@@ -88,6 +88,11 @@ class ServerSetup:
         """The Unix socket to listen on for proxies."""
         return None if self.config.proxy.unix is None else self.base / self.config.proxy.unix
 
+    @property
+    def takeover_socket(self) -> Path | None:
+        """The Unix socket at which the next server takes the listening sockets over."""
+        return None if self.config.takeover is None else self.base / self.config.takeover
+
 
 def make_setup(config: ServerConfig) -> ServerSetup:
     """Read all files that ``config`` names. Raises `ConfigurationError` with all problems, one a line."""
@@ -105,6 +110,9 @@ def make_setup(config: ServerConfig) -> ServerSetup:
     if config.proxy.unix is not None:
         socket_path = str(base / config.proxy.unix)
         _ = problems.attempt("proxy.unix", lambda: check_socket_path(socket_path))
+    if config.takeover is not None:
+        takeover_path = f"{base / config.takeover}.{os.getpid()}"
+        _ = problems.attempt("takeover", lambda: check_socket_path(takeover_path))
     callback = problems.attempt("registration.hotkey_file", lambda: _callback(config.registration, base))
     collateral_key = "collateral.ca_file" if config.collateral.directory is None else "collateral.directory"
     collateral = None if root is None else problems.attempt(collateral_key, lambda: _collateral(config, base, root))

@@ -5,6 +5,7 @@ Rules kept here:
 * a TCP socket carries TLS; a Unix socket carries plain HTTP, because every process that may open it is trusted: its
   mode is 0660;
 * a Unix socket that a server left behind is replaced; one on which a server answers is not, nor is any other file;
+* a socket that was given, by a service manager or a running server, is used only where the configuration names it;
 * a server has no more connections than the system allows it open files.
 """
 
@@ -15,9 +16,9 @@ import os
 import resource
 import socket
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 from attrs import frozen
 
@@ -31,6 +32,75 @@ SPARE_FILES: Final = 128
 """How many files a server opens besides connections: listeners, store, collateral, hosts and services it asks."""
 
 _BACKLOG: Final = 1024
+_FIRST_INHERITED: Final = 3
+
+
+def inherited_sockets(environ: MutableMapping[str, str]) -> list[socket.socket]:
+    """Return the listening sockets that a service manager passed, and remove their variables from ``environ``.
+
+    Source: systemd's sd_listen_fds(3). Raises `ConfigurationError` for what is not a listening stream socket.
+    """
+    found = [environ.pop(name, "") for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")]
+    if found[0] != str(os.getpid()) or not found[1].isdecimal():
+        return []
+    sockets: list[socket.socket] = []
+    for descriptor in range(_FIRST_INHERITED, _FIRST_INHERITED + int(found[1])):
+        try:
+            inherited = socket.socket(fileno=descriptor)
+            sockets.append(inherited)
+            if not (inherited.type == socket.SOCK_STREAM and _listens(inherited)):
+                raise ConfigurationError(
+                    "sockets from the service manager: not a listening stream socket; say ListenStream= and Accept=no"
+                )
+        except OSError as exc:
+            raise ConfigurationError(f"sockets from the service manager: {exc.strerror}") from None
+        os.set_inheritable(descriptor, False)
+    return sockets
+
+
+def _listens(given: socket.socket) -> bool:
+    return bool(given.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+
+
+class GivenSockets:
+    """Listening sockets that another process opened, to be taken by those that the configuration names."""
+
+    def __init__(self, sockets: Sequence[socket.socket]) -> None:
+        self._left = list(sockets)
+
+    def take_tcp(self, address: tuple[str, int]) -> list[socket.socket]:
+        """Take those on this host and TCP port; on any port for port 0. Raises `ConfigurationError`."""
+        host, port = address
+        try:
+            hosts = {name[0] for *_, name in _addresses(address)} if self._left else set[object]()
+        except OSError as exc:
+            raise ConfigurationError(f"listen: {host}:{port}: {_text(exc)}") from None
+        hosts |= {"::"} if "0.0.0.0" in hosts else set()  # noqa: S104 - a service manager's socket is of both families
+
+        def is_meant(name: object) -> bool:
+            return isinstance(name, tuple) and name[0] in hosts and port in (0, name[1])
+
+        return self._take(is_meant)
+
+    def take_unix(self, path: Path) -> list[socket.socket]:
+        """Take those at this path."""
+        return self._take(lambda name: name == str(path))
+
+    def check_all_taken(self) -> None:
+        """Close the others. Raises `ConfigurationError` if there is one."""
+        names = [each.getsockname() for each in self._left]
+        for each in self._left:
+            each.close()
+        if names:
+            raise ConfigurationError(
+                f"listen: a socket at {names[0]} was given by the service manager or the running server, and the"
+                " configuration does not name it; make listen or proxy.unix agree with it"
+            )
+
+    def _take(self, is_meant: Callable[[object], bool]) -> list[socket.socket]:
+        taken = [each for each in self._left if is_meant(each.getsockname())]
+        self._left = [each for each in self._left if each not in taken]
+        return taken
 
 
 @frozen
@@ -49,17 +119,22 @@ def listen_tls(address: tuple[str, int], context: Callable[[], ServerContext]) -
     host, port = address
     listening: list[Listening] = []
     try:
-        for family, _, _, _, name in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE):
+        for family, _, _, _, name in _addresses(address):
             # "::" is every address of the machine, as for other servers: IPv4 clients come as mapped addresses.
             dual = host == "::" and socket.has_dualstack_ipv6()
             bound = socket.create_server(name, family=family, backlog=_BACKLOG, dualstack_ipv6=dual)
-            bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # accepted sockets inherit it
-            listening.append(Listening(bound, lambda: TlsSession(context())))
+            listening.append(serve_tls(bound, context))
     except OSError as exc:
         for opened in listening:
             opened.socket.close()
         raise ConfigurationError(f"listen: {host}:{port}: {_text(exc)}") from None
     return listening
+
+
+def serve_tls(bound: socket.socket, context: Callable[[], ServerContext]) -> Listening:
+    """Serve TLS on a listening TCP socket; see `listen_tls`."""
+    bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # accepted sockets inherit it
+    return Listening(bound, lambda: TlsSession(context()))
 
 
 def listen_unix(path: Path) -> Listening:
@@ -76,6 +151,11 @@ def listen_unix(path: Path) -> Listening:
     except OSError as exc:
         bound.close()
         raise ConfigurationError(f"proxy.unix: {path}: {_text(exc)}") from None
+    return serve_plain(bound)
+
+
+def serve_plain(bound: socket.socket) -> Listening:
+    """Serve plain HTTP on a listening Unix socket."""
     return Listening(bound, lambda: None)
 
 
@@ -106,6 +186,15 @@ def urls(listening: list[Listening]) -> list[str]:
             case other:
                 raise LocalProtocolError(f"socket address {other!r}: give a TCP or Unix socket to serve on")
     return found
+
+
+_Address = tuple[socket.AddressFamily, socket.SocketKind, int, str, "tuple[str, int] | tuple[str, int, int, int]"]
+
+
+def _addresses(address: tuple[str, int]) -> list[_Address]:
+    host, port = address
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    return cast("list[_Address]", found)
 
 
 def _text(exc: OSError) -> str:

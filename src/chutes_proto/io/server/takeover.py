@@ -1,0 +1,126 @@
+"""A running server hands its listening sockets to the next one, over a Unix socket that only its user may open.
+
+Rules kept here:
+
+* the sockets stay open in one process or the other at every moment, so connections that arrive meanwhile wait in the
+  kernel's queue and none is refused;
+* the running server goes on as if nothing had happened until its successor says that it serves;
+* the successor uses the same store, because it redeems the tokens and nonces of the other's boots;
+* the path belongs to the latest server that serves: a successor replaces it only then.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Sequence
+from contextlib import ExitStack, closing, suppress
+from pathlib import Path
+from typing import Final
+
+import anyio
+from attrs import frozen
+
+from chutes_proto.errors import ConfigurationError
+
+START_SECONDS: Final = 60.0
+"""How long a running server waits for a successor that has taken its sockets and does not serve yet."""
+
+_MOST_SOCKETS: Final = 64
+_MOST_BYTES: Final = 4096
+_SERVES: Final = b"s"
+
+
+@frozen
+class TakenOver:
+    """The listening ``sockets`` of a running server; it waits on ``connection`` to hear that this one serves."""
+
+    sockets: tuple[socket.socket, ...]
+    connection: socket.socket
+
+    def confirm(self) -> None:
+        """Tell the other server that this one serves; it accepts no more from now on."""
+        with suppress(OSError), self.connection:  # it may have ended meanwhile
+            self.connection.sendall(_SERVES)
+
+
+def take_over(path: Path, store: str) -> TakenOver | None:
+    """Return the sockets of the server that answers at ``path``; None if none does.
+
+    Raises `ConfigurationError` if that server does not use the store with the name ``store``.
+    """
+    with ExitStack() as opened:
+        connection = opened.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        connection.settimeout(START_SECONDS)
+        try:
+            connection.connect(str(path))
+            data, descriptors, _, _ = socket.recv_fds(connection, _MOST_BYTES, _MOST_SOCKETS)
+        except (FileNotFoundError, ConnectionRefusedError):
+            return None
+        except OSError as exc:
+            raise ConfigurationError(f"takeover: {path}: {exc.strerror or exc}") from None
+        sockets = [opened.enter_context(socket.socket(fileno=descriptor)) for descriptor in descriptors]
+        try:
+            running = json.loads(data)["store"]
+        except (ValueError, KeyError, TypeError):
+            raise ConfigurationError(f"takeover: {path}: no key server answers there; name another path") from None
+        if running != store:
+            raise ConfigurationError(
+                f"takeover: the running server uses the store {running} and this configuration {store};"
+                " stop that server, or name another path"
+            )
+        _ = opened.pop_all()
+        return TakenOver(tuple(sockets), connection)
+
+
+class Door:
+    """The socket at which a successor asks. Until `open` it has another name, so that the present server keeps its own.
+
+    Raises `ConfigurationError` for a path that cannot be used.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._made = path.with_name(f"{path.name}.{os.getpid()}")
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        before = os.umask(0o177)
+        try:
+            self._made.unlink(missing_ok=True)  # of a process with the same number that was killed
+            self._socket.bind(str(self._made))
+            self._socket.listen()
+            self._socket.setblocking(False)
+        except OSError as exc:
+            self._socket.close()
+            raise ConfigurationError(f"takeover: {path}: {exc.strerror or exc}") from None
+        finally:
+            _ = os.umask(before)
+
+    def open(self) -> None:
+        """Take the path: who asks there from now on asks this server. Raises `ConfigurationError`."""
+        try:
+            _ = self._made.replace(self._path)
+        except OSError as exc:
+            raise ConfigurationError(f"takeover: {self._path}: {exc.strerror or exc}") from None
+        self._made = self._path
+
+    def close(self, *, is_successors: bool) -> None:
+        """Close it, and remove its file unless the path ``is_successors``."""
+        self._socket.close()
+        if not is_successors:
+            self._made.unlink(missing_ok=True)
+
+    async def successor(self, store: str, sockets: Sequence[socket.socket]) -> None:
+        """Offer ``sockets`` to all who ask; return once one of them serves on them."""
+        message = json.dumps({"store": store}).encode()
+        descriptors = [each.fileno() for each in sockets]
+        while True:
+            await anyio.wait_readable(self._socket)
+            with suppress(OSError):  # the other went away
+                connection, _ = self._socket.accept()
+                with closing(connection), anyio.move_on_after(START_SECONDS):
+                    connection.setblocking(False)
+                    _ = socket.send_fds(connection, [message], descriptors)
+                    await anyio.wait_readable(connection)
+                    if connection.recv(1) == _SERVES:
+                        return

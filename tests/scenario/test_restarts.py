@@ -1,0 +1,268 @@
+"""Restarts, upgrades and reloads while VMs boot with real `curl`: none of them may give up.
+
+A VM here has the patience of a deployed one: nonce and boot have three attempts together, two seconds apart, the keys
+are asked for once, and no call waits longer than 30 seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from attrs import define, field
+
+from chutes_proto.auth.client_identity import make_client_identity
+from chutes_proto.io.files import write_file
+from tests.cli.conftest import HOTKEY, PROGRAM, end
+from tests.scenario.premises import Premises, Vm
+from tests.waiting import wait_until
+
+pytestmark = pytest.mark.parametrize("premises", ["sqlite"], indirect=True)
+
+IS_SOAK = bool(os.environ.get("CHUTES_PROTO_SOAK"))
+RESTARTS = 50 if IS_SOAK else 3
+VMS = 3
+ATTEMPTS, PAUSE_SECONDS, CALL_SECONDS = 3, 2, "30"
+
+
+class GaveUp(AssertionError):
+    """A deployed VM would have powered off."""
+
+
+@define
+class DeployedVm:
+    """Boots one VM again and again with `curl`, until it is told to end."""
+
+    premises: Premises
+    name: str
+    url: str
+    ending: threading.Event
+    boots: int = 0
+    retries: list[str] = field(factory=list)
+
+    def live(self) -> None:
+        while not self.ending.is_set():
+            self.boot()
+            self.boots += 1
+
+    def boot(self) -> None:
+        identity = make_client_identity(int(time.time()) - 60, os.urandom(32))
+        home = self.premises.directory.with_name(self.name)
+        home.mkdir(exist_ok=True)
+        write_file(home / "cert.pem", identity.certificate_pem)
+        write_file(home / "key.pem", identity.key_pem.reveal(), mode=0o600)
+        quotes = Vm(self.premises, self.name, identity)
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                _ = self.ending.wait(0)  # looked at only between boots: a boot that has begun goes on
+                threading.Event().wait(PAUSE_SECONDS)
+            status, answer = self.call(home, "GET", "/servers/nonce")
+            if status == 200:
+                nonce = answer["nonce"]
+                body = {"quote": quotes.quote(nonce, "boot"), "miner_hotkey": HOTKEY, "vm_name": self.name}
+                status, granted = self.call(home, "POST", "/servers/boot/attestation", body, f"X-Chutes-Nonce: {nonce}")
+                if status == 200:
+                    break
+                answer = granted
+            self.retries.append(f"{status} {answer}")
+        else:
+            raise GaveUp(self.retries)
+        volumes = {"volumes": ["storage", "tdx-cache"]}
+        headers = (f"X-Boot-Token: {granted['boot_token']}", f"X-Chutes-Hotkey: {HOTKEY}")
+        status, answer = self.call(home, "POST", f"/servers/{self.name}/luks", volumes, *headers)
+        if status != 200:
+            raise GaveUp(f"sync: {status} {answer}")
+
+    def call(self, home: Path, method: str, path: str, body: object = None, *headers: str) -> tuple[int, Any]:
+        """The status, 0 without an answer, and the answer's members or what `curl` said."""
+        command: list[str | Path] = [
+            "curl",
+            "--silent",
+            "--show-error",
+            "--max-time",
+            CALL_SECONDS,
+            "--cacert",
+            self.premises.ca,
+        ]
+        command += ["--cert", home / "cert.pem", "--key", home / "key.pem", "--request", method, "--noproxy", "*"]
+        command += [word for header in headers for word in ("--header", header)]
+        command += ["--write-out", "\n%{http_code}", f"{self.url}{path}"]
+        if body is not None:
+            command += ["--header", "Content-Type: application/json", "--data-binary", json.dumps(body)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        content, _, status = done.stdout.rpartition("\n")
+        return (int(status), json.loads(content)) if int(status) else (0, done.stderr.strip())
+
+
+@contextmanager
+def load(premises: Premises, url: str) -> Iterator[list[DeployedVm]]:
+    """VMs boot all the time; at the end none may have given up."""
+    ending = threading.Event()
+    vms = [DeployedVm(premises, f"vm-{number}", url, ending) for number in range(VMS)]
+    with ThreadPoolExecutor(VMS) as threads:
+        lives: list[Future[None]] = [threads.submit(vm.live) for vm in vms]
+        try:
+            yield vms
+        finally:
+            ending.set()
+    for life in lives:
+        life.result()
+
+
+def wait_for_boots(vms: list[DeployedVm], more: int = 1) -> None:
+    """Until each VM has booted as many times more, or one gave up."""
+    before = [vm.boots for vm in vms]
+    _ = wait_until(lambda: all(vm.boots >= old + more for vm, old in zip(vms, before, strict=True)), 120)
+
+
+def log_of(premises: Premises) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in premises.directory.with_name("log").read_text().splitlines()]
+
+
+TAKEOVER = 'takeover = "takeover.sock"\nlimits.drain_seconds = 25'
+TRANSPORTS = ("trio", "asyncio")
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS if IS_SOAK else TRANSPORTS[:1])
+def test_the_next_server_takes_over_and_no_boot_is_lost(
+    premises: Premises, transport: str, require_program: Callable[[str], str]
+) -> None:
+    _ = require_program("curl")
+    premises.edit("limits.drain_seconds = 0", TAKEOVER)
+    premises.start("--transport", transport)
+    with load(premises, premises.url) as vms:
+        for _ in range(RESTARTS):
+            old = premises.server
+            assert old is not None
+            wait_for_boots(vms)
+            premises.start("--transport", transport)
+            assert premises.url == old.url
+            _ = old.process.communicate(timeout=60)
+            assert old.process.returncode == 0
+            assert premises.server is not None
+            premises.server.process.send_signal(signal.SIGHUP)
+        wait_for_boots(vms)
+    assert [vm.retries for vm in vms] == [[]] * VMS
+    events = [record["event"] for record in log_of(premises)]
+    assert events.count("stopped") == RESTARTS
+    assert "certificate_reloaded" in events
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS if IS_SOAK else TRANSPORTS[1:])
+def test_a_service_manager_holds_the_socket_and_no_boot_is_lost(
+    premises: Premises, transport: str, require_program: Callable[[str], str]
+) -> None:
+    _ = require_program("curl")
+    with socket.create_server(("127.0.0.1", 0), backlog=1024) as held:
+        port = held.getsockname()[1]
+        premises.edit("limits.drain_seconds = 0", "limits.drain_seconds = 25")
+        premises.edit("127.0.0.1:0", f"127.0.0.1:{port}")
+        server = activated(premises, held, transport)
+        with load(premises, f"https://127.0.0.1:{port}") as vms:
+            for _ in range(RESTARTS):
+                wait_for_boots(vms)
+                end(server)  # as `systemctl restart` does: the next one starts when this one has ended
+                assert server.returncode == 0
+                server = activated(premises, held, transport)
+            wait_for_boots(vms)
+        end(server)
+    assert [vm.retries for vm in vms] == [[]] * VMS
+    stops = [record for record in log_of(premises) if record["event"] == "stopping"]
+    assert [stop["handed_over"] for stop in stops] == [True] * (RESTARTS + 1)
+
+
+def activated(premises: Premises, held: socket.socket, transport: str) -> subprocess.Popen[str]:
+    """A server that a service manager has started with its socket; it serves."""
+    serve = [*PROGRAM, "serve", "--config", str(premises.configuration), "--transport", transport]
+    script = f'LISTEN_PID=$$ LISTEN_FDS=1 exec "$@" 3<&{held.fileno()}'
+    with premises.directory.with_name("log").open("a") as log:
+        process = subprocess.Popen(
+            ["bash", "-c", script, "bash", *serve],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            pass_fds=[held.fileno()],
+        )
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("https://")
+    return process
+
+
+# --- the door at which a successor asks ---
+
+
+def test_a_successor_that_fails_changes_nothing(premises: Premises) -> None:
+    premises.edit("limits.drain_seconds = 0", TAKEOVER)
+    premises.start()
+    _ = premises.vm().nonce()
+    other = premises.directory / "other.toml"
+    text = premises.configuration.read_text()
+    _ = other.write_text(text.replace("keys.db", "other.db"))
+    ended = premises.run("serve", "--config", other)
+    assert ended.code == 1
+    assert "takeover: the running server uses the store" in ended.err
+    _ = other.write_text(text.replace("127.0.0.1:0", "0.0.0.0:0"))
+    ended = premises.run("serve", "--config", other)
+    assert ended.code == 1
+    assert "listen: a socket at ('127.0.0.1', " in ended.err
+    _ = other.write_text(text.replace('"kek"', '"none"'))
+    assert premises.run("serve", "--config", other).code == 1
+    door = premises.directory / "takeover.sock"
+    assert door.stat().st_mode & 0o777 == 0o600
+    for _ in range(2):  # it takes the sockets, and ends before it serves
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(str(door))
+            _, descriptors, _, _ = socket.recv_fds(connection, 4096, 8)
+            for descriptor in descriptors:
+                os.close(descriptor)
+    _ = premises.vm("vm-2").nonce()
+    premises.stop()
+    assert sorted(path.name for path in premises.directory.glob("takeover*")) == []
+
+
+def test_a_door_that_nobody_keeps_is_replaced(premises: Premises) -> None:
+    premises.edit("limits.drain_seconds = 0", TAKEOVER)
+    premises.start()
+    premises.kill()
+    assert (premises.directory / "takeover.sock").is_socket()
+    premises.start()
+    _ = premises.vm().nonce()
+    premises.stop()
+
+
+def test_who_answers_at_the_door_is_a_key_server(premises: Premises) -> None:
+    premises.edit("limits.drain_seconds = 0", TAKEOVER)
+    with socket.socket(socket.AF_UNIX) as stranger, ThreadPoolExecutor() as threads:
+        stranger.bind(str(premises.directory / "takeover.sock"))
+        stranger.listen()
+        serving = threads.submit(premises.do, "serve")
+        with stranger.accept()[0] as connection:
+            connection.sendall(b"220 smtp.example ESMTP\r\n")
+            ended = serving.result(60)
+    assert ended.code == 1
+    assert "no key server answers there" in ended.err
+
+
+def test_a_silent_peer_holds_the_end_for_seconds_only(premises: Premises) -> None:
+    premises.edit("limits.drain_seconds = 0", TAKEOVER.replace("25", "3600"))
+    premises.start()
+    old = premises.server
+    assert old is not None
+    port = int(premises.url.rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port)):
+        _ = premises.vm().nonce()  # accepted later, so the silent one was accepted
+        premises.start()
+        _ = old.process.communicate(timeout=30)
+        assert old.process.returncode == 0
+    premises.stop()
