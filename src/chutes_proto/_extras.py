@@ -7,7 +7,7 @@ from typing import Final
 _TLS: Final = ("h11", "OpenSSL")
 _ASYNC: Final = ("anyio", "httpx", *_TLS)
 EXTRAS: Final = {
-    "cli": ("click", "rich"),
+    "cli": ("click", "yaml", "rich"),
     "tls": _TLS,
     "hotkey": ("sr25519",),
     "postgres": ("psycopg",),

@@ -27,6 +27,10 @@ _QUOTER = """#!/bin/sh
 """
 
 
+_RTMRS = {f"RTMR{number}": f"{number:02}" * 48 for number in range(4)}
+_PUBLISHED = {"version": "1.4.0", "name": "8xh200", "mrtd": "AB" * 48, "boot_rtmrs": _RTMRS, "runtime_rtmrs": _RTMRS}
+
+
 def write_files(folder: Path, platform: SimulatedPlatform, now: int) -> None:
     """Quotes, an event log, a hotkey with a signature of it, GPUs, and a program that makes quotes."""
     pair = HotkeyPair.from_seed(Secret(_SEED))
@@ -42,6 +46,7 @@ def write_files(folder: Path, platform: SimulatedPlatform, now: int) -> None:
         "message.bin": b"message",
         "signature.hex": pair.sign(b"message").hex().encode(),
         "hotkey": json.dumps({"secretSeed": f"0x{_SEED.hex()}", "ss58Address": HOTKEY}).encode(),
+        "published.json": json.dumps([_PUBLISHED]).encode(),
         "gpus.json": json.dumps([GPU]).encode(),
         "my-quoter": _QUOTER.format(python=sys.executable).encode(),
     }

@@ -34,7 +34,7 @@ from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
 from chutes_proto.quote._verify import open_quote
 from chutes_proto.secret import Secret
 from chutes_proto.server import ServerConfig
-from chutes_proto.testing._platform import COLLATERAL_SECONDS, SimulatedPlatform
+from chutes_proto.testing._platform import COLLATERAL_SECONDS, PROFILE, SimulatedPlatform
 from tests.cli.conftest import HOTKEY, Ended, Server, end
 
 PLATFORM = SimulatedPlatform(bytes(32))
@@ -236,7 +236,7 @@ def test_the_service_is_what_the_files_say(site: Path) -> None:
     assert (service.netuid, service.verifications.size) == (7, 3)
     assert service.root == TrustedRoot.from_der(PLATFORM.root_der)
     assert service.trust.endswith(service.root.digest.hex())
-    assert service.profiles["simulated"].image_passphrase is None
+    assert service.profiles[PROFILE.identity].image_passphrase is None
     assert setup.store.path == site / "keys.db"
     edit(site, '"simulated-root.der"', '"intel"')
     service = make_setup(ServerConfig.load(site / "server.toml")).service
@@ -288,7 +288,7 @@ def test_a_server_that_cannot_check_signatures_says_so(
 
 def test_profiles_may_be_a_json_list_with_the_defaults_of_the_configuration(site: Path) -> None:
     rtmrs = {f"rtmr{number}": "ab" * 48 for number in range(4)}
-    profiles = [{"name": name, "mrtd": "cd" * 48, "boot_rtmrs": rtmrs, "runtime_rtmrs": rtmrs} for name in ("a", "b")]
+    profiles = [{"name": n, "mrtd": f"c{n}" * 48, "boot_rtmrs": rtmrs, "runtime_rtmrs": rtmrs} for n in ("a", "b")]
     _ = (site / "list").write_text(json.dumps(profiles))
     _ = (site / "passphrase").write_bytes(b"the image's\n")
     (site / "passphrase").chmod(0o600)
@@ -297,9 +297,9 @@ def test_profiles_may_be_a_json_list_with_the_defaults_of_the_configuration(site
         site, 'root_passphrase = "vm"', 'version = "7"\nroot_passphrase = "image"\nroot_passphrase_file = "passphrase"'
     )
     service = make_setup(ServerConfig.load(site / "server.toml")).service
-    assert list(service.profiles) == ["simulated", "a", "b"]
-    assert service.profiles["a"].measurements.version == "7"
-    passphrase = service.profiles["b"].image_passphrase
+    assert [name for name, _ in service.profiles] == ["simulated", "a", "b"]
+    assert service.profiles["a", "7"].measurements.version == "7"
+    passphrase = service.profiles["b", "7"].image_passphrase
     assert passphrase is not None
     assert passphrase.reveal() == b"the image's"
 
@@ -308,7 +308,7 @@ def test_one_name_in_two_files_is_an_error(command: Command, site: Path) -> None
     edit(site, '["measurements.toml"]', '["measurements.toml", "measurements.toml"]')
     ended = check(command, site)
     assert ended.code == 1
-    assert "measurements: profile: a name is given twice" in ended.err
+    assert "measurements: profile 'simulated': name and version '1' are given twice" in ended.err
 
 
 def test_the_configuration_in_the_help_is_one(capsys: pytest.CaptureFixture[str]) -> None:

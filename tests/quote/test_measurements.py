@@ -31,7 +31,7 @@ PROFILE = Profile(
     runtime=RUNTIME,
     expected_gpus=("h200",),
     gpu_count=8,
-    fingerprint=bytes(32),
+    fingerprints=(bytes(32),),
 )
 
 
@@ -77,15 +77,17 @@ def form(request: pytest.FixtureRequest) -> str:
 
 def test_both_forms_say_the_same(form: str) -> None:
     assert _parse(form, _entry()) == ((PROFILE, {}),)
-    two = _parse(form, _entry(), _entry(name="other", fingerprint=..., gpu_count=..., expected_gpus=...))
-    other = attrs.evolve(PROFILE, name="other", fingerprint=None, gpu_count=None, expected_gpus=())
+    two = _parse(
+        form, _entry(), _entry(name="other", mrtd="08" * 48, fingerprint=..., gpu_count=..., expected_gpus=...)
+    )
+    other = attrs.evolve(PROFILE, name="other", mrtd=_register(8), fingerprints=(), gpu_count=None, expected_gpus=())
     assert two == ((PROFILE, {}), (other, {}))
 
 
 def test_no_gpu_count_is_any(form: str) -> None:
     for count in (0, ...):
         assert _parse(form, _entry(gpu_count=count))[0][0].gpu_count is None
-    assert _parse("json", _entry(gpu_count=None, fingerprint=None))[0][0].fingerprint is None
+    assert _parse("json", _entry(gpu_count=None, fingerprint=None))[0][0].fingerprints == ()
 
 
 @pytest.mark.parametrize("key", ["attributes", "expected_gpus", "version"])
@@ -175,9 +177,19 @@ def test_no_register_may_be_left_out(form: str, stage: str, register: int) -> No
         _ = _parse(form, _entry(**{f"{stage}_rtmrs": ...}))
 
 
-def test_a_name_stands_once(form: str) -> None:
-    with pytest.raises(PolicyError, match="'8xh200': this name is given twice"):
+def test_name_and_version_together_stand_once(form: str) -> None:
+    assert len(_parse(form, _entry(), _entry(version="0.3.0", mrtd="08" * 48))) == 2
+    with pytest.raises(PolicyError, match=r"'8xh200': name and version '0\.2\.0' are given twice"):
+        _ = _parse(form, _entry(), _entry(mrtd="08" * 48))
+    with pytest.raises(PolicyError, match=r"'8xh200': version '0\.3\.0' has the measurements of 8xh200 0\.2\.0"):
         _ = _parse(form, _entry(), _entry(version="0.3.0"))
+
+
+def test_the_names_of_registers_are_of_either_case(form: str) -> None:
+    upper = {name.upper(): value for name, value in _rtmrs(BOOT).items()}
+    assert _parse(form, _entry(boot_rtmrs=upper)) == ((PROFILE, {}),)
+    with pytest.raises(PolicyError, match="RTMR0"):
+        _ = _parse(form, _entry(boot_rtmrs={**_rtmrs(BOOT), "RTMR0": "00" * 48}))
 
 
 def test_a_list_says_something() -> None:
@@ -200,7 +212,7 @@ def test_a_list_says_something() -> None:
         {"runtime": (*RUNTIME, bytes(48))},
         {"name": ""},
         {"gpu_count": 0},
-        {"fingerprint": b""},
+        {"fingerprints": (b"",)},
     ],
 )
 def test_what_cannot_be_a_profile(changes: dict[str, Any]) -> None:

@@ -112,7 +112,7 @@ async def test_refusals(scene: Scene) -> None:
 
 
 async def test_two_phases_by_the_boot_agent_also_while_draining(loop: str, kind: str, tmp_path: Path) -> None:
-    profiles = {PROFILE.name: ServedProfile(PROFILE, None, False, False, "two-phase")}
+    profiles = {PROFILE.identity: ServedProfile(PROFILE, None, False, False, "two-phase")}
     site = Site(LOOPS[loop], open_store(kind, tmp_path), App(service(profiles=profiles)))
     stages: Any = itertools.cycle(["boot", "runtime"])
 

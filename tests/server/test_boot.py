@@ -75,7 +75,7 @@ def test_the_root_passphrase_stays_the_same_and_is_each_vms_own(world):
 
 def test_the_images_passphrase_is_served_where_the_profile_says_so(world):
     profile = ServedProfile(PROFILE, Secret(b"one for all"), False, False)
-    world.app = App(service(profiles={PROFILE.name: profile}))
+    world.app = App(service(profiles={PROFILE.identity: profile}))
     assert answer(world.boot())["key"] == "one for all"
     assert answer(world.boot(vm_name="vm-2"))["key"] == "one for all"
 
@@ -274,7 +274,7 @@ def test_a_signature_of_another_hotkey(world):
 
 
 def test_a_profile_can_demand_a_signature(world):
-    world.app = App(service(profiles={PROFILE.name: ServedProfile(PROFILE, None, True, False)}))
+    world.app = App(service(profiles={PROFILE.identity: ServedProfile(PROFILE, None, True, False)}))
     assert refusal(world.boot())[:2] == (401, Code.SIGNATURE_INVALID)
     body, headers = signed(world)
     assert answer(world.ask("POST", "/servers/boot/attestation", body, headers=headers))

@@ -205,7 +205,7 @@ def test_a_td_that_is_not_accepted(world, fault, code):
 
 def test_gpus_are_those_of_the_quotes_profile():
     profile = evolve(PROFILE, expected_gpus=("h200",), gpu_count=2)
-    served = {profile.name: ServedProfile(profile, None, False, False)}
+    served = {profile.identity: ServedProfile(profile, None, False, False)}
     world = make_world(policy=Policy(profiles=(profile,)), profiles=served)
     assert refusal(register(world))[:2] == (400, Code.GPU_INVALID)
     registered(register(world, gpus=[gpu(), gpu("GPU-1", device_index=1)]))

@@ -18,7 +18,8 @@ from chutes_proto.server._profiles import EXTRA_KEYS, ServedOptions
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = (ROOT / "examples" / "server.toml").read_text("utf-8")
 NO_DEFAULTS = {"kek_previous_file", "takeover", "networks", "unix", "secret_file"}
-ALTERNATIVES = ("collateral = {", "directory = ", "hotkey_file = ", "root_passphrase_file = ")
+_ALTERNATIVE = "directory hotkey_file root_passphrase_file root_passphrases_file"
+ALTERNATIVES = ("collateral = {", *(f"{key} = " for key in _ALTERNATIVE.split()))
 """The beginnings of lines that exclude others."""
 
 
@@ -42,7 +43,7 @@ def leaves(table: Any) -> Iterator[tuple[str, attrs.Attribute[Any]]]:
 def test_the_complete_configuration_loads():
     config = ServerConfig.from_toml(COMPLETE.encode())
     assert config.proxy.parsed_networks
-    assert set(config.profile_defaults) | {"root_passphrase_file"} == EXTRA_KEYS
+    assert set(config.profile_defaults) | {"root_passphrase_file", "root_passphrases_file"} == EXTRA_KEYS
 
 
 def test_the_example_is_a_configuration_as_it_stands():

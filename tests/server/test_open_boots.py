@@ -21,7 +21,9 @@ from chutes_proto.wire.vms import BootAttestationRequest, VolumeAttestationReque
 from tests.server.world import CERTIFICATES, HOTKEY, World, answer, refusal, service
 
 DRAIN = 25
-BASE, TWO_PHASE = ({PROFILE.name: ServedProfile(PROFILE, None, False, False, form)} for form in ("base", "two-phase"))
+BASE, TWO_PHASE = (
+    {PROFILE.identity: ServedProfile(PROFILE, None, False, False, form)} for form in ("base", "two-phase")
+)
 
 
 def world(profiles: dict[str, ServedProfile] = BASE) -> World:

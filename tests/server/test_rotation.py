@@ -37,7 +37,7 @@ UNCONFIRMED = "Confirm nonce not found or expired"
 
 
 def two_phase(**changes: Any) -> Service:
-    return service(profiles={PROFILE.name: ServedProfile(PROFILE, None, False, False, "two-phase")}, **changes)
+    return service(profiles={PROFILE.identity: ServedProfile(PROFILE, None, False, False, "two-phase")}, **changes)
 
 
 @pytest.fixture

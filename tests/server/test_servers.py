@@ -393,7 +393,7 @@ def test_the_policy_boot_wants_a_boot(world):
 )
 def test_gpus_are_held_against_the_linked_boots_profile(world, expected, count, text):
     profile = evolve(PROFILE, expected_gpus=expected, gpu_count=count)
-    served = {profile.name: ServedProfile(profile, None, False, False)}
+    served = {profile.identity: ServedProfile(profile, None, False, False)}
     world.app = App(service(policy=Policy(profiles=(profile,)), profiles=served))
     boot(world)
     response = register(world)
@@ -852,8 +852,9 @@ def test_any_headers_are_refused(hotkey, nonce, signature):
 
 
 def test_the_published_measurements_are_the_profiles(world):
-    profile = evolve(PROFILE, expected_gpus=("h200",), gpu_count=8, fingerprint=bytes(32))
-    policy = Policy(profiles=(profile, evolve(PROFILE, name="any")))
+    profile = evolve(PROFILE, expected_gpus=("h200",), gpu_count=8, fingerprints=(bytes(32),))
+    older = evolve(PROFILE, version="0.9", mrtd=bytes(48))  # one name in two versions
+    policy = Policy(profiles=(profile, older))
     world.app = App(service(policy=policy))
     response = world.ask("GET", "/servers/tee/measurements")
     listed = answer(response)
@@ -862,6 +863,8 @@ def test_the_published_measurements_are_the_profiles(world):
         ["version", "name", "mrtd", "boot_rtmrs", "runtime_rtmrs", "expected_gpus", "gpu_count"],
     ]
     assert tuple(one for one, _ in parse_profiles_json(response.body)) == policy.profiles
+    assert listed[0]["boot_rtmrs"] == {f"RTMR{n}": one.hex().upper() for n, one in enumerate(PROFILE.boot)}
+    assert listed[0]["mrtd"] == PROFILE.mrtd.hex().upper()
 
 
 def test_a_boot_of_a_name_that_is_bound_elsewhere_is_no_link(world):

@@ -153,7 +153,7 @@ def test_a_lost_answer_is_given_again_to_its_caller_alone(world):
 
 
 def test_a_profile_can_demand_the_certificate(world):
-    world.app = App(service(profiles={PROFILE.name: ServedProfile(PROFILE, None, False, True)}))
+    world.app = App(service(profiles={PROFILE.identity: ServedProfile(PROFILE, None, False, True)}))
     token = world.token()
     world.certificate = None
     assert refusal(world.sync(token, BOTH))[:2] == (401, Code.BOOT_TOKEN_INVALID)

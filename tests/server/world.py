@@ -69,7 +69,7 @@ def service(**changes: Any) -> Service:
         "root": TrustedRoot.from_der(PLATFORM.root_der),
         "trust": "simulated",
         "policy": Policy(profiles=(PROFILE,)),
-        "profiles": {PROFILE.name: ServedProfile(PROFILE, None, False, False)},
+        "profiles": {PROFILE.identity: ServedProfile(PROFILE, None, False, False)},
         "hotkeys": "*",
     }
     return Service(**(values | changes))

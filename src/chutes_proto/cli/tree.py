@@ -28,6 +28,7 @@ _SECTIONS: Final[Mapping[str, Mapping[str, tuple[str, str]]]] = {
         "vm": ("operator.vm", "List, bind and rebind VMs"),
         "registrations": ("operator.registrations", "List and remove the servers that miners registered"),
         "audit": ("operator.audit", "Show, export and purge the audit rows"),
+        "profiles": ("operator.profiles", "Take over reference values that are published"),
         "store": ("operator.store", "Make, migrate, copy and check the store of a key server"),
         "openapi": ("operator.openapi", "Print the API as an OpenAPI document"),
     },

@@ -3,7 +3,8 @@
 Rules kept here:
 
 * a profile says all of MRTD and the four RTMRs, for the boot and for the runtime stage: no register goes unchecked;
-* an unknown key, a register of the wrong length, a name that is there twice are errors that name the profile and key;
+* an unknown key, a register of the wrong length, an identity (name and version) or measurements that are there twice
+  are errors that name the profile and key;
 * keys that only the caller knows pass through if it names them (``extra_keys``), and are errors otherwise.
 
 Two forms are read, described in ``docs/reference/policies.md``: TOML, and the JSON list that key servers publish.
@@ -12,10 +13,10 @@ Two forms are read, described in ``docs/reference/policies.md``: TOML, and the J
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final, Literal, NewType, TypeAlias, cast
 
-from attrs import astuple, field, frozen
+from attrs import astuple, evolve, field, frozen
 
 from chutes_proto._converter import Hook, MismatchError, ProblemsError, StrictConverter, integer, list_of, string
 from chutes_proto.quote import _strict_json as strict_json
@@ -41,9 +42,10 @@ _DEFAULTABLE = frozenset({"version", "expected_gpus", "gpu_count", "attributes"}
 class Profile:
     """Reference values of one image on one kind of hardware. Raises `PolicyError` for impossible values.
 
+    Name and version together identify a profile: one kind of hardware has the same name in each version of the image.
     Registers have 48 bytes. ``boot`` and ``runtime`` are RTMR0 to RTMR3 when the TD asks for its keys, and later.
-    ``gpu_count`` None means any number. ``attributes`` replace the policy's for this profile. ``fingerprint`` (32
-    bytes) passes through.
+    ``gpu_count`` None means any number. ``attributes`` replace the policy's for this profile. ``fingerprints`` (32
+    bytes each), of hosts that give these measurements, pass through.
     """
 
     name: str
@@ -54,7 +56,7 @@ class Profile:
     expected_gpus: tuple[str, ...] = ()
     gpu_count: int | None = None
     attributes: AttributePolicy | None = None
-    fingerprint: bytes | None = None
+    fingerprints: tuple[bytes, ...] = ()
 
     def __attrs_post_init__(self) -> None:
         for name in ("name", "version"):
@@ -66,8 +68,21 @@ class Profile:
                 raise PolicyError(f"{name}: must be {'48 bytes' if count == 1 else 'four registers of 48 bytes'}")
         if self.gpu_count is not None and not 1 <= self.gpu_count <= 1024:
             raise PolicyError("gpu_count: must be from 1 to 1024, or 0 for any number")
-        if self.fingerprint is not None and len(self.fingerprint) != 32:
-            raise PolicyError("fingerprint: must be 32 bytes")
+        if any(len(fingerprint) != 32 for fingerprint in self.fingerprints):
+            raise PolicyError("fingerprints: must be 32 bytes each")
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.version}"
+
+    @property
+    def identity(self) -> tuple[str, str]:
+        """Name and version."""
+        return self.name, self.version
+
+    @property
+    def measured(self) -> tuple[bytes, ...]:
+        """All reference values."""
+        return (self.mrtd, *self.boot, *self.runtime)
 
     def registers(self, stage: Stage) -> tuple[bytes, ...]:
         """The values of `REGISTERS` in a stage."""
@@ -124,7 +139,14 @@ def parse_profiles_json(
     except strict_json.JsonError as exc:
         raise PolicyError(str(exc)) from None
     entries = within("the file", CONVERTER.structure, content, Tables)
-    return _not_empty(_profiles(entries, _IN_JSON, extra_keys, defaults or {}))
+    return _not_empty(read_published(entries, extra_keys, defaults or {}))
+
+
+def read_published(
+    entries: Tables, extra_keys: frozenset[str], defaults: Mapping[str, object]
+) -> tuple[ProfileAndExtras, ...]:
+    """Read the entries of a published list. Raises `PolicyError`."""
+    return _profiles(entries, _IN_JSON, extra_keys, defaults)
 
 
 def read_profiles(
@@ -140,17 +162,39 @@ def read_profiles(
 def _profiles(
     entries: Tables, converter: StrictConverter, extra_keys: frozenset[str], defaults: Mapping[str, object]
 ) -> tuple[ProfileAndExtras, ...]:
-    profiles: dict[str, ProfileAndExtras] = {}
+    profiles: list[ProfileAndExtras] = []
     for number, entry in enumerate(entries, 1):
         name = entry.get("name")
         where = f"profile {name!r}" if isinstance(name, str) else f"profile {number}"
         own = {**defaults, **entry}
         extras = {key: own.pop(key) for key in own.keys() & extra_keys}
+        fingerprint = own.pop("fingerprint", None)  # one, in the older forms
         profile = within(where, converter.structure, own, Profile)
-        if profile.name in profiles:
-            raise PolicyError(f"{where}: this name is given twice")
-        profiles[profile.name] = profile, extras
-    return tuple(profiles.values())
+        if fingerprint is not None:
+            one = within(f"{where}: fingerprint", _fingerprint, fingerprint)
+            profile = evolve(profile, fingerprints=tuple(dict.fromkeys((one, *profile.fingerprints))))
+        profiles.append((profile, extras))
+    check_distinct(profile for profile, _ in profiles)
+    return tuple(profiles)
+
+
+def check_distinct(profiles: Iterable[Profile]) -> None:
+    """Raise `PolicyError` for two profiles of one identity, or of which the second could never count."""
+    identities: set[tuple[str, str]] = set()
+    measured: dict[object, Profile] = {}
+    for profile in profiles:
+        if profile.identity in identities:
+            raise PolicyError(f"profile {profile.name!r}: name and version {profile.version!r} are given twice")
+        identities.add(profile.identity)
+        if (other := measured.setdefault((profile.measured, profile.attributes), profile)) is not profile:
+            raise PolicyError(f"profile {profile.name!r}: version {profile.version!r} has the measurements of {other}")
+
+
+def _fingerprint(value: object) -> bytes:
+    octets = CONVERTER.structure(value, bytes)
+    if len(octets) != 32:
+        raise MismatchError("value_error", "must be 64 hexadecimal digits")
+    return octets
 
 
 def _not_empty(profiles: tuple[ProfileAndExtras, ...]) -> tuple[ProfileAndExtras, ...]:
@@ -180,7 +224,16 @@ def _register(value: object, _: object) -> bytes:
 
 
 def _rtmrs(value: object, _: object) -> tuple[bytes, ...]:
-    return astuple(_IN_TOML.structure(value, _Rtmrs))
+    """Key servers publish the names of registers in upper case."""
+    return astuple(_IN_TOML.structure(_lowered(value), _Rtmrs))
+
+
+def _lowered(value: object) -> object:
+    """A table with its keys in lower case; anything else, and one with a key in both, as it is."""
+    if not isinstance(value, dict):
+        return value
+    table = {key.lower(): item for key, item in cast("dict[str, object]", value).items()}
+    return table if len(table) == len(cast("dict[str, object]", value)) else cast("object", value)
 
 
 def _attributes(value: object, _: object) -> AttributePolicy:
@@ -197,6 +250,7 @@ _HOOKS: Final[Mapping[Any, Hook]] = {
     AttributePolicy | None: _attributes,
     int | None: lambda value, _: None if value is None else integer(value) or None,
     tuple[str, ...]: list_of(lambda value: string(value).lower()),
+    tuple[bytes, ...]: list_of(_fingerprint),
 }
 _IN_TOML: Final = file_converter(_HOOKS)
 _IN_JSON: Final = file_converter(_HOOKS, names={"boot": "boot_rtmrs", "runtime": "runtime_rtmrs"})

@@ -26,7 +26,7 @@ from chutes_proto.quote._errors import AppraisalError, Part, PolicyError, Refusa
 from chutes_proto.quote._files import CONVERTER, read_toml, within
 from chutes_proto.quote._identity import IdentityPolicy
 from chutes_proto.quote._layout import BytesLike, SgxAttributes, SgxReport
-from chutes_proto.quote._measurements import Profile, ProfileTables, Stage, Tables, read_profiles
+from chutes_proto.quote._measurements import Profile, ProfileTables, Stage, Tables, check_distinct, read_profiles
 from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
 from chutes_proto.quote._statements import Stated, TcbStatus
 from chutes_proto.quote._tcb import OUT_OF_DATE
@@ -232,8 +232,7 @@ class Policy:
             raise PolicyError('measurements: must be "profiles" or "unchecked"')
         if self.measurements == "unchecked" and self.profiles:
             raise PolicyError('measurements: "unchecked" goes without profiles')
-        if len({profile.name for profile in self.profiles}) != len(self.profiles):
-            raise PolicyError("profile: a name is given twice")
+        check_distinct(self.profiles)
 
     @classmethod
     def load(cls, path: str | PathLike, *, extra_keys: frozenset[str] = frozenset()) -> AnyPolicy:

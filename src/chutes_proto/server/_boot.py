@@ -66,7 +66,7 @@ def _claim(
     """Appraise the evidence, check the claim and grant (steps 5 to 8)."""
     request, message = call.request, call.message
     measurements = appraise(service, evidence, "boot").profile
-    profile = service.profiles[measurements.name]
+    profile = service.profiles[measurements.identity]
     hotkey = known_hotkey(service, message.miner_hotkey)
     # One of a signature's headers alone counts as none, as in deployed servers.
     proven = message.hotkey is not None and message.signature is not None

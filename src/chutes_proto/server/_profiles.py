@@ -7,7 +7,7 @@ default: a wrong guess could lose a disk.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Literal
+from typing import Literal, cast
 
 import attrs
 from attrs import frozen
@@ -17,6 +17,7 @@ from chutes_proto.errors import ConfigurationError
 from chutes_proto.quote._measurements import Profile, Rtmrs
 from chutes_proto.secret import Secret
 from chutes_proto.store.rows import Exchange
+from chutes_proto.wire import json
 from chutes_proto.wire.codec import encode_answer
 from chutes_proto.wire.public import MEASUREMENTS, EncodedMeasurements, Measurements, MeasurementsAnswer, Registers
 
@@ -27,9 +28,12 @@ class ServedOptions:
 
     root_passphrase: Literal["image", "vm"]
     root_passphrase_file: str | None = None
+    root_passphrases_file: str | None = None
     exchange: Exchange = "base"
     require_hotkey_signature: bool = False
     token_needs_certificate: bool = False
+    rc: bool = False
+    authorized_hotkeys: tuple[str, ...] = ()
 
 
 EXTRA_KEYS = frozenset(attrs.fields_dict(ServedOptions))
@@ -45,6 +49,8 @@ class ServedProfile:
     require_hotkey_signature: bool
     token_needs_certificate: bool
     exchange: Exchange = "base"
+    rc: bool = False
+    authorized_hotkeys: frozenset[str] = frozenset()
 
 
 def serve_profile(
@@ -58,13 +64,19 @@ def serve_profile(
         raise ConfigurationError(f"{named}: {exc}") from None
     passphrase = None
     if options.root_passphrase == "image":
-        if options.root_passphrase_file is None:
-            raise ConfigurationError(f'{named}: root_passphrase = "image" needs root_passphrase_file')
-        passphrase = _image_passphrase(named, read(options.root_passphrase_file))
-    elif "root_passphrase_file" in extras:
-        raise ConfigurationError(f'{named}: root_passphrase = "vm" makes its own; remove root_passphrase_file')
+        passphrase = _passphrase_of(named, profile.version, options, read)
+    elif found := sorted(extras.keys() & {"root_passphrase_file", "root_passphrases_file"}):
+        raise ConfigurationError(f'{named}: root_passphrase = "vm" makes its own; remove {found[0]}')
+    if options.authorized_hotkeys and not options.rc:
+        raise ConfigurationError(f"{named}: authorized_hotkeys goes with rc = true")
     return ServedProfile(
-        profile, passphrase, options.require_hotkey_signature, options.token_needs_certificate, options.exchange
+        profile,
+        passphrase,
+        options.require_hotkey_signature,
+        options.token_needs_certificate,
+        options.exchange,
+        options.rc,
+        frozenset(options.authorized_hotkeys),
     )
 
 
@@ -78,27 +90,44 @@ def _published(profile: Profile) -> Measurements:
     return Measurements(
         version=profile.version,
         name=profile.name,
-        mrtd=profile.mrtd.hex(),
+        mrtd=profile.mrtd.hex().upper(),
         boot_rtmrs=_registers(profile.boot),
         runtime_rtmrs=_registers(profile.runtime),
         expected_gpus=profile.expected_gpus,
         gpu_count=profile.gpu_count,
-        fingerprint=None if profile.fingerprint is None else profile.fingerprint.hex(),
+        fingerprint=profile.fingerprints[0].hex() if profile.fingerprints else None,
     )
 
 
 def _registers(rtmrs: Rtmrs) -> Registers:
-    rtmr0, rtmr1, rtmr2, rtmr3 = (register.hex() for register in rtmrs)
-    return Registers(rtmr0=rtmr0, rtmr1=rtmr1, rtmr2=rtmr2, rtmr3=rtmr3)
+    return Registers(**{f"RTMR{number}": register.hex().upper() for number, register in enumerate(rtmrs)})
+
+
+def _passphrase_of(named: str, version: str, options: ServedOptions, read: Callable[[str], bytes]) -> Secret:
+    """The passphrase of the build that ``version`` is, from the file of one or of all. Raises `ConfigurationError`."""
+    one, every = options.root_passphrase_file, options.root_passphrases_file
+    if one is not None and every is None:
+        return _image_passphrase(f"{named}: root_passphrase_file", read(one))
+    if one is not None or every is None:
+        keys = "root_passphrase_file or root_passphrases_file"
+        raise ConfigurationError(f'{named}: root_passphrase = "image" needs {keys}, one of them')
+    try:
+        passphrases = json.decode(read(every))
+    except json.JsonError:
+        passphrases = None
+    if not isinstance(passphrases, dict):
+        raise ConfigurationError(f"{named}: root_passphrases_file must hold a JSON object, version to passphrase")
+    passphrase: object = cast("dict[str, object]", passphrases).get(version)
+    if not isinstance(passphrase, str):
+        raise ConfigurationError(f"{named}: root_passphrases_file has no passphrase of version {version!r}")
+    return _image_passphrase(f"{named}: root_passphrases_file, version {version!r}:", passphrase.encode())
 
 
 def _image_passphrase(named: str, data: bytes) -> Secret:
     """The file's text without one final line end. Deployed clients cut it out of JSON, so it must need no escape."""
     value = data.removesuffix(b"\n").removesuffix(b"\r")
     if not value or any(not 0x20 <= byte <= 0x7E or byte in b'"\\' for byte in value):
-        raise ConfigurationError(
-            f'{named}: root_passphrase_file must hold one line of printable ASCII without " and \\, and not be empty'
-        )
+        raise ConfigurationError(f'{named} must hold one line of printable ASCII without " and \\, and not be empty')
     return Secret(value)
 
 

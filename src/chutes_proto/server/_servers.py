@@ -51,7 +51,7 @@ def register_server(service: Service, call: SignedCall[miners.RegisterServerRequ
             host=message.host,
             address=address,
             gpus=gpus,
-            profiles={name: profile.measurements for name, profile in service.profiles.items()},
+            profiles={identity: profile.measurements for identity, profile in service.profiles.items()},
             peer_address=call.request.peer_address,
             evidence=service.registration_evidence,
             shown=shown,

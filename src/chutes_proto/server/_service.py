@@ -14,6 +14,7 @@ from chutes_proto.auth.hotkey import Hotkey
 from chutes_proto.auth.signing import Signer, SigningPolicy
 from chutes_proto.errors import Refused
 from chutes_proto.keys.vault import Vault
+from chutes_proto.quote._measurements import Profile
 from chutes_proto.quote._policy import Policy
 from chutes_proto.quote._roots import TrustedRoot
 from chutes_proto.server._config import LimitOptions
@@ -44,6 +45,12 @@ def _verifications(service: Service) -> Admission:
     return Admission(most, share=max(1, most // 2))
 
 
+def _public(service: Service) -> list[Profile]:
+    """The profiles of releases: those of release candidates are for the hotkeys that they name."""
+    rc = {identity for identity, served in service.profiles.items() if served.rc}
+    return [profile for profile in service.policy.profiles if profile.identity not in rc]
+
+
 def _rates(service: Service) -> TokenBuckets:
     most = service.limits.requests_per_minute
     return TokenBuckets(most, most / 60)
@@ -53,9 +60,9 @@ def _rates(service: Service) -> TokenBuckets:
 class Service:
     """One key server.
 
-    ``policy`` has the measurement profiles, ``profiles`` the options of each, by name. ``trust`` names the root that
-    quotes are verified to: every grant's log line has it, so that trust in a simulated platform is seen. ``callback``
-    goes with that ``registration_evidence``; addresses in ``unsafe_networks`` count as public.
+    ``policy`` has the measurement profiles, ``profiles`` the options of each, by name and version. ``trust`` names the
+    root that quotes are verified to: every grant's log line has it, so that trust in a simulated platform is seen.
+    ``callback`` goes with that ``registration_evidence``; addresses in ``unsafe_networks`` count as public.
     """
 
     vault: Vault
@@ -63,7 +70,7 @@ class Service:
     root: TrustedRoot
     trust: str
     policy: Policy
-    profiles: Mapping[str, ServedProfile]
+    profiles: Mapping[tuple[str, str], ServedProfile]
     hotkeys: frozenset[str] | Literal["*"]
     volumes: tuple[str, ...] = ("storage", "tdx-cache")
     netuid: int = 64
@@ -77,7 +84,7 @@ class Service:
     proxies: TrustedProxies = field(factory=TrustedProxies)
     limits: LimitOptions = field(factory=LimitOptions)
     published: EncodedMeasurements = field(
-        init=False, eq=False, default=Factory(lambda self: publish(self.policy.profiles), takes_self=True)
+        init=False, eq=False, default=Factory(lambda self: publish(_public(self)), takes_self=True)
     )
     verifications: Admission = field(default=Factory(_verifications, takes_self=True))
     hosts: Admission = field(factory=lambda: Admission(16, share=1))

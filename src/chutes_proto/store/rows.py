@@ -165,6 +165,11 @@ class BootRow:
     confirm_expires_at: int | None = None
     confirm_body_digest: bytes | None = None
 
+    @property
+    def profile(self) -> tuple[str, str]:
+        """Name and version of the profile."""
+        return self.profile_name, self.profile_version
+
 
 @frozen
 class BootVolumeRow:

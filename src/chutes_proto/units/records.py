@@ -38,6 +38,11 @@ class AcceptedQuote(Quote):
     profile_name: str
     profile_version: str
 
+    @property
+    def profile(self) -> tuple[str, str]:
+        """Name and version of the profile."""
+        return self.profile_name, self.profile_version
+
     @classmethod
     def of(cls, boot: BootRow) -> AcceptedQuote:
         """The quote that a boot was granted for."""

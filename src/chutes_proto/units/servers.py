@@ -45,8 +45,8 @@ class RegisterServer(Unit[store.ServerRow]):
     """Register a server with its GPUs, linked to its newest boot by name, else by address.
 
     A boot counts while its VM's name is bound to the platform it came from and its profile is one of ``profiles``, by
-    name. ``gpus`` have ``server_id``. The quote ``shown`` by the host must come from the linked boot's platform; it
-    names no hotkey, so it is not better evidence and binds no platform.
+    name and version. ``gpus`` have ``server_id``. The quote ``shown`` by the host must come from the linked boot's
+    platform; it names no hotkey, so it is not better evidence and binds no platform.
 
     Raises `Refused` (``boot_required``, ``platform_mismatch``, ``gpu_taken``, ``host_taken``, ``server_taken``,
     ``name_taken``) and `BadRequest` (``gpu_invalid``) for GPUs that a profile does not expect.
@@ -60,7 +60,7 @@ class RegisterServer(Unit[store.ServerRow]):
     host: str
     address: str
     gpus: tuple[store.GpuRow, ...]
-    profiles: Mapping[str, Profile]
+    profiles: Mapping[tuple[str, str], Profile]
     peer_address: str
     evidence: Literal["link", "boot", "callback"] = "link"
     shown: HostQuote | None = None
@@ -71,7 +71,7 @@ class RegisterServer(Unit[store.ServerRow]):
         if link is None and self.evidence == "boot":
             raise Refused(Code.BOOT_REQUIRED, "Server registration failed - no verified boot belongs to this server.")
         if link is not None:
-            self._check_gpus(self.profiles[link.profile_name])
+            self._check_gpus(self.profiles[link.profile])
         if self.shown is not None:
             self._check_shown(self.shown, link)
         yield from self._check_free(link)
@@ -105,7 +105,7 @@ class RegisterServer(Unit[store.ServerRow]):
             store.FindLastBootFrom(self.hotkey, self.address),
         ):
             boot = yield from question
-            if boot is None or boot.profile_name not in self.profiles:
+            if boot is None or boot.profile not in self.profiles:
                 continue
             claim = yield from store.Read(store.VmRow, boot.vm)
             if claim is not None and claim.pin == boot.pin:
@@ -124,7 +124,7 @@ class RegisterServer(Unit[store.ServerRow]):
             raise BadRequest(Code.GPU_INVALID, f"Server registration failed - GPU count mismatch {about}: {difference}")
 
     def _check_shown(self, shown: HostQuote, link: store.BootRow | None) -> None:
-        self._check_gpus(self.profiles[shown.profile_name])
+        self._check_gpus(self.profiles[shown.profile])
         if link is not None and link.pin != shown.pin:
             raise Refused(
                 Code.PLATFORM_MISMATCH,

@@ -16,12 +16,12 @@ class PublicRequest:
 
 @frozen
 class Registers:
-    """RTMR0 to RTMR3 in hex."""
+    """RTMR0 to RTMR3 in hex, upper case in name and value, as the reference system publishes them."""
 
-    rtmr0: str = body("48 bytes in hex")
-    rtmr1: str = body("48 bytes in hex")
-    rtmr2: str = body("48 bytes in hex")
-    rtmr3: str = body("48 bytes in hex")
+    RTMR0: str = body("48 bytes in hex")
+    RTMR1: str = body("48 bytes in hex")
+    RTMR2: str = body("48 bytes in hex")
+    RTMR3: str = body("48 bytes in hex")
 
 
 @frozen

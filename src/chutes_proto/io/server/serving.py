@@ -227,7 +227,7 @@ def _log_start(setup: ServerSetup, store: DurableStore, where: list[str], log: C
     fields: dict[str, Value] = {
         "urls": where,
         "trust": service.trust,
-        "profiles": list(service.profiles),
+        "profiles": [str(profile) for profile in service.policy.profiles],
         "store": store.name,
         "version": __version__,
     }

@@ -13,7 +13,7 @@ import os
 import re
 from functools import partial
 from pathlib import Path
-from typing import Final, Literal
+from typing import Literal
 
 from attrs import frozen
 
@@ -28,8 +28,9 @@ from chutes_proto.io.hotkey_file import read_hotkey
 from chutes_proto.io.http.tls import context_trusting
 from chutes_proto.io.server.store_setup import Problems, check_configuration, read_root, read_vault
 from chutes_proto.io.stores.address import StorePlace
-from chutes_proto.quote._measurements import parse_profiles_json, parse_profiles_toml
+from chutes_proto.io.yaml_file import read_yaml
 from chutes_proto.quote._policy import Policy, TcbPolicy
+from chutes_proto.quote._published import ProfileFile, parse_profile_file
 from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
 from chutes_proto.secret import Secret
 from chutes_proto.server._config import ProxyOptions, RegistrationOptions, ServerConfig
@@ -42,9 +43,6 @@ from chutes_proto.transport.h1 import Limits
 from chutes_proto.transport.tls import ServerContext, server_context
 from chutes_proto.wire.origin import check_socket_path
 
-_JSON: Final = re.compile(rb"\s*(?:\{|\[\s*[{\]])")
-"""The beginning of JSON, which TOML cannot have."""
-
 
 @frozen
 class ServerSetup:
@@ -56,6 +54,7 @@ class ServerSetup:
     tls: ServerContext
     store: StorePlace
     base: Path
+    not_served: tuple[str, ...] = ()
 
     @property
     def limits(self) -> Limits:
@@ -81,6 +80,7 @@ class ServerSetup:
             found.append(f"registration.unsafe_private_networks: hosts in {networks} pass for public ones")
         if registration.evidence == "callback":
             found.append('registration.evidence = "callback": what GPUs say of themselves is fetched and NOT verified')
+        found += [f"measurements: not served: {what}" for what in self.not_served]
         return tuple(found)
 
     @property
@@ -102,7 +102,7 @@ def make_setup(config: ServerConfig) -> ServerSetup:
     tls = problems.attempt("tls", lambda: _tls(config, base))
     root = problems.attempt("roots", lambda: read_root(config, base))
     vault = read_vault(config, base, problems)
-    profiles = _profiles(config, base, problems)
+    profiles, not_served = _profiles(config, base, problems)
     tcb = TcbPolicy(collateral_grace=config.collateral.grace_seconds)  # the directory and the cache keep it, too
     policy = problems.attempt("measurements", lambda: Policy(tcb=tcb, profiles=tuple(p.measurements for p in profiles)))
     hotkeys: frozenset[str] | Literal["*"] | None = problems.attempt("hotkeys", lambda: _hotkeys(config.hotkeys))
@@ -128,7 +128,7 @@ def make_setup(config: ServerConfig) -> ServerSetup:
         root=root,
         trust=trust(root, config.roots),
         policy=policy,
-        profiles={profile.measurements.name: profile for profile in profiles},
+        profiles={profile.measurements.identity: profile for profile in profiles},
         hotkeys=hotkeys,
         volumes=config.volumes,
         netuid=config.netuid,
@@ -143,7 +143,7 @@ def make_setup(config: ServerConfig) -> ServerSetup:
         unsafe_networks=config.registration.parsed_networks,
     )
     place = StorePlace(config.store, base, config.limits.store_connections)
-    return ServerSetup(config, service, collateral, tls, place, base)
+    return ServerSetup(config, service, collateral, tls, place, base, not_served)
 
 
 def trust(root: TrustedRoot, name: str) -> str:
@@ -225,11 +225,14 @@ def _hotkeys(addresses: tuple[str, ...] | Literal["*"]) -> frozenset[str] | Lite
     return frozenset(addresses)
 
 
-def _profiles(config: ServerConfig, base: Path, problems: Problems) -> list[ServedProfile]:
+def _profiles(config: ServerConfig, base: Path, problems: Problems) -> tuple[list[ServedProfile], tuple[str, ...]]:
+    """The profiles to serve, and what in their files is not served, in words."""
+
     def read(name: str) -> bytes:
         return read_private(base / name)
 
     served: list[ServedProfile] = []
+    not_served: list[str] = []
     served_defaults = {key: value for key, value in config.profile_defaults.items() if key in EXTRA_KEYS}
     defaults = {key: value for key, value in config.profile_defaults.items() if key not in EXTRA_KEYS}
     for name in config.measurements:
@@ -237,10 +240,13 @@ def _profiles(config: ServerConfig, base: Path, problems: Problems) -> list[Serv
         if data is None:
             continue
         key = f"measurements: {base / name}"
-        parse = parse_profiles_json if _JSON.match(data) else parse_profiles_toml
-        parsed = problems.attempt(key, partial(parse, data, extra_keys=EXTRA_KEYS, defaults=defaults))
-        for profile, extras in parsed or ():
+        parse = partial(parse_profile_file, data, read_yaml, extra_keys=EXTRA_KEYS, defaults=defaults)
+        parsed = problems.attempt(key, parse) or ProfileFile(())
+        not_served += [f"{base / name}: {what}" for what in parsed.not_served]
+        for profile, extras in parsed.profiles:
             one = problems.attempt(key, partial(serve_profile, profile, extras, served_defaults, read))
-            if one is not None:
+            if one is not None and one.rc and not one.authorized_hotkeys:
+                not_served.append(f"{base / name}: {profile}: rc without authorized_hotkeys")
+            elif one is not None:
                 served.append(one)
-    return served
+    return served, tuple(not_served)
