@@ -121,13 +121,13 @@ def _all(works: Sequence[Work]) -> None:
 
 
 def _forget_texts() -> None:
-    for pure in (certificates._read_block, certificates.common_name, strict_json._unix_seconds):
+    for pure in (certificates._read_body, certificates.common_name, strict_json._unix_seconds):
         pure.cache_clear()
 
 
 def _forget_pem(pieces: Collateral) -> None:
     """Forget all certificates except those of the collateral."""
-    certificates._read_block.cache_clear()
+    certificates._read_body.cache_clear()
     _ = certificates.read_pem(pieces.pck_crl_issuer_chain)
 
 

@@ -111,10 +111,14 @@ class Entropy(Effect[bytes]):
 
 @frozen
 class FetchCollateral(Effect["quote.VerifiedCollateral"]):
-    """Get verified collateral for the platform of a quote with a checked PCK chain. Raises `CollateralUnavailable`."""
+    """Get verified collateral for the platform of a quote with a checked PCK chain. Raises `CollateralUnavailable`.
+
+    ``instead_of`` is collateral that turned out to be of another key of the PCK CA: a source fetches it again, once.
+    """
 
     identity: quote.PckIdentity
     now: int
+    instead_of: quote.VerifiedCollateral | None = None
 
 
 @frozen

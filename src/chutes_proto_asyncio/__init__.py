@@ -10,6 +10,7 @@ from chutes_proto._lazy import lazily
 
 try:
     from chutes_proto.io.clients.aio import BootAgent, MinerClient
+    from chutes_proto.io.collateral.aio import fetch_collateral
     from chutes_proto.io.disks.cryptsetup import has_luks_header
     from chutes_proto.io.drivers.aio import HttpxSender, Performer
     from chutes_proto.io.hotkey_file import read_hotkey
@@ -37,6 +38,7 @@ __all__ = [
     "TimeLimits",
     "auto_quoter",
     "client_context",
+    "fetch_collateral",
     "has_luks_header",
     "make_quoter",
     "read_hotkey",

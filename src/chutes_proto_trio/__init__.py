@@ -12,6 +12,7 @@ try:
     import trio  # noqa: F401 # pyright: ignore[reportUnusedImport] - anyio imports it late
 
     from chutes_proto.io.clients.aio import BootAgent, MinerClient
+    from chutes_proto.io.collateral.aio import fetch_collateral
     from chutes_proto.io.disks.cryptsetup import has_luks_header
     from chutes_proto.io.drivers.aio import HttpxSender, Performer
     from chutes_proto.io.hotkey_file import read_hotkey
@@ -39,6 +40,7 @@ __all__ = [
     "TimeLimits",
     "auto_quoter",
     "client_context",
+    "fetch_collateral",
     "has_luks_header",
     "make_quoter",
     "read_hotkey",

@@ -103,7 +103,7 @@ def test_fetch_tells_why_there_is_none(
     assert "it expired at" in ended.err
     ended = command(*fetch, "--fmspc", "00806f050000", "--upstream", "http://127.0.0.1:1")
     assert ended.code == 1
-    assert f"{url}: TCB info: status 404; http://127.0.0.1:1: ConnectError" in ended.err
+    assert f"{url}: TCB info: status 404; http://127.0.0.1:1: no connection" in ended.err
     assert not (tmp_path / "out").exists()
     url, _ = serve("--fault", "tcb_info_signature")
     ended = command(*fetch[:-1], url, "--fmspc", platform.fmspc.hex())

@@ -49,6 +49,12 @@ NEXT_RECOVERY = Fault(
     what="a QE identity of the next TCB evaluation data number",
     qe_identity=lambda draft: evolve(draft, evaluation_number=EVALUATION_NUMBER + 1),
 )
+NEW_CA_KEY = Fault(
+    name="new CA key",
+    side="certificates",
+    what="a PCK CA with a new key under its old name",
+    intermediate=lambda draft: evolve(draft, key="platform CA, renewed"),
+)
 LATE = NOW + COLLATERAL_SECONDS + 1
 
 
@@ -76,6 +82,7 @@ class World:
         self.broken: set[str] = set()
         self.status: dict[str, HttpResponse] = {}
         self.only: str | None = None
+        self.service = SERVICE
         self.age = 0
         self.asked: list[str] = []
         self.log: list[Record] = []
@@ -101,7 +108,7 @@ class World:
             raise TransportError("no route", maybe_delivered=False)
         if host in self.broken:
             raise RuntimeError("a defect")
-        honest = SERVICE.answer(HttpRequest("GET", "/" + path), self.now - self.age)
+        honest = self.service.answer(HttpRequest("GET", "/" + path), self.now - self.age)
         return honest if self.only not in (None, "/" + path) else self.status.get(host, honest)
 
     def decide(self, of: Family | None = None) -> Decision:
@@ -381,6 +388,35 @@ def test_collateral_of_two_tcb_recoveries_is_fetched_again() -> None:
     world.status.clear()
     world.now += 120
     assert world.fetch() is not None
+
+
+def test_a_new_key_of_the_ca_causes_one_fetch() -> None:
+    """Collateral under the CA's old key is useless for a platform with a new one, however long it is valid."""
+    world = World()
+    old = world.warm()
+    assert isinstance(world.decide(), Use)
+    assert isinstance(world.cache.decide(family(), world.now, instead_of=old), Fetch)
+    renewed = CollateralService((PLATFORM.having(NEW_CA_KEY),))
+    world.service = renewed
+    world.now += 1
+    assert world.fetch() is not None
+    decision = run(settle(world.cache, family(), old), world.perform)
+    assert isinstance(decision, Use)
+    assert decision.collateral.issuer_point != old.issuer_point
+    assert isinstance(world.cache.decide(family(), world.now, instead_of=old), Use)  # who still has the old one
+
+
+def test_a_ca_key_that_no_upstream_knows_causes_one_fetch_only() -> None:
+    world = World()
+    old = world.warm()
+    assert isinstance(world.cache.decide(family(), world.now, instead_of=old), Fetch)
+    assert world.fetch() is None
+    given_up = run(settle(world.cache, family(), old), world.perform)
+    assert "another key" in reason(given_up)
+    assert "another key" in reason(world.cache.decide(family(), world.now + 60, instead_of=old))
+    assert isinstance(world.decide(), Use)  # others are served as before
+    world.now += world.cache.policy.unknown + 1
+    assert isinstance(world.cache.decide(family(), world.now, instead_of=old), Fetch)
 
 
 def test_the_same_again_is_no_news() -> None:

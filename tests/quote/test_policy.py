@@ -205,7 +205,8 @@ def test_a_floor_under_the_evaluation_number() -> None:
 
 @pytest.mark.parametrize("name", ["dynamic_platform", "cached_keys", "smt"])
 def test_flags_of_the_platform(name: str) -> None:
-    policy = Policy(tcb=TcbPolicy(**{f"allow_{name}": False}), measurements="unchecked")
+    tcb: Any = TcbPolicy(**{f"allow_{name}": False})  # type: ignore[arg-type]
+    policy = Policy(tcb=tcb, measurements="unchecked")
     verdict = verdict_of(PLATFORM)
     if getattr(verdict.pck, name):
         assert _refused(policy, verdict) == [name]

@@ -35,9 +35,11 @@ from chutes_proto.quote._steps import (
     CertificateExpiredError,
     CertificateFormatError,
     CertificateNotYetValidError,
+    CertificationTypeError,
     CollateralExpiredError,
     CollateralNotYetValidError,
     PckRevokedError,
+    QeReportSignatureError,
     ReportDataMismatchError,
     RootMismatchError,
     UntrustedRootError,
@@ -53,7 +55,7 @@ from chutes_proto.quote._verify import (
     verify_genuine,
     verify_quote,
 )
-from chutes_proto.testing._pki import EXPIRES, ISSUED
+from chutes_proto.testing._pki import EXPIRES, ISSUED, pem
 from chutes_proto.testing._platform import COLLATERAL_SECONDS, SimulatedPlatform
 from chutes_proto.testing._quotes import QuoteParts
 from tests.conftest import ROOT as PROJECT
@@ -67,6 +69,7 @@ from tests.quote.simulated import (
     signed_of,
     verdict_of,
     verified_of,
+    with_certification,
 )
 
 QUOTE = PLATFORM.quote(REPORT_DATA)
@@ -486,3 +489,63 @@ def test_mutated_collateral_never_verifies_as_something_else(name: str, data: st
         honest = verified_of(TD15)
         assert (verified.tcb_info, verified.qe_identity) == (honest.tcb_info, honest.qe_identity)
         assert (verified.revoked_by_root, verified.revoked_pcks) == (honest.revoked_by_root, honest.revoked_pcks)
+
+
+# --- certification data without a chain ---
+
+CHAIN = parse_quote(PLATFORM.quote(REPORT_DATA)).certification
+PCK = open_quote(PLATFORM.quote(REPORT_DATA), now=NOW, root=ROOT).pck
+
+
+def _named(kind: int, *, cpu_svn: bytes = PCK.cpu_svn, pce_svn: int = PCK.pce_svn, pce_id: bytes = PCK.pce_id) -> bytes:
+    """A quote that names its PCK certificate by an encrypted PPID."""
+    data = bytes({2: 256, 3: 384}[kind]) + cpu_svn + pce_svn.to_bytes(2, "little") + pce_id
+    return with_certification(PLATFORM.quote(REPORT_DATA), kind, data)
+
+
+def _by_leaf(pem: bytes) -> bytes:
+    return with_certification(PLATFORM.quote(REPORT_DATA), 4, pem)
+
+
+LEAF = CHAIN[: CHAIN.index(b"-----END") + 26]
+
+
+@pytest.mark.parametrize("quote", [_named(2), _named(3), _by_leaf(LEAF)], ids=["type 2", "type 3", "type 4"])
+def test_a_chain_may_come_beside_the_quote(quote: bytes) -> None:
+    beside = attrs.evolve(collateral_of(PLATFORM), pck_certificate_chain=CHAIN)
+    verdict = verify_genuine(quote, beside, now=NOW, report_data=REPORT_DATA, root=ROOT)
+    assert (verdict.tcb_status, verdict.pck) == ("UpToDate", PCK)
+    assert 26 in verdict.steps
+    with pytest.raises(CertificationTypeError, match="not given beside it"):
+        _ = verify_genuine(quote, collateral_of(PLATFORM), now=NOW, report_data=REPORT_DATA, root=ROOT)
+
+
+@pytest.mark.parametrize(
+    ("quote", "problem"),
+    [
+        (_named(3, cpu_svn=bytes(16)), "CPUSVN"),
+        (_named(3, pce_svn=PCK.pce_svn + 1), "PCESVN"),
+        (_named(2, pce_id=b"\1\0"), "PCE-ID"),
+        (_by_leaf(CHAIN), "another PCK certificate"),
+        (_by_leaf(pem(PLATFORM.another(1).pck_chain()[:1]).encode()), "another PCK certificate"),
+        (_by_leaf(b"no PEM"), "not 1 to 3 certificates"),
+        (with_certification(PLATFORM.quote(REPORT_DATA), 3, bytes(403)), "403 bytes of certification data of type 3"),
+        (with_certification(PLATFORM.quote(REPORT_DATA), 1, bytes(36)), "unsupported type"),
+    ],
+)
+def test_a_chain_beside_the_quote_is_the_one_that_the_quote_names(quote: bytes, problem: str) -> None:
+    with pytest.raises(VerificationError, match=problem):
+        _ = open_quote(quote, now=NOW, root=ROOT, pck_certificate_chain=CHAIN)
+
+
+def test_another_machines_chain_beside_the_quote_made_no_signature_of_it() -> None:
+    """Machines of one kind have one TCB: only the signature of the QE report tells them apart."""
+    other = pem(PLATFORM.another(1).pck_chain()).encode()
+    opened = open_quote(_named(3), now=NOW, root=ROOT, pck_certificate_chain=other)
+    with pytest.raises(QeReportSignatureError):
+        _ = check_signed(opened)
+
+
+def test_a_quote_with_a_chain_is_verified_by_its_own() -> None:
+    other = pem(PLATFORM.another(1).pck_chain()).encode()
+    assert open_quote(PLATFORM.quote(REPORT_DATA), now=NOW, root=ROOT, pck_certificate_chain=other).pck == PCK

@@ -100,6 +100,22 @@ def test_that_it_is_of_two_tcb_recoveries(world: Collected) -> None:
     assert "evaluation_numbers: TCB info and QE identity are of two TCB recoveries" in refused(world)
 
 
+def _asked_instead(world: Collected) -> bool:
+    last = world.asked[-1]
+    return isinstance(last, FetchCollateral) and last.instead_of is not None
+
+
+def test_a_new_key_of_its_ca_is_asked_for_once(world: Collected) -> None:
+    """The first collateral is under the old key of the CA, the second under the new one of the platform."""
+    renewed = having(intermediate=lambda draft: evolve(draft, key="renewed"))
+    world.platform = renewed(world.platform)
+    honest = SimulatedPlatform(world.platform.seed)
+    world.changed = lambda platform: platform if _asked_instead(world) else honest
+    assert answer(world.boot())
+    asked = [effect.instead_of is None for effect in world.asked if isinstance(effect, FetchCollateral)]
+    assert asked == [True, False]
+
+
 @pytest.mark.parametrize("fault", ["pck_revoked", "qe_mrsigner", "tcb_revoked"])
 def test_what_it_says_of_the_platform_is_final(world: Collected, fault: str) -> None:
     world.platform = world.platform.having(fault)

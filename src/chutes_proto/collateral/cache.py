@@ -11,6 +11,7 @@ Rules kept here:
 * expired collateral is used only while it cannot be fetched, and only within the operator's grace (none unless
   configured);
 * valid collateral is never replaced by older: lower TCB evaluation data or CRL numbers;
+* a platform whose PCK CA has a new key under the old name causes one fetch, and another only after ``unknown`` seconds;
 * TCB info and QE identity are of one TCB recovery: an upstream with two is asked again later;
 * upstreams are asked in their order. One that does not answer, or asks for it (429, 503, ``Retry-After``), is left
   alone for a while, longer each time; a family that no upstream knows is remembered as such. While none may be asked,
@@ -98,6 +99,8 @@ class GiveUp:
     reason: str
 
 
+_OTHER_KEY = "the PCK CA has another key in it than in the platform's chain"
+
 Decision: TypeAlias = Use | Refresh | Fetch | GiveUp
 
 
@@ -109,6 +112,8 @@ class _Entry:
     due: int = 0
     failures: int = 0
     why: str = ""
+    renewed_at: int = 0
+    """When it was last fetched again because a platform had another key of the CA."""
 
     def usable(self, now: int) -> VerifiedCollateral | None:
         """The collateral, if it is valid at ``now`` or within its grace."""
@@ -153,22 +158,31 @@ class CollateralCache:
 
     # --- questions ---
 
-    def decide(self, family: Family, now: int) -> Decision:
-        """Decide what to do for a platform of this family at ``now`` (unix seconds; `TypeError` unless an integer)."""
+    def decide(self, family: Family, now: int, *, instead_of: VerifiedCollateral | None = None) -> Decision:
+        """Decide what to do for a platform of this family at ``now`` (unix seconds; `TypeError` unless an integer).
+
+        ``instead_of`` is what the caller was given and cannot use, because its PCK CA has another key.
+        """
         check_seconds("now", now)
         entry = self._touch(family)
         usable = entry.usable(now)
+        if usable is not None and usable is instead_of:
+            if _rests(entry.renewed_at + self.policy.unknown, now, self.policy.unknown):
+                return GiveUp(f"no collateral for {family}: {_OTHER_KEY}")
+            entry = evolve(entry, due=0, renewed_at=now)
+            self._put(family, entry)
+            usable = None
         hindrance = self._hindrance(entry, now)
         if usable is not None and (now <= usable.window[1] or hindrance or entry.failures):
             return Use(usable) if hindrance else Refresh(usable)
         return Fetch(self.policy.wait) if hindrance is None else GiveUp(f"no collateral for {family}: {hindrance}")
 
-    def landed(self, family: Family, now: int) -> Use | GiveUp:
-        """Decide for a caller that has waited for a fetch."""
+    def landed(self, family: Family, now: int, *, instead_of: VerifiedCollateral | None = None) -> Use | GiveUp:
+        """Decide for a caller that has waited for a fetch; ``instead_of`` as for `decide`."""
         check_seconds("now", now)
         entry = self._touch(family)
         if (usable := entry.usable(now)) is not None:
-            return Use(usable)
+            return GiveUp(f"no collateral for {family}: {_OTHER_KEY}") if usable is instead_of else Use(usable)
         why = entry.why or self._hindrance(entry, now) or "it is still being fetched"
         return GiveUp(f"no collateral for {family}: {why}")
 
@@ -200,9 +214,11 @@ class CollateralCache:
         entry = self._entries.get(family, _Entry())
         held = entry.held
         if held is not None and held.window[0] <= now <= held.window[1]:
-            if any(new < old for new, old in zip(_numbers(fetched), _numbers(held), strict=True)):
+            same_ca = fetched.issuer_point == held.issuer_point
+            numbers, before = _numbers(fetched, same_ca), _numbers(held, same_ca)
+            if any(new < old for new, old in zip(numbers, before, strict=True)):
                 raise UpstreamError("it is older than the cached collateral")
-            if _numbers(fetched) == _numbers(held) and fetched.window[1] <= held.window[1]:
+            if same_ca and numbers == before and fetched.window[1] <= held.window[1]:
                 return False
         elif held is not None and held.window[1] >= fetched.window[1]:
             return False
@@ -330,9 +346,9 @@ def clock() -> Flow[int]:
     return (yield from Now())
 
 
-def settle(cache: CollateralCache, family: Family) -> Flow[Use | GiveUp]:
-    """Decide for a caller that has waited for a fetch, at the present time."""
-    return cache.landed(family, (yield from Now()))
+def settle(cache: CollateralCache, family: Family, instead_of: VerifiedCollateral | None = None) -> Flow[Use | GiveUp]:
+    """Decide for a caller that has waited for a fetch, at the present time; ``instead_of`` as for `decide`."""
+    return cache.landed(family, (yield from Now()), instead_of=instead_of)
 
 
 def _verified(cache: CollateralCache, family: Family, collateral: Collateral) -> Flow[VerifiedCollateral]:
@@ -361,16 +377,18 @@ def _log(level: Level, event: str, family: Family, **fields: Value) -> Log:
     return Log(Record.of(level, event, fmspc=family.fmspc.hex(), ca=family.ca, tee=family.tee, **fields))
 
 
-def _numbers(collateral: VerifiedCollateral) -> tuple[int, ...]:
-    """The numbers that must never decrease. CRLs count by date as well: Intel's all have the number 1."""
+def _numbers(collateral: VerifiedCollateral, same_ca: bool) -> tuple[int, ...]:
+    """The numbers that must never decrease: those of the PCK CRL, as long as it is of the same CA.
+
+    CRLs count by date as well: Intel's all have the number 1.
+    """
     issue = collateral.issue
     return (
         issue.tcb_info_number,
         issue.qe_identity_number,
         issue.root_crl_number,
-        issue.pck_crl_number,
         issue.root_crl_issued,
-        issue.pck_crl_issued,
+        *((issue.pck_crl_number, issue.pck_crl_issued) if same_ca else ()),
     )
 
 

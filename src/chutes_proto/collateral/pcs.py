@@ -31,20 +31,29 @@ from attrs import frozen
 from chutes_proto.effects import Get, Now
 from chutes_proto.errors import ConfigurationError, UpstreamError
 from chutes_proto.quote import _strict_json as strict_json
+from chutes_proto.quote._certificates import PLATFORM_CA, common_name, read_certificate, read_pem
 from chutes_proto.quote._collateral import Collateral
+from chutes_proto.quote._der import DerError
+from chutes_proto.quote._errors import QuoteFormatError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from chutes_proto.collateral.library import Family
     from chutes_proto.effects import Flow
+    from chutes_proto.quote._layout import PckReference, Quote
+    from chutes_proto.quote._pck import Ca
     from chutes_proto.wire.http import HttpResponse
 
-Update: TypeAlias = Literal["standard", "early"]
-"""Whether TCB info and QE identity are the standard ones, or the early ones of an announced TCB recovery."""
+Update: TypeAlias = Literal["standard", "early"] | int
+"""Whether TCB info and QE identity are the standard ones, the early ones of an announced TCB recovery, or those of a
+TCB evaluation data number that the service still has."""
 
 MAX_RETRY_AFTER: Final = 3600
 """The longest ``Retry-After`` that is respected, in seconds."""
+
+INTEL_PCS: Final = "https://api.trustedservices.intel.com"
+INTEL_ROOT_CA_CRL: Final = "https://certificates.trustedservices.intel.com/IntelSGXRootCA.der"
 
 _API: Final = "/certification/v4"
 _ROOT_CA_CRL: Final = f"/sgx{_API}/rootcacrl"
@@ -68,29 +77,41 @@ class Upstream:
     def parse(cls, url: str, root_ca_crl: str | None = None) -> Upstream:
         """Parse the ``url`` of a service, with or without the tail ``/sgx/certification/v4``.
 
-        A PCCS has the root CA's CRL among its paths. Intel publishes it elsewhere: give ``root_ca_crl``, the URL of
-        that. Raises `ConfigurationError` for anything but https, or http to this machine.
+        A PCCS has the root CA's CRL among its paths, Intel publishes it elsewhere: at `INTEL_ROOT_CA_CRL`, which is
+        the default for Intel's own PCS. ``root_ca_crl`` is the URL for any other service. Raises `ConfigurationError`
+        for anything but https, or http to this machine.
         """
         base = _checked(url).geturl().rstrip("/")
         for tee in ("/sgx", "/tdx"):
             base = base.removesuffix(tee + _API)
         base = base.rstrip("/")
-        crl = base + _ROOT_CA_CRL if root_ca_crl is None else _checked(root_ca_crl).geturl()
-        return cls(base, crl)
+        if root_ca_crl is None:
+            return cls(base, INTEL_ROOT_CA_CRL if base == INTEL_PCS else base + _ROOT_CA_CRL)
+        return cls(base, _checked(root_ca_crl).geturl())
 
     def tcb_info(self, family: Family, update: Update) -> str:
         """The URL of the TCB info for a family."""
         fmspc = f"{self.url}/{family.tee.lower()}{_API}/tcb?fmspc={family.fmspc.hex()}"
-        return f"{fmspc}&update={update}" if update != "standard" else fmspc
+        return f"{fmspc}&{_wanted(update)}" if update != "standard" else fmspc
 
     def qe_identity(self, family: Family, update: Update) -> str:
         """The URL of the quoting enclave's identity for a family."""
         identity = f"{self.url}/{family.tee.lower()}{_API}/qe/identity"
-        return f"{identity}?update={update}" if update != "standard" else identity
+        return f"{identity}?{_wanted(update)}" if update != "standard" else identity
 
     def pck_crl(self, family: Family) -> str:
         """The URL of the PCK CRL for a family."""
-        return f"{self.url}/sgx{_API}/pckcrl?ca={family.ca}&encoding=der"
+        return self.pck_crl_of(family.ca)
+
+    def pck_crl_of(self, ca: Ca) -> str:
+        """The URL of the PCK CRL of a CA."""
+        return f"{self.url}/sgx{_API}/pckcrl?ca={ca}&encoding=der"
+
+    def pck_certificate(self, reference: PckReference, qe_id: bytes) -> str:
+        """The URL of the PCK certificate that a quote names. A PCCS knows platforms by the QE-ID; PCS ignores it."""
+        pce_svn = reference.pce_svn.to_bytes(2, "little").hex()
+        named = f"encrypted_ppid={reference.encrypted_ppid.hex()}&cpusvn={reference.cpu_svn.hex()}&pcesvn={pce_svn}"
+        return f"{self.url}/sgx{_API}/pckcert?qeid={qe_id.hex()}&{named}&pceid={reference.pce_id.hex()}"
 
 
 def ask(upstream: Upstream, family: Family, update: Update) -> Flow[Collateral]:
@@ -112,6 +133,26 @@ def ask(upstream: Upstream, family: Family, update: Update) -> Flow[Collateral]:
         qe_identity=identity,
         qe_identity_signature=identity_signature,
     )
+
+
+def ask_pck_chain(upstream: Upstream, quote: Quote) -> Flow[bytes]:
+    """Fetch the unverified PCK chain, in PEM, of a quote that names its PCK certificate or brings it alone.
+
+    Raises `TransportError`, `UpstreamError`, and `QuoteFormatError` for certification data that cannot be read.
+    """
+    reference = quote.pck_reference
+    if reference is not None:
+        answer = yield from _get(upstream.pck_certificate(reference, quote.qe_id), "PCK certificate", says_unknown=True)
+        if not answer.body.isascii():
+            raise UpstreamError("PCK certificate: the answer is not PEM")
+        return answer.body + b"\n" + read_chain(answer, "pck-certificate-issuer-chain")
+    leaf = quote.certification.rstrip(b"\0")
+    try:
+        issuer = common_name(read_certificate(read_pem(leaf)[0]).issuer)
+    except DerError as exc:
+        raise QuoteFormatError("quote_structure", f"the PCK certificate: {exc}") from None
+    answer = yield from _get(upstream.pck_crl_of("platform" if issuer == PLATFORM_CA else "processor"), "PCK CRL")
+    return leaf + b"\n" + read_chain(answer, "pck-crl-issuer-chain")
 
 
 def check_status(response: HttpResponse, what: str, now: int, *, says_unknown: bool = False) -> None:
@@ -167,6 +208,10 @@ def read_crl(body: bytes) -> bytes:
         except Base64Error:
             pass
     raise UpstreamError("CRL: the answer is neither DER nor PEM nor hexadecimal digits")
+
+
+def _wanted(update: Update) -> str:
+    return f"tcbEvaluationDataNumber={update}" if isinstance(update, int) else f"update={update}"
 
 
 def _get(url: str, what: str, *, says_unknown: bool = False) -> Flow[HttpResponse]:

@@ -4,7 +4,8 @@ Rules kept here:
 
 * a `Collateral` holds the pieces as they were signed, byte for byte, and says nothing about them;
 * its file form is one JSON object: certificate chains as PEM text, TCB info and QE identity as the signed text, their
-  signatures and both CRLs in hexadecimal digits. An unknown or doubled member is refused;
+  signatures and both CRLs in hexadecimal digits. An unknown or doubled member is refused. ``_pcs_client.py`` reads
+  another form;
 * a `VerifiedCollateral` is made by ``_verify.py`` only.
 
 Source of the pieces: Intel SGX and TDX Provisioning Certification Service API, version 4.
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Final, Protocol, cast
+from typing import Any, Final, Protocol, cast
 
 from attrs import field, fields, frozen
 from msgspec import Struct
@@ -22,7 +23,7 @@ from msgspec import Struct
 from chutes_proto._proof import Proof, proven
 from chutes_proto.quote import _strict_json as strict_json
 from chutes_proto.quote._errors import CollateralFormatError
-from chutes_proto.quote._layout import Tee
+from chutes_proto.quote._layout import BytesLike, Tee, parse_quote
 from chutes_proto.quote._pck import Ca
 from chutes_proto.quote._roots import TrustedRoot
 from chutes_proto.quote._statements import QeIdentity, TcbInfo
@@ -43,7 +44,8 @@ class PathLike(Protocol):
 class Collateral:
     """Unverified collateral: PEM for chains (leaf first), DER for CRLs, the signed text for statements.
 
-    Signatures are r ‖ s (64 bytes). ``pck_certificate_chain`` is optional; if present it must be the quote's.
+    Signatures are r ‖ s (64 bytes). ``pck_certificate_chain`` is optional: it is that of a quote which does not bring
+    its own, and must be the quote's if that does.
     """
 
     pck_crl_issuer_chain: bytes
@@ -58,8 +60,8 @@ class Collateral:
     pck_certificate_chain: bytes | None = None
 
     @classmethod
-    def load(cls, path: str | PathLike) -> Collateral:
-        """Read the pieces from a file of the form that `from_json` reads.
+    def load(cls, path: str | PathLike, *, quote: BytesLike | None = None) -> Collateral:
+        """Read the pieces from a file of a form that `from_json` reads.
 
         Raises `chutes_proto.errors.FileUnavailable` and `CollateralFormatError`; both name the file.
         """
@@ -67,22 +69,36 @@ class Collateral:
 
         data = read_file(path, limit=MAX_SIZE)
         try:
-            return cls.from_json(data)
+            return cls.from_json(data, quote=quote)
         except CollateralFormatError as exc:
             raise CollateralFormatError(f"{path}: {exc}") from None
 
     @classmethod
-    def from_json(cls, data: bytes | str) -> Collateral:
-        """Read the pieces from a file's bytes or text. Raises `CollateralFormatError` and nothing else."""
+    def from_json(cls, data: bytes | str, *, quote: BytesLike | None = None) -> Collateral:
+        """Read the pieces from a file's bytes or text.
+
+        That is the file of ``to_json``, which is also dcap-qvl's, or one of Intel's PcsClientTool with the collateral
+        of many platforms: then those for ``quote``, of which nothing is verified here. Raises `CollateralFormatError`,
+        and `QuoteFormatError` for a quote that does not parse.
+        """
         if isinstance(data, str):
             data = data.encode("utf-8", "surrogatepass")  # a lone surrogate is refused below
         try:
-            table = strict_json.decode(data, limit=MAX_SIZE)
+            table = strict_json.decode(data, limit=MAX_SIZE, fractions=True)
         except strict_json.JsonError as exc:
             raise CollateralFormatError(str(exc)) from None
         if not isinstance(table, dict):
             raise CollateralFormatError("not a JSON object")
         members = cast("Mapping[str, object]", table)
+        if "collaterals" in members:
+            if quote is None:
+                raise CollateralFormatError("it has collateral of many platforms; give the quote, which chooses")
+            from chutes_proto.quote import _pcs_client as pcs_client
+
+            chosen: Any = pcs_client.pieces(members["collaterals"], parse_quote(quote, sgx=True))
+            return cls(**chosen)
+        if members.get(_OPTIONAL, "") is None:  # as other writers leave it out
+            members = {name: value for name, value in members.items() if name != _OPTIONAL}
         if unknown := sorted(name for name in members if name not in _MEMBERS):
             raise CollateralFormatError(f"{unknown[0]!r} is not a member of collateral; remove it")
         pieces = {name: _piece(members[name], name) for name in _MEMBERS if name in members}

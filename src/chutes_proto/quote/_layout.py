@@ -32,6 +32,9 @@ TEE_SGX: Final = 0
 TEE_TDX: Final = 0x81
 KEY_ECDSA_P256: Final = 2
 INTEL_VENDOR_ID: Final = bytes.fromhex("939a7233f79c4ca9940a0db3957f0607")
+CERTIFICATION_PPID_RSA2048: Final = 2
+CERTIFICATION_PPID_RSA3072: Final = 3
+CERTIFICATION_PCK: Final = 4
 CERTIFICATION_PCK_CHAIN: Final = 5
 CERTIFICATION_QE_REPORT: Final = 6
 MAX_QE_AUTH: Final = 4096
@@ -47,6 +50,10 @@ _AUTH_V3: Final = struct.Struct("<I64s64s384s64sH")
 _AUTH: Final = struct.Struct("<I64s64sHI384s64sH")
 """From the authentication data's length to that of the QE authentication data; in versions 4 and 5 the QE report and
 what follows it is certification data of its own."""
+
+PPIDS: Final = {CERTIFICATION_PPID_RSA2048: 256, CERTIFICATION_PPID_RSA3072: 384}
+"""The size of the encrypted PPID, which CPUSVN, PCESVN and PCE-ID follow, by the type of certification data."""
+_PCK_TCB_SIZE: Final = 16 + 2 + 2
 
 _QE_REPORT_SIZE: Final = struct.Struct("<384s64sH").size
 
@@ -186,6 +193,15 @@ TdReport: TypeAlias = TdReport10
 """Every TD report: the later ones extend the first."""
 
 
+class PckReference(Struct, frozen=True):
+    """Certification data of type 2 or 3, in place of a PCK certificate: it names the one of this platform and TCB."""
+
+    encrypted_ppid: bytes
+    cpu_svn: bytes
+    pce_svn: int
+    pce_id: bytes
+
+
 class Quote(Struct, frozen=True):
     """A parsed quote. Nothing in it is verified, and no verification takes it: copies of it can say anything.
 
@@ -217,6 +233,27 @@ class Quote(Struct, frozen=True):
     @property
     def tee(self) -> Tee:
         return "TDX" if self.header.tee_type == TEE_TDX else "SGX"
+
+    @property
+    def pck_reference(self) -> PckReference | None:
+        """The PCK certificate that the quote names without bringing it (types 2 and 3); None for other types.
+
+        Raises `QuoteFormatError` for another length.
+        """
+        size = PPIDS.get(self.certification_type)
+        if size is None:
+            return None
+        data = self.certification
+        if len(data) != size + _PCK_TCB_SIZE:
+            kind = self.certification_type
+            raise _structure(f"{len(data)} bytes of certification data of type {kind}, not {size + _PCK_TCB_SIZE}")
+        pce_svn = int.from_bytes(data[-4:-2], "little")
+        return PckReference(data[:size], data[size : size + 16], pce_svn, data[-2:])
+
+    @property
+    def qe_id(self) -> bytes:
+        """The 16 bytes by which a caching service knows the platform; no CPU vouches for them."""
+        return self.header.user_data[:16]
 
     @property
     def qe_report(self) -> SgxReport:

@@ -22,7 +22,7 @@ class QeVendorError(VerificationError):
 
 
 class CertificationTypeError(VerificationError):
-    step, code, rule = 2, "certification_type", "the certification data is a PCK chain (type 5)"
+    step, code, rule = 2, "certification_type", "the certification data is a PCK chain (type 5), or one is given"
 
 
 class ChainFormError(VerificationError):
@@ -124,7 +124,7 @@ class PceIdMismatchError(VerificationError):
 
 
 class PckChainMismatchError(VerificationError):
-    step, code, rule = 26, "pck_chain_mismatch", "a PCK chain beside the collateral is the quote's"
+    step, code, rule = 26, "pck_chain_mismatch", "a PCK chain beside the quote or the collateral is the quote's"
 
 
 class PckRevokedError(VerificationError):

@@ -164,12 +164,21 @@ class Verdict:
         )
 
 
-def open_quote(data: BytesLike, *, now: int, root: TrustedRoot = INTEL_ROOT, sgx: bool = False) -> OpenedQuote:
-    """Parse a quote and verify its PCK chain up to the root (steps 1 to 11).
+def open_quote(
+    data: BytesLike,
+    *,
+    now: int,
+    root: TrustedRoot = INTEL_ROOT,
+    sgx: bool = False,
+    pck_certificate_chain: bytes | None = None,
+) -> OpenedQuote:
+    """Parse a quote and verify its PCK chain up to the root (steps 1 to 11, and 26 for a chain beside the quote).
 
     ``data`` are the bytes of a TDX quote, with ``sgx`` also those of an SGX quote (`parse_quote` reads both). ``now``
-    is in whole unix seconds. Raises `VerificationError`; `TypeError` for arguments of another type, a parsed quote
-    among them.
+    is in whole unix seconds. ``pck_certificate_chain`` (PEM, leaf first) is for quotes whose certification data is not
+    a chain: an encrypted PPID, whose CPUSVN, PCESVN and PCE-ID must be the certificate's, or the certificate alone
+    (types 2, 3 and 4). A quote that has a chain is verified by its own. Raises `VerificationError`; `TypeError` for
+    arguments of another type, a parsed quote among them.
     """
     _check_kind("root", root, TrustedRoot, "TrustedRoot.from_der")
     quote = layout.parse_quote(data, sgx=sgx)
@@ -177,15 +186,45 @@ def open_quote(data: BytesLike, *, now: int, root: TrustedRoot = INTEL_ROOT, sgx
         raise steps.QeVendorError(
             "quote", "the vendor does not match", got=quote.header.qe_vendor_id, expected=layout.INTEL_VENDOR_ID
         )
-    if quote.certification_type != layout.CERTIFICATION_PCK_CHAIN:  # 2
+    if quote.certification_type == layout.CERTIFICATION_PCK_CHAIN:  # 2
+        certification, beside = quote.certification, False
+    elif quote.certification_type in _NEEDS_CHAIN and pck_certificate_chain is not None:
+        certification, beside = pck_certificate_chain, True
+    else:
+        problem = "unsupported type of certification data"
+        if quote.certification_type in _NEEDS_CHAIN:
+            problem = "the PCK chain is not in the quote, and not given beside it"
         got, expected = quote.certification_type, layout.CERTIFICATION_PCK_CHAIN
-        raise steps.CertificationTypeError(
-            "quote", "unsupported type of certification data", got=got, expected=expected
-        )
-    chain = _pck_chain(root, quote.tee, _read_chain(quote.certification, "PCK chain", 2))  # 3-8, 11
+        raise steps.CertificationTypeError("quote", problem, got=got, expected=expected)
+    chain = _pck_chain(root, quote.tee, _read_chain(certification, "PCK chain", 2))  # 3-8, 11
     check_terms(chain.terms, now)  # 9, 10
     notes = (_OPENED, *chain.notes.take(), _CHAIN_TIMES)
+    if beside:
+        _check_names(quote, chain)  # 26
+        notes = (*notes, _NAMED)
     return OpenedQuote(quote=quote, pck=chain.identity, root=root, chain=chain, checked=notes, proof=PROOF)
+
+
+def _check_names(quote: Quote, chain: PckChain) -> None:
+    """Step 26 for a chain beside the quote: it is of the PCK certificate that the certification data names."""
+    pck = chain.identity
+    reference = quote.pck_reference
+    if reference is None:  # type 4
+        try:
+            named = certificates.read_pem(quote.certification)
+        except DerError as exc:
+            raise steps.ChainFormError("certification data", str(exc)) from None
+        if named != chain.chain[:1]:
+            raise steps.PckChainMismatchError("PCK chain beside the quote", "the quote has another PCK certificate")
+        return
+    for name, got, expected in (
+        ("CPUSVN", pck.cpu_svn, reference.cpu_svn),
+        ("PCESVN", pck.pce_svn, reference.pce_svn),
+        ("PCE-ID", pck.pce_id, reference.pce_id),
+    ):
+        if got != expected:
+            problem = f"its {name} is not that of the certification data"
+            raise steps.PckChainMismatchError("PCK chain beside the quote", problem, got=got, expected=expected)
 
 
 def check_signed(opened: OpenedQuote) -> SignedQuote:
@@ -373,7 +412,13 @@ def _judge(signed: SignedQuote, verified: VerifiedCollateral, now: int, expected
     )
 
 
+_NEEDS_CHAIN: Final = frozenset(
+    {layout.CERTIFICATION_PPID_RSA2048, layout.CERTIFICATION_PPID_RSA3072, layout.CERTIFICATION_PCK}
+)
+"""The types of certification data that name a PCK certificate, whose chain comes from elsewhere."""
+
 _OPENED: Final = checked("quote", 1, 2)
+_NAMED: Final = checked("PCK chain beside the quote", 26)
 _CHAIN: Final = checked("PCK chain", 3)
 _CHAIN_WITH_ROOT: Final = checked("PCK chain", 3, 6)
 _LEAF: Final = checked("PCK certificate", *_OF_CERTIFICATES, 11)
@@ -412,7 +457,9 @@ def verify_genuine(
     the peer: a genuine quote of another machine verifies as well. The other arguments are those of
     `open_quote` and `verify_collateral`. Raises `VerificationError`; `TypeError` for arguments of another type.
     """
-    opened = open_quote(data, now=now, root=root, sgx=sgx)
+    _check_kind("collateral", collateral, Collateral, "Collateral.load")
+    beside = collateral.pck_certificate_chain
+    opened = open_quote(data, now=now, root=root, sgx=sgx, pck_certificate_chain=beside)
     verified = verify_collateral(collateral, now=now, root=root, grace=grace)
     _check_belongs(opened, verified, now)
     return _judge(check_signed(opened), verified, now, report_data)

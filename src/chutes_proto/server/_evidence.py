@@ -93,6 +93,8 @@ def verify_evidence(service: Service, nonce: bytes, key: ClientKey, quote_text: 
         signed = check_signed(opened)
         with service.verifications.of((opened.pck.fmspc, opened.pck.ca)):
             collateral = yield from FetchCollateral(opened.pck, now)
+            if collateral.issuer_point != opened.chain.issuer.point:  # the PCK CA may have a new key
+                collateral = yield from FetchCollateral(opened.pck, now, instead_of=collateral)
         now = yield from Now()  # collateral may be younger than the request
         _check_current(collateral, now)
         verdict = verify_quote(signed, collateral, now=now)

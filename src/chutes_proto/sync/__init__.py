@@ -1,4 +1,5 @@
-"""The boot agent, a miner's client and the driver of flows without an event loop: for an initramfs, a script, a thread.
+"""The boot agent, a miner's client and the driver of flows without an event loop: for an initramfs, a script, a thread;
+and collateral for a verifier.
 
 Nothing here needs trio, anyio or httpx.
 """
@@ -10,6 +11,7 @@ from chutes_proto._lazy import lazily
 if TYPE_CHECKING:
     from chutes_proto.io.clients.boot_sync import BootAgent
     from chutes_proto.io.clients.miner_sync import MinerClient
+    from chutes_proto.io.collateral.of_quote import fetch_collateral
     from chutes_proto.io.disks.cryptsetup import has_luks_header
     from chutes_proto.io.drivers.sync import Performer
     from chutes_proto.io.hotkey_file import read_hotkey
@@ -22,6 +24,7 @@ else:
         {
             "chutes_proto.io.clients.boot_sync": "BootAgent",
             "chutes_proto.io.clients.miner_sync": "MinerClient",
+            "chutes_proto.io.collateral.of_quote": "fetch_collateral",
             "chutes_proto.io.disks.cryptsetup": "has_luks_header",
             "chutes_proto.io.drivers.sync": "Performer",
             "chutes_proto.io.hotkey_file": "read_hotkey",
@@ -40,6 +43,7 @@ __all__ = [
     "TimeLimits",
     "auto_quoter",
     "client_context",
+    "fetch_collateral",
     "has_luks_header",
     "make_quoter",
     "read_hotkey",

@@ -119,7 +119,7 @@ def fetch_command(
     from chutes_proto.collateral.pcs import Upstream
     from chutes_proto.io.collateral.upstream import FETCH_LIMITS, keep_collateral
     from chutes_proto.io.drivers.sync import Performer
-    from chutes_proto.io.http.httpx_messages import BlockingGetter
+    from chutes_proto.io.http.https import HttpGetter
     from chutes_proto.io.http.tls import context_trusting
 
     trust = trusted_root(root)
@@ -133,7 +133,7 @@ def fetch_command(
     except QuoteError as exc:
         return _refuse(f"{quote}: {exc}")
     cache = CollateralCache(services, root=trust, update=update)
-    performer = Performer(get=reporting(BlockingGetter(context, FETCH_LIMITS), _unverified), log=lambda _: None)
+    performer = Performer(get=reporting(HttpGetter(context, FETCH_LIMITS), _unverified), log=lambda _: None)
     fetched = performer.run(fetch(cache, family))
     outcome = performer.run(settle(cache, family))
     if isinstance(outcome, GiveUp) or fetched is None:

@@ -5,23 +5,29 @@ No rule is decided here: `CollateralCache` says when to use, to fetch and to giv
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import anyio
 import anyio.abc
 
 from chutes_proto.collateral.cache import Fetch, GiveUp, Refresh, clock, fetch, settle
 from chutes_proto.collateral.library import Family
+from chutes_proto.collateral.of_quote import collateral_for
+from chutes_proto.collateral.pcs import INTEL_PCS, Update, Upstream
 from chutes_proto.effects import Log
 from chutes_proto.errors import CollateralUnavailable
-from chutes_proto.io.collateral.upstream import UpstreamCollateral
+from chutes_proto.io.collateral.upstream import FETCH_LIMITS, UpstreamCollateral
 from chutes_proto.io.drivers.aio import HttpxGetter, Performer
 from chutes_proto.io.drivers.sync import CollateralSource, log_record
 from chutes_proto.io.http.httpx_messages import open_client
+from chutes_proto.io.http.tls import context_trusting
 from chutes_proto.log import Level, Record
-from chutes_proto.quote._collateral import VerifiedCollateral
+from chutes_proto.quote._collateral import Collateral, VerifiedCollateral
+from chutes_proto.quote._layout import BytesLike
 from chutes_proto.quote._pck import PckIdentity
+from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
 from chutes_proto.store._run import Store
 
 
@@ -64,17 +70,20 @@ class CollateralFetcher:
         self._group = group
         self._fetches: dict[Family, anyio.Event] = {}
 
-    async def fetch(self, identity: PckIdentity, now: int) -> VerifiedCollateral:
+    async def fetch(
+        self, identity: PckIdentity, now: int, instead_of: VerifiedCollateral | None = None
+    ) -> VerifiedCollateral:
         """Return verified collateral for a platform whose PCK chain was checked. Raises `CollateralUnavailable`.
 
-        A caller that is cancelled does not end the fetch that others wait for.
+        ``instead_of`` is collateral under another key of the PCK CA than the platform's: it is fetched again. A caller
+        that is cancelled does not end the fetch that others wait for.
         """
         family = Family.of(identity)
-        decision = self._source.cache.decide(family, now)
+        decision = self._source.cache.decide(family, now, instead_of=instead_of)
         if isinstance(decision, Fetch):
             with anyio.move_on_after(decision.wait):
                 await self._fetch_of(family).wait()
-            decision = await self._performer.run(settle(self._source.cache, family))
+            decision = await self._performer.run(settle(self._source.cache, family, instead_of))
         if isinstance(decision, Refresh):
             _ = self._fetch_of(family)
         if isinstance(decision, GiveUp):
@@ -104,3 +113,18 @@ class CollateralFetcher:
             with anyio.CancelScope(shield=True):  # a server that stops now keeps its last fetch
                 if record := await anyio.to_thread.run_sync(self._source.keep, family, fetched):
                     _ = await self._performer.perform(Log(record))
+
+
+async def fetch_collateral(
+    quote: BytesLike,
+    services: Sequence[str] = (INTEL_PCS,),
+    *,
+    root: TrustedRoot = INTEL_ROOT,
+    update: Update = "standard",
+    ca_file: str | Path | None = None,
+) -> Collateral:
+    """Fetch collateral for a quote, as `chutes_proto.sync.fetch_collateral` does. Raises the same errors."""
+    upstreams = [Upstream.parse(service) for service in services]
+    async with open_client(context_trusting(ca_file)) as client:
+        performer = Performer(get=HttpxGetter(client, FETCH_LIMITS), log=lambda _: None)
+        return await performer.run(collateral_for(quote, upstreams, root=root, update=update))

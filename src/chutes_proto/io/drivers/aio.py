@@ -77,7 +77,7 @@ class Performer:
         quoter: Quoter | None = None,
         store: Store | None = None,
         collateral: CollateralSource | None = None,
-        fetch: Callable[[PckIdentity, int], Awaitable[VerifiedCollateral]] | None = None,
+        fetch: Callable[[PckIdentity, int, VerifiedCollateral | None], Awaitable[VerifiedCollateral]] | None = None,
         disks: DiskWorker | None = None,
         log: Callable[[Record], None] = log_record,
     ) -> None:
@@ -107,8 +107,8 @@ class Performer:
                 return None
             case effects.Uptime():
                 return anyio.current_time()
-            case effects.FetchCollateral(identity, now):
-                return await self._fetch(identity, now)
+            case effects.FetchCollateral(identity, now, instead_of):
+                return await self._fetch(identity, now, instead_of)
             case effects.Resolve(name):
                 return await self._resolve_in_thread(name)
             case effects.FetchEvidence():
@@ -122,7 +122,9 @@ class Performer:
             case _:
                 raise unknown(effect)
 
-    async def _fetch_in_thread(self, identity: PckIdentity, now: int) -> VerifiedCollateral:
+    async def _fetch_in_thread(
+        self, identity: PckIdentity, now: int, _: VerifiedCollateral | None
+    ) -> VerifiedCollateral:
         if (available := self._collateral.available(identity, now)) is not None:
             return available
         return await anyio.to_thread.run_sync(self._collateral.fetch, identity, now, abandon_on_cancel=True)

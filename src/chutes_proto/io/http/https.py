@@ -1,4 +1,4 @@
-"""`Send` over the standard library's TLS and sockets, without an event loop: small enough for an initramfs.
+"""`Send` and `Get` over the standard library's TLS and sockets, without an event loop: small enough for an initramfs.
 
 Rules kept here:
 
@@ -11,6 +11,7 @@ Rules kept here:
 
 from __future__ import annotations
 
+import re
 import socket
 import ssl
 import time
@@ -167,10 +168,39 @@ class HttpsSender:
             raise TransportError(f"no connection to {self._origin.authority}: {why}", maybe_delivered=False) from exc
 
 
-class _Connection:
-    """A TLS connection to the origin, with the state of HTTP on it."""
+class _PlainSender(HttpsSender):
+    """The same without TLS, for a service on this machine."""
 
-    def __init__(self, stream: ssl.SSLSocket, http: ClientConnection) -> None:
+    def _connect(self, end: float) -> _Connection:
+        with self._connecting():
+            end = min(end, time.monotonic() + self._limits.connect)
+            plain = _connected(_addresses(self._origin, end), end)
+        from chutes_proto.transport.client import ClientConnection
+
+        return _Connection(plain, ClientConnection(self._origin.authority))
+
+
+@frozen
+class HttpGetter:
+    """Performs `Get`, each over a connection of its own; ``context`` verifies https."""
+
+    context: ssl.SSLContext
+    limits: TimeLimits = TimeLimits()
+
+    def __call__(self, url: str) -> HttpResponse:
+        """Return the whole answer. Raises `TransportError`, and `LocalProtocolError` for a URL that is none."""
+        scheme, _, rest = url.partition("://")
+        authority, slash, path = rest.partition("/")
+        kind = _PlainSender if scheme == "http" else HttpsSender
+        port = ":80" if scheme == "http" and not re.search(r":[0-9]+$", authority) else ""
+        with kind(self.context, f"https://{authority}{port}", self.limits) as sender:
+            return sender(HttpRequest("GET", slash + path))
+
+
+class _Connection:
+    """A connection to the origin, with the state of HTTP on it."""
+
+    def __init__(self, stream: socket.socket, http: ClientConnection) -> None:
         self._stream = stream
         self.http = http
 

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 
 import anyio
 import httpx
-from attrs import frozen
 
 from chutes_proto.errors import LocalProtocolError, TransportError
 from chutes_proto.io.http.https import TimeLimits
@@ -35,22 +34,6 @@ _NOT_DELIVERED = (
 def open_client(context: ssl.SSLContext) -> httpx.AsyncClient:
     """Return a client with the trust and the identity of ``context``. It takes no proxy from the environment."""
     return httpx.AsyncClient(verify=context, trust_env=False)
-
-
-@frozen
-class BlockingGetter:
-    """Performs `Get` for a caller without an event loop: each request has a loop of its own, which can interrupt it."""
-
-    context: ssl.SSLContext
-    limits: TimeLimits = TimeLimits()
-
-    def __call__(self, url: str) -> HttpResponse:
-        """Return the whole answer. Raises `TransportError`."""
-        return anyio.run(self._get, url)
-
-    async def _get(self, url: str) -> HttpResponse:
-        async with open_client(self.context) as client:
-            return await whole_answer(client, prepare(client, self.limits, "GET", url), self.limits)
 
 
 async def whole_answer(

@@ -1,0 +1,100 @@
+"""Collateral for a quote in one call, on the three doors, over real HTTP."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import chutes_proto.sync
+import chutes_proto_asyncio
+import chutes_proto_trio
+from chutes_proto.errors import CollateralUnavailable, ConfigurationError
+from chutes_proto.io.collateral.simulated import CollateralServer
+from chutes_proto.quote import Collateral, VerificationError, verify_genuine
+from chutes_proto.testing._pki import pem
+from chutes_proto.testing._service import CollateralService
+from tests.collateral.network import PLATFORM, ROOT, Upstream, running
+from tests.loops import on_loop
+from tests.quote.platform_files import encrypted_ppid
+from tests.quote.simulated import with_certification
+
+QUOTE = PLATFORM.quote(bytes(64))
+PCK = pem(PLATFORM.pck_chain()[:1]).encode()
+
+
+def _named(platform: Any = PLATFORM) -> bytes:
+    from chutes_proto.testing._statements import PCE_SVN, SGX_COMPONENTS
+
+    tcb = bytes(SGX_COMPONENTS) + PCE_SVN.to_bytes(2, "little") + bytes(2)
+    return with_certification(PLATFORM.quote(bytes(64)), 3, encrypted_ppid(platform) + tcb)
+
+
+DOORS: dict[str, Callable[..., Collateral]] = {
+    "sync": chutes_proto.sync.fetch_collateral,
+    "trio": lambda *args, **options: on_loop("trio", lambda: chutes_proto_trio.fetch_collateral(*args, **options)),
+    "asyncio": lambda *args, **options: on_loop(
+        "asyncio", lambda: chutes_proto_asyncio.fetch_collateral(*args, **options)
+    ),
+}
+
+
+@pytest.fixture
+def upstream() -> Iterator[Upstream]:
+    with running(Upstream()) as upstream:
+        yield upstream
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize(
+    "quote", [QUOTE, _named(), with_certification(QUOTE, 4, PCK)], ids=["type 5", "type 3", "type 4"]
+)
+def test_it_verifies_the_quote(door: str, quote: bytes, upstream: Upstream) -> None:
+    collateral = DOORS[door](quote, [upstream.url], root=ROOT)
+    now = int(time.time()) + 1
+    verdict = verify_genuine(quote, collateral, now=now, report_data=bytes(64), root=ROOT)
+    assert (verdict.tcb_status, verdict.pck.ppid) == ("UpToDate", PLATFORM.ppid)
+    assert (collateral.pck_certificate_chain is None) == (quote is QUOTE)
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_over_tls_with_a_ca_of_the_callers(door: str, tmp_path: Path) -> None:
+    import threading
+
+    with CollateralServer(("127.0.0.1", 0), CollateralService((PLATFORM,))) as server:
+        ca = server.use_tls(tmp_path, int(time.time()))
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        assert DOORS[door](QUOTE, [server.url], root=ROOT, ca_file=ca).root_ca_crl
+        with pytest.raises(CollateralUnavailable, match="certificate"):
+            _ = DOORS[door](QUOTE, [server.url], root=ROOT)
+        server.shutdown()
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_tcb_evaluation_data_number_may_be_asked_for(door: str, upstream: Upstream) -> None:
+    _ = DOORS[door](QUOTE, [upstream.url], root=ROOT, update=17)
+    wanted = [target for target in upstream.asked if "tcbEvaluationDataNumber=17" in target]
+    assert [target.partition("?")[0].rpartition("/")[2] for target in wanted] == ["tcb", "identity"]
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_only_a_genuine_quote_causes_requests(door: str, upstream: Upstream) -> None:
+    wrong = PLATFORM.having("quote_signature").quote(bytes(64))
+    with pytest.raises(VerificationError, match="did not sign"):
+        _ = DOORS[door](wrong, [upstream.url], root=ROOT)
+    assert upstream.asked == []
+    with pytest.raises(ConfigurationError, match="use https"):
+        _ = DOORS[door](QUOTE, ["http://pccs.example"], root=ROOT)
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_every_service_says_why_it_has_none(door: str, upstream: Upstream) -> None:
+    stranger = PLATFORM.another(9)
+    with pytest.raises(CollateralUnavailable, match="TCB info: status 404"):
+        _ = DOORS[door](stranger.quote(bytes(64)), [upstream.url], root=ROOT)
+    with pytest.raises(CollateralUnavailable, match=r"no PCK chain of the quote: .*PCK certificate: status 404"):
+        _ = DOORS[door](_named(stranger), [upstream.url], root=ROOT)
