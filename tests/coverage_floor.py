@@ -19,7 +19,7 @@ from coverage import Coverage
 COUNTS = ("num_statements", "covered_lines", "num_branches", "covered_branches")
 EDGE = ("io", "cli", "__main__")
 """Parts of the core package that are not core: I/O, tested as programs and over real sockets."""
-WHOLE = ("auth", "keys", "quote", "units", "wire")
+WHOLE = ("auth", "gpu", "keys", "quote", "units", "wire")
 """Packages of which the tests cover every branch: an untested rule is not kept."""
 FLOOR = 85.0
 """Percent of statements and of branches that every package has; much of io and cli runs in processes of its own."""

@@ -79,7 +79,7 @@ PACKAGES: dict[str, str] = {
     "quote": "",
     "server": "auth collateral keys quote store transport units wire",
     "store": "",
-    "testing": "auth keys quote store units wire",
+    "testing": "auth gpu keys quote store units wire",
     "transport": "wire",
     "units": "keys quote store wire",
     "wire": "auth quote",

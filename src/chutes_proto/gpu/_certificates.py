@@ -136,12 +136,9 @@ def _read(der: bytes, subject: str) -> Certificate:
 
 
 def _check_root(certificate: Certificate, root: TrustedRoot) -> None:
-    """Step 4: the same certificate, or another of the same name and key."""
-    if sha256(certificate.der).digest() == root.digest:
-        return
-    if (certificate.subject, certificate.point) != (root.name, root.point):
-        raise steps.UntrustedRootError("root certificate", "untrusted", got=certificate.point, expected=root.point)
-    raise steps.UntrustedRootError("root certificate", "it has the root's key, but is another certificate")
+    """Step 4: the pinned certificate itself."""
+    if (digest := sha256(certificate.der).digest()) != root.digest:
+        raise steps.UntrustedRootError("root certificate", "untrusted", got=digest, expected=root.digest)
 
 
 @lru_cache(maxsize=1024)

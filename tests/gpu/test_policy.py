@@ -1,0 +1,330 @@
+"""What a policy demands of GPUs, and what verification says of a machine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+import pytest
+
+from chutes_proto.gpu import (
+    NVIDIA,
+    AcceptedEvidence,
+    EvidenceFormatError,
+    EvidenceRefusedError,
+    GpuPolicy,
+    GpuPolicyError,
+    GpuVerificationError,
+    PinnedMeasurements,
+    Revocation,
+    Rims,
+    authenticate,
+    parse_evidence,
+    parse_report,
+    read_root,
+    verify,
+    verify_rim,
+)
+from chutes_proto.gpu import _steps as steps
+from chutes_proto.gpu._certificates import verify_chain
+from chutes_proto.testing import SimulatedGpus
+from chutes_proto.testing._gpu_drafts import DIGITAL_SIGNATURE, GpuCertificate
+from chutes_proto.testing._pki import Keys, flipped, pem
+from tests.gpu.simulated import GPUS, MACHINE, NONCE, NOW, refused, verified
+
+UNCHECKED = GpuPolicy(measurements="unchecked", revocation="off")
+
+
+CONTRADICTIONS: list[dict[str, Any]] = [
+    {"min_driver": "new"},
+    {"min_vbios": {"GH100": "96"}},
+    {"min_vbios": {"": "96.00.9F.00.01"}},
+    {"modes": frozenset({"CC"})},
+    {"modes": frozenset()},
+    {"models": frozenset()},
+    {"models": frozenset({"h 200"})},
+    {"boards": {"a b": "h200"}},
+    {"measurements": "some"},
+    {"revocation": "maybe"},
+    {"revocation": "grace"},
+    {"revocation_grace": 5},
+    {"revocation_grace": -1},
+    {"allow_rim_signer_on_hold": 1},
+    {"pinned": [1]},
+]
+
+
+@pytest.mark.parametrize("fields", CONTRADICTIONS, ids=str)
+def test_a_policy_that_contradicts_itself_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(GpuPolicyError, match=f"^{next(iter(fields)).split('_grace', maxsplit=1)[0]}"):
+        _ = GpuPolicy(**fields)
+
+
+@pytest.mark.parametrize("fields", [{"chip": ""}, {"driver": 1}, {"values": {}}, {"values": {-1: b"x"}}], ids=str)
+def test_pinned_measurements_mean_something(fields: dict[str, Any]) -> None:
+    usual: dict[str, Any] = {"chip": "GH100", "driver": "1.0", "vbios": "9", "values": {0: b"x"}}
+    with pytest.raises(GpuPolicyError):
+        _ = PinnedMeasurements(**{**usual, **fields})
+
+
+def test_a_policy_gives_all_its_reasons() -> None:
+    policy = GpuPolicy(
+        min_driver="600.10.02",
+        min_vbios={"GH100": "96.00.FF.00.02"},
+        modes=frozenset({"PPCIE"}),
+        models=frozenset({"b200"}),
+    )
+    error = refused(GPUS, policy=policy).error
+    assert isinstance(error, steps.GpuAppraisalError)
+    assert [refusal.code for refusal in error.refusals] == ["driver_too_old", "mode", "model", "vbios_too_old"]
+    assert str(error).startswith(
+        "driver_too_old: the driver is too old (got 600.10.01, expected at least 600.10.02); mode: "
+    )
+    same = GpuPolicy(min_driver="600.10.01", min_vbios={"GH100": "96.00.FF.00.01"}, models=frozenset({"h200"}))
+    assert verified(GPUS, policy=same).devices[0].model == "h200"
+
+
+def test_a_board_can_be_named() -> None:
+    blackwell = SimulatedGpus(GPUS.seed, arch="BLACKWELL")
+    demands = {"models": frozenset({"b200"})}
+    assert refused(blackwell, policy=GpuPolicy(**demands)).code == "model"  # type: ignore[arg-type]
+    named = GpuPolicy(boards={"G525_0220_886": "b200"}, **demands)  # type: ignore[arg-type]
+    assert verified(blackwell, policy=named).devices[0].model == "b200"
+
+
+def test_every_mismatch_is_told_with_whether_the_others_agree() -> None:
+    one = refused(MACHINE.having("measurement", "measurement_vbios")).devices
+    assert [(m.index, m.source, m.shared) for m in one[0].mismatches] == [(9, "driver", False), (52, "vbios", False)]
+    assert one[1].mismatches == ()
+    text = str(one[0].error)
+    assert "index 52 (vbios)" in text
+    assert "unlike on other GPUs" in text
+    assert "reboot the host" in text
+    both = SimulatedGpus(GPUS.seed, count=2)
+    same = verified_evidence(both.having("measurement"), both.having("measurement").another(1))
+    assert [m.shared for device in same for m in device.mismatches] == [True, True]
+    assert refused(GPUS.having("measurement")).devices[0].mismatches[0].shared is None
+
+
+def verified_evidence(*machines: SimulatedGpus) -> tuple[Any, ...]:
+    """The reports on the first device of each machine, as if they were one machine's."""
+    evidence = [machine.evidence(NONCE)[0] for machine in machines]
+    rims = Rims.of(verify_rim(data, now=NOW, roots=GPUS.roots) for data in GPUS.rims(NOW))
+    policy = GpuPolicy(revocation="off")
+    with pytest.raises(EvidenceRefusedError) as caught:
+        _ = verify(evidence, nonce=NONCE, now=NOW, rims=rims, revocation=Revocation(), policy=policy, roots=GPUS.roots)
+    return caught.value.devices
+
+
+def test_the_decoder_that_is_disabled_exempts_index_35() -> None:
+    hopper = verified(GPUS.having("measurement_35"))
+    assert hopper.devices[0].mismatches == ()
+    blackwell = SimulatedGpus(GPUS.seed, arch="BLACKWELL").having("measurement_35")
+    assert [m.index for m in refused(blackwell).devices[0].mismatches] == [35]
+
+
+def test_pinned_measurements_stand_in_for_a_missing_rim() -> None:
+    report = parse_report(GPUS.evidence(NONCE)[0].report)
+    observed = {index - 1: value for index, value in report.measurements.items()}
+    pinned = PinnedMeasurements(chip="GH100", driver="600.10.01", vbios="96.00.FF.00.01", values=observed)
+    policy = GpuPolicy(revocation="off", pinned=(pinned,))
+    without = GPUS.having("rim_driver_missing")
+    (device,) = verified(without, policy=policy).devices
+    assert (device.reference, device.compared, device.rims) == ("pinned", 64, ())
+    altered = refused(without.having("measurement"), policy=policy)
+    assert [(m.index, m.source) for m in altered.devices[0].mismatches] == [(9, "pinned")]
+    assert verified(GPUS, policy=policy).devices[0].reference == "rims"
+    other = attrs.evolve(pinned, driver="1.0")
+    assert refused(without, policy=GpuPolicy(revocation="off", pinned=(other,))).code == "rim_missing"
+
+
+def test_of_two_rims_for_one_version_the_fitting_one_counts() -> None:
+    corrected = GPUS.having("rim_corrected").rims(NOW)
+    rims = Rims.of(verify_rim(data, now=NOW, roots=GPUS.roots) for data in (*corrected, *GPUS.rims(NOW)))
+    assert len(rims.rims) == 3
+    (device,) = verified(GPUS, rims=rims).devices
+    assert device.rims[0].digest != rims.rims[0].digest
+    assert refused(GPUS, rims=Rims(rims.rims[:2])).code == "measurement_mismatch"
+
+
+def test_revocation_has_grace_hold_and_a_floor() -> None:
+    late = Revocation.of(GPUS.status(NOW - 90_000))
+    assert refused(GPUS, revocation=late).code == "status_expired"
+    assert verified(GPUS, revocation=late, policy=GpuPolicy(revocation="grace", revocation_grace=4000)).devices
+    assert refused(GPUS, revocation=late, policy=GpuPolicy(revocation="grace", revocation_grace=3000)).code == (
+        "status_expired"
+    )
+    held = GPUS.having("rim_signer_on_hold")
+    assert verified(held, policy=GpuPolicy(allow_rim_signer_on_hold=True)).devices
+    off = GpuPolicy(revocation="off")
+    assert not verified(GPUS, revocation=Revocation(), policy=off).devices[0].revocation_checked
+    assert verified(GPUS, revocation=Revocation.of(GPUS.crls(NOW)), policy=off).devices
+    named = Revocation.of(GPUS.crls(NOW, "Simulated GH100 ICA"))
+    assert refused(GPUS, revocation=named, policy=off).code == "certificate_revoked"
+    forged = Revocation.of(SimulatedGpus(b"another world of GPUs").crls(NOW, "Simulated GH100 ICA"))
+    assert refused(GPUS, revocation=forged, policy=off).code == "status_signature"
+
+
+def test_the_latest_answer_counts_but_a_revocation_stands() -> None:
+    old, new = GPUS.status(NOW - 1000), GPUS.status(NOW)
+    assert verified(GPUS, revocation=Revocation.of((*old, *new))).devices
+    assert verified(GPUS, revocation=Revocation.of((*new, *old))).devices
+    was_held = GPUS.having("rim_signer_on_hold").status(NOW - 1000)
+    assert verified(GPUS, revocation=Revocation.of((*was_held, *new))).devices
+    was_revoked = GPUS.having("revoked").status(NOW - 1000)
+    assert refused(GPUS, revocation=Revocation.of((*was_revoked, *new))).code == "certificate_revoked"
+
+
+def test_unusual_forms_are_read() -> None:
+    for fault in ("status_by_issuer", "status_by_name", "rim_declared"):
+        assert verified(GPUS.having(fault)).devices
+
+
+def test_the_number_of_gpus_is_the_expected_one() -> None:
+    assert len(verified(MACHINE, count=3).gpus) == 3
+    assert refused(MACHINE, count=4).code == "gpu_count"
+    assert refused(MACHINE, count=2).code == "gpu_count"
+
+
+def test_firmware_that_was_updated_does_not_make_two_devices_of_one() -> None:
+    """The certificate is another, of the same key in the chip."""
+    again = GPUS.having("leaf_renewed").evidence(NONCE)
+    both = (*GPUS.evidence(NONCE), *again)
+    options: dict[str, Any] = {"now": NOW, "rims": Rims(), "revocation": Revocation(), "roots": GPUS.roots}
+    with pytest.raises(EvidenceRefusedError) as caught:
+        _ = verify(both, nonce=NONCE, policy=UNCHECKED, **options)
+    assert caught.value.code == "duplicate_device"
+    assert len({device.serial_number for device in caught.value.devices}) == 2
+    assert len({device.device_id for device in caught.value.devices}) == 1
+
+
+def test_a_nonce_is_compared_whole_or_said_to_be_unchecked() -> None:
+    assert not verified(GPUS, nonce=None).devices[0].is_fresh
+    assert refused(GPUS, nonce=NONCE[:31] + b"\0").code == "nonce_mismatch"
+    for wrong in (NONCE[:31], NONCE + b"\0", NONCE.hex()):
+        with pytest.raises(TypeError, match=r"^nonce"):
+            _ = verified(GPUS, nonce=wrong)
+    with pytest.raises(GpuVerificationError, match="another nonce"):
+        _ = authenticate(GPUS.evidence(NONCE)[0], nonce=NONCE[:31], now=NOW, roots=GPUS.roots)
+
+
+@pytest.mark.parametrize(
+    "argument", [{"rims": ()}, {"revocation": ()}, {"policy": None}, {"now": 1.0}, {"now": True}], ids=str
+)
+def test_arguments_of_another_type_are_refused(argument: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=f"^{next(iter(argument))}"):
+        _ = verified(GPUS, **argument)
+
+
+def test_results_are_made_by_verification_only() -> None:
+    accepted = verified(GPUS)
+    with pytest.raises(TypeError, match="made by that check only"):
+        _ = attrs.evolve(accepted, nonce=None)
+    with pytest.raises(TypeError, match="made by that check only"):
+        _ = AcceptedEvidence(devices=(), nonce=None, verified_at=0, proof=None)  # type: ignore[arg-type]
+
+
+def test_a_root_is_a_self_signed_ca() -> None:
+    keys = Keys(GPUS.seed)
+    root = GpuCertificate(common_name="R", key="r", issuer="R", signer="r")
+    assert read_root(root.der(keys)).name
+    for wrong in (
+        attrs.evolve(root, issuer="S"),
+        attrs.evolve(root, signer="s"),
+        attrs.evolve(root, ca=False),
+        attrs.evolve(root, off_curve=True),
+    ):
+        with pytest.raises(GpuPolicyError, match="not the certificate of a root CA"):
+            _ = read_root(wrong.der(keys))
+    assert refused(GPUS, roots=NVIDIA, rims=Rims(), revocation=Revocation()).code == "untrusted_root"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{}",
+        '{"gpus": 1}',
+        "3",
+        "[3]",
+        "[" * 40,
+        '[{"evidence": "", "certificate": 1}]',
+        '[{"evidence": "*", "certificate": "", "arch": "HOPPER"}]',
+        '[{"evidence": "", "certificate": "", "arch": 1}]',
+        '{"gpus": [{}]}',
+        '{"nvswitches": [{"attestation_report": {"py/b64": ""}, "attestation_cert_chain": [1]}]}',
+        "[" + ",".join(['{"evidence": "", "certificate": ""}'] * 65) + "]",
+    ],
+)
+def test_what_is_no_evidence_is_refused(text: str) -> None:
+    with pytest.raises(EvidenceFormatError):
+        _ = parse_evidence(text.encode())
+
+
+def test_collections_of_other_tools_are_read() -> None:
+    text = (
+        '{"gpus": [{"AttestationReport": {"py/b64": "AQ=="}, "Arch": "HOPPER",'
+        ' "CertificateChains": {"GpuAttestationCertificateChain": [{"pem": "YQ=="}, {"pem": "Yg=="}]}}],'
+        ' "nvswitches": [{"attestation_report": {"py/b64": "Ag=="}, "attestation_cert_chain": [{"pem": "Yw=="}]}]}'
+    )
+    gpu, switch = parse_evidence(text.encode())
+    assert (gpu.report, gpu.chain, gpu.arch) == (b"\1", b"ab", "HOPPER")
+    assert (switch.report, switch.chain, switch.arch) == (b"\2", b"c", "LS10")
+    (plain,) = parse_evidence(b'[{"evidence": "AQ==", "certificate": "YQ==", "nonce": "ff"}]')
+    assert plain.arch is None
+
+
+def test_a_chain_may_leave_the_root_out_and_is_not_too_long() -> None:
+    (evidence,) = GPUS.evidence(NONCE)
+    chain = evidence.chain.split(b"-----BEGIN CERTIFICATE-----")
+    without = attrs.evolve(evidence, chain=b"-----BEGIN CERTIFICATE-----".join(chain[:-1]))
+    assert authenticate(without, nonce=NONCE, now=NOW, roots=GPUS.roots).serial_number
+    with pytest.raises(GpuVerificationError, match="too short or too long"):
+        _ = verify_chain((), GPUS.roots.device, "no")
+    leaf = GpuCertificate(
+        common_name="GH100",
+        key="d",
+        issuer="Simulated Device Identity CA",
+        signer="Simulated Device Identity CA",
+        ca=False,
+        usage=DIGITAL_SIGNATURE,
+    )
+    short = attrs.evolve(evidence, chain=pem((leaf.der(Keys(GPUS.seed)),)).encode())
+    with pytest.raises(GpuVerificationError, match="key in the chip"):
+        _ = authenticate(short, nonce=NONCE, now=NOW, roots=GPUS.roots)
+
+
+def test_a_report_that_lacks_versions_has_no_rim() -> None:
+    policy = GpuPolicy(min_driver="1.0", min_vbios={"GH100": "00.00.00.00.00"}, measurements="unchecked")
+    for fault, code in (("driver_none", "driver_too_old"), ("vbios_none", "vbios_too_old")):
+        assert refused(GPUS.having(fault)).code == "rim_missing"
+        assert refused(GPUS.having(fault), policy=policy).code == code
+    assert verified(GPUS.having("driver_word"), rims=Rims(), policy=UNCHECKED).devices[0].driver == "beta"
+    assert refused(GPUS.having("driver_word"), policy=policy).code == "driver_too_old"
+    assert refused(GPUS.having("leaf_no_name")).code == "chip"
+
+
+def test_a_rim_is_used_in_its_time_only() -> None:
+    later = NOW + 3 * 365 * 86400
+    old = Rims.of(verify_rim(data, now=NOW, roots=GPUS.roots) for data in GPUS.rims(NOW))
+    options: dict[str, Any] = {"now": later, "policy": GpuPolicy(revocation="off")}
+    assert refused(GPUS, rims=old, **options).code == "certificate_expired"
+    new = Rims.of(verify_rim(data, now=later, roots=GPUS.roots) for data in GPUS.rims(later))
+    both = Rims.of((*old.rims, *new.rims))
+    assert verified(GPUS, rims=both, **options).devices[0].rims == new.rims
+    assert str(new.rims[0]).startswith("RIM of GH100 600.10.01 (SHA-256 ")
+
+
+def test_a_report_tells_the_ports_beside_a_switch() -> None:
+    *_, switch = MACHINE.evidence(NONCE)
+    assert parse_report(switch.report).pdis == (bytes(8),)
+
+
+def test_ocsp_answers_of_another_form_are_refused() -> None:
+    honest = GPUS.status(NOW)[0]
+    for part in ("2b0601050507300101", "06082a8648ce3d040303"):  # a basic answer; its signature's algorithm
+        octets = bytes.fromhex(part)
+        with pytest.raises(GpuVerificationError, match="step 18"):
+            _ = Revocation.of([honest.replace(octets, flipped(octets), 1)])
+    for fault in ("status_version", "status_no_responder", "status_extensions", "status_certificates"):
+        with pytest.raises(GpuVerificationError, match="step 18"):
+            _ = Revocation.of(GPUS.having(fault).status(NOW))
