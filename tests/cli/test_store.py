@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sqlite3
+import subprocess
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -12,13 +13,17 @@ from pathlib import Path
 import psycopg
 import pytest
 
+from chutes_proto.errors import StoreBusy
 from chutes_proto.io.server.development import write_server
+from chutes_proto.io.stores.address import StorePlace
 from chutes_proto.io.stores.postgres import PostgresStore
 from chutes_proto.io.stores.sqlite import SqliteStore
+from chutes_proto.store._run import Ask
+from chutes_proto.store.rows import AuditRow, InsertAll
 from chutes_proto.store.sql import SCHEMA_VERSION
 from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.testing.store_suite._parts import boot
-from tests.cli.conftest import HOTKEY, Ended, Server
+from tests.cli.conftest import HOTKEY, PROGRAM, Ended, Server
 from tests.postgres import PASSWORD, Cluster, schema
 
 PLATFORM = SimulatedPlatform(bytes(32))
@@ -202,6 +207,40 @@ def test_a_store_is_copied_into_an_empty_one_and_no_other(command: Command, site
     assert (itself.code, "old.db is the store to fill" in itself.err) == (2, True)
     assert (site / "old.db").read_bytes() == before
     quiet(unmade, made, lost, copied, again, itself)
+
+
+def test_a_file_that_a_server_has_open_is_not_copied(command: Command, site: Path) -> None:
+    """Even an idle one: what it grants later would be missing in the copy."""
+    old, new = filled(site / "old.db"), f"sqlite:{site}/new.db"
+    server = SqliteStore(site / "old.db")
+    refused = command("store", "copy", "--from", old, "--store", new)
+    assert (refused.code, "stop all servers" in refused.err) == (1, True), refused.err
+    server.close()
+    with closing(StorePlace("sqlite:old.db", site).open(alone=True)) as alone:
+        alone.check()
+        with pytest.raises(StoreBusy):
+            SqliteStore(site / "old.db", busy_seconds=0.1)
+    assert not list(site.glob("new.db*"))
+    assert command("store", "copy", "--from", old, "--store", new).code == 0
+    assert [path.name for path in site.glob("new.db*")] == ["new.db"]
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_copy_leaves_no_store(command: Command, site: Path, sent: signal.Signals) -> None:
+    with closing(SqliteStore(site / "old.db")) as store:
+        store.transact(Ask(InsertAll(tuple(AuditRow(1, "vm", "boot", "granted", "x" * 2000) for _ in range(2000)))))
+    old, new = f"sqlite:{site}/old.db", f"sqlite:{site}/new.db"
+    copying = [*PROGRAM, "store", "copy", "--from", old, "--store", new]
+    with subprocess.Popen(copying, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith("copying 2000 rows")
+        process.send_signal(sent)
+        assert process.wait(60) != 0
+    assert not (site / "new.db").exists()
+    assert sent == signal.SIGKILL or not list(site.glob("new.db*"))
+    again = command("store", "copy", "--from", old, "--store", new, "--json")
+    assert again.json["rows"]["audit"] == 2001
+    assert [path.name for path in site.glob("new.db*")] == ["new.db"]
 
 
 def test_a_copy_of_what_is_no_store(command: Command, site: Path) -> None:

@@ -26,7 +26,7 @@ CURRENT = sql.STEPS
 EXPANSION = Step(
     "CREATE TABLE owner (name TEXT); ALTER TABLE vm ADD COLUMN note TEXT; ALTER TABLE boot ADD COLUMN note TEXT",
     compatible_since=len(CURRENT),
-    indexes=("CREATE INDEX boot_created ON boot (created_at)",),
+    indexes=("CREATE INDEX boot_profile ON boot (profile_name)",),
 )
 """Servers of this release can live with it."""
 
@@ -232,14 +232,14 @@ def test_an_index_whose_build_was_interrupted_is_built_again(
         blocking.execute("SELECT 1 FROM attestation")  # the build waits for everyone who may still see the older rows
         migrating = threads.submit(place.open, migrate=True)
         with psycopg.connect(empty_schema, autocommit=True) as other:
-            building = "SELECT pid FROM pg_stat_progress_create_index WHERE index_relid = to_regclass('boot_created')"
+            building = "SELECT pid FROM pg_stat_progress_create_index WHERE index_relid = to_regclass('boot_profile')"
             (pid,) = wait_until(lambda: other.execute(building.encode()).fetchone())
             other.execute("SELECT pg_cancel_backend(%s)", (pid,))
             with pytest.raises(StoreError, match="a statement was cancelled"):
                 migrating.result(60)
             with closing(place.open()) as store:  # it is right without the index, and slower
                 store.transact(boot("first"))
-                with pytest.raises(StoreError, match="the index boot_created is missing or incomplete; run `chutes"):
+                with pytest.raises(StoreError, match="the index boot_profile is missing or incomplete; run `chutes"):
                     store.check()
     with closing(place.open(migrate=True)) as store:
         assert store.check()["boot"] == 1

@@ -29,7 +29,7 @@ from chutes_proto.keys.generations import Change, HandOut
 from chutes_proto.keys.vault import NONCE_SIZE, Address, FreshKey, KeyEncryptionKey, Vault
 from chutes_proto.secret import Secret
 from chutes_proto.store._run import Ask, Store, Unit
-from chutes_proto.store.rows import AuditRow, Exchange, GenerationRow, Scan, Vm, VmRow, VolumeRow
+from chutes_proto.store.rows import AuditRow, CountSealed, Exchange, GenerationRow, Scan, Vm, VmRow, VolumeRow
 from chutes_proto.testing.store_suite._parts import (
     DAY,
     NOW,
@@ -443,17 +443,20 @@ class Calls(RuleBasedStateMachine):
             if carry_out:
                 key.state = "purged"
 
-    @rule(days=st.integers(1, 3), carry_out=st.booleans(), limit=st.sampled_from([1, 4, 1000]), later=st.integers(0, 4))
-    def purge_audit(self, days: int, carry_out: bool, limit: int, later: int) -> None:
+    @rule(days=st.integers(1, 3), carry_out=st.booleans(), span=st.sampled_from([9, 50, 1000]), later=st.integers(0, 4))
+    def purge_audit(self, days: int, carry_out: bool, span: int, later: int) -> None:
         self.now += later * DAY
         before = self.now - days * DAY
-        rows = [row.at < before for row in self.memory.transact(Ask(Scan(AuditRow)))[:limit]]
-        outcome = self.do(PurgeAudits(self.now, before, "why", limit=limit, carry_out=carry_out))
-        assert isinstance(outcome, Purged)
-        assert outcome.count == sum(rows)
-        assert (outcome.beyond is None) == (len(rows) < limit)
-        left = sum(row.at < before for row in self.memory.transact(Ask(Scan(AuditRow)))[: limit - sum(rows)])
-        assert not (carry_out and left)
+        old = sum(row.at < before for row in self.memory.transact(Ask(Scan(AuditRow))))
+        count = 0
+        beyond: int | None = 0
+        while beyond is not None:
+            outcome = self.do(PurgeAudits(self.now, before, "why", beyond, span, carry_out))
+            assert isinstance(outcome, Purged)
+            count, beyond = count + outcome.count, outcome.beyond
+        assert count == old
+        left = sum(row.at < before for row in self.memory.transact(Ask(Scan(AuditRow))))
+        assert left == (0 if carry_out else old)
 
     @rule(turn=st.booleans())
     def rewrap_keys(self, turn: bool) -> None:
@@ -464,7 +467,7 @@ class Calls(RuleBasedStateMachine):
         assert isinstance(outcome, Rewrapped)
         keys = [key for key in self._keys() if key.state != "purged"]
         assert outcome.count == sum(key.kek != self.kek for key in keys)
-        assert outcome.sealed == (((self.kek, len(keys)),) if keys else ())
+        assert self.memory.transact(Ask(CountSealed())) == (((self.kek, len(keys)),) if keys else ())
         for key in keys:
             key.kek = self.kek
 

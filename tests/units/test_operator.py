@@ -13,12 +13,15 @@ from chutes_proto.secret import Secret
 from chutes_proto.store._run import Ask, Unit
 from chutes_proto.store.rows import (
     AuditRow,
+    AuditWanted,
+    CountSealed,
     GenerationRow,
     Insert,
     Read,
     ReadAll,
     ReadAudit,
-    RewrapGeneration,
+    ReadUnclaimed,
+    RewrapGenerations,
     Scan,
     Vm,
     VmRow,
@@ -39,7 +42,6 @@ from chutes_proto.testing.store_suite._parts import (
 from chutes_proto.units.operator import (
     AllowFormat,
     BindVm,
-    Everyone,
     History,
     ImportKeys,
     PurgeAudits,
@@ -86,9 +88,11 @@ def last_audit(store: MemoryStore) -> AuditRow:
 
 
 def audit(store: MemoryStore, **chosen: Any) -> tuple[AuditRow, ...]:
-    page = store.transact(ReadAuditPage(**chosen))
-    assert page.beyond is None
-    return page.rows
+    return store.transact(ReadAuditPage(AuditWanted(**chosen))).rows
+
+
+def sealed(store: MemoryStore) -> dict[str, int]:
+    return dict(store.transact(Ask(CountSealed())))
 
 
 def states(store: MemoryStore, volume: str = "storage") -> list[tuple[int, str, str | None]]:
@@ -102,23 +106,23 @@ def test_audit_rows_go_when_their_time_is_over(store: MemoryStore) -> None:
     before = dump(store)
     assert store.transact(PurgeAudits(NOW, 10, WHY)) == Purged(4, None)
     assert dump(store) == before, "nothing is deleted before it is to be carried out"
-    first = store.transact(PurgeAudits(NOW, 10, WHY, limit=3, carry_out=True))
+    first = store.transact(PurgeAudits(NOW, 10, WHY, span=3, carry_out=True))
     assert (first.count, first.beyond) == (3, store.transact(Ask(ReadAudit(0, 9)))[0][0] - 1)
     told = last_audit(store)
     assert (told.event, told.reason) == ("audit purged", WHY)
     assert told.keys == "rows of before 1970-01-01T00:00:10Z: 3"
     assert first.beyond is not None
-    rest = store.transact(PurgeAudits(NOW, 10, WHY, beyond=first.beyond, limit=3, carry_out=True))
+    rest = store.transact(PurgeAudits(NOW, 10, WHY, beyond=first.beyond, span=3, carry_out=True))
     assert rest == Purged(1, first.beyond + 3)
-    assert store.transact(PurgeAudits(NOW, 10, WHY, beyond=first.beyond + 3, limit=3)) == Purged(0, None)
+    assert store.transact(PurgeAudits(NOW, 10, WHY, beyond=first.beyond + 3, span=3)) == Purged(0, None)
     assert [row.at for row in audit(store)] == [10, 11, NOW, NOW]
 
 
 def test_old_rows_behind_new_ones_are_found(store: MemoryStore) -> None:
     for at in (NOW, NOW, NOW, 5):
         store.transact(Ask(Insert(AuditRow(at, "vm", "boot", "granted"))))
-    assert store.transact(PurgeAudits(NOW, 10, WHY, limit=2)) == Purged(0, 2)
-    assert store.transact(PurgeAudits(NOW, 10, WHY, beyond=2, limit=2)) == Purged(1, 4)
+    assert store.transact(PurgeAudits(NOW, 10, WHY, span=2)) == Purged(0, 2)
+    assert store.transact(PurgeAudits(NOW, 10, WHY, beyond=2, span=2)) == Purged(1, None)
 
 
 def test_numbers_of_audit_rows_are_not_used_again(store: MemoryStore) -> None:
@@ -187,14 +191,14 @@ def test_a_rewrap_goes_on_where_it_stopped(store: MemoryStore) -> None:
     passphrases = [VAULT.open(Address(row.vm, row.volume, row.generation), row) for row in before]
     first = store.transact(RewrapKeys(NOW, entropy("seeds", 2 * NONCE_SIZE), NEW, WHY))
     assert first.count == 2
-    assert dict(first.sealed) == {NEW.current.kek_id: 2, VAULT.current.kek_id: len(before) - 2}
+    assert sealed(store) == {NEW.current.kek_id: 2, VAULT.current.kek_id: len(before) - 2}
     granted = boot("during")
     store.transact(evolve(granted, vault=NEW))
     answer = store.transact(evolve(sync(granted, "body", "storage", "tdx-cache"), vault=NEW))
     assert {volume: passphrase.reveal() for volume, passphrase in answer.passphrases} == keys
     rest = store.transact(RewrapKeys(NOW, entropy("more", 100 * NONCE_SIZE), NEW, WHY))
     assert rest.count == len(before) - 2
-    assert dict(rest.sealed) == {NEW.current.kek_id: len(before)}
+    assert (rest.last, sealed(store)) == (None, {NEW.current.kek_id: len(before)})
     assert last_audit(store).keys == f"{rest.count} under {NEW.current.kek_id}"
     after = store.transact(Ask(Scan(GenerationRow)))
     assert [row.sealed for row in after] == [row.sealed for row in before]
@@ -209,19 +213,19 @@ def test_a_rewrap_goes_on_where_it_stopped(store: MemoryStore) -> None:
 
 
 def test_a_rewrap_gets_past_rows_that_do_not_open(store: MemoryStore) -> None:
-    """However many there are: those that were found are passed over, and do not take others' places."""
+    """However many there are: the next page begins after them."""
     for label in ("1", "2", "3"):
         _ = booted(store, label, "storage", rekey=["storage"])
     rows = store.transact(Ask(Scan(GenerationRow)))
     assert len(rows) == 4
     for row in rows[:2]:
-        store.transact(Ask(RewrapGeneration(evolve(row, wrapped_key=bytes(60)))))
+        store.transact(Ask(RewrapGenerations((evolve(row, wrapped_key=bytes(60)),))))
     first = store.transact(RewrapKeys(NOW, entropy("seeds", 2 * NONCE_SIZE), NEW, WHY))
     broken = tuple(Address(row.vm, row.volume, row.generation) for row in rows[:2])
     assert (first.count, first.broken) == (0, broken)
-    then = store.transact(RewrapKeys(NOW, entropy("more", 2 * NONCE_SIZE), NEW, WHY, frozenset(broken)))
+    then = store.transact(RewrapKeys(NOW, entropy("more", 2 * NONCE_SIZE), NEW, WHY, first.last))
     assert (then.count, then.broken) == (2, ())
-    assert dict(then.sealed) == {NEW.current.kek_id: 2, VAULT.current.kek_id: 2}
+    assert sealed(store) == {NEW.current.kek_id: 2, VAULT.current.kek_id: 2}
 
 
 def test_one_format_is_allowed(store: MemoryStore) -> None:
@@ -262,7 +266,7 @@ def test_an_import_with_its_platform(store: MemoryStore) -> None:
 def test_an_import_without_its_platform_opens_to_the_operator_or_the_hotkey(store: MemoryStore) -> None:
     store.transact(imported(("storage", b"an older passphrase"), home=False))
     assert refused(store, boot("anyone")).code is Code.PLATFORM_MISMATCH
-    assert store.transact(Everyone()) == (VM,)
+    assert store.transact(Ask(ReadUnclaimed(None, 9))) == (VM,)
     store.transact(BindVm(NOW, VM, platform("home"), WHY))
     assert (last_audit(store).event, last_audit(store).pin) == ("vm bound", platform("home").pin)
     assert booted(store, "1", "storage") == {"storage": b"an older passphrase"}
@@ -364,13 +368,15 @@ def test_audit_rows_are_read_in_pages(store: MemoryStore) -> None:
     forwards: list[list[str]] = []
     beyond: int | None = None
     while not forwards or beyond is not None:
-        page = store.transact(ReadAuditPage(since=NOW + 1, until=NOW + 8, beyond=beyond, limit=3))
+        page = store.transact(ReadAuditPage(AuditWanted(NOW + 1, NOW + 8), beyond=beyond, limit=3, span=4))
         assert len(page.rows) <= 3
         forwards.append([row.reason for row in page.rows])
         beyond = page.beyond
-    assert forwards == [["1", "2"], ["3", "4", "5"], ["6", "7"], []]
+    assert forwards == [["1", "2", "3"], ["4", "5", "6"], ["7"], []]
     newest = store.transact(ReadAuditPage(backwards=True, limit=4))
     assert [row.reason for row in newest.rows] == ["9", "8", "7", "6"]
-    rest = store.transact(ReadAuditPage(backwards=True, limit=7, beyond=newest.beyond))
-    assert [row.reason for row in rest.rows] == ["5", "4", "3", "2", "1", "0"]
-    assert rest.beyond is None
+    rest = store.transact(ReadAuditPage(backwards=True, beyond=newest.beyond, span=5))
+    assert [row.reason for row in rest.rows] == ["5", "4", "3", "2", "1"]
+    last = store.transact(ReadAuditPage(backwards=True, beyond=rest.beyond, span=5))
+    assert [row.reason for row in last.rows] == ["0"]
+    assert store.transact(ReadAuditPage(backwards=True, beyond=last.beyond, span=5)).beyond is None

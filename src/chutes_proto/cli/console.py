@@ -12,6 +12,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 GRANTED, REFUSED, USAGE, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
@@ -61,6 +62,16 @@ def say(text: str = "") -> None:
 def say_json(value: object) -> None:
     """The result as one JSON object on one line."""
     out(json.dumps(value))
+
+
+def say_json_list(before: Mapping[str, object], name: str, members: Iterable[object]) -> None:
+    """The result as one JSON object on one line, whose last member is a list that is printed while it is read."""
+    out(f"{json.dumps(before)[:-1]}, {json.dumps(name)}: [", end="")
+    between = ""
+    for member in members:
+        out(between + json.dumps(member), end="")
+        between = ", "
+    out("]}")
 
 
 def plain(value: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from chutes_proto.cli import console
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 State = Literal["good", "bad", "warn", ""]
 _STYLES = {"good": "green", "bad": "red", "warn": "yellow", "": ""}
 _DIGEST = re.compile(r"\b[0-9a-f]{40,}\b")
+_ROWS_AT_ONCE = 1000
 _WORD = re.compile(r"\w+")
 _SHORT = 8
 _GAP = 2
@@ -62,27 +64,35 @@ Columns = Mapping[str, Callable[[Any], str | Cell]]
 def table(columns: Columns, rows: Iterable[object], *, empty: str, under: Mapping[str, str] | None = None) -> None:
     """Print rows in columns, or a line that says that there is none.
 
-    Where a terminal is too narrow for that, ``under`` says which columns stand under the text of another one; where it
-    is too narrow for the longest words, each row is a list of its cells.
+    Rows are printed while they are read, a thousand at a time, however many there are. Where a terminal is too narrow
+    for that, ``under`` says which columns stand under the text of another one; where it is too narrow for the longest
+    words, each row is a list of its cells.
     """
-    cells = [{head: _as_cell(cell(row)) for head, cell in columns.items()} for row in rows]
-    if not cells:
+    widths = [0] * len(columns)
+    heads: list[dict[str, Cell]] = [{head: Cell(head) for head in columns}]
+    remaining = iter(rows)
+    while part := [*islice(remaining, _ROWS_AT_ONCE)]:
+        cells = [{head: _as_cell(cell(row)) for head, cell in columns.items()} for row in part]
+        if draws():
+            _console().print(_fitted([*columns], cells, under or {}, _console().width))
+        else:
+            widths = _say_lines([*heads, *cells], widths)
+        heads = []
+    if heads:
         console.say(empty)
-    elif not draws():
-        _say_lines([{head: Cell(head) for head in columns}, *cells])
-    else:
-        _console().print(_fitted([*columns], cells, under or {}, _console().width))
 
 
 def _as_cell(found: str | Cell) -> Cell:
     return found if isinstance(found, Cell) else Cell(found)
 
 
-def _say_lines(rows: Sequence[Mapping[str, Cell]]) -> None:
+def _say_lines(rows: Sequence[Mapping[str, Cell]], least: Sequence[int]) -> list[int]:
+    """Print rows side by side; returns the widths of the columns, which are ``least`` or more."""
     table = [[console.clean(cell.text) for cell in row.values()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    widths = [max(width, *map(len, column)) for width, *column in zip(least, *table, strict=True)]
     for row in table:
         console.say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    return widths
 
 
 def _fitted(heads: list[str], rows: Sequence[Mapping[str, Cell]], under: Mapping[str, str], width: int) -> Table:

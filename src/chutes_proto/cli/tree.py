@@ -25,7 +25,7 @@ _SECTIONS: Final[Mapping[str, Mapping[str, tuple[str, str]]]] = {
     "Operate a key server": {
         "serve": ("operator.serve", "Serve keys to VMs that prove what they are"),
         "keys": ("operator.keys", "Show, restore, purge, rewrap and import keys"),
-        "vm": ("operator.vm", "List, bind and rebind VMs"),
+        "vm": ("operator.vm", "List, bind and rebind VMs, and purge their old boots"),
         "registrations": ("operator.registrations", "List and remove the servers that miners registered"),
         "audit": ("operator.audit", "Show, export and purge the audit rows"),
         "profiles": ("operator.profiles", "Take over reference values that are published"),

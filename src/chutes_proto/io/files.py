@@ -94,6 +94,17 @@ def create_private(path: str | Path, data: bytes) -> None:
             partial.unlink()
 
 
+def name_file(partial: Path, path: Path) -> None:
+    """Give a complete file its name, durably, unless a file has it. Raises `FileUnavailable`."""
+    with unavailable(path, "cannot be written"):
+        os.link(partial, path)  # unlike a rename, it replaces no file
+        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
 def make_directory(path: str | Path, *, mode: int = 0o755) -> Path:
     """Return the directory, made with its parents if it is missing. Raises `FileUnavailable`."""
     with unavailable(path, "cannot be made"):

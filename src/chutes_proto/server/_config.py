@@ -175,6 +175,8 @@ class ServerConfig:
     """The least age of a retired key that ``keys purge`` deletes. A server itself purges nothing."""
     audit_days: int = 365
     """The least age of an audit row that ``audit purge`` deletes. A server itself deletes none."""
+    boot_days: int = 90
+    """The least age of a boot, or of a verdict on a quote, that ``vm purge-boots`` deletes. A server deletes none."""
     signatures: Literal["compatible", "request"] = "compatible"
     nonce: NonceOptions = field(factory=NonceOptions)
     registration: RegistrationOptions = field(factory=RegistrationOptions)
@@ -230,6 +232,7 @@ _GONE: Final = {
 _LEAST: Final = {
     "retention_days": (1, ""),
     "audit_days": (1, ""),
+    "boot_days": (1, ""),
     "runtime.fresh_seconds": (1, ""),
     "collateral.grace_seconds": (0, ""),
     "collateral.refresh_seconds": (60, ""),

@@ -9,6 +9,8 @@ Rules kept here:
 * no row has a secret in the clear: passphrases are sealed, tokens and nonces of a boot are digests (SHA-256);
 * no operation changes a sealed passphrase or an audit row, and only an operator's `PurgeGeneration` and `PurgeAudit`
   delete them;
+* a table may have millions of rows: an operation that reads a table for an operator reads a page, and the next page
+  begins after the last row of the one before, in an order of the store's own;
 * this is the only file of the pure part, next to ``effects.py``, with a bare ``yield``.
 
 Times are integer unix seconds.
@@ -19,13 +21,14 @@ from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar, get_args
 
 from attrs import field, frozen
 
-__all__ = ["AttestationRow", "AuditRow", "BootRow", "BootVolumeRow", "Claim", "CountClaims", "CountRefusals"]
-__all__ += ["CountSealed", "Decision", "DeleteServer", "Exchange", "FindLastBoot", "FindLastBootFrom"]
-__all__ += ["GenerationRow", "GpuRow", "Insert", "NonceRow", "Pin", "Platform", "PurgeAudit", "PurgeGeneration"]
-__all__ += ["ROWS", "Put", "Read", "ReadAll", "ReadAudit", "ReadBootVolumes", "ReadLiveGenerations", "ReadNames"]
-__all__ += ["ReadOtherwiseSealed", "ReadTimes", "Retirement", "RewrapGeneration", "Row", "Scan", "ServerRow"]
-__all__ += ["SetHorizon", "State", "StoreOp", "SweepNonces", "Times", "UpdateGeneration", "Vm", "VmRow", "VoidTokens"]
-__all__ += ["VolumeRow"]
+__all__ = ["AttestationRow", "AuditRow", "AuditWanted", "BootRow", "BootVolumeRow", "Claim", "CountAudit"]
+__all__ += ["CountClaims", "CountRefusals", "CountRows", "CountSealed", "Decision", "Delete", "DeleteServer"]
+__all__ += ["Exchange", "FindLastBoot", "FindLastBootFrom", "GenerationRow", "GpuRow", "Insert", "InsertAll"]
+__all__ += ["ROWS", "NonceRow", "Pin", "Platform", "PurgeAudit", "PurgeGeneration", "Put", "Read", "ReadAll"]
+__all__ += ["ReadAudit", "ReadBootVolumes", "ReadLiveGenerations", "ReadNames", "ReadOld", "ReadOtherwiseSealed"]
+__all__ += ["ReadPage", "ReadRetired", "ReadTimes", "ReadUnclaimed", "Retirement", "RewrapGenerations", "Row", "Scan"]
+__all__ += ["ServerRow", "SetHorizon", "State", "StoreOp", "SweepNonces", "Times", "UpdateGeneration", "Vm", "VmRow"]
+__all__ += ["VoidTokens", "VolumeRow"]
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -397,9 +400,27 @@ class SetHorizon(StoreOp[None]):
 
 @frozen
 class ReadNames(StoreOp[tuple[Vm, ...]]):
-    """All VMs that are claimed or have keys, in order; with ``name``, those of that name, of any hotkey."""
+    """The VMs of a name that are claimed or have keys, in order: of any hotkey, or of ``hotkey``."""
 
-    name: str | None = None
+    name: str
+    hotkey: str = ""
+
+
+@frozen
+class ReadUnclaimed(StoreOp[tuple[Vm, ...]]):
+    """The next ``limit`` VMs that have keys and are not claimed."""
+
+    after: Vm | None
+    limit: int
+
+
+@frozen
+class ReadRetired(StoreOp[tuple[Vm, ...]]):
+    """The next ``limit`` VMs that have a passphrase which was retired at or before ``until``."""
+
+    until: int
+    after: Vm | None
+    limit: int
 
 
 @frozen
@@ -445,10 +466,10 @@ class UpdateGeneration(StoreOp[None]):
 
 
 @frozen
-class RewrapGeneration(StoreOp[None]):
-    """Write ``kek_id`` and ``wrapped_key`` of a row that has a sealed passphrase; nothing else."""
+class RewrapGenerations(StoreOp[None]):
+    """Write ``kek_id`` and ``wrapped_key`` of rows, at least one, that have a sealed passphrase; nothing else."""
 
-    row: GenerationRow
+    rows: tuple[GenerationRow, ...]
 
 
 @frozen
@@ -465,10 +486,11 @@ class CountSealed(StoreOp[tuple[tuple[str, int], ...]]):
 
 @frozen
 class ReadOtherwiseSealed(StoreOp[tuple[GenerationRow, ...]]):
-    """Up to ``limit`` generations whose passphrase is sealed under another KEK than ``kek_id``."""
+    """The next ``limit`` generations whose passphrase is sealed under another KEK than ``kek_id``."""
 
     kek_id: str
     limit: int
+    after: GenerationRow | None = None
 
 
 @frozen
@@ -509,15 +531,38 @@ class FindLastBootFrom(StoreOp[BootRow | None]):
 
 
 @frozen
+class AuditWanted:
+    """The audit rows to read: by time (``until`` not included), VM and event; an empty text is any."""
+
+    since: int = 0
+    until: int = 1 << 62
+    hotkey: str = ""
+    name: str = ""
+    event: str = ""
+
+
+@frozen
 class ReadAudit(StoreOp[tuple[tuple[int, AuditRow], ...]]):
     """Up to ``limit`` audit rows, each with its number, which grows in the order in which they were written.
 
-    They begin after the number ``beyond``; ``backwards``, before it, and then the newest comes first.
+    They begin after the number ``beyond`` and end with ``through``; ``backwards``, they begin before ``beyond``, go
+    down to ``through``, and the newest comes first.
     """
 
     beyond: int
     limit: int
     backwards: bool = False
+    through: int | None = None
+    wanted: AuditWanted = AuditWanted()
+
+
+@frozen
+class CountAudit(StoreOp[int]):
+    """The number of the audit rows that `PurgeAudit` with the same values would delete."""
+
+    beyond: int
+    through: int
+    before: int
 
 
 @frozen
@@ -547,7 +592,52 @@ class ReadAll(StoreOp[tuple[R, ...]], Generic[R]):
 
 
 @frozen
+class ReadPage(StoreOp[tuple[R, ...]], Generic[R]):
+    """The next ``limit`` rows of a kind that has a key."""
+
+    kind: type[R]
+    after: R | None
+    limit: int
+
+
+@frozen
+class ReadOld(StoreOp[tuple[R, ...]], Generic[R]):
+    """The next ``limit`` rows from before the time ``before`` that nothing needs any more.
+
+    Needed are every VM's newest boot, and a boot that a server is linked to; a verdict whose boot has a row, and the
+    newest one of a server.
+    """
+
+    kind: type[R]
+    before: int
+    after: R | None
+    limit: int
+
+
+@frozen
+class CountRows(StoreOp[int]):
+    """The number of rows of a kind."""
+
+    kind: type[Row]
+
+
+@frozen
+class InsertAll(StoreOp[None]):
+    """Add rows of one kind, at least one, as `Insert` does."""
+
+    rows: tuple[Row, ...]
+
+
+@frozen
+class Delete(StoreOp[None]):
+    """Delete the rows with these values, at least one, in the first column of their key."""
+
+    kind: type[BootRow] | type[BootVolumeRow] | type[AttestationRow]
+    keys: tuple[str, ...]
+
+
+@frozen
 class Scan(StoreOp[tuple[R, ...]], Generic[R]):
-    """All rows of one kind, by key; audit rows in the order in which they were written."""
+    """All rows of one kind, by key; audit rows in the order in which they were written. For tables that are small."""
 
     kind: type[R] = field()

@@ -7,8 +7,8 @@ Rules kept here:
   that into the driver's mark, and no statement has a ``:``, ``?`` or ``%`` for anything else;
 * ``{clock}`` in a statement is the time by the database's own clock, NULL in a dialect without one;
 * table and column names come from the row classes alone;
-* types are those that both dialects have: TEXT, BIGINT, BOOLEAN and bytes; TEXT is compared for equality only, because
-  collations differ, so rows are sorted here;
+* types are those that both dialects have: TEXT, BIGINT, BOOLEAN and bytes; collations of TEXT differ, so whole results
+  are sorted here, and only a page, which goes on where the one before ended, has the order of the database;
 * a release that changes the schema adds a `Step` to `STEPS`; the number of steps that made a database is its schema
   version, and stands in the ``fact`` table beside the oldest version whose servers may still use it.
 """
@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import re
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
+from itertools import chain
 from operator import attrgetter, itemgetter
 from typing import Any, Final, Literal, TypeAlias, Union, get_args, get_origin
 
@@ -206,6 +207,22 @@ _EXPAND: Final = """
 INSERT INTO fact (name, value) VALUES ('compatible_since', 0);
 """
 
+_INDEXES: Final = (
+    # The newest boot of a VM, or from an address, without a look at the others. They make `boot_vm` and `boot_address`
+    # superfluous, which a later step may drop.
+    "CREATE INDEX boot_vm_newest ON boot (hotkey, vm, created_at)",
+    "CREATE INDEX boot_address_newest ON boot (hotkey, peer_address, created_at)",
+    # For an operator: a VM by its name alone, its audit rows, and rows whose time is over.
+    "CREATE INDEX vm_name ON vm (vm)",
+    "CREATE INDEX generation_name ON generation (vm)",
+    "CREATE INDEX audit_vm ON audit (vm, id)",
+    "CREATE INDEX boot_created ON boot (created_at, boot_id)",
+    "CREATE INDEX attestation_created ON attestation (created_at, attestation_id)",
+    # A boot that is deleted must not be a server's.
+    "CREATE INDEX server_boot ON server (boot_id)",
+    "CREATE INDEX server_attested ON server (attested)",
+)
+
 
 @frozen
 class Step:
@@ -236,7 +253,7 @@ class Step:
 STEPS: Final = (
     Step(_FIRST),
     Step(_CONFIRMATIONS),
-    Step(_EXPAND, compatible_since=2),  # not released: add to it
+    Step(_EXPAND, compatible_since=2, indexes=_INDEXES),  # not released: add to it
 )
 """Step n brings a database of schema version n to version n + 1; an empty database has version 0."""
 
@@ -425,6 +442,11 @@ def _put(kind: type[store.Row]) -> str:
     return f"{_insert(kind)} ON CONFLICT ({', '.join(kind.KEY)}) DO UPDATE SET {changes}"
 
 
+def _insert_all(kind: type[store.Row], count: int) -> str:
+    row = f", ({', '.join('?' * len(columns(kind)))})"
+    return _insert(kind) + row * (count - 1)
+
+
 def _claim(kind: type[store.Row]) -> str:
     return f"{_insert(kind)} ON CONFLICT DO NOTHING RETURNING {kind.KEY[0]}"
 
@@ -512,6 +534,107 @@ def _count(kind: type[store.Row], where: str) -> _Query:
     return _query(f"SELECT count(*) FROM {kind.TABLE} WHERE {where}", lambda rows: rows[0][0])  # noqa: S608
 
 
+def _page(kind: type[store.Row], order: tuple[str, ...], where: str, *, is_first: bool) -> str:
+    """The statement of one page: the values of the last row before it come after those of ``where``, then a limit."""
+    beyond = "" if is_first else f" AND ({', '.join(order)}) > ({', '.join('?' * len(order))})"
+    return _select(kind, f"WHERE {where}{beyond} ORDER BY {', '.join(order)} LIMIT ?")
+
+
+def _read_page(op: store.ReadPage[Any]) -> tuple[str, Values]:
+    kind: type[store.Row] = op.kind
+    after = () if op.after is None else encode(op.after)[: len(kind.KEY)]
+    return _page(kind, kind.KEY, "TRUE", is_first=op.after is None), (*after, op.limit)
+
+
+_NEEDED: Final[dict[type[store.Row], str]] = {
+    store.BootRow: "EXISTS (SELECT 1 FROM boot AS newer WHERE newer.hotkey = boot.hotkey AND newer.vm = boot.vm"
+    " AND newer.created_at > boot.created_at)"
+    " AND NOT EXISTS (SELECT 1 FROM server WHERE server.boot_id = boot.boot_id)"
+    " AND NOT EXISTS (SELECT 1 FROM vm WHERE vm.hotkey = boot.hotkey AND vm.vm = boot.vm"
+    " AND vm.attested = boot.boot_id)",
+    store.AttestationRow: "NOT EXISTS (SELECT 1 FROM boot WHERE boot.boot_id = attestation_id)"
+    " AND NOT EXISTS (SELECT 1 FROM server WHERE server.attested = attestation_id)",
+}
+
+
+def _read_old(op: store.ReadOld[Any]) -> tuple[str, Values]:
+    kind: type[store.Row] = op.kind
+    order = ("created_at", *kind.KEY)
+    after = () if op.after is None else (op.after.created_at, *encode(op.after)[: len(kind.KEY)])
+    text = _page(kind, order, f"created_at < ? AND {_NEEDED[kind]}", is_first=op.after is None)
+    return text, (op.before, *after, op.limit)
+
+
+_WANTED: Final = {
+    "since": "at >= :wanted.since",
+    "until": "at < :wanted.until",
+    "hotkey": "hotkey = :wanted.hotkey",
+    "name": "vm = :wanted.name",
+    "event": "event = :wanted.event",
+}
+
+
+@cache
+def _audit(wanted: tuple[str, ...], *, backwards: bool, through: bool) -> _Query:
+    sign, other, order = ("<", ">", " DESC") if backwards else (">", "<", "")
+    within = (
+        f"id {sign} :beyond",
+        *((f"id {other}= :through",) if through else ()),
+        *(_WANTED[name] for name in wanted),
+    )
+    return _query(
+        _select(store.AuditRow, f"WHERE {' AND '.join(within)} ORDER BY id{order} LIMIT :limit", "id"), _numbered
+    )
+
+
+def _read_audit(op: store.ReadAudit) -> tuple[str, Values]:
+    given = attrs.asdict(op.wanted, recurse=False, filter=lambda field, value: value != field.default)
+    return _audit(tuple(given), backwards=op.backwards, through=op.through is not None).ask(op)
+
+
+def _next_vms(where: str) -> _Query:
+    """The next VMs that have such a key."""
+    text = f"SELECT DISTINCT hotkey, vm FROM generation WHERE {where}"  # noqa: S608
+    end = "ORDER BY hotkey, vm LIMIT :limit"
+
+    def reply(rows: Rows) -> tuple[store.Vm, ...]:
+        return tuple(store.Vm(*values) for values in rows)
+
+    return _either(
+        lambda op: op.after is None,
+        _query(f"{text} {end}", reply),
+        _query(f"{text} AND (hotkey, vm) > (:after.hotkey, :after.name) {end}", reply),
+    )
+
+
+def _read_otherwise_sealed(op: store.ReadOtherwiseSealed) -> tuple[str, Values]:
+    key = store.GenerationRow.KEY
+    after = () if op.after is None else encode(op.after)[: len(key)]
+    text = _page(store.GenerationRow, key, "kek_id IS NOT NULL AND kek_id <> ?", is_first=op.after is None)
+    return text, (op.kek_id, *after, op.limit)
+
+
+def _rewrap_many(count: int) -> str:
+    values = ", ".join(["(?, ?, ?, CAST(? AS BIGINT), ?, ?)"] * count)
+    return (
+        "UPDATE generation SET kek_id = fresh.column5, wrapped_key = fresh.column6"  # noqa: S608
+        f" FROM (VALUES {values}) AS fresh WHERE hotkey = fresh.column1 AND vm = fresh.column2"
+        " AND volume = fresh.column3 AND generation = fresh.column4 AND sealed IS NOT NULL"
+    )
+
+
+def _rewrap(op: store.RewrapGenerations) -> tuple[str, Values]:
+    size = len(store.GenerationRow.KEY)
+    return _rewrap_many(len(op.rows)), _chained((*encode(row)[:size], row.kek_id, row.wrapped_key) for row in op.rows)
+
+
+def _chained(rows: Iterable[Values]) -> Values:
+    return tuple(chain.from_iterable(rows))
+
+
+_OF_BEFORE: Final = "id > :beyond AND id <= :through AND at < :before"
+
+
 def _change_generation(to: str, where: str = "TRUE") -> _Query:
     key = "hotkey = :row.vm.hotkey AND vm = :row.vm.name AND volume = :row.volume AND generation = :row.generation"
     return _query(f"UPDATE generation SET {to} WHERE {key} AND {where}")  # noqa: S608
@@ -530,6 +653,23 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query]] = {
         lambda op, rows: _sorted(op.kind, rows),
     ),
     store.Scan: _Query(lambda op: (_SCANS[op.kind], ()), lambda op, rows: _sorted(op.kind, rows)),
+    store.ReadPage: _Query(_read_page, lambda op, rows: decode_rows(op.kind, rows)),
+    store.ReadOld: _Query(_read_old, lambda op, rows: decode_rows(op.kind, rows)),
+    store.CountRows: _Query(
+        lambda op: (f"SELECT count(*) FROM {op.kind.TABLE}", ()),  # noqa: S608
+        lambda _, rows: rows[0][0],
+    ),
+    store.InsertAll: _Query(
+        lambda op: (_insert_all(type(op.rows[0]), len(op.rows)), _chained(map(encode, op.rows))),
+        lambda _, rows: _nothing(rows),
+    ),
+    store.Delete: _Query(
+        lambda op: (
+            f"DELETE FROM {op.kind.TABLE} WHERE {op.kind.KEY[0]} IN ({', '.join('?' * len(op.keys))})",  # noqa: S608
+            op.keys,
+        ),
+        lambda _, rows: _nothing(rows),
+    ),
     # nonces
     store.SweepNonces: _query(
         "DELETE FROM nonce WHERE value IN"
@@ -542,13 +682,21 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query]] = {
     store.SetHorizon: _query("UPDATE fact SET value = :to WHERE name = 'nonce_horizon'"),
     # names and boots
     store.ReadNames: _either(
-        lambda op: op.name is None,
-        _query("SELECT hotkey, vm FROM vm UNION SELECT hotkey, vm FROM generation", _names),
+        lambda op: op.hotkey == "",
         _query(
             "SELECT hotkey, vm FROM vm WHERE vm = :name UNION SELECT hotkey, vm FROM generation WHERE vm = :name",
             _names,
         ),
+        _query(
+            "SELECT hotkey, vm FROM vm WHERE hotkey = :hotkey AND vm = :name"
+            " UNION SELECT hotkey, vm FROM generation WHERE hotkey = :hotkey AND vm = :name",
+            _names,
+        ),
     ),
+    store.ReadUnclaimed: _next_vms(
+        "NOT EXISTS (SELECT 1 FROM vm WHERE vm.hotkey = generation.hotkey AND vm.vm = generation.vm)"
+    ),
+    store.ReadRetired: _next_vms("state = 'retired' AND retired_at <= :until"),
     store.CountClaims: _count(store.VmRow, "platform_kind = :pin.kind AND platform_id = :pin.value"),
     store.FindLastBoot: _one(store.BootRow, f"{_THE_VM} {_NEWEST}"),
     store.FindLastBootFrom: _one(store.BootRow, f"hotkey = :hotkey AND peer_address = :address {_NEWEST}"),
@@ -567,9 +715,7 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query]] = {
         "state = :row.state, provisional = :row.provisional, delivered_at = :row.delivered_at,"
         " retired_at = :row.retired_at, retirement = :row.retirement"
     ),
-    store.RewrapGeneration: _change_generation(
-        "kek_id = :row.kek_id, wrapped_key = :row.wrapped_key", "sealed IS NOT NULL"
-    ),
+    store.RewrapGenerations: _Query(_rewrap, lambda _, rows: _nothing(rows)),
     store.PurgeGeneration: _change_generation(
         "state = 'purged', provisional = FALSE, sealed = NULL, kek_id = NULL, wrapped_key = NULL", "state = 'retired'"
     ),
@@ -577,7 +723,7 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query]] = {
         "SELECT kek_id, count(*) FROM generation WHERE kek_id IS NOT NULL GROUP BY kek_id",
         lambda rows: tuple(sorted((kek_id, count) for kek_id, count in rows)),
     ),
-    store.ReadOtherwiseSealed: _all(store.GenerationRow, "kek_id IS NOT NULL AND kek_id <> :kek_id LIMIT :limit"),
+    store.ReadOtherwiseSealed: _Query(_read_otherwise_sealed, lambda _, rows: decode_rows(store.GenerationRow, rows)),
     # servers and verdicts
     store.DeleteServer: _query("DELETE FROM server WHERE server_id = :server_id"),  # and its GPUs, by their reference
     store.CountRefusals: _either(
@@ -586,12 +732,9 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query]] = {
         _count(store.AttestationRow, f"platform_kind = :of.kind AND platform_id = :of.value AND {_REFUSED}"),
     ),
     # audit
-    store.ReadAudit: _either(
-        lambda op: op.backwards,
-        _query(_select(store.AuditRow, "WHERE id < :beyond ORDER BY id DESC LIMIT :limit", "id"), _numbered),
-        _query(_select(store.AuditRow, "WHERE id > :beyond ORDER BY id LIMIT :limit", "id"), _numbered),
-    ),
-    store.PurgeAudit: _query("DELETE FROM audit WHERE id > :beyond AND id <= :through AND at < :before"),
+    store.ReadAudit: _Query(_read_audit, lambda _, rows: _numbered(rows)),
+    store.CountAudit: _count(store.AuditRow, _OF_BEFORE),
+    store.PurgeAudit: _query(f"DELETE FROM audit WHERE {_OF_BEFORE}"),  # noqa: S608
 }
 
 

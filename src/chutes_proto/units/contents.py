@@ -1,66 +1,101 @@
-"""Copying a whole store: read in one transaction, written in one, into a store that is empty.
+"""Copying a whole store: read page by page, written in one transaction into a store that is empty.
 
 Rules kept here:
 
 * rows are copied as they stand: a consumed token stays consumed, an issued one valid, keys stay sealed as they are;
-* nothing is added to existing rows: two stores are never merged, because both may hold a generation of the same number.
+* nothing is added to existing rows: two stores are never merged, because both may hold a generation of the same number;
+* a page of rows is in memory at a time, however many there are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+from typing import Final, TypeAlias
 
-from attrs import frozen
+from attrs import define, frozen
 
 from chutes_proto.errors import StoreError
 from chutes_proto.store import rows as store
-from chutes_proto.store._run import Script, Unit
+from chutes_proto.store._run import Ask, Script, Store, Unit, untold
 
-_ROWS_A_REPORT = 1000
+PAGE: Final = 1000
+"""Rows of a page. SQLite takes 32,766 parameters in a statement, and a boot has the most columns."""
+
+Page: TypeAlias = tuple[store.Row, ...]
+"""Rows of one kind."""
+
+
+def pages(source: Store, limit: int = PAGE) -> Iterator[Page]:
+    """All rows of a store: a row comes after those that it refers to, audit rows in the order written.
+
+    Each page is a transaction of its own, unless ``source`` is a snapshot.
+    """
+    return chain.from_iterable(_Pages(source, kind, limit) for kind in store.ROWS)
+
+
+@define
+class _Pages:
+    """The pages of one table, each of which begins after the one before."""
+
+    source: Store
+    kind: type[store.Row]
+    limit: int
+    after: store.Row | None = None
+    beyond: int = 0
+
+    def __iter__(self) -> Iterator[Page]:
+        return self
+
+    def __next__(self) -> Page:
+        if self.kind.KEY:
+            page: Page = self.source.transact(Ask(store.ReadPage(self.kind, self.after, self.limit)))
+        else:
+            numbered = self.source.transact(Ask(store.ReadAudit(self.beyond, self.limit)))
+            page = tuple(row for _, row in numbered)
+            self.beyond = numbered[-1][0] if numbered else self.beyond
+        if not page:
+            raise StopIteration
+        self.after = page[-1]
+        return page
 
 
 @frozen
-class Contents:
-    """The nonce horizon and all rows: a row comes after those that it refers to, audit rows in the order written."""
+class CountAll(Unit[int]):
+    """Count all rows of a store."""
+
+    def script(self) -> Script[int]:
+        total = 0
+        for kind in store.ROWS:
+            total += yield from store.CountRows(kind)
+        return total
+
+
+@frozen
+class Fill(Unit[None]):
+    """Fill an empty store with ``pages``, with an audit row. Raises `StoreError` for a store that has rows.
+
+    ``horizon`` is the nonce horizon of the store that they are from. ``pages`` is called again when the transaction is
+    run again. ``tell`` takes how many rows are written, and of how many, ``total``, after each page.
+    """
 
     horizon: int
-    rows: tuple[store.Row, ...]
-
-
-@frozen
-class ReadContents(Unit[Contents]):
-    """Read all rows of a store."""
-
-    def script(self) -> Script[Contents]:
-        rows: list[store.Row] = []
-        for kind in store.ROWS:
-            rows.extend((yield from store.Scan(kind)))
-        return Contents((yield from store.ReadTimes()).horizon, tuple(rows))
-
-
-def _untold(_: int) -> None:
-    pass
-
-
-@frozen
-class WriteContents(Unit[None]):
-    """Fill an empty store with ``contents``, with an audit row. Raises `StoreError` for a store that has rows."""
-
-    contents: Contents
+    pages: Callable[[], Iterable[Page]]
     now: int
     reason: str
-    tell: Callable[[int], object] = _untold
-    """Takes how many rows are written, now and then."""
+    total: int = 0
+    tell: Callable[[int, int], object] = untold
 
     def script(self) -> Script[None]:
         for kind in store.ROWS:
-            if found := len((yield from store.Scan(kind))):
+            if found := (yield from store.CountRows(kind)):
                 raise StoreError(f"the store to fill has rows already ({kind.TABLE}: {found}); take an empty store")
         # Also a horizon in the future: it covers redemptions that were swept.
         horizon = (yield from store.ReadTimes()).horizon
-        yield from store.SetHorizon(max(horizon, self.contents.horizon))
-        for number, row in enumerate(self.contents.rows):
-            if number % _ROWS_A_REPORT == 0:
-                _ = self.tell(number)
-            yield from store.Insert(row)
+        yield from store.SetHorizon(max(horizon, self.horizon))
+        written = 0
+        for page in self.pages():
+            yield from store.InsertAll(page)
+            written += len(page)
+            _ = self.tell(written, self.total)
         yield from store.Insert(store.AuditRow(self.now, "operator", "store copied", "done", self.reason))

@@ -35,16 +35,6 @@ KEPT = 3
 
 
 @frozen
-class Everyone(Unit[tuple[store.VmRow | store.Vm, ...]]):
-    """Read all claims, and after them the names that hold keys without a claim."""
-
-    def script(self) -> Script[tuple[store.VmRow | store.Vm, ...]]:
-        claims = yield from store.Scan(store.VmRow)
-        claimed = {claim.vm for claim in claims}
-        return (*claims, *(vm for vm in (yield from store.ReadNames()) if vm not in claimed))
-
-
-@frozen
 class History(Unit[tuple[tuple[store.GenerationRow, ...], tuple[store.VolumeRow, ...]]]):
     """Read all generations of a VM's keys and the rows of its disks."""
 
@@ -65,38 +55,38 @@ class AuditPage:
 
 @frozen
 class ReadAuditPage(Unit[AuditPage]):
-    """Choose among the next ``limit`` audit rows by time (``until`` not included), event, and VM.
+    """Choose among the audit rows after the number ``beyond`` (``backwards``: before it), up to ``limit`` of them.
 
-    ``hotkey`` and ``name`` are a VM's, and empty for any. The VM need not exist: one that was only ever refused has
-    audit rows too. There may be any number of them, so they are read in pages, each a transaction of its own;
-    ``beyond`` and ``backwards`` are those of `ReadAudit`.
+    The VM need not exist: one that was only ever refused has audit rows too. There may be any number of rows, so they
+    are read in pages, each a transaction of its own, and without a VM none looks at more than ``span`` numbers.
     """
 
-    since: int = 0
-    until: int = 1 << 62
-    hotkey: str = ""
-    name: str = ""
-    event: str | None = None
+    wanted: store.AuditWanted = store.AuditWanted()
     beyond: int | None = None
     backwards: bool = False
     limit: int = 1000
+    span: int = 100_000
 
     def script(self) -> Script[AuditPage]:
         begin = (1 << 62 if self.backwards else 0) if self.beyond is None else self.beyond
-        read = yield from store.ReadAudit(begin, self.limit, self.backwards)
-        chosen = tuple(row for _, row in read if self._wants(row))
-        return AuditPage(chosen, read[-1][0] if len(read) == self.limit else None)
+        if self.wanted.name:  # an index finds them
+            read = yield from store.ReadAudit(begin, self.limit, self.backwards, None, self.wanted)
+            return self._page(read, None)
+        first = yield from store.ReadAudit(begin, 1, self.backwards)
+        if not first:
+            return AuditPage((), None)
+        through = first[0][0] + (1 - self.span if self.backwards else self.span - 1)
+        read = yield from store.ReadAudit(begin, self.limit, self.backwards, through, self.wanted)
+        return self._page(read, through)
 
-    def _wants(self, row: store.AuditRow) -> bool:
-        if not self.since <= row.at < self.until or self.event not in (None, row.event):
-            return False
-        hotkey, name = ("", "") if row.vm is None else (row.vm.hotkey, row.vm.name)
-        return self.hotkey in ("", hotkey) and self.name in ("", name)
+    def _page(self, read: tuple[tuple[int, store.AuditRow], ...], through: int | None) -> AuditPage:
+        rows = tuple(row for _, row in read)
+        return AuditPage(rows, read[-1][0] if len(read) == self.limit else through)
 
 
 @frozen
 class Purged:
-    """The count of audit rows deleted, or that would be, and the number to go on from; None after the last page."""
+    """The count of rows deleted, or that would be, and where to go on; ``beyond`` is None after the last page."""
 
     count: int
     beyond: int | None
@@ -104,29 +94,33 @@ class Purged:
 
 @frozen
 class PurgeAudits(Unit[Purged]):
-    """Delete those of the next ``limit`` audit rows that record a time before ``before``, for ever.
+    """Delete those of the next ``span`` audit rows that record a time before ``before``, for ever.
 
     They are the next after the number ``beyond``. Repeat it from `Purged.beyond` until that is None: each is a
-    transaction of its own, with an audit row of its own. All rows are read, since a clock that was wrong may have put
-    an old one behind a new one. Without ``carry_out`` rows are counted and not deleted.
+    transaction of its own, with an audit row of its own. All rows are looked at, since a clock that was wrong may have
+    put an old one behind a new one. Without ``carry_out`` rows are counted and not deleted.
     """
 
     now: int
     before: int
     reason: str
     beyond: int = 0
-    limit: int = 1000
+    span: int = 50_000
     carry_out: bool = False
 
     def script(self) -> Script[Purged]:
-        read = yield from store.ReadAudit(self.beyond, self.limit)
-        count = sum(row.at < self.before for _, row in read)
+        first = yield from store.ReadAudit(self.beyond, 1)
+        if not first:
+            return Purged(0, None)
+        through = first[0][0] + self.span - 1
+        count = yield from store.CountAudit(self.beyond, through, self.before)
         if count and self.carry_out:
             deleted = f"rows of before {rfc3339(self.before)}: {count}"
             # The new row first: a store without audit rows may number from the beginning again.
             yield from _audit(self.now, "audit purged", self.reason, keys=deleted)
-            yield from store.PurgeAudit(self.beyond, read[-1][0], self.before)
-        return Purged(count, read[-1][0] if len(read) == self.limit else None)
+            yield from store.PurgeAudit(self.beyond, through, self.before)
+        more = yield from store.ReadAudit(through, 1)
+        return Purged(count, through if more else None)
 
 
 # --- keys ---
@@ -190,49 +184,48 @@ class PurgeKeys(Unit[tuple[store.GenerationRow, ...]]):
 
 @frozen
 class Rewrapped:
-    """The progress of a rewrap: rows wrapped by this unit, and the count of rows under each KEK, by ``kek_id``.
+    """The progress of a rewrap: the number of rows wrapped by this unit, and the row to go on after.
 
-    ``broken`` are rows that do not open, which were left as they are.
+    ``broken`` are rows that do not open, which were left as they are. ``last`` is None after the last page.
     """
 
     count: int
-    sealed: tuple[tuple[str, int], ...]
-    broken: tuple[Address, ...] = ()
+    broken: tuple[Address, ...]
+    last: store.GenerationRow | None
 
 
 @frozen
 class RewrapKeys(Unit[Rewrapped]):
-    """Wrap some rows under the current KEK that are under another one.
+    """Wrap the next rows under the current KEK that are under another one, as many as there is entropy for.
 
-    Repeat it until it counts none: each is a transaction of its own, so servers go on meanwhile, and an interrupted
-    rewrap goes on where it stopped. ``entropy`` is `NONCE_SIZE` random bytes for each row; ``skip`` are rows that were
-    found broken. Raises `KeyUnavailable` for a row under a KEK that is not available.
+    Repeat it after `Rewrapped.last` until that is None: each is a transaction of its own, so servers go on meanwhile.
+    An interrupted rewrap begins again, and finds only the rows that are left. ``entropy`` is `NONCE_SIZE` random bytes
+    for each row. Raises `KeyUnavailable` for a row under a KEK that is not available.
     """
 
     now: int
     entropy: bytes
     vault: Vault
     reason: str
-    skip: frozenset[Address] = frozenset()
+    after: store.GenerationRow | None = None
 
     def script(self) -> Script[Rewrapped]:
-        """Wrap as many as there is entropy for."""
         current = self.vault.current.kek_id
         limit = len(self.entropy) // NONCE_SIZE
-        rows = yield from store.ReadOtherwiseSealed(current, limit + len(self.skip))
-        addressed = [(Address(row.vm, row.volume, row.generation), row) for row in rows]
-        count, broken = 0, list[Address]()
-        for index, (address, row) in enumerate([pair for pair in addressed if pair[0] not in self.skip][:limit]):
+        rows = yield from store.ReadOtherwiseSealed(current, limit, self.after)
+        fresh, broken = list[store.GenerationRow](), list[Address]()
+        for index, row in enumerate(rows):
+            address = Address(row.vm, row.volume, row.generation)
             try:
                 wrapped = self.vault.rewrap(address, row, self.entropy[NONCE_SIZE * index : NONCE_SIZE * (index + 1)])
             except SealBroken:
                 broken.append(address)
                 continue
-            yield from store.RewrapGeneration(evolve(row, kek_id=wrapped.kek_id, wrapped_key=wrapped.wrapped_key))
-            count += 1
-        if count:
-            yield from _audit(self.now, "keys rewrapped", self.reason, keys=f"{count} under {current}")
-        return Rewrapped(count, (yield from store.CountSealed()), tuple(broken))
+            fresh.append(evolve(row, kek_id=wrapped.kek_id, wrapped_key=wrapped.wrapped_key))
+        if fresh:
+            yield from store.RewrapGenerations(tuple(fresh))
+            yield from _audit(self.now, "keys rewrapped", self.reason, keys=f"{len(fresh)} under {current}")
+        return Rewrapped(len(fresh), tuple(broken), rows[-1] if len(rows) == limit else None)
 
 
 @frozen
@@ -397,6 +390,44 @@ class StoreRestored(Unit[Restored]):
         moved = f"nonce horizon from {rfc3339(before)} to {rfc3339(horizon)}"
         yield from _audit(self.now, "store restored", self.reason, keys=moved)
         return Restored(before, horizon)
+
+
+@frozen
+class PurgedBoots:
+    """The rows deleted, or that would be, and the row to go on after; ``last`` is None after the last page."""
+
+    count: int
+    last: store.BootRow | store.AttestationRow | None
+
+
+@frozen
+class PurgeBoots(Unit[PurgedBoots]):
+    """Delete the next ``limit`` boots, or verdicts, that are older than ``before`` and that nothing needs, for ever.
+
+    See `ReadOld` for what is needed. Repeat it after `PurgedBoots.last` until that is None: each is a transaction of
+    its own, with an audit row of its own; boots first, since a verdict stays with its boot. Without ``carry_out`` rows
+    are counted and not deleted.
+    """
+
+    now: int
+    kind: type[store.BootRow | store.AttestationRow]
+    before: int
+    reason: str
+    after: store.BootRow | store.AttestationRow | None = None
+    limit: int = 1000
+    carry_out: bool = False
+
+    def script(self) -> Script[PurgedBoots]:
+        old: tuple[store.BootRow | store.AttestationRow, ...]
+        old = yield from store.ReadOld(self.kind, self.before, self.after, self.limit)
+        if old and self.carry_out:
+            keys = tuple(row.boot_id if isinstance(row, store.BootRow) else row.attestation_id for row in old)
+            if self.kind is store.BootRow:
+                yield from store.Delete(store.BootVolumeRow, keys)
+            yield from store.Delete(self.kind, keys)
+            deleted = f"{self.kind.TABLE} rows of before {rfc3339(self.before)}: {len(old)}"
+            yield from _audit(self.now, "boots purged", self.reason, keys=deleted)
+        return PurgedBoots(len(old), old[-1] if len(old) == self.limit else None)
 
 
 # --- registrations ---

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Generator
+from contextlib import closing, nullcontext
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -18,7 +18,8 @@ from chutes_proto.cli.operator.operating import DAY, OperatorCommand
 from chutes_proto.errors import ConfigurationError
 from chutes_proto.io.stores.address import DurableStore
 from chutes_proto.quote._terms import rfc3339
-from chutes_proto.store.rows import AuditRow
+from chutes_proto.store._run import Ask
+from chutes_proto.store.rows import AuditRow, AuditWanted, ReadAudit
 from chutes_proto.units.operator import PurgeAudits, ReadAuditPage
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -98,10 +99,7 @@ def listing(vm: str | None, event: str | None, since: int, until: int | None, la
     unit = _unit(vm, event, since, until)
     with operating.opened(config) as (_, store):
         rows = _newest(store, unit, last)
-    return answer(
-        {"ok": True, "rows": [_members(row) for row in rows]},
-        lambda: output.table(_COLUMNS, rows, empty="no audit rows", under=_UNDER),
-    )
+    return operating.answer_rows("rows", rows, _members, _COLUMNS, "no audit rows", _UNDER)
 
 
 @command.command()
@@ -125,11 +123,9 @@ def export(vm: str | None, event: str | None, since: int, until: int | None, las
             for row in _newest(store, unit, last):
                 console.say_json(_members(row))
             return console.GRANTED
-        newest = store.transact(ReadAuditPage(backwards=True, limit=1)).beyond
         # No bar between the rows, where they go to the same terminal.
-        with nullcontext(output.untold) if output.draws() else output.waiting("audit rows read", newest) as tell:
-            for row in _every(store, unit, tell):
-                console.say_json(_members(row))
+        for row in _every(store, unit, is_told=not output.draws()):
+            console.say_json(_members(row))
     return console.GRANTED
 
 
@@ -151,19 +147,20 @@ def purge(older_than: int | None, yes: bool, reason: str, config: str) -> int:
     """
     with (
         operating.opened(config) as (setup, store),
-        output.progress(f"audit rows {'deleted' if yes else 'found'} so far") as tell,
+        output.progress("audit rows looked at") as tell,
     ):
         days = operating.kept_days(older_than, "audit_days", setup.config.audit_days, "audit rows")
         began = operating.now()
         before = began - days * DAY
         unit, found = PurgeAudits(began, before, reason, carry_out=yes), 0
+        newest = _newest_number(store)
         while True:
             step = store.transact(unit)
             found += step.count
             if step.beyond is None:
                 break
             unit = evolve(unit, beyond=step.beyond)
-            tell(found)
+            tell(min(step.beyond, newest), newest)
     if not found:
         told = f"nothing to purge: no audit row is older than {rfc3339(before)}"
     elif yes:
@@ -178,23 +175,31 @@ def _unit(vm: str | None, event: str | None, since: int, until: int | None) -> R
     if since >= end:
         raise ConfigurationError("--since: it is not before --until, so no time is selected; say an earlier one")
     hotkey, _, name = (vm or "").rpartition("/")
-    return ReadAuditPage(since, end, hotkey, name, event)
+    return ReadAuditPage(AuditWanted(since, end, hotkey, name, event or ""))
 
 
-def _every(store: DurableStore, unit: ReadAuditPage, tell: output.Advance = output.untold) -> Iterator[AuditRow]:
+def _newest_number(store: DurableStore) -> int:
+    newest = store.transact(Ask(ReadAudit(_END, 1, backwards=True)))
+    return newest[0][0] if newest else 0
+
+
+def _every(store: DurableStore, unit: ReadAuditPage, *, is_told: bool) -> Generator[AuditRow]:
     """The rows one after the other, of which a page at a time is in memory."""
-    while True:
-        page = store.transact(unit)
-        yield from page.rows
-        tell(page.beyond or 0)
-        if page.beyond is None:
-            return
-        unit = evolve(unit, beyond=page.beyond)
+    newest = _newest_number(store)
+    with output.waiting("audit rows looked at", newest) if is_told else nullcontext(output.untold) as tell:
+        while True:
+            page = store.transact(unit)
+            yield from page.rows
+            if page.beyond is None:
+                return
+            tell(min(newest, newest - page.beyond if unit.backwards else page.beyond))
+            unit = evolve(unit, beyond=page.beyond)
 
 
 def _newest(store: DurableStore, unit: ReadAuditPage, limit: int) -> list[AuditRow]:
     """So many of the newest rows, the oldest of them first."""
-    return [*islice(_every(store, evolve(unit, backwards=True)), limit)][::-1]
+    with closing(_every(store, evolve(unit, backwards=True), is_told=True)) as rows:
+        return [*islice(rows, limit)][::-1]
 
 
 def _members(row: AuditRow) -> dict[str, object]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable, Iterator
 
 import click
+from attrs import evolve
 from cryptography.fernet import Fernet
 
 from chutes_proto.cli import console, output
@@ -17,7 +19,7 @@ from chutes_proto.io.files import read_lines, read_private
 from chutes_proto.io.reference_keys import read_row
 from chutes_proto.keys.vault import NONCE_SIZE, Address, FreshKey
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import GenerationRow, Platform, ReadNames, Vm
+from chutes_proto.store.rows import CountSealed, GenerationRow, Platform, ReadRetired, Vm
 from chutes_proto.units.operator import AllowFormat, History, ImportKeys, PurgeKeys, RestoreKey, RewrapKeys
 from chutes_proto.wire.json import JsonError, decode
 
@@ -144,28 +146,39 @@ def purge(vm: str | None, older_than: int | None, yes: bool, reason: str, config
 
     See also: keys history, audit purge
     """
-    found: list[tuple[Vm, GenerationRow]] = []
     with operating.opened(config) as (setup, store), output.progress("VMs") as tell:
-        vms = (operating.find_vm(store, vm),) if vm else store.transact(Ask(ReadNames()))
         days = operating.kept_days(older_than, "retention_days", setup.config.retention_days, "retired keys")
         began = operating.now()
-        try:
-            for index, one in enumerate(vms):
-                unit = PurgeKeys(began, days * DAY, reason, one, yes)
-                found += [(one, row) for row in store.transact(unit)]
-                if index % BATCH == BATCH - 1:
-                    tell(index + 1, len(vms))
-        finally:  # what is deleted is shown, also where a signal ends it
-            if not wants("json") and found:
-                output.table(_PURGED, found, empty="")
-    named = [{"hotkey": one.hotkey, "vm": one.name, **_members(row)} for one, row in found]
+        until = began - days * DAY
+        vms: Iterable[Vm] = operating.listing(store, lambda after: ReadRetired(until, after, operating.PAGE))
+        if vm:
+            vms = (operating.find_vm(store, vm),)
+        found = 0
+
+        def purged() -> Iterator[tuple[Vm, GenerationRow]]:
+            nonlocal found
+            for number, one in enumerate(vms, 1):
+                for row in store.transact(PurgeKeys(began, days * DAY, reason, one, yes)):
+                    found += 1
+                    yield one, row
+                if number % BATCH == 0:
+                    tell(number)
+
+        # Deleted keys are shown at once, since a signal may end it.
+        if wants("json"):
+            told = {"ok": True, "purged": yes, "older_than_days": days}
+            members = ({"hotkey": one.hotkey, "vm": one.name, **_members(row)} for one, row in purged())
+            console.say_json_list(told, "generations", members)
+            return console.GRANTED
+        output.table(_PURGED, purged(), empty="nothing to purge")
     if not found:
-        told = f"nothing to purge: no passphrase that may be deleted was retired {days} days ago or earlier"
+        said = f"no passphrase that may be deleted was retired {days} days ago or earlier"
     elif yes:
-        told = f"{len(found)} passphrases deleted that were retired {days} days ago or earlier"
+        said = f"{found} passphrases deleted that were retired {days} days ago or earlier"
     else:
-        told = f"{len(found)} passphrases were retired {days} days ago or earlier; with --yes they are deleted"
-    return answer({"ok": True, "purged": yes, "older_than_days": days, "generations": named}, told)
+        said = f"{found} passphrases were retired {days} days ago or earlier; with --yes they are deleted"
+    console.say(said)
+    return console.GRANTED
 
 
 @command.command()
@@ -173,9 +186,9 @@ def purge(vm: str | None, older_than: int | None, yes: bool, reason: str, config
 def rewrap(reason: str, config: str) -> int:
     """Wrap all keys under the current key-encryption key (KEK).
 
-    Wraps every key that is still under kek_previous_file under kek_file, a few at a time. Servers may run meanwhile,
-    and it may be stopped and begun again. When it says that no key is under another KEK, wait 600 seconds, and then
-    remove kek_previous_file from the configuration of all servers.
+    Wraps every key that is still under kek_previous_file under kek_file, a thousand at a time. Servers may run
+    meanwhile, and it may be stopped and begun again: then it wraps only those that are left. When it says that no key
+    is under another KEK, wait 600 seconds, and then remove kek_previous_file from the configuration of all servers.
 
     Examples:
       chutes-proto keys rewrap --config server.toml
@@ -184,21 +197,29 @@ def rewrap(reason: str, config: str) -> int:
     See also: store check, serve
     """
     wrapped = 0
-    broken = frozenset[Address]()
+    broken = set[Address]()
     with operating.opened(config) as (setup, store), output.progress("keys wrapped") as tell:
         vault = setup.vault
+        current = vault.current.kek_id
         while True:
-            entropy = os.urandom(NONCE_SIZE * BATCH)
-            step = store.transact(RewrapKeys(operating.now(), entropy, vault, reason, broken))
-            broken |= frozenset(step.broken)
-            if not step.count and not step.broken:
+            sealed = dict(store.transact(Ask(CountSealed())))
+            left = sum(sealed.values()) - sealed.get(current, 0)
+            if left <= len(broken):
                 break
-            wrapped += step.count
-            tell(wrapped, wrapped + sum(left for kek_id, left in step.sealed if kek_id != vault.current.kek_id))
+            begun, unit = wrapped, RewrapKeys(operating.now(), b"", vault, reason)
+            while True:
+                unit = evolve(unit, now=operating.now(), entropy=os.urandom(NONCE_SIZE * operating.PAGE))
+                step = store.transact(unit)
+                broken |= {*step.broken}
+                wrapped += step.count
+                tell(wrapped, begun + left)
+                if step.last is None:
+                    break
+                unit = evolve(unit, after=step.last)
     told = sorted(f"{row.vm.hotkey}/{row.vm.name} {row.volume}/{row.generation}" for row in broken)
     for row in told:
         console.complain(f"{row}: it does not open, because its row was altered or is another's; it is left unchanged")
-    lines = [f"{wrapped} keys wrapped; no key is under another KEK than {vault.current.kek_id}"]
+    lines = [f"{wrapped} keys wrapped; no key is under another KEK than {current}"]
     if broken:
         lines = [f"{wrapped} keys wrapped; {len(broken)} are still under another KEK"]
     elif vault.previous is not None:
@@ -207,7 +228,7 @@ def rewrap(reason: str, config: str) -> int:
             f"any other server still makes keys under {vault.previous.kek_id}; `chutes-proto store check` shows them",
         ]
     return answer(
-        {"ok": not broken, "rewrapped": wrapped, "sealed_under": dict(step.sealed), "broken": told},
+        {"ok": not broken, "rewrapped": wrapped, "sealed_under": sealed, "broken": told},
         "\n".join(lines),
         ok=not broken,
     )

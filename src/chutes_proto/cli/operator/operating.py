@@ -13,7 +13,7 @@ import os
 import pwd
 import re
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from functools import cache
 from typing import Any, TypeVar
@@ -22,7 +22,7 @@ import attrs
 import click
 
 from chutes_proto._converter import StrictConverter
-from chutes_proto.cli import console
+from chutes_proto.cli import console, output
 from chutes_proto.cli.base import Argument, Command, Decorator, answer, json_option, parsed, table_options, wants
 from chutes_proto.cli.describe import exits
 from chutes_proto.errors import KeyUnavailable, Refusal, Refused, SealBroken, StoreError
@@ -30,13 +30,16 @@ from chutes_proto.io.server.store_setup import StoreSetup, make_store_setup
 from chutes_proto.io.stores.address import DurableStore
 from chutes_proto.server import ServerConfig
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import Pin, ReadNames, Vm
+from chutes_proto.store.rows import Pin, ReadNames, StoreOp, Vm
 from chutes_proto.wire.codes import Code
 from chutes_proto.wire.names import NAME_PATTERN
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 DAY = 24 * 60 * 60
+PAGE = 1000
+"""Rows that a command has in memory at a time."""
 _COUNT = re.compile(r"[0-9]{1,5}")
 _HOTKEY = re.compile(r"[!-~]{1,128}")
 _REASON_LENGTH = 500
@@ -77,13 +80,37 @@ def find_vm(store: DurableStore, text: str, *, new: bool = False) -> Vm:
     hotkey, slash, name = text.rpartition("/")
     if slash and new:
         return Vm(hotkey, name)
-    found = [vm for vm in store.transact(Ask(ReadNames(name))) if hotkey in ("", vm.hotkey)]
+    found = store.transact(Ask(ReadNames(name, hotkey)))
     if len(found) == 1:
         return found[0]
     if not found:
         raise Refused(Code.KEY_NOT_FOUND, f"VM {text!r} does not exist; `chutes-proto vm list` shows all")
     hotkeys = ", ".join(vm.hotkey for vm in found)
     raise Refused(Code.KEY_NOT_FOUND, f"several hotkeys have a VM {text!r}; say HOTKEY/{text} with one of: {hotkeys}")
+
+
+def listing(store: DurableStore, read: Callable[[T | None], StoreOp[tuple[T, ...]]]) -> Iterator[T]:
+    """All that ``read`` finds, of which a page at a time is in memory; it takes the last of the page before."""
+    after: T | None = None
+    while page := store.transact(Ask(read(after))):
+        yield from page
+        after = page[-1]
+
+
+def answer_rows(
+    name: str,
+    rows: Iterable[T],
+    members: Callable[[T], object],
+    columns: output.Columns,
+    empty: str,
+    under: Mapping[str, str] | None = None,
+) -> int:
+    """Print rows while they are read: ``members`` of each in the list ``name`` with ``--json``, else a table."""
+    if wants("json"):
+        console.say_json_list({"ok": True}, name, map(members, rows))
+    else:
+        output.table(columns, rows, empty=empty, under=under)
+    return console.GRANTED
 
 
 def done(text: str) -> int:

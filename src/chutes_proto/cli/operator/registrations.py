@@ -8,8 +8,7 @@ from chutes_proto.cli import output
 from chutes_proto.cli.base import Argument, Group, answer
 from chutes_proto.cli.operator import operating
 from chutes_proto.cli.operator.operating import OperatorCommand
-from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import Scan, ServerRow, Vm
+from chutes_proto.store.rows import ReadPage, ServerRow, Vm
 from chutes_proto.units.operator import RemoveRegistration
 
 command: Group = Group(
@@ -43,12 +42,11 @@ def listing(config: str) -> int:
     See also: registrations remove, vm list
     """
     with operating.opened(config) as (_, store):
-        rows = store.transact(Ask(Scan(ServerRow)))
-    names = "server_id hotkey name host address boot_id platform created_at"
-    return answer(
-        {"ok": True, "registrations": [operating.members(row, names) for row in rows]},
-        lambda: output.table(_COLUMNS, rows, empty="no registrations"),
-    )
+        rows = operating.listing(store, lambda after: ReadPage(ServerRow, after, operating.PAGE))
+        names = "server_id hotkey name host address boot_id platform created_at"
+        return operating.answer_rows(
+            "registrations", rows, lambda row: operating.members(row, names), _COLUMNS, "no registrations"
+        )
 
 
 def _evidence(row: ServerRow) -> output.Cell:

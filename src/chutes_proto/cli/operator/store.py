@@ -21,8 +21,10 @@ from chutes_proto.keys.vault import Vault
 from chutes_proto.quote._terms import rfc3339
 from chutes_proto.server import ServerConfig
 from chutes_proto.server._config import check_store_address
+from chutes_proto.store._run import Ask
+from chutes_proto.store.rows import ReadTimes
 from chutes_proto.store.sql import compatible_since
-from chutes_proto.units.contents import ReadContents, WriteContents
+from chutes_proto.units.contents import CountAll, Fill, pages
 from chutes_proto.units.operator import StoreRestored
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -99,8 +101,10 @@ def copy(source: str, reason: str, config: str | None, store: str | None) -> int
 
     Copies every row of the store --from into the empty store of --config or --store, in one transaction: from a file
     to PostgreSQL, for example, or back. Before, stop all servers, and never start one on the old store again: the new
-    store does not know what it would grant. The old store is not changed, but it must be writable. Keys stay sealed
-    under the same KEK. In PostgreSQL make the schema first, with `store migrate`; a missing SQLite file is made.
+    store does not know what it would grant. An SQLite file that a server or another command has open is refused, and
+    none can open it meanwhile; from PostgreSQL the rows of one moment are copied. The old store is not changed, but it
+    must be writable. Keys stay sealed under the same KEK. In PostgreSQL make the schema first, with `store migrate`. A
+    missing SQLite file is made, and appears under its name when all rows are in it.
 
     Examples:
       chutes-proto store copy --from sqlite:keys.db --store sqlite:new.db
@@ -112,22 +116,22 @@ def copy(source: str, reason: str, config: str | None, store: str | None) -> int
     origin = _named("--from", source)
     if not origin.is_made():
         raise StoreError(f"store {origin.path}: not made yet, so there is nothing to copy; see --from")
-    with closing(origin.open()) as old, closing(place.open()) as new:
-        if new.name == old.name:
-            raise ConfigurationError(f"--from: {old.name} is the store to fill; name another one")
+    if origin.name == place.name:
+        raise ConfigurationError(f"--from: {origin.name} is the store to fill; name another one")
+    with closing(origin.open(alone=True)) as old, place.filling() as new:
         for each in (old, new):
             if newer := of_newer_schema(each):  # it may have columns that this release does not know
                 raise StoreError(f"store {each.name}: {newer}, and copy with that release")
-        with output.waiting(f"checking {old.name}"):
-            _ = old.check()
+        with output.waiting(f"checking {old.name}") as tell:
+            _ = old.check(tell)
         sealed = None if vault is None else check_keys(old, vault)
-        with output.waiting(f"reading {old.name}"):
-            contents = old.transact(ReadContents())
-        console.tell(f"copying {len(contents.rows)} rows from {old.name} to {new.name}")
-        with output.waiting("rows copied", len(contents.rows)) as tell:
-            new.transact(WriteContents(contents, operating.now(), reason, tell))
-        with output.waiting(f"checking {new.name}"):
-            found: dict[str, Any] = {"store": new.name, "copied_from": old.name, "rows": new.check()}
+        with old.snapshot() as rows:
+            total, horizon = rows.transact(CountAll()), rows.transact(Ask(ReadTimes())).horizon
+            console.tell(f"copying {total} rows from {old.name} to {place.name}")
+            with output.waiting("rows copied", total) as tell:
+                new.transact(Fill(horizon, lambda: pages(rows), operating.now(), reason, total, tell))
+        with output.waiting(f"checking {place.name}") as tell:
+            found: dict[str, Any] = {"store": place.name, "copied_from": old.name, "rows": new.check(tell)}
     return _told(found if sealed is None else found | {"keys_sealed_under": sealed})
 
 
@@ -148,8 +152,9 @@ def check(config: str | None, store: str | None) -> int:
     place, vault = _place(config, store)
     if not place.is_made():
         raise StoreError(f"store {place.path}: not made yet; a server makes it, or `chutes-proto store migrate`")
-    with closing(place.open()) as opened, output.waiting(f"checking {opened.name}"):
-        found: dict[str, Any] = {"store": opened.name, "schema_version": opened.schema_version, "rows": opened.check()}
+    with closing(place.open()) as opened, output.waiting(f"checking {opened.name}") as tell:
+        found: dict[str, Any] = {"store": opened.name, "schema_version": opened.schema_version}
+        found["rows"] = opened.check(tell)
         if newer := of_newer_schema(opened):
             found["note"] = newer
         if vault is not None:

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import chain
 
 import click
+from attrs import evolve
 
 from chutes_proto.auth.hotkey import Hotkey, HotkeyError
 from chutes_proto.cli import output
 from chutes_proto.cli.base import Group, answer, one_of, watch_option
 from chutes_proto.cli.operator import operating
-from chutes_proto.cli.operator.operating import OperatorCommand
+from chutes_proto.cli.operator.operating import DAY, OperatorCommand
 from chutes_proto.cli.output import Cell
 from chutes_proto.errors import ConfigurationError
-from chutes_proto.store.rows import Platform, Vm, VmRow
-from chutes_proto.units.operator import BindVm, Everyone, RebindVm
+from chutes_proto.quote._terms import rfc3339
+from chutes_proto.store._run import Ask
+from chutes_proto.store.rows import AttestationRow, BootRow, CountRows, Platform, ReadPage, ReadUnclaimed, Vm, VmRow
+from chutes_proto.units.operator import BindVm, PurgeBoots, RebindVm
 
 command: Group = Group(
     "vm",
     of=OperatorCommand,
-    help="""List, bind and rebind VMs.
+    help="""List, bind and rebind VMs, and purge their old boots.
 
     A VM's name is bound to the platform that booted it first. These commands show the platform, and change it. Every
     change writes an audit row.
@@ -68,15 +72,17 @@ def listing(config: str) -> int:
 
 def _list(config: str) -> int:
     with operating.opened(config) as (_, store):
-        everyone = store.transact(Everyone())
-    claims = [row for row in everyone if isinstance(row, VmRow)]
-    unbound = [row for row in everyone if not isinstance(row, VmRow)]
+        claims = operating.listing(store, lambda after: ReadPage(VmRow, after, operating.PAGE))
+        unbound = operating.listing(store, lambda after: ReadUnclaimed(after, operating.PAGE))
+        everyone: Iterator[VmRow | Vm] = chain(claims, unbound)
+        return operating.answer_rows("vms", everyone, _members, _COLUMNS, "no VMs")
+
+
+def _members(row: VmRow | Vm) -> dict[str, object]:
+    if isinstance(row, Vm):
+        return {"hotkey": row.hotkey, "vm": row.name, "platform": None}
     names = "hotkey vm platform proven exchange created_at last_boot_at"
-    bound = [operating.members(claim, names) | {"last_boot_at": claim.last_boot_at or None} for claim in claims]
-    free = [{"hotkey": vm.hotkey, "vm": vm.name, "platform": None} for vm in unbound]
-    return answer(
-        {"ok": True, "vms": [*bound, *free]}, lambda: output.table(_COLUMNS, [*claims, *unbound], empty="no VMs")
-    )
+    return operating.members(row, names) | {"last_boot_at": row.last_boot_at or None}
 
 
 @command.command()
@@ -133,3 +139,49 @@ def rebind(
         store.transact(RebindVm(operating.now(), named, platform, keep_keys, setup.vault, reason))
     how = "with its keys" if keep_keys else "its keys are retired"
     return operating.done(f"{named.hotkey}/{named.name} is bound to {platform.pin}, {how}; its tokens are void")
+
+
+@command.command("purge-boots")
+@operating.purges("boot_days", 90, "made")
+@operating.changes
+def purge_boots(older_than: int | None, yes: bool, reason: str, config: str) -> int:
+    """Delete boots and verdicts on quotes whose retention has ended, for ever.
+
+    Deletes the rows of boots, and of granted and refused quotes, that are older than boot_days of the configuration.
+    Each VM's newest boot stays with its verdict, and so do the boot that a registered server is linked to and the
+    newest verdict on a server. Keys and audit rows are not touched. Servers may run meanwhile, and the purge may be
+    stopped and begun again. An audit row says who deleted how many. Without --yes nothing is deleted, only counted.
+
+    Examples:
+      chutes-proto vm purge-boots --config server.toml
+      chutes-proto vm purge-boots --older-than 180 --yes --config server.toml
+
+    See also: audit purge, keys purge
+    """
+    found = {"boot": 0, "attestation": 0}
+    with (
+        operating.opened(config) as (setup, store),
+        output.progress(f"boots and verdicts {'deleted' if yes else 'found'} so far") as tell,
+    ):
+        days = operating.kept_days(older_than, "boot_days", setup.config.boot_days, "boots")
+        began = operating.now()
+        before = began - days * DAY
+        total = sum(store.transact(Ask(CountRows(kind))) for kind in (BootRow, AttestationRow))
+        for kind in (BootRow, AttestationRow):
+            unit = PurgeBoots(began, kind, before, reason, carry_out=yes)
+            while True:
+                step = store.transact(unit)
+                found[kind.TABLE] += step.count
+                tell(sum(found.values()), total)
+                if step.last is None:
+                    break
+                unit = evolve(unit, after=step.last)
+    if not yes:
+        found["attestation"] += found["boot"]  # each boot keeps its verdict as long as it is there
+    if not any(found.values()):
+        told = f"nothing to purge: no boot that may be deleted is older than {rfc3339(before)}"
+    else:
+        counts = f"{found['boot']} boots and {found['attestation']} verdicts older than {rfc3339(before)}"
+        told = f"{counts} deleted" if yes else f"{counts}; with --yes they are deleted"
+    numbers = {"boots": found["boot"], "verdicts": found["attestation"]}
+    return answer({"ok": True, "purged": yes, "older_than_days": days, "before": before, **numbers}, told)

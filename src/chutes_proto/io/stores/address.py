@@ -10,14 +10,17 @@ Rules kept here:
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
 from attrs import field, frozen
 
 from chutes_proto.errors import StoreError
+from chutes_proto.io.files import name_file
 from chutes_proto.io.stores.sqlite import SqliteStore
-from chutes_proto.store._run import Store
+from chutes_proto.store._run import Store, untold
 
 
 class DurableStore(Store, Protocol):
@@ -30,8 +33,15 @@ class DurableStore(Store, Protocol):
     schema_version: int
     """The schema version that it has; it may be newer than this release's, if it says that we can use it."""
 
-    def check(self) -> dict[str, int]:
-        """Read everything; return the number of rows of each table. Raises `StoreError`."""
+    def check(self, tell: Callable[[int, int], object] = untold) -> dict[str, int]:
+        """Read everything; return the number of rows of each table. Raises `StoreError`.
+
+        ``tell`` takes how much is read, and of how much, now and then.
+        """
+        ...
+
+    def snapshot(self) -> AbstractContextManager[Store]:
+        """One transaction, without a time limit, that reads the store as it is when the block begins."""
         ...
 
     def check_writing(self) -> None:
@@ -57,6 +67,15 @@ class StorePlace:
         kind, colon, path = self.address.partition(":")
         return self.base / path if colon and kind == "sqlite" else None
 
+    @property
+    def name(self) -> str:
+        """The store's name for people, without a password. Raises `ConfigurationError` for a wrong address."""
+        if self.path is not None:
+            return str(self.path.resolve())
+        from chutes_proto.io.stores.postgres import name_of
+
+        return name_of(self.address)
+
     def is_made(self) -> bool:
         """Return whether the store exists; False for an SQLite file that `open` can make.
 
@@ -74,13 +93,35 @@ class StorePlace:
             raise StoreError(f"store {path}: its directory does not exist, or this user may not write it")
         return False
 
-    def open(self, *, migrate: bool = False) -> DurableStore:
+    @contextmanager
+    def filling(self) -> Generator[DurableStore]:
+        """Open it, alone, to be filled. An SQLite file that was not there gets its name when the block has ended well.
+
+        So a copy that is interrupted, even by SIGKILL, leaves no file that looks like a store. Raises as `open` does.
+        """
+        path = self.path
+        if path is None or self.is_made():
+            with closing(self.open(alone=True)) as store:
+                yield store
+            return
+        partial = path.with_name(f"{path.name}.partial")
+        try:
+            with closing(SqliteStore(partial, alone=True)) as store:
+                yield store
+            name_file(partial, path)
+        finally:
+            for end in ("", "-wal", "-shm"):
+                with suppress(OSError):
+                    Path(f"{partial}{end}").unlink()
+
+    def open(self, *, migrate: bool = False, alone: bool = False) -> DurableStore:
         """Open it; with ``migrate``, bring its schema to this release's version.
 
-        Raises `StoreError`, and `ConfigurationError` for an address that is not one of a store.
+        With ``alone`` an SQLite file that any other process has open is refused, and nobody else can open it until it
+        is closed. Raises `StoreError`, and `ConfigurationError` for an address that is not one of a store.
         """
         if self.path is not None:
-            return SqliteStore(self.path, migrate=migrate)
+            return SqliteStore(self.path, migrate=migrate, alone=alone)
         from chutes_proto.io.stores.postgres import PostgresStore
 
         return PostgresStore(self.address, connections=self.connections, migrate=migrate)

@@ -38,15 +38,24 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from attrs import define, evolve, field
 
 from chutes_proto.errors import ConfigurationError, StoreBusy, StoreError
-from chutes_proto.store._run import run_script
+from chutes_proto.store._run import Snapshot, run_script, untold
 from chutes_proto.store._versions import Versions
 from chutes_proto.store.rows import (
     ROWS,
+    CountAudit,
+    CountRows,
     CountSealed,
+    Delete,
+    InsertAll,
     PurgeAudit,
     ReadAudit,
     ReadNames,
+    ReadOld,
     ReadOtherwiseSealed,
+    ReadPage,
+    ReadRetired,
+    ReadUnclaimed,
+    RewrapGenerations,
     Scan,
     VoidTokens,
 )
@@ -73,7 +82,7 @@ except ImportError as _missing:
 if TYPE_CHECKING:
     from psycopg.abc import PQGen
 
-    from chutes_proto.store._run import Unit
+    from chutes_proto.store._run import Store, Unit
     from chutes_proto.store.rows import StoreOp
 
 T = TypeVar("T")
@@ -271,9 +280,22 @@ class PostgresStore:
         """Run ``unit`` as one transaction; see `chutes_proto.store._run.Store`."""
         return self._with_retries(lambda connection: self._run(connection, unit))
 
-    def check(self) -> dict[str, int]:
-        """Read all rows; return their number for each table. Raises `StoreError` for damage and for another schema."""
-        return self._with_retries(self._check)
+    def check(self, tell: Callable[[int, int], object] = untold) -> dict[str, int]:
+        """Read all rows; return their number for each table. Raises `StoreError` for damage and for another schema.
+
+        ``tell`` takes how many rows are read, and of how many, after each table.
+        """
+        return self._with_retries(lambda connection: self._check(connection, tell))
+
+    @contextlib.contextmanager
+    def snapshot(self) -> Generator[Store]:
+        """Run several units in one transaction that reads the database as it is when the block begins."""
+        try:
+            with self._connection() as connection, self._transaction(connection, self._begin):
+                self._lift_limits(connection)
+                yield Snapshot(lambda unit: self._run(connection, unit))
+        except _Again as exc:
+            raise exc.fault from exc.__cause__
 
     def check_writing(self) -> None:
         """Check that the database's user has all rights that a server needs. Raises `StoreError`."""
@@ -302,13 +324,18 @@ class PostgresStore:
             time.sleep(random.uniform(0, pause))  # noqa: S311 - not a secret
             pause = min(2 * pause, 0.1)
 
-    def _check(self, connection: _Connection) -> dict[str, int]:
+    def _check(self, connection: _Connection, tell: Callable[[int, int], object]) -> dict[str, int]:
         _ = self._versions(connection).require()
         self._versions(connection).require_indexes()
         self._lift_limits(connection)
-        # As text, so that every value is read completely.
-        texts = ((kind.TABLE, f"SELECT count(row::text) FROM {kind.TABLE} AS row") for kind in ROWS)  # noqa: S608
-        return {table: _rows(connection, text)[0][0] for table, text in texts}
+        tables = [kind.TABLE for kind in ROWS]
+        total = sum(_rows(connection, f"SELECT count(*) FROM {table}")[0][0] for table in tables)  # noqa: S608
+        found: dict[str, int] = {}
+        for table in tables:
+            _ = tell(sum(found.values()), total)
+            # As text, so that every value is read completely.
+            found[table] = _rows(connection, f"SELECT count(row::text) FROM {table} AS row")[0][0]  # noqa: S608
+        return found
 
     def _check_writing(self, connection: _Connection) -> None:
         tables = ("fact", *(kind.TABLE for kind in ROWS))
@@ -504,8 +531,8 @@ class PostgresStore:
             raise self._fault(f"{what}; {_UNKNOWN}, and a fail-over may lose it")
 
     def _lift_limits(self, connection: _Connection) -> None:
-        """Remove the time limits of this transaction's statements."""
-        _ = _rows(connection, "SET LOCAL statement_timeout = 0")
+        """Remove the time limits of this transaction, and of its statements."""
+        _ = _rows(connection, "SET LOCAL statement_timeout = 0; SET LOCAL idle_in_transaction_session_timeout = 0")
         connection.answer_seconds = None
 
     def _roll_back(self, connection: _Connection) -> None:
@@ -539,14 +566,33 @@ class _Again(Exception):
         self.fault = fault
 
 
+_LONG: Final = (
+    CountAudit,
+    CountRows,
+    CountSealed,
+    Delete,
+    InsertAll,
+    PurgeAudit,
+    ReadAudit,
+    ReadNames,
+    ReadOld,
+    ReadOtherwiseSealed,
+    ReadPage,
+    ReadRetired,
+    ReadUnclaimed,
+    RewrapGenerations,
+    Scan,
+)
+
+
 def _may_take_long(op: StoreOp[Any]) -> bool:
     """Return whether only operators use this operation, on tables that may have many rows."""
     if isinstance(op, VoidTokens):
         return op.vm is None
-    return isinstance(op, (Scan, ReadNames, ReadAudit, PurgeAudit, CountSealed, ReadOtherwiseSealed))
+    return isinstance(op, _LONG)
 
 
-@functools.cache
+@functools.lru_cache(256)
 def _query(text: str) -> bytes:
     return for_driver(text, "postgresql").encode()
 
@@ -559,6 +605,11 @@ def _rows(connection: _Connection, text: str) -> list[tuple[Any, ...]]:
         rows += () if cursor.rownumber is None else cursor.fetchall()
         if not cursor.nextset():
             return rows
+
+
+def name_of(url: str) -> str:
+    """Return the name of the database at ``url``, without a password. Raises `ConfigurationError`."""
+    return _parse(url)[1]
 
 
 def has_secret(url: str) -> bool:

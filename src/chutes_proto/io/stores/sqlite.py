@@ -10,6 +10,8 @@ Rules kept here:
   and a refusal that another of these units caused is replaced by that failure;
 * the file is private (0600) from its first byte; an existing file of another kind or schema version is refused, and
   neither changed nor, unless an operator asks for it, migrated; so is one that was migrated while it was open;
+* with ``alone`` the file is locked for this process as long as it is open: a copy must not miss what a server grants
+  meanwhile;
 * SQLite's errors become `StoreBusy` (retry later) or `StoreError` (an operator must act), with the file's name.
 """
 
@@ -20,14 +22,14 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from attrs import define, field
 
 from chutes_proto.errors import StoreBusy, StoreError
-from chutes_proto.store._run import Unit, run_script
+from chutes_proto.store._run import Snapshot, Store, Unit, run_script, untold
 from chutes_proto.store._versions import Versions
 from chutes_proto.store.rows import ROWS
 from chutes_proto.store.sql import READ_VERSION, LostFactError, decode, for_driver, statement
@@ -61,6 +63,10 @@ _SETTINGS: tuple[tuple[str, str | int], ...] = (
     ("trusted_schema", 0),
 )
 
+_STEPS_A_ROW: Final = 60
+"""About so many steps of SQLite's machine check a row and its entries in indexes."""
+_STEPS_A_CALL: Final = 200_000
+
 _MAKING = threading.Lock()
 
 _ALONE: Final = Unit[Any]()
@@ -92,16 +98,25 @@ class SqliteStore:
     ``busy_seconds`` is how long one transaction waits for another, of this process or of another one, before it raises
     `StoreBusy`. With ``migrate`` a file of an older schema version is brought to this release's; ``found_version`` is
     the one that it had (None: it was empty), ``schema_version`` the one that it has now, ``commits`` the number of
-    commits. Raises `StoreError` for a file that cannot be a store.
+    commits. With ``alone`` nobody else has the file open, a server that does nothing neither, or `StoreBusy` is raised.
+    Raises `StoreError` for a file that cannot be a store.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, busy_seconds: float = 5.0, migrate: bool = False) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        busy_seconds: float = 5.0,
+        migrate: bool = False,
+        alone: bool = False,
+    ) -> None:
         self.path: Path = Path(path).resolve()
         self.name: str = str(self.path)
         self.commits: int = 0
         self.found_version: int | None = None
         self.schema_version: int = 0
         self._migrate = migrate
+        self._alone = alone
         self._busy_seconds = busy_seconds
         self._lock = threading.Lock()  # guards the next two
         self._writer: _Job | None = None
@@ -125,20 +140,57 @@ class SqliteStore:
         result: T = job.result
         return result
 
-    def check(self) -> dict[str, int]:
+    def check(self, tell: Callable[[int, int], object] = untold) -> dict[str, int]:
         """Read the whole file in one snapshot, while others write; return the number of rows of each table.
 
-        Raises `StoreError` for damage, another schema, or a file that was removed.
+        ``tell`` takes how many steps of SQLite are done, and an estimate of how many there are. Raises `StoreError` for
+        damage, another schema, or a file that was removed.
         """
         with self._my_turn(_Job(_ALONE)), self._transaction("BEGIN") as connection:
             if self._versions(connection).found() is None:
                 raise self._fault(_FAULTS[sqlite3.SQLITE_CORRUPT])
             _ = self._versions(connection).require()
-            (verdict,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
-            if verdict != "ok" or connection.execute("PRAGMA foreign_key_check").fetchone():
-                raise self._fault(_FAULTS[sqlite3.SQLITE_CORRUPT])
-            counts = ((kind.TABLE, f"SELECT count(*) FROM {kind.TABLE}") for kind in ROWS)  # noqa: S608 - names of ours
-            return {table: connection.execute(text).fetchone()[0] for table, text in counts}
+            texts = ((kind.TABLE, f"SELECT count(*) FROM {kind.TABLE}") for kind in ROWS)  # noqa: S608 - names of ours
+            counts: dict[str, int] = {table: connection.execute(text).fetchone()[0] for table, text in texts}
+            with self._steps_told(connection, sum(counts.values()) * _STEPS_A_ROW, tell):
+                (verdict,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
+                if verdict != "ok" or connection.execute("PRAGMA foreign_key_check").fetchone():
+                    raise self._fault(_FAULTS[sqlite3.SQLITE_CORRUPT])
+            return counts
+
+    @contextlib.contextmanager
+    def _steps_told(
+        self, connection: sqlite3.Connection, total: int, tell: Callable[[int, int], object]
+    ) -> Generator[None]:
+        """Tell how many steps of SQLite's machine the statements of the block take."""
+        steps = 0
+
+        def count() -> None:
+            nonlocal steps
+            steps += _STEPS_A_CALL
+            _ = tell(min(steps, total), total)
+
+        connection.set_progress_handler(count, _STEPS_A_CALL)
+        try:
+            yield
+        finally:
+            connection.set_progress_handler(None, 0)
+
+    @contextlib.contextmanager
+    def snapshot(self) -> Generator[Store]:
+        """Run several units in one transaction that reads the file as it is when the block begins."""
+        with self._my_turn(_Job(_ALONE)), self._transaction("BEGIN") as connection:
+            _ = self._versions(connection).require()
+
+            def run(unit: Unit[T]) -> T:
+                job = _Job(unit)
+                self._run(connection, job)
+                if job.fault is not None:
+                    raise job.fault
+                result: T = job.result
+                return result
+
+            yield Snapshot(run)
 
     def check_writing(self) -> None:
         """Begin a transaction that writes, and end it. Raises `StoreError` for a file that can only be read."""
@@ -315,6 +367,8 @@ class SqliteStore:
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
         versions = self._versions(connection)
+        if self._alone:  # every open connection holds a shared lock, and this one asks for the exclusive one
+            _ = connection.execute("PRAGMA locking_mode = exclusive").fetchone()
         if versions.found() is not None and not self._migrate:
             _ = versions.require()  # before any change: the file may be another program's
         for setting, wanted in _SETTINGS:
@@ -354,6 +408,8 @@ class SqliteStore:
         except sqlite3.Error as exc:
             code = _code_of(exc)
             text = _FAULTS.get(code, "SQLite refused")
+            if self._alone and code in _BUSY:
+                text = "another process has it open; stop all servers and other commands that use it"
             kind = StoreBusy if code in _BUSY else StoreError
             raise kind(f"store {self.name}: {text} ({exc})") from exc
 

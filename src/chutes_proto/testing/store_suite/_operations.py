@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from attrs import evolve
 
@@ -10,18 +12,23 @@ from chutes_proto.store.rows import (
     ROWS,
     AttestationRow,
     AuditRow,
+    AuditWanted,
     BootRow,
     BootVolumeRow,
     Claim,
+    CountAudit,
     CountClaims,
     CountRefusals,
+    CountRows,
     CountSealed,
+    Delete,
     DeleteServer,
     FindLastBoot,
     FindLastBootFrom,
     GenerationRow,
     GpuRow,
     Insert,
+    InsertAll,
     NonceRow,
     Pin,
     Platform,
@@ -34,9 +41,13 @@ from chutes_proto.store.rows import (
     ReadBootVolumes,
     ReadLiveGenerations,
     ReadNames,
+    ReadOld,
     ReadOtherwiseSealed,
+    ReadPage,
+    ReadRetired,
     ReadTimes,
-    RewrapGeneration,
+    ReadUnclaimed,
+    RewrapGenerations,
     Row,
     Scan,
     ServerRow,
@@ -53,6 +64,7 @@ from chutes_proto.testing.store_suite._parts import (
     NOW,
     VM,
     Case,
+    Contents,
     Harness,
     asking,
     cases_of,
@@ -61,7 +73,7 @@ from chutes_proto.testing.store_suite._parts import (
     expect,
     expect_fault,
 )
-from chutes_proto.units.contents import Contents, ReadContents, WriteContents
+from chutes_proto.units.contents import CountAll, Fill
 
 _PIN = Pin("ppid", entropy("ppid", 16))
 _BOOT = BootRow(
@@ -160,19 +172,83 @@ def rows_come_back_as_they_were(harness: Harness) -> None:
 
 def a_store_is_copied_whole(harness: Harness) -> None:
     """Every kind of row into a store that is empty, and none into one that is not."""
-    contents = Contents(NOW, tuple(row for rows in _BY_KIND.values() for row in rows))
+    rows = {kind: rows if not kind.KEY else frozenset(rows) for kind, rows in _BY_KIND.items()}
     store = harness.open()
     same_address = evolve(_SERVER, server_id="n9", registration="r9", name="z")
-    contradictory = WriteContents(Contents(0, (_BOOT, _SERVER, same_address)), NOW + 9, "again")
+    contradictory = Fill(0, lambda: [(_BOOT,), (_SERVER, same_address)], NOW + 9, "again")
     expect_fault(lambda: store.transact(contradictory), "a copy of rows that contradict one another")
-    expect(store.transact(ReadContents()), Contents(0, ()), "rows after a copy of contradictory rows")
-    store.transact(WriteContents(contents, NOW + 9, "moved"))
-    copied = harness.open().transact(ReadContents())
+    expect(dump(store), Contents(0, {}), "rows after a copy of contradictory rows")
+    store.transact(Fill(NOW, lambda: [*_BY_KIND.values()], NOW + 9, "moved"))
+    copied = dump(harness.open())
     audit = AuditRow(NOW + 9, "operator", "store copied", "done", "moved")
-    expect(copied, Contents(NOW, (*contents.rows, audit)), "the copied rows")
-    for again in (WriteContents(contents, NOW + 9, "again"), WriteContents(Contents(0, ()), NOW + 9, "again")):
+    expect(copied, Contents(NOW, rows | {AuditRow: (*_BY_KIND[AuditRow], audit)}), "the copied rows")
+    expect(store.transact(CountAll()), sum(map(len, copied.rows.values())), "the number of all rows")
+    for more in ([*_BY_KIND.values()], list[tuple[Row, ...]]()):
+        again = Fill(NOW, more.copy, NOW + 9, "again")
         expect_fault(partial(store.transact, again), "a copy into a store that is not empty")
-    expect(store.transact(ReadContents()), copied, "the rows after a copy that was refused")
+    expect(dump(store), copied, "the rows after a copy that was refused")
+
+
+def pages_are_complete(harness: Harness) -> None:
+    """Pages of any size hold every row once, whatever order the store has."""
+    ask = asking(harness.open())
+    names = [Vm(hotkey, name) for hotkey in ("5A", "5a", "5-") for name in ("vm-1", "VM-1", "vm_1", "vm.2")]
+    ask(InsertAll(tuple(evolve(_VM, vm=vm) for vm in names)))
+    keyed = (*names[1:], Vm("5Z", "vm-9"), Vm("5z", "vm-8"))
+    ask(InsertAll(tuple(evolve(_KEY, vm=vm) for vm in keyed)))
+    ask(Insert(evolve(_KEY, vm=names[0], state="retired", retired_at=NOW, retirement="rekey")))
+    ask(Insert(evolve(_KEY, vm=names[5], generation=2, state="retired", retired_at=NOW + 1, retirement="rekey")))
+    expect(ask(CountRows(GenerationRow)), len(names) + 3, "keys")
+    for limit in (1, 2, 5, 99):
+        read = partial(_paged, ask, limit)
+        claims = read(lambda after, limit: ReadPage(VmRow, after, limit))
+        expect(sorted(row.vm for row in claims), sorted(names), f"claims in pages of {limit}")
+        unclaimed = read(ReadUnclaimed)
+        expect(sorted(unclaimed), sorted(keyed[-2:]), f"unclaimed names in pages of {limit}")
+        retired = read(lambda after, limit: ReadRetired(NOW + 1, after, limit))
+        expect(sorted(retired), sorted((names[0], names[5])), f"names with retired keys in pages of {limit}")
+        others = read(lambda after, limit: ReadOtherwiseSealed("new", limit, after))
+        expect(len({(row.vm, row.generation) for row in others}), len(names) + 3, f"keys in pages of {limit}")
+        expect(len(others), len(names) + 3, f"keys in pages of {limit}")
+    expect(ask(ReadRetired(NOW, None, 9)), (names[0],), "names with keys that were retired by then")
+
+
+def _paged(
+    ask: Callable[[StoreOp[Any]], Any], limit: int, read: Callable[[Any, int], StoreOp[tuple[Any, ...]]]
+) -> list[Any]:
+    """All that pages of ``limit`` hold."""
+    found: list[Any] = []
+    while page := ask(read(found[-1] if found else None, limit)):
+        expect(len(page) <= limit, True, "the size of a page")
+        found += page
+    return found
+
+
+def old_boots_are_deleted_but_those_that_are_needed(harness: Harness) -> None:
+    """`ReadOld` finds what nothing needs, in pages; `Delete` deletes it, whatever order the store has."""
+    ask = asking(harness.open())
+    boots = [
+        evolve(_BOOT, boot_id=f"b{number}", token_digest=bytes([number + 1]) * 32, created_at=NOW + number)
+        for number in range(6)
+    ]
+    lonely = evolve(_BOOT, boot_id="b9", vm=Vm(VM.hotkey, "another"), token_digest=bytes(32))
+    ask(InsertAll((*boots, lonely)))
+    ask(Put(evolve(_VM, attested="b1")))
+    ask(Claim(evolve(_SERVER, boot_id="b2", attested="a3")))
+    verdicts = [evolve(_REFUSAL, attestation_id=name, created_at=NOW) for name in ("b0", "b2", "a1", "a3", "b9", "a4")]
+    ask(InsertAll(tuple(verdicts)))
+    ask(Insert(BootVolumeRow("b0", "storage", 0, 1, None, in_use=False)))
+    found = _paged(ask, 1, lambda after, limit: ReadOld(BootRow, NOW + 4, after, limit))
+    expect([row.boot_id for row in found], ["b0", "b3"], "boots that nothing needs")
+    ask(Delete(BootVolumeRow, ("b0", "b3")))
+    ask(Delete(BootRow, ("b0", "b3")))
+    expect([row.boot_id for row in ask(Scan(BootRow))], ["b1", "b2", "b4", "b5", "b9"], "boots that are left")
+    found = _paged(ask, 2, lambda after, limit: ReadOld(AttestationRow, NOW + 1, after, limit))
+    expect({row.attestation_id for row in found}, {"b0", "a1", "a4"}, "verdicts that nothing needs")
+    ask(Delete(AttestationRow, ("b0", "a1")))
+    expect(
+        {row.attestation_id for row in ask(Scan(AttestationRow))}, {"b2", "a3", "b9", "a4"}, "verdicts that are left"
+    )
 
 
 def operations_reply_what_they_say(harness: Harness) -> None:
@@ -201,8 +277,9 @@ def operations_reply_what_they_say(harness: Harness) -> None:
     expect(ask(ReadAll(GenerationRow, VM)), (_KEY, evolve(_KEY, volume="tdx-cache")), "a VM's keys")
     unclaimed = Vm("another", VM.name)
     ask(Insert(evolve(_KEY, vm=unclaimed)))
-    expect(ask(ReadNames()), (VM, stranger, unclaimed), "names that are claimed or have keys")
     expect(ask(ReadNames(VM.name)), (VM, unclaimed), "VMs with one name")
+    expect(ask(ReadNames(VM.name, "another")), (unclaimed,), "a hotkey's VM")
+    expect(ask(ReadNames(VM.name, "none")), (), "the VM of a hotkey that has none")
     expect(ask(ReadNames("vm-2")), (), "VMs with a name that no VM has")
     known = VolumeRow(VM, "storage", in_use=False, format_allowed=True)
     ask(Put(evolve(known, in_use=True)))
@@ -221,6 +298,25 @@ def operations_reply_what_they_say(harness: Harness) -> None:
     first = ask(ReadAudit(0, 3))
     rest = ask(ReadAudit(first[-1][0], 3))
     expect([row for _, row in (*first, *rest)], events, "audit rows in two pages")
+    bounded = ask(ReadAudit(0, 9, through=first[1][0]))
+    expect(bounded, first[:2], "audit rows up to a number")
+    bounded = ask(ReadAudit(rest[-1][0], 9, backwards=True, through=first[2][0]))
+    expect(bounded, (rest[0], first[2]), "audit rows down to a number")
+    wanted = AuditWanted(since=NOW - 3, until=NOW - 1)
+    expect([row for _, row in ask(ReadAudit(0, 9, wanted=wanted))], events[2:4], "audit rows of a time")
+    wanted = AuditWanted(event="event 2", name=VM.name)
+    expect([row for _, row in ask(ReadAudit(0, 9, wanted=wanted))], [], "audit rows of a VM")
+    number = ask(ReadAudit(0, 9, wanted=AuditWanted(event="event 2")))[0][0]
+    ask(Insert(evolve(events[2], vm=VM)))
+    ask(Insert(evolve(events[2], vm=unclaimed)))
+    of_any = [row.vm for _, row in ask(ReadAudit(0, 9, wanted=wanted))]
+    expect(of_any, [VM, unclaimed], "audit rows of a VM of any hotkey")
+    wanted = evolve(wanted, hotkey=VM.hotkey)
+    expect([row.vm for _, row in ask(ReadAudit(0, 9, wanted=wanted))], [VM], "audit rows of one VM")
+    expect(number, first[2][0], "the number of an audit row")
+    last = rest[-1][0]
+    expect(ask(CountAudit(last, 1 << 62, NOW + 1)), 2, "audit rows to purge")
+    ask(PurgeAudit(last, 1 << 62, NOW + 1))
     newest = ask(ReadAudit(1 << 62, 4, backwards=True))
     oldest = ask(ReadAudit(newest[-1][0], 4, backwards=True))
     expect((*newest, *oldest), (*first, *rest)[::-1], "audit rows in two pages, backwards")
@@ -395,7 +491,7 @@ def of_many_keys_few_are_live(harness: Harness) -> None:
 
 
 def keys_are_rewrapped_and_purged(harness: Harness) -> None:
-    """`RewrapGeneration` changes the wrapping alone, `PurgeGeneration` a retired key alone; both are counted."""
+    """`RewrapGenerations` changes the wrapping alone, `PurgeGeneration` a retired key alone; both are counted."""
     ask = asking(harness.open())
     retired = evolve(_KEY, generation=2, state="retired", retired_at=NOW, retirement="superseded", provisional=True)
     for row in (_KEY, retired):
@@ -406,7 +502,8 @@ def keys_are_rewrapped_and_purged(harness: Harness) -> None:
     expect(len(ask(ReadOtherwiseSealed("new", 1))), 1, "as many keys as asked for")
     expect(ask(ReadOtherwiseSealed("new", 9)), (_KEY, retired), "keys under another one, all")
     wrapped = evolve(_KEY, kek_id="new", wrapped_key=b"again")
-    ask(RewrapGeneration(evolve(wrapped, sealed=b"other", state="retired")))
+    unknown = evolve(wrapped, generation=9)
+    ask(RewrapGenerations((evolve(wrapped, sealed=b"other", state="retired"), unknown)))
     expect(ask(ReadAll(GenerationRow, VM)), (wrapped, retired), "keys after one was rewrapped")
     expect(ask(CountSealed()), tuple(sorted([(kek, 1), ("new", 1)])), "keys under two KEKs")
     ask(PurgeGeneration(wrapped))  # it is active
@@ -414,7 +511,7 @@ def keys_are_rewrapped_and_purged(harness: Harness) -> None:
     nothing = evolve(retired, sealed=None, kek_id=None, wrapped_key=None)
     purged = evolve(nothing, state="purged", provisional=False)
     expect(ask(ReadAll(GenerationRow, VM)), (wrapped, purged), "keys after one was purged")
-    ask(RewrapGeneration(retired))
+    ask(RewrapGenerations((retired,)))
     expect(ask(ReadAll(GenerationRow, VM)), (wrapped, purged), "a purged key after a rewrap")
 
 

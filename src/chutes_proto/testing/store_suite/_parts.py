@@ -2,7 +2,7 @@
 
 Rules kept here:
 
-* a case uses `transact` alone, and reads the content of a store with `Scan`;
+* a case uses `transact` alone, and reads the content of a store with `Scan`, or page by page;
 * entropy is made from labels, so two runs of a case do the same;
 * races are tried with `CALLERS` callers at once.
 """
@@ -21,9 +21,9 @@ from chutes_proto.keys.generations import K3S_VOLUME
 from chutes_proto.keys.vault import FreshKey, KeyEncryptionKey, Vault
 from chutes_proto.secret import Secret
 from chutes_proto.store._run import Ask, Script, Store, Unit
-from chutes_proto.store.rows import Platform, StoreOp, Vm
+from chutes_proto.store.rows import Platform, ReadTimes, Row, StoreOp, Vm
 from chutes_proto.units.boot import GrantBoot
-from chutes_proto.units.contents import Contents, ReadContents
+from chutes_proto.units.contents import pages
 from chutes_proto.units.nonces import Nonce
 from chutes_proto.units.rotation import AttestVolumes, ConfirmNonce, ConfirmVolumes
 from chutes_proto.units.volumes import ReadVolume, SyncVolumes
@@ -198,9 +198,21 @@ class Interrupted(Unit[T]):
         raise Interruption
 
 
+@frozen
+class Contents:
+    """The nonce horizon and all rows, by kind."""
+
+    horizon: int
+    rows: Mapping[type[Row], frozenset[Row] | tuple[Row, ...]]
+
+
 def dump(store: Store) -> Contents:
-    """Return the whole content of a store."""
-    return store.transact(ReadContents())
+    """Return the whole content of a store; of audit rows in the order in which they were written."""
+    found: dict[type[Row], tuple[Row, ...]] = {}
+    for page in pages(store, 2):
+        found[type(page[0])] = (*found.get(type(page[0]), ()), *page)
+    rows = {kind: frozenset(rows) if kind.KEY else rows for kind, rows in found.items()}
+    return Contents(store.transact(Ask(ReadTimes())).horizon, rows)
 
 
 def expect(found: object, wanted: object, what: str) -> None:
