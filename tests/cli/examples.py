@@ -13,7 +13,9 @@ import pytest
 
 from chutes_proto.auth.hotkey import HotkeyPair
 from chutes_proto.secret import Secret
+from chutes_proto.testing import SimulatedGpus
 from chutes_proto.testing._directory import simulation_files
+from chutes_proto.testing._gpus import SIMULATED_SEED, gpu_files
 from chutes_proto.testing._platform import SimulatedPlatform
 from tests.cli.conftest import HOTKEY, Ended, Server, end, start_server
 from tests.cli.test_miner import GPU
@@ -38,6 +40,7 @@ def write_files(folder: Path, platform: SimulatedPlatform, now: int) -> None:
     simulated = simulation_files(platform, bytes(64), now=now, stage="boot")
     files = {
         **{f"sim/{name}": data for name, data in simulated.items()},
+        **{f"gpus/{name}": data for name, data in gpu_files(SimulatedGpus(SIMULATED_SEED), bytes(32), now).items()},
         "quote.bin": quote_of(GOOD),
         "CCEL": GOOD,
         "good/CCEL": GOOD,
@@ -51,7 +54,7 @@ def write_files(folder: Path, platform: SimulatedPlatform, now: int) -> None:
         "my-quoter": _QUOTER.format(python=sys.executable).encode(),
     }
     for name, data in files.items():
-        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         _ = (folder / name).write_bytes(data)
     (folder / "hotkey").chmod(0o600)
     (folder / "my-quoter").chmod(0o755)

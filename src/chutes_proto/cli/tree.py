@@ -52,6 +52,7 @@ _SECTIONS: Final[Mapping[str, Mapping[str, tuple[str, str]]]] = {
             "verifier.collateral",
             "Fetch, show and check collateral, or serve that of the simulated platform",
         ),
+        "gpu": ("verifier.gpu", "Verify the evidence of NVIDIA GPUs, and show it"),
         "simulate": ("verifier.simulate", "Make a quote and collateral of a simulated platform"),
     },
     "This command": {"completion": ("completion", "Print the completion script of a shell")},

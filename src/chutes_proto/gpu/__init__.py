@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         PinnedMeasurements,
         verify,
     )
+    from chutes_proto.gpu._policy_file import parse_gpu_policy
     from chutes_proto.gpu._report import Report, parse_report
     from chutes_proto.gpu._revocation import Revocation
     from chutes_proto.gpu._rim import VerifiedRim, verify_rim
@@ -40,6 +41,7 @@ else:
             "chutes_proto.gpu._policy": (
                 "AcceptedEvidence DeviceReport EvidenceRefusedError GpuPolicy PinnedMeasurements verify"
             ),
+            "chutes_proto.gpu._policy_file": "parse_gpu_policy",
             "chutes_proto.gpu._report": "Report parse_report",
             "chutes_proto.gpu._revocation": "Revocation",
             "chutes_proto.gpu._rim": "VerifiedRim verify_rim",
@@ -47,7 +49,7 @@ else:
         },
     )
 
-__all__ = ["authenticate", "compare", "parse_evidence", "parse_report", "verify", "verify_rim"]
+__all__ = ["authenticate", "compare", "parse_evidence", "parse_gpu_policy", "parse_report", "verify", "verify_rim"]
 __all__ += ["AcceptedEvidence", "Comparison", "DeviceEvidence", "DeviceReport", "GenuineDevice", "Mismatch", "Report"]
 __all__ += ["NVIDIA", "GpuPolicy", "GpuRefusal", "GpuRoots", "PinnedMeasurements", "Revocation", "Rims", "VerifiedRim"]
 __all__ += ["EvidenceFormatError", "EvidenceRefusedError", "GpuError", "GpuPolicyError", "GpuVerificationError"]

@@ -101,18 +101,18 @@ def verify_chain(ders: tuple[bytes, ...], root: TrustedRoot, subject: str) -> Ve
         f"{subject} certificate",
         *(f"issuer {number} of the {subject} certificate" for number in range(1, len(ders))),
     ]
-    read = [_read(der, name) for der, name in zip(ders, names, strict=True)]
+    found = [read(der, name) for der, name in zip(ders, names, strict=True)]
     terms = [Term("root certificate", root.not_before, root.not_after, is_certificate=True)]
-    if len(read) > 1 and read[-1].subject == read[-1].issuer:
-        _check_root(read.pop(), root)
-    elif read[-1].issuer != root.name:
+    if len(found) > 1 and found[-1].subject == found[-1].issuer:
+        _check_root(found.pop(), root)
+    elif found[-1].issuer != root.name:
         raise steps.UntrustedRootError(subject, "the chain does not lead to the trusted root")
     issuer, point = root.name, root.point
-    for place in reversed(range(len(read))):
-        _link(read[place].der, names[place], issuer, point, place)
-        issuer, point = read[place].subject, read[place].point
-        terms.append(Term(names[place], read[place].not_before, read[place].not_after, is_certificate=True))
-    return VerifiedChain(tuple(read), root, load_key(read[0].point, names[0]), tuple(terms))
+    for place in reversed(range(len(found))):
+        _link(found[place].der, names[place], issuer, point, place)
+        issuer, point = found[place].subject, found[place].point
+        terms.append(Term(names[place], found[place].not_before, found[place].not_after, is_certificate=True))
+    return VerifiedChain(tuple(found), root, load_key(found[0].point, names[0]), tuple(terms))
 
 
 def check_times(terms: Iterable[Term], now: int) -> None:
@@ -128,7 +128,8 @@ def check_times(terms: Iterable[Term], now: int) -> None:
 
 
 @lru_cache(maxsize=1024)
-def _read(der: bytes, subject: str) -> Certificate:
+def read(der: bytes, subject: str) -> Certificate:
+    """Step 2: a certificate from DER."""
     try:
         return certificates.read_certificate(der, P384_SHA384)
     except DerError as exc:
@@ -144,7 +145,7 @@ def _check_root(certificate: Certificate, root: TrustedRoot) -> None:
 @lru_cache(maxsize=1024)
 def _link(der: bytes, subject: str, issuer: bytes, point: bytes, place: int) -> None:
     """Steps 3, 5 and 6 for the certificate at ``place``, with so many below it."""
-    certificate = _read(der, subject)
+    certificate = read(der, subject)
     try:
         _check_role(certificate, place)
     except DerError as exc:

@@ -32,6 +32,7 @@ from chutes_proto.gpu._certificates import (
     GpuRoots,
     VerifiedChain,
     check_times,
+    read,
     read_chain,
     verify_chain,
 )
@@ -103,7 +104,7 @@ def authenticate(evidence: DeviceEvidence, *, nonce: bytes | None, now: int, roo
     if len(chain.certificates) < 2:  # 1
         raise steps.ChainFormError(DEVICE, "no certificate of the key in the chip is between device and root")
     check_times(chain.terms, now)  # 7, 8
-    arch, chip = _chip(chain.leaf, report, evidence.arch)  # 9
+    arch, chip = chip_of(_name(chain.leaf), report, evidence.arch)  # 9
     taken = [*CHAIN_STEPS, *TIME_STEPS, 9]
     if report.fwid is not None:
         _check_fwid(chain.leaf, report.fwid)  # 10
@@ -132,16 +133,29 @@ def authenticate(evidence: DeviceEvidence, *, nonce: bytes | None, now: int, roo
     )
 
 
+@frozen
+class ClaimedLeaf:
+    """A device certificate's name and serial number, which nothing has verified."""
+
+    name: str
+    serial_number: str
+
+
+def read_leaf(chain: bytes) -> ClaimedLeaf:
+    """Read the device certificate of a chain in PEM, without verifying it. Raises `GpuVerificationError`."""
+    leaf = read(read_chain(chain, DEVICE)[0], f"{DEVICE} certificate")
+    return ClaimedLeaf(_name(leaf), _hex(leaf.serial))
+
+
 def _hex(serial: bytes) -> str:
     return serial.lstrip(b"\0").hex().upper()
 
 
-def _chip(leaf: Certificate, report: Report, arch: str | None) -> tuple[Arch, str]:
+def _name(leaf: Certificate) -> str:
     try:
-        name = common_name(leaf.subject).decode("ascii", "replace")
+        return common_name(leaf.subject).decode("ascii", "replace")
     except DerError as exc:
         raise steps.ChipError("device certificate", str(exc)) from None
-    return chip_of(name, report, arch)
 
 
 def _check_fwid(leaf: Certificate, fwid: bytes) -> None:

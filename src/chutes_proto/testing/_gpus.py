@@ -47,6 +47,9 @@ _DEVICE_ROOT: Final = "Simulated Device Identity CA"
 _RIM_ROOT: Final = "Simulated RIM signing Root CA"
 _RIM_SIGNER: Final = "Simulated RIM Signer"
 
+SIMULATED_SEED: Final = b"the simulated GPUs of every machine"
+"""The seed of the GPUs that `gpu simulate`, `demo` and `serve --dev` know."""
+
 RIM_SECONDS: Final = 2 * 365 * 86400
 STATUS_SECONDS: Final = 86400
 
@@ -164,9 +167,8 @@ class SimulatedGpus:
     def evidence(self, nonce: bytes) -> tuple[DeviceEvidence, ...]:
         """Make the evidence of every device over ``nonce`` (32 bytes)."""
         found: list[DeviceEvidence] = []
-        switches: tuple[Arch, ...] = ("LS10",) * self.switches
-        archs: tuple[Arch, ...] = (self.arch,) * self.count + switches
-        for number, arch in enumerate(archs):
+        for number in range(self.count + self.switches):
+            arch: Arch = self.arch if number < self.count else "LS10"
             faults = self.faults if number == 0 else ()
             report, chain = self._device(nonce, arch, self.index + number, faults)
             found.append(DeviceEvidence(report, chain, arch))
@@ -327,3 +329,17 @@ def _measured(kind: _Kind) -> dict[int, bytes]:
 
 def _fwid(kind: _Kind) -> bytes:
     return sha384(f"simulated {kind.chip} firmware".encode()).digest()
+
+
+def gpu_files(gpus: SimulatedGpus, nonce: bytes, now: int) -> dict[str, bytes]:
+    """The files of a machine's evidence, and of everything to verify it with, by name."""
+    rims = {f"rims/{number}.xml": data for number, data in enumerate(gpus.rims(now))}
+    status = {f"status/{number}.der": data for number, data in enumerate(gpus.status(now))}
+    return {
+        "evidence.json": gpus.evidence_json(nonce),
+        "nonce.txt": nonce.hex().encode(),
+        **rims,
+        **status,
+        "device-root.der": gpus.root_der,
+        "rim-root.der": gpus.rim_root_der,
+    }

@@ -1,0 +1,129 @@
+"""``chutes-proto gpu``: exit codes and JSON, on simulated GPUs and on NVIDIA's evidence."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chutes_proto.testing import SimulatedGpus
+from chutes_proto.testing._gpus import gpu_files
+from tests.cli.conftest import Ended
+from tests.gpu.vectors import ABSENT, GPU
+
+NOW = 1_800_000_000
+NONCE = bytes(range(32))
+GPUS = SimulatedGpus(b"the world of the command's tests", count=2)
+
+
+@pytest.fixture
+def verify(tmp_path: Path, command: Callable[..., Ended]) -> Callable[..., tuple[int, dict[str, Any]]]:
+    """Verify the evidence of a machine with these faults; each option given again replaces the usual one."""
+
+    def run(*faults: str, **options: str) -> tuple[int, dict[str, Any]]:
+        for name, data in gpu_files(GPUS.having(*faults), NONCE, NOW).items():
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            _ = (tmp_path / name).write_bytes(data)
+        usual = {"rim": f"{tmp_path}/rims", "revocation": f"{tmp_path}/status", "roots": str(tmp_path), "at": str(NOW)}
+        words = [f"--{name}={value}" for name, value in {**usual, **options}.items() if value]
+        ended = command("gpu", "verify", f"{tmp_path}/evidence.json", *words, "--json")
+        return ended.code, json.loads(ended.out) if ended.out else {}
+
+    return run
+
+
+def test_accepted_evidence_says_what_was_checked(verify: Callable[..., tuple[int, dict[str, Any]]]) -> None:
+    code, report = verify(nonce=NONCE.hex(), count="2")
+    assert (code, report["accepted"], report["nonce"], report["revocation"]) == (0, True, "checked", "checked")
+    assert [gpu["error"] for gpu in report["gpus"]] == [None, None]
+    assert report["gpus"][0]["steps"][-1] == 32
+    code, report = verify(rim="none", revocation="off")
+    assert (code, report["measurements"], report["revocation"]) == (0, "unchecked", "unchecked")
+    assert [gpu["reference"] for gpu in report["gpus"]] == ["unchecked", "unchecked"]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"nonce": "00" * 32}, "nonce_mismatch"),
+        ({"count": "3"}, "gpu_count"),
+        ({"rim": ""}, "rim_missing"),
+        ({"revocation": ""}, "status_missing"),
+        ({"roots": ""}, "untrusted_root"),
+        ({"at": str(NOW + 90_000)}, "status_expired"),
+    ],
+)
+def test_refused_evidence_names_the_step(
+    options: dict[str, str], expected: str, verify: Callable[..., tuple[int, dict[str, Any]]]
+) -> None:
+    code, report = verify(**options)
+    assert (code, report["accepted"], report["code"]) == (1, False, expected)
+
+
+def test_a_grace_and_a_policy_are_used(tmp_path: Path, verify: Callable[..., tuple[int, dict[str, Any]]]) -> None:
+    assert verify(at=str(NOW + 90_000), grace="4000")[0] == 0
+    policy = tmp_path / "policy.toml"
+    _ = policy.write_text('min_driver = "700.1"\nmodels = ["h200"]\n')
+    code, report = verify(policy=str(policy))
+    assert (code, report["code"]) == (1, "driver_too_old")
+    for text in ("drivers = 1", "min_driver = 7", 'modes = ["CC"]', "models = []", "=", '[[pinned]]\nchip = "GH100"'):
+        _ = policy.write_text(text)
+        assert verify(policy=str(policy))[0] == 2, text
+
+
+def test_pinned_values_come_from_the_policy(tmp_path: Path, verify: Callable[..., tuple[int, dict[str, Any]]]) -> None:
+    policy = tmp_path / "policy.toml"
+    head = '[[pinned]]\nchip = "GH100"\ndriver = "600.10.01"\nvbios = "96.00.FF.00.01"\n'
+    _ = policy.write_text(f'revocation = "off"\n{head}values = {{ 9 = "00" }}')
+    code, report = verify(rim="", policy=str(policy), revocation="off")
+    mismatches = [(one["index"], one["source"], one["shared"]) for one in report["gpus"][0]["mismatches"]]
+    assert (code, mismatches) == (1, [(9, "pinned", True)])
+    for values in ('{ nine = "00" }', '{ 9 = "zz" }', "{}"):
+        _ = policy.write_text(f"{head}values = {values}")
+        assert verify(policy=str(policy))[0] == 2, values
+
+
+def test_every_mismatch_is_in_the_answer(verify: Callable[..., tuple[int, dict[str, Any]]]) -> None:
+    code, report = verify("measurement", "measurement_vbios")
+    assert code == 1
+    mismatches = report["gpus"][0]["mismatches"]
+    assert [(one["index"], one["source"], one["shared"]) for one in mismatches] == [
+        (9, "driver", False),
+        (52, "vbios", False),
+    ]
+    assert all(len(one["expected"]) == 2 and one["found"] for one in mismatches)
+
+
+def test_files_that_cannot_be_used_are_named(verify: Callable[..., tuple[int, dict[str, Any]]]) -> None:
+    code, report = verify("rim_altered")
+    assert (code, report["code"]) == (1, "rim_missing")
+    assert [one.get("code") for one in report["rims"]] == ["rim_digest", None]
+    code, report = verify("status_unauthorized")
+    assert (code, report["code"], len(report["unreadable"])) == (1, "status_missing", 1)
+
+
+def test_what_is_no_evidence_is_unreadable(tmp_path: Path, command: Callable[..., Ended]) -> None:
+    for data in (b"", b"{}", b"[1]", b"\xff"):
+        _ = (tmp_path / "x").write_bytes(data)
+        assert command("gpu", "verify", tmp_path / "x", "--rim", "none", "--revocation", "off").code == 2
+        assert command("gpu", "show", tmp_path / "x").code == 2
+    assert command("gpu", "verify", tmp_path / "missing").code == 2
+    assert command("gpu", "verify", tmp_path / "x", "--chain", tmp_path / "x").code == 2
+    assert command("gpu", "verify", tmp_path / "x", "--nonce", "00").code == 2
+
+
+@pytest.mark.skipif(not GPU.is_dir(), reason=ABSENT)
+def test_one_report_of_nvidias_is_verified_with_its_chain(command: Callable[..., Ended]) -> None:
+    files = (GPU / "full-report.bin", "--chain", GPU / "full-chain.pem")
+    rims = ("--rim", GPU / "full-rim-driver.xml", "--rim", GPU / "full-rim-vbios.xml")
+    at = ("--revocation", "off", "--at", "2025-08-21", "--json")
+    ended = command("gpu", "verify", *files, *rims, *at)
+    assert (ended.code, json.loads(ended.out)["gpus"][0]["vbios"]) == (0, "96.00.9F.00.01")
+    shown = command("gpu", "show", *files, "--json")
+    assert json.loads(shown.out)["gpus"][0]["rim_ids"] == [
+        "NV_GPU_DRIVER_GH100_550.90.07",
+        "NV_GPU_VBIOS_1010_0200_882_96009F0001",
+    ]
