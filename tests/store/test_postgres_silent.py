@@ -255,7 +255,6 @@ def test_a_statement_of_a_unit_that_takes_too_long_is_cancelled(slow: PostgresSt
         ReadUnclaimed(None, 9),
         CountSealed(),
         ReadOtherwiseSealed("none", 9),
-        VoidTokens(None, NOW),
     ],
     ids=repr,
 )

@@ -122,7 +122,10 @@ def spend_nothing(store: MemoryStore, op: StoreOp[Any], perform: Perform) -> obj
 
 
 def void_all(store: MemoryStore, op: StoreOp[Any], perform: Perform) -> object:
-    return perform(evolve(op, vm=None) if isinstance(op, VoidTokens) else op)
+    if isinstance(op, VoidTokens):
+        statement = "UPDATE boot SET voided_at = ? WHERE voided_at IS NULL"
+        return store.connection.execute(statement, (op.at,)).fetchone()
+    return perform(op)
 
 
 def prune_deletes(store: MemoryStore, op: StoreOp[Any], perform: Perform) -> object:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from attrs import evolve
 
-from chutes_proto.errors import KeyUnavailable, Refused
+from chutes_proto.errors import KeyUnavailable, Refused, Unavailable
 from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.keys.vault import KeyEncryptionKey, Vault
 from chutes_proto.quote._terms import rfc3339
@@ -348,10 +348,19 @@ def test_after_a_restore_no_token_and_no_nonce_of_before_counts(store: MemorySto
     store.transact(StoreRestored(NOW + 10))
     assert store.transact(Ask(ReadTimes())).horizon == NOW + 70
     assert "voided" in refused(store, sync(unit, "body", "storage")).reason
-    assert [row.voided_at for row in store.transact(Ask(Scan(BootRow)))] == [NOW + 10]
+    assert [row.voided_at for row in store.transact(Ask(Scan(BootRow)))] == [None]  # no row is rewritten
     audit = store.transact(Ask(Scan(AuditRow)))[-1]
     assert (audit.actor, audit.event, audit.decision) == ("operator", "store restored", "done")
     assert audit.keys == f"nonce horizon from {rfc3339(0)} to {rfc3339(NOW + 70)}"
+
+
+def test_a_boot_from_the_future_is_a_fault_of_ours(store: MemoryStore) -> None:
+    """A clock that was ahead granted it, and `store restored` under the right clock cannot cover its time."""
+    unit = granted(store)
+    store.transact(StoreRestored(NOW - 1000))
+    with pytest.raises(Unavailable) as caught:
+        store.transact(evolve(sync(unit, "body", "storage"), now=NOW - 900))
+    assert (caught.value.code, "the boot was granted at" in caught.value.reason) == (Code.SERVER_FAULT, True)
 
 
 # --- secrets ---

@@ -31,7 +31,7 @@ from attrs import frozen
 from chutes_proto.errors import Refused, Unavailable
 from chutes_proto.keys.vault import Vault
 from chutes_proto.secret import Secret
-from chutes_proto.units.nonces import SKEW, Nonce, nonce_from_future
+from chutes_proto.units.nonces import SKEW, Nonce, from_future
 from chutes_proto.wire.codes import Code
 from chutes_proto.wire.http import address_prefix
 from chutes_proto.wire.names import HEX_32, timestamp
@@ -121,7 +121,7 @@ class NonceMint:
             raise _invalid("tag does not hold: forged, or bound to another purpose, hotkey, address or server")
         issued_at = int.from_bytes(head[1:6], "big")
         if issued_at > now + SKEW:
-            raise nonce_from_future(issued_at, now, "this server's")
+            raise from_future("nonce was issued", issued_at, now, "this server's")
         if now - issued_at > LIFETIME:
             raise _invalid(f"{now - issued_at} s old, and valid for {LIFETIME} s")
         return Nonce(value, purpose, issued_at)

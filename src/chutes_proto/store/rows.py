@@ -378,7 +378,8 @@ class SweepNonces(StoreOp[tuple[NonceRow, ...]]):
 class Times:
     """The horizon, and the start of the transaction by the store's own clock, both in unix seconds.
 
-    Nonces issued at or before the horizon may have been forgotten, and count as redeemed. ``clock`` is None for a store
+    Nonces issued at or before the horizon may have been forgotten, and count as redeemed; what was issued to boots
+    granted until then is void. ``clock`` is None for a store
     without a clock of its own.
     """
 
@@ -432,9 +433,9 @@ class CountClaims(StoreOp[int]):
 
 @frozen
 class VoidTokens(StoreOp[None]):
-    """Void all tokens issued to a VM so far, or to every VM."""
+    """Void all tokens issued to a VM so far. The horizon voids those of every VM."""
 
-    vm: Vm | None
+    vm: Vm
     at: int
 
 

@@ -424,7 +424,6 @@ _GIVEN: Final = (
     "(volume, generation) IN (SELECT volume, current_generation FROM boot_volume WHERE boot_id = :boot_id)"
     " OR (volume, generation) IN (SELECT volume, next_generation FROM boot_volume WHERE boot_id = :boot_id)"
 )
-_VOID: Final = "UPDATE boot SET voided_at = :at WHERE voided_at IS NULL"
 _NEWEST: Final = "ORDER BY created_at DESC LIMIT 1"
 
 
@@ -700,7 +699,7 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query]] = {
     store.CountClaims: _count(store.VmRow, "platform_kind = :pin.kind AND platform_id = :pin.value"),
     store.FindLastBoot: _one(store.BootRow, f"{_THE_VM} {_NEWEST}"),
     store.FindLastBootFrom: _one(store.BootRow, f"hotkey = :hotkey AND peer_address = :address {_NEWEST}"),
-    store.VoidTokens: _either(lambda op: op.vm is None, _query(_VOID), _query(f"{_VOID} AND {_THE_VM}")),
+    store.VoidTokens: _query(f"UPDATE boot SET voided_at = :at WHERE voided_at IS NULL AND {_THE_VM}"),  # noqa: S608
     store.ReadBootVolumes: _query(
         _select(store.BootVolumeRow, "WHERE boot_id = :boot_id ORDER BY position"),
         partial(decode_rows, store.BootVolumeRow),

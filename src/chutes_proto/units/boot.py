@@ -25,7 +25,7 @@ from chutes_proto.secret import Secret
 from chutes_proto.store import rows as store
 from chutes_proto.store._run import Script, Unit
 from chutes_proto.units.keys import VmKeys, by_volume
-from chutes_proto.units.nonces import Nonce, redeem_nonce
+from chutes_proto.units.nonces import SKEW, Nonce, from_future, redeem_nonce
 from chutes_proto.units.records import AcceptedQuote, Quote, Records, legible
 from chutes_proto.wire.codes import Code
 
@@ -197,17 +197,31 @@ def taken(vm: store.Vm, why: str) -> Refused:
 
 def check_token(
     boot: store.BootRow | None, exchange: store.Exchange, now: int, refused: Callable[[str], Refused]
-) -> store.BootRow:
-    """The boot of a token of ``exchange`` that is alive. Raises ``refused(reason)``.
+) -> Script[store.BootRow]:
+    """The boot of a token of ``exchange`` that is alive.
 
-    Whether the token was consumed is the caller's to check: the same request may come twice.
+    Whether the token was consumed is the caller's to check: the same request may come twice. Raises
+    ``refused(reason)``, and `Unavailable` for a boot from the future.
     """
     if boot is None:
         raise refused("unknown")
     if boot.exchange != exchange:
         raise refused("a quote nonce, not a boot token" if exchange == "base" else "a boot token, not a quote nonce")
-    if boot.voided_at is not None:
-        raise refused("voided")
+    yield from check_not_void(boot, now, refused)
     if now >= boot.token_expires_at:
         raise refused("expired")
     return boot
+
+
+def check_not_void(boot: store.BootRow, now: int, refused: Callable[[str], Refused]) -> Script[None]:
+    """Check that no operator voided what was issued to ``boot``, for its VM or by a restore for all VMs.
+
+    Raises ``refused(reason)``. Raises `Unavailable` for a boot from the future, which a clock that was ahead granted:
+    no horizon of the present covers it.
+    """
+    if boot.voided_at is not None:
+        raise refused("voided")
+    if boot.created_at > now + SKEW:
+        raise from_future("the boot was granted", boot.created_at, now, "this server's")
+    if boot.created_at <= (yield from store.ReadTimes()).horizon:
+        raise refused("voided by a restore of the store")

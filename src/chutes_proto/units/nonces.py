@@ -49,7 +49,7 @@ def redeem_nonce(nonce: Nonce, now: int) -> Script[None]:
         text = "No nonce can be redeemed now. Retry shortly."
         raise Unavailable(Code.STORE_UNAVAILABLE, text, retry_after=10, reason=_why_void(horizon, now, clock))
     if clock is not None and nonce.issued_at > clock + SKEW:
-        raise nonce_from_future(nonce.issued_at, clock, "the database's")
+        raise from_future("nonce was issued", nonce.issued_at, clock, "the database's")
     if nonce.issued_at <= horizon:
         raise _invalid(f"issued at {nonce.issued_at}, and the horizon is {horizon}")
     if not (yield from Claim(NonceRow(nonce.value, nonce.purpose, nonce.issued_at, now))):
@@ -63,9 +63,9 @@ def redeem_nonce(nonce: Nonce, now: int) -> Script[None]:
         yield from SetHorizon(newest)
 
 
-def nonce_from_future(issued_at: int, time: int, whose: str) -> Unavailable:
-    """The answer to a nonce with our tag that is issued later than ``time``, which is by ``whose`` clock."""
-    times = f"nonce was issued at {rfc3339(issued_at)}, and {whose} clock says {rfc3339(time)}"
+def from_future(what: str, at: int, time: int, whose: str) -> Unavailable:
+    """The answer to something of ours that is dated later than ``time``, which is by ``whose`` clock."""
+    times = f"{what} at {rfc3339(at)}, and {whose} clock says {rfc3339(time)}"
     text = "A fault of the server's. Retry shortly."
     return Unavailable(Code.SERVER_FAULT, text, retry_after=10, reason=f"{times}; {_COMPARE}")
 

@@ -27,7 +27,7 @@ from chutes_proto.keys.vault import FreshKey, Vault
 from chutes_proto.secret import Secret
 from chutes_proto.store import rows as store
 from chutes_proto.store._run import Script, Unit
-from chutes_proto.units.boot import check_token, taken
+from chutes_proto.units.boot import check_not_void, check_token, taken
 from chutes_proto.units.keys import VmKeys, by_volume, disk_of, report
 from chutes_proto.units.records import AcceptedQuote, Records
 from chutes_proto.wire.codes import Code
@@ -242,8 +242,7 @@ class ConfirmVolumes(Unit[tuple[tuple[str, Result], ...]]):
         boot = yield from store.Read(store.BootRow, self.nonce_digest, "confirm_digest")
         if boot is None or boot.confirm_expires_at is None:
             raise _confirm_refused("unknown")
-        if boot.voided_at is not None:
-            raise _confirm_refused("voided")
+        yield from check_not_void(boot, self.now, _confirm_refused)
         if self.now >= boot.confirm_expires_at:
             raise _confirm_refused("expired")
         if boot.vm != self.vm:
@@ -258,9 +257,8 @@ class ConfirmVolumes(Unit[tuple[tuple[str, Result], ...]]):
 
 def _attestable(unit: FindQuoteNonce | AttestVolumes) -> Script[store.BootRow]:
     """The boot of the unit's quote nonce, which was not consumed, or by the very same request."""
-    boot = check_token(
-        (yield from store.Read(store.BootRow, unit.nonce_digest, "token_digest")), "two-phase", unit.now, _quote_refused
-    )
+    found = yield from store.Read(store.BootRow, unit.nonce_digest, "token_digest")
+    boot = yield from check_token(found, "two-phase", unit.now, _quote_refused)
     if boot.vm != unit.vm:
         raise _quote_refused(f"issued to {boot.vm}, presented by {unit.vm}", "mismatch")
     if boot.certificate != unit.certificate:

@@ -150,7 +150,8 @@ class SyncVolumes(Unit[VolumeKeys]):
 
 def _boot_of(token_digest: bytes, vm: store.Vm, certificate: bytes | None, now: int) -> Script[store.BootRow]:
     """The boot that the token was issued to; whether it was consumed is the caller's to check."""
-    boot = check_token((yield from store.Read(store.BootRow, token_digest, "token_digest")), "base", now, _not_found)
+    found = yield from store.Read(store.BootRow, token_digest, "token_digest")
+    boot = yield from check_token(found, "base", now, _not_found)
     if boot.vm.hotkey != vm.hotkey:
         reason = f"issued to hotkey {boot.vm.hotkey}, presented by {vm.hotkey}"
         raise Refused(Code.HOTKEY_MISMATCH, "Hotkey does not match boot token", reason=reason)
