@@ -220,14 +220,18 @@ def schema(url: str) -> Iterator[str]:
             connection.execute(f"DROP SCHEMA {name} CASCADE".encode())
 
 
+def replace_now(connection: psycopg.Connection[Any], value: str) -> None:
+    """Make ``now()`` in the schema of ``connection`` return the value of an expression."""
+    text = f"CREATE OR REPLACE FUNCTION now() RETURNS timestamptz LANGUAGE sql STABLE AS 'SELECT {value}'"
+    connection.execute(text.encode())
+
+
 @contextmanager
 def schema_with_clock(url: str) -> Iterator[tuple[str, Callable[[int], None]]]:
-    """An empty schema whose ``now()`` goes before PostgreSQL's, and what sets it."""
+    """An empty schema whose ``now()`` goes before PostgreSQL's, and what stops it at a time."""
     with schema(url) as inner, psycopg.connect(inner, autocommit=True) as connection:
 
         def set_clock(at: int) -> None:
-            body = f"SELECT to_timestamp({at})"
-            text = f"CREATE OR REPLACE FUNCTION now() RETURNS timestamptz LANGUAGE sql STABLE AS '{body}'"
-            connection.execute(text.encode())
+            replace_now(connection, f"to_timestamp({at})")
 
         yield inner + "%2Cpg_catalog", set_clock

@@ -91,7 +91,7 @@ def test_a_server_of_the_release_before_serves_while_the_store_is_migrated(
     try:
         load.go_on()
         set_release(monkeypatch, *CURRENT, EXPANSION)  # of this process, which is the operator's
-        if (url := ServerConfig.load(site).store).startswith("postgresql:"):
+        if (url := ServerConfig.load(site).store.url).startswith("postgresql:"):
             with psycopg.connect(url) as reporting:  # a reader of all tables, which the migration must wait for
                 reporting.execute("SELECT count(*) FROM boot")
                 ending = threading.Timer(1.5, reporting.rollback)

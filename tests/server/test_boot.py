@@ -462,6 +462,25 @@ def test_a_horizon_in_the_future_is_told_with_the_command_that_mends_it(world):
     assert answer(world.boot())
 
 
+def test_a_server_whose_clock_jumped_refuses_no_nonce_for_good(world):
+    """Until its store has confirmed the time: a day ahead, the nonces of all other servers would be too old."""
+    readiness = world.app.service.readiness
+    nonce = world.nonce()
+    readiness.note_clock(world.now, world.uptime)
+    for jump in (86_400, -86_400):
+        world.now += jump
+        assert refusal(world.boot(nonce if jump > 0 else "00" * 32))[:2] == (503, Code.SERVER_FAULT)
+        assert f"this server's clock was set by {jump:+} s" in world.log[-1].fields["reason"]
+        readiness.note_clock(world.now, world.uptime)
+    world.now, world.uptime = world.now + 601, world.uptime + 601
+    assert refusal(world.boot(nonce))[:2] == (401, Code.NONCE_INVALID)
+    readiness.fault = "store keys.db: the database's clock says otherwise"
+    assert refusal(world.boot(nonce))[:2] == (503, Code.SERVER_FAULT)
+    assert refusal(world.ask("GET", "/servers/nonce"))[:2] == (503, Code.STORE_UNAVAILABLE)
+    readiness.fault = None
+    assert answer(world.boot())
+
+
 def test_a_nonce_of_a_server_whose_clock_is_ahead_is_no_final_refusal(world):
     world.now += 86_400
     nonce = world.nonce()

@@ -33,7 +33,7 @@ def test_defaults_are_the_documented_ones():
     assert config.exchange_downgrade == "refuse"
     assert (config.roots, config.netuid, config.hotkeys) == ("intel", 64, "*")
     assert config.listen_address == ("127.0.0.1", 8443)
-    assert config.store == "sqlite:/var/lib/chutes/keys.db"
+    assert config.store.url == "sqlite:/var/lib/chutes/keys.db"
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = (ROOT / "examples" / "server.toml").read_text("utf-8")
 NO_DEFAULTS = {"kek_previous_file", "takeover", "networks", "unix", "secret_file"}
 _ALTERNATIVE = "directory hotkey_file root_passphrase_file root_passphrases_file"
-ALTERNATIVES = ("collateral = {", *(f"{key} = " for key in _ALTERNATIVE.split()))
+ALTERNATIVES = ("store = ", "collateral = {", *(f"{key} = " for key in _ALTERNATIVE.split()))
 """The beginnings of lines that exclude others."""
 
 
@@ -78,7 +78,7 @@ def test_no_key_is_left_out(name: str) -> None:
 
 def test_what_is_shown_as_a_default_is_one():
     shown = ServerConfig.from_toml(COMPLETE.encode())
-    for table in (shown, shown.nonce, shown.registration, shown.runtime, shown.proxy, shown.limits):
+    for table in (shown, shown.store, shown.nonce, shown.registration, shown.runtime, shown.proxy, shown.limits):
         for key in attrs.fields(type(table)):
             default = key.default
             if default is attrs.NOTHING or isinstance(default, attrs.Factory) or key.name in NO_DEFAULTS:  # type: ignore[arg-type]

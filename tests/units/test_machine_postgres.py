@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from math import inf
 from typing import ClassVar
 
 import pytest
@@ -26,7 +27,7 @@ class PostgresCalls(Calls):
         super().__init__()
         self.stack = ExitStack()
         url, self.set_clock = self.stack.enter_context(schema_with_clock(self.database))
-        self.postgres = PostgresStore(url, migrate=True)
+        self.postgres = PostgresStore(url, clock_difference_seconds=inf, migrate=True)
         self.stores.append(self.postgres)
 
     def do(self, unit: Unit[T]) -> T | Code | str:

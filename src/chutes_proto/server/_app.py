@@ -146,7 +146,7 @@ class App:
             request = self.service.proxies.client_request(request)
             return (yield from self._answer(request, request_id))
         except Refusal as exc:
-            refusal = exc
+            refusal = exc if exc.status != 401 else (yield from self.service.readiness.doubt(exc))
         except StoreError as exc:
             text = "The store does not answer. Retry shortly."
             refusal = Unavailable(Code.STORE_UNAVAILABLE, text, reason=f"{type(exc).__name__}: {exc}")

@@ -75,6 +75,21 @@ class CollateralOptions:
 
 
 @frozen
+class StoreOptions:
+    """The store: its ``url``, ``sqlite:/path`` or ``postgresql://user@host/database``, and how far to trust it.
+
+    A server refuses a database whose clock differs from its own by more than ``clock_difference_seconds``.
+    """
+
+    url: str = field(repr=False)  # it may hold a password
+    clock_difference_seconds: int = 5
+
+
+def _store_options(given: StoreOptions | str) -> StoreOptions:
+    return StoreOptions(given) if isinstance(given, str) else given
+
+
+@frozen
 class NonceOptions:
     """Options of nonces; ``expected_key_ids`` are ids of MAC keys that other processes of this server use already."""
 
@@ -158,7 +173,8 @@ class ServerConfig:
     """
 
     tls: TlsFiles
-    store: str = field(repr=False)  # a URL may hold a password
+    store: StoreOptions = field(converter=_store_options)
+    """Also given as its URL alone."""
     kek_file: str
     collateral: CollateralOptions
     measurements: tuple[str, ...]
@@ -237,6 +253,7 @@ _LEAST: Final = {
     "collateral.grace_seconds": (0, ""),
     "collateral.refresh_seconds": (60, ""),
     "collateral.fetches_per_minute": (2, ""),
+    "store.clock_difference_seconds": (1, ", because times are whole seconds"),
     "limits.connections": (1, ", or nobody is served"),
     "limits.verifications": (1, ", or no quote is verified"),
     "limits.body_bytes": (16 * 1024, ", which a quote in base64 needs"),
@@ -260,7 +277,7 @@ def check_store_address(text: str) -> str | None:
 def _problems(config: ServerConfig) -> Iterator[str]:
     if config.path is not None:
         yield "path: Unknown key"  # the file itself does not say where it is
-    if problem := check_store_address(config.store):
+    if problem := check_store_address(config.store.url):
         yield f"store: {problem}"
     if config.kek_previous_file == config.kek_file:
         yield "kek_previous_file: the same file as kek_file; name the file of the previous KEK, or remove this key"
@@ -395,6 +412,12 @@ def _service(value: object, _: object) -> CollateralService:
             raise MismatchError("service_type", 'Input should be "https://…" or { url = "…", root_ca_crl = "…" }')
 
 
+def _store(value: object, _: object) -> StoreOptions:
+    """A store is its URL, or a table."""
+    return StoreOptions(value) if isinstance(value, str) else _TABLES.structure(value, StoreOptions)
+
+
+_TABLES: Final = StrictConverter(own_file=True)
 _CONVERTER: Final = StrictConverter(
-    {tuple[str, ...] | Literal["*"]: _hotkeys, CollateralService: _service}, own_file=True
+    {tuple[str, ...] | Literal["*"]: _hotkeys, CollateralService: _service, StoreOptions: _store}, own_file=True
 )

@@ -17,7 +17,7 @@ from attrs import frozen
 from chutes_proto.errors import Refused, Unavailable
 from chutes_proto.quote._terms import rfc3339
 from chutes_proto.store._run import Script
-from chutes_proto.store.rows import Claim, NonceRow, ReadTimes, SetHorizon, SweepNonces
+from chutes_proto.store.rows import Claim, NonceRow, ReadTimes, SetHorizon, SweepNonces, Times
 from chutes_proto.wire.codes import Code
 
 SKEW = 60
@@ -45,9 +45,9 @@ def redeem_nonce(nonce: Nonce, now: int) -> Script[None]:
     """
     times = yield from ReadTimes()
     horizon, clock = times.horizon, times.clock
-    if horizon >= now:
+    if (why := why_void(times, now)) is not None:
         text = "No nonce can be redeemed now. Retry shortly."
-        raise Unavailable(Code.STORE_UNAVAILABLE, text, retry_after=10, reason=_why_void(horizon, now, clock))
+        raise Unavailable(Code.STORE_UNAVAILABLE, text, retry_after=10, reason=why)
     if clock is not None and nonce.issued_at > clock + SKEW:
         raise from_future("nonce was issued", nonce.issued_at, clock, "the database's")
     if nonce.issued_at <= horizon:
@@ -73,18 +73,26 @@ def from_future(what: str, at: int, time: int, whose: str) -> Unavailable:
 _COMPARE = "compare the clocks of all servers and of the database"
 
 
-def _why_void(horizon: int, now: int, clock: int | None) -> str:
-    """Why no nonce can be redeemed, and what an operator does about it."""
+def why_void(times: Times, now: int) -> str | None:
+    """Why no nonce can be redeemed, and what an operator does about it; None if nonces can be."""
+    horizon, clock = times.horizon, times.clock
+    if horizon < now:
+        return None
     why = f"all nonces issued until {rfc3339(horizon)} are void, and this server's clock says {rfc3339(now)}"
     if clock is not None:
         why += f", the database's {rfc3339(clock)}"
-    if horizon > (now if clock is None else clock) + SKEW:
+    if lies_ahead(times, now):
         why += f"; a clock was ahead: {_COMPARE}, set them right, and run `chutes-proto store restored`"
     elif clock is not None and now < clock - SKEW:
         why += f"; {_COMPARE}, and set this server's right"
     else:
         why += ", as after `chutes-proto store restored`; boots wait until then"
     return why
+
+
+def lies_ahead(times: Times, now: int) -> bool:
+    """Return whether the horizon is later than a restore sets it: only a clock that was ahead does that."""
+    return times.horizon > (now if times.clock is None else times.clock) + SKEW
 
 
 def _invalid(why: str) -> Refused:

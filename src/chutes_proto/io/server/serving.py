@@ -35,7 +35,7 @@ from chutes_proto.io.server.sockets import (
     serve_tls,
     urls,
 )
-from chutes_proto.io.server.store_setup import check_keys
+from chutes_proto.io.server.store_setup import check_keys, store_findings
 from chutes_proto.io.server.takeover import Door, TakenOver, take_over
 from chutes_proto.log import Level, Record
 from chutes_proto.quote._roots import INTEL_ROOT
@@ -128,12 +128,15 @@ class Listeners:
 
 
 @contextmanager
-def open_store(setup: ServerSetup) -> Generator[DurableStore]:
-    """Open the store of ``setup``; check that it can be written and its keys opened. Raises `StoreError`."""
+def open_store(setup: ServerSetup) -> Generator[tuple[DurableStore, list[str]]]:
+    """Open the store of ``setup``; check that it can be written and its keys opened. Yields warnings, too.
+
+    Raises `StoreError`.
+    """
     with closing(setup.store.open()) as store:
         store.check_writing()
         _ = check_keys(store, setup.service.vault)
-        yield store
+        yield store, [str(finding) for finding in store_findings(store)]
 
 
 @asynccontextmanager
@@ -180,19 +183,19 @@ async def serve(
     Raises `ConfigurationError` with all problems, one a line, and `StoreError` for a store that cannot be used.
     """
     async with (
-        _in_thread(_opened(config)) as (setup, store, listeners),
+        _in_thread(_opened(config)) as (setup, store, warnings, listeners),
         open_server(setup, store, setup.collateral, log) as server,
     ):
-        _log_start(setup, store, listeners.urls, log)
+        _log_start(setup, store, warnings, listeners.urls, log)
         _ = ready(listeners.urls)
         await server.serve(listeners.sockets)
 
 
 @contextmanager
-def _opened(config: ServerConfig) -> Generator[tuple[ServerSetup, DurableStore, Listeners]]:
+def _opened(config: ServerConfig) -> Generator[tuple[ServerSetup, DurableStore, list[str], Listeners]]:
     setup = make_setup(config)
-    with open_store(setup) as store, closing(Listeners(setup)) as listeners:
-        yield setup, store, listeners
+    with open_store(setup) as (store, warnings), closing(Listeners(setup)) as listeners:
+        yield setup, store, warnings, listeners
 
 
 @asynccontextmanager
@@ -214,15 +217,20 @@ def make_asgi_app(config: ServerConfig) -> AsgiApp:
 
     @asynccontextmanager
     async def open_driver() -> AsyncGenerator[Performer]:
-        async with _in_thread(open_store(setup)) as store, open_performer(store, setup.collateral) as performer:
-            _log_start(setup, store, [], log_record)
-            async with _watching(setup, performer):
-                yield performer
+        async with (
+            _in_thread(open_store(setup)) as (store, warnings),
+            open_performer(store, setup.collateral) as performer,
+            _watching(setup, performer),
+        ):
+            _log_start(setup, store, warnings, [], log_record)
+            yield performer
 
     return AsgiApp(App(setup.service), open_driver, limits=setup.limits)
 
 
-def _log_start(setup: ServerSetup, store: DurableStore, where: list[str], log: Callable[[Record], None]) -> None:
+def _log_start(
+    setup: ServerSetup, store: DurableStore, warnings: list[str], where: list[str], log: Callable[[Record], None]
+) -> None:
     service = setup.service
     fields: dict[str, Value] = {
         "urls": where,
@@ -232,7 +240,7 @@ def _log_start(setup: ServerSetup, store: DurableStore, where: list[str], log: C
         "version": __version__,
     }
     log(Record(Level.INFO if service.root == INTEL_ROOT else Level.WARNING, "serving", fields))
-    for warning in setup.warnings:
+    for warning in (*setup.warnings, *warnings):
         log(Record(Level.WARNING, "warning", {"about": warning}))
 
 
@@ -257,12 +265,12 @@ def serve_until_stopped(
     """
     if transport not in anyio.get_available_backends():
         raise ConfigurationError(f"{transport} is not installed; run: pip install 'chutes-proto[{transport}]'")
-    with open_store(setup) as store, _listeners(setup, store.name) as held, closing(LogWriter()) as log:
+    with open_store(setup) as (store, warnings), _listeners(setup, store.name) as held, closing(LogWriter()) as log:
         listeners = held.listeners
 
         def ready() -> None:
             held.begin()
-            _log_start(setup, store, listeners.urls, log)
+            _log_start(setup, store, warnings, listeners.urls, log)
             announce(listeners.urls)
             _tell_manager("READY=1")
 

@@ -26,7 +26,7 @@ from chutes_proto.io.collateral.upstream import UpstreamCollateral
 from chutes_proto.io.files import read_file, read_private
 from chutes_proto.io.hotkey_file import read_hotkey
 from chutes_proto.io.http.tls import context_trusting
-from chutes_proto.io.server.store_setup import Problems, check_configuration, read_root, read_vault
+from chutes_proto.io.server.store_setup import Problems, check_configuration, read_root, read_vault, store_place
 from chutes_proto.io.stores.address import StorePlace
 from chutes_proto.io.yaml_file import read_yaml
 from chutes_proto.quote._policy import Policy, TcbPolicy
@@ -142,7 +142,7 @@ def make_setup(config: ServerConfig) -> ServerSetup:
         callback=callback,
         unsafe_networks=config.registration.parsed_networks,
     )
-    place = StorePlace(config.store, base, config.limits.store_connections)
+    place = store_place(config, base)
     return ServerSetup(config, service, collateral, tls, place, base, not_served)
 
 

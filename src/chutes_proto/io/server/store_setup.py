@@ -10,6 +10,7 @@ Rules kept here:
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -25,8 +26,9 @@ from chutes_proto.keys.vault import KeyEncryptionKey, Vault
 from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
 from chutes_proto.server._config import ServerConfig
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import CountSealed
+from chutes_proto.store.rows import CountSealed, ReadTimes
 from chutes_proto.store.sql import SCHEMA_VERSION
+from chutes_proto.units.nonces import lies_ahead, why_void
 
 T = TypeVar("T")
 
@@ -50,7 +52,18 @@ def make_store_setup(config: ServerConfig) -> StoreSetup:
     vault = read_vault(config, base, problems)
     if root is None or vault is None or problems.found:
         raise problems.error()
-    return StoreSetup(config, StorePlace(config.store, base, config.limits.store_connections), vault, root)
+    return StoreSetup(config, store_place(config, base), vault, root)
+
+
+def store_place(config: ServerConfig, base: Path) -> StorePlace:
+    """The address of the configured store, and how a server opens it."""
+    options = config.store
+    return StorePlace(
+        options.url,
+        base,
+        connections=config.limits.store_connections,
+        clock_difference_seconds=options.clock_difference_seconds,
+    )
 
 
 def check_store(place: StorePlace, vault: Vault) -> Iterator[Finding]:
@@ -65,8 +78,16 @@ def check_store(place: StorePlace, vault: Vault) -> Iterator[Finding]:
         _ = store.check()
         store.check_writing()
         yield Finding("ok", "store", f"{store.name}: {sum(check_keys(store, vault).values())} keys")
-        if newer := of_newer_schema(store):
-            yield Finding("note", "store", newer)
+        yield from store_findings(store)
+
+
+def store_findings(store: DurableStore) -> Iterator[Finding]:
+    """Findings about an open store that can be used."""
+    if newer := of_newer_schema(store):
+        yield Finding("note", "store", newer)
+    times, now = store.transact(Ask(ReadTimes())), int(time.time())
+    if (why := why_void(times, now)) is not None:
+        yield Finding("problem" if lies_ahead(times, now) else "note", "store", f"no boot is granted: {why}")
 
 
 def of_newer_schema(store: DurableStore) -> str:
@@ -126,11 +147,11 @@ def read_root(config: ServerConfig, base: Path) -> TrustedRoot:
 
 def check_configuration(config: ServerConfig) -> None:
     """Check that a configuration file that holds the database's password is not for everybody to read."""
-    if not config.store.startswith("postgresql:"):
+    if not config.store.url.startswith("postgresql:"):
         return
     from chutes_proto.io.stores.postgres import has_secret
 
-    if has_secret(config.store) and config.path is not None:
+    if has_secret(config.store.url) and config.path is not None:
         check_private(config.path, group_may=True)
 
 

@@ -55,11 +55,12 @@ class DurableStore(Store, Protocol):
 
 @frozen
 class StorePlace:
-    """The address of a store; ``connections`` is how many one process may have open to a database server."""
+    """The address of a store, and how it is opened; the options are those of `PostgresStore`."""
 
     address: str = field(repr=False)
     base: Path
     connections: int = 16
+    clock_difference_seconds: float = 5.0
 
     @property
     def path(self) -> Path | None:
@@ -124,4 +125,9 @@ class StorePlace:
             return SqliteStore(self.path, migrate=migrate, alone=alone)
         from chutes_proto.io.stores.postgres import PostgresStore
 
-        return PostgresStore(self.address, connections=self.connections, migrate=migrate)
+        return PostgresStore(
+            self.address,
+            connections=self.connections,
+            clock_difference_seconds=self.clock_difference_seconds,
+            migrate=migrate,
+        )

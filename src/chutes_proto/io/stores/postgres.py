@@ -13,6 +13,7 @@ Rules kept here:
   committed, and a fail-over may lose it, because a cancelled wait for a synchronous standby succeeds with a warning;
 * the database cancels a statement of a unit that takes too long; if it does not answer at all, the connection is
   closed; a migration, a check and the operations of operators have no such limit;
+* the clocks of this machine and of the database are compared in every transaction: rows are dated by both;
 * at most ``connections`` are open; each is made by the caller that needs it, which gets the reason if that fails;
 * a database without our schema is refused, and neither changed nor, unless an operator asks for it, migrated; every
   transaction looks at the version, because a newer release may have migrated meanwhile;
@@ -32,12 +33,13 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from attrs import define, evolve, field
 
 from chutes_proto.errors import ConfigurationError, StoreBusy, StoreError
+from chutes_proto.quote._terms import rfc3339
 from chutes_proto.store._run import Snapshot, run_script, untold
 from chutes_proto.store._versions import Versions
 from chutes_proto.store.rows import (
@@ -57,7 +59,6 @@ from chutes_proto.store.rows import (
     ReadUnclaimed,
     RewrapGenerations,
     Scan,
-    VoidTokens,
 )
 from chutes_proto.store.sql import (
     INDEX_STATE,
@@ -152,7 +153,8 @@ _LOCK_VERSION: Final = "LOCK TABLE fact IN ACCESS SHARE MODE"
 _READ_SETTINGS: Final = (
     # `on` waits for the disks of this server and of its synchronous standbys; `remote_apply`, which waits more, stays.
     # A weaker setting is raised to `on`, because keys could be lost.
-    "SELECT pg_backend_pid(), set_config('synchronous_commit', CASE current_setting('synchronous_commit')"
+    "SELECT pg_backend_pid(), extract(epoch FROM now()),"  # noqa: S608 - names of ours
+    " set_config('synchronous_commit', CASE current_setting('synchronous_commit')"
     " WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END, true), "
     + ", ".join(f"current_setting('{name}')" for name in _MUST_BE)
 )
@@ -241,20 +243,32 @@ class PostgresStore:
 
     The URL may have every option of libpq, such as a password file (``?passfile=/path``). At most ``connections`` are
     open at once. A transaction raises `StoreBusy` after it waited ``busy_seconds`` for a connection or for conflicting
-    transactions, or if the database has not answered for a few seconds more. With ``migrate`` an empty database, or one
-    of an older schema version, is brought to this release's; ``found_version`` is the one that it had (None: it was
-    empty), ``schema_version`` the one that it has now, ``retries`` the number of repeated transactions.
+    transactions, or if the database has not answered for a few seconds more. It raises `StoreError` while this
+    machine's clock and the database's differ by more than ``clock_difference_seconds``.
+
+    With ``migrate`` an empty database, or one of an older schema version, is brought to this release's;
+    ``found_version`` is the one that it had (None: it was empty), ``schema_version`` the one that it has now,
+    ``retries`` the number of repeated transactions.
 
     Raises `ConfigurationError` for any other text, and `StoreError` for a database that cannot be a store.
     """
 
-    def __init__(self, url: str, *, connections: int = 16, busy_seconds: float = 5.0, migrate: bool = False) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        connections: int = 16,
+        busy_seconds: float = 5.0,
+        clock_difference_seconds: float = 5.0,
+        migrate: bool = False,
+    ) -> None:
         self.name: str
         self._conninfo, self.name = _parse(url)
         self.found_version: int | None = None
         self.retries: int = 0
         self._counting = threading.Lock()
         self._busy_seconds = busy_seconds
+        self._clock_difference_seconds = clock_difference_seconds
         self._answer_seconds = busy_seconds + _SILENCE
         self._pool = _Pool(threading.BoundedSemaphore(connections))
         self._closed = False
@@ -485,8 +499,10 @@ class PostgresStore:
         committing = False
         connection.answer_seconds = self._answer_seconds
         try:
-            settings, *version = _rows(connection, begin)
-            self._check_settings(connection, *settings)
+            asked_at = time.time()
+            (backend, clock, _, *settings), *version = _rows(connection, begin)
+            self._check_settings(connection, backend, settings)
+            self._check_clock(asked_at, float(clock), time.time())
             if begin == self._begin:
                 self._versions(connection).check(version)
             yield
@@ -502,8 +518,18 @@ class PostgresStore:
             self._roll_back(connection)
             raise
 
-    def _check_settings(self, connection: _Connection, backend: int, _: str, *found: str) -> None:
-        """Raise `StoreError` for a database that may lose keys; the arguments are a row of `_READ_SETTINGS`."""
+    def _check_clock(self, before: float, clock: float, after: float) -> None:
+        """Raise `StoreError` if ``clock``, the database's time at some moment between the others, is too far off."""
+        difference = max(clock - after, before - clock)
+        if difference > self._clock_difference_seconds:
+            times = f"{rfc3339(int(clock))}, and this machine's says {rfc3339(int(after))}"
+            raise self._fault(
+                f"the database's clock says {times}; they may differ by {self._clock_difference_seconds:g} seconds;"
+                " set the wrong one right"
+            )
+
+    def _check_settings(self, connection: _Connection, backend: int, found: Sequence[str]) -> None:
+        """Raise `StoreError` for a database that may lose keys; ``found`` are the values of `_MUST_BE`."""
         for (setting, wanted), value in zip(_MUST_BE.items(), found, strict=True):
             if value != wanted:
                 raise self._fault(f"{setting} is {value!r} there and must be {wanted!r}, or keys may be lost")
@@ -587,8 +613,6 @@ _LONG: Final = (
 
 def _may_take_long(op: StoreOp[Any]) -> bool:
     """Return whether only operators use this operation, on tables that may have many rows."""
-    if isinstance(op, VoidTokens):
-        return op.vm is None
     return isinstance(op, _LONG)
 
 

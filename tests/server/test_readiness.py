@@ -1,0 +1,36 @@
+"""The look at the store beside the requests: what makes a server unready, and ready again."""
+
+from __future__ import annotations
+
+import pytest
+
+from chutes_proto.effects import Log, Now, Sleep, Transact, Uptime
+from chutes_proto.errors import StoreBusy, StoreError, Unavailable
+from chutes_proto.server._readiness import Readiness, watch_store
+from chutes_proto.store._run import Ask
+from chutes_proto.store.rows import ReadTimes, Times
+
+
+def test_only_a_fault_that_an_operator_must_mend_makes_a_server_unready() -> None:
+    readiness = Readiness()
+    flow = watch_store(readiness)
+    faults: list[StoreError | None] = [None, StoreBusy("away"), StoreError("newer"), StoreBusy("away"), None]
+    seen, told = [], []
+    effect = next(flow)
+    for fault in faults:
+        assert isinstance(effect, Now)
+        assert isinstance(flow.send(100), Uptime)
+        assert flow.send(1.0) == Transact(Ask(ReadTimes()))
+        effect = flow.send(Times(0, None)) if fault is None else flow.throw(fault)
+        seen.append(readiness.fault)
+        if isinstance(effect, Log):
+            told.append((effect.record.event, dict(effect.record.fields)))
+            effect = flow.send(None)
+        assert effect == Sleep(1.0)
+        effect = flow.send(None)
+    assert seen == [None, None, "newer", "newer", None]
+    assert told == [("store_refused", {"error": "newer"}), ("store_accepted", {})]
+    flow.close()
+    readiness.fault = "newer"
+    with pytest.raises(Unavailable, match="cannot be used"):
+        readiness.require()
