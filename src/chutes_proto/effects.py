@@ -149,11 +149,16 @@ class FetchEvidence(Effect[tuple[HttpResponse, bytes]]):
 class Transact(Effect[T_co]):
     """Run one unit as one serializable transaction; the reply is the result of its script.
 
-    An error of the script comes out unchanged after a roll-back. Raises `StoreError` when the store is at fault;
-    `StoreBusy`, when trying again may help.
+    It waits at most ``turn_seconds`` for its turn, and the flow is told within ``seconds``, all in all, even if the
+    store is not done. A driver without an event loop has one caller, who waits as long as the store takes.
+
+    An error of the script comes out unchanged after a roll-back. Raises `StoreError` when the store is at fault:
+    `StoreBusy` if nothing was changed and trying again may help, `FateUnknown` if it may have been committed or not.
     """
 
     unit: store.Unit[T_co]
+    turn_seconds: float = 3.0
+    seconds: float = 4.5
 
 
 @frozen

@@ -20,7 +20,9 @@
     │   └── HeaderRejected             … because of what its LUKS2 header says
     ├── BootInterrupted                a signal ended the boot
     ├── StoreError                     the store cannot do its work
+    │   ├── FateUnknown                … and a change may have been committed or not
     │   └── StoreBusy                  … now; trying again may help
+    │       └── StoreAway              … because it does not answer
     ├── KeyUnavailable                 a row is sealed under a KEK that is not available
     ├── SealBroken                     a sealed row does not open: altered, or another row's
     ├── GpuError                       ``chutes_proto.gpu._errors`` has its branches
@@ -45,7 +47,7 @@ __all__ += ["BadRequest", "Refusal", "Refused", "RemoteProtocolError", "Transpor
 __all__ += ["BootInterrupted", "DiskError", "HandoverRejected", "HeaderRejected"]
 __all__ += ["QuoteUnavailable", "SignatureUnavailable", "ValidationProblem", "refusal"]
 __all__ += ["CollateralUnavailable", "GpuError", "KeyUnavailable", "QuoteError", "SealBroken"]
-__all__ += ["StoreBusy", "StoreError"]
+__all__ += ["FateUnknown", "StoreAway", "StoreBusy", "StoreError"]
 
 ValidationProblem = dict[str, object]
 """One problem of a 422: ``{"type": str, "loc": list of str and int, "msg": str}``."""
@@ -216,8 +218,16 @@ class StoreError(ChutesError):
     """The store cannot do its work."""
 
 
+class FateUnknown(StoreError):
+    """A commit was not answered: the change may have been committed or not."""
+
+
 class StoreBusy(StoreError):
-    """The store cannot do its work now; a retry may succeed."""
+    """The store cannot do its work now; a retry may succeed, and nothing was changed."""
+
+
+class StoreAway(StoreBusy):
+    """The store does not answer, and would not answer another caller now either; nothing was changed."""
 
 
 class KeyUnavailable(ChutesError):

@@ -44,7 +44,7 @@ SEED = int(os.environ.get("CHUTES_PROTO_CLUSTER_SEED", "0")) or random.SystemRan
 KINDS = ("kill", "pause", "partition", "behind")
 LASTS_SECONDS = (5.0, 45.0)
 """A fault lasts from less than Patroni's ttl, so that the old primary goes on, to more."""
-BEHIND_SECONDS = 6.0
+BEHIND_SECONDS = 3.0
 """The standbys are cut off for this time before the primary is killed: less than Patroni's retry_timeout."""
 FAIL_OVER_SECONDS = 180.0
 LATEST_ANSWER_SECONDS = 30.0

@@ -24,6 +24,7 @@ from chutes_proto.io.collateral.upstream import UpstreamCollateral
 from chutes_proto.io.files import write_file
 from chutes_proto.io.http.https import TimeLimits
 from chutes_proto.io.http.tls import client_context
+from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.log import Record
 from chutes_proto.quote._collateral import VerifiedCollateral
 from chutes_proto.quote._pck import PckIdentity
@@ -35,7 +36,6 @@ from tests.collateral import network
 from tests.collateral.network import PLATFORM, ROOT, Fault, Upstream, running
 from tests.io.peers import Credentials, make_credentials
 from tests.loops import on_loop
-from tests.store.memory import MemoryStore
 from tests.waiting import async_wait_until
 
 PATIENT = TimeLimits(connect=10.0, read=10.0, total=10.0)  # an answer that comes is taken, however busy the machine is
@@ -480,8 +480,9 @@ def test_threads_are_left_alone(each: Loop, upstream: Upstream) -> None:
 @pytest.mark.anyio
 async def test_a_performer_for_files_or_for_services(upstream: Upstream, tmp_path: Path) -> None:
     write_file(tmp_path / "a.json", PLATFORM.collateral_json(int(time.time())))
+    durable = SqliteStore(tmp_path / "keys.db")
     for collateral in (CollateralDirectory(tmp_path, ROOT), source(upstream)):
-        async with open_performer(MemoryStore(), collateral, log=lambda _: None) as performer:
+        async with open_performer(durable, collateral, log=lambda _: None) as performer:
             effect = FetchCollateral(identity(), int(time.time()) + 1)
             found: Any = await performer.perform(effect)
             assert found.fmspc == PLATFORM.fmspc

@@ -242,7 +242,7 @@ def test_a_name_that_was_rebound_meanwhile(world):
 
 
 @pytest.mark.parametrize("busy", ["collateral", "slots", "store"])
-@pytest.mark.parametrize(("seconds", "granted"), [(19, True), (22, False)])
+@pytest.mark.parametrize(("seconds", "granted"), [(19, True), (26, False)])
 def test_what_is_busy_is_waited_for(world, busy, seconds, granted):
     nonce = quote_nonce(world)
     body = request_of(world, nonce)

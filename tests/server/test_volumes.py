@@ -4,14 +4,15 @@ from email.utils import parsedate_to_datetime
 from urllib.parse import urljoin
 
 import pytest
+from attrs import evolve
 from hypothesis import given
 from hypothesis import strategies as st
 
 from chutes_proto.effects import Transact, run
-from chutes_proto.errors import BadRequest, StoreBusy
+from chutes_proto.errors import BadRequest, FateUnknown, StoreBusy
 from chutes_proto.server._app import App
 from chutes_proto.server._profiles import ServedProfile
-from chutes_proto.store.rows import GenerationRow
+from chutes_proto.store.rows import BootRow, GenerationRow
 from chutes_proto.testing._platform import PROFILE
 from chutes_proto.wire import openapi
 from chutes_proto.wire.codes import Code
@@ -192,10 +193,10 @@ def busy_for(world: World, times: int) -> None:
 
 def test_a_busy_store_is_waited_for(world):
     token = world.token()
-    busy_for(world, 30)
+    busy_for(world, 40)
     start = world.uptime
     assert answer(world.sync(token, BOTH))
-    assert 14 < world.uptime - start < 16
+    assert 19 < world.uptime - start < 21
 
 
 def test_but_not_longer_than_the_client_waits(world):
@@ -205,9 +206,58 @@ def test_but_not_longer_than_the_client_waits(world):
     response = world.sync(token, BOTH)
     assert refusal(response)[:2] == (503, Code.STORE_UNAVAILABLE)
     assert response.header("retry-after")
-    assert world.uptime - start <= 20
+    assert 24 < world.uptime - start <= 25
     world.before = lambda _: None
     assert answer(world.sync(token, BOTH))
+
+
+def lost_at_the_commit(world: World) -> None:
+    """The next transaction is committed, and its caller hears nothing of that."""
+
+    def commit_and_fail(effect: object) -> None:
+        if isinstance(effect, Transact):
+            world.before = lambda _: None
+            _ = world.store.transact(effect.unit)
+            raise FateUnknown("lost at the commit")
+
+    world.before = commit_and_fail
+
+
+def test_a_sync_whose_commit_was_not_answered_is_asked_again_and_done_once(world):
+    token = world.token()
+    lost_at_the_commit(world)
+    keys = answer(world.sync(token, BOTH))
+    (boot,) = world.rows(BootRow)
+    assert boot.spent_at is not None
+    assert [row.generation for row in world.rows(GenerationRow) if row.volume != "root"] == [1, 1]
+    assert answer(world.sync(token, BOTH)) == keys
+
+
+def test_a_boot_whose_commit_was_not_answered_is_not_run_again(world):
+    """Its nonce may be redeemed, and a 401 would be final; the client begins again with another nonce."""
+    nonce = world.nonce()
+    lost_at_the_commit(world)
+    assert refusal(world.boot(nonce))[:2] == (503, Code.STORE_UNAVAILABLE)
+    assert answer(world.boot())
+
+
+def test_one_request_too_many_that_waits_for_the_store_is_sent_away_at_once(world):
+    token = world.token()
+    world.app = App(service(patient=evolve(world.app.service.patient, size=1, share=1)))
+    answers: list[tuple[HttpResponse, float]] = []
+
+    def meanwhile(effect: object) -> None:
+        if isinstance(effect, Transact) and not answers:
+            began = world.uptime
+            answers.append((HttpResponse(500), 0.0))
+            answers.append((world.sync(token, BOTH), world.uptime - began))
+
+    world.before = meanwhile
+    assert answer(world.sync(token, BOTH))
+    response, took = answers[1]
+    assert refusal(response)[:2] == (503, Code.STORE_UNAVAILABLE)
+    assert response.header("retry-after")
+    assert took == 0
 
 
 def test_no_transaction_starts_too_late(world):

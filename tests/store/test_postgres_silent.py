@@ -18,7 +18,7 @@ import psycopg
 import pytest
 from attrs import field, frozen
 
-from chutes_proto.errors import StoreBusy
+from chutes_proto.errors import FateUnknown, StoreAway, StoreBusy
 from chutes_proto.io.stores import postgres
 from chutes_proto.io.stores.postgres import PostgresStore
 from chutes_proto.store import sql
@@ -54,12 +54,15 @@ class Proxy:
         self._listening = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listening.getsockname()[1]
         self.mute = threading.Event()
+        self.connections = 0
         threading.Thread(target=self._accept, daemon=True).start()
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
             while True:
-                threading.Thread(target=self._pump, args=(self._listening.accept()[0],), daemon=True).start()
+                client, _ = self._listening.accept()
+                self.connections += 1
+                threading.Thread(target=self._pump, args=(client,), daemon=True).start()
 
     def _pump(self, client: socket.socket) -> None:
         with client, socket.socket(socket.AF_UNIX) as server, contextlib.suppress(OSError):
@@ -134,7 +137,7 @@ def test_a_connection_that_turns_mute_is_given_up_and_replaced(behind: PostgresS
     unit = Silenced(proxy.mute.set, at_end=False)
     with bounded():
         told(
-            lambda: behind.transact(unit), r"connection to the database failed \(no answer for 0.7 seconds\)", StoreBusy
+            lambda: behind.transact(unit), r"connection to the database failed \(no answer for 0.7 seconds\)", StoreAway
         )
     assert len(unit.runs) == 1
     proxy.mute.clear()
@@ -144,7 +147,7 @@ def test_a_connection_that_turns_mute_is_given_up_and_replaced(behind: PostgresS
 def test_of_a_commit_that_is_not_answered_the_fate_is_unknown(behind: PostgresStore, proxy: Proxy) -> None:
     unit = Silenced(proxy.mute.set, at_end=True)
     with bounded():
-        told(lambda: behind.transact(unit), "the connection was lost at the commit; .*may be committed or not")
+        told(lambda: behind.transact(unit), "connection was lost at the commit; .*may be committed or not", FateUnknown)
     assert len(unit.runs) == 1
     proxy.mute.clear()
     behind.transact(Ask(ReadTimes()))
@@ -176,7 +179,7 @@ def test_a_store_is_not_opened_where_nothing_is_answered(behind: PostgresStore, 
     behind._pool.drop()
     with pytest.MonkeyPatch.context() as patch, bounded():
         patch.setattr(postgres._Connection, "connect", mute)
-        told(lambda: behind.transact(Ask(ReadTimes())), "no answer for", StoreBusy)
+        told(lambda: behind.transact(Ask(ReadTimes())), "no answer for", StoreAway)
 
 
 def test_a_backend_that_stands_still_is_given_up(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +189,7 @@ def test_a_backend_that_stands_still_is_given_up(url: str, monkeypatch: pytest.M
         os.kill(stopped, signal.SIGSTOP)
         try:
             with bounded():
-                told(lambda: store.transact(Ask(SetHorizon(7))), "no answer for", StoreBusy)
+                told(lambda: store.transact(Ask(SetHorizon(7))), "no answer for", StoreAway)
             assert store.transact(Ask(ReadTimes())).horizon == 0
             assert store._pool.idle[0].info.backend_pid != stopped
         finally:

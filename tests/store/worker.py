@@ -26,12 +26,14 @@ from attrs import evolve
 
 from chutes_proto.io.drivers.sync import Performer
 from chutes_proto.io.stores.address import DurableStore, StorePlace
-from chutes_proto.server._retry import transact_with_retries
+from chutes_proto.server._limits import Admission
+from chutes_proto.server._retry import transact_patiently
 from chutes_proto.store.rows import Vm
 from chutes_proto.testing.store_suite._parts import VM, attest, boot, confirm, sync
 from chutes_proto.units.boot import GrantBoot
 from chutes_proto.units.rotation import AttestVolumes, HandedKeys
 from chutes_proto.units.volumes import SyncVolumes
+from chutes_proto.wire.http import HttpRequest
 from tests.store.harness import together
 
 VOLUMES = ("storage", "tdx-cache")
@@ -43,7 +45,9 @@ def say(value: object) -> None:
 
 def boots(store: DurableStore, name: str, number: int, _: Any) -> None:
     def call(index: int) -> str:
-        granted = Performer(store=store).run(transact_with_retries(boot(f"{name}.{index}"), time.monotonic()))
+        request = HttpRequest("POST", "/", arrived=time.monotonic())
+        flow = transact_patiently(Admission(1, share=1), boot(f"{name}.{index}"), request)
+        granted = Performer(store=store).run(flow)
         assert granted.root is not None
         return granted.root.reveal().decode()
 

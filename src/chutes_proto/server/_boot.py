@@ -20,13 +20,14 @@ from typing import Any, Literal
 from chutes_proto.auth.certificates import ClientKey, client_key
 from chutes_proto.auth.hotkey import Hotkey, HotkeyError
 from chutes_proto.auth.signing import check_body_signature
-from chutes_proto.effects import Entropy, Flow, Transact
+from chutes_proto.effects import Entropy, Flow
 from chutes_proto.errors import LocalProtocolError, Refused
 from chutes_proto.keys.vault import FreshKey
 from chutes_proto.secret import Secret
 from chutes_proto.server._call import Call
 from chutes_proto.server._evidence import Evidence, appraise, verify_evidence
 from chutes_proto.server._nonces import RANDOM_SIZE, expires_at
+from chutes_proto.server._retry import transact_patiently
 from chutes_proto.server._service import Service
 from chutes_proto.store.rows import Vm
 from chutes_proto.units.boot import GrantBoot, RecordRefusal
@@ -75,28 +76,27 @@ def _claim(
     image = profile.image_passphrase
     root = FreshKey.from_entropy((yield from Entropy(FreshKey.SIZE))) if image is None else None
     token = Secret((yield from Entropy(32)).hex().encode("ascii"))
-    grant = yield from Transact(
-        GrantBoot(
-            now=call.now,
-            boot_id=call.request_id,
-            nonce=nonce,
-            vm=Vm(hotkey.address, message.vm_name),
-            platform=evidence.platform,
-            hotkey_proven=proven,
-            certificate=key.digest,
-            profile_name=measurements.name,
-            profile_version=measurements.version,
-            exchange=profile.exchange,
-            token_needs_certificate=profile.token_needs_certificate,
-            root=root,
-            token_digest=token_digest(token.reveal()),
-            quote_digest=evidence.quote_digest,
-            peer_address=request.peer_address,
-            claims_per_platform=service.limits.claims_per_platform,
-            exchange_downgrade=service.exchange_downgrade,
-            vault=service.vault,
-        )
+    unit = GrantBoot(
+        now=call.now,
+        boot_id=call.request_id,
+        nonce=nonce,
+        vm=Vm(hotkey.address, message.vm_name),
+        platform=evidence.platform,
+        hotkey_proven=proven,
+        certificate=key.digest,
+        profile_name=measurements.name,
+        profile_version=measurements.version,
+        exchange=profile.exchange,
+        token_needs_certificate=profile.token_needs_certificate,
+        root=root,
+        token_digest=token_digest(token.reveal()),
+        quote_digest=evidence.quote_digest,
+        peer_address=request.peer_address,
+        claims_per_platform=service.limits.claims_per_platform,
+        exchange_downgrade=service.exchange_downgrade,
+        vault=service.vault,
     )
+    grant = yield from transact_patiently(service.patient, unit, request, is_repeatable=False)
     yield from call.log(
         "boot_granted",
         vm=message.vm_name,

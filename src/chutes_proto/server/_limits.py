@@ -19,13 +19,15 @@ class Admission:
 
     size: int
     share: int
+    code: Code = Code.BUSY
+    text: str = "Too many verifications at once. Retry shortly."
     held: Counter[Hashable] = field(init=False, factory=Counter[Hashable])
 
     @contextmanager
     def of(self, party: Hashable) -> Generator[None]:
         """Admit one of ``party`` while the context lasts. Raises `Unavailable` beyond a limit."""
         if self.held.total() >= self.size or self.held[party] >= self.share:
-            raise Unavailable(Code.BUSY, "Too many verifications at once. Retry shortly.")
+            raise Unavailable(self.code, self.text)
         self.held[party] += 1
         try:
             yield

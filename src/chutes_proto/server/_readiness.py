@@ -15,7 +15,7 @@ from typing import Final, NoReturn
 from attrs import define, field
 
 from chutes_proto.effects import Flow, Log, Now, Sleep, Transact, Uptime
-from chutes_proto.errors import Refusal, StoreBusy, StoreError, Unavailable
+from chutes_proto.errors import FateUnknown, Refusal, StoreBusy, StoreError, Unavailable
 from chutes_proto.log import Level, Record
 from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import ReadTimes
@@ -72,7 +72,7 @@ def watch_store(readiness: Readiness) -> Flow[NoReturn]:
             _ = yield from Transact(Ask(ReadTimes()))
             fault = None
             readiness.note_clock(now, uptime)
-        except StoreBusy:
+        except (StoreBusy, FateUnknown):
             fault = readiness.fault
         except StoreError as exc:
             fault = str(exc)

@@ -28,7 +28,7 @@ from chutes_proto.secret import Secret
 from chutes_proto.server._boot import record_refusal, token_digest
 from chutes_proto.server._call import Call
 from chutes_proto.server._evidence import appraise, verify_evidence
-from chutes_proto.server._retry import transact_with_retries, verify_with_retries
+from chutes_proto.server._retry import transact_patiently, verify_with_retries
 from chutes_proto.server._service import Service
 from chutes_proto.server._volumes import check_names, check_shape, check_volumes, entropy_parts
 from chutes_proto.store.rows import Vm
@@ -52,7 +52,8 @@ def attest_volumes(service: Service, call: Call[vms.VolumeAttestationRequest]) -
         key = client_key(request.peer_certificate)
     vm = Vm(message.hotkey, message.vm_name)
     digest, body_digest = token_digest(nonce), hashlib.sha256(request.body).digest()
-    _ = yield from transact_with_retries(FindQuoteNonce(call.now, vm, digest, key.digest, body_digest), request.arrived)
+    known = FindQuoteNonce(call.now, vm, digest, key.digest, body_digest)
+    _ = yield from transact_patiently(service.patient, known, request)
     with service.proxies.excusing(request):
         evidence = yield from verify_with_retries(
             lambda: verify_evidence(service, bytes.fromhex(message.quote_nonce or ""), key, message.quote, call.now),
@@ -63,7 +64,8 @@ def attest_volumes(service: Service, call: Call[vms.VolumeAttestationRequest]) -
         profile = appraise(service, evidence, "runtime").profile
         *parts, k3s = yield from entropy_parts(len(volumes) + 1)
         fresh = {volume: FreshKey.from_entropy(part) for volume, part in zip(volumes, parts, strict=True)}
-        handed = yield from transact_with_retries(
+        handed = yield from transact_patiently(
+            service.patient,
             AttestVolumes(
                 now=call.now,
                 request_id=call.request_id,
@@ -79,7 +81,7 @@ def attest_volumes(service: Service, call: Call[vms.VolumeAttestationRequest]) -
                 confirm_nonces=_confirm_nonces(service, nonce),
                 vault=service.vault,
             ),
-            request.arrived,
+            request,
         )
     except Refused as exc:
         yield from record_refusal(call, vm, evidence, exc, "runtime")
@@ -118,7 +120,7 @@ def confirm_volumes(service: Service, call: Call[vms.VolumeConfirmationRequest])
         rotated=rotated,
         vault=service.vault,
     )
-    results = yield from transact_with_retries(unit, call.request.arrived)
+    results = yield from transact_patiently(service.patient, unit, call.request)
     outcomes = [f"{volume}: {result}" for volume, result in results]
     yield from call.log("volumes_confirmed", vm=vm.name, hotkey=vm.hotkey, volumes=outcomes)
     return vms.VolumeConfirmationAnswer(

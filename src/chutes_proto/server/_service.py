@@ -51,6 +51,13 @@ def _public(service: Service) -> list[Profile]:
     return [profile for profile in service.policy.profiles if profile.identity not in rc]
 
 
+def _patient(service: Service) -> Admission:
+    """Half of all connections, so that the others are answered; half of these for one address."""
+    most = max(1, service.limits.connections // 2)
+    text = "Too many requests wait for the store. Retry shortly."
+    return Admission(most, share=max(1, most // 2), code=Code.STORE_UNAVAILABLE, text=text)
+
+
 def _rates(service: Service) -> TokenBuckets:
     most = service.limits.requests_per_minute
     return TokenBuckets(most, most / 60)
@@ -87,6 +94,8 @@ class Service:
         init=False, eq=False, default=Factory(lambda self: publish(_public(self)), takes_self=True)
     )
     verifications: Admission = field(default=Factory(_verifications, takes_self=True))
+    patient: Admission = field(default=Factory(_patient, takes_self=True))
+    """Bounds the requests that wait for the store for longer than a moment."""
     hosts: Admission = field(factory=lambda: Admission(16, share=1))
     boots: OpenBoots = field(factory=OpenBoots)
     rates: TokenBuckets = field(default=Factory(_rates, takes_self=True))

@@ -16,7 +16,7 @@ from chutes_proto.errors import BadRequest, Refused
 from chutes_proto.keys.vault import FreshKey
 from chutes_proto.server._boot import token_digest
 from chutes_proto.server._call import Call
-from chutes_proto.server._retry import transact_with_retries
+from chutes_proto.server._retry import transact_patiently
 from chutes_proto.server._service import Service
 from chutes_proto.store.rows import Vm
 from chutes_proto.units.volumes import ReadVolume, SyncVolumes
@@ -31,7 +31,8 @@ def read_cache_passphrase(service: Service, call: Call[CachePassphraseRequest]) 
     token, hotkey = _credentials(message.boot_token, message.hotkey_header, message.hotkey)
     vm = Vm(hotkey, message.vm_name)
     volume = service.volumes[0]
-    passphrase = yield from transact_with_retries(
+    passphrase = yield from transact_patiently(
+        service.patient,
         ReadVolume(
             now=call.now,
             request_id=call.request_id,
@@ -41,7 +42,7 @@ def read_cache_passphrase(service: Service, call: Call[CachePassphraseRequest]) 
             volume=volume,
             vault=service.vault,
         ),
-        call.request.arrived,
+        call.request,
     )
     yield from call.log("passphrase_read", vm=vm.name, hotkey=vm.hotkey, trust=service.trust, volume=volume)
     return CachePassphraseAnswer(passphrase=passphrase)
@@ -63,7 +64,8 @@ def sync_volumes(service: Service, call: Call[VolumeSyncRequest]) -> Flow[Volume
     parts = yield from entropy_parts(len(volumes))
     fresh = {volume: FreshKey.from_entropy(part) for volume, part in zip(volumes, parts, strict=True)}
     vm = Vm(hotkey, message.vm_name)
-    keys = yield from transact_with_retries(
+    keys = yield from transact_patiently(
+        service.patient,
         SyncVolumes(
             now=call.now,
             request_id=call.request_id,
@@ -77,7 +79,7 @@ def sync_volumes(service: Service, call: Call[VolumeSyncRequest]) -> Flow[Volume
             fresh=fresh,
             vault=service.vault,
         ),
-        call.request.arrived,
+        call.request,
     )
     yield from call.log(
         "volumes_synced",

@@ -23,12 +23,13 @@ from chutes_proto.io.drivers.aio import HttpxGetter, Performer
 from chutes_proto.io.drivers.sync import CollateralSource, log_record
 from chutes_proto.io.http.httpx_messages import open_client
 from chutes_proto.io.http.tls import context_trusting
+from chutes_proto.io.stores.address import DurableStore
+from chutes_proto.io.stores.turns import open_turns
 from chutes_proto.log import Level, Record
 from chutes_proto.quote._collateral import Collateral, VerifiedCollateral
 from chutes_proto.quote._layout import BytesLike
 from chutes_proto.quote._pck import PckIdentity
 from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
-from chutes_proto.store._run import Store
 
 
 @asynccontextmanager
@@ -51,14 +52,15 @@ async def open_collateral(
 
 @asynccontextmanager
 async def open_performer(
-    store: Store, source: CollateralSource | UpstreamCollateral, *, log: Callable[[Record], None] = log_record
+    store: DurableStore, source: CollateralSource | UpstreamCollateral, *, log: Callable[[Record], None] = log_record
 ) -> AsyncGenerator[Performer]:
     """Open the performer of a key server's effects, with collateral from files or from the network."""
-    if isinstance(source, UpstreamCollateral):
-        async with open_collateral(source, log=log) as fetcher:
-            yield Performer(store=store, fetch=fetcher.fetch, log=log)
-    else:
-        yield Performer(store=store, collateral=source, log=log)
+    async with open_turns(store) as turns:
+        if isinstance(source, UpstreamCollateral):
+            async with open_collateral(source, log=log) as fetcher:
+                yield Performer(transact=turns.transact, fetch=fetcher.fetch, log=log)
+        else:
+            yield Performer(transact=turns.transact, collateral=source, log=log)
 
 
 class CollateralFetcher:

@@ -66,7 +66,8 @@ class Performer:
 
     Parts are as for `chutes_proto.sync.Performer`; quoter, store, collateral source and disks may block, they run in
     threads. ``send`` and ``get`` are asynchronous: `HttpxSender`, for example. ``fetch`` is an asynchronous source of
-    collateral, in place of ``collateral``.
+    collateral, in place of ``collateral``, and ``transact`` performs `Transact` in place of ``store``, which is called
+    at once and waited for as long as it takes.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Performer:
         store: Store | None = None,
         collateral: CollateralSource | None = None,
         fetch: Callable[[PckIdentity, int, VerifiedCollateral | None], Awaitable[VerifiedCollateral]] | None = None,
+        transact: Callable[[effects.Transact[Any]], Awaitable[object]] | None = None,
         disks: DiskWorker | None = None,
         log: Callable[[Record], None] = log_record,
     ) -> None:
@@ -85,6 +87,7 @@ class Performer:
         self._get = get or Missing("get")
         self._collateral = collateral or Missing("collateral")
         self._fetch = fetch or self._fetch_in_thread
+        self._transact = transact or self._perform_in_thread
         self._blocking = sync.Performer(quoter=quoter, store=store, disks=disks, log=log)
         self._resolvers = anyio.CapacityLimiter(sync.RESOLVERS)
 
@@ -117,10 +120,15 @@ class Performer:
                 return self._blocking.perform(effect)
             case effects.MakeQuote():
                 return await anyio.to_thread.run_sync(self._blocking.perform, effect, abandon_on_cancel=True)
-            case effects.Transact() | effects.InspectDisk() | effects.ActOnDisk():
-                return await anyio.to_thread.run_sync(self._blocking.perform, effect)
+            case effects.Transact():
+                return await self._transact(effect)
+            case effects.InspectDisk() | effects.ActOnDisk():
+                return await self._perform_in_thread(effect)
             case _:
                 raise unknown(effect)
+
+    async def _perform_in_thread(self, effect: Effect[Any]) -> object:
+        return await anyio.to_thread.run_sync(self._blocking.perform, effect)
 
     async def _fetch_in_thread(
         self, identity: PckIdentity, now: int, _: VerifiedCollateral | None

@@ -63,6 +63,8 @@ END_SECONDS: Final = 2.0
 A store may hang for longer, or for ever.
 """
 
+_ENDING: Final = threading.Lock()
+
 
 @contextmanager
 def unwrapped() -> Generator[None]:
@@ -359,6 +361,7 @@ def _end_after(seconds: float, log: LogWriter, listeners: Listeners) -> None:
     """End the process after ``seconds``, with ``listeners`` closed and the log written."""
 
     def end() -> NoReturn:
+        _ = _ENDING.acquire()  # never released: of several that are due, one ends the process
         about = "the store, or another service, did not answer in time"
         log(Record(Level.WARNING, "stopped", {"about": about}))
         with suppress(OSError):

@@ -32,6 +32,8 @@ class DurableStore(Store, Protocol):
     """The schema version that it had when it was opened with ``migrate``, None if it was empty."""
     schema_version: int
     """The schema version that it has; it may be newer than this release's, if it says that we can use it."""
+    callers: int
+    """The number of threads that may use it at once without waiting for each other to leave it."""
 
     def check(self, tell: Callable[[int, int], object] = untold) -> dict[str, int]:
         """Read everything; return the number of rows of each table. Raises `StoreError`.

@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from attrs import define, evolve, field
 
-from chutes_proto.errors import ConfigurationError, StoreBusy, StoreError
+from chutes_proto.errors import ConfigurationError, FateUnknown, StoreAway, StoreBusy, StoreError
 from chutes_proto.quote._terms import rfc3339
 from chutes_proto.store._run import Snapshot, run_script, untold
 from chutes_proto.store._versions import Versions
@@ -91,7 +91,7 @@ T = TypeVar("T")
 _OLDEST_SERVER: Final = 12_00_00
 
 _DEFAULTS: Final[dict[str, str]] = {
-    "connect_timeout": "5",
+    "connect_timeout": "2",  # for each host: those that do not answer must leave time for the one that does
     "target_session_attrs": "read-write",  # of several hosts, the one that can write
     # A dead host is noticed, both while data is sent and while an answer is awaited.
     "tcp_user_timeout": "10000",
@@ -160,6 +160,7 @@ _READ_SETTINGS: Final = (
 )
 
 _TEMPORARY: Final = {
+    "": "the connection to the database failed",
     "40001": "other transactions got in the way every time",
     "40P01": "other transactions got in the way every time",
     "55P03": "another transaction takes too long",
@@ -173,6 +174,9 @@ _TEMPORARY: Final = {
     "08P01": "the connection pooler lost the database, or refused",
 }
 """SQLSTATEs of temporary faults."""
+
+_AWAY: Final = frozenset({"", "57P01", "57P02", "57P03", "08P01"})
+"""Those of a database that answers nobody now; without one the driver says so, not the database."""
 
 _FAULTS: Final = {
     "53100": "the database's disk is full; nothing was changed",
@@ -266,6 +270,7 @@ class PostgresStore:
         self._conninfo, self.name = _parse(url)
         self.found_version: int | None = None
         self.retries: int = 0
+        self.callers: int = connections
         self._counting = threading.Lock()
         self._busy_seconds = busy_seconds
         self._clock_difference_seconds = clock_difference_seconds
@@ -480,7 +485,7 @@ class PostgresStore:
             text = " ".join(str(exc).split())
             if "no password supplied" in text:
                 text += "; give a password file of mode 0600, with a line for this host, port and database"
-            raise StoreBusy(f"store {self.name}: no connection to the database: {text}") from None
+            raise StoreAway(f"store {self.name}: no connection to the database: {text}") from None
         connection.answer_seconds = self._answer_seconds
         if connection.info.server_version < _OLDEST_SERVER:
             connection.close()
@@ -511,7 +516,7 @@ class PostgresStore:
         except psycopg.Error as exc:
             self._roll_back(connection)
             if connection.closed and committing:
-                raise self._fault(f"the connection was lost at the commit; {_UNKNOWN}") from exc
+                raise FateUnknown(f"store {self.name}: the connection was lost at the commit; {_UNKNOWN}") from exc
             fault = self._translated(exc)
             raise (_Again(fault) if connection.closed or isinstance(exc, _AGAIN) else fault) from exc
         except BaseException:
@@ -575,9 +580,8 @@ class PostgresStore:
         if _STATEMENT_MODE in text:
             return self._fault(f"{text}; set pool_mode of the connection pooler to transaction or session")
         if fault := _TEMPORARY.get(state):
-            return StoreBusy(f"store {self.name}: {fault} ({text})")
-        if not state:  # the driver says so, not the database
-            return StoreBusy(f"store {self.name}: the connection to the database failed ({text})")
+            kind = StoreAway if state in _AWAY else StoreBusy
+            return kind(f"store {self.name}: {fault} ({text})")
         return self._fault(f"{_FAULTS.get(state, 'PostgreSQL refused')} ({text})")
 
     def _fault(self, what: str) -> StoreError:

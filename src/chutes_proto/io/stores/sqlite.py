@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from attrs import define, field
 
-from chutes_proto.errors import StoreBusy, StoreError
+from chutes_proto.errors import StoreAway, StoreBusy, StoreError
 from chutes_proto.store._run import Snapshot, Store, Unit, run_script, untold
 from chutes_proto.store._versions import Versions
 from chutes_proto.store.rows import ROWS
@@ -66,6 +66,9 @@ _SETTINGS: tuple[tuple[str, str | int], ...] = (
 _STEPS_A_ROW: Final = 60
 """About so many steps of SQLite's machine check a row and its entries in indexes."""
 _STEPS_A_CALL: Final = 200_000
+
+_CALLERS: Final = 40
+"""How many threads may wait for a writer: all of them share the next commit."""
 
 _MAKING = threading.Lock()
 
@@ -113,6 +116,7 @@ class SqliteStore:
         self.path: Path = Path(path).resolve()
         self.name: str = str(self.path)
         self.commits: int = 0
+        self.callers: int = _CALLERS
         self.found_version: int | None = None
         self.schema_version: int = 0
         self._migrate = migrate
@@ -410,7 +414,7 @@ class SqliteStore:
             text = _FAULTS.get(code, "SQLite refused")
             if self._alone and code in _BUSY:
                 text = "another process has it open; stop all servers and other commands that use it"
-            kind = StoreBusy if code in _BUSY else StoreError
+            kind = StoreAway if code in _BUSY else StoreError  # another process has it, and lets nobody in
             raise kind(f"store {self.name}: {text} ({exc})") from exc
 
 
