@@ -9,8 +9,8 @@ from attrs import evolve
 
 from chutes_proto.auth.certificates import spki_sha256
 from chutes_proto.auth.hotkey import HotkeyPair
-from chutes_proto.effects import FetchCollateral, Transact, run
-from chutes_proto.errors import CollateralUnavailable, KeyUnavailable, StoreBusy, StoreError
+from chutes_proto.effects import FetchCollateral, Sleep, Transact, run
+from chutes_proto.errors import CollateralUnavailable, FateUnknown, KeyUnavailable, StoreAway, StoreBusy, StoreError
 from chutes_proto.quote import _ecdsa as ecdsa
 from chutes_proto.quote._layout import parse_quote
 from chutes_proto.quote._verify import verify_collateral
@@ -19,6 +19,7 @@ from chutes_proto.server._app import App
 from chutes_proto.server._config import LimitOptions
 from chutes_proto.server._limits import Admission
 from chutes_proto.server._profiles import ServedProfile
+from chutes_proto.server._readiness import watch_store
 from chutes_proto.store.rows import AttestationRow, AuditRow, BootRow, NonceRow, VmRow
 from chutes_proto.testing._platform import PROFILE
 from chutes_proto.units.operator import StoreRestored
@@ -303,6 +304,15 @@ def test_our_faults_are_503_and_spend_nothing(world, error, code):
     assert "a secret" not in repr((response.body, world.log))
     world.before = lambda _: None
     assert answer(world.boot(nonce))
+
+
+@pytest.mark.parametrize("fault", [StoreAway("away"), StoreBusy("locked"), FateUnknown("no answer in time")])
+def test_a_store_that_does_not_answer_leaves_the_server_ready(world, fault):
+    """Else quick 503 would end the boots that could wait for it."""
+    watching = watch_store(world.app.service.readiness)
+    assert isinstance(next(watching), Transact)
+    assert isinstance(watching.throw(fault), Sleep)
+    assert world.nonce()
 
 
 def test_a_refusal_that_cannot_be_recorded_is_the_same_refusal(world):
