@@ -1,4 +1,4 @@
-"""The patience of one request: how long it waits for the store and for collateral, and how late it is answered.
+"""How long one request waits for the store and for collateral, and how late it is answered.
 
 Deployed clients give up `CLIENT_SECONDS` after they asked. The operations of a boot wait for a store that does not
 answer, because a VM powers off after three quick refusals at its boot, and after one of any later request. No

@@ -18,7 +18,7 @@ PAUSE_SECONDS: Final = 0.25
 """How long the next caller does not ask a store that was just found away; the caller that found it keeps its turn."""
 
 Found: TypeAlias = Literal["answered", "away", "unknown"]
-"""What a transaction says of its store; ``unknown`` where another transaction was in its way."""
+"""The finding of a transaction about its store; ``unknown`` where another transaction was in its way."""
 
 
 @define(eq=False)

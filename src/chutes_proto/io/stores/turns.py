@@ -1,4 +1,4 @@
-"""A store on an event loop: its transactions run in threads, and whoever waits for a turn holds none.
+"""A store on an event loop: its transactions run in threads, and a caller that waits for its turn holds none.
 
 No rule is decided here: `Turns` says whose turn it is.
 """
