@@ -56,8 +56,9 @@ BRINGS = {
     "postgres": {"postgres"},
     "trio": {"trio", "asyncio", "tls", "hotkey"},  # asyncio itself is Python's
     "asyncio": {"asyncio", "tls", "hotkey"},
+    "metrics": {"metrics"},
     "cli": {"cli"},
-    "all": {"trio", "asyncio", "tls", "hotkey", "postgres", "cli"},
+    "all": {"trio", "asyncio", "tls", "hotkey", "postgres", "metrics", "cli"},
 }
 COMMANDS = {
     "openapi": "cli",

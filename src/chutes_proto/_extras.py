@@ -11,6 +11,7 @@ EXTRAS: Final = {
     "tls": _TLS,
     "hotkey": ("sr25519",),
     "postgres": ("psycopg",),
+    "metrics": ("prometheus_client",),
     "asyncio": _ASYNC,
     "trio": ("trio", *_ASYNC),
 }

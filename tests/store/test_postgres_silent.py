@@ -25,6 +25,7 @@ from chutes_proto.store import sql
 from chutes_proto.store._run import Ask, Script, Unit
 from chutes_proto.store.rows import (
     CountSealed,
+    CountStates,
     Read,
     ReadAudit,
     ReadNames,
@@ -257,6 +258,7 @@ def test_a_statement_of_a_unit_that_takes_too_long_is_cancelled(slow: PostgresSt
         ReadPage(VmRow, None, 9),
         ReadUnclaimed(None, 9),
         CountSealed(),
+        CountStates(),
         ReadOtherwiseSealed("none", 9),
     ],
     ids=repr,

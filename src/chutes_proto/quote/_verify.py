@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from hashlib import sha256
 from hmac import compare_digest
-from typing import Final, TypeVar
+from typing import Final, Protocol, TypeVar
 
 from attrs import frozen
 from msgspec import Struct
@@ -467,8 +467,35 @@ def verify_genuine(
 
 def forget() -> None:
     """Drop all remembered chains and quoting enclaves; this only costs time."""
-    for remembered in (_root_terms, _issued_by_root, _signer, _pck_chain, _quoting_enclave):
-        remembered.cache_clear()
+    for cached in remembered().values():
+        cached.cache_clear()
+
+
+class _Cached(Protocol):
+    def cache_clear(self) -> None: ...
+
+    def cache_info(self) -> CacheInfo: ...
+
+
+class CacheInfo(Protocol):
+    """How often a remembered result was used, and how often it was not there."""
+
+    @property
+    def hits(self) -> int: ...
+
+    @property
+    def misses(self) -> int: ...
+
+
+def remembered() -> dict[str, _Cached]:
+    """The stages of verification whose results are remembered, by name."""
+    return {
+        "root": _root_terms,
+        "issuer": _issued_by_root,
+        "signer": _signer,
+        "pck_chain": _pck_chain,
+        "quoting_enclave": _quoting_enclave,
+    }
 
 
 # --- certificates ---

@@ -32,6 +32,7 @@ from chutes_proto.server import _servers as servers
 from chutes_proto.server._boot import attest_boot, issue_boot_nonce
 from chutes_proto.server._call import Call, SignedCall
 from chutes_proto.server._callers import check_caller
+from chutes_proto.server._observing import Answered, Observer, ignore, trace_of, traced
 from chutes_proto.server._open_boots import completed_by
 from chutes_proto.server._rotation import attest_volumes, confirm_volumes
 from chutes_proto.server._runtime import attest_runtime, issue_runtime_nonce, read_status
@@ -81,6 +82,14 @@ _HANDLERS: Mapping[Endpoint, Callable[[Service, Any], Flow[Message]]] = {
 }
 
 
+@define
+class _Seen:
+    """The operation and the refusal of one request, for those who measure."""
+
+    operation: str = "none"
+    code: str = ""
+
+
 @frozen
 class _LastAnswer(HttpResponse):
     """An answer that completes the boot of ``vm`` once it is sent."""
@@ -97,6 +106,7 @@ class App:
     """
 
     service: Service
+    observe: Observer = ignore
     draining: bool = False
     handed_over: bool = False
     _latest_end: float = field(init=False, default=math.inf)
@@ -133,18 +143,27 @@ class App:
     def handle(self, request: HttpRequest | MalformedRequest) -> Flow[HttpResponse]:
         """The answer to ``request``; raises nothing but what ends the process."""
         request_id = (yield from Entropy(16)).hex()
-        response = yield from self._respond(request, request_id)
+        seen = _Seen()
+        answering = self._respond(request, request_id, seen)
+        trace_id = trace_of(request) if isinstance(request, HttpRequest) else None
+        response = yield from (answering if trace_id is None else traced(answering, trace_id))
+        if self.observe is not ignore:
+            arrived = request.arrived if isinstance(request, HttpRequest) else None
+            ended = yield from Uptime()
+            self.observe(
+                Answered(seen.operation, response.status, seen.code, 0.0 if arrived is None else ended - arrived)
+            )
         closing = (("connection", "close"),) if self.draining else ()
         date = ("date", _http_date((yield from Now())))  # RFC 9110, section 6.6.1
         return evolve(response, headers=(*response.headers, *closing, date))
 
-    def _respond(self, request: HttpRequest | MalformedRequest, request_id: str) -> Flow[HttpResponse]:
+    def _respond(self, request: HttpRequest | MalformedRequest, request_id: str, seen: _Seen) -> Flow[HttpResponse]:
         """Answer every request, and log a refusal for the operator."""
         try:
             if isinstance(request, MalformedRequest):
                 raise request.refusal
             request = self.service.proxies.client_request(request)
-            return (yield from self._answer(request, request_id))
+            return (yield from self._answer(request, request_id, seen))
         except Refusal as exc:
             refusal = exc if exc.status != 401 else (yield from self.service.readiness.doubt(exc))
         except StoreError as exc:
@@ -155,12 +174,15 @@ class App:
             refusal = Unavailable(Code.KEY_UNAVAILABLE, text, reason=f"{type(exc).__name__}: {exc}", retry_after=30)
         except Exception as exc:  # noqa: BLE001 - a defect of ours must not become a 4xx, nor end the connection silently
             refusal = Unavailable(Code.SERVER_FAULT, "A fault of the server's. Retry shortly.", reason=_where(exc))
+        seen.code = str(refusal.code)
         yield from self._log_refusal(request, request_id, refusal)
         return error_response(refusal, request_id)
 
-    def _answer(self, request: HttpRequest, request_id: str) -> Flow[HttpResponse]:
+    def _answer(self, request: HttpRequest, request_id: str, seen: _Seen) -> Flow[HttpResponse]:
         path, mark, query = request.target.partition("?")
         found = endpoints.route(request.method, path)
+        if isinstance(found, endpoints.Match):
+            seen.operation = found.endpoint.operation
         is_asked_once = isinstance(found, endpoints.Match) and found.endpoint in _ASKED_ONCE
         if wait := 0.0 if is_asked_once else (yield from self._count(request)):
             text = "Too many requests. Retry shortly."

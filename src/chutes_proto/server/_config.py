@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from ipaddress import ip_network
+from ipaddress import ip_address, ip_network
 from operator import attrgetter
 from os import PathLike
 from typing import Final, Literal, cast
@@ -165,6 +165,28 @@ class LimitOptions:
 
 
 @frozen
+class AdminOptions:
+    """The listener for operators and for programs that watch the server: ``listen`` (address and port) or ``unix``.
+
+    Both may be set. An address that is not loopback needs ``certificate``, ``key`` and ``client_ca``, files in PEM:
+    only clients with a certificate of that CA are served. ``hosts`` are further names that requests may give this
+    listener.
+    """
+
+    listen: str | None = None
+    unix: str | None = None
+    certificate: str | None = None
+    key: str | None = None
+    client_ca: str | None = None
+    hosts: tuple[str, ...] = ()
+
+    @property
+    def address(self) -> tuple[str, int] | None:
+        """Host and port of ``listen``. Raises `ConfigurationError`."""
+        return None if self.listen is None else _address("admin.listen", self.listen)
+
+
+@frozen
 class ServerConfig:
     """The key server's configuration, checked as far as possible without reading the files that it names.
 
@@ -198,6 +220,7 @@ class ServerConfig:
     registration: RegistrationOptions = field(factory=RegistrationOptions)
     runtime: RuntimeOptions = field(factory=RuntimeOptions)
     proxy: ProxyOptions = field(factory=ProxyOptions)
+    admin: AdminOptions = field(factory=AdminOptions)
     limits: LimitOptions = field(factory=LimitOptions)
     gpus: Mapping[str, Gpu] = field(factory=dict[str, Gpu])
     """Kinds that the GPU table lacks, by ``gpu_identifier``."""
@@ -207,10 +230,7 @@ class ServerConfig:
     @property
     def listen_address(self) -> tuple[str, int]:
         """Host and port of ``listen``; port 0 means any free one. Raises `ConfigurationError`."""
-        host, _, port = self.listen.rpartition(":")
-        if not host or not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > 65535:
-            raise ConfigurationError('listen: say "address:port", for example "0.0.0.0:8443" or "[::]:8443"')
-        return host.removeprefix("[").removesuffix("]"), int(port)
+        return _address("listen", self.listen)
 
     @classmethod
     def from_toml(cls, data: bytes) -> ServerConfig:
@@ -305,6 +325,48 @@ def _problems(config: ServerConfig) -> Iterator[str]:
     if any(not 0 <= key_id <= 63 for key_id in config.nonce.expected_key_ids):
         yield "nonce.expected_key_ids: ids are 0 to 63"
     yield from _proxy_problems(config.proxy)
+    yield from _admin_problems(config)
+
+
+def _address(key: str, text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    if not host or not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > 65535:
+        raise ConfigurationError(f'{key}: say "address:port", for example "0.0.0.0:8443" or "[::]:8443"')
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def _admin_problems(config: ServerConfig) -> Iterator[str]:
+    admin = config.admin
+    try:
+        address = admin.address
+    except ConfigurationError as exc:
+        yield str(exc)
+        return
+    files = (admin.certificate, admin.key, admin.client_ca)
+    if admin != AdminOptions() and address is None and admin.unix is None:
+        yield "admin: name listen or a unix socket"
+    if None in files and any(files):
+        yield "admin: certificate, key and client_ca go together"
+    if any(files) and address is None:
+        yield "admin.certificate: goes with admin.listen"
+    if admin.unix == "":
+        yield "admin.unix: name a path"
+    if admin.unix is not None and admin.unix == config.proxy.unix:
+        yield "admin.unix: is proxy.unix, too; the admin listener is never a public one"
+    if address is None:
+        return
+    try:
+        is_loopback = address[0] == "localhost" or ip_address(address[0]).is_loopback
+    except ValueError:
+        yield f'admin.listen: {address[0]!r} is not an IP address; say for example "127.0.0.1:9464"'
+        return
+    if not is_loopback and None in files:
+        yield (
+            f"admin.listen: {address[0]} is not loopback: name certificate, key and client_ca, so that only clients"
+            " with a certificate are served, or listen on 127.0.0.1"
+        )
+    if address[1] and admin.listen == config.listen:
+        yield "admin.listen: is listen, too; the admin listener is never the public one"
 
 
 def _raised(read: Callable[[], object], key: str = "") -> Iterator[str]:

@@ -22,8 +22,17 @@ from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar, get_args
 from attrs import field, frozen
 
 __all__ = ["AttestationRow", "AuditRow", "AuditWanted", "BootRow", "BootVolumeRow", "Claim", "CountAudit"]
-__all__ += ["CountClaims", "CountRefusals", "CountRows", "CountSealed", "Decision", "Delete", "DeleteServer"]
-__all__ += ["Exchange", "FindLastBoot", "FindLastBootFrom", "GenerationRow", "GpuRow", "Insert", "InsertAll"]
+__all__ += ["CountClaims", "CountRefusals", "CountRows", "CountSealed", "CountStates", "Decision", "Delete"]
+__all__ += [
+    "DeleteServer",
+    "Exchange",
+    "FindLastBoot",
+    "FindLastBootFrom",
+    "GenerationRow",
+    "GpuRow",
+    "Insert",
+    "InsertAll",
+]
 __all__ += ["ROWS", "NonceRow", "Pin", "Platform", "PurgeAudit", "PurgeGeneration", "Put", "Read", "ReadAll"]
 __all__ += ["ReadAudit", "ReadBootVolumes", "ReadLiveGenerations", "ReadNames", "ReadOld", "ReadOtherwiseSealed"]
 __all__ += ["ReadPage", "ReadRetired", "ReadTimes", "ReadUnclaimed", "Retirement", "RewrapGenerations", "Row", "Scan"]
@@ -483,6 +492,11 @@ class PurgeGeneration(StoreOp[None]):
 @frozen
 class CountSealed(StoreOp[tuple[tuple[str, int], ...]]):
     """The number of passphrases sealed under each KEK, by ``kek_id``."""
+
+
+@frozen
+class CountStates(StoreOp[tuple[tuple[str, int], ...]]):
+    """The number of generations in each state, by state; states without one are left out."""
 
 
 @frozen

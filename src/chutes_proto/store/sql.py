@@ -722,6 +722,10 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query]] = {
         "SELECT kek_id, count(*) FROM generation WHERE kek_id IS NOT NULL GROUP BY kek_id",
         lambda rows: tuple(sorted((kek_id, count) for kek_id, count in rows)),
     ),
+    store.CountStates: _query(
+        "SELECT state, count(*) FROM generation GROUP BY state",
+        lambda rows: tuple(sorted((state, count) for state, count in rows)),
+    ),
     store.ReadOtherwiseSealed: _Query(_read_otherwise_sealed, lambda _, rows: decode_rows(store.GenerationRow, rows)),
     # servers and verdicts
     store.DeleteServer: _query("DELETE FROM server WHERE server_id = :server_id"),  # and its GPUs, by their reference

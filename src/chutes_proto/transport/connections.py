@@ -73,6 +73,9 @@ class Connections:
         self._finishing = False
         self._heard_until: float | None = None
 
+    def __len__(self) -> int:
+        return len(self._open)
+
     def next_step(self, connection: ServerConnection, now: float) -> Answer | Send | Sent | Receive | None:
         """The next step of a connection; None: close it. After its deadline, call `expire` first."""
         sent = connection.sent_response(now)

@@ -179,6 +179,11 @@ class ServerConnection:
         return self._phase is _Phase.CLOSED
 
     @property
+    def has_shaken_hands(self) -> bool:
+        """Whether the TLS handshake is complete; True without TLS."""
+        return self._tls is None or self._tls.established
+
+    @property
     def waits_for_peer(self) -> bool:
         """Whether the next step is the peer's, to send or to take bytes: no request is being handled."""
         return self._phase not in (_Phase.HANDLING, _Phase.CLOSED)

@@ -43,10 +43,14 @@ _CHUNK: Final = 64 * 1024
 _NO_RENEGOTIATION: Final = 1 << 30  # SSL_OP_NO_RENEGOTIATION of openssl/ssl.h, which pyOpenSSL does not name
 
 
-def server_context(chain_pem: bytes, key_pem: Secret) -> ServerContext:
+def server_context(chain_pem: bytes, key_pem: Secret, *, client_ca_pem: bytes | None = None) -> ServerContext:
     """A context for the certificate chain (the server's own first) and its key, in PEM.
 
-    Raises `ConfigurationError` for a chain or key that is not PEM, an encrypted key, or a key of another certificate.
+    With ``client_ca_pem`` the handshake fails unless the client has a certificate that is valid now, for TLS clients,
+    and issued under one of these CAs (RFC 5280).
+
+    Raises `ConfigurationError` for a chain, key or CA that is not PEM, an encrypted key, or a key of another
+    certificate.
     """
     try:
         certificates = x509.load_pem_x509_certificates(chain_pem)
@@ -61,9 +65,12 @@ def server_context(chain_pem: bytes, key_pem: Secret) -> ServerContext:
     _ = context.set_options(SSL.OP_NO_TICKET | SSL.OP_CIPHER_SERVER_PREFERENCE | _NO_RENEGOTIATION)
     _ = context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
     _ = context.set_mode(SSL.MODE_RELEASE_BUFFERS)
-    context.set_verify(SSL.VERIFY_PEER, _accept)
-    # Nothing above the peer's own certificate is verified: a long chain would cost much time and prove nothing.
-    context.set_verify_depth(0)
+    if client_ca_pem is None:
+        context.set_verify(SSL.VERIFY_PEER, _accept)
+        # Nothing above the peer's own certificate is verified: a long chain would cost much time and prove nothing.
+        context.set_verify_depth(0)
+    else:
+        _require_clients_of(context, client_ca_pem)
     try:
         context.use_certificate(certificates[0])
         for certificate in certificates[1:]:
@@ -179,6 +186,29 @@ class TlsSession:
             return self._connection.get_peer_certificate(as_cryptography=True)
         except (ValueError, x509.InvalidVersion, UnsupportedAlgorithm):  # OpenSSL reads more than RFC 5280 allows
             return None
+
+
+def _require_clients_of(context: ServerContext, client_ca_pem: bytes) -> None:
+    try:
+        authorities = x509.load_pem_x509_certificates(client_ca_pem)
+    except ValueError as exc:
+        raise ConfigurationError(f"the CA of clients is not PEM: {exc}") from None
+    trusted = context.get_cert_store()
+    assert trusted is not None  # noqa: S101 - a context always has one
+    for authority in authorities:
+        trusted.add_cert(crypto.X509.from_cryptography(authority))
+    context.set_verify(SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT, _accept_issued)
+    context.set_verify_depth(2)
+
+
+def _accept_issued(
+    connection: object,
+    certificate: crypto.X509,
+    error: int,
+    depth: int,
+    is_issued: int,  # OpenSSL's signature
+) -> bool:
+    return bool(is_issued) and _accept(connection, certificate)
 
 
 def _accept(_connection: object, certificate: crypto.X509, *_: object) -> bool:

@@ -24,13 +24,20 @@ from chutes_proto.transport.h1 import DEFAULT_LIMITS, READ_SIZE, Application, Li
 class Server:
     """Serves the application ``app`` on the running event loop, once.
 
-    ``performer`` performs the effects of ``app``, ``limits`` bound each connection. At most ``connections`` are open,
+    ``performer`` performs the effects of ``app``, ``limits`` bound each connection, ``ended`` is told of each that has
+    ended. At most ``connections`` are open,
     and one more for each further listener. At the limit, a connection on which the server waits for the peer ends; if
     there is none, new ones wait in the listeners' queues.
     """
 
     def __init__(
-        self, app: Application, performer: Performer, *, limits: Limits = DEFAULT_LIMITS, connections: int = 1024
+        self,
+        app: Application,
+        performer: Performer,
+        *,
+        limits: Limits = DEFAULT_LIMITS,
+        connections: int = 1024,
+        ended: Callable[[ServerConnection], None] | None = None,
     ) -> None:
         self._app = app
         self._performer = performer
@@ -41,6 +48,7 @@ class Server:
         self._accepting = anyio.CancelScope()
         self._waiting: dict[ServerConnection, anyio.CancelScope] = {}
         self._handed_over = False
+        self._ended = ended
 
     async def serve(self, listening: Sequence[Listening]) -> None:
         """Serve until cancelled, or until the end that `stop` began; close the sockets."""
@@ -70,6 +78,11 @@ class Server:
             self._connections.drain(now)
         self._update_end()
         return end - now
+
+    @property
+    def open_connections(self) -> int:
+        """The number of connections that are open now."""
+        return len(self._connections)
 
     def _update_end(self) -> None:
         self._accepting.deadline = self._app.ends_at(anyio.current_time())
@@ -102,6 +115,8 @@ class Server:
                 finally:
                     self._connections.remove(connection)
                     self._update_end()
+                    if self._ended is not None:
+                        self._ended(connection)
         except OSError:
             pass  # the peer went away
         except Exception as exc:  # noqa: BLE001 - a defect in one connection must not end the others

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from chutes_proto.io.drivers.sync import CollateralSource
     from chutes_proto.io.stores.address import DurableStore
     from chutes_proto.log import Value
+    from chutes_proto.transport.tls import ServerContext
 
 T = TypeVar("T")
 
@@ -87,35 +88,54 @@ class Listeners:
     cannot be used, and for a given socket that the configuration does not name.
     """
 
-    def __init__(self, setup: ServerSetup, given: Sequence[socket] = ()) -> None:
+    def __init__(self, setup: ServerSetup, given: Sequence[tuple[str, socket]] = ()) -> None:
         self._setup = setup
         self._context = setup.tls
+        self._admin_context = setup.admin_tls
         self.handed_over = False
         """Whether another process serves on them, too: then files of Unix sockets are left to it."""
-        offered = GivenSockets(given)
-        with ExitStack() as opened:
-            tcp = offered.take_tcp(setup.config.listen_address)
-            self.sockets: list[Listening] = [serve_tls(bound, lambda: self._context) for bound in tcp]
-            if not tcp:
-                self.sockets += listen_tls(setup.config.listen_address, lambda: self._context)
-            self.all_given: bool = bool(tcp)
-            """Whether each of them was given."""
-            for listening in self.sockets:
-                _ = opened.callback(listening.socket.close)
-            if (path := setup.proxy_socket) is not None:
-                unix = offered.take_unix(path)
-                self.sockets += [serve_plain(bound) for bound in unix] or [listen_unix(path)]
-                self.all_given &= bool(unix)
-                _ = opened.callback(self.sockets[-1].socket.close)
-                _ = opened.callback(self._remove, path)
-            offered.check_all_taken()
+        self.all_given = True
+        """Whether each of them was given."""
+        self.keyed: list[tuple[str, socket]] = []
+        """Each socket, after the setting that it was opened for."""
+        self._offered = GivenSockets(given)
+        admin = setup.config.admin
+        with ExitStack() as self._opened:
+            self.sockets: list[Listening] = self._tcp("listen", setup.config.listen_address, lambda: self._context)
+            self.sockets += self._unix("proxy.unix", setup.proxy_socket)
+            self.admin: list[Listening] = []
+            if admin.address is not None:
+                self.admin += self._tcp("admin.listen", admin.address, lambda: self._admin_context)
+            self.admin += self._unix("admin.unix", setup.admin_socket)
+            self._offered.check_all_taken()
             self.urls: list[str] = urls(self.sockets)
-            self._opened = opened.pop_all()
+            self.admin_urls: list[str] = urls(self.admin, "http" if setup.admin_tls is None else "https")
+            self._opened = self._opened.pop_all()
+
+    def _tcp(self, key: str, address: tuple[str, int], context: Callable[[], ServerContext | None]) -> list[Listening]:
+        given = self._offered.take_tcp(key, address)
+        self.all_given &= bool(given)
+        return self._keep(key, [serve_tls(each, context) for each in given] or listen_tls(address, context, key=key))
+
+    def _unix(self, key: str, path: Path | None) -> list[Listening]:
+        if path is None:
+            return []
+        given = self._offered.take_unix(key, path)
+        self.all_given &= bool(given)
+        kept = self._keep(key, [serve_plain(each) for each in given] or [listen_unix(path, key=key)])
+        _ = self._opened.callback(self._remove, path)
+        return kept
+
+    def _keep(self, key: str, listening: list[Listening]) -> list[Listening]:
+        for each in listening:
+            _ = self._opened.callback(each.socket.close)
+            self.keyed.append((key, each.socket))
+        return listening
 
     def reload_certificate(self) -> Record:
-        """Load the certificate's files again; if they cannot be used, keep the present certificate."""
+        """Load the certificates' files again; if they cannot be used, keep the present certificates."""
         try:
-            self._context = self._setup.reload_tls()
+            self._context, self._admin_context = self._setup.reload_tls(), self._setup.reload_admin_tls()
         except ConfigurationError as exc:
             return Record(Level.ERROR, "certificate_kept", {"error": str(exc)})
         return Record(Level.INFO, "certificate_reloaded", {})
@@ -147,15 +167,35 @@ async def open_server(
     store: DurableStore,
     collateral: CollateralSource | UpstreamCollateral,
     log: Callable[[Record], None],
+    admin: Sequence[Listening] = (),
 ) -> AsyncGenerator[Server]:
-    """Make a server of ``setup`` on the running event loop."""
+    """Make a server of ``setup`` on the running event loop; its ``admin`` listeners are served as long as it lives."""
     wanted = setup.config.limits.connections
     connections = allowed_connections(wanted)
     if connections < wanted:
         about = f"limits.connections: the limit of open files allows {connections} of {wanted}; raise it (LimitNOFILE)"
         log(Record(Level.WARNING, "warning", {"about": about}))
     async with open_performer(store, collateral, log=log) as performer, _watching(setup, performer):
-        yield Server(App(setup.service), performer, limits=setup.limits, connections=connections)
+        if not admin:
+            yield Server(App(setup.service), performer, limits=setup.limits, connections=connections)
+            return
+        from chutes_proto.io.server.admin import Admin
+        from chutes_proto.io.server.metrics import MeteredPerformer, Metrics
+
+        metrics = Metrics()
+        app = App(setup.service, metrics)
+        server = Server(
+            app,
+            MeteredPerformer(performer, metrics),
+            limits=setup.limits,
+            connections=connections,
+            ended=lambda connection: metrics.handshake(done=connection.has_shaken_hands),
+        )
+        watched = Admin(setup, store, app, metrics)
+        async with anyio.create_task_group() as beside:
+            _ = beside.start_soon(watched.serve, admin, performer, lambda: server.open_connections)
+            yield server
+            beside.cancel_scope.cancel()
 
 
 @asynccontextmanager
@@ -186,9 +226,9 @@ async def serve(
     """
     async with (
         _in_thread(_opened(config)) as (setup, store, warnings, listeners),
-        open_server(setup, store, setup.collateral, log) as server,
+        open_server(setup, store, setup.collateral, log, listeners.admin) as server,
     ):
-        _log_start(setup, store, warnings, listeners.urls, log)
+        _log_start(setup, store, warnings, listeners.urls, log, listeners.admin_urls)
         _ = ready(listeners.urls)
         await server.serve(listeners.sockets)
 
@@ -231,7 +271,12 @@ def make_asgi_app(config: ServerConfig) -> AsgiApp:
 
 
 def _log_start(
-    setup: ServerSetup, store: DurableStore, warnings: list[str], where: list[str], log: Callable[[Record], None]
+    setup: ServerSetup,
+    store: DurableStore,
+    warnings: list[str],
+    where: list[str],
+    log: Callable[[Record], None],
+    admin: Sequence[str] = (),
 ) -> None:
     service = setup.service
     fields: dict[str, Value] = {
@@ -241,6 +286,8 @@ def _log_start(
         "store": store.name,
         "version": __version__,
     }
+    if admin:
+        fields["admin"] = list(admin)
     log(Record(Level.INFO if service.root == INTEL_ROOT else Level.WARNING, "serving", fields))
     for warning in (*setup.warnings, *warnings):
         log(Record(Level.WARNING, "warning", {"about": warning}))
@@ -272,12 +319,12 @@ def serve_until_stopped(
 
         def ready() -> None:
             held.begin()
-            _log_start(setup, store, warnings, listeners.urls, log)
+            _log_start(setup, store, warnings, listeners.urls, log, listeners.admin_urls)
             announce(listeners.urls)
             _tell_manager("READY=1")
 
         async def main() -> None:
-            async with open_server(setup, store, collateral, log) as server:
+            async with open_server(setup, store, collateral, log, listeners.admin) as server:
 
                 def stop(why: str, *, handed_over: bool) -> None:
                     listeners.handed_over |= handed_over
@@ -294,7 +341,7 @@ def serve_until_stopped(
 
                 async def end_after_takeover() -> None:
                     if held.door is not None:
-                        await held.door.successor(store.name, [each.socket for each in listeners.sockets])
+                        await held.door.successor(store.name, listeners.keyed)
                         stop("takeover", handed_over=True)
 
                 signals: dict[signal.Signals, Callable[[], None]] = {
@@ -337,7 +384,7 @@ def _listeners(setup: ServerSetup, store: str) -> Generator[_Held]:
     inherited = inherited_sockets(os.environ)
     path = setup.takeover_socket
     taken = None if path is None or inherited else take_over(path, store)
-    given = inherited if taken is None else taken.sockets
+    given = [("", each) for each in inherited] if taken is None else taken.sockets
     with ExitStack() as opened:
         if taken is not None:
             _ = opened.callback(taken.connection.close)

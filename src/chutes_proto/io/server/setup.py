@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import re
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -52,6 +53,7 @@ class ServerSetup:
     service: Service
     collateral: CollateralDirectory | UpstreamCollateral
     tls: ServerContext
+    admin_tls: ServerContext | None
     store: StorePlace
     base: Path
     not_served: tuple[str, ...] = ()
@@ -64,7 +66,16 @@ class ServerSetup:
 
     def reload_tls(self) -> ServerContext:
         """Read certificate and key from the files again. Raises `ConfigurationError`."""
-        return _tls(self.config, self.base)
+        return _tls(self.config.tls.certificate, self.config.tls.key, self.base)
+
+    def reload_admin_tls(self) -> ServerContext | None:
+        """Read the files of the admin listener again; None if it is without TLS. Raises `ConfigurationError`."""
+        return _admin_tls(self.config, self.base)
+
+    @property
+    def admin_socket(self) -> Path | None:
+        """The Unix socket of the admin listener."""
+        return None if self.config.admin.unix is None else self.base / self.config.admin.unix
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -99,7 +110,8 @@ def make_setup(config: ServerConfig) -> ServerSetup:
     problems = Problems()
     base = Path.cwd() if config.path is None else Path(config.path).parent
     _ = problems.attempt("store", lambda: check_configuration(config))
-    tls = problems.attempt("tls", lambda: _tls(config, base))
+    tls = problems.attempt("tls", lambda: _tls(config.tls.certificate, config.tls.key, base))
+    admin_tls = problems.attempt("admin", lambda: _admin_tls(config, base))
     root = problems.attempt("roots", lambda: read_root(config, base))
     vault = read_vault(config, base, problems)
     profiles, not_served = _profiles(config, base, problems)
@@ -113,6 +125,9 @@ def make_setup(config: ServerConfig) -> ServerSetup:
     if config.takeover is not None:
         takeover_path = f"{base / config.takeover}.{os.getpid()}"
         _ = problems.attempt("takeover", lambda: check_socket_path(takeover_path))
+    if config.admin.unix is not None:
+        admin_path = str(base / config.admin.unix)
+        _ = problems.attempt("admin.unix", lambda: check_socket_path(admin_path))
     callback = problems.attempt("registration.hotkey_file", lambda: _callback(config.registration, base))
     collateral_key = "collateral.ca_file" if config.collateral.directory is None else "collateral.directory"
     collateral = None if root is None else problems.attempt(collateral_key, lambda: _collateral(config, base, root))
@@ -143,7 +158,7 @@ def make_setup(config: ServerConfig) -> ServerSetup:
         unsafe_networks=config.registration.parsed_networks,
     )
     place = store_place(config, base)
-    return ServerSetup(config, service, collateral, tls, place, base, not_served)
+    return ServerSetup(config, service, collateral, tls, admin_tls, place, base, not_served)
 
 
 def trust(root: TrustedRoot, name: str) -> str:
@@ -156,13 +171,23 @@ def trust(root: TrustedRoot, name: str) -> str:
 # --- the parts ---
 
 
-def _tls(config: ServerConfig, base: Path) -> ServerContext:
-    chain = read_file(base / config.tls.certificate)
-    key = Secret(read_private(base / config.tls.key, group_may=True))
+def _tls(certificate: str, key_file: str, base: Path, client_ca: str | None = None) -> ServerContext:
+    chain = read_file(base / certificate)
+    key = Secret(read_private(base / key_file, group_may=True))
+    authorities = None if client_ca is None else read_file(base / client_ca)
     try:
-        return server_context(chain, key)
+        return server_context(chain, key, client_ca_pem=authorities)
     except ConfigurationError as exc:
-        raise ConfigurationError(f"{base / config.tls.certificate}, {base / config.tls.key}: {exc}") from None
+        raise ConfigurationError(f"{base / certificate}, {base / key_file}: {exc}") from None
+
+
+def _admin_tls(config: ServerConfig, base: Path) -> ServerContext | None:
+    admin = config.admin
+    if (admin.listen, admin.unix) != (None, None) and find_spec("prometheus_client") is None:
+        raise ConfigurationError("the admin listener needs prometheus-client; run pip install 'chutes-proto[metrics]'")
+    if admin.certificate is None or admin.key is None or admin.client_ca is None:
+        return None
+    return _tls(admin.certificate, admin.key, base, admin.client_ca)
 
 
 def _proxies(options: ProxyOptions, base: Path) -> TrustedProxies:

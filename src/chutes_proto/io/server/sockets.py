@@ -63,43 +63,46 @@ def _listens(given: socket.socket) -> bool:
 
 
 class GivenSockets:
-    """Listening sockets that another process opened, to be taken by those that the configuration names."""
+    """Listening sockets that another process opened, to be taken by those that the configuration names.
 
-    def __init__(self, sockets: Sequence[socket.socket]) -> None:
+    Each has the setting that it was opened for; empty if that is not known, as from a service manager.
+    """
+
+    def __init__(self, sockets: Sequence[tuple[str, socket.socket]]) -> None:
         self._left = list(sockets)
 
-    def take_tcp(self, address: tuple[str, int]) -> list[socket.socket]:
+    def take_tcp(self, key: str, address: tuple[str, int]) -> list[socket.socket]:
         """Take those on this host and TCP port; on any port for port 0. Raises `ConfigurationError`."""
         host, port = address
         try:
             hosts = {name[0] for *_, name in _addresses(address)} if self._left else set[object]()
         except OSError as exc:
-            raise ConfigurationError(f"listen: {host}:{port}: {_text(exc)}") from None
+            raise ConfigurationError(f"{key}: {host}:{port}: {_text(exc)}") from None
         hosts |= {"::"} if "0.0.0.0" in hosts else set()  # noqa: S104 - a service manager's socket is of both families
 
         def is_meant(name: object) -> bool:
             return isinstance(name, tuple) and name[0] in hosts and port in (0, name[1])
 
-        return self._take(is_meant)
+        return self._take(key, is_meant)
 
-    def take_unix(self, path: Path) -> list[socket.socket]:
+    def take_unix(self, key: str, path: Path) -> list[socket.socket]:
         """Take those at this path."""
-        return self._take(lambda name: name == str(path))
+        return self._take(key, lambda name: name == str(path))
 
     def check_all_taken(self) -> None:
         """Close the others. Raises `ConfigurationError` if there is one."""
-        names = [each.getsockname() for each in self._left]
-        for each in self._left:
+        names = [each.getsockname() for _, each in self._left]
+        for _, each in self._left:
             each.close()
         if names:
             raise ConfigurationError(
                 f"listen: a socket at {names[0]} was given by the service manager or the running server, and the"
-                " configuration does not name it; make listen or proxy.unix agree with it"
+                " configuration does not name it; make listen, proxy.unix or admin agree with it"
             )
 
-    def _take(self, is_meant: Callable[[object], bool]) -> list[socket.socket]:
-        taken = [each for each in self._left if is_meant(each.getsockname())]
-        self._left = [each for each in self._left if each not in taken]
+    def _take(self, key: str, is_meant: Callable[[object], bool]) -> list[socket.socket]:
+        taken = [each for name, each in self._left if name in ("", key) and is_meant(each.getsockname())]
+        self._left = [(name, each) for name, each in self._left if each not in taken]
         return taken
 
 
@@ -111,10 +114,12 @@ class Listening:
     session: Callable[[], TlsSession | None]
 
 
-def listen_tls(address: tuple[str, int], context: Callable[[], ServerContext]) -> list[Listening]:
-    """Listen on every address of a host and port. ``context`` is called for each connection.
+def listen_tls(
+    address: tuple[str, int], context: Callable[[], ServerContext | None], *, key: str = "listen"
+) -> list[Listening]:
+    """Listen on every address of a host and port. ``context`` is called for each connection; None means plain HTTP.
 
-    Raises `ConfigurationError`.
+    Raises `ConfigurationError`, about the setting ``key``.
     """
     host, port = address
     listening: list[Listening] = []
@@ -127,18 +132,23 @@ def listen_tls(address: tuple[str, int], context: Callable[[], ServerContext]) -
     except OSError as exc:
         for opened in listening:
             opened.socket.close()
-        raise ConfigurationError(f"listen: {host}:{port}: {_text(exc)}") from None
+        raise ConfigurationError(f"{key}: {host}:{port}: {_text(exc)}") from None
     return listening
 
 
-def serve_tls(bound: socket.socket, context: Callable[[], ServerContext]) -> Listening:
-    """Serve TLS on a listening TCP socket; see `listen_tls`."""
+def serve_tls(bound: socket.socket, context: Callable[[], ServerContext | None]) -> Listening:
+    """Serve a listening TCP socket; see `listen_tls`."""
     bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # accepted sockets inherit it
-    return Listening(bound, lambda: TlsSession(context()))
+
+    def session() -> TlsSession | None:
+        now = context()
+        return None if now is None else TlsSession(now)
+
+    return Listening(bound, session)
 
 
-def listen_unix(path: Path) -> Listening:
-    """Listen on a Unix socket for plain HTTP. Raises `ConfigurationError`."""
+def listen_unix(path: Path, *, key: str = "proxy.unix") -> Listening:
+    """Listen on a Unix socket for plain HTTP. Raises `ConfigurationError`, about the setting ``key``."""
     bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         _remove_left_behind(path)
@@ -150,7 +160,7 @@ def listen_unix(path: Path) -> Listening:
         bound.listen(_BACKLOG)
     except OSError as exc:
         bound.close()
-        raise ConfigurationError(f"proxy.unix: {path}: {_text(exc)}") from None
+        raise ConfigurationError(f"{key}: {path}: {_text(exc)}") from None
     return serve_plain(bound)
 
 
@@ -174,7 +184,7 @@ def allowed_connections(connections: int) -> int:
     return max(1, min(connections, soft - SPARE_FILES))
 
 
-def urls(listening: list[Listening]) -> list[str]:
+def urls(listening: list[Listening], scheme: str = "https") -> list[str]:
     """Return the addresses for clients: ``https://host:port`` or ``unix:path``."""
     found: list[str] = []
     for each in listening:
@@ -182,7 +192,7 @@ def urls(listening: list[Listening]) -> list[str]:
             case str(path):
                 found.append(f"unix:{path}")
             case (str(host), port, *_):
-                found.append(f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}")
+                found.append(f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}")
             case other:
                 raise LocalProtocolError(f"socket address {other!r}: give a TCP or Unix socket to serve on")
     return found

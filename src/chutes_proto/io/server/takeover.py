@@ -36,7 +36,8 @@ _SERVES: Final = b"s"
 class TakenOver:
     """The listening ``sockets`` of a running server; it waits on ``connection`` to hear that this one serves."""
 
-    sockets: tuple[socket.socket, ...]
+    sockets: tuple[tuple[str, socket.socket], ...]
+    """Each with the setting that it was opened for."""
     connection: socket.socket
 
     def confirm(self) -> None:
@@ -62,7 +63,9 @@ def take_over(path: Path, store: str) -> TakenOver | None:
             raise ConfigurationError(f"takeover: {path}: {exc.strerror or exc}") from None
         sockets = [opened.enter_context(socket.socket(fileno=descriptor)) for descriptor in descriptors]
         try:
-            running = json.loads(data)["store"]
+            offered = json.loads(data)
+            running, keys = str(offered["store"]), [str(key) for key in offered["sockets"]]
+            named = tuple(zip(keys, sockets, strict=True))
         except (ValueError, KeyError, TypeError):
             raise ConfigurationError(f"takeover: {path}: no key server answers there; name another path") from None
         if running != store:
@@ -71,7 +74,7 @@ def take_over(path: Path, store: str) -> TakenOver | None:
                 " stop that server, or name another path"
             )
         _ = opened.pop_all()
-        return TakenOver(tuple(sockets), connection)
+        return TakenOver(named, connection)
 
 
 class Door:
@@ -110,10 +113,10 @@ class Door:
         if not is_successors:
             self._made.unlink(missing_ok=True)
 
-    async def successor(self, store: str, sockets: Sequence[socket.socket]) -> None:
-        """Offer ``sockets`` to all who ask; return once one of them serves on them."""
-        message = json.dumps({"store": store}).encode()
-        descriptors = [each.fileno() for each in sockets]
+    async def successor(self, store: str, sockets: Sequence[tuple[str, socket.socket]]) -> None:
+        """Offer ``sockets``, each with its setting, to all who ask; return once one of them serves on them."""
+        message = json.dumps({"store": store, "sockets": [key for key, _ in sockets]}).encode()
+        descriptors = [each.fileno() for _, each in sockets]
         while True:
             await anyio.wait_readable(self._socket)
             with suppress(OSError):  # the other went away

@@ -21,6 +21,7 @@ from chutes_proto.store.rows import (
     CountRefusals,
     CountRows,
     CountSealed,
+    CountStates,
     Delete,
     DeleteServer,
     FindLastBoot,
@@ -496,6 +497,7 @@ def keys_are_rewrapped_and_purged(harness: Harness) -> None:
         ask(Insert(row))
     kek = _KEY.kek_id or ""
     expect(ask(CountSealed()), ((kek, 2),), "keys under each KEK")
+    expect(ask(CountStates()), (("active", 1), ("retired", 1)), "keys in each state")
     expect(ask(ReadOtherwiseSealed(kek, 9)), (), "keys under another one")
     expect(len(ask(ReadOtherwiseSealed("new", 1))), 1, "as many keys as asked for")
     expect(ask(ReadOtherwiseSealed("new", 9)), (_KEY, retired), "keys under another one, all")

@@ -1,0 +1,138 @@
+"""The state of a server, read in a thread beside the requests: store, clock, certificate, collateral, counts of rows.
+
+Rules kept here:
+
+* a problem means that boots are not served well from here: somebody must mend store, clock or certificate;
+* collateral that has expired is a note: it may be of one platform only, and every server lacks it alike.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from attrs import field, frozen
+from cryptography import x509
+
+from chutes_proto.errors import CollateralUnavailable, FileUnavailable, StoreError
+from chutes_proto.io.collateral.upstream import UpstreamCollateral
+from chutes_proto.io.files import read_file
+from chutes_proto.io.finding import Finding, State
+from chutes_proto.io.server.setup import ServerSetup
+from chutes_proto.quote import VerifiedCollateral
+from chutes_proto.quote._terms import rfc3339
+from chutes_proto.store._run import Ask, Store
+from chutes_proto.store.rows import CountSealed, CountStates, ReadAudit, ReadTimes
+
+SKEW_SECONDS: Final = 5
+"""A clock that differs more from the database's is worth a note."""
+
+WRONG_SECONDS: Final = 60
+"""A clock that differs more from the database's is a problem: nonces of other servers are refused."""
+
+_DAY: Final = 86_400
+_EARLY: Final = 30 * _DAY
+_BEYOND: Final = 2**62
+
+
+@frozen
+class Health:
+    """The checks at the time ``at`` (unix seconds): ``collateral`` has begin and end of each family's."""
+
+    at: int
+    findings: tuple[Finding, ...]
+    certificate_end: int | None = None
+    clock_skew: int | None = None
+    collateral: Mapping[str, tuple[int, int]] = field(factory=dict[str, "tuple[int, int]"])
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether no check has a problem."""
+        return all(finding.state != "problem" for finding in self.findings)
+
+
+@frozen
+class Counts:
+    """Numbers of rows in the store: generations by state, sealed passphrases by KEK, and the newest audit row's."""
+
+    states: Mapping[str, int]
+    sealed: Mapping[str, int]
+    audit_position: int
+
+
+def read_health(setup: ServerSetup, store: Store, now: int | None = None) -> Health:
+    """Look at everything; takes as long as the store needs to answer."""
+    at = int(time.time()) if now is None else now
+    began = time.monotonic()
+    skew: int | None = None
+    try:
+        times = store.transact(Ask(ReadTimes()))
+    except StoreError as exc:
+        storing, clock = Finding("problem", "store", str(exc)), Finding("note", "clock", "not compared: no store")
+    else:
+        took = time.monotonic() - began
+        storing = Finding("ok", "store", f"answered in {took * 1000:.0f} ms")
+        skew = None if times.clock is None else int(time.time()) - times.clock
+        clock = _clock(skew)
+    if setup.service.readiness.fault is not None:
+        storing = Finding("problem", "store", setup.service.readiness.fault)
+    certificate, end = _certificate(setup, at)
+    collateral, windows = _collateral(setup, at)
+    return Health(at, (storing, clock, certificate, collateral), end, skew, windows)
+
+
+def read_counts(store: Store) -> Counts:
+    """Count rows; reads a whole table. Raises `StoreError`."""
+    newest = store.transact(Ask(ReadAudit(_BEYOND, 1, backwards=True)))
+    return Counts(
+        states=dict(store.transact(Ask(CountStates()))),
+        sealed=dict(store.transact(Ask(CountSealed()))),
+        audit_position=newest[0][0] if newest else 0,
+    )
+
+
+def _clock(skew: int | None) -> Finding:
+    if skew is None:
+        return Finding("ok", "clock", "the store has no clock of its own")
+    state: State = "problem" if abs(skew) > WRONG_SECONDS else "note" if abs(skew) > SKEW_SECONDS else "ok"
+    remedy = "" if state == "ok" else "chronyc tracking, here and on the database's machine"
+    return Finding(state, "clock", f"{skew:+d} s beside the database's", remedy)
+
+
+def _certificate(setup: ServerSetup, now: int) -> tuple[Finding, int | None]:
+    path = Path(setup.base, setup.config.tls.certificate)
+    try:
+        chain = x509.load_pem_x509_certificates(read_file(path))
+    except (FileUnavailable, ValueError) as exc:
+        return Finding("note", "certificate", f"{path}: {exc}; the loaded one is used"), None
+    end = min(int(each.not_valid_after_utc.timestamp()) for each in chain)
+    begin = max(int(each.not_valid_before_utc.timestamp()) for each in chain)
+    if now < begin:
+        return Finding("problem", "certificate", f"{path} is valid from {rfc3339(begin)}"), end
+    state: State = "problem" if now >= end else "note" if end - now < _EARLY else "ok"
+    verb = "expired" if now >= end else "expires"
+    remedy = "" if state == "ok" else f"replace {path}, then send SIGHUP to the server"
+    return Finding(state, "certificate", f"{verb} at {rfc3339(end)}", remedy), end
+
+
+def _collateral(setup: ServerSetup, now: int) -> tuple[Finding, dict[str, tuple[int, int]]]:
+    source = setup.collateral
+    useless: list[str] = []
+    try:
+        if isinstance(source, UpstreamCollateral):
+            held = source.cache.held()
+        else:
+            items = source.items(now)
+            held = tuple(item.content for item in items if isinstance(item.content, VerifiedCollateral))
+            useless = [str(item) for item in items if isinstance(item.content, str)]
+    except CollateralUnavailable as exc:
+        return Finding("note", "collateral", str(exc)), {}
+    windows = {f"{each.fmspc.hex()}-{each.ca}-{each.tee}": each.window for each in held}
+    expired = sorted(family for family, (_, end) in windows.items() if end <= now)
+    if expired:
+        return Finding("note", "collateral", f"expired: {', '.join(expired)}"), windows
+    if useless:
+        return Finding("note", "collateral", useless[0]), windows
+    return Finding("ok", "collateral", f"of {len(windows)} platform families"), windows

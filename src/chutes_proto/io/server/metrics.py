@@ -1,0 +1,218 @@
+"""Counts, times and states of a server for Prometheus.
+
+Rules kept here:
+
+* every label comes from a closed list, or from the operator's configuration: nobody who sends requests can make a new
+  series, and no label has a VM's name, an address or a secret;
+* times are seconds of a monotonic clock.
+
+Source of names and units: Prometheus, "Metric and label naming".
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+
+from chutes_proto import __version__, effects
+from chutes_proto.effects import Effect, Flow
+from chutes_proto.errors import CollateralUnavailable, Refusal, StoreBusy, StoreError
+from chutes_proto.io.drivers.aio import Performer
+from chutes_proto.io.server.health import Counts, Health
+from chutes_proto.quote._verify import remembered
+from chutes_proto.server._observing import Answered
+from chutes_proto.server._service import Service
+from chutes_proto.store._run import Ask, Unit
+
+T = TypeVar("T")
+
+_PREFIX: Final = "chutes_proto"
+_REQUEST_BUCKETS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0)
+_STEP_BUCKETS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 10.0, 20.0)
+
+
+disable_created_metrics()  # type: ignore[no-untyped-call] # they double the number of series
+
+
+class Metrics:
+    """The metrics of one server process, and its `Observer`."""
+
+    def __init__(self) -> None:
+        self.registry: CollectorRegistry = CollectorRegistry()
+        self._requests = self._counter("requests", "Requests that were answered.", "operation", "status", "code")
+        self._seconds = self._histogram(
+            "request_seconds", "From the first byte of a request to its answer.", _REQUEST_BUCKETS, "operation"
+        )
+        self._steps = self._histogram("step_seconds", "Parts of the work on a request.", _STEP_BUCKETS, "step")
+        self._transactions = self._counter("transactions", "Transactions of the store.", "unit", "result")
+        self._collateral = self._counter("collateral_lookups", "Collateral for a quote.", "result")
+        self._handshakes = self._counter("tls_handshakes", "TLS handshakes of clients.", "result")
+        self._cache = self._counter("verification_cache", "Results that verification remembers.", "stage", "result")
+        self._cache_seen: dict[tuple[str, str], int] = {}
+        self._connections = self._gauge("connections", "Open connections.")
+        self._verifications = self._gauge("verifications", "Quotes that wait for collateral now.")
+        self._most = self._gauge("verifications_limit", "The most quotes at a time (limits.verifications).")
+        self._hosts = self._gauge("host_calls", "Hosts that are asked for evidence now.")
+        self._open_boots = self._gauge("open_boots", "Boots that were granted here and are not complete.")
+        self._draining = self._gauge("draining", "1 once the server was told to stop.")
+        self._checks = self._gauge("check", "State of a check: 0 ok, 1 a note, 2 a problem.", "check")
+        self._expires = self._gauge("collateral_expires_timestamp_seconds", "End of collateral.", "family")
+        self._issued = self._gauge("collateral_issued_timestamp_seconds", "Begin of collateral.", "family")
+        self._certificate = self._gauge("certificate_expires_timestamp_seconds", "End of the TLS certificate.")
+        self._skew = self._gauge("clock_skew_seconds", "This machine's clock minus the database's.")
+        self._read_at = self._gauge("checks_timestamp_seconds", "The time of the last look at the checks.")
+        self._keys = self._gauge("keys", "Generations of keys in the store.", "state")
+        self._sealed = self._gauge("sealed_keys", "Passphrases in the store, by the key-encryption key.", "kek")
+        self._audit = self._gauge("audit_position", "The number of the newest audit row.")
+        self._gauge("build_info", "The version of the server.", "version").labels(__version__).set(1)
+
+    def text(self) -> bytes:
+        """All metrics in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+    content_type: str = CONTENT_TYPE_PLAIN_0_0_4
+
+    # --- what happens ---
+
+    def __call__(self, answered: Answered) -> None:
+        """Count a request; see `Observer`."""
+        self._requests.labels(answered.operation, str(answered.status), answered.code).inc()
+        self._seconds.labels(answered.operation).observe(answered.seconds)
+
+    def handshake(self, *, done: bool) -> None:
+        """Count a connection whose TLS handshake was completed, or was not."""
+        self._handshakes.labels("done" if done else "failed").inc()
+
+    def step(self, name: str, seconds: float) -> None:
+        """Note the duration of a step."""
+        self._steps.labels(name).observe(seconds)
+
+    def transaction(self, unit: Unit[Any], error: BaseException | None) -> None:
+        """Count a transaction that ended, with ``error`` if it raised."""
+        match error:
+            case None:
+                result = "committed"
+            case Refusal():
+                result = "refused"
+            case StoreBusy():
+                result = "busy"
+            case StoreError():
+                result = "failed"
+            case _:
+                result = "defect"
+        name = type(unit.op if isinstance(unit, Ask) else unit).__name__
+        self._transactions.labels(name, result).inc()
+
+    def collateral(self, error: BaseException | None) -> None:
+        """Count a look for collateral."""
+        result = "found" if error is None else "unavailable" if isinstance(error, CollateralUnavailable) else "defect"
+        self._collateral.labels(result).inc()
+
+    # --- what is ---
+
+    def look(self, service: Service, connections: int, *, draining: bool) -> None:
+        """Set the gauges of this process."""
+        self._connections.set(connections)
+        self._verifications.set(service.verifications.held.total())
+        self._most.set(service.verifications.size)
+        self._hosts.set(service.hosts.held.total())
+        self._open_boots.set(len(service.boots))
+        self._draining.set(draining)
+        for stage, cached in remembered().items():
+            info = cached.cache_info()
+            for result, count in (("hit", info.hits), ("miss", info.misses)):
+                before = self._cache_seen.get((stage, result), 0)
+                self._cache.labels(stage, result).inc(max(0, count - before))
+                self._cache_seen[stage, result] = count
+
+    def show(self, health: Health) -> None:
+        """Set the gauges of the checks."""
+        self._read_at.set(health.at)
+        for finding in health.findings:
+            self._checks.labels(finding.what).set({"ok": 0, "note": 1, "problem": 2}[finding.state])
+        if health.certificate_end is not None:
+            self._certificate.set(health.certificate_end)
+        if health.clock_skew is not None:
+            self._skew.set(health.clock_skew)
+        self._expires.clear()
+        self._issued.clear()
+        for family, (begin, end) in health.collateral.items():
+            self._issued.labels(family).set(begin)
+            self._expires.labels(family).set(end)
+
+    def count(self, counts: Counts) -> None:
+        """Set the gauges of what the store holds."""
+        for state, number in counts.states.items():
+            self._keys.labels(state).set(number)
+        self._sealed.clear()
+        for kek, number in counts.sealed.items():
+            self._sealed.labels(kek).set(number)
+        self._audit.set(counts.audit_position)
+
+    def _counter(self, name: str, about: str, *labels: str) -> Counter:
+        return Counter(f"{_PREFIX}_{name}", about, labels, registry=self.registry)
+
+    def _gauge(self, name: str, about: str, *labels: str) -> Gauge:
+        return Gauge(f"{_PREFIX}_{name}", about, labels, registry=self.registry)
+
+    def _histogram(self, name: str, about: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(f"{_PREFIX}_{name}", about, labels, registry=self.registry, buckets=buckets)
+
+
+class MeteredPerformer(Performer):
+    """Performs effects as ``inner`` does, and measures them.
+
+    A step's time includes its wait for a thread. The step ``compute`` is the time of a request in which nothing was
+    waited for.
+    """
+
+    def __init__(self, inner: Performer, metrics: Metrics) -> None:
+        super().__init__()
+        self._inner = inner
+        self._metrics = metrics
+
+    async def run(self, flow: Flow[T]) -> T:
+        """See `Performer.run`."""
+        waited = 0.0
+
+        async def perform(effect: Effect[Any]) -> object:
+            nonlocal waited
+            began = time.monotonic()
+            try:
+                return await self.perform(effect)
+            finally:
+                waited += time.monotonic() - began
+
+        began = time.monotonic()
+        try:
+            return await effects.run_async(flow, perform)
+        finally:
+            self._metrics.step("compute", max(0.0, time.monotonic() - began - waited))
+
+    async def perform(self, effect: Effect[Any]) -> object:
+        """See `Performer.perform`."""
+        match effect:
+            case effects.Transact(unit):
+                return await self._measured(effect, "store", lambda exc: self._metrics.transaction(unit, exc))
+            case effects.FetchCollateral():
+                return await self._measured(effect, "collateral", self._metrics.collateral)
+            case effects.FetchEvidence():
+                return await self._measured(effect, "host", lambda _: None)
+            case _:
+                return await self._inner.perform(effect)
+
+    async def _measured(self, effect: Effect[Any], step: str, ended: Callable[[BaseException | None], None]) -> object:
+        began = time.monotonic()
+        error: BaseException | None = None
+        try:
+            return await self._inner.perform(effect)
+        except BaseException as exc:
+            error = exc
+            raise
+        finally:
+            self._metrics.step(step, time.monotonic() - began)
+            ended(error)

@@ -1,0 +1,80 @@
+"""The facts of each request for those who measure the server, and the trace that a request belongs to.
+
+Rules kept here:
+
+* the words that may become labels of a metric are from closed lists: operations, codes, statuses. No name of a VM, no
+  address, no id;
+* ``traceparent`` is taken as the W3C says (Trace Context, level 1, section 3.2): an invalid one counts as absent. It
+  decides nothing; only log records have it.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final, Protocol, TypeVar
+
+from attrs import evolve, frozen
+
+from chutes_proto.effects import Effect, Flow, Log
+from chutes_proto.wire.http import HttpRequest
+
+T = TypeVar("T")
+
+_TRACEPARENT: Final = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
+_VERSION_0: Final = re.compile(r"00-[0-9a-f-]{52}")
+
+
+@frozen
+class Answered:
+    """One request that was answered: ``code`` is empty for a grant, ``seconds`` begin with the request's first byte."""
+
+    operation: str
+    status: int
+    code: str
+    seconds: float
+
+
+class Observer(Protocol):
+    """Is told of each request that was answered; must not block or raise."""
+
+    def __call__(self, answered: Answered, /) -> object:
+        """Take note of it."""
+        ...
+
+
+def ignore(_: Answered) -> None:
+    """Take no note."""
+
+
+def trace_of(request: HttpRequest) -> str | None:
+    """The id of the trace that ``request`` belongs to, 32 hex digits; None if it names none."""
+    values = request.header_values("traceparent")
+    found = _TRACEPARENT.fullmatch(values[0]) if len(values) == 1 else None
+    if found is None or (values[0].startswith("00") and not _VERSION_0.fullmatch(values[0])):
+        return None
+    return found[1]
+
+
+def traced(flow: Flow[T], trace_id: str) -> Flow[T]:
+    """``flow``, with the trace's id in each of its log records that has a request's id."""
+    try:
+        effect = next(flow)
+        while True:
+            try:
+                reply: object = yield from _with_trace(effect, trace_id)
+            except Exception as exc:  # noqa: BLE001 - whatever a driver raises goes into the flow
+                effect = flow.throw(exc)
+            else:
+                effect = flow.send(reply)
+    except StopIteration as stop:
+        result: T = stop.value
+        return result
+    finally:
+        flow.close()
+
+
+def _with_trace(effect: Effect[object], trace_id: str) -> Effect[object]:
+    if isinstance(effect, Log) and "request_id" in effect.record.fields:
+        fields = {**effect.record.fields, "trace_id": trace_id}
+        return Log(evolve(effect.record, fields=fields))
+    return effect
