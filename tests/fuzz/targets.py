@@ -24,12 +24,18 @@ from chutes_proto.collateral import pcs
 from chutes_proto.errors import (
     ChutesError,
     ConfigurationError,
+    GpuError,
     HeaderRejected,
     QuoteError,
     Refusal,
     RemoteProtocolError,
     UpstreamError,
 )
+from chutes_proto.gpu import GpuPolicy, Revocation, Rims, authenticate, parse_report
+from chutes_proto.gpu import _xml as xml
+from chutes_proto.gpu import verify as verify_gpus
+from chutes_proto.gpu._revocation import check_chain_status, check_floor
+from chutes_proto.gpu._rim import authenticate_rim
 from chutes_proto.luks.header import check_header
 from chutes_proto.quote import _strict_json as strict_json
 from chutes_proto.quote._certificates import (
@@ -50,6 +56,7 @@ from chutes_proto.quote._roots import TrustedRoot
 from chutes_proto.quote._statements import read_qe_identity, read_tcb_info
 from chutes_proto.quote._verify import open_quote, verify_collateral
 from chutes_proto.secret import Secret
+from chutes_proto.testing._gpus import SimulatedGpus
 from chutes_proto.testing._platform import PROFILE, SimulatedPlatform
 from chutes_proto.testing._quotes import Form
 from chutes_proto.testing._service import CollateralService
@@ -67,6 +74,7 @@ from tests.quote.logs import EVENTS, grub, log, spec
 NOW = 1_800_000_000
 PLATFORM = SimulatedPlatform(b"a world for fuzzing")
 ROOT = TrustedRoot.from_der(PLATFORM.root_der)
+GPUS = SimulatedGpus(PLATFORM.seed)
 _JSON = (("content-type", "application/json"),)
 _HOTKEY = "5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY"
 _AGENT = AgentSettings(("https://a",))
@@ -462,9 +470,59 @@ def hand_offs() -> list[bytes]:
     return [Handoff("https://a", 1.5, "b", grant, identity).encode().reveal() for grant in grants]
 
 
+def check_gpu_evidence(data: bytes) -> None:
+    """GPU evidence parses and verifies, as a list and as one report, or the verifier's one error says why not."""
+    with suppress(GpuError):
+        _ = verify_gpus(
+            data,
+            nonce=bytes(32),
+            now=NOW,
+            rims=Rims(),
+            revocation=Revocation(),
+            policy=GpuPolicy(measurements="unchecked", revocation="off"),
+            roots=GPUS.roots,
+        )
+    with suppress(GpuError):
+        report = parse_report(data)
+        assert report.signed == data[: len(report.signed)]
+
+
+def gpu_evidences() -> list[bytes]:
+    return [GPUS.evidence_json(bytes(32)), *(one.report for one in GPUS.evidence(bytes(32)))]
+
+
+def check_rim(data: bytes) -> None:
+    """A RIM verifies, or the verifier's one error says why not; what is XML has one canonical form."""
+    with suppress(GpuError):
+        _ = authenticate_rim(data, roots=GPUS.roots)
+    with suppress(GpuError):
+        document = xml.read(data)
+        assert xml.canonical(xml.read(xml.canonical(document))) == xml.canonical(document)
+
+
+def rims() -> list[bytes]:
+    return [*GPUS.rims(NOW), b'<a xmlns="u" xmlns:p="v" p:x="&lt;&#10;" y=\'"\'><p:b xmlns=""/>&amp;&#13;</a>']
+
+
+def check_status(data: bytes) -> None:
+    """An OCSP answer or a CRL is read, and looked up for a device, or the verifier's one error says why not."""
+    with suppress(GpuError):
+        device = authenticate(GPUS.evidence(bytes(32))[0], nonce=None, now=NOW, roots=GPUS.roots)
+        known = Revocation.of([data])
+        check_floor(device.chain, "device's", known)
+        _ = check_chain_status(device.chain, "device's", known, now=NOW, grace=0, first=9, hold=False)
+
+
+def statuses() -> list[bytes]:
+    return [*GPUS.status(NOW), *GPUS.crls(NOW, "Simulated GH100 ICA")]
+
+
 TARGETS = {
     "quote": Target(check_quote, quotes),
     "collateral": Target(check_collateral, collaterals),
+    "gpu-evidence": Target(check_gpu_evidence, gpu_evidences),
+    "gpu-rim": Target(check_rim, rims),
+    "gpu-status": Target(check_status, statuses),
     "der": Target(check_der, ders),
     "statement": Target(check_statement, statements),
     "policy": Target(check_policy, policies),
