@@ -286,9 +286,11 @@ def test_only_who_is_on_the_list(name: str, register: str | None) -> None:
     verdict = verdict_of(PLATFORM)
     got: bytes = getattr(verdict.quote.body if register else verdict.pck, name)
     other = bytes(len(got) - 1) + b"\x07"
-    accepting = Policy(measurements="unchecked", identity=IdentityPolicy(**{name: (other, got)}))
+    listed: dict[str, Any] = {name: (other, got)}
+    accepting = Policy(measurements="unchecked", identity=IdentityPolicy(**listed))
     assert accepting.appraise(verdict, stage="boot")
-    refusing = Policy(measurements="unchecked", identity=IdentityPolicy(**{name: (other,)}))
+    listed = {name: (other,)}
+    refusing = Policy(measurements="unchecked", identity=IdentityPolicy(**listed))
     with pytest.raises(AppraisalError) as caught:
         _ = refusing.appraise(verdict, stage="boot")
     (refusal,) = caught.value.refusals

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         ReplayedLog,
         first_difference,
         parse_event_log,
+        parse_event_log_json,
         replay,
     )
     from chutes_proto.quote._identity import IdentityPolicy
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
         Xfam,
         parse_quote,
     )
-    from chutes_proto.quote._measurements import Profile, Stage, parse_profiles_json, parse_profiles_toml
+    from chutes_proto.quote._measurements import Profile, RegisterRule, Stage, parse_profiles_json, parse_profiles_toml
     from chutes_proto.quote._pck import PckIdentity
     from chutes_proto.quote._policy import (
         AcceptedVerdict,
@@ -79,13 +80,13 @@ else:
             "chutes_proto.quote._collateral": "Collateral VerifiedCollateral",
             "chutes_proto.quote._eventlog": (
                 "Event EventLog EventLogFormatError EventLogMismatchError ReplayedLog first_difference "
-                "parse_event_log replay"
+                "parse_event_log parse_event_log_json replay"
             ),
             "chutes_proto.quote._identity": "IdentityPolicy",
             "chutes_proto.quote._layout": (
                 "Quote SgxAttributes SgxReport TdAttributes TdReport10 TdReport15 TdReport15Ex Xfam parse_quote"
             ),
-            "chutes_proto.quote._measurements": "Profile Stage parse_profiles_json parse_profiles_toml",
+            "chutes_proto.quote._measurements": "Profile RegisterRule Stage parse_profiles_json parse_profiles_toml",
             "chutes_proto.quote._pck": "PckIdentity",
             "chutes_proto.quote._policy": (
                 "AcceptedVerdict AllOf AnyOf AnyPolicy Policy TcbPolicy parse_policy_toml verify"
@@ -104,9 +105,17 @@ else:
 __all__ = ["check_signed", "open_quote", "verify", "verify_collateral", "verify_genuine", "verify_quote"]
 __all__ += ["Collateral", "OpenedQuote", "PckIdentity", "SignedQuote", "TcbStatus", "Verdict", "VerifiedCollateral"]
 __all__ += ["AcceptedVerdict", "AllOf", "AnyOf", "AnyPolicy", "Policy", "Stage", "parse_policy_toml"]
-__all__ += ["AttributePolicy", "IdentityPolicy", "Profile", "TcbPolicy", "parse_profiles_json", "parse_profiles_toml"]
+__all__ += [
+    "AttributePolicy",
+    "IdentityPolicy",
+    "Profile",
+    "RegisterRule",
+    "TcbPolicy",
+    "parse_profiles_json",
+    "parse_profiles_toml",
+]
 __all__ += ["Quote", "SgxAttributes", "SgxReport", "TdAttributes", "TdReport10", "TdReport15", "TdReport15Ex", "Xfam"]
 __all__ += ["INTEL_ROOT", "TrustedRoot", "parse_quote"]
-__all__ += ["Event", "EventLog", "ReplayedLog", "first_difference", "parse_event_log", "replay"]
+__all__ += ["Event", "EventLog", "ReplayedLog", "first_difference", "parse_event_log", "parse_event_log_json", "replay"]
 __all__ += ["AppraisalError", "CollateralFormatError", "EventLogFormatError", "EventLogMismatchError", "PolicyError"]
 __all__ += ["QuoteError", "QuoteFormatError", "Refusal", "VerificationError"]

@@ -26,17 +26,20 @@ from enum import IntEnum
 from hashlib import sha384
 from itertools import zip_longest
 from struct import Struct, error
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from attrs import frozen
 
 from chutes_proto._proof import PROOF, Proof, proven
+from chutes_proto.quote import _strict_json as strict_json
 from chutes_proto.quote._errors import QuoteError
 from chutes_proto.quote._measurements import REGISTERS, Rtmrs
 
 MAX_SIZE: Final = 4 * 1024 * 1024
 MAX_EVENTS: Final = 16384
 MAX_ALGORITHMS: Final = 8
+RUNTIME_EVENT: Final = 0x08000001
+"""The type of events that dstack extends RTMR3 with: SHA-384(type ‖ ":" ‖ name ‖ ":" ‖ payload)."""
 
 
 class EventType(IntEnum):
@@ -111,13 +114,30 @@ class EventLogFormatError(QuoteError):
 
 @frozen
 class Event:
-    """An event of a log. ``number`` counts from 0 through the log, ``register`` is one of `REGISTERS`."""
+    """An event of a log. ``number`` counts from 0 through the log, ``register`` is one of `REGISTERS`.
+
+    ``label`` is what the log calls a runtime event; nothing vouches for it but `name`.
+    """
 
     number: int
     register: str
     type: int
     digest: bytes
     data: bytes
+    label: str = ""
+
+    @property
+    def name(self) -> str | None:
+        """The name that the digest covers, as of a runtime event of dstack; None for events of firmware."""
+        if self.type != RUNTIME_EVENT:
+            return None
+        covered = self.type.to_bytes(4, "little") + f":{self.label}:".encode("utf-8", "surrogatepass") + self.data
+        return self.label if sha384(covered).digest() == self.digest else None
+
+    @property
+    def value(self) -> bytes | None:
+        """The data that the digest covers: `measured`, or the payload of a runtime event."""
+        return self.measured if self.type != RUNTIME_EVENT else self.data if self.name is not None else None
 
     @property
     def type_name(self) -> str:
@@ -300,6 +320,38 @@ def parse_event_log(data: bytes) -> EventLog:
             raise EventLogFormatError(f"more than {MAX_EVENTS} events")
         events.append(_event(reader, sizes, len(events)))
     return EventLog(tuple(events))
+
+
+def parse_event_log_json(data: bytes | str) -> EventLog:
+    """The events of a log as dstack writes it: a list of objects with imr, event_type, digest, event, event_payload.
+
+    Digest and payload are hexadecimal digits; ``imr`` 0 to 3 is RTMR0 to RTMR3. Raises `EventLogFormatError`, and
+    nothing else, whatever the bytes.
+    """
+    if isinstance(data, str):
+        data = data.encode("utf-8", "surrogatepass")  # a lone surrogate is refused below
+    try:
+        entries = strict_json.decode(data, limit=MAX_SIZE)
+    except strict_json.JsonError as exc:
+        raise EventLogFormatError(str(exc)) from None
+    if not isinstance(entries, list):
+        raise EventLogFormatError("it is not a list")
+    members = cast("list[object]", entries)
+    if len(members) > MAX_EVENTS:
+        raise EventLogFormatError(f"more than {MAX_EVENTS} events")
+    return EventLog(tuple(_json_event(number, member) for number, member in enumerate(members)))
+
+
+def _json_event(number: int, entry: object) -> Event:
+    match entry:
+        case {"imr": int(imr), "event_type": int(kind), "digest": str(digest), "event": str(label)} if (
+            not isinstance(imr, bool) and not isinstance(kind, bool) and 0 <= imr <= 3 and 0 <= kind < 1 << 32
+        ):
+            payload: object = cast("dict[str, object]", entry).get("event_payload", "")
+            octets = strict_json.digits(digest), strict_json.digits(payload) if isinstance(payload, str) else None
+            if octets[0] is not None and len(octets[0]) == 48 and octets[1] is not None:
+                return Event(number, REGISTERS[imr + 1], kind, octets[0], octets[1], label)
+    raise EventLogFormatError(f"event {number}: not an imr of 0 to 3, a type, a SHA-384 digest, a name and a payload")
 
 
 def _algorithms(data: bytes) -> dict[int, int]:

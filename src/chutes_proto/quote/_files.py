@@ -9,7 +9,8 @@ Rules kept here:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Final, ParamSpec, TypeVar
+from datetime import UTC, date, datetime
+from typing import Any, Final, NewType, ParamSpec, TypeVar
 
 from chutes_proto._converter import Hook, MismatchError, ProblemsError, StrictConverter, list_of, load_toml, string
 from chutes_proto.quote import _strict_json as strict_json
@@ -45,9 +46,23 @@ def _octets(value: object, _: object) -> bytes:
     return octets
 
 
+UnixTime = NewType("UnixTime", int)
+"""Unix seconds; in a file a date, which begins at midnight UTC, or a time with its offset."""
+
+
+def _time(value: object, _: object) -> UnixTime:
+    if isinstance(value, datetime):
+        if value.tzinfo is None:
+            raise MismatchError("value_error", "must be a date, or a time with its offset from UTC")
+        return UnixTime(int(value.timestamp()))
+    if isinstance(value, date):
+        return UnixTime(int(datetime(value.year, value.month, value.day, tzinfo=UTC).timestamp()))
+    raise MismatchError("value_error", "must be a date like 2025-08-13, without quotes")
+
+
 def file_converter(hooks: Mapping[Any, Hook] | None = None, names: Mapping[str, str] | None = None) -> StrictConverter:
     """A converter for such files: ``hooks`` and ``names`` as `StrictConverter` has them."""
-    usual: dict[Any, Hook] = {bytes: _octets, frozenset[TcbStatus]: _strings, frozenset[str]: _strings}
+    usual: dict[Any, Hook] = {bytes: _octets, UnixTime: _time, frozenset[TcbStatus]: _strings, frozenset[str]: _strings}
     return StrictConverter({**usual, **(hooks or {})}, own_file=True, refusal=PolicyError, names=names)
 
 

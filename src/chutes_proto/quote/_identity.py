@@ -31,14 +31,22 @@ _OF_TDS: Final = {
     "mr_owner_config": "MROWNERCONFIG",
 }
 _OF_PLATFORMS: Final = {"ppid": "the PPID", "platform_instance_id": "the platform instance id"}
-_SIZES: Final = {**dict.fromkeys(_OF_TDS, 48), **dict.fromkeys(_OF_PLATFORMS, 16)}
+_OF_ENCLAVES: Final = {"mr_enclave": "MRENCLAVE", "mr_signer": "MRSIGNER"}
+_SIZES: Final = {
+    **dict.fromkeys(_OF_TDS, 48),
+    **dict.fromkeys(_OF_PLATFORMS, 16),
+    **dict.fromkeys(_OF_ENCLAVES, 32),
+}
+_ISV_MOST: Final = 0xFFFF
 
 
 @frozen(kw_only=True)
 class IdentityPolicy:
     """The accepted values of each field. Registers have 48 bytes, PPID and platform instance id 16.
 
-    Raises `PolicyError` for values of another length, and for an empty list.
+    The last four are of SGX enclaves: MRENCLAVE and MRSIGNER (32 bytes each), ISVPRODID, and a lower bound for ISVSVN.
+    A product and its version mean something only with who signs them, so the two go with ``mr_signer``. Raises
+    `PolicyError` for values of another length, and for an empty list.
     """
 
     mr_seam: Accepted = None
@@ -47,6 +55,10 @@ class IdentityPolicy:
     mr_owner_config: Accepted = None
     ppid: Accepted = None
     platform_instance_id: Accepted = None
+    mr_enclave: Accepted = None
+    mr_signer: Accepted = None
+    isv_prod_id: tuple[int, ...] | None = None
+    min_isv_svn: int = 0
 
     def __attrs_post_init__(self) -> None:
         for name, size in _SIZES.items():
@@ -58,13 +70,36 @@ class IdentityPolicy:
             if not values:
                 raise PolicyError(f"{name}: an empty list would accept nothing; leave it out to accept anything")
 
+        products: Any = self.isv_prod_id
+        if products is not None and (type(products) is not tuple or not products or not all(map(_is_isv, products))):
+            raise PolicyError("isv_prod_id: must be a list of numbers of 16 bits, and not empty")
+        if not _is_isv(self.min_isv_svn):
+            raise PolicyError("min_isv_svn: must be a number of 16 bits")
+        if (self.isv_prod_id is not None or self.min_isv_svn) and self.mr_signer is None:
+            raise PolicyError("mr_signer: isv_prod_id and min_isv_svn go with it, because every signer numbers its own")
+
+    @property
+    def pins_enclaves(self) -> bool:
+        """Whether only enclaves of named measurements or signers are accepted."""
+        return self.mr_enclave is not None or self.mr_signer is not None
+
     def refusals(self, pck: PckIdentity, body: TdReport10 | SgxReport) -> list[Refusal]:
         """List the refusals: one for each value that is not on its list."""
         found: list[Refusal] = []
         for name, called in _OF_PLATFORMS.items():
             found += self._refusal(name, called, getattr(pck, name), None)
-        for name, register in _OF_TDS.items():
+        for name, register in {**_OF_TDS, **_OF_ENCLAVES}.items():
             found += self._refusal(name, register, getattr(body, name, None), register)
+        if isinstance(body, SgxReport):
+            product, svn = body.isv_prod_id, body.isv_svn
+            if self.isv_prod_id is not None and product not in self.isv_prod_id:
+                expected = " or ".join(map(str, self.isv_prod_id))
+                found.append(
+                    mismatch("measurement", "isv_prod_id", "ISVPRODID is not accepted", str(product), expected)
+                )
+            if svn < self.min_isv_svn:
+                floor = f"at least {self.min_isv_svn}"
+                found.append(mismatch("measurement", "isv_svn", "ISVSVN is too low", str(svn), floor))
         return found
 
     def _refusal(self, name: str, called: str, got: bytes | None, register: str | None) -> list[Refusal]:
@@ -75,3 +110,7 @@ class IdentityPolicy:
         expected = " or ".join(value.hex() for value in accepted)
         values = (f"{called} is not accepted", said, expected, register)
         return [mismatch("tcb" if register is None else "measurement", name, *values)]
+
+
+def _is_isv(value: object) -> bool:
+    return type(value) is int and 0 <= value <= _ISV_MOST

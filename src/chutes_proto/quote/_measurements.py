@@ -2,7 +2,8 @@
 
 Rules kept here:
 
-* a profile says all of MRTD and the four RTMRs, for the boot and for the runtime stage: no register goes unchecked;
+* a profile says all of MRTD and the four RTMRs, for the boot and for the runtime stage: no register goes unchecked
+  unseen. One whose value is not known beforehand has a rule in its place, which is spelled out and told in the verdict;
 * an unknown key, a register of the wrong length, an identity (name and version) or measurements that are there twice
   are errors that name the profile and key;
 * keys that only the caller knows pass through if it names them (``extra_keys``), and are errors otherwise.
@@ -13,8 +14,8 @@ Two forms are read, described in ``docs/reference/policies.md``: TOML, and the J
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from typing import Any, Final, Literal, NewType, TypeAlias, cast
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final, Literal, NewType, NoReturn, Protocol, TypeAlias, cast, get_args
 
 from attrs import astuple, evolve, field, frozen
 
@@ -35,6 +36,72 @@ Tables: TypeAlias = tuple[Mapping[str, object], ...]
 
 REGISTERS = ("MRTD", "RTMR0", "RTMR1", "RTMR2", "RTMR3")
 
+
+@frozen(kw_only=True)
+class RegisterRule:
+    """The rule of a register that no reference value pins. Raises `PolicyError` for impossible values.
+
+    "any" accepts every value. "replayed" accepts a value that the TD's event log leads to (`replay`), if the log of the
+    register begins with the digests of ``prefix`` (48 bytes each), if all events after that have names of ``events``
+    (None: any event), and if each of ``values``, names with accepted values, is the value of just one event. Names and
+    values count only where a digest covers them (`Event.name`, `Event.value`). ``stage`` None, of MRTD, is
+    both; no log leads to MRTD.
+    """
+
+    register: str
+    stage: Stage | None
+    check: Literal["any", "replayed"]
+    prefix: tuple[bytes, ...] = ()
+    events: tuple[str, ...] | None = None
+    values: tuple[tuple[str, tuple[bytes, ...]], ...] = ()
+
+    def __attrs_post_init__(self) -> None:
+        if self.register not in REGISTERS or (self.stage is None) != (self.register == "MRTD"):
+            raise PolicyError("register: must be MRTD without a stage, or RTMR0 to RTMR3 with one")
+        if self.check not in ("any", "replayed") or (self.check == "replayed" and self.register == "MRTD"):
+            raise PolicyError('check: must be "any" or, for an RTMR, "replayed"')
+        if self.check == "any" and (self.prefix or self.values or self.events is not None):
+            raise PolicyError('check: "any" goes without prefix, events and values')
+        if any(type(digest) is not bytes or len(digest) != 48 for digest in self.prefix):
+            raise PolicyError("prefix: must be digests of 48 bytes")
+        if any(not accepted for _, accepted in self.values):
+            raise PolicyError("values: an event with an empty list would accept nothing")
+
+    def refusals(self, events: Sequence[VouchedEvent]) -> list[Refusal]:
+        """List the refusals of a "replayed" register whose log has these events."""
+        found: list[Refusal] = []
+
+        def refuse(code: str, problem: str, got: str, expected: str) -> None:
+            found.append(mismatch("measurement", code, f"{self.register}: {problem}", got, expected, self.register))
+
+        for number, digest in enumerate(self.prefix):
+            got = events[number].digest.hex() if number < len(events) else "no more events"
+            if got != digest.hex():
+                refuse("event_prefix", f"event {number} is not that of the prefix", got, digest.hex())
+                return found
+        later = events[len(self.prefix) :]
+        for event in later:
+            if self.events is not None and event.name not in self.events:
+                refuse("event_name", "an event is not on the list", event.name or "a name that no digest covers", "")
+        for name, accepted in self.values:
+            values = [event.value for event in later if event.name == name]
+            if len(values) != 1 or values[0] not in accepted:
+                got = ", ".join(value.hex() if value is not None else "unmeasured" for value in values) or "none"
+                refuse("event_value", f"the event {name!r}", got, " or ".join(value.hex() for value in accepted))
+        return found
+
+
+class VouchedEvent(Protocol):
+    """An event as a `RegisterRule` reads it: name and value are None where the digest does not cover them."""
+
+    @property
+    def digest(self) -> bytes: ...
+    @property
+    def name(self) -> str | None: ...
+    @property
+    def value(self) -> bytes | None: ...
+
+
 _DEFAULTABLE = frozenset({"version", "expected_gpus", "gpu_count", "attributes"})
 
 
@@ -44,8 +111,9 @@ class Profile:
 
     Name and version together identify a profile: one kind of hardware has the same name in each version of the image.
     Registers have 48 bytes. ``boot`` and ``runtime`` are RTMR0 to RTMR3 when the TD asks for its keys, and later.
-    ``gpu_count`` None means any number. ``attributes`` replace the policy's for this profile. ``fingerprints`` (32
-    bytes each), of hosts that give these measurements, pass through.
+    ``rules`` are those of registers without a value, which is then zero. ``gpu_count`` None means any number.
+    ``attributes`` replace the policy's for this profile. ``fingerprints`` (32 bytes each), of hosts that give these
+    measurements, pass through.
     """
 
     name: str
@@ -57,6 +125,7 @@ class Profile:
     gpu_count: int | None = None
     attributes: AttributePolicy | None = None
     fingerprints: tuple[bytes, ...] = ()
+    rules: tuple[RegisterRule, ...] = ()
 
     def __attrs_post_init__(self) -> None:
         for name in ("name", "version"):
@@ -70,6 +139,11 @@ class Profile:
             raise PolicyError("gpu_count: must be from 1 to 1024, or 0 for any number")
         if any(len(fingerprint) != 32 for fingerprint in self.fingerprints):
             raise PolicyError("fingerprints: must be 32 bytes each")
+        if len({(rule.register, rule.stage) for rule in self.rules}) != len(self.rules):
+            raise PolicyError("rules: a register has two")
+        for rule in self.rules:
+            if any(self.registers(rule.stage or "boot")[REGISTERS.index(rule.register)]):
+                raise PolicyError(f"rules: {rule.register} has a value and a rule")
 
     def __str__(self) -> str:
         return f"{self.name} {self.version}"
@@ -80,16 +154,20 @@ class Profile:
         return self.name, self.version
 
     @property
-    def measured(self) -> tuple[bytes, ...]:
-        """All reference values."""
-        return (self.mrtd, *self.boot, *self.runtime)
+    def measured(self) -> tuple[object, ...]:
+        """All reference values, and the rules of registers that have none."""
+        return (self.mrtd, *self.boot, *self.runtime, *self.rules)
 
     def registers(self, stage: Stage) -> tuple[bytes, ...]:
         """The values of `REGISTERS` in a stage."""
         return (self.mrtd, *(self.boot if stage == "boot" else self.runtime))
 
+    def rules_of(self, stage: Stage) -> dict[str, RegisterRule]:
+        """The rules of a stage, by register."""
+        return {rule.register: rule for rule in self.rules if rule.stage in (stage, None)}
+
     def to_toml(self) -> str:
-        """Name, version and registers, as `parse_profiles_toml` reads them."""
+        """Name, version and registers, as `parse_profiles_toml` reads them; rules are left out."""
         lines = ["[[profile]]"]
         lines += [f"{key} = {json.dumps(getattr(self, key), ensure_ascii=False)}" for key in ("name", "version")]
         lines += [f'mrtd = "{self.mrtd.hex()}"']
@@ -97,11 +175,24 @@ class Profile:
             lines += [f'{stage}.rtmr{number} = "{rtmr.hex()}"' for number, rtmr in enumerate(rtmrs)]
         return "\n".join(lines) + "\n"
 
-    def refusals(self, body: TdReport10, stage: Stage) -> list[Refusal]:
-        """List the refusals: one for each register of the report that does not match the profile."""
+    def refusals(
+        self, body: TdReport10, stage: Stage, events: Mapping[str, Sequence[VouchedEvent]] | str = ""
+    ) -> list[Refusal]:
+        """List the refusals: those of each register of the report that does not match the profile.
+
+        ``events`` are those of the TD's log, by register, or why there are none.
+        """
         found: list[Refusal] = []
+        rules = self.rules_of(stage)
         for register, got, expected in zip(REGISTERS, (body.mr_td, *body.rtmrs), self.registers(stage), strict=True):
-            if got != expected:
+            rule = rules.get(register)
+            if rule is not None:
+                if rule.check == "replayed":
+                    if isinstance(events, str):
+                        found.append(Refusal("measurement", "event_log", f"{register}: {events}", register))
+                    else:
+                        found += rule.refusals(events[register])
+            elif got != expected:
                 where = f"profile {self.name!r} {self.version}, {stage} stage"
                 values = (f"{register} does not match {where}", got.hex(), expected.hex(), register)
                 found.append(mismatch("measurement", "measurement_mismatch", *values))
@@ -168,8 +259,11 @@ def _profiles(
         where = f"profile {name!r}" if isinstance(name, str) else f"profile {number}"
         own = {**defaults, **entry}
         extras = {key: own.pop(key) for key in own.keys() & extra_keys}
+        rules = within(where, _take_rules, own) if converter is _IN_TOML else ()
         fingerprint = own.pop("fingerprint", None)  # one, in the older forms
         profile = within(where, converter.structure, own, Profile)
+        if rules:
+            profile = within(where, evolve, profile, rules=rules)
         if fingerprint is not None:
             one = within(f"{where}: fingerprint", _fingerprint, fingerprint)
             profile = evolve(profile, fingerprints=tuple(dict.fromkeys((one, *profile.fingerprints))))
@@ -223,6 +317,58 @@ def _register(value: object, _: object) -> bytes:
     return register
 
 
+@frozen(kw_only=True)
+class _ReplayedForm:
+    """The table of a "replayed" register."""
+
+    prefix: tuple[_Register, ...] = ()
+    events: tuple[str, ...] | None = None
+    values: Mapping[str, tuple[bytes, ...]] = field(factory=dict[str, "tuple[bytes, ...]"])
+
+
+@frozen
+class _ReplayedRegister:
+    replayed: _ReplayedForm
+
+
+def _take_rules(own: dict[str, object]) -> tuple[RegisterRule, ...]:
+    """Put zeros in the place of registers without a value, and return their rules. Raises `PolicyError`."""
+    rules: list[RegisterRule] = []
+    own["mrtd"], rule = _rule(own.get("mrtd"), "MRTD", None)
+    rules += rule
+    if own["mrtd"] is None:
+        del own["mrtd"]
+    for stage in get_args(Stage):
+        table = own.get(stage)
+        if isinstance(table, dict):
+            members = dict(cast("dict[str, object]", table))
+            for name, value in members.items():
+                members[name], rule = within(f"{stage}.{name}", _rule, value, name.upper(), stage)
+                rules += rule
+            own[stage] = members
+    return tuple(rules)
+
+
+def _rule(value: object, register: str, stage: Stage | None) -> tuple[object, list[RegisterRule]]:
+    if value == "any":
+        return _ZERO, [RegisterRule(register=register, stage=stage, check="any")]
+    if not isinstance(value, dict):
+        return value, []
+    form = _REPLAYED.structure(value, _ReplayedRegister).replayed
+    values = tuple((name, tuple(accepted)) for name, accepted in sorted(form.values.items()))
+    kind = RegisterRule(
+        register=register, stage=stage, check="replayed", prefix=form.prefix, events=form.events, values=values
+    )
+    return _ZERO, [kind]
+
+
+def _no_rules(_: object, __: object) -> NoReturn:
+    raise MismatchError("extra_forbidden", 'Unknown key; write "any" or { replayed = {} } in the register\'s place')
+
+
+_ZERO: Final = "00" * 48
+
+
 def _rtmrs(value: object, _: object) -> tuple[bytes, ...]:
     """Key servers publish the names of registers in upper case."""
     return astuple(_IN_TOML.structure(_lowered(value), _Rtmrs))
@@ -251,6 +397,8 @@ _HOOKS: Final[Mapping[Any, Hook]] = {
     int | None: lambda value, _: None if value is None else integer(value) or None,
     tuple[str, ...]: list_of(lambda value: string(value).lower()),
     tuple[bytes, ...]: list_of(_fingerprint),
+    tuple[RegisterRule, ...]: _no_rules,
 }
 _IN_TOML: Final = file_converter(_HOOKS)
+_REPLAYED: Final = file_converter({_Register: _register})
 _IN_JSON: Final = file_converter(_HOOKS, names={"boot": "boot_rtmrs", "runtime": "runtime_rtmrs"})

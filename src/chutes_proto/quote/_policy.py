@@ -14,23 +14,39 @@ Rules kept here:
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any, Final, Literal, TypeAlias, cast, get_args, get_type_hints
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, cast, get_args, get_type_hints
 
 from attrs import field, fields, frozen
 
+from chutes_proto._lazy import LazyModule
 from chutes_proto._proof import PROOF
 from chutes_proto.quote._attributes import AttributePolicy
 from chutes_proto.quote._collateral import Collateral, PathLike
 from chutes_proto.quote._errors import AppraisalError, Part, PolicyError, Refusal, mismatch
-from chutes_proto.quote._files import CONVERTER, read_toml, within
+from chutes_proto.quote._files import CONVERTER, UnixTime, read_toml, within
 from chutes_proto.quote._identity import IdentityPolicy
-from chutes_proto.quote._layout import BytesLike, SgxAttributes, SgxReport
-from chutes_proto.quote._measurements import Profile, ProfileTables, Stage, Tables, check_distinct, read_profiles
+from chutes_proto.quote._layout import BytesLike, SgxAttributes, SgxReport, TdReport10
+from chutes_proto.quote._measurements import (
+    REGISTERS,
+    Profile,
+    ProfileTables,
+    Stage,
+    Tables,
+    VouchedEvent,
+    check_distinct,
+    read_profiles,
+)
 from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
 from chutes_proto.quote._statements import Stated, TcbStatus
 from chutes_proto.quote._tcb import OUT_OF_DATE
+from chutes_proto.quote._terms import rfc3339
 from chutes_proto.quote._verify import Verdict, verify_genuine
+
+if TYPE_CHECKING:
+    from chutes_proto.quote import _eventlog as eventlog
+else:  # most appraisals replay nothing; the types of public functions resolve all the same
+    eventlog = LazyModule("chutes_proto.quote._eventlog")
 
 _ADVISORY: Final = re.compile(f"INTEL-(SA|DOC)-[0-9]{{5}}|SIMULATED-SA-({'|'.join(TcbStatus)})".upper())
 """Intel's, and the simulated platform's: an identifier that nobody issues would refuse nothing."""
@@ -80,6 +96,7 @@ class TcbPolicy:
     ``min_evaluation_number`` is a lower bound for the collateral's TCB evaluation data numbers, which no clock lowers;
     with 0, the supplier of the collateral chooses the TCB recovery by which the platform is appraised.
     ``evaluation_numbers`` "equal" refuses TCB info and QE identity of two TCB recoveries, "any" accepts them.
+    ``min_tcb_date`` (unix seconds) is a lower bound for the TCB date: that of the oldest part's level.
     ``min_tcb_info_version`` is a lower bound for the version of TCB info. The three flags, if false, refuse platforms
     that have, or may have, the named feature.
 
@@ -92,6 +109,7 @@ class TcbPolicy:
     rejected_advisories: frozenset[str] = field(default=frozenset(), converter=_advisories)
     min_evaluation_number: int = 0
     evaluation_numbers: Literal["equal", "any"] = "equal"
+    min_tcb_date: UnixTime | None = None
     min_tcb_info_version: int = 2
     allow_dynamic_platform: bool = True
     allow_cached_keys: bool = True
@@ -112,6 +130,8 @@ class TcbPolicy:
                 raise PolicyError(f"{name}: must be true or false")
         if type(self.min_tcb_info_version) is not int or self.min_tcb_info_version not in (2, 3):
             raise PolicyError("min_tcb_info_version: must be 2 or 3")
+        if self.min_tcb_date is not None and (type(self.min_tcb_date) is not int or self.min_tcb_date < 0):
+            raise PolicyError("min_tcb_date: must be a date, in code whole unix seconds")
         for name in ("platform_grace", "qe_grace", "collateral_grace"):
             grace = getattr(self, name)
             may_be_unlimited = name != "collateral_grace"
@@ -136,6 +156,9 @@ class TcbPolicy:
         rejected = sorted(a for a in verdict.advisory_ids if a.upper() in self.rejected_advisories)
         if rejected:
             refuse("advisory", "an advisory applies that is not accepted", ", ".join(rejected), "none of these")
+        if self.min_tcb_date is not None and verdict.tcb_date < self.min_tcb_date:
+            got, floor = rfc3339(verdict.tcb_date), f"at least {rfc3339(self.min_tcb_date)}"
+            refuse("tcb_date", "a part has the TCB of an earlier date", got, floor)
         if verdict.evaluation_number < self.min_evaluation_number:
             floor = f"at least {self.min_evaluation_number}"
             refuse("evaluation_number", "the collateral is of an old TCB recovery", verdict.evaluation_number, floor)
@@ -196,6 +219,20 @@ class AcceptedVerdict(Verdict):
             raise PolicyError("measurements were left unchecked, so no profile matched")
         return self.matched
 
+    @property
+    def unpinned(self) -> tuple[str, ...]:
+        """The registers that were accepted with any value: by a rule of the profile, or all without a profile."""
+        return REGISTERS if self.matched is None else self._ruled("any")
+
+    @property
+    def replayed(self) -> tuple[str, ...]:
+        """The registers whose values were accepted because the event log leads to them."""
+        return self._ruled("replayed")
+
+    def _ruled(self, check: str) -> tuple[str, ...]:
+        rules = {} if self.matched is None else self.matched.rules_of(self.stage)
+        return tuple(register for register in REGISTERS if register in rules and rules[register].check == check)
+
     def __bool__(self) -> bool:
         return True
 
@@ -248,9 +285,13 @@ class Policy:
         except PolicyError as exc:
             raise PolicyError(f"{path}: {exc}") from None
 
-    def appraise(self, verdict: Verdict, *, stage: Stage) -> AcceptedVerdict:
+    def appraise(
+        self, verdict: Verdict, *, stage: Stage, event_log: eventlog.EventLog | None = None
+    ) -> AcceptedVerdict:
         """Accept a verdict in a stage. Raises `AppraisalError` with all reasons not to; `TypeError` for no verdict.
 
+        ``event_log`` is that of the TD, for profiles with registers that a log must explain; nothing vouches for it
+        before.
         Of several profiles that match the TD's measurements, the first whose attributes accept it counts. Where none
         matches, the refusals are against the one that differs in the fewest registers.
         """
@@ -261,8 +302,9 @@ class Policy:
             refusals += self._of_enclave(body)
             matched = None
         else:
+            events = _events(self.profiles, body, stage, event_log)
             candidates = [
-                (profile.refusals(body, stage), (profile.attributes or self.attributes).refusals(body), profile)
+                (profile.refusals(body, stage, events), (profile.attributes or self.attributes).refusals(body), profile)
                 for profile in self.profiles
             ]
             if not candidates:
@@ -282,9 +324,25 @@ class Policy:
         if body.flags & SgxAttributes.DEBUG and not self.attributes.unsafe_allow_debug:
             problem, got = "the enclave can be debugged by its host", f"0x{body.flags:016x}"
             found.append(mismatch("attributes", "debug", problem, got, "bit 1 clear"))
-        if self.measurements != "unchecked":
-            found.append(Refusal("measurement", "not_a_td", "an SGX enclave is not a TD and has none of its registers"))
+        if self.measurements != "unchecked" and not self.identity.pins_enclaves:
+            problem = "an SGX enclave has none of a TD's registers, and the policy names no MRENCLAVE or MRSIGNER"
+            found.append(Refusal("measurement", "not_a_td", problem))
         return found
+
+
+def _events(
+    profiles: Iterable[Profile], body: TdReport10, stage: Stage, log: eventlog.EventLog | None
+) -> Mapping[str, Sequence[VouchedEvent]] | str:
+    """The events of a log that leads to the registers of the report, or why there are none; only if a rule asks."""
+    if not any(rule.check == "replayed" for profile in profiles for rule in profile.rules_of(stage).values()):
+        return ""
+    if log is None:
+        return "it must be replayed, and no event log was given"
+    try:
+        replayed = eventlog.replay(log, body.rtmrs)
+    except eventlog.EventLogMismatchError as exc:
+        return str(exc)
+    return {register: replayed.log.of(register) for register in REGISTERS}
 
 
 _NO_PROFILES: Final = Refusal("measurement", "no_profiles", "the policy has no measurement profile to compare with")
@@ -310,7 +368,9 @@ class AllOf(_Combined):
 
     __slots__ = ()
 
-    def appraise(self, verdict: Verdict, *, stage: Stage) -> AcceptedVerdict:
+    def appraise(
+        self, verdict: Verdict, *, stage: Stage, event_log: eventlog.EventLog | None = None
+    ) -> AcceptedVerdict:
         """Accept a verdict that all of these accept; ``matched`` is the first profile that one of these matched.
 
         Raises `AppraisalError` with all reasons of all of these; `TypeError` for no verdict.
@@ -320,7 +380,7 @@ class AllOf(_Combined):
         refusals: list[Refusal] = []
         for policy in self.policies:
             try:
-                accepted = policy.appraise(verdict, stage=stage)
+                accepted = policy.appraise(verdict, stage=stage, event_log=event_log)
                 matched = matched or accepted.matched
             except AppraisalError as exc:
                 refusals += exc.refusals
@@ -334,7 +394,9 @@ class AnyOf(_Combined):
 
     __slots__ = ()
 
-    def appraise(self, verdict: Verdict, *, stage: Stage) -> AcceptedVerdict:
+    def appraise(
+        self, verdict: Verdict, *, stage: Stage, event_log: eventlog.EventLog | None = None
+    ) -> AcceptedVerdict:
         """Accept a verdict that one of these accepts; the result is that of the first which does.
 
         Raises `AppraisalError` with all reasons of all of these; `TypeError` for no verdict.
@@ -343,7 +405,7 @@ class AnyOf(_Combined):
         refusals: list[Refusal] = []
         for policy in self.policies:
             try:
-                return policy.appraise(verdict, stage=stage)
+                return policy.appraise(verdict, stage=stage, event_log=event_log)
             except AppraisalError as exc:
                 refusals += exc.refusals
         raise AppraisalError(tuple(dict.fromkeys(refusals)), verdict.steps)
@@ -373,6 +435,7 @@ def verify(
     grace: int = 0,
     sgx: bool = False,
     stage: Stage = "boot",
+    event_log: eventlog.EventLog | None = None,
 ) -> AcceptedVerdict:
     """Verify a quote against Intel's collateral, and return a verdict only if the policy accepts it.
 
@@ -380,7 +443,8 @@ def verify(
     in whole unix seconds. ``report_data`` are the 64 bytes that the quote must bind; pass None only if something else
     binds it to the peer, because a genuine quote of another machine verifies as well. ``root`` is the CA to trust in
     place of Intel's, ``grace`` the seconds for which expired CRLs, TCB info and QE identity are still accepted.
-    ``stage`` says which registers of the policy's profiles count.
+    ``stage`` says which registers of the policy's profiles count, ``event_log`` explains those that a profile does not
+    pin.
 
     Raises `VerificationError` for every refusal, with its step: the quote does not parse, is not genuine, or is not
     accepted by the policy (`AppraisalError`). Raises `TypeError` for arguments of another type.
@@ -388,7 +452,7 @@ def verify(
     if not isinstance(cast("object", policy), AnyPolicy):
         raise TypeError(f"policy: must be a Policy, AllOf or AnyOf, as of Policy.load, not {type(policy).__name__}")
     verdict = verify_genuine(data, collateral, now=now, report_data=report_data, root=root, grace=grace, sgx=sgx)
-    return policy.appraise(verdict, stage=stage)
+    return policy.appraise(verdict, stage=stage, event_log=event_log)
 
 
 # --- policies in TOML ---

@@ -58,6 +58,8 @@ def serve_profile(
 ) -> ServedProfile:
     """Join a profile with its options; ``read`` reads a passphrase file. Raises `ConfigurationError`."""
     named = f"profile {profile.name!r}"
+    if profile.rules:
+        raise ConfigurationError(f"{named}: a server publishes all registers, so each must have a value")
     try:
         options = _CONVERTER.structure({**defaults, **extras}, ServedOptions)
     except ProblemsError as exc:
