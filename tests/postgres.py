@@ -42,11 +42,15 @@ class Cluster:
     """
 
     def __init__(
-        self, programs: Path, primary: Cluster | None = None, settings: Mapping[str, str] | None = None
+        self,
+        programs: Path,
+        primary: Cluster | None = None,
+        settings: Mapping[str, str] | None = None,
+        place: str | None = None,
     ) -> None:
         self._programs = programs
         self._settings = settings or {}
-        self.folder = Path(tempfile.mkdtemp(prefix="chutes-proto-pg-", dir=_memory()))
+        self.folder = Path(tempfile.mkdtemp(prefix="chutes-proto-pg-", dir=place or _memory()))
         self._as: dict[str, Any] = {"cwd": self.folder}
         self._process: subprocess.Popen[bytes] | None = None
         if os.geteuid() == 0:

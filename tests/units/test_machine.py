@@ -431,7 +431,7 @@ class Calls(RuleBasedStateMachine):
     @rule(vm=st.sampled_from(VMS), days=st.integers(1, 3), carry_out=st.booleans(), later=st.integers(0, 4))
     def purge_keys(self, vm: Vm, days: int, carry_out: bool, later: int) -> None:
         self.now += later * DAY
-        outcome = self.do(PurgeKeys(self.now, days * DAY, "why", vm, carry_out))
+        outcome = self.do(PurgeKeys(self.now, days * DAY, "why", (vm,), carry_out))
         assert not isinstance(outcome, str)
         gone = [
             ((vm, name, volume.keys.index(key) + 1), key)

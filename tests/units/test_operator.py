@@ -168,18 +168,18 @@ def test_a_purge_keeps_what_it_must(store: MemoryStore) -> None:
     for label in "12345":
         booted(store, label, "storage", rekey=["storage"])
     late = NOW + 1000
-    assert store.transact(PurgeKeys(late, 1000, WHY, VM)) == ()  # retired at NOW + 1
+    assert store.transact(PurgeKeys(late, 1000, WHY, (VM,))) == ()  # retired at NOW + 1
     before = dump(store)
-    chosen = store.transact(PurgeKeys(late, 900, WHY, VM))
+    chosen = store.transact(PurgeKeys(late, 900, WHY, (VM,)))
     assert [row.generation for row in chosen] == [1, 2]
     assert dump(store) == before
-    assert store.transact(PurgeKeys(late, 900, WHY, Vm("other", "vm"), carry_out=True)) == ()
-    assert store.transact(PurgeKeys(late, 900, WHY, VM, carry_out=True)) == chosen
+    assert store.transact(PurgeKeys(late, 900, WHY, (Vm("other", "vm"),), carry_out=True)) == ()
+    assert store.transact(PurgeKeys(late, 900, WHY, (VM,), carry_out=True)) == chosen
     assert [state for _, state, _ in states(store)] == ["purged", "purged", "retired", "retired", "active"]
     gone = store.transact(Ask(ReadAll(GenerationRow, VM)))[1:3]
     assert [(row.sealed, row.wrapped_key, row.kek_id) for row in gone] == [(None, None, None)] * 2
     assert last_audit(store).keys == "storage/1 purged, storage/2 purged"
-    assert store.transact(PurgeKeys(late, 900, WHY, VM, carry_out=True)) == ()
+    assert store.transact(PurgeKeys(late, 900, WHY, (VM,), carry_out=True)) == ()
     assert "purged" in str(refused(store, RestoreKey(NOW, VM, "storage", 1, WHY)).detail)
     assert booted(store, "6", "storage")
 

@@ -13,12 +13,14 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from typing import Any
 
 GRANTED, REFUSED, USAGE, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
 """Exit codes. The last two are what a shell makes of a program that died of SIGINT and of SIGPIPE."""
 
 _COLUMNS = 80
+_PARTS_AT_ONCE = 100
 _NARROWEST = 20
 _RFC3339 = re.compile(
     r"[0-9]{4}-[0-9]{2}-[0-9]{2}"
@@ -67,11 +69,28 @@ def say_json(value: object) -> None:
 def say_json_list(before: Mapping[str, object], name: str, members: Iterable[object]) -> None:
     """The result as one JSON object on one line, whose last member is a list that is printed while it is read."""
     out(f"{json.dumps(before)[:-1]}, {json.dumps(name)}: [", end="")
-    between = ""
-    for member in members:
-        out(between + json.dumps(member), end="")
-        between = ", "
+    _out_parts(map(json.dumps, members), ", ")
     out("]}")
+
+
+def say_json_lines(values: Iterable[object]) -> None:
+    """The result as one JSON object on each line, printed while it is read."""
+    _out_parts((f"{json.dumps(value)}\n" for value in values), "")
+
+
+def _out_parts(parts: Iterable[str], between: str) -> None:
+    """Write many parts, and see to it that those are out which were read, also where an error ends them."""
+    remaining, before = iter(parts), ""
+    is_over = False
+    while not is_over:
+        some: list[str] = []
+        try:
+            some.extend(islice(remaining, _PARTS_AT_ONCE))
+            is_over = not some
+        finally:
+            if some:
+                out(before + between.join(some), end="")
+                before = between
 
 
 def plain(value: Any) -> dict[str, Any]:

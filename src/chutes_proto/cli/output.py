@@ -71,13 +71,19 @@ def table(columns: Columns, rows: Iterable[object], *, empty: str, under: Mappin
     widths = [0] * len(columns)
     heads: list[dict[str, Cell]] = [{head: Cell(head) for head in columns}]
     remaining = iter(rows)
-    while part := [*islice(remaining, _ROWS_AT_ONCE)]:
-        cells = [{head: _as_cell(cell(row)) for head, cell in columns.items()} for row in part]
-        if draws():
-            _console().print(_fitted([*columns], cells, under or {}, _console().width))
-        else:
-            widths = _say_lines([*heads, *cells], widths)
-        heads = []
+    is_over = False
+    while not is_over:
+        cells: list[dict[str, Cell]] = []
+        try:
+            chosen = islice(remaining, _ROWS_AT_ONCE)
+            cells.extend({head: _as_cell(cell(row)) for head, cell in columns.items()} for row in chosen)
+            is_over = not cells
+        finally:  # also where a signal ends it: the rows may say what was done
+            if cells and draws():
+                _console().print(_fitted([*columns], cells, under or {}, _console().width))
+            elif cells:
+                widths = _say_lines([*heads, *cells], widths)
+            heads = heads if not cells else []
     if heads:
         console.say(empty)
 
@@ -90,8 +96,8 @@ def _say_lines(rows: Sequence[Mapping[str, Cell]], least: Sequence[int]) -> list
     """Print rows side by side; returns the widths of the columns, which are ``least`` or more."""
     table = [[console.clean(cell.text) for cell in row.values()] for row in rows]
     widths = [max(width, *map(len, column)) for width, *column in zip(least, *table, strict=True)]
-    for row in table:
-        console.say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table)
+    console.out("\n".join(lines))
     return widths
 
 

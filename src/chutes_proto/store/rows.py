@@ -21,23 +21,14 @@ from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar, get_args
 
 from attrs import field, frozen
 
-__all__ = ["AttestationRow", "AuditRow", "AuditWanted", "BootRow", "BootVolumeRow", "Claim", "CountAudit"]
-__all__ += ["CountClaims", "CountRefusals", "CountRows", "CountSealed", "CountStates", "Decision", "Delete"]
-__all__ += [
-    "DeleteServer",
-    "Exchange",
-    "FindLastBoot",
-    "FindLastBootFrom",
-    "GenerationRow",
-    "GpuRow",
-    "Insert",
-    "InsertAll",
-]
-__all__ += ["ROWS", "NonceRow", "Pin", "Platform", "PurgeAudit", "PurgeGeneration", "Put", "Read", "ReadAll"]
-__all__ += ["ReadAudit", "ReadBootVolumes", "ReadLiveGenerations", "ReadNames", "ReadOld", "ReadOtherwiseSealed"]
-__all__ += ["ReadPage", "ReadRetired", "ReadTimes", "ReadUnclaimed", "Retirement", "RewrapGenerations", "Row", "Scan"]
-__all__ += ["ServerRow", "SetHorizon", "State", "StoreOp", "SweepNonces", "Times", "UpdateGeneration", "Vm", "VmRow"]
-__all__ += ["VoidTokens", "VolumeRow"]
+__all__ = ["ROWS", "AttestationRow", "AuditRow", "AuditWanted", "BootRow", "BootVolumeRow", "Claim", "CountAudit"]
+__all__ += ["CountClaims", "CountRefusals", "CountRetired", "CountRows", "CountSealed", "CountStates", "Decision"]
+__all__ += ["Delete", "DeleteServer", "Exchange", "FindLastBoot", "FindLastBootFrom", "GenerationRow", "GpuRow"]
+__all__ += ["Insert", "InsertAll", "NonceRow", "Pin", "Platform", "PurgeAudit", "PurgeGeneration", "Put", "Read"]
+__all__ += ["ReadAll", "ReadAudit", "ReadBootVolumes", "ReadLiveGenerations", "ReadNames", "ReadOld"]
+__all__ += ["ReadOtherwiseSealed", "ReadPage", "ReadRetired", "ReadTimes", "ReadUnclaimed", "Retirement"]
+__all__ += ["RewrapGenerations", "Row", "Scan", "ServerRow", "SetHorizon", "State", "StoreOp", "SweepNonces", "Times"]
+__all__ += ["UpdateGeneration", "Vm", "VmRow", "VoidTokens", "VolumeRow"]
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -473,6 +464,13 @@ class UpdateGeneration(StoreOp[None]):
     """Write state, ``provisional``, ``delivered_at``, ``retired_at`` and ``retirement`` of a row; nothing else."""
 
     row: GenerationRow
+
+
+@frozen
+class CountRetired(StoreOp[int]):
+    """The number of the VMs that `ReadRetired` finds."""
+
+    until: int
 
 
 @frozen

@@ -606,31 +606,36 @@ def _next_vms(where: str) -> _Query:
     )
 
 
+_KEY: Final = store.GenerationRow.KEY
+
+
 def _read_otherwise_sealed(op: store.ReadOtherwiseSealed) -> tuple[str, Values]:
-    key = store.GenerationRow.KEY
-    after = () if op.after is None else encode(op.after)[: len(key)]
-    text = _page(store.GenerationRow, key, "kek_id IS NOT NULL AND kek_id <> ?", is_first=op.after is None)
+    after = () if op.after is None else encode(op.after)[: len(_KEY)]
+    text = _page(store.GenerationRow, _KEY, "kek_id IS NOT NULL AND kek_id <> ?", is_first=op.after is None)
     return text, (op.kek_id, *after, op.limit)
 
 
 def _rewrap_many(count: int) -> str:
-    values = ", ".join(["(?, ?, ?, CAST(? AS BIGINT), ?, ?)"] * count)
+    # With a cast, SQLite does not think of an index on the values and a scan of the table.
+    types = ("TEXT", "TEXT", "TEXT", "BIGINT")
+    key = (f"{name} = CAST(fresh.column{number} AS {types[number - 1]})" for number, name in enumerate(_KEY, 1))
     return (
         "UPDATE generation SET kek_id = fresh.column5, wrapped_key = fresh.column6"  # noqa: S608
-        f" FROM (VALUES {values}) AS fresh WHERE hotkey = fresh.column1 AND vm = fresh.column2"
-        " AND volume = fresh.column3 AND generation = fresh.column4 AND sealed IS NOT NULL"
+        f" FROM (VALUES {', '.join(['(?, ?, ?, ?, ?, ?)'] * count)}) AS fresh"
+        f" WHERE {' AND '.join(key)} AND sealed IS NOT NULL"
     )
 
 
 def _rewrap(op: store.RewrapGenerations) -> tuple[str, Values]:
-    size = len(store.GenerationRow.KEY)
-    return _rewrap_many(len(op.rows)), _chained((*encode(row)[:size], row.kek_id, row.wrapped_key) for row in op.rows)
+    rows = ((*encode(row)[: len(_KEY)], row.kek_id, row.wrapped_key) for row in op.rows)
+    return _rewrap_many(len(op.rows)), _chained(rows)
 
 
 def _chained(rows: Iterable[Values]) -> Values:
     return tuple(chain.from_iterable(rows))
 
 
+_RETIRED: Final = "state = 'retired' AND retired_at <= :until"
 _OF_BEFORE: Final = "id > :beyond AND id <= :through AND at < :before"
 
 
@@ -695,7 +700,11 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query]] = {
     store.ReadUnclaimed: _next_vms(
         "NOT EXISTS (SELECT 1 FROM vm WHERE vm.hotkey = generation.hotkey AND vm.vm = generation.vm)"
     ),
-    store.ReadRetired: _next_vms("state = 'retired' AND retired_at <= :until"),
+    store.ReadRetired: _next_vms(_RETIRED),
+    store.CountRetired: _query(
+        f"SELECT count(*) FROM (SELECT DISTINCT hotkey, vm FROM generation WHERE {_RETIRED}) AS found",  # noqa: S608
+        lambda rows: rows[0][0],
+    ),
     store.CountClaims: _count(store.VmRow, "platform_kind = :pin.kind AND platform_id = :pin.value"),
     store.FindLastBoot: _one(store.BootRow, f"{_THE_VM} {_NEWEST}"),
     store.FindLastBootFrom: _one(store.BootRow, f"hotkey = :hotkey AND peer_address = :address {_NEWEST}"),

@@ -159,7 +159,7 @@ class RestoreKey(Unit[store.GenerationRow]):
 
 @frozen
 class PurgeKeys(Unit[tuple[store.GenerationRow, ...]]):
-    """Delete a VM's passphrases that were retired ``retention`` seconds ago or earlier, for ever; returns their rows.
+    """Delete VMs' passphrases that were retired ``retention`` seconds ago or earlier, for ever; returns their rows.
 
     The newest three generations of a volume are kept, and those that the VM may yet be handed: a disk whose rotation
     was not confirmed needs one of them. Without ``carry_out`` the rows are returned and nothing is deleted.
@@ -168,18 +168,25 @@ class PurgeKeys(Unit[tuple[store.GenerationRow, ...]]):
     now: int
     retention: int
     reason: str
-    vm: store.Vm
+    vms: tuple[store.Vm, ...]
     carry_out: bool = False
 
     def script(self) -> Script[tuple[store.GenerationRow, ...]]:
-        volumes = by_volume((yield from store.ReadAll(store.GenerationRow, self.vm))).values()
+        """One VM after the other."""
+        gone: list[store.GenerationRow] = []
+        for vm in self.vms:
+            gone += yield from self._purge(vm)
+        return tuple(gone)
+
+    def _purge(self, vm: store.Vm) -> Script[list[store.GenerationRow]]:
+        volumes = by_volume((yield from store.ReadAll(store.GenerationRow, vm))).values()
         gone = [row for rows in volumes for row in generations.purgeable(rows, self.now, self.retention, KEPT)]
         if gone and self.carry_out:
             for row in gone:
                 yield from store.PurgeGeneration(row)
             deleted = ", ".join(f"{row.volume}/{row.generation} purged" for row in gone)
-            yield from _audit(self.now, "keys purged", self.reason, self.vm, keys=deleted)
-        return tuple(gone)
+            yield from _audit(self.now, "keys purged", self.reason, vm, keys=deleted)
+        return gone
 
 
 @frozen

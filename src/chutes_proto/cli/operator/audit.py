@@ -120,12 +120,10 @@ def export(vm: str | None, event: str | None, since: int, until: int | None, las
     unit = _unit(vm, event, since, until)
     with operating.opened(config) as (_, store):
         if last is not None:
-            for row in _newest(store, unit, last):
-                console.say_json(_members(row))
+            console.say_json_lines(map(_members, _newest(store, unit, last)))
             return console.GRANTED
         # No bar between the rows, where they go to the same terminal.
-        for row in _every(store, unit, is_told=not output.draws()):
-            console.say_json(_members(row))
+        console.say_json_lines(map(_members, _every(store, unit, is_told=not output.draws())))
     return console.GRANTED
 
 

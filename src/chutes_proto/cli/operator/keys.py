@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from itertools import islice
 
 import click
 from attrs import evolve
@@ -19,11 +20,12 @@ from chutes_proto.io.files import read_lines, read_private
 from chutes_proto.io.reference_keys import read_row
 from chutes_proto.keys.vault import NONCE_SIZE, Address, FreshKey
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import CountSealed, GenerationRow, Platform, ReadRetired, Vm
+from chutes_proto.store.rows import CountRetired, CountSealed, GenerationRow, Platform, ReadRetired, Vm
 from chutes_proto.units.operator import AllowFormat, History, ImportKeys, PurgeKeys, RestoreKey, RewrapKeys
 from chutes_proto.wire.json import JsonError, decode
 
-BATCH = 200
+BATCH = 50
+"""VMs whose keys are purged in one transaction."""
 _LINE_BYTES = 256 * 1024  # a boot quote, the largest part, takes less than a tenth
 _STATES: dict[str, output.State] = {"active": "good", "purged": "bad"}
 _COLUMNS: output.Columns = {
@@ -38,9 +40,9 @@ _COLUMNS: output.Columns = {
     "KEK": lambda row: output.short(row.kek_id),
 }
 _PURGED: output.Columns = {
-    "VM": lambda found: output.vm(found[0]),
-    "KEY": lambda found: f"{found[1].volume}/{found[1].generation}",
-    "RETIRED": lambda found: output.when(found[1].retired_at),
+    "VM": lambda row: output.vm(row.vm),
+    "KEY": lambda row: f"{row.volume}/{row.generation}",
+    "RETIRED": lambda row: output.when(row.retired_at),
 }
 
 command: Group = Group(
@@ -150,24 +152,24 @@ def purge(vm: str | None, older_than: int | None, yes: bool, reason: str, config
         days = operating.kept_days(older_than, "retention_days", setup.config.retention_days, "retired keys")
         began = operating.now()
         until = began - days * DAY
-        vms: Iterable[Vm] = operating.listing(store, lambda after: ReadRetired(until, after, operating.PAGE))
+        vms = operating.listing(store, lambda after: ReadRetired(until, after, operating.PAGE))
         if vm:
-            vms = (operating.find_vm(store, vm),)
+            vms = iter((operating.find_vm(store, vm),))
         found = 0
 
-        def purged() -> Iterator[tuple[Vm, GenerationRow]]:
+        def purged() -> Iterator[GenerationRow]:
             nonlocal found
-            for number, one in enumerate(vms, 1):
-                for row in store.transact(PurgeKeys(began, days * DAY, reason, one, yes)):
-                    found += 1
-                    yield one, row
-                if number % BATCH == 0:
-                    tell(number)
+            done, total = 0, 1 if vm else store.transact(Ask(CountRetired(until)))
+            while some := tuple(islice(vms, BATCH)):
+                rows = store.transact(PurgeKeys(began, days * DAY, reason, some, yes))
+                found += len(rows)
+                yield from rows
+                done += len(some)
+                tell(done, total)
 
-        # Deleted keys are shown at once, since a signal may end it.
         if wants("json"):
             told = {"ok": True, "purged": yes, "older_than_days": days}
-            members = ({"hotkey": one.hotkey, "vm": one.name, **_members(row)} for one, row in purged())
+            members = ({"hotkey": row.vm.hotkey, "vm": row.vm.name, **_members(row)} for row in purged())
             console.say_json_list(told, "generations", members)
             return console.GRANTED
         output.table(_PURGED, purged(), empty="nothing to purge")

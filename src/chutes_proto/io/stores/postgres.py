@@ -45,6 +45,7 @@ from chutes_proto.store._versions import Versions
 from chutes_proto.store.rows import (
     ROWS,
     CountAudit,
+    CountRetired,
     CountRows,
     CountSealed,
     CountStates,
@@ -599,6 +600,7 @@ class _Again(Exception):
 
 _LONG: Final = (
     CountAudit,
+    CountRetired,
     CountRows,
     CountSealed,
     CountStates,

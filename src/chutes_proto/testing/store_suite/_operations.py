@@ -19,6 +19,7 @@ from chutes_proto.store.rows import (
     CountAudit,
     CountClaims,
     CountRefusals,
+    CountRetired,
     CountRows,
     CountSealed,
     CountStates,
@@ -211,6 +212,7 @@ def pages_are_complete(harness: Harness) -> None:
         others = read(lambda after, limit: ReadOtherwiseSealed("new", limit, after))
         expect(len({(row.vm, row.generation) for row in others}), len(names) + 3, f"keys in pages of {limit}")
         expect(len(others), len(names) + 3, f"keys in pages of {limit}")
+    expect(ask(CountRetired(NOW + 1)), 2, "names with retired keys")
     expect(ask(ReadRetired(NOW, None, 9)), (names[0],), "names with keys that were retired by then")
 
 

@@ -1,0 +1,272 @@
+"""Time and peak memory of every operator's command, on a store of many VMs: SQLite and PostgreSQL, on this disk.
+
+``BENCH_VMS`` is the number of VMs (10,000 by default, which takes a minute or two; 1,000,000 takes an hour). A VM has
+three keys, two disks, a boot with two volumes and its verdict, and three audit rows. Of every tenth, a key was retired,
+and a boot and an audit row were made, before the end of their retention. The rows are loaded as they would stand after
+years, and their KEK is then rotated. The memory is the largest resident size of the command's process, with Python and
+the libraries in it; memory and processor time of PostgreSQL's own processes are not counted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any, Final
+
+import psycopg
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from chutes_proto.auth.hotkey import Hotkey
+from chutes_proto.io.server.development import CONFIGURATION, write_server
+from chutes_proto.io.stores.address import StorePlace
+from chutes_proto.keys.vault import NONCE_SIZE, Address, KeyEncryptionKey
+from chutes_proto.store.rows import ROWS, Row, Vm
+from chutes_proto.store.sql import columns
+from chutes_proto.testing._platform import SimulatedPlatform
+from tests import postgres
+
+VMS: Final = int(os.environ.get("BENCH_VMS", "10000"))
+DISK: Final = "/var/tmp"  # noqa: S108 - a million VMs do not fit into memory
+HOTKEYS: Final = 1000
+VOLUMES: Final = ("root", "storage", "tdx-cache")
+NOW: Final = int(time.time())
+LONG_AGO: Final = NOW - 400 * 86_400
+
+Values = tuple[Any, ...]
+
+
+def run() -> None:
+    for kind in ("SQLite", "PostgreSQL"):
+        installed = postgres.programs()
+        if kind == "SQLite":
+            with tempfile.TemporaryDirectory(prefix="chutes-proto-bench-", dir=DISK) as folder:
+                _measure(kind, Path(folder), "sqlite:keys.db")
+        elif installed is None:
+            print("\nPostgreSQL: not installed")
+        else:
+            cluster = postgres.Cluster(installed, settings={"max_wal_size": "4GB"}, place=DISK)
+            try:
+                with tempfile.TemporaryDirectory(prefix="chutes-proto-bench-", dir=DISK) as folder:
+                    _measure(kind, Path(folder), cluster.url())
+            finally:
+                cluster.remove()
+
+
+def _measure(kind: str, folder: Path, address: str) -> None:
+    write_server(folder, SimulatedPlatform(bytes(32)), NOW)
+    configuration = folder / CONFIGURATION
+    text = configuration.read_text().replace('"sqlite:keys.db"', f'"{address}"')
+    _ = configuration.write_text(text)
+    began = time.monotonic()
+    _load(folder, address)
+    _ = (folder / "kek").rename(folder / "kek.previous")
+    (folder / "kek").touch(0o600)
+    _ = (folder / "kek").write_bytes(os.urandom(32))
+    lines = text.splitlines(keepends=True)
+    lines.insert(
+        next(i for i, line in enumerate(lines) if line.startswith("kek_file")), 'kek_previous_file = "kek.previous"\n'
+    )
+    _ = configuration.write_text("".join(lines))
+    print(f"\n{kind}, {VMS} VMs, {3 * VMS} keys; loaded in {time.monotonic() - began:.0f} s", flush=True)
+    print(f"{'command':<58}{'seconds':>10}{'CPU s':>10}{'peak MB':>10}", flush=True)
+    one = f"{_hotkey(0)}/vm-0"
+    for words in (
+        "store check",
+        "vm list",
+        "vm list --json",
+        "registrations list",
+        "keys history vm-1",
+        "audit list",
+        f"audit list --vm {one}",
+        "audit list --event no-such-event",
+        "audit list --since 2020-01-01 --until 2020-01-02",
+        "audit export",
+        f"vm rebind {one} --ppid {'00' * 16} --keep-keys",
+        f"keys restore {one} storage 1",
+        f"keys allow-format {one} storage",
+        f"vm bind {_hotkey(1)}/unbound --ppid {'00' * 16}",
+        "keys rewrap",
+        "keys purge",
+        "keys purge --yes",
+        "vm purge-boots",
+        "vm purge-boots --yes",
+        "audit purge",
+        "audit purge --yes",
+        "store restored",
+    ):
+        _run(*words.split(), "--config", str(configuration))
+    _run("store", "copy", "--from", f"sqlite:{folder}/keys.db" if kind == "SQLite" else _passfile(folder, address),
+         "--store", f"sqlite:{folder}/copy.db")  # fmt: skip
+
+
+def _passfile(folder: Path, address: str) -> str:
+    """The address without its password, which others could read on a command line."""
+    path = folder / "pgpass"
+    path.touch(0o600)
+    _ = path.write_text(f"*:*:*:*:{postgres.PASSWORD}\n")
+    return address.replace(f":{postgres.PASSWORD}@", "@") + f"&passfile={path}"
+
+
+_WATCHED: Final = """
+import sys, time
+from pathlib import Path
+from chutes_proto.cli.main import main
+code = main(sys.argv[2:])
+status = Path("/proc/self/status").read_text().splitlines()
+peak = next(line.split()[1] for line in status if line.startswith("VmHWM:"))
+Path(sys.argv[1]).write_text(f"{time.process_time()} {peak}")
+sys.exit(code)
+"""
+"""The command in a process that tells its processor time in seconds, and its largest resident memory in kB."""
+
+
+def _run(*words: str) -> None:
+    began = time.monotonic()
+    with tempfile.NamedTemporaryFile("r") as told:
+        command = [sys.executable, "-c", _WATCHED, told.name, *words]
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+        seconds = time.monotonic() - began
+        processor, memory = map(float, (told.read() or "0 0").split())
+    failed = "" if done.returncode == 0 else f"  FAILED: {done.stderr[-300:]}"
+    named = " ".join(words[: words.index("--config")] if "--config" in words else words[:2])
+    for number in (0, 1):
+        named = named.replace(_hotkey(number), "HOTKEY")
+    print(f"{named[:56]:<58}{seconds:>10.1f}{processor:>10.1f}{memory / 1024:>10.0f}{failed}", flush=True)
+
+
+# --- the store ---
+
+
+def _load(folder: Path, address: str) -> None:
+    key = KeyEncryptionKey.from_bytes((folder / "kek").read_bytes())
+    StorePlace(address, folder).open(migrate=True).close()
+    if address.startswith("sqlite:"):
+        with closing(sqlite3.connect(folder / "keys.db", isolation_level=None)) as connection:
+            for setting in ("synchronous = off", "cache_size = -400000", "journal_mode = off"):
+                _ = connection.execute(f"PRAGMA {setting}").fetchall()
+            _ = connection.execute("BEGIN")
+            for kind, rows in _rows(key):
+                named = columns(kind)
+                marks = ", ".join("?" * len(named))
+                text = f"INSERT INTO {kind.TABLE} ({', '.join(named)}) VALUES ({marks})"  # noqa: S608
+                _ = connection.executemany(text, rows)
+            _ = connection.execute("COMMIT")
+            _ = connection.execute("ANALYZE")
+    else:
+        with psycopg.connect(address, autocommit=True) as postgresql:
+            _ = postgresql.execute("SET synchronous_commit = off")
+            for kind, rows in _rows(key):
+                names = ", ".join(columns(kind))
+                with postgresql.cursor().copy(f"COPY {kind.TABLE} ({names}) FROM STDIN".encode()) as copy:
+                    for row in rows:
+                        copy.write_row(row)
+            _ = postgresql.execute("VACUUM ANALYZE")
+
+
+def _hotkey(number: int) -> str:
+    return Hotkey(hashlib.sha256(b"%d" % number).digest()).address
+
+
+def _digest(label: str, number: int) -> bytes:
+    return hashlib.sha256(f"{label} {number}".encode()).digest()
+
+
+def _rows(key: KeyEncryptionKey) -> Iterator[tuple[type[Row], Iterable[Values]]]:
+    """The rows of each table, as values of its columns."""
+    makers = {"vm": _vms, "boot": _boots, "boot_volume": _boot_volumes, "volume": _volumes, "audit": _audits}
+    makers["attestation"] = _attestations
+    for kind in ROWS:
+        if kind.TABLE == "generation":
+            yield kind, _generations(key)
+        elif kind.TABLE in makers:
+            yield kind, makers[kind.TABLE]()
+
+
+HOTKEY_OF: Final = [_hotkey(number) for number in range(HOTKEYS)]
+
+
+def _names() -> Iterator[tuple[int, str, str]]:
+    for number in range(VMS):
+        yield number, HOTKEY_OF[number % HOTKEYS], f"vm-{number}"
+
+
+def _vms() -> Iterator[Values]:
+    for number, hotkey, vm in _names():
+        ppid = _digest("ppid", number)[:16]
+        yield hotkey, vm, "ppid", ppid, None, ppid, True, "base", NOW - 9_000_000, NOW - number % 80 * 86_400, None
+
+
+def _boot_ids(number: int) -> list[tuple[str, int]]:
+    """The boots of a VM, with their times."""
+    found = [(_digest("boot", number).hex()[:32], NOW - number % 80 * 86_400)]
+    return found if number % 10 else [(_digest("old boot", number).hex()[:32], LONG_AGO), *found]
+
+
+def _boots() -> Iterator[Values]:
+    for number, hotkey, vm in _names():
+        ppid = _digest("ppid", number)[:16]
+        for boot_id, at in _boot_ids(number):
+            token = hashlib.sha256(boot_id.encode()).digest()
+            yield (
+                *(boot_id, hotkey, vm, "ppid", ppid, token, "simulated", "1", "base", token, token, at + 600, True),
+                *("192.0.2.7", at, at + 9, token, None, None, None, None),
+            )
+
+
+def _boot_volumes() -> Iterator[Values]:
+    for number in range(VMS):
+        for boot_id, _ in _boot_ids(number):
+            for position, volume in enumerate(VOLUMES[1:]):
+                yield boot_id, volume, position, 1, None, True
+
+
+def _generations(key: KeyEncryptionKey) -> Iterator[Values]:
+    wrap = AESGCM(key.key.reveal()).encrypt
+    sealed = os.urandom(156)
+    for number, hotkey, vm in _names():
+        for volume in VOLUMES:
+            is_old = volume == "storage" and number % 10 == 0
+            for generation in range(1, 5 if is_old else 2):
+                address = Address(Vm(hotkey, vm), volume, generation)
+                nonce = _digest(volume, number * 10 + generation)[:NONCE_SIZE]
+                wrapped = nonce + wrap(nonce, bytes(32), address.associated_data(b"data key"))
+                retired = (LONG_AGO, "rekey") if is_old and generation < 4 else (None, None)
+                yield (
+                    *(hotkey, vm, volume, generation, "retired" if retired[0] else "active", sealed, key.kek_id),
+                    *(wrapped, False, LONG_AGO, "origin", LONG_AGO, *retired),
+                )
+
+
+def _volumes() -> Iterator[Values]:
+    for _, hotkey, vm in _names():
+        for volume in VOLUMES[1:]:
+            yield hotkey, vm, volume, True, False, None
+
+
+def _attestations() -> Iterator[Values]:
+    for number, hotkey, vm in _names():
+        ppid = _digest("ppid", number)[:16]
+        for boot_id, at in _boot_ids(number):
+            digest = hashlib.sha256(boot_id.encode()).digest()
+            yield (
+                *(boot_id, "boot", hotkey, vm, "ppid", ppid, None, "", "simulated", "1", digest, "192.0.2.7", at, None),
+            )
+
+
+def _audits() -> Iterator[Values]:
+    for event in ("boot", "sync", "boot"):
+        for number, hotkey, vm in _names():
+            at = LONG_AGO if number % 10 == 0 else NOW - number % 80 * 86_400
+            boot_id = _boot_ids(number)[0][0]
+            yield (
+                *(at, "vm", event, "granted", "", hotkey, vm, boot_id, boot_id, "ppid", _digest("ppid", number)[:16]),
+                *("simulated 1", bytes(32), "storage/1 created, tdx-cache/1 created", "192.0.2.7"),
+            )
