@@ -1,4 +1,4 @@
-"""The VMs' programs: our agent and deployed clients, in the base and the two-phase exchange.
+"""The VMs' programs: our agent and deployed clients, in each exchange.
 
 Each function is one boot with one disk, from the granted boot on. It returns whether the VM is up, with its disk open.
 """
@@ -13,7 +13,7 @@ from attrs import evolve
 from chutes_proto.errors import Refused
 from chutes_proto.store._run import Unit
 from chutes_proto.testing.store_suite._parts import attest, confirm, sync
-from chutes_proto.units.rotation import HandedKeys
+from chutes_proto.units.rotation import ConfirmRoot, HandedKeys
 from chutes_proto.units.volumes import VolumeKeys
 from tests.lifecycle.world import OTHER, VOLUME, Choices, Killed, NoAnswer, World
 
@@ -31,6 +31,7 @@ def boot_once(world: World, choices: Choices) -> bool:
         ("base", False): _base_deployed,
         ("two-phase", True): _two_phase_ours,
         ("two-phase", False): _two_phase_deployed,
+        ("provisioned", False): _root_deployed,
     }[world.policy.exchange, world.policy.ours]
     try:
         up = agent(world, choices, missing)
@@ -115,6 +116,52 @@ def _two_phase_deployed(world: World, choices: Choices, missing: bool) -> bool:
     if added and more is not None:
         _ = world.write(world.slots - {key if confirmed else more}, choices)
     return True
+
+
+def _root_deployed(world: World, choices: Choices, missing: bool) -> bool:
+    """The root disk of image 1.4.0, which asks up to `TRIES` times for the boot and once for the confirmation.
+
+    What its storage does is two-phase. A disk that is ``missing`` is one that its host rolls back, or copies anew.
+    """
+    if missing:
+        if world.past is None or choices.pick("disk", ("rolled back", "copied anew")) == "copied anew":
+            world.copy_image()
+        else:
+            world.slots, world.fresh = world.past
+    world.past = world.slots, world.fresh
+    granted, unit = None, world.provisioned()
+    for _ in range(TRIES):
+        try:
+            granted = world.ask(unit, choices)
+            break
+        except NoAnswer:
+            unit = world.provisioned()
+    if granted is None or granted.root is None or granted.root_next is None or unit.rotation is None:
+        return False
+    key, following = granted.root.reveal(), granted.root_next.reveal()
+    if key not in world.slots:
+        return False
+    if world.fresh:
+        if choices.pick("token", ("removed", "killed before")) == "killed before":
+            raise Killed
+        world.fresh, world.data = False, True
+    before = world.slots
+    if not world.write(before | {following}, choices):
+        return False
+    confirm_root = ConfirmRoot(
+        now=unit.now + 1,
+        request_id=f"confirm {unit.boot_id}",
+        vm=unit.vm,
+        nonce_digest=unit.rotation.confirm_digest,
+        body_digest=b"rotated",
+        rotated=True,
+        vault=unit.vault,
+    )
+    try:
+        _ = world.ask(confirm_root, choices)
+    except (NoAnswer, Refused):
+        return world.write(before, choices)
+    return world.write(frozenset({following}), choices)
 
 
 def _pair(handed: HandedKeys) -> tuple[bytes | None, bytes]:

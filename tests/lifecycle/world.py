@@ -24,7 +24,10 @@ from typing import Any, TypeVar
 from attrs import define, evolve, field, frozen
 
 from chutes_proto.errors import Refused
-from chutes_proto.keys.vault import Address
+from chutes_proto.keys.generations import ROOT_VOLUME
+from chutes_proto.keys.vault import Address, FreshKey
+from chutes_proto.secret import Secret
+from chutes_proto.server._profiles import ServedExchange
 from chutes_proto.store._run import Ask, Unit
 from chutes_proto.store.rows import (
     BootRow,
@@ -36,14 +39,15 @@ from chutes_proto.store.rows import (
     VmRow,
     VolumeRow,
 )
-from chutes_proto.testing.store_suite._parts import VAULT, VM, boot
-from chutes_proto.units.boot import GrantBoot
-from chutes_proto.units.rotation import AttestVolumes, ConfirmVolumes
+from chutes_proto.testing.store_suite._parts import VAULT, VM, boot, entropy, fresh
+from chutes_proto.units.boot import GrantBoot, RootRotation
+from chutes_proto.units.rotation import AttestVolumes, ConfirmRoot, ConfirmVolumes
 from chutes_proto.units.volumes import SyncVolumes
 from tests.store.memory import MemoryStore
 
 T = TypeVar("T")
 VOLUME = "storage"
+BUILD = b"the passphrase of the build"
 OTHER = "tdx-cache"
 """A volume that is always there, so that a VM whose disk is missing has something to ask for."""
 
@@ -122,8 +126,13 @@ class Killed(Exception):
 class Policy:
     """The constants of a whole run."""
 
-    exchange: Exchange
+    exchange: ServedExchange
     ours: bool
+
+    @property
+    def volume(self) -> str:
+        """The volume whose disk is the world's."""
+        return ROOT_VOLUME if self.exchange == "provisioned" else VOLUME
 
     def __str__(self) -> str:
         return f"{self.exchange}, {'our agent' if self.ours else 'deployed client'}"
@@ -144,6 +153,10 @@ class World:
     boots: int = 0
     data: bool = False
     """Whether the disk was ever formatted: then it must open for ever."""
+    fresh: bool = False
+    """Whether the root disk is a fresh copy of the image, which the build's passphrase alone opens."""
+    past: tuple[frozenset[bytes], bool] | None = None
+    """The disk before the last boot, to which a host may roll it back: one rotation at most lies between."""
 
     def copy(self) -> World:
         self.is_shared = True
@@ -162,9 +175,29 @@ class World:
     def granted(self) -> GrantBoot:
         """A boot that is granted: nothing that is lost there says anything of a volume."""
         self.boots += 1
-        unit = evolve(boot(str(self.boots)), exchange=self.policy.exchange, exchange_downgrade="allow")
+        exchange: Exchange = "base" if self.policy.exchange == "base" else "two-phase"
+        unit = evolve(boot(str(self.boots)), exchange=exchange, exchange_downgrade="allow")
         _ = self.transact(unit)
         return unit
+
+    def provisioned(self) -> GrantBoot:
+        """The next boot of an image from 1.4.0 on; its nonce is younger than those of all before."""
+        self.boots += 1
+        unit = boot(f"provisioned {self.boots}")
+        label = unit.boot_id
+        rotation = RootRotation(
+            build=FreshKey.of_passphrase(Secret(BUILD), entropy(f"build {label}", FreshKey.SIZE)),
+            following=fresh(f"following {label}"),
+            caller=FreshKey.encryption_key(entropy(f"caller {label}", FreshKey.SIZE)),
+            confirm_digest=entropy(f"root confirm {label}", 32),
+            first_boot=self.fresh,
+        )
+        nonce = evolve(unit.nonce, issued_at=unit.now - 100 + self.boots)
+        return evolve(unit, exchange="two-phase", hotkey_proven=True, root=None, rotation=rotation, nonce=nonce)
+
+    def copy_image(self) -> None:
+        """Put a fresh copy of the image in the place of the root disk."""
+        self.slots, self.fresh, self.data = frozenset({BUILD}), True, False
 
     def ask(self, unit: Unit[T], choices: Choices) -> T:
         """Send ``unit`` to the server. Raises `NoAnswer`, and what the unit raises."""
@@ -225,7 +258,7 @@ class World:
     # --- what is there ---
 
     def rows(self) -> list[GenerationRow]:
-        return [row for row in self.read(ReadAll(GenerationRow, VM)) if row.volume == VOLUME]
+        return [row for row in self.read(ReadAll(GenerationRow, VM)) if row.volume == self.policy.volume]
 
     def read(self, op: Any) -> Any:
         return self.store.perform(op)
@@ -247,8 +280,9 @@ class World:
         ]
         numbers = {row.generation: index for index, row in enumerate(kept)}
         claim = self.read(Read(VmRow, VM))
-        (known,) = [row for row in self.read(ReadAll(VolumeRow, VM)) if row.volume == VOLUME] or [None]
-        flying = [self._flying(unit, numbers, claim and claim.attested) for unit in self.flight]
+        (known,) = [row for row in self.read(ReadAll(VolumeRow, VM)) if row.volume == self.policy.volume] or [None]
+        newest = claim and (claim.booted if self.policy.exchange == "provisioned" else claim.attested)
+        flying = [self._flying(unit, numbers, newest) for unit in self.flight]
         return (
             self.policy,
             tuple((row.state, row.provisional, row.retirement, self.opens(row)) for row in kept),
@@ -256,15 +290,29 @@ class World:
             (known.in_use, known.format_allowed, numbers.get(known.handed, known.handed)) if known else None,
             len(self.slots),
             self.data,
+            self.fresh,
+            self.past and self._past(kept),
             tuple(flying),
         )
 
+    def _past(self, kept: list[GenerationRow]) -> object:
+        assert self.past
+        slots, was_fresh = self.past
+        return tuple(row.sealed is not None and passphrase(row) in slots for row in kept), len(slots), was_fresh
+
     def _flying(self, unit: Unit[Any], numbers: dict[int, int], attested: str | None) -> object:
         match unit:
+            case GrantBoot(rotation=RootRotation(first_boot=first_boot)):
+                claim = self.read(Read(VmRow, VM))
+                is_late = claim is not None and unit.nonce.issued_at <= (claim.nonce_at or 0)
+                return type(unit), first_boot, is_late, self.read(Read(BootRow, unit.boot_id)) is not None
+            case ConfirmRoot():
+                found = self.read(Read(BootRow, unit.nonce_digest, "root_confirm_digest"))
+                more: object = unit.rotated
             case AttestVolumes() | SyncVolumes():
                 digest = unit.nonce_digest if isinstance(unit, AttestVolumes) else unit.token_digest
                 found: BootRow = self.read(Read(BootRow, digest, "token_digest"))
-                more: object = (unit.volumes, unit.formatted, getattr(unit, "rekey", None))
+                more = (unit.volumes, unit.formatted, getattr(unit, "rekey", None))
             case ConfirmVolumes():
                 found = self.read(Read(BootRow, unit.nonce_digest, "confirm_digest"))
                 more = unit.rotated
@@ -273,10 +321,11 @@ class World:
         given = tuple(
             (numbers.get(item.current_generation), numbers.get(item.next_generation))
             for item in self.read(ReadBootVolumes(found.boot_id))
-            if item.volume == VOLUME
+            if item.volume == self.policy.volume
         )
         is_newest = found.boot_id == attested
-        return type(unit), more, given, is_newest, found.spent_at is None, found.confirm_body_digest is None
+        consumed = (found.spent_at, found.confirm_body_digest, found.root_confirm_body_digest)
+        return type(unit), more, given, is_newest, tuple(each is None for each in consumed)
 
 
 _OPENED: dict[bytes, bytes] = {}
@@ -291,4 +340,16 @@ def passphrase(row: GenerationRow) -> bytes:
     return _OPENED[row.sealed]
 
 
-__all__ = ["OTHER", "VOLUME", "Ask", "Choices", "Killed", "NoAnswer", "Policy", "World", "explore", "passphrase"]
+__all__ = [
+    "BUILD",
+    "OTHER",
+    "VOLUME",
+    "Ask",
+    "Choices",
+    "Killed",
+    "NoAnswer",
+    "Policy",
+    "World",
+    "explore",
+    "passphrase",
+]

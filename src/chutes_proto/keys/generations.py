@@ -27,8 +27,13 @@ Seal: TypeAlias = Callable[[int], GenerationRow]
 
 ROOT_VOLUME = "root"
 K3S_VOLUME = "k3s"
-RESERVED_VOLUMES = frozenset({ROOT_VOLUME, K3S_VOLUME})
-"""Keys of the VM itself: made once, never rekeyed, pruned or rotated; a volume never has such a name."""
+CALLER_VOLUME = "vm-caller"
+RESERVED_VOLUMES = frozenset({ROOT_VOLUME, K3S_VOLUME, CALLER_VOLUME})
+"""Keys of the VM itself, which no sync rekeys or prunes; a volume never has such a name.
+
+The caller's is the seed of the hotkey that the VM trusts, made at every provisioned boot. The root passphrase is
+rotated by these alone; for other VMs it and the k3s key are made once.
+"""
 
 
 @frozen
@@ -91,6 +96,12 @@ def rekey(rows: Generations, seal: Seal, at: int) -> Supply:
     """Make a new key for a disk that is about to be formatted; retire the old one and an open candidate."""
     rows = tuple(rows)
     return _renew(rows, seal, at=at, word="rekeyed" if active(rows) else "created")
+
+
+def applied(rows: Generations, change: Change) -> tuple[GenerationRow, ...]:
+    """The generations after ``change``."""
+    changed = {row.generation: row for row in (*change.updated, *((change.created,) if change.created else ()))}
+    return (*(row for row in rows if row.generation not in changed), *changed.values())
 
 
 def hand_out(rows: Generations, seal: Seal, handed: int | None = None) -> HandOut:

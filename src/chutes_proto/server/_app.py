@@ -47,8 +47,15 @@ from chutes_proto.wire.http import HttpRequest, HttpResponse, MalformedRequest
 from chutes_proto.wire.public import ApiDescriptionAnswer, PublicRequest
 
 _DRAINED = (vms.BOOT_NONCE, vms.BOOT_ATTESTATION)
-_ASKED_ONCE = (vms.CACHE_PASSPHRASE, vms.VOLUME_SYNC, vms.VOLUME_ATTESTATION, vms.VOLUME_CONFIRMATION)
-_GRANTS = (vms.BOOT_ATTESTATION, vms.VOLUME_ATTESTATION)
+_ASKED_ONCE = (
+    vms.CACHE_PASSPHRASE,
+    vms.VOLUME_SYNC,
+    vms.VOLUME_ATTESTATION,
+    vms.VOLUME_CONFIRMATION,
+    vms.PROVISION,
+    vms.PROVISION_CONFIRMATION,
+)
+_GRANTS = (vms.BOOT_ATTESTATION, vms.VOLUME_ATTESTATION, vms.PROVISION)
 _ATTESTATIONS = (vms.BOOT_ATTESTATION, miners.RUNTIME_ATTESTATION)
 
 
@@ -69,6 +76,8 @@ _HANDLERS: Mapping[Endpoint, Callable[[Service, Any], Flow[Message]]] = {
     vms.VOLUME_SYNC: sync_volumes,
     vms.VOLUME_ATTESTATION: attest_volumes,
     vms.VOLUME_CONFIRMATION: confirm_volumes,
+    vms.PROVISION: attest_volumes,
+    vms.PROVISION_CONFIRMATION: confirm_volumes,
     public.MEASUREMENTS: servers.publish_measurements,
     public.API_DESCRIPTION: describe_api,
     miners.REGISTER_SERVER: servers.register_server,

@@ -1,9 +1,9 @@
-"""Operations 1 and 2: a nonce, then a quote over it, then the root passphrase and a boot token.
+"""Operations 1 and 2: a nonce, then a quote over it, then the root passphrase and a token for the next step.
 
 The order of checks of operation 2: ``_evidence.py`` has steps 1 to 6; then
 
-7. the claim: a known hotkey in canonical form, the signature if there is one or must be one, the VM's name free or
-   bound to this platform;
+7. the claim: a known hotkey in canonical form; the exchange that the image speaks, as far as its request shows that;
+   the signature if there is one or must be one; the VM's name free or bound to this platform;
 8. one transaction: the claim taken, the nonce redeemed, the passphrase read or made, the token issued, the record and
    its audit row written (``units/boot.py``; that the name is free is read there too, first).
 
@@ -18,7 +18,7 @@ import hashlib
 from typing import Any, Literal
 
 from chutes_proto.auth.certificates import ClientKey, client_key
-from chutes_proto.auth.hotkey import Hotkey, HotkeyError
+from chutes_proto.auth.hotkey import SEED_SIZE, Hotkey, HotkeyError, HotkeyPair
 from chutes_proto.auth.signing import check_body_signature
 from chutes_proto.effects import Entropy, Flow
 from chutes_proto.errors import LocalProtocolError, Refused
@@ -30,7 +30,7 @@ from chutes_proto.server._nonces import RANDOM_SIZE, expires_at
 from chutes_proto.server._retry import transact_patiently
 from chutes_proto.server._service import Service
 from chutes_proto.store.rows import Vm
-from chutes_proto.units.boot import GrantBoot, RecordRefusal
+from chutes_proto.units.boot import GrantBoot, RecordRefusal, RootRotation
 from chutes_proto.units.nonces import Nonce
 from chutes_proto.wire.codes import Code
 from chutes_proto.wire.endpoint import NonceAnswer
@@ -69,12 +69,21 @@ def _claim(
     measurements = appraise(service, evidence, "boot").profile
     profile = service.profiles[measurements.identity]
     hotkey = known_hotkey(service, message.miner_hotkey)
+    is_provisioned = profile.exchange == "provisioned"
+    if message.first_boot is not None and not is_provisioned:
+        raise exchange_mismatch("root_next (its request has first_boot)", str(measurements), profile.exchange)
     # One of a signature's headers alone counts as none, as in deployed servers.
     proven = message.hotkey is not None and message.signature is not None
-    if proven or profile.require_hotkey_signature:
+    if is_provisioned:
+        check_proof(hotkey, message.hotkey, message.nonce, message.nonce, request.body, message.signature)
+    elif proven or profile.require_hotkey_signature:
         check_body_signature(hotkey, message.hotkey, message.nonce, request.body, message.signature)
     image = profile.image_passphrase
-    root = FreshKey.from_entropy((yield from Entropy(FreshKey.SIZE))) if image is None else None
+    root, rotation, caller, root_confirm = None, None, None, None
+    if is_provisioned:
+        caller, root_confirm, rotation = yield from _rotation(image, first_boot=message.first_boot is True)
+    elif image is None:
+        root = FreshKey.from_entropy((yield from Entropy(FreshKey.SIZE)))
     token = Secret((yield from Entropy(32)).hex().encode("ascii"))
     unit = GrantBoot(
         now=call.now,
@@ -86,9 +95,10 @@ def _claim(
         certificate=key.digest,
         profile_name=measurements.name,
         profile_version=measurements.version,
-        exchange=profile.exchange,
+        exchange="base" if profile.exchange == "base" else "two-phase",
         token_needs_certificate=profile.token_needs_certificate,
         root=root,
+        rotation=rotation,
         token_digest=token_digest(token.reveal()),
         quote_digest=evidence.quote_digest,
         peer_address=request.peer_address,
@@ -105,12 +115,54 @@ def _claim(
         profile=measurements.name,
         **evidence.fields(service),
     )
-    passphrase = image if image is not None else grant.root
+    passphrase = image if image is not None and rotation is None else grant.root
     if passphrase is None:
         raise LocalProtocolError("a boot with entropy for a root passphrase was granted none")
-    if profile.exchange == "two-phase":
-        return BootAttestationAnswer(key=passphrase, boot_token=None, luks_quote_nonce=token)
-    return BootAttestationAnswer(key=passphrase, boot_token=token)
+    if profile.exchange == "base":
+        return BootAttestationAnswer(key=passphrase, boot_token=token)
+    return BootAttestationAnswer(
+        key=passphrase,
+        boot_token=None,
+        luks_quote_nonce=token,
+        root_next=grant.root_next,
+        root_confirm_nonce=root_confirm,
+        vm_auth_ss58=None if caller is None else caller.address,
+    )
+
+
+def _rotation(image: Secret | None, *, first_boot: bool) -> Flow[tuple[Hotkey, Secret, RootRotation]]:
+    """Draw what a provisioned boot takes besides; returns it with the hotkey and the confirm nonce for the answer."""
+    entropy = yield from Entropy(3 * FreshKey.SIZE + 32)
+    build, following, seed = (entropy[index * FreshKey.SIZE :][: FreshKey.SIZE] for index in range(3))
+    confirm = Secret(entropy[3 * FreshKey.SIZE :].hex().encode("ascii"))
+    rotation = RootRotation(
+        build=FreshKey.from_entropy(build) if image is None else FreshKey.of_passphrase(image, build),
+        following=FreshKey.from_entropy(following),
+        caller=FreshKey.encryption_key(seed),
+        confirm_digest=token_digest(confirm.reveal()),
+        first_boot=first_boot,
+    )
+    return HotkeyPair.from_seed(Secret(seed[:SEED_SIZE])).hotkey, confirm, rotation
+
+
+def check_proof(
+    hotkey: Hotkey, named: str | None, nonce: str | None, expected: str | None, body: bytes, signature: str | None
+) -> None:
+    """Check that the caller proves its hotkey, over the nonce of this step. Raises `Refused`."""
+    try:
+        if nonce != expected:
+            raise Refused(Code.SIGNATURE_INVALID, "", reason="X-Chutes-Nonce is not the nonce of this step")
+        check_body_signature(hotkey, named, nonce, body, signature)
+    except Refused as exc:
+        text = "Hotkey authentication is missing or invalid. Sign with the miner's hotkey."
+        raise Refused(Code.SIGNATURE_INVALID, text, reason=exc.reason) from None
+
+
+def exchange_mismatch(asked_for: str, profile: str, exchange: str) -> Refused:
+    """The refusal of an image that speaks another exchange than its profile grants: an operator's mistake."""
+    text = "This image speaks another exchange than its measurement profile grants."
+    reason = f"image asked for {asked_for}; profile {profile} has exchange {exchange}"
+    return Refused(Code.EXCHANGE_MISMATCH, text, reason=reason)
 
 
 def token_digest(token: bytes) -> bytes:

@@ -19,6 +19,7 @@ from collections import OrderedDict
 
 from attrs import define, field
 
+from chutes_proto.keys.generations import ROOT_VOLUME
 from chutes_proto.store.rows import Vm
 from chutes_proto.units.boot import TOKEN_SECONDS
 from chutes_proto.units.rotation import CONFIRM_SECONDS
@@ -76,7 +77,7 @@ def completed_by(message: Message) -> Vm | None:
             | vms.VolumeSyncRequest(vm_name=name, hotkey=hotkey, hotkey_query=other)
         ):
             return Vm(hotkey or other or "", name)
-        case vms.VolumeConfirmationRequest(vm_name=name, hotkey=hotkey):
+        case vms.VolumeConfirmationRequest(vm_name=name, hotkey=hotkey) if ROOT_VOLUME not in message.volumes:
             return Vm(hotkey or "", name)
         case _:
             return None

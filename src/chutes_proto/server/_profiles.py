@@ -7,7 +7,7 @@ default: a wrong guess could lose a disk.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Literal, cast
+from typing import Literal, TypeAlias, cast
 
 import attrs
 from attrs import frozen
@@ -16,10 +16,12 @@ from chutes_proto._converter import ProblemsError, StrictConverter
 from chutes_proto.errors import ConfigurationError
 from chutes_proto.quote._measurements import Profile, Rtmrs
 from chutes_proto.secret import Secret
-from chutes_proto.store.rows import Exchange
 from chutes_proto.wire import json
 from chutes_proto.wire.codec import encode_answer
 from chutes_proto.wire.public import MEASUREMENTS, EncodedMeasurements, Measurements, MeasurementsAnswer, Registers
+
+ServedExchange: TypeAlias = Literal["base", "two-phase", "provisioned"]
+"""The exchange that an image speaks; ``provisioned`` is that of images from 1.4.0 on."""
 
 
 @frozen
@@ -29,7 +31,7 @@ class ServedOptions:
     root_passphrase: Literal["image", "vm"]
     root_passphrase_file: str | None = None
     root_passphrases_file: str | None = None
-    exchange: Exchange = "base"
+    exchange: ServedExchange = "base"
     require_hotkey_signature: bool = False
     token_needs_certificate: bool = False
     rc: bool = False
@@ -48,7 +50,7 @@ class ServedProfile:
     image_passphrase: Secret | None
     require_hotkey_signature: bool
     token_needs_certificate: bool
-    exchange: Exchange = "base"
+    exchange: ServedExchange = "base"
     rc: bool = False
     authorized_hotkeys: frozenset[str] = frozenset()
 

@@ -1,8 +1,9 @@
-"""Operations 13 and 14: the volumes' keys of a two-phase boot, for a second quote, and their confirmation.
+"""Operations 13, 14, 17 and 18: the volumes' keys of a two-phase boot, for a second quote, and the confirmations.
 
-The order of checks of operation 13:
+The order of checks of operation 13, and of 17, which is 13 with the proof of the hotkey:
 
-1. the volumes' names; the quote nonce: of a two-phase boot that this VM, hotkey and client key made, and alive;
+1. the volumes' names; the quote nonce's form; of 17 a known hotkey, and its signature over that nonce; the client
+   certificate's key; the quote nonce: of a two-phase boot that this VM, hotkey and client key made, and alive;
 2. the quote, over that nonce and the client key, at the runtime stage (``_evidence.py``, steps 2 to 6);
 3. one transaction: the nonce checked again and consumed, the platform compared with the boot's and the name's, keys
    handed out, the confirm nonce issued, the record and its audit row written (``units/rotation.py``).
@@ -16,43 +17,50 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+from typing import TYPE_CHECKING, Any
 
 from attrs import evolve
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from chutes_proto.auth.certificates import client_key
 from chutes_proto.effects import Flow, Now
 from chutes_proto.errors import Refused
-from chutes_proto.keys.generations import K3S_VOLUME
+from chutes_proto.keys.generations import K3S_VOLUME, ROOT_VOLUME
 from chutes_proto.keys.vault import FreshKey
 from chutes_proto.secret import Secret
-from chutes_proto.server._boot import record_refusal, token_digest
+from chutes_proto.server._boot import check_proof, known_hotkey, record_refusal, token_digest
 from chutes_proto.server._call import Call
 from chutes_proto.server._evidence import appraise, verify_evidence
 from chutes_proto.server._retry import transact_patiently, verify_with_retries
 from chutes_proto.server._service import Service
 from chutes_proto.server._volumes import check_names, check_shape, check_volumes, entropy_parts
 from chutes_proto.store.rows import Vm
-from chutes_proto.units.rotation import AttestVolumes, ConfirmNonce, ConfirmVolumes, FindQuoteNonce
+from chutes_proto.units.rotation import AttestVolumes, ConfirmNonce, ConfirmRoot, ConfirmVolumes, FindQuoteNonce, Result
 from chutes_proto.wire import vms
 from chutes_proto.wire.codes import Code
+
+if TYPE_CHECKING:
+    from cryptography.x509 import Certificate
 
 _LABEL = "chutes-proto confirm nonce v1"
 
 
 def attest_volumes(service: Service, call: Call[vms.VolumeAttestationRequest]) -> Flow[vms.VolumeAttestationAnswer]:
-    """Operation 13: verify and appraise a second quote; hand out the volumes' keys and a confirm nonce."""
+    """Operations 13 and 17: verify and appraise a second quote; hand out the volumes' keys and a confirm nonce."""
     request, message = call.request, call.message
+    is_provisioned = isinstance(message, vms.ProvisionRequest)
     volumes = tuple(dict.fromkeys(message.volumes))
     check_volumes(service, volumes)
     check_names("formatted volume", message.formatted or (), service.volumes)
     if not message.quote_nonce or not message.hotkey:
         raise Refused(Code.QUOTE_NONCE_INVALID, "Quote nonce (X-Quote-Nonce) and hotkey are required")
     nonce = check_shape(message.quote_nonce, Code.QUOTE_NONCE_INVALID, "Quote nonce")
+    _prove(service, call, message.quote_nonce)
     with service.proxies.excusing(request):
         key = client_key(request.peer_certificate)
     vm = Vm(message.hotkey, message.vm_name)
     digest, body_digest = token_digest(nonce), hashlib.sha256(request.body).digest()
-    known = FindQuoteNonce(call.now, vm, digest, key.digest, body_digest)
+    known = FindQuoteNonce(call.now, vm, digest, key.digest, body_digest, is_provisioned)
     _ = yield from transact_patiently(service.patient, known, request)
     with service.proxies.excusing(request):
         evidence = yield from verify_with_retries(
@@ -80,6 +88,8 @@ def attest_volumes(service: Service, call: Call[vms.VolumeAttestationRequest]) -
                 fresh={**fresh, K3S_VOLUME: FreshKey.encryption_key(k3s)},
                 confirm_nonces=_confirm_nonces(service, nonce),
                 vault=service.vault,
+                is_provisioned=is_provisioned,
+                root_ca=_pem(request.peer_certificate) if is_provisioned else None,
             ),
             request,
         )
@@ -103,29 +113,50 @@ def attest_volumes(service: Service, call: Call[vms.VolumeAttestationRequest]) -
 
 
 def confirm_volumes(service: Service, call: Call[vms.VolumeConfirmationRequest]) -> Flow[vms.VolumeConfirmationAnswer]:
-    """Operation 14: take the VM's confirmation that its disks open with the keys handed out."""
+    """Operations 14 and 18: take the VM's confirmation that its disks open with the keys handed out."""
     message = call.message
+    is_provisioned = isinstance(message, vms.ProvisionConfirmationRequest)
     rotated = tuple((volume, confirmation.rotated) for volume, confirmation in message.volumes.items())
-    check_volumes(service, [volume for volume, _ in rotated])
+    of_root = is_provisioned and {*message.volumes} == {ROOT_VOLUME}
+    if not of_root:
+        check_volumes(service, [volume for volume, _ in rotated])
     if not message.confirm_nonce or not message.hotkey:
         raise Refused(Code.CONFIRM_NONCE_INVALID, "Confirm nonce (X-Confirm-Nonce) and hotkey are required")
     nonce = check_shape(message.confirm_nonce, Code.CONFIRM_NONCE_INVALID, "Confirm nonce")
+    _prove(service, call, message.confirm_nonce)
     vm = Vm(message.hotkey, message.vm_name)
-    unit = ConfirmVolumes(
-        now=call.now,
-        request_id=call.request_id,
-        vm=vm,
-        nonce_digest=token_digest(nonce),
-        body_digest=hashlib.sha256(call.request.body).digest(),
-        rotated=rotated,
-        vault=service.vault,
-    )
-    results = yield from transact_patiently(service.patient, unit, call.request)
+    shared: dict[str, Any] = {
+        "now": call.now,
+        "request_id": call.request_id,
+        "vm": vm,
+        "nonce_digest": token_digest(nonce),
+        "body_digest": hashlib.sha256(call.request.body).digest(),
+        "vault": service.vault,
+    }
+    results: tuple[tuple[str, Result], ...]
+    if of_root:
+        root = ConfirmRoot(rotated=message.volumes[ROOT_VOLUME].rotated, **shared)
+        results = ((ROOT_VOLUME, (yield from transact_patiently(service.patient, root, call.request))),)
+    else:
+        unit = ConfirmVolumes(rotated=rotated, is_provisioned=is_provisioned, **shared)
+        results = yield from transact_patiently(service.patient, unit, call.request)
     outcomes = [f"{volume}: {result}" for volume, result in results]
     yield from call.log("volumes_confirmed", vm=vm.name, hotkey=vm.hotkey, volumes=outcomes)
     return vms.VolumeConfirmationAnswer(
         status="confirmed", volumes={volume: vms.VolumeResult(result=result) for volume, result in results}
     )
+
+
+def _prove(service: Service, call: Call[Any], expected: str) -> None:
+    """Check the proof of the hotkey that operations 17 and 18 demand, over the nonce ``expected``. Raises `Refused`."""
+    message = call.message
+    if isinstance(message, vms.ProvisionRequest | vms.ProvisionConfirmationRequest):
+        hotkey = known_hotkey(service, message.hotkey or "")
+        check_proof(hotkey, message.hotkey, message.nonce, expected, call.request.body, message.signature)
+
+
+def _pem(certificate: Certificate | None) -> str | None:
+    return None if certificate is None else certificate.public_bytes(Encoding.PEM).decode("ascii")
 
 
 def _confirm_nonces(service: Service, quote_nonce: bytes) -> tuple[ConfirmNonce, ...]:

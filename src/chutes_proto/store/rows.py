@@ -79,7 +79,10 @@ class Platform:
 
 
 Exchange: TypeAlias = Literal["base", "two-phase"]
-"""The exchange in which a VM gets its volumes' keys: for a boot token, or by attesting again and confirming."""
+"""The exchange in which a VM gets its volumes' keys: for a boot token, or by attesting again and confirming.
+
+A provisioned boot is a two-phase one in the rows.
+"""
 
 State: TypeAlias = Literal["active", "candidate", "retired", "purged"]
 """The state of a key generation; see ``docs/explanation/key-lifecycle.md``."""
@@ -113,7 +116,9 @@ class VmRow:
     """A claim: this name of this hotkey belongs to this platform.
 
     It is ``proven`` once a granted boot on this platform carried the hotkey's signature. ``exchange`` is ``two-phase``
-    once a boot was served so. ``attested`` is the boot that attested its volumes last, whose confirmation counts.
+    once a boot was served so. ``attested`` is the boot that attested its volumes last, whose confirmation counts, and
+    ``booted`` the last one that was handed a next root key, likewise. ``nonce_at`` is when the newest nonce of a
+    provisioned boot was issued.
     """
 
     TABLE: ClassVar[str] = "vm"
@@ -128,6 +133,8 @@ class VmRow:
     created_at: int
     last_boot_at: int
     attested: str | None = None
+    booted: str | None = None
+    nonce_at: int | None = None
 
     @classmethod
     def of(cls, vm: Vm, platform: Platform, at: int) -> "VmRow":
@@ -142,7 +149,9 @@ class BootRow:
     ``certificate`` is the SHA-256 of the attested key's SubjectPublicKeyInfo. A token is valid while ``spent_at`` and
     ``voided_at`` are None and the time is before ``token_expires_at``; ``body_digest`` is the SHA-256 of the request
     body that consumed it. A two-phase boot that attested its volumes has a confirm nonce too, valid until
-    ``confirm_expires_at``; ``confirm_body_digest`` is of the request that confirmed.
+    ``confirm_expires_at``; ``confirm_body_digest`` is of the request that confirmed. A boot that was handed a next root
+    key, a *provisioned* one, has a confirm nonce for that (``root_confirm_…``), valid for 300 seconds from
+    ``created_at``; ``root_ca`` is the certificate, as PEM, that its VM provisioned with.
     """
 
     TABLE: ClassVar[str] = "boot"
@@ -167,6 +176,14 @@ class BootRow:
     confirm_digest: bytes | None = None
     confirm_expires_at: int | None = None
     confirm_body_digest: bytes | None = None
+    root_confirm_digest: bytes | None = None
+    root_confirm_body_digest: bytes | None = None
+    root_ca: str | None = None
+
+    @property
+    def is_provisioned(self) -> bool:
+        """Whether the boot was handed a next root key."""
+        return self.root_confirm_digest is not None
 
     @property
     def profile(self) -> tuple[str, str]:
@@ -593,7 +610,7 @@ class Read(StoreOp[R | None], Generic[R]):
 
     kind: type[R]
     key: str | bytes | Vm
-    by: Literal["", "token_digest", "confirm_digest", "address"] = ""
+    by: Literal["", "token_digest", "confirm_digest", "root_confirm_digest", "address"] = ""
 
 
 @frozen

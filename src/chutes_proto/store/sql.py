@@ -205,6 +205,11 @@ CREATE INDEX generation_kek ON generation (kek_id);
 
 _EXPAND: Final = """
 INSERT INTO fact (name, value) VALUES ('compatible_since', 0);
+ALTER TABLE vm ADD COLUMN booted TEXT;
+ALTER TABLE vm ADD COLUMN nonce_at BIGINT;
+ALTER TABLE boot ADD COLUMN root_confirm_digest {bytes};
+ALTER TABLE boot ADD COLUMN root_confirm_body_digest {bytes};
+ALTER TABLE boot ADD COLUMN root_ca TEXT;
 """
 
 _INDEXES: Final = (
@@ -221,6 +226,8 @@ _INDEXES: Final = (
     # A boot that is deleted must not be a server's.
     "CREATE INDEX server_boot ON server (boot_id)",
     "CREATE INDEX server_attested ON server (attested)",
+    # A provisioned boot by the nonce that confirms its root key.
+    "CREATE INDEX boot_root_confirm ON boot (root_confirm_digest)",
 )
 
 

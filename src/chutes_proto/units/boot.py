@@ -6,7 +6,12 @@ Rules kept here:
 * a nonce is redeemed once. Redemptions are forgotten after a day, and from then on no nonce of that age is redeemed;
 * a VM's name belongs to the platform that booted it first. Only a hotkey that proves itself takes over a name that was
   never proven, and gets none of the keys that were made under it: else an attacker who boots first would share them;
-* a root passphrase is made once per VM and is the same at every boot: a second one would not open the root disk.
+* a root passphrase is made once per VM and is the same at every boot: a second one would not open the root disk. But a
+  provisioned boot rotates it, like the key of any volume: it is handed the current one and the next. As a boot has one
+  try, the key of a provisional promotion and the one that it superseded are offered alternately. A fresh disk has the
+  build's passphrase alone, which becomes a new generation then; older ones are retired. So a request that says that the
+  disk is fresh, and comes late, would lock a disk that was rotated since: it counts only if its nonce is younger
+  than all that were granted; clients that ask again wait two seconds.
 
 The order in which the server checks before it comes here is in ``server/_boot.py``.
 """
@@ -24,7 +29,7 @@ from chutes_proto.keys.vault import FreshKey, Vault
 from chutes_proto.secret import Secret
 from chutes_proto.store import rows as store
 from chutes_proto.store._run import Script, Unit
-from chutes_proto.units.keys import VmKeys, by_volume
+from chutes_proto.units.keys import VmKeys, by_volume, disk_of
 from chutes_proto.units.nonces import SKEW, Nonce, from_future, redeem_nonce
 from chutes_proto.units.records import AcceptedQuote, Quote, Records, legible
 from chutes_proto.wire.codes import Code
@@ -36,10 +41,30 @@ DAY = 86_400
 
 @frozen
 class BootGrant:
-    """A granted boot; ``root`` is None where the measurement profile has the image's own passphrase."""
+    """A granted boot; ``root`` is None where the measurement profile has the image's own passphrase.
+
+    ``root_next`` replaces it on the disk of a provisioned boot.
+    """
 
     boot_id: str
     root: Secret | None
+    root_next: Secret | None = None
+
+
+@frozen
+class RootRotation:
+    """The further input of a provisioned boot: for its root disk, and for the hotkey that it trusts.
+
+    ``build`` is the passphrase of a fresh copy of the image, ``following`` the entropy for the next one; ``first_boot``
+    says that the disk is such a copy. ``confirm_digest`` is the SHA-256 of the nonce that confirms the next one,
+    ``caller`` the seed of the hotkey.
+    """
+
+    build: FreshKey
+    following: FreshKey
+    caller: FreshKey
+    confirm_digest: bytes
+    first_boot: bool
 
 
 @frozen
@@ -71,6 +96,7 @@ class GrantBoot(Unit[BootGrant]):
     peer_address: str
     vault: Vault
     root: FreshKey | None = None
+    rotation: RootRotation | None = None
     exchange_downgrade: Literal["refuse", "allow"] = "refuse"
     claims_per_platform: int = 64
 
@@ -84,8 +110,10 @@ class GrantBoot(Unit[BootGrant]):
         keys = VmKeys(self.vm, self.vault, self.now, self.boot_id)
         ground = yield from self._claim(keys)
         yield from redeem_nonce(self.nonce, self.now)
-        root = None
-        if self.root is not None:
+        root = following = given = None
+        if self.rotation is not None:
+            root, following, given = yield from self._rotate(keys, self.rotation)
+        elif self.root is not None:
             rows = by_volume((yield from store.ReadLiveGenerations(self.vm)))
             supply = generations.fetch(rows[generations.ROOT_VOLUME], keys.sealer(generations.ROOT_VOLUME, self.root))
             root = yield from keys.supply(supply)
@@ -104,12 +132,37 @@ class GrantBoot(Unit[BootGrant]):
                 token_needs_certificate=self.token_needs_certificate,
                 peer_address=self.peer_address,
                 created_at=self.now,
+                root_confirm_digest=None if self.rotation is None else self.rotation.confirm_digest,
             )
         )
+        if given is not None:
+            yield from store.Insert(given)
         records = Records(self.now, self.boot_id, self.vm, self.quote, self.peer_address, self.boot_id)
         yield from records.verdict("boot", ground)
         yield from records.audit("boot", "granted", ground, keys.changes)
-        return BootGrant(self.boot_id, root)
+        return BootGrant(self.boot_id, root, following)
+
+    def _rotate(
+        self, keys: VmKeys, rotation: RootRotation
+    ) -> Script[tuple[Secret | None, Secret, store.BootVolumeRow]]:
+        """Hand out the root keys, and make the hotkey that the VM trusts."""
+        stored = by_volume((yield from store.ReadLiveGenerations(self.vm)))
+        rows: generations.Generations = stored[generations.ROOT_VOLUME]
+        before = disk_of((yield from store.ReadAll(store.VolumeRow, self.vm)), self.vm, generations.ROOT_VOLUME)
+        seal = keys.sealer(generations.ROOT_VOLUME, rotation.build)
+        supply = generations.rekey(rows, seal, self.now) if rotation.first_boot else generations.fetch(rows, seal)
+        handed = before.handed
+        if supply.word != "kept":
+            _ = yield from keys.supply(supply)
+            rows, handed = generations.applied(rows, supply), None
+        out = generations.hand_out(rows, keys.sealer(generations.ROOT_VOLUME, rotation.following), handed)
+        current, following = yield from keys.hand_out(out)
+        number = None if out.current is None else out.current.generation
+        yield from store.Put(evolve(before, handed=number))  # until it confirms: the next boot is offered the other one
+        seal = keys.sealer(generations.CALLER_VOLUME, rotation.caller)
+        _ = yield from keys.supply(generations.rekey(stored[generations.CALLER_VOLUME], seal, self.now))
+        root = generations.ROOT_VOLUME
+        return current, following, store.BootVolumeRow(self.boot_id, root, 0, number, out.next.generation, False)
 
     def _claim(self, keys: VmKeys) -> Script[str]:
         """Check the claim and take it; the reply says in words on what ground the boot has the name."""
@@ -134,7 +187,14 @@ class GrantBoot(Unit[BootGrant]):
             raise Refused(Code.EXCHANGE_DOWNGRADE, text, reason=reason)
         exchange: store.Exchange = "two-phase" if "two-phase" in (claim.exchange, self.exchange) else "base"
         proven = claim.proven or self.hotkey_proven
-        yield from store.Put(evolve(claim, proven=proven, exchange=exchange, last_boot_at=self.now))
+        booted, newest = None, claim.nonce_at
+        if self.rotation is not None:
+            if self.rotation.first_boot and newest is not None and self.nonce.issued_at <= newest:
+                reason = f"first_boot with a nonce of {self.nonce.issued_at}, and one of {newest} was granted"
+                raise Refused(Code.NONCE_INVALID, "Invalid nonce supplied", reason=reason)
+            booted, newest = self.boot_id, max(self.nonce.issued_at, newest or 0)
+        claim = evolve(claim, proven=proven, exchange=exchange, booted=booted, nonce_at=newest)
+        yield from store.Put(evolve(claim, last_boot_at=self.now))
         return ground
 
     def _new_claim(self) -> Script[str]:

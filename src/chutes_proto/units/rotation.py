@@ -1,4 +1,4 @@
-"""The transactions of operations 13 and 14: keys handed out to a two-phase boot, and the boot's confirmation.
+"""The transactions of operations 13, 14, 17 and 18: keys handed out to a two-phase boot, and its confirmations.
 
 Rules kept here:
 
@@ -10,6 +10,9 @@ Rules kept here:
 * a confirmation counts for the VM's newest attestation alone: an older boot no longer knows which keys the disk has. It
   says of each volume that the key handed out as the current one opens its disk. It decides all its volumes or none, and
   once: the same body again is answered alike;
+* the next root key of a provisioned boot has a nonce of its own, of its grant; the confirmation counts for the VM's
+  newest grant alone, and otherwise like that of a volume;
+* a quote nonce of a provisioned boot is for operation 17, any other for operation 13;
 * a confirmed volume is in use.
 """
 
@@ -22,7 +25,7 @@ from attrs import evolve, frozen
 
 from chutes_proto.errors import KeyUnavailable, Refused
 from chutes_proto.keys import generations
-from chutes_proto.keys.generations import K3S_VOLUME
+from chutes_proto.keys.generations import K3S_VOLUME, ROOT_VOLUME
 from chutes_proto.keys.vault import FreshKey, Vault
 from chutes_proto.secret import Secret
 from chutes_proto.store import rows as store
@@ -80,6 +83,7 @@ class FindQuoteNonce(Unit[store.BootRow]):
     nonce_digest: bytes
     certificate: bytes
     body_digest: bytes
+    is_provisioned: bool = False
 
     def script(self) -> Script[store.BootRow]:
         return (yield from _attestable(self))
@@ -92,7 +96,8 @@ class AttestVolumes(Unit[HandedKeys]):
     ``formatted`` names the volumes whose disks have a LUKS header; None says nothing of them. ``fresh`` has the
     entropy for each of ``volumes`` and, as ``k3s``, for the VM's encryption key. ``confirm_nonces`` are those that
     belong to this quote nonce, one under each live KEK, the current one's first; ``certificate`` is the SHA-256 of the
-    attested key's SubjectPublicKeyInfo, ``body_digest`` that of the raw body.
+    attested key's SubjectPublicKeyInfo, ``body_digest`` that of the raw body. ``root_ca`` is the certificate itself, as
+    PEM, of operation 17 (``is_provisioned``).
 
     Raises `Refused` for the nonce (401) or the platform (403), `KeyUnavailable`, `SealBroken`.
     """
@@ -110,6 +115,8 @@ class AttestVolumes(Unit[HandedKeys]):
     fresh: Mapping[str, FreshKey]
     confirm_nonces: tuple[ConfirmNonce, ...]
     vault: Vault
+    is_provisioned: bool = False
+    root_ca: str | None = None
 
     def script(self) -> Script[HandedKeys]:
         """Check again, consume, hand out, record the answer; or give a recorded answer again."""
@@ -147,6 +154,7 @@ class AttestVolumes(Unit[HandedKeys]):
                 body_digest=self.body_digest,
                 confirm_digest=confirm.digest,
                 confirm_expires_at=self.now + CONFIRM_SECONDS,
+                root_ca=self.root_ca,
             )
         )
         yield from store.Put(evolve(claim, attested=boot.boot_id))
@@ -167,7 +175,7 @@ class AttestVolumes(Unit[HandedKeys]):
                 " kek_file or kek_previous_file"
             )
         keys = VmKeys(self.vm, self.vault, self.now, boot.boot_id)
-        given = yield from store.ReadBootVolumes(boot.boot_id)
+        given = [item for item in (yield from store.ReadBootVolumes(boot.boot_id)) if item.volume != ROOT_VOLUME]
         stored = by_volume((yield from store.ReadLiveGenerations(self.vm, boot.boot_id)))
         pairs: list[tuple[str, Pair]] = []
         for item in given:
@@ -199,6 +207,7 @@ class ConfirmVolumes(Unit[tuple[tuple[str, Result], ...]]):
     body_digest: bytes
     rotated: tuple[tuple[str, bool], ...]
     vault: Vault
+    is_provisioned: bool = False
 
     def script(self) -> Script[tuple[tuple[str, Result], ...]]:
         """Check, decide on all volumes, record; or answer the same confirmation again."""
@@ -214,12 +223,10 @@ class ConfirmVolumes(Unit[tuple[tuple[str, Result], ...]]):
             if item is None and rotated:
                 raise _superseded(volume, "this boot was not handed a next key for it")
             if item is not None and not again:
-                yield from self._decide(keys, stored[volume], item, rotated)
+                yield from _decide(keys, stored[volume], item, rotated)
                 yield from store.Put(evolve(disk_of(known, self.vm, volume), in_use=True, handed=None))
             elif item is not None and rotated:
-                active = generations.active(stored[volume])
-                if active is None or active.generation != _numbers(item)[-1]:
-                    raise _superseded(volume, "its key was active and no longer is")
+                _check_still_active(stored[volume], item)
             had_choice = item is not None and item.current_generation is not None
             results.append((volume, "promoted" if rotated else "discarded" if had_choice else "no_pending"))
         if not again:
@@ -229,30 +236,91 @@ class ConfirmVolumes(Unit[tuple[tuple[str, Result], ...]]):
         yield from records.audit("confirm volumes", "replayed" if again else "granted", keys=changes)
         return tuple(results)
 
-    def _decide(
-        self, keys: VmKeys, rows: list[store.GenerationRow], item: store.BootVolumeRow, rotated: bool
-    ) -> Script[None]:
-        following = _numbers(item)[-1]
-        change = generations.confirm(rows, item.current_generation, following, rotated=rotated, at=self.now)
-        if change is None:
-            raise _superseded(item.volume, f"generation {following} was retired since it was handed out")
-        yield from keys.settle(item.volume, change)
-
     def _confirmable(self) -> Script[store.BootRow]:
         boot = yield from store.Read(store.BootRow, self.nonce_digest, "confirm_digest")
         if boot is None or boot.confirm_expires_at is None:
             raise _confirm_refused("unknown")
-        yield from check_not_void(boot, self.now, _confirm_refused)
-        if self.now >= boot.confirm_expires_at:
-            raise _confirm_refused("expired")
-        if boot.vm != self.vm:
-            raise _confirm_refused(f"issued to {boot.vm}, presented by {self.vm}", "mismatch")
+        yield from _check_confirm(boot, self, boot.confirm_expires_at)
         claim = yield from store.Read(store.VmRow, self.vm)
         if claim is None or claim.attested != boot.boot_id:
             raise _confirm_refused("another boot has attested since")
         if boot.confirm_body_digest not in (None, self.body_digest):
             raise _confirm_refused("consumed by a request with another body")
+        if boot.is_provisioned != self.is_provisioned:
+            raise _confirm_refused(f"of a boot of profile {' '.join(boot.profile)}, which has another exchange")
         return boot
+
+
+@frozen
+class ConfirmRoot(Unit[Result]):
+    """Operation 18 for the root disk: the VM opened it with the key handed out, and says whether it has the next one.
+
+    Returns the outcome. Raises `Refused`: 401 for the nonce, or if another boot was granted since; 409 if the next key
+    is not active and cannot be made so.
+    """
+
+    now: int
+    request_id: str
+    vm: store.Vm
+    nonce_digest: bytes
+    body_digest: bytes
+    rotated: bool
+    vault: Vault
+
+    def script(self) -> Script[Result]:
+        """Check, decide, record; or answer the same confirmation again."""
+        boot = yield from self._confirmable()
+        again = boot.root_confirm_body_digest is not None
+        keys = VmKeys(self.vm, self.vault, self.now, boot.boot_id)
+        stored = by_volume((yield from store.ReadLiveGenerations(self.vm, boot.boot_id)))[ROOT_VOLUME]
+        (item,) = [each for each in (yield from store.ReadBootVolumes(boot.boot_id)) if each.volume == ROOT_VOLUME]
+        if not again:
+            known = yield from store.ReadAll(store.VolumeRow, self.vm)
+            yield from _decide(keys, stored, item, self.rotated)
+            yield from store.Put(evolve(disk_of(known, self.vm, ROOT_VOLUME), in_use=True, handed=None))
+            yield from store.Put(evolve(boot, root_confirm_body_digest=self.body_digest))
+        elif self.rotated:
+            _check_still_active(stored, item)
+        result: Result = "promoted" if self.rotated else "discarded"
+        records = Records(self.now, self.request_id, self.vm, AcceptedQuote.of(boot), boot_id=boot.boot_id)
+        decision: store.Decision = "replayed" if again else "granted"
+        yield from records.audit("confirm root", decision, keys=keys.changes or f"{ROOT_VOLUME} {result}")
+        return result
+
+    def _confirmable(self) -> Script[store.BootRow]:
+        boot = yield from store.Read(store.BootRow, self.nonce_digest, "root_confirm_digest")
+        if boot is None:
+            raise _confirm_refused("unknown, of a root disk")
+        claim = yield from store.Read(store.VmRow, self.vm)
+        yield from _check_confirm(boot, self, boot.created_at + CONFIRM_SECONDS)
+        if claim is None or claim.booted != boot.boot_id:
+            raise _confirm_refused("another boot was granted since")
+        if boot.root_confirm_body_digest not in (None, self.body_digest):
+            raise _confirm_refused("consumed by a request with another body")
+        return boot
+
+
+def _check_confirm(boot: store.BootRow, unit: ConfirmVolumes | ConfirmRoot, end: int) -> Script[None]:
+    """Check a confirm nonce of ``boot``, valid until ``end``. Raises `Refused`."""
+    yield from check_not_void(boot, unit.now, _confirm_refused)
+    if unit.now >= end:
+        raise _confirm_refused("expired")
+    if boot.vm != unit.vm:
+        raise _confirm_refused(f"issued to {boot.vm}, presented by {unit.vm}", "mismatch")
+
+
+def _decide(keys: VmKeys, rows: list[store.GenerationRow], item: store.BootVolumeRow, rotated: bool) -> Script[None]:
+    following = _numbers(item)[-1]
+    change = generations.confirm(rows, item.current_generation, following, rotated=rotated, at=keys.now)
+    if change is None:
+        raise _superseded(item.volume, f"generation {following} was retired since it was handed out")
+    yield from keys.settle(item.volume, change)
+
+
+def _check_still_active(rows: list[store.GenerationRow], item: store.BootVolumeRow) -> None:
+    active = generations.active(rows)
+    if active is None or active.generation != _numbers(item)[-1]:
+        raise _superseded(item.volume, "its key was active and no longer is")
 
 
 def _attestable(unit: FindQuoteNonce | AttestVolumes) -> Script[store.BootRow]:
@@ -261,6 +329,8 @@ def _attestable(unit: FindQuoteNonce | AttestVolumes) -> Script[store.BootRow]:
     boot = yield from check_token(found, "two-phase", unit.now, _quote_refused)
     if boot.vm != unit.vm:
         raise _quote_refused(f"issued to {boot.vm}, presented by {unit.vm}", "mismatch")
+    if boot.is_provisioned != unit.is_provisioned:
+        raise _quote_refused(f"of a boot of profile {' '.join(boot.profile)}, which has another exchange")
     if boot.certificate != unit.certificate:
         raise _quote_refused("presented with another certificate than the attested one", "mismatch")
     if boot.body_digest not in (None, unit.body_digest):

@@ -51,6 +51,7 @@ class Code(StrEnum):
     MEASUREMENT_MISMATCH = "measurement_mismatch", 403, "no accepted measurement profile; the text names the register"
     HOTKEY_REJECTED = "hotkey_rejected", 403, "not a canonical SS58 address of prefix 42, or not known here"
     PLATFORM_MISMATCH = "platform_mismatch", 403, "this VM's name belongs to another platform or owner"
+    EXCHANGE_MISMATCH = "exchange_mismatch", 403, "the image speaks another exchange than its profile grants"
     EXCHANGE_DOWNGRADE = "exchange_downgrade", 403, "a VM once served two-phase gets no boot token again"
     BOOT_REQUIRED = "boot_required", 403, "no verified boot of this hotkey belongs to the server"
     NOT_FOUND = "not_found", 404, "no such path"

@@ -48,6 +48,8 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     vms.VOLUME_CONFIRMATION,
     public.MEASUREMENTS,
     public.API_DESCRIPTION,
+    vms.PROVISION,
+    vms.PROVISION_CONFIRMATION,
 )
 
 

@@ -17,7 +17,7 @@ from chutes_proto.wire.names import Name
 class SignedRequest:
     """The headers of every request of a hotkey, and all of operation 6: its signature.
 
-    ``docs/reference/wire.md`` describes it in section 8.
+    ``docs/reference/wire.md`` describes it in section 9.
     """
 
     hotkey: str | None = header("X-Chutes-Hotkey", "SS58 address of the caller's hotkey")

@@ -1,4 +1,4 @@
-"""The messages and endpoints of a VM: operations 1 to 4, 13 and 14."""
+"""The messages and endpoints of a VM: operations 1 to 4, 13, 14, 17 and 18."""
 
 from __future__ import annotations
 
@@ -28,6 +28,9 @@ class BootAttestationRequest:
     quote: str = body("Base64 encoded TDX quote")
     vm_name: Name = body("VM name/identifier")
     miner_hotkey: str = body("Miner hotkey that owns this VM")
+    first_boot: bool | None = body(
+        "The root disk is a fresh copy of the published image: only the build's passphrase opens it", default=None
+    )
     nonce: str | None = header("X-Chutes-Nonce", "the boot nonce that the quote's report data begins with")
     hotkey: str | None = header("X-Chutes-Hotkey", "the hotkey that signed this request, if it is signed")
     signature: str | None = header("X-Chutes-Signature", "hex of the sr25519 signature over hotkey:nonce:sha256(body)")
@@ -35,11 +38,17 @@ class BootAttestationRequest:
 
 @frozen
 class BootAttestationAnswer:
-    """The root passphrase, and a boot token or (two-phase) a quote nonce for the next step, never both."""
+    """The root passphrase, and a boot token or a quote nonce for the next step, never both.
+
+    With a quote nonce the exchange is two-phase, or provisioned where the last three members are present.
+    """
 
     key: Secret = body("the root disk's passphrase")
     boot_token: Secret | None = body("64 hex digits, for one sync of the volumes within 600 seconds")
-    luks_quote_nonce: Secret | None = body("the nonce of the two-phase exchange's quote", default=None)
+    luks_quote_nonce: Secret | None = body("the nonce of the next step's quote, valid for 600 seconds", default=None)
+    root_next: Secret | None = body("the passphrase that replaces the root disk's", default=None)
+    root_confirm_nonce: Secret | None = body("confirms root_next, once, within 300 seconds", default=None)
+    vm_auth_ss58: str | None = body("the address of the one caller that the VM shall trust", default=None)
 
 
 @frozen
@@ -159,6 +168,22 @@ class VolumeConfirmationAnswer:
     volumes: Mapping[str, VolumeResult] = body("volume name: its result")
 
 
+@frozen
+class ProvisionRequest(VolumeAttestationRequest):
+    """Operation 17: operation 13 for a VM that proves its hotkey; the client certificate is its root CA."""
+
+    nonce: str | None = header("X-Chutes-Nonce", "the quote nonce, again: the hotkey's signature is over it")
+    signature: str | None = header("X-Chutes-Signature", "hex of the sr25519 signature over hotkey:nonce:sha256(body)")
+
+
+@frozen
+class ProvisionConfirmationRequest(VolumeConfirmationRequest):
+    """Operation 18: of the volumes with the nonce of operation 17, or of ``root`` alone with that of operation 2."""
+
+    nonce: str | None = header("X-Chutes-Nonce", "the confirm nonce, again: the hotkey's signature is over it")
+    signature: str | None = header("X-Chutes-Signature", "hex of the sr25519 signature over hotkey:nonce:sha256(body)")
+
+
 # --- endpoints ---
 
 _TOKEN_CODES = (
@@ -187,7 +212,15 @@ BOOT_ATTESTATION = Endpoint(
     BootAttestationRequest,
     BootAttestationAnswer,
     "Verify a boot quote and release the root passphrase",
-    (*QUOTE_CODES, Code.HOTKEY_REJECTED, Code.SIGNATURE_INVALID, Code.EXCHANGE_DOWNGRADE, *STORE_CODES, Code.DRAINING),
+    (
+        *QUOTE_CODES,
+        Code.HOTKEY_REJECTED,
+        Code.SIGNATURE_INVALID,
+        Code.EXCHANGE_MISMATCH,
+        Code.EXCHANGE_DOWNGRADE,
+        *STORE_CODES,
+        Code.DRAINING,
+    ),
     authentication="quote, client certificate, nonce",
 )
 
@@ -233,4 +266,42 @@ VOLUME_CONFIRMATION = Endpoint(
     "The volumes were opened; the next keys become active where they were added",
     (Code.CONFIRM_NONCE_INVALID, Code.VOLUMES_REQUIRED, Code.VOLUME_UNKNOWN, Code.ROTATION_SUPERSEDED, *STORE_CODES),
     authentication="confirm nonce",
+)
+
+PROVISION = Endpoint(
+    17,
+    "provision",
+    "POST /servers/{vm_name}/provision",
+    ProvisionRequest,
+    VolumeAttestationAnswer,
+    "The current and the next key of each volume, for a quote of the booted VM that proves its hotkey",
+    (
+        *QUOTE_CODES,
+        Code.HOTKEY_REJECTED,
+        Code.SIGNATURE_INVALID,
+        Code.QUOTE_NONCE_INVALID,
+        Code.VOLUMES_REQUIRED,
+        Code.VOLUME_UNKNOWN,
+        *STORE_CODES,
+    ),
+    authentication="hotkey signature over the quote nonce (consumed), quote, client certificate",
+)
+
+PROVISION_CONFIRMATION = Endpoint(
+    18,
+    "confirm_provision",
+    "POST /servers/{vm_name}/provision/confirm",
+    ProvisionConfirmationRequest,
+    VolumeConfirmationAnswer,
+    "The volumes, or the root disk, were opened; the next keys become active where they were added",
+    (
+        Code.HOTKEY_REJECTED,
+        Code.SIGNATURE_INVALID,
+        Code.CONFIRM_NONCE_INVALID,
+        Code.VOLUMES_REQUIRED,
+        Code.VOLUME_UNKNOWN,
+        Code.ROTATION_SUPERSEDED,
+        *STORE_CODES,
+    ),
+    authentication="hotkey signature over the confirm nonce",
 )

@@ -17,7 +17,17 @@ from chutes_proto.cli.output import Cell
 from chutes_proto.errors import ConfigurationError
 from chutes_proto.quote._terms import rfc3339
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import AttestationRow, BootRow, CountRows, Platform, ReadPage, ReadUnclaimed, Vm, VmRow
+from chutes_proto.store.rows import (
+    AttestationRow,
+    BootRow,
+    CountRows,
+    FindLastBoot,
+    Platform,
+    ReadPage,
+    ReadUnclaimed,
+    Vm,
+    VmRow,
+)
 from chutes_proto.units.operator import BindVm, PurgeBoots, RebindVm
 
 command: Group = Group(
@@ -185,3 +195,25 @@ def purge_boots(older_than: int | None, yes: bool, reason: str, config: str) -> 
         told = f"{counts} deleted" if yes else f"{counts}; with --yes they are deleted"
     numbers = {"boots": found["boot"], "verdicts": found["attestation"]}
     return answer({"ok": True, "purged": yes, "older_than_days": days, "before": before, **numbers}, told)
+
+
+@command.command("root-ca")
+@operating.vm_argument()
+@operating.shows
+def root_ca(vm: str, config: str) -> int:
+    """Print the root CA with which a VM provisioned.
+
+    A VM of image 1.4.0 or newer makes it at each boot, shows it as its client certificate, and signs its own TLS
+    certificates with it. Prints nothing if its last boot has not provisioned.
+
+    Examples:
+      chutes-proto vm root-ca vm-1 --config server.toml
+      chutes-proto vm root-ca vm-1 --config server.toml --json
+
+    See also: vm list, audit list
+    """
+    with operating.opened(config) as (_, store):
+        boot = store.transact(Ask(FindLastBoot(operating.find_vm(store, vm))))
+    found = None if boot is None else boot.root_ca
+    boot_id = None if boot is None else boot.boot_id
+    return answer({"ok": True, "boot_id": boot_id, "root_ca": found}, found or "")

@@ -1,0 +1,205 @@
+"""A VM of image 1.4.0, a client of plain sh, with real cryptsetup over real TLS, against the served thing."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from attrs import define, frozen
+from cryptography.x509 import load_pem_x509_certificate
+
+from chutes_proto.io.server.development import write_server
+from tests.cli.conftest import PROGRAM, Server, end, start_server
+from tests.conftest import SOAK
+from tests.scenario.image_helper import PAIR, PLATFORM
+from tests.scenario.test_nginx import CONFIGURATION, GUIDE, until_served
+
+SCRIPT = Path(__file__).with_name("image_1_4_0.sh")
+BUILD = "the passphrase of build 1.4.0"
+OPTIONS = """
+[profile_defaults]
+root_passphrase = "image"
+root_passphrases_file = "passphrases.json"
+exchange = "{exchange}"
+"""
+NEEDED = ("cryptsetup", "curl", "jq", "openssl")
+UP, POWERED_OFF = 0, 10
+
+
+@frozen
+class Site:
+    """A folder with a server's files, its process, and the URL of its front."""
+
+    folder: Path
+    server: Server
+    url: str
+
+    def operator(self, *words: str) -> Any:
+        command = [*PROGRAM, *words, "--config", str(self.folder / "server.toml"), "--json"]
+        return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    def audit(self) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = self.operator("audit", "list")["rows"]
+        return rows[::-1]
+
+
+@define
+class Vm:
+    """One VM with three disks, of which root is a fresh copy of the published image."""
+
+    site: Site
+    folder: Path
+    name: str = "vm-1"
+
+    def __attrs_post_init__(self) -> None:
+        for disk in ("storage", "cache"):
+            with (self.folder / disk).open("wb") as file:
+                _ = file.truncate(20 << 20)
+        self.copy_image()
+        helper = self.folder / "helper"
+        root = Path(__file__).resolve().parents[2]
+        call = f'PYTHONPATH={root} exec {sys.executable} -m tests.scenario.image_helper "$@"'
+        _ = helper.write_text(f"#!/bin/sh\n{call}\n")
+        helper.chmod(0o755)
+
+    def copy_image(self) -> None:
+        disk = self.folder / "root"
+        with disk.open("wb") as file:
+            _ = file.truncate(20 << 20)
+        quick = ["--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000", "--key-file=-"]
+        command = ["cryptsetup", "luksFormat", "-q", "--type", "luks2", *quick, str(disk)]
+        _ = subprocess.run(command, input=BUILD.encode(), check=True)
+        token = json.dumps({"type": "chutes-first-boot", "keyslots": []}).encode()
+        command = ["cryptsetup", "token", "import", "--token-id", "15", str(disk)]
+        _ = subprocess.run(command, input=token, check=True)
+
+    def boot(self, **more: str) -> tuple[int, str]:
+        """The exit code of one boot, and what its console said."""
+        said = {"URL": self.site.url, "CA": str(self.site.folder / "ca.pem"), "VM": self.name}
+        said |= {"HOTKEY": PAIR.hotkey.address, "HELPER": str(self.folder / "helper")}
+        said |= {name.upper(): str(self.folder / name) for name in ("root", "storage", "cache")}
+        said |= {"RSA_BITS": "2048", "PAUSE": "0"} | more
+        environment = {**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin", **said}
+        done = subprocess.run(["sh", SCRIPT], env=environment, capture_output=True, text=True, check=False)
+        return done.returncode, done.stderr
+
+    def slots(self, disk: str) -> int:
+        command = ["cryptsetup", "luksDump", "--dump-json-metadata", str(self.folder / disk)]
+        return len(json.loads(subprocess.run(command, capture_output=True, check=True).stdout)["keyslots"])
+
+
+def write_site(folder: Path, more: str = "", exchange: str = "provisioned", store: str = "") -> None:
+    write_server(folder, PLATFORM, int(time.time()))
+    path = folder / "server.toml"
+    text = path.read_text().partition("[profile_defaults]")[0]
+    if store:
+        text = text.replace("sqlite:keys.db", store)
+    _ = path.write_text(text + more + OPTIONS.format(exchange=exchange))
+    _ = (folder / "passphrases.json").write_text(json.dumps({"1": BUILD}))
+    (folder / "passphrases.json").chmod(0o600)
+
+
+@pytest.fixture(params=["sqlite, direct", "postgresql, behind nginx"])
+def site(request: pytest.FixtureRequest, tmp_path: Path, require_program: Callable[[str], str]) -> Iterator[Site]:
+    for program in NEEDED:
+        _ = require_program(program)
+    folder = tmp_path / "site"
+    folder.mkdir()
+    if request.param.startswith("sqlite"):
+        write_site(folder)
+        server = start_server("--config", folder / "server.toml", ca=folder / "ca.pem")
+        yield Site(folder, server, server.url)
+        end(server.process)
+        return
+    _ = require_program("nginx")
+    write_site(folder, GUIDE[0].text, store=request.getfixturevalue("empty_schema"))
+    migrate = [*PROGRAM, "store", "migrate", "--config", str(folder / "server.toml")]
+    _ = subprocess.run(migrate, check=True, capture_output=True)
+    server = start_server("--config", folder / "server.toml", ca=folder / "ca.pem")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    text = CONFIGURATION.read_text().replace("listen 8443 ssl", f"listen 127.0.0.1:{port} ssl")
+    _ = (folder / "nginx.conf").write_text(text)
+    command = ["sh", "-c", 'exec nginx -p "$PWD" -c nginx.conf -g "user $(id -un); daemon off;" -e stderr']
+    with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True) as nginx:
+        until_served(port, nginx)
+        yield Site(folder, server, f"https://localhost:{port}")
+        nginx.terminate()
+    end(server.process)
+
+
+@pytest.fixture
+def vm(site: Site, tmp_path: Path) -> Vm:
+    folder = tmp_path / "vm"
+    folder.mkdir()
+    return Vm(site, folder)
+
+
+def test_boots_lost_confirmations_and_a_new_copy_of_the_image(vm: Vm) -> None:
+    """A lost answer to a confirmation costs one boot that powers off, at most; then each disk opens again."""
+    assert vm.boot()[0] == UP
+    caller = (vm.folder / "root.caller").read_text()
+    recorded = vm.site.operator("vm", "root-ca", "vm-1")["root_ca"]
+    assert "CN=sek8s-vm-root-ca" in load_pem_x509_certificate(recorded.encode()).subject.rfc4514_string()
+    assert [vm.slots(disk) for disk in ("root", "storage", "cache")] == [1, 1, 1]
+    assert vm.boot()[0] == UP
+    assert (vm.folder / "root.caller").read_text() != caller  # a hotkey of the new boot's own
+    for lost, disk in (("confirm-root", "the root disk"), ("confirm", "storage")):
+        assert vm.boot(LOSE=lost)[0] == UP  # it boots on, without the key that the server holds for the newest
+        assert [vm.slots(disk) for disk in ("root", "storage", "cache")] == [1, 1, 1]
+        ended, said = vm.boot()
+        assert (ended, f"{disk} does not open" in said) == (POWERED_OFF, True)
+        assert vm.boot()[0] == UP
+    assert vm.boot()[0] == UP
+    vm.copy_image()
+    assert vm.boot()[0] == UP  # only the build's passphrase opens the copy
+    assert vm.slots("root") == 1
+    assert vm.boot()[0] == UP
+    granted = [row for row in vm.site.audit() if row["event"] == "boot"]
+    assert {row["decision"] for row in granted} == {"granted"}
+
+
+PLACES = ("granted", "root-added", "root-confirmed", "provisioned", "storage", "added", "confirmed")
+
+
+@pytest.mark.parametrize("site", ["sqlite, direct"], indirect=True)
+def test_power_that_goes_at_every_place(vm: Vm) -> None:
+    """After it, two boots at most bring each disk up; here at some places, in the long form at all."""
+    for place in PLACES if SOAK else ("root-added",):
+        assert vm.boot()[0] == UP
+        assert vm.boot(OFF=place)[0] == POWERED_OFF
+        assert UP in [vm.boot()[0] for _ in range(2)], place
+
+
+@pytest.fixture
+def mistaken(tmp_path: Path, require_program: Callable[[str], str]) -> Iterator[Vm]:
+    """The VM of a server whose operator gave image 1.4.0 the exchange of 1.3."""
+    for program in NEEDED:
+        _ = require_program(program)
+    folder = tmp_path / "site"
+    for made in (folder, tmp_path / "vm"):
+        made.mkdir()
+    write_site(folder, exchange="two-phase")
+    with (folder / "log").open("w") as log:
+        server = start_server("--config", folder / "server.toml", ca=folder / "ca.pem", stderr=log)
+        yield Vm(Site(folder, server, server.url), tmp_path / "vm")
+        end(server.process)
+
+
+def test_an_operators_mistake_is_one_audit_row_and_one_log_line(mistaken: Vm) -> None:
+    ended, said = mistaken.boot()
+    assert (ended, "403 This image speaks another exchange" in said) == (POWERED_OFF, True)
+    reason = "image asked for root_next (its request has first_boot); profile simulated 1 has exchange two-phase"
+    (row,) = mistaken.site.audit()
+    assert (row["event"], row["decision"], row["reason"]) == ("boot", "refused", f"exchange_mismatch: {reason}")
+    lines = [line for line in (mistaken.site.folder / "log").read_text().splitlines() if "has exchange" in line]
+    assert len(lines) == 1
+    assert reason in lines[0]
