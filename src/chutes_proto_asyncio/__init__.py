@@ -14,6 +14,13 @@ try:
     from chutes_proto.io.disks.cryptsetup import has_luks_header
     from chutes_proto.io.drivers.aio import HttpxSender, Performer
     from chutes_proto.io.hotkey_file import read_hotkey
+    from chutes_proto.io.http.attested import (
+        AttestationFailedError,
+        AttestedIdentity,
+        attested_callback,
+        attested_context,
+        make_attested_identity,
+    )
     from chutes_proto.io.http.hotkey_auth import HotkeyAuth
     from chutes_proto.io.http.https import TimeLimits
     from chutes_proto.io.http.tls import client_context
@@ -28,6 +35,8 @@ else:
     __getattr__ = lazily(globals(), {"chutes_proto.io.server.serving": "serve"})  # an agent needs no server
 
 __all__ = [
+    "AttestationFailedError",
+    "AttestedIdentity",
     "BootAgent",
     "HotkeyAuth",
     "HttpxSender",
@@ -36,10 +45,13 @@ __all__ = [
     "Quoter",
     "Server",
     "TimeLimits",
+    "attested_callback",
+    "attested_context",
     "auto_quoter",
     "client_context",
     "fetch_collateral",
     "has_luks_header",
+    "make_attested_identity",
     "make_quoter",
     "read_hotkey",
     "serve",

@@ -37,7 +37,9 @@ from chutes_proto.gpu import verify as verify_gpus
 from chutes_proto.gpu._revocation import check_chain_status, check_floor
 from chutes_proto.gpu._rim import authenticate_rim
 from chutes_proto.luks.header import check_header
+from chutes_proto.quote import _cbor as cbor
 from chutes_proto.quote import _strict_json as strict_json
+from chutes_proto.quote._attested import read_evidence
 from chutes_proto.quote._certificates import (
     SGX_EXTENSION,
     check_kind,
@@ -47,7 +49,7 @@ from chutes_proto.quote._certificates import (
     revoked_serials,
 )
 from chutes_proto.quote._collateral import Collateral
-from chutes_proto.quote._eventlog import first_difference, parse_event_log, replay
+from chutes_proto.quote._eventlog import first_difference, parse_event_log, parse_event_log_json, replay
 from chutes_proto.quote._layout import Quote, parse_quote
 from chutes_proto.quote._measurements import parse_profiles_json, parse_profiles_toml
 from chutes_proto.quote._pck import read_pck_extension
@@ -60,6 +62,7 @@ from chutes_proto.testing._gpus import SimulatedGpus
 from chutes_proto.testing._platform import PROFILE, SimulatedPlatform
 from chutes_proto.testing._quotes import Form
 from chutes_proto.testing._service import CollateralService
+from chutes_proto.testing._statements import PCE_SVN, SGX_COMPONENTS
 from chutes_proto.transport import qgs
 from chutes_proto.transport.client import ClientConnection
 from chutes_proto.transport.h1 import ServerConnection
@@ -69,7 +72,11 @@ from chutes_proto.wire.evidence import decode_evidence
 from chutes_proto.wire.http import HttpRequest, HttpResponse, MalformedRequest
 from tests.luks import headers as luks
 from tests.qgs import qgs_answer
+from tests.quote import test_attested as attested
 from tests.quote.logs import EVENTS, grub, log, spec
+from tests.quote.platform_files import encrypted_ppid, pcs_client_file
+from tests.quote.simulated import with_certification
+from tests.quote.test_registers import EVENTS as RUNTIME_EVENTS
 
 NOW = 1_800_000_000
 PLATFORM = SimulatedPlatform(b"a world for fuzzing")
@@ -95,11 +102,17 @@ def check_quote(data: bytes) -> None:
     """A quote parses, and its PCK chain opens, or the verifier's one error says why not."""
     for sgx in (False, True):
         with suppress(QuoteError):
-            _ = open_quote(data, now=NOW, root=ROOT, sgx=sgx)
+            _ = open_quote(data, now=NOW, root=ROOT, sgx=sgx, pck_certificate_chain=CHAIN)
+
+
+CHAIN = parse_quote(PLATFORM.quote(bytes(64))).certification
+_NAMED = encrypted_ppid(PLATFORM) + bytes(SGX_COMPONENTS) + PCE_SVN.to_bytes(2, "little") + bytes(2)
 
 
 def quotes() -> list[bytes]:
     return [
+        with_certification(PLATFORM.quote(bytes(64)), 3, _NAMED),
+        with_certification(PLATFORM.quote(bytes(64)), 4, CHAIN[: CHAIN.index(b"-----END") + 26]),
         *(SimulatedPlatform(PLATFORM.seed, form=form).quote(bytes(64)) for form in get_args(Form)),
         SimulatedPlatform(PLATFORM.seed, ca="processor").quote(bytes(64), padding=16),
         _as_sgx(parse_quote(PLATFORM.quote(bytes(64)))),
@@ -119,6 +132,35 @@ def check_collateral(data: bytes) -> None:
     """Collateral parses and verifies, or the verifier's one error says why not."""
     with suppress(QuoteError):
         _ = verify_collateral(Collateral.from_json(data), now=NOW, root=ROOT)
+
+
+def check_platform_collaterals(data: bytes) -> None:
+    """The pieces for a quote are found in a file of PcsClientTool, or the verifier's one error says why not."""
+    for quote in quotes():
+        with suppress(QuoteError):
+            _ = Collateral.from_json(data, quote=quote)
+
+
+def platform_collaterals() -> list[bytes]:
+    return [stdlib_json.dumps(pcs_client_file(PLATFORM, now=NOW, prefix=prefix)).encode() for prefix in ("SGX-", "")]
+
+
+def check_attested_certificate(data: bytes) -> None:
+    """The evidence of a certificate is read, or the verifier's one error says why not; CBOR comes back."""
+    with suppress(QuoteError):
+        _ = read_evidence(data)
+    with suppress(QuoteError):
+        value = cbor.decode(data)
+        assert cbor.decode(cbor.encode(value)) == value
+
+
+def attested_certificates() -> list[bytes]:
+    return [
+        attested.certificate({attested.DICE: attested.interoperable()}),
+        attested.certificate({attested.GRAMINE: attested.gramine()}),
+        attested.certificate({attested.DSTACK: attested.dstack()}),
+        attested.interoperable(),
+    ]
 
 
 def collaterals() -> list[bytes]:
@@ -150,7 +192,7 @@ def check_statement(data: bytes) -> None:
             value = read(data)
         except QuoteError:
             continue
-        assert value == read(stdlib_json.dumps(strict_json.decode(data)).encode())
+        assert value == read(stdlib_json.dumps(strict_json.decode(data, fractions=True)).encode())
 
 
 def statements() -> list[bytes]:
@@ -180,6 +222,9 @@ def check_event_log(data: bytes) -> None:
         assert first_difference(parsed, parsed) is None
         boot = replay(parsed, parsed.rtmrs)
         _ = (boot.secure_boot, boot.kernel_command_lines, boot.grub_commands, boot.boot_applications)
+    with suppress(QuoteError):
+        parsed = parse_event_log_json(data)
+        _ = [(event.name, event.value) for event in replay(parsed, parsed.rtmrs).log.events]
 
 
 def event_logs() -> list[bytes]:
@@ -187,6 +232,7 @@ def event_logs() -> list[bytes]:
         log(*EVENTS),
         log(*EVENTS, first=spec((0xC, 48), vendor=b"vendor"), padding=b""),
         log(grub("grub_cmd", b"")),
+        stdlib_json.dumps(RUNTIME_EVENTS).encode(),
     ]
 
 
@@ -520,6 +566,8 @@ def statuses() -> list[bytes]:
 TARGETS = {
     "quote": Target(check_quote, quotes),
     "collateral": Target(check_collateral, collaterals),
+    "platform-collaterals": Target(check_platform_collaterals, platform_collaterals),
+    "attested-certificate": Target(check_attested_certificate, attested_certificates),
     "gpu-evidence": Target(check_gpu_evidence, gpu_evidences),
     "gpu-rim": Target(check_rim, rims),
     "gpu-status": Target(check_status, statuses),

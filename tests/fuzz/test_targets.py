@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chutes_proto.quote._attested import read_evidence
 from chutes_proto.quote._collateral import Collateral
-from chutes_proto.quote._eventlog import parse_event_log
+from chutes_proto.quote._eventlog import parse_event_log, parse_event_log_json
 from chutes_proto.quote._measurements import parse_profiles_json
 from chutes_proto.quote._policy import AnyOf, Policy, parse_policy_toml
 from chutes_proto.quote._verify import open_quote, verify_collateral
@@ -46,10 +47,15 @@ def mutations(draw: st.DrawFn, seeds: list[bytes]) -> bytes:
 def test_honest_inputs_are_accepted() -> None:
     """Else a target would see no more than the first check of what it tests."""
     for quote in targets.quotes():
-        _ = open_quote(quote, now=targets.NOW, root=targets.ROOT, sgx=True)
+        chain = targets.CHAIN
+        _ = open_quote(quote, now=targets.NOW, root=targets.ROOT, sgx=True, pck_certificate_chain=chain)
     for collateral in targets.collaterals():
         _ = verify_collateral(Collateral.from_json(collateral), now=targets.NOW, root=targets.ROOT)
-    assert all(parse_event_log(data).events for data in targets.event_logs())
+    assert all(parse_event_log(data).events for data in targets.event_logs()[:-1])
+    assert parse_event_log_json(targets.event_logs()[-1]).events
+    for file in targets.platform_collaterals():
+        assert all(Collateral.from_json(file, quote=quote) for quote in targets.quotes()[:3])
+    assert all(read_evidence(data) for data in targets.attested_certificates()[:-1])
     first, with_tcb, listed, either = targets.policies()
     one, other = parse_policy_toml(first), parse_policy_toml(with_tcb)
     assert isinstance(one, Policy)

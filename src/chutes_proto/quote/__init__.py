@@ -14,6 +14,13 @@ from typing import TYPE_CHECKING
 from chutes_proto._lazy import lazily
 
 if TYPE_CHECKING:
+    from chutes_proto.quote._attested import (
+        CertificateEvidence,
+        CertificateEvidenceError,
+        evidence_for,
+        read_evidence,
+        verify_certificate,
+    )
     from chutes_proto.quote._attributes import AttributePolicy
     from chutes_proto.quote._collateral import Collateral, VerifiedCollateral
     from chutes_proto.quote._errors import (
@@ -76,6 +83,9 @@ else:
     __getattr__ = lazily(
         globals(),
         {
+            "chutes_proto.quote._attested": (
+                "CertificateEvidence CertificateEvidenceError evidence_for read_evidence verify_certificate"
+            ),
             "chutes_proto.quote._attributes": "AttributePolicy",
             "chutes_proto.quote._collateral": "Collateral VerifiedCollateral",
             "chutes_proto.quote._eventlog": (
@@ -103,6 +113,7 @@ else:
     )
 
 __all__ = ["check_signed", "open_quote", "verify", "verify_collateral", "verify_genuine", "verify_quote"]
+__all__ += ["CertificateEvidence", "CertificateEvidenceError", "evidence_for", "read_evidence", "verify_certificate"]
 __all__ += ["Collateral", "OpenedQuote", "PckIdentity", "SignedQuote", "TcbStatus", "Verdict", "VerifiedCollateral"]
 __all__ += ["AcceptedVerdict", "AllOf", "AnyOf", "AnyPolicy", "Policy", "Stage", "parse_policy_toml"]
 __all__ += [

@@ -4,7 +4,8 @@
     ├── VerificationError            the quote is refused; ``step`` is the number of the step
     │   ├── QuoteFormatError         step 0: the bytes are not a quote of a kind that is read here
     │   ├── (one class for each)     steps 1 to 37: it is not genuine; ``_steps.py`` has them
-    │   └── AppraisalError           step 38: it is genuine, but the policy does not accept it
+    │   ├── AppraisalError           step 38: it is genuine, but the policy does not accept it
+    │   └── CertificateEvidenceError step 39: a certificate has no evidence for its key (``_attested.py``)
     ├── CollateralFormatError        the bytes are not a collateral file
     ├── EventLogFormatError          the bytes are not an event log of a TD
     ├── EventLogMismatchError        the event log does not lead to the RTMRs of the quote

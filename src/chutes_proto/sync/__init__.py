@@ -15,6 +15,13 @@ if TYPE_CHECKING:
     from chutes_proto.io.disks.cryptsetup import has_luks_header
     from chutes_proto.io.drivers.sync import Performer
     from chutes_proto.io.hotkey_file import read_hotkey
+    from chutes_proto.io.http.attested import (
+        AttestationFailedError,
+        AttestedIdentity,
+        attested_callback,
+        attested_context,
+        make_attested_identity,
+    )
     from chutes_proto.io.http.https import HttpsSender, TimeLimits
     from chutes_proto.io.http.tls import client_context
     from chutes_proto.io.quoters.choose import Quoter, auto_quoter, make_quoter
@@ -28,6 +35,9 @@ else:
             "chutes_proto.io.disks.cryptsetup": "has_luks_header",
             "chutes_proto.io.drivers.sync": "Performer",
             "chutes_proto.io.hotkey_file": "read_hotkey",
+            "chutes_proto.io.http.attested": (
+                "AttestationFailedError AttestedIdentity attested_callback attested_context make_attested_identity"
+            ),
             "chutes_proto.io.http.https": "HttpsSender TimeLimits",
             "chutes_proto.io.http.tls": "client_context",
             "chutes_proto.io.quoters.choose": "Quoter auto_quoter make_quoter",
@@ -35,16 +45,21 @@ else:
     )
 
 __all__ = [
+    "AttestationFailedError",
+    "AttestedIdentity",
     "BootAgent",
     "HttpsSender",
     "MinerClient",
     "Performer",
     "Quoter",
     "TimeLimits",
+    "attested_callback",
+    "attested_context",
     "auto_quoter",
     "client_context",
     "fetch_collateral",
     "has_luks_header",
+    "make_attested_identity",
     "make_quoter",
     "read_hotkey",
 ]

@@ -1,0 +1,152 @@
+"""Attested TLS: a client's context that accepts a peer by the quote in its certificate, and an identity for a server.
+
+Rules kept here:
+
+* the check comes right after the handshake, which has shown that the peer has the key, and before anything else: no
+  byte of the application is sent to a peer that was not accepted;
+* it is made in every handshake, also in one that resumes a session;
+* CAs and host names count for nothing: the quote decides. The clock is the system's.
+"""
+
+from __future__ import annotations
+
+import os
+import ssl
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
+
+from attrs import frozen
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+
+from chutes_proto.errors import CollateralUnavailable
+from chutes_proto.io.quoters.choose import Quoter, take_quote
+from chutes_proto.quote._attested import DICE_TAGGED_EVIDENCE, evidence_for, verify_certificate
+from chutes_proto.quote._collateral import Collateral
+from chutes_proto.quote._errors import VerificationError
+from chutes_proto.quote._measurements import Stage
+from chutes_proto.quote._policy import AcceptedVerdict, AnyPolicy
+from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
+from chutes_proto.secret import Secret
+
+_EARLY: Final = timedelta(minutes=5)
+"""How much earlier than now a certificate begins, for peers whose clocks are late."""
+
+
+class AttestationFailedError(ssl.SSLCertVerificationError):
+    """The peer's certificate has no quote that is accepted; the cause is the `VerificationError`."""
+
+
+def attested_context(
+    policy: AnyPolicy,
+    collateral: Collateral | Callable[[bytes], Collateral],
+    *,
+    root: TrustedRoot = INTEL_ROOT,
+    grace: int = 0,
+    sgx: bool = False,
+    stage: Stage = "boot",
+    accepted: Callable[[AcceptedVerdict], object] = lambda _: None,
+) -> ssl.SSLContext:
+    """Return a client's TLS context (1.3) that accepts just the peers whose certificate `verify_certificate` accepts.
+
+    For ``ssl``, asyncio, and httpx (``verify=context``). ``collateral`` may be a function of the quote, such as
+    `fetch_collateral`; it runs in the thread of the handshake. ``accepted`` gets each verdict. A handshake with any
+    other peer raises `AttestationFailedError`, which httpx turns into a ``ConnectError``.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE  # the certificate is self-signed; `_check` decides, in every handshake
+
+    def check(certificate: bytes | None) -> None:
+        now = int(time.time())
+        try:
+            if certificate is None:
+                raise AttestationFailedError("the peer has no certificate")
+            verdict = verify_certificate(
+                certificate, collateral, now=now, policy=policy, root=root, grace=grace, sgx=sgx, stage=stage
+            )
+        except (VerificationError, CollateralUnavailable) as exc:
+            raise AttestationFailedError(str(exc)) from exc
+        _ = accepted(verdict)
+
+    class Socket(ssl.SSLSocket):
+        def do_handshake(self, block: bool = False) -> None:
+            super().do_handshake(block)
+            check(self.getpeercert(binary_form=True))
+
+    class Object(ssl.SSLObject):
+        def do_handshake(self) -> None:
+            super().do_handshake()
+            check(self.getpeercert(binary_form=True))
+
+    context.sslsocket_class = Socket
+    context.sslobject_class = Object
+    return context
+
+
+def attested_callback(
+    policy: AnyPolicy,
+    collateral: Collateral | Callable[[bytes], Collateral],
+    *,
+    root: TrustedRoot = INTEL_ROOT,
+    grace: int = 0,
+    sgx: bool = False,
+    stage: Stage = "boot",
+) -> Callable[[Any, Any, int, int, int], bool]:
+    """Return the callback for ``set_verify(VERIFY_PEER, callback)`` of pyOpenSSL, with the rules of `attested_context`.
+
+    pyOpenSSL raises the `VerificationError` from ``do_handshake``.
+    """
+
+    def callback(_: object, certificate: Any, __: int, depth: int, ___: int) -> bool:
+        if depth == 0:
+            der = certificate.to_cryptography().public_bytes(Encoding.DER)
+            now = int(time.time())
+            verdict = verify_certificate(
+                der, collateral, now=now, policy=policy, root=root, grace=grace, sgx=sgx, stage=stage
+            )
+            return bool(verdict)
+        return True  # who signed the certificate counts for nothing
+
+    return callback
+
+
+@frozen
+class AttestedIdentity:
+    """A server's self-signed certificate with a quote for its key, in PEM, and that key."""
+
+    certificate_pem: bytes
+    key_pem: Secret
+
+
+def make_attested_identity(quoter: Quoter, *, name: str = "attested", seconds: int = 86400) -> AttestedIdentity:
+    """Make a P-256 key and a certificate for it, valid for ``seconds``, with a quote from ``quoter``.
+
+    The evidence has the interoperable form. The quote does not age: make a new identity at every start. Raises
+    `QuoteUnavailable`.
+    """
+    key = ec.generate_private_key(ec.SECP256R1())
+    report_data, extension = evidence_for(
+        key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    )
+    value = extension(take_quote(quoter, report_data))
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+    now = datetime.now(UTC).replace(microsecond=0)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(subject)
+        .public_key(key.public_key())
+        .serial_number(int.from_bytes(os.urandom(16)) | 1)
+        .not_valid_before(now - _EARLY)
+        .not_valid_after(now + timedelta(seconds=seconds))
+        .add_extension(x509.UnrecognizedExtension(x509.ObjectIdentifier(DICE_TAGGED_EVIDENCE), value), critical=False)
+        .sign(key, SHA256())
+    )
+    secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    return AttestedIdentity(certificate.public_bytes(Encoding.PEM), Secret(secret))

@@ -1,0 +1,173 @@
+"""Attested TLS end to end: clients of ssl, httpx and pyOpenSSL against a server whose certificate has a quote."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from OpenSSL import SSL
+
+from chutes_proto.quote import AcceptedVerdict, Policy, VerificationError
+from chutes_proto.sync import (
+    AttestationFailedError,
+    AttestedIdentity,
+    attested_callback,
+    attested_context,
+    make_attested_identity,
+)
+from chutes_proto.testing._platform import PROFILE
+from tests.collateral.network import PLATFORM, ROOT
+from tests.loops import on_loop
+
+POLICY = Policy(profiles=(PROFILE,))
+
+
+@pytest.fixture
+def identity() -> AttestedIdentity:
+    return make_attested_identity(PLATFORM.quote)
+
+
+def told(error: BaseException | None) -> str:
+    """The texts of an error and of its causes: httpx on trio has none of its own."""
+    texts: list[str] = []
+    while error is not None:
+        texts.append(str(error))
+        error = error.__cause__ or error.__context__
+    return "; ".join(texts)
+
+
+@contextmanager
+def serving(identity: AttestedIdentity, folder: Path) -> Iterator[tuple[int, list[bytes]]]:
+    """A TLS server on loopback that answers each request; its port, and all that it got of the application."""
+    path = folder / "server.pem"
+    _ = path.write_bytes(identity.certificate_pem + identity.key_pem.reveal())
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(path)
+    got: list[bytes] = []
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        while True:
+            try:
+                plain, _ = listener.accept()
+            except OSError:
+                return
+            try:
+                plain.settimeout(10)
+                with context.wrap_socket(plain, server_side=True) as stream:
+                    data = stream.recv(4096)
+                    if data:
+                        got.append(data)
+                        stream.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
+            except OSError:
+                pass
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    try:
+        yield listener.getsockname()[1], got
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        thread.join(10)
+
+
+def fresh(_: bytes = b"") -> Any:
+    import time
+
+    return PLATFORM.collateral(int(time.time()) - 60)
+
+
+def by_ssl(port: int, context: ssl.SSLContext) -> bytes:
+    with socket.create_connection(("127.0.0.1", port)) as plain, context.wrap_socket(plain) as stream:
+        stream.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        return stream.recv(4096)
+
+
+def by_httpx(port: int, context: ssl.SSLContext) -> bytes:
+    return httpx.get(f"https://127.0.0.1:{port}/", verify=context, trust_env=False).content
+
+
+async def _asynchronously(port: int, context: ssl.SSLContext) -> bytes:
+    async with httpx.AsyncClient(verify=context, trust_env=False) as client:
+        return (await client.get(f"https://127.0.0.1:{port}/")).content
+
+
+CLIENTS: dict[str, Callable[[int, ssl.SSLContext], bytes]] = {
+    "ssl": by_ssl,
+    "httpx": by_httpx,
+    "httpx on trio": lambda port, context: on_loop("trio", lambda: _asynchronously(port, context)),
+    "httpx on asyncio": lambda port, context: on_loop("asyncio", lambda: _asynchronously(port, context)),
+}
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_an_attested_server_is_talked_to(client: str, identity: AttestedIdentity, tmp_path: Path) -> None:
+    verdicts: list[AcceptedVerdict] = []
+    context = attested_context(POLICY, fresh, root=ROOT, accepted=verdicts.append)
+    with serving(identity, tmp_path) as (port, got):
+        assert CLIENTS[client](port, context).endswith(b"ok")
+    assert len(got) == 1
+    assert [verdict.profile for verdict in verdicts] == [PROFILE]
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+@pytest.mark.parametrize("refused", ["policy", "quote", "key"])
+def test_no_byte_leaves_to_another_server(
+    client: str, refused: str, identity: AttestedIdentity, tmp_path: Path
+) -> None:
+    policy = Policy() if refused == "policy" else POLICY
+    if refused == "quote":
+        identity = make_attested_identity(PLATFORM.having("debug").quote)
+    if refused == "key":  # a certificate with the genuine quote of another key
+        identity = make_attested_identity(lambda _: PLATFORM.quote(bytes(64)))
+    context = attested_context(policy, fresh, root=ROOT)
+    with (
+        serving(identity, tmp_path) as (port, got),
+        pytest.raises((AttestationFailedError, httpx.ConnectError)) as caught,
+    ):
+        _ = CLIENTS[client](port, context)
+    assert got == []
+    text = {"policy": "no_profiles", "quote": "debug", "key": "the report data does not match"}[refused]
+    assert text in told(caught.value)
+
+
+@pytest.mark.parametrize("accepted", [True, False])
+def test_pyopenssl(accepted: bool, identity: AttestedIdentity, tmp_path: Path) -> None:
+    context = SSL.Context(SSL.TLS_CLIENT_METHOD)
+    policy = POLICY if accepted else Policy()
+    context.set_verify(SSL.VERIFY_PEER, attested_callback(policy, fresh, root=ROOT))
+    with serving(identity, tmp_path) as (port, got), socket.create_connection(("127.0.0.1", port)) as plain:
+        stream = SSL.Connection(context, plain)
+        stream.set_connect_state()
+        if accepted:
+            stream.do_handshake()
+            _ = stream.send(b"GET / HTTP/1.1\r\n\r\n")
+            assert stream.recv(4096).endswith(b"ok")
+        else:
+            with pytest.raises(VerificationError, match="no_profiles"):
+                stream.do_handshake()
+    assert len(got) == accepted
+
+
+def test_a_resumed_session_is_verified_again(identity: AttestedIdentity, tmp_path: Path) -> None:
+    verdicts: list[AcceptedVerdict] = []
+    context = attested_context(POLICY, fresh, root=ROOT, accepted=verdicts.append)
+    with serving(identity, tmp_path) as (port, _):
+        session: Any = None
+        for _again in range(2):
+            with (
+                socket.create_connection(("127.0.0.1", port)) as plain,
+                context.wrap_socket(plain, session=session) as stream,
+            ):
+                stream.sendall(b"GET / HTTP/1.1\r\n\r\n")
+                assert stream.recv(4096).endswith(b"ok")
+                session = stream.session
+        assert len(verdicts) == 2
