@@ -13,7 +13,7 @@ import pytest
 from chutes_proto.cli.main import main
 from tests.conftest import ROOT
 
-UNITS = sorted((ROOT / "examples/systemd").glob("*.service"))
+UNITS = sorted((ROOT / "examples/systemd").glob("chutes-proto-*.service"))
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)

@@ -23,6 +23,7 @@ _SECTIONS: Final[Mapping[str, Mapping[str, tuple[str, str]]]] = {
     },
     "In the VM": {"agent": ("agent.command", "Attest a VM at boot, open its disks and rotate their keys")},
     "Operate a key server": {
+        "init": ("operator.init", "Write the files of a new key server"),
         "serve": ("operator.serve", "Serve keys to VMs that prove what they are"),
         "keys": ("operator.keys", "Show, restore, purge, rewrap and import keys"),
         "vm": ("operator.vm", "List, bind and rebind VMs, and purge their old boots"),

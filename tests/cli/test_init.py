@@ -1,0 +1,110 @@
+"""`init`: the files of a new server, which works once its certificate is signed and its template filled."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from chutes_proto.io.files import write_file
+from chutes_proto.io.quoters.simulated import open_platform
+from tests.cli.conftest import HOTKEY, Ended, end, start_server
+from tests.conftest import ROOT
+
+
+def openssl(*words: object) -> None:
+    _ = subprocess.run(["openssl", *map(str, words)], check=True, capture_output=True)
+
+
+def test_a_new_server_works(
+    command: Callable[..., Ended], tmp_path: Path, require_program: Callable[[str], str]
+) -> None:
+    _ = require_program("openssl")
+    site, state = tmp_path / "etc", tmp_path / "state"
+    state.mkdir()
+    made = command("init", site, "--name", "localhost", "--state", state, "--json")
+    assert made.code == 0
+    assert [Path(file["path"]).name for file in made.json["files"]] == [
+        *("server.toml", "kek", "server.key", "server.csr", "measurements.toml")
+    ]
+    modes = {path.name: path.stat().st_mode & 0o777 for path in site.iterdir()}
+    assert modes == dict.fromkeys(["server.toml", "kek", "server.key"], 0o600) | dict.fromkeys(
+        ["server.csr", "measurements.toml"], 0o644
+    )
+    assert site.stat().st_mode & 0o777 == 0o700
+
+    # What `init` says is left to do; and this platform is a simulated one.
+    ca, key = tmp_path / "ca.pem", tmp_path / "ca.key"
+    openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=ca", "-keyout", key, "-out", ca)
+    csr = ("-in", site / "server.csr", "-copy_extensions", "copy")
+    openssl("x509", "-req", *csr, "-CA", ca, "-CAkey", key, "-out", site / "server.pem")
+    platform = open_platform(tmp_path / "platform", 1).platform
+    write_file(site / "boot.quote", platform.quote(bytes(64)))
+    write_file(site / "runtime.quote", platform.quote(bytes(64), stage="runtime"))
+    names = ("--name", "8xh200", "--version", "1.0")
+    profile = command("profile", site / "boot.quote", site / "runtime.quote", *names)
+    write_file(site / "measurements.toml", profile.out.encode())
+    write_file(site / "root.der", platform.root_der)
+    text = (site / "server.toml").read_text()
+    text = re.sub(r"\[collateral\].*?\n\n", "", text, flags=re.DOTALL).replace("0.0.0.0:8443", "127.0.0.1:0")
+    text = f'roots = "root.der"\ncollateral.directory = "collateral"\n{text.replace("127.0.0.1:9464", "127.0.0.1:0")}'
+    write_file(site / "server.toml", text.encode(), mode=0o600)
+    (site / "collateral").mkdir()
+    write_file(site / "collateral" / f"{platform.fmspc.hex()}.json", platform.collateral_json(int(time.time())))
+    checked = command("serve", "--config", site / "server.toml", "--check")
+    assert checked.code == 0, checked.err
+    server = start_server("--config", site / "server.toml", ca=ca)
+    try:
+        url = server.url.replace("127.0.0.1", "localhost")
+        who = ("--hotkey", HOTKEY, "--vm", "vm-1", "--platform", tmp_path / "platform")
+        assert command("boot", url, "--ca", ca, *who).code == 0
+    finally:
+        end(server.process)
+    assert (state / "keys.db").exists()
+
+
+def test_nothing_is_replaced(command: Callable[..., Ended], tmp_path: Path) -> None:
+    assert command("init", tmp_path, "--name", "keys.example").code == 0
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    (tmp_path / "server.toml").unlink()
+    again = command("init", tmp_path, "--name", "keys.example")
+    assert again.code == 1
+    assert "kek: exists, and is not replaced" in again.err
+    assert not (tmp_path / "server.toml").exists()
+    assert all(path.read_bytes() == data for path, data in before.items() if path.exists())
+
+
+def test_as_written_it_says_what_is_missing(command: Callable[..., Ended], tmp_path: Path) -> None:
+    assert command("init", tmp_path, "--name", "192.0.2.7").code == 0
+    checked = command("serve", "--config", tmp_path / "server.toml", "--check")
+    assert checked.code == 1
+    assert "server.pem" in checked.err
+    assert "measurements" in checked.err
+    assert command("init", tmp_path / "other", "--name", "büro.example").code == 1
+    assert not (tmp_path / "other").exists()
+
+
+# --- the unit of the server ---
+
+UNIT = ROOT / "examples/systemd/chutes-proto.service"
+
+
+def test_the_unit_leaves_little_exposed(require_program: Callable[[str], str]) -> None:
+    analyze = require_program("systemd-analyze")
+    done = subprocess.run(
+        [analyze, "security", "--offline=true", "--threshold=15", "--no-pager", UNIT],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    for line in ("DynamicUser=yes", "ProtectSystem=strict", "LimitCORE=0"):
+        assert line in UNIT.read_text()
+
+
+def test_the_unit_hands_over_every_file_that_init_writes(command: Callable[..., Ended], tmp_path: Path) -> None:
+    made = command("init", tmp_path, "--name", "keys.example", "--json").json["files"]
+    handed = set(re.findall(r"^LoadCredential=(\S+):/etc/chutes-proto/\1$", UNIT.read_text(), re.MULTILINE))
+    assert handed == {Path(file["path"]).name for file in made} - {"server.csr"} | {"server.pem"}
