@@ -307,11 +307,11 @@ class World:
                 is_late = claim is not None and unit.nonce.issued_at <= (claim.nonce_at or 0)
                 return type(unit), first_boot, is_late, self.read(Read(BootRow, unit.boot_id)) is not None
             case ConfirmRoot():
-                found = self.read(Read(BootRow, unit.nonce_digest, "root_confirm_digest"))
+                found: BootRow = self.read(Read(BootRow, unit.nonce_digest, "root_confirm_digest"))
                 more: object = unit.rotated
             case AttestVolumes() | SyncVolumes():
                 digest = unit.nonce_digest if isinstance(unit, AttestVolumes) else unit.token_digest
-                found: BootRow = self.read(Read(BootRow, digest, "token_digest"))
+                found = self.read(Read(BootRow, digest, "token_digest"))
                 more = (unit.volumes, unit.formatted, getattr(unit, "rekey", None))
             case ConfirmVolumes():
                 found = self.read(Read(BootRow, unit.nonce_digest, "confirm_digest"))

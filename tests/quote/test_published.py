@@ -100,7 +100,11 @@ def profile(name: str, rtmr0: str, version: str = "1.10", mrtd: str = MRTD, **mo
 H200 = profile("8xh200", "00" * 48, fingerprints=(bytes.fromhex(FINGERPRINT),))
 B200 = profile("8xb200", "11" * 48)
 RC = profile("8xh200", "00" * 48, "1.11", "9b" * 48)
-ALL = ((H200, {}), (B200, {}), (RC, {"rc": True, "authorized_hotkeys": ["5Grw"]}))
+ALL: tuple[tuple[Profile, dict[str, object]], ...] = (
+    (H200, {}),
+    (B200, {}),
+    (RC, {"rc": True, "authorized_hotkeys": ["5Grw"]}),
+)
 
 
 def published(upper: bool) -> bytes:
@@ -201,5 +205,5 @@ def test_mutated_files(data: st.DataObject) -> None:
     except PolicyError:
         return
     for one, _ in found.profiles:
-        assert all(len(register) == 48 for register in one.measured)
+        assert all(isinstance(register, bytes) and len(register) == 48 for register in one.measured)
         assert one.gpu_count

@@ -18,8 +18,9 @@ def main(what: str, *words: str) -> None:
     if what == "sign":
         print(PAIR.sign(words[0].encode()).hex())
     else:
-        stage = "boot" if words[0] == "boot" else "runtime"
-        print(base64.b64encode(PLATFORM.quote(bytes.fromhex(words[1]), stage=stage)).decode())
+        data = bytes.fromhex(words[1])
+        quote = PLATFORM.quote(data, stage="boot") if words[0] == "boot" else PLATFORM.quote(data, stage="runtime")
+        print(base64.b64encode(quote).decode())
 
 
 if __name__ == "__main__":

@@ -240,7 +240,7 @@ def test_a_platform_has_so_many_names(world):
 
 def test_only_known_hotkeys(world):
     world.app = App(service(hotkeys=frozenset({OTHER_HOTKEY})))
-    assert refusal(world.boot()) == (403, Code.HOTKEY_REJECTED, "Hotkey is not registered on netuid 64")
+    assert refusal(world.boot()) == (403, Code.HOTKEY_REJECTED, "Your hotkey is not registered on 64")
     assert answer(world.boot(miner_hotkey=OTHER_HOTKEY))
 
 

@@ -10,6 +10,7 @@ from attrs import evolve
 from chutes_proto.auth.binding import report_data
 from chutes_proto.auth.certificates import spki_sha256
 from chutes_proto.auth.hotkey import HotkeyPair
+from chutes_proto.quote._policy import Policy
 from chutes_proto.secret import Secret
 from chutes_proto.server._app import App
 from chutes_proto.server._profiles import ServedExchange, ServedProfile
@@ -183,6 +184,63 @@ def test_an_image_in_a_profile_of_another_exchange_is_one_audit_row(world):
     said = f"image asked for root_next (its request has first_boot); profile {PROFILE} has exchange two-phase"
     assert (row.decision, row.reason) == ("refused", f"exchange_mismatch: {said}")
     assert [record.fields["reason"] for record in world.log if record.event == "refused"] == [said]
+
+
+# --- who may boot which version ---
+
+
+def candidate(*authorized: str) -> Service:
+    """A server of one release, which the platform does not measure, and of a release candidate, which it does."""
+    release = evolve(PROFILE, version="1.4.0", boot=(PROFILE.boot[0], bytes(48), *PROFILE.boot[2:]))
+    rc = evolve(PROFILE, version="1.5.0")
+    secret = Secret(BUILD.encode())
+    profiles = {
+        release.identity: ServedProfile(release, secret, False, False, "provisioned"),
+        rc.identity: ServedProfile(rc, secret, False, False, "provisioned", True, frozenset(authorized)),
+    }
+    return service(policy=Policy(profiles=(release, rc)), profiles=profiles)
+
+
+def test_a_release_candidate_is_for_proven_hotkeys_that_it_names(world):
+    """Any other hears what it would hear if there were no candidate, word for word."""
+    world.app = App(candidate(HOTKEY))
+    granted = answer(boot(world))
+    assert answer(provision(world, granted["luks_quote_nonce"]))
+    nonce = world.nonce()
+    body, headers = world.attestation(nonce, miner_hotkey=HOTKEY, first_boot=False)
+    unproven = refusal(world.ask("POST", "/servers/boot/attestation", body, headers=headers))
+    world.app = App(candidate(OTHER.hotkey.address))
+    unauthorized = refusal(boot(world))
+    mismatch = "Quote does not match expected measurements. Ensure you are running a supported VM. (RTMR1)"
+    assert unproven == unauthorized == (403, Code.MEASUREMENT_MISMATCH, mismatch)
+    reason = world.log[-1].fields["reason"]
+    assert reason.startswith(f"release candidate {PROFILE.name} 1.5.0, and no authorized hotkey is proven")
+    listed = answer(world.ask("GET", "/servers/tee/measurements"))
+    assert [entry["version"] for entry in listed] == ["1.4.0"]
+
+
+def test_a_version_that_is_too_old_is_told_the_newest(world):
+    old, newest = evolve(PROFILE, version="1.9"), evolve(PROFILE, version="1.10.1", mrtd=bytes(48))
+    served = {
+        one.identity: ServedProfile(one, Secret(BUILD.encode()), False, False, "provisioned") for one in (old, newest)
+    }
+    world.app = App(service(policy=Policy(profiles=(old, newest)), profiles=served, minimum_version="1.10"))
+    text = (
+        "VM version 1.9 is no longer accepted for boot attestation. Please upgrade to the latest VM version (1.10.1)."
+    )
+    assert refusal(boot(world)) == (403, Code.VERSION_REJECTED, text)
+    world.app = App(evolve(world.app.service, minimum_version="1.9"))
+    assert answer(boot(world))
+
+
+def test_a_blacklisted_hotkey_boots_and_registers_nothing(world):
+    granted = answer(boot(world))
+    world.app = App(evolve(world.app.service, blacklist={HOTKEY: 'sells "H200" that are not'}))
+    said = (401, Code.HOTKEY_BLACKLISTED, 'Your hotkey has been blacklisted: sells "H200" that are not')
+    assert refusal(boot(world)) == said
+    assert refusal(provision(world, granted["luks_quote_nonce"])) == said
+    server = {"host": "1.2.3.4", "id": "n1", "gpus": []}
+    assert refusal(world.ask_signed("POST", "/servers/", server)) == said
 
 
 # --- the order of checks, as in test_boot.py: each row's fault and those of all rows below, and the upper one wins ---

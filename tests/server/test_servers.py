@@ -100,7 +100,11 @@ def test_register_list_show_rename_remove(world):
     assert listed[1] == first
     assert list(listed[1]) == list(first)
     assert listed[0]["name"] == "n2"
-    assert answer(world.ask_signed("GET", "/servers/n1")) == first
+    shown = answer(world.ask_signed("GET", "/servers/n1"))
+    assert list(shown) == [*list(first)[:3], "version", "maintenance_pending_window_id", *list(first)[3:]]
+    assert shown == first | {"version": None, "maintenance_pending_window_id": None}
+    boot(world)
+    assert answer(world.ask_signed("GET", "/servers/n1"))["version"] == PROFILE.version
     renamed = answer(world.ask_signed("PATCH", "/servers/n1?server_name=vm-9"))
     assert renamed == {
         "name": "vm-9",

@@ -164,7 +164,7 @@ def rename_server(miner: Miner, server_id: str, name: str) -> Flow[Server]:
 def read_server(miner: Miner, server_id: str) -> Flow[Server]:
     """Read one server."""
     request = miners.ServerRequest(server_id=_name(server_id))
-    return _server((yield from _repeat(miner, miners.SERVER_DETAILS, request, miners.ServerAnswer)), server_id)
+    return _server((yield from _repeat(miner, miners.SERVER_DETAILS, request, miners.ServerDetailsAnswer)), server_id)
 
 
 def remove_server(miner: Miner, name_or_id: str) -> Flow[str]:
@@ -215,7 +215,9 @@ def read_status(miner: Miner, server_id: str) -> Flow[AttestationStatus]:
     return AttestationStatus(answer.server_id, answer.name, verdict, answer.fresh, answer.age_seconds)
 
 
-def _server(answer: miners.ServerAnswer | miners.RenamedServerAnswer, server_id: str) -> Server:
+def _server(
+    answer: miners.ServerAnswer | miners.ServerDetailsAnswer | miners.RenamedServerAnswer, server_id: str
+) -> Server:
     updated_at = None if answer.updated_at is None else _time(answer.updated_at)
     return Server(server_id, answer.name, answer.ip, _time(answer.created_at), updated_at)
 
@@ -234,7 +236,7 @@ def _is_registered(miner: Miner, message: miners.RegisterServerRequest, began: i
     """Whether the miner has this server, registered since ``began`` as far as the two clocks may differ."""
     request = miners.ServerRequest(server_id=message.id)
     try:
-        found = yield from _ask(miner, miners.SERVER_DETAILS, request, miners.ServerAnswer)
+        found = yield from _ask(miner, miners.SERVER_DETAILS, request, miners.ServerDetailsAnswer)
     except Refused:
         return False
     created = _time(found.created_at).timestamp()

@@ -170,6 +170,7 @@ def _parse_entries(file: object, extra_keys: frozenset[str], defaults: Mapping[s
 
 def _tables(where: str, entry: _Flat | _ByPlatform) -> list[Extras]:
     """The profiles of an entry, as the JSON list has them."""
+    image: _Flat | _Tdx
     if isinstance(entry, _ByPlatform):
         if entry.tdx is None:
             return []

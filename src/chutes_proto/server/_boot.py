@@ -2,8 +2,9 @@
 
 The order of checks of operation 2: ``_evidence.py`` has steps 1 to 6; then
 
-7. the claim: a known hotkey in canonical form; the exchange that the image speaks, as far as its request shows that;
-   the signature if there is one or must be one; the VM's name free or bound to this platform;
+7. a version that may still boot; the claim: a known hotkey in canonical form, which is not blacklisted; the exchange
+   that the image speaks, as far as its request shows that; the signature if there is one or must be one; the VM's name
+   free or bound to this platform;
 8. one transaction: the claim taken, the nonce redeemed, the passphrase read or made, the token issued, the record and
    its audit row written (``units/boot.py``; that the name is free is read there too, first).
 
@@ -66,8 +67,9 @@ def _claim(
 ) -> Flow[BootAttestationAnswer]:
     """Appraise the evidence, check the claim and grant (steps 5 to 8)."""
     request, message = call.request, call.message
-    measurements = appraise(service, evidence, "boot").profile
+    measurements = appraise(service, evidence, "boot", lambda: _proven(call)).profile
     profile = service.profiles[measurements.identity]
+    service.check_version(measurements)
     hotkey = known_hotkey(service, message.miner_hotkey)
     is_provisioned = profile.exchange == "provisioned"
     if message.first_boot is not None and not is_provisioned:
@@ -130,6 +132,14 @@ def _claim(
     )
 
 
+def _proven(call: Call[BootAttestationRequest]) -> Hotkey:
+    """The hotkey that the request proves. Raises `Refused`."""
+    message = call.message
+    hotkey = _hotkey(message.miner_hotkey)
+    check_body_signature(hotkey, message.hotkey, message.nonce, call.request.body, message.signature)
+    return hotkey
+
+
 def _rotation(image: Secret | None, *, first_boot: bool) -> Flow[tuple[Hotkey, Secret, RootRotation]]:
     """Draw what a provisioned boot takes besides; returns it with the hotkey and the confirm nonce for the answer."""
     entropy = yield from Entropy(3 * FreshKey.SIZE + 32)
@@ -171,13 +181,18 @@ def token_digest(token: bytes) -> bytes:
 
 
 def known_hotkey(service: Service, address: str) -> Hotkey:
-    """The hotkey of ``address``. Raises `Refused` for an address that is not canonical, or not known here."""
+    """The hotkey of ``address``. Raises `Refused` for one that is not canonical, not known here, or blacklisted."""
+    hotkey = _hotkey(address)
+    service.check_known(hotkey, Code.HOTKEY_REJECTED, "Your hotkey is not registered on {netuid}")
+    service.check_welcome(hotkey)
+    return hotkey
+
+
+def _hotkey(address: str) -> Hotkey:
     try:
-        hotkey = Hotkey.parse(address)
+        return Hotkey.parse(address)
     except HotkeyError as exc:
         raise Refused(Code.HOTKEY_REJECTED, "Invalid miner hotkey", reason=str(exc)) from None
-    service.check_known(hotkey, Code.HOTKEY_REJECTED)
-    return hotkey
 
 
 def record_refusal(

@@ -46,7 +46,7 @@ def ask_host(
     now = yield from Now()  # the host may have taken `SECONDS`
     try:
         evidence = yield from verify_evidence(service, nonce, key, given.quote, now)
-        profile = appraise(service, evidence, "runtime").profile
+        profile = appraise(service, evidence, "runtime", lambda: call.caller).profile
     except Unavailable:
         raise
     except Refusal as exc:

@@ -208,6 +208,10 @@ class ServerConfig:
     roots: str = "intel"
     volumes: tuple[str, ...] = ("storage", "tdx-cache")
     netuid: int = 64
+    blacklist: Mapping[str, str] = field(factory=dict[str, str])
+    """Hotkeys that boot and register nothing, each with the reason that it is told."""
+    minimum_version: str | None = None
+    """The oldest version of the image that may boot."""
     exchange_downgrade: Literal["refuse", "allow"] = "refuse"
     retention_days: int = 90
     """The least age of a retired key that ``keys purge`` deletes. A server itself purges nothing."""

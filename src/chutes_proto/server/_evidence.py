@@ -15,12 +15,14 @@ Nothing here writes or consumes. Texts are those that deployed clients print; th
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import Literal
 
 from attrs import frozen
 
 from chutes_proto.auth.binding import check_report_data
 from chutes_proto.auth.certificates import ClientKey
+from chutes_proto.auth.hotkey import Hotkey
 from chutes_proto.effects import FetchCollateral, Flow, Now
 from chutes_proto.errors import CollateralUnavailable, Refused, Unavailable
 from chutes_proto.log import Value
@@ -120,15 +122,22 @@ def _no_collateral(reason: str) -> Unavailable:
     return Unavailable(Code.COLLATERAL_UNAVAILABLE, text, reason=reason, retry_after=10)
 
 
-def appraise(service: Service, evidence: Evidence, stage: Literal["boot", "runtime"]) -> AcceptedVerdict:
+def appraise(
+    service: Service, evidence: Evidence, stage: Literal["boot", "runtime"], proven: Callable[[], Hotkey] | None = None
+) -> AcceptedVerdict:
     """Appraise evidence (steps 5 and 6). Raises `Refused`; its reason lists all differences, got and expected.
 
     Raises `Unavailable` where the policy refuses the collateral: no VM could mend it.
     """
+    rc: Profile | None = None
     try:
-        return service.policy.appraise(evidence.verdict, stage=stage)
+        accepted = service.policy.appraise(evidence.verdict, stage=stage)
+        if _may_use(service, accepted.profile, proven):
+            return accepted
+        rc = accepted.profile
+        return service.public_policy.appraise(evidence.verdict, stage=stage)
     except AppraisalError as exc:
-        reason = str(exc)
+        reason = str(exc) if rc is None else f"release candidate {rc}, and no authorized hotkey is proven; {exc}"
         parts = {refusal.part for refusal in exc.refusals}
         if "collateral" in parts:
             raise _no_collateral(reason) from None
@@ -139,6 +148,17 @@ def appraise(service: Service, evidence: Evidence, stage: Literal["boot", "runti
         registers = [refusal.register for refusal in exc.refusals if refusal.register]
         named = f" ({registers[0]})" if registers else ""
         raise Refused(Code.MEASUREMENT_MISMATCH, _NOT_EXPECTED + named, reason=reason) from None
+
+
+def _may_use(service: Service, profile: Profile, proven: Callable[[], Hotkey] | None) -> bool:
+    """Whether the profile is one of a release, or the caller proves a hotkey that may use the release candidate."""
+    served = service.profiles.get(profile.identity)
+    if served is None or not served.rc:
+        return True
+    try:
+        return proven is not None and proven().address in served.authorized_hotkeys
+    except Refused:
+        return False
 
 
 def _part(error: VerificationError) -> str:

@@ -6,6 +6,7 @@ default: a wrong guess could lose a disk.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Literal, TypeAlias, cast
 
@@ -82,6 +83,13 @@ def serve_profile(
         options.rc,
         frozenset(options.authorized_hotkeys),
     )
+
+
+def parse_version(text: str) -> tuple[int, ...]:
+    """The numbers of a version, as in ``1.4.0``, for comparison. Raises `ValueError` for any other form."""
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9}){0,7}", text):
+        raise ValueError(f"version {text!r} has not the form 1.4.0")
+    return tuple(map(int, text.split(".")))
 
 
 def publish(profiles: Iterable[Profile]) -> EncodedMeasurements:

@@ -17,12 +17,14 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from attrs import evolve
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from chutes_proto.auth.certificates import client_key
+from chutes_proto.auth.hotkey import Hotkey
 from chutes_proto.effects import Flow, Now
 from chutes_proto.errors import Refused
 from chutes_proto.keys.generations import K3S_VOLUME, ROOT_VOLUME
@@ -69,7 +71,7 @@ def attest_volumes(service: Service, call: Call[vms.VolumeAttestationRequest]) -
         )
     call = evolve(call, now=(yield from Now()))  # collateral may have been waited for
     try:
-        profile = appraise(service, evidence, "runtime").profile
+        profile = appraise(service, evidence, "runtime", _prover(service, call)).profile
         *parts, k3s = yield from entropy_parts(len(volumes) + 1)
         fresh = {volume: FreshKey.from_entropy(part) for volume, part in zip(volumes, parts, strict=True)}
         handed = yield from transact_patiently(
@@ -153,6 +155,12 @@ def _prove(service: Service, call: Call[Any], expected: str) -> None:
     if isinstance(message, vms.ProvisionRequest | vms.ProvisionConfirmationRequest):
         hotkey = known_hotkey(service, message.hotkey or "")
         check_proof(hotkey, message.hotkey, message.nonce, expected, call.request.body, message.signature)
+
+
+def _prover(service: Service, call: Call[Any]) -> Callable[[], Hotkey] | None:
+    """The hotkey that operation 17 has proven; that of 13 is not."""
+    message = call.message
+    return (lambda: known_hotkey(service, message.hotkey or "")) if isinstance(message, vms.ProvisionRequest) else None
 
 
 def _pem(certificate: Certificate | None) -> str | None:

@@ -53,7 +53,7 @@ def attest_runtime(
     try:
         with service.proxies.excusing(request):
             evidence = yield from verify_evidence(service, nonce.value, key, message.quote, call.now)
-        profile = appraise(service, evidence, "runtime").profile
+        profile = appraise(service, evidence, "runtime", lambda: call.caller).profile
         yield from Transact(GrantRuntime(call.now, call.request_id, server, nonce, evidence.accepted(profile), address))
     except (Refused, BadRequest) as exc:
         yield from _record(call, server, nonce, evidence, exc)

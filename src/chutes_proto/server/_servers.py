@@ -18,7 +18,7 @@ from chutes_proto.server._hosts import locate
 from chutes_proto.server._service import Service
 from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import ReadAll, ServerRow
-from chutes_proto.units.servers import ReadOwnServer, RegisterServer, RemoveServer, RenameServer
+from chutes_proto.units.servers import ReadServerAndBoot, RegisterServer, RemoveServer, RenameServer
 from chutes_proto.wire import miners
 from chutes_proto.wire.codes import Code
 from chutes_proto.wire.names import timestamp
@@ -34,6 +34,7 @@ def register_server(service: Service, call: SignedCall[miners.RegisterServerRequ
     if message.id in _SHADOWED:
         problem: ValidationProblem = {"type": "value_error", "loc": ["body", "id"], "msg": "The id is reserved"}
         raise BadRequest(Code.VALIDATION_ERROR, [problem])
+    service.check_welcome(call.caller)
     gpus = check_nodes(message.id, message.gpus, service.gpus)
     shown = None
     with service.hosts.of(hotkey):
@@ -86,10 +87,18 @@ def rename_server(service: Service, call: SignedCall[miners.RenameServerRequest]
     )
 
 
-def read_server(service: Service, call: SignedCall[miners.ServerRequest]) -> Flow[miners.ServerAnswer]:
+def read_server(service: Service, call: SignedCall[miners.ServerRequest]) -> Flow[miners.ServerDetailsAnswer]:
     """Operation 8: describe the caller's server."""
-    server, _ = yield from Transact(ReadOwnServer(call.caller.address, call.message.server_id))
-    return _described(server)
+    server, boot = yield from Transact(ReadServerAndBoot(call.caller.address, call.message.server_id))
+    return miners.ServerDetailsAnswer(
+        server_id=server.server_id,
+        name=server.name,
+        ip=server.host,
+        version=None if boot is None else boot.profile_version,
+        maintenance_pending_window_id=None,
+        created_at=timestamp(server.created_at),
+        updated_at=None if server.updated_at is None else timestamp(server.updated_at),
+    )
 
 
 def remove_server(service: Service, call: SignedCall[miners.RemoveServerRequest]) -> Flow[miners.RemovedServerAnswer]:

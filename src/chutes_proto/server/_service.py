@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-from attrs import Factory, field, frozen
+from attrs import Factory, evolve, field, frozen
 
 from chutes_proto.auth.hotkey import Hotkey
 from chutes_proto.auth.signing import Signer, SigningPolicy
@@ -22,7 +22,7 @@ from chutes_proto.server._gpus import GPUS, Gpu
 from chutes_proto.server._limits import Admission, LogThrottle, TokenBuckets
 from chutes_proto.server._nonces import NonceMint
 from chutes_proto.server._open_boots import OpenBoots
-from chutes_proto.server._profiles import ServedProfile, publish
+from chutes_proto.server._profiles import ServedProfile, parse_version, publish
 from chutes_proto.server._proxy import Network, TrustedProxies
 from chutes_proto.server._readiness import Readiness
 from chutes_proto.wire.codes import Code
@@ -45,10 +45,10 @@ def _verifications(service: Service) -> Admission:
     return Admission(most, share=max(1, most // 2))
 
 
-def _public(service: Service) -> list[Profile]:
-    """The profiles of releases: those of release candidates are for the hotkeys that they name."""
+def _public(service: Service) -> Policy:
+    """The policy without release candidates, which are for the hotkeys that they name."""
     rc = {identity for identity, served in service.profiles.items() if served.rc}
-    return [profile for profile in service.policy.profiles if profile.identity not in rc]
+    return evolve(service.policy, profiles=tuple(one for one in service.policy.profiles if one.identity not in rc))
 
 
 def _patient(service: Service) -> Admission:
@@ -81,6 +81,8 @@ class Service:
     hotkeys: frozenset[str] | Literal["*"]
     volumes: tuple[str, ...] = ("storage", "tdx-cache")
     netuid: int = 64
+    blacklist: Mapping[str, str] = field(factory=dict[str, str])
+    minimum_version: str | None = None
     exchange_downgrade: Literal["refuse", "allow"] = "refuse"
     signatures: SigningPolicy = "compatible"
     registration_evidence: Literal["link", "boot", "callback"] = "link"
@@ -90,8 +92,9 @@ class Service:
     gpus: Mapping[str, Gpu] = field(factory=lambda: GPUS)
     proxies: TrustedProxies = field(factory=TrustedProxies)
     limits: LimitOptions = field(factory=LimitOptions)
+    public_policy: Policy = field(init=False, eq=False, default=Factory(_public, takes_self=True))
     published: EncodedMeasurements = field(
-        init=False, eq=False, default=Factory(lambda self: publish(_public(self)), takes_self=True)
+        init=False, eq=False, default=Factory(lambda self: publish(self.public_policy.profiles), takes_self=True)
     )
     verifications: Admission = field(default=Factory(_verifications, takes_self=True))
     patient: Admission = field(default=Factory(_patient, takes_self=True))
@@ -103,8 +106,26 @@ class Service:
     faults: LogThrottle = field(factory=LogThrottle)
     readiness: Readiness = field(factory=Readiness)
 
-    def check_known(self, hotkey: Hotkey, code: Code) -> None:
+    def check_known(
+        self, hotkey: Hotkey, code: Code, text: str = "Hotkey is not registered on netuid {netuid}"
+    ) -> None:
         """Raise `Refused` with ``code`` unless ``hotkey`` is one of those that are served."""
         if self.hotkeys != "*" and hotkey.address not in self.hotkeys:
             reason = f"hotkey {hotkey.address} is not among the configured hotkeys"
-            raise Refused(code, f"Hotkey is not registered on netuid {self.netuid}", reason=reason)
+            raise Refused(code, text.format(netuid=self.netuid), reason=reason)
+
+    def check_welcome(self, hotkey: Hotkey) -> None:
+        """Raise `Refused` if ``hotkey`` is blacklisted: it boots and registers nothing."""
+        if (why := self.blacklist.get(hotkey.address)) is not None:
+            raise Refused(Code.HOTKEY_BLACKLISTED, f"Your hotkey has been blacklisted: {why}")
+
+    def check_version(self, profile: Profile) -> None:
+        """Raise `Refused` if the image of ``profile`` is older than ``minimum_version``."""
+        if self.minimum_version is None or parse_version(profile.version) >= parse_version(self.minimum_version):
+            return
+        newest = max((one.version for one in self.public_policy.profiles), key=parse_version, default="none")
+        text = (
+            f"VM version {profile.version} is no longer accepted for boot attestation. Please upgrade to the latest VM"
+            f" version ({newest})."
+        )
+        raise Refused(Code.VERSION_REJECTED, text, reason=f"minimum_version is {self.minimum_version}")

@@ -231,6 +231,18 @@ class ReadOwnServer(Unit[tuple[store.ServerRow, store.AttestationRow | None]]):
 
 
 @frozen
+class ReadServerAndBoot(Unit[tuple[store.ServerRow, store.BootRow | None]]):
+    """A server of ``hotkey``'s with the newest boot of the VM of its name. Raises `Refused` (``server_not_found``)."""
+
+    hotkey: str
+    server_id: str
+
+    def script(self) -> Script[tuple[store.ServerRow, store.BootRow | None]]:
+        server = yield from read_own(self.hotkey, self.server_id)
+        return server, (yield from store.FindLastBoot(server.vm))
+
+
+@frozen
 class GrantRuntime(Unit[None]):
     """Record an accepted runtime quote, and redeem its nonce.
 

@@ -83,6 +83,19 @@ class ServerAnswer:
 
 
 @frozen
+class ServerDetailsAnswer:
+    """One server with the version of its image; times are RFC 3339 in UTC."""
+
+    server_id: str = body("the server's id")
+    name: str = body("the server's name")
+    ip: str = body("the host that it was registered with")
+    version: str | None = body("of the image that the VM of this name booted last")
+    maintenance_pending_window_id: str | None = body("null: no maintenance is served")
+    created_at: str = body("when it was registered")
+    updated_at: str | None = body("when it was renamed last")
+
+
+@frozen
 class ServerListAnswer:
     """The caller's servers, newest first: on the wire just the list."""
 
@@ -182,6 +195,7 @@ REGISTER_SERVER = Endpoint(
     "Register a server with its GPUs",
     (
         *_SIGNATURE_CODES,
+        Code.HOTKEY_BLACKLISTED,
         Code.HOST_INVALID,
         Code.GPU_INVALID,
         Code.EVIDENCE_UNAVAILABLE,
@@ -219,7 +233,7 @@ RENAME_SERVER = _of_hotkey(
 )
 
 SERVER_DETAILS = _of_hotkey(
-    8, "get_server", "GET /servers/{server_id}", ServerRequest, ServerAnswer, "One of the caller's servers"
+    8, "get_server", "GET /servers/{server_id}", ServerRequest, ServerDetailsAnswer, "One of the caller's servers"
 )
 
 REMOVE_SERVER = _of_hotkey(

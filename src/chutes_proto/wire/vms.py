@@ -215,7 +215,9 @@ BOOT_ATTESTATION = Endpoint(
     (
         *QUOTE_CODES,
         Code.HOTKEY_REJECTED,
+        Code.HOTKEY_BLACKLISTED,
         Code.SIGNATURE_INVALID,
+        Code.VERSION_REJECTED,
         Code.EXCHANGE_MISMATCH,
         Code.EXCHANGE_DOWNGRADE,
         *STORE_CODES,
@@ -278,6 +280,7 @@ PROVISION = Endpoint(
     (
         *QUOTE_CODES,
         Code.HOTKEY_REJECTED,
+        Code.HOTKEY_BLACKLISTED,
         Code.SIGNATURE_INVALID,
         Code.QUOTE_NONCE_INVALID,
         Code.VOLUMES_REQUIRED,
@@ -296,6 +299,7 @@ PROVISION_CONFIRMATION = Endpoint(
     "The volumes, or the root disk, were opened; the next keys become active where they were added",
     (
         Code.HOTKEY_REJECTED,
+        Code.HOTKEY_BLACKLISTED,
         Code.SIGNATURE_INVALID,
         Code.CONFIRM_NONCE_INVALID,
         Code.VOLUMES_REQUIRED,

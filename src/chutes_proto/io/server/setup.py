@@ -37,7 +37,7 @@ from chutes_proto.secret import Secret
 from chutes_proto.server._config import ProxyOptions, RegistrationOptions, ServerConfig
 from chutes_proto.server._gpus import GPUS
 from chutes_proto.server._nonces import NonceMint
-from chutes_proto.server._profiles import EXTRA_KEYS, ServedProfile, serve_profile
+from chutes_proto.server._profiles import EXTRA_KEYS, ServedProfile, parse_version, serve_profile
 from chutes_proto.server._proxy import TrustedProxies
 from chutes_proto.server._service import Callback, Service
 from chutes_proto.transport.h1 import Limits
@@ -117,6 +117,8 @@ def make_setup(config: ServerConfig) -> ServerSetup:
     profiles, not_served = _profiles(config, base, problems)
     tcb = TcbPolicy(collateral_grace=config.collateral.grace_seconds)  # the directory and the cache keep it, too
     policy = problems.attempt("measurements", lambda: Policy(tcb=tcb, profiles=tuple(p.measurements for p in profiles)))
+    _ = problems.attempt("minimum_version", lambda: _check_versions(config, profiles))
+    _ = problems.attempt("blacklist", lambda: _hotkeys(tuple(config.blacklist)))
     hotkeys: frozenset[str] | Literal["*"] | None = problems.attempt("hotkeys", lambda: _hotkeys(config.hotkeys))
     proxies = problems.attempt("proxy.secret_file", lambda: _proxies(config.proxy, base))
     if config.proxy.unix is not None:
@@ -147,6 +149,8 @@ def make_setup(config: ServerConfig) -> ServerSetup:
         hotkeys=hotkeys,
         volumes=config.volumes,
         netuid=config.netuid,
+        blacklist=config.blacklist,
+        minimum_version=config.minimum_version,
         exchange_downgrade=config.exchange_downgrade,
         signatures=config.signatures,
         registration_evidence=config.registration.evidence,
@@ -237,6 +241,16 @@ def _collateral(config: ServerConfig, base: Path, root: TrustedRoot) -> Collater
     ca_file = None if options.ca_file is None else base / options.ca_file
     kept = None if options.cache is None else base / options.cache
     return UpstreamCollateral(cache, context_trusting(ca_file), kept)
+
+
+def _check_versions(config: ServerConfig, profiles: list[ServedProfile]) -> None:
+    if config.minimum_version is None:
+        return
+    try:
+        for version in (config.minimum_version, *(profile.measurements.version for profile in profiles)):
+            _ = parse_version(version)
+    except ValueError as exc:
+        raise ConfigurationError(f"{exc}, so it cannot be compared") from None
 
 
 def _hotkeys(addresses: tuple[str, ...] | Literal["*"]) -> frozenset[str] | Literal["*"]:
