@@ -9,9 +9,10 @@ import base64
 import json
 import os
 import re
+import subprocess
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, redirect_stdout
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +26,7 @@ from chutes_proto.cli.main import main
 from chutes_proto.io.server.development import write_server
 from chutes_proto.io.server.setup import make_setup
 from chutes_proto.io.stores.sqlite import SqliteStore
+from chutes_proto.keys.vault import Address, FreshKey, KeyEncryptionKey, Vault
 from chutes_proto.quote._terms import rfc3339
 from chutes_proto.server import ServerConfig
 from chutes_proto.store import sql
@@ -37,6 +39,7 @@ from chutes_proto.store.rows import (
     GenerationRow,
     GpuRow,
     Insert,
+    InsertAll,
     Put,
     Read,
     ReadTimes,
@@ -49,7 +52,7 @@ from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.testing.store_suite._parts import DAY, boot, sync
 from chutes_proto.units.boot import RecordRefusal
 from chutes_proto.units.servers import RegisterServer
-from tests.cli.conftest import Ended
+from tests.cli.conftest import PROGRAM, Ended
 
 PLATFORM = SimulatedPlatform(bytes(32))
 HOTKEY = "5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY"
@@ -182,6 +185,39 @@ def test_a_new_key_encryption_key(site: Site) -> None:
     assert site.json("keys", "rewrap")["rewrapped"] == 0
     site.configuration.write_text(text)
     assert site.boot("2") == first
+
+
+def test_a_rewrap_that_was_killed_goes_on_with_the_keys_that_are_left(site: Site) -> None:
+    """Meanwhile keys are under two KEKs, and a server opens them all."""
+    old = KeyEncryptionKey.from_bytes((site.directory / "kek").read_bytes())
+    keys = [sealed_key(Vault(old), number) for number in range(3000)]
+    with closing(make_setup(ServerConfig.load(site.configuration)).store.open(migrate=True)) as store:
+        for begin in range(0, len(keys), 1000):
+            store.transact(Ask(InsertAll(tuple(keys[begin : begin + 1000]))))
+    _ = new_key(site)
+    new = KeyEncryptionKey.from_bytes((site.directory / "kek").read_bytes())
+    rewrapping = [*PROGRAM, "keys", "rewrap", "--config", str(site.configuration)]
+    with subprocess.Popen(rewrapping, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == "keys wrapped: 1000 of 3000\n"
+        process.kill()
+    assert {row.kek_id for row in site.rows()} == {old.kek_id, new.kek_id}
+    assert opened(Vault(new, old), site.rows()) == opened(Vault(old), keys)
+    done = site.json("keys", "rewrap")
+    assert 0 < done["rewrapped"] < 3000
+    assert done["sealed_under"] == {new.kek_id: 3000}
+    assert opened(Vault(new), site.rows()) == opened(Vault(old), keys)
+
+
+def sealed_key(vault: Vault, number: int) -> GenerationRow:
+    vm = Vm(HOTKEY, f"vm-{number}")
+    sealed = vault.seal(Address(vm, "storage", 1), FreshKey.from_entropy(os.urandom(FreshKey.SIZE)))
+    made = (sealed.sealed, sealed.kek_id, sealed.wrapped_key)
+    return GenerationRow(vm, "storage", 1, "active", *made, provisional=False, created_at=NOW, origin="a boot")
+
+
+def opened(vault: Vault, rows: Iterable[GenerationRow]) -> dict[Vm, bytes]:
+    return {row.vm: vault.open(Address(row.vm, row.volume, row.generation), row).reveal() for row in rows}
 
 
 def test_a_broken_row_stops_no_rewrap(site: Site) -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from chutes_proto.store import rows, sql
 from chutes_proto.store.rows import ROWS, AuditRow, Insert, Pin, Row, Scan, StoreOp, Vm, VolumeRow
 from chutes_proto.store.sql import SCHEMA_VERSION, columns, decode_rows, encode, for_driver, schema, statement
+from tests.store.memory import MemoryStore
 
 
 @pytest.mark.parametrize("kind", ROWS)
@@ -73,6 +74,39 @@ def test_a_number_that_stands_for_a_boolean_becomes_one() -> None:
 def test_every_operation_has_its_query() -> None:
     kinds = {kind for kind in vars(rows).values() if isinstance(kind, type) and issubclass(kind, StoreOp)}
     assert kinds - {StoreOp} == sql._QUERIES.keys()
+
+
+A_VM = Vm("hotkey", "vm")
+A_KEY = rows.GenerationRow(A_VM, "storage", 1, "active", b"", "kek", b"", False, 1, "")
+A_BOOT = rows.BootRow("b", A_VM, Pin("ppid", b""), b"", "", "", "base", b"", b"", 1, True, "", 1)
+A_VERDICT = rows.AttestationRow("a", "boot", A_VM, Pin("ppid", b""), None, "", None, None, b"", "", 1)
+
+
+@pytest.mark.parametrize(
+    ("op", "index"),
+    [
+        (rows.FindLastBoot(A_VM), "boot_vm_newest"),
+        (rows.FindLastBootFrom("hotkey", "192.0.2.1"), "boot_address_newest"),
+        (rows.ReadNames("vm"), "generation_name"),
+        (rows.ReadAudit(0, 9, wanted=rows.AuditWanted(name="vm")), "audit_vm"),
+        (rows.ReadAudit(1 << 62, 9, True, wanted=rows.AuditWanted(hotkey="hotkey", name="vm")), "audit_vm"),
+        (rows.ReadOld(rows.BootRow, 9, A_BOOT, 9), "boot_created"),
+        (rows.ReadOld(rows.AttestationRow, 9, A_VERDICT, 9), "attestation_created"),
+        *((rows.ReadPage(kind, None, 9), f"sqlite_autoindex_{kind.TABLE}_1") for kind in ROWS if kind.KEY),
+        (rows.ReadOtherwiseSealed("kek", 9, A_KEY), "sqlite_autoindex_generation_1"),
+        (rows.ReadUnclaimed(A_VM, 9), "sqlite_autoindex_generation_1"),
+        (rows.ReadRetired(9, A_VM, 9), "sqlite_autoindex_generation_1"),
+        (rows.RewrapGenerations((A_KEY,) * 100), "sqlite_autoindex_generation_1"),
+    ],
+)
+def test_an_index_finds_the_rows_and_their_order(op: StoreOp[object], index: str) -> None:
+    text, values = statement(op)
+    store = MemoryStore()
+    plan = [row[3] for row in store.connection.execute(f"EXPLAIN QUERY PLAN {text}", values)]
+    assert any(index in step for step in plan), plan
+    of_tables = [step for step in plan if re.match(r"SCAN (vm|generation|audit|boot|attestation)\b", step)]
+    assert all("USING" in step for step in of_tables), plan
+    assert not [step for step in plan if "TEMP B-TREE FOR ORDER" in step], plan
 
 
 def test_a_stranger_is_no_operation() -> None:

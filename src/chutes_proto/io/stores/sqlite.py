@@ -63,7 +63,7 @@ _SETTINGS: tuple[tuple[str, str | int], ...] = (
     ("trusted_schema", 0),
 )
 
-_STEPS_A_ROW: Final = 60
+_STEPS_A_ROW: Final = 78
 """About so many steps of SQLite's machine check a row and its entries in indexes."""
 _STEPS_A_CALL: Final = 200_000
 
@@ -147,8 +147,8 @@ class SqliteStore:
     def check(self, tell: Callable[[int, int], object] = untold) -> dict[str, int]:
         """Read the whole file in one snapshot, while others write; return the number of rows of each table.
 
-        ``tell`` takes how many steps of SQLite are done, and an estimate of how many there are. Raises `StoreError` for
-        damage, another schema, or a file that was removed.
+        ``tell`` takes about how many rows are checked, and how many there are. Raises `StoreError` for damage, another
+        schema, or a file that was removed.
         """
         with self._my_turn(_Job(_ALONE)), self._transaction("BEGIN") as connection:
             if self._versions(connection).found() is None:
@@ -156,7 +156,7 @@ class SqliteStore:
             _ = self._versions(connection).require()
             texts = ((kind.TABLE, f"SELECT count(*) FROM {kind.TABLE}") for kind in ROWS)  # noqa: S608 - names of ours
             counts: dict[str, int] = {table: connection.execute(text).fetchone()[0] for table, text in texts}
-            with self._steps_told(connection, sum(counts.values()) * _STEPS_A_ROW, tell):
+            with self._steps_told(connection, sum(counts.values()), tell):
                 (verdict,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
                 if verdict != "ok" or connection.execute("PRAGMA foreign_key_check").fetchone():
                     raise self._fault(_FAULTS[sqlite3.SQLITE_CORRUPT])
@@ -164,15 +164,15 @@ class SqliteStore:
 
     @contextlib.contextmanager
     def _steps_told(
-        self, connection: sqlite3.Connection, total: int, tell: Callable[[int, int], object]
+        self, connection: sqlite3.Connection, rows: int, tell: Callable[[int, int], object]
     ) -> Generator[None]:
-        """Tell how many steps of SQLite's machine the statements of the block take."""
+        """Tell of how many of so many rows the block has done the work, by the steps that it took."""
         steps = 0
 
         def count() -> None:
             nonlocal steps
             steps += _STEPS_A_CALL
-            _ = tell(min(steps, total), total)
+            _ = tell(min(steps // _STEPS_A_ROW, rows), rows)
 
         connection.set_progress_handler(count, _STEPS_A_CALL)
         try:
