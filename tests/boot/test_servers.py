@@ -241,7 +241,8 @@ def test_what_is_answered_becomes_values_with_times(network: Network) -> None:
 
 @pytest.mark.parametrize("time", ["", "yesterday", "2026-11-25", "2026-11-25T00:10:00", "20261125"])
 def test_a_time_without_its_offset_is_not_taken_for_local_time(network: Network, time: str) -> None:
-    body = b'{"server_id":"n1","name":"vm-1","ip":"1.2.3.4","created_at":"%s","updated_at":null}' % time.encode()
+    body = b'{"server_id":"n1","name":"vm-1","ip":"1.2.3.4","version":null,"maintenance_pending_window_id":null,'
+    body += b'"created_at":"%s","updated_at":null}' % time.encode()
     answer = HttpResponse(200, (("content-type", "application/json"),), body)
     with pytest.raises(RemoteProtocolError, match="not RFC 3339"):
         play(network, servers.read_server(miner(), "n1"), *[answer] * 9)
