@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+from datetime import UTC, datetime, timedelta
 from ipaddress import ip_network
 from typing import Any
 
 import pytest
 from attrs import define, evolve, field
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 from hypothesis import given
 from hypothesis import strategies as st
 
 from chutes_proto.auth.binding import report_data
 from chutes_proto.auth.certificates import spki_sha256
-from chutes_proto.auth.hotkey import HotkeyPair
+from chutes_proto.auth.hotkey import Hotkey, HotkeyPair
 from chutes_proto.auth.signing import purpose_message
 from chutes_proto.effects import Effect, FetchCollateral, FetchEvidence, Resolve, Transact
 from chutes_proto.errors import CollateralUnavailable, RemoteProtocolError, TransportError
@@ -27,11 +31,13 @@ from chutes_proto.server._proxy import TrustedProxies
 from chutes_proto.server._service import Callback
 from chutes_proto.store.rows import AttestationRow, AuditRow, ServerRow
 from chutes_proto.testing._platform import PROFILE
+from chutes_proto.units.servers import ReadCaller
 from chutes_proto.wire import json
 from chutes_proto.wire.codec import encode_quote
 from chutes_proto.wire.codes import Code
 from chutes_proto.wire.evidence import decode_evidence
 from chutes_proto.wire.http import HttpResponse
+from tests.server import test_provision as provisioning
 from tests.server.test_servers import HOST, boot, gpu, register, registered
 from tests.server.world import CERTIFICATES, MINER, NOW, OTHER, World, answer, refusal, service
 
@@ -61,11 +67,11 @@ class Hosted(World):
             raise error
         nonce = self.lie.get("nonce") or bytes.fromhex(effect.target.rpartition("=")[2])
         quote = self.platform.quote(
-            report_data(nonce, spki_sha256(CERTIFICATE)), stage=self.lie.get("stage", "runtime")
+            report_data(nonce, spki_sha256(self.lie.get("leaf", CERTIFICATE))), stage=self.lie.get("stage", "runtime")
         )
         members = {"tdx_quote": encode_quote(quote), "nvtrust_evidence": "[]"} | self.lie.get("members", {})
         body = self.lie.get("body", json.encode(members))
-        der = self.lie.get("certificate", CERTIFICATE.public_bytes(Encoding.DER))
+        der = self.lie.get("certificate", self.lie.get("leaf", CERTIFICATE).public_bytes(Encoding.DER))
         return HttpResponse(self.lie.get("status", 200), (), body), der
 
 
@@ -228,7 +234,8 @@ def test_collateral_that_is_not_there_is_no_fault_of_the_hosts(world):
     world.before = gone
     status, code, _ = refusal(register(world))
     assert (status, code) == (503, Code.COLLATERAL_UNAVAILABLE)
-    assert not [effect for effect in world.asked if isinstance(effect, Transact)]
+    units = [effect.unit for effect in world.asked if isinstance(effect, Transact)]
+    assert all(isinstance(unit, ReadCaller) for unit in units)  # which only reads
 
 
 def test_hosts_that_are_slow_leave_others_their_turn(world):
@@ -261,3 +268,54 @@ def test_a_status_is_as_before(world):
     registered(register(world))
     assert answer(world.ask_signed("GET", "/servers/n1/attestation/status"))["attestation_status"] == "never_attested"
     assert MINER.hotkey.address == world.rows(ServerRow)[0].hotkey
+
+
+# --- a VM of image 1.4.0 or newer ---
+
+
+def certified(name: str, issuer: tuple[Any, Any] | None = None) -> tuple[Any, Any]:
+    """A key and its certificate: of a CA of its own, or signed by ``issuer``."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+    issuing, by = (key, subject) if issuer is None else (issuer[0], issuer[1].subject)
+    begin = datetime.fromtimestamp(NOW, UTC)
+    builder = x509.CertificateBuilder().subject_name(subject).issuer_name(by).public_key(key.public_key())
+    builder = builder.serial_number(1).not_valid_before(begin).not_valid_after(begin + timedelta(days=365))
+    return key, builder.sign(issuing, hashes.SHA256())
+
+
+@pytest.fixture
+def of_1_4() -> tuple[Hosted, str, Any]:
+    """A world with a provisioned VM, the address that it trusts, and its root CA."""
+    profile = ServedProfile(PROFILE, Secret(b"build"), False, False, "provisioned")
+    world = make_world(profiles={PROFILE.identity: profile})
+    root = certified("sek8s-vm-root-ca")
+    world.certificate = root[1]
+    granted = answer(provisioning.boot(world))
+    assert answer(provisioning.provision(world, granted["luks_quote_nonce"]))
+    return world, granted["vm_auth_ss58"], root
+
+
+def shows(world: Hosted, leaf: Any) -> None:
+    """Let the host present ``leaf``, whose key its quote binds."""
+    world.lie = {"leaf": leaf}
+
+
+def test_a_provisioned_vm_is_called_by_the_hotkey_of_its_boot(of_1_4):
+    world, address, root = of_1_4
+    shows(world, certified("vm", root)[1])
+    registered(register(world, name="vm-1"))
+    headers = dict(world.calls[-1].headers)
+    assert headers["x-chutes-hotkey"] == address
+    caller = Hotkey.parse(address)
+    caller.check_signature(purpose_message(caller, str(NOW), "attest"), bytes.fromhex(headers["x-chutes-signature"]))
+
+
+@pytest.mark.parametrize("of", ["another CA", "itself", "the root CA's own"])
+def test_a_certificate_that_is_not_of_the_vms_root_ca(of_1_4, of):
+    world, _, root = of_1_4
+    leaves = {"another CA": certified("vm", certified("sek8s-vm-root-ca"))[1], "itself": certified("vm")[1]}
+    shows(world, leaves.get(of, root[1]))
+    assert refusal(register(world, name="vm-1"))[:2] == (403, Code.CERTIFICATE_MISMATCH)
+    assert "not of the VM's root CA" in reasons(world)[-1]
+    assert world.rows(ServerRow) == ()

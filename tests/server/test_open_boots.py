@@ -26,7 +26,7 @@ BASE, TWO_PHASE = (
 )
 
 
-def world(profiles: dict[str, ServedProfile] = BASE) -> World:
+def world(profiles: dict[tuple[str, str], ServedProfile] = BASE) -> World:
     return World(App(service(profiles=profiles, limits=LimitOptions(drain_seconds=DRAIN))))
 
 

@@ -15,19 +15,23 @@ caller's. GPU evidence is not verified; the audit row says so.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 from typing import Final
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 
 from chutes_proto.auth.certificates import ClientKey, client_key
+from chutes_proto.auth.hotkey import HotkeyPair
 from chutes_proto.auth.signing import purpose_message, signature_headers
-from chutes_proto.effects import Entropy, FetchEvidence, Flow, Now
+from chutes_proto.effects import Entropy, FetchEvidence, Flow, Now, Transact
 from chutes_proto.errors import BadRequest, Refusal, Refused, RemoteProtocolError, TransportError, Unavailable
+from chutes_proto.secret import Secret
 from chutes_proto.server._call import SignedCall
 from chutes_proto.server._evidence import appraise, verify_evidence
 from chutes_proto.server._service import Callback, Service
-from chutes_proto.units.servers import HostQuote
+from chutes_proto.units.servers import HostQuote, ReadCaller
 from chutes_proto.wire.codes import Code
 from chutes_proto.wire.evidence import PURPOSE, HostEvidence, decode_evidence, evidence_target
 from chutes_proto.wire.miners import RegisterServerRequest
@@ -40,9 +44,15 @@ def ask_host(
     service: Service, callback: Callback, call: SignedCall[RegisterServerRequest], address: str
 ) -> Flow[HostQuote]:
     """Ask the host that was located at ``address`` for its quote. Raises `BadRequest`, `Refused`, `Unavailable`."""
-    host = call.message.host
+    host, hotkey, name = call.message.host, call.caller.address, call.message.name or call.message.id
+    caller = yield from Transact(ReadCaller(call.now, hotkey, name, address, service.vault))
+    if caller is not None:  # a VM of image 1.4.0 or newer trusts no other
+        pair = HotkeyPair.from_seed(Secret(base64.b64decode(caller.seed.reveal())))
+        callback = Callback(pair.hotkey, pair.sign, callback.port)
     nonce = yield from Entropy(32)
-    given, key = yield from _fetch(callback, nonce, host, address)
+    given, key, certificate = yield from _fetch(callback, nonce, host, address)
+    if caller is not None and caller.root_ca is not None:
+        _check_issuer(certificate, x509.load_pem_x509_certificate(caller.root_ca.encode()), host, address)
     now = yield from Now()  # the host may have taken `SECONDS`
     try:
         evidence = yield from verify_evidence(service, nonce, key, given.quote, now)
@@ -59,7 +69,9 @@ def ask_host(
     return HostQuote(evidence.quote_digest, evidence.platform.pin, profile.name, profile.version, gpus)
 
 
-def _fetch(callback: Callback, nonce: bytes, host: str, address: str) -> Flow[tuple[HostEvidence, ClientKey]]:
+def _fetch(
+    callback: Callback, nonce: bytes, host: str, address: str
+) -> Flow[tuple[HostEvidence, ClientKey, x509.Certificate]]:
     now = str((yield from Now()))  # finding the host may have taken a while, and hosts look at the time
     signed = purpose_message(callback.hotkey, now, PURPOSE)
     headers = signature_headers(callback.hotkey, now, signed, callback.signer)
@@ -67,7 +79,8 @@ def _fetch(callback: Callback, nonce: bytes, host: str, address: str) -> Flow[tu
         response, certificate = yield from FetchEvidence(
             address, callback.port, host, evidence_target(nonce), headers, SECONDS
         )
-        return decode_evidence(response), client_key(x509.load_der_x509_certificate(certificate))
+        leaf = x509.load_der_x509_certificate(certificate)
+        return decode_evidence(response), client_key(leaf), leaf
     except (TransportError, RemoteProtocolError) as exc:
         why = str(exc)
     except (ValueError, x509.InvalidVersion) as exc:
@@ -76,6 +89,18 @@ def _fetch(callback: Callback, nonce: bytes, host: str, address: str) -> Flow[tu
         why = f"its certificate: {exc.reason}"
     text = "Server registration failed - Failed to get evidence for attestation."
     raise BadRequest(Code.EVIDENCE_UNAVAILABLE, text, reason=f"host {host} at {address}: {why}")
+
+
+def _check_issuer(leaf: x509.Certificate, root_ca: x509.Certificate, host: str, address: str) -> None:
+    """Raise `Refused` unless ``root_ca`` signed the certificate of the connection; names are not compared."""
+    try:
+        if leaf.public_key() == root_ca.public_key():
+            raise ValueError("it is the root CA itself")
+        leaf.verify_directly_issued_by(root_ca)
+    except (ValueError, TypeError, InvalidSignature) as exc:
+        text = "Server registration failed - Invalid client certificate provided."
+        reason = f"host {host} at {address}: its certificate is not of the VM's root CA: {exc}"
+        raise Refused(Code.CERTIFICATE_MISMATCH, text, reason=reason) from None
 
 
 def _as_registration(refusal: Refusal, host: str, address: str) -> Refusal:

@@ -19,10 +19,14 @@ from typing import Literal
 from attrs import evolve, frozen
 
 from chutes_proto.errors import BadRequest, Refused, StoreBusy
+from chutes_proto.keys import generations
+from chutes_proto.keys.vault import Vault
 from chutes_proto.quote._measurements import Profile
+from chutes_proto.secret import Secret
 from chutes_proto.store import rows as store
 from chutes_proto.store._run import Script, Unit
 from chutes_proto.units.boot import DAY, REFUSALS_PER_DAY
+from chutes_proto.units.keys import VmKeys, by_volume
 from chutes_proto.units.nonces import Nonce, redeem_nonce
 from chutes_proto.units.records import NO_QUOTE, AcceptedQuote, Quote, Records, legible
 from chutes_proto.wire.codes import Code
@@ -228,6 +232,41 @@ class ReadOwnServer(Unit[tuple[store.ServerRow, store.AttestationRow | None]]):
         return server, None if server.attested is None else (
             yield from store.Read(store.AttestationRow, server.attested)
         )
+
+
+@frozen
+class VmCaller:
+    """The hotkey that a provisioned VM trusts, by its seed in base64, and its root CA as PEM if it has provisioned."""
+
+    seed: Secret
+    root_ca: str | None
+
+
+@frozen
+class ReadCaller(Unit[VmCaller | None]):
+    """The caller that the VM of a server trusts, None for one whose boot was not provisioned.
+
+    The boot is the one that a registration is linked to: by name, else by address. Raises `KeyUnavailable`,
+    `SealBroken`.
+    """
+
+    now: int
+    hotkey: str
+    name: str
+    address: str
+    vault: Vault
+
+    def script(self) -> Script[VmCaller | None]:
+        boot = yield from store.FindLastBoot(store.Vm(self.hotkey, self.name))
+        if boot is None:
+            boot = yield from store.FindLastBootFrom(self.hotkey, self.address)
+        if boot is None or not boot.is_provisioned:
+            return None
+        rows = by_volume((yield from store.ReadLiveGenerations(boot.vm)))[generations.CALLER_VOLUME]
+        row = generations.active(rows)
+        if row is None:
+            return None
+        return VmCaller(VmKeys(boot.vm, self.vault, self.now, boot.boot_id).open(row), boot.root_ca)
 
 
 @frozen
