@@ -104,7 +104,8 @@ def add(volume: Volume, current: str, following: str) -> ActOnDisk[None]:
 
 
 def keep(volume: Volume, current: str | None, following: str) -> ActOnDisk[None]:
-    return ActOnDisk(KeepKey(volume.name, volume.device, Key.NEXT), pair(current, following))
+    beside = None if current is None else Key.CURRENT
+    return ActOnDisk(KeepKey(volume.name, volume.device, Key.NEXT, beside), pair(current, following))
 
 
 OPENED = tuple(OpenVolume(v.name, v.device, f"/dev/mapper/{v.mapping}", formatted=False) for v in VOLUMES)
@@ -273,6 +274,15 @@ def test_an_unknown_answer_keeps_both_keys_and_the_disks_are_open(said: Said, an
     assert CONFIRM not in str(said.records)
 
 
+def test_where_no_rotation_is_due_nothing_is_added_or_taken_off(said: Said) -> None:
+    opening = ActOnDisk(Open("storage", "/dev/vdb", "storage", (Key.CURRENT,)), pair("c", "c"))
+    answer = confirming({"storage": True, "tdx-cache": True}, storage="no_pending")
+    unlocked = rotate(
+        said, handed(storage={"current": "c", "next": "c"}), (opening, Key.CURRENT), *ROTATED[2:], answer, KEPT[1]
+    )
+    assert unlocked.volumes == OPENED
+
+
 def test_a_disk_that_the_next_key_opens_is_confirmed_too(said: Said) -> None:
     script = [(both(STORAGE, "c", "n"), Key.NEXT), *ROTATED[1:]]
     _ = rotate(said, handed(), *script, confirming({"storage": True, "tdx-cache": True}), *KEPT)
@@ -414,7 +424,7 @@ def test_what_would_be_done_is_said_without_a_server(said: Said) -> None:
         "storage: format /dev/vdb as LUKS2 with the current key",
         "storage: open /dev/vdb as /dev/mapper/storage with the current key",
         "storage: add the next key to /dev/vdb unless it has it, and test it",
-        "storage: take every key but the next one off /dev/vdb",
+        "storage: take every key but the next and the current one off /dev/vdb",
     ]
     assert storage.base == storage.two_phase[:2]
     assert "does not know it to hold data; else the boot stops" in storage.condition

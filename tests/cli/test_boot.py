@@ -174,7 +174,7 @@ def test_the_two_phase_exchange_confirms_nothing(command: Command, tmp_path: Pat
     write_server(site, open_platform(platform, int(time.time())).platform, int(time.time()))
     configuration = site / "server.toml"
     text = configuration.read_text().replace("[profile_defaults]", '[profile_defaults]\nexchange = "two-phase"')
-    _ = configuration.write_text(text)
+    _ = configuration.write_text(f"rotate_after_hours = 0\n{text}")
     server = start_server("--config", configuration, ca=site / "ca.pem")
     common = ["boot", server.url, "--ca", server.ca, "--hotkey", HOTKEY, "--vm", "vm-1", "--platform", platform]
     handed: list[dict[str, str]] = []

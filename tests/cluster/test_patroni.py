@@ -207,6 +207,7 @@ def make_site(site: Path, store: str) -> Path:
     write_server(site, PLATFORM, int(time.time()))
     configuration = site / "server.toml"
     _ = configuration.write_text(configuration.read_text().replace("sqlite:keys.db", store))
+    _ = configuration.write_text(f"rotate_after_hours = 0\n{configuration.read_text()}")
     base = PLATFORM.profile
     report = parse_quote(ROTATING.quote(bytes(64))).body
     assert isinstance(report, TdReport10)

@@ -69,8 +69,8 @@ class Bench:
     def add(self, current: bytes, following: bytes) -> None:
         assert self.act(AddKey("storage", self.device, Key.NEXT), current, following) is None
 
-    def keep(self, following: bytes) -> None:
-        assert self.act(KeepKey("storage", self.device, Key.NEXT), A, following) is None
+    def keep(self, following: bytes, beside: Key | None = None) -> None:
+        assert self.act(KeepKey("storage", self.device, Key.NEXT, beside), A, following) is None
 
     def opens(self, key: bytes) -> bool:
         """Return whether the real program opens the real disk."""
@@ -154,6 +154,13 @@ def test_doubled_keys_go_together(bench: Bench, tmp_path: Path) -> None:
         command = [bench.program, "luksAddKey", *FAST, bench.device, str(file)]
         _ = subprocess.run(command, input=A, check=True)
     assert bench.slots() == 4
+    whole = bench.path.read_bytes()
+    bench.keep(B, beside=Key.CURRENT)
+    assert bench.slots() == 2
+    assert bench.opens(A)
+    assert bench.opens(B)
+    _ = bench.path.write_bytes(whole)
+    bench.again()
     bench.keep(B)
     assert bench.slots() == 1
     assert bench.opens(B)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from chutes_proto.keys.generations import (
     Change,
     HandOut,
+    Pace,
     Supply,
     active,
     confirm,
@@ -27,6 +28,7 @@ from chutes_proto.keys.generations import (
 from chutes_proto.store.rows import GenerationRow, State, Vm
 
 VM = Vm("hotkey", "vm")
+ALWAYS = Pace(0, 0)
 
 
 def row(generation: int, state: State = "active", **changes: object) -> GenerationRow:
@@ -111,7 +113,7 @@ def superseded(number: int, at: int) -> GenerationRow:
 
 
 def test_the_first_hand_out_is_active_at_once() -> None:
-    first = hand_out([], seal)
+    first = hand_out([], seal, ALWAYS)
     assert (first.current, first.next, first.created) == (None, row(1), row(1))
     assert confirm([row(1)], None, 1, rotated=False, at=9) == Change()
     assert confirm([row(1)], None, 1, rotated=True, at=9) == Change()
@@ -120,15 +122,64 @@ def test_the_first_hand_out_is_active_at_once() -> None:
 
 
 def test_a_candidate_is_handed_out_until_it_is_decided_on() -> None:
-    out = hand_out([row(1)], seal)
+    out = hand_out([row(1)], seal, ALWAYS)
     assert (out.current, out.next) == (row(1), row(2, "candidate"))
-    again = hand_out([row(1), row(2, "candidate")], never)
+    again = hand_out([row(1), row(2, "candidate")], never, ALWAYS)
     assert again == HandOut(current=row(1), next=row(2, "candidate"))
+
+
+def test_a_candidate_is_the_next_key_once_it_has_its_age() -> None:
+    made = hand_out([row(1)], seal, Pace(5, 10))
+    assert (made.current, made.next) == (row(1), row(1))
+    assert made.created == row(2, "candidate", delivered_at=None)
+    rows = [row(1), row(2, "candidate")]
+    assert hand_out(rows, never, Pace(9, 10)) == HandOut(current=row(1), next=row(1))
+    assert hand_out(rows, never, Pace(10, 10)) == HandOut(current=row(1), next=row(2, "candidate"))
+    for rotated in (True, False):
+        assert confirm(rows, 1, 1, rotated=rotated, at=9) == Change()
+    rows = [superseded(1, 3), row(2, provisional=True), row(3, "candidate")]
+    for rotated in (True, False):
+        proven = confirm(rows, 2, 2, rotated=rotated, at=9)
+        assert proven is not None
+        assert apply(rows, proven)[1:] == [row(2), row(3, "candidate")]
+        assert pinned(apply(rows, proven)) is None
+    for rotated in (True, False):  # an operator chose another key since
+        gone = confirm([row(1), row(2, "retired", retirement="superseded")], 2, 2, rotated=rotated, at=9)
+        assert gone == (None if rotated else Change())
+
+
+def test_after_a_restore_every_key_has_its_turn() -> None:
+    doubted = row(3, "candidate", provisional=True)
+    rows = [superseded(1, 3), row(2, provisional=True), doubted]
+    turns = [hand_out(rows, never, Pace(0, 9), handed) for handed in (None, 2, 1, 3)]
+    pairs = [(out.current and out.current.generation, out.next.generation) for out in turns]
+    assert pairs == [(2, 2), (1, 2), (3, 3), (2, 2)]
+    by_third = confirm(rows, 3, 3, rotated=True, at=9)
+    assert by_third is not None
+    after = apply(rows, by_third)
+    assert [(r.state, r.retirement, r.provisional) for r in after] == [
+        ("retired", "superseded", False),
+        ("retired", "superseded", False),
+        ("active", None, False),
+    ]
+    by_second = confirm(rows, 2, 2, rotated=False, at=9)
+    assert by_second is not None
+    assert apply(rows, by_second)[1:] == [row(2), row(3, "candidate")]
+    by_first = confirm(rows, 1, 2, rotated=False, at=9)
+    assert by_first is not None
+    assert [(r.state, r.provisional) for r in apply(rows, by_first)] == [
+        ("active", False),
+        ("retired", False),
+        ("retired", False),
+    ]
+    dropped = confirm([row(2), doubted], 2, 3, rotated=False, at=9)
+    assert dropped is not None
+    assert not any(r.provisional for r in dropped.updated)
 
 
 def test_what_was_pruned_comes_back_with_a_candidate() -> None:
     pruned = [row(1, "retired", retirement="prune")]
-    back = hand_out(pruned, seal)
+    back = hand_out(pruned, seal, ALWAYS)
     assert (back.updated, back.current, back.next) == ((row(1),), row(1), row(2, "candidate"))
 
 
@@ -137,10 +188,10 @@ def test_a_promotion_is_provisional_and_pins_what_it_superseded() -> None:
     promoted = confirm(rows, 1, 2, rotated=True, at=9)
     assert promoted == Change((superseded(1, 9), row(2, provisional=True)))
     rows = apply(rows, promoted)
-    assert hand_out(rows, seal, handed=None).current == row(2, provisional=True)
-    other = hand_out(rows, seal, handed=2)
+    assert hand_out(rows, seal, ALWAYS, handed=None).current == row(2, provisional=True)
+    other = hand_out(rows, seal, ALWAYS, handed=2)
     assert (other.current, other.next) == (superseded(1, 9), row(2, provisional=True))
-    assert hand_out(rows, seal, handed=1).current == row(2, provisional=True)
+    assert hand_out(rows, seal, ALWAYS, handed=1).current == row(2, provisional=True)
     assert confirm(rows, 1, 2, rotated=True, at=10) == Change()
     rows.append(row(3, "candidate"))
     back = confirm(rows, 1, 2, rotated=False, at=10)

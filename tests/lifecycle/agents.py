@@ -12,7 +12,7 @@ from attrs import evolve
 
 from chutes_proto.errors import Refused
 from chutes_proto.store._run import Unit
-from chutes_proto.testing.store_suite._parts import attest, confirm, sync
+from chutes_proto.testing.store_suite._parts import confirm, sync
 from chutes_proto.units.rotation import ConfirmRoot, HandedKeys
 from chutes_proto.units.volumes import VolumeKeys
 from tests.lifecycle.world import OTHER, VOLUME, Choices, Killed, NoAnswer, World
@@ -25,7 +25,9 @@ TRIES = 2
 
 def boot_once(world: World, choices: Choices) -> bool:
     """One boot under the world's policy."""
-    missing = choices.pick("disk", ("there", "missing")) == "missing"
+    world.pass_time(choices)
+    fates = ("there",) if world.policy.backups and world.policy.exchange == "provisioned" else ("there", "missing")
+    missing = choices.pick("disk", fates) == "missing"
     agent = {
         ("base", True): _base_ours,
         ("base", False): _base_deployed,
@@ -66,55 +68,61 @@ def _open_or_format(world: World, keys: VolumeKeys, choices: Choices, *, consent
         return key in world.slots
     if consent and VOLUME in keys.in_use:
         return False
-    return world.write(frozenset({key}), choices)
+    return world.write((key,), choices)
 
 
 def _two_phase_ours(world: World, choices: Choices, missing: bool) -> bool:
-    """Opens with `next` where `current` does not, and takes a key off the disk only once it heard which is active."""
+    """Opens with `next` where `current` does not; takes a key off the disk only once it heard which is active, and
+    then neither that one nor the one before it."""
     granted = world.granted()
     formatted = [VOLUME] if world.slots and not missing else []
-    unit = attest(granted, "body", OTHER if missing else VOLUME, formatted=formatted)
+    unit = world.attest(granted, OTHER if missing else VOLUME, formatted=formatted)
     handed = _again(world, unit, choices)
     if missing:
         return False
     current, following = _pair(handed)
     if not world.slots:
-        if VOLUME in handed.in_use or not world.write(frozenset({current or following}), choices):
+        if VOLUME in handed.in_use or not world.write((current or following,), choices):
             return False
-    elif world.slots.isdisjoint({current, following}):
+    elif {*world.slots}.isdisjoint({current, following}):
         return False
-    added = following in world.slots or world.write(world.slots | {following}, choices)
+    added = following in world.slots or world.write((*world.slots, following), choices)
     try:
         _ = _again(world, confirm(unit, {VOLUME: added}), choices)
     except (NoAnswer, Refused):
         return True
-    if added:
-        _ = world.write(frozenset({following}), choices)
+    if added and current != following:
+        kept = tuple(key for key in dict.fromkeys(world.slots) if key in (current, following))
+        _ = world.write(kept, choices)
     return True
 
 
 def _two_phase_deployed(world: World, choices: Choices, missing: bool) -> bool:
-    """As image 1.3 does: asks once, acts on the status alone, and takes the new key off again if it is not 200."""
+    """As image 1.3 does: asks once, acts on the status alone, and takes the new key off again if it is not 200.
+
+    It adds a key that the disk has already in a second slot, and takes a key off one slot."""
     granted = world.granted()
-    unit = attest(granted, "body", OTHER if missing else VOLUME)
+    unit = world.attest(granted, OTHER if missing else VOLUME)
     handed = world.ask(unit, choices)
     if missing:
         return False
     current, following = _pair(handed)
     key, more = (following, None) if current is None else (current, following)
     if not world.slots:
-        if not world.write(frozenset({key}), choices):
+        if not world.write((key,), choices):
             return False
     elif key not in world.slots:
         return False
-    added = more is not None and world.write(world.slots | {more}, choices)
+    added = more is not None and world.write((*world.slots, more), choices)
     try:
         _ = world.ask(confirm(unit, {VOLUME: added}), choices)
         confirmed = True
     except (NoAnswer, Refused):
         confirmed = False
     if added and more is not None:
-        _ = world.write(world.slots - {key if confirmed else more}, choices)
+        slots = [*world.slots]
+        slots.remove(key if confirmed else more)
+        _ = world.write(tuple(slots), choices)
     return True
 
 
@@ -146,7 +154,7 @@ def _root_deployed(world: World, choices: Choices, missing: bool) -> bool:
             raise Killed
         world.fresh, world.data = False, True
     before = world.slots
-    if not world.write(before | {following}, choices):
+    if not world.write((*before, following), choices):
         return False
     confirm_root = ConfirmRoot(
         now=unit.now + 1,
@@ -161,7 +169,7 @@ def _root_deployed(world: World, choices: Choices, missing: bool) -> bool:
         _ = world.ask(confirm_root, choices)
     except (NoAnswer, Refused):
         return world.write(before, choices)
-    return world.write(frozenset({following}), choices)
+    return world.write((following,), choices)
 
 
 def _pair(handed: HandedKeys) -> tuple[bytes | None, bytes]:

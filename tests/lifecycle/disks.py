@@ -54,9 +54,9 @@ class SimulatedDisks:
                 if held[key] not in slots:
                     _ = self._opener(action, slots, held, tuple(held))
                     self._write(slots, {*slots, held[key]})
-            case KeepKey(key=key):
+            case KeepKey(key=key, beside=beside):
                 _ = self._opener(action, slots, held, (key,))
-                self._write(slots, {held[key]})
+                self._write(slots, {held[key], *({held[beside]} & slots if beside else ())})
             case _:
                 raise AssertionError(action)
         return None

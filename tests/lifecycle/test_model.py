@@ -1,8 +1,10 @@
 """No key is ever lost: all that can befall a VM with one volume, and its disk opens afterwards.
 
 Tried are both exchanges, our agent and the deployed clients; each message lost, doubled or delayed to any later point;
-VM and server killed before and after each effect; the disk missing for a boot. Two such boots exhaustively, of a blank
-disk and of a formatted one; longer lives at random.
+VM and server killed before and after each effect; the disk missing for a boot; in the two-phase exchange, also the
+store backed up, and restored from that backup while it is younger than ``rotate_after``, with rotations in between:
+some key of the backup opens the disk, and is handed out. Two such boots exhaustively, of a blank disk and of a
+formatted one; longer lives at random.
 """
 
 from __future__ import annotations
@@ -28,15 +30,17 @@ from chutes_proto.units.boot import GrantBoot
 from chutes_proto.units.operator import RestoreKey
 from tests.conftest import SOAK
 from tests.lifecycle.agents import boot_once
-from tests.lifecycle.world import VOLUME, Choices, Policy, World, explore
+from tests.lifecycle.world import PASSES, VOLUME, Choices, Policy, World, explore
 
 T = TypeVar("T")
 
 EXCHANGES: tuple[Exchange, ...] = ("base", "two-phase")
 POLICIES = [Policy(*policy) for policy in itertools.product(EXCHANGES, (True, False))]
+BACKUPS = [Policy("two-phase", ours, backups=True) for ours in (True, False)]
 DEPLOYED = Policy("two-phase", ours=False)
 ROOT = Policy("provisioned", ours=False)
 POLICIES.append(ROOT)
+BACKUPS.append(Policy("provisioned", ours=False, backups=True))
 RECOVERY = 3
 """How many undisturbed boots it may take until the VM is up again."""
 STEADY = 2
@@ -55,6 +59,8 @@ class Bounds:
 def bounds(policy: Policy) -> tuple[Bounds, ...]:
     """The long form is two boots with all that can be, and three with less. Our agent asks again, so that it has many
     more ways than others through the same states. A third mishap in a boot leads deployed clients to no further one."""
+    if policy.backups:
+        return (Bounds(mishaps=2), Bounds(3, 0, 2)) if SOAK else (Bounds(3, 0, 1),)
     if policy.exchange == "base":
         return (Bounds(), Bounds(3, 2, 4)) if SOAK else (Bounds(),)
     if policy.exchange == "provisioned":
@@ -113,6 +119,12 @@ class Search:
             formatted.copy_image()
         assert undisturbed(formatted)
         worlds = [(blank, ""), (formatted, "formatted; ")]
+        if self.policy.backups:
+            aged = formatted.copy()
+            assert undisturbed(aged)
+            aged.now += PASSES
+            aged.back_up(Choices([1]))
+            worlds = [(aged, "formatted, a candidate made, and backed up; "), *(worlds if SOAK else ())]
         for number in range(boots):
             found: list[tuple[World, str]] = []
             for world, told in worlds:
@@ -136,7 +148,7 @@ class Search:
         return tries is not None
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize("policy", [*POLICIES, *BACKUPS], ids=str)
 def test_every_life_of_a_few_boots(policy: Policy, figure: Callable[[str], None]) -> None:
     for bound in bounds(policy):
         search = Search(policy, bound.in_flight, bound.mishaps)
@@ -146,7 +158,8 @@ def test_every_life_of_a_few_boots(policy: Policy, figure: Callable[[str], None]
         # the exception is reached where it is said to be, and nowhere else
         assert bool(search.excused) == (policy.exchange == "base" and not policy.ours)
         # a deployed client may have to wait for its turn of the two keys; ours tries both
-        assert search.slowest == (2 if policy.exchange != "base" and not policy.ours else 1)
+        takes_turns = policy.exchange != "base" and not policy.ours
+        assert search.slowest == 1 + (takes_turns or policy.backups)
         told = f"{search.ways} lives to {len(search.settled)} worlds; {search.excused} need an operator's restore"
         figure(f"{bound.boots} boots, mishaps in each {'any' if bound.mishaps is None else bound.mishaps}: {told}")
 
@@ -194,7 +207,7 @@ class Drawn(Choices):
         return options[index]
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize("policy", [*POLICIES, *BACKUPS], ids=str)
 @given(st.data())
 def test_long_lives(policy: Policy, data: st.DataObject) -> None:
     world = World(policy, in_flight=3)
@@ -212,7 +225,7 @@ def test_long_lives(policy: Policy, data: st.DataObject) -> None:
 
 
 def hand_out_without_turns(*arguments: Any) -> HandOut:
-    return HAND_OUT(*arguments[:2])
+    return HAND_OUT(*arguments[:3])
 
 
 def confirm_retires_what_was_not_rotated(
@@ -274,6 +287,22 @@ def test_a_late_request_of_a_first_boot_locks_a_rotated_root_disk(monkeypatch: p
 
 
 TRANSACT = World.transact
+
+
+def hand_out_at_once(rows: Any, seal: Any, pace: Any, handed: int | None = None) -> HandOut:
+    return HAND_OUT(rows, seal, evolve(pace, rotate_after=0), handed)
+
+
+def hand_out_undoubting(rows: Any, *arguments: Any) -> HandOut:
+    sure = [evolve(row, provisional=False) if row.state == "candidate" else row for row in rows]
+    return HAND_OUT(sure, *arguments)
+
+
+@pytest.mark.parametrize("broken", [hand_out_at_once, hand_out_undoubting])
+def test_a_broken_rule_locks_a_disk_after_a_restore(broken: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generations, "hand_out", broken)
+    with pytest.raises(AssertionError, match=r"no key of the backup opens the disk|the disk is locked"):
+        assert Search(BACKUPS[1], in_flight=0, mishaps=1).run(2) is None, "the disk is locked"
 
 
 def test_a_confirmation_of_an_older_boot_locks_a_disk(monkeypatch: pytest.MonkeyPatch) -> None:

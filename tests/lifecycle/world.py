@@ -39,8 +39,10 @@ from chutes_proto.store.rows import (
     VmRow,
     VolumeRow,
 )
-from chutes_proto.testing.store_suite._parts import VAULT, VM, boot, entropy, fresh
+from chutes_proto.testing.store_suite._parts import NOW, VAULT, VM, attest, boot, entropy, fresh
 from chutes_proto.units.boot import GrantBoot, RootRotation
+from chutes_proto.units.nonces import SKEW
+from chutes_proto.units.operator import StoreRestored
 from chutes_proto.units.rotation import AttestVolumes, ConfirmRoot, ConfirmVolumes
 from chutes_proto.units.volumes import SyncVolumes
 from tests.store.memory import MemoryStore
@@ -50,6 +52,12 @@ VOLUME = "storage"
 BUILD = b"the passphrase of the build"
 OTHER = "tdx-cache"
 """A volume that is always there, so that a VM whose disk is missing has something to ask for."""
+
+
+ROTATE_AFTER = 100
+"""Seconds: so few that no nonce expires."""
+PASSES = 60
+"""Seconds that may pass between two boots: twice, and a rotation is due."""
 
 
 class Choices:
@@ -124,10 +132,11 @@ class Killed(Exception):
 
 @frozen
 class Policy:
-    """The constants of a whole run."""
+    """The constants of a whole run. With ``backups`` the store may come back from one that is young enough."""
 
     exchange: ServedExchange
     ours: bool
+    backups: bool = False
 
     @property
     def volume(self) -> str:
@@ -135,7 +144,22 @@ class Policy:
         return ROOT_VOLUME if self.exchange == "provisioned" else VOLUME
 
     def __str__(self) -> str:
-        return f"{self.exchange}, {'our agent' if self.ours else 'deployed client'}"
+        agent = "our agent" if self.ours else "deployed client"
+        return f"{self.exchange}, {agent}{', backups' if self.backups else ''}"
+
+    @property
+    def rotate_after(self) -> int:
+        return ROTATE_AFTER if self.backups else 0
+
+
+@frozen
+class Backup:
+    """A copy of the store, when it was made, and the part of `World.key` that it is."""
+
+    image: bytes
+    at: int
+    rows: tuple[GenerationRow, ...]
+    volume: VolumeRow | None
 
 
 @define
@@ -148,15 +172,17 @@ class World:
     store: MemoryStore = field(factory=MemoryStore)
     is_shared: bool = False
     """Whether another world has the same store, which is then copied before it changes."""
-    slots: frozenset[bytes] = frozenset()
+    slots: tuple[bytes, ...] = ()
     flight: tuple[Unit[Any], ...] = ()
     boots: int = 0
     data: bool = False
     """Whether the disk was ever formatted: then it must open for ever."""
     fresh: bool = False
     """Whether the root disk is a fresh copy of the image, which the build's passphrase alone opens."""
-    past: tuple[frozenset[bytes], bool] | None = None
+    past: tuple[tuple[bytes, ...], bool] | None = None
     """The disk before the last boot, to which a host may roll it back: one rotation at most lies between."""
+    now: int = NOW
+    backup: Backup | None = None
 
     def copy(self) -> World:
         self.is_shared = True
@@ -176,14 +202,18 @@ class World:
         """A boot that is granted: nothing that is lost there says anything of a volume."""
         self.boots += 1
         exchange: Exchange = "base" if self.policy.exchange == "base" else "two-phase"
-        unit = evolve(boot(str(self.boots)), exchange=exchange, exchange_downgrade="allow")
+        unit = evolve(boot(str(self.boots), now=self.now), exchange=exchange, exchange_downgrade="allow")
         _ = self.transact(unit)
         return unit
+
+    def attest(self, granted: GrantBoot, volume: str, formatted: Sequence[str] | None = None) -> AttestVolumes:
+        return attest(granted, "body", volume, formatted=formatted, rotate_after=self.policy.rotate_after)
 
     def provisioned(self) -> GrantBoot:
         """The next boot of an image from 1.4.0 on; its nonce is younger than those of all before."""
         self.boots += 1
-        unit = boot(f"provisioned {self.boots}")
+        self.now += self.policy.backups
+        unit = boot(f"provisioned {self.boots}", now=self.now)
         label = unit.boot_id
         rotation = RootRotation(
             build=FreshKey.of_passphrase(Secret(BUILD), entropy(f"build {label}", FreshKey.SIZE)),
@@ -191,17 +221,22 @@ class World:
             caller=FreshKey.encryption_key(entropy(f"caller {label}", FreshKey.SIZE)),
             confirm_digest=entropy(f"root confirm {label}", 32),
             first_boot=self.fresh,
+            rotate_after=self.policy.rotate_after,
         )
-        nonce = evolve(unit.nonce, issued_at=unit.now - 100 + self.boots)
+        nonce = unit.nonce
+        if not self.policy.backups:
+            nonce = evolve(nonce, issued_at=unit.now - 100 + self.boots)
         return evolve(unit, exchange="two-phase", hotkey_proven=True, root=None, rotation=rotation, nonce=nonce)
 
     def copy_image(self) -> None:
         """Put a fresh copy of the image in the place of the root disk."""
-        self.slots, self.fresh, self.data = frozenset({BUILD}), True, False
+        self.slots, self.fresh, self.data = (BUILD,), True, False
 
     def ask(self, unit: Unit[T], choices: Choices) -> T:
         """Send ``unit`` to the server. Raises `NoAnswer`, and what the unit raises."""
         self.deliver(choices)
+        if isinstance(unit, ConfirmVolumes | ConfirmRoot):
+            self.back_up(choices)
         if choices.pick("VM", (False, True)):
             raise Killed
         room = len(self.flight) < self.in_flight
@@ -242,7 +277,7 @@ class World:
 
     # --- the disk ---
 
-    def write(self, slots: frozenset[bytes], choices: Choices) -> bool:
+    def write(self, slots: tuple[bytes, ...], choices: Choices) -> bool:
         """Make the disk's header hold these; False if that failed. Raises `Killed`."""
         mishap = choices.pick("disk", tuple(Mishap))
         if mishap is Mishap.KILLED_BEFORE:
@@ -255,10 +290,39 @@ class World:
             raise Killed
         return mishap is not Mishap.FAILED
 
+    # --- time, and the store's fate ---
+
+    def pass_time(self, choices: Choices) -> None:
+        """Time may pass, and the store may come back from its backup."""
+        if not self.policy.backups:
+            return
+        self.now += choices.pick("seconds", (3, PASSES))
+        if self.backup and self.restorable() and choices.pick("store restored", (False, True)):
+            self.store, self.is_shared = MemoryStore(self.backup.image), False
+            _ = self.transact(StoreRestored(self.now - SKEW))
+            self.now += 9  # nonces of before are void
+        self.back_up(choices)
+
+    def back_up(self, choices: Choices) -> None:
+        """The store may be backed up now."""
+        if self.policy.backups and choices.pick("backed up", (False, True)):
+            self.backup = Backup(self.store.image(), self.now, self.rows(), self.known())
+
+    def restorable(self) -> bool:
+        """Whether the backup is young enough, and from a time when the volume had a key."""
+        return self.backup is not None and bool(self.backup.rows) and self.age(self.backup.at) < ROTATE_AFTER
+
+    def age(self, at: int) -> int:
+        """Whole steps of time, of which two are as good as any more."""
+        return min((self.now - at) // PASSES, 2) * PASSES
+
     # --- what is there ---
 
-    def rows(self) -> list[GenerationRow]:
-        return [row for row in self.read(ReadAll(GenerationRow, VM)) if row.volume == self.policy.volume]
+    def rows(self) -> tuple[GenerationRow, ...]:
+        return tuple(row for row in self.read(ReadAll(GenerationRow, VM)) if row.volume == self.policy.volume)
+
+    def known(self) -> VolumeRow | None:
+        return next((row for row in self.read(ReadAll(VolumeRow, VM)) if row.volume == self.policy.volume), None)
 
     def read(self, op: Any) -> Any:
         return self.store.perform(op)
@@ -267,28 +331,26 @@ class World:
         return row.sealed is not None and passphrase(row) in self.slots
 
     def check(self) -> None:
-        """Some key that the server holds opens the disk."""
+        """Some key that the server holds opens the disk, and some key of the backup."""
         assert not self.data or any(self.opens(row) for row in self.rows()), "no key that is held opens the disk"
+        if self.backup and self.restorable():
+            assert not self.data or any(map(self.opens, self.backup.rows)), "no key of the backup opens the disk"
 
     @property
     def key(self) -> object:
         """The state that decides over all that follows."""
-        kept = [
-            row
-            for row in self.rows()
-            if row.state != "retired" or row.provisional or row.retirement == "prune" or self.opens(row)
-        ]
+        kept, known = self._kept(self.rows()), self.known()
         numbers = {row.generation: index for index, row in enumerate(kept)}
         claim = self.read(Read(VmRow, VM))
-        (known,) = [row for row in self.read(ReadAll(VolumeRow, VM)) if row.volume == self.policy.volume] or [None]
         newest = claim and (claim.booted if self.policy.exchange == "provisioned" else claim.attested)
         flying = [self._flying(unit, numbers, newest) for unit in self.flight]
+        backup = self.backup if self.restorable() else None
         return (
             self.policy,
-            tuple((row.state, row.provisional, row.retirement, self.opens(row)) for row in kept),
-            len(self.rows()) > 0,
-            (known.in_use, known.format_allowed, numbers.get(known.handed, known.handed)) if known else None,
+            self._seen(self.rows(), known),
+            None if backup is None else (self.age(backup.at), self._seen(backup.rows, backup.volume)),
             len(self.slots),
+            len({*self.slots}),
             self.data,
             self.fresh,
             self.past and self._past(kept),
@@ -300,6 +362,26 @@ class World:
         slots, was_fresh = self.past
         return tuple(row.sealed is not None and passphrase(row) in slots for row in kept), len(slots), was_fresh
 
+    def _kept(self, rows: Sequence[GenerationRow]) -> list[GenerationRow]:
+        return [
+            row
+            for row in rows
+            if row.state != "retired" or row.provisional or row.retirement == "prune" or self.opens(row)
+        ]
+
+    def _seen(self, rows: Sequence[GenerationRow], known: VolumeRow | None) -> object:
+        """The part of a store that a step can see."""
+        kept = self._kept(rows)
+        numbers = {row.generation: index for index, row in enumerate(kept)}
+        return (
+            tuple((row.state, row.provisional, row.retirement, self.opens(row), self._aged(row)) for row in kept),
+            len(rows) > 0,
+            (known.in_use, known.format_allowed, numbers.get(known.handed or 0, known.handed)) if known else None,
+        )
+
+    def _aged(self, row: GenerationRow) -> int:
+        return self.age(row.created_at) if self.policy.backups and row.state == "candidate" else 0
+
     def _flying(self, unit: Unit[Any], numbers: dict[int, int], attested: str | None) -> object:
         match unit:
             case GrantBoot(rotation=RootRotation(first_boot=first_boot)):
@@ -307,7 +389,7 @@ class World:
                 is_late = claim is not None and unit.nonce.issued_at <= (claim.nonce_at or 0)
                 return type(unit), first_boot, is_late, self.read(Read(BootRow, unit.boot_id)) is not None
             case ConfirmRoot():
-                found: BootRow = self.read(Read(BootRow, unit.nonce_digest, "root_confirm_digest"))
+                found: BootRow | None = self.read(Read(BootRow, unit.nonce_digest, "root_confirm_digest"))
                 more: object = unit.rotated
             case AttestVolumes() | SyncVolumes():
                 digest = unit.nonce_digest if isinstance(unit, AttestVolumes) else unit.token_digest
@@ -318,6 +400,8 @@ class World:
                 more = unit.rotated
             case _:
                 raise AssertionError(unit)
+        if found is None or found.voided_at is not None:
+            return None
         given = tuple(
             (numbers.get(item.current_generation), numbers.get(item.next_generation))
             for item in self.read(ReadBootVolumes(found.boot_id))

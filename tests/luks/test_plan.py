@@ -92,7 +92,8 @@ def test_a_disk_with_a_header_is_opened() -> None:
         )
         first = plan_rotation(VOLUME, LUKS, in_use=in_use, first=True)
         assert first == (Open("storage", "/dev/vdb", "storage", (Key.NEXT,)),)
-    assert plan_promoted(VOLUME) == (KeepKey("storage", "/dev/vdb", Key.NEXT),)
+    assert plan_promoted(VOLUME, first=True) == (KeepKey("storage", "/dev/vdb", Key.NEXT),)
+    assert plan_promoted(VOLUME, first=False) == (KeepKey("storage", "/dev/vdb", Key.NEXT, Key.CURRENT),)
     assert plan_root(VOLUME, LUKS) == (Open("storage", "/dev/vdb", "storage", (Key.CURRENT,)),)
 
 
@@ -134,12 +135,12 @@ def test_the_root_disk_is_never_formatted() -> None:
 
 
 def test_a_plan_is_printed() -> None:
-    plan = (*plan_rotation(VOLUME, BLANK, in_use=False, first=False), *plan_promoted(VOLUME))
+    plan = (*plan_rotation(VOLUME, BLANK, in_use=False, first=False), *plan_promoted(VOLUME, first=False))
     assert [str(action) for action in plan] == [
         "storage: format /dev/vdb as LUKS2 with the current key",
         "storage: open /dev/vdb as /dev/mapper/storage with the current key",
         "storage: add the next key to /dev/vdb unless it has it, and test it",
-        "storage: take every key but the next one off /dev/vdb",
+        "storage: take every key but the next and the current one off /dev/vdb",
     ]
     assert plan[0].as_dict() == {
         "volume": "storage",

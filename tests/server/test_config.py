@@ -81,6 +81,12 @@ def test_collateral_from_services():
         ('volumes = ["a b"]', "volumes"),
         ('volumes = ["a", "a"]', "twice"),
         ("retention_days = 0", "retention_days: at least 1"),
+        ("rotate_after_hours = -1", "rotate_after_hours: at least 0, which is: at every boot"),
+        ("backup_interval_hours = -1", "backup_interval_hours: at least 0, which is: not stated"),
+        (
+            "backup_interval_hours = 24",
+            "rotate_after_hours: 24 is not longer than backup_interval_hours (24), so a restored backup would not",
+        ),
         ("audit_days = 0", "audit_days: at least 1"),
         ('kek_previous_file = "kek"', "kek_previous_file: the same file as kek_file"),
         ("limits = { body_bytes = 16383 }", "limits.body_bytes: at least 16384"),

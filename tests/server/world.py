@@ -71,6 +71,7 @@ def service(**changes: Any) -> Service:
         "policy": Policy(profiles=(PROFILE,)),
         "profiles": {PROFILE.identity: ServedProfile(PROFILE, None, False, False)},
         "hotkeys": "*",
+        "rotate_after": 0,
     }
     return Service(**(values | changes))
 

@@ -80,6 +80,11 @@ class Volume:
         self.keys.append(Key(text, "active", kek))
         return self.keys[-1]
 
+    def doubt(self) -> None:
+        """The store came back from a backup: a disk may have the candidate as its only key."""
+        for key in self.keys:
+            key.unsure |= key.state == "candidate"
+
     def prune(self, at: int) -> None:
         if key := self.active:
             key.retire(at, "pruned")
@@ -126,22 +131,34 @@ class Volume:
             self.make(following, kek, at)
             self.handed = None
             return
-        if self.pinned and self.handed is key:
-            assert (current, following) == (self.pinned.text, key.text)
-            self.handed = self.pinned
+        candidate = self.find("candidate")
+        turns = [key, self.pinned, candidate if candidate and candidate.unsure else None]
+        turns = [turn for turn in turns if turn]
+        last = next((at for at, turn in enumerate(turns) if turn is self.handed), -1)
+        self.handed = turns[(last + 1) % len(turns)]
+        if self.handed is not key:
+            assert self.handed
+            assert (current, following) == (self.handed.text, (key if self.handed is self.pinned else self.handed).text)
             return
         assert current == key.text
-        if (candidate := self.find("candidate")) is None:
+        if candidate is None:
             assert following not in {other.text for other in self.keys}
             self.keys.append(Key(following, "candidate", kek))
         else:
             assert following == candidate.text
-        self.handed = key
 
     def confirm(self, current: bytes | None, following: bytes, rotated: bool, at: int) -> bool:
         """A boot that was given these two opened the disk; False if what it says cannot be so any more."""
         (after,) = (key for key in self.keys if key.text == following)
         opened = next((key for key in self.keys if key.text == current), None)
+        if opened is after:
+            if opened.state not in ("active", "candidate"):
+                return not rotated
+            self.settle()
+            if (active := self.active) and active is not opened:
+                active.retire(at)
+            opened.state = "active"
+            return True
         if opened is None or (rotated and after.state == "active"):
             return after.state == "active" or not rotated
         if after.state == "candidate" and opened.state == "active":
@@ -233,7 +250,10 @@ class Machine:
             if not after[name].confirm(current, pair.next.reveal(), rotated, unit.now):
                 return None
             after[name] = evolve(after[name], in_use=True, handed=None)
-            results.append((name, "promoted" if rotated else "no_pending" if current is None else "discarded"))
+            if current in (None, pair.next.reveal()):
+                results.append((name, "promoted" if rotated and current is None else "no_pending"))
+            else:
+                results.append((name, "promoted" if rotated else "discarded"))
         self.volumes = after
         return tuple(results)
 

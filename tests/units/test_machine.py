@@ -409,6 +409,9 @@ class Calls(RuleBasedStateMachine):
         self.horizon = outcome.horizon
         assert self.horizon == self.now + 60
         self._void(None)
+        for machine in self.vms.values():
+            for volume in machine.volumes.values():
+                volume.doubt()
 
     @rule(vm=st.sampled_from(VMS), volume=st.sampled_from(VOLUMES))
     def allow_format(self, vm: Vm, volume: str) -> None:
@@ -625,7 +628,7 @@ CONFIRM, HAND_OUT, RESTORE, PURGEABLE = (
 
 
 def hand_out_without_turns(*arguments: Any) -> HandOut:
-    return HAND_OUT(*arguments[:2])
+    return HAND_OUT(*arguments[:3])
 
 
 def confirm_pins_nothing(*arguments: Any, **more: Any) -> Change | None:

@@ -77,7 +77,10 @@ def foresee(root: Volume | None, volumes: Sequence[Volume]) -> Flow[tuple[Foreca
                 base = two_phase = plan_root(volume, disk)
             else:
                 base = plan_open(volume, disk, in_use=False)
-                two_phase = (*plan_rotation(volume, disk, in_use=False, first=False), *plan_promoted(volume))
+                two_phase = (
+                    *plan_rotation(volume, disk, in_use=False, first=False),
+                    *plan_promoted(volume, first=False),
+                )
         except DiskError as exc:
             seen.append(Forecast(volume, disk, error=exc))
         else:
@@ -136,6 +139,8 @@ def _rotate(
 ) -> Flow[Unlocked]:
     def planned(volume: Volume) -> Plan:
         pair = rotation.keys[volume.name]
+        if pair.current == pair.next:  # no rotation is due
+            return plan_open(volume, disks[volume.name], in_use=pair.is_in_use)
         return plan_rotation(volume, disks[volume.name], in_use=pair.is_in_use, first=pair.current is None)
 
     keys: dict[str, dict[Key, Secret]] = {
@@ -151,7 +156,11 @@ def _rotate(
             elif came.opened is not Key.CURRENT:
                 rotation.left_out(name)
         results = yield from _confirm(rotation, settings)
-        promoted = {v.name: plan_promoted(v) for v in volumes if results.get(v.name) == "promoted"}
+        promoted = {
+            volume.name: plan_promoted(volume, first=rotation.keys[volume.name].current is None)
+            for volume in volumes
+            if results.get(volume.name) == "promoted"
+        }
         _ = yield from _carry_out_all(promoted, keys)  # what stays on a disk after this opens it, and goes another time
     finally:
         _wipe(keys.values())

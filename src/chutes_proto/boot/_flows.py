@@ -148,7 +148,7 @@ class KeyPair(_VolumeState):
     """A volume's keys of the two-phase exchange, and whether its disk may be formatted (`may_format`).
 
     ``current`` opens the disk; it is None where the volume never had a key, and then ``next`` formats it. Else ``next``
-    is added to the disk.
+    is added to the disk, unless it is the same key: then no rotation is due.
     """
 
     current: Secret | None
@@ -161,8 +161,8 @@ class Rotation:
 
     The caller opens each volume's disk with ``current``, or formats it where ``may_format`` is true, adds
     ``next`` and calls `added`. A volume whose disk does not open is `left_out`, and its old keys stay as they are. Once
-    the confirmation is through, only the next key of an added volume is needed; where it is not, none may be taken off
-    the disk. ``k3s_encryption_key`` is 32 bytes in base64, the same at every boot.
+    the confirmation is through, a promoted key and the one that it replaced are needed; where it is not, none may be
+    taken off the disk. ``k3s_encryption_key`` is 32 bytes in base64, the same at every boot.
     """
 
     keys: Mapping[str, KeyPair]
@@ -271,7 +271,8 @@ def receive_keys(
 def confirm_volumes(rotation: Rotation, *, retry: RetryPolicy = DEFAULT_RETRY) -> Flow[Mapping[str, str]]:
     """Send the server the caller's report, and return the result of each volume. An empty report is not sent.
 
-    Where the result is ``promoted``, the next key alone is needed from now on; otherwise every key stays on the disk.
+    Where the result is ``promoted``, every key but ``next`` and ``current`` may be taken off the disk; otherwise all
+    stay on it. ``current`` should stay, too: after a restore from a backup the server may know that one only.
 
     Raises `Refused` where the server decided otherwise meanwhile (401, 409) and `TransportError` where nothing is
     known: in either case every key stays on the disk.

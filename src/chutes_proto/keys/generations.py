@@ -6,7 +6,11 @@
 * at most one generation is active and at most one is a candidate, also between the steps of a change;
 * at most one retired generation can be revived, the one that was active last, and none once a newer one was made;
 * a promotion is provisional until a boot that was given the new key confirms. Until then the key that it superseded is
-  *pinned* (retired as ``superseded`` and ``provisional``): it is offered alternately and cannot be purged.
+  *pinned* (retired as ``superseded`` and ``provisional``): it is offered alternately and cannot be purged;
+* a next key is handed out only once it has been in the store for `Pace.rotate_after` seconds; until then a boot gets
+  its current key as the next one, too. So every backup that is younger than that has every key that a disk has;
+* in a store that came back from a backup, each candidate is *provisional*: a disk may have no other key, because of a
+  rotation that this store has forgotten. It is offered alternately, too, until a boot confirms.
 
 Every function takes all generations of one volume, in any order, and returns a `Change`; none touches a store.
 """
@@ -54,10 +58,25 @@ class Supply(Change):
 
 @frozen
 class HandOut(Change):
-    """The keys for a two-phase boot: the one that should open the disk (None for a new volume), and the next one."""
+    """The keys for a two-phase boot: the one that should open the disk (None for a new volume), and the next one.
+
+    They are the same key where no rotation is due.
+    """
 
     current: GenerationRow | None = field(kw_only=True)
     next: GenerationRow = field(kw_only=True)
+
+
+@frozen
+class Pace:
+    """The time ``now``, and the least age in seconds of a key that a disk gets in the place of another one."""
+
+    now: int
+    rotate_after: int
+
+    def allows(self, row: GenerationRow) -> bool:
+        """Whether the store has had this key for long enough."""
+        return self.now - row.created_at >= self.rotate_after
 
 
 def active(rows: Generations) -> GenerationRow | None:
@@ -104,24 +123,36 @@ def applied(rows: Generations, change: Change) -> tuple[GenerationRow, ...]:
     return (*(row for row in rows if row.generation not in changed), *changed.values())
 
 
-def hand_out(rows: Generations, seal: Seal, handed: int | None = None) -> HandOut:
+def hand_out(rows: Generations, seal: Seal, pace: Pace, handed: int | None = None) -> HandOut:
     """Hand out the current and the next key of a two-phase boot.
 
     Without an active key, and none that `fetch` would revive, the current key is None, and the next one is active at
-    once. ``handed`` is the generation that the last boot received as the current one and did not confirm: where that
-    was a provisional one, the pinned one is offered instead, and the provisional one is the next.
+    once. ``handed`` is the generation that the last boot received as the current one and did not confirm: if a disk may
+    have another one instead, that is the current one this time. A candidate is made where there is none; it is the next
+    key once ``pace`` allows it, and until then the current key is.
     """
     rows = tuple(rows)
     supply = fetch(rows, seal)
     if supply.word == "created":
         return HandOut(supply.updated, supply.created, current=None, next=supply.current)
-    other = pinned(rows)
-    if other is not None and supply.current.generation == handed:
-        return HandOut(supply.updated, current=other, next=supply.current)
-    if following := candidate(rows):
-        return HandOut(supply.updated, current=supply.current, next=following)
-    created = evolve(seal(_following(rows)), state="candidate")
-    return HandOut(supply.updated, created, current=supply.current, next=created)
+    usual, superseded, following = supply.current, pinned(rows), candidate(rows)
+    turns = [usual]
+    if superseded:
+        turns.append(superseded)
+    if following and following.provisional:
+        turns.append(following)
+    last = next((at for at, row in enumerate(turns) if row.generation == handed), -1)
+    current = turns[(last + 1) % len(turns)]
+    if current is superseded:
+        return HandOut(supply.updated, current=current, next=usual)
+    if current is following:
+        return HandOut(supply.updated, current=current, next=current)
+    if following:
+        return HandOut(supply.updated, current=usual, next=following if pace.allows(following) else usual)
+    made = evolve(seal(_following(rows)), state="candidate")
+    if pace.allows(made):
+        return HandOut(supply.updated, made, current=usual, next=made)
+    return HandOut(supply.updated, evolve(made, delivered_at=None), current=usual, next=usual)
 
 
 def confirm(rows: Generations, current: int | None, following: int, *, rotated: bool, at: int) -> Change | None:
@@ -129,7 +160,8 @@ def confirm(rows: Generations, current: int | None, following: int, *, rotated: 
 
     ``rotated``: the disk has the key ``following`` too, which becomes active, and provisional; ``current`` is pinned.
     Returns None if ``following`` can no longer become active, because of another change since. Not ``rotated``:
-    ``current`` becomes active and ``following`` is retired, unless another change since decided otherwise.
+    ``current`` becomes active and ``following`` is retired, unless another change since decided otherwise. Where both
+    are the same key, that becomes active, or stays so.
     """
     rows = tuple(rows)
     by_number = {row.generation: row for row in rows}
@@ -137,12 +169,14 @@ def confirm(rows: Generations, current: int | None, following: int, *, rotated: 
     after = by_number[following]
     if opened is None:
         return Change() if after.state == "active" or not rotated else None
+    if current == following:
+        return _proven(rows, opened, at) or (None if rotated else Change())
     if rotated and after.state == "active":
         return Change()
     if after.state == "candidate" and opened.state == "active":
         unpinned = tuple(evolve(row, provisional=False) for row in (pinned(rows),) if row)
         if not rotated:
-            dropped = evolve(after, state="retired", retired_at=at, retirement="dropped")
+            dropped = evolve(after, state="retired", retired_at=at, retirement="dropped", provisional=False)
             return Change((*unpinned, dropped, evolve(opened, provisional=False)))
         superseded = evolve(opened, state="retired", retired_at=at, retirement="superseded", provisional=True)
         return Change((*unpinned, superseded, evolve(after, state="active", provisional=True)))
@@ -152,6 +186,19 @@ def confirm(rows: Generations, current: int | None, following: int, *, rotated: 
         back = evolve(opened, state="active", provisional=False, retired_at=None, retirement=None)
         return Change((*_retired(rows, at, "dropped"), back))
     return Change()
+
+
+def _proven(rows: tuple[GenerationRow, ...], opened: GenerationRow, at: int) -> Change | None:
+    """The key that opened the disk was the only one handed out: it is the active one, and no other is needed."""
+    if opened.state not in ("active", "candidate"):
+        return None
+    superseded = None if opened.state == "active" else active(rows)
+    others = (row for row in rows if row.provisional and row is not superseded)
+    settled = [evolve(row, provisional=False) for row in others if row is not opened]
+    if superseded:
+        settled.append(evolve(superseded, state="retired", retired_at=at, retirement="superseded", provisional=False))
+    proven = evolve(opened, state="active", provisional=False)
+    return Change((*settled, *(() if proven == opened else (proven,))))
 
 
 def restore(rows: Generations, generation: int, at: int) -> Change | None:

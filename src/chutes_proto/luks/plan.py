@@ -6,6 +6,7 @@ Rules kept here:
 * a disk is formatted only if it is blank and the server does not know it to be in use; one that holds anything else
   stops the boot before any disk is touched;
 * a key is taken off a disk only when the server said that the next one is promoted, and the next one opens the disk.
+  The key that it replaced stays until then: a store that is restored from a backup may know that one only.
 
 ``docs/explanation/disks.md`` has the reasons.
 """
@@ -94,10 +95,16 @@ class AddKey(_KeyAction):
 
 @frozen
 class KeepKey(_KeyAction):
-    """Take every key off the disk but ``key``, which must open it."""
+    """Take every key off the disk but ``key``, which must open it, and ``beside``, if that one opens it."""
 
     name = "keep_key"
     text = "take every key but the {key} one off {device}"
+
+    beside: Key | None = None
+
+    def __str__(self) -> str:
+        both = self.key.value if self.beside is None else f"{self.key.value} and the {self.beside.value}"
+        return f"{self.volume}: {self.text.format(device=self.device, key=both)}"
 
 
 Step: TypeAlias = Format | Open | AddKey | KeepKey
@@ -123,9 +130,9 @@ def plan_rotation(volume: Volume, disk: Disk, *, in_use: bool, first: bool) -> P
     return (*_plan(volume, disk, in_use, (Key.CURRENT, Key.NEXT)), AddKey(volume.name, volume.device, Key.NEXT))
 
 
-def plan_promoted(volume: Volume) -> Plan:
-    """Plan the end of a rotation, once the server has promoted the next key."""
-    return (KeepKey(volume.name, volume.device, Key.NEXT),)
+def plan_promoted(volume: Volume, *, first: bool) -> Plan:
+    """Plan the end of a rotation, once the server has promoted the next key, which was ``first`` or replaced one."""
+    return (KeepKey(volume.name, volume.device, Key.NEXT, None if first else Key.CURRENT),)
 
 
 def plan_root(volume: Volume, disk: Disk) -> Plan:

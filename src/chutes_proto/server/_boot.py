@@ -83,7 +83,8 @@ def _claim(
     image = profile.image_passphrase
     root, rotation, caller, root_confirm = None, None, None, None
     if is_provisioned:
-        caller, root_confirm, rotation = yield from _rotation(image, first_boot=message.first_boot is True)
+        first_boot = message.first_boot is True
+        caller, root_confirm, rotation = yield from _rotation(image, service.rotate_after, first_boot=first_boot)
     elif image is None:
         root = FreshKey.from_entropy((yield from Entropy(FreshKey.SIZE)))
     token = Secret((yield from Entropy(32)).hex().encode("ascii"))
@@ -140,7 +141,9 @@ def _proven(call: Call[BootAttestationRequest]) -> Hotkey:
     return hotkey
 
 
-def _rotation(image: Secret | None, *, first_boot: bool) -> Flow[tuple[Hotkey, Secret, RootRotation]]:
+def _rotation(
+    image: Secret | None, rotate_after: int, *, first_boot: bool
+) -> Flow[tuple[Hotkey, Secret, RootRotation]]:
     """Draw what a provisioned boot takes besides; returns it with the hotkey and the confirm nonce for the answer."""
     entropy = yield from Entropy(3 * FreshKey.SIZE + 32)
     build, following, seed = (entropy[index * FreshKey.SIZE :][: FreshKey.SIZE] for index in range(3))
@@ -151,6 +154,7 @@ def _rotation(image: Secret | None, *, first_boot: bool) -> Flow[tuple[Hotkey, S
         caller=FreshKey.encryption_key(seed),
         confirm_digest=token_digest(confirm.reveal()),
         first_boot=first_boot,
+        rotate_after=rotate_after,
     )
     return HotkeyPair.from_seed(Secret(seed[:SEED_SIZE])).hotkey, confirm, rotation
 

@@ -213,6 +213,11 @@ class ServerConfig:
     minimum_version: str | None = None
     """The oldest version of the image that may boot."""
     exchange_downgrade: Literal["refuse", "allow"] = "refuse"
+    rotate_after_hours: int = 24
+    """The least age of a key of a volume that a disk gets in the place of another one (0: any). A backup that is
+    younger than this opens every disk."""
+    backup_interval_hours: int = 0
+    """The time between two backups of the store (0: not stated). It must be shorter than ``rotate_after_hours``."""
     retention_days: int = 90
     """The least age of a retired key that ``keys purge`` deletes. A server itself purges nothing."""
     audit_days: int = 365
@@ -270,6 +275,8 @@ _GONE: Final = {
 """Problems of older configurations, and their texts."""
 
 _LEAST: Final = {
+    "rotate_after_hours": (0, ", which is: at every boot"),
+    "backup_interval_hours": (0, ", which is: not stated"),
     "retention_days": (1, ""),
     "audit_days": (1, ""),
     "boot_days": (1, ""),
@@ -322,6 +329,12 @@ def _problems(config: ServerConfig) -> Iterator[str]:
     for path, (least, why) in _LEAST.items():
         if attrgetter(path)(config) < least:
             yield f"{path}: at least {least}{why}"
+    if 0 < config.backup_interval_hours >= config.rotate_after_hours:
+        yield (
+            f"rotate_after_hours: {config.rotate_after_hours} is not longer than backup_interval_hours"
+            f" ({config.backup_interval_hours}), so a restored backup would not open every disk; say"
+            f" {2 * config.backup_interval_hours}"
+        )
     yield from _registration_problems(config.registration)
     for name, gpu in config.gpus.items():
         yield from _gpu_problems(name, gpu)

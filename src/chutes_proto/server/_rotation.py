@@ -90,6 +90,7 @@ def attest_volumes(service: Service, call: Call[vms.VolumeAttestationRequest]) -
                 fresh={**fresh, K3S_VOLUME: FreshKey.encryption_key(k3s)},
                 confirm_nonces=_confirm_nonces(service, nonce),
                 vault=service.vault,
+                rotate_after=service.rotate_after,
                 is_provisioned=is_provisioned,
                 root_ca=_pem(request.peer_certificate) if is_provisioned else None,
             ),

@@ -70,6 +70,7 @@ class Service:
     ``policy`` has the measurement profiles, ``profiles`` the options of each, by name and version. ``trust`` names the
     root that quotes are verified to: every grant's log line has it, so that trust in a simulated platform is seen.
     ``callback`` goes with that ``registration_evidence``; addresses in ``unsafe_networks`` count as public.
+    ``rotate_after`` is the least age of a key, in seconds, that a disk gets in the place of another one.
     """
 
     vault: Vault
@@ -84,6 +85,7 @@ class Service:
     blacklist: Mapping[str, str] = field(factory=dict[str, str])
     minimum_version: str | None = None
     exchange_downgrade: Literal["refuse", "allow"] = "refuse"
+    rotate_after: int = 86_400
     signatures: SigningPolicy = "compatible"
     registration_evidence: Literal["link", "boot", "callback"] = "link"
     callback: Callback | None = None

@@ -29,6 +29,7 @@ __all__ += ["ReadAll", "ReadAudit", "ReadBootVolumes", "ReadLiveGenerations", "R
 __all__ += ["ReadOtherwiseSealed", "ReadPage", "ReadRetired", "ReadTimes", "ReadUnclaimed", "Retirement"]
 __all__ += ["RewrapGenerations", "Row", "Scan", "ServerRow", "SetHorizon", "State", "StoreOp", "SweepNonces", "Times"]
 __all__ += ["UpdateGeneration", "Vm", "VmRow", "VoidTokens", "VolumeRow"]
+__all__ += ["DoubtCandidates"]
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -488,6 +489,11 @@ class CountRetired(StoreOp[int]):
     """The number of the VMs that `ReadRetired` finds."""
 
     until: int
+
+
+@frozen
+class DoubtCandidates(StoreOp[None]):
+    """Make every candidate of every VM provisional."""
 
 
 @frozen

@@ -25,6 +25,7 @@ from attrs import evolve, frozen
 
 from chutes_proto.errors import Refused
 from chutes_proto.keys import generations
+from chutes_proto.keys.generations import Pace
 from chutes_proto.keys.vault import FreshKey, Vault
 from chutes_proto.secret import Secret
 from chutes_proto.store import rows as store
@@ -56,7 +57,8 @@ class RootRotation:
     """The further input of a provisioned boot: for its root disk, and for the hotkey that it trusts.
 
     ``build`` is the passphrase of a fresh copy of the image, ``following`` the entropy for the next one; ``first_boot``
-    says that the disk is such a copy. ``confirm_digest`` is the SHA-256 of the nonce that confirms the next one,
+    says that the disk is such a copy. But for the build's passphrase, a key is replaced by one that the store has had
+    for ``rotate_after`` seconds. ``confirm_digest`` is the SHA-256 of the nonce that confirms the next one,
     ``caller`` the seed of the hotkey.
     """
 
@@ -65,6 +67,7 @@ class RootRotation:
     caller: FreshKey
     confirm_digest: bytes
     first_boot: bool
+    rotate_after: int
 
 
 @frozen
@@ -155,7 +158,12 @@ class GrantBoot(Unit[BootGrant]):
         if supply.word != "kept":
             _ = yield from keys.supply(supply)
             rows, handed = generations.applied(rows, supply), None
-        out = generations.hand_out(rows, keys.sealer(generations.ROOT_VOLUME, rotation.following), handed)
+        present = generations.active(rows)
+        # The build's passphrase is every VM's, so it is replaced at once. It and the first key after it are made in one
+        # transaction: a backup that has the one has the other.
+        is_builds = present is not None and keys.open(present) == rotation.build.passphrase
+        pace = Pace(self.now, 0 if is_builds else rotation.rotate_after)
+        out = generations.hand_out(rows, keys.sealer(generations.ROOT_VOLUME, rotation.following), pace, handed)
         current, following = yield from keys.hand_out(out)
         number = None if out.current is None else out.current.generation
         yield from store.Put(evolve(before, handed=number))  # until it confirms: the next boot is offered the other one

@@ -77,6 +77,8 @@ class VmKeys:
     def hand_out(self, pair: HandOut) -> Script[tuple[Secret | None, Secret]]:
         """Write the rows of ``pair`` and open the current passphrase, if there is one, and the next one."""
         yield from self._write(pair)
+        if pair.created is not None and pair.created is not pair.next:
+            self._changes.append(f"{pair.created.volume}/{pair.created.generation} candidate")
         current = None if pair.current is None else (yield from self._deliver(pair.current, "current"))
         return current, (yield from self._deliver(pair.next, "next"))
 

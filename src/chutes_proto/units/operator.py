@@ -375,6 +375,8 @@ class Restored:
 class StoreRestored(Unit[Restored]):
     """Void all nonces and tokens after a restore from a backup: those consumed since then are unknown.
 
+    So are the rotations since then. Each candidate is now provisional: a disk may have no other key.
+
     No boot is rewritten: what was issued to one that was granted at or before the horizon is void. The horizon is set
     by the store's own clock, or by ``now`` in a store without one. A later horizon is set back: a clock that was ahead
     has moved it there, and no boot would be granted until that time.
@@ -394,6 +396,7 @@ class StoreRestored(Unit[Restored]):
         # voids them.
         horizon = (self.now if clock is None else clock) + SKEW
         yield from store.SetHorizon(horizon)
+        yield from store.DoubtCandidates()
         moved = f"nonce horizon from {rfc3339(before)} to {rfc3339(horizon)}"
         yield from _audit(self.now, "store restored", self.reason, keys=moved)
         return Restored(before, horizon)

@@ -13,6 +13,7 @@ Rules kept here:
 * the next root key of a provisioned boot has a nonce of its own, of its grant; the confirmation counts for the VM's
   newest grant alone, and otherwise like that of a volume;
 * a quote nonce of a provisioned boot is for operation 17, any other for operation 13;
+* where no rotation is due, the current key is handed out as the next one, too, and there is none to decide on;
 * a confirmed volume is in use.
 """
 
@@ -25,7 +26,7 @@ from attrs import evolve, frozen
 
 from chutes_proto.errors import KeyUnavailable, Refused
 from chutes_proto.keys import generations
-from chutes_proto.keys.generations import K3S_VOLUME, ROOT_VOLUME
+from chutes_proto.keys.generations import K3S_VOLUME, ROOT_VOLUME, Pace
 from chutes_proto.keys.vault import FreshKey, Vault
 from chutes_proto.secret import Secret
 from chutes_proto.store import rows as store
@@ -51,7 +52,7 @@ class ConfirmNonce:
 
 @frozen
 class Pair:
-    """The key that opens a volume's disk, None where none was made yet, and the key that replaces it."""
+    """The key that opens a volume's disk, None where none was made yet, and the key that replaces it, or the same."""
 
     current: Secret | None
     next: Secret
@@ -94,7 +95,8 @@ class AttestVolumes(Unit[HandedKeys]):
     """Operation 13, for evidence that holds: consume the quote nonce, hand out keys, issue the confirm nonce.
 
     ``formatted`` names the volumes whose disks have a LUKS header; None says nothing of them. ``fresh`` has the
-    entropy for each of ``volumes`` and, as ``k3s``, for the VM's encryption key. ``confirm_nonces`` are those that
+    entropy for each of ``volumes`` and, as ``k3s``, for the VM's encryption key. A next key is handed out once the
+    store has had it for ``rotate_after`` seconds. ``confirm_nonces`` are those that
     belong to this quote nonce, one under each live KEK, the current one's first; ``certificate`` is the SHA-256 of the
     attested key's SubjectPublicKeyInfo, ``body_digest`` that of the raw body. ``root_ca`` is the certificate itself, as
     PEM, of operation 17 (``is_provisioned``).
@@ -115,6 +117,7 @@ class AttestVolumes(Unit[HandedKeys]):
     fresh: Mapping[str, FreshKey]
     confirm_nonces: tuple[ConfirmNonce, ...]
     vault: Vault
+    rotate_after: int
     is_provisioned: bool = False
     root_ca: str | None = None
 
@@ -134,11 +137,12 @@ class AttestVolumes(Unit[HandedKeys]):
         k3s = yield from keys.supply(generations.fetch(stored[K3S_VOLUME], seal))
         in_use = yield from report(self.vm, self.volumes, self.formatted or ())
         known = yield from store.ReadAll(store.VolumeRow, self.vm)
+        pace = Pace(self.now, self.rotate_after)
         pairs: list[tuple[str, Pair]] = []
         for position, volume in enumerate(self.volumes):
             before = disk_of(known, self.vm, volume)
             seal = keys.sealer(volume, self.fresh[volume])
-            out = generations.hand_out(stored[volume], seal, before.handed)
+            out = generations.hand_out(stored[volume], seal, pace, before.handed)
             pairs.append((volume, Pair(*(yield from keys.hand_out(out)))))
             current = None if out.current is None else out.current.generation
             # Until a boot confirms, the next attestation needs this to offer the provisional key and the key that it
@@ -227,8 +231,7 @@ class ConfirmVolumes(Unit[tuple[tuple[str, Result], ...]]):
                 yield from store.Put(evolve(disk_of(known, self.vm, volume), in_use=True, handed=None))
             elif item is not None and rotated:
                 _check_still_active(stored[volume], item)
-            had_choice = item is not None and item.current_generation is not None
-            results.append((volume, "promoted" if rotated else "discarded" if had_choice else "no_pending"))
+            results.append((volume, _result(item, rotated)))
         if not again:
             yield from store.Put(evolve(boot, confirm_body_digest=self.body_digest))
         changes = keys.changes or ", ".join(f"{volume} {result}" for volume, result in results)
@@ -281,7 +284,7 @@ class ConfirmRoot(Unit[Result]):
             yield from store.Put(evolve(boot, root_confirm_body_digest=self.body_digest))
         elif self.rotated:
             _check_still_active(stored, item)
-        result: Result = "promoted" if self.rotated else "discarded"
+        result = _result(item, self.rotated)
         records = Records(self.now, self.request_id, self.vm, AcceptedQuote.of(boot), boot_id=boot.boot_id)
         decision: store.Decision = "replayed" if again else "granted"
         yield from records.audit("confirm root", decision, keys=keys.changes or f"{ROOT_VOLUME} {result}")
@@ -341,6 +344,14 @@ def _attestable(unit: FindQuoteNonce | AttestVolumes) -> Script[store.BootRow]:
 def _numbers(item: store.BootVolumeRow) -> tuple[int, ...]:
     """The generations that a boot was handed for a volume, the next one last."""
     return tuple(number for number in (item.current_generation, item.next_generation) if number is not None)
+
+
+def _result(item: store.BootVolumeRow | None, rotated: bool) -> Result:
+    if item is None or item.current_generation == item.next_generation:
+        return "no_pending"
+    if rotated:
+        return "promoted"
+    return "no_pending" if item.current_generation is None else "discarded"
 
 
 def _quote_refused(why: str, what: str = "not found or expired") -> Refused:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import click
 
-from chutes_proto.boot._flows import BootGrant, BootSettings, Rotation, VolumeKeys, boot, receive_keys
+from chutes_proto.boot._flows import BootGrant, BootSettings, KeyPair, Rotation, VolumeKeys, boot, receive_keys
 from chutes_proto.cli import console, output
 from chutes_proto.cli.base import answer, parsed
 from chutes_proto.cli.miner.asking import Peer, PeerCommand, new_identity, open_quoter, quoter_options, tell
@@ -53,8 +53,8 @@ def command(
     sends it, and asks for the passphrases of the volumes. It shows none of them; with --keys it writes them into files
     that only you can read, for a program like `cryptsetup --key-file`.
 
-    In the two-phase exchange each volume has two keys; --keys writes the next one to a second file, NAME.next. Nothing
-    is confirmed, because no disk was opened: the server keeps the keys as they are.
+    In the two-phase exchange each volume has two keys when a rotation is due; --keys writes the next one to a second
+    file, NAME.next. Nothing is confirmed, because no disk was opened: the server keeps the keys as they are.
 
     Examples:
       chutes-proto boot https://127.0.0.1:8443 --ca ca.pem --hotkey 5Grw... --vm vm-1
@@ -104,9 +104,13 @@ def _keys(result: tuple[BootGrant, VolumeKeys] | Rotation) -> dict[str, _Keys]:
     if isinstance(result, tuple):
         return {key.volume: _Keys(key.passphrase, None, key.is_in_use) for key in result[1]}
     return {
-        name: _Keys(pair.current or pair.next, pair.next if pair.current else None, pair.is_in_use)
-        for name, pair in result.keys.items()
+        name: _Keys(pair.current or pair.next, _replacement(pair), pair.is_in_use) for name, pair in result.keys.items()
     }
+
+
+def _replacement(pair: KeyPair) -> Secret | None:
+    """The key that is to replace the current one, if a rotation is due."""
+    return None if pair.current in (None, pair.next) else pair.next
 
 
 def _say(grant: BootGrant, keys: Mapping[str, _Keys], exchange: str) -> None:

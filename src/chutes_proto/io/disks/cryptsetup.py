@@ -102,7 +102,7 @@ class Disks:
             case AddKey():
                 self._add(action, keys)
             case KeepKey():
-                self._keep(action, keys[action.key])
+                self._keep(action, keys)
             case _:
                 raise LocalProtocolError(f"{type(action).__name__} is not a known action")
         return None
@@ -179,12 +179,15 @@ class Disks:
         disk.put(copy, fewer, header)
         return fewer
 
-    def _keep(self, action: KeepKey, key: Secret) -> None:
+    def _keep(self, action: KeepKey, keys: Keys) -> None:
+        key = keys[action.key]
         with self._copied(action.device, os.O_RDWR) as (disk, copy, header):
-            kept = next((slot for slot in header.keyslots if copy.opens(key, slot)), None)
-            if kept is None:
+            kept = [copy.slot(key, header.keyslots)]
+            if kept == [None]:
                 raise disk.error("key_refused", f"the {action.key.value} key does not open it: all keys stay on it")
-            others = [slot for slot in header.keyslots if slot != kept]
+            if action.beside is not None:
+                kept.append(copy.slot(keys[action.beside], [slot for slot in header.keyslots if slot not in kept]))
+            others = [slot for slot in header.keyslots if slot not in kept]
             if others:
                 self._remove(copy, key, others)
                 disk.put(copy, copy.check(), header)
@@ -409,6 +412,10 @@ class _Copy:
         only = () if slot is None else ("--key-slot", str(slot))
         arguments = ("open", "--test-passphrase", "--type", "luks2", "--key-file=-", *only, self.path)
         return self.run(*arguments, keys=[key], refusable=True)
+
+    def slot(self, key: Secret, slots: Iterable[int]) -> int | None:
+        """Return the first of ``slots`` that the key opens."""
+        return next((slot for slot in slots if self.opens(key, slot)), None)
 
     def must_open(self, key: Secret) -> None:
         if not self.opens(key):

@@ -152,6 +152,7 @@ def make_setup(config: ServerConfig) -> ServerSetup:
         blacklist=config.blacklist,
         minimum_version=config.minimum_version,
         exchange_downgrade=config.exchange_downgrade,
+        rotate_after=config.rotate_after_hours * 3600,
         signatures=config.signatures,
         registration_evidence=config.registration.evidence,
         fresh_seconds=config.runtime.fresh_seconds,

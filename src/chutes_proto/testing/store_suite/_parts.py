@@ -132,7 +132,9 @@ def read(granted: GrantBoot, volume: str) -> ReadVolume:
     )
 
 
-def attest(granted: GrantBoot, body: str, *volumes: str, formatted: Sequence[str] | None = None) -> AttestVolumes:
+def attest(
+    granted: GrantBoot, body: str, *volumes: str, formatted: Sequence[str] | None = None, rotate_after: int = 0
+) -> AttestVolumes:
     """Return an attestation of ``volumes`` with the quote nonce of ``granted``, a two-phase boot, one second later."""
     nonce = entropy(f"confirm {granted.boot_id}", 32)
     fresh_keys = {volume: fresh(f"{granted.boot_id} {body} {volume}") for volume in volumes}
@@ -150,6 +152,7 @@ def attest(granted: GrantBoot, body: str, *volumes: str, formatted: Sequence[str
         fresh={**fresh_keys, K3S_VOLUME: fresh(f"{granted.boot_id} {body} k3s")},
         confirm_nonces=(ConfirmNonce(Secret(nonce), hashlib.sha256(nonce).digest()),),
         vault=VAULT,
+        rotate_after=rotate_after,
     )
 
 
