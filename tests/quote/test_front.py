@@ -40,6 +40,8 @@ AcceptedVerdict AllOf AnyOf AnyPolicy AppraisalError AttributePolicy Collateral 
 EventLogFormatError EventLogMismatchError INTEL_ROOT IdentityPolicy OpenedQuote PckIdentity Policy PolicyError Profile
 Quote QuoteError QuoteFormatError Refusal ReplayedLog SgxAttributes SgxReport SignedQuote Stage TcbPolicy TcbStatus
 TdAttributes TdReport10 TdReport15 TdReport15Ex TrustedRoot Verdict VerificationError VerifiedCollateral Xfam
+Behind CertificateEvidence CertificateEvidenceError CollateralIssue RegisterRule evidence_for make_ear
+parse_event_log_json read_evidence sign_ear verify_certificate
 check_signed first_difference open_quote parse_event_log parse_policy_toml parse_profiles_json parse_profiles_toml
 parse_quote replay verify verify_collateral verify_genuine verify_quote
 """

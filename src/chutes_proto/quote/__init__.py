@@ -22,7 +22,8 @@ if TYPE_CHECKING:
         verify_certificate,
     )
     from chutes_proto.quote._attributes import AttributePolicy
-    from chutes_proto.quote._collateral import Collateral, VerifiedCollateral
+    from chutes_proto.quote._behind import Behind
+    from chutes_proto.quote._collateral import Collateral, CollateralIssue, VerifiedCollateral
     from chutes_proto.quote._errors import (
         AppraisalError,
         CollateralFormatError,
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
     )
     from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
     from chutes_proto.quote._statements import TcbStatus
+    from chutes_proto.quote._token import make_ear, sign_ear
     from chutes_proto.quote._verify import (
         OpenedQuote,
         SignedQuote,
@@ -87,7 +89,9 @@ else:
                 "CertificateEvidence CertificateEvidenceError evidence_for read_evidence verify_certificate"
             ),
             "chutes_proto.quote._attributes": "AttributePolicy",
-            "chutes_proto.quote._collateral": "Collateral VerifiedCollateral",
+            "chutes_proto.quote._behind": "Behind",
+            "chutes_proto.quote._collateral": "Collateral CollateralIssue VerifiedCollateral",
+            "chutes_proto.quote._token": "make_ear sign_ear",
             "chutes_proto.quote._eventlog": (
                 "Event EventLog EventLogFormatError EventLogMismatchError ReplayedLog first_difference "
                 "parse_event_log parse_event_log_json replay"
@@ -114,6 +118,7 @@ else:
 
 __all__ = ["check_signed", "open_quote", "verify", "verify_collateral", "verify_genuine", "verify_quote"]
 __all__ += ["CertificateEvidence", "CertificateEvidenceError", "evidence_for", "read_evidence", "verify_certificate"]
+__all__ += ["Behind", "CollateralIssue", "make_ear", "sign_ear"]
 __all__ += ["Collateral", "OpenedQuote", "PckIdentity", "SignedQuote", "TcbStatus", "Verdict", "VerifiedCollateral"]
 __all__ += ["AcceptedVerdict", "AllOf", "AnyOf", "AnyPolicy", "Policy", "Stage", "parse_policy_toml"]
 __all__ += [

@@ -5,7 +5,7 @@ Bytes, and the 64-bit sets of flags, are lowercase hex in the order in which the
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 from msgspec import Struct
 from msgspec.structs import asdict
@@ -61,6 +61,25 @@ def quote_fields(quote: Quote) -> dict[str, object]:
         fields["attribute_names"] = [flag.name for flag in TdAttributes(body.td_attributes)]
         fields["xfam_names"] = [flag.name for flag in Xfam(body.xfam)]
     return plain({**fields, "trailing_bytes": quote.trailing, "pck": _claimed_platform(quote)})
+
+
+def verdict_fields(verdict: Any) -> dict[str, object]:  # a Verdict, whose module imports this one
+    """The quote's fields, and the verdict on it; an accepted one has its profile and what that left open."""
+    fields: dict[str, object] = {name: getattr(verdict, name) for name in _OF_VERDICT}
+    fields |= {"valid_from": verdict.window[0], "valid_until": verdict.window[1], "behind": verdict.behind()}
+    for name in ("stage", "unpinned", "replayed"):
+        if (value := getattr(verdict, name, None)) is not None:
+            fields[name] = value
+    matched = getattr(verdict, "matched", None)
+    if matched is not None:
+        fields["profile"] = {"name": matched.name, "version": matched.version}
+    return quote_fields(verdict.quote) | plain({**fields, "root": verdict.root.digest})
+
+
+_OF_VERDICT: Final = (
+    *("tcb_status", "current_status", "advisory_ids", "current_advisory_ids", "tcb_date", "evaluation_number"),
+    *("collateral", "tcb_info_version", "verified_at", "steps"),
+)
 
 
 def registers(rtmrs: tuple[bytes, ...]) -> dict[str, str]:

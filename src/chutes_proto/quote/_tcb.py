@@ -43,7 +43,7 @@ class TcbAssessment(Struct, frozen=True):
     """The result of the TCB levels. ``status`` is that of all of them; the parts are those at launch.
 
     ``current`` is the status of the present TCB where the report has one. ``date`` (unix seconds) is the earliest of
-    the levels', ``advisory_ids`` are those of all of them, once each.
+    the levels', ``advisory_ids`` are those of all of them, once each; ``current_advisory_ids`` those at present.
     """
 
     status: TcbStatus
@@ -53,6 +53,7 @@ class TcbAssessment(Struct, frozen=True):
     qe: Stated
     date: int
     advisory_ids: tuple[str, ...]
+    current_advisory_ids: tuple[str, ...]
 
 
 def assess(
@@ -68,15 +69,22 @@ def assess(
     _check_not_revoked(platform, module, qe, "")  # 36
     status = _converge(platform, module, qe)
     current = None
+    advisories_now: tuple[str, ...] = ()
     if isinstance(body, TdReport15):
         platform_now, module_now = _levels(info, pck, body.tee_tcb_svn_2, " at present")
         _check_not_revoked(platform_now, module_now, qe, " at present")
         current = _converge(platform_now, module_now, qe)
         status = _relaunch(status, current)
+        advisories_now = _advisories(platform_now, module_now, qe)
     parts = (platform, qe) if module is None else (platform, module, qe)
     date = min([part.date for part in parts])
-    advisories = tuple(dict.fromkeys([advisory for part in parts for advisory in part.advisory_ids]))
-    return TcbAssessment(status, current, platform, module, qe, date, advisories)
+    advisories = _advisories(platform, module, qe)
+    return TcbAssessment(status, current, platform, module, qe, date, advisories, advisories_now)
+
+
+def _advisories(platform: Stated, module: Stated | None, qe: Stated) -> tuple[str, ...]:
+    parts = (platform, qe) if module is None else (platform, module, qe)
+    return tuple(dict.fromkeys([advisory for part in parts for advisory in part.advisory_ids]))
 
 
 def _module_identity(info: TcbInfo, major: int) -> ModuleIdentity | None:

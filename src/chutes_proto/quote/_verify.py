@@ -26,11 +26,12 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from hashlib import sha256
 from hmac import compare_digest
-from typing import Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
-from attrs import frozen
+from attrs import field, frozen
 from msgspec import Struct
 
+from chutes_proto._lazy import LazyModule
 from chutes_proto._proof import PROOF, Proof, proven
 from chutes_proto.quote import _certificates as certificates
 from chutes_proto.quote import _ecdsa as ecdsa
@@ -49,6 +50,15 @@ from chutes_proto.quote._steps import Checked, checked
 from chutes_proto.quote._strict_json import JsonError
 from chutes_proto.quote._tcb import assess
 from chutes_proto.quote._terms import Term, Window, check_seconds, check_terms, window
+
+if TYPE_CHECKING:
+    from chutes_proto.quote import _behind as behind
+    from chutes_proto.quote import _plain as plain
+    from chutes_proto.quote import _supplemental as supplemental
+else:  # a verdict is verified more often than it is explained
+    behind = LazyModule("chutes_proto.quote._behind")
+    plain = LazyModule("chutes_proto.quote._plain")
+    supplemental = LazyModule("chutes_proto.quote._supplemental")
 
 T = TypeVar("T")
 
@@ -127,6 +137,7 @@ class Verdict:
     numbers and dates of the collateral, ``tcb_info_version`` is the version of the TCB info's form. ``window`` is when
     all that was used is valid (unix seconds, inclusive, no grace), ``verified_at`` the caller's ``now``. ``checked``
     says which steps each piece passed, in the order of the stages; a step that had nothing to check is not there.
+    ``current_advisory_ids`` are those of the TCB at present. ``signed`` and ``verified`` are the results of the stages.
     """
 
     quote: Quote
@@ -134,6 +145,7 @@ class Verdict:
     tcb_status: TcbStatus
     current_status: TcbStatus | None
     advisory_ids: tuple[str, ...]
+    current_advisory_ids: tuple[str, ...]
     tcb_date: int
     platform: Stated
     module: Stated | None
@@ -144,7 +156,24 @@ class Verdict:
     verified_at: int
     root: TrustedRoot
     checked: tuple[Checked, ...]
+    signed: SignedQuote = field(repr=False)
+    verified: VerifiedCollateral = field(repr=False)
     proof: Proof = proven()
+
+    def behind(self) -> tuple[behind.Behind, ...]:
+        """Find the parts whose TCB is behind: what each lacks for its next level, since when, with which advisories."""
+        verified, qe_report = self.verified, self.signed.qe_report
+        reached = self.platform, self.module, self.qe
+        body = self.quote.body
+        return behind.behind(verified.tcb_info, verified.qe_identity, self.pck, body, qe_report, reached)
+
+    def supplemental(self) -> dict[str, object]:
+        """Make the supplemental data of Intel's Quote Verification Enclave, by its names."""
+        return supplemental.supplemental(self)
+
+    def to_dict(self) -> dict[str, object]:
+        """Make plain data for JSON: bytes in lowercase hex, times in unix seconds."""
+        return plain.verdict_fields(self)
 
     @property
     def evaluation_number(self) -> int:
@@ -389,6 +418,7 @@ def _judge(signed: SignedQuote, verified: VerifiedCollateral, now: int, expected
         tcb_status=tcb.status,
         current_status=tcb.current,
         advisory_ids=tcb.advisory_ids,
+        current_advisory_ids=tcb.current_advisory_ids,
         tcb_date=tcb.date,
         platform=tcb.platform,
         module=tcb.module,
@@ -398,6 +428,8 @@ def _judge(signed: SignedQuote, verified: VerifiedCollateral, now: int, expected
         window=(max(chain[0], collateral[0]), min(chain[1], collateral[1])),
         verified_at=now,
         root=opened.root,
+        signed=signed,
+        verified=verified,
         checked=(
             *signed.checked,
             *verified.checked,
