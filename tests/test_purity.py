@@ -77,7 +77,7 @@ PACKAGES: dict[str, str] = {
     "luks": "quote",
     "miner": "auth boot wire",
     "quote": "",
-    "server": "auth collateral keys quote store transport units wire",
+    "server": "auth collateral gpu keys quote store transport units wire",
     "store": "",
     "testing": "auth gpu keys quote store units wire",
     "transport": "wire",

@@ -22,15 +22,16 @@ from chutes_proto.log import Record
 from chutes_proto.wire.http import Headers, HttpRequest, HttpResponse
 
 if TYPE_CHECKING:
-    from chutes_proto import quote, store
+    from chutes_proto import gpu, quote, store
     from chutes_proto.luks import disk, plan
 else:  # a client has no use for the modules of most effects; their types resolve all the same
     disk, plan = LazyModule("chutes_proto.luks.disk"), LazyModule("chutes_proto.luks.plan")
     quote, store = LazyModule("chutes_proto.quote"), LazyModule("chutes_proto.store")
+    gpu = LazyModule("chutes_proto.gpu")
 
 __all__ = ["Effect", "Flow", "run", "run_async"]
-__all__ += ["ActOnDisk", "Entropy", "FetchCollateral", "FetchEvidence", "Get", "InspectDisk", "Log", "MakeQuote"]
-__all__ += ["NextServer", "Now", "Resolve", "Send", "Sleep", "Transact", "Uptime"]
+__all__ += ["ActOnDisk", "Entropy", "FetchCollateral", "FetchEvidence", "FetchGpuCollateral", "Get", "InspectDisk"]
+__all__ += ["Log", "MakeQuote", "NextServer", "Now", "Resolve", "Send", "Sleep", "Transact", "Uptime"]
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -119,6 +120,13 @@ class FetchCollateral(Effect["quote.VerifiedCollateral"]):
     identity: quote.PckIdentity
     now: int
     instead_of: quote.VerifiedCollateral | None = None
+
+
+@frozen
+class FetchGpuCollateral(Effect["gpu.GpuCollateral"]):
+    """Get the RIMs and the OCSP answers that are there to verify GPUs with. Raises `CollateralUnavailable`."""
+
+    now: int
 
 
 @frozen

@@ -13,8 +13,21 @@ from chutes_proto.auth.certificates import spki_sha256
 from chutes_proto.auth.client_identity import make_client_identity
 from chutes_proto.auth.hotkey import HotkeyPair
 from chutes_proto.auth.signing import Coverage, SigningPolicy, messages_to_sign
-from chutes_proto.effects import Effect, Entropy, FetchCollateral, Log, Now, Resolve, Sleep, Transact, Uptime, run
+from chutes_proto.effects import (
+    Effect,
+    Entropy,
+    FetchCollateral,
+    FetchGpuCollateral,
+    Log,
+    Now,
+    Resolve,
+    Sleep,
+    Transact,
+    Uptime,
+    run,
+)
 from chutes_proto.errors import CollateralUnavailable
+from chutes_proto.gpu import GpuCollateral
 from chutes_proto.keys.vault import KeyEncryptionKey, Vault
 from chutes_proto.log import Record
 from chutes_proto.quote._collateral import Collateral
@@ -88,6 +101,7 @@ class World:
     before: Callable[[Effect[Any]], None] = lambda _: None
     certificate: Any = CERTIFICATES[0]
     names: dict[str, tuple[str, ...]] = field(factory=dict)
+    gpus: GpuCollateral | None = None
     _number: int = field(factory=count().__next__)
     _drawn: int = 0
 
@@ -108,6 +122,10 @@ class World:
                 self.log.append(record)
             case Transact(unit):
                 return self.store.transact(unit)
+            case FetchGpuCollateral():
+                if self.gpus is None:
+                    raise CollateralUnavailable("the directory is gone")
+                return self.gpus
             case Resolve(name):
                 return self.names.get(name, ())
             case FetchCollateral(identity, now):

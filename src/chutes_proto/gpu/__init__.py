@@ -14,6 +14,7 @@ from chutes_proto._lazy import lazily
 
 if TYPE_CHECKING:
     from chutes_proto.gpu._certificates import NVIDIA, GpuRoots, read_root
+    from chutes_proto.gpu._collateral import GpuCollateral
     from chutes_proto.gpu._errors import EvidenceFormatError, GpuError, GpuPolicyError, GpuVerificationError
     from chutes_proto.gpu._evidence import DeviceEvidence, parse_evidence
     from chutes_proto.gpu._findings import GpuRefusal, Mismatch
@@ -35,6 +36,7 @@ else:
         globals(),
         {
             "chutes_proto.gpu._certificates": "NVIDIA GpuRoots read_root",
+            "chutes_proto.gpu._collateral": "GpuCollateral",
             "chutes_proto.gpu._errors": "EvidenceFormatError GpuError GpuPolicyError GpuVerificationError",
             "chutes_proto.gpu._evidence": "DeviceEvidence parse_evidence",
             "chutes_proto.gpu._findings": "GpuRefusal Mismatch",
@@ -53,4 +55,4 @@ __all__ = ["authenticate", "compare", "parse_evidence", "parse_gpu_policy", "par
 __all__ += ["AcceptedEvidence", "Comparison", "DeviceEvidence", "DeviceReport", "GenuineDevice", "Mismatch", "Report"]
 __all__ += ["NVIDIA", "GpuPolicy", "GpuRefusal", "GpuRoots", "PinnedMeasurements", "Revocation", "Rims", "VerifiedRim"]
 __all__ += ["EvidenceFormatError", "EvidenceRefusedError", "GpuError", "GpuPolicyError", "GpuVerificationError"]
-__all__ += ["read_root"]
+__all__ += ["GpuCollateral", "read_root"]

@@ -10,13 +10,12 @@ Rules kept here:
 * every fault of the network has the same text for the caller, who must not be able to scan the server's network.
 
 It shows that an approved TD answers at that address. It does not show whose it is: the request names no hotkey of the
-caller's. GPU evidence is not verified; the audit row says so.
+caller's. Its GPU evidence is appraised as the profile demands (``_gpu_evidence.py``).
 """
 
 from __future__ import annotations
 
 import base64
-import hashlib
 from typing import Final
 
 from cryptography import x509
@@ -30,6 +29,7 @@ from chutes_proto.errors import BadRequest, Refusal, Refused, RemoteProtocolErro
 from chutes_proto.secret import Secret
 from chutes_proto.server._call import SignedCall
 from chutes_proto.server._evidence import appraise, verify_evidence
+from chutes_proto.server._gpu_evidence import appraise_gpus
 from chutes_proto.server._service import Callback, Service
 from chutes_proto.units.servers import HostQuote, ReadCaller
 from chutes_proto.wire.codes import Code
@@ -57,14 +57,21 @@ def ask_host(
     try:
         evidence = yield from verify_evidence(service, nonce, key, given.quote, now)
         profile = appraise(service, evidence, "runtime", lambda: call.caller).profile
+        gpus = yield from appraise_gpus(
+            service.gpu_appraisal,
+            service.profiles[profile.identity].gpu_evidence,
+            profile,
+            given.gpus,
+            nonce=nonce,
+            count=len(call.message.gpus),
+            now=now,
+        )
     except Unavailable:
         raise
     except Refusal as exc:
         raise _as_registration(exc, host, address) from None
-    digest = hashlib.sha256(given.gpus.encode()).hexdigest()
-    gpus = f"GPU evidence NOT verified, {len(given.gpus)} characters, SHA-256 {digest}"
     yield from call.log(
-        "host_evidence", host=host, address=address, profile=profile.name, gpus=gpus, trust=service.trust
+        "host_evidence", host=host, address=address, profile=profile.name, gpus=gpus.text, trust=service.trust
     )
     return HostQuote(evidence.quote_digest, evidence.platform.pin, profile.name, profile.version, gpus)
 

@@ -117,6 +117,19 @@ class RegistrationOptions:
 
 
 @frozen
+class GpuEvidenceOptions:
+    """The appraisal of GPU evidence.
+
+    ``directory`` holds RIMs in ``rims`` and OCSP answers in ``status``; without one, evidence is recorded and not
+    verified. ``policy`` is a file with a policy for GPUs. ``roots`` is a directory with other roots than NVIDIA's.
+    """
+
+    directory: str | None = None
+    policy: str | None = None
+    roots: str | None = None
+
+
+@frozen
 class RuntimeOptions:
     """Options of runtime attestations; one counts as fresh for ``fresh_seconds``."""
 
@@ -227,6 +240,7 @@ class ServerConfig:
     signatures: Literal["compatible", "request"] = "compatible"
     nonce: NonceOptions = field(factory=NonceOptions)
     registration: RegistrationOptions = field(factory=RegistrationOptions)
+    gpu_evidence: GpuEvidenceOptions = field(factory=GpuEvidenceOptions)
     runtime: RuntimeOptions = field(factory=RuntimeOptions)
     proxy: ProxyOptions = field(factory=ProxyOptions)
     admin: AdminOptions = field(factory=AdminOptions)

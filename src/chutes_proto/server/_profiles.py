@@ -17,6 +17,7 @@ from chutes_proto._converter import ProblemsError, StrictConverter
 from chutes_proto.errors import ConfigurationError
 from chutes_proto.quote._measurements import Profile, Rtmrs
 from chutes_proto.secret import Secret
+from chutes_proto.server._gpu_evidence import Demand
 from chutes_proto.wire import json
 from chutes_proto.wire.codec import encode_answer
 from chutes_proto.wire.public import MEASUREMENTS, EncodedMeasurements, Measurements, MeasurementsAnswer, Registers
@@ -37,6 +38,7 @@ class ServedOptions:
     token_needs_certificate: bool = False
     rc: bool = False
     authorized_hotkeys: tuple[str, ...] = ()
+    gpu_evidence: Demand = "record"
 
 
 EXTRA_KEYS = frozenset(attrs.fields_dict(ServedOptions))
@@ -54,6 +56,7 @@ class ServedProfile:
     exchange: ServedExchange = "base"
     rc: bool = False
     authorized_hotkeys: frozenset[str] = frozenset()
+    gpu_evidence: Demand = "record"
 
 
 def serve_profile(
@@ -82,6 +85,7 @@ def serve_profile(
         options.exchange,
         options.rc,
         frozenset(options.authorized_hotkeys),
+        options.gpu_evidence,
     )
 
 

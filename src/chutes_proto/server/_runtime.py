@@ -17,6 +17,7 @@ from chutes_proto.effects import Entropy, Flow, Transact
 from chutes_proto.errors import BadRequest, Refused
 from chutes_proto.server._call import SignedCall
 from chutes_proto.server._evidence import Evidence, appraise, verify_evidence
+from chutes_proto.server._gpu_evidence import appraise_gpus
 from chutes_proto.server._nonces import RANDOM_SIZE, expires_at
 from chutes_proto.server._service import Service
 from chutes_proto.store.rows import AttestationRow, ServerRow
@@ -54,7 +55,18 @@ def attest_runtime(
         with service.proxies.excusing(request):
             evidence = yield from verify_evidence(service, nonce.value, key, message.quote, call.now)
         profile = appraise(service, evidence, "runtime", lambda: call.caller).profile
-        yield from Transact(GrantRuntime(call.now, call.request_id, server, nonce, evidence.accepted(profile), address))
+        gpus = yield from appraise_gpus(
+            service.gpu_appraisal,
+            service.profiles[profile.identity].gpu_evidence,
+            profile,
+            message.gpu_evidence,
+            nonce=nonce.value,
+            count=profile.gpu_count,
+            now=call.now,
+        )
+        yield from Transact(
+            GrantRuntime(call.now, call.request_id, server, nonce, evidence.accepted(profile), address, gpus)
+        )
     except (Refused, BadRequest) as exc:
         yield from _record(call, server, nonce, evidence, exc)
         raise

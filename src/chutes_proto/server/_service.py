@@ -18,6 +18,7 @@ from chutes_proto.quote._measurements import Profile
 from chutes_proto.quote._policy import Policy
 from chutes_proto.quote._roots import TrustedRoot
 from chutes_proto.server._config import LimitOptions
+from chutes_proto.server._gpu_evidence import GpuAppraisal
 from chutes_proto.server._gpus import GPUS, Gpu
 from chutes_proto.server._limits import Admission, LogThrottle, TokenBuckets
 from chutes_proto.server._nonces import NonceMint
@@ -91,6 +92,7 @@ class Service:
     callback: Callback | None = None
     unsafe_networks: tuple[Network, ...] = ()
     fresh_seconds: int = 3600
+    gpu_appraisal: GpuAppraisal | None = None
     gpus: Mapping[str, Gpu] = field(factory=lambda: GPUS)
     proxies: TrustedProxies = field(factory=TrustedProxies)
     limits: LimitOptions = field(factory=LimitOptions)

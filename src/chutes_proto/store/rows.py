@@ -24,6 +24,7 @@ from attrs import field, frozen
 __all__ = ["ROWS", "AttestationRow", "AuditRow", "AuditWanted", "BootRow", "BootVolumeRow", "Claim", "CountAudit"]
 __all__ += ["CountClaims", "CountRefusals", "CountRetired", "CountRows", "CountSealed", "CountStates", "Decision"]
 __all__ += ["Delete", "DeleteServer", "Exchange", "FindLastBoot", "FindLastBootFrom", "GenerationRow", "GpuRow"]
+__all__ += ["GpuDeviceRow"]
 __all__ += ["Insert", "InsertAll", "NonceRow", "Pin", "Platform", "PurgeAudit", "PurgeGeneration", "Put", "Read"]
 __all__ += ["ReadAll", "ReadAudit", "ReadBootVolumes", "ReadLiveGenerations", "ReadNames", "ReadOld"]
 __all__ += ["ReadOtherwiseSealed", "ReadPage", "ReadRetired", "ReadTimes", "ReadUnclaimed", "Retirement"]
@@ -323,6 +324,23 @@ class GpuRow:
 
 
 @frozen
+class GpuDeviceRow:
+    """A GPU whose evidence a server showed, identified by what NVIDIA signed.
+
+    ``device_id`` is the serial number of the certificate of the key in the chip, ``serial_number`` that of the device
+    certificate, which changes with the firmware. No declared UUID is in either.
+    """
+
+    TABLE: ClassVar[str] = "gpu_device"
+    KEY: ClassVar[tuple[str, ...]] = ("device_id",)
+
+    device_id: str
+    server_id: str
+    serial_number: str
+    verified_at: int
+
+
+@frozen
 class AuditRow:
     """A decision, for whom and why, written in the transaction of the change that it records; never changed.
 
@@ -358,6 +376,7 @@ Row: TypeAlias = (
     | AttestationRow
     | ServerRow
     | GpuRow
+    | GpuDeviceRow
     | AuditRow
 )
 """A row of any kind."""
@@ -381,7 +400,7 @@ class Insert(StoreOp[None]):
 class Put(StoreOp[None]):
     """Add a row, or replace the one with the same key."""
 
-    row: VmRow | BootRow | VolumeRow | ServerRow
+    row: VmRow | BootRow | VolumeRow | ServerRow | GpuDeviceRow
 
 
 @frozen
@@ -541,7 +560,7 @@ class CountRefusals(StoreOp[int]):
 class Claim(StoreOp[bool]):
     """Add a row, unless that would break one of its table's unique constraints: then False, and nothing changes."""
 
-    row: NonceRow | ServerRow | GpuRow
+    row: NonceRow | ServerRow | GpuRow | GpuDeviceRow
 
 
 @frozen

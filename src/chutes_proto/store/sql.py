@@ -204,6 +204,13 @@ CREATE INDEX generation_kek ON generation (kek_id);
 """
 
 _EXPAND: Final = """
+CREATE TABLE gpu_device (
+  device_id TEXT PRIMARY KEY,
+  server_id TEXT NOT NULL REFERENCES server (server_id) ON DELETE CASCADE,
+  serial_number TEXT NOT NULL,
+  verified_at BIGINT NOT NULL
+);
+CREATE INDEX gpu_device_server ON gpu_device (server_id);
 INSERT INTO fact (name, value) VALUES ('compatible_since', 0);
 ALTER TABLE vm ADD COLUMN booted TEXT;
 ALTER TABLE vm ADD COLUMN nonce_at BIGINT;
@@ -653,8 +660,10 @@ def _change_generation(to: str, where: str = "TRUE") -> _Query:
 
 _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query]] = {
     store.Insert: _write(_insert, store.ROWS, _nothing),
-    store.Put: _write(_put, (store.VmRow, store.BootRow, store.VolumeRow, store.ServerRow), _nothing),
-    store.Claim: _write(_claim, (store.NonceRow, store.ServerRow, store.GpuRow), bool),
+    store.Put: _write(
+        _put, (store.VmRow, store.BootRow, store.VolumeRow, store.ServerRow, store.GpuDeviceRow), _nothing
+    ),
+    store.Claim: _write(_claim, (store.NonceRow, store.ServerRow, store.GpuRow, store.GpuDeviceRow), bool),
     store.Read: _Query(
         lambda op: (_read(op.kind, (op.by,) if op.by else op.kind.KEY), _values(op.key)),
         lambda op, rows: _first(op.kind, rows),

@@ -49,6 +49,26 @@ class AcceptedQuote(Quote):
         return cls(boot.quote_digest, boot.pin, boot.profile_name, boot.profile_version)
 
 
+@frozen
+class SignedGpu:
+    """A GPU whose evidence verified, by the serial numbers that NVIDIA signed (``GpuDeviceRow``)."""
+
+    device_id: str
+    serial_number: str
+
+
+@frozen
+class SignedGpus:
+    """The result of an appraisal of GPU evidence; ``text`` is for the audit.
+
+    ``is_required``: a device that another server has shown refuses; otherwise the audit row says so.
+    """
+
+    text: str
+    devices: tuple[SignedGpu, ...] = ()
+    is_required: bool = False
+
+
 NO_QUOTE = Quote.refused(b"")
 
 

@@ -28,7 +28,7 @@ from chutes_proto.store._run import Script, Unit
 from chutes_proto.units.boot import DAY, REFUSALS_PER_DAY
 from chutes_proto.units.keys import VmKeys, by_volume
 from chutes_proto.units.nonces import Nonce, redeem_nonce
-from chutes_proto.units.records import NO_QUOTE, AcceptedQuote, Quote, Records, legible
+from chutes_proto.units.records import NO_QUOTE, AcceptedQuote, Quote, Records, SignedGpus, legible
 from chutes_proto.wire.codes import Code
 
 EVIDENCE_SECONDS = 86_400
@@ -39,9 +39,9 @@ _TAKEN = "Conflict with an existing server. Please contact support to resolve."
 
 @frozen
 class HostQuote(AcceptedQuote):
-    """An accepted runtime quote that a server's host gave when it was asked; ``gpus`` is a text for the audit."""
+    """An accepted runtime quote that a server's host gave when it was asked, and the result about its GPUs."""
 
-    gpus: str
+    gpus: SignedGpus
 
 
 @frozen
@@ -97,9 +97,10 @@ class RegisterServer(Unit[store.ServerRow]):
         reason = "no link" if link is None else f"linked to boot {link.boot_id} of {link.vm.name}"
         reason = f"at {server.address}: {reason}; {len(self.gpus)} GPUs"
         if self.shown is not None:
+            gpus = yield from _keep_gpus(self.shown.gpus, server, self.now)
             records = Records(self.now, self.request_id, server.vm, self.shown, self.address)
             yield from records.verdict("runtime", "", registration=server.registration)
-            reason += f"; its host gave a quote of {self.shown.pin}; {self.shown.gpus}"
+            reason += f"; its host gave a quote of {self.shown.pin}; {gpus}"
         yield from _audit(self, server, "register server", reason, server.boot_id, self.shown or NO_QUOTE)
         return server
 
@@ -286,7 +287,8 @@ class GrantRuntime(Unit[None]):
     """Record an accepted runtime quote, and redeem its nonce.
 
     The quote must come from the platform that the linked VM's name is bound to; without a link, from the one that the
-    first accepted quote came from. Raises `Refused` (``server_not_found``, ``platform_mismatch``, ``nonce_invalid``).
+    first accepted quote came from. Raises `Refused` (``server_not_found``, ``platform_mismatch``, ``nonce_invalid``,
+    ``gpu_taken``).
     """
 
     now: int
@@ -295,9 +297,10 @@ class GrantRuntime(Unit[None]):
     nonce: Nonce
     quote: AcceptedQuote
     peer_address: str
+    gpus: SignedGpus | None = None
 
     def script(self) -> Script[None]:
-        """Platform, nonce, records."""
+        """Platform, nonce, GPUs, records."""
         server = yield from _same(self.server)
         bound, pin = (yield from self._bound_to(server)), self.quote.pin
         if bound not in (None, pin):
@@ -305,7 +308,8 @@ class GrantRuntime(Unit[None]):
             raise Refused(Code.PLATFORM_MISMATCH, "This server is bound to another platform.", reason=reason)
         yield from redeem_nonce(self.nonce, self.now)
         yield from store.Put(evolve(server, pin=pin if bound is None else server.pin, attested=self.request_id))
-        yield from _record(self, server)
+        gpus = "" if self.gpus is None else f"; {(yield from _keep_gpus(self.gpus, server, self.now))}"
+        yield from _record(self, server, why=gpus)
 
     def _bound_to(self, server: store.ServerRow) -> Script[store.Pin | None]:
         if server.boot_id is None:
@@ -345,6 +349,25 @@ class RecordRuntimeRefusal(Unit[bool]):
         detail, reason = legible(self.detail, 2000), legible(self.reason, 2000)
         yield from _record(self, server, self.code, detail, f": {self.code}: {reason}")
         return True
+
+
+def _keep_gpus(gpus: SignedGpus, server: store.ServerRow, now: int) -> Script[str]:
+    """Keep whose the signed devices are; returns the text for the audit. Raises `Refused` (``gpu_taken``)."""
+    text = gpus.text
+    for gpu in gpus.devices:
+        row = store.GpuDeviceRow(gpu.device_id, server.server_id, gpu.serial_number, now)
+        held = yield from store.Read(store.GpuDeviceRow, gpu.device_id)
+        if held is None:
+            if not (yield from store.Claim(row)):  # another transaction came in between
+                raise StoreBusy("a gpu_device row was claimed meanwhile")
+        elif held.server_id == server.server_id:
+            yield from store.Put(row)
+        elif gpus.is_required:
+            detail = f"A GPU belongs to another server: {gpu.serial_number}"
+            raise _taken(Code.GPU_TAKEN, detail, (yield from store.Read(store.ServerRow, held.server_id)))
+        else:
+            text += f"; GPU {gpu.serial_number} was shown by server {held.server_id} before"
+    return text
 
 
 def read_own(hotkey: str, server_id: str) -> Script[store.ServerRow]:

@@ -55,6 +55,7 @@ class Code(StrEnum):
     VERSION_REJECTED = "version_rejected", 403, "a version of the image that may not boot any more; the text names both"
     EXCHANGE_MISMATCH = "exchange_mismatch", 403, "the image speaks another exchange than its profile grants"
     EXCHANGE_DOWNGRADE = "exchange_downgrade", 403, "a VM once served two-phase gets no boot token again"
+    GPU_EVIDENCE_REJECTED = "gpu_evidence_rejected", 403, "the evidence of the GPUs is missing or not accepted"
     BOOT_REQUIRED = "boot_required", 403, "no verified boot of this hotkey belongs to the server"
     NOT_FOUND = "not_found", 404, "no such path"
     KEY_NOT_FOUND = "key_not_found", 404, "no passphrase is kept for this VM"

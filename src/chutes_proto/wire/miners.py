@@ -141,6 +141,9 @@ class RuntimeAttestationRequest(ServerRequest):
     """Operation 11. ``X-Chutes-Nonce`` is the nonce that operation 10 gave; the quote's report data begins with it."""
 
     quote: str = body("Base64 encoded TDX quote")
+    gpu_evidence: str | None = body(
+        "the GPUs' evidence over the same nonce, JSON as the host's tool made it", default=None
+    )
 
 
 @frozen
@@ -200,6 +203,7 @@ REGISTER_SERVER = Endpoint(
         Code.GPU_INVALID,
         Code.EVIDENCE_UNAVAILABLE,
         *QUOTE_REFUSALS,
+        Code.GPU_EVIDENCE_REJECTED,
         Code.BOOT_REQUIRED,
         Code.HOST_TAKEN,
         Code.GPU_TAKEN,
@@ -261,7 +265,7 @@ RUNTIME_ATTESTATION = Endpoint(
     RuntimeAttestationRequest,
     RuntimeAttestationAnswer,
     "Verify a runtime quote: an approved TD on the server's platform holds this TLS key, the booted one or another",
-    (*QUOTE_CODES, *_OWN_SERVER_CODES),
+    (*QUOTE_CODES, Code.GPU_EVIDENCE_REJECTED, *_OWN_SERVER_CODES, Code.GPU_TAKEN),
     signed="nonce",
     authentication="hotkey signature over the server's nonce, quote, client certificate",
 )

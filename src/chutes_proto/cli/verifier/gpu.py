@@ -30,11 +30,11 @@ from chutes_proto.gpu import (
     parse_evidence,
     parse_gpu_policy,
     parse_report,
-    read_root,
     verify,
 )
 from chutes_proto.gpu._plain import claimed_fields, device_fields, rim_fields
 from chutes_proto.gpu._rim import authenticate_rim
+from chutes_proto.io.collateral.gpu_directory import read_gpu_roots
 from chutes_proto.io.files import make_directory, read_file, write_file
 from chutes_proto.quote._errors import spans
 from chutes_proto.quote._terms import rfc3339
@@ -151,7 +151,7 @@ def verify_command(
     See also: gpu show, gpu simulate, verify
     """
     now = int(time.time()) if at is None else at
-    trust = _roots(roots)
+    trust = NVIDIA if roots is None else read_gpu_roots(roots)
     policy = _policy(policy_file, rim_paths, status_path, grace)
     rims, rim_reports = _rims(rim_paths, trust)
     revocation, problems = _revocation(status_path)
@@ -187,16 +187,6 @@ def verify_command(
         "unreadable": problems,
     }
     return answer(report, lambda: _say(report), ok=error is None)
-
-
-def _roots(directory: str | None) -> GpuRoots:
-    if directory is None:
-        return NVIDIA
-    try:
-        device, rim = (read_root(read_file(Path(directory) / f"{name}-root.der")) for name in ("device", "rim"))
-    except GpuError as exc:
-        raise ConfigurationError(f"--roots: {directory}: {exc}") from None
-    return GpuRoots(device, rim)
 
 
 def _policy(path: str | None, rims: tuple[str, ...], status: str | None, grace: int) -> GpuPolicy:

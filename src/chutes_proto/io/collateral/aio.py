@@ -18,6 +18,7 @@ from chutes_proto.collateral.of_quote import collateral_for
 from chutes_proto.collateral.pcs import INTEL_PCS, Update, Upstream
 from chutes_proto.effects import Log
 from chutes_proto.errors import CollateralUnavailable
+from chutes_proto.gpu import GpuCollateral
 from chutes_proto.io.collateral.upstream import FETCH_LIMITS, UpstreamCollateral
 from chutes_proto.io.drivers.aio import HttpxGetter, Performer
 from chutes_proto.io.drivers.sync import CollateralSource, log_record
@@ -52,15 +53,19 @@ async def open_collateral(
 
 @asynccontextmanager
 async def open_performer(
-    store: DurableStore, source: CollateralSource | UpstreamCollateral, *, log: Callable[[Record], None] = log_record
+    store: DurableStore,
+    source: CollateralSource | UpstreamCollateral,
+    *,
+    gpus: Callable[[], GpuCollateral] | None = None,
+    log: Callable[[Record], None] = log_record,
 ) -> AsyncGenerator[Performer]:
     """Open the performer of a key server's effects, with collateral from files or from the network."""
     async with open_turns(store) as turns:
         if isinstance(source, UpstreamCollateral):
             async with open_collateral(source, log=log) as fetcher:
-                yield Performer(transact=turns.transact, fetch=fetcher.fetch, log=log)
+                yield Performer(transact=turns.transact, fetch=fetcher.fetch, gpus=gpus, log=log)
         else:
-            yield Performer(transact=turns.transact, collateral=source, log=log)
+            yield Performer(transact=turns.transact, collateral=source, gpus=gpus, log=log)
 
 
 class CollateralFetcher:

@@ -14,6 +14,7 @@ import httpx
 
 from chutes_proto import effects
 from chutes_proto.effects import Effect, Flow
+from chutes_proto.gpu import GpuCollateral
 from chutes_proto.io.drivers import sync
 from chutes_proto.io.drivers.sync import CollateralSource, DiskWorker, Missing, log_record, unknown
 from chutes_proto.io.http.evidence import fetch_evidence
@@ -81,6 +82,7 @@ class Performer:
         fetch: Callable[[PckIdentity, int, VerifiedCollateral | None], Awaitable[VerifiedCollateral]] | None = None,
         transact: Callable[[effects.Transact[Any]], Awaitable[object]] | None = None,
         disks: DiskWorker | None = None,
+        gpus: Callable[[], GpuCollateral] | None = None,
         log: Callable[[Record], None] = log_record,
     ) -> None:
         self._send = send or Missing("send")
@@ -88,7 +90,7 @@ class Performer:
         self._collateral = collateral or Missing("collateral")
         self._fetch = fetch or self._fetch_in_thread
         self._transact = transact or self._perform_in_thread
-        self._blocking = sync.Performer(quoter=quoter, store=store, disks=disks, log=log)
+        self._blocking = sync.Performer(quoter=quoter, store=store, disks=disks, gpus=gpus, log=log)
         self._resolvers = anyio.CapacityLimiter(sync.RESOLVERS)
 
     async def run(self, flow: Flow[T]) -> T:
@@ -118,7 +120,7 @@ class Performer:
                 return await fetch_evidence(effect)
             case effects.Now() | effects.Entropy() | effects.Log():  # these do not block
                 return self._blocking.perform(effect)
-            case effects.MakeQuote():
+            case effects.MakeQuote() | effects.FetchGpuCollateral():
                 return await anyio.to_thread.run_sync(self._blocking.perform, effect, abandon_on_cancel=True)
             case effects.Transact():
                 return await self._transact(effect)

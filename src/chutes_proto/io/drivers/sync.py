@@ -24,11 +24,11 @@ from chutes_proto.log import Record
 from chutes_proto.wire.http import HttpRequest, HttpResponse
 
 if TYPE_CHECKING:
-    from chutes_proto import store
+    from chutes_proto import gpu, store
     from chutes_proto.quote._collateral import VerifiedCollateral
     from chutes_proto.quote._pck import PckIdentity
 else:  # an agent loads no store; the type resolves all the same
-    store = LazyModule("chutes_proto.store")
+    store, gpu = LazyModule("chutes_proto.store"), LazyModule("chutes_proto.gpu")
 
 T = TypeVar("T")
 
@@ -131,7 +131,8 @@ class Performer:
 
     ``send`` performs `Send` (`HttpsSender`), ``get`` performs `Get`, ``next_server`` changes to the next server and
     returns its origin, ``quoter`` makes quotes, ``store`` runs transactions, ``collateral`` has verified collateral,
-    ``disks`` looks at disks and acts on them, ``log`` is called with every record.
+    ``disks`` looks at disks and acts on them, ``gpus`` returns RIMs and OCSP answers, ``log`` is called
+    with every record.
     """
 
     def __init__(
@@ -144,6 +145,7 @@ class Performer:
         store: store.Store | None = None,
         collateral: CollateralSource | None = None,
         disks: DiskWorker | None = None,
+        gpus: Callable[[], gpu.GpuCollateral] | None = None,
         log: Callable[[Record], None] = log_record,
     ) -> None:
         self._send = send or Missing("send")
@@ -153,6 +155,7 @@ class Performer:
         self._store = store or Missing("store")
         self._collateral = collateral or Missing("collateral")
         self._disks = disks or Missing("disks")
+        self._gpus = gpus or Missing("gpus")
         self._log = careful(log)
 
     def run(self, flow: Flow[T]) -> T:
@@ -183,6 +186,8 @@ class Performer:
                 return self._get(url)
             case effects.FetchCollateral(identity, now):
                 return self._collateral.fetch(identity, now)
+            case effects.FetchGpuCollateral():
+                return self._gpus()
             case effects.Resolve(name):
                 return resolve(name)
             case effects.FetchEvidence():

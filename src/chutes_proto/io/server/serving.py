@@ -175,7 +175,10 @@ async def open_server(
     if connections < wanted:
         about = f"limits.connections: the limit of open files allows {connections} of {wanted}; raise it (LimitNOFILE)"
         log(Record(Level.WARNING, "warning", {"about": about}))
-    async with open_performer(store, collateral, log=log) as performer, _watching(setup, performer):
+    async with (
+        open_performer(store, collateral, gpus=setup.gpu_source, log=log) as performer,
+        _watching(setup, performer),
+    ):
         if not admin:
             yield Server(App(setup.service), performer, limits=setup.limits, connections=connections)
             return
@@ -261,7 +264,7 @@ def make_asgi_app(config: ServerConfig) -> AsgiApp:
     async def open_driver() -> AsyncGenerator[Performer]:
         async with (
             _in_thread(open_store(setup)) as (store, warnings),
-            open_performer(store, setup.collateral) as performer,
+            open_performer(store, setup.collateral, gpus=setup.gpu_source) as performer,
             _watching(setup, performer),
         ):
             _log_start(setup, store, warnings, [], log_record)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,8 +22,10 @@ from attrs import frozen
 from chutes_proto.auth.hotkey import Hotkey, HotkeyError, check_installed
 from chutes_proto.collateral.cache import CachePolicy, CollateralCache
 from chutes_proto.collateral.pcs import Upstream
-from chutes_proto.errors import ConfigurationError, LocalProtocolError
+from chutes_proto.errors import CollateralUnavailable, ConfigurationError, LocalProtocolError
+from chutes_proto.gpu import NVIDIA, GpuCollateral, GpuPolicy, GpuPolicyError, GpuRoots, parse_gpu_policy
 from chutes_proto.io.collateral.directory import CollateralDirectory
+from chutes_proto.io.collateral.gpu_directory import GpuCollateralDirectory, read_gpu_roots
 from chutes_proto.io.collateral.upstream import UpstreamCollateral
 from chutes_proto.io.files import read_file, read_private
 from chutes_proto.io.hotkey_file import read_hotkey
@@ -34,7 +37,8 @@ from chutes_proto.quote._policy import Policy, TcbPolicy
 from chutes_proto.quote._published import ProfileFile, parse_profile_file
 from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
 from chutes_proto.secret import Secret
-from chutes_proto.server._config import ProxyOptions, RegistrationOptions, ServerConfig
+from chutes_proto.server._config import GpuEvidenceOptions, ProxyOptions, RegistrationOptions, ServerConfig
+from chutes_proto.server._gpu_evidence import GpuAppraisal
 from chutes_proto.server._gpus import GPUS
 from chutes_proto.server._nonces import NonceMint
 from chutes_proto.server._profiles import EXTRA_KEYS, ServedProfile, parse_version, serve_profile
@@ -57,6 +61,12 @@ class ServerSetup:
     store: StorePlace
     base: Path
     not_served: tuple[str, ...] = ()
+    gpus: GpuCollateralDirectory | None = None
+
+    @property
+    def gpu_source(self) -> Callable[[], GpuCollateral] | None:
+        """The source of what GPUs are verified with."""
+        return None if self.gpus is None else self.gpus.fetch
 
     @property
     def limits(self) -> Limits:
@@ -89,7 +99,7 @@ class ServerSetup:
         if registration.unsafe_private_networks:
             networks = ", ".join(registration.unsafe_private_networks)
             found.append(f"registration.unsafe_private_networks: hosts in {networks} pass for public ones")
-        if registration.evidence == "callback":
+        if registration.evidence == "callback" and self.gpus is None:
             found.append('registration.evidence = "callback": what GPUs say of themselves is fetched and NOT verified')
         found += [f"measurements: not served: {what}" for what in self.not_served]
         return tuple(found)
@@ -133,10 +143,18 @@ def make_setup(config: ServerConfig) -> ServerSetup:
     callback = problems.attempt("registration.hotkey_file", lambda: _callback(config.registration, base))
     collateral_key = "collateral.ca_file" if config.collateral.directory is None else "collateral.directory"
     collateral = None if root is None else problems.attempt(collateral_key, lambda: _collateral(config, base, root))
+    gpu_roots = problems.attempt("gpu_evidence.roots", lambda: _gpu_roots(config.gpu_evidence, base))
+    gpu_policy = problems.attempt("gpu_evidence.policy", lambda: _gpu_policy(config.gpu_evidence, base))
+    if gpu_roots is None or gpu_policy is None:
+        raise problems.error()
+    gpus = problems.attempt("gpu_evidence.directory", lambda: _gpu_collateral(config.gpu_evidence, base, gpu_roots))
     if tls is None or root is None or vault is None or policy is None or hotkeys is None or collateral is None:
         raise problems.error()
     if proxies is None or problems.found:
         raise problems.error()
+    if gpus is None and (demanding := [one for one in profiles if one.gpu_evidence == "require"]):
+        name = demanding[0].measurements.name
+        raise ConfigurationError(f'profile {name!r}: gpu_evidence = "require" needs gpu_evidence.directory')
     service = Service(
         vault=vault,
         mint=NonceMint.of(
@@ -160,10 +178,11 @@ def make_setup(config: ServerConfig) -> ServerSetup:
         limits=config.limits,
         gpus=GPUS | dict(config.gpus),
         callback=callback,
+        gpu_appraisal=None if gpus is None else GpuAppraisal(gpu_policy, gpu_roots),
         unsafe_networks=config.registration.parsed_networks,
     )
     place = store_place(config, base)
-    return ServerSetup(config, service, collateral, tls, admin_tls, place, base, not_served)
+    return ServerSetup(config, service, collateral, tls, admin_tls, place, base, not_served, gpus)
 
 
 def trust(root: TrustedRoot, name: str) -> str:
@@ -252,6 +271,31 @@ def _check_versions(config: ServerConfig, profiles: list[ServedProfile]) -> None
             _ = parse_version(version)
     except ValueError as exc:
         raise ConfigurationError(f"{exc}, so it cannot be compared") from None
+
+
+def _gpu_collateral(options: GpuEvidenceOptions, base: Path, roots: GpuRoots) -> GpuCollateralDirectory | None:
+    if options.directory is None:
+        return None
+    found = GpuCollateralDirectory(base / options.directory, roots)
+    try:
+        _ = found.fetch()
+    except CollateralUnavailable as exc:
+        raise ConfigurationError(str(exc)) from None
+    return found
+
+
+def _gpu_policy(options: GpuEvidenceOptions, base: Path) -> GpuPolicy:
+    if options.policy is None:
+        return GpuPolicy()
+    path = base / options.policy
+    try:
+        return parse_gpu_policy(read_file(path))
+    except GpuPolicyError as exc:
+        raise ConfigurationError(f"{path}: {exc}") from None
+
+
+def _gpu_roots(options: GpuEvidenceOptions, base: Path) -> GpuRoots:
+    return NVIDIA if options.roots is None else read_gpu_roots(base / options.roots)
 
 
 def _hotkeys(addresses: tuple[str, ...] | Literal["*"]) -> frozenset[str] | Literal["*"]:

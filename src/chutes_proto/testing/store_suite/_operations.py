@@ -28,6 +28,7 @@ from chutes_proto.store.rows import (
     FindLastBoot,
     FindLastBootFrom,
     GenerationRow,
+    GpuDeviceRow,
     GpuRow,
     Insert,
     InsertAll,
@@ -132,6 +133,7 @@ _SERVER = ServerRow(
     created_at=NOW,
 )
 _GPU = GpuRow("gpu-1", "n1", "h200", '{"uuid":"GPU-1"}')
+_DEVICE = GpuDeviceRow("41A0", "n1", "53C2", NOW)
 _VOLUME = VolumeRow(VM, "storage", in_use=True, format_allowed=False)
 _NONCE = NonceRow(bytes(32), "boot", NOW - 60, NOW)
 _INSERTED = (
@@ -148,7 +150,7 @@ _INSERTED = (
     AuditRow(NOW - 1, "operator", "afterwards", "done"),
 )
 _OTHER_SERVER = evolve(_SERVER, server_id="n2", registration="r2", name="b", address="2001:db8::1")
-_CLAIMED = (_SERVER, evolve(_OTHER_SERVER, boot_id="b0", pin=_PIN, updated_at=NOW, attested="a2"), _GPU)
+_CLAIMED = (_SERVER, evolve(_OTHER_SERVER, boot_id="b0", pin=_PIN, updated_at=NOW, attested="a2"), _GPU, _DEVICE)
 _BY_KIND: dict[type[Row], tuple[Row, ...]] = {
     kind: tuple(row for row in (*_INSERTED, _VM, _VOLUME, _NONCE, *_CLAIMED) if type(row) is kind) for kind in ROWS
 }
@@ -386,6 +388,7 @@ def servers_are_claimed_found_and_deleted(harness: Harness) -> None:
     fresh_server = evolve(_SERVER, server_id="n2", registration="r2", name="b", address="5.6.7.8")
     expect(ask(Claim(fresh_server)), True, "another server")
     expect(ask(Claim(_GPU)), True, "a new GPU")
+    expect(ask(Claim(_DEVICE)), True, "a new device")
     before = dump(harness.open())
     third = evolve(_SERVER, server_id="n3", registration="r3", name="c", address="9.9.9.9")
     taken = {
@@ -397,6 +400,7 @@ def servers_are_claimed_found_and_deleted(harness: Harness) -> None:
     for what, second in taken.items():
         expect(ask(Claim(second)), False, f"a second server with one {what}")
     expect(ask(Claim(evolve(_GPU, server_id="n2"))), False, "a GPU of two servers")
+    expect(ask(Claim(evolve(_DEVICE, server_id="n2"))), False, "a device of two servers")
     expect(dump(harness.open()), before, "rows after claims that failed")
     expect(ask(Claim(evolve(third, hotkey="other", name="vm-0"))), True, "another hotkey's server of one name")
     expect(ask(Read(ServerRow, "n1")), _SERVER, "a server by its id")
@@ -406,6 +410,9 @@ def servers_are_claimed_found_and_deleted(harness: Harness) -> None:
     expect(ask(ReadAll(ServerRow, VM.hotkey)), (_SERVER, fresh_server), "servers of a hotkey")
     expect(ask(Read(GpuRow, "gpu-1")), _GPU, "a GPU")
     expect(ask(Read(GpuRow, "gpu-2")), None, "a GPU that is not there")
+    expect(ask(Read(GpuDeviceRow, "41A0")), _DEVICE, "a device")
+    ask(Put(evolve(_DEVICE, serial_number="53C3")))
+    expect(ask(Read(GpuDeviceRow, "41A0")), evolve(_DEVICE, serial_number="53C3"), "a device with other firmware")
     refusal = evolve(_REFUSAL, stage="runtime", registration="r1")
     ask(Insert(refusal))
     ask(Insert(evolve(refusal, attestation_id="a2", code=None)))
@@ -422,6 +429,7 @@ def servers_are_claimed_found_and_deleted(harness: Harness) -> None:
     ask(DeleteServer("n1"))
     expect(ask(Read(ServerRow, "n1")), None, "a deleted server")
     expect(ask(Read(GpuRow, "gpu-1")), None, "a GPU of a deleted server")
+    expect(ask(Read(GpuDeviceRow, "41A0")), None, "a device of a deleted server")
     expect(len(ask(Scan(AttestationRow))), 4, "verdicts after their server is gone")
     expect(len(ask(Scan(ServerRow))), 2, "servers after one is gone")
 

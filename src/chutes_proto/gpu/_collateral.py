@@ -1,0 +1,16 @@
+"""Everything that GPU evidence is verified with: RIMs and revocation."""
+
+from __future__ import annotations
+
+from attrs import field, frozen
+
+from chutes_proto.gpu._revocation import Revocation
+from chutes_proto.gpu._verify import Rims
+
+
+@frozen(eq=False)
+class GpuCollateral:
+    """RIMs that their signers signed, of whatever time, and what is known about revoked certificates."""
+
+    rims: Rims = field(factory=Rims)
+    revocation: Revocation = field(factory=Revocation)

@@ -1,0 +1,186 @@
+"""GPU evidence at registrations and runtime attestations: recorded or required, and never at a boot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from attrs import evolve
+
+from chutes_proto.errors import CollateralUnavailable
+from chutes_proto.gpu import GpuCollateral, GpuPolicy, Revocation, Rims, verify_rim
+from chutes_proto.quote._policy import Policy
+from chutes_proto.server._app import App
+from chutes_proto.server._gpu_evidence import Demand, GpuAppraisal
+from chutes_proto.server._profiles import ServedProfile
+from chutes_proto.server._service import Callback
+from chutes_proto.store.rows import AuditRow, GpuDeviceRow, ServerRow
+from chutes_proto.testing import SimulatedGpus
+from chutes_proto.testing._platform import PROFILE
+from chutes_proto.wire.codec import encode_quote
+from chutes_proto.wire.codes import Code
+from tests.server.test_callbacks import VALIDATOR, Hosted
+from tests.server.test_runtime import PATH, nonce_of, quote
+from tests.server.test_servers import boot, gpu, register, registered
+from tests.server.world import NOW, OTHER, answer, refusal, service
+
+GPUS = SimulatedGpus(b"the GPUs of a server's tests")
+EXPECTED = evolve(PROFILE, expected_gpus=("h200",))
+
+
+class WithGpus(Hosted):
+    """A world whose hosts show the evidence of simulated GPUs, over the nonce that they are asked with."""
+
+    shows: SimulatedGpus | None = GPUS
+
+    def perform(self, effect: Any) -> Any:
+        if self.shows is not None and hasattr(effect, "target"):
+            nonce = bytes.fromhex(effect.target.rpartition("=")[2])
+            self.lie["members"] = {"nvtrust_evidence": self.shows.evidence_json(nonce).decode()}
+        return super().perform(effect)
+
+
+def collateral(gpus: SimulatedGpus = GPUS, now: int = NOW) -> GpuCollateral:
+    rims = Rims.of(verify_rim(data, now=now, roots=gpus.roots) for data in gpus.rims(now))
+    return GpuCollateral(rims, Revocation.of(gpus.status(now)))
+
+
+def make(demand: Demand, *, callback: bool = True, policy: GpuPolicy = GpuPolicy(), verifies: bool = True) -> WithGpus:
+    options: dict[str, Any] = {
+        "policy": Policy(profiles=(EXPECTED,)),
+        "profiles": {EXPECTED.identity: ServedProfile(EXPECTED, None, False, False, gpu_evidence=demand)},
+        "gpu_appraisal": GpuAppraisal(policy, GPUS.roots) if verifies else None,
+    }
+    if callback:
+        options |= {"registration_evidence": "callback", "callback": Callback(VALIDATOR.hotkey, VALIDATOR.sign)}
+    world = WithGpus(App(service(**options)))
+    world.gpus = collateral()
+    return world
+
+
+def audited(world: WithGpus) -> str:
+    return str(world.rows(AuditRow)[-1].reason)
+
+
+@pytest.mark.parametrize("demand", ["record", "require"])
+def test_a_registration_says_which_devices_verified(demand: Demand) -> None:
+    world = make(demand)
+    registered(register(world))
+    (device,) = world.rows(GpuDeviceRow)
+    (server,) = world.rows(ServerRow)
+    assert device.server_id == server.server_id
+    assert "GPU evidence verified: 1 devices (GH100 driver 600.10.01 VBIOS 96.00.FF.00.01)" in audited(world)
+    assert "measurements rims" in audited(world)
+    assert "revocation checked" in audited(world)
+    assert device.serial_number in audited(world)
+
+
+@pytest.mark.parametrize(
+    ("fault", "code"),
+    [
+        ("measurement", "measurement_mismatch"),
+        ("report_signature", "report_signature"),
+        ("nonce_other", "nonce_mismatch"),
+        ("board_unknown", "model"),
+        ("duplicate", "duplicate_device"),
+        ("empty", "gpu_count"),
+    ],
+)
+def test_evidence_that_does_not_verify_is_refused_only_if_it_is_required(fault: str, code: str) -> None:
+    world = make("require")
+    world.shows = GPUS.having(fault)
+    status, found, text = refusal(register(world))
+    assert (status, found) == (403, Code.GPU_EVIDENCE_REJECTED)
+    assert text.endswith(code)
+    assert world.rows(ServerRow) == ()
+    recording = make("record")
+    recording.shows = GPUS.having(fault)
+    registered(register(recording))
+    assert f"GPU evidence NOT accepted: {code}" in audited(recording)
+    assert recording.rows(GpuDeviceRow) == ()
+
+
+def test_as_many_devices_as_gpus_are_declared() -> None:
+    world = make("require")
+    world.shows = SimulatedGpus(GPUS.seed, count=2)
+    world.gpus = collateral(world.shows)
+    assert refusal(register(world))[1] == Code.GPU_EVIDENCE_REJECTED
+    registered(register(world, gpus=[gpu("a"), gpu("b")]))
+    assert len(world.rows(GpuDeviceRow)) == 2
+
+
+def test_our_missing_collateral_is_our_fault_and_stops_no_boot() -> None:
+    for gpus in (None, GpuCollateral(), collateral(now=NOW - 100_000)):
+        world = make("require")
+        world.gpus = gpus
+        assert refusal(register(world))[:2] == (503, Code.COLLATERAL_UNAVAILABLE)
+        boot(world)
+        recording = make("record")
+        recording.gpus = gpus
+        registered(register(recording))
+        assert "GPU evidence NOT accepted" in audited(recording)
+
+
+def test_a_gpu_belongs_to_the_server_that_showed_it() -> None:
+    """Whatever uuid is declared, and whichever firmware made the certificate."""
+    demands: tuple[Demand, ...] = ("require", "record")
+    for demand in demands:
+        world = make(demand)
+        registered(register(world))
+        world.shows = GPUS.having("leaf_renewed")
+        world.names["second.example"] = ("9.9.9.9",)
+        second = register(world, OTHER, id="n2", host="second.example", gpus=[gpu("another")])
+        if demand == "require":
+            assert refusal(second)[:2] == (409, Code.GPU_TAKEN)
+        else:
+            registered(second)
+            assert "was shown by server n1 before" in audited(world)
+        assert [row.server_id for row in world.rows(GpuDeviceRow)] == ["n1"]
+
+
+def attest(world: WithGpus, gpus: SimulatedGpus | None) -> Any:
+    nonce = nonce_of(world)
+    body: dict[str, Any] = {"quote": encode_quote(quote(world, nonce))}
+    if gpus is not None:
+        body["gpu_evidence"] = gpus.evidence_json(bytes.fromhex(nonce)).decode()
+    return world.ask_signed("POST", PATH, body, nonce=nonce, coverage="nonce")
+
+
+def test_a_runtime_attestation_may_bring_evidence() -> None:
+    world = make("record", callback=False)
+    boot(world)
+    registered(register(world))
+    answer(attest(world, None))
+    assert "no GPU evidence" in audited(world)
+    answer(attest(world, GPUS))
+    assert "GPU evidence verified" in audited(world)
+    answer(attest(world, GPUS.having("leaf_renewed")))
+    (device,) = world.rows(GpuDeviceRow)
+    assert device.serial_number in audited(world)
+
+
+def test_a_runtime_attestation_must_bring_required_evidence() -> None:
+    world = make("require", callback=False)
+    boot(world)
+    registered(register(world))
+    assert refusal(attest(world, None))[:2] == (403, Code.GPU_EVIDENCE_REJECTED)
+    assert refusal(attest(world, GPUS.having("measurement")))[:2] == (403, Code.GPU_EVIDENCE_REJECTED)
+    answer(attest(world, GPUS))
+
+
+def test_without_reference_values_evidence_is_recorded_and_not_verified() -> None:
+    world = make("record", verifies=False)
+    registered(register(world))
+    assert "GPU evidence NOT verified" in audited(world)
+
+
+def test_a_policy_with_models_of_its_own_counts() -> None:
+    world = make("require", policy=GpuPolicy(models=frozenset({"b200"})))
+    assert refusal(register(world))[2].endswith("model")
+
+
+def test_a_lost_directory_is_told() -> None:
+    world = make("record")
+    world.gpus = None
+    registered(register(world))
+    assert str(CollateralUnavailable("the directory is gone")) in audited(world)
