@@ -455,9 +455,9 @@ def _put(kind: type[store.Row]) -> str:
     return f"{_insert(kind)} ON CONFLICT ({', '.join(kind.KEY)}) DO UPDATE SET {changes}"
 
 
-def _insert_all(kind: type[store.Row], count: int) -> str:
-    row = f", ({', '.join('?' * len(columns(kind)))})"
-    return _insert(kind) + row * (count - 1)
+def _insert_all(rows: Sequence[store.Row]) -> str:
+    kind = type(rows[0])
+    return _insert(kind) + f", ({', '.join('?' * len(columns(kind)))})" * (len(rows) - 1)
 
 
 def _claim(kind: type[store.Row]) -> str:
@@ -680,7 +680,7 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query]] = {
         lambda _, rows: rows[0][0],
     ),
     store.InsertAll: _Query(
-        lambda op: (_insert_all(type(op.rows[0]), len(op.rows)), _chained(map(encode, op.rows))),
+        lambda op: (_insert_all(op.rows), _chained(map(encode, op.rows))),
         lambda _, rows: _nothing(rows),
     ),
     store.Delete: _Query(

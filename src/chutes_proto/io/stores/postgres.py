@@ -511,7 +511,7 @@ class PostgresStore:
             self._check_settings(connection, backend, settings)
             self._check_clock(asked_at, float(clock), time.time())
             if begin == self._begin:
-                self._versions(connection).check(version)
+                _ = self._versions(connection).check(version)
             yield
             committing = True
             self._commit(connection)

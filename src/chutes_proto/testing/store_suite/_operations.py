@@ -239,7 +239,7 @@ def old_boots_are_deleted_but_those_that_are_needed(harness: Harness) -> None:
     lonely = evolve(_BOOT, boot_id="b9", vm=Vm(VM.hotkey, "another"), token_digest=bytes(32))
     ask(InsertAll((*boots, lonely)))
     ask(Put(evolve(_VM, attested="b1")))
-    ask(Claim(evolve(_SERVER, boot_id="b2", attested="a3")))
+    expect(ask(Claim(evolve(_SERVER, boot_id="b2", attested="a3"))), True, "a new server")
     verdicts = [evolve(_REFUSAL, attestation_id=name, created_at=NOW) for name in ("b0", "b2", "a1", "a3", "b9", "a4")]
     ask(InsertAll(tuple(verdicts)))
     ask(Insert(BootVolumeRow("b0", "storage", 0, 1, None, in_use=False)))
