@@ -176,6 +176,20 @@ class LimitOptions:
     claims_per_platform: int = 64
     store_connections: int = 16
 
+    def shared(self, workers: int) -> LimitOptions:
+        """The limits of each of ``workers`` processes, so that all together keep these, but for rounding up."""
+
+        def share(limit: int) -> int:
+            return -(-limit // workers)
+
+        return attrs.evolve(
+            self,
+            connections=share(self.connections),
+            verifications=share(self.verifications),
+            requests_per_minute=share(self.requests_per_minute),
+            store_connections=share(self.store_connections),
+        )
+
 
 @frozen
 class AdminOptions:

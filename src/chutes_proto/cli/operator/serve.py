@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from attrs import evolve
 
 from chutes_proto.cli import console, output
 from chutes_proto.cli.base import Command, one_of, platform_option
@@ -27,9 +28,12 @@ if TYPE_CHECKING:
     from chutes_proto.io.finding import Finding
     from chutes_proto.io.server.serving import Transport
     from chutes_proto.io.server.setup import ServerSetup
+    from chutes_proto.io.server.workers import Given
 
 _HOTKEY = "5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY"
 
+
+_STOPS = (signal.SIGINT, signal.SIGTERM)
 
 _EXITS = exits(
     "stopped by a signal, or --check found nothing wrong", "the configuration, or something that it names, is wrong"
@@ -41,8 +45,13 @@ _EXITS = exits(
 @click.option("--dev", is_flag=True, help="a server for development, on loopback")
 @click.option("--check", is_flag=True, help="check files, store and keys, report, and stop")
 @click.option("--transport", type=click.Choice(["trio", "asyncio"]), help="the event loop (default: trio if installed)")
+@click.option(
+    "--workers", metavar="N", type=click.IntRange(1, 256), default=1, help="processes that serve (default: 1)"
+)
 @platform_option
-def command(config: str | None, dev: bool, check: bool, transport: Transport | None, platform: str | None) -> int:
+def command(
+    config: str | None, dev: bool, check: bool, transport: Transport | None, workers: int, platform: str | None
+) -> int:
     """Serve keys to VMs that prove what they are.
 
     Runs the key server until SIGINT or SIGTERM. It prints its URLs on standard output and logs lines of JSON to
@@ -58,6 +67,10 @@ def command(config: str | None, dev: bool, check: bool, transport: Transport | N
     No boot is lost in a restart if systemd holds the listening sockets (socket activation), or if the configuration
     names a takeover socket: then a second serve takes the sockets of the running server over, which ends once the new
     one serves.
+
+    With --workers, several processes serve on the same sockets, one for each core. A worker that ends is replaced. Each
+    has its share of the limits on connections, verifications, requests and store connections. A store in SQLite has one
+    writer at a time, so more workers help with a store in PostgreSQL.
 
     Give one of --config and --dev. With --dev it serves at once on a free loopback port, with a store that ends with
     it: it trusts the simulated platform that `boot` and `simulate` use, and accepts any hotkey. Never expose it.
@@ -86,6 +99,7 @@ def command(config: str | None, dev: bool, check: bool, transport: Transport | N
     Examples:
       chutes-proto serve --dev
       chutes-proto serve --config server.toml --check
+      chutes-proto serve --config server.toml --workers 4
       chutes-proto serve --config server.toml
 
     See also: doctor, store migrate, boot, collateral fetch, profile
@@ -93,6 +107,8 @@ def command(config: str | None, dev: bool, check: bool, transport: Transport | N
     one_of(config=config, dev=dev)
     if check and dev:
         raise ConfigurationError("--check goes with --config")
+    if workers > 1 and dev:
+        raise ConfigurationError("--workers goes with --config")
     if platform and not dev:
         raise ConfigurationError("--platform goes with --dev; a configuration names its root under roots")
     transport = transport or ("trio" if find_spec("trio") else "asyncio")
@@ -101,16 +117,27 @@ def command(config: str | None, dev: bool, check: bool, transport: Transport | N
         return _develop(transport, platform)
 
     from chutes_proto.io.server.setup import make_setup
+    from chutes_proto.io.server.workers import given_by_supervisor
 
+    given = given_by_supervisor(os.environ)
     try:
-        setup = make_setup(ServerConfig.load(str(config)))
+        loaded = ServerConfig.load(str(config))
+        if given is not None:
+            loaded = evolve(loaded, limits=loaded.limits.shared(given.workers))
+        setup = make_setup(loaded)
     except FileUnavailable:
         raise
     except ConfigurationError as exc:
         for problem in str(exc).splitlines():
             console.complain(problem)
         return console.REFUSED
-    return _check(setup) if check else _serve(transport, setup, setup.collateral, _announce)
+    if check:
+        return _check(setup)
+    if workers > 1:
+        from chutes_proto.io.server.serving import supervise_until_stopped
+
+        return _run(lambda: supervise_until_stopped(workers, transport, setup, _announce, _STOPS))
+    return _serve(transport, setup, setup.collateral, _announce, given=given)
 
 
 def _check(setup: ServerSetup) -> int:
@@ -134,12 +161,17 @@ def _serve(
     collateral: CollateralSource | UpstreamCollateral,
     announce: Callable[[Sequence[str]], None],
     *more: int,
+    given: Given | None = None,
 ) -> int:
     from chutes_proto.io.server.serving import serve_until_stopped
 
-    stops = (signal.SIGINT, signal.SIGTERM, *map(signal.Signals, more))
+    stops = (*_STOPS, *map(signal.Signals, more))
+    return _run(lambda: serve_until_stopped(transport, setup, collateral, announce, stops, given))
+
+
+def _run(serve: Callable[[], None]) -> int:
     try:
-        serve_until_stopped(transport, setup, collateral, announce, stops)
+        serve()
     except (ConfigurationError, StoreError) as exc:
         console.complain(str(exc))
         return console.REFUSED

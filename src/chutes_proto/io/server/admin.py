@@ -55,14 +55,17 @@ class Admin:
     ) -> None:
         """Serve the pages until cancelled. Begins with a look, so that the first answer knows the state."""
 
-        def metrics() -> Page:
+        def look() -> None:
             self._metrics.look(self._setup.service, open_connections(), draining=self._app.draining)
+
+        def metrics() -> Page:
+            look()
             return Page(self._metrics.text(), self._metrics.content_type)
 
         pages = {"/livez": lambda: Page(b"ok\n"), "/readyz": self._readyz, "/metrics": metrics}
         hosts = LOOPBACK | {host.lower() for host in self._setup.config.admin.hosts}
         async with anyio.create_task_group() as group:
-            _ = group.start_soon(self._watch)
+            _ = group.start_soon(self._watch, look)
             await Server(AdminApp(hosts, pages), performer, connections=CONNECTIONS).serve(listening)
 
     def _readyz(self) -> Page:
@@ -86,13 +89,14 @@ class Admin:
             found.append(Finding("problem", "server", "it was told to stop"))
         return found
 
-    async def _watch(self) -> None:
+    async def _watch(self, look: Callable[[], None]) -> None:
         looks = 0
         while True:
             begun = time.monotonic()
             health = await anyio.to_thread.run_sync(read_health, self._setup, self._store, abandon_on_cancel=True)
             self._health, self._looked_at = health, begun
             self._metrics.show(health)
+            look()  # another worker may be asked for the metrics of all
             if looks % COUNT_LOOKS == 0:
                 await self._count()
             looks += 1

@@ -11,18 +11,21 @@ Source of names and units: Prometheus, "Metric and label naming".
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.multiprocess import MultiProcessCollector
 
 from chutes_proto import __version__, effects
 from chutes_proto.effects import Effect, Flow
 from chutes_proto.errors import CollateralUnavailable, Refusal, StoreBusy, StoreError
 from chutes_proto.io.drivers.aio import Performer
 from chutes_proto.io.server.health import Counts, Health
+from chutes_proto.io.server.workers import METRICS_DIRECTORY
 from chutes_proto.quote._verify import remembered
 from chutes_proto.server._observing import Answered
 from chutes_proto.server._service import Service
@@ -32,6 +35,8 @@ T = TypeVar("T")
 
 _PREFIX: Final = "chutes_proto"
 _REQUEST_BUCKETS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0)
+_SUMMED: Final = frozenset("connections verifications verifications_limit host_calls open_boots".split())
+"""The gauges that are of one worker each; the others are the same in all."""
 _STEP_BUCKETS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 10.0, 20.0)
 
 
@@ -71,8 +76,12 @@ class Metrics:
         self._gauge("build_info", "The version of the server.", "version").labels(__version__).set(1)
 
     def text(self) -> bytes:
-        """All metrics in Prometheus' text format."""
-        return generate_latest(self.registry)
+        """All metrics in Prometheus' text format, summed over the workers of this server."""
+        if METRICS_DIRECTORY not in os.environ:
+            return generate_latest(self.registry)
+        together = CollectorRegistry()
+        _ = MultiProcessCollector(together)  # type: ignore[no-untyped-call]
+        return generate_latest(together)
 
     content_type: str = CONTENT_TYPE_PLAIN_0_0_4
 
@@ -138,8 +147,7 @@ class Metrics:
             self._certificate.set(health.certificate_end)
         if health.clock_skew is not None:
             self._skew.set(health.clock_skew)
-        self._expires.clear()
-        self._issued.clear()
+        self._forget(self._expires, self._issued)
         for family, (begin, end) in health.collateral.items():
             self._issued.labels(family).set(begin)
             self._expires.labels(family).set(end)
@@ -148,16 +156,23 @@ class Metrics:
         """Set the gauges of what the store holds."""
         for state, number in counts.states.items():
             self._keys.labels(state).set(number)
-        self._sealed.clear()
+        self._forget(self._sealed)
         for kek, number in counts.sealed.items():
             self._sealed.labels(kek).set(number)
         self._audit.set(counts.audit_position)
+
+    def _forget(self, *gauges: Gauge) -> None:
+        """Drop the series of what may be gone; files of several processes cannot forget any."""
+        if METRICS_DIRECTORY not in os.environ:
+            for gauge in gauges:
+                gauge.clear()
 
     def _counter(self, name: str, about: str, *labels: str) -> Counter:
         return Counter(f"{_PREFIX}_{name}", about, labels, registry=self.registry)
 
     def _gauge(self, name: str, about: str, *labels: str) -> Gauge:
-        return Gauge(f"{_PREFIX}_{name}", about, labels, registry=self.registry)
+        mode: Any = "livesum" if name in _SUMMED else "livemostrecent"
+        return Gauge(f"{_PREFIX}_{name}", about, labels, registry=self.registry, multiprocess_mode=mode)
 
     def _histogram(self, name: str, about: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
         return Histogram(f"{_PREFIX}_{name}", about, labels, registry=self.registry, buckets=buckets)

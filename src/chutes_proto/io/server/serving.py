@@ -37,6 +37,7 @@ from chutes_proto.io.server.sockets import (
 )
 from chutes_proto.io.server.store_setup import check_keys, store_findings
 from chutes_proto.io.server.takeover import Door, TakenOver, take_over
+from chutes_proto.io.server.workers import STOP_HANDED_OVER, Given, Supervisor, worker_command
 from chutes_proto.log import Level, Record
 from chutes_proto.quote._roots import INTEL_ROOT
 from chutes_proto.server._app import App
@@ -302,6 +303,7 @@ def serve_until_stopped(
     collateral: CollateralSource | UpstreamCollateral,
     announce: Callable[[Sequence[str]], None],
     stops: Sequence[signal.Signals],
+    worker: Given | None = None,
 ) -> None:
     """Listen, ``announce`` the URLs, and serve until one of the signals ``stops`` has arrived and no boot is open.
 
@@ -310,14 +312,19 @@ def serve_until_stopped(
 
     The listening sockets are those that the service manager passed, or those of the server that answers at the path
     ``takeover`` of the configuration, which then ends. While others hold its sockets, a server that stops accepts no
-    more and waits for no open boot, because others on the same store serve these.
+    more and waits for no open boot, because others on the same store serve these. A ``worker`` uses what its supervisor
+    gave.
 
     The process ends `END_SECONDS` after that, whatever its threads do: unfinished work leaves no trace, because a unit
     of the store is one transaction. This limit also holds for the work of the process after this function.
     """
     if transport not in anyio.get_available_backends():
         raise ConfigurationError(f"{transport} is not installed; run: pip install 'chutes-proto[{transport}]'")
-    with open_store(setup) as (store, warnings), _listeners(setup, store.name) as held, closing(LogWriter()) as log:
+    with (
+        open_store(setup) as (store, warnings),
+        _listeners(setup, store.name, worker) as held,
+        closing(LogWriter()) as log,
+    ):
         listeners = held.listeners
 
         def ready() -> None:
@@ -342,6 +349,11 @@ def serve_until_stopped(
                     _tell_manager("STOPPING=1")
                     _end_after(seconds + END_SECONDS, log, listeners)
 
+                async def end_with_supervisor() -> None:
+                    if held.life is not None:
+                        await anyio.wait_readable(held.life)
+                        stop("supervisor", handed_over=False)
+
                 async def end_after_takeover() -> None:
                     if held.door is not None:
                         await held.door.successor(store.name, listeners.keyed)
@@ -350,11 +362,12 @@ def serve_until_stopped(
                 signals: dict[signal.Signals, Callable[[], None]] = {
                     signal.SIGHUP: lambda: log(listeners.reload_certificate())
                 }
-                signals |= {
-                    number: partial(stop, number.name, handed_over=held.by_manager and listeners.all_given)
-                    for number in stops
-                }
-                await run_until_stopped(server, listeners.sockets, signals, ready, end_after_takeover)
+                handed_over = held.by_manager and listeners.all_given
+                signals |= {number: partial(stop, number.name, handed_over=handed_over) for number in stops}
+                if held.life is not None:
+                    signals[STOP_HANDED_OVER] = partial(stop, "takeover", handed_over=True)
+                background = (end_after_takeover, end_with_supervisor)
+                await run_until_stopped(server, listeners.sockets, signals, ready, *background)
                 _end_after(END_SECONDS, log, listeners)
 
         try:
@@ -365,14 +378,52 @@ def serve_until_stopped(
         log(Record(Level.INFO, "stopped", {}))
 
 
+def supervise_until_stopped(
+    workers: int,
+    transport: Transport,
+    setup: ServerSetup,
+    announce: Callable[[Sequence[str]], None],
+    stops: Sequence[signal.Signals],
+) -> None:
+    """Listen, start ``workers`` processes that serve, ``announce`` the URLs, and see to them until a signal to stop.
+
+    Sockets are as for `serve_until_stopped`. Raises `ConfigurationError` and `StoreError`. Must run in the main thread.
+    """
+    if setup.config.path is None:
+        raise ConfigurationError("--workers: a worker reads the configuration from its file; name one")
+    with open_store(setup) as (store, _):
+        name = store.name
+    seconds = setup.config.limits.drain_seconds + 2 * END_SECONDS
+    with _listeners(setup, name) as held, closing(LogWriter()) as log:
+        supervisor = Supervisor(
+            workers,
+            worker_command(setup.config.path, transport),
+            held.listeners.keyed,
+            held.by_manager and held.listeners.all_given,
+            log,
+            keeps_metrics=bool(held.listeners.admin),
+            stop_seconds=seconds,
+        )
+
+        def ready() -> None:
+            held.begin()
+            announce(held.listeners.urls)
+            _tell_manager("READY=1")
+
+        held.listeners.handed_over = supervisor.run(stops, ready, held.door, name)
+        log(Record(Level.INFO, "stopped", {}))
+
+
 @frozen
 class _Held:
     """The listeners of this process, who gave them, and where the next process asks for them."""
 
     listeners: Listeners
     by_manager: bool
-    taken: TakenOver | None
-    door: Door | None
+    taken: TakenOver | None = None
+    door: Door | None = None
+    life: int | None = None
+    """Readable once the supervisor of this worker has ended; None if it has none."""
 
     def begin(self) -> None:
         """Note that this process serves: a successor asks it from now on, and its predecessor ends."""
@@ -383,7 +434,12 @@ class _Held:
 
 
 @contextmanager
-def _listeners(setup: ServerSetup, store: str) -> Generator[_Held]:
+def _listeners(setup: ServerSetup, store: str, worker: Given | None = None) -> Generator[_Held]:
+    if worker is not None:
+        with closing(Listeners(setup, worker.sockets)) as listeners:
+            listeners.handed_over = True  # their files are the supervisor's
+            yield _Held(listeners, worker.handed_over, life=worker.life)
+        return
     inherited = inherited_sockets(os.environ)
     path = setup.takeover_socket
     taken = None if path is None or inherited else take_over(path, store)

@@ -1,0 +1,214 @@
+"""Several server processes on the same listening sockets, and the supervisor that starts, stops and replaces them.
+
+Rules kept here:
+
+* the supervisor opens the sockets, serves nothing itself, and needs no event loop; a worker is a `serve` of its own
+  that was given the sockets;
+* a worker that ends by itself is replaced, after a pause if it did not live long;
+* what the supervisor is told, it tells the workers: to stop, to stop at once, to reload;
+* workers end when their supervisor does, however that ended: each holds the end of a pipe whose other end it has.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, MutableMapping, Sequence
+from contextlib import ExitStack, suppress
+from queue import SimpleQueue
+from socket import socket
+from typing import Final
+
+import anyio
+from attrs import define, field, frozen
+
+from chutes_proto.errors import StoreError
+from chutes_proto.io.server.log_writer import LogWriter
+from chutes_proto.io.server.takeover import Door
+from chutes_proto.log import Level, Record, Value
+
+STOP_HANDED_OVER: Final = signal.SIGUSR1
+"""Tells a worker to stop although its supervisor is not told: another server has the sockets."""
+
+METRICS_DIRECTORY: Final = "PROMETHEUS_MULTIPROC_DIR"
+"""The variable by which prometheus-client keeps the values of several processes in files, and sums them."""
+
+_VARIABLE: Final = "CHUTES_PROTO_WORKER"
+_SHORT_LIFE: Final = 5.0
+_PAUSE: Final = 1.0
+
+
+@frozen
+class Given:
+    """The means of a worker: its sockets, each with its setting, and its share of the limits.
+
+    ``life`` becomes readable when the supervisor has ended. ``handed_over``: others hold the sockets when it stops.
+    """
+
+    sockets: tuple[tuple[str, socket], ...]
+    life: int
+    workers: int
+    handed_over: bool
+
+
+def given_by_supervisor(environ: MutableMapping[str, str]) -> Given | None:
+    """Take what the supervisor gave from ``environ``; None if this process is not a worker."""
+    text = environ.pop(_VARIABLE, "")
+    if not text:
+        return None
+    said = json.loads(text)
+    sockets: list[tuple[str, socket]] = []
+    for key, descriptor in said["sockets"]:
+        os.set_inheritable(descriptor, False)
+        sockets.append((key, socket(fileno=descriptor)))
+    os.set_inheritable(said["life"], False)
+    return Given(tuple(sockets), said["life"], said["workers"], said["handed_over"])
+
+
+@define(eq=False)
+class _Worker:
+    number: int
+    process: subprocess.Popen[bytes]
+    started: float
+
+
+@define
+class Supervisor:
+    """Runs ``count`` processes of ``command`` on ``sockets``, each given with its setting."""
+
+    count: int
+    command: Sequence[str]
+    sockets: Sequence[tuple[str, socket]]
+    handed_over: bool
+    log: LogWriter
+    keeps_metrics: bool
+    stop_seconds: float
+    _events: SimpleQueue[tuple[str, object]] = field(init=False, factory=SimpleQueue)
+    _workers: list[_Worker] = field(init=False, factory=list)
+    _stopping: bool = field(init=False, default=False)
+
+    def run(self, stops: Sequence[signal.Signals], ready: Callable[[], None], door: Door | None, store: str) -> bool:
+        """Serve until stopped; ``ready`` is called once all workers serve. Returns whether the sockets were taken over.
+
+        Raises `StoreError` if the first workers do not start. Must run in the main thread.
+        """
+        with ExitStack() as opened:
+            for told in (*stops, signal.SIGHUP):
+                before = signal.signal(told, lambda found, _: self._events.put(("signal", signal.Signals(found))))
+                _ = opened.callback(signal.signal, told, before)
+            life, ours = os.pipe()
+            _ = opened.callback(os.close, life)
+            _ = opened.callback(os.close, ours)
+            environ = dict(os.environ)
+            if self.keeps_metrics:
+                directory = opened.enter_context(tempfile.TemporaryDirectory(prefix="chutes-proto-"))
+                environ[METRICS_DIRECTORY] = directory
+            _ = opened.callback(self._kill)
+            for number in range(self.count):
+                self._start(number, life, environ)
+            for worker in self._workers:
+                if not _serves(worker):
+                    raise StoreError(f"worker {worker.number} did not start; the log says why")
+            ready()
+            if door is not None:
+                threading.Thread(target=self._await_successor, args=(door, store), daemon=True).start()
+            return self._supervise(life, environ)
+
+    def _start(self, number: int, life: int, environ: dict[str, str]) -> None:
+        said = {
+            "sockets": [(key, each.fileno()) for key, each in self.sockets],
+            "life": life,
+            "workers": self.count,
+            "handed_over": self.handed_over,
+        }
+        process = subprocess.Popen(
+            self.command,
+            stdout=subprocess.PIPE,
+            pass_fds=[life, *(each.fileno() for _, each in self.sockets)],
+            env={**environ, _VARIABLE: json.dumps(said)},
+        )
+        worker = _Worker(number, process, time.monotonic())
+        self._workers.append(worker)
+        threading.Thread(target=self._await_end, args=(worker,), daemon=True).start()
+
+    def _await_end(self, worker: _Worker) -> None:
+        _ = worker.process.wait()
+        self._events.put(("ended", worker))
+
+    def _await_successor(self, door: Door, store: str) -> None:
+        anyio.run(door.successor, store, self.sockets, backend="asyncio")
+        self._events.put(("takeover", None))
+
+    def _supervise(self, life: int, environ: dict[str, str]) -> bool:
+        was_taken_over = False
+        while self._workers or not self._stopping:
+            match self._events.get():
+                case "signal", signal.SIGHUP:
+                    self._tell(signal.SIGHUP)
+                case "signal", signal.Signals() as number:
+                    self._stop(number.name, signal.SIGTERM)
+                case "takeover", _:
+                    was_taken_over = True
+                    self._stop("takeover", STOP_HANDED_OVER)
+                case "ended", _Worker() as worker:
+                    self._note_end(worker, environ.get(METRICS_DIRECTORY))
+                case "start", int(number) if not self._stopping:
+                    self._start(number, life, environ)
+                case "kill", _:
+                    self._kill()
+                case _:
+                    pass
+        return was_taken_over
+
+    def _note_end(self, worker: _Worker, metrics: str | None) -> None:
+        self._workers.remove(worker)
+        if worker.process.stdout is not None:
+            worker.process.stdout.close()
+        if metrics is not None:
+            from prometheus_client.multiprocess import mark_process_dead
+
+            mark_process_dead(worker.process.pid, metrics)  # type: ignore[no-untyped-call]
+        if self._stopping:
+            return
+        fields: dict[str, Value] = {"worker": worker.number, "code": worker.process.returncode}
+        self.log(Record(Level.ERROR, "worker_ended", fields))
+        pause = 0.0 if time.monotonic() - worker.started > _SHORT_LIFE else _PAUSE
+        self._after(pause, "start", worker.number)
+
+    def _stop(self, why: str, number: signal.Signals) -> None:
+        fields: dict[str, Value] = {"signal": why, "workers": len(self._workers)}
+        self.log(Record(Level.INFO, "stopping", fields))
+        self._tell(signal.SIGTERM if self._stopping else number)
+        self._stopping = True
+        self._after(self.stop_seconds, "kill", None)
+
+    def _tell(self, number: signal.Signals) -> None:
+        for worker in self._workers:
+            with suppress(ProcessLookupError):
+                worker.process.send_signal(number)
+
+    def _kill(self) -> None:
+        for worker in self._workers:
+            worker.process.kill()
+
+    def _after(self, seconds: float, event: str, about: object) -> None:
+        timer = threading.Timer(seconds, self._events.put, [(event, about)])
+        timer.daemon = True
+        timer.start()
+
+
+def worker_command(config: str, transport: str) -> list[str]:
+    """The command of a worker."""
+    return [sys.executable, "-m", "chutes_proto", "serve", "--config", config, "--transport", transport]
+
+
+def _serves(worker: _Worker) -> bool:
+    """Wait until a worker says its first URL; False if it ended before."""
+    out = worker.process.stdout
+    return out is not None and out.readline() != b""

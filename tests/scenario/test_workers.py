@@ -1,0 +1,106 @@
+"""Several processes on one socket: they serve, are replaced, reload, stop and are taken over as one server."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chutes_proto.server._config import LimitOptions
+from tests.scenario.premises import Premises
+from tests.scenario.test_admin import listen, over, series
+from tests.scenario.test_restarts import IS_SOAK, TRANSPORTS
+from tests.waiting import wait_until
+
+pytestmark = pytest.mark.parametrize("premises", ["sqlite"], indirect=True)
+TAKEOVER = 'takeover = "takeover.sock"\nlimits.drain_seconds = 2'
+
+
+def children(premises: Premises) -> list[int]:
+    assert premises.server is not None
+    pid = premises.server.process.pid
+    return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def records(premises: Premises, event: str) -> list[dict[str, Any]]:
+    lines = premises.directory.with_name("log").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["event"] == event]
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def boot(premises: Premises, name: str = "vm-1") -> None:
+    vm = premises.vm(name)
+    _ = vm.sync(vm.boot()["boot_token"])
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS if IS_SOAK else TRANSPORTS[:1])
+def test_workers_are_one_server(premises: Premises, transport: str) -> None:
+    premises.edit("limits.drain_seconds = 0", TAKEOVER)
+    listen(premises, 'unix = "admin.sock"')
+    premises.start("--workers", "2", "--transport", transport)
+    first = children(premises)
+    assert len(first) == 2
+    boot(premises)
+    os.kill(first[0], signal.SIGKILL)
+    _ = wait_until(lambda: len(records(premises, "serving")) == 3)
+    assert [record["code"] for record in records(premises, "worker_ended")] == [-signal.SIGKILL]
+    for _ in range(6):
+        boot(premises)
+    with over(premises.directory / "admin.sock") as admin:
+
+        def is_summed() -> bool:
+            return series(admin).get(("requests_total", "", "sync_volumes", "200")) == 7
+
+        _ = wait_until(is_summed)
+    assert premises.server is not None
+    premises.server.process.send_signal(signal.SIGHUP)
+    _ = wait_until(lambda: len(records(premises, "certificate_reloaded")) == 2)
+
+    old, workers = premises.server, children(premises)
+    premises.start("--workers", "2", "--transport", transport)
+    assert premises.url == old.url
+    _ = old.process.communicate(timeout=60)
+    assert old.process.returncode == 0
+    assert all(is_gone(pid) for pid in workers)
+    boot(premises)
+    workers = children(premises)
+    premises.stop()
+    assert all(is_gone(pid) for pid in workers)
+    assert not (premises.directory / "takeover.sock").exists()
+
+
+def test_workers_end_with_a_supervisor_that_is_killed(premises: Premises) -> None:
+    premises.start("--workers", "2")
+    workers = children(premises)
+    premises.kill()
+    _ = wait_until(lambda: all(map(is_gone, workers)))
+
+
+def test_a_second_signal_ends_them_at_once(premises: Premises) -> None:
+    premises.edit("limits.drain_seconds = 0", "limits.drain_seconds = 3600")
+    premises.start("--workers", "2")
+    _ = premises.vm().boot()  # and never comes back
+    assert premises.server is not None
+    process = premises.server.process
+    process.send_signal(signal.SIGTERM)
+    _ = wait_until(lambda: len(records(premises, "stopping")) >= 3)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+
+
+def test_workers_share_the_limits(premises: Premises) -> None:
+    shared = LimitOptions(connections=1000, verifications=3, requests_per_minute=0).shared(4)
+    assert (shared.connections, shared.verifications, shared.requests_per_minute) == (250, 1, 0)
+    assert shared.store_connections == 4
+    assert shared.body_bytes == LimitOptions().body_bytes
+    assert premises.run("serve", "--dev", "--workers", "2").code == 2
