@@ -1,13 +1,16 @@
-"""Operation 15 as strangers may ask it: often."""
+"""Operations 15 and 19 as strangers may ask them, and paths that nobody serves."""
 
 from __future__ import annotations
 
+import pytest
 from attrs import evolve
 
 from chutes_proto.quote._policy import Policy
 from chutes_proto.server._app import App
+from chutes_proto.server._profiles import check_signing_keys
 from chutes_proto.testing._platform import PROFILE
-from tests.server.world import World, answer, service
+from chutes_proto.wire.codes import Code
+from tests.server.world import World, answer, refusal, service
 
 
 def test_the_measurements_are_encoded_once_for_each_service() -> None:
@@ -20,3 +23,31 @@ def test_the_measurements_are_encoded_once_for_each_service() -> None:
     assert [told["name"] for told in answer(World(App(service())).ask("GET", "/servers/tee/measurements"))] == [
         PROFILE.name
     ]
+
+
+def test_signing_keys_are_public_and_the_operators_own() -> None:
+    bundle = check_signing_keys(
+        b'{"version": 3, "keys": {"helm-pubkey.gpg": "QQ=="}, "signatures": {"helm-pubkey.gpg": "Qg=="}}'
+    )
+    world = World(App(service(signing_keys=bundle)))
+    assert answer(world.ask("GET", "/servers/signing-keys"))["version"] == 3
+    unset = refusal(World(App(service())).ask("GET", "/servers/signing-keys"))
+    assert unset == (503, Code.SIGNING_KEYS_UNAVAILABLE, "Signing keys bundle not available")
+    for wrong in (
+        b"[]",
+        b'{"version":"1","keys":{},"signatures":{}}',
+        b'{"version":1,"keys":{"a":"b"},"signatures":{}}',
+    ):
+        with pytest.raises(ValueError, match="signature in base64 for each key"):
+            _ = check_signing_keys(wrong)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        *("GET /servers/maintenance/policy", "PUT /servers/n1/maintenance", "POST /servers/tdx/host_profiles/status"),
+        *("GET /miner/servers/", "GET /servers/tdx/host_profiles", "PUT /servers/vm-1/vm-root-ca", "GET /elsewhere"),
+    ],
+)
+def test_a_path_that_is_not_served_is_404_before_anybody_is_authenticated(target: str) -> None:
+    assert refusal(World().ask(*target.split())) == (404, Code.NOT_FOUND, "Not Found")

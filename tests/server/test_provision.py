@@ -186,6 +186,38 @@ def test_an_image_in_a_profile_of_another_exchange_is_one_audit_row(world):
     assert [record.fields["reason"] for record in world.log if record.event == "refused"] == [said]
 
 
+@pytest.mark.parametrize(
+    ("granted", "ask", "asked_for"),
+    [
+        ("two-phase", lambda world: world.sync("", {"volumes": ["storage"]}, hotkey=HOTKEY), "a boot token"),
+        ("two-phase", lambda world: provision(world, "0" * 64), "a quote nonce and proof of its hotkey"),
+        ("base", lambda world: provision(world, "0" * 64), "a quote nonce and proof of its hotkey"),
+        ("base", lambda world: attest(world, "null"), "a quote nonce and without proof of its hotkey"),
+        ("provisioned", lambda world: attest(world, "0" * 64), "a quote nonce and without proof of its hotkey"),
+    ],
+)
+def test_a_vm_that_asks_for_its_keys_as_another_exchange_does_is_named(world, granted, ask, asked_for):
+    """The answer is the usual one; the audit has one row for the boot, however often the VM asks."""
+    world.app = App(provisioned(granted))
+    assert answer(boot(world) if granted == "provisioned" else world.boot(miner_hotkey=HOTKEY))
+    said = f"image asked for volumes with {asked_for}; profile {PROFILE} has exchange {granted}"
+    for _ in range(2):
+        assert refusal(ask(world))[1] in (Code.BOOT_TOKEN_REQUIRED, Code.QUOTE_NONCE_INVALID)
+        assert world.log[-1].fields["reason"] == said
+    (row,) = [row for row in world.rows(AuditRow) if row.decision == "refused"]
+    assert (row.event, row.reason) == ("exchange", f"exchange_mismatch: {said}")
+    world.now += 600
+    _ = refusal(ask(world))
+    assert world.log[-1].fields["reason"] != said
+
+
+def attest(world: World, nonce: str) -> HttpResponse:
+    """As an image of 1.3 asks; without a quote nonce it sends the text of a null."""
+    headers = {"x-quote-nonce": nonce, "x-chutes-hotkey": HOTKEY}
+    body = volumes_request(world, "0" * 64, "storage")
+    return world.ask("POST", "/servers/vm-1/luks/attest", body, headers=headers)
+
+
 # --- who may boot which version ---
 
 

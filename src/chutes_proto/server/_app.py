@@ -32,6 +32,7 @@ from chutes_proto.server import _servers as servers
 from chutes_proto.server._boot import attest_boot, issue_boot_nonce
 from chutes_proto.server._call import Call, SignedCall
 from chutes_proto.server._callers import check_caller
+from chutes_proto.server._mismatch import name_mismatch
 from chutes_proto.server._observing import Answered, Observer, ignore, trace_of, traced
 from chutes_proto.server._open_boots import completed_by
 from chutes_proto.server._rotation import attest_volumes, confirm_volumes
@@ -80,6 +81,7 @@ _HANDLERS: Mapping[Endpoint, Callable[[Service, Any], Flow[Message]]] = {
     vms.PROVISION_CONFIRMATION: confirm_volumes,
     public.MEASUREMENTS: servers.publish_measurements,
     public.API_DESCRIPTION: describe_api,
+    public.SIGNING_KEYS: servers.publish_signing_keys,
     miners.REGISTER_SERVER: servers.register_server,
     miners.LIST_SERVERS: servers.list_servers,
     miners.RENAME_SERVER: servers.rename_server,
@@ -235,7 +237,11 @@ class App:
         else:
             caller = check_caller(self.service, request, match.endpoint.signed, now)
             call = SignedCall(request, message := decode_request(match, request), request_id, now, caller)
-        answer = yield from _HANDLERS[match.endpoint](self.service, call)
+        try:
+            answer = yield from _HANDLERS[match.endpoint](self.service, call)
+        except Refusal as exc:
+            yield from name_mismatch(call, exc)
+            raise
         if match.endpoint in _GRANTS:
             self.service.boots.note_granted(message, (yield from Uptime()))
         response = encode_answer(match.endpoint, answer)

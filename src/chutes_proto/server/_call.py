@@ -14,6 +14,7 @@ from chutes_proto.store._run import Unit
 from chutes_proto.wire.http import HttpRequest
 
 M = TypeVar("M")
+T = TypeVar("T")
 
 
 @frozen
@@ -36,6 +37,14 @@ class Call(Generic[M]):
         except (StoreError, Refused) as exc:
             yield from self.log("refusal_not_recorded", Level.WARNING, error=str(exc))
             return False
+
+    def look_up(self, unit: Unit[T]) -> Flow[T | None]:
+        """Run ``unit``, which explains a refusal; None if that fails, which does not change the refusal."""
+        try:
+            return (yield from Transact(unit))
+        except StoreError as exc:
+            yield from self.log("refusal_not_recorded", Level.WARNING, error=str(exc))
+            return None
 
 
 @frozen

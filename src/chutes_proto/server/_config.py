@@ -239,6 +239,8 @@ class ServerConfig:
     """Hotkeys that boot and register nothing, each with the reason that it is told."""
     minimum_version: str | None = None
     """The oldest version of the image that may boot."""
+    signing_keys_file: str | None = None
+    """The JSON bundle that VMs fetch to check what they install."""
     exchange_downgrade: Literal["refuse", "allow"] = "refuse"
     rotate_after_hours: int = 24
     """The least age of a key of a volume that a disk gets in the place of another one (0: any). A backup that is

@@ -96,6 +96,17 @@ def parse_version(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split(".")))
 
 
+def check_signing_keys(data: bytes) -> bytes:
+    """Check the form of a bundle of signing keys; returns it in compact JSON. Raises `ValueError`."""
+    match content := json.decode(data):
+        case {"version": int(), "keys": {**keys}, "signatures": {**signatures}} if keys.keys() == signatures.keys():
+            if len(content) == 3 and all(isinstance(text, str) for text in (*keys.values(), *signatures.values())):
+                return json.encode(content)
+        case _:
+            pass
+    raise ValueError('not {"version": 1, "keys": {…}, "signatures": {…}} with a signature in base64 for each key')
+
+
 def publish(profiles: Iterable[Profile]) -> EncodedMeasurements:
     """Make the answer of operation 15, once: anyone may ask for it, and it can be long."""
     answer = MeasurementsAnswer(profiles=tuple(map(_published, profiles)))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from chutes_proto.effects import Flow, Now, Transact
-from chutes_proto.errors import BadRequest, ValidationProblem
+from chutes_proto.errors import BadRequest, Unavailable, ValidationProblem
 from chutes_proto.server._call import Call, SignedCall
 from chutes_proto.server._callbacks import ask_host
 from chutes_proto.server._gpus import check_nodes
@@ -22,9 +22,9 @@ from chutes_proto.units.servers import ReadServerAndBoot, RegisterServer, Remove
 from chutes_proto.wire import miners
 from chutes_proto.wire.codes import Code
 from chutes_proto.wire.names import timestamp
-from chutes_proto.wire.public import EncodedMeasurements, PublicRequest
+from chutes_proto.wire.public import EncodedMeasurements, PublicRequest, SigningKeysAnswer
 
-_SHADOWED: Final = frozenset({"nonce", "boot"})
+_SHADOWED: Final = frozenset({"nonce", "boot", "signing-keys"})
 """Ids whose paths are other operations'."""
 
 
@@ -114,6 +114,15 @@ def publish_measurements(service: Service, call: Call[PublicRequest]) -> Flow[En
     """Operation 15: publish the reference values."""
     yield from ()
     return service.published
+
+
+def publish_signing_keys(service: Service, call: Call[PublicRequest]) -> Flow[SigningKeysAnswer]:
+    """Operation 19: publish the operator's signing keys."""
+    yield from ()
+    if service.signing_keys is None:
+        text = "Signing keys bundle not available"
+        raise Unavailable(Code.SIGNING_KEYS_UNAVAILABLE, text, reason="signing_keys_file is not set", retry_after=60)
+    return SigningKeysAnswer(bundle=service.signing_keys)
 
 
 def _described(server: ServerRow) -> miners.ServerAnswer:

@@ -85,6 +85,7 @@ class Service:
     netuid: int = 64
     blacklist: Mapping[str, str] = field(factory=dict[str, str])
     minimum_version: str | None = None
+    signing_keys: bytes | None = None
     exchange_downgrade: Literal["refuse", "allow"] = "refuse"
     rotate_after: int = 86_400
     signatures: SigningPolicy = "compatible"

@@ -257,6 +257,38 @@ class RecordRefusal(Unit[bool]):
         return True
 
 
+@frozen
+class RecordMismatch(Unit[str | None]):
+    """Name the mistake, if the newest boot of ``vm`` was granted another exchange than the VM speaks; None if not.
+
+    It is recorded once for a boot, whose token is still alive: a stranger may send such a request too.
+    """
+
+    now: int
+    request_id: str
+    vm: store.Vm
+    spoken: Literal["base", "two-phase", "provisioned"]
+    asked_for: str
+    peer_address: str
+
+    def script(self) -> Script[str | None]:
+        """Compare, then write the verdict and its audit row unless they exist."""
+        boot = yield from store.FindLastBoot(self.vm)
+        if boot is None or self.now >= boot.token_expires_at:
+            return None
+        granted = "provisioned" if boot.is_provisioned else boot.exchange
+        if granted == self.spoken:
+            return None
+        reason = f"image asked for {self.asked_for}; profile {' '.join(boot.profile)} has exchange {granted}"
+        records = Records(self.now, f"{boot.boot_id}-exchange", self.vm, AcceptedQuote.of(boot), self.peer_address)
+        if (yield from store.Read(store.AttestationRow, records.request_id)) is None:
+            code = str(Code.EXCHANGE_MISMATCH)
+            yield from records.verdict("boot", reason, code)
+            audited = evolve(records, request_id=self.request_id, boot_id=boot.boot_id)
+            yield from audited.audit("exchange", "refused", f"{code}: {reason}")
+        return reason
+
+
 def taken(vm: store.Vm, why: str) -> Refused:
     """The refusal of a boot, or of a later request of it, on another platform than the name's."""
     text = "This VM name is bound to another platform."

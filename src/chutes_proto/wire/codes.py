@@ -76,4 +76,5 @@ class Code(StrEnum):
     COLLATERAL_UNAVAILABLE = "collateral_unavailable", 503, "no collateral for this platform now; try again"
     KEY_UNAVAILABLE = "key_unavailable", 503, "this server lacks a key-encryption key; try again"
     DRAINING = "draining", 503, "the server is stopping; try again"
+    SIGNING_KEYS_UNAVAILABLE = "signing_keys_unavailable", 503, "this server has no signing keys to publish"
     SERVER_FAULT = "server_fault", 503, "a fault of the server's; the request id is in its log"

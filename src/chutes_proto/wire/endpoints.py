@@ -50,6 +50,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     public.API_DESCRIPTION,
     vms.PROVISION,
     vms.PROVISION_CONFIRMATION,
+    public.SIGNING_KEYS,
 )
 
 

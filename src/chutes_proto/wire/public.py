@@ -1,9 +1,10 @@
-"""The messages and endpoints without authentication: operations 15 and 16."""
+"""The messages and endpoints without authentication: operations 15, 16 and 19."""
 
 from __future__ import annotations
 
 from attrs import frozen
 
+from chutes_proto.wire.codes import Code
 from chutes_proto.wire.endpoint import Endpoint, body
 
 # --- messages ---
@@ -11,7 +12,7 @@ from chutes_proto.wire.endpoint import Endpoint, body
 
 @frozen
 class PublicRequest:
-    """Operations 15 and 16."""
+    """Operations 15, 16 and 19."""
 
 
 @frozen
@@ -65,6 +66,15 @@ class ApiDescriptionAnswer:
     BYTES = "document"
 
 
+@frozen
+class SigningKeysAnswer:
+    """The keys by which a VM checks what it installs: the operator's file, as it is."""
+
+    bundle: bytes = body("version (an integer), keys and signatures (objects by name, base64)")
+
+    BYTES = "bundle"
+
+
 # --- endpoints ---
 
 MEASUREMENTS = Endpoint(
@@ -83,4 +93,14 @@ API_DESCRIPTION = Endpoint(
     PublicRequest,
     ApiDescriptionAnswer,
     "This API as an OpenAPI 3.1 document",
+)
+
+SIGNING_KEYS = Endpoint(
+    19,
+    "get_signing_keys",
+    "GET /servers/signing-keys",
+    PublicRequest,
+    SigningKeysAnswer,
+    "The keys by which VMs check images and charts, signed by a root key that is in their image",
+    (Code.SIGNING_KEYS_UNAVAILABLE,),
 )

@@ -37,6 +37,7 @@ kek_file = "kek"
 roots = "simulated-root.der"
 collateral = { directory = "collateral" }
 measurements = ["measurements.toml"]
+signing_keys_file = "signing-keys.json"
 hotkeys = "*"
 limits.drain_seconds = 0
 
@@ -53,6 +54,7 @@ def write_server(directory: Path, platform: SimulatedPlatform, now: int) -> None
     write_file(directory / "server.key", identity.key_pem.reveal(), mode=0o600)
     write_file(directory / "kek", os.urandom(32), mode=0o600)
     write_file(directory / "simulated-root.der", platform.root_der)
+    write_file(directory / "signing-keys.json", b'{"version":1,"keys":{},"signatures":{}}')
     write_file(directory / "measurements.toml", PROFILE.to_toml().encode())
     write_file(directory / CONFIGURATION, _SERVER.encode(), mode=0o600)  # it may come to hold a password
     write_collateral(make_directory(directory / "collateral"), platform, now)

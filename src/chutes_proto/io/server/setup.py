@@ -41,7 +41,7 @@ from chutes_proto.server._config import GpuEvidenceOptions, ProxyOptions, Regist
 from chutes_proto.server._gpu_evidence import GpuAppraisal
 from chutes_proto.server._gpus import GPUS
 from chutes_proto.server._nonces import NonceMint
-from chutes_proto.server._profiles import EXTRA_KEYS, ServedProfile, parse_version, serve_profile
+from chutes_proto.server._profiles import EXTRA_KEYS, ServedProfile, check_signing_keys, parse_version, serve_profile
 from chutes_proto.server._proxy import TrustedProxies
 from chutes_proto.server._service import Callback, Service
 from chutes_proto.transport.h1 import Limits
@@ -128,6 +128,7 @@ def make_setup(config: ServerConfig) -> ServerSetup:
     tcb = TcbPolicy(collateral_grace=config.collateral.grace_seconds)  # the directory and the cache keep it, too
     policy = problems.attempt("measurements", lambda: Policy(tcb=tcb, profiles=tuple(p.measurements for p in profiles)))
     _ = problems.attempt("minimum_version", lambda: _check_versions(config, profiles))
+    signing_keys = problems.attempt("signing_keys_file", lambda: _signing_keys(config, base))
     _ = problems.attempt("blacklist", lambda: _hotkeys(tuple(config.blacklist)))
     hotkeys: frozenset[str] | Literal["*"] | None = problems.attempt("hotkeys", lambda: _hotkeys(config.hotkeys))
     proxies = problems.attempt("proxy.secret_file", lambda: _proxies(config.proxy, base))
@@ -169,6 +170,7 @@ def make_setup(config: ServerConfig) -> ServerSetup:
         netuid=config.netuid,
         blacklist=config.blacklist,
         minimum_version=config.minimum_version,
+        signing_keys=signing_keys,
         exchange_downgrade=config.exchange_downgrade,
         rotate_after=config.rotate_after_hours * 3600,
         signatures=config.signatures,
@@ -261,6 +263,16 @@ def _collateral(config: ServerConfig, base: Path, root: TrustedRoot) -> Collater
     ca_file = None if options.ca_file is None else base / options.ca_file
     kept = None if options.cache is None else base / options.cache
     return UpstreamCollateral(cache, context_trusting(ca_file), kept)
+
+
+def _signing_keys(config: ServerConfig, base: Path) -> bytes | None:
+    if config.signing_keys_file is None:
+        return None
+    path = base / config.signing_keys_file
+    try:
+        return check_signing_keys(read_file(path))
+    except ValueError as exc:
+        raise ConfigurationError(f"{path}: {exc}") from None
 
 
 def _check_versions(config: ServerConfig, profiles: list[ServedProfile]) -> None:

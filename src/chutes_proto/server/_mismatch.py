@@ -1,0 +1,58 @@
+"""A VM that speaks another exchange than its profile grants: the one mistake of an operator that a VM cannot name.
+
+Such a VM is granted its boot, finds no token or nonce of its kind in the answer, and asks for its keys without one. The
+refusal is the same as for any other request without one; its reason in the log, and one audit row for the boot, name
+the exchange and the profile. An image from 1.4.0 on shows its exchange in the boot's request already (``_boot.py``).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from chutes_proto.effects import Flow
+from chutes_proto.errors import Refusal
+from chutes_proto.server._call import Call
+from chutes_proto.server._profiles import ServedExchange
+from chutes_proto.store.rows import Vm
+from chutes_proto.units.boot import RecordMismatch
+from chutes_proto.wire import vms
+from chutes_proto.wire.codes import Code
+
+_LACKS: Final = (Code.BOOT_TOKEN_REQUIRED, Code.BOOT_TOKEN_INVALID, Code.QUOTE_NONCE_INVALID)
+_ASKED_FOR: Final[dict[ServedExchange, str]] = {
+    "base": "volumes with a boot token",
+    "two-phase": "volumes with a quote nonce and without proof of its hotkey",
+    "provisioned": "volumes with a quote nonce and proof of its hotkey",
+}
+
+
+def name_mismatch(call: Call[Any], refusal: Refusal) -> Flow[None]:
+    """Give ``refusal`` its reason, and record it once for the boot, if the VM was granted another exchange."""
+    spoken, vm = _speaks(call.message)
+    if refusal.code not in _LACKS or spoken is None or vm is None:
+        return
+    unit = RecordMismatch(
+        now=call.now,
+        request_id=call.request_id,
+        vm=vm,
+        spoken=spoken,
+        asked_for=_ASKED_FOR[spoken],
+        peer_address=call.request.peer_address,
+    )
+    reason = yield from call.look_up(unit)
+    if reason is not None:
+        refusal.reason, refusal.recorded = reason, True
+
+
+def _speaks(message: object) -> tuple[ServedExchange | None, Vm | None]:
+    match message:
+        case vms.CachePassphraseRequest(vm_name=name, hotkey=one, hotkey_header=other):
+            return "base", Vm(one or other or "", name)
+        case vms.VolumeSyncRequest(vm_name=name, hotkey=one, hotkey_query=other):
+            return "base", Vm(one or other or "", name)
+        case vms.ProvisionRequest(vm_name=name, hotkey=hotkey):
+            return "provisioned", Vm(hotkey or "", name)
+        case vms.VolumeAttestationRequest(vm_name=name, hotkey=hotkey):
+            return "two-phase", Vm(hotkey or "", name)
+        case _:
+            return None, None
