@@ -71,7 +71,7 @@ NEVER_IMPORTS: dict[str, tuple[str, ...]] = {
 PACKAGES: dict[str, str] = {
     "auth": "wire",
     "boot": "auth luks wire",
-    "collateral": "quote wire",
+    "collateral": "auth gpu quote wire",
     "gpu": "quote",
     "keys": "store",
     "luks": "quote",

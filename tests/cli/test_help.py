@@ -146,7 +146,7 @@ def test_commands_and_options_are_completed(
 NOT_RUN = (
     *("postgresql://", "postgres.toml", "serve --dev", "serve --config server.toml"),
     *("https://pccs.example", "https://api.trustedservices.intel.com", "collateral serve", "import https://"),
-    *("agent run", "agent resume"),
+    *("agent run", "agent resume", "gpu fetch"),
 )
 """They need a database, a network or a VM's disks, or run until a signal: their options are parsed."""
 

@@ -14,7 +14,8 @@ from chutes_proto.cli import console, output
 from chutes_proto.cli.base import Argument, Decorator, F, Group, answer, at_option, full_option, json_option, parsed
 from chutes_proto.cli.describe import exits
 from chutes_proto.cli.verifier.fields import say_fields
-from chutes_proto.errors import ConfigurationError
+from chutes_proto.collateral.gpus import OCSP_SERVICE, RIM_SERVICE
+from chutes_proto.errors import CollateralUnavailable, ConfigurationError
 from chutes_proto.gpu import (
     NVIDIA,
     DeviceEvidence,
@@ -34,7 +35,7 @@ from chutes_proto.gpu import (
 )
 from chutes_proto.gpu._plain import claimed_fields, device_fields, rim_fields
 from chutes_proto.gpu._rim import authenticate_rim
-from chutes_proto.io.collateral.gpu_directory import read_gpu_roots
+from chutes_proto.io.collateral.gpu_directory import GpuCollateralDirectory, read_gpu_roots
 from chutes_proto.io.files import make_directory, read_file, write_file
 from chutes_proto.quote._errors import spans
 from chutes_proto.quote._terms import rfc3339
@@ -312,6 +313,123 @@ def _shown(evidence: DeviceEvidence) -> dict[str, Any]:
         return claimed_fields(evidence)
     except GpuError as exc:
         return {"code": exc.code, "error": str(exc)}
+
+
+# --- fetch and check ---
+
+
+@command.command("fetch", exits=exits("all of it was fetched", "something is missing"))
+@_shared
+@click.option("--out", metavar="DIR", required=True, help="the directory for the files; made if missing")
+@click.option("--rim-service", metavar="URL", default=RIM_SERVICE, show_default=True, help="the RIM service")
+@click.option("--ocsp-service", metavar="URL", default=OCSP_SERVICE, show_default=True, help="the OCSP service")
+@click.option("--ca-file", metavar="PEM", help="CAs to trust for the services' TLS, instead of the system's")
+@click.option("--roots", metavar="DIR", help="roots to trust instead of NVIDIA's: device-root.der and rim-root.der")
+@json_option
+def fetch_command(
+    evidence: str,
+    chain: str | None,
+    out: str,
+    rim_service: str,
+    ocsp_service: str,
+    ca_file: str | None,
+    roots: str | None,
+) -> int:
+    """Fetch the RIMs and OCSP answers for GPU evidence.
+
+    Verifies each device's chain and report, asks NVIDIA's services for everything that the evidence is verified with,
+    verifies the answers, and writes them below DIR, into rims and status: a directory for `gpu verify` and for a
+    server's `gpu_evidence.directory`. OCSP answers end after a day.
+
+    Examples:
+      chutes-proto gpu fetch gpus/evidence.json --roots gpus --out fetched
+      chutes-proto gpu fetch gpus/evidence.json --roots gpus --out fetched --rim-service https://rims.example --json
+
+    See also: gpu verify, gpu check
+    """
+    from chutes_proto.collateral.gpus import fetch_gpu_collateral
+    from chutes_proto.io.collateral.upstream import FETCH_LIMITS
+    from chutes_proto.io.drivers.sync import Performer
+    from chutes_proto.io.http.https import HttpGetter, HttpsSender
+    from chutes_proto.io.http.tls import context_trusting
+
+    trust = NVIDIA if roots is None else read_gpu_roots(roots)
+    try:
+        devices = _devices(evidence, chain)
+    except EvidenceFormatError as exc:
+        raise _unreadable(evidence, exc) from None
+    context = context_trusting(ca_file)
+    with HttpsSender(context, ocsp_service, FETCH_LIMITS) as sender:
+        performer = Performer(get=HttpGetter(context, FETCH_LIMITS), send=sender, log=lambda _: None)
+        flow = fetch_gpu_collateral(devices, now=int(time.time()), roots=trust, rim_service=rim_service)
+        fetched = performer.run(flow)
+    directory = make_directory(out)
+    files: list[str] = []
+    for kind, suffix, pieces in (("rims", "xml", fetched.rims), ("status", "der", fetched.status)):
+        inner = make_directory(directory / kind)
+        for name, data in pieces.items():
+            write_file(inner / f"{name}.{suffix}", data)
+            files.append(str(inner / f"{name}.{suffix}"))
+    return answer(
+        {"fetched": not fetched.problems, "files": files, "problems": fetched.problems},
+        lambda: _say_fetched(files, fetched.problems),
+        ok=not fetched.problems,
+    )
+
+
+def _say_fetched(files: list[str], problems: list[str]) -> None:
+    for file in files:
+        console.say(file)
+    for problem in problems:
+        console.complain(problem)
+
+
+@command.command("check", exits=exits("all of it is valid then", "something is not valid then, or cannot be used"))
+@click.argument("directory", cls=Argument, metavar="DIR", help="a directory with rims and status in it")
+@click.option("--roots", metavar="DIR", help="roots to trust instead of NVIDIA's: device-root.der and rim-root.der")
+@at_option("the time to check at")
+@json_option
+@full_option
+def check_command(directory: str, roots: str | None, at: int | None) -> int:
+    """Check until when RIMs and OCSP answers can be used, and which ends first.
+
+    RIM signers' certificates end after two years, and OCSP answers after a day.
+
+    Examples:
+      chutes-proto gpu check gpus --roots gpus
+      chutes-proto gpu check gpus --roots gpus --at $(( $(date +%s) + 3600 )) --json
+
+    See also: gpu fetch, gpu verify
+    """
+    now = int(time.time()) if at is None else at
+    source = GpuCollateralDirectory(directory, NVIDIA if roots is None else read_gpu_roots(roots))
+    try:
+        found = source.fetch()
+    except CollateralUnavailable as exc:
+        raise ConfigurationError(str(exc)) from None
+    pieces = [(str(rim), *rim.window) for rim in found.rims.rims]
+    pieces += [
+        (f"OCSP answer about {one.about.serial.hex()}", one.this_update, one.next_update)
+        for ocsp in found.revocation.answers
+        for one in ocsp.answers
+    ]
+    pieces.sort(key=lambda piece: piece[2])
+    told = [
+        {"piece": name, "from": rfc3339(begin), "until": rfc3339(end), "valid": begin <= now <= end}
+        for name, begin, end in pieces
+    ]
+    is_valid = bool(told) and all(one["valid"] for one in told) and not source.problems
+
+    def people() -> None:
+        for one in told:
+            mark, state = ("ok", "") if one["valid"] else ("NO", "bad")
+            output.prose(f"{mark}  {one['piece']}: {one['from']} to {one['until']}", state)  # type: ignore[arg-type]
+        for problem in source.problems:
+            output.prose(f"cannot be used: {problem}", "bad")
+
+    return answer(
+        {"valid": is_valid, "at": rfc3339(now), "pieces": told, "problems": [*source.problems]}, people, ok=is_valid
+    )
 
 
 # --- simulate ---
