@@ -78,7 +78,7 @@ PACKAGES: dict[str, str] = {
     "miner": "auth boot wire",
     "quote": "",
     "server": "auth collateral gpu keys quote store transport units wire",
-    "store": "",
+    "store": "quote",
     "testing": "auth gpu keys quote store units wire",
     "transport": "wire",
     "units": "keys quote store wire",

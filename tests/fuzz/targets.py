@@ -58,6 +58,7 @@ from chutes_proto.quote._roots import TrustedRoot
 from chutes_proto.quote._statements import read_qe_identity, read_tcb_info
 from chutes_proto.quote._verify import open_quote, verify_collateral
 from chutes_proto.secret import Secret
+from chutes_proto.store._mark import Entry, Mark
 from chutes_proto.testing._gpus import SimulatedGpus
 from chutes_proto.testing._platform import PROFILE, SimulatedPlatform
 from chutes_proto.testing._quotes import Form
@@ -563,6 +564,17 @@ def statuses() -> list[bytes]:
     return [*GPUS.status(NOW), *GPUS.crls(NOW, "Simulated GH100 ICA")]
 
 
+def check_mark(data: bytes) -> None:
+    """A mark of a store: refused as a configuration error, or the very bytes that it would be written as."""
+    with suppress(ConfigurationError):
+        assert Mark.from_bytes(Mark.from_bytes(data).to_bytes()) == Mark.from_bytes(data)
+
+
+def marks() -> list[bytes]:
+    whole = Mark(7, 2, (Entry(1, 1_800_000_000, "0" * 32), Entry(9, 1_800_000_001, "f" * 32))).to_bytes()
+    return [whole, Mark(1, 0).to_bytes(), whole[:-9], b"{}"]
+
+
 TARGETS = {
     "quote": Target(check_quote, quotes),
     "collateral": Target(check_collateral, collaterals),
@@ -581,6 +593,7 @@ TARGETS = {
     "agent-settings": Target(check_agent_settings, agent_settings),
     "config-volume": Target(check_config_volume, config_volumes),
     "hand-off": Target(check_hand_off, hand_offs),
+    "mark": Target(check_mark, marks),
     "http": Target(check_http, http_requests),
     "http-answer": Target(check_http_answer, http_answers),
     "json": Target(check_json, json_bodies),

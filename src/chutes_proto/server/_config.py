@@ -78,11 +78,15 @@ class CollateralOptions:
 class StoreOptions:
     """The store: its ``url``, ``sqlite:/path`` or ``postgresql://user@host/database``, and how far to trust it.
 
-    A server refuses a database whose clock differs from its own by more than ``clock_difference_seconds``.
+    A server refuses a database whose clock differs from its own by more than ``clock_difference_seconds``, and with
+    ``require_synchronous`` one without a synchronous standby. ``mark_file`` keeps what it last saw of the store, so
+    that it refuses a store that went back.
     """
 
     url: str = field(repr=False)  # it may hold a password
     clock_difference_seconds: int = 5
+    require_synchronous: bool = False
+    mark_file: str | None = None
 
 
 def _store_options(given: StoreOptions | str) -> StoreOptions:
@@ -340,6 +344,8 @@ def _problems(config: ServerConfig) -> Iterator[str]:
         yield "path: Unknown key"  # the file itself does not say where it is
     if problem := check_store_address(config.store.url):
         yield f"store: {problem}"
+    if config.store.require_synchronous and not config.store.url.startswith("postgresql:"):
+        yield "store.require_synchronous: goes with a store in PostgreSQL"
     if config.kek_previous_file == config.kek_file:
         yield "kek_previous_file: the same file as kek_file; name the file of the previous KEK, or remove this key"
     yield from _raised(lambda: config.listen_address)

@@ -25,6 +25,7 @@ __all__ = ["ROWS", "AttestationRow", "AuditRow", "AuditWanted", "BootRow", "Boot
 __all__ += ["CountClaims", "CountRefusals", "CountRetired", "CountRows", "CountSealed", "CountStates", "Decision"]
 __all__ += ["Delete", "DeleteServer", "Exchange", "FindLastBoot", "FindLastBootFrom", "GenerationRow", "GpuRow"]
 __all__ += ["GpuDeviceRow"]
+__all__ += ["DecideLoss"]
 __all__ += ["Insert", "InsertAll", "NonceRow", "Pin", "Platform", "PurgeAudit", "PurgeGeneration", "Put", "Read"]
 __all__ += ["ReadAll", "ReadAudit", "ReadBootVolumes", "ReadLiveGenerations", "ReadNames", "ReadOld"]
 __all__ += ["ReadOtherwiseSealed", "ReadPage", "ReadRetired", "ReadTimes", "ReadUnclaimed", "Retirement"]
@@ -427,6 +428,13 @@ class Times:
 @frozen
 class ReadTimes(StoreOp[Times]):
     """The times that decide whether a nonce may be redeemed."""
+
+
+@frozen
+class DecideLoss(StoreOp[None]):
+    """Note that an operator decided at ``at`` to go on with a store that lacks rows; servers compare it with a mark."""
+
+    at: int
 
 
 @frozen

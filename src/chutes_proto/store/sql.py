@@ -212,6 +212,7 @@ CREATE TABLE gpu_device (
 );
 CREATE INDEX gpu_device_server ON gpu_device (server_id);
 INSERT INTO fact (name, value) VALUES ('compatible_since', 0);
+INSERT INTO fact (name, value) VALUES ('store_id', {number});
 ALTER TABLE vm ADD COLUMN booted TEXT;
 ALTER TABLE vm ADD COLUMN nonce_at BIGINT;
 ALTER TABLE boot ADD COLUMN root_confirm_digest {bytes};
@@ -294,10 +295,17 @@ TABLES: Final[dict[Dialect, str]] = {
 """The statement that lists all tables of a database, ours or not."""
 
 _TYPES: Final[dict[Dialect, dict[str, str]]] = {
-    "sqlite": {"bytes": "BLOB", "serial": "INTEGER", "room": "", "alone": ""},
+    "sqlite": {
+        "bytes": "BLOB",
+        "serial": "INTEGER",
+        "room": "",
+        "alone": "",
+        "number": "1 + abs(random() % 9007199254740991)",
+    },
     "postgresql": {
         "bytes": "BYTEA",
         "serial": "BIGINT GENERATED ALWAYS AS IDENTITY",
+        "number": "1 + CAST(floor(random() * 9007199254740991) AS BIGINT)",
         # Every unit holds the weakest lock of this table, so none runs beside a migration.
         "alone": "LOCK TABLE fact IN ACCESS EXCLUSIVE MODE",
         # A new version of a row that does not fit beside the old one is entered in every index, where it conflicts
@@ -699,6 +707,10 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query]] = {
         partial(_sorted, store.NonceRow),
     ),
     store.ReadTimes: _query("SELECT value, {clock} FROM fact WHERE name = 'nonce_horizon'", _times),
+    store.DecideLoss: _query(
+        "INSERT INTO fact (name, value) VALUES ('loss_decided_at', :at)"
+        " ON CONFLICT (name) DO UPDATE SET value = excluded.value"
+    ),
     store.SetHorizon: _query("UPDATE fact SET value = :to WHERE name = 'nonce_horizon'"),
     # names and boots
     store.ReadNames: _either(

@@ -14,6 +14,7 @@ A command that cannot be carried out raises `Refused` and changes nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 from attrs import evolve, frozen
 
@@ -373,7 +374,9 @@ class Restored:
 
 @frozen
 class StoreRestored(Unit[Restored]):
-    """Void all nonces and tokens after a restore from a backup: those consumed since then are unknown.
+    """Void all nonces and tokens of a store that lacks rows: those consumed since then are unknown. Servers go on.
+
+    Rows are lost by a restore from a backup, or by a fail-over: then the audit row has the event ``loss accepted``.
 
     So are the rotations since then. Each candidate is now provisional: a disk may have no other key.
 
@@ -384,6 +387,7 @@ class StoreRestored(Unit[Restored]):
 
     now: int
     reason: str = ""
+    event: Literal["store restored", "loss accepted"] = "store restored"
 
     def script(self) -> Script[Restored]:
         times = yield from store.ReadTimes()
@@ -398,7 +402,8 @@ class StoreRestored(Unit[Restored]):
         yield from store.SetHorizon(horizon)
         yield from store.DoubtCandidates()
         moved = f"nonce horizon from {rfc3339(before)} to {rfc3339(horizon)}"
-        yield from _audit(self.now, "store restored", self.reason, keys=moved)
+        yield from store.DecideLoss(self.now)
+        yield from _audit(self.now, self.event, self.reason, keys=moved)
         return Restored(before, horizon)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import click
 
@@ -168,8 +168,9 @@ def check(config: str | None, store: str | None) -> int:
 def restored(reason: str, config: str | None, store: str | None) -> int:
     """Tell the server that its store came back from a backup.
 
-    Run it after a restore, before a server starts on the store. Tokens that were redeemed since the backup are unknown,
-    so all earlier nonces and tokens become void. VMs boot again; no key is changed.
+    Run it after a restore. Servers that keep a mark refuse the store until then, because it lacks rows that they saw.
+    Tokens that were redeemed since the backup are unknown, so all earlier nonces and tokens become void. VMs boot
+    again; no key is changed.
 
     Run it also after a clock was ahead and boots wait for a time in the future, once all clocks are right. It sets the
     time from which nonces count, forward or back: by the clock of PostgreSQL, and with SQLite by this machine's.
@@ -178,18 +179,47 @@ def restored(reason: str, config: str | None, store: str | None) -> int:
       chutes-proto store restored --config server.toml --reason 'disk failure on db1'
       chutes-proto store restored --store sqlite:keys.db --json
 
-    See also: store check, audit list
+    See also: store accept-loss, store check, audit list
     """
+    return _decided("store restored", reason, config, store)
+
+
+@command.command("accept-loss", exits=exits("done", "the store cannot be written"))
+@operating.reason_option
+@_which
+def accept_loss(reason: str, config: str | None, store: str | None) -> int:
+    """Go on with a store that lost rows in a fail-over.
+
+    Run it when servers refuse the store because it lacks audit rows that they saw, and those rows are gone for good:
+    the database failed over to a standby that was behind. First make sure that this is the primary, and that the old
+    one cannot come back: what the log of the servers names is lost. Keys that were made in that time do not open the
+    disks that were formatted with them. Servers then go on and begin a new mark.
+
+    Tokens that were redeemed meanwhile are unknown, so all earlier nonces and tokens become void, as after a restore.
+    VMs boot again; no key is changed.
+
+    Examples:
+      chutes-proto store accept-loss --config server.toml --reason 'fail-over of 3 May, standby was behind'
+      chutes-proto store accept-loss --store sqlite:keys.db --json
+
+    See also: store restored, store check, audit list
+    """
+    return _decided("loss accepted", reason, config, store)
+
+
+def _decided(
+    event: Literal["store restored", "loss accepted"], reason: str, config: str | None, store: str | None
+) -> int:
     place, _ = _place(config, store)
     if not place.is_made():
-        raise StoreError(f"store {place.path}: not made yet, so there is nothing to restore; see --config or --store")
+        raise StoreError(f"store {place.path}: not made yet, so nothing is lost; see --config or --store")
     with closing(place.open()) as opened:
-        done = opened.transact(StoreRestored(operating.now(), reason))
+        done = opened.transact(StoreRestored(operating.now(), reason, event))
     again = f"boots are granted again after {rfc3339(done.horizon)}"
     return _told(
         {
             "store": opened.name,
-            "restored": f"all earlier nonces and tokens are void; {again}",
+            "restored" if event == "store restored" else "accepted": f"all earlier nonces and tokens are void; {again}",
             "nonce_horizon": rfc3339(done.horizon),
             "nonce_horizon_before": rfc3339(done.before),
         }

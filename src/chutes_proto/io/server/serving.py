@@ -42,7 +42,7 @@ from chutes_proto.log import Level, Record
 from chutes_proto.quote._roots import INTEL_ROOT
 from chutes_proto.server._app import App
 from chutes_proto.server._config import ServerConfig
-from chutes_proto.server._readiness import watch_store
+from chutes_proto.server._readiness import WATCH_SECONDS, watch_store
 from chutes_proto.transport.asgi import AsgiApp
 
 if TYPE_CHECKING:
@@ -159,6 +159,7 @@ def open_store(setup: ServerSetup) -> Generator[tuple[DurableStore, list[str]]]:
     with closing(setup.store.open()) as store:
         store.check_writing()
         _ = check_keys(store, setup.service.vault)
+        store.keep_mark()
         yield store, [str(finding) for finding in store_findings(store)]
 
 
@@ -178,7 +179,7 @@ async def open_server(
         log(Record(Level.WARNING, "warning", {"about": about}))
     async with (
         open_performer(store, collateral, gpus=setup.gpu_source, log=log) as performer,
-        _watching(setup, performer),
+        _watching(setup, store, performer, log),
     ):
         if not admin:
             yield Server(App(setup.service), performer, limits=setup.limits, connections=connections)
@@ -203,12 +204,27 @@ async def open_server(
 
 
 @asynccontextmanager
-async def _watching(setup: ServerSetup, performer: Performer) -> AsyncGenerator[None]:
-    """Look at the store all the time, so that the server knows whether it can serve boots."""
+async def _watching(
+    setup: ServerSetup, store: DurableStore, performer: Performer, log: Callable[[Record], None]
+) -> AsyncGenerator[None]:
+    """Look at the store all the time, so that the server knows whether it can serve boots; log what is found."""
     async with anyio.create_task_group() as background:
         _ = background.start_soon(performer.run, watch_store(setup.service.readiness))
+        _ = background.start_soon(_log_notes, store, log)
         yield
         background.cancel_scope.cancel()
+
+
+async def _log_notes(store: DurableStore, log: Callable[[Record], None]) -> None:
+    """Log each note of the store that comes up after the start."""
+    told = store.notes
+    while True:
+        await anyio.sleep(WATCH_SECONDS)
+        found = store.notes
+        for note in found:
+            if note not in told:
+                log(Record(Level.WARNING, "warning", {"about": note}))
+        told = found
 
 
 async def serve(
@@ -266,7 +282,7 @@ def make_asgi_app(config: ServerConfig) -> AsgiApp:
         async with (
             _in_thread(open_store(setup)) as (store, warnings),
             open_performer(store, setup.collateral, gpus=setup.gpu_source) as performer,
-            _watching(setup, performer),
+            _watching(setup, store, performer, log_record),
         ):
             _log_start(setup, store, warnings, [], log_record)
             yield performer

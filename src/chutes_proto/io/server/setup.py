@@ -183,7 +183,7 @@ def make_setup(config: ServerConfig) -> ServerSetup:
         gpu_appraisal=None if gpus is None else GpuAppraisal(gpu_policy, gpu_roots),
         unsafe_networks=config.registration.parsed_networks,
     )
-    place = store_place(config, base)
+    place = store_place(config, base, with_mark=True)
     return ServerSetup(config, service, collateral, tls, admin_tls, place, base, not_served, gpus)
 
 

@@ -55,14 +55,19 @@ def make_store_setup(config: ServerConfig) -> StoreSetup:
     return StoreSetup(config, store_place(config, base), vault, root)
 
 
-def store_place(config: ServerConfig, base: Path) -> StorePlace:
-    """The address of the configured store, and how a server opens it."""
+def store_place(config: ServerConfig, base: Path, *, with_mark: bool = False) -> StorePlace:
+    """The address of the configured store, and how it is opened; a server compares it with its mark.
+
+    The commands of an operator do not: they are how he says what happened to the store.
+    """
     options = config.store
     return StorePlace(
         options.url,
         base,
         connections=config.limits.store_connections,
         clock_difference_seconds=options.clock_difference_seconds,
+        require_synchronous=options.require_synchronous and with_mark,
+        mark_file=base / options.mark_file if with_mark and options.mark_file is not None else None,
     )
 
 
@@ -85,6 +90,9 @@ def store_findings(store: DurableStore) -> Iterator[Finding]:
     """Findings about an open store that can be used."""
     if newer := of_newer_schema(store):
         yield Finding("note", "store", newer)
+    for note in store.notes:
+        what, _, detail = note.partition(": ")
+        yield Finding("note", what, detail)
     times, now = store.transact(Ask(ReadTimes())), int(time.time())
     if (why := why_void(times, now)) is not None:
         yield Finding("problem" if lies_ahead(times, now) else "note", "store", f"no boot is granted: {why}")

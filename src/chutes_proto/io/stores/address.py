@@ -50,6 +50,15 @@ class DurableStore(Store, Protocol):
         """Check, without a change, that rows may be added, changed and deleted. Raises `StoreError`."""
         ...
 
+    def keep_mark(self) -> None:
+        """Write the file of its mark from now on, as a server does; see `MarkKeeper`."""
+        ...
+
+    @property
+    def notes(self) -> list[str]:
+        """Findings since it was opened that an operator should know."""
+        ...
+
     def close(self) -> None:
         """Close it."""
         ...
@@ -63,6 +72,8 @@ class StorePlace:
     base: Path
     connections: int = 16
     clock_difference_seconds: float = 5.0
+    require_synchronous: bool = False
+    mark_file: Path | None = None
 
     @property
     def path(self) -> Path | None:
@@ -124,12 +135,14 @@ class StorePlace:
         is closed. Raises `StoreError`, and `ConfigurationError` for an address that is not one of a store.
         """
         if self.path is not None:
-            return SqliteStore(self.path, migrate=migrate, alone=alone)
+            return SqliteStore(self.path, migrate=migrate, alone=alone, mark_file=self.mark_file)
         from chutes_proto.io.stores.postgres import PostgresStore
 
         return PostgresStore(
             self.address,
             connections=self.connections,
             clock_difference_seconds=self.clock_difference_seconds,
+            require_synchronous=self.require_synchronous,
+            mark_file=self.mark_file,
             migrate=migrate,
         )

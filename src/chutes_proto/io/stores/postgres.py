@@ -14,6 +14,8 @@ Rules kept here:
 * the database cancels a statement of a unit that takes too long; if it does not answer at all, the connection is
   closed; a migration, a check and the operations of operators have no such limit;
 * the clocks of this machine and of the database are compared in every transaction: rows are dated by both;
+* the database is compared with the mark of what was seen of it (``marks.py``), and a change of its timeline is noticed
+  in every transaction: a server that goes on with an old primary would grant what the new one does not know;
 * at most ``connections`` are open; each is made by the caller that needs it, which gets the reason if that fails;
 * a database without our schema is refused, and neither changed nor, unless an operator asks for it, migrated; every
   transaction looks at the version, because a newer release may have migrated meanwhile;
@@ -36,20 +38,24 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from attrs import define, evolve, field
+from attrs import define, evolve, field, frozen
 
 from chutes_proto.errors import ConfigurationError, FateUnknown, StoreAway, StoreBusy, StoreError
+from chutes_proto.io.stores.marks import MarkKeeper
 from chutes_proto.quote._terms import rfc3339
+from chutes_proto.store._mark import Entry
 from chutes_proto.store._run import Snapshot, run_script, untold
 from chutes_proto.store._versions import Versions
 from chutes_proto.store.rows import (
     ROWS,
+    AuditRow,
     CountAudit,
     CountRetired,
     CountRows,
     CountSealed,
     CountStates,
     Delete,
+    Insert,
     InsertAll,
     PurgeAudit,
     ReadAudit,
@@ -83,6 +89,8 @@ except ImportError as _missing:
     ) from None
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from psycopg.abc import PQGen
 
     from chutes_proto.store._run import Store, Unit
@@ -156,10 +164,20 @@ _READ_SETTINGS: Final = (
     # `on` waits for the disks of this server and of its synchronous standbys; `remote_apply`, which waits more, stays.
     # A weaker setting is raised to `on`, because keys could be lost.
     "SELECT pg_backend_pid(), extract(epoch FROM now()),"  # noqa: S608 - names of ours
+    " CASE WHEN pg_is_in_recovery() THEN 0 ELSE"
+    " ('x' || substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8))::bit(32)::int END,"
     " set_config('synchronous_commit', CASE current_setting('synchronous_commit')"
     " WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END, true), "
     + ", ".join(f"current_setting('{name}')" for name in _MUST_BE)
 )
+
+_REPLICATION: Final = (
+    "SELECT (SELECT count(*) FROM pg_stat_replication), current_setting('synchronous_standby_names') <> ''"
+)
+"""The statement that tells how many standbys stream, and whether a commit waits for one.
+
+Only a monitor may see which of them is synchronous. Where one is named, a commit waits until it has the change.
+"""
 
 _TEMPORARY: Final = {
     "": "the connection to the database failed",
@@ -210,6 +228,10 @@ class _Connection(psycopg.Connection[tuple[Any, ...]]):
     """
 
     answer_seconds: float | None = None
+    is_looked_at: bool = False
+    """Whether the database that it leads to was compared with the mark."""
+    changes: Sequence[Entry | PurgeAudit] = ()
+    """The changes to audit rows of the present transaction, or of the last one."""
 
     def wait(self, gen: PQGen[T], *args: Any, **kwargs: Any) -> T:
         """Wait as psycopg does; all of its waiting goes through here."""
@@ -228,6 +250,25 @@ class _Connection(psycopg.Connection[tuple[Any, ...]]):
         except StopIteration as stop:
             result: T = stop.value
             return result
+
+
+@frozen
+class Replication:
+    """How many standbys stream from the database, and whether a commit waits for one; for logs and metrics."""
+
+    streaming: int
+    is_synchronous: bool = field(kw_only=True)
+
+    @property
+    def is_safe(self) -> bool:
+        """Whether no fail-over is in sight that loses what was acknowledged."""
+        return self.is_synchronous or not self.streaming
+
+    def __str__(self) -> str:
+        return (
+            f"store: {self.streaming} standbys stream and none is synchronous: a fail-over to one that is behind loses"
+            " keys; set synchronous_standby_names, or store.require_synchronous to refuse such a database"
+        )
 
 
 @define(eq=False)
@@ -256,6 +297,9 @@ class PostgresStore:
     ``found_version`` is the one that it had (None: it was empty), ``schema_version`` the one that it has now,
     ``retries`` the number of repeated transactions.
 
+    A database that is behind the mark in ``mark_file``, or behind what this object has seen of it, is refused; with
+    ``require_synchronous`` so is one without a synchronous standby. ``replication`` is what was found last.
+
     Raises `ConfigurationError` for any other text, and `StoreError` for a database that cannot be a store.
     """
 
@@ -266,6 +310,8 @@ class PostgresStore:
         connections: int = 16,
         busy_seconds: float = 5.0,
         clock_difference_seconds: float = 5.0,
+        require_synchronous: bool = False,
+        mark_file: Path | None = None,
         migrate: bool = False,
     ) -> None:
         self.name: str
@@ -277,6 +323,10 @@ class PostgresStore:
         self._busy_seconds = busy_seconds
         self._clock_difference_seconds = clock_difference_seconds
         self._answer_seconds = busy_seconds + _SILENCE
+        self._require_synchronous = require_synchronous
+        self.replication = Replication(0, is_synchronous=False)
+        self._marks = MarkKeeper(self.name, mark_file)
+        self._timeline = 0
         self._pool = _Pool(threading.BoundedSemaphore(connections))
         self._closed = False
         self._set_local = (
@@ -289,8 +339,10 @@ class PostgresStore:
         try:
             if migrate:
                 self.found_version = self._migrate()
-            with self._connection() as connection, self._transaction(connection, self._beginning("SERIALIZABLE")):
-                self.schema_version: int = self._versions(connection).require()
+            with self._connection() as connection:
+                with self._transaction(connection, self._beginning("SERIALIZABLE")):
+                    self.schema_version: int = self._versions(connection).require()
+                self._look(connection)
         except BaseException as exc:
             self.close()
             if isinstance(exc, _Again):
@@ -312,7 +364,7 @@ class PostgresStore:
     def snapshot(self) -> Generator[Store]:
         """Run several units in one transaction that reads the database as it is when the block begins."""
         try:
-            with self._connection() as connection, self._transaction(connection, self._begin):
+            with self._looked_at() as connection, self._transaction(connection, self._begin):
                 self._lift_limits(connection)
                 yield Snapshot(lambda unit: self._run(connection, unit))
         except _Again as exc:
@@ -326,6 +378,17 @@ class PostgresStore:
         """Close idle connections; then every call raises `StoreError`. Running transactions end as usual."""
         self._closed = True
         self._pool.drop()
+        self._marks.close()
+
+    def keep_mark(self) -> None:
+        """Write the file of the mark from now on, as a server does."""
+        self._marks.keep()
+
+    @property
+    def notes(self) -> list[str]:
+        """Findings that an operator should know, about the replication and the mark."""
+        replication = [] if self.replication.is_safe else [str(self.replication)]
+        return [*replication, *self._marks.notes]
 
     def _with_retries(self, work: Callable[[_Connection], T]) -> T:
         """Do ``work`` as one transaction; repeat it after conflicts, until ``busy_seconds`` are over."""
@@ -334,8 +397,11 @@ class PostgresStore:
         duplicates = 0
         while True:
             try:
-                with self._connection() as connection, self._transaction(connection, self._begin):
-                    return work(connection)
+                with self._looked_at() as connection:
+                    with self._transaction(connection, self._begin):
+                        result = work(connection)
+                    self._marks.note(connection.changes)
+                    return result
             except _Again as exc:
                 duplicates += isinstance(exc.__cause__, errors.UniqueViolation)
                 if time.monotonic() + pause > until or duplicates > _MAX_DUPLICATES:
@@ -366,16 +432,26 @@ class PostgresStore:
             raise self._fault(_FAULTS["42501"])
 
     def _run(self, connection: _Connection, unit: Unit[T]) -> T:
+        changes: list[Entry | PurgeAudit] = []
+        connection.changes = changes
+
         def perform(op: StoreOp[Any]) -> object:
             text, values = statement(op)
+            if isinstance(op, Insert) and isinstance(op.row, AuditRow):
+                text += " RETURNING id"
             if _may_take_long(op):
                 self._lift_limits(connection)
             try:
                 cursor = connection.execute(_query(text), values)
             except (psycopg.DataError, UnicodeEncodeError) as exc:
                 raise self._fault(f"a value of {type(op).__name__} cannot be stored: {type(exc).__name__}") from exc
+            rows: Sequence[tuple[Any, ...]] = cursor.fetchall() if cursor.description else ()
+            if isinstance(op, Insert) and isinstance(op.row, AuditRow):
+                changes.append(Entry.of(rows[0][0], op.row))
+            elif isinstance(op, PurgeAudit):
+                changes.append(op)
             try:
-                return decode(op, cursor.fetchall() if cursor.description else ())
+                return decode(op, rows)
             except LostFactError as exc:
                 raise self._fault(str(exc)) from None
 
@@ -454,6 +530,33 @@ class PostgresStore:
         except psycopg.Error as exc:
             raise self._translated(exc) from exc
 
+    # --- what was seen of the database ---
+
+    @contextlib.contextmanager
+    def _looked_at(self) -> Generator[_Connection]:
+        """Reserve a connection to a database that is not behind the mark."""
+        with self._connection() as connection:
+            if not connection.is_looked_at or self._marks.is_due():
+                self._look(connection)
+            connection.changes = ()
+            yield connection
+
+    def _look(self, connection: _Connection) -> None:
+        """Compare the database with the mark. Raises `StoreError` for one that is behind or not replicated as it must.
+
+        Not in a serializable transaction: to read the newest audit rows in one conflicts with everyone who adds some.
+        """
+        with self._transaction(connection, self._beginning("READ COMMITTED", then=_REPLICATION)) as rows:
+            streaming, has_synchronous = rows[0]
+            self.replication = Replication(streaming, is_synchronous=has_synchronous)
+            if self._require_synchronous and not has_synchronous:
+                raise self._fault(
+                    "store.require_synchronous is set, and synchronous_standby_names is empty there: a fail-over would"
+                    " lose keys; name a synchronous standby"
+                )
+            self._marks.compare(lambda text: _rows(connection, text), self._timeline)
+        connection.is_looked_at = True
+
     # --- connections and transactions ---
 
     @contextlib.contextmanager
@@ -501,18 +604,23 @@ class PostgresStore:
         return "; ".join(filter(None, every))
 
     @contextlib.contextmanager
-    def _transaction(self, connection: _Connection, begin: str) -> Generator[None]:
-        """Begin, and commit the work of the block; roll back if it raises."""
+    def _transaction(self, connection: _Connection, begin: str) -> Generator[list[tuple[Any, ...]]]:
+        """Begin, and commit the work of the block, or roll back if it raises; yields rows that ``begin`` asks for."""
         committing = False
         connection.answer_seconds = self._answer_seconds
         try:
             asked_at = time.time()
-            (backend, clock, _, *settings), *version = _rows(connection, begin)
+            first, *more = _rows(connection, begin)
+            backend, clock, timeline, _, *settings = first
             self._check_settings(connection, backend, settings)
             self._check_clock(asked_at, float(clock), time.time())
             if begin == self._begin:
-                _ = self._versions(connection).check(version)
-            yield
+                _ = self._versions(connection).check(more)
+                if timeline != self._timeline:  # behind a pooler: another server than a moment ago
+                    connection.is_looked_at = False
+                    raise _Again(self._fault("the database's timeline has changed"))
+            self._timeline = timeline
+            yield more
             committing = True
             self._commit(connection)
         except psycopg.Error as exc:

@@ -23,15 +23,18 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Generator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from attrs import define, field
 
 from chutes_proto.errors import StoreAway, StoreBusy, StoreError
+from chutes_proto.io.stores.marks import MarkKeeper
+from chutes_proto.store._mark import Entry
 from chutes_proto.store._run import Snapshot, Store, Unit, run_script, untold
 from chutes_proto.store._versions import Versions
-from chutes_proto.store.rows import ROWS
+from chutes_proto.store.rows import ROWS, AuditRow, Insert, PurgeAudit
 from chutes_proto.store.sql import READ_VERSION, LostFactError, decode, for_driver, statement
 
 if TYPE_CHECKING:
@@ -93,6 +96,8 @@ class _Job:
     turn: threading.Lock = field(factory=_locked)
     result: Any = None
     fault: BaseException | None = None
+    changes: list[Entry | PurgeAudit] = field(factory=list["Entry | PurgeAudit"])
+    """Its changes to audit rows."""
 
 
 class SqliteStore:
@@ -102,7 +107,8 @@ class SqliteStore:
     `StoreBusy`. With ``migrate`` a file of an older schema version is brought to this release's; ``found_version`` is
     the one that it had (None: it was empty), ``schema_version`` the one that it has now, ``commits`` the number of
     commits. With ``alone`` nobody else has the file open, a server that does nothing neither, or `StoreBusy` is raised.
-    Raises `StoreError` for a file that cannot be a store.
+    A file that is behind the mark in ``mark_file``, or behind what this object has seen of it, is refused. Raises
+    `StoreError` for a file that cannot be a store.
     """
 
     def __init__(
@@ -112,6 +118,7 @@ class SqliteStore:
         busy_seconds: float = 5.0,
         migrate: bool = False,
         alone: bool = False,
+        mark_file: Path | None = None,
     ) -> None:
         self.path: Path = Path(path).resolve()
         self.name: str = str(self.path)
@@ -119,6 +126,7 @@ class SqliteStore:
         self.callers: int = _CALLERS
         self.found_version: int | None = None
         self.schema_version: int = 0
+        self._marks = MarkKeeper(self.name, mark_file)
         self._migrate = migrate
         self._alone = alone
         self._busy_seconds = busy_seconds
@@ -132,6 +140,12 @@ class SqliteStore:
             raise StoreError(f"SQLite {sqlite3.sqlite_version} is too old for the store; install 3.35 or newer")
         with self._my_turn(_Job(_ALONE)):
             self._connection = self._open()
+            try:
+                with self._transaction("BEGIN") as connection:
+                    self._marks.compare(partial(_ask, connection), 0)
+            except BaseException:
+                self._drop()
+                raise
 
     def transact(self, unit: Unit[T]) -> T:
         """Run ``unit`` as one transaction; see `chutes_proto.store._run.Store`."""
@@ -206,6 +220,22 @@ class SqliteStore:
         with self._my_turn(_Job(_ALONE), may_wait=True):
             self._closed = True
             self._drop()
+        self._marks.close()
+
+    def keep_mark(self) -> None:
+        """Write the file of the mark from now on, as a server does."""
+        self._marks.keep()
+
+    @property
+    def notes(self) -> list[str]:
+        """Findings that an operator should know, about the mark."""
+        return list(self._marks.notes)
+
+    def _check_mark(self, connection: sqlite3.Connection) -> None:
+        """Compare the file with the mark: all of it once a second, and else its newest row."""
+        ask = partial(_ask, connection)
+        if self._marks.is_due() or not self._marks.has_newest(ask):
+            self._marks.compare(ask, 0)
 
     # --- turns ---
 
@@ -251,9 +281,11 @@ class SqliteStore:
                 versions = self._versions(connection)
                 # A newer release may have migrated the file meanwhile.
                 _ = versions.check(versions.execute(READ_VERSION))
+                self._check_mark(connection)
                 jobs = self._take(job)
                 for each in jobs:
                     self._run(connection, each)
+            self._marks.note(change for each in jobs for change in each.changes)
         except BaseException as exc:
             jobs = jobs or self._take(job)
             seen = False
@@ -274,9 +306,14 @@ class SqliteStore:
         def perform(op: StoreOp[Any]) -> object:
             text, values = statement(op)
             try:
-                rows = connection.execute(for_driver(text, "sqlite"), values).fetchall()
+                cursor = connection.execute(for_driver(text, "sqlite"), values)
+                rows = cursor.fetchall()
             except (OverflowError, UnicodeEncodeError) as exc:
                 raise self._fault(f"a value of {type(op).__name__} cannot be stored: {type(exc).__name__}") from exc
+            if isinstance(op, Insert) and isinstance(op.row, AuditRow):
+                job.changes.append(Entry.of(cursor.lastrowid or 0, op.row))
+            elif isinstance(op, PurgeAudit):
+                job.changes.append(op)
             try:
                 return decode(op, rows)
             except LostFactError as exc:
@@ -288,6 +325,7 @@ class SqliteStore:
                 job.result = run_script(job.unit.script(), perform)
         except BaseException as exc:
             job.fault = exc
+            job.changes.clear()
             if not connection.in_transaction:  # SQLite itself rolls everything back after some faults
                 raise
             _ = connection.execute("ROLLBACK TO unit")
@@ -416,6 +454,10 @@ class SqliteStore:
                 text = "another process has it open; stop all servers and other commands that use it"
             kind = StoreAway if code in _BUSY else StoreError  # another process has it, and lets nobody in
             raise kind(f"store {self.name}: {text} ({exc})") from exc
+
+
+def _ask(connection: sqlite3.Connection, text: str) -> list[tuple[Any, ...]]:
+    return connection.execute(text).fetchall()
 
 
 def _code_of(exc: sqlite3.Error) -> int:

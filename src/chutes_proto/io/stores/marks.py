@@ -1,0 +1,173 @@
+"""The mark of a store in memory and in a file: compared with the store all the time, written beside the requests.
+
+Rules kept here:
+
+* a store is compared when it is opened, at each new connection, and once a second while it is used; one that is behind
+  is refused until it is right again, or an operator has decided;
+* only a server writes the file: at most once a second, in a thread of its own, and as a whole or not at all;
+* a file that is not a mark, or another store's, is refused and left as it is.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from chutes_proto.errors import ConfigurationError, StoreError
+from chutes_proto.io.files import read_file, write_file
+from chutes_proto.store._mark import LARGEST, Entry, Mark, View, find_loss
+from chutes_proto.store.rows import AuditRow, PurgeAudit
+from chutes_proto.store.sql import columns, decode_rows
+
+LOOK_SECONDS: Final = 1.0
+"""The longest time between two comparisons of a store in use, and the shortest between two writes of the file."""
+
+_NEWEST: Final = 32
+"""How many rows a server adopts at each comparison."""
+
+_FACTS: Final = (
+    "SELECT (SELECT value FROM fact WHERE name = 'store_id'), (SELECT value FROM fact WHERE name = 'loss_decided_at')"
+)
+_ROWS: Final = f"SELECT id, {', '.join(columns(AuditRow))} FROM audit"  # noqa: S608 - names of ours
+
+Ask = Callable[[str], Sequence[Sequence[Any]]]
+"""Runs a constant statement in a transaction and returns its rows."""
+
+
+class MarkKeeper:
+    """The mark of the store ``name``; ``path`` is its file, None to keep it in memory alone.
+
+    May be used from several threads. Raises `StoreError` for a file that is not a mark.
+    """
+
+    def __init__(self, name: str, path: Path | None) -> None:
+        self.notes: list[str] = []
+        self._name = name
+        self._path = path
+        self._lock = threading.Lock()
+        self._looked_at = -LOOK_SECONDS
+        self._is_behind = False
+        self._mark = self._read()
+        self._written: Mark | None = self._mark
+        self._ending = threading.Event()
+        self._writer: threading.Thread | None = None
+
+    def is_due(self) -> bool:
+        """Return whether the store must be compared before it is used."""
+        with self._lock:
+            return self._is_behind or time.monotonic() - self._looked_at > LOOK_SECONDS
+
+    def has_newest(self, ask: Ask) -> bool:
+        """Return whether the store has the newest row of the mark."""
+        with self._lock:
+            newest = self._mark.entries[-1] if self._mark and self._mark.entries else None
+        return newest is None or _entries(ask(f"{_ROWS} WHERE id = {newest.number}")) == (newest,)
+
+    def note(self, changes: Iterable[Entry | PurgeAudit]) -> None:
+        """Note rows that this process has added and purged, once that is committed."""
+        with self._lock:
+            if (mark := self._mark) is None:
+                return
+            for change in changes:
+                mark = mark.with_entries((change,)) if isinstance(change, Entry) else mark.without(change)
+            self._mark = mark
+
+    def compare(self, ask: Ask, timeline: int) -> None:
+        """Compare the store, and adopt its newest rows. Raises `StoreError` for one that is behind."""
+        with self._lock:
+            mark = self._mark
+        view = _view(ask, mark, timeline)
+        now = int(time.time())
+        if mark is not None and view.store_id != mark.store_id:
+            raise self._refused(mark, "it is not the store of this mark", "name the right store, or move the file away")
+        loss = None if mark is None else find_loss(mark, view, now)
+        if mark is not None and loss is not None and not loss.is_accepted:
+            with self._lock:
+                self._is_behind = True
+            raise self._refused(
+                mark,
+                f"{loss.why}; it was restored, or a fail-over lost them",
+                "mend the fail-over, or say what happened with `chutes-proto store restored` or `chutes-proto store"
+                " accept-loss`",
+            )
+        with self._lock:
+            if loss is not None:
+                self.notes.append(f"store: {loss.why}; an operator has decided to go on")
+            if mark is None or loss is not None:
+                self._mark = view.mark
+            elif self._mark is not None:  # others of this process may have noted more meanwhile
+                purged = set(mark.missing(view.entries))
+                kept = (entry for entry in self._mark.entries if entry not in purged)
+                self._mark = view.mark.with_entries(kept)
+            self._is_behind = False
+            self._looked_at = time.monotonic()
+
+    def keep(self) -> None:
+        """Write the file from now on, until `close`."""
+        if self._path is None or self._writer is not None:
+            return
+        if self._written is None:
+            self.notes.append(f"store.mark_file: {self._path} did not exist; a mark of the store begins now")
+        self._write()
+        self._writer = threading.Thread(target=self._keep_writing, name="mark of the store", daemon=True)
+        self._writer.start()
+
+    def close(self) -> None:
+        """Write the file for the last time."""
+        self._ending.set()
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+
+    def _keep_writing(self) -> None:
+        while not self._ending.wait(LOOK_SECONDS):
+            self._write()
+        self._write()
+
+    def _write(self) -> None:
+        with self._lock:
+            mark = self._mark
+        if self._path is None or mark is None or mark == self._written:
+            return
+        try:
+            write_file(self._path, mark.to_bytes(), mode=0o600)
+            self._written = mark
+        except (ConfigurationError, OSError) as exc:
+            note = f"store.mark_file: {exc}"
+            if note not in self.notes:
+                self.notes.append(note)
+
+    def _read(self) -> Mark | None:
+        if self._path is None or not self._path.exists():
+            return None
+        try:
+            return Mark.from_bytes(read_file(self._path, limit=LARGEST))
+        except ConfigurationError as exc:
+            advice = "if the store is right, move the file away, and the server begins another"
+            raise StoreError(f"store {self._name}: mark_file {self._path}: {exc}; {advice}") from None
+
+    def _refused(self, mark: Mark, why: str, remedy: str) -> StoreError:
+        where = f" in {self._path}" if self._path is not None else " in memory"
+        seen = f"; the mark{where} is of timeline {mark.timeline}" if mark.timeline else f"; the mark is{where}"
+        return StoreError(f"store {self._name}: {why}{seen}; {remedy}; nothing was changed")
+
+
+def _view(ask: Ask, mark: Mark | None, timeline: int) -> View:
+    ((store_id, decided_at),) = ask(_FACTS)
+    entries = _entries(ask(f"{_ROWS} ORDER BY id DESC LIMIT {_NEWEST}"))
+    has_older = False
+    if mark is not None and mark.entries:
+        numbers = ", ".join(str(entry.number) for entry in mark.entries)
+        entries += _entries(ask(f"{_ROWS} WHERE id IN ({numbers})"))
+        if missing := mark.missing(entries):
+            last = missing[-1]
+            has_older = bool(ask(f"SELECT 1 FROM audit WHERE id < {last.number} AND at <= {last.at} LIMIT 1"))  # noqa: S608
+    return View(store_id or 0, timeline, decided_at or 0, entries, has_older)
+
+
+def _entries(rows: Sequence[Sequence[Any]]) -> tuple[Entry, ...]:
+    audits = decode_rows(AuditRow, [row[1:] for row in rows])
+    return tuple(Entry.of(row[0], audit) for row, audit in zip(rows, audits, strict=True))

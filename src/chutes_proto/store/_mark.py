@@ -1,0 +1,171 @@
+"""The mark of a store: what a server last saw of it, kept outside, so that a store that went back is noticed.
+
+Rules kept here:
+
+* audit rows are only ever added, in every transaction that grants something, so they tell how far a store has come. The
+  mark has the newest of them, each with a digest: one that is missing, or another one, shows a restored backup, a
+  fail-over to a standby that was behind, or an old primary that goes on by itself;
+* rows may go: `PurgeAudit` deletes those of before a time. So an old row is not missed where no older one is left;
+* PostgreSQL's timeline grows at each promotion: a lower one than before is an old primary, whatever its rows are;
+* only an operator's decision, in the store and later than what is missing, lets servers go on with such a store.
+
+The file form is one JSON object with a digest of its own, so that a part of a file is not taken for a mark. A log with
+signed checkpoints adds its checkpoint, the version of the store's head and a MAC, under another form.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any, Final, cast
+
+from attrs import evolve, frozen
+
+from chutes_proto.errors import ConfigurationError
+from chutes_proto.quote._terms import rfc3339
+from chutes_proto.store.rows import AuditRow, PurgeAudit
+
+FORM: Final = "chutes-proto mark 1"
+KEPT: Final = 64
+"""The most rows that a mark has."""
+LARGEST: Final = 16 * 1024
+"""The most bytes of a mark's file."""
+
+_MEMBERS: Final = {"form", "store", "timeline", "entries"}
+_DAY: Final = 86_400
+
+
+@frozen
+class Entry:
+    """An audit row as a mark has it: its number, its time in unix seconds, and 32 hex digits of its digest."""
+
+    number: int
+    at: int
+    digest: str
+
+    @classmethod
+    def of(cls, number: int, row: AuditRow) -> Entry:
+        """The entry of an audit row."""
+        vm = ("", "") if row.vm is None else (row.vm.hotkey, row.vm.name)
+        values = (number, row.at, row.actor, row.event, row.decision, row.reason, *vm, row.boot_id, row.request_id)
+        text = json.dumps([*values, row.keys])
+        return cls(number, row.at, hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32])
+
+
+@frozen
+class Mark:
+    """A state of a store: its number, PostgreSQL's timeline (or 0), and its newest audit rows, in order."""
+
+    store_id: int
+    timeline: int
+    entries: tuple[Entry, ...] = ()
+
+    def with_entries(self, entries: Iterable[Entry]) -> Mark:
+        """The mark with more rows, of which the newest are kept."""
+        known = {entry.number: entry for entry in (*self.entries, *entries)}
+        return evolve(self, entries=tuple(known[number] for number in sorted(known)[-KEPT:]))
+
+    def without(self, purge: PurgeAudit) -> Mark:
+        """The mark after a purge of audit rows."""
+        kept = (
+            entry
+            for entry in self.entries
+            if not (purge.beyond < entry.number <= purge.through and entry.at < purge.before)
+        )
+        return evolve(self, entries=tuple(kept))
+
+    def missing(self, entries: Iterable[Entry]) -> list[Entry]:
+        """The rows of the mark that are not among ``entries``, in order."""
+        there = set(entries)
+        return [entry for entry in self.entries if entry not in there]
+
+    def to_bytes(self) -> bytes:
+        """The mark as a file has it."""
+        body = {
+            "form": FORM,
+            "store": self.store_id,
+            "timeline": self.timeline,
+            "entries": [[entry.number, entry.at, entry.digest] for entry in self.entries],
+        }
+        return json.dumps(body | {"sha256": _digest(body)}).encode() + b"\n"
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Mark:
+        """Read a file. Raises `ConfigurationError` for one that is not a whole mark."""
+        try:
+            body = cast("dict[str, Any]", json.loads(data))
+            given = body.pop("sha256")
+            is_whole = given == _digest(body) and body["form"] == FORM and body.keys() == _MEMBERS
+            numbers = (body["store"], body["timeline"], *(number for entry in body["entries"] for number in entry[:2]))
+            entries = tuple(Entry(number, at, digest) for number, at, digest in body["entries"])
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            is_whole, numbers, entries = False, (), ()
+        is_right = is_whole and all(type(number) is int and 0 <= number < 1 << 63 for number in numbers)
+        if not is_right or not all(type(entry.digest) is str for entry in entries) or len(entries) > KEPT:
+            raise ConfigurationError("not a mark of a store, or not all of it")
+        return cls(body["store"], body["timeline"], entries)
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body).encode()).hexdigest()
+
+
+@frozen
+class View:
+    """The present state of a store, as far as a comparison needs it.
+
+    ``entries`` are those of its audit rows that have the numbers of a mark's, and its newest ones. ``has_older`` says
+    whether it has a row that is older than the newest that is missing, in number and time. ``decided_at`` is the time
+    of the last decision of an operator on a loss, 0 without one.
+    """
+
+    store_id: int
+    timeline: int
+    decided_at: int
+    entries: tuple[Entry, ...]
+    has_older: bool
+
+    @property
+    def mark(self) -> Mark:
+        """The mark of a server that begins one now."""
+        return Mark(self.store_id, self.timeline).with_entries(self.entries)
+
+
+@frozen
+class Loss:
+    """The rows of a mark that a store lacks, in words, and whether an operator has decided to go on without it."""
+
+    why: str
+    is_accepted: bool
+
+
+def find_loss(mark: Mark, view: View, now: int) -> Loss | None:
+    """Compare a store with a mark of the same store; None if nothing is missing."""
+    missing = mark.missing(view.entries)
+    if missing and _may_be_purged(missing, view, now):
+        missing = []
+    whys: list[str] = []
+    if view.timeline < mark.timeline:
+        whys.append(f"it is on timeline {view.timeline}, and timeline {mark.timeline} was seen: an old primary")
+    if missing:
+        whys.append(f"it lacks {_named(missing)}")
+    if not whys:
+        return None
+    newest = max((entry.at for entry in mark.entries), default=0)
+    return Loss(" and ".join(whys), view.decided_at > 0 and view.decided_at >= newest)
+
+
+def _may_be_purged(missing: Sequence[Entry], view: View, now: int) -> bool:
+    """Return whether a purge explains that rows are missing: nothing older than these is left, and newer rows are."""
+    newest = missing[-1]
+    has_newer = any(entry.number > newest.number for entry in view.entries)
+    return newest.at < now - _DAY and has_newer and not view.has_older
+
+
+def _named(missing: Sequence[Entry]) -> str:
+    first, last = missing[0], missing[-1]
+    if len(missing) == 1:
+        return f"audit row {first.number} of {rfc3339(first.at)}"
+    numbers = ", ".join(str(entry.number) for entry in missing)
+    return f"{len(missing)} audit rows from {rfc3339(first.at)} to {rfc3339(last.at)} (ids {numbers})"

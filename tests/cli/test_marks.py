@@ -1,0 +1,60 @@
+"""A store that went back, as an operator meets it: what is said, and the command that lets servers go on."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from chutes_proto.errors import Unavailable
+from chutes_proto.io.server.development import write_server
+from chutes_proto.sync import BootAgent
+from chutes_proto.testing._platform import SimulatedPlatform
+from tests.cli.conftest import HOTKEY, Ended, Server
+from tests.cli.test_upgrade import ONCE, is_ready
+from tests.store.test_marks import backup_of, put_back
+from tests.waiting import wait_until
+
+PLATFORM = SimulatedPlatform(bytes(32))
+
+
+@pytest.mark.parametrize("decision", ["restored", "accept-loss"])
+def test_a_server_under_which_an_older_store_is_put_is_not_ready_until_an_operator_decides(
+    start: Callable[..., Server], command: Callable[..., Ended], tmp_path: Path, decision: str
+) -> None:
+    write_server(tmp_path, PLATFORM, int(time.time()))
+    site, path = tmp_path / "server.toml", tmp_path / "keys.db"
+    table = 'store = { url = "sqlite:keys.db", mark_file = "store.mark" }'
+    site.write_text(site.read_text().replace('store = "sqlite:keys.db"', table))
+    server = start("--config", site, ca=tmp_path / "ca.pem")
+    assert command("serve", "--config", site, "--check").code == 0
+    options = {"quoter": PLATFORM.quote, "ca_pem": server.ca.read_bytes(), "retry": ONCE, "log": lambda _: None}
+    with BootAgent(server.url, hotkey=HOTKEY, vm_name="vm-1", **options) as agent:  # type: ignore[arg-type]
+        agent.boot()
+        backup = backup_of(path)
+        agent.boot()
+        put_back(path, backup)
+        with pytest.raises(Unavailable):
+            agent.boot()
+        _ = wait_until(lambda: not is_ready(server))
+        said = server.stop(signal.SIGTERM).err
+        assert f"{tmp_path}/store.mark did not exist; a mark of the store begins now" in said
+        mark = (tmp_path / "store.mark").read_bytes()
+        for words in (["serve"], ["serve", "--check"]):
+            refused = command(*words, "--config", site)
+            assert refused.code == 1
+            for text in ("it lacks audit row 2 of", "store restored", "store accept-loss"):
+                assert text in refused.err
+                assert text in said
+        assert (tmp_path / "store.mark").read_bytes() == mark
+        decided = command("store", decision, "--config", site, "--reason", "an older file", "--json")
+        assert decided.code == 0, decided.err
+    server = start("--config", site, ca=tmp_path / "ca.pem")
+    assert is_ready(server)
+    assert "it lacks audit row 2 of" in server.stop(signal.SIGTERM).err  # what is lost stays in the log
+    assert "no boot is granted" in command("serve", "--config", site, "--check").out
+    events = [row["event"] for row in command("audit", "list", "--config", site, "--json").json["rows"]]
+    assert events[-1] == {"restored": "store restored", "accept-loss": "loss accepted"}[decision]

@@ -1,0 +1,252 @@
+"""A store that went back is noticed by what a server saw of it, and refused until an operator says what happened."""
+
+from __future__ import annotations
+
+import signal
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+
+import pytest
+from attrs import evolve
+
+from chutes_proto.errors import StoreError
+from chutes_proto.io.stores.address import DurableStore, StorePlace
+from chutes_proto.io.stores.postgres import PostgresStore
+from chutes_proto.store._mark import Entry as Row
+from chutes_proto.store._mark import Mark, View, find_loss
+from chutes_proto.store._run import Ask
+from chutes_proto.store.rows import PurgeAudit, ReadAudit
+from chutes_proto.testing.store_suite._parts import NOW, boot
+from chutes_proto.units.operator import PurgeAudits, StoreRestored
+from tests.postgres import Cluster
+from tests.store.test_postgres import ask
+from tests.store.test_postgres_standby import STREAMING, make_synchronous
+from tests.waiting import wait_until
+
+DAY = 86_400
+
+
+@contextmanager
+def keeping(place: StorePlace) -> Iterator[DurableStore]:
+    """A store as a server has it open."""
+    with closing(place.open()) as store:
+        store.keep_mark()
+        yield store
+
+
+def grant(store: DurableStore, *names: str) -> None:
+    for number, name in enumerate(names):
+        store.transact(boot(name, now=NOW + number))
+
+
+def refused(call: Callable[[], object], text: str) -> None:
+    for _ in range(2):
+        with pytest.raises(StoreError, match=text) as caught:
+            call()
+        assert type(caught.value) is StoreError
+
+
+# --- SQLite ---
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> StorePlace:
+    return StorePlace("sqlite:keys.db", tmp_path, mark_file=tmp_path / "store.mark")
+
+
+def put_back(path: Path, backup: bytes) -> None:
+    """As `.restore` of sqlite3 does, through SQLite, under whoever has the file open."""
+    older = path.with_name("older")
+    older.write_bytes(backup)
+    with closing(sqlite3.connect(older)) as source, closing(sqlite3.connect(path)) as target:
+        source.backup(target)
+
+
+def backup_of(path: Path) -> bytes:
+    copy = path.with_name("copy")
+    with closing(sqlite3.connect(path)) as source, closing(sqlite3.connect(copy)) as target:
+        source.backup(target)
+    return copy.read_bytes()
+
+
+@pytest.mark.parametrize("event", ["store restored", "loss accepted"])
+def test_an_older_file_is_refused_by_a_running_and_by_a_starting_server(place: StorePlace, event: str) -> None:
+    path = place.base / "keys.db"
+    with keeping(place) as running:
+        assert running.notes == [f"store.mark_file: {place.mark_file} did not exist; a mark of the store begins now"]
+        grant(running, "1", "2")
+        backup = backup_of(path)
+        grant(running, "3", "4")
+        put_back(path, backup)
+        missing = r"it lacks 2 audit rows from 20\d\d-.*Z to 20\d\d-.*Z \(ids 3, 4\); it was restored, or"
+        refused(lambda: running.transact(boot("5")), missing)
+    content = path.read_bytes()
+    refused(place.open, missing)
+    assert path.read_bytes() == content
+    with closing(StorePlace(place.address, place.base).open()) as operator:  # as its command opens it
+        operator.transact(StoreRestored(NOW + 10, "disk failure", event))  # type: ignore[arg-type]
+    with keeping(place) as again:
+        assert again.notes == [note for note in again.notes if note.endswith("; an operator has decided to go on")]
+        again.transact(boot("6", now=NOW + 100))
+    with keeping(place) as once_more:
+        assert once_more.notes == []
+
+
+def test_an_older_decision_does_not_excuse_a_new_loss(place: StorePlace) -> None:
+    with keeping(place) as running:
+        running.transact(StoreRestored(NOW - 100))
+        backup = backup_of(place.base / "keys.db")
+        grant(running, "1")
+        put_back(place.base / "keys.db", backup)
+        refused(lambda: running.transact(boot("2")), "it lacks audit row 2 of")
+
+
+def test_another_row_in_place_of_one_that_was_seen_is_a_loss(place: StorePlace) -> None:
+    """An old primary that goes on by itself gives the same numbers again."""
+    with keeping(place) as running:
+        grant(running, "1")
+        backup = backup_of(place.base / "keys.db")
+        grant(running, "2")
+    put_back(place.base / "keys.db", backup)
+    with closing(StorePlace(place.address, place.base).open()) as elsewhere:
+        grant(elsewhere, "3", "4", "5")
+    refused(place.open, "it lacks audit row 2 of")
+
+
+def test_a_purge_of_old_rows_is_no_loss(place: StorePlace) -> None:
+    with keeping(place) as running:
+        grant(running, "1", "2", "3")
+    with closing(StorePlace(place.address, place.base).open()) as operator:
+        operator.transact(PurgeAudits(NOW + 400 * DAY, NOW + 2, "old", carry_out=True))
+        assert [number for number, _ in operator.transact(Ask(ReadAudit(0, 9)))] == [3, 4]
+    with keeping(place):
+        pass
+    with closing(StorePlace(place.address, place.base).open()) as operator:
+        operator.transact(Ask(PurgeAudit(3, 4, NOW + 999 * DAY)))  # a younger one is gone, and an older one is left
+    refused(place.open, "it lacks audit row 4 of")
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b"\0" * 99, b'{"form": "chutes-proto mark 1"}', b"cut", b"more"])
+def test_a_file_that_is_not_a_whole_mark_is_refused_and_left_alone(place: StorePlace, damage: bytes) -> None:
+    with keeping(place) as store:
+        grant(store, "1")
+    assert place.mark_file is not None
+    whole = place.mark_file.read_bytes()
+    content = {b"cut": whole[:-20], b"more": whole.replace(b'"store"', b'"stork"')}.get(damage, damage)
+    place.mark_file.write_bytes(content)
+    refused(place.open, "mark_file .*: not a mark of a store, or not all of it; if the store is right, move the file")
+    assert place.mark_file.read_bytes() == content
+    assert Mark.from_bytes(whole).to_bytes() == whole
+
+
+def test_the_mark_of_another_store_is_refused_and_left_alone(place: StorePlace) -> None:
+    with keeping(place) as store:
+        grant(store, "1")
+    assert place.mark_file is not None
+    content = place.mark_file.read_bytes()
+    refused(
+        evolve(place, address="sqlite:other.db").open, "it is not the store of this mark; the mark is in .*store.mark"
+    )
+    assert place.mark_file.read_bytes() == content
+
+
+# --- PostgreSQL ---
+
+
+@pytest.fixture
+def clusters(postgres_programs: Path) -> Iterator[tuple[Cluster, Cluster]]:
+    """A primary, and its standby, which is asynchronous."""
+    with ExitStack() as stack:
+        primary = Cluster(postgres_programs, None, STREAMING)
+        stack.callback(primary.remove)
+        PostgresStore(primary.url(), migrate=True).close()
+        standby = Cluster(postgres_programs, primary, STREAMING)
+        stack.callback(standby.remove)
+        yield primary, standby
+
+
+def test_a_fail_over_that_lost_grants_and_an_old_primary_are_refused(
+    clusters: tuple[Cluster, Cluster], tmp_path: Path
+) -> None:
+    primary, standby = clusters
+    both = primary.url(host=f"{primary.folder},{standby.folder}")
+    place = StorePlace(both, tmp_path, mark_file=tmp_path / "store.mark")
+    with keeping(place) as store:
+        assert isinstance(store, PostgresStore)
+        grant(store, "1", "2")
+        _ = wait_until(lambda: ask(standby.url(), "SELECT count(*) FROM audit") == [(2,)])
+        standby.stop()
+        grant(store, "3")  # acknowledged, and the standby never hears of it
+        primary.stop(signal.SIGQUIT)
+        standby.start()
+        ask(standby.url(), "SELECT pg_promote()")
+        lost = "it lacks audit row 3 of .*; the mark in .* is of timeline 1; mend the fail-over, or say what happened"
+        _ = wait_until(lambda: is_refused(store, "it lacks audit row 3"))
+        refused(lambda: store.transact(boot("4")), lost)
+    refused(place.open, lost)
+    with closing(PostgresStore(standby.url())) as operator:
+        operator.transact(StoreRestored(NOW + 5, "the standby was behind", "loss accepted"))
+    with keeping(place) as store:
+        assert Mark.from_bytes(written(place)).timeline == 2
+        # The old primary comes back, and is writable; the new one is away.
+        standby.stop()
+        primary.start()
+        _ = wait_until(lambda: is_refused(store, "it is on timeline 1, and timeline 2 was seen: an old primary"))
+    refused(place.open, "an old primary and it lacks|an old primary; it was restored")
+    with closing(PostgresStore(primary.url())) as old:
+        assert len(old.transact(Ask(ReadAudit(0, 9)))) == 3  # nothing was added to it
+    primary.stop()
+    standby.start()
+    with keeping(place):
+        pass
+
+
+def is_refused(store: DurableStore, text: str) -> bool:
+    try:
+        store.transact(Ask(ReadAudit(0, 1)))
+    except StoreError as exc:
+        return text in str(exc)
+    return False
+
+
+def written(place: StorePlace) -> bytes:
+    assert place.mark_file is not None
+    return place.mark_file.read_bytes()
+
+
+def test_standbys_of_which_none_is_synchronous_are_told_or_refused(clusters: tuple[Cluster, Cluster]) -> None:
+    primary, _ = clusters
+    url = primary.url()
+    _ = wait_until(lambda: ask(url, "SELECT 1 FROM pg_stat_replication WHERE state = 'streaming'"))
+    with closing(PostgresStore(url)) as store:
+        assert (store.replication.streaming, store.replication.is_safe) == (1, False)
+        (note,) = store.notes
+        assert note.startswith("store: 1 standbys stream and none is synchronous: a fail-over")
+    refused(lambda: PostgresStore(url, require_synchronous=True), "synchronous_standby_names is empty there")
+    make_synchronous(url)
+    with closing(PostgresStore(url, require_synchronous=True)) as store:
+        assert store.notes == []
+        grant(store, "1")
+        ask(url, "ALTER SYSTEM RESET synchronous_standby_names")
+        ask(url, "SELECT pg_reload_conf()")
+        _ = wait_until(lambda: is_refused(store, "synchronous_standby_names is empty there"))
+
+
+# --- the comparison ---
+
+
+def test_an_old_row_is_not_missed_where_no_older_one_is_left() -> None:
+    mark = Mark(7, 0, (Row(5, NOW, "a"), Row(6, NOW, "b")))
+    purged = View(7, 0, 0, (Row(9, NOW + 2 * DAY, "c"),), has_older=False)
+    assert find_loss(mark, purged, NOW + 2 * DAY) is None
+    for view, now in (
+        (purged, NOW + DAY),  # too young for a purge
+        (evolve(purged, has_older=True), NOW + 2 * DAY),
+        (evolve(purged, entries=()), NOW + 2 * DAY),  # a purge adds a row
+    ):
+        loss = find_loss(mark, view, now)
+        assert loss is not None
+        assert not loss.is_accepted
+        assert find_loss(mark, evolve(view, decided_at=NOW), now) == evolve(loss, is_accepted=True)
