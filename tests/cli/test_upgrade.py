@@ -106,6 +106,7 @@ def test_a_server_of_the_release_before_serves_while_the_store_is_migrated(
         assert is_ready(server)
     finally:
         load.end()
+    server.stop(signal.SIGTERM)
     monkeypatch.undo()
     checked = command("serve", "--config", site, "--check")
     assert checked.code == 0, checked.err
