@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import re
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from chutes_proto.quote._measurements import parse_profiles_toml
 from chutes_proto.testing._directory import simulation_files
 from chutes_proto.testing._platform import MRTD, PROFILE, RUNTIME_RTMRS, SimulatedPlatform
 from tests.cli.conftest import Ended, is_root
+from tests.collateral.network import PLATFORM as NETWORK_PLATFORM
+from tests.collateral.network import Upstream, running
 from tests.conftest import ROOT
 
 NOW = 1_780_000_000
@@ -196,25 +199,78 @@ def test_what_is_no_collateral_says_nothing_about_the_quote(verify: Command, tmp
 
 
 @pytest.mark.parametrize(
-    ("write", "hint"),
+    "write",
     [
-        (base64.b64encode, "base64"),
-        (base64.encodebytes, "base64"),
-        (base64.urlsafe_b64encode, "base64"),
-        (bytes.hex, "hexadecimal"),
-        (lambda quote: f"0x{quote.hex().upper()}\n", "hexadecimal"),
-        (lambda quote: b"\0" + quote, None),
+        bytes,
+        base64.b64encode,
+        base64.encodebytes,
+        base64.urlsafe_b64encode,
+        lambda quote: base64.b64encode(quote).rstrip(b"="),
+        lambda quote: quote.hex().encode(),
+        lambda quote: f"0x{quote.hex().upper()}\n".encode(),
     ],
 )
-def test_a_quote_as_text_gets_a_hint(
-    verify: Command, command: Command, tmp_path: Path, write: Callable[[bytes], bytes | str], hint: str | None
+def test_a_quote_may_be_text_and_come_from_standard_input(
+    verify: Command, command: Command, tmp_path: Path, write: Callable[[bytes], bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _ = verify()
     written = write((tmp_path / "quote.bin").read_bytes())
-    _ = (tmp_path / "quote.bin").write_bytes(written if isinstance(written, bytes) else written.encode())
-    ended = command("verify", tmp_path / "quote.bin", "--collateral", tmp_path / "collateral.json")
-    assert (ended.code, "The file looks like" in ended.out) == (1, hint is not None)
-    assert hint is None or f"looks like {hint} text" in ended.out
+    options = ("--collateral", tmp_path / "collateral.json", "--root", tmp_path / "root.der", "--at", NOW)
+    _ = (tmp_path / "quote.txt").write_bytes(written)
+    assert command("verify", tmp_path / "quote.txt", *options).code == 0
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(written)))
+    assert command("verify", "-", *options).code == 0
+    assert command("inspect", tmp_path / "quote.txt").code == 0
+
+
+@pytest.mark.parametrize("text", [b"A" * 1025, b"0" * 1024 + b"g", b"A" * 2048])
+def test_text_that_is_no_quote(command: Command, tmp_path: Path, text: bytes) -> None:
+    _ = (tmp_path / "quote.txt").write_bytes(text)
+    assert command("inspect", tmp_path / "quote.txt").code == 1
+
+
+def test_several_quotes_have_a_line_each_and_a_summary(verify: Command, command: Command, tmp_path: Path) -> None:
+    _ = verify()
+    names = []
+    for fault in ("", "debug", "tcb_out_of_date", "quote_signature"):
+        platform = PLATFORM.having(fault) if fault else PLATFORM
+        names.append(tmp_path / f"{fault or 'good'}.bin")
+        _ = names[-1].write_bytes(platform.quote(REPORT_DATA))
+    options = ("--collateral", tmp_path / "collateral.json", "--root", tmp_path / "root.der", "--at", NOW)
+    ended = command("verify", *names, *options)
+    assert ended.code == 1
+    lines = ended.out.splitlines()
+    assert [line.split()[0] for line in lines] == ["ACCEPTED", "REFUSED", "REFUSED", "REFUSED", "1"]
+    assert lines[-1] == "1 of 4 accepted, 1 debug, 1 quote_signature, 1 tcb_status"
+    assert lines[1].split()[1] == "debug"
+    explained = command("verify", *names, *options, "--why").out
+    assert "TDX TCB component 3 is 4, not 5" in explained
+    assert "step 33: the attestation key signed the quote" in explained
+    said = command("verify", *names, *options, "--json").json
+    assert said["summary"]["codes"] == {"debug": 1, "quote_signature": 1, "tcb_status": 1}
+    assert [report["accepted"] for report in said["quotes"]] == [True, False, False, False]
+    assert said["quotes"][2]["behind"][0]["part"] == "platform"
+    assert command("verify", names[0], names[0], *options).code == 0
+    assert command("verify", *names, *options, "--report-data", REPORT_DATA.hex()).code == 2
+
+
+def test_why(verify: Command) -> None:
+    assert "SIMULATED-SA-OutOfDate" in verify("--why", faults=("tcb_out_of_date",)).out
+    assert "The rule that refuses it is step 27: " in verify("--why", faults=("pck_revoked",)).out
+
+
+def test_collateral_may_be_fetched(command: Command, tmp_path: Path) -> None:
+    quote = tmp_path / "quote.bin"
+    _ = quote.write_bytes(NETWORK_PLATFORM.quote(REPORT_DATA))
+    _ = (tmp_path / "root.der").write_bytes(NETWORK_PLATFORM.root_der)
+    with running(Upstream()) as upstream:
+        options = ("--fetch", "--service", upstream.url, "--root", tmp_path / "root.der")
+        assert command("verify", quote, *options).code == 0
+        upstream.service = evolve(upstream.service, platforms=(NETWORK_PLATFORM.another(1),))
+        refused = command("verify", quote, *options)
+    assert (refused.code, "collateral_unavailable: no collateral for" in refused.out) == (1, True)
+    for wrong in ((), ("--fetch", "--collateral", quote), ("--collateral", quote, "--service", "https://a")):
+        assert command("verify", quote, *wrong).code == 2
 
 
 def test_help_and_document_name_the_members_of_the_collateral_file(command: Command) -> None:

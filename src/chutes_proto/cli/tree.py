@@ -45,7 +45,7 @@ _SECTIONS: Final[Mapping[str, Mapping[str, tuple[str, str]]]] = {
         "hotkey": ("miner.hotkey", "Inspect a hotkey's address, or check a signature"),
     },
     "Verify quotes": {
-        "verify": ("verifier.verify", "Verify a quote against collateral, and appraise it"),
+        "verify": ("verifier.verify", "Verify quotes against collateral, and appraise them"),
         "inspect": ("verifier.quotes:inspect", "Show the content of a quote without verifying it"),
         "profile": ("verifier.quotes:profile", "Write a measurement profile from two quotes"),
         "replay": ("verifier.replay", "Replay an event log against a quote, and find the first event that differs"),

@@ -29,7 +29,6 @@ from chutes_proto.quote._verify import Verdict
 Claims: TypeAlias = "dict[str, Any]"
 
 PROFILE: Final = "tag:github.com,2023:veraison/ear"
-DEVELOPER: Final = "https://github.com/chutes-proto/chutes-proto"
 
 _AFFIRMING, _WARNING, _CONTRAINDICATED = 2, 32, 96
 _BOOT_ONLY: Final = 3
@@ -67,7 +66,7 @@ def make_ear(
         "eat_profile": PROFILE,
         "iat": verdict.verified_at,
         **({} if nonce is None else {"eat_nonce": nonce}),
-        "ear.verifier-id": {"developer": DEVELOPER, "build": f"chutes-proto {__version__}"},
+        "ear.verifier-id": {"developer": "chutes-proto", "build": f"chutes-proto {__version__}"},
         "submods": {verdict.quote.tee.lower(): appraisal},
     }
 

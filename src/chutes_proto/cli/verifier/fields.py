@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import re
+import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Final, cast
 
 import click
@@ -11,7 +15,7 @@ from chutes_proto import quote as verifier
 from chutes_proto.cli import output
 from chutes_proto.cli.base import Argument, Decorator
 from chutes_proto.errors import ConfigurationError, QuoteError
-from chutes_proto.io.files import read_file
+from chutes_proto.io.files import MAX_SIZE, read_file, read_head
 
 _WIDTH: Final = 26
 OTHER_ROOT: Final = (
@@ -21,11 +25,37 @@ OTHER_ROOT: Final = (
 """The remedy where a chain ends at a root that is not trusted."""
 
 
-quote_argument: Decorator = click.argument("quote", cls=Argument, metavar="QUOTE", help="a file with the quote's bytes")
+quote_argument: Decorator = click.argument(
+    "quote",
+    cls=Argument,
+    metavar="QUOTE",
+    help="a file with a quote, - for standard input: bytes, or their hexadecimal digits or base64",
+)
 root_option: Decorator = click.option("--root", metavar="DER", help="a root to trust instead of Intel's")
 stage_option: Decorator = click.option(
     "--stage", type=click.Choice(("boot", "runtime")), default="boot", show_default=True, help="measurements of"
 )
+
+
+_SHORTEST: Final = 1024
+"""No quote has fewer digits."""
+
+
+def read_quote_file(path: str) -> bytes:
+    """The bytes of a quote from a file, or from standard input for ``-``; hexadecimal digits and base64 are decoded.
+
+    Raises `FileUnavailable`.
+    """
+    data = sys.stdin.buffer.read(MAX_SIZE + 1) if path == "-" else read_head(path, MAX_SIZE + 1)
+    text = b"".join(data.split())
+    if len(text) >= _SHORTEST:
+        if re.fullmatch(rb"(?:0x)?(?:[0-9a-fA-F]{2})+", text):
+            return bytes.fromhex(text.removeprefix(b"0x").decode("ascii"))
+        if re.fullmatch(rb"[A-Za-z0-9+/_-]+={0,2}", text):
+            padded = text.translate(bytes.maketrans(b"-_", b"+/")).rstrip(b"=")
+            with suppress(ValueError):
+                return base64.b64decode(padded + b"=" * (-len(padded) % 4))
+    return data
 
 
 def trusted_root(path: str | None) -> verifier.TrustedRoot:

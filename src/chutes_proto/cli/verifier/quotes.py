@@ -8,7 +8,7 @@ from chutes_proto import quote as verifier
 from chutes_proto.cli import console, output
 from chutes_proto.cli.base import Argument, Command, answer, full_option, json_option, wants
 from chutes_proto.cli.describe import exits
-from chutes_proto.cli.verifier.fields import quote_argument, refusal, say_fields
+from chutes_proto.cli.verifier.fields import quote_argument, read_quote_file, refusal, say_fields
 from chutes_proto.errors import ConfigurationError
 from chutes_proto.io.files import MAX_SIZE, read_head
 from chutes_proto.quote._plain import quote_fields, registers
@@ -31,7 +31,7 @@ def inspect(quote: str) -> int:
     See also: verify, profile
     """
     try:
-        fields = quote_fields(verifier.parse_quote(read_head(quote, MAX_SIZE), sgx=True))
+        fields = quote_fields(verifier.parse_quote(read_quote_file(quote), sgx=True))
     except verifier.QuoteFormatError as exc:
         said = {"parsed": False, "verified": False, "refusals": [refusal(exc.code, str(exc))]}
         return answer(said, f"not a quote: {exc} ({exc.code})", ok=False)

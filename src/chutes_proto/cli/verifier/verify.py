@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, Final
 
 import click
+from attrs import frozen
 
 from chutes_proto import quote as verifier
 from chutes_proto.cli import console, output
-from chutes_proto.cli.base import Command, answer, at_option, full_option, json_option, parsed
+from chutes_proto.cli.base import Argument, Command, answer, at_option, full_option, json_option, one_of, parsed
 from chutes_proto.cli.describe import exits
 from chutes_proto.cli.verifier.fields import (
     OTHER_ROOT,
-    quote_argument,
+    read_quote_file,
     refusal,
     root_option,
     say_fields,
@@ -24,7 +25,7 @@ from chutes_proto.cli.verifier.fields import (
     stage_option,
     trusted_root,
 )
-from chutes_proto.errors import ConfigurationError
+from chutes_proto.errors import CollateralUnavailable, ConfigurationError
 from chutes_proto.io.files import MAX_SIZE, read_head
 from chutes_proto.quote import _steps as steps
 from chutes_proto.quote._errors import spans
@@ -32,24 +33,37 @@ from chutes_proto.quote._plain import plain, quote_fields
 from chutes_proto.quote._terms import rfc3339
 from chutes_proto.server._profiles import EXTRA_KEYS
 
-_SHORTEST: Final = 1024  # digits; no quote has fewer
-_NOT_FIELDS: Final = ("accepted", "genuine", "refusals", "explanation", "unjudged", "hint", "steps", "checked")
+_NOT_FIELDS: Final = (
+    *("accepted", "genuine", "refusals", "explanation", "unjudged", "hint", "steps", "checked", "behind", "rule"),
+)
 _TIMES: Final = ("at", "tcb_date", "valid_from", "valid_until")
 
 
 @click.command(
     "verify", cls=Command, exits=exits("genuine and accepted", "refused, also where quote or collateral do not parse")
 )
-@quote_argument
+@click.argument(
+    "quotes",
+    cls=Argument,
+    metavar="QUOTE...",
+    nargs=-1,
+    required=True,
+    help="a file with a quote, - for standard input: bytes, or their hexadecimal digits or base64",
+)
 @click.option(
     "--collateral",
     "collateral_file",
     metavar="FILE",
-    required=True,
     help="JSON with these members: pck_crl_issuer_chain, root_ca_crl, pck_crl, tcb_info_issuer_chain, tcb_info,"
     " tcb_info_signature, qe_identity_issuer_chain, qe_identity, qe_identity_signature and, if you like,"
-    " pck_certificate_chain; docs/reference/collateral.md has the form",
+    " pck_certificate_chain; docs/reference/collateral.md has the form; or a file of Intel's PcsClientTool",
 )
+@click.option("--fetch", is_flag=True, help="fetch the collateral of each quote, in place of --collateral")
+@click.option(
+    "--service", "services", metavar="URL", multiple=True, help="with --fetch: a PCCS, in place of Intel's; repeatable"
+)
+@click.option("--ca-file", metavar="PEM", help="with --fetch: CAs to trust for TLS, instead of the system's")
+@click.option("--why", is_flag=True, help="explain the result: the rule that refuses, and how far each part is behind")
 @at_option("the time to verify at")
 @root_option
 @click.option(
@@ -65,31 +79,90 @@ _TIMES: Final = ("at", "tcb_date", "valid_from", "valid_until")
 @json_option
 @full_option
 def command(
-    quote: str,
-    collateral_file: str,
+    quotes: tuple[str, ...],
+    collateral_file: str | None,
+    fetch: bool,
+    services: tuple[str, ...],
+    ca_file: str | None,
+    why: bool,
     at: int | None,
     root: str | None,
     report_data: bytes | None,
     policy_file: str | None,
     stage: Any,
 ) -> int:
-    """Verify a quote against collateral, and appraise it.
+    """Verify quotes against collateral, and appraise them.
 
-    Verifies a TDX quote (version 4 or 5; also SGX, version 3): PCK chain up to Intel's root or to --root, CRLs, TCB
-    info, QE identity, signatures, TCB levels. Then appraises it: by --policy, or by an empty policy that does not check
-    measurements: TCB UpToDate, no debugging, SEPT_VE_DISABLE, not migratable. Needs no network.
+    Verifies TDX quotes (version 4 or 5; also SGX, version 3): PCK chain up to Intel's root or to --root, CRLs, TCB
+    info, QE identity, signatures, TCB levels. Then appraises them: by --policy, or by an empty policy that does not
+    check measurements: TCB UpToDate, no debugging, SEPT_VE_DISABLE, not migratable. Needs no network but for --fetch.
+
+    Several quotes get a line each, and a summary; --json then has a list of reports.
 
     Examples:
       chutes-proto verify sim/quote.bin --collateral sim/collateral.json --root sim/root.der
       chutes-proto verify sim/quote.bin --collateral sim/collateral.json \\
           --root sim/root.der --at $(cat sim/now.txt) --policy measurements.toml --json
+      base64 sim/quote.bin | chutes-proto verify - --collateral sim/collateral.json --root sim/root.der --why
 
     See also: inspect, collateral fetch, profile, simulate
     """
-    now = int(time.time()) if at is None else at
+    one_of(collateral=collateral_file, fetch=True if fetch else None)
+    if (services or ca_file) and not fetch:
+        raise ConfigurationError("--service and --ca-file go with --fetch")
+    if len(quotes) > 1 and report_data is not None:
+        raise ConfigurationError("--report-data goes with one quote")
     trust = trusted_root(root)
     policy = _policy(policy_file)
-    data, collateral = (read_head(path, MAX_SIZE + 1) for path in (quote, collateral_file))
+    task = _Task(collateral_file, services, ca_file, at, root, trust, report_data, policy, stage)
+    told = _Told(report_data is not None, policy_file is not None, _has_floor(policy), why)
+    reports = [_report(task, quote) for quote in quotes]
+    if len(reports) == 1:
+        return answer(reports[0], lambda: _say(reports[0], told), ok=reports[0]["accepted"])
+    accepted = sum(report["accepted"] for report in reports)
+    codes = Counter(report["refusals"][0]["code"] for report in reports if report["refusals"])
+    summary = {"quotes": len(reports), "accepted": accepted, "refused": len(reports) - accepted, "codes": dict(codes)}
+    listed = [{"file": quote, **report} for quote, report in zip(quotes, reports, strict=True)]
+
+    def people() -> None:
+        for report in listed:
+            _say_line(report, told)
+        refused = "".join(f", {count} {code}" for code, count in sorted(codes.items()))
+        console.say(f"{accepted} of {len(reports)} accepted{refused}")
+
+    return answer({"accepted": accepted == len(reports), "summary": summary, "quotes": listed}, people, ok=not codes)
+
+
+@frozen
+class _Task:
+    """The options by which quotes are verified."""
+
+    collateral_file: str | None
+    services: tuple[str, ...]
+    ca_file: str | None
+    at: int | None
+    root: str | None
+    trust: verifier.TrustedRoot
+    report_data: bytes | None
+    policy: verifier.AnyPolicy
+    stage: Any
+
+
+@frozen
+class _Told:
+    """The contents of a report for people."""
+
+    is_bound: bool
+    is_measured: bool
+    has_floor: bool
+    why: bool
+
+
+def _report(task: _Task, quote: str) -> dict[str, Any]:
+    """Verify and appraise one quote."""
+    now = int(time.time()) if task.at is None else task.at
+    trust = task.trust
+    data = read_quote_file(quote)
     report: dict[str, Any] = {
         "genuine": False,
         "accepted": False,
@@ -101,9 +174,10 @@ def command(
     }
     try:
         report |= quote_fields(verifier.parse_quote(data, sgx=True))
-        verdict = verifier.verify_genuine(
-            data, verifier.Collateral.from_json(collateral), now=now, report_data=report_data, root=trust, sgx=True
-        )
+        collateral = _collateral(task, data)
+        if task.at is None:
+            report["at"] = now = int(time.time())  # fetched collateral may be younger than this command
+        verdict = verifier.verify_genuine(data, collateral, now=now, report_data=task.report_data, root=trust, sgx=True)
         report |= plain(
             {
                 "genuine": True,
@@ -112,34 +186,38 @@ def command(
                 "tcb_date": verdict.tcb_date,
                 "evaluation_number": verdict.evaluation_number,
                 "collateral": verdict.collateral,
+                "behind": verdict.behind(),
                 "valid_from": verdict.window[0],
                 "valid_until": verdict.window[1],
                 "steps": verdict.steps,
                 "checked": verdict.checked,
             }
         )
-        matched = policy.appraise(verdict, stage=stage).matched
+        matched = task.policy.appraise(verdict, stage=task.stage).matched
         report |= {"accepted": True, "profile": matched.name if matched else None}
     except verifier.AppraisalError as exc:
         report["refusals"] = [refusal(one.code, one.detail) for one in exc.refusals]
         report["explanation"] = exc.explain()
     except verifier.QuoteFormatError as exc:
-        report |= {"refusals": [refusal(exc.code, str(exc))], **_text_hint(data)}
+        report["refusals"] = [refusal(exc.code, str(exc))]
+    except CollateralUnavailable as exc:
+        report |= {"refusals": [refusal("collateral_unavailable", str(exc))], "unjudged": True}
     except (verifier.CollateralFormatError, verifier.VerificationError) as exc:
         report["refusals"] = [refusal(exc.code, str(exc))]
-        report |= _hint(
-            exc, quote, collateral_file, root, lambda: verifier.open_quote(data, now=now, root=trust, sgx=True)
-        )
-    return answer(
-        report,
-        lambda: _say(
-            report,
-            is_bound=report_data is not None,
-            is_measured=policy_file is not None,
-            has_floor=_has_floor(policy),
-        ),
-        ok=report["accepted"],
-    )
+        if isinstance(exc, verifier.VerificationError):
+            report["rule"] = f"step {exc.step}: {exc.rule}"
+        named = task.collateral_file or "the fetched collateral"
+        report |= _hint(exc, quote, named, task.root, lambda: verifier.open_quote(data, now=now, root=trust, sgx=True))
+    return report
+
+
+def _collateral(task: _Task, data: bytes) -> verifier.Collateral:
+    if task.collateral_file is not None:
+        return verifier.Collateral.from_json(read_head(task.collateral_file, MAX_SIZE + 1), quote=data)
+    from chutes_proto.collateral.pcs import INTEL_PCS
+    from chutes_proto.io.collateral.of_quote import fetch_collateral
+
+    return fetch_collateral(data, task.services or (INTEL_PCS,), root=task.trust, ca_file=task.ca_file)
 
 
 def _policy(path: str | None) -> verifier.AnyPolicy:
@@ -149,18 +227,6 @@ def _policy(path: str | None) -> verifier.AnyPolicy:
         return verifier.Policy.load(path, extra_keys=EXTRA_KEYS)
     except verifier.QuoteError as exc:
         raise ConfigurationError(f"--policy: {exc}") from None
-
-
-def _text_hint(data: bytes) -> dict[str, str]:
-    """The remedy for a quote that was written as text."""
-    text = b"".join(data.split())
-    if len(text) < _SHORTEST:
-        return {}
-    if re.fullmatch(rb"(?:0x)?[0-9a-fA-F]+", text):
-        return {"hint": "The file looks like hexadecimal text; make bytes of it: xxd -r -p QUOTE quote.bin"}
-    if re.fullmatch(rb"[A-Za-z0-9+/_-]+={0,2}", text):
-        return {"hint": "The file looks like base64 text; make bytes of it: base64 -d QUOTE > quote.bin"}
-    return {}
 
 
 def _hint(
@@ -207,24 +273,18 @@ def _has_floor(policy: verifier.AnyPolicy) -> bool:
             return policy.tcb.min_evaluation_number > 0
 
 
-def _say(report: dict[str, Any], *, is_bound: bool, is_measured: bool, has_floor: bool) -> None:
-    if report["accepted"]:
-        headline = "ACCEPTED: the quote verifies"
-    elif report["genuine"]:
-        headline = "REFUSED: the quote is genuine, but not acceptable"
-    elif "unjudged" in report:
-        headline = "REFUSED: the quote cannot be verified with this collateral"
-    else:
-        headline = "REFUSED: the quote does not verify"
-    say_verdict(report, headline)
+def _say(report: dict[str, Any], told: _Told) -> None:
+    say_verdict(report, _headline(report))
     for name in ("explanation", "hint"):
         if name in report:
             output.prose(report[name])
-    if not is_bound:
+    if told.why:
+        _say_why(report)
+    if not told.is_bound:
         output.prose("The report data was not compared with anything: use --report-data to bind the quote.")
-    if not is_measured:
+    if not told.is_measured:
         output.prose("Measurements were not compared with anything: use --policy with profiles to check them.")
-    if not has_floor:
+    if not told.has_floor:
         output.prose(
             "The TCB recovery was not compared with anything: the supplier of the collateral chooses it; use"
             " min_evaluation_number of a policy."
@@ -232,3 +292,36 @@ def _say(report: dict[str, Any], *, is_bound: bool, is_measured: bool, has_floor
     fields = {name: value for name, value in report.items() if name not in _NOT_FIELDS}
     fields |= {name: rfc3339(fields[name]) for name in _TIMES if name in fields}
     say_fields({"steps": spans(report["steps"]), **fields} if report["genuine"] else fields)
+
+
+def _headline(report: dict[str, Any]) -> str:
+    if report["accepted"]:
+        return "ACCEPTED: the quote verifies"
+    if report["genuine"]:
+        return "REFUSED: the quote is genuine, but not acceptable"
+    if "unjudged" in report:
+        return "REFUSED: the quote cannot be verified with this collateral"
+    return "REFUSED: the quote does not verify"
+
+
+def _say_line(report: dict[str, Any], told: _Told) -> None:
+    """One quote of several."""
+    codes = ", ".join(one["code"] for one in report["refusals"])
+    state = f"ACCEPTED  {report['tcb_status']}" if report["accepted"] else f"REFUSED   {codes}"
+    output.prose(f"{state}  {report['file']}", "good" if report["accepted"] else "bad")
+    if told.why:
+        for one in report["refusals"]:
+            output.prose(f"  {one['code']}: {one['detail']}")
+        _say_why(report)
+
+
+def _say_why(report: dict[str, Any]) -> None:
+    if "rule" in report:
+        output.prose(f"The rule that refuses it is {report['rule']}.")
+    for part in report.get("behind", ()):
+        lacks = ", ".join(f"{one['component']} is {one['got']}, not {one['needed']}" for one in part["lacks"])
+        advisories = ", ".join(part["advisory_ids"]) or "none"
+        output.prose(
+            f"The {part['part']} is {part['status']}; the next level, {part['next_status']}, is of"
+            f" {rfc3339(part['since'])[:10]}: {lacks}. Advisories that it ends: {advisories}."
+        )
