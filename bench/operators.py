@@ -153,7 +153,7 @@ def _load(folder: Path, address: str) -> None:
             for setting in ("synchronous = off", "cache_size = -400000", "journal_mode = off"):
                 _ = connection.execute(f"PRAGMA {setting}").fetchall()
             _ = connection.execute("BEGIN")
-            for kind, rows in _rows(key):
+            for kind, rows in _filled(key):
                 named = columns(kind)
                 marks = ", ".join("?" * len(named))
                 text = f"INSERT INTO {kind.TABLE} ({', '.join(named)}) VALUES ({marks})"  # noqa: S608
@@ -163,7 +163,7 @@ def _load(folder: Path, address: str) -> None:
     else:
         with psycopg.connect(address, autocommit=True) as postgresql:
             _ = postgresql.execute("SET synchronous_commit = off")
-            for kind, rows in _rows(key):
+            for kind, rows in _filled(key):
                 names = ", ".join(columns(kind))
                 with postgresql.cursor().copy(f"COPY {kind.TABLE} ({names}) FROM STDIN".encode()) as copy:
                     for row in rows:
@@ -177,6 +177,13 @@ def _hotkey(number: int) -> str:
 
 def _digest(label: str, number: int) -> bytes:
     return hashlib.sha256(f"{label} {number}".encode()).digest()
+
+
+def _filled(key: KeyEncryptionKey) -> Iterator[tuple[type[Row], Iterable[Values]]]:
+    """The rows of each table; columns that were added later are empty."""
+    for kind, rows in _rows(key):
+        count = len(columns(kind))
+        yield kind, ((*row, *(None,) * (count - len(row))) for row in rows)
 
 
 def _rows(key: KeyEncryptionKey) -> Iterator[tuple[type[Row], Iterable[Values]]]:

@@ -667,7 +667,7 @@ class ReadPage(StoreOp[tuple[R, ...]], Generic[R]):
 class ReadOld(StoreOp[tuple[R, ...]], Generic[R]):
     """The next ``limit`` rows from before the time ``before`` that nothing needs any more.
 
-    Needed are every VM's newest boot, and a boot that a server is linked to; a verdict whose boot has a row, and the
+    Needed are every VM's newest boot, and those that a server or its row names; a verdict whose boot has a row, and the
     newest one of a server.
     """
 

@@ -572,7 +572,7 @@ _NEEDED: Final[dict[type[store.Row], str]] = {
     " AND newer.created_at > boot.created_at)"
     " AND NOT EXISTS (SELECT 1 FROM server WHERE server.boot_id = boot.boot_id)"
     " AND NOT EXISTS (SELECT 1 FROM vm WHERE vm.hotkey = boot.hotkey AND vm.vm = boot.vm"
-    " AND vm.attested = boot.boot_id)",
+    " AND (vm.attested = boot.boot_id OR vm.booted = boot.boot_id))",
     store.AttestationRow: "NOT EXISTS (SELECT 1 FROM boot WHERE boot.boot_id = attestation_id)"
     " AND NOT EXISTS (SELECT 1 FROM server WHERE server.attested = attestation_id)",
 }

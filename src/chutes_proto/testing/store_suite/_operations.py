@@ -239,12 +239,12 @@ def old_boots_are_deleted_but_those_that_are_needed(harness: Harness) -> None:
     ]
     lonely = evolve(_BOOT, boot_id="b9", vm=Vm(VM.hotkey, "another"), token_digest=bytes(32))
     ask(InsertAll((*boots, lonely)))
-    ask(Put(evolve(_VM, attested="b1")))
+    ask(Put(evolve(_VM, attested="b1", booted="b4")))
     expect(ask(Claim(evolve(_SERVER, boot_id="b2", attested="a3"))), True, "a new server")
     verdicts = [evolve(_REFUSAL, attestation_id=name, created_at=NOW) for name in ("b0", "b2", "a1", "a3", "b9", "a4")]
     ask(InsertAll(tuple(verdicts)))
     ask(Insert(BootVolumeRow("b0", "storage", 0, 1, None, in_use=False)))
-    found = _paged(ask, 1, lambda after, limit: ReadOld(BootRow, NOW + 4, after, limit))
+    found = _paged(ask, 1, lambda after, limit: ReadOld(BootRow, NOW + 5, after, limit))
     expect([row.boot_id for row in found], ["b0", "b3"], "boots that nothing needs")
     ask(Delete(BootVolumeRow, ("b0", "b3")))
     ask(Delete(BootRow, ("b0", "b3")))
