@@ -11,7 +11,8 @@ other code. Its ratio is to one caller of our store. If 64 callers are not `WANT
 of a flush at which they would be is printed.
 
 PostgreSQL's callers have made their connections and prepared their statements before. The number of repeated
-transactions, which could not be serialized with others, is printed for each sync.
+transactions, which could not be serialized with others, is printed for each sync. Then whole boots, of 16 and of 64
+clients at once: how many transactions were rolled back for each boot, and how long the slowest took.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ from tests.postgres import Cluster, programs, schema
 SYNCS = 960
 CALLERS = (1, 16, 64)
 PROCESSES = (1, 2, 4)
+HERD = (16, 64)
+HERD_BOOTS = 640
 CALLERS_PER_PROCESS = 8
 WANTED = 4
 WARMING = 8
@@ -78,6 +81,7 @@ def run() -> None:
     cluster = Cluster(installed)
     try:
         _postgres(cluster.url())
+        _herd(cluster.url())
     finally:
         cluster.remove()
 
@@ -270,6 +274,37 @@ def _postgres(url: str) -> None:
             rate = SYNCS / (perf_counter() - start)
             first = first or rate
             print(f"{processes:>12}{rate:>12.0f}{rate / first:>12.2f}{retries / SYNCS:>20.2f}")
+
+
+def _herd(url: str) -> None:
+    """Boot and sync VMs that are neighbours in every index: all for the first time at once, then all again."""
+    print(f"\nPostgreSQL, one process; {HERD_BOOTS} boots with their syncs")
+    print(f"{'clients':>12}{'boots':>12}{'boots/s':>12}{'rollbacks per boot':>20}{'median ms':>12}{'p99 ms':>12}")
+    for clients in HERD:
+        with schema(url) as own:
+            PostgresStore(own, migrate=True).close()
+            with closing(PostgresStore(own, connections=clients, busy_seconds=60)) as store:
+                for kind, first, boots in (("first", 0, 1), ("later", 1, HERD_BOOTS // clients)):
+                    took: list[float] = []
+                    before = store.retries
+                    numbers = range(first, first + boots)
+                    seconds = _together(
+                        [partial(_boots, store, f"{client}", numbers, took) for client in range(clients)]
+                    )
+                    of_each = (store.retries - before) / len(took)
+                    slow = sorted(took)[len(took) * 99 // 100]
+                    print(f"{clients:>12}{kind:>12}{len(took) / seconds:>12.0f}{of_each:>20.2f}", end="")
+                    print(f"{median(took) * 1e3:>12.0f}{slow * 1e3:>12.0f}")
+
+
+def _boots(store: Store, caller: str, numbers: Sequence[int], took: list[float]) -> None:
+    vm = Vm(VM.hotkey, f"vm-{caller}")
+    for number in numbers:
+        granted = evolve(boot(f"{caller}.{number}", vm=vm), platform=platform(caller))
+        start = perf_counter()
+        _ = store.transact(granted)
+        _ = store.transact(sync(granted, "body", "storage", "tdx-cache"))
+        took.append(perf_counter() - start)
 
 
 def _process(address: str, name: str, syncs: str) -> None:

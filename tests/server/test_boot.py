@@ -20,7 +20,9 @@ from chutes_proto.server._config import LimitOptions
 from chutes_proto.server._limits import Admission
 from chutes_proto.server._profiles import ServedProfile
 from chutes_proto.server._readiness import watch_store
-from chutes_proto.store.rows import AttestationRow, AuditRow, BootRow, NonceRow, VmRow
+from chutes_proto.server._sweeping import LOOK_SECONDS, sweep_nonces
+from chutes_proto.store._run import Ask
+from chutes_proto.store.rows import AttestationRow, AuditRow, BootRow, NonceRow, ReadTimes, VmRow
 from chutes_proto.testing._platform import PROFILE
 from chutes_proto.units.operator import StoreRestored
 from chutes_proto.wire import json
@@ -304,6 +306,32 @@ def test_our_faults_are_503_and_spend_nothing(world, error, code):
     assert "a secret" not in repr((response.body, world.log))
     world.before = lambda _: None
     assert answer(world.boot(nonce))
+
+
+def test_redemptions_are_forgotten_beside_the_boots(world):
+    """Once an hour, even if the store is away in between."""
+
+    class EndedError(Exception):
+        pass
+
+    nonce = world.nonce()
+    assert answer(world.boot(nonce))
+    looks = []
+
+    def watch(effect):
+        if isinstance(effect, Sleep) and effect.seconds == LOOK_SECONDS:
+            looks.append((len(world.rows(NonceRow)), world.store.transact(Ask(ReadTimes())).horizon))
+            world.now += 86_400 if len(looks) == 2 else 300
+            if len(looks) == 5:
+                raise EndedError
+        elif isinstance(effect, Transact) and not looks:
+            raise StoreAway("away")
+
+    world.before = watch
+    with pytest.raises(EndedError):
+        run(sweep_nonces(), world.perform)
+    kept = NOW + 300 - 86_400  # at the second look; the fourth is too soon
+    assert looks == [(1, 0), (1, kept), (0, kept + 86_400), (0, kept + 86_400), (0, kept + 86_400)]
 
 
 @pytest.mark.parametrize("fault", [StoreAway("away"), StoreBusy("locked"), FateUnknown("no answer in time")])

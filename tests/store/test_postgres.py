@@ -367,6 +367,8 @@ def test_vms_that_have_nothing_in_common_do_not_get_in_each_others_way(url: str)
             store.transact(granted)
         for granted in boots[:4]:
             store.transact(sync(granted, "body", "storage"))
+        for _ in range(100):
+            store._pool.slots.crowding.committed()
         end = threading.Barrier(4)
         units = [Meeting(sync(granted, "body", "storage"), end) for granted in boots[16:20]]
         together([partial(store.transact, unit) for unit in units])

@@ -33,6 +33,7 @@ from chutes_proto.store.rows import (
 from chutes_proto.testing.store_suite._parts import NOW, VAULT, VM, boot, dump, entropy, fresh, platform, sync
 from chutes_proto.units.boot import BootGrant, GrantBoot, RecordRefusal
 from chutes_proto.units.keys import VmKeys
+from chutes_proto.units.nonces import SWEEP_SECONDS, ForgetNonces, Nonce, RaiseHorizon
 from chutes_proto.wire.codes import Code
 from tests.store.memory import MemoryStore
 
@@ -140,22 +141,33 @@ def test_a_replay_is_refused_whatever_else_is_new(store: MemoryStore) -> None:
     assert refused(store, replay, Code.NONCE_INVALID).reason == "nonce redeemed before"
 
 
-def test_old_redemptions_go_a_hundred_at_a_time_and_stay_refused(store: MemoryStore) -> None:
-    for index in range(150):
-        store.transact(Ask(Claim(NonceRow(entropy(str(index), 32), "boot", index, index + 7))))
-    store.transact(boot("first", now=150 + 6 + 86_400))
-    left = [row for row in store.transact(Ask(Scan(NonceRow))) if row.issued_at < 150]
-    assert sorted(row.issued_at for row in left) == list(range(100, 150))
-    assert store.transact(Ask(ReadTimes())).horizon == 99
-    store.transact(boot("second", now=150 + 6 + 86_400))
-    assert store.transact(Ask(ReadTimes())).horizon == 149
+def test_old_redemptions_go_a_thousand_at_a_time_and_stay_refused(store: MemoryStore) -> None:
+    until = NOW + 2 * SWEEP_SECONDS
+    for index in range(1500):
+        store.transact(Ask(Claim(NonceRow(entropy(str(index), 32), "boot", NOW + index, NOW + index + 7))))
+    late = until + 86_400
+    assert store.transact(RaiseHorizon(late))
+    assert store.transact(Ask(ReadTimes())).horizon == until
+    assert not store.transact(RaiseHorizon(late + SWEEP_SECONDS - 1))  # another server, or too soon
+    assert [store.transact(ForgetNonces(late)) for _ in range(3)] == [1000, 500, 0]
+    again = boot("again", now=late)
+    refused(store, evolve(again, nonce=Nonce(entropy("1", 32), "boot", NOW + 1)), Code.NONCE_INVALID)
+    store.transact(again)
+
+
+def test_nothing_is_forgotten_that_the_horizon_does_not_cover(store: MemoryStore) -> None:
+    store.transact(boot("first"))
+    assert store.transact(ForgetNonces(NOW + 10 * 86_400)) == 0
+    store.transact(Ask(SetHorizon(NOW + 10 * 86_400)))  # as after a clock that was ahead
+    assert store.transact(ForgetNonces(NOW + 60)) == 0
 
 
 def test_redemptions_of_the_last_day_stay(store: MemoryStore) -> None:
     store.transact(boot("first"))
     store.transact(boot("second", now=NOW + 86_399))
+    store.transact(RaiseHorizon(NOW + 86_399 - 60))
+    assert store.transact(ForgetNonces(NOW + 86_399 - 60)) == 0
     assert len(store.transact(Ask(Scan(NonceRow)))) == 2
-    assert store.transact(Ask(ReadTimes())).horizon == 0
 
 
 # --- claims ---

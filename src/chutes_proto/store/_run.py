@@ -44,6 +44,11 @@ class Ask(Unit[T]):
         return (yield from self.op)
 
 
+def unit_name(unit: Unit[Any]) -> str:
+    """The name of a unit, or of the operation that is asked, for counts."""
+    return type(unit.op if isinstance(unit, Ask) else unit).__name__
+
+
 class Store(Protocol):
     """A store: one method is the whole of persistence."""
 

@@ -2,7 +2,9 @@
 
 Rules kept here:
 
-* redemptions are forgotten after a day, and the horizon then covers them: no nonce issued at or before it is redeemed;
+* redemptions are forgotten after a day, and the horizon then covers them: no nonce issued at or before it is redeemed.
+  It is raised by one unit and they are deleted by later ones, apart from boots: each boot reads the horizon and adds a
+  redemption, so a unit that does both would conflict with every boot of its time;
 * any server's clock may be wrong. A store with a clock of its own forgets nothing younger than a day by that clock, and
   redeems no nonce issued more than `SKEW` later than it: so the horizon of a restore, `SKEW` after it, covers every
   redemption that may be lost. Where the store has none, all servers are on one machine and have one clock;
@@ -16,7 +18,7 @@ from attrs import frozen
 
 from chutes_proto.errors import Refused, Unavailable
 from chutes_proto.quote._terms import rfc3339
-from chutes_proto.store._run import Script
+from chutes_proto.store._run import Script, Unit
 from chutes_proto.store.rows import Claim, NonceRow, ReadTimes, SetHorizon, SweepNonces, Times
 from chutes_proto.wire.codes import Code
 
@@ -24,7 +26,9 @@ SKEW = 60
 """How far ahead of our clocks a nonce may have been issued, in seconds."""
 
 NONCE_KEPT_SECONDS = 86_400
-NONCES_SWEPT = 100
+NONCES_SWEPT = 1000
+SWEEP_SECONDS = 3600
+"""How often redemptions are forgotten."""
 
 
 @frozen
@@ -54,13 +58,47 @@ def redeem_nonce(nonce: Nonce, now: int) -> Script[None]:
         raise _invalid(f"issued at {nonce.issued_at}, and the horizon is {horizon}")
     if not (yield from Claim(NonceRow(nonce.value, nonce.purpose, nonce.issued_at, now))):
         raise _invalid("redeemed before")
-    # Nothing issued or redeemed later than this is deleted, so the horizon, which follows, lies in the past: a row from
-    # the future, which a clock that was ahead has left, stays until its time has passed.
-    until = (now if clock is None else min(now, clock)) - NONCE_KEPT_SECONDS
-    swept = yield from SweepNonces(until, NONCES_SWEPT)
-    newest = max((row.issued_at for row in swept), default=horizon)
-    if newest > horizon:
-        yield from SetHorizon(newest)
+
+
+@frozen
+class RaiseHorizon(Unit[bool]):
+    """Raise the horizon to a day ago, if it is `SWEEP_SECONDS` older than that; return whether it was.
+
+    So of several servers one does it. ``now`` is the server's time.
+    """
+
+    now: int
+
+    def script(self) -> Script[bool]:
+        """Compare, and set."""
+        times = yield from ReadTimes()
+        until = _forgettable(times, self.now)
+        if times.horizon > until - SWEEP_SECONDS:
+            return False
+        yield from SetHorizon(until)
+        return True
+
+
+@frozen
+class ForgetNonces(Unit[int]):
+    """Delete up to `NONCES_SWEPT` redemptions that the horizon covers; return how many.
+
+    ``now`` is the server's time.
+    """
+
+    now: int
+
+    def script(self) -> Script[int]:
+        """Read the horizon, and delete."""
+        times = yield from ReadTimes()
+        # A row from the future, which a clock that was ahead has left, stays until its time has passed.
+        until = min(times.horizon, _forgettable(times, self.now))
+        return len((yield from SweepNonces(until, NONCES_SWEPT)))
+
+
+def _forgettable(times: Times, now: int) -> int:
+    """The latest time at which a nonce was issued and redeemed that may be forgotten."""
+    return (now if times.clock is None else min(now, times.clock)) - NONCE_KEPT_SECONDS
 
 
 def from_future(what: str, at: int, time: int, whose: str) -> Unavailable:

@@ -22,9 +22,9 @@ from chutes_proto.io.server.health import Health, read_counts, read_health
 from chutes_proto.io.server.metrics import Metrics
 from chutes_proto.io.server.setup import ServerSetup
 from chutes_proto.io.server.sockets import Listening
+from chutes_proto.io.stores.address import DurableStore
 from chutes_proto.server._admin import LOOPBACK, AdminApp, Page
 from chutes_proto.server._app import App
-from chutes_proto.store._run import Store
 from chutes_proto.wire import json
 
 LOOK_SECONDS: Final = 5.0
@@ -42,7 +42,7 @@ CONNECTIONS: Final = 64
 class Admin:
     """The admin listener of one server process."""
 
-    def __init__(self, setup: ServerSetup, store: Store, app: App, metrics: Metrics) -> None:
+    def __init__(self, setup: ServerSetup, store: DurableStore, app: App, metrics: Metrics) -> None:
         self._setup = setup
         self._store = store
         self._app = app
@@ -56,7 +56,7 @@ class Admin:
         """Serve the pages until cancelled. Begins with a look, so that the first answer knows the state."""
 
         def look() -> None:
-            self._metrics.look(self._setup.service, open_connections(), draining=self._app.draining)
+            self._metrics.look(self._setup.service, self._store, open_connections(), draining=self._app.draining)
 
         def metrics() -> Page:
             look()

@@ -26,16 +26,17 @@ from chutes_proto.errors import CollateralUnavailable, Refusal, StoreBusy, Store
 from chutes_proto.io.drivers.aio import Performer
 from chutes_proto.io.server.health import Counts, Health
 from chutes_proto.io.server.workers import METRICS_DIRECTORY
+from chutes_proto.io.stores.address import DurableStore
 from chutes_proto.quote._verify import remembered
 from chutes_proto.server._observing import Answered
 from chutes_proto.server._service import Service
-from chutes_proto.store._run import Ask, Unit
+from chutes_proto.store._run import Unit, unit_name
 
 T = TypeVar("T")
 
 _PREFIX: Final = "chutes_proto"
 _REQUEST_BUCKETS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0)
-_SUMMED: Final = frozenset("connections verifications verifications_limit host_calls open_boots".split())
+_SUMMED: Final = frozenset("connections store_waits verifications verifications_limit host_calls open_boots".split())
 """The gauges that are of one worker each; the others are the same in all."""
 _STEP_BUCKETS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 10.0, 20.0)
 
@@ -58,6 +59,9 @@ class Metrics:
         self._handshakes = self._counter("tls_handshakes", "TLS handshakes of clients.", "result")
         self._cache = self._counter("verification_cache", "Results that verification remembers.", "stage", "result")
         self._cache_seen: dict[tuple[str, str], int] = {}
+        self._rollbacks = self._counter("rollbacks", "Transactions that ran again because of others.", "unit")
+        self._rollbacks_seen: dict[str, int] = {}
+        self._store_waits = self._gauge("store_waits", "Requests of boots that wait for the store, or use it, now.")
         self._connections = self._gauge("connections", "Open connections.")
         self._verifications = self._gauge("verifications", "Quotes that wait for collateral now.")
         self._most = self._gauge("verifications_limit", "The most quotes at a time (limits.verifications).")
@@ -113,8 +117,7 @@ class Metrics:
                 result = "failed"
             case _:
                 result = "defect"
-        name = type(unit.op if isinstance(unit, Ask) else unit).__name__
-        self._transactions.labels(name, result).inc()
+        self._transactions.labels(unit_name(unit), result).inc()
 
     def collateral(self, error: BaseException | None) -> None:
         """Count a look for collateral."""
@@ -123,8 +126,12 @@ class Metrics:
 
     # --- what is ---
 
-    def look(self, service: Service, connections: int, *, draining: bool) -> None:
+    def look(self, service: Service, store: DurableStore, connections: int, *, draining: bool) -> None:
         """Set the gauges of this process."""
+        self._store_waits.set(service.patient.held.total())
+        for unit, count in store.rollbacks.copy().items():
+            self._rollbacks.labels(unit).inc(count - self._rollbacks_seen.get(unit, 0))
+            self._rollbacks_seen[unit] = count
         self._connections.set(connections)
         self._verifications.set(service.verifications.held.total())
         self._most.set(service.verifications.size)

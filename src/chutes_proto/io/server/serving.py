@@ -43,6 +43,7 @@ from chutes_proto.quote._roots import INTEL_ROOT
 from chutes_proto.server._app import App
 from chutes_proto.server._config import ServerConfig
 from chutes_proto.server._readiness import WATCH_SECONDS, watch_store
+from chutes_proto.server._sweeping import sweep_nonces
 from chutes_proto.transport.asgi import AsgiApp
 
 if TYPE_CHECKING:
@@ -207,9 +208,10 @@ async def open_server(
 async def _watching(
     setup: ServerSetup, store: DurableStore, performer: Performer, log: Callable[[Record], None]
 ) -> AsyncGenerator[None]:
-    """Look at the store all the time, so that the server knows whether it can serve boots; log what is found."""
+    """Look at the store all the time, to know whether it can serve boots; log what is found; forget nonces."""
     async with anyio.create_task_group() as background:
         _ = background.start_soon(performer.run, watch_store(setup.service.readiness))
+        _ = background.start_soon(performer.run, sweep_nonces())
         _ = background.start_soon(_log_notes, store, log)
         yield
         background.cancel_scope.cancel()

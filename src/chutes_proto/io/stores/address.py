@@ -10,6 +10,7 @@ Rules kept here:
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from pathlib import Path
@@ -34,6 +35,8 @@ class DurableStore(Store, Protocol):
     """The schema version that it has; it may be newer than this release's, if it says that we can use it."""
     callers: int
     """The number of threads that may use it at once without waiting for each other to leave it."""
+    rollbacks: Counter[str]
+    """The number of repeated transactions of each unit, since it was opened."""
 
     def check(self, tell: Callable[[int, int], object] = untold) -> dict[str, int]:
         """Read everything; return the number of rows of each table. Raises `StoreError`.

@@ -17,6 +17,7 @@ Rules kept here:
 * the database is compared with the mark of what was seen of it (``marks.py``), and a change of its timeline is noticed
   in every transaction: a server that goes on with an old primary would grant what the new one does not know;
 * at most ``connections`` are open; each is made by the caller that needs it, which gets the reason if that fails;
+* fewer transactions run at once while they conflict with each other (``store/_crowding.py``);
 * a database without our schema is refused, and neither changed nor, unless an operator asks for it, migrated; every
   transaction looks at the version, because a newer release may have migrated meanwhile;
 * a migration that our servers can live with stops none of them: it gives up what it cannot finish within a second,
@@ -35,6 +36,7 @@ import random
 import re
 import threading
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -43,8 +45,9 @@ from attrs import define, evolve, field, frozen
 from chutes_proto.errors import ConfigurationError, FateUnknown, StoreAway, StoreBusy, StoreError
 from chutes_proto.io.stores.marks import MarkKeeper
 from chutes_proto.quote._terms import rfc3339
+from chutes_proto.store._crowding import Crowding
 from chutes_proto.store._mark import Entry
-from chutes_proto.store._run import Snapshot, run_script, untold
+from chutes_proto.store._run import Snapshot, run_script, unit_name, untold
 from chutes_proto.store._versions import Versions
 from chutes_proto.store.rows import (
     ROWS,
@@ -213,6 +216,8 @@ _AGAIN: Final = (errors.SerializationFailure, errors.DeadlockDetected, errors.Un
 same moment: then the next run sees it. If it is not, the next run fails in the same way. See "Serialization Failure
 Handling" in PostgreSQL's documentation."""
 
+_CONFLICTS: Final = (errors.SerializationFailure, errors.DeadlockDetected)
+
 _MAX_DUPLICATES: Final = 3
 
 _STATEMENT_MODE: Final = "statement pooling mode"
@@ -271,11 +276,51 @@ class Replication:
         )
 
 
+class _Slots:
+    """The transactions that run at once, as many as ``crowding`` allows; the others wait, the first come first."""
+
+    def __init__(self, crowding: Crowding) -> None:
+        self.crowding = crowding
+        self._lock = threading.Lock()
+        self._held = 0
+        self._waiting: deque[threading.Lock] = deque()
+
+    def acquire(self, timeout: float) -> bool:
+        """Wait for a slot; return whether there was one in time."""
+        turn = threading.Lock()
+        _ = turn.acquire()
+        with self._lock:
+            self._waiting.append(turn)
+            self._hand_out()
+        if turn.acquire(timeout=timeout):
+            return True
+        with self._lock:
+            if turn not in self._waiting:  # it was handed out just now
+                return True
+            self._waiting.remove(turn)
+            return False
+
+    def release(self, *, committed: bool, conflicted: bool) -> None:
+        """Give a slot back, with what became of its transaction."""
+        with self._lock:
+            self._held -= 1
+            if committed:
+                self.crowding.committed()
+            elif conflicted:
+                self.crowding.conflicted()
+            self._hand_out()
+
+    def _hand_out(self) -> None:
+        while self._waiting and self._held < self.crowding.allowed:
+            self._held += 1
+            self._waiting.popleft().release()
+
+
 @define(eq=False)
 class _Pool:
-    """Idle connections, the latest first, and a semaphore for the number of connections."""
+    """Idle connections, the latest first, and the slots of those in use."""
 
-    slots: threading.BoundedSemaphore
+    slots: _Slots
     idle: list[_Connection] = field(factory=list[_Connection])
 
     def drop(self) -> None:
@@ -295,7 +340,7 @@ class PostgresStore:
 
     With ``migrate`` an empty database, or one of an older schema version, is brought to this release's;
     ``found_version`` is the one that it had (None: it was empty), ``schema_version`` the one that it has now,
-    ``retries`` the number of repeated transactions.
+    ``rollbacks`` the number of repeated transactions of each unit.
 
     A database that is behind the mark in ``mark_file``, or behind what this object has seen of it, is refused; with
     ``require_synchronous`` so is one without a synchronous standby. ``replication`` is what was found last.
@@ -317,7 +362,7 @@ class PostgresStore:
         self.name: str
         self._conninfo, self.name = _parse(url)
         self.found_version: int | None = None
-        self.retries: int = 0
+        self.rollbacks: Counter[str] = Counter()
         self.callers: int = connections
         self._counting = threading.Lock()
         self._busy_seconds = busy_seconds
@@ -327,7 +372,7 @@ class PostgresStore:
         self.replication = Replication(0, is_synchronous=False)
         self._marks = MarkKeeper(self.name, mark_file)
         self._timeline = 0
-        self._pool = _Pool(threading.BoundedSemaphore(connections))
+        self._pool = _Pool(_Slots(Crowding(connections)))
         self._closed = False
         self._set_local = (
             *_SET_LOCAL,
@@ -351,14 +396,14 @@ class PostgresStore:
 
     def transact(self, unit: Unit[T]) -> T:
         """Run ``unit`` as one transaction; see `chutes_proto.store._run.Store`."""
-        return self._with_retries(lambda connection: self._run(connection, unit))
+        return self._with_retries(unit_name(unit), lambda connection: self._run(connection, unit))
 
     def check(self, tell: Callable[[int, int], object] = untold) -> dict[str, int]:
         """Read all rows; return their number for each table. Raises `StoreError` for damage and for another schema.
 
         ``tell`` takes how many rows are read, and of how many, after each table.
         """
-        return self._with_retries(lambda connection: self._check(connection, tell))
+        return self._with_retries("check", lambda connection: self._check(connection, tell))
 
     @contextlib.contextmanager
     def snapshot(self) -> Generator[Store]:
@@ -372,7 +417,7 @@ class PostgresStore:
 
     def check_writing(self) -> None:
         """Check that the database's user has all rights that a server needs. Raises `StoreError`."""
-        self._with_retries(self._check_writing)
+        self._with_retries("check", self._check_writing)
 
     def close(self) -> None:
         """Close idle connections; then every call raises `StoreError`. Running transactions end as usual."""
@@ -390,7 +435,12 @@ class PostgresStore:
         replication = [] if self.replication.is_safe else [str(self.replication)]
         return [*replication, *self._marks.notes]
 
-    def _with_retries(self, work: Callable[[_Connection], T]) -> T:
+    @property
+    def retries(self) -> int:
+        """The number of transactions that were repeated."""
+        return self.rollbacks.total()
+
+    def _with_retries(self, of: str, work: Callable[[_Connection], T]) -> T:
         """Do ``work`` as one transaction; repeat it after conflicts, until ``busy_seconds`` are over."""
         until = time.monotonic() + self._busy_seconds
         pause = 0.001
@@ -407,7 +457,7 @@ class PostgresStore:
                 if time.monotonic() + pause > until or duplicates > _MAX_DUPLICATES:
                     raise exc.fault from exc.__cause__
             with self._counting:
-                self.retries += 1
+                self.rollbacks[of] += 1
             time.sleep(random.uniform(0, pause))  # noqa: S311 - not a secret
             pause = min(2 * pause, 0.1)
 
@@ -566,6 +616,7 @@ class PostgresStore:
             raise self._fault("it was closed")
         if not self._pool.slots.acquire(timeout=self._busy_seconds):
             raise StoreBusy(f"store {self.name}: other transactions take too long")
+        committed = conflicted = False
         try:
             try:
                 connection = self._pool.idle.pop()
@@ -573,6 +624,10 @@ class PostgresStore:
                 connection = self._connect()
             try:
                 yield connection
+                committed = True
+            except _Again as exc:
+                conflicted = isinstance(exc.__cause__, _CONFLICTS)
+                raise
             finally:
                 if connection.closed:
                     self._pool.drop()  # the same fault has most likely ended them all
@@ -581,7 +636,7 @@ class PostgresStore:
                 else:
                     self._pool.idle.append(connection)
         finally:
-            self._pool.slots.release()
+            self._pool.slots.release(committed=committed, conflicted=conflicted)
 
     def _connect(self) -> _Connection:
         try:

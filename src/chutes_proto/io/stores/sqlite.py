@@ -22,6 +22,7 @@ import os
 import sqlite3
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Generator
 from functools import partial
 from pathlib import Path
@@ -124,6 +125,7 @@ class SqliteStore:
         self.name: str = str(self.path)
         self.commits: int = 0
         self.callers: int = _CALLERS
+        self.rollbacks: Counter[str] = Counter()  # always empty: one transaction writes at a time
         self.found_version: int | None = None
         self.schema_version: int = 0
         self._marks = MarkKeeper(self.name, mark_file)

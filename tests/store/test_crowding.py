@@ -1,0 +1,102 @@
+"""Transactions of unrelated VMs that conflict in PostgreSQL: fewer run at once, and hardly one is rolled back."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from functools import partial
+
+import pytest
+from attrs import evolve
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chutes_proto.errors import StoreBusy
+from chutes_proto.io.stores.postgres import PostgresStore
+from chutes_proto.store._crowding import Crowding
+from chutes_proto.store._run import Ask
+from chutes_proto.store.rows import ReadTimes, Vm
+from chutes_proto.testing.store_suite._parts import VM, boot, platform, sync
+from tests.conftest import SOAK
+from tests.store.harness import Gate, together
+
+ROLLBACKS = 0.1
+"""The most rollbacks for each boot, of VMs that have booted before or not."""
+
+
+@given(st.integers(1, 64), st.lists(st.booleans(), max_size=300))
+def test_the_limit_stays_within_its_bounds_and_follows(most: int, conflicts: list[bool]) -> None:
+    crowding = Crowding(most)
+    for conflicted in conflicts:
+        before = crowding.allowed
+        crowding.conflicted() if conflicted else crowding.committed()
+        assert 1 <= crowding.allowed <= most
+        assert crowding.allowed <= before if conflicted else crowding.allowed >= before
+    for _ in range(100 * most):
+        crowding.committed()
+    assert crowding.allowed == most
+    for _ in range(10):
+        crowding.conflicted()
+    assert crowding.allowed == 1
+
+
+@pytest.mark.parametrize("clients", [16, 64])
+def test_boots_of_unrelated_vms_are_hardly_rolled_back(
+    empty_schema: str, clients: int, figure: Callable[[str], None]
+) -> None:
+    """All VMs are neighbours in every index, and boot for the first time at once: the worst herd."""
+    boots = 40 if SOAK else 320 // clients
+    took: list[float] = []
+
+    def live(store: PostgresStore, number: int) -> None:
+        for index in range(boots):
+            granted = boot(f"{number}.{index}", vm=Vm(VM.hotkey, f"vm-{number}"))
+            granted = evolve(granted, platform=platform(f"{number}"))
+            began = time.perf_counter()
+            store.transact(granted)
+            store.transact(sync(granted, "body", "storage", "tdx-cache"))
+            took.append(time.perf_counter() - began)
+
+    PostgresStore(empty_schema, migrate=True).close()
+    with closing(PostgresStore(empty_schema, connections=clients, busy_seconds=60)) as store:
+        assert together([partial(live, store, number) for number in range(clients)]) == []
+        of_each = store.retries / (clients * boots)
+        slow = sorted(took)[len(took) * 99 // 100]
+        figure(f"{of_each:.2f} rollbacks for each boot {dict(store.rollbacks)}, p99 {slow:.2f} s")
+    assert of_each <= ROLLBACKS
+
+
+@pytest.fixture
+def one_at_a_time(empty_schema: str) -> Iterator[PostgresStore]:
+    with closing(PostgresStore(empty_schema, connections=8, busy_seconds=30, migrate=True)) as store:
+        for _ in range(10):
+            store._pool.slots.crowding.conflicted()
+        yield store
+
+
+def test_a_slot_goes_to_the_first_that_waits_and_one_that_left_is_passed_over(one_at_a_time: PostgresStore) -> None:
+    store, gate = one_at_a_time, Gate()
+    done: list[int] = []
+    threads = [threading.Thread(target=store.transact, args=(gate,))]
+    threads[0].start()
+    assert gate.inside.wait(60)
+    store._busy_seconds = 0.01
+    with pytest.raises(StoreBusy, match="other transactions take too long"):
+        store.transact(Ask(ReadTimes()))
+    store._busy_seconds = 30
+    assert not store._pool.slots._waiting
+
+    def follow(number: int) -> None:
+        store.transact(Ask(ReadTimes()))
+        done.append(number)
+
+    threads += [threading.Thread(target=follow, args=(number,)) for number in range(3)]
+    for thread in threads[1:]:
+        thread.start()
+    gate.leave.set()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(done) == [0, 1, 2]
+    assert store._pool.slots._held == 0
