@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from chutes_proto.gpu._report import Report, parse_report
     from chutes_proto.gpu._revocation import Revocation
     from chutes_proto.gpu._rim import VerifiedRim, verify_rim
+    from chutes_proto.gpu._service import ServiceBinding, VerifiedService, verify_service
     from chutes_proto.gpu._verify import Comparison, GenuineDevice, Rims, authenticate, compare
 else:
     __getattr__ = lazily(
@@ -47,6 +48,7 @@ else:
             "chutes_proto.gpu._report": "Report parse_report",
             "chutes_proto.gpu._revocation": "Revocation",
             "chutes_proto.gpu._rim": "VerifiedRim verify_rim",
+            "chutes_proto.gpu._service": "ServiceBinding VerifiedService verify_service",
             "chutes_proto.gpu._verify": "Comparison GenuineDevice Rims authenticate compare",
         },
     )
@@ -55,4 +57,4 @@ __all__ = ["authenticate", "compare", "parse_evidence", "parse_gpu_policy", "par
 __all__ += ["AcceptedEvidence", "Comparison", "DeviceEvidence", "DeviceReport", "GenuineDevice", "Mismatch", "Report"]
 __all__ += ["NVIDIA", "GpuPolicy", "GpuRefusal", "GpuRoots", "PinnedMeasurements", "Revocation", "Rims", "VerifiedRim"]
 __all__ += ["EvidenceFormatError", "EvidenceRefusedError", "GpuError", "GpuPolicyError", "GpuVerificationError"]
-__all__ += ["GpuCollateral", "read_root"]
+__all__ += ["GpuCollateral", "ServiceBinding", "VerifiedService", "read_root", "verify_service"]
