@@ -175,6 +175,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         _ = store.transact(ImportKeys(now, Vm(HOTKEY, "vm-imported"), imported, None, setup.vault, "prepared"))
         for name in ("n1", "n2"):
             _ = store.transact(registration(name, now))
+    _ = shutil.copy(folder / "keys.db", folder / "newer.db")
     return folder
 
 

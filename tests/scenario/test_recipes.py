@@ -172,6 +172,22 @@ def test_a_backup(premises: Premises, require_program: Callable[[str], str]) -> 
     assert key(premises) == first
 
 
+@in_a_file
+def test_what_the_backup_lacks(premises: Premises, require_program: Callable[[str], str]) -> None:
+    """A disk was formatted anew after the backup; the store that was replaced can still be read."""
+    _ = require_program("sqlite3")
+    premises.start()
+    _ = key(premises)
+    _ = follow(premises, "Back up a store in SQLite", 0)
+    newest = key(premises, rekey=["storage"])
+    premises.kill()
+    _ = follow(premises, "Restore a store in SQLite", 0)
+    assert "missing" in follow(premises, "Take the keys that the backup lacks", 0)
+    assert "taken" in follow(premises, "Take the keys that the backup lacks", 1)
+    premises.start()
+    assert key(premises) == newest
+
+
 @pytest.mark.parametrize("premises", ["sqlite", "postgresql"], indirect=True)
 def test_a_clock_that_was_ahead(premises: Premises) -> None:
     premises.start_here()
@@ -284,4 +300,4 @@ def test_no_recipe_is_left_out() -> None:
     source = Path(__file__).read_text("utf-8")
     for title in RECIPES:
         assert f'"{title}"' in source, title
-    assert sum(map(len, RECIPES.values())) == 15
+    assert sum(map(len, RECIPES.values())) == 17

@@ -29,7 +29,7 @@ from chutes_proto.errors import KeyUnavailable, Refusal, Refused, SealBroken, St
 from chutes_proto.io.server.store_setup import StoreSetup, make_store_setup
 from chutes_proto.io.stores.address import DurableStore
 from chutes_proto.server import ServerConfig
-from chutes_proto.store._run import Ask
+from chutes_proto.store._run import Ask, Store
 from chutes_proto.store.rows import Pin, ReadNames, StoreOp, Vm
 from chutes_proto.wire.codes import Code
 from chutes_proto.wire.names import NAME_PATTERN
@@ -89,7 +89,7 @@ def find_vm(store: DurableStore, text: str, *, new: bool = False) -> Vm:
     raise Refused(Code.KEY_NOT_FOUND, f"several hotkeys have a VM {text!r}; say HOTKEY/{text} with one of: {hotkeys}")
 
 
-def listing(store: DurableStore, read: Callable[[T | None], StoreOp[tuple[T, ...]]]) -> Iterator[T]:
+def listing(store: Store, read: Callable[[T | None], StoreOp[tuple[T, ...]]]) -> Iterator[T]:
     """All that ``read`` finds, of which a page at a time is in memory; it takes the last of the page before."""
     after: T | None = None
     while page := store.transact(Ask(read(after))):

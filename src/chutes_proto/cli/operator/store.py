@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
+from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 import click
 
 from chutes_proto.cli import console, output
-from chutes_proto.cli.base import Group, answer, json_option, one_of
+from chutes_proto.cli.base import Argument, Group, answer, json_option, one_of, table_options
 from chutes_proto.cli.describe import exits
 from chutes_proto.cli.operator import operating
 from chutes_proto.cli.operator.operating import OperatorCommand
-from chutes_proto.errors import ConfigurationError, StoreError
+from chutes_proto.errors import ConfigurationError, KeyUnavailable, StoreError
 from chutes_proto.io.server.store_setup import check_keys, make_store_setup, of_newer_schema
-from chutes_proto.io.stores.address import StorePlace
+from chutes_proto.io.stores.address import DurableStore, StorePlace
 from chutes_proto.keys.vault import Vault
 from chutes_proto.quote._terms import rfc3339
 from chutes_proto.server import ServerConfig
 from chutes_proto.server._config import check_store_address
-from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import ReadTimes
+from chutes_proto.store._run import Ask, Store
+from chutes_proto.store.rows import GenerationRow, Read, ReadAll, ReadPage, ReadTimes, VmRow, VolumeRow
 from chutes_proto.store.sql import compatible_since
+from chutes_proto.units.compare import Compare, Difference, Newer, Take
 from chutes_proto.units.contents import CountAll, Fill, pages
 from chutes_proto.units.operator import StoreRestored
 
@@ -224,6 +226,118 @@ def _decided(
             "nonce_horizon_before": rfc3339(done.before),
         }
     )
+
+
+@command.command(
+    exits=exits(
+        "the older store has every key, or has taken what it lacked",
+        "a key is missing, or two keys have one number; or --take was refused",
+        "a store cannot be read, or is another server's; wrong usage",
+    )
+)
+@click.argument("old", cls=Argument, metavar="OLD", help="the store that came back from a backup, as a URL")
+@click.argument("new", cls=Argument, metavar="NEW", help="the newer store that it replaces, as a URL")
+@click.option("--take", is_flag=True, help="copy the missing keys from NEW to OLD; needs --config")
+@click.option("--config", metavar="FILE", type=click.Path(), help="the server's configuration file, for its KEKs")
+@operating.reason_option
+@table_options
+def compare(old: str, new: str, take: bool, config: str | None, reason: str) -> int:
+    """List the keys that a restored store lacks, and take them.
+
+    Compares OLD, a store that came back from a backup, with NEW, the store that it replaces and that can still be read.
+    Lists each volume of which OLD lacks a key: its disk may not open. Shows no passphrase.
+
+    With --take, copies the missing keys from NEW, with their states, and with an audit row for each VM. Before, stop
+    all servers of both stores. Each key must open with a KEK of --config, current or previous. A volume for which OLD
+    has made another key of the same number since differs: it is left as it is. NEW is not changed. After an
+    interruption, repeat the command.
+
+    Examples:
+      chutes-proto store compare sqlite:keys.db sqlite:newer.db
+      chutes-proto store compare sqlite:keys.db sqlite:newer.db --take --config server.toml --reason 'disk failure'
+
+    See also: store restored, keys history, keys restore
+    """
+    if take != (config is not None):
+        raise ConfigurationError("--take: it goes with --config, which names the KEKs of the keys to take")
+    vault = None if config is None else make_store_setup(ServerConfig.load(config)).vault
+    places = [_named(name, address) for name, address in (("OLD", old), ("NEW", new))]
+    if places[0].name == places[1].name:
+        raise ConfigurationError(f"NEW: {places[0].name} is OLD; name the newer store")
+    wrong: list[Difference] = []
+
+    def rows(older: DurableStore, newer: Store) -> Iterator[Difference]:
+        for some in _batches(newer):
+            if vault is None:
+                found = tuple(each for one in some for each in older.transact(Compare(one))[1])
+            else:
+                found = older.transact(Take(operating.now(), some, vault, reason))
+            wrong.extend([each for each in found if each.state != "taken"][:1])
+            yield from found
+
+    with _readable(places[0], places[1], vault) as (older, newer):
+        _ = operating.answer_rows("volumes", rows(older, newer), _difference, _DIFFERENCES, "no key is missing")
+    return console.REFUSED if wrong else console.GRANTED
+
+
+_VMS: Final = 100
+"""VMs whose keys are taken in one transaction."""
+
+
+def _vms(newer: Store) -> Iterator[Newer]:
+    """The newer store's VMs that have keys; a page of keys is in memory at a time, however many there are."""
+    keys = operating.listing(newer, lambda after: ReadPage(GenerationRow, after, operating.PAGE))
+    for vm, rows in groupby(keys, key=lambda row: row.vm):
+        found = tuple(rows)
+        disks = newer.transact(Ask(ReadAll(VolumeRow, vm)))
+        yield Newer(vm, found, disks, newer.transact(Ask(Read(VmRow, vm))))
+
+
+def _batches(newer: Store) -> Iterator[tuple[Newer, ...]]:
+    found = _vms(newer)
+    while batch := tuple(islice(found, _VMS)):
+        yield batch
+
+
+_DIFFERENCES: output.Columns = {
+    "VM": lambda row: output.vm(row.vm),
+    "VOLUME": lambda row: row.volume,
+    "GENERATIONS": lambda row: ", ".join(map(str, row.generations)),
+    "STATE": lambda row: output.Cell(row.state, "good" if row.state == "taken" else "warn"),
+}
+
+
+def _difference(row: Difference) -> dict[str, object]:
+    names = {"hotkey": row.vm.hotkey, "vm": row.vm.name, "volume": row.volume}
+    return {**names, "generations": list(row.generations), "state": row.state}
+
+
+@contextmanager
+def _readable(old: StorePlace, new: StorePlace, vault: Vault | None) -> Generator[tuple[DurableStore, Store]]:
+    """Both stores, which must be one server's. Raises `ConfigurationError` if one cannot be read.
+
+    With a ``vault``, all keys of the newer one must be sealed under its KEKs. Raises `KeyUnavailable`.
+    """
+    try:
+        for place in (old, new):
+            if not place.is_made():
+                raise StoreError(f"store {place.path}: not made yet, so there is nothing to compare")
+        with closing(old.open()) as older, closing(new.open()) as opened:
+            for each in (older, opened):
+                if said := of_newer_schema(each):
+                    raise StoreError(f"store {each.name}: {said}, and compare with that release")
+            if vault is not None:
+                try:
+                    _ = check_keys(opened, vault)
+                except StoreError as exc:
+                    raise KeyUnavailable(str(exc)) from None
+            with opened.snapshot() as newer:
+                if not any(older.transact(Compare(one))[0] for one in _vms(newer)):
+                    text = f"stores {old.name} and {new.name}: they share no key, so they are not of one server"
+                    raise StoreError(text)
+                yield older, newer
+    except StoreError as exc:
+        raise ConfigurationError(str(exc)) from exc
 
 
 def _told(found: dict[str, Any]) -> int:

@@ -1,0 +1,188 @@
+"""`store compare`: what a restored store lacks, taken from the newer one; and inputs that are refused."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from attrs import evolve
+
+from chutes_proto.io.files import write_file
+from chutes_proto.io.server.development import write_server
+from chutes_proto.io.stores.address import StorePlace
+from chutes_proto.io.stores.sqlite import SqliteStore
+from chutes_proto.store._run import Ask, Store
+from chutes_proto.store.rows import AuditRow, GenerationRow, ReadAll, Scan, Vm
+from chutes_proto.testing._platform import SimulatedPlatform
+from chutes_proto.testing.store_suite._parts import VM, attest, boot, confirm, dump, sync
+from tests.cli.conftest import Ended
+from tests.postgres import PASSWORD
+
+Command = Callable[..., Ended]
+NEW_VM = Vm(VM.hotkey, "vm-new")
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A configuration whose KEK is that of the suite's units."""
+    write_server(tmp_path, SimulatedPlatform(bytes(32)), int(time.time()))
+    write_file(tmp_path / "kek", bytes(range(32)), mode=0o600)
+    return tmp_path / "server.toml"
+
+
+def rotated(store: Store, label: str) -> bytes:
+    """A boot whose rotation is confirmed; the key that is on the disk now."""
+    granted = evolve(boot(label), exchange="two-phase", exchange_downgrade="allow")
+    store.transact(granted)
+    attested = attest(granted, "body", "storage")
+    pair = store.transact(attested).volumes[0][1]
+    store.transact(confirm(attested, {"storage": True}))
+    return pair.next.reveal()
+
+
+def current(store: Store, label: str) -> bytes:
+    granted = evolve(boot(label), exchange="two-phase")
+    store.transact(granted)
+    key = store.transact(attest(granted, "body", "storage")).volumes[0][1].current
+    assert key is not None
+    return key.reveal()
+
+
+@pytest.fixture
+def stores(tmp_path: Path) -> tuple[str, str]:
+    """The backup of a store, and the store: since then a VM rotated its key, and another booted for the first time."""
+    with closing(SqliteStore(tmp_path / "new.db")) as store:
+        _ = rotated(store, "1")
+    _ = shutil.copy(tmp_path / "new.db", tmp_path / "old.db")
+    with closing(SqliteStore(tmp_path / "new.db")) as store:
+        _ = rotated(store, "2")
+        first = boot("first", vm=NEW_VM)
+        store.transact(first)
+        store.transact(sync(first, "body", "storage"))
+    return f"sqlite:{tmp_path}/old.db", f"sqlite:{tmp_path}/new.db"
+
+
+def open_store(address: str) -> SqliteStore:
+    return SqliteStore(Path(address.removeprefix("sqlite:")))
+
+
+def test_what_is_missing_is_listed_and_taken(command: Command, stores: tuple[str, str], config: Path) -> None:
+    old, new = stores
+    listed = command("store", "compare", old, new, "--json")
+    assert listed.code == 1
+    assert listed.json["ok"]
+    found = {(each["vm"], each["volume"]): (each["generations"], each["state"]) for each in listed.json["volumes"]}
+    assert found == {
+        (VM.name, "storage"): ([2], "missing"),
+        (NEW_VM.name, "root"): ([1], "missing"),
+        (NEW_VM.name, "storage"): ([1], "missing"),
+    }
+    human = command("store", "compare", old, new)
+    assert (human.code, "missing" in human.out, NEW_VM.name in human.out) == (1, True, True)
+    before = Path(new.removeprefix("sqlite:")).read_bytes()
+    taken = command("store", "compare", old, new, "--take", "--config", config, "--reason", "lost", "--json")
+    assert (taken.code, {each["state"] for each in taken.json["volumes"]}) == (0, {"taken"})
+    assert Path(new.removeprefix("sqlite:")).read_bytes() == before
+    with closing(open_store(old)) as restored, closing(open_store(new)) as newer:
+        for vm in (VM, NEW_VM):
+            keys = [store.transact(Ask(ReadAll(GenerationRow, vm))) for store in (restored, newer)]
+            assert keys[0] == keys[1]
+        told = [row for row in restored.transact(Ask(Scan(AuditRow))) if row.event == "keys taken"]
+        assert [(row.vm, row.keys, row.reason.endswith("lost")) for row in told] == [
+            (VM, "storage/2 taken", True),
+            (NEW_VM, "root/1 taken, storage/1 taken", True),
+        ]
+        assert current(restored, "3") == current(newer, "3")
+        restored.transact(again := boot("again", vm=NEW_VM))  # its name is bound, too
+        newer.transact(again)
+        unit = sync(again, "body", "storage")
+        assert restored.transact(unit).passphrases == newer.transact(unit).passphrases
+
+
+def test_nothing_is_missing_afterwards(command: Command, stores: tuple[str, str], config: Path) -> None:
+    old, new = stores
+    assert command("store", "compare", old, new, "--take", "--config", config).code == 0
+    again = command("store", "compare", old, new)
+    assert (again.code, "no key is missing" in again.out) == (0, True)
+    assert command("store", "compare", new, old).code == 0
+
+
+def test_another_key_of_the_same_number_is_not_overwritten(
+    command: Command, stores: tuple[str, str], config: Path
+) -> None:
+    """A server went on with the restored store before anybody compared."""
+    old, new = stores
+    with closing(open_store(old)) as restored:
+        _ = rotated(restored, "diverged")
+        before = restored.transact(Ask(ReadAll(GenerationRow, VM)))
+    ended = command("store", "compare", old, new, "--take", "--config", config, "--json")
+    assert ended.code == 1
+    states = {(each["vm"], each["volume"]): each["state"] for each in ended.json["volumes"]}
+    assert states == {
+        (VM.name, "storage"): "differs",
+        (NEW_VM.name, "root"): "taken",
+        (NEW_VM.name, "storage"): "taken",
+    }
+    with closing(open_store(old)) as restored:
+        assert restored.transact(Ask(ReadAll(GenerationRow, VM))) == before
+
+
+def test_a_key_that_the_server_could_not_open_is_not_taken(
+    command: Command, stores: tuple[str, str], config: Path
+) -> None:
+    old, new = stores
+    write_file(config.with_name("kek"), bytes(32), mode=0o600)
+    with closing(open_store(old)) as restored:
+        before = dump(restored)
+    refused = command("store", "compare", old, new, "--take", "--config", config, "--json")
+    assert (refused.code, "name the file of that KEK" in refused.json["error"]) == (1, True)
+    write_file(config.with_name("kek.old"), bytes(range(32)), mode=0o600)
+    with closing(open_store(old)) as restored:
+        assert dump(restored) == before
+    text = config.read_text().replace('kek_file = "kek"', 'kek_file = "kek"\nkek_previous_file = "kek.old"')
+    _ = config.write_text(text)
+    assert command("store", "compare", old, new, "--take", "--config", config).code == 0
+
+
+def test_stores_that_cannot_be_compared(command: Command, stores: tuple[str, str], tmp_path: Path) -> None:
+    old, new = stores
+    with closing(SqliteStore(tmp_path / "foreign.db")) as foreign:
+        foreign.transact(evolve(boot("foreign"), root=None))
+        other = boot("another", vm=Vm(VM.hotkey, "another"))
+        foreign.transact(other)
+    _ = (tmp_path / "cut.db").write_bytes((tmp_path / "new.db").read_bytes()[:5000])
+    _ = (tmp_path / "text.db").write_text("no database " * 1000)
+    for which, why in (
+        ([old, f"sqlite:{tmp_path}/none.db"], "not made yet"),
+        ([old, f"sqlite:{tmp_path}/foreign.db"], "share no key"),
+        ([old, f"sqlite:{tmp_path}/cut.db"], "cut.db"),
+        ([f"sqlite:{tmp_path}/text.db", new], "text.db"),
+        ([old, old], "name the newer store"),
+        ([old, "mysql://x"], "NEW: say"),
+        ([old, f"postgresql://u:{PASSWORD}@h/d"], "leave the password out"),
+        ([old, new, "--take"], "goes with --config"),
+    ):
+        ended = command("store", "compare", *which)
+        assert (ended.code, why in " ".join(ended.err.split())) == (2, True), (which, ended)
+        assert "Traceback" not in ended.err
+        assert PASSWORD not in ended.err
+
+
+def test_it_takes_from_postgresql(
+    command: Command, stores: tuple[str, str], config: Path, empty_schema: str, tmp_path: Path
+) -> None:
+    """The newer store is a database, the restored one a file."""
+    old, new = stores
+    StorePlace(empty_schema, tmp_path).open(migrate=True).close()
+    _ = config.write_text(config.read_text().replace("sqlite:keys.db", empty_schema))
+    assert command("store", "copy", "--from", new, "--config", config).code == 0
+    passfile = tmp_path / "pgpass"
+    write_file(passfile, f"*:*:*:*:{PASSWORD}\n".encode(), mode=0o600)
+    newer = empty_schema.replace(f":{PASSWORD}@", "@") + f"&passfile={passfile}"
+    assert len(command("store", "compare", old, newer, "--json").json["volumes"]) == 3
+    assert command("store", "compare", old, newer, "--take", "--config", config).code == 0
+    assert command("store", "compare", old, new).code == 0
