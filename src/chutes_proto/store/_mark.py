@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from typing import Any, Final, cast
+from typing import Any, Final
 
 from attrs import evolve, frozen
 
@@ -94,17 +94,23 @@ class Mark:
     def from_bytes(cls, data: bytes) -> Mark:
         """Read a file. Raises `ConfigurationError` for one that is not a whole mark."""
         try:
-            body = cast("dict[str, Any]", json.loads(data))
+            body: dict[str, Any] = json.loads(data)
             given = body.pop("sha256")
-            is_whole = given == _digest(body) and body["form"] == FORM and body.keys() == _MEMBERS
-            numbers = (body["store"], body["timeline"], *(number for entry in body["entries"] for number in entry[:2]))
-            entries = tuple(Entry(number, at, digest) for number, at, digest in body["entries"])
+            if given != _digest(body) or body["form"] != FORM or body.keys() != _MEMBERS:
+                raise ValueError(given)
+            made = cls(body["store"], body["timeline"], tuple(Entry(*entry) for entry in body["entries"]))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            is_whole, numbers, entries = False, (), ()
-        is_right = is_whole and all(type(number) is int and 0 <= number < 1 << 63 for number in numbers)
-        if not is_right or not all(type(entry.digest) is str for entry in entries) or len(entries) > KEPT:
-            raise ConfigurationError("not a mark of a store, or not all of it")
-        return cls(body["store"], body["timeline"], entries)
+            raise _not_whole() from None
+        numbers = (made.store_id, made.timeline, *(each for entry in made.entries for each in (entry.number, entry.at)))
+        if not all(type(number) is int and 0 <= number < 1 << 63 for number in numbers):
+            raise _not_whole()
+        if not all(type(entry.digest) is str for entry in made.entries) or len(made.entries) > KEPT:
+            raise _not_whole()
+        return made
+
+
+def _not_whole() -> ConfigurationError:
+    return ConfigurationError("not a mark of a store, or not all of it")
 
 
 def _digest(body: dict[str, Any]) -> str:

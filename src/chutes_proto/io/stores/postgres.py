@@ -495,7 +495,7 @@ class PostgresStore:
                 cursor = connection.execute(_query(text), values)
             except (psycopg.DataError, UnicodeEncodeError) as exc:
                 raise self._fault(f"a value of {type(op).__name__} cannot be stored: {type(exc).__name__}") from exc
-            rows: Sequence[tuple[Any, ...]] = cursor.fetchall() if cursor.description else ()
+            rows = cursor.fetchall() if cursor.description else list[tuple[Any, ...]]()
             if isinstance(op, Insert) and isinstance(op.row, AuditRow):
                 changes.append(Entry.of(rows[0][0], op.row))
             elif isinstance(op, PurgeAudit):
