@@ -149,7 +149,7 @@ def test_the_next_server_takes_it_over(premises: Premises) -> None:
 
 def test_every_metric_is_described() -> None:
     page = (DOCS / "how-to" / "monitor.md").read_text()
-    described = set(re.findall(r"`([a-z_]+)`", page.partition("## Metrics")[2]))
+    described = set(re.findall(r"`([a-z_]+)`", page.partition("## Metrics")[2].partition("## Alerts")[0]))
     for metric in Metrics().registry.collect():
         name = metric.name.removeprefix("chutes_proto_")
         assert {name, f"{name}_total"} & described, name
