@@ -127,7 +127,7 @@ def check_times(terms: Iterable[Term], now: int) -> None:
             raise steps.CertificateExpiredError(term.subject, "expired", got=got, expected=expected)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=256)
 def read(der: bytes, subject: str) -> Certificate:
     """Step 2: a certificate from DER."""
     try:
@@ -142,7 +142,7 @@ def _check_root(certificate: Certificate, root: TrustedRoot) -> None:
         raise steps.UntrustedRootError("root certificate", "untrusted", got=digest, expected=root.digest)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=256)
 def _link(der: bytes, subject: str, issuer: bytes, point: bytes, place: int) -> None:
     """Steps 3, 5 and 6 for the certificate at ``place``, with so many below it."""
     certificate = read(der, subject)
@@ -171,7 +171,7 @@ def _check_role(certificate: Certificate, place: int) -> None:
         raise DerError("it is not a CA's, or not one with so many CAs below it")
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=256)
 def load_key(point: bytes, subject: str) -> EllipticCurvePublicKey:
     """Step 2: the key of a certificate."""
     try:

@@ -110,7 +110,7 @@ class Revocation:
         return cls(tuple(answers), tuple(crls))
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=512)
 def read_status(data: bytes) -> OcspAnswer | Crl:
     """Step 18: an OCSP answer or a CRL from DER."""
     if len(data) > MAX_SIZE:
@@ -198,7 +198,7 @@ def _status(
     return Status(name, answer.state, answer.this_update, answer.next_update)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=512)
 def _cert_id(digest: str, issuer: bytes, point: bytes, serial: bytes) -> CertId:
     def hashed(value: bytes) -> bytes:
         return hashlib.new(digest, value, usedforsecurity=False).digest()
@@ -206,7 +206,7 @@ def _cert_id(digest: str, issuer: bytes, point: bytes, serial: bytes) -> CertId:
     return CertId(digest, hashed(issuer), hashed(b"\x04" + point), serial)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=512)
 def _verify_ocsp(answer: OcspAnswer, root: TrustedRoot, issuer: bytes, point: bytes, name: str) -> tuple[Term, ...]:
     """Steps 19 and 20; the validity of the responder's certificate."""
     subject = f"OCSP answer about the {name}"

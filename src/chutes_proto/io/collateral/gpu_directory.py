@@ -30,7 +30,10 @@ class GpuCollateralDirectory:
         """Return all that is there. Raises `CollateralUnavailable` if a directory cannot be read."""
         with self._lock:
             rims, status = self._files("rims"), self._files("status")
-            stamp = tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in (*rims, *status))
+            try:
+                stamp = tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in (*rims, *status))
+            except OSError as exc:  # it went while it was looked at
+                raise CollateralUnavailable(f"GPU collateral directory {self.path}: {exc.strerror}") from None
             if stamp != self._stamp:
                 self._found = self._read(rims, status)
                 self._stamp = stamp
