@@ -112,6 +112,15 @@ class Cluster:
         _ = wait_until(answers)
         return process
 
+    def begin(self, script: str) -> subprocess.Popen[bytes]:
+        """Start a script of the shell as the user who owns this cluster, in its folder."""
+        return subprocess.Popen(["bash", "-ec", script], **self._as)
+
+    def shell(self, script: str) -> None:
+        """Run a script as `begin` does, to its end."""
+        process = self.begin(script)
+        assert process.wait(120) == 0, script
+
     def stop(self, number: signal.Signals = signal.SIGINT) -> None:
         """End it: SIGINT (fast), SIGQUIT (at once, with recovery at the next start), SIGKILL (the same, as a crash)."""
         if self._process is not None:

@@ -6,10 +6,13 @@ import json
 import os
 import re
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
 from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
@@ -21,8 +24,14 @@ from cryptography.fernet import Fernet
 from psycopg.conninfo import conninfo_to_dict
 
 from chutes_proto.io.files import write_file
+from chutes_proto.io.stores.address import StorePlace
+from chutes_proto.store._run import Ask
+from chutes_proto.store.rows import BootRow, Scan
 from chutes_proto.testing._platform import SimulatedPlatform
+from chutes_proto.testing.store_suite._parts import boot
+from chutes_proto.units.operator import StoreRestored
 from tests.cli.conftest import HOTKEY
+from tests.postgres import Cluster
 from tests.scenario.premises import Premises
 from tests.waiting import wait_until
 from tools.docs.pages import DOCS, fences
@@ -188,6 +197,56 @@ def test_what_the_backup_lacks(premises: Premises, require_program: Callable[[st
     assert key(premises) == newest
 
 
+def test_a_recovery_to_the_last_transaction(postgres_programs: Path) -> None:
+    """The database is killed after the last commit, with its disk lost; what was acknowledged is recovered."""
+    title = "Point-in-time recovery in PostgreSQL"
+    settings = {"wal_level": "replica", "max_wal_senders": "4"}
+    with ExitStack() as stack:
+        cluster = Cluster(postgres_programs, None, settings)
+        stack.callback(cluster.remove)
+        (cluster.folder / "password").unlink()
+        given = "postgresql://backup@db.internal/postgres?passfile=/etc/chutes/pgpass"
+        assert given in RECIPES[title][0]
+        at = f"PATH={postgres_programs}:$PATH\n" + RECIPES[title][0].replace(given, cluster.url())
+        cluster.shell(at)
+        again = at.replace("mkdir", ": mkdir")
+        receiving = cluster.begin(f"{again}exec {RECIPES[title][1]}")
+        stack.callback(receiving.wait, 60)
+        stack.callback(receiving.kill)
+        for statement in text_of_sql(title).split(";")[:2]:
+            with psycopg.connect(cluster.url(), autocommit=True) as database:
+                _ = database.execute(statement.encode())
+        with psycopg.connect(cluster.url(), autocommit=True) as database:
+            synchronous = "SELECT 1 FROM pg_stat_replication WHERE sync_state = 'sync'"
+            _ = wait_until(lambda: database.execute(synchronous).fetchone())
+        with closing(StorePlace(cluster.url(), cluster.folder).open(migrate=True)) as store:
+            store.transact(boot("before"))
+            cluster.shell(again + RECIPES[title][2])
+            for label in ("between", "last"):
+                store.transact(boot(label))
+            cluster.stop(signal.SIGKILL)
+        shutil.rmtree(cluster.folder / "data")
+        receiving.kill()
+        recover = RECIPES[title][3].replace(
+            "touch", f"cat {cluster.folder}/here >> recovered/postgresql.auto.conf\ntouch"
+        )
+        here = {"listen_addresses": "", "unix_socket_directories": str(cluster.folder), "max_connections": "120"}
+        lines = [f"{name} = '{value}'\n" for name, value in {**settings, **here}.items()]
+        _ = (cluster.folder / "here").write_text("".join(lines))
+        cluster.shell(f"PATH={postgres_programs}:$PATH\n{recover.replace('--wait', '--wait --log log')}")
+        stack.callback(cluster.shell, f"{postgres_programs}/pg_ctl --pgdata recovered --mode immediate stop")
+        with closing(StorePlace(cluster.url(), cluster.folder).open()) as store:
+            assert {row.boot_id for row in store.transact(Ask(Scan(BootRow)))} == {
+                boot(label).boot_id for label in ("before", "between", "last")
+            }
+            _ = store.transact(StoreRestored(0, "recovered"))
+
+
+def text_of_sql(title: str) -> str:
+    found = fences(DOCS / "how-to" / "backup-restore.md")
+    return next(fence.text for fence in found if (fence.heading, fence.language) == (title, "sql"))
+
+
 @pytest.mark.parametrize("premises", ["sqlite", "postgresql"], indirect=True)
 def test_a_clock_that_was_ahead(premises: Premises) -> None:
     premises.start_here()
@@ -300,4 +359,4 @@ def test_no_recipe_is_left_out() -> None:
     source = Path(__file__).read_text("utf-8")
     for title in RECIPES:
         assert f'"{title}"' in source, title
-    assert sum(map(len, RECIPES.values())) == 17
+    assert sum(map(len, RECIPES.values())) == 22
