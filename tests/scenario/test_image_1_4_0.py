@@ -96,13 +96,18 @@ class Vm:
         return len(json.loads(subprocess.run(command, capture_output=True, check=True).stdout)["keyslots"])
 
 
-def write_site(folder: Path, more: str = "", exchange: str = "provisioned", store: str = "") -> None:
+AT_EVERY_BOOT = "rotate_after_hours = 0\n"
+
+
+def write_site(
+    folder: Path, more: str = "", exchange: str = "provisioned", store: str = "", pace: str = AT_EVERY_BOOT
+) -> None:
     write_server(folder, PLATFORM, int(time.time()))
     path = folder / "server.toml"
     text = path.read_text().partition("[profile_defaults]")[0]
     if store:
         text = text.replace("sqlite:keys.db", store)
-    _ = path.write_text(text + more + OPTIONS.format(exchange=exchange))
+    _ = path.write_text(pace + text + more + OPTIONS.format(exchange=exchange))
     _ = (folder / "passphrases.json").write_text(json.dumps({"1": BUILD}))
     (folder / "passphrases.json").chmod(0o600)
 
@@ -177,6 +182,34 @@ def test_power_that_goes_at_every_place(vm: Vm) -> None:
         assert vm.boot()[0] == UP
         assert vm.boot(OFF=place)[0] == POWERED_OFF
         assert UP in [vm.boot()[0] for _ in range(2)], place
+
+
+@pytest.fixture
+def unhurried(tmp_path: Path, require_program: Callable[[str], str]) -> Iterator[Vm]:
+    """The VM of a server with the usual pace: a key is replaced once a day."""
+    for program in NEEDED:
+        _ = require_program(program)
+    folder = tmp_path / "site"
+    for made in (folder, tmp_path / "vm"):
+        made.mkdir()
+    write_site(folder, pace="")
+    server = start_server("--config", folder / "server.toml", ca=folder / "ca.pem")
+    yield Vm(Site(folder, server, server.url), tmp_path / "vm")
+    end(server.process)
+
+
+def test_within_a_day_the_next_key_is_the_present_one(unhurried: Vm) -> None:
+    """But the build's passphrase, which every VM has, is replaced at once."""
+    assert unhurried.boot()[0] == UP
+    assert subprocess.run(
+        ["cryptsetup", "open", "--test-passphrase", "--key-file=-", str(unhurried.folder / "root")],
+        input=BUILD.encode(),
+        check=False,
+        capture_output=True,
+    ).returncode
+    assert unhurried.boot(LOSE="confirm-root confirm")[0] == UP
+    assert unhurried.boot()[0] == UP
+    assert [unhurried.slots(disk) for disk in ("root", "storage", "cache")] == [1, 1, 1]
 
 
 @pytest.fixture
