@@ -29,7 +29,7 @@ class Services:
     """The RIM service and the OCSP service of simulated GPUs, which answer as ``gpus`` make them."""
 
     def __init__(self, gpus: SimulatedGpus = GPUS, status: int = 200) -> None:
-        self.rims = dict(zip(IDS, gpus.rims(NOW), strict=True))
+        self.rims: dict[str, bytes] = dict(zip(IDS, gpus.rims(NOW), strict=True))
         self.answers = {answer.about.serial: data for data in gpus.status(NOW) for answer in _answers(data)}
         self.status = status
         self.asked: list[str] = []

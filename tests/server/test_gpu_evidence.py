@@ -7,16 +7,18 @@ from typing import Any
 import pytest
 from attrs import evolve
 
-from chutes_proto.errors import CollateralUnavailable
+from chutes_proto.errors import CollateralUnavailable, StoreBusy
 from chutes_proto.gpu import GpuCollateral, GpuPolicy, Revocation, Rims, verify_rim
 from chutes_proto.quote._policy import Policy
 from chutes_proto.server._app import App
 from chutes_proto.server._gpu_evidence import Demand, GpuAppraisal
 from chutes_proto.server._profiles import ServedProfile
 from chutes_proto.server._service import Callback
-from chutes_proto.store.rows import AuditRow, GpuDeviceRow, ServerRow
+from chutes_proto.store.rows import AuditRow, Claim, GpuDeviceRow, Read, ServerRow
 from chutes_proto.testing import SimulatedGpus
 from chutes_proto.testing._platform import PROFILE
+from chutes_proto.units.records import SignedGpu, SignedGpus
+from chutes_proto.units.servers import keep_gpus
 from chutes_proto.wire.codec import encode_quote
 from chutes_proto.wire.codes import Code
 from tests.server.test_callbacks import VALIDATOR, Hosted
@@ -184,3 +186,14 @@ def test_a_lost_directory_is_told() -> None:
     world.gpus = None
     registered(register(world))
     assert str(CollateralUnavailable("the directory is gone")) in audited(world)
+
+
+def test_a_device_that_another_transaction_took_meanwhile_is_asked_again() -> None:
+    world = make("record", callback=False)
+    registered(register(world))
+    (server,) = world.rows(ServerRow)
+    script = keep_gpus(SignedGpus("text", (SignedGpu("41A0", "53C2"),)), server, NOW)
+    assert isinstance(next(script), Read)
+    assert isinstance(script.send(None), Claim)
+    with pytest.raises(StoreBusy):
+        _ = script.send(False)

@@ -97,7 +97,7 @@ class RegisterServer(Unit[store.ServerRow]):
         reason = "no link" if link is None else f"linked to boot {link.boot_id} of {link.vm.name}"
         reason = f"at {server.address}: {reason}; {len(self.gpus)} GPUs"
         if self.shown is not None:
-            gpus = yield from _keep_gpus(self.shown.gpus, server, self.now)
+            gpus = yield from keep_gpus(self.shown.gpus, server, self.now)
             records = Records(self.now, self.request_id, server.vm, self.shown, self.address)
             yield from records.verdict("runtime", "", registration=server.registration)
             reason += f"; its host gave a quote of {self.shown.pin}; {gpus}"
@@ -308,7 +308,7 @@ class GrantRuntime(Unit[None]):
             raise Refused(Code.PLATFORM_MISMATCH, "This server is bound to another platform.", reason=reason)
         yield from redeem_nonce(self.nonce, self.now)
         yield from store.Put(evolve(server, pin=pin if bound is None else server.pin, attested=self.request_id))
-        gpus = "" if self.gpus is None else f"; {(yield from _keep_gpus(self.gpus, server, self.now))}"
+        gpus = "" if self.gpus is None else f"; {(yield from keep_gpus(self.gpus, server, self.now))}"
         yield from _record(self, server, why=gpus)
 
     def _bound_to(self, server: store.ServerRow) -> Script[store.Pin | None]:
@@ -351,7 +351,7 @@ class RecordRuntimeRefusal(Unit[bool]):
         return True
 
 
-def _keep_gpus(gpus: SignedGpus, server: store.ServerRow, now: int) -> Script[str]:
+def keep_gpus(gpus: SignedGpus, server: store.ServerRow, now: int) -> Script[str]:
     """Keep whose the signed devices are; returns the text for the audit. Raises `Refused` (``gpu_taken``)."""
     text = gpus.text
     for gpu in gpus.devices:
