@@ -37,7 +37,7 @@ class Answered:
 class Observer(Protocol):
     """Is told of each request that was answered; must not block or raise."""
 
-    def __call__(self, answered: Answered, /) -> object:
+    def __call__(self, answered: Answered, /) -> None:
         """Take note of it."""
         ...
 

@@ -171,9 +171,9 @@ class Supervisor:
         if worker.process.stdout is not None:
             worker.process.stdout.close()
         if metrics is not None:
-            from prometheus_client.multiprocess import mark_process_dead
+            from prometheus_client import multiprocess
 
-            mark_process_dead(worker.process.pid, metrics)  # type: ignore[no-untyped-call]
+            multiprocess.mark_process_dead(worker.process.pid, metrics)  # type: ignore[no-untyped-call]
         if self._stopping:
             return
         fields: dict[str, Value] = {"worker": worker.number, "code": worker.process.returncode}
