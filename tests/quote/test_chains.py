@@ -222,7 +222,7 @@ def _remembering(module: object) -> dict[str, Any]:
     return {
         f"{name}.{function.__name__}": function
         for function in vars(module).values()
-        if hasattr(function, "cache_info") and function.__module__ == name
+        if hasattr(function, "cache_info") and not isinstance(function, type) and function.__module__ == name
     }
 
 

@@ -7,6 +7,7 @@ import re
 import pytest
 
 from chutes_proto.quote import _steps
+from chutes_proto.quote._attested import CertificateEvidenceError
 from chutes_proto.quote._errors import AppraisalError, QuoteFormatError, VerificationError
 from chutes_proto.quote._policy import Policy
 from chutes_proto.quote._roots import TrustedRoot
@@ -124,10 +125,10 @@ MEASUREMENTS = {"mrtd": "MRTD", "rtmr0": "RTMR0", "rtmr1": "RTMR1", "rtmr2": "RT
 
 def test_the_steps_are_in_order() -> None:
     """From the form of the bytes to the policy."""
-    steps: list[Step] = [QuoteFormatError, *STEPS, AppraisalError]
+    steps: list[Step] = [QuoteFormatError, *STEPS, AppraisalError, CertificateEvidenceError]
     assert [step.step for step in steps] == list(range(len(steps)))
     assert set(VerificationError.__subclasses__()) == set(steps)
-    assert len({step.code for step in STEPS}) == len({step.rule for step in steps}) - 2 == len(STEPS)
+    assert len({step.code for step in STEPS}) == len({step.rule for step in steps}) - 3 == len(STEPS)
 
 
 def test_the_reference_lists_the_steps() -> None:

@@ -11,7 +11,7 @@ A library would read more than this, and is one more thing that hostile bytes me
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, cast
 
 from attrs import frozen
 
@@ -52,9 +52,11 @@ def encode(value: object) -> bytes:
         case str():
             return _head(_TEXT, len(value.encode())) + value.encode()
         case list():
-            return _head(_ARRAY, len(value)) + b"".join(map(encode, value))
+            members = cast("list[object]", value)
+            return _head(_ARRAY, len(members)) + b"".join(map(encode, members))
         case dict():
-            return _head(_MAP, len(value)) + b"".join(encode(key) + encode(item) for key, item in value.items())
+            table = cast("dict[object, object]", value)
+            return _head(_MAP, len(table)) + b"".join(encode(key) + encode(item) for key, item in table.items())
         case Tagged(tag, inner):
             return _head(_TAG, tag) + encode(inner)
         case _:

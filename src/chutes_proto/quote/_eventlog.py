@@ -351,6 +351,8 @@ def _json_event(number: int, entry: object) -> Event:
             octets = strict_json.digits(digest), strict_json.digits(payload) if isinstance(payload, str) else None
             if octets[0] is not None and len(octets[0]) == 48 and octets[1] is not None:
                 return Event(number, REGISTERS[imr + 1], kind, octets[0], octets[1], label)
+        case _:
+            pass
     raise EventLogFormatError(f"event {number}: not an imr of 0 to 3, a type, a SHA-384 digest, a name and a payload")
 
 

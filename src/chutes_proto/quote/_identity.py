@@ -71,7 +71,9 @@ class IdentityPolicy:
                 raise PolicyError(f"{name}: an empty list would accept nothing; leave it out to accept anything")
 
         products: Any = self.isv_prod_id
-        if products is not None and (type(products) is not tuple or not products or not all(map(_is_isv, products))):
+        if products is not None and (
+            type(products) is not tuple or not products or not all(map(_is_isv, cast("Any", products)))
+        ):
             raise PolicyError("isv_prod_id: must be a list of numbers of 16 bits, and not empty")
         if not _is_isv(self.min_isv_svn):
             raise PolicyError("min_isv_svn: must be a number of 16 bits")

@@ -354,7 +354,7 @@ def _rule(value: object, register: str, stage: Stage | None) -> tuple[object, li
         return _ZERO, [RegisterRule(register=register, stage=stage, check="any")]
     if not isinstance(value, dict):
         return value, []
-    form = _REPLAYED.structure(value, _ReplayedRegister).replayed
+    form = _REPLAYED.structure(cast("object", value), _ReplayedRegister).replayed
     values = tuple((name, tuple(accepted)) for name, accepted in sorted(form.values.items()))
     kind = RegisterRule(
         register=register, stage=stage, check="replayed", prefix=form.prefix, events=form.events, values=values
