@@ -24,7 +24,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 FUZZ_INSTALLED := $(VENV)/.installed-fuzz
 DOCS_INSTALLED := $(VENV)/.installed-docs
-SCRIPTS := .ci/run tests/scenario/initramfs.sh examples/initramfs/hooks/chutes-proto \
+SCRIPTS := .ci/run tests/scenario/initramfs.sh tests/scenario/image_1_4_0.sh examples/initramfs/hooks/chutes-proto \
 	examples/initramfs/scripts/local-top/chutes-proto
 # The pins are complete and installed with --no-deps: an older pip would look for the newest release of an extra.
 PIP_OPTIONS := --disable-pip-version-check --no-input --retries 10

@@ -5,6 +5,7 @@
 # ("sign MESSAGE" prints hex) and quotes ("quote STAGE HEX" prints base64). LOSE names calls whose answers are lost on
 # their way ("confirm-root confirm"), OFF a place where the power goes. The exit code says how the boot ended:
 # 0 the system is up, 10 powered off.
+# shellcheck disable=SC2015,SC2153
 set -u
 work=$(mktemp -d) || exit 1
 trap 'rm -rf "$work"' EXIT

@@ -8,7 +8,7 @@ Rules kept here:
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from chutes_proto._extras import missing
 from chutes_proto.quote import PolicyError
@@ -23,7 +23,8 @@ def read_yaml(data: bytes) -> object:
     except ModuleNotFoundError as exc:
         raise missing("cli", exc) from None
     try:
-        node: Any = yaml.compose(data.decode("utf-8"), Loader=yaml.BaseLoader)
+        compose: Any = cast("Any", yaml).compose
+        node: Any = compose(data.decode("utf-8"), Loader=yaml.BaseLoader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as exc:
         raise PolicyError(f"not YAML: {' '.join(str(exc).split())[:200]}") from None
     return _plain(node, set(), _DEEPEST)
