@@ -231,3 +231,8 @@ def test_what_is_not_read(data: str, problem: str) -> None:
 def test_what_is_not_written() -> None:
     with pytest.raises(TypeError):
         _ = cbor.encode(-1)
+
+
+def test_a_certificate_that_is_too_large_is_not_read() -> None:
+    with pytest.raises(CertificateEvidenceError, match="more than"):
+        _ = read_evidence(bytes(100_000))

@@ -290,3 +290,8 @@ def test_a_floor_under_the_tcb_date() -> None:
                 _ = policy.appraise(verdict, stage="boot")
     with pytest.raises(PolicyError, match="min_tcb_date"):
         _ = TcbPolicy(min_tcb_date=1.5)  # type: ignore[arg-type]
+
+
+def test_a_word_of_another_choice_is_refused() -> None:
+    with pytest.raises(PolicyError, match="evaluation_numbers"):
+        _ = TcbPolicy(evaluation_numbers="some")  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from hashlib import sha384
 from typing import Any
 
@@ -167,3 +168,9 @@ def test_a_key_of_another_kind_signs_nothing() -> None:
     wrong: Any = x25519.X25519PrivateKey.generate()
     with pytest.raises(PolicyError, match="key: must be a private key"):
         _ = sign_ear({}, wrong)
+
+
+def test_the_extra_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jwt", None)
+    with pytest.raises(ModuleNotFoundError, match=r"chutes-proto\[token\]"):
+        _ = sign_ear({}, ec.generate_private_key(ec.SECP256R1()))
