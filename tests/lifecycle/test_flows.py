@@ -54,7 +54,7 @@ class Vm:
 
     def __attrs_post_init__(self) -> None:
         served = ServedProfile(PROFILE, None, False, False, self.exchange)
-        self.server = World(app=App(service(profiles={PROFILE.name: served})))
+        self.server = World(app=App(service(profiles={PROFILE.identity: served})))
 
     def device(self, name: str) -> str:
         return f"{self.folder}/{name}.img"
