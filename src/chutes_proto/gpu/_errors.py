@@ -52,7 +52,9 @@ class GpuVerificationError(GpuError):
 class EvidenceFormatError(GpuVerificationError):
     """The bytes are not GPU evidence of a kind that is read here."""
 
-    step, code, rule = 0, "evidence_format", "the bytes are evidence: a list of reports with chains, SPDM 1.1 inside"
+    step = 0
+    code = "evidence_format"
+    rule = "the bytes are evidence: a list of reports with chains, SPDM 1.1 inside"
 
 
 class GpuPolicyError(GpuError):

@@ -200,8 +200,8 @@ class EvidenceRefusedError(GpuError):
     def __init__(self, error: GpuError, devices: Sequence[DeviceReport]) -> None:
         super().__init__(str(error))
         self.error = error
-        self.code = error.code
-        self.devices = tuple(devices)
+        self.code: str = error.code
+        self.devices: tuple[DeviceReport, ...] = tuple(devices)
 
     def __str__(self) -> str:
         own = [device for device in self.devices if device.error is self.error]

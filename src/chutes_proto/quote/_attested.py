@@ -58,7 +58,9 @@ _SHA256: Final = 1
 class CertificateEvidenceError(VerificationError):
     """The certificate cannot be read, or has no evidence in a form that is read here, or evidence for another key."""
 
-    step, code, rule = 39, "certificate_evidence", "the certificate has evidence, which names the certificate's key"
+    step = 39
+    code = "certificate_evidence"
+    rule = "the certificate has evidence, which names the certificate's key"
 
 
 @frozen

@@ -96,7 +96,7 @@ class Listeners:
         self._admin_context = setup.admin_tls
         self.handed_over = False
         """Whether another process serves on them, too: then files of Unix sockets are left to it."""
-        self.all_given = True
+        self.all_given: bool = True
         """Whether each of them was given."""
         self.keyed: list[tuple[str, socket]] = []
         """Each socket, after the setting that it was opened for."""

@@ -369,7 +369,7 @@ class PostgresStore:
         self._clock_difference_seconds = clock_difference_seconds
         self._answer_seconds = busy_seconds + _SILENCE
         self._require_synchronous = require_synchronous
-        self.replication = Replication(0, is_synchronous=False)
+        self.replication: Replication = Replication(0, is_synchronous=False)
         self._marks = MarkKeeper(self.name, mark_file)
         self._timeline = 0
         self._pool = _Pool(_Slots(Crowding(connections)))
