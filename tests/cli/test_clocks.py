@@ -13,8 +13,11 @@ import pytest
 
 from chutes_proto.errors import Unavailable
 from chutes_proto.io.server.development import write_server
+from chutes_proto.io.server.health import read_health
+from chutes_proto.io.server.setup import make_setup
 from chutes_proto.io.stores.postgres import PostgresStore
 from chutes_proto.io.stores.sqlite import SqliteStore
+from chutes_proto.server import ServerConfig
 from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import SetHorizon
 from chutes_proto.sync import BootAgent
@@ -33,6 +36,17 @@ def write_site(folder: Path, store: str) -> Path:
     configuration = folder / "server.toml"
     configuration.write_text(configuration.read_text().replace("sqlite:keys.db", store))
     return configuration
+
+
+def test_a_check_notes_a_clock_before_the_store_is_refused_for_it(database: str, tmp_path: Path) -> None:
+    with schema_with_clock(database) as (url, _), psycopg.connect(url, autocommit=True) as connection:
+        replace_now(connection, "clock_timestamp()")
+        setup = make_setup(ServerConfig.load(write_site(tmp_path, url)))
+        with closing(PostgresStore(url, migrate=True)) as store:
+            for apart, states in (0, ("ok", "ok")), (4, ("ok", "note")), (60, ("problem", "note")):
+                replace_now(connection, f"clock_timestamp() - {apart} * interval ''1 s''")
+                found = {finding.what: finding.state for finding in read_health(setup, store).findings}
+                assert (found["store"], found["clock"]) == states
 
 
 def test_a_server_whose_clock_differs_from_the_databases_is_not_ready_until_it_does_not(

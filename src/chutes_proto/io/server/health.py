@@ -2,7 +2,7 @@
 
 Rules kept here:
 
-* a problem means that boots are not served well from here: somebody must mend store, clock or certificate;
+* a problem means that boots are not served well from here: somebody must mend the store, a wrong clock included, or the certificate;
 * collateral that has expired is a note: it may be of one platform only, and every server lacks it alike.
 """
 
@@ -26,11 +26,8 @@ from chutes_proto.quote._terms import rfc3339
 from chutes_proto.store._run import Ask, Store
 from chutes_proto.store.rows import CountSealed, CountStates, ReadAudit, ReadTimes
 
-SKEW_SECONDS: Final = 5
-"""A clock that differs more from the database's is worth a note."""
-
-WRONG_SECONDS: Final = 60
-"""A clock that differs more from the database's is a problem: nonces of other servers are refused."""
+SKEW_SECONDS: Final = 2
+"""A clock that differs more from the database's is worth a note. The store itself refuses one that is wrong."""
 
 _DAY: Final = 86_400
 _EARLY: Final = 30 * _DAY
@@ -96,7 +93,7 @@ def read_counts(store: Store) -> Counts:
 def _clock(skew: int | None) -> Finding:
     if skew is None:
         return Finding("ok", "clock", "the store has no clock of its own")
-    state: State = "problem" if abs(skew) > WRONG_SECONDS else "note" if abs(skew) > SKEW_SECONDS else "ok"
+    state: State = "note" if abs(skew) > SKEW_SECONDS else "ok"
     remedy = "" if state == "ok" else "chronyc tracking, here and on the database's machine"
     return Finding(state, "clock", f"{skew:+d} s beside the database's", remedy)
 
