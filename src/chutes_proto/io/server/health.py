@@ -2,7 +2,8 @@
 
 Rules kept here:
 
-* a problem means that boots are not served well from here: somebody must mend the store, a wrong clock included, or the certificate;
+* a problem means that boots are not served well from here: somebody must mend the store, which refuses a wrong clock,
+  or the certificate;
 * collateral that has expired is a note: it may be of one platform only, and every server lacks it alike.
 """
 
