@@ -190,6 +190,16 @@ def test_the_way_back_to_the_base_exchange(ours: bool) -> None:
     assert bool(locked) != ours
 
 
+def test_a_first_boot_that_is_cut_short_comes_again_with_the_same_keys() -> None:
+    """The store is backed up in between, and restored afterwards: the backup has the key that the disk got."""
+    world = World(BACKUPS[-1])
+    world.copy_image()
+    assert not boot_once(world, Choices([0, 0, 0, 0, 0, 1]))  # killed before the token is removed
+    world.back_up(Choices([1]))
+    assert undisturbed(world)
+    assert boot_once(world, Choices([0, 1])) or comes_up(world)
+
+
 # --- random lives ---
 
 

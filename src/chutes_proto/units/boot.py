@@ -9,9 +9,9 @@ Rules kept here:
 * a root passphrase is made once per VM and is the same at every boot: a second one would not open the root disk. But a
   provisioned boot rotates it, like the key of any volume: it is handed the current one and the next. As a boot has one
   try, the key of a provisional promotion and the one that it superseded are offered alternately. A fresh disk has the
-  build's passphrase alone, which becomes a new generation then; older ones are retired. So a request that says that the
-  disk is fresh, and comes late, would lock a disk that was rotated since: it counts only if its nonce is younger
-  than all that were granted; clients that ask again wait two seconds.
+  build's passphrase alone, which becomes a new generation then, unless it is the active one; others are retired. So a
+  request that says that the disk is fresh, and comes late, would lock a disk that was rotated since: it counts only if
+  its nonce is younger than all that were granted; clients that ask again wait two seconds.
 
 The order in which the server checks before it comes here is in ``server/_boot.py``.
 """
@@ -23,7 +23,7 @@ from typing import Literal
 
 from attrs import evolve, frozen
 
-from chutes_proto.errors import Refused
+from chutes_proto.errors import KeyUnavailable, Refused, SealBroken
 from chutes_proto.keys import generations
 from chutes_proto.keys.generations import Pace
 from chutes_proto.keys.vault import FreshKey, Vault
@@ -153,16 +153,16 @@ class GrantBoot(Unit[BootGrant]):
         rows: generations.Generations = stored[generations.ROOT_VOLUME]
         before = disk_of((yield from store.ReadAll(store.VolumeRow, self.vm)), self.vm, generations.ROOT_VOLUME)
         seal = keys.sealer(generations.ROOT_VOLUME, rotation.build)
-        supply = generations.rekey(rows, seal, self.now) if rotation.first_boot else generations.fetch(rows, seal)
-        handed = before.handed
+        handed, build = None if rotation.first_boot else before.handed, rotation.build.passphrase
+        # A first boot that was cut short comes again: its keys may be in a backup by now, and are handed out again.
+        is_anew = rotation.first_boot and not _is_active(keys, rows, build)
+        supply = generations.rekey(rows, seal, self.now) if is_anew else generations.fetch(rows, seal)
         if supply.word != "kept":
             _ = yield from keys.supply(supply)
             rows, handed = generations.applied(rows, supply), None
-        present = generations.active(rows)
         # The build's passphrase is every VM's, so it is replaced at once. It and the first key after it are made in one
         # transaction: a backup that has the one has the other.
-        is_builds = present is not None and keys.open(present) == rotation.build.passphrase
-        pace = Pace(self.now, 0 if is_builds else rotation.rotate_after)
+        pace = Pace(self.now, 0 if keys.open(supply.current) == build else rotation.rotate_after)
         out = generations.hand_out(rows, keys.sealer(generations.ROOT_VOLUME, rotation.following), pace, handed)
         current, following = yield from keys.hand_out(out)
         number = None if out.current is None else out.current.generation
@@ -287,6 +287,15 @@ class RecordMismatch(Unit[str | None]):
             audited = evolve(records, request_id=self.request_id, boot_id=boot.boot_id)
             yield from audited.audit("exchange", "refused", f"{code}: {reason}")
         return reason
+
+
+def _is_active(keys: VmKeys, rows: generations.Generations, passphrase: Secret) -> bool:
+    """Whether the active key is ``passphrase``; one that does not open is another."""
+    row = generations.active(rows)
+    try:
+        return row is not None and keys.open(row) == passphrase
+    except (KeyUnavailable, SealBroken):
+        return False
 
 
 def taken(vm: store.Vm, why: str) -> Refused:
