@@ -18,7 +18,8 @@ from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.store._run import Ask, Store
 from chutes_proto.store.rows import AuditRow, GenerationRow, ReadAll, Scan, Vm
 from chutes_proto.testing._platform import SimulatedPlatform
-from chutes_proto.testing.store_suite._parts import VM, attest, boot, confirm, dump, sync
+from chutes_proto.testing.store_suite._parts import VM, attest, boot, confirm, dump, platform, sync
+from chutes_proto.units.operator import RebindVm
 from tests.cli.conftest import Ended
 from tests.postgres import PASSWORD
 
@@ -129,6 +130,30 @@ def test_another_key_of_the_same_number_is_not_overwritten(
     }
     with closing(open_store(old)) as restored:
         assert restored.transact(Ask(ReadAll(GenerationRow, VM))) == before
+
+
+def test_a_vm_that_is_bound_elsewhere_takes_its_keys_only_once_it_is_rebound(
+    command: Command, stores: tuple[str, str], config: Path
+) -> None:
+    """The owner proved itself after the backup, and took over a name that a stranger had booted first."""
+    old, new = stores
+    owner, name = platform("owner"), Vm(VM.hotkey, "vm-taken")
+    stranger = evolve(boot("stranger", vm=name), root=None)
+    with closing(open_store(old)) as restored, closing(open_store(new)) as newer:
+        for store in (restored, newer):
+            store.transact(stranger)
+        proven = evolve(boot("owner", vm=name), root=None, platform=owner, hotkey_proven=True)
+        newer.transact(proven)
+        newer.transact(sync(proven, "body", "storage"))
+    take = ("store", "compare", old, new, "--take", "--config", config, "--json")
+    ended = command(*take)
+    states = {each["vm"]: each["state"] for each in ended.json["volumes"]}
+    assert (ended.code, states) == (1, {VM.name: "taken", NEW_VM.name: "taken", name.name: "elsewhere"})
+    with closing(open_store(old)) as restored:
+        assert not restored.transact(Ask(ReadAll(GenerationRow, name)))
+        restored.transact(RebindVm(proven.now, name, owner, False, proven.vault, "the owner's"))
+    ended = command(*take)
+    assert (ended.code, [each["state"] for each in ended.json["volumes"]]) == (0, ["taken"])
 
 
 def test_a_key_that_the_server_could_not_open_is_not_taken(

@@ -5,6 +5,8 @@ Rules kept here:
 * a key is the same where its sealed passphrase is, byte for byte: neither store needs to be opened with a KEK for that;
 * only a volume whose keys in the older store are all in the newer one takes over the newer one's keys and their states.
   Where the older store has made another key of the same number since, nothing is overwritten, and the volume differs;
+* a key goes to no other platform than the newer store would give it to: where the older one binds the VM to another,
+  nothing is taken until an operator rebinds the VM;
 * what is taken was opened before: a key under a KEK that the server lacks would only seem to be there.
 """
 
@@ -20,14 +22,15 @@ from chutes_proto.store import rows as store
 from chutes_proto.store._run import Script, Unit
 from chutes_proto.units.keys import by_volume
 
-State: TypeAlias = Literal["missing", "differs", "taken"]
+State: TypeAlias = Literal["missing", "differs", "elsewhere", "taken"]
 
 
 @frozen
 class Difference:
     """Keys of a volume that the older store lacks, by the numbers of their generations.
 
-    ``differs``: it has another key of such a number, or one that the newer store does not have.
+    ``differs``: it has another key of such a number, or one that the newer store does not have. ``elsewhere``: it binds
+    the VM to a platform that the newer store does not bind it to.
     """
 
     vm: store.Vm
@@ -54,6 +57,8 @@ class Compare(Unit[tuple[int, tuple[Difference, ...]]]):
 
     def script(self) -> Script[tuple[int, tuple[Difference, ...]]]:
         held = by_volume((yield from store.ReadAll(store.GenerationRow, self.newer.vm)))
+        claim, newest = (yield from store.Read(store.VmRow, self.newer.vm)), self.newer.claim
+        is_elsewhere = claim is not None and (newest is None or newest.pin != claim.pin)
         both = 0
         found: list[Difference] = []
         for volume, rows in by_volume(self.newer.keys).items():
@@ -61,7 +66,8 @@ class Compare(Unit[tuple[int, tuple[Difference, ...]]]):
             new = {row.generation: row for row in rows}
             both += sum(number in new and _is_same(row, new[number]) for number, row in old.items())
             if difference := _difference(self.newer.vm, volume, old, new):
-                found.append(difference)
+                is_refused = is_elsewhere and difference.state == "missing"
+                found.append(evolve(difference, state="elsewhere") if is_refused else difference)
         return both, tuple(found)
 
 

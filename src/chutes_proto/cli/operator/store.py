@@ -231,7 +231,7 @@ def _decided(
 @command.command(
     exits=exits(
         "the older store has every key, or has taken what it lacked",
-        "a key is missing, or two keys have one number; or --take was refused",
+        "a key is missing, two keys have one number, or a VM is bound elsewhere; or --take was refused",
         "a store cannot be read, or is another server's; wrong usage",
     )
 )
@@ -249,14 +249,15 @@ def compare(old: str, new: str, take: bool, config: str | None, reason: str) -> 
 
     With --take, copies the missing keys from NEW, with their states, and with an audit row for each VM. Before, stop
     all servers of both stores. Each key must open with a KEK of --config, current or previous. A volume for which OLD
-    has made another key of the same number since differs: it is left as it is. NEW is not changed. After an
-    interruption, repeat the command.
+    has made another key of the same number since differs: it is left as it is. So is one that is elsewhere: OLD binds
+    its VM to a platform that NEW does not bind it to, which would get the keys. Rebind it in OLD, and repeat the
+    command. NEW is not changed. After an interruption, repeat the command, too.
 
     Examples:
       chutes-proto store compare sqlite:keys.db sqlite:newer.db
       chutes-proto store compare sqlite:keys.db sqlite:newer.db --take --config server.toml --reason 'disk failure'
 
-    See also: store restored, keys history, keys restore
+    See also: store restored, vm rebind, keys history, keys restore
     """
     if take != (config is not None):
         raise ConfigurationError("--take: it goes with --config, which names the KEKs of the keys to take")
