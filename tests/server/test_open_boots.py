@@ -94,6 +94,15 @@ def test_once_another_process_has_its_listeners_it_ends_at_once_and_serves_what_
     assert granted.header("connection") == "close"
 
 
+def test_a_server_that_drains_and_is_taken_over_still_answers_what_it_accepted() -> None:
+    here = world()
+    _ = here.token()
+    end = here.app.stop(here.uptime)
+    here.uptime += 1
+    assert here.app.stop(here.uptime, handed_over=True) == end
+    assert here.app.stop(here.uptime, handed_over=True) == here.uptime
+
+
 def test_a_boot_token_is_open_until_the_answer_to_its_sync_is_sent() -> None:
     here = world()
     token = here.token()

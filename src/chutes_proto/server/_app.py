@@ -124,8 +124,14 @@ class App:
     _granting: int = field(init=False, default=0)  # pending requests that may open a boot
 
     def stop(self, now: float, *, handed_over: bool = False) -> float:
-        """Begin to drain; returns the latest end, ``limits.drain_seconds`` after ``now``. Called again, end at once."""
-        self._latest_end = now if self.draining else now + self.service.limits.drain_seconds
+        """Begin to drain; returns the latest end, ``limits.drain_seconds`` after ``now``. Called again, end at once.
+
+        A server that drains when its listeners are handed over keeps its latest end, to answer what it has accepted.
+        """
+        if not self.draining:
+            self._latest_end = now + self.service.limits.drain_seconds
+        elif self.handed_over or not handed_over:
+            self._latest_end = now
         self.draining, self.handed_over = True, handed_over
         return self._latest_end
 
