@@ -26,6 +26,7 @@ from chutes_proto.auth.client_identity import make_client_identity
 from chutes_proto.io.files import write_file
 from tests.cli.conftest import HOTKEY, PROGRAM, end
 from tests.scenario.premises import Premises, Vm
+from tests.scenario.test_admin import listen
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.parametrize("premises", ["sqlite"], indirect=True)
@@ -204,6 +205,7 @@ def activated(premises: Premises, held: socket.socket, transport: str) -> subpro
 
 def test_a_successor_that_fails_changes_nothing(premises: Premises) -> None:
     premises.edit("limits.drain_seconds = 0", TAKEOVER)
+    listen(premises, 'unix = "admin.sock"')
     premises.start()
     _ = premises.vm().nonce()
     other = premises.directory / "other.toml"
@@ -218,6 +220,7 @@ def test_a_successor_that_fails_changes_nothing(premises: Premises) -> None:
     assert "listen: a socket at ('127.0.0.1', " in ended.err
     _ = other.write_text(text.replace('"kek"', '"none"'))
     assert premises.run("serve", "--config", other).code == 1
+    assert (premises.directory / "admin.sock").is_socket()
     door = premises.directory / "takeover.sock"
     assert door.stat().st_mode & 0o777 == 0o600
     for _ in range(2):  # it takes the sockets, and ends before it serves
@@ -228,7 +231,7 @@ def test_a_successor_that_fails_changes_nothing(premises: Premises) -> None:
                 os.close(descriptor)
     _ = premises.vm("vm-2").nonce()
     premises.stop()
-    assert sorted(path.name for path in premises.directory.glob("takeover*")) == []
+    assert sorted(path.name for path in premises.directory.glob("*.sock*")) == []
 
 
 def test_a_door_that_nobody_keeps_is_replaced(premises: Premises) -> None:

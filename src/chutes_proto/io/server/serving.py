@@ -96,6 +96,8 @@ class Listeners:
         self._admin_context = setup.admin_tls
         self.handed_over = False
         """Whether another process serves on them, too: then files of Unix sockets are left to it."""
+        self.owns_given: bool = False
+        """Whether the files of given Unix sockets are this process's to remove: who gave them may still serve there."""
         self.all_given: bool = True
         """Whether each of them was given."""
         self.keyed: list[tuple[str, socket]] = []
@@ -125,7 +127,7 @@ class Listeners:
         given = self._offered.take_unix(key, path)
         self.all_given &= bool(given)
         kept = self._keep(key, [serve_plain(each) for each in given] or [listen_unix(path, key=key)])
-        _ = self._opened.callback(self._remove, path)
+        _ = self._opened.callback(self._remove, path, is_given=bool(given))
         return kept
 
     def _keep(self, key: str, listening: list[Listening]) -> list[Listening]:
@@ -142,8 +144,8 @@ class Listeners:
             return Record(Level.ERROR, "certificate_kept", {"error": str(exc)})
         return Record(Level.INFO, "certificate_reloaded", {})
 
-    def _remove(self, path: Path) -> None:
-        if not self.handed_over:
+    def _remove(self, path: Path, *, is_given: bool) -> None:
+        if not self.handed_over and (self.owns_given or not is_given):
             path.unlink(missing_ok=True)
 
     def close(self) -> None:
@@ -449,13 +451,13 @@ class _Held:
             self.door.open()
         if self.taken is not None:
             self.taken.confirm()
+            self.listeners.owns_given = True
 
 
 @contextmanager
 def _listeners(setup: ServerSetup, store: str, worker: Given | None = None) -> Generator[_Held]:
     if worker is not None:
         with closing(Listeners(setup, worker.sockets)) as listeners:
-            listeners.handed_over = True  # their files are the supervisor's
             yield _Held(listeners, worker.handed_over, life=worker.life)
         return
     inherited = inherited_sockets(os.environ)
@@ -478,7 +480,7 @@ def _tell_manager(state: str) -> None:
     """Tell systemd the state of the service, if it asked for it. Source: sd_notify(3)."""
     if address := os.environ.get("NOTIFY_SOCKET"):
         with socket(AF_UNIX, SOCK_DGRAM) as manager, suppress(OSError):
-            _ = manager.sendto(state.encode(), address.replace("@", "\0", 1))
+            _ = manager.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)
 
 
 def _end_after(seconds: float, log: LogWriter, listeners: Listeners) -> None:

@@ -106,6 +106,7 @@ class Supervisor:
             _ = opened.callback(os.close, life)
             _ = opened.callback(os.close, ours)
             environ = dict(os.environ)
+            _ = environ.pop("NOTIFY_SOCKET", None)  # the supervisor speaks to the service manager
             if self.keeps_metrics:
                 directory = opened.enter_context(tempfile.TemporaryDirectory(prefix="chutes-proto-"))
                 environ[METRICS_DIRECTORY] = directory
@@ -159,12 +160,19 @@ class Supervisor:
                 case "ended", _Worker() as worker:
                     self._note_end(worker, environ.get(METRICS_DIRECTORY))
                 case "start", int(number) if not self._stopping:
-                    self._start(number, life, environ)
+                    self._replace(number, life, environ)
                 case "kill", _:
                     self._kill()
                 case _:
                     pass
         return was_taken_over
+
+    def _replace(self, number: int, life: int, environ: dict[str, str]) -> None:
+        try:
+            self._start(number, life, environ)
+        except OSError as exc:  # no memory for it, or its program is being upgraded: the other workers go on
+            self.log(Record(Level.ERROR, "worker_not_started", {"worker": number, "error": str(exc)}))
+            self._after(_PAUSE, "start", number)
 
     def _note_end(self, worker: _Worker, metrics: str | None) -> None:
         self._workers.remove(worker)
@@ -184,7 +192,7 @@ class Supervisor:
     def _stop(self, why: str, number: signal.Signals) -> None:
         fields: dict[str, Value] = {"signal": why, "workers": len(self._workers)}
         self.log(Record(Level.INFO, "stopping", fields))
-        self._tell(signal.SIGTERM if self._stopping else number)
+        self._tell(number)
         self._stopping = True
         self._after(self.stop_seconds, "kill", None)
 

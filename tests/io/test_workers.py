@@ -1,0 +1,61 @@
+"""The supervisor of workers, with programs that are none: what it gives them, and what it does if one cannot start."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from threading import Event
+
+import pytest
+
+from chutes_proto.io.server.log_writer import LogWriter
+from chutes_proto.io.server.serving import _tell_manager
+from chutes_proto.io.server.workers import Supervisor
+from tests.waiting import wait_until
+
+
+def children() -> list[int]:
+    return [int(each) for task in Path("/proc/self/task").iterdir() for each in (task / "children").read_text().split()]
+
+
+def test_a_worker_that_cannot_be_started_ends_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "manager"))
+    program, log = tmp_path / "worker", tmp_path / "log"
+    _ = program.write_text("#!/bin/sh\necho https://127.0.0.1:1\nexec sleep 3600\n")
+    program.chmod(0o700)
+    others, ready = set(children()), Event()
+
+    def upgrade() -> None:
+        try:
+            assert ready.wait(60)
+            first, second = workers = sorted(set(children()) - others)
+            assert all(b"NOTIFY_SOCKET" not in Path(f"/proc/{pid}/environ").read_bytes() for pid in workers)
+            away = program.rename(tmp_path / "away")
+            os.kill(first, signal.SIGKILL)
+            _ = wait_until(lambda: "worker_not_started" in log.read_text())
+            assert second in children()
+            _ = away.rename(program)
+            _ = wait_until(lambda: len(set(children()) - others) == 2)
+        finally:
+            os.kill(os.getpid(), signal.SIGUSR2)
+
+    with log.open("wb") as file, closing(LogWriter(file.fileno())) as writer, ThreadPoolExecutor() as threads:
+        upgraded = threads.submit(upgrade)
+        supervisor = Supervisor(2, [str(program)], [], False, writer, keeps_metrics=False, stop_seconds=60)
+        assert supervisor.run([signal.SIGUSR2], ready.set, None, "") is False
+        upgraded.result()
+    assert set(children()) <= others
+
+
+@pytest.mark.parametrize("name", ["manager", "user@1000"])
+def test_a_service_manager_is_told_at_its_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / name))
+        manager.setblocking(False)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / name))
+        _tell_manager("READY=1")
+        assert manager.recv(64) == b"READY=1"
