@@ -58,6 +58,7 @@ from chutes_proto.quote._roots import TrustedRoot
 from chutes_proto.quote._statements import read_qe_identity, read_tcb_info
 from chutes_proto.quote._verify import open_quote, verify_collateral
 from chutes_proto.secret import Secret
+from chutes_proto.server._observing import trace_of
 from chutes_proto.store._mark import Entry, Mark
 from chutes_proto.testing._gpus import SimulatedGpus
 from chutes_proto.testing._platform import PROFILE, SimulatedPlatform
@@ -575,6 +576,28 @@ def marks() -> list[bytes]:
     return [whole, Mark(1, 0).to_bytes(), whole[:-9], b"{}"]
 
 
+def check_traceparent(data: bytes) -> None:
+    """The header of any client: what goes into the log is a trace id as the W3C says, and one header alone names it."""
+    value = data.decode("latin-1")
+    header = ("traceparent", value)
+    assert trace_of(HttpRequest("GET", "/", (header, header), b"", peer_address="", arrived=0.0)) is None
+    found = trace_of(HttpRequest("GET", "/", (header,), b"", peer_address="", arrived=0.0))
+    if found is not None:
+        version, trace, parent, flags, *more = value.split("-")
+        assert found == trace
+        assert [len(part) for part in (version, trace, parent, flags)] == [2, 32, 16, 2]
+        assert set(version + trace + parent + flags) <= set("0123456789abcdef")
+        assert int(trace, 16)
+        assert int(parent, 16)
+        assert version != "ff"
+        assert not (version == "00" and more)
+
+
+def traceparents() -> list[bytes]:
+    first = b"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+    return [first, b"cc" + first[2:] + b"-what-the-future-will-be-like", b"01" + first[2:] + b"-"]
+
+
 TARGETS = {
     "quote": Target(check_quote, quotes),
     "collateral": Target(check_collateral, collaterals),
@@ -601,4 +624,5 @@ TARGETS = {
     "answer-body": Target(check_answer_body, json_bodies),
     "host-evidence": Target(check_host_evidence, host_evidences),
     "target": Target(check_target, targets),
+    "traceparent": Target(check_traceparent, traceparents),
 }
