@@ -75,6 +75,7 @@ def test_everything_goes_as_it_should_in_time_and_leaves_nothing(
 def test_in_a_terminal_it_has_colour_and_fits(columns: int) -> None:
     shown = in_terminal(columns)
     assert "\x1b[32m✓\x1b[0m" in shown
+    assert {int(each) for each in re.findall(r"\x1b\[(?:\d+;)*(3\d)m", shown)} <= {31, 32}  # colour is for state
     lines = re.sub(r"\x1b\[[0-9;]*m", "", shown).splitlines()
     assert max(map(len, lines)) <= min(columns, 100)
 

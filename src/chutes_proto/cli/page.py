@@ -59,7 +59,7 @@ class Page:
         """A numbered heading."""
         self._sections += 1
         self._print()
-        self._print(Text.assemble(self._text(f"{self._sections}  ", "bold cyan"), self._text(title, "bold")))
+        self._print(self._text(f"{self._sections}  {title}", "bold"))
 
     def step(self, name: str, text: str, *, passed: bool = True) -> None:
         """One line: a mark, a name, what was observed, and when."""
