@@ -40,6 +40,7 @@ from chutes_proto.store.rows import (
     VoidTokens,
 )
 from chutes_proto.testing.store_suite._parts import NOW, VM, boot
+from chutes_proto.units.operator import StoreRestored
 from tests.postgres import Cluster, schema
 from tests.store.test_postgres import ask, told
 
@@ -268,6 +269,19 @@ def test_what_operators_ask_of_whole_tables_takes_its_time(slow: PostgresStore, 
     slow.transact(Ask(op))
     assert time.monotonic() - began > 1
     told(lambda: slow.transact(Ask(Read(VmRow, VM))), "a statement was cancelled", StoreBusy)  # the bounds are back
+
+
+def test_a_restore_takes_its_time(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It changes every candidate of every VM."""
+    ask(
+        url,
+        "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(1); RETURN NULL; END $$;"
+        "CREATE TRIGGER slow BEFORE UPDATE ON generation EXECUTE FUNCTION slow()",
+    )
+    monkeypatch.setattr(postgres, "_WORK", 0.3)
+    monkeypatch.setattr(postgres, "_SILENCE", SILENCE)
+    with closing(PostgresStore(url, busy_seconds=0.1)) as store:
+        assert store.transact(StoreRestored(NOW)).before == 0
 
 
 def test_a_check_takes_its_time(slow: PostgresStore) -> None:
