@@ -13,6 +13,7 @@ from attrs import evolve
 
 from chutes_proto.errors import StoreError
 from chutes_proto.io.stores.address import DurableStore, StorePlace
+from chutes_proto.io.stores.marks import MarkKeeper
 from chutes_proto.io.stores.postgres import PostgresStore
 from chutes_proto.store._mark import Entry as Row
 from chutes_proto.store._mark import Mark, View, find_loss
@@ -141,6 +142,10 @@ def test_a_file_that_is_not_a_whole_mark_is_refused_and_left_alone(place: StoreP
     assert Mark.from_bytes(whole).to_bytes() == whole
 
 
+def test_a_file_that_cannot_be_looked_for_is_refused(place: StorePlace) -> None:
+    refused(evolve(place, mark_file=place.base / ("long" * 99)).open, "mark_file .*: .*File name too long")
+
+
 def test_the_mark_of_another_store_is_refused_and_left_alone(place: StorePlace) -> None:
     with keeping(place) as store:
         grant(store, "1")
@@ -203,6 +208,38 @@ def test_a_fail_over_that_lost_grants_and_an_old_primary_are_refused(
         pass
 
 
+def test_an_old_primary_is_refused_while_others_compare_the_new_one(
+    clusters: tuple[Cluster, Cluster], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also on a connection that was compared before the fail-over, whichever other one was refused meanwhile."""
+    primary, standby = clusters
+    with closing(PostgresStore(primary.url(host=f"{standby.folder},{primary.folder}"))) as store:
+        idle, marks = store._pool.idle, store._marks
+        with store._looked_at(), store._looked_at():
+            pass
+        refused_first, compared_before = idle
+        idle.clear()
+        ask(standby.url(), "SELECT pg_promote()")
+        grant(store, "1")
+        _ = wait_until(marks.is_due)
+        compare = marks.compare
+
+        def with_others(ask: Callable[[str], list[tuple[object, ...]]], timeline: int) -> None:
+            monkeypatch.setattr(marks, "compare", compare)
+            idle[:] = [refused_first]
+            with pytest.raises(StoreError, match="an old primary"):
+                grant(store, "2")
+            compare(ask, timeline)
+            idle[:] = [compared_before]
+            with pytest.raises(StoreError, match="an old primary"):
+                grant(store, "3")
+
+        monkeypatch.setattr(marks, "compare", with_others)
+        grant(store, "4")
+        refused_first.close()
+    assert ask(primary.url(), "SELECT * FROM audit") == []
+
+
 def is_refused(store: DurableStore, text: str) -> bool:
     try:
         store.transact(Ask(ReadAudit(0, 1)))
@@ -235,6 +272,24 @@ def test_standbys_of_which_none_is_synchronous_are_told_or_refused(clusters: tup
 
 
 # --- the comparison ---
+
+
+def test_a_slow_look_at_an_old_primary_does_not_take_the_mark_back(place: StorePlace) -> None:
+    with closing(place.open()) as store:
+        grant(store, "1")
+    with closing(sqlite3.connect(place.base / "keys.db")) as database:
+        marks = MarkKeeper("keys", None)
+
+        def rows(text: str) -> list[tuple[object, ...]]:
+            return database.execute(text).fetchall()
+
+        def rows_after_a_fail_over(text: str) -> list[tuple[object, ...]]:
+            marks.compare(rows, 2)
+            return rows(text)
+
+        marks.compare(rows, 1)
+        marks.compare(rows_after_a_fail_over, 1)
+        refused(lambda: marks.compare(rows, 1), "an old primary")
 
 
 def test_an_old_row_is_not_missed_where_no_older_one_is_left() -> None:

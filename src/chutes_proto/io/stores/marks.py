@@ -101,7 +101,8 @@ class MarkKeeper:
             elif self._mark is not None:  # others of this process may have noted more meanwhile
                 purged = set(mark.missing(view.entries))
                 kept = (entry for entry in self._mark.entries if entry not in purged)
-                self._mark = view.mark.with_entries(kept)
+                newest = max(self._mark.timeline, timeline)
+                self._mark = Mark(view.store_id, newest).with_entries((*view.entries, *kept))
             self._is_behind = False
             self._looked_at = time.monotonic()
 
@@ -141,11 +142,13 @@ class MarkKeeper:
                 self.notes.append(note)
 
     def _read(self) -> Mark | None:
-        if self._path is None or not self._path.exists():
+        if self._path is None:
             return None
         try:
+            if not self._path.exists():
+                return None
             return Mark.from_bytes(read_file(self._path, limit=LARGEST))
-        except ConfigurationError as exc:
+        except (ConfigurationError, OSError) as exc:
             advice = "if the store is right, move the file away, and the server begins another"
             raise StoreError(f"store {self._name}: mark_file {self._path}: {exc}; {advice}") from None
 

@@ -236,6 +236,8 @@ class _Connection(psycopg.Connection[tuple[Any, ...]]):
     answer_seconds: float | None = None
     is_looked_at: bool = False
     """Whether the database that it leads to was compared with the mark."""
+    timeline: int = 0
+    """The timeline of that database in the last transaction."""
     changes: Sequence[Entry | PurgeAudit] = ()
     """The changes to audit rows of the present transaction, or of the last one."""
 
@@ -372,7 +374,7 @@ class PostgresStore:
         self._require_synchronous = require_synchronous
         self.replication: Replication = Replication(0, is_synchronous=False)
         self._marks = MarkKeeper(self.name, mark_file)
-        self._timeline = 0
+        self._timeline = 0  # of the database that agreed with the mark last
         self._pool = _Pool(_Slots(Crowding(connections)))
         self._closed = False
         self._set_local = (
@@ -605,7 +607,9 @@ class PostgresStore:
                     "store.require_synchronous is set, and synchronous_standby_names is empty there: a fail-over would"
                     " lose keys; name a synchronous standby"
                 )
-            self._marks.compare(lambda text: _rows(connection, text), self._timeline)
+            self._marks.compare(lambda text: _rows(connection, text), connection.timeline)
+        # Only now: one that is refused must not be what the other connections are held to.
+        self._timeline = connection.timeline
         connection.is_looked_at = True
 
     # --- connections and transactions ---
@@ -672,10 +676,10 @@ class PostgresStore:
             self._check_clock(asked_at, float(clock), time.time())
             if begin == self._begin:
                 _ = self._versions(connection).check(more)
-                if timeline != self._timeline:  # behind a pooler: another server than a moment ago
+                if timeline != self._timeline:  # another server than the one that was compared last
                     connection.is_looked_at = False
                     raise _Again(self._fault("the database's timeline has changed"))
-            self._timeline = timeline
+            connection.timeline = timeline
             yield more
             committing = True
             self._commit(connection)
