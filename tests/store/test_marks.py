@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from attrs import evolve
 
-from chutes_proto.errors import StoreError
+from chutes_proto.errors import StoreAway, StoreError
 from chutes_proto.io.stores.address import DurableStore, StorePlace
 from chutes_proto.io.stores.marks import MarkKeeper
 from chutes_proto.io.stores.postgres import PostgresStore
@@ -238,6 +238,21 @@ def test_an_old_primary_is_refused_while_others_compare_the_new_one(
         grant(store, "4")
         refused_first.close()
     assert ask(primary.url(), "SELECT * FROM audit") == []
+
+
+def test_a_standby_behind_a_pooler_is_away_as_one_that_is_connected_to(clusters: tuple[Cluster, Cluster]) -> None:
+    primary, standby = clusters
+    url = standby.url(target_session_attrs="any")
+    with pytest.raises(StoreAway, match="it leads to a standby"):
+        PostgresStore(url)
+    with closing(PostgresStore(primary.url())) as store:
+        led_elsewhere = type(store._pool.idle[0]).connect(url, autocommit=True)
+        store._pool.idle.append(led_elsewhere)
+        with pytest.raises(StoreAway, match="it leads to a standby"):
+            grant(store, "1")
+        store._pool.idle.remove(led_elsewhere)
+        led_elsewhere.close()
+        grant(store, "1")
 
 
 def is_refused(store: DurableStore, text: str) -> bool:

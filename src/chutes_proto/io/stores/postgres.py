@@ -666,12 +666,15 @@ class PostgresStore:
     @contextlib.contextmanager
     def _transaction(self, connection: _Connection, begin: str) -> Generator[list[tuple[Any, ...]]]:
         """Begin, and commit the work of the block, or roll back if it raises; yields rows that ``begin`` asks for."""
-        committing = False
+        begun = committing = False
         connection.answer_seconds = self._answer_seconds
         try:
             asked_at = time.time()
             first, *more = _rows(connection, begin)
+            begun = True
             backend, clock, timeline, _, *settings = first
+            if not timeline:
+                raise self._standby()
             self._check_settings(connection, backend, settings)
             self._check_clock(asked_at, float(clock), time.time())
             if begin == self._begin:
@@ -687,7 +690,9 @@ class PostgresStore:
             self._roll_back(connection)
             if connection.closed and committing:
                 raise FateUnknown(f"store {self.name}: the connection was lost at the commit; {_UNKNOWN}") from exc
-            fault = self._translated(exc)
+            # A standby has no SERIALIZABLE.
+            is_standby = not begun and isinstance(exc, errors.FeatureNotSupported)
+            fault = self._standby() if is_standby else self._translated(exc)
             raise (_Again(fault) if connection.closed or isinstance(exc, _AGAIN) else fault) from exc
         except BaseException:
             self._roll_back(connection)
@@ -753,6 +758,10 @@ class PostgresStore:
             kind = StoreAway if state in _AWAY else StoreBusy
             return kind(f"store {self.name}: {fault} ({text})")
         return self._fault(f"{_FAULTS.get(state, 'PostgreSQL refused')} ({text})")
+
+    def _standby(self) -> StoreAway:
+        """Return the error where a pooler leads to a standby, as it may for seconds while the primary changes."""
+        return StoreAway(f"store {self.name}: it leads to a standby, which only reads")
 
     def _fault(self, what: str) -> StoreError:
         return StoreError(f"store {self.name}: {what}")
