@@ -48,6 +48,10 @@ SILENCE = 0.6
 """How long the database may be silent here, in seconds, but for ``busy_seconds``."""
 
 
+UNITS_ONLY = "CASE current_setting('transaction_isolation') WHEN 'serializable' THEN 1 ELSE 0 END"
+"""One second in a unit, none while the store is compared with the mark."""
+
+
 class Proxy:
     """Stands between a store and the database, and turns mute when told: it takes everything, and sends nothing."""
 
@@ -229,7 +233,7 @@ def slow(url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[PostgresStore]:
         ask(
             url,
             f"ALTER TABLE {table} RENAME TO {table}_;"
-            f"CREATE VIEW {table} AS SELECT {table}_.* FROM {table}_, pg_sleep(1)",
+            f"CREATE VIEW {table} AS SELECT {table}_.* FROM {table}_, pg_sleep({UNITS_ONLY})",
         )
     ask(
         url,
