@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import attrs
 import httpx
 import pytest
 from OpenSSL import SSL
@@ -169,5 +170,78 @@ def test_a_resumed_session_is_verified_again(identity: AttestedIdentity, tmp_pat
             ):
                 stream.sendall(b"GET / HTTP/1.1\r\n\r\n")
                 assert stream.recv(4096).endswith(b"ok")
+                assert stream.session_reused == (session is not None)
                 session = stream.session
         assert len(verdicts) == 2
+
+
+def test_a_refused_session_is_not_resumed(identity: AttestedIdentity, tmp_path: Path) -> None:
+    """The policy may have changed, and time has passed, since the session was made."""
+    pieces = [fresh()]
+    context = attested_context(POLICY, lambda _: pieces[-1], root=ROOT)
+    with serving(identity, tmp_path) as (port, got):
+        with socket.create_connection(("127.0.0.1", port)) as plain, context.wrap_socket(plain) as stream:
+            stream.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            assert stream.recv(4096).endswith(b"ok")
+            session = stream.session
+        pieces.append(PLATFORM.collateral(0))  # expired
+        with (
+            socket.create_connection(("127.0.0.1", port)) as plain,
+            pytest.raises(AttestationFailedError, match="expired|ended"),
+        ):
+            _ = context.wrap_socket(plain, session=session)
+    assert len(got) == 1
+
+
+@pytest.mark.parametrize("handshake", ["none", "refused"])
+def test_no_byte_leaves_without_an_accepted_handshake(
+    handshake: str, identity: AttestedIdentity, tmp_path: Path
+) -> None:
+    """OpenSSL would make the handshake itself, without the check, at the first byte."""
+    context = attested_context(Policy(), fresh, root=ROOT)
+    with serving(identity, tmp_path) as (port, got):
+        with (
+            socket.create_connection(("127.0.0.1", port)) as plain,
+            context.wrap_socket(plain, do_handshake_on_connect=False) as stream,
+        ):
+            if handshake == "refused":
+                with pytest.raises(AttestationFailedError, match="no_profiles"):
+                    stream.do_handshake()
+            uses: list[Callable[[], object]] = [
+                lambda: stream.sendall(b"secret"),
+                lambda: stream.send(b"secret"),
+                lambda: stream.write(b"secret"),
+                lambda: stream.recv(10),
+                lambda: stream.recv_into(bytearray(10)),
+            ]
+            for use in uses:
+                with pytest.raises(AttestationFailedError, match="not attested"):
+                    use()
+    assert got == []
+
+
+def test_no_byte_leaves_by_memory_without_a_handshake() -> None:
+    stream = attested_context(POLICY, fresh, root=ROOT).wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO())
+    for use in (lambda: stream.write(b"secret"), lambda: stream.read(10)):
+        with pytest.raises(AttestationFailedError, match="not attested"):
+            use()
+
+
+def test_evidence_of_another_certificate_of_the_chain_counts_for_nothing(
+    identity: AttestedIdentity, tmp_path: Path
+) -> None:
+    """A peer without a TD puts a genuine certificate of another's beside its own."""
+    own = make_attested_identity(lambda _: PLATFORM.quote(bytes(64)))
+    chain = attrs.evolve(own, certificate_pem=own.certificate_pem + identity.certificate_pem)
+    context = attested_context(POLICY, fresh, root=ROOT)
+    with serving(chain, tmp_path) as (port, got):
+        with pytest.raises(AttestationFailedError, match="report data"):
+            _ = by_ssl(port, context)
+        pyopenssl = SSL.Context(SSL.TLS_CLIENT_METHOD)
+        pyopenssl.set_verify(SSL.VERIFY_PEER, attested_callback(POLICY, fresh, root=ROOT))
+        with socket.create_connection(("127.0.0.1", port)) as plain:
+            stream = SSL.Connection(pyopenssl, plain)
+            stream.set_connect_state()
+            with pytest.raises(VerificationError, match="report data"):
+                stream.do_handshake()
+    assert got == []

@@ -5,6 +5,8 @@ Rules kept here:
 * the check comes right after the handshake, which has shown that the peer has the key, and before anything else: no
   byte of the application is sent to a peer that was not accepted;
 * it is made in every handshake, also in one that resumes a session;
+* OpenSSL makes a handshake by itself where a stream is read or written before it had one: such a stream, and one whose
+  peer was refused, neither reads nor writes;
 * CAs and host names count for nothing: the quote decides. The clock is the system's.
 """
 
@@ -54,8 +56,10 @@ def attested_context(
     """Return a client's TLS context (1.3) that accepts just the peers whose certificate `verify_certificate` accepts.
 
     For ``ssl``, asyncio, and httpx (``verify=context``). ``collateral`` may be a function of the quote, such as
-    `fetch_collateral`; it runs in the thread of the handshake. ``accepted`` gets each verdict. A handshake with any
-    other peer raises `AttestationFailedError`, which httpx turns into a ``ConnectError``.
+    `fetch_collateral`; it runs in the thread of the handshake, in asyncio and trio that of the event loop, which waits
+    for it: give those a `Collateral`, or a function that fetches nothing. ``accepted`` gets each verdict. A handshake
+    with any other peer raises `AttestationFailedError`, which httpx turns into a ``ConnectError``; so does a use of the
+    connection without a handshake. A connection that stays open is not verified again.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
@@ -75,18 +79,51 @@ def attested_context(
         _ = accepted(verdict)
 
     class Socket(ssl.SSLSocket):
+        _is_attested = False
+
         def do_handshake(self, block: bool = False) -> None:
+            self._is_attested = False
             super().do_handshake(block)
             check(self.getpeercert(binary_form=True))
+            self._is_attested = True
+
+        def read(self, *args: Any, **kwargs: Any) -> Any:  # `recv` and `recv_into` read, too
+            _require(self._is_attested)
+            return super().read(*args, **kwargs)
+
+        def write(self, *args: Any, **kwargs: Any) -> Any:
+            _require(self._is_attested)
+            return super().write(*args, **kwargs)
+
+        def send(self, *args: Any, **kwargs: Any) -> Any:  # `sendall` and `sendfile` send, too
+            _require(self._is_attested)
+            return super().send(*args, **kwargs)
 
     class Object(ssl.SSLObject):
+        _is_attested = False
+
         def do_handshake(self) -> None:
+            self._is_attested = False
             super().do_handshake()
             check(self.getpeercert(binary_form=True))
+            self._is_attested = True
+
+        def read(self, *args: Any, **kwargs: Any) -> Any:
+            _require(self._is_attested)
+            return super().read(*args, **kwargs)
+
+        def write(self, *args: Any, **kwargs: Any) -> Any:
+            _require(self._is_attested)
+            return super().write(*args, **kwargs)
 
     context.sslsocket_class = Socket
     context.sslobject_class = Object
     return context
+
+
+def _require(is_attested: bool) -> None:
+    if not is_attested:
+        raise AttestationFailedError("the peer is not attested: call do_handshake, and use no connection that it refused")
 
 
 def attested_callback(
@@ -98,9 +135,10 @@ def attested_callback(
     sgx: bool = False,
     stage: Stage = "boot",
 ) -> Callable[[Any, Any, int, int, int], bool]:
-    """Return the callback for ``set_verify(VERIFY_PEER, callback)`` of pyOpenSSL, with the rules of `attested_context`.
+    """Return the callback for ``set_verify(VERIFY_PEER, callback)`` of pyOpenSSL, which accepts as `attested_context`.
 
-    pyOpenSSL raises the `VerificationError` from ``do_handshake``.
+    pyOpenSSL raises the `VerificationError` from ``do_handshake``. OpenSSL does not call it for a resumed session, so do
+    not call ``set_session``: a session that another context made would not be verified at all.
     """
 
     def callback(_: object, certificate: Any, __: int, depth: int, ___: int) -> bool:
