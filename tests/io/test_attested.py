@@ -187,7 +187,7 @@ def test_a_refused_session_is_not_resumed(identity: AttestedIdentity, tmp_path: 
         pieces.append(PLATFORM.collateral(0))  # expired
         with (
             socket.create_connection(("127.0.0.1", port)) as plain,
-            pytest.raises(AttestationFailedError, match="expired|ended"),
+            pytest.raises(AttestationFailedError, match="expired"),
         ):
             _ = context.wrap_socket(plain, session=session)
     assert len(got) == 1
@@ -199,24 +199,24 @@ def test_no_byte_leaves_without_an_accepted_handshake(
 ) -> None:
     """OpenSSL would make the handshake itself, without the check, at the first byte."""
     context = attested_context(Policy(), fresh, root=ROOT)
-    with serving(identity, tmp_path) as (port, got):
-        with (
-            socket.create_connection(("127.0.0.1", port)) as plain,
-            context.wrap_socket(plain, do_handshake_on_connect=False) as stream,
-        ):
-            if handshake == "refused":
-                with pytest.raises(AttestationFailedError, match="no_profiles"):
-                    stream.do_handshake()
-            uses: list[Callable[[], object]] = [
-                lambda: stream.sendall(b"secret"),
-                lambda: stream.send(b"secret"),
-                lambda: stream.write(b"secret"),
-                lambda: stream.recv(10),
-                lambda: stream.recv_into(bytearray(10)),
-            ]
-            for use in uses:
-                with pytest.raises(AttestationFailedError, match="not attested"):
-                    use()
+    with (
+        serving(identity, tmp_path) as (port, got),
+        socket.create_connection(("127.0.0.1", port)) as plain,
+        context.wrap_socket(plain, do_handshake_on_connect=False) as stream,
+    ):
+        if handshake == "refused":
+            with pytest.raises(AttestationFailedError, match="no_profiles"):
+                stream.do_handshake()
+        uses: list[Callable[[], object]] = [
+            lambda: stream.sendall(b"secret"),
+            lambda: stream.send(b"secret"),
+            lambda: stream.write(b"secret"),
+            lambda: stream.recv(10),
+            lambda: stream.recv_into(bytearray(10)),
+        ]
+        for use in uses:
+            with pytest.raises(AttestationFailedError, match="not attested"):
+                _ = use()
     assert got == []
 
 
@@ -224,7 +224,7 @@ def test_no_byte_leaves_by_memory_without_a_handshake() -> None:
     stream = attested_context(POLICY, fresh, root=ROOT).wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO())
     for use in (lambda: stream.write(b"secret"), lambda: stream.read(10)):
         with pytest.raises(AttestationFailedError, match="not attested"):
-            use()
+            _ = use()
 
 
 def test_evidence_of_another_certificate_of_the_chain_counts_for_nothing(

@@ -89,11 +89,11 @@ def attested_context(
 
         def read(self, *args: Any, **kwargs: Any) -> Any:  # `recv` and `recv_into` read, too
             _require(self._is_attested)
-            return super().read(*args, **kwargs)
+            return super().read(*args, **kwargs)  # pyright: ignore[reportDeprecated]
 
         def write(self, *args: Any, **kwargs: Any) -> Any:
             _require(self._is_attested)
-            return super().write(*args, **kwargs)
+            return super().write(*args, **kwargs)  # pyright: ignore[reportDeprecated]
 
         def send(self, *args: Any, **kwargs: Any) -> Any:  # `sendall` and `sendfile` send, too
             _require(self._is_attested)
@@ -123,7 +123,7 @@ def attested_context(
 
 def _require(is_attested: bool) -> None:
     if not is_attested:
-        raise AttestationFailedError("the peer is not attested: call do_handshake, and use no connection that it refused")
+        raise AttestationFailedError("the peer is not attested: call do_handshake; use no connection that was refused")
 
 
 def attested_callback(
@@ -137,8 +137,8 @@ def attested_callback(
 ) -> Callable[[Any, Any, int, int, int], bool]:
     """Return the callback for ``set_verify(VERIFY_PEER, callback)`` of pyOpenSSL, which accepts as `attested_context`.
 
-    pyOpenSSL raises the `VerificationError` from ``do_handshake``. OpenSSL does not call it for a resumed session, so do
-    not call ``set_session``: a session that another context made would not be verified at all.
+    pyOpenSSL raises the `VerificationError` from ``do_handshake``. OpenSSL does not call it for a resumed session: call
+    no ``set_session``, else the peer is not verified again.
     """
 
     def callback(_: object, certificate: Any, __: int, depth: int, ___: int) -> bool:
