@@ -61,6 +61,11 @@ def test_what_is_not_strict_der(data: str, problem: str) -> None:
         _ = der.elements(bytes.fromhex(data), 0, len(data) // 2)
 
 
+def test_members_are_of_a_number() -> None:
+    with pytest.raises(DerError, match="more or fewer members"):
+        _ = der.several(bytes.fromhex("0500"), 0, 2, 2, 3)
+
+
 @pytest.mark.parametrize("data", ["0200", "0280", "020180", "02020001", "02030000ff", "0203010000"])
 def test_integers(data: str) -> None:
     raw = bytes.fromhex(data)
@@ -464,6 +469,15 @@ def test_what_only_the_platform_ca_says_may_be_left_out(left_out: tuple[int, ...
     if 6 in left_out:
         expected = replace(expected, dynamic_platform=None, cached_keys=None, smt=None)
     assert identity == expected
+
+
+def test_an_item_that_intel_may_have_added_is_told_as_such() -> None:
+    items = der.elements(EXTENSION, *der.only(EXTENSION, 0, len(EXTENSION), der.SEQUENCE))
+    name = bytes([der.OBJECT_IDENTIFIER, len(SGX_EXTENSION) + 1]) + SGX_EXTENSION
+    added = _tlv(der.SEQUENCE, name + b"\x08" + _tlv(der.OCTET_STRING, b"new"))
+    whole = b"".join(der.whole(EXTENSION, item) for item in items)
+    with pytest.raises(DerError, match="Intel has added an item that this version does not know: look for a newer"):
+        _ = read_pck_extension(_tlv(der.SEQUENCE, whole + added), ca="platform", tee="TDX")
 
 
 @pytest.mark.parametrize("reader", READERS)

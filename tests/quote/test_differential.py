@@ -74,7 +74,6 @@ STRICTER: dict[str, str] = {
     "statement_format": "no TCB level stands twice",
     "statement_kind": "versions and TCB types that are not known are not guessed",
     "untrusted_root": "the PCK CRL's issuer chain is verified, which is not read there",
-    "debug": "bits of the quoting enclave or the TD that no rule there reads",
 }
 """Codes of quotes that are refused here on purpose, though dcap-qvl may accept them, and why."""
 

@@ -261,6 +261,11 @@ def test_errata_make_no_other_form(errata: int) -> None:
     assert len(parse_event_log(log(*EVENTS, first=spec(version=(2, 0, errata)))).events) == len(EVENTS)
 
 
+def test_a_type_without_a_name_is_its_number() -> None:
+    (one,) = parse_event_log(log(event(1, 0x7777, b"x"))).events
+    assert one.type_name == "0x7777"
+
+
 def test_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(eventlog, "MAX_EVENTS", 2)
     assert len(parse_event_log(log(*EVENTS[:2])).events) == 2

@@ -388,6 +388,11 @@ def test_every_member_is_needed_once(name: str) -> None:
         _ = Collateral.from_json(twice.encode())
 
 
+def test_a_file_is_an_object() -> None:
+    with pytest.raises(CollateralFormatError, match="not a JSON object"):
+        _ = Collateral.from_json(b"[]")
+
+
 def test_pieces_that_are_no_text_are_not_written() -> None:
     collateral = Collateral.from_json(FILE)
     pieces = {name: getattr(collateral, name) for name in json.loads(FILE)}

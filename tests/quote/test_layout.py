@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from chutes_proto.quote._attributes import XFAM_KNOWN
 from chutes_proto.quote._errors import QuoteFormatError
 from chutes_proto.quote._layout import TdAttributes, TdReport10, TdReport15, TdReport15Ex, Xfam, parse_quote
+from chutes_proto.quote._plain import quote_fields
 from chutes_proto.testing._faults import Fault
 from chutes_proto.testing._platform import SimulatedPlatform
-from tests.quote.simulated import PLATFORM, REPORT_DATA, TD15
+from tests.quote.simulated import PLATFORM, REPORT_DATA, TD15, with_certification
 
 V4 = PLATFORM.quote(REPORT_DATA)
 V5 = TD15.quote(REPORT_DATA)
@@ -32,6 +33,13 @@ def test_version_4() -> None:
     assert quote.body.report_data == REPORT_DATA
     assert quote.signed == V4[:AUTH_V4]
     assert quote.certification.startswith(b"-----BEGIN CERTIFICATE-----")
+    assert quote.qe_id == quote.header.user_data[:16]
+
+
+@pytest.mark.parametrize("kind", [3, 5])
+def test_a_quote_without_a_chain_that_can_be_read_is_shown_without_a_platform(kind: int) -> None:
+    assert quote_fields(parse_quote(V4))["pck"]
+    assert quote_fields(parse_quote(with_certification(V4, kind, b"no PEM")))["pck"] is None
 
 
 def test_version_5_has_the_present_tcb_and_the_service_td() -> None:

@@ -81,6 +81,7 @@ NO_EXTENSION = with_certification(QUOTE, 5, pem(PLATFORM.pck_chain()[1:]).encode
         (_changed("certificates", "SGX-TCB-Info-Issuer-Chain", value="é"), QUOTE, "percent-encoded"),
         (FILE, OTHER_TCB, "no certificate of the quote's platform"),
         (FILE, with_certification(QUOTE, 3, encrypted_ppid(PLATFORM) + bytes(20)), "-: percent|not 1 to 3"),
+        (FILE, with_certification(QUOTE, 3, NAMED[:384] + b"\1" * 20), "no certificate of the quote's platform"),
         (FILE, with_certification(QUOTE, 1, bytes(36)), "no certification data by which to choose"),
         (FILE, NO_CHAIN, "the PCK certificate"),
         (FILE, NO_EXTENSION, "no SGX extension"),

@@ -163,6 +163,18 @@ def test_entries_of_the_oldest_file_have_all_registers() -> None:
     assert parse(text.encode()).profiles == ALL[1:2]
 
 
+def test_signing_keys_of_pre_releases_are_told_and_not_served() -> None:
+    found = parse(FLAT.replace("    rc: true\n", "    rc: true\n    authorized_signing_keys: [one]\n").encode())
+    assert (found.profiles[2][0], found.not_served) == (RC, ("version 1.11: authorized_signing_keys, of pre-releases",))
+
+
+def test_a_file_has_a_profile_and_a_profile_hardware() -> None:
+    with pytest.raises(PolicyError, match="the file has no profile"):
+        _ = parse(b"measurements: []\n")
+    with pytest.raises(PolicyError, match=r"version '1\.10': hardware: name at least one"):
+        _ = parse((FLAT.partition("    hardware:")[0] + "    hardware: []\n").encode())
+
+
 @pytest.mark.parametrize(
     ("old", "new", "problem"),
     [

@@ -143,9 +143,9 @@ def test_report_data_must_be_said() -> None:
 
 
 def test_another_root_is_only_trusted_by_name() -> None:
-    with pytest.raises(UntrustedRootError):
+    with pytest.raises(UntrustedRootError, match="trusted only as the argument root="):
         _ = open_quote(QUOTE, now=NOW)
-    with pytest.raises(UntrustedRootError):
+    with pytest.raises(UntrustedRootError, match="trusted only as the argument root="):
         _ = verify_collateral(collateral_of(PLATFORM), now=NOW)
     other = SimulatedPlatform(b"another world, another root")
     other_root = TrustedRoot.from_der(other.root_der)

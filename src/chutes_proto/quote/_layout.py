@@ -227,10 +227,6 @@ class Quote(Struct, frozen=True):
         return self.header.version
 
     @property
-    def tee_type(self) -> int:
-        return self.header.tee_type
-
-    @property
     def tee(self) -> Tee:
         return "TDX" if self.header.tee_type == TEE_TDX else "SGX"
 
