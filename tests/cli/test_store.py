@@ -62,7 +62,7 @@ def test_sqlite_is_made_checked_and_left_alone(command: Command, tmp_path: Path)
     made = command("store", "migrate", "--store", address, "--json").json
     assert (made["ok"], made["schema_version_before"], made["schema_version"]) == (True, 0, SCHEMA_VERSION)
     with closing(SqliteStore(tmp_path / "keys.db")) as store:
-        store.transact(boot("first"))
+        store.transact(boot("first", now=int(time.time())))
     again = command("store", "migrate", "--store", address)
     assert again.code == 0
     assert f"schema version before: {SCHEMA_VERSION}" in again.out
@@ -113,7 +113,7 @@ def test_a_server_works_only_in_a_schema_that_was_made(
     found = command("store", "check", *config, "--json")
     assert found.json["ok"]
     with closing(PostgresStore(empty_schema)) as store:
-        store.transact(boot("first"))
+        store.transact(boot("first", now=int(time.time())))
     refused = command("store", "check", *config)
     assert refused.code == 1
     assert "neither kek_file nor kek_previous_file" in refused.err

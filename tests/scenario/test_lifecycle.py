@@ -204,12 +204,12 @@ def test_keys_are_wrapped_anew_while_disks_are_opened(premises: Premises, disk: 
     """`keys rewrap` is killed in the middle while a server goes on; the next one does the rest."""
     premises.start()
     disk.format(key(premises, disk))
-    premises.plant({f"other-{number}": {"storage": "x", "tdx-cache": "y"} for number in range(300)})
+    premises.plant({f"other-{number}": {"storage": "x", "tdx-cache": "y"} for number in range(2000)})
     premises.stop()
     premises.new_key()
     premises.start()
     before = _sealed_under(premises)
-    _ = premises.killed_at("keys wrapped: 200 of", "keys", "rewrap")
+    _ = premises.killed_at("keys wrapped: 1000 of", "keys", "rewrap")
     between = _sealed_under(premises)
     assert len(between) == 2, f"it was killed too late: {before}, {between}"
     assert sum(between.values()) == sum(before.values())

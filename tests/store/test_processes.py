@@ -133,6 +133,10 @@ def disks_open(store: DurableStore, name: str, disks: dict[str, list[str]]) -> N
         assert set(openers) & set(disk)
 
 
+MADE = ("created", "rekeyed", "next", "candidate")
+"""The words of a boot's audit row for keys that it made."""
+
+
 def nothing_is_half_done(store: DurableStore) -> None:
     """Of each boot and each sync there is all that its unit writes, or nothing."""
     boots = {row.boot_id: row for row in store.transact(Ask(Scan(BootRow)))}
@@ -158,7 +162,7 @@ def nothing_is_half_done(store: DurableStore) -> None:
     numbers: dict[tuple[Vm, str], list[GenerationRow]] = defaultdict(list)
     for row in store.transact(Ask(Scan(GenerationRow))):
         numbers[row.vm, row.volume].append(row)
-        words = {(row.origin, f"{row.volume}/{row.generation} {word}") for word in ("created", "rekeyed", "next")}
+        words = {(row.origin, f"{row.volume}/{row.generation} {word}") for word in MADE}
         assert words & made
     for own in numbers.values():
         assert [row.generation for row in own] == list(range(1, len(own) + 1))
