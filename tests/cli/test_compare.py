@@ -18,8 +18,8 @@ from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.store._run import Ask, Store
 from chutes_proto.store.rows import AuditRow, GenerationRow, ReadAll, Scan, Vm
 from chutes_proto.testing._platform import SimulatedPlatform
-from chutes_proto.testing.store_suite._parts import VM, attest, boot, confirm, dump, platform, sync
-from chutes_proto.units.operator import RebindVm
+from chutes_proto.testing.store_suite._parts import NOW, VM, attest, boot, confirm, dump, platform, sync
+from chutes_proto.units.operator import PurgeKeys, RebindVm
 from tests.cli.conftest import Ended
 from tests.postgres import PASSWORD
 
@@ -130,6 +130,29 @@ def test_another_key_of_the_same_number_is_not_overwritten(
     }
     with closing(open_store(old)) as restored:
         assert restored.transact(Ask(ReadAll(GenerationRow, VM))) == before
+
+
+def test_keys_are_taken_where_the_newer_store_has_purged_the_backups_own(
+    command: Command, stores: tuple[str, str], config: Path
+) -> None:
+    """The backup is older than the retention: its active key is one of those that were deleted since."""
+    old, new = stores
+    with closing(open_store(new)) as newer:
+        for label in "345":
+            _ = rotated(newer, label)
+        purged = newer.transact(PurgeKeys(NOW + 86_400, 0, "old", (VM,), carry_out=True))
+    (active,) = [row for row in storage_keys(old) if row.state == "active"]
+    assert (active.volume, active.generation) in [(row.volume, row.generation) for row in purged]
+    assert command("store", "compare", old, new, "--take", "--config", config).code == 0
+    (kept,) = [row for row in storage_keys(old) if row.generation == active.generation]
+    assert (kept.state, kept.sealed) == ("retired", active.sealed)
+    with closing(open_store(old)) as restored, closing(open_store(new)) as newer:
+        assert current(restored, "6") == current(newer, "6")
+
+
+def storage_keys(address: str) -> list[GenerationRow]:
+    with closing(open_store(address)) as store:
+        return [row for row in store.transact(Ask(ReadAll(GenerationRow, VM))) if row.volume == "storage"]
 
 
 def test_a_vm_that_is_bound_elsewhere_takes_its_keys_only_once_it_is_rebound(

@@ -107,7 +107,9 @@ class Take(Unit[tuple[Difference, ...]]):
         rows = [row for row in newer.keys if row.volume == difference.volume]
         held = {row.generation: row for row in by_volume((yield from self._held(newer)))[difference.volume]}
         for row in sorted(rows, key=lambda row: row.state in ("active", "candidate")):  # one active key at every moment
-            if row.sealed is None:
+            if row.sealed is None:  # the older store keeps its own, if it was not purged there too
+                if row.generation in held and held[row.generation].sealed is not None:
+                    yield from store.UpdateGeneration(evolve(row, state="retired"))
                 continue
             _ = self.vault.open(Address(row.vm, row.volume, row.generation), row)
             if row.generation not in held:
