@@ -13,7 +13,7 @@ from threading import Event
 import pytest
 
 from chutes_proto.io.server.log_writer import LogWriter
-from chutes_proto.io.server.serving import _tell_manager
+from chutes_proto.io.server.serving import tell_manager
 from chutes_proto.io.server.workers import Supervisor
 from tests.waiting import wait_until
 
@@ -57,5 +57,5 @@ def test_a_service_manager_is_told_at_its_address(tmp_path: Path, monkeypatch: p
         manager.bind(str(tmp_path / name))
         manager.setblocking(False)
         monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / name))
-        _tell_manager("READY=1")
+        tell_manager("READY=1")
         assert manager.recv(64) == b"READY=1"

@@ -351,7 +351,7 @@ def serve_until_stopped(
             held.begin()
             _log_start(setup, store, warnings, listeners.urls, log, listeners.admin_urls)
             announce(listeners.urls)
-            _tell_manager("READY=1")
+            tell_manager("READY=1")
 
         async def main() -> None:
             async with open_server(setup, store, collateral, log, listeners.admin) as server:
@@ -366,7 +366,7 @@ def serve_until_stopped(
                         "handed_over": handed_over,
                     }
                     log(Record(Level.INFO, "stopping", fields))
-                    _tell_manager("STOPPING=1")
+                    tell_manager("STOPPING=1")
                     _end_after(seconds + END_SECONDS, log, listeners)
 
                 async def end_with_supervisor() -> None:
@@ -428,7 +428,7 @@ def supervise_until_stopped(
         def ready() -> None:
             held.begin()
             announce(held.listeners.urls)
-            _tell_manager("READY=1")
+            tell_manager("READY=1")
 
         held.listeners.handed_over = supervisor.run(stops, ready, held.door, name)
         log(Record(Level.INFO, "stopped", {}))
@@ -476,7 +476,7 @@ def _listeners(setup: ServerSetup, store: str, worker: Given | None = None) -> G
                 door.close(is_successors=listeners.handed_over)
 
 
-def _tell_manager(state: str) -> None:
+def tell_manager(state: str) -> None:
     """Tell systemd the state of the service, if it asked for it. Source: sd_notify(3)."""
     if address := os.environ.get("NOTIFY_SOCKET"):
         with socket(AF_UNIX, SOCK_DGRAM) as manager, suppress(OSError):
