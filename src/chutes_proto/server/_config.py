@@ -390,6 +390,8 @@ def _address(key: str, text: str) -> tuple[str, int]:
 
 def _admin_problems(config: ServerConfig) -> Iterator[str]:
     admin = config.admin
+    if config.takeover is not None and config.takeover in (admin.unix, config.proxy.unix):
+        yield "takeover: is admin.unix or proxy.unix, too; who asks there gets the listening sockets"
     try:
         address = admin.address
     except ConfigurationError as exc:

@@ -17,12 +17,14 @@ import socket
 from collections.abc import Sequence
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
+from struct import calcsize, unpack
 from typing import Final
 
 import anyio
 from attrs import frozen
 
 from chutes_proto.errors import ConfigurationError
+from chutes_proto.io.server.sockets import ACCEPT_PAUSE
 
 START_SECONDS: Final = 60.0
 """How long a running server waits for a successor that has taken its sockets and does not serve yet."""
@@ -56,6 +58,7 @@ def take_over(path: Path, store: str) -> TakenOver | None:
         connection.settimeout(START_SECONDS)
         try:
             connection.connect(str(path))
+            _check_user(path, connection)
             data, descriptors, _, _ = socket.recv_fds(connection, _MOST_BYTES, _MOST_SOCKETS)
         except (FileNotFoundError, ConnectionRefusedError):
             return None
@@ -75,6 +78,13 @@ def take_over(path: Path, store: str) -> TakenOver | None:
             )
         _ = opened.pop_all()
         return TakenOver(named, connection)
+
+
+def _check_user(path: Path, connection: socket.socket) -> None:
+    """Refuse the sockets of a stranger, who could go on accepting on them. Source: unix(7), SO_PEERCRED."""
+    _, user, _ = unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, calcsize("3i")))
+    if user not in (0, os.geteuid()):
+        raise ConfigurationError(f"takeover: {path}: a process of user {user} answers there; name another path")
 
 
 class Door:
@@ -119,11 +129,14 @@ class Door:
         descriptors = [each.fileno() for _, each in sockets]
         while True:
             await anyio.wait_readable(self._socket)
-            with suppress(OSError):  # the other went away
+            try:
                 connection, _ = self._socket.accept()
-                with closing(connection), anyio.move_on_after(START_SECONDS):
-                    connection.setblocking(False)
-                    _ = socket.send_fds(connection, [message], descriptors)
-                    await anyio.wait_readable(connection)
-                    if connection.recv(1) == _SERVES:
-                        return
+            except OSError:  # the other went away, or there are no file descriptors left
+                await anyio.sleep(ACCEPT_PAUSE)
+                continue
+            with suppress(OSError), closing(connection), anyio.move_on_after(START_SECONDS):
+                connection.setblocking(False)
+                _ = socket.send_fds(connection, [message], descriptors)
+                await anyio.wait_readable(connection)
+                if connection.recv(1) == _SERVES:
+                    return
