@@ -29,6 +29,8 @@ def test_what_would_change_is_shown_first(command: Command, tmp_path: Path, into
     assert asked.code == 1
     assert "added" in asked.out
     assert "--yes" in asked.err
+    as_json = command("profiles", "import", str(source), "--into", str(into), "--json")
+    assert (as_json.code, as_json.json["imported"], "--yes" in as_json.err) == (1, False, True)
     assert not into.exists()
     done = command("profiles", "import", str(source), "--into", str(into), "--yes")
     assert (done.code, into.read_bytes()) == (0, source.read_bytes())

@@ -11,7 +11,7 @@ import click
 from attrs import frozen
 
 from chutes_proto.cli import console, output
-from chutes_proto.cli.base import Argument, Group, answer, json_option
+from chutes_proto.cli.base import Argument, Group, answer, json_option, wants
 from chutes_proto.cli.describe import exits
 from chutes_proto.cli.output import Cell
 from chutes_proto.errors import ConfigurationError
@@ -87,18 +87,16 @@ def import_command(source: str, into: str, ca_file: str | None, yes: bool) -> in
     }
     if not changes and Path(into).exists():
         return answer({"ok": True, "imported": False, **members}, f"{into} has these values already")
-    if not yes:
+    if not wants("json"):
         _show(changes, new)
-        if not _is_confirmed(into):
-            return answer({"ok": False, "imported": False, **members}, "nothing was changed", ok=False)
+    if not yes and not _is_confirmed(into):
+        return answer({"ok": False, "imported": False, **members}, "nothing was changed", ok=False)
     write_file(into, data)
-    if yes:
-        _ = answer({"ok": True, "imported": True, **members}, lambda: _show(changes, new))
-    return console.GRANTED
+    return answer({"ok": True, "imported": True, **members}, "")
 
 
 def _is_confirmed(into: str) -> bool:
-    if not sys.stdin.isatty():
+    if wants("json") or not sys.stdin.isatty():
         console.complain("say --yes where nobody can be asked")
         return False
     return click.confirm(f"Write them into {into}?", err=True)
