@@ -10,6 +10,7 @@ from pathlib import Path
 
 from chutes_proto.io.files import write_file
 from chutes_proto.io.quoters.simulated import open_platform
+from chutes_proto.server import ServerConfig
 from tests.cli.conftest import HOTKEY, Ended, end, start_server
 from tests.conftest import ROOT
 
@@ -82,8 +83,15 @@ def test_as_written_it_says_what_is_missing(command: Callable[..., Ended], tmp_p
     assert checked.code == 1
     assert "server.pem" in checked.err
     assert "measurements" in checked.err
-    assert command("init", tmp_path / "other", "--name", "büro.example").code == 1
+    for name in ("büro.example", "https://keys.example", "keys.example:8443", ""):
+        assert command("init", tmp_path / "other", "--name", name).code == 1
     assert not (tmp_path / "other").exists()
+
+
+def test_any_directory_may_have_the_state(command: Callable[..., Ended], tmp_path: Path) -> None:
+    state = tmp_path / 'a "quoted" \\ one'
+    assert command("init", tmp_path, "--name", "keys.example", "--state", state).code == 0
+    assert ServerConfig.load(tmp_path / "server.toml").store.url == f"sqlite:{state}/keys.db"
 
 
 # --- the unit of the server ---

@@ -8,7 +8,9 @@ Rules kept here:
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Final
@@ -81,6 +83,9 @@ _MEASUREMENTS: Final = """\
 """
 
 
+_HOST: Final = re.compile(r"[A-Za-z0-9-]{1,63}(\.[A-Za-z0-9-]{1,63})*")
+
+
 @frozen
 class Made:
     """One file that was written, and its purpose."""
@@ -97,7 +102,8 @@ def write_initial(directory: Path, name: str, state: Path | None = None) -> list
     """
     key = ec.generate_private_key(ec.SECP256R1())
     key_pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    prefix = "" if state is None else f"{state}/"
+    # A string of TOML has the escapes of JSON.
+    prefix = "" if state is None else json.dumps(f"{state}/", ensure_ascii=False)[1:-1]
     files = {
         "server.toml": (_SERVER.format(state=prefix, pcs=_PCS, crl=_CRL).encode(), 0o600, "the configuration"),
         "kek": (os.urandom(32), 0o600, "the key-encryption key: store a copy in another place"),
@@ -127,4 +133,6 @@ def _general_name(name: str) -> x509.GeneralName:
     try:
         return x509.IPAddress(ip_address(name))
     except ValueError:
+        if not _HOST.fullmatch(name):
+            raise
         return x509.DNSName(name)
