@@ -320,3 +320,11 @@ def test_an_old_row_is_not_missed_where_no_older_one_is_left() -> None:
         assert loss is not None
         assert not loss.is_accepted
         assert find_loss(mark, evolve(view, decided_at=NOW), now) == evolve(loss, is_accepted=True)
+
+
+def test_a_row_of_a_clock_that_was_ahead_does_not_outlast_a_decision() -> None:
+    ahead = Row(6, NOW + 9 * DAY, "b")
+    view = View(7, 0, NOW, (ahead,), has_older=True)
+    loss = find_loss(Mark(7, 0, (Row(5, NOW, "a"), ahead)), view, NOW)
+    assert loss is not None
+    assert loss.is_accepted

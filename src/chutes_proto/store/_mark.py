@@ -158,7 +158,7 @@ def find_loss(mark: Mark, view: View, now: int) -> Loss | None:
         whys.append(f"it lacks {_named(missing)}")
     if not whys:
         return None
-    newest = max((entry.at for entry in mark.entries), default=0)
+    newest = max((entry.at for entry in missing or mark.entries), default=0)
     return Loss(" and ".join(whys), view.decided_at > 0 and view.decided_at >= newest)
 
 
