@@ -719,7 +719,7 @@ class PostgresStore:
             connection.prepare_threshold = None
 
     def _commit(self, connection: _Connection) -> None:
-        """Commit. Raises `StoreError`, and closes the connection, if the server sends a notice."""
+        """Commit. Raises `FateUnknown`, and closes the connection, if the server sends a notice."""
         notices: list[str] = []
 
         def note(notice: errors.Diagnostic) -> None:
@@ -733,8 +733,8 @@ class PostgresStore:
         # Any notice counts: their texts are translated, and a commit that succeeds has none.
         if notices:
             connection.close()
-            what = f"the database warned at the commit ({notices[0]})"
-            raise self._fault(f"{what}; {_UNKNOWN}, and a fail-over may lose it")
+            what = f"store {self.name}: the database warned at the commit ({notices[0]})"
+            raise FateUnknown(f"{what}; {_UNKNOWN}, and a fail-over may lose it")
 
     def _lift_limits(self, connection: _Connection) -> None:
         """Remove the time limits of this transaction, and of its statements."""
