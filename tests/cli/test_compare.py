@@ -16,7 +16,7 @@ from chutes_proto.io.server.development import write_server
 from chutes_proto.io.stores.address import StorePlace
 from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.store._run import Ask, Store
-from chutes_proto.store.rows import AuditRow, GenerationRow, ReadAll, Scan, Vm
+from chutes_proto.store.rows import AuditRow, GenerationRow, Read, ReadAll, Scan, Vm, VmRow
 from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.testing.store_suite._parts import NOW, VM, attest, boot, confirm, dump, platform, sync
 from chutes_proto.units.operator import PurgeKeys, RebindVm
@@ -102,6 +102,20 @@ def test_what_is_missing_is_listed_and_taken(command: Command, stores: tuple[str
         newer.transact(again)
         unit = sync(again, "body", "storage")
         assert restored.transact(unit).passphrases == newer.transact(unit).passphrases
+
+
+def test_what_was_proven_since_the_backup_is_not_forgotten(
+    command: Command, stores: tuple[str, str], config: Path
+) -> None:
+    """Else a stranger on the platform could take the name over without the hotkey, or a VM be served as before."""
+    old, new = stores
+    with closing(open_store(new)) as newer:
+        newer.transact(evolve(boot("proven"), hotkey_proven=True, exchange="two-phase"))
+    assert command("store", "compare", old, new, "--take", "--config", config).code == 0
+    with closing(open_store(old)) as restored:
+        claim = restored.transact(Ask(Read(VmRow, VM)))
+    assert claim is not None
+    assert (claim.proven, claim.exchange) == (True, "two-phase")
 
 
 def test_nothing_is_missing_afterwards(command: Command, stores: tuple[str, str], config: Path) -> None:

@@ -76,8 +76,8 @@ class Take(Unit[tuple[Difference, ...]]):
     """Take the missing keys of some VMs, with an audit row for each VM; returns what was taken, and what differs.
 
     The states of a volume's keys become the newer store's, and it counts as in use if it does there. A VM without a
-    claim gets the newer store's. Raises `KeyUnavailable` and `SealBroken` for a key that does not open, and then
-    nothing is taken.
+    claim gets the newer store's, and a claim forgets nothing that the newer one says of the VM. Raises `KeyUnavailable`
+    and `SealBroken` for a key that does not open, and then nothing is taken.
     """
 
     now: int
@@ -97,8 +97,9 @@ class Take(Unit[tuple[Difference, ...]]):
                     difference = evolve(difference, state="taken")
                 done.append(difference)
             if taken:
-                if newer.claim is not None and (yield from store.Read(store.VmRow, newer.vm)) is None:
-                    yield from store.Put(evolve(newer.claim, attested=None, booted=None))
+                if newer.claim is not None:
+                    held = yield from store.Read(store.VmRow, newer.vm)
+                    yield from store.Put(_claim(held, newer.claim))
                 told = store.AuditRow(self.now, "operator", "keys taken", "done", self.reason, newer.vm)
                 yield from store.Insert(evolve(told, keys=", ".join(taken)))
         return tuple(done)
@@ -122,6 +123,18 @@ class Take(Unit[tuple[Difference, ...]]):
 
     def _held(self, newer: Newer) -> Script[tuple[store.GenerationRow, ...]]:
         return (yield from store.ReadAll(store.GenerationRow, newer.vm))
+
+
+def _claim(held: store.VmRow | None, newest: store.VmRow) -> store.VmRow:
+    """The claim on the same platform that keeps what either store knows: that it is proven, and how the VM boots."""
+    if held is None:
+        return evolve(newest, attested=None, booted=None)
+    return evolve(
+        held,
+        proven=held.proven or newest.proven,
+        exchange="base" if held.exchange == newest.exchange == "base" else "two-phase",
+        nonce_at=max((at for at in (held.nonce_at, newest.nonce_at) if at is not None), default=None),
+    )
 
 
 def _may_be_needed(row: store.GenerationRow) -> bool:
