@@ -17,8 +17,11 @@ from chutes_proto.store.rows import Vm
 from chutes_proto.units.boot import RecordMismatch
 from chutes_proto.wire import vms
 from chutes_proto.wire.codes import Code
+from chutes_proto.wire.names import HEX_32
 
 _LACKS: Final = (Code.BOOT_TOKEN_REQUIRED, Code.BOOT_TOKEN_INVALID, Code.QUOTE_NONCE_INVALID)
+_NO_TOKEN: Final = ("", "null")
+"""What an image sends that found no token in the answer; its script prints JSON's null."""
 _ASKED_FOR: Final[dict[ServedExchange, str]] = {
     "base": "volumes with a boot token",
     "two-phase": "volumes with a quote nonce and without proof of its hotkey",
@@ -28,9 +31,11 @@ _ASKED_FOR: Final[dict[ServedExchange, str]] = {
 
 def name_mismatch(call: Call[Any], refusal: Refusal) -> Flow[None]:
     """Give ``refusal`` its reason, and record it once for the boot, if the VM was granted another exchange."""
-    spoken, vm = _speaks(call.message)
+    spoken, vm, token = _speaks(call.message)
     if refusal.code not in _LACKS or spoken is None or vm is None:
         return
+    if token not in _NO_TOKEN and not HEX_32.fullmatch(token):
+        return  # no VM of ours sends such a thing, and the store is not asked for a stranger's
     unit = RecordMismatch(
         now=call.now,
         request_id=call.request_id,
@@ -44,15 +49,16 @@ def name_mismatch(call: Call[Any], refusal: Refusal) -> Flow[None]:
         refusal.reason, refusal.recorded = reason, True
 
 
-def _speaks(message: object) -> tuple[ServedExchange | None, Vm | None]:
+def _speaks(message: object) -> tuple[ServedExchange | None, Vm | None, str]:
+    """Return the exchange that the sender speaks, the VM, and its token or nonce."""
     match message:
-        case vms.CachePassphraseRequest(vm_name=name, hotkey=one, hotkey_header=other):
-            return "base", Vm(one or other or "", name)
-        case vms.VolumeSyncRequest(vm_name=name, hotkey=one, hotkey_query=other):
-            return "base", Vm(one or other or "", name)
-        case vms.ProvisionRequest(vm_name=name, hotkey=hotkey):
-            return "provisioned", Vm(hotkey or "", name)
-        case vms.VolumeAttestationRequest(vm_name=name, hotkey=hotkey):
-            return "two-phase", Vm(hotkey or "", name)
+        case vms.CachePassphraseRequest(vm_name=name, hotkey=one, hotkey_header=other, boot_token=token):
+            return "base", Vm(one or other or "", name), token or ""
+        case vms.VolumeSyncRequest(vm_name=name, hotkey=one, hotkey_query=other, boot_token=token):
+            return "base", Vm(one or other or "", name), token or ""
+        case vms.ProvisionRequest(vm_name=name, hotkey=hotkey, quote_nonce=token):
+            return "provisioned", Vm(hotkey or "", name), token or ""
+        case vms.VolumeAttestationRequest(vm_name=name, hotkey=hotkey, quote_nonce=token):
+            return "two-phase", Vm(hotkey or "", name), token or ""
         case _:
-            return None, None
+            return None, None, ""
