@@ -15,8 +15,9 @@ from chutes_proto.io.files import write_file
 from chutes_proto.io.server.development import write_server
 from chutes_proto.io.stores.address import StorePlace
 from chutes_proto.io.stores.sqlite import SqliteStore
+from chutes_proto.keys.generations import CALLER_VOLUME
 from chutes_proto.store._run import Ask, Store
-from chutes_proto.store.rows import AuditRow, GenerationRow, Read, ReadAll, Scan, Vm, VmRow
+from chutes_proto.store.rows import AuditRow, GenerationRow, Insert, Read, ReadAll, Scan, Vm, VmRow
 from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.testing.store_suite._parts import NOW, VM, attest, boot, confirm, dump, platform, sync
 from chutes_proto.units.operator import PurgeKeys, RebindVm
@@ -162,6 +163,25 @@ def test_keys_are_taken_where_the_newer_store_has_purged_the_backups_own(
     assert (kept.state, kept.sealed) == ("retired", active.sealed)
     with closing(open_store(old)) as restored, closing(open_store(new)) as newer:
         assert current(restored, "6") == current(newer, "6")
+
+
+def test_what_the_backup_has_purged_stays_purged(command: Command, stores: tuple[str, str], config: Path) -> None:
+    """And the key that a VM's callers have is no disk's: it is never missed."""
+    old, new = stores
+    with closing(open_store(new)) as newer:
+        for label in "345":
+            _ = rotated(newer, label)
+    _ = shutil.copy(new.removeprefix("sqlite:"), old.removeprefix("sqlite:"))
+    with closing(open_store(old)) as restored:
+        restored.transact(PurgeKeys(NOW + 86_400, 0, "old", (VM,), carry_out=True))
+    purged = {row.generation for row in storage_keys(old) if row.sealed is None}
+    with closing(open_store(new)) as newer:
+        _ = rotated(newer, "6")
+        newer.transact(Ask(Insert(evolve(storage_keys(new)[0], volume=CALLER_VOLUME, generation=1))))
+    assert purged
+    assert command("store", "compare", old, new, "--take", "--config", config).code == 0
+    assert {row.generation for row in storage_keys(old) if row.sealed is None} == purged
+    assert len(storage_keys(old)) == len(storage_keys(new))
 
 
 def storage_keys(address: str) -> list[GenerationRow]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -10,7 +11,15 @@ from pathlib import Path
 import pytest
 
 from chutes_proto.errors import ConfigurationError
-from chutes_proto.io.server.sockets import SPARE_FILES, Listening, listen_tls, listen_unix, urls
+from chutes_proto.io.server.sockets import (
+    SPARE_FILES,
+    GivenSockets,
+    Listening,
+    inherited_sockets,
+    listen_tls,
+    listen_unix,
+    urls,
+)
 from tests.transport.tls_client import context
 
 
@@ -99,3 +108,26 @@ def test_no_more_connections_than_files(soft: int, hard: int, connections: int, 
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ended.stdout.split() == [str(room), str(then), str(hard)]
+
+
+def test_given_sockets_are_taken_by_the_settings_that_name_them(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as tcp, socket.socket(socket.AF_UNIX) as unix:
+        unix.bind(str(tmp_path / "s"))
+        unix.listen()
+        address = tcp.getsockname()
+        given = GivenSockets([("listen", tcp), ("", unix)])
+        assert given.take_tcp("admin.listen", address) == []
+        assert given.take_tcp("listen", ("127.0.0.2", 0)) == []
+        assert given.take_unix("proxy.unix", tmp_path / "other") == []
+        assert given.take_tcp("listen", address) == [tcp]
+        assert given.take_tcp("listen", address) == []
+        assert given.take_unix("proxy.unix", tmp_path / "s") == [unix]
+        given.check_all_taken()
+        with pytest.raises(ConfigurationError, match="the configuration does not name it"):
+            GivenSockets([("", tcp)]).check_all_taken()
+
+
+def test_sockets_for_another_process_are_not_taken() -> None:
+    for environ in ({}, {"LISTEN_PID": "1", "LISTEN_FDS": "1"}, {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "x"}):
+        assert inherited_sockets(environ) == []
+        assert not environ

@@ -7,11 +7,13 @@ import resource
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import anyio
 import anyio.lowlevel
+import anyio.to_thread
 import pytest
 
 from chutes_proto.errors import ConfigurationError
@@ -31,6 +33,60 @@ def test_a_strangers_sockets_are_not_taken(tmp_path: Path) -> None:
         _ = subprocess.run(listen, pass_fds=[door.fileno()], check=True)
         with pytest.raises(ConfigurationError, match=f"a process of user {STRANGER} answers there"):
             _ = take_over(path, "sqlite:keys.db")
+
+
+@pytest.mark.parametrize("loop", ["trio", "asyncio"])
+def test_sockets_go_to_a_successor_with_the_same_store(tmp_path: Path, loop: str) -> None:
+    path = tmp_path / "door"
+    assert take_over(path, "keys") is None
+    door = Door(path)
+    door.open()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def ask() -> None:
+            with pytest.raises(ConfigurationError, match="uses the store keys and this configuration other"):
+                _ = take_over(path, "other")
+            taken = take_over(path, "keys")
+            assert taken is not None
+            ((key, given),) = taken.sockets
+            with given:
+                assert (key, given.getsockname()) == ("listen", listening.getsockname())
+            taken.confirm()
+
+        async def main() -> None:
+            with anyio.fail_after(60):
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(anyio.to_thread.run_sync, ask)
+                    await door.successor("keys", [("listen", listening)])
+
+        on_loop(loop, main)
+    door.close(is_successors=True)
+    assert path.exists()
+    assert take_over(path, "keys") is None
+
+
+@pytest.mark.parametrize("said", [b"", b"{}", b"[]", b'{"store": "keys", "sockets": ["listen"]}', b"\xff"])
+def test_another_program_is_not_taken_for_a_server(tmp_path: Path, said: bytes) -> None:
+    path = tmp_path / "door"
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(path))
+        other.listen()
+
+        def answer() -> None:
+            accepted, _ = other.accept()
+            with accepted:
+                accepted.sendall(said)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(ConfigurationError, match="no key server answers there"):
+            _ = take_over(path, "keys")
+        thread.join()
+
+
+def test_a_door_in_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"takeover: .*No such file"):
+        _ = Door(tmp_path / "nowhere" / "door")
 
 
 def test_without_file_descriptors_it_waits_and_does_not_spin(tmp_path: Path) -> None:

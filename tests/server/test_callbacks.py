@@ -22,6 +22,7 @@ from chutes_proto.auth.hotkey import Hotkey, HotkeyPair
 from chutes_proto.auth.signing import purpose_message
 from chutes_proto.effects import Effect, FetchCollateral, FetchEvidence, Resolve, Transact
 from chutes_proto.errors import CollateralUnavailable, RemoteProtocolError, TransportError
+from chutes_proto.keys.generations import CALLER_VOLUME
 from chutes_proto.quote._policy import Policy
 from chutes_proto.secret import Secret
 from chutes_proto.server._app import App
@@ -29,7 +30,8 @@ from chutes_proto.server._callbacks import SECONDS
 from chutes_proto.server._profiles import ServedProfile
 from chutes_proto.server._proxy import TrustedProxies
 from chutes_proto.server._service import Callback
-from chutes_proto.store.rows import AttestationRow, AuditRow, ServerRow
+from chutes_proto.store._run import Ask
+from chutes_proto.store.rows import AttestationRow, AuditRow, GenerationRow, ServerRow, UpdateGeneration
 from chutes_proto.testing._platform import PROFILE
 from chutes_proto.units.servers import ReadCaller
 from chutes_proto.wire import json
@@ -319,3 +321,12 @@ def test_a_certificate_that_is_not_of_the_vms_root_ca(of_1_4, of):
     assert refusal(register(world, name="vm-1"))[:2] == (403, Code.CERTIFICATE_MISMATCH)
     assert "not of the VM's root CA" in reasons(world)[-1]
     assert world.rows(ServerRow) == ()
+
+
+def test_a_caller_whose_vm_is_on_another_platform_now_is_not_used(of_1_4):
+    world, _, _ = of_1_4
+    asked = ReadCaller(NOW, MINER.hotkey.address, "vm-1", HOST, world.app.service.vault)
+    assert world.store.transact(asked) is not None
+    (row,) = [row for row in world.rows(GenerationRow) if row.volume == CALLER_VOLUME]
+    world.store.transact(Ask(UpdateGeneration(evolve(row, state="retired", retired_at=NOW, retirement="takeover"))))
+    assert world.store.transact(asked) is None

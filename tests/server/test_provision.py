@@ -135,6 +135,14 @@ def test_a_confirmation_counts_for_the_newest_grant_and_once(world):
     assert refusal(confirm(world, latest["root_confirm_nonce"], ROOT))[1] == Code.CONFIRM_NONCE_INVALID
 
 
+def test_a_key_that_was_left_out_is_confirmed_as_often_as_the_vm_asks(world):
+    granted = answer(boot(world))
+    left_out = {"volumes": {"root": {"rotated": False}}}
+    results = [answer(confirm(world, granted["root_confirm_nonce"], left_out))["volumes"]["root"] for _ in range(2)]
+    assert results[0] == results[1]
+    assert answer(boot(world))["key"] == granted["key"]
+
+
 def test_a_late_first_boot_changes_nothing(world):
     """It was sent before an attempt that was granted since, and its nonce is still valid."""
     late = world.nonce()

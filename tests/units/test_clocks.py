@@ -17,7 +17,7 @@ from chutes_proto.server._nonces import RANDOM_SIZE, MacKey, NonceMint
 from chutes_proto.store._run import Ask, Script, Unit
 from chutes_proto.store.rows import ReadTimes, StoreOp, Times
 from chutes_proto.testing.store_suite._parts import DAY, NOW
-from chutes_proto.units.nonces import SKEW, Nonce, redeem_nonce
+from chutes_proto.units.nonces import SKEW, Nonce, redeem_nonce, why_void
 from chutes_proto.units.operator import StoreRestored
 from tests.store.memory import MemoryStore
 
@@ -180,3 +180,15 @@ class OneMachine(Nonces):
 @pytest.mark.parametrize("machine", [SeveralMachines, OneMachine])
 def test_no_nonce_is_redeemed_twice(machine: type[Nonces]) -> None:
     run_state_machine_as_test(machine, settings=settings(settings(), stateful_step_count=STEPS))
+
+
+@pytest.mark.parametrize(
+    ("times", "text"),
+    [
+        (Times(NOW, NOW), "as after `chutes-proto store restored`"),
+        (Times(NOW + 2 * SKEW, None), "a clock was ahead"),
+        (Times(NOW + 2 * SKEW, NOW + 2 * SKEW), "set this server's right"),
+    ],
+)
+def test_an_operator_hears_which_clock_is_wrong(times: Times, text: str) -> None:
+    assert text in str(why_void(times, NOW))

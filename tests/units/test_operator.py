@@ -105,6 +105,7 @@ def test_audit_rows_go_when_their_time_is_over(store: MemoryStore) -> None:
         store.transact(Ask(Insert(AuditRow(at, "vm", f"at {at}", "granted"))))
     before = dump(store)
     assert store.transact(PurgeAudits(NOW, 10, WHY)) == Purged(4, None)
+    assert store.transact(PurgeAudits(NOW, 10, WHY, beyond=10**6)) == Purged(0, None)
     assert dump(store) == before, "nothing is deleted before it is to be carried out"
     first = store.transact(PurgeAudits(NOW, 10, WHY, span=3, carry_out=True))
     assert (first.count, first.beyond) == (3, store.transact(Ask(ReadAudit(0, 9)))[0][0] - 1)

@@ -417,8 +417,7 @@ class Times:
     """The horizon, and the start of the transaction by the store's own clock, both in unix seconds.
 
     Nonces issued at or before the horizon may have been forgotten, and count as redeemed; what was issued to boots
-    granted until then is void. ``clock`` is None for a store
-    without a clock of its own.
+    granted until then is void. ``clock`` is None for a store without a clock of its own.
     """
 
     horizon: int

@@ -1,0 +1,76 @@
+"""What a check of a server finds, at several times."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from chutes_proto.io.server.development import write_server
+from chutes_proto.io.server.health import Health, read_counts, read_health
+from chutes_proto.io.server.setup import ServerSetup, make_setup
+from chutes_proto.io.stores.sqlite import SqliteStore
+from chutes_proto.server import ServerConfig
+from chutes_proto.testing._platform import SimulatedPlatform
+from chutes_proto.testing.store_suite._parts import boot
+
+DAY = 86_400
+
+
+@pytest.fixture
+def setup(tmp_path: Path) -> ServerSetup:
+    write_server(tmp_path, SimulatedPlatform(bytes(32)), int(time.time()))
+    return make_setup(ServerConfig.load(tmp_path / "server.toml"))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[SqliteStore]:
+    with closing(SqliteStore(tmp_path / "keys.db")) as opened:
+        yield opened
+
+
+def states(health: Health) -> dict[str, str]:
+    return {finding.what: finding.state for finding in health.findings}
+
+
+def test_a_certificate_is_noted_before_it_ends_and_a_problem_afterwards(setup: ServerSetup, store: SqliteStore) -> None:
+    end = read_health(setup, store).certificate_end
+    assert end is not None
+    for at, state in ((end - 60 * DAY, "ok"), (end - DAY, "note"), (end, "problem"), (0, "problem")):
+        health = read_health(setup, store, at)
+        assert (states(health)["certificate"], health.is_ready) == (state, state != "problem")
+
+
+def test_a_certificate_that_cannot_be_read_again_is_noted(setup: ServerSetup, store: SqliteStore) -> None:
+    path = Path(setup.base, setup.config.tls.certificate)
+    for spoil in (lambda: path.write_text("no certificate"), path.unlink):
+        spoil()
+        health = read_health(setup, store)
+        assert (states(health)["certificate"], health.is_ready) == ("note", True)
+
+
+def test_collateral_that_has_expired_is_named(setup: ServerSetup, store: SqliteStore) -> None:
+    now = read_health(setup, store)
+    assert states(now)["collateral"] == "ok"
+    (family, (_, end)), *_ = now.collateral.items()
+    later = read_health(setup, store, end + 1)
+    assert states(later)["collateral"] == "note"
+    assert family in next(finding.detail for finding in later.findings if finding.what == "collateral")
+
+
+def test_a_store_that_cannot_be_asked_is_a_problem(setup: ServerSetup, store: SqliteStore) -> None:
+    setup.service.readiness.fault = "it lacks audit row 7"
+    assert states(read_health(setup, store))["store"] == "problem"
+    setup.service.readiness.fault = None
+    store.close()
+    assert states(read_health(setup, store))["store"] == "problem"
+
+
+def test_rows_are_counted(store: SqliteStore) -> None:
+    assert (read_counts(store).audit_position, read_counts(store).states) == (0, {})
+    store.transact(boot("1"))
+    counts = read_counts(store)
+    assert (counts.audit_position > 0, sum(counts.states.values()), sum(counts.sealed.values())) == (True, 1, 1)
