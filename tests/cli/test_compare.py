@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sqlite3
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -268,3 +269,16 @@ def test_it_takes_from_postgresql(
     assert len(command("store", "compare", old, newer, "--json").json["volumes"]) == 3
     assert command("store", "compare", old, newer, "--take", "--config", config).code == 0
     assert command("store", "compare", old, new).code == 0
+
+
+def test_keys_of_a_vm_that_no_platform_claims_are_taken(
+    command: Command, stores: tuple[str, str], config: Path
+) -> None:
+    """As after an import: its next boot claims the name."""
+    old, new = stores
+    with closing(sqlite3.connect(new.removeprefix("sqlite:"))) as newer, newer:
+        _ = newer.execute("DELETE FROM vm WHERE vm = ?", (NEW_VM.name,))
+    assert command("store", "compare", old, new, "--take", "--config", config).code == 0
+    with closing(open_store(old)) as restored:
+        assert restored.transact(Ask(Read(VmRow, NEW_VM))) is None
+        assert restored.transact(Ask(ReadAll(GenerationRow, NEW_VM)))
