@@ -21,7 +21,7 @@ from chutes_proto.wire.names import HEX_32
 
 _LACKS: Final = (Code.BOOT_TOKEN_REQUIRED, Code.BOOT_TOKEN_INVALID, Code.QUOTE_NONCE_INVALID)
 _NO_TOKEN: Final = ("", "null")
-"""What an image sends that found no token in the answer; its script prints JSON's null."""
+"""The token that an image sends which found none in the answer; its script prints JSON's null."""
 _ASKED_FOR: Final[dict[ServedExchange, str]] = {
     "base": "volumes with a boot token",
     "two-phase": "volumes with a quote nonce and without proof of its hotkey",
@@ -35,7 +35,7 @@ def name_mismatch(call: Call[Any], refusal: Refusal) -> Flow[None]:
     if refusal.code not in _LACKS or spoken is None or vm is None:
         return
     if token not in _NO_TOKEN and not HEX_32.fullmatch(token):
-        return  # no VM of ours sends such a thing, and the store is not asked for a stranger's
+        return  # no image sends such a token, and the store is not asked for a stranger's
     unit = RecordMismatch(
         now=call.now,
         request_id=call.request_id,
