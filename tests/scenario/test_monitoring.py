@@ -116,6 +116,7 @@ def test_a_prometheus_answers_every_query(
                     result: list[Any] = answer["data"]["result"]
                     return result
 
+                _ = wait_until(lambda: client.get("/-/ready").is_success)
                 _ = wait_until(lambda: ask("rate(chutes_proto_requests_total[1m])"))
                 rules = wait_until(lambda: client.get("/api/v1/rules").json()["data"]["groups"])
                 assert {rule["health"] for group in rules for rule in group["rules"]} <= {"ok", "unknown"}
