@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import weakref
 from functools import cache
 from typing import Any, TypeVar
 
@@ -21,9 +22,8 @@ class MemoryStore:
         self.connection = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
         self.connection.deserialize(image or _empty())
         _ = self.connection.execute("PRAGMA foreign_keys = 1")
-
-    def __del__(self) -> None:
-        self.connection.close()
+        # Not __del__: in a cycle that is collected, the connection may be finalized first, and warns.
+        _ = weakref.finalize(self, self.connection.close)
 
     def image(self) -> bytes:
         """All that the store holds, as it is now."""
