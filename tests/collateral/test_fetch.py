@@ -7,6 +7,7 @@ import ssl
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -480,10 +481,10 @@ def test_threads_are_left_alone(each: Loop, upstream: Upstream) -> None:
 @pytest.mark.anyio
 async def test_a_performer_for_files_or_for_services(upstream: Upstream, tmp_path: Path) -> None:
     write_file(tmp_path / "a.json", PLATFORM.collateral_json(int(time.time())))
-    durable = SqliteStore(tmp_path / "keys.db")
-    for collateral in (CollateralDirectory(tmp_path, ROOT), source(upstream)):
-        async with open_performer(durable, collateral, log=lambda _: None) as performer:
-            effect = FetchCollateral(identity(), int(time.time()) + 1)
-            found: Any = await performer.perform(effect)
-            assert found.fmspc == PLATFORM.fmspc
+    with closing(SqliteStore(tmp_path / "keys.db")) as durable:
+        for collateral in (CollateralDirectory(tmp_path, ROOT), source(upstream)):
+            async with open_performer(durable, collateral, log=lambda _: None) as performer:
+                effect = FetchCollateral(identity(), int(time.time()) + 1)
+                found: Any = await performer.perform(effect)
+                assert found.fmspc == PLATFORM.fmspc
     assert upstream.rounds() == 1
