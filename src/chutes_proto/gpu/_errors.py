@@ -12,10 +12,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
-
 from chutes_proto._error import ChutesError
-from chutes_proto.quote._errors import shown
+from chutes_proto.quote._errors import FailedCheck
 
 __all__ = ["EvidenceFormatError", "GpuError", "GpuPolicyError", "GpuVerificationError"]
 
@@ -26,27 +24,8 @@ class GpuError(ChutesError):
     code: str = "gpu"
 
 
-class GpuVerificationError(GpuError):
-    """A piece of evidence is refused.
-
-    ``step``, ``code`` and ``rule`` are those of the check that refuses it, ``subject`` is the piece that fails it.
-    ``got`` and ``expected`` are the values, bytes, numbers or texts, or None where there are none to compare.
-    """
-
-    step: ClassVar[int]
-    rule: ClassVar[str]
-
-    def __init__(self, subject: str, problem: str, *, got: Any = None, expected: Any = None) -> None:
-        super().__init__(subject, problem)
-        self.subject = subject
-        self.problem = problem
-        self.got = got
-        self.expected = expected
-
-    def __str__(self) -> str:
-        values = [f"{name} {shown(v)}" for name, v in (("got", self.got), ("expected", self.expected)) if v is not None]
-        detail = f" ({', '.join(values)})" if values else ""
-        return f"{self.subject}: {self.problem}{detail} [step {self.step}: {self.rule}]"
+class GpuVerificationError(FailedCheck, GpuError):
+    """A piece of evidence is refused. The members are `FailedCheck`'s."""
 
 
 class EvidenceFormatError(GpuVerificationError):

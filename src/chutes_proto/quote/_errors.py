@@ -64,8 +64,8 @@ class CollateralFormatError(QuoteError):
     code = "collateral_format"
 
 
-class VerificationError(QuoteError):
-    """The quote is refused: it is not genuine, or the policy does not accept it.
+class FailedCheck(Exception):
+    """A check of evidence that failed.
 
     ``step``, ``code`` and ``rule`` are those of the check that refuses it, ``subject`` is the piece that fails it.
     ``got`` and ``expected`` are the values, bytes, numbers or texts, or None where there are none to compare.
@@ -85,6 +85,10 @@ class VerificationError(QuoteError):
         values = [f"{name} {shown(v)}" for name, v in (("got", self.got), ("expected", self.expected)) if v is not None]
         detail = f" ({', '.join(values)})" if values else ""
         return f"{self.subject}: {self.problem}{detail} [step {self.step}: {self.rule}]"
+
+
+class VerificationError(FailedCheck, QuoteError):
+    """The quote is refused: it is not genuine, or the policy does not accept it. The members are `FailedCheck`'s."""
 
 
 class QuoteFormatError(VerificationError):

@@ -30,10 +30,10 @@ from chutes_proto.errors import BadRequest, KeyUnavailable, Refusal, Refused, Se
 from chutes_proto.log import Level, Record, Value
 from chutes_proto.server import _servers as servers
 from chutes_proto.server._boot import attest_boot, issue_boot_nonce
-from chutes_proto.server._call import Call, SignedCall
+from chutes_proto.server._call import Call, SignedCall, ids_of
 from chutes_proto.server._callers import check_caller
 from chutes_proto.server._mismatch import name_mismatch
-from chutes_proto.server._observing import Answered, Observer, ignore, trace_of, traced
+from chutes_proto.server._observing import Answered, Observer, ignore
 from chutes_proto.server._open_boots import completed_by
 from chutes_proto.server._rotation import attest_volumes, confirm_volumes
 from chutes_proto.server._runtime import attest_runtime, issue_runtime_nonce, read_status
@@ -161,9 +161,7 @@ class App:
         """The answer to ``request``; raises nothing but what ends the process."""
         request_id = (yield from Entropy(16)).hex()
         seen = _Seen()
-        answering = self._respond(request, request_id, seen)
-        trace_id = trace_of(request) if isinstance(request, HttpRequest) else None
-        response = yield from (answering if trace_id is None else traced(answering, trace_id))
+        response = yield from self._respond(request, request_id, seen)
         if self.observe is not ignore:
             arrived = request.arrived if isinstance(request, HttpRequest) else None
             ended = yield from Uptime()
@@ -261,7 +259,7 @@ class App:
         held_back = 0 if refusal.recorded else throttle.admits(request.peer_address, (yield from Uptime()))
         if held_back is None:
             return
-        fields: dict[str, Value] = {"request_id": request_id, "peer": request.peer_address}
+        fields: dict[str, Value] = {**ids_of(request, request_id), "peer": request.peer_address}
         if isinstance(request, HttpRequest):
             fields |= {"method": request.method[:16], "path": request.target.partition("?")[0][:200]}
         fields |= {"status": refusal.status, "code": str(refusal.code), "reason": refusal.reason}

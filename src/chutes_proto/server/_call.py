@@ -10,11 +10,18 @@ from chutes_proto.auth.hotkey import Hotkey
 from chutes_proto.effects import Flow, Log, Transact
 from chutes_proto.errors import Refused, StoreError
 from chutes_proto.log import Level, Record, Value
+from chutes_proto.server._observing import trace_of
 from chutes_proto.store._run import Unit
-from chutes_proto.wire.http import HttpRequest
+from chutes_proto.wire.http import HttpRequest, MalformedRequest
 
 M = TypeVar("M")
 T = TypeVar("T")
+
+
+def ids_of(request: HttpRequest | MalformedRequest, request_id: str) -> dict[str, Value]:
+    """The fields that every log record of a request has: its id, and that of its trace if it names one."""
+    trace_id = trace_of(request) if isinstance(request, HttpRequest) else None
+    return {"request_id": request_id} if trace_id is None else {"request_id": request_id, "trace_id": trace_id}
 
 
 @frozen
@@ -28,7 +35,7 @@ class Call(Generic[M]):
 
     def log(self, event: str, level: Level = Level.INFO, /, **fields: Value) -> Flow[None]:
         """Log ``event`` with the request's id and these fields, in this order."""
-        yield from Log(Record(level, event, {"request_id": self.request_id, **fields}))
+        yield from Log(Record(level, event, {**ids_of(self.request, self.request_id), **fields}))
 
     def record_refusal(self, unit: Unit[bool]) -> Flow[bool]:
         """Run ``unit``, which records a refusal; return whether it did. A failure does not change the refusal."""

@@ -11,14 +11,11 @@ Rules kept here:
 from __future__ import annotations
 
 import re
-from typing import Final, Protocol, TypeVar
+from typing import Final, Protocol
 
-from attrs import evolve, frozen
+from attrs import frozen
 
-from chutes_proto.effects import Effect, Flow, Log
 from chutes_proto.wire.http import HttpRequest
-
-T = TypeVar("T")
 
 _TRACEPARENT: Final = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
 _VERSION_0: Final = re.compile(r"00-[0-9a-f-]{52}")
@@ -53,28 +50,3 @@ def trace_of(request: HttpRequest) -> str | None:
     if found is None or (values[0].startswith("00") and not _VERSION_0.fullmatch(values[0])):
         return None
     return found[1]
-
-
-def traced(flow: Flow[T], trace_id: str) -> Flow[T]:
-    """``flow``, with the trace's id in each of its log records that has a request's id."""
-    try:
-        effect = next(flow)
-        while True:
-            try:
-                reply: object = yield from _with_trace(effect, trace_id)
-            except Exception as exc:  # noqa: BLE001 - whatever a driver raises goes into the flow
-                effect = flow.throw(exc)
-            else:
-                effect = flow.send(reply)
-    except StopIteration as stop:
-        result: T = stop.value
-        return result
-    finally:
-        flow.close()
-
-
-def _with_trace(effect: Effect[object], trace_id: str) -> Effect[object]:
-    if isinstance(effect, Log) and "request_id" in effect.record.fields:
-        fields = {**effect.record.fields, "trace_id": trace_id}
-        return Log(evolve(effect.record, fields=fields))
-    return effect

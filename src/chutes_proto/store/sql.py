@@ -567,7 +567,7 @@ def _read_page(op: store.ReadPage[Any]) -> tuple[str, Values]:
     return _page(kind, kind.KEY, "TRUE", is_first=op.after is None), (*after, op.limit)
 
 
-_NEEDED: Final[dict[type[store.Row], str]] = {
+_UNNEEDED: Final[dict[type[store.Row], str]] = {
     store.BootRow: "EXISTS (SELECT 1 FROM boot AS newer WHERE newer.hotkey = boot.hotkey AND newer.vm = boot.vm"
     " AND newer.created_at > boot.created_at)"
     " AND NOT EXISTS (SELECT 1 FROM server WHERE server.boot_id = boot.boot_id)"
@@ -582,7 +582,7 @@ def _read_old(op: store.ReadOld[Any]) -> tuple[str, Values]:
     kind: type[store.Row] = op.kind
     order = ("created_at", *kind.KEY)
     after = () if op.after is None else (op.after.created_at, *encode(op.after)[: len(kind.KEY)])
-    text = _page(kind, order, f"created_at < ? AND {_NEEDED[kind]}", is_first=op.after is None)
+    text = _page(kind, order, f"created_at < ? AND {_UNNEEDED[kind]}", is_first=op.after is None)
     return text, (op.before, *after, op.limit)
 
 
