@@ -437,6 +437,21 @@ def test_the_order_of_checks_of_a_confirmation(world, first, of_root):
     assert everything(world) == before
 
 
+def test_a_proof_over_the_nonce_of_another_step_proves_nothing(world):
+    """It is genuine, and whoever saw it could send it with a nonce that was granted to an unproven claim."""
+    granted = answer(boot(world))
+    quote_nonce, root_nonce = granted["luks_quote_nonce"], granted["root_confirm_nonce"]
+    body = volumes_request(world, quote_nonce)
+    before = everything(world)
+    for path, own, other, sent in (
+        ("provision", {"x-quote-nonce": quote_nonce}, root_nonce, body),
+        ("provision/confirm", {"x-confirm-nonce": root_nonce}, quote_nonce, ROOT),
+    ):
+        response = world.ask("POST", f"/servers/vm-1/{path}", sent, headers={**own, **proof(other, sent)})
+        assert refusal(response) == (401, Code.SIGNATURE_INVALID, UNPROVEN)
+    assert everything(world) == before
+
+
 def test_a_root_passphrase_of_the_vms_own_is_rotated_too(world):
     profile = ServedProfile(PROFILE, None, False, False, "provisioned")
     world.app = App(service(profiles={PROFILE.identity: profile}))
