@@ -271,6 +271,13 @@ def test_it_takes_from_postgresql(
     assert command("store", "compare", old, new).code == 0
 
 
+def test_a_newer_store_without_keys_has_none_that_are_missing(command: Command, tmp_path: Path) -> None:
+    for name in ("old.db", "new.db"):
+        SqliteStore(tmp_path / name).close()
+    ended = command("store", "compare", f"sqlite:{tmp_path}/old.db", f"sqlite:{tmp_path}/new.db")
+    assert (ended.code, "no key is missing" in ended.out) == (0, True)
+
+
 def test_keys_of_a_vm_that_no_platform_claims_are_taken(
     command: Command, stores: tuple[str, str], config: Path
 ) -> None:

@@ -91,6 +91,8 @@ def say_fields(fields: Mapping[str, object]) -> None:
                 continue
             case None | []:
                 text = "-"
+            case bool():
+                text = "yes" if value else "no"
             case list():
                 text = ", ".join(map(str, cast("list[object]", value)))
             case _:
