@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from threading import Event
 
@@ -19,7 +19,11 @@ from tests.waiting import wait_until
 
 
 def children() -> list[int]:
-    return [int(each) for task in Path("/proc/self/task").iterdir() for each in (task / "children").read_text().split()]
+    found: list[int] = []
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(FileNotFoundError, ProcessLookupError):  # the thread ended meanwhile
+            found += map(int, (task / "children").read_text().split())
+    return found
 
 
 def test_a_worker_that_cannot_be_started_ends_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
