@@ -173,6 +173,13 @@ def test_progress_appears_after_a_second(terminal: Shown, monkeypatch: pytest.Mo
         _ = wait_until(is_shown)
 
 
+def test_a_log_is_told_nothing_twice(capsys: pytest.CaptureFixture[str]) -> None:
+    with output.progress("rows", 10) as tell:
+        for done in (5, 5, 6, 6):
+            tell(done)
+    assert capsys.readouterr().err.splitlines() == ["rows: 5 of 10", "rows: 6 of 10"]
+
+
 def test_results_do_not_go_to_the_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(output, "_SHOWN_AFTER", 0.0)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)

@@ -216,13 +216,18 @@ class Advance(Protocol):
 def progress(doing: str, total: int | None = None) -> Generator[Advance]:
     """Progress on standard error: call the result with how much is done, and with a new total where it changes.
 
-    On a terminal it is a bar with an estimate that appears after a second, elsewhere a line each time.
+    On a terminal it is a bar with an estimate that appears after a second, elsewhere a line each time that it changes.
     """
     if not sys.stderr.isatty() or wants("plain"):
+        told: set[str] = set()
 
         def tell(done: int, new_total: int | None = None) -> None:
             of = new_total if new_total is not None else total
-            console.tell(f"{doing}: {done}" + (f" of {of}" if of is not None else ""))
+            line = f"{doing}: {done}" + (f" of {of}" if of is not None else "")
+            if line not in told:
+                told.clear()
+                told.add(line)
+                console.tell(line)
 
         yield tell
         return
