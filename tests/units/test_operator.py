@@ -364,6 +364,9 @@ def test_a_rotation_since_the_backup_opens_again(store: MemoryStore) -> None:
         assert attested(label)[1].current == pair.current
     store = MemoryStore(backup)
     store.transact(StoreRestored(NOW - 70, WHY))
+    written = store.connection.total_changes
+    store.transact(StoreRestored(NOW - 70, WHY))
+    assert store.connection.total_changes - written == 3  # horizon, decision and audit row: no key a second time
     turns = [attested(label) for label in ("5", "6", "7")]
     assert [turn.current for _, turn in turns] == [pair.next, pair.current, pair.next]
     assert turns[2][1].next == pair.next

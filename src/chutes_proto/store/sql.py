@@ -751,7 +751,9 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query]] = {
         "state = :row.state, provisional = :row.provisional, delivered_at = :row.delivered_at,"
         " retired_at = :row.retired_at, retirement = :row.retirement"
     ),
-    store.DoubtCandidates: _query("UPDATE generation SET provisional = TRUE WHERE state = 'candidate'"),
+    store.DoubtCandidates: _query(
+        "UPDATE generation SET provisional = TRUE WHERE state = 'candidate' AND NOT provisional"
+    ),
     store.RewrapGenerations: _Query(_rewrap, lambda _, rows: _nothing(rows)),
     store.PurgeGeneration: _change_generation(
         "state = 'purged', provisional = FALSE, sealed = NULL, kek_id = NULL, wrapped_key = NULL", "state = 'retired'"
