@@ -37,9 +37,13 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class StoreOp(Generic[T_co]):
-    """One operation on rows; ``yield from`` it for the reply, which has the type ``T_co``."""
+    """One operation on rows; ``yield from`` it for the reply, which has the type ``T_co``.
+
+    One that ``MAY_TAKE_LONG`` is for operators alone, on tables that may have many rows: a store sets it no time limit.
+    """
 
     __slots__ = ()
+    MAY_TAKE_LONG: ClassVar[bool] = False
 
     def __iter__(self) -> Generator["StoreOp[Any]", Any, T_co]:
         reply: T_co = yield self
@@ -447,6 +451,8 @@ class SetHorizon(StoreOp[None]):
 class ReadNames(StoreOp[tuple[Vm, ...]]):
     """The VMs of a name that are claimed or have keys, in order: of any hotkey, or of ``hotkey``."""
 
+    MAY_TAKE_LONG: ClassVar[bool] = True
+
     name: str
     hotkey: str = ""
 
@@ -455,6 +461,8 @@ class ReadNames(StoreOp[tuple[Vm, ...]]):
 class ReadUnclaimed(StoreOp[tuple[Vm, ...]]):
     """The next ``limit`` VMs that have keys and are not claimed."""
 
+    MAY_TAKE_LONG: ClassVar[bool] = True
+
     after: Vm | None
     limit: int
 
@@ -462,6 +470,8 @@ class ReadUnclaimed(StoreOp[tuple[Vm, ...]]):
 @frozen
 class ReadRetired(StoreOp[tuple[Vm, ...]]):
     """The next ``limit`` VMs that have a passphrase which was retired at or before ``until``."""
+
+    MAY_TAKE_LONG: ClassVar[bool] = True
 
     until: int
     after: Vm | None
@@ -514,17 +524,23 @@ class UpdateGeneration(StoreOp[None]):
 class CountRetired(StoreOp[int]):
     """The number of the VMs that `ReadRetired` finds."""
 
+    MAY_TAKE_LONG: ClassVar[bool] = True
+
     until: int
 
 
 @frozen
 class DoubtCandidates(StoreOp[None]):
-    """Make every candidate of every VM provisional."""
+    """Make every candidate of every VM provisional; rows that are so already are not written."""
+
+    MAY_TAKE_LONG: ClassVar[bool] = True
 
 
 @frozen
 class RewrapGenerations(StoreOp[None]):
     """Write ``kek_id`` and ``wrapped_key`` of rows, at least one, that have a sealed passphrase; nothing else."""
+
+    MAY_TAKE_LONG: ClassVar[bool] = True
 
     rows: tuple[GenerationRow, ...]
 
@@ -540,15 +556,21 @@ class PurgeGeneration(StoreOp[None]):
 class CountSealed(StoreOp[tuple[tuple[str, int], ...]]):
     """The number of passphrases sealed under each KEK, by ``kek_id``."""
 
+    MAY_TAKE_LONG: ClassVar[bool] = True
+
 
 @frozen
 class CountStates(StoreOp[tuple[tuple[str, int], ...]]):
     """The number of generations in each state, by state; states without one are left out."""
 
+    MAY_TAKE_LONG: ClassVar[bool] = True
+
 
 @frozen
 class ReadOtherwiseSealed(StoreOp[tuple[GenerationRow, ...]]):
     """The next ``limit`` generations whose passphrase is sealed under another KEK than ``kek_id``."""
+
+    MAY_TAKE_LONG: ClassVar[bool] = True
 
     kek_id: str
     limit: int
@@ -611,6 +633,8 @@ class ReadAudit(StoreOp[tuple[tuple[int, AuditRow], ...]]):
     down to ``through``, and the newest comes first.
     """
 
+    MAY_TAKE_LONG: ClassVar[bool] = True
+
     beyond: int
     limit: int
     backwards: bool = False
@@ -622,6 +646,8 @@ class ReadAudit(StoreOp[tuple[tuple[int, AuditRow], ...]]):
 class CountAudit(StoreOp[int]):
     """The number of the audit rows that `PurgeAudit` with the same values would delete."""
 
+    MAY_TAKE_LONG: ClassVar[bool] = True
+
     beyond: int
     through: int
     before: int
@@ -630,6 +656,8 @@ class CountAudit(StoreOp[int]):
 @frozen
 class PurgeAudit(StoreOp[None]):
     """Delete the audit rows after the number ``beyond``, up to ``through``, that record a time before ``before``."""
+
+    MAY_TAKE_LONG: ClassVar[bool] = True
 
     beyond: int
     through: int
@@ -657,6 +685,8 @@ class ReadAll(StoreOp[tuple[R, ...]], Generic[R]):
 class ReadPage(StoreOp[tuple[R, ...]], Generic[R]):
     """The next ``limit`` rows of a kind that has a key."""
 
+    MAY_TAKE_LONG: ClassVar[bool] = True
+
     kind: type[R]
     after: R | None
     limit: int
@@ -670,6 +700,8 @@ class ReadOld(StoreOp[tuple[R, ...]], Generic[R]):
     newest one of a server.
     """
 
+    MAY_TAKE_LONG: ClassVar[bool] = True
+
     kind: type[R]
     before: int
     after: R | None
@@ -680,12 +712,16 @@ class ReadOld(StoreOp[tuple[R, ...]], Generic[R]):
 class CountRows(StoreOp[int]):
     """The number of rows of a kind."""
 
+    MAY_TAKE_LONG: ClassVar[bool] = True
+
     kind: type[Row]
 
 
 @frozen
 class InsertAll(StoreOp[None]):
     """Add rows of one kind, at least one, as `Insert` does."""
+
+    MAY_TAKE_LONG: ClassVar[bool] = True
 
     rows: tuple[Row, ...]
 
@@ -694,6 +730,8 @@ class InsertAll(StoreOp[None]):
 class Delete(StoreOp[None]):
     """Delete the rows with these values, at least one, in the first column of their key."""
 
+    MAY_TAKE_LONG: ClassVar[bool] = True
+
     kind: type[BootRow] | type[BootVolumeRow] | type[AttestationRow]
     keys: tuple[str, ...]
 
@@ -701,5 +739,7 @@ class Delete(StoreOp[None]):
 @frozen
 class Scan(StoreOp[tuple[R, ...]], Generic[R]):
     """All rows of one kind, by key; audit rows in the order in which they were written. For tables that are small."""
+
+    MAY_TAKE_LONG: ClassVar[bool] = True
 
     kind: type[R] = field()

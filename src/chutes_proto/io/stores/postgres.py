@@ -49,29 +49,7 @@ from chutes_proto.store._crowding import Crowding
 from chutes_proto.store._mark import Entry
 from chutes_proto.store._run import Snapshot, run_script, unit_name, untold
 from chutes_proto.store._versions import Versions
-from chutes_proto.store.rows import (
-    ROWS,
-    AuditRow,
-    CountAudit,
-    CountRetired,
-    CountRows,
-    CountSealed,
-    CountStates,
-    Delete,
-    DoubtCandidates,
-    Insert,
-    InsertAll,
-    PurgeAudit,
-    ReadAudit,
-    ReadNames,
-    ReadOld,
-    ReadOtherwiseSealed,
-    ReadPage,
-    ReadRetired,
-    ReadUnclaimed,
-    RewrapGenerations,
-    Scan,
-)
+from chutes_proto.store.rows import ROWS, AuditRow, Insert, PurgeAudit
 from chutes_proto.store.sql import (
     INDEX_STATE,
     READ_VERSION,
@@ -492,7 +470,7 @@ class PostgresStore:
             text, values = statement(op)
             if isinstance(op, Insert) and isinstance(op.row, AuditRow):
                 text += " RETURNING id"
-            if _may_take_long(op):
+            if op.MAY_TAKE_LONG:
                 self._lift_limits(connection)
             try:
                 cursor = connection.execute(_query(text), values)
@@ -773,33 +751,6 @@ class _Again(Exception):
     def __init__(self, fault: StoreError) -> None:
         super().__init__(fault)
         self.fault = fault
-
-
-_LONG: Final = (
-    CountAudit,
-    CountRetired,
-    CountRows,
-    CountSealed,
-    CountStates,
-    Delete,
-    DoubtCandidates,
-    InsertAll,
-    PurgeAudit,
-    ReadAudit,
-    ReadNames,
-    ReadOld,
-    ReadOtherwiseSealed,
-    ReadPage,
-    ReadRetired,
-    ReadUnclaimed,
-    RewrapGenerations,
-    Scan,
-)
-
-
-def _may_take_long(op: StoreOp[Any]) -> bool:
-    """Return whether only operators use this operation, on tables that may have many rows."""
-    return isinstance(op, _LONG)
 
 
 @functools.lru_cache(256)
