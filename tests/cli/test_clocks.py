@@ -45,8 +45,10 @@ def test_a_check_notes_a_clock_before_the_store_is_refused_for_it(database: str,
         with closing(PostgresStore(url, migrate=True)) as store:
             for apart, states in (0, ("ok", "ok")), (4, ("ok", "note")), (60, ("problem", "note")):
                 replace_now(connection, f"clock_timestamp() - {apart} * interval ''1 s''")
-                found = {finding.what: finding.state for finding in read_health(setup, store).findings}
+                health = read_health(setup, store)
+                found = {finding.what: finding.state for finding in health.findings}
                 assert (found["store"], found["clock"]) == states
+                assert health.clock_skew in (apart, apart + 1)
 
 
 def test_a_server_whose_clock_differs_from_the_databases_is_not_ready_until_it_does_not(

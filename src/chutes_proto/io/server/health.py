@@ -17,11 +17,12 @@ from typing import Final
 from attrs import field, frozen
 from cryptography import x509
 
-from chutes_proto.errors import CollateralUnavailable, FileUnavailable, StoreError
+from chutes_proto.errors import CollateralUnavailable, FileUnavailable, StoreBusy, StoreError
 from chutes_proto.io.collateral.upstream import UpstreamCollateral
 from chutes_proto.io.files import read_file
 from chutes_proto.io.finding import Finding, State
 from chutes_proto.io.server.setup import ServerSetup
+from chutes_proto.io.stores.address import DurableStore
 from chutes_proto.quote import VerifiedCollateral
 from chutes_proto.quote._terms import rfc3339
 from chutes_proto.store._run import Ask, Store
@@ -60,20 +61,20 @@ class Counts:
     audit_position: int
 
 
-def read_health(setup: ServerSetup, store: Store, now: int | None = None) -> Health:
+def read_health(setup: ServerSetup, store: DurableStore, now: int | None = None) -> Health:
     """Look at everything; takes as long as the store needs to answer."""
     at = int(time.time()) if now is None else now
     began = time.monotonic()
-    skew: int | None = None
     try:
-        times = store.transact(Ask(ReadTimes()))
+        _ = store.transact(Ask(ReadTimes()))
     except StoreError as exc:
-        storing, clock = Finding("problem", "store", str(exc)), Finding("note", "clock", "not compared: no store")
+        storing = Finding("problem", "store", str(exc))
+        is_compared = store.clock_skew is not None and not isinstance(exc, StoreBusy)
     else:
         took = time.monotonic() - began
-        storing = Finding("ok", "store", f"answered in {took * 1000:.0f} ms")
-        skew = None if times.clock is None else int(time.time()) - times.clock
-        clock = _clock(skew)
+        storing, is_compared = Finding("ok", "store", f"answered in {took * 1000:.0f} ms"), True
+    skew = store.clock_skew
+    clock = _clock(skew) if is_compared else Finding("note", "clock", "not compared: no store")
     if setup.service.readiness.fault is not None:
         storing = Finding("problem", "store", setup.service.readiness.fault)
     certificate, end = _certificate(setup, at)

@@ -35,6 +35,11 @@ class DurableStore(Store, Protocol):
     """The schema version that it has; it may be newer than this release's, if it says that we can use it."""
     callers: int
     """The number of threads that may use it at once without waiting for each other to leave it."""
+    clock_skew: int | None
+    """Seconds of this machine's clock minus the store's own, compared last; None for a store without a clock.
+
+    It is compared in every transaction, in one that is refused for it, too.
+    """
     rollbacks: Counter[str]
     """The number of repeated transactions of each unit, since it was opened."""
 

@@ -343,6 +343,7 @@ class PostgresStore:
         self.name: str
         self._conninfo, self.name = _parse(url)
         self.found_version: int | None = None
+        self.clock_skew: int | None = None
         self.rollbacks: Counter[str] = Counter()
         self.callers: int = connections
         self._counting = threading.Lock()
@@ -678,6 +679,7 @@ class PostgresStore:
 
     def _check_clock(self, before: float, clock: float, after: float) -> None:
         """Raise `StoreError` if ``clock``, the database's time at some moment between the others, is too far off."""
+        self.clock_skew = round((before + after) / 2 - clock)
         difference = max(clock - after, before - clock)
         if difference > self._clock_difference_seconds:
             times = f"{rfc3339(int(clock))}, and this machine's says {rfc3339(int(after))}"

@@ -127,6 +127,7 @@ class SqliteStore:
         self.callers: int = _CALLERS
         self.rollbacks: Counter[str] = Counter()  # always empty: one transaction writes at a time
         self.found_version: int | None = None
+        self.clock_skew: int | None = None
         self.schema_version: int = 0
         self._marks = MarkKeeper(self.name, mark_file)
         self._migrate = migrate
