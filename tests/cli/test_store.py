@@ -225,6 +225,23 @@ def test_a_file_that_a_server_has_open_is_not_copied(command: Command, site: Pat
     assert [path.name for path in site.glob("new.db*")] == ["new.db"]
 
 
+def test_a_copy_from_postgresql_names_sessions_that_may_be_a_servers(
+    command: Command, site: Path, empty_schema: str
+) -> None:
+    """A pooler keeps the sessions of a server that was stopped, so they are no reason to refuse."""
+    passfile = site / "pgpass"
+    passfile.write_text(f"*:*:*:*:{PASSWORD}\n")
+    passfile.chmod(0o600)
+    old = f"{empty_schema.replace(f':{PASSWORD}@', '@')}&passfile={passfile}"
+    with closing(PostgresStore(empty_schema, migrate=True)) as server:
+        server.transact(boot("1"))
+        copied = command("store", "copy", "--from", old, "--store", f"sqlite:{site}/new.db", "--json")
+    assert copied.json["rows"]["boot"] == 1
+    for told in (copied.json["note"], copied.err):
+        assert "other sessions of chutes-proto are connected there" in told
+    quiet(copied)
+
+
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_copy_leaves_no_store(command: Command, site: Path, sent: signal.Signals) -> None:
     with closing(SqliteStore(site / "old.db")) as store:

@@ -104,9 +104,10 @@ def copy(source: str, reason: str, config: str | None, store: str | None) -> int
     Copies every row of the store --from into the empty store of --config or --store, in one transaction: from a file
     to PostgreSQL, for example, or back. Before, stop all servers, and never start one on the old store again: the new
     store does not know what it would grant. An SQLite file that a server or another command has open is refused, and
-    none can open it meanwhile; from PostgreSQL the rows of one moment are copied. The old store is not changed, but it
-    must be writable. Keys stay sealed under the same KEK. In PostgreSQL make the schema first, with `store migrate`. A
-    missing SQLite file is made, and appears under its name when all rows are in it.
+    none can open it meanwhile. From PostgreSQL the rows of one moment are copied, and the command says if sessions of
+    chutes-proto are connected: a server that still runs, or a pooler that keeps them. The old store is not changed, but
+    it must be writable. Keys stay sealed under the same KEK. In PostgreSQL make the schema first, with `store migrate`.
+    A missing SQLite file is made, and appears under its name when all rows are in it.
 
     Examples:
       chutes-proto store copy --from sqlite:keys.db --store sqlite:new.db
@@ -124,6 +125,8 @@ def copy(source: str, reason: str, config: str | None, store: str | None) -> int
         for each in (old, new):
             if newer := of_newer_schema(each):  # it may have columns that this release does not know
                 raise StoreError(f"store {each.name}: {newer}, and copy with that release")
+        for note in old.notes:
+            console.tell(note)
         with output.waiting(f"checking {old.name}") as tell:
             _ = old.check(tell)
         sealed = None if vault is None else check_keys(old, vault)
@@ -134,6 +137,8 @@ def copy(source: str, reason: str, config: str | None, store: str | None) -> int
                 new.transact(Fill(horizon, lambda: pages(rows), operating.now(), reason, total, tell))
         with output.waiting(f"checking {place.name}") as tell:
             found: dict[str, Any] = {"store": place.name, "copied_from": old.name, "rows": new.check(tell)}
+        if old.notes:
+            found["note"] = "; ".join(old.notes)
     return _told(found if sealed is None else found | {"keys_sealed_under": sealed})
 
 

@@ -140,7 +140,8 @@ class StorePlace:
         """Open it; with ``migrate``, bring its schema to this release's version.
 
         With ``alone`` an SQLite file that any other process has open is refused, and nobody else can open it until it
-        is closed. Raises `StoreError`, and `ConfigurationError` for an address that is not one of a store.
+        is closed; of a database in PostgreSQL it is noted, as a pooler may keep sessions of a server that was stopped.
+        Raises `StoreError`, and `ConfigurationError` for an address that is not one of a store.
         """
         if self.path is not None:
             return SqliteStore(self.path, migrate=migrate, alone=alone, mark_file=self.mark_file)
@@ -153,4 +154,5 @@ class StorePlace:
             require_synchronous=self.require_synchronous,
             mark_file=self.mark_file,
             migrate=migrate,
+            alone=alone,
         )

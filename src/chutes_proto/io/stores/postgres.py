@@ -161,6 +161,12 @@ _REPLICATION: Final = (
 Only a monitor may see which of them is synchronous. Where one is named, a commit waits until it has the change.
 """
 
+_COMPANY: Final = (
+    f"SELECT count(*) FROM pg_stat_activity WHERE application_name = '{_DEFAULTS['application_name']}'"  # noqa: S608
+    " AND datname = current_database() AND pid <> pg_backend_pid()"
+)
+"""The statement that counts the sessions of others that use our database by our name, which everybody may see."""
+
 _TEMPORARY: Final = {
     "": "the connection to the database failed",
     "40001": "other transactions got in the way every time",
@@ -324,7 +330,8 @@ class PostgresStore:
     ``rollbacks`` the number of repeated transactions of each unit.
 
     A database that is behind the mark in ``mark_file``, or behind what this object has seen of it, is refused; with
-    ``require_synchronous`` so is one without a synchronous standby. ``replication`` is what was found last.
+    ``require_synchronous`` so is one without a synchronous standby. ``replication`` is what was found last. With
+    ``alone`` it is noted (`notes`) if others of us are connected to the database: they may be servers.
 
     Raises `ConfigurationError` for any other text, and `StoreError` for a database that cannot be a store.
     """
@@ -339,6 +346,7 @@ class PostgresStore:
         require_synchronous: bool = False,
         mark_file: Path | None = None,
         migrate: bool = False,
+        alone: bool = False,
     ) -> None:
         self.name: str
         self._conninfo, self.name = _parse(url)
@@ -353,6 +361,7 @@ class PostgresStore:
         self._require_synchronous = require_synchronous
         self.replication: Replication = Replication(0, is_synchronous=False)
         self._marks = MarkKeeper(self.name, mark_file)
+        self._company = ""
         self._timeline = 0  # of the database that agreed with the mark last
         self._pool = _Pool(_Slots(Crowding(connections)))
         self._closed = False
@@ -369,6 +378,11 @@ class PostgresStore:
             with self._connection() as connection:
                 with self._transaction(connection, self._beginning("SERIALIZABLE")):
                     self.schema_version: int = self._versions(connection).require()
+                    if alone and (others := _rows(connection, _COMPANY)[0][0]):
+                        self._company = (
+                            f"store {self.name}: {others} other sessions of chutes-proto are connected there;"
+                            " stop a server that still runs, and copy again: the keys that it makes are missing"
+                        )
                 self._look(connection)
         except BaseException as exc:
             self.close()
@@ -414,8 +428,8 @@ class PostgresStore:
     @property
     def notes(self) -> list[str]:
         """Findings that an operator should know, about the replication and the mark."""
-        replication = [] if self.replication.is_safe else [str(self.replication)]
-        return [*replication, *self._marks.notes]
+        replication = "" if self.replication.is_safe else str(self.replication)
+        return [*filter(None, (replication, self._company)), *self._marks.notes]
 
     @property
     def retries(self) -> int:
