@@ -80,6 +80,7 @@ PACKAGES: dict[str, str] = {
     "server": "auth collateral gpu keys quote store transport units wire",
     "store": "quote",
     "testing": "auth gpu keys quote store units wire",
+    "tlog": "",
     "transport": "wire",
     "units": "keys quote store wire",
     "wire": "auth quote",

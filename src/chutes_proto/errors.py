@@ -25,6 +25,7 @@
     │       └── StoreAway              … because it does not answer
     ├── KeyUnavailable                 a row is sealed under a KEK that is not available
     ├── SealBroken                     a sealed row does not open: altered, or another row's
+    ├── LogError                       an entry, checkpoint or proof of the audit log does not verify
     ├── GpuError                       ``chutes_proto.gpu._errors`` has its branches
     └── QuoteError                     ``chutes_proto.quote._errors`` has its branches
 
@@ -47,7 +48,7 @@ __all__ += ["BadRequest", "Refusal", "Refused", "RemoteProtocolError", "Transpor
 __all__ += ["BootInterrupted", "DiskError", "HandoverRejected", "HeaderRejected"]
 __all__ += ["QuoteUnavailable", "SignatureUnavailable", "ValidationProblem", "refusal"]
 __all__ += ["CollateralUnavailable", "GpuError", "KeyUnavailable", "QuoteError", "SealBroken"]
-__all__ += ["FateUnknown", "StoreAway", "StoreBusy", "StoreError"]
+__all__ += ["FateUnknown", "LogError", "StoreAway", "StoreBusy", "StoreError"]
 
 ValidationProblem = dict[str, object]
 """One problem of a 422: ``{"type": str, "loc": list of str and int, "msg": str}``."""
@@ -236,6 +237,10 @@ class KeyUnavailable(ChutesError):
 
 class SealBroken(ChutesError):
     """A sealed row does not open under its own key: its bytes were altered, or it is another row's."""
+
+
+class LogError(ChutesError):
+    """An entry, a checkpoint or a proof of the audit log does not verify, or is not one; the text says why."""
 
 
 def _problem_text(problem: ValidationProblem) -> str:

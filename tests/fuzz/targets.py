@@ -26,6 +26,7 @@ from chutes_proto.errors import (
     ConfigurationError,
     GpuError,
     HeaderRejected,
+    LogError,
     QuoteError,
     Refusal,
     RemoteProtocolError,
@@ -65,6 +66,9 @@ from chutes_proto.testing._platform import PROFILE, SimulatedPlatform
 from chutes_proto.testing._quotes import Form
 from chutes_proto.testing._service import CollateralService
 from chutes_proto.testing._statements import PCE_SVN, SGX_COMPONENTS
+from chutes_proto.tlog.notes import Checkpoint, Note, Signer, Verifier
+from chutes_proto.tlog.proofs import Proof
+from chutes_proto.tlog.tiles import Place, bundle, unbundle
 from chutes_proto.transport import qgs
 from chutes_proto.transport.client import ClientConnection
 from chutes_proto.transport.h1 import ServerConnection
@@ -576,6 +580,30 @@ def marks() -> list[bytes]:
     return [whole, Mark(1, 0).to_bytes(), whole[:-9], b"{}"]
 
 
+def check_log(data: bytes) -> None:
+    """Texts of an audit log have one form: each is refused as a log's error, or written as it was read."""
+    with suppress(LogError):
+        assert str(Proof.parse(data)).encode() == data
+    with suppress(LogError):
+        note = Note.parse(data)
+        assert str(note).encode() == data
+        assert Checkpoint.of(note).text == note.text
+    with suppress(LogError):
+        assert bundle(unbundle(data)) == data
+    with suppress(LogError):
+        assert str(Place.parse(data.decode("latin-1"))).encode("latin-1") == data
+    with suppress(ConfigurationError):
+        assert str(Verifier.parse(data.decode("latin-1"))).encode("latin-1") == data
+
+
+def logs() -> list[bytes]:
+    signer = Signer("keys.example/audit", Secret(bytes(32)))
+    note = signer.sign(Checkpoint(signer.name, 3, bytes(32)).text)
+    proof = Proof(2, (bytes(32), bytes([255] * 32)), note)
+    texts = (proof, note, signer.verifier, Place(None, 1234067, 7), Place(0, 0))
+    return [*(str(text).encode() for text in texts), bundle([b"", b"one entry"])]
+
+
 def check_traceparent(data: bytes) -> None:
     """The header of any client: what goes into the log is a trace id as the W3C says, and one header alone names it."""
     value = data.decode("latin-1")
@@ -617,6 +645,7 @@ TARGETS = {
     "config-volume": Target(check_config_volume, config_volumes),
     "hand-off": Target(check_hand_off, hand_offs),
     "mark": Target(check_mark, marks),
+    "audit-log": Target(check_log, logs),
     "http": Target(check_http, http_requests),
     "http-answer": Target(check_http_answer, http_answers),
     "json": Target(check_json, json_bodies),
