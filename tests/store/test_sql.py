@@ -100,13 +100,24 @@ A_VERDICT = rows.AttestationRow("a", "boot", A_VM, Pin("ppid", b""), None, "", N
     ],
 )
 def test_an_index_finds_the_rows_and_their_order(op: StoreOp[object], index: str) -> None:
-    text, values = statement(op)
-    store = MemoryStore()
-    plan = [row[3] for row in store.connection.execute(f"EXPLAIN QUERY PLAN {text}", values)]
+    plan = plan_of(op)
     assert any(index in step for step in plan), plan
     of_tables = [step for step in plan if re.match(r"SCAN (vm|generation|audit|boot|attestation)\b", step)]
     assert all("USING" in step for step in of_tables), plan
     assert not [step for step in plan if "TEMP B-TREE FOR ORDER" in step], plan
+
+
+def test_a_page_of_the_fleet_reads_no_more_than_its_vms() -> None:
+    plan = plan_of(rows.ReadFleet(A_VM, 9))
+    for index in ("sqlite_autoindex_vm_1", "boot_vm_newest", "sqlite_autoindex_attestation_1"):
+        assert any(index in step for step in plan), plan
+    assert [step for step in plan if step.startswith("SCAN")] == ["SCAN page"], plan
+
+
+def plan_of(op: StoreOp[object]) -> list[str]:
+    text, values = statement(op)
+    store = MemoryStore()
+    return [row[3] for row in store.connection.execute(f"EXPLAIN QUERY PLAN {text}", values)]
 
 
 def test_a_stranger_is_no_operation() -> None:

@@ -98,6 +98,7 @@ def _claim(
         certificate=key.digest,
         profile_name=measurements.name,
         profile_version=measurements.version,
+        tcb_status=evidence.tcb_status,
         exchange="base" if profile.exchange == "base" else "two-phase",
         token_needs_certificate=profile.token_needs_certificate,
         root=root,

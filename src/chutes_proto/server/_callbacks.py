@@ -73,7 +73,9 @@ def ask_host(
     yield from call.log(
         "host_evidence", host=host, address=address, profile=profile.name, gpus=gpus.text, trust=service.trust
     )
-    return HostQuote(evidence.quote_digest, evidence.platform.pin, profile.name, profile.version, gpus)
+    return HostQuote(
+        evidence.quote_digest, evidence.platform.pin, profile.name, profile.version, evidence.tcb_status, gpus
+    )
 
 
 def _fetch(

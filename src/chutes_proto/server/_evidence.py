@@ -72,14 +72,18 @@ class Evidence:
         pck = self.verdict.pck
         return Platform(instance_id=pck.platform_instance_id, ppid=pck.ppid)
 
+    @property
+    def tcb_status(self) -> str:
+        """The status of the platform's TCB."""
+        return str(self.verdict.tcb_status)
+
     def accepted(self, profile: Profile) -> AcceptedQuote:
         """The quote as rows name it, accepted under ``profile``."""
-        return AcceptedQuote(self.quote_digest, self.platform.pin, profile.name, profile.version)
+        return AcceptedQuote(self.quote_digest, self.platform.pin, profile.name, profile.version, self.tcb_status)
 
     def fields(self, service: Service) -> dict[str, Value]:
         """The fields of a log line about a grant for this quote."""
-        status, platform = str(self.verdict.tcb_status), str(self.platform.pin)
-        return {"tcb_status": status, "platform": platform, "trust": service.trust}
+        return {"tcb_status": self.tcb_status, "platform": str(self.platform.pin), "trust": service.trust}
 
 
 def verify_evidence(service: Service, nonce: bytes, key: ClientKey, quote_text: str, now: int) -> Flow[Evidence]:

@@ -23,11 +23,11 @@ from attrs import field, frozen
 
 __all__ = ["ROWS", "AttestationRow", "AuditRow", "AuditWanted", "BootRow", "BootVolumeRow", "Claim", "CountAudit"]
 __all__ += ["CountClaims", "CountRefusals", "CountRetired", "CountRows", "CountSealed", "CountStates", "Decision"]
-__all__ += ["Delete", "DeleteServer", "Exchange", "FindLastBoot", "FindLastBootFrom", "GenerationRow", "GpuRow"]
-__all__ += ["GpuDeviceRow"]
+__all__ += ["Delete", "DeleteServer", "Exchange", "FindLastBoot", "FindLastBootFrom", "FleetVm", "GenerationRow"]
+__all__ += ["GpuDeviceRow", "GpuRow"]
 __all__ += ["DecideLoss"]
 __all__ += ["Insert", "InsertAll", "NonceRow", "Pin", "Platform", "PurgeAudit", "PurgeGeneration", "Put", "Read"]
-__all__ += ["ReadAll", "ReadAudit", "ReadBootVolumes", "ReadLiveGenerations", "ReadNames", "ReadOld"]
+__all__ += ["ReadAll", "ReadAudit", "ReadBootVolumes", "ReadFleet", "ReadLiveGenerations", "ReadNames", "ReadOld"]
 __all__ += ["ReadOtherwiseSealed", "ReadPage", "ReadRetired", "ReadTimes", "ReadUnclaimed", "Retirement"]
 __all__ += ["RewrapGenerations", "Row", "Scan", "ServerRow", "SetHorizon", "State", "StoreOp", "SweepNonces", "Times"]
 __all__ += ["UpdateGeneration", "Vm", "VmRow", "VoidTokens", "VolumeRow"]
@@ -265,7 +265,8 @@ class AttestationRow:
     """A verdict on a quote: granted (``code`` is None), or refused and why.
 
     A refusal at a boot is here only if DCAP verification held, so that a boot's row always has a platform. A runtime
-    quote's row names the server's ``registration``, and its ``vm`` is the server's owner and name.
+    quote's row names the server's ``registration``, and its ``vm`` is the server's owner and name. ``tcb_status`` is
+    the status of the platform's TCB, if the quote was accepted, in Intel's words.
     """
 
     TABLE: ClassVar[str] = "attestation"
@@ -283,6 +284,7 @@ class AttestationRow:
     peer_address: str
     created_at: int
     registration: str | None = None
+    tcb_status: str | None = None
 
 
 @frozen
@@ -474,6 +476,25 @@ class ReadRetired(StoreOp[tuple[Vm, ...]]):
     MAY_TAKE_LONG: ClassVar[bool] = True
 
     until: int
+    after: Vm | None
+    limit: int
+
+
+@frozen
+class FleetVm:
+    """A VM, and what its last granted boot ran on: None without a boot, or where its row does not say."""
+
+    vm: Vm
+    last_boot_at: int
+    profile_name: str | None = None
+    profile_version: str | None = None
+    tcb_status: str | None = None
+
+
+@frozen
+class ReadFleet(StoreOp[tuple[FleetVm, ...]]):
+    """The next ``limit`` VMs that are claimed, each with what its last boot ran on."""
+
     after: Vm | None
     limit: int
 

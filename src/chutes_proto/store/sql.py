@@ -218,6 +218,7 @@ ALTER TABLE vm ADD COLUMN nonce_at BIGINT;
 ALTER TABLE boot ADD COLUMN root_confirm_digest {bytes};
 ALTER TABLE boot ADD COLUMN root_confirm_body_digest {bytes};
 ALTER TABLE boot ADD COLUMN root_ca TEXT;
+ALTER TABLE attestation ADD COLUMN tcb_status TEXT;
 """
 
 _INDEXES: Final = (
@@ -628,6 +629,23 @@ def _next_vms(where: str) -> _Query:
     )
 
 
+def _read_fleet(op: store.ReadFleet) -> tuple[str, Values]:
+    after = () if op.after is None else _values(op.after)
+    page = _page(store.VmRow, store.VmRow.KEY, "TRUE", is_first=op.after is None)
+    return (
+        "SELECT page.hotkey, page.vm, page.last_boot_at, boot.profile_name, boot.profile_version,"  # noqa: S608
+        f" attestation.tcb_status FROM ({page}) AS page"
+        " LEFT JOIN boot ON boot.hotkey = page.hotkey AND boot.vm = page.vm AND boot.created_at = page.last_boot_at"
+        " LEFT JOIN attestation ON attestation_id = boot_id ORDER BY page.hotkey, page.vm"
+    ), (*after, op.limit)
+
+
+def _fleet(rows: Rows) -> tuple[store.FleetVm, ...]:
+    """One for each VM; boots of one second may be several."""
+    found = {(hotkey, vm): store.FleetVm(store.Vm(hotkey, vm), *rest) for hotkey, vm, *rest in rows}
+    return tuple(found.values())
+
+
 _KEY: Final = store.GenerationRow.KEY
 
 
@@ -682,6 +700,7 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query]] = {
     ),
     store.Scan: _Query(lambda op: (_SCANS[op.kind], ()), lambda op, rows: _sorted(op.kind, rows)),
     store.ReadPage: _Query(_read_page, lambda op, rows: decode_rows(op.kind, rows)),
+    store.ReadFleet: _Query(_read_fleet, lambda _, rows: _fleet(rows)),
     store.ReadOld: _Query(_read_old, lambda op, rows: decode_rows(op.kind, rows)),
     store.CountRows: _Query(
         lambda op: (f"SELECT count(*) FROM {op.kind.TABLE}", ()),  # noqa: S608

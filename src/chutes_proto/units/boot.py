@@ -92,6 +92,7 @@ class GrantBoot(Unit[BootGrant]):
     certificate: bytes
     profile_name: str
     profile_version: str
+    tcb_status: str
     exchange: store.Exchange
     token_needs_certificate: bool
     token_digest: bytes
@@ -106,7 +107,8 @@ class GrantBoot(Unit[BootGrant]):
     @property
     def quote(self) -> AcceptedQuote:
         """The quote as rows name it."""
-        return AcceptedQuote(self.quote_digest, self.platform.pin, self.profile_name, self.profile_version)
+        pin = self.platform.pin
+        return AcceptedQuote(self.quote_digest, pin, self.profile_name, self.profile_version, self.tcb_status)
 
     def script(self) -> Script[BootGrant]:
         """Claim, nonce, root passphrase, boot, records."""

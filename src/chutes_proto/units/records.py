@@ -17,17 +17,18 @@ from chutes_proto.store.rows import AttestationRow, AuditRow, BootRow, Decision,
 
 @frozen
 class Quote:
-    """A quote as rows name it: SHA-256, its platform if it verified, the matched profile if it was accepted."""
+    """A quote as rows name it: SHA-256, its platform if it verified; profile and TCB status if it was accepted."""
 
     digest: bytes
     pin: Pin | None
     profile_name: str | None
     profile_version: str | None
+    tcb_status: str | None
 
     @classmethod
     def refused(cls, digest: bytes, pin: Pin | None = None) -> Quote:
         """A quote that was not accepted; without ``pin`` one that did not verify."""
-        return Quote(digest, pin, None, None)
+        return Quote(digest, pin, None, None, None)
 
 
 @frozen
@@ -37,6 +38,7 @@ class AcceptedQuote(Quote):
     pin: Pin
     profile_name: str
     profile_version: str
+    tcb_status: str | None
 
     @property
     def profile(self) -> tuple[str, str]:
@@ -46,7 +48,7 @@ class AcceptedQuote(Quote):
     @classmethod
     def of(cls, boot: BootRow) -> AcceptedQuote:
         """The quote that a boot was granted for."""
-        return cls(boot.quote_digest, boot.pin, boot.profile_name, boot.profile_version)
+        return cls(boot.quote_digest, boot.pin, boot.profile_name, boot.profile_version, None)
 
 
 @frozen
@@ -102,6 +104,7 @@ class Records:
                 peer_address=self.peer_address,
                 created_at=self.now,
                 registration=registration,
+                tcb_status=self.quote.tcb_status,
             )
         )
 

@@ -28,6 +28,7 @@ from chutes_proto.store.rows import (
     DeleteServer,
     FindLastBoot,
     FindLastBootFrom,
+    FleetVm,
     GenerationRow,
     GpuDeviceRow,
     GpuRow,
@@ -43,6 +44,7 @@ from chutes_proto.store.rows import (
     ReadAll,
     ReadAudit,
     ReadBootVolumes,
+    ReadFleet,
     ReadLiveGenerations,
     ReadNames,
     ReadOld,
@@ -146,7 +148,7 @@ _INSERTED = (
     evolve(_KEY, generation=3, state="purged", sealed=None, kek_id=None, wrapped_key=None),
     evolve(_KEY, generation=4, state="candidate", provisional=True),
     _REFUSAL,
-    evolve(_REFUSAL, attestation_id="a2", stage="runtime", pin=None, registration="r1"),
+    evolve(_REFUSAL, attestation_id="a2", stage="runtime", pin=None, registration="r1", tcb_status="SWHardeningNeeded"),
     AuditRow(NOW, "vm", "zuerst", "granted", vm=VM, pin=_PIN, quote_digest=bytes(32), keys="storage/1 created"),
     AuditRow(NOW - 1, "operator", "afterwards", "done"),
 )
@@ -208,6 +210,8 @@ def pages_are_complete(harness: Harness) -> None:
         read = partial(_paged, ask, limit)
         claims = read(lambda after, limit: ReadPage(VmRow, after, limit))
         expect(sorted(row.vm for row in claims), sorted(names), f"claims in pages of {limit}")
+        fleet = read(lambda after, limit: ReadFleet(None if after is None else after.vm, limit))
+        expect(sorted(each.vm for each in fleet), sorted(names), f"VMs in pages of {limit}")
         unclaimed = read(ReadUnclaimed)
         expect(sorted(unclaimed), sorted(keyed[-2:]), f"unclaimed names in pages of {limit}")
         retired = read(lambda after, limit: ReadRetired(NOW + 1, after, limit))
@@ -272,6 +276,10 @@ def operations_reply_what_they_say(harness: Harness) -> None:
     ask(Insert(_BOOT))
     expect(ask(Read(BootRow, _BOOT.token_digest, "token_digest")), _BOOT, "the boot of a token")
     expect(ask(Read(BootRow, bytes(32), "token_digest")), None, "the boot of no token")
+    ask(Insert(evolve(_REFUSAL, attestation_id="b0", code=None, created_at=NOW - 9, tcb_status="UpToDate")))
+    ask(Insert(evolve(_BOOT, boot_id="b-1", token_digest=bytes([7]) * 32, created_at=NOW - 9)))
+    booted = FleetVm(VM, NOW, _BOOT.profile_name, _BOOT.profile_version, "UpToDate")
+    expect(ask(ReadFleet(None, 9)), (booted, FleetVm(stranger, NOW)), "VMs, and what their last boots ran on")
     for position, volume in enumerate(("zeta", "alpha")):
         ask(Insert(BootVolumeRow("b0", volume, position, 1, 2, in_use=False)))
     given = ask(ReadBootVolumes("b0"))

@@ -92,6 +92,7 @@ def boot(label: str, *, now: int = NOW, vm: Vm = VM) -> GrantBoot:
         certificate=entropy(f"certificate {label}", 32),
         profile_name="profile",
         profile_version="1.0",
+        tcb_status="UpToDate",
         exchange="base",
         token_needs_certificate=False,
         token_digest=entropy(f"token {label}", 32),
