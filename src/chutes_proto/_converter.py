@@ -213,13 +213,28 @@ class StrictConverter:
             if isinstance(exc, ProblemsError):
                 problems += exc.problems
             elif isinstance(exc, ForbiddenExtraKeysError):
-                problems += [Problem((name,), "extra_forbidden", "Unknown key") for name in sorted(exc.extra_fields)]
+                known = [self._names.get(field.name, field.name) for field in attrs.fields(exc.cl)]
+                problems += [
+                    Problem((name,), "extra_forbidden", _unknown(name, known)) for name in sorted(exc.extra_fields)
+                ]
             elif isinstance(exc, self._refusal):
                 name, _, msg = str(exc).partition(": ")
                 problems.append(Problem((name,), "value_error", msg))
             else:
                 raise exc
         return problems
+
+
+def _unknown(name: str, known: Iterable[str]) -> str:
+    near = nearest(name, known)
+    return f"Unknown key; did you mean {near}?" if near else "Unknown key"
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that is most like ``name``; None if none is much like it."""
+    from difflib import get_close_matches
+
+    return next(iter(get_close_matches(name[:128], list(known), 1, 0.8)), None)
 
 
 def load_toml(data: bytes) -> dict[str, object]:

@@ -20,6 +20,7 @@ from chutes_proto.testing._platform import SimulatedPlatform
 from tests.cli.conftest import HOTKEY, Ended, Server, end, start_server
 from tests.cli.test_miner import GPU
 from tests.cli.test_replay import GOOD, quote_of
+from tests.conftest import ROOT
 
 URL = "https://127.0.0.1:8443"
 _PUBLIC = {"198.51.100.7": "1.2.3.4"}  # no server takes an address for documentation
@@ -42,6 +43,7 @@ def write_files(folder: Path, platform: SimulatedPlatform, now: int) -> None:
         **{f"sim/{name}": data for name, data in simulated.items()},
         **{f"gpus/{name}": data for name, data in gpu_files(SimulatedGpus(SIMULATED_SEED), bytes(32), now).items()},
         "quote.bin": quote_of(GOOD),
+        "policy.toml": (ROOT / "examples" / "policy.toml").read_bytes(),
         "CCEL": GOOD,
         "good/CCEL": GOOD,
         "boot.quote": platform.quote(bytes(64)),

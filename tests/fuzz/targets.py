@@ -55,6 +55,8 @@ from chutes_proto.quote._layout import Quote, parse_quote
 from chutes_proto.quote._measurements import parse_profiles_json, parse_profiles_toml
 from chutes_proto.quote._pck import read_pck_extension
 from chutes_proto.quote._policy import parse_policy_toml
+from chutes_proto.quote._policy_set import parse_policy_set
+from chutes_proto.quote._policy_words import explain_set, policy_notes
 from chutes_proto.quote._roots import TrustedRoot
 from chutes_proto.quote._statements import read_qe_identity, read_tcb_info
 from chutes_proto.quote._verify import open_quote, verify_collateral
@@ -219,6 +221,22 @@ def policies() -> list[bytes]:
     toml = b'[tcb]\naccepted_statuses = ["UpToDate"]\nmin_evaluation_number = 5\nallow_smt = true\n'
     either = b"[[any_of]]\n[any_of.identity]\nppid = ['" + b"00" * 16 + b"']\n[[any_of]]\n[[any_of.all_of]]\n"
     return [PROFILE.to_toml().encode(), toml + PROFILE.to_toml().encode(), json.encode([profile]), either]
+
+
+def check_policy_set(data: bytes) -> None:
+    """A policy with exceptions is read, bound and put into words, or the verifier's one error says why not."""
+    with suppress(QuoteError):
+        policies = parse_policy_set(data)
+        assert all(sentences for _, sentences in explain_set(policies))
+        _ = policy_notes(policies, NOW)
+        bound = policies.bind((PROFILE,))
+        assert bound.hotkeys == set(policies.hotkeys)
+
+
+def policy_sets() -> list[bytes]:
+    exceptions = b'[per_profile.simulated.tcb]\nallow_smt = false\n[per_profile."simulated 1".identity]\nppid = ["'
+    exceptions += b"00" * 16 + b'"]\n[per_hotkey.a.tcb]\nmin_tcb_date = 2025-01-01\n[[per_hotkey.b.any_of]]\n'
+    return [exceptions, b"[tcb]\nplatform_grace = 5\naccepted_statuses = ['OutOfDate']\n" + exceptions]
 
 
 def check_event_log(data: bytes) -> None:
@@ -627,6 +645,7 @@ def traceparents() -> list[bytes]:
 
 
 TARGETS = {
+    "policy_set": Target(check_policy_set, policy_sets),
     "quote": Target(check_quote, quotes),
     "collateral": Target(check_collateral, collaterals),
     "platform-collaterals": Target(check_platform_collaterals, platform_collaterals),

@@ -13,6 +13,7 @@ from chutes_proto.quote._collateral import Collateral
 from chutes_proto.quote._eventlog import parse_event_log, parse_event_log_json
 from chutes_proto.quote._measurements import parse_profiles_json
 from chutes_proto.quote._policy import AnyOf, Policy, parse_policy_toml
+from chutes_proto.quote._policy_set import parse_policy_set
 from chutes_proto.quote._verify import open_quote, verify_collateral
 from chutes_proto.transport.qgs import read_quote
 from tests.fuzz import targets
@@ -63,6 +64,7 @@ def test_honest_inputs_are_accepted() -> None:
     assert one.profiles == other.profiles
     assert isinstance(parse_policy_toml(either), AnyOf)
     assert parse_profiles_json(listed)
+    assert all(len(parse_policy_set(data).exceptions) == 11 for data in targets.policy_sets())
     assert read_quote(targets.qgs_answers()[0][4:]) == read_quote(targets.qgs_answers()[1][4:])
     assert [len(targets.exchange([stream])[0]) for stream in targets.http_requests()] == [1, 2, 1, 2, 1]
     taken = [targets.answer_in([stream]) for stream in targets.http_answers()]

@@ -12,6 +12,9 @@ from chutes_proto.io.server.development import write_server
 from chutes_proto.io.server.setup import ServerSetup, make_setup
 from chutes_proto.server import ServerConfig
 from chutes_proto.testing._platform import SimulatedPlatform
+from tests.cli.conftest import HOTKEY
+
+OTHER = "5FHneW46xGXgs5mUiveU4sbTyGBzmstUspZC92UhjJM694ty"
 
 
 def set_up(folder: Path, *lines: str) -> ServerSetup:
@@ -35,6 +38,7 @@ def test_certificates_are_read_again_for_each_listener(tmp_path: Path) -> None:
     ("line", "text"),
     [
         ('minimum_version = "newest"', "so it cannot be compared"),
+        ('policy = "policy.toml"', "policy: .*policy.toml: cannot be read"),
         (f'takeover = "{"x" * 200}"', "takeover: "),
         (f'admin.unix = "{"x" * 200}"', "admin.unix: "),
         (f'proxy.unix = "{"x" * 200}"', "proxy.unix: "),
@@ -43,3 +47,35 @@ def test_certificates_are_read_again_for_each_listener(tmp_path: Path) -> None:
 def test_a_setting_that_is_wrong_is_named(tmp_path: Path, line: str, text: str) -> None:
     with pytest.raises(ConfigurationError, match=text):
         _ = set_up(tmp_path, line)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("[tcb]\nplatform_grace = 1", "tcb.platform_grace: goes with an OutOfDate status"),
+        ('measurements = "unchecked"', "measurements: the reference values come from elsewhere"),
+        ("[per_profile.simulatd]\ntcb.allow_smt = true", "per_profile.'simulatd': .* did you mean 'simulated'"),
+        ("[per_profile.'x 1']\ntcb.allow_smt = true", 'per_profile.\'x 1\': .* name it as "NAME" or "NAME VERSION"'),
+        ("[per_hotkey.abc]\ntcb.allow_smt = true", "per_hotkey: 'abc' is not a hotkey"),
+        (f"[per_hotkey.{OTHER}]\ntcb.allow_smt = true", "is not among hotkeys; add it there"),
+    ],
+)
+def test_a_policy_that_is_not_this_servers_is_refused(tmp_path: Path, text: str, problem: str) -> None:
+    _ = (tmp_path / "policy.toml").write_text(text)
+    write_server(tmp_path, SimulatedPlatform(bytes(32)), int(time.time()))
+    configuration = tmp_path / "server.toml"
+    given = configuration.read_text().replace('hotkeys = "*"', f'hotkeys = ["{HOTKEY}"]\npolicy = "policy.toml"')
+    _ = configuration.write_text(given)
+    with pytest.raises(ConfigurationError, match=problem):
+        _ = make_setup(ServerConfig.load(configuration))
+
+
+def test_the_policy_says_how_long_expired_collateral_is_used(tmp_path: Path) -> None:
+    _ = (tmp_path / "policy.toml").write_text("[tcb]\ncollateral_grace = 60\n[attributes]\nunsafe_allow_debug = true")
+    made = set_up(tmp_path, 'policy = "policy.toml"')
+    assert made.service.policies.collateral_grace == 60
+    assert any("unsafe_allow_debug" in warning for warning in made.warnings)
+    given = (tmp_path / "server.toml").read_text().replace('"collateral" }', '"collateral", grace_seconds = 1 }')
+    _ = (tmp_path / "server.toml").write_text(given)
+    with pytest.raises(ConfigurationError, match=r"says this, as tcb\.collateral_grace"):
+        _ = ServerConfig.load(tmp_path / "server.toml")

@@ -23,7 +23,6 @@ from chutes_proto.auth.signing import purpose_message
 from chutes_proto.effects import Effect, FetchCollateral, FetchEvidence, Resolve, Transact
 from chutes_proto.errors import CollateralUnavailable, RemoteProtocolError, TransportError
 from chutes_proto.keys.generations import CALLER_VOLUME
-from chutes_proto.quote._policy import Policy
 from chutes_proto.secret import Secret
 from chutes_proto.server._app import App
 from chutes_proto.server._callbacks import SECONDS
@@ -214,7 +213,7 @@ def test_a_td_that_is_not_accepted(world, fault, code):
 def test_gpus_are_those_of_the_quotes_profile():
     profile = evolve(PROFILE, expected_gpus=("h200",), gpu_count=2)
     served = {profile.identity: ServedProfile(profile, None, False, False)}
-    world = make_world(policy=Policy(profiles=(profile,)), profiles=served)
+    world = make_world(profiles=served)
     assert refusal(register(world))[:2] == (400, Code.GPU_INVALID)
     registered(register(world, gpus=[gpu(), gpu("GPU-1", device_index=1)]))
 

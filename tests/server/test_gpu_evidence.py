@@ -9,7 +9,6 @@ from attrs import evolve
 
 from chutes_proto.errors import CollateralUnavailable, StoreBusy
 from chutes_proto.gpu import GpuCollateral, GpuPolicy, Revocation, Rims, verify_rim
-from chutes_proto.quote._policy import Policy
 from chutes_proto.server._app import App
 from chutes_proto.server._gpu_evidence import Demand, GpuAppraisal
 from chutes_proto.server._profiles import ServedProfile
@@ -49,7 +48,6 @@ def collateral(gpus: SimulatedGpus = GPUS, now: int = NOW) -> GpuCollateral:
 
 def make(demand: Demand, *, callback: bool = True, policy: GpuPolicy = GpuPolicy(), verifies: bool = True) -> WithGpus:
     options: dict[str, Any] = {
-        "policy": Policy(profiles=(EXPECTED,)),
         "profiles": {EXPECTED.identity: ServedProfile(EXPECTED, None, False, False, gpu_evidence=demand)},
         "gpu_appraisal": GpuAppraisal(policy, GPUS.roots) if verifies else None,
     }

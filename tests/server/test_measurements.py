@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 from attrs import evolve
 
-from chutes_proto.quote._policy import Policy
 from chutes_proto.server._app import App
-from chutes_proto.server._profiles import check_signing_keys
+from chutes_proto.server._profiles import ServedProfile, check_signing_keys
 from chutes_proto.testing._platform import PROFILE
 from chutes_proto.wire.codes import Code
 from tests.server.world import World, answer, refusal, service
@@ -17,7 +16,8 @@ def test_the_measurements_are_encoded_once_for_each_service() -> None:
     one = World()
     first, again = (one.ask("GET", "/servers/tee/measurements") for _ in "12")
     assert first.body is again.body
-    other = evolve(one.app.service, policy=Policy(profiles=(evolve(PROFILE, name="other"),)))
+    renamed = evolve(PROFILE, name="other")
+    other = evolve(one.app.service, profiles={renamed.identity: ServedProfile(renamed, None, False, False)})
     (listed,) = answer(World(App(other)).ask("GET", "/servers/tee/measurements"))
     assert listed["name"] == "other"
     assert [told["name"] for told in answer(World(App(service())).ask("GET", "/servers/tee/measurements"))] == [

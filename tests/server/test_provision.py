@@ -10,7 +10,6 @@ from attrs import evolve
 from chutes_proto.auth.binding import report_data
 from chutes_proto.auth.certificates import spki_sha256
 from chutes_proto.auth.hotkey import HotkeyPair
-from chutes_proto.quote._policy import Policy
 from chutes_proto.secret import Secret
 from chutes_proto.server._app import App
 from chutes_proto.server._profiles import ServedExchange, ServedProfile
@@ -238,7 +237,7 @@ def candidate(*authorized: str) -> Service:
         release.identity: ServedProfile(release, secret, False, False, "provisioned"),
         rc.identity: ServedProfile(rc, secret, False, False, "provisioned", True, frozenset(authorized)),
     }
-    return service(policy=Policy(profiles=(release, rc)), profiles=profiles)
+    return service(profiles=profiles)
 
 
 def test_a_release_candidate_is_for_proven_hotkeys_that_it_names(world):
@@ -264,7 +263,7 @@ def test_a_version_that_is_too_old_is_told_the_newest(world):
     served = {
         one.identity: ServedProfile(one, Secret(BUILD.encode()), False, False, "provisioned") for one in (old, newest)
     }
-    world.app = App(service(policy=Policy(profiles=(old, newest)), profiles=served, minimum_version="1.10"))
+    world.app = App(service(profiles=served, minimum_version="1.10"))
     text = (
         "VM version 1.9 is no longer accepted for boot attestation. Please upgrade to the latest VM version (1.10.1)."
     )

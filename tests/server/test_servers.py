@@ -15,7 +15,6 @@ from chutes_proto.auth.signing import body_message
 from chutes_proto.effects import Effect, Resolve, Transact, run
 from chutes_proto.errors import Refused, StoreBusy, TransportError
 from chutes_proto.quote._measurements import parse_profiles_json
-from chutes_proto.quote._policy import Policy
 from chutes_proto.secret import Secret
 from chutes_proto.server._app import App
 from chutes_proto.server._gpus import GPUS, Gpu
@@ -396,7 +395,7 @@ def test_the_policy_boot_wants_a_boot(world):
 def test_gpus_are_held_against_the_linked_boots_profile(world, expected, count, text):
     profile = evolve(PROFILE, expected_gpus=expected, gpu_count=count)
     served = {profile.identity: ServedProfile(profile, None, False, False)}
-    world.app = App(service(policy=Policy(profiles=(profile,)), profiles=served))
+    world.app = App(service(profiles=served))
     boot(world)
     response = register(world)
     if text is None:
@@ -856,15 +855,15 @@ def test_any_headers_are_refused(hotkey, nonce, signature):
 def test_the_published_measurements_are_the_profiles(world):
     profile = evolve(PROFILE, expected_gpus=("h200",), gpu_count=8, fingerprints=(bytes(32),))
     older = evolve(PROFILE, version="0.9", mrtd=bytes(48))  # one name in two versions
-    policy = Policy(profiles=(profile, older))
-    world.app = App(service(policy=policy))
+    served = {one.identity: ServedProfile(one, None, False, False) for one in (profile, older)}
+    world.app = App(service(profiles=served))
     response = world.ask("GET", "/servers/tee/measurements")
     listed = answer(response)
     assert [list(entry) for entry in listed] == [
         ["version", "name", "mrtd", "boot_rtmrs", "runtime_rtmrs", "expected_gpus", "gpu_count", "fingerprint"],
         ["version", "name", "mrtd", "boot_rtmrs", "runtime_rtmrs", "expected_gpus", "gpu_count"],
     ]
-    assert tuple(one for one, _ in parse_profiles_json(response.body)) == policy.profiles
+    assert tuple(one for one, _ in parse_profiles_json(response.body)) == (profile, older)
     assert listed[0]["boot_rtmrs"] == {f"RTMR{n}": one.hex().upper() for n, one in enumerate(PROFILE.boot)}
     assert listed[0]["mrtd"] == PROFILE.mrtd.hex().upper()
 

@@ -31,7 +31,6 @@ from chutes_proto.gpu import GpuCollateral
 from chutes_proto.keys.vault import KeyEncryptionKey, Vault
 from chutes_proto.log import Record
 from chutes_proto.quote._collateral import Collateral
-from chutes_proto.quote._policy import Policy
 from chutes_proto.quote._roots import TrustedRoot
 from chutes_proto.quote._verify import verify_collateral
 from chutes_proto.secret import Secret
@@ -81,7 +80,6 @@ def service(**changes: Any) -> Service:
         "mint": NonceMint.of(vault),
         "root": TrustedRoot.from_der(PLATFORM.root_der),
         "trust": "simulated",
-        "policy": Policy(profiles=(PROFILE,)),
         "profiles": {PROFILE.identity: ServedProfile(PROFILE, None, False, False)},
         "hotkeys": "*",
         "rotate_after": 0,

@@ -29,6 +29,7 @@ _SECTIONS: Final[Mapping[str, Mapping[str, tuple[str, str]]]] = {
         "vm": ("operator.vm", "List, bind and rebind VMs, and purge their old boots"),
         "registrations": ("operator.registrations", "List and remove the servers that miners registered"),
         "audit": ("operator.audit", "Show, export and purge the audit rows"),
+        "policy": ("operator.policy", "Check an appraisal policy, and say in words what it accepts"),
         "profiles": ("operator.profiles", "Take over reference values that are published"),
         "store": ("operator.store", "Make, migrate, copy and check the store of a key server"),
         "openapi": ("operator.openapi", "Print the API as an OpenAPI document"),

@@ -463,10 +463,11 @@ def parse_policy_toml(data: bytes | str, *, extra_keys: frozenset[str] = frozens
 
     Profiles may have keys of ``extra_keys``, which are ignored. Raises `PolicyError`, which names the key.
     """
-    return within("", _read_policy, read_toml(data), extra_keys, MAX_DEPTH)
+    return within("", read_policy, read_toml(data), extra_keys, MAX_DEPTH)
 
 
-def _read_policy(table: Mapping[str, object], extra_keys: frozenset[str], depth: int) -> AnyPolicy:
+def read_policy(table: Mapping[str, object], extra_keys: frozenset[str], depth: int) -> AnyPolicy:
+    """Read a policy from a file's tables, in which policies are at most ``depth`` deep. Raises `PolicyError`."""
     for name, combine in _COMBINED.items():
         if name not in table:
             continue
@@ -479,7 +480,7 @@ def _read_policy(table: Mapping[str, object], extra_keys: frozenset[str], depth:
             raise PolicyError(f"{name}: must have at least one policy")
         members = enumerate(entries, 1)
         return combine(
-            tuple(within(f"{name} {number}", _read_policy, entry, extra_keys, depth - 1) for number, entry in members)
+            tuple(within(f"{name} {number}", read_policy, entry, extra_keys, depth - 1) for number, entry in members)
         )
     form = CONVERTER.structure(table, _PolicyForm)
     return Policy(
@@ -493,6 +494,8 @@ def _read_policy(table: Mapping[str, object], extra_keys: frozenset[str], depth:
 
 MAX_DEPTH: Final = 4
 _COMBINED: Final[dict[str, type[AllOf | AnyOf]]] = {"all_of": AllOf, "any_of": AnyOf}
+COMBINED: Final = _COMBINED.keys()
+"""The keys of policies in a policy."""
 
 
 @frozen(kw_only=True)

@@ -67,7 +67,7 @@ def _claim(
 ) -> Flow[BootAttestationAnswer]:
     """Appraise the evidence, check the claim and grant (steps 5 to 8)."""
     request, message = call.request, call.message
-    measurements = appraise(service, evidence, "boot", lambda: _proven(call)).profile
+    measurements = appraise(service, evidence, "boot", message.miner_hotkey, lambda: _proven(call)).profile
     profile = service.profiles[measurements.identity]
     service.check_version(measurements)
     hotkey = known_hotkey(service, message.miner_hotkey)

@@ -56,7 +56,7 @@ def ask_host(
     now = yield from Now()  # the host may have taken `SECONDS`
     try:
         evidence = yield from verify_evidence(service, nonce, key, given.quote, now)
-        profile = appraise(service, evidence, "runtime", lambda: call.caller).profile
+        profile = appraise(service, evidence, "runtime", hotkey, lambda: call.caller).profile
         gpus = yield from appraise_gpus(
             service.gpu_appraisal,
             service.profiles[profile.identity].gpu_evidence,

@@ -241,6 +241,8 @@ class ServerConfig:
     netuid: int = 64
     blacklist: Mapping[str, str] = field(factory=dict[str, str])
     """Hotkeys that boot and register nothing, each with the reason that it is told."""
+    policy: str | None = None
+    """The file with the appraisal policy; without one, only what is up to date is accepted."""
     minimum_version: str | None = None
     """The oldest version of the image that may boot."""
     signing_keys_file: str | None = None
@@ -358,6 +360,8 @@ def _problems(config: ServerConfig) -> Iterator[str]:
             yield f"volumes: {volume!r} is a reserved name"
     if len(set(config.volumes)) != len(config.volumes):
         yield "volumes: a name is given twice"
+    if config.policy is not None and config.collateral.grace_seconds:
+        yield "collateral.grace_seconds: with policy, the file that it names says this, as tcb.collateral_grace"
     if not config.measurements:
         yield "measurements: name at least one file of measurement profiles"
     if not config.hotkeys:

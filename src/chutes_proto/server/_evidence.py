@@ -127,19 +127,25 @@ def _no_collateral(reason: str) -> Unavailable:
 
 
 def appraise(
-    service: Service, evidence: Evidence, stage: Literal["boot", "runtime"], proven: Callable[[], Hotkey] | None = None
+    service: Service,
+    evidence: Evidence,
+    stage: Literal["boot", "runtime"],
+    claimed: str,
+    proven: Callable[[], Hotkey] | None = None,
 ) -> AcceptedVerdict:
     """Appraise evidence (steps 5 and 6). Raises `Refused`; its reason lists all differences, got and expected.
 
+    ``claimed`` is the hotkey that the caller names; ``proven`` returns the one that it proves, or raises `Refused`.
     Raises `Unavailable` where the policy refuses the collateral: no VM could mend it.
     """
     rc: Profile | None = None
+    own = _proven(proven) if claimed in service.policy.hotkeys else None
     try:
-        accepted = service.policy.appraise(evidence.verdict, stage=stage)
+        accepted = service.policy.appraise(evidence.verdict, stage=stage, claimed=claimed, proven=own)
         if _may_use(service, accepted.profile, proven):
             return accepted
         rc = accepted.profile
-        return service.public_policy.appraise(evidence.verdict, stage=stage)
+        return service.public_policy.appraise(evidence.verdict, stage=stage, claimed=claimed, proven=own)
     except AppraisalError as exc:
         reason = str(exc) if rc is None else f"release candidate {rc}, and no authorized hotkey is proven; {exc}"
         parts = {refusal.part for refusal in exc.refusals}
@@ -159,10 +165,15 @@ def _may_use(service: Service, profile: Profile, proven: Callable[[], Hotkey] | 
     served = service.profiles.get(profile.identity)
     if served is None or not served.rc:
         return True
+    return _proven(proven) in served.authorized_hotkeys
+
+
+def _proven(proven: Callable[[], Hotkey] | None) -> str | None:
+    """The hotkey that the caller proves; None without a proof that holds, which is not refused for that here."""
     try:
-        return proven is not None and proven().address in served.authorized_hotkeys
+        return None if proven is None else proven().address
     except Refused:
-        return False
+        return None
 
 
 def _part(error: VerificationError) -> str:

@@ -71,7 +71,7 @@ def attest_volumes(service: Service, call: Call[vms.VolumeAttestationRequest]) -
         )
     call = evolve(call, now=(yield from Now()))  # collateral may have been waited for
     try:
-        profile = appraise(service, evidence, "runtime", _prover(service, call)).profile
+        profile = appraise(service, evidence, "runtime", vm.hotkey, _prover(service, call)).profile
         *parts, k3s = yield from entropy_parts(len(volumes) + 1)
         fresh = {volume: FreshKey.from_entropy(part) for volume, part in zip(volumes, parts, strict=True)}
         handed = yield from transact_patiently(

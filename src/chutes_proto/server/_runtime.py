@@ -54,7 +54,7 @@ def attest_runtime(
     try:
         with service.proxies.excusing(request):
             evidence = yield from verify_evidence(service, nonce.value, key, message.quote, call.now)
-        profile = appraise(service, evidence, "runtime", lambda: call.caller).profile
+        profile = appraise(service, evidence, "runtime", hotkey, lambda: call.caller).profile
         gpus = yield from appraise_gpus(
             service.gpu_appraisal,
             service.profiles[profile.identity].gpu_evidence,

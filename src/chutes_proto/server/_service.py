@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-from attrs import Factory, evolve, field, frozen
+from attrs import Factory, field, frozen
 
 from chutes_proto.auth.hotkey import Hotkey
 from chutes_proto.auth.signing import Signer, SigningPolicy
 from chutes_proto.errors import Refused
 from chutes_proto.keys.vault import Vault
 from chutes_proto.quote._measurements import Profile
-from chutes_proto.quote._policy import Policy
+from chutes_proto.quote._policy_set import BoundPolicies, PolicySet
 from chutes_proto.quote._roots import TrustedRoot
 from chutes_proto.server._config import LimitOptions
 from chutes_proto.server._gpu_evidence import GpuAppraisal
@@ -46,10 +46,13 @@ def _verifications(service: Service) -> Admission:
     return Admission(most, share=max(1, most // 2))
 
 
-def _public(service: Service) -> Policy:
-    """The policy without release candidates, which are for the hotkeys that they name."""
-    rc = {identity for identity, served in service.profiles.items() if served.rc}
-    return evolve(service.policy, profiles=tuple(one for one in service.policy.profiles if one.identity not in rc))
+def _bound(service: Service) -> BoundPolicies:
+    return service.policies.bind(served.measurements for served in service.profiles.values())
+
+
+def _public(service: Service) -> BoundPolicies:
+    """The policies without release candidates, which are for the hotkeys that they name."""
+    return service.policies.bind(served.measurements for served in service.profiles.values() if not served.rc)
 
 
 def _patient(service: Service) -> Admission:
@@ -68,7 +71,8 @@ def _rates(service: Service) -> TokenBuckets:
 class Service:
     """One key server.
 
-    ``policy`` has the measurement profiles, ``profiles`` the options of each, by name and version. ``trust`` names the
+    ``policies`` are those of the operator's file; joined with the measurements of ``profiles``, which are by name and
+    version, they are ``policy``. Raises `PolicyError` if they cannot be joined. ``trust`` names the
     root that quotes are verified to: every grant's log line has it, so that trust in a simulated platform is seen.
     ``callback`` goes with that ``registration_evidence``; addresses in ``unsafe_networks`` count as public.
     ``rotate_after`` is the least age of a key, in seconds, that a disk gets in the place of another one.
@@ -78,9 +82,9 @@ class Service:
     mint: NonceMint
     root: TrustedRoot
     trust: str
-    policy: Policy
     profiles: Mapping[tuple[str, str], ServedProfile]
     hotkeys: frozenset[str] | Literal["*"]
+    policies: PolicySet = field(factory=PolicySet)
     volumes: tuple[str, ...] = ("storage", "tdx-cache")
     netuid: int = 64
     blacklist: Mapping[str, str] = field(factory=dict[str, str])
@@ -97,7 +101,8 @@ class Service:
     gpus: Mapping[str, Gpu] = field(factory=lambda: GPUS)
     proxies: TrustedProxies = field(factory=TrustedProxies)
     limits: LimitOptions = field(factory=LimitOptions)
-    public_policy: Policy = field(init=False, eq=False, default=Factory(_public, takes_self=True))
+    policy: BoundPolicies = field(init=False, eq=False, default=Factory(_bound, takes_self=True))
+    public_policy: BoundPolicies = field(init=False, eq=False, default=Factory(_public, takes_self=True))
     published: EncodedMeasurements = field(
         init=False, eq=False, default=Factory(lambda self: publish(self.public_policy.profiles), takes_self=True)
     )

@@ -26,10 +26,11 @@ from chutes_proto.cli.verifier.fields import (
     trusted_root,
 )
 from chutes_proto.errors import CollateralUnavailable, ConfigurationError
-from chutes_proto.io.files import MAX_SIZE, read_head
+from chutes_proto.io.files import MAX_SIZE, read_file, read_head
 from chutes_proto.quote import _steps as steps
 from chutes_proto.quote._errors import spans
 from chutes_proto.quote._plain import plain, quote_fields
+from chutes_proto.quote._policy_set import BoundPolicies, parse_policy_set
 from chutes_proto.quote._terms import rfc3339
 from chutes_proto.server._profiles import EXTRA_KEYS
 
@@ -144,7 +145,7 @@ class _Task:
     root: str | None
     trust: verifier.TrustedRoot
     report_data: bytes | None
-    policy: verifier.AnyPolicy
+    policy: verifier.AnyPolicy | BoundPolicies
     stage: Any
 
 
@@ -220,13 +221,14 @@ def _collateral(task: _Task, data: bytes) -> verifier.Collateral:
     return fetch_collateral(data, task.services or (INTEL_PCS,), root=task.trust, ca_file=task.ca_file)
 
 
-def _policy(path: str | None) -> verifier.AnyPolicy:
+def _policy(path: str | None) -> verifier.AnyPolicy | BoundPolicies:
     if path is None:
         return verifier.Policy(measurements="unchecked")
+    data = read_file(path)
     try:
-        return verifier.Policy.load(path, extra_keys=EXTRA_KEYS)
-    except verifier.QuoteError as exc:
-        raise ConfigurationError(f"--policy: {exc}") from None
+        return parse_policy_set(data, extra_keys=EXTRA_KEYS).with_own_profiles()
+    except verifier.PolicyError as exc:
+        raise ConfigurationError(f"--policy: {path}: {exc}") from None
 
 
 def _hint(
@@ -262,9 +264,11 @@ def _hint(
     return {"unjudged": True, "hint": hint}
 
 
-def _has_floor(policy: verifier.AnyPolicy) -> bool:
+def _has_floor(policy: verifier.AnyPolicy | BoundPolicies) -> bool:
     """Whether a lower bound of the TCB evaluation data number holds for all that is accepted."""
     match policy:
+        case BoundPolicies(policies=members):
+            return all(map(_has_floor, members))
         case verifier.AllOf(policies=members):
             return any(map(_has_floor, members))
         case verifier.AnyOf(policies=members):

@@ -19,6 +19,7 @@ from typing import Literal
 
 from attrs import frozen
 
+from chutes_proto._converter import nearest
 from chutes_proto.auth.hotkey import Hotkey, HotkeyError, check_installed
 from chutes_proto.collateral.cache import CachePolicy, CollateralCache
 from chutes_proto.collateral.pcs import Upstream
@@ -33,7 +34,10 @@ from chutes_proto.io.http.tls import context_trusting
 from chutes_proto.io.server.store_setup import Problems, check_configuration, read_root, read_vault, store_place
 from chutes_proto.io.stores.address import StorePlace
 from chutes_proto.io.yaml_file import read_yaml
+from chutes_proto.quote._errors import PolicyError
+from chutes_proto.quote._measurements import check_distinct
 from chutes_proto.quote._policy import Policy, TcbPolicy
+from chutes_proto.quote._policy_set import PolicySet, parse_policy_set
 from chutes_proto.quote._published import ProfileFile, parse_profile_file
 from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
 from chutes_proto.secret import Secret
@@ -101,6 +105,10 @@ class ServerSetup:
             found.append(f"registration.unsafe_private_networks: hosts in {networks} pass for public ones")
         if registration.evidence == "callback" and self.gpus is None:
             found.append('registration.evidence = "callback": what GPUs say of themselves is fetched and NOT verified')
+        if any(policy.attributes.unsafe_allow_debug for policy in self.service.policies.policies):
+            found.append(
+                "policy: unsafe_allow_debug: hosts can read the memory of VMs that are granted, and their keys"
+            )
         found += [f"measurements: not served: {what}" for what in self.not_served]
         return tuple(found)
 
@@ -125,8 +133,8 @@ def make_setup(config: ServerConfig) -> ServerSetup:
     root = problems.attempt("roots", lambda: read_root(config, base))
     vault = read_vault(config, base, problems)
     profiles, not_served = _profiles(config, base, problems)
-    tcb = TcbPolicy(collateral_grace=config.collateral.grace_seconds)  # the directory and the cache keep it, too
-    policy = problems.attempt("measurements", lambda: Policy(tcb=tcb, profiles=tuple(p.measurements for p in profiles)))
+    _ = problems.attempt("measurements", lambda: check_distinct(profile.measurements for profile in profiles))
+    policies = problems.attempt("policy", lambda: _policies(config, base, profiles))
     _ = problems.attempt("minimum_version", lambda: _check_versions(config, profiles))
     signing_keys = problems.attempt("signing_keys_file", lambda: _signing_keys(config, base))
     _ = problems.attempt("blacklist", lambda: _hotkeys(tuple(config.blacklist)))
@@ -143,13 +151,16 @@ def make_setup(config: ServerConfig) -> ServerSetup:
         _ = problems.attempt("admin.unix", lambda: check_socket_path(admin_path))
     callback = problems.attempt("registration.hotkey_file", lambda: _callback(config.registration, base))
     collateral_key = "collateral.ca_file" if config.collateral.directory is None else "collateral.directory"
-    collateral = None if root is None else problems.attempt(collateral_key, lambda: _collateral(config, base, root))
+    collateral = None
+    if root is not None and policies is not None:
+        grace = policies.collateral_grace
+        collateral = problems.attempt(collateral_key, lambda: _collateral(config, base, root, grace))
     gpu_roots = problems.attempt("gpu_evidence.roots", lambda: _gpu_roots(config.gpu_evidence, base))
     gpu_policy = problems.attempt("gpu_evidence.policy", lambda: _gpu_policy(config.gpu_evidence, base))
     if gpu_roots is None or gpu_policy is None:
         raise problems.error()
     gpus = problems.attempt("gpu_evidence.directory", lambda: _gpu_collateral(config.gpu_evidence, base, gpu_roots))
-    if tls is None or root is None or vault is None or policy is None or hotkeys is None or collateral is None:
+    if tls is None or root is None or vault is None or policies is None or hotkeys is None or collateral is None:
         raise problems.error()
     if proxies is None or problems.found:
         raise problems.error()
@@ -163,7 +174,7 @@ def make_setup(config: ServerConfig) -> ServerSetup:
         ),
         root=root,
         trust=trust(root, config.roots),
-        policy=policy,
+        policies=policies,
         profiles={profile.measurements.identity: profile for profile in profiles},
         hotkeys=hotkeys,
         volumes=config.volumes,
@@ -242,18 +253,48 @@ def _callback(options: RegistrationOptions, base: Path) -> Callback | None:
     return Callback(pair.hotkey, pair.sign, options.evidence_port)
 
 
-def _collateral(config: ServerConfig, base: Path, root: TrustedRoot) -> CollateralDirectory | UpstreamCollateral:
+def _policies(config: ServerConfig, base: Path, profiles: list[ServedProfile]) -> PolicySet:
+    """The policies, each of which is for a profile or hotkey that is served. Raises `ConfigurationError`."""
+    if config.policy is None:
+        return PolicySet(default=Policy(tcb=TcbPolicy(collateral_grace=config.collateral.grace_seconds)))
+    path = base / config.policy
+    data = read_file(path)
+    try:
+        policies = parse_policy_set(data)
+        _ = policies.bind(())
+    except PolicyError as exc:
+        raise ConfigurationError(f"{path}: {exc}") from None
+    known = {name for profile in profiles for name in (profile.measurements.name, str(profile.measurements))}
+    for name in policies.profile_names:
+        if name not in known:
+            near = nearest(name, known)
+            hint = f"did you mean {near!r}?" if near else 'name it as "NAME" or "NAME VERSION", or remove it'
+            raise ConfigurationError(f"{path}: per_profile.{name!r}: no such profile is served; {hint}")
+    for hotkey in policies.hotkeys:
+        try:
+            _ = _hotkeys((hotkey,))
+        except ConfigurationError as exc:
+            raise ConfigurationError(f"{path}: per_hotkey: {exc}") from None
+        if config.hotkeys != "*" and hotkey not in config.hotkeys:
+            raise ConfigurationError(f"{path}: per_hotkey.{hotkey!r}: is not among hotkeys; add it there, or remove it")
+    return policies
+
+
+def _collateral(
+    config: ServerConfig, base: Path, root: TrustedRoot, grace: int
+) -> CollateralDirectory | UpstreamCollateral:
+    """The source of collateral, which uses what has expired for ``grace`` seconds."""
     options = config.collateral
     if options.directory is not None:
         path = base / options.directory
         if not path.is_dir():
             raise ConfigurationError(f"{path} is not a directory; make it, or name another")
-        return CollateralDirectory(path, root, grace=options.grace_seconds)
+        return CollateralDirectory(path, root, grace=grace)
     cache = CollateralCache(
         [Upstream.parse(service.url, service.root_ca_crl) for service in options.upstreams],
         root=root,
         policy=CachePolicy(
-            grace=options.grace_seconds,
+            grace=grace,
             refresh=options.refresh_seconds,
             fetches_per_minute=options.fetches_per_minute,
         ),
