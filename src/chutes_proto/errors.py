@@ -36,11 +36,11 @@ The server raises a `Refusal` and answers with it; the client turns the answer b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Self, cast
 
 from chutes_proto._error import ChutesError
 from chutes_proto.gpu._errors import GpuError
-from chutes_proto.quote._errors import QuoteError
+from chutes_proto.quote._errors import QuoteError, VerificationError
 from chutes_proto.wire.codes import Code
 
 __all__ = ["ChutesError", "ConfigurationError", "FileUnavailable", "LocalProtocolError", "NotInMemory"]
@@ -95,9 +95,9 @@ class Refusal(ChutesError):
     """An answer of the server that is not a grant.
 
     ``status`` and ``code`` go on the wire with ``detail`` (a text, or the list of problems of a 422); ``reason`` is for
-    the operator's log alone. ``recorded``: the server's store keeps it, which bounds how many there can be. On the
-    client's side ``reason`` repeats the text, and ``code`` is a plain string if the server is of another make or
-    version.
+    the operator's log alone, and so is ``fault``, the verifier's own refusal. ``recorded``: the server's store keeps
+    it, which bounds how many there can be. On the client's side ``reason`` repeats the text, and ``code`` is a plain
+    string if the server is of another make or version.
     """
 
     def __init__(
@@ -122,6 +122,12 @@ class Refusal(ChutesError):
         self.request_id = request_id
         self.headers: tuple[tuple[str, str], ...] = tuple(headers)
         self.recorded = False
+        self.fault: VerificationError | None = None
+
+    def because(self, fault: VerificationError) -> Self:
+        """Note the refusal of the verifier that this one answers with."""
+        self.fault = fault
+        return self
 
     def __str__(self) -> str:
         text = self.detail if isinstance(self.detail, str) else "; ".join(_problem_text(p) for p in self.detail)

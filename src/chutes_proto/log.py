@@ -29,11 +29,15 @@ class Level(IntEnum):
 
 @frozen
 class Record:
-    """One event: its name in snake_case, and its fields in the order in which they are printed."""
+    """One event: its name in snake_case, and its fields in the order in which they are printed.
+
+    ``is_noise``: a stranger may cause any number of such records, so they are the first to be dropped.
+    """
 
     level: Level
     event: str
     fields: Mapping[str, Value] = field(factory=dict[str, "Value"])
+    is_noise: bool = False
 
     @classmethod
     def of(cls, level: Level, event: str, **fields: Value) -> Record:

@@ -30,9 +30,10 @@ from chutes_proto.io.server.store_setup import make_store_setup
 from chutes_proto.keys.vault import FreshKey
 from chutes_proto.secret import Secret
 from chutes_proto.server import ServerConfig
-from chutes_proto.store.rows import GpuRow, Vm
+from chutes_proto.store.rows import GpuRow, Platform, Vm
 from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.testing.store_suite._parts import boot, sync
+from chutes_proto.units.boot import RecordRefusal
 from chutes_proto.units.operator import ImportKeys
 from chutes_proto.units.servers import RegisterServer
 from tests.cli import examples
@@ -173,10 +174,24 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
             _ = store.transact(evolve(sync(granted, "body", "storage", rekey=rekey), vault=setup.vault))
         imported = {"storage": FreshKey.of_passphrase(Secret(b"passphrase"), bytes(FreshKey.SIZE))}
         _ = store.transact(ImportKeys(now, Vm(HOTKEY, "vm-imported"), imported, None, setup.vault, "prepared"))
+        _ = store.transact(refused("9" * 32, now))
         for name in ("n1", "n2"):
             _ = store.transact(registration(name, now))
     _ = shutil.copy(folder / "keys.db", folder / "newer.db")
     return folder
+
+
+def refused(request_id: str, now: int) -> RecordRefusal:
+    return RecordRefusal(
+        now=now,
+        request_id=request_id,
+        vm=Vm(HOTKEY, "vm-1"),
+        platform=Platform(None, bytes(16)),
+        code="tcb_rejected",
+        reason="the platform's TCB status is OutOfDate",
+        quote_digest=bytes(32),
+        peer_address="192.0.2.1",
+    )
 
 
 def registration(name: str, now: int) -> RegisterServer:

@@ -209,3 +209,15 @@ LONG = "é" * (LONGEST + 1)
 def test_a_text_that_strangers_make_long_is_cut(value: Value, printed: Value) -> None:
     line = json.loads(Record(Level.INFO, "told", {"short": "a", "long": value}).as_json("now"))
     assert line == {"at": "now", "level": "info", "event": "told", "short": "a", "long": printed}
+
+
+def test_what_strangers_cause_is_dropped_first(full: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log_writer, "MAX_WAITING", 8)
+    log = LogWriter(full[1])
+    stalled(log, 1)
+    for number in range(1, 20):
+        log(Record(Level.WARNING, "refused", {"number": number}, is_noise=True))
+    for number in range(20, 23):
+        log(record(number))
+    assert told(read(full[0], 9)) == [0, 1, 2, 3, 4, "missing 15", 20, 21, 22]
+    log.close()

@@ -90,6 +90,8 @@ A_VERDICT = rows.AttestationRow("a", "boot", A_VM, Pin("ppid", b""), None, "", N
         (rows.ReadNames("vm"), "generation_name"),
         (rows.ReadAudit(0, 9, wanted=rows.AuditWanted(name="vm")), "audit_vm"),
         (rows.ReadAudit(1 << 62, 9, True, wanted=rows.AuditWanted(hotkey="hotkey", name="vm")), "audit_vm"),
+        (rows.ReadAudit(1 << 62, 9, True, wanted=rows.AuditWanted(request_id="id")), "audit_request"),
+        (rows.ReadAudit(1 << 62, 9, True, wanted=rows.AuditWanted(hotkey="h", refused=True)), "audit_refused"),
         (rows.ReadOld(rows.BootRow, 9, A_BOOT, 9), "boot_created"),
         (rows.ReadOld(rows.AttestationRow, 9, A_VERDICT, 9), "attestation_created"),
         *((rows.ReadPage(kind, None, 9), f"sqlite_autoindex_{kind.TABLE}_1") for kind in ROWS if kind.KEY),

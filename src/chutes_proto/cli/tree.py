@@ -28,6 +28,7 @@ _SECTIONS: Final[Mapping[str, Mapping[str, tuple[str, str]]]] = {
         "keys": ("operator.keys", "Show, restore, purge, rewrap and import keys"),
         "vm": ("operator.vm", "List, bind and rebind VMs, and purge their old boots"),
         "registrations": ("operator.registrations", "List and remove the servers that miners registered"),
+        "why": ("operator.why", "Explain why a VM was refused"),
         "audit": ("operator.audit", "Show, export and purge the audit rows"),
         "policy": ("operator.policy", "Check an appraisal policy, and say in words what it accepts"),
         "profiles": ("operator.profiles", "Take over reference values that are published"),

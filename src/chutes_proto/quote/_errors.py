@@ -134,18 +134,28 @@ class AppraisalError(VerificationError):
     """A genuine quote is not what the policy accepts; ``refusals`` has all reasons, and at least one.
 
     ``code``, ``got`` and ``expected`` are those of the first reason, ``subject`` is the part of the policy that gives
-    it. ``steps`` are the numbers of the steps of verification that the quote passed.
+    it. ``steps`` are the numbers of the steps of verification that the quote passed. ``nearest`` is the profile that
+    the reasons are against, by name and version, and ``stage`` the stage in which the quote was appraised.
     """
 
     step = 38
     rule = "the policy accepts it"
 
-    def __init__(self, refusals: Sequence[Refusal], steps: Sequence[int]) -> None:
+    def __init__(
+        self,
+        refusals: Sequence[Refusal],
+        steps: Sequence[int],
+        *,
+        nearest: str | None = None,
+        stage: Literal["boot", "runtime"] | None = None,
+    ) -> None:
         first = refusals[0]
         super().__init__(first.part, first.detail, got=first.got, expected=first.expected)
         self.code: str = first.code
         self.refusals: tuple[Refusal, ...] = tuple(refusals)
         self.steps: tuple[int, ...] = tuple(steps)
+        self.nearest = nearest
+        self.stage: Literal["boot", "runtime"] | None = stage
 
     def __str__(self) -> str:
         return "; ".join(f"{refusal.code}: {refusal.detail}" for refusal in self.refusals)

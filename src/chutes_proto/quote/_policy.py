@@ -315,7 +315,8 @@ class Policy:
                 refused = refused + measured
             refusals += refused
         if refusals:
-            raise AppraisalError(refusals, verdict.steps)
+            nearest = None if matched is None else str(matched)
+            raise AppraisalError(refusals, verdict.steps, nearest=nearest, stage=stage)
         return _accepted(verdict, stage, matched)
 
     def _of_enclave(self, body: SgxReport) -> list[Refusal]:
@@ -377,6 +378,7 @@ class AllOf(_Combined):
         """
         _check_appraised(verdict, stage)
         matched: Profile | None = None
+        nearest: str | None = None
         refusals: list[Refusal] = []
         for policy in self.policies:
             try:
@@ -384,8 +386,9 @@ class AllOf(_Combined):
                 matched = matched or accepted.matched
             except AppraisalError as exc:
                 refusals += exc.refusals
+                nearest = nearest or exc.nearest
         if refusals:
-            raise AppraisalError(tuple(dict.fromkeys(refusals)), verdict.steps)
+            raise AppraisalError(tuple(dict.fromkeys(refusals)), verdict.steps, nearest=nearest, stage=stage)
         return _accepted(verdict, stage, matched)
 
 
@@ -402,13 +405,15 @@ class AnyOf(_Combined):
         Raises `AppraisalError` with all reasons of all of these; `TypeError` for no verdict.
         """
         _check_appraised(verdict, stage)
+        nearest: str | None = None
         refusals: list[Refusal] = []
         for policy in self.policies:
             try:
                 return policy.appraise(verdict, stage=stage, event_log=event_log)
             except AppraisalError as exc:
                 refusals += exc.refusals
-        raise AppraisalError(tuple(dict.fromkeys(refusals)), verdict.steps)
+                nearest = nearest or exc.nearest
+        raise AppraisalError(tuple(dict.fromkeys(refusals)), verdict.steps, nearest=nearest, stage=stage)
 
 
 AnyPolicy: TypeAlias = Policy | AllOf | AnyOf

@@ -4,7 +4,9 @@ Rules kept here:
 
 * the peer always gets an answer of the documented form; a fault of ours is a 503, never a 4xx, because deployed clients
   power off on a 4xx and retry on a 5xx;
-* the peer gets the refusal's text and code; the log has its reason too, under the same request id;
+* the peer gets the refusal's text and code; the log has its reason too, and why, under the same request id, and names
+  VM and hotkey as far as the request does;
+* what strangers cause hides no line about a VM that is known (``_known.py``);
 * a refused attestation ends its connection;
 * one address may send a limited number of requests, but deployed clients give up if an operation that they send only
   once gets 429, and so do VMs with a token behind the address of others. So these operations never get it; their 401s
@@ -30,7 +32,7 @@ from chutes_proto.errors import BadRequest, KeyUnavailable, Refusal, Refused, Se
 from chutes_proto.log import Level, Record, Value
 from chutes_proto.server import _servers as servers
 from chutes_proto.server._boot import attest_boot, issue_boot_nonce
-from chutes_proto.server._call import Call, SignedCall, ids_of
+from chutes_proto.server._call import Call, SignedCall, found, ids_of, named
 from chutes_proto.server._callers import check_caller
 from chutes_proto.server._mismatch import name_mismatch
 from chutes_proto.server._observing import Answered, Observer, ignore
@@ -39,6 +41,7 @@ from chutes_proto.server._rotation import attest_volumes, confirm_volumes
 from chutes_proto.server._runtime import attest_runtime, issue_runtime_nonce, read_status
 from chutes_proto.server._service import Service
 from chutes_proto.server._volumes import read_cache_passphrase, sync_volumes
+from chutes_proto.server._why import Denial, explain
 from chutes_proto.store.rows import Vm
 from chutes_proto.wire import endpoints, miners, openapi, public, vms
 from chutes_proto.wire.codec import decode_request, encode_answer, error_response
@@ -95,10 +98,11 @@ _HANDLERS: Mapping[Endpoint, Callable[[Service, Any], Flow[Message]]] = {
 
 @define
 class _Seen:
-    """The operation and the refusal of one request, for those who measure."""
+    """The operation and the refusal of one request, for those who measure, and the VM that it names, for the log."""
 
     operation: str = "none"
     code: str = ""
+    vm: Vm = Vm("", "")
 
 
 @frozen
@@ -190,7 +194,7 @@ class App:
         except Exception as exc:  # noqa: BLE001 - a defect of ours must not become a 4xx, nor end the connection silently
             refusal = Unavailable(Code.SERVER_FAULT, "A fault of the server's. Retry shortly.", reason=_where(exc))
         seen.code = str(refusal.code)
-        yield from self._log_refusal(request, request_id, refusal)
+        yield from self._log_refusal(request, request_id, refusal, seen)
         return error_response(refusal, request_id)
 
     def _answer(self, request: HttpRequest, request_id: str, seen: _Seen) -> Flow[HttpResponse]:
@@ -217,7 +221,7 @@ class App:
         grants = match.endpoint in _GRANTS
         self._granting += grants
         try:
-            return (yield from self._handle(match, request, request_id))
+            return (yield from self._handle(match, request, request_id, seen))
         except Refusal as exc:
             if match.endpoint in _ASKED_ONCE and exc.status == 401:
                 _ = yield from self._count(request)
@@ -232,15 +236,17 @@ class App:
         now = yield from Uptime()
         return self.service.rates.take(request.peer_address, now) if request.peer_address else 0.0
 
-    def _handle(self, match: endpoints.Match, request: HttpRequest, request_id: str) -> Flow[HttpResponse]:
+    def _handle(self, match: endpoints.Match, request: HttpRequest, request_id: str, seen: _Seen) -> Flow[HttpResponse]:
         """Decode and handle a request; the caller of a signed one is checked before anything else in it."""
         now = yield from Now()
+        seen.vm = named(request, match.parameters)
         call: Call[Message]
         if match.endpoint.signed is None:
             call = Call(request, message := decode_request(match, request), request_id, now)
         else:
             caller = check_caller(self.service, request, match.endpoint.signed, now)
             call = SignedCall(request, message := decode_request(match, request), request_id, now, caller)
+        seen.vm = named(request, match.parameters, message)
         try:
             answer = yield from _HANDLERS[match.endpoint](self.service, call)
         except Refusal as exc:
@@ -252,22 +258,36 @@ class App:
         vm = completed_by(message)
         return response if vm is None else _LastAnswer(response.status, response.headers, response.body, vm=vm)
 
-    def _log_refusal(self, request: HttpRequest | MalformedRequest, request_id: str, refusal: Refusal) -> Flow[None]:
-        """Log a refusal. Anyone can cause them: many of an address are counted only, unless the store records them."""
-        ours = refusal.status >= 500
-        throttle = self.service.faults if ours else self.service.refusals
-        held_back = 0 if refusal.recorded else throttle.admits(request.peer_address, (yield from Uptime()))
+    def _log_refusal(
+        self, request: HttpRequest | MalformedRequest, request_id: str, refusal: Refusal, seen: _Seen
+    ) -> Flow[None]:
+        """Log a refusal. Anyone can cause them: many of an address are counted only, unless the store records them.
+
+        A known VM has lines of its own.
+        """
+        ours, vm, now = refusal.status >= 500, seen.vm, (yield from Uptime())
+        is_known = vm in self.service.known
+        if refusal.recorded:
+            held_back: int | None = 0
+        elif is_known:
+            held_back = self.service.known.lines.admits(f"{vm.hotkey}/{vm.name}", now)
+        else:
+            held_back = (self.service.faults if ours else self.service.refusals).admits(request.peer_address, now)
         if held_back is None:
             return
         fields: dict[str, Value] = {**ids_of(request, request_id), "peer": request.peer_address}
         if isinstance(request, HttpRequest):
             fields |= {"method": request.method[:16], "path": request.target.partition("?")[0][:200]}
+        fields |= {"vm": vm.name, "hotkey": vm.hotkey}
+        why = explain(Denial(str(refusal.code), refusal.reason, request_id, vm.hotkey, vm.name, "", found(refusal)))
         fields |= {"status": refusal.status, "code": str(refusal.code), "reason": refusal.reason}
-        yield from _log(Level.ERROR if ours else Level.WARNING, "refused", fields, held_back)
+        fields |= {"step": why.step, "why": str(why)}
+        is_noise = not (is_known or refusal.recorded)
+        yield from _log(Level.ERROR if ours else Level.WARNING, "refused", fields, held_back, is_noise=is_noise)
 
 
-def _log(level: Level, event: str, fields: dict[str, Value], held_back: int) -> Flow[None]:
-    yield from Log(Record(level, event, {**fields, "held_back": held_back} if held_back else fields))
+def _log(level: Level, event: str, fields: dict[str, Value], held_back: int, *, is_noise: bool = False) -> Flow[None]:
+    yield from Log(Record(level, event, {**fields, "held_back": held_back} if held_back else fields, is_noise))
 
 
 @lru_cache(maxsize=4)

@@ -25,7 +25,7 @@ from chutes_proto.effects import Entropy, Flow
 from chutes_proto.errors import LocalProtocolError, Refused
 from chutes_proto.keys.vault import FreshKey
 from chutes_proto.secret import Secret
-from chutes_proto.server._call import Call
+from chutes_proto.server._call import Call, found_json
 from chutes_proto.server._evidence import Evidence, appraise, verify_evidence
 from chutes_proto.server._nonces import RANDOM_SIZE, expires_at
 from chutes_proto.server._retry import transact_patiently
@@ -119,6 +119,7 @@ def _claim(
         profile=measurements.name,
         **evidence.fields(service),
     )
+    service.known.note(unit.vm)
     passphrase = image if image is not None and rotation is None else grant.root
     if passphrase is None:
         raise LocalProtocolError("a boot with entropy for a root passphrase was granted none")
@@ -214,5 +215,6 @@ def record_refusal(
         quote_digest=evidence.quote_digest,
         peer_address=call.request.peer_address,
         stage=stage,
+        finding=found_json(refusal),
     )
     refusal.recorded = yield from call.record_refusal(unit)

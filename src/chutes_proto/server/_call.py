@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Generic, TypeVar
 
 from attrs import frozen
 
 from chutes_proto.auth.hotkey import Hotkey
 from chutes_proto.effects import Flow, Log, Transact
-from chutes_proto.errors import Refused, StoreError
+from chutes_proto.errors import Refusal, Refused, StoreError
 from chutes_proto.log import Level, Record, Value
 from chutes_proto.server._observing import trace_of
+from chutes_proto.server._why import Finding
 from chutes_proto.store._run import Unit
+from chutes_proto.store.rows import Vm
+from chutes_proto.units.records import legible
 from chutes_proto.wire.http import HttpRequest, MalformedRequest
 
 M = TypeVar("M")
@@ -22,6 +26,28 @@ def ids_of(request: HttpRequest | MalformedRequest, request_id: str) -> dict[str
     """The fields that every log record of a request has: its id, and that of its trace if it names one."""
     trace_id = trace_of(request) if isinstance(request, HttpRequest) else None
     return {"request_id": request_id} if trace_id is None else {"request_id": request_id, "trace_id": trace_id}
+
+
+def found(refusal: Refusal) -> Finding | None:
+    """The finding of the verifier, if it is the one that refused."""
+    return None if refusal.fault is None else Finding.of(refusal.fault)
+
+
+def found_json(refusal: Refusal) -> str | None:
+    """The same, as rows keep it."""
+    finding = found(refusal)
+    return None if finding is None else finding.to_json()
+
+
+def named(request: HttpRequest, parameters: Mapping[str, str], message: object = None) -> Vm:
+    """The VM that a request names, or the name of its server, as legible text; empty where it names none.
+
+    Nothing of it is proven. Before the body is decoded, the path and the headers tell.
+    """
+    hotkeys = (getattr(message, name, None) for name in ("miner_hotkey", "hotkey", "hotkey_header", "hotkey_query"))
+    hotkey = next((each for each in (*hotkeys, *request.header_values("x-chutes-hotkey")) if each), "")
+    name = getattr(message, "vm_name", None) or next(iter(parameters.values()), "")
+    return Vm(legible(hotkey, 64), legible(name, 128))
 
 
 @frozen

@@ -92,7 +92,7 @@ def verify_evidence(service: Service, nonce: bytes, key: ClientKey, quote_text: 
     try:
         claimed = parse_quote(data)
     except QuoteFormatError as exc:
-        raise Refused(Code.QUOTE_MALFORMED, _format_text(exc), reason=str(exc)) from None
+        raise Refused(Code.QUOTE_MALFORMED, _format_text(exc), reason=str(exc)).because(exc) from None
     check_report_data(claimed.body.report_data, nonce, key)
     try:
         opened = open_quote(data, now=now, root=service.root)
@@ -106,8 +106,9 @@ def verify_evidence(service: Service, nonce: bytes, key: ClientKey, quote_text: 
         verdict = verify_quote(signed, collateral, now=now)
     except VerificationError as exc:
         if isinstance(exc, _OURS):
-            raise _no_collateral(f"{exc.code}: {exc}") from None
-        raise Refused(Code.QUOTE_REJECTED, _NOT_VERIFIED + _part(exc), reason=f"{exc.code}: {exc}") from None
+            raise _no_collateral(f"{exc.code}: {exc}").because(exc) from None
+        text = _NOT_VERIFIED + _part(exc)
+        raise Refused(Code.QUOTE_REJECTED, text, reason=f"{exc.code}: {exc}").because(exc) from None
     except CollateralUnavailable as exc:
         raise _no_collateral(str(exc)) from None
     return Evidence(verdict, data)
@@ -118,7 +119,7 @@ def _check_current(collateral: VerifiedCollateral, now: int) -> None:
     try:
         check_terms(collateral.terms, now, collateral.grace)
     except VerificationError as exc:
-        raise _no_collateral(f"{exc.code}: {exc}") from None
+        raise _no_collateral(f"{exc.code}: {exc}").because(exc) from None
 
 
 def _no_collateral(reason: str) -> Unavailable:
@@ -150,14 +151,15 @@ def appraise(
         reason = str(exc) if rc is None else f"release candidate {rc}, and no authorized hotkey is proven; {exc}"
         parts = {refusal.part for refusal in exc.refusals}
         if "collateral" in parts:
-            raise _no_collateral(reason) from None
+            raise _no_collateral(reason).because(exc) from None
         if "tcb" in parts:
-            raise Refused(Code.TCB_REJECTED, f"{_NOT_VERIFIED} (TCB status)", reason=reason) from None
+            raise Refused(Code.TCB_REJECTED, f"{_NOT_VERIFIED} (TCB status)", reason=reason).because(exc) from None
         if "attributes" in parts:
-            raise Refused(Code.ATTRIBUTES_REJECTED, f"{_NOT_VERIFIED} (attributes)", reason=reason) from None
+            text = f"{_NOT_VERIFIED} (attributes)"
+            raise Refused(Code.ATTRIBUTES_REJECTED, text, reason=reason).because(exc) from None
         registers = [refusal.register for refusal in exc.refusals if refusal.register]
         named = f" ({registers[0]})" if registers else ""
-        raise Refused(Code.MEASUREMENT_MISMATCH, _NOT_EXPECTED + named, reason=reason) from None
+        raise Refused(Code.MEASUREMENT_MISMATCH, _NOT_EXPECTED + named, reason=reason).because(exc) from None
 
 
 def _may_use(service: Service, profile: Profile, proven: Callable[[], Hotkey] | None) -> bool:

@@ -74,13 +74,13 @@ class LogThrottle:
     The limit of all is that of twenty addresses: an attacker with fewer cannot hide the lines about a VM.
     """
 
-    _each: TokenBuckets = field(factory=lambda: TokenBuckets(20, 0.2, most=1024))
-    _all: TokenBuckets = field(factory=lambda: TokenBuckets(400, 4))
+    each: TokenBuckets = field(factory=lambda: TokenBuckets(20, 0.2, most=1024))
+    all: TokenBuckets = field(factory=lambda: TokenBuckets(400, 4))
     _held_back: int = field(init=False, default=0)
 
     def admits(self, address: str, now: float) -> int | None:
         """None to hold this line back, else the number held back since the last one; ``now`` is a monotonic clock's."""
-        if self._each.take(address, now) or self._all.take("", now):
+        if self.each.take(address, now) or self.all.take("", now):
             self._held_back += 1
             return None
         held_back, self._held_back = self._held_back, 0

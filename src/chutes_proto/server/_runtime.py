@@ -15,7 +15,7 @@ import hashlib
 from chutes_proto.auth.certificates import client_key
 from chutes_proto.effects import Entropy, Flow, Transact
 from chutes_proto.errors import BadRequest, Refused
-from chutes_proto.server._call import SignedCall
+from chutes_proto.server._call import SignedCall, found_json
 from chutes_proto.server._evidence import Evidence, appraise, verify_evidence
 from chutes_proto.server._gpu_evidence import appraise_gpus
 from chutes_proto.server._nonces import RANDOM_SIZE, expires_at
@@ -130,5 +130,6 @@ def _record(
         detail=str(refusal.detail),
         reason=refusal.reason,
         peer_address=call.request.peer_address,
+        finding=found_json(refusal),
     )
     _ = yield from call.record_refusal(unit)

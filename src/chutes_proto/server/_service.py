@@ -20,6 +20,7 @@ from chutes_proto.quote._roots import TrustedRoot
 from chutes_proto.server._config import LimitOptions
 from chutes_proto.server._gpu_evidence import GpuAppraisal
 from chutes_proto.server._gpus import GPUS, Gpu
+from chutes_proto.server._known import KnownVms
 from chutes_proto.server._limits import Admission, LogThrottle, TokenBuckets
 from chutes_proto.server._nonces import NonceMint
 from chutes_proto.server._open_boots import OpenBoots
@@ -114,6 +115,7 @@ class Service:
     rates: TokenBuckets = field(default=Factory(_rates, takes_self=True))
     refusals: LogThrottle = field(factory=LogThrottle)
     faults: LogThrottle = field(factory=LogThrottle)
+    known: KnownVms = field(factory=KnownVms)
     readiness: Readiness = field(factory=Readiness)
 
     def check_known(

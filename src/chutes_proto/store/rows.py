@@ -266,7 +266,8 @@ class AttestationRow:
 
     A refusal at a boot is here only if DCAP verification held, so that a boot's row always has a platform. A runtime
     quote's row names the server's ``registration``, and its ``vm`` is the server's owner and name. ``tcb_status`` is
-    the status of the platform's TCB, if the quote was accepted, in Intel's words.
+    the status of the platform's TCB, if the quote was accepted, in Intel's words; ``finding`` is the verifier's refusal
+    as JSON (``server/_why.py``).
     """
 
     TABLE: ClassVar[str] = "attestation"
@@ -285,6 +286,7 @@ class AttestationRow:
     created_at: int
     registration: str | None = None
     tcb_status: str | None = None
+    finding: str | None = None
 
 
 @frozen
@@ -637,13 +639,18 @@ class FindLastBootFrom(StoreOp[BootRow | None]):
 
 @frozen
 class AuditWanted:
-    """The audit rows to read: by time (``until`` not included), VM and event; an empty text is any."""
+    """The audit rows to read: by time (``until`` not included), VM, event and request; an empty text is any.
+
+    With ``refused`` only refusals are read.
+    """
 
     since: int = 0
     until: int = 1 << 62
     hotkey: str = ""
     name: str = ""
     event: str = ""
+    request_id: str = ""
+    refused: bool = False
 
 
 @frozen

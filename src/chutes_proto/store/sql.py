@@ -219,6 +219,7 @@ ALTER TABLE boot ADD COLUMN root_confirm_digest {bytes};
 ALTER TABLE boot ADD COLUMN root_confirm_body_digest {bytes};
 ALTER TABLE boot ADD COLUMN root_ca TEXT;
 ALTER TABLE attestation ADD COLUMN tcb_status TEXT;
+ALTER TABLE attestation ADD COLUMN finding TEXT;
 """
 
 _INDEXES: Final = (
@@ -230,6 +231,9 @@ _INDEXES: Final = (
     "CREATE INDEX vm_name ON vm (vm)",
     "CREATE INDEX generation_name ON generation (vm)",
     "CREATE INDEX audit_vm ON audit (vm, id)",
+    # A request by its id, and a hotkey's refusals.
+    "CREATE INDEX audit_request ON audit (request_id)",
+    "CREATE INDEX audit_refused ON audit (hotkey, id) WHERE decision = 'refused'",
     "CREATE INDEX boot_created ON boot (created_at, boot_id)",
     "CREATE INDEX attestation_created ON attestation (created_at, attestation_id)",
     # A boot that is deleted must not be a server's.
@@ -593,6 +597,8 @@ _WANTED: Final = {
     "hotkey": "hotkey = :wanted.hotkey",
     "name": "vm = :wanted.name",
     "event": "event = :wanted.event",
+    "request_id": "request_id = :wanted.request_id",
+    "refused": "decision = 'refused'",
 }
 
 

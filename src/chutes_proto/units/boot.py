@@ -243,6 +243,7 @@ class RecordRefusal(Unit[bool]):
     quote_digest: bytes
     peer_address: str
     stage: Literal["boot", "runtime"] = "boot"
+    finding: str | None = None
     per_day: int = REFUSALS_PER_DAY
 
     def script(self) -> Script[bool]:
@@ -253,7 +254,7 @@ class RecordRefusal(Unit[bool]):
         vm = store.Vm(legible(self.vm.hotkey, 64), legible(self.vm.name, 128))
         reason = legible(self.reason, 2000)
         records = Records(self.now, self.request_id, vm, Quote.refused(self.quote_digest, pin), self.peer_address)
-        yield from records.verdict(self.stage, reason, self.code)
+        yield from records.verdict(self.stage, reason, self.code, finding=self.finding)
         event = "boot" if self.stage == "boot" else "attest volumes"
         yield from records.audit(event, "refused", f"{self.code}: {reason}")
         return True

@@ -59,7 +59,7 @@ class ReadAuditPage(Unit[AuditPage]):
     """Choose among the audit rows after the number ``beyond`` (``backwards``: before it), up to ``limit`` of them.
 
     The VM need not exist: one that was only ever refused has audit rows too. There may be any number of rows, so they
-    are read in pages, each a transaction of its own, and without a VM none looks at more than ``span`` numbers.
+    are read in pages, each a transaction of its own, and none that no index finds looks at more than ``span`` numbers.
     """
 
     wanted: store.AuditWanted = store.AuditWanted()
@@ -70,7 +70,8 @@ class ReadAuditPage(Unit[AuditPage]):
 
     def script(self) -> Script[AuditPage]:
         begin = (1 << 62 if self.backwards else 0) if self.beyond is None else self.beyond
-        if self.wanted.name:  # an index finds them
+        wanted = self.wanted
+        if wanted.name or wanted.request_id or (wanted.refused and wanted.hotkey):  # an index finds them
             read = yield from store.ReadAudit(begin, self.limit, self.backwards, None, self.wanted)
             return self._page(read, None)
         first = yield from store.ReadAudit(begin, 1, self.backwards)

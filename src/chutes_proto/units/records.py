@@ -87,9 +87,14 @@ class Records:
     actor: Literal["vm", "miner"] = "vm"
 
     def verdict(
-        self, stage: Literal["boot", "runtime"], reason: str, code: str | None = None, registration: str | None = None
+        self,
+        stage: Literal["boot", "runtime"],
+        reason: str,
+        code: str | None = None,
+        registration: str | None = None,
+        finding: str | None = None,
     ) -> Insert:
-        """Add the verdict on the quote: granted, or refused with ``code``."""
+        """Add the verdict on the quote: granted, or refused with ``code`` and, by the verifier, a ``finding``."""
         return Insert(
             AttestationRow(
                 attestation_id=self.request_id,
@@ -105,6 +110,7 @@ class Records:
                 created_at=self.now,
                 registration=registration,
                 tcb_status=self.quote.tcb_status,
+                finding=finding,
             )
         )
 

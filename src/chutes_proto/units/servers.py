@@ -336,6 +336,7 @@ class RecordRuntimeRefusal(Unit[bool]):
     detail: str
     reason: str
     peer_address: str
+    finding: str | None = None
     per_day: int = REFUSALS_PER_DAY
 
     def script(self) -> Script[bool]:
@@ -418,7 +419,8 @@ def _record(
     why: str = "",
 ) -> Script[None]:
     records = Records(unit.now, unit.request_id, server.vm, unit.quote, unit.peer_address, server.boot_id, "miner")
-    yield from records.verdict("runtime", detail, code, server.registration)
+    finding = unit.finding if isinstance(unit, RecordRuntimeRefusal) else None
+    yield from records.verdict("runtime", detail, code, server.registration, finding)
     decision: store.Decision = "granted" if code is None else "refused"
     yield from records.audit("attest server", decision, f"server {server.server_id}{why}")
 

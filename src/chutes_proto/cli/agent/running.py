@@ -139,7 +139,7 @@ def _tell_failure(
     if "status" in facts:
         lines.append(("code", f"{facts['code']} (status {facts['status']})"))
     if facts.get("request_id"):
-        lines.append(("request", f"{facts['request_id']} (the server's log has the reason under it)"))
+        lines.append(("request", f"{facts['request_id']} (its operator runs: chutes-proto why {facts['request_id']})"))
     written = "; ".join(progress.written) or "nothing was written to any"
     lines += [("means", advice.means), ("do", advice.do), ("disks", written)]
     if ending.action != "exit":

@@ -66,6 +66,7 @@ def _selection(default: int | None) -> Callable[[F], F]:
                 callback=parsed(operating.vm_name),
                 help="HOTKEY/NAME, or NAME of any hotkey; also of a VM that was only ever refused",
             ),
+            click.option("--request-id", metavar="ID", help="one request, by the id that its answer and the log have"),
             click.option("--event", metavar="WORD", help="one event, for example boot or 'key restored'"),
             click.option("--since", metavar="TIME", callback=parsed(moment), default="0", help="from this time on"),
             click.option("--until", metavar="TIME", callback=parsed(moment), help="before this time"),
@@ -87,16 +88,25 @@ def _selection(default: int | None) -> Callable[[F], F]:
 @command.command("list")
 @_selection(_SHOWN)
 @operating.shows
-def listing(vm: str | None, event: str | None, since: int, until: int | None, last: int, config: str) -> int:
+def listing(
+    vm: str | None,
+    request_id: str | None,
+    event: str | None,
+    since: int,
+    until: int | None,
+    last: int,
+    config: str,
+) -> int:
     """Show audit rows for people, the newest last.
 
     Examples:
       chutes-proto audit list --event boot --last 20 --config server.toml
       chutes-proto audit list --vm vm-1 --since 2026-05-01 --config server.toml --json
+      chutes-proto audit list --request-id 541e166f739b0b89a1436895c227b41b --config server.toml
 
-    See also: audit export, keys history
+    See also: why, audit export, keys history
     """
-    unit = _unit(vm, event, since, until)
+    unit = _unit(vm, request_id, event, since, until)
     with operating.opened(config) as (_, store):
         rows = _newest(store, unit, last)
     return operating.answer_rows("rows", rows, _members, _COLUMNS, "no audit rows", _UNDER)
@@ -105,7 +115,15 @@ def listing(vm: str | None, event: str | None, since: int, until: int | None, la
 @command.command()
 @_selection(None)
 @operating.config_option
-def export(vm: str | None, event: str | None, since: int, until: int | None, last: int | None, config: str) -> int:
+def export(
+    vm: str | None,
+    request_id: str | None,
+    event: str | None,
+    since: int,
+    until: int | None,
+    last: int | None,
+    config: str,
+) -> int:
     """Write audit rows as lines of JSON.
 
     Each line is one JSON object with all members, in the order of the decisions. Decisions that are made while an
@@ -117,7 +135,7 @@ def export(vm: str | None, event: str | None, since: int, until: int | None, las
 
     See also: audit list, audit purge
     """
-    unit = _unit(vm, event, since, until)
+    unit = _unit(vm, request_id, event, since, until)
     with operating.opened(config) as (_, store):
         if last is not None:
             console.say_json_lines(map(_members, _newest(store, unit, last)))
@@ -168,12 +186,12 @@ def purge(older_than: int | None, yes: bool, reason: str, config: str) -> int:
     return answer({"ok": True, "purged": yes, "older_than_days": days, "before": before, "rows": found}, told)
 
 
-def _unit(vm: str | None, event: str | None, since: int, until: int | None) -> ReadAuditPage:
+def _unit(vm: str | None, request_id: str | None, event: str | None, since: int, until: int | None) -> ReadAuditPage:
     end = _END if until is None else until
     if since >= end:
         raise ConfigurationError("--since: it is not before --until, so no time is selected; say an earlier one")
     hotkey, _, name = (vm or "").rpartition("/")
-    return ReadAuditPage(AuditWanted(since, end, hotkey, name, event or ""))
+    return ReadAuditPage(AuditWanted(since, end, hotkey, name, event or "", request_id or ""))
 
 
 def _newest_number(store: DurableStore) -> int:

@@ -3,8 +3,9 @@
 Rules kept here:
 
 * one thread writes the records in their order, each in one write;
-* at most `MAX_WAITING` of them wait; further ones are counted, as are those that a full disk did not take, and the
-  count is written before the next record that can wait. Decisions are not lost: the store's audit has them;
+* at most `MAX_WAITING` of them wait, and of those that a stranger may cause, half as many; further ones are counted,
+  as are those that a full disk did not take, and the count is written before the next record that can wait. Decisions
+  are not lost: the store's audit has them;
 * of a record that was written in part, the rest is missing: the next begins on a line of its own;
 * at the end, waiting records have `FLUSH_SECONDS`.
 """
@@ -45,6 +46,9 @@ class LogWriter:
     def __call__(self, record: Record) -> None:
         """Queue one line of JSON, without waiting. May be called in every thread."""
         with self._lock:
+            if record.is_noise and self._waiting.qsize() >= MAX_WAITING // 2:
+                self._missing += 1
+                return
             try:
                 if self._missing:
                     self._waiting.put_nowait(_incomplete(self._missing))

@@ -42,6 +42,7 @@ from chutes_proto.log import Level, Record
 from chutes_proto.quote._roots import INTEL_ROOT
 from chutes_proto.server._app import App
 from chutes_proto.server._config import ServerConfig
+from chutes_proto.server._known import learn_vms
 from chutes_proto.server._readiness import WATCH_SECONDS, watch_store
 from chutes_proto.server._sweeping import sweep_nonces
 from chutes_proto.transport.asgi import AsgiApp
@@ -214,6 +215,7 @@ async def _watching(
     async with anyio.create_task_group() as background:
         _ = background.start_soon(performer.run, watch_store(setup.service.readiness))
         _ = background.start_soon(performer.run, sweep_nonces())
+        _ = background.start_soon(performer.run, learn_vms(setup.service.known))
         _ = background.start_soon(_log_notes, store, log)
         yield
         background.cancel_scope.cancel()

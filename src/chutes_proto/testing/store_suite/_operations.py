@@ -328,8 +328,13 @@ def operations_reply_what_they_say(harness: Harness) -> None:
     wanted = evolve(wanted, hotkey=VM.hotkey)
     expect([row.vm for _, row in ask(ReadAudit(0, 9, wanted=wanted))], [VM], "audit rows of one VM")
     expect(number, first[2][0], "the number of an audit row")
+    denied = AuditRow(NOW, "vm", "boot", "refused", vm=evolve(VM, hotkey="denied"), request_id="request")
+    ask(Insert(denied))
+    ask(Insert(evolve(denied, decision="granted", request_id="another")))
+    for wanted in (AuditWanted(request_id="request"), AuditWanted(hotkey="denied", refused=True)):
+        expect([row for _, row in ask(ReadAudit(0, 9, wanted=wanted))], [denied], "audit rows of a request")
     last = rest[-1][0]
-    expect(ask(CountAudit(last, 1 << 62, NOW + 1)), 2, "audit rows to purge")
+    expect(ask(CountAudit(last, 1 << 62, NOW + 1)), 4, "audit rows to purge")
     ask(PurgeAudit(last, 1 << 62, NOW + 1))
     newest = ask(ReadAudit(1 << 62, 4, backwards=True))
     oldest = ask(ReadAudit(newest[-1][0], 4, backwards=True))
