@@ -4,7 +4,6 @@ from email.utils import parsedate_to_datetime
 from urllib.parse import urljoin
 
 import pytest
-from attrs import evolve
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -239,25 +238,6 @@ def test_a_boot_whose_commit_was_not_answered_is_not_run_again(world):
     lost_at_the_commit(world)
     assert refusal(world.boot(nonce))[:2] == (503, Code.STORE_UNAVAILABLE)
     assert answer(world.boot())
-
-
-def test_one_request_too_many_that_waits_for_the_store_is_sent_away_at_once(world):
-    token = world.token()
-    world.app = App(service(patient=evolve(world.app.service.patient, size=1, share=1)))
-    answers: list[tuple[HttpResponse, float]] = []
-
-    def meanwhile(effect: object) -> None:
-        if isinstance(effect, Transact) and not answers:
-            began = world.uptime
-            answers.append((HttpResponse(500), 0.0))
-            answers.append((world.sync(token, BOTH), world.uptime - began))
-
-    world.before = meanwhile
-    assert answer(world.sync(token, BOTH))
-    response, took = answers[1]
-    assert refusal(response)[:2] == (503, Code.STORE_UNAVAILABLE)
-    assert response.header("retry-after")
-    assert took == 0
 
 
 def test_no_transaction_starts_too_late(world):

@@ -46,7 +46,7 @@ def say(value: object) -> None:
 def boots(store: DurableStore, name: str, number: int, _: Any) -> None:
     def call(index: int) -> str:
         request = HttpRequest("POST", "/", arrived=time.monotonic())
-        flow = transact_patiently(Admission(1, share=1), boot(f"{name}.{index}"), request)
+        flow = transact_patiently(Admission(1, share=1).of("any"), boot(f"{name}.{index}"), request)
         granted = Performer(store=store).run(flow)
         assert granted.root is not None
         return granted.root.reveal().decode()

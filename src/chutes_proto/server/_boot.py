@@ -30,6 +30,7 @@ from chutes_proto.server._evidence import Evidence, appraise, verify_evidence
 from chutes_proto.server._nonces import RANDOM_SIZE, expires_at
 from chutes_proto.server._retry import transact_patiently
 from chutes_proto.server._service import Service
+from chutes_proto.server._tokens import RANDOM_SIZE as TOKEN_RANDOM_SIZE
 from chutes_proto.store.rows import Vm
 from chutes_proto.units.boot import GrantBoot, RecordRefusal, RootRotation
 from chutes_proto.units.nonces import Nonce
@@ -84,10 +85,11 @@ def _claim(
     root, rotation, caller, root_confirm = None, None, None, None
     if is_provisioned:
         first_boot = message.first_boot is True
-        caller, root_confirm, rotation = yield from _rotation(image, service.rotate_after, first_boot=first_boot)
+        root_confirm = service.tokens.issue((yield from Entropy(TOKEN_RANDOM_SIZE)))
+        caller, rotation = yield from _rotation(image, root_confirm, service.rotate_after, first_boot=first_boot)
     elif image is None:
         root = FreshKey.from_entropy((yield from Entropy(FreshKey.SIZE)))
-    token = Secret((yield from Entropy(32)).hex().encode("ascii"))
+    token = service.tokens.issue((yield from Entropy(TOKEN_RANDOM_SIZE)))
     unit = GrantBoot(
         now=call.now,
         boot_id=call.request_id,
@@ -110,7 +112,9 @@ def _claim(
         exchange_downgrade=service.exchange_downgrade,
         vault=service.vault,
     )
-    grant = yield from transact_patiently(service.patient, unit, request, is_repeatable=False)
+    grant = yield from transact_patiently(
+        service.attested.of(evidence.platform.pin), unit, request, is_repeatable=False
+    )
     yield from call.log(
         "boot_granted",
         vm=message.vm_name,
@@ -144,12 +148,11 @@ def _proven(call: Call[BootAttestationRequest]) -> Hotkey:
 
 
 def _rotation(
-    image: Secret | None, rotate_after: int, *, first_boot: bool
-) -> Flow[tuple[Hotkey, Secret, RootRotation]]:
-    """Draw what a provisioned boot takes besides; returns it with the hotkey and the confirm nonce for the answer."""
-    entropy = yield from Entropy(3 * FreshKey.SIZE + 32)
+    image: Secret | None, confirm: Secret, rotate_after: int, *, first_boot: bool
+) -> Flow[tuple[Hotkey, RootRotation]]:
+    """Draw what a provisioned boot takes besides its ``confirm`` nonce; returns it with the hotkey for the answer."""
+    entropy = yield from Entropy(3 * FreshKey.SIZE)
     build, following, seed = (entropy[index * FreshKey.SIZE :][: FreshKey.SIZE] for index in range(3))
-    confirm = Secret(entropy[3 * FreshKey.SIZE :].hex().encode("ascii"))
     rotation = RootRotation(
         build=FreshKey.from_entropy(build) if image is None else FreshKey.of_passphrase(image, build),
         following=FreshKey.from_entropy(following),
@@ -158,7 +161,7 @@ def _rotation(
         first_boot=first_boot,
         rotate_after=rotate_after,
     )
-    return HotkeyPair.from_seed(Secret(seed[:SEED_SIZE])).hotkey, confirm, rotation
+    return HotkeyPair.from_seed(Secret(seed[:SEED_SIZE])).hotkey, rotation
 
 
 def check_proof(

@@ -3,21 +3,22 @@
 Deployed clients give up `CLIENT_SECONDS` after they asked. The operations of a boot wait for a store that does not
 answer, because a VM powers off after three quick refusals at its boot, and after one of any later request. No
 transaction starts later than `LAST_START_SECONDS` after the request came, and the answer leaves by
-`LATEST_ANSWER_SECONDS`, whatever the store does. How many wait is bounded (`Service.patient`); one more, and every
-other operation, is told to come again within seconds (the limits of `Transact`).
+`LATEST_ANSWER_SECONDS`, whatever the store does. How many wait is bounded: those with a verified quote, or a token that
+followed one (`Service.attested`), apart from all others (`Service.strangers`). One more, and every other operation, is
+told to come again within seconds (the limits of `Transact`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Final, TypeVar
 
 from chutes_proto.effects import Flow, Sleep, Transact, Uptime
 from chutes_proto.errors import FateUnknown, StoreBusy, StoreError, Unavailable
-from chutes_proto.server._limits import Admission
 from chutes_proto.store._run import Unit
 from chutes_proto.wire.codes import Code
-from chutes_proto.wire.http import HttpRequest, address_prefix
+from chutes_proto.wire.http import HttpRequest
 
 T = TypeVar("T")
 
@@ -29,15 +30,15 @@ _STEP: Final = 0.5
 
 
 def transact_patiently(
-    patient: Admission, unit: Unit[T], request: HttpRequest, *, is_repeatable: bool = True
+    place: AbstractContextManager[None], unit: Unit[T], request: HttpRequest, *, is_repeatable: bool = True
 ) -> Flow[T]:
-    """Run ``unit`` of ``request``, waiting for a busy store.
+    """Run ``unit`` of ``request``, waiting for a busy store in a ``place`` of an `Admission`.
 
     ``is_repeatable``: the same unit, run again after it was committed, gives the same answer; then one that may have
     been committed runs again. Raises `Unavailable` when the time is over or too many wait, `StoreError`, and what the
     unit raises.
     """
-    with patient.of(address_prefix(request.peer_address)):
+    with place:
         fault: StoreError | None = None
         while (waited := (yield from _waited(request))) <= LAST_START_SECONDS:
             left = LAST_START_SECONDS - waited

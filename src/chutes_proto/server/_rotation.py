@@ -8,15 +8,12 @@ The order of checks of operation 13, and of 17, which is 13 with the proof of th
 3. one transaction: the nonce checked again and consumed, the platform compared with the boot's and the name's, keys
    handed out, the confirm nonce issued, the record and its audit row written (``units/rotation.py``).
 
-Deployed clients send each of these once, so a busy store is waited for. A confirm nonce belongs to one quote nonce, so
-that a lost answer can be given again although no secret is kept: it is HMAC-SHA256 over the quote nonce, under a key
-derived from the KEK by label.
+Deployed clients send each of these once, so a busy store is waited for.
 """
 
 from __future__ import annotations
 
 import hashlib
-import hmac
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +26,6 @@ from chutes_proto.effects import Flow, Now
 from chutes_proto.errors import Refused
 from chutes_proto.keys.generations import K3S_VOLUME, ROOT_VOLUME
 from chutes_proto.keys.vault import FreshKey
-from chutes_proto.secret import Secret
 from chutes_proto.server._boot import check_proof, known_hotkey, record_refusal, token_digest
 from chutes_proto.server._call import Call
 from chutes_proto.server._evidence import appraise, verify_evidence
@@ -43,8 +39,6 @@ from chutes_proto.wire.codes import Code
 
 if TYPE_CHECKING:
     from cryptography.x509 import Certificate
-
-_LABEL = "chutes-proto confirm nonce v1"
 
 
 def attest_volumes(service: Service, call: Call[vms.VolumeAttestationRequest]) -> Flow[vms.VolumeAttestationAnswer]:
@@ -63,7 +57,7 @@ def attest_volumes(service: Service, call: Call[vms.VolumeAttestationRequest]) -
     vm = Vm(message.hotkey, message.vm_name)
     digest, body_digest = token_digest(nonce), hashlib.sha256(request.body).digest()
     known = FindQuoteNonce(call.now, vm, digest, key.digest, body_digest, is_provisioned)
-    _ = yield from transact_patiently(service.patient, known, request)
+    _ = yield from transact_patiently(service.waiting(nonce, request), known, request)
     with service.proxies.excusing(request):
         evidence = yield from verify_with_retries(
             lambda: verify_evidence(service, bytes.fromhex(message.quote_nonce or ""), key, message.quote, call.now),
@@ -75,7 +69,7 @@ def attest_volumes(service: Service, call: Call[vms.VolumeAttestationRequest]) -
         *parts, k3s = yield from entropy_parts(len(volumes) + 1)
         fresh = {volume: FreshKey.from_entropy(part) for volume, part in zip(volumes, parts, strict=True)}
         handed = yield from transact_patiently(
-            service.patient,
+            service.attested.of(evidence.platform.pin),
             AttestVolumes(
                 now=call.now,
                 request_id=call.request_id,
@@ -136,13 +130,14 @@ def confirm_volumes(service: Service, call: Call[vms.VolumeConfirmationRequest])
         "body_digest": hashlib.sha256(call.request.body).digest(),
         "vault": service.vault,
     }
+    place = service.waiting(nonce, call.request)
     results: tuple[tuple[str, Result], ...]
     if of_root:
         root = ConfirmRoot(rotated=message.volumes[ROOT_VOLUME].rotated, **shared)
-        results = ((ROOT_VOLUME, (yield from transact_patiently(service.patient, root, call.request))),)
+        results = ((ROOT_VOLUME, (yield from transact_patiently(place, root, call.request))),)
     else:
         unit = ConfirmVolumes(rotated=rotated, is_provisioned=is_provisioned, **shared)
-        results = yield from transact_patiently(service.patient, unit, call.request)
+        results = yield from transact_patiently(place, unit, call.request)
     outcomes = [f"{volume}: {result}" for volume, result in results]
     yield from call.log("volumes_confirmed", vm=vm.name, hotkey=vm.hotkey, volumes=outcomes)
     return vms.VolumeConfirmationAnswer(
@@ -169,7 +164,6 @@ def _pem(certificate: Certificate | None) -> str | None:
 
 
 def _confirm_nonces(service: Service, quote_nonce: bytes) -> tuple[ConfirmNonce, ...]:
-    """The confirm nonces that belong to a quote nonce, one under each live KEK, the current one's first."""
-    derived = (key.reveal() for _, key in service.vault.derive(_LABEL))
-    nonces = (hmac.digest(key, quote_nonce, "sha256").hex().encode("ascii") for key in derived)
-    return tuple(ConfirmNonce(Secret(nonce), token_digest(nonce)) for nonce in nonces)
+    """The confirm nonces that belong to a quote nonce, with their digests."""
+    nonces = service.tokens.confirm_nonces(quote_nonce)
+    return tuple(ConfirmNonce(nonce, token_digest(nonce.reveal())) for nonce in nonces)

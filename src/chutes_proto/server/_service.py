@@ -5,7 +5,9 @@ All state is in the store.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Literal
 
 from attrs import Factory, field, frozen
@@ -27,8 +29,10 @@ from chutes_proto.server._open_boots import OpenBoots
 from chutes_proto.server._profiles import ServedProfile, parse_version, publish
 from chutes_proto.server._proxy import Network, TrustedProxies
 from chutes_proto.server._readiness import Readiness
+from chutes_proto.server._tokens import TokenMint
 from chutes_proto.wire.codes import Code
 from chutes_proto.wire.evidence import PORT
+from chutes_proto.wire.http import HttpRequest, address_prefix
 from chutes_proto.wire.public import EncodedMeasurements
 
 
@@ -56,11 +60,11 @@ def _public(service: Service) -> BoundPolicies:
     return service.policies.bind(served.measurements for served in service.profiles.values() if not served.rc)
 
 
-def _patient(service: Service) -> Admission:
-    """Half of all connections, so that the others are answered; half of these for one address."""
-    most = max(1, service.limits.connections // 2)
+def _waiting(service: Service, part: int, share: int) -> Admission:
+    """A ``part`` of all connections, so that the others are answered; of these a ``share`` for one party."""
+    most = max(1, service.limits.connections // part)
     text = "Too many requests wait for the store. Retry shortly."
-    return Admission(most, share=max(1, most // 2), code=Code.STORE_UNAVAILABLE, text=text)
+    return Admission(most, share=max(1, most // share), code=Code.STORE_UNAVAILABLE, text=text)
 
 
 def _rates(service: Service) -> TokenBuckets:
@@ -108,8 +112,11 @@ class Service:
         init=False, eq=False, default=Factory(lambda self: publish(self.public_policy.profiles), takes_self=True)
     )
     verifications: Admission = field(default=Factory(_verifications, takes_self=True))
-    patient: Admission = field(default=Factory(_patient, takes_self=True))
-    """Bounds the requests that wait for the store for longer than a moment."""
+    tokens: TokenMint = field(default=Factory(lambda self: TokenMint.of(self.vault), takes_self=True))
+    attested: Admission = field(default=Factory(lambda self: _waiting(self, 2, 8), takes_self=True))
+    """Bounds the requests after a verified quote that wait for the store, by platform and by token."""
+    strangers: Admission = field(default=Factory(lambda self: _waiting(self, 4, 2), takes_self=True))
+    """Bounds the other ones that wait, by address."""
     hosts: Admission = field(factory=lambda: Admission(16, share=1))
     boots: OpenBoots = field(factory=OpenBoots)
     rates: TokenBuckets = field(default=Factory(_rates, takes_self=True))
@@ -117,6 +124,12 @@ class Service:
     faults: LogThrottle = field(factory=LogThrottle)
     known: KnownVms = field(factory=KnownVms)
     readiness: Readiness = field(factory=Readiness)
+
+    def waiting(self, token: bytes, request: HttpRequest) -> AbstractContextManager[None]:
+        """A place to wait for the store with ``token``; with one of ours, a place that no stranger can take."""
+        if self.tokens.recognises(token):
+            return self.attested.of(hashlib.sha256(token).digest())
+        return self.strangers.of(address_prefix(request.peer_address))
 
     def check_known(
         self, hotkey: Hotkey, code: Code, text: str = "Hotkey is not registered on netuid {netuid}"

@@ -29,15 +29,16 @@ def read_cache_passphrase(service: Service, call: Call[CachePassphraseRequest]) 
     """Operation 3: the first configured volume's passphrase; the token is checked, not redeemed."""
     message = call.message
     token, hotkey = _credentials(message.boot_token, message.hotkey_header, message.hotkey)
+    known = check_shape(token, Code.BOOT_TOKEN_INVALID, "Boot token")
     vm = Vm(hotkey, message.vm_name)
     volume = service.volumes[0]
     passphrase = yield from transact_patiently(
-        service.patient,
+        service.waiting(known, call.request),
         ReadVolume(
             now=call.now,
             request_id=call.request_id,
             vm=vm,
-            token_digest=_token_digest(token),
+            token_digest=token_digest(known),
             certificate=_presented(call),
             volume=volume,
             vault=service.vault,
@@ -61,16 +62,17 @@ def sync_volumes(service: Service, call: Call[VolumeSyncRequest]) -> Flow[Volume
         )
     if message.formatted is not None:
         check_names("formatted volume", message.formatted, service.volumes)
+    known = check_shape(token, Code.BOOT_TOKEN_INVALID, "Boot token")
     parts = yield from entropy_parts(len(volumes))
     fresh = {volume: FreshKey.from_entropy(part) for volume, part in zip(volumes, parts, strict=True)}
     vm = Vm(hotkey, message.vm_name)
     keys = yield from transact_patiently(
-        service.patient,
+        service.waiting(known, call.request),
         SyncVolumes(
             now=call.now,
             request_id=call.request_id,
             vm=vm,
-            token_digest=_token_digest(token),
+            token_digest=token_digest(known),
             certificate=_presented(call),
             body_digest=hashlib.sha256(call.request.body).digest(),
             volumes=volumes,
@@ -104,10 +106,6 @@ def _credentials(token: str | None, in_header: str | None, in_query: str | None)
     if not hotkey:
         raise BadRequest(Code.HOTKEY_REQUIRED, "Hotkey is required")
     return token, hotkey
-
-
-def _token_digest(token: str) -> bytes:
-    return token_digest(check_shape(token, Code.BOOT_TOKEN_INVALID, "Boot token"))
 
 
 def entropy_parts(count: int) -> Flow[list[bytes]]:

@@ -128,7 +128,7 @@ class Metrics:
 
     def look(self, service: Service, store: DurableStore, connections: int, *, draining: bool) -> None:
         """Set the gauges of this process."""
-        self._store_waits.set(service.patient.held.total())
+        self._store_waits.set(service.attested.held.total() + service.strangers.held.total())
         for unit, count in store.rollbacks.copy().items():
             self._rollbacks.labels(unit).inc(count - self._rollbacks_seen.get(unit, 0))
             self._rollbacks_seen[unit] = count
