@@ -408,14 +408,16 @@ def test_keys_are_wiped_whatever_happens(grant: BootGrant, failing: bool) -> Non
 def test_the_root_disk_is_opened_with_the_passphrase_of_the_grant(said: Said) -> None:
     root = Volume("root", "/dev/vda3", "cryptroot")
     opened = said.run(
-        unlock_root(root, talk.GRANT), (InspectDisk("/dev/vda3"), LUKS), (base(root, talk.ROOT), Key.CURRENT)
+        unlock_root(talk.SETTINGS, root, talk.GRANT),
+        (InspectDisk("/dev/vda3"), LUKS),
+        (base(root, talk.ROOT), Key.CURRENT),
     )
     assert opened == OpenVolume("root", "/dev/vda3", "/dev/mapper/cryptroot", formatted=False)
     for disk in (BLANK, FOREIGN):
         with pytest.raises(DiskError):
-            said.run(unlock_root(root, talk.GRANT), (InspectDisk("/dev/vda3"), disk))
+            said.run(unlock_root(talk.SETTINGS, root, talk.GRANT), (InspectDisk("/dev/vda3"), disk))
     with pytest.raises(DiskError):
-        said.run(unlock_root(root, talk.GRANT), (InspectDisk("/dev/vda3"), LUKS), (ActOnDisk, SHUT))
+        said.run(unlock_root(talk.SETTINGS, root, talk.GRANT), (InspectDisk("/dev/vda3"), LUKS), (ActOnDisk, SHUT))
 
 
 def test_what_would_be_done_is_said_without_a_server(said: Said) -> None:

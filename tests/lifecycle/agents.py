@@ -13,6 +13,7 @@ from attrs import evolve
 from chutes_proto.errors import Refused
 from chutes_proto.store._run import Unit
 from chutes_proto.testing.store_suite._parts import confirm, sync
+from chutes_proto.units.boot import BootGrant, GrantBoot
 from chutes_proto.units.rotation import ConfirmRoot, HandedKeys
 from chutes_proto.units.volumes import VolumeKeys
 from tests.lifecycle.world import OTHER, VOLUME, Choices, Killed, NoAnswer, World
@@ -33,6 +34,7 @@ def boot_once(world: World, choices: Choices) -> bool:
         ("base", False): _base_deployed,
         ("two-phase", True): _two_phase_ours,
         ("two-phase", False): _two_phase_deployed,
+        ("provisioned", True): _root_ours,
         ("provisioned", False): _root_deployed,
     }[world.policy.exchange, world.policy.ours]
     try:
@@ -129,34 +131,73 @@ def _two_phase_deployed(world: World, choices: Choices, missing: bool) -> bool:
 def _root_deployed(world: World, choices: Choices, missing: bool) -> bool:
     """The root disk of image 1.4.0, which asks up to `TRIES` times for the boot and once for the confirmation.
 
-    What its storage does is two-phase. A disk that is ``missing`` is one that its host rolls back, or copies anew.
+    What its storage does is two-phase.
     """
+    unit, granted = _root_granted(world, choices, missing, second_key=False)
+    if granted.root is None or granted.root_next is None:
+        return False
+    key, following = granted.root.reveal(), granted.root_next.reveal()
+    if key not in world.slots:
+        return False
+    _remove_mark(world, choices)
+    before = world.slots
+    if not world.write((*before, following), choices):
+        return False
+    try:
+        _ = world.ask(_confirm_root(unit), choices)
+    except (NoAnswer, Refused):
+        return world.write(before, choices)
+    return world.write((following,), choices)
+
+
+def _root_ours(world: World, choices: Choices, missing: bool) -> bool:
+    """Asks for the second key, opens with any of the three, and takes none off before it heard that the next is active.
+
+    It leaves a disk that the second key opened as it is."""
+    unit, granted = _root_granted(world, choices, missing, second_key=True)
+    if granted.root is None or granted.root_next is None:
+        return False
+    key, following = granted.root.reveal(), granted.root_next.reveal()
+    second = None if granted.root_second is None else granted.root_second.reveal()
+    if {*world.slots}.isdisjoint({key, following}):
+        return second in world.slots
+    _remove_mark(world, choices)
+    if following not in world.slots and not world.write((*world.slots, following), choices):
+        return True
+    try:
+        _ = _again(world, _confirm_root(unit), choices)
+    except (NoAnswer, Refused):
+        return True
+    _ = world.write((following,), choices)
+    return True
+
+
+def _root_granted(world: World, choices: Choices, missing: bool, *, second_key: bool) -> tuple[GrantBoot, BootGrant]:
+    """A granted boot. A disk that is ``missing`` is one that its host rolls back, or copies anew."""
     if missing:
         if world.past is None or choices.pick("disk", ("rolled back", "copied anew")) == "copied anew":
             world.copy_image()
         else:
             world.slots, world.fresh = world.past
     world.past = world.slots, world.fresh
-    granted, unit = None, world.provisioned()
     for _ in range(TRIES):
-        try:
-            granted = world.ask(unit, choices)
-            break
-        except NoAnswer:
-            unit = world.provisioned()
-    if granted is None or granted.root is None or granted.root_next is None or unit.rotation is None:
-        return False
-    key, following = granted.root.reveal(), granted.root_next.reveal()
-    if key not in world.slots:
-        return False
+        unit = world.provisioned(second_key=second_key)
+        with contextlib.suppress(NoAnswer):
+            return unit, world.ask(unit, choices)
+    raise NoAnswer
+
+
+def _remove_mark(world: World, choices: Choices) -> None:
+    """Remove the mark of a fresh image, once its disk is open."""
     if world.fresh:
         if choices.pick("token", ("removed", "killed before")) == "killed before":
             raise Killed
         world.fresh, world.data = False, True
-    before = world.slots
-    if not world.write((*before, following), choices):
-        return False
-    confirm_root = ConfirmRoot(
+
+
+def _confirm_root(unit: GrantBoot) -> ConfirmRoot:
+    assert unit.rotation
+    return ConfirmRoot(
         now=unit.now + 1,
         request_id=f"confirm {unit.boot_id}",
         vm=unit.vm,
@@ -165,11 +206,6 @@ def _root_deployed(world: World, choices: Choices, missing: bool) -> bool:
         rotated=True,
         vault=unit.vault,
     )
-    try:
-        _ = world.ask(confirm_root, choices)
-    except (NoAnswer, Refused):
-        return world.write(before, choices)
-    return world.write((following,), choices)
 
 
 def _pair(handed: HandedKeys) -> tuple[bytes | None, bytes]:

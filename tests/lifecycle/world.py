@@ -209,7 +209,7 @@ class World:
     def attest(self, granted: GrantBoot, volume: str, formatted: Sequence[str] | None = None) -> AttestVolumes:
         return attest(granted, "body", volume, formatted=formatted, rotate_after=self.policy.rotate_after)
 
-    def provisioned(self) -> GrantBoot:
+    def provisioned(self, *, second_key: bool) -> GrantBoot:
         """The next boot of an image from 1.4.0 on; its nonce is younger than those of all before."""
         self.boots += 1
         self.now += self.policy.backups
@@ -222,6 +222,7 @@ class World:
             confirm_digest=entropy(f"root confirm {label}", 32),
             first_boot=self.fresh,
             rotate_after=self.policy.rotate_after,
+            second_key=second_key,
         )
         nonce = unit.nonce
         if not self.policy.backups:

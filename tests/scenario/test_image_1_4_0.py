@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from attrs import define, frozen
+from attrs import define, field, frozen
 from cryptography.x509 import load_pem_x509_certificate
 
+from chutes_proto.io.files import create_private
 from chutes_proto.io.server.development import write_server
+from chutes_proto.testing._directory import PLATFORM_FILE, PlatformRecord
 from tests.cli.conftest import PROGRAM, Server, end, start_server
 from tests.conftest import SOAK
 from tests.scenario.image_helper import PAIR, PLATFORM
@@ -141,6 +143,52 @@ def site(request: pytest.FixtureRequest, tmp_path: Path, require_program: Callab
     end(server.process)
 
 
+@define
+class OurVm:
+    """The same VM with an image of ours: its disks, hotkey and platform, and the agent of this project."""
+
+    vm: Vm
+    changes: dict[str, object] = field(factory=dict[str, object])
+
+    def __attrs_post_init__(self) -> None:
+        folder, platform = self.vm.folder, self.vm.folder / "platform"
+        platform.mkdir(mode=0o700)
+        create_private(platform / PLATFORM_FILE, PlatformRecord(bytes(32), int(time.time())).encode())
+        (folder / "hostname").write_text(self.vm.name)
+        wallet = {"secretSeed": f"0x{bytes(range(32)).hex()}", "ss58Address": PAIR.hotkey.address}
+        create_private(folder / "miner-ss58", json.dumps(wallet).encode())
+
+    def command(self, action: str) -> list[str]:
+        folder = self.vm.folder
+        lines: dict[str, object] = {
+            "servers": [self.vm.site.url],
+            "ca_file": str(self.vm.site.folder / "ca.pem"),
+            "quoter": f"simulated:{folder / 'platform'}",
+            "signer": "config-volume",
+            "config_volume.directory": str(folder),
+            "root.device": str(folder / "root"),
+            "volumes.storage.device": str(folder / "storage"),
+            "volumes.tdx-cache.device": str(folder / "cache"),
+            "state.file": str(folder / "boot.json"),
+            "state.on_disk": True,
+            **self.changes,
+        }
+        text = "".join(f"{name} = {json.dumps(value)}\n" for name, value in lines.items())
+        _ = (folder / "agent.toml").write_text(text)
+        return [*PROGRAM, "agent", action, "--config", str(folder / "agent.toml"), "--images", "--json"]
+
+    def do(self, action: str = "run") -> list[dict[str, Any]]:
+        """The records of a run that succeeds."""
+        done = subprocess.run(self.command(action), capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stdout
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    def key_of_root(self) -> str:
+        """The key that opened the root disk in a boot."""
+        (opened,) = [one for one in self.do() if one["event"] == "disk_opened" and one["volume"] == "root"]
+        return str(opened["key"])
+
+
 @pytest.fixture
 def vm(site: Site, tmp_path: Path) -> Vm:
     folder = tmp_path / "vm"
@@ -170,6 +218,33 @@ def test_boots_lost_confirmations_and_a_new_copy_of_the_image(vm: Vm) -> None:
     assert vm.boot()[0] == UP
     granted = [row for row in vm.site.audit() if row["event"] == "boot"]
     assert {row["decision"] for row in granted} == {"granted"}
+
+
+@pytest.mark.parametrize("site", ["sqlite, direct"], indirect=True)
+def test_our_agent_boots_at_once_after_a_lost_confirmation(vm: Vm) -> None:
+    """It speaks the same exchange, with the same disks, and tries the second key that it asks for."""
+    ours = OurVm(vm)
+    records = ours.do()
+    assert [row["text"] for row in records if row["event"] == "disk_action" and row["volume"] == "root"] == [
+        f"root: open {vm.folder / 'root'} as /dev/mapper/root with the current, else with the next key",
+        f"root: remove the mark of a fresh image from {vm.folder / 'root'}",
+        f"root: add the next key to {vm.folder / 'root'} unless it has it, and test it",
+        f"root: take every key but the next one off {vm.folder / 'root'}",
+    ]
+    assert records[-1]["vm_auth_ss58"].startswith("5")
+    assert vm.slots("root") == 1  # that of the build, which every VM has, is gone
+    assert vm.boot(LOSE="confirm-root")[0] == UP  # an image 1.4.0, which takes the key off that the server has promoted
+    assert ours.key_of_root() == "second"
+    assert ours.key_of_root() == "current"
+    assert vm.slots("root") == 1
+    ours.changes = {"volumes_at": "resume"}
+    assert ours.do()[-1]["left"]
+    assert ours.do("resume")[-1]["opened"] == [f"storage: {vm.folder / 'storage'}", f"tdx-cache: {vm.folder / 'cache'}"]
+    assert vm.boot()[0] == UP
+    command = [*PROGRAM, "boot", vm.site.url, "--ca", str(vm.site.folder / "ca.pem"), "--vm", vm.name, "--json"]
+    signing = ["--hotkey-file", str(vm.folder / "miner-ss58"), "--platform", str(vm.folder / "platform")]
+    done = subprocess.run([*command, *signing], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["exchange"] == "provisioned"
 
 
 PLACES = ("granted", "root-added", "root-confirmed", "provisioned", "storage", "added", "confirmed")

@@ -122,6 +122,20 @@ def test_a_lost_confirmation_is_offered_alternately(world):
     assert offered == [first["root_next"], BUILD] * 2
 
 
+def test_who_asks_for_the_second_key_gets_every_key_that_the_disk_may_have(world):
+    """Others get the answer that deployed images know, member for member."""
+    first = answer(boot(world, first_boot=True, second_key=True))
+    assert "key_second" not in first
+    assert answer(confirm(world, first["root_confirm_nonce"], ROOT))  # and the answer is lost
+    assert "key_second" not in answer(boot(world, second_key=False))
+    turns = [answer(boot(world, second_key=True)) for _ in range(2)]
+    assert [(one["key"], one.get("key_second")) for one in turns] == [(BUILD, None), (first["root_next"], BUILD)]
+    assert turns[0]["root_next"] == first["root_next"]
+    assert list(turns[1])[-1] == "key_second"
+    assert [row.keys for row in world.rows(AuditRow)][-1].split(", ")[2] == "root/1 second"
+    assert refusal(boot(world, second_key="yes"))[0] == 422
+
+
 def test_a_confirmation_counts_for_the_newest_grant_and_once(world):
     older, newer = answer(boot(world)), answer(boot(world))
     assert refusal(confirm(world, older["root_confirm_nonce"], ROOT))[:2] == (401, Code.CONFIRM_NONCE_INVALID)

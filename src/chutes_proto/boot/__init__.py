@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         BootGrant,
         BootSettings,
         KeyPair,
+        RootKeys,
         Rotation,
         VolumeKey,
         VolumeKeys,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
         attest_volumes,
         boot,
         boot_and_sync,
+        confirm_root,
         confirm_volumes,
         fetch_nonce,
         make_quote,
@@ -39,14 +41,16 @@ else:
             "chutes_proto.auth.client_identity": "ClientIdentity make_client_identity",
             "chutes_proto.auth.signing": "Signer",
             "chutes_proto.boot._flows": (
-                "BootGrant BootSettings KeyPair Rotation VolumeKey VolumeKeys Volumes attest_boot attest_volumes boot "
-                "boot_and_sync confirm_volumes fetch_nonce make_quote read_cache_passphrase receive_keys sync_volumes"
+                "BootGrant BootSettings KeyPair RootKeys Rotation VolumeKey VolumeKeys Volumes attest_boot "
+                "attest_volumes boot boot_and_sync confirm_root confirm_volumes fetch_nonce make_quote "
+                "read_cache_passphrase receive_keys sync_volumes"
             ),
             "chutes_proto.boot._retry_policy": "DEFAULT_RETRY RetryPolicy",
         },
     )
 
 __all__ = ["boot", "boot_and_sync", "confirm_volumes", "read_cache_passphrase", "receive_keys", "sync_volumes"]
-__all__ += ["attest_boot", "attest_volumes", "fetch_nonce", "make_quote"]
-__all__ += ["BootGrant", "BootSettings", "KeyPair", "Rotation", "Signer", "VolumeKey", "VolumeKeys", "Volumes"]
+__all__ += ["attest_boot", "attest_volumes", "confirm_root", "fetch_nonce", "make_quote"]
+__all__ += ["BootGrant", "BootSettings", "KeyPair", "RootKeys", "Rotation", "Signer"]
+__all__ += ["VolumeKey", "VolumeKeys", "Volumes"]
 __all__ += ["DEFAULT_RETRY", "ClientIdentity", "RetryPolicy", "make_client_identity"]

@@ -4,7 +4,8 @@ Rules kept here:
 
 * all disks of a run are looked at before a server is asked for anything, and one that must not be opened ends it there;
 * everything shares one deadline, which counts from the beginning;
-* the root passphrase opens the root disk and is wiped; the root disk is never formatted, for no answer permits that.
+* the root passphrase opens the root disk and is wiped; the root disk is never formatted, for no answer permits that;
+* a fresh copy of the published image is known by its mark, and the server is told.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from chutes_proto.boot._flows import BootGrant, BootSettings, boot
 from chutes_proto.effects import Flow, Log, Sleep, Uptime
 from chutes_proto.errors import LocalProtocolError
 from chutes_proto.log import Level, Record
+from chutes_proto.luks.disk import Disk, Luks
 from chutes_proto.luks.volume import Volume
 from chutes_proto.secret import Secret
 
@@ -29,7 +31,7 @@ _LOOK_AGAIN: Final = 0.5
 class Booted:
     """The result of a run. ``grant`` was received at ``at`` (`Uptime`) and serves a later run that opens the volumes.
 
-    ``k3s_encryption_key`` comes with the two-phase exchange only.
+    ``k3s_encryption_key`` comes with the two-phase and the provisioned exchange.
     """
 
     grant: BootGrant
@@ -47,13 +49,15 @@ def run_agent(
     any request is sent.
     """
     settings = yield from _begun(settings)
-    yield from _look(root, volumes, disk_wait_seconds)
+    disks = yield from _look(root, volumes, disk_wait_seconds)
+    is_fresh = any(isinstance(disk, Luks) and disk.header.is_fresh_image for disk in disks[: 1 if root else 0])
+    settings = evolve(settings, first_boot=is_fresh)
     grant = yield from boot(settings)
     at = yield from Uptime()
     try:
-        opened = () if root is None else ((yield from unlock_root(root, grant)),)
+        opened = () if root is None else ((yield from unlock_root(settings, root, grant)),)
     finally:
-        grant.root_passphrase.wipe()
+        grant.wipe()
     if not volumes:
         return Booted(grant, at, opened)
     return (yield from _go_on(settings, volumes, grant, at, opened))
@@ -66,7 +70,7 @@ def resume_agent(
     if not volumes:
         raise LocalProtocolError("there are no volumes to open; name at least one in the settings")
     settings = yield from _begun(settings)
-    yield from _look(None, volumes, disk_wait_seconds)
+    _ = yield from _look(None, volumes, disk_wait_seconds)
     return (yield from _go_on(settings, volumes, grant, (yield from Uptime()), ()))
 
 
@@ -75,18 +79,20 @@ def _begun(settings: BootSettings) -> Flow[BootSettings]:
     return evolve(settings, retry=evolve(settings.retry, started=(yield from Uptime())))
 
 
-def _look(root: Volume | None, volumes: Sequence[Volume], wait: float) -> Flow[None]:
-    """Raise the `DiskError` of the first disk that must not be opened or does not appear in time; log all of them."""
+def _look(root: Volume | None, volumes: Sequence[Volume], wait: float) -> Flow[list[Disk | None]]:
+    """Return what the disks hold, the root disk first.
+
+    Raises the `DiskError` of the first that must not be opened or does not appear in time, and logs all of them.
+    """
     began = yield from Uptime()
     devices = [volume.device for volume in ([] if root is None else [root]) + [*volumes]]
     yield from Log(Record.of(Level.INFO, "disks_looked_at", devices=devices))
     awaited = False
     while True:
-        errors = {
-            seen.volume.name: seen.error for seen in (yield from foresee(root, volumes)) if seen.error is not None
-        }
+        found = yield from foresee(root, volumes)
+        errors = {seen.volume.name: seen.error for seen in found if seen.error is not None}
         if not errors:
-            return
+            return [seen.disk for seen in found]
         missing = all(error.reason == "unavailable" for error in errors.values())
         if not missing or (yield from Uptime()) - began >= wait:
             for name, error in errors.items():
@@ -103,5 +109,5 @@ def _go_on(
     settings: BootSettings, volumes: Sequence[Volume], grant: BootGrant, at: float, opened: tuple[OpenVolume, ...]
 ) -> Flow[Booted]:
     unlocked = yield from unlock(settings, volumes, grant=grant)
-    unlocked.grant.root_passphrase.wipe()
+    unlocked.grant.wipe()
     return Booted(unlocked.grant, at, (*opened, *unlocked.volumes), unlocked.k3s_encryption_key)

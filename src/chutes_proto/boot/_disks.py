@@ -17,13 +17,31 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from attrs import frozen
 
-from chutes_proto.boot._flows import BootGrant, BootSettings, Rotation, VolumeKeys, confirm_volumes, receive_keys
+from chutes_proto.boot._flows import (
+    BootGrant,
+    BootSettings,
+    Rotation,
+    VolumeKeys,
+    confirm_root,
+    confirm_volumes,
+    receive_keys,
+)
 from chutes_proto.boot._retry import described
 from chutes_proto.effects import ActOnDisk, Flow, InspectDisk, Log
 from chutes_proto.errors import ChutesError, DiskError, LocalProtocolError
 from chutes_proto.log import Level, Record
 from chutes_proto.luks.disk import Blank, Disk, Luks
-from chutes_proto.luks.plan import Format, Key, Keys, Plan, plan_open, plan_promoted, plan_root, plan_rotation
+from chutes_proto.luks.plan import (
+    Format,
+    Key,
+    Keys,
+    Plan,
+    plan_open,
+    plan_promoted,
+    plan_root,
+    plan_root_rotation,
+    plan_rotation,
+)
 from chutes_proto.luks.volume import Volume
 from chutes_proto.secret import Secret
 
@@ -40,7 +58,7 @@ class OpenVolume:
 
 @frozen
 class Unlocked:
-    """The result of `unlock`. ``k3s_encryption_key`` comes with the two-phase exchange only."""
+    """The result of `unlock`. ``k3s_encryption_key`` comes with the two-phase and the provisioned exchange."""
 
     grant: BootGrant
     volumes: tuple[OpenVolume, ...]
@@ -51,14 +69,15 @@ class Unlocked:
 class Forecast:
     """The steps for one disk, as far as they are known without the server.
 
-    ``base`` and ``two_phase`` are the steps of either exchange; ``error`` is why there are none. ``condition`` is what
-    they depend on, empty if on nothing.
+    ``base``, ``two_phase`` and ``provisioned`` are the steps of each exchange; ``error`` is why there are none.
+    ``condition`` is what they depend on, empty if on nothing.
     """
 
     volume: Volume
     disk: Disk | None = None
     base: Plan = ()
     two_phase: Plan = ()
+    provisioned: Plan = ()
     condition: str = ""
     error: DiskError | None = None
 
@@ -75,9 +94,15 @@ def foresee(root: Volume | None, volumes: Sequence[Volume]) -> Flow[tuple[Foreca
             disk = yield from InspectDisk(volume.device)
             if volume is root:
                 base = two_phase = plan_root(volume, disk)
+                keys = (Key.CURRENT, Key.NEXT, Key.SECOND)
+                provisioned = (
+                    *plan_root(volume, disk, keys),
+                    *plan_root_rotation(volume),
+                    *plan_promoted(volume, first=True),
+                )
             else:
                 base = plan_open(volume, disk, in_use=False)
-                two_phase = (
+                two_phase = provisioned = (
                     *plan_rotation(volume, disk, in_use=False, first=False),
                     *plan_promoted(volume, first=False),
                 )
@@ -85,16 +110,44 @@ def foresee(root: Volume | None, volumes: Sequence[Volume]) -> Flow[tuple[Foreca
             seen.append(Forecast(volume, disk, error=exc))
         else:
             consent = "the server does not know it to hold data; else the boot stops"
-            seen.append(Forecast(volume, disk, base, two_phase, consent if isinstance(disk, Blank) else ""))
+            condition = consent if isinstance(disk, Blank) else ""
+            seen.append(Forecast(volume, disk, base, two_phase, provisioned, condition))
     return tuple(seen)
 
 
-def unlock_root(root: Volume, grant: BootGrant) -> Flow[OpenVolume]:
-    """Open the root disk with the grant's passphrase; it is never formatted. Raises `DiskError`."""
+def unlock_root(settings: BootSettings, root: Volume, grant: BootGrant) -> Flow[OpenVolume]:
+    """Open the root disk with one of the grant's passphrases, and rotate its key where the exchange does.
+
+    It is never formatted. A key that cannot be added, and a confirmation that is refused or lost, leave the old keys on
+    the disk, which is open all the same. Raises `DiskError`.
+    """
     disks = yield from _inspect([root])
-    plans = yield from _plan_all([root], lambda root: plan_root(root, disks[root.name]))
-    done = yield from _carry_out_all(plans, {root.name: {Key.CURRENT: grant.root_passphrase}})
-    return _opened([root], plans, done)[0]
+    keys: dict[Key, Secret] = {Key.CURRENT: grant.root_passphrase}
+    if grant.root is not None:
+        keys |= {Key.NEXT: grant.root.next} if grant.root.next != grant.root_passphrase else {}
+        keys |= {Key.SECOND: grant.root.second} if grant.root.second is not None else {}
+    plans = yield from _plan_all([root], lambda root: plan_root(root, disks[root.name], tuple(keys)))
+    done = yield from _carry_out_all(plans, {root.name: keys})
+    opened = _opened([root], plans, done)[0]
+    if grant.root is not None and done[root.name].error is None and done[root.name].opened is not Key.SECOND:
+        yield from _rotate_root(settings, root, grant, {**keys, Key.NEXT: grant.root.next})
+    return opened
+
+
+def _rotate_root(settings: BootSettings, root: Volume, grant: BootGrant, keys: Keys) -> Flow[None]:
+    """Add the next key, confirm it, and take the others off.
+
+    A disk that the second key opened stays as it is: the server offers that key as the current one to the next boot,
+    which rotates. Else a host that rolled this disk back would have one that no key of the server opens.
+    """
+    added = yield from _carry_out(plan_root_rotation(root), keys)
+    if added.error is None:
+        try:
+            _ = yield from confirm_root(settings, grant)
+        except ChutesError as exc:
+            yield from Log(Record.of(Level.WARNING, "rotation_undecided", volumes=[root.name], **described(exc)))
+        else:
+            _ = yield from _carry_out(plan_promoted(root, first=True), keys)
 
 
 def unlock(settings: BootSettings, volumes: Sequence[Volume], *, grant: BootGrant | None = None) -> Flow[Unlocked]:

@@ -20,7 +20,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, Final, TypeAlias, TypeVar, cast
 
 import attrs
 from attrs import Factory, define, field, frozen
@@ -37,10 +37,11 @@ from chutes_proto.log import Level, Record
 from chutes_proto.secret import Secret
 from chutes_proto.wire import codec, vms
 from chutes_proto.wire.endpoint import Endpoint, Message, NonceAnswer
-from chutes_proto.wire.names import NAME_PATTERN, NAME_RULE, Name, hex_32
+from chutes_proto.wire.names import NAME_PATTERN, NAME_RULE, ROOT, Name, hex_32
 
 A = TypeVar("A", bound=Message)
 
+_ROOT_ATTEMPTS: Final = 3
 _PRINTABLE = re.compile(r"[!-~]{1,128}")
 
 
@@ -52,8 +53,9 @@ class BootSettings:
     """The VM that boots: its owner's hotkey, its name, and the SHA-256 (32 bytes) of its client key.
 
     ``spki_sha256`` is over the DER SubjectPublicKeyInfo of the client certificate that the driver's connections
-    present. With a ``signer`` the attestation also proves the hotkey. Raises `LocalProtocolError` for values that no
-    request could carry.
+    present. With a ``signer`` the VM proves its hotkey, as the provisioned exchange demands, at each step that takes a
+    proof. ``first_boot``: the root disk is a fresh copy of the published image, which the build's passphrase alone
+    opens. Raises `LocalProtocolError` for values that no request could carry.
     """
 
     miner_hotkey: str
@@ -61,6 +63,7 @@ class BootSettings:
     spki_sha256: bytes
     signer: Signer | None = field(default=None, repr=False)
     retry: RetryPolicy = DEFAULT_RETRY
+    first_boot: bool = False
 
     def __attrs_post_init__(self) -> None:
         if not _PRINTABLE.fullmatch(self.miner_hotkey):
@@ -77,10 +80,25 @@ class BootSettings:
 
 
 @frozen
+class RootKeys:
+    """The keys of the root disk in the provisioned exchange, besides the grant's ``root_passphrase``.
+
+    ``next`` replaces that one, and is confirmed with ``confirm_nonce`` within 300 seconds. ``second`` is there if the
+    disk may have yet another key, because the last confirmation, or its answer, was lost.
+    """
+
+    next: Secret
+    confirm_nonce: Secret
+    second: Secret | None = None
+
+
+@frozen
 class BootGrant:
     """The server's grant to a verified boot, with exactly one of ``boot_token`` and ``luks_quote_nonce``.
 
-    ``boot_token`` is valid for one sync within 600 seconds; ``luks_quote_nonce`` is that of the two-phase exchange.
+    ``boot_token`` is valid for one sync within 600 seconds; ``luks_quote_nonce`` is that of the two-phase exchange, and
+    of the provisioned one, which alone has ``vm_auth_ss58``: the address of the one caller that the VM shall trust, a
+    new one for each boot. There, ``root`` has the other keys of the root disk.
     """
 
     miner_hotkey: str
@@ -88,6 +106,20 @@ class BootGrant:
     root_passphrase: Secret
     boot_token: Secret | None = None
     luks_quote_nonce: Secret | None = None
+    vm_auth_ss58: str | None = None
+    root: RootKeys | None = None
+
+    @property
+    def is_provisioned(self) -> bool:
+        """Whether the next steps are those of the provisioned exchange, which prove the hotkey."""
+        return self.vm_auth_ss58 is not None
+
+    def wipe(self) -> None:
+        """Wipe the keys of the root disk; what the next steps need stays."""
+        self.root_passphrase.wipe()
+        for key in () if self.root is None else (self.root.next, self.root.second):
+            if key is not None:
+                key.wipe()
 
 
 Volumes: TypeAlias = Mapping[str, bool]
@@ -169,6 +201,7 @@ class Rotation:
     k3s_encryption_key: Secret
     grant: BootGrant
     confirm_nonce: Secret
+    signer: Signer | None = field(default=None, repr=False)
     report: dict[str, bool] = field(
         init=False, default=Factory(lambda self: dict.fromkeys(self.keys, False), takes_self=True)
     )
@@ -268,6 +301,26 @@ def receive_keys(
     return received
 
 
+def confirm_root(settings: BootSettings, grant: BootGrant) -> Flow[str]:
+    """Confirm that the root disk has the key ``grant.root.next``; return the server's word, ``promoted`` usually.
+
+    Then every other key may be taken off the disk; otherwise all stay on it. Raises as `confirm_volumes` does, and
+    `LocalProtocolError` for a grant without such a key.
+    """
+    keys = grant.root
+    if keys is None:
+        raise LocalProtocolError("this boot was granted an exchange that does not rotate the root disk's key")
+
+    def confirm(keys: RootKeys) -> Flow[Mapping[str, str]]:
+        return (yield from _confirm(grant, keys.confirm_nonce, {ROOT: True}, settings.signer))
+
+    steps = {State.HANDED: _Step("root confirmation", Input.CONFIRMED, confirm)}
+    # The deadline is one for all steps, and the volumes need what this one leaves.
+    retry = attrs.evolve(settings.retry, attempts=min(settings.retry.attempts, _ROOT_ATTEMPTS))
+    results: Mapping[str, str] = yield from _reach({Input.CONFIRMED}, steps, retry, keys, State.HANDED)
+    return results[ROOT]
+
+
 def confirm_volumes(rotation: Rotation, *, retry: RetryPolicy = DEFAULT_RETRY) -> Flow[Mapping[str, str]]:
     """Send the server the caller's report, and return the result of each volume. An empty report is not sent.
 
@@ -281,21 +334,31 @@ def confirm_volumes(rotation: Rotation, *, retry: RetryPolicy = DEFAULT_RETRY) -
         return {}
 
     def confirm(rotation: Rotation) -> Flow[Mapping[str, str]]:
-        request = vms.VolumeConfirmationRequest(
-            vm_name=Name(rotation.grant.vm_name),
-            hotkey=rotation.grant.miner_hotkey,
-            confirm_nonce=rotation.confirm_nonce.reveal().decode("ascii"),
-            volumes={name: vms.VolumeConfirmation(rotated=added) for name, added in rotation.report.items()},
-        )
-        answer = yield from _ask(vms.VOLUME_CONFIRMATION, request, vms.VolumeConfirmationAnswer)
-        _check_answered(rotation.report, answer.volumes)
-        results = {name: part.result for name, part in answer.volumes.items()}
-        lines = [f"{name}: {result}" for name, result in results.items()]
-        yield from Log(Record.of(Level.INFO, "rotation_confirmed", volumes=lines))
-        return results
+        return (yield from _confirm(rotation.grant, rotation.confirm_nonce, rotation.report, rotation.signer))
 
     steps = {State.HANDED: _Step("confirmation", Input.CONFIRMED, confirm)}
     results: Mapping[str, str] = yield from _reach({Input.CONFIRMED}, steps, retry, rotation, State.HANDED)
+    return results
+
+
+def _confirm(
+    grant: BootGrant, nonce: Secret, report: Mapping[str, bool], signer: Signer | None
+) -> Flow[Mapping[str, str]]:
+    members: dict[str, Any] = {
+        "vm_name": Name(grant.vm_name),
+        "hotkey": grant.miner_hotkey,
+        "confirm_nonce": _text(nonce),
+        "volumes": {name: vms.VolumeConfirmation(rotated=added) for name, added in report.items()},
+    }
+    endpoint, request = vms.VOLUME_CONFIRMATION, vms.VolumeConfirmationRequest(**members)
+    if grant.is_provisioned:
+        endpoint = vms.PROVISION_CONFIRMATION
+        request = _proven(endpoint, vms.ProvisionConfirmationRequest(**members), nonce, signer)
+    answer = yield from _ask(endpoint, request, vms.VolumeConfirmationAnswer)
+    _check_answered(report, answer.volumes)
+    results = {name: part.result for name, part in answer.volumes.items()}
+    lines = [f"{name}: {result}" for name, result in results.items()]
+    yield from Log(Record.of(Level.INFO, "rotation_confirmed", volumes=lines))
     return results
 
 
@@ -326,18 +389,57 @@ def attest_boot(settings: BootSettings, nonce: bytes, quote: bytes) -> Flow[Boot
         nonce=nonce.hex(),
     )
     if settings.signer is not None:
-        body = codec.encode_request(vms.BOOT_ATTESTATION, message).body  # without the headers
-        signature = settings.signer(body_message(Hotkey.parse(message.miner_hotkey), nonce.hex(), body))
-        message = attrs.evolve(message, hotkey=message.miner_hotkey, signature=signature.hex())
+        # Only a VM that proves its hotkey can be granted the provisioned exchange, which these two are for.
+        first_boot = True if settings.first_boot else None
+        message = attrs.evolve(message, hotkey=message.miner_hotkey, first_boot=first_boot, second_key=True)
+        message = _proven(vms.BOOT_ATTESTATION, message, Secret(nonce.hex().encode("ascii")), settings.signer)
     answer = yield from _ask(vms.BOOT_ATTESTATION, message, vms.BootAttestationAnswer)
     if (answer.boot_token is None) == (answer.luks_quote_nonce is None):
         raise RemoteProtocolError("the server's grant has both a boot token and a quote nonce, or neither")
     for opener in (answer.boot_token, answer.luks_quote_nonce):
         if opener is not None:
             _ = hex_32(opener.reveal().decode("ascii"), "boot token or quote nonce")
-    grant = BootGrant(settings.miner_hotkey, settings.vm_name, answer.key, answer.boot_token, answer.luks_quote_nonce)
+    grant = BootGrant(
+        settings.miner_hotkey,
+        settings.vm_name,
+        answer.key,
+        answer.boot_token,
+        answer.luks_quote_nonce,
+        *_root_keys(answer),
+    )
     yield from Log(Record.of(Level.INFO, "grant_received", hotkey=grant.miner_hotkey, vm_name=grant.vm_name))
     return grant
+
+
+def _root_keys(answer: vms.BootAttestationAnswer) -> tuple[str | None, RootKeys | None]:
+    """The members of the provisioned exchange, which are all there or none. Raises `RemoteProtocolError`."""
+    following, nonce, caller = answer.root_next, answer.root_confirm_nonce, answer.vm_auth_ss58
+    if following is None and nonce is None and caller is None:
+        return None, None
+    if following is None or nonce is None or caller is None or answer.luks_quote_nonce is None:
+        raise RemoteProtocolError("the server's grant has some members of the provisioned exchange, and lacks others")
+    _ = hex_32(_text(nonce), "confirm nonce")
+    try:
+        _ = Hotkey.parse(caller)
+    except HotkeyError as exc:
+        raise RemoteProtocolError(f"the server's vm_auth_ss58 is not an address: {exc}") from None
+    return caller, RootKeys(following, nonce, answer.key_second)
+
+
+P = TypeVar("P", vms.BootAttestationRequest, vms.ProvisionRequest, vms.ProvisionConfirmationRequest)
+
+
+def _proven(endpoint: Endpoint, message: P, nonce: Secret, signer: Signer | None) -> P:
+    """Add the proof of the hotkey over ``nonce`` and the body. Raises `LocalProtocolError` without a ``signer``."""
+    if signer is None:
+        raise LocalProtocolError("this boot was granted the provisioned exchange, which needs a signer at each step")
+    body = codec.encode_request(endpoint, message).body  # without the headers
+    signature = signer(body_message(Hotkey.parse(message.hotkey or ""), _text(nonce), body))
+    return attrs.evolve(message, nonce=_text(nonce), signature=signature.hex())
+
+
+def _text(secret: Secret) -> str:
+    return secret.reveal().decode("ascii")
 
 
 # --- how a step is taken ---
@@ -420,15 +522,20 @@ def _attest_steps(settings: BootSettings, volumes: Volumes) -> dict[State, _Step
 
     def attest(held: tuple[BootGrant, bytes]) -> Flow[Rotation]:
         grant, quoted = held
-        request = vms.VolumeAttestationRequest(
-            vm_name=Name(grant.vm_name),
-            hotkey=grant.miner_hotkey,
-            quote_nonce=_carried(grant, grant.luks_quote_nonce),
-            quote=codec.encode_quote(quoted),
-            volumes=asked,
-            formatted=formatted,
-        )
-        answer = yield from _ask(vms.VOLUME_ATTESTATION, request, vms.VolumeAttestationAnswer)
+        nonce = _carried(grant, grant.luks_quote_nonce)
+        members: dict[str, Any] = {
+            "vm_name": Name(grant.vm_name),
+            "hotkey": grant.miner_hotkey,
+            "quote_nonce": nonce,
+            "quote": codec.encode_quote(quoted),
+            "volumes": asked,
+            "formatted": formatted,
+        }
+        endpoint, request = vms.VOLUME_ATTESTATION, vms.VolumeAttestationRequest(**members)
+        if grant.is_provisioned:
+            endpoint = vms.PROVISION
+            request = _proven(endpoint, vms.ProvisionRequest(**members), Secret(nonce.encode("ascii")), settings.signer)
+        answer = yield from _ask(endpoint, request, vms.VolumeAttestationAnswer)
         _check_answered(asked, answer.volumes, answer.in_use)
         _ = hex_32(answer.confirm_nonce.reveal().decode("ascii"), "confirm nonce")
         given, in_use = answer.volumes, answer.in_use
@@ -437,7 +544,7 @@ def _attest_steps(settings: BootSettings, volumes: Volumes) -> dict[State, _Step
             for name, pair in ((name, given[name]) for name in asked)
         }
         yield from Log(Record.of(Level.INFO, "keys_received", volumes=list(asked), in_use=sorted(answer.in_use)))
-        return Rotation(pairs, answer.k3s_encryption_key, grant, answer.confirm_nonce)
+        return Rotation(pairs, answer.k3s_encryption_key, grant, answer.confirm_nonce, settings.signer)
 
     return {
         State.QUOTE_NONCE_HELD: _Step("runtime quote", Input.QUOTE, quote),
@@ -510,7 +617,7 @@ def _granted(grant: BootGrant) -> tuple[Input, State]:
 
 def _opener(held: Any) -> Secret | None:
     """The nonce or token that the request of a state carries; no error's text may repeat it."""
-    if isinstance(held, Rotation):
+    if isinstance(held, Rotation | RootKeys):
         return held.confirm_nonce
     grant = cast("object", held[0] if isinstance(held, tuple) else held)
     return grant.boot_token or grant.luks_quote_nonce if isinstance(grant, BootGrant) else None
@@ -520,12 +627,12 @@ def _carried(grant: BootGrant, opener: Secret | None) -> str:
     """The text of the token or nonce, which the grant must have."""
     if opener is None:
         raise _other_exchange(grant)
-    return opener.reveal().decode("ascii")
+    return _text(opener)
 
 
 def _other_exchange(grant: BootGrant) -> LocalProtocolError:
     if grant.boot_token is None:
         return LocalProtocolError(
-            "this boot was granted the two-phase exchange, which has no boot token: rotate the keys"
+            "this boot was granted an exchange that has no boot token, two-phase or provisioned: rotate the keys"
         )
     return LocalProtocolError("this boot was granted the base exchange, which has no next keys: sync")

@@ -56,6 +56,7 @@ class Handoff:
             "vm_name": grant.vm_name,
             "boot_token": _text(grant.boot_token),
             "luks_quote_nonce": _text(grant.luks_quote_nonce),
+            "vm_auth_ss58": grant.vm_auth_ss58,
             "certificate": identity.certificate_pem.decode("ascii"),
             "key": _text(identity.key_pem),
             "spki_sha256": identity.spki_sha256.hex(),
@@ -89,11 +90,12 @@ def _read(members: dict[str, object]) -> Handoff | None:
             "vm_name": str(vm_name),
             "boot_token": str() | None as token,
             "luks_quote_nonce": str() | None as nonce,
+            "vm_auth_ss58": str() | None as caller,
             "certificate": str(certificate),
             "key": str(key),
             "spki_sha256": str(digest),
         } if (token is None) != (nonce is None) and all(map(HEX_32.fullmatch, (token or nonce or "", digest))):
-            grant = BootGrant(hotkey, vm_name, Secret(b""), _secret(token), _secret(nonce))
+            grant = BootGrant(hotkey, vm_name, Secret(b""), _secret(token), _secret(nonce), caller)
             identity = ClientIdentity(certificate.encode(), Secret(key.encode()), bytes.fromhex(digest))
             return Handoff(server, granted, boot_id, grant, identity)
         case _:

@@ -9,6 +9,7 @@ from attrs import define
 from chutes_proto.boot import _flows as flows
 from chutes_proto.boot._flows import BootGrant, BootSettings, Rotation, VolumeKeys, Volumes
 from chutes_proto.effects import Flow
+from chutes_proto.errors import LocalProtocolError
 from chutes_proto.secret import Secret
 
 
@@ -31,6 +32,12 @@ class BootSession:
         """Get the keys of ``volumes``; boots first without a grant, or where its token has expired."""
         self.grant, keys = yield from flows.boot_and_sync(self.settings, volumes, grant=self.grant)
         return keys
+
+    def confirm_root(self) -> Flow[str]:
+        """Confirm that the root disk has the next key of the last boot."""
+        if self.grant is None:
+            raise LocalProtocolError("no root key can be confirmed before a boot: boot first")
+        return (yield from flows.confirm_root(self.settings, self.grant))
 
     def begin_rotation(self, volumes: Volumes) -> Flow[Rotation]:
         """Get the current and next keys of ``volumes``. A grant serves one rotation."""

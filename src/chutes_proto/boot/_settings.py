@@ -25,7 +25,7 @@ from chutes_proto.errors import ConfigurationError, LocalProtocolError
 from chutes_proto.luks.volume import Volume
 from chutes_proto.secret import Secret
 from chutes_proto.wire import json
-from chutes_proto.wire.names import NAME_PATTERN, NAME_RULE
+from chutes_proto.wire.names import NAME_PATTERN, NAME_RULE, ROOT
 from chutes_proto.wire.origin import Origin
 
 MAX_SERVERS: Final = 16
@@ -38,9 +38,6 @@ Place: TypeAlias = Literal["run", "resume"]
 CONFIG_VOLUME_SIGNER: Final = "config-volume"
 _PLACE = re.compile(r"/[^\0]*")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}")
-
-ROOT: Final = "root"
-"""The root disk's name among the volumes; no volume has it."""
 
 _RESERVED = frozenset({ROOT, "k3s"})
 _DAY: Final = 86_400
@@ -124,7 +121,8 @@ class FailureOptions:
 class AgentSettings:
     """One settings file, checked as far as possible without the machine.
 
-    ``servers`` are origins of servers that share one store. ``volumes_at`` says which command opens the volumes: with
+    ``servers`` are origins of servers that share one store. With a ``signer`` the VM proves its hotkey, as the
+    provisioned exchange demands. ``volumes_at`` says which command opens the volumes: with
     "resume", ``run`` opens the root disk only. ``disk_wait_seconds`` is how long disks may take to appear.
     """
 

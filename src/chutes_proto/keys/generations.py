@@ -60,11 +60,13 @@ class Supply(Change):
 class HandOut(Change):
     """The keys for a two-phase boot: the one that should open the disk (None for a new volume), and the next one.
 
-    They are the same key where no rotation is due.
+    They are the same key where no rotation is due. ``second`` is another key that the disk may have instead, and the
+    first one of the next boot if this one does not confirm.
     """
 
     current: GenerationRow | None = field(kw_only=True)
     next: GenerationRow = field(kw_only=True)
+    second: GenerationRow | None = field(default=None, kw_only=True)
 
 
 @frozen
@@ -142,17 +144,21 @@ def hand_out(rows: Generations, seal: Seal, pace: Pace, handed: int | None = Non
     if following and following.provisional:
         turns.append(following)
     last = next((at for at, row in enumerate(turns) if row.generation == handed), -1)
-    current = turns[(last + 1) % len(turns)]
-    if current is superseded:
-        return HandOut(supply.updated, current=current, next=usual)
+    current, *others = (turns[(last + 1 + at) % len(turns)] for at in range(len(turns)))
+    made: GenerationRow | None = None
+    after = usual
     if current is following:
-        return HandOut(supply.updated, current=current, next=current)
-    if following:
-        return HandOut(supply.updated, current=usual, next=following if pace.allows(following) else usual)
-    made = evolve(seal(_following(rows)), state="candidate")
-    if pace.allows(made):
-        return HandOut(supply.updated, made, current=usual, next=made)
-    return HandOut(supply.updated, evolve(made, delivered_at=None), current=usual, next=usual)
+        after = following
+    elif current is usual and following:
+        after = following if pace.allows(following) else usual
+    elif current is usual:
+        made = evolve(seal(_following(rows)), state="candidate")
+        if pace.allows(made):
+            after = made
+        else:
+            made = evolve(made, delivered_at=None)
+    second = next((row for row in others if row is not after), None)
+    return HandOut(supply.updated, made, current=current, next=after, second=second)
 
 
 def confirm(rows: Generations, current: int | None, following: int, *, rotated: bool, at: int) -> Change | None:

@@ -5,7 +5,7 @@
 Rules kept here:
 
 * a header is accepted only if all of its content is on an allow-list: one encrypted segment, one cipher,
-  key slots whose cost is bounded, no token, no flag, no requirement, no member that is not known;
+  key slots whose cost is bounded, no token but `FRESH_IMAGE`, no flag, no requirement, no member that is not known;
 * programs then read `CheckedHeader.area` only, which is written again from the checked content, both copies alike:
   nothing else can be read out of it;
 * every copy whose checksum holds is checked, so it does not matter which one counts; where they differ, the newer one
@@ -56,6 +56,10 @@ MAX_PASSES: Final = 64 * MAX_MEMORY
 MAX_ITERATIONS: Final = 50_000_000
 """Iterations of PBKDF2, for all slots and the digest: half a minute or so."""
 
+FRESH_IMAGE_TOKEN: Final = "15"
+FRESH_IMAGE: Final[Mapping[str, object]] = {"type": "chutes-first-boot", "keyslots": []}
+"""The token that published images have until their first boot, under its number."""
+
 _BINARY: Final = struct.Struct(">6sHQQ48s32s64s40s48sQ184s64s")
 _BINARY_SIZE: Final = 4096
 _VERSION: Final = 2
@@ -73,7 +77,7 @@ class CheckedHeader:
 
     ``offset`` is where the encrypted data begins and ``sector_size`` its unit, in bytes. ``whole`` says that both
     copies are present and equal. ``area`` is both copies written again, as they are at the beginning of the disk;
-    ``slots`` is where on the disk each key slot begins and ends.
+    ``slots`` is where on the disk each key slot begins and ends. ``is_fresh_image``: the token `FRESH_IMAGE` is there.
     """
 
     uuid: str
@@ -84,6 +88,7 @@ class CheckedHeader:
     sequence: int
     whole: bool
     slots: tuple[tuple[int, int], ...]
+    is_fresh_image: bool
     area: bytes = field(repr=False)
     proof: Proof = proven()
 
@@ -187,6 +192,7 @@ class _Reader:
             sequence=copy.sequence,
             whole=whole,
             slots=tuple(sorted(map(_place, copy.content["keyslots"].values()))),
+            is_fresh_image=bool(copy.content["tokens"]),
             area=_written(copy, PRIMARY, 0) + _written(copy, SECONDARY, copy.size),
             proof=PROOF,
         )
@@ -213,7 +219,7 @@ class _Reader:
         end = slots_at + self._decimal(config, "keyslots_size")
         if end > min(MAX_AREA, size) or end % _SECTOR:
             raise self._rejected("keyslots_size", end - slots_at, f"sectors, up to {min(MAX_AREA, size) - slots_at}")
-        self._among("tokens", content["tokens"], {}, called="none")
+        self._among("tokens", content["tokens"], {}, {FRESH_IMAGE_TOKEN: FRESH_IMAGE}, called="none")
         self._check_segment(content["segments"], end, size)
         slots: Mapping[str, Any] = self._table(content["keyslots"], "keyslots")
         if not 1 <= len(slots) <= MAX_SLOTS or not all(map(_SLOT.fullmatch, slots)):

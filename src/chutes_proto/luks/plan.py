@@ -6,7 +6,8 @@ Rules kept here:
 * a disk is formatted only if it is blank and the server does not know it to be in use; one that holds anything else
   stops the boot before any disk is touched;
 * a key is taken off a disk only when the server said that the next one is promoted, and the next one opens the disk.
-  The key that it replaced stays until then: a store that is restored from a backup may know that one only.
+  The key that it replaced stays until then: a store that is restored from a backup may know that one only. But a root
+  disk keeps the next one alone: the key that it replaced may be the build's, which every VM has.
 
 ``docs/explanation/disks.md`` has the reasons.
 """
@@ -28,10 +29,14 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class Key(Enum):
-    """A key by its part in the exchange. The base exchange, and the root disk, know one key: the current one."""
+    """A key by its part in the exchange. The base exchange knows the current one alone, and only a root disk a second.
+
+    The second is tried where the others do not open the disk, and is never written.
+    """
 
     CURRENT = "current"
     NEXT = "next"
+    SECOND = "second"
 
 
 Keys: TypeAlias = Mapping[Key, Secret]
@@ -107,7 +112,17 @@ class KeepKey(_KeyAction):
         return f"{self.volume}: {self.text.format(device=self.device, key=both)}"
 
 
-Step: TypeAlias = Format | Open | AddKey | KeepKey
+@frozen
+class RemoveMark(Action[None]):
+    """Remove the token that marks the root disk as a fresh copy of the published image, once the disk is open."""
+
+    name = "remove_mark"
+
+    def __str__(self) -> str:
+        return f"{self.volume}: remove the mark of a fresh image from {self.device}"
+
+
+Step: TypeAlias = Format | Open | AddKey | KeepKey | RemoveMark
 Plan: TypeAlias = tuple[Step, ...]
 
 
@@ -131,17 +146,30 @@ def plan_rotation(volume: Volume, disk: Disk, *, in_use: bool, first: bool) -> P
 
 
 def plan_promoted(volume: Volume, *, first: bool) -> Plan:
-    """Plan the end of a rotation, once the server has promoted the next key, which was ``first`` or replaced one."""
+    """Plan the end of a rotation, once the server has promoted the next key.
+
+    ``first``: it is the only key that may stay, because it replaced none, or one of a root disk.
+    """
     return (KeepKey(volume.name, volume.device, Key.NEXT, None if first else Key.CURRENT),)
 
 
-def plan_root(volume: Volume, disk: Disk) -> Plan:
-    """Plan the root disk: open it with the one key, never format it. Raises `DiskError` where the boot must stop."""
+def plan_root(volume: Volume, disk: Disk, keys: tuple[Key, ...] = (Key.CURRENT,)) -> Plan:
+    """Plan the root disk: open it with one of ``keys``, never format it. Raises `DiskError` where the boot must stop.
+
+    Another key would lock a fresh copy of the image if the mark stayed, so its removal is part of opening it.
+    """
     if isinstance(disk, Blank):
         raise DiskError(
             "blank_root", "the root disk is blank; attach the right one, it is never formatted", volume.device
         )
-    return _plan(volume, disk, True, (Key.CURRENT,))
+    opening = _plan(volume, disk, True, keys)
+    is_fresh = isinstance(disk, Luks) and disk.header.is_fresh_image
+    return (*opening, RemoveMark(volume.name, volume.device)) if is_fresh else opening
+
+
+def plan_root_rotation(volume: Volume) -> Plan:
+    """Plan the rotation of an open root disk's key up to its confirmation."""
+    return (AddKey(volume.name, volume.device, Key.NEXT),)
 
 
 def _plan(volume: Volume, disk: Disk, in_use: bool, keys: tuple[Key, ...]) -> Plan:

@@ -18,6 +18,8 @@ from __future__ import annotations
 import hashlib
 from typing import Any, Literal
 
+from attrs import evolve
+
 from chutes_proto.auth.certificates import ClientKey, client_key
 from chutes_proto.auth.hotkey import SEED_SIZE, Hotkey, HotkeyError, HotkeyPair
 from chutes_proto.auth.signing import check_body_signature
@@ -87,6 +89,7 @@ def _claim(
         first_boot = message.first_boot is True
         root_confirm = service.tokens.issue((yield from Entropy(TOKEN_RANDOM_SIZE)))
         caller, rotation = yield from _rotation(image, root_confirm, service.rotate_after, first_boot=first_boot)
+        rotation = evolve(rotation, second_key=message.second_key is True)
     elif image is None:
         root = FreshKey.from_entropy((yield from Entropy(FreshKey.SIZE)))
     token = service.tokens.issue((yield from Entropy(TOKEN_RANDOM_SIZE)))
@@ -136,6 +139,7 @@ def _claim(
         root_next=grant.root_next,
         root_confirm_nonce=root_confirm,
         vm_auth_ss58=None if caller is None else caller.address,
+        key_second=grant.root_second,
     )
 
 

@@ -44,12 +44,13 @@ DAY = 86_400
 class BootGrant:
     """A granted boot; ``root`` is None where the measurement profile has the image's own passphrase.
 
-    ``root_next`` replaces it on the disk of a provisioned boot.
+    ``root_next`` replaces it on the disk of a provisioned boot; ``root_second`` is a third one that the disk may have.
     """
 
     boot_id: str
     root: Secret | None
     root_next: Secret | None = None
+    root_second: Secret | None = None
 
 
 @frozen
@@ -59,7 +60,7 @@ class RootRotation:
     ``build`` is the passphrase of a fresh copy of the image, ``following`` the entropy for the next one; ``first_boot``
     says that the disk is such a copy. But for the build's passphrase, a key is replaced by one that the store has had
     for ``rotate_after`` seconds. ``confirm_digest`` is the SHA-256 of the nonce that confirms the next one,
-    ``caller`` the seed of the hotkey.
+    ``caller`` the seed of the hotkey. ``second_key``: the VM tries the second key, too.
     """
 
     build: FreshKey
@@ -68,6 +69,7 @@ class RootRotation:
     confirm_digest: bytes
     first_boot: bool
     rotate_after: int
+    second_key: bool = False
 
 
 @frozen
@@ -115,9 +117,9 @@ class GrantBoot(Unit[BootGrant]):
         keys = VmKeys(self.vm, self.vault, self.now, self.boot_id)
         ground = yield from self._claim(keys)
         yield from redeem_nonce(self.nonce, self.now)
-        root = following = given = None
+        root = following = second = given = None
         if self.rotation is not None:
-            root, following, given = yield from self._rotate(keys, self.rotation)
+            root, following, second, given = yield from self._rotate(keys, self.rotation)
         elif self.root is not None:
             rows = by_volume((yield from store.ReadLiveGenerations(self.vm)))
             supply = generations.fetch(rows[generations.ROOT_VOLUME], keys.sealer(generations.ROOT_VOLUME, self.root))
@@ -145,11 +147,11 @@ class GrantBoot(Unit[BootGrant]):
         records = Records(self.now, self.boot_id, self.vm, self.quote, self.peer_address, self.boot_id)
         yield from records.verdict("boot", ground)
         yield from records.audit("boot", "granted", ground, keys.changes)
-        return BootGrant(self.boot_id, root, following)
+        return BootGrant(self.boot_id, root, following, second)
 
     def _rotate(
         self, keys: VmKeys, rotation: RootRotation
-    ) -> Script[tuple[Secret | None, Secret, store.BootVolumeRow]]:
+    ) -> Script[tuple[Secret | None, Secret, Secret | None, store.BootVolumeRow]]:
         """Hand out the root keys, and make the hotkey that the VM trusts."""
         stored = by_volume((yield from store.ReadLiveGenerations(self.vm)))
         rows: generations.Generations = stored[generations.ROOT_VOLUME]
@@ -167,12 +169,16 @@ class GrantBoot(Unit[BootGrant]):
         pace = Pace(self.now, 0 if keys.open(supply.current) == build else rotation.rotate_after)
         out = generations.hand_out(rows, keys.sealer(generations.ROOT_VOLUME, rotation.following), pace, handed)
         current, following = yield from keys.hand_out(out)
+        second = None
+        if rotation.second_key and out.second is not None:
+            second = yield from keys.deliver(out.second, "second")
         number = None if out.current is None else out.current.generation
         yield from store.Put(evolve(before, handed=number))  # until it confirms: the next boot is offered the other one
         seal = keys.sealer(generations.CALLER_VOLUME, rotation.caller)
         _ = yield from keys.supply(generations.rekey(stored[generations.CALLER_VOLUME], seal, self.now))
         root = generations.ROOT_VOLUME
-        return current, following, store.BootVolumeRow(self.boot_id, root, 0, number, out.next.generation, False)
+        given = store.BootVolumeRow(self.boot_id, root, 0, number, out.next.generation, False)
+        return current, following, second, given
 
     def _claim(self, keys: VmKeys) -> Script[str]:
         """Check the claim and take it; the reply says in words on what ground the boot has the name."""

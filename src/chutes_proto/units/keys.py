@@ -72,15 +72,15 @@ class VmKeys:
     def supply(self, supply: Supply) -> Script[Secret]:
         """Write the rows of ``supply`` and open the passphrase that is active afterwards, be it new or old."""
         yield from self._write(supply)
-        return (yield from self._deliver(supply.current, supply.word))
+        return (yield from self.deliver(supply.current, supply.word))
 
     def hand_out(self, pair: HandOut) -> Script[tuple[Secret | None, Secret]]:
         """Write the rows of ``pair`` and open the current passphrase, if there is one, and the next one."""
         yield from self._write(pair)
         if pair.created is not None and pair.created is not pair.next:
             self._changes.append(f"{pair.created.volume}/{pair.created.generation} candidate")
-        current = None if pair.current is None else (yield from self._deliver(pair.current, "current"))
-        return current, (yield from self._deliver(pair.next, "next"))
+        current = None if pair.current is None else (yield from self.deliver(pair.current, "current"))
+        return current, (yield from self.deliver(pair.next, "next"))
 
     def settle(self, volume: str, change: Change) -> Script[None]:
         """Write the rows of ``change``, after which there is an active key."""
@@ -109,7 +109,8 @@ class VmKeys:
         """The passphrase of a row of this VM. Raises `KeyUnavailable` and `SealBroken`."""
         return self.vault.open(Address(self.vm, row.volume, row.generation), row)
 
-    def _deliver(self, row: store.GenerationRow, word: str) -> Script[Secret]:
+    def deliver(self, row: store.GenerationRow, word: str) -> Script[Secret]:
+        """Open the passphrase of ``row``, which leaves with this unit's answer; ``word`` says as what."""
         if row.delivered_at is None:
             yield from store.UpdateGeneration(evolve(row, delivered_at=self.now))
         self._changes.append(f"{row.volume}/{row.generation} {word}")

@@ -15,6 +15,9 @@ NAME_PATTERN = r"^(?!\.{1,2}$)[A-Za-z0-9_.-]{1,128}$"
 NAME_RULE = "1 to 128 of the characters A-Z a-z 0-9 _ . - but neither . nor .."
 """`NAME_PATTERN` for people."""
 
+ROOT: Final = "root"
+"""The root disk's name among the volumes; no volume has it."""
+
 HEX_32: Final = re.compile(r"[0-9a-f]{64}")
 """A nonce or a token: 32 bytes in lowercase hex."""
 

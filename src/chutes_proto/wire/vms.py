@@ -31,6 +31,10 @@ class BootAttestationRequest:
     first_boot: bool | None = body(
         "The root disk is a fresh copy of the published image: only the build's passphrase opens it", default=None
     )
+    second_key: bool | None = body(
+        "The VM tries a second root passphrase where the first opens no disk; the answer then has key_second",
+        default=None,
+    )
     nonce: str | None = header("X-Chutes-Nonce", "the boot nonce that the quote's report data begins with")
     hotkey: str | None = header("X-Chutes-Hotkey", "the hotkey that signed this request, if it is signed")
     signature: str | None = header("X-Chutes-Signature", "hex of the sr25519 signature over hotkey:nonce:sha256(body)")
@@ -49,6 +53,10 @@ class BootAttestationAnswer:
     root_next: Secret | None = body("the passphrase that replaces the root disk's", default=None)
     root_confirm_nonce: Secret | None = body("confirms root_next, once, within 300 seconds", default=None)
     vm_auth_ss58: str | None = body("the address of the one caller that the VM shall trust", default=None)
+    key_second: Secret | None = body(
+        "the passphrase that opens the root disk if neither key nor root_next does; for requests with second_key",
+        default=None,
+    )
 
 
 @frozen

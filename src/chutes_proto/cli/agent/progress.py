@@ -39,6 +39,7 @@ _STEPS: Final = {
     "quote": "having the platform quote it",
     "attestation": "attesting to {server}",
     "sync": "asking {server} for the volumes' keys",
+    "root confirmation": "telling {server} that the root disk has its next key",
     "runtime quote": "having the platform quote a second nonce",
     "volumes": "attesting to {server} for the keys",
     "confirmation": "telling {server} what became of the keys",

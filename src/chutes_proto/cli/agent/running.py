@@ -109,6 +109,8 @@ def _tell_done(options: argparse.Namespace, settings: AgentSettings, progress: P
         "opened": [f"{it.name}: {it.device if options.images else it.mapping}" for it in booted.opened],
         "formatted": [volume.name for volume in booted.opened if volume.formatted],
     }
+    if booted.grant.vm_auth_ss58 is not None:
+        fields["vm_auth_ss58"] = booted.grant.vm_auth_ss58
     is_left = settings.volumes and not any(volume.name in settings.volumes for volume in booted.opened)
     lines = [("", f"DONE: VM {booted.grant.vm_name} is {'attested' if is_left else 'booted'}")]
     for volume in booted.opened:
@@ -228,6 +230,7 @@ def _forecast_json(forecast: Forecast) -> dict[str, object]:
         "condition": forecast.condition,
         "base": [action.as_dict() for action in forecast.base],
         "two_phase": [action.as_dict() for action in forecast.two_phase],
+        "provisioned": [action.as_dict() for action in forecast.provisioned],
     }
 
 
@@ -243,5 +246,6 @@ def _say_forecast(forecast: Forecast, settings: AgentSettings) -> None:
         console.say(f"  if {forecast.condition}:")
     for action in forecast.base:
         console.say(f"  {str(action).removeprefix(f'{name}: ')}")
-    for action in forecast.two_phase[len(forecast.base) :]:
-        console.say(f"  in the two-phase exchange: {str(action).removeprefix(f'{name}: ')}")
+    later = "two-phase or provisioned" if forecast.two_phase == forecast.provisioned else "provisioned"
+    for action in forecast.provisioned[len(forecast.base) :]:
+        console.say(f"  in the {later} exchange: {str(action).removeprefix(f'{name}: ')}")

@@ -10,9 +10,10 @@ import click
 
 from chutes_proto.boot._flows import BootGrant, BootSettings, KeyPair, Rotation, VolumeKeys, boot, receive_keys
 from chutes_proto.cli import console, output
-from chutes_proto.cli.base import answer, parsed
+from chutes_proto.cli.base import answer, one_of, parsed
 from chutes_proto.cli.miner.asking import Peer, PeerCommand, new_identity, open_quoter, quoter_options, tell
 from chutes_proto.io.files import make_directory, write_file
+from chutes_proto.io.hotkey_file import read_hotkey
 from chutes_proto.secret import Secret
 
 _VOLUME = re.compile(r"(?!\.)[A-Za-z0-9_.-]{1,64}")
@@ -31,7 +32,8 @@ def _volumes(text: str) -> tuple[str, ...]:
 
 
 @click.command("boot", cls=_BootCommand)
-@click.option("--hotkey", metavar="SS58", required=True, help="the hotkey that owns the VM")
+@click.option("--hotkey", metavar="SS58", help="the hotkey that owns the VM")
+@click.option("--hotkey-file", metavar="FILE", help="that hotkey as wallets write it, to prove it; permissions 0600")
 @click.option("--vm", metavar="NAME", required=True, help="the VM's name")
 @quoter_options
 @click.option(
@@ -45,7 +47,14 @@ def _volumes(text: str) -> tuple[str, ...]:
 @click.option("--keys", metavar="DIR", help="write the passphrases into this directory, made if missing")
 @click.pass_obj
 def command(
-    peer: Peer, hotkey: str, vm: str, quoter: str, platform: str | None, volumes: tuple[str, ...], keys: str | None
+    peer: Peer,
+    hotkey: str | None,
+    hotkey_file: str | None,
+    vm: str,
+    quoter: str,
+    platform: str | None,
+    volumes: tuple[str, ...],
+    keys: str | None,
 ) -> int:
     """Boot against a running server, as a VM without disks.
 
@@ -54,29 +63,37 @@ def command(
     that only you can read, for a program like `cryptsetup --key-file`.
 
     In the two-phase exchange each volume has two keys when a rotation is due; --keys writes the next one to a second
-    file, NAME.next. Nothing is confirmed, because no disk was opened: the server keeps the keys as they are.
+    file, NAME.next. Nothing is confirmed, because no disk was opened: the server keeps the keys as they are. In the
+    provisioned exchange, which needs --hotkey-file, the root disk has two keys as well, and a third, root.second, if
+    the last confirmation was lost.
 
     Examples:
       chutes-proto boot https://127.0.0.1:8443 --ca ca.pem --hotkey 5Grw... --vm vm-1
+      chutes-proto boot https://127.0.0.1:8443 --ca ca.pem --hotkey-file hotkey --vm vm-1
       chutes-proto boot https://127.0.0.1:8443 --ca ca.pem --hotkey 5Grw... --vm vm-1 \\
           --quoter 'my-quoter {report_data}' --keys keys
 
     See also: agent, serve, register
     """
     identity = new_identity()
-    settings = BootSettings(hotkey, vm, identity.spki_sha256, retry=peer.retry)
+    one_of(hotkey=hotkey, hotkey_file=hotkey_file)
+    pair = None if hotkey_file is None else read_hotkey(hotkey_file)
+    address = str(hotkey) if pair is None else pair.hotkey.address
+    signer = None if pair is None else pair.sign
+    settings = BootSettings(address, vm, identity.spki_sha256, signer, peer.retry)
     at_boot, at_runtime = (open_quoter(quoter, platform, stage) for stage in ("boot", "runtime"))
     directory = make_directory(keys, mode=0o700) if keys else None
     with peer.connected(identity, tell) as performer:
         grant = performer(at_boot).run(boot(settings))
         later = performer(at_runtime if grant.boot_token is None else at_boot)
         result = later.run(receive_keys(settings, dict.fromkeys(volumes, False), grant=grant))
-    received, exchange = _keys(result), "base" if isinstance(result, tuple) else "two-phase"
     grant = result[0] if isinstance(result, tuple) else result.grant
+    later_exchange = "provisioned" if grant.is_provisioned else "two-phase"
+    received, exchange = _keys(result), "base" if isinstance(result, tuple) else later_exchange
     if directory is not None:
         following = {f"{name}.next": key.next for name, key in received.items() if key.next}
         current = {name: key.passphrase for name, key in received.items()}
-        for name, passphrase in {"root": grant.root_passphrase, **current, **following}.items():
+        for name, passphrase in {**_root_keys(grant), **current, **following}.items():
             write_file(directory / name, passphrase.reveal(), mode=0o600)
             console.tell(f"{name}: passphrase written to {directory / name}")
     said = {
@@ -90,6 +107,15 @@ def command(
         },
     }
     return answer(said, lambda: _say(grant, received, exchange))
+
+
+def _root_keys(grant: BootGrant) -> dict[str, Secret]:
+    keys = {"root": grant.root_passphrase}
+    if grant.root is not None and grant.root.next != grant.root_passphrase:
+        keys["root.next"] = grant.root.next
+    if grant.root is not None and grant.root.second is not None:
+        keys["root.second"] = grant.root.second
+    return keys
 
 
 class _Keys(NamedTuple):
@@ -120,5 +146,7 @@ def _say(grant: BootGrant, keys: Mapping[str, _Keys], exchange: str) -> None:
         used = "in use: do not format a blank disk" if key.is_in_use else "not known to be in use"
         also = ", and the next one" if key.next else ""
         console.say(f"{name}: passphrase received, {len(key.passphrase)} characters{also}; {used}")
-    if exchange == "two-phase":
-        output.prose("two-phase exchange: nothing is confirmed, because no disk was opened; the keys stay as they are")
+    if exchange != "base":
+        output.prose(
+            f"{exchange} exchange: nothing is confirmed, because no disk was opened; the keys stay as they are"
+        )

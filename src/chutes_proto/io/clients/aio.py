@@ -91,6 +91,14 @@ class BootAgent(_Connected):
         """See `chutes_proto.sync.BootAgent.sync`."""
         return await self._run(self._session.sync(volumes))
 
+    async def confirm_root(self) -> str:
+        """Confirm that the root disk has the key ``grant.root.next``; return the server's word, ``promoted`` usually.
+
+        For profiles with the provisioned exchange. Then every other key may be taken off that disk; if this raises, all
+        stay on it.
+        """
+        return await self._run(self._session.confirm_root())
+
     @asynccontextmanager
     async def rotate(self, volumes: Volumes) -> AsyncGenerator[Rotation]:
         """See `chutes_proto.sync.BootAgent.rotate`; entered with ``async with``."""

@@ -92,6 +92,14 @@ class BootAgent(Connected):
         """
         return self._run(self._session.sync(volumes))
 
+    def confirm_root(self) -> str:
+        """Confirm that the root disk has the key ``grant.root.next``; return the server's word, ``promoted`` usually.
+
+        For profiles with the provisioned exchange. Then every other key may be taken off that disk; if this raises, all
+        stay on it.
+        """
+        return self._run(self._session.confirm_root())
+
     @contextmanager
     def rotate(self, volumes: Volumes) -> Generator[Rotation]:
         """Get the current and next keys of ``volumes``; the end of the block confirms the keys that were added.

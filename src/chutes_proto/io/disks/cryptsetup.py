@@ -32,8 +32,8 @@ from attrs import frozen
 
 from chutes_proto.errors import DiskError, LocalProtocolError
 from chutes_proto.luks.disk import LOOKED_AT, UNFINISHED, Blank, Disk, Foreign, Luks, judge
-from chutes_proto.luks.header import HEAD_SIZE, MAX_SLOTS, CheckedHeader, check_header
-from chutes_proto.luks.plan import Action, AddKey, Format, KeepKey, Key, Keys, Open
+from chutes_proto.luks.header import FRESH_IMAGE_TOKEN, HEAD_SIZE, MAX_SLOTS, CheckedHeader, check_header
+from chutes_proto.luks.plan import Action, AddKey, Format, KeepKey, Key, Keys, Open, RemoveMark
 from chutes_proto.secret import Secret
 
 if TYPE_CHECKING:
@@ -103,6 +103,8 @@ class Disks:
                 self._add(action, keys)
             case KeepKey():
                 self._keep(action, keys)
+            case RemoveMark():
+                self._remove_mark(action)
             case _:
                 raise LocalProtocolError(f"{type(action).__name__} is not a known action")
         return None
@@ -190,6 +192,12 @@ class Disks:
             others = [slot for slot in header.keyslots if slot not in kept]
             if others:
                 self._remove(copy, key, others)
+                disk.put(copy, copy.check(), header)
+
+    def _remove_mark(self, action: RemoveMark) -> None:
+        with self._copied(action.device, os.O_RDWR) as (disk, copy, header):
+            if header.is_fresh_image:
+                _ = copy.run("token", "remove", "--token-id", FRESH_IMAGE_TOKEN, copy.path, keys=[])
                 disk.put(copy, copy.check(), header)
 
     @staticmethod
@@ -422,7 +430,7 @@ class _Copy:
             raise self.disk.error("key_refused", "a key does not open what cryptsetup made: nothing was written")
 
     def run(self, *arguments: str, keys: Sequence[Secret], refusable: bool = False) -> bool:
-        """Run the program; each key after the first becomes a key file, as the last argument.
+        """Run the program; its input is the first key, if there is one, and each further one is a key file argument.
 
         Returns False only if ``refusable`` and the key does not fit. Raises `DiskError` for every other failure.
         """
@@ -436,7 +444,9 @@ class _Copy:
             pipes += (_pipe(key, self.disk) for key in keys)
             more = [f"/proc/self/fd/{pipe}" for pipe in pipes[1:]]
             command = [self.program, *arguments, *more]
-            done = run_cryptsetup(command, seconds, stdin=pipes[0], keep=[self.descriptor, *pipes[1:]])
+            done = run_cryptsetup(
+                command, seconds, stdin=pipes[0] if pipes else None, keep=[self.descriptor, *pipes[1:]]
+            )
         except subprocess.TimeoutExpired:
             raise self.disk.error("timeout", f"cryptsetup {arguments[0]} did not end in {seconds:.3g} s") from None
         except OSError as exc:
