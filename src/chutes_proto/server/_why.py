@@ -16,6 +16,7 @@ from attrs import field, frozen
 
 from chutes_proto._converter import ProblemsError, StrictConverter
 from chutes_proto.quote._errors import AppraisalError, VerificationError, shown
+from chutes_proto.store.rows import AttestationRow, AuditRow, Vm
 from chutes_proto.wire import json
 from chutes_proto.wire.codes import Code
 
@@ -110,6 +111,19 @@ class Why:
         return "; ".join(self.lines())
 
 
+def recorded(row: AuditRow, verdict: AttestationRow | None) -> Denial:
+    """The refusal that an audit row records, with its verdict, which may be gone."""
+    code, _, reason = row.reason.partition(": ")
+    if code not in _CODES:
+        code, reason = "", row.reason
+    finding = None
+    if verdict is not None:
+        code, reason = verdict.code or code, verdict.reason
+        finding = None if verdict.finding is None else Finding.from_json(verdict.finding)
+    vm = row.vm or Vm("", "")
+    return Denial(code, reason, row.request_id or "", vm.hotkey, vm.name, row.event, finding)
+
+
 def explain(denial: Denial) -> Why:
     """Explain one refusal."""
     finding = denial.finding
@@ -140,6 +154,7 @@ def _text(value: object) -> str:
 
 
 _CONVERTER: Final = StrictConverter()
+_CODES: Final = frozenset(map(str, Code))
 _FAULTS: Final = frozenset(str(code) for code in Code if code.status >= 500)
 _OURS: Final = (
     "the fault is the server's, and the VM tries again: run `chutes-proto serve --check`, and read the reason"

@@ -446,6 +446,23 @@ class PurgeBoots(Unit[PurgedBoots]):
         return PurgedBoots(len(old), old[-1] if len(old) == self.limit else None)
 
 
+# --- refusals ---
+
+
+@frozen
+class FindVerdict(Unit[store.AttestationRow | None]):
+    """The verdict beside an audit row that records a refusal; None where there is none, or none any more."""
+
+    row: store.AuditRow
+
+    def script(self) -> Script[store.AttestationRow | None]:
+        for name in (self.row.request_id, f"{self.row.boot_id}-exchange"):
+            verdict = (yield from store.Read(store.AttestationRow, name)) if name else None
+            if verdict is not None and verdict.code is not None:
+                return verdict
+        return None
+
+
 # --- registrations ---
 
 

@@ -21,10 +21,10 @@ from chutes_proto.errors import Refused
 from chutes_proto.io.files import read_lines
 from chutes_proto.io.stores.address import DurableStore
 from chutes_proto.quote._terms import rfc3339
-from chutes_proto.server._why import Denial, Finding, Why, explain
+from chutes_proto.server._why import Denial, Why, explain, recorded
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import AttestationRow, AuditRow, AuditWanted, FindLastBoot, Read, Vm
-from chutes_proto.units.operator import ReadAuditPage
+from chutes_proto.store.rows import AuditRow, AuditWanted, FindLastBoot
+from chutes_proto.units.operator import FindVerdict, ReadAuditPage
 from chutes_proto.wire.codes import Code
 
 _REQUEST_ID: Final = re.compile(r"[0-9a-f]{32}")
@@ -124,17 +124,7 @@ def _of_store(store: DurableStore, wanted: AuditWanted, last: int) -> Iterator[_
 
 
 def _recorded(store: DurableStore, row: AuditRow) -> _Refusal:
-    request_id = row.request_id or ""
-    ids = (request_id, f"{row.boot_id}-exchange")
-    read = (store.transact(Ask(Read(AttestationRow, each))) for each in ids if each)
-    verdict = next((each for each in read if each is not None and each.code is not None), None)
-    code, _, reason = row.reason.partition(": ")
-    finding = None
-    if verdict is not None:
-        code, reason = verdict.code or code, verdict.reason
-        finding = None if verdict.finding is None else Finding.from_json(verdict.finding)
-    vm = row.vm or Vm("", "")
-    denial = Denial(code, reason, request_id, vm.hotkey, vm.name, row.event, finding)
+    denial = recorded(row, store.transact(FindVerdict(row)))
     return _Refusal(rfc3339(row.at), denial, explain(denial), row)
 
 

@@ -8,21 +8,25 @@ Rules kept here:
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Final
 
 import anyio
 
+from chutes_proto import __version__
 from chutes_proto.errors import StoreError
 from chutes_proto.io.drivers.aio import Performer
 from chutes_proto.io.finding import Finding
 from chutes_proto.io.server.aio import Server
-from chutes_proto.io.server.health import Health, read_counts, read_health
+from chutes_proto.io.server.health import Counts, Health, read_counts, read_health
 from chutes_proto.io.server.metrics import Metrics
+from chutes_proto.io.server.overview import Overview, page
 from chutes_proto.io.server.setup import ServerSetup
 from chutes_proto.io.server.sockets import Listening
 from chutes_proto.io.stores.address import DurableStore
+from chutes_proto.quote._terms import rfc3339
 from chutes_proto.server._admin import LOOPBACK, AdminApp, Page
 from chutes_proto.server._app import App
 from chutes_proto.wire import json
@@ -30,13 +34,20 @@ from chutes_proto.wire import json
 LOOK_SECONDS: Final = 5.0
 """The time between two looks at the checks."""
 
-COUNT_LOOKS: Final = 12
-"""Rows are counted at every so many looks."""
+COUNT_SECONDS: Final = 60.0
+"""The shortest time between two counts of rows; one that took long is followed by a pause of `COUNT_SHARE` times that.
+
+A count reads whole tables."""
+
+COUNT_SHARE: Final = 50
 
 STALE_SECONDS: Final = 30.0
 """A look that is older is a problem of its own: the store hangs, for example."""
 
 CONNECTIONS: Final = 64
+
+MOST_ENDS: Final = 200
+"""The most certificates and families of collateral on the page, those that end first."""
 
 
 class Admin:
@@ -48,7 +59,11 @@ class Admin:
         self._app = app
         self._metrics = metrics
         self._health: Health | None = None
+        self._counts: Counts | None = None
         self._looked_at = time.monotonic()
+        self._overview = Overview(store)
+        self._open_connections: Callable[[], int] = lambda: 0
+        self._began = int(time.time())
 
     async def serve(
         self, listening: Sequence[Listening], performer: Performer, open_connections: Callable[[], int]
@@ -62,23 +77,71 @@ class Admin:
             look()
             return Page(self._metrics.text(), self._metrics.content_type)
 
-        pages = {"/livez": lambda: Page(b"ok\n"), "/readyz": self._readyz, "/metrics": metrics}
+        self._open_connections = open_connections
+        whole = page()
+        pages = {
+            "/": lambda: whole,
+            "/state": self._state,
+            "/livez": lambda: Page(b"ok\n"),
+            "/readyz": self._readyz,
+            "/metrics": metrics,
+        }
         hosts = LOOPBACK | {host.lower() for host in self._setup.config.admin.hosts}
         async with anyio.create_task_group() as group:
             _ = group.start_soon(self._watch, look)
+            _ = group.start_soon(self._overview.watch)
             await Server(AdminApp(hosts, pages), performer, connections=CONNECTIONS).serve(listening)
 
     def _readyz(self) -> Page:
+        members = self._readiness()
+        return Page(json.encode(members), "application/json", 200 if members["ready"] else 503)
+
+    def _readiness(self) -> dict[str, object]:
         findings = list(self._findings())
-        is_ready = all(finding.state != "problem" for finding in findings)
-        members = {
-            "ready": is_ready,
-            "checks": [
-                {"check": each.what, "state": each.state, "reason": each.detail, "remedy": each.remedy}
-                for each in findings
-            ],
-        }
-        return Page(json.encode(members), "application/json", 200 if is_ready else 503)
+        checks = [
+            {"check": each.what, "state": each.state, "reason": each.detail, "remedy": each.remedy} for each in findings
+        ]
+        return {"ready": all(finding.state != "problem" for finding in findings), "checks": checks}
+
+    def _state(self) -> Page:
+        """All that the page at ``/`` shows."""
+        return self._overview.state(
+            {
+                **self._readiness(),
+                "version": __version__,
+                "ends": self._ends(),
+                "servers": [],
+                "what_if": None,
+                "facts": self._facts(),
+            }
+        )
+
+    def _ends(self) -> list[dict[str, object]]:
+        """The certificate and each family of collateral, with begin and end."""
+        if (health := self._health) is None:
+            return []
+        found = [("collateral", name, *window) for name, window in health.collateral.items()]
+        if health.certificate is not None:
+            found.append(("certificate", self._setup.config.tls.certificate, *health.certificate))
+        found.sort(key=lambda each: each[3])
+        return [dict(zip(("what", "name", "begin", "end"), each, strict=True)) for each in found[:MOST_ENDS]]
+
+    def _facts(self) -> list[tuple[str, str | int]]:
+        """Of the store, and of this process."""
+        store, counts = self._store, self._counts
+        found: list[tuple[str, str | int]] = [("store", store.name), ("schema version", store.schema_version)]
+        if counts is not None:
+            found += [(f"keys, {state}", number) for state, number in counts.states.items()]
+            found += [(f"passphrases under KEK {kek}", number) for kek, number in counts.sealed.items()]
+            found.append(("newest audit row", counts.audit_position))
+        found += [("note", note) for note in store.notes]
+        return [
+            *found,
+            ("this process", os.getpid()),
+            ("serves since", rfc3339(self._began)),
+            ("open connections", self._open_connections()),
+            ("open boots", len(self._setup.service.boots)),
+        ]
 
     def _findings(self) -> list[Finding]:
         found = [] if self._health is None else list(self._health.findings)
@@ -90,20 +153,23 @@ class Admin:
         return found
 
     async def _watch(self, look: Callable[[], None]) -> None:
-        looks = 0
+        count_at = 0.0
         while True:
             begun = time.monotonic()
             health = await anyio.to_thread.run_sync(read_health, self._setup, self._store, abandon_on_cancel=True)
             self._health, self._looked_at = health, begun
             self._metrics.show(health)
             look()  # another worker may be asked for the metrics of all
-            if looks % COUNT_LOOKS == 0:
+            if begun >= count_at:
+                began = time.monotonic()
                 await self._count()
-            looks += 1
+                took = time.monotonic() - began
+                count_at = began + max(COUNT_SECONDS, COUNT_SHARE * took)
             await anyio.sleep(LOOK_SECONDS)
 
     async def _count(self) -> None:
         try:
-            self._metrics.count(await anyio.to_thread.run_sync(read_counts, self._store, abandon_on_cancel=True))
+            self._counts = await anyio.to_thread.run_sync(read_counts, self._store, abandon_on_cancel=True)
+            self._metrics.count(self._counts)
         except StoreError:
             return  # the checks tell it

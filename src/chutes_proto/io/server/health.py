@@ -42,9 +42,15 @@ class Health:
 
     at: int
     findings: tuple[Finding, ...]
-    certificate_end: int | None = None
+    certificate: tuple[int, int] | None = None
+    """Begin and end of the certificate."""
     clock_skew: int | None = None
     collateral: Mapping[str, tuple[int, int]] = field(factory=dict[str, "tuple[int, int]"])
+
+    @property
+    def certificate_end(self) -> int | None:
+        """The end of the certificate, None for one that cannot be read."""
+        return None if self.certificate is None else self.certificate[1]
 
     @property
     def is_ready(self) -> bool:
@@ -77,9 +83,9 @@ def read_health(setup: ServerSetup, store: DurableStore, now: int | None = None)
     clock = _clock(skew) if is_compared else Finding("note", "clock", "not compared: no store")
     if setup.service.readiness.fault is not None:
         storing = Finding("problem", "store", setup.service.readiness.fault)
-    certificate, end = _certificate(setup, at)
+    certificate, window = _certificate(setup, at)
     collateral, windows = _collateral(setup, at)
-    return Health(at, (storing, clock, certificate, collateral), end, skew, windows)
+    return Health(at, (storing, clock, certificate, collateral), window, skew, windows)
 
 
 def read_counts(store: Store) -> Counts:
@@ -100,7 +106,7 @@ def _clock(skew: int | None) -> Finding:
     return Finding(state, "clock", f"{skew:+d} s beside the database's", remedy)
 
 
-def _certificate(setup: ServerSetup, now: int) -> tuple[Finding, int | None]:
+def _certificate(setup: ServerSetup, now: int) -> tuple[Finding, tuple[int, int] | None]:
     path = Path(setup.base, setup.config.tls.certificate)
     try:
         chain = x509.load_pem_x509_certificates(read_file(path))
@@ -109,11 +115,11 @@ def _certificate(setup: ServerSetup, now: int) -> tuple[Finding, int | None]:
     end = min(int(each.not_valid_after_utc.timestamp()) for each in chain)
     begin = max(int(each.not_valid_before_utc.timestamp()) for each in chain)
     if now < begin:
-        return Finding("problem", "certificate", f"{path} is valid from {rfc3339(begin)}"), end
+        return Finding("problem", "certificate", f"{path} is valid from {rfc3339(begin)}"), (begin, end)
     state: State = "problem" if now >= end else "note" if end - now < _EARLY else "ok"
     verb = "expired" if now >= end else "expires"
     remedy = "" if state == "ok" else f"replace {path}, then send SIGHUP to the server"
-    return Finding(state, "certificate", f"{verb} at {rfc3339(end)}", remedy), end
+    return Finding(state, "certificate", f"{verb} at {rfc3339(end)}", remedy), (begin, end)
 
 
 def _collateral(setup: ServerSetup, now: int) -> tuple[Finding, dict[str, tuple[int, int]]]:
