@@ -1,15 +1,24 @@
-"""``chutes-proto profiles import``: what would change, the question, the file."""
+"""``chutes-proto profiles``: the schedule and its VMs; an import's changes, its question, its file."""
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
+from attrs import evolve
 
+from chutes_proto.io.server.development import write_server
+from chutes_proto.io.server.store_setup import make_store_setup
 from chutes_proto.quote import parse_profiles_json
-from tests.cli.conftest import Ended
+from chutes_proto.server import ServerConfig
+from chutes_proto.store.rows import Vm
+from chutes_proto.testing._platform import SimulatedPlatform
+from chutes_proto.testing.store_suite._parts import boot
+from tests.cli.conftest import HOTKEY, Ended
 from tests.dev_server import dev_server
 from tests.quote.test_published import BY_PLATFORM, FLAT, RTMR1, published
 
@@ -73,3 +82,60 @@ def test_a_file_that_is_none_changes_nothing(command: Command, tmp_path: Path, i
     ended = command("profiles", "import", str(tmp_path / "bad"), "--into", str(into), "--yes")
     assert ended.code == 2
     assert not into.exists()
+
+
+SCHEDULE = """
+[schedule.simulated]
+not_after = 2031-01-01
+retirement_grace = 86400
+[schedule."simulated 1"]
+not_after = 2030-01-01
+retirement_grace = 86400
+"""
+
+
+def test_the_schedule_and_the_vms_that_need_another_image(command: Command, tmp_path: Path) -> None:
+    now = int(time.time())
+    write_server(tmp_path, SimulatedPlatform(bytes(32)), now)
+    config = str(tmp_path / "server.toml")
+    empty = command("profiles", "list", "--config", config, "--json").json
+    (entry,) = empty["profiles"]
+    assert (entry["state"], entry["not_after"], entry["vms"]) == ("enforced", None, None)
+    setup = make_store_setup(ServerConfig.load(config))
+    with closing(setup.store.open(migrate=True)) as store:
+        for name, profile in (("vm-1", "simulated"), ("vm-2", "gone")):
+            granted = boot(name, now=now, vm=Vm(HOTKEY, name))
+            _ = store.transact(evolve(granted, profile_name=profile, profile_version="1", vault=setup.vault))
+    assert command("profiles", "list", "--config", config, "--json").json["profiles"][0]["vms"] == 1
+
+    def vms(*options: str) -> dict[str, str]:
+        listed = command("profiles", "vms", "--config", config, "--json", *options).json["vms"]
+        return {one["vm"]: one["state"] for one in listed}
+
+    assert vms() == {"vm-2": "removed"}
+    _ = Path(config).write_text(Path(config).read_text() + SCHEDULE)  # name and version come after the name
+    for at, state in (("2029-12-31", None), ("2030-01-01", "retiring"), ("2030-01-02", "ended")):
+        (entry,) = command("profiles", "list", "--config", config, "--json", "--at", at).json["profiles"]
+        assert entry["state"] == state or "enforced"
+        assert entry["ends_at"] == entry["not_after"] + 86400
+        assert vms("--at", at) == {"vm-2": "removed"} | ({"vm-1": state} if state else {})
+    shown = command("profiles", "list", "--config", config, "--at", "2030-01-01").out
+    assert "retiring" in shown
+    assert "2030-01-02T00:00:00Z" in shown
+
+
+@pytest.mark.parametrize(
+    ("lines", "problem"),
+    [
+        ("[schedule.simulatd]\nmode = 'warn'", "did you mean 'simulated'"),
+        ("[schedule.other]\nmode = 'warn'", "no such profile is served"),
+        ("[schedule.1]\nretirement_grace = 1", "schedule.1.retirement_grace: goes with not_after"),
+    ],
+)
+def test_a_schedule_of_no_profile_is_refused(command: Command, tmp_path: Path, lines: str, problem: str) -> None:
+    write_server(tmp_path, SimulatedPlatform(bytes(32)), int(time.time()))
+    config = tmp_path / "server.toml"
+    _ = config.write_text(f"{config.read_text()}\n{lines}\n")
+    ended = command("profiles", "list", "--config", str(config))
+    assert ended.code == 2
+    assert problem in ended.err

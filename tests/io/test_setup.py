@@ -55,7 +55,7 @@ def test_a_setting_that_is_wrong_is_named(tmp_path: Path, line: str, text: str) 
         ("[tcb]\nplatform_grace = 1", "tcb.platform_grace: goes with an OutOfDate status"),
         ('measurements = "unchecked"', "measurements: the reference values come from elsewhere"),
         ("[per_profile.simulatd]\ntcb.allow_smt = true", "per_profile.'simulatd': .* did you mean 'simulated'"),
-        ("[per_profile.'x 1']\ntcb.allow_smt = true", 'per_profile.\'x 1\': .* name it as "NAME" or "NAME VERSION"'),
+        ("[per_profile.'x 1']\ntcb.allow_smt = true", "per_profile.'x 1': .* correct it, or remove it"),
         ("[per_hotkey.abc]\ntcb.allow_smt = true", "per_hotkey: 'abc' is not a hotkey"),
         (f"[per_hotkey.{OTHER}]\ntcb.allow_smt = true", "is not among hotkeys; add it there"),
     ],

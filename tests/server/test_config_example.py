@@ -11,6 +11,7 @@ from typing import Any
 import attrs
 import pytest
 
+from chutes_proto.quote._measurements import Schedule
 from chutes_proto.server._config import CollateralOptions, ServerConfig
 from chutes_proto.server._gpus import Gpu
 from chutes_proto.server._profiles import EXTRA_KEYS, ServedOptions
@@ -70,7 +71,8 @@ def test_the_profile_of_the_reference_is_toml():
 
 
 @pytest.mark.parametrize(
-    "name", sorted({name for table in (ServerConfig, ServedOptions, Gpu) for name, _ in leaves(table)} - {"path"})
+    "name",
+    sorted({name for table in (ServerConfig, ServedOptions, Gpu, Schedule) for name, _ in leaves(table)} - {"path"}),
 )
 def test_no_key_is_left_out(name: str) -> None:
     """But the path, which a file does not say of itself."""

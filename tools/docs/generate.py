@@ -25,6 +25,7 @@ from chutes_proto.boot._settings import AgentSettings
 from chutes_proto.gpu import GpuVerificationError
 from chutes_proto.gpu import _steps as _gpu_steps
 from chutes_proto.quote import VerificationError, _steps
+from chutes_proto.quote._measurements import Schedule
 from chutes_proto.server._config import ServerConfig
 from chutes_proto.server._gpus import Gpu
 from chutes_proto.server._profiles import ServedOptions
@@ -200,6 +201,7 @@ def server_settings() -> str:
         if isinstance(field.type, type) and attrs.has(field.type) and field.type.__name__.endswith("Options")
     ]
     parts.append(_settings("gpus.NAME", Gpu, meanings, file_name="gpus.example"))
+    parts.append(_settings("schedule.NAME", Schedule, meanings, file_name="schedule.8xh200"))
     parts.append(_settings("profile_defaults", ServedOptions, meanings))
     return "\n\n".join(parts)
 

@@ -17,14 +17,15 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, Literal, NewType, NoReturn, Protocol, TypeAlias, cast, get_args
 
-from attrs import astuple, evolve, field, frozen
+from attrs import astuple, evolve, field, fields_dict, frozen
 
 from chutes_proto._converter import Hook, MismatchError, ProblemsError, StrictConverter, integer, list_of, string
 from chutes_proto.quote import _strict_json as strict_json
 from chutes_proto.quote._attributes import AttributePolicy
 from chutes_proto.quote._errors import PolicyError, Refusal, mismatch
-from chutes_proto.quote._files import CONVERTER, MAX_SIZE, file_converter, read_toml, within
+from chutes_proto.quote._files import CONVERTER, MAX_SIZE, UnixTime, file_converter, read_toml, within
 from chutes_proto.quote._layout import TdReport10
+from chutes_proto.quote._terms import rfc3339
 
 Stage: TypeAlias = Literal["boot", "runtime"]
 """When a quote was made: before the VM has its keys, or later."""
@@ -102,7 +103,69 @@ class VouchedEvent(Protocol):
     def value(self) -> bytes | None: ...
 
 
-_DEFAULTABLE = frozenset({"version", "expected_gpus", "gpu_count", "attributes"})
+ProfileState: TypeAlias = Literal["scheduled", "enforced", "warned", "retiring", "ended"]
+"""The state of a profile at a time: not yet; its VMs are accepted; accepted and listed, on trial or until they are
+replaced; no longer."""
+
+
+@frozen(kw_only=True)
+class Schedule:
+    """When a profile counts. Raises `PolicyError` for times that contradict each other.
+
+    Times are unix seconds, None for no limit: from ``not_before`` on, and before ``not_after``. After that its VMs
+    are still accepted for ``retirement_grace`` seconds, and listed. With ``mode`` "warn" they are listed all the time:
+    the mode never accepts a VM that has other measurements.
+    """
+
+    not_before: UnixTime | None = None
+    not_after: UnixTime | None = None
+    retirement_grace: int = 0
+    mode: Literal["enforce", "warn"] = "enforce"
+
+    def __attrs_post_init__(self) -> None:
+        for name in ("not_before", "not_after"):
+            at = getattr(self, name)
+            if at is not None and (type(at) is not int or at < 0):
+                raise PolicyError(f"{name}: must be a date, in code whole unix seconds")
+        if self.not_before is not None and self.not_after is not None and self.not_after <= self.not_before:
+            raise PolicyError("not_after: must be later than not_before")
+        if type(self.retirement_grace) is not int or self.retirement_grace < 0:
+            raise PolicyError("retirement_grace: must be a whole number of seconds that is not negative")
+        if self.retirement_grace and self.not_after is None:
+            raise PolicyError("retirement_grace: goes with not_after")
+        if self.mode not in ("enforce", "warn"):
+            raise PolicyError('mode: must be "enforce" or "warn"')
+
+    @property
+    def end(self) -> int | None:
+        """The time from which on no VM is accepted; None if there is none."""
+        return None if self.not_after is None else self.not_after + self.retirement_grace
+
+    @property
+    def changes(self) -> frozenset[int]:
+        """The times at which `state` changes."""
+        return frozenset(at for at in (self.not_before, self.not_after, self.end) if at is not None)
+
+    def state(self, now: int) -> ProfileState:
+        """The state at the time ``now``."""
+        if self.not_before is not None and now < self.not_before:
+            return "scheduled"
+        if self.not_after is not None and now >= self.not_after:
+            return "retiring" if now < self.not_after + self.retirement_grace else "ended"
+        return "warned" if self.mode == "warn" else "enforced"
+
+    def accepts(self, now: int) -> bool:
+        """Whether VMs are accepted at the time ``now``."""
+        return self.state(now) not in ("scheduled", "ended")
+
+
+SCHEDULE_KEYS: Final = frozenset(fields_dict(Schedule))
+_DEFAULTABLE = frozenset({"version", "expected_gpus", "gpu_count", "attributes"}) | SCHEDULE_KEYS
+
+
+def read_schedule(table: Mapping[str, object]) -> Schedule:
+    """Read the keys of a schedule. Raises `PolicyError`."""
+    return within("", CONVERTER.structure, table, Schedule)
 
 
 @frozen(kw_only=True)
@@ -113,7 +176,7 @@ class Profile:
     Registers have 48 bytes. ``boot`` and ``runtime`` are RTMR0 to RTMR3 when the TD asks for its keys, and later.
     ``rules`` are those of registers without a value, which is then zero. ``gpu_count`` None means any number.
     ``attributes`` replace the policy's for this profile. ``fingerprints`` (32 bytes each), of hosts that give these
-    measurements, pass through.
+    measurements, pass through. ``schedule`` says when it counts.
     """
 
     name: str
@@ -126,6 +189,7 @@ class Profile:
     attributes: AttributePolicy | None = None
     fingerprints: tuple[bytes, ...] = ()
     rules: tuple[RegisterRule, ...] = ()
+    schedule: Schedule = Schedule()
 
     def __attrs_post_init__(self) -> None:
         for name in ("name", "version"):
@@ -165,6 +229,17 @@ class Profile:
     def rules_of(self, stage: Stage) -> dict[str, RegisterRule]:
         """The rules of a stage, by register."""
         return {rule.register: rule for rule in self.rules if rule.stage in (stage, None)}
+
+    def untimely(self, now: int) -> list[Refusal]:
+        """List the refusal of a profile that does not count at the time ``now`` (unix seconds)."""
+        match self.schedule.state(now):
+            case "scheduled":
+                code, when = "profile_not_yet", f"from {rfc3339(self.schedule.not_before or 0)} on"
+            case "ended":
+                code, when = "profile_ended", f"before {rfc3339(self.schedule.end or 0)}"
+            case _:
+                return []
+        return [mismatch("measurement", code, f"profile {self} does not count now", rfc3339(now), when)]
 
     def to_toml(self) -> str:
         """Name, version and registers, as `parse_profiles_toml` reads them; rules are left out."""
@@ -261,7 +336,10 @@ def _profiles(
         extras = {key: own.pop(key) for key in own.keys() & extra_keys}
         rules = within(where, _take_rules, own) if converter is _IN_TOML else ()
         fingerprint = own.pop("fingerprint", None)  # one, in the older forms
+        schedule = within(where, read_schedule, {key: own.pop(key) for key in own.keys() & SCHEDULE_KEYS})
         profile = within(where, converter.structure, own, Profile)
+        if schedule != Schedule():
+            profile = evolve(profile, schedule=schedule)
         if rules:
             profile = within(where, evolve, profile, rules=rules)
         if fingerprint is not None:
@@ -366,6 +444,10 @@ def _no_rules(_: object, __: object) -> NoReturn:
     raise MismatchError("extra_forbidden", 'Unknown key; write "any" or { replayed = {} } in the register\'s place')
 
 
+def _no_schedule(_: object, __: object) -> NoReturn:
+    raise MismatchError("extra_forbidden", f"Unknown key; {', '.join(sorted(SCHEDULE_KEYS))} are keys of the profile")
+
+
 _ZERO: Final = "00" * 48
 
 
@@ -398,6 +480,7 @@ _HOOKS: Final[Mapping[Any, Hook]] = {
     tuple[str, ...]: list_of(lambda value: string(value).lower()),
     tuple[bytes, ...]: list_of(_fingerprint),
     tuple[RegisterRule, ...]: _no_rules,
+    Schedule: _no_schedule,
 }
 _IN_TOML: Final = file_converter(_HOOKS)
 _REPLAYED: Final = file_converter({_Register: _register})

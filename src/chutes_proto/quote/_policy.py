@@ -30,6 +30,7 @@ from chutes_proto.quote._layout import BytesLike, SgxAttributes, SgxReport, TdRe
 from chutes_proto.quote._measurements import (
     REGISTERS,
     Profile,
+    ProfileState,
     ProfileTables,
     Stage,
     Tables,
@@ -220,6 +221,11 @@ class AcceptedVerdict(Verdict):
         return self.matched
 
     @property
+    def profile_state(self) -> ProfileState | None:
+        """The state of the matched profile at the time of verification: "warned" and "retiring" are to be listed."""
+        return None if self.matched is None else self.matched.schedule.state(self.verified_at)
+
+    @property
     def unpinned(self) -> tuple[str, ...]:
         """The registers that were accepted with any value: by a rule of the profile, or all without a profile."""
         return REGISTERS if self.matched is None else self._ruled("any")
@@ -292,7 +298,8 @@ class Policy:
 
         ``event_log`` is that of the TD, for profiles with registers that a log must explain; nothing vouches for it
         before.
-        Of several profiles that match the TD's measurements, the first whose attributes accept it counts. Where none
+        Of several profiles that match the TD's measurements, the first whose attributes accept it counts, if it counts
+        at the time of verification. Where none
         matches, the refusals are against the one that differs in the fewest registers.
         """
         _check_appraised(verdict, stage)
@@ -304,7 +311,11 @@ class Policy:
         else:
             events = _events(self.profiles, body, stage, event_log)
             candidates = [
-                (profile.refusals(body, stage, events), (profile.attributes or self.attributes).refusals(body), profile)
+                (
+                    profile.refusals(body, stage, events),
+                    (profile.attributes or self.attributes).refusals(body) + profile.untimely(verdict.verified_at),
+                    profile,
+                )
                 for profile in self.profiles
             ]
             if not candidates:

@@ -26,6 +26,7 @@ from chutes_proto.auth.signing import check_body_signature
 from chutes_proto.effects import Entropy, Flow
 from chutes_proto.errors import LocalProtocolError, Refused
 from chutes_proto.keys.vault import FreshKey
+from chutes_proto.quote._policy import AcceptedVerdict
 from chutes_proto.secret import Secret
 from chutes_proto.server._call import Call, found_json
 from chutes_proto.server._evidence import Evidence, appraise, verify_evidence
@@ -70,9 +71,10 @@ def _claim(
 ) -> Flow[BootAttestationAnswer]:
     """Appraise the evidence, check the claim and grant (steps 5 to 8)."""
     request, message = call.request, call.message
-    measurements = appraise(service, evidence, "boot", message.miner_hotkey, lambda: _proven(call)).profile
+    accepted = appraise(service, evidence, "boot", message.miner_hotkey, lambda: _proven(call))
+    measurements, listed_as = accepted.profile, _listed_as(accepted)
     profile = service.profiles[measurements.identity]
-    service.check_version(measurements)
+    service.check_version(measurements, call.now)
     hotkey = known_hotkey(service, message.miner_hotkey)
     is_provisioned = profile.exchange == "provisioned"
     if message.first_boot is not None and not is_provisioned:
@@ -104,6 +106,7 @@ def _claim(
         profile_name=measurements.name,
         profile_version=measurements.version,
         tcb_status=evidence.tcb_status,
+        profile_state=listed_as,
         exchange="base" if profile.exchange == "base" else "two-phase",
         token_needs_certificate=profile.token_needs_certificate,
         root=root,
@@ -124,6 +127,7 @@ def _claim(
         hotkey=hotkey.address,
         hotkey_proven=proven,
         profile=measurements.name,
+        **({} if listed_as is None else {"profile_version": measurements.version, "profile_state": listed_as}),
         **evidence.fields(service),
     )
     service.known.note(unit.vm)
@@ -141,6 +145,11 @@ def _claim(
         vm_auth_ss58=None if caller is None else caller.address,
         key_second=grant.root_second,
     )
+
+
+def _listed_as(accepted: AcceptedVerdict) -> str | None:
+    """The state of the profile, if its VMs are to be listed."""
+    return None if accepted.profile_state == "enforced" else accepted.profile_state
 
 
 def _proven(call: Call[BootAttestationRequest]) -> Hotkey:

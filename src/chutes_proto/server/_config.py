@@ -20,10 +20,12 @@ from typing import Final, Literal, cast
 import attrs
 from attrs import field, frozen
 
-from chutes_proto._converter import MismatchError, ProblemsError, StrictConverter, list_of, string
+from chutes_proto._converter import MismatchError, Problem, ProblemsError, StrictConverter, list_of, string
 from chutes_proto.collateral.pcs import Upstream
 from chutes_proto.errors import ConfigurationError
 from chutes_proto.keys.generations import RESERVED_VOLUMES
+from chutes_proto.quote._errors import PolicyError
+from chutes_proto.quote._measurements import Schedule, read_schedule
 from chutes_proto.server._gpus import Gpu
 from chutes_proto.server._proxy import CERTIFICATE_HEADERS, SECRET_HEADER, Network
 from chutes_proto.wire.evidence import PORT
@@ -270,6 +272,9 @@ class ServerConfig:
     gpus: Mapping[str, Gpu] = field(factory=dict[str, Gpu])
     """Kinds that the GPU table lacks, by ``gpu_identifier``."""
     profile_defaults: Mapping[str, object] = field(factory=dict[str, object])
+    schedule: Mapping[str, Schedule] = field(factory=dict[str, Schedule])
+    """When profiles count, by a profile's name, its version, or both: for files of reference values that are published
+    without it. It replaces the profile's own."""
     path: str | None = None
 
     @property
@@ -539,6 +544,22 @@ def _store(value: object, _: object) -> StoreOptions:
 
 
 _TABLES: Final = StrictConverter(own_file=True)
+
+
+def _schedule(value: object, _: object) -> Schedule:
+    try:
+        return read_schedule(cast("Mapping[str, object]", value))
+    except PolicyError as exc:
+        key, _, text = str(exc).partition(": ")
+        raise ProblemsError([Problem((key,), "value_error", text)]) from None
+
+
 _CONVERTER: Final = StrictConverter(
-    {tuple[str, ...] | Literal["*"]: _hotkeys, CollateralService: _service, StoreOptions: _store}, own_file=True
+    {
+        tuple[str, ...] | Literal["*"]: _hotkeys,
+        CollateralService: _service,
+        StoreOptions: _store,
+        Schedule: _schedule,
+    },
+    own_file=True,
 )

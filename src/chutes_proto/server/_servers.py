@@ -52,7 +52,11 @@ def register_server(service: Service, call: SignedCall[miners.RegisterServerRequ
             host=message.host,
             address=address,
             gpus=gpus,
-            profiles={identity: profile.measurements for identity, profile in service.profiles.items()},
+            profiles={
+                identity: profile.measurements
+                for identity, profile in service.profiles.items()
+                if profile.measurements.schedule.accepts(now)
+            },
             peer_address=call.request.peer_address,
             evidence=service.registration_evidence,
             shown=shown,
@@ -113,7 +117,7 @@ def remove_server(service: Service, call: SignedCall[miners.RemoveServerRequest]
 def publish_measurements(service: Service, call: Call[PublicRequest]) -> Flow[EncodedMeasurements]:
     """Operation 15: publish the reference values."""
     yield from ()
-    return service.published
+    return service.published(call.now)
 
 
 def publish_signing_keys(service: Service, call: Call[PublicRequest]) -> Flow[SigningKeysAnswer]:

@@ -108,9 +108,7 @@ class Service:
     limits: LimitOptions = field(factory=LimitOptions)
     policy: BoundPolicies = field(init=False, eq=False, default=Factory(_bound, takes_self=True))
     public_policy: BoundPolicies = field(init=False, eq=False, default=Factory(_public, takes_self=True))
-    published: EncodedMeasurements = field(
-        init=False, eq=False, default=Factory(lambda self: publish(self.public_policy.profiles), takes_self=True)
-    )
+    _published: dict[tuple[Profile, ...], EncodedMeasurements] = field(init=False, eq=False, factory=dict)
     verifications: Admission = field(default=Factory(_verifications, takes_self=True))
     tokens: TokenMint = field(default=Factory(lambda self: TokenMint.of(self.vault), takes_self=True))
     attested: Admission = field(default=Factory(lambda self: _waiting(self, 2, 8), takes_self=True))
@@ -131,6 +129,17 @@ class Service:
             return self.attested.of(hashlib.sha256(token).digest())
         return self.strangers.of(address_prefix(request.peer_address))
 
+    def accepted_profiles(self, now: int) -> tuple[Profile, ...]:
+        """The profiles that count at the time ``now``, without release candidates."""
+        return tuple(profile for profile in self.public_policy.profiles if profile.schedule.accepts(now))
+
+    def published(self, now: int) -> EncodedMeasurements:
+        """The answer of operation 15 at the time ``now``; it is made once for each set of profiles that counts."""
+        counting = self.accepted_profiles(now)
+        if counting not in self._published:
+            self._published[counting] = publish(counting)
+        return self._published[counting]
+
     def check_known(
         self, hotkey: Hotkey, code: Code, text: str = "Hotkey is not registered on netuid {netuid}"
     ) -> None:
@@ -144,11 +153,11 @@ class Service:
         if (why := self.blacklist.get(hotkey.address)) is not None:
             raise Refused(Code.HOTKEY_BLACKLISTED, f"Your hotkey has been blacklisted: {why}")
 
-    def check_version(self, profile: Profile) -> None:
+    def check_version(self, profile: Profile, now: int) -> None:
         """Raise `Refused` if the image of ``profile`` is older than ``minimum_version``."""
         if self.minimum_version is None or parse_version(profile.version) >= parse_version(self.minimum_version):
             return
-        newest = max((one.version for one in self.public_policy.profiles), key=parse_version, default="none")
+        newest = max((one.version for one in self.accepted_profiles(now)), key=parse_version, default="none")
         text = (
             f"VM version {profile.version} is no longer accepted for boot attestation. Please upgrade to the latest VM"
             f" version ({newest})."

@@ -103,6 +103,8 @@ class GrantBoot(Unit[BootGrant]):
     vault: Vault
     root: FreshKey | None = None
     rotation: RootRotation | None = None
+    profile_state: str | None = None
+    """The state of a profile whose VMs are to be listed, for the audit row."""
     exchange_downgrade: Literal["refuse", "allow"] = "refuse"
     claims_per_platform: int = 64
 
@@ -146,7 +148,8 @@ class GrantBoot(Unit[BootGrant]):
             yield from store.Insert(given)
         records = Records(self.now, self.boot_id, self.vm, self.quote, self.peer_address, self.boot_id)
         yield from records.verdict("boot", ground)
-        yield from records.audit("boot", "granted", ground, keys.changes)
+        reason = ground if self.profile_state is None else f"{ground}; the profile is {self.profile_state}"
+        yield from records.audit("boot", "granted", reason, keys.changes)
         return BootGrant(self.boot_id, root, following, second)
 
     def _rotate(

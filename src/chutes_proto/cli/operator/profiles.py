@@ -1,8 +1,10 @@
-"""``chutes-proto profiles``: reference values as they are published, compared with a file and taken over into it."""
+"""``chutes-proto profiles``: the schedule of reference values, the VMs that need replacing, and published values."""
 
 from __future__ import annotations
 
 import sys
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
@@ -11,29 +13,39 @@ import click
 from attrs import frozen
 
 from chutes_proto.cli import console, output
-from chutes_proto.cli.base import Argument, Group, answer, json_option, wants
+from chutes_proto.cli.base import Argument, Group, answer, json_option, parsed, wants
 from chutes_proto.cli.describe import exits
+from chutes_proto.cli.operator import operating
+from chutes_proto.cli.operator.operating import OperatorCommand
 from chutes_proto.cli.output import Cell
 from chutes_proto.errors import ConfigurationError
 from chutes_proto.io.files import read_file, write_file
+from chutes_proto.io.server.setup import read_profiles
+from chutes_proto.io.server.store_setup import Problems, make_store_setup
 from chutes_proto.io.yaml_file import read_yaml
 from chutes_proto.quote import PolicyError, Profile
-from chutes_proto.quote._measurements import REGISTERS
+from chutes_proto.quote._measurements import REGISTERS, Schedule
 from chutes_proto.quote._published import ProfileFile, parse_profile_file
+from chutes_proto.quote._terms import rfc3339
+from chutes_proto.server import ServerConfig
 from chutes_proto.server._profiles import EXTRA_KEYS
+from chutes_proto.store.rows import FleetVm, ReadFleet
 from chutes_proto.wire.http import HttpRequest
 
 command: Group = Group(
     "profiles",
-    help="""Take over reference values that are published.
+    help="""Show when reference values count, and take over published ones.
 
-    A release of the image comes with reference values: a JSON list that a key server publishes, or a YAML file.
+    A profile is the reference values of one image. Its schedule says from when until when it counts, and whether its
+    VMs are listed. A release of the image comes with reference values: a JSON list that a key server publishes, or a
+    YAML file.
 
     Examples:
+      chutes-proto profiles list --config server.toml
       chutes-proto profiles import published.json --into measurements.json --yes
       chutes-proto profiles import https://keys.example:8443/servers/tee/measurements --into measurements.json
 
-    See also: profile, serve
+    See also: profile, serve, policy check
     """,
 )
 
@@ -95,6 +107,152 @@ def import_command(source: str, into: str, ca_file: str | None, yes: bool) -> in
     return answer({"ok": True, "imported": True, **members}, "")
 
 
+# --- the schedule ---
+
+_STATE_COLOURS: Final[dict[str, output.State]] = {
+    "scheduled": "",
+    "enforced": "good",
+    "warned": "warn",
+    "retiring": "warn",
+    "ended": "bad",
+    "removed": "bad",
+}
+
+
+@frozen
+class _Listed:
+    """A profile of the configuration, and the number of VMs whose last boot ran it; None if that was not counted."""
+
+    name: str
+    version: str
+    schedule: Schedule
+    state: str
+    vms: int | None
+
+
+_LISTED: Final[output.Columns] = {
+    "PROFILE": lambda row: row.name,
+    "VERSION": lambda row: row.version,
+    "STATE": lambda row: Cell(row.state, _STATE_COLOURS[row.state]),
+    "FROM": lambda row: _when(row.schedule.not_before),
+    "UNTIL": lambda row: _when(row.schedule.not_after),
+    "GRACE UNTIL": lambda row: _when(row.schedule.end if row.schedule.retirement_grace else None),
+    "VMS": lambda row: "-" if row.vms is None else str(row.vms),
+}
+
+
+def _when(at: int | None) -> str:
+    return "-" if at is None else rfc3339(at)
+
+
+@command.command("list", cls=OperatorCommand)
+@click.option("--at", metavar="TIME", callback=parsed(console.moment), help="the state at this time (default: now)")
+@operating.shows
+def list_command(config: str, at: int | None) -> int:
+    """List the profiles of a server with their schedule.
+
+    A profile is scheduled (not yet), enforced, warned (its VMs are granted and listed, because its mode is "warn"),
+    retiring (its end is over and its grace is not: its VMs are granted and listed) or ended. VMS is the number of VMs
+    whose last boot ran it; `profiles vms` lists those that need replacing.
+
+    Examples:
+      chutes-proto profiles list --config server.toml
+      chutes-proto profiles list --at 2027-01-01 --config server.toml
+      chutes-proto profiles list --config server.toml --json
+
+    See also: profiles vms, serve, vm list
+    """
+    now = operating.now() if at is None else at
+    loaded = ServerConfig.load(config)
+    profiles = _configured(loaded)
+    counts: Counter[tuple[str | None, str | None]] | None = None
+    if make_store_setup(loaded).store.is_made():
+        counts = Counter((vm.profile_name, vm.profile_version) for vm in _fleet(config))
+    rows = [
+        _Listed(
+            one.name,
+            one.version,
+            one.schedule,
+            one.schedule.state(now),
+            None if counts is None else counts[one.identity],
+        )
+        for one in profiles
+    ]
+    return operating.answer_rows("profiles", rows, _listed_members, _LISTED, "no profiles")
+
+
+def _listed_members(row: _Listed) -> dict[str, object]:
+    schedule = {"not_before": row.schedule.not_before, "not_after": row.schedule.not_after, "ends_at": row.schedule.end}
+    return {"name": row.name, "version": row.version, "state": row.state, **schedule, "vms": row.vms}
+
+
+_VMS: Final[output.Columns] = {
+    "VM": lambda row: output.vm(row[0].vm),
+    "PROFILE": lambda row: row[0].profile_name,
+    "VERSION": lambda row: row[0].profile_version,
+    "STATE": lambda row: Cell(row[1], _STATE_COLOURS[row[1]]),
+    "LAST BOOT": lambda row: output.when(row[0].last_boot_at),
+}
+
+
+@command.command("vms", cls=OperatorCommand)
+@click.option("--at", metavar="TIME", callback=parsed(console.moment), help="the state at this time (default: now)")
+@operating.shows
+def vms_command(config: str, at: int | None) -> int:
+    """List the VMs whose profile is warned, retiring, ended or removed.
+
+    A VM is listed by the profile of its last granted boot. One whose profile has ended, or is no longer among the
+    reference values, is refused at its next boot.
+
+    Examples:
+      chutes-proto profiles vms --config server.toml
+      chutes-proto profiles vms --at 2027-01-01 --config server.toml
+      chutes-proto profiles vms --config server.toml --json
+
+    See also: profiles list, vm list
+    """
+    now = operating.now() if at is None else at
+    states = {one.identity: one.schedule.state(now) for one in _configured(ServerConfig.load(config))}
+
+    def found() -> Iterator[tuple[FleetVm, str]]:
+        for vm in _fleet(config):
+            if vm.profile_name is not None and vm.profile_version is not None:
+                state = states.get((vm.profile_name, vm.profile_version), "removed")
+                if state != "enforced":
+                    yield vm, state
+
+    return operating.answer_rows("vms", found(), _vm_members, _VMS, "no VM runs a profile that is to be replaced")
+
+
+def _vm_members(row: tuple[FleetVm, str]) -> dict[str, object]:
+    vm, state = row
+    ran = {"profile": vm.profile_name, "version": vm.profile_version}
+    return {"hotkey": vm.vm.hotkey, "vm": vm.vm.name, **ran, "state": state, "last_boot_at": vm.last_boot_at}
+
+
+def _configured(config: ServerConfig) -> list[Profile]:
+    """The profiles that a configuration names, with their schedules. Raises `ConfigurationError`."""
+    problems = Problems()
+    base = Path.cwd() if config.path is None else Path(config.path).parent
+    served, _ = read_profiles(config, base, problems)
+    if problems.found:
+        raise problems.error()
+    return [one.measurements for one in served]
+
+
+def _fleet(config: str) -> Iterator[FleetVm]:
+    """All VMs, with the profiles of their last boots."""
+    with operating.opened(config) as (_, store):
+
+        def page(after: FleetVm | None) -> ReadFleet:
+            return ReadFleet(None if after is None else after.vm, operating.PAGE)
+
+        yield from operating.listing(store, page)
+
+
+# --- importing ---
+
+
 def _is_confirmed(into: str) -> bool:
     if wants("json") or not sys.stdin.isatty():
         console.complain("say --yes where nobody can be asked")
@@ -130,6 +288,9 @@ def _changes(old: ProfileFile, new: ProfileFile) -> list[_Change]:
     return changes
 
 
+_BESIDE: Final = ("expected_gpus", "gpu_count", "fingerprints", "schedule")
+
+
 def _differing(old: Profile, new: Profile) -> list[str]:
     stages = [("boot", old.registers("boot"), new.registers("boot"))]
     stages += [("runtime", old.registers("runtime"), new.registers("runtime"))]
@@ -140,7 +301,11 @@ def _differing(old: Profile, new: Profile) -> list[str]:
             for register, was, now in zip(REGISTERS, before, after, strict=True)
             if was != now
         ),
-        *(name for name in ("expected_gpus", "gpu_count", "fingerprints") if getattr(old, name) != getattr(new, name)),
+        *(
+            name
+            for name in ("expected_gpus", "gpu_count", "fingerprints", "schedule")
+            if getattr(old, name) != getattr(new, name)
+        ),
     ]
 
 

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from chutes_proto._converter import nearest
 from chutes_proto.auth.hotkey import Hotkey, HotkeyError, check_installed
@@ -35,7 +35,7 @@ from chutes_proto.io.server.store_setup import Problems, check_configuration, re
 from chutes_proto.io.stores.address import StorePlace
 from chutes_proto.io.yaml_file import read_yaml
 from chutes_proto.quote._errors import PolicyError
-from chutes_proto.quote._measurements import check_distinct
+from chutes_proto.quote._measurements import Profile, Schedule, check_distinct
 from chutes_proto.quote._policy import Policy, TcbPolicy
 from chutes_proto.quote._policy_set import PolicySet, parse_policy_set
 from chutes_proto.quote._published import ProfileFile, parse_profile_file
@@ -132,7 +132,7 @@ def make_setup(config: ServerConfig) -> ServerSetup:
     admin_tls = problems.attempt("admin", lambda: _admin_tls(config, base))
     root = problems.attempt("roots", lambda: read_root(config, base))
     vault = read_vault(config, base, problems)
-    profiles, not_served = _profiles(config, base, problems)
+    profiles, not_served = read_profiles(config, base, problems)
     _ = problems.attempt("measurements", lambda: check_distinct(profile.measurements for profile in profiles))
     policies = problems.attempt("policy", lambda: _policies(config, base, profiles))
     _ = problems.attempt("minimum_version", lambda: _check_versions(config, profiles))
@@ -264,12 +264,10 @@ def _policies(config: ServerConfig, base: Path, profiles: list[ServedProfile]) -
         _ = policies.bind(())
     except PolicyError as exc:
         raise ConfigurationError(f"{path}: {exc}") from None
-    known = {name for profile in profiles for name in (profile.measurements.name, str(profile.measurements))}
+    known = {name for profile in profiles for name in _names(profile.measurements)[1:]}
     for name in policies.profile_names:
         if name not in known:
-            near = nearest(name, known)
-            hint = f"did you mean {near!r}?" if near else 'name it as "NAME" or "NAME VERSION", or remove it'
-            raise ConfigurationError(f"{path}: per_profile.{name!r}: no such profile is served; {hint}")
+            raise ConfigurationError(f"{path}: per_profile.{name!r}: {_not_served(name, known)}")
     for hotkey in policies.hotkeys:
         try:
             _ = _hotkeys((hotkey,))
@@ -362,8 +360,8 @@ def _hotkeys(addresses: tuple[str, ...] | Literal["*"]) -> frozenset[str] | Lite
     return frozenset(addresses)
 
 
-def _profiles(config: ServerConfig, base: Path, problems: Problems) -> tuple[list[ServedProfile], tuple[str, ...]]:
-    """The profiles to serve, and what in their files is not served, in words."""
+def read_profiles(config: ServerConfig, base: Path, problems: Problems) -> tuple[list[ServedProfile], tuple[str, ...]]:
+    """Read the profiles to serve; returns them, and in words what in their files is not served."""
 
     def read(name: str) -> bytes:
         return read_private(base / name)
@@ -386,4 +384,31 @@ def _profiles(config: ServerConfig, base: Path, problems: Problems) -> tuple[lis
                 not_served.append(f"{base / name}: {profile}: rc without authorized_hotkeys")
             elif one is not None:
                 served.append(one)
-    return served, tuple(not_served)
+    scheduled = problems.attempt("schedule", lambda: _scheduled(config.schedule, served))
+    return scheduled or served, tuple(not_served)
+
+
+def _scheduled(schedules: Mapping[str, Schedule], served: list[ServedProfile]) -> list[ServedProfile]:
+    """The profiles with the schedules that the configuration has for them. Raises `ConfigurationError`."""
+    named = {one.measurements.identity: _names(one.measurements) for one in served}
+    known = {name for names in named.values() for name in names}
+    for name in schedules:
+        if name not in known:
+            raise ConfigurationError(f"{name!r}: {_not_served(name, known)}")
+    found: list[ServedProfile] = []
+    for one in served:
+        for name in named[one.measurements.identity]:
+            if name in schedules:
+                one = evolve(one, measurements=evolve(one.measurements, schedule=schedules[name]))
+        found.append(one)
+    return found
+
+
+def _names(profile: Profile) -> tuple[str, str, str]:
+    """The names of a profile, the most special one last."""
+    return profile.version, profile.name, str(profile)
+
+
+def _not_served(name: str, known: Iterable[str]) -> str:
+    near = nearest(name, known)
+    return f"no such profile is served; {f'did you mean {near!r}?' if near else 'correct it, or remove it'}"
