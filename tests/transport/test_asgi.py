@@ -172,6 +172,10 @@ async def refused(*pieces: bytes, **options: Any) -> tuple[int, int]:
 @pytest.mark.anyio
 async def test_limits() -> None:
     assert await refused(b"x" * 40_000, b"x" * 40_000, b"") == (413, 413)
+    attestation: dict[str, Any] = {"raw_path": b"/servers/n1/attestation", "method": "POST"}
+    request, _ = await ask(b"x" * 262_144, **attestation)
+    assert isinstance(request, HttpRequest)  # this operation's body may be larger than others'
+    assert await refused(b"x" * 262_145, **attestation) == (413, 413)
     assert await refused(headers=[(b"x", b"y" * 20_000)]) == (431, 431)
     assert await refused(raw_path=b"/" + b"x" * 20_000) == (431, 431)
     assert await refused(raw_path=b"/\xff") == (400, 400)

@@ -373,6 +373,18 @@ def test_a_chunked_body_has_the_same_limit() -> None:
     refusal(chunked + b"FFFFFFFF\r\n" + b"x" * 70_000, 413, "body_too_large")
 
 
+def test_an_operation_that_needs_a_larger_body_may_have_it() -> None:
+    attestation = POST.replace(b"vm/luks", b"n1/attestation")
+    chunked = b"Transfer-Encoding: chunked\r\n\r\n" + (b"1000\r\n" + b"x" * 4096 + b"\r\n") * 64 + b"0\r\n\r\n"
+    for rest in (b"Content-Length: 262144\r\n\r\n" + b"x" * 262144, chunked):
+        talk = Talk()
+        talk.feed(attestation + rest)
+        assert [len(request.body) for request in talk.requests] == [262144]
+    refusal(attestation + b"Content-Length: 262145\r\n\r\n", 413, "body_too_large")
+    other = attestation.replace(b"/attestation", b"/attestation/status")
+    refusal(other + b"Content-Length: 65537\r\n\r\n", 413, "body_too_large")
+
+
 def test_the_largest_body() -> None:
     talk = Talk()
     talk.feed(POST + b"Content-Length: 65536\r\n\r\n", *[b"x" * 1024] * 64)

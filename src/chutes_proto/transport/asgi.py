@@ -26,6 +26,7 @@ from chutes_proto.effects import Flow, Uptime
 from chutes_proto.errors import BadRequest, LocalProtocolError
 from chutes_proto.transport.h1 import DEFAULT_LIMITS, Application, Limits, bad_request, peer_address
 from chutes_proto.wire.codes import Code
+from chutes_proto.wire.endpoints import largest_body
 from chutes_proto.wire.http import HttpRequest, MalformedRequest
 
 T = TypeVar("T")
@@ -134,7 +135,8 @@ class AsgiApp:
                     return None
                 body += event.get("body", b"")
                 more = event.get("more_body", False)
-                if len(body) > self._limits.body_bytes:
+                usual = self._limits.body_bytes
+                if len(body) > usual and len(body) > largest_body(scope["method"], target, usual):
                     raise BadRequest(Code.BODY_TOO_LARGE, "Request body too large")
                 if more and await self._run(iter(Uptime())) - arrived > self._limits.request_seconds:
                     raise BadRequest(Code.REQUEST_TIMEOUT, "Request timeout")

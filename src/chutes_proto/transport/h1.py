@@ -33,6 +33,7 @@ from attrs import frozen
 
 from chutes_proto.errors import BadRequest, LocalProtocolError, RemoteProtocolError
 from chutes_proto.wire.codes import Code
+from chutes_proto.wire.endpoints import largest_body
 from chutes_proto.wire.http import Headers, HttpRequest, HttpResponse, MalformedRequest, plain_address
 
 if TYPE_CHECKING:
@@ -338,8 +339,7 @@ class ServerConnection:
                 case h11.Data() as data:
                     _check_lines(read[: len(read) - len(data.data)])
                     self._body += data.data
-                    if len(self._body) > self._limits.body_bytes:
-                        raise BadRequest(Code.BODY_TOO_LARGE, "Request body too large")
+                    self._check_size(len(self._body))
                 case h11.EndOfMessage() if self._head is not None:
                     _check_lines(read)
                     if self._h11.their_state not in (h11.DONE, h11.MUST_CLOSE):  # it waits to hear that nobody switches
@@ -397,8 +397,13 @@ class ServerConnection:
         if b"transfer-encoding" in headers and (b"content-length" in headers or head.http_version == b"1.0"):
             # RFC 9112, section 6.3: an attacker sends both to make two parsers disagree.
             raise bad_request("the request's body has two lengths")
-        if length > self._limits.body_bytes:
-            raise BadRequest(Code.BODY_TOO_LARGE, "Request body too large")
+        self._check_size(length)
+
+    def _check_size(self, size: int) -> None:
+        if size > self._limits.body_bytes and self._head is not None:
+            method, target = self._head.method.decode("ascii"), self._head.target.decode("ascii")
+            if size > largest_body(method, target, self._limits.body_bytes):
+                raise BadRequest(Code.BODY_TOO_LARGE, "Request body too large")
 
     def _request(self, head: h11.Request) -> HttpRequest:
         return HttpRequest(

@@ -93,6 +93,8 @@ class Endpoint:
     authentication: str = "none"
     status: int = 200
     signed: Coverage | None = None
+    body_bytes: int = 0
+    """So large may a request's body be, whatever the server's usual limit is."""
 
     @property
     def method(self) -> str:

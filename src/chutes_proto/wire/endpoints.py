@@ -94,6 +94,19 @@ def route(method: str, path: str) -> Match | WrongMethod | Redirect | None:
     return Redirect(reference) if _matches(other) else None
 
 
+def largest_body(method: str, target: str, usual: int) -> int:
+    """How many bytes a request's body may have: the usual number, or more where its operation needs more."""
+    if usual >= _most():
+        return usual
+    found = route(method, target.partition("?")[0])
+    return max(usual, found.endpoint.body_bytes) if isinstance(found, Match) else usual
+
+
+@cache
+def _most() -> int:
+    return max(endpoint.body_bytes for endpoint in ENDPOINTS)
+
+
 def _verbs(endpoint: Endpoint) -> tuple[str, ...]:
     return ("GET", "HEAD") if endpoint.method == "GET" else (endpoint.method,)
 

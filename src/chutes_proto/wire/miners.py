@@ -268,6 +268,7 @@ RUNTIME_ATTESTATION = Endpoint(
     (*QUOTE_CODES, Code.GPU_EVIDENCE_REJECTED, *_OWN_SERVER_CODES, Code.GPU_TAKEN),
     signed="nonce",
     authentication="hotkey signature over the server's nonce, quote, client certificate",
+    body_bytes=256 * 1024,  # of eight GPUs and four switches: 150 kB of evidence
 )
 
 ATTESTATION_STATUS = _of_hotkey(
