@@ -30,8 +30,9 @@ else:  # a client has no use for the modules of most effects; their types resolv
     gpu = LazyModule("chutes_proto.gpu")
 
 __all__ = ["Effect", "Flow", "run", "run_async"]
-__all__ += ["ActOnDisk", "Entropy", "FetchCollateral", "FetchEvidence", "FetchGpuCollateral", "Get", "InspectDisk"]
-__all__ += ["Log", "MakeQuote", "NextServer", "Now", "Resolve", "Send", "Sleep", "Transact", "Uptime"]
+__all__ += ["ActOnDisk", "CollectGpuEvidence", "Entropy", "FetchCollateral", "FetchEvidence", "FetchGpuCollateral"]
+__all__ += ["Get", "InspectDisk", "Log", "MakeQuote", "NextServer", "Now", "Resolve", "Send", "Sleep", "Transact"]
+__all__ += ["Uptime"]
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -84,6 +85,16 @@ class MakeQuote(Effect[bytes]):
     """Quote 64 bytes of report data on the platform; the reply is the quote. Raises `QuoteUnavailable`."""
 
     report_data: bytes
+
+
+@frozen
+class CollectGpuEvidence(Effect[bytes]):
+    """Have the machine's GPUs make evidence over a nonce, 32 bytes; the reply is a tool's output.
+
+    Raises `QuoteUnavailable`.
+    """
+
+    nonce: bytes
 
 
 @frozen

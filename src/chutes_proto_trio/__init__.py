@@ -26,7 +26,8 @@ try:
     from chutes_proto.io.http.hotkey_auth import HotkeyAuth
     from chutes_proto.io.http.https import TimeLimits
     from chutes_proto.io.http.tls import client_context
-    from chutes_proto.io.quoters.choose import Quoter, auto_quoter, make_quoter
+    from chutes_proto.io.quoters.choose import GpuTool, Quoter, auto_quoter, make_quoter
+    from chutes_proto.io.quoters.gpus import make_gpu_tool
     from chutes_proto.io.server.aio import Server
 except ModuleNotFoundError as _error:
     raise missing("trio", _error) from None
@@ -40,6 +41,7 @@ __all__ = [
     "AttestationFailedError",
     "AttestedIdentity",
     "BootAgent",
+    "GpuTool",
     "HotkeyAuth",
     "HttpxSender",
     "MinerClient",
@@ -54,6 +56,7 @@ __all__ = [
     "fetch_collateral",
     "has_luks_header",
     "make_attested_identity",
+    "make_gpu_tool",
     "make_quoter",
     "read_hotkey",
     "serve",

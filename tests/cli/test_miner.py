@@ -84,6 +84,11 @@ def test_the_life_of_a_server(miner: Command, register: Command, folder: Path) -
     platform = ("--platform", folder / "platform")
     assert miner("attest", "n1", *platform).out.startswith("verified: n1 at ")
     assert " s ago, fresh" in miner("status", "n1").out
+    with_gpus = ("attest", "n1", *platform, "--gpu-tool")
+    assert miner(*with_gpus, "simulated:2").out.startswith("verified: n1 at ")
+    failed = miner(*with_gpus, "false", "--wait", "0")
+    assert (failed.code, "GPU evidence command false" in failed.err) == (console.USAGE, True)
+    assert miner(*with_gpus, "'", "--wait", "0").code == console.USAGE
     told = miner("status", "n1", "--json", "--signatures", "request").json
     assert (told["is_fresh"], told["last"]["error"]) == (True, None)
     assert datetime.fromisoformat(told["last"]["created_at"]).utcoffset() == timedelta(0)

@@ -92,11 +92,12 @@ class Site:
     app: App = field(factory=lambda: App(service()))
     log: list[Record] = field(factory=list)
     collateral: FreshCollateral = field(factory=FreshCollateral)
+    gpus: Any = None
     url: str = ""
     server: Any = None
 
     def performer(self) -> Any:
-        return self.loop.Performer(store=self.store, collateral=self.collateral, log=self.log.append)
+        return self.loop.Performer(store=self.store, collateral=self.collateral, gpus=self.gpus, log=self.log.append)
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[Site]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from functools import partial
 from ipaddress import ip_network
 from pathlib import Path
@@ -15,13 +16,18 @@ from attrs import evolve
 
 from chutes_proto.auth.hotkey import HotkeyPair
 from chutes_proto.errors import BadRequest, ConfigurationError, LocalProtocolError, Refused
+from chutes_proto.gpu import GpuCollateral, Revocation, Rims, verify_rim
 from chutes_proto.io.drivers.sync import Performer
 from chutes_proto.io.hotkey_file import read_hotkey
 from chutes_proto.io.http.hotkey_auth import HotkeyAuth
 from chutes_proto.io.http.tls import client_context
 from chutes_proto.miner import RuntimeVerdict
 from chutes_proto.miner import _flows as servers
-from chutes_proto.store.rows import ServerRow
+from chutes_proto.server._gpu_evidence import GpuAppraisal
+from chutes_proto.server._profiles import ServedProfile
+from chutes_proto.store.rows import AuditRow, GpuDeviceRow, ServerRow
+from chutes_proto.testing import SimulatedGpus
+from chutes_proto.testing._platform import PROFILE
 from tests.clients import make_client, without_loop
 from tests.scenario.operations import SERVER, Scene, Site, Vm, code, everywhere, rows
 from tests.server.world import GPU, MINER, OTHER, PLATFORM, ScanAll, service
@@ -83,6 +89,43 @@ async def test_the_life_of_a_server(scene: Scene, loop: str, signatures: str, sy
             await live(site, loop, signatures)
 
     check_life(site)
+
+
+@pytest.mark.parametrize(("loop", "kind"), [("trio", "sqlite"), ("asyncio", "sqlite")])
+@pytest.mark.parametrize("synchronous", [False, True], ids=["on the loop", "without an event loop"])
+async def test_the_evidence_of_eight_gpus_and_four_switches(scene: Scene, loop: str, synchronous: bool) -> None:
+    """It is larger than a body usually may be; a tool may print other lines before it."""
+    gpus = SimulatedGpus(b"the GPUs of a large machine", count=8, switches=4)
+    profile = evolve(PROFILE, gpu_count=8)
+    served = {profile.identity: ServedProfile(profile, None, False, False, gpu_evidence="require")}
+    site = scene(profiles=served, gpu_appraisal=GpuAppraisal(roots=gpus.roots))
+    now = int(time.time())
+    rims = Rims.of(verify_rim(data, now=now, roots=gpus.roots) for data in gpus.rims(now))
+    site.gpus = lambda: GpuCollateral(rims, Revocation.of(gpus.status(now)))
+    sizes: list[int] = []
+
+    def tool(nonce: bytes) -> bytes:
+        evidence = gpus.evidence_json(nonce)
+        sizes.append(len(evidence))
+        return b"[1] asking the devices\n" + evidence + b"\n"
+
+    async def attest(kind: str) -> None:
+        async with client(site, kind) as miner, client(site, kind, gpu_tool=tool) as with_gpus:
+            await miner.register("n1", host="1.2.3.4", gpus=[GPU], name="vm-1")
+            with pytest.raises(Refused, match="There is none"):
+                await miner.attest("n1")
+            _ = await with_gpus.attest("n1")
+            assert (await miner.status("n1")).is_fresh
+
+    async with site.serving():
+        if synchronous:
+            await anyio.to_thread.run_sync(without_loop, attest("sync"))
+        else:
+            await attest(loop)
+    assert min(sizes) > 100_000
+    audited = str(site.store.transact(ScanAll(AuditRow))[-1].reason)
+    assert "GPU evidence verified: 12 devices" in audited
+    assert len(site.store.transact(ScanAll(GpuDeviceRow))) == 12
 
 
 @everywhere

@@ -26,7 +26,7 @@ from chutes_proto.auth.hotkey import Hotkey, HotkeyError
 from chutes_proto.auth.signing import WINDOW, Signer, SigningPolicy, messages_to_sign, signature_headers
 from chutes_proto.boot._retry import begin
 from chutes_proto.boot._retry_policy import RetryPolicy
-from chutes_proto.effects import Flow, MakeQuote, Now, Send
+from chutes_proto.effects import CollectGpuEvidence, Flow, MakeQuote, Now, Send
 from chutes_proto.errors import (
     LocalProtocolError,
     QuoteUnavailable,
@@ -186,10 +186,13 @@ def remove_server(miner: Miner, name_or_id: str) -> Flow[str]:
     return (yield from _persist(miner, miners.REMOVE_SERVER, attempt))
 
 
-def attest_server(miner: Miner, server_id: str, spki_sha256: bytes) -> Flow[RuntimeAttestation]:
+def attest_server(
+    miner: Miner, server_id: str, spki_sha256: bytes, *, with_gpus: bool = False
+) -> Flow[RuntimeAttestation]:
     """Prove that an approved TD holds the client key whose SPKI has this SHA-256: nonce, quote, attestation.
 
-    The connections must present that key's certificate. Raises `QuoteUnavailable`, too.
+    ``with_gpus`` sends evidence of the machine's GPUs over the same nonce, too. The connections must present that key's
+    certificate. Raises `QuoteUnavailable`, too.
     """
     nonce_request = miners.ServerRequest(server_id=_name(server_id))
 
@@ -197,12 +200,25 @@ def attest_server(miner: Miner, server_id: str, spki_sha256: bytes) -> Flow[Runt
         given = yield from _ask(miner, miners.RUNTIME_NONCE, nonce_request, NonceAnswer)
         nonce = bytes.fromhex(hex_32(given.nonce, "nonce"))
         quote = yield from MakeQuote(report_data(nonce, spki_sha256))
-        request = miners.RuntimeAttestationRequest(server_id=_name(server_id), quote=codec.encode_quote(quote))
+        gpus = _evidence((yield from CollectGpuEvidence(nonce))) if with_gpus else None
+        request = miners.RuntimeAttestationRequest(
+            server_id=_name(server_id), quote=codec.encode_quote(quote), gpu_evidence=gpus
+        )
         kind = miners.RuntimeAttestationAnswer
         answer = yield from _ask(miner, miners.RUNTIME_ATTESTATION, request, kind, given.nonce)
         return RuntimeAttestation(answer.attestation_id, _time(answer.verified_at))
 
     return (yield from _persist(miner, miners.RUNTIME_ATTESTATION, attempt))
+
+
+def _evidence(output: bytes) -> str:
+    """The evidence in a tool's output: all of it, or its last line where tools report their progress before it."""
+    try:
+        text = output.decode("utf-8").strip()
+    except UnicodeDecodeError:
+        raise QuoteUnavailable("the evidence of the GPUs is not text in UTF-8") from None
+    last = text.rpartition("\n")[2]
+    return last if last.startswith("[") and last.endswith("]") else text
 
 
 def read_status(miner: Miner, server_id: str) -> Flow[AttestationStatus]:

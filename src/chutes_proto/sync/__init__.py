@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     )
     from chutes_proto.io.http.https import HttpsSender, TimeLimits
     from chutes_proto.io.http.tls import client_context
-    from chutes_proto.io.quoters.choose import Quoter, auto_quoter, make_quoter
+    from chutes_proto.io.quoters.choose import GpuTool, Quoter, auto_quoter, make_quoter
+    from chutes_proto.io.quoters.gpus import make_gpu_tool
 else:
     __getattr__ = lazily(
         globals(),
@@ -40,7 +41,8 @@ else:
             ),
             "chutes_proto.io.http.https": "HttpsSender TimeLimits",
             "chutes_proto.io.http.tls": "client_context",
-            "chutes_proto.io.quoters.choose": "Quoter auto_quoter make_quoter",
+            "chutes_proto.io.quoters.choose": "GpuTool Quoter auto_quoter make_quoter",
+            "chutes_proto.io.quoters.gpus": "make_gpu_tool",
         },
     )
 
@@ -48,6 +50,7 @@ __all__ = [
     "AttestationFailedError",
     "AttestedIdentity",
     "BootAgent",
+    "GpuTool",
     "HttpsSender",
     "MinerClient",
     "Performer",
@@ -60,6 +63,7 @@ __all__ = [
     "fetch_collateral",
     "has_luks_header",
     "make_attested_identity",
+    "make_gpu_tool",
     "make_quoter",
     "read_hotkey",
 ]

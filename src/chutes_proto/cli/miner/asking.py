@@ -7,7 +7,7 @@ import ssl
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import click
 from attrs import frozen
@@ -22,14 +22,20 @@ from chutes_proto.io.drivers.sync import Performer
 from chutes_proto.io.hotkey_file import read_hotkey
 from chutes_proto.io.http.https import HttpsSender
 from chutes_proto.io.http.tls import context_trusting
-from chutes_proto.io.quoters.choose import Quoter, make_quoter
+from chutes_proto.io.quoters.choose import GpuTool, Quoter, make_quoter
 from chutes_proto.log import Record
 from chutes_proto.miner._flows import Miner
 from chutes_proto.quote import Stage
 
 Asked = TypeVar("Asked")
 Answered = TypeVar("Answered")
-MakePerformer: TypeAlias = Callable[[Quoter | None], Performer]
+
+
+class MakePerformer(Protocol):
+    """Makes a performer with a quoter and a tool for GPU evidence."""
+
+    def __call__(self, quoter: Quoter | None, tool: GpuTool | None = None, /) -> Performer: ...
+
 
 _UNVERIFIED = "the certificate of {url} does not verify: {reason}; is its CA the one in --ca?"
 _NO_ANSWER = "no answer from {url}: {reason}; is the server running there, and its CA in --ca?"
@@ -53,7 +59,7 @@ class Peer:
         with HttpsSender(context_trusting(self.ca, identity), self.url) as sender:
             send = reporting(sender, fault)
             try:
-                yield lambda quoter: Performer(send=send, quoter=quoter, log=log)
+                yield lambda quoter, tool=None: Performer(send=send, quoter=quoter, gpu_tool=tool, log=log)
             except TransportError as exc:
                 raise ConfigurationError(_NO_ANSWER.format(url=self.url, reason=exc)) from None
 
@@ -119,13 +125,14 @@ class Asker:
         self,
         flow: Callable[[Miner, ClientIdentity], Flow[Answered]],
         quoter: Callable[[], Quoter | None] = lambda: None,
+        gpu_tool: GpuTool | None = None,
     ) -> Answered:
-        """Run a flow that needs the client's TLS key, and perhaps a quoter."""
+        """Run a flow that needs the client's TLS key, and perhaps a quoter and a tool for GPU evidence."""
         pair = read_hotkey(self.hotkey_file)
         identity = new_identity()
         miner = Miner(pair.hotkey.address, pair.sign, self.signatures, self.peer.retry)
         with self.peer.connected(identity, _tell_delay) as performer:
-            return performer(quoter()).run(flow(miner, identity))
+            return performer(quoter(), gpu_tool).run(flow(miner, identity))
 
 
 def _tell_delay(record: Record) -> None:

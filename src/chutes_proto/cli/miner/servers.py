@@ -13,6 +13,7 @@ from chutes_proto.cli.base import Argument, Group, answer, full_option, plain_op
 from chutes_proto.cli.miner.asking import Asker, MinerCommand, open_quoter, quoter_options
 from chutes_proto.errors import ConfigurationError
 from chutes_proto.io.files import read_file
+from chutes_proto.io.quoters.gpus import make_gpu_tool
 from chutes_proto.miner import _flows as flows
 from chutes_proto.wire.codec import decode_list
 from chutes_proto.wire.miners import NodeArgs
@@ -161,22 +162,32 @@ _COLUMNS: output.Columns = {field.name.upper(): _column(field.name) for field in
 @click.command("attest", cls=MinerCommand)
 @_id_argument
 @quoter_options
+@click.option(
+    "--gpu-tool",
+    metavar="TOOL",
+    help="send evidence of the GPUs, too: a command that gets the nonce in hex, on standard input and in place of"
+    " {nonce}, and writes the evidence as JSON to standard output or to the file {output}; no shell runs; or"
+    " 'simulated', 'simulated:N' (for trials)",
+)
 @click.pass_obj
-def attest(asker: Asker, server_id: str, quoter: str, platform: str | None) -> int:
+def attest(asker: Asker, server_id: str, quoter: str, platform: str | None, gpu_tool: str | None) -> int:
     """Attest a registered server at runtime.
 
     Gets a nonce for the server, has the platform make a quote of it and of an ephemeral TLS key, and sends the quote.
-    This shows that an accepted TD on the server's platform holds that key, not that it is the TD that booted.
+    This shows that an accepted TD on the server's platform holds that key, not that it is the TD that booted. With
+    --gpu-tool the GPUs make evidence over the same nonce; profiles with gpu_evidence = "require" demand it.
 
     Examples:
       chutes-proto attest https://127.0.0.1:8443 --ca ca.pem --hotkey-file hotkey n1
       chutes-proto attest https://127.0.0.1:8443 --ca ca.pem --hotkey-file hotkey n1 --quoter 'my-quoter {report_data}'
+      chutes-proto attest https://127.0.0.1:8443 --ca ca.pem --hotkey-file hotkey n1 --gpu-tool simulated
 
     See also: status, register
     """
     attested = asker.ask_as(
-        lambda who, identity: flows.attest_server(who, server_id, identity.spki_sha256),
+        lambda who, identity: flows.attest_server(who, server_id, identity.spki_sha256, with_gpus=gpu_tool is not None),
         lambda: open_quoter(quoter, platform, "runtime"),
+        None if gpu_tool is None else make_gpu_tool(gpu_tool),
     )
     said = {"granted": True, **console.plain(attested)}
     return answer(said, f"verified: {server_id} at {said['verified_at']}, record {attested.attestation_id}")

@@ -19,7 +19,7 @@ from chutes_proto.io.drivers.sync import log_record
 from chutes_proto.io.http.https import TimeLimits
 from chutes_proto.io.http.httpx_messages import open_client
 from chutes_proto.io.http.tls import client_context, presented
-from chutes_proto.io.quoters.choose import Quoter, check_quoter
+from chutes_proto.io.quoters.choose import GpuTool, Quoter, check_quoter
 from chutes_proto.log import Record
 from chutes_proto.miner import _flows as flows
 from chutes_proto.miner._flows import MINER_RETRY, AttestationStatus, Gpu, Miner, RuntimeAttestation, Server
@@ -38,6 +38,7 @@ class _Connected:
         limits: TimeLimits,
         quoter: Quoter | None,
         log: Callable[[Record], None],
+        gpu_tool: GpuTool | None = None,
     ) -> None:
         if quoter is not None:
             check_quoter(quoter)
@@ -45,7 +46,7 @@ class _Connected:
         self._owned = None
         if client is None:
             client = self._owned = open_client(client_context(self._identity, ca_pem))
-        self._run = Performer(send=HttpxSender(client, url, limits), quoter=quoter, log=log).run
+        self._run = Performer(send=HttpxSender(client, url, limits), quoter=quoter, gpu_tool=gpu_tool, log=log).run
 
     async def __aenter__(self) -> Self:
         return self
@@ -114,8 +115,8 @@ class BootAgent(_Connected):
 class MinerClient(_Connected):
     """One miner's servers at one key server, on trio or asyncio: an asynchronous context manager.
 
-    Arguments, methods and errors are those of `chutes_proto.sync.MinerClient`; ``quoter`` may block, it runs in a
-    thread. A ``client`` of the caller must present the certificate of ``identity``, and stays open.
+    Arguments, methods and errors are those of `chutes_proto.sync.MinerClient`; ``quoter`` and ``gpu_tool`` may
+    block, they run in threads. A ``client`` of the caller must present the certificate of ``identity``, and stays open.
     """
 
     def __init__(
@@ -126,6 +127,7 @@ class MinerClient(_Connected):
         signer: Signer,
         signatures: SigningPolicy = "compatible",
         quoter: Quoter | None = None,
+        gpu_tool: GpuTool | None = None,
         ca_pem: bytes | None = None,
         identity: ClientIdentity | None = None,
         client: httpx.AsyncClient | None = None,
@@ -134,7 +136,8 @@ class MinerClient(_Connected):
         log: Callable[[Record], None] = log_record,
     ) -> None:
         self._miner = Miner(hotkey, signer, signatures, retry)
-        super().__init__(url, identity, ca_pem, client, limits, quoter, log)
+        self._with_gpus = gpu_tool is not None
+        super().__init__(url, identity, ca_pem, client, limits, quoter, log, gpu_tool)
 
     async def register(self, server_id: str, *, host: str, gpus: Sequence[Gpu], name: str | None = None) -> None:
         """Register a server at ``host``, a name or address; without ``name`` its id is its name."""
@@ -158,7 +161,9 @@ class MinerClient(_Connected):
 
     async def attest(self, server_id: str) -> RuntimeAttestation:
         """Attest a server at runtime, with a quote that binds this client's key; may also raise `QuoteUnavailable`."""
-        return await self._run(flows.attest_server(self._miner, server_id, self._identity.spki_sha256))
+        return await self._run(
+            flows.attest_server(self._miner, server_id, self._identity.spki_sha256, with_gpus=self._with_gpus)
+        )
 
     async def status(self, server_id: str) -> AttestationStatus:
         """Return the newest verdict on a runtime quote, and whether it is still valid."""

@@ -15,7 +15,7 @@ from chutes_proto.boot._session import BootSession
 from chutes_proto.io.drivers.sync import Performer, log_record
 from chutes_proto.io.http.https import HttpsSender, TimeLimits
 from chutes_proto.io.http.tls import client_context, presented
-from chutes_proto.io.quoters.choose import Quoter, check_quoter
+from chutes_proto.io.quoters.choose import GpuTool, Quoter, check_quoter
 from chutes_proto.log import Record
 from chutes_proto.secret import Secret
 
@@ -31,12 +31,13 @@ class Connected:
         limits: TimeLimits,
         quoter: Quoter | None,
         log: Callable[[Record], None],
+        gpu_tool: GpuTool | None = None,
     ) -> None:
         if quoter is not None:
             check_quoter(quoter)
         self._identity = presented(identity)
         self._sender = HttpsSender(client_context(self._identity, ca_pem), url, limits)
-        self._run = Performer(send=self._sender, quoter=quoter, log=log).run
+        self._run = Performer(send=self._sender, quoter=quoter, gpu_tool=gpu_tool, log=log).run
 
     def __enter__(self) -> Self:
         return self

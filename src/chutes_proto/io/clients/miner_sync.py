@@ -10,7 +10,7 @@ from chutes_proto.boot._retry_policy import RetryPolicy
 from chutes_proto.io.clients.boot_sync import Connected
 from chutes_proto.io.drivers.sync import log_record
 from chutes_proto.io.http.https import TimeLimits
-from chutes_proto.io.quoters.choose import Quoter
+from chutes_proto.io.quoters.choose import GpuTool, Quoter
 from chutes_proto.log import Record
 from chutes_proto.miner import _flows as flows
 from chutes_proto.miner._flows import MINER_RETRY, AttestationStatus, Gpu, Miner, RuntimeAttestation, Server
@@ -22,7 +22,8 @@ class MinerClient(Connected):
     ``url`` is ``https://host:port``. ``hotkey`` is the SS58 address, and ``signer`` signs with it: `HotkeyPair.sign`
     (see `read_hotkey`), or a function that asks the program or device with the key. With ``signatures="request"`` each
     signature covers the whole request. ``ca_pem`` is the CA bundle to trust instead of the system's. `attest` needs a
-    ``quoter``; its quote binds the ephemeral client key that the client makes, or that of ``identity``. ``retry``
+    ``quoter``; its quote binds the ephemeral client key that the client makes, or that of ``identity``. With a
+    ``gpu_tool`` it sends evidence of the machine's GPUs, too. ``retry``
     limits each method, ``limits`` each request; ``log`` is called with every record, none of which holds a secret.
 
     The methods raise `Refusal`, `TransportError`, `RemoteProtocolError` for an answer that breaks the protocol, and,
@@ -37,6 +38,7 @@ class MinerClient(Connected):
         signer: Signer,
         signatures: SigningPolicy = "compatible",
         quoter: Quoter | None = None,
+        gpu_tool: GpuTool | None = None,
         ca_pem: bytes | None = None,
         identity: ClientIdentity | None = None,
         retry: RetryPolicy = MINER_RETRY,
@@ -44,7 +46,8 @@ class MinerClient(Connected):
         log: Callable[[Record], None] = log_record,
     ) -> None:
         self._miner = Miner(hotkey, signer, signatures, retry)
-        super().__init__(url, identity, ca_pem, limits, quoter, log)
+        self._with_gpus = gpu_tool is not None
+        super().__init__(url, identity, ca_pem, limits, quoter, log, gpu_tool)
 
     def register(self, server_id: str, *, host: str, gpus: Sequence[Gpu], name: str | None = None) -> None:
         """Register a server at ``host``, a name or address; without ``name`` its id is its name."""
@@ -68,7 +71,9 @@ class MinerClient(Connected):
 
     def attest(self, server_id: str) -> RuntimeAttestation:
         """Attest a server at runtime, with a quote that binds this client's key; may also raise `QuoteUnavailable`."""
-        return self._run(flows.attest_server(self._miner, server_id, self._identity.spki_sha256))
+        return self._run(
+            flows.attest_server(self._miner, server_id, self._identity.spki_sha256, with_gpus=self._with_gpus)
+        )
 
     def status(self, server_id: str) -> AttestationStatus:
         """Return the newest verdict on a runtime quote, and whether it is still valid."""

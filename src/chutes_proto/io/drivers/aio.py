@@ -20,7 +20,7 @@ from chutes_proto.io.drivers.sync import CollateralSource, DiskWorker, Missing, 
 from chutes_proto.io.http.evidence import fetch_evidence
 from chutes_proto.io.http.https import TimeLimits
 from chutes_proto.io.http.httpx_messages import origin, prepare, whole_answer
-from chutes_proto.io.quoters.choose import Quoter
+from chutes_proto.io.quoters.choose import GpuTool, Quoter
 from chutes_proto.log import Record
 from chutes_proto.quote._collateral import VerifiedCollateral
 from chutes_proto.quote._pck import PckIdentity
@@ -65,10 +65,10 @@ class HttpxGetter:
 class Performer:
     """Performs effects with the parts that it is given, on trio or asyncio.
 
-    Parts are as for `chutes_proto.sync.Performer`; quoter, store, collateral source and disks may block, they run in
-    threads. ``send`` and ``get`` are asynchronous: `HttpxSender`, for example. ``fetch`` is an asynchronous source of
-    collateral, in place of ``collateral``, and ``transact`` performs `Transact` in place of ``store``, which is called
-    at once and waited for as long as it takes.
+    Parts are as for `chutes_proto.sync.Performer`; quoter, tool, store, collateral source and disks may block, they run
+    in threads. ``send`` and ``get`` are asynchronous: `HttpxSender`, for example. ``fetch`` is an asynchronous source
+    of collateral, in place of ``collateral``, and ``transact`` performs `Transact` in place of ``store``, which is
+    called at once and waited for as long as it takes.
     """
 
     def __init__(
@@ -77,6 +77,7 @@ class Performer:
         send: Callable[[HttpRequest], Awaitable[HttpResponse]] | None = None,
         get: Callable[[str], Awaitable[HttpResponse]] | None = None,
         quoter: Quoter | None = None,
+        gpu_tool: GpuTool | None = None,
         store: Store | None = None,
         collateral: CollateralSource | None = None,
         fetch: Callable[[PckIdentity, int, VerifiedCollateral | None], Awaitable[VerifiedCollateral]] | None = None,
@@ -90,7 +91,7 @@ class Performer:
         self._collateral = collateral or Missing("collateral")
         self._fetch = fetch or self._fetch_in_thread
         self._transact = transact or self._perform_in_thread
-        self._blocking = sync.Performer(quoter=quoter, store=store, disks=disks, gpus=gpus, log=log)
+        self._blocking = sync.Performer(quoter=quoter, gpu_tool=gpu_tool, store=store, disks=disks, gpus=gpus, log=log)
         self._resolvers = anyio.CapacityLimiter(sync.RESOLVERS)
 
     async def run(self, flow: Flow[T]) -> T:
@@ -120,7 +121,7 @@ class Performer:
                 return await fetch_evidence(effect)
             case effects.Now() | effects.Entropy() | effects.Log():  # these do not block
                 return self._blocking.perform(effect)
-            case effects.MakeQuote() | effects.FetchGpuCollateral():
+            case effects.MakeQuote() | effects.CollectGpuEvidence() | effects.FetchGpuCollateral():
                 return await anyio.to_thread.run_sync(self._blocking.perform, effect, abandon_on_cancel=True)
             case effects.Transact():
                 return await self._transact(effect)

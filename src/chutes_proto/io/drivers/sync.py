@@ -19,7 +19,7 @@ from chutes_proto import effects
 from chutes_proto._lazy import LazyModule
 from chutes_proto.effects import Effect, Flow
 from chutes_proto.errors import LocalProtocolError, TransportError
-from chutes_proto.io.quoters.choose import Quoter, take_quote
+from chutes_proto.io.quoters.choose import GpuTool, Quoter, take_quote
 from chutes_proto.log import Record
 from chutes_proto.wire.http import HttpRequest, HttpResponse
 
@@ -130,9 +130,9 @@ class Performer:
     """Performs effects with the parts that it is given, in the calling thread.
 
     ``send`` performs `Send` (`HttpsSender`), ``get`` performs `Get`, ``next_server`` changes to the next server and
-    returns its origin, ``quoter`` makes quotes, ``store`` runs transactions, ``collateral`` has verified collateral,
-    ``disks`` looks at disks and acts on them, ``gpus`` returns RIMs and OCSP answers, ``log`` is called
-    with every record.
+    returns its origin, ``quoter`` makes quotes, ``gpu_tool`` has GPUs make evidence, ``store`` runs transactions,
+    ``collateral`` has verified collateral, ``disks`` looks at disks and acts on them, ``gpus`` returns RIMs and OCSP
+    answers, ``log`` is called with every record.
     """
 
     def __init__(
@@ -142,6 +142,7 @@ class Performer:
         get: Callable[[str], HttpResponse] | None = None,
         next_server: Callable[[], str] | None = None,
         quoter: Quoter | None = None,
+        gpu_tool: GpuTool | None = None,
         store: store.Store | None = None,
         collateral: CollateralSource | None = None,
         disks: DiskWorker | None = None,
@@ -152,6 +153,7 @@ class Performer:
         self._get = get or Missing("get")
         self._next_server = next_server or Missing("next_server")
         self._quoter = quoter or Missing("quoter")
+        self._gpu_tool = gpu_tool or Missing("gpu_tool")
         self._store = store or Missing("store")
         self._collateral = collateral or Missing("collateral")
         self._disks = disks or Missing("disks")
@@ -174,6 +176,8 @@ class Performer:
                 return self._next_server()
             case effects.MakeQuote(report_data):
                 return take_quote(self._quoter, report_data)
+            case effects.CollectGpuEvidence(nonce):
+                return self._gpu_tool(nonce)
             case effects.Sleep(seconds):
                 time.sleep(seconds)
             case effects.Now():

@@ -23,6 +23,12 @@ from chutes_proto.io.quoters import MAX_QUOTE
 Quoter: TypeAlias = Callable[[bytes], bytes]
 """A callable that returns a quote of 64 bytes of report data. It may block, and raises `QuoteUnavailable`."""
 
+GpuTool: TypeAlias = Callable[[bytes], bytes]
+"""A callable that has GPUs make evidence over a nonce of 32 bytes, and returns it as JSON.
+
+It may block, and raises `QuoteUnavailable`.
+"""
+
 _Stage: TypeAlias = Literal["boot", "runtime"]  # `Stage` of the verifier, which no agent loads
 
 

@@ -1,8 +1,8 @@
-"""Quotes from an external program.
+"""Quotes, and evidence of GPUs, from an external program.
 
 Rules kept here:
 
-* no shell runs; the program gets the report data, which is not secret, and nothing else;
+* no shell runs; the program gets the report data or the nonce, which is not secret, and nothing else;
 * at its time limit, it and every process that it has started are killed;
 * its output is bounded, and a file for the quote is in a directory that only this user can enter.
 """
@@ -23,7 +23,7 @@ from chutes_proto.io.quoters import MAX_QUOTE
 if TYPE_CHECKING:
     import subprocess
 
-_REPORT_DATA, _OUTPUT = "{report_data}", "{output}"
+_OUTPUT = "{output}"
 _TAIL: Final = 300
 
 
@@ -33,17 +33,27 @@ class CommandQuoter:
     ``command`` is a list of arguments, or a line that is split as a shell would split it (no shell runs). The program
     gets the report data in hex, as one line on its standard input and wherever an argument says ``{report_data}``. It
     writes the quote to its standard output, or, where an argument says ``{output}``, to the file of that name, and
-    exits with 0 within ``timeout`` seconds. ``what`` names its output in messages. Raises `ConfigurationError` for an
-    empty or unbalanced command.
+    exits with 0 within ``timeout`` seconds. ``what`` names its output, of at most ``most`` bytes, in messages, and
+    ``data`` its input. Raises `ConfigurationError` for an empty or unbalanced command.
     """
 
-    def __init__(self, command: Sequence[str] | str, *, timeout: float = 30.0, what: str = "quote") -> None:
+    def __init__(
+        self,
+        command: Sequence[str] | str,
+        *,
+        timeout: float = 30.0,
+        what: str = "quote",
+        data: str = "report_data",
+        most: int = MAX_QUOTE,
+    ) -> None:
         try:
             self._command = cut_command(command) if isinstance(command, str) else check_command(command)
         except ConfigurationError as exc:
             raise ConfigurationError(f"the {what} command: {exc}") from None
         self._timeout = timeout
         self._what = what
+        self._place = f"{{{data}}}"
+        self._most = most
 
     def __str__(self) -> str:
         return f"the {self._what} command {self._command[0]}"
@@ -51,7 +61,7 @@ class CommandQuoter:
     def __call__(self, report_data: bytes) -> bytes:
         """Return the program's output. Raises `QuoteUnavailable` with its exit status and its last lines."""
         text = report_data.hex()
-        arguments = [argument.replace(_REPORT_DATA, text) for argument in self._command]
+        arguments = [argument.replace(self._place, text) for argument in self._command]
         if not any(_OUTPUT in argument for argument in arguments):
             return self._run(arguments, text)
         import tempfile
@@ -62,7 +72,7 @@ class CommandQuoter:
             _ = self._run([argument.replace(_OUTPUT, str(output)) for argument in arguments], text)
             try:
                 with output.open("rb") as file:
-                    quote = file.read(MAX_QUOTE + 1)
+                    quote = file.read(self._most + 1)
             except OSError as exc:
                 raise QuoteUnavailable(f"{self} ended with 0, but {output} cannot be read: {exc.strerror}") from exc
         self._check_size(quote)
@@ -119,5 +129,5 @@ class CommandQuoter:
         return bytes(output), bytes(said)
 
     def _check_size(self, output: bytes | bytearray) -> None:
-        if len(output) > MAX_QUOTE:
-            raise QuoteUnavailable(f"{self} gave more than {MAX_QUOTE} bytes, more than any {self._what} has")
+        if len(output) > self._most:
+            raise QuoteUnavailable(f"{self} gave more than {self._most} bytes, more than any {self._what} has")
