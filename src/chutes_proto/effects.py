@@ -31,8 +31,8 @@ else:  # a client has no use for the modules of most effects; their types resolv
 
 __all__ = ["Effect", "Flow", "run", "run_async"]
 __all__ += ["ActOnDisk", "CollectGpuEvidence", "Entropy", "FetchCollateral", "FetchEvidence", "FetchGpuCollateral"]
-__all__ += ["Get", "InspectDisk", "Log", "MakeQuote", "NextServer", "Now", "Resolve", "Send", "Sleep", "Transact"]
-__all__ += ["Uptime"]
+__all__ += ["Get", "InspectDisk", "Log", "MakeQuote", "NextServer", "Now", "Post", "Resolve", "Send", "Sleep"]
+__all__ += ["Transact", "Uptime"]
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -78,6 +78,15 @@ class Get(Effect[HttpResponse]):
     """
 
     url: str
+
+
+@frozen
+class Post(Effect[HttpResponse]):
+    """POST bytes to a URL of any service; all else is as for `Get`."""
+
+    url: str
+    headers: Headers
+    body: bytes
 
 
 @frozen
@@ -135,9 +144,13 @@ class FetchCollateral(Effect["quote.VerifiedCollateral"]):
 
 @frozen
 class FetchGpuCollateral(Effect["gpu.GpuCollateral"]):
-    """Get the RIMs and the OCSP answers that are there to verify GPUs with. Raises `CollateralUnavailable`."""
+    """Get the RIMs and the OCSP answers that these devices are verified with, or those of them that there are.
+
+    Raises `CollateralUnavailable`.
+    """
 
     now: int
+    devices: tuple[gpu.GenuineDevice, ...]
 
 
 @frozen

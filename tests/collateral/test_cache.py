@@ -14,7 +14,6 @@ from msgspec.structs import replace
 from chutes_proto._proof import PROOF
 from chutes_proto.collateral.cache import (
     CachePolicy,
-    CollateralCache,
     Decision,
     Fetch,
     GiveUp,
@@ -26,6 +25,7 @@ from chutes_proto.collateral.cache import (
 )
 from chutes_proto.collateral.library import Family
 from chutes_proto.collateral.pcs import Upstream
+from chutes_proto.collateral.platforms import PlatformCache
 from chutes_proto.effects import Effect, Get, Log, Now, Sleep, run
 from chutes_proto.errors import ConfigurationError, TransportError
 from chutes_proto.log import Level, Record
@@ -76,7 +76,7 @@ class World:
     """
 
     def __init__(self, *upstreams: Upstream, **policy: Any) -> None:
-        self.cache = CollateralCache(upstreams or (FIRST,), root=ROOT, policy=CachePolicy(**policy), seed=b"seed")
+        self.cache = PlatformCache(upstreams or (FIRST,), root=ROOT, policy=CachePolicy(**policy), seed=b"seed")
         self.now = NOW
         self.down: set[str] = set()
         self.broken: set[str] = set()
@@ -111,13 +111,13 @@ class World:
         honest = self.service.answer(HttpRequest("GET", "/" + path), self.now - self.age)
         return honest if self.only not in (None, "/" + path) else self.status.get(host, honest)
 
-    def decide(self, of: Family | None = None) -> Decision:
+    def decide(self, of: Family | None = None) -> Decision[VerifiedCollateral]:
         return self.cache.decide(of or family(), self.now)
 
     def fetch(self, of: Family | None = None) -> Any:
         return run(fetch(self.cache, of or family()), self.perform)
 
-    def landed(self, of: Family | None = None) -> Use | GiveUp:
+    def landed(self, of: Family | None = None) -> Use[VerifiedCollateral] | GiveUp:
         return run(settle(self.cache, of or family()), self.perform)
 
     def warm(self) -> VerifiedCollateral:
@@ -128,7 +128,7 @@ class World:
         return decision.collateral
 
 
-def reason(decision: Decision) -> str:
+def reason(decision: Decision[VerifiedCollateral]) -> str:
     assert isinstance(decision, GiveUp)
     return decision.reason
 
@@ -321,7 +321,9 @@ def test_stale_needs_a_grace_and_an_outage() -> None:
 def test_a_certificate_that_ends_before_the_rest_is_an_end_too_and_knows_no_grace() -> None:
     ends = Fault(name="ends", side="collateral", what="", tcb_signer=lambda draft: evolve(draft, not_after=NOW + 10))
     world = World(grace=3600)
-    world.cache.restore(verify_collateral(PLATFORM.having(ends).collateral(NOW), now=NOW, root=ROOT, grace=3600))
+    world.cache.restore(
+        family(), verify_collateral(PLATFORM.having(ends).collateral(NOW), now=NOW, root=ROOT, grace=3600)
+    )
     world.now = NOW + 10
     assert isinstance(world.decide(), Refresh)
     world.now = NOW + 11
@@ -350,7 +352,7 @@ def test_nothing_is_replaced_by_what_is_older() -> None:
     world = World()
     held = world.warm()
     newer = verified(NOW, issue=replace(held.issue, root_crl_number=held.issue.root_crl_number + 1))
-    world.cache.restore(newer)
+    world.cache.restore(family(), newer)
     world.now += 10
     assert world.fetch() is None
     assert "it is older than the cached collateral" in str(world.log[-1].fields["error"])
@@ -362,7 +364,7 @@ def test_nothing_is_replaced_by_what_is_older() -> None:
 def test_no_younger_crl_is_replaced_by_an_older_one_of_the_same_number() -> None:
     world = World()
     issue = world.warm().issue
-    world.cache.restore(verified(NOW, issue=replace(issue, pck_crl_issued=issue.pck_crl_issued + 60)))
+    world.cache.restore(family(), verified(NOW, issue=replace(issue, pck_crl_issued=issue.pck_crl_issued + 60)))
     world.now += 61
     world.age = 30
     assert world.fetch() is None
@@ -380,7 +382,7 @@ def test_collateral_of_two_tcb_recoveries_is_fetched_again() -> None:
     failed = next(record for record in world.log if record.event == "collateral_upstream_failed")
     assert "TCB evaluation data number 20, its QE identity 21" in str(failed.fields["error"])
     world.down.add("second")
-    world.cache = CollateralCache((FIRST, SECOND), root=ROOT, seed=b"seed")
+    world.cache = PlatformCache((FIRST, SECOND), root=ROOT, seed=b"seed")
     assert isinstance(world.decide(), Fetch)
     assert world.fetch() is None
     assert "QE identity 21" in reason(world.landed())
@@ -445,14 +447,14 @@ def test_a_service_whose_clock_is_ahead_is_waited_for_a_little() -> None:
 def test_what_was_kept_is_used_at_once_and_refreshed() -> None:
     world = World()
     held = verified()
-    world.cache.restore(held)
+    world.cache.restore(family(), held)
     assert world.cache.held() == (held,)
     world.now += 60
     assert world.decide() == Refresh(held)
     assert world.fetch() is not None
     assert isinstance(world.decide(), Use)
     late = World()
-    late.cache.restore(held)
+    late.cache.restore(family(), held)
     late.now = LATE
     assert isinstance(late.decide(), Fetch)
 
@@ -474,7 +476,7 @@ def test_families_are_bounded_and_the_useless_go_first() -> None:
 def test_jitter_differs_between_servers() -> None:
     waits = set()
     for seed in range(20):
-        cache = CollateralCache([FIRST], root=ROOT, policy=CachePolicy(unknown=1000), seed=bytes([seed]))
+        cache = PlatformCache([FIRST], root=ROOT, policy=CachePolicy(unknown=1000), seed=bytes([seed]))
         cache.gave_up(family(), "nobody knows", NOW, unknown=True)
         waits.add(next(s for s in range(2000) if isinstance(cache.decide(family(), NOW + s), Fetch)))
     assert len(waits) > 10
@@ -484,11 +486,11 @@ def test_jitter_differs_between_servers() -> None:
 def test_upstreams_are_named_and_none_twice() -> None:
     for upstreams in ((), (FIRST, FIRST)):
         with pytest.raises(ConfigurationError):
-            _ = CollateralCache(upstreams, root=ROOT)
+            _ = PlatformCache(upstreams, root=ROOT)
 
 
 def test_a_round_as_a_dialogue() -> None:
-    cache = CollateralCache([FIRST, SECOND], root=ROOT)
+    cache = PlatformCache([FIRST, SECOND], root=ROOT)
     answers = [
         (Get(url), SERVICE.answer(HttpRequest("GET", url.removeprefix("https://second")), NOW))
         for url in (
@@ -531,7 +533,7 @@ class Whatever(RuleBasedStateMachine):
     @initialize(grace=st.sampled_from([0, 3600]))
     def begin(self, grace: int) -> None:
         self.world = World(FIRST, SECOND)
-        self.world.cache = CollateralCache((FIRST, SECOND), root=ROOT, policy=evolve(self.POLICY, grace=grace))
+        self.world.cache = PlatformCache((FIRST, SECOND), root=ROOT, policy=evolve(self.POLICY, grace=grace))
         self.begun: list[_Begun] = []
         self.resting_until: dict[str, int] = {}
 

@@ -16,7 +16,8 @@ import pytest
 from attrs import evolve, frozen
 
 from chutes_proto.collateral import pcs
-from chutes_proto.collateral.cache import CachePolicy, CollateralCache
+from chutes_proto.collateral.cache import CachePolicy
+from chutes_proto.collateral.platforms import PlatformCache
 from chutes_proto.effects import FetchCollateral
 from chutes_proto.errors import CollateralUnavailable
 from chutes_proto.io.collateral.aio import open_collateral, open_performer
@@ -59,7 +60,7 @@ def source(
     limits: TimeLimits = PATIENT,
 ) -> UpstreamCollateral:
     parsed = [pcs.Upstream.parse(upstream.url) for upstream in upstreams]
-    cache = CollateralCache(parsed, root=ROOT, policy=policy, seed=b"of this test")
+    cache = PlatformCache(parsed, root=ROOT, policy=policy, seed=b"of this test")
     return UpstreamCollateral(cache, context or client_context(), directory, limits)
 
 
@@ -157,7 +158,7 @@ def test_fetched_once_and_used_again(each: Loop, upstream: Upstream) -> None:
 
 def test_another_ca_and_another_place_of_the_root_crl(each: Loop, upstream: Upstream) -> None:
     parsed = pcs.Upstream.parse(f"{upstream.url}/sgx/certification/v4/", f"{upstream.url}/IntelSGXRootCA.der")
-    of = evolve(source(upstream), cache=CollateralCache([parsed], root=ROOT, update="early"))
+    of = evolve(source(upstream), cache=PlatformCache([parsed], root=ROOT, update="early"))
     (found,) = each.fetch(of, evolve(PLATFORM, ca="processor"))
     assert found.ca == "processor"
     assert [target.partition("?")[2] for target in upstream.asked] == [

@@ -93,11 +93,18 @@ class Site:
     log: list[Record] = field(factory=list)
     collateral: FreshCollateral = field(factory=FreshCollateral)
     gpus: Any = None
+    fetch_gpus: Any = None
     url: str = ""
     server: Any = None
 
     def performer(self) -> Any:
-        return self.loop.Performer(store=self.store, collateral=self.collateral, gpus=self.gpus, log=self.log.append)
+        return self.loop.Performer(
+            store=self.store,
+            collateral=self.collateral,
+            gpus=self.gpus,
+            fetch_gpus=self.fetch_gpus,
+            log=self.log.append,
+        )
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[Site]:

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from chutes_proto.errors import ConfigurationError
+from chutes_proto.io.collateral.gpu_directory import GpuCollateralDirectory
+from chutes_proto.io.collateral.gpu_services import GpuServices
 from chutes_proto.io.server.development import CONFIGURATION, write_server
 from chutes_proto.io.server.setup import ServerSetup, make_setup
 from chutes_proto.server import ServerConfig
@@ -44,9 +46,41 @@ def test_a_server_that_appraises_starts(site: Path) -> None:
     assert made.service.gpu_appraisal is not None
     assert made.service.gpu_appraisal.policy.min_driver == "550.0"
     assert made.service.gpu_appraisal.roots.device == GPUS.roots.device
-    assert made.gpu_source is not None
-    assert len(made.gpu_source().rims.rims) == 2
+    assert isinstance(made.gpus, GpuCollateralDirectory)
+    assert len(made.gpus.fetch().rims.rims) == 2
     assert {profile.gpu_evidence for profile in made.service.profiles.values()} == {"require"}
+
+
+def test_services_are_a_source_beside_a_directory_or_without(site: Path) -> None:
+    rims, ocsp = 'rim_services = ["https://rims.example"]', 'ocsp_services = ["https://ocsp.example"]'
+    made = setup(site, rims, ocsp, 'cache = "gpu-cache"', 'roots = "gpus"', 'directory = "gpus"', demand="require")
+    assert isinstance(made.gpus, GpuServices)
+    assert made.gpus.directory == site / "gpu-cache"
+    assert len(made.gpus.files().rims.rims) == 2
+    assert made.service.gpu_appraisal is not None
+
+
+def test_services_that_the_policy_does_not_need_are_not_asked(site: Path) -> None:
+    _ = (site / "policy.toml").write_text('measurements = "unchecked"\nrevocation = "off"\n')
+    made = setup(
+        site, 'rim_services = ["https://rims.example"]', 'policy = "policy.toml"', 'ocsp_services = ["https://o"]'
+    )
+    assert isinstance(made.gpus, GpuServices)
+    assert (made.gpus.rims, made.gpus.status) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ('cache = "gpu-cache"', "gpu_evidence.cache: goes with rim_services or ocsp_services"),
+        ('rim_services = ["http://rims.example"]', "gpu_evidence.rim_services: .* use https"),
+        ('ocsp_services = ["https://a", "https://a"]', "gpu_evidence.ocsp_services: a service is given twice"),
+        ('ocsp_services = ["https://a"]\nca_file = "missing.pem"', "gpu_evidence.ca_file"),
+    ],
+)
+def test_wrong_services_are_told(site: Path, line: str, problem: str) -> None:
+    with pytest.raises(ConfigurationError, match=problem):
+        _ = setup(site, line)
 
 
 def test_a_demand_needs_a_directory(site: Path) -> None:

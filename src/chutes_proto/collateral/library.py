@@ -13,12 +13,13 @@ Rules kept here:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 from attrs import frozen
 
 from chutes_proto.errors import CollateralUnavailable
+from chutes_proto.log import Value
 from chutes_proto.quote._collateral import VerifiedCollateral
 from chutes_proto.quote._layout import Tee
 from chutes_proto.quote._pck import Ca, PckIdentity
@@ -45,6 +46,11 @@ class Family:
     def name(self) -> str:
         """The family as a word, for file names."""
         return f"{self.fmspc.hex()}-{self.ca}-{self.tee.lower()}"
+
+    @property
+    def log_fields(self) -> Mapping[str, Value]:
+        """The family in a log record."""
+        return {"fmspc": self.fmspc.hex(), "ca": self.ca, "tee": self.tee}
 
     def __str__(self) -> str:
         """The family for people."""

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 
 from attrs import evolve
 
-from chutes_proto.collateral.cache import CollateralCache, GiveUp, fetch, settle
+from chutes_proto.collateral.cache import GiveUp, fetch, settle
 from chutes_proto.collateral.library import Family
 from chutes_proto.collateral.pcs import Update, Upstream, ask_pck_chain
+from chutes_proto.collateral.platforms import PlatformCache
 from chutes_proto.effects import Now
 from chutes_proto.errors import CollateralUnavailable, TransportError, UpstreamError
 from chutes_proto.quote import _layout as layout
@@ -46,7 +47,7 @@ def collateral_for(
     opened = open_quote(quote, now=(yield from Now()), root=root, sgx=True, pck_certificate_chain=chain)
     _ = check_signed(opened)
     family = Family.of(opened.pck)
-    cache = CollateralCache(upstreams, root=root, update=update)
+    cache = PlatformCache(upstreams, root=root, update=update)
     fetched = yield from fetch(cache, family)
     outcome = yield from settle(cache, family)
     if isinstance(outcome, GiveUp) or fetched is None:

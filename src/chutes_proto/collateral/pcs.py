@@ -81,7 +81,7 @@ class Upstream:
         the default for Intel's own PCS. ``root_ca_crl`` is the URL for any other service. Raises `ConfigurationError`
         for anything but https, or http to this machine.
         """
-        base = _checked(url).geturl().rstrip("/")
+        base = check_service(url)
         for tee in ("/sgx", "/tdx"):
             base = base.removesuffix(tee + _API)
         base = base.rstrip("/")
@@ -249,6 +249,11 @@ def _retry_after(text: str | None, now: int) -> int | None:
             return None
         wait = int(moment.replace(tzinfo=moment.tzinfo or UTC).timestamp()) - now
     return max(0, min(wait, MAX_RETRY_AFTER))
+
+
+def check_service(url: str) -> str:
+    """Check the URL of a service, and return it without a final slash. Raises `ConfigurationError`."""
+    return _checked(url).geturl().rstrip("/")
 
 
 def _checked(url: str) -> SplitResult:

@@ -247,14 +247,39 @@ def verify(
     Raises `EvidenceRefusedError` with a report on every device; `EvidenceFormatError` for bytes that are no evidence;
     `TypeError` for arguments of another type.
     """
-    check_seconds("now", now)
     _check_kind("rims", rims, Rims)
     _check_kind("revocation", revocation, Revocation)
     _check_kind("policy", policy, GpuPolicy)
+    opened = open_evidence(data, nonce=nonce, now=now, roots=roots)
+    return accept(opened, nonce=nonce, now=now, rims=rims, revocation=revocation, policy=policy, count=count)
+
+
+Opened: TypeAlias = Sequence[GenuineDevice | GpuVerificationError]
+"""Devices in the evidence's order; in place of those that are not genuine, the reason."""
+
+
+def open_evidence(
+    data: bytes | Sequence[DeviceEvidence], *, nonce: bytes | None, now: int, roots: GpuRoots = NVIDIA
+) -> Opened:
+    """The first half of `verify`, for callers that then fetch what these devices are verified with (steps 0 to 12)."""
+    check_seconds("now", now)
     if nonce is not None and (type(nonce) is not bytes or len(nonce) != NONCE_SIZE):
         raise TypeError(f"nonce: must be {NONCE_SIZE} bytes, or None")
     evidence = parse_evidence(data) if isinstance(data, bytes) else tuple(data)
-    opened = [_authenticated(one, nonce, now, roots) for one in evidence]
+    return [_authenticated(one, nonce, now, roots) for one in evidence]
+
+
+def accept(
+    opened: Opened,
+    *,
+    nonce: bytes | None,
+    now: int,
+    rims: Rims,
+    revocation: Revocation,
+    policy: GpuPolicy,
+    count: int | None,
+) -> AcceptedEvidence:
+    """The second half of `verify`, with the same ``nonce`` and ``now`` (steps 13 to 32)."""
     genuine = [device for device in opened if isinstance(device, GenuineDevice)]
     reports: list[DeviceReport] = []
     seen: set[str] = set()

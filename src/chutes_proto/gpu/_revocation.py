@@ -148,6 +148,21 @@ def check_chain_status(
     return tuple(found)
 
 
+def answer_about(data: bytes, issuer: bytes, point: bytes, serial: bytes, name: str) -> Answer:
+    """Verify an OCSP answer about one certificate, of whatever time (steps 18 to 20).
+
+    ``issuer`` and ``point`` are name and key of the certificate's issuer. Raises `GpuVerificationError`.
+    """
+    ocsp = read_status(data)
+    if not isinstance(ocsp, OcspAnswer):
+        raise steps.StatusFormatError("status", "it is a CRL")
+    for answer in ocsp.answers:
+        if answer.about == _cert_id(answer.about.digest, issuer, point, serial):
+            _ = _verify_ocsp(ocsp, issuer, point, name)
+            return answer
+    raise steps.StatusMissingError(name, "the OCSP answer is not about this certificate", got=serial)
+
+
 def check_floor(chain: VerifiedChain, subject: str, revocation: Revocation) -> None:
     """Check that no verified CRL, of whatever time, names a certificate of the chain (steps 20 and 24)."""
     for place, certificate in enumerate(chain.certificates):
@@ -178,7 +193,7 @@ def _status(
         for answer in ocsp.answers:
             if answer.about != _cert_id(answer.about.digest, issuer, point, certificate.serial):
                 continue
-            terms = _verify_ocsp(ocsp, chain.root, issuer, point, name)  # 19, 20
+            terms = _verify_ocsp(ocsp, issuer, point, name)  # 19, 20
             if answer.state == "revoked":
                 raise steps.CertificateRevokedError(name, "revoked", got=certificate.serial)
             if answer.state != "unknown" and (best is None or answer.this_update > best[0].this_update):
@@ -207,7 +222,7 @@ def _cert_id(digest: str, issuer: bytes, point: bytes, serial: bytes) -> CertId:
 
 
 @lru_cache(maxsize=512)
-def _verify_ocsp(answer: OcspAnswer, root: TrustedRoot, issuer: bytes, point: bytes, name: str) -> tuple[Term, ...]:
+def _verify_ocsp(answer: OcspAnswer, issuer: bytes, point: bytes, name: str) -> tuple[Term, ...]:
     """Steps 19 and 20; the validity of the responder's certificate."""
     subject = f"OCSP answer about the {name}"
     terms: tuple[Term, ...] = ()

@@ -21,7 +21,7 @@ import attrs
 from attrs import field, frozen
 
 from chutes_proto._converter import MismatchError, Problem, ProblemsError, StrictConverter, list_of, string
-from chutes_proto.collateral.pcs import Upstream
+from chutes_proto.collateral.pcs import Upstream, check_service
 from chutes_proto.errors import ConfigurationError
 from chutes_proto.keys.generations import RESERVED_VOLUMES
 from chutes_proto.quote._errors import PolicyError
@@ -126,11 +126,17 @@ class RegistrationOptions:
 class GpuEvidenceOptions:
     """The appraisal of GPU evidence.
 
-    ``directory`` holds RIMs in ``rims`` and OCSP answers in ``status``; without one, evidence is recorded and not
-    verified. ``policy`` is a file with a policy for GPUs. ``roots`` is a directory with other roots than NVIDIA's.
+    RIMs and OCSP answers come from the files in ``rims`` and ``status`` below ``directory``, and from ``rim_services``
+    and ``ocsp_services``, asked in their order; without any of these, evidence is recorded and not verified. ``cache``
+    is a directory for what was fetched, ``ca_file`` the CAs to trust with the services' TLS certificates instead of the
+    system's. ``policy`` is a file with a policy for GPUs. ``roots`` is a directory with other roots than NVIDIA's.
     """
 
     directory: str | None = None
+    rim_services: tuple[str, ...] = ()
+    ocsp_services: tuple[str, ...] = ()
+    cache: str | None = None
+    ca_file: str | None = None
     policy: str | None = None
     roots: str | None = None
 
@@ -384,6 +390,7 @@ def _problems(config: ServerConfig) -> Iterator[str]:
     for name, gpu in config.gpus.items():
         yield from _gpu_problems(name, gpu)
     yield from _collateral_problems(config.collateral)
+    yield from _gpu_evidence_problems(config.gpu_evidence)
     if any(not 0 <= key_id <= 63 for key_id in config.nonce.expected_key_ids):
         yield "nonce.expected_key_ids: ids are 0 to 63"
     yield from _proxy_problems(config.proxy)
@@ -473,6 +480,17 @@ def _not_default(table: str, options: attrs.AttrsInstance, companion: str, names
     for key in names.split():
         if getattr(options, key) != keys[key].default:
             yield f"{table}.{key}: goes with {companion}"
+
+
+def _gpu_evidence_problems(options: GpuEvidenceOptions) -> Iterator[str]:
+    if not options.rim_services and not options.ocsp_services:
+        yield from _not_default("gpu_evidence", options, "rim_services or ocsp_services", "cache ca_file")
+    for name in ("rim_services", "ocsp_services"):
+        urls: tuple[str, ...] = getattr(options, name)
+        for url in urls:
+            yield from _raised(partial(check_service, url), f"gpu_evidence.{name}: ")
+        if len(set(urls)) != len(urls):
+            yield f"gpu_evidence.{name}: a service is given twice"
 
 
 def _collateral_problems(options: CollateralOptions) -> Iterator[str]:

@@ -3,6 +3,7 @@
 Rules kept here:
 
 * the evidence is over the same nonce as the quote beside it, which the TD that hands it over is measured to ask for;
+* only evidence of genuine devices, over the nonce, makes the server fetch what they are verified with;
 * ``record`` refuses nothing: the audit row says which devices verified, or why they did not;
 * ``require`` refuses evidence that does not verify, or that is missing; RIMs or OCSP answers that are not there are a
   fault of ours (503);
@@ -16,11 +17,11 @@ from typing import Final, Literal
 
 from attrs import evolve, field, frozen
 
-from chutes_proto.effects import FetchGpuCollateral, Flow
+from chutes_proto.effects import FetchGpuCollateral, Flow, Now
 from chutes_proto.errors import CollateralUnavailable, Refused, Unavailable
-from chutes_proto.gpu import NVIDIA, AcceptedEvidence, GpuError, GpuPolicy, GpuRoots
+from chutes_proto.gpu import NVIDIA, AcceptedEvidence, GenuineDevice, GpuCollateral, GpuError, GpuPolicy, GpuRoots
 from chutes_proto.gpu import _steps as steps
-from chutes_proto.gpu._policy import EvidenceRefusedError, verify
+from chutes_proto.gpu._policy import EvidenceRefusedError, accept, open_evidence
 from chutes_proto.quote._measurements import Profile
 from chutes_proto.units.records import SignedGpu, SignedGpus
 from chutes_proto.wire.codes import Code
@@ -68,16 +69,20 @@ def appraise_gpus(
     if appraisal is None:
         return SignedGpus(f"GPU evidence NOT verified, {about}")
     try:
-        collateral = yield from FetchGpuCollateral(now)
-        accepted = verify(
-            text.encode(),
+        opened = open_evidence(text.encode(), nonce=nonce, now=now, roots=appraisal.roots)
+        genuine = tuple(device for device in opened if isinstance(device, GenuineDevice))
+        collateral = GpuCollateral()
+        if genuine:
+            collateral = yield from FetchGpuCollateral(now, genuine)
+            now = yield from Now()  # an OCSP answer may have been made just now
+        accepted = accept(
+            opened,
             nonce=nonce,
             now=now,
             rims=collateral.rims,
             revocation=collateral.revocation,
             policy=_policy(appraisal.policy, profile),
             count=count,
-            roots=appraisal.roots,
         )
     except (GpuError, CollateralUnavailable) as exc:
         reason = f"GPU evidence NOT accepted: {_code(exc)}: {exc}"

@@ -114,9 +114,10 @@ def fetch_command(
     See also: collateral show, collateral check, verify
     """
     from chutes_proto.cli.miner.asking import reporting
-    from chutes_proto.collateral.cache import CollateralCache, GiveUp, fetch, settle
+    from chutes_proto.collateral.cache import GiveUp, fetch, settle
     from chutes_proto.collateral.library import Family
     from chutes_proto.collateral.pcs import Upstream
+    from chutes_proto.collateral.platforms import PlatformCache
     from chutes_proto.io.collateral.upstream import FETCH_LIMITS, keep_collateral
     from chutes_proto.io.drivers.sync import Performer
     from chutes_proto.io.http.https import HttpGetter
@@ -132,7 +133,7 @@ def fetch_command(
         family = Family(fmspc, ca, tee) if fmspc is not None else _family(str(quote), trust)
     except QuoteError as exc:
         return _refuse(f"{quote}: {exc}")
-    cache = CollateralCache(services, root=trust, update=update)
+    cache = PlatformCache(services, root=trust, update=update)
     performer = Performer(get=reporting(HttpGetter(context, FETCH_LIMITS), _unverified), log=lambda _: None)
     fetched = performer.run(fetch(cache, family))
     outcome = performer.run(settle(cache, family))

@@ -347,10 +347,11 @@ def fetch_command(
 
     See also: gpu verify, gpu check
     """
-    from chutes_proto.collateral.gpus import fetch_gpu_collateral
+    from chutes_proto.collateral.gpus import GpuService, RimCache, StatusCache, fetch_gpu_collateral
+    from chutes_proto.io.collateral.gpu_services import keep_piece
     from chutes_proto.io.collateral.upstream import FETCH_LIMITS
     from chutes_proto.io.drivers.sync import Performer
-    from chutes_proto.io.http.https import HttpGetter, HttpsSender
+    from chutes_proto.io.http.https import HttpGetter
     from chutes_proto.io.http.tls import context_trusting
 
     trust = NVIDIA if roots is None else read_gpu_roots(roots)
@@ -358,18 +359,16 @@ def fetch_command(
         devices = _devices(evidence, chain)
     except EvidenceFormatError as exc:
         raise _unreadable(evidence, exc) from None
-    context = context_trusting(ca_file)
-    with HttpsSender(context, ocsp_service, FETCH_LIMITS) as sender:
-        performer = Performer(get=HttpGetter(context, FETCH_LIMITS), send=sender, log=lambda _: None)
-        flow = fetch_gpu_collateral(devices, now=int(time.time()), roots=trust, rim_service=rim_service)
-        fetched = performer.run(flow)
+    rims, status = (GpuService.parse(url) for url in (rim_service, ocsp_service))
+    performer = Performer(get=HttpGetter(context_trusting(ca_file), FETCH_LIMITS), log=lambda _: None)
+    flow = fetch_gpu_collateral(
+        devices, RimCache([rims], roots=trust), StatusCache([status]), now=int(time.time()), roots=trust
+    )
+    fetched = performer.run(flow)
     directory = make_directory(out)
-    files: list[str] = []
-    for kind, suffix, pieces in (("rims", "xml", fetched.rims), ("status", "der", fetched.status)):
-        inner = make_directory(directory / kind)
-        for name, data in pieces.items():
-            write_file(inner / f"{name}.{suffix}", data)
-            files.append(str(inner / f"{name}.{suffix}"))
+    for name in ("rims", "status"):
+        _ = make_directory(directory / name)
+    files = [str(keep_piece(directory, key, data)) for key, data in fetched.pieces.items()]
     return answer(
         {"fetched": not fetched.problems, "files": files, "problems": fetched.problems},
         lambda: _say_fetched(files, fetched.problems),

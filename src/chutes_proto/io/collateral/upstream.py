@@ -14,8 +14,8 @@ from typing import Final
 
 from attrs import field, frozen
 
-from chutes_proto.collateral.cache import CollateralCache
 from chutes_proto.collateral.library import Family
+from chutes_proto.collateral.platforms import PlatformCache
 from chutes_proto.errors import FileUnavailable
 from chutes_proto.io.collateral.directory import CollateralDirectory
 from chutes_proto.io.files import make_directory, write_file
@@ -34,7 +34,7 @@ class UpstreamCollateral:
     ``directory`` keeps the fetched collateral for a later process; None keeps nothing.
     """
 
-    cache: CollateralCache
+    cache: PlatformCache
     context: ssl.SSLContext = field(repr=False)
     directory: Path | None = None
     limits: TimeLimits = FETCH_LIMITS
@@ -47,7 +47,7 @@ class UpstreamCollateral:
         kept = CollateralDirectory(self.directory, self.cache.root, grace=self.cache.policy.grace).items(now)
         usable = [item.content for item in kept if isinstance(item.content, VerifiedCollateral)]
         for content in sorted(usable, key=lambda content: content.window):
-            self.cache.restore(content)
+            self.cache.restore(Family.of(content), content)
         records = [Record(Level.INFO, "collateral_restored", {"directory": str(self.directory), "files": len(usable)})]
         useless = [item for item in kept if isinstance(item.content, str)]
         return records + [Record(Level.WARNING, "collateral_not_restored", {"error": str(item)}) for item in useless]

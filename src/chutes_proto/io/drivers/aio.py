@@ -6,7 +6,7 @@ else.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 import anyio
@@ -14,7 +14,7 @@ import httpx
 
 from chutes_proto import effects
 from chutes_proto.effects import Effect, Flow
-from chutes_proto.gpu import GpuCollateral
+from chutes_proto.gpu import GenuineDevice, GpuCollateral
 from chutes_proto.io.drivers import sync
 from chutes_proto.io.drivers.sync import CollateralSource, DiskWorker, Missing, log_record, unknown
 from chutes_proto.io.http.evidence import fetch_evidence
@@ -25,7 +25,7 @@ from chutes_proto.log import Record
 from chutes_proto.quote._collateral import VerifiedCollateral
 from chutes_proto.quote._pck import PckIdentity
 from chutes_proto.store._run import Store
-from chutes_proto.wire.http import HttpRequest, HttpResponse
+from chutes_proto.wire.http import Headers, HttpRequest, HttpResponse
 
 T = TypeVar("T")
 
@@ -51,15 +51,17 @@ class HttpxSender:
 
 
 class HttpxGetter:
-    """Performs `Get` with an `httpx.AsyncClient`, whose TLS context is the caller's choice."""
+    """Performs `Get` and `Post` with an `httpx.AsyncClient`, whose TLS context is the caller's choice."""
 
     def __init__(self, client: httpx.AsyncClient, limits: TimeLimits = TimeLimits()) -> None:
         self._client = client
         self._limits = limits
 
-    async def __call__(self, url: str) -> HttpResponse:
+    async def __call__(self, url: str, headers: Headers = (), body: bytes | None = None) -> HttpResponse:
         """Return the whole answer. Raises `TransportError`."""
-        return await whole_answer(self._client, prepare(self._client, self._limits, "GET", url), self._limits)
+        method = "GET" if body is None else "POST"
+        message = prepare(self._client, self._limits, method, url, headers=headers, content=body)
+        return await whole_answer(self._client, message, self._limits)
 
 
 class Performer:
@@ -67,15 +69,15 @@ class Performer:
 
     Parts are as for `chutes_proto.sync.Performer`; quoter, tool, store, collateral source and disks may block, they run
     in threads. ``send`` and ``get`` are asynchronous: `HttpxSender`, for example. ``fetch`` is an asynchronous source
-    of collateral, in place of ``collateral``, and ``transact`` performs `Transact` in place of ``store``, which is
-    called at once and waited for as long as it takes.
+    of collateral, in place of ``collateral``, and ``fetch_gpus`` one in place of ``gpus``. ``transact`` performs
+    `Transact` in place of ``store``, which is called at once and waited for as long as it takes.
     """
 
     def __init__(
         self,
         *,
         send: Callable[[HttpRequest], Awaitable[HttpResponse]] | None = None,
-        get: Callable[[str], Awaitable[HttpResponse]] | None = None,
+        get: Callable[..., Awaitable[HttpResponse]] | None = None,
         quoter: Quoter | None = None,
         gpu_tool: GpuTool | None = None,
         store: Store | None = None,
@@ -84,12 +86,14 @@ class Performer:
         transact: Callable[[effects.Transact[Any]], Awaitable[object]] | None = None,
         disks: DiskWorker | None = None,
         gpus: Callable[[], GpuCollateral] | None = None,
+        fetch_gpus: Callable[[Sequence[GenuineDevice], int], Awaitable[GpuCollateral]] | None = None,
         log: Callable[[Record], None] = log_record,
     ) -> None:
         self._send = send or Missing("send")
         self._get = get or Missing("get")
         self._collateral = collateral or Missing("collateral")
         self._fetch = fetch or self._fetch_in_thread
+        self._fetch_gpus = fetch_gpus
         self._transact = transact or self._perform_in_thread
         self._blocking = sync.Performer(quoter=quoter, gpu_tool=gpu_tool, store=store, disks=disks, gpus=gpus, log=log)
         self._resolvers = anyio.CapacityLimiter(sync.RESOLVERS)
@@ -108,6 +112,8 @@ class Performer:
                 return await self._send(request)
             case effects.Get(url):
                 return await self._get(url)
+            case effects.Post(url, headers, body):
+                return await self._get(url, headers, body)
             case effects.Sleep(seconds):
                 await anyio.sleep(seconds)
                 return None
@@ -121,6 +127,8 @@ class Performer:
                 return await fetch_evidence(effect)
             case effects.Now() | effects.Entropy() | effects.Log():  # these do not block
                 return self._blocking.perform(effect)
+            case effects.FetchGpuCollateral(now, devices) if self._fetch_gpus is not None:
+                return await self._fetch_gpus(devices, now)
             case effects.MakeQuote() | effects.CollectGpuEvidence() | effects.FetchGpuCollateral():
                 return await anyio.to_thread.run_sync(self._blocking.perform, effect, abandon_on_cancel=True)
             case effects.Transact():

@@ -129,17 +129,17 @@ def unknown(effect: Effect[Any]) -> LocalProtocolError:
 class Performer:
     """Performs effects with the parts that it is given, in the calling thread.
 
-    ``send`` performs `Send` (`HttpsSender`), ``get`` performs `Get`, ``next_server`` changes to the next server and
-    returns its origin, ``quoter`` makes quotes, ``gpu_tool`` has GPUs make evidence, ``store`` runs transactions,
-    ``collateral`` has verified collateral, ``disks`` looks at disks and acts on them, ``gpus`` returns RIMs and OCSP
-    answers, ``log`` is called with every record.
+    ``send`` performs `Send` (`HttpsSender`), ``get`` performs `Get` and `Post`, ``next_server`` changes to the next
+    server and returns its origin, ``quoter`` makes quotes, ``gpu_tool`` has GPUs make evidence, ``store`` runs
+    transactions, ``collateral`` has verified collateral, ``disks`` looks at disks and acts on them, ``gpus`` returns
+    RIMs and OCSP answers, ``log`` is called with every record.
     """
 
     def __init__(
         self,
         *,
         send: Callable[[HttpRequest], HttpResponse] | None = None,
-        get: Callable[[str], HttpResponse] | None = None,
+        get: Callable[..., HttpResponse] | None = None,
         next_server: Callable[[], str] | None = None,
         quoter: Quoter | None = None,
         gpu_tool: GpuTool | None = None,
@@ -188,6 +188,8 @@ class Performer:
                 return os.urandom(size)
             case effects.Get(url):
                 return self._get(url)
+            case effects.Post(url, headers, body):
+                return self._get(url, headers, body)
             case effects.FetchCollateral(identity, now):
                 return self._collateral.fetch(identity, now)
             case effects.FetchGpuCollateral():

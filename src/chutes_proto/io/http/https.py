@@ -24,7 +24,7 @@ from attrs import frozen
 
 from chutes_proto.errors import RemoteProtocolError, TransportError
 from chutes_proto.io import seconds_left
-from chutes_proto.wire.http import HttpRequest, HttpResponse
+from chutes_proto.wire.http import Headers, HttpRequest, HttpResponse
 from chutes_proto.wire.origin import Origin
 
 if TYPE_CHECKING:
@@ -182,19 +182,19 @@ class _PlainSender(HttpsSender):
 
 @frozen
 class HttpGetter:
-    """Performs `Get`, each over a connection of its own; ``context`` verifies https."""
+    """Performs `Get` and `Post`, each over a connection of its own; ``context`` verifies https."""
 
     context: ssl.SSLContext
     limits: TimeLimits = TimeLimits()
 
-    def __call__(self, url: str) -> HttpResponse:
+    def __call__(self, url: str, headers: Headers = (), body: bytes | None = None) -> HttpResponse:
         """Return the whole answer. Raises `TransportError`, and `LocalProtocolError` for a URL that is none."""
         scheme, _, rest = url.partition("://")
         authority, slash, path = rest.partition("/")
         kind = _PlainSender if scheme == "http" else HttpsSender
         port = ":80" if scheme == "http" and not re.search(r":[0-9]+$", authority) else ""
         with kind(self.context, f"https://{authority}{port}", self.limits) as sender:
-            return sender(HttpRequest("GET", slash + path))
+            return sender(HttpRequest("GET" if body is None else "POST", slash + path, headers, body or b""))
 
 
 class _Connection:

@@ -182,7 +182,7 @@ async def open_server(
         about = f"limits.connections: the limit of open files allows {connections} of {wanted}; raise it (LimitNOFILE)"
         log(Record(Level.WARNING, "warning", {"about": about}))
     async with (
-        open_performer(store, collateral, gpus=setup.gpu_source, log=log) as performer,
+        open_performer(store, collateral, gpus=setup.gpus, log=log) as performer,
         _watching(setup, store, performer, log),
     ):
         if not admin:
@@ -287,7 +287,7 @@ def make_asgi_app(config: ServerConfig) -> AsgiApp:
     async def open_driver() -> AsyncGenerator[Performer]:
         async with (
             _in_thread(open_store(setup)) as (store, warnings),
-            open_performer(store, setup.collateral, gpus=setup.gpu_source) as performer,
+            open_performer(store, setup.collateral, gpus=setup.gpus) as performer,
             _watching(setup, store, performer, log_record),
         ):
             _log_start(setup, store, warnings, [], log_record)

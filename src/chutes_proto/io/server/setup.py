@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,12 +21,15 @@ from attrs import evolve, frozen
 
 from chutes_proto._converter import nearest
 from chutes_proto.auth.hotkey import Hotkey, HotkeyError, check_installed
-from chutes_proto.collateral.cache import CachePolicy, CollateralCache
+from chutes_proto.collateral.cache import CachePolicy
+from chutes_proto.collateral.gpus import GpuService, RimCache, StatusCache
 from chutes_proto.collateral.pcs import Upstream
+from chutes_proto.collateral.platforms import PlatformCache
 from chutes_proto.errors import CollateralUnavailable, ConfigurationError, LocalProtocolError
-from chutes_proto.gpu import NVIDIA, GpuCollateral, GpuPolicy, GpuPolicyError, GpuRoots, parse_gpu_policy
+from chutes_proto.gpu import NVIDIA, GpuPolicy, GpuPolicyError, GpuRoots, parse_gpu_policy
 from chutes_proto.io.collateral.directory import CollateralDirectory
 from chutes_proto.io.collateral.gpu_directory import GpuCollateralDirectory, read_gpu_roots
+from chutes_proto.io.collateral.gpu_services import GpuServices
 from chutes_proto.io.collateral.upstream import UpstreamCollateral
 from chutes_proto.io.files import read_file, read_private
 from chutes_proto.io.hotkey_file import read_hotkey
@@ -65,12 +68,7 @@ class ServerSetup:
     store: StorePlace
     base: Path
     not_served: tuple[str, ...] = ()
-    gpus: GpuCollateralDirectory | None = None
-
-    @property
-    def gpu_source(self) -> Callable[[], GpuCollateral] | None:
-        """The source of what GPUs are verified with."""
-        return None if self.gpus is None else self.gpus.fetch
+    gpus: GpuCollateralDirectory | GpuServices | None = None
 
     @property
     def limits(self) -> Limits:
@@ -159,14 +157,19 @@ def make_setup(config: ServerConfig) -> ServerSetup:
     gpu_policy = problems.attempt("gpu_evidence.policy", lambda: _gpu_policy(config.gpu_evidence, base))
     if gpu_roots is None or gpu_policy is None:
         raise problems.error()
-    gpus = problems.attempt("gpu_evidence.directory", lambda: _gpu_collateral(config.gpu_evidence, base, gpu_roots))
+    files = problems.attempt("gpu_evidence.directory", lambda: _gpu_files(config.gpu_evidence, base, gpu_roots))
+    gpus = problems.attempt(
+        "gpu_evidence.ca_file", lambda: _gpu_source(config.gpu_evidence, base, gpu_roots, gpu_policy, files)
+    )
     if tls is None or root is None or vault is None or policies is None or hotkeys is None or collateral is None:
         raise problems.error()
     if proxies is None or problems.found:
         raise problems.error()
     if gpus is None and (demanding := [one for one in profiles if one.gpu_evidence == "require"]):
         name = demanding[0].measurements.name
-        raise ConfigurationError(f'profile {name!r}: gpu_evidence = "require" needs gpu_evidence.directory')
+        raise ConfigurationError(
+            f'profile {name!r}: gpu_evidence = "require" needs gpu_evidence.directory, or services'
+        )
     service = Service(
         vault=vault,
         mint=NonceMint.of(
@@ -288,7 +291,7 @@ def _collateral(
         if not path.is_dir():
             raise ConfigurationError(f"{path} is not a directory; make it, or name another")
         return CollateralDirectory(path, root, grace=grace)
-    cache = CollateralCache(
+    cache = PlatformCache(
         [Upstream.parse(service.url, service.root_ca_crl) for service in options.upstreams],
         root=root,
         policy=CachePolicy(
@@ -324,15 +327,32 @@ def _check_versions(config: ServerConfig, profiles: list[ServedProfile]) -> None
         raise ConfigurationError(f"{exc}, so it cannot be compared") from None
 
 
-def _gpu_collateral(options: GpuEvidenceOptions, base: Path, roots: GpuRoots) -> GpuCollateralDirectory | None:
+def _gpu_files(options: GpuEvidenceOptions, base: Path, roots: GpuRoots) -> GpuCollateralDirectory | None:
     if options.directory is None:
         return None
-    found = GpuCollateralDirectory(base / options.directory, roots)
+    files = GpuCollateralDirectory(base / options.directory, roots)
     try:
-        _ = found.fetch()
+        _ = files.fetch()
     except CollateralUnavailable as exc:
         raise ConfigurationError(str(exc)) from None
-    return found
+    return files
+
+
+def _gpu_source(
+    options: GpuEvidenceOptions, base: Path, roots: GpuRoots, policy: GpuPolicy, files: GpuCollateralDirectory | None
+) -> GpuCollateralDirectory | GpuServices | None:
+    if not options.rim_services and not options.ocsp_services:
+        return files
+    seed = os.urandom(16)
+    rims = [GpuService.parse(url) for url in options.rim_services if policy.measurements == "rims"]
+    status = [GpuService.parse(url) for url in options.ocsp_services if policy.revocation != "off"]
+    return GpuServices(
+        rims=RimCache(rims, roots=roots, seed=seed) if rims else None,
+        status=StatusCache(status, grace=policy.revocation_grace, seed=seed) if status else None,
+        context=context_trusting(None if options.ca_file is None else base / options.ca_file),
+        directory=None if options.cache is None else base / options.cache,
+        beside=files,
+    )
 
 
 def _gpu_policy(options: GpuEvidenceOptions, base: Path) -> GpuPolicy:
