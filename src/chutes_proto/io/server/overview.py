@@ -59,7 +59,7 @@ def _digest(body: bytes, name: str) -> str:
 
 
 class Overview:
-    """The part of the state that comes from the store's rows; ``store`` is read in a thread, by one call of `read` at a time."""
+    """The part of the state that comes from the store's rows; read in a thread, by one call of `read` at a time."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
