@@ -35,6 +35,7 @@ from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.testing.store_suite._parts import boot, sync
 from chutes_proto.units.boot import RecordRefusal
 from chutes_proto.units.operator import ImportKeys
+from chutes_proto.units.revocations import Revoke
 from chutes_proto.units.servers import RegisterServer
 from tests.cli import examples
 from tests.cli.conftest import HOTKEY, Ended, Server
@@ -126,8 +127,8 @@ def test_a_completion_script_is_one_of_its_shell(
 @pytest.mark.parametrize(
     ("words", "found"),
     [
-        ("re", {"register", "registrations", "replay"}),
-        ("vm re", {"rebind"}),
+        ("re", {"register", "registrations", "replay", "revocations"}),
+        ("vm re", {"rebind", "revoke"}),
         ("agent ", {"run", "resume"}),
         ("keys purge --y", {"--yes"}),
         ("completion z", {"zsh"}),
@@ -175,10 +176,16 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         imported = {"storage": FreshKey.of_passphrase(Secret(b"passphrase"), bytes(FreshKey.SIZE))}
         _ = store.transact(ImportKeys(now, Vm(HOTKEY, "vm-imported"), imported, None, setup.vault, "prepared"))
         _ = store.transact(refused("9" * 32, now))
+        revoked = (("vm", f"{HOTKEY}/vm-2"), ("hotkey", OTHER), ("platform", "ppid:ffeeddccbbaa99887766554433221100"))
+        for number, (kind, subject) in enumerate(revoked, 1):
+            store.transact(Revoke(now, number, kind, subject, None, "prepared"))
         for name in ("n1", "n2"):
             _ = store.transact(registration(name, now))
     _ = shutil.copy(folder / "keys.db", folder / "newer.db")
     return folder
+
+
+OTHER = "5FHneW46xGXgs5mUiveU4sbTyGBzmstUspZC92UhjJM694ty"
 
 
 def refused(request_id: str, now: int) -> RecordRefusal:

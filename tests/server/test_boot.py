@@ -347,7 +347,7 @@ def test_a_store_that_does_not_answer_leaves_the_server_ready(world, fault):
 
     world.before = fail
     with pytest.raises(EndedError):
-        run(watch_store(world.app.service.readiness), world.perform)
+        run(watch_store(world.app.service.readiness, world.app.service.revoked), world.perform)
     assert world.nonce()
 
 

@@ -6,23 +6,24 @@ import pytest
 
 from chutes_proto.effects import Log, Now, Sleep, Transact, Uptime
 from chutes_proto.errors import StoreBusy, StoreError, Unavailable
-from chutes_proto.server._readiness import Readiness, watch_store
-from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import ReadTimes, Times
+from chutes_proto.server._readiness import Readiness, Revoked, watch_store
+from chutes_proto.units.revocations import ReadRevocations, Revocations
 
 
 def test_only_a_fault_that_an_operator_must_mend_makes_a_server_unready() -> None:
     readiness = Readiness()
-    flow = watch_store(readiness)
+    revoked, read = Revoked(), Revocations(7)
+    flow = watch_store(readiness, revoked)
     faults: list[StoreError | None] = [None, StoreBusy("away"), StoreError("newer"), StoreBusy("away"), None]
     seen, told = [], []
     effect = next(flow)
     for fault in faults:
         assert isinstance(effect, Now)
         assert isinstance(flow.send(100), Uptime)
-        assert flow.send(1.0) == Transact(Ask(ReadTimes()))
-        effect = flow.send(Times(0, None)) if fault is None else flow.throw(fault)
+        assert flow.send(1.0) == Transact(ReadRevocations(revoked.now))
+        effect = flow.send(read) if fault is None else flow.throw(fault)
         seen.append(readiness.fault)
+        assert revoked.now is read
         if isinstance(effect, Log):
             told.append((effect.record.event, dict(effect.record.fields)))
             effect = flow.send(None)

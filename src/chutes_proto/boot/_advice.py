@@ -61,6 +61,7 @@ BY_CODE: Final[Mapping[str, Advice]] = {
         "The server wants the hotkey's signature, and there was none that holds.",
         "Check signer in the settings, and that seed and hotkey belong together.",
     ),
+    Code.REVOKED: Advice("The server's operator shut out this VM, its hotkey or its platform.", _OPERATOR),
     Code.PLATFORM_MISMATCH: Advice("The VM's name belongs to another platform or owner.", _CLAIM),
     Code.EXCHANGE_DOWNGRADE: Advice(
         "This VM has had the two-phase exchange, and the image booted now asks for the older one.", _IMAGE

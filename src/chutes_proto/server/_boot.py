@@ -117,6 +117,7 @@ def _claim(
         claims_per_platform=service.limits.claims_per_platform,
         exchange_downgrade=service.exchange_downgrade,
         vault=service.vault,
+        revocations=service.revoked.now,
     )
     grant = yield from transact_patiently(
         service.attested.of(evidence.platform.pin), unit, request, is_repeatable=False

@@ -17,8 +17,7 @@ from attrs import define, field
 from chutes_proto.effects import Flow, Log, Now, Sleep, Transact, Uptime
 from chutes_proto.errors import FateUnknown, Refusal, StoreBusy, StoreError, Unavailable
 from chutes_proto.log import Level, Record
-from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import ReadTimes
+from chutes_proto.units.revocations import NO_REVOCATIONS, ReadRevocations, Revocations
 from chutes_proto.wire.codes import Code
 
 WATCH_SECONDS: Final = 1.0
@@ -26,6 +25,13 @@ WATCH_SECONDS: Final = 1.0
 
 STEP_SECONDS: Final = 5.0
 """By how much the clock may be set between two looks."""
+
+
+@define
+class Revoked:
+    """The revocations as this process has read them last; a unit reads them again if there are others by then."""
+
+    now: Revocations = NO_REVOCATIONS
 
 
 @define
@@ -64,12 +70,12 @@ class Readiness:
         return Unavailable(Code.SERVER_FAULT, text, reason=reason, retry_after=10, headers=refusal.headers)
 
 
-def watch_store(readiness: Readiness) -> Flow[NoReturn]:
-    """Look at the store for ever; log each change."""
+def watch_store(readiness: Readiness, revoked: Revoked) -> Flow[NoReturn]:
+    """Look at the store for ever, and read its revocations; log each change of what is found."""
     while True:
         now, uptime = (yield from Now()), (yield from Uptime())
         try:
-            _ = yield from Transact(Ask(ReadTimes()))
+            revoked.now = yield from Transact(ReadRevocations(revoked.now))
             fault = None
             readiness.note_clock(now, uptime)
         except (StoreBusy, FateUnknown):

@@ -56,7 +56,8 @@ def attest_volumes(service: Service, call: Call[vms.VolumeAttestationRequest]) -
         key = client_key(request.peer_certificate)
     vm = Vm(message.hotkey, message.vm_name)
     digest, body_digest = token_digest(nonce), hashlib.sha256(request.body).digest()
-    known = FindQuoteNonce(call.now, vm, digest, key.digest, body_digest, is_provisioned)
+    revoked = service.revoked.now
+    known = FindQuoteNonce(call.now, vm, digest, key.digest, body_digest, is_provisioned, revoked)
     _ = yield from transact_patiently(service.waiting(nonce, request), known, request)
     with service.proxies.excusing(request):
         evidence = yield from verify_with_retries(
@@ -87,6 +88,7 @@ def attest_volumes(service: Service, call: Call[vms.VolumeAttestationRequest]) -
                 rotate_after=service.rotate_after,
                 is_provisioned=is_provisioned,
                 root_ca=_pem(request.peer_certificate) if is_provisioned else None,
+                revocations=revoked,
             ),
             request,
         )
@@ -129,6 +131,7 @@ def confirm_volumes(service: Service, call: Call[vms.VolumeConfirmationRequest])
         "nonce_digest": token_digest(nonce),
         "body_digest": hashlib.sha256(call.request.body).digest(),
         "vault": service.vault,
+        "revocations": service.revoked.now,
     }
     place = service.waiting(nonce, call.request)
     results: tuple[tuple[str, Result], ...]

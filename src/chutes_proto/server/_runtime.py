@@ -65,7 +65,17 @@ def attest_runtime(
             now=call.now,
         )
         yield from Transact(
-            GrantRuntime(call.now, call.request_id, server, nonce, evidence.accepted(profile), address, gpus)
+            GrantRuntime(
+                now=call.now,
+                request_id=call.request_id,
+                server=server,
+                nonce=nonce,
+                quote=evidence.accepted(profile),
+                peer_address=address,
+                gpus=gpus,
+                platform=evidence.platform,
+                revocations=service.revoked.now,
+            )
         )
     except (Refused, BadRequest) as exc:
         yield from _record(call, server, nonce, evidence, exc)
@@ -87,12 +97,14 @@ def read_status(service: Service, call: SignedCall[miners.ServerRequest]) -> Flo
     server, last = yield from Transact(ReadOwnServer(call.caller.address, call.message.server_id))
     age = None if last is None else max(0, call.now - last.created_at)
     verified = last is not None and last.code is None
+    pins = [pin for pin in (server.pin, None if last is None else last.pin) if pin is not None]
+    revoked = service.revoked.now.find(call.now, (server.vm,), pins)
     return miners.AttestationStatusAnswer(
         server_id=server.server_id,
         last_attestation=None if last is None else _last(last),
         attestation_status="never_attested" if last is None else "verified" if verified else "failed",
         name=server.name,
-        fresh=verified and age is not None and age <= service.fresh_seconds,
+        fresh=verified and age is not None and age <= service.fresh_seconds and revoked is None,
         age_seconds=age,
     )
 

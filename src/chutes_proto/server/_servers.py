@@ -60,6 +60,7 @@ def register_server(service: Service, call: SignedCall[miners.RegisterServerRequ
             peer_address=call.request.peer_address,
             evidence=service.registration_evidence,
             shown=shown,
+            revocations=service.revoked.now,
         )
     )
     yield from _log("server_registered", call, server)

@@ -28,7 +28,7 @@ from chutes_proto.server._nonces import NonceMint
 from chutes_proto.server._open_boots import OpenBoots
 from chutes_proto.server._profiles import ServedProfile, parse_version, publish
 from chutes_proto.server._proxy import Network, TrustedProxies
-from chutes_proto.server._readiness import Readiness
+from chutes_proto.server._readiness import Readiness, Revoked
 from chutes_proto.server._tokens import TokenMint
 from chutes_proto.wire.codes import Code
 from chutes_proto.wire.evidence import PORT
@@ -121,6 +121,7 @@ class Service:
     refusals: LogThrottle = field(factory=LogThrottle)
     faults: LogThrottle = field(factory=LogThrottle)
     known: KnownVms = field(factory=KnownVms)
+    revoked: Revoked = field(factory=Revoked)
     readiness: Readiness = field(factory=Readiness)
 
     def waiting(self, token: bytes, request: HttpRequest) -> AbstractContextManager[None]:

@@ -42,6 +42,7 @@ def read_cache_passphrase(service: Service, call: Call[CachePassphraseRequest]) 
             certificate=_presented(call),
             volume=volume,
             vault=service.vault,
+            revocations=service.revoked.now,
         ),
         call.request,
     )
@@ -80,6 +81,7 @@ def sync_volumes(service: Service, call: Call[VolumeSyncRequest]) -> Flow[Volume
             formatted=None if message.formatted is None else frozenset(message.formatted),
             fresh=fresh,
             vault=service.vault,
+            revocations=service.revoked.now,
         ),
         call.request,
     )

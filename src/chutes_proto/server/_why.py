@@ -187,6 +187,8 @@ _REMEDIES: Final[Mapping[str, str]] = {
     Code.VM_NAME_MISMATCH: "the token is another VM's: look for a client that mixes VMs",
     Code.SIGNATURE_INVALID: "check that the VM signs with the key of its hotkey; `chutes-proto hotkey check` does",
     Code.SIGNATURE_STALE: "set the caller's clock right",
+    Code.REVOKED: "an operator revoked it: `chutes-proto revocations` says when and why; `vm allow`, `hotkey allow` or"
+    " `platform allow` undoes it, and the VM must be started again",
     Code.PLATFORM_MISMATCH: "if you moved the disk, run `chutes-proto vm rebind VM --keep-keys`; if not, somebody else"
     " uses the VM's name",
     Code.VERSION_REJECTED: "upgrade the image, or lower `minimum_version`",

@@ -32,6 +32,8 @@ __all__ += ["ReadOtherwiseSealed", "ReadPage", "ReadRetired", "ReadTimes", "Read
 __all__ += ["RewrapGenerations", "Row", "Scan", "ServerRow", "SetHorizon", "State", "StoreOp", "SweepNonces", "Times"]
 __all__ += ["UpdateGeneration", "Vm", "VmRow", "VoidTokens", "VolumeRow"]
 __all__ += ["DoubtCandidates"]
+__all__ += ["Alone", "DeleteRevocation", "EraseGeneration", "ErasureRow", "Forget", "ReadClaims", "Revocable"]
+__all__ += ["RevocationRow", "SetVersion"]
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -375,6 +377,43 @@ class AuditRow:
     peer_address: str = ""
 
 
+Revocable: TypeAlias = Literal["vm", "hotkey", "platform"]
+"""The kinds of parties that an operator can revoke."""
+
+
+@frozen
+class RevocationRow:
+    """An operator's revocation of a party, until ``ends_at`` or, if that is None, for good.
+
+    ``subject`` is ``HOTKEY/NAME`` of a VM, a hotkey, or a platform as a `Pin` prints itself.
+    """
+
+    TABLE: ClassVar[str] = "revocation"
+    KEY: ClassVar[tuple[str, ...]] = ("kind", "subject")
+
+    kind: Revocable
+    subject: str
+    reason: str
+    created_at: int
+    ends_at: int | None
+
+
+@frozen
+class ErasureRow:
+    """The erasure of a VM: every key of it, up to the generations of ``through``, was destroyed.
+
+    ``through`` is a JSON object: by volume, the number of the newest generation that there was.
+    """
+
+    TABLE: ClassVar[str] = "erasure"
+    KEY: ClassVar[tuple[str, ...]] = ("erasure_id",)
+
+    erasure_id: str
+    vm: Vm
+    erased_at: int
+    through: str
+
+
 Row: TypeAlias = (
     NonceRow
     | VmRow
@@ -386,6 +425,8 @@ Row: TypeAlias = (
     | ServerRow
     | GpuRow
     | GpuDeviceRow
+    | RevocationRow
+    | ErasureRow
     | AuditRow
 )
 """A row of any kind."""
@@ -409,7 +450,7 @@ class Insert(StoreOp[None]):
 class Put(StoreOp[None]):
     """Add a row, or replace the one with the same key."""
 
-    row: VmRow | BootRow | VolumeRow | ServerRow | GpuDeviceRow
+    row: VmRow | BootRow | VolumeRow | ServerRow | GpuDeviceRow | RevocationRow
 
 
 @frozen
@@ -425,16 +466,64 @@ class Times:
     """The horizon, and the start of the transaction by the store's own clock, both in unix seconds.
 
     Nonces issued at or before the horizon may have been forgotten, and count as redeemed; what was issued to boots
-    granted until then is void. ``clock`` is None for a store without a clock of its own.
+    granted until then is void. ``clock`` is None for a store without a clock of its own. ``version`` is that of the
+    revocations and erasures: a number that is another one after each change of them.
     """
 
     horizon: int
     clock: int | None
+    version: int = 0
 
 
 @frozen
 class ReadTimes(StoreOp[Times]):
     """The times that decide whether a nonce may be redeemed."""
+
+
+@frozen
+class Alone(StoreOp[None]):
+    """Wait until no other unit runs, and let none begin before this one has ended.
+
+    So a unit that began before this change was committed was committed before it, too, and every other one sees it. A
+    backup of the database does not hold it up.
+    """
+
+
+@frozen
+class SetVersion(StoreOp[None]):
+    """Set the version of revocations and erasures; ``to`` is a random number, which no store ever had."""
+
+    to: int
+
+
+@frozen
+class DeleteRevocation(StoreOp[None]):
+    """Delete a revocation."""
+
+    kind: Revocable
+    subject: str
+
+
+@frozen
+class ReadClaims(StoreOp[tuple[VmRow, ...]]):
+    """The VMs that are bound to a platform, which is named by its PPID or its instance id."""
+
+    pin: Pin
+
+
+@frozen
+class EraseGeneration(StoreOp[None]):
+    """Delete the sealed passphrase of a generation in any state, for ever; the row stays, in state ``purged``."""
+
+    row: GenerationRow
+
+
+@frozen
+class Forget(StoreOp[None]):
+    """Delete the claim on a VM's name, or what is known of its disks."""
+
+    kind: type[VmRow] | type[VolumeRow]
+    vm: Vm
 
 
 @frozen

@@ -213,6 +213,22 @@ CREATE TABLE gpu_device (
 CREATE INDEX gpu_device_server ON gpu_device (server_id);
 INSERT INTO fact (name, value) VALUES ('compatible_since', 0);
 INSERT INTO fact (name, value) VALUES ('store_id', {number});
+INSERT INTO fact (name, value) VALUES ('revocations', 0);
+CREATE TABLE revocation (
+  kind TEXT NOT NULL CHECK (kind IN ('vm', 'hotkey', 'platform')),
+  subject TEXT NOT NULL,
+  reason TEXT NOT NULL,
+  created_at BIGINT NOT NULL,
+  ends_at BIGINT,
+  PRIMARY KEY (kind, subject)
+);
+CREATE TABLE erasure (
+  erasure_id TEXT PRIMARY KEY,
+  hotkey TEXT NOT NULL,
+  vm TEXT NOT NULL,
+  erased_at BIGINT NOT NULL,
+  through TEXT NOT NULL
+);
 ALTER TABLE vm ADD COLUMN booted TEXT;
 ALTER TABLE vm ADD COLUMN nonce_at BIGINT;
 ALTER TABLE boot ADD COLUMN root_confirm_digest {bytes};
@@ -236,6 +252,8 @@ _INDEXES: Final = (
     "CREATE INDEX audit_refused ON audit (hotkey, id) WHERE decision = 'refused'",
     "CREATE INDEX boot_created ON boot (created_at, boot_id)",
     "CREATE INDEX attestation_created ON attestation (created_at, attestation_id)",
+    # The VMs of a platform that is named by its PPID.
+    "CREATE INDEX vm_ppid ON vm (ppid)",
     # A boot that is deleted must not be a server's.
     "CREATE INDEX server_boot ON server (boot_id)",
     "CREATE INDEX server_attested ON server (attested)",
@@ -305,6 +323,7 @@ _TYPES: Final[dict[Dialect, dict[str, str]]] = {
         "serial": "INTEGER",
         "room": "",
         "alone": "",
+        "exclusive": "SELECT 1",  # one unit writes at a time
         "number": "1 + abs(random() % 9007199254740991)",
     },
     "postgresql": {
@@ -313,6 +332,8 @@ _TYPES: Final[dict[Dialect, dict[str, str]]] = {
         "number": "1 + CAST(floor(random() * 9007199254740991) AS BIGINT)",
         # Every unit holds the weakest lock of this table, so none runs beside a migration.
         "alone": "LOCK TABLE fact IN ACCESS EXCLUSIVE MODE",
+        # The same but for who only reads it outside of units, as a backup does.
+        "exclusive": "LOCK TABLE fact IN EXCLUSIVE MODE",
         # A new version of a row that does not fit beside the old one is entered in every index, where it conflicts
         # with each transaction that read a neighbour there.
         "room": ";".join(f"ALTER TABLE {table} SET (fillfactor = 50)" for table in ("vm", "boot", "volume")),
@@ -349,8 +370,8 @@ _CLOCK: Final[dict[Dialect, str]] = {"sqlite": "NULL", "postgresql": "CAST(floor
 
 
 def for_driver(statement: str, dialect: Dialect) -> str:
-    """``statement`` with the parameter marks of the dialect's driver and the clock of its database."""
-    statement = statement.replace("{clock}", _CLOCK[dialect])
+    """``statement`` with the parameter marks of the dialect's driver, and what its database says in its own way."""
+    statement = statement.replace("{clock}", _CLOCK[dialect]).replace("{exclusive}", _TYPES[dialect]["exclusive"])
     return statement if dialect == "sqlite" else statement.replace("?", "%s")
 
 
@@ -499,7 +520,7 @@ def _nothing(_: Rows) -> None:
 def _times(rows: Rows) -> store.Times:
     if not rows:
         raise LostFactError
-    return store.Times(*rows[0])
+    return store.Times(*rows[0][:2], rows[0][2] or 0)
 
 
 def _first(kind: type[store.Row], rows: Rows) -> Any:
@@ -693,7 +714,9 @@ def _change_generation(to: str, where: str = "TRUE") -> _Query:
 _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query]] = {
     store.Insert: _write(_insert, store.ROWS, _nothing),
     store.Put: _write(
-        _put, (store.VmRow, store.BootRow, store.VolumeRow, store.ServerRow, store.GpuDeviceRow), _nothing
+        _put,
+        (store.VmRow, store.BootRow, store.VolumeRow, store.ServerRow, store.GpuDeviceRow, store.RevocationRow),
+        _nothing,
     ),
     store.Claim: _write(_claim, (store.NonceRow, store.ServerRow, store.GpuRow, store.GpuDeviceRow), bool),
     store.Read: _Query(
@@ -731,7 +754,27 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query]] = {
         " RETURNING value, purpose, issued_at, redeemed_at",
         partial(_sorted, store.NonceRow),
     ),
-    store.ReadTimes: _query("SELECT value, {clock} FROM fact WHERE name = 'nonce_horizon'", _times),
+    store.ReadTimes: _query(
+        "SELECT value, {clock}, (SELECT value FROM fact WHERE name = 'revocations')"
+        " FROM fact WHERE name = 'nonce_horizon'",
+        _times,
+    ),
+    # revocations and erasures
+    store.Alone: _query("{exclusive}"),
+    store.SetVersion: _query("UPDATE fact SET value = :to WHERE name = 'revocations'"),
+    store.DeleteRevocation: _query("DELETE FROM revocation WHERE kind = :kind AND subject = :subject"),
+    store.ReadClaims: _either(
+        lambda op: op.pin.kind == "ppid",
+        _all(store.VmRow, "ppid = :pin.value"),
+        _all(store.VmRow, "platform_kind = :pin.kind AND platform_id = :pin.value"),
+    ),
+    store.EraseGeneration: _change_generation(
+        "state = 'purged', provisional = FALSE, sealed = NULL, kek_id = NULL, wrapped_key = NULL"
+    ),
+    store.Forget: _Query(
+        lambda op: (f"DELETE FROM {op.kind.TABLE} WHERE hotkey = ? AND vm = ?", _values(op.vm)),  # noqa: S608
+        lambda _, rows: _nothing(rows),
+    ),
     store.DecideLoss: _query(
         "INSERT INTO fact (name, value) VALUES ('loss_decided_at', :at)"
         " ON CONFLICT (name) DO UPDATE SET value = excluded.value"

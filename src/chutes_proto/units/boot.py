@@ -4,6 +4,7 @@ Rules kept here:
 
 * the checks and the writes are one transaction; a refusal, or a key that cannot be opened, consumes nothing;
 * a nonce is redeemed once. Redemptions are forgotten after a day, and from then on no nonce of that age is redeemed;
+* a party that is revoked is refused (``revocations.py``);
 * a VM's name belongs to the platform that booted it first. Only a hotkey that proves itself takes over a name that was
   never proven, and gets none of the keys that were made under it: else an attacker who boots first would share them;
 * a root passphrase is made once per VM and is the same at every boot: a second one would not open the root disk. But a
@@ -33,6 +34,7 @@ from chutes_proto.store._run import Script, Unit
 from chutes_proto.units.keys import VmKeys, by_volume, disk_of
 from chutes_proto.units.nonces import SKEW, Nonce, from_future, redeem_nonce
 from chutes_proto.units.records import AcceptedQuote, Quote, Records, legible
+from chutes_proto.units.revocations import NO_REVOCATIONS, Revocations, check_allowed, check_boot_allowed, pins_of
 from chutes_proto.wire.codes import Code
 
 TOKEN_SECONDS = 600
@@ -81,8 +83,10 @@ class GrantBoot(Unit[BootGrant]):
     gets the image's; ``token_digest`` is the SHA-256 of the boot token, or of the quote nonce in the two-phase
     exchange. ``platform`` is the quote's.
 
-    Raises `Refused` (``platform_mismatch``, ``exchange_downgrade``, ``nonce_invalid``), and `KeyUnavailable` or
-    `SealBroken` if the root passphrase exists and does not open.
+    ``revocations`` are those that the server has in memory.
+
+    Raises `Refused` (``platform_mismatch``, ``exchange_downgrade``, ``nonce_invalid``, ``revoked``), and
+    `KeyUnavailable` or `SealBroken` if the root passphrase exists and does not open.
     """
 
     now: int
@@ -107,6 +111,7 @@ class GrantBoot(Unit[BootGrant]):
     """The state of a profile whose VMs are to be listed, for the audit row."""
     exchange_downgrade: Literal["refuse", "allow"] = "refuse"
     claims_per_platform: int = 64
+    revocations: Revocations = NO_REVOCATIONS
 
     @property
     def quote(self) -> AcceptedQuote:
@@ -118,7 +123,8 @@ class GrantBoot(Unit[BootGrant]):
         """Claim, nonce, root passphrase, boot, records."""
         keys = VmKeys(self.vm, self.vault, self.now, self.boot_id)
         ground = yield from self._claim(keys)
-        yield from redeem_nonce(self.nonce, self.now)
+        times = yield from redeem_nonce(self.nonce, self.now)
+        yield from check_allowed(self.revocations, times, self.now, (self.vm,), pins_of(self.platform))
         root = following = second = given = None
         if self.rotation is not None:
             root, following, second, given = yield from self._rotate(keys, self.rotation)
@@ -317,32 +323,40 @@ def taken(vm: store.Vm, why: str) -> Refused:
 
 
 def check_token(
-    boot: store.BootRow | None, exchange: store.Exchange, now: int, refused: Callable[[str], Refused]
+    boot: store.BootRow | None,
+    exchange: store.Exchange,
+    now: int,
+    refused: Callable[[str], Refused],
+    revocations: Revocations,
 ) -> Script[store.BootRow]:
     """The boot of a token of ``exchange`` that is alive.
 
     Whether the token was consumed is the caller's to check: the same request may come twice. Raises
-    ``refused(reason)``, and `Unavailable` for a boot from the future.
+    ``refused(reason)``, as `check_allowed` does, and `Unavailable` for a boot from the future.
     """
     if boot is None:
         raise refused("unknown")
     if boot.exchange != exchange:
         raise refused("a quote nonce, not a boot token" if exchange == "base" else "a boot token, not a quote nonce")
-    yield from check_not_void(boot, now, refused)
+    yield from check_not_void(boot, now, refused, revocations)
     if now >= boot.token_expires_at:
         raise refused("expired")
     return boot
 
 
-def check_not_void(boot: store.BootRow, now: int, refused: Callable[[str], Refused]) -> Script[None]:
-    """Check that no operator voided what was issued to ``boot``, for its VM or by a restore for all VMs.
+def check_not_void(
+    boot: store.BootRow, now: int, refused: Callable[[str], Refused], revocations: Revocations
+) -> Script[None]:
+    """Check that no operator voided what was issued to ``boot``, for its VM or by a restore for all VMs, or revoked it.
 
-    Raises ``refused(reason)``. Raises `Unavailable` for a boot from the future, which a clock that was ahead granted:
-    no horizon of the present covers it.
+    Raises ``refused(reason)``, and as `check_allowed` does. Raises `Unavailable` for a boot from the future, which a
+    clock that was ahead granted: no horizon of the present covers it.
     """
     if boot.voided_at is not None:
         raise refused("voided")
     if boot.created_at > now + SKEW:
         raise from_future("the boot was granted", boot.created_at, now, "this server's")
-    if boot.created_at <= (yield from store.ReadTimes()).horizon:
+    times = yield from store.ReadTimes()
+    if boot.created_at <= times.horizon:
         raise refused("voided by a restore of the store")
+    yield from check_boot_allowed(revocations, times, now, boot)

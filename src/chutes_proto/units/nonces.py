@@ -40,8 +40,8 @@ class Nonce:
     issued_at: int
 
 
-def redeem_nonce(nonce: Nonce, now: int) -> Script[None]:
-    """Redeem ``nonce``; ``now`` is the server's time.
+def redeem_nonce(nonce: Nonce, now: int) -> Script[Times]:
+    """Redeem ``nonce``; ``now`` is the server's time. Returns the times of the store that allow it.
 
     Raises `Refused` for one that was redeemed or may have been. Raises `Unavailable` for one from the future, and while
     the horizon lies ahead, as it does for a minute after a restore: then no nonce can be redeemed, and none is at
@@ -58,6 +58,7 @@ def redeem_nonce(nonce: Nonce, now: int) -> Script[None]:
         raise _invalid(f"issued at {nonce.issued_at}, and the horizon is {horizon}")
     if not (yield from Claim(NonceRow(nonce.value, nonce.purpose, nonce.issued_at, now))):
         raise _invalid("redeemed before")
+    return times
 
 
 @frozen

@@ -34,6 +34,7 @@ from chutes_proto.store._run import Script, Unit
 from chutes_proto.units.boot import check_not_void, check_token, taken
 from chutes_proto.units.keys import VmKeys, by_volume, disk_of, report
 from chutes_proto.units.records import AcceptedQuote, Records
+from chutes_proto.units.revocations import NO_REVOCATIONS, Revocations
 from chutes_proto.wire.codes import Code
 
 CONFIRM_SECONDS = 300
@@ -85,6 +86,7 @@ class FindQuoteNonce(Unit[store.BootRow]):
     certificate: bytes
     body_digest: bytes
     is_provisioned: bool = False
+    revocations: Revocations = NO_REVOCATIONS
 
     def script(self) -> Script[store.BootRow]:
         return (yield from _attestable(self))
@@ -120,6 +122,7 @@ class AttestVolumes(Unit[HandedKeys]):
     rotate_after: int
     is_provisioned: bool = False
     root_ca: str | None = None
+    revocations: Revocations = NO_REVOCATIONS
 
     def script(self) -> Script[HandedKeys]:
         """Check again, consume, hand out, record the answer; or give a recorded answer again."""
@@ -212,6 +215,7 @@ class ConfirmVolumes(Unit[tuple[tuple[str, Result], ...]]):
     rotated: tuple[tuple[str, bool], ...]
     vault: Vault
     is_provisioned: bool = False
+    revocations: Revocations = NO_REVOCATIONS
 
     def script(self) -> Script[tuple[tuple[str, Result], ...]]:
         """Check, decide on all volumes, record; or answer the same confirmation again."""
@@ -269,6 +273,7 @@ class ConfirmRoot(Unit[Result]):
     body_digest: bytes
     rotated: bool
     vault: Vault
+    revocations: Revocations = NO_REVOCATIONS
 
     def script(self) -> Script[Result]:
         """Check, decide, record; or answer the same confirmation again."""
@@ -305,7 +310,7 @@ class ConfirmRoot(Unit[Result]):
 
 def _check_confirm(boot: store.BootRow, unit: ConfirmVolumes | ConfirmRoot, end: int) -> Script[None]:
     """Check a confirm nonce of ``boot``, valid until ``end``. Raises `Refused`."""
-    yield from check_not_void(boot, unit.now, _confirm_refused)
+    yield from check_not_void(boot, unit.now, _confirm_refused, unit.revocations)
     if unit.now >= end:
         raise _confirm_refused("expired")
     if boot.vm != unit.vm:
@@ -329,7 +334,7 @@ def _check_still_active(rows: list[store.GenerationRow], item: store.BootVolumeR
 def _attestable(unit: FindQuoteNonce | AttestVolumes) -> Script[store.BootRow]:
     """The boot of the unit's quote nonce, which was not consumed, or by the very same request."""
     found = yield from store.Read(store.BootRow, unit.nonce_digest, "token_digest")
-    boot = yield from check_token(found, "two-phase", unit.now, _quote_refused)
+    boot = yield from check_token(found, "two-phase", unit.now, _quote_refused, unit.revocations)
     if boot.vm != unit.vm:
         raise _quote_refused(f"issued to {boot.vm}, presented by {unit.vm}", "mismatch")
     if boot.is_provisioned != unit.is_provisioned:

@@ -29,6 +29,7 @@ from chutes_proto.units.boot import DAY, REFUSALS_PER_DAY
 from chutes_proto.units.keys import VmKeys, by_volume
 from chutes_proto.units.nonces import Nonce, redeem_nonce
 from chutes_proto.units.records import NO_QUOTE, AcceptedQuote, Quote, Records, SignedGpus, legible
+from chutes_proto.units.revocations import NO_REVOCATIONS, Revocations, check_allowed, pins_of
 from chutes_proto.wire.codes import Code
 
 EVIDENCE_SECONDS = 86_400
@@ -53,7 +54,7 @@ class RegisterServer(Unit[store.ServerRow]):
     platform; it names no hotkey, so it is not better evidence and binds no platform.
 
     Raises `Refused` (``boot_required``, ``platform_mismatch``, ``gpu_taken``, ``host_taken``, ``server_taken``,
-    ``name_taken``) and `BadRequest` (``gpu_invalid``) for GPUs that a profile does not expect.
+    ``name_taken``, ``revoked``) and `BadRequest` (``gpu_invalid``) for GPUs that a profile does not expect.
     """
 
     now: int
@@ -68,10 +69,14 @@ class RegisterServer(Unit[store.ServerRow]):
     peer_address: str
     evidence: Literal["link", "boot", "callback"] = "link"
     shown: HostQuote | None = None
+    revocations: Revocations = NO_REVOCATIONS
 
     def script(self) -> Script[store.ServerRow]:
         """Link, the host's quote, conflicts, rows."""
         link = yield from self._link()
+        pins = [each.pin for each in (link, self.shown) if each is not None]
+        vms = (store.Vm(self.hotkey, self.name), *(() if link is None else (link.vm,)))
+        yield from check_allowed(self.revocations, (yield from store.ReadTimes()), self.now, vms, pins)
         if link is None and self.evidence == "boot":
             raise Refused(Code.BOOT_REQUIRED, "Server registration failed - no verified boot belongs to this server.")
         if link is not None:
@@ -287,8 +292,8 @@ class GrantRuntime(Unit[None]):
     """Record an accepted runtime quote, and redeem its nonce.
 
     The quote must come from the platform that the linked VM's name is bound to; without a link, from the one that the
-    first accepted quote came from. Raises `Refused` (``server_not_found``, ``platform_mismatch``, ``nonce_invalid``,
-    ``gpu_taken``).
+    first accepted quote came from; ``platform`` has all its names. Raises `Refused` (``server_not_found``,
+    ``platform_mismatch``, ``nonce_invalid``, ``gpu_taken``, ``revoked``).
     """
 
     now: int
@@ -298,23 +303,26 @@ class GrantRuntime(Unit[None]):
     quote: AcceptedQuote
     peer_address: str
     gpus: SignedGpus | None = None
+    platform: store.Platform | None = None
+    revocations: Revocations = NO_REVOCATIONS
 
     def script(self) -> Script[None]:
         """Platform, nonce, GPUs, records."""
         server = yield from _same(self.server)
-        bound, pin = (yield from self._bound_to(server)), self.quote.pin
+        boot = None if server.boot_id is None else (yield from store.Read(store.BootRow, server.boot_id))
+        bound, pin = (yield from self._bound_to(server, boot)), self.quote.pin
         if bound not in (None, pin):
             reason = f"server {server.server_id} is bound to {bound}, and this quote comes from {pin}"
             raise Refused(Code.PLATFORM_MISMATCH, "This server is bound to another platform.", reason=reason)
-        yield from redeem_nonce(self.nonce, self.now)
+        times = yield from redeem_nonce(self.nonce, self.now)
+        vms = (server.vm, *(() if boot is None else (boot.vm,)))
+        pins = (pin, *(() if self.platform is None else pins_of(self.platform)))
+        yield from check_allowed(self.revocations, times, self.now, vms, pins)
         yield from store.Put(evolve(server, pin=pin if bound is None else server.pin, attested=self.request_id))
         gpus = "" if self.gpus is None else f"; {(yield from keep_gpus(self.gpus, server, self.now))}"
         yield from _record(self, server, why=gpus)
 
-    def _bound_to(self, server: store.ServerRow) -> Script[store.Pin | None]:
-        if server.boot_id is None:
-            return server.pin
-        boot = yield from store.Read(store.BootRow, server.boot_id)
+    def _bound_to(self, server: store.ServerRow, boot: store.BootRow | None) -> Script[store.Pin | None]:
         claim = None if boot is None else (yield from store.Read(store.VmRow, boot.vm))
         return server.pin if claim is None else claim.pin
 

@@ -28,6 +28,7 @@ from chutes_proto.store._run import Script, Unit
 from chutes_proto.units.boot import check_token
 from chutes_proto.units.keys import VmKeys, by_volume, report
 from chutes_proto.units.records import AcceptedQuote, Records
+from chutes_proto.units.revocations import NO_REVOCATIONS, Revocations
 from chutes_proto.wire.codes import Code
 
 
@@ -58,10 +59,11 @@ class ReadVolume(Unit[Secret]):
     certificate: bytes | None
     volume: str
     vault: Vault
+    revocations: Revocations = NO_REVOCATIONS
 
     def script(self) -> Script[Secret]:
         """Check the token, open the active key."""
-        boot = yield from _boot_of(self.token_digest, self.vm, self.certificate, self.now)
+        boot = yield from _boot_of(self)
         if boot.spent_at is not None:
             raise _not_found("consumed")
         rows = by_volume((yield from store.ReadLiveGenerations(self.vm)))
@@ -101,10 +103,11 @@ class SyncVolumes(Unit[VolumeKeys]):
     formatted: frozenset[str] | None
     fresh: Mapping[str, FreshKey]
     vault: Vault
+    revocations: Revocations = NO_REVOCATIONS
 
     def script(self) -> Script[VolumeKeys]:
         """Check and consume the token, change the keys, record the answer; or give a recorded answer again."""
-        boot = yield from _boot_of(self.token_digest, self.vm, self.certificate, self.now)
+        boot = yield from _boot_of(self)
         if boot.spent_at is not None:
             return (yield from self._replay(boot))
         yield from store.Put(evolve(boot, spent_at=self.now, body_digest=self.body_digest))
@@ -148,10 +151,11 @@ class SyncVolumes(Unit[VolumeKeys]):
         return VolumeKeys(passphrases, tuple(item.volume for item in given if item.in_use), replayed=True)
 
 
-def _boot_of(token_digest: bytes, vm: store.Vm, certificate: bytes | None, now: int) -> Script[store.BootRow]:
+def _boot_of(unit: ReadVolume | SyncVolumes) -> Script[store.BootRow]:
     """The boot that the token was issued to; whether it was consumed is the caller's to check."""
-    found = yield from store.Read(store.BootRow, token_digest, "token_digest")
-    boot = yield from check_token(found, "base", now, _not_found)
+    vm, certificate = unit.vm, unit.certificate
+    found = yield from store.Read(store.BootRow, unit.token_digest, "token_digest")
+    boot = yield from check_token(found, "base", unit.now, _not_found, unit.revocations)
     if boot.vm.hotkey != vm.hotkey:
         reason = f"issued to hotkey {boot.vm.hotkey}, presented by {vm.hotkey}"
         raise Refused(Code.HOTKEY_MISMATCH, "Hotkey does not match boot token", reason=reason)

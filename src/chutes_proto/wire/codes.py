@@ -51,6 +51,7 @@ class Code(StrEnum):
     ATTRIBUTES_REJECTED = "attributes_rejected", 403, "debug, or TD attributes that are not accepted"
     MEASUREMENT_MISMATCH = "measurement_mismatch", 403, "no accepted measurement profile; the text names the register"
     HOTKEY_REJECTED = "hotkey_rejected", 403, "not a canonical SS58 address of prefix 42, or not known here"
+    REVOKED = "revoked", 403, "the operator has revoked the VM, its hotkey or its platform; the text says which"
     PLATFORM_MISMATCH = "platform_mismatch", 403, "this VM's name belongs to another platform or owner"
     VERSION_REJECTED = "version_rejected", 403, "a version of the image that may not boot any more; the text names both"
     EXCHANGE_MISMATCH = "exchange_mismatch", 403, "the image speaks another exchange than its profile grants"

@@ -201,6 +201,7 @@ _TOKEN_CODES = (
     Code.BOOT_TOKEN_INVALID,
     Code.HOTKEY_MISMATCH,
     Code.VM_NAME_MISMATCH,
+    Code.REVOKED,
 )
 
 BOOT_NONCE = Endpoint(
@@ -274,7 +275,14 @@ VOLUME_CONFIRMATION = Endpoint(
     VolumeConfirmationRequest,
     VolumeConfirmationAnswer,
     "The volumes were opened; the next keys become active where they were added",
-    (Code.CONFIRM_NONCE_INVALID, Code.VOLUMES_REQUIRED, Code.VOLUME_UNKNOWN, Code.ROTATION_SUPERSEDED, *STORE_CODES),
+    (
+        Code.CONFIRM_NONCE_INVALID,
+        Code.REVOKED,
+        Code.VOLUMES_REQUIRED,
+        Code.VOLUME_UNKNOWN,
+        Code.ROTATION_SUPERSEDED,
+        *STORE_CODES,
+    ),
     authentication="confirm nonce",
 )
 
@@ -310,6 +318,7 @@ PROVISION_CONFIRMATION = Endpoint(
         Code.HOTKEY_BLACKLISTED,
         Code.SIGNATURE_INVALID,
         Code.CONFIRM_NONCE_INVALID,
+        Code.REVOKED,
         Code.VOLUMES_REQUIRED,
         Code.VOLUME_UNKNOWN,
         Code.ROTATION_SUPERSEDED,

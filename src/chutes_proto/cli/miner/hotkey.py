@@ -10,8 +10,11 @@ import click
 from chutes_proto.auth.hotkey import PREFIX, Hotkey, HotkeyError
 from chutes_proto.auth.signing import check_signature
 from chutes_proto.cli.base import Argument, Command, Group, answer, json_option, one_of
-from chutes_proto.errors import Refused
+from chutes_proto.cli.operator import operating, revoking
+from chutes_proto.cli.operator.operating import OperatorCommand
+from chutes_proto.errors import ConfigurationError, Refused
 from chutes_proto.io.files import read_file
+from chutes_proto.units.revocations import ReadRevoked
 
 
 class _HotkeyCommand(Command):
@@ -32,7 +35,7 @@ class _HotkeyCommand(Command):
 command: Group = Group(
     "hotkey",
     of=_HotkeyCommand,
-    help="""Inspect a hotkey's address, or check a signature.
+    help="""Inspect a hotkey's address, check a signature, or revoke a hotkey.
 
     Hotkeys are SS58 addresses of sr25519 keys, network prefix 42.
 
@@ -86,3 +89,46 @@ def check_command(address: str, message: str | None, message_file: str | None, s
     return answer(
         {"valid": True, "address": hotkey.address}, f"valid: the signature is {hotkey.address}'s over this message"
     )
+
+
+@command.command("revoke", cls=OperatorCommand)
+@_address
+@revoking.until_option
+@operating.changes
+def revoke_command(address: str, until: int | None, reason: str, config: str) -> int:
+    """Shut a hotkey out, until a time or for good.
+
+    None of its VMs boots, redeems a token or is attested, and it registers no server. VMs that run go on; those that
+    are bound to a platform are listed. The keys are kept. It is in force when the command ends. For operators.
+
+    Examples:
+      chutes-proto hotkey revoke 5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY --reason leaked --config server.toml
+      chutes-proto hotkey revoke 5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY --until 2126-12-24 \\
+          --config server.toml
+
+    See also: hotkey allow, revocations, vm revoke
+    """
+    hotkey = _of_operator(address)
+    return revoking.revoke("hotkey", hotkey, ReadRevoked("hotkey", hotkey=hotkey), until, reason, config)
+
+
+@command.command("allow", cls=OperatorCommand)
+@_address
+@operating.changes
+def allow_command(address: str, reason: str, config: str) -> int:
+    """Undo the revocation of a hotkey. For operators.
+
+    Examples:
+      chutes-proto hotkey allow 5FHneW46xGXgs5mUiveU4sbTyGBzmstUspZC92UhjJM694ty --config server.toml
+      chutes-proto hotkey allow 5FHneW46xGXgs5mUiveU4sbTyGBzmstUspZC92UhjJM694ty --reason new --config server.toml
+
+    See also: hotkey revoke, revocations
+    """
+    return revoking.allow("hotkey", _of_operator(address), reason, config)
+
+
+def _of_operator(address: str) -> str:
+    try:
+        return Hotkey.parse(address).address
+    except HotkeyError as exc:
+        raise ConfigurationError(f"{address!r} is not a hotkey: {exc}") from None

@@ -174,7 +174,8 @@ def _reason(text: str) -> str:
     return f"{user}: {text}" if text else user
 
 
-def _identifier(text: str) -> bytes:
+def identifier(text: str) -> bytes:
+    """An identifier of a platform."""
     if not re.fullmatch(r"[0-9a-fA-F]{32}", text):
         raise ValueError("say 16 bytes, which is 32 hex digits")
     return bytes.fromhex(text)
@@ -225,12 +226,12 @@ def vm_argument(*, optional: bool = False) -> Callable[[F], F]:
 def platform_options(function: F) -> F:
     """The options that say a platform."""
     ppid = click.option(
-        "--ppid", metavar="HEX", required=True, callback=parsed(_identifier), help="the platform's PPID, 16 bytes"
+        "--ppid", metavar="HEX", required=True, callback=parsed(identifier), help="the platform's PPID, 16 bytes"
     )
     instance = click.option(
         "--instance",
         metavar="HEX",
-        callback=parsed(_identifier),
+        callback=parsed(identifier),
         help="its platform instance id, 16 bytes, if its PCK certificate has one (`inspect` shows both)",
     )
     return ppid(instance(function))

@@ -11,7 +11,7 @@ from attrs import evolve
 from chutes_proto.auth.hotkey import Hotkey, HotkeyError
 from chutes_proto.cli import output
 from chutes_proto.cli.base import Group, answer, one_of, watch_option
-from chutes_proto.cli.operator import operating
+from chutes_proto.cli.operator import operating, revoking
 from chutes_proto.cli.operator.operating import DAY, OperatorCommand
 from chutes_proto.cli.output import Cell
 from chutes_proto.errors import ConfigurationError
@@ -25,15 +25,18 @@ from chutes_proto.store.rows import (
     Platform,
     ReadPage,
     ReadUnclaimed,
+    RevocationRow,
+    Scan,
     Vm,
     VmRow,
 )
 from chutes_proto.units.operator import BindVm, PurgeBoots, RebindVm
+from chutes_proto.units.revocations import ReadRevoked, subject_of
 
 command: Group = Group(
     "vm",
     of=OperatorCommand,
-    help="""List, bind and rebind VMs, and purge their old boots.
+    help="""List, bind, rebind and revoke VMs, and purge their old boots.
 
     A VM's name is bound to the platform that booted it first. These commands show the platform, and change it. Every
     change writes an audit row.
@@ -149,6 +152,49 @@ def rebind(
         store.transact(RebindVm(operating.now(), named, platform, keep_keys, setup.vault, reason))
     how = "with its keys" if keep_keys else "its keys are retired"
     return operating.done(f"{named.hotkey}/{named.name} is bound to {platform.pin}, {how}; its tokens are void")
+
+
+@command.command("revoke")
+@operating.vm_argument()
+@revoking.until_option
+@operating.changes
+def revoke_vm(vm: str, until: int | None, reason: str, config: str) -> int:
+    """Shut a VM out, until a time or for good.
+
+    It boots no more, its tokens and nonces are not redeemed, and no attestation of it counts. A VM that runs goes on
+    until it is stopped, and powers off at its next boot. Its keys are kept. It is in force when the command ends.
+
+    Examples:
+      chutes-proto vm revoke vm-1 --reason 'owner left' --config server.toml
+      chutes-proto vm revoke 5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY/vm-9 --until 2126-12-24 \\
+          --config server.toml
+
+    See also: vm allow, revocations, hotkey revoke, platform revoke
+    """
+    with operating.opened(config) as (_, store):
+        named = operating.find_vm(store, vm, new=True)
+    return revoking.revoke("vm", subject_of(named), ReadRevoked("vm", vm=named), until, reason, config)
+
+
+@command.command("allow")
+@operating.vm_argument()
+@operating.changes
+def allow_vm(vm: str, reason: str, config: str) -> int:
+    """Undo the revocation of a VM.
+
+    Examples:
+      chutes-proto vm allow vm-2 --config server.toml
+      chutes-proto vm allow vm-2 --reason 'owner is back' --config server.toml
+
+    See also: vm revoke, revocations
+    """
+    with operating.opened(config) as (_, store):
+        revoked = store.transact(Ask(Scan(RevocationRow)))
+        names = {
+            row.subject for row in revoked if row.kind == "vm" and vm in (row.subject, row.subject.partition("/")[2])
+        }
+        named = names.pop() if len(names) == 1 else subject_of(operating.find_vm(store, vm, new=True))
+    return revoking.allow("vm", named, reason, config)
 
 
 @command.command("purge-boots")

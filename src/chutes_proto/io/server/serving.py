@@ -213,7 +213,7 @@ async def _watching(
 ) -> AsyncGenerator[None]:
     """Look at the store all the time, to know whether it can serve boots; log what is found; forget nonces."""
     async with anyio.create_task_group() as background:
-        _ = background.start_soon(performer.run, watch_store(setup.service.readiness))
+        _ = background.start_soon(performer.run, watch_store(setup.service.readiness, setup.service.revoked))
         _ = background.start_soon(performer.run, sweep_nonces())
         _ = background.start_soon(performer.run, learn_vms(setup.service.known))
         _ = background.start_soon(_log_notes, store, log)

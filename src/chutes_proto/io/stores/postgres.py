@@ -140,7 +140,8 @@ _HOLDERS: Final = (
 )
 """The statement that lists the sessions with locks on our tables, the oldest transaction first."""
 
-_LOCK_VERSION: Final = "LOCK TABLE fact IN ACCESS SHARE MODE"
+_LOCK_VERSION: Final = "LOCK TABLE fact IN ROW SHARE MODE"
+"""The lock that each unit holds: a migration waits for it, and so does `Alone`, but no backup."""
 
 _READ_SETTINGS: Final = (
     # `on` waits for the disks of this server and of its synchronous standbys; `remote_apply`, which waits more, stays.

@@ -10,6 +10,7 @@ from attrs import evolve
 
 from chutes_proto.store.rows import (
     ROWS,
+    Alone,
     AttestationRow,
     AuditRow,
     AuditWanted,
@@ -25,10 +26,14 @@ from chutes_proto.store.rows import (
     CountStates,
     DecideLoss,
     Delete,
+    DeleteRevocation,
     DeleteServer,
+    EraseGeneration,
+    ErasureRow,
     FindLastBoot,
     FindLastBootFrom,
     FleetVm,
+    Forget,
     GenerationRow,
     GpuDeviceRow,
     GpuRow,
@@ -44,6 +49,7 @@ from chutes_proto.store.rows import (
     ReadAll,
     ReadAudit,
     ReadBootVolumes,
+    ReadClaims,
     ReadFleet,
     ReadLiveGenerations,
     ReadNames,
@@ -53,11 +59,13 @@ from chutes_proto.store.rows import (
     ReadRetired,
     ReadTimes,
     ReadUnclaimed,
+    RevocationRow,
     RewrapGenerations,
     Row,
     Scan,
     ServerRow,
     SetHorizon,
+    SetVersion,
     StoreOp,
     SweepNonces,
     UpdateGeneration,
@@ -149,6 +157,9 @@ _INSERTED = (
     evolve(_KEY, generation=4, state="candidate", provisional=True),
     _REFUSAL,
     evolve(_REFUSAL, attestation_id="a2", stage="runtime", pin=None, registration="r1", tcb_status="SWHardeningNeeded"),
+    RevocationRow("hotkey", VM.hotkey, "leaked", NOW, NOW + 60),
+    RevocationRow("vm", "hotkey/name", "left", NOW, None),
+    ErasureRow("e1", VM, NOW, "{}"),
     AuditRow(NOW, "vm", "zuerst", "granted", vm=VM, pin=_PIN, quote_digest=bytes(32), keys="storage/1 created"),
     AuditRow(NOW - 1, "operator", "afterwards", "done"),
 )
@@ -272,6 +283,8 @@ def operations_reply_what_they_say(harness: Harness) -> None:
     expect(ask(Read(VmRow, stranger)), None, "another VM's claim")
     ask(Put(evolve(_VM, vm=stranger)))
     expect(ask(CountClaims(_PIN)), 2, "claims of a platform")
+    expect(len(ask(ReadClaims(_PIN))), 2, "the VMs of a platform")
+    expect(ask(ReadClaims(evolve(_PIN, kind="instance"))), (), "the VMs of another platform")
     expect(ask(CountClaims(evolve(_PIN, kind="instance"))), 0, "claims of another kind of platform id")
     ask(Insert(_BOOT))
     expect(ask(Read(BootRow, _BOOT.token_digest, "token_digest")), _BOOT, "the boot of a token")
@@ -300,6 +313,12 @@ def operations_reply_what_they_say(harness: Harness) -> None:
     ask(Put(known))
     expect(ask(ReadAll(VolumeRow, VM)), (known,), "a VM's volumes")
     expect(ask(ReadAll(VolumeRow, stranger)), (), "another VM's volumes")
+    revoked = RevocationRow("platform", str(_PIN), "stolen", NOW, None)
+    for row in (evolve(revoked, kind="vm"), revoked, evolve(revoked, ends_at=NOW)):
+        ask(Put(row))
+    expect(ask(Scan(RevocationRow)), (evolve(revoked, ends_at=NOW), evolve(revoked, kind="vm")), "revocations")
+    ask(DeleteRevocation("platform", revoked.subject))
+    expect(ask(Scan(RevocationRow)), (evolve(revoked, kind="vm"),), "revocations after one was deleted")
     ask(Insert(_REFUSAL))
     ask(Insert(evolve(_REFUSAL, attestation_id="a2", code=None)))
     ask(Insert(evolve(_REFUSAL, attestation_id="a3", created_at=NOW - 1)))
@@ -381,6 +400,9 @@ def nonces_are_redeemed_once_and_swept(harness: Harness) -> None:
         ask(SetHorizon(horizon))
         ask(DecideLoss(horizon))  # it moves nothing that units read
         expect(ask(ReadTimes()).horizon, horizon, "the horizon")
+    ask(Alone())
+    ask(SetVersion(1 << 62))
+    expect(ask(ReadTimes()).version, 1 << 62, "the version of the revocations")
     clock = ask(ReadTimes()).clock
     expect(clock is None or clock > NOW, True, f"the store's own clock says {clock}")
 
@@ -538,6 +560,14 @@ def keys_are_rewrapped_and_purged(harness: Harness) -> None:
     expect(ask(ReadAll(GenerationRow, VM)), (wrapped, purged), "keys after one was purged")
     ask(RewrapGenerations((retired,)))
     expect(ask(ReadAll(GenerationRow, VM)), (wrapped, purged), "a purged key after a rewrap")
+    ask(EraseGeneration(wrapped))
+    gone = evolve(wrapped, state="purged", provisional=False, sealed=None, kek_id=None, wrapped_key=None)
+    expect(ask(ReadAll(GenerationRow, VM)), (gone, purged), "an active key after its erasure")
+    ask(Put(_VM))
+    ask(Put(_VOLUME))
+    for kind in (VmRow, VolumeRow):
+        ask(Forget(kind, VM))
+        expect(ask(Scan(kind)), (), "rows of a VM that is forgotten")
 
 
 def boots_are_found_by_their_confirm_nonce(harness: Harness) -> None:

@@ -1,0 +1,171 @@
+"""Shut a VM, a hotkey or a platform out, and allow it again: what `vm`, `hotkey` and `platform` share, and the list."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from chutes_proto.cli import console, output
+from chutes_proto.cli.base import Group, answer, parsed
+from chutes_proto.cli.console import moment
+from chutes_proto.cli.operator import operating
+from chutes_proto.cli.operator.operating import OperatorCommand
+from chutes_proto.cli.output import Cell
+from chutes_proto.errors import ConfigurationError
+from chutes_proto.store._run import Ask
+from chutes_proto.store.rows import Pin, Revocable, RevocationRow, Scan, VmRow
+from chutes_proto.units.revocations import Allow, ReadRevoked, Revoke, is_in_force, told_end
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_MAY_RUN: output.Columns = {
+    "VM": lambda row: output.vm(row.vm),
+    "PLATFORM": lambda row: output.short(str(row.pin)),
+    "LAST BOOT": lambda row: output.when(row.last_boot_at) if row.last_boot_at else "not since it was bound",
+}
+
+
+def until_option(function: F) -> F:
+    """The end of a revocation."""
+    told = "when it ends by itself (default: never)"
+    return click.option("--until", metavar="TIME", callback=parsed(moment), help=told)(function)
+
+
+def new_version() -> int:
+    """A version of the revocations that no store ever had."""
+    return 1 + secrets.randbits(62)
+
+
+def revoke(kind: Revocable, subject: str, who: ReadRevoked, until: int | None, reason: str, config: str) -> int:
+    """Revoke a party, and list the VMs that may run; the result is the exit code."""
+    now = operating.now()
+    if until is not None and until <= now:
+        raise ConfigurationError("--until: it is not in the future, so nothing would be revoked; say a later time")
+    with operating.opened(config) as (_, store):
+        store.transact(Revoke(now, new_version(), kind, subject, until, reason))
+        running = store.transact(who)
+
+    def people() -> None:
+        row = RevocationRow(kind, subject, reason, now, until)
+        console.say(f"{kind} {subject} is revoked {told_end(row)}; a VM of it that runs goes on until it is stopped")
+        output.table(_MAY_RUN, running, empty="no VM of it is bound to a platform")
+
+    told = {"ok": True, "kind": kind, "subject": subject, "ends_at": until}
+    return answer({**told, "vms": [*map(_claim, running)]}, people)
+
+
+def allow(kind: Revocable, subject: str, reason: str, config: str) -> int:
+    """Undo a revocation; the result is the exit code."""
+    with operating.opened(config) as (_, store):
+        _ = store.transact(Allow(operating.now(), new_version(), kind, subject, reason))
+    return operating.done(f"{kind} {subject} may boot again; start its VMs that were refused")
+
+
+def _claim(row: VmRow) -> dict[str, object]:
+    return operating.members(row, "hotkey vm platform last_boot_at")
+
+
+# --- platforms, and the list of all ---
+
+
+platform: Group = Group(
+    "platform",
+    of=OperatorCommand,
+    help="""Shut a platform out, and allow it again.
+
+    A platform is the machine of a VM, by the identifiers in its PCK certificate: its platform instance id, if it has
+    one, or its PPID. Either names it.
+
+    Examples:
+      chutes-proto platform revoke --ppid 00112233445566778899aabbccddeeff --reason stolen --config server.toml
+
+    See also: revocations, vm revoke, hotkey revoke
+    """,
+)
+
+
+def _pin_options(function: F) -> F:
+    names: tuple[tuple[str, str], ...] = (
+        ("--ppid", "the platform's PPID, 16 bytes"),
+        ("--instance", "or its platform instance id, 16 bytes (`inspect` shows both)"),
+    )
+    for option, told in reversed(names):
+        function = click.option(option, metavar="HEX", callback=parsed(operating.identifier), help=told)(function)
+    return function
+
+
+def _pin(ppid: bytes | None, instance: bytes | None) -> Pin:
+    if (ppid is None) == (instance is None):
+        raise click.UsageError("give one of --ppid and --instance")
+    return Pin("ppid", ppid) if ppid is not None else Pin("instance", instance or b"")
+
+
+@platform.command("revoke")
+@_pin_options
+@until_option
+@operating.changes
+def revoke_platform(ppid: bytes | None, instance: bytes | None, until: int | None, reason: str, config: str) -> int:
+    """Shut a platform out, until a time or for good.
+
+    No VM on it boots, redeems a token or is attested. VMs that run there go on; those that are bound to the platform
+    are listed. The keys are kept. It is in force when the command ends.
+
+    Examples:
+      chutes-proto platform revoke --ppid 00112233445566778899aabbccddeeff --reason stolen --config server.toml
+      chutes-proto platform revoke --instance 00112233445566778899aabbccddeeff --until 2126-12-24 --config server.toml
+
+    See also: platform allow, revocations, vm revoke
+    """
+    pin = _pin(ppid, instance)
+    return revoke("platform", str(pin), ReadRevoked("platform", pin=pin), until, reason, config)
+
+
+@platform.command("allow")
+@_pin_options
+@operating.changes
+def allow_platform(ppid: bytes | None, instance: bytes | None, reason: str, config: str) -> int:
+    """Undo the revocation of a platform.
+
+    Examples:
+      chutes-proto platform allow --ppid ffeeddccbbaa99887766554433221100 --config server.toml
+      chutes-proto platform allow --ppid ffeeddccbbaa99887766554433221100 --reason 'found again' --config server.toml
+
+    See also: platform revoke, revocations
+    """
+    return allow("platform", str(_pin(ppid, instance)), reason, config)
+
+
+_COLUMNS: output.Columns = {
+    "KIND": lambda row: row.kind,
+    "SUBJECT": lambda row: row.subject,
+    "SINCE": lambda row: output.when(row.created_at),
+    "ENDS": lambda row: "never" if row.ends_at is None else output.when(row.ends_at),
+    "STATE": lambda row: Cell("in force", "bad") if is_in_force(row, operating.now()) else Cell("ended"),
+    "REASON": lambda row: row.reason,
+}
+
+
+@click.command("revocations", cls=OperatorCommand)
+@operating.shows
+def revocations(config: str) -> int:
+    """List what is shut out.
+
+    One row for each VM, hotkey and platform that was revoked and not allowed again: since when, until when, and why.
+
+    Examples:
+      chutes-proto revocations --config server.toml
+      chutes-proto revocations --config server.toml --json
+
+    See also: vm revoke, hotkey revoke, platform revoke
+    """
+    with operating.opened(config) as (_, store):
+        rows = store.transact(Ask(Scan(RevocationRow)))
+    return operating.answer_rows("revocations", rows, _members, _COLUMNS, "nothing is revoked", {"REASON": "STATE"})
+
+
+def _members(row: RevocationRow) -> dict[str, object]:
+    told = operating.members(row, "kind subject reason created_at ends_at")
+    return told | {"in_force": is_in_force(row, operating.now())}

@@ -1,0 +1,136 @@
+"""A revocation that was committed before a grant is never missed, on both stores, whatever runs at that moment."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from attrs import evolve, field, frozen
+
+from chutes_proto.errors import Refused
+from chutes_proto.io.stores.address import DurableStore, StorePlace
+from chutes_proto.store._run import Ask, Script, Unit
+from chutes_proto.store.rows import Insert, Scan, VmRow
+from chutes_proto.testing.store_suite._parts import NOW, VM, boot, read, sync
+from chutes_proto.units.boot import BootGrant, GrantBoot
+from chutes_proto.units.revocations import ReadRevocations, ReadRevoked, Revoke, subject_of
+from chutes_proto.wire.codes import Code
+from tests.waiting import wait_until
+
+REVOKE = Revoke(NOW, 7, "vm", subject_of(VM), None, "race")
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[DurableStore]:
+    sqlite = f"sqlite:{tmp_path}/keys.db"
+    address: str = sqlite if request.param == "sqlite" else request.getfixturevalue("empty_schema")
+    with closing(StorePlace(address, tmp_path).open(migrate=True)) as opened:
+        yield opened
+
+
+@frozen
+class Held(Unit[BootGrant]):
+    """A boot that has checked everything, and waits before its first row."""
+
+    boot: GrantBoot
+    inside: threading.Event = field(factory=threading.Event)
+    leave: threading.Event = field(factory=threading.Event)
+
+    def script(self) -> Script[BootGrant]:
+        script: Generator[Any, Any, BootGrant] = self.boot.script()
+        reply: Any = None
+        while True:
+            try:
+                op = script.send(reply)
+            except StopIteration as stop:
+                result: BootGrant = stop.value
+                return result
+            if isinstance(op, Insert):
+                self.inside.set()
+                assert self.leave.wait(60)
+            reply = yield from op
+
+
+def test_a_revocation_waits_for_the_grants_that_it_was_not_seen_by(store: DurableStore) -> None:
+    ended: list[str] = []
+
+    def run(name: str, unit: Unit[Any]) -> Callable[[], None]:
+        def work() -> None:
+            _ = store.transact(unit)
+            ended.append(name)
+
+        return work
+
+    held = Held(boot("1"))
+    threads = [threading.Thread(target=run("boot", held)), threading.Thread(target=run("revoke", REVOKE))]
+    threads[0].start()
+    assert held.inside.wait(60)
+    threads[1].start()
+    _ = wait_until(lambda: is_waiting(store) or not threads[1].is_alive())
+    held.leave.set()
+    for thread in threads:
+        thread.join(60)
+    assert ended == ["boot", "revoke"]
+    (claim,) = store.transact(ReadRevoked("vm", vm=VM))
+    assert claim == store.transact(Ask(Scan(VmRow)))[0]
+    refused(store, boot("2"))
+
+
+def is_waiting(store: Any) -> bool:
+    """Whether a unit waits for another one."""
+    if hasattr(store, "_waiting"):
+        return bool(store._waiting)
+    with closing(store._connect()) as connection:
+        waits = "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        return bool(connection.execute(waits).fetchall())
+
+
+def refused(store: DurableStore, unit: Unit[Any]) -> None:
+    with pytest.raises(Refused) as caught:
+        store.transact(unit)
+    assert caught.value.code == Code.REVOKED
+
+
+def test_of_many_at_once_none_is_granted_later(store: DurableStore) -> None:
+    known = store.transact(ReadRevocations())
+    granted = boot("0")
+    _ = store.transact(granted)
+    revoked = threading.Event()
+    late: list[str] = []
+
+    def ask(number: int) -> None:
+        for turn in range(40):
+            is_late = revoked.is_set()
+            unit = evolve(boot(f"{number} {turn}"), revocations=known)
+            try:
+                _ = store.transact(unit)
+            except Refused as exc:
+                assert exc.code == Code.REVOKED
+                return
+            if is_late:
+                late.append(f"{number} {turn}")
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    store.transact(REVOKE)
+    revoked.set()
+    for thread in threads:
+        thread.join(120)
+    assert not late
+    refused(store, sync(granted, "body", "storage"))
+    refused(store, read(granted, "storage"))
+
+
+def test_a_backup_holds_no_revocation_up(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """pg_dump holds its lock on every table for as long as it runs."""
+    with closing(StorePlace(request.getfixturevalue("empty_schema"), tmp_path).open(migrate=True)) as store:
+        holder: Any = store
+        with closing(holder._connect()) as backup:
+            _ = backup.execute("BEGIN ISOLATION LEVEL REPEATABLE READ; LOCK TABLE fact IN ACCESS SHARE MODE")
+            store.transact(REVOKE)
+            _ = backup.execute("ROLLBACK")
