@@ -36,6 +36,7 @@ from chutes_proto.store.rows import (
     Read,
     ReadAll,
     ReadBootVolumes,
+    StoreOp,
     VmRow,
     VolumeRow,
 )
@@ -152,11 +153,50 @@ class Policy:
         return ROTATE_AFTER if self.backups else 0
 
 
+class Instant:
+    """The content of the store at one instant. Many lives begin alike, so the last few outcomes are remembered: of the
+    units that came next, and of all that was read."""
+
+    REMEMBERED = 3
+    """The lives that are tried one after the other share the latest, and those of equal disks one or two more."""
+
+    def __init__(self, store: MemoryStore) -> None:
+        self._store: MemoryStore | None = store
+        self._image = store.image()
+        self._next: list[tuple[Unit[Any], Instant, Any]] = []
+        self._read: dict[StoreOp[Any], Any] = {}
+
+    def _take(self) -> MemoryStore:
+        """The store with this content, which the caller may change."""
+        store, self._store = self._store or MemoryStore(self._image), None
+        return store
+
+    def transact(self, unit: Unit[Any]) -> tuple[Instant, Any]:
+        """The instant after a unit, and its result, or the refusal that it raises."""
+        for known, after, outcome in self._next:
+            if known == unit:
+                return after, outcome
+        store = self._take()
+        try:
+            outcome = store.transact(unit)
+            after = Instant(store)
+        except Refused as exc:
+            outcome, after, self._store = exc, self, store
+        self._next = [*self._next, (unit, after, outcome)][-self.REMEMBERED :]
+        return after, outcome
+
+    def read(self, op: StoreOp[Any]) -> Any:
+        if op not in self._read:
+            self._store = self._take()
+            self._read[op] = self._store.perform(op)
+        return self._read[op]
+
+
 @frozen
 class Backup:
     """A copy of the store, when it was made, and the part of `World.key` that it is."""
 
-    image: bytes
+    store: Instant
     at: int
     rows: tuple[GenerationRow, ...]
     volume: VolumeRow | None
@@ -169,9 +209,7 @@ class World:
     policy: Policy
     in_flight: int = 1
     """How many messages may be under way and late at once."""
-    store: MemoryStore = field(factory=MemoryStore)
-    is_shared: bool = False
-    """Whether another world has the same store, which is then copied before it changes."""
+    store: Instant = field(factory=lambda: Instant(MemoryStore()))
     slots: tuple[bytes, ...] = ()
     flight: tuple[Unit[Any], ...] = ()
     boots: int = 0
@@ -185,16 +223,15 @@ class World:
     backup: Backup | None = None
 
     def copy(self) -> World:
-        self.is_shared = True
         return evolve(self)
 
     def transact(self, unit: Unit[T]) -> T:
-        if self.is_shared:
-            self.store, self.is_shared = MemoryStore(self.store.image()), False
-        try:
-            return self.store.transact(unit)
-        finally:
-            self.check()
+        self.store, outcome = self.store.transact(unit)
+        self.check()
+        if isinstance(outcome, Refused):
+            raise outcome
+        result: T = outcome
+        return result
 
     # --- the network ---
 
@@ -299,7 +336,7 @@ class World:
             return
         self.now += choices.pick("seconds", (3, PASSES))
         if self.backup and self.restorable() and choices.pick("store restored", (False, True)):
-            self.store, self.is_shared = MemoryStore(self.backup.image), False
+            self.store = self.backup.store
             _ = self.transact(StoreRestored(self.now - SKEW))
             self.now += 9  # nonces of before are void
         self.back_up(choices)
@@ -307,7 +344,7 @@ class World:
     def back_up(self, choices: Choices) -> None:
         """The store may be backed up now."""
         if self.policy.backups and choices.pick("backed up", (False, True)):
-            self.backup = Backup(self.store.image(), self.now, self.rows(), self.known())
+            self.backup = Backup(self.store, self.now, self.rows(), self.known())
 
     def restorable(self) -> bool:
         """Whether the backup is young enough, and from a time when the volume had a key."""
@@ -326,7 +363,7 @@ class World:
         return next((row for row in self.read(ReadAll(VolumeRow, VM)) if row.volume == self.policy.volume), None)
 
     def read(self, op: Any) -> Any:
-        return self.store.perform(op)
+        return self.store.read(op)
 
     def opens(self, row: GenerationRow) -> bool:
         return row.sealed is not None and passphrase(row) in self.slots
