@@ -2,65 +2,47 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Sequence
-from functools import partial
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 import anyio
-import anyio.from_thread
-import anyio.to_thread
+from anyio.from_thread import start_blocking_portal
 
 from chutes_proto.effects import Transact
 from chutes_proto.io.drivers.aio import Performer
 from chutes_proto.store._run import Store, Unit
-from tests.loops import on_loop
-from tests.store.harness import MemoryHarness, SharedPostgresHarness, SharedSqliteHarness
+from tests.store.harness import MemoryHarness, SharedPostgresHarness, SharedSqliteHarness, together
 
 T = TypeVar("T")
 
 
-class _Calling(threading.local):
-    active = False
-
-
 class BindingHarness:
-    """A store behind a binding's performer: each call is a task's of one loop, as each request's of a server is."""
+    """A store behind a binding's performer: each call is a task of one loop, as each request of a server is."""
+
+    together = staticmethod(together)
 
     def __init__(self, loop: str, harness: MemoryHarness | SharedSqliteHarness | SharedPostgresHarness) -> None:
-        self._harness = harness
-        self._calling = _Calling()
-        self._run: Callable[..., Any] = partial(on_loop, loop)
+        self._stack = ExitStack()
+        _ = self._stack.callback(harness.close)
+        self._loop = self._stack.enter_context(start_blocking_portal(backend=loop))
         self._perform: Any = Performer(store=harness.open()).perform
 
     def open(self) -> Store:
         return self
 
     def transact(self, unit: Unit[T]) -> T:
-        # A call of `together` is in a worker thread of the loop, and any other is a loop of its own.
-        run = anyio.from_thread.run if self._calling.active else self._run
-        result: T = run(self._perform, Transact(unit))
+        result, fault = self._loop.call(self._outcome, unit)
+        if fault is not None:
+            raise fault
         return result
 
-    def together(self, calls: Sequence[Callable[[], T]]) -> list[T | Exception]:
-        outcomes: list[Any] = [None] * len(calls)
-
-        def call(index: int) -> None:
-            self._calling.active = True
-            try:
-                outcomes[index] = calls[index]()
-            except Exception as exc:  # noqa: BLE001 - it is what the call came to
-                outcomes[index] = exc
-            finally:
-                self._calling.active = False
-
-        async def all_at_once() -> None:
-            async with anyio.create_task_group() as nursery:
-                for index in range(len(calls)):
-                    nursery.start_soon(anyio.to_thread.run_sync, call, index)
-
-        self._run(all_at_once)
-        return [outcome for outcome in outcomes if outcome is not None]
+    async def _outcome(self, unit: Unit[T]) -> tuple[Any, BaseException | None]:
+        """What the unit comes to: an exception of any kind is the caller's, and would end the loop."""
+        try:
+            with anyio.fail_after(60):
+                return await self._perform(Transact(unit)), None
+        except BaseException as exc:  # noqa: BLE001
+            return None, exc
 
     def close(self) -> None:
-        self._harness.close()
+        self._stack.close()
