@@ -12,8 +12,8 @@ import subprocess
 import threading
 import time
 from base64 import b64encode
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing, redirect_stderr, redirect_stdout
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, redirect_stderr, redirect_stdout, suppress
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -282,7 +282,8 @@ class Vm:
 
 @define
 class Watch:
-    """The view of the machine's processes that everyone has: all command lines and environments, read all the time.
+    """The view that everyone on the machine has of a process: its command line and its environment. Those of this
+    process and of all that began in it are read all the time.
 
     An environment is read once for each command line that a process has: it is fixed as that is, when a program begins.
     """
@@ -302,13 +303,21 @@ class Watch:
         self._thread.join(60)
 
     def _look(self) -> None:
-        known: set[tuple[str, bytes]] = set()
+        known: set[tuple[int, bytes]] = set()
         while not self._over.wait(0.02):
-            for process in Path("/proc").glob("[0-9]*"):
-                try:
+            for number in _family(os.getpid()):
+                with suppress(OSError):  # it has ended
+                    process = Path(f"/proc/{number}")
                     line = (process / "cmdline").read_bytes()
-                    if (process.name, line) not in known:
+                    if (number, line) not in known:
                         self.seen |= {line, (process / "environ").read_bytes()}
-                        known.add((process.name, line))
-                except OSError:
-                    continue
+                        known.add((number, line))
+
+
+def _family(process: int) -> Iterator[int]:
+    """A process, its children, and theirs."""
+    yield process
+    with suppress(OSError):
+        for task in Path(f"/proc/{process}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                yield from _family(int(child))

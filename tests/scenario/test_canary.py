@@ -25,6 +25,7 @@ from chutes_proto.testing._faults import FAULTS
 from chutes_proto_trio import BootAgent
 from tests.cli.conftest import HOTKEY, Ended
 from tests.scenario.premises import REFUSED, Premises, Vm, Watch
+from tests.waiting import wait_until
 
 PLANTED = {
     "canary-1": {"storage": "canary:one+of/many & \\more%20", "tdx-cache": "a canary of this: " + "c4na7y" * 18},
@@ -251,6 +252,7 @@ def faults(premises: Premises, do: Callable[..., Ended]) -> None:
     # keys that do not open
     premises.sql("UPDATE generation SET wrapped_key = sealed WHERE vm = 'canary-2' AND volume = 'storage'")
     vm = premises.vm("canary-2")
+    _ = wait_until(lambda: _is_served(vm))  # the server may have looked at its store meanwhile, and looks again
     assert vm.attest(vm.boot()["luks_quote_nonce"], status=503)["code"] == "key_unavailable"
     assert do("store", "check").code == 0
     # keys that are wrapped under what the running server does not have
@@ -265,6 +267,14 @@ def faults(premises: Premises, do: Callable[..., Ended]) -> None:
         _ = key.write_bytes(wrong)
         assert premises.do("serve").code == 1
     _ = key.write_bytes(kept)
+
+
+def _is_served(vm: Vm) -> bool:
+    try:
+        _ = vm.nonce()
+    except AssertionError:
+        return False
+    return True
 
 
 def agent(premises: Premises, name: str, **more: Any) -> BootAgent:
