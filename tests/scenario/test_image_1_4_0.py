@@ -6,7 +6,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ from chutes_proto.io.server.development import write_server
 from chutes_proto.testing._directory import PLATFORM_FILE, PlatformRecord
 from tests.cli.conftest import PROGRAM, Server, end, start_server
 from tests.conftest import SOAK
-from tests.scenario.image_helper import PAIR, PLATFORM
+from tests.scenario.image_helper import PAIR, PLATFORM, helper_program
 from tests.scenario.test_nginx import CONFIGURATION, GUIDE, until_served
 
 SCRIPT = Path(__file__).with_name("image_1_4_0.sh")
@@ -59,6 +58,7 @@ class Vm:
 
     site: Site
     folder: Path
+    helper: Path
     name: str = "vm-1"
 
     def __attrs_post_init__(self) -> None:
@@ -66,11 +66,6 @@ class Vm:
             with (self.folder / disk).open("wb") as file:
                 _ = file.truncate(20 << 20)
         self.copy_image()
-        helper = self.folder / "helper"
-        root = Path(__file__).resolve().parents[2]
-        call = f'PYTHONPATH={root} exec {sys.executable} -m tests.scenario.image_helper "$@"'
-        _ = helper.write_text(f"#!/bin/sh\n{call}\n")
-        helper.chmod(0o755)
 
     def copy_image(self) -> None:
         disk = self.folder / "root"
@@ -86,7 +81,7 @@ class Vm:
     def boot(self, **more: str) -> tuple[int, str]:
         """The exit code of one boot, and what its console said."""
         said = {"URL": self.site.url, "CA": str(self.site.folder / "ca.pem"), "VM": self.name}
-        said |= {"HOTKEY": PAIR.hotkey.address, "HELPER": str(self.folder / "helper")}
+        said |= {"HOTKEY": PAIR.hotkey.address, "HELPER": str(self.helper)}
         said |= {name.upper(): str(self.folder / name) for name in ("root", "storage", "cache")}
         said |= {"RSA_BITS": "2048", "PAUSE": "0"} | more
         environment = {**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin", **said}
@@ -189,11 +184,17 @@ class OurVm:
         return str(opened["key"])
 
 
+@pytest.fixture(scope="module")
+def helper(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with helper_program(tmp_path_factory.mktemp("helper")) as path:
+        yield path
+
+
 @pytest.fixture
-def vm(site: Site, tmp_path: Path) -> Vm:
+def vm(site: Site, helper: Path, tmp_path: Path) -> Vm:
     folder = tmp_path / "vm"
     folder.mkdir()
-    return Vm(site, folder)
+    return Vm(site, folder, helper)
 
 
 def test_boots_lost_confirmations_and_a_new_copy_of_the_image(vm: Vm) -> None:
@@ -260,7 +261,7 @@ def test_power_that_goes_at_every_place(vm: Vm) -> None:
 
 
 @pytest.fixture
-def unhurried(tmp_path: Path, require_program: Callable[[str], str]) -> Iterator[Vm]:
+def unhurried(helper: Path, tmp_path: Path, require_program: Callable[[str], str]) -> Iterator[Vm]:
     """The VM of a server with the usual pace: a key is replaced once a day."""
     for program in NEEDED:
         _ = require_program(program)
@@ -269,7 +270,7 @@ def unhurried(tmp_path: Path, require_program: Callable[[str], str]) -> Iterator
         made.mkdir()
     write_site(folder, pace="")
     server = start_server("--config", folder / "server.toml", ca=folder / "ca.pem")
-    yield Vm(Site(folder, server, server.url), tmp_path / "vm")
+    yield Vm(Site(folder, server, server.url), tmp_path / "vm", helper)
     end(server.process)
 
 
@@ -288,7 +289,7 @@ def test_within_a_day_the_next_key_is_the_present_one(unhurried: Vm) -> None:
 
 
 @pytest.fixture
-def mistaken(tmp_path: Path, require_program: Callable[[str], str]) -> Iterator[Vm]:
+def mistaken(helper: Path, tmp_path: Path, require_program: Callable[[str], str]) -> Iterator[Vm]:
     """The VM of a server whose operator gave image 1.4.0 the exchange of 1.3."""
     for program in NEEDED:
         _ = require_program(program)
@@ -298,7 +299,7 @@ def mistaken(tmp_path: Path, require_program: Callable[[str], str]) -> Iterator[
     write_site(folder, exchange="two-phase")
     with (folder / "log").open("w") as log:
         server = start_server("--config", folder / "server.toml", ca=folder / "ca.pem", stderr=log)
-        yield Vm(Site(folder, server, server.url), tmp_path / "vm")
+        yield Vm(Site(folder, server, server.url), tmp_path / "vm", helper)
         end(server.process)
 
 
