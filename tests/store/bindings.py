@@ -31,9 +31,10 @@ class BindingHarness:
         return self
 
     def transact(self, unit: Unit[T]) -> T:
-        result, fault = self._loop.call(self._outcome, unit)
+        outcome, fault = self._loop.call(self._outcome, unit)
         if fault is not None:
             raise fault
+        result: T = outcome
         return result
 
     async def _outcome(self, unit: Unit[T]) -> tuple[Any, BaseException | None]:
