@@ -77,12 +77,12 @@ PACKAGES: dict[str, str] = {
     "luks": "quote",
     "miner": "auth boot wire",
     "quote": "",
-    "server": "auth collateral gpu keys quote store transport units wire",
+    "server": "auth collateral gpu keys quote store tlog transport units wire",
     "store": "quote",
     "testing": "auth gpu keys quote store units wire",
     "tlog": "",
     "transport": "wire",
-    "units": "keys quote store wire",
+    "units": "keys quote store tlog wire",
     "wire": "auth quote",
 }
 """Which others each pure package imports; the modules beside them (errors, effects, log, secret) are for all."""

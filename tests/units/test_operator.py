@@ -39,6 +39,7 @@ from chutes_proto.testing.store_suite._parts import (
     platform,
     sync,
 )
+from chutes_proto.units.log import OpenLogKey, SequenceLog
 from chutes_proto.units.operator import (
     AllowFormat,
     BindVm,
@@ -211,6 +212,19 @@ def test_a_rewrap_goes_on_where_it_stopped(store: MemoryStore) -> None:
     assert store.transact(Ask(Scan(AuditRow))) == audits
     with pytest.raises(KeyUnavailable):
         store.transact(RewrapKeys(NOW, entropy("lost", NONCE_SIZE), VAULT, WHY))
+
+
+def test_a_rewrap_wraps_the_key_of_the_log_too(store: MemoryStore) -> None:
+    booted(store, "1", "storage")
+    store.transact(SequenceLog(entropy("salts", 16)))
+    seed = Secret(entropy("seed", 44))
+    signer = store.transact(OpenLogKey(NOW, VAULT, seed))
+    keys = len(store.transact(Ask(Scan(GenerationRow))))
+    assert store.transact(RewrapKeys(NOW, entropy("all", 99 * NONCE_SIZE), NEW, WHY)).count == keys + 1
+    assert store.transact(RewrapKeys(NOW, entropy("again", 99 * NONCE_SIZE), NEW, WHY)).count == 0
+    assert store.transact(OpenLogKey(NOW, Vault(NEW.current), seed)) == signer
+    with pytest.raises(KeyUnavailable, match="audit/1 of the store's own is sealed under"):
+        store.transact(OpenLogKey(NOW, Vault(VAULT.current), seed))
 
 
 def test_a_rewrap_gets_past_rows_that_do_not_open(store: MemoryStore) -> None:

@@ -32,7 +32,7 @@ from chutes_proto.errors import ConfigurationError, KeyUnavailable, LocalProtoco
 from chutes_proto.secret import Secret
 
 if TYPE_CHECKING:
-    from chutes_proto.store.rows import GenerationRow, Vm
+    from chutes_proto.store.rows import GenerationRow, KeyringRow, Vm
 
 SEAL_VERSION: Final = 1
 KEY_SIZE: Final = 32
@@ -158,7 +158,7 @@ class Vault:
         its bytes were altered, it is the row of another address, or it was purged.
         """
         data_key, sealed = self._data_key(address, row)
-        return Secret(_decrypt(address, b"passphrase", data_key, sealed))
+        return Secret(_open(address, b"passphrase", data_key, sealed))
 
     def rewrap(self, address: Address, row: GenerationRow, nonce_seed: bytes) -> Sealed:
         """Wrap the DEK of ``row`` under the current KEK.
@@ -173,16 +173,33 @@ class Vault:
         wrapped = nonce + AESGCM(self.current.key.reveal()).encrypt(nonce, data_key, key_data)
         return Sealed(sealed, self.current.kek_id, wrapped)
 
+    def wrap(self, kind: str, epoch: int, key: Secret, nonce: bytes) -> tuple[str, bytes]:
+        """Wrap a key of the store's own under the current KEK; returns its ``kek_id``, and what a `KeyringRow` keeps.
+
+        ``nonce`` is `NONCE_SIZE` random bytes. Kind and epoch are associated data.
+        """
+        kek = self.current
+        return kek.kek_id, nonce + AESGCM(kek.key.reveal()).encrypt(nonce, key.reveal(), _keyring_data(kind, epoch))
+
+    def unwrap(self, row: KeyringRow) -> Secret:
+        """Open a key of the store's own. Raises `KeyUnavailable` and `SealBroken`, as `open` does."""
+        name = f"{row.kind}/{row.epoch} of the store's own"
+        kek = self._kek(name, row.kek_id)
+        return Secret(_decrypt(name, _keyring_data(row.kind, row.epoch), kek.reveal(), row.wrapped))
+
+    def _kek(self, name: str, kek_id: str) -> Secret:
+        key = next((key.key for key in self.live if key.kek_id == kek_id), None)
+        if key is None:
+            live = ", ".join(key.kek_id for key in self.live)
+            raise KeyUnavailable(f"the key {name} is sealed under key-encryption key (KEK) {kek_id}; available: {live}")
+        return key
+
     def _data_key(self, address: Address, row: GenerationRow) -> tuple[bytes, bytes]:
         """The DEK of a row, and the passphrase that is sealed under it."""
         if row.sealed is None or row.wrapped_key is None or row.kek_id is None:
             raise SealBroken(f"the key {_where(address)} was purged")
-        key = next((key.key for key in self.live if key.kek_id == row.kek_id), None)
-        if key is None:
-            live = ", ".join(key.kek_id for key in self.live)
-            sealed = f"sealed under key-encryption key (KEK) {row.kek_id}"
-            raise KeyUnavailable(f"the key {_where(address)} is {sealed}; available: {live}")
-        return _decrypt(address, b"data key", key.reveal(), row.wrapped_key), row.sealed
+        key = self._kek(_where(address), row.kek_id)
+        return _open(address, b"data key", key.reveal(), row.wrapped_key), row.sealed
 
     def derive(self, label: str, size: int = KEY_SIZE) -> tuple[tuple[str, Secret], ...]:
         """Derive ``size`` bytes for ``label`` from each KEK, the current one first; returns them with the KEK's id.
@@ -199,9 +216,19 @@ def _where(address: Address) -> str:
     return f"{address.vm.hotkey}/{address.vm.name}/{address.volume}/{address.generation}"
 
 
-def _decrypt(address: Address, layer: bytes, key: bytes, box: bytes) -> bytes:
+def _open(address: Address, layer: bytes, key: bytes, box: bytes) -> bytes:
     """Open a layer of an envelope. Raises `SealBroken`."""
+    return _decrypt(_where(address), address.associated_data(layer), key, box)
+
+
+def _keyring_data(kind: str, epoch: int) -> bytes:
+    parts = (b"chutes-proto keyring", _length(SEAL_VERSION), kind.encode(), epoch.to_bytes(8, "big"))
+    return b"".join([_length(len(part)) + part for part in parts])
+
+
+def _decrypt(name: str, data: bytes, key: bytes, box: bytes) -> bytes:
+    """Open a box with its associated data. Raises `SealBroken`."""
     try:
-        return AESGCM(key).decrypt(box[:NONCE_SIZE], box[NONCE_SIZE:], address.associated_data(layer))
+        return AESGCM(key).decrypt(box[:NONCE_SIZE], box[NONCE_SIZE:], data)
     except (InvalidTag, ValueError):
-        raise SealBroken(f"the key {_where(address)} does not open: its row was altered or is another's") from None
+        raise SealBroken(f"the key {name} does not open: its row was altered or is another's") from None

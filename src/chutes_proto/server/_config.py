@@ -28,6 +28,7 @@ from chutes_proto.quote._errors import PolicyError
 from chutes_proto.quote._measurements import Schedule, read_schedule
 from chutes_proto.server._gpus import Gpu
 from chutes_proto.server._proxy import CERTIFICATE_HEADERS, SECRET_HEADER, Network
+from chutes_proto.tlog.notes import check_name
 from chutes_proto.wire.evidence import PORT
 
 _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")  # RFC 9110, section 5.6.2
@@ -170,6 +171,13 @@ class ProxyOptions:
 
 
 @frozen
+class AuditOptions:
+    """Options of the audit log; ``origin`` names it for all time, and is used when it begins."""
+
+    origin: str | None = None
+
+
+@frozen
 class LimitOptions:
     """Limits on the resources that peers can use.
 
@@ -274,6 +282,7 @@ class ServerConfig:
     runtime: RuntimeOptions = field(factory=RuntimeOptions)
     proxy: ProxyOptions = field(factory=ProxyOptions)
     admin: AdminOptions = field(factory=AdminOptions)
+    audit: AuditOptions = field(factory=AuditOptions)
     limits: LimitOptions = field(factory=LimitOptions)
     gpus: Mapping[str, Gpu] = field(factory=dict[str, Gpu])
     """Kinds that the GPU table lacks, by ``gpu_identifier``."""
@@ -393,6 +402,8 @@ def _problems(config: ServerConfig) -> Iterator[str]:
     yield from _gpu_evidence_problems(config.gpu_evidence)
     if any(not 0 <= key_id <= 63 for key_id in config.nonce.expected_key_ids):
         yield "nonce.expected_key_ids: ids are 0 to 63"
+    if (origin := config.audit.origin) is not None:
+        yield from _raised(lambda: check_name(origin), "audit.origin: ")
     yield from _proxy_problems(config.proxy)
     yield from _admin_problems(config)
 

@@ -10,7 +10,7 @@ Rules kept here:
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from typing import Any, Generic, Protocol, TypeAlias, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeAlias, TypeVar
 
 from attrs import frozen
 
@@ -24,9 +24,15 @@ Script: TypeAlias = Generator[StoreOp[Any], Any, T]
 
 
 class Unit(Generic[T_co]):
-    """One transaction as a frozen value; subclasses define it in `script`."""
+    """One transaction as a frozen value; subclasses define it in `script`.
+
+    ``READS_COMMITTED`` is the one exception from serializable transactions, for a unit that takes a lock of its own
+    first and then moves what others have committed: it sees what they commit meanwhile, and conflicts with none of
+    them. A store that runs one transaction at a time need not look at it.
+    """
 
     __slots__ = ()
+    READS_COMMITTED: ClassVar[bool] = False
 
     def script(self) -> Script[T_co]:
         """A new run of the transaction."""

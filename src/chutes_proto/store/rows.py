@@ -34,6 +34,8 @@ __all__ += ["UpdateGeneration", "Vm", "VmRow", "VoidTokens", "VolumeRow"]
 __all__ += ["DoubtCandidates"]
 __all__ += ["Alone", "DeleteRevocation", "EraseGeneration", "ErasureRow", "Forget", "ReadClaims", "Revocable"]
 __all__ += ["RevocationRow", "SetVersion"]
+__all__ += ["KeyringRow", "LockLog", "LogStateRow", "LogTileRow", "ReadLog", "ReadLossDecided", "ReadTile"]
+__all__ += ["ReadUnsequenced", "Sequence"]
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -356,7 +358,11 @@ class AuditRow:
     """A decision, for whom and why, written in the transaction of the change that it records; never changed.
 
     ``keys`` names the generations that it concerns, one ``volume/generation change`` each, with a comma and a space
-    between. Audit rows have no key of their own; the store keeps them in the order in which they were written.
+    between. ``evidence`` is a JSON object with digests of what the decision rested on. Audit rows have no key of their
+    own; the store keeps them in the order in which they were written.
+
+    Once it is sequenced, a row has its index ``idx`` in the log, and a random ``salt``, without which a deleted entry
+    could be guessed from its hash.
     """
 
     TABLE: ClassVar[str] = "audit"
@@ -375,6 +381,47 @@ class AuditRow:
     quote_digest: bytes | None = None
     keys: str = ""
     peer_address: str = ""
+    evidence: str | None = None
+    idx: int | None = None
+    salt: bytes | None = None
+
+
+@frozen
+class LogStateRow:
+    """The state of the audit log: its origin, which names it for all time, and the number of its entries."""
+
+    TABLE: ClassVar[str] = "log_state"
+    KEY: ClassVar[tuple[str, ...]] = ("log",)
+
+    log: str
+    origin: str
+    size: int
+
+
+@frozen
+class LogTileRow:
+    """A tile of the audit log's tree (c2sp.org/tlog-tiles): its hashes, one after the other, 256 if it is full."""
+
+    TABLE: ClassVar[str] = "log_tile"
+    KEY: ClassVar[tuple[str, ...]] = ("level", "tile")
+
+    level: int
+    tile: int
+    hashes: bytes
+
+
+@frozen
+class KeyringRow:
+    """A key of the store's own, wrapped by the KEK ``kek_id``; of one ``kind`` the highest ``epoch`` is in use."""
+
+    TABLE: ClassVar[str] = "keyring"
+    KEY: ClassVar[tuple[str, ...]] = ("kind", "epoch")
+
+    kind: str
+    epoch: int
+    kek_id: str
+    wrapped: bytes
+    created_at: int
 
 
 Revocable: TypeAlias = Literal["vm", "hotkey", "platform"]
@@ -428,6 +475,9 @@ Row: TypeAlias = (
     | RevocationRow
     | ErasureRow
     | AuditRow
+    | LogStateRow
+    | LogTileRow
+    | KeyringRow
 )
 """A row of any kind."""
 
@@ -450,7 +500,7 @@ class Insert(StoreOp[None]):
 class Put(StoreOp[None]):
     """Add a row, or replace the one with the same key."""
 
-    row: VmRow | BootRow | VolumeRow | ServerRow | GpuDeviceRow | RevocationRow
+    row: VmRow | BootRow | VolumeRow | ServerRow | GpuDeviceRow | RevocationRow | LogStateRow | LogTileRow | KeyringRow
 
 
 @frozen
@@ -531,6 +581,11 @@ class DecideLoss(StoreOp[None]):
     """Note that an operator decided at ``at`` to go on with a store that lacks rows; servers compare it with a mark."""
 
     at: int
+
+
+@frozen
+class ReadLossDecided(StoreOp[int]):
+    """The time of the last `DecideLoss`, 0 without one."""
 
 
 @frozen
@@ -779,6 +834,46 @@ class PurgeAudit(StoreOp[None]):
     beyond: int
     through: int
     before: int
+
+
+@frozen
+class LockLog(StoreOp[int | None]):
+    """Lock the log until the transaction ends, and read its size; None if another transaction has locked it."""
+
+
+@frozen
+class ReadUnsequenced(StoreOp[tuple[tuple[int, AuditRow], ...]]):
+    """The first ``limit`` audit rows that have no index yet, each with its number."""
+
+    limit: int
+
+
+@frozen
+class Sequence(StoreOp[int]):
+    """Give audit rows their index and salt: number, index and salt of each, at least one. None may have them yet.
+
+    The reply is the number of rows that got them.
+    """
+
+    rows: tuple[tuple[int, int, bytes], ...]
+
+
+@frozen
+class ReadLog(StoreOp[tuple[AuditRow, ...]]):
+    """The next ``limit`` audit rows of the log from the index ``first`` on, by index."""
+
+    MAY_TAKE_LONG: ClassVar[bool] = True
+
+    first: int
+    limit: int
+
+
+@frozen
+class ReadTile(StoreOp[LogTileRow | None]):
+    """A tile of the log's tree."""
+
+    level: int
+    tile: int
 
 
 @frozen

@@ -5,7 +5,8 @@ Rules kept here:
 * an operation is one entry of `_QUERIES`: its statement with parameters, and a function from the result to the reply;
 * every value is a parameter, written as its path in the operation (``:vm.name``) and made a ``?``; `for_driver` turns
   that into the driver's mark, and no statement has a ``:``, ``?`` or ``%`` for anything else;
-* ``{clock}`` in a statement is the time by the database's own clock, NULL in a dialect without one;
+* ``{clock}`` in a statement is the time by the database's own clock, NULL in a dialect without one; ``{lock}`` locks
+  the rows that it reads, or leaves them out if another transaction has, in a dialect with several writers;
 * table and column names come from the row classes alone;
 * types are those that both dialects have: TEXT, BIGINT, BOOLEAN and bytes; collations of TEXT differ, so whole results
   are sorted here, and only a page, which goes on where the one before ended, has the order of the database;
@@ -236,6 +237,28 @@ ALTER TABLE boot ADD COLUMN root_confirm_body_digest {bytes};
 ALTER TABLE boot ADD COLUMN root_ca TEXT;
 ALTER TABLE attestation ADD COLUMN tcb_status TEXT;
 ALTER TABLE attestation ADD COLUMN finding TEXT;
+ALTER TABLE audit ADD COLUMN evidence TEXT;
+ALTER TABLE audit ADD COLUMN idx BIGINT;
+ALTER TABLE audit ADD COLUMN salt {bytes};
+CREATE TABLE log_state (
+  log TEXT PRIMARY KEY,
+  origin TEXT NOT NULL,
+  size BIGINT NOT NULL
+);
+CREATE TABLE log_tile (
+  level BIGINT NOT NULL,
+  tile BIGINT NOT NULL,
+  hashes {bytes} NOT NULL,
+  PRIMARY KEY (level, tile)
+);
+CREATE TABLE keyring (
+  kind TEXT NOT NULL,
+  epoch BIGINT NOT NULL,
+  kek_id TEXT NOT NULL,
+  wrapped {bytes} NOT NULL,
+  created_at BIGINT NOT NULL,
+  PRIMARY KEY (kind, epoch)
+);
 """
 
 _INDEXES: Final = (
@@ -259,6 +282,9 @@ _INDEXES: Final = (
     "CREATE INDEX server_attested ON server (attested)",
     # A provisioned boot by the nonce that confirms its root key.
     "CREATE INDEX boot_root_confirm ON boot (root_confirm_digest)",
+    # The log: an entry by its index, of which there is one, and the rows that are not sequenced yet, which are few.
+    "CREATE UNIQUE INDEX audit_idx ON audit (idx)",
+    "CREATE INDEX audit_unsequenced ON audit (id) WHERE idx IS NULL",
 )
 
 
@@ -324,6 +350,7 @@ _TYPES: Final[dict[Dialect, dict[str, str]]] = {
         "room": "",
         "alone": "",
         "exclusive": "SELECT 1",  # one unit writes at a time
+        "lock": "",
         "number": "1 + abs(random() % 9007199254740991)",
     },
     "postgresql": {
@@ -334,6 +361,7 @@ _TYPES: Final[dict[Dialect, dict[str, str]]] = {
         "alone": "LOCK TABLE fact IN ACCESS EXCLUSIVE MODE",
         # The same but for who only reads it outside of units, as a backup does.
         "exclusive": "LOCK TABLE fact IN EXCLUSIVE MODE",
+        "lock": " FOR UPDATE SKIP LOCKED",
         # A new version of a row that does not fit beside the old one is entered in every index, where it conflicts
         # with each transaction that read a neighbour there.
         "room": ";".join(f"ALTER TABLE {table} SET (fillfactor = 50)" for table in ("vm", "boot", "volume")),
@@ -371,7 +399,9 @@ _CLOCK: Final[dict[Dialect, str]] = {"sqlite": "NULL", "postgresql": "CAST(floor
 
 def for_driver(statement: str, dialect: Dialect) -> str:
     """``statement`` with the parameter marks of the dialect's driver, and what its database says in its own way."""
-    statement = statement.replace("{clock}", _CLOCK[dialect]).replace("{exclusive}", _TYPES[dialect]["exclusive"])
+    for name in ("exclusive", "lock"):
+        statement = statement.replace(f"{{{name}}}", _TYPES[dialect][name])
+    statement = statement.replace("{clock}", _CLOCK[dialect])
     return statement if dialect == "sqlite" else statement.replace("?", "%s")
 
 
@@ -698,6 +728,15 @@ def _rewrap(op: store.RewrapGenerations) -> tuple[str, Values]:
     return _rewrap_many(len(op.rows)), _chained(rows)
 
 
+def _sequence(op: store.Sequence) -> tuple[str, Values]:
+    text = (
+        "UPDATE audit SET idx = CAST(fresh.column2 AS BIGINT), salt = fresh.column3"  # noqa: S608 - no names
+        f" FROM (VALUES {', '.join(['(?, ?, ?)'] * len(op.rows))}) AS fresh"
+        " WHERE id = CAST(fresh.column1 AS BIGINT) AND idx IS NULL RETURNING id"
+    )
+    return text, _chained(op.rows)
+
+
 def _chained(rows: Iterable[Values]) -> Values:
     return tuple(chain.from_iterable(rows))
 
@@ -715,7 +754,10 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query]] = {
     store.Insert: _write(_insert, store.ROWS, _nothing),
     store.Put: _write(
         _put,
-        (store.VmRow, store.BootRow, store.VolumeRow, store.ServerRow, store.GpuDeviceRow, store.RevocationRow),
+        (
+            *(store.VmRow, store.BootRow, store.VolumeRow, store.ServerRow, store.GpuDeviceRow),
+            *(store.RevocationRow, store.LogStateRow, store.LogTileRow, store.KeyringRow),
+        ),
         _nothing,
     ),
     store.Claim: _write(_claim, (store.NonceRow, store.ServerRow, store.GpuRow, store.GpuDeviceRow), bool),
@@ -778,6 +820,9 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query]] = {
     store.DecideLoss: _query(
         "INSERT INTO fact (name, value) VALUES ('loss_decided_at', :at)"
         " ON CONFLICT (name) DO UPDATE SET value = excluded.value"
+    ),
+    store.ReadLossDecided: _query(
+        "SELECT value FROM fact WHERE name = 'loss_decided_at'", lambda rows: rows[0][0] if rows else 0
     ),
     store.SetHorizon: _query("UPDATE fact SET value = :to WHERE name = 'nonce_horizon'"),
     # names and boots
@@ -844,6 +889,17 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query]] = {
     ),
     # audit
     store.ReadAudit: _Query(_read_audit, lambda _, rows: _numbered(rows)),
+    store.LockLog: _query(
+        "SELECT size FROM log_state WHERE log = 'audit'{lock}", lambda rows: rows[0][0] if rows else None
+    ),
+    store.ReadUnsequenced: _query(
+        _select(store.AuditRow, "WHERE idx IS NULL ORDER BY id LIMIT :limit", "id"), _numbered
+    ),
+    store.Sequence: _Query(_sequence, lambda _, rows: len(rows)),
+    store.ReadLog: _query(
+        _select(store.AuditRow, "WHERE idx >= :first ORDER BY idx LIMIT :limit"), partial(decode_rows, store.AuditRow)
+    ),
+    store.ReadTile: _one(store.LogTileRow, "level = :level AND tile = :tile"),
     store.CountAudit: _count(store.AuditRow, _OF_BEFORE),
     store.PurgeAudit: _query(f"DELETE FROM audit WHERE {_OF_BEFORE}"),  # noqa: S608
 }

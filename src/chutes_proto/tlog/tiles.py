@@ -106,6 +106,19 @@ def reader(fetch: Fetch) -> Read:
     return read
 
 
+def needed(compute: Callable[[Read], object]) -> tuple[tuple[int, int], ...]:
+    """Return the tiles that a computation reads, by level and number; it must read the same whatever the hashes are."""
+    found: dict[tuple[int, int], None] = {}
+
+    def read(level: int, number: int) -> bytes:
+        tile_level, within = divmod(level, _LEVELS)
+        found[tile_level, (number << within) // WIDTH] = None
+        return bytes(HASH_SIZE)
+
+    _ = compute(read)
+    return tuple(found)
+
+
 def _fold(hashes: bytes) -> bytes:
     """The hash of a whole subtree, from those of its leaves."""
     row = [hashes[at : at + HASH_SIZE] for at in range(0, len(hashes), HASH_SIZE)]

@@ -233,8 +233,19 @@ class RewrapKeys(Unit[Rewrapped]):
             fresh.append(evolve(row, kek_id=wrapped.kek_id, wrapped_key=wrapped.wrapped_key))
         if fresh:
             yield from store.RewrapGenerations(tuple(fresh))
-            yield from _audit(self.now, "keys rewrapped", self.reason, keys=f"{len(fresh)} under {current}")
-        return Rewrapped(len(fresh), tuple(broken), rows[-1] if len(rows) == limit else None)
+        count = len(fresh) + (yield from self._rewrap_keyring(limit - len(rows)))
+        if count:
+            yield from _audit(self.now, "keys rewrapped", self.reason, keys=f"{count} under {current}")
+        return Rewrapped(count, tuple(broken), rows[-1] if len(rows) == limit else None)
+
+    def _rewrap_keyring(self, limit: int) -> Script[int]:
+        """Wrap the store's own keys, which are few, with what is left of the entropy after the last page."""
+        stale = [row for row in (yield from store.Scan(store.KeyringRow)) if row.kek_id != self.vault.current.kek_id]
+        for index, row in enumerate(stale[:limit], 1):
+            nonce = self.entropy[len(self.entropy) - NONCE_SIZE * index :][:NONCE_SIZE]
+            kek_id, wrapped = self.vault.wrap(row.kind, row.epoch, self.vault.unwrap(row), nonce)
+            yield from store.Put(evolve(row, kek_id=kek_id, wrapped=wrapped))
+        return len(stale[:limit])
 
 
 @frozen

@@ -18,9 +18,10 @@ from chutes_proto.cli.operator.operating import DAY, OperatorCommand
 from chutes_proto.errors import ConfigurationError, Refused
 from chutes_proto.io.files import read_lines, read_private
 from chutes_proto.io.reference_keys import read_row
+from chutes_proto.io.server.store_setup import count_sealed
 from chutes_proto.keys.vault import NONCE_SIZE, Address, FreshKey
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import CountRetired, CountSealed, GenerationRow, Platform, ReadRetired, Vm
+from chutes_proto.store.rows import CountRetired, GenerationRow, Platform, ReadRetired, Vm
 from chutes_proto.units.operator import AllowFormat, History, ImportKeys, PurgeKeys, RestoreKey, RewrapKeys
 from chutes_proto.wire.json import JsonError, decode
 
@@ -204,7 +205,7 @@ def rewrap(reason: str, config: str) -> int:
         vault = setup.vault
         current = vault.current.kek_id
         while True:
-            sealed = dict(store.transact(Ask(CountSealed())))
+            sealed = count_sealed(store)
             left = sum(sealed.values()) - sealed.get(current, 0)
             if left <= len(broken):
                 break

@@ -23,6 +23,7 @@ from chutes_proto.io.collateral.aio import open_performer
 from chutes_proto.io.drivers.sync import log_record
 from chutes_proto.io.server.aio import Server, run_until_stopped
 from chutes_proto.io.server.log_writer import FLUSH_SECONDS, LogWriter
+from chutes_proto.io.server.sequencer import sequencing
 from chutes_proto.io.server.setup import ServerSetup, make_setup
 from chutes_proto.io.server.sockets import (
     GivenSockets,
@@ -164,7 +165,8 @@ def open_store(setup: ServerSetup) -> Generator[tuple[DurableStore, list[str]]]:
         store.check_writing()
         _ = check_keys(store, setup.service.vault)
         store.keep_mark()
-        yield store, [str(finding) for finding in store_findings(store)]
+        with sequencing(store, setup.service.vault, setup.config.audit.origin, setup.checkpoint_file):
+            yield store, [str(finding) for finding in store_findings(store)]
 
 
 @asynccontextmanager

@@ -34,6 +34,7 @@ from chutes_proto.io.collateral.upstream import UpstreamCollateral
 from chutes_proto.io.files import read_file, read_private
 from chutes_proto.io.hotkey_file import read_hotkey
 from chutes_proto.io.http.tls import context_trusting
+from chutes_proto.io.server.sequencer import checkpoint_path
 from chutes_proto.io.server.store_setup import Problems, check_configuration, read_root, read_vault, store_place
 from chutes_proto.io.stores.address import StorePlace
 from chutes_proto.io.yaml_file import read_yaml
@@ -109,6 +110,11 @@ class ServerSetup:
             )
         found += [f"measurements: not served: {what}" for what in self.not_served]
         return tuple(found)
+
+    @property
+    def checkpoint_file(self) -> Path | None:
+        """The file of the audit log's newest signed checkpoint, beside the mark."""
+        return checkpoint_path(self.store.mark_file)
 
     @property
     def proxy_socket(self) -> Path | None:

@@ -11,6 +11,7 @@ Rules kept here:
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -25,8 +26,8 @@ from chutes_proto.io.stores.address import DurableStore, StorePlace
 from chutes_proto.keys.vault import KeyEncryptionKey, Vault
 from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
 from chutes_proto.server._config import ServerConfig
-from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import CountSealed, ReadTimes
+from chutes_proto.store._run import Ask, Store
+from chutes_proto.store.rows import CountSealed, KeyringRow, ReadTimes, Scan
 from chutes_proto.store.sql import SCHEMA_VERSION
 from chutes_proto.units.nonces import lies_ahead, why_void
 
@@ -108,9 +109,16 @@ def of_newer_schema(store: DurableStore) -> str:
     )
 
 
+def count_sealed(store: Store) -> dict[str, int]:
+    """Return how many keys are sealed under each KEK: passphrases, and keys of the store's own."""
+    sealed = Counter(dict(store.transact(Ask(CountSealed()))))
+    sealed.update(row.kek_id for row in store.transact(Ask(Scan(KeyringRow))))
+    return dict(sorted(sealed.items()))
+
+
 def check_keys(store: DurableStore, vault: Vault) -> dict[str, int]:
     """Return how many keys are sealed under each KEK. Raises `StoreError` for a KEK that ``vault`` does not have."""
-    sealed = dict(store.transact(Ask(CountSealed())))
+    sealed = count_sealed(store)
     live = {key.kek_id for key in vault.live}
     if lost := {kek_id: count for kek_id, count in sealed.items() if kek_id not in live}:
         counts = ", ".join(f"{count} under {kek_id}" for kek_id, count in sorted(lost.items()))

@@ -10,6 +10,7 @@ Rules kept here:
 from __future__ import annotations
 
 import os
+import threading
 from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
@@ -60,6 +61,15 @@ class DurableStore(Store, Protocol):
 
     def keep_mark(self) -> None:
         """Write the file of its mark from now on, as a server does; see `MarkKeeper`."""
+        ...
+
+    @property
+    def audited(self) -> threading.Event:
+        """Set when this process has added audit rows, and committed that."""
+        ...
+
+    def add_note(self, note: str) -> None:
+        """Add to `notes`, once."""
         ...
 
     @property

@@ -19,8 +19,7 @@ from typing import Any, Final
 from chutes_proto.errors import ConfigurationError, StoreError
 from chutes_proto.io.files import read_file, write_file
 from chutes_proto.store._mark import LARGEST, Entry, Mark, View, find_loss
-from chutes_proto.store.rows import AuditRow, PurgeAudit
-from chutes_proto.store.sql import columns, decode_rows
+from chutes_proto.store.rows import AuditRow, PurgeAudit, Vm
 
 LOOK_SECONDS: Final = 1.0
 """The longest time between two comparisons of a store in use, and the shortest between two writes of the file."""
@@ -31,7 +30,7 @@ _NEWEST: Final = 32
 _FACTS: Final = (
     "SELECT (SELECT value FROM fact WHERE name = 'store_id'), (SELECT value FROM fact WHERE name = 'loss_decided_at')"
 )
-_ROWS: Final = f"SELECT id, {', '.join(columns(AuditRow))} FROM audit"  # noqa: S608 - names of ours
+_ROWS: Final = "SELECT id, at, actor, event, decision, reason, hotkey, vm, boot_id, request_id, keys FROM audit"
 
 Ask = Callable[[str], Sequence[Sequence[Any]]]
 """Runs a constant statement in a transaction and returns its rows."""
@@ -45,6 +44,8 @@ class MarkKeeper:
 
     def __init__(self, name: str, path: Path | None) -> None:
         self.notes: list[str] = []
+        self.audited: threading.Event = threading.Event()
+        """Set when this process has added audit rows, and committed that."""
         self._name = name
         self._path = path
         self._lock = threading.Lock()
@@ -69,11 +70,17 @@ class MarkKeeper:
     def note(self, changes: Iterable[Entry | PurgeAudit]) -> None:
         """Note rows that this process has added and purged, once that is committed."""
         with self._lock:
-            if (mark := self._mark) is None:
-                return
+            mark = self._mark
             for change in changes:
-                mark = mark.with_entries((change,)) if isinstance(change, Entry) else mark.without(change)
+                self.audited.set()
+                if mark is not None:
+                    mark = mark.with_entries((change,)) if isinstance(change, Entry) else mark.without(change)
             self._mark = mark
+
+    def add_note(self, note: str) -> None:
+        """Add a finding, once."""
+        if note not in self.notes:
+            self.notes.append(note)
 
     def compare(self, ask: Ask, timeline: int) -> None:
         """Compare the store, and adopt its newest rows. Raises `StoreError` for one that is behind."""
@@ -137,9 +144,7 @@ class MarkKeeper:
             write_file(self._path, mark.to_bytes(), mode=0o600)
             self._written = mark
         except (ConfigurationError, OSError) as exc:
-            note = f"store.mark_file: {exc}"
-            if note not in self.notes:
-                self.notes.append(note)
+            self.add_note(f"store.mark_file: {exc}")
 
     def _read(self) -> Mark | None:
         if self._path is None:
@@ -172,5 +177,10 @@ def _view(ask: Ask, mark: Mark | None, timeline: int) -> View:
 
 
 def _entries(rows: Sequence[Sequence[Any]]) -> tuple[Entry, ...]:
-    audits = decode_rows(AuditRow, [row[1:] for row in rows])
-    return tuple(Entry.of(row[0], audit) for row, audit in zip(rows, audits, strict=True))
+    entries: list[Entry] = []
+    for number, at, actor, event, decision, reason, hotkey, name, boot_id, request_id, keys in rows:
+        vm = None if hotkey is None else Vm(hotkey, name)
+        entries.append(
+            Entry.of(number, AuditRow(at, actor, event, decision, reason, vm, boot_id, request_id, keys=keys))
+        )
+    return tuple(entries)

@@ -6,8 +6,8 @@ Rules kept here:
   message that begins a transaction makes the settings for that transaction alone;
 * an answer leaves only after its transaction is durable: each transaction sets ``synchronous_commit`` to ``on`` at
   least, and is refused where ``fsync`` or ``full_page_writes`` is off at that moment;
-* every transaction is SERIALIZABLE; one that PostgreSQL could not serialize with others runs again, until
-  ``busy_seconds`` are over;
+* every transaction is SERIALIZABLE, but that of a unit which says that it ``READS_COMMITTED``; one that PostgreSQL
+  could not serialize with others runs again, until ``busy_seconds`` are over;
 * a transaction whose connection is lost before the commit was sent never was, and runs again on a new connection; one
   whose connection is lost at the commit, or whose commit came with a notice, is never run again here: it may be
   committed, and a fail-over may lose it, because a cancelled wait for a synchronous standby succeeds with a warning;
@@ -373,6 +373,7 @@ class PostgresStore:
         )
         # The lock comes before the reads, so that these see a migration for which the lock waited.
         self._begin = self._beginning("SERIALIZABLE", _LOCK_VERSION, then=READ_VERSION)
+        self._begin_committed = self._beginning("READ COMMITTED", _LOCK_VERSION, then=READ_VERSION)
         try:
             if migrate:
                 self.found_version = self._migrate()
@@ -393,7 +394,8 @@ class PostgresStore:
 
     def transact(self, unit: Unit[T]) -> T:
         """Run ``unit`` as one transaction; see `chutes_proto.store._run.Store`."""
-        return self._with_retries(unit_name(unit), lambda connection: self._run(connection, unit))
+        begin = self._begin_committed if unit.READS_COMMITTED else self._begin
+        return self._with_retries(unit_name(unit), lambda connection: self._run(connection, unit), begin)
 
     def check(self, tell: Callable[[int, int], object] = untold) -> dict[str, int]:
         """Read all rows; return their number for each table. Raises `StoreError` for damage and for another schema.
@@ -427,6 +429,15 @@ class PostgresStore:
         self._marks.keep()
 
     @property
+    def audited(self) -> threading.Event:
+        """Set when this process has added audit rows, and committed that."""
+        return self._marks.audited
+
+    def add_note(self, note: str) -> None:
+        """Add a finding that an operator should know, once."""
+        self._marks.add_note(note)
+
+    @property
     def notes(self) -> list[str]:
         """Findings that an operator should know, about the replication and the mark."""
         replication = "" if self.replication.is_safe else str(self.replication)
@@ -437,7 +448,7 @@ class PostgresStore:
         """The number of transactions that were repeated."""
         return self.rollbacks.total()
 
-    def _with_retries(self, of: str, work: Callable[[_Connection], T]) -> T:
+    def _with_retries(self, of: str, work: Callable[[_Connection], T], begin: str = "") -> T:
         """Do ``work`` as one transaction; repeat it after conflicts, until ``busy_seconds`` are over."""
         until = time.monotonic() + self._busy_seconds
         pause = 0.001
@@ -445,7 +456,7 @@ class PostgresStore:
         while True:
             try:
                 with self._looked_at() as connection:
-                    with self._transaction(connection, self._begin):
+                    with self._transaction(connection, begin or self._begin):
                         result = work(connection)
                     self._marks.note(connection.changes)
                     return result
@@ -671,7 +682,7 @@ class PostgresStore:
                 raise self._standby()
             self._check_settings(connection, backend, settings)
             self._check_clock(asked_at, float(clock), time.time())
-            if begin == self._begin:
+            if begin in (self._begin, self._begin_committed):
                 _ = self._versions(connection).check(more)
                 if timeline != self._timeline:  # another server than the one that was compared last
                     connection.is_looked_at = False

@@ -230,6 +230,15 @@ class SqliteStore:
         self._marks.keep()
 
     @property
+    def audited(self) -> threading.Event:
+        """Set when this process has added audit rows, and committed that."""
+        return self._marks.audited
+
+    def add_note(self, note: str) -> None:
+        """Add a finding that an operator should know, once."""
+        self._marks.add_note(note)
+
+    @property
     def notes(self) -> list[str]:
         """Findings that an operator should know, about the mark."""
         return list(self._marks.notes)

@@ -39,6 +39,10 @@ from chutes_proto.store.rows import (
     GpuRow,
     Insert,
     InsertAll,
+    KeyringRow,
+    LockLog,
+    LogStateRow,
+    LogTileRow,
     NonceRow,
     Pin,
     Platform,
@@ -52,17 +56,21 @@ from chutes_proto.store.rows import (
     ReadClaims,
     ReadFleet,
     ReadLiveGenerations,
+    ReadLog,
     ReadNames,
     ReadOld,
     ReadOtherwiseSealed,
     ReadPage,
     ReadRetired,
+    ReadTile,
     ReadTimes,
     ReadUnclaimed,
+    ReadUnsequenced,
     RevocationRow,
     RewrapGenerations,
     Row,
     Scan,
+    Sequence,
     ServerRow,
     SetHorizon,
     SetVersion,
@@ -161,7 +169,10 @@ _INSERTED = (
     RevocationRow("vm", "hotkey/name", "left", NOW, None),
     ErasureRow("e1", VM, NOW, "{}"),
     AuditRow(NOW, "vm", "zuerst", "granted", vm=VM, pin=_PIN, quote_digest=bytes(32), keys="storage/1 created"),
-    AuditRow(NOW - 1, "operator", "afterwards", "done"),
+    AuditRow(NOW - 1, "operator", "afterwards", "done", evidence="{}", idx=0, salt=b"salt"),
+    LogStateRow("audit", "a.example/log", 1),
+    LogTileRow(0, 0, bytes(32)),
+    KeyringRow("audit", 1, "0123456789abcdef", b"wrapped", NOW),
 )
 _OTHER_SERVER = evolve(_SERVER, server_id="n2", registration="r2", name="b", address="2001:db8::1")
 _CLAIMED = (_SERVER, evolve(_OTHER_SERVER, boot_id="b0", pin=_PIN, updated_at=NOW, attested="a2"), _GPU, _DEVICE)
@@ -366,6 +377,36 @@ def operations_reply_what_they_say(harness: Harness) -> None:
     expect(list(ask(ReadAudit(0, 9))), left[1:], "audit rows after the first was purged")
     ask(Insert(events[0]))
     expect(ask(ReadAudit(rest[-1][0], 9))[0][1], events[0], "an audit row after a purge")
+
+
+def a_log_is_sequenced(harness: Harness) -> None:
+    """Rows get their places once, in the order in which they were written; the log's own rows are replaced."""
+    ask = asking(harness.open())
+    expect(ask(LockLog()), None, "the size of a log that has not begun")
+    ask(Put(LogStateRow("audit", "a.example/log", 0)))
+    expect(ask(LockLog()), 0, "the size of a new log")
+    events = [AuditRow(NOW, "operator", f"event {number}", "done") for number in range(4)]
+    for row in events:
+        ask(Insert(row))
+    waiting = ask(ReadUnsequenced(9))
+    expect([row for _, row in waiting], events, "rows that are not sequenced")
+    expect(ask(ReadUnsequenced(2)), waiting[:2], "as many as asked for")
+    places = tuple((number, index, b"salt %d" % index) for index, (number, _) in enumerate(waiting[:3]))
+    expect(ask(Sequence(places)), 3, "rows that got a place")
+    expect(ask(Sequence(((places[0][0], 7, b"other"), (waiting[3][0], 3, b"salt 3")))), 1, "rows that got one again")
+    placed = [evolve(row, idx=index, salt=b"salt %d" % index) for index, row in enumerate(events)]
+    expect(list(ask(ReadLog(0, 9))), placed, "the log")
+    expect(list(ask(ReadLog(1, 2))), placed[1:3], "a page of the log")
+    expect(ask(ReadUnsequenced(9)), (), "rows that are left")
+    ask(Insert(events[0]))
+    (left,) = ask(ReadUnsequenced(9))
+    expect_fault(lambda: ask(Sequence(((left[0], 3, b"salt"),))), "one place for two rows")
+    expect(ask(ReadTile(0, 0)), None, "a tile that is not there")
+    for hashes in (bytes(32), bytes(64)):
+        ask(Put(LogTileRow(0, 0, hashes)))
+        expect(ask(ReadTile(0, 0)), LogTileRow(0, 0, hashes), "a tile")
+    ask(Put(LogStateRow("audit", "a.example/log", 4)))
+    expect(ask(LockLog()), 4, "the size of a log")
 
 
 def tokens_are_redeemed_and_voided(harness: Harness) -> None:

@@ -1,0 +1,144 @@
+"""The audit log of a store, beside the requests: audit rows are sequenced, and checkpoints signed into a file.
+
+Rules kept here:
+
+* every process of every server tries, within a second of a commit; the store lets one of them in at a time;
+* a checkpoint is signed only if the log extends the one in the file, which is outside the database. Otherwise nothing
+  is signed any more, and the operator is told, until the file is moved away;
+* after an operator's decision on a loss, a log that lost entries goes on under another key: the old one has signed
+  what is not in it. The old checkpoint is kept beside the new one;
+* a store that fails is asked again later: nothing waits for the log.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final, TypeVar
+
+from chutes_proto.errors import ConfigurationError, KeyUnavailable, LogError, SealBroken, StoreError
+from chutes_proto.io.files import read_file, write_file
+from chutes_proto.io.stores.address import DurableStore
+from chutes_proto.keys.vault import NONCE_SIZE, Vault
+from chutes_proto.secret import Secret
+from chutes_proto.store._run import Ask, Unit
+from chutes_proto.store.rows import ReadLossDecided
+from chutes_proto.tlog.notes import LARGEST_NOTE, Checkpoint, Note, Signer, open_checkpoint
+from chutes_proto.units.log import SALT_SIZE, SEED_SIZE, OpenLogKey, ReadCheckpoint, SequenceLog
+
+T = TypeVar("T")
+
+LOOK_SECONDS: Final = 1.0
+"""How long a process waits for audit rows of its own before it looks for those of others."""
+GATHER_SECONDS: Final = 0.2
+"""How long it waits for more, so that they share a transaction."""
+BATCH: Final = 1000
+"""Rows that are sequenced in one transaction."""
+
+
+def checkpoint_path(mark_file: Path | None) -> Path | None:
+    """The file of the checkpoint that belongs to a mark."""
+    return None if mark_file is None else mark_file.with_name(f"{mark_file.name}.checkpoint")
+
+
+class Sequencer:
+    """Sequences the audit rows of ``store``; ``file`` gets its newest checkpoint, unless it is None."""
+
+    def __init__(self, store: DurableStore, vault: Vault, origin: str | None, file: Path | None) -> None:
+        self._store = store
+        self._vault = vault
+        self._origin = origin or ""
+        self._file = file
+        self._signer: Signer | None = None
+        self._ending = threading.Event()
+
+    def run(self) -> None:
+        """Sequence until `stop`, and then what is left."""
+        audited = self._store.audited
+        while not self._ending.is_set():
+            _ = audited.wait(LOOK_SECONDS)
+            audited.clear()
+            _ = self._ending.wait(GATHER_SECONDS)
+            try:
+                self.sequence()
+                if self._file is not None:
+                    _ = self.checkpoint()
+            except StoreError:  # `watch_store` tells the operator
+                pass
+            except (ConfigurationError, KeyUnavailable, LogError, SealBroken) as exc:
+                self._store.add_note(f"audit log: {exc}")
+
+    def stop(self) -> None:
+        """Let `run` end."""
+        self._ending.set()
+        self._store.audited.set()
+
+    def sequence(self) -> None:
+        """Sequence all audit rows that are committed now. Raises `LogError` for a damaged log, and `StoreError`."""
+        while self._transact(SequenceLog(os.urandom(SALT_SIZE * BATCH), self._origin)) == BATCH:
+            pass
+
+    def checkpoint(self) -> Note | None:
+        """Sign the present state of the log, if it is new, into the file; None before the log has begun.
+
+        Raises `LogError` if the log does not extend the checkpoint in the file, `StoreError`, and `KeyUnavailable`,
+        `SealBroken` or `ConfigurationError` for a key or file that cannot be used.
+        """
+        signer = self._signer = self._signer or self._key()
+        if signer is None:
+            return None
+        held, note = self._held(signer)
+        try:
+            found = self._transact(ReadCheckpoint(held))
+        except LogError:
+            if held is None or (other := self._key(self._transact(Ask(ReadLossDecided())))) in (None, signer):
+                raise
+            signer = self._signer = other
+            self._put_aside(held)
+            found, held = self._transact(ReadCheckpoint()), None
+        if found is None or signer is None or (held is not None and held.size >= found.size):
+            return note
+        note = signer.sign(found.text)
+        if self._file is not None:
+            write_file(self._file, str(note).encode(), mode=0o644)
+        return note
+
+    def _held(self, signer: Signer) -> tuple[Checkpoint | None, Note | None]:
+        """The checkpoint in the file."""
+        if self._file is None or not self._file.exists():
+            return None, None
+        try:
+            return open_checkpoint(read_file(self._file, limit=LARGEST_NOTE), signer.verifier)
+        except LogError as exc:
+            raise LogError(f"{self._file}: {exc}; if the log is right, move the file away") from None
+
+    def _put_aside(self, held: Checkpoint) -> None:
+        if self._file is not None and self._file.exists():
+            _ = self._file.rename(self._file.with_name(f"{self._file.name}.{held.size}"))
+        self._store.add_note(
+            f"audit log: of {held.size} entries some were lost, as an operator decided; it goes on under a new key"
+        )
+
+    def _key(self, lost_at: int = 0) -> Signer | None:
+        entropy = Secret(os.urandom(SEED_SIZE + NONCE_SIZE))
+        return self._transact(OpenLogKey(int(time.time()), self._vault, entropy, lost_at))
+
+    def _transact(self, unit: Unit[T]) -> T:
+        return self._store.transact(unit)
+
+
+@contextmanager
+def sequencing(store: DurableStore, vault: Vault, origin: str | None, file: Path | None) -> Generator[None]:
+    """Sequence in a thread while the block runs."""
+    sequencer = Sequencer(store, vault, origin, file)
+    thread = threading.Thread(target=sequencer.run, name="sequencer of the audit log", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        sequencer.stop()
+        thread.join()

@@ -1,0 +1,189 @@
+"""The audit log: audit rows become entries of a Merkle tree, and proofs are made from its tiles.
+
+Rules kept here:
+
+* a unit of a VM only adds its audit rows. `SequenceLog` gives them their places afterwards, in the order in which they
+  were written, so no unit waits for another one's row;
+* one transaction at a time sequences, and it gives an index to committed rows alone: one that is frozen, killed or
+  doubled loses none, and reorders none;
+* an entry is the text of its row: canonical JSON (RFC 8785) of its columns, without those that are NULL. So a column
+  that a later release adds changes no older entry. Its salt is random, and goes with the row when that is purged;
+* a tile's hashes are never computed from rows again: a row that was changed contradicts its tile.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from typing import ClassVar, Final, TypeVar
+
+from attrs import evolve, frozen
+
+from chutes_proto.errors import LogError, StoreBusy
+from chutes_proto.keys.vault import NONCE_SIZE, Vault
+from chutes_proto.secret import Secret
+from chutes_proto.store import rows as store
+from chutes_proto.store._run import Script, Unit
+from chutes_proto.store.sql import columns, encode
+from chutes_proto.tlog import merkle, tiles
+from chutes_proto.tlog.merkle import Read
+from chutes_proto.tlog.notes import Checkpoint, Signer
+
+T = TypeVar("T")
+
+LOG: Final = "audit"
+"""The name of the log in `LogStateRow`, and the kind of its key in `KeyringRow`."""
+SALT_SIZE: Final = 16
+SEED_SIZE: Final = 32
+
+_PLACE: Final = "idx"
+"""The column that is not a member of an entry: its index is known from the tree."""
+
+
+def entry_text(row: store.AuditRow) -> str:
+    """Return the text of a row's entry, of at most 65,535 bytes: a text member that is too long becomes its SHA-256."""
+    members: dict[str, object] = {}
+    for name, value in zip(columns(store.AuditRow), encode(row), strict=True):
+        if value is not None and name != _PLACE:
+            members[name] = value.hex() if isinstance(value, bytes) else value
+    text = _canonical(members)
+    for name in ("keys", "reason", "evidence"):
+        if len(text.encode()) <= tiles.LARGEST_ENTRY:
+            break
+        if name in members:
+            members[f"{name}_sha256"] = hashlib.sha256(str(members.pop(name)).encode()).hexdigest()
+            text = _canonical(members)
+    return text
+
+
+def _canonical(members: dict[str, object]) -> str:
+    # RFC 8785 for what there is here: names in ASCII, texts, whole numbers below 2**53.
+    return json.dumps(members, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+
+
+def leaf_of(row: store.AuditRow) -> bytes:
+    """Return the leaf of a row that is sequenced."""
+    return merkle.leaf_hash(entry_text(row).encode())
+
+
+# --- sequencing ---
+
+
+@frozen
+class SequenceLog(Unit[int]):
+    """Add the next audit rows to the log, as many as there is entropy for; returns their number.
+
+    Repeat it until it returns 0: nothing was left, or another transaction sequences. ``entropy`` is `SALT_SIZE` random
+    bytes for each row; ``origin`` names the log if it begins now. Raises `LogError` if the log's last tiles are not
+    those of its size: then it is damaged, and nothing is changed.
+    """
+
+    READS_COMMITTED: ClassVar[bool] = True
+
+    entropy: bytes
+    origin: str = ""
+
+    def script(self) -> Script[int]:
+        state = yield from store.Read(store.LogStateRow, LOG)
+        if state is None:
+            state = store.LogStateRow(LOG, self.origin or f"chutes-proto/{self.entropy[:8].hex()}", 0)
+            yield from store.Insert(state)
+        size = yield from store.LockLog()
+        if size is None:
+            return 0
+        rows = yield from store.ReadUnsequenced(len(self.entropy) // SALT_SIZE)
+        if not rows:
+            return 0
+        placed = [
+            (number, evolve(row, idx=size + at, salt=self.entropy[SALT_SIZE * at : SALT_SIZE * (at + 1)]))
+            for at, (number, row) in enumerate(rows)
+        ]
+        partial: list[bytes] = []
+        for place in tiles.edge(size):
+            partial += [(yield from _tile(place.level or 0, place.number))]
+        changed = tiles.grow(size, partial, [leaf_of(row) for _, row in placed])
+        given = tuple((number, row.idx or 0, row.salt or b"") for number, row in placed)
+        if (yield from store.Sequence(given)) != len(given):
+            raise StoreBusy("audit rows went while they were sequenced")
+        for (level, number), hashes in changed.items():
+            yield from store.Put(store.LogTileRow(level, number, hashes))
+        yield from store.Put(evolve(state, size=size + len(given)))
+        return len(given)
+
+
+def _tile(level: int, number: int) -> Script[bytes]:
+    row = yield from store.ReadTile(level, number)
+    return b"" if row is None else row.hashes
+
+
+# --- reading ---
+
+
+def from_tiles(compute: Callable[[Read], T]) -> Script[T]:
+    """Compute something from hashes of the tree, after reading the tiles that it needs. Raises `LogError`."""
+    held: dict[tuple[int, int], bytes] = {}
+    for level, number in tiles.needed(compute):
+        held[level, number] = yield from _tile(level, number)
+    return compute(tiles.reader(lambda level, number: held[level, number]))
+
+
+@frozen
+class ReadCheckpoint(Unit[Checkpoint | None]):
+    """The present state of the log, None if it has not begun. Raises `LogError` if it does not extend ``held``."""
+
+    held: Checkpoint | None = None
+
+    def script(self) -> Script[Checkpoint | None]:
+        state = yield from store.Read(store.LogStateRow, LOG)
+        if state is None:
+            if self.held is not None and self.held.size:
+                raise LogError(f"the store has no log, and one of {self.held.size} entries was signed")
+            return None
+        size = state.size
+        found = Checkpoint(state.origin, size, (yield from from_tiles(lambda read: merkle.root_hash(read, size))))
+        if (held := self.held) is not None:
+            if held.origin != state.origin:
+                raise LogError(f"the log's origin is {state.origin}, and {held.origin} was signed")
+            path = yield from from_tiles(lambda read: merkle.consistency_proof(read, held.size, size))
+            merkle.verify_consistency(held.size, held.root, size, found.root, path)
+        return found
+
+
+# --- the key ---
+
+
+@frozen
+class OpenLogKey(Unit[Signer | None]):
+    """The key that signs the log's checkpoints, made if there is none; None if the log has not begun.
+
+    A key made at or before ``lost_at`` is not used further: what it has signed is in no log any more. ``entropy`` is
+    `SEED_SIZE` and `NONCE_SIZE` random bytes. Raises `KeyUnavailable` and `SealBroken`.
+    """
+
+    now: int
+    vault: Vault
+    entropy: Secret
+    lost_at: int = 0
+
+    def script(self) -> Script[Signer | None]:
+        state = yield from store.Read(store.LogStateRow, LOG)
+        if state is None:
+            return None
+        row = yield from newest_key()
+        if row is not None and row.created_at > self.lost_at:
+            return Signer(state.origin, self.vault.unwrap(row))
+        entropy = self.entropy.reveal()
+        seed, epoch = Secret(entropy[:SEED_SIZE]), 1 if row is None else row.epoch + 1
+        kek_id, wrapped = self.vault.wrap(LOG, epoch, seed, entropy[SEED_SIZE : SEED_SIZE + NONCE_SIZE])
+        yield from store.Insert(store.KeyringRow(LOG, epoch, kek_id, wrapped, self.now))
+        signer = Signer(state.origin, seed)
+        told = store.AuditRow(self.now, "operator", "log key made", "done", f"key {epoch} of the audit log")
+        yield from store.Insert(evolve(told, keys=str(signer.verifier)))
+        return signer
+
+
+def newest_key() -> Script[store.KeyringRow | None]:
+    """The newest row of the log's key."""
+    rows = [row for row in (yield from store.Scan(store.KeyringRow)) if row.kind == LOG]
+    return max(rows, key=lambda row: row.epoch, default=None)

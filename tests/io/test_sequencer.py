@@ -1,0 +1,247 @@
+"""The sequencer beside a store: frozen, killed or doubled it loses nothing, and it signs no log that was changed."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+
+import psycopg
+import pytest
+from attrs import evolve, frozen
+
+from chutes_proto.errors import LogError, StoreError
+from chutes_proto.io.server.sequencer import Sequencer, checkpoint_path, sequencing
+from chutes_proto.io.stores.address import DurableStore, StorePlace
+from chutes_proto.io.stores.postgres import PostgresStore
+from chutes_proto.store._run import Ask, Script, Unit
+from chutes_proto.store.rows import (
+    AuditRow,
+    Insert,
+    Put,
+    ReadLog,
+    ReadTile,
+    ReadTimes,
+)
+from chutes_proto.testing.store_suite._parts import NOW, VAULT, boot
+from chutes_proto.tlog.notes import Checkpoint, Note
+from chutes_proto.units.log import SALT_SIZE, SequenceLog
+from chutes_proto.units.operator import StoreRestored
+from tests.waiting import wait_until
+
+ORIGIN = "keys.example/audit"
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> StorePlace:
+    address: str = "sqlite:keys.db" if request.param == "sqlite" else request.getfixturevalue("empty_schema")
+    place = StorePlace(address, tmp_path)
+    place.open(migrate=True).close()
+    return place
+
+
+@pytest.fixture
+def store(place: StorePlace) -> Iterator[DurableStore]:
+    with closing(place.open()) as store:
+        yield store
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    found = checkpoint_path(tmp_path / "store.mark")
+    assert found is not None
+    return found
+
+
+def row(writer: int, number: int) -> AuditRow:
+    return AuditRow(NOW, "operator", f"writer {writer}", "done", str(number))
+
+
+def log(store: DurableStore) -> list[AuditRow]:
+    found = list(store.transact(Ask(ReadLog(0, 100_000))))
+    assert [row.idx for row in found] == [*range(len(found))]
+    return found
+
+
+def held(file: Path) -> Checkpoint:
+    return Checkpoint.of(Note.parse(file.read_bytes()))
+
+
+def test_doubled_sequencers_lose_and_reorder_nothing(place: StorePlace) -> None:
+    writers, each = 4, 60
+    with closing(place.open()) as one, closing(place.open()) as other:
+
+        def write(writer: int) -> None:
+            for number in range(each):
+                (one, other)[writer % 2].transact(Ask(Insert(row(writer, number))))
+
+        with (
+            sequencing(one, VAULT, ORIGIN, None),
+            sequencing(other, VAULT, "another.example/log", None),
+            ThreadPoolExecutor(writers) as threads,
+        ):
+            list(threads.map(write, range(writers)))
+        found = log(one)
+    assert len(found) == writers * each
+    for writer in range(writers):
+        assert [int(row.reason) for row in found if row.event == f"writer {writer}"] == [*range(each)]
+
+
+@frozen
+class Stopped(Unit[None]):
+    """Sequences, and then does something before the transaction would be committed."""
+
+    then: Callable[[], object]
+
+    READS_COMMITTED = True
+
+    def script(self) -> Script[None]:
+        yield from SequenceLog(bytes(range(256)), ORIGIN).script()
+        self.then()
+        yield from ReadTimes()
+
+
+def test_a_sequencer_that_dies_within_its_transaction_changes_nothing(place: StorePlace, store: DurableStore) -> None:
+    store.transact(Ask(Insert(row(0, 0))))
+
+    def die() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.transact(Stopped(die))
+    assert log(store) == []
+    if isinstance(store, PostgresStore):  # its connection is cut; the unit runs again on another one
+        cut = iter([True])
+
+        def end() -> None:
+            if next(cut, False):
+                with psycopg.connect(place.address, autocommit=True) as admin:
+                    admin.execute(
+                        "SELECT pg_terminate_backend(pid) FROM pg_locks JOIN pg_class ON pg_class.oid = relation"
+                        " WHERE relname = 'log_tile' AND pid <> pg_backend_pid()"
+                    )
+
+        store.transact(Stopped(end))
+    else:
+        store.transact(SequenceLog(bytes(SALT_SIZE), ORIGIN))
+    assert [each.reason for each in log(store)] == ["0"]
+
+
+def test_units_go_on_while_a_sequencer_is_frozen(empty_schema: str, tmp_path: Path) -> None:
+    place = StorePlace(empty_schema, tmp_path)
+    with closing(place.open(migrate=True)) as store:
+        store.transact(SequenceLog(bytes(SALT_SIZE), ORIGIN))
+        store.transact(Ask(Insert(row(0, 0))))
+        inside, leave = threading.Event(), threading.Event()
+
+        def freeze() -> None:
+            inside.set()
+            assert leave.wait(60)
+
+        with ThreadPoolExecutor() as threads:
+            frozen = threads.submit(store.transact, Stopped(freeze))
+            assert inside.wait(60)
+            store.transact(Ask(Insert(row(0, 1))))
+            assert store.transact(SequenceLog(bytes(SALT_SIZE))) == 0  # at once
+            leave.set()
+            frozen.result(60)
+        assert store.transact(SequenceLog(bytes(SALT_SIZE))) == 1
+        assert store.rollbacks.total() == 0
+        assert [each.reason for each in log(store)] == ["0", "1"]
+
+
+def test_a_checkpoint_is_outside_within_seconds(store: DurableStore, file: Path) -> None:
+    with sequencing(store, VAULT, ORIGIN, file):
+        store.transact(boot("first"))
+        wait_until(lambda: file.exists() and held(file).size == 2)
+        assert file.stat().st_mode & 0o777 == 0o644
+    assert held(file).origin == ORIGIN
+    assert [each.event for each in log(store)] == ["boot", "log key made"]
+    assert store.notes == []
+
+
+def test_a_changed_log_is_not_signed(store: DurableStore, file: Path) -> None:
+    sequencer = Sequencer(store, VAULT, ORIGIN, file)
+    assert sequencer.checkpoint() is None
+    for number in range(5):
+        store.transact(Ask(Insert(row(0, number))))
+    sequencer.sequence()
+    note = sequencer.checkpoint()
+    sequencer.sequence()
+    assert note is not None
+    assert file.read_bytes() == str(note).encode()
+    newer = sequencer.checkpoint()
+    assert sequencer.checkpoint() == newer
+    assert held(file).size == 6
+    tile = store.transact(Ask(ReadTile(0, 0)))
+    assert tile is not None
+    store.transact(Ask(Put(evolve(tile, hashes=bytes(32) + tile.hashes[32:]))))
+    store.transact(Ask(Insert(row(0, 5))))
+    sequencer.sequence()
+    with pytest.raises(LogError, match="does not begin with"):
+        sequencer.checkpoint()
+    assert held(file).size == 6
+    # An operator's decision of before the key was made explains nothing.
+    store.transact(StoreRestored(1, "root"))
+    with pytest.raises(LogError, match="does not begin with"):
+        sequencer.checkpoint()
+    with sequencing(store, VAULT, ORIGIN, file):
+        wait_until(lambda: any("does not begin with" in note for note in store.notes))
+
+
+def test_a_log_that_lost_entries_goes_on_under_a_new_key(tmp_path: Path, file: Path) -> None:
+    place = StorePlace("sqlite:keys.db", tmp_path)
+    backup = tmp_path / "backup.db"
+    with closing(place.open()) as store:
+        sequencer = Sequencer(store, VAULT, ORIGIN, file)
+        store.transact(boot("first"))
+        sequencer.sequence()
+        assert sequencer.checkpoint() is not None
+        with closing(sqlite3.connect(tmp_path / "keys.db")) as source, closing(sqlite3.connect(backup)) as target:
+            source.backup(target)
+        store.transact(boot("lost"))
+        sequencer.sequence()
+        signed = sequencer.checkpoint()
+        assert held(file).size == 3
+    for end in ("", "-wal", "-shm"):
+        (tmp_path / f"keys.db{end}").unlink(missing_ok=True)
+    backup.rename(tmp_path / "keys.db")
+    with closing(place.open()) as store:
+        sequencer = Sequencer(store, VAULT, ORIGIN, file)
+        sequencer.sequence()
+        with pytest.raises(LogError, match="a log of 2 entries does not extend one of 3"):
+            sequencer.checkpoint()
+        store.transact(StoreRestored(1 << 40, "root"))
+        sequencer.sequence()
+        found = sequencer.checkpoint()
+        assert found is not None
+        assert signed is not None
+        assert held(file).size == 3
+        assert found.signatures[0].identifier != signed.signatures[0].identifier
+        assert (tmp_path / "store.mark.checkpoint.3").read_bytes() == str(signed).encode()
+        assert any("entries some were lost" in note for note in store.notes)
+
+
+def test_a_file_that_is_not_the_logs_checkpoint_is_left_alone(store: DurableStore, file: Path) -> None:
+    store.transact(Ask(Insert(row(0, 0))))
+    sequencer = Sequencer(store, VAULT, ORIGIN, file)
+    sequencer.sequence()
+    file.write_bytes(b"something else\n")
+    with pytest.raises(LogError, match=r"not a note: .*move the file away"):
+        sequencer.checkpoint()
+    assert file.read_bytes() == b"something else\n"
+
+
+def test_a_store_that_fails_is_asked_again(tmp_path: Path, file: Path) -> None:
+    place = StorePlace("sqlite:keys.db", tmp_path)
+    with closing(place.open()) as store, sequencing(store, VAULT, ORIGIN, file):
+        moved = (tmp_path / "keys.db").rename(tmp_path / "elsewhere.db")
+        store.audited.set()
+        with pytest.raises(StoreError):
+            store.transact(Ask(ReadTimes()))
+        moved.rename(tmp_path / "keys.db")
+        store.transact(Ask(Insert(row(0, 0))))
+        wait_until(file.exists)

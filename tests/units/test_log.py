@@ -1,0 +1,187 @@
+"""The audit log over any store: sequenced completely and in order, and proven from its tiles."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from attrs import evolve
+
+from chutes_proto.errors import LogError, SealBroken, StoreBusy
+from chutes_proto.keys.vault import NONCE_SIZE
+from chutes_proto.secret import Secret
+from chutes_proto.store._run import Ask, Unit
+from chutes_proto.store.rows import (
+    AuditRow,
+    Insert,
+    InsertAll,
+    KeyringRow,
+    LogStateRow,
+    LogTileRow,
+    Pin,
+    Put,
+    Read,
+    ReadLog,
+    ReadTile,
+    ReadUnsequenced,
+    Scan,
+    Sequence,
+)
+from chutes_proto.testing.store_suite._parts import NOW, VAULT, VM
+from chutes_proto.tlog import merkle
+from chutes_proto.tlog.notes import Checkpoint
+from chutes_proto.units.log import (
+    LOG,
+    SALT_SIZE,
+    SEED_SIZE,
+    OpenLogKey,
+    ReadCheckpoint,
+    SequenceLog,
+    entry_text,
+    leaf_of,
+)
+from tests.store.memory import MemoryStore
+
+ROW = AuditRow(NOW, "operator", "key restored", "done", "root: because", VM, keys="storage/1 active")
+ENTROPY = b"".join(number.to_bytes(16, "big") for number in range(320))
+KEY_ENTROPY = Secret(bytes(range(SEED_SIZE + NONCE_SIZE)))
+
+
+def rows(first: int, count: int) -> tuple[AuditRow, ...]:
+    return tuple(evolve(ROW, request_id=f"r{number}") for number in range(first, first + count))
+
+
+def filled(count: int) -> MemoryStore:
+    store = MemoryStore()
+    for first in range(0, count, 1000):
+        store.transact(Ask(InsertAll(rows(first, min(1000, count - first)))))
+    while store.transact(SequenceLog(ENTROPY, "keys.example/audit")):
+        pass
+    return store
+
+
+def checkpoint(store: MemoryStore, held: Checkpoint | None = None) -> Checkpoint:
+    found = store.transact(ReadCheckpoint(held))
+    assert found is not None
+    return found
+
+
+def test_an_entry_is_the_canonical_text_of_its_row() -> None:
+    row = AuditRow(7, "vm", "boot", "granted", 'a "reason"\n\N{EURO SIGN}', VM, "b0", pin=Pin("ppid", b"\1\2"))
+    assert entry_text(evolve(row, idx=5, salt=b"\xff")) == (
+        '{"actor":"vm","at":7,"boot_id":"b0","decision":"granted","event":"boot","hotkey":"'
+        + VM.hotkey
+        + '","keys":"","peer_address":"","platform_id":"0102","platform_kind":"ppid",'
+        '"reason":"a \\"reason\\"\\n\N{EURO SIGN}","salt":"ff","vm":"vm-0"}'
+    )
+    assert leaf_of(row) == merkle.leaf_hash(entry_text(row).encode())
+
+
+def test_a_text_that_is_too_long_for_an_entry_becomes_its_digest() -> None:
+    members = json.loads(entry_text(evolve(ROW, keys="\N{EURO SIGN}" * 30_000)))
+    assert len(members["keys_sha256"]) == 64
+    assert "keys" not in members
+    members = json.loads(entry_text(evolve(ROW, reason="x" * 70_000, evidence="y")))
+    assert {"keys_sha256", "reason_sha256", "evidence"} < members.keys()
+    assert "evidence_sha256" not in members
+    assert len(entry_text(evolve(ROW, keys="x" * 65_000)).encode()) <= 65_535
+
+
+def test_rows_are_sequenced_once_and_in_their_order() -> None:
+    store = filled(600)
+    log = store.transact(Ask(ReadLog(0, 1000)))
+    assert [(row.idx, row.request_id) for row in log] == [(number, f"r{number}") for number in range(600)]
+    assert len({row.salt for row in log[:320]}) == 320
+    assert all(row.salt is not None and len(row.salt) == SALT_SIZE for row in log)
+    before = checkpoint(store)
+    store.transact(Ask(InsertAll(rows(600, 500))))
+    assert store.transact(SequenceLog(ENTROPY)) == len(ENTROPY) // SALT_SIZE
+    while store.transact(SequenceLog(ENTROPY)):
+        pass
+    after = checkpoint(store, before)
+    assert (after.origin, after.size) == ("keys.example/audit", 1100)
+    log = store.transact(Ask(ReadLog(0, 2000)))
+    hashes = [leaf_of(row) for row in log]
+    tree: dict[tuple[int, int], bytes] = {}
+    for tile in store.transact(Ask(Scan(LogTileRow))):
+        tree[tile.level, tile.tile] = tile.hashes
+    assert b"".join(hashes) == b"".join(tree[0, number] for number in range(5))
+    assert [row.idx for row in store.transact(Ask(ReadLog(1098, 9)))] == [1098, 1099]
+
+
+def test_nothing_is_sequenced_while_another_transaction_does_or_nothing_is_there() -> None:
+    store = filled(3)
+    assert store.transact(SequenceLog(ENTROPY)) == 0
+    play(SequenceLog(ENTROPY), [LogStateRow(LOG, "o", 0), None], 0)
+
+
+def test_a_row_that_goes_while_it_is_sequenced_changes_nothing() -> None:
+    with pytest.raises(StoreBusy):
+        play(SequenceLog(ENTROPY), [LogStateRow(LOG, "o", 0), 0, ((1, ROW),), 0], 0)
+
+
+def play(unit: Unit[Any], replies: list[Any], result: object) -> None:
+    """Run a unit against replies that a store with several writers may give."""
+    script = unit.script()
+    try:
+        _ = next(script)
+        for reply in replies:
+            _ = script.send(reply)
+    except StopIteration as stop:
+        assert stop.value == result
+    else:
+        raise AssertionError
+
+
+def test_a_log_whose_last_tile_is_damaged_is_not_continued() -> None:
+    store = filled(3)
+    tile = store.transact(Ask(ReadTile(0, 0)))
+    assert tile is not None
+    store.transact(Ask(Put(evolve(tile, hashes=tile.hashes[:-32]))))
+    store.transact(Ask(Insert(ROW)))
+    with pytest.raises(LogError, match=r"tile tile/0/000.p/3 has 64 bytes"):
+        store.transact(SequenceLog(ENTROPY))
+    assert len(store.transact(Ask(ReadUnsequenced(9)))) == 1
+    with pytest.raises(LogError, match="lacks a hash"):
+        store.transact(ReadCheckpoint())
+
+
+@pytest.mark.parametrize("size", [1, 255, 256, 300])
+def test_a_log_that_does_not_extend_what_was_signed_is_refused(size: int) -> None:
+    held = checkpoint(filled(size))
+    later = filled(400)
+    assert checkpoint(later, held).size == 400
+    for wrong, why in [
+        (evolve(held, root=bytes(32)), "does not begin with|lacks"),
+        (evolve(held, size=401), "does not extend"),
+        (evolve(held, origin="keys.example/other"), "origin"),
+    ]:
+        with pytest.raises(LogError, match=why):
+            later.transact(ReadCheckpoint(wrong))
+    with pytest.raises(LogError, match="the store has no log"):
+        MemoryStore().transact(ReadCheckpoint(held))
+    assert MemoryStore().transact(ReadCheckpoint()) is None
+
+
+def test_the_key_of_a_log_is_made_once_and_kept_sealed() -> None:
+    assert MemoryStore().transact(OpenLogKey(NOW, VAULT, KEY_ENTROPY)) is None
+    store = filled(1)
+    made = store.transact(OpenLogKey(NOW, VAULT, KEY_ENTROPY))
+    again = store.transact(OpenLogKey(NOW + 1, VAULT, Secret(bytes(SEED_SIZE + NONCE_SIZE))))
+    assert made is not None
+    assert again == made
+    assert made.name == "keys.example/audit"
+    (row,) = store.transact(Ask(Scan(KeyringRow)))
+    assert made.seed.reveal() not in row.wrapped
+    told = store.transact(Ask(ReadUnsequenced(9)))[-1][1]
+    assert (told.event, told.keys) == ("log key made", str(made.verifier))
+    other = store.transact(OpenLogKey(NOW + 2, VAULT, Secret(b"x" * (SEED_SIZE + NONCE_SIZE)), lost_at=NOW))
+    assert other is not None
+    assert other != made
+    assert store.transact(OpenLogKey(NOW + 3, VAULT, KEY_ENTROPY, lost_at=NOW)) == other
+    store.transact(Ask(Put(evolve(row, epoch=3))))  # a row that was copied to another place
+    with pytest.raises(SealBroken, match="the key audit/3 of the store's own does not open"):
+        store.transact(OpenLogKey(NOW, VAULT, KEY_ENTROPY))
+    assert store.transact(Ask(Read(LogStateRow, LOG))) is not None
+    assert store.transact(Ask(Sequence(((99, 7, b"s"),)))) == 0
