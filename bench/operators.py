@@ -4,13 +4,15 @@
 three keys, two disks, a boot with two volumes and its verdict, and three audit rows. Of every tenth, a key was retired,
 and a boot and an audit row were made, before the end of their retention. The rows are loaded as they would stand after
 years, and their KEK is then rotated. The memory is the largest resident size of the command's process, with Python and
-the libraries in it; memory and processor time of PostgreSQL's own processes are not counted.
+the libraries in it; memory and processor time of PostgreSQL's own processes are not counted. At last, new VMs
+boot in that store, for the first time and again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 import sqlite3
 import subprocess
 import sys
@@ -18,12 +20,15 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any, Final
 
 import psycopg
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from bench.herd import boots, together
 from chutes_proto.auth.hotkey import Hotkey
 from chutes_proto.io.server.development import CONFIGURATION, write_server
 from chutes_proto.io.stores.address import StorePlace
@@ -39,6 +44,37 @@ HOTKEYS: Final = 1000
 VOLUMES: Final = ("root", "storage", "tdx-cache")
 NOW: Final = int(time.time())
 LONG_AGO: Final = NOW - 400 * 86_400
+CLIENTS: Final = 16
+
+BOOTS: Final = 20
+"""VMs of each client that boot."""
+
+_ONE: Final = "HOTKEY-0/vm-0"
+COMMANDS: Final = (
+    "store check",
+    "vm list",
+    "vm list --json",
+    "registrations list",
+    "keys history vm-1",
+    "audit list",
+    f"audit list --vm {_ONE}",
+    "audit list --event no-such-event",
+    "audit list --since 2020-01-01 --until 2020-01-02",
+    "audit export",
+    f"vm rebind {_ONE} --ppid {'00' * 16} --keep-keys",
+    f"keys restore {_ONE} storage 1",
+    f"keys allow-format {_ONE} storage",
+    f"vm bind HOTKEY-1/unbound --ppid {'00' * 16}",
+    "keys rewrap",
+    "keys purge",
+    "keys purge --yes",
+    "vm purge-boots",
+    "vm purge-boots --yes",
+    "audit purge",
+    "audit purge --yes",
+    "store restored",
+)
+"""The commands in the order in which they run; ``HOTKEY-N`` is the hotkey of that number."""
 
 Values = tuple[Any, ...]
 
@@ -77,34 +113,29 @@ def _measure(kind: str, folder: Path, address: str) -> None:
     _ = configuration.write_text("".join(lines))
     print(f"\n{kind}, {VMS} VMs, {3 * VMS} keys; loaded in {time.monotonic() - began:.0f} s", flush=True)
     print(f"{'command':<58}{'seconds':>10}{'CPU s':>10}{'peak MB':>10}", flush=True)
-    one = f"{_hotkey(0)}/vm-0"
-    for words in (
-        "store check",
-        "vm list",
-        "vm list --json",
-        "registrations list",
-        "keys history vm-1",
-        "audit list",
-        f"audit list --vm {one}",
-        "audit list --event no-such-event",
-        "audit list --since 2020-01-01 --until 2020-01-02",
-        "audit export",
-        f"vm rebind {one} --ppid {'00' * 16} --keep-keys",
-        f"keys restore {one} storage 1",
-        f"keys allow-format {one} storage",
-        f"vm bind {_hotkey(1)}/unbound --ppid {'00' * 16}",
-        "keys rewrap",
-        "keys purge",
-        "keys purge --yes",
-        "vm purge-boots",
-        "vm purge-boots --yes",
-        "audit purge",
-        "audit purge --yes",
-        "store restored",
-    ):
+    for words in COMMANDS:
         _run(*words.split(), "--config", str(configuration))
-    _run("store", "copy", "--from", f"sqlite:{folder}/keys.db" if kind == "SQLite" else _passfile(folder, address),
-         "--store", f"sqlite:{folder}/copy.db")  # fmt: skip
+    origin = f"sqlite:{folder}/keys.db" if kind == "SQLite" else _passfile(folder, address)
+    copied = f"sqlite:{folder}/copy.db"
+    _run("store", "copy", "--from", origin, "--store", copied)
+    _run("store", "compare", copied, origin)
+    _herd(folder, address)  # at last: the keys of these VMs are sealed under another KEK
+
+
+def _herd(folder: Path, address: str) -> None:
+    """Boot VMs beside the others, each with its sync: for the first time, and again."""
+    with closing(StorePlace(address, folder).open()) as store:
+        for kind, number in (("first", 0), ("later", 1)):
+            took: list[float] = []
+            before = store.rollbacks.total()
+            _ = together([partial(boots, store, f"{client}", range(BOOTS), number, took) for client in range(CLIENTS)])
+            rollbacks = (store.rollbacks.total() - before) / len(took)
+            slow = sorted(took)[len(took) * 99 // 100]
+            print(
+                f"{kind} boots, {CLIENTS} clients: median {median(took) * 1e3:.0f} ms, p99 {slow * 1e3:.0f} ms,"
+                f" {rollbacks:.2f} rollbacks for each",
+                flush=True,
+            )
 
 
 def _passfile(folder: Path, address: str) -> str:
@@ -131,14 +162,13 @@ sys.exit(code)
 def _run(*words: str) -> None:
     began = time.monotonic()
     with tempfile.NamedTemporaryFile("r") as told:
-        command = [sys.executable, "-c", _WATCHED, told.name, *words]
+        spelt = [re.sub(r"HOTKEY-([0-9]+)", lambda found: _hotkey(int(found[1])), word) for word in words]
+        command = [sys.executable, "-c", _WATCHED, told.name, *spelt]
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
         seconds = time.monotonic() - began
         processor, memory = map(float, (told.read() or "0 0").split())
     failed = "" if done.returncode == 0 else f"  FAILED: {done.stderr[-300:]}"
     named = " ".join(words[: words.index("--config")] if "--config" in words else words[:2])
-    for number in (0, 1):
-        named = named.replace(_hotkey(number), "HOTKEY")
     print(f"{named[:56]:<58}{seconds:>10.1f}{processor:>10.1f}{memory / 1024:>10.0f}{failed}", flush=True)
 
 

@@ -10,13 +10,15 @@ the limit: as many threads share commits in the same way, with the same statemen
 other code. Its ratio is to one caller of our store. If 64 callers are not `WANTED` times as fast as one, the duration
 of a flush at which they would be is printed.
 
-PostgreSQL's callers have made their connections and prepared their statements before. The number of repeated
-transactions, which could not be serialized with others, is printed for each sync. Then whole boots, of 16 and of 64
-clients at once: how many transactions were rolled back for each boot, and how long the slowest took.
+First of PostgreSQL, what all transactions read besides their own rows. Its callers have made their connections and
+prepared their statements before. The number of repeated transactions, which could not be serialized with others, is
+printed for each sync. Then whole boots, of 16 and of 64 clients at once, in one process and in four: how many
+transactions were rolled back for each boot, and how long the slowest took.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sqlite3
@@ -27,6 +29,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from statistics import median
 from time import perf_counter, process_time
@@ -35,6 +38,8 @@ from typing import Any
 from attrs import evolve, frozen
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from bench.herd import boots, together
+from bench.measure import microseconds
 from chutes_proto.io.stores import sqlite
 from chutes_proto.io.stores.address import StorePlace
 from chutes_proto.io.stores.postgres import PostgresStore
@@ -51,6 +56,7 @@ SYNCS = 960
 CALLERS = (1, 16, 64)
 PROCESSES = (1, 2, 4)
 HERD = (16, 64)
+HERD_PROCESSES = (1, 4)
 HERD_BOOTS = 640
 CALLERS_PER_PROCESS = 8
 WANTED = 4
@@ -80,6 +86,7 @@ def run() -> None:
         return
     cluster = Cluster(installed)
     try:
+        _beginning(cluster.url())
         _postgres(cluster.url())
         _herd(cluster.url())
     finally:
@@ -115,7 +122,7 @@ def _sqlite() -> None:
         ):
             works = [_prepare(store, f"{caller}", SYNCS // callers) for caller in range(callers)]
             before = store.commits
-            rate = SYNCS / _together(works)
+            rate = SYNCS / together(works)
             first = first or rate
             shared = SYNCS / (store.commits - before)
             print(f"{callers:>12}{rate:>12.0f}{rate / first:>12.2f}{rate / best:>14.2f}{shared:>20.1f}")
@@ -194,7 +201,7 @@ def _bare_store() -> tuple[float, float]:
             works = [[_bare_sync(connection, unit) for unit in caller] for caller in units]
             _ = connection.execute("ROLLBACK")
             bare = _BareStore(connection, units[0][0].vault.current.key.reveal())
-            seconds = _together([partial(_each, bare.sync, work) for work in works])
+            seconds = together([partial(_each, bare.sync, work) for work in works])
             return SYNCS / seconds, SYNCS / bare.commits
 
 
@@ -250,6 +257,37 @@ def _sqlite_on_a_slow_disk() -> None:
         _ = subprocess.run([sys.executable, "-m", "bench.stores"], check=True, env=environment)
 
 
+def _beginning(url: str) -> None:
+    """Measure what each transaction asks for at its beginning beside its own work, and what is asked once a second."""
+
+    def nothing() -> None:
+        return None
+
+    with schema(url) as own, closing(PostgresStore(own, migrate=True)) as store:
+        numbers = count()
+
+        def one_boot() -> None:
+            boots(store, "alone", [0], next(numbers), [])
+
+        with store._connection() as connection:
+
+            def begun(text: str) -> None:
+                _ = connection.execute(text.encode(), prepare=False)
+                _ = connection.execute("ROLLBACK")
+
+            bare = partial(begun, "BEGIN ISOLATION LEVEL SERIALIZABLE")
+            works = {
+                "bare": (nothing, bare),
+                "ours": (nothing, partial(begun, store._begin)),
+                "look": (nothing, partial(store._look, connection)),
+            }
+            times = microseconds(works) | microseconds({"boot": (nothing, one_boot)}, turns=4, each=50)
+    more = 2 * (times["ours"] - times["bare"])
+    print(f"\nPostgreSQL, one caller: a boot with its sync takes {times['boot']:.0f} us.")
+    print(f"Its two transactions read clock, settings and versions for {more:.0f} us ({more / times['boot']:.1%}).")
+    print(f"Once a second, the store is compared with the mark for {times['look']:.0f} us.")
+
+
 def _postgres(url: str) -> None:
     print(f"\nPostgreSQL, {CALLERS_PER_PROCESS} callers in each process; {SYNCS} syncs")
     print(f"{'processes':>12}{'syncs/s':>12}{'ratio':>12}{'retries per sync':>20}")
@@ -257,20 +295,9 @@ def _postgres(url: str) -> None:
     for processes in PROCESSES:
         with schema(url) as own, ExitStack() as stack:
             StorePlace(own, Path.cwd()).open(migrate=True).close()
-            workers: list[subprocess.Popen[str]] = []
-            for name in range(processes):
-                command = [sys.executable, "-m", "bench.stores", own, str(name), str(SYNCS // processes)]
-                pipe = subprocess.PIPE
-                process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
-                workers.append(stack.enter_context(process))
-            streams: list[tuple[Any, Any]] = [(worker.stdin, worker.stdout) for worker in workers]
-            for _, output in streams:
-                assert output.readline() == "ready\n"
+            workers = [_worker(stack, "syncs", own, name, SYNCS // processes) for name in range(processes)]
             start = perf_counter()
-            for start_signal, _ in streams:
-                start_signal.write("go\n")
-                start_signal.flush()
-            retries = sum(int(output.readline()) for _, output in streams)
+            retries = sum(map(int, _go(workers)))
             rate = SYNCS / (perf_counter() - start)
             first = first or rate
             print(f"{processes:>12}{rate:>12.0f}{rate / first:>12.2f}{retries / SYNCS:>20.2f}")
@@ -278,47 +305,66 @@ def _postgres(url: str) -> None:
 
 def _herd(url: str) -> None:
     """Boot and sync VMs that are neighbours in every index: all for the first time at once, then all again."""
-    print(f"\nPostgreSQL, one process; {HERD_BOOTS} boots with their syncs")
-    print(f"{'clients':>12}{'boots':>12}{'boots/s':>12}{'rollbacks per boot':>20}{'median ms':>12}{'p99 ms':>12}")
-    for clients in HERD:
-        with schema(url) as own:
-            PostgresStore(own, migrate=True).close()
-            with closing(PostgresStore(own, connections=clients, busy_seconds=60)) as store:
-                for kind, first, boots in (("first", 0, 1), ("later", 1, HERD_BOOTS // clients)):
-                    took: list[float] = []
-                    before = store.retries
-                    numbers = range(first, first + boots)
-                    seconds = _together(
-                        [partial(_boots, store, f"{client}", numbers, took) for client in range(clients)]
-                    )
-                    of_each = (store.retries - before) / len(took)
-                    slow = sorted(took)[len(took) * 99 // 100]
-                    print(f"{clients:>12}{kind:>12}{len(took) / seconds:>12.0f}{of_each:>20.2f}", end="")
-                    print(f"{median(took) * 1e3:>12.0f}{slow * 1e3:>12.0f}")
+    print(f"\nPostgreSQL; {HERD_BOOTS} boots with their syncs")
+    heads = ("processes", "clients", "boots", "boots/s", "rollbacks per boot", "median ms", "p99 ms")
+    print("".join(head.rjust(20 if "per" in head else 12) for head in heads))
+    for processes in HERD_PROCESSES:
+        for clients in HERD:
+            with schema(url) as own, ExitStack() as stack:
+                PostgresStore(own, migrate=True).close()
+                each = clients // processes
+                workers = [_worker(stack, "boots", own, name, each, HERD_BOOTS // clients) for name in range(processes)]
+                for kind in ("first", "later"):
+                    start = perf_counter()
+                    found: list[tuple[int, list[float]]] = [json.loads(line) for line in _go(workers)]
+                    rate = HERD_BOOTS / (perf_counter() - start)
+                    took = sorted(chain.from_iterable(some for _, some in found))
+                    of_each = sum(rollbacks for rollbacks, _ in found) / len(took)
+                    print(f"{processes:>12}{clients:>12}{kind:>12}{rate:>12.0f}{of_each:>20.2f}", end="")
+                    print(f"{median(took) * 1e3:>12.0f}{took[len(took) * 99 // 100] * 1e3:>12.0f}", flush=True)
 
 
-def _boots(store: Store, caller: str, numbers: Sequence[int], took: list[float]) -> None:
-    vm = Vm(VM.hotkey, f"vm-{caller}")
-    for number in numbers:
-        granted = evolve(boot(f"{caller}.{number}", vm=vm), platform=platform(caller))
-        start = perf_counter()
-        _ = store.transact(granted)
-        _ = store.transact(sync(granted, "body", "storage", "tdx-cache"))
-        took.append(perf_counter() - start)
+def _worker(stack: ExitStack, *arguments: object) -> subprocess.Popen[str]:
+    """Start one of several processes on PostgreSQL, which is ready when this returns."""
+    command = [sys.executable, "-m", "bench.stores", *map(str, arguments)]
+    pipe = subprocess.PIPE
+    process = stack.enter_context(subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True))
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
 
 
-def _process(address: str, name: str, syncs: str) -> None:
-    """Run one of several processes on PostgreSQL."""
+def _go(workers: Sequence[subprocess.Popen[str]]) -> list[str]:
+    """Let all begin at once; return the line that each prints when it is done."""
+    streams: list[tuple[Any, Any]] = [(worker.stdin, worker.stdout) for worker in workers]
+    for start_signal, _ in streams:
+        start_signal.write("go\n")
+        start_signal.flush()
+    return [output.readline() for _, output in streams]
+
+
+def _work_on_syncs(address: str, name: str, syncs: str) -> None:
     with closing(StorePlace(address, Path.cwd()).open()) as store:
         assert isinstance(store, PostgresStore)
         callers = [f"{name}.{caller}" for caller in range(CALLERS_PER_PROCESS)]
-        _ = _together([_prepare(store, caller, WARMING) for caller in callers])
+        _ = together([_prepare(store, caller, WARMING) for caller in callers])
         works = [_prepare(store, caller, int(syncs) // CALLERS_PER_PROCESS, WARMING) for caller in callers]
         print("ready", flush=True)
         _ = sys.stdin.readline()
         before = store.retries
-        _ = _together(works)
+        _ = together(works)
         print(store.retries - before, flush=True)
+
+
+def _work_on_boots(address: str, name: str, clients: str, vms: str) -> None:
+    with closing(PostgresStore(address, connections=int(clients), busy_seconds=60)) as store:
+        print("ready", flush=True)
+        for number, _ in enumerate(sys.stdin):
+            took: list[float] = []
+            before = store.retries
+            callers = [f"{name}.{client}" for client in range(int(clients))]
+            _ = together([partial(boots, store, caller, range(int(vms)), number, took) for caller in callers])
+            print(json.dumps([store.retries - before, took]), flush=True)
 
 
 def _units(store: Store, caller: str, syncs: int, after: int = 0) -> list[SyncVolumes]:
@@ -337,19 +383,11 @@ def _prepare(store: Store, caller: str, syncs: int, after: int = 0) -> Work:
     return lambda: [store.transact(unit) for unit in units]
 
 
-def _together(works: Sequence[Work]) -> float:
-    """Return the seconds until all are done."""
-    threads = [threading.Thread(target=work) for work in works]
-    start = perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return perf_counter() - start
-
-
 if __name__ == "__main__":
-    if sys.argv[1:]:
-        _process(*sys.argv[1:])
-    else:
-        _sqlite()
+    match sys.argv[1:]:
+        case ["syncs", *arguments]:
+            _work_on_syncs(*arguments)
+        case ["boots", *arguments]:
+            _work_on_boots(*arguments)
+        case _:
+            _sqlite()
