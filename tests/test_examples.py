@@ -197,3 +197,9 @@ def test_an_example_without_arguments_says_how_it_is_used(example: Path) -> None
     assert ended.returncode == 1
     assert len(ended.stderr.splitlines()) == 1
     assert ended.stderr.startswith("usage: ")
+
+
+def test_haproxy_accepts_its_configuration(require_program: Callable[[str], str]) -> None:
+    """What it does in front of a cluster is shown in ``tests/cluster``, for minutes."""
+    command = [require_program("haproxy"), "-c", "-f", str(ROOT / "examples" / "patroni" / "haproxy.cfg")]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0

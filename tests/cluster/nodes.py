@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import grp
 import json
+import math
 import os
 import pwd
 import re
@@ -15,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -28,8 +30,10 @@ from tests.waiting import wait_until
 EXAMPLE = ROOT / "examples" / "patroni"
 NODES = ("node1", "node2", "node3")
 PASSWORD = "canary-password-of-the-database"
-PROGRAMS = ("ip", "setpriv", "curl", "etcd", "patroni", "haproxy", "pgbouncer")
+PROGRAMS = ("ip", "sysctl", "setpriv", "curl", "etcd", "patroni", "haproxy", "pgbouncer")
 HEALING_SECONDS = 300.0
+STABLE_SECONDS = 10.0
+"""More than Patroni's loop_wait."""
 
 
 def address(node: str) -> str:
@@ -144,9 +148,19 @@ class Nodes:
         )
 
     def heal(self) -> None:
-        """Return when the cluster is whole; fails with the ends of Patroni's logs where it does not become so."""
+        """Return when the cluster is whole; fails with the ends of Patroni's logs where it does not become so.
+
+        For a moment it looks whole after a partition, before its old primary notices that its time is over.
+        """
+        since = math.inf
+
+        def is_whole() -> bool:
+            nonlocal since
+            since = min(since, time.monotonic()) if self.is_healthy() else math.inf
+            return time.monotonic() - since > STABLE_SECONDS
+
         try:
-            wait_until(self.is_healthy, HEALING_SECONDS)
+            wait_until(is_whole, HEALING_SECONDS)
         except AssertionError:
             logs = (f"{node}: {(self.folder / f'{node}.log').read_text()[-1500:]}" for node in NODES)
             raise AssertionError(f"the cluster does not heal: {self.members()}\n" + "\n".join(logs)) from None
@@ -213,6 +227,7 @@ class Nodes:
             self.within("apps", "ip", "link", "set", node, "master", "bridge", "up")
             self.within(node, "ip", "address", "add", f"{address(node)}/24", "dev", "eth0")
             self.within(node, "ip", "link", "set", "eth0", "up")
+            self.within(node, "sysctl", "--quiet", "--load", str(EXAMPLE / "sysctl.conf"))
 
     def _start_etcd(self, node: str) -> None:
         lines = (EXAMPLE / "etcd.conf").read_text().splitlines()

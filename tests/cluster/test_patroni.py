@@ -59,9 +59,8 @@ def _missing() -> str:
         return "network namespaces take root"
     path = os.environ.get("PATH", "") + ":/usr/local/sbin:/usr/sbin:/sbin"
     if missing := [name for name in PROGRAMS if shutil.which(name, path=path) is None]:
-        return (
-            f"not installed: {', '.join(missing)} (Debian: iproute2 patroni python3-etcd etcd-server haproxy pgbouncer)"
-        )
+        packages = "iproute2 procps patroni python3-etcd etcd-server haproxy pgbouncer"
+        return f"not installed: {', '.join(missing)} (Debian: {packages})"
     if programs() is None:
         return "no PostgreSQL is installed"
     probe = f"chutes-{os.getpid()}-probe"
