@@ -31,6 +31,7 @@ from attrs import define, evolve, field
 from chutes_proto.io.server.development import write_server
 from chutes_proto.quote import parse_quote
 from chutes_proto.quote._layout import TdReport10
+from chutes_proto.server._retry import LAST_START_SECONDS
 from tests.cluster.load import PLATFORM, ROTATING
 from tests.cluster.nodes import NODES, PASSWORD, PROGRAMS, Nodes
 from tests.conftest import SOAK
@@ -259,7 +260,18 @@ def test_what_was_acknowledged_outlives_the_primary(
     assert (end["missing"], end["closed"]) == (0, [])
     assert not any(figures["missing"] for figures in siege.figures)
     assert whole["longest_answer"] < LATEST_ANSWER_SECONDS
-    assert not whole["given_up"], whole["why"]
+    excused = sum((Counter(figures["given_up"]) for figures in siege.figures if may_give_up(figures)), Counter[str]())
+    assert Counter(whole["given_up"]) == excused, whole["why"]
+    assert all(kind.startswith("deployed") for kind in excused), whole["why"]
+
+
+def may_give_up(figures: dict[str, Any]) -> bool:
+    """Whether a deployed client may give up, which asks once for its keys.
+
+    After two faults at once the cluster may be without a primary for longer than the servers let requests wait.
+    """
+    without_primary: float = figures["without_primary"]
+    return figures["kind"] == "behind" and without_primary > LAST_START_SECONDS
 
 
 def summary(all_figures: list[dict[str, Any]]) -> str:
