@@ -41,14 +41,22 @@ IN_HEX = {"root_ca_crl", "pck_crl", "tcb_info_signature", "qe_identity_signature
 ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
 
 
+def _chains(collateral: Collateral) -> tuple[bytes, ...]:
+    return collateral.tcb_info_issuer_chain, collateral.qe_identity_issuer_chain, collateral.pck_crl_issuer_chain
+
+
 def _lacks_root(quote: bytes, collateral: Collateral) -> bool:
-    chains = (collateral.tcb_info_issuer_chain, collateral.qe_identity_issuer_chain, collateral.pck_crl_issuer_chain)
     certification = parse_quote(quote).certification
-    return len(read_pem(certification)) < 3 or any(len(read_pem(chain)) < 2 for chain in chains)
+    return len(read_pem(certification)) < 3 or any(len(read_pem(chain)) < 2 for chain in _chains(collateral))
+
+
+def _has_other_text(_: bytes, collateral: Collateral) -> bool:
+    return any("\N{REPLACEMENT CHARACTER}" in chain.decode("utf-8", "replace") for chain in _chains(collateral))
 
 
 DIFFERENCES: dict[str, Callable[[bytes, Collateral], bool]] = {
     "the root is pinned by its key, so a chain may leave its certificate out": _lacks_root,
+    "text around certificates counts for nothing in any encoding, and collateral there is UTF-8": _has_other_text,
 }
 """Quotes that are accepted here on purpose though dcap-qvl may refuse them."""
 
@@ -233,6 +241,16 @@ def test_signatures_are_malleable_for_both() -> None:
     signature = parse_quote(quote).signature
     changed = quote.replace(signature, other_signature(signature))
     assert ours(changed, collateral) == theirs(changed, collateral) == ("UpToDate", "")
+
+
+def test_text_around_certificates_differs_on_purpose() -> None:
+    """As some programs write names: found by the campaign."""
+    quote, collateral = made("v4", "platform", ())
+    told = attrs.evolve(collateral, pck_crl_issuer_chain=b"Subject: CN = \xe9\n" + collateral.pck_crl_issuer_chain)
+    assert ours(quote, told)[0] == "UpToDate"
+    assert theirs(quote, told)[0] == ""
+    check(quote, told)
+    assert not _has_other_text(quote, collateral)
 
 
 def test_a_chain_without_its_root_differs_on_purpose() -> None:
