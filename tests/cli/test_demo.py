@@ -24,6 +24,8 @@ REFUSED = {
     "debug TD": "403 attributes_rejected",
     "revoked platform": "403 quote_rejected",
     "reused boot token": "401 boot_token_invalid",
+    "altered GPU firmware": "403 gpu_evidence_rejected",
+    "old GPU evidence": "403 gpu_evidence_rejected",
 }
 
 
@@ -63,12 +65,18 @@ def test_everything_goes_as_it_should_in_time_and_leaves_nothing(
     assert (done.returncode, done.stderr) == (0, "")
     passed = [line for line in done.stdout.splitlines() if line.startswith("   ok ")]
     assert f"ok All {len(passed)} checks passed" in done.stdout
-    assert "2 boots granted, 6 attacks refused" in done.stdout
+    assert "2 boots granted, 8 attacks refused" in done.stdout
     for attack, answer in REFUSED.items():
         assert re.search(rf"   ok  {attack[:20]}.* {answer}", done.stdout), attack
     for volume in ("storage", "tdx-cache"):
         assert re.search(rf"   ok  {volume} +([0-9a-f]{{8}})\.\.  =   \1\.\.  opens the LUKS2 disk", done.stdout)
+    assert "verified: 8 devices (GH100 driver 600.10.01 VBIOS 96.00.FF.00.01), measurements rims" in flat(done.stdout)
     assert list(tmp_path.iterdir()) == []
+
+
+def flat(shown: str) -> str:
+    """A page without its lines and the times at their ends."""
+    return " ".join(re.sub(r" [0-9.]+ s *$", "", line).strip() for line in shown.splitlines())
 
 
 @pytest.mark.parametrize("columns", [80, 120])

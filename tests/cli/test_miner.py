@@ -73,7 +73,9 @@ def register(miner: Command, tmp_path: Path) -> Command:
     return run
 
 
-def test_the_life_of_a_server(miner: Command, register: Command, folder: Path) -> None:
+def test_the_life_of_a_server(
+    miner: Command, register: Command, command: Command, server: Server, folder: Path
+) -> None:
     assert miner("servers", "list").out == "no servers\n"
     done = register("--id", "n1", "--name", "vm-1", "--host", "1.2.3.4")
     assert (done.code, done.out) == (0, "registered: n1 (vm-1) at 1.2.3.4, 1 GPU\n")
@@ -86,6 +88,8 @@ def test_the_life_of_a_server(miner: Command, register: Command, folder: Path) -
     assert " s ago, fresh" in miner("status", "n1").out
     with_gpus = ("attest", "n1", *platform, "--gpu-tool")
     assert miner(*with_gpus, "simulated:2").out.startswith("verified: n1 at ")
+    audited = command("audit", "list", "--config", server.ca.with_name("server.toml"), "--json").out
+    assert "GPU evidence verified: 2 devices" in audited
     failed = miner(*with_gpus, "false", "--wait", "0")
     assert (failed.code, "GPU evidence command false" in failed.err) == (console.USAGE, True)
     assert miner(*with_gpus, "'", "--wait", "0").code == console.USAGE

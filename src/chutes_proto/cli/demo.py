@@ -1,4 +1,4 @@
-"""``chutes-proto demo``: a VM boots against a key server, and six that must not."""
+"""``chutes-proto demo``: a VM boots against a key server, is registered with its GPUs, and attacks are refused."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ def command(plain: bool) -> int:
 
     Starts a key server (trio, mutual TLS on a loopback port, SQLite in a temporary directory) and boots a VM against
     it: nonce, TDX quote of a simulated platform, verification, root passphrase, the passphrases of two volumes. With
-    cryptsetup it formats real LUKS2 images, and opens them again after a reboot. Then it shows what a server refuses,
-    with the reason as the operator reads it. It needs no network and leaves nothing behind.
+    cryptsetup it formats real LUKS2 images, and opens them again after a reboot. Then its owner registers the machine
+    and attests it with the evidence of eight simulated GPUs, which the server verifies. Last it shows what a server
+    refuses, with the reason as the operator reads it. It needs no network and leaves nothing behind.
 
     Examples:
       chutes-proto demo

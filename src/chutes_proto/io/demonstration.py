@@ -7,31 +7,34 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final, Protocol
 
-import attrs
 import httpx
 import trio
-from attrs import frozen
+from attrs import evolve, frozen
 
 from chutes_proto._error import ChutesError
 from chutes_proto.auth.client_identity import ENTROPY_SIZE, ClientIdentity, make_client_identity
+from chutes_proto.auth.hotkey import HotkeyPair, check_installed
 from chutes_proto.boot._flows import BootSettings, attest_boot, boot, fetch_nonce, make_quote, sync_volumes
 from chutes_proto.boot._retry_policy import RetryPolicy
 from chutes_proto.effects import Flow
-from chutes_proto.errors import Refusal
-from chutes_proto.io.clients.aio import BootAgent
+from chutes_proto.errors import LocalProtocolError, Refusal
+from chutes_proto.io.clients.aio import BootAgent, MinerClient
 from chutes_proto.io.disks.cryptsetup import HOW_TO_INSTALL, Disks, find_cryptsetup
 from chutes_proto.io.drivers.aio import HttpxSender, Performer
 from chutes_proto.io.http.tls import client_context
-from chutes_proto.io.quoters.choose import Quoter
-from chutes_proto.io.server.development import AUTHORITY, CONFIGURATION, write_collateral, write_server
+from chutes_proto.io.quoters.choose import GpuTool, Quoter
+from chutes_proto.io.server.development import AUTHORITY, CONFIGURATION, write_collateral, write_gpus, write_server
 from chutes_proto.io.server.serving import serve, unwrapped
 from chutes_proto.log import Record
 from chutes_proto.luks.plan import Format, Key, Open
+from chutes_proto.miner import Gpu, Miner, attest_server
 from chutes_proto.secret import Secret
 from chutes_proto.server import ServerConfig
+from chutes_proto.testing._gpus import SimulatedGpus
 from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.wire.codes import Code
 
@@ -39,6 +42,18 @@ HOTKEY: Final = "5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY"
 VOLUMES: Final = ("storage", "tdx-cache")
 SECONDS: Final = 60
 """How long the whole may take."""
+_GPUS: Final = 8
+_SERVER, _HOST = "server-1", "1.2.3.4"
+_GPU: Final = Gpu(
+    uuid="GPU-0",
+    name="NVIDIA H200",
+    memory=150_000_000_000,
+    clock_rate=1_980_000.0,
+    device_index=0,
+    gpu_identifier="h200",
+    verification_host=_HOST,
+    verification_port=30443,
+)
 _IMAGE_SIZE: Final = 20 * 1024 * 1024  # a LUKS2 header takes 16 MiB
 
 
@@ -67,6 +82,7 @@ class Attack:
     quoter: Quoter
     code: Code
     reason: str
+    gpu_tool: GpuTool | None = None
 
 
 @frozen
@@ -82,7 +98,7 @@ async def show(directory: Path, page: Page) -> bool:
     """Run everything, with its files in ``directory``; return whether all went as it should."""
     page.title(
         "A confidential VM gets its disk keys from a key server",
-        "Everything runs now, on this machine; only the TDX platform is simulated.",
+        "Everything runs now, on this machine; only the TDX platform and the GPUs are simulated.",
     )
     story = _Story(directory, page)
     complaint = ""
@@ -113,6 +129,7 @@ class _Story:
         self._directory = directory
         self._page = page
         self._platform = SimulatedPlatform(os.urandom(32))
+        self._gpus = SimulatedGpus(os.urandom(32), count=_GPUS)
         self._url = ""
         self._log: list[Record] = []
         self.granted: int = 0
@@ -123,6 +140,7 @@ class _Story:
         self._page.section("A key server starts")
         now = int(time.time())
         write_server(self._directory, self._platform, now)
+        write_gpus(self._directory, self._gpus, now, demand="require")
         revoked = self._platform.another(1)
         write_collateral(self._directory / "collateral", revoked.having("pck_revoked"), now)
         self._page.step("platform", "simulated; only this server trusts its root")
@@ -130,8 +148,9 @@ class _Story:
             (self._url,) = await nursery.start(self._serve)
             self._page.step("server", f"{self._url}, mutual TLS, rows in SQLite")
             received = await self._boots()
+            miner = await self._register()
             self._page.section("Attacks are refused")
-            rows = [await self._attack(attack) for attack in self._attacks(revoked)]
+            rows = [await self._attack(attack) for attack in self._attacks(revoked, miner)]
             self._page.table(("Attack", "Check that failed", "Answer"), rows)
             nursery.cancel_scope.cancel()
         self._page.section("Secrets stay secret")
@@ -206,6 +225,39 @@ class _Story:
         passphrases = {"root": grant.root_passphrase, **{key.volume: key.passphrase for key in keys}}
         return Received(identity.spki_sha256, nonce, passphrases)
 
+    async def _register(self) -> Miner | None:
+        """A miner registers the machine with its GPUs, and proves both; None where hotkeys cannot sign."""
+        try:
+            check_installed()
+        except LocalProtocolError as exc:
+            self._page.note(f"No machine is registered: {exc}")
+            return None
+        self._page.section("Its owner registers it, with its GPUs")
+        pair = HotkeyPair.from_seed(Secret(os.urandom(32)))
+
+        def gpu_tool(nonce: bytes) -> bytes:
+            evidence = self._gpus.evidence_json(nonce)
+            self._page.step("GPUs", f"{len(evidence):,} bytes; {_GPUS} reports, signed over the server's nonce")
+            return evidence
+
+        async with MinerClient(
+            self._url,
+            hotkey=pair.hotkey.address,
+            signer=pair.sign,
+            quoter=partial(self._platform.quote, stage="runtime"),
+            gpu_tool=gpu_tool,
+            ca_pem=(self._directory / AUTHORITY).read_bytes(),
+            log=lambda _: None,
+        ) as client:
+            await client.register(_SERVER, host=_HOST, gpus=[evolve(_GPU, uuid=f"GPU-{n}") for n in range(_GPUS)])
+            self._page.step("registered", f"{_SERVER}, {_GPUS} {_GPU.name}")
+            _ = await client.attest(_SERVER)
+        attested = next(r for r in reversed(self._log) if r.event == "server_attested").fields
+        verified = str(attested["gpus"])
+        text = re.sub(r"^GPU evidence |, serial numbers.*| [0-9a-f]{16}\b", "", verified)
+        self._page.step("attested", text, passed=verified.startswith(f"GPU evidence verified: {_GPUS} devices"))
+        return Miner(pair.hotkey.address, pair.sign, retry=RetryPolicy(attempts=1))
+
     def _image(self, volume: str) -> str:
         return str(self._directory / f"{volume}.img")
 
@@ -227,15 +279,26 @@ class _Story:
 
     # --- what is refused ---
 
-    def _attacks(self, revoked: SimulatedPlatform) -> tuple[Attack, ...]:
+    def _attacks(self, revoked: SimulatedPlatform, miner: Miner | None) -> tuple[Attack, ...]:
         honest, having = self._platform.quote, self._platform.having
-        return (
+        attacks = (
             Attack("replayed nonce", _replay_nonce, honest, Code.NONCE_INVALID, "redeemed"),
             Attack("another TLS key", _quote_other_key, honest, Code.CERTIFICATE_MISMATCH, "TLS key"),
             Attack("altered kernel", boot, having("rtmr1").quote, Code.MEASUREMENT_MISMATCH, "RTMR1"),
             Attack("debug TD", boot, having("debug").quote, Code.ATTRIBUTES_REJECTED, "debug"),
             Attack("revoked platform", boot, revoked.quote, Code.QUOTE_REJECTED, "pck_revoked"),
             Attack("reused boot token", _reuse_token, honest, Code.BOOT_TOKEN_INVALID, "another body"),
+        )
+        if miner is None:
+            return attacks
+        attest = partial(_attest, miner)
+        runtime = partial(self._platform.quote, stage="runtime")
+        firmware, old = self._gpus.having("measurement"), self._gpus.having("nonce_other")
+        code = Code.GPU_EVIDENCE_REJECTED
+        return (
+            *attacks,
+            Attack("altered GPU firmware", attest, runtime, code, "measurement_mismatch", firmware.evidence_json),
+            Attack("old GPU evidence", attest, runtime, code, "nonce_mismatch", old.evidence_json),
         )
 
     async def _attack(self, attack: Attack) -> tuple[bool, tuple[str, ...]]:
@@ -245,7 +308,9 @@ class _Story:
         context = client_context(identity, (self._directory / AUTHORITY).read_bytes())
         expected = f"{attack.code.status} {attack.code}"
         async with httpx.AsyncClient(verify=context, trust_env=False) as client:
-            performer = Performer(send=HttpxSender(client, self._url), quoter=attack.quoter, log=lambda _: None)
+            performer = Performer(
+                send=HttpxSender(client, self._url), quoter=attack.quoter, gpu_tool=attack.gpu_tool, log=lambda _: None
+            )
             try:
                 _ = await performer.run(attack.go_about(settings))
             except Refusal as exc:
@@ -291,7 +356,7 @@ def _replay_nonce(settings: BootSettings) -> Flow[object]:
 
 def _quote_other_key(settings: BootSettings) -> Flow[object]:
     nonce = yield from fetch_nonce(settings)
-    quote = yield from make_quote(attrs.evolve(settings, spki_sha256=_identity().spki_sha256), nonce)
+    quote = yield from make_quote(evolve(settings, spki_sha256=_identity().spki_sha256), nonce)
     return (yield from attest_boot(settings, nonce, quote))
 
 
@@ -299,3 +364,7 @@ def _reuse_token(settings: BootSettings) -> Flow[object]:
     grant = yield from boot(settings)
     _ = yield from sync_volumes(grant, dict.fromkeys(VOLUMES, False))
     return (yield from sync_volumes(grant, dict.fromkeys(VOLUMES[:1], False)))
+
+
+def _attest(miner: Miner, settings: BootSettings) -> Flow[object]:
+    return (yield from attest_server(miner, _SERVER, settings.spki_sha256, with_gpus=True))

@@ -85,6 +85,7 @@ def attest_runtime(
         server=server.server_id,
         hotkey=server.hotkey,
         profile=profile.name,
+        gpus=gpus.text,
         **evidence.fields(service),
     )
     return miners.RuntimeAttestationAnswer(

@@ -186,8 +186,15 @@ def _announce(urls: Sequence[str]) -> None:
 def _develop(transport: Transport, platform: str | None) -> int:
     from chutes_proto.io.collateral.directory import CollateralDirectory
     from chutes_proto.io.quoters.simulated import open_platform, platform_directory
-    from chutes_proto.io.server.development import AUTHORITY, CONFIGURATION, RenewedCollateral, write_server
+    from chutes_proto.io.server.development import (
+        AUTHORITY,
+        CONFIGURATION,
+        RenewedCollateral,
+        write_gpus,
+        write_server,
+    )
     from chutes_proto.io.server.setup import make_setup
+    from chutes_proto.testing._gpus import SIMULATED_SEED, SimulatedGpus
 
     now = int(time.time())
     kept = Path(platform or platform_directory(os.environ))
@@ -195,6 +202,7 @@ def _develop(transport: Transport, platform: str | None) -> int:
     with tempfile.TemporaryDirectory(prefix="chutes-proto-") as name:
         directory = Path(name).resolve()
         write_server(directory, simulated, now)
+        write_gpus(directory, SimulatedGpus(SIMULATED_SEED, count=8), now, demand="record")
         authority, configuration = str(directory / AUTHORITY), str(directory / CONFIGURATION)
 
         def announce(urls: Sequence[str]) -> None:

@@ -17,13 +17,15 @@ from attrs import frozen
 from chutes_proto.auth.client_identity import ENTROPY_SIZE
 from chutes_proto.auth.server_identity import make_server_identity
 from chutes_proto.errors import CollateralUnavailable
-from chutes_proto.io.files import make_directory, write_file
+from chutes_proto.io.files import make_directory, read_file, write_file
+from chutes_proto.testing._gpus import SimulatedGpus, gpu_files
 from chutes_proto.testing._platform import PROFILE
 
 if TYPE_CHECKING:
     from chutes_proto.io.collateral.directory import CollateralDirectory
     from chutes_proto.quote._collateral import VerifiedCollateral
     from chutes_proto.quote._pck import PckIdentity
+    from chutes_proto.server._gpu_evidence import Demand
     from chutes_proto.testing._platform import SimulatedPlatform
 
 CONFIGURATION: Final = "server.toml"
@@ -45,6 +47,18 @@ limits.drain_seconds = 0
 root_passphrase = "vm"
 """
 
+_DEFAULTS: Final = "[profile_defaults]\n"
+_GPU_EVIDENCE: Final = """
+[gpu_evidence]
+directory = "gpus"
+roots = "gpus"
+policy = "gpus/policy.toml"
+"""
+_GPU_POLICY: Final = """\
+revocation = "grace"
+revocation_grace = 31536000
+"""
+
 
 def write_server(directory: Path, platform: SimulatedPlatform, now: int) -> None:
     """All files of a server that trusts ``platform`` and accepts what it measures."""
@@ -63,6 +77,17 @@ def write_server(directory: Path, platform: SimulatedPlatform, now: int) -> None
 def write_collateral(directory: Path, platform: SimulatedPlatform, now: int) -> None:
     """Fresh collateral of ``platform``, in place of its older."""
     write_file(directory / f"{platform.fmspc.hex()}.json", platform.collateral_json(now))
+
+
+def write_gpus(directory: Path, gpus: SimulatedGpus, now: int, *, demand: Demand) -> None:
+    """Have the server in ``directory`` appraise GPU evidence, of ``gpus``; OCSP answers count for a year."""
+    for name, data in gpu_files(gpus, bytes(32), now).items():
+        _ = make_directory((directory / "gpus" / name).parent)
+        write_file(directory / "gpus" / name, data)
+    write_file(directory / "gpus" / "policy.toml", _GPU_POLICY.encode())
+    configuration = directory / CONFIGURATION
+    text = read_file(configuration).decode().replace(_DEFAULTS, f'{_DEFAULTS}gpu_evidence = "{demand}"\n')
+    write_file(configuration, (text + _GPU_EVIDENCE).encode(), mode=0o600)
 
 
 @frozen
