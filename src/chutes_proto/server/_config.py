@@ -83,13 +83,15 @@ class StoreOptions:
 
     A server refuses a database whose clock differs from its own by more than ``clock_difference_seconds``, and with
     ``require_synchronous`` one without a synchronous standby. ``mark_file`` keeps what it last saw of the store, so
-    that it refuses a store that went back.
+    that it refuses a store that went back. ``different_configuration`` is for a server that starts beside another one
+    on this store whose configuration differs where it must not.
     """
 
     url: str = field(repr=False)  # it may hold a password
     clock_difference_seconds: int = 5
     require_synchronous: bool = False
     mark_file: str | None = None
+    different_configuration: Literal["warn", "refuse"] = "warn"
 
 
 def _store_options(given: StoreOptions | str) -> StoreOptions:

@@ -31,6 +31,7 @@ __all__ += ["ReadAll", "ReadAudit", "ReadBootVolumes", "ReadFleet", "ReadLiveGen
 __all__ += ["ReadOtherwiseSealed", "ReadPage", "ReadRetired", "ReadTimes", "ReadUnclaimed", "Retirement"]
 __all__ += ["RewrapGenerations", "Row", "Scan", "ServerRow", "SetHorizon", "State", "StoreOp", "SweepNonces", "Times"]
 __all__ += ["UpdateGeneration", "Vm", "VmRow", "VoidTokens", "VolumeRow"]
+__all__ += ["ForgetKeyServers", "KeyServer", "NoteKeyServer", "ReadKeyServers"]
 __all__ += ["DoubtCandidates"]
 __all__ += ["Alone", "DeleteRevocation", "EraseGeneration", "ErasureRow", "Forget", "ReadClaims", "Revocable"]
 __all__ += ["RevocationRow", "SetVersion"]
@@ -643,6 +644,40 @@ class ReadFleet(StoreOp[tuple[FleetVm, ...]]):
 
     after: Vm | None
     limit: int
+
+
+@frozen
+class KeyServer:
+    """A key server that used the store at ``seen_at``; ``configuration`` has digests of what servers must share.
+
+    A copy of the store does not take it along: each server writes it again and again.
+    """
+
+    name: str
+    version: str
+    configuration: str
+    seen_at: int
+
+
+@frozen
+class NoteKeyServer(StoreOp[None]):
+    """Write that a key server uses the store."""
+
+    server: KeyServer
+
+
+@frozen
+class ReadKeyServers(StoreOp[tuple[KeyServer, ...]]):
+    """The key servers, by name, that were seen after a time: 100 at most."""
+
+    after: int
+
+
+@frozen
+class ForgetKeyServers(StoreOp[None]):
+    """Delete the key servers that were not seen after a time."""
+
+    until: int
 
 
 @frozen

@@ -236,6 +236,12 @@ ALTER TABLE boot ADD COLUMN root_confirm_digest {bytes};
 ALTER TABLE boot ADD COLUMN root_confirm_body_digest {bytes};
 ALTER TABLE boot ADD COLUMN root_ca TEXT;
 ALTER TABLE attestation ADD COLUMN tcb_status TEXT;
+CREATE TABLE key_server (
+  name TEXT PRIMARY KEY,
+  version TEXT NOT NULL,
+  configuration TEXT NOT NULL,
+  seen_at BIGINT NOT NULL
+);
 ALTER TABLE attestation ADD COLUMN finding TEXT;
 ALTER TABLE audit ADD COLUMN evidence TEXT;
 ALTER TABLE audit ADD COLUMN idx BIGINT;
@@ -771,6 +777,16 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query]] = {
     ),
     store.Scan: _Query(lambda op: (_SCANS[op.kind], ()), lambda op, rows: _sorted(op.kind, rows)),
     store.ReadPage: _Query(_read_page, lambda op, rows: decode_rows(op.kind, rows)),
+    store.NoteKeyServer: _query(
+        "INSERT INTO key_server (name, version, configuration, seen_at)"
+        " VALUES (:server.name, :server.version, :server.configuration, :server.seen_at) ON CONFLICT (name) DO UPDATE"
+        " SET version = excluded.version, configuration = excluded.configuration, seen_at = excluded.seen_at"
+    ),
+    store.ReadKeyServers: _query(
+        "SELECT name, version, configuration, seen_at FROM key_server WHERE seen_at > :after ORDER BY name LIMIT 100",
+        lambda rows: tuple(sorted((store.KeyServer(*values) for values in rows), key=attrgetter("name"))),
+    ),
+    store.ForgetKeyServers: _query("DELETE FROM key_server WHERE seen_at <= :until"),
     store.ReadFleet: _Query(_read_fleet, lambda _, rows: _fleet(rows)),
     store.ReadOld: _Query(_read_old, lambda op, rows: decode_rows(op.kind, rows)),
     store.CountRows: _Query(

@@ -110,11 +110,26 @@ class Admin:
                 **self._readiness(),
                 "version": __version__,
                 "ends": self._ends(),
-                "servers": [],
+                "servers": self._servers(),
                 "what_if": None,
                 "facts": self._facts(),
             }
         )
+
+    def _servers(self) -> list[dict[str, object]]:
+        """This server and the others of its store, as it last saw them."""
+        alike = self._setup.alike
+        rows = [(alike.row(int(time.time())), True), *((each, False) for each in alike.others)]
+        return [
+            {
+                "name": row.name,
+                "version": row.version,
+                "differs": alike.different_keys(row),
+                "seen_at": row.seen_at,
+                "is_this": is_this,
+            }
+            for row, is_this in rows
+        ]
 
     def _ends(self) -> list[dict[str, object]]:
         """The certificate and each family of collateral, with begin and end."""

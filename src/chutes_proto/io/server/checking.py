@@ -48,7 +48,7 @@ def check_setup(setup: ServerSetup) -> Iterator[Finding]:
         except CollateralUnavailable as exc:
             yield Finding.of_problem(str(exc))
     try:
-        yield from check_store(setup.store, setup.service.vault)
+        yield from check_store(setup.store, setup.service.vault, setup.alike)
     except (ConfigurationError, StoreError) as exc:
         yield Finding.of_problem(str(exc))
     for warning in setup.warnings:

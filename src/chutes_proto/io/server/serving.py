@@ -18,7 +18,7 @@ import anyio
 from attrs import frozen
 
 from chutes_proto import __version__
-from chutes_proto.errors import ConfigurationError
+from chutes_proto.errors import ConfigurationError, StoreError
 from chutes_proto.io.collateral.aio import open_performer
 from chutes_proto.io.drivers.sync import log_record
 from chutes_proto.io.server.aio import Server, run_until_stopped
@@ -36,11 +36,12 @@ from chutes_proto.io.server.sockets import (
     serve_tls,
     urls,
 )
-from chutes_proto.io.server.store_setup import check_keys, store_findings
+from chutes_proto.io.server.store_setup import MAKE_ALIKE, check_keys, find_differences, store_findings
 from chutes_proto.io.server.takeover import Door, TakenOver, take_over
 from chutes_proto.io.server.workers import STOP_HANDED_OVER, Given, Supervisor, worker_command
 from chutes_proto.log import Level, Record
 from chutes_proto.quote._roots import INTEL_ROOT
+from chutes_proto.server._alike import watch_servers
 from chutes_proto.server._app import App
 from chutes_proto.server._config import ServerConfig
 from chutes_proto.server._known import learn_vms
@@ -164,9 +165,12 @@ def open_store(setup: ServerSetup) -> Generator[tuple[DurableStore, list[str]]]:
     with closing(setup.store.open()) as store:
         store.check_writing()
         _ = check_keys(store, setup.service.vault)
+        different = [str(each) for each in find_differences(store, setup.alike)]
+        if different and setup.config.store.different_configuration == "refuse":
+            raise StoreError(f"store {store.name}: {'; '.join(different)}; {MAKE_ALIKE}")
         store.keep_mark()
         with sequencing(store, setup.service.vault, setup.config.audit.origin, setup.checkpoint_file):
-            yield store, [str(finding) for finding in store_findings(store)]
+            yield store, [*(str(finding) for finding in store_findings(store)), *different]
 
 
 @asynccontextmanager
@@ -216,6 +220,7 @@ async def _watching(
     """Look at the store all the time, to know whether it can serve boots; log what is found; forget nonces."""
     async with anyio.create_task_group() as background:
         _ = background.start_soon(performer.run, watch_store(setup.service.readiness, setup.service.revoked))
+        _ = background.start_soon(performer.run, watch_servers(setup.alike))
         _ = background.start_soon(performer.run, sweep_nonces())
         _ = background.start_soon(performer.run, learn_vms(setup.service.known))
         _ = background.start_soon(_log_notes, store, log)

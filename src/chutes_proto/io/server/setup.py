@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from socket import gethostname
 from typing import Literal
 
 from attrs import evolve, frozen
@@ -45,6 +46,7 @@ from chutes_proto.quote._policy_set import PolicySet, parse_policy_set
 from chutes_proto.quote._published import ProfileFile, parse_profile_file
 from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
 from chutes_proto.secret import Secret
+from chutes_proto.server._alike import Alike, shared_settings
 from chutes_proto.server._config import GpuEvidenceOptions, ProxyOptions, RegistrationOptions, ServerConfig
 from chutes_proto.server._gpu_evidence import GpuAppraisal
 from chutes_proto.server._gpus import GPUS
@@ -68,6 +70,7 @@ class ServerSetup:
     admin_tls: ServerContext | None
     store: StorePlace
     base: Path
+    alike: Alike
     not_served: tuple[str, ...] = ()
     gpus: GpuCollateralDirectory | GpuServices | None = None
 
@@ -204,7 +207,8 @@ def make_setup(config: ServerConfig) -> ServerSetup:
         unsafe_networks=config.registration.parsed_networks,
     )
     place = store_place(config, base, with_mark=True)
-    return ServerSetup(config, service, collateral, tls, admin_tls, place, base, not_served, gpus)
+    alike = Alike(f"{gethostname()}:{config.path or config.listen}", shared_settings(config, service))
+    return ServerSetup(config, service, collateral, tls, admin_tls, place, base, alike, not_served, gpus)
 
 
 def trust(root: TrustedRoot, name: str) -> str:

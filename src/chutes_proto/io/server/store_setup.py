@@ -25,13 +25,20 @@ from chutes_proto.io.finding import Finding
 from chutes_proto.io.stores.address import DurableStore, StorePlace
 from chutes_proto.keys.vault import KeyEncryptionKey, Vault
 from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
+from chutes_proto.server._alike import LIVE_SECONDS, Alike, Difference
 from chutes_proto.server._config import ServerConfig
 from chutes_proto.store._run import Ask, Store
-from chutes_proto.store.rows import CountSealed, KeyringRow, ReadTimes, Scan
+from chutes_proto.store.rows import CountSealed, KeyringRow, ReadKeyServers, ReadTimes, Scan
 from chutes_proto.store.sql import SCHEMA_VERSION
 from chutes_proto.units.nonces import lies_ahead, why_void
 
 T = TypeVar("T")
+
+MAKE_ALIKE = (
+    "make them equal, or stop that server and wait a minute; to change a setting of all servers, say"
+    ' store.different_configuration = "warn" meanwhile'
+)
+"""The remedy for servers of one store that differ."""
 
 
 @frozen
@@ -72,8 +79,8 @@ def store_place(config: ServerConfig, base: Path, *, with_mark: bool = False) ->
     )
 
 
-def check_store(place: StorePlace, vault: Vault) -> Iterator[Finding]:
-    """Describe the store, without making or changing it.
+def check_store(place: StorePlace, vault: Vault, alike: Alike | None = None) -> Iterator[Finding]:
+    """Describe the store, without making or changing it; with ``alike``, compare the servers that use it, too.
 
     Raises `StoreError` for one that cannot be used, or that holds keys that ``vault`` cannot open.
     """
@@ -85,6 +92,8 @@ def check_store(place: StorePlace, vault: Vault) -> Iterator[Finding]:
         store.check_writing()
         yield Finding("ok", "store", f"{store.name}: {sum(check_keys(store, vault).values())} keys")
         yield from store_findings(store)
+        for each in find_differences(store, alike) if alike is not None else ():
+            yield Finding("note", "configuration", str(each), MAKE_ALIKE)
 
 
 def store_findings(store: DurableStore) -> Iterator[Finding]:
@@ -97,6 +106,12 @@ def store_findings(store: DurableStore) -> Iterator[Finding]:
     times, now = store.transact(Ask(ReadTimes())), int(time.time())
     if (why := why_void(times, now)) is not None:
         yield Finding("problem" if lies_ahead(times, now) else "note", "store", f"no boot is granted: {why}")
+
+
+def find_differences(store: Store, alike: Alike) -> list[Difference]:
+    """The servers that use the store now and are configured otherwise than ``alike`` says."""
+    alike.note(store.transact(Ask(ReadKeyServers(int(time.time()) - LIVE_SECONDS))))
+    return alike.differences()
 
 
 def of_newer_schema(store: DurableStore) -> str:

@@ -34,16 +34,19 @@ from chutes_proto.store.rows import (
     FindLastBootFrom,
     FleetVm,
     Forget,
+    ForgetKeyServers,
     GenerationRow,
     GpuDeviceRow,
     GpuRow,
     Insert,
     InsertAll,
     KeyringRow,
+    KeyServer,
     LockLog,
     LogStateRow,
     LogTileRow,
     NonceRow,
+    NoteKeyServer,
     Pin,
     Platform,
     PurgeAudit,
@@ -55,6 +58,7 @@ from chutes_proto.store.rows import (
     ReadBootVolumes,
     ReadClaims,
     ReadFleet,
+    ReadKeyServers,
     ReadLiveGenerations,
     ReadLog,
     ReadNames,
@@ -304,6 +308,13 @@ def operations_reply_what_they_say(harness: Harness) -> None:
     ask(Insert(evolve(_BOOT, boot_id="b-1", token_digest=bytes([7]) * 32, created_at=NOW - 9)))
     booted = FleetVm(VM, NOW, _BOOT.profile_name, _BOOT.profile_version, "UpToDate")
     expect(ask(ReadFleet(None, 9)), (booted, FleetVm(stranger, NOW)), "VMs, and what their last boots ran on")
+    one, other = KeyServer("a", "1.0", "{}", NOW), KeyServer("b", "1.0", "{}", NOW - 60)
+    for server in (other, evolve(one, version="0.9", seen_at=NOW - 99), one):
+        ask(NoteKeyServer(server))
+    expect(ask(ReadKeyServers(NOW - 61)), (one, other), "key servers")
+    expect(ask(ReadKeyServers(NOW - 60)), (one,), "key servers that were seen after a time")
+    ask(ForgetKeyServers(NOW - 60))
+    expect(ask(ReadKeyServers(0)), (one,), "key servers that were not forgotten")
     for position, volume in enumerate(("zeta", "alpha")):
         ask(Insert(BootVolumeRow("b0", volume, position, 1, 2, in_use=False)))
     given = ask(ReadBootVolumes("b0"))
