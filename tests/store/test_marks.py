@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -12,13 +13,18 @@ import pytest
 from attrs import evolve
 
 from chutes_proto.errors import StoreAway, StoreError
+from chutes_proto.io.server.development import write_server
+from chutes_proto.io.server.health import read_health
+from chutes_proto.io.server.setup import make_setup
 from chutes_proto.io.stores.address import DurableStore, StorePlace
 from chutes_proto.io.stores.marks import MarkKeeper
 from chutes_proto.io.stores.postgres import PostgresStore
+from chutes_proto.server import ServerConfig
 from chutes_proto.store._mark import Entry as Row
 from chutes_proto.store._mark import Mark, View, find_loss
 from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import PurgeAudit, ReadAudit
+from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.testing.store_suite._parts import NOW, boot
 from chutes_proto.units.operator import PurgeAudits, StoreRestored
 from tests.postgres import Cluster
@@ -268,18 +274,29 @@ def written(place: StorePlace) -> bytes:
     return place.mark_file.read_bytes()
 
 
-def test_standbys_of_which_none_is_synchronous_are_told_or_refused(clusters: tuple[Cluster, Cluster]) -> None:
+def test_standbys_of_which_none_is_synchronous_are_told_or_refused(
+    clusters: tuple[Cluster, Cluster], tmp_path: Path
+) -> None:
     primary, _ = clusters
+    write_server(tmp_path, SimulatedPlatform(bytes(32)), int(time.time()))
+    setup = make_setup(ServerConfig.load(tmp_path / "server.toml"))
+
+    def check(store: PostgresStore) -> tuple[str, str]:
+        """What a health check, and so the metrics, say of the store."""
+        return next((each.state, each.detail) for each in read_health(setup, store).findings if each.what == "store")
+
     url = primary.url()
     _ = wait_until(lambda: ask(url, "SELECT 1 FROM pg_stat_replication WHERE state = 'streaming'"))
     with closing(PostgresStore(url)) as store:
         assert (store.replication.streaming, store.replication.is_safe) == (1, False)
         (note,) = store.notes
         assert note.startswith("store: 1 standbys stream and none is synchronous: a fail-over")
+        assert check(store) == ("note", note.removeprefix("store: "))
     refused(lambda: PostgresStore(url, require_synchronous=True), "synchronous_standby_names is empty there")
     make_synchronous(url)
     with closing(PostgresStore(url, require_synchronous=True)) as store:
         assert store.notes == []
+        assert check(store)[0] == "ok"
         grant(store, "1")
         ask(url, "ALTER SYSTEM RESET synchronous_standby_names")
         ask(url, "SELECT pg_reload_conf()")

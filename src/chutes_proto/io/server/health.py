@@ -79,6 +79,8 @@ def read_health(setup: ServerSetup, store: DurableStore, now: int | None = None)
     else:
         took = time.monotonic() - began
         storing, is_compared = Finding("ok", "store", f"answered in {took * 1000:.0f} ms"), True
+        if warning := store.replication_warning:
+            storing = Finding("note", "store", warning.removeprefix("store: "))
     skew = store.clock_skew
     clock = _clock(skew) if is_compared else Finding("note", "clock", "not compared: no store")
     if setup.service.readiness.fault is not None:

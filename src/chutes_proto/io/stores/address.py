@@ -73,6 +73,11 @@ class DurableStore(Store, Protocol):
         ...
 
     @property
+    def replication_warning(self) -> str:
+        """Why a fail-over would lose what was acknowledged, as found last; empty where none is in sight."""
+        ...
+
+    @property
     def notes(self) -> list[str]:
         """Findings since it was opened that an operator should know."""
         ...

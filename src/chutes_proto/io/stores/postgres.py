@@ -438,10 +438,14 @@ class PostgresStore:
         self._marks.add_note(note)
 
     @property
+    def replication_warning(self) -> str:
+        """Why a fail-over would lose what was acknowledged; empty where none is in sight."""
+        return "" if self.replication.is_safe else str(self.replication)
+
+    @property
     def notes(self) -> list[str]:
         """Findings that an operator should know, about the replication and the mark."""
-        replication = "" if self.replication.is_safe else str(self.replication)
-        return [*filter(None, (replication, self._company)), *self._marks.notes]
+        return [*filter(None, (self.replication_warning, self._company)), *self._marks.notes]
 
     @property
     def retries(self) -> int:

@@ -239,6 +239,11 @@ class SqliteStore:
         self._marks.add_note(note)
 
     @property
+    def replication_warning(self) -> str:
+        """Empty: a file has no standby."""
+        return ""
+
+    @property
     def notes(self) -> list[str]:
         """Findings that an operator should know, about the mark."""
         return list(self._marks.notes)
