@@ -23,6 +23,7 @@ import pytest
 from cryptography.fernet import Fernet
 from psycopg.conninfo import conninfo_to_dict
 
+from chutes_proto.errors import StoreError
 from chutes_proto.io.files import write_file
 from chutes_proto.io.stores.address import StorePlace
 from chutes_proto.store._run import Ask
@@ -31,6 +32,7 @@ from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.testing.store_suite._parts import boot
 from chutes_proto.units.operator import StoreRestored
 from tests.cli.conftest import HOTKEY
+from tests.conftest import SOAK
 from tests.postgres import Cluster
 from tests.scenario.premises import Premises
 from tests.waiting import wait_until
@@ -47,6 +49,7 @@ RECIPES[MOVE] = [
 ]
 PPID, INSTANCE = "00112233445566778899aabbccddeeff", "ffeeddccbbaa99887766554433221100"
 
+LONG = pytest.mark.skipif(not SOAK, reason="it runs in make soak: each takes a database of its own")
 in_a_file = pytest.mark.parametrize("premises", ["sqlite"], indirect=True)
 
 
@@ -197,8 +200,14 @@ def test_what_the_backup_lacks(premises: Premises, require_program: Callable[[st
     assert key(premises) == newest
 
 
-def test_a_recovery_to_the_last_transaction(postgres_programs: Path) -> None:
-    """The database is killed after the last commit, with its disk lost; what was acknowledged is recovered."""
+@pytest.mark.parametrize(
+    "archive", ["whole", *(pytest.param(harm, marks=LONG) for harm in ("missing", "truncated", "foreign"))]
+)
+def test_a_recovery_to_the_last_transaction(postgres_programs: Path, archive: str) -> None:
+    """The database is killed after the last commit, with its disk lost; what was acknowledged is recovered.
+
+    Where the archive does not have it all, the database does not start, or servers refuse what it recovered.
+    """
     title = "Point-in-time recovery in PostgreSQL"
     settings = {"wal_level": "replica", "max_wal_senders": "4"}
     with ExitStack() as stack:
@@ -219,7 +228,9 @@ def test_a_recovery_to_the_last_transaction(postgres_programs: Path) -> None:
         with psycopg.connect(cluster.url(), autocommit=True) as database:
             synchronous = "SELECT 1 FROM pg_stat_replication WHERE sync_state = 'sync'"
             _ = wait_until(lambda: database.execute(synchronous).fetchone())
-        with closing(StorePlace(cluster.url(), cluster.folder).open(migrate=True)) as store:
+        place = StorePlace(cluster.url(), cluster.folder, mark_file=cluster.folder / "mark")
+        with closing(place.open(migrate=True)) as store:
+            store.keep_mark()
             store.transact(boot("before"))
             cluster.shell(again + RECIPES[title][2])
             for label in ("between", "last"):
@@ -227,19 +238,49 @@ def test_a_recovery_to_the_last_transaction(postgres_programs: Path) -> None:
             cluster.stop(signal.SIGKILL)
         shutil.rmtree(cluster.folder / "data")
         receiving.kill()
+        harm(cluster.folder / "wal", archive, postgres_programs)
+        mark = (cluster.folder / "mark").read_bytes()
         recover = RECIPES[title][3].replace(
             "touch", f"cat {cluster.folder}/here >> recovered/postgresql.auto.conf\ntouch"
         )
         here = {"listen_addresses": "", "unix_socket_directories": str(cluster.folder), "max_connections": "120"}
         lines = [f"{name} = '{value}'\n" for name, value in {**settings, **here}.items()]
         _ = (cluster.folder / "here").write_text("".join(lines))
-        cluster.shell(f"PATH={postgres_programs}:$PATH\n{recover.replace('--wait', '--wait --log log')}")
+        script = f"PATH={postgres_programs}:$PATH\n{recover.replace('--wait', '--wait --log log')}"
+        if archive == "truncated":
+            assert cluster.begin(script).wait(120) != 0
+            assert "has wrong size" in (cluster.folder / "log").read_text()
+            return
+        cluster.shell(script)
         stack.callback(cluster.shell, f"{postgres_programs}/pg_ctl --pgdata recovered --mode immediate stop")
-        with closing(StorePlace(cluster.url(), cluster.folder).open()) as store:
+        if archive != "whole":
+            with pytest.raises(StoreError, match="it lacks"):
+                _ = place.open()
+            assert (cluster.folder / "mark").read_bytes() == mark
+            return
+        with closing(place.open()) as store:
             assert {row.boot_id for row in store.transact(Ask(Scan(BootRow)))} == {
                 boot(label).boot_id for label in ("before", "between", "last")
             }
             _ = store.transact(StoreRestored(0, "recovered"))
+
+
+def harm(wal: Path, archive: str, programs: Path) -> None:
+    """Spoil the newest file of an archive."""
+    newest = max(wal.iterdir())
+    match archive:
+        case "missing":
+            newest.unlink()
+        case "truncated":
+            os.truncate(newest, newest.stat().st_size // 2)
+        case "foreign":
+            other = Cluster(programs)
+            try:
+                _ = newest.write_bytes(next((other.folder / "data" / "pg_wal").glob("0*")).read_bytes())
+            finally:
+                other.remove()
+        case _:
+            pass
 
 
 def text_of_sql(title: str) -> str:
