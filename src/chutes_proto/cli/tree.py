@@ -26,7 +26,7 @@ _SECTIONS: Final[Mapping[str, Mapping[str, tuple[str, str]]]] = {
         "init": ("operator.init", "Write the files of a new key server"),
         "serve": ("operator.serve", "Serve keys to VMs that prove what they are"),
         "keys": ("operator.keys", "Show, restore, purge, rewrap and import keys"),
-        "vm": ("operator.vm", "List, bind, rebind and revoke VMs, and purge their old boots"),
+        "vm": ("operator.vm", "List, bind, rebind, revoke and erase VMs, and purge their old boots"),
         "platform": ("operator.revoking:platform", "Shut a platform out, and allow it again"),
         "revocations": ("operator.revoking:revocations", "List what is shut out"),
         "registrations": ("operator.registrations", "List and remove the servers that miners registered"),

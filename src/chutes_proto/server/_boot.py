@@ -106,6 +106,7 @@ def _claim(
         profile_name=measurements.name,
         profile_version=measurements.version,
         tcb_status=evidence.tcb_status,
+        advisories=evidence.advisories,
         profile_state=listed_as,
         exchange="base" if profile.exchange == "base" else "two-phase",
         token_needs_certificate=profile.token_needs_certificate,

@@ -79,7 +79,13 @@ class Evidence:
 
     def accepted(self, profile: Profile) -> AcceptedQuote:
         """The quote as rows name it, accepted under ``profile``."""
-        return AcceptedQuote(self.quote_digest, self.platform.pin, profile.name, profile.version, self.tcb_status)
+        names = (profile.name, profile.version, self.tcb_status)
+        return AcceptedQuote(self.quote_digest, self.platform.pin, *names, advisories=self.advisories)
+
+    @property
+    def advisories(self) -> str:
+        """Intel's advisories that apply to the platform, with a space between."""
+        return " ".join(self.verdict.advisory_ids)
 
     def fields(self, service: Service) -> dict[str, Value]:
         """The fields of a log line about a grant for this quote."""

@@ -271,7 +271,8 @@ class AttestationRow:
 
     A refusal at a boot is here only if DCAP verification held, so that a boot's row always has a platform. A runtime
     quote's row names the server's ``registration``, and its ``vm`` is the server's owner and name. ``tcb_status`` is
-    the status of the platform's TCB, if the quote was accepted, in Intel's words; ``finding`` is the verifier's refusal
+    the status of the platform's TCB, if the quote was accepted, in Intel's words, and ``advisories`` are the ids of
+    Intel's that apply to it, with a space between; ``finding`` is the verifier's refusal
     as JSON (``server/_why.py``).
     """
 
@@ -292,6 +293,7 @@ class AttestationRow:
     registration: str | None = None
     tcb_status: str | None = None
     finding: str | None = None
+    advisories: str | None = None
 
 
 @frozen
@@ -636,6 +638,7 @@ class FleetVm:
     profile_name: str | None = None
     profile_version: str | None = None
     tcb_status: str | None = None
+    advisories: str | None = None
 
 
 @frozen

@@ -265,6 +265,7 @@ CREATE TABLE keyring (
   created_at BIGINT NOT NULL,
   PRIMARY KEY (kind, epoch)
 );
+ALTER TABLE attestation ADD COLUMN advisories TEXT;
 """
 
 _INDEXES: Final = (
@@ -556,7 +557,8 @@ def _nothing(_: Rows) -> None:
 def _times(rows: Rows) -> store.Times:
     if not rows:
         raise LostFactError
-    return store.Times(*rows[0][:2], rows[0][2] or 0)
+    horizon, clock, version = rows[0]
+    return store.Times(horizon, clock, version or 0)
 
 
 def _first(kind: type[store.Row], rows: Rows) -> Any:
@@ -697,7 +699,7 @@ def _read_fleet(op: store.ReadFleet) -> tuple[str, Values]:
     page = _page(store.VmRow, store.VmRow.KEY, "TRUE", is_first=op.after is None)
     return (
         "SELECT page.hotkey, page.vm, page.last_boot_at, boot.profile_name, boot.profile_version,"  # noqa: S608
-        f" attestation.tcb_status FROM ({page}) AS page"
+        f" attestation.tcb_status, attestation.advisories FROM ({page}) AS page"
         " LEFT JOIN boot ON boot.hotkey = page.hotkey AND boot.vm = page.vm AND boot.created_at = page.last_boot_at"
         " LEFT JOIN attestation ON attestation_id = boot_id ORDER BY page.hotkey, page.vm"
     ), (*after, op.limit)
@@ -855,7 +857,8 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query]] = {
         ),
     ),
     store.ReadUnclaimed: _next_vms(
-        "NOT EXISTS (SELECT 1 FROM vm WHERE vm.hotkey = generation.hotkey AND vm.vm = generation.vm)"
+        "state <> 'purged'"
+        " AND NOT EXISTS (SELECT 1 FROM vm WHERE vm.hotkey = generation.hotkey AND vm.vm = generation.vm)"
     ),
     store.ReadRetired: _next_vms(_RETIRED),
     store.CountRetired: _query(

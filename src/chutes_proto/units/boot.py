@@ -112,12 +112,14 @@ class GrantBoot(Unit[BootGrant]):
     exchange_downgrade: Literal["refuse", "allow"] = "refuse"
     claims_per_platform: int = 64
     revocations: Revocations = NO_REVOCATIONS
+    advisories: str | None = None
 
     @property
     def quote(self) -> AcceptedQuote:
         """The quote as rows name it."""
         pin = self.platform.pin
-        return AcceptedQuote(self.quote_digest, pin, self.profile_name, self.profile_version, self.tcb_status)
+        names = (self.profile_name, self.profile_version, self.tcb_status)
+        return AcceptedQuote(self.quote_digest, pin, *names, advisories=self.advisories)
 
     def script(self) -> Script[BootGrant]:
         """Claim, nonce, root passphrase, boot, records."""

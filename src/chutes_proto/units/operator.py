@@ -2,8 +2,8 @@
 
 Rules kept here:
 
-* no command but `PurgeKeys` deletes a passphrase, none but `PurgeAudits` an audit row, and neither before its retention
-  is over;
+* no command here but `PurgeKeys` deletes a passphrase, none but `PurgeAudits` an audit row, and neither before its
+  retention is over; ``erasure.py`` has the other one;
 * a command that changes which key a VM is handed, or whose a name is, says so in the audit row, with the operator's
   reason;
 * no passphrase leaves: the results of these units may be shown.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from attrs import frozen
+from attrs import field, frozen
 
 from chutes_proto.store.rows import AttestationRow, AuditRow, BootRow, Decision, Insert, Pin, Vm
 
@@ -24,6 +24,7 @@ class Quote:
     profile_name: str | None
     profile_version: str | None
     tcb_status: str | None
+    advisories: str | None = field(default=None, kw_only=True)
 
     @classmethod
     def refused(cls, digest: bytes, pin: Pin | None = None) -> Quote:
@@ -110,6 +111,7 @@ class Records:
                 created_at=self.now,
                 registration=registration,
                 tcb_status=self.quote.tcb_status,
+                advisories=self.quote.advisories,
                 finding=finding,
             )
         )

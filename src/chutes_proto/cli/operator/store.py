@@ -16,8 +16,9 @@ from chutes_proto.cli.describe import exits
 from chutes_proto.cli.operator import operating
 from chutes_proto.cli.operator.operating import OperatorCommand
 from chutes_proto.errors import ConfigurationError, KeyUnavailable, StoreError
-from chutes_proto.io.server.store_setup import check_keys, make_store_setup, of_newer_schema
+from chutes_proto.io.server.store_setup import check_keys, erasures_file, make_store_setup, of_newer_schema
 from chutes_proto.io.stores.address import DurableStore, StorePlace
+from chutes_proto.io.stores.erasures import keep_erasures
 from chutes_proto.keys.vault import Vault
 from chutes_proto.quote._terms import rfc3339
 from chutes_proto.server import ServerConfig
@@ -220,7 +221,9 @@ def _decided(
     place, _ = _place(config, store)
     if not place.is_made():
         raise StoreError(f"store {place.path}: not made yet, so nothing is lost; see --config or --store")
+    path = None if config is None else erasures_file(ServerConfig.load(config))
     with closing(place.open()) as opened:
+        repeated, keys = keep_erasures(opened, path)
         done = opened.transact(StoreRestored(operating.now(), reason, event))
     again = f"boots are granted again after {rfc3339(done.horizon)}"
     return _told(
@@ -229,6 +232,8 @@ def _decided(
             "restored" if event == "store restored" else "accepted": f"all earlier nonces and tokens are void; {again}",
             "nonce_horizon": rfc3339(done.horizon),
             "nonce_horizon_before": rfc3339(done.before),
+            "vms_erased_again": repeated,
+            "keys_erased_again": keys,
         }
     )
 

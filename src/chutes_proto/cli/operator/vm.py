@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterator
 from itertools import chain
 
 import click
-from attrs import evolve
+from attrs import evolve, frozen
 
 from chutes_proto.auth.hotkey import Hotkey, HotkeyError
-from chutes_proto.cli import output
+from chutes_proto.cli import console, output
 from chutes_proto.cli.base import Group, answer, one_of, watch_option
 from chutes_proto.cli.operator import operating, revoking
 from chutes_proto.cli.operator.operating import DAY, OperatorCommand
 from chutes_proto.cli.output import Cell
 from chutes_proto.errors import ConfigurationError
+from chutes_proto.io.server.store_setup import StoreSetup, erasures_file
+from chutes_proto.io.stores.address import DurableStore
+from chutes_proto.io.stores.erasures import keep_erasures, scrub
 from chutes_proto.quote._terms import rfc3339
 from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import (
@@ -22,21 +26,26 @@ from chutes_proto.store.rows import (
     BootRow,
     CountRows,
     FindLastBoot,
+    FleetVm,
     Platform,
+    ReadAll,
+    ReadFleet,
     ReadPage,
     ReadUnclaimed,
     RevocationRow,
     Scan,
     Vm,
     VmRow,
+    VolumeRow,
 )
+from chutes_proto.units.erasure import EraseVm
 from chutes_proto.units.operator import BindVm, PurgeBoots, RebindVm
 from chutes_proto.units.revocations import ReadRevoked, subject_of
 
 command: Group = Group(
     "vm",
     of=OperatorCommand,
-    help="""List, bind, rebind and revoke VMs, and purge their old boots.
+    help="""List, bind, rebind, revoke and erase VMs, and purge their old boots.
 
     A VM's name is bound to the platform that booted it first. These commands show the platform, and change it. Every
     change writes an audit row.
@@ -51,18 +60,36 @@ command: Group = Group(
 )
 
 
-def _bound(cell: Callable[[VmRow], str | Cell], otherwise: str | Cell = "-") -> Callable[[VmRow | Vm], str | Cell]:
+@frozen
+class _Bound:
+    """A name that is bound to a platform, and what its last boot ran on."""
+
+    row: VmRow
+    ran: FleetVm
+
+
+def _bound(cell: Callable[[VmRow], str | Cell], otherwise: str | Cell = "-") -> Callable[[_Bound | Vm], str | Cell]:
     """The cell of a name that is bound to a platform, and ``otherwise`` of one that only holds keys."""
-    return lambda row: cell(row) if isinstance(row, VmRow) else otherwise
+    return lambda each: cell(each.row) if isinstance(each, _Bound) else otherwise
+
+
+def _ran(name: str) -> Callable[[_Bound | Vm], str]:
+    """The cell of what the last boot of a name ran on."""
+    return lambda each: (getattr(each.ran, name) if isinstance(each, _Bound) else None) or "-"
 
 
 _COLUMNS: output.Columns = {
-    "VM": lambda row: output.vm(row.vm if isinstance(row, VmRow) else row),
+    "VM": lambda each: output.vm(each.row.vm if isinstance(each, _Bound) else each),
     "PLATFORM": _bound(lambda row: output.short(str(row.pin)), Cell("not bound, holds keys", "warn")),
+    "PROFILE": _ran("profile_name"),
+    "VERSION": _ran("profile_version"),
+    "TCB STATUS": _ran("tcb_status"),
+    "ADVISORIES": _ran("advisories"),
     "EXCHANGE": _bound(lambda row: row.exchange),
     "HOTKEY PROVEN": _bound(lambda row: Cell("yes", "good") if row.proven else "no"),
     "LAST BOOT": _bound(lambda row: output.when(row.last_boot_at) if row.last_boot_at else "not since it was bound"),
 }
+_UNDER = {"VERSION": "PROFILE", "ADVISORIES": "TCB STATUS", "EXCHANGE": "PLATFORM"}
 
 
 @command.command("list")
@@ -72,7 +99,7 @@ def listing(config: str) -> int:
     """List all VMs.
 
     One row for each VM: hotkey and name, the platform that it is bound to, the exchange that it uses, whether its
-    hotkey is proven, and its last boot.
+    hotkey is proven, and its last boot, with the profile, the status of the platform's TCB and Intel's advisories then.
 
     Examples:
       chutes-proto vm list --config server.toml
@@ -85,17 +112,29 @@ def listing(config: str) -> int:
 
 def _list(config: str) -> int:
     with operating.opened(config) as (_, store):
-        claims = operating.listing(store, lambda after: ReadPage(VmRow, after, operating.PAGE))
         unbound = operating.listing(store, lambda after: ReadUnclaimed(after, operating.PAGE))
-        everyone: Iterator[VmRow | Vm] = chain(claims, unbound)
-        return operating.answer_rows("vms", everyone, _members, _COLUMNS, "no VMs")
+        everyone: Iterator[_Bound | Vm] = chain(_claims(store), unbound)
+        return operating.answer_rows("vms", everyone, _members, _COLUMNS, "no VMs", _UNDER)
 
 
-def _members(row: VmRow | Vm) -> dict[str, object]:
-    if isinstance(row, Vm):
-        return {"hotkey": row.hotkey, "vm": row.name, "platform": None}
+def _claims(store: DurableStore) -> Iterator[_Bound]:
+    """All names that are bound, of which a page at a time is in memory."""
+    after: VmRow | None = None
+    while page := store.transact(Ask(ReadPage(VmRow, after, operating.PAGE))):
+        ran = store.transact(Ask(ReadFleet(None if after is None else after.vm, operating.PAGE)))
+        found = {each.vm: each for each in ran}
+        yield from (_Bound(row, found.get(row.vm, FleetVm(row.vm, row.last_boot_at))) for row in page)
+        after = page[-1]
+
+
+def _members(each: _Bound | Vm) -> dict[str, object]:
+    if isinstance(each, Vm):
+        return {"hotkey": each.hotkey, "vm": each.name, "platform": None}
     names = "hotkey vm platform proven exchange created_at last_boot_at"
-    return operating.members(row, names) | {"last_boot_at": row.last_boot_at or None}
+    ran = {name: getattr(each.ran, name) for name in ("profile_name", "profile_version", "tcb_status")}
+    advisories = None if each.ran.advisories is None else each.ran.advisories.split()
+    told = operating.members(each.row, names) | {"last_boot_at": each.row.last_boot_at or None}
+    return {**told, **ran, "advisories": advisories}
 
 
 @command.command()
@@ -241,6 +280,84 @@ def purge_boots(older_than: int | None, yes: bool, reason: str, config: str) -> 
         told = f"{counts} deleted" if yes else f"{counts}; with --yes they are deleted"
     numbers = {"boots": found["boot"], "verdicts": found["attestation"]}
     return answer({"ok": True, "purged": yes, "older_than_days": days, "before": before, **numbers}, told)
+
+
+_ERASED: output.Columns = {
+    "KEY": lambda row: f"{row.volume}/{row.generation}",
+    "STATE": lambda row: row.state,
+    "MADE": lambda row: output.when(row.created_at),
+    "HANDED OUT": lambda row: output.when(row.delivered_at) if row.delivered_at else "never",
+}
+
+
+@command.command()
+@operating.vm_argument()
+@click.option("--yes", is_flag=True, help="destroy them")
+@operating.changes
+def erase(vm: str, yes: bool, reason: str, config: str) -> int:
+    """Destroy all keys of a VM at once, for ever, and free its name.
+
+    Its disks can never be opened again with what this server has: active keys go as well, and those that `keys purge`
+    would keep. Its tokens are void, its claim is forgotten, and its platform has one more place for a name. First stop
+    the VM, and revoke it: one that boots again gets new keys as another VM would. Without --yes nothing is destroyed,
+    only shown.
+
+    The command says what may still hold copies of the sealed keys, and how that ends. The erasure is noted beside
+    store.mark_file, too: a store that comes back from a backup is erased again before it is served.
+
+    Examples:
+      chutes-proto vm erase vm-1 --config server.toml
+      chutes-proto vm erase vm-imported --yes --reason 'decommissioned' --config server.toml
+
+    See also: vm revoke, keys history, keys purge
+    """
+    with operating.opened(config) as (setup, store):
+        named = operating.find_vm(store, vm)
+        disks = store.transact(Ask(ReadAll(VolumeRow, named)))
+        erasure_id, version = secrets.token_hex(16), revoking.new_version()
+        done = store.transact(EraseVm(operating.now(), erasure_id, version, named, reason, yes))
+        path = erasures_file(setup.config)
+        if yes:
+            _ = keep_erasures(store, path)
+    values = [value for row in done.keys for value in (row.sealed, row.wrapped_key) if value]
+    left = scrub(setup.store, values) if yes else []
+    remain = [f"{file}: it still holds a copy; stop all servers, and run the command again" for file in left]
+    remain += _may_remain(setup)
+    if path is None:
+        remain.append("a restored backup brings the keys back: set store.mark_file, and they are erased again")
+    used = [row.volume for row in disks if row.in_use]
+    told = {"ok": not left, "erased": yes, "hotkey": named.hotkey, "vm": named.name}
+    told["platform"] = None if done.claim is None else str(done.claim.pin)
+    told["keys"] = [operating.members(row, "volume generation state") for row in done.keys]
+    told |= {"in_use": used, "recorded_in": str(path) if yes and path else None, "may_remain": remain}
+
+    def people() -> None:
+        output.table(_ERASED, done.keys, empty="no keys")
+        disks = f"; disks in use: {', '.join(used)}" if used else ""
+        if not yes:
+            count = f"{len(done.keys)} keys of {named.hotkey}/{named.name}"
+            console.say(f"{count}{disks}; with --yes they are destroyed for ever")
+            return
+        console.say(f"{len(done.keys)} keys of {named.hotkey}/{named.name} are destroyed{disks}; its name is free")
+        for line in remain:
+            output.prose(f"may still hold a copy: {line}", rest=2)
+
+    return answer(told, people, ok=not left)
+
+
+def _may_remain(setup: StoreSetup) -> list[str]:
+    """Places that this command cannot reach, and how what they hold ends."""
+    backups = (
+        "backups, and stores that were copied: delete them, or make them useless: wrap all keys under a new KEK"
+        " (`chutes-proto keys rewrap`), and destroy the old one"
+    )
+    if setup.store.path is not None:
+        return [backups, "the file system: freed blocks and snapshots, until they are overwritten or deleted"]
+    return [
+        "dead rows of PostgreSQL, here and on standbys: run VACUUM FULL generation",
+        "archived WAL, and the WAL of base backups: until both are deleted or recycled",
+        backups,
+    ]
 
 
 @command.command("root-ca")

@@ -36,9 +36,16 @@ from chutes_proto.io.server.sockets import (
     serve_tls,
     urls,
 )
-from chutes_proto.io.server.store_setup import MAKE_ALIKE, check_keys, find_differences, store_findings
+from chutes_proto.io.server.store_setup import (
+    MAKE_ALIKE,
+    check_keys,
+    erasures_file,
+    find_differences,
+    store_findings,
+)
 from chutes_proto.io.server.takeover import Door, TakenOver, take_over
 from chutes_proto.io.server.workers import STOP_HANDED_OVER, Given, Supervisor, worker_command
+from chutes_proto.io.stores.erasures import keep_erasures
 from chutes_proto.log import Level, Record
 from chutes_proto.quote._roots import INTEL_ROOT
 from chutes_proto.server._alike import watch_servers
@@ -168,9 +175,12 @@ def open_store(setup: ServerSetup) -> Generator[tuple[DurableStore, list[str]]]:
         different = [str(each) for each in find_differences(store, setup.alike)]
         if different and setup.config.store.different_configuration == "refuse":
             raise StoreError(f"store {store.name}: {'; '.join(different)}; {MAKE_ALIKE}")
+        repeated, keys = keep_erasures(store, erasures_file(setup.config))
         store.keep_mark()
+        again = f"erasures: {repeated} VMs were erased again, because the store had lost that; {keys} keys destroyed"
         with sequencing(store, setup.service.vault, setup.config.audit.origin, setup.checkpoint_file):
-            yield store, [*(str(finding) for finding in store_findings(store)), *different]
+            found = [*([again] if repeated else []), *(str(finding) for finding in store_findings(store))]
+            yield store, [*found, *different]
 
 
 @asynccontextmanager
@@ -224,8 +234,27 @@ async def _watching(
         _ = background.start_soon(performer.run, sweep_nonces())
         _ = background.start_soon(performer.run, learn_vms(setup.service.known))
         _ = background.start_soon(_log_notes, store, log)
+        _ = background.start_soon(_keep_erasures, setup, store, log)
         yield
         background.cancel_scope.cancel()
+
+
+async def _keep_erasures(setup: ServerSetup, store: DurableStore, log: Callable[[Record], None]) -> None:
+    """Note erasures of the store in the file of this server, and repeat those that the store has lost."""
+    path, seen = erasures_file(setup.config), setup.service.revoked.now.version
+    while path is not None:
+        await anyio.sleep(WATCH_SECONDS)
+        version = setup.service.revoked.now.version
+        if version == seen:
+            continue
+        try:
+            repeated, keys = await anyio.to_thread.run_sync(keep_erasures, store, path, abandon_on_cancel=True)
+            seen = version
+        except StoreError as exc:
+            log(Record(Level.ERROR, "erasures_not_kept", {"error": str(exc)}))
+            continue
+        if repeated:
+            log(Record(Level.WARNING, "erasures_repeated", {"vms": repeated, "keys": keys}))
 
 
 async def _log_notes(store: DurableStore, log: Callable[[Record], None]) -> None:

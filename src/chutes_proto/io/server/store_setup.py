@@ -23,6 +23,7 @@ from chutes_proto.errors import ConfigurationError, QuoteError, StoreError
 from chutes_proto.io.files import check_private, read_file, read_private
 from chutes_proto.io.finding import Finding
 from chutes_proto.io.stores.address import DurableStore, StorePlace
+from chutes_proto.io.stores.erasures import file_beside
 from chutes_proto.keys.vault import KeyEncryptionKey, Vault
 from chutes_proto.quote._roots import INTEL_ROOT, TrustedRoot
 from chutes_proto.server._alike import LIVE_SECONDS, Alike, Difference
@@ -77,6 +78,12 @@ def store_place(config: ServerConfig, base: Path, *, with_mark: bool = False) ->
         require_synchronous=options.require_synchronous and with_mark,
         mark_file=base / options.mark_file if with_mark and options.mark_file is not None else None,
     )
+
+
+def erasures_file(config: ServerConfig) -> Path | None:
+    """The file of erasures of this server, beside its mark; None without a mark."""
+    base = Path.cwd() if config.path is None else Path(config.path).parent
+    return None if config.store.mark_file is None else file_beside(base / config.store.mark_file)
 
 
 def check_store(place: StorePlace, vault: Vault, alike: Alike | None = None) -> Iterator[Finding]:

@@ -65,6 +65,7 @@ _SETTINGS: tuple[tuple[str, str | int], ...] = (
     ("fullfsync", 1),  # where fsync does not reach the disk without it
     ("foreign_keys", 1),
     ("trusted_schema", 0),
+    ("secure_delete", 1),  # a key that is erased is overwritten
 )
 
 _STEPS_A_ROW: Final = 78
@@ -217,6 +218,20 @@ class SqliteStore:
         """Begin a transaction that writes, and end it. Raises `StoreError` for a file that can only be read."""
         with self._my_turn(_Job(_ALONE)), self._transaction():
             pass
+
+    def empty_log(self, *, rewrite: bool) -> None:
+        """Move the log into the file and empty it; with ``rewrite`` write the whole file again, without free pages.
+
+        Raises `StoreError`, and `StoreBusy` where another process does not let it.
+        """
+        with self._my_turn(_Job(_ALONE)), self._translated():
+            if self._connection is None:
+                self._connection = self._open()
+            if rewrite:
+                _ = self._connection.execute("VACUUM")
+            busy = self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+            if busy:
+                raise StoreBusy(f"store {self.name}: another process reads its log; run the command again")
 
     def close(self) -> None:
         """Close the file; afterwards every call raises `StoreError`. Waits for a running transaction."""

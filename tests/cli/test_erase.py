@@ -1,0 +1,162 @@
+"""`vm erase`, on both stores: nothing of a VM's keys is left, a name is free again, and no backup brings it back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chutes_proto.io.server.serving import open_store
+from chutes_proto.io.server.setup import ServerSetup, make_setup
+from chutes_proto.io.stores.sqlite import SqliteStore
+from chutes_proto.server import ServerConfig
+from chutes_proto.store.rows import GenerationRow, Vm
+from tests.cli import test_operating
+from tests.cli.test_operating import HOTKEY, NOW, Site
+
+site = test_operating.site
+
+
+def setup_of(site: Site) -> ServerSetup:
+    return make_setup(ServerConfig.load(site.configuration))
+
+
+def marked(site: Site) -> Path:
+    """Give the server a mark; returns the file of erasures beside it."""
+    text = site.configuration.read_text()
+    line = next(line for line in text.splitlines() if line.startswith("store"))
+    address = setup_of(site).config.store.url
+    site.configuration.write_text(text.replace(line, f'store = {{ url = "{address}", mark_file = "store.mark" }}'))
+    return site.directory / "store.mark.erasures"
+
+
+def sealed(rows: tuple[GenerationRow, ...]) -> list[bytes]:
+    return [value for row in rows for value in (row.sealed, row.wrapped_key) if value is not None]
+
+
+def held(site: Site, values: list[bytes]) -> list[str]:
+    """The files of the store that hold one of these values."""
+    files = [site.directory / name for name in ("keys.db", "keys.db-wal") if (site.directory / name).exists()]
+    return [file.name for file in files if any(value in file.read_bytes() for value in values)]
+
+
+def test_all_keys_are_destroyed_in_two_steps(site: Site) -> None:
+    file = marked(site)
+    for label in "123":
+        site.boot(label, rekey=("storage",), at=NOW - 9)
+    site.boot("6")
+    site.boot("4", vm=Vm(HOTKEY, "vm-2"))
+    keys = [row for row in site.rows() if row.vm.name == "vm-1"]
+    told = site.json("vm", "erase", "vm-1")
+    assert (told["erased"], len(told["keys"]), told["recorded_in"]) == (False, len(keys), None)
+    assert [row for row in site.rows() if row.vm.name == "vm-1"] == keys
+    assert not file.exists()
+    shown = site.do("vm", "erase", "vm-1").out
+    assert "disks in use: storage; with --yes they are destroyed for ever" in shown
+    told = site.json("vm", "erase", "vm-1", "--yes", "--reason", "decommissioned")
+    assert (told["ok"], told["erased"], told["recorded_in"]) == (True, True, str(file))
+    assert any("backups" in line for line in told["may_remain"])
+    gone = [row for row in site.rows() if row.vm.name == "vm-1"]
+    assert {(row.state, row.sealed, row.wrapped_key) for row in gone} == {("purged", None, None)}
+    assert [row.vm.name for row in site.rows() if row.sealed] == ["vm-2"] * 2
+    assert [vm["vm"] for vm in site.json("vm", "list")["vms"]] == ["vm-2"]
+    (row,) = site.json("audit", "list", "--event", "vm erased")["rows"]
+    assert (row["vm"], "storage/3 erased" in row["keys"]) == ("vm-1", True)
+    (line,) = file.read_text().splitlines()
+    assert json.loads(json.loads(line)["through"]) == {"root": 1, "storage": len(gone) - 1}
+    assert site.do("vm", "erase", "vm-1", "--yes").code == 1
+    site.boot("5")  # another VM of the name
+    assert max(row.generation for row in site.rows() if row.vm.name == "vm-1" and row.sealed) == len(gone)
+
+
+@pytest.mark.parametrize("site", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("secure", [True, False], ids=["of this release", "of an older one"])
+def test_no_file_of_sqlite_holds_a_key_afterwards(site: Site, secure: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the file nor its log, while a server has it open; older copies in free pages neither."""
+    if not secure:
+        settings = [one for one in sqlite_settings() if one[0] != "secure_delete"]
+        monkeypatch.setattr("chutes_proto.io.stores.sqlite._SETTINGS", (*settings, ("secure_delete", 0)))
+    for label in "12345":
+        site.boot(label, rekey=("storage",), at=NOW - 9)
+    values = sealed(site.rows())
+    if not secure:
+        with closing(sqlite3.connect(site.directory / "keys.db")) as connection:
+            _ = connection.execute("PRAGMA secure_delete = 0")
+            _ = connection.execute("CREATE TABLE moved AS SELECT * FROM generation")
+            _ = connection.execute("DROP TABLE moved")
+            connection.commit()
+    with closing(SqliteStore(site.directory / "keys.db")):
+        assert held(site, values)
+        assert site.json("vm", "erase", "vm-1", "--yes")["ok"]
+        assert held(site, values) == []
+    assert held(site, values) == []
+
+
+def sqlite_settings() -> Any:
+    from chutes_proto.io.stores import sqlite
+
+    return sqlite._SETTINGS
+
+
+@pytest.mark.parametrize("site", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("how", ["start", "restored"])
+def test_a_restored_store_repeats_it_before_it_serves(site: Site, how: str) -> None:
+    file = marked(site)
+    site.boot("1")
+    site.boot("2", vm=Vm(HOTKEY, "vm-2"))
+    values = sealed(tuple(row for row in site.rows() if row.vm.name == "vm-1"))
+    _ = shutil.copy(site.directory / "keys.db", site.directory / "backup")
+    assert site.do("vm", "erase", "vm-1", "--yes").code == 0
+    kept = file.read_bytes()
+    for end in ("-wal", "-shm"):
+        (site.directory / f"keys.db{end}").unlink(missing_ok=True)
+    _ = shutil.copy(site.directory / "backup", site.directory / "keys.db")
+    assert sealed(tuple(row for row in site.rows() if row.vm.name == "vm-1")) == values
+    if how == "restored":
+        told = site.json("store", "restored")
+        assert (told["vms_erased_again"], told["keys_erased_again"]) == (1, 2)
+    else:
+        with open_store(setup_of(site)) as (_, warnings):
+            assert any("1 VMs were erased again" in warning for warning in warnings)
+    assert [row.vm.name for row in site.rows() if row.sealed] == ["vm-2"] * 2
+    assert [vm["vm"] for vm in site.json("vm", "list")["vms"]] == ["vm-2"]
+    site.boot("3", at=NOW + 200)  # later keys of the name stay, whatever is repeated
+    with open_store(setup_of(site)) as (_, warnings):
+        assert not any("erased again" in warning for warning in warnings)
+    assert len([row for row in site.rows() if row.sealed]) == 4
+    assert file.read_bytes() == kept
+
+
+@pytest.mark.parametrize("site", ["sqlite"], indirect=True)
+def test_every_server_notes_what_another_one_erased(site: Site) -> None:
+    site.boot("1")
+    assert site.do("vm", "erase", "vm-1", "--yes").code == 0  # where there is no mark
+    file = marked(site)
+    with open_store(setup_of(site)):
+        assert len(file.read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "{}",
+        '{"erasure_id":"1","hotkey":"h","vm":"v","erased_at":1,"through":"[]"}',
+        '{"erasure_id":"1","hotkey":"h","vm":"v","erased_at":1,"through":"{"}',
+        '{"erasure_id":1,"hotkey":"h","vm":"v","erased_at":1,"through":"{}"}',
+        '{"erasure_id":"1","hotkey":"h","vm":"v","erased_at":true,"through":"{}"}',
+        "[" * 50_000,
+    ],
+)
+@pytest.mark.parametrize("site", ["sqlite"], indirect=True)
+def test_a_file_that_cannot_be_read_stops_the_server(site: Site, line: str) -> None:
+    site.boot("1")
+    file = marked(site)
+    _ = file.write_text(line + "\n")
+    ended = site.do("store", "restored", "--reason", "x")
+    assert (ended.code, f"{file}, line 1: not an erasure" in ended.err) == (1, True)
