@@ -14,11 +14,11 @@ Sources: RFC 6960, 4.2; RFC 5280, 5.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Final, Literal, TypeAlias
 
-from attrs import frozen
+from attrs import Factory, field, frozen
 from msgspec import Struct
 
 from chutes_proto.gpu import _steps as steps
@@ -86,6 +86,14 @@ class Status(Struct, frozen=True):
     next_update: int
 
 
+def _by_serial(known: Revocation) -> Mapping[bytes, Sequence[tuple[OcspAnswer, Answer]]]:
+    found: dict[bytes, list[tuple[OcspAnswer, Answer]]] = {}
+    for ocsp in known.answers:
+        for answer in ocsp.answers:
+            found.setdefault(answer.about.serial, []).append((ocsp, answer))
+    return found
+
+
 @frozen(eq=False)
 class Revocation:
     """Everything that is known about revoked certificates: OCSP answers and CRLs, read but not verified.
@@ -95,6 +103,10 @@ class Revocation:
 
     answers: tuple[OcspAnswer, ...] = ()
     crls: tuple[Crl, ...] = ()
+    by_serial: Mapping[bytes, Sequence[tuple[OcspAnswer, Answer]]] = field(
+        init=False, repr=False, default=Factory(_by_serial, takes_self=True)
+    )
+    """The answers by the serial number that each is about: a directory may have those of many machines."""
 
     @classmethod
     def of(cls, pieces: Iterable[bytes]) -> Revocation:
@@ -189,15 +201,14 @@ def _status(
     certificate = chain.certificates[place]
     issuer, point = chain.issuer_of(place)
     best: tuple[Answer, tuple[Term, ...]] | None = None
-    for ocsp in revocation.answers:
-        for answer in ocsp.answers:
-            if answer.about != _cert_id(answer.about.digest, issuer, point, certificate.serial):
-                continue
-            terms = _verify_ocsp(ocsp, issuer, point, name)  # 19, 20
-            if answer.state == "revoked":
-                raise steps.CertificateRevokedError(name, "revoked", got=certificate.serial)
-            if answer.state != "unknown" and (best is None or answer.this_update > best[0].this_update):
-                best = answer, terms
+    for ocsp, answer in revocation.by_serial.get(certificate.serial, ()):
+        if answer.about != _cert_id(answer.about.digest, issuer, point, certificate.serial):
+            continue
+        terms = _verify_ocsp(ocsp, issuer, point, name)  # 19, 20
+        if answer.state == "revoked":
+            raise steps.CertificateRevokedError(name, "revoked", got=certificate.serial)
+        if answer.state != "unknown" and (best is None or answer.this_update > best[0].this_update):
+            best = answer, terms
     if best is None:
         return None
     answer, terms = best
