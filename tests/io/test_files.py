@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import threading
@@ -19,6 +20,7 @@ from chutes_proto.quote._pck import PckIdentity
 from chutes_proto.quote._roots import TrustedRoot
 from chutes_proto.quote._verify import open_quote, verify_collateral
 from chutes_proto.testing._platform import COLLATERAL_SECONDS, SimulatedPlatform
+from tests.quote.platform_files import pcs_client_file
 
 NOW = 1_780_000_000
 PLATFORM = SimulatedPlatform(bytes(32))
@@ -188,6 +190,25 @@ def test_other_files_and_unreadable_ones(directory: CollateralDirectory) -> None
 def test_a_missing_directory_is_named(tmp_path: Path) -> None:
     with pytest.raises(CollateralUnavailable, match=f"{tmp_path}/none: No such file"):
         _ = CollateralDirectory(tmp_path / "none", ROOT).fetch(identity(), NOW)
+
+
+def test_a_file_of_intels_tool_counts_for_every_platform_in_it(tmp_path: Path) -> None:
+    other = SimulatedPlatform(PLATFORM.seed, index=1, ca="processor")
+    file = pcs_client_file(PLATFORM, other, now=NOW)
+    _ = (tmp_path / "platform_collaterals.json").write_text(json.dumps(file))
+    directory = CollateralDirectory(tmp_path, ROOT)
+    for platform in (PLATFORM, other):
+        found = directory.fetch(identity(platform), NOW)
+        assert (found.fmspc, found.ca, found.tee) == (platform.fmspc, platform.ca, "TDX")
+    assert len(directory.items(NOW)) == 4  # each TCB info under both CAs
+    file["collaterals"]["tcbinfos"][1]["tdx_tcbinfo"]["signature"] = "00" * 64
+    _ = (tmp_path / "platform_collaterals.json").write_text(json.dumps(file))
+    assert directory.fetch(identity(), NOW).fmspc == PLATFORM.fmspc
+    with pytest.raises(CollateralUnavailable, match=r"platform_collaterals\.json"):
+        _ = directory.fetch(identity(other), NOW)
+    _ = (tmp_path / "platform_collaterals.json").write_text('{"collaterals": {}}')
+    with pytest.raises(CollateralUnavailable, match="certificates is missing"):
+        _ = directory.fetch(identity(), NOW)
 
 
 def test_one_machines_chain_beside_the_collateral_does_not_bind_the_others(tmp_path: Path) -> None:

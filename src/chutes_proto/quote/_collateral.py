@@ -81,22 +81,29 @@ class Collateral:
         of many platforms: then those for ``quote``, of which nothing is verified here. Raises `CollateralFormatError`,
         and `QuoteFormatError` for a quote that does not parse.
         """
-        if isinstance(data, str):
-            data = data.encode("utf-8", "surrogatepass")  # a lone surrogate is refused below
-        try:
-            table = strict_json.decode(data, limit=MAX_SIZE, fractions=True)
-        except strict_json.JsonError as exc:
-            raise CollateralFormatError(str(exc)) from None
-        if not isinstance(table, dict):
-            raise CollateralFormatError("not a JSON object")
-        members = cast("Mapping[str, object]", table)
-        if "collaterals" in members:
+        members = _members(data)
+        if _MANY in members:
             if quote is None:
                 raise CollateralFormatError("it has collateral of many platforms; give the quote, which chooses")
             from chutes_proto.quote import _pcs_client as pcs_client
 
-            chosen: Any = pcs_client.pieces(members["collaterals"], parse_quote(quote, sgx=True))
+            chosen: Any = pcs_client.pieces(members[_MANY], parse_quote(quote, sgx=True))
             return cls(**chosen)
+        return cls._of(members)
+
+    @classmethod
+    def all_from_json(cls, data: bytes | str) -> tuple[Collateral, ...]:
+        """Read all that is in a file of a form that `from_json` reads, for every platform. Raises the same error."""
+        members = _members(data)
+        if _MANY not in members:
+            return (cls._of(members),)
+        from chutes_proto.quote import _pcs_client as pcs_client
+
+        found: list[Any] = [*pcs_client.all_pieces(members[_MANY])]
+        return tuple(cls(**pieces) for pieces in found)
+
+    @classmethod
+    def _of(cls, members: Mapping[str, object]) -> Collateral:
         if members.get(_OPTIONAL, "") is None:  # as other writers leave it out
             members = {name: value for name, value in members.items() if name != _OPTIONAL}
         if unknown := sorted(name for name in members if name not in _MEMBERS):
@@ -184,6 +191,22 @@ class VerifiedCollateral:
     def usable_until(self) -> int:
         """The last second at which `verify_quote` accepts it: the end of the window, or of the grace after it."""
         return window(self.terms, self.grace)[1]
+
+
+_MANY: Final = "collaterals"
+"""The member that a file of PcsClientTool has, and no other."""
+
+
+def _members(data: bytes | str) -> Mapping[str, object]:
+    if isinstance(data, str):
+        data = data.encode("utf-8", "surrogatepass")  # a lone surrogate is refused below
+    try:
+        table = strict_json.decode(data, limit=MAX_SIZE, fractions=True)
+    except strict_json.JsonError as exc:
+        raise CollateralFormatError(str(exc)) from None
+    if not isinstance(table, dict):
+        raise CollateralFormatError("not a JSON object")
+    return cast("Mapping[str, object]", table)
 
 
 def _piece(value: object, name: str) -> bytes:

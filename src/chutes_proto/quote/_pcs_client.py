@@ -1,4 +1,4 @@
-"""Read the collateral of one quote from a file of Intel's PcsClientTool, which has that of many platforms.
+"""Read a file of Intel's PcsClientTool, which has the collateral of many platforms: that of one quote, or all of it.
 
 Rules kept here:
 
@@ -41,8 +41,30 @@ def pieces(collaterals: object, quote: Quote) -> dict[str, bytes | None]:
     chain = _pck_chain(table, certificates, quote)
     pck = _claimed(chain, quote)
     tee = pck.tee.lower()
-    issuers = _chain(_member(_member(certificates, _PCK_CHAIN), pck.ca.upper()), f"{_PCK_CHAIN} {pck.ca.upper()}")
-    info = _tcb_info(table, pck.fmspc, tee)
+    found = _family(table, certificates, pck.ca, tee, _tcb_info(table, pck.fmspc, tee))
+    found["pck_certificate_chain"] = None if quote.certification_type == layout.CERTIFICATION_PCK_CHAIN else chain
+    return found
+
+
+def all_pieces(collaterals: object) -> list[dict[str, bytes | None]]:
+    """The pieces for each TCB info under each PCK CA that the file has. Raises `CollateralFormatError`."""
+    table = _table(collaterals, "collaterals")
+    certificates = _table(table.get("certificates"), "certificates")
+    issuers = _table(_member(certificates, _PCK_CHAIN), _PCK_CHAIN)
+    crls = _table(table.get("pckcacrl"), "pckcacrl")
+    cas: tuple[Ca, ...] = ("platform", "processor")
+    return [
+        _family(table, certificates, ca, tee, _table(entry[f"{tee}_tcbinfo"], f"{tee}_tcbinfo"))
+        for entry in _list(table.get("tcbinfos"), "tcbinfos")
+        for tee in ("tdx", "sgx")
+        if f"{tee}_tcbinfo" in entry
+        for ca in cas
+        if issuers.get(ca.upper()) and crls.get(f"{ca}Crl")
+    ]
+
+
+def _family(table: Table, certificates: Table, ca: Ca, tee: str, info: Table) -> dict[str, bytes | None]:
+    issuers = _chain(_member(_member(certificates, _PCK_CHAIN), ca.upper()), f"{_PCK_CHAIN} {ca.upper()}")
     identity = "tdqeidentity" if tee == "tdx" else "qeidentity"
     tcb_info, tcb_info_signature = _statement(info, "tcbInfo")
     qe_identity, qe_identity_signature = _statement(_decoded(table.get(identity), identity), "enclaveIdentity")
@@ -50,14 +72,13 @@ def pieces(collaterals: object, quote: Quote) -> dict[str, bytes | None]:
     return {
         "pck_crl_issuer_chain": issuers,
         "root_ca_crl": _hex(table.get("rootcacrl"), "rootcacrl"),
-        "pck_crl": _hex(crls.get(f"{pck.ca}Crl"), f"{pck.ca}Crl"),
+        "pck_crl": _hex(crls.get(f"{ca}Crl"), f"{ca}Crl"),
         "tcb_info_issuer_chain": _chain(_member(certificates, _TCB_INFO_CHAIN), _TCB_INFO_CHAIN),
         "tcb_info": tcb_info,
         "tcb_info_signature": tcb_info_signature,
         "qe_identity_issuer_chain": _chain(_member(certificates, _IDENTITY_CHAIN), _IDENTITY_CHAIN),
         "qe_identity": qe_identity,
         "qe_identity_signature": qe_identity_signature,
-        "pck_certificate_chain": None if quote.certification_type == layout.CERTIFICATION_PCK_CHAIN else chain,
     }
 
 

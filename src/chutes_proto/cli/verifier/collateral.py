@@ -187,9 +187,15 @@ def _read_all(paths: tuple[str, ...], root: str | None) -> Iterator[tuple[str, V
         for file in files:
             data = read_file(file)
             try:
-                yield str(file), authenticate_collateral(Collateral.from_json(data), root=trust)
+                found = Collateral.all_from_json(data)
             except QuoteError as exc:
                 yield str(file), _with_hint(str(exc))
+                continue
+            for one in found:
+                try:
+                    yield str(file), authenticate_collateral(one, root=trust)
+                except QuoteError as exc:
+                    yield str(file), _with_hint(str(exc))
 
 
 @command.command("show", exits=exits("shown", "a file is not collateral, or not the root's"))

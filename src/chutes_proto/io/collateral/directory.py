@@ -25,15 +25,16 @@ class _Read:
 
     stamp: tuple[int, int, int]
     at: int
-    item: Item
+    items: tuple[Item, ...]
 
 
 class CollateralDirectory:
-    """Collateral in the ``*.json`` files of a directory, one platform family a file (`Collateral.from_json`).
+    """Collateral in the ``*.json`` files of a directory, of one or many platform families (`Collateral.from_json`).
 
     Files may come, go and change at any time. Each is read and verified once; one that does not verify is read again
     after a minute, because its validity may begin later. Expired collateral is used for ``grace`` seconds, as long as
-    there is none that is valid. May be used from several threads.
+    there is none that is valid. A file of many families counts once for each, and as far as it verifies. May be used
+    from several threads.
 
     A PCK certificate chain in the file is left out: it belongs to one machine, and a file here serves many.
     """
@@ -71,7 +72,7 @@ class CollateralDirectory:
             except OSError as exc:
                 raise CollateralUnavailable(f"collateral directory {self.path}: {exc.strerror}") from None
             self._read = {name: self._current(name, now) for name in names}
-            items = tuple(read.item for read in self._read.values())
+            items = tuple(item for read in self._read.values() for item in read.items)
             self._found = now, items
             return items
 
@@ -80,18 +81,25 @@ class CollateralDirectory:
         try:
             found = path.stat()
         except OSError as exc:
-            return _Read((0, 0, 0), now, Item(str(path), exc.strerror or "it cannot be read"))
+            return _Read((0, 0, 0), now, (Item(str(path), exc.strerror or "it cannot be read"),))
         stamp = (found.st_mtime_ns, found.st_size, found.st_ino)
         known = self._read.get(name)
         if known is not None and known.stamp == stamp:
-            is_verified = isinstance(known.item.content, VerifiedCollateral)
+            is_verified = all(isinstance(item.content, VerifiedCollateral) for item in known.items)
             if is_verified or abs(now - known.at) < self.AGAIN_AFTER:
                 return known
-        return _Read(stamp, now, Item(str(path), self._verified(path, now)))
+        return _Read(stamp, now, self._items(path, now))
 
-    def _verified(self, path: Path, now: int) -> VerifiedCollateral | str:
+    def _items(self, path: Path, now: int) -> tuple[Item, ...]:
         try:
-            collateral = evolve(Collateral.from_json(read_file(path)), pck_certificate_chain=None)
-            return verify_collateral(collateral, now=now, root=self._root, grace=self._grace)
+            found = Collateral.all_from_json(read_file(path))
         except (FileUnavailable, QuoteError) as exc:
+            return (Item(str(path), str(exc)),)
+        return tuple(Item(str(path), self._verified(one, now)) for one in found)
+
+    def _verified(self, collateral: Collateral, now: int) -> VerifiedCollateral | str:
+        try:
+            without = evolve(collateral, pck_certificate_chain=None)
+            return verify_collateral(without, now=now, root=self._root, grace=self._grace)
+        except QuoteError as exc:
             return str(exc)
