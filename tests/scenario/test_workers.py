@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from chutes_proto.server._config import LimitOptions
+from tests.cli.conftest import start_server
 from tests.scenario.premises import Premises
 from tests.scenario.test_admin import listen, over, series
 from tests.scenario.test_restarts import IS_SOAK, TRANSPORTS
@@ -38,6 +40,12 @@ def is_gone(pid: int) -> bool:
         return True
 
 
+def metrics_files(pid: int) -> list[str]:
+    """The files that all workers of a server keep their counts in."""
+    (place,) = re.findall(rb"PROMETHEUS_MULTIPROC_DIR=([^\0]+)", Path(f"/proc/{pid}/environ").read_bytes())
+    return sorted(each.name for each in Path(place.decode()).iterdir())
+
+
 def boot(premises: Premises, name: str = "vm-1") -> None:
     vm = premises.vm(name)
     _ = vm.sync(vm.boot()["boot_token"])
@@ -51,6 +59,7 @@ def test_workers_are_one_server(premises: Premises, transport: str) -> None:
     first = children(premises)
     assert len(first) == 2
     boot(premises)
+    files = metrics_files(first[0])
     os.kill(first[0], signal.SIGKILL)
     _ = wait_until(lambda: len(records(premises, "serving")) == 3)
     assert [record["code"] for record in records(premises, "worker_ended")] == [-signal.SIGKILL]
@@ -62,6 +71,7 @@ def test_workers_are_one_server(premises: Premises, transport: str) -> None:
             return series(admin).get(("requests_total", "", "sync_volumes", "200")) == 7
 
         _ = wait_until(is_summed)
+    assert all(metrics_files(each) == files for each in children(premises))
     assert premises.server is not None
     premises.server.process.send_signal(signal.SIGHUP)
     _ = wait_until(lambda: len(records(premises, "certificate_reloaded")) == 2)
@@ -79,11 +89,19 @@ def test_workers_are_one_server(premises: Premises, transport: str) -> None:
     assert not (premises.directory / "takeover.sock").exists()
 
 
-def test_workers_end_with_a_supervisor_that_is_killed(premises: Premises) -> None:
+def test_workers_end_with_a_supervisor_that_is_killed_and_leave_its_address(premises: Premises) -> None:
+    """Nobody waits for their drain: the next server can listen, and completes the boots that are open."""
+    premises.edit("limits.drain_seconds = 0", "limits.drain_seconds = 3600")
     premises.start("--workers", "2")
+    premises.edit("127.0.0.1:0", premises.url.removeprefix("https://"))
+    vm = premises.vm()
+    token = vm.boot()["boot_token"]
     workers = children(premises)
     premises.kill()
     _ = wait_until(lambda: all(map(is_gone, workers)))
+    premises.start("--workers", "2")
+    _ = vm.sync(token)
+    premises.stop()
 
 
 def test_a_second_signal_ends_them_at_once(premises: Premises) -> None:
@@ -96,6 +114,16 @@ def test_a_second_signal_ends_them_at_once(premises: Premises) -> None:
     _ = wait_until(lambda: len(records(premises, "stopping")) >= 3)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 0
+
+
+def test_a_full_disk_under_the_log_costs_no_boot(premises: Premises) -> None:
+    with Path("/dev/full").open("w") as full:
+        premises.server = start_server(
+            "--config", premises.configuration, "--workers", "2", ca=premises.ca, stderr=full
+        )
+    boot(premises)
+    _ = premises.vm("another").boot(status=401, nonce="0" * 64)
+    premises.stop()
 
 
 def test_workers_share_the_limits(premises: Premises) -> None:

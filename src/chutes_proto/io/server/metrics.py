@@ -16,7 +16,15 @@ import time
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+    values,
+)
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.multiprocess import MultiProcessCollector
 
@@ -45,9 +53,15 @@ disable_created_metrics()  # type: ignore[no-untyped-call] # they double the num
 
 
 class Metrics:
-    """The metrics of one server process, and its `Observer`."""
+    """The metrics of one server process, and its `Observer`.
 
-    def __init__(self) -> None:
+    The ``worker`` of a number goes on with the files of the one that had it before: counts never fall, and a worker
+    that ends again and again leaves nothing behind.
+    """
+
+    def __init__(self, worker: int | None = None) -> None:
+        if worker is not None and METRICS_DIRECTORY in os.environ:
+            values.ValueClass = values.MultiProcessValue(lambda: worker)  # type: ignore[no-untyped-call]
         self.registry: CollectorRegistry = CollectorRegistry()
         self._requests = self._counter("requests", "Requests that were answered.", "operation", "status", "code")
         self._seconds = self._histogram(

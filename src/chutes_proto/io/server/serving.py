@@ -190,8 +190,12 @@ async def open_server(
     collateral: CollateralSource | UpstreamCollateral,
     log: Callable[[Record], None],
     admin: Sequence[Listening] = (),
+    worker: int | None = None,
 ) -> AsyncGenerator[Server]:
-    """Make a server of ``setup`` on the running event loop; its ``admin`` listeners are served as long as it lives."""
+    """Make a server of ``setup`` on the running event loop; its ``admin`` listeners are served as long as it lives.
+
+    ``worker`` is the number of this process among several on the same listeners.
+    """
     wanted = setup.config.limits.connections
     connections = allowed_connections(wanted)
     if connections < wanted:
@@ -207,7 +211,7 @@ async def open_server(
         from chutes_proto.io.server.admin import Admin
         from chutes_proto.io.server.metrics import MeteredPerformer, Metrics
 
-        metrics = Metrics()
+        metrics = Metrics(worker)
         app = App(setup.service, metrics)
         server = Server(
             app,
@@ -391,8 +395,10 @@ def serve_until_stopped(
             announce(listeners.urls)
             tell_manager("READY=1")
 
+        number = None if worker is None else worker.number
+
         async def main() -> None:
-            async with open_server(setup, store, collateral, log, listeners.admin) as server:
+            async with open_server(setup, store, collateral, log, listeners.admin, number) as server:
 
                 def stop(why: str, *, handed_over: bool) -> None:
                     listeners.handed_over |= handed_over
@@ -410,7 +416,8 @@ def serve_until_stopped(
                 async def end_with_supervisor() -> None:
                     if held.life is not None:
                         await anyio.wait_readable(held.life)
-                        stop("supervisor", handed_over=False)
+                        # Its successor must be able to listen at once, and serves the open boots.
+                        stop("supervisor", handed_over=True)
 
                 async def end_after_takeover() -> None:
                     if held.door is not None:

@@ -46,11 +46,12 @@ _PAUSE: Final = 1.0
 
 @frozen
 class Given:
-    """The means of a worker: its sockets, each with its setting, and its share of the limits.
+    """The means of a worker: its number, its sockets, each with its setting, and its share of the limits.
 
     ``life`` becomes readable when the supervisor has ended. ``handed_over``: others hold the sockets when it stops.
     """
 
+    number: int
     sockets: tuple[tuple[str, socket], ...]
     life: int
     workers: int
@@ -68,7 +69,7 @@ def given_by_supervisor(environ: MutableMapping[str, str]) -> Given | None:
         os.set_inheritable(descriptor, False)
         sockets.append((key, socket(fileno=descriptor)))
     os.set_inheritable(said["life"], False)
-    return Given(tuple(sockets), said["life"], said["workers"], said["handed_over"])
+    return Given(said["number"], tuple(sockets), said["life"], said["workers"], said["handed_over"])
 
 
 @define(eq=False)
@@ -123,6 +124,7 @@ class Supervisor:
 
     def _start(self, number: int, life: int, environ: dict[str, str]) -> None:
         said = {
+            "number": number,
             "sockets": [(key, each.fileno()) for key, each in self.sockets],
             "life": life,
             "workers": self.count,
@@ -181,7 +183,7 @@ class Supervisor:
         if metrics is not None:
             from prometheus_client import multiprocess
 
-            multiprocess.mark_process_dead(worker.process.pid, metrics)  # type: ignore[no-untyped-call]
+            multiprocess.mark_process_dead(worker.number, metrics)  # type: ignore[no-untyped-call]
         if self._stopping:
             return
         fields: dict[str, Value] = {"worker": worker.number, "code": worker.process.returncode}
