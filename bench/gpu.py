@@ -16,6 +16,8 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import thread_time
 from typing import Any
 
@@ -84,7 +86,9 @@ def run() -> None:
         _table("a Hopper with driver 550.90.07", (real,), None, rims, files[0], None, NVIDIA, COLLECTED_AT)
         if python := os.environ.get("CHUTES_PROTO_NVIDIA_PYTHON"):
             paths = (str(folder / "full-report.bin"), str(folder / "full-chain.pem"))
-            theirs = subprocess.run((python, "-c", _THEIRS, *paths), capture_output=True, text=True, check=True)
+            command = (str(Path(python).absolute()), "-c", _THEIRS, *paths)
+            with TemporaryDirectory() as cwd:  # it writes a log
+                theirs = subprocess.run(command, capture_output=True, text=True, check=True, cwd=cwd)
             print(f"  {'NVIDIA, parsing and report signature':40} {float(theirs.stdout.split()[-1]):9.0f} us\n")
 
 
