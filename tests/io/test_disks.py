@@ -389,7 +389,7 @@ def cut(bench: Bench, act: Callable[[], None]) -> Iterator[int]:
     before = bench.path.read_bytes()
     told = writes(bench, act)
     assert bench.path.read_bytes() == _with(before, chain(*told))  # the program has written to its copy only
-    flushed: list[tuple[int, bytes]] = []
+    flushed = _blocks(before)
     for number, written in enumerate(told):
         step = max(1, -(-len(written) // 8))
         ways: list[Sequence[tuple[int, bytes]]] = [written[: at + step] for at in range(0, len(written), step)]
@@ -397,10 +397,20 @@ def cut(bench: Bench, act: Callable[[], None]) -> Iterator[int]:
         if len(written) <= 4:
             ways = [kept for size in range(len(written)) for kept in combinations(written, size + 1)]
         for kept in ways:
-            _ = bench.path.write_bytes(_with(before, (*flushed, *kept)))
+            with bench.path.open("wb") as file:
+                _ = file.truncate(len(before))
+            for place, data in (*flushed, *kept):
+                bench.put(place, data)
             bench.again()
             yield number
         flushed += written
+
+
+def _blocks(image: bytes) -> list[tuple[int, bytes]]:
+    """The blocks of a disk that have data, with their offsets: most of it has none."""
+    size = 1 << 16
+    blocks = ((place, image[place : place + size]) for place in range(0, len(image), size))
+    return [(place, block) for place, block in blocks if block.strip(b"\0")]
 
 
 def _with(image: bytes, written: Iterable[tuple[int, bytes]]) -> bytes:
