@@ -32,7 +32,7 @@ from tests.waiting import wait_until
 pytestmark = pytest.mark.parametrize("premises", ["sqlite"], indirect=True)
 
 IS_SOAK = bool(os.environ.get("CHUTES_PROTO_SOAK"))
-RESTARTS = 50 if IS_SOAK else 3
+RESTARTS = 50 if IS_SOAK else 2
 VMS = 3
 ATTEMPTS, PAUSE_SECONDS, CALL_SECONDS = 3, 2, "30"
 
