@@ -219,6 +219,7 @@ class Drawn(Choices):
         return options[index]
 
 
+@pytest.mark.no_cover  # to measure what other tests cover doubles the time
 @pytest.mark.parametrize("policy", [*POLICIES, *BACKUPS], ids=str)
 @given(st.data())
 def test_long_lives(policy: Policy, data: st.DataObject) -> None:

@@ -81,6 +81,7 @@ def test_contract(case: Case, harness: Harness) -> None:
     case(harness)
 
 
+@pytest.mark.no_cover  # to measure what other tests cover doubles the time
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
 @pytest.mark.parametrize("binding", ["trio", "asyncio"])
 @pytest.mark.parametrize("store", ["memory", "sqlite-shared", "postgresql-shared"])
@@ -272,6 +273,7 @@ FAULTS: dict[str, Callable[[], Harness]] = {
 }
 
 
+@pytest.mark.no_cover  # to measure what other tests cover doubles the time
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_broken_store_is_found_out(fault: str) -> None:
     assert any(_fails(case, FAULTS[fault]()) for case in CASES)

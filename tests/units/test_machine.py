@@ -646,6 +646,7 @@ def purge_keeps_fewer(rows: Any, now: int, retention: int, keep: int) -> Any:
     return PURGEABLE(rows, now, retention, keep - 1)
 
 
+@pytest.mark.no_cover  # to measure what other tests cover doubles the time
 @pytest.mark.parametrize(
     ("name", "broken"),
     [

@@ -17,6 +17,8 @@ from chutes_proto.wire.codes import Code
 from tests.postgres import schema_with_clock
 from tests.units.test_machine import STEPS, Calls, T
 
+pytestmark = pytest.mark.no_cover  # to measure what other tests cover doubles the time of these
+
 
 class PostgresCalls(Calls):
     """The outcomes on PostgreSQL are those on the other stores."""
