@@ -111,7 +111,9 @@ def _measure(kind: str, folder: Path, address: str) -> None:
         next(i for i, line in enumerate(lines) if line.startswith("kek_file")), 'kek_previous_file = "kek.previous"\n'
     )
     _ = configuration.write_text("".join(lines))
-    print(f"\n{kind}, {VMS} VMs, {3 * VMS} keys; loaded in {time.monotonic() - began:.0f} s", flush=True)
+    took = time.monotonic() - began
+    size = _size(folder, address) / 1e9
+    print(f"\n{kind}, {VMS} VMs, {3 * VMS} keys, {size:.2f} GB; loaded in {took:.0f} s", flush=True)
     print(f"{'command':<58}{'seconds':>10}{'CPU s':>10}{'peak MB':>10}", flush=True)
     for words in COMMANDS:
         _run(*words.split(), "--config", str(configuration))
@@ -120,6 +122,17 @@ def _measure(kind: str, folder: Path, address: str) -> None:
     _run("store", "copy", "--from", origin, "--store", copied)
     _run("store", "compare", copied, origin)
     _herd(folder, address)  # at last: the keys of these VMs are sealed under another KEK
+
+
+def _size(folder: Path, address: str) -> int:
+    """Return the bytes of the store on disk, with its indexes, without a write-ahead log."""
+    if address.startswith("sqlite:"):
+        return (folder / "keys.db").stat().st_size
+    with psycopg.connect(address) as postgresql:
+        row = postgresql.execute("SELECT pg_database_size(current_database())").fetchone()
+    assert row is not None
+    size: int = row[0]
+    return size
 
 
 def _herd(folder: Path, address: str) -> None:
