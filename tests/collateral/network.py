@@ -35,6 +35,7 @@ class Upstream:
     only: str = ""
     age: int = 0
     asked: list[str] = field(factory=list)
+    traces: list[str | None] = field(factory=list)
     url: str = ""
     port: int = 0
 
@@ -52,6 +53,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         upstream = self.upstream
         upstream.asked.append(self.path)
+        upstream.traces.append(self.headers["traceparent"])
         honest = upstream.service.answer(HttpRequest("GET", self.path), int(time.time()) - upstream.age)
         fault = upstream.fault if upstream.only in self.path else None
         response = honest if fault is None else fault(self, honest)

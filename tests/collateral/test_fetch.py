@@ -33,7 +33,7 @@ from chutes_proto.quote._pck import PckIdentity
 from chutes_proto.quote._verify import open_quote
 from chutes_proto.testing._platform import COLLATERAL_SECONDS, SimulatedPlatform
 from chutes_proto.testing._service import CollateralService
-from chutes_proto.wire.http import HttpRequest, HttpResponse
+from chutes_proto.wire.http import TRACEPARENT, HttpRequest, HttpResponse
 from tests.collateral import network
 from tests.collateral.network import PLATFORM, ROOT, Fault, Upstream, running
 from tests.io.peers import Credentials, make_credentials
@@ -154,6 +154,19 @@ def test_fetched_once_and_used_again(each: Loop, upstream: Upstream) -> None:
     ]
     assert upstream.rounds() == 2
     assert len(upstream.asked) == 8
+
+
+def test_a_fetch_belongs_to_the_trace_of_the_request_that_caused_it(each: Loop, upstream: Upstream) -> None:
+    parent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+
+    async def main(fetcher: Any) -> None:
+        _ = TRACEPARENT.set(parent)
+        _ = await outcome(fetcher, PLATFORM)
+        _ = TRACEPARENT.set("")
+        _ = await outcome(fetcher, PLATFORM.another(1))
+
+    _ = each.run(source(upstream), main)
+    assert upstream.traces == [parent] * 4 + [None] * 4
 
 
 def test_another_ca_and_another_place_of_the_root_crl(each: Loop, upstream: Upstream) -> None:

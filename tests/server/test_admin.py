@@ -12,7 +12,7 @@ from chutes_proto.server._config import ServerConfig
 from chutes_proto.server._observing import Answered, trace_of
 from chutes_proto.wire import vms
 from chutes_proto.wire.codes import Code
-from chutes_proto.wire.http import HttpRequest, HttpResponse, MalformedRequest
+from chutes_proto.wire.http import TRACEPARENT, HttpRequest, HttpResponse, MalformedRequest
 from tests.server.test_config_example import EXAMPLE
 from tests.server.world import World, service
 
@@ -130,3 +130,21 @@ def test_log_records_of_a_request_have_its_trace() -> None:
     body, headers = here.attestation()
     assert here.ask("POST", "/servers/boot/attestation", body, headers=headers | {"traceparent": PARENT}).status == 200
     assert [record.fields["trace_id"] for record in here.log] == [TRACE] * 2
+
+
+@pytest.mark.parametrize(
+    ("parent", "sent"),
+    [
+        (PARENT, PARENT),
+        (f"cc{PARENT[2:-2]}ff-{'x' * 9000}", PARENT),
+        (PARENT[:-2] + "02", PARENT[:-2] + "00"),
+        ("", ""),
+        (f"{PARENT}\r\nhost: evil", ""),
+    ],
+)
+def test_requests_that_are_sent_for_a_request_belong_to_its_trace(parent: str, sent: str) -> None:
+    here = World(App(service()))
+    _ = here.ask("GET", "/nothing", headers={"traceparent": parent} if parent else {})
+    assert TRACEPARENT.get() == sent
+    _ = here.ask("GET", "/nothing")
+    assert TRACEPARENT.get() == ""

@@ -35,7 +35,7 @@ from chutes_proto.server._boot import attest_boot, issue_boot_nonce
 from chutes_proto.server._call import Call, SignedCall, found, ids_of, named
 from chutes_proto.server._callers import check_caller
 from chutes_proto.server._mismatch import name_mismatch
-from chutes_proto.server._observing import Answered, Observer, ignore
+from chutes_proto.server._observing import Answered, Observer, ignore, traceparent_of
 from chutes_proto.server._open_boots import completed_by
 from chutes_proto.server._rotation import attest_volumes, confirm_volumes
 from chutes_proto.server._runtime import attest_runtime, issue_runtime_nonce, read_status
@@ -47,7 +47,7 @@ from chutes_proto.wire import endpoints, miners, openapi, public, vms
 from chutes_proto.wire.codec import decode_request, encode_answer, error_response
 from chutes_proto.wire.codes import Code
 from chutes_proto.wire.endpoint import Endpoint, Message
-from chutes_proto.wire.http import HttpRequest, HttpResponse, MalformedRequest
+from chutes_proto.wire.http import TRACEPARENT, HttpRequest, HttpResponse, MalformedRequest
 from chutes_proto.wire.public import ApiDescriptionAnswer, PublicRequest
 
 _DRAINED = (vms.BOOT_NONCE, vms.BOOT_ATTESTATION)
@@ -163,6 +163,7 @@ class App:
 
     def handle(self, request: HttpRequest | MalformedRequest) -> Flow[HttpResponse]:
         """The answer to ``request``; raises nothing but what ends the process."""
+        _ = TRACEPARENT.set(traceparent_of(request) if isinstance(request, HttpRequest) else "")
         request_id = (yield from Entropy(16)).hex()
         seen = _Seen()
         response = yield from self._respond(request, request_id, seen)

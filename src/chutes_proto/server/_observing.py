@@ -5,7 +5,8 @@ Rules kept here:
 * the words that may become labels of a metric are from closed lists: operations, codes, statuses. No name of a VM, no
   address, no id;
 * ``traceparent`` is taken as the W3C says (Trace Context, level 1, section 3.2): an invalid one counts as absent. It
-  decides nothing; only log records have it.
+  decides nothing: log records have its trace, and the requests that the server sends for it, such as those for
+  collateral. A fetch that many requests wait for belongs to the trace of the one that caused it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from attrs import frozen
 
 from chutes_proto.wire.http import HttpRequest
 
-_TRACEPARENT: Final = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
+_TRACEPARENT: Final = re.compile(
+    r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-((?!0{16})[0-9a-f]{16})-([0-9a-f]{2})(-.*)?"
+)
 _VERSION_0: Final = re.compile(r"00-[0-9a-f-]{52}")
 
 
@@ -45,8 +48,18 @@ def ignore(_: Answered) -> None:
 
 def trace_of(request: HttpRequest) -> str | None:
     """The id of the trace that ``request`` belongs to, 32 hex digits; None if it names none."""
+    found = _parsed(request)
+    return None if found is None else found[1]
+
+
+def traceparent_of(request: HttpRequest) -> str:
+    """`TRACEPARENT` for what is sent for ``request``: of version 00, whatever the peer sends after it."""
+    found = _parsed(request)
+    return "" if found is None else f"00-{found[1]}-{found[2]}-{int(found[3], 16) & 1:02x}"
+
+
+def _parsed(request: HttpRequest) -> re.Match[str] | None:
     values = request.header_values("traceparent")
     found = _TRACEPARENT.fullmatch(values[0]) if len(values) == 1 else None
-    if found is None or (values[0].startswith("00") and not _VERSION_0.fullmatch(values[0])):
-        return None
-    return found[1]
+    is_bad = found is None or (values[0].startswith("00") and not _VERSION_0.fullmatch(values[0]))
+    return None if is_bad else found

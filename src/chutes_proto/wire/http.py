@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from ipaddress import IPv6Address, ip_address
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from attrs import field, frozen
 
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     from chutes_proto.errors import BadRequest
 
 Headers = tuple[tuple[str, str], ...]
+
+TRACEPARENT: Final[ContextVar[str]] = ContextVar("traceparent", default="")
+"""The ``traceparent`` of requests that are sent for the one that this task answers; empty without a trace."""
 
 
 @frozen

@@ -25,7 +25,7 @@ from chutes_proto.log import Record
 from chutes_proto.quote._collateral import VerifiedCollateral
 from chutes_proto.quote._pck import PckIdentity
 from chutes_proto.store._run import Store
-from chutes_proto.wire.http import Headers, HttpRequest, HttpResponse
+from chutes_proto.wire.http import TRACEPARENT, Headers, HttpRequest, HttpResponse
 
 T = TypeVar("T")
 
@@ -60,6 +60,8 @@ class HttpxGetter:
     async def __call__(self, url: str, headers: Headers = (), body: bytes | None = None) -> HttpResponse:
         """Return the whole answer. Raises `TransportError`."""
         method = "GET" if body is None else "POST"
+        if traceparent := TRACEPARENT.get():
+            headers = (*headers, ("traceparent", traceparent))
         message = prepare(self._client, self._limits, method, url, headers=headers, content=body)
         return await whole_answer(self._client, message, self._limits)
 
