@@ -35,7 +35,7 @@ The server raises a `Refusal` and answers with it; the client turns the answer b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Self, cast
 
 from chutes_proto._error import ChutesError
@@ -103,7 +103,7 @@ class Refusal(ChutesError):
     def __init__(
         self,
         code: Code | str,
-        detail: str | Sequence[ValidationProblem],
+        detail: str | Sequence[ValidationProblem] | Mapping[str, object],
         *,
         reason: str = "",
         status: int | None = None,
@@ -130,7 +130,13 @@ class Refusal(ChutesError):
         return self
 
     def __str__(self) -> str:
-        text = self.detail if isinstance(self.detail, str) else "; ".join(_problem_text(p) for p in self.detail)
+        match self.detail:
+            case str(text):
+                pass
+            case Mapping():
+                text = self.reason
+            case problems:
+                text = "; ".join(map(_problem_text, problems))
         suffix = f", request {self.request_id}" if self.request_id else ""
         return f"{text} ({self.status} {self.code}{suffix})"
 

@@ -30,10 +30,11 @@ from chutes_proto.io.server.store_setup import make_store_setup
 from chutes_proto.keys.vault import FreshKey
 from chutes_proto.secret import Secret
 from chutes_proto.server import ServerConfig
-from chutes_proto.store.rows import GpuRow, Platform, Vm
+from chutes_proto.store.rows import GpuRow, HostProfileRow, Platform, Vm
 from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.testing.store_suite._parts import boot, sync
 from chutes_proto.units.boot import RecordRefusal
+from chutes_proto.units.fleet import RegisterHost
 from chutes_proto.units.operator import ImportKeys
 from chutes_proto.units.revocations import Revoke
 from chutes_proto.units.servers import RegisterServer
@@ -181,6 +182,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
             store.transact(Revoke(now, number, kind, subject, None, "prepared"))
         for name in ("n1", "n2"):
             _ = store.transact(registration(name, now))
+        _ = store.transact(RegisterHost(HostProfileRow("3f9a".ljust(64, "0"), HOTKEY, '{"cpu":{"count":64}}', now)))
     _ = shutil.copy(folder / "keys.db", folder / "newer.db")
     return folder
 

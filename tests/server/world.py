@@ -12,7 +12,7 @@ from chutes_proto.auth.binding import report_data
 from chutes_proto.auth.certificates import spki_sha256
 from chutes_proto.auth.client_identity import make_client_identity
 from chutes_proto.auth.hotkey import HotkeyPair
-from chutes_proto.auth.signing import Coverage, SigningPolicy, messages_to_sign
+from chutes_proto.auth.signing import PURPOSE, Coverage, SigningPolicy, messages_to_sign
 from chutes_proto.effects import (
     Effect,
     Entropy,
@@ -177,13 +177,14 @@ class World:
         nonce: str | None = None,
         coverage: Coverage | None = None,
         policy: SigningPolicy = "compatible",
+        purpose: str = PURPOSE,
         **changes: Any,
     ) -> HttpResponse:
         """Send a request signed by ``pair``, as operations of a miner are: POST over the body, others by purpose."""
         content = b"" if body is None else body if isinstance(body, bytes) else json.encode(body)
         nonce = nonce or str(self.now)
         covered = coverage or ("body" if method == "POST" else "purpose")
-        message, *_ = messages_to_sign(covered, policy, pair.hotkey, nonce, method, target, content)
+        message, *_ = messages_to_sign(covered, policy, pair.hotkey, nonce, method, target, content, purpose)
         headers = {
             "content-type": "application/json",
             "x-chutes-hotkey": pair.hotkey.address,

@@ -64,13 +64,20 @@ def request_message(hotkey: Hotkey, nonce: str, method: str, target: str, body: 
 
 
 def messages_to_sign(
-    coverage: Coverage, policy: SigningPolicy, hotkey: Hotkey, nonce: str, method: str, target: str, body: bytes
+    coverage: Coverage,
+    policy: SigningPolicy,
+    hotkey: Hotkey,
+    nonce: str,
+    method: str,
+    target: str,
+    body: bytes,
+    purpose: str = PURPOSE,
 ) -> tuple[bytes, ...]:
     """List the messages of which one must be signed. A client signs the first, a server accepts any."""
     whole = request_message(hotkey, nonce, method, target, body)
     if policy == "request":
         return (whole,)
-    over_body, over_purpose = body_message(hotkey, nonce, body), purpose_message(hotkey, nonce, PURPOSE)
+    over_body, over_purpose = body_message(hotkey, nonce, body), purpose_message(hotkey, nonce, purpose)
     least = {"body": (over_body,), "purpose": (over_purpose,), "nonce": (over_body, over_purpose)}
     return (*least[coverage], whole)
 

@@ -29,6 +29,7 @@ _SECTIONS: Final[Mapping[str, Mapping[str, tuple[str, str]]]] = {
         "vm": ("operator.vm", "List, bind, rebind, revoke and erase VMs, and purge their old boots"),
         "platform": ("operator.revoking:platform", "Shut a platform out, and allow it again"),
         "revocations": ("operator.revoking:revocations", "List what is shut out"),
+        "hosts": ("operator.hosts", "List host profiles, and say which measurement profiles such hosts are"),
         "registrations": ("operator.registrations", "List and remove the servers that miners registered"),
         "why": ("operator.why", "Explain why a VM was refused"),
         "audit": ("operator.audit", "Show, export and purge the audit rows"),

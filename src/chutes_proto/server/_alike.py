@@ -48,6 +48,7 @@ def shared_settings(config: ServerConfig, service: Service) -> dict[str, str]:
         "hotkeys": service.hotkeys,
         "blacklist": config.blacklist,
         "minimum_version": config.minimum_version,
+        "maintenance": config.maintenance,
         "netuid": config.netuid,
         "signatures": config.signatures,
         "exchange_downgrade": config.exchange_downgrade,

@@ -30,6 +30,8 @@ from attrs import define, evolve, field, frozen
 from chutes_proto.effects import Entropy, Flow, Log, Now, Uptime
 from chutes_proto.errors import BadRequest, KeyUnavailable, Refusal, Refused, SealBroken, StoreError, Unavailable
 from chutes_proto.log import Level, Record, Value
+from chutes_proto.server import _host_profiles as host_profiles
+from chutes_proto.server import _maintenance as maintenance
 from chutes_proto.server import _servers as servers
 from chutes_proto.server._boot import attest_boot, issue_boot_nonce
 from chutes_proto.server._call import Call, SignedCall, found, ids_of, named
@@ -43,7 +45,7 @@ from chutes_proto.server._service import Service
 from chutes_proto.server._volumes import read_cache_passphrase, sync_volumes
 from chutes_proto.server._why import Denial, explain
 from chutes_proto.store.rows import Vm
-from chutes_proto.wire import endpoints, miners, openapi, public, vms
+from chutes_proto.wire import endpoints, fleet, miners, openapi, public, vms
 from chutes_proto.wire.codec import decode_request, encode_answer, error_response
 from chutes_proto.wire.codes import Code
 from chutes_proto.wire.endpoint import Endpoint, Message
@@ -93,6 +95,16 @@ _HANDLERS: Mapping[Endpoint, Callable[[Service, Any], Flow[Message]]] = {
     miners.RUNTIME_NONCE: issue_runtime_nonce,
     miners.RUNTIME_ATTESTATION: attest_runtime,
     miners.ATTESTATION_STATUS: read_status,
+    fleet.MAINTENANCE_POLICY: maintenance.read_policy,
+    fleet.MAINTENANCE_PREFLIGHT: maintenance.preflight,
+    fleet.BEGIN_MAINTENANCE: maintenance.begin,
+    fleet.INVENTORY: maintenance.list_inventory,
+    fleet.RUNNING_GPUS: maintenance.list_running,
+    fleet.TDX_HOST_STATUS: host_profiles.read_status,
+    fleet.SNP_HOST_STATUS: host_profiles.read_status,
+    fleet.REGISTER_HOST_PROFILE: host_profiles.register,
+    fleet.HOST_PROFILES: host_profiles.publish,
+    fleet.HOST_PREFLIGHT: host_profiles.preflight,
 }
 
 
@@ -245,7 +257,7 @@ class App:
         if match.endpoint.signed is None:
             call = Call(request, message := decode_request(match, request), request_id, now)
         else:
-            caller = check_caller(self.service, request, match.endpoint.signed, now)
+            caller = check_caller(self.service, request, match.endpoint.signed, match.endpoint.purpose, now)
             call = SignedCall(request, message := decode_request(match, request), request_id, now, caller)
         seen.vm = named(request, match.parameters, message)
         try:

@@ -22,7 +22,7 @@ from chutes_proto.wire.names import HEX_32
 _HEADERS: Final = ("X-Chutes-Hotkey", "X-Chutes-Nonce", "X-Chutes-Signature")
 
 
-def check_caller(service: Service, request: HttpRequest, coverage: Coverage, now: int) -> Hotkey:
+def check_caller(service: Service, request: HttpRequest, coverage: Coverage, purpose: str, now: int) -> Hotkey:
     """The hotkey that signed ``request``. Raises `BadRequest` and `Refused`."""
     found = decode_headers(request, _HEADERS)
     if len(found) < len(_HEADERS):
@@ -36,7 +36,8 @@ def check_caller(service: Service, request: HttpRequest, coverage: Coverage, now
         hotkey = Hotkey.parse(address)
     except HotkeyError as exc:
         raise Refused(Code.SIGNATURE_INVALID, "Invalid request signature.", reason=f"hotkey: {exc}") from None
-    taken = messages_to_sign(coverage, service.signatures, hotkey, nonce, request.method, request.target, request.body)
+    parts = (request.method, request.target, request.body, purpose)
+    taken = messages_to_sign(coverage, service.signatures, hotkey, nonce, *parts)
     check_signature(hotkey, taken, signature)
     service.check_known(hotkey, Code.HOTKEY_UNKNOWN)
     return hotkey

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import datetime
 from functools import partial
 from ipaddress import ip_address, ip_network
 from operator import attrgetter
@@ -29,6 +30,7 @@ from chutes_proto.quote._measurements import Schedule, read_schedule
 from chutes_proto.server._gpus import Gpu
 from chutes_proto.server._proxy import CERTIFICATE_HEADERS, SECRET_HEADER, Network
 from chutes_proto.tlog.notes import check_name
+from chutes_proto.units.fleet import Window, parse_version
 from chutes_proto.wire.evidence import PORT
 
 _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")  # RFC 9110, section 5.6.2
@@ -142,6 +144,44 @@ class GpuEvidenceOptions:
     ca_file: str | None = None
     policy: str | None = None
     roots: str | None = None
+
+
+@frozen
+class MaintenanceOptions:
+    """The window in which a fleet moves to a new image: from ``start`` to ``end``, times of RFC 3339 with an offset.
+
+    In it a miner's tool begins the maintenance of at most ``max_concurrent_per_miner`` servers at once; a boot of
+    ``target_version``, or of a newer one, ends that of its server. ``id`` names the window, and is a new one each time.
+    """
+
+    id: str | None = None
+    target_version: str | None = None
+    start: str | None = None
+    end: str | None = None
+    max_concurrent_per_miner: int = 1
+
+    @property
+    def window(self) -> Window | None:
+        """The same in unix seconds; None without a window. Raises `ValueError`."""
+        if self == MaintenanceOptions():
+            return None
+        if not self.id or self.target_version is None or self.start is None or self.end is None:
+            raise ValueError("id, target_version, start and end go together")
+        start, end = _seconds("start", self.start), _seconds("end", self.end)
+        if start >= end or self.max_concurrent_per_miner < 1:
+            raise ValueError("say start before end, and max_concurrent_per_miner at least 1")
+        _ = parse_version(self.target_version)
+        return Window(self.id, self.target_version, start, end, self.max_concurrent_per_miner)
+
+
+def _seconds(name: str, text: str) -> int:
+    try:
+        at = datetime.fromisoformat(text)
+    except ValueError:
+        at = None
+    if at is None or at.tzinfo is None:
+        raise ValueError(f"{name} is a time like 2026-12-01T08:00:00Z")
+    return int(at.timestamp())
 
 
 @frozen
@@ -280,6 +320,7 @@ class ServerConfig:
     signatures: Literal["compatible", "request"] = "compatible"
     nonce: NonceOptions = field(factory=NonceOptions)
     registration: RegistrationOptions = field(factory=RegistrationOptions)
+    maintenance: MaintenanceOptions = field(factory=MaintenanceOptions)
     gpu_evidence: GpuEvidenceOptions = field(factory=GpuEvidenceOptions)
     runtime: RuntimeOptions = field(factory=RuntimeOptions)
     proxy: ProxyOptions = field(factory=ProxyOptions)
@@ -397,6 +438,10 @@ def _problems(config: ServerConfig) -> Iterator[str]:
             f" ({config.backup_interval_hours}), so a restored backup would not open every disk; say"
             f" {2 * config.backup_interval_hours}"
         )
+    try:
+        _ = config.maintenance.window
+    except ValueError as exc:
+        yield f"maintenance: {exc}"
     yield from _registration_problems(config.registration)
     for name, gpu in config.gpus.items():
         yield from _gpu_problems(name, gpu)

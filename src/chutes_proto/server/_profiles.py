@@ -6,7 +6,6 @@ default: a wrong guess could lose a disk.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Literal, TypeAlias, cast
 
@@ -87,13 +86,6 @@ def serve_profile(
         frozenset(options.authorized_hotkeys),
         options.gpu_evidence,
     )
-
-
-def parse_version(text: str) -> tuple[int, ...]:
-    """The numbers of a version, as in ``1.4.0``, for comparison. Raises `ValueError` for any other form."""
-    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9}){0,7}", text):
-        raise ValueError(f"version {text!r} has not the form 1.4.0")
-    return tuple(map(int, text.split(".")))
 
 
 def check_signing_keys(data: bytes) -> bytes:

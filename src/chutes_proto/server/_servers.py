@@ -18,6 +18,7 @@ from chutes_proto.server._hosts import locate
 from chutes_proto.server._service import Service
 from chutes_proto.store._run import Ask
 from chutes_proto.store.rows import ReadAll, ServerRow
+from chutes_proto.units.fleet import FleetServer
 from chutes_proto.units.servers import ReadServerAndBoot, RegisterServer, RemoveServer, RenameServer
 from chutes_proto.wire import miners
 from chutes_proto.wire.codes import Code
@@ -95,14 +96,17 @@ def rename_server(service: Service, call: SignedCall[miners.RenameServerRequest]
 def read_server(service: Service, call: SignedCall[miners.ServerRequest]) -> Flow[miners.ServerDetailsAnswer]:
     """Operation 8: describe the caller's server."""
     server, boot = yield from Transact(ReadServerAndBoot(call.caller.address, call.message.server_id))
+    version = None if boot is None else boot.profile_version
+    in_maintenance = FleetServer(server, version).in_maintenance
     return miners.ServerDetailsAnswer(
         server_id=server.server_id,
         name=server.name,
         ip=server.host,
-        version=None if boot is None else boot.profile_version,
-        maintenance_pending_window_id=None,
+        version=version,
+        maintenance_pending_window_id=server.window_id if in_maintenance else None,
         created_at=timestamp(server.created_at),
         updated_at=None if server.updated_at is None else timestamp(server.updated_at),
+        target_version=server.target if in_maintenance else None,
     )
 
 

@@ -26,10 +26,11 @@ from chutes_proto.server._known import KnownVms
 from chutes_proto.server._limits import Admission, LogThrottle, TokenBuckets
 from chutes_proto.server._nonces import NonceMint
 from chutes_proto.server._open_boots import OpenBoots
-from chutes_proto.server._profiles import ServedProfile, parse_version, publish
+from chutes_proto.server._profiles import ServedProfile, publish
 from chutes_proto.server._proxy import Network, TrustedProxies
 from chutes_proto.server._readiness import Readiness, Revoked
 from chutes_proto.server._tokens import TokenMint
+from chutes_proto.units.fleet import Window, parse_version
 from chutes_proto.wire.codes import Code
 from chutes_proto.wire.evidence import PORT
 from chutes_proto.wire.http import HttpRequest, address_prefix
@@ -95,6 +96,7 @@ class Service:
     blacklist: Mapping[str, str] = field(factory=dict[str, str])
     minimum_version: str | None = None
     signing_keys: bytes | None = None
+    maintenance: Window | None = None
     exchange_downgrade: Literal["refuse", "allow"] = "refuse"
     rotate_after: int = 86_400
     signatures: SigningPolicy = "compatible"
@@ -117,6 +119,8 @@ class Service:
     """Bounds the other ones that wait, by address."""
     hosts: Admission = field(factory=lambda: Admission(16, share=1))
     boots: OpenBoots = field(factory=OpenBoots)
+    host_rates: TokenBuckets = field(factory=lambda: TokenBuckets(10, 10 / 3600))
+    all_host_rates: TokenBuckets = field(factory=lambda: TokenBuckets(120, 120 / 3600))
     rates: TokenBuckets = field(default=Factory(_rates, takes_self=True))
     refusals: LogThrottle = field(factory=LogThrottle)
     faults: LogThrottle = field(factory=LogThrottle)

@@ -198,5 +198,8 @@ _REMEDIES: Final[Mapping[str, str]] = {
     Code.BOOT_REQUIRED: "boot the VM of this name, or from this address, before it is registered",
     Code.KEY_NOT_FOUND: "`chutes-proto keys history VM` shows which keys there are",
     Code.SERVER_NOT_FOUND: "`chutes-proto registrations list` shows whose servers there are",
+    Code.MAINTENANCE_DENIED: "open a window in `maintenance` of the configuration; the reason says what is against it",
+    Code.MAINTENANCE_CONFLICT: "boot the target version on the servers that are in maintenance: that ends it",
+    Code.HOST_PROFILES_FULL: "`chutes-proto hosts list`, then `hosts remove` the profiles that nobody needs",
     Code.RATE_LIMITED: "wait, or raise `limits.requests_per_minute`",
 }

@@ -24,10 +24,11 @@ from attrs import field, frozen
 __all__ = ["ROWS", "AttestationRow", "AuditRow", "AuditWanted", "BootRow", "BootVolumeRow", "Claim", "CountAudit"]
 __all__ += ["CountClaims", "CountRefusals", "CountRetired", "CountRows", "CountSealed", "CountStates", "Decision"]
 __all__ += ["Delete", "DeleteServer", "Exchange", "FindLastBoot", "FindLastBootFrom", "FleetVm", "GenerationRow"]
-__all__ += ["GpuDeviceRow", "GpuRow"]
+__all__ += ["GpuDeviceRow", "GpuRow", "HostProfileRow"]
 __all__ += ["DecideLoss"]
 __all__ += ["Insert", "InsertAll", "NonceRow", "Pin", "Platform", "PurgeAudit", "PurgeGeneration", "Put", "Read"]
-__all__ += ["ReadAll", "ReadAudit", "ReadBootVolumes", "ReadFleet", "ReadLiveGenerations", "ReadNames", "ReadOld"]
+__all__ += ["ReadAll", "ReadAudit", "ReadBootVolumes", "ReadFleet", "ReadGpus", "ReadHostProfiles"]
+__all__ += ["ReadLiveGenerations", "ReadNames", "ReadOld"]
 __all__ += ["ReadOtherwiseSealed", "ReadPage", "ReadRetired", "ReadTimes", "ReadUnclaimed", "Retirement"]
 __all__ += ["RewrapGenerations", "Row", "Scan", "ServerRow", "SetHorizon", "State", "StoreOp", "SweepNonces", "Times"]
 __all__ += ["UpdateGeneration", "Vm", "VmRow", "VoidTokens", "VolumeRow"]
@@ -302,7 +303,7 @@ class ServerRow:
 
     ``address`` is the address that ``host`` resolved to. ``boot_id`` is the boot that it was linked to at registration;
     ``pin``, without a link, the platform of its first accepted runtime quote. ``attested`` is the newest verdict on a
-    runtime quote of it.
+    runtime quote of it. ``window_id`` names the maintenance that was begun last, which ends with a boot of ``target``.
     """
 
     TABLE: ClassVar[str] = "server"
@@ -319,6 +320,8 @@ class ServerRow:
     created_at: int
     updated_at: int | None = None
     attested: str | None = None
+    window_id: str | None = None
+    target: str | None = None
 
     @property
     def vm(self) -> Vm:
@@ -354,6 +357,25 @@ class GpuDeviceRow:
     server_id: str
     serial_number: str
     verified_at: int
+
+
+@frozen
+class HostProfileRow:
+    """The hardware of a class of hosts, as a host tool described it: JSON with sorted members, and its SHA-256 in hex.
+
+    ``name`` and ``published`` are the operator's: the measurement profiles of this name, and with this fingerprint if
+    one is published, are accepted on such hosts.
+    """
+
+    TABLE: ClassVar[str] = "host_profile"
+    KEY: ClassVar[tuple[str, ...]] = ("fingerprint",)
+
+    fingerprint: str
+    hotkey: str
+    profile: str
+    created_at: int
+    name: str | None = None
+    published: str | None = None
 
 
 @frozen
@@ -477,6 +499,7 @@ Row: TypeAlias = (
     | GpuDeviceRow
     | RevocationRow
     | ErasureRow
+    | HostProfileRow
     | AuditRow
     | LogStateRow
     | LogTileRow
@@ -503,7 +526,18 @@ class Insert(StoreOp[None]):
 class Put(StoreOp[None]):
     """Add a row, or replace the one with the same key."""
 
-    row: VmRow | BootRow | VolumeRow | ServerRow | GpuDeviceRow | RevocationRow | LogStateRow | LogTileRow | KeyringRow
+    row: (
+        VmRow
+        | BootRow
+        | VolumeRow
+        | ServerRow
+        | GpuDeviceRow
+        | RevocationRow
+        | LogStateRow
+        | LogTileRow
+        | KeyringRow
+        | HostProfileRow
+    )
 
 
 @frozen
@@ -932,6 +966,20 @@ class ReadAll(StoreOp[tuple[R, ...]], Generic[R]):
 
 
 @frozen
+class ReadGpus(StoreOp[tuple[GpuRow, ...]]):
+    """The GPUs of a server, by uuid."""
+
+    server_id: str
+
+
+@frozen
+class ReadHostProfiles(StoreOp[tuple[HostProfileRow, ...]]):
+    """The oldest ``limit`` host profiles, oldest first."""
+
+    limit: int
+
+
+@frozen
 class ReadPage(StoreOp[tuple[R, ...]], Generic[R]):
     """The next ``limit`` rows of a kind that has a key."""
 
@@ -982,7 +1030,7 @@ class Delete(StoreOp[None]):
 
     MAY_TAKE_LONG: ClassVar[bool] = True
 
-    kind: type[BootRow] | type[BootVolumeRow] | type[AttestationRow]
+    kind: type[BootRow] | type[BootVolumeRow] | type[AttestationRow] | type[HostProfileRow]
     keys: tuple[str, ...]
 
 

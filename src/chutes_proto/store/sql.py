@@ -266,6 +266,16 @@ CREATE TABLE keyring (
   PRIMARY KEY (kind, epoch)
 );
 ALTER TABLE attestation ADD COLUMN advisories TEXT;
+ALTER TABLE server ADD COLUMN window_id TEXT;
+ALTER TABLE server ADD COLUMN target TEXT;
+CREATE TABLE host_profile (
+  fingerprint TEXT PRIMARY KEY,
+  hotkey TEXT NOT NULL,
+  profile TEXT NOT NULL,
+  created_at BIGINT NOT NULL,
+  name TEXT,
+  published TEXT
+);
 """
 
 _INDEXES: Final = (
@@ -764,7 +774,7 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query]] = {
         _put,
         (
             *(store.VmRow, store.BootRow, store.VolumeRow, store.ServerRow, store.GpuDeviceRow),
-            *(store.RevocationRow, store.LogStateRow, store.LogTileRow, store.KeyringRow),
+            *(store.RevocationRow, store.LogStateRow, store.LogTileRow, store.KeyringRow, store.HostProfileRow),
         ),
         _nothing,
     ),
@@ -778,6 +788,11 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query]] = {
         lambda op, rows: _sorted(op.kind, rows),
     ),
     store.Scan: _Query(lambda op: (_SCANS[op.kind], ()), lambda op, rows: _sorted(op.kind, rows)),
+    store.ReadGpus: _query(_select(store.GpuRow, "WHERE server_id = :server_id"), partial(_sorted, store.GpuRow)),
+    store.ReadHostProfiles: _query(
+        _select(store.HostProfileRow, "ORDER BY created_at, fingerprint LIMIT :limit"),
+        partial(decode_rows, store.HostProfileRow),
+    ),
     store.ReadPage: _Query(_read_page, lambda op, rows: decode_rows(op.kind, rows)),
     store.NoteKeyServer: _query(
         "INSERT INTO key_server (name, version, configuration, seen_at)"

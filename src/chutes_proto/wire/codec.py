@@ -68,7 +68,8 @@ def encode_request(endpoint: Endpoint, message: Message, headers: Headers = ()) 
     fields = tuple((name.lower(), value) for name, value in values["header"].items())
     if not any(_place(attribute) == "body" for attribute in attrs.fields(endpoint.request)):
         return HttpRequest(endpoint.method, target, (*fields, *headers))
-    content = json.encode(values["body"])
+    whole = sole_field(endpoint.request, "OBJECT")
+    content = json.encode(values["body"] if whole is None else values["body"][whole])
     return HttpRequest(endpoint.method, target, (*fields, *JSON_HEADERS, *headers), content)
 
 
@@ -81,6 +82,8 @@ def decode_request(match: Match, request: HttpRequest) -> Message:
         "header": decode_headers(request, places["header"]),
         "body": _body(request) if places["body"] else {},
     }
+    if (whole := sole_field(match.endpoint.request, "OBJECT")) is not None:
+        sources["body"] = {whole: sources["body"]}
     raw = {
         field: sources[place][name]
         for place, names in places.items()
@@ -121,6 +124,11 @@ def encode_quote(data: bytes) -> str:
 def encode_answer(endpoint: Endpoint, answer: Message) -> HttpResponse:
     """Encode an answer: compact JSON, members in the documented order."""
     return HttpResponse(endpoint.status, JSON_HEADERS, _answer_content(answer))
+
+
+def plain(message: Message) -> dict[str, object]:
+    """A message as plain data, for the detail of a refusal."""
+    return cast("dict[str, object]", _CONVERTER.unstructure(message))
 
 
 def error_response(refusal: Refusal, request_id: str) -> HttpResponse:

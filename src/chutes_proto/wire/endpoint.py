@@ -70,8 +70,11 @@ def wire_name(attribute: Attribute[Any]) -> str:
     return name or attribute.name
 
 
-def sole_field(kind: type[Any], form: Literal["LIST", "BYTES"]) -> str | None:
-    """The name of the one field of an answer that is a bare list, or all bytes, on the wire; None for other answers."""
+def sole_field(kind: type[Any], form: Literal["LIST", "BYTES", "OBJECT"]) -> str | None:
+    """The name of the one field that is a whole body on the wire; None for other messages.
+
+    An answer may be a bare list, or bytes; a request an object whose members are not fields.
+    """
     name: str | None = getattr(kind, form, None)
     return name
 
@@ -81,7 +84,11 @@ def sole_field(kind: type[Any], form: Literal["LIST", "BYTES"]) -> str | None:
 
 @frozen
 class Endpoint:
-    """One operation: its method and path (``target``), request, answer, and the codes of its refusals."""
+    """One operation: its method and path (``target``), request, answer, and the codes of its refusals.
+
+    ``purpose`` is the word that a signature covers which covers no more; ``refusal`` is the ``detail`` of refusals 403
+    and 409 where it is not a text.
+    """
 
     number: int
     operation: str
@@ -95,6 +102,8 @@ class Endpoint:
     signed: Coverage | None = None
     body_bytes: int = 0
     """So large may a request's body be, whatever the server's usual limit is."""
+    purpose: str = "tee"
+    refusal: type[Message] | None = None
 
     @property
     def method(self) -> str:

@@ -15,7 +15,7 @@ from urllib.parse import unquote_to_bytes
 
 from attrs import frozen
 
-from chutes_proto.wire import miners, public, vms
+from chutes_proto.wire import fleet, miners, public, vms
 from chutes_proto.wire.codes import Code
 from chutes_proto.wire.endpoint import PARAMETER, Endpoint
 
@@ -51,6 +51,16 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     vms.PROVISION,
     vms.PROVISION_CONFIRMATION,
     public.SIGNING_KEYS,
+    fleet.MAINTENANCE_POLICY,
+    fleet.MAINTENANCE_PREFLIGHT,
+    fleet.BEGIN_MAINTENANCE,
+    fleet.INVENTORY,
+    fleet.RUNNING_GPUS,
+    fleet.TDX_HOST_STATUS,
+    fleet.SNP_HOST_STATUS,
+    fleet.REGISTER_HOST_PROFILE,
+    fleet.HOST_PROFILES,
+    fleet.HOST_PREFLIGHT,
 )
 
 

@@ -90,9 +90,10 @@ class ServerDetailsAnswer:
     name: str = body("the server's name")
     ip: str = body("the host that it was registered with")
     version: str | None = body("of the image that the VM of this name booted last")
-    maintenance_pending_window_id: str | None = body("null: no maintenance is served")
+    maintenance_pending_window_id: str | None = body("the maintenance that has begun; null: none has")
     created_at: str = body("when it was registered")
     updated_at: str | None = body("when it was renamed last")
+    target_version: str | None = body("the version that ends its maintenance; only while in maintenance", default=None)
 
 
 @frozen
@@ -183,8 +184,8 @@ class AttestationStatusAnswer:
 
 # --- endpoints ---
 
-_SIGNATURE_CODES = (Code.SIGNATURE_INVALID, Code.SIGNATURE_STALE, Code.HOTKEY_UNKNOWN)
-_OWN_SERVER_CODES = (*_SIGNATURE_CODES, Code.SERVER_NOT_FOUND, Code.STORE_UNAVAILABLE)
+SIGNATURE_CODES = (Code.SIGNATURE_INVALID, Code.SIGNATURE_STALE, Code.HOTKEY_UNKNOWN)
+_OWN_SERVER_CODES = (*SIGNATURE_CODES, Code.SERVER_NOT_FOUND, Code.STORE_UNAVAILABLE)
 _of_hotkey = partial(
     Endpoint, codes=_OWN_SERVER_CODES, authentication="hotkey signature, purpose tee", signed="purpose"
 )
@@ -197,7 +198,7 @@ REGISTER_SERVER = Endpoint(
     MessageAnswer,
     "Register a server with its GPUs",
     (
-        *_SIGNATURE_CODES,
+        *SIGNATURE_CODES,
         Code.HOTKEY_BLACKLISTED,
         Code.HOST_INVALID,
         Code.GPU_INVALID,
@@ -223,7 +224,7 @@ LIST_SERVERS = _of_hotkey(
     SignedRequest,
     ServerListAnswer,
     "The caller's servers, newest first",
-    codes=(*_SIGNATURE_CODES, Code.STORE_UNAVAILABLE),
+    codes=(*SIGNATURE_CODES, Code.STORE_UNAVAILABLE),
 )
 
 RENAME_SERVER = _of_hotkey(

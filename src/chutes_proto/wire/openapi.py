@@ -22,12 +22,13 @@ from chutes_proto.wire.endpoint import (
     wire_name,
 )
 from chutes_proto.wire.endpoints import COMMON_CODES, ENDPOINTS
+from chutes_proto.wire.fleet import HOST_PROFILE_KEYS, HostProfileRequest
 from chutes_proto.wire.names import NAME_PATTERN, Name
 from chutes_proto.wire.vms import VolumeSyncAnswer
 
 _TITLE = "chutes-proto key server"
-_ERROR = {"$ref": "#/components/schemas/Error"}
-_INVALID = {"$ref": "#/components/schemas/ValidationError"}
+_ERROR: dict[str, object] = {"$ref": "#/components/schemas/Error"}
+_INVALID: dict[str, object] = {"$ref": "#/components/schemas/ValidationError"}
 
 
 def document(endpoints: Sequence[Endpoint] = ENDPOINTS) -> bytes:
@@ -67,7 +68,7 @@ def _operation(endpoint: Endpoint, names: Mapping[str, str]) -> dict[str, object
         "parameters": [_parameter(field, names) for field in fields],
     }
     if has_body:
-        content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{endpoint.request.__name__}"}}}
+        content = {"application/json": {"schema": _reference(endpoint.request)}}
         operation["requestBody"] = {"required": True, "content": content}
     operation["responses"] = _responses(endpoint, takes_input=bool(fields) or has_body)
     return operation
@@ -86,7 +87,7 @@ def _parameter(field: attrs.Attribute[Any], names: Mapping[str, str]) -> dict[st
 
 
 def _responses(endpoint: Endpoint, *, takes_input: bool) -> dict[str, object]:
-    granted = {"$ref": f"#/components/schemas/{endpoint.answer.__name__}"}
+    granted = _reference(endpoint.answer)
     codes = [*endpoint.codes, *COMMON_CODES, *([Code.VALIDATION_ERROR] if takes_input else [])]
     responses: dict[str, object] = {
         str(endpoint.status): {"description": "Granted", "content": {"application/json": {"schema": granted}}}
@@ -94,8 +95,14 @@ def _responses(endpoint: Endpoint, *, takes_input: bool) -> dict[str, object]:
     for status in sorted({code.status for code in codes}):
         lines = [f"`{code}`: {code.meaning}" for code in dict.fromkeys(codes) if code.status == status]
         schema = _INVALID if status == Code.VALIDATION_ERROR.status else _ERROR
+        if endpoint.refusal is not None and status in (403, 409):
+            schema = _error({"anyOf": [{"type": "string"}, _reference(endpoint.refusal)]})
         responses[str(status)] = {"description": "; ".join(lines), "content": {"application/json": {"schema": schema}}}
     return responses
+
+
+def _reference(message: type[Any]) -> dict[str, object]:
+    return {"$ref": f"#/components/schemas/{message.__name__}"}
 
 
 def _schemas() -> dict[str, object]:
@@ -124,7 +131,10 @@ def _describe(message: type[Any], schemas: dict[str, object]) -> None:
 
 
 def _object(message: type[Any], fields: Sequence[attrs.Attribute[Any]]) -> dict[str, object]:
-    verbatim = sole_field(message, "BYTES")
+    if message is HostProfileRequest:
+        properties: dict[str, object] = {name: {"type": ["object", "array"]} for name in HOST_PROFILE_KEYS}
+        return {"type": "object", "properties": properties, "additionalProperties": False}
+    verbatim = sole_field(message, "BYTES") or sole_field(message, "OBJECT")
     if verbatim is not None:
         return {"type": "object", "description": next(f.metadata[DESCRIPTION] for f in fields if f.name == verbatim)}
     if message is VolumeSyncAnswer:
@@ -156,7 +166,7 @@ def _error(detail: dict[str, object]) -> dict[str, object]:
     return {"type": "object", "properties": properties, "required": list(properties)}
 
 
-_PLAIN = {str: "string", Secret: "string", int: "integer", float: "number", bool: "boolean"}
+_PLAIN: Mapping[type[Any], str] = {str: "string", Secret: "string", int: "integer", float: "number", bool: "boolean"}
 
 
 def _schema(kind: object) -> dict[str, object]:
@@ -166,7 +176,9 @@ def _schema(kind: object) -> dict[str, object]:
     if isinstance(kind, type) and kind in _PLAIN:
         return {"type": _PLAIN[kind]}
     if isinstance(kind, type) and attrs.has(kind):
-        return {"$ref": f"#/components/schemas/{kind.__name__}"}
+        return _reference(kind)
+    if kind is object:
+        return {}
     if get_origin(kind) is Mapping:
         return {"type": "object", "additionalProperties": _schema(get_args(kind)[1])}
     if get_origin(kind) is tuple:

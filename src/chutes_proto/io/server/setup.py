@@ -51,11 +51,12 @@ from chutes_proto.server._config import GpuEvidenceOptions, ProxyOptions, Regist
 from chutes_proto.server._gpu_evidence import GpuAppraisal
 from chutes_proto.server._gpus import GPUS
 from chutes_proto.server._nonces import NonceMint
-from chutes_proto.server._profiles import EXTRA_KEYS, ServedProfile, check_signing_keys, parse_version, serve_profile
+from chutes_proto.server._profiles import EXTRA_KEYS, ServedProfile, check_signing_keys, serve_profile
 from chutes_proto.server._proxy import TrustedProxies
 from chutes_proto.server._service import Callback, Service
 from chutes_proto.transport.h1 import Limits
 from chutes_proto.transport.tls import ServerContext, server_context
+from chutes_proto.units.fleet import parse_version
 from chutes_proto.wire.origin import check_socket_path
 
 
@@ -194,6 +195,7 @@ def make_setup(config: ServerConfig) -> ServerSetup:
         blacklist=config.blacklist,
         minimum_version=config.minimum_version,
         signing_keys=signing_keys,
+        maintenance=config.maintenance.window,
         exchange_downgrade=config.exchange_downgrade,
         rotate_after=config.rotate_after_hours * 3600,
         signatures=config.signatures,

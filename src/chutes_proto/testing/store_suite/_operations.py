@@ -38,6 +38,7 @@ from chutes_proto.store.rows import (
     GenerationRow,
     GpuDeviceRow,
     GpuRow,
+    HostProfileRow,
     Insert,
     InsertAll,
     KeyringRow,
@@ -58,6 +59,8 @@ from chutes_proto.store.rows import (
     ReadBootVolumes,
     ReadClaims,
     ReadFleet,
+    ReadGpus,
+    ReadHostProfiles,
     ReadKeyServers,
     ReadLiveGenerations,
     ReadLog,
@@ -158,11 +161,14 @@ _SERVER = ServerRow(
 _GPU = GpuRow("gpu-1", "n1", "h200", '{"uuid":"GPU-1"}')
 _DEVICE = GpuDeviceRow("41A0", "n1", "53C2", NOW)
 _VOLUME = VolumeRow(VM, "storage", in_use=True, format_allowed=False)
+_HOST = HostProfileRow("ab" * 32, VM.hotkey, '{"cpu":{}}', NOW)
 _NONCE = NonceRow(bytes(32), "boot", NOW - 60, NOW)
 _INSERTED = (
     _BOOT,
     evolve(_BOOT, boot_id="b1", token_digest=bytes(32), spent_at=NOW, body_digest=b"\0\xff", voided_at=NOW),
     BootVolumeRow("b0", "storage", 0, 1, None, in_use=True),
+    _HOST,
+    evolve(_HOST, fingerprint="cd" * 32, name="8xh200", published="ef" * 32),
     _KEY,
     evolve(_KEY, generation=2, state="retired", delivered_at=NOW, retired_at=NOW, retirement="prune"),
     evolve(_KEY, generation=3, state="purged", sealed=None, kek_id=None, wrapped_key=None),
@@ -178,7 +184,9 @@ _INSERTED = (
     LogTileRow(0, 0, bytes(32)),
     KeyringRow("audit", 1, "0123456789abcdef", b"wrapped", NOW),
 )
-_OTHER_SERVER = evolve(_SERVER, server_id="n2", registration="r2", name="b", address="2001:db8::1")
+_OTHER_SERVER = evolve(
+    _SERVER, server_id="n2", registration="r2", name="b", address="2001:db8::1", window_id="w1", target="2.0"
+)
 _CLAIMED = (_SERVER, evolve(_OTHER_SERVER, boot_id="b0", pin=_PIN, updated_at=NOW, attested="a2"), _GPU, _DEVICE)
 _BY_KIND: dict[type[Row], tuple[Row, ...]] = {
     kind: tuple(row for row in (*_INSERTED, _VM, _VOLUME, _NONCE, *_CLAIMED) if type(row) is kind) for kind in ROWS
@@ -341,6 +349,15 @@ def operations_reply_what_they_say(harness: Harness) -> None:
     expect(ask(Scan(RevocationRow)), (evolve(revoked, ends_at=NOW), evolve(revoked, kind="vm")), "revocations")
     ask(DeleteRevocation("platform", revoked.subject))
     expect(ask(Scan(RevocationRow)), (evolve(revoked, kind="vm"),), "revocations after one was deleted")
+    ask(Insert(_HOST))
+    ask(Put(evolve(_HOST, name="8xh200")))
+    ask(Insert(evolve(_HOST, fingerprint="00" * 32, created_at=NOW + 1)))
+    ask(Insert(evolve(_HOST, fingerprint="aa" * 32)))
+    oldest = [row.fingerprint[:2] for row in ask(ReadHostProfiles(2))]
+    expect(oldest, ["aa", "ab"], "the oldest host profiles")
+    expect(ask(Read(HostProfileRow, _HOST.fingerprint)), evolve(_HOST, name="8xh200"), "a host profile that was named")
+    ask(Delete(HostProfileRow, (_HOST.fingerprint,)))
+    expect(ask(Read(HostProfileRow, _HOST.fingerprint)), None, "a host profile that was removed")
     ask(Insert(_REFUSAL))
     ask(Insert(evolve(_REFUSAL, attestation_id="a2", code=None)))
     ask(Insert(evolve(_REFUSAL, attestation_id="a3", created_at=NOW - 1)))
@@ -498,6 +515,8 @@ def servers_are_claimed_found_and_deleted(harness: Harness) -> None:
     expect(ask(Read(ServerRow, "5.6.7.9", "address")), None, "the server at no address")
     expect(ask(ReadAll(ServerRow, VM.hotkey)), (_SERVER, fresh_server), "servers of a hotkey")
     expect(ask(Read(GpuRow, "gpu-1")), _GPU, "a GPU")
+    expect(ask(ReadGpus("n1")), (_GPU,), "the GPUs of a server")
+    expect(ask(ReadGpus("n3")), (), "the GPUs of no server")
     expect(ask(Read(GpuRow, "gpu-2")), None, "a GPU that is not there")
     expect(ask(Read(GpuDeviceRow, "41A0")), _DEVICE, "a device")
     ask(Put(evolve(_DEVICE, serial_number="53C3")))

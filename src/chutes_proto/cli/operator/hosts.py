@@ -1,0 +1,127 @@
+"""``chutes-proto hosts``: the host profiles that miners' tools have registered, for the operator."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import click
+
+from chutes_proto.cli import console, output
+from chutes_proto.cli.base import Argument, Group, answer, json_option
+from chutes_proto.cli.operator import operating
+from chutes_proto.cli.operator.operating import OperatorCommand
+from chutes_proto.store._run import Ask
+from chutes_proto.store.rows import HostProfileRow, ReadHostProfiles
+from chutes_proto.units.fleet import HOSTS, FindHost, NameHost, RemoveHost
+
+command: Group = Group(
+    "hosts",
+    of=OperatorCommand,
+    help="""List host profiles, and say which measurement profiles such hosts are.
+
+    A host tool describes the hardware of its host and asks which images it can boot. Until an operator names the
+    profile, the answer is pending, and the tool launches no production image. Then it is what the loaded measurement
+    profiles of that name say.
+
+    Examples:
+      chutes-proto hosts list --config server.toml
+      chutes-proto hosts name 3f9a --as 8xh200 --config server.toml
+
+    See also: profiles, registrations, audit
+    """,
+)
+_fingerprint = click.argument("fingerprint", cls=Argument, metavar="FINGERPRINT", help="its fingerprint, or its start")
+
+
+@command.command("list")
+@operating.shows
+def listing(config: str) -> int:
+    """List all host profiles, oldest first.
+
+    Examples:
+      chutes-proto hosts list --config server.toml
+      chutes-proto hosts list --config server.toml --json
+
+    See also: hosts name, hosts show
+    """
+    with operating.opened(config) as (_, store):
+        rows = store.transact(Ask(ReadHostProfiles(HOSTS)))
+    names = "fingerprint hotkey name published created_at"
+    return operating.answer_rows("hosts", rows, lambda row: operating.members(row, names), _COLUMNS, "no host profiles")
+
+
+_COLUMNS: output.Columns = {
+    "FINGERPRINT": lambda row: output.short(row.fingerprint),
+    "HOTKEY": lambda row: output.short(row.hotkey),
+    "NAME": lambda row: output.Cell("pending", "warn") if row.name is None else output.Cell(row.name, "good"),
+    "PUBLISHED": lambda row: "" if row.published is None else output.short(row.published),
+    "SINCE": lambda row: output.when(row.created_at),
+}
+
+
+@command.command()
+@_fingerprint
+@operating.config_option
+@json_option
+def show(fingerprint: str, config: str) -> int:
+    """Show the hardware that a host profile describes.
+
+    Examples:
+      chutes-proto hosts show 3f9a --config server.toml
+      chutes-proto hosts show 3f9a --config server.toml --json
+
+    See also: hosts list, hosts name
+    """
+    with operating.opened(config) as (_, store):
+        row = store.transact(FindHost(fingerprint))
+    profile = json.loads(row.profile)
+    said = {"ok": True, "fingerprint": row.fingerprint, "name": row.name, "profile": profile}
+    return answer(said, lambda: console.say(json.dumps(profile, indent=2)))
+
+
+@command.command()
+@_fingerprint
+@click.option("--as", "name", metavar="NAME", help="the name of the measurement profiles; without it, none")
+@click.option("--published", metavar="HEX", help="the fingerprint that is published for this class, 64 hex digits")
+@operating.changes
+def name(fingerprint: str, name: str | None, published: str | None, reason: str, config: str) -> int:
+    """Say which measurement profiles such hosts are.
+
+    Answers to host tools change at once. With --published they have that fingerprint, and only measurement profiles
+    that have it, or none, count.
+
+    Examples:
+      chutes-proto hosts name 3f9a --as 8xh200 --config server.toml
+      chutes-proto hosts name 3f9a --reason 'not ours' --config server.toml --json
+
+    See also: hosts list, profiles
+    """
+    if published is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", published):
+        raise click.UsageError("--published: 64 hex digits")
+    lower = None if published is None else published.lower()
+    with operating.opened(config) as (_, store):
+        row = store.transact(NameHost(operating.now(), fingerprint, name, lower, reason))
+    told = "named nothing" if row.name is None else f"named {row.name}"
+    return answer({"ok": True, **_named(row)}, f"{row.fingerprint}: {told}")
+
+
+@command.command()
+@_fingerprint
+@operating.changes
+def remove(fingerprint: str, reason: str, config: str) -> int:
+    """Remove a host profile; a tool may register it again.
+
+    Examples:
+      chutes-proto hosts remove 3f9a --reason 'a test' --config server.toml
+      chutes-proto hosts remove 3f9a --config server.toml --json
+
+    See also: hosts list
+    """
+    with operating.opened(config) as (_, store):
+        row = store.transact(RemoveHost(operating.now(), fingerprint, reason))
+    return answer({"ok": True, "removed": row.fingerprint}, f"removed: {row.fingerprint}")
+
+
+def _named(row: HostProfileRow) -> dict[str, object]:
+    return {"fingerprint": row.fingerprint, "name": row.name, "published": row.published}
