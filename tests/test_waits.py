@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
@@ -53,14 +54,18 @@ def calls(node: ast.AST, where: tuple[str, ...] = ()) -> Iterator[tuple[str, ast
         yield from calls(child, where)
 
 
-def found(is_looked_for: Callable[[ast.Call], bool]) -> set[str]:
-    """The functions of all tests with such a call."""
-    return {
-        f"{path.relative_to(TESTS)}:{where}"
+@cache
+def all_calls() -> list[tuple[str, ast.Call]]:
+    return [
+        (f"{path.relative_to(TESTS)}:{where}", call)
         for path in TESTS.rglob("*.py")
         for where, call in calls(ast.parse(path.read_bytes()))
-        if is_looked_for(call)
-    }
+    ]
+
+
+def found(is_looked_for: Callable[[ast.Call], bool]) -> set[str]:
+    """The functions of all tests with such a call."""
+    return {where for where, call in all_calls() if is_looked_for(call)}
 
 
 def is_sleep(call: ast.Call) -> bool:
