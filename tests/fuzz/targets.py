@@ -143,7 +143,7 @@ def check_collateral(data: bytes) -> None:
 
 
 def check_platform_collaterals(data: bytes) -> None:
-    """The pieces for a quote, and all, are found in a file of PcsClientTool, or the verifier's one error says why not."""
+    """The pieces for a quote, and all, are found in a file of PcsClientTool, or the one error says why not."""
     with suppress(QuoteError):
         _ = Collateral.all_from_json(data)
     for quote in quotes():
