@@ -57,7 +57,7 @@ class GpuServices:
         if self.directory is None:
             return None
         try:
-            keep_piece(self.directory, key, data)
+            _ = keep_piece(self.directory, key, data)
         except FileUnavailable as exc:
             return Record(Level.WARNING, "collateral_not_kept", {"error": str(exc)})
         return None
