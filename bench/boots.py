@@ -101,15 +101,16 @@ def _measured(folder: Path, transport: str, what: str) -> list[float]:
     """Return the CPU time of the server and of its parts for a boot, in ms."""
     with _server(folder, transport, what) as (url, parts):
         for number in range(20):
-            _boot(folder, url, f"vm-{number % 10}")
+            boot_at(folder, url, f"vm-{number % 10}")
         before = parts()
         for number in range(BOOTS):
-            _boot(folder, url, f"vm-{number % 10}")
+            boot_at(folder, url, f"vm-{number % 10}")
         after = parts()
     return [1e3 * (after[part] - before[part]) / BOOTS for part in after]
 
 
-def _boot(folder: Path, url: str, vm: str) -> None:
+def boot_at(folder: Path, url: str, vm: str) -> None:
+    """Boot one VM, over a connection of its own."""
     identity = make_client_identity(int(time.time()) - 60, os.urandom(ENTROPY_SIZE))
     with _sender(folder, url, identity) as sender:
         _boot_over(sender, identity, vm)
