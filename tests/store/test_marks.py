@@ -23,9 +23,10 @@ from chutes_proto.server import ServerConfig
 from chutes_proto.store._mark import Entry as Row
 from chutes_proto.store._mark import Mark, View, find_loss
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import PurgeAudit, ReadAudit
+from chutes_proto.store.rows import AuditRow, InsertAll, ReadAudit, ReadLog
 from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.testing.store_suite._parts import NOW, boot
+from chutes_proto.units.log import SequenceLog
 from chutes_proto.units.operator import PurgeAudits, StoreRestored
 from tests.postgres import Cluster
 from tests.store.test_postgres import ask
@@ -124,15 +125,24 @@ def test_another_row_in_place_of_one_that_was_seen_is_a_loss(place: StorePlace) 
 
 def test_a_purge_of_old_rows_is_no_loss(place: StorePlace) -> None:
     with keeping(place) as running:
-        grant(running, "1", "2", "3")
+        running.transact(Ask(InsertAll((AuditRow(NOW, "vm", "old", "granted"),) * 300)))
+        grant(running, "1")
     with closing(StorePlace(place.address, place.base).open()) as operator:
-        operator.transact(PurgeAudits(NOW + 400 * DAY, NOW + 2, "old", carry_out=True))
-        assert [number for number, _ in operator.transact(Ask(ReadAudit(0, 9)))] == [3, 4]
+        operator.transact(SequenceLog(bytes(16 * 400)))
+        purge = PurgeAudits(NOW + 400 * DAY, NOW + 2, "old", carry_out=True)
+        assert operator.transact(purge).count == 256
+        assert [row.idx for row in operator.transact(Ask(ReadLog(0, 1)))] == [256]
     with keeping(place):
         pass
     with closing(StorePlace(place.address, place.base).open()) as operator:
-        operator.transact(Ask(PurgeAudit(3, 4, NOW + 999 * DAY)))  # a younger one is gone, and an older one is left
-    refused(place.open, "it lacks audit row 4 of")
+        assert operator.transact(SequenceLog(bytes(16))) == 1
+    delete(place, 302)  # a younger one is gone, and an older one is left
+    refused(place.open, "it lacks audit row 302 of")
+
+
+def delete(place: StorePlace, number: int) -> None:
+    with closing(sqlite3.connect(place.base / "keys.db")) as connection, connection:
+        connection.execute("DELETE FROM audit WHERE id = ?", (number,))
 
 
 @pytest.mark.parametrize("damage", [b"", b"{}", b"\0" * 99, b'{"form": "chutes-proto mark 1"}', b"cut", b"more"])

@@ -17,9 +17,10 @@ from chutes_proto.store.rows import (
     CountSealed,
     GenerationRow,
     Insert,
+    LogTileRow,
     Read,
     ReadAll,
-    ReadAudit,
+    ReadLog,
     ReadUnclaimed,
     RewrapGenerations,
     Scan,
@@ -101,39 +102,24 @@ def states(store: MemoryStore, volume: str = "storage") -> list[tuple[int, str, 
     return [(row.generation, row.state, row.retirement) for row in rows if row.volume == volume]
 
 
-def test_audit_rows_go_when_their_time_is_over(store: MemoryStore) -> None:
-    for at in (5, 9, 3, 7, 10, 11):
+def test_a_purge_takes_the_first_entries_that_are_old(store: MemoryStore) -> None:
+    for at in (5, 3, *[9] * 600, 10, 4):
         store.transact(Ask(Insert(AuditRow(at, "vm", f"at {at}", "granted"))))
+    assert store.transact(PurgeAudits(NOW, 10, WHY)) == Purged(0, None), "nothing is sequenced"
+    while store.transact(SequenceLog(entropy("salts", 16 * 999))):
+        pass
+    log = store.transact(Ask(ReadLog(0, 999)))
     before = dump(store)
-    assert store.transact(PurgeAudits(NOW, 10, WHY)) == Purged(4, None)
-    assert store.transact(PurgeAudits(NOW, 10, WHY, beyond=10**6)) == Purged(0, None)
+    assert store.transact(PurgeAudits(NOW, 10, WHY)) == Purged(512, None)
+    assert store.transact(PurgeAudits(NOW, 10, WHY, beyond=512)) == Purged(0, None)
     assert dump(store) == before, "nothing is deleted before it is to be carried out"
-    first = store.transact(PurgeAudits(NOW, 10, WHY, span=3, carry_out=True))
-    assert (first.count, first.beyond) == (3, store.transact(Ask(ReadAudit(0, 9)))[0][0] - 1)
+    assert store.transact(PurgeAudits(NOW, 10, WHY, span=256, carry_out=True)) == Purged(256, 256)
     told = last_audit(store)
-    assert (told.event, told.reason) == ("audit purged", WHY)
-    assert told.keys == "rows of before 1970-01-01T00:00:10Z: 3"
-    assert first.beyond is not None
-    rest = store.transact(PurgeAudits(NOW, 10, WHY, beyond=first.beyond, span=3, carry_out=True))
-    assert rest == Purged(1, first.beyond + 3)
-    assert store.transact(PurgeAudits(NOW, 10, WHY, beyond=first.beyond + 3, span=3)) == Purged(0, None)
-    assert [row.at for row in audit(store)] == [10, 11, NOW, NOW]
-
-
-def test_old_rows_behind_new_ones_are_found(store: MemoryStore) -> None:
-    for at in (NOW, NOW, NOW, 5):
-        store.transact(Ask(Insert(AuditRow(at, "vm", "boot", "granted"))))
-    assert store.transact(PurgeAudits(NOW, 10, WHY, span=2)) == Purged(0, 2)
-    assert store.transact(PurgeAudits(NOW, 10, WHY, beyond=2, span=2)) == Purged(1, None)
-
-
-def test_numbers_of_audit_rows_are_not_used_again(store: MemoryStore) -> None:
-    """An export that goes on from a number misses nothing."""
-    for _ in range(3):
-        store.transact(Ask(Insert(AuditRow(1, "vm", "boot", "granted"))))
-    assert store.transact(PurgeAudits(NOW, 10, WHY, carry_out=True)).count == 3
-    ((number, row),) = store.transact(Ask(ReadAudit(0, 9)))
-    assert (number, row.event) == (4, "audit purged")
+    assert (told.event, told.reason, told.keys) == ("audit purged", WHY, "entries below 256: 256")
+    assert store.transact(PurgeAudits(NOW, 10, WHY, beyond=256, carry_out=True)) == Purged(256, None)
+    assert store.transact(Ask(ReadLog(0, 999))) == log[512:]
+    assert [row.tile for row in store.transact(Ask(Scan(LogTileRow))) if row.level == 0] == [2]
+    assert store.transact(PurgeAudits(NOW, 9, WHY)) == Purged(0, None)
 
 
 # --- keys ---

@@ -68,12 +68,7 @@ class Mark:
 
     def without(self, purge: PurgeAudit) -> Mark:
         """The mark after a purge of audit rows."""
-        kept = (
-            entry
-            for entry in self.entries
-            if not (purge.beyond < entry.number <= purge.through and entry.at < purge.before)
-        )
-        return evolve(self, entries=tuple(kept))
+        return evolve(self, entries=tuple(entry for entry in self.entries if entry.at >= purge.before))
 
     def missing(self, entries: Iterable[Entry]) -> list[Entry]:
         """The rows of the mark that are not among ``entries``, in order."""

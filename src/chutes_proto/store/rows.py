@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar, get_args
 
 from attrs import field, frozen
 
-__all__ = ["ROWS", "AttestationRow", "AuditRow", "AuditWanted", "BootRow", "BootVolumeRow", "Claim", "CountAudit"]
+__all__ = ["ROWS", "AttestationRow", "AuditRow", "AuditWanted", "BootRow", "BootVolumeRow", "Claim"]
 __all__ += ["CountClaims", "CountRefusals", "CountRetired", "CountRows", "CountSealed", "CountStates", "Decision"]
 __all__ += ["Delete", "DeleteServer", "Exchange", "FindLastBoot", "FindLastBootFrom", "FleetVm", "GenerationRow"]
 __all__ += ["GpuDeviceRow", "GpuRow", "HostProfileRow"]
@@ -33,7 +33,7 @@ __all__ += ["ReadOtherwiseSealed", "ReadPage", "ReadRetired", "ReadTimes", "Read
 __all__ += ["RewrapGenerations", "Row", "Scan", "ServerRow", "SetHorizon", "State", "StoreOp", "SweepNonces", "Times"]
 __all__ += ["UpdateGeneration", "Vm", "VmRow", "VoidTokens", "VolumeRow"]
 __all__ += ["ForgetKeyServers", "KeyServer", "NoteKeyServer", "ReadKeyServers"]
-__all__ += ["DoubtCandidates"]
+__all__ += ["DoubtCandidates", "FindRecent", "PurgeTiles"]
 __all__ += ["Alone", "DeleteRevocation", "EraseGeneration", "ErasureRow", "Forget", "ReadClaims", "Revocable"]
 __all__ += ["RevocationRow", "SetVersion"]
 __all__ += ["KeyringRow", "LockLog", "LogStateRow", "LogTileRow", "ReadLog", "ReadLossDecided", "ReadTile"]
@@ -887,25 +887,30 @@ class ReadAudit(StoreOp[tuple[tuple[int, AuditRow], ...]]):
 
 
 @frozen
-class CountAudit(StoreOp[int]):
-    """The number of the audit rows that `PurgeAudit` with the same values would delete."""
+class FindRecent(StoreOp[int | None]):
+    """The index of the log's first audit row, from the index ``first`` on, that records the time ``since`` or later."""
 
     MAY_TAKE_LONG: ClassVar[bool] = True
 
-    beyond: int
-    through: int
-    before: int
+    first: int
+    since: int
 
 
 @frozen
 class PurgeAudit(StoreOp[None]):
-    """Delete the audit rows after the number ``beyond``, up to ``through``, that record a time before ``before``."""
+    """Delete the audit rows with an index below ``below``; all of them record a time before ``before``."""
 
     MAY_TAKE_LONG: ClassVar[bool] = True
 
-    beyond: int
-    through: int
+    below: int
     before: int
+
+
+@frozen
+class PurgeTiles(StoreOp[None]):
+    """Delete the tiles of level 0 with a number below ``below``."""
+
+    below: int
 
 
 @frozen

@@ -750,7 +750,8 @@ def _sequence(op: store.Sequence) -> tuple[str, Values]:
     text = (
         "UPDATE audit SET idx = CAST(fresh.column2 AS BIGINT), salt = fresh.column3"  # noqa: S608 - no names
         f" FROM (VALUES {', '.join(['(?, ?, ?)'] * len(op.rows))}) AS fresh"
-        " WHERE id = CAST(fresh.column1 AS BIGINT) AND idx IS NULL RETURNING id"
+        # The sign keeps SQLite from scanning all rows without an index for each of these.
+        " WHERE id = CAST(fresh.column1 AS BIGINT) AND +idx IS NULL RETURNING id"
     )
     return text, _chained(op.rows)
 
@@ -760,7 +761,6 @@ def _chained(rows: Iterable[Values]) -> Values:
 
 
 _RETIRED: Final = "state = 'retired' AND retired_at <= :until"
-_OF_BEFORE: Final = "id > :beyond AND id <= :through AND at < :before"
 
 
 def _change_generation(to: str, where: str = "TRUE") -> _Query:
@@ -934,8 +934,12 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query]] = {
         _select(store.AuditRow, "WHERE idx >= :first ORDER BY idx LIMIT :limit"), partial(decode_rows, store.AuditRow)
     ),
     store.ReadTile: _one(store.LogTileRow, "level = :level AND tile = :tile"),
-    store.CountAudit: _count(store.AuditRow, _OF_BEFORE),
-    store.PurgeAudit: _query(f"DELETE FROM audit WHERE {_OF_BEFORE}"),  # noqa: S608
+    store.FindRecent: _query(
+        "SELECT idx FROM audit WHERE idx >= :first AND at >= :since ORDER BY idx LIMIT 1",
+        lambda rows: rows[0][0] if rows else None,
+    ),
+    store.PurgeAudit: _query("DELETE FROM audit WHERE idx < :below"),
+    store.PurgeTiles: _query("DELETE FROM log_tile WHERE level = 0 AND tile < :below"),
 }
 
 

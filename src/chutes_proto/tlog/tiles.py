@@ -101,7 +101,7 @@ def reader(fetch: Fetch) -> Read:
         some = hashes[at * HASH_SIZE : (at + (1 << within)) * HASH_SIZE]
         if len(some) != HASH_SIZE << within:
             raise LogError(f"tile {Place(tile_level, tile)} lacks a hash")
-        return _fold(some)
+        return fold(some)
 
     return read
 
@@ -119,8 +119,8 @@ def needed(compute: Callable[[Read], object]) -> tuple[tuple[int, int], ...]:
     return tuple(found)
 
 
-def _fold(hashes: bytes) -> bytes:
-    """The hash of a whole subtree, from those of its leaves."""
+def fold(hashes: bytes) -> bytes:
+    """Return the hash of a whole subtree, from those of its leaves, of which there are a power of two."""
     row = [hashes[at : at + HASH_SIZE] for at in range(0, len(hashes), HASH_SIZE)]
     while len(row) > 1:
         row = [node_hash(row[at], row[at + 1]) for at in range(0, len(row), 2)]
@@ -154,7 +154,7 @@ def grow(size: int, partial: Sequence[bytes], leaves: Iterable[bytes]) -> dict[t
             if len(hashes) < _FULL:
                 held[level] = hashes
                 break
-            added, level, number = _fold(hashes), level + 1, number // WIDTH
+            added, level, number = fold(hashes), level + 1, number // WIDTH
     return changed
 
 

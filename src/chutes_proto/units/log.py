@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from typing import ClassVar, Final, TypeVar
 
@@ -65,6 +66,25 @@ def _canonical(members: dict[str, object]) -> str:
 def leaf_of(row: store.AuditRow) -> bytes:
     """Return the leaf of a row that is sequenced."""
     return merkle.leaf_hash(entry_text(row).encode())
+
+
+_PURGED: Final = re.compile(r"entries below ([0-9]{1,18}): [0-9]+")
+
+
+def purged_text(below: int, count: int) -> str:
+    """Return the text of an audit row that tells of a purge."""
+    return f"entries below {below}: {count}"
+
+
+def announced_minimum(entry: bytes) -> int:
+    """Return the index below which entries were purged, if this entry says so; otherwise 0."""
+    if b'"event":"audit purged"' not in entry:
+        return 0
+    try:
+        found = _PURGED.fullmatch(json.loads(entry)["keys"])
+    except (ValueError, KeyError, TypeError):
+        return 0
+    return 0 if found is None else int(found[1])
 
 
 # --- sequencing ---
@@ -170,7 +190,7 @@ class OpenLogKey(Unit[Signer | None]):
         state = yield from store.Read(store.LogStateRow, LOG)
         if state is None:
             return None
-        row = yield from newest_key()
+        row = max((yield from _keys()), key=lambda row: row.epoch, default=None)
         if row is not None and row.created_at > self.lost_at:
             return Signer(state.origin, self.vault.unwrap(row))
         entropy = self.entropy.reveal()
@@ -183,7 +203,17 @@ class OpenLogKey(Unit[Signer | None]):
         return signer
 
 
-def newest_key() -> Script[store.KeyringRow | None]:
-    """The newest row of the log's key."""
-    rows = [row for row in (yield from store.Scan(store.KeyringRow)) if row.kind == LOG]
-    return max(rows, key=lambda row: row.epoch, default=None)
+@frozen
+class ReadLogKeys(Unit[tuple[Signer, ...]]):
+    """All keys of the log, the newest last. Raises `KeyUnavailable` and `SealBroken`."""
+
+    vault: Vault
+
+    def script(self) -> Script[tuple[Signer, ...]]:
+        state = yield from store.Read(store.LogStateRow, LOG)
+        rows = sorted((yield from _keys()), key=lambda row: row.epoch)
+        return () if state is None else tuple(Signer(state.origin, self.vault.unwrap(row)) for row in rows)
+
+
+def _keys() -> Script[list[store.KeyringRow]]:
+    return [row for row in (yield from store.Scan(store.KeyringRow)) if row.kind == LOG]

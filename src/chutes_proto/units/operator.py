@@ -24,7 +24,9 @@ from chutes_proto.keys.vault import NONCE_SIZE, Address, FreshKey, Vault
 from chutes_proto.quote._terms import rfc3339
 from chutes_proto.store import rows as store
 from chutes_proto.store._run import Script, Unit
+from chutes_proto.tlog.tiles import WIDTH
 from chutes_proto.units.keys import VmKeys, by_volume, disk_of
+from chutes_proto.units.log import LOG, purged_text
 from chutes_proto.units.nonces import SKEW
 from chutes_proto.wire.codes import Code
 
@@ -96,33 +98,35 @@ class Purged:
 
 @frozen
 class PurgeAudits(Unit[Purged]):
-    """Delete those of the next ``span`` audit rows that record a time before ``before``, for ever.
+    """Delete the log's next entries, as long as they record a time before ``before``, up to ``span``, for ever.
 
-    They are the next after the number ``beyond``. Repeat it from `Purged.beyond` until that is None: each is a
-    transaction of its own, with an audit row of its own. All rows are looked at, since a clock that was wrong may have
-    put an old one behind a new one. Without ``carry_out`` rows are counted and not deleted.
+    They are those from the index ``beyond`` on, in whole tiles of 256; the higher tiles stay, so what is left is proven
+    as before. Repeat it from `Purged.beyond` until that is None: each is a transaction of its own, with an audit row of
+    its own. Rows that are not sequenced stay. Without ``carry_out`` rows are counted and not deleted.
     """
 
     now: int
     before: int
     reason: str
     beyond: int = 0
-    span: int = 50_000
+    span: int = 200 * WIDTH
     carry_out: bool = False
 
     def script(self) -> Script[Purged]:
-        first = yield from store.ReadAudit(self.beyond, 1)
-        if not first:
+        state = yield from store.Read(store.LogStateRow, LOG)
+        first = yield from store.ReadLog(self.beyond, 1)
+        if state is None or not first or first[0].idx is None:
             return Purged(0, None)
-        through = first[0][0] + self.span - 1
-        count = yield from store.CountAudit(self.beyond, through, self.before)
-        if count and self.carry_out:
-            deleted = f"rows of before {rfc3339(self.before)}: {count}"
-            # The new row first: a store without audit rows may number from the beginning again.
-            yield from _audit(self.now, "audit purged", self.reason, keys=deleted)
-            yield from store.PurgeAudit(self.beyond, through, self.before)
-        more = yield from store.ReadAudit(through, 1)
-        return Purged(count, through if more else None)
+        begin = first[0].idx
+        recent = yield from store.FindRecent(begin, self.before)
+        end = min(begin + self.span, state.size if recent is None else recent) // WIDTH * WIDTH
+        if end <= begin:
+            return Purged(0, None)
+        if self.carry_out:
+            yield from _audit(self.now, "audit purged", self.reason, keys=purged_text(end, end - begin))
+            yield from store.PurgeAudit(end, self.before)
+            yield from store.PurgeTiles(end // WIDTH)
+        return Purged(end - begin, end if end // WIDTH == (begin + self.span) // WIDTH else None)
 
 
 # --- keys ---

@@ -5,21 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from contextlib import closing, nullcontext
 from itertools import islice
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 from attrs import evolve
 
 from chutes_proto.cli import console, output
-from chutes_proto.cli.base import Group, answer, parsed
+from chutes_proto.cli.base import Argument, Decorator, Group, answer, json_option, parsed
 from chutes_proto.cli.console import moment
+from chutes_proto.cli.describe import exits
 from chutes_proto.cli.operator import operating
 from chutes_proto.cli.operator.operating import DAY, OperatorCommand
-from chutes_proto.errors import ConfigurationError
+from chutes_proto.errors import ConfigurationError, LogError, StoreError
+from chutes_proto.io.log_files import CHECKPOINT, LogDirectory, check_stored, export_log, read_checkpoint
+from chutes_proto.io.server.sequencer import Sequencer, checkpoint_path
+from chutes_proto.io.server.store_setup import StoreSetup
 from chutes_proto.io.stores.address import DurableStore
 from chutes_proto.quote._terms import rfc3339
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import AuditRow, AuditWanted, ReadAudit
+from chutes_proto.store.rows import AuditRow, AuditWanted, LogStateRow, Read, ReadAudit
+from chutes_proto.tlog.check import Report
+from chutes_proto.tlog.notes import Checkpoint, Note, Verifier
+from chutes_proto.units.log import LOG, ReadLogKeys
 from chutes_proto.units.operator import PurgeAudits, ReadAuditPage
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -113,9 +121,11 @@ def listing(
 
 
 @command.command()
+@click.argument("directory", cls=Argument, metavar="[DIR]", required=False, help="write the whole log as tiles to DIR")
 @_selection(None)
 @operating.config_option
 def export(
+    directory: str | None,
     vm: str | None,
     request_id: str | None,
     event: str | None,
@@ -129,12 +139,20 @@ def export(
     Each line is one JSON object with all members, in the order of the decisions. Decisions that are made while an
     export runs may be in the next export only: let that one begin a minute before the last one did.
 
+    With DIR, writes the whole log as tiles (c2sp.org/tlog-tiles), with its newest checkpoint and its key: any client of
+    such logs verifies it offline. A further export to DIR adds what is new.
+
     Examples:
       chutes-proto audit export --config server.toml > audit.jsonl
+      chutes-proto audit export log --config server.toml
       chutes-proto audit export --since 2026-05-01 --event boot --config server.toml
 
     See also: audit list, audit purge
     """
+    if directory is not None:
+        if any((vm, request_id, event, since, until, last)):
+            raise ConfigurationError("DIR: the whole log is written; leave out the options that select rows")
+        return _export(config, Path(directory))
     unit = _unit(vm, request_id, event, since, until)
     with operating.opened(config) as (_, store):
         if last is not None:
@@ -151,9 +169,11 @@ def export(
 def purge(older_than: int | None, yes: bool, reason: str, config: str) -> int:
     """Delete audit rows whose retention has ended, for ever.
 
-    Deletes the audit rows that are older than audit_days of the configuration, by the time of each row and this
-    machine's clock. Export them before. Servers may run meanwhile, and the purge may be stopped and begun again. An
-    audit row says who deleted how many. Without --yes nothing is deleted, only counted.
+    Deletes the first entries of the audit log, as long as each is older than audit_days of the configuration, by its
+    own time and this machine's clock: 256 at a time, as the tree has them. So the rest of the log can be verified as
+    before. An entry with a wrong, later time holds up what comes after it until it is old. Export the log before.
+    Servers may run meanwhile, and the purge may be stopped and begun again. An audit row says who deleted how many.
+    Without --yes nothing is deleted, only counted.
 
     Examples:
       chutes-proto audit purge --config server.toml
@@ -169,21 +189,179 @@ def purge(older_than: int | None, yes: bool, reason: str, config: str) -> int:
         began = operating.now()
         before = began - days * DAY
         unit, found = PurgeAudits(began, before, reason, carry_out=yes), 0
-        newest = _newest_number(store)
+        state = store.transact(Ask(Read(LogStateRow, LOG)))
+        size = 0 if state is None else state.size
         while True:
             step = store.transact(unit)
             found += step.count
             if step.beyond is None:
                 break
             unit = evolve(unit, beyond=step.beyond)
-            tell(min(step.beyond, newest), newest)
+            tell(step.beyond, size)
     if not found:
-        told = f"nothing to purge: no audit row is older than {rfc3339(before)}"
+        told = f"nothing to purge: no whole tile of 256 audit rows is older than {rfc3339(before)}"
     elif yes:
         told = f"audit rows older than {rfc3339(before)} deleted: {found}"
     else:
         told = f"audit rows older than {rfc3339(before)}: {found}; with --yes they are deleted"
     return answer({"ok": True, "purged": yes, "older_than_days": days, "before": before, "rows": found}, told)
+
+
+def _verifier(text: str) -> Verifier:
+    try:
+        return Verifier.parse(text)
+    except ConfigurationError as exc:
+        raise ValueError(str(exc)) from None
+
+
+_config_or_none: Decorator = click.option(
+    "--config", metavar="FILE", type=click.Path(), help="the server's configuration file (TOML)"
+)
+_keys_option: Decorator = click.option(
+    "--key",
+    "keys",
+    metavar="KEY",
+    multiple=True,
+    callback=parsed(_verifier),
+    help="a verifier key of the log (default: the keys in the store); may be repeated",
+)
+_files_option: Decorator = click.option(
+    "--checkpoint", "files", metavar="FILE", multiple=True, help="a checkpoint that was kept elsewhere; may be repeated"
+)
+
+
+@command.command(exits=exits("the log is whole", "something in it was changed, or it cannot be checked"))
+@click.argument("directory", cls=Argument, metavar="[DIR]", required=False, help="an exported log, in place of a store")
+@_files_option
+@_keys_option
+@_config_or_none
+@json_option
+def verify(directory: str | None, files: tuple[str, ...], keys: tuple[Verifier, ...], config: str | None) -> int:
+    """Check that nothing in the audit log was changed.
+
+    Reads the whole log and compares its entries with the tree that was made of them, and the tree with signed
+    checkpoints: the one that the server keeps beside store.mark_file, and those in FILE. A changed, removed or moved
+    entry below the newest checkpoint is found: by its index, or, if the tree was changed too, between two checkpoints.
+    So keep checkpoints where nobody who can write the database can write, and name them here. Nothing is changed.
+
+    With DIR, which `audit export DIR` wrote, it needs neither server nor store, only --key.
+
+    Examples:
+      chutes-proto audit verify --config server.toml
+      chutes-proto audit verify --config server.toml --json
+
+    See also: audit checkpoint, audit key, audit export
+    """
+    paths = [*map(Path, files)]
+    try:
+        if directory is None:
+            if config is None:
+                raise ConfigurationError("--config: name the server's configuration file, or an exported log as DIR")
+            report, known = _verify_store(config, paths, keys)
+        else:
+            if config is not None or not keys:
+                raise ConfigurationError("DIR: it goes with --key, and without --config")
+            known = [read_checkpoint(path, keys) for path in (*paths, Path(directory) / CHECKPOINT)]
+            report = LogDirectory(Path(directory), known[-1].size).check(known)
+    except LogError as exc:
+        raise StoreError(str(exc)) from None
+    return _told(report, known)
+
+
+def _verify_store(config: str, paths: list[Path], keys: tuple[Verifier, ...]) -> tuple[Report, list[Checkpoint]]:
+    with operating.opened(config) as (setup, store):
+        file = checkpoint_path(setup.mark_file)  # read before the log: it grows meanwhile
+        if file is not None and file.exists():
+            paths.append(file)
+        keys = keys or tuple(signer.verifier for signer in store.transact(ReadLogKeys(setup.vault)))
+        known = [read_checkpoint(path, keys) for path in paths]
+        with store.snapshot() as rows, output.waiting("entries checked") as tell:
+            state = rows.transact(Ask(Read(LogStateRow, LOG)))
+            return check_stored(rows, 0 if state is None else state.size, known, tell), known
+
+
+def _told(report: Report, known: list[Checkpoint]) -> int:
+    newest = max((each.size for each in known), default=0)
+    findings = [{"first": each.first, "last": each.last, "what": each.what} for each in report.findings]
+    told = {"ok": not findings, "size": report.size, "first": report.first, "checkpoint": newest, "findings": findings}
+    lines = [str(each) for each in report.findings]
+    if not findings:
+        lines.append(f"the log of {report.size} entries is whole")
+        lines.append(
+            f"none of the first {newest} entries was changed since their checkpoint was signed"
+            if newest
+            else "no checkpoint was given: if the whole log was rewritten, with its tree, that is not found"
+        )
+    return answer(told, "\n".join(lines), ok=not findings)
+
+
+@command.command(exits=exits("the checkpoint is printed", "the log does not extend the last one, or cannot be signed"))
+@operating.config_option
+@json_option
+def checkpoint(config: str) -> int:
+    """Sign the present state of the audit log, and print it.
+
+    Sequences what is left, and prints a checkpoint: name and size of the log, the root hash of its tree, and a
+    signature. Keep it where nobody who can write the database can write; `audit verify` then finds every change of an
+    earlier entry. Nothing is signed that does not extend the checkpoint that the server keeps beside store.mark_file.
+
+    Examples:
+      chutes-proto audit checkpoint --config server.toml
+      chutes-proto audit checkpoint --config server.toml --json
+
+    See also: audit verify, audit key
+    """
+    with operating.opened(config) as (setup, store):
+        _, note, found = _signed(setup, store)
+    told = {"ok": True, "origin": found.origin, "size": found.size, "root": found.root.hex(), "checkpoint": str(note)}
+    return answer(told, str(note))
+
+
+@command.command()
+@operating.config_option
+@json_option
+def key(config: str) -> int:
+    """Print the public keys of the audit log.
+
+    Each line is a verifier key, in the form of C2SP, which every client of such logs reads; the newest is last. An
+    exported log and a receipt are verified with it: hand it over in another way than the log.
+
+    Examples:
+      chutes-proto audit key --config server.toml
+      chutes-proto audit key --config server.toml --json
+
+    See also: audit verify, audit checkpoint
+    """
+    with operating.opened(config) as (setup, store):
+        keys = [str(signer.verifier) for signer in store.transact(ReadLogKeys(setup.vault))]
+    return answer({"ok": True, "keys": keys}, "\n".join(keys) or "none yet: the first checkpoint makes a key")
+
+
+def _signed(setup: StoreSetup, store: DurableStore) -> tuple[Verifier, Note, Checkpoint]:
+    """Sequence and sign. Raises `StoreError` for a log that cannot be signed."""
+    sequencer = Sequencer(store, setup.vault, setup.config.audit.origin, checkpoint_path(setup.mark_file))
+    note: Note | None = None
+    try:
+        for _ in range(2):  # the first may make the key, which is an entry, too
+            sequencer.sequence()
+            note = sequencer.checkpoint(writes=False)
+    except LogError as exc:
+        raise StoreError(f"audit log: {exc}") from None
+    if note is None:
+        raise StoreError(f"store {store.name}: its audit log is empty")
+    return store.transact(ReadLogKeys(setup.vault))[-1].verifier, note, Checkpoint.of(note)
+
+
+def _export(config: str, directory: Path) -> int:
+    with operating.opened(config) as (setup, store):
+        verifier, note, found = _signed(setup, store)
+        try:
+            with store.snapshot() as rows:
+                written = export_log(rows, directory, found, note, verifier)
+        except LogError as exc:
+            raise StoreError(f"audit log: {exc}") from None
+    console.tell(f"{directory}: a log of {found.size} entries, {written} new files; its key is {verifier}")
+    return console.GRANTED
 
 
 def _unit(vm: str | None, request_id: str | None, event: str | None, since: int, until: int | None) -> ReadAuditPage:

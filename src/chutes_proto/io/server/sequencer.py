@@ -82,8 +82,10 @@ class Sequencer:
         while self._transact(SequenceLog(os.urandom(SALT_SIZE * BATCH), self._origin)) == BATCH:
             pass
 
-    def checkpoint(self) -> Note | None:
+    def checkpoint(self, *, writes: bool = True) -> Note | None:
         """Sign the present state of the log, if it is new, into the file; None before the log has begun.
+
+        Without ``writes`` the file is only read.
 
         Raises `LogError` if the log does not extend the checkpoint in the file, `StoreError`, and `KeyUnavailable`,
         `SealBroken` or `ConfigurationError` for a key or file that cannot be used.
@@ -95,7 +97,10 @@ class Sequencer:
         try:
             found = self._transact(ReadCheckpoint(held))
         except LogError:
-            if held is None or (other := self._key(self._transact(Ask(ReadLossDecided())))) in (None, signer):
+            if held is None or not writes:
+                raise
+            other = self._key(self._transact(Ask(ReadLossDecided())))
+            if other is None or other == signer:
                 raise
             signer = self._signer = other
             self._put_aside(held)
@@ -103,7 +108,7 @@ class Sequencer:
         if found is None or signer is None or (held is not None and held.size >= found.size):
             return note
         note = signer.sign(found.text)
-        if self._file is not None:
+        if self._file is not None and writes:
             write_file(self._file, str(note).encode(), mode=0o644)
         return note
 

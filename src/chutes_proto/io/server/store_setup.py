@@ -51,6 +51,12 @@ class StoreSetup:
     vault: Vault
     root: TrustedRoot
 
+    @property
+    def mark_file(self) -> Path | None:
+        """The file of the mark that the server keeps."""
+        name = self.config.store.mark_file
+        return None if name is None else self.store.base / name
+
 
 def make_store_setup(config: ServerConfig) -> StoreSetup:
     """Read the files that these parts need. Raises `ConfigurationError` with all problems, one a line."""

@@ -17,7 +17,6 @@ from chutes_proto.store.rows import (
     BootRow,
     BootVolumeRow,
     Claim,
-    CountAudit,
     CountClaims,
     CountRefusals,
     CountRetired,
@@ -32,6 +31,7 @@ from chutes_proto.store.rows import (
     ErasureRow,
     FindLastBoot,
     FindLastBootFrom,
+    FindRecent,
     FleetVm,
     Forget,
     ForgetKeyServers,
@@ -52,6 +52,7 @@ from chutes_proto.store.rows import (
     Platform,
     PurgeAudit,
     PurgeGeneration,
+    PurgeTiles,
     Put,
     Read,
     ReadAll,
@@ -392,17 +393,22 @@ def operations_reply_what_they_say(harness: Harness) -> None:
     for wanted in (AuditWanted(request_id="request"), AuditWanted(hotkey="denied", refused=True)):
         expect([row for _, row in ask(ReadAudit(0, 9, wanted=wanted))], [denied], "audit rows of a request")
     last = rest[-1][0]
-    expect(ask(CountAudit(last, 1 << 62, NOW + 1)), 4, "audit rows to purge")
-    ask(PurgeAudit(last, 1 << 62, NOW + 1))
+    for added, _ in ask(ReadAudit(last, 9)):
+        ask(Sequence(((added, 0, b"salt"),)))
+        ask(PurgeAudit(1, NOW + 1))
     newest = ask(ReadAudit(1 << 62, 4, backwards=True))
     oldest = ask(ReadAudit(newest[-1][0], 4, backwards=True))
     expect((*newest, *oldest), (*first, *rest)[::-1], "audit rows in two pages, backwards")
-    ask(PurgeAudit(first[0][0], rest[0][0], NOW - 1))
-    between = range(first[1][0], rest[0][0] + 1)
-    left = [pair for pair in (*first, *rest) if pair[0] not in between or pair[1].at >= NOW - 1]
-    expect(list(ask(ReadAudit(0, 9))), left, "audit rows after the old ones between two numbers were purged")
-    ask(PurgeAudit(0, first[0][0], NOW + 1))
-    expect(list(ask(ReadAudit(0, 9))), left[1:], "audit rows after the first was purged")
+    ask(Sequence(((first[0][0], 0, b"salt"), (first[1][0], 1, b"salt"), (first[2][0], 2, b"salt"))))
+    expect(ask(FindRecent(0, first[1][1].at)), 1 if first[0][1].at < first[1][1].at else 0, "the first recent row")
+    expect(ask(FindRecent(2, NOW + 1)), None, "a row from the future")
+    ask(Put(LogTileRow(0, 0, bytes(32))))
+    ask(Put(LogTileRow(0, 1, bytes(32))))
+    ask(PurgeTiles(1))
+    expect((ask(ReadTile(0, 0)), ask(ReadTile(0, 1))), (None, LogTileRow(0, 1, bytes(32))), "tiles after a purge")
+    ask(PurgeAudit(2, NOW + 1))
+    left = [number for number, _ in ask(ReadAudit(0, 9))]
+    expect(left, [first[2][0], *(number for number, _ in rest)], "audit rows after the first two were purged")
     ask(Insert(events[0]))
     expect(ask(ReadAudit(rest[-1][0], 9))[0][1], events[0], "an audit row after a purge")
 

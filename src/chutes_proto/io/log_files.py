@@ -1,0 +1,150 @@
+"""The audit log outside the database: checkpoints in files, and a directory of tiles that any tlog client reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+from attrs import frozen
+
+from chutes_proto.errors import LogError
+from chutes_proto.io.files import make_directory, read_file, write_file
+from chutes_proto.store._run import Ask, Store
+from chutes_proto.store.rows import ReadLog, ReadTile
+from chutes_proto.tlog.check import Report, check_log
+from chutes_proto.tlog.merkle import HASH_SIZE
+from chutes_proto.tlog.notes import LARGEST_NOTE, Checkpoint, Note, Verifier
+from chutes_proto.tlog.tiles import LARGEST_ENTRY, WIDTH, Fetch, Place, bundle, places, unbundle
+from chutes_proto.units.log import announced_minimum, entry_text
+
+CHECKPOINT: Final = "checkpoint"
+KEY: Final = "key"
+"""The files of an exported log beside its tiles: the newest checkpoint, and the verifier key."""
+
+_PAGE: Final = 1000
+_LARGEST_BUNDLE: Final = WIDTH * (2 + LARGEST_ENTRY)
+
+
+def read_checkpoint(path: Path, verifiers: Sequence[Verifier]) -> Checkpoint:
+    """Read the checkpoint in a file, which one of the keys has signed.
+
+    Raises `LogError` for another log's, and `FileUnavailable`.
+    """
+    try:
+        note = Note.parse(read_file(path, limit=LARGEST_NOTE))
+        checkpoint = Checkpoint.of(note)
+        of_log = [each for each in verifiers if each.name == checkpoint.origin]
+        if not of_log:
+            raise LogError(f"it is a checkpoint of another log, {checkpoint.origin}")
+        signers = {(each.name, each.identifier) for each in note.signatures}
+        known = [each for each in of_log if (each.name, each.identifier) in signers]
+        if not known:
+            raise LogError("it is not signed by a key of this log")
+        for each in known:
+            _ = each.verify(note)
+    except LogError as exc:
+        raise LogError(f"{path}: {exc}") from None
+    return checkpoint
+
+
+# --- in the store ---
+
+
+def stored_entries(store: Store, first: int, until: int) -> Iterator[tuple[int, bytes]]:
+    """The entries of a store from an index on, of which a page at a time is in memory."""
+    while page := store.transact(Ask(ReadLog(first, _PAGE))):
+        for row in page:
+            if row.idx is None or row.idx >= until:
+                return
+            yield row.idx, entry_text(row).encode()
+        first = (page[-1].idx or 0) + 1
+
+
+def stored_tiles(store: Store) -> Fetch:
+    """The tiles of a store."""
+
+    def fetch(level: int, number: int) -> bytes:
+        row = store.transact(Ask(ReadTile(level, number)))
+        return b"" if row is None else row.hashes
+
+    return fetch
+
+
+def check_stored(
+    store: Store, size: int, checkpoints: Iterable[Checkpoint], tell: Callable[[int, int], object]
+) -> Report:
+    """Check the log of a store; ``tell`` takes how many entries are checked, and of how many."""
+
+    def told() -> Iterator[tuple[int, bytes]]:
+        for index, text in stored_entries(store, 0, 1 << 62):
+            if not index % _PAGE:
+                _ = tell(index, size)
+            yield index, text
+
+    return check_log(size, told(), stored_tiles(store), checkpoints, announced_minimum)
+
+
+# --- in a directory ---
+
+
+def export_log(store: Store, directory: Path, checkpoint: Checkpoint, note: Note, verifier: Verifier) -> int:
+    """Write the log of a store up to ``checkpoint`` into a directory; returns the number of files that were written.
+
+    Files that are there already are left: what they hold never changes. The checkpoint is replaced last. Raises
+    `LogError` for a log that lacks what the checkpoint has, and `FileUnavailable`.
+    """
+    fetch, size = stored_tiles(store), checkpoint.size
+    page = store.transact(Ask(ReadLog(0, 1)))
+    first = page[0].idx or 0 if page else size
+    written = 0
+    for place in places(size, first):
+        hashes = fetch(place.level or 0, place.number)[: place.width * HASH_SIZE]
+        if len(hashes) != place.width * HASH_SIZE:
+            raise LogError(f"{place} lacks a hash; see `chutes-proto audit verify`")
+        written += _write_new(directory / str(place), hashes)
+        if place.level == 0:
+            begin = place.number * WIDTH
+            texts = [text for _, text in stored_entries(store, begin, begin + place.width)]
+            if len(texts) != place.width:
+                raise LogError(f"{place} lacks an entry; see `chutes-proto audit verify`")
+            written += _write_new(directory / str(Place(None, place.number, place.width)), bundle(texts))
+    write_file(directory / KEY, f"{verifier}\n".encode())
+    write_file(directory / CHECKPOINT, str(note).encode())
+    return written
+
+
+def _write_new(path: Path, data: bytes) -> int:
+    if path.exists():
+        return 0
+    _ = make_directory(path.parent)
+    write_file(path, data)
+    return 1
+
+
+@frozen
+class LogDirectory:
+    """An exported log, whose newest checkpoint says how large it is."""
+
+    path: Path
+    size: int
+
+    def fetch(self, level: int, number: int) -> bytes:
+        """The hashes of a tile; none if it is not there."""
+        count = self.size >> 8 * level
+        return self._read(Place(level, number, min(WIDTH, max(1, count - number * WIDTH))), WIDTH * HASH_SIZE)
+
+    def entries(self) -> Iterator[tuple[int, bytes]]:
+        """The entries that there are."""
+        for number in range(-(-self.size // WIDTH)):
+            width = min(WIDTH, self.size - number * WIDTH)
+            for at, text in enumerate(unbundle(self._read(Place(None, number, width), _LARGEST_BUNDLE))):
+                yield number * WIDTH + at, text
+
+    def check(self, checkpoints: Iterable[Checkpoint]) -> Report:
+        """Check it whole."""
+        return check_log(self.size, self.entries(), self.fetch, checkpoints, announced_minimum)
+
+    def _read(self, place: Place, limit: int) -> bytes:
+        path = self.path / str(place)
+        return read_file(path, limit=limit) if path.exists() else b""

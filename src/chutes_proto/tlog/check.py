@@ -1,0 +1,165 @@
+"""The check of a whole log: entries against the tiles, tiles against each other, all against signed checkpoints.
+
+A change of an entry alone is found by its index; one that is carried into its tile, by the tile. A change that is
+carried into all tiles contradicts the first checkpoint after it: then it lies after the checkpoint before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import groupby
+from typing import Final
+
+from attrs import define, field, frozen
+
+from chutes_proto.errors import LogError
+from chutes_proto.tlog.merkle import HASH_SIZE, leaf_hash, root_hash
+from chutes_proto.tlog.notes import Checkpoint
+from chutes_proto.tlog.tiles import WIDTH, Fetch, Place, fold, reader
+
+MOST_FINDINGS: Final = 1000
+
+
+@frozen
+class Finding:
+    """A fault in the entries from ``first`` to ``last``, both included."""
+
+    first: int
+    last: int
+    what: str
+
+    def __str__(self) -> str:
+        entries = f"entry {self.first}" if self.first == self.last else f"entries {self.first} to {self.last}"
+        return f"{entries}: {self.what}"
+
+
+@frozen
+class Report:
+    """The outcome of a check: the number of entries of the log, the first that is there, and what is wrong."""
+
+    size: int
+    first: int
+    findings: tuple[Finding, ...]
+
+
+def check_log(
+    size: int,
+    entries: Iterable[tuple[int, bytes]],
+    fetch: Fetch,
+    checkpoints: Iterable[Checkpoint],
+    announced: Callable[[bytes], int],
+) -> Report:
+    """Check a log of ``size`` entries, of which a purge may have deleted the first ones.
+
+    ``entries`` are those that there are, by index. ``announced`` returns the index below which entries are deleted, if
+    an entry says so, otherwise 0. ``checkpoints`` are verified already; the result is only as good as the newest.
+    """
+    check = _Check(size, fetch)
+    check.entries(entries, announced)
+    check.tiles()
+    check.checkpoints(checkpoints)
+    return Report(size, check.first, tuple(check.findings))
+
+
+@define
+class _Check:
+    size: int
+    fetch: Fetch
+    first: int = 0
+    findings: list[Finding] = field(factory=list[Finding])
+
+    def note(self, first: int, last: int, what: str) -> None:
+        """Note a fault; one that goes on from the last one is the same."""
+        if self.findings:
+            before = self.findings[-1]
+            if (before.last + 1, before.what) == (first, what):
+                self.findings[-1] = Finding(before.first, last, what)
+                return
+        if len(self.findings) < MOST_FINDINGS:
+            self.findings.append(Finding(first, last, what))
+
+    def entries(self, entries: Iterable[tuple[int, bytes]], announced: Callable[[bytes], int]) -> None:
+        """Compare the entries with the tiles of level 0."""
+        minimum, tile = 0, -1
+        self.first = self.size
+        for number, group in groupby(entries, key=lambda entry: entry[0] // WIDTH):
+            leaves: dict[int, bytes] = {}
+            for index, text in group:
+                if index in leaves:
+                    self.note(index, index, "it is there twice")
+                leaves[index] = leaf_hash(text)
+                minimum = max(minimum, announced(text))
+            if tile < 0:
+                self.first, tile = min(leaves), number
+            for missing in range(tile, number):
+                self._tile(missing, {})
+            self._tile(number, leaves)
+            tile = number + 1
+        for missing in range(max(tile, self.first // WIDTH), -(-self.size // WIDTH)):
+            self._tile(missing, {})
+        if self.first > minimum:
+            self.note(minimum, self.first - 1, "it is missing, and no entry says that it was purged")
+
+    def _tile(self, number: int, leaves: dict[int, bytes]) -> None:
+        begin = number * WIDTH
+        width = max(0, min(WIDTH, self.size - begin))
+        hashes = self._fetched(0, number, width)
+        for index in range(max(begin, self.first), begin + width):
+            leaf = leaves.pop(index, None)
+            at = (index - begin) * HASH_SIZE
+            if leaf is None:
+                self.note(index, index, "it is missing")
+            elif leaf != hashes[at : at + HASH_SIZE]:
+                self.note(index, index, "it was changed, or its tile was")
+        for index in leaves:
+            self.note(index, index, f"it is not below the size of the log, {self.size}")
+
+    def _fetched(self, level: int, number: int, width: int) -> bytes:
+        """The hashes of a tile, which must have ``width``."""
+        hashes = self.fetch(level, number)
+        if len(hashes) != width * HASH_SIZE:
+            span = WIDTH**level
+            begin = number * WIDTH * span
+            last = max(begin, min(begin + width * span, self.size) - 1)
+            self.note(begin, last, f"tile {Place(level, number)} has {len(hashes) // HASH_SIZE} hashes, not {width}")
+        return hashes
+
+    def tiles(self) -> None:
+        """Compare each full tile with the hash above it."""
+        level, first = 0, -(-self.first // WIDTH)
+        while count := self.size >> 8 * (level + 1):
+            above, number_above = b"", -1
+            span = WIDTH ** (level + 1)
+            for number in range(first, count):
+                if number // WIDTH != number_above:
+                    number_above = number // WIDTH
+                    above = self._fetched(level + 1, number_above, min(WIDTH, count - number_above * WIDTH))
+                at = number % WIDTH * HASH_SIZE
+                hashes = self.fetch(level, number)
+                is_full = len(hashes) == WIDTH * HASH_SIZE
+                if is_full and fold(hashes) != above[at : at + HASH_SIZE]:
+                    what = f"tile {Place(level, number)} contradicts the tile above it"
+                    self.note(number * span, (number + 1) * span - 1, what)
+            level, first = level + 1, 0
+
+    def checkpoints(self, checkpoints: Iterable[Checkpoint]) -> None:
+        """Compare the root of each checkpoint with the root that the tiles have."""
+        read = reader(self.fetch)
+        good = self.first
+        for checkpoint in sorted(set(checkpoints), key=lambda each: each.size):
+            size = checkpoint.size
+            if size > self.size:
+                what = f"some are missing: a checkpoint of {size} entries is signed, and the log has {self.size}"
+                self.note(good, size - 1, what)
+                return
+            if size < self.first:
+                continue
+            try:
+                is_same = root_hash(read, size) == checkpoint.root
+            except LogError as exc:
+                self.note(good, max(good, size - 1), f"the root of the checkpoint of {size} entries: {exc}")
+                return
+            if not is_same:
+                self.note(good, max(good, size - 1), f"one of them is not as the checkpoint of {size} entries has it")
+                return
+            good = size

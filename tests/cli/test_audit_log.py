@@ -1,0 +1,128 @@
+"""``audit verify``, ``checkpoint``, ``key`` and ``export DIR``, as an operator and an auditor run them."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from attrs import define
+
+from chutes_proto.io.server.development import write_server
+from chutes_proto.io.stores.address import StorePlace
+from chutes_proto.store._run import Ask
+from chutes_proto.store.rows import AuditRow, InsertAll
+from chutes_proto.testing.store_suite._parts import NOW
+from tests.cli.conftest import Ended
+from tests.cli.test_operating import PLATFORM
+
+
+@define
+class Site:
+    """An operator's directory whose log has 602 entries, with a key of its own."""
+
+    directory: Path
+    run: Callable[..., Ended]
+
+    def do(self, *arguments: object) -> Ended:
+        return self.run(*arguments, "--config", self.directory / "server.toml")
+
+    def json(self, *arguments: object) -> Any:
+        return self.do(*arguments, "--json").json
+
+
+@pytest.fixture
+def logged(tmp_path: Path, command: Callable[..., Ended]) -> Site:
+    write_server(tmp_path, PLATFORM, NOW)
+    with (tmp_path / "server.toml").open("a") as file:
+        file.write('\n[audit]\norigin = "keys.example/audit"\n')
+    with closing(StorePlace("sqlite:keys.db", tmp_path).open()) as store:
+        rows = tuple(AuditRow(NOW + number, "operator", f"event {number}", "done") for number in range(601))
+        store.transact(Ask(InsertAll(rows)))
+    return Site(tmp_path, command)
+
+
+def change(site: Site, statement: str, *values: object) -> None:
+    with closing(sqlite3.connect(site.directory / "keys.db")) as connection, connection:
+        connection.execute(statement, values)
+
+
+def test_a_log_is_signed_verified_and_an_edit_is_found(logged: Site, tmp_path: Path) -> None:
+    signed = logged.json("audit", "checkpoint")
+    assert (signed["origin"], signed["size"]) == ("keys.example/audit", 602)
+    kept = tmp_path / "kept"
+    kept.write_text(signed["checkpoint"])
+    assert logged.do("audit", "checkpoint").out == signed["checkpoint"]
+    (key,) = logged.json("audit", "key")["keys"]
+    assert key.startswith("keys.example/audit+")
+    told = logged.json("audit", "verify", "--checkpoint", str(kept))
+    assert told == {"ok": True, "size": 602, "first": 0, "checkpoint": 602, "findings": []}
+    assert "whole log was rewritten" in logged.do("audit", "verify").out
+    change(logged, "UPDATE audit SET reason = 'forged' WHERE idx = 300")
+    ended = logged.do("audit", "verify", "--checkpoint", str(kept))
+    assert (ended.code, ended.out) == (1, "entry 300: it was changed, or its tile was\n")
+    change(logged, "UPDATE audit SET reason = '' WHERE idx = 300")
+    assert logged.do("audit", "verify").code == 0
+    change(logged, "DELETE FROM audit WHERE idx < 10")
+    found = json.loads(logged.do("audit", "verify", "--json").out)
+    assert found["findings"] == [{"first": 0, "last": 9, "what": "it is missing, and no entry says that it was purged"}]
+
+
+def test_an_exported_log_is_verified_with_its_key_alone(logged: Site, tmp_path: Path) -> None:
+    directory = tmp_path / "log"
+    ended = logged.do("audit", "export", str(directory))
+    assert "a log of 602 entries, 7 new files" in ended.err
+    names = sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
+    assert names == sorted(
+        "checkpoint key tile/0/000 tile/0/001 tile/0/002.p/90 tile/1/000.p/2"
+        " tile/entries/000 tile/entries/001 tile/entries/002.p/90".split()
+    )
+    key = (directory / "key").read_text().strip()
+    told = logged.run("audit", "verify", str(directory), "--key", key, "--json")
+    assert json.loads(told.out) == {"ok": True, "size": 602, "first": 0, "checkpoint": 602, "findings": []}
+    assert "0 new files" in logged.do("audit", "export", str(directory)).err
+    other = "another.example/log+" + key.split("+", 1)[1]
+    assert logged.run("audit", "verify", str(directory), "--key", other).code == 2  # its id is of the name, too
+    bundle = directory / "tile/entries/001"
+    bundle.write_bytes(bundle.read_bytes().replace(b"event 300", b"event 399"))
+    ended = logged.run("audit", "verify", str(directory), "--key", key)
+    assert (ended.code, ended.out) == (1, "entry 300: it was changed, or its tile was\n")
+
+
+def test_a_checkpoint_of_another_log_is_refused(logged: Site, tmp_path: Path) -> None:
+    signed = logged.json("audit", "checkpoint")["checkpoint"]
+    for name, text, why in [
+        ("other", signed.replace("keys.example/audit", "keys.example/other"), "a checkpoint of another log"),
+        (
+            "unsigned",
+            signed.replace("\N{EM DASH} keys.example/audit ", "\N{EM DASH} w.example "),
+            "not signed by a key",
+        ),
+        ("cut", signed[:-9], "not a note"),
+    ]:
+        (tmp_path / name).write_text(text)
+        ended = logged.do("audit", "verify", "--checkpoint", str(tmp_path / name))
+        assert ended.code == 1
+        assert why in " ".join(ended.err.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["audit", "verify"], "--config: name the server's configuration file"),
+        (["audit", "verify", "log"], "it goes with --key"),
+        (["audit", "verify", "log", "--key", "x"], "not a verifier key"),
+    ],
+)
+def test_wrong_usage(logged: Site, arguments: list[str], why: str) -> None:
+    ended = logged.run(*arguments)
+    assert ended.code == 2
+    assert why in " ".join(ended.err.split())
+
+
+def test_an_export_of_rows_is_not_one_of_the_log(logged: Site, tmp_path: Path) -> None:
+    assert "leave out the options" in logged.do("audit", "export", str(tmp_path / "log"), "--last", 3).err
