@@ -128,7 +128,7 @@ def test_a_completion_script_is_one_of_its_shell(
 @pytest.mark.parametrize(
     ("words", "found"),
     [
-        ("re", {"register", "registrations", "replay", "revocations"}),
+        ("re", {"reload", "register", "registrations", "replay", "revocations"}),
         ("vm re", {"rebind", "revoke"}),
         ("agent ", {"run", "resume"}),
         ("keys purge --y", {"--yes"}),
@@ -149,7 +149,7 @@ def test_commands_and_options_are_completed(
 NOT_RUN = (
     *("postgresql://", "postgres.toml", "serve --dev", "serve --config server.toml"),
     *("https://pccs.example", "https://api.trustedservices.intel.com", "collateral serve", "import https://"),
-    *("agent run", "agent resume", "gpu fetch"),
+    *("agent run", "agent resume", "gpu fetch", "reload --config"),
 )
 """They need a database, a network or a VM's disks, or run until a signal: their options are parsed."""
 

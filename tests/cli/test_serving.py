@@ -349,7 +349,7 @@ def test_a_new_certificate_is_taken_and_a_bad_one_is_not(serve: Callable[[int], 
         new = make_server_identity(int(time.time()), os.urandom(32))
         put(site, new)
         server.process.send_signal(signal.SIGHUP)
-        _ = wait_for("certificate_reloaded", server)
+        _ = wait_for("reloaded", server)
         with client(server, new.ca_pem) as fresh:
             assert fresh.get("/servers/nonce").status_code == 200
         with client(server) as old, pytest.raises(httpx.ConnectError):
@@ -358,12 +358,12 @@ def test_a_new_certificate_is_taken_and_a_bad_one_is_not(serve: Callable[[int], 
         put(site, make_server_identity(int(time.time()), os.urandom(32)))
         _ = (site / "server.pem").write_bytes(b"garbage")
         server.process.send_signal(signal.SIGHUP)
-        told = wait_for("certificate_kept", server)
+        told = wait_for("reload_refused", server)
         assert told["level"] == "error"
         assert "server.pem" in told["error"]
         (site / "server.key").chmod(0o644)
         server.process.send_signal(signal.SIGHUP)
-        assert "chmod 640" in wait_for("certificate_kept", server)["error"]
+        assert "chmod 640" in wait_for("reload_refused", server)["error"]
         with client(server, new.ca_pem) as fresh:
             assert fresh.get("/servers/nonce").status_code == 200
     assert server.stop(signal.SIGTERM).code == 0

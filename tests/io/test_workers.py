@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from pathlib import Path
@@ -12,9 +13,14 @@ from threading import Event
 
 import pytest
 
+from chutes_proto.io.server.development import write_server
 from chutes_proto.io.server.log_writer import LogWriter
+from chutes_proto.io.server.reload import Running
 from chutes_proto.io.server.serving import tell_manager
+from chutes_proto.io.server.setup import make_setup
 from chutes_proto.io.server.workers import Supervisor
+from chutes_proto.server import ServerConfig
+from chutes_proto.testing._platform import SimulatedPlatform
 from tests.waiting import wait_until
 
 
@@ -32,6 +38,10 @@ def test_a_worker_that_cannot_be_started_ends_no_other(tmp_path: Path, monkeypat
     _ = program.write_text("#!/bin/sh\necho https://127.0.0.1:1\nexec sleep 3600\n")
     program.chmod(0o700)
     others, ready = set(children()), Event()
+    site = tmp_path / "site"
+    site.mkdir()
+    write_server(site, SimulatedPlatform(bytes(32)), int(time.time()))
+    running = Running(make_setup(ServerConfig.load(site / "server.toml")))
 
     def upgrade() -> None:
         try:
@@ -49,7 +59,7 @@ def test_a_worker_that_cannot_be_started_ends_no_other(tmp_path: Path, monkeypat
 
     with log.open("wb") as file, closing(LogWriter(file.fileno())) as writer, ThreadPoolExecutor() as threads:
         upgraded = threads.submit(upgrade)
-        supervisor = Supervisor(2, [str(program)], [], False, writer, keeps_metrics=False, stop_seconds=60)
+        supervisor = Supervisor(running, 2, [str(program)], [], False, writer, keeps_metrics=False, stop_seconds=60)
         assert supervisor.run([signal.SIGUSR2], ready.set, None, "") is False
         upgraded.result()
     assert set(children()) <= others

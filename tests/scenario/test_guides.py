@@ -212,7 +212,7 @@ def test_a_certificate_is_renewed(premises: Premises, require_program: Callable[
     write_file(site / "new" / "server.key", identity.key_pem.reveal())
     for part in (0, 1):
         _ = operator.run(heading, part, page=page)
-    premises.wait_for_log("certificate_reloaded")
+    premises.wait_for_log("reloaded")
     assert (site / "server.key").stat().st_mode & 0o777 == 0o600
     renewed = operator.run(heading, 2, page=page)
     assert "notAfter=" in renewed
@@ -220,7 +220,7 @@ def test_a_certificate_is_renewed(premises: Premises, require_program: Callable[
     write_file(site / "new" / "server.key", make_server_identity(premises.now, os.urandom(32)).key_pem.reveal())
     for part in (0, 1):
         _ = operator.run(heading, part, page=page)
-    premises.wait_for_log("certificate_kept", '"level":"error"')
+    premises.wait_for_log("reload_refused", '"level":"error"')
     assert operator.run(heading, 2, page=page) == renewed
 
 

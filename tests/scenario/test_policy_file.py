@@ -10,6 +10,7 @@ import attrs
 import pytest
 
 from chutes_proto.io.files import write_file
+from chutes_proto.io.server.control import ask_to_reload
 from chutes_proto.io.server.development import write_collateral
 from chutes_proto.quote._attributes import AttributePolicy
 from chutes_proto.quote._identity import IdentityPolicy
@@ -120,7 +121,9 @@ TWO_RECOVERIES = Fault(
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Premises]:
     """A server with a policy file."""
     premises = Premises(tmp_path_factory.mktemp("policy") / "site", "sqlite:keys.db")
-    premises.edit("hotkeys =", 'policy = "policy.toml"\nhotkeys =')
+    premises.edit("hotkeys =", 'policy = "policy.toml"\ncontrol = "control.sock"\nhotkeys =')
+    (premises.directory / "policy.toml").touch()
+    premises.start()
     yield premises
     premises.close()
 
@@ -134,11 +137,11 @@ def test_a_rule_decides_over_a_boot(
     served.platform = _with(honest, faults)
     age = 31 * 86400 if faults == "expired" else 0
     write_collateral(served.directory / "collateral", served.platform, int(time.time()) - age)
-    served.start_here()
+    answered = ask_to_reload(served.directory / "control.sock")
+    assert answered["ok"], answered
     try:
         told = served.vm().boot(status=200 if answer is None else 503 if answer[1] == RETRY else 403)
     finally:
-        served.stop()
         served.platform = honest
     assert answer is None or (told["code"], told["detail"]) == answer
 

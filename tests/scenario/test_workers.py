@@ -74,7 +74,7 @@ def test_workers_are_one_server(premises: Premises, transport: str) -> None:
     assert all(metrics_files(each) == files for each in children(premises))
     assert premises.server is not None
     premises.server.process.send_signal(signal.SIGHUP)
-    _ = wait_until(lambda: len(records(premises, "certificate_reloaded")) == 2)
+    _ = wait_until(lambda: len(records(premises, "reloaded")) == 1)
 
     old, workers = premises.server, children(premises)
     premises.start("--workers", "2", "--transport", transport)

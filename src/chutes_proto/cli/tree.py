@@ -25,6 +25,7 @@ _SECTIONS: Final[Mapping[str, Mapping[str, tuple[str, str]]]] = {
     "Operate a key server": {
         "init": ("operator.init", "Write the files of a new key server"),
         "serve": ("operator.serve", "Serve keys to VMs that prove what they are"),
+        "reload": ("operator.reload", "Let a running server read its files again, without a restart"),
         "keys": ("operator.keys", "Show, restore, purge, rewrap and import keys"),
         "vm": ("operator.vm", "List, bind, rebind, revoke and erase VMs, and purge their old boots"),
         "platform": ("operator.revoking:platform", "Shut a platform out, and allow it again"),

@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
@@ -54,6 +54,30 @@ def read_private(path: str | Path, *, limit: int = MAX_SIZE, group_may: bool = F
     with unavailable(path, "cannot be read"), Path(path).open("rb") as file:
         _check_mode(path, os.fstat(file.fileno()), group_may)
         return _bounded(path, file.read(limit + 1), limit)
+
+
+class Files:
+    """Files of one set-up, each read once: a second look at it, here or in another process, has the same bytes.
+
+    ``content`` are the bytes of files that were read before, by path; their permissions were checked then.
+    """
+
+    def __init__(self, content: Mapping[str, bytes] | None = None) -> None:
+        self.content: dict[str, bytes] = dict(content or {})
+
+    def read(self, path: str | os.PathLike[str]) -> bytes:
+        """See `read_file`."""
+        return self._once(path, lambda: read_file(path))
+
+    def read_private(self, path: str | Path, *, group_may: bool = False) -> bytes:
+        """See `read_private`."""
+        return self._once(path, lambda: read_private(path, group_may=group_may))
+
+    def _once(self, path: str | os.PathLike[str], read: Callable[[], bytes]) -> bytes:
+        key = absolute(path)
+        if key not in self.content:
+            self.content[key] = read()
+        return self.content[key]
 
 
 def check_private(path: str | Path, *, group_may: bool = False) -> None:

@@ -110,8 +110,12 @@ _HANDLERS: Mapping[Endpoint, Callable[[Service, Any], Flow[Message]]] = {
 
 @define
 class _Seen:
-    """The operation and the refusal of one request, for those who measure, and the VM that it names, for the log."""
+    """One request: the operation and the refusal, for those who measure, and the VM that it names, for the log.
 
+    ``service`` is the one of the moment at which the request began: a reload replaces none in the middle.
+    """
+
+    service: Service
     operation: str = "none"
     code: str = ""
     vm: Vm = Vm("", "")
@@ -176,8 +180,8 @@ class App:
     def handle(self, request: HttpRequest | MalformedRequest) -> Flow[HttpResponse]:
         """The answer to ``request``; raises nothing but what ends the process."""
         _ = TRACEPARENT.set(traceparent_of(request) if isinstance(request, HttpRequest) else "")
+        seen = _Seen(self.service)
         request_id = (yield from Entropy(16)).hex()
-        seen = _Seen()
         response = yield from self._respond(request, request_id, seen)
         if self.observe is not ignore:
             arrived = request.arrived if isinstance(request, HttpRequest) else None
@@ -194,10 +198,10 @@ class App:
         try:
             if isinstance(request, MalformedRequest):
                 raise request.refusal
-            request = self.service.proxies.client_request(request)
+            request = seen.service.proxies.client_request(request)
             return (yield from self._answer(request, request_id, seen))
         except Refusal as exc:
-            refusal = exc if exc.status != 401 else (yield from self.service.readiness.doubt(exc))
+            refusal = exc if exc.status != 401 else (yield from seen.service.readiness.doubt(exc))
         except StoreError as exc:
             text = "The store does not answer. Retry shortly."
             refusal = Unavailable(Code.STORE_UNAVAILABLE, text, reason=f"{type(exc).__name__}: {exc}")
@@ -216,7 +220,7 @@ class App:
         if isinstance(found, endpoints.Match):
             seen.operation = found.endpoint.operation
         is_asked_once = isinstance(found, endpoints.Match) and found.endpoint in _ASKED_ONCE
-        if wait := 0.0 if is_asked_once else (yield from self._count(request)):
+        if wait := 0.0 if is_asked_once else (yield from self._count(request, seen)):
             text = "Too many requests. Retry shortly."
             raise Unavailable(Code.RATE_LIMITED, text, retry_after=math.ceil(wait))
         match found:
@@ -237,17 +241,17 @@ class App:
             return (yield from self._handle(match, request, request_id, seen))
         except Refusal as exc:
             if match.endpoint in _ASKED_ONCE and exc.status == 401:
-                _ = yield from self._count(request)
+                _ = yield from self._count(request, seen)
             if match.endpoint in _ATTESTATIONS:
                 exc.headers = (*exc.headers, ("connection", "close"))
             raise
         finally:
             self._granting -= grants
 
-    def _count(self, request: HttpRequest) -> Flow[float]:
+    def _count(self, request: HttpRequest, seen: _Seen) -> Flow[float]:
         """Count a request of its address, if it has one; returns the seconds to wait, 0 within the limit."""
         now = yield from Uptime()
-        return self.service.rates.take(request.peer_address, now) if request.peer_address else 0.0
+        return seen.service.rates.take(request.peer_address, now) if request.peer_address else 0.0
 
     def _handle(self, match: endpoints.Match, request: HttpRequest, request_id: str, seen: _Seen) -> Flow[HttpResponse]:
         """Decode and handle a request; the caller of a signed one is checked before anything else in it."""
@@ -257,16 +261,16 @@ class App:
         if match.endpoint.signed is None:
             call = Call(request, message := decode_request(match, request), request_id, now)
         else:
-            caller = check_caller(self.service, request, match.endpoint.signed, match.endpoint.purpose, now)
+            caller = check_caller(seen.service, request, match.endpoint.signed, match.endpoint.purpose, now)
             call = SignedCall(request, message := decode_request(match, request), request_id, now, caller)
         seen.vm = named(request, match.parameters, message)
         try:
-            answer = yield from _HANDLERS[match.endpoint](self.service, call)
+            answer = yield from _HANDLERS[match.endpoint](seen.service, call)
         except Refusal as exc:
             yield from name_mismatch(call, exc)
             raise
         if match.endpoint in _GRANTS:
-            self.service.boots.note_granted(message, (yield from Uptime()))
+            seen.service.boots.note_granted(message, (yield from Uptime()))
         response = encode_answer(match.endpoint, answer)
         vm = completed_by(message)
         return response if vm is None else _LastAnswer(response.status, response.headers, response.body, vm=vm)
@@ -279,13 +283,13 @@ class App:
         A known VM has lines of its own.
         """
         ours, vm, now = refusal.status >= 500, seen.vm, (yield from Uptime())
-        is_known = vm in self.service.known
+        is_known = vm in seen.service.known
         if refusal.recorded:
             held_back: int | None = 0
         elif is_known:
-            held_back = self.service.known.lines.admits(f"{vm.hotkey}/{vm.name}", now)
+            held_back = seen.service.known.lines.admits(f"{vm.hotkey}/{vm.name}", now)
         else:
-            held_back = (self.service.faults if ours else self.service.refusals).admits(request.peer_address, now)
+            held_back = (seen.service.faults if ours else seen.service.refusals).admits(request.peer_address, now)
         if held_back is None:
             return
         fields: dict[str, Value] = {**ids_of(request, request_id), "peer": request.peer_address}

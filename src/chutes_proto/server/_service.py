@@ -8,9 +8,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Literal
+from typing import Final, Literal
 
-from attrs import Factory, field, frozen
+from attrs import Factory, evolve, field, frozen
 
 from chutes_proto.auth.hotkey import Hotkey
 from chutes_proto.auth.signing import Signer, SigningPolicy
@@ -128,6 +128,10 @@ class Service:
     revoked: Revoked = field(factory=Revoked)
     readiness: Readiness = field(factory=Readiness)
 
+    def in_place_of(self, other: Service) -> Service:
+        """This service, which goes on with the counters and the limits of the one that it replaces."""
+        return evolve(self, **{name: getattr(other, name) for name in _CARRIED})
+
     def waiting(self, token: bytes, request: HttpRequest) -> AbstractContextManager[None]:
         """A place to wait for the store with ``token``; with one of ours, a place that no stranger can take."""
         if self.tokens.recognises(token):
@@ -168,3 +172,10 @@ class Service:
             f" version ({newest})."
         )
         raise Refused(Code.VERSION_REJECTED, text, reason=f"minimum_version is {self.minimum_version}")
+
+
+_CARRIED: Final = (
+    *("limits", "verifications", "attested", "strangers", "hosts", "boots", "rates", "refusals", "faults", "known"),
+    *("revoked", "readiness"),
+)
+"""The parts of a service that are no policy: they count what happens, so a reload must not forget them."""

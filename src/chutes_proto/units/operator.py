@@ -28,6 +28,7 @@ from chutes_proto.tlog.tiles import WIDTH
 from chutes_proto.units.keys import VmKeys, by_volume, disk_of
 from chutes_proto.units.log import LOG, purged_text
 from chutes_proto.units.nonces import SKEW
+from chutes_proto.units.records import legible
 from chutes_proto.wire.codes import Code
 
 KEPT = 3
@@ -512,3 +513,14 @@ def _audit(
     now: int, event: str, reason: str, vm: store.Vm | None = None, pin: store.Pin | None = None, keys: str = ""
 ) -> store.Insert:
     return store.Insert(store.AuditRow(now, "operator", event, "done", reason, vm, pin=pin, keys=keys))
+
+
+@frozen
+class RecordReload(Unit[None]):
+    """Record that a server is about to read its files again; ``reason`` has who asked, and both digests."""
+
+    now: int
+    reason: str
+
+    def script(self) -> Script[None]:
+        yield from _audit(self.now, "reloaded", legible(self.reason, 2000))

@@ -19,7 +19,7 @@ from chutes_proto.cli.operator import operating
 from chutes_proto.cli.operator.operating import OperatorCommand
 from chutes_proto.cli.output import Cell
 from chutes_proto.errors import ConfigurationError
-from chutes_proto.io.files import read_file, write_file
+from chutes_proto.io.files import Files, read_file, write_file
 from chutes_proto.io.server.setup import read_profiles
 from chutes_proto.io.server.store_setup import Problems, make_store_setup
 from chutes_proto.io.yaml_file import read_yaml
@@ -78,8 +78,8 @@ _COLUMNS: Final[output.Columns] = {
 def import_command(source: str, into: str, ca_file: str | None, yes: bool) -> int:
     """Import published reference values into a file.
 
-    Shows which profiles would be added, removed or changed, asks, and then writes the published file as it is. Restart
-    the servers afterwards: they read their files at the start.
+    Shows which profiles would be added, removed or changed, asks, and then writes the published file as it is. Let the
+    servers reload afterwards.
 
     This list decides which images get keys. Compare it with a build of your own where you can.
 
@@ -234,7 +234,7 @@ def _configured(config: ServerConfig) -> list[Profile]:
     """The profiles that a configuration names, with their schedules. Raises `ConfigurationError`."""
     problems = Problems()
     base = Path.cwd() if config.path is None else Path(config.path).parent
-    served, _ = read_profiles(config, base, problems)
+    served, _ = read_profiles(config, base, Files(), problems)
     if problems.found:
         raise problems.error()
     return [one.measurements for one in served]

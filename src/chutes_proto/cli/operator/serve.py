@@ -61,8 +61,8 @@ def command(
 
     After a signal to stop, new boots are sent away, and the server ends as soon as the boots that it has granted are
     complete, after limits.drain_seconds at the latest. A second signal ends it at once. If the store hangs then, the
-    process ends two seconds later: every transaction is done as a whole or not at all. SIGHUP reloads the files of the
-    TLS certificate, and keeps the old certificate if the new one cannot be used.
+    process ends two seconds later: every transaction is done as a whole or not at all. SIGHUP lets it read
+    its files again, as `chutes-proto reload` does.
 
     No boot is lost in a restart if systemd holds the listening sockets (socket activation), or if the configuration
     names a takeover socket: then a second serve takes the sockets of the running server over, which ends once the new
@@ -102,7 +102,7 @@ def command(
       chutes-proto serve --config server.toml --workers 4
       chutes-proto serve --config server.toml
 
-    See also: doctor, store migrate, boot, collateral fetch, profile
+    See also: reload, doctor, store migrate, boot, collateral fetch, profile
     """
     one_of(config=config, dev=dev)
     if check and dev:
@@ -116,15 +116,17 @@ def command(
     if dev:
         return _develop(transport, platform)
 
-    from chutes_proto.io.server.setup import make_setup
+    from chutes_proto.io.files import Files
+    from chutes_proto.io.server.setup import load_config, make_setup
     from chutes_proto.io.server.workers import given_by_supervisor
 
     given = given_by_supervisor(os.environ)
     try:
-        loaded = ServerConfig.load(str(config))
+        files = Files() if given is None else given.files
+        loaded = load_config(str(config), files)
         if given is not None:
             loaded = evolve(loaded, limits=loaded.limits.shared(given.workers))
-        setup = make_setup(loaded)
+        setup = make_setup(loaded, files)
     except FileUnavailable:
         raise
     except ConfigurationError as exc:

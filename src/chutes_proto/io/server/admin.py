@@ -23,7 +23,7 @@ from chutes_proto.io.server.aio import Server
 from chutes_proto.io.server.health import Counts, Health, read_counts, read_health
 from chutes_proto.io.server.metrics import Metrics
 from chutes_proto.io.server.overview import Overview, page
-from chutes_proto.io.server.setup import ServerSetup
+from chutes_proto.io.server.reload import Running
 from chutes_proto.io.server.sockets import Listening
 from chutes_proto.io.stores.address import DurableStore
 from chutes_proto.quote._terms import rfc3339
@@ -53,8 +53,8 @@ MOST_ENDS: Final = 200
 class Admin:
     """The admin listener of one server process."""
 
-    def __init__(self, setup: ServerSetup, store: DurableStore, app: App, metrics: Metrics) -> None:
-        self._setup = setup
+    def __init__(self, running: Running, store: DurableStore, app: App, metrics: Metrics) -> None:
+        self._running = running
         self._store = store
         self._app = app
         self._metrics = metrics
@@ -71,7 +71,9 @@ class Admin:
         """Serve the pages until cancelled. Begins with a look, so that the first answer knows the state."""
 
         def look() -> None:
-            self._metrics.look(self._setup.service, self._store, open_connections(), draining=self._app.draining)
+            self._metrics.look(
+                self._running.setup.service, self._store, open_connections(), draining=self._app.draining
+            )
 
         def metrics() -> Page:
             look()
@@ -86,7 +88,7 @@ class Admin:
             "/readyz": self._readyz,
             "/metrics": metrics,
         }
-        hosts = LOOPBACK | {host.lower() for host in self._setup.config.admin.hosts}
+        hosts = LOOPBACK | {host.lower() for host in self._running.setup.config.admin.hosts}
         async with anyio.create_task_group() as group:
             _ = group.start_soon(self._watch, look)
             _ = group.start_soon(self._overview.watch)
@@ -118,7 +120,7 @@ class Admin:
 
     def _servers(self) -> list[dict[str, object]]:
         """This server and the others of its store, as it last saw them."""
-        alike = self._setup.alike
+        alike = self._running.setup.alike
         rows = [(alike.row(int(time.time())), True), *((each, False) for each in alike.others)]
         return [
             {
@@ -137,7 +139,7 @@ class Admin:
             return []
         found = [("collateral", name, *window) for name, window in health.collateral.items()]
         if health.certificate is not None:
-            found.append(("certificate", self._setup.config.tls.certificate, *health.certificate))
+            found.append(("certificate", self._running.setup.config.tls.certificate, *health.certificate))
         found.sort(key=lambda each: each[3])
         return [dict(zip(("what", "name", "begin", "end"), each, strict=True)) for each in found[:MOST_ENDS]]
 
@@ -155,7 +157,7 @@ class Admin:
             ("this process", os.getpid()),
             ("serves since", rfc3339(self._began)),
             ("open connections", self._open_connections()),
-            ("open boots", len(self._setup.service.boots)),
+            ("open boots", len(self._running.setup.service.boots)),
         ]
 
     def _findings(self) -> list[Finding]:
@@ -171,7 +173,9 @@ class Admin:
         count_at = 0.0
         while True:
             begun = time.monotonic()
-            health = await anyio.to_thread.run_sync(read_health, self._setup, self._store, abandon_on_cancel=True)
+            health = await anyio.to_thread.run_sync(
+                read_health, self._running.setup, self._store, abandon_on_cancel=True
+            )
             self._health, self._looked_at = health, begun
             self._metrics.show(health)
             look()  # another worker may be asked for the metrics of all

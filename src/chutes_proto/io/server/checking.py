@@ -59,7 +59,7 @@ def check_ends(setup: ServerSetup) -> Iterator[Finding]:
     """When the certificate and each file of collateral expire."""
     path = Path(setup.base, setup.config.tls.certificate)
     for certificate in x509.load_pem_x509_certificates(read_file(path)):
-        remedy = f"replace {path}, then send SIGHUP to the server"
+        remedy = f"replace {path}, then run chutes-proto reload, or send SIGHUP"
         yield _end("certificate", str(path), int(certificate.not_valid_after_utc.timestamp()), remedy)
     if not isinstance(setup.collateral, CollateralDirectory):
         return

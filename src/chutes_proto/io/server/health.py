@@ -120,7 +120,7 @@ def _certificate(setup: ServerSetup, now: int) -> tuple[Finding, tuple[int, int]
         return Finding("problem", "certificate", f"{path} is valid from {rfc3339(begin)}"), (begin, end)
     state: State = "problem" if now >= end else "note" if end - now < _EARLY else "ok"
     verb = "expired" if now >= end else "expires"
-    remedy = "" if state == "ok" else f"replace {path}, then send SIGHUP to the server"
+    remedy = "" if state == "ok" else f"replace {path}, then run chutes-proto reload, or send SIGHUP"
     return Finding(state, "certificate", f"{verb} at {rfc3339(end)}", remedy), (begin, end)
 
 

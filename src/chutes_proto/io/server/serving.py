@@ -8,21 +8,24 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, closing, contextmanager, suppress
 from functools import partial
 from socket import AF_UNIX, SOCK_DGRAM, socket
 from typing import TYPE_CHECKING, Final, Literal, NoReturn, TypeVar
 
 import anyio
-from attrs import frozen
+from attrs import define
 
 from chutes_proto import __version__
 from chutes_proto.errors import ConfigurationError, StoreError
 from chutes_proto.io.collateral.aio import open_performer
+from chutes_proto.io.collateral.directory import CollateralDirectory
 from chutes_proto.io.drivers.sync import log_record
 from chutes_proto.io.server.aio import Server, run_until_stopped
+from chutes_proto.io.server.control import Control
 from chutes_proto.io.server.log_writer import FLUSH_SECONDS, LogWriter
+from chutes_proto.io.server.reload import Reloader, Running, prepare
 from chutes_proto.io.server.sequencer import sequencing
 from chutes_proto.io.server.setup import ServerSetup, make_setup
 from chutes_proto.io.server.sockets import (
@@ -44,7 +47,7 @@ from chutes_proto.io.server.store_setup import (
     store_findings,
 )
 from chutes_proto.io.server.takeover import Door, TakenOver, take_over
-from chutes_proto.io.server.workers import STOP_HANDED_OVER, Given, Supervisor, worker_command
+from chutes_proto.io.server.workers import STOP_HANDED_OVER, Given, Supervisor, in_background, obey, worker_command
 from chutes_proto.io.stores.erasures import keep_erasures
 from chutes_proto.log import Level, Record
 from chutes_proto.quote._roots import INTEL_ROOT
@@ -94,16 +97,14 @@ def _first(exc: BaseException) -> BaseException:
 
 
 class Listeners:
-    """The listening sockets of the configuration in ``setup``, and the TLS certificate for new connections.
+    """The listening sockets of a server; new connections get the TLS certificate by which it is ``running``.
 
     Those among ``given`` are used; the others are opened. Raises `ConfigurationError` for an address or path that
     cannot be used, and for a given socket that the configuration does not name.
     """
 
-    def __init__(self, setup: ServerSetup, given: Sequence[tuple[str, socket]] = ()) -> None:
-        self._setup = setup
-        self._context = setup.tls
-        self._admin_context = setup.admin_tls
+    def __init__(self, running: Running, given: Sequence[tuple[str, socket]] = ()) -> None:
+        setup = running.setup
         self.handed_over = False
         """Whether another process serves on them, too: then files of Unix sockets are left to it."""
         self.owns_given: bool = False
@@ -115,11 +116,11 @@ class Listeners:
         self._offered = GivenSockets(given)
         admin = setup.config.admin
         with ExitStack() as self._opened:
-            self.sockets: list[Listening] = self._tcp("listen", setup.config.listen_address, lambda: self._context)
+            self.sockets: list[Listening] = self._tcp("listen", setup.config.listen_address, lambda: running.setup.tls)
             self.sockets += self._unix("proxy.unix", setup.proxy_socket)
             self.admin: list[Listening] = []
             if admin.address is not None:
-                self.admin += self._tcp("admin.listen", admin.address, lambda: self._admin_context)
+                self.admin += self._tcp("admin.listen", admin.address, lambda: running.setup.admin_tls)
             self.admin += self._unix("admin.unix", setup.admin_socket)
             self._offered.check_all_taken()
             self.urls: list[str] = urls(self.sockets)
@@ -145,14 +146,6 @@ class Listeners:
             _ = self._opened.callback(each.socket.close)
             self.keyed.append((key, each.socket))
         return listening
-
-    def reload_certificate(self) -> Record:
-        """Load the certificates' files again; if they cannot be used, keep the present certificates."""
-        try:
-            self._context, self._admin_context = self._setup.reload_tls(), self._setup.reload_admin_tls()
-        except ConfigurationError as exc:
-            return Record(Level.ERROR, "certificate_kept", {"error": str(exc)})
-        return Record(Level.INFO, "certificate_reloaded", {})
 
     def _remove(self, path: Path, *, is_given: bool) -> None:
         if not self.handed_over and (self.owns_given or not is_given):
@@ -185,17 +178,18 @@ def open_store(setup: ServerSetup) -> Generator[tuple[DurableStore, list[str]]]:
 
 @asynccontextmanager
 async def open_server(
-    setup: ServerSetup,
+    running: Running,
     store: DurableStore,
     collateral: CollateralSource | UpstreamCollateral,
     log: Callable[[Record], None],
     admin: Sequence[Listening] = (),
     worker: int | None = None,
 ) -> AsyncGenerator[Server]:
-    """Make a server of ``setup`` on the running event loop; its ``admin`` listeners are served as long as it lives.
+    """Make a server on the running event loop; its ``admin`` listeners are served as long as it lives.
 
     ``worker`` is the number of this process among several on the same listeners.
     """
+    setup = running.setup
     wanted = setup.config.limits.connections
     connections = allowed_connections(wanted)
     if connections < wanted:
@@ -206,13 +200,13 @@ async def open_server(
         _watching(setup, store, performer, log),
     ):
         if not admin:
-            yield Server(App(setup.service), performer, limits=setup.limits, connections=connections)
+            yield Server(running.follow(App(setup.service)), performer, limits=setup.limits, connections=connections)
             return
         from chutes_proto.io.server.admin import Admin
         from chutes_proto.io.server.metrics import MeteredPerformer, Metrics
 
         metrics = Metrics(worker)
-        app = App(setup.service, metrics)
+        app = running.follow(App(setup.service, metrics))
         server = Server(
             app,
             MeteredPerformer(performer, metrics),
@@ -220,7 +214,7 @@ async def open_server(
             connections=connections,
             ended=lambda connection: metrics.handshake(done=connection.has_shaken_hands),
         )
-        watched = Admin(setup, store, app, metrics)
+        watched = Admin(running, store, app, metrics)
         async with anyio.create_task_group() as beside:
             _ = beside.start_soon(watched.serve, admin, performer, lambda: server.open_connections)
             yield server
@@ -291,19 +285,21 @@ async def serve(
     Raises `ConfigurationError` with all problems, one a line, and `StoreError` for a store that cannot be used.
     """
     async with (
-        _in_thread(_opened(config)) as (setup, store, warnings, listeners),
-        open_server(setup, store, setup.collateral, log, listeners.admin) as server,
+        _in_thread(_opened(config)) as (running, store, warnings, listeners),
+        open_server(running, store, running.setup.collateral, log, listeners.admin) as server,
     ):
+        setup = running.setup
         _log_start(setup, store, warnings, listeners.urls, log, listeners.admin_urls)
         _ = ready(listeners.urls)
         await server.serve(listeners.sockets)
 
 
 @contextmanager
-def _opened(config: ServerConfig) -> Generator[tuple[ServerSetup, DurableStore, list[str], Listeners]]:
+def _opened(config: ServerConfig) -> Generator[tuple[Running, DurableStore, list[str], Listeners]]:
     setup = make_setup(config)
-    with open_store(setup) as (store, warnings), closing(Listeners(setup)) as listeners:
-        yield setup, store, warnings, listeners
+    running = Running(setup)
+    with open_store(setup) as (store, warnings), closing(Listeners(running)) as listeners:
+        yield running, store, warnings, listeners
 
 
 @asynccontextmanager
@@ -370,7 +366,8 @@ def serve_until_stopped(
     """Listen, ``announce`` the URLs, and serve until one of the signals ``stops`` has arrived and no boot is open.
 
     After a signal it serves for at most ``limits.drain_seconds``, after a second one not at all. SIGHUP, if it is not
-    in ``stops``, reloads the certificate's files. Raises `ConfigurationError` and `StoreError`.
+    in ``stops``, and a request at the socket ``control`` reload the files (``reload.py``). Raises `ConfigurationError`
+    and `StoreError`.
 
     The listening sockets are those that the service manager passed, or those of the server that answers at the path
     ``takeover`` of the configuration, which then ends. While others hold its sockets, a server that stops accepts no
@@ -382,12 +379,19 @@ def serve_until_stopped(
     """
     if transport not in anyio.get_available_backends():
         raise ConfigurationError(f"{transport} is not installed; run: pip install 'chutes-proto[{transport}]'")
+    running = Running(setup)
+    source = running if collateral is setup.collateral and isinstance(collateral, CollateralDirectory) else collateral
     with (
         open_store(setup) as (store, warnings),
-        _listeners(setup, store.name, worker) as held,
+        _listeners(running, store.name, worker) as held,
         closing(LogWriter()) as log,
     ):
         listeners = held.listeners
+        reloader = Reloader(running, store, log)
+        held.answer(setup.control_socket, reloader.reload)
+
+        if worker is not None:
+            in_background(obey, worker.channel, partial(prepare, running, None), running.replace)
 
         def ready() -> None:
             held.begin()
@@ -398,7 +402,7 @@ def serve_until_stopped(
         number = None if worker is None else worker.number
 
         async def main() -> None:
-            async with open_server(setup, store, collateral, log, listeners.admin, number) as server:
+            async with open_server(running, store, source, log, listeners.admin, number) as server:
 
                 def stop(why: str, *, handed_over: bool) -> None:
                     listeners.handed_over |= handed_over
@@ -425,7 +429,7 @@ def serve_until_stopped(
                         stop("takeover", handed_over=True)
 
                 signals: dict[signal.Signals, Callable[[], None]] = {
-                    signal.SIGHUP: lambda: log(listeners.reload_certificate())
+                    signal.SIGHUP: lambda: None if worker is not None else in_background(reloader.reload, "SIGHUP")
                 }
                 handed_over = held.by_manager and listeners.all_given
                 signals |= {number: partial(stop, number.name, handed_over=handed_over) for number in stops}
@@ -459,8 +463,10 @@ def supervise_until_stopped(
     with open_store(setup) as (store, _):
         name = store.name
     seconds = setup.config.limits.drain_seconds + 2 * END_SECONDS
-    with _listeners(setup, name) as held, closing(LogWriter()) as log:
+    running = Running(setup)
+    with _listeners(running, name) as held, closing(LogWriter()) as log:
         supervisor = Supervisor(
+            running,
             workers,
             worker_command(setup.config.path, transport),
             held.listeners.keyed,
@@ -469,6 +475,8 @@ def supervise_until_stopped(
             keeps_metrics=bool(held.listeners.admin),
             stop_seconds=seconds,
         )
+
+        held.answer(setup.control_socket, supervisor.reload)
 
         def ready() -> None:
             held.begin()
@@ -479,7 +487,7 @@ def supervise_until_stopped(
         log(Record(Level.INFO, "stopped", {}))
 
 
-@frozen
+@define
 class _Held:
     """The listeners of this process, who gave them, and where the next process asks for them."""
 
@@ -489,34 +497,45 @@ class _Held:
     door: Door | None = None
     life: int | None = None
     """Readable once the supervisor of this worker has ended; None if it has none."""
+    control: Control | None = None
+
+    def answer(self, path: Path | None, reload: Callable[[str], Mapping[str, object]]) -> None:
+        """Listen for requests to reload; those that come before `begin` go to the predecessor."""
+        if path is not None and self.life is None:  # a worker's supervisor is asked
+            self.control = Control(path, reload)
 
     def begin(self) -> None:
         """Note that this process serves: a successor asks it from now on, and its predecessor ends."""
         if self.door is not None:
             self.door.open()
+        if self.control is not None:
+            self.control.open()
         if self.taken is not None:
             self.taken.confirm()
             self.listeners.owns_given = True
 
 
 @contextmanager
-def _listeners(setup: ServerSetup, store: str, worker: Given | None = None) -> Generator[_Held]:
+def _listeners(running: Running, store: str, worker: Given | None = None) -> Generator[_Held]:
     if worker is not None:
-        with closing(Listeners(setup, worker.sockets)) as listeners:
+        with closing(Listeners(running, worker.sockets)) as listeners:
             yield _Held(listeners, worker.handed_over, life=worker.life)
         return
     inherited = inherited_sockets(os.environ)
-    path = setup.takeover_socket
+    path = running.setup.takeover_socket
     taken = None if path is None or inherited else take_over(path, store)
     given = [("", each) for each in inherited] if taken is None else taken.sockets
     with ExitStack() as opened:
         if taken is not None:
             _ = opened.callback(taken.connection.close)
-        listeners = opened.enter_context(closing(Listeners(setup, given)))
+        listeners = opened.enter_context(closing(Listeners(running, given)))
         door = None if path is None else Door(path)
+        held = _Held(listeners, bool(inherited), taken, door)
         try:
-            yield _Held(listeners, bool(inherited), taken, door)
+            yield held
         finally:
+            if held.control is not None:
+                held.control.close(is_successors=listeners.handed_over)
             if door is not None:
                 door.close(is_successors=listeners.handed_over)
 

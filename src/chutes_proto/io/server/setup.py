@@ -14,11 +14,12 @@ import re
 from collections.abc import Iterable, Mapping
 from functools import partial
 from importlib.util import find_spec
+from os import PathLike
 from pathlib import Path
 from socket import gethostname
 from typing import Literal
 
-from attrs import evolve, frozen
+from attrs import evolve, field, frozen
 
 from chutes_proto._converter import nearest
 from chutes_proto.auth.hotkey import Hotkey, HotkeyError, check_installed
@@ -32,7 +33,7 @@ from chutes_proto.io.collateral.directory import CollateralDirectory
 from chutes_proto.io.collateral.gpu_directory import GpuCollateralDirectory, read_gpu_roots
 from chutes_proto.io.collateral.gpu_services import GpuServices
 from chutes_proto.io.collateral.upstream import UpstreamCollateral
-from chutes_proto.io.files import read_file, read_private
+from chutes_proto.io.files import Files, absolute
 from chutes_proto.io.hotkey_file import read_hotkey
 from chutes_proto.io.http.tls import context_trusting
 from chutes_proto.io.server.sequencer import checkpoint_path
@@ -72,6 +73,7 @@ class ServerSetup:
     store: StorePlace
     base: Path
     alike: Alike
+    files: Files = field(repr=False)
     not_served: tuple[str, ...] = ()
     gpus: GpuCollateralDirectory | GpuServices | None = None
 
@@ -81,13 +83,10 @@ class ServerSetup:
         given = self.config.limits
         return Limits(head_bytes=given.head_bytes, body_bytes=given.body_bytes, request_seconds=given.request_seconds)
 
-    def reload_tls(self) -> ServerContext:
-        """Read certificate and key from the files again. Raises `ConfigurationError`."""
-        return _tls(self.config.tls.certificate, self.config.tls.key, self.base)
-
-    def reload_admin_tls(self) -> ServerContext | None:
-        """Read the files of the admin listener again; None if it is without TLS. Raises `ConfigurationError`."""
-        return _admin_tls(self.config, self.base)
+    @property
+    def control_socket(self) -> Path | None:
+        """The Unix socket at which `chutes-proto reload` asks."""
+        return None if self.config.control is None else self.base / self.config.control
 
     @property
     def admin_socket(self) -> Path | None:
@@ -131,29 +130,46 @@ class ServerSetup:
         return None if self.config.takeover is None else self.base / self.config.takeover
 
 
-def make_setup(config: ServerConfig) -> ServerSetup:
-    """Read all files that ``config`` names. Raises `ConfigurationError` with all problems, one a line."""
+def load_config(path: str | PathLike[str], files: Files) -> ServerConfig:
+    """Read a configuration through ``files``, as `ServerConfig.load` does. Raises the same errors."""
+    whole = absolute(path)
+    data = files.read(whole)
+    try:
+        return evolve(ServerConfig.from_toml(data), path=whole)
+    except ConfigurationError as exc:
+        raise ConfigurationError(f"{whole}: {exc}") from None
+
+
+def make_setup(config: ServerConfig, files: Files | None = None) -> ServerSetup:
+    """Read all files that ``config`` names, through ``files``.
+
+    Raises `ConfigurationError` with all problems, one a line.
+    """
+    files = Files() if files is None else files
     problems = Problems()
     base = Path.cwd() if config.path is None else Path(config.path).parent
     _ = problems.attempt("store", lambda: check_configuration(config))
-    tls = problems.attempt("tls", lambda: _tls(config.tls.certificate, config.tls.key, base))
-    admin_tls = problems.attempt("admin", lambda: _admin_tls(config, base))
-    root = problems.attempt("roots", lambda: read_root(config, base))
-    vault = read_vault(config, base, problems)
-    profiles, not_served = read_profiles(config, base, problems)
+    tls = problems.attempt("tls", lambda: _tls(config.tls.certificate, config.tls.key, base, files))
+    admin_tls = problems.attempt("admin", lambda: _admin_tls(config, base, files))
+    root = problems.attempt("roots", lambda: read_root(config, base, files))
+    vault = read_vault(config, base, files, problems)
+    profiles, not_served = read_profiles(config, base, files, problems)
     _ = problems.attempt("measurements", lambda: check_distinct(profile.measurements for profile in profiles))
-    policies = problems.attempt("policy", lambda: _policies(config, base, profiles))
+    policies = problems.attempt("policy", lambda: _policies(config, base, files, profiles))
     _ = problems.attempt("minimum_version", lambda: _check_versions(config, profiles))
-    signing_keys = problems.attempt("signing_keys_file", lambda: _signing_keys(config, base))
+    signing_keys = problems.attempt("signing_keys_file", lambda: _signing_keys(config, base, files))
     _ = problems.attempt("blacklist", lambda: _hotkeys(tuple(config.blacklist)))
     hotkeys: frozenset[str] | Literal["*"] | None = problems.attempt("hotkeys", lambda: _hotkeys(config.hotkeys))
-    proxies = problems.attempt("proxy.secret_file", lambda: _proxies(config.proxy, base))
+    proxies = problems.attempt("proxy.secret_file", lambda: _proxies(config.proxy, base, files))
     if config.proxy.unix is not None:
         socket_path = str(base / config.proxy.unix)
         _ = problems.attempt("proxy.unix", lambda: check_socket_path(socket_path))
     if config.takeover is not None:
         takeover_path = f"{base / config.takeover}.{os.getpid()}"
         _ = problems.attempt("takeover", lambda: check_socket_path(takeover_path))
+    if config.control is not None:
+        control_path = f"{base / config.control}.{os.getpid()}"
+        _ = problems.attempt("control", lambda: check_socket_path(control_path))
     if config.admin.unix is not None:
         admin_path = str(base / config.admin.unix)
         _ = problems.attempt("admin.unix", lambda: check_socket_path(admin_path))
@@ -164,12 +180,12 @@ def make_setup(config: ServerConfig) -> ServerSetup:
         grace = policies.collateral_grace
         collateral = problems.attempt(collateral_key, lambda: _collateral(config, base, root, grace))
     gpu_roots = problems.attempt("gpu_evidence.roots", lambda: _gpu_roots(config.gpu_evidence, base))
-    gpu_policy = problems.attempt("gpu_evidence.policy", lambda: _gpu_policy(config.gpu_evidence, base))
+    gpu_policy = problems.attempt("gpu_evidence.policy", lambda: _gpu_policy(config.gpu_evidence, base, files))
     if gpu_roots is None or gpu_policy is None:
         raise problems.error()
-    files = problems.attempt("gpu_evidence.directory", lambda: _gpu_files(config.gpu_evidence, base, gpu_roots))
+    gpu_files = problems.attempt("gpu_evidence.directory", lambda: _gpu_files(config.gpu_evidence, base, gpu_roots))
     gpus = problems.attempt(
-        "gpu_evidence.ca_file", lambda: _gpu_source(config.gpu_evidence, base, gpu_roots, gpu_policy, files)
+        "gpu_evidence.ca_file", lambda: _gpu_source(config.gpu_evidence, base, gpu_roots, gpu_policy, gpu_files)
     )
     if tls is None or root is None or vault is None or policies is None or hotkeys is None or collateral is None:
         raise problems.error()
@@ -210,7 +226,7 @@ def make_setup(config: ServerConfig) -> ServerSetup:
     )
     place = store_place(config, base, with_mark=True)
     alike = Alike(f"{gethostname()}:{config.path or config.listen}", shared_settings(config, service))
-    return ServerSetup(config, service, collateral, tls, admin_tls, place, base, alike, not_served, gpus)
+    return ServerSetup(config, service, collateral, tls, admin_tls, place, base, alike, files, not_served, gpus)
 
 
 def trust(root: TrustedRoot, name: str) -> str:
@@ -223,30 +239,30 @@ def trust(root: TrustedRoot, name: str) -> str:
 # --- the parts ---
 
 
-def _tls(certificate: str, key_file: str, base: Path, client_ca: str | None = None) -> ServerContext:
-    chain = read_file(base / certificate)
-    key = Secret(read_private(base / key_file, group_may=True))
-    authorities = None if client_ca is None else read_file(base / client_ca)
+def _tls(certificate: str, key_file: str, base: Path, files: Files, client_ca: str | None = None) -> ServerContext:
+    chain = files.read(base / certificate)
+    key = Secret(files.read_private(base / key_file, group_may=True))
+    authorities = None if client_ca is None else files.read(base / client_ca)
     try:
         return server_context(chain, key, client_ca_pem=authorities)
     except ConfigurationError as exc:
         raise ConfigurationError(f"{base / certificate}, {base / key_file}: {exc}") from None
 
 
-def _admin_tls(config: ServerConfig, base: Path) -> ServerContext | None:
+def _admin_tls(config: ServerConfig, base: Path, files: Files) -> ServerContext | None:
     admin = config.admin
     if (admin.listen, admin.unix) != (None, None) and find_spec("prometheus_client") is None:
         raise ConfigurationError("the admin listener needs prometheus-client; run pip install 'chutes-proto[metrics]'")
     if admin.certificate is None or admin.key is None or admin.client_ca is None:
         return None
-    return _tls(admin.certificate, admin.key, base, admin.client_ca)
+    return _tls(admin.certificate, admin.key, base, files, admin.client_ca)
 
 
-def _proxies(options: ProxyOptions, base: Path) -> TrustedProxies:
+def _proxies(options: ProxyOptions, base: Path, files: Files) -> TrustedProxies:
     secrets: list[bytes] = []
     if options.secret_file is not None:
         path = base / options.secret_file
-        secrets = [line.strip() for line in read_private(path, group_may=True).splitlines() if line.strip()]
+        secrets = [line.strip() for line in files.read_private(path, group_may=True).splitlines() if line.strip()]
         if not 1 <= len(secrets) <= 2 or not all(re.fullmatch(rb"[!-~]+", secret) for secret in secrets):
             raise ConfigurationError(f"{path}: not one or two secrets, one a line, in printable ASCII without spaces")
     return TrustedProxies(
@@ -268,12 +284,12 @@ def _callback(options: RegistrationOptions, base: Path) -> Callback | None:
     return Callback(pair.hotkey, pair.sign, options.evidence_port)
 
 
-def _policies(config: ServerConfig, base: Path, profiles: list[ServedProfile]) -> PolicySet:
+def _policies(config: ServerConfig, base: Path, files: Files, profiles: list[ServedProfile]) -> PolicySet:
     """The policies, each of which is for a profile or hotkey that is served. Raises `ConfigurationError`."""
     if config.policy is None:
         return PolicySet(default=Policy(tcb=TcbPolicy(collateral_grace=config.collateral.grace_seconds)))
     path = base / config.policy
-    data = read_file(path)
+    data = files.read(path)
     try:
         policies = parse_policy_set(data)
         _ = policies.bind(())
@@ -319,12 +335,12 @@ def _collateral(
     return UpstreamCollateral(cache, context_trusting(ca_file), kept)
 
 
-def _signing_keys(config: ServerConfig, base: Path) -> bytes | None:
+def _signing_keys(config: ServerConfig, base: Path, files: Files) -> bytes | None:
     if config.signing_keys_file is None:
         return None
     path = base / config.signing_keys_file
     try:
-        return check_signing_keys(read_file(path))
+        return check_signing_keys(files.read(path))
     except ValueError as exc:
         raise ConfigurationError(f"{path}: {exc}") from None
 
@@ -367,12 +383,12 @@ def _gpu_source(
     )
 
 
-def _gpu_policy(options: GpuEvidenceOptions, base: Path) -> GpuPolicy:
+def _gpu_policy(options: GpuEvidenceOptions, base: Path, files: Files) -> GpuPolicy:
     if options.policy is None:
         return GpuPolicy()
     path = base / options.policy
     try:
-        return parse_gpu_policy(read_file(path))
+        return parse_gpu_policy(files.read(path))
     except GpuPolicyError as exc:
         raise ConfigurationError(f"{path}: {exc}") from None
 
@@ -392,18 +408,20 @@ def _hotkeys(addresses: tuple[str, ...] | Literal["*"]) -> frozenset[str] | Lite
     return frozenset(addresses)
 
 
-def read_profiles(config: ServerConfig, base: Path, problems: Problems) -> tuple[list[ServedProfile], tuple[str, ...]]:
+def read_profiles(
+    config: ServerConfig, base: Path, files: Files, problems: Problems
+) -> tuple[list[ServedProfile], tuple[str, ...]]:
     """Read the profiles to serve; returns them, and in words what in their files is not served."""
 
     def read(name: str) -> bytes:
-        return read_private(base / name)
+        return files.read_private(base / name)
 
     served: list[ServedProfile] = []
     not_served: list[str] = []
     served_defaults = {key: value for key, value in config.profile_defaults.items() if key in EXTRA_KEYS}
     defaults = {key: value for key, value in config.profile_defaults.items() if key not in EXTRA_KEYS}
     for name in config.measurements:
-        data = problems.attempt("measurements", partial(read_file, base / name))
+        data = problems.attempt("measurements", partial(files.read, base / name))
         if data is None:
             continue
         key = f"measurements: {base / name}"

@@ -20,7 +20,7 @@ from typing import TypeVar
 from attrs import frozen
 
 from chutes_proto.errors import ConfigurationError, QuoteError, StoreError
-from chutes_proto.io.files import check_private, read_file, read_private
+from chutes_proto.io.files import Files, check_private
 from chutes_proto.io.finding import Finding
 from chutes_proto.io.stores.address import DurableStore, StorePlace
 from chutes_proto.io.stores.erasures import file_beside
@@ -63,8 +63,9 @@ def make_store_setup(config: ServerConfig) -> StoreSetup:
     problems = Problems()
     base = Path.cwd() if config.path is None else Path(config.path).parent
     _ = problems.attempt("store", lambda: check_configuration(config))
-    root = problems.attempt("roots", lambda: read_root(config, base))
-    vault = read_vault(config, base, problems)
+    files = Files()
+    root = problems.attempt("roots", lambda: read_root(config, base, files))
+    vault = read_vault(config, base, files, problems)
     if root is None or vault is None or problems.found:
         raise problems.error()
     return StoreSetup(config, store_place(config, base), vault, root)
@@ -178,11 +179,11 @@ class Problems:
         return ConfigurationError("\n".join(self.found))
 
 
-def read_root(config: ServerConfig, base: Path) -> TrustedRoot:
+def read_root(config: ServerConfig, base: Path, files: Files) -> TrustedRoot:
     """The root of trust that ``roots`` names."""
     if config.roots == "intel":
         return INTEL_ROOT
-    data = read_file(base / config.roots)
+    data = files.read(base / config.roots)
     try:
         return TrustedRoot.from_der(data)
     except QuoteError as exc:
@@ -199,21 +200,21 @@ def check_configuration(config: ServerConfig) -> None:
         check_private(config.path, group_may=True)
 
 
-def read_vault(config: ServerConfig, base: Path, problems: Problems) -> Vault | None:
+def read_vault(config: ServerConfig, base: Path, files: Files, problems: Problems) -> Vault | None:
     """The key-encryption keys, or None and problems more."""
-    current = problems.attempt("kek_file", lambda: _kek(base / config.kek_file))
+    current = problems.attempt("kek_file", lambda: _kek(base / config.kek_file, files))
     previous = None
     if config.kek_previous_file is not None:
         previous_path = base / config.kek_previous_file
-        previous = problems.attempt("kek_previous_file", lambda: _kek(previous_path))
+        previous = problems.attempt("kek_previous_file", lambda: _kek(previous_path, files))
     if previous is not None and previous == current:
         text = f"kek_previous_file: {base / str(config.kek_previous_file)} holds the same key as kek_file"
         problems.found.append(text)
     return None if current is None else Vault(current, previous)
 
 
-def _kek(path: Path) -> KeyEncryptionKey:
-    data = read_private(path)
+def _kek(path: Path, files: Files) -> KeyEncryptionKey:
+    data = files.read_private(path)
     try:
         return KeyEncryptionKey.from_bytes(data)
     except ConfigurationError as exc:

@@ -5,7 +5,8 @@ Rules kept here:
 * the supervisor opens the sockets, serves nothing itself, and needs no event loop; a worker is a `serve` of its own
   that was given the sockets;
 * a worker that ends by itself is replaced, after a pause if it did not live long;
-* what the supervisor is told, it tells the workers: to stop, to stop at once, to reload;
+* what the supervisor is told, it tells the workers: to stop, to stop at once;
+* a reload is read once, by the supervisor: all workers check it, then all carry it out, or none does;
 * workers end when their supervisor does, however that ended: each holds the end of a pipe whose other end it has.
 """
 
@@ -19,17 +20,21 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, MutableMapping, Sequence
-from contextlib import ExitStack, suppress
+from base64 import b64decode, b64encode
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from contextlib import ExitStack, closing, suppress
 from queue import SimpleQueue
-from socket import socket
-from typing import Final
+from socket import recv_fds, send_fds, socket, socketpair
+from typing import Any, Final, ParamSpec
 
 import anyio
 from attrs import define, field, frozen
 
-from chutes_proto.errors import StoreError
+from chutes_proto.errors import ConfigurationError, QuoteError, StoreError
+from chutes_proto.io.files import Files
 from chutes_proto.io.server.log_writer import LogWriter
+from chutes_proto.io.server.reload import Prepared, Running, prepare, record, reported
+from chutes_proto.io.server.setup import ServerSetup
 from chutes_proto.io.server.takeover import Door
 from chutes_proto.log import Level, Record, Value
 
@@ -42,6 +47,9 @@ METRICS_DIRECTORY: Final = "PROMETHEUS_MULTIPROC_DIR"
 _VARIABLE: Final = "CHUTES_PROTO_WORKER"
 _SHORT_LIFE: Final = 5.0
 _PAUSE: Final = 1.0
+_ANSWER_SECONDS: Final = 60.0
+
+P = ParamSpec("P")
 
 
 @frozen
@@ -56,6 +64,9 @@ class Given:
     life: int
     workers: int
     handed_over: bool
+    channel: socket
+    files: Files
+    """The files of the set-up by which all workers run, as the supervisor read them."""
 
 
 def given_by_supervisor(environ: MutableMapping[str, str]) -> Given | None:
@@ -69,7 +80,54 @@ def given_by_supervisor(environ: MutableMapping[str, str]) -> Given | None:
         os.set_inheritable(descriptor, False)
         sockets.append((key, socket(fileno=descriptor)))
     os.set_inheritable(said["life"], False)
-    return Given(said["number"], tuple(sockets), said["life"], said["workers"], said["handed_over"])
+    channel = socket(fileno=said["channel"])
+    os.set_inheritable(said["channel"], False)
+    files = Files(_unpacked(said["files"]))
+    return Given(said["number"], tuple(sockets), said["life"], said["workers"], said["handed_over"], channel, files)
+
+
+def obey(channel: socket, prepare: Callable[[Files], Prepared], commit: Callable[[ServerSetup], None]) -> None:
+    """Do what the supervisor says over ``channel``, in the worker: prepare a reload, and carry it out."""
+    prepared: Prepared | None = None
+    while True:
+        try:
+            said, descriptors, _, _ = recv_fds(channel, 64, 1)
+        except OSError:
+            return
+        if not said:
+            return
+        answer: dict[str, object] = {"ok": True}
+        if descriptors:
+            prepared = None
+            try:
+                prepared = prepare(Files(_unpacked(descriptors[0])))
+                answer["after"] = prepared.after
+            except (ConfigurationError, StoreError, QuoteError, OSError) as exc:
+                answer = {"ok": False, "error": str(exc)}
+        elif prepared is not None:
+            commit(prepared.setup)
+        with suppress(OSError):
+            channel.sendall(json.dumps(answer).encode() + b"\n")
+
+
+def _packed(content: Mapping[str, bytes]) -> int:
+    """A descriptor of a file in memory that holds the files, secrets too; nobody else can open it."""
+    descriptor = os.memfd_create("files", os.MFD_CLOEXEC)
+    with os.fdopen(os.dup(descriptor), "wb") as file:
+        _ = file.write(json.dumps({path: b64encode(data).decode() for path, data in content.items()}).encode())
+    return descriptor
+
+
+def _unpacked(descriptor: int) -> dict[str, bytes]:
+    """Return the files that `_packed` holds, and close the descriptor; another process may read it at the same time."""
+    with os.fdopen(descriptor, "rb") as file:
+        data = os.pread(descriptor, os.fstat(file.fileno()).st_size, 0)
+    return {path: b64decode(text) for path, text in json.loads(data).items()}
+
+
+def in_background(run: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
+    """Run it in a thread that keeps no process from its end."""
+    threading.Thread(target=lambda: run(*args, **kwargs), daemon=True).start()
 
 
 @define(eq=False)
@@ -77,12 +135,26 @@ class _Worker:
     number: int
     process: subprocess.Popen[bytes]
     started: float
+    channel: socket
+
+    def ask(self, said: bytes, *descriptors: int) -> dict[str, Any]:
+        """Say something to the worker, and return its answer. Raises `ConfigurationError`."""
+        try:
+            _ = send_fds(self.channel, [said], descriptors)
+            with self.channel.makefile("rb") as answers:
+                answer: dict[str, Any] = json.loads(answers.readline() or b"null") or {"ok": False, "error": "it ended"}
+        except (OSError, ValueError) as exc:
+            answer = {"ok": False, "error": str(exc)}
+        if not answer["ok"]:
+            raise ConfigurationError(f"worker {self.number}: {answer['error']}")
+        return answer
 
 
 @define
 class Supervisor:
-    """Runs ``count`` processes of ``command`` on ``sockets``, each given with its setting."""
+    """Runs ``count`` processes of ``command`` by the set-up ``running``, on ``sockets``, each with its setting."""
 
+    running: Running
     count: int
     command: Sequence[str]
     sockets: Sequence[tuple[str, socket]]
@@ -93,6 +165,35 @@ class Supervisor:
     _events: SimpleQueue[tuple[str, object]] = field(init=False, factory=SimpleQueue)
     _workers: list[_Worker] = field(init=False, factory=list)
     _stopping: bool = field(init=False, default=False)
+    _reloading: threading.Lock = field(init=False, factory=threading.Lock)
+    """Held while workers reload or one is started, so that every worker runs by the same files."""
+
+    def reload(self, caller: str) -> dict[str, object]:
+        """Reload all workers for ``caller``, or none; see `Reloader.reload`. May be called in every thread."""
+        with self._reloading:
+            return reported(caller, self.log, lambda: self._reload(caller))
+
+    def _reload(self, caller: str) -> Prepared:
+        files = Files()
+        with closing(self.running.setup.store.open()) as store:
+            prepared = prepare(self.running, store, files)
+            workers = tuple(self._workers)
+            descriptor = _packed(files.content)
+            try:
+                for worker in workers:
+                    if worker.ask(b"prepare", descriptor)["after"] != prepared.after:
+                        raise ConfigurationError(f"worker {worker.number}: read something else; ask again")
+            finally:
+                os.close(descriptor)
+            if prepared.changes:
+                record(store, caller, prepared)
+        for worker in workers:
+            try:
+                _ = worker.ask(b"commit")
+            except ConfigurationError:
+                worker.process.kill()  # the one in its place gets the new files
+        self.running.replace(prepared.setup)
+        return prepared
 
     def run(self, stops: Sequence[signal.Signals], ready: Callable[[], None], door: Door | None, store: str) -> bool:
         """Serve until stopped; ``ready`` is called once all workers serve. Returns whether the sockets were taken over.
@@ -123,20 +224,32 @@ class Supervisor:
             return self._supervise(life, environ)
 
     def _start(self, number: int, life: int, environ: dict[str, str]) -> None:
+        ours, theirs = socketpair()
+        ours.settimeout(_ANSWER_SECONDS)
+        files = _packed(self.running.setup.files.content)
         said = {
             "number": number,
+            "channel": theirs.fileno(),
+            "files": files,
             "sockets": [(key, each.fileno()) for key, each in self.sockets],
             "life": life,
             "workers": self.count,
             "handed_over": self.handed_over,
         }
-        process = subprocess.Popen(
-            self.command,
-            stdout=subprocess.PIPE,
-            pass_fds=[life, *(each.fileno() for _, each in self.sockets)],
-            env={**environ, _VARIABLE: json.dumps(said)},
-        )
-        worker = _Worker(number, process, time.monotonic())
+        try:
+            process = subprocess.Popen(
+                self.command,
+                stdout=subprocess.PIPE,
+                pass_fds=[life, files, theirs.fileno(), *(each.fileno() for _, each in self.sockets)],
+                env={**environ, _VARIABLE: json.dumps(said)},
+            )
+        except OSError:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+            os.close(files)
+        worker = _Worker(number, process, time.monotonic(), ours)
         self._workers.append(worker)
         threading.Thread(target=self._await_end, args=(worker,), daemon=True).start()
 
@@ -153,7 +266,7 @@ class Supervisor:
         while self._workers or not self._stopping:
             match self._events.get():
                 case "signal", signal.SIGHUP:
-                    self._tell(signal.SIGHUP)
+                    in_background(self.reload, "SIGHUP")
                 case "signal", signal.Signals() as number:
                     self._stop(number.name, signal.SIGTERM)
                 case "takeover", _:
@@ -171,13 +284,15 @@ class Supervisor:
 
     def _replace(self, number: int, life: int, environ: dict[str, str]) -> None:
         try:
-            self._start(number, life, environ)
+            with self._reloading:
+                self._start(number, life, environ)
         except OSError as exc:  # no memory for it, or its program is being upgraded: the other workers go on
             self.log(Record(Level.ERROR, "worker_not_started", {"worker": number, "error": str(exc)}))
             self._after(_PAUSE, "start", number)
 
     def _note_end(self, worker: _Worker, metrics: str | None) -> None:
         self._workers.remove(worker)
+        worker.channel.close()
         if worker.process.stdout is not None:
             worker.process.stdout.close()
         if metrics is not None:

@@ -1,0 +1,272 @@
+"""A server that reads its files again: what changes, that all of it changes or nothing, and for whom."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from socket import AF_UNIX, SOCK_STREAM, socket, socketpair
+from typing import Any
+
+import pytest
+from attrs import evolve, fields
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chutes_proto.auth.server_identity import make_server_identity
+from chutes_proto.errors import ConfigurationError
+from chutes_proto.io.files import Files, write_file
+from chutes_proto.io.server.log_writer import LogWriter
+from chutes_proto.io.server.reload import Prepared, Running, prepare
+from chutes_proto.io.server.setup import make_setup
+from chutes_proto.io.server.workers import Supervisor, obey
+from chutes_proto.io.server.workers import _Worker as Worker
+from chutes_proto.quote._policy import Policy, TcbPolicy
+from chutes_proto.quote._policy_set import PolicySet
+from chutes_proto.server import ServerConfig
+from chutes_proto.server._app import App
+from chutes_proto.server._profiles import ServedProfile
+from chutes_proto.server._service import _CARRIED, Service
+from chutes_proto.testing._platform import PROFILE
+from tests.cli.conftest import HOTKEY
+from tests.scenario.premises import Premises
+from tests.scenario.test_workers import children, records
+from tests.server.world import World, service
+from tests.waiting import wait_until
+
+STALE = "tcb_out_of_date"
+OUTDATED = 'tcb.accepted_statuses = ["UpToDate", "OutOfDate"]'
+OTHER = "5FHneW46xGXgs5mUiveU4sbTyGBzmstUspZC92UhjJM694ty"
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Premises]:
+    """Premises with a control socket and a policy, whose VMs are out of date."""
+    premises = Premises(tmp_path / "site", "sqlite:keys.db")
+    premises.edit("hotkeys =", 'control = "control.sock"\npolicy = "policy.toml"\nhotkeys =')
+    (premises.directory / "policy.toml").touch()
+    premises.platform = premises.platform.having(STALE)
+    yield premises
+    premises.close()
+
+
+def say_policy(site: Premises, text: str) -> None:
+    write_file(site.directory / "policy.toml", text.encode())
+
+
+def reload(site: Premises, *, refused: bool = False) -> Any:
+    ended = site.here("reload", "--json")
+    assert ended.code == refused, ended
+    return ended.json
+
+
+def test_a_reload_changes_all_that_it_can_and_names_the_rest(site: Premises) -> None:
+    site.start()
+    assert site.vm().boot(status=403)["code"] == "tcb_rejected"
+    assert reload(site)["changes"] == []
+    say_policy(site, OUTDATED)
+    done = reload(site)
+    assert (done["changes"], done["needs_restart"]) == (["policy"], [])
+    assert site.vm().boot()["boot_token"]
+
+    newer = PROFILE.to_toml() + evolve(PROFILE, name="newer", mrtd=bytes(48)).to_toml()
+    write_file(site.directory / "measurements.toml", newer.encode())
+    site.edit('hotkeys = "*"', f'hotkeys = ["{HOTKEY}", "{OTHER}"]')
+    identity = make_server_identity(site.now - 86_400, os.urandom(32))
+    write_file(site.directory / "server.pem", identity.chain_pem)
+    write_file(site.directory / "server.key", identity.key_pem.reveal(), mode=0o600)
+    site.new_key()
+    site.edit('listen = "127.0.0.1:0"', 'listen = "127.0.0.1:1"')
+    done = reload(site)
+    assert done["changes"] == ["reference values: newer 1 added", "hotkeys", "certificate", "KEK"]
+    assert done["needs_restart"] == ["listen"]
+    write_file(site.ca, identity.ca_pem)
+    assert len(site.vm().ask("GET", "/servers/tee/measurements")) == 2
+    assert site.vm().boot()["boot_token"]
+    rows = site.json("audit", "list")["rows"]
+    (reason,) = [row["reason"] for row in rows if row["event"] == "reloaded" and "KEK" in row["reason"]]
+    assert reason.startswith(f"uid {os.getuid()}: {done['before']} to {done['after']}: reference values")
+    site.edit(f'"{HOTKEY}", ', "")
+    assert reload(site)["changes"] == [f"hotkeys: {HOTKEY} removed"]
+    assert site.vm().boot(status=403)["code"] == "hotkey_rejected"
+    said = site.here("reload")
+    assert (said.code, said.out) == (0, "nothing has changed\nnot applied until a restart: listen\n")
+
+
+def test_what_cannot_be_used_changes_nothing_and_says_why(site: Premises) -> None:
+    site.start()
+    say_policy(site, OUTDATED)
+    assert reload(site)["changes"] == ["policy"]
+    good = site.configuration.read_text()
+
+    def refused(change: Callable[[], object]) -> str:
+        change()
+        error: str = reload(site, refused=True)["error"]
+        say_policy(site, OUTDATED)
+        _ = site.configuration.write_text(good)
+        assert site.vm().boot()["boot_token"]  # by the last good one
+        return error
+
+    assert "tcb.alow_smt: Unknown key; did you mean allow_smt?" in refused(lambda: say_policy(site, "tcb.alow_smt = 1"))
+    assert "hotkeys" in refused(lambda: site.edit('hotkeys = "*"', 'hotkeys = ["5G"]'))
+
+    def two() -> None:
+        say_policy(site, "tcb = 1")
+        site.edit("measurements.toml", "nowhere.toml")
+
+    several = refused(two)
+    assert "policy: " in several
+    assert "nowhere.toml" in several
+    key = (site.directory / "kek").read_bytes()
+    assert "sealed under" in refused(lambda: write_file(site.directory / "kek", os.urandom(32), mode=0o600))
+    write_file(site.directory / "kek", key, mode=0o600)
+    assert reload(site)["changes"] == []
+    site.wait_for_log('"event":"reload_refused"')
+    assert site.server is not None
+    say_policy(site, "")
+    site.server.process.send_signal(signal.SIGHUP)
+    _ = wait_until(lambda: [one for one in records(site, "reloaded") if one["caller"] == "SIGHUP"])
+    assert site.vm().boot(status=403)["code"] == "tcb_rejected"
+    with socket(AF_UNIX, SOCK_STREAM) as stranger:
+        stranger.connect(str(site.directory / "control.sock"))
+        stranger.sendall(b"restart")
+        assert b"the only request is reload" in stranger.makefile("rb").readline()
+    assert (site.directory / "control.sock").stat().st_mode & 0o777 == 0o600
+    site.stop()
+    assert not (site.directory / "control.sock").exists()
+    ended = site.here("reload")
+    assert (ended.code, "no server answers" in ended.err) == (2, True)
+
+
+def test_all_workers_reload_and_a_new_one_runs_by_the_same_files(site: Premises) -> None:
+    site.start("--workers", "2")
+    say_policy(site, OUTDATED)
+    assert reload(site)["changes"] == ["policy"]
+    for _ in range(4):
+        assert site.vm().boot()["boot_token"]
+    say_policy(site, "half a pol")  # the operator is not done yet
+    pid = children(site)[0]
+    os.kill(pid, signal.SIGKILL)
+    _ = wait_until(lambda: len(records(site, "serving")) == 3)
+    for _ in range(4):
+        assert site.vm().boot()["boot_token"]
+    assert "not TOML" in reload(site, refused=True)["error"]
+    say_policy(site, "")
+    assert reload(site)["changes"] == ["policy"]
+    assert {site.vm().boot(status=403)["code"] for _ in range(4)} == {"tcb_rejected"}
+
+
+def test_one_worker_that_cannot_keeps_all_from_it(site: Premises) -> None:
+    """Workers as threads, so that one can fail alone; files, sockets, set-ups and store are real."""
+    setup = make_setup(ServerConfig.load(site.configuration))
+    runnings = [Running(setup) for _ in range(3)]
+    with ExitStack() as opened:
+        log = LogWriter(os.open("/dev/null", os.O_WRONLY))
+        _ = opened.callback(log.close)
+        supervisor = Supervisor(runnings[0], 2, [], [], False, log, keeps_metrics=False, stop_seconds=1)
+        may_fail: list[str] = ["no memory"]
+
+        def second(files: Files) -> Prepared:
+            if may_fail:
+                raise ConfigurationError(may_fail.pop())
+            return prepare(runnings[2], None, files)
+
+        def first(files: Files) -> Prepared:
+            return prepare(runnings[1], None, files)
+
+        for number, (running, check) in enumerate(zip(runnings[1:], (first, second), strict=True)):
+            ours, theirs = map(opened.enter_context, socketpair())
+            threading.Thread(target=obey, args=(theirs, check, running.replace), daemon=True).start()
+            process: Any = None
+            supervisor._workers.append(Worker(number, process, 0.0, ours))
+        say_policy(site, OUTDATED)
+        assert supervisor.reload("uid 7") == {"ok": False, "error": "worker 1: no memory"}
+        assert all(running.setup is setup for running in runnings)
+        done = supervisor.reload("uid 7")
+        assert done["changes"] == ["policy"]
+        assert {id(running.setup) for running in runnings}.isdisjoint({id(setup)})
+        assert len({str(running.setup.service.policies) for running in runnings}) == 1
+
+
+def test_a_file_is_read_once(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    _ = file.write_bytes(b"old")
+    files = Files()
+    assert files.read(file) == b"old"
+    _ = file.write_bytes(b"new")
+    assert files.read(file) == files.read_private(file) == b"old"
+    file.unlink()
+    assert Files(files.content).read(file) == b"old"
+
+
+# --- one request sees one policy ---
+
+ACCEPTING = service(policies=PolicySet(default=Policy(tcb=TcbPolicy(accepted_statuses=["UpToDate", "OutOfDate"]))))
+OTHERS = evolve(PROFILE, name="other", mrtd=bytes(48))
+REFUSING = service(hotkeys=frozenset({OTHER}), profiles={OTHERS.identity: ServedProfile(OTHERS, None, False, False)})
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 12), st.booleans())
+def test_a_request_sees_one_policy_whole_whenever_a_reload_comes(moment: int, is_accepting: bool) -> None:
+    """Each difference between the two would show: another refusal, or a defect's 503."""
+    before, after = (ACCEPTING, REFUSING) if is_accepting else (REFUSING, ACCEPTING)
+    world = World(App(before))
+    world.platform = world.platform.having(STALE)
+    nonce = world.nonce()
+    begun = len(world.asked)
+
+    def maybe_reload(_: object) -> None:
+        if len(world.asked) - begun == moment + 1:
+            world.app.service = evolve(after).in_place_of(world.app.service)
+
+    world.before = maybe_reload
+    response = world.boot(nonce)
+    world.before = lambda _: None
+    reloaded = len(world.asked) - begun > moment
+    assert _outcome(response) == _expected(before)
+    world.app.service = world.app.service if reloaded else after.in_place_of(world.app.service)
+    assert _outcome(world.boot()) == _expected(after)
+
+
+def _expected(one: Service) -> int | tuple[int, bytes]:
+    return 200 if one.hotkeys == "*" else (403, b"tcb_rejected")
+
+
+def _outcome(response: Any) -> int | tuple[int, bytes]:
+    if response.status == 200:
+        return 200
+    return response.status, b"tcb_rejected" if b"tcb_rejected" in response.body else response.body
+
+
+def test_counters_outlive_a_reload() -> None:
+    world = World(App(service()))
+    assert world.token()
+    new = service(hotkeys=frozenset({OTHER})).in_place_of(world.app.service)
+    assert new.boots is world.app.service.boots
+    assert len(new.boots) == 1
+    assert new.hotkeys == frozenset({OTHER})
+
+
+CONFIGURED = frozenset(
+    "vault mint root trust profiles hotkeys policies volumes netuid blacklist minimum_version signing_keys "
+    "exchange_downgrade rotate_after signatures registration_evidence callback unsafe_networks fresh_seconds "
+    "gpu_appraisal gpus proxies tokens".split()
+)
+"""The parts of a service that files decide, and those that follow from them."""
+
+
+def test_each_part_of_a_service_is_read_again_or_carried_over() -> None:
+    """A new part is one or the other: a set of revocations that a reload forgets would let everyone in again."""
+    old, new = service(), service()
+    carried = {
+        one.name
+        for one in fields(Service)
+        if one.init and getattr(new.in_place_of(old), one.name) is getattr(old, one.name)
+    }
+    known = {one.name for one in fields(Service) if one.init}
+    assert known - CONFIGURED <= carried
+    assert known - CONFIGURED == {*_CARRIED}
