@@ -73,7 +73,7 @@ class Hosted(World):
         members = {"tdx_quote": encode_quote(quote), "nvtrust_evidence": "[]"} | self.lie.get("members", {})
         body = self.lie.get("body", json.encode(members))
         der = self.lie.get("certificate", self.lie.get("leaf", CERTIFICATE).public_bytes(Encoding.DER))
-        return HttpResponse(self.lie.get("status", 200), (), body), der
+        return HttpResponse(self.lie.get("status", 200), self.lie.get("headers", ()), body), der
 
 
 @pytest.fixture
@@ -118,6 +118,54 @@ def test_what_a_host_shows_proves_no_owner(world):
     boot(world, OTHER, vm="mine")
     registered(register(world, OTHER, id="n2", name="mine"))  # a boot from there is better evidence
     assert [row.server_id for row in world.rows(ServerRow)] == ["n2"]
+
+
+def owner(
+    pair: HotkeyPair = MINER, at: int = NOW, word: str = "tee", changes: dict[str, str] | None = None
+) -> tuple[tuple[str, str], ...]:
+    """The headers of a host that names its owner."""
+    signature = pair.sign(purpose_message(pair.hotkey, str(at), word)).hex()
+    headers = {"x-chutes-hotkey": pair.hotkey.address, "x-chutes-nonce": str(at), "x-chutes-signature": signature}
+    return tuple((headers | (changes or {})).items())
+
+
+@pytest.mark.parametrize("word", ["attest", "tee"])
+def test_a_host_that_proves_its_owner_is_evidence(world, word):
+    """It binds the platform, counts as the owner's attestation, and a server without evidence yields to it."""
+    registered(register(world, OTHER, id="n2", name="mine"))
+    world.lie = {"headers": owner(word=word)}
+    registered(register(world))
+    (server,) = world.rows(ServerRow)
+    (row,) = [row for row in world.rows(AttestationRow) if row.attestation_id == server.attested]
+    assert (server.server_id, server.pin, row.code) == ("n1", row.pin, None)
+    status = answer(world.ask_signed("GET", "/servers/n1/attestation/status"))
+    assert (status["attestation_status"], status["fresh"]) == ("verified", True)
+    assert [row.reason.partition("; server")[2] for row in world.rows(AuditRow) if row.event == "server yields"] == [
+        f" n1 of {MINER.hotkey.address} at {HOST} has the proof of the host there"
+    ]
+    world.lie = {}
+    assert refusal(register(world, OTHER, id="n3", name="again"))[0] == 409
+
+
+@pytest.mark.parametrize(
+    ("headers", "code"),
+    [
+        (owner(OTHER), Code.SIGNATURE_INVALID),
+        (owner(at=NOW - 600), Code.SIGNATURE_STALE),
+        (owner(at=NOW + 600), Code.SIGNATURE_STALE),
+        (owner(word="miner"), Code.SIGNATURE_INVALID),
+        (owner(changes={"x-chutes-signature": "00" * 64}), Code.SIGNATURE_INVALID),
+        (owner(changes={"x-chutes-hotkey": OTHER.hotkey.address}), Code.SIGNATURE_INVALID),
+        (owner()[:2], Code.SIGNATURE_INVALID),
+        (owner()[2:], Code.SIGNATURE_INVALID),
+        (owner()[:1], Code.SIGNATURE_STALE),
+    ],
+)
+def test_a_host_that_does_not_prove_its_owner_is_refused(world, headers, code):
+    world.lie = {"headers": headers}
+    text = "Server registration failed - the host does not prove that you own it."
+    assert refusal(register(world)) == (401, code, text)
+    assert world.rows(ServerRow) == ()
 
 
 def test_a_name_is_resolved_once_and_pinned(world):

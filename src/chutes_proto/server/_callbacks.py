@@ -9,8 +9,10 @@ Rules kept here:
   (``_evidence.py``);
 * every fault of the network has the same text for the caller, who must not be able to scan the server's network.
 
-It shows that an approved TD answers at that address. It does not show whose it is: the request names no hotkey of the
-caller's. Its GPU evidence is appraised as the profile demands (``_gpu_evidence.py``).
+* a host that names its owner must name the caller, and prove it with the owner's signature.
+
+It shows that an approved TD answers at that address, and whose it is only if its answer has that proof. Its GPU
+evidence is appraised as the profile demands (``_gpu_evidence.py``).
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 
 from chutes_proto.auth.certificates import ClientKey, client_key
-from chutes_proto.auth.hotkey import HotkeyPair
-from chutes_proto.auth.signing import purpose_message, signature_headers
+from chutes_proto.auth.hotkey import Hotkey, HotkeyPair
+from chutes_proto.auth.signing import check_signature, check_time, purpose_message, signature_headers
 from chutes_proto.effects import Entropy, FetchEvidence, Flow, Now, Transact
 from chutes_proto.errors import BadRequest, Refusal, Refused, RemoteProtocolError, TransportError, Unavailable
 from chutes_proto.secret import Secret
@@ -33,7 +35,7 @@ from chutes_proto.server._gpu_evidence import appraise_gpus
 from chutes_proto.server._service import Callback, Service
 from chutes_proto.units.servers import HostQuote, ReadCaller
 from chutes_proto.wire.codes import Code
-from chutes_proto.wire.evidence import PURPOSE, HostEvidence, decode_evidence, evidence_target
+from chutes_proto.wire.evidence import OWNER_PURPOSES, PURPOSE, HostEvidence, decode_evidence, evidence_target
 from chutes_proto.wire.miners import RegisterServerRequest
 
 SECONDS: Final = 20.0
@@ -51,6 +53,8 @@ def ask_host(
         callback = Callback(pair.hotkey, pair.sign, callback.port)
     nonce = yield from Entropy(32)
     given, key, certificate = yield from _fetch(callback, nonce, host, address)
+    if given.owner is not None:
+        _check_owner(given.owner, call.caller, (yield from Now()), host, address)
     if caller is not None and caller.root_ca is not None:
         _check_issuer(certificate, x509.load_pem_x509_certificate(caller.root_ca.encode()), host, address)
     now = yield from Now()  # the host may have taken `SECONDS`
@@ -73,9 +77,9 @@ def ask_host(
     yield from call.log(
         "host_evidence", host=host, address=address, profile=profile.name, gpus=gpus.text, trust=service.trust
     )
-    return HostQuote(
-        evidence.quote_digest, evidence.platform.pin, profile.name, profile.version, evidence.tcb_status, gpus
-    )
+    is_owned = given.owner is not None
+    accepted = (evidence.quote_digest, evidence.platform.pin, profile.name, profile.version, evidence.tcb_status)
+    return HostQuote(*accepted, gpus, is_owned)
 
 
 def _fetch(
@@ -98,6 +102,20 @@ def _fetch(
         why = f"its certificate: {exc.reason}"
     text = "Server registration failed - Failed to get evidence for attestation."
     raise BadRequest(Code.EVIDENCE_UNAVAILABLE, text, reason=f"host {host} at {address}: {why}")
+
+
+def _check_owner(owner: tuple[str, str, str], caller: Hotkey, now: int, host: str, address: str) -> None:
+    """Check the proof that the host's owner is the ``caller``. Raises `Refused` (401)."""
+    named, nonce, signature = owner
+    try:
+        if named != caller.address:
+            raise Refused(Code.SIGNATURE_INVALID, "", reason=f"its owner is {named[:64]!r}, not {caller.address}")
+        check_time(nonce, now)
+        check_signature(caller, [purpose_message(caller, nonce, word) for word in OWNER_PURPOSES], signature)
+    except Refused as exc:
+        text = "Server registration failed - the host does not prove that you own it."
+        reason = f"host {host} at {address}: {exc.reason}"
+        raise Refused(exc.code, text, reason=reason, status=exc.status) from None
 
 
 def _check_issuer(leaf: x509.Certificate, root_ca: x509.Certificate, host: str, address: str) -> None:

@@ -40,9 +40,13 @@ _TAKEN = "Conflict with an existing server. Please contact support to resolve."
 
 @frozen
 class HostQuote(AcceptedQuote):
-    """An accepted runtime quote that a server's host gave when it was asked, and the result about its GPUs."""
+    """An accepted runtime quote that a server's host gave when it was asked, and the result about its GPUs.
+
+    ``is_owned``: the host also proved that its owner's hotkey is the one that registers it.
+    """
 
     gpus: SignedGpus
+    is_owned: bool = False
 
 
 @frozen
@@ -51,7 +55,8 @@ class RegisterServer(Unit[store.ServerRow]):
 
     A boot counts while its VM's name is bound to the platform it came from and its profile is one of ``profiles``, by
     name and version. ``gpus`` have ``server_id``. The quote ``shown`` by the host must come from the linked boot's
-    platform; it names no hotkey, so it is not better evidence and binds no platform.
+    platform. Where the host proved its owner, it is evidence like the owner's own runtime attestation: it binds the
+    platform, and a server without evidence yields its address. Otherwise it names no hotkey, and does neither.
 
     Raises `Refused` (``boot_required``, ``platform_mismatch``, ``gpu_taken``, ``host_taken``, ``server_taken``,
     ``name_taken``, ``revoked``) and `BadRequest` (``gpu_invalid``) for GPUs that a profile does not expect.
@@ -92,8 +97,9 @@ class RegisterServer(Unit[store.ServerRow]):
             host=self.host,
             address=self.address,
             boot_id=None if link is None else link.boot_id,
-            pin=None,
+            pin=self.shown.pin if self._is_owned and link is None and self.shown is not None else None,
             created_at=self.now,
+            attested=self.request_id if self._is_owned else None,
         )
         rows: tuple[store.ServerRow | store.GpuRow, ...] = (server, *self.gpus)
         for row in rows:
@@ -105,9 +111,14 @@ class RegisterServer(Unit[store.ServerRow]):
             gpus = yield from keep_gpus(self.shown.gpus, server, self.now)
             records = Records(self.now, self.request_id, server.vm, self.shown, self.address)
             yield from records.verdict("runtime", "", registration=server.registration)
-            reason += f"; its host gave a quote of {self.shown.pin}; {gpus}"
+            proven = ", and proved its owner" if self._is_owned else ""
+            reason += f"; its host gave a quote of {self.shown.pin}{proven}; {gpus}"
         yield from _audit(self, server, "register server", reason, server.boot_id, self.shown or NO_QUOTE)
         return server
+
+    @property
+    def _is_owned(self) -> bool:
+        return self.shown is not None and self.shown.is_owned
 
     def _link(self) -> Script[store.BootRow | None]:
         for question in (
@@ -146,13 +157,14 @@ class RegisterServer(Unit[store.ServerRow]):
         """Raise `Refused` for a claim of another server, once one that yields the address is removed with its GPUs."""
         neighbour = yield from store.Read(store.ServerRow, self.address, "address")
         better = None if neighbour is None else (yield from self._better_evidence(link, neighbour))
-        if neighbour is not None and better is not None:
+        if neighbour is not None and (better is not None or self._has_owned(neighbour)):
             yield from store.DeleteServer(neighbour.server_id)
             reason = (
                 f"at {neighbour.address}: had no evidence;"
-                f" server {self.server_id} of {self.hotkey} at {self.address} has a boot from there"
+                f" server {self.server_id} of {self.hotkey} at {self.address} has"
+                f" {'a boot from there' if better else 'the proof of the host there'}"
             )
-            yield from _audit(self, neighbour, "server yields", reason, better.boot_id)
+            yield from _audit(self, neighbour, "server yields", reason, better.boot_id if better else None)
             neighbour = None
         for gpu in self.gpus:
             held = yield from store.Read(store.GpuRow, gpu.uuid)
@@ -172,6 +184,12 @@ class RegisterServer(Unit[store.ServerRow]):
             text = "The server id is registered to you already." if holder.hotkey == self.hotkey else _TAKEN
             raise _taken(Code.SERVER_TAKEN, text, holder)
         yield from _check_name(self.hotkey, self.server_id, self.name)
+
+    def _has_owned(self, neighbour: store.ServerRow) -> bool:
+        """Whether the host itself says that it is not ``neighbour``'s, a server without evidence."""
+        return (
+            self._is_owned and neighbour.hotkey != self.hotkey and neighbour.boot_id is None and neighbour.pin is None
+        )
 
     def _better_evidence(self, link: store.BootRow | None, neighbour: store.ServerRow) -> Script[store.BootRow | None]:
         """The linked boot, if it shows that the address is no longer ``neighbour``'s, a server without evidence."""

@@ -5,6 +5,7 @@
     GET https://{host}:30443/server/attest?nonce={64 hex}
 
 The server signs ``{hotkey}:{unix seconds}:attest`` with a hotkey of its own, in the three headers of a signed request.
+The answer may have the same three headers, of the hotkey that owns the host.
 """
 
 from __future__ import annotations
@@ -21,14 +22,23 @@ if TYPE_CHECKING:
 
 PORT: Final = 30443
 PURPOSE: Final = "attest"
+OWNER_PURPOSES: Final = ("attest", "tee")
+"""The words of an owner's signature that are accepted: which one hosts send is not established."""
+
+_PROOF: Final = ("x-chutes-hotkey", "x-chutes-nonce", "x-chutes-signature")
 
 
 @frozen
 class HostEvidence:
-    """``quote`` in base64; ``gpus``: the GPUs' evidence, JSON as the host's tool made it."""
+    """``quote`` in base64; ``gpus``: the GPUs' evidence, JSON as the host's tool made it.
+
+    ``owner`` are the texts of the headers that prove who owns the host: hotkey, nonce and signature, empty where one is
+    missing; None without any.
+    """
 
     quote: str
     gpus: str
+    owner: tuple[str, str, str] | None = None
 
 
 def evidence_target(nonce: bytes) -> str:
@@ -48,4 +58,5 @@ def decode_evidence(response: HttpResponse) -> HostEvidence:
                 raise RemoteProtocolError("the host's answer lacks the strings tdx_quote and nvtrust_evidence")
     except json.JsonError as exc:
         raise RemoteProtocolError(f"the host's answer is {exc}") from None
-    return HostEvidence(quote, gpus)
+    hotkey, nonce, signature = (response.header(name) or "" for name in _PROOF)
+    return HostEvidence(quote, gpus, (hotkey, nonce, signature) if hotkey or nonce or signature else None)
