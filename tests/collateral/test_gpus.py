@@ -7,8 +7,11 @@ from base64 import b64encode
 from collections.abc import Iterable
 from typing import Any
 
+import attrs
 import pytest
+from msgspec import structs
 
+from chutes_proto._proof import PROOF
 from chutes_proto.collateral.cache import Fetch, GiveUp, Refresh, Use, fetch
 from chutes_proto.collateral.gpus import (
     GpuFetched,
@@ -201,6 +204,14 @@ def test_answers_are_refreshed_ahead_and_used_through_an_outage() -> None:
     services.down, services.now = False, NOW
     assert run(fetch(rims, rim), services) == services.rims[rim.rim_id]
     assert run(fetch(rims, rim), services) is None  # the same again is not kept again
+
+
+@pytest.mark.parametrize("driver", ["../../1", "1/2", "1 2", "1?x=", "1" * 200, "1\\2"])
+def test_what_is_no_word_is_asked_of_no_service_and_names_no_file(driver: str) -> None:
+    device = authenticate(GPUS.evidence(NONCE)[0], nonce=None, now=NOW, roots=GPUS.roots)
+    assert [key.rim_id for key in rim_keys([device])] == [*IDS[:2]]
+    odd = attrs.evolve(device, report=structs.replace(device.report, driver=driver), proof=PROOF)
+    assert [key.rim_id for key in rim_keys([odd])] == [IDS[1]]
 
 
 def test_neither_older_answers_nor_earlier_ends_replace_what_is_held() -> None:
