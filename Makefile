@@ -32,6 +32,9 @@ PIP := $(BIN)/python -m pip $(PIP_OPTIONS)
 RESOLVE := $(VENV)-uv/bin/uv pip compile --quiet --universal --python-version 3.11 --upgrade --generate-hashes \
 	--no-annotate --custom-compile-command "make constraints"
 
+# Byte code is kept: hundreds of programs that the tests start would each compile this project anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 QUICK_TESTS := $(addprefix tests/,auth keys luks quote units wire server testing test_purity.py test_public.py \
