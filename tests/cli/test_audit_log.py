@@ -110,6 +110,27 @@ def test_a_checkpoint_of_another_log_is_refused(logged: Site, tmp_path: Path) ->
         assert why in " ".join(ended.err.split())
 
 
+def test_a_receipt_is_shown_and_verified_offline(logged: Site, tmp_path: Path) -> None:
+    change(logged, "UPDATE audit SET request_id = ? WHERE event = 'event 300'", "5" * 32)
+    receipt = tmp_path / "receipt.json"
+    receipt.write_text(logged.do("receipt", "show", "5" * 32).out)
+    assert logged.do("receipt", "show", 300).out == receipt.read_text()
+    (key,) = logged.json("audit", "key")["keys"]
+    told = logged.run("receipt", "verify", str(receipt), "--key", key, "--json").json
+    assert (told["index"], told["origin"], told["entry"]["event"]) == (300, "keys.example/audit", "event 300")
+    assert "entry 300 of the log keys.example/audit" in logged.run("receipt", "verify", str(receipt), "--key", key).out
+    assert logged.run("receipt", "verify", str(receipt)).code == 2
+    receipt.write_text(receipt.read_text().replace("event 300", "event 301"))
+    ended = logged.run("receipt", "verify", str(receipt), "--key", key)
+    assert (ended.code, "leads to another root" in ended.err) == (1, True)
+    for nothing in ("602", "9" * 32):
+        assert "has no entry" in logged.do("receipt", "show", nothing).err
+    change(logged, "UPDATE audit SET reason = 'forged' WHERE idx = 7")
+    assert "leads to another root" in " ".join(logged.do("receipt", "show", 7).err.split())
+    change(logged, "DELETE FROM audit WHERE idx = 8")
+    assert "entry 8 is not there" in " ".join(logged.do("receipt", "show", 8).err.split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, redirect_stdout
 from pathlib import Path
 
 import click
@@ -24,6 +24,7 @@ from chutes_proto.cli import console
 from chutes_proto.cli.agent import make_parser
 from chutes_proto.cli.base import Command
 from chutes_proto.cli.describe import Description, as_help
+from chutes_proto.cli.main import main
 from chutes_proto.cli.tree import COMMANDS, ROOT
 from chutes_proto.io.server.development import write_server
 from chutes_proto.io.server.store_setup import make_store_setup
@@ -184,6 +185,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
             _ = store.transact(registration(name, now))
         _ = store.transact(RegisterHost(HostProfileRow("3f9a".ljust(64, "0"), HOTKEY, '{"cpu":{"count":64}}', now)))
     _ = shutil.copy(folder / "keys.db", folder / "newer.db")
+    assert main(["audit", "export", str(folder / "log"), "--config", str(folder / "server.toml")]) == 0
+    with (folder / "receipt.json").open("w") as file, redirect_stdout(file):
+        assert main(["receipt", "show", "0", "--config", str(folder / "server.toml")]) == 0
     return folder
 
 

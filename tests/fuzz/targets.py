@@ -70,6 +70,7 @@ from chutes_proto.testing._service import CollateralService
 from chutes_proto.testing._statements import PCE_SVN, SGX_COMPONENTS
 from chutes_proto.tlog.notes import Checkpoint, Note, Signer, Verifier
 from chutes_proto.tlog.proofs import Proof
+from chutes_proto.tlog.receipts import Receipt
 from chutes_proto.tlog.tiles import Place, bundle, unbundle
 from chutes_proto.transport import qgs
 from chutes_proto.transport.client import ClientConnection
@@ -609,6 +610,8 @@ def check_log(data: bytes) -> None:
         assert str(note).encode() == data
         assert Checkpoint.of(note).text == note.text
     with suppress(LogError):
+        assert Receipt.from_bytes(data).to_bytes() == data
+    with suppress(LogError):
         assert bundle(unbundle(data)) == data
     with suppress(LogError):
         assert str(Place.parse(data.decode("latin-1"))).encode("latin-1") == data
@@ -621,7 +624,8 @@ def logs() -> list[bytes]:
     note = signer.sign(Checkpoint(signer.name, 3, bytes(32)).text)
     proof = Proof(2, (bytes(32), bytes([255] * 32)), note)
     texts = (proof, note, signer.verifier, Place(None, 1234067, 7), Place(0, 0))
-    return [*(str(text).encode() for text in texts), bundle([b"", b"one entry"])]
+    receipt = Receipt('{"event":"boot"}', proof).to_bytes()
+    return [*(str(text).encode() for text in texts), receipt, bundle([b"", b"one entry"])]
 
 
 def check_traceparent(data: bytes) -> None:

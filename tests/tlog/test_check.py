@@ -83,10 +83,11 @@ def test_an_edit_of_an_entry_alone_is_found_by_its_index(edit: Callable[[int, Lo
     for index in INDEXES:
         rows = [*enumerate(honest())]
         other = (index + 1) % SIZE
-        changed: dict[int, bytes] = {
-            change: {index: rows[index][1] + b"!"},
-            swap: {index: rows[other][1], other: rows[index][1]},
-        }.get(edit, {})
+        changed: dict[int, bytes] = {}
+        if edit is change:
+            changed = {index: rows[index][1] + b"!"}
+        elif edit is swap:
+            changed = {index: rows[other][1], other: rows[index][1]}
         kept = [(at, changed.get(at, text)) for at, text in rows if edit is not remove or at != index]
         if edit is double:
             kept.insert(index, (index, b"another"))

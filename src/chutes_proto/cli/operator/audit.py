@@ -217,7 +217,7 @@ def _verifier(text: str) -> Verifier:
 _config_or_none: Decorator = click.option(
     "--config", metavar="FILE", type=click.Path(), help="the server's configuration file (TOML)"
 )
-_keys_option: Decorator = click.option(
+keys_option: Decorator = click.option(
     "--key",
     "keys",
     metavar="KEY",
@@ -233,7 +233,7 @@ _files_option: Decorator = click.option(
 @command.command(exits=exits("the log is whole", "something in it was changed, or it cannot be checked"))
 @click.argument("directory", cls=Argument, metavar="[DIR]", required=False, help="an exported log, in place of a store")
 @_files_option
-@_keys_option
+@keys_option
 @_config_or_none
 @json_option
 def verify(directory: str | None, files: tuple[str, ...], keys: tuple[Verifier, ...], config: str | None) -> int:
@@ -312,7 +312,7 @@ def checkpoint(config: str) -> int:
     See also: audit verify, audit key
     """
     with operating.opened(config) as (setup, store):
-        _, note, found = _signed(setup, store)
+        _, note, found = signed(setup, store)
     told = {"ok": True, "origin": found.origin, "size": found.size, "root": found.root.hex(), "checkpoint": str(note)}
     return answer(told, str(note))
 
@@ -337,7 +337,7 @@ def key(config: str) -> int:
     return answer({"ok": True, "keys": keys}, "\n".join(keys) or "none yet: the first checkpoint makes a key")
 
 
-def _signed(setup: StoreSetup, store: DurableStore) -> tuple[Verifier, Note, Checkpoint]:
+def signed(setup: StoreSetup, store: DurableStore) -> tuple[Verifier, Note, Checkpoint]:
     """Sequence and sign. Raises `StoreError` for a log that cannot be signed."""
     sequencer = Sequencer(store, setup.vault, setup.config.audit.origin, checkpoint_path(setup.mark_file))
     note: Note | None = None
@@ -354,7 +354,7 @@ def _signed(setup: StoreSetup, store: DurableStore) -> tuple[Verifier, Note, Che
 
 def _export(config: str, directory: Path) -> int:
     with operating.opened(config) as (setup, store):
-        verifier, note, found = _signed(setup, store)
+        verifier, note, found = signed(setup, store)
         try:
             with store.snapshot() as rows:
                 written = export_log(rows, directory, found, note, verifier)

@@ -1,0 +1,57 @@
+"""A receipt proves its entry with the log's key alone, and is refused with any bit changed."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from chutes_proto.errors import LogError
+from chutes_proto.secret import Secret
+from chutes_proto.tlog import merkle
+from chutes_proto.tlog.notes import Checkpoint, Signer
+from chutes_proto.tlog.proofs import Proof
+from chutes_proto.tlog.receipts import FORM, Receipt
+from tests.tlog.test_tlog import SIGNER, Tree, entry
+
+OTHER = Signer(SIGNER.name, Secret(bytes(32))).verifier
+STRIDE = 1 if os.environ.get("CHUTES_PROTO_SOAK") else 13
+KEYS = [OTHER, SIGNER.verifier]
+
+
+def receipt() -> Receipt:
+    tree = Tree(300)
+    checkpoint = Checkpoint(SIGNER.name, 300, tree.root())
+    proof = Proof(7, merkle.inclusion_proof(tree.read, 7, 300), SIGNER.sign(checkpoint.text))
+    return Receipt(entry(7).decode(), proof)
+
+
+def test_a_receipt_is_verified_with_the_key_alone() -> None:
+    data = receipt().to_bytes()
+    assert Receipt.from_bytes(data) == receipt()
+    assert Receipt.from_bytes(data).verify(KEYS).size == 300
+    with pytest.raises(LogError, match="not signed by a key of this log"):
+        receipt().verify([OTHER])
+
+
+def test_a_receipt_with_any_bit_changed_is_refused() -> None:
+    data = receipt().to_bytes()
+    for at in range(0, 8 * len(data), STRIDE):
+        changed = bytearray(data)
+        changed[at // 8] ^= 1 << at % 8
+        with pytest.raises(LogError):
+            Receipt.from_bytes(bytes(changed)).verify(KEYS)
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b'{"entry": 1}', b"[" * 100_000, b"x" * 1_000_000])
+def test_other_bytes_are_not_receipts(data: bytes) -> None:
+    with pytest.raises(LogError, match=r"not a receipt|a receipt of more than"):
+        Receipt.from_bytes(data)
+
+
+def test_a_receipt_has_no_other_members_and_one_spelling() -> None:
+    members = json.loads(receipt().to_bytes())
+    for other in (members | {"more": 1}, members | {"receipt": FORM[:-1]}, dict(reversed([*members.items()]))):
+        with pytest.raises(LogError, match="not written as one"):
+            Receipt.from_bytes(json.dumps(other).encode() + b"\n")
