@@ -23,6 +23,7 @@ SETTINGS = AgentSettings(SERVERS)
 IDENTITY = make_client_identity(1_800_000_000, bytes(32))
 BASE = BootGrant(HOTKEY, VM, Secret(ROOT.encode()), Secret(TOKEN.encode()))
 TWO_PHASE = BootGrant(HOTKEY, VM, Secret(ROOT.encode()), None, Secret(TOKEN.encode()))
+PROVISIONED = attrs.evolve(TWO_PHASE, vm_auth_ss58=HOTKEY)
 
 
 def handover(grant: BootGrant = BASE, server: str = SERVERS[1]) -> Handoff:
@@ -37,7 +38,7 @@ def opened(identity: ClientIdentity) -> tuple[bytes, bytes, bytes]:
     return identity.certificate_pem, identity.key_pem.reveal(), identity.spki_sha256
 
 
-@pytest.mark.parametrize("grant", [BASE, TWO_PHASE], ids=["base", "two-phase"])
+@pytest.mark.parametrize("grant", [BASE, TWO_PHASE, PROVISIONED], ids=["base", "two-phase", "provisioned"])
 def test_it_comes_back_without_a_passphrase(grant: BootGrant) -> None:
     data = handover(grant).encode().reveal()
     assert len(data) < MAX_SIZE
@@ -47,6 +48,7 @@ def test_it_comes_back_without_a_passphrase(grant: BootGrant) -> None:
         *(SERVERS[1], 100.5),
         *(grant.boot_token, grant.luks_quote_nonce),
     )
+    assert found.grant.is_provisioned == grant.is_provisioned
     assert opened(found.identity) == opened(IDENTITY)
     assert len(found.grant.root_passphrase) == 0
 

@@ -65,6 +65,8 @@ def bounds(policy: Policy) -> tuple[Bounds, ...]:
     if policy.exchange == "base":
         return (Bounds(), Bounds(3, 2, 4)) if SOAK else (Bounds(),)
     if policy.exchange == "provisioned":
+        if policy.ours:  # three: a host that rolls a disk back by a boot, and again
+            return (Bounds(mishaps=2), Bounds(3, 0, 1)) if SOAK else (Bounds(mishaps=1), Bounds(3, 0, 1))
         return (Bounds(mishaps=3), Bounds(3, 2, 2)) if SOAK else (Bounds(mishaps=1),)
     return (Bounds(), Bounds(3, 2, 2 if policy.ours else 3)) if SOAK else (Bounds(mishaps=2),)
 

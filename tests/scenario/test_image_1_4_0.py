@@ -109,23 +109,28 @@ def write_site(
     (folder / "passphrases.json").chmod(0o600)
 
 
-@pytest.fixture(params=["sqlite, direct", "postgresql, behind nginx"])
+SITES = ["sqlite, direct", "postgresql, behind nginx"]
+MORE_SITES = ["sqlite, behind nginx", "postgresql, direct"] if SOAK else []
+
+
+@pytest.fixture(params=SITES + MORE_SITES)
 def site(request: pytest.FixtureRequest, tmp_path: Path, require_program: Callable[[str], str]) -> Iterator[Site]:
     for program in NEEDED:
         _ = require_program(program)
     folder = tmp_path / "site"
     folder.mkdir()
-    if request.param.startswith("sqlite"):
-        write_site(folder)
-        server = start_server("--config", folder / "server.toml", ca=folder / "ca.pem")
+    store = "" if request.param.startswith("sqlite") else str(request.getfixturevalue("empty_schema"))
+    is_direct = request.param.endswith("direct")
+    write_site(folder, "" if is_direct else GUIDE[0].text, store=store)
+    if store:
+        migrate = [*PROGRAM, "store", "migrate", "--config", str(folder / "server.toml")]
+        _ = subprocess.run(migrate, check=True, capture_output=True)
+    server = start_server("--config", folder / "server.toml", ca=folder / "ca.pem")
+    if is_direct:
         yield Site(folder, server, server.url)
         end(server.process)
         return
     _ = require_program("nginx")
-    write_site(folder, GUIDE[0].text, store=request.getfixturevalue("empty_schema"))
-    migrate = [*PROGRAM, "store", "migrate", "--config", str(folder / "server.toml")]
-    _ = subprocess.run(migrate, check=True, capture_output=True)
-    server = start_server("--config", folder / "server.toml", ca=folder / "ca.pem")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     text = CONFIGURATION.read_text().replace("listen 8443 ssl", f"listen 127.0.0.1:{port} ssl")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final, Literal, TypeAlias, cast
 
 from chutes_proto.effects import Flow, Transact, Uptime
@@ -93,14 +93,17 @@ def preflight(service: Service, call: SignedCall[fleet.HostPreflightRequest]) ->
 def _encoded(profile: Mapping[str, object], *, known_only: bool = True) -> tuple[str, str]:
     """The fingerprint of a profile, and its JSON with sorted members. Raises `BadRequest` (422)."""
     unknown = sorted(profile.keys() - {*fleet.HOST_PROFILE_KEYS}) if known_only else []
-    problems: list[ValidationProblem] = [
-        {"type": "extra_forbidden", "loc": ["body"], "msg": "Extra inputs are not permitted"} for _ in unknown[:1]
-    ]
-    problems += [
-        {"type": "model_type", "loc": ["body", name], "msg": "Input should be an object or a list"}
-        for name in fleet.HOST_PROFILE_KEYS
-        if known_only and not isinstance(profile.get(name, {}), dict | list)
-    ]
+    problems: list[ValidationProblem] = []
+    if unknown:
+        problems.append({"type": "extra_forbidden", "loc": ["body"], "msg": "Extra inputs are not permitted"})
+    wrong = [name for name in fleet.HOST_PROFILE_KEYS if not isinstance(profile.get(name, {}), dict | list)]
+    for name in wrong if known_only else ():
+        problem: ValidationProblem = {
+            "type": "model_type",
+            "loc": ["body", name],
+            "msg": "Input should be an object or a list",
+        }
+        problems.append(problem)
     if problems:
         raise BadRequest(Code.VALIDATION_ERROR, problems)
     text = json.encode(_sorted(profile))
@@ -113,7 +116,7 @@ def _sorted(value: Any) -> Any:
             members = cast("dict[str, Any]", value)
             return {name: _sorted(members[name]) for name in sorted(members)}
         case list():
-            return [_sorted(one) for one in value]
+            return list(map(_sorted, cast("Iterable[Any]", value)))
         case _:
             return value
 
