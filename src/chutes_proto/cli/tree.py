@@ -35,7 +35,7 @@ _SECTIONS: Final[Mapping[str, Mapping[str, tuple[str, str]]]] = {
         "why": ("operator.why", "Explain why a VM was refused"),
         "audit": ("operator.audit", "Show, export and purge the audit rows"),
         "receipt": ("operator.receipt", "Prove a decision of the key server offline"),
-        "policy": ("operator.policy", "Check an appraisal policy, and say in words what it accepts"),
+        "policy": ("operator.policy", "Check an appraisal policy, say what it accepts, and try it on the fleet"),
         "profiles": ("operator.profiles", "Show when reference values count, and take over published ones"),
         "store": ("operator.store", "Make, migrate, copy and check the store of a key server"),
         "openapi": ("operator.openapi", "Print the API as an OpenAPI document"),

@@ -28,7 +28,7 @@ from hashlib import sha256
 from hmac import compare_digest
 from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 from msgspec import Struct
 
 from chutes_proto._lazy import LazyModule
@@ -377,6 +377,24 @@ def verify_quote(signed: SignedQuote, verified: VerifiedCollateral, *, now: int)
     _check_kind("verified", verified, VerifiedCollateral, "verify_collateral")
     _check_belongs(signed.opened, verified, now)
     return _judge(signed, verified, now, None)
+
+
+def foresee(verdict: Verdict, *, at: int) -> Verdict:
+    """The verdict on the same quote at another time, if its collateral is renewed by then and says the same.
+
+    For plans: what was verified is a quote of the past. Raises `VerificationError` where a certificate is not valid at
+    that time (steps 9 and 10), and `TypeError` unless ``at`` is an integer.
+    """
+    terms = [*verdict.signed.opened.chain.terms, *verdict.verified.terms]
+    certificates_of = [term for term in terms if term.is_certificate]
+    check_terms(certificates_of, at)
+    return evolve(verdict, verified_at=at, window=window(certificates_of), proof=PROOF)
+
+
+def certificates_end(verdict: Verdict) -> int:
+    """The last second at which `foresee` finds all certificates valid."""
+    terms = (*verdict.signed.opened.chain.terms, *verdict.verified.terms)
+    return window(term for term in terms if term.is_certificate)[1]
 
 
 def _check_belongs(opened: OpenedQuote, verified: VerifiedCollateral, now: int) -> None:

@@ -107,6 +107,7 @@ def _claim(
         profile_version=measurements.version,
         tcb_status=evidence.tcb_status,
         advisories=evidence.advisories,
+        kept=evidence.kept,
         profile_state=listed_as,
         exchange="base" if profile.exchange == "base" else "two-phase",
         token_needs_certificate=profile.token_needs_certificate,
@@ -234,5 +235,6 @@ def record_refusal(
         peer_address=call.request.peer_address,
         stage=stage,
         finding=found_json(refusal),
+        kept=evidence.kept if stage == "boot" else None,
     )
     refusal.recorded = yield from call.record_refusal(unit)

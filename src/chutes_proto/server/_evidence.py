@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from attrs import frozen
+from msgspec.structs import asdict
 
 from chutes_proto.auth.binding import check_report_data
 from chutes_proto.auth.certificates import ClientKey
@@ -36,7 +37,8 @@ from chutes_proto.quote._terms import check_terms
 from chutes_proto.quote._verify import Verdict, check_signed, open_quote, verify_quote
 from chutes_proto.server._service import Service
 from chutes_proto.store.rows import Platform
-from chutes_proto.units.records import AcceptedQuote
+from chutes_proto.units.records import AcceptedQuote, Kept
+from chutes_proto.wire import json
 from chutes_proto.wire.codec import decode_quote
 from chutes_proto.wire.codes import Code
 
@@ -81,6 +83,11 @@ class Evidence:
         """The quote as rows name it, accepted under ``profile``."""
         names = (profile.name, profile.version, self.tcb_status)
         return AcceptedQuote(self.quote_digest, self.platform.pin, *names, advisories=self.advisories)
+
+    @property
+    def kept(self) -> Kept:
+        """The parts that are kept, to be appraised again."""
+        return Kept(self.quote, json.encode(asdict(self.verdict.collateral)).decode())
 
     @property
     def advisories(self) -> str:

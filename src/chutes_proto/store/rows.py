@@ -35,7 +35,7 @@ __all__ += ["UpdateGeneration", "Vm", "VmRow", "VoidTokens", "VolumeRow"]
 __all__ += ["ForgetKeyServers", "KeyServer", "NoteKeyServer", "ReadKeyServers"]
 __all__ += ["DoubtCandidates", "FindRecent", "PurgeTiles"]
 __all__ += ["Alone", "DeleteRevocation", "EraseGeneration", "ErasureRow", "Forget", "ReadClaims", "Revocable"]
-__all__ += ["RevocationRow", "SetVersion"]
+__all__ += ["EvidenceRow", "RevocationRow", "SetVersion"]
 __all__ += ["KeyringRow", "LockLog", "LogStateRow", "LogTileRow", "ReadLog", "ReadLossDecided", "ReadTile"]
 __all__ += ["ReadUnsequenced", "Sequence"]
 
@@ -471,6 +471,27 @@ class RevocationRow:
 
 
 @frozen
+class EvidenceRow:
+    """A genuine quote, kept to be appraised again under another policy: of each VM the newest that was granted.
+
+    Of quotes that were refused, each platform has a few places, which are used again: ``evidence_id`` names the VM, or
+    platform and place. ``code`` is None for a grant. ``collateral`` is a JSON object with the numbers and dates of the
+    collateral that it was appraised with. A row takes about 5 kB.
+    """
+
+    TABLE: ClassVar[str] = "evidence"
+    KEY: ClassVar[tuple[str, ...]] = ("evidence_id",)
+
+    evidence_id: str
+    vm: Vm
+    attestation_id: str
+    code: str | None
+    quote: bytes
+    collateral: str
+    received_at: int
+
+
+@frozen
 class ErasureRow:
     """The erasure of a VM: every key of it, up to the generations of ``through``, was destroyed.
 
@@ -500,6 +521,7 @@ Row: TypeAlias = (
     | RevocationRow
     | ErasureRow
     | HostProfileRow
+    | EvidenceRow
     | AuditRow
     | LogStateRow
     | LogTileRow
@@ -533,6 +555,7 @@ class Put(StoreOp[None]):
         | ServerRow
         | GpuDeviceRow
         | RevocationRow
+        | EvidenceRow
         | LogStateRow
         | LogTileRow
         | KeyringRow
@@ -1035,7 +1058,7 @@ class Delete(StoreOp[None]):
 
     MAY_TAKE_LONG: ClassVar[bool] = True
 
-    kind: type[BootRow] | type[BootVolumeRow] | type[AttestationRow] | type[HostProfileRow]
+    kind: type[BootRow] | type[BootVolumeRow] | type[AttestationRow] | type[HostProfileRow] | type[EvidenceRow]
     keys: tuple[str, ...]
 
 

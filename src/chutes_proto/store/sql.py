@@ -223,6 +223,16 @@ CREATE TABLE revocation (
   ends_at BIGINT,
   PRIMARY KEY (kind, subject)
 );
+CREATE TABLE evidence (
+  evidence_id TEXT PRIMARY KEY,
+  hotkey TEXT NOT NULL,
+  vm TEXT NOT NULL,
+  attestation_id TEXT NOT NULL,
+  code TEXT,
+  quote {bytes} NOT NULL,
+  collateral TEXT NOT NULL,
+  received_at BIGINT NOT NULL
+);
 CREATE TABLE erasure (
   erasure_id TEXT PRIMARY KEY,
   hotkey TEXT NOT NULL,
@@ -774,7 +784,8 @@ _QUERIES: Final[dict[type[store.StoreOp[Any]], _Query]] = {
         _put,
         (
             *(store.VmRow, store.BootRow, store.VolumeRow, store.ServerRow, store.GpuDeviceRow),
-            *(store.RevocationRow, store.LogStateRow, store.LogTileRow, store.KeyringRow, store.HostProfileRow),
+            *(store.RevocationRow, store.EvidenceRow, store.LogStateRow, store.LogTileRow, store.KeyringRow),
+            store.HostProfileRow,
         ),
         _nothing,
     ),

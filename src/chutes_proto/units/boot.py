@@ -33,12 +33,14 @@ from chutes_proto.store import rows as store
 from chutes_proto.store._run import Script, Unit
 from chutes_proto.units.keys import VmKeys, by_volume, disk_of
 from chutes_proto.units.nonces import SKEW, Nonce, from_future, redeem_nonce
-from chutes_proto.units.records import AcceptedQuote, Quote, Records, legible
+from chutes_proto.units.records import AcceptedQuote, Kept, Quote, Records, legible
 from chutes_proto.units.revocations import NO_REVOCATIONS, Revocations, check_allowed, check_boot_allowed, pins_of
 from chutes_proto.wire.codes import Code
 
 TOKEN_SECONDS = 600
 REFUSALS_PER_DAY = 100
+REFUSED_KEPT = 8
+"""The number of refused quotes of one platform that are kept as evidence."""
 DAY = 86_400
 
 
@@ -113,6 +115,7 @@ class GrantBoot(Unit[BootGrant]):
     claims_per_platform: int = 64
     revocations: Revocations = NO_REVOCATIONS
     advisories: str | None = None
+    kept: Kept | None = None
 
     @property
     def quote(self) -> AcceptedQuote:
@@ -156,6 +159,8 @@ class GrantBoot(Unit[BootGrant]):
             yield from store.Insert(given)
         records = Records(self.now, self.boot_id, self.vm, self.quote, self.peer_address, self.boot_id)
         yield from records.verdict("boot", ground)
+        if self.kept is not None:
+            yield from self.kept.granted(self.vm, self.boot_id, self.now)
         reason = ground if self.profile_state is None else f"{ground}; the profile is {self.profile_state}"
         yield from records.audit("boot", "granted", reason, keys.changes)
         return BootGrant(self.boot_id, root, following, second)
@@ -262,16 +267,20 @@ class RecordRefusal(Unit[bool]):
     stage: Literal["boot", "runtime"] = "boot"
     finding: str | None = None
     per_day: int = REFUSALS_PER_DAY
+    kept: Kept | None = None
 
     def script(self) -> Script[bool]:
-        """Count, then write the verdict and its audit row."""
+        """Count, then write the verdict, its audit row and, in one of the platform's places, the evidence."""
         pin = self.platform.pin
-        if (yield from store.CountRefusals(pin, self.now - self.now % DAY)) >= self.per_day:
+        count = yield from store.CountRefusals(pin, self.now - self.now % DAY)
+        if count >= self.per_day:
             return False
         vm = store.Vm(legible(self.vm.hotkey, 64), legible(self.vm.name, 128))
         reason = legible(self.reason, 2000)
         records = Records(self.now, self.request_id, vm, Quote.refused(self.quote_digest, pin), self.peer_address)
         yield from records.verdict(self.stage, reason, self.code, finding=self.finding)
+        if self.kept is not None:
+            yield from self.kept.refused(pin, count % REFUSED_KEPT, vm, self.request_id, self.code, self.now)
         event = "boot" if self.stage == "boot" else "attest volumes"
         yield from records.audit(event, "refused", f"{self.code}: {reason}")
         return True

@@ -19,6 +19,7 @@ from attrs import frozen
 from chutes_proto.errors import Refused
 from chutes_proto.store import rows as store
 from chutes_proto.store._run import Script, Unit
+from chutes_proto.units.records import evidence_id
 from chutes_proto.units.revocations import subject_of
 from chutes_proto.wire import json
 from chutes_proto.wire.codes import Code
@@ -116,3 +117,4 @@ def _erase(
 def _forget(vm: store.Vm) -> Script[None]:
     yield from store.Forget(store.VmRow, vm)
     yield from store.Forget(store.VolumeRow, vm)
+    yield from store.Delete(store.EvidenceRow, (evidence_id(vm),))

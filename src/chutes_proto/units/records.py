@@ -12,7 +12,7 @@ from typing import Literal
 
 from attrs import field, frozen
 
-from chutes_proto.store.rows import AttestationRow, AuditRow, BootRow, Decision, Insert, Pin, Vm
+from chutes_proto.store.rows import AttestationRow, AuditRow, BootRow, Decision, EvidenceRow, Insert, Pin, Put, Vm
 
 
 @frozen
@@ -70,6 +70,28 @@ class SignedGpus:
     text: str
     devices: tuple[SignedGpu, ...] = ()
     is_required: bool = False
+
+
+@frozen
+class Kept:
+    """The bytes of a genuine quote, and the numbers and dates of its collateral as a JSON object."""
+
+    quote: bytes
+    collateral: str
+
+    def granted(self, vm: Vm, attestation_id: str, at: int) -> Put:
+        """Keep it as the newest one that ``vm`` was granted a boot for."""
+        return Put(EvidenceRow(evidence_id(vm), vm, attestation_id, None, self.quote, self.collateral, at))
+
+    def refused(self, pin: Pin, place: int, vm: Vm, attestation_id: str, code: str, at: int) -> Put:
+        """Keep it in one of the places of its platform."""
+        name = f"refused {pin} {place}"
+        return Put(EvidenceRow(name, vm, attestation_id, code, self.quote, self.collateral, at))
+
+
+def evidence_id(vm: Vm) -> str:
+    """The key of the evidence of a VM's newest granted boot."""
+    return f"vm {vm.hotkey}/{vm.name}"
 
 
 NO_QUOTE = Quote.refused(b"")

@@ -3,22 +3,44 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections import Counter
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
+from attrs import evolve, frozen
 
 from chutes_proto.cli import console, output
-from chutes_proto.cli.base import Argument, Command, Group, answer, json_option, wants
+from chutes_proto.cli.base import Argument, Command, Group, answer, json_option, parsed, wants
+from chutes_proto.cli.console import moment
 from chutes_proto.cli.describe import exits
+from chutes_proto.cli.operator import operating
+from chutes_proto.cli.operator.operating import DAY, OperatorCommand
+from chutes_proto.collateral.library import Family
+from chutes_proto.errors import CollateralUnavailable, ConfigurationError
+from chutes_proto.io.collateral.directory import CollateralDirectory
 from chutes_proto.io.files import read_file
+from chutes_proto.io.server.setup import make_setup
 from chutes_proto.quote._errors import PolicyError
 from chutes_proto.quote._policy_set import PolicySet, parse_policy_set
 from chutes_proto.quote._policy_words import explain_set, policy_notes
+from chutes_proto.quote._terms import rfc3339
+from chutes_proto.server import ServerConfig
 from chutes_proto.server._profiles import EXTRA_KEYS
+from chutes_proto.server._whatif import Judged, judge
+from chutes_proto.store._run import Ask
+from chutes_proto.store.rows import CountRows, EvidenceRow, VmRow
+from chutes_proto.units.evidence import ReadEvidence
+
+if TYPE_CHECKING:
+    from chutes_proto.io.server.setup import ServerSetup
+    from chutes_proto.quote._collateral import VerifiedCollateral
+    from chutes_proto.quote._pck import PckIdentity
 
 command: Group = Group(
     "policy",
-    help="""Check an appraisal policy, and say in words what it accepts.
+    help="""Check an appraisal policy, say what it accepts, and try it on the fleet.
 
     A policy says which genuine quotes are accepted: `policy` of a server's configuration names its file, and
     `verify --policy` takes the same file. Its language is in docs/reference/policies.md, a complete example in
@@ -27,6 +49,7 @@ command: Group = Group(
     Examples:
       chutes-proto policy check policy.toml
       chutes-proto policy explain policy.toml
+      chutes-proto policy try policy.toml --config server.toml
 
     See also: verify, serve, profiles import
     """,
@@ -101,6 +124,165 @@ def explain_command(file: str) -> int:
 
     listed = [{"applies_to": title, "rules": list(sentences)} for title, sentences in parts]
     return answer({"ok": True, "policies": listed}, people)
+
+
+_STATES: dict[str, output.State] = {"granted": "good", "warned": "warn", "refused": "bad", "not judged": "warn"}
+_TRIED: output.Columns = {
+    "VM": lambda each: output.vm(each.row.vm),
+    "STATE": lambda each: output.Cell(each.state, _STATES[each.judged.state]),
+    "REFUSED FROM": lambda each: "-" if each.judged.refused_from is None else output.when(each.judged.refused_from),
+    "CODE": lambda each: each.judged.code or "-",
+    "REASON": lambda each: each.judged.reason or "-",
+}
+_REASON_LENGTH = 400
+_BAR = 40
+_LINES = 12
+
+
+@frozen
+class _Tried:
+    row: EvidenceRow
+    judged: Judged
+
+    @property
+    def state(self) -> str:
+        was = ", was refused" if self.row.code is not None else ""
+        return f"{self.judged.state}{was}"
+
+
+@command.command("try", cls=OperatorCommand)
+@click.argument("file", cls=Argument, metavar="[FILE]", required=False, help="the new policy (default: the server's)")
+@click.option("--at", metavar="TIME", callback=parsed(moment), help="the date to judge at (default: now)")
+@click.option("--days", metavar="N", callback=parsed(operating.count), default="365", help="look so far ahead of it")
+@click.option(
+    "--measurements", metavar="FILE", multiple=True, help="other reference values (several times: all of them)"
+)
+@click.option("--collateral", metavar="DIR", help="another directory of collateral")
+@click.option(
+    "--update",
+    type=click.Choice(("standard", "early")),
+    default="standard",
+    help="early: the directory `early` in that of the collateral, with what a TCB recovery will demand",
+)
+@operating.shows
+def try_command(
+    file: str | None,
+    at: int | None,
+    days: int,
+    measurements: tuple[str, ...],
+    collateral: str | None,
+    update: str,
+    config: str,
+) -> int:
+    """Say which VMs a policy would refuse, before it is used.
+
+    Judges the newest boot evidence of every VM again, offline: under another policy, with other reference values, at
+    another date, or with Intel's early TCB info (`collateral fetch --update early`). Lists the VMs that would be
+    refused and why, those that would be granted with a warning, those that will be refused within --days and from which
+    date on, and those that were refused and would be granted. Nothing is changed, and no server is asked.
+
+    Ends with 1 if a VM would be refused at the date, or cannot be judged. Collateral is taken as renewed in time.
+
+    Examples:
+      chutes-proto policy try --config server.toml
+      chutes-proto policy try policy.toml --at 2026-12-24 --config server.toml --json
+
+    See also: policy check, policy explain, collateral fetch, vm list
+    """
+    wanted = ServerConfig.load(config)
+    if file is not None:
+        wanted = evolve(wanted, policy=str(Path(file).absolute()))
+    if measurements:
+        wanted = evolve(wanted, measurements=tuple(str(Path(one).absolute()) for one in measurements))
+    setup = make_setup(wanted)
+    source = _files(setup, collateral, update)
+    now = operating.now()
+    date = now if at is None else at
+    known: dict[Family, VerifiedCollateral] = {}
+
+    def choose(pck: PckIdentity) -> VerifiedCollateral:
+        family = Family.of(pck)
+        if family not in known:
+            known[family] = source.fetch(pck, now)
+        return known[family]
+
+    tried: list[_Tried] = []
+    counts, judged_vms, later = Counter[str](), 0, 0
+    with closing(setup.store.open()) as store, output.progress("VMs judged") as tell:
+        total, after = store.transact(Ask(CountRows(VmRow))), None
+        while page := store.transact(ReadEvidence(after, _PAGE)):
+            for kept in page:
+                row = kept.row
+                if row.code is None and not kept.is_bound:
+                    continue
+                try:
+                    found = judge(setup.service, row, choose, date, proven=kept.proven, until=date + days * DAY)
+                except CollateralUnavailable as exc:
+                    found = Judged("not judged", "collateral_unavailable", str(exc))
+                found = evolve(found, reason=found.reason[:_REASON_LENGTH])
+                if row.code is None:
+                    counts[found.state] += 1
+                    judged_vms += 1
+                    later += found.state in ("granted", "warned") and found.refused_from is not None
+                is_news = found.state != "granted" or found.refused_from is not None
+                if is_news if row.code is None else found.state in ("granted", "warned"):
+                    tried.append(_Tried(evolve(row, quote=b""), found))
+            after = page[-1].row
+            tell(judged_vms, max(total, judged_vms))
+    is_fine = not counts["refused"] and not counts["not judged"]
+    told: dict[str, object] = {"ok": is_fine, "at": date, "judged": judged_vms, "without_evidence": total - judged_vms}
+    told |= {name.replace(" ", "_"): counts[name] for name in _STATES} | {"refused_later": later}
+    changes = _changes(tried)
+    told |= {"changes": [{"at": when, "refused": count} for when, count in changes]}
+
+    def people() -> None:
+        output.table(_TRIED, tried, empty="every VM is granted", under={"REASON": "CODE"})
+        parts = [f"{counts[name]} {name}" for name in _STATES if counts[name]]
+        console.say(f"{judged_vms} VMs judged at {rfc3339(date)}: {', '.join(parts) or 'none'}; {later} refused later")
+        if total > judged_vms:
+            console.say(f"{total - judged_vms} VMs have no evidence yet: they have not booted since it is kept")
+        _plot(changes, judged_vms)
+
+    return answer({**told, "vms": [*map(_tried, tried)]}, people, ok=is_fine)
+
+
+_PAGE = 200
+
+
+def _files(setup: ServerSetup, collateral: str | None, update: str) -> CollateralDirectory:
+    """The directory of collateral, whose files count as renewed in time."""
+    path = None if collateral is None else Path(collateral)
+    if path is None:
+        if not isinstance(setup.collateral, CollateralDirectory):
+            raise ConfigurationError("--collateral: the configuration has no directory of collateral; name one")
+        path = setup.collateral.path
+    return CollateralDirectory(path / "early" if update == "early" else path, setup.service.root, grace=_RENEWED)
+
+
+_RENEWED = 100 * 365 * DAY
+
+
+def _changes(tried: list[_Tried]) -> list[tuple[int, int]]:
+    """The dates from which on more VMs are refused, and how many are refused then."""
+    starts = Counter(each.judged.refused_from for each in tried if each.row.code is None)
+    dates = sorted(when for when in starts if when is not None)
+    return [(when, sum(starts[earlier] for earlier in dates if earlier <= when)) for when in dates]
+
+
+def _plot(changes: list[tuple[int, int]], total: int) -> None:
+    """A line for each change, of which the last ones and the first are shown."""
+    shown = changes if len(changes) <= _LINES else [*changes[: _LINES - 1], changes[-1]]
+    if shown:
+        console.say("refused from then on:")
+    for when, count in shown:
+        bar = "#" * max(1, round(_BAR * count / max(total, 1)))
+        console.say(f"  {rfc3339(when)}  {bar:{_BAR}}  {count}")
+
+
+def _tried(each: _Tried) -> dict[str, object]:
+    judged, row = each.judged, each.row
+    names = {"hotkey": row.vm.hotkey, "vm": row.vm.name, "state": judged.state, "was_refused": row.code is not None}
+    return {**names, "refused_from": judged.refused_from, "code": judged.code, "reason": judged.reason}
 
 
 def _read(file: str) -> PolicySet:

@@ -29,6 +29,7 @@ from chutes_proto.store.rows import (
     DeleteServer,
     EraseGeneration,
     ErasureRow,
+    EvidenceRow,
     FindLastBoot,
     FindLastBootFrom,
     FindRecent,
@@ -179,6 +180,8 @@ _INSERTED = (
     RevocationRow("hotkey", VM.hotkey, "leaked", NOW, NOW + 60),
     RevocationRow("vm", "hotkey/name", "left", NOW, None),
     ErasureRow("e1", VM, NOW, "{}"),
+    EvidenceRow("refused p 0", VM, "a1", "tcb_rejected", bytes(5000), "{}", NOW),
+    EvidenceRow("vm h/n", VM, "b0", None, b"\0\xff", "{}", NOW),
     AuditRow(NOW, "vm", "zuerst", "granted", vm=VM, pin=_PIN, quote_digest=bytes(32), keys="storage/1 created"),
     AuditRow(NOW - 1, "operator", "afterwards", "done", evidence="{}", idx=0, salt=b"salt"),
     LogStateRow("audit", "a.example/log", 1),
@@ -345,8 +348,8 @@ def operations_reply_what_they_say(harness: Harness) -> None:
     expect(ask(ReadAll(VolumeRow, VM)), (known,), "a VM's volumes")
     expect(ask(ReadAll(VolumeRow, stranger)), (), "another VM's volumes")
     revoked = RevocationRow("platform", str(_PIN), "stolen", NOW, None)
-    for row in (evolve(revoked, kind="vm"), revoked, evolve(revoked, ends_at=NOW)):
-        ask(Put(row))
+    for each in (evolve(revoked, kind="vm"), revoked, evolve(revoked, ends_at=NOW)):
+        ask(Put(each))
     expect(ask(Scan(RevocationRow)), (evolve(revoked, ends_at=NOW), evolve(revoked, kind="vm")), "revocations")
     ask(DeleteRevocation("platform", revoked.subject))
     expect(ask(Scan(RevocationRow)), (evolve(revoked, kind="vm"),), "revocations after one was deleted")

@@ -1,0 +1,79 @@
+"""`policy try` on both stores: who would be refused, why and from when on; the exit code for a pipeline."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import closing
+
+from attrs import evolve
+
+from chutes_proto.io.server.setup import make_setup
+from chutes_proto.server import ServerConfig
+from chutes_proto.store.rows import Platform, Vm
+from chutes_proto.testing.store_suite._parts import boot
+from chutes_proto.units.boot import RecordRefusal
+from chutes_proto.units.records import Kept
+from tests.cli import test_operating
+from tests.cli.test_operating import HOTKEY, NOW, PLATFORM, Site
+
+site = test_operating.site
+
+
+def fleet(site: Site) -> None:
+    """Two VMs, of which one is on a platform that is out of date, one without evidence, and one that was refused."""
+    setup = make_setup(ServerConfig.load(site.configuration))
+    refused = RecordRefusal(
+        now=NOW,
+        request_id="r",
+        vm=Vm(HOTKEY, "vm-new"),
+        platform=Platform(None, bytes(16)),
+        code="measurement_mismatch",
+        reason="RTMR1",
+        quote_digest=bytes(32),
+        peer_address="",
+        kept=Kept(PLATFORM.quote(bytes(64)), "{}"),
+    )
+    with closing(setup.store.open()) as store:
+        for name, fault in (("good", ""), ("old", "tcb_out_of_date"), ("silent", None)):
+            quote = None if fault is None else (PLATFORM.having(fault) if fault else PLATFORM).quote(bytes(64))
+            kept = None if quote is None else Kept(quote, "{}")
+            unit = evolve(boot(name, now=NOW, vm=Vm(HOTKEY, f"vm-{name}")), vault=setup.service.vault, kept=kept)
+            _ = store.transact(unit)
+        assert store.transact(refused)
+
+
+def test_a_policy_is_tried_before_it_bites(site: Site) -> None:
+    fleet(site)
+    ended = site.do("policy", "try", "--json")
+    told = ended.json
+    assert (ended.code, told["ok"], told["judged"], told["without_evidence"]) == (1, False, 2, 1)
+    assert [(vm["vm"], vm["state"], vm["was_refused"]) for vm in told["vms"]] == [
+        ("vm-new", "granted", True),
+        ("vm-old", "refused", False),
+    ]
+    assert (told["vms"][1]["code"], told["changes"][0]["refused"]) == ("tcb_rejected", 1)
+    policy = site.directory / "new.toml"
+    _ = policy.write_text('[tcb]\naccepted_statuses = ["UpToDate", "OutOfDate"]\n')
+    ended = site.do("policy", "try", policy)
+    assert ended.code == 0, ended.out + ended.err
+    assert "2 VMs judged" in ended.out
+    assert "1 VMs have no evidence yet" in ended.out
+    _ = policy.write_text("[tcb]\nplatform_grace_days = 1\n")
+    assert site.do("policy", "try", policy).code in (1, 2)
+    said = site.do("policy", "try").out
+    assert "refused from then on:" in said
+    assert "tcb_rejected" in said
+
+
+def test_another_collateral_and_none(site: Site) -> None:
+    fleet(site)
+    setup = make_setup(ServerConfig.load(site.configuration))
+    assert setup.config.collateral.directory is not None
+    directory = site.directory / setup.config.collateral.directory
+    early = site.do("policy", "try", "--update", "early", "--json")
+    assert early.code == 1
+    assert {vm["state"] for vm in early.json["vms"]} == {"not judged"}
+    _ = shutil.copytree(directory, directory / "early")
+    assert site.do("policy", "try", "--update", "early", "--json").json["not_judged"] == 0
+    assert site.do("policy", "try", "--collateral", directory / "early", "--json").json["refused"] == 1
+    assert site.do("policy", "try", "--at", "2050-06-01", "--json").json["refused"] == 2  # certificates have expired

@@ -1,0 +1,141 @@
+"""What a policy would do to the fleet, against a brute-force oracle: every VM boots again at that date."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from attrs import evolve
+
+from chutes_proto.errors import CollateralUnavailable
+from chutes_proto.quote._collateral import Collateral
+from chutes_proto.quote._files import UnixTime
+from chutes_proto.quote._measurements import Schedule
+from chutes_proto.quote._policy import Policy, TcbPolicy
+from chutes_proto.quote._policy_set import PolicySet
+from chutes_proto.quote._verify import verify_collateral
+from chutes_proto.server._app import App
+from chutes_proto.server._profiles import ServedProfile
+from chutes_proto.server._service import Service
+from chutes_proto.server._whatif import judge
+from chutes_proto.store.rows import EvidenceRow
+from chutes_proto.testing._platform import PROFILE
+from chutes_proto.units.boot import REFUSED_KEPT
+from chutes_proto.units.erasure import EraseVm
+from chutes_proto.units.evidence import ReadEvidence
+from tests.server.world import HOTKEY, NOW, PLATFORM, World, answer, refusal, service
+
+DAY = 86_400
+KINDS = ("", "tcb_sw_hardening_needed", "tcb_configuration_needed", "tcb_out_of_date")
+ANY = frozenset({"UpToDate", "SWHardeningNeeded", "ConfigurationNeeded", "OutOfDate"})
+EVERY = TcbPolicy(accepted_statuses=ANY)
+
+
+def served(tcb: TcbPolicy = EVERY, schedule: Schedule | None = None, **changes: Any) -> Service:
+    profile = PROFILE if schedule is None else evolve(PROFILE, schedule=schedule)
+    profiles = {PROFILE.identity: ServedProfile(profile, None, False, False)}
+    return service(policies=PolicySet(default=Policy(tcb=tcb)), profiles=profiles, **changes)
+
+
+@pytest.fixture
+def fleet() -> World:
+    """VMs on platforms of four kinds, all of which were granted."""
+    world = World(App(served()))
+    for kind in KINDS:
+        world.platform = PLATFORM.having(kind) if kind else PLATFORM
+        assert answer(world.boot(vm_name=f"vm-{kind or 'good'}"))
+    return world
+
+
+def judged(world: World, new: Service, at: int, until: int) -> dict[str, Any]:
+    content = Collateral.from_json(PLATFORM.collateral_json(NOW))
+    found = verify_collateral(content, now=NOW, root=new.root, grace=100 * 365 * DAY)
+    return {
+        kept.row.vm.name: judge(new, kept.row, lambda _: found, at, proven=kept.proven, until=until)
+        for kept in world.store.transact(ReadEvidence(None, 99))
+        if kept.row.code is None
+    }
+
+
+def boots(new: Service, at: int) -> dict[str, str]:
+    """The oracle: what each of these VMs gets that boots at a date."""
+    found: dict[str, str] = {}
+    for kind in KINDS:
+        world = World(App(new), now=at)
+        world.platform = PLATFORM.having(kind) if kind else PLATFORM
+        response = world.boot(vm_name=f"vm-{kind or 'good'}")
+        found[f"vm-{kind or 'good'}"] = "granted" if response.status == 200 else str(refusal(response)[1])
+    return found
+
+
+NEW = [
+    pytest.param(served(), id="the same"),
+    pytest.param(served(TcbPolicy()), id="UpToDate alone"),
+    pytest.param(served(evolve(EVERY, rejected_advisories=frozenset({"SIMULATED-SA-OutOfDate"}))), id="an advisory"),
+    pytest.param(served(evolve(EVERY, min_tcb_date=UnixTime(NOW))), id="a floor by date"),
+    pytest.param(served(evolve(EVERY, platform_grace=(NOW - 1_500_000_000) // 2 * 2 + 40 * DAY)), id="a grace"),
+    pytest.param(served(schedule=Schedule(not_after=UnixTime(NOW + 30 * DAY))), id="an end"),
+    pytest.param(served(schedule=Schedule(not_before=UnixTime(NOW + 10 * DAY))), id="a begin"),
+    pytest.param(
+        served(schedule=Schedule(not_after=UnixTime(NOW + 30 * DAY), retirement_grace=DAY)), id="a retirement"
+    ),
+    pytest.param(served(hotkeys=frozenset()), id="no hotkey"),
+    pytest.param(served(blacklist={HOTKEY: "left"}), id="a blacklist"),
+    pytest.param(served(minimum_version="99"), id="a version"),
+]
+
+
+@pytest.mark.parametrize("new", NEW)
+def test_it_says_what_booting_everything_again_would_say(fleet: World, new: Service) -> None:
+    horizon = NOW + 400 * DAY
+    dates = [NOW, NOW + 10 * DAY, NOW + 31 * DAY, NOW + 200 * DAY]
+    for at in dates:
+        expected = boots(new, at)
+        found = judged(fleet, new, at, horizon)
+        assert {vm: one.code if one.state == "refused" else "granted" for vm, one in found.items()} == expected
+        for vm, one in found.items():
+            if one.refused_from is not None and one.state != "refused":
+                assert one.refused_from > at
+                assert boots(new, one.refused_from - 1)[vm] == "granted"
+                assert boots(new, one.refused_from)[vm] == one.code
+            elif one.state != "refused":
+                assert boots(new, horizon)[vm] == "granted"
+
+
+def test_a_warning_is_told_and_collateral_may_be_missing(fleet: World) -> None:
+    warned = judged(fleet, served(schedule=Schedule(mode="warn")), NOW, NOW)
+    assert {one.state for one in warned.values()} == {"warned"}
+
+    def none(_: object) -> Any:
+        raise CollateralUnavailable("none")
+
+    (kept, *_) = fleet.store.transact(ReadEvidence(None, 1))
+    with pytest.raises(CollateralUnavailable):
+        _ = judge(served(), kept.row, none, NOW, proven=False, until=NOW)
+    spoilt = evolve(kept.row, quote=kept.row.quote[:700] + b"x" + kept.row.quote[701:])
+    assert judge(served(), spoilt, none, NOW, proven=False, until=NOW).state == "refused"
+
+
+def test_the_newest_evidence_of_each_vm_is_kept_and_of_strangers_a_few(fleet: World) -> None:
+    before = {row.evidence_id: row for row in fleet.rows(EvidenceRow)}
+    fleet.platform = PLATFORM
+    fleet.now += 60
+    assert answer(fleet.boot(vm_name="vm-good"))
+    after = {row.evidence_id: row for row in fleet.rows(EvidenceRow)}
+    assert after.keys() == before.keys()
+    assert [name for name in after if after[name] != before[name]] == [f"vm {HOTKEY}/vm-good"]
+    assert all(4000 < len(row.quote) < 6000 for row in after.values())
+    fleet.platform = PLATFORM.having("rtmr1")
+    for number in range(3 * REFUSED_KEPT):
+        assert refusal(fleet.boot(vm_name=f"stranger-{number}"))[0] == 403
+    refused = [row for row in fleet.rows(EvidenceRow) if row.code is not None]
+    assert {row.vm.name for row in refused} == {f"stranger-{n}" for n in range(2 * REFUSED_KEPT, 3 * REFUSED_KEPT)}
+    fleet.platform = PLATFORM.having("quote_signature")
+    assert refusal(fleet.boot(vm_name="forged"))[0] == 403
+    assert "forged" not in {row.vm.name for row in fleet.rows(EvidenceRow)}
+
+
+def test_an_erasure_takes_the_evidence_along(fleet: World) -> None:
+    vm = next(row.vm for row in fleet.rows(EvidenceRow) if row.vm.name == "vm-good")
+    _ = fleet.store.transact(EraseVm(NOW, "e", 1, vm, "gone", carry_out=True))
+    assert vm not in {row.vm for row in fleet.rows(EvidenceRow)}
