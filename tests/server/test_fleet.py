@@ -280,13 +280,3 @@ def test_the_order_of_checks_of_a_host_profile(world, first):
         sent = world.ask("POST", HOSTS_PATH, profile)
     assert refusal(sent)[:2] == HOST_ORDER[first][1:]
     assert world.rows(HostProfileRow) == before
-
-
-def test_a_path_that_is_not_served_is_404_before_authentication(world):
-    for method, path in (
-        ("POST", "/servers/snp/host_profiles"),
-        ("POST", "/servers/sgx/host_profiles/status"),
-        ("GET", "/miner/other"),
-        ("GET", "/servers/n0/maintenance/other"),
-    ):
-        assert refusal(world.ask(method, path))[:2] == (404, Code.NOT_FOUND)

@@ -45,8 +45,8 @@ def test_signing_keys_are_public_and_the_operators_own() -> None:
 @pytest.mark.parametrize(
     "target",
     [
-        *("GET /servers/maintenance/policy", "PUT /servers/n1/maintenance", "POST /servers/tdx/host_profiles/status"),
-        *("GET /miner/servers/", "GET /servers/tdx/host_profiles", "PUT /servers/vm-1/vm-root-ca", "GET /elsewhere"),
+        *("GET /servers/n1/maintenance/other", "POST /servers/snp/host_profiles", "POST /servers/sgx/preflight"),
+        *("GET /miner/other", "PUT /servers/vm-1/vm-root-ca", "GET /elsewhere"),
     ],
 )
 def test_a_path_that_is_not_served_is_404_before_anybody_is_authenticated(target: str) -> None:
