@@ -1,0 +1,136 @@
+"""The container: its image is built on a base of Debian's packages, and started without root and with a read-only root.
+
+Where no container runs, its root directory is entered by chroot, as the same user.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.conftest import ROOT, SOAK
+from tests.scenario.premises import Premises
+from tests.scenario.test_admin import listen
+from tests.waiting import wait_until
+
+pytestmark = [
+    pytest.mark.skipif(not SOAK, reason="an image takes minutes: see `make soak`"),
+    pytest.mark.parametrize("premises", ["sqlite"], indirect=True),
+]
+BASE, IMAGE = "localhost/chutes-proto-base", "localhost/chutes-proto-test"
+PACKAGES = "python3,python3-venv,ca-certificates"
+SECONDS = 1800
+USER = 65532
+
+
+def run(*words: object, **options: object) -> str:
+    done = subprocess.run([*map(str, words)], capture_output=True, text=True, check=False, timeout=SECONDS, **options)  # type: ignore[call-overload]
+    assert done.returncode == 0, f"{words}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    return str(done.stdout)
+
+
+def mirror() -> tuple[str, str]:
+    """The release of Debian that this machine has, and where its packages come from."""
+    lines = Path("/etc/os-release").read_text().splitlines()
+    (release,) = (line.partition("=")[2].strip('"') for line in lines if line.startswith("VERSION_CODENAME="))
+    for line in run("apt-get", "indextargets", "--format", "$(REPO_URI) $(RELEASE)").splitlines():
+        place, _, of = line.partition(" ")
+        if of == release and not place.startswith("file:"):
+            return release, place
+    raise AssertionError(f"apt has no source of {release}")
+
+
+def pip_files() -> set[str]:
+    """The files that this machine's settings of pip are in, and name: the image is built with the same."""
+    told = run(sys.executable, "-m", "pip", "config", "debug") + run(sys.executable, "-m", "pip", "config", "list")
+    paths = {*re.findall(r"(/\S+), exists: True", told), *re.findall(r"'(/[^']+)'", told)}
+    return {path for path in paths if Path(path).exists() and not path.startswith("/root/")}
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Build the image from the files of the last commit."""
+    if os.geteuid() != 0:
+        pytest.skip("only root makes a base from Debian's packages")
+    for program in ("podman", "debootstrap"):
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} is not installed")
+    folder = tmp_path_factory.mktemp("image")
+    release, place = mirror()
+    _ = run("debootstrap", "--variant=minbase", f"--include={PACKAGES}", release, folder / "base", place)
+    _ = run("sh", "-c", f'tar -C "$1" -c . | podman import - {BASE}', "sh", folder / "base")
+    shutil.rmtree(folder / "base")
+    checkout = folder / "checkout"
+    checkout.mkdir()
+    _ = run("sh", "-c", 'git -C "$1" archive HEAD | tar -x -C "$2"', "sh", ROOT, checkout)
+    settings = [word for path in pip_files() for word in ("--volume", f"{path}:{path}:ro")]
+    environ = [f"{name}={value}" for name, value in os.environ.items() if name.startswith("PIP_")]
+    settings += [word for each in environ for word in ("--env", each)]
+    file = checkout / "examples/container/Containerfile"
+    built = ["podman", "build", "--isolation", "chroot", "--network", "host", "--build-arg", f"BASE={BASE}", *settings]
+    for name, limit in (("nofile", resource.RLIMIT_NOFILE), ("nproc", resource.RLIMIT_NPROC)):
+        most = resource.getrlimit(limit)[1]
+        built += ["--ulimit", f"{name}={most}:{most}"]  # higher ones are not for everybody to set
+    try:
+        _ = run(*built, "-t", IMAGE, "-f", file, checkout)
+        yield IMAGE
+    finally:
+        _ = subprocess.run(["podman", "rmi", "--force", IMAGE, BASE], capture_output=True, check=False)
+        _ = subprocess.run(["podman", "image", "prune", "--force"], capture_output=True, check=False)
+
+
+def command(image: str, premises: Premises) -> tuple[list[str], str | None]:
+    """The command that starts it, and the root directory where that is by chroot."""
+    site, state = premises.directory, premises.directory.with_name("state")
+    whole = ["podman", "run", "--rm", "--read-only", "--cap-drop", "all", "--network", "host", "--tmpfs", "/tmp"]
+    whole += ["-v", f"{site}:/etc/chutes-proto:ro", "-v", f"{state}:/var/lib/chutes-proto", image]
+    tried = subprocess.run([*whole, "--version"], capture_output=True, check=False, timeout=SECONDS)
+    if tried.returncode == 0:
+        return whole, None
+    name = run("podman", "create", image).strip()
+    root = run("podman", "mount", name).strip()
+    for inside, outside in (("etc/chutes-proto", site), ("var/lib/chutes-proto", state)):
+        shutil.copytree(outside, Path(root, inside), dirs_exist_ok=True)
+        _ = run("chown", "-R", f"{USER}:{USER}", Path(root, inside))
+    (Path(root) / "dev").mkdir(exist_ok=True)
+    return ["chroot", f"--userspec={USER}:{USER}", root, *entry(image)], root
+
+
+def entry(image: str) -> Sequence[str]:
+    both = run("podman", "inspect", "--format", "{{json .Config.Entrypoint}}\n{{json .Config.Cmd}}", image)
+    return [word for line in both.strip().splitlines() for word in json.loads(line)]
+
+
+def test_it_serves_without_root_and_with_a_read_only_root(premises: Premises, image: str) -> None:
+    assert run("podman", "inspect", "--format", "{{.Config.User}}", image).strip() == f"{USER}:{USER}"
+    state = premises.directory.with_name("state")
+    state.mkdir()
+    premises.edit("sqlite:keys.db", "sqlite:/var/lib/chutes-proto/keys.db")
+    listen(premises, 'listen = "127.0.0.1:9464"')
+    for place in (premises.directory, state):
+        _ = run("chown", "-R", f"{USER}:{USER}", place)
+    started, root = command(image, premises)
+    log = premises.directory.with_name("container.log")
+    with log.open("w") as file, subprocess.Popen(started, stdout=file, stderr=file) as server:
+        try:
+            _ = wait_until(lambda: server.poll() is not None or '"serving"' in log.read_text(), 120)
+            assert server.poll() is None, log.read_text()
+            with httpx.Client(base_url="http://127.0.0.1:9464", trust_env=False, timeout=60) as admin:
+                assert admin.get("/livez").text == "ok\n"
+                assert admin.get("/readyz").json()["ready"] is True
+            status = Path(f"/proc/{server.pid}/status").read_text()
+            assert root is None or re.search(rf"^Uid:(\t{USER}){{4}}$", status, re.MULTILINE)
+        finally:
+            server.terminate()
+            _ = server.wait(60)
+    assert '"stopped"' in log.read_text()
