@@ -13,6 +13,7 @@ Rules kept here:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 from attrs import frozen
 
@@ -96,10 +97,10 @@ class RepeatErasure(Unit[int | None]):
 
 def through_of(record: store.ErasureRow) -> dict[str, int]:
     """The newest generation that was erased, by volume. Raises `ValueError` for another form."""
-    through = json.decode(record.through.encode())
-    if not isinstance(through, dict) or not all(type(number) is int for number in through.values()):
+    through: Any = json.decode(record.through.encode())
+    if type(through) is not dict or not all(type(number) is int for number in cast("Any", through).values()):
         raise ValueError("through: must be a JSON object of numbers")
-    return through
+    return cast("dict[str, int]", through)
 
 
 def _erase(

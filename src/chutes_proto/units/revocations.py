@@ -67,8 +67,10 @@ class Revocations:
             return None
         keys: list[tuple[store.Revocable, str]] = []
         for vm in vms:
-            keys += [("vm", subject_of(vm)), ("hotkey", vm.hotkey)]
-        keys += [("platform", str(pin)) for pin in pins]
+            keys.append(("vm", subject_of(vm)))
+            keys.append(("hotkey", vm.hotkey))
+        for pin in pins:
+            keys.append(("platform", str(pin)))  # noqa: PERF401 - its type is told
         found = (self.rows.get(key) for key in keys)
         return next((row for row in found if row is not None and is_in_force(row, now)), None)
 

@@ -6,7 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import attrs
 import click
@@ -133,10 +133,11 @@ def _of_log(path: str, wanted: AuditWanted) -> Iterator[_Refusal]:
     lines: Iterable[bytes] = sys.stdin.buffer if path == "-" else read_lines(path, limit=_LINE_BYTES)
     for line in lines:
         try:
-            told: Any = json.loads(line[line.index(b"{") :])
+            found: object = json.loads(line[line.index(b"{") :])
         except ValueError:
             continue
-        if not isinstance(told, dict) or told.get("event") != "refused":
+        told = cast("dict[str, Any]", found) if isinstance(found, dict) else {}
+        if told.get("event") != "refused":
             continue
         read = {name: str(told.get(name, "")) for name in ("at", "code", "reason", "request_id", "hotkey", "vm", "why")}
         if _is_wanted(read, wanted):
