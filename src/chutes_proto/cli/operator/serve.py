@@ -144,10 +144,10 @@ def command(
 
 def _check(setup: ServerSetup) -> int:
     """Report what there is; 1 if something of it cannot work."""
-    from chutes_proto.io.server.checking import check_setup
+    from chutes_proto.io.server.checking import check_ends, check_setup
 
     faults: list[Finding] = []
-    for finding in check_setup(setup):
+    for finding in (*check_setup(setup), *(end for end in check_ends(setup) if end.state != "ok")):
         if finding.state == "problem":
             faults.append(finding)
         else:

@@ -17,10 +17,11 @@ from chutes_proto.io.finding import Finding, State
 from chutes_proto.io.server.setup import ServerSetup
 from chutes_proto.io.server.store_setup import check_store
 from chutes_proto.quote import VerifiedCollateral
+from chutes_proto.quote._measurements import Profile
 from chutes_proto.quote._terms import rfc3339
 
 _DAY: Final = 86_400
-_EARLY: Final = {"certificate": 30 * _DAY, "collateral": 7 * _DAY}
+_EARLY: Final = {"certificate": 30 * _DAY, "collateral": 7 * _DAY, "profile": 30 * _DAY}
 """How long before its end each is worth a note."""
 
 
@@ -56,7 +57,8 @@ def check_setup(setup: ServerSetup) -> Iterator[Finding]:
 
 
 def check_ends(setup: ServerSetup) -> Iterator[Finding]:
-    """When the certificate and each file of collateral expire."""
+    """When the certificate, each file of collateral and each profile end."""
+    yield from _ends_of_profiles([one.measurements for one in setup.service.profiles.values()], int(time.time()))
     path = Path(setup.base, setup.config.tls.certificate)
     for certificate in x509.load_pem_x509_certificates(read_file(path)):
         remedy = f"replace {path}, then run chutes-proto reload, or send SIGHUP"
@@ -69,6 +71,17 @@ def check_ends(setup: ServerSetup) -> Iterator[Finding]:
             yield _end(
                 "collateral", item.name, content.window[1], f"{fetch} --upstream URL --out {setup.collateral.path}"
             )
+
+
+def _ends_of_profiles(profiles: list[Profile], now: int) -> Iterator[Finding]:
+    if profiles and not any(profile.schedule.accepts(now) for profile in profiles):
+        yield Finding("problem", "profiles", "none counts now, so no VM is granted; change their schedule")
+    for profile in profiles:
+        end = profile.schedule.end
+        if end is not None and end - now < _EARLY["profile"]:
+            verb = "ended" if end <= now else "ends"
+            remedy = "chutes-proto profiles vms --config FILE"
+            yield Finding("note", "profile", f"{profile} {verb} at {rfc3339(end)}", remedy)
 
 
 def _end(what: str, name: str, end: int, remedy: str) -> Finding:

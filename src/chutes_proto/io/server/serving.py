@@ -18,11 +18,14 @@ import anyio
 from attrs import define
 
 from chutes_proto import __version__
+from chutes_proto._error import ChutesError
 from chutes_proto.errors import ConfigurationError, StoreError
 from chutes_proto.io.collateral.aio import open_performer
 from chutes_proto.io.collateral.directory import CollateralDirectory
 from chutes_proto.io.drivers.sync import log_record
+from chutes_proto.io.finding import Finding
 from chutes_proto.io.server.aio import Server, run_until_stopped
+from chutes_proto.io.server.checking import check_ends
 from chutes_proto.io.server.control import Control
 from chutes_proto.io.server.log_writer import FLUSH_SECONDS, LogWriter
 from chutes_proto.io.server.reload import Reloader, Running, prepare
@@ -79,6 +82,7 @@ END_SECONDS: Final = 2.0
 A store may hang for longer, or for ever.
 """
 
+_DAY: Final = 86_400.0
 _ENDING: Final = threading.Lock()
 
 
@@ -197,7 +201,7 @@ async def open_server(
         log(Record(Level.WARNING, "warning", {"about": about}))
     async with (
         open_performer(store, collateral, gpus=setup.gpus, log=log) as performer,
-        _watching(setup, store, performer, log),
+        _watching(running, store, performer, log),
     ):
         if not admin:
             yield Server(running.follow(App(setup.service)), performer, limits=setup.limits, connections=connections)
@@ -223,15 +227,17 @@ async def open_server(
 
 @asynccontextmanager
 async def _watching(
-    setup: ServerSetup, store: DurableStore, performer: Performer, log: Callable[[Record], None]
+    running: Running, store: DurableStore, performer: Performer, log: Callable[[Record], None]
 ) -> AsyncGenerator[None]:
     """Look at the store all the time, to know whether it can serve boots; log what is found; forget nonces."""
+    setup = running.setup
     async with anyio.create_task_group() as background:
         _ = background.start_soon(performer.run, watch_store(setup.service.readiness, setup.service.revoked))
         _ = background.start_soon(performer.run, watch_servers(setup.alike))
         _ = background.start_soon(performer.run, sweep_nonces())
         _ = background.start_soon(performer.run, learn_vms(setup.service.known))
         _ = background.start_soon(_log_notes, store, log)
+        _ = background.start_soon(_log_ends, running, log)
         _ = background.start_soon(_keep_erasures, setup, store, log)
         yield
         background.cancel_scope.cancel()
@@ -253,6 +259,18 @@ async def _keep_erasures(setup: ServerSetup, store: DurableStore, log: Callable[
             continue
         if repeated:
             log(Record(Level.WARNING, "erasures_repeated", {"vms": repeated, "keys": keys}))
+
+
+async def _log_ends(running: Running, log: Callable[[Record], None]) -> None:
+    """Log at the start and every day what expires soon: certificate, collateral, profiles."""
+    while True:
+        found: list[Finding] = []
+        with suppress(ChutesError, ValueError, OSError):  # a file is away: the checks tell it
+            found = await anyio.to_thread.run_sync(lambda: [*check_ends(running.setup)], abandon_on_cancel=True)
+        for finding in found:
+            if finding.state != "ok":
+                log(Record(Level.WARNING, "expires", {"what": finding.what, "about": finding.detail}))
+        await anyio.sleep(_DAY)
 
 
 async def _log_notes(store: DurableStore, log: Callable[[Record], None]) -> None:
@@ -324,7 +342,7 @@ def make_asgi_app(config: ServerConfig) -> AsgiApp:
         async with (
             _in_thread(open_store(setup)) as (store, warnings),
             open_performer(store, setup.collateral, gpus=setup.gpus) as performer,
-            _watching(setup, store, performer, log_record),
+            _watching(Running(setup), store, performer, log_record),
         ):
             _log_start(setup, store, warnings, [], log_record)
             yield performer

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
 from functools import partial
 from importlib.util import find_spec
 from os import PathLike
@@ -20,6 +21,7 @@ from socket import gethostname
 from typing import Literal
 
 from attrs import evolve, field, frozen
+from cryptography.x509 import load_pem_x509_certificates
 
 from chutes_proto._converter import nearest
 from chutes_proto.auth.hotkey import Hotkey, HotkeyError, check_installed
@@ -244,9 +246,13 @@ def _tls(certificate: str, key_file: str, base: Path, files: Files, client_ca: s
     key = Secret(files.read_private(base / key_file, group_may=True))
     authorities = None if client_ca is None else files.read(base / client_ca)
     try:
-        return server_context(chain, key, client_ca_pem=authorities)
+        made = server_context(chain, key, client_ca_pem=authorities)
     except ConfigurationError as exc:
         raise ConfigurationError(f"{base / certificate}, {base / key_file}: {exc}") from None
+    end = min(one.not_valid_after_utc for one in load_pem_x509_certificates(chain))
+    if end <= datetime.now(UTC):  # no VM would connect
+        raise ConfigurationError(f"{base / certificate}: expired at {end:%Y-%m-%dT%H:%M:%SZ}; replace it")
+    return made
 
 
 def _admin_tls(config: ServerConfig, base: Path, files: Files) -> ServerContext | None:
