@@ -176,6 +176,6 @@ class Service:
 
 _CARRIED: Final = (
     *("limits", "verifications", "attested", "strangers", "hosts", "boots", "rates", "refusals", "faults", "known"),
-    *("revoked", "readiness"),
+    *("revoked", "readiness", "host_rates", "all_host_rates"),
 )
 """The parts of a service that are no policy: they count what happens, so a reload must not forget them."""
