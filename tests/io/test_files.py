@@ -209,6 +209,10 @@ def test_a_file_of_intels_tool_counts_for_every_platform_in_it(tmp_path: Path) -
     _ = (tmp_path / "platform_collaterals.json").write_text('{"collaterals": {}}')
     with pytest.raises(CollateralUnavailable, match="certificates is missing"):
         _ = directory.fetch(identity(), NOW)
+    file["collaterals"]["tcbinfos"] = []  # as in a file of early ones alone
+    _ = (tmp_path / "platform_collaterals.json").write_text(json.dumps(file))
+    with pytest.raises(CollateralUnavailable, match=r"platform_collaterals\.json: unusable: it has no standard TCB"):
+        _ = directory.fetch(identity(), NOW)
 
 
 def test_one_machines_chain_beside_the_collateral_does_not_bind_the_others(tmp_path: Path) -> None:

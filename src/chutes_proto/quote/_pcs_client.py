@@ -53,7 +53,7 @@ def all_pieces(collaterals: object) -> list[dict[str, bytes | None]]:
     issuers = _table(_member(certificates, _PCK_CHAIN), _PCK_CHAIN)
     crls = _table(table.get("pckcacrl"), "pckcacrl")
     cas: tuple[Ca, ...] = ("platform", "processor")
-    return [
+    found = [
         _family(table, certificates, ca, tee, _table(entry[f"{tee}_tcbinfo"], f"{tee}_tcbinfo"))
         for entry in _list(table.get("tcbinfos"), "tcbinfos")
         for tee in ("tdx", "sgx")
@@ -61,6 +61,11 @@ def all_pieces(collaterals: object) -> list[dict[str, bytes | None]]:
         for ca in cas
         if issuers.get(ca.upper()) and crls.get(f"{ca}Crl")
     ]
+    if not found:  # a file with the early ones alone, for example
+        raise CollateralFormatError(
+            "it has no standard TCB info, or no PCK CA with its CRL; fetch them with the tool again"
+        )
+    return found
 
 
 def _family(table: Table, certificates: Table, ca: Ca, tee: str, info: Table) -> dict[str, bytes | None]:
