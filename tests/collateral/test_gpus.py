@@ -230,6 +230,13 @@ def test_neither_older_answers_nor_earlier_ends_replace_what_is_held() -> None:
     assert status.take(key, held(GPUS.having("revoked"), NOW + 120), NOW + 120)
     with pytest.raises(UpstreamError, match="revocation"):
         _ = status.take(key, held(GPUS, NOW + 180), NOW + 180)
+    revoked = held(GPUS.having("revoked"), NOW + 60)
+    other = caches()[1]
+    assert other.take(key, held(GPUS, NOW + 120), NOW + 120)
+    assert other.take(key, revoked, NOW + 120)  # its time does not count
+    late = revoked.window[1] + 10**6
+    assert isinstance(other.decide(key, late), Fetch)
+    assert other.landed(key, late) == Use(revoked)
     assert rims.take(rim_key, rims.read(rim_key, GPUS.rims(NOW)[0]), NOW)
     with pytest.raises(UpstreamError, match="ends before"):
         _ = rims.take(rim_key, rims.read(rim_key, GPUS.rims(NOW - 60)[0]), NOW)

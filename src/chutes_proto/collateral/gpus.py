@@ -4,7 +4,8 @@ Rules kept here:
 
 * only evidence whose chain and report verify causes a fetch: evidence that anybody can make costs nothing;
 * an answer is kept only if it verifies: a RIM of the device's chip and version, an OCSP answer about that certificate;
-* a RIM is not replaced by one whose signer ends earlier, an OCSP answer not by an older one, a revocation by nothing;
+* a RIM is not replaced by one whose signer ends earlier, an OCSP answer not by an older one, but by a revocation of any
+  time; a revocation by nothing, and it counts after its end, too;
 * one that is missing stops no other: the caller has all that there is.
 
 Sources: NVIDIA's RIM service, ``GET /v1/rim/{id}``; RFC 6960, 4.1.1 and appendix A.1 (OCSP over HTTP, POST).
@@ -45,6 +46,7 @@ POLICY: Final = CachePolicy(wait=10.0, fetches_per_minute=600, families=8192)
 
 _SHA384: Final = "2.16.840.1.101.3.4.2.2"
 _OCSP_HEADERS: Final = (("content-type", "application/ocsp-request"), ("accept", "application/ocsp-response"))
+_FOREVER: Final = 2**63 - 1
 _RIM_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -136,8 +138,8 @@ class HeldStatus:
 
     @property
     def usable_until(self) -> int:
-        """See `Held`."""
-        return self.answer.next_update + self.grace
+        """See `Held`; a revocation stands for ever."""
+        return _FOREVER if self.answer.state == "revoked" else self.answer.next_update + self.grace
 
 
 class RimCache(Cache[RimKey, GpuService, HeldRim, bytes]):
@@ -193,8 +195,11 @@ class StatusCache(Cache[StatusKey, GpuService, HeldStatus, bytes]):
 
     def replaces(self, held: HeldStatus, fetched: HeldStatus, now: int) -> bool:
         """See `Cache.replaces`."""
-        if held.answer.state == "revoked" and fetched.answer.state != "revoked":
+        is_revoked = fetched.answer.state == "revoked"
+        if held.answer.state == "revoked" and not is_revoked:
             raise UpstreamError("it takes a revocation back")
+        if is_revoked and held.answer.state != "revoked":
+            return True
         if fetched.answer.this_update < held.answer.this_update and now <= held.window[1]:
             raise UpstreamError("it is older than the cached answer")
         return fetched.answer.this_update > held.answer.this_update
