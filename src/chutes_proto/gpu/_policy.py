@@ -279,7 +279,7 @@ def accept(
     policy: GpuPolicy,
     count: int | None,
 ) -> AcceptedEvidence:
-    """The second half of `verify`, with the same ``nonce`` and ``now`` (steps 13 to 32)."""
+    """The second half of `verify`, with the same ``nonce``; ``now`` may be later (steps 13 to 32)."""
     genuine = [device for device in opened if isinstance(device, GenuineDevice)]
     reports: list[DeviceReport] = []
     seen: set[str] = set()

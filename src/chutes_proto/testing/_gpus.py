@@ -48,7 +48,7 @@ _RIM_ROOT: Final = "Simulated RIM signing Root CA"
 _RIM_SIGNER: Final = "Simulated RIM Signer"
 
 SIMULATED_SEED: Final = b"the simulated GPUs of every machine"
-"""The seed of the GPUs that `gpu simulate`, `demo` and `serve --dev` know."""
+"""The seed of the GPUs that `gpu simulate`, `attest --gpu-tool simulated` and `serve --dev` know."""
 
 RIM_SECONDS: Final = 2 * 365 * 86400
 STATUS_SECONDS: Final = 86400
