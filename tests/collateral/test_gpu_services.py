@@ -160,6 +160,13 @@ async def test_files_beside_count_while_the_services_are_down(tmp_path: Path) ->
         assert accepted(await fetched(source(services, beside=beside), log))
 
 
+async def test_a_cache_that_cannot_be_used_is_told_and_stops_nothing() -> None:
+    log: list[Record] = []
+    with serving() as services:
+        assert accepted(await fetched(source(services, Path("x" * 300)), log))
+    assert {record.event for record in log} >= {"collateral_not_restored", "collateral_not_kept"}
+
+
 async def test_what_nothing_needs_is_not_asked_for() -> None:
     with serving() as services:
         found = await fetched(evolve(source(services), rims=None), [])

@@ -20,7 +20,7 @@ from chutes_proto.errors import FileUnavailable, GpuError, UpstreamError
 from chutes_proto.gpu import GpuCollateral
 from chutes_proto.io.collateral.gpu_directory import GpuCollateralDirectory
 from chutes_proto.io.collateral.upstream import FETCH_LIMITS
-from chutes_proto.io.files import make_directory, read_file, write_file
+from chutes_proto.io.files import make_directory, read_file, unavailable, write_file
 from chutes_proto.io.http.https import TimeLimits
 from chutes_proto.log import Level, Record
 
@@ -45,10 +45,13 @@ class GpuServices:
 
     def load(self, key: PieceKey, read: Callable[[PieceKey, bytes], Piece]) -> Piece | Record | None:
         """Read an earlier process's file, if there is one; return the log record of one that cannot be used."""
-        if self.directory is None or not (path := self.directory / key.file).is_file():
+        if self.directory is None:
             return None
+        path = self.directory / key.file
         try:
-            return read(key, read_file(path))
+            with unavailable(path, "cannot be read"):
+                is_there = path.is_file()
+            return read(key, read_file(path)) if is_there else None
         except (FileUnavailable, GpuError, UpstreamError) as exc:
             return Record(Level.WARNING, "collateral_not_restored", {"error": f"{path}: {exc}"})
 
