@@ -160,6 +160,15 @@ async def test_files_beside_count_while_the_services_are_down(tmp_path: Path) ->
         assert accepted(await fetched(source(services, beside=beside), log))
 
 
+async def test_the_signers_of_rims_in_files_are_asked_about(tmp_path: Path) -> None:
+    with serving() as services:
+        _ = await fetched(source(services, tmp_path), [])
+        for path in (tmp_path / "status").iterdir():
+            path.unlink()
+        beside = GpuCollateralDirectory(tmp_path, GPUS.roots)
+        assert accepted(await fetched(evolve(source(services, beside=beside), rims=None), []))
+
+
 async def test_a_cache_that_cannot_be_used_is_told_and_stops_nothing() -> None:
     log: list[Record] = []
     with serving() as services:

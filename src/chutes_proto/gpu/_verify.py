@@ -214,6 +214,16 @@ class Rims:
             raise steps.RimMissingError(f"RIM of the {name}", "there is none", got="none", expected=wanted)
         return found
 
+    def fitting(self, devices: Iterable[GenuineDevice]) -> tuple[VerifiedRim, ...]:
+        """All that `find` may return for one of these devices."""
+        wanted = {
+            (device.chip, version.upper())
+            for device in devices
+            for version in (device.report.driver, device.report.vbios)
+            if version is not None
+        }
+        return tuple(rim for rim in self.rims if (rim.product, rim.version.upper()) in wanted)
+
 
 @frozen(kw_only=True, eq=False)
 class Comparison:

@@ -198,7 +198,7 @@ class GpuFetcher:
         files = await anyio.to_thread.run_sync(self._source.files)
         rims: list[HeldRim] = [] if self._rims is None else await self._all(self._rims, rim_keys(devices), now)
         found = Rims.of([*files.rims.rims, *(held.rim for held in rims)])
-        keys = status_keys(devices, [held.rim for held in rims])
+        keys = status_keys(devices, found.fitting(devices))
         status: list[HeldStatus] = [] if self._status is None else await self._all(self._status, keys, now)
         known = Revocation.of(held.data for held in status)
         both = Revocation((*files.revocation.answers, *known.answers), files.revocation.crls)

@@ -33,7 +33,7 @@ class GpuServices:
     """Services on the network as a source of RIMs and OCSP answers; ``open_gpu_collateral`` of ``aio.py`` runs it.
 
     A cache that is None is not asked, because nothing needs it. ``directory`` keeps what was fetched for a later
-    process; None keeps nothing. The files of ``beside`` count, too.
+    process; None keeps nothing. The files of ``beside`` count, too, and the signers of its RIMs are asked about.
     """
 
     rims: RimCache | None
