@@ -136,6 +136,15 @@ def test_who_asks_for_the_second_key_gets_every_key_that_the_disk_may_have(world
     assert refusal(boot(world, second_key="yes"))[0] == 422
 
 
+def test_a_second_key_that_does_not_open_keeps_no_vm_from_booting_with_the_first(world):
+    first = answer(boot(world, first_boot=True, second_key=True))
+    assert answer(confirm(world, first["root_confirm_nonce"], ROOT))
+    _ = world.store.connection.execute("UPDATE generation SET sealed = ? WHERE generation = 1", (bytes(64),))
+    again = answer(boot(world, second_key=True))
+    assert (again["key"], again.get("key_second")) == (first["root_next"], None)
+    assert answer(confirm(world, again["root_confirm_nonce"], ROOT))
+
+
 def test_a_confirmation_counts_for_the_newest_grant_and_once(world):
     older, newer = answer(boot(world)), answer(boot(world))
     assert refusal(confirm(world, older["root_confirm_nonce"], ROOT))[:2] == (401, Code.CONFIRM_NONCE_INVALID)

@@ -186,7 +186,8 @@ class GrantBoot(Unit[BootGrant]):
         out = generations.hand_out(rows, keys.sealer(generations.ROOT_VOLUME, rotation.following), pace, handed)
         current, following = yield from keys.hand_out(out)
         second = None
-        if rotation.second_key and out.second is not None:
+        # One that does not open is left out: the other two may open the disk, and the boot then does not need it.
+        if rotation.second_key and out.second is not None and _opened(keys, out.second) is not None:
             second = yield from keys.deliver(out.second, "second")
         number = None if out.current is None else out.current.generation
         yield from store.Put(evolve(before, handed=number))  # until it confirms: the next boot is offered the other one
@@ -321,10 +322,15 @@ class RecordMismatch(Unit[str | None]):
 def _is_active(keys: VmKeys, rows: generations.Generations, passphrase: Secret) -> bool:
     """Whether the active key is ``passphrase``; one that does not open is another."""
     row = generations.active(rows)
+    return row is not None and _opened(keys, row) == passphrase
+
+
+def _opened(keys: VmKeys, row: store.GenerationRow) -> Secret | None:
+    """The passphrase of ``row``, None if it does not open."""
     try:
-        return row is not None and keys.open(row) == passphrase
+        return keys.open(row)
     except (KeyUnavailable, SealBroken):
-        return False
+        return None
 
 
 def taken(vm: store.Vm, why: str) -> Refused:
