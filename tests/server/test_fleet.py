@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 from attrs import evolve
 
+from chutes_proto.effects import Effect, Transact
+from chutes_proto.errors import StoreError
 from chutes_proto.server._app import App
 from chutes_proto.server._config import MaintenanceOptions
 from chutes_proto.server._profiles import ServedProfile
@@ -128,6 +130,46 @@ def test_the_order_of_checks_of_a_maintenance(world, first):
         sent = world.ask("PUT", f"/servers/{server}/maintenance")
     assert refusal(sent)[:2] == ORDER[first][1:]
     assert world.rows(ServerRow) == before
+
+
+# The same for the operations that write nothing: each has the checks up to its last one.
+READ_ORDER = [
+    ("no signature", 401, Code.SIGNATURE_INVALID),
+    ("time", 401, Code.SIGNATURE_STALE),
+    ("coverage", 401, Code.SIGNATURE_INVALID),
+    ("hotkey", 401, Code.HOTKEY_UNKNOWN),
+    ("form", 422, Code.VALIDATION_ERROR),
+    ("another's", 404, Code.SERVER_NOT_FOUND),
+]
+READS = {
+    "GET /servers/maintenance/policy": "hotkey",
+    "GET /servers/{}/maintenance/preflight": "another's",
+    "GET /miner/servers/": "hotkey",
+    "GET /miner/inventory": "hotkey",
+    "POST /servers/tdx/host_profiles/status": "form",
+    "POST /servers/snp/host_profiles/status": "form",
+    "POST /servers/tdx/preflight": "form",
+}
+NAMES = [name for name, *_ in READ_ORDER]
+CASES = [(read, name) for read, last in READS.items() for name in NAMES[: NAMES.index(last) + 1]]
+
+
+@pytest.mark.parametrize(("read", "first"), CASES)
+def test_the_order_of_checks_of_what_is_read(world, read, first):
+    wrong = NAMES[NAMES.index(first) : NAMES.index(READS[read]) + 1]
+    method, path = read.split()
+    if "hotkey" in wrong:
+        world.app = App(evolve(world.app.service, hotkeys={}))
+    target = path.format("a%20b" if "form" in wrong else "n0")
+    body: Any = None if method == "GET" else [HOST] if "form" in wrong else HOST
+    more: dict[str, Any] = {"purpose": "miner"} if path.startswith("/miner/") else {}
+    if "coverage" in wrong:
+        more = {"purpose": "other", "coverage": "purpose"}
+    more["nonce"] = "9" if "time" in wrong else None
+    sent = world.ask_signed(method, target, body, pair=OTHER if "another's" in wrong else MINER, **more)
+    if "no signature" in wrong:
+        sent = world.ask(method, target, body)
+    assert refusal(sent)[:2] == READ_ORDER[NAMES.index(first)][1:]
 
 
 @pytest.mark.parametrize(
@@ -280,3 +322,14 @@ def test_the_order_of_checks_of_a_host_profile(world, first):
         sent = world.ask("POST", HOSTS_PATH, profile)
     assert refusal(sent)[:2] == HOST_ORDER[first][1:]
     assert world.rows(HostProfileRow) == before
+
+
+def test_the_public_list_asks_for_nothing_but_the_store(world):
+    assert answer(world.ask("GET", f"{HOSTS_PATH}?include_pending=maybe", headers={"x-chutes-nonce": "9"})) == []
+
+    def away(effect: Effect[Any]) -> None:
+        if isinstance(effect, Transact):
+            raise StoreError("away")
+
+    world.before = away
+    assert refusal(world.ask("GET", HOSTS_PATH))[:2] == (503, Code.STORE_UNAVAILABLE)
