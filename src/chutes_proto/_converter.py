@@ -213,7 +213,7 @@ class StrictConverter:
             if isinstance(exc, ProblemsError):
                 problems += exc.problems
             elif isinstance(exc, ForbiddenExtraKeysError):
-                known = [self._names.get(field.name, field.name) for field in attrs.fields(exc.cl)]
+                known = [self._names.get(name, name) for name in attrs.fields_dict(exc.cl)]
                 problems += [
                     Problem((name,), "extra_forbidden", _unknown(name, known)) for name in sorted(exc.extra_fields)
                 ]

@@ -31,7 +31,7 @@ from chutes_proto.io.server.store_setup import make_store_setup
 from chutes_proto.keys.vault import FreshKey
 from chutes_proto.secret import Secret
 from chutes_proto.server import ServerConfig
-from chutes_proto.store.rows import GpuRow, HostProfileRow, Platform, Vm
+from chutes_proto.store.rows import GpuRow, HostProfileRow, Platform, Revocable, Vm
 from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.testing.store_suite._parts import boot, sync
 from chutes_proto.units.boot import RecordRefusal
@@ -178,7 +178,11 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         imported = {"storage": FreshKey.of_passphrase(Secret(b"passphrase"), bytes(FreshKey.SIZE))}
         _ = store.transact(ImportKeys(now, Vm(HOTKEY, "vm-imported"), imported, None, setup.vault, "prepared"))
         _ = store.transact(refused("9" * 32, now))
-        revoked = (("vm", f"{HOTKEY}/vm-2"), ("hotkey", OTHER), ("platform", "ppid:ffeeddccbbaa99887766554433221100"))
+        revoked: tuple[tuple[Revocable, str], ...] = (
+            ("vm", f"{HOTKEY}/vm-2"),
+            ("hotkey", OTHER),
+            ("platform", "ppid:ffeeddccbbaa99887766554433221100"),
+        )
         for number, (kind, subject) in enumerate(revoked, 1):
             store.transact(Revoke(now, number, kind, subject, None, "prepared"))
         for name in ("n1", "n2"):

@@ -147,7 +147,7 @@ def hand_out(rows: Generations, seal: Seal, pace: Pace, handed: int | None = Non
     current, *others = (turns[(last + 1 + at) % len(turns)] for at in range(len(turns)))
     made: GenerationRow | None = None
     after = usual
-    if current is following:
+    if following and current is following:
         after = following
     elif current is usual and following:
         after = following if pace.allows(following) else usual

@@ -70,7 +70,8 @@ def _plain(value: object) -> object:
         case Secret():
             return "a secret"
         case Mapping():
-            return sorted((repr(_plain(key)), repr(_plain(each))) for key, each in value.items())
+            items = cast("Mapping[object, object]", value).items()
+            return sorted((repr(_plain(key)), repr(_plain(each))) for key, each in items)
         case frozenset() | set():
             return sorted(repr(_plain(each)) for each in cast("Iterable[object]", value))
         case tuple() | list():

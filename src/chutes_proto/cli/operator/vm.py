@@ -326,7 +326,7 @@ def erase(vm: str, yes: bool, reason: str, config: str) -> int:
     if path is None:
         remain.append("a restored backup brings the keys back: set store.mark_file, and they are erased again")
     used = [row.volume for row in disks if row.in_use]
-    told = {"ok": not left, "erased": yes, "hotkey": named.hotkey, "vm": named.name}
+    told: dict[str, object] = {"ok": not left, "erased": yes, "hotkey": named.hotkey, "vm": named.name}
     told["platform"] = None if done.claim is None else str(done.claim.pin)
     told["keys"] = [operating.members(row, "volume generation state") for row in done.keys]
     told |= {"in_use": used, "recorded_in": str(path) if yes and path else None, "may_remain": remain}

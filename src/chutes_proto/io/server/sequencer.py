@@ -105,7 +105,7 @@ class Sequencer:
             signer = self._signer = other
             self._put_aside(held)
             found, held = self._transact(ReadCheckpoint()), None
-        if found is None or signer is None or (held is not None and held.size >= found.size):
+        if found is None or (held is not None and held.size >= found.size):
             return note
         note = signer.sign(found.text)
         if self._file is not None and writes:

@@ -357,8 +357,8 @@ def operations_reply_what_they_say(harness: Harness) -> None:
     ask(Put(evolve(_HOST, name="8xh200")))
     ask(Insert(evolve(_HOST, fingerprint="00" * 32, created_at=NOW + 1)))
     ask(Insert(evolve(_HOST, fingerprint="aa" * 32)))
-    oldest = [row.fingerprint[:2] for row in ask(ReadHostProfiles(2))]
-    expect(oldest, ["aa", "ab"], "the oldest host profiles")
+    profiles = [row.fingerprint[:2] for row in ask(ReadHostProfiles(2))]
+    expect(profiles, ["aa", "ab"], "the oldest host profiles")
     expect(ask(Read(HostProfileRow, _HOST.fingerprint)), evolve(_HOST, name="8xh200"), "a host profile that was named")
     ask(Delete(HostProfileRow, (_HOST.fingerprint,)))
     expect(ask(Read(HostProfileRow, _HOST.fingerprint)), None, "a host profile that was removed")
@@ -397,12 +397,12 @@ def operations_reply_what_they_say(harness: Harness) -> None:
         expect([row for _, row in ask(ReadAudit(0, 9, wanted=wanted))], [denied], "audit rows of a request")
     last = rest[-1][0]
     for added, _ in ask(ReadAudit(last, 9)):
-        ask(Sequence(((added, 0, b"salt"),)))
-        ask(PurgeAudit(1, NOW + 1))
+        _ = ask(Sequence(((added, 0, b"salt"),)))
+        _ = ask(PurgeAudit(1, NOW + 1))
     newest = ask(ReadAudit(1 << 62, 4, backwards=True))
     oldest = ask(ReadAudit(newest[-1][0], 4, backwards=True))
     expect((*newest, *oldest), (*first, *rest)[::-1], "audit rows in two pages, backwards")
-    ask(Sequence(((first[0][0], 0, b"salt"), (first[1][0], 1, b"salt"), (first[2][0], 2, b"salt"))))
+    _ = ask(Sequence(((first[0][0], 0, b"salt"), (first[1][0], 1, b"salt"), (first[2][0], 2, b"salt"))))
     expect(ask(FindRecent(0, first[1][1].at)), 1 if first[0][1].at < first[1][1].at else 0, "the first recent row")
     expect(ask(FindRecent(2, NOW + 1)), None, "a row from the future")
     ask(Put(LogTileRow(0, 0, bytes(32))))
