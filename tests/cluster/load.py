@@ -74,6 +74,10 @@ class GaveUpError(Exception):
     """A deployed client has used up its attempts: the VM powers off."""
 
 
+AFTER_A_LOST_CONFIRMATION = "the disk did not open, once, after a confirmation without an answer"
+"""A deployed client takes a key off whose confirmation was not answered. If it was recorded, one boot opens nothing."""
+
+
 @frozen
 class Answer:
     """An answer of a server, or why there was none."""
@@ -104,6 +108,8 @@ class Vm:
     disks: dict[str, set[bytes]]
     root: bytes | None = None
     unopened: int = 0
+    is_unconfirmed: bool = False
+    """Whether a deployed client heard no answer to the confirmation of its last boot."""
     up_since: float = 0.0
     """When the last boot that brought it up began."""
 
@@ -238,8 +244,9 @@ class Fleet:
             following = pair["next"].encode()
             opener = following if current is None else current
             self.answered |= {(vm.name, "storage", opener), (vm.name, "storage", following)}
+            was_unconfirmed, vm.is_unconfirmed = vm.is_unconfirmed, False
             if not self.open_rotating(vm, opener, opener):
-                raise GaveUpError("the disk did not open")
+                raise GaveUpError(AFTER_A_LOST_CONFIRMATION if was_unconfirmed else "the disk did not open")
             added = current is not None
             headers = {"x-confirm-nonce": handed["confirm_nonce"], "x-chutes-hotkey": HOTKEY}
             report = {"volumes": {"storage": {"rotated": added}}}
@@ -248,6 +255,7 @@ class Fleet:
             try:
                 _ = await self.once(client, f"/servers/{vm.name}/luks/confirm", json=report, headers=headers)
             except GaveUpError:  # it takes the new key off again, and boots on
+                vm.is_unconfirmed = True
                 disk.intersection_update({opener})
             else:
                 disk.intersection_update({following if added else opener})
@@ -429,7 +437,9 @@ def report(fleet: Fleet, probe: Probe, begin: float, end: float) -> dict[str, An
         "longest_answer": round(max((answer.seconds for answer in answers), default=0.0), 2),
         "answers": dict(Counter(f"{answer.status} {answer.said} {answer.path}".strip() for answer in answers)),
         "boots": dict(Counter(boot.kind for boot in boots)),
-        "given_up": dict(Counter(boot.kind for boot in boots if boot.fault)),
+        "given_up": dict(
+            Counter(boot.kind for boot in boots if boot.fault not in ("", AFTER_A_LOST_CONFIRMATION)),
+        ),
         "why": dict(Counter(f"{boot.kind}: {boot.fault}"[:160] for boot in boots if boot.fault)),
         "boot_seconds": {kind: [round(median(took), 2), round(max(took), 2)] for kind, took in up.items()},
         "lost": list(fleet.lost),
