@@ -56,7 +56,7 @@ class Running:
         """Run by ``setup`` from now on."""
         alike = self.setup.alike
         alike.settings = setup.alike.settings  # for the other servers of the store
-        self.setup = evolve(setup, alike=alike)
+        self.setup: ServerSetup = evolve(setup, alike=alike)
         for app in self._apps:
             app.service = setup.service
 
