@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from chutes_proto.io.server.reload import Running
 from chutes_proto.io.server.serving import open_store
 from chutes_proto.io.server.setup import ServerSetup, make_setup
 from chutes_proto.io.stores.sqlite import SqliteStore
@@ -121,12 +122,12 @@ def test_a_restored_store_repeats_it_before_it_serves(site: Site, how: str) -> N
         told = site.json("store", "restored")
         assert (told["vms_erased_again"], told["keys_erased_again"]) == (1, 2)
     else:
-        with open_store(setup_of(site)) as (_, warnings):
+        with open_store(Running(setup_of(site))) as (_, warnings):
             assert any("1 VMs were erased again" in warning for warning in warnings)
     assert [row.vm.name for row in site.rows() if row.sealed] == ["vm-2"] * 2
     assert [vm["vm"] for vm in site.json("vm", "list")["vms"]] == ["vm-2"]
     site.boot("3", at=NOW + 200)  # later keys of the name stay, whatever is repeated
-    with open_store(setup_of(site)) as (_, warnings):
+    with open_store(Running(setup_of(site))) as (_, warnings):
         assert not any("erased again" in warning for warning in warnings)
     assert len([row for row in site.rows() if row.sealed]) == 4
     assert file.read_bytes() == kept
@@ -137,7 +138,7 @@ def test_every_server_notes_what_another_one_erased(site: Site) -> None:
     site.boot("1")
     assert site.do("vm", "erase", "vm-1", "--yes").code == 0  # where there is no mark
     file = marked(site)
-    with open_store(setup_of(site)):
+    with open_store(Running(setup_of(site))):
         assert len(file.read_text().splitlines()) == 1
 
 

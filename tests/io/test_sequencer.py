@@ -79,8 +79,8 @@ def test_doubled_sequencers_lose_and_reorder_nothing(place: StorePlace) -> None:
                 (one, other)[writer % 2].transact(Ask(Insert(row(writer, number))))
 
         with (
-            sequencing(one, VAULT, ORIGIN, None),
-            sequencing(other, VAULT, "another.example/log", None),
+            sequencing(one, lambda: VAULT, ORIGIN, None),
+            sequencing(other, lambda: VAULT, "another.example/log", None),
             ThreadPoolExecutor(writers) as threads,
         ):
             list(threads.map(write, range(writers)))
@@ -154,7 +154,7 @@ def test_units_go_on_while_a_sequencer_is_frozen(empty_schema: str, tmp_path: Pa
 
 
 def test_a_checkpoint_is_outside_within_seconds(store: DurableStore, file: Path) -> None:
-    with sequencing(store, VAULT, ORIGIN, file):
+    with sequencing(store, lambda: VAULT, ORIGIN, file):
         store.transact(boot("first"))
         wait_until(lambda: file.exists() and held(file).size == 2)
         assert file.stat().st_mode & 0o777 == 0o644
@@ -164,7 +164,7 @@ def test_a_checkpoint_is_outside_within_seconds(store: DurableStore, file: Path)
 
 
 def test_a_changed_log_is_not_signed(store: DurableStore, file: Path) -> None:
-    sequencer = Sequencer(store, VAULT, ORIGIN, file)
+    sequencer = Sequencer(store, lambda: VAULT, ORIGIN, file)
     assert sequencer.checkpoint() is None
     for number in range(5):
         store.transact(Ask(Insert(row(0, number))))
@@ -188,7 +188,7 @@ def test_a_changed_log_is_not_signed(store: DurableStore, file: Path) -> None:
     store.transact(StoreRestored(1, "root"))
     with pytest.raises(LogError, match="does not begin with"):
         sequencer.checkpoint()
-    with sequencing(store, VAULT, ORIGIN, file):
+    with sequencing(store, lambda: VAULT, ORIGIN, file):
         wait_until(lambda: any("does not begin with" in note for note in store.notes))
 
 
@@ -196,7 +196,7 @@ def test_a_log_that_lost_entries_goes_on_under_a_new_key(tmp_path: Path, file: P
     place = StorePlace("sqlite:keys.db", tmp_path)
     backup = tmp_path / "backup.db"
     with closing(place.open()) as store:
-        sequencer = Sequencer(store, VAULT, ORIGIN, file)
+        sequencer = Sequencer(store, lambda: VAULT, ORIGIN, file)
         store.transact(boot("first"))
         sequencer.sequence()
         assert sequencer.checkpoint() is not None
@@ -210,7 +210,7 @@ def test_a_log_that_lost_entries_goes_on_under_a_new_key(tmp_path: Path, file: P
         (tmp_path / f"keys.db{end}").unlink(missing_ok=True)
     backup.rename(tmp_path / "keys.db")
     with closing(place.open()) as store:
-        sequencer = Sequencer(store, VAULT, ORIGIN, file)
+        sequencer = Sequencer(store, lambda: VAULT, ORIGIN, file)
         sequencer.sequence()
         with pytest.raises(LogError, match="a log of 2 entries does not extend one of 3"):
             sequencer.checkpoint()
@@ -227,7 +227,7 @@ def test_a_log_that_lost_entries_goes_on_under_a_new_key(tmp_path: Path, file: P
 
 def test_a_file_that_is_not_the_logs_checkpoint_is_left_alone(store: DurableStore, file: Path) -> None:
     store.transact(Ask(Insert(row(0, 0))))
-    sequencer = Sequencer(store, VAULT, ORIGIN, file)
+    sequencer = Sequencer(store, lambda: VAULT, ORIGIN, file)
     sequencer.sequence()
     file.write_bytes(b"something else\n")
     with pytest.raises(LogError, match=r"not a note: .*move the file away"):
@@ -237,7 +237,7 @@ def test_a_file_that_is_not_the_logs_checkpoint_is_left_alone(store: DurableStor
 
 def test_a_store_that_fails_is_asked_again(tmp_path: Path, file: Path) -> None:
     place = StorePlace("sqlite:keys.db", tmp_path)
-    with closing(place.open()) as store, sequencing(store, VAULT, ORIGIN, file):
+    with closing(place.open()) as store, sequencing(store, lambda: VAULT, ORIGIN, file):
         moved = (tmp_path / "keys.db").rename(tmp_path / "elsewhere.db")
         store.audited.set()
         with pytest.raises(StoreError):

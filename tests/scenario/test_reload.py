@@ -19,9 +19,11 @@ from hypothesis import strategies as st
 from chutes_proto.auth.server_identity import make_server_identity
 from chutes_proto.errors import ConfigurationError
 from chutes_proto.io.files import Files, write_file
+from chutes_proto.io.server.development import write_gpus
 from chutes_proto.io.server.log_writer import LogWriter
 from chutes_proto.io.server.reload import Prepared, Running, prepare
-from chutes_proto.io.server.setup import make_setup
+from chutes_proto.io.server.serving import open_store
+from chutes_proto.io.server.setup import load_config, make_setup
 from chutes_proto.io.server.workers import Supervisor, obey
 from chutes_proto.io.server.workers import _Worker as Worker
 from chutes_proto.quote._policy import Policy, TcbPolicy
@@ -30,7 +32,10 @@ from chutes_proto.server import ServerConfig
 from chutes_proto.server._app import App
 from chutes_proto.server._profiles import ServedProfile
 from chutes_proto.server._service import _CARRIED, Service
-from chutes_proto.testing._platform import PROFILE
+from chutes_proto.store._run import Ask
+from chutes_proto.store.rows import AuditRow, Insert, KeyringRow, Scan
+from chutes_proto.testing._gpus import SimulatedGpus
+from chutes_proto.testing._platform import PROFILE, SimulatedPlatform
 from tests.cli.conftest import HOTKEY
 from tests.scenario.premises import Premises
 from tests.scenario.test_workers import children, records
@@ -189,6 +194,34 @@ def test_one_worker_that_cannot_keeps_all_from_it(site: Premises) -> None:
         assert done["changes"] == ["policy"]
         assert {id(running.setup) for running in runnings}.isdisjoint({id(setup)})
         assert len({str(running.setup.service.policies) for running in runnings}) == 1
+
+
+def test_the_root_of_trust_stays_until_a_restart_though_its_file_is_another(site: Premises) -> None:
+    """The one who can write the file must not choose by whose word quotes are genuine, unseen by the audit log."""
+    write_gpus(site.directory, SimulatedGpus(bytes(32), count=1), site.now, demand="record")
+    running = Running(make_setup(ServerConfig.load(site.configuration)))
+    before = running.setup.service
+    write_file(site.directory / "simulated-root.der", SimulatedPlatform(os.urandom(32)).root_der)
+    write_file(site.directory / "gpus" / "policy.toml", b'revocation = "off"')
+    site.edit("limits.drain_seconds = 0", "limits.drain_seconds = 1")
+    found = prepare(running, None, Files())
+    assert (found.changes, found.needs_restart) == ((), ("roots", "limits", "gpu_evidence"))
+    later = make_setup(load_config(site.configuration, found.setup.files), found.setup.files)  # a new worker
+    for one in (found.setup.service, later.service):
+        assert (one.root, one.gpu_appraisal) == (before.root, before.gpu_appraisal)
+
+
+def test_the_key_of_the_audit_log_is_sealed_under_the_kek_of_the_last_reload(site: Premises) -> None:
+    """Under another one no server would start again: its KEK may be destroyed by then."""
+    site.edit('store = "sqlite:keys.db"', 'store = { url = "sqlite:keys.db", mark_file = "mark" }')
+    running = Running(make_setup(ServerConfig.load(site.configuration)))
+    with open_store(running) as (store, _):
+        write_file(site.directory / "kek", os.urandom(32), mode=0o600)
+        running.replace(prepare(running, store, Files()).setup)
+        store.transact(Ask(Insert(AuditRow(site.now, "operator", "the log begins", "done", ""))))
+        keys = wait_until(lambda: store.transact(Ask(Scan(KeyringRow))))
+        (new,) = running.setup.service.vault.live
+    assert {key.kek_id for key in keys} == {new.kek_id}
 
 
 def test_a_file_is_read_once(tmp_path: Path) -> None:

@@ -339,7 +339,7 @@ def key(config: str) -> int:
 
 def signed(setup: StoreSetup, store: DurableStore) -> tuple[Verifier, Note, Checkpoint]:
     """Sequence and sign. Raises `StoreError` for a log that cannot be signed."""
-    sequencer = Sequencer(store, setup.vault, setup.config.audit.origin, checkpoint_path(setup.mark_file))
+    sequencer = Sequencer(store, lambda: setup.vault, setup.config.audit.origin, checkpoint_path(setup.mark_file))
     note: Note | None = None
     try:
         for _ in range(2):  # the first may make the key, which is an entry, too

@@ -21,9 +21,9 @@ from typing import Any, Final
 import attrs
 from attrs import evolve, frozen
 
-from chutes_proto.errors import CollateralUnavailable, ConfigurationError, QuoteError, StoreError
+from chutes_proto.errors import CollateralUnavailable, ConfigurationError, FileUnavailable, QuoteError, StoreError
 from chutes_proto.io.collateral.upstream import UpstreamCollateral
-from chutes_proto.io.files import Files
+from chutes_proto.io.files import Files, absolute
 from chutes_proto.io.server.setup import ServerSetup, load_config, make_setup
 from chutes_proto.io.server.store_setup import check_keys
 from chutes_proto.io.stores.address import DurableStore
@@ -176,7 +176,8 @@ def prepare(running: Running, store: DurableStore | None, files: Files) -> Prepa
     if isinstance(old.collateral, UpstreamCollateral) or given.collateral.directory is None:
         kept["collateral"] = config.collateral
     wanted = evolve(given, **kept)
-    needs_restart = tuple(name for name in kept if name != "limits" and getattr(given, name) != kept[name])
+    kept_files = _keep_files(old, files)
+    needs_restart = tuple(name for name in kept if name in kept_files or getattr(given, name) != kept[name])
     if given.proxy.unix != config.proxy.unix:
         wanted = evolve(wanted, proxy=config.proxy)
         needs_restart += ("proxy",)
@@ -187,8 +188,26 @@ def prepare(running: Running, store: DurableStore | None, files: Files) -> Prepa
         if new.service.policies.collateral_grace != old.service.policies.collateral_grace:
             needs_restart += ("collateral_grace",)
         new = evolve(new, collateral=old.collateral)
-    new = evolve(new, service=new.service.in_place_of(old.service), store=old.store, gpus=old.gpus)
+    service = evolve(new.service.in_place_of(old.service), gpu_appraisal=old.service.gpu_appraisal)
+    new = evolve(new, service=service, store=old.store, gpus=old.gpus)
     return Prepared(new, changes_between(old, new), needs_restart, digest_of(old), digest_of(new))
+
+
+def _keep_files(old: ServerSetup, files: Files) -> tuple[str, ...]:
+    """Put the files that go with `_FIXED` into ``files`` as they were; returns the settings of those that differ."""
+    config, differing = old.config, list[str]()
+    for setting, name in (("roots", config.roots), ("gpu_evidence", config.gpu_evidence.policy)):
+        path = None if name is None else absolute(old.base / name)
+        if path is None or (held := old.files.content.get(path)) is None:
+            continue
+        try:
+            is_same = files.read(path) == held
+        except FileUnavailable:
+            is_same = False
+        if not is_same:
+            differing.append(setting)
+        files.content[path] = held  # for new workers, too
+    return tuple(differing)
 
 
 def _live(setup: ServerSetup) -> list[str]:

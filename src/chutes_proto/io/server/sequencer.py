@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, TypeVar
@@ -46,9 +46,12 @@ def checkpoint_path(mark_file: Path | None) -> Path | None:
 
 
 class Sequencer:
-    """Sequences the audit rows of ``store``; ``file`` gets its newest checkpoint, unless it is None."""
+    """Sequences the audit rows of ``store``; ``file`` gets its newest checkpoint, unless it is None.
 
-    def __init__(self, store: DurableStore, vault: Vault, origin: str | None, file: Path | None) -> None:
+    ``vault`` returns the present one: a new key of the log must not be sealed under a KEK that a reload has removed.
+    """
+
+    def __init__(self, store: DurableStore, vault: Callable[[], Vault], origin: str | None, file: Path | None) -> None:
         self._store = store
         self._vault = vault
         self._origin = origin or ""
@@ -130,15 +133,17 @@ class Sequencer:
 
     def _key(self, lost_at: int = 0) -> Signer | None:
         entropy = Secret(os.urandom(SEED_SIZE + NONCE_SIZE))
-        return self._transact(OpenLogKey(int(time.time()), self._vault, entropy, lost_at))
+        return self._transact(OpenLogKey(int(time.time()), self._vault(), entropy, lost_at))
 
     def _transact(self, unit: Unit[T]) -> T:
         return self._store.transact(unit)
 
 
 @contextmanager
-def sequencing(store: DurableStore, vault: Vault, origin: str | None, file: Path | None) -> Generator[None]:
-    """Sequence in a thread while the block runs."""
+def sequencing(
+    store: DurableStore, vault: Callable[[], Vault], origin: str | None, file: Path | None
+) -> Generator[None]:
+    """Sequence in a thread while the block runs; see `Sequencer`."""
     sequencer = Sequencer(store, vault, origin, file)
     thread = threading.Thread(target=sequencer.run, name="sequencer of the audit log", daemon=True)
     thread.start()

@@ -161,11 +161,12 @@ class Listeners:
 
 
 @contextmanager
-def open_store(setup: ServerSetup) -> Generator[tuple[DurableStore, list[str]]]:
-    """Open the store of ``setup``; check that it can be written and its keys opened. Yields warnings, too.
+def open_store(running: Running) -> Generator[tuple[DurableStore, list[str]]]:
+    """Open the store of a server; check that it can be written and its keys opened. Yields warnings, too.
 
     Raises `StoreError`.
     """
+    setup = running.setup
     with closing(setup.store.open()) as store:
         store.check_writing()
         _ = check_keys(store, setup.service.vault)
@@ -175,7 +176,7 @@ def open_store(setup: ServerSetup) -> Generator[tuple[DurableStore, list[str]]]:
         repeated, keys = keep_erasures(store, erasures_file(setup.config))
         store.keep_mark()
         again = f"erasures: {repeated} VMs were erased again, because the store had lost that; {keys} keys destroyed"
-        with sequencing(store, setup.service.vault, setup.config.audit.origin, setup.checkpoint_file):
+        with sequencing(store, lambda: running.setup.service.vault, setup.config.audit.origin, setup.checkpoint_file):
             found = [*([again] if repeated else []), *(str(finding) for finding in store_findings(store))]
             yield store, [*found, *different]
 
@@ -316,7 +317,7 @@ async def serve(
 def _opened(config: ServerConfig) -> Generator[tuple[Running, DurableStore, list[str], Listeners]]:
     setup = make_setup(config)
     running = Running(setup)
-    with open_store(setup) as (store, warnings), closing(Listeners(running)) as listeners:
+    with open_store(running) as (store, warnings), closing(Listeners(running)) as listeners:
         yield running, store, warnings, listeners
 
 
@@ -334,15 +335,16 @@ async def _in_thread(opening: AbstractContextManager[T]) -> AsyncGenerator[T]:
 def make_asgi_app(config: ServerConfig) -> AsgiApp:
     """See `chutes_proto.server.asgi_app`."""
     setup = make_setup(config)
-    with open_store(setup):
+    running = Running(setup)
+    with open_store(running):
         pass  # opened again in the process that serves: an ASGI server may fork before
 
     @asynccontextmanager
     async def open_driver() -> AsyncGenerator[Performer]:
         async with (
-            _in_thread(open_store(setup)) as (store, warnings),
+            _in_thread(open_store(running)) as (store, warnings),
             open_performer(store, setup.collateral, gpus=setup.gpus) as performer,
-            _watching(Running(setup), store, performer, log_record),
+            _watching(running, store, performer, log_record),
         ):
             _log_start(setup, store, warnings, [], log_record)
             yield performer
@@ -400,7 +402,7 @@ def serve_until_stopped(
     running = Running(setup)
     source = running if collateral is setup.collateral and isinstance(collateral, CollateralDirectory) else collateral
     with (
-        open_store(setup) as (store, warnings),
+        open_store(running) as (store, warnings),
         _listeners(running, store.name, worker) as held,
         closing(LogWriter()) as log,
     ):
@@ -478,10 +480,10 @@ def supervise_until_stopped(
     """
     if setup.config.path is None:
         raise ConfigurationError("--workers: a worker reads the configuration from its file; name one")
-    with open_store(setup) as (store, _):
+    running = Running(setup)
+    with open_store(running) as (store, _):
         name = store.name
     seconds = setup.config.limits.drain_seconds + 2 * END_SECONDS
-    running = Running(setup)
     with _listeners(running, name) as held, closing(LogWriter()) as log:
         supervisor = Supervisor(
             running,
