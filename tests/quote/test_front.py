@@ -196,7 +196,9 @@ def test_the_example_verifies(
 
 
 def test_the_example_tests_pass() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "examples/test_with_quotes.py"]
+    examples = sorted(path.relative_to(PROJECT) for path in (PROJECT / "examples").glob("test_*.py"))
+    assert [path.name for path in examples] == ["test_confidential_service.py", "test_with_quotes.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, examples)]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
-    assert "6 passed" in done.stdout
+    assert "8 passed" in done.stdout
