@@ -9,6 +9,7 @@ from hashlib import sha256, sha384, sha512
 from typing import Any
 
 import pytest
+from attrs import evolve
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
@@ -22,6 +23,7 @@ from chutes_proto.quote._attested import CertificateEvidenceError, evidence_for,
 from chutes_proto.quote._errors import AppraisalError, VerificationError
 from chutes_proto.quote._policy import AcceptedVerdict, Policy
 from chutes_proto.quote._steps import CertificateExpiredError, CertificateNotYetValidError, ReportDataMismatchError
+from chutes_proto.testing._faults import Fault
 from tests.quote.simulated import NOW, PLATFORM, PROFILE, ROOT, collateral_of
 
 KEY = ec.derive_private_key(7, ec.SECP256R1())
@@ -163,15 +165,18 @@ def test_only_in_the_time_of_the_certificate_and_only_as_the_policy_says() -> No
 
 
 def test_a_log_in_the_certificate_explains_registers() -> None:
-    from chutes_proto.quote._eventlog import parse_event_log_json
-    from tests.quote.test_registers import EVENTS, logged, ruled
+    from tests.quote.test_registers import EVENTS, LOG, ruled
 
-    text = json.dumps(EVENTS).encode()
-    body = logged(parse_event_log_json(text)).quote.body
-    made = certificate({DSTACK: dstack(), DSTACK_LOG: der.octets(text)})
+    log = {DSTACK_LOG: der.octets(json.dumps(EVENTS).encode())}
+    measured = PLATFORM.having(
+        Fault(name="logged", side="quote", what="", quote=lambda d: evolve(d, body=evolve(d.body, rtmrs=LOG.rtmrs)))
+    )
+    quote = der.octets(measured.quote(sha512(b"ratls-cert:" + SPKI).digest()))
+    assert checked(certificate({DSTACK: quote, **log}), ruled()).replayed == ("RTMR3",)
+    with pytest.raises(AppraisalError, match="no event log was given"):
+        _ = checked(certificate({DSTACK: quote}), ruled())
     with pytest.raises(AppraisalError, match="RTMR3: RTMR0 is not what the log replays to"):
-        _ = checked(made, ruled())
-    assert body.report_data
+        _ = checked(certificate({DSTACK: dstack(), **log}), ruled())
 
 
 @given(st.binary(max_size=300))
