@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import pytest
 from chutes_proto.testing import SimulatedGpus
 from chutes_proto.testing._gpus import gpu_files
 from tests.cli.conftest import Ended
+from tests.collateral.test_gpu_services import GPUS as ON_A_NETWORK
+from tests.collateral.test_gpu_services import serving
 from tests.gpu.vectors import ABSENT, GPU
 
 NOW = 1_800_000_000
@@ -113,6 +116,40 @@ def test_what_is_no_evidence_is_unreadable(tmp_path: Path, command: Callable[...
     assert command("gpu", "verify", tmp_path / "missing").code == 2
     assert command("gpu", "verify", tmp_path / "x", "--chain", tmp_path / "x").code == 2
     assert command("gpu", "verify", tmp_path / "x", "--nonce", "00").code == 2
+
+
+def test_what_was_fetched_is_a_bundle_for_offline_use(tmp_path: Path, command: Callable[..., Ended]) -> None:
+    now = int(time.time())
+    for name, data in gpu_files(ON_A_NETWORK, NONCE, now).items():
+        if "/" not in name:
+            _ = (tmp_path / name).write_bytes(data)
+    trust, bundle = ("--roots", tmp_path), tmp_path / "bundle"
+    with serving() as services:
+        named = ("--rim-service", services.url, "--ocsp-service", services.url)
+        fetch = ("gpu", "fetch", tmp_path / "evidence.json", *trust, *named, "--out", bundle, "--json")
+        fetched = command(*fetch)
+        assert (fetched.code, fetched.json["problems"]) == (0, [])
+        assert sorted(fetched.json["files"]) == sorted(map(str, bundle.glob("*/*")))
+        services.down = True
+        refused = command(*fetch)
+        assert (refused.code, refused.json["fetched"], refused.json["files"]) == (1, False, [])
+    kept = ("--rim", bundle / "rims", "--revocation", bundle / "status")
+    verify = ("gpu", "verify", tmp_path / "evidence.json", "--nonce", NONCE.hex(), *kept, "--count", 2)
+    assert command(*verify, *trust, "--json").json["accepted"]
+    check = ("gpu", "check", bundle, *trust, "--json")
+    valid = command(*check)
+    assert (valid.code, valid.json["valid"], len(valid.json["pieces"])) == (0, True, len(fetched.json["files"]))
+    tomorrow = command(*check, "--at", now + 90_000)
+    assert (tomorrow.code, tomorrow.json["valid"]) == (1, False)
+    first, *_, last = tomorrow.json["pieces"]
+    assert (first["piece"].split()[0], first["valid"], last["piece"].split()[0], last["valid"]) == (
+        *("OCSP", False),
+        *("RIM", True),
+    )
+    _ = (bundle / "rims" / "other.xml").write_bytes(b"<no/>")
+    spoilt = command(*check)
+    assert (spoilt.code, len(spoilt.json["problems"])) == (1, 1)
+    assert command("gpu", "check", tmp_path / "nowhere").code == 2
 
 
 @pytest.mark.skipif(not GPU.is_dir(), reason=ABSENT)
