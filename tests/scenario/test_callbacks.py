@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import ssl
+import time
 from collections.abc import Callable, Iterator
 from ipaddress import ip_network
 from itertools import repeat
@@ -12,7 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from attrs import define, field
+from attrs import define, evolve, field
 from cryptography.x509 import load_pem_x509_certificates
 
 from chutes_proto.auth.binding import report_data
@@ -21,11 +22,16 @@ from chutes_proto.auth.hotkey import HotkeyPair
 from chutes_proto.auth.signing import purpose_message
 from chutes_proto.effects import Effect, FetchEvidence, Resolve
 from chutes_proto.errors import BadRequest, Refusal
+from chutes_proto.gpu import GpuCollateral, Revocation, Rims, verify_rim
 from chutes_proto.secret import Secret
 from chutes_proto.server import _callbacks as callbacks
 from chutes_proto.server._app import App
+from chutes_proto.server._gpu_evidence import GpuAppraisal
+from chutes_proto.server._profiles import ServedProfile
 from chutes_proto.server._service import Callback
-from chutes_proto.store.rows import AttestationRow, AuditRow, ServerRow
+from chutes_proto.store.rows import AttestationRow, AuditRow, GpuDeviceRow, ServerRow
+from chutes_proto.testing import SimulatedGpus
+from chutes_proto.testing._platform import PROFILE
 from chutes_proto.wire import json
 from chutes_proto.wire.codec import encode_quote
 from tests.io.peers import Behaviour, Credentials, answering, make_credentials, peer, read_request
@@ -38,6 +44,7 @@ from tests.slow_peer import drip
 pytestmark = [pytest.mark.anyio, everywhere]
 
 NAME = "host.example"
+EIGHT = SimulatedGpus(b"the GPUs of a host that is asked", count=8)
 VALIDATOR = HotkeyPair.from_seed(Secret(b"the key server's own hotkey".ljust(32, b"!")))
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n"
 
@@ -55,7 +62,7 @@ class Asking(Site):
     answers: Iterator[tuple[str, ...]] = field(factory=lambda: iter([("127.0.0.1",), ("127.0.0.2",)]))
 
     def performer(self) -> Any:
-        performer = self.loop.Performer(store=self.store, collateral=self.collateral, log=self.log.append)
+        performer = super().performer()
         perform = performer.perform
 
         async def watched(effect: Effect[Any]) -> Any:
@@ -88,20 +95,35 @@ def showing(make: Callable[[bytes], bytes]) -> Behaviour:
     return behave
 
 
-def register(loop: str, kind: str, directory: Path, credentials: Credentials, behaviour: Behaviour) -> Asking:
-    """Register a server whose host behaves like that. Raises what the miner is told."""
+def register(
+    loop: str,
+    kind: str,
+    directory: Path,
+    credentials: Credentials,
+    behaviour: Behaviour,
+    *,
+    count: int = 1,
+    gpus: Callable[[], GpuCollateral] | None = None,
+    **options: Any,
+) -> Asking:
+    """Register a server with ``count`` GPUs whose host behaves like that. Raises what the miner is told.
+
+    ``gpus`` returns the RIMs and OCSP answers of the key server, ``options`` are of its policy.
+    """
+    declared = [evolve(GPU, uuid=f"GPU-{number}") for number in range(count)]
     with peer(credentials, behaviour) as (url, _):
         port = urlsplit(url).port
         assert port is not None
         policy = {"callback": Callback(VALIDATOR.hotkey, VALIDATOR.sign, port), "registration_evidence": "callback"}
         networks = (ip_network("127.0.0.0/8"),)
-        site = Asking(LOOPS[loop], open_store(kind, directory), App(service(**policy, unsafe_networks=networks)))
+        app = App(service(**policy, **options, unsafe_networks=networks))
+        site = Asking(LOOPS[loop], open_store(kind, directory), app, gpus=gpus)
         failed: list[Refusal] = []
 
         async def main() -> None:
             async with site.serving(), client(site, loop) as miner:
                 try:
-                    await miner.register("n1", host=NAME, gpus=[GPU], name="vm-1")
+                    await miner.register("n1", host=NAME, gpus=declared, name="vm-1")
                 except Refusal as exc:
                     failed.append(exc)
 
@@ -138,6 +160,34 @@ def test_a_host_that_is_what_it_says(loop: str, kind: str, tmp_path: Path, crede
     assert (row.address, row.host) == ("127.0.0.1", NAME)
     (audit,) = site.store.transact(ScanAll(AuditRow))
     assert "GPU evidence NOT verified" in audit.reason
+
+
+def test_eight_gpus_are_verified_at_a_registration(
+    loop: str, kind: str, tmp_path: Path, credentials: Credentials
+) -> None:
+    """Their evidence is over the nonce of the question; the next registration shows that of another one."""
+    leaf, *_ = load_pem_x509_certificates(credentials.chain.read_bytes())
+    now = int(time.time())
+    rims = Rims.of(verify_rim(data, now=now, roots=EIGHT.roots) for data in EIGHT.rims(now))
+    collateral = GpuCollateral(rims, Revocation.of(EIGHT.status(now)))
+    served = {PROFILE.identity: ServedProfile(PROFILE, None, False, False, gpu_evidence="require")}
+    options: dict[str, Any] = {"profiles": served, "gpu_appraisal": GpuAppraisal(roots=EIGHT.roots)}
+    options |= {"count": 8, "gpus": lambda: collateral}
+
+    def honest(nonce: bytes) -> bytes:
+        return evidence(nonce, spki_sha256(leaf), nvtrust_evidence=EIGHT.evidence_json(nonce).decode())
+
+    site = register(loop, kind, tmp_path, credentials, showing(honest), **options)
+    (audit,) = site.store.transact(ScanAll(AuditRow))
+    assert "GPU evidence verified: 8 devices" in audit.reason
+    assert len(site.store.transact(ScanAll(GpuDeviceRow))) == 8
+
+    def replayed(nonce: bytes) -> bytes:
+        return evidence(nonce, spki_sha256(leaf), nvtrust_evidence=EIGHT.evidence_json(bytes(32)).decode())
+
+    (tmp_path / "second").mkdir()
+    with pytest.raises(Refusal, match="nonce_mismatch"):
+        _ = register(loop, kind, tmp_path / "second", credentials, showing(replayed), **options)
 
 
 def redirects(stream: ssl.SSLSocket) -> None:

@@ -8,7 +8,15 @@ import pytest
 from attrs import evolve
 
 from chutes_proto.errors import CollateralUnavailable, StoreBusy
-from chutes_proto.gpu import GpuCollateral, GpuPolicy, Revocation, Rims, verify_rim
+from chutes_proto.gpu import (
+    GpuCollateral,
+    GpuPolicy,
+    PinnedMeasurements,
+    Revocation,
+    Rims,
+    parse_report,
+    verify_rim,
+)
 from chutes_proto.server._app import App
 from chutes_proto.server._gpu_evidence import Demand, GpuAppraisal
 from chutes_proto.server._profiles import ServedProfile
@@ -177,6 +185,17 @@ def test_without_reference_values_evidence_is_recorded_and_not_verified() -> Non
 def test_a_policy_with_models_of_its_own_counts() -> None:
     world = make("require", policy=GpuPolicy(models=frozenset({"b200"})))
     assert refusal(register(world))[2].endswith("model")
+
+
+def test_the_audit_says_what_was_pinned_and_what_was_not_checked() -> None:
+    report = parse_report(GPUS.evidence(bytes(32))[0].report)
+    observed = {index - 1: value for index, value in report.measurements.items()}
+    pinned = PinnedMeasurements(chip="GH100", driver="600.10.01", vbios="96.00.FF.00.01", values=observed)
+    world = make("require", policy=GpuPolicy(revocation="off", pinned=(pinned,)))
+    world.gpus = GpuCollateral()
+    registered(register(world))
+    assert "measurements pinned" in audited(world)
+    assert "revocation NOT checked" in audited(world)
 
 
 def test_a_lost_directory_is_told() -> None:
