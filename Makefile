@@ -6,7 +6,7 @@
 #   FUZZ_TARGETS  which targets `make fuzz` runs                  (all of them)
 #   BENCH_SUBJECTS  what `make bench` measures                    (everything)
 #   BENCH_VMS     VMs in the store of the subject `operators`     (10000)
-#   SOAK_TESTS    which tests `make soak` runs                   (of units, stores, lives, killed servers, virtual machines, containers, restarts, recoveries, Patroni, verifiers)
+#   SOAK_TESTS    which tests `make soak` runs                   (of units, stores, lives, killed servers, virtual machines, containers, restarts, recoveries, Patroni, verifiers, flipped bits)
 #   TARGET_PYTHON  whose byte code `make zipapp` carries         (/usr/bin/python3 where there is one)
 #   PYTEST_ARGS   more arguments for pytest in `make test`
 
@@ -18,7 +18,8 @@ BENCH_SUBJECTS ?=
 PYTEST_ARGS ?=
 TARGET_PYTHON ?= $(or $(wildcard /usr/bin/python3),$(PYTHON))
 SOAK_TESTS ?= tests/lifecycle tests/store tests/units tests/cli/test_processes.py tests/cli/test_store_faults.py \
-	tests/scenario/test_virtual_machine.py tests/scenario/test_container.py tests/scenario/test_restarts.py tests/scenario/test_recipes.py tests/cluster tests/quote/test_differential.py
+	tests/scenario/test_virtual_machine.py tests/scenario/test_container.py tests/scenario/test_restarts.py tests/scenario/test_recipes.py tests/cluster tests/quote/test_differential.py \
+	tests/gpu/test_flipped_bits.py
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
