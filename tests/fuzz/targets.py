@@ -37,6 +37,7 @@ from chutes_proto.gpu import _xml as xml
 from chutes_proto.gpu import verify as verify_gpus
 from chutes_proto.gpu._revocation import check_chain_status, check_floor
 from chutes_proto.gpu._rim import authenticate_rim
+from chutes_proto.io.yaml_file import read_yaml
 from chutes_proto.luks.header import check_header
 from chutes_proto.quote import _cbor as cbor
 from chutes_proto.quote import _strict_json as strict_json
@@ -57,10 +58,12 @@ from chutes_proto.quote._pck import read_pck_extension
 from chutes_proto.quote._policy import parse_policy_toml
 from chutes_proto.quote._policy_set import parse_policy_set
 from chutes_proto.quote._policy_words import explain_set, policy_notes
+from chutes_proto.quote._published import parse_profile_file
 from chutes_proto.quote._roots import TrustedRoot
 from chutes_proto.quote._statements import read_qe_identity, read_tcb_info
 from chutes_proto.quote._verify import open_quote, verify_collateral
 from chutes_proto.secret import Secret
+from chutes_proto.server import _host_profiles as host_profiles
 from chutes_proto.server._observing import trace_of
 from chutes_proto.store._mark import Entry, Mark
 from chutes_proto.testing._gpus import SimulatedGpus
@@ -78,10 +81,12 @@ from chutes_proto.transport.h1 import ServerConnection
 from chutes_proto.wire import codec, endpoints, json
 from chutes_proto.wire.codec import error_response
 from chutes_proto.wire.evidence import decode_evidence
+from chutes_proto.wire.fleet import REGISTER_HOST_PROFILE, HostProfileRequest
 from chutes_proto.wire.http import HttpRequest, HttpResponse, MalformedRequest
 from tests.luks import headers as luks
 from tests.qgs import qgs_answer
 from tests.quote import test_attested as attested
+from tests.quote import test_published as published
 from tests.quote.logs import EVENTS, grub, log, spec
 from tests.quote.platform_files import encrypted_ppid, pcs_client_file
 from tests.quote.simulated import with_certification
@@ -224,6 +229,20 @@ def policies() -> list[bytes]:
     toml = b'[tcb]\naccepted_statuses = ["UpToDate"]\nmin_evaluation_number = 5\nallow_smt = true\n'
     either = b"[[any_of]]\n[any_of.identity]\nppid = ['" + b"00" * 16 + b"']\n[[any_of]]\n[[any_of.all_of]]\n"
     return [PROFILE.to_toml().encode(), toml + PROFILE.to_toml().encode(), json.encode([profile]), either]
+
+
+def check_reference_values(data: bytes) -> None:
+    """Published reference values are profiles with all registers, or the verifier's one error says why not."""
+    with suppress(QuoteError):
+        found = parse_profile_file(data, read_yaml, extra_keys=frozenset({"rc", "authorized_hotkeys"}))
+        assert found.profiles or found.not_served
+        registers = [register for profile, _ in found.profiles for register in profile.measured]
+        assert all(isinstance(register, bytes) and len(register) == 48 for register in registers)
+
+
+def reference_values() -> list[bytes]:
+    lists = [published.published(upper=upper) for upper in (True, False)]
+    return [published.FLAT.encode(), published.BY_PLATFORM.encode(), *lists]
 
 
 def check_policy_set(data: bytes) -> None:
@@ -392,6 +411,34 @@ def check_request_body(data: bytes) -> None:
             _ = str(exc)
         else:
             assert codec.decode_request(match, codec.encode_request(endpoint, message)) == message
+
+
+def check_host_profile(data: bytes) -> None:
+    """A host's profile is kept as it was said, under a fingerprint that no order of members changes; or refused."""
+    match = endpoints.Match(REGISTER_HOST_PROFILE, {})
+    try:
+        message = codec.decode_request(match, HttpRequest("POST", match.endpoint.path, _JSON, data))
+        assert isinstance(message, HostProfileRequest)
+        kept = host_profiles._encoded(message.profile)
+    except Refusal as exc:
+        _ = str(exc)
+    else:
+        assert json.decode(kept[1].encode()) == message.profile
+        assert host_profiles._encoded(dict(reversed([*message.profile.items()]))) == kept
+
+
+def host_profile_bodies() -> list[bytes]:
+    gpu = {"vendor": "10de", "device_id": "2335", "pci_class": "0302", "numa_node": 0}
+    profile: dict[str, object] = {
+        "gpus": [{**gpu, "bars": [{"index": 0, "size_mb": 16, "kind": "p64"}]}],
+        "nvswitches": [],
+        "ib_devices": [],
+        "cpu": {"count": 128, "sockets": 2, "vendor": "GenuineIntel", "processor_id": None},
+        "memory": {"guest_gb": 1128},
+        "numa": {"node_count": 2},
+        "qemu": {"qemu_version": "10.1.0"},
+    }
+    return [json.encode(profile), b'{"gpus":[1e3,-0.0,9007199254740993],"cpu":{}}']
 
 
 def check_host_evidence(data: bytes) -> None:
@@ -662,6 +709,7 @@ TARGETS = {
     "der": Target(check_der, ders),
     "statement": Target(check_statement, statements),
     "policy": Target(check_policy, policies),
+    "reference-values": Target(check_reference_values, reference_values),
     "event-log": Target(check_event_log, event_logs),
     "collateral-answer": Target(check_collateral_answer, collateral_answers),
     "luks-header": Target(check_luks, luks_headers),
@@ -676,6 +724,7 @@ TARGETS = {
     "json": Target(check_json, json_bodies),
     "request-body": Target(check_request_body, json_bodies),
     "answer-body": Target(check_answer_body, json_bodies),
+    "host-profile": Target(check_host_profile, host_profile_bodies),
     "host-evidence": Target(check_host_evidence, host_evidences),
     "target": Target(check_target, targets),
     "traceparent": Target(check_traceparent, traceparents),

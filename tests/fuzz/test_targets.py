@@ -8,16 +8,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chutes_proto.io.yaml_file import read_yaml
 from chutes_proto.quote._attested import read_evidence
 from chutes_proto.quote._collateral import Collateral
 from chutes_proto.quote._eventlog import parse_event_log, parse_event_log_json
 from chutes_proto.quote._measurements import parse_profiles_json
 from chutes_proto.quote._policy import AnyOf, Policy, parse_policy_toml
 from chutes_proto.quote._policy_set import parse_policy_set
+from chutes_proto.quote._published import parse_profile_file
 from chutes_proto.quote._verify import open_quote, verify_collateral
 from chutes_proto.transport.qgs import read_quote
 from tests.fuzz import targets
 from tests.fuzz.targets import TARGETS
+from tests.quote.test_published import KEYS
 
 SEEDS = cache(lambda name: TARGETS[name].seeds())
 
@@ -64,6 +67,7 @@ def test_honest_inputs_are_accepted() -> None:
     assert one.profiles == other.profiles
     assert isinstance(parse_policy_toml(either), AnyOf)
     assert parse_profiles_json(listed)
+    assert all(parse_profile_file(data, read_yaml, extra_keys=KEYS).profiles for data in targets.reference_values())
     assert all(len(parse_policy_set(data).exceptions) == 11 for data in targets.policy_sets())
     assert read_quote(targets.qgs_answers()[0][4:]) == read_quote(targets.qgs_answers()[1][4:])
     assert [len(targets.exchange([stream])[0]) for stream in targets.http_requests()] == [1, 2, 1, 2, 1]
