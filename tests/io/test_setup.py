@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from chutes_proto.io.server.setup import ServerSetup, make_setup
 from chutes_proto.server import ServerConfig
 from chutes_proto.testing._platform import SimulatedPlatform
 from tests.cli.conftest import HOTKEY
+from tests.quote.test_published import FLAT
 
 OTHER = "5FHneW46xGXgs5mUiveU4sbTyGBzmstUspZC92UhjJM694ty"
 
@@ -67,6 +69,20 @@ def test_a_policy_that_is_not_this_servers_is_refused(tmp_path: Path, text: str,
     _ = configuration.write_text(given)
     with pytest.raises(ConfigurationError, match=problem):
         _ = make_setup(ServerConfig.load(configuration))
+
+
+def test_a_release_candidate_that_nobody_may_use_is_told_and_not_loaded(tmp_path: Path) -> None:
+    write_server(tmp_path, SimulatedPlatform(bytes(32)), int(time.time()))
+    configuration = tmp_path / "server.toml"
+    _ = (tmp_path / "published.yaml").write_text(FLAT)
+    given = configuration.read_text()
+    _ = configuration.write_text(re.sub(r"(?m)^measurements = \[.*\]$", 'measurements = ["published.yaml"]', given))
+    loaded = make_setup(ServerConfig.load(configuration))
+    assert {version for _, version in loaded.service.profiles} == {"1.10", "1.11"}
+    _ = (tmp_path / "published.yaml").write_text(FLAT.replace("    authorized_hotkeys: [5Grw]\n", ""))
+    others = make_setup(ServerConfig.load(configuration))
+    assert {version for _, version in others.service.profiles} == {"1.10"}
+    assert others.not_served == (f"{tmp_path / 'published.yaml'}: 8xh200 1.11: rc without authorized_hotkeys",)
 
 
 def test_the_policy_says_how_long_expired_collateral_is_used(tmp_path: Path) -> None:

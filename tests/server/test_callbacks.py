@@ -360,6 +360,19 @@ def test_a_provisioned_vm_is_called_by_the_hotkey_of_its_boot(of_1_4):
     caller.check_signature(purpose_message(caller, str(NOW), "attest"), bytes.fromhex(headers["x-chutes-signature"]))
 
 
+@pytest.mark.parametrize("exchange", ["two-phase", "provisioned"])
+def test_a_release_candidate_registers_for_hotkeys_that_it_names(exchange):
+    """The registration is signed, so the hotkey is proven; any other hears of a mismatch."""
+    rc = ServedProfile(PROFILE, Secret(b"build"), False, False, exchange, True, frozenset({MINER.hotkey.address}))
+    world = make_world(profiles={PROFILE.identity: rc})
+    mismatch = "Server registration failed - Quote does not match expected measurements."
+    status, code, detail = refusal(register(world, OTHER, id="n2", name="other"))
+    assert (status, code, detail.startswith(mismatch)) == (403, Code.MEASUREMENT_MISMATCH, True)
+    assert "no authorized hotkey is proven" in reasons(world)[-1]
+    assert world.rows(ServerRow) == ()
+    registered(register(world))
+
+
 @pytest.mark.parametrize("of", ["another CA", "itself", "the root CA's own"])
 def test_a_certificate_that_is_not_of_the_vms_root_ca(of_1_4, of):
     world, _, root = of_1_4
