@@ -288,6 +288,16 @@ def test_a_release_candidate_is_named_to_the_tool_and_not_to_the_public(world):
     assert answer(world.ask("GET", HOSTS_PATH)) == []
 
 
+def test_hosts_of_all_miners_together_register_so_often(world):
+    """Asking for the status costs nothing of it."""
+    for number in range(120):
+        assert world.app.service.all_host_rates.take("", world.uptime) == 0, number
+    limited = world.ask_signed("POST", HOSTS_PATH, HOST, coverage="body")
+    assert refusal(limited) == (429, Code.RATE_LIMITED, "Rate limit exceeded. Try again later.")
+    assert limited.header("retry-after") == "30"
+    assert answer(host(world))["status"] == "unknown"
+
+
 HOST_ORDER = [
     ("no signature", 401, Code.SIGNATURE_INVALID),
     ("body", 401, Code.SIGNATURE_INVALID),

@@ -8,6 +8,7 @@ from attrs import evolve
 from chutes_proto.server._app import App
 from chutes_proto.server._profiles import ServedProfile, check_signing_keys
 from chutes_proto.testing._platform import PROFILE
+from chutes_proto.wire import json
 from chutes_proto.wire.codes import Code
 from tests.server.world import World, answer, refusal, service
 
@@ -26,11 +27,9 @@ def test_the_measurements_are_encoded_once_for_each_service() -> None:
 
 
 def test_signing_keys_are_public_and_the_operators_own() -> None:
-    bundle = check_signing_keys(
-        b'{"version": 3, "keys": {"helm-pubkey.gpg": "QQ=="}, "signatures": {"helm-pubkey.gpg": "Qg=="}}'
-    )
-    world = World(App(service(signing_keys=bundle)))
-    assert answer(world.ask("GET", "/servers/signing-keys"))["version"] == 3
+    keys = {"version": 3, "keys": {"cosign/chutes.pub": "QQ=="}, "signatures": {"cosign/chutes.pub": "Qg=="}}
+    world = World(App(service(signing_keys=check_signing_keys(json.encode(keys)))))
+    assert answer(world.ask("GET", "/servers/signing-keys")) == keys
     unset = refusal(World(App(service())).ask("GET", "/servers/signing-keys"))
     assert unset == (503, Code.SIGNING_KEYS_UNAVAILABLE, "Signing keys bundle not available")
     for wrong in (

@@ -260,7 +260,7 @@ def test_the_description_is_served(world):
         ("GET", "/", (404, Code.NOT_FOUND, "Not Found")),
         ("GET", "/servers/a%2Fb/luks", (404, Code.NOT_FOUND, "Not Found")),
         ("DELETE", "/servers/nonce", (405, Code.METHOD_NOT_ALLOWED, "Method Not Allowed")),
-        ("PUT", "/servers/vm-1/luks", (405, Code.METHOD_NOT_ALLOWED, "Method Not Allowed")),
+        ("PUT", "/servers/vm-1/luks?hotkey=5x", (405, Code.METHOD_NOT_ALLOWED, "Method Not Allowed")),
     ],
 )
 def test_other_paths_and_verbs(world, method, target, expected):
