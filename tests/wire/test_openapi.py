@@ -73,6 +73,22 @@ def test_parameters_are_those_of_the_published_reference(operation_id):
         assert "422" in operation["responses"]
 
 
+def test_volumes_are_never_none():
+    """An empty list is refused, so the document promises nothing else."""
+    least = {
+        (name, *(word for word in ("minItems", "minProperties") if schema["properties"]["volumes"].get(word) == 1))
+        for name, schema in DOCUMENT["components"]["schemas"].items()
+        if name.endswith("Request") and "volumes" in schema.get("properties", ())
+    }
+    assert least == {
+        ("VolumeSyncRequest", "minItems"),
+        ("VolumeAttestationRequest", "minItems"),
+        ("VolumeConfirmationRequest", "minProperties"),
+        ("ProvisionRequest", "minItems"),
+        ("ProvisionConfirmationRequest", "minProperties"),
+    }
+
+
 def test_every_reference_resolves():
     names = set(re.findall(r'"#/components/schemas/(\w+)"', openapi.document().decode()))
     assert names == set(DOCUMENT["components"]["schemas"])
