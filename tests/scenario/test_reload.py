@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from socket import AF_UNIX, SOCK_STREAM, socket, socketpair
+from socket import AF_UNIX, SHUT_RDWR, SOCK_STREAM, socket, socketpair
 from typing import Any
 
 import pytest
@@ -222,6 +222,44 @@ def test_the_key_of_the_audit_log_is_sealed_under_the_kek_of_the_last_reload(sit
         keys = wait_until(lambda: store.transact(Ask(Scan(KeyringRow))))
         (new,) = running.setup.service.vault.live
     assert {key.kek_id for key in keys} == {new.kek_id}
+
+
+def test_an_answer_that_comes_too_late_is_not_taken_for_one_to_a_later_reload(site: Premises) -> None:
+    setup = make_setup(ServerConfig.load(site.configuration))
+    with ExitStack() as opened:
+        log = LogWriter(os.open("/dev/null", os.O_WRONLY))
+        _ = opened.callback(log.close)
+        supervisor = Supervisor(Running(setup), 1, [], [], False, log, keeps_metrics=False, stop_seconds=1)
+        running, may_go_on = Running(setup), threading.Event()
+
+        def check(files: Files) -> Prepared:
+            assert may_go_on.wait(60)
+            return prepare(running, None, files)
+
+        ours, theirs = map(opened.enter_context, socketpair())
+        threading.Thread(target=obey, args=(theirs, check, running.replace), daemon=True).start()
+        process: Any = None
+        supervisor._workers.append(Worker(0, process, 0.0, ours))
+        say_policy(site, OUTDATED)
+        ours.settimeout(0.1)
+        assert "timed out" in str(supervisor.reload("uid 7")["error"])
+        ours.settimeout(60)
+        may_go_on.set()
+        say_policy(site, "")
+        assert supervisor.reload("uid 7")["changes"] == []
+        say_policy(site, OUTDATED)
+        assert supervisor.reload("uid 7")["changes"] == ["policy"]
+        assert running.setup.service.policies == supervisor.running.setup.service.policies
+
+
+def test_a_worker_that_prepared_nothing_carries_nothing_out() -> None:
+    with ExitStack() as opened:
+        ours, theirs = map(opened.enter_context, socketpair())
+        threading.Thread(target=obey, args=(theirs, None, None), daemon=True).start()
+        process: Any = None
+        with pytest.raises(ConfigurationError, match="nothing is prepared"):
+            _ = Worker(0, process, 0.0, ours).ask("commit")
+        ours.shutdown(SHUT_RDWR)  # ends the thread
 
 
 def test_a_file_is_read_once(tmp_path: Path) -> None:

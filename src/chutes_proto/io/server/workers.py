@@ -21,8 +21,9 @@ import tempfile
 import threading
 import time
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, closing, suppress
+from itertools import count
 from queue import SimpleQueue
 from socket import recv_fds, send_fds, socket, socketpair
 from typing import Any, Final, ParamSpec
@@ -96,15 +97,17 @@ def obey(channel: socket, prepare: Callable[[Files], Prepared], commit: Callable
             return
         if not said:
             return
-        answer: dict[str, object] = {"ok": True}
+        answer: dict[str, object] = {"to": said.decode("ascii"), "ok": True}
         if descriptors:
             prepared = None
             try:
                 prepared = prepare(Files(_unpacked(descriptors[0])))
                 answer["after"] = prepared.after
             except (ConfigurationError, StoreError, QuoteError, OSError) as exc:
-                answer = {"ok": False, "error": str(exc)}
-        elif prepared is not None:
+                answer |= {"ok": False, "error": str(exc)}
+        elif prepared is None:
+            answer |= {"ok": False, "error": "nothing is prepared"}
+        else:
             commit(prepared.setup)
         with suppress(OSError):
             channel.sendall(json.dumps(answer).encode() + b"\n")
@@ -136,13 +139,19 @@ class _Worker:
     process: subprocess.Popen[bytes]
     started: float
     channel: socket
+    _numbers: Iterator[int] = field(init=False, factory=count)
 
-    def ask(self, said: bytes, *descriptors: int) -> dict[str, Any]:
-        """Say something to the worker, and return its answer. Raises `ConfigurationError`."""
+    def ask(self, said: str, *descriptors: int) -> dict[str, Any]:
+        """Say something to the worker, and return its answer. Raises `ConfigurationError`.
+
+        An answer to what was said before, which came too late then, is passed over.
+        """
+        said = f"{said} {next(self._numbers)}"
+        answer: dict[str, Any] = {"ok": False, "error": "it ended"}
         try:
-            _ = send_fds(self.channel, [said], descriptors)
-            with self.channel.makefile("rb") as answers:
-                answer: dict[str, Any] = json.loads(answers.readline() or b"null") or {"ok": False, "error": "it ended"}
+            _ = send_fds(self.channel, [said.encode("ascii")], descriptors)
+            with self.channel.makefile("rb") as lines:
+                answer = next((each for each in map(json.loads, lines) if each["to"] == said), answer)
         except (OSError, ValueError) as exc:
             answer = {"ok": False, "error": str(exc)}
         if not answer["ok"]:
@@ -181,7 +190,7 @@ class Supervisor:
             descriptor = _packed(files.content)
             try:
                 for worker in workers:
-                    if worker.ask(b"prepare", descriptor)["after"] != prepared.after:
+                    if worker.ask("prepare", descriptor)["after"] != prepared.after:
                         raise ConfigurationError(f"worker {worker.number}: read something else; ask again")
             finally:
                 os.close(descriptor)
@@ -189,7 +198,7 @@ class Supervisor:
                 record(store, caller, prepared)
         for worker in workers:
             try:
-                _ = worker.ask(b"commit")
+                _ = worker.ask("commit")
             except ConfigurationError:
                 worker.process.kill()  # the one in its place gets the new files
         self.running.replace(prepared.setup)
