@@ -29,7 +29,17 @@ from chutes_proto.keys.generations import Change, HandOut
 from chutes_proto.keys.vault import NONCE_SIZE, Address, FreshKey, KeyEncryptionKey, Vault
 from chutes_proto.secret import Secret
 from chutes_proto.store._run import Ask, Store, Unit
-from chutes_proto.store.rows import AuditRow, CountSealed, Exchange, GenerationRow, Scan, Vm, VmRow, VolumeRow
+from chutes_proto.store.rows import (
+    AuditRow,
+    CountSealed,
+    Exchange,
+    GenerationRow,
+    InsertAll,
+    Scan,
+    Vm,
+    VmRow,
+    VolumeRow,
+)
 from chutes_proto.testing.store_suite._parts import (
     DAY,
     NOW,
@@ -43,6 +53,8 @@ from chutes_proto.testing.store_suite._parts import (
     read,
     sync,
 )
+from chutes_proto.tlog.tiles import WIDTH
+from chutes_proto.units.log import SALT_SIZE, SequenceLog
 from chutes_proto.units.operator import (
     AllowFormat,
     BindVm,
@@ -446,20 +458,38 @@ class Calls(RuleBasedStateMachine):
             if carry_out:
                 key.state = "purged"
 
-    @rule(days=st.integers(1, 3), carry_out=st.booleans(), span=st.sampled_from([9, 50, 1000]), later=st.integers(0, 4))
+    @rule(others=st.sampled_from([1, 300]), batch=st.sampled_from([40, 500]))
+    def sequence_log(self, others: int, batch: int) -> None:
+        """Others write audit rows, one or many, and the next ones become entries of the log."""
+        _ = self.do(Ask(InsertAll((AuditRow(self.now, "vm", "boot", "refused"),) * others)))
+        rows = self._audit_rows()
+        waiting = [row for row in rows if row.idx is None]
+        assert self.do(SequenceLog(entropy(self.label(), SALT_SIZE * batch), "log")) == min(batch, len(waiting))
+        assert [row for row in self._audit_rows() if row.idx is None] == waiting[batch:]
+
+    @rule(days=st.integers(1, 3), carry_out=st.booleans(), span=st.sampled_from([256, 999]), later=st.integers(0, 4))
     def purge_audit(self, days: int, carry_out: bool, span: int, later: int) -> None:
+        """Whole tiles of entries go, up to the first entry that is recent; rows that are not sequenced stay."""
         self.now += later * DAY
         before = self.now - days * DAY
-        old = sum(row.at < before for row in self.memory.transact(Ask(Scan(AuditRow))))
+        rows = self._audit_rows()
+        entries = [row for row in rows if row.idx is not None]
+        old = len(list(itertools.takewhile(lambda row: row.at < before, entries)))
+        gone = entries[: old - old % WIDTH]
         count = 0
         beyond: int | None = 0
         while beyond is not None:
             outcome = self.do(PurgeAudits(self.now, before, "why", beyond, span, carry_out))
             assert isinstance(outcome, Purged)
             count, beyond = count + outcome.count, outcome.beyond
-        assert count == old
-        left = sum(row.at < before for row in self.memory.transact(Ask(Scan(AuditRow))))
-        assert left == (0 if carry_out else old)
+        assert count == len(gone)
+        stay = rows[len(gone) :] if carry_out else rows
+        left = self._audit_rows()
+        assert left[: len(stay)] == stay
+        assert {row.event for row in left[len(stay) :]} == ({"audit purged"} if carry_out and gone else set())
+
+    def _audit_rows(self) -> tuple[AuditRow, ...]:
+        return self.memory.transact(Ask(Scan(AuditRow)))
 
     @rule(turn=st.booleans())
     def rewrap_keys(self, turn: bool) -> None:
