@@ -128,6 +128,14 @@ async def test_the_evidence_of_eight_gpus_and_four_switches(scene: Scene, loop: 
     assert len(site.store.transact(ScanAll(GpuDeviceRow))) == 12
 
 
+@pytest.mark.parametrize("evidence", ['[{"a": 1}]', '{"gpus": []}', '[\n {"a": 1}\n]', '{\n "gpus": []\n}'])
+def test_the_evidence_in_a_tools_output(evidence: str) -> None:
+    """A list, or go-nvattest-tools' collection: on all lines, or on the last one after those of its progress."""
+    assert servers._evidence(f"{evidence}\n".encode()) == evidence
+    if "\n" not in evidence:
+        assert servers._evidence(f"[1] asking\n{{2}} done\n{evidence}\n".encode()) == evidence
+
+
 @everywhere
 async def test_one_vm_removes_no_other_miners_servers(scene: Scene, loop: str) -> None:
     """A boot shows the address that it came from, and neither GPUs nor ids: claims to these are refused."""

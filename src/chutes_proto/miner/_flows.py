@@ -218,7 +218,7 @@ def _evidence(output: bytes) -> str:
     except UnicodeDecodeError:
         raise QuoteUnavailable("the evidence of the GPUs is not text in UTF-8") from None
     last = text.rpartition("\n")[2]
-    return last if last.startswith("[") and last.endswith("]") else text
+    return last if last[:1] + last[-1:] in ("[]", "{}") else text
 
 
 def read_status(miner: Miner, server_id: str) -> Flow[AttestationStatus]:
