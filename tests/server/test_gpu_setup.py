@@ -88,6 +88,19 @@ def test_a_demand_needs_a_directory(site: Path) -> None:
         _ = setup(site, demand="require")
 
 
+@pytest.mark.parametrize(("given", "missing"), [("rim", "ocsp"), ("ocsp", "rim")])
+def test_a_demand_needs_both_kinds_of_services_that_the_policy_needs(site: Path, given: str, missing: str) -> None:
+    line = f'{given}_services = ["https://services.example"]'
+    with pytest.raises(ConfigurationError, match=f"needs gpu_evidence.directory, or {missing}_services"):
+        _ = setup(site, line, demand="require")
+
+
+def test_a_demand_needs_no_services_that_the_policy_does_not_need(site: Path) -> None:
+    _ = (site / "policy.toml").write_text('revocation = "off"\n')
+    made = setup(site, 'rim_services = ["https://rims.example"]', 'policy = "policy.toml"', demand="require")
+    assert isinstance(made.gpus, GpuServices)
+
+
 @pytest.mark.parametrize(
     ("line", "problem"),
     [

@@ -193,11 +193,8 @@ def make_setup(config: ServerConfig, files: Files | None = None) -> ServerSetup:
         raise problems.error()
     if proxies is None or problems.found:
         raise problems.error()
-    if gpus is None and (demanding := [one for one in profiles if one.gpu_evidence == "require"]):
-        name = demanding[0].measurements.name
-        raise ConfigurationError(
-            f'profile {name!r}: gpu_evidence = "require" needs gpu_evidence.directory, or services'
-        )
+    if demanding := [one for one in profiles if one.gpu_evidence == "require"]:
+        _check_gpu_sources(config.gpu_evidence, gpu_policy, demanding[0].measurements.name)
     service = Service(
         vault=vault,
         mint=NonceMint.of(
@@ -387,6 +384,21 @@ def _gpu_source(
         directory=None if options.cache is None else base / options.cache,
         beside=files,
     )
+
+
+def _check_gpu_sources(options: GpuEvidenceOptions, policy: GpuPolicy, profile: str) -> None:
+    """Check that evidence can be accepted at all, because the profile requires it. Raises `ConfigurationError`."""
+    if options.directory is not None:
+        return
+    missing = "" if options.rim_services or options.ocsp_services else "services"
+    if not options.rim_services and policy.measurements == "rims" and not policy.pinned:
+        missing = missing or "rim_services"
+    if not options.ocsp_services and policy.revocation != "off":
+        missing = missing or "ocsp_services"
+    if missing:
+        raise ConfigurationError(
+            f'profile {profile!r}: gpu_evidence = "require" needs gpu_evidence.directory, or {missing}'
+        )
 
 
 def _gpu_policy(options: GpuEvidenceOptions, base: Path, files: Files) -> GpuPolicy:
