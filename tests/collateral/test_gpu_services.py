@@ -176,11 +176,13 @@ async def test_a_cache_that_cannot_be_used_is_told_and_stops_nothing() -> None:
     assert {record.event for record in log} >= {"collateral_not_restored", "collateral_not_kept"}
 
 
-async def test_what_nothing_needs_is_not_asked_for() -> None:
+async def test_what_nothing_needs_is_not_asked_for(tmp_path: Path) -> None:
     with serving() as services:
         found = await fetched(evolve(source(services), rims=None), [])
         assert found.rims.rims == ()
         assert not [path for path in services.asked if "rim" in path]
+        _ = await fetched(evolve(source(services, tmp_path), status=None), [])
+        assert GpuCollateralDirectory(tmp_path, GPUS.roots).fetch().rims.rims
         services.asked.clear()
         assert (await fetched(evolve(source(services), status=None), [])).revocation.answers == ()
         assert sorted(services.asked) == [f"/v1/rim/{rim_id}" for rim_id in IDS]

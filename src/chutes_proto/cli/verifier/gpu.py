@@ -35,8 +35,8 @@ from chutes_proto.gpu import (
 )
 from chutes_proto.gpu._plain import claimed_fields, device_fields, rim_fields
 from chutes_proto.gpu._rim import authenticate_rim
-from chutes_proto.io.collateral.gpu_directory import GpuCollateralDirectory, read_gpu_roots
-from chutes_proto.io.files import make_directory, read_file, write_file
+from chutes_proto.io.collateral.gpu_directory import GpuCollateralDirectory, make_gpu_directory, read_gpu_roots
+from chutes_proto.io.files import read_file, write_file
 from chutes_proto.quote._errors import spans
 from chutes_proto.quote._terms import rfc3339
 from chutes_proto.testing import SimulatedGpus
@@ -365,9 +365,7 @@ def fetch_command(
         devices, RimCache([rims], roots=trust), StatusCache([status]), now=int(time.time()), roots=trust
     )
     fetched = performer.run(flow)
-    directory = make_directory(out)
-    for name in ("rims", "status"):
-        _ = make_directory(directory / name)
+    directory = make_gpu_directory(out)
     files = [str(keep_piece(directory, key, data)) for key, data in fetched.pieces.items()]
     return answer(
         {"fetched": not fetched.problems, "files": files, "problems": fetched.problems},
@@ -489,10 +487,8 @@ def simulate_command(nonce: bytes, out: str, count: int, arch: Any, faults: tupl
     """
     now = int(time.time()) if at is None else at
     simulated = SimulatedGpus(SIMULATED_SEED, count=count, arch=arch).having(*faults)
-    directory = make_directory(out)
+    directory = make_gpu_directory(out)
     files = {str(directory / name): data for name, data in gpu_files(simulated, nonce, now).items()}
-    for name in ("rims", "status"):
-        _ = make_directory(directory / name)
     for name, data in files.items():
         write_file(name, data)
     return answer({"files": [*files], "at": rfc3339(now)}, "\n".join(files))

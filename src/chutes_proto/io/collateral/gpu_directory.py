@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Final
 
 from chutes_proto.errors import CollateralUnavailable, ConfigurationError, FileUnavailable
 from chutes_proto.gpu import GpuCollateral, GpuError, GpuRoots, Revocation, Rims, VerifiedRim, read_root
 from chutes_proto.gpu._rim import authenticate_rim
-from chutes_proto.io.files import read_file
+from chutes_proto.io.files import make_directory, read_file
+
+_KINDS: Final = ("rims", "status")
 
 
 class GpuCollateralDirectory:
@@ -29,7 +32,7 @@ class GpuCollateralDirectory:
     def fetch(self) -> GpuCollateral:
         """Return all that is there. Raises `CollateralUnavailable` if a directory cannot be read."""
         with self._lock:
-            rims, status = self._files("rims"), self._files("status")
+            rims, status = (self._files(name) for name in _KINDS)
             try:
                 stamp = tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in (*rims, *status))
             except OSError as exc:  # it went while it was looked at
@@ -64,6 +67,13 @@ class GpuCollateralDirectory:
                 problems.append(f"{path}: {exc}")
         self.problems = tuple(problems)
         return GpuCollateral(Rims.of(found), Revocation.of(pieces))
+
+
+def make_gpu_directory(path: str | Path) -> Path:
+    """Return a directory that `GpuCollateralDirectory` reads, made if it is missing. Raises `FileUnavailable`."""
+    for name in _KINDS:
+        _ = make_directory(Path(path) / name)
+    return Path(path)
 
 
 def read_gpu_roots(directory: str | Path) -> GpuRoots:

@@ -18,9 +18,9 @@ from attrs import field, frozen
 from chutes_proto.collateral.gpus import HeldRim, HeldStatus, RimCache, RimKey, StatusCache, StatusKey
 from chutes_proto.errors import FileUnavailable, GpuError, UpstreamError
 from chutes_proto.gpu import GpuCollateral
-from chutes_proto.io.collateral.gpu_directory import GpuCollateralDirectory
+from chutes_proto.io.collateral.gpu_directory import GpuCollateralDirectory, make_gpu_directory
 from chutes_proto.io.collateral.upstream import FETCH_LIMITS
-from chutes_proto.io.files import make_directory, read_file, unavailable, write_file
+from chutes_proto.io.files import read_file, unavailable, write_file
 from chutes_proto.io.http.https import TimeLimits
 from chutes_proto.log import Level, Record
 
@@ -72,7 +72,6 @@ class GpuServices:
 
 def keep_piece(directory: Path, key: RimKey | StatusKey, data: bytes) -> Path:
     """Write the file of a piece, in place of an older one; return its path. Raises `FileUnavailable`."""
-    path = make_directory(directory) / key.file
-    _ = make_directory(path.parent)
+    path = make_gpu_directory(directory) / key.file
     write_file(path, data)
     return path
