@@ -157,13 +157,14 @@ def test_both_read_the_same_from_a_report() -> None:
 
 
 def test_both_decide_alike_about_signatures_of_rims() -> None:
-    """An altered RIM, and one under another key; NVIDIA's own as long as its signer's certificate is valid now."""
-    now = int(time.time())
+    """NVIDIA's own, as long as its signer's certificate is valid now; an altered one, and one under another key."""
     genuine = read("rim-26-NV_GPU_DRIVER_GH100_550.144.03.xml")
     altered = genuine.replace(b"550.144.03", b"550.144.04", 1)
     assert altered != genuine
     files = [genuine, altered, read("rim-28-incorrect_signature_driver_rim.xml")]
-    expected = [authenticate_rim(genuine).window[1] >= now, False, False]
+    if authenticate_rim(genuine).window[1] < time.time():
+        pytest.skip("the RIM's signer's certificate has ended, so theirs would refuse everything")
+    expected = [True, False, False]
     assert oracle(complete_set().chain, [], signed_rims=[data.decode() for data in files]) == expected
     for data in files[1:]:
         with pytest.raises(GpuError):
