@@ -21,6 +21,7 @@ from chutes_proto.io.http.tls import client_context
 from chutes_proto.io.server.development import write_server
 from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.wire.codec import encode_quote
+from chutes_proto.wire.endpoints import ENDPOINTS
 from tests.cli.conftest import HOTKEY, start_server
 from tests.waiting import wait_until
 from tools.docs.pages import DOCS, fences
@@ -126,6 +127,18 @@ def test_a_redirect_stays_at_the_port_of_nginx(site: Site) -> None:
     with client(site.url, site.folder, None) as http:
         redirected = http.get("/servers/nonce/", follow_redirects=True)
     assert (redirected.status_code, str(redirected.url)) == (200, f"{site.url}/servers/nonce")
+
+
+def test_a_large_body_reaches_the_operations_that_need_one(site: Site) -> None:
+    """GPU evidence and host profiles; of any other operation the server itself says that it is too large."""
+    with client(site.url, site.folder, None) as http:
+        for endpoint in ENDPOINTS:
+            if endpoint.body_bytes:
+                answered = http.request(
+                    endpoint.method, endpoint.path.format(server_id="s"), content=bytes(endpoint.body_bytes)
+                )
+                assert code(answered) == (401, "signature_invalid")
+        assert code(http.post("/servers/boot/attestation", content=bytes(65_537))) == (413, "body_too_large")
 
 
 def test_a_forged_certificate_is_refused(site: Site) -> None:
