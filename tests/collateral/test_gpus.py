@@ -130,7 +130,11 @@ def test_evidence_that_does_not_verify_causes_no_fetch() -> None:
 
 
 @pytest.mark.parametrize(
-    "fault", ["rim_altered", "rim_other_product", "status_signature", "revoked", "status_unauthorized"]
+    "fault",
+    [
+        *("rim_altered", "rim_other_product", "revoked"),
+        *("status_signature", "status_unauthorized", "status_responder_expired"),
+    ],
 )
 def test_an_answer_that_does_not_verify_is_not_kept(fault: str) -> None:
     services = Services()

@@ -125,21 +125,25 @@ class HeldRim:
 
 @frozen(eq=False)
 class HeldStatus:
-    """An OCSP answer in the cache."""
+    """An OCSP answer in the cache; the responder's certificate ends at ``responder_until``."""
 
     data: bytes = field(repr=False)
     answer: Answer
+    responder_until: int
     grace: int
 
     @property
     def window(self) -> Window:
         """See `Held`."""
-        return self.answer.this_update, self.answer.next_update
+        return self.answer.this_update, min(self.answer.next_update, self.responder_until)
 
     @property
     def usable_until(self) -> int:
-        """See `Held`; a revocation stands for ever."""
-        return _FOREVER if self.answer.state == "revoked" else self.answer.next_update + self.grace
+        """See `Held`; a revocation stands for ever, and a certificate has no grace."""
+        if self.answer.state == "revoked":
+            return _FOREVER
+        end = self.answer.next_update
+        return end + self.grace if end <= self.responder_until else self.responder_until
 
 
 class RimCache(Cache[RimKey, GpuService, HeldRim, bytes]):
@@ -188,10 +192,10 @@ class StatusCache(Cache[StatusKey, GpuService, HeldStatus, bytes]):
 
     def read(self, key: StatusKey, data: bytes) -> HeldStatus:
         """Verify an OCSP answer, of whatever time. Raises `UpstreamError` for one that says nothing, and `GpuError`."""
-        answer = answer_about(data, key.issuer, key.point, key.serial, f"certificate {key.serial.hex()}")
+        answer, terms = answer_about(data, key.issuer, key.point, key.serial, f"certificate {key.serial.hex()}")
         if answer.state == "unknown":
             raise UpstreamError("the service does not know this certificate")
-        return HeldStatus(data, answer, self.policy.grace)
+        return HeldStatus(data, answer, min((term.end for term in terms), default=_FOREVER), self.policy.grace)
 
     def replaces(self, held: HeldStatus, fetched: HeldStatus, now: int) -> bool:
         """See `Cache.replaces`."""

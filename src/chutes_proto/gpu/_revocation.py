@@ -160,18 +160,18 @@ def check_chain_status(
     return tuple(found)
 
 
-def answer_about(data: bytes, issuer: bytes, point: bytes, serial: bytes, name: str) -> Answer:
+def answer_about(data: bytes, issuer: bytes, point: bytes, serial: bytes, name: str) -> tuple[Answer, tuple[Term, ...]]:
     """Verify an OCSP answer about one certificate, of whatever time (steps 18 to 20).
 
-    ``issuer`` and ``point`` are name and key of the certificate's issuer. Raises `GpuVerificationError`.
+    ``issuer`` and ``point`` are name and key of the certificate's issuer. Returns the validity of the responder's
+    certificate, too. Raises `GpuVerificationError`.
     """
     ocsp = read_status(data)
     if not isinstance(ocsp, OcspAnswer):
         raise steps.StatusFormatError("status", "it is a CRL")
     for answer in ocsp.answers:
         if answer.about == _cert_id(answer.about.digest, issuer, point, serial):
-            _ = _verify_ocsp(ocsp, issuer, point, name)
-            return answer
+            return answer, _verify_ocsp(ocsp, issuer, point, name)
     raise steps.StatusMissingError(name, "the OCSP answer is not about this certificate", got=serial)
 
 
