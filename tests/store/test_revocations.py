@@ -134,3 +134,24 @@ def test_a_backup_holds_no_revocation_up(request: pytest.FixtureRequest, tmp_pat
             _ = backup.execute("BEGIN ISOLATION LEVEL REPEATABLE READ; LOCK TABLE fact IN ACCESS SHARE MODE")
             store.transact(REVOKE)
             _ = backup.execute("ROLLBACK")
+
+
+@pytest.mark.parametrize("store", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("long", ["check", "snapshot"])
+def test_no_reading_of_the_whole_store_holds_a_revocation_up(store: DurableStore, long: str) -> None:
+    """Checks, copies and exports of a large store take minutes, and grant nothing."""
+    if long == "snapshot":
+        with store.snapshot() as rows:
+            assert rows.transact(ReadRevocations()).rows == {}
+            store.transact(REVOKE)
+            assert rows.transact(ReadRevocations()).rows == {}
+    else:
+        told = list[bool]()
+
+        def tell(_: int, __: int) -> None:
+            if not told:
+                told.append(True)
+                store.transact(REVOKE)
+
+        assert store.check(tell)["revocation"] == 0
+    refused(store, boot("1"))

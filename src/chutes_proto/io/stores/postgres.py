@@ -143,6 +143,9 @@ _HOLDERS: Final = (
 _LOCK_VERSION: Final = "LOCK TABLE fact IN ROW SHARE MODE"
 """The lock that each unit holds: a migration waits for it, and so does `Alone`, but no backup."""
 
+_LOCK_READING: Final = "LOCK TABLE fact IN ACCESS SHARE MODE"
+"""That of a long transaction which grants nothing: only a migration waits for it."""
+
 _READ_SETTINGS: Final = (
     # `on` waits for the disks of this server and of its synchronous standbys; `remote_apply`, which waits more, stays.
     # A weaker setting is raised to `on`, because keys could be lost.
@@ -374,6 +377,7 @@ class PostgresStore:
         # The lock comes before the reads, so that these see a migration for which the lock waited.
         self._begin = self._beginning("SERIALIZABLE", _LOCK_VERSION, then=READ_VERSION)
         self._begin_committed = self._beginning("READ COMMITTED", _LOCK_VERSION, then=READ_VERSION)
+        self._begin_reading = self._beginning("SERIALIZABLE", _LOCK_READING, then=READ_VERSION)
         try:
             if migrate:
                 self.found_version = self._migrate()
@@ -402,13 +406,13 @@ class PostgresStore:
 
         ``tell`` takes how many rows are read, and of how many, after each table.
         """
-        return self._with_retries("check", lambda connection: self._check(connection, tell))
+        return self._with_retries("check", lambda connection: self._check(connection, tell), self._begin_reading)
 
     @contextlib.contextmanager
     def snapshot(self) -> Generator[Store]:
         """Run several units in one transaction that reads the database as it is when the block begins."""
         try:
-            with self._looked_at() as connection, self._transaction(connection, self._begin):
+            with self._looked_at() as connection, self._transaction(connection, self._begin_reading):
                 self._lift_limits(connection)
                 yield Snapshot(lambda unit: self._run(connection, unit))
         except _Again as exc:
@@ -686,7 +690,7 @@ class PostgresStore:
                 raise self._standby()
             self._check_settings(connection, backend, settings)
             self._check_clock(asked_at, float(clock), time.time())
-            if begin in (self._begin, self._begin_committed):
+            if begin in (self._begin, self._begin_committed, self._begin_reading):
                 _ = self._versions(connection).check(more)
                 if timeline != self._timeline:  # another server than the one that was compared last
                     connection.is_looked_at = False
