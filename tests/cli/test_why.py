@@ -81,7 +81,8 @@ def test_the_log_has_what_the_store_has_not(site: Site, monkeypatch: pytest.Monk
     line |= {name: getattr(denial, name) for name in names}
     other = line | {"vm": "vm-2", "request_id": "5" * 32}
     told = [line, other, {**line, "event": "boot_granted"}, "text", None]
-    text = "Nov 29 host chutes-proto: " + "\nkernel: {[\n".join(map(json.dumps, told)) + "\n"
+    deep = '{"a":' + "[" * 50_000
+    text = "Nov 29 host chutes-proto: " + f"\nkernel: {{[\n{deep}\n".join(map(json.dumps, told)) + "\n"
     _ = (site.directory / "log").write_text(text)
     (refusal,) = site.json("why", "vm-1", "--log", site.directory / "log")["refusals"]
     assert (refusal["request_id"], refusal["text"]) == ("4" * 32, line["why"])

@@ -134,7 +134,7 @@ def _of_log(path: str, wanted: AuditWanted) -> Iterator[_Refusal]:
     for line in lines:
         try:
             found: object = json.loads(line[line.index(b"{") :])
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         told = cast("dict[str, Any]", found) if isinstance(found, dict) else {}
         if told.get("event") != "refused":
