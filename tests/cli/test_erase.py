@@ -9,16 +9,23 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import anyio
+import anyio.lowlevel
 import pytest
 
+from chutes_proto.errors import StoreError
+from chutes_proto.io.server import serving
 from chutes_proto.io.server.reload import Running
 from chutes_proto.io.server.serving import open_store
 from chutes_proto.io.server.setup import ServerSetup, make_setup
 from chutes_proto.io.stores.sqlite import SqliteStore
+from chutes_proto.log import Record
 from chutes_proto.server import ServerConfig
 from chutes_proto.store.rows import GenerationRow, Vm
+from chutes_proto.units.revocations import Revocations
 from tests.cli import test_operating
 from tests.cli.test_operating import HOTKEY, NOW, Site
+from tests.loops import on_loop
 
 site = test_operating.site
 
@@ -70,7 +77,6 @@ def test_all_keys_are_destroyed_in_two_steps(site: Site) -> None:
     assert (row["vm"], "storage/3 erased" in row["keys"]) == ("vm-1", True)
     (line,) = file.read_text().splitlines()
     assert json.loads(json.loads(line)["through"]) == {"root": 1, "storage": len(gone) - 1}
-    assert site.do("vm", "erase", "vm-1", "--yes").code == 1
     site.boot("5")  # another VM of the name
     assert max(row.generation for row in site.rows() if row.vm.name == "vm-1" and row.sealed) == len(gone)
 
@@ -96,6 +102,24 @@ def test_no_file_of_sqlite_holds_a_key_afterwards(site: Site, secure: bool, monk
         assert site.json("vm", "erase", "vm-1", "--yes")["ok"]
         assert held(site, values) == []
     assert held(site, values) == []
+
+
+def test_an_erasure_that_was_cut_short_is_run_again(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The keys are gone by then, but not what the command does after that."""
+    file = marked(site)
+    site.boot("1")
+    with monkeypatch.context() as patched:
+        patched.setattr("chutes_proto.cli.operator.vm.keep_erasures", lambda *_: lost())
+        assert site.do("vm", "erase", "vm-1", "--yes").code == 1
+    assert not file.exists()
+    told = site.json("vm", "erase", "vm-1", "--yes")
+    assert (told["ok"], told["keys"], len(file.read_text().splitlines())) == (True, [], 1)
+    assert len(site.json("audit", "list", "--event", "vm erased")["rows"]) == 1
+    assert site.do("vm", "erase", "vm-2", "--yes").code == 1
+
+
+def lost() -> None:
+    raise StoreError("the disk is full")
 
 
 def sqlite_settings() -> Any:
@@ -134,6 +158,47 @@ def test_a_restored_store_repeats_it_before_it_serves(site: Site, how: str) -> N
 
 
 @pytest.mark.parametrize("site", ["sqlite"], indirect=True)
+def test_keys_made_since_in_a_store_that_was_restored_are_not_erased(site: Site) -> None:
+    """Such a store was served without the file, so a later key has a number that an erased one had."""
+    file = marked(site)
+    site.boot("1", at=NOW - 9)
+    _ = shutil.copy(site.directory / "keys.db", site.directory / "backup")
+    site.boot("2", rekey=("storage",), at=NOW - 8)
+    assert site.do("vm", "erase", "vm-1", "--yes").code == 0
+    for end in ("-wal", "-shm"):
+        (site.directory / f"keys.db{end}").unlink(missing_ok=True)
+    _ = shutil.copy(site.directory / "backup", site.directory / "keys.db")
+    site.boot("3", rekey=("storage",), at=NOW + 200)
+    with open_store(Running(setup_of(site))):
+        assert [(row.volume, row.generation) for row in site.rows() if row.sealed] == [("storage", 2)]
+    assert file.exists()
+
+
+@pytest.mark.parametrize("site", ["sqlite"], indirect=True)
+def test_the_erasures_of_another_store_destroy_nothing(site: Site) -> None:
+    """An operator who gives a server another store moves the mark away, and may forget what is beside it."""
+    file = marked(site)
+    site.boot("1", vm=Vm(HOTKEY, "vm-2"))
+    for end in ("", "-wal", "-shm"):
+        if (site.directory / f"keys.db{end}").exists():
+            _ = (site.directory / f"keys.db{end}").rename(site.directory / f"other.db{end}")
+    site.boot("2", at=NOW - 9)
+    assert site.do("vm", "erase", "vm-1", "--yes").code == 0
+    line = file.read_text()
+    for end in ("", "-wal", "-shm"):
+        (site.directory / f"keys.db{end}").unlink(missing_ok=True)
+        if (site.directory / f"other.db{end}").exists():
+            _ = (site.directory / f"other.db{end}").rename(site.directory / f"keys.db{end}")
+    site.boot("3", at=NOW - 9)
+    with open_store(Running(setup_of(site))):
+        assert len([row for row in site.rows() if row.vm.name == "vm-1" and row.sealed]) == 2
+    assert file.read_text() == line
+    assert site.do("vm", "erase", "vm-2", "--yes").code == 0
+    assert file.read_text().startswith(line)
+    assert len(file.read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("site", ["sqlite"], indirect=True)
 def test_every_server_notes_what_another_one_erased(site: Site) -> None:
     site.boot("1")
     assert site.do("vm", "erase", "vm-1", "--yes").code == 0  # where there is no mark
@@ -142,15 +207,43 @@ def test_every_server_notes_what_another_one_erased(site: Site) -> None:
         assert len(file.read_text().splitlines()) == 1
 
 
+@pytest.mark.parametrize("site", ["sqlite"], indirect=True)
+def test_a_server_says_once_that_it_cannot_note_erasures(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It tries again every second, for as long as a disk is full or a file is damaged."""
+    _ = marked(site)
+    setup, tried, told = setup_of(site), list[str](), list[Record]()
+
+    def fail(*_: object) -> None:
+        setup.service.revoked.now = Revocations(len(tried))
+        tried.append("tried")
+        if len(tried) == 4:
+            raise LookupError("enough")
+        raise StoreError("the disk is full" if len(tried) < 3 else "the file is damaged")
+
+    async def watch() -> None:
+        async with anyio.create_task_group() as group:
+            _ = group.start_soon(serving._keep_erasures, setup, store, told.append)
+            await anyio.lowlevel.checkpoint()
+            setup.service.revoked.now = Revocations(9)
+
+    monkeypatch.setattr(serving, "WATCH_SECONDS", 0)
+    monkeypatch.setattr(serving, "keep_erasures", fail)
+    with closing(setup.store.open()) as store, pytest.raises(ExceptionGroup):
+        on_loop("trio", watch)
+    assert [record.fields["error"] for record in told] == ["the disk is full", "the file is damaged"]
+
+
 @pytest.mark.parametrize(
     "line",
     [
         "{",
         "{}",
-        '{"erasure_id":"1","hotkey":"h","vm":"v","erased_at":1,"through":"[]"}',
-        '{"erasure_id":"1","hotkey":"h","vm":"v","erased_at":1,"through":"{"}',
-        '{"erasure_id":1,"hotkey":"h","vm":"v","erased_at":1,"through":"{}"}',
-        '{"erasure_id":"1","hotkey":"h","vm":"v","erased_at":true,"through":"{}"}',
+        '{"store":1,"erasure_id":"1","hotkey":"h","vm":"v","erased_at":1,"through":"[]"}',
+        '{"store":1,"erasure_id":"1","hotkey":"h","vm":"v","erased_at":1,"through":"{"}',
+        '{"store":1,"erasure_id":1,"hotkey":"h","vm":"v","erased_at":1,"through":"{}"}',
+        '{"store":1,"erasure_id":"1","hotkey":"h","vm":"v","erased_at":true,"through":"{}"}',
+        '{"store":"1","erasure_id":"1","hotkey":"h","vm":"v","erased_at":1,"through":"{}"}',
+        '{"erasure_id":"1","hotkey":"h","vm":"v","erased_at":1,"through":"{}"}',
         "[" * 50_000,
     ],
 )

@@ -6,8 +6,8 @@ Rules kept here:
   disks can never be opened again with what this store has;
 * the rows stay in state ``purged``, so a later VM of the name gets other numbers; the claim goes, and with it its place
   among the names of its platform;
-* what was erased is recorded as numbers of generations. Where a backup brings these back, the same are erased again;
-  keys that were made later, for another VM of the name, are not touched.
+* what was erased is recorded as numbers of generations, and when. Where a backup brings these back, the same are erased
+  again; keys that were made later, for another VM of the name, are not touched, even if they have the same numbers.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ class Erased:
 class EraseVm(Unit[Erased]):
     """Destroy every key of a VM for ever, void its tokens, and forget its claim and its disks.
 
-    Without ``carry_out`` nothing is changed. ``erasure_id`` and ``version`` (62 bits) are random. Raises `Refused` for
-    a VM that has neither keys nor a claim.
+    Without ``carry_out`` nothing is changed, and neither is it for a VM that was erased and has nothing since: so the
+    command can be run again where it could not remove all copies. ``erasure_id`` and ``version`` (62 bits) are random.
+    Raises `Refused` for another VM that has neither keys nor a claim.
     """
 
     now: int
@@ -56,12 +57,15 @@ class EraseVm(Unit[Erased]):
         keys = tuple(row for row in rows if row.sealed is not None)
         claim = yield from store.Read(store.VmRow, self.vm)
         if not keys and claim is None:
+            if any(record.vm == self.vm for record in (yield from store.Scan(store.ErasureRow))):
+                return Erased((), None, None)
             raise Refused(Code.KEY_NOT_FOUND, f"{subject_of(self.vm)} has no keys and is bound to no platform")
         if not self.carry_out:
             return Erased(keys, claim, None)
         through = {row.volume: row.generation for row in rows}  # by volume and number
         text = json.encode(through).decode()
-        record = store.ErasureRow(self.erasure_id, self.vm, self.now, text)
+        erased_at = max([self.now, *(row.created_at for row in keys)])  # clocks differ by seconds
+        record = store.ErasureRow(self.erasure_id, self.vm, erased_at, text)
         yield from _erase(self.now, self.version, record, keys, "vm erased", self.reason)
         yield from _forget(self.vm)
         return Erased(keys, claim, record)
@@ -85,7 +89,9 @@ class RepeatErasure(Unit[int | None]):
             return None
         through = through_of(record)
         rows = yield from store.ReadAll(store.GenerationRow, record.vm)
-        old = [row for row in rows if row.generation <= through.get(row.volume, 0)]
+        old = [
+            row for row in rows if row.generation <= through.get(row.volume, 0) and row.created_at <= record.erased_at
+        ]
         keys = [row for row in old if row.sealed is not None]
         reason = f"erased at {record.erased_at}; repeated, because the store had lost that"
         yield from _erase(self.now, self.version, record, keys, "vm erased again", reason)

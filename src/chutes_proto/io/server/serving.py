@@ -246,7 +246,7 @@ async def _watching(
 
 async def _keep_erasures(setup: ServerSetup, store: DurableStore, log: Callable[[Record], None]) -> None:
     """Note erasures of the store in the file of this server, and repeat those that the store has lost."""
-    path, seen = erasures_file(setup.config), setup.service.revoked.now.version
+    path, seen, failed = erasures_file(setup.config), setup.service.revoked.now.version, ""
     while path is not None:
         await anyio.sleep(WATCH_SECONDS)
         version = setup.service.revoked.now.version
@@ -254,9 +254,11 @@ async def _keep_erasures(setup: ServerSetup, store: DurableStore, log: Callable[
             continue
         try:
             repeated, keys = await anyio.to_thread.run_sync(keep_erasures, store, path, abandon_on_cancel=True)
-            seen = version
+            seen, failed = version, ""
         except StoreError as exc:
-            log(Record(Level.ERROR, "erasures_not_kept", {"error": str(exc)}))
+            if str(exc) != failed:  # it is tried again every second
+                failed = str(exc)
+                log(Record(Level.ERROR, "erasures_not_kept", {"error": failed}))
             continue
         if repeated:
             log(Record(Level.WARNING, "erasures_repeated", {"vms": repeated, "keys": keys}))

@@ -64,6 +64,11 @@ class DurableStore(Store, Protocol):
         ...
 
     @property
+    def store_id(self) -> int:
+        """The random number of this store, which a restored backup of it has, too, and no copy."""
+        ...
+
+    @property
     def audited(self) -> threading.Event:
         """Set when this process has added audit rows, and committed that."""
         ...

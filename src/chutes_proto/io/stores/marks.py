@@ -56,6 +56,12 @@ class MarkKeeper:
         self._ending = threading.Event()
         self._writer: threading.Thread | None = None
 
+    @property
+    def store_id(self) -> int:
+        """The random number of the store that was compared."""
+        with self._lock:
+            return self._mark.store_id if self._mark is not None else 0
+
     def is_due(self) -> bool:
         """Return whether the store must be compared before it is used."""
         with self._lock:

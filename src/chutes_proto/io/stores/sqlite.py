@@ -245,6 +245,11 @@ class SqliteStore:
         self._marks.keep()
 
     @property
+    def store_id(self) -> int:
+        """The random number of this store, which a restored backup of it has, too, and no copy."""
+        return self._marks.store_id
+
+    @property
     def audited(self) -> threading.Event:
         """Set when this process has added audit rows, and committed that."""
         return self._marks.audited
