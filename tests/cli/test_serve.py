@@ -25,6 +25,7 @@ from chutes_proto.auth.server_identity import make_server_identity
 from chutes_proto.cli.main import main
 from chutes_proto.errors import CollateralUnavailable, ConfigurationError
 from chutes_proto.io.collateral.directory import CollateralDirectory
+from chutes_proto.io.files import create_private
 from chutes_proto.io.server.development import RenewedCollateral, write_collateral, write_server
 from chutes_proto.io.server.setup import make_setup
 from chutes_proto.io.stores.sqlite import SqliteStore
@@ -143,6 +144,16 @@ def _other_database(site: Path) -> None:
     connection.close()
 
 
+def _passphrases(text: str) -> Callable[[Path], None]:
+    """One for each version of the image, and no other counts."""
+
+    def change(site: Path) -> None:
+        _edited('root_passphrase = "vm"', 'root_passphrase = "image"\nroot_passphrases_file = "builds.json"')(site)
+        create_private(site / "builds.json", text.encode())
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -163,6 +174,9 @@ def _other_database(site: Path) -> None:
             _edited('root_passphrase = "vm"', 'root_passphrase = "image"\nroot_passphrase_file = "none"'),
             r"measurements: .*/none: cannot be read",
         ),
+        (_passphrases('{"0.9": "x"}'), r"'simulated': root_passphrases_file has no passphrase of version '1'"),
+        (_passphrases('{"1": ""}'), r"'simulated': root_passphrases_file, version '1': must hold one line"),
+        (_passphrases("[]"), r"'simulated': root_passphrases_file must hold a JSON object, version to passphrase"),
         (_edited('root_passphrase = "vm"', 'root_passphrase = "vm"\ncolour = 1'), r"measurements: .*colour"),
         (_edited('hotkeys = "*"', 'hotkeys = ["5Grw"]'), r"hotkeys: '5Grw' is not a hotkey"),
         (_edited('"collateral"', '"elsewhere"'), r"collateral\.directory: .*/elsewhere is not a directory"),

@@ -17,6 +17,13 @@ def test_each_operation_is_where_the_table_says() -> None:
         assert route(endpoint.method, path) == Match(endpoint, dict.fromkeys(endpoint.parameters, "vm-1"))
 
 
+def test_head_is_served_wherever_get_is() -> None:
+    for endpoint in ENDPOINTS:
+        path = re.sub(r"\{[a-z_]+\}", "vm-1", endpoint.path)
+        if endpoint.method == "GET":
+            assert route("HEAD", path) == route("GET", path)
+
+
 def test_numbers_and_names_are_unique() -> None:
     assert len({e.number for e in ENDPOINTS}) == len({e.operation for e in ENDPOINTS}) == len(ENDPOINTS)
 
