@@ -207,6 +207,17 @@ def test_a_nonce_of_one_exchange_is_not_one_of_the_other(world):
     assert refusal(provision(world, nonce))[:2] == (401, Code.QUOTE_NONCE_INVALID)
 
 
+def test_the_root_key_is_never_confirmed_without_proof(world):
+    """As pre-releases of the image do, by the operation of the two-phase exchange."""
+    granted = answer(boot(world))
+    headers = {"x-confirm-nonce": granted["root_confirm_nonce"], "x-chutes-hotkey": HOTKEY}
+    before = everything(world)
+    unproven = world.ask("POST", "/servers/vm-1/luks/confirm", ROOT, headers=headers)
+    assert refusal(unproven)[:2] == (400, Code.VOLUME_UNKNOWN)
+    assert everything(world) == before
+    assert answer(confirm(world, granted["root_confirm_nonce"], ROOT))
+
+
 def test_an_image_in_a_profile_of_another_exchange_is_one_audit_row(world):
     world.app = App(provisioned("two-phase"))
     assert refusal(boot(world))[:2] == (403, Code.EXCHANGE_MISMATCH)
