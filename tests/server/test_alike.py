@@ -85,8 +85,10 @@ def test_settings_of_one_machine_may_differ(place: Path) -> None:
     assert settings(place, change) == settings(place)
 
 
-def run(alike: Alike, store: MemoryStore, looks: int, now: int = NOW) -> list[dict[str, object]]:
-    """Let a server look so often; returns the fields of what it logs."""
+def run(
+    alike: Alike, store: MemoryStore, looks: int, now: int = NOW, reload: Callable[[], None] = lambda: None
+) -> list[dict[str, object]]:
+    """Let a server look so often; returns the fields of what it logs. ``reload`` is called after each."""
     told: list[dict[str, object]] = []
 
     class Enough(Exception):
@@ -104,6 +106,7 @@ def run(alike: Alike, store: MemoryStore, looks: int, now: int = NOW) -> list[di
                 told.append(dict(record.fields))
                 return None
             case Sleep():
+                reload()
                 looks -= 1
                 if not looks:
                     raise Enough
@@ -124,7 +127,18 @@ def test_two_servers_that_differ_tell_it_once_and_again_after_a_change() -> None
     assert run(one, store, 3) == [{"server": "other", "settings": ["netuid"]}]
     assert [str(each) for each in one.differences()] == ["the server other on this store has another value of netuid"]
     assert run(Alike("other", one.settings), store, 1) == []
-    assert run(one, store, 1) == []
+    assert run(one, store, 2) == []
+
+
+def test_servers_that_reload_one_after_the_other_are_no_fault() -> None:
+    store = MemoryStore()
+    one, other = Alike("one", {"volumes": "new"}), Alike("other", {"volumes": "old"})
+    store.transact(Ask(NoteKeyServer(other.row(NOW))))
+
+    def reload() -> None:
+        store.transact(Ask(NoteKeyServer(Alike("other", one.settings).row(NOW))))
+
+    assert run(one, store, 3, reload=reload) == []
 
 
 def test_a_server_that_has_ended_or_is_of_another_release_is_not_compared() -> None:

@@ -133,8 +133,12 @@ class Alike:
 
 
 def watch_servers(alike: Alike) -> Flow[NoReturn]:
-    """Write this server's row again and again, and look at the others; log each difference once."""
-    told: set[tuple[str, tuple[str, ...]]] = set()
+    """Write this server's row again and again, and look at the others; log each difference once, at its second look.
+
+    Servers that reload one after the other differ meanwhile.
+    """
+    before: set[tuple[str, tuple[str, ...]]] = set()
+    told = before
     while True:
         now = yield from Now()
         try:
@@ -144,7 +148,8 @@ def watch_servers(alike: Alike) -> Flow[NoReturn]:
         except StoreError:
             pass  # the checks of the store tell it
         found = {(each.server.name, each.keys) for each in alike.differences()}
-        for name, keys in sorted(found - told):
+        lasting = found & before
+        for name, keys in sorted(lasting - told):
             yield from Log(Record(Level.ERROR, "configuration_differs", {"server": name, "settings": list(keys)}))
-        told = found
+        before, told = found, lasting
         yield from Sleep(NOTE_SECONDS)
