@@ -10,9 +10,10 @@ import httpx
 import pytest
 from attrs import evolve
 
+from chutes_proto import __version__
 from chutes_proto.io.stores.sqlite import SqliteStore
 from chutes_proto.store._run import Ask
-from chutes_proto.store.rows import AuditRow, Insert, Vm
+from chutes_proto.store.rows import AuditRow, Insert, KeyServer, NoteKeyServer, Vm
 from chutes_proto.testing.store_suite._parts import VM, boot, platform
 from tests.scenario.premises import Premises
 from tests.scenario.test_admin import listen
@@ -41,13 +42,17 @@ def place_of(premises: Premises) -> str:
 def fill(premises: Premises) -> None:
     """Names and reasons that are markup, as a faulty release or another writer of the store might leave them."""
     with closing(SqliteStore(premises.directory / "keys.db")) as store:
+        for version in (__version__, "0.0.1"):
+            row = KeyServer(f"server of {version}", version, "{}", premises.now + 3600)  # it does not end meanwhile
+            store.transact(Ask(NoteKeyServer(row)))
         for number, text in enumerate(HOSTILE):
             unit = evolve(boot(text, now=premises.now, vm=Vm(VM.hotkey, text)), platform=platform(text))
             _ = store.transact(evolve(unit, profile_name=text, profile_version=text, tcb_status=text, root=None))
-            row = AuditRow(
+            denial = AuditRow(
                 premises.now, "vm", text, "refused", text, Vm(text, text), request_id=text, peer_address=text
             )
-            store.transact(Ask(Insert(evolve(row, reason=f"measurement_mismatch: {text}") if number % 2 else row)))
+            told = evolve(denial, reason=f"measurement_mismatch: {text}") if number % 2 else denial
+            store.transact(Ask(Insert(told)))
 
 
 def test_it_shows_the_fleet_and_runs_nothing_of_what_it_shows(
@@ -66,6 +71,8 @@ def test_it_shows_the_fleet_and_runs_nothing_of_what_it_shows(
         for hostile in HOSTILE:
             assert text.count(hostile) >= 6, hostile  # name, version and status of a group, and of a denial
         assert not any(str(secret) in text for secret in secrets.values())
+        assert re.search(rf"server of {__version__}{__version__}differs: ", text)
+        assert "server of 0.0.10.0.1not compared: another release" in text
         assert page.evaluate("document.documentElement.dataset.owned") is None
         assert page.evaluate("document.querySelectorAll('img, iframe, script').length") == 1  # its own script
         asked = {event["params"]["request"]["url"] for event in page.events if is_request(event)}
