@@ -44,7 +44,7 @@ class Running:
     """
 
     def __init__(self, setup: ServerSetup) -> None:
-        self.setup = setup
+        self.setup: ServerSetup = setup
         self._apps: list[App] = []
 
     def follow(self, app: App) -> App:
@@ -56,7 +56,7 @@ class Running:
         """Run by ``setup`` from now on."""
         alike = self.setup.alike
         alike.settings = setup.alike.settings  # for the other servers of the store
-        self.setup: ServerSetup = evolve(setup, alike=alike)
+        self.setup = evolve(setup, alike=alike)
         for app in self._apps:
             app.service = setup.service
 
