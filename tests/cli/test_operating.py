@@ -38,6 +38,7 @@ from chutes_proto.store.rows import (
     Delete,
     GenerationRow,
     GpuRow,
+    HostProfileRow,
     Insert,
     InsertAll,
     Put,
@@ -51,6 +52,7 @@ from chutes_proto.store.rows import (
 from chutes_proto.testing._platform import SimulatedPlatform
 from chutes_proto.testing.store_suite._parts import DAY, boot, sync
 from chutes_proto.units.boot import RecordRefusal
+from chutes_proto.units.fleet import RegisterHost
 from chutes_proto.units.servers import RegisterServer
 from tests.cli.conftest import PROGRAM, Ended
 
@@ -674,3 +676,31 @@ def test_what_a_miner_holds_wrongly_is_free_again(site: Site) -> None:
     again = site.do("registrations", "remove", "n1", "--json")
     assert (again.code, again.json["ok"], "no server 'n1' is registered" in again.err) == (1, False, True)
     register(site, "n1", "198.51.100.1")  # its id, address and GPU are free
+
+
+def test_an_operator_names_and_removes_a_class_of_hosts(site: Site) -> None:
+    prints = [f"3f9{last}".ljust(64, "0") for last in "ab"]
+    with closing(make_setup(ServerConfig.load(site.configuration)).store.open()) as store:
+        for fingerprint in prints:
+            _ = store.transact(RegisterHost(HostProfileRow(fingerprint, HOTKEY, '{"cpu":{"count":64}}', NOW)))
+    assert site.json("hosts", "show", "3f9a")["profile"] == {"cpu": {"count": 64}}
+    named = site.do("hosts", "name", "3f9a", "--as", "8xh200", "--published", "AB" * 32, "--reason", "ours")
+    assert (named.code, named.out) == (0, f"{prints[0]}: named 8xh200\n")
+    assert [(row["name"], row["published"]) for row in site.json("hosts", "list")["hosts"]] == [
+        ("8xh200", "ab" * 32),
+        (None, None),
+    ]
+    for start, told in (("3f9", "several host profiles begin"), ("4", "no host profile begins")):
+        ended = site.do("hosts", "remove", start)
+        assert (ended.code, told in ended.err) == (1, True)
+    for text in ("a\nb", "\udcff", "", "x" * 129):
+        assert site.do("hosts", "name", "3f9b", "--as", text).code == 2, text
+    assert site.do("hosts", "name", "3f9b", "--published", "ab").code == 2
+    assert [site.do("hosts", "show", start).code for start in ("", "vm", "0" * 65, "\udcff")] == [2] * 4
+    assert site.do("hosts", "name", "3f9a").code == 0  # takes the name back
+    assert site.do("hosts", "remove", "3f9a", "--reason", "gone").code == 0
+    assert [row["name"] for row in site.json("hosts", "list")["hosts"]] == [None]
+    rows = [(row["event"], row["reason"]) for row in site.json("audit", "list")["rows"]]
+    assert [event for event, _ in rows] == ["host named", "host named", "host removed"]
+    assert rows[0][1].endswith(f": ours; {prints[0]} is 8xh200")
+    assert rows[2][1].endswith(f": gone; {prints[0]} of {HOTKEY}")

@@ -8,7 +8,7 @@ import re
 import click
 
 from chutes_proto.cli import console, output
-from chutes_proto.cli.base import Argument, Group, answer, json_option
+from chutes_proto.cli.base import Argument, Group, answer, json_option, parsed
 from chutes_proto.cli.operator import operating
 from chutes_proto.cli.operator.operating import OperatorCommand
 from chutes_proto.store._run import Ask
@@ -31,7 +31,36 @@ command: Group = Group(
     See also: profiles, registrations, audit
     """,
 )
-_fingerprint = click.argument("fingerprint", cls=Argument, metavar="FINGERPRINT", help="its fingerprint, or its start")
+
+
+def _start(text: str) -> str:
+    """The start of a fingerprint of this server's."""
+    if not re.fullmatch(r"[0-9a-fA-F]{1,64}", text):
+        raise ValueError("say the first hex digits of a fingerprint, or all 64")
+    return text.lower()
+
+
+def _published(text: str) -> str:
+    """A fingerprint that others publish."""
+    if not re.fullmatch(r"[0-9a-fA-F]{64}", text):
+        raise ValueError("say 64 hex digits")
+    return text.lower()
+
+
+def _profile_name(text: str) -> str:
+    """A name that a measurement profile may have."""
+    if not 1 <= len(text) <= 128 or not text.isprintable():
+        raise ValueError("say 1 to 128 printable characters")
+    return text
+
+
+_fingerprint = click.argument(
+    "fingerprint",
+    cls=Argument,
+    metavar="FINGERPRINT",
+    callback=parsed(_start),
+    help="its fingerprint, or its start",
+)
 
 
 @command.command("list")
@@ -82,8 +111,19 @@ def show(fingerprint: str, config: str) -> int:
 
 @command.command()
 @_fingerprint
-@click.option("--as", "name", metavar="NAME", help="the name of the measurement profiles; without it, none")
-@click.option("--published", metavar="HEX", help="the fingerprint that is published for this class, 64 hex digits")
+@click.option(
+    "--as",
+    "name",
+    metavar="NAME",
+    callback=parsed(_profile_name),
+    help="the name of the measurement profiles; without it, none",
+)
+@click.option(
+    "--published",
+    metavar="HEX",
+    callback=parsed(_published),
+    help="the fingerprint that is published for this class, 64 hex digits",
+)
 @operating.changes
 def name(fingerprint: str, name: str | None, published: str | None, reason: str, config: str) -> int:
     """Say which measurement profiles such hosts are.
@@ -97,11 +137,8 @@ def name(fingerprint: str, name: str | None, published: str | None, reason: str,
 
     See also: hosts list, profiles
     """
-    if published is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", published):
-        raise click.UsageError("--published: 64 hex digits")
-    lower = None if published is None else published.lower()
     with operating.opened(config) as (_, store):
-        row = store.transact(NameHost(operating.now(), fingerprint, name, lower, reason))
+        row = store.transact(NameHost(operating.now(), fingerprint, name, published, reason))
     told = "named nothing" if row.name is None else f"named {row.name}"
     return answer({"ok": True, **_named(row)}, f"{row.fingerprint}: {told}")
 
