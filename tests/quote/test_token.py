@@ -131,7 +131,9 @@ def test_a_refused_one_is_contraindicated(faults: tuple[str, ...], vector: dict[
 
 
 def test_nothing_is_affirmed_that_nobody_appraised_or_pinned() -> None:
-    assert make_ear(verdict_of(PLATFORM), policy_id="p")["submods"]["tdx"]["ear.status"] == "none"
+    for faults, vector in (((), {"hardware": 2}), (("debug",), {"hardware": 2, "configuration": 96})):
+        appraisal = make_ear(verdict_of(PLATFORM, *faults), policy_id="p")["submods"]["tdx"]
+        assert (appraisal["ear.status"], appraisal["ear.trustworthiness-vector"]) == ("none", vector)
     rule = RegisterRule(register="RTMR1", stage="boot", check="any")
     zero = evolve(PROFILE, boot=(PROFILE.boot[0], bytes(48), *PROFILE.boot[2:]), rules=(rule,))
     accepted = Policy(profiles=(zero,)).appraise(verdict_of(PLATFORM, "rtmr1"), stage="boot")
@@ -141,6 +143,15 @@ def test_nothing_is_affirmed_that_nobody_appraised_or_pinned() -> None:
     late = TcbPolicy(accepted_statuses=frozenset({TcbStatus.OUT_OF_DATE}))
     accepted = Policy(tcb=late, profiles=(PROFILE,)).appraise(verdict_of(PLATFORM, "tcb_out_of_date"), stage="boot")
     assert make_ear(accepted, policy_id="p")["submods"]["tdx"]["ear.trustworthiness-vector"]["hardware"] == 32
+
+
+def test_what_one_policy_accepts_and_another_refuses_is_not_affirmed() -> None:
+    accepted = POLICY.appraise(verdict_of(PLATFORM), stage="boot")
+    with pytest.raises(AppraisalError) as caught:
+        _ = Policy().appraise(accepted, stage="boot")
+    appraisal = make_ear(accepted, policy_id="p", refused=caught.value)["submods"]["tdx"]
+    assert appraisal["ear.status"] == "contraindicated"
+    assert appraisal["ear.trustworthiness-vector"]["executables"] == 96
 
 
 @pytest.mark.parametrize(

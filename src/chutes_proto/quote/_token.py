@@ -47,12 +47,13 @@ def make_ear(
     """
     if nonce is not None and not 8 <= len(nonce) <= 88:
         raise PolicyError("nonce: an EAT nonce has 8 to 88 characters")
-    status = "none" if refused is None else "contraindicated"
-    if isinstance(verdict, AcceptedVerdict):
-        status = "affirming"
+    if refused is not None:
+        status = "contraindicated"
+    else:
+        status = "affirming" if isinstance(verdict, AcceptedVerdict) else "none"
     appraisal: Claims = {
         "ear.status": status,
-        "ear.trustworthiness-vector": _vector(verdict, () if refused is None else refused.refusals),
+        "ear.trustworthiness-vector": _vector(verdict, None if refused is None else refused.refusals),
         "ear.appraisal-policy-id": policy_id,
         "ear.veraison.annotated-evidence": verdict.to_dict(),
     }
@@ -96,18 +97,20 @@ _ALGORITHMS: Final = {
 }
 
 
-def _vector(verdict: Verdict, refusals: Sequence[Refusal]) -> dict[str, int]:
-    """The claims of AR4SI that something was checked for."""
-    refused = {refusal.part for refusal in refusals}
+def _vector(verdict: Verdict, refusals: Sequence[Refusal] | None) -> dict[str, int]:
+    """The claims of AR4SI that something was checked for; without a policy, that is the hardware, and no debugging."""
+    refused = {refusal.part for refusal in refusals or ()}
+    is_appraised = refusals is not None or isinstance(verdict, AcceptedVerdict)
     body = verdict.quote.body
     debug = body.flags & SgxAttributes.DEBUG if isinstance(body, SgxReport) else body.td_attributes & TdAttributes.DEBUG
     good = verdict.tcb_status in _GOOD and "tcb" not in refused
-    vector = {
-        "hardware": _AFFIRMING if good else _WARNING,
-        "configuration": _DEBUG if debug else _WARNING if "attributes" in refused else _AFFIRMING,
-    }
+    vector = {"hardware": _AFFIRMING if good else _WARNING}
+    if debug:
+        vector["configuration"] = _DEBUG
+    elif is_appraised:
+        vector["configuration"] = _WARNING if "attributes" in refused else _AFFIRMING
     if "measurement" in refused:
         vector["executables"] = _CONTRAINDICATED
-    elif isinstance(verdict, AcceptedVerdict) and not verdict.unpinned:
+    elif refusals is None and isinstance(verdict, AcceptedVerdict) and not verdict.unpinned:
         vector["executables"] = _BOOT_ONLY
     return vector
