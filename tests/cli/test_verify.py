@@ -266,6 +266,11 @@ def test_collateral_may_be_fetched(command: Command, tmp_path: Path) -> None:
     with running(Upstream()) as upstream:
         options = ("--fetch", "--service", upstream.url, "--root", tmp_path / "root.der")
         assert command("verify", quote, *options).code == 0
+        upstream.asked.clear()
+        other = tmp_path / "other.bin"
+        _ = other.write_bytes(NETWORK_PLATFORM.another(1).quote(REPORT_DATA))
+        assert command("verify", quote, quote, other, quote, *options).code == 0
+        assert upstream.rounds() == 2, "once for each kind of platform"
         upstream.service = evolve(upstream.service, platforms=(NETWORK_PLATFORM.another(1),))
         refused = command("verify", quote, *options)
     assert (refused.code, "collateral_unavailable: no collateral for" in refused.out) == (1, True)

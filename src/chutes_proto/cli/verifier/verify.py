@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import click
-from attrs import frozen
+from attrs import field, frozen
 
 from chutes_proto import quote as verifier
 from chutes_proto.cli import console, output
@@ -25,6 +25,7 @@ from chutes_proto.cli.verifier.fields import (
     stage_option,
     trusted_root,
 )
+from chutes_proto.collateral.library import Family
 from chutes_proto.errors import CollateralUnavailable, ConfigurationError
 from chutes_proto.io.files import MAX_SIZE, read_file, read_head
 from chutes_proto.quote import _steps as steps
@@ -59,7 +60,9 @@ _TIMES: Final = ("at", "tcb_date", "valid_from", "valid_until")
     " tcb_info_signature, qe_identity_issuer_chain, qe_identity, qe_identity_signature and, if you like,"
     " pck_certificate_chain; docs/reference/collateral.md has the form; or a file of Intel's PcsClientTool",
 )
-@click.option("--fetch", is_flag=True, help="fetch the collateral of each quote, in place of --collateral")
+@click.option(
+    "--fetch", is_flag=True, help="fetch the collateral, once for each kind of platform, in place of --collateral"
+)
 @click.option(
     "--service", "services", metavar="URL", multiple=True, help="with --fetch: a PCCS, in place of Intel's; repeatable"
 )
@@ -147,6 +150,8 @@ class _Task:
     report_data: bytes | None
     policy: verifier.AnyPolicy | BoundPolicies
     stage: Any
+    fetched: dict[Family, verifier.Collateral] = field(factory=dict[Family, verifier.Collateral])
+    """The collateral of platforms whose quotes have a chain."""
 
 
 @frozen
@@ -175,7 +180,7 @@ def _report(task: _Task, quote: str) -> dict[str, Any]:
     }
     try:
         report |= quote_fields(verifier.parse_quote(data, sgx=True))
-        collateral = _collateral(task, data)
+        collateral = _collateral(task, data, now)
         if task.at is None:
             report["at"] = now = int(time.time())  # fetched collateral may be younger than this command
         verdict = verifier.verify_genuine(data, collateral, now=now, report_data=task.report_data, root=trust, sgx=True)
@@ -212,13 +217,22 @@ def _report(task: _Task, quote: str) -> dict[str, Any]:
     return report
 
 
-def _collateral(task: _Task, data: bytes) -> verifier.Collateral:
+def _collateral(task: _Task, data: bytes, now: int) -> verifier.Collateral:
     if task.collateral_file is not None:
         return verifier.Collateral.from_json(read_head(task.collateral_file, MAX_SIZE + 1), quote=data)
     from chutes_proto.collateral.pcs import INTEL_PCS
     from chutes_proto.io.collateral.of_quote import fetch_collateral
 
-    return fetch_collateral(data, task.services or (INTEL_PCS,), root=task.trust, ca_file=task.ca_file)
+    try:
+        family = Family.of(verifier.open_quote(data, now=now, root=task.trust, sgx=True).pck)
+    except verifier.VerificationError:  # the fetch says why, or fetches the chain, too
+        family = None
+    if family in task.fetched:
+        return task.fetched[family]
+    found = fetch_collateral(data, task.services or (INTEL_PCS,), root=task.trust, ca_file=task.ca_file)
+    if family is not None:
+        task.fetched[family] = found
+    return found
 
 
 def _policy(path: str | None) -> verifier.AnyPolicy | BoundPolicies:
