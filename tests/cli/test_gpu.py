@@ -159,6 +159,9 @@ def test_one_report_of_nvidias_is_verified_with_its_chain(command: Callable[...,
     at = ("--revocation", "off", "--at", "2025-08-21", "--json")
     ended = command("gpu", "verify", *files, *rims, *at)
     assert (ended.code, json.loads(ended.out)["gpus"][0]["vbios"]) == (0, "96.00.9F.00.01")
+    after_one = ("--rim", GPU / "full-rim-driver.xml", GPU / "full-rim-vbios.xml")
+    assert command("gpu", "verify", *files, *after_one, *at).json == ended.json
+    assert command("gpu", "verify", *files, GPU / "full-rim-vbios.xml", *at).code == 2
     shown = command("gpu", "show", *files, "--json")
     assert json.loads(shown.out)["gpus"][0]["rim_ids"] == [
         "NV_GPU_DRIVER_GH100_550.90.07",

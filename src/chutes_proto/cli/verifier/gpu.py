@@ -99,6 +99,7 @@ def _unreadable(path: str, problem: GpuError) -> ConfigurationError:
 
 @command.command("verify", exits=exits("accepted", "refused"))
 @_shared
+@click.argument("more_rims", cls=Argument, metavar="[RIM...]", nargs=-1, help="more RIMs, after --rim and its first")
 @click.option("--nonce", metavar="HEX", callback=parsed(_nonce), help="32 bytes that every report must be over")
 @click.option(
     "--rim",
@@ -130,6 +131,7 @@ def verify_command(
     evidence: str,
     chain: str | None,
     nonce: bytes | None,
+    more_rims: tuple[str, ...],
     rim_paths: tuple[str, ...],
     status_path: str | None,
     grace: int,
@@ -152,6 +154,9 @@ def verify_command(
     See also: gpu show, gpu simulate, verify
     """
     now = int(time.time()) if at is None else at
+    if more_rims and not rim_paths:
+        raise ConfigurationError(f"{more_rims[0]}: a RIM goes after --rim; the evidence is one file")
+    rim_paths += more_rims
     trust = NVIDIA if roots is None else read_gpu_roots(roots)
     policy = _policy(policy_file, rim_paths, status_path, grace)
     rims, rim_reports = _rims(rim_paths, trust)
