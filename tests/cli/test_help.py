@@ -129,7 +129,7 @@ def test_a_completion_script_is_one_of_its_shell(
 @pytest.mark.parametrize(
     ("words", "found"),
     [
-        ("re", {"reload", "register", "registrations", "replay", "revocations"}),
+        ("re", {"receipt", "reload", "register", "registrations", "replay", "revocations"}),
         ("vm re", {"rebind", "revoke"}),
         ("agent ", {"run", "resume"}),
         ("keys purge --y", {"--yes"}),
