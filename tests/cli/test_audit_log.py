@@ -72,6 +72,17 @@ def test_a_log_is_signed_verified_and_an_edit_is_found(logged: Site, tmp_path: P
     assert found["findings"] == [{"first": 0, "last": 9, "what": "it is missing, and no entry says that it was purged"}]
 
 
+def test_a_purged_log_is_whole_before_the_purge_is_an_entry(logged: Site) -> None:
+    assert logged.json("audit", "checkpoint")["size"] == 602
+    assert logged.json("audit", "purge", "--older-than", "365", "--yes", "--reason", "old")["rows"] == 512
+    told = logged.json("audit", "verify")
+    assert (told["ok"], told["size"], told["first"]) == (True, 602, 512)
+    change(logged, "DELETE FROM audit WHERE idx < 600")
+    ended = logged.do("audit", "verify")
+    assert ended.code == 1
+    assert "entries 512 to 599: it is missing, and no entry says that it was purged" in ended.out
+
+
 def test_an_exported_log_is_verified_with_its_key_alone(logged: Site, tmp_path: Path) -> None:
     directory = tmp_path / "log"
     ended = logged.do("audit", "export", str(directory))

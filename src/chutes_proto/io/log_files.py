@@ -11,7 +11,7 @@ from attrs import frozen
 from chutes_proto.errors import LogError
 from chutes_proto.io.files import make_directory, read_file, write_file
 from chutes_proto.store._run import Ask, Store
-from chutes_proto.store.rows import ReadLog, ReadTile
+from chutes_proto.store.rows import AuditWanted, ReadAudit, ReadLog, ReadTile
 from chutes_proto.tlog.check import Report, check_log
 from chutes_proto.tlog.merkle import HASH_SIZE
 from chutes_proto.tlog.notes import LARGEST_NOTE, Checkpoint, Note, Verifier
@@ -82,7 +82,10 @@ def check_stored(
                 _ = tell(index, size)
             yield index, text
 
-    return check_log(size, told(), stored_tiles(store), checkpoints, announced_minimum)
+    wanted = AuditWanted(event="audit purged")
+    newest = store.transact(Ask(ReadAudit(1 << 62, 1, backwards=True, wanted=wanted)))
+    minimum = max((announced_minimum(entry_text(row).encode()) for _, row in newest if row.idx is None), default=0)
+    return check_log(size, told(), stored_tiles(store), checkpoints, announced_minimum, minimum)
 
 
 # --- in a directory ---

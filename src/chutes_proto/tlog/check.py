@@ -48,13 +48,15 @@ def check_log(
     fetch: Fetch,
     checkpoints: Iterable[Checkpoint],
     announced: Callable[[bytes], int],
+    minimum: int = 0,
 ) -> Report:
     """Check a log of ``size`` entries, of which a purge may have deleted the first ones.
 
     ``entries`` are those that there are, by index. ``announced`` returns the index below which entries are deleted, if
-    an entry says so, otherwise 0. ``checkpoints`` are verified already; the result is only as good as the newest.
+    an entry says so, otherwise 0; ``minimum`` is the one that a later row has announced, which is not an entry yet.
+    ``checkpoints`` are verified already; the result is only as good as the newest.
     """
-    check = _Check(size, fetch)
+    check = _Check(size, fetch, minimum)
     check.entries(entries, announced)
     check.tiles()
     check.checkpoints(checkpoints)
@@ -65,6 +67,7 @@ def check_log(
 class _Check:
     size: int
     fetch: Fetch
+    minimum: int
     first: int = 0
     findings: list[Finding] = field(factory=list[Finding])
 
@@ -80,7 +83,7 @@ class _Check:
 
     def entries(self, entries: Iterable[tuple[int, bytes]], announced: Callable[[bytes], int]) -> None:
         """Compare the entries with the tiles of level 0."""
-        minimum, tile = 0, -1
+        tile = -1
         self.first = self.size
         for number, group in groupby(entries, key=lambda entry: entry[0] // WIDTH):
             leaves: dict[int, bytes] = {}
@@ -88,7 +91,7 @@ class _Check:
                 if index in leaves:
                     self.note(index, index, "it is there twice")
                 leaves[index] = leaf_hash(text)
-                minimum = max(minimum, announced(text))
+                self.minimum = max(self.minimum, announced(text))
             if tile < 0:
                 self.first, tile = min(leaves), number
             for missing in range(tile, number):
@@ -97,8 +100,8 @@ class _Check:
             tile = number + 1
         for missing in range(max(tile, self.first // WIDTH), -(-self.size // WIDTH)):
             self._tile(missing, {})
-        if self.first > minimum:
-            self.note(minimum, self.first - 1, "it is missing, and no entry says that it was purged")
+        if self.first > self.minimum:
+            self.note(self.minimum, self.first - 1, "it is missing, and no entry says that it was purged")
 
     def _tile(self, number: int, leaves: dict[int, bytes]) -> None:
         begin = number * WIDTH
